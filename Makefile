@@ -1,0 +1,74 @@
+# Needs Go and make; a C compiler lets the tests look for data races.
+# Works from a release archive as well as from a git clone.
+
+GO         ?= go
+FUZZTIME   ?= 5s
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+# The race detector links with C: $(CC) (which may have arguments), or what else
+# is found.
+found    = $(shell command -v $(firstword $(1)) 2>/dev/null)
+RACE_CC := $(or $(if $(call found,$(CC)),$(CC)),$(call found,gcc),$(call found,cc),$(call found,clang))
+
+all: telemeter ## build ./telemeter, one static binary (the default)
+
+# Always run: what to rebuild, Go knows better than make. -buildvcs is said
+# because a user's GOFLAGS may say otherwise, and the version comes from it.
+telemeter: FORCE
+	CGO_ENABLED=0 $(GO) build -buildvcs=auto -trimpath -ldflags "-s -w" -o $@ .
+
+check: gofmt vet staticcheck test fuzz ## all checks that need nothing but Go
+
+gofmt:
+	@out=$$("$$($(GO) env GOROOT)/bin/gofmt" -l .) && test -z "$$out" || \
+		{ echo "not formatted (run: gofmt -w .):" $$out; exit 1; }
+
+vet:
+	$(GO) vet ./...
+
+staticcheck:
+	$(GO) run $(STATICCHECK) ./...
+
+test: ## unit tests, under the race detector where there is a C compiler
+ifeq ($(RACE_CC),)
+	@echo "no C compiler: the tests run without the race detector"
+	$(GO) test ./...
+else
+	CGO_ENABLED=1 CC="$(RACE_CC)" $(GO) test -race ./...
+endif
+
+fuzz: ## every fuzz target for FUZZTIME (5s)
+	GO="$(GO)" ./test/fuzz.sh $(FUZZTIME)
+
+bench: ## benchmarks, but for gossip's on sockets
+	$(GO) test -run '^$$' -bench . -skip GossipSockets -benchmem ./...
+
+sim: ## gossip of up to 300 members in virtual time: prints the table of figures
+	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim
+
+sockets: ## gossip on real sockets, for seven minutes: prints the table of figures
+	$(GO) test -timeout 30m -run '^$$' -bench '^BenchmarkGossipSockets$$' .
+
+test-integration: telemeter ## client, two servers and a real Prometheus, as source and as sink
+	./test/integration.sh
+
+test-netns: telemeter ## five servers in network namespaces, cut in two and healed; needs root and Linux
+	./test/netns.sh
+
+test-readme: telemeter ## the README's commands, as they are but for addresses
+	./test/readme.sh
+
+demo: telemeter ## a server and a client that pushes the server's own metrics; Ctrl-C ends it
+	./test/demo.sh
+
+clean: ## remove what was built
+	rm -f telemeter
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
+
+FORCE:
+
+# What each target of check prints is read in its order.
+.NOTPARALLEL:
+.PHONY: all check gofmt vet staticcheck test fuzz bench sim sockets test-integration test-netns test-readme demo clean help FORCE

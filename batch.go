@@ -1,0 +1,227 @@
+package main
+
+// The two kinds of record in a cluster's log: series, written once each, and
+// batches, one for each push. Both stand alone: neither needs the record before
+// it to be read, so that damage to one costs no other. (IDs are runs and times
+// are differences within the batch; repeating what the batch before said would
+// save about two bytes a sample and lose every later batch with one.) This file
+// must not know of files, clusters or limits.
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+)
+
+// Kinds of record.
+const (
+	RecordSeries byte = 1
+	RecordBatch  byte = 2
+)
+
+// MaxSeriesID bounds the IDs that a record may name, and so what a table of
+// them can take.
+const MaxSeriesID = 1<<24 - 1
+
+// maxSeq is beyond any number of batches, so that a sequence number that comes
+// from damage cannot make the next ones begin again.
+const maxSeq = 1 << 62
+
+// Batch is what one push added to a cluster: sample i is value V[i] of series
+// IDs[i] at Time(i). It is immutable once it is held.
+type Batch struct {
+	Seq        uint64   // grows by one with each batch of its cluster
+	Accepted   int64    // ms, this server's clock
+	T0         int64    // ms
+	MinT, MaxT int64    // ms; no sample is outside, nor is T0
+	IDs        []uint32 // may be shared with other batches
+	DT         []int32  // ms after T0; nil when all are at T0
+	V          []float64
+	Size       int // bytes of the record's payload; set by EncodeBatch and DecodeBatch
+}
+
+// Time returns the time of sample i in ms.
+func (b *Batch) Time(i int) int64 {
+	if b.DT == nil {
+		return b.T0
+	}
+	return b.T0 + int64(b.DT[i])
+}
+
+// Bound sets MinT and MaxT and drops DT where it says nothing.
+func (b *Batch) Bound() {
+	b.MinT, b.MaxT = b.T0, b.T0
+	for _, dt := range b.DT {
+		b.MinT, b.MaxT = min(b.MinT, b.T0+int64(dt)), max(b.MaxT, b.T0+int64(dt))
+	}
+	if b.MinT == b.MaxT {
+		b.T0, b.DT = b.MinT, nil
+	}
+}
+
+// Where returns the samples of b that keep wants: b itself if that is all.
+func (b *Batch) Where(keep func(i int) bool) *Batch {
+	first := 0
+	for first < len(b.V) && keep(first) {
+		first++
+	}
+	if first == len(b.V) {
+		return b
+	}
+	k := *b
+	k.IDs, k.V, k.DT = slices.Clone(b.IDs[:first]), slices.Clone(b.V[:first]), nil
+	if b.DT != nil {
+		k.DT = slices.Clone(b.DT[:first])
+	}
+	for i := first + 1; i < len(b.V); i++ {
+		if keep(i) {
+			k.IDs, k.V = append(k.IDs, b.IDs[i]), append(k.V, b.V[i])
+			if b.DT != nil {
+				k.DT = append(k.DT, b.DT[i])
+			}
+		}
+	}
+	k.Bound()
+	return &k
+}
+
+// EncodeSeries appends the payload of a series record that gives the lines the
+// IDs first, first+1, …
+func EncodeSeries(buf []byte, first uint32, lines func(yield func([]byte) bool)) []byte {
+	buf = binary.AppendUvarint(buf, uint64(first))
+	for line := range lines {
+		buf = append(binary.AppendUvarint(buf, uint64(len(line))), line...)
+	}
+	return buf
+}
+
+var errRecord = errors.New("malformed record")
+
+// DecodeSeries calls each for the lines of a series record; they share memory
+// with payload.
+func DecodeSeries(payload []byte, each func(id uint32, line []byte) error) error {
+	id, n := binary.Uvarint(payload)
+	if n <= 0 {
+		return errRecord
+	}
+	for payload = payload[n:]; len(payload) > 0; id++ {
+		size, n := binary.Uvarint(payload)
+		if n <= 0 || size > uint64(len(payload)-n) || id > MaxSeriesID {
+			return errRecord
+		}
+		if err := each(uint32(id), payload[n:n+int(size)]); err != nil {
+			return err
+		}
+		payload = payload[n+int(size):]
+	}
+	return nil
+}
+
+// EncodeBatch appends the payload of b's record: sequence number, times and
+// count; runs of consecutive IDs as (start less the end of the run before,
+// length); when times differ, each less the one before; values as they are.
+func EncodeBatch(buf []byte, b *Batch) []byte {
+	start := len(buf)
+	buf = binary.AppendUvarint(buf, b.Seq)
+	buf = binary.AppendVarint(buf, b.Accepted)
+	buf = binary.AppendVarint(buf, b.T0)
+	n := uint64(len(b.V)) << 1
+	if b.DT != nil {
+		n |= 1
+	}
+	buf = binary.AppendUvarint(buf, n)
+	end := int64(0)
+	for i := 0; i < len(b.IDs); {
+		j := i + 1
+		for j < len(b.IDs) && b.IDs[j] == b.IDs[j-1]+1 {
+			j++
+		}
+		buf = binary.AppendVarint(buf, int64(b.IDs[i])-end)
+		buf = binary.AppendUvarint(buf, uint64(j-i))
+		end = int64(b.IDs[j-1]) + 1
+		i = j
+	}
+	prev := int32(0)
+	for _, dt := range b.DT {
+		buf = binary.AppendVarint(buf, int64(dt)-int64(prev))
+		prev = dt
+	}
+	for _, v := range b.V {
+		buf = binary.LittleEndian.AppendUint64(buf, math.Float64bits(v))
+	}
+	b.Size = len(buf) - start
+	return buf
+}
+
+// DecodeBatch reads the payload of a batch record. It allocates no more than
+// twice the payload's size.
+func DecodeBatch(payload []byte) (*Batch, error) {
+	b := &Batch{Size: len(payload)}
+	bad := false
+	uvarint := func() uint64 {
+		v, n := binary.Uvarint(payload)
+		if n <= 0 {
+			bad, payload = true, nil
+			return 0
+		}
+		payload = payload[n:]
+		return v
+	}
+	varint := func() int64 {
+		v, n := binary.Varint(payload)
+		if n <= 0 {
+			bad, payload = true, nil
+			return 0
+		}
+		payload = payload[n:]
+		return v
+	}
+	b.Seq, b.Accepted, b.T0 = uvarint(), varint(), varint()
+	count := uvarint()
+	n := int(count >> 1)
+	if bad || count>>1 > uint64(len(payload)/8) || b.Seq > maxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
+		return nil, errRecord
+	}
+	b.IDs = make([]uint32, 0, n)
+	for end := int64(0); len(b.IDs) < n; {
+		step := varint()
+		length := uvarint()
+		if bad || length == 0 || length > uint64(n-len(b.IDs)) || step < -MaxSeriesID-1 || step > MaxSeriesID {
+			return nil, errRecord
+		}
+		first := end + step
+		end = first + int64(length)
+		if first < 0 || end-1 > MaxSeriesID {
+			return nil, errRecord
+		}
+		for id := first; id < end; id++ {
+			b.IDs = append(b.IDs, uint32(id))
+		}
+	}
+	if count&1 == 1 {
+		b.DT = make([]int32, n)
+		dt := int64(0)
+		for i := range b.DT {
+			step := varint()
+			if bad || step < math.MinInt32*2 || step > math.MaxInt32*2 {
+				return nil, errRecord
+			}
+			dt += step
+			if dt < math.MinInt32 || dt > math.MaxInt32 {
+				return nil, errRecord
+			}
+			b.DT[i] = int32(dt)
+		}
+	}
+	if len(payload) != 8*n {
+		return nil, fmt.Errorf("%w: %d bytes for %d values", errRecord, len(payload), n)
+	}
+	b.V = make([]float64, n)
+	for i := range b.V {
+		b.V[i] = math.Float64frombits(binary.LittleEndian.Uint64(payload[8*i:]))
+	}
+	b.Bound()
+	return b, nil
+}

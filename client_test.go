@@ -1,0 +1,492 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+// roundTrip is a network of one function, so that clients run in virtual time.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func respond(status int, header http.Header, body string) *http.Response {
+	if header == nil {
+		header = http.Header{}
+	}
+	return &http.Response{
+		StatusCode: status, Status: fmt.Sprintf("%d %s", status, http.StatusText(status)), Header: header,
+		Body: io.NopCloser(strings.NewReader(body)), ProtoMajor: 1, ProtoMinor: 1,
+	}
+}
+
+// fakeHub is a server that writes down what it is sent.
+type fakeHub struct {
+	t       *testing.T
+	asked   []time.Time
+	bodies  []string
+	at      []time.Time
+	hosts   []string
+	expires int                                  // seconds
+	answer  func(r *http.Request) *http.Response // nil to accept
+}
+
+func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := r.Context().Err(); err != nil {
+		return nil, err
+	}
+	switch r.URL.Path {
+	case "/authorize":
+		h.asked = append(h.asked, time.Now())
+		if got := r.Header.Get("Authorization"); got != "Bearer client-token" || r.URL.Query().Get("id") != "site" {
+			h.t.Errorf("authorize with %q for %q", got, r.URL.RawQuery)
+		}
+		return respond(200, nil, fmt.Sprintf(`{"version":1,"token":"upload-%d","expiresInSeconds":%d,"labels":{"_id":"site"}}`, len(h.asked), h.expires)), nil
+	case "/upload":
+		h.hosts = append(h.hosts, r.URL.Host)
+		h.at = append(h.at, time.Now())
+		if h.answer != nil {
+			if resp := h.answer(r); resp != nil {
+				return resp, nil
+			}
+		}
+		z, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, err
+		}
+		b, err := io.ReadAll(z)
+		if err != nil {
+			return nil, err
+		}
+		h.bodies = append(h.bodies, string(b))
+		return respond(200, nil, `{"accepted":1,"duplicates":0,"dropped":{}}`), nil
+	}
+	h.t.Errorf("unexpected request for %s", r.URL)
+	return respond(404, nil, ""), nil
+}
+
+// newTestClient returns a client of an exporter with the given text, and its hub.
+func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientState)) (*Client, *fakeHub, *bytes.Buffer) {
+	t.Helper()
+	hub := &fakeHub{t: t, expires: 3600}
+	var log bytes.Buffer
+	from, _ := url.Parse("http://source.example/metrics")
+	all, err := ParseSelectors([]string{`{__name__=~".+"}`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := ClientConfig{
+		From: from, To: []string{"https://a.example", "https://b.example"}, Cluster: "site", Interval: 2 * time.Minute,
+		LimitBytes: 1 << 20, Metrics: NewMetrics(), Now: time.Now,
+		Log:        slog.New(slog.NewTextHandler(&log, nil)),
+		ToClient:   &http.Client{Transport: hub},
+		FromClient: &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) { return respond(200, nil, text), nil })},
+	}
+	st := ClientState{Token: "client-token", Match: all, Cleaner: func() *Cleaner { return &Cleaner{} }}
+	if change != nil {
+		change(&cfg, &st)
+	}
+	c := NewClient(cfg)
+	c.Reload(st)
+	return c, hub, &log
+}
+
+func runFor(t *testing.T, c *Client, d time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	defer cancel()
+	if err := c.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestClientPhase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		runFor(t, c, 20*time.Minute)
+		if len(hub.at) < 10 || len(hub.at) > 11 {
+			t.Fatalf("%d pushes in 20 minutes at an interval of 2", len(hub.at))
+		}
+		if first := hub.at[0].Sub(start); first > time.Second {
+			t.Errorf("the first push came after %v", first)
+		}
+		for i := 2; i < len(hub.at); i++ {
+			if gap := hub.at[i].Sub(hub.at[i-1]); gap != 2*time.Minute {
+				t.Errorf("push %d came %v after the one before", i, gap)
+			}
+		}
+		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.Cluster = "other" })
+		hub2.t = t
+		phase := func(c *Client) time.Duration { return c.untilPhase(start) }
+		if phase(c) == phase(other) {
+			t.Error("two cluster IDs have the same phase")
+		}
+	})
+}
+
+func TestClientRetries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		n := 0
+		c, hub, log := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.To = c.To[:1] })
+		hub.answer = func(*http.Request) *http.Response {
+			if n++; n <= 4 {
+				return respond(503, nil, "busy")
+			}
+			return nil
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		if err := c.Once(ctx); err != nil {
+			t.Fatalf("%v\n%s", err, log)
+		}
+		want := minBackoff
+		for i := 1; i < len(hub.at); i++ {
+			if gap := hub.at[i].Sub(hub.at[i-1]); gap < want/2 || gap > want {
+				t.Errorf("attempt %d came after %v, want %v to %v", i, gap, want/2, want)
+			}
+			want *= 2
+		}
+		// What the server asks for is honoured, and one that asks for longer than
+		// there is time ends the cycle instead of the server's patience.
+		n = 0
+		hub.answer = func(*http.Request) *http.Response {
+			if n++; n == 1 {
+				return respond(429, http.Header{"Retry-After": {"37"}}, "slow down")
+			}
+			return nil
+		}
+		if err := c.Once(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if gap := hub.at[len(hub.at)-1].Sub(hub.at[len(hub.at)-2]); gap < 37*time.Second {
+			t.Errorf("asked to wait 37 s, it waited %v", gap)
+		}
+		hub.answer = func(*http.Request) *http.Response {
+			return respond(503, http.Header{"Retry-After": {"3600"}}, "disk full")
+		}
+		if err := c.Once(ctx); err == nil || !strings.Contains(err.Error(), "disk full") {
+			t.Errorf("got %v, want the server's reason", err)
+		}
+		if time.Since(start) > 2*time.Minute {
+			t.Error("waited beyond the next scrape")
+		}
+		if got := c.dropped.Value(dropUndelivered); got != 1 {
+			t.Errorf("%v samples counted as undelivered, want 1", got)
+		}
+	})
+}
+
+func TestClientFailsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, log := newTestClient(t, "a 1\n", nil)
+		hub.answer = func(r *http.Request) *http.Response {
+			if r.URL.Host == "a.example" {
+				return respond(502, nil, "")
+			}
+			return nil
+		}
+		if err := c.Once(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(hub.hosts, []string{"a.example", "b.example"}) {
+			t.Errorf("tried %v", hub.hosts)
+		}
+		if len(hub.asked) != 1 {
+			t.Errorf("authorized %d times: an upload token is good at every server", len(hub.asked))
+		}
+		if !strings.Contains(log.String(), "trying the next") {
+			t.Errorf("the log does not tell of it:\n%s", log)
+		}
+	})
+}
+
+func TestClientRefusedPush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		hub.answer = func(*http.Request) *http.Response { return respond(400, nil, "line 1: no") }
+		err := c.Once(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "line 1: no") || len(hub.at) != 1 {
+			t.Errorf("got %v after %d attempts; what is refused as invalid is not sent again", err, len(hub.at))
+		}
+	})
+}
+
+func TestClientToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		runFor(t, c, 3*time.Hour)
+		for i := 1; i < len(hub.asked); i++ {
+			if age := hub.asked[i].Sub(hub.asked[i-1]); age >= time.Hour || age < 40*time.Minute {
+				t.Errorf("an upload token of an hour was replaced after %v", age)
+			}
+		}
+		if len(hub.asked) < 3 {
+			t.Errorf("authorized %d times in three hours", len(hub.asked))
+		}
+		// A 401 is answered by one new token; a second one is an error.
+		asked, pushes := len(hub.asked), len(hub.at)
+		refused := 0
+		hub.answer = func(r *http.Request) *http.Response {
+			if refused < 1 {
+				refused++
+				return respond(401, nil, "expired")
+			}
+			return nil
+		}
+		if err := c.Once(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if len(hub.asked) != asked+1 || len(hub.at) != pushes+2 {
+			t.Errorf("after a 401: authorized %d times, pushed %d times", len(hub.asked)-asked, len(hub.at)-pushes)
+		}
+		hub.answer = func(*http.Request) *http.Response { return respond(401, nil, "revoked") }
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if err := c.Once(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
+			t.Errorf("got %v", err)
+		}
+		if n := len(hub.asked) - asked; n > 16 { // two servers, pauses of 1, 2, 4 s
+			t.Errorf("asked %d times in 10 s", n)
+		}
+	})
+}
+
+func TestClientTellsSourceFromDestination(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		broken := false
+		c, hub, log := newTestClient(t, "", func(c *ClientConfig, _ *ClientState) {
+			c.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+				if broken {
+					return nil, errors.New("connection refused")
+				}
+				return respond(200, nil, "a 1\nb 2\n"), nil
+			})
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		broken = true
+		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
+			t.Errorf("got %v", err)
+		}
+		if c.scrapes.Value("failed") != 1 || c.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
+			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.pushes.Value("failed"), log)
+		}
+		broken = false
+		log.Reset()
+		hub.answer = func(*http.Request) *http.Response { return respond(500, nil, "") }
+		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
+			t.Errorf("got %v", err)
+		}
+		if c.scrapes.Value("failed") != 1 || c.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
+			strings.Contains(log.String(), "source failed") {
+			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.pushes.Value("failed"), log)
+		}
+		if got := c.dropped.Value(dropUndelivered); got != 2 {
+			t.Errorf("%v samples counted as undelivered, want 2", got)
+		}
+	})
+}
+
+func TestClientCleans(t *testing.T) {
+	const text = `# TYPE up gauge
+up{instance="10.1.2.3:9100",job="node"} 1 1700000000000
+up{instance="10.1.2.4:9100",job="node"} 0 1700000000000
+ALERTS{alertname="A"} 1
+push_time_seconds 5
+bad{__x="1"} 1
+empty{a="",b="c"} 3
+`
+	salted := func(st *ClientState) func() *Cleaner {
+		return func() *Cleaner {
+			c := &Cleaner{
+				Rename: map[string]string{"ALERTS": "alerts"}, Anonymize: []string{"instance"},
+				Labels: []Label{{[]byte("region"), []byte("north")}},
+			}
+			c.Salt([]byte("0123456789abcdef"))
+			return c
+		}
+	}
+	c, hub, _ := newTestClient(t, text, func(cfg *ClientConfig, st *ClientState) {
+		cfg.Now = func() time.Time { return time.UnixMilli(1700000001234) }
+		st.Cleaner = salted(st)
+	})
+	if err := c.Once(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// printf %s 10.1.2.3:9100 | openssl dgst -sha256 -hmac 0123456789abcdef -binary |
+	// head -c16 | base64 | tr +/ -_
+	want := `up{instance="a5mQbxN11M-zwP-u2jRwGg",job="node",region="north"} 1 1700000000000
+up{instance="iwegJ1u42NbOhCAeX1xOwg",job="node",region="north"} 0 1700000000000
+alerts{alertname="A",region="north"} 1 1700000001234
+empty{b="c",region="north"} 3 1700000001234
+`
+	if hub.bodies[0] != want {
+		t.Errorf("pushed:\n%swant:\n%s", hub.bodies[0], want)
+	}
+	if got := c.dropped.Value(DropReserved) + 10*c.dropped.Value(DropInvalid); got != 11 {
+		t.Errorf("drops are not counted: %v", got)
+	}
+	// What a dry run prints is what would be pushed.
+	p, err := c.Scrape(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(c.Text(nil, p, p.Samples)); got != want {
+		t.Errorf("a dry run prints:\n%s", got)
+	}
+	// The listener shows the last set sent, and is ready only after a success.
+	rec := httptest.NewRecorder()
+	c.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/federate", nil))
+	for line := range strings.Lines(want) {
+		if !strings.Contains(rec.Body.String(), line) {
+			t.Errorf("/federate lacks %s", line)
+		}
+	}
+}
+
+func TestClientChoosesSeries(t *testing.T) {
+	sel, err := ParseSelectors([]string{`up`, `{job=~"a.*"}`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, wantQuery := range map[string][]string{
+		"http://source.example/federate":      {`up`, `{job=~"a.*"}`},
+		"http://source.example/prom/federate": {`up`, `{job=~"a.*"}`},
+		"http://source.example/metrics":       nil,
+	} {
+		var asked *http.Request
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, st *ClientState) {
+			cfg.From, _ = url.Parse(path)
+			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				asked = r
+				if r.Header.Get("Authorization") != "Bearer from-token" {
+					t.Errorf("asked with %q", r.Header.Get("Authorization"))
+				}
+				return respond(200, nil, "up 1 5\nx{job=\"ab\"} 2 5\ny{job=\"b\"} 3 5\n"), nil
+			})
+			st.Match = sel
+			st.FromToken = "from-token"
+		})
+		if err := c.Once(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := asked.URL.Query()["match[]"]; !slices.Equal(got, wantQuery) {
+			t.Errorf("%s: asked for %q", path, got)
+		}
+		want := "up 1 5\nx{job=\"ab\"} 2 5\n"
+		if wantQuery != nil {
+			want += "y{job=\"b\"} 3 5\n" // the source chose
+		}
+		if hub.bodies[0] != want {
+			t.Errorf("%s: pushed %q, want %q", path, hub.bodies[0], want)
+		}
+	}
+}
+
+func TestClientReadsProtobuf(t *testing.T) {
+	text := "# TYPE h histogram\nh_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	fams, err := parser.TextToMetricFamilies(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	enc := expfmt.NewEncoder(&b, expfmt.NewFormat(expfmt.TypeProtoDelim))
+	for _, f := range []*dto.MetricFamily{fams["h"]} {
+		if err := enc.Encode(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+			return respond(200, http.Header{"Content-Type": {string(expfmt.NewFormat(expfmt.TypeProtoDelim))}}, b.String()), nil
+		})
+	})
+	if err := c.Once(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want := "h_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
+	if hub.bodies[0] != want {
+		t.Errorf("pushed %q, want %q", hub.bodies[0], want)
+	}
+}
+
+func TestClientSplitsLargeScrapes(t *testing.T) {
+	var text strings.Builder
+	for i := range 5000 {
+		fmt.Fprintf(&text, "metric_%d{label=\"%x\"} %d 1\n", i, ClusterHash(fmt.Sprint(i)), i)
+	}
+	c, hub, _ := newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 16 << 10 })
+	if err := c.Once(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(hub.bodies, ""); got != text.String() {
+		t.Errorf("%d bytes in %d pushes differ from the scrape's %d", len(got), len(hub.bodies), text.Len())
+	}
+	for _, b := range hub.bodies {
+		if len(b) > DecodedFactor*16<<10 {
+			t.Errorf("a push of %d bytes", len(b))
+		}
+	}
+	// One series that cannot fit is an error, not an endless split.
+	c, _, _ = newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 50 })
+	if err := c.Once(t.Context()); err == nil || !strings.Contains(err.Error(), "--limit-bytes") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestClientWarnsOfExpiry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _, log := newTestClient(t, "a 1\n", func(cfg *ClientConfig, st *ClientState) {
+			cfg.Interval = time.Hour
+			st.Expires = time.Now().Add(29 * 24 * time.Hour).Unix()
+		})
+		runFor(t, c, 60*time.Hour)
+		if n := strings.Count(log.String(), "the token expires soon"); n != 3 {
+			t.Errorf("warned %d times in 60 hours, want 3", n)
+		}
+	})
+}
+
+func TestClientBadSource(t *testing.T) {
+	tests := []struct {
+		name, want string
+		resp       *http.Response
+	}{
+		{"status", `500 Internal Server Error: "oops"`, respond(500, nil, "oops\n")},
+		{"redirect", "redirects are not followed", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
+		{"type", "not supported", respond(200, http.Header{"Content-Type": {"text/html"}}, "<html>")},
+		{"truncated", "truncated", respond(200, nil, "a 1\nb 2")},
+	}
+	for _, tt := range tests {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+			cfg.FromClient = HTTPClient(nil, time.Minute, 10*time.Second)
+			cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return tt.resp, nil })
+		})
+		if err := c.Once(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
+		}
+		if len(hub.at) > 0 {
+			t.Errorf("%s: something was pushed", tt.name)
+		}
+	}
+}

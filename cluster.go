@@ -1,0 +1,368 @@
+package main
+
+// What is held of one cluster, in memory: its series and batches, which samples
+// of a push are new, what a rewritten log would hold. Invariants: no (series,
+// time) is held twice; within a batch and from batch to batch the new samples of
+// a series ascend, late ones excepted. No I/O and no locks: the store decides
+// when, and what is durable. This file must not know of files or other clusters.
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"math"
+	"slices"
+	"time"
+)
+
+// ErrSeriesLimit: the push would make its cluster hold too many series.
+var ErrSeriesLimit = errors.New("too many series")
+
+const (
+	// maxAhead is how far a sample's time may be ahead of this server's clock.
+	// Every site pays for a sample from the future: it moves the newest time of
+	// the central Prometheus, and with it the window for late samples.
+	maxAhead = time.Minute
+	// recordBytes is about the most that one series record holds.
+	recordBytes = 1 << 20
+	// maxGap is the most IDs that damage can be believed to have taken at once.
+	maxGap = 1 << 20
+	// maxBatch is the most samples that surely fit one record: in the worst case
+	// each takes 5 bytes of ID, 5 of time and 8 of value.
+	maxBatch = MaxRecord / 20
+)
+
+// Cluster is what is held of one cluster. It is not safe for concurrent use; but
+// a batch, once taken, never changes, nor does a line.
+type Cluster struct {
+	ID       string
+	Table    *SeriesTable
+	Batches  []*Batch // by sequence number
+	Seq      uint64   // of the newest batch ever
+	Accepted int64    // ms; of the newest push
+}
+
+// NewCluster returns an empty one; for the seed see NewSeriesTable.
+func NewCluster(id string, seed maphash.Seed) Cluster {
+	return Cluster{ID: id, Table: NewSeriesTable(seed, 0)}
+}
+
+// Samples returns the number of samples held.
+func (c *Cluster) Samples() int64 {
+	n := 0
+	for _, b := range c.Batches {
+		n += len(b.V)
+	}
+	return int64(n)
+}
+
+// Bytes estimates the size of a log of just what is held, rather too high than
+// too low.
+func (c *Cluster) Bytes() int64 {
+	const frame = 16 // of a record; of a line it is 3 at most
+	n := 5*frame + len(c.ID) + 3*c.Table.Len() + c.Table.TextBytes()
+	for _, b := range c.Batches {
+		n += frame + b.Size
+	}
+	return int64(n)
+}
+
+// AppendResult says what became of a push's samples.
+type AppendResult struct {
+	Accepted, Duplicates      int
+	Conflicts, TooOld, Future int           // dropped
+	Write                     time.Duration // spent until the disk had it
+}
+
+// entry is a sample of a push whose series is found.
+type entry struct {
+	id    uint32
+	round uint32 // how many earlier samples of its series the push has
+	t     int64
+	v     float64
+}
+
+// Prepare finds or inserts the series of p and makes a batch of the samples that
+// are new: neither held, nor older than retention, nor of the future. The lines
+// of p are those of Push.Add. Until Take holds the batch, Table.Truncate(known)
+// undoes it; on an error, ErrSeriesLimit or ErrTooLarge, nothing was inserted.
+func (c *Cluster) Prepare(p *Push, now time.Time, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
+	if len(p.Samples) > maxBatch {
+		return nil, 0, res, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
+	}
+	oldest, newest := now.Add(-retention).UnixMilli(), now.Add(maxAhead).UnixMilli()
+	entries := make([]entry, 0, len(p.Samples))
+	known = c.Table.Len()
+	for _, smp := range p.Samples {
+		if smp.T < oldest {
+			res.TooOld++
+			continue
+		}
+		if smp.T > newest {
+			res.Future++
+			continue
+		}
+		line := p.Line(smp)
+		id, hash, ok := c.Table.Find(line)
+		if !ok {
+			if n := c.Table.Len(); limit > 0 && n >= limit || n > MaxSeriesID || !c.Table.HasRoom(len(line)) {
+				c.Table.Truncate(known)
+				return nil, known, res, fmt.Errorf("%w: more than the %d that may be held for a cluster", ErrSeriesLimit, limit)
+			}
+			id = c.Table.Insert(hash, line, !LegacyLine(line))
+		}
+		entries = append(entries, entry{id: id, t: smp.T, v: smp.V})
+	}
+	entries = c.novel(entries, &res)
+	res.Accepted = len(entries)
+	b = &Batch{
+		Seq: c.Seq + 1, Accepted: now.UnixMilli(),
+		IDs: make([]uint32, len(entries)), DT: make([]int32, len(entries)), V: make([]float64, len(entries)),
+	}
+	if len(entries) > 0 {
+		b.T0 = entries[0].t
+	}
+	for i, e := range entries {
+		// Both times are within retention, so the difference fits.
+		b.IDs[i], b.DT[i], b.V[i] = e.id, int32(e.t-b.T0), e.v
+	}
+	b.Bound()
+	return b, known, res, nil
+}
+
+// novel leaves out what is held already, by series and time, and orders the
+// rest for a batch: the first sample of every series by ID, then the second …
+func (c *Cluster) novel(entries []entry, res *AppendResult) []entry {
+	byTime := func(a, b entry) int { return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t)) }
+	if !slices.IsSortedFunc(entries, byTime) {
+		slices.SortStableFunc(entries, byTime)
+	}
+	repeat := func(e entry, v float64) {
+		if math.Float64bits(e.v) == math.Float64bits(v) {
+			res.Duplicates++
+		} else {
+			res.Conflicts++
+		}
+	}
+	type key struct {
+		id uint32
+		t  int64
+	}
+	late := map[key]float64{} // older than the newest of their series: new or repeated?
+	times := map[int64]bool{} // of those
+	out := entries[:0]
+	for _, e := range entries {
+		if n := len(out); n > 0 && out[n-1].id == e.id && out[n-1].t == e.t {
+			repeat(e, out[n-1].v)
+			continue
+		}
+		lastT, lastV := c.Table.Newest(e.id)
+		if e.t == lastT {
+			repeat(e, lastV)
+			continue
+		}
+		if e.t < lastT {
+			late[key{e.id, e.t}], times[e.t] = e.v, true
+		}
+		out = append(out, e)
+	}
+	if len(late) > 0 {
+		held := map[key]bool{}
+		for _, b := range c.Batches {
+			if b.DT == nil && !times[b.T0] {
+				continue
+			}
+			for i, id := range b.IDs {
+				k := key{id, b.Time(i)}
+				if !times[k.t] {
+					continue
+				}
+				if v, ok := late[k]; ok && !held[k] {
+					held[k] = true
+					repeat(entry{v: v}, b.V[i])
+				}
+			}
+		}
+		out = slices.DeleteFunc(out, func(e entry) bool { return held[key{e.id, e.t}] })
+	}
+	several := false
+	for i := 1; i < len(out); i++ {
+		if out[i].id == out[i-1].id {
+			out[i].round = out[i-1].round + 1
+			several = true
+		}
+	}
+	if several {
+		slices.SortStableFunc(out, func(a, b entry) int { return cmp.Compare(a.round, b.round) })
+	}
+	return out
+}
+
+// Restore puts a line at its ID. It is checked as strictly as a line from
+// outside: after damage, bytes that a site chose may have been taken for a
+// record. All lines have to name one cluster, for which owner returns true.
+func (c *Cluster) Restore(parser *Parser, owner func(cluster string) bool, id uint32, line []byte) error {
+	name, labels, err := parser.Check(line)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel })
+	if i < 0 || string(labels[i].Value) != c.ID && (c.ID != "" || !owner(string(labels[i].Value))) {
+		return fmt.Errorf("series %s is not of this cluster", Excerpt(line))
+	}
+	c.ID = string(labels[i].Value)
+	if n := c.Table.Len(); int(id) < n || int(id) > n+maxGap {
+		return fmt.Errorf("series ID %d after %d", id, n)
+	}
+	c.Table.Pad(id) // IDs that damage took
+	_, hash, _ := c.Table.Find(line)
+	c.Table.Insert(hash, line, !Legacy(name, labels))
+	return nil
+}
+
+// Adopt takes a recovered batch, unless it is wholly older than oldest. The error
+// says what damage made unknown; the rest of the batch is held.
+func (c *Cluster) Adopt(b *Batch, oldest int64) error {
+	if b.Seq <= c.Seq {
+		return fmt.Errorf("batch %d after %d", b.Seq, c.Seq)
+	}
+	c.Seq, c.Accepted = b.Seq, max(c.Accepted, b.Accepted)
+	lost := len(b.V)
+	b = b.Where(func(i int) bool { return int(b.IDs[i]) < c.Table.Len() && len(c.Table.Line(b.IDs[i])) > 0 })
+	lost -= len(b.V)
+	if b.MaxT >= oldest && len(b.V) > 0 {
+		c.Take(b)
+	}
+	if lost > 0 {
+		return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
+	}
+	return nil
+}
+
+// Take holds b, which is durable, and shows its samples.
+func (c *Cluster) Take(b *Batch) {
+	if n := len(c.Batches); n > 0 && slices.Equal(c.Batches[n-1].IDs, b.IDs) {
+		b.IDs = c.Batches[n-1].IDs
+	}
+	c.Seq, c.Accepted = max(c.Seq, b.Seq), max(c.Accepted, b.Accepted) // Compact takes older ones
+	c.Batches = append(c.Batches, b)
+	c.show(b)
+}
+
+func (c *Cluster) show(b *Batch) {
+	for i, id := range b.IDs {
+		c.Table.Show(id, b.Time(i), b.V[i])
+	}
+}
+
+// AppendSeriesRecords frames the series of t from ID from on.
+func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
+	for from < t.Len() {
+		next, size := from, 0
+		payload := EncodeSeries(nil, uint32(from), func(yield func([]byte) bool) {
+			for next < t.Len() && size < recordBytes {
+				line := t.Line(uint32(next))
+				next, size = next+1, size+len(line)
+				if !yield(line) {
+					return
+				}
+			}
+		})
+		frames = AppendRecord(frames, RecordSeries, payload)
+		from = next
+	}
+	return frames
+}
+
+// Compact returns what is held since oldest, and b if it is not nil, without the
+// series that have no sample left, which renumbers the others. c may be read
+// meanwhile, and stays as it is.
+func (c *Cluster) Compact(b *Batch, oldest int64) Cluster {
+	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted}
+	var held []*Batch
+	for _, b := range c.Batches {
+		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 {
+			held = append(held, b)
+		}
+	}
+	if b != nil {
+		held = append(held, b)
+	}
+	used := make([]bool, c.Table.Len())
+	for _, b := range held {
+		for _, id := range b.IDs {
+			used[id] = true
+		}
+	}
+	var ids []uint32
+	next.Table, ids = c.Table.Keep(used)
+	for _, b := range held {
+		n := *b
+		n.IDs = make([]uint32, len(b.IDs))
+		for i, id := range b.IDs {
+			n.IDs[i] = ids[id]
+		}
+		next.Take(&n) // shares equal lists of IDs again
+	}
+	return next
+}
+
+// Records calls yield with framed records that make up the log of c.
+func (c *Cluster) Records(yield func(frames []byte) bool) {
+	if !yield(AppendSeriesRecords(nil, c.Table, 0)) {
+		return
+	}
+	batches := c.Batches
+	if n := len(batches); n == 0 || batches[n-1].Seq < c.Seq {
+		// Sequence numbers never start again.
+		batches = append(slices.Clip(batches), &Batch{Seq: c.Seq, Accepted: c.Accepted})
+	}
+	var frames, payload []byte
+	for _, b := range batches {
+		payload = EncodeBatch(payload[:0], b)
+		frames = AppendRecord(frames[:0], RecordBatch, payload)
+		if !yield(frames) {
+			return
+		}
+	}
+}
+
+// Expire drops batches wholly older than oldest and returns the samples dropped.
+func (c *Cluster) Expire(oldest int64) int64 {
+	before := c.Samples()
+	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool { return b.MaxT < oldest })
+	return before - c.Samples()
+}
+
+// Head returns when the oldest batch was accepted, in ms, and math.MaxInt64 if
+// none is held.
+func (c *Cluster) Head() int64 {
+	if len(c.Batches) == 0 {
+		return math.MaxInt64
+	}
+	return c.Batches[0].Accepted
+}
+
+// Evictable reports whether there is an oldest batch of which no scrape that
+// shows samples since shown shows any.
+func (c *Cluster) Evictable(shown int64) bool {
+	if len(c.Batches) == 0 {
+		return false
+	}
+	b := c.Batches[0]
+	for i, id := range b.IDs {
+		if t, _ := c.Table.Newest(id); t == b.Time(i) && t >= shown {
+			return false
+		}
+	}
+	return true
+}
+
+// Evict drops the oldest batch and returns the samples dropped. The batch's
+// memory is free when Batches is next copied.
+func (c *Cluster) Evict() int64 {
+	n := int64(len(c.Batches[0].V))
+	c.Batches = c.Batches[1:]
+	return n
+}

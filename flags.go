@@ -1,0 +1,275 @@
+package main
+
+// The flags of a mode, and the files they name. Invariants: all conflicts are
+// collected, to be told in one message; help lists every flag in its group with
+// its default. This file must not know what any flag is for.
+
+import (
+	"crypto/x509"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+const helpIndent, helpWidth = 29, 96 // columns
+
+// MaxFile bounds a file of rules or certificates, in bytes.
+const MaxFile = 4 << 20
+
+// UsageError is everything that is wrong with a command line.
+type UsageError []string
+
+func (e UsageError) Error() string { return strings.Join(e, "; ") }
+
+// Command is one mode's flags, in groups for --help.
+type Command struct {
+	*flag.FlagSet
+	Mode           string
+	args           []string
+	Stdout, Stderr io.Writer
+	About, Example string
+	groups         []flagGroup
+	problems       UsageError
+}
+
+type flagGroup struct {
+	title string
+	names []string
+}
+
+// NewCommand returns a command without flags but --mode.
+func NewCommand(mode string, args []string, stdout, stderr io.Writer) *Command {
+	c := &Command{Mode: mode, Stdout: stdout, Stderr: stderr, args: args}
+	c.FlagSet = flag.NewFlagSet(mode, flag.ContinueOnError)
+	c.SetOutput(io.Discard)
+	c.String("mode", mode, "")
+	return c
+}
+
+// Group begins a group of flags; those defined until the next belong to it.
+func (c *Command) Group(title string, define func()) {
+	before := map[string]bool{}
+	c.VisitAll(func(f *flag.Flag) { before[f.Name] = true })
+	define()
+	g := flagGroup{title: title}
+	c.VisitAll(func(f *flag.Flag) {
+		if !before[f.Name] {
+			g.names = append(g.names, f.Name)
+		}
+	})
+	c.groups = append(c.groups, g)
+}
+
+func (c *Command) Help(w io.Writer) {
+	fmt.Fprintf(w, "telemeter --mode %s: %s\n", c.Mode, c.About)
+	for _, g := range c.groups {
+		fmt.Fprintf(w, "\n%s:\n", g.title)
+		for _, name := range g.names {
+			f := c.Lookup(name)
+			arg, text := flag.UnquoteUsage(f)
+			text = strings.TrimPrefix(text, arg+" ") // they read on from the argument
+			switch f.DefValue {
+			case "", "false", "0", "0s":
+			default:
+				text += fmt.Sprintf(" (default %s)", shortDuration(f.DefValue))
+			}
+			fmt.Fprintf(w, "  %-27s", strings.TrimSpace("--"+name+" "+arg))
+			column := helpIndent
+			for _, word := range strings.Fields(text) {
+				if column += 1 + len(word); column > helpWidth {
+					fmt.Fprintf(w, "\n%*s", helpIndent, "")
+					column = helpIndent + 1 + len(word)
+				}
+				io.WriteString(w, " "+word)
+			}
+			fmt.Fprintln(w)
+		}
+	}
+	fmt.Fprintf(w, "\nExample:\n  %s\n", c.Example)
+}
+
+// shortDuration writes 10m0s as 10m, and leaves what is not a duration.
+func shortDuration(s string) string {
+	if t, ok := strings.CutSuffix(s, "m0s"); ok {
+		s = t + "m"
+	}
+	if t, ok := strings.CutSuffix(s, "h0m"); ok {
+		s = t + "h"
+	}
+	return s
+}
+
+// ParseAll parses the arguments. Conflicts are collected afterwards by Check, and
+// returned all at once by Conflicts.
+func (c *Command) ParseAll() error {
+	if err := c.Parse(c.args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return err
+		}
+		return UsageError{err.Error()}
+	}
+	for _, a := range c.Args() {
+		c.Check(false, "unexpected argument %q: every value belongs to a flag", a)
+	}
+	return nil
+}
+
+func (c *Command) Check(ok bool, format string, args ...any) {
+	if !ok {
+		c.problems = append(c.problems, fmt.Sprintf(format, args...))
+	}
+}
+
+func (c *Command) Conflicts() error {
+	if len(c.problems) > 0 {
+		return c.problems
+	}
+	return nil
+}
+
+// ListFlag is a flag that may be repeated.
+type ListFlag []string
+
+func (l *ListFlag) String() string     { return strings.Join(*l, ",") }
+func (l *ListFlag) Set(v string) error { *l = append(*l, v); return nil }
+
+func (c *Command) List(name, text string) *ListFlag {
+	l := &ListFlag{}
+	c.Var(l, name, text+"; may be repeated")
+	return l
+}
+
+// SizeFlag is a flag in bytes, with a binary unit if need be.
+type SizeFlag int64
+
+var sizeUnits = []struct {
+	suffix string
+	bytes  SizeFlag
+}{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"", 1}}
+
+func (s *SizeFlag) String() string {
+	for _, u := range sizeUnits {
+		if *s != 0 && *s%u.bytes == 0 {
+			return strconv.FormatInt(int64(*s/u.bytes), 10) + u.suffix
+		}
+	}
+	return "0"
+}
+
+func (s *SizeFlag) Set(v string) error {
+	for _, u := range sizeUnits {
+		if n, ok := strings.CutSuffix(v, u.suffix); ok {
+			i, err := strconv.ParseUint(n, 10, 63)
+			if err != nil || i > uint64(math.MaxInt64/u.bytes) {
+				return errors.New("not a number of bytes, such as 1048576 or 1MiB")
+			}
+			*s = SizeFlag(i) * u.bytes
+			return nil
+		}
+	}
+	return nil
+}
+
+func (c *Command) Size(name string, value SizeFlag, text string) *SizeFlag {
+	s := value
+	c.Var(&s, name, text)
+	return &s
+}
+
+func (c *Command) LogLevel() *slog.Level {
+	level := slog.LevelInfo
+	c.TextVar(&level, "log-level", level, "`LEVEL` of what is logged: DEBUG, INFO, WARN or ERROR")
+	return &level
+}
+
+func (c *Command) Logger(level slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(c.Stderr, &slog.HandlerOptions{Level: level}))
+}
+
+// readFile reads a file of at most max bytes.
+func ReadFile(path string, max int) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, int64(max)+1))
+	if err == nil && len(b) > max {
+		err = fmt.Errorf("%s is larger than %d bytes", path, max)
+	}
+	return b, err
+}
+
+func ReadKeys(dir, name string) (Keys, error) {
+	path := filepath.Join(dir, name)
+	b, err := ReadFile(path, MaxKeyFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return Keys{}, fmt.Errorf("%w; telemeter --mode keygen --keys %s makes it", err, dir)
+	}
+	if err != nil {
+		return Keys{}, fmt.Errorf("reading key file: %w", err)
+	}
+	keys, err := ParseKeys(b)
+	if err != nil {
+		return Keys{}, fmt.Errorf("reading %s: %w", path, err)
+	}
+	return keys, nil
+}
+
+// readSelectors parses selectors of flags and of a file with one a line.
+func ReadSelectors(texts []string, file string) (Selectors, error) {
+	if file != "" {
+		b, err := ReadFile(file, MaxFile)
+		if err != nil {
+			return nil, fmt.Errorf("reading selectors: %w", err)
+		}
+		lines := SelectorLines(b)
+		if len(lines) == 0 {
+			return nil, fmt.Errorf("%s holds no selector", file)
+		}
+		texts = slices.Concat(texts, lines)
+	}
+	return ParseSelectors(texts)
+}
+
+func ReadCAs(path string) (*x509.CertPool, error) {
+	b, err := ReadFile(path, MaxFile)
+	if err != nil {
+		return nil, fmt.Errorf("reading CA certificates: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("%s holds no PEM certificate", path)
+	}
+	return pool, nil
+}
+
+func IsLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// baseURL parses the address of a server: no path, no credentials.
+func BaseURL(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%q is not a URL", s)
+	case u.Scheme != "http" && u.Scheme != "https" || u.Host == "":
+		return nil, fmt.Errorf("%q is not an http:// or https:// URL with a host", s)
+	case u.User != nil || u.RawQuery != "" || strings.Trim(u.Path, "/") != "":
+		return nil, fmt.Errorf("%q has more than scheme, host and port", s)
+	}
+	u.Path = ""
+	return u, nil
+}

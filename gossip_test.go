@@ -1,0 +1,259 @@
+package main
+
+// gossip_test.go: members on real sockets of this host, all in this process.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+)
+
+// fakeDNS answers from a table that tests change.
+type fakeDNS struct {
+	mu    sync.Mutex
+	hosts map[string][]netip.Addr
+}
+
+func (d *fakeDNS) LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if addrs := d.hosts[host]; addrs != nil {
+		return addrs, nil
+	}
+	return nil, errors.New("no such host")
+}
+
+// A gossiper is a member that runs.
+type gossiper struct {
+	*Gossip
+	addr netip.AddrPort
+	stop func() error // leaves
+	kill func()       // without a word
+}
+
+// gossip starts a member on a socket of its own.
+func gossip(tb testing.TB, c GossipConfig, listen string) *gossiper {
+	tb.Helper()
+	return gossipOver(tb, c, listen, nil)
+}
+
+// gossipOver puts something between a member and its socket.
+func gossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDPConn) UDPConn) *gossiper {
+	tb.Helper()
+	udp, err := net.ResolveUDPAddr("udp", listen)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	conn, err := net.ListenUDP("udp", udp)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	g := &gossiper{addr: conn.LocalAddr().(*net.UDPAddr).AddrPort()}
+	if c.Addr == "" {
+		c.Addr = g.addr.String()
+	} else if c.Addr[len(c.Addr)-1] == ':' {
+		c.Addr += fmt.Sprint(g.addr.Port())
+	}
+	c.Cluster, c.Conn = "test", conn
+	if wrap != nil {
+		c.Conn = wrap(conn)
+	}
+	if len(c.Keys.IDs()) == 0 {
+		c.Keys = testKeys(tb, 1)
+	}
+	if c.Interval == 0 {
+		c.Interval = 200 * time.Millisecond
+	}
+	if c.Resolver == nil {
+		c.Resolver = &fakeDNS{}
+	}
+	if g.Gossip, err = NewGossip(c); err != nil {
+		tb.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- g.Run(ctx) }()
+	var once sync.Once
+	var result error
+	end := func(first func()) {
+		once.Do(func() {
+			first()
+			result = <-ended
+			cancel()
+			conn.Close()
+		})
+	}
+	g.stop = func() error { end(cancel); return result }
+	g.kill = func() { end(func() { conn.Close() }) }
+	tb.Cleanup(g.kill)
+	return g
+}
+
+// waitFor polls until ok, which must be soon.
+func waitFor(tb testing.TB, about string, ok func() bool) {
+	tb.Helper()
+	deadline := time.NewTimer(30 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-deadline.C:
+			tb.Fatalf("never: %s", about)
+		case <-tick.C:
+		}
+	}
+}
+
+// states returns what g thinks of the others.
+func (g *gossiper) states() map[string]State {
+	all := map[string]State{}
+	for _, m := range g.View().Members {
+		all[m.Name] = m.State
+	}
+	return all
+}
+
+func (g *gossiper) live() int {
+	n := 0
+	for _, s := range g.states() {
+		if s.Live() {
+			n++
+		}
+	}
+	return n
+}
+
+func allLive(all []*gossiper, n int) func() bool {
+	return func() bool {
+		for _, g := range all {
+			if g.live() != n {
+				return false
+			}
+		}
+		return true
+	}
+}
+
+// 50 members join through one, one dies, one leaves.
+func TestGossipLoopback(t *testing.T) {
+	const n = 50
+	var all []*gossiper
+	for i := range n {
+		c := GossipConfig{Name: fmt.Sprint("n", i)}
+		if i > 0 {
+			c.Seeds = []string{all[0].addr.String()}
+		}
+		all = append(all, gossip(t, c, "127.0.0.1:0"))
+	}
+	waitFor(t, "all joined", allLive(all, n))
+	all[7].SetClaim(3, 9, true)
+	waitFor(t, "all know a claim", func() bool {
+		for _, g := range all {
+			v := g.View()
+			ok := v.Buckets == 4 && v.Lamport == 9 && g.State().Seen == 9
+			for _, m := range v.Members {
+				ok = ok && (m.Name != "n7" || m.Slot == 3 && m.Lamport == 9 && m.Provisional)
+			}
+			if !ok {
+				return false
+			}
+		}
+		return true
+	})
+	if err := all[n-1].stop(); err != nil {
+		t.Error(err)
+	}
+	all = all[:n-1]
+	waitFor(t, "all know who left", allLive(all, n-1))
+	if s := all[0].states()[fmt.Sprint("n", n-1)]; s != Left {
+		t.Errorf("who left is %v", s)
+	}
+	all[n-2].kill()
+	all = all[:n-2]
+	waitFor(t, "all know who died", allLive(all, n-2))
+	st := all[0].Stats()
+	if st.Sent == 0 || st.SentBytes == 0 || st.Received == 0 || st.ReceivedBytes == 0 {
+		t.Errorf("stats are %+v", st)
+	}
+	<-all[0].Changed()
+}
+
+func TestGossipAddresses(t *testing.T) {
+	dns := &fakeDNS{hosts: map[string][]netip.Addr{}}
+	a := gossip(t, GossipConfig{Name: "a"}, "[::1]:0")
+	port := fmt.Sprint(a.addr.Port())
+	// b looks for a by a name that at first there is not, and is itself known by one.
+	b := gossip(t, GossipConfig{Name: "b", Addr: "b.example:", Seeds: []string{"a.example:" + port}, Resolver: dns}, "[::1]:0")
+	dns.mu.Lock()
+	dns.hosts["a.example"] = []netip.Addr{netip.MustParseAddr("::1")}
+	dns.mu.Unlock()
+	waitFor(t, "joined by a name", allLive([]*gossiper{a, b}, 2))
+	both := &fakeDNS{hosts: map[string][]netip.Addr{"b.example": {netip.MustParseAddr("::1")}}}
+	c := gossip(t, GossipConfig{Name: "c", Seeds: []string{a.addr.String()}, Resolver: both}, "[::1]:0")
+	waitFor(t, "c reaches b by name", func() bool {
+		for _, m := range c.View().Members {
+			if m.Name == "b" && m.RTT > 0 && m.Addr == "b.example:"+fmt.Sprint(b.addr.Port()) {
+				return true
+			}
+		}
+		return false
+	})
+	// A socket for both families talks to IPv4.
+	d := gossip(t, GossipConfig{Name: "d", Addr: "127.0.0.1:"}, "[::]:0")
+	e := gossip(t, GossipConfig{Name: "e", Seeds: []string{fmt.Sprint("127.0.0.1:", d.addr.Port())}}, "127.0.0.1:0")
+	waitFor(t, "joined by IPv4", allLive([]*gossiper{d, e}, 2))
+}
+
+func TestGossipNameTaken(t *testing.T) {
+	a := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
+	seed := []string{a.addr.String()}
+	var told sync.Map
+	first := gossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e Event) { told.Store(e.What, true) }}, "127.0.0.1:0")
+	waitFor(t, "joined", allLive([]*gossiper{a, first}, 2))
+	second := gossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
+	waitFor(t, "the lower session stands down", func() bool {
+		second.mu.Lock()
+		defer second.mu.Unlock()
+		return second.swim.Stood
+	})
+	if err := second.stop(); err != ErrNameTaken {
+		t.Errorf("it ends with %v", err)
+	}
+	waitFor(t, "the other one says so", func() bool { _, ok := told.Load(EventConflict); return ok })
+}
+
+func TestNewGossip(t *testing.T) {
+	good := GossipConfig{Name: "a", Addr: "a:1", Cluster: "c", Keys: testKeys(t, 1), Interval: time.Second}
+	if _, err := NewGossip(good); err != nil {
+		t.Error(err)
+	}
+	for about, spoil := range map[string]func(c *GossipConfig){
+		"no name":          func(c *GossipConfig) { c.Name = "" },
+		"no address":       func(c *GossipConfig) { c.Addr = "" },
+		"no port":          func(c *GossipConfig) { c.Addr = "a" },
+		"URL with a space": func(c *GossipConfig) { c.URL = "http://a b" },
+		"no seed's port":   func(c *GossipConfig) { c.Seeds = []string{"b"} },
+		"no key":           func(c *GossipConfig) { c.Keys = Keys{} },
+		"no interval":      func(c *GossipConfig) { c.Interval = 0 },
+	} {
+		c := good
+		spoil(&c)
+		if _, err := NewGossip(c); err == nil {
+			t.Errorf("%s: no error", about)
+		}
+	}
+}
+
+func TestAdvertisedAddr(t *testing.T) {
+	for listener, want := range map[string]string{"127.0.0.1:9006": "127.0.0.1:9006", "[::1]:1": "[::1]:1", "[::]:9006": "127.0.0.1:9006", "0.0.0.0:9": "127.0.0.1:9"} {
+		if got, err := AdvertisedAddr(netip.MustParseAddrPort(listener), "127.0.0.1:1"); got != want || err != nil {
+			t.Errorf("%s: got %s, %v, want %s", listener, got, err, want)
+		}
+	}
+}

@@ -1,0 +1,240 @@
+package main
+
+// The HTTP plumbing that server and client share: hardened listeners, counted
+// handlers, health, compressed answers. Invariants: every connection has
+// deadlines, and their number is bounded. This file must not know what is served.
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	maxConnections = 4096 // per listener
+	maxHeaderBytes = 16 << 10
+	shutdownWait   = 20 * time.Second // for requests in flight
+)
+
+// NewInstrument registers what is counted of HTTP requests, and returns a
+// function that counts and times those of a handler under a name.
+func NewInstrument(m *Metrics) func(name string, h http.Handler) http.Handler {
+	requests := m.Counter("telemeter_http_requests_total", "HTTP requests by handler and status code.", "handler", "code")
+	seconds := m.Histogram("telemeter_http_request_duration_seconds", "Time to answer HTTP requests, by handler and status code.",
+		[]float64{.001, .005, .01, .05, .1, .25, .5, 1, 5, 10, 30}, "handler", "code")
+	return func(name string, h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			begin := time.Now()
+			sw := &statusWriter{ResponseWriter: w, code: http.StatusOK}
+			code := "panic"
+			defer func() {
+				requests.Inc(name, code)
+				seconds.Observe(time.Since(begin).Seconds(), name, code)
+			}()
+			h.ServeHTTP(sw, r)
+			code = strconv.Itoa(sw.code)
+		})
+	}
+}
+
+// statusWriter remembers the status that a handler wrote.
+type statusWriter struct {
+	http.ResponseWriter
+	code    int
+	written bool
+}
+
+func (w *statusWriter) WriteHeader(code int) {
+	if !w.written {
+		w.code, w.written = code, true
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *statusWriter) Write(p []byte) (int, error) {
+	w.written = true
+	return w.ResponseWriter.Write(p)
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// CountWriter counts the bytes written to W.
+type CountWriter struct {
+	W io.Writer
+	N int64
+}
+
+func (c *CountWriter) Write(p []byte) (int, error) {
+	n, err := c.W.Write(p)
+	c.N += int64(n)
+	return n, err
+}
+
+// CompressResponse returns what to write the body to, compressed if the request
+// takes gzip. finish has to be called at its end.
+func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func()) {
+	if !TakesGzip(r.Header) {
+		return w, func() {}
+	}
+	w.Header().Set("Content-Encoding", "gzip")
+	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
+	return z, func() { z.Close() }                 // an error is the connection's: the peer sees the body end early
+}
+
+// WriteJSON answers with v.
+func WriteJSON(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(v) // an error is the connection's: nobody is left to tell
+}
+
+// Index answers with a list of paths.
+func Index(paths ...string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		WriteJSON(w, map[string][]string{"paths": paths})
+	})
+}
+
+// HealthRoutes adds /healthz, which answers while the process does, and
+// /healthz/ready.
+func HealthRoutes(mux *http.ServeMux, ready func() bool) {
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, r *http.Request) {
+		if !ready() {
+			w.Header().Set("Retry-After", "1")
+			http.Error(w, "not ready", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+}
+
+// Listen opens a TCP listener.
+func Listen(addr string) (net.Listener, error) {
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("listening: %w", err)
+	}
+	return ln, nil
+}
+
+// HTTPClient returns a client that follows no redirects, since each request
+// carries a token, and asks no proxy of the environment.
+func HTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
+	return &http.Client{
+		Timeout:       timeout,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{
+			TLSClientConfig: config, TLSHandshakeTimeout: dial, IdleConnTimeout: 10 * time.Minute, MaxIdleConnsPerHost: 32,
+			DialContext: (&net.Dialer{Timeout: dial}).DialContext, MaxResponseHeaderBytes: 64 << 10,
+		},
+	}
+}
+
+// Web is one listener with its handler.
+type Web struct {
+	Name     string // for logs
+	Listener net.Listener
+	Handler  http.Handler
+	TLS      *tls.Config // nil for plain HTTP
+	Log      *slog.Logger
+}
+
+// Run serves until ctx ends, then waits for requests in flight.
+func (l *Web) Run(ctx context.Context) error {
+	srv := &http.Server{
+		Handler:           l.Handler,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       time.Minute,
+		WriteTimeout:      2 * time.Minute,
+		IdleTimeout:       6 * time.Minute, // longer than common intervals: connections are kept
+		MaxHeaderBytes:    maxHeaderBytes,
+		TLSConfig:         l.TLS,
+		ErrorLog:          log.New(errorLog{l.Log.With("listener", l.Name)}, "", 0),
+	}
+	ln := net.Listener(&limitListener{Listener: l.Listener, slots: make(chan struct{}, maxConnections)})
+	if l.TLS != nil {
+		// HTTP/1.1 only: one request a connection at a time is what the bounds count.
+		l.TLS.NextProtos = []string{"http/1.1"}
+		ln = tls.NewListener(ln, l.TLS)
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(ln) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serving %s: %w", l.Name, err)
+	case <-ctx.Done():
+	}
+	wait, cancel := context.WithTimeout(context.Background(), shutdownWait)
+	defer cancel()
+	err := srv.Shutdown(wait)
+	if err != nil {
+		err = fmt.Errorf("waiting for requests to %s: %w", l.Name, err)
+		srv.Close()
+	}
+	<-failed
+	return err
+}
+
+// errorLog takes what net/http complains of: mostly peers, which is nobody's
+// business, but also panics.
+type errorLog struct{ log *slog.Logger }
+
+func (e errorLog) Write(p []byte) (int, error) {
+	level := slog.LevelDebug
+	if bytes.Contains(p, []byte("panic serving")) {
+		level = slog.LevelError
+	}
+	e.log.Log(context.Background(), level, "http", "err", strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
+// limitListener accepts a connection only when another has ended, once slots is
+// full: the rest wait in the kernel's queue.
+type limitListener struct {
+	net.Listener
+	slots chan struct{}
+}
+
+func (l *limitListener) Accept() (net.Conn, error) {
+	l.slots <- struct{}{}
+	c, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &limitConn{Conn: c, release: func() { <-l.slots }}, nil
+}
+
+type limitConn struct {
+	net.Conn
+	once    sync.Once
+	release func()
+}
+
+// CloseWrite is what net/http looks for, to let a peer that still sends read the
+// answer first.
+func (c *limitConn) CloseWrite() error {
+	if tcp, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return tcp.CloseWrite()
+	}
+	return nil
+}
+
+func (c *limitConn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(c.release)
+	return err
+}

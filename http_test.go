@@ -1,0 +1,358 @@
+package main
+
+// http_test.go: the deadlines and bounds of every connection, and an end that
+// waits for what is in flight. Most of it under a fake clock, over pipes: a
+// minute of waiting costs nothing.
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// pipeListener accepts connections that dial makes.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newPipeListener() *pipeListener {
+	return &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// dial reports whether the connection was accepted within a second.
+func (l *pipeListener) dial() (net.Conn, bool) {
+	mine, its := net.Pipe()
+	select {
+	case l.conns <- its:
+		return mine, true
+	case <-l.closed:
+	case <-time.After(time.Second):
+	}
+	return mine, false
+}
+
+// runWeb runs a Web over pipes; end ends it and returns after what time it did,
+// and what Run returned.
+func runWeb(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, error)) {
+	l = newPipeListener()
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		web := Web{Name: "test", Listener: l, Handler: h, Log: slog.New(slog.DiscardHandler)}
+		ended <- web.Run(ctx)
+	}()
+	return l, func() (time.Duration, error) {
+		begin := time.Now()
+		cancel()
+		err := <-ended
+		return time.Since(begin), err
+	}
+}
+
+func TestWebDeadlines(t *testing.T) {
+	const post = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+	for _, c := range []struct {
+		name string
+		send []string // a minute and a half apart
+		read bool     // what is answered
+		want time.Duration
+	}{
+		{"says nothing", nil, true, 10 * time.Second},
+		{"never ends its header", []string{"GET / HTTP/1.1\r\nX: "}, true, 10 * time.Second},
+		{"never ends its body", []string{post + "12345"}, true, time.Minute},
+		{"reads no answer", []string{post + "1234567890"}, false, 2 * time.Minute},
+		{"rests", []string{post + "1234567890"}, true, 6 * time.Minute},
+		{"comes back", []string{post + "1234567890", post + "1234567890"}, true, 90*time.Second + 6*time.Minute},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
+					if _, err := io.ReadAll(r.Body); err != nil {
+						http.Error(w, "late", http.StatusBadRequest)
+						return
+					}
+					w.Write(make([]byte, 1<<20))
+				})
+				begin := time.Now()
+				conn, ok := l.dial()
+				if !ok {
+					t.Fatal("not accepted")
+				}
+				closed := make(chan time.Duration, 1)
+				go func() {
+					for i, s := range c.send {
+						if i > 0 {
+							time.Sleep(90 * time.Second)
+						}
+						io.WriteString(conn, s)
+					}
+				}()
+				go func() {
+					if !c.read {
+						time.Sleep(time.Hour) // a pipe tells of its end only who reads or writes
+						closed <- 0
+						return
+					}
+					io.Copy(io.Discard, conn)
+					closed <- time.Since(begin)
+				}()
+				if c.read {
+					if got := <-closed; got < c.want || got > c.want+2*time.Second {
+						t.Errorf("closed after %v, not %v", got, c.want)
+					}
+				} else {
+					time.Sleep(c.want + time.Second)
+					if n, err := conn.Read(make([]byte, 1<<20)); err == nil {
+						n2, err := io.Copy(io.Discard, conn)
+						if int64(n)+n2 >= 1<<20 {
+							t.Errorf("still open after %v: %v", time.Since(begin), err)
+						}
+					}
+					<-closed
+				}
+				conn.Close()
+				if _, err := end(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+// TestWebShutdown: a request in flight is finished and answered, for a time; new
+// connections are not taken meanwhile.
+func TestWebShutdown(t *testing.T) {
+	for _, c := range []struct {
+		name        string
+		takes, want time.Duration
+		ok          bool
+	}{
+		{"in flight", 15 * time.Second, 15 * time.Second, true},
+		{"stuck", time.Hour, shutdownWait, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				gone := make(chan struct{})
+				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
+					select {
+					case <-time.After(c.takes):
+						io.WriteString(w, "done")
+					case <-r.Context().Done():
+						close(gone)
+					}
+				})
+				idle, _ := l.dial()
+				busy, _ := l.dial()
+				go func() { io.Copy(io.Discard, idle) }()
+				answered := make(chan string, 1)
+				go func() {
+					io.WriteString(busy, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+					b, _ := io.ReadAll(busy)
+					answered <- string(b)
+				}()
+				go func() {
+					time.Sleep(10 * time.Second)
+					if _, ok := l.dial(); ok {
+						t.Error("a connection was accepted while stopping")
+					}
+				}()
+				synctest.Wait()
+				took, err := end()
+				if took < c.want || took > c.want+2*time.Second || (err == nil) != c.ok {
+					t.Errorf("ended after %v: %v", took, err)
+				}
+				got := <-answered
+				if c.ok != strings.HasSuffix(got, "done") {
+					t.Errorf("answered %q", got)
+				}
+				if !c.ok {
+					<-gone
+				}
+				idle.Close()
+			})
+		})
+	}
+}
+
+// TestWebFails: a listener that breaks ends Run with an error that names it.
+func TestWebFails(t *testing.T) {
+	l := newPipeListener()
+	l.Close()
+	web := Web{Name: "external", Listener: l, Log: slog.New(slog.DiscardHandler)}
+	if err := web.Run(t.Context()); !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "external") {
+		t.Error(err)
+	}
+}
+
+// TestConnectionLimit: connections over the limit wait until one ends, whoever
+// closes it and how often.
+func TestConnectionLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {})
+		var conns []net.Conn
+		for range maxConnections {
+			c, ok := l.dial()
+			if !ok {
+				t.Fatalf("connection %d was not accepted", len(conns))
+			}
+			conns = append(conns, c)
+		}
+		if _, ok := l.dial(); ok {
+			t.Error("one more than the limit was accepted")
+		}
+		conns[0].Close()
+		c, ok := l.dial()
+		if !ok {
+			t.Error("none is accepted in place of one that ended")
+		}
+		c.Close()
+		for _, c := range conns {
+			c.Close()
+		}
+		if _, err := end(); err != nil {
+			t.Error(err)
+		}
+	})
+	inner := newPipeListener()
+	limited := &limitListener{Listener: inner, slots: make(chan struct{}, 1)}
+	go inner.dial()
+	c, err := limited.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	c.Close()
+	if n := len(limited.slots); n != 0 {
+		t.Errorf("%d slots are taken", n)
+	}
+	inner.Close()
+	if _, err := limited.Accept(); err == nil || len(limited.slots) != 0 {
+		t.Errorf("a closed listener: %v, %d slots are taken", err, len(limited.slots))
+	}
+}
+
+// TestWebTLS: TLS 1.2 or newer, and HTTP/1.1 only, whatever the peer would rather.
+func TestWebTLS(t *testing.T) {
+	crt, key, err := SelfSigned([]string{"127.0.0.1"}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(crt, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pin, err := PinFromPEM(crt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		web := Web{Name: "tls", Listener: ln, Log: slog.New(slog.DiscardHandler),
+			TLS:     &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
+			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Proto) })}
+		ended <- web.Run(ctx)
+	}()
+	config, err := PinnedTLS(pin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.NextProtos = []string{"h2", "http/1.1"}
+	c, err := tls.Dial("tcp", ln.Addr().String(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.ConnectionState().NegotiatedProtocol; got != "http/1.1" {
+		t.Errorf("negotiated %q", got)
+	}
+	c.Close()
+	resp, err := HTTPClient(config, 10*time.Second, time.Second).Get("https://" + ln.Addr().String())
+	if err != nil || resp.Proto != "HTTP/1.1" {
+		t.Errorf("%v %v", resp, err)
+	} else {
+		resp.Body.Close()
+	}
+	old := config.Clone()
+	old.MinVersion, old.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
+	if c, err := tls.Dial("tcp", ln.Addr().String(), old); err == nil {
+		c.Close()
+		t.Error("TLS 1.1 is spoken")
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestHTTPClient: neither redirects nor the environment lead a token astray.
+func TestHTTPClient(t *testing.T) {
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { t.Error("led astray") }))
+	defer other.Close()
+	for _, name := range []string{"HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"} {
+		t.Setenv(name, other.URL)
+	}
+	srv := httptest.NewServer(http.RedirectHandler(other.URL, http.StatusTemporaryRedirect))
+	defer srv.Close()
+	client := HTTPClient(nil, 10*time.Second, 10*time.Second)
+	resp, err := client.Get(srv.URL)
+	if err != nil || resp.StatusCode != http.StatusTemporaryRedirect {
+		t.Fatalf("%v %v", resp, err)
+	}
+	resp.Body.Close()
+	if tr := client.Transport.(*http.Transport); tr.Proxy != nil || client.Timeout != 10*time.Second || tr.MaxResponseHeaderBytes == 0 {
+		t.Errorf("%+v", tr)
+	}
+}
+
+// TestInstrument counts by the status that was sent first, also none and 200.
+func TestInstrument(t *testing.T) {
+	m := NewMetrics()
+	wrap := NewInstrument(m)
+	for i, h := range []http.HandlerFunc{
+		func(w http.ResponseWriter, r *http.Request) {},
+		func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "x"); w.WriteHeader(500) },
+		func(w http.ResponseWriter, r *http.Request) { http.Error(w, "x", 404) },
+		func(w http.ResponseWriter, r *http.Request) {
+			if err := http.NewResponseController(w).Flush(); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
+		wrap(fmt.Sprintf("h%d", i), h).ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil))
+	}
+	text := metricsText(t, m)
+	for _, want := range []string{`{handler="h0",code="200"} 1`, `{handler="h1",code="200"} 1`, `{handler="h2",code="404"} 1`, `{handler="h3",code="200"} 1`} {
+		if !strings.Contains(text, "telemeter_http_requests_total"+want+"\n") {
+			t.Errorf("no %s in:\n%s", want, text)
+		}
+	}
+}

@@ -1,0 +1,1258 @@
+package main
+
+// log_test.go: what log.go promises, held against every truncation, every
+// flipped byte, every failing operation and a crash at every operation. crashFS
+// is the file system that loses what was not synced; other tests may use it.
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var (
+	errKilled = errors.New("process is killed")
+	errDisk   = error(syscall.EIO)
+	errFull   = error(syscall.ENOSPC)
+)
+
+// fault is what the hook of a crashFS makes of one operation. With Err it fails
+// (a write after a part of it; a sync as Linux's does, leaving pages marked
+// clean that are not on disk). With Kill the process dies in it: the operation
+// takes effect wholly, partly or not, and all later ones fail until crash or
+// restart.
+type fault struct {
+	Err  error
+	Kill bool
+}
+
+// crashFS is an FS in memory that knows what is durable. Bytes are from their
+// file's Sync on, directory entries from their directory's SyncDir on. It is
+// safe for concurrent use.
+type crashFS struct {
+	mu      sync.Mutex
+	rng     *rand.Rand
+	hook    func(n int, op, name string) fault // nil: no faults; n counts from 0; must not use the FS
+	ops     int
+	killed  bool
+	open    int                   // file handles
+	entries map[string]*crashNode // as running processes see them
+	durable map[string]*crashNode // as a crash may leave them
+}
+
+type crashNode struct {
+	dir          bool
+	data, synced []byte
+	lost         bool // a Sync has failed: later ones claim success and do nothing
+}
+
+// newCrashFS returns an FS with these directories, durable; all their parents
+// must be listed or be "/".
+func newCrashFS(seed uint64, dirs ...string) *crashFS {
+	c := &crashFS{rng: rand.New(rand.NewPCG(seed, 0)), entries: map[string]*crashNode{"/": {dir: true}}}
+	for _, d := range dirs {
+		c.entries[d] = &crashNode{dir: true}
+	}
+	c.durable = maps.Clone(c.entries)
+	return c
+}
+
+// put makes a durable file.
+func (c *crashFS) put(name string, data []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := &crashNode{data: bytes.Clone(data), synced: bytes.Clone(data)}
+	c.entries[name], c.durable[name] = n, n
+}
+
+// names lists every file, sorted.
+func (c *crashFS) names() (names []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(c.entries)) {
+		if !c.entries[name].dir {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// restart lets a new process run on the same machine.
+func (c *crashFS) restart() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.killed, c.hook = false, nil
+}
+
+// crash takes the power away and gives it back. Of each entry and file that was
+// not synced either state survives, of a file also a part of what was added,
+// with zeros for any of it.
+func (c *crashFS) crash() {
+	c.restart()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := maps.Clone(c.durable)
+	maps.Copy(all, c.entries)
+	left := map[string]*crashNode{}
+	for _, name := range slices.Sorted(maps.Keys(all)) { // parents first
+		n := c.durable[name]
+		if c.rng.IntN(2) == 0 {
+			n = c.entries[name]
+		}
+		if n != nil && (name == "/" || left[filepath.Dir(name)] != nil) {
+			left[name] = n
+		}
+	}
+	for _, n := range left {
+		if !n.dir && !bytes.Equal(n.data, n.synced) {
+			n.data = c.survivor(n.synced, n.data)
+		}
+		n.synced, n.lost = bytes.Clone(n.data), false
+	}
+	c.entries, c.durable = left, maps.Clone(left)
+}
+
+func (c *crashFS) survivor(synced, data []byte) []byte {
+	same := 0
+	for same < min(len(synced), len(data)) && synced[same] == data[same] {
+		same++
+	}
+	cut := same + c.rng.IntN(len(data)-same+1)
+	out := bytes.Clone(data)
+	switch c.rng.IntN(4) {
+	case 0:
+		return bytes.Clone(synced)
+	case 1:
+		return out[:cut]
+	case 2:
+		clear(out[cut:]) // the size was written, the data not
+	case 3:
+		clear(out[same:cut]) // sectors out of order
+	}
+	return out
+}
+
+// begin counts an operation and asks what becomes of it: do tells whether it
+// takes effect, err what it returns. c.mu is held.
+func (c *crashFS) begin(op, name string) (do bool, err error) {
+	if c.killed {
+		return false, errKilled
+	}
+	if c.hook == nil {
+		return true, nil
+	}
+	f := c.hook(c.ops, op, name)
+	c.ops++
+	if f.Kill {
+		c.killed = true
+		return c.rng.IntN(2) == 0, errKilled
+	}
+	return f.Err == nil, f.Err
+}
+
+func (c *crashFS) parent(op, name string) error {
+	if p := c.entries[filepath.Dir(name)]; p == nil || !p.dir {
+		return &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
+	}
+	return nil
+}
+
+func (c *crashFS) OpenFile(name string, flag int, _ fs.FileMode) (File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("open", name)
+	if do {
+		n := c.entries[name]
+		if n == nil {
+			if flag&os.O_CREATE == 0 {
+				return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+			}
+			if err := c.parent("open", name); err != nil {
+				return nil, err
+			}
+			n = &crashNode{}
+			c.entries[name] = n
+		}
+		if flag&os.O_TRUNC != 0 {
+			n.data = nil
+		}
+		if err == nil {
+			c.open++
+			return &crashFile{fs: c, n: n, name: name}, nil
+		}
+	}
+	return nil, err
+}
+
+func (c *crashFS) ReadFile(name string) ([]byte, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, err := c.begin("read", name); err != nil {
+		return nil, err
+	}
+	n := c.entries[name]
+	if n == nil || n.dir {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: fs.ErrNotExist}
+	}
+	return bytes.Clone(n.data), nil
+}
+
+func (c *crashFS) ReadDir(name string) (list []fs.DirEntry, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, err := c.begin("readdir", name); err != nil {
+		return nil, err
+	}
+	if n := c.entries[name]; n == nil || !n.dir {
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: fs.ErrNotExist}
+	}
+	for _, path := range slices.Sorted(maps.Keys(c.entries)) {
+		if path != "/" && filepath.Dir(path) == name {
+			list = append(list, crashEntry{filepath.Base(path), c.entries[path].dir})
+		}
+	}
+	return list, nil
+}
+
+func (c *crashFS) Mkdir(name string, _ fs.FileMode) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("mkdir", name)
+	if do {
+		if c.entries[name] != nil {
+			return &fs.PathError{Op: "mkdir", Path: name, Err: fs.ErrExist}
+		}
+		if err := c.parent("mkdir", name); err != nil {
+			return err
+		}
+		c.entries[name] = &crashNode{dir: true}
+	}
+	return err
+}
+
+func (c *crashFS) Rename(old, new string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("rename", old)
+	if do {
+		if c.entries[old] == nil {
+			return &fs.PathError{Op: "rename", Path: old, Err: fs.ErrNotExist}
+		}
+		c.entries[new] = c.entries[old]
+		delete(c.entries, old)
+	}
+	return err
+}
+
+func (c *crashFS) Remove(name string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("remove", name)
+	if do {
+		if c.entries[name] == nil {
+			return &fs.PathError{Op: "remove", Path: name, Err: fs.ErrNotExist}
+		}
+		delete(c.entries, name)
+	}
+	return err
+}
+
+func (c *crashFS) SyncDir(name string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("syncdir", name)
+	if do {
+		if n := c.entries[name]; n == nil || !n.dir {
+			return &fs.PathError{Op: "syncdir", Path: name, Err: fs.ErrNotExist}
+		}
+		in := func(path string, _ *crashNode) bool { return path != "/" && filepath.Dir(path) == name }
+		maps.DeleteFunc(c.durable, in)
+		for path, n := range c.entries {
+			if in(path, n) {
+				c.durable[path] = n
+			}
+		}
+	}
+	return err
+}
+
+type crashEntry struct {
+	name string
+	dir  bool
+}
+
+func (e crashEntry) Name() string               { return e.name }
+func (e crashEntry) IsDir() bool                { return e.dir }
+func (e crashEntry) Info() (fs.FileInfo, error) { return nil, fs.ErrInvalid }
+func (e crashEntry) Type() fs.FileMode {
+	if e.dir {
+		return fs.ModeDir
+	}
+	return 0
+}
+
+// crashFile only appends, as all files of a log do.
+type crashFile struct {
+	fs   *crashFS
+	n    *crashNode
+	name string
+}
+
+func (f *crashFile) Write(p []byte) (int, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	dead := f.fs.killed
+	do, err := f.fs.begin("write", f.name)
+	if !do && !dead {
+		p = p[:f.fs.rng.IntN(len(p)+1)]
+		do = true
+	}
+	if !do {
+		return 0, err
+	}
+	f.n.data = append(f.n.data[:len(f.n.data):len(f.n.data)], p...)
+	return len(p), err
+}
+
+func (f *crashFile) Sync() error {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	do, err := f.fs.begin("sync", f.name)
+	if err != nil && !do && !f.fs.killed {
+		f.n.lost = true
+	}
+	if do && !f.n.lost {
+		f.n.synced = bytes.Clone(f.n.data)
+	}
+	return err
+}
+
+func (f *crashFile) Truncate(size int64) error {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	do, err := f.fs.begin("truncate", f.name)
+	if do {
+		f.n.data = bytes.Clone(f.n.data[:size])
+	}
+	return err
+}
+
+func (f *crashFile) Close() error {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	f.fs.open--
+	_, err := f.fs.begin("close", f.name)
+	return err
+}
+
+// failOn returns a hook that fails the n-th operation op on a name ending so,
+// counting from 1, and every one if n is 0.
+func failOn(op, suffix string, n int, err error) func(int, string, string) fault {
+	seen := 0
+	return func(_ int, o, name string) fault {
+		if o != op || !strings.HasSuffix(name, suffix) {
+			return fault{}
+		}
+		if seen++; n == 0 || seen == n {
+			return fault{Err: err}
+		}
+		return fault{}
+	}
+}
+
+const logPath = "/d/x.log"
+
+type logRec struct {
+	kind    byte
+	payload string
+}
+
+func (r logRec) String() string { return fmt.Sprintf("%d:%.20q", r.kind, r.payload) }
+
+func logFrames(records ...logRec) (buf []byte) {
+	for _, r := range records {
+		buf = AppendRecord(buf, r.kind, []byte(r.payload))
+	}
+	return buf
+}
+
+func writing(frames []byte) func(io.Writer) error {
+	return func(w io.Writer) error {
+		_, err := w.Write(frames)
+		return err
+	}
+}
+
+func collectLog(into *[]logRec) func(byte, []byte) error {
+	return func(kind byte, payload []byte) error {
+		*into = append(*into, logRec{kind, string(payload)})
+		return nil
+	}
+}
+
+// recoverLog opens a log of these bytes, checks what holds for every file and
+// returns what was found.
+func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, Recovery, []logRec) {
+	t.Helper()
+	c := newCrashFS(1, "/d")
+	c.put(logPath, data)
+	var got []logRec
+	l, r, err := OpenLog(c, logPath, collectLog(&got))
+	if err != nil || r.Err != nil {
+		t.Fatalf("open: %v, %v", err, r.Err)
+	}
+	sum := r.LostBytes + r.TornBytes + int64(len(logFrames(got...)))
+	if !r.HeaderDamaged {
+		sum += int64(len(appendLogHeader(nil, r.Identity)))
+	}
+	if sum != int64(len(data)) || r.Records != len(got) {
+		t.Fatalf("%+v accounts for %d of %d bytes, %d records", r, sum, len(data), len(got))
+	}
+	damaged := r.HeaderDamaged || r.Damaged > 0
+	if l.Broken() != damaged || (r.SetAside != "") != (damaged && len(data) > 0) {
+		t.Fatalf("%+v, broken %v", r, l.Broken())
+	}
+	if damaged && len(data) > 0 {
+		if aside, _ := c.ReadFile(r.SetAside); !bytes.Equal(aside, data) {
+			t.Fatalf("copy set aside differs from the damaged file")
+		}
+		if now, _ := c.ReadFile(logPath); !bytes.Equal(now, data) {
+			t.Fatalf("damaged file was changed")
+		}
+	}
+	if c.open != 0 {
+		t.Fatalf("%d files left open", c.open)
+	}
+	return c, l, r, got
+}
+
+// sampleLog is a log with records that invite mistakes: empty, full of zeros,
+// ending in zeros, holding what looks like a record.
+func sampleLog() (data []byte, records []logRec, ends []int) {
+	records = []logRec{
+		{1, "first"}, {2, ""}, {3, strings.Repeat("\x00", 20)}, {255, string(logFrames(logRec{9, "inner"}))},
+		{1, strings.Repeat("x", 256-1)}, {7, "tail\x00\x00\x00"},
+	}
+	data = appendLogHeader(nil, []byte("site-7"))
+	ends = append(ends, len(data))
+	for _, r := range records {
+		data = append(data, logFrames(r)...)
+		ends = append(ends, len(data))
+	}
+	return data, records, ends
+}
+
+func TestLogFormat(t *testing.T) {
+	got := append(appendLogHeader(nil, []byte("id")), logFrames(logRec{5, "123456789"})...)
+	const want = "746d6c6f672d310a" + "02000000" + "6964" + "0a76457c" +
+		"0a000000" + "69040553" + "baba6a8a" + "05" + "313233343536373839"
+	if hex.EncodeToString(got) != want {
+		t.Errorf("format changed:\n%x\n%s", got, want)
+	}
+	for name, f := range map[string]func(){
+		"kind 0":   func() { AppendRecord(nil, 0, []byte("x")) },
+		"too long": func() { AppendRecord(nil, 1, make([]byte, MaxRecord)) },
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: no panic", name)
+				}
+			}()
+			f()
+		}()
+	}
+}
+
+func TestLogTruncatedAnywhere(t *testing.T) {
+	data, records, ends := sampleLog()
+	for cut := range len(data) + 1 {
+		c, l, r, got := recoverLog(t, data[:cut])
+		whole, found := slices.BinarySearch(ends, cut)
+		if !found {
+			whole--
+		}
+		if r.Damaged != 0 || r.HeaderDamaged != (cut < ends[0]) {
+			t.Fatalf("cut at %d: %+v", cut, r)
+		}
+		if whole < 0 {
+			continue
+		}
+		if !slices.Equal(got, records[:whole]) || r.TornBytes != int64(cut-ends[whole]) || string(r.Identity) != "site-7" {
+			t.Fatalf("cut at %d: %v, %+v", cut, got, r)
+		}
+		if err := l.Append(logFrames(logRec{8, "next"})); err != nil {
+			t.Fatalf("cut at %d: append: %v", cut, err)
+		}
+		c.crash()
+		now, _ := c.ReadFile(logPath)
+		if !bytes.Equal(now, slices.Concat(data[:ends[whole]], logFrames(logRec{8, "next"}))) || l.Size() != int64(len(now)) {
+			t.Fatalf("cut at %d: %q", cut, now)
+		}
+	}
+}
+
+func TestLogFlippedAnywhere(t *testing.T) {
+	data, records, ends := sampleLog()
+	for i := range data {
+		hit, found := slices.BinarySearch(ends, i) // index of the record, +1 if not at its start
+		if !found {
+			hit--
+		}
+		for _, mask := range []byte{1, 2, 4, 8, 16, 32, 64, 128, 0x55, 0xff, data[i]} { // the last makes it 0
+			if mask == 0 {
+				continue
+			}
+			bad := bytes.Clone(data)
+			bad[i] ^= mask
+			c, l, r, got := recoverLog(t, bad)
+			want := records
+			if hit < 0 {
+				if !r.HeaderDamaged || r.Damaged != 0 || r.Identity != nil || r.LostBytes != int64(ends[0]) {
+					t.Fatalf("byte %d ^ %#x: %+v", i, mask, r)
+				}
+			} else {
+				want = slices.Delete(slices.Clone(records), hit, hit+1)
+				inHead := i < ends[hit]+recordHead
+				if inHead && hit == 3 { // its payload is a record
+					want = slices.Insert(want, hit, logRec{9, "inner"})
+				}
+				if r.HeaderDamaged || r.Damaged != 1 || r.TornBytes != 0 {
+					t.Fatalf("byte %d ^ %#x: %+v", i, mask, r)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Fatalf("byte %d ^ %#x: %v", i, mask, got)
+			}
+			if mask != 1 {
+				continue
+			}
+			if err := l.Append(logFrames(logRec{1, ""})); !errors.Is(err, ErrBroken) {
+				t.Fatalf("append to damaged log: %v", err)
+			}
+			l = NewLog(c, logPath, []byte("site-7"))
+			if err := l.Rewrite(writing(logFrames(got...))); err != nil {
+				t.Fatal(err)
+			}
+			c.crash()
+			var again []logRec
+			if _, r, err := OpenLog(c, logPath, collectLog(&again)); err != nil || r.Damaged != 0 || r.HeaderDamaged || !slices.Equal(again, want) {
+				t.Fatalf("mended log: %v, %+v, %v", again, r, err)
+			}
+		}
+	}
+}
+
+func TestLogDamage(t *testing.T) {
+	a, b, c, d := logRec{1, strings.Repeat("a", 50)}, logRec{2, strings.Repeat("b", 50)}, logRec{3, strings.Repeat("c", 50)}, logRec{4, strings.Repeat("d", 50)}
+	const head, size = 8 + 4 + 4, recordHead + 1 + 50
+	data := append(appendLogHeader(nil, nil), logFrames(a, b, c, d)...)
+	zero := func(from, to int) func([]byte) []byte {
+		return func(p []byte) []byte { clear(p[from:to]); return p }
+	}
+	for _, tt := range []struct {
+		name    string
+		change  func([]byte) []byte
+		want    []logRec
+		damaged int
+		lost    int
+		torn    int
+	}{
+		{"nothing", func(p []byte) []byte { return p }, []logRec{a, b, c, d}, 0, 0, 0},
+		{"zeros over two heads", zero(head+size-20, head+2*size+5), []logRec{d}, 1, 3 * size, 0},
+		{"zeros over one body", zero(head+size+recordHead, head+2*size), []logRec{a, c, d}, 1, size, 0},
+		{"two regions", func(p []byte) []byte { p[head+20] ^= 1; p[head+2*size] ^= 1; return p }, []logRec{b, d}, 2, 2 * size, 0},
+		{"two records in a row", func(p []byte) []byte { p[head+20] ^= 1; p[head+size] ^= 1; return p }, []logRec{c, d}, 1, 2 * size, 0},
+		{"bytes missing", func(p []byte) []byte { return slices.Delete(p, head+size+30, head+size+40) }, []logRec{a, c, d}, 1, size - 10, 0},
+		{"bytes put in", func(p []byte) []byte { return slices.Insert(p, head+size, 1, 2, 3) }, []logRec{a, b, c, d}, 1, 3, 0},
+		{"damaged and torn", func(p []byte) []byte { p[head] ^= 1; return p[:len(p)-1] }, []logRec{b, c}, 1, size, size - 1},
+		{"damaged body before torn", func(p []byte) []byte { p[head+2*size+20] ^= 1; return p[:head+3*size+5] }, []logRec{a, b}, 1, size, 5},
+		{"damaged body before zeros", func(p []byte) []byte { p[head+2*size+20] ^= 1; clear(p[head+3*size:]); return p }, []logRec{a, b}, 1, size, size},
+		{"zeros at the end", func(p []byte) []byte { return append(p, make([]byte, 5000)...) }, []logRec{a, b, c, d}, 0, 0, 5000},
+		{"last record never written", zero(head+3*size, len(data)), []logRec{a, b, c}, 0, 0, size},
+		{"last record half written", zero(head+3*size+30, len(data)), []logRec{a, b, c}, 1, size, 0},
+		{"garbage at the end", func(p []byte) []byte { return append(p, "not a record at all"...) }, []logRec{a, b, c, d}, 1, 19, 0},
+		{"kind 0", func(p []byte) []byte {
+			f := logFrames(logRec{1, "x"})
+			f[recordHead] = 0
+			binary.LittleEndian.PutUint32(f[4:], crc32.Checksum(f[recordHead:], castagnoli))
+			binary.LittleEndian.PutUint32(f[8:], crc32.Checksum(f[:8], castagnoli))
+			return slices.Insert(p, head, f...)
+		}, []logRec{a, b, c, d}, 1, recordHead + 2, 0},
+		{"two headers", func(p []byte) []byte { return append(appendLogHeader(nil, nil), p...) }, []logRec{a, b, c, d}, 1, head, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, _, r, got := recoverLog(t, tt.change(bytes.Clone(data)))
+			if !slices.Equal(got, tt.want) || r.Damaged != tt.damaged || r.LostBytes != int64(tt.lost) || r.TornBytes != int64(tt.torn) {
+				t.Errorf("got %v, %+v", got, r)
+			}
+		})
+	}
+	t.Run("refused by the caller", func(t *testing.T) {
+		fsys := newCrashFS(1, "/d")
+		fsys.put(logPath, data)
+		var got []byte
+		_, r, err := OpenLog(fsys, logPath, func(kind byte, _ []byte) error {
+			if kind == 2 {
+				return errors.New("makes no sense")
+			}
+			got = append(got, kind)
+			return nil
+		})
+		if err != nil || !bytes.Equal(got, []byte{1, 3, 4}) || r.Damaged != 1 || r.Records != 3 || r.LostBytes != size || r.SetAside == "" {
+			t.Errorf("%v, %+v, %v", got, r, err)
+		}
+	})
+}
+
+// What a client sends lies in the log; it must not be able to make recovery
+// believe it where that can be helped, nor make it slow.
+func TestLogHostilePayload(t *testing.T) {
+	forged := logRec{9, "forged"}
+	evil := logRec{1, "xx" + string(logFrames(forged)) + "yy"}
+	data := append(appendLogHeader(nil, nil), logFrames(evil, logRec{2, "after"})...)
+	const head = 16
+
+	torn := append(appendLogHeader(nil, nil), logFrames(evil)...)
+	if _, _, r, got := recoverLog(t, torn[:len(torn)-1]); len(got) != 0 || r.Damaged != 0 {
+		t.Errorf("torn: %v, %+v", got, r)
+	}
+	bad := bytes.Clone(data)
+	bad[head+recordHead+1] ^= 1
+	if _, _, r, got := recoverLog(t, bad); !slices.Equal(got, []logRec{{2, "after"}}) || r.Damaged != 1 {
+		t.Errorf("body damaged: %v, %+v", got, r)
+	}
+	bad = bytes.Clone(data)
+	bad[head] ^= 1 // here it cannot be helped
+	if _, _, r, got := recoverLog(t, bad); !slices.Equal(got, []logRec{forged, {2, "after"}}) || r.Damaged != 2 {
+		t.Errorf("head damaged: %v, %+v", got, r)
+	}
+
+	// A forged record must not make a forged head trusted that spans a true
+	// record and points at the next.
+	span := logFrames(logRec{3, strings.Repeat("z", 100)})[:recordHead]
+	lure := logRec{1, string(logFrames(forged)) + string(span)}
+	gap := logRec{2, strings.Repeat("t", 101-recordHead-1)}
+	bad = append(appendLogHeader(nil, nil), logFrames(lure, gap, logRec{4, "end"})...)
+	bad[head] ^= 1
+	if _, _, _, got := recoverLog(t, bad); !slices.Equal(got, []logRec{forged, gap, {4, "end"}}) {
+		t.Errorf("forged head: %v", got)
+	}
+
+	// Heads that each claim half of the file: checking every body would be
+	// CRCs over a terabyte here. Alone, after one record and an endless head,
+	// and with records between.
+	const total = 8 << 20
+	endless := logFrames(logRec{1, strings.Repeat("e", 2*total)})[:recordHead]
+	for _, tt := range []struct {
+		name        string
+		first, unit []byte
+	}{{"heads", nil, nil}, {"record, then heads", append(logFrames(forged), endless...), nil}, {"records and heads", nil, logFrames(logRec{1, ""})}} {
+		p := tt.first
+		for len(p) < total/2 {
+			p = append(p, tt.unit...)
+			h := binary.LittleEndian.AppendUint32(nil, total/2-100)
+			h = append(h, make([]byte, recordHead-4)...)
+			binary.LittleEndian.PutUint32(h[8:], crc32.Checksum(h[:8], castagnoli))
+			p = append(p, h...)
+		}
+		p = append(p, make([]byte, total-len(p))...)
+		file := append(appendLogHeader(nil, nil), logFrames(logRec{1, "before"}, logRec{2, string(p)}, logRec{3, "later"})...)
+		file[head+recordHead+7] ^= 1 // the second record's head
+		start := time.Now()
+		_, _, r, got := recoverLog(t, file)
+		if len(got) == 0 || r.Damaged == 0 || r.TornBytes != 0 {
+			t.Errorf("%s: %+v", tt.name, r)
+		}
+		if d := time.Since(start); d > 10*time.Second { // with the bound 50 ms, without it minutes
+			t.Errorf("%s: recovery took %v", tt.name, d)
+		}
+	}
+}
+
+func TestLogSetAside(t *testing.T) {
+	c := newCrashFS(1, "/d")
+	good, _, _ := sampleLog()
+	open := func(flip int) Recovery {
+		bad := bytes.Clone(good)
+		bad[flip] ^= 1
+		c.put(logPath, bad)
+		_, r, err := OpenLog(c, logPath, collectLog(new([]logRec)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	for _, tt := range []struct {
+		flip int
+		want string
+	}{
+		{30, ".damaged"}, {30, ".damaged"}, {40, ".damaged-2"}, {50, ".damaged-3"}, {40, ".damaged-2"},
+		{60, ".damaged-3"}, {70, ".damaged-3"}, {30, ".damaged"},
+	} {
+		if r := open(tt.flip); r.SetAside != logPath+tt.want || r.Err != nil {
+			t.Errorf("flip %d: %+v, want %s", tt.flip, r, tt.want)
+		}
+		c.crash() // the copy is durable
+		if _, err := c.ReadFile(logPath + tt.want); err != nil {
+			t.Error(err)
+		}
+	}
+	c.hook = failOn("write", "", 0, errFull)
+	if r := open(80); r.SetAside != "" || !errors.Is(r.Err, errFull) || r.Records == 0 {
+		t.Errorf("disk full: %+v", r)
+	}
+	c.hook = nil
+	if got := c.names(); !slices.Equal(got, []string{logPath, logPath + ".damaged", logPath + ".damaged-2", logPath + ".damaged-3"}) {
+		t.Errorf("left behind: %q", got)
+	}
+	logs, dirs, err := ListLogs(c, "/d")
+	if !slices.Equal(logs, []string{logPath}) || dirs != nil || err != nil {
+		t.Errorf("listed: %q, %q, %v", logs, dirs, err)
+	}
+	if _, dirs, err := ListLogs(c, "/"); !slices.Equal(dirs, []string{"/d"}) || err != nil {
+		t.Errorf("listed: %q, %v", dirs, err)
+	}
+}
+
+// newTestLog is a log with record a on an FS without faults yet.
+func newTestLog(t *testing.T) (*crashFS, *Log) {
+	t.Helper()
+	c := newCrashFS(1)
+	l := NewLog(c, logPath, []byte("me"))
+	if err := l.Append(logFrames(logRec{1, "a"})); !errors.Is(err, ErrBroken) || len(c.names()) != 0 {
+		t.Fatalf("append to a log never written: %v", err)
+	}
+	if err := l.Rewrite(writing(logFrames(logRec{1, "a"}))); err != nil {
+		t.Fatal(err)
+	}
+	return c, l
+}
+
+// reopenLog crashes and returns what is left.
+func reopenLog(t *testing.T, c *crashFS) (got []logRec) {
+	t.Helper()
+	c.crash()
+	l, r, err := OpenLog(c, logPath, collectLog(&got))
+	if err != nil || r.Damaged > 0 || r.Err != nil || string(l.Identity()) != "me" || l.Path() != logPath {
+		t.Fatalf("reopen: %+v, %v", r, err)
+	}
+	return got
+}
+
+func TestLogAppendFails(t *testing.T) {
+	a, b, d := logRec{1, "a"}, logRec{2, "b"}, logRec{4, "d"}
+	for _, tt := range []struct {
+		name   string
+		hook   func(int, string, string) fault
+		err    error
+		broken bool
+	}{
+		{"open", failOn("open", "", 1, syscall.EMFILE), syscall.EMFILE, false},
+		{"vanished", failOn("open", "", 1, fs.ErrNotExist), fs.ErrNotExist, true},
+		{"short write", failOn("write", "", 1, errFull), errFull, false},
+		{"fsync", failOn("sync", "", 1, errDisk), errDisk, true},
+		{"short write, then truncate", func(_ int, op, _ string) fault {
+			switch op {
+			case "write":
+				return fault{Err: errFull}
+			case "truncate":
+				return fault{Err: errDisk}
+			}
+			return fault{}
+		}, errFull, true},
+		{"short write, then fsync", func(_ int, op, _ string) fault {
+			switch op {
+			case "write":
+				return fault{Err: errFull}
+			case "sync":
+				return fault{Err: errDisk}
+			}
+			return fault{}
+		}, errDisk, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c, l := newTestLog(t)
+			size := l.Size()
+			c.hook = tt.hook
+			if err := l.Append(logFrames(b)); !errors.Is(err, tt.err) || l.Broken() != tt.broken || l.Size() != size {
+				t.Fatalf("append: %v, broken %v, size %d", err, l.Broken(), l.Size())
+			}
+			c.hook = nil
+			if tt.broken {
+				if err := l.Append(logFrames(d)); !errors.Is(err, ErrBroken) {
+					t.Fatalf("append to broken log: %v", err)
+				}
+				if err := l.Rewrite(writing(logFrames(a))); err != nil || l.Broken() {
+					t.Fatal(err)
+				}
+			}
+			if err := l.Append(logFrames(d)); err != nil || c.open != 0 {
+				t.Fatalf("append: %v, %d open", err, c.open)
+			}
+			if got := reopenLog(t, c); !slices.Equal(got, []logRec{a, d}) {
+				t.Errorf("got %v", got)
+			}
+		})
+	}
+}
+
+// Every operation of a Rewrite fails in turn; the old log stays, and works on.
+func TestLogRewriteFails(t *testing.T) {
+	a, b, n := logRec{1, "a"}, logRec{2, "b"}, logRec{3, strings.Repeat("new", 50000)}
+	for i := 0; ; i++ {
+		c, l := newTestLog(t)
+		var failed string
+		c.hook = func(at int, op, name string) fault {
+			if at == i {
+				failed = op + " " + name
+				return fault{Err: errFull}
+			}
+			return fault{}
+		}
+		err := l.Rewrite(writing(logFrames(n)))
+		if failed == "" {
+			if i < 8 || err != nil {
+				t.Fatalf("only %d operations, %v", i, err)
+			}
+			return
+		}
+		c.hook = nil
+		want := []logRec{a, b}
+		if strings.HasPrefix(failed, "syncdir") {
+			if !l.Broken() {
+				t.Fatalf("%s: not broken", failed)
+			}
+			if err := l.Rewrite(writing(logFrames(n))); err != nil {
+				t.Fatal(err)
+			}
+			want[0] = n
+		}
+		if !errors.Is(err, errFull) || l.Broken() || !slices.Equal(c.names(), []string{logPath}) {
+			t.Fatalf("%s: %v, %q", failed, err, c.names())
+		}
+		if err := l.Append(logFrames(b)); err != nil || c.open != 0 {
+			t.Fatalf("%s: append: %v, %d open", failed, err, c.open)
+		}
+		if got := reopenLog(t, c); !slices.Equal(got, want) {
+			t.Fatalf("%s: got %v", failed, got)
+		}
+	}
+}
+
+func TestLogRewrite(t *testing.T) {
+	c, l := newTestLog(t)
+	oops := errors.New("oops")
+	err := l.Rewrite(func(w io.Writer) error {
+		if _, err := w.Write(make([]byte, 1<<20)); err != nil {
+			return err
+		}
+		return oops
+	})
+	if !errors.Is(err, oops) || l.Broken() || !slices.Equal(c.names(), []string{logPath}) {
+		t.Errorf("failed fill: %v, %q", err, c.names())
+	}
+	if err := NewLog(c, logPath, make([]byte, MaxIdentity+1)).Rewrite(writing(nil)); err == nil {
+		t.Error("identity too long: no error")
+	}
+	if got := reopenLog(t, c); !slices.Equal(got, []logRec{{1, "a"}}) {
+		t.Errorf("got %v", got)
+	}
+	// A directory whose parent may not be read is good enough if it exists.
+	c.hook = failOn("syncdir", "/", 1, fs.ErrPermission)
+	if err := l.Rewrite(writing(nil)); err != nil {
+		t.Errorf("parent not readable: %v", err)
+	}
+	if err := NewLog(c, "/e/x.log", nil).Rewrite(writing(nil)); err != nil {
+		t.Error(err)
+	}
+	c.hook = failOn("syncdir", "/", 1, fs.ErrPermission)
+	if err := NewLog(c, "/f/x.log", nil).Rewrite(writing(nil)); !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("new directory not durable: %v", err)
+	}
+	if err := NewLog(c, "/no/where/x.log", nil).Rewrite(writing(nil)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no grandparent: %v", err)
+	}
+}
+
+func TestLogRemove(t *testing.T) {
+	c, l := newTestLog(t)
+	c.hook = failOn("remove", "", 1, errDisk)
+	if err := l.Remove(); !errors.Is(err, errDisk) || l.Broken() {
+		t.Errorf("failing remove: %v", err)
+	}
+	c.hook = failOn("syncdir", "/d", 1, errDisk)
+	if err := l.Remove(); !errors.Is(err, errDisk) || !l.Broken() {
+		t.Errorf("remove that is not durable: %v", err)
+	}
+	for range 2 {
+		if err := l.Remove(); err != nil || l.Size() != 0 {
+			t.Errorf("remove: %v", err)
+		}
+		c.crash()
+		if len(c.names()) != 0 {
+			t.Errorf("left: %q", c.names())
+		}
+	}
+	if err := l.Append(logFrames(logRec{1, "a"})); !errors.Is(err, ErrBroken) {
+		t.Errorf("append to removed log: %v", err)
+	}
+	if err := NewLog(c, "/no/x.log", nil).Remove(); err != nil {
+		t.Errorf("remove of what never was: %v", err)
+	}
+	if _, _, err := OpenLog(c, logPath, nil); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("open of removed log: %v", err)
+	}
+}
+
+// A torn tail that cannot be cut leaves a log that says so.
+func TestLogOpenCannotSettle(t *testing.T) {
+	for _, op := range []string{"open", "truncate", "sync"} {
+		c, l := newTestLog(t)
+		if err := l.Append(logFrames(logRec{2, "b"})); err != nil {
+			t.Fatal(err)
+		}
+		data, _ := c.ReadFile(logPath)
+		c.put(logPath, data[:len(data)-1])
+		c.hook = failOn(op, "", 1, errDisk)
+		var got []logRec
+		l, r, err := OpenLog(c, logPath, collectLog(&got))
+		if err != nil || !errors.Is(r.Err, errDisk) || !l.Broken() || !slices.Equal(got, []logRec{{1, "a"}}) || c.open != 0 {
+			t.Errorf("%s: %v, %+v, %v", op, got, r, err)
+		}
+	}
+}
+
+// logKeeper uses a log as its owners do: it holds the records in memory, appends,
+// drops the oldest, mends. Records are numbered in the order they are made.
+type logKeeper struct {
+	t     *testing.T
+	fs    *crashFS
+	rng   *rand.Rand
+	log   *Log
+	next  uint32
+	held  []uint32        // must survive
+	maybe map[uint32]bool // may
+}
+
+func (k *logKeeper) frame(buf []byte, n uint32) []byte {
+	p := binary.LittleEndian.AppendUint32(nil, n)
+	return AppendRecord(buf, 1+byte(n), append(p, bytes.Repeat([]byte{byte(n)}, int(n*37)%97)...))
+}
+
+func (k *logKeeper) append() {
+	var buf []byte
+	var ids []uint32
+	for range 1 + k.rng.IntN(3) {
+		buf = k.frame(buf, k.next)
+		ids = append(ids, k.next)
+		k.next++
+	}
+	wasBroken := k.log.Broken()
+	if err := k.log.Append(buf); err == nil {
+		k.held = append(k.held, ids...)
+	} else if k.log.Broken() && !wasBroken {
+		for _, n := range ids {
+			k.maybe[n] = true
+		}
+	}
+}
+
+func (k *logKeeper) rewrite(drop int) {
+	for _, n := range k.held[:drop] {
+		k.maybe[n] = true
+	}
+	k.held = slices.Clone(k.held[drop:])
+	err := k.log.Rewrite(func(w io.Writer) error {
+		for _, n := range k.held {
+			if _, err := w.Write(k.frame(nil, n)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		clear(k.maybe)
+	}
+}
+
+// reopenLog reads the log as a new process does and checks what it holds.
+func (k *logKeeper) reopen() error {
+	for _, dir := range []string{"/", "/d"} {
+		if _, _, err := ListLogs(k.fs, dir); err != nil && (dir == "/" || !errors.Is(err, fs.ErrNotExist)) {
+			return err
+		}
+	}
+	var got []uint32
+	l, r, err := OpenLog(k.fs, logPath, func(kind byte, p []byte) error {
+		n := binary.LittleEndian.Uint32(p)
+		if !bytes.Equal(k.frame(nil, n), AppendRecord(nil, kind, p)) {
+			k.t.Errorf("record %d came back changed", n)
+		}
+		got = append(got, n)
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		if len(k.held) > 0 {
+			k.t.Errorf("file is gone, with records %v", k.held)
+		}
+		k.log = NewLog(k.fs, logPath, []byte("me"))
+		k.held = nil
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) {
+		k.t.Errorf("out of order: %v", got)
+	}
+	for _, n := range k.held {
+		if !slices.Contains(got, n) {
+			k.t.Errorf("lost %d: got %v, %+v", n, got, r)
+		}
+	}
+	for _, n := range got {
+		if !slices.Contains(k.held, n) && !k.maybe[n] {
+			k.t.Errorf("%d was never there: got %v, %+v", n, got, r)
+		}
+	}
+	if r.HeaderDamaged {
+		k.t.Errorf("header damaged by a crash")
+	}
+	k.log = l
+	// What was delivered is held, and a log that is not broken promises that
+	// it is durable; one that is broken does when it is rewritten.
+	if !l.Broken() {
+		k.held = got
+		clear(k.maybe)
+		return nil
+	}
+	held := k.held
+	k.held = got
+	k.rewrite(0)
+	if l.Broken() {
+		for _, n := range got {
+			k.maybe[n] = true
+		}
+		k.held = held
+	}
+	return nil
+}
+
+func (k *logKeeper) step() {
+	switch {
+	case k.log.Broken():
+		k.rewrite(0)
+	case k.rng.IntN(6) == 0:
+		k.rewrite(k.rng.IntN(len(k.held) + 1))
+	case k.rng.IntN(8) == 0:
+		_ = k.reopen() // a failed one is tried again at the next chance
+	default:
+		k.append()
+	}
+}
+
+// A log is used at random; at each of its file operations in turn the process
+// is killed, or the operation fails. Then the process is restarted, or the
+// machine crashes, or one and later the other.
+func TestLogCrashAnywhere(t *testing.T) {
+	const seeds, steps = 12, 14
+	for seed := range uint64(seeds) {
+		for at, reached := 0, true; reached; at++ {
+			for mode := range 4 {
+				k := &logKeeper{t: t, fs: newCrashFS(seed<<32 | uint64(at)<<2 | uint64(mode)), maybe: map[uint32]bool{},
+					rng: rand.New(rand.NewPCG(seed, 1)), next: 1}
+				k.log = NewLog(k.fs, logPath, []byte("me"))
+				reached = false
+				k.fs.hook = func(n int, op, _ string) fault {
+					if n != at {
+						return fault{}
+					}
+					reached = true
+					if mode == 0 {
+						return fault{Err: errFull}
+					}
+					return fault{Kill: true}
+				}
+				for range steps {
+					k.step()
+				}
+				if mode >= 2 { // restart on the live system, go on, then crash
+					k.fs.restart()
+					if err := k.reopen(); err != nil {
+						t.Errorf("restart: %v", err)
+					}
+					for range mode - 2 {
+						k.step()
+					}
+				}
+				for range 2 { // what survived once survives again
+					k.fs.crash()
+					if err := k.reopen(); err != nil {
+						t.Errorf("open: %v", err)
+					}
+				}
+				if k.fs.open != 0 {
+					t.Errorf("%d files left open", k.fs.open)
+				}
+				if t.Failed() {
+					t.Fatalf("seed %d, operation %d, mode %d", seed, at, mode)
+				}
+			}
+		}
+	}
+}
+
+func TestLogOnDisk(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "a", "b")
+	release, err := LockDir(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LockDir(root); err == nil || !strings.Contains(err.Error(), root+" is in use by another process") {
+		t.Errorf("second lock: %v", err)
+	}
+	path := filepath.Join(root, "3f", "x.log")
+	if _, _, err := OpenLog(DiskFS{}, path, nil); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("open of nothing: %v", err)
+	}
+	l := NewLog(DiskFS{}, path, []byte("me"))
+	if err := l.Rewrite(writing(logFrames(logRec{1, "a"}))); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Append(logFrames(logRec{2, "b"})); err != nil {
+		t.Fatal(err)
+	}
+	torn := logFrames(logRec{3, "c"})
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(torn[:len(torn)-1]); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	_, dirs, err := ListLogs(DiskFS{}, root)
+	if err != nil || len(dirs) != 1 {
+		t.Fatalf("listed %q, %v", dirs, err)
+	}
+	logs, _, err := ListLogs(DiskFS{}, dirs[0])
+	if err != nil || !slices.Equal(logs, []string{path}) {
+		t.Fatalf("listed %q, %v", logs, err)
+	}
+	var got []logRec
+	l, r, err := OpenLog(DiskFS{}, path, collectLog(&got))
+	if err != nil || r.TornBytes != int64(len(torn)-1) || r.Err != nil || !slices.Equal(got, []logRec{{1, "a"}, {2, "b"}}) {
+		t.Fatalf("%v, %+v, %v", got, r, err)
+	}
+	if err := l.Append(torn); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() != l.Size() || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v, want %d bytes", info, err, l.Size())
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Append(torn); !errors.Is(err, fs.ErrNotExist) || !l.Broken() {
+		t.Errorf("append to vanished file: %v", err)
+	}
+	if err := l.Remove(); err != nil {
+		t.Error(err)
+	}
+	if err := release(); err != nil {
+		t.Error(err)
+	}
+	if release, err = LockDir(root); err != nil {
+		t.Fatalf("lock after release: %v", err)
+	}
+	if err := release(); err != nil {
+		t.Error(err)
+	}
+	if _, err := LockDir(path + "/../lock"); err == nil {
+		t.Error("lock of a file: no error")
+	}
+}
+
+// Any bytes at all: every byte accounted for, and a rewrite of what was found
+// reads back the same.
+func FuzzOpenLog(f *testing.F) {
+	data, _, ends := sampleLog()
+	f.Add(data)
+	f.Add(data[:len(data)-3])
+	f.Add(data[ends[0]:])
+	f.Add(append(bytes.Clone(data), make([]byte, 40)...))
+	f.Add([]byte{})
+	f.Add(append(appendLogHeader(nil, nil), "\xff\xff\xff\x03\x00\x00\x00\x00\x00\x00\x00\x00"...))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, l, r, got := recoverLog(t, data)
+		if l.Broken() {
+			l = NewLog(c, logPath, r.Identity)
+			if err := l.Rewrite(writing(logFrames(got...))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := l.Append(logFrames(logRec{1, "more"})); err != nil {
+			t.Fatal(err)
+		}
+		c.crash()
+		now, err := c.ReadFile(logPath)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, l, r, again := recoverLog(t, now)
+		if l.Broken() || r.TornBytes != 0 || !slices.Equal(again, append(got, logRec{1, "more"})) {
+			t.Fatalf("%v, then %v, %+v", got, again, r)
+		}
+	})
+}
+
+// Whatever the payloads: what is written is read, and a cut is never damage.
+// With a flipped bit the other records are there, among what payloads forge.
+func FuzzAppendRecord(f *testing.F) {
+	f.Add(byte(1), []byte("a"), []byte("b"), uint(3), uint(200))
+	f.Add(byte(0), []byte{}, logFrames(logRec{1, "x"}), uint(0), uint(0))
+	f.Fuzz(func(t *testing.T, kind byte, p, q []byte, cut, flip uint) {
+		want := []logRec{{max(kind, 1), string(p)}, {2, string(q)}, {3, "end"}}
+		data := append(appendLogHeader(nil, p[:min(len(p), MaxIdentity)]), logFrames(want...)...)
+		if _, _, r, got := recoverLog(t, data); r.Damaged != 0 || r.HeaderDamaged || !slices.Equal(got, want) {
+			t.Fatalf("%v, %+v", got, r)
+		}
+		body := len(logFrames(want...))
+		at := len(data) - int(cut%uint(body+1))
+		_, _, r, got := recoverLog(t, data[:at])
+		if r.Damaged != 0 || r.HeaderDamaged || len(got) > 3 || !slices.Equal(got, want[:len(got)]) {
+			t.Fatalf("cut at %d: %v, %+v", at, got, r)
+		}
+		bit := int(flip % uint(8*len(data)))
+		data[bit/8] ^= 1 << (bit % 8)
+		_, l, r, got := recoverLog(t, data)
+		if !l.Broken() || r.TornBytes != 0 {
+			t.Fatalf("bit %d: %+v", bit, r)
+		}
+		missing := 0
+		for _, w := range want {
+			if !slices.Contains(got, w) {
+				missing++
+			}
+		}
+		if missing > 1 {
+			t.Fatalf("bit %d: %d missing of %v", bit, missing, got)
+		}
+	})
+}

@@ -1,0 +1,162 @@
+// Telemeter federates Prometheus samples from isolated sites by push.
+//
+// This file is the command line: usage, flags into one config struct per mode,
+// signals, and the wiring of the rooms. Invariants: every conflict among flags is
+// found before anything is opened or sent; secrets come from files, never from
+// flags or the environment. It decides nothing about samples, tokens or storage.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"os/signal"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+const usage = `telemeter: Prometheus push federation for isolated sites.
+
+Usage: telemeter --mode MODE [flags]
+
+Modes:
+  server   take pushes of many sites, and serve them to a central Prometheus
+  client   scrape a Prometheus that nobody can reach, and push what it has
+  keygen   make the servers' keys and certificate, or rotate a key
+  token    make a site's token, or say what one holds
+  version  print the version
+
+telemeter --mode MODE --help lists the flags of a mode.
+
+Set-up in four commands:
+  telemeter --mode keygen --keys keys --host hub.example
+  telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter
+  telemeter --mode token --keys keys --id site-7 --to https://hub.example:9003 > site-7.token
+  telemeter --mode client --from http://localhost:9090 --token-file site-7.token
+`
+
+const (
+	exitOK      = 0
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// It means reload, later; before that, a file is about to be read anyway.
+	signal.Ignore(syscall.SIGHUP)
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// run is main without the process: it returns the exit status.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	modes := map[string]func(context.Context, *Command) error{
+		"server": ServerMode, "client": ClientMode, "keygen": KeygenMode, "token": TokenMode, "version": versionMode,
+	}
+	mode := modeOf(args)
+	if mode == "" {
+		if slices.ContainsFunc(args, func(a string) bool { return a == "-h" || a == "-help" || a == "--help" }) {
+			io.WriteString(stdout, usage)
+			return exitOK
+		}
+		fmt.Fprintf(stderr, "telemeter: --mode is missing\n\n%s", usage)
+		return exitUsage
+	}
+	f := modes[mode]
+	if f == nil {
+		fmt.Fprintf(stderr, "telemeter: there is no mode %q; modes: %s\n", mode, strings.Join(slices.Sorted(maps.Keys(modes)), ", "))
+		return exitUsage
+	}
+	c := NewCommand(mode, args, stdout, stderr)
+	err := f(ctx, c)
+	var bad UsageError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.Is(err, flag.ErrHelp):
+		c.Help(stdout)
+		return exitOK
+	case errors.As(err, &bad):
+		fmt.Fprintf(stderr, "telemeter: the command line needs a change:\n  %s\ntelemeter --mode %s --help lists the flags\n",
+			strings.Join(bad, "\n  "), mode)
+		return exitUsage
+	}
+	fmt.Fprintf(stderr, "telemeter: %v\n", err)
+	return exitFailure
+}
+
+// modeOf finds --mode, wherever it stands: what other flags there are depends on it.
+func modeOf(args []string) string {
+	for i, a := range args {
+		name, value, has := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(a, "-"), "-"), "=")
+		if name == "mode" && strings.HasPrefix(a, "-") {
+			if !has && i+1 < len(args) {
+				value = args[i+1]
+			}
+			return value
+		}
+	}
+	return ""
+}
+
+// Serve runs until ctx ends, or one of the parts fails. On SIGHUP it calls
+// reload. parts end together; stop is called when it begins to end.
+func Serve(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, stop func(), parts ...func(context.Context) error) error {
+	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules by result.", "result")
+	reloads.Add(0, "ok")
+	reloads.Add(0, "failed")
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	ended := make(chan error, len(parts))
+	for _, part := range parts {
+		go func() { ended <- part(ctx) }()
+	}
+	var errs []error
+	stopping := ctx.Done()
+	for left := len(parts); left > 0; {
+		select {
+		case <-hup:
+			if err := reload(); err != nil {
+				reloads.Inc("failed")
+				log.Error("reload failed; what was loaded before stays in use", "err", err)
+			} else {
+				reloads.Inc("ok")
+				log.Info("reloaded")
+			}
+		case <-stopping:
+			log.Info("stopping")
+			stop()
+			stopping = nil
+		case err := <-ended:
+			left--
+			errs = append(errs, err)
+			cancel()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func versionMode(_ context.Context, c *Command) error {
+	c.About = "prints the version."
+	c.Example = "telemeter --mode version"
+	if err := c.ParseAll(); err != nil {
+		return err
+	}
+	if err := c.Conflicts(); err != nil {
+		return err
+	}
+	version, revision := Version()
+	_, err := fmt.Fprintf(c.Stdout, "telemeter %s (revision %s, %s, %s/%s)\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return err
+}

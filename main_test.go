@@ -1,0 +1,540 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"flag"
+	"fmt"
+	"io"
+	"math/big"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The test binary is telemeter itself when this is set, so that processes can be
+// started, signalled and killed without building anything.
+const asTelemeter = "TELEMETER_TEST_AS_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asTelemeter) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// process is a telemeter that runs.
+type process struct {
+	t   *testing.T
+	cmd *exec.Cmd
+
+	mu  sync.Mutex // guards log
+	log bytes.Buffer
+}
+
+func (p *process) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.Write(b)
+}
+
+func (p *process) text() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.String()
+}
+
+func telemeterCommand(t *testing.T, dir string, args ...string) *exec.Cmd {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Dir = dir
+	// Under the race detector, a process otherwise sleeps a second when it exits.
+	cmd.Env = append(os.Environ(), asTelemeter+"=1", "GORACE=atexit_sleep_ms=0")
+	return cmd
+}
+
+// start starts telemeter in dir; it is killed at the end of the test.
+func start(t *testing.T, dir string, args ...string) *process {
+	t.Helper()
+	p := &process{t: t, cmd: telemeterCommand(t, dir, args...)}
+	p.cmd.Stdout, p.cmd.Stderr = p, p
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.cmd.Process.Kill()
+		p.cmd.Wait()
+		if t.Failed() {
+			t.Logf("%v said:\n%s", args, p.text())
+		}
+	})
+	return p
+}
+
+// await waits until the log matches a pattern, and returns its first group.
+func (p *process) await(pattern string) string {
+	p.t.Helper()
+	re := regexp.MustCompile(pattern)
+	deadline := time.Now().Add(30 * time.Second)
+	for time.Now().Before(deadline) {
+		if m := re.FindStringSubmatch(p.text()); m != nil {
+			return m[len(m)-1]
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+	p.t.Fatalf("no %q within 30 s in:\n%s", pattern, p.text())
+	return ""
+}
+
+// end sends a signal and returns the exit status.
+func (p *process) end(sig syscall.Signal) int {
+	p.t.Helper()
+	p.cmd.Process.Signal(sig)
+	done := make(chan struct{})
+	go func() { p.cmd.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		p.t.Fatalf("still there 30 s after %v:\n%s", sig, p.text())
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// tool runs telemeter to its end.
+func tool(t *testing.T, dir string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	cmd := telemeterCommand(t, dir, args...)
+	var out, err bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &err
+	cmd.Run() // its status is the result
+	return out.String(), err.String(), cmd.ProcessState.ExitCode()
+}
+
+func mustTool(t *testing.T, dir string, args ...string) string {
+	t.Helper()
+	stdout, stderr, code := tool(t, dir, args...)
+	if code != 0 {
+		t.Fatalf("telemeter %v: exit %d:\n%s", args, code, stderr)
+	}
+	return stdout
+}
+
+func get(t *testing.T, url string) string {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s %v\n%s", url, resp.Status, err, b)
+	}
+	return string(b)
+}
+
+const (
+	externalAddr = `msg=serving .*external=(\S+)`
+	internalAddr = `msg=serving .*internal=(\S+)`
+)
+
+// startServer starts a server on free ports in dir, where keys are.
+func startServer(t *testing.T, dir string, args ...string) *process {
+	t.Helper()
+	return start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--listen", "127.0.0.1:0",
+		"--listen-internal", "127.0.0.1:0", "--storage-dir", "data"}, args...)...)
+}
+
+// The four commands of a set-up, as the README has them but for the addresses.
+func TestFourCommands(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
+	server := startServer(t, dir)
+	url := "https://" + server.await(externalAddr)
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", url)
+	if strings.Count(token, "\n") != 1 || !strings.HasPrefix(token, "tm1.") {
+		t.Errorf("on stdout there is more than a token: %q", token)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "site-7.token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	internal := "http://" + server.await(internalAddr)
+	// The host is not in the certificate, and needs not be: its key is pinned.
+	client := start(t, dir, "--mode", "client", "--from", internal+"/metrics", "--token-file", "site-7.token", "--listen", "127.0.0.1:0")
+	client.await("msg=pushed")
+	body := get(t, internal+"/federate")
+	for _, want := range []string{
+		"# TYPE telemeter_build_info untyped\n", `telemeter_build_info{_id="site-7",`, `push_time_seconds{_id="site-7",instance="",job=""} `,
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("/federate lacks %s:\n%s", want, body)
+		}
+	}
+	own := get(t, "http://"+client.await(`msg=listening address=(\S+)`)+"/federate")
+	if !strings.Contains(own, "telemeter_build_info{") || strings.Contains(own, "_id=") {
+		t.Errorf("the client's /federate is not what it sent:\n%s", own)
+	}
+	if out := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--inspect", "site-7.token"); !strings.Contains(out, "cluster ID: site-7") || !strings.Contains(out, "verifies:   yes") {
+		t.Errorf("--inspect says:\n%s", out)
+	}
+	// Another server cannot pass for this one.
+	impostor := t.TempDir()
+	mustTool(t, impostor, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
+	other := startServer(t, impostor)
+	stdout, stderr, code := tool(t, dir, "--mode", "client", "--from", internal+"/metrics", "--token-file", "site-7.token",
+		"--to", "https://"+other.await(externalAddr), "--once", "--interval", "2s")
+	if code != exitFailure || stdout != "" || !strings.Contains(stderr, "pin") {
+		t.Errorf("pushing to an impostor: exit %d\n%s", code, stderr)
+	}
+	for name, p := range map[string]*process{"client": client, "server": server} {
+		if code := p.end(syscall.SIGTERM); code != exitOK {
+			t.Errorf("%s: exit %d at SIGTERM", name, code)
+		}
+	}
+}
+
+// With --tls-client-ca a token alone is not enough.
+func TestClientCertificates(t *testing.T) {
+	dir := t.TempDir()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "site"}, NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(crand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"site.crt": {Type: "CERTIFICATE", Bytes: der}, "site.key": {Type: "PRIVATE KEY", Bytes: pkcs8},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
+	server := startServer(t, dir, "--tls-client-ca", "site.crt")
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://"+server.await(externalAddr))
+	if err := os.WriteFile(filepath.Join(dir, "a.token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	push := []string{"--mode", "client", "--from", "http://" + server.await(internalAddr) + "/metrics", "--token-file", "a.token", "--once", "--interval", "2s"}
+	if _, stderr, code := tool(t, dir, push...); code != exitFailure || !strings.Contains(stderr, "certificate") {
+		t.Errorf("without a certificate: exit %d\n%s", code, stderr)
+	}
+	mustTool(t, dir, append(push, "--to-crt", "site.crt", "--to-key", "site.key")...)
+}
+
+func TestDryRunPushesNothing(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	server := startServer(t, dir)
+	from := "http://" + server.await(internalAddr) + "/metrics"
+	out := mustTool(t, dir, "--mode", "client", "--from", from, "--dry-run", "--match", `{__name__=~"telemeter_build_info|go_goroutines"}`)
+	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 2 || !regexp.MustCompile(`go_goroutines \d+ \d{13}`).MatchString(out) {
+		t.Errorf("a dry run printed:\n%s", out)
+	}
+	if body := get(t, strings.TrimSuffix(from, "/metrics")+"/federate"); body != "" {
+		t.Errorf("something was pushed:\n%s", body)
+	}
+}
+
+func TestExitStatus(t *testing.T) {
+	dir := t.TempDir()
+	tests := []struct {
+		args []string
+		code int
+		want []string // in stdout if the code is 0, else in stderr
+	}{
+		{nil, exitUsage, []string{"--mode is missing", "Usage:"}},
+		{[]string{"--help"}, exitOK, []string{"Modes:", "Set-up in four commands"}},
+		{[]string{"--mode", "nope"}, exitUsage, []string{`no mode "nope"`, "client, keygen, server, token, version"}},
+		{[]string{"--mode=version"}, exitOK, []string{"telemeter "}},
+		{[]string{"--mode", "server", "--help"}, exitOK, []string{"--listen ADDRESS", "(default :9003)", "Example:"}},
+		{[]string{"--mode", "server", "--nope"}, exitUsage, []string{"-nope", "--help lists the flags"}},
+		{[]string{"--mode", "server", "--listen-internal", ":9004", "--limit-bytes", "1"}, exitUsage,
+			[]string{"--keys DIR is missing", "--federate-token-file", "--limit-bytes is from"}},
+		{[]string{"--mode", "client", "--anonymize-labels", "instance", "--to-crt", "x", "extra"}, exitUsage,
+			[]string{"--token-file FILE is missing", "--anonymize-salt-file", "--to-key", `"extra"`}},
+		{[]string{"--mode", "client", "--token-file", "missing"}, exitFailure, []string{"missing"}},
+		{[]string{"--mode", "server", "--keys", "missing"}, exitFailure, []string{"token.key", "keygen"}},
+		{[]string{"--mode", "token", "--id", "a b"}, exitUsage, []string{"--id"}},
+		{[]string{"--mode", "keygen", "--rotate", "tls"}, exitUsage, []string{"cluster or token"}},
+	}
+	for _, tt := range tests {
+		stdout, stderr, code := tool(t, dir, tt.args...)
+		text := stderr
+		if tt.code == exitOK {
+			text = stdout
+		}
+		if code != tt.code {
+			t.Errorf("%v: exit %d, want %d\n%s", tt.args, code, tt.code, stderr)
+		}
+		for _, want := range tt.want {
+			if !strings.Contains(text, want) {
+				t.Errorf("%v: no %q in:\n%s", tt.args, want, text)
+			}
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("a failed start left %v behind (%v)", entries, err)
+	}
+}
+
+// A plain-HTTP token to another host has to be asked for.
+func TestPlainHTTP(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "http://192.0.2.1:9003")
+	if err := os.WriteFile(filepath.Join(dir, "a.token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, code := tool(t, dir, "--mode", "client", "--token-file", "a.token", "--once")
+	if code != exitUsage || !strings.Contains(stderr, "--plain-http") {
+		t.Errorf("exit %d:\n%s", code, stderr)
+	}
+}
+
+func TestReload(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	if err := os.WriteFile(filepath.Join(dir, "revoked"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	server := startServer(t, dir, "--revoked-file", "revoked")
+	url := "http://" + server.await(externalAddr)
+	push := func(token string) int {
+		req, err := http.NewRequest("POST", url+"/upload", strings.NewReader("a 1\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	old := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
+	gone := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "b")
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--rotate", "token")
+	fresh := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
+	if got := []int{push(old), push(gone), push(fresh)}; got[0] != 200 || got[1] != 200 || got[2] != 401 {
+		t.Fatalf("before the reload: %v, want 200 200 401", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "revoked"), []byte("b\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	server.cmd.Process.Signal(syscall.SIGHUP)
+	server.await("msg=reloaded")
+	if got := []int{push(old), push(gone), push(fresh)}; got[0] != 200 || got[1] != 401 || got[2] != 200 {
+		t.Errorf("after the reload: %v, want 200 401 200", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "keys", "token.key"), []byte("nonsense\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	server.cmd.Process.Signal(syscall.SIGHUP)
+	server.await("reload failed")
+	if got := []int{push(old), push(gone), push(fresh)}; got[0] != 200 || got[1] != 401 || got[2] != 200 {
+		t.Errorf("after a reload that failed: %v, want 200 401 200", got)
+	}
+	if strings.Contains(server.text(), "nonsense") {
+		t.Error("the log shows what is in a key file")
+	}
+	if body := get(t, "http://"+server.await(internalAddr)+"/metrics"); !strings.Contains(body, `telemeter_reloads_total{result="failed"} 1`) {
+		t.Error("the failed reload is not counted")
+	}
+}
+
+var update = flag.Bool("update", false, "write the README's lists of flags anew")
+
+// The README's lists of flags are what --help prints, but for its example.
+func TestREADMEFlags(t *testing.T) {
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme := string(text)
+	for _, mode := range []string{"server", "client", "keygen", "token"} {
+		var out, stderr bytes.Buffer
+		if code := run(t.Context(), []string{"--mode", mode, "--help"}, &out, &stderr); code != exitOK {
+			t.Fatalf("--mode %s --help: exit %d: %s", mode, code, &stderr)
+		}
+		want, _, _ := strings.Cut(out.String(), "\nExample:")
+		want = "```\n" + want + "```\n"
+		have := regexp.MustCompile("(?s)```\ntelemeter --mode " + mode + ": .*?```\n").FindString(readme)
+		if have != want {
+			t.Errorf("the README's flags of --mode %s are not those of --help; write them by: go test -run README -update", mode)
+		}
+		readme = strings.Replace(readme, have, want, 1)
+	}
+	if *update {
+		if err := os.WriteFile("README.md", []byte(readme), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A request in flight at SIGTERM is answered.
+func TestGracefulStop(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
+	server := startServer(t, dir)
+	url := "https://" + server.await(externalAddr)
+	token := strings.TrimSpace(mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a"))
+	body, w := io.Pipe()
+	req, err := http.NewRequest("POST", url+"/upload", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	status := make(chan string, 1)
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+	go func() {
+		resp, err := client.Do(req)
+		if err != nil {
+			status <- err.Error()
+			return
+		}
+		resp.Body.Close()
+		status <- resp.Status
+	}()
+	if _, err := io.WriteString(w, "a 1\n"); err != nil { // returns when the request is under way
+		t.Fatal(err)
+	}
+	internal := "http://" + server.await(internalAddr)
+	deadline := time.Now().Add(30 * time.Second)
+	for !strings.Contains(get(t, internal+"/metrics"), "telemeter_pushes_in_flight 1") {
+		if time.Now().After(deadline) {
+			t.Fatal("the push did not begin")
+		}
+	}
+	server.cmd.Process.Signal(syscall.SIGTERM)
+	server.await("msg=stopping")
+	w.Close()
+	if got := <-status; got != "200 OK" {
+		t.Errorf("the push in flight got %s", got)
+	}
+	if code := server.end(syscall.SIGTERM); code != exitOK {
+		t.Errorf("exit %d", code)
+	}
+}
+
+// Fifty times a server is killed while four sites push: every sample that was
+// acknowledged is on disk at the end.
+func TestKilledUnderLoad(t *testing.T) {
+	const kills, sites = 50, 4
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	tokens := make([]string, sites)
+	for i := range tokens {
+		tokens[i] = strings.TrimSpace(mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", fmt.Sprint("site", i)))
+	}
+	begin := time.Now().UnixMilli()
+	acked := make([][]int64, sites) // the times of the samples acknowledged, by site
+	next := make([]int64, sites)
+	total := 0
+	for kill := range kills {
+		server := startServer(t, dir, "--ratelimit", "0", "--limit-series", "100000")
+		url := "http://" + server.await(externalAddr) + "/upload"
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		var count atomic.Int64
+		for i := range sites {
+			wg.Go(func() {
+				for ctx.Err() == nil {
+					next[i]++
+					at := begin - 60_000 + next[i]
+					// A new series now and then, so that series records are cut too.
+					body := fmt.Sprintf("steady{n=\"1\"} %d %d\nchurn{n=\"%d\"} %d %d\n", next[i], at, next[i]/3, next[i], at)
+					req, err := http.NewRequestWithContext(ctx, "POST", url, strings.NewReader(body))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					req.Header.Set("Authorization", "Bearer "+tokens[i])
+					resp, err := http.DefaultClient.Do(req)
+					if err != nil {
+						return // killed
+					}
+					if resp.StatusCode == http.StatusOK {
+						acked[i] = append(acked[i], at)
+						count.Add(1)
+					}
+					resp.Body.Close()
+				}
+			})
+		}
+		// Killed after so many answers, not after a time: on a slow machine as well.
+		want := int64(1 + rnd.IntN(40))
+		deadline := time.Now().Add(30 * time.Second)
+		for count.Load() < want && time.Now().Before(deadline) {
+			time.Sleep(100 * time.Microsecond)
+		}
+		server.end(syscall.SIGKILL)
+		cancel()
+		wg.Wait()
+		http.DefaultClient.CloseIdleConnections()
+		if count.Load() < want {
+			t.Fatalf("run %d: %d pushes accepted in 30 s:\n%s", kill, count.Load(), server.text())
+		}
+		total += int(count.Load())
+	}
+	var complaints []error
+	store, err := OpenStore(StoreConfig{
+		FS: DiskFS{}, Dir: filepath.Join(dir, "data"), Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now,
+		OnError: func(err error) { complaints = append(complaints, err) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	for _, err := range complaints {
+		t.Errorf("a kill left damage: %v", err)
+	}
+	for i := range sites {
+		held := map[int64]int{} // samples by time
+		for _, b := range store.clusters[fmt.Sprint("site", i)].held.Batches {
+			for k := range b.V {
+				held[b.Time(k)]++
+			}
+		}
+		for _, at := range acked[i] {
+			if held[at] != 2 {
+				t.Errorf("site %d: %d of 2 samples held that were acknowledged at %d", i, held[at], at)
+			}
+		}
+	}
+	t.Logf("%d pushes acknowledged in %d runs", total, kills)
+}

@@ -1,0 +1,339 @@
+package main
+
+// This server as a member of a cluster of servers: what gossip heard becomes a
+// claim to a slot and a ring, which forwarding goes by; and what is told of it at
+// /sd and /debug/cluster. Invariants: what the next start needs is durable before
+// it is announced; the ring changes only when members come, go or claim. This file
+// must not know how members find each other, or how pushes travel.
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+const (
+	memberFile  = "member" + LogSuffix
+	memberState = 1 // the kind of its one record
+	// A slot is chosen when no member came or went for quietFor intervals, or after
+	// settleFor: whoever chooses before it has heard of the others chooses badly.
+	quietFor  = 3
+	settleFor = 10
+	// A dead member's slot stays reserved, so that its keys come back to it.
+	reservedFor = 24 * time.Hour
+)
+
+// LoadMemberState reads what SaveMemberState wrote; of a member without past, or
+// with dir "", it is zero.
+func LoadMemberState(fsys FS, dir string) (SwimState, error) {
+	var st SwimState
+	if dir == "" {
+		return st, nil
+	}
+	_, _, err := OpenLog(fsys, filepath.Join(dir, memberFile), func(kind byte, payload []byte) error {
+		if kind != memberState {
+			return fmt.Errorf("unknown kind of record %d", kind)
+		}
+		return json.Unmarshal(payload, &st)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return st, nil
+	}
+	if err != nil {
+		return st, fmt.Errorf("reading what is kept of this member: %w", err)
+	}
+	return st, nil // of a damaged file zero: the others tell the rest
+}
+
+// SaveMemberState keeps st durably; with dir "" it does nothing.
+func SaveMemberState(fsys FS, dir string, st SwimState) error {
+	if dir == "" {
+		return nil
+	}
+	b, err := json.Marshal(st)
+	if err == nil {
+		err = NewLog(fsys, filepath.Join(dir, memberFile), []byte("member")).Rewrite(func(w io.Writer) error {
+			_, err := w.Write(AppendRecord(nil, memberState, b))
+			return err
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("keeping the state of this member: %w", err)
+	}
+	return nil
+}
+
+// RingMemberConfig configures a RingMember.
+type RingMemberConfig struct {
+	Name     string
+	Gossip   *Gossip
+	Forward  *Forward
+	Store    *Store
+	FS       FS
+	Dir      string // "" keeps nothing
+	Seeds    bool   // addresses to join at are configured
+	Interval time.Duration
+	Log      *slog.Logger
+	Metrics  *Metrics
+}
+
+// RingMember keeps the ring. Its handlers are safe for concurrent use.
+type RingMember struct {
+	cfg     RingMemberConfig
+	saved   SwimState
+	settled chan struct{} // closed when the first ring is made
+	errors  *Counter
+}
+
+// NewRingMember keeps the new session's number, so that gossip may begin.
+func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
+	m := &RingMember{cfg: cfg, settled: make(chan struct{}), saved: cfg.Gossip.State()}
+	if err := SaveMemberState(cfg.FS, cfg.Dir, m.saved); err != nil {
+		return nil, err
+	}
+	reg := cfg.Metrics
+	m.errors = reg.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
+	members := reg.Gauge("telemeter_members", "Servers of the cluster by state, this one included.", "state")
+	share := reg.Gauge("telemeter_ring_share_ratio", "Share of the cluster IDs that this server owns.")
+	hints := reg.Gauge("telemeter_hinted_clusters", "Cluster IDs of which this server holds samples without owning them.")
+	health := reg.Gauge("telemeter_gossip_local_health", "0 is good; each point slows this server's judgement of others.")
+	sent := reg.Counter("telemeter_gossip_sent_packets_total", "Gossip packets sent.")
+	sentBytes := reg.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip sent.")
+	received := reg.Counter("telemeter_gossip_received_packets_total", "Gossip packets received.")
+	refused := reg.Counter("telemeter_gossip_refused_packets_total", "Gossip packets that were dropped unanswered, by reason.", "reason")
+	reg.OnCollect(func() {
+		count := map[State]int{Alive: 0, Suspect: 0, Dead: 0, Left: 0}
+		for _, mv := range cfg.Gossip.View().Members {
+			count[mv.State]++
+		}
+		for state, n := range count {
+			members.Set(float64(n), state.String())
+		}
+		share.Set(cfg.Forward.View().Ring.Shares()[cfg.Name])
+		_, hinted := m.held()
+		hints.Set(float64(hinted))
+		st := cfg.Gossip.Stats()
+		health.Set(float64(st.Health))
+		sent.Total(float64(st.Sent))
+		sentBytes.Total(float64(st.SentBytes))
+		received.Total(float64(st.Received))
+		for i, reason := range RefusedReasons() {
+			refused.Total(float64(st.Refused[i]), reason)
+		}
+	})
+	return m, nil
+}
+
+// held counts the cluster IDs held that this server owns, and that it does not.
+func (m *RingMember) held() (owned, hinted int) {
+	for _, c := range m.cfg.Store.Stats().Clusters {
+		if _, self := m.cfg.Forward.Owner(c.ID); self {
+			owned++
+		} else {
+			hinted++
+		}
+	}
+	return owned, hinted
+}
+
+// Settled is closed when there is a ring to go by.
+func (m *RingMember) Settled() <-chan struct{} { return m.settled }
+
+// Run keeps the ring until ctx ends.
+func (m *RingMember) Run(ctx context.Context) error {
+	begin := time.Now()
+	heard := begin
+	var known []memberKey
+	wait := m.cfg.Interval / 4
+	tick := time.NewTicker(wait)
+	defer tick.Stop()
+	for {
+		v := m.cfg.Gossip.View()
+		// Claims alone are no reason to wait longer: each would delay all others.
+		if now := membersOf(v); !slices.Equal(now, known) {
+			known, heard = now, time.Now()
+		}
+		alone := !m.cfg.Seeds && len(v.Members) == 1
+		quiet := time.Since(heard) >= quietFor*m.cfg.Interval && (v.Joined || !m.cfg.Seeds)
+		if alone || quiet || time.Since(begin) >= settleFor*m.cfg.Interval && !m.isSettled() {
+			m.claim(v)
+			v = m.cfg.Gossip.View()
+			m.settle()
+		}
+		if m.isSettled() {
+			m.ring(v)
+		}
+		m.keep(m.cfg.Gossip.State())
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.cfg.Gossip.Changed():
+		case <-tick.C:
+		}
+	}
+}
+
+// memberKey is one start of one member.
+type memberKey struct {
+	name    string
+	session uint64
+	live    bool
+}
+
+func membersOf(v GossipView) []memberKey {
+	var keys []memberKey
+	for _, mv := range v.Members {
+		keys = append(keys, memberKey{mv.Name, mv.Session, mv.State.Live()})
+	}
+	return keys
+}
+
+func (m *RingMember) isSettled() bool {
+	select {
+	case <-m.settled:
+		return true
+	default:
+		return false
+	}
+}
+
+func (m *RingMember) settle() {
+	if !m.isSettled() {
+		close(m.settled)
+	}
+}
+
+// keep stores st if it is not what is kept. A failure is tried again at the next
+// change or tick.
+func (m *RingMember) keep(st SwimState) bool {
+	if st == m.saved {
+		return true
+	}
+	if err := SaveMemberState(m.cfg.FS, m.cfg.Dir, st); err != nil {
+		m.errors.Inc()
+		m.cfg.Log.Error("member", "err", err)
+		return false
+	}
+	m.saved = st
+	return true
+}
+
+func claimOf(r Record) Claim {
+	c := Claim{Name: r.Name, Provisional: r.Provisional}
+	if r.Lamport > 0 && r.Slot != NoSlot {
+		c.Slot, c.Lamport = int(r.Slot), r.Lamport
+	}
+	return c
+}
+
+// claim takes the slot that is this server's by what it has heard.
+func (m *RingMember) claim(v GossipView) {
+	var live, reserved []Claim
+	for _, mv := range v.Members {
+		switch {
+		case mv.State.Live():
+			live = append(live, claimOf(mv.Record))
+		case time.Duration(mv.Age)*time.Second < reservedFor:
+			reserved = append(reserved, claimOf(mv.Record))
+		}
+	}
+	c, changed := Resolve(m.cfg.Name, m.cfg.Seeds && !v.Joined, live, reserved, v.Lamport)
+	if !changed {
+		return
+	}
+	slot := uint16(NoSlot)
+	if c.Lamport > 0 {
+		slot = uint16(c.Slot)
+	}
+	// Durable before it is told: a restart must not claim another's slot by it.
+	st := m.cfg.Gossip.State()
+	st.Slot, st.Lamport, st.Provisional = slot, c.Lamport, c.Provisional
+	if m.keep(st) {
+		m.cfg.Log.Info("slot claimed", "slot", c.Slot, "claim", c.Lamport, "provisional", c.Provisional)
+		m.cfg.Gossip.SetClaim(slot, c.Lamport, c.Provisional)
+	}
+}
+
+// ring makes forwarding go by what is heard.
+func (m *RingMember) ring(v GossipView) {
+	next := &View{Peers: map[string]Peer{}}
+	var claims []Claim
+	for _, mv := range v.Members {
+		if !mv.State.Live() {
+			continue
+		}
+		claims = append(claims, claimOf(mv.Record))
+		next.Peers[mv.Name] = Peer{Name: mv.Name, Addr: mv.Addr, Session: mv.Session, KeyID: mv.KeyID}
+	}
+	next.Ring = NewRing(claims, int(v.Buckets))
+	if old := m.cfg.Forward.View(); old.Ring.Version() != next.Ring.Version() {
+		m.cfg.Log.Info("ring changed", "members", len(next.Peers), "buckets", next.Ring.Buckets(), "share", next.Ring.Shares()[m.cfg.Name])
+	}
+	m.cfg.Forward.SetView(next)
+}
+
+// ServeSD answers in the form of Prometheus's HTTP service discovery, with every
+// live server: each exposes what it holds.
+func (m *RingMember) ServeSD(w http.ResponseWriter, r *http.Request) {
+	targets := []string{}
+	for _, mv := range m.cfg.Gossip.View().Members {
+		if mv.State.Live() && mv.URL != "" {
+			targets = append(targets, mv.URL)
+		}
+	}
+	WriteJSON(w, []map[string][]string{{"targets": targets}})
+}
+
+// ServeDebug tells all that this server knows of the cluster.
+func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
+	type member struct {
+		Name        string  `json:"name"`
+		State       string  `json:"state"`
+		Address     string  `json:"address"`
+		Internal    string  `json:"internal,omitempty"`
+		Slot        *uint16 `json:"slot"`
+		Claim       uint64  `json:"claim,omitempty"`
+		Provisional bool    `json:"provisional,omitempty"`
+		Session     uint64  `json:"session"`
+		Incarnation uint32  `json:"incarnation"`
+		KeyID       string  `json:"key_id"`
+		RTT         float64 `json:"round_trip_seconds,omitempty"`
+		Share       float64 `json:"share"`
+		Gone        uint32  `json:"gone_seconds,omitempty"`
+	}
+	v := m.cfg.Gossip.View()
+	ring := m.cfg.Forward.View().Ring
+	shares := ring.Shares()
+	members := []member{}
+	for _, mv := range v.Members {
+		d := member{
+			Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional,
+			Session: mv.Session, Incarnation: mv.Incarnation, KeyID: fmt.Sprintf("%08x", mv.KeyID), RTT: mv.RTT.Seconds(),
+			Share: shares[mv.Name], Gone: mv.Age,
+		}
+		if mv.Slot != NoSlot {
+			d.Slot = &mv.Slot
+		}
+		members = append(members, d)
+	}
+	owned, hinted := m.held()
+	st := m.cfg.Gossip.Stats()
+	refused := map[string]uint64{}
+	for i, reason := range RefusedReasons() {
+		refused[reason] = st.Refused[i]
+	}
+	WriteJSON(w, map[string]any{
+		"name": m.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
+		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
+		"held":   map[string]int{"owned": owned, "hinted": hinted},
+		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "received_packets": st.Received, "refused": refused},
+	})
+}

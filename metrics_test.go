@@ -1,0 +1,354 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+func metricsText(t *testing.T, m *Metrics) string {
+	t.Helper()
+	var b strings.Builder
+	if err := m.WriteText(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+func metricsParsed(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
+	t.Helper()
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := parser.TextToMetricFamilies(strings.NewReader(metricsText(t, m)))
+	if err != nil {
+		t.Fatalf("the output does not parse: %v", err)
+	}
+	return families
+}
+
+// The text is promised to the byte: families by name, series by label values,
+// a family without series absent, one without labels there from the start.
+func TestMetricsText(t *testing.T) {
+	m := NewMetrics()
+	pushes := m.Counter("pushes_total", "Pushes.", "code", "reason")
+	m.Counter("idle_total", "Never counted.")
+	m.Counter("absent_total", "Without series.", "code")
+	held := m.Gauge("held_samples", "Samples \\ held.\nNow.")
+	took := m.Histogram("push_seconds", "Time.", []float64{0.5, 1}, "to")
+	pushes.Inc("200", "")
+	pushes.Add(2.5, "200", "")
+	pushes.Add(0, "400", "a \"b\"\n\\")
+	pushes.Inc("200", "\xff")
+	m.OnCollect(func() { held.Set(-3) })
+	for _, v := range []float64{0.5, 0.6, 1, 7, math.NaN()} {
+		took.Observe(v, "x")
+	}
+	want := `# HELP held_samples Samples \\ held.\nNow.
+# TYPE held_samples gauge
+held_samples -3
+# HELP idle_total Never counted.
+# TYPE idle_total counter
+idle_total 0
+# HELP push_seconds Time.
+# TYPE push_seconds histogram
+push_seconds_bucket{to="x",le="0.5"} 1
+push_seconds_bucket{to="x",le="1"} 3
+push_seconds_bucket{to="x",le="+Inf"} 4
+push_seconds_sum{to="x"} 9.1
+push_seconds_count{to="x"} 4
+# HELP pushes_total Pushes.
+# TYPE pushes_total counter
+pushes_total{code="200",reason=""} 3.5
+pushes_total{code="200",reason="` + "\uFFFD" + `"} 1
+pushes_total{code="400",reason="a \"b\"\n\\"} 0
+`
+	if got := metricsText(t, m); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	if n := len(metricsParsed(t, m)); n != 4 {
+		t.Errorf("parsed back %d families, want 4", n)
+	}
+}
+
+func TestMetricsValues(t *testing.T) {
+	m := NewMetrics()
+	c := m.Counter("c_total", "C.", "l")
+	if v := c.Value("never"); v != 0 || strings.Contains(metricsText(t, m), "never") {
+		t.Errorf("asking made a series, or one of %v", v)
+	}
+	for _, bad := range []float64{-1, math.NaN(), math.Inf(1), math.Inf(-1)} {
+		c.Add(bad, "a")
+		c.Total(bad, "a")
+	}
+	if v := c.Value("a"); v != 0 {
+		t.Errorf("counter took what it must ignore: %v", v)
+	}
+	for _, step := range []struct{ total, want float64 }{{5, 5}, {3, 5}, {5, 5}, {9, 9}} {
+		if c.Total(step.total, "a"); c.Value("a") != step.want {
+			t.Errorf("after Total(%v): %v, want %v", step.total, c.Value("a"), step.want)
+		}
+	}
+	g := m.Gauge("g", "G.")
+	g.Set(2)
+	g.Add(-5)
+	if v := metricsParsed(t, m)["g"].Metric[0].Gauge.GetValue(); v != -3 {
+		t.Errorf("gauge is %v, want -3", v)
+	}
+}
+
+// A caller that puts remote input into a label costs a bounded amount of memory
+// and no observation, and the output stays one that parses, without duplicates.
+func TestMetricsChildrenBounded(t *testing.T) {
+	m := NewMetrics()
+	c := m.Counter("c_total", "C.", "site", "code")
+	long := strings.Repeat("x", 10*maxValueLen)
+	for i := range 3 * maxChildren {
+		c.Inc(fmt.Sprintf("site-%d\xff", i), "200")
+		c.Inc(fmt.Sprintf("%s%d", long, i), "200")
+	}
+	series, sum := metricsParsed(t, m)["c_total"].Metric, 0.0
+	for _, s := range series {
+		sum += s.Counter.GetValue()
+		for _, l := range s.Label {
+			if len(l.GetValue()) > maxValueLen {
+				t.Errorf("label value of %d bytes", len(l.GetValue()))
+			}
+		}
+	}
+	if len(series) != maxChildren+1 || sum != 6*maxChildren {
+		t.Errorf("%d series summing up to %v, want %d and %d", len(series), sum, maxChildren+1, 6*maxChildren)
+	}
+	if v := c.Value("other", "other"); v < maxChildren {
+		t.Errorf("other is %v", v)
+	}
+}
+
+func TestMetricsRegistrationPanics(t *testing.T) {
+	for name, register := range map[string]func(*Metrics){
+		"duplicate":             func(m *Metrics) { m.Gauge("a", "A."); m.Histogram("a", "A.", nil) },
+		"empty name":            func(m *Metrics) { m.Gauge("", "A.") },
+		"dash":                  func(m *Metrics) { m.Gauge("a-b", "A.") },
+		"upper case":            func(m *Metrics) { m.Gauge("aB", "A.") },
+		"no help":               func(m *Metrics) { m.Gauge("a", "") },
+		"counter without total": func(m *Metrics) { m.Counter("a", "A.") },
+		"gauge with total":      func(m *Metrics) { m.Gauge("a_total", "A.") },
+		"component suffix":      func(m *Metrics) { m.Gauge("a_bucket", "A.") },
+		"reserved label":        func(m *Metrics) { m.Gauge("a", "A.", "__x") },
+		"le":                    func(m *Metrics) { m.Histogram("a", "A.", nil, "le") },
+		"repeated label":        func(m *Metrics) { m.Gauge("a", "A.", "x", "x") },
+		"too many labels":       func(m *Metrics) { m.Gauge("a", "A.", "v", "w", "x", "y", "z") },
+		"buckets descend":       func(m *Metrics) { m.Histogram("a", "A.", []float64{2, 1}) },
+		"infinite bucket":       func(m *Metrics) { m.Histogram("a", "A.", []float64{1, math.Inf(1)}) },
+		"values missing":        func(m *Metrics) { m.Gauge("a", "A.", "x").Set(1) },
+		"values to spare":       func(m *Metrics) { m.Gauge("a", "A.").Set(1, "x") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			defer func() {
+				if recover() == nil {
+					t.Error("no panic")
+				}
+			}()
+			register(NewMetrics())
+		})
+	}
+}
+
+// Each kind of scraper gets its format, and gets everything in it; of a
+// histogram scraped while it is observed, the buckets are cumulative and end in
+// the count.
+func TestMetricsServeHTTP(t *testing.T) {
+	m := NewMetrics()
+	m.Counter("a_total", "A.").Inc()
+	m.Histogram("b_seconds", "B.", []float64{1, 2}).Observe(1.5)
+	const prometheus = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
+	for _, c := range []struct {
+		accept, encoding string
+		format           expfmt.FormatType
+		gzipped          bool
+	}{
+		{"", "", expfmt.TypeTextPlain, false},
+		{"*/*", "identity", expfmt.TypeTextPlain, false},
+		{"text/plain;version=0.0.4", "gzip;q=0", expfmt.TypeTextPlain, false},
+		{"text/plain;version=0.0.4", "br, GZIP ; q=0.5", expfmt.TypeTextPlain, true},
+		{"application/openmetrics-text;version=1.0.0", "gzip", expfmt.TypeOpenMetrics, true},
+		{prometheus, "gzip", expfmt.TypeProtoDelim, true},
+		{prometheus + ";q=0.4,text/plain;version=0.0.4;q=0.5", "", expfmt.TypeTextPlain, false},
+		{"image/png", "", expfmt.TypeTextPlain, false},
+	} {
+		t.Run(c.accept+"|"+c.encoding, func(t *testing.T) {
+			r := httptest.NewRequest("GET", "/metrics", nil)
+			r.Header.Set("Accept", c.accept)
+			r.Header.Set("Accept-Encoding", c.encoding)
+			w := httptest.NewRecorder()
+			m.ServeHTTP(w, r)
+			var body io.Reader = w.Body
+			if gzipped := w.Header().Get("Content-Encoding") == "gzip"; gzipped != c.gzipped {
+				t.Fatalf("gzip is %v", gzipped)
+			} else if gzipped {
+				zr, err := gzip.NewReader(w.Body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				body = zr
+			}
+			raw, err := io.ReadAll(body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			format := expfmt.ResponseFormat(http.Header{"Content-Type": w.Header()["Content-Type"]})
+			if c.format == expfmt.TypeOpenMetrics { // which expfmt writes and does not read
+				if !strings.HasPrefix(w.Header().Get("Content-Type"), expfmt.OpenMetricsType) ||
+					!bytes.Contains(raw, []byte("# TYPE a counter\na_total 1.0\n")) || !bytes.HasSuffix(raw, []byte("# EOF\n")) {
+					t.Errorf("%s is not OpenMetrics:\n%s", w.Header().Get("Content-Type"), raw)
+				}
+				return
+			}
+			if format.FormatType() != c.format {
+				t.Fatalf("format is %s", w.Header().Get("Content-Type"))
+			}
+			var names []string
+			for dec := expfmt.NewDecoder(bytes.NewReader(raw), format); ; {
+				var mf dto.MetricFamily
+				if err := dec.Decode(&mf); err == io.EOF {
+					break
+				} else if err != nil {
+					t.Fatal(err)
+				}
+				names = append(names, mf.GetName())
+			}
+			slices.Sort(names) // the text decoder goes through a map
+			if !slices.Equal(names, []string{"a_total", "b_seconds"}) {
+				t.Errorf("families are %v", names)
+			}
+		})
+	}
+}
+
+func TestMetricsConcurrent(t *testing.T) {
+	const workers, rounds = 8, 300
+	m := NewMetrics()
+	c, g := m.Counter("c_total", "C.", "l"), m.Gauge("g", "G.", "l")
+	h := m.Histogram("h_seconds", "H.", []float64{10, 20, 30})
+	m.OnCollect(func() { g.Set(1, "hook") })
+	scrape := func() {
+		var below uint64
+		hist := metricsParsed(t, m)["h_seconds"].Metric[0].Histogram
+		for _, b := range hist.Bucket {
+			if b.GetCumulativeCount() < below {
+				t.Error("buckets are not cumulative")
+			}
+			below = b.GetCumulativeCount()
+		}
+		if below != hist.GetSampleCount() {
+			t.Errorf("last bucket is %d, count %d", below, hist.GetSampleCount())
+		}
+	}
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			for i := range rounds {
+				l := fmt.Sprint(i % 7)
+				c.Inc(l)
+				c.Total(1, l)
+				g.Add(1, l)
+				h.Observe(float64(i % 40))
+				if w == 0 && i%10 == 0 {
+					m.Gauge(fmt.Sprintf("late_%d", i), "Registered meanwhile.")
+					scrape()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	scrape()
+	sum := 0.0
+	for i := range 7 {
+		sum += c.Value(fmt.Sprint(i))
+	}
+	if sum != workers*rounds { // no Total(1) comes before an Inc
+		t.Errorf("counted %v, want %d", sum, workers*rounds)
+	}
+	if n := metricsParsed(t, m)["h_seconds"].Metric[0].Histogram.GetSampleCount(); n != workers*rounds {
+		t.Errorf("observed %d, want %d", n, workers*rounds)
+	}
+}
+
+// Counting is on the path of every push.
+func TestMetricsCountingAllocatesNothing(t *testing.T) {
+	m := NewMetrics()
+	c := m.Counter("c_total", "C.", "a", "b", "c")
+	h := m.Histogram("h_seconds", "H.", []float64{1, 2}, "a")
+	if n := testing.AllocsPerRun(100, func() { c.Inc("x", "y", "z"); h.Observe(1.5, "x") }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func BenchmarkMetricsInc(b *testing.B) {
+	c := NewMetrics().Counter("c_total", "C.", "a", "b", "c")
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			c.Inc("upload", "200", "accepted")
+		}
+	})
+}
+
+func TestRegisterProcess(t *testing.T) {
+	m := NewMetrics()
+	RegisterProcess(m)
+	got := metricsParsed(t, m)
+	positive := []string{"telemeter_build_info", "process_cpu_seconds_total", "process_max_fds", "go_goroutines", "go_memstats_heap_alloc_bytes"}
+	if runtime.GOOS == "linux" {
+		positive = append(positive, "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds")
+	}
+	for _, name := range positive {
+		mf := got[name]
+		if mf == nil || mf.Metric[0].GetGauge().GetValue()+mf.Metric[0].GetCounter().GetValue() <= 0 {
+			t.Errorf("%s is %v, want something above 0", name, mf)
+		}
+	}
+	if got["go_gc_cycles_total"] == nil {
+		t.Error("go_gc_cycles_total is missing")
+	}
+}
+
+func TestVersion(t *testing.T) {
+	set := func(kv ...string) (s []debug.BuildSetting) {
+		for i := 0; i < len(kv); i += 2 {
+			s = append(s, debug.BuildSetting{Key: kv[i], Value: kv[i+1]})
+		}
+		return s
+	}
+	for _, c := range []struct {
+		main              string
+		settings          []debug.BuildSetting
+		version, revision string
+	}{
+		{"", nil, "devel", "unknown"},
+		{"(devel)", set("GOOS", "linux"), "devel", "unknown"},
+		{"v1.2.3", set("vcs", "git", "vcs.revision", "abc", "vcs.modified", "false"), "v1.2.3", "abc"},
+		{"v1.2.3+dirty", set("vcs.modified", "true", "vcs.revision", "abc"), "v1.2.3+dirty", "abc-dirty"},
+	} {
+		info := &debug.BuildInfo{Settings: c.settings}
+		info.Main.Version = c.main
+		if v, r := buildVersion(info); v != c.version || r != c.revision {
+			t.Errorf("%q %v: %s %s, want %s %s", c.main, c.settings, v, r, c.version, c.revision)
+		}
+	}
+	if v, r := Version(); v == "" || r == "" {
+		t.Errorf("this binary: %q %q", v, r)
+	}
+}

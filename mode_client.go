@@ -1,0 +1,293 @@
+package main
+
+// The mode client: its flags, what it reads from files and from the token, and how
+// the rooms of a client are wired. Invariants: flags win over what the token
+// says; a token goes out over plain HTTP only to loopback, or when it is asked
+// for. This file decides nothing about scrapes, samples or retries.
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	attemptTimeout = 40 * time.Second // more than a server waits for its disk
+	scrapeTimeout  = time.Minute
+	dialTimeout    = 10 * time.Second
+	minSalt        = 16 // bytes
+)
+
+// clientConfig is what the flags of --mode client say.
+type clientConfig struct {
+	from, fromToken, fromCA         *string
+	token, id, toCA, toCrt, toKey   *string
+	matchFile, saltFile, listen     *string
+	to, match, labels, rename, anon *ListFlag
+	plain, once, dryRun             *bool
+	interval                        *time.Duration
+	bytes                           *SizeFlag
+	level                           *slog.Level
+	anonymize                       []string
+	source                          *url.URL
+	set                             []Label
+	renames                         map[string]string
+}
+
+// ClientMode runs --mode client.
+func ClientMode(ctx context.Context, c *Command) error {
+	c.About = "scrapes a Prometheus that nobody can reach, and pushes what it has."
+	c.Example = "telemeter --mode client --from http://localhost:9090 --token-file site-7.token"
+	var f clientConfig
+	c.Group("Source", func() {
+		f.from = c.String("from", "http://localhost:9090", "`URL` of a Prometheus, or with a path of any endpoint, such as an exporter's /metrics")
+		f.fromToken = c.String("from-token-file", "", "`FILE` with a bearer token for the source")
+		f.fromCA = c.String("from-ca-file", "", "`FILE` of CA certificates that vouch for the source")
+		f.interval = c.Duration("interval", 2*time.Minute, "`TIME` between scrapes, and pushes")
+	})
+	c.Group("Which samples", func() {
+		f.match = c.List("match", "`SELECTOR` of series to push (none: all)")
+		f.matchFile = c.String("match-file", "", "`FILE` of such selectors, one a line")
+		f.labels = c.List("label", "`NAME=VALUE` to set on every sample")
+		f.rename = c.List("rename", "`OLD=NEW` for the name of a metric; ALERTS=alerts unless ALERTS is named")
+		f.anon = c.List("anonymize-labels", "`NAMES` of labels whose values are replaced by keyed hashes, separated by commas")
+		f.saltFile = c.String("anonymize-salt-file", "", "`FILE` with the key of these hashes, of 16 bytes or more")
+	})
+	c.Group("Destination", func() {
+		f.token = c.String("token-file", "", "`FILE` with the token; it says ID, servers and certificate (needed to push)")
+		f.to = c.List("to", "`URL` of a server, instead of the token's; tried in order")
+		f.id = c.String("id", "", "`ID` of the cluster, instead of the token's")
+		f.toCA = c.String("to-ca-file", "", "`FILE` of CA certificates that vouch for the servers, instead of the token's pin")
+		f.toCrt = c.String("to-crt", "", "`FILE` with a client certificate")
+		f.toKey = c.String("to-key", "", "`FILE` with its key")
+		f.plain = c.Bool("plain-http", false, "send the token over http:// to other hosts too, readable by whoever sees the network")
+		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body, as the servers limit it; more becomes several pushes")
+	})
+	c.Group("Other", func() {
+		f.listen = c.String("listen", "localhost:9002", "`ADDRESS` for health, own metrics and /federate of the last set sent; empty for none")
+		f.once = c.Bool("once", false, "scrape and push once, and exit")
+		f.dryRun = c.Bool("dry-run", false, "print what would leave the site, and push nothing")
+		f.level = c.LogLevel()
+	})
+	if err := c.ParseAll(); err != nil {
+		return err
+	}
+	f.check(c)
+	if err := c.Conflicts(); err != nil {
+		return err
+	}
+	log := c.Logger(*f.level)
+	metrics := NewMetrics()
+	RegisterProcess(metrics)
+	client, load, err := newClient(&f, log, metrics)
+	if err != nil {
+		return err
+	}
+	if *f.dryRun || *f.once {
+		ctx, cancel := context.WithTimeout(ctx, *f.interval)
+		defer cancel()
+		if *f.once && !*f.dryRun {
+			return client.Once(ctx)
+		}
+		p, err := client.Scrape(ctx)
+		if err != nil {
+			return fmt.Errorf("source: %w", err)
+		}
+		_, err = c.Stdout.Write(client.Text(nil, p, p.Samples))
+		return err
+	}
+	parts := []func(context.Context) error{client.Run}
+	if *f.listen != "" {
+		ln, err := Listen(*f.listen)
+		if err != nil {
+			return err
+		}
+		defer ln.Close()
+		web := Web{Name: "client", Listener: ln, Handler: client.Handler(), Log: log}
+		parts = append(parts, web.Run)
+		log.Info("listening", "address", ln.Addr())
+	}
+	return Serve(ctx, log, metrics, load, func() {}, parts...)
+}
+
+// check finds what contradicts itself, before any file is read.
+func (f *clientConfig) check(c *Command) {
+	u, err := url.Parse(*f.from)
+	ok := err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
+	c.Check(ok, "--from %s is not an http:// or https:// URL", *f.from)
+	if ok {
+		if strings.Trim(u.Path, "/") == "" {
+			u.Path = "/federate"
+		}
+		f.source = u
+		c.Check(*f.fromToken == "" || u.Scheme == "https" || IsLoopback(u.Hostname()) || *f.plain,
+			"--from-token-file would go over plain HTTP to %s: use https://, or --plain-http if that is meant", u.Host)
+	}
+	c.Check(*f.token != "" || *f.dryRun, "--token-file FILE is missing; telemeter --mode token makes one on a server")
+	for _, names := range *f.anon {
+		for name := range strings.SplitSeq(names, ",") {
+			err := CheckLabelName(name)
+			c.Check(err == nil, "--anonymize-labels: %v", err)
+			f.anonymize = append(f.anonymize, name)
+		}
+	}
+	c.Check(len(f.anonymize) == 0 || *f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file: without a secret, values could be guessed; make one with: head -c 32 /dev/urandom | base64 > salt")
+	c.Check(len(f.anonymize) > 0 || *f.saltFile == "", "--anonymize-salt-file does nothing without --anonymize-labels")
+	f.set, err = ParseLabels(*f.labels)
+	c.Check(err == nil, "--label: %v", err)
+	f.renames, err = ParseRename(append([]string{"ALERTS=alerts"}, *f.rename...))
+	c.Check(err == nil, "--rename: %v", err)
+	_, err = ParseSelectors(*f.match)
+	c.Check(err == nil, "--match: %v", err)
+	for _, s := range *f.to {
+		_, err := BaseURL(s)
+		c.Check(err == nil, "--to: %v", err)
+	}
+	if *f.id != "" {
+		err := ValidClusterID(*f.id)
+		c.Check(err == nil, "--id: %v", err)
+	}
+	c.Check((*f.toCrt == "") == (*f.toKey == ""), "--to-crt and --to-key need each other")
+	c.Check(*f.interval >= time.Second, "--interval is at least 1s")
+	c.Check(*f.bytes >= 1<<10 && *f.bytes <= 64<<20, "--limit-bytes is from 1KiB to 64MiB")
+	c.Check(!*f.once || !*f.dryRun, "--once pushes and --dry-run does not: choose one")
+}
+
+// newClient reads the files, and returns a client and what reloads it.
+func newClient(f *clientConfig, log *slog.Logger, m *Metrics) (*Client, func() error, error) {
+	var client *Client
+	first, token, err := f.load()
+	if err != nil {
+		return nil, nil, err
+	}
+	cfg := ClientConfig{
+		From: f.source, Interval: *f.interval, LimitBytes: int64(*f.bytes), Metrics: m, Log: log, Now: time.Now,
+		Cluster: token.Cluster, To: token.URLs,
+	}
+	fromTLS := &tls.Config{MinVersion: tls.VersionTLS12}
+	if *f.fromCA != "" {
+		if fromTLS.RootCAs, err = ReadCAs(*f.fromCA); err != nil {
+			return nil, nil, err
+		}
+	}
+	cfg.FromClient = HTTPClient(fromTLS, scrapeTimeout, dialTimeout)
+	toTLS := &tls.Config{MinVersion: tls.VersionTLS12}
+	if *f.toCA != "" {
+		if toTLS.RootCAs, err = ReadCAs(*f.toCA); err != nil {
+			return nil, nil, err
+		}
+	} else if token.Pin != "" {
+		if toTLS, err = PinnedTLS(token.Pin); err != nil {
+			return nil, nil, fmt.Errorf("token: %w", err)
+		}
+	}
+	if *f.toCrt != "" {
+		pair, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey)
+		if err != nil {
+			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
+		}
+		// Asked for at each handshake, so that a renewed one is used.
+		toTLS.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if fresh, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey); err == nil {
+				return &fresh, nil
+			}
+			return &pair, nil
+		}
+	}
+	cfg.ToClient = HTTPClient(toTLS, attemptTimeout, dialTimeout)
+	client = NewClient(cfg)
+	client.Reload(first)
+	return client, func() error {
+		st, again, err := f.load()
+		if err != nil {
+			return err
+		}
+		if again.Cluster != token.Cluster || !slices.Equal(again.URLs, token.URLs) || again.Pin != token.Pin {
+			return fmt.Errorf("the new token is for other servers or another cluster ID: restart to use it")
+		}
+		client.Reload(st)
+		return nil
+	}, nil
+}
+
+// load reads what a reload reads. The token returned has what the flags override.
+func (f *clientConfig) load() (st ClientState, t Token, err error) {
+	if *f.fromToken != "" {
+		b, err := ReadSecret(*f.fromToken, MaxToken)
+		if err != nil {
+			return st, t, fmt.Errorf("reading the source's token: %w", err)
+		}
+		st.FromToken = string(b)
+	}
+	if st.Match, err = ReadSelectors(*f.match, *f.matchFile); err != nil {
+		return st, t, err
+	}
+	if len(st.Match) == 0 {
+		// All, as Prometheus's /federate takes it: it refuses to be asked nothing.
+		if st.Match, err = ParseSelectors([]string{`{__name__=~".+"}`}); err != nil {
+			return st, t, err
+		}
+	}
+	var salt []byte
+	if *f.saltFile != "" {
+		if salt, err = ReadSecret(*f.saltFile, MaxToken); err != nil {
+			return st, t, fmt.Errorf("reading salt: %w", err)
+		}
+		if len(salt) < minSalt {
+			return st, t, fmt.Errorf("%s holds %d bytes; a salt has %d or more", *f.saltFile, len(salt), minSalt)
+		}
+	}
+	st.Cleaner = func() *Cleaner {
+		c := &Cleaner{Rename: f.renames, Labels: f.set, Anonymize: f.anonymize}
+		c.Salt(salt)
+		return c
+	}
+	if *f.dryRun {
+		return st, t, nil
+	}
+	b, err := ReadSecret(*f.token, MaxToken)
+	if err != nil {
+		return st, t, fmt.Errorf("reading token: %w", err)
+	}
+	st.Token = string(b)
+	// A token of another make is as good if --authorize takes it; it says nothing.
+	t, parseErr := ParseToken(st.Token)
+	if parseErr == nil && t.Kind != KindClient {
+		return st, t, fmt.Errorf("%s holds an %s token, not a client's", *f.token, t.Kind)
+	}
+	st.Expires = t.Expires
+	if *f.id != "" {
+		t.Cluster = *f.id
+	}
+	if len(*f.to) > 0 {
+		t.URLs = *f.to
+	}
+	var bad UsageError
+	if t.Cluster == "" {
+		bad = append(bad, fmt.Sprintf("%s says no cluster ID (%v): add --id", *f.token, parseErr))
+	}
+	if len(t.URLs) == 0 {
+		bad = append(bad, fmt.Sprintf("%s names no server: add --to URL", *f.token))
+	}
+	t.URLs = slices.Clone(t.URLs)
+	for i, s := range t.URLs {
+		u, err := BaseURL(s)
+		if err != nil {
+			bad = append(bad, fmt.Sprintf("server: %v", err))
+			continue
+		}
+		t.URLs[i] = u.String()
+		if u.Scheme == "http" && !IsLoopback(u.Hostname()) && !*f.plain {
+			bad = append(bad, fmt.Sprintf("%s is plain HTTP: whoever sees the network could read the token; use https://, or --plain-http if that is meant", s))
+		}
+	}
+	if len(bad) > 0 {
+		return st, t, bad
+	}
+	return st, t, nil
+}

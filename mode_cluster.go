@@ -1,0 +1,208 @@
+package main
+
+// A server with --listen-cluster: how the rooms of a member of a cluster of
+// servers are wired. Invariants: the number of a new session is durable before the
+// first packet; UDP and TCP have one port; gossip is left after HTTP has ended and
+// before the store is closed. This file decides nothing about members or pushes.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+)
+
+// clusterName is authenticated with all that members send each other.
+const clusterName = "telemeter"
+
+// clusterDial is short: gossip needs some three seconds to tell who is dead.
+const clusterDial = 2 * time.Second
+
+// ClusterFlags are the flags of --mode server that make it a member.
+type ClusterFlags struct {
+	listen, advertise, name *string
+	join                    *ListFlag
+	interval                *time.Duration
+}
+
+// Define adds the flags to c.
+func (f *ClusterFlags) Define(c *Command) {
+	c.Group("Cluster of servers", func() {
+		f.listen = c.String("listen-cluster", "", "`ADDRESS` for other servers, UDP and TCP, usually :9006; empty: this server is alone")
+		f.join = c.List("join", "`ADDRESS` of a server to join at, tried for ever; a name stands for all its addresses")
+		f.advertise = c.String("advertise", "", "`ADDRESS` by which other servers and /sd reach this one; empty: found out")
+		hostname, _ := os.Hostname() // without one, Check asks for --name
+		f.name = c.String("name", hostname, "`NAME` of this server, unique among them")
+		f.interval = c.Duration("gossip-interval", DefaultGossipInterval, "`TIME` that scales all timing among servers; more for slow links")
+		c.Lookup("name").DefValue = "this host's"
+	})
+}
+
+// Wanted reports whether the server is to be a member.
+func (f *ClusterFlags) Wanted() bool { return *f.listen != "" }
+
+// Check collects what contradicts itself.
+func (f *ClusterFlags) Check(c *Command) {
+	c.Check(f.Wanted() || len(*f.join) == 0 && *f.advertise == "", "--join and --advertise need --listen-cluster, usually :9006")
+	if !f.Wanted() {
+		return
+	}
+	_, _, err := net.SplitHostPort(*f.listen)
+	c.Check(err == nil, "--listen-cluster: %v", err)
+	err = ValidName(*f.name)
+	c.Check(err == nil, "--name: %v", err)
+	if *f.advertise != "" {
+		_, _, err := net.SplitHostPort(*f.advertise)
+		c.Check(err == nil, "--advertise: %v", err)
+	}
+	for _, addr := range *f.join {
+		_, _, err := net.SplitHostPort(addr)
+		c.Check(err == nil, "--join: %v", err)
+	}
+	c.Check(*f.interval >= 100*time.Millisecond, "--gossip-interval is at least 100ms")
+}
+
+// ClusterNode is the part of a server that makes it a member.
+type ClusterNode struct {
+	gossip  *Gossip
+	Forward *Forward
+	Member  *RingMember
+	box     *Box
+	Web     Web
+	tcp     net.Listener
+	udp     *net.UDPConn
+	stop    context.CancelFunc
+	ended   sync.WaitGroup // of the three that run
+	failed  chan error     // what each ended with
+}
+
+// NewClusterNode opens the cluster port. server is called only once serving.
+func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store, metrics *Metrics, log *slog.Logger, server func() *Server) (n *ClusterNode, err error) {
+	keys, err := ReadKeys(keysDir, ClusterKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	state, err := LoadMemberState(DiskFS{}, dir)
+	if err != nil {
+		return nil, err
+	}
+	n = &ClusterNode{failed: make(chan error, 3)}
+	defer func() {
+		if err != nil {
+			n.Close()
+		}
+	}()
+	if n.tcp, err = Listen(*f.listen); err != nil {
+		return n, err
+	}
+	addr := n.tcp.Addr().(*net.TCPAddr)
+	if n.udp, err = net.ListenUDP("udp", &net.UDPAddr{IP: addr.IP, Port: addr.Port, Zone: addr.Zone}); err != nil {
+		return n, fmt.Errorf("listening: %w", err)
+	}
+	advertise := *f.advertise
+	if advertise == "" {
+		peer := ""
+		if len(*f.join) > 0 {
+			peer = (*f.join)[0]
+		}
+		if advertise, err = AdvertisedAddr(netip.AddrPortFrom(addr.AddrPort().Addr().Unmap(), uint16(addr.Port)), peer); err != nil {
+			return n, err
+		}
+	}
+	// What /sd tells of the internal listener: its own address if it has one.
+	if host, port, _ := net.SplitHostPort(internal); host == "" || net.ParseIP(host).IsUnspecified() {
+		reachable, _, _ := net.SplitHostPort(advertise)
+		internal = net.JoinHostPort(reachable, port)
+	}
+	if n.gossip, err = NewGossip(GossipConfig{
+		Name: *f.name, Addr: advertise, URL: internal, Cluster: clusterName, Keys: keys, Seeds: *f.join, Interval: *f.interval,
+		State: state, Conn: n.udp, Resolver: net.DefaultResolver,
+		Notify: func(e Event) { log.Info(e.What, "member", e.Name, "address", e.Addr) },
+	}); err != nil {
+		return n, fmt.Errorf("starting gossip: %w", err)
+	}
+	if n.box, err = NewBox(keys, clusterName); err != nil {
+		return n, err
+	}
+	n.Forward = NewForward(ForwardConfig{
+		Name: *f.name, Store: store, Box: n.box, Client: HTTPClient(nil, time.Minute, clusterDial), Log: log, Metrics: metrics,
+		Begin: func(id string) (time.Duration, error) { return server().Begin(id) },
+		End:   func(id string) { server().End(id) },
+		Noted: func(id string, note Note) { server().Noted(id, note) },
+	})
+	if n.Member, err = NewRingMember(RingMemberConfig{
+		Name: *f.name, Gossip: n.gossip, Forward: n.Forward, Store: store, FS: DiskFS{}, Dir: dir, Seeds: len(*f.join) > 0,
+		Interval: *f.interval, Log: log, Metrics: metrics,
+	}); err != nil {
+		return n, err
+	}
+	n.Web = Web{Name: "cluster", Listener: n.tcp, Handler: n.Forward.Handler(), Log: log}
+	log.Info("member", "name", *f.name, "cluster", n.tcp.Addr(), "advertise", advertise, "join", *f.join)
+	return n, nil
+}
+
+// Start begins to take part.
+func (n *ClusterNode) Start() {
+	ctx, stop := context.WithCancel(context.Background())
+	n.stop = stop
+	for _, run := range []func(context.Context) error{n.gossip.Run, n.Forward.Run, n.Member.Run} {
+		n.ended.Go(func() { n.failed <- run(ctx) })
+	}
+}
+
+// Watch returns a part that calls ready when there is a ring, and ends with the
+// first error of what Start began.
+func (n *ClusterNode) Watch(ready func()) func(context.Context) error {
+	return func(ctx context.Context) error {
+		settled := n.Member.Settled()
+		for {
+			select {
+			case <-settled:
+				ready()
+				settled = nil
+			case err := <-n.failed:
+				if err != nil {
+					return err
+				}
+			case <-ctx.Done():
+				return nil
+			}
+		}
+	}
+}
+
+// Leave ends what Start began, and returns the errors that Watch has not.
+func (n *ClusterNode) Leave() error {
+	n.stop()
+	n.ended.Wait()
+	close(n.failed)
+	var errs []error
+	for err := range n.failed {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// Reload takes new cluster keys, live.
+func (n *ClusterNode) Reload(dir string) error {
+	keys, err := ReadKeys(dir, ClusterKeyFile)
+	if err != nil {
+		return err
+	}
+	return errors.Join(n.gossip.SetKeys(keys), n.box.SetKeys(keys))
+}
+
+// Close closes the cluster port.
+func (n *ClusterNode) Close() {
+	if n.tcp != nil {
+		n.tcp.Close()
+	}
+	if n.udp != nil {
+		n.udp.Close()
+	}
+}

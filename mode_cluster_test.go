@@ -1,0 +1,345 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// member is one server process of a cluster of servers.
+type memberProcess struct {
+	*process
+	url, internal, cluster string
+}
+
+const clusterAddr = `msg=member .*cluster=(\S+)`
+
+// startMember starts a server as a member, with keys in dir/keys.
+func startMember(t *testing.T, dir, name string, args ...string) *memberProcess {
+	t.Helper()
+	p := start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--name", name, "--listen", "127.0.0.1:0",
+		"--listen-internal", "127.0.0.1:0", "--listen-cluster", "127.0.0.1:0", "--storage-dir", "data-" + name,
+		"--gossip-interval", "200ms"}, args...)...)
+	return &memberProcess{p, "http://" + p.await(externalAddr), "http://" + p.await(internalAddr), p.await(clusterAddr)}
+}
+
+type debugCluster struct {
+	Members []struct {
+		Name, State, Internal string
+		Slot                  *int
+		Session               uint64
+		Share                 float64
+	}
+	Ring struct{ Version string }
+	Held struct{ Owned, Hinted int }
+}
+
+func (m *memberProcess) debug() (d debugCluster) {
+	m.t.Helper()
+	if err := json.Unmarshal([]byte(get(m.t, m.internal+"/debug/cluster")), &d); err != nil {
+		m.t.Fatal(err)
+	}
+	return d
+}
+
+// slots returns the slots of live members, by name.
+func (d debugCluster) slots() map[string]int {
+	s := map[string]int{}
+	for _, m := range d.Members {
+		if m.Slot != nil && (m.State == "alive" || m.State == "suspect") {
+			s[m.Name] = *m.Slot
+		}
+	}
+	return s
+}
+
+// agree waits until all have n live slots and one ring.
+func agree(t *testing.T, n int, members ...*memberProcess) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d members agree", n), func() bool {
+		version := members[0].debug().Ring.Version
+		for _, m := range members {
+			if d := m.debug(); len(d.slots()) != n || d.Ring.Version != version {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func (m *memberProcess) push(token, body string) int {
+	m.t.Helper()
+	req, err := http.NewRequest("POST", m.url+"/upload", strings.NewReader(body))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// shows counts the servers that show a cluster ID, and returns the last one.
+func shows(t *testing.T, id string, members ...*memberProcess) (n int, which *memberProcess) {
+	t.Helper()
+	for _, m := range members {
+		if strings.Contains(get(t, m.internal+"/federate?match[]=m"), `_id="`+id+`"`) {
+			n, which = n+1, m
+		}
+	}
+	return n, which
+}
+
+// Any number of servers with the same keys and one --join behave as one.
+func TestClusterOfServers(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	a := startMember(t, dir, "a")
+	b := startMember(t, dir, "b", "--join", a.cluster)
+	c := startMember(t, dir, "c", "--join", a.cluster)
+	all := []*memberProcess{a, b, c}
+	agree(t, 3, all...)
+	for _, m := range all {
+		if body := get(t, m.internal+"/sd"); strings.Count(body, "127.0.0.1:") != 3 || !strings.HasPrefix(body, `[{"targets":[`) {
+			t.Errorf("/sd says %s", body)
+		}
+	}
+	// Wherever it is pushed, a cluster ID is shown by one server, always the same.
+	tokens := map[string]string{}
+	owned := map[*memberProcess]int{}
+	for i := range 12 {
+		id := fmt.Sprint("site", i)
+		tokens[id] = mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", id, "--ttl", "1h")
+		for k := range 3 {
+			if code := all[(i+k)%3].push(tokens[id], fmt.Sprintf("m %d\n", k)); code != http.StatusOK {
+				t.Fatalf("%s: %d", id, code)
+			}
+		}
+		n, owner := shows(t, id, all...)
+		if n != 1 {
+			t.Fatalf("%s is shown by %d servers", id, n)
+		}
+		owned[owner]++
+	}
+	if len(owned) != 3 {
+		t.Errorf("12 cluster IDs have %d owners", len(owned))
+	}
+	// What is noted of a site is shown by its owner alone.
+	for name, want := range map[string]int{"telemeter_cluster_token_expiry_seconds": 12, "push_time_seconds": 12} {
+		eventually(t, name, func() bool {
+			n := 0
+			for _, m := range all {
+				n += strings.Count(get(t, m.internal+"/federate?match[]="+name), "_id=")
+			}
+			return n == want
+		})
+	}
+
+	// The owner dies: its cluster IDs go on at once, at another server.
+	var victim *memberProcess
+	var id string
+	for i := range 12 {
+		id = fmt.Sprint("site", i)
+		if _, victim = shows(t, id, all...); victim != a {
+			break
+		}
+	}
+	var left []*memberProcess
+	for _, m := range all {
+		if m != victim {
+			left = append(left, m)
+		}
+	}
+	victim.end(syscall.SIGKILL)
+	for range 3 {
+		if code := a.push(tokens[id], "m 9\n"); code != http.StatusOK {
+			t.Errorf("after its owner died: %d", code)
+		}
+	}
+	if n, _ := shows(t, id, left...); n == 0 {
+		t.Error("what was answered 200 is shown by nobody")
+	}
+	agree(t, 2, left...)
+
+	// It returns at another address with what it kept: its slot, and a higher session.
+	name, before := "b", uint64(0)
+	if victim == c {
+		name = "c"
+	}
+	for _, m := range a.debug().Members {
+		if m.Name == name {
+			before = m.Session
+		}
+	}
+	slot := a.debug().slots()
+	back := startMember(t, dir, name, "--join", a.cluster)
+	agree(t, 3, append(left, back)...)
+	for _, m := range a.debug().Members {
+		if m.Name == name && m.Session <= before {
+			t.Errorf("session %d after %d", m.Session, before)
+		}
+	}
+	for other, s := range slot {
+		if got := a.debug().slots()[other]; got != s {
+			t.Errorf("the slot of %s went from %d to %d", other, s, got)
+		}
+	}
+
+	// A graceful stop is known before anyone could have suspected it.
+	if code := back.end(syscall.SIGTERM); code != exitOK {
+		t.Errorf("exit %d", code)
+	}
+	eventually(t, "the leave is known", func() bool {
+		for _, m := range a.debug().Members {
+			if m.Name == name {
+				return m.State == "left"
+			}
+		}
+		return false
+	})
+}
+
+// Cluster keys rotate live, one server after the other.
+func TestClusterKeyRotation(t *testing.T) {
+	dirs := []string{t.TempDir(), t.TempDir()}
+	mustTool(t, dirs[0], "--mode", "keygen", "--keys", "keys")
+	copyKeys := func() {
+		t.Helper()
+		for _, name := range []string{ClusterKeyFile, TokenKeyFile} {
+			b, err := os.ReadFile(filepath.Join(dirs[0], "keys", name))
+			if err == nil {
+				err = os.MkdirAll(filepath.Join(dirs[1], "keys"), 0o700)
+			}
+			if err == nil {
+				err = os.WriteFile(filepath.Join(dirs[1], "keys", name), b, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	copyKeys()
+	a := startMember(t, dirs[0], "a")
+	b := startMember(t, dirs[1], "b", "--join", a.cluster)
+	agree(t, 2, a, b)
+	token := ""
+	for i := 0; ; i++ { // of a cluster ID that a owns, pushed to b
+		id := fmt.Sprint("site", i)
+		token = mustTool(t, dirs[0], "--mode", "token", "--keys", "keys", "--id", id)
+		if b.push(token, "m 1\n") != http.StatusOK {
+			t.Fatal("push refused")
+		}
+		if _, owner := shows(t, id, a, b); owner == a {
+			break
+		}
+	}
+	mustTool(t, dirs[0], "--mode", "keygen", "--keys", "keys", "--rotate", "cluster")
+	reload := func(m *memberProcess) {
+		t.Helper()
+		n := strings.Count(m.text(), "msg=reloaded")
+		m.cmd.Process.Signal(syscall.SIGHUP)
+		eventually(t, "reloaded", func() bool { return strings.Count(m.text(), "msg=reloaded") > n })
+	}
+	copyKeys()
+	reload(b)
+	for i := range 3 {
+		if code := b.push(token, fmt.Sprintf("m %d\n", i)); code != http.StatusOK {
+			t.Errorf("while one server has the new key: %d", code)
+		}
+	}
+	reload(a)
+	agree(t, 2, a, b)
+	if code := b.push(token, "m 9\n"); code != http.StatusOK {
+		t.Errorf("after both have the new key: %d", code)
+	}
+	if body := get(t, b.internal+"/metrics"); !strings.Contains(body, `telemeter_forwards_sent_total{result="hinted"} 0`) {
+		t.Error("a push became a hint while keys rotated")
+	}
+}
+
+// Two servers of one name do not both go on; the one that ends says why, once.
+func TestClusterNameTaken(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	a := startMember(t, dir, "a")
+	b := start(t, dir, "--mode", "server", "--keys", "keys", "--name", "a", "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0",
+		"--listen-cluster", "127.0.0.1:0", "--storage-dir", "data-b", "--gossip-interval", "200ms", "--join", a.cluster)
+	var p *process
+	eventually(t, "one of them says so", func() bool {
+		for _, p = range []*process{a.process, b} {
+			if strings.Contains(p.text(), "\ntelemeter: ") {
+				return true
+			}
+		}
+		return false
+	})
+	if code := p.end(syscall.SIGTERM); code != exitFailure || strings.Count(p.text(), ErrNameTaken.Error()) != 1 {
+		t.Errorf("exit %d:\n%s", code, p.text())
+	}
+}
+
+// A stranger with other keys is not heard, and hears nothing.
+func TestClusterStranger(t *testing.T) {
+	dir, other := t.TempDir(), t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	mustTool(t, other, "--mode", "keygen", "--keys", "keys")
+	a := startMember(t, dir, "a")
+	s := startMember(t, other, "s", "--join", a.cluster)
+	eventually(t, "packets of a stranger are refused", func() bool {
+		return strings.Contains(get(t, a.internal+"/metrics"), `telemeter_gossip_refused_packets_total{reason="key"} `) &&
+			!strings.Contains(get(t, a.internal+"/metrics"), `telemeter_gossip_refused_packets_total{reason="key"} 0`)
+	})
+	for _, m := range []*memberProcess{a, s} {
+		if d := m.debug(); len(d.Members) != 1 {
+			t.Errorf("members are %+v", d.Members)
+		}
+	}
+}
+
+func TestMemberState(t *testing.T) {
+	dir := t.TempDir()
+	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
+		t.Errorf("of nothing: %+v %v", st, err)
+	}
+	want := SwimState{Session: 7, Slot: 3, Lamport: 9, Provisional: true, Seen: 11, Buckets: 5}
+	for range 2 {
+		if err := SaveMemberState(DiskFS{}, dir, want); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := LoadMemberState(DiskFS{}, dir); err != nil || got != want {
+			t.Errorf("got %+v %v", got, err)
+		}
+		want.Session++
+	}
+	// Damage costs what was kept, which the others tell again, and not the start.
+	if err := os.WriteFile(filepath.Join(dir, memberFile), []byte("nonsense"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
+		t.Errorf("of a damaged file: %+v %v", st, err)
+	}
+}
+
+func TestClusterFlagConflicts(t *testing.T) {
+	dir := t.TempDir()
+	for args, want := range map[string]string{
+		"--join x:1":                              "--listen-cluster",
+		"--listen-cluster nope":                   "--listen-cluster: ",
+		"--listen-cluster :0 --join x":            "--join: ",
+		"--listen-cluster :0 --name":              "flag needs an argument",
+		"--listen-cluster :0 --gossip-interval 1": "gossip-interval",
+	} {
+		_, stderr, code := tool(t, dir, append([]string{"--mode", "server", "--keys", "keys"}, strings.Fields(args)...)...)
+		if code != exitUsage || !strings.Contains(stderr, want) {
+			t.Errorf("%s: exit %d\n%s", args, code, stderr)
+		}
+	}
+}

@@ -1,0 +1,125 @@
+package main
+
+// What the server remembers of each cluster ID that authenticated: its pace, its
+// pushes in flight, its last failure, when its token expires. Invariant: memory
+// is bounded, whatever pushes; forgetting a sender at rest never lets it push
+// faster. Time comes in with each call. This file must not know of HTTP, tokens
+// or stores.
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	rateBurst    = 60
+	maxPerSender = 4 // pushes in flight
+	maxSenders   = 100_000
+	senderIdle   = 24 * time.Hour
+)
+
+// Senders holds what is remembered. It is safe for concurrent use.
+type Senders struct {
+	every time.Duration
+
+	mu   sync.Mutex // guards byID
+	byID map[string]*sender
+}
+
+type sender struct {
+	// tat is the theoretical arrival time of GCRA (ITU-T I.371): when the next
+	// push is due if the ones before had kept the pace. In the past it says
+	// nothing, so a sender at rest can be forgotten.
+	tat      time.Time
+	inFlight int
+	failed   time.Time // of its newest refused push
+	expires  int64     // s; of its client token, 0 = never
+	seen     time.Time
+}
+
+// NewSenders allows one push per sender and every, in bursts of 60; 0 does not
+// limit the pace.
+func NewSenders(every time.Duration) *Senders {
+	return &Senders{every: every, byID: map[string]*sender{}}
+}
+
+// get returns the sender of id, nil if nothing more can be remembered. s.mu is held.
+func (s *Senders) get(id string, now time.Time) *sender {
+	snd := s.byID[id]
+	if snd == nil {
+		if len(s.byID) >= maxSenders {
+			maps.DeleteFunc(s.byID, func(_ string, snd *sender) bool {
+				return snd.inFlight == 0 && now.Sub(snd.seen) > senderIdle && snd.tat.Before(now)
+			})
+		}
+		if len(s.byID) >= maxSenders {
+			return nil
+		}
+		snd = &sender{}
+		s.byID[id] = snd
+	}
+	snd.seen = now
+	return snd
+}
+
+// Begin counts a push as begun, which End ends. An error says why it must not,
+// and wait after what time another try makes sense.
+func (s *Senders) Begin(id string, now time.Time) (wait time.Duration, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	snd := s.get(id, now)
+	if snd == nil {
+		return time.Minute, errors.New("too many cluster IDs are pushing")
+	}
+	tat := snd.tat
+	if tat.Before(now) {
+		tat = now
+	}
+	if wait := tat.Sub(now) - (rateBurst-1)*s.every; s.every > 0 && wait > 0 {
+		return wait, fmt.Errorf("pushes faster than one every %v, after a burst of %d", s.every, rateBurst)
+	}
+	if snd.inFlight >= maxPerSender {
+		return time.Second, fmt.Errorf("%d pushes of this cluster ID are being handled", snd.inFlight)
+	}
+	snd.tat = tat.Add(s.every)
+	snd.inFlight++
+	return 0, nil
+}
+
+// End ends a push that Begin let begin.
+func (s *Senders) End(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.byID[id].inFlight--
+}
+
+// Authorized notes when the client token of id expires, in Unix seconds or 0.
+func (s *Senders) Authorized(id string, expires int64, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if snd := s.get(id, now); snd != nil {
+		snd.expires = expires
+	}
+}
+
+// Failed notes that a push was refused.
+func (s *Senders) Failed(id string, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if snd := s.get(id, now); snd != nil {
+		snd.failed = now
+	}
+}
+
+// Each calls f with what is remembered of each sender, by ID. f must not call s.
+func (s *Senders) Each(f func(id string, failed time.Time, expires int64)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range slices.Sorted(maps.Keys(s.byID)) {
+		f(id, s.byID[id].failed, s.byID[id].expires)
+	}
+}

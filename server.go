@@ -1,0 +1,697 @@
+package main
+
+// The server's HTTP side: who may push what, and what a scrape gets. Invariants:
+// nothing of a body is read before its sender is authenticated; a 200 to /upload
+// means durable; an answer to one site tells nothing of another, no secret and no
+// path; all memory that remote input can claim is bounded, per sender and in all.
+// This file must not know of sockets, TLS, files or signals: main wires those.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"net/url"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// UploadTokenTTL is how long an upload token is valid: short, because it is
+	// the one that is sent often, long against an interval.
+	UploadTokenTTL = time.Hour
+	maxUploads     = 256              // in flight, each holding a body
+	sampleBytes    = 24               // of a Sample
+	maxPending     = 512 << 20        // bytes of decoded pushes that wait to be stored
+	uploadWait     = 30 * time.Second // for an earlier push or a busy disk
+	maxReason      = 1 << 10          // bytes said of a refused push: an error can quote all that was sent
+)
+
+// ServerConfig configures a Server.
+type ServerConfig struct {
+	Store        *Store
+	Forward      *Forward // to the owners of cluster IDs; nil: this server owns all
+	Member       *RingMember
+	Metrics      *Metrics
+	Log          *slog.Logger
+	Now          func() time.Time
+	MaxSampleAge time.Duration // how long the newest sample of a series is shown
+	LimitBytes   int64         // of a body as sent
+	LimitScrape  int           // samples in one scrape
+	RateEvery    time.Duration // one push per cluster ID and this, in bursts of 60; 0 = no limit
+	Authorize    *Asker        // asked instead of verifying client tokens; nil: verify
+}
+
+// ServerState is what a reload replaces, all at once.
+type ServerState struct {
+	Keys          Keys
+	Revoked       Revoked
+	Normalizer    *Normalizer
+	FederateToken string // asked for on the internal listener; "" = open
+}
+
+// Server answers clients and scrapers. It is safe for concurrent use.
+type Server struct {
+	cfg        ServerConfig
+	state      atomic.Pointer[ServerState]
+	ready      atomic.Bool
+	uploads    chan struct{}
+	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
+	decoding   chan struct{}
+	bodies     sync.Pool // *[]byte
+	workspaces sync.Pool // *workspace
+	instrument func(string, http.Handler) http.Handler
+
+	pushes, samples, accepted, duplicates, dropped, skipped, received *Counter
+	unauthorized, scrapeTruncated, scrapeHidden                       *Counter
+	write, scrapeSeconds, scrapeBytes                                 *Histogram
+	scrapeSamples, inFlight                                           *Gauge
+
+	senders *Senders
+}
+
+// workspace is the memory that decoding a push takes, reused. It can grow to
+// many times the body's, so only who holds a slot of decoding has one.
+type workspace struct {
+	decompressor Decompressor
+	decoder      Decoder
+	push         Push
+}
+
+// NewServer returns a Server that is not ready and has no keys: see Reload.
+func NewServer(cfg ServerConfig) *Server {
+	m := cfg.Metrics
+	s := &Server{
+		cfg: cfg, instrument: NewInstrument(m), senders: NewSenders(cfg.RateEvery),
+		uploads:  make(chan struct{}, maxUploads),
+		decoding: make(chan struct{}, max(4, 2*runtime.GOMAXPROCS(0))),
+
+		pushes:          m.Counter("telemeter_pushes_total", "Pushes by result.", "result"),
+		received:        m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received, as sent."),
+		samples:         m.Counter("telemeter_samples_received_total", "Samples in pushes that could be decoded."),
+		accepted:        m.Counter("telemeter_samples_accepted_total", "Samples that were new and are durable."),
+		duplicates:      m.Counter("telemeter_samples_duplicate_total", "Samples that were held already with the same value."),
+		dropped:         m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
+		skipped:         m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
+		unauthorized:    m.Counter("telemeter_unauthorized_total", "Requests without a valid token, by reason.", "reason"),
+		write:           m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
+		scrapeSeconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
+		scrapeBytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
+		scrapeSamples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
+		scrapeTruncated: m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met the limit on samples."),
+		scrapeHidden:    m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers because escaping made their series equal to another."),
+		inFlight:        m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
+	}
+	s.bodies.New = func() any { return new([]byte) }
+	s.workspaces.New = func() any { return &workspace{} }
+	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
+	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, dropConflict, dropTooOld, dropFuture} {
+		s.dropped.Add(0, reason)
+	}
+	s.pushes.Add(0, resultAccepted)
+	m.OnCollect(s.collect(m))
+	return s
+}
+
+// collect returns a function that sets metrics from the store's stats.
+func (s *Server) collect(m *Metrics) func() {
+	bytes := m.Gauge("telemeter_store_bytes", "Bytes of all logs on disk.")
+	clusters := m.Gauge("telemeter_store_clusters", "Clusters known.")
+	series := m.Gauge("telemeter_store_series", "Series held.")
+	samples := m.Gauge("telemeter_store_samples", "Samples held.")
+	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs found damaged; copies of them are kept.")
+	evicted := m.Counter("telemeter_store_samples_evicted_total", "Samples dropped to stay within the limit on samples.")
+	expired := m.Counter("telemeter_store_samples_expired_total", "Samples dropped because they outlived retention.")
+	compactions := m.Counter("telemeter_store_compactions_total", "Logs rewritten.")
+	return func() {
+		st := s.cfg.Store.Stats()
+		bytes.Set(float64(st.Bytes))
+		clusters.Set(float64(len(st.Clusters)))
+		held, n := int64(0), 0
+		for _, c := range st.Clusters {
+			held, n = held+c.Samples, n+c.Series
+		}
+		series.Set(float64(n))
+		samples.Set(float64(held))
+		damaged.Total(float64(st.Damaged))
+		evicted.Total(float64(st.Evicted))
+		expired.Total(float64(st.Expired))
+		compactions.Total(float64(st.Compactions))
+	}
+}
+
+// Reload replaces keys, revocations, rules and the federate token.
+func (s *Server) Reload(st ServerState) { s.state.Store(&st) }
+
+// SetReady says whether /healthz/ready answers 200, and pushes are taken.
+func (s *Server) SetReady(ready bool) { s.ready.Store(ready) }
+
+// External returns the handler of the listener for clients.
+func (s *Server) External() http.Handler {
+	mux := http.NewServeMux()
+	HealthRoutes(mux, s.ready.Load)
+	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.authorize)))
+	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.upload)))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Until its sender is authenticated: a connection that is kept idle takes
+		// one of a bounded number.
+		w.Header().Set("Connection", "close")
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// Internal returns the handler of the listener for scrapers and operators.
+func (s *Server) Internal() http.Handler {
+	mux := http.NewServeMux()
+	HealthRoutes(mux, s.ready.Load)
+	protect := func(name string, h http.Handler) http.Handler {
+		return s.instrument(name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			token, _ := Bearer(r.Header.Get("Authorization"))
+			if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
+				s.refuse(w, "federate_token", "this listener needs the bearer token of --federate-token-file")
+				return
+			}
+			h.ServeHTTP(w, r)
+		}))
+	}
+	mux.Handle("GET /federate", protect("federate", http.HandlerFunc(s.federate)))
+	mux.Handle("GET /metrics", protect("metrics", s.cfg.Metrics))
+	mux.Handle("GET /{$}", protect("index", Index("/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/")))
+	if s.cfg.Member != nil {
+		mux.Handle("GET /sd", protect("sd", http.HandlerFunc(s.cfg.Member.ServeSD)))
+		mux.Handle("GET /debug/cluster", protect("cluster", http.HandlerFunc(s.cfg.Member.ServeDebug)))
+	}
+	debug := http.NewServeMux()
+	debug.HandleFunc("/debug/pprof/", pprof.Index)
+	debug.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	debug.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	debug.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	debug.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.Handle("/debug/pprof/", protect("pprof", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, _ := net.SplitHostPort(r.RemoteAddr)
+		if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
+			http.Error(w, "profiles are served to loopback addresses only", http.StatusForbidden)
+			return
+		}
+		debug.ServeHTTP(w, r)
+	})))
+	return mux
+}
+
+// refuse answers 401. why is for the sender, and says nothing that an attacker
+// does not know.
+func (s *Server) refuse(w http.ResponseWriter, reason, why string) {
+	s.unauthorized.Inc(reason)
+	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", why))
+	http.Error(w, why, http.StatusUnauthorized)
+}
+
+// authenticate returns the token of a request if it is valid and of one of the
+// kinds, or answers. An id in the query has to be the token's cluster.
+func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (Token, bool) {
+	text, ok := Bearer(r.Header.Get("Authorization"))
+	if !ok {
+		s.refuse(w, "missing", "no bearer token; send Authorization: Bearer <token>")
+		return Token{}, false
+	}
+	st := s.state.Load()
+	t, err := st.Keys.Verify(text, s.cfg.Now())
+	switch {
+	case errors.Is(err, ErrTokenExpired):
+		s.refuse(w, "expired", "the token has expired")
+	case errors.Is(err, ErrTokenMalformed):
+		s.refuse(w, "malformed", "the token is malformed")
+	case err != nil:
+		s.refuse(w, "forged", "the token is not signed by a key of this server")
+	case st.Revoked.Has(t):
+		s.refuse(w, "revoked", "the token has been revoked")
+	default:
+		kindOK := false
+		for _, k := range kinds {
+			kindOK = kindOK || k == t.Kind
+		}
+		if !kindOK {
+			s.refuse(w, "kind", fmt.Sprintf("this takes a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
+			return t, false
+		}
+		if id := r.URL.Query().Get("id"); id != "" && id != t.Cluster {
+			s.unauthorized.Inc("other_cluster")
+			http.Error(w, "the token is for another cluster ID", http.StatusForbidden)
+			return t, false
+		}
+		w.Header().Del("Connection")
+		return t, true
+	}
+	return t, false
+}
+
+// authorize exchanges a client token for an upload token.
+func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
+	var t Token
+	if s.cfg.Authorize != nil {
+		var ok bool
+		if t, ok = s.ask(w, r); !ok {
+			return
+		}
+	} else {
+		var ok bool
+		if t, ok = s.authenticate(w, r, KindClient); !ok {
+			return
+		}
+		s.note(t.Cluster, Note{Expires: t.Expires})
+	}
+	now := s.cfg.Now()
+	expires := now.Add(UploadTokenTTL).Unix()
+	if t.Expires != 0 {
+		expires = min(expires, t.Expires)
+	}
+	token, err := s.state.Load().Keys.Sign(Token{
+		Kind: KindUpload, Cluster: t.Cluster, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
+	})
+	if err != nil {
+		s.cfg.Log.Error("signing upload token", "cluster", t.Cluster, "err", err)
+		s.unauthorized.Inc("signing")
+		http.Error(w, "the token could not be signed", http.StatusInternalServerError)
+		return
+	}
+	labels := map[string]string{}
+	maps.Copy(labels, t.Labels)
+	labels[ClusterLabel] = t.Cluster
+	WriteJSON(w, map[string]any{
+		"version": 1, "token": token, "expiresInSeconds": expires - now.Unix(), "labels": labels,
+	})
+}
+
+// ask has the --authorize URL judge a client token, instead of its signature.
+func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
+	id := r.URL.Query().Get("id")
+	text, has := Bearer(r.Header.Get("Authorization"))
+	if !has {
+		s.refuse(w, "missing", "no bearer token; send Authorization: Bearer <token>")
+		return t, false
+	}
+	if err := ValidClusterID(id); err != nil {
+		http.Error(w, "id: "+err.Error(), http.StatusBadRequest)
+		return t, false
+	}
+	t = Token{Cluster: id, ID: NewTokenID()}
+	if s.state.Load().Revoked.Has(t) {
+		s.refuse(w, "revoked", "the cluster ID has been revoked")
+		return t, false
+	}
+	labels, err := s.cfg.Authorize.Ask(r.Context(), id, text)
+	delete(labels, ClusterLabel)
+	for name, value := range labels {
+		err = errors.Join(err, CheckLabel(name, value))
+	}
+	switch {
+	case errors.Is(err, ErrNotAuthorized):
+		s.refuse(w, "forged", err.Error())
+		return t, false
+	case errors.Is(err, ErrOtherCluster):
+		s.unauthorized.Inc("other_cluster")
+		http.Error(w, err.Error(), http.StatusForbidden)
+		return t, false
+	case err != nil:
+		s.cfg.Log.Warn("asking --authorize URL", "cluster", id, "err", err)
+		s.unauthorized.Inc("unavailable")
+		w.Header().Set("Retry-After", "5")
+		http.Error(w, "the authorization service cannot be reached", http.StatusServiceUnavailable)
+		return t, false
+	}
+	w.Header().Del("Connection")
+	t.Labels = labels
+	return t, true
+}
+
+// Results of a push, as telemeter_pushes_total names them.
+const (
+	resultAccepted    = "accepted"
+	resultRateLimited = "rate_limited"
+	resultOverloaded  = "overloaded"
+	resultFull        = "full"
+	resultFailed      = "failed"
+	resultTooLarge    = "too_large"
+	resultUnsupported = "unsupported"
+	resultMalformed   = "malformed"
+
+	dropConflict = "conflicting_value"
+	dropTooOld   = "too_old"
+	dropFuture   = "future"
+)
+
+// refusal is a push that is not taken: the status, what metrics call it, and
+// what the sender is told.
+type refusal struct {
+	status int
+	result string
+	why    string
+	retry  time.Duration
+}
+
+func (r *refusal) Error() string { return r.why }
+
+// upload takes a push.
+func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
+	kinds := []string{KindUpload, KindClient}
+	if s.cfg.Authorize != nil {
+		kinds = kinds[:1]
+	}
+	t, ok := s.authenticate(w, r, kinds...)
+	if !ok {
+		return
+	}
+	answer, ref := s.admit(w, r, t)
+	if ref == nil {
+		s.pushes.Inc(resultAccepted)
+		WriteJSON(w, answer)
+		return
+	}
+	s.pushes.Inc(ref.result)
+	s.note(t.Cluster, Note{Failed: true})
+	level, why := slog.LevelInfo, ref.why
+	switch ref.result {
+	case resultFailed, resultFull, resultRateLimited:
+		level = slog.LevelDebug // logged with the cause; and the limit holds for the log too
+	}
+	if len(why) > maxReason {
+		why = strings.ToValidUTF8(why[:maxReason], "") + "…"
+	}
+	s.cfg.Log.Log(r.Context(), level, "push refused", "cluster", t.Cluster, "remote", r.RemoteAddr, "status", ref.status, "reason", why)
+	if ref.retry > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(ref.retry.Seconds()))))
+	}
+	http.Error(w, why, ref.status)
+}
+
+// uploadAnswer is the body of a 200.
+type uploadAnswer struct {
+	Accepted   int            `json:"accepted"`
+	Duplicates int            `json:"duplicates"`
+	Dropped    map[string]int `json:"dropped"`
+	Skipped    map[string]int `json:"skipped,omitempty"`
+}
+
+// admit limits an authenticated push, before anything of it is read.
+func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*uploadAnswer, *refusal) {
+	overloaded := func(why string) *refusal {
+		return &refusal{http.StatusServiceUnavailable, resultOverloaded, why, 5 * time.Second}
+	}
+	if !s.ready.Load() {
+		return nil, overloaded("the server is not ready")
+	}
+	if wait, err := s.senders.Begin(t.Cluster, s.cfg.Now()); err != nil {
+		return nil, &refusal{http.StatusTooManyRequests, resultRateLimited, err.Error(), wait}
+	}
+	defer s.senders.End(t.Cluster)
+	select {
+	case s.uploads <- struct{}{}:
+		defer func() { <-s.uploads }()
+	default:
+		return nil, overloaded("too many pushes are being handled")
+	}
+	s.inFlight.Add(1)
+	defer s.inFlight.Add(-1)
+	body := s.bodies.Get().(*[]byte)
+	defer s.bodies.Put(body)
+	format, encoding, ref := s.read(w, r, body)
+	if ref != nil {
+		return nil, ref
+	}
+	// Only now: a thin line may take longer than this for the body alone.
+	ctx, cancel := context.WithTimeout(r.Context(), uploadWait)
+	defer cancel()
+	// Bodies wait here in the bounded form in which they came.
+	select {
+	case s.decoding <- struct{}{}:
+	case <-ctx.Done():
+		return nil, overloaded("the server is too busy to decode the push")
+	}
+	ws := s.workspaces.Get().(*workspace)
+	defer s.workspaces.Put(ws)
+	d, ref := s.decode(ws, *body, t, format, encoding)
+	// Given back before the push is stored: an owner or a disk that does not answer
+	// must not keep other sites waiting.
+	<-s.decoding
+	if ref != nil {
+		return nil, ref
+	}
+	defer s.pending.Add(-d.bytes)
+	if s.pending.Add(d.bytes) > maxPending {
+		return nil, overloaded("too many pushes wait to be stored")
+	}
+	return s.keep(ctx, &ws.push, t, d)
+}
+
+// read checks what the headers say and reads the body into body's memory.
+func (s *Server) read(w http.ResponseWriter, r *http.Request, body *[]byte) (Format, string, *refusal) {
+	format, err := ParseFormat(r.Header.Get("Content-Type"))
+	if err != nil {
+		return 0, "", &refusal{http.StatusUnsupportedMediaType, resultUnsupported, err.Error(), 0}
+	}
+	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
+	if !new(Decompressor).Supports(encoding) {
+		return 0, "", &refusal{http.StatusUnsupportedMediaType, resultUnsupported,
+			fmt.Sprintf("content encoding %q is not supported; supported: %s", encoding, SupportedEncodings), 0}
+	}
+	tooLarge := &refusal{http.StatusRequestEntityTooLarge, resultTooLarge,
+		fmt.Sprintf("the body is larger than %d bytes; the server's --limit-bytes raises that", s.cfg.LimitBytes), 0}
+	if r.ContentLength > s.cfg.LimitBytes {
+		return 0, "", tooLarge
+	}
+	*body, err = ReadInto(*body, http.MaxBytesReader(w, r.Body, s.cfg.LimitBytes))
+	s.received.Add(float64(len(*body)))
+	if max := (*http.MaxBytesError)(nil); errors.As(err, &max) {
+		return 0, "", tooLarge
+	}
+	if err != nil {
+		return 0, "", &refusal{http.StatusBadRequest, resultMalformed, "the body ended early", 0}
+	}
+	return format, encoding, nil
+}
+
+// readPush is what is known of a push before it is stored.
+type readPush struct {
+	drops   map[string]int
+	skipped Skipped
+	bytes   int64 // of memory
+}
+
+// decode decodes and normalizes a body into ws.push.
+func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, encoding string) (*readPush, *refusal) {
+	limit := DecodedFactor * int(s.cfg.LimitBytes)
+	body, over, err := ws.decompressor.Decompress(sent, encoding, limit)
+	if err != nil {
+		return nil, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
+	}
+	if over {
+		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge,
+			fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, DecodedFactor), 0}
+	}
+	st := s.state.Load()
+	forced := st.Normalizer.Forced(t.Cluster, t.Labels)
+	ws.push.Reset()
+	ws.push.MaxBytes = 4 * limit
+	ws.push.MaxSamples = limit / 16
+	now := s.cfg.Now().UnixMilli()
+	drops := map[string]int{}
+	received := 0
+	skipped, err := ws.decoder.Decode(body, format, func(r *RawSample) error {
+		received++
+		drop, err := st.Normalizer.Apply(r, forced)
+		if err != nil {
+			return err
+		}
+		if drop != "" {
+			drops[drop]++
+			return nil
+		}
+		if !r.HasT {
+			r.T = now
+		}
+		return ws.push.Add(r)
+	})
+	switch {
+	case errors.Is(err, ErrTooLarge):
+		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error(), 0}
+	case err != nil:
+		return nil, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
+	}
+	s.samples.Add(float64(received))
+	memory := len(body) + len(ws.push.Arena) + len(ws.push.Samples)*sampleBytes
+	return &readPush{drops: drops, skipped: skipped, bytes: int64(memory)}, nil
+}
+
+// keep stores a decoded push at its owner.
+func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uploadAnswer, *refusal) {
+	drops, skipped := d.drops, d.skipped
+	res, err := s.append(ctx, t, p)
+	var pace *ErrPace
+	switch {
+	case errors.As(err, &pace):
+		return nil, &refusal{http.StatusTooManyRequests, resultRateLimited, pace.Reason, pace.Retry}
+	case errors.Is(err, ErrSeriesLimit):
+		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error() + "; the server's --limit-series raises that", 0}
+	case errors.Is(err, ErrTooLarge):
+		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error(), 0}
+	case errors.Is(err, ErrFull):
+		s.cfg.Log.Error("storing push", "cluster", t.Cluster, "err", err)
+		return nil, &refusal{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
+	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
+		return nil, &refusal{http.StatusServiceUnavailable, resultOverloaded, "the server is too busy to store the push", 5 * time.Second}
+	case err != nil:
+		s.cfg.Log.Error("storing push", "cluster", t.Cluster, "err", err)
+		return nil, &refusal{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
+	}
+	if res.Write > 0 {
+		s.write.Observe(res.Write.Seconds())
+	}
+	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
+		if n > 0 {
+			drops[reason] = n
+		}
+	}
+	for reason, n := range drops {
+		s.dropped.Add(float64(n), reason)
+	}
+	s.accepted.Add(float64(res.Accepted))
+	s.duplicates.Add(float64(res.Duplicates))
+	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops}
+	for kind, n := range map[string]int{
+		"exemplar": skipped.Exemplars, "created": skipped.Created, "native_histogram": skipped.NativeHistograms,
+	} {
+		if n > 0 {
+			if answer.Skipped == nil {
+				answer.Skipped = map[string]int{}
+			}
+			answer.Skipped[kind] = n
+			s.skipped.Add(float64(n), kind)
+		}
+	}
+	return answer, nil
+}
+
+// append stores a push at its owner.
+func (s *Server) append(ctx context.Context, t Token, p *Push) (AppendResult, error) {
+	var n Note
+	if t.Kind == KindClient {
+		n.Expires = t.Expires
+	}
+	if s.cfg.Forward == nil {
+		s.Noted(t.Cluster, n)
+		return s.cfg.Store.Append(ctx, t.Cluster, p)
+	}
+	return s.cfg.Forward.Append(ctx, t.Cluster, p, n)
+}
+
+// note has the owner of a cluster ID know n.
+func (s *Server) note(id string, n Note) {
+	if s.cfg.Forward == nil || !s.cfg.Forward.Tell(id, n) {
+		s.Noted(id, n)
+	}
+}
+
+// Noted takes what this or another server notes of a cluster ID that this one
+// owns, and shows it to scrapers.
+func (s *Server) Noted(id string, n Note) {
+	if n.Expires != 0 {
+		s.senders.Authorized(id, n.Expires, s.cfg.Now())
+	}
+	if n.Failed {
+		s.senders.Failed(id, s.cfg.Now())
+	}
+}
+
+// Begin and End hold the pace of a cluster ID whose push another server forwards,
+// for a site that alternates between servers.
+func (s *Server) Begin(id string) (time.Duration, error) { return s.senders.Begin(id, s.cfg.Now()) }
+
+// End ends what Begin let begin.
+func (s *Server) End(id string) { s.senders.End(id) }
+
+// federate answers a scrape with the newest samples.
+func (s *Server) federate(w http.ResponseWriter, r *http.Request) {
+	begin := time.Now()
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		http.Error(w, "the query is malformed", http.StatusBadRequest)
+		return
+	}
+	match, err := ParseSelectors(q["match[]"])
+	if err != nil {
+		http.Error(w, "match[]: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	filter := match.LineMatcher()
+	fams, truncated := s.cfg.Store.Newest(s.cfg.MaxSampleAge, s.cfg.LimitScrape, filter)
+	if truncated {
+		s.scrapeTruncated.Inc()
+		s.cfg.Log.Warn("scrape met the limit on samples; the next begins elsewhere", "limit", s.cfg.LimitScrape)
+	}
+	fams = append(fams, s.clusterFamilies(match)...)
+	slices.SortFunc(fams, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
+	escaping := NegotiateEscaping(r.Header.Get("Accept"))
+	w.Header().Set("Content-Type", escaping.ContentType())
+	out, finish := CompressResponse(w, r)
+	defer finish()
+	count := &CountWriter{W: out}
+	written, hidden, err := WriteFamilies(count, escaping, fams)
+	s.scrapeSeconds.Observe(time.Since(begin).Seconds())
+	s.scrapeBytes.Observe(float64(count.N))
+	s.scrapeSamples.Set(float64(written))
+	s.scrapeHidden.Add(float64(hidden))
+	if err != nil {
+		s.cfg.Log.Info("scrape ended early", "remote", r.RemoteAddr, "err", err)
+	}
+}
+
+// clusterFamilies is what the server says of each cluster itself, so that a
+// silent one can be alerted on.
+func (s *Server) clusterFamilies(match Selectors) []Family {
+	var p Push
+	add := func(name, id string, v float64) {
+		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: []Label{
+			{[]byte(ClusterLabel), []byte(id)}, {Name: []byte("instance")}, {Name: []byte("job")},
+		}}
+		if match.Match(r.Name, r.Labels) {
+			p.Add(&r) // these names and an ID that was authenticated are always valid
+		}
+	}
+	owned := func(id string) bool {
+		if s.cfg.Forward == nil {
+			return true
+		}
+		_, self := s.cfg.Forward.Owner(id)
+		return self
+	}
+	recent := s.cfg.Now().Add(-s.cfg.MaxSampleAge).UnixMilli()
+	for _, c := range s.cfg.Store.Stats().Clusters {
+		// Of what is held for another owner only as long as its samples are shown:
+		// later that owner knows better, and one series has one value.
+		if owned(c.ID) || c.Accepted >= recent {
+			add(PushTimeName, c.ID, float64(c.Accepted)/1000)
+		}
+	}
+	s.senders.Each(func(id string, failed time.Time, expires int64) {
+		if !owned(id) {
+			return // its owner says it
+		}
+		if !failed.IsZero() {
+			add(PushFailureTimeName, id, float64(failed.UnixMilli())/1000)
+		}
+		if expires > 0 {
+			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(expires))
+		}
+	})
+	return GroupByName(&p)
+}

@@ -1,0 +1,1748 @@
+package main
+
+// store_test.go: what the store promises over a disk that tears, flips, fills,
+// fails and forgets, under its limits, and to many at once. crashFS, the disk, is
+// of log_test.go.
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"math"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// storeClock is a clock that tests move.
+type storeClock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func newStoreClock() *storeClock { return &storeClock{now: time.UnixMilli(1_700_000_000_000)} }
+
+func (c *storeClock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *storeClock) Add(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
+// ms is the clock's time less ago seconds.
+func (c *storeClock) ms(ago int) int64 { return c.Now().UnixMilli() - int64(ago)*1000 }
+
+// point is a sample of series name{n="<n>"}.
+type point struct {
+	name string
+	n    int
+	t    int64
+	v    float64
+}
+
+func storePush(id string, points ...point) *Push {
+	p := &Push{}
+	for _, pt := range points {
+		err := p.Add(&RawSample{Name: []byte(pt.name), T: pt.t, V: pt.v, Labels: []Label{
+			{[]byte(ClusterLabel), []byte(id)}, {Name: []byte("instance")}, {Name: []byte("job")}, {[]byte("n"), fmt.Append(nil, pt.n)},
+		}})
+		if err != nil {
+			panic(err)
+		}
+	}
+	return p
+}
+
+// storeKit is what opening a store takes, and what it said.
+type storeKit struct {
+	t      testing.TB
+	clock  *storeClock
+	cfg    StoreConfig
+	mu     sync.Mutex
+	errors []error
+}
+
+func newStoreKit(t testing.TB, fsys FS) *storeKit {
+	k := &storeKit{t: t, clock: newStoreClock()}
+	k.cfg = StoreConfig{
+		FS: fsys, Dir: "/s", Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute, Now: k.clock.Now,
+		OnError: func(err error) {
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			k.errors = append(k.errors, err)
+		},
+	}
+	return k
+}
+
+func (k *storeKit) open() *Store {
+	k.t.Helper()
+	s, err := OpenStore(k.cfg)
+	if err != nil {
+		k.t.Fatalf("opening store: %v", err)
+	}
+	return s
+}
+
+// push wants the points accepted, all of them.
+func (k *storeKit) push(s *Store, id string, points ...point) {
+	k.t.Helper()
+	p := storePush(id, points...)
+	if res, err := s.Append(context.Background(), id, p); err != nil || res.Accepted != len(p.Samples) {
+		k.t.Fatalf("push for %s: %+v, %v; want %d accepted", id, res, err, len(p.Samples))
+	}
+}
+
+// heldSample names a sample by its line and time.
+type heldSample struct {
+	line string
+	t    int64
+}
+
+// heldOf returns what s holds of a cluster. It checks what has to be so whenever
+// nothing is under way: accounts, no sample twice, ascending sequence numbers,
+// lines of the cluster alone.
+func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
+	t.Helper()
+	got := map[heldSample]float64{}
+	c := s.clusters[id]
+	if c == nil {
+		return got
+	}
+	seq := uint64(0)
+	for _, b := range c.held.Batches {
+		if b.Seq <= seq || b.Seq > c.held.Seq {
+			t.Errorf("%s: batch %d after %d, newest %d", id, b.Seq, seq, c.held.Seq)
+		}
+		seq = b.Seq
+		for i, sid := range b.IDs {
+			line := string(c.held.Table.Line(sid))
+			if !strings.Contains(line, fmt.Sprintf("%s=%q", ClusterLabel, id)) {
+				t.Errorf("cluster %s holds %q", id, line)
+			}
+			key := heldSample{line, b.Time(i)}
+			if _, twice := got[key]; twice {
+				t.Errorf("%s: %v is held twice", id, key)
+			}
+			got[key] = b.V[i]
+		}
+	}
+	return got
+}
+
+// allHeld returns what s holds of all clusters, and checks the accounts.
+func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
+	t.Helper()
+	all := map[heldSample]float64{}
+	samples, size := int64(0), int64(0)
+	for id, c := range s.clusters {
+		maps.Copy(all, heldOf(t, s, id))
+		samples += c.held.Samples()
+		if c.log != nil {
+			size += c.log.Size()
+		}
+	}
+	if s.samples.Load() != samples || s.size.Load() != size {
+		t.Errorf("accounts say %d samples, %d bytes; there are %d, %d", s.samples.Load(), s.size.Load(), samples, size)
+	}
+	return all
+}
+
+// pushed is what a store holds that took these points.
+func pushed(id string, points ...point) map[heldSample]float64 {
+	want := map[heldSample]float64{}
+	p := storePush(id, points...)
+	for _, s := range p.Samples {
+		want[heldSample{string(p.Line(s)), s.T}] = s.V
+	}
+	return want
+}
+
+func wantHeld(t testing.TB, what string, got, want map[heldSample]float64) {
+	t.Helper()
+	for k, v := range want {
+		if g, ok := got[k]; !ok || math.Float64bits(g) != math.Float64bits(v) {
+			t.Errorf("%s: %v = %v is lost (%v, %t)", what, k, v, g, ok)
+		}
+	}
+	for k, v := range got {
+		if _, ok := want[k]; !ok {
+			t.Errorf("%s: %v = %v should not be there", what, k, v)
+		}
+	}
+}
+
+// shown returns what a scrape shows.
+func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
+	got := map[heldSample]float64{}
+	fams, _ := s.Newest(maxAge, 0, nil)
+	for _, f := range fams {
+		for _, l := range f.Lines {
+			got[heldSample{string(l.Text), l.T}] = l.V
+		}
+	}
+	return got
+}
+
+// newStoreFS is a crashFS with the store's directory.
+func newStoreFS(seed uint64) *crashFS { return newCrashFS(seed, "/s") }
+
+// damageKit makes a log of several pushes for "a" beside an intact one for "b",
+// and knows what each record of it holds.
+type damageKit struct {
+	path    string
+	data    []byte // the log of "a"
+	other   string
+	intact  []byte // the log of "b"
+	records []damageRecord
+	points  []point // of "a"
+}
+
+type damageRecord struct {
+	from, to int
+	kind     byte
+	lines    []string     // of a series record
+	samples  []heldSample // of a batch
+}
+
+func newDamageKit(t *testing.T) *damageKit {
+	t.Helper()
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	d := &damageKit{path: s.path("a"), other: s.path("b")}
+	for i := range 4 {
+		var points []point
+		for n := range 2 + i { // each push brings a new series
+			points = append(points, point{"m", n, k.clock.ms(60 * (4 - i)), float64(10*i + n)})
+		}
+		if i == 2 {
+			points = append(points, point{"m", 0, k.clock.ms(7000), 5}) // several times in one batch
+		}
+		k.push(s, "a", points...)
+		d.points = append(d.points, points...)
+	}
+	k.push(s, "b", point{"m", 1, k.clock.ms(60), 1})
+	d.data, _ = fsys.ReadFile(d.path)
+	d.intact, _ = fsys.ReadFile(d.other)
+	var lines []string
+	_, at := parseLogHeader(d.data)
+	for at < len(d.data) {
+		r := damageRecord{from: at, to: at + 12 + int(binary.LittleEndian.Uint32(d.data[at:])), kind: d.data[at+12]}
+		payload := d.data[at+13 : r.to]
+		if r.kind == RecordSeries {
+			DecodeSeries(payload, func(_ uint32, line []byte) error {
+				r.lines = append(r.lines, string(line))
+				return nil
+			})
+			lines = append(lines, r.lines...)
+		} else {
+			b, err := DecodeBatch(payload)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, id := range b.IDs {
+				r.samples = append(r.samples, heldSample{lines[id], b.Time(i)})
+			}
+		}
+		d.records = append(d.records, r)
+		at = r.to
+	}
+	if len(d.records) != 8 {
+		t.Fatalf("%d records, want a series record and a batch for each of 4 pushes", len(d.records))
+	}
+	return d
+}
+
+// without is what is held when these records are lost.
+func (d *damageKit) without(lost func(r damageRecord) bool) map[heldSample]float64 {
+	all := pushed("a", d.points...)
+	want := map[heldSample]float64{}
+	known := map[string]bool{}
+	for _, r := range d.records {
+		if lost(r) {
+			continue
+		}
+		for _, line := range r.lines {
+			known[line] = true
+		}
+		for _, s := range r.samples {
+			if known[s.line] {
+				want[s] = all[s]
+			}
+		}
+	}
+	return want
+}
+
+// check opens a store over data as the log of "a" and compares; damaged is what
+// the store has to count. Then the store has to work on, and to open without
+// damage.
+func (d *damageKit) check(t *testing.T, what string, data []byte, want map[heldSample]float64, damaged int64) {
+	t.Helper()
+	fsys := newCrashFS(1, "/s", filepath.Dir(d.path), filepath.Dir(d.other))
+	fsys.put(d.path, data)
+	fsys.put(d.other, d.intact)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	allHeld(t, s)
+	wantHeld(t, what, heldOf(t, s, "a"), want)
+	if n := len(heldOf(t, s, "b")); n != 1 {
+		t.Errorf("%s: the other cluster has %d samples", what, n)
+	}
+	if got := s.Stats().Damaged; got != damaged || damaged > 0 != (len(k.errors) > 0) {
+		t.Errorf("%s: %d damaged logs counted, %d errors %v; want %d", what, got, len(k.errors), k.errors, damaged)
+	}
+	if damaged > 0 {
+		kept := slices.ContainsFunc(fsys.names(), func(name string) bool {
+			aside, _ := fsys.ReadFile(name)
+			// Of a file with no batch at all a torn tail is cut first.
+			return name != d.path && strings.HasPrefix(name, d.path) && len(aside)+12 >= len(data)-d.records[1].to && bytes.HasPrefix(data, aside)
+		})
+		if !kept {
+			t.Errorf("%s: the damaged file is not kept: %v", what, fsys.names())
+		}
+	}
+	more := point{"m", 99, k.clock.ms(1), 42}
+	k.push(s, "a", more)
+	maps.Copy(want, pushed("a", more))
+	fsys.crash()
+	again := newStoreKit(t, fsys)
+	s = again.open()
+	allHeld(t, s)
+	wantHeld(t, what+", again", heldOf(t, s, "a"), want)
+	if s.Stats().Damaged != 0 || len(again.errors) > 0 {
+		t.Errorf("%s: opened again, damage is found again: %v", what, again.errors)
+	}
+	if t.Failed() {
+		t.FailNow()
+	}
+}
+
+// A log cut anywhere yields every record that was whole.
+func TestStoreTruncatedAnywhere(t *testing.T) {
+	d := newDamageKit(t)
+	for cut := range len(d.data) + 1 {
+		damaged := int64(0)
+		if cut < d.records[1].to { // not even the first batch: no crash leaves that
+			damaged = 1
+		}
+		want := d.without(func(r damageRecord) bool { return r.to > cut })
+		d.check(t, fmt.Sprintf("cut at %d", cut), d.data[:cut], want, damaged)
+	}
+}
+
+// A flipped byte costs the record it lies in, and of later ones the samples whose
+// series it gave.
+func TestStoreFlippedAnywhere(t *testing.T) {
+	d := newDamageKit(t)
+	for at := range d.data {
+		for _, mask := range []byte{0x01, 0x80, 0xff} {
+			data := bytes.Clone(d.data)
+			data[at] ^= mask
+			want := d.without(func(r damageRecord) bool { return r.from <= at && at < r.to })
+			d.check(t, fmt.Sprintf("byte %d ^ %#x", at, mask), data, want, 1)
+		}
+	}
+}
+
+// seriesFrames frames a record that gives line the ID. A site cannot hide one in a
+// label's value as it is, because the length in its head has a zero byte, but a
+// disk may put anything anywhere.
+func seriesFrames(id uint32, line string) []byte {
+	return AppendRecord(nil, RecordSeries, EncodeSeries(nil, id, func(yield func([]byte) bool) { yield([]byte(line)) }))
+}
+
+// What lies in a log is shown as the cluster's whose name the file has, or not
+// at all.
+func TestStoreForeignRecords(t *testing.T) {
+	clock := newStoreClock()
+	victim := storePush("victim", point{"up", 1, clock.ms(5), 666})
+	batch := AppendRecord(nil, RecordBatch, EncodeBatch(nil, &Batch{Seq: 9, Accepted: clock.ms(0), T0: clock.ms(5), IDs: []uint32{7}, V: []float64{666}}))
+	foreign := seriesFrames(7, string(victim.Line(victim.Samples[0])))
+
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	k.push(s, "evil", point{"m", 1, k.clock.ms(60), 1})
+	path := s.path("evil")
+	data, _ := fsys.ReadFile(path)
+	_, header := parseLogHeader(data)
+	own := heldOf(t, s, "evil")
+	badHeader := bytes.Clone(data)
+	badHeader[3] ^= 1
+	badHead := bytes.Clone(data)
+	badHead[header] ^= 1
+
+	cat := func(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
+	tests := []struct {
+		name string
+		path string
+		data []byte
+		want map[heldSample]float64
+	}{
+		{"another's series behind its own", path, cat(data, foreign, batch), own},
+		{"another's series before its own", path, cat(data[:header], foreign, data[header:]), own},
+		{"another's series, header damaged", path, cat(badHeader, foreign, batch), own},
+		{"another's series first, header damaged", path, cat(badHeader[:header], foreign, data[header:]), own},
+		{"found behind a damaged head", path, cat(data[:header], []byte("garbage"), foreign, data[header:]), own},
+		{"behind its own damaged head", path, cat(badHead, foreign, batch), nil},
+		{"nothing but another's", path, cat(data[:header], foreign, batch), nil},
+		{"under the other's name", s.path("victim"), data, nil},
+		{"under the other's name, header damaged", s.path("victim"), badHeader, nil},
+		{"under no cluster's name", "/s/ab/x.log", data, nil},
+		{"unknown kind of record", path, cat(data, AppendRecord(nil, 77, []byte("x"))), own},
+		{"a line that is not in normal form", path, cat(data, seriesFrames(1, `up{n="1",_id="evil"}`)), own},
+		{"a line without cluster", path, cat(data, seriesFrames(1, `up`)), own},
+		{"series given twice", path, cat(data, data[header:]), own},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			fsys := newCrashFS(1, "/s", filepath.Dir(test.path))
+			fsys.put(test.path, test.data)
+			k := newStoreKit(t, fsys)
+			s := k.open()
+			got := allHeld(t, s)
+			for key := range got {
+				if !strings.Contains(key.line, `_id="evil"`) {
+					t.Errorf("%v is held", key)
+				}
+			}
+			wantHeld(t, "held", got, test.want)
+			for key := range shown(s, time.Hour) {
+				if _, ok := got[key]; !ok {
+					t.Errorf("%v is shown, not held", key)
+				}
+			}
+			if s.Stats().Damaged != 1 {
+				t.Errorf("%d damaged logs counted", s.Stats().Damaged)
+			}
+			k.push(s, "victim", point{"up", 1, k.clock.ms(1), 7})
+			again := newStoreKit(t, fsys)
+			s = again.open()
+			wantHeld(t, "victim", heldOf(t, s, "victim"), pushed("victim", point{"up", 1, k.clock.ms(1), 7}))
+			if s.Stats().Damaged != 0 {
+				t.Errorf("opened again, damage is found again: %v", again.errors)
+			}
+		})
+	}
+}
+
+// What can be neither read nor set aside stops the opening: going on would
+// replace it.
+func TestStoreOpenFails(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
+	path := s.path("a")
+	for _, test := range []struct {
+		name string
+		hook func(n int, op, name string) fault
+		ok   bool
+	}{
+		{"unreadable", failOn("read", ".log", 0, errDisk), true},
+		{"unreadable, and cannot be set aside", func(_ int, op, name string) fault {
+			if op == "read" || op == "rename" {
+				return fault{Err: errDisk}
+			}
+			return fault{}
+		}, false},
+		{"directory cannot be listed", failOn("readdir", filepath.Dir(path), 0, errDisk), false},
+		{"directory cannot be synced", failOn("syncdir", filepath.Dir(path), 0, errDisk), false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			before, _ := fsys.ReadFile(path)
+			fsys := newCrashFS(1, "/s", filepath.Dir(path))
+			fsys.put(path, before)
+			fsys.hook = test.hook
+			k := newStoreKit(t, fsys)
+			s, err := OpenStore(k.cfg)
+			if (err == nil) != test.ok {
+				t.Fatalf("error %v", err)
+			}
+			if err == nil && (len(k.errors) != 1 || s.Stats().Damaged != 1) {
+				t.Errorf("said %v", k.errors)
+			}
+			fsys.restart()
+			found := 0
+			for _, name := range fsys.names() {
+				if data, _ := fsys.ReadFile(name); bytes.Equal(data, before) {
+					found++
+				}
+			}
+			if found != 1 {
+				t.Errorf("%d copies: %v", found, fsys.names())
+			}
+		})
+	}
+	for _, retention := range []time.Duration{0, -1, MaxRetention + 1} {
+		k := newStoreKit(t, newStoreFS(1))
+		k.cfg.Retention = retention
+		if _, err := OpenStore(k.cfg); err == nil {
+			t.Errorf("a retention of %v is taken", retention)
+		}
+	}
+}
+
+// Acknowledged means durable: the push before the crash and the one after, the
+// first of a cluster and a later one.
+func TestStoreAppendIsDurable(t *testing.T) {
+	for seed := range uint64(20) {
+		fsys := newStoreFS(seed)
+		k := newStoreKit(t, fsys)
+		want := map[heldSample]float64{}
+		for i := range 6 {
+			s := k.open()
+			id := fmt.Sprint(i % 3)
+			pt := point{"m", i, k.clock.ms(6 - i), float64(i)}
+			k.push(s, id, pt)
+			maps.Copy(want, pushed(id, pt))
+			fsys.crash()
+		}
+		s := k.open()
+		wantHeld(t, fmt.Sprint("seed ", seed), allHeld(t, s), want)
+		if len(k.errors) > 0 {
+			t.Errorf("seed %d: %v", seed, k.errors)
+		}
+	}
+}
+
+// A write, sync, rename or sync of a directory that fails has its push refused;
+// the next is taken, and nothing acknowledged is lost, whatever a crash leaves.
+func TestStoreDiskFails(t *testing.T) {
+	for _, op := range []string{"open", "write", "sync", "truncate", "rename", "syncdir", "mkdir"} {
+		for _, fail := range []error{errDisk, errFull} {
+			for _, first := range []bool{true, false} { // the cluster's first push?
+				for seed := range uint64(4) {
+					what := fmt.Sprintf("%s %v first=%t seed %d", op, fail, first, seed)
+					fsys := newStoreFS(seed)
+					k := newStoreKit(t, fsys)
+					s := k.open()
+					want := map[heldSample]float64{}
+					if !first {
+						k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
+						want = pushed("a", point{"m", 1, k.clock.ms(60), 1})
+					}
+					failed := false
+					fsys.hook = func(_ int, o, _ string) fault {
+						if o == op || op == "truncate" && o == "write" {
+							failed = true
+							return fault{Err: fail}
+						}
+						return fault{}
+					}
+					_, err := s.Append(context.Background(), "a", storePush("a", point{"m", 2, k.clock.ms(50), 2}))
+					if failed != (err != nil) || failed && errors.Is(err, ErrFull) != (fail == errFull) {
+						t.Fatalf("%s: failed %t, said %v", what, failed, err)
+					}
+					if err == nil {
+						maps.Copy(want, pushed("a", point{"m", 2, k.clock.ms(50), 2}))
+					}
+					wantHeld(t, what, allHeld(t, s), want)
+					if first && err != nil && len(s.clusters) > 0 {
+						t.Errorf("%s: a first push that failed leaves a cluster", what)
+					}
+					fsys.restart()
+					if seed%2 == 0 { // the same push again, after the disk is well
+						k.push(s, "a", point{"m", 3, k.clock.ms(40), 3})
+						maps.Copy(want, pushed("a", point{"m", 3, k.clock.ms(40), 3}))
+						wantHeld(t, what+", next push", allHeld(t, s), want)
+					}
+					fsys.crash()
+					s = k.open()
+					got := allHeld(t, s)
+					if err != nil { // refused, but it may have reached the disk
+						maps.Copy(want, pushed("a", point{"m", 2, k.clock.ms(50), 2}))
+						for key, v := range want {
+							if _, ok := got[key]; !ok && v == 2 && strings.Contains(key.line, `n="2"`) {
+								delete(want, key)
+							}
+						}
+					}
+					wantHeld(t, what+", crash", got, want)
+					if t.Failed() {
+						t.FailNow()
+					}
+				}
+			}
+		}
+	}
+}
+
+// A log that an error left unfit is written anew by maintenance, too.
+func TestStoreMaintainMends(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
+	fsys.hook = failOn("sync", ".log", 1, errDisk)
+	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(50), 2})); !errors.Is(err, errDisk) {
+		t.Fatalf("got %v", err)
+	}
+	fsys.restart()
+	s.maintain(context.Background(), false)
+	if s.clusters["a"].log.Broken() || len(k.errors) > 0 {
+		t.Errorf("broken still: %v", k.errors)
+	}
+	fsys.crash()
+	wantHeld(t, "mended", allHeld(t, k.open()), pushed("a", point{"m", 1, k.clock.ms(60), 1}))
+}
+
+// Retention is by the sample's time.
+func TestStoreRetention(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	// Series 1 is old within a batch that has something new.
+	k.push(s, "a", point{"m", 1, k.clock.ms(7100), 1}, point{"m", 2, k.clock.ms(10), 2})
+	k.push(s, "a", point{"m", 3, k.clock.ms(7000), 3})
+	k.push(s, "b", point{"m", 4, k.clock.ms(7000), 4})
+	k.clock.Add(300 * time.Second)
+	s.maintain(context.Background(), false)
+	if got := s.Stats(); got.Expired != 2 {
+		t.Errorf("%d samples expired, want 2", got.Expired)
+	}
+	got := allHeld(t, s)
+	if len(got) != 1 || s.clusters["a"].held.Table.Len() != 1 {
+		t.Errorf("held %v, %d series", got, s.clusters["a"].held.Table.Len())
+	}
+	seq := s.clusters["b"].held.Seq
+	k.clock.Add(2 * time.Hour)
+	s.maintain(context.Background(), false)
+	if len(allHeld(t, s)) != 0 {
+		t.Errorf("held beyond retention: %v", allHeld(t, s))
+	}
+	if got := s.clusters["b"].held.Table.Len(); got != 0 {
+		t.Errorf("%d series without samples", got)
+	}
+	// Its number and push time are known still, also to a new process.
+	fsys.crash()
+	s = k.open()
+	st := s.Stats().Clusters
+	if len(st) != 2 || st[1].ID != "b" || st[1].Accepted == 0 || s.clusters["b"].held.Seq != seq {
+		t.Errorf("after a restart: %+v", st)
+	}
+	k.push(s, "b", point{"m", 4, k.clock.ms(1), 4})
+	if s.clusters["b"].held.Seq != seq+1 {
+		t.Errorf("sequence number %d after %d", s.clusters["b"].held.Seq, seq)
+	}
+}
+
+// A log that retention made garbage of is compacted; the figure is its size.
+func TestStoreCompacts(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	for i := range 4000 {
+		k.push(s, "a", point{"m", 1, k.clock.ms(0), float64(i)}, point{"n", 1, k.clock.ms(0), float64(i)})
+		k.clock.Add(15 * time.Second)
+		if i%20 == 0 {
+			s.maintain(context.Background(), false)
+		}
+	}
+	s.maintain(context.Background(), false)
+	live, size := s.clusters["a"].held.Bytes(), s.Stats().Bytes
+	data, _ := fsys.ReadFile(s.path("a"))
+	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
+		t.Errorf("log of %d bytes (%d accounted) for %d of content", len(data), size, live)
+	}
+	if n := s.Stats().Compactions; n < 2 || n > 20 {
+		t.Errorf("%d compactions", n)
+	}
+	want := allHeld(t, s)
+	if len(want) < 2*480 {
+		t.Errorf("only %d samples of two hours", len(want))
+	}
+	wantHeld(t, "reopened", allHeld(t, k.open()), want)
+}
+
+func TestStoreSeriesLimit(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitSeries = 3
+	s := k.open()
+	over := func(points ...point) {
+		t.Helper()
+		size := s.Stats().Bytes
+		before := allHeld(t, s)
+		if _, err := s.Append(context.Background(), "a", storePush("a", points...)); !errors.Is(err, ErrSeriesLimit) {
+			t.Errorf("got %v", err)
+		}
+		wantHeld(t, "refused", allHeld(t, s), before)
+		if s.Stats().Bytes != size {
+			t.Errorf("%d bytes, before %d", s.Stats().Bytes, size)
+		}
+	}
+	at := func(n int) point { return point{"m", n, k.clock.ms(0), float64(n)} }
+	over(at(1), at(2), at(3), at(4)) // a first push
+	if len(s.clusters) != 0 {
+		t.Error("a refused first push leaves a cluster")
+	}
+	k.push(s, "a", at(1), at(2))
+	k.clock.Add(time.Second)
+	over(at(3), at(4))
+	k.push(s, "a", at(1), at(3)) // the refused push took no room
+	k.push(s, "b", at(1), at(2), at(3))
+	over(at(4))
+	if n := s.Stats().Compactions; n != 0 {
+		t.Errorf("%d compactions that could free nothing", n)
+	}
+	k.clock.Add(2 * time.Hour) // series 2 is dead
+	k.push(s, "a", at(4))
+	k.clock.Add(time.Second) // 1 and 3
+	k.push(s, "a", at(5), at(6))
+	over(at(7))
+	if n := s.Stats().Compactions; n != 2 {
+		t.Errorf("%d compactions, want 2", n)
+	}
+}
+
+// A dead series makes room even if its sample came with one that still lives.
+func TestStoreDeadSeriesBesideLiving(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitSeries = 2
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(7199), 1}, point{"m", 2, k.clock.ms(0), 2})
+	k.clock.Add(2 * time.Second)
+	k.push(s, "a", point{"m", 3, k.clock.ms(0), 3})
+	if n := s.Stats().Compactions; n != 1 {
+		t.Errorf("%d compactions, want 1", n)
+	}
+	if got := allHeld(t, s); len(got) != 2 {
+		t.Errorf("held %v", got)
+	}
+}
+
+func TestStoreClusterLimit(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitClusters = 2
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+	// Refused pushes take no place.
+	for i := range 3 {
+		p := storePush(fmt.Sprint("x", i), point{"m", 1, k.clock.ms(9999), 1})
+		if res, err := s.Append(context.Background(), fmt.Sprint("x", i), p); err != nil || res.TooOld != 1 {
+			t.Fatalf("%+v, %v", res, err)
+		}
+	}
+	k.push(s, "b", point{"m", 1, k.clock.ms(0), 1})
+	if _, err := s.Append(context.Background(), "c", storePush("c", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrFull) {
+		t.Errorf("got %v", err)
+	}
+	k.clock.Add(time.Second)
+	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+	// What is on disk is taken in whatever the limit.
+	k.cfg.LimitClusters = 1
+	if s = k.open(); len(s.clusters) != 2 {
+		t.Errorf("%d clusters recovered", len(s.clusters))
+	}
+}
+
+// Under the sample limit the oldest batches go that no scrape shows; when all are
+// shown, pushes are refused, of which one too large for the limit costs nothing.
+func TestStoreSampleLimit(t *testing.T) {
+	for _, dir := range []string{"/s", ""} {
+		k := newStoreKit(t, newStoreFS(1))
+		k.cfg.Dir, k.cfg.LimitSamples = dir, 64
+		s := k.open()
+		for i := range 100 {
+			for _, id := range []string{"a", "b"} {
+				k.push(s, id, point{"m", 1, k.clock.ms(0), float64(i)}, point{"m", 2, k.clock.ms(0), float64(i)})
+			}
+			k.clock.Add(15 * time.Second)
+			if n := s.samples.Load(); n > 64 {
+				t.Fatalf("%d samples held", n)
+			}
+		}
+		held := allHeld(t, s)
+		if len(held) < 60 {
+			t.Errorf("%d samples held", len(held))
+		}
+		for _, id := range []string{"a", "b"} { // oldest first: all are of the last quarter of an hour
+			for key := range heldOf(t, s, id) {
+				if key.t < k.clock.ms(15*17) {
+					t.Errorf("%v was to go first", key)
+				}
+			}
+		}
+		if got := s.Stats().Evicted; got != 400-int64(len(held)) {
+			t.Errorf("%d evicted, %d held of 400", got, len(held))
+		}
+		var large []point
+		for i := range 65 {
+			large = append(large, point{"large", i, k.clock.ms(0), 1})
+		}
+		if _, err := s.Append(context.Background(), "c", storePush("c", large...)); !errors.Is(err, ErrFull) {
+			t.Errorf("got %v", err)
+		}
+		wantHeld(t, "a push over the limit", allHeld(t, s), held)
+		// 40 series shown leave room for 24 and no more.
+		k.push(s, "c", large[:40]...)
+		_, err := s.Append(context.Background(), "d", storePush("d", large[:30]...))
+		if !errors.Is(err, ErrFull) {
+			t.Errorf("got %v", err)
+		}
+		for key, v := range pushed("c", large[:40]...) {
+			if got := shown(s, time.Hour); got[key] != v {
+				t.Fatalf("%v is shown no more", key)
+			}
+		}
+		for _, key := range []string{"a", "b"} {
+			if len(heldOf(t, s, key)) == 0 {
+				t.Errorf("cluster %s lost what is shown", key)
+			}
+		}
+		k.clock.Add(11 * time.Minute) // nothing is shown: all may go
+		k.push(s, "d", point{"m", 1, k.clock.ms(0), 1})
+		if dir == "" {
+			continue
+		}
+		// In recovery the limit holds too, with what has gone in memory only.
+		if s = k.open(); s.samples.Load() > 64 {
+			t.Errorf("recovery holds %d samples", s.samples.Load())
+		}
+		allHeld(t, s)
+	}
+}
+
+// Eviction that frees nothing of the pushing cluster's own must not cost what
+// others could still show, and evicted samples stay gone through compaction.
+func TestStoreEvictionAndCompaction(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitSamples = 10
+	s := k.open()
+	for i := range 12 {
+		k.push(s, "a", point{"m", i, k.clock.ms(0), float64(i)})
+		k.clock.Add(time.Hour / 6)
+	}
+	held := allHeld(t, s)
+	s.maintain(context.Background(), true)
+	c := s.clusters["a"]
+	c.turn <- struct{}{}
+	if err := s.rewrite(c, nil); err != nil {
+		t.Fatal(err)
+	}
+	<-c.turn
+	got := allHeld(t, s)
+	wantHeld(t, "compacted", got, held)
+	wantHeld(t, "reopened", allHeld(t, k.open()), held)
+}
+
+// With the storage limit met pushes are refused until retention lets Run make
+// room; then they are taken again with no other help.
+func TestStoreStorageLimit(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	k.cfg.LimitStorage = 64 << 10
+	s := k.open()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	// As Run does, at once where it waits for its ticker.
+	maintain := func() {
+		select {
+		case <-s.kick:
+			s.maintain(ctx, true)
+		default:
+			s.maintain(ctx, false)
+		}
+	}
+	var points []point
+	for n := range 100 {
+		points = append(points, point{"m", n, 0, 1})
+	}
+	taken, refused, longest, run := 0, 0, 0, 0
+	for range 1500 {
+		for i := range points {
+			points[i].t = k.clock.ms(0)
+		}
+		_, err := s.Append(ctx, "a", storePush("a", points...))
+		if errors.Is(err, ErrFull) {
+			refused++
+			run++
+			longest = max(longest, run)
+		} else if err != nil {
+			t.Fatal(err)
+		} else {
+			taken++
+			run = 0
+		}
+		if s.Stats().Bytes > k.cfg.LimitStorage {
+			t.Fatalf("%d bytes", s.Stats().Bytes)
+		}
+		maintain()
+		k.clock.Add(30 * time.Second)
+	}
+	allHeld(t, s)
+	if refused == 0 || taken == 0 {
+		t.Fatalf("%d taken, %d refused: tests nothing", taken, refused)
+	}
+	// 64 KiB hold about 70 pushes of 100 samples; retention spans 240.
+	if held := s.samples.Load(); held < 50*100 || taken < 350 {
+		t.Errorf("%d samples held in the end, %d pushes taken, %d refused, %d one after the other", held, taken, refused, longest)
+	}
+}
+
+// A full disk refuses pushes, loses nothing and needs no help when it has room.
+func TestStoreDiskFull(t *testing.T) {
+	fsys := newStoreFS(3)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	want := map[heldSample]float64{}
+	for i := range 30 {
+		full := i%10 >= 5
+		fsys.mu.Lock()
+		fsys.hook = nil
+		if full {
+			fsys.hook = failOn("write", "", 0, errFull)
+		}
+		fsys.mu.Unlock()
+		id, pt := fmt.Sprint(i%2), point{"m", i, k.clock.ms(0), 1}
+		_, err := s.Append(context.Background(), id, storePush(id, pt))
+		if full != errors.Is(err, ErrFull) || !full && err != nil {
+			t.Fatalf("push %d: %v", i, err)
+		}
+		if !full {
+			maps.Copy(want, pushed(id, pt))
+		}
+		wantHeld(t, "full", allHeld(t, s), want)
+		k.clock.Add(time.Second)
+	}
+	fsys.crash()
+	wantHeld(t, "crash", allHeld(t, k.open()), want)
+}
+
+// A cluster silent for a day is forgotten, its log's directory entry with it.
+func TestStoreForgets(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+	k.push(s, "b", point{"m", 1, k.clock.ms(0), 1})
+	for range 23 {
+		k.clock.Add(time.Hour)
+		s.maintain(context.Background(), false)
+	}
+	if n := len(s.Stats().Clusters); n != 2 {
+		t.Fatalf("%d clusters before the day is over", n)
+	}
+	k.push(s, "b", point{"m", 1, k.clock.ms(0), 2})
+	k.clock.Add(time.Hour + time.Second)
+	fsys.hook = failOn("syncdir", "", 1, errDisk)
+	s.maintain(context.Background(), false) // fails, and is tried again
+	if len(k.errors) != 1 || len(s.clusters) != 2 {
+		t.Errorf("errors %v, %d clusters", k.errors, len(s.clusters))
+	}
+	s.maintain(context.Background(), false)
+	if st := s.Stats().Clusters; len(st) != 1 || st[0].ID != "b" {
+		t.Errorf("known: %+v", st)
+	}
+	allHeld(t, s)
+	if fsys.entries[s.path("a")] != nil || fsys.durable[s.path("a")] != nil {
+		t.Errorf("files %v", fsys.names())
+	}
+	fsys.crash()
+	s = k.open()
+	if len(s.clusters) != 1 || len(k.errors) != 1 {
+		t.Errorf("%d clusters after a crash; %v", len(s.clusters), k.errors)
+	}
+	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1}) // begins anew
+}
+
+// The newest sample of each series, not older than asked, one family per name.
+func TestStoreNewest(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	k.push(s, "a", point{"x", 1, k.clock.ms(20), 1}, point{"y", 1, k.clock.ms(700), 2})
+	k.push(s, "a", point{"x", 1, k.clock.ms(10), 3}, point{"x", 2, k.clock.ms(30), 4})
+	k.push(s, "a", point{"x", 1, k.clock.ms(25), 5}) // late: held, not shown
+	k.push(s, "b", point{"x", 1, k.clock.ms(5), 6}, point{"a.b", 1, k.clock.ms(5), math.NaN()})
+	fams, truncated := s.Newest(10*time.Minute, 0, nil)
+	var got []string
+	for _, f := range fams {
+		for _, l := range f.Lines {
+			got = append(got, fmt.Sprintf("%s: %s %g %d %t", f.Name, l.Text, l.V, (k.clock.ms(0)-l.T)/1000, l.UTF8))
+		}
+	}
+	want := []string{
+		`a.b: {"a.b",_id="b",instance="",job="",n="1"} NaN 5 true`,
+		`x: x{_id="a",instance="",job="",n="1"} 3 10 false`,
+		`x: x{_id="a",instance="",job="",n="2"} 4 30 false`,
+		`x: x{_id="b",instance="",job="",n="1"} 6 5 false`,
+	}
+	if truncated || !slices.Equal(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
+	}
+	fams, _ = s.Newest(10*time.Minute, 0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
+	if len(fams) != 1 || len(fams[0].Lines) != 1 || fams[0].Lines[0].V != 4 {
+		t.Errorf("chosen: %v", fams)
+	}
+	// Age beyond retention shows nothing that retention dropped, compacted or not.
+	k.clock.Add(2*time.Hour - 20*time.Second)
+	before := shown(s, 24*time.Hour)
+	s.maintain(context.Background(), true)
+	wantHeld(t, "older than retention", before, shown(s, 24*time.Hour))
+	if len(before) != 3 {
+		t.Errorf("shown: %v", before)
+	}
+}
+
+// Lines handed out stay as they are, whatever comes after.
+func TestStoreNewestStays(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitSeries = 50
+	s := k.open()
+	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
+	fams, _ := s.Newest(time.Hour, 0, nil)
+	line := fams[0].Lines[0].Text
+	want := string(line)
+	for i := range 90 {
+		for _, p := range []*Push{ // of the first kind 49 fit, of the second none
+			storePush("a", point{"x", 2 + i, k.clock.ms(0), 1}),
+			storePush("a", func() (many []point) {
+				for n := range 51 {
+					many = append(many, point{"z", n, k.clock.ms(0), 1})
+				}
+				return many
+			}()...),
+		} {
+			if _, err := s.Append(context.Background(), "a", p); err != nil && !errors.Is(err, ErrSeriesLimit) {
+				t.Fatal(err)
+			}
+		}
+	}
+	if string(line) != want || cap(line) != len(line) {
+		t.Errorf("line changed to %q, capacity %d", line, cap(line))
+	}
+}
+
+// Scrapes that meet the limit give every cluster its turn, with each of several
+// scrapers that take turns.
+func TestStoreNewestRotates(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	for c := range 10 {
+		var points []point
+		for n := range 1 + c {
+			points = append(points, point{"x", n, k.clock.ms(0), 1})
+		}
+		k.push(s, fmt.Sprint("c", c), points...)
+	}
+	for _, limit := range []int{1, 10, 23, 54, 55, 100} {
+		for scrapers := 1; scrapers <= 4; scrapers++ {
+			seen := map[string]int{}
+			for scrape := range 40 * scrapers {
+				fams, truncated := s.Newest(time.Hour, limit, nil)
+				n := 0
+				ids := map[string]bool{}
+				for _, f := range fams {
+					n += len(f.Lines)
+					for _, l := range f.Lines {
+						_, labels, _ := (&Parser{}).Line(l.Text)
+						ids[string(labels[0].Value)] = true
+					}
+				}
+				if n > max(limit, 10) || truncated != (len(ids) < 10) {
+					t.Errorf("limit %d, scrape %d: %d samples of %d clusters, truncated %t", limit, scrape, n, len(ids), truncated)
+				}
+				for id := range ids {
+					if scrape%scrapers == 0 {
+						seen[id]++
+					}
+				}
+			}
+			// Each is the first about every tenth time, and shown whatever its size.
+			if len(seen) != 10 || slices.Min(slices.Collect(maps.Values(seen))) < 3 {
+				t.Errorf("limit %d, %d scrapers: 40 scrapes of one showed %v", limit, scrapers, seen)
+			}
+		}
+	}
+}
+
+// One directory, one process.
+func TestStoreLocked(t *testing.T) {
+	k := newStoreKit(t, DiskFS{})
+	k.cfg.Dir = filepath.Join(t.TempDir(), "new", "dir")
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+	if _, err := OpenStore(k.cfg); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+		t.Errorf("opened twice: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = k.open()
+	wantHeld(t, "reopened", allHeld(t, s), pushed("a", point{"m", 1, k.clock.ms(0), 1}))
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// A failed opening gives the lock back.
+	hash := filepath.Join(k.cfg.Dir, "ab")
+	if err := errors.Join(os.Mkdir(hash, 0o700), os.Mkdir(filepath.Join(hash, "x"+LogSuffix), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	s = k.open() // a directory is no log
+	if err := s.Close(); err != nil || len(k.errors) > 0 {
+		t.Fatal(err, k.errors)
+	}
+}
+
+// EDQUOT is a full disk as well.
+func TestStoreQuota(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	fsys.hook = failOn("write", "", 0, syscall.EDQUOT)
+	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrFull) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// storeKeeper uses a store at random and knows what it acknowledged.
+type storeKeeper struct {
+	*storeKit
+	fs    *crashFS
+	rng   *rand.Rand
+	s     *Store
+	acked map[heldSample]float64 // must be held while within retention
+	ever  map[heldSample]float64 // may be held: all that was pushed
+	seq   map[string]uint64      // newest acknowledged
+}
+
+func newStoreKeeper(t *testing.T, fsys *crashFS, seed uint64) *storeKeeper {
+	k := &storeKeeper{
+		storeKit: newStoreKit(t, fsys), fs: fsys, rng: rand.New(rand.NewPCG(seed, 1)),
+		acked: map[heldSample]float64{}, ever: map[heldSample]float64{}, seq: map[string]uint64{},
+	}
+	k.cfg.LimitSeries = 5
+	k.s = k.open()
+	return k
+}
+
+// randomPush makes a push of new, repeated and late samples. A sample's value
+// follows from its time, so that repeats are repeats.
+func (k *storeKeeper) randomPush(id string) *Push {
+	var points []point
+	for range 1 + k.rng.IntN(4) {
+		ago := k.rng.IntN(4)
+		if k.rng.IntN(4) == 0 {
+			ago = k.rng.IntN(7300)
+		}
+		at := k.clock.ms(ago) / 1000 * 1000
+		points = append(points, point{"m", k.rng.IntN(7), at, float64(at % 1_000_000_000)})
+	}
+	return storePush(id, points...)
+}
+
+func (k *storeKeeper) push() {
+	id := fmt.Sprint("c", k.rng.IntN(3))
+	p := k.randomPush(id)
+	before := heldOf(k.t, k.s, id)
+	within, known := 0, 0
+	oldest := k.s.oldest()
+	keys := map[heldSample]float64{}
+	for _, smp := range p.Samples {
+		key := heldSample{string(p.Line(smp)), smp.T}
+		if _, twice := keys[key]; twice {
+			known++
+		} else if _, held := before[key]; held && smp.T >= oldest {
+			known++
+		}
+		if smp.T >= oldest {
+			within++
+			keys[key] = smp.V
+		}
+	}
+	maps.Copy(k.ever, keys)
+	res, err := k.s.Append(context.Background(), id, p)
+	if err != nil {
+		return
+	}
+	maps.Copy(k.acked, keys)
+	if res.Accepted != within-known || res.Duplicates != known || res.Conflicts != 0 || res.TooOld != len(p.Samples)-within {
+		k.t.Errorf("%d samples, %d within retention, of which %d are known: %+v", len(p.Samples), within, known, res)
+	}
+	after := heldOf(k.t, k.s, id)
+	for key, v := range keys {
+		if got, ok := after[key]; !ok || got != v {
+			k.t.Errorf("%v is acknowledged and not held", key)
+		}
+	}
+	if c := k.s.clusters[id]; c != nil {
+		if c.held.Seq < k.seq[id] {
+			k.t.Errorf("%s: sequence number %d after %d", id, c.held.Seq, k.seq[id])
+		}
+		k.seq[id] = c.held.Seq
+	}
+}
+
+// check compares what is held with what was acknowledged.
+func (k *storeKeeper) check() {
+	got := allHeld(k.t, k.s)
+	oldest := k.s.oldest()
+	for key, v := range k.acked {
+		if g, ok := got[key]; key.t >= oldest && (!ok || g != v) {
+			k.t.Errorf("acknowledged %v is lost", key)
+		}
+	}
+	for key, v := range got {
+		if w, ok := k.ever[key]; !ok || v != w {
+			k.t.Errorf("%v = %v was never pushed", key, v)
+		}
+	}
+	for id, seq := range k.seq {
+		if c := k.s.clusters[id]; c == nil || c.held.Seq < seq {
+			k.t.Errorf("%s: sequence number fell below %d: %+v", id, seq, c)
+		}
+	}
+}
+
+// reopen is a new process. A crash is no damage.
+func (k *storeKeeper) reopen() {
+	k.s = k.open()
+	k.check()
+	for _, err := range k.errors {
+		// A last record whose sectors were written out of order cannot be told from
+		// a damaged one.
+		if strings.Contains(err.Error(), "recovering") || strings.Contains(err.Error(), "damaged: header true") {
+			k.t.Error(err)
+		}
+	}
+	size := int64(0)
+	for _, name := range k.fs.names() {
+		if data, err := k.fs.ReadFile(name); err == nil && strings.HasSuffix(name, LogSuffix) {
+			size += int64(len(data))
+		}
+	}
+	if got := k.s.Stats().Bytes; got != size {
+		k.t.Errorf("%d bytes accounted, %d on disk", got, size)
+	}
+}
+
+func (k *storeKeeper) step() {
+	switch n := k.rng.IntN(12); {
+	case n < 7:
+		k.push()
+	case n < 9:
+		k.clock.Add(time.Duration(k.rng.IntN(3000)) * time.Second)
+	default:
+		k.s.maintain(context.Background(), n == 9)
+	}
+	k.clock.Add(time.Duration(k.rng.IntN(3000)) * time.Millisecond)
+}
+
+// A store is used at random, and at each of its file operations in turn the
+// process is killed or the operation fails. Then the process is restarted, or the
+// machine crashes, or one and later the other.
+func TestStoreCrashAnywhere(t *testing.T) {
+	const seeds, steps = 8, 24
+	ops := map[string]int{}
+	for seed := range uint64(seeds) {
+		for at, reached := 0, true; reached; at++ {
+			for mode := range 4 {
+				fsys := newStoreFS(seed<<32 | uint64(at)<<2 | uint64(mode))
+				k := newStoreKeeper(t, fsys, seed)
+				reached = false
+				seen := 0
+				fsys.hook = func(_ int, op, name string) fault {
+					if seen++; seen-1 != at {
+						return fault{}
+					}
+					reached = true
+					ops[op+filepath.Ext(name)]++
+					if mode == 0 {
+						return fault{Err: []error{errDisk, errFull}[at%2]}
+					}
+					return fault{Kill: true}
+				}
+				for range steps {
+					k.step()
+				}
+				if mode >= 2 { // restart on the live system, go on, then crash
+					fsys.restart()
+					k.reopen()
+					for range mode - 2 {
+						k.step()
+					}
+				}
+				for range 2 { // what survived once survives again
+					fsys.crash()
+					k.reopen()
+				}
+				k.push()
+				fsys.crash()
+				k.reopen()
+				if fsys.open != 0 {
+					t.Errorf("%d files left open", fsys.open)
+				}
+				if t.Failed() {
+					t.Fatalf("seed %d, operation %d, mode %d; said %v", seed, at, mode, k.errors)
+				}
+			}
+		}
+	}
+	for _, op := range []string{"write.log", "sync.log", "write.tmp", "sync.tmp", "rename.tmp", "mkdir", "syncdir"} {
+		found := false
+		for reached := range ops {
+			found = found || strings.HasPrefix(reached, op)
+		}
+		if !found {
+			t.Errorf("no fault in %s: %v", op, ops)
+		}
+	}
+}
+
+// All at once, under the race detector: pushes, scrapes, maintenance, eviction
+// that meets rewrites, cancelled waiting, and Close in the middle of it.
+func TestStoreConcurrent(t *testing.T) {
+	for _, dir := range []string{"disk", ""} {
+		k := newStoreKit(t, DiskFS{})
+		if k.cfg.Dir = ""; dir != "" {
+			k.cfg.Dir = filepath.Join(t.TempDir(), dir)
+		}
+		k.cfg.LimitSamples, k.cfg.LimitSeries, k.cfg.MaxSampleAge = 800, 40, time.Second
+		s := k.open()
+		ctx, cancel := context.WithCancel(context.Background())
+		const writers, pushes = 8, 120
+		var work, background sync.WaitGroup
+		for w := range writers {
+			work.Go(func() {
+				rng := rand.New(rand.NewPCG(1, uint64(w)))
+				for i := range pushes {
+					id := fmt.Sprint("c", rng.IntN(5))
+					var points []point
+					for range 4 {
+						points = append(points, point{"m", rng.IntN(60), k.clock.ms(rng.IntN(3)), 1})
+					}
+					wait, stop := context.WithCancel(ctx)
+					if i%5 == 0 {
+						stop()
+					}
+					_, err := s.Append(wait, id, storePush(id, points...))
+					stop()
+					if err != nil && !errors.Is(err, ErrSeriesLimit) && !errors.Is(err, ErrFull) && !errors.Is(err, context.Canceled) {
+						t.Errorf("push: %v", err)
+					}
+					k.clock.Add(400 * time.Millisecond)
+				}
+			})
+		}
+		background.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				s.maintain(ctx, n%2 == 0)
+				for _, c := range s.sorted() { // rewrites that meet evictions
+					if s.take(ctx, c) == nil {
+						if !c.gone {
+							if err := s.rewrite(c, nil); err != nil {
+								t.Errorf("rewrite: %v", err)
+							}
+						}
+						<-c.turn
+					}
+				}
+			}
+		})
+		background.Go(func() {
+			for ctx.Err() == nil {
+				fams, _ := s.Newest(time.Minute, 100, nil)
+				for _, f := range fams {
+					for _, l := range f.Lines {
+						if !bytes.HasPrefix(l.Text, []byte("m{_id=")) || l.Text[len(l.Text)-1] != '}' {
+							t.Errorf("shown: %q", l.Text)
+						}
+					}
+				}
+				s.Stats()
+			}
+		})
+		background.Go(func() {
+			if err := s.Run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+		work.Wait()
+		cancel()
+		background.Wait()
+		held := allHeld(t, s)
+		if len(held) > 800+4*writers || s.Stats().Evicted == 0 {
+			t.Errorf("%d samples held, %d evicted", len(held), s.Stats().Evicted)
+		}
+		for range 3 { // pushes while it closes are refused or durable
+			work.Go(func() { s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1})) })
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		work.Wait()
+		if _, err := s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrClosed) {
+			t.Errorf("closed: %v", err)
+		}
+		if len(k.errors) > 0 {
+			t.Errorf("said %v", k.errors)
+		}
+		if dir == "" {
+			continue
+		}
+		held = allHeld(t, s)
+		k.cfg.LimitSamples = 0
+		s = k.open()
+		got := allHeld(t, s)
+		for key := range held {
+			if _, ok := got[key]; !ok {
+				t.Errorf("%v is lost", key)
+			}
+		}
+		if s.Stats().Damaged > 0 || s.Close() != nil {
+			t.Errorf("damaged: %v", k.errors)
+		}
+	}
+}
+
+// Waiting for a turn ends with the request or the store, and leaves nothing.
+func TestStoreWaiting(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	push := func(ctx context.Context) error {
+		_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}))
+		return err
+	}
+	c, err := s.acquire(context.Background(), "a") // a first push, under way
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := push(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	waiting := make(chan error, 2)
+	for range 2 {
+		go func() { waiting <- push(context.Background()) }()
+	}
+	s.release(c) // it failed: those who wait begin anew
+	for range 2 {
+		if err := <-waiting; err != nil {
+			t.Errorf("waiting: %v", err)
+		}
+	}
+	for i := range 50 { // a context that has ended leaves no cluster behind
+		id := fmt.Sprint("x", i)
+		if _, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1})); err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	}
+	if len(s.clusters) != 1 {
+		t.Errorf("%d clusters", len(s.clusters))
+	}
+	if c, err = s.acquire(context.Background(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan error)
+	go func() { waiting <- push(context.Background()) }()
+	go func() { closed <- s.Close() }()
+	if err := <-waiting; !errors.Is(err, ErrClosed) { // even while another's push goes on
+		t.Errorf("closing: %v", err)
+	}
+	select {
+	case <-closed:
+		t.Error("closed during a push")
+	default:
+	}
+	s.release(c)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+}
+
+// Run maintains every half minute, at once when the storage is full, and ends
+// with its context.
+func TestStoreRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newStoreKit(t, newStoreFS(1))
+		k.cfg.Now = time.Now
+		k.cfg.LimitStorage = 2000
+		s := k.open()
+		at := func() point { return point{"m", 1, time.Now().UnixMilli(), 1} }
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error)
+		go func() { done <- s.Run(ctx) }()
+		taken := 0
+		for {
+			if _, err := s.Append(ctx, "a", storePush("a", at())); errors.Is(err, ErrFull) {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			taken++
+			time.Sleep(time.Minute)
+		}
+		synctest.Wait()
+		if s.Stats().Compactions != 0 || s.Stats().Expired != 0 {
+			t.Errorf("nothing is garbage yet: %+v", s.Stats())
+		}
+		time.Sleep(time.Hour)
+		if _, err := s.Append(ctx, "a", storePush("a", at())); err != nil && !errors.Is(err, ErrFull) {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		time.Sleep(time.Hour)
+		for range 2 { // the first says that there is no room, and so makes it
+			if _, err := s.Append(ctx, "a", storePush("a", at())); err == nil {
+				taken = 0
+				break
+			}
+			synctest.Wait()
+		}
+		if taken != 0 {
+			t.Errorf("no push is taken after retention: %+v", s.Stats())
+		}
+		time.Sleep(26 * time.Hour)
+		if n := len(s.Stats().Clusters); n != 0 || s.Stats().Bytes != 0 {
+			t.Errorf("%d clusters known, %d bytes", n, s.Stats().Bytes)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Whatever lies in a directory of logs, the store opens, shows no line but of the
+// cluster whose file it is, works on, and opens again without damage.
+func FuzzStoreLog(f *testing.F) {
+	line := func(s string) []byte { return []byte(s) }
+	series := func(id uint32, lines ...string) []byte {
+		return EncodeSeries(nil, id, func(yield func([]byte) bool) {
+			for _, l := range lines {
+				yield(line(l))
+			}
+		})
+	}
+	now := newStoreClock().ms(0)
+	batch := EncodeBatch(nil, &Batch{Seq: 1, Accepted: now, T0: now, IDs: []uint32{0, 1}, V: []float64{1, 2}})
+	f.Add([]byte{}, true)
+	f.Add(bytes.Join([][]byte{
+		AppendRecord(nil, RecordSeries, series(0, `m{_id="a"}`, `n{_id="a"}`)), AppendRecord(nil, RecordBatch, batch),
+	}, nil), true)
+	f.Add(bytes.Join([][]byte{
+		AppendRecord(nil, RecordSeries, series(1<<20, `m{_id="a"}`)), AppendRecord(nil, RecordBatch, batch),
+		AppendRecord(nil, RecordSeries, series(0, `m{_id="b"}`)), []byte("garbage"), AppendRecord(nil, RecordBatch, batch),
+	}, nil), false)
+	f.Fuzz(func(t *testing.T, records []byte, header bool) {
+		// Checksums are no match for the fuzzer: besides the bytes as they are, they
+		// stand for payloads, each with its kind and length first.
+		framed := bytes.Clone(records[:0])
+		for rest := records; len(rest) > 2; {
+			n := min(int(rest[1]), len(rest)-2)
+			framed = AppendRecord(framed, 1+rest[0]%2, rest[2:2+n])
+			rest = rest[2+n:]
+		}
+		for _, data := range [][]byte{records, framed} {
+			if header {
+				data = append(appendLogHeader(nil, []byte("a")), data...)
+			}
+			path := (&Store{cfg: StoreConfig{Dir: "/s"}}).path("a")
+			fsys := newCrashFS(1, "/s", filepath.Dir(path))
+			fsys.put(path, data)
+			k := newStoreKit(t, fsys)
+			s := k.open()
+			allHeld(t, s)
+			check := func() {
+				for id := range s.clusters {
+					if id != "a" {
+						t.Errorf("cluster %q", id)
+					}
+				}
+				var parser Parser
+				fams, _ := s.Newest(time.Hour, 0, nil)
+				for _, f := range fams {
+					for _, l := range f.Lines {
+						_, labels, err := parser.Check(l.Text)
+						i := slices.IndexFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel })
+						if err != nil || i < 0 || string(labels[i].Value) != "a" {
+							t.Errorf("shown: %q, %v", l.Text, err)
+						}
+					}
+				}
+			}
+			check()
+			before := heldOf(t, s, "a")
+			if res, err := s.Append(context.Background(), "a", storePush("a", point{"fuzz", 1, k.clock.ms(1), 3})); err != nil || res.Accepted+res.Duplicates+res.Conflicts != 1 {
+				t.Fatalf("%+v, %v", res, err)
+			}
+			after := allHeld(t, s)
+			for key := range before {
+				if _, ok := after[key]; !ok {
+					t.Errorf("%v is lost", key)
+				}
+			}
+			s = k.open()
+			check()
+			wantHeld(t, "reopened", allHeld(t, s), after)
+			if s.Stats().Damaged > 0 {
+				t.Errorf("damaged again: %v", k.errors)
+			}
+		}
+	})
+}
+
+// cpuTime is what this process has used.
+func cpuTime(b *testing.B) time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// sitePush is a push as a site makes it: 230 series of 25 names with 6 labels;
+// set gives it its times, which differ as targets do, and values.
+func sitePush(id string) (p *Push, set func(at int64)) {
+	p = &Push{}
+	for i := range 230 {
+		err := p.Add(&RawSample{Name: fmt.Appendf(nil, "node_metric_family_%d_total", i/10), Labels: []Label{
+			{[]byte(ClusterLabel), []byte(id)}, {[]byte("instance"), fmt.Appendf(nil, "10.0.0.%d:9100", i%5)}, {[]byte("job"), []byte("node-exporter")},
+			{[]byte("namespace"), []byte("monitoring")}, {[]byte("device"), fmt.Appendf(nil, "eth%d", i%10)}, {[]byte("zone"), []byte("eu-central-1a")},
+		}})
+		if err != nil {
+			panic(err)
+		}
+	}
+	return p, func(at int64) {
+		for i := range p.Samples {
+			p.Samples[i].T, p.Samples[i].V = at-int64(i%5)*1700, float64(at%1000)+float64(i)/7
+		}
+	}
+}
+
+func BenchmarkStoreAppend(b *testing.B) {
+	k := newStoreKit(b, DiskFS{})
+	k.cfg.Dir = b.TempDir()
+	s := k.open()
+	defer s.Close()
+	p, set := sitePush("site-7")
+	b.ReportAllocs()
+	before := cpuTime(b)
+	for b.Loop() {
+		k.clock.Add(15 * time.Second)
+		set(k.clock.ms(0))
+		if res, err := s.Append(context.Background(), "site-7", p); err != nil || res.Accepted != len(p.Samples) {
+			b.Fatalf("%+v, %v", res, err)
+		}
+		if b.N%100 == 0 {
+			s.maintain(context.Background(), false)
+		}
+	}
+	b.ReportMetric(float64(b.N*len(p.Samples))/(cpuTime(b)-before).Seconds(), "samples/cpu-s")
+}
+
+func BenchmarkNewest(b *testing.B) {
+	k := newStoreKit(b, nil)
+	k.cfg.Dir = ""
+	s := k.open()
+	n := 0
+	for c := range 1000 {
+		id := fmt.Sprint("site-", c)
+		p, set := sitePush(id)
+		set(k.clock.ms(c % 60))
+		if _, err := s.Append(context.Background(), id, p); err != nil {
+			b.Fatal(err)
+		}
+		n += len(p.Samples)
+	}
+	e := NegotiateEscaping("")
+	for _, part := range []string{"collect", "render"} {
+		b.Run(part, func(b *testing.B) {
+			b.ReportAllocs()
+			before := cpuTime(b)
+			for b.Loop() {
+				fams, _ := s.Newest(10*time.Minute, 0, nil)
+				if part == "render" {
+					if written, _, err := WriteFamilies(io.Discard, e, fams); err != nil || written != n {
+						b.Fatal(written, err)
+					}
+				}
+			}
+			b.ReportMetric(float64(b.N*n)/(cpuTime(b)-before).Seconds(), "samples/cpu-s")
+		})
+	}
+}
+
+// BenchmarkMemory says what a series, and a sample beyond its series' first,
+// costs in memory and on disk.
+func BenchmarkMemory(b *testing.B) {
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	const sites, pushes = 200, 60
+	for b.Loop() {
+		fsys := newStoreFS(1)
+		k := newStoreKit(b, nullFS{fsys})
+		s := k.open()
+		start, text := heap(), 0
+		var first, disk int64
+		var after uint64
+		for i := range pushes {
+			for c := range sites {
+				id := fmt.Sprint("site-", c)
+				p, set := sitePush(id)
+				set(k.clock.ms(0))
+				if _, err := s.Append(context.Background(), id, p); err != nil {
+					b.Fatal(err)
+				}
+				if i == 0 {
+					text += len(p.Arena)
+				}
+			}
+			k.clock.Add(15 * time.Second)
+			if i == 0 {
+				after, first = heap(), s.Stats().Bytes
+			}
+		}
+		end := heap()
+		disk = s.Stats().Bytes
+		const series = sites * 230
+		const samples = series * (pushes - 1)
+		b.ReportMetric(float64(after-start)/series, "B/series")
+		b.ReportMetric(float64(text)/series, "text-B/series")
+		b.ReportMetric(float64(end-after)/samples, "B/sample")
+		b.ReportMetric(float64(disk-first)/samples, "disk-B/sample")
+		b.ReportMetric(0, "ns/op")
+		runtime.KeepAlive(s)
+	}
+}
+
+// nullFS keeps no bytes, so that a benchmark measures the store's memory.
+type nullFS struct{ *crashFS }
+
+type nullFile struct{}
+
+func (nullFS) OpenFile(string, int, fs.FileMode) (File, error) { return nullFile{}, nil }
+func (nullFS) Rename(string, string) error                     { return nil }
+func (nullFS) SyncDir(string) error                            { return nil }
+
+func (nullFile) Write(p []byte) (int, error) { return len(p), nil }
+func (nullFile) Sync() error                 { return nil }
+func (nullFile) Truncate(int64) error        { return nil }
+func (nullFile) Close() error                { return nil }

@@ -1,0 +1,691 @@
+// swim.go: SWIM with Lifeguard as a state machine: what a member does with a
+// packet, and when time passes. Sources: Das, Gupta, Motivala, "SWIM" (2002);
+// Dadgar, Phillips, Currey, "Lifeguard" (2017).
+//
+// Invariants: nothing is believed of a session that has not answered a challenge;
+// nobody is accused after a stall of one's own; whatever a peer makes grow is
+// bounded. No I/O, no goroutines, no clock and no randomness but what comes in. It
+// must not know sockets, or what the ring makes of the claims.
+package main
+
+import (
+	"math"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Times, in units of the interval T.
+const (
+	relayAfter   = 0.2  // after a ping: ping again, and ask others to
+	verdictAfter = 0.4  // after that: suspect
+	gossipEvery  = 0.1  // while there is news
+	lostEvery    = 3    // between probes of the dead and the seeds
+	backoffMax   = 4    // between attempts to join
+	suspectMin   = 1.1  // of a suspicion that others confirm, up to ten members
+	lastAsk      = 0.2  // before the verdict, and between the last questions
+	suspectMax   = 5    // of one that nobody does, as a multiple of that
+	stallAfter   = 0.25 // late by this: judge nobody by what was not heard
+)
+
+const (
+	lastAsks    = 6 // questions to a suspect before the verdict
+	relays      = 4 // asked about a member that does not answer
+	fanout      = 3 // members told the news at once
+	leaveTo     = 8 // members that are told of a leave
+	maxHealth   = 8 // Lifeguard's S
+	maxSeeds    = 64
+	attempts    = 4 // to reach whoever has our name, or to say goodbye
+	sessionStep = 1 << 32
+)
+
+// A SwimState is what a member keeps from one start to the next. The zero value
+// is that of a member without past.
+type SwimState struct {
+	Session     uint64 // the last one used
+	Slot        uint16 // the claim, if Lamport is not 0
+	Lamport     uint64
+	Provisional bool
+	Seen        uint64 // the highest Lamport number seen
+	Buckets     uint16 // the most seen
+}
+
+// An Event is something that an operator may want to read of. Name is the
+// member's, Addr its address.
+type Event struct{ What, Name, Addr string }
+
+// What happens.
+const (
+	EventUp       = "member is up"
+	EventDown     = "member is down"
+	EventLeft     = "member has left"
+	EventSuspect  = "member is suspected"
+	EventSession  = "session was known: took the next" // store the state
+	EventConflict = "another member has our name"      // and a lower session: it stands down
+	EventStood    = "another member has our name and a higher session: standing down"
+	EventStall    = "stalled: judging nobody for a while"
+)
+
+// A SwimConfig says who a member is. All but URL is needed.
+type SwimConfig struct {
+	Name, Addr, URL string
+	Interval        time.Duration // T: one probe each; scales all timing but tombstones
+	Random          rand.Source   // must be unpredictable to strangers
+	Sealer          *Sealer       // the Swim's own from then on
+	State           SwimState
+}
+
+// A Swim is one member's view of the cluster. Times are those of one monotonic
+// clock, from any origin; one that went back is taken to stand. It is not safe
+// for concurrent use. What its methods return is valid until the next call of
+// Receive or Tick.
+type Swim struct {
+	Link
+	Events []Event // of the last Receive or Tick
+	Health int     // 0 is good; each point adds once more to the patience with others
+	Stood  bool    // stood down: sends and believes nothing more
+
+	seen    uint64 // the highest Lamport number
+	round   Round
+	seeds   []seed
+	synced  time.Duration // when the first table came; 0: not yet
+	again   time.Duration // when to ask for it again; 0: not
+	backoff time.Duration // between attempts to join
+
+	wake, probeAt, lostAt, gossipAt, expireAt time.Duration
+}
+
+type seed struct {
+	addr netip.AddrPort
+	name string // who answered there last; our own, if it is us
+}
+
+// NewSwim returns a member that is alone. Its session is a new one: State must
+// be stored before the first packet is sent, so that the next start's is higher.
+func NewSwim(c SwimConfig) *Swim {
+	s := &Swim{
+		Link: Link{Name: c.Name, Interval: c.Interval, Rand: rand.New(c.Random), Sealer: c.Sealer, Buckets: c.State.Buckets, Newcomer: true},
+		seen: max(c.State.Seen, c.State.Lamport), backoff: c.Interval / 2,
+	}
+	s.Learn = s.learn
+	s.Self = s.Table.Merge(0, Record{
+		Name: c.Name, Session: s.nextSession(c.State.Session), Addr: c.Addr, URL: c.URL, Slot: NoSlot, KeyID: s.Sealer.KeyIDs()[0],
+	})
+	if c.State.Lamport > 0 {
+		s.SetClaim(c.State.Slot, c.State.Lamport, c.State.Provisional)
+	}
+	return s
+}
+
+// nextSession follows after: the upper half counts, the lower one is random, so
+// that two of one name that both lost their state are told apart.
+func (s *Swim) nextSession(after uint64) uint64 {
+	return (after/sessionStep+1)*sessionStep + s.Rand.Uint64N(sessionStep)
+}
+
+// State returns what to keep.
+func (s *Swim) State() SwimState {
+	st := SwimState{Session: s.Self.Session, Seen: s.seen, Buckets: s.Buckets}
+	if r := s.Self.Record; r.Lamport > 0 {
+		st.Slot, st.Lamport, st.Provisional = r.Slot, r.Lamport, r.Provisional
+	}
+	return st
+}
+
+// SetClaim tells all that this member claims a slot (or none: NoSlot).
+func (s *Swim) SetClaim(slot uint16, lamport uint64, provisional bool) {
+	r := s.Self.Record
+	r.Slot, r.Lamport, r.Provisional = slot, lamport, provisional
+	s.seen = max(s.seen, lamport)
+	if slot < SlotLimit {
+		s.Buckets = max(s.Buckets, slot+1)
+	}
+	s.announce(r)
+}
+
+// SetKeys replaces the keys and tells all which one this member seals with.
+func (s *Swim) SetKeys(keys Keys) error {
+	if err := s.Sealer.SetKeys(keys); err != nil {
+		return err
+	}
+	r := s.Self.Record
+	r.KeyID = s.Sealer.KeyIDs()[0]
+	s.announce(r)
+	return nil
+}
+
+// announce says something new of oneself.
+func (s *Swim) announce(r Record) {
+	r.Incarnation++
+	s.Table.Set(s.Now, s.Self, r)
+	s.Table.Spread(s.Self)
+}
+
+// SetSeeds replaces the addresses where members are looked for, now and for
+// ever. The first 64 count.
+func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
+	old := s.seeds
+	s.seeds = nil
+	for _, a := range addrs[:min(len(addrs), maxSeeds)] {
+		i := slices.IndexFunc(old, func(o seed) bool { return o.addr == a })
+		if i < 0 {
+			s.lostAt = s.Now // a new one is tried at once
+			old = append(old, seed{addr: a})
+			i = len(old) - 1
+		}
+		s.seeds = append(s.seeds, old[i])
+	}
+}
+
+// Leave has the members told. Gone tells when enough of them know.
+func (s *Swim) Leave() {
+	if s.Self.State == Left {
+		return
+	}
+	r := s.Self.Record
+	r.State = Left
+	s.Table.Set(s.Now, s.Self, r)
+	s.Table.Spread(s.Self)
+	s.Asks = nil
+	for range leaveTo {
+		if m := s.Table.Pick(s.Rand, s.Self, func(m *Member) bool { return m.State == Alive && !s.Asking(ForFarewell, m.Name) }); m != nil {
+			s.Ask(Ask{Why: ForFarewell, Name: m.Name, Member: m})
+		}
+	}
+}
+
+// Gone tells, after Leave, that all who were told have confirmed it or do not
+// answer.
+func (s *Swim) Gone() bool { return s.Self.State == Left && len(s.Asks) == 0 }
+
+// Next returns when Tick wants to be called.
+func (s *Swim) Next() time.Duration {
+	next := s.expireAt
+	if s.Table.HasNews() && s.Table.Live > 1 {
+		next = min(next, s.gossipAt)
+	}
+	if s.again != 0 {
+		next = min(next, s.again)
+	}
+	for _, a := range s.Asks {
+		next = min(next, a.Due)
+	}
+	if s.Self.State == Left {
+		return next
+	}
+	for _, m := range s.Table.All {
+		if m.State == Suspect {
+			next = min(next, s.lastWord(m))
+		}
+	}
+	return min(next, s.probeAt, s.lostAt)
+}
+
+func (s *Swim) begin(now time.Duration) {
+	s.Begin()
+	s.Events = s.Events[:0]
+	s.Now = max(s.Now, now)
+	if s.probeAt == 0 { // the first call
+		s.probeAt = s.Now + 1 + time.Duration(s.Rand.Int64N(int64(s.Interval)))
+		s.expireAt = s.Now + time.Minute
+		s.wake, s.Table.Changed = s.Now, s.Now
+	}
+	late := s.Now - s.wake
+	if late < s.units(stallAfter) {
+		return
+	}
+	// Answers that came meanwhile wait in the socket or were lost with it: what
+	// was not heard says nothing about others.
+	s.Health = min(s.Health+1, maxHealth)
+	s.event(EventStall, s.Self.Name, s.Self.Addr)
+	s.Asks = slices.DeleteFunc(s.Asks, func(a *Ask) bool { return a.Why == ForProbe })
+	for _, m := range s.Table.All {
+		m.Deadline += late + s.units(suspectMin)
+	}
+	s.probeAt = max(s.probeAt, s.Now+s.Interval/2)
+}
+
+func (s *Swim) end() []Datagram {
+	s.wake = max(s.Next(), s.Now)
+	return s.Datagrams()
+}
+
+func (s *Swim) units(n float64) time.Duration { return time.Duration(n * float64(s.Interval)) }
+
+// patience is n intervals, longer while this member is itself in trouble
+// (Lifeguard, LHA-Probe).
+func (s *Swim) patience(n float64) time.Duration { return s.units(n * float64(s.Health+1)) }
+
+func (s *Swim) event(what, name, addr string) {
+	s.Events = append(s.Events, Event{What: what, Name: name, Addr: addr})
+}
+
+// Tick does what is due.
+func (s *Swim) Tick(now time.Duration) []Datagram {
+	s.begin(now)
+	if s.Stood {
+		return nil
+	}
+	for _, a := range slices.Clone(s.Asks) {
+		if a.Due <= s.Now {
+			s.overdue(a)
+		}
+	}
+	if s.Self.State != Left {
+		for _, m := range s.Table.All {
+			if m.State == Suspect {
+				s.judge(m)
+			}
+		}
+		if s.probeAt <= s.Now {
+			s.probeAt = s.Now + s.patience(1)
+			s.probe(s.round.Next(&s.Table, s.Rand, func(m *Member) bool { return m != s.Self && !s.Asking(ForProbe, m.Name) }))
+		}
+		if s.lostAt <= s.Now {
+			s.lookForLost()
+		}
+	}
+	if s.again != 0 && s.again <= s.Now {
+		s.again = 0
+		if len(s.Table.All) > 1 { // the first it met
+			s.Tell(s.Table.All[1], Packet{Kind: News, Want: true})
+		}
+	}
+	if s.expireAt <= s.Now {
+		s.expireAt = s.Now + time.Minute
+		s.Table.Expire(s.Now)
+	}
+	if s.gossipAt <= s.Now && s.Table.HasNews() {
+		s.gossipAt = s.Now + s.units(gossipEvery)
+		first := s.Rand.IntN(len(s.Table.All))
+		for i, left := 0, fanout; i < len(s.Table.All) && left > 0; i++ {
+			// From a random place on, some of them: never one twice.
+			m := s.Table.All[(first+i)%len(s.Table.All)]
+			if m != s.Self && m.State.Live() && s.Table.HasNews() && s.Rand.IntN(s.Table.Live) < 2*fanout {
+				s.Tell(m, Packet{Kind: News})
+				left--
+			}
+		}
+	}
+	return s.end()
+}
+
+func (s *Swim) probe(m *Member) {
+	if m == nil {
+		return
+	}
+	if a := s.Ask(Ask{Why: ForProbe, Name: m.Name, Member: m, Due: s.Now + s.patience(relayAfter)}); a != nil {
+		s.Tell(m, Packet{Kind: Ping, Ask: a.Nonce})
+	}
+}
+
+// overdue goes on with a question that was not answered in time.
+func (s *Swim) overdue(a *Ask) {
+	switch {
+	case a.Why == ForProbe && a.Tries == 0 && a.Member.State.Live():
+		a.Tries, a.Due = 1, s.Now+s.patience(verdictAfter)
+		s.Tell(a.Member, Packet{Kind: Ping, Ask: a.Nonce})
+		for range relays {
+			r := s.Table.Pick(s.Rand, s.Self, func(m *Member) bool {
+				return m != a.Member && m.State == Alive && m.Met && !slices.Contains(a.Relays, m.Name)
+			})
+			if r == nil {
+				break
+			}
+			a.Relays = append(a.Relays, r.Name)
+			s.Tell(r, Packet{Kind: Relay, Ask: a.Nonce, Target: a.Name})
+		}
+	case a.Why == ForProbe && a.Member.State.Live():
+		if a.Tries == 1 {
+			// Relays answer in any case: if none did, the fault may be here.
+			if len(a.Relays) > 0 && !a.Heard {
+				s.Health = min(s.Health+1, maxHealth)
+			}
+			s.accuse(a.Member)
+		} else if a.Member.State != Suspect {
+			s.Drop(a)
+			return
+		}
+		a.Tries, a.Due = 2, s.Now+s.Interval/3
+		// It learns from this that it is suspected, and its answer is its defence.
+		s.Tell(a.Member, Packet{Kind: Ping, Ask: a.Nonce})
+	case a.Why == ForOther:
+		s.Drop(a)
+		s.Tell(a.Origin, Packet{Kind: Nack, Answer: a.Theirs, Target: a.Name})
+	case a.Why == ForFarewell && a.Tries < attempts:
+		a.Tries, a.Due = a.Tries+1, s.Now+s.Interval/4
+		s.Say(Datagram{To: a.Member.UDP, Host: a.Member.Addr}, Packet{Kind: Ping, To: a.Name, Ask: a.Nonce}, s.Self)
+	case a.Why == ForRival && a.Tries < attempts:
+		a.Tries, a.Due = a.Tries+1, s.Now+s.Interval/4
+		s.Say(a.To, Packet{Kind: Hello, To: s.Name, Ask: a.Nonce}, s.Self)
+	case a.Why == ForRival:
+		// Silence: an earlier life of ours, from before the state was lost.
+		s.Drop(a)
+		if a.Rival > s.Self.Session {
+			s.adopt(a.Rival)
+		}
+	default:
+		s.Drop(a)
+	}
+}
+
+// adopt begins the session after one that others know of.
+func (s *Swim) adopt(after uint64) {
+	r := s.Self.Record
+	r.Session = s.nextSession(after)
+	s.announce(r)
+	s.event(EventSession, s.Self.Name, s.Self.Addr)
+	s.lostAt, s.synced, s.Newcomer = s.Now, 0, true
+	for _, m := range s.Table.All {
+		m.KnowsUs = false
+	}
+}
+
+func (s *Swim) accuse(m *Member) {
+	r := m.Record
+	r.State, r.Accusers, r.Age = Suspect, []uint64{NameHash(s.Name)}, 0
+	if s.learn(r) != nil {
+		s.Table.Spread(m)
+	}
+}
+
+// judge takes a suspect for dead when its time is over. Shortly before, it is
+// asked once more by everybody: all who suspect it may have been wrong, and its
+// defence lost on the way here.
+func (s *Swim) judge(m *Member) {
+	if m.Deadline <= s.Now {
+		r := m.Record
+		r.State, r.Accusers, r.Age = Dead, nil, 0
+		s.Table.Spread(s.learn(r))
+	} else if s.lastWord(m) <= s.Now {
+		m.Asked++
+		if a := s.Ask(Ask{Why: ForLost, Name: m.Name, Member: m, Due: s.Now + s.Interval}); a != nil {
+			s.Tell(m, Packet{Kind: Ping, Ask: a.Nonce})
+		}
+	}
+}
+
+// lastWord returns when m, a suspect, is to be asked or judged next.
+func (s *Swim) lastWord(m *Member) time.Duration {
+	return m.Deadline - s.units(lastAsk*float64(lastAsks-m.Asked))
+}
+
+// deadline says when a suspicion is taken for the truth: the sooner, the more
+// members share it (Lifeguard, LHA-Suspicion).
+func (s *Swim) deadline(m *Member) time.Duration {
+	n := float64(s.Table.Live)
+	least := suspectMin * max(1, (3+math.Log10(n))/4)
+	most := suspectMax * least
+	need := math.Log(min(max(n-2, 1), MaxAccusers-1) + 1)
+	return m.Suspected + s.units(max(least, most-(most-least)*math.Log(float64(len(m.Accusers)))/need))
+}
+
+// lookForLost asks whether one of the dead, or of the seeds where nobody known
+// is, has come back; and while alone all the seeds.
+func (s *Swim) lookForLost() {
+	s.lostAt = s.Now + s.units(lostEvery)
+	if s.Table.Live == 1 && len(s.seeds) > 0 {
+		for _, sd := range s.seeds {
+			s.hello(sd)
+		}
+		s.lostAt = s.Now + s.backoff*3/4 + time.Duration(s.Rand.Int64N(int64(s.backoff)/2+1))
+		s.backoff = min(2*s.backoff, backoffMax*s.Interval)
+	} else {
+		s.backoff = s.Interval / 2
+	}
+	var away []seed
+	for _, sd := range s.seeds {
+		if m := s.Table.Get(sd.name); m == nil || !m.State.Live() {
+			away = append(away, sd)
+		}
+	}
+	m := s.Table.Pick(s.Rand, s.Self, func(m *Member) bool { return m.State == Dead })
+	if len(away) > 0 && s.Table.Live > 1 && (m == nil || s.Rand.IntN(2) == 0) {
+		s.hello(away[s.Rand.IntN(len(away))])
+	} else if m != nil && !s.Asking(ForLost, m.Name) {
+		if a := s.Ask(Ask{Why: ForLost, Name: m.Name, Due: s.Now + s.patience(1)}); a != nil {
+			s.Tell(m, Packet{Kind: Ping, Ask: a.Nonce})
+		}
+	}
+}
+
+func (s *Swim) hello(sd seed) {
+	if sd.name == s.Name {
+		return
+	}
+	if a := s.Ask(Ask{Why: ForSeed, To: Datagram{To: sd.addr}, Due: s.Now + s.patience(1)}); a != nil {
+		s.Say(Datagram{To: sd.addr}, Packet{Kind: Hello, Ask: a.Nonce}, s.Self)
+	}
+}
+
+// Receive takes a datagram that came from an address.
+func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Datagram {
+	s.begin(now)
+	if s.Stood {
+		return nil
+	}
+	switch p, m, a := s.Open(from, data); {
+	case m != nil:
+		s.heed(from, p, m, a)
+	case p != nil:
+		s.namesake(from, p, a)
+	}
+	return s.end()
+}
+
+// heed believes a packet of a session that is met.
+func (s *Swim) heed(from netip.AddrPort, p *Packet, m *Member, a *Ask) {
+	s.Buckets = max(s.Buckets, p.Buckets)
+	if p.Kind == Sync && s.synced == 0 {
+		// Who answers many newcomers at once soon knows more than it said.
+		s.synced, s.again, s.Newcomer = s.Now, s.Now+s.Interval, false
+	}
+	if p.Kind == Ack {
+		m.KnowsUs = p.Ask == 0 // else it challenges us
+	}
+	objected := false
+	for _, r := range p.Records {
+		if r.Name == s.Name {
+			objected = s.hearOfSelf(r) || objected
+		} else {
+			s.hear(r, m, p.Kind == Sync)
+		}
+	}
+	if m.Session != p.Session {
+		return // the packet itself said that a newer one has begun
+	}
+	switch {
+	case p.Kind == Ack && a != nil:
+		s.answered(m, a)
+	case p.Kind == Nack && a != nil:
+		a.Heard = true
+	case p.Kind == Relay:
+		s.relay(p, m)
+	}
+	switch {
+	case p.Ask != 0 && p.Kind != Relay:
+		q := Packet{Kind: Ack, To: m.Name, Answer: p.Ask}
+		if p.Kind == Ping && !objected {
+			s.Say(Datagram{To: from}, q) // it knows us
+		} else {
+			m.KnowsUs = true // by this proof
+			s.Say(Datagram{To: from}, q, s.Self)
+		}
+	case objected:
+		s.Say(Datagram{To: from}, Packet{Kind: News, To: m.Name}, s.Self)
+	case m.State == Dead && p.Kind != Ack:
+		s.Tell(m, Packet{Kind: News}) // it does not know what is thought of it
+	}
+	if p.Want {
+		s.Exchange(m, false)
+	} else if p.Digest != s.Table.Digest && p.Settled && s.Settled() {
+		// Neither table has changed for two intervals: no news is under way that
+		// would make them equal.
+		s.Exchange(m, true)
+	}
+}
+
+// answered goes on with a question to which the answer has come, by m.
+func (s *Swim) answered(m *Member, a *Ask) {
+	switch a.Why {
+	case ForProbe:
+		if a.Tries == 0 {
+			rtt := s.Now - a.Since
+			if m.RTT > 0 {
+				rtt = (7*m.RTT + rtt) / 8
+			}
+			m.RTT = max(rtt, 1)
+		}
+		if a.Tries < 2 {
+			s.Health = max(s.Health-1, 0)
+		}
+	case ForOther:
+		s.Tell(a.Origin, Packet{Kind: Ack, Answer: a.Theirs, Target: a.Name})
+	case ForSeed:
+		for i := range s.seeds {
+			if s.seeds[i].addr == a.To.To {
+				s.seeds[i].name = m.Name
+			}
+		}
+	}
+	s.Drop(a)
+}
+
+func (s *Swim) relay(p *Packet, m *Member) {
+	t := s.Table.Get(p.Target)
+	if t == nil || t == s.Self || p.Ask == 0 {
+		return
+	}
+	if a := s.Ask(Ask{Why: ForOther, Name: t.Name, Origin: m, Theirs: p.Ask, Due: s.Now + s.units(relayAfter)}); a != nil {
+		s.Tell(t, Packet{Kind: Ping, Ask: a.Nonce})
+	}
+}
+
+// hear judges what m said of another.
+func (s *Swim) hear(r Record, m *Member, exchange bool) {
+	o := s.Table.Get(r.Name)
+	// When two halves of a cluster meet, each has the other for dead. Only who is
+	// told itself can object; so in an exchange the dead are suspects.
+	if exchange && r.State == Dead && o != nil && o.State.Live() && r.Session == o.Session {
+		r.State, r.Accusers, r.Age = Suspect, []uint64{NameHash(m.Name)}, 0
+	}
+	if m := s.learn(r); m != nil && (!exchange || o != nil || s.Now-s.synced > s.Interval) {
+		s.Table.Spread(m) // but a newcomer need not tell all what all but it knew
+	}
+}
+
+// learn believes r if it is newer than what is known, and does what follows.
+func (s *Swim) learn(r Record) *Member {
+	old := Record{State: Dead}
+	if m := s.Table.Get(r.Name); m != nil {
+		old = m.Record
+	}
+	m := s.Table.Merge(s.Now, r)
+	if m == nil {
+		return nil
+	}
+	s.seen = max(s.seen, r.Lamport)
+	if m.Slot < SlotLimit {
+		s.Buckets = max(s.Buckets, m.Slot+1)
+	}
+	switch {
+	case m.State == Left && old.State != Left:
+		s.event(EventLeft, m.Name, m.Addr)
+	case m.State == Dead && old.State.Live():
+		s.event(EventDown, m.Name, m.Addr)
+	case m.State.Live() && !old.State.Live():
+		s.event(EventUp, m.Name, m.Addr)
+		s.round.Insert(m, s.Rand)
+	}
+	if m.State == Suspect {
+		if old.State != Suspect || old.Session != m.Session || old.Incarnation != m.Incarnation {
+			m.Suspected, m.Asked = s.Now, 0
+			s.event(EventSuspect, m.Name, m.Addr)
+			// Some look for themselves, so that the truth is soon known.
+			if s.Rand.IntN(s.Table.Live) < 2*MaxAccusers && !s.Asking(ForProbe, m.Name) && s.Self.State != Left {
+				s.probe(m)
+			}
+		}
+		m.Deadline = s.deadline(m)
+	}
+	return m
+}
+
+// hearOfSelf objects if others are wrong, and tells whether they are.
+func (s *Swim) hearOfSelf(r Record) bool {
+	switch {
+	case r.Session > s.Self.Session:
+		addr, _ := netip.ParseAddrPort(r.Addr)
+		s.suspectRival(Datagram{To: addr, Host: r.Addr}, r.Session)
+		return false
+	case r.Session < s.Self.Session:
+		return true
+	case s.Self.State == Left:
+		return false
+	case r.State == Left || r.Incarnation == math.MaxUint32: // said by nobody who means well
+		s.adopt(r.Session)
+		return true
+	case r.State == Alive && r.Incarnation <= s.Self.Incarnation:
+		return false
+	}
+	if r.Incarnation >= s.Self.Incarnation {
+		own := s.Self.Record
+		own.Incarnation = r.Incarnation
+		s.announce(own)
+		if r.State == Suspect {
+			s.Health = min(s.Health+1, maxHealth) // were we too slow to answer?
+		}
+	}
+	return true
+}
+
+// suspectRival asks whether a member of our name and a higher session lives.
+func (s *Swim) suspectRival(to Datagram, session uint64) {
+	if !s.Asking(ForRival, s.Name) && s.Self.State != Left {
+		s.Ask(Ask{Why: ForRival, Name: s.Name, Rival: session, To: to, Due: s.Now})
+	}
+}
+
+// namesake takes a packet that says to come from us: from a seed's address that
+// is our own, from an earlier life, or from another member of our name.
+func (s *Swim) namesake(from netip.AddrPort, p *Packet, a *Ask) {
+	if p.Session == s.Self.Session {
+		for _, a := range s.Asks {
+			for i := range s.seeds {
+				if a.Why == ForSeed && a.Nonce == p.Ask && s.seeds[i].addr == a.To.To {
+					s.seeds[i].name = s.Name
+				}
+			}
+		}
+		return
+	}
+	q := Packet{Kind: Ack, To: s.Name, Answer: p.Ask}
+	switch {
+	case a == nil && p.Kind == Hello && s.MayAnswer():
+		if p.Session > s.Self.Session {
+			s.suspectRival(Datagram{To: from}, p.Session)
+		} else if b := s.Ask(Ask{Why: ForProof, Name: s.Name, Due: s.Now + s.Interval}); b != nil {
+			q.Ask = b.Nonce // is it a replay?
+		}
+		s.Say(Datagram{To: from}, q)
+	case a == nil:
+	case p.Session < s.Self.Session:
+		s.Drop(a)
+		s.event(EventConflict, s.Name, from.String())
+	default:
+		if p.Ask != 0 {
+			s.Say(Datagram{To: from}, q)
+		}
+		s.event(EventStood, s.Name, from.String())
+		s.Stood = true
+	}
+}
+
+// Version is that of View, without the cost.
+func (s *Swim) Version() uint64 { return s.Table.Version + uint64(s.Buckets) }
+
+// View returns a copy.
+func (s *Swim) View() GossipView {
+	return GossipView{Version: s.Version(), Self: s.Name, Buckets: s.Buckets, Lamport: s.seen, Joined: s.synced != 0, Members: s.Table.Views(s.Now)}
+}

@@ -1,0 +1,285 @@
+#!/usr/bin/env bash
+# netns.sh [--possible]: five servers in five network namespaces, joined by a bridge
+# in a sixth. The network is cut into two and three servers, and healed: both sides
+# go on meanwhile, and find each other again by themselves. How many seconds each
+# step took is printed, not checked: this machine may be busy.
+#
+# --possible only tells whether it can run here: it needs root and network
+# namespaces. Nothing outside of namespaces of its own is touched.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+quiet=0
+[ "${1:-}" != --possible ] || quiet=1
+
+patience=60 # seconds for each step; they take some five on an idle machine
+export LC_ALL=C
+passed=0 failed=0
+id=tm$$           # what the names of this run's namespaces begin with
+spaces=()         # all that were made
+cluster=10.99.0   # the network
+majority="1 2 3"  # stay on the first bridge
+minority="4 5"    # are cut off
+servers="$majority $minority"
+
+work=
+trap finish EXIT
+trap 'exit 130' INT TERM HUP PIPE
+
+# finish ends what was started, shows why if something failed, and leaves nothing.
+finish() {
+	local status=$? space log
+	trap '' INT TERM HUP PIPE
+	set +e
+	# shellcheck disable=SC2046
+	[ -z "$(jobs -rp)" ] || kill -KILL $(jobs -rp) 2>/dev/null
+	wait 2>/dev/null
+	# With a namespace go its devices, once nothing runs in it: a curl may.
+	for space in "${spaces[@]}"; do
+		# shellcheck disable=SC2046
+		kill -KILL $(ip netns pids "$space" 2>/dev/null) 2>/dev/null
+		ip netns delete "$space" 2>/dev/null
+	done
+	if ((status != 0 && status != 130)) && [ -n "$work" ]; then
+		for log in apt keys n1 n2 n3 n4 n5; do
+			[ -e "$work/$log.log" ] || continue
+			echo "--- the end of what $log logged"
+			tail -n 30 "$work/$log.log"
+		done
+	fi
+	[ -z "$work" ] || rm -rf "$work"
+	((quiet)) || echo "$passed passed, $failed failed"
+	exit "$status"
+}
+
+die() {
+	failed=$((failed + 1))
+	printf 'netns.sh: %s\n' "$*" >&2
+	exit 1
+}
+
+# space NAME: makes a namespace.
+space() {
+	spaces+=("$1") # first, so that it never stays behind
+	ip netns add "$1"
+}
+
+# possible: ip and curl are there or could be installed, and devices can be made in
+# namespaces.
+possible() {
+	[ "$(id -u)" = 0 ] || return 1
+	local missing=()
+	type -P ip >/dev/null || missing+=(iproute2)
+	type -P curl >/dev/null || missing+=(curl)
+	if ((${#missing[@]})); then
+		type -P apt-get >/dev/null || return 1
+		(
+			export DEBIAN_FRONTEND=noninteractive
+			apt-get update -q && apt-get install -qy --no-install-recommends "${missing[@]}"
+		) >"$work/apt.log" 2>&1 || return 1
+	fi
+	space "$id-0" 2>/dev/null && ip netns exec "$id-0" true 2>/dev/null &&
+		ip -n "$id-0" link add one type bridge 2>/dev/null &&
+		ip -n "$id-0" link add two type bridge 2>/dev/null &&
+		ip -n "$id-0" link add probe type veth peer name eborp 2>/dev/null &&
+		ip -n "$id-0" link delete probe
+}
+
+work=$(mktemp -d)
+if ! possible; then
+	((quiet)) && exit 1
+	die "this needs root, and network namespaces with bridges and veth devices"
+fi
+((quiet)) && exit 0
+
+if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # started by make, it is built already
+
+# get N PATH [CURL'S ARGUMENT...]: from server N, asked in its own namespace.
+get() {
+	local n=$1 path=$2
+	shift 2
+	ip netns exec "$id-$n" curl -q --silent --noproxy '*' --max-time 40 "$@" "http://$cluster.$n:$path"
+}
+
+# view N: how server N sees all of them, as "1=alive 2=dead …", and its ring's version.
+view() {
+	get "$1" 9004/debug/cluster --fail --max-time 5 >"$work/view" || return 1
+	grep -o '{"name":"n[0-9]*","state":"[a-z]*"' "$work/view" |
+		sed 's/.*"n\([0-9]*\)".*:"\([a-z]*\)"/\1=\2/' | sort | paste -sd' '
+	grep -o '"version":"[^"]*"' "$work/view"
+}
+
+# all_see WANT N...: every server N is ready, so has claimed its slot, and sees WANT,
+# and all of them have one ring.
+all_see() {
+	local want=$1 n got ring='' this
+	shift
+	for n; do
+		get "$n" 9004/healthz/ready --fail --max-time 5 --output "$work/ready" || {
+			seen="$n is not ready"
+			return 1
+		}
+		got=$(view "$n") || {
+			seen="no answer from $n"
+			return 1
+		}
+		this=${got#*$'\n'} got=${got%%$'\n'*}
+		if [ "$got" != "$want" ]; then
+			seen="$n sees $got"
+			return 1
+		fi
+		if [ -n "$ring" ] && [ "$this" != "$ring" ]; then
+			seen="$n has another ring than $1"
+			return 1
+		fi
+		ring=$this
+	done
+	seen="$want, ring ${ring#*:}"
+}
+
+whole="1=alive 2=alive 3=alive 4=alive 5=alive"
+one_whole() {
+	local claimed
+	# shellcheck disable=SC2086
+	all_see "$whole" $servers || return 1
+	# Each with a slot of its own: two that claimed the same are not yet at rest.
+	get 1 9004/debug/cluster --fail --max-time 5 >"$work/view" || return 1
+	claimed=$(grep -o '"slot":[0-9]*,"claim"' "$work/view" | sort -u | wc -l)
+	if [ "$claimed" != 5 ]; then
+		seen="5 servers have $claimed slots"
+		return 1
+	fi
+}
+
+# parted: each side sees itself, and nobody of the other.
+parted() {
+	# shellcheck disable=SC2086
+	all_see "1=alive 2=alive 3=alive 4=dead 5=dead" $majority && local of_three=$seen &&
+		all_see "1=dead 2=dead 3=dead 4=alive 5=alive" $minority && seen="$of_three; $seen"
+}
+
+# told: the last server tells Prometheus of all five.
+told() {
+	seen=$(get 5 9004/sd --fail | grep -o "$cluster"'[.][0-9]:9004' | sort | paste -sd' ')
+	[ "$seen" = "$cluster.1:9004 $cluster.2:9004 $cluster.3:9004 $cluster.4:9004 $cluster.5:9004" ]
+}
+
+# check WHAT COMMAND...: tries until the command succeeds, a server ends, or the
+# patience with this step is over. The command leaves in seen what it saw.
+check() {
+	local what=$1 begin limit=$((SECONDS + patience)) n
+	begin=$(date +%s%N)
+	shift
+	seen=
+	until "$@"; do
+		for n in $servers; do
+			kill -0 "${pids[n]}" 2>/dev/null || die "$what: server $n has ended"
+		done
+		if ((SECONDS >= limit)); then
+			failed=$((failed + 1))
+			printf 'FAIL %s: %s\n' "$what" "${seen:-nothing seen}"
+			return
+		fi
+		sleep 0.1
+	done
+	passed=$((passed + 1))
+	local took=$((($(date +%s%N) - begin) / 100000000))
+	printf 'ok   %s: %d.%d s: %s\n' "$what" $((took / 10)) $((took % 10)) "$seen"
+}
+
+# plug BRIDGE N...: connects servers to a bridge, and to no other.
+plug() {
+	local bridge=$1 n
+	shift
+	for n; do ip -n "$id-0" link set "to$n" master "$bridge"; done
+}
+
+# push N ID: one sample to server N; the answer's status into the file ID, and how
+# long it took.
+push() {
+	get "$1" 9003/upload --output "$work/$2.answer" --write-out '%{http_code} %{time_total}' \
+		--header "Authorization: Bearer $(cat "$work/$2.token")" --header 'Content-Type: text/plain' \
+		--data-binary @"$work/sample" >"$work/$2.code" || true
+}
+
+# pushed KIND: of the IDs KIND-1 to KIND-8, all were answered 200, and one of the
+# minority serves them.
+pushed() {
+	local i code slowest=0 held=0
+	: >"$work/federate"
+	for i in $minority; do
+		get "$i" 9004/federate --fail >>"$work/federate" || return 1
+	done
+	for i in 1 2 3 4 5 6 7 8; do
+		code=$(cat "$work/$1-$i.code")
+		if [ "${code% *}" != 200 ]; then
+			seen="$1-$i was answered ${code% *}: $(cat "$work/$1-$i.answer" 2>/dev/null)"
+			return 1
+		fi
+		slowest=$(printf '%s\n%s\n' "$slowest" "${code#* }" | sort -n | sed -n '$p')
+		if grep -q "^up{_id=\"$1-$i\"," "$work/federate"; then held=$((held + 1)); fi
+	done
+	seen="8 answered 200, $held served here, the slowest after $slowest s"
+	[ "$held" = 8 ]
+}
+
+echo 'up 1' >"$work/sample"
+./telemeter --mode keygen --keys "$work/keys" 2>"$work/keys.log"
+for kind in cut parted; do
+	for i in 1 2 3 4 5 6 7 8; do
+		./telemeter --mode token --keys "$work/keys" --id "$kind-$i" --to "http://$cluster.4:9003" >"$work/$kind-$i.token" 2>>"$work/keys.log"
+	done
+done
+
+for bridge in one two; do ip -n "$id-0" link set "$bridge" up; done
+for n in $servers; do
+	space "$id-$n"
+	ip -n "$id-0" link add "to$n" type veth peer name eth0 netns "$id-$n"
+	ip -n "$id-$n" address add "$cluster.$n/24" dev eth0
+	ip -n "$id-$n" link set lo up
+	ip -n "$id-$n" link set eth0 up
+	ip -n "$id-0" link set "to$n" up
+done
+# shellcheck disable=SC2086
+plug one $servers
+
+pids=()
+for n in $servers; do
+	join=(--join "$cluster.1:9006")
+	[ "$n" != 1 ] || join=()
+	ip netns exec "$id-$n" ./telemeter --mode server --name "n$n" --keys "$work/keys" --storage-dir "$work/n$n" \
+		--listen "$cluster.$n:9003" --listen-internal "$cluster.$n:9004" --internal-open \
+		--listen-cluster "$cluster.$n:9006" "${join[@]}" >"$work/n$n.log" 2>&1 &
+	pids[n]=$!
+done
+check "all five are one" one_whole
+ring=$seen
+check "the fifth tells of all" told
+((failed == 0)) || exit 1
+
+# shellcheck disable=SC2086
+plug two $minority
+# The minority still takes the others for alive: what they own is sent to them in
+# vain, and then held here.
+pushes=()
+for i in 1 2 3 4 5 6 7 8; do
+	push 4 "cut-$i" &
+	pushes+=($!)
+done
+check "cut: each side sees only itself alive" parted
+for i in 1 2 3 4 5 6 7 8; do push 4 "parted-$i"; done
+patience=0 check "pushes to the minority" pushed parted
+wait "${pushes[@]}"
+patience=0 check "pushes to the minority that came with the cut" pushed cut
+
+# shellcheck disable=SC2086
+plug one $minority
+check "healed: all five are one again" one_whole
+healed=$seen
+same_ring() {
+	seen=${healed##* }
+	[ "$healed" = "$ring" ]
+}
+patience=0 check "the ring is what it was before the cut" same_ring
+
+((failed == 0))
