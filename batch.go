@@ -39,7 +39,22 @@ type Batch struct {
 	IDs        []uint32 // may be shared with other batches
 	DT         []int32  // ms after T0; nil when all are at T0
 	V          []float64
-	Size       int // bytes of the record's payload; set by EncodeBatch and DecodeBatch
+	Clock      ScrapeClock
+	Shift      int64    // ms that were added to the source's times
+	Had        []uint64 // consumers that had this batch of another server; at most MaxHad
+	Size       int      // bytes of the record's payload; set by EncodeBatch and DecodeBatch
+}
+
+// MaxHad bounds the consumers that a batch can name.
+const MaxHad = 256
+
+// Position is how far a reader of a cluster's batches is: past all up to Seq, and
+// past N samples of Part, if it is not nil. A batch that was rewritten meanwhile is
+// another, and is read again from its beginning.
+type Position struct {
+	Seq  uint64
+	Part *Batch
+	N    int
 }
 
 // Time returns the time of sample i in ms.
@@ -119,19 +134,46 @@ func DecodeSeries(payload []byte, each func(id uint32, line []byte) error) error
 	return nil
 }
 
+// What a batch's record has beside its samples, in the low bits of their number.
+const (
+	withTimes = 1 << iota
+	withClock
+	withHad
+	countShift = iota
+)
+
 // EncodeBatch appends the payload of b's record: sequence number, times and
-// count; runs of consecutive IDs as (start less the end of the run before,
-// length); when times differ, each less the one before; values as they are.
+// count; the clock and the consumers, if there are any; runs of consecutive IDs as
+// (start less the end of the run before, length); when times differ, each less the
+// one before; values as they are.
 func EncodeBatch(buf []byte, b *Batch) []byte {
 	start := len(buf)
 	buf = binary.AppendUvarint(buf, b.Seq)
 	buf = binary.AppendVarint(buf, b.Accepted)
 	buf = binary.AppendVarint(buf, b.T0)
-	n := uint64(len(b.V)) << 1
+	n := uint64(len(b.V)) << countShift
 	if b.DT != nil {
-		n |= 1
+		n |= withTimes
+	}
+	if b.Clock.Known {
+		n |= withClock
+	}
+	if len(b.Had) > 0 {
+		n |= withHad
 	}
 	buf = binary.AppendUvarint(buf, n)
+	if b.Clock.Known {
+		buf = binary.AppendVarint(buf, b.Shift)
+		buf = binary.AppendVarint(buf, b.Clock.Offset)
+		buf = binary.AppendVarint(buf, b.Clock.Base)
+		buf = binary.LittleEndian.AppendUint64(buf, b.Clock.Boot)
+	}
+	if len(b.Had) > 0 {
+		buf = binary.AppendUvarint(buf, uint64(len(b.Had)))
+		for _, h := range b.Had {
+			buf = binary.LittleEndian.AppendUint64(buf, h)
+		}
+	}
 	end := int64(0)
 	for i := 0; i < len(b.IDs); {
 		j := i + 1
@@ -179,9 +221,37 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 		return v
 	}
 	b.Seq, b.Accepted, b.T0 = uvarint(), varint(), varint()
+	fixed := func() uint64 {
+		if len(payload) < 8 {
+			bad, payload = true, nil
+			return 0
+		}
+		v := binary.LittleEndian.Uint64(payload)
+		payload = payload[8:]
+		return v
+	}
 	count := uvarint()
-	n := int(count >> 1)
-	if bad || count>>1 > uint64(len(payload)/8) || b.Seq > maxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
+	n := int(count >> countShift)
+	if bad || count>>countShift > uint64(len(payload)/8) || b.Seq > maxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
+		return nil, errRecord
+	}
+	if count&withClock != 0 {
+		b.Shift = varint()
+		b.Clock = ScrapeClock{Known: true, Offset: varint(), Base: varint(), Boot: fixed()}
+		for _, t := range []int64{b.Shift, b.Clock.Offset, b.Clock.Base} {
+			bad = bad || t < -2*MaxClockTime || t > 2*MaxClockTime
+		}
+	}
+	if count&withHad != 0 {
+		had := uvarint()
+		if bad || had == 0 || had > MaxHad || had > uint64(len(payload)/8) {
+			return nil, errRecord
+		}
+		for range had {
+			b.Had = append(b.Had, fixed())
+		}
+	}
+	if bad {
 		return nil, errRecord
 	}
 	b.IDs = make([]uint32, 0, n)
@@ -200,7 +270,7 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 			b.IDs = append(b.IDs, uint32(id))
 		}
 	}
-	if count&1 == 1 {
+	if count&withTimes != 0 {
 		b.DT = make([]int32, n)
 		dt := int64(0)
 		for i := range b.DT {

@@ -41,12 +41,29 @@ type Cluster struct {
 	Batches  []*Batch // by sequence number
 	Seq      uint64   // of the newest batch ever
 	Accepted int64    // ms; of the newest push
+	Clock    SourceClock
+	begin    uint64 // Seq before the first batch
+}
+
+// Handed is a batch as another server held it: its samples' times are shifted
+// already.
+type Handed struct {
+	Accepted int64 // ms, by that server's clock
+	Clock    ScrapeClock
+	Shift    int64    // ms
+	Had      []uint64 // consumers that had it there
 }
 
 // NewCluster returns an empty one; for the seed see NewSeriesTable.
 func NewCluster(id string, seed maphash.Seed) Cluster {
 	return Cluster{ID: id, Table: NewSeriesTable(seed, 0)}
 }
+
+// Begin has the first batch's sequence number follow seq.
+func (c *Cluster) Begin(seq uint64) { c.begin, c.Seq = seq, seq }
+
+// Virgin reports that nothing was ever taken.
+func (c *Cluster) Virgin() bool { return c.Seq == c.begin }
 
 // Samples returns the number of samples held.
 func (c *Cluster) Samples() int64 {
@@ -85,16 +102,27 @@ type entry struct {
 
 // Prepare finds or inserts the series of p and makes a batch of the samples that
 // are new: neither held, nor older than retention, nor of the future. The lines
-// of p are those of Push.Add. Until Take holds the batch, Table.Truncate(known)
-// undoes it; on an error, ErrSeriesLimit or ErrTooLarge, nothing was inserted.
-func (c *Cluster) Prepare(p *Push, now time.Time, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
+// of p are those of Push.Add; handed, if not nil, is what another server says of
+// them. Until Take holds the batch, Table.Truncate(known) undoes it; on an error,
+// ErrSeriesLimit or ErrTooLarge, nothing was inserted.
+func (c *Cluster) Prepare(p *Push, handed *Handed, now time.Time, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
 	if len(p.Samples) > maxBatch {
 		return nil, 0, res, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
+	}
+	b = &Batch{Seq: c.Seq + 1, Accepted: now.UnixMilli(), Clock: p.Clock}
+	add := int64(0) // to the times of p
+	if handed == nil {
+		b.Shift = c.Clock.Observe(p.Clock)
+		add = b.Shift
+	} else {
+		b.Accepted, b.Clock, b.Shift, b.Had = handed.Accepted, handed.Clock, handed.Shift, handed.Had
+		c.Clock.Learn(handed.Clock, handed.Shift)
 	}
 	oldest, newest := now.Add(-retention).UnixMilli(), now.Add(maxAhead).UnixMilli()
 	entries := make([]entry, 0, len(p.Samples))
 	known = c.Table.Len()
 	for _, smp := range p.Samples {
+		smp.T += add
 		if smp.T < oldest {
 			res.TooOld++
 			continue
@@ -114,12 +142,9 @@ func (c *Cluster) Prepare(p *Push, now time.Time, retention time.Duration, limit
 		}
 		entries = append(entries, entry{id: id, t: smp.T, v: smp.V})
 	}
-	entries = c.novel(entries, &res)
+	entries = c.novel(b, entries, &res)
 	res.Accepted = len(entries)
-	b = &Batch{
-		Seq: c.Seq + 1, Accepted: now.UnixMilli(),
-		IDs: make([]uint32, len(entries)), DT: make([]int32, len(entries)), V: make([]float64, len(entries)),
-	}
+	b.IDs, b.DT, b.V = make([]uint32, len(entries)), make([]int32, len(entries)), make([]float64, len(entries))
 	if len(entries) > 0 {
 		b.T0 = entries[0].t
 	}
@@ -132,8 +157,10 @@ func (c *Cluster) Prepare(p *Push, now time.Time, retention time.Duration, limit
 }
 
 // novel leaves out what is held already, by series and time, and orders the
-// rest for a batch: the first sample of every series by ID, then the second …
-func (c *Cluster) novel(entries []entry, res *AppendResult) []entry {
+// rest for a batch: the first sample of every series by ID, then the second … What
+// was held under another shift is compared by the source's time, if it is of the
+// same clock: a push that comes again must not find itself elsewhere.
+func (c *Cluster) novel(b *Batch, entries []entry, res *AppendResult) []entry {
 	byTime := func(a, b entry) int { return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t)) }
 	if !slices.IsSortedFunc(entries, byTime) {
 		slices.SortStableFunc(entries, byTime)
@@ -149,7 +176,16 @@ func (c *Cluster) novel(entries []entry, res *AppendResult) []entry {
 		id uint32
 		t  int64
 	}
-	late := map[key]float64{} // older than the newest of their series: new or repeated?
+	// moved is by how much the times of an older batch differ from those of b that
+	// mean the same.
+	moved := func(old *Batch) int64 {
+		if old.Shift != b.Shift && old.Clock.Same(b.Clock) {
+			return b.Shift - old.Shift
+		}
+		return 0
+	}
+	shifted := slices.ContainsFunc(c.Batches, func(old *Batch) bool { return moved(old) != 0 })
+	late := map[key]float64{} // may be held: older than the newest of their series, or shifted
 	times := map[int64]bool{} // of those
 	out := entries[:0]
 	for _, e := range entries {
@@ -162,26 +198,32 @@ func (c *Cluster) novel(entries []entry, res *AppendResult) []entry {
 			repeat(e, lastV)
 			continue
 		}
-		if e.t < lastT {
+		if e.t < lastT || shifted {
 			late[key{e.id, e.t}], times[e.t] = e.v, true
 		}
 		out = append(out, e)
 	}
 	if len(late) > 0 {
 		held := map[key]bool{}
-		for _, b := range c.Batches {
-			if b.DT == nil && !times[b.T0] {
-				continue
+		look := func(old *Batch, move int64) {
+			if old.DT == nil && !times[old.T0+move] {
+				return
 			}
-			for i, id := range b.IDs {
-				k := key{id, b.Time(i)}
+			for i, id := range old.IDs {
+				k := key{id, old.Time(i) + move}
 				if !times[k.t] {
 					continue
 				}
 				if v, ok := late[k]; ok && !held[k] {
 					held[k] = true
-					repeat(entry{v: v}, b.V[i])
+					repeat(entry{v: v}, old.V[i])
 				}
+			}
+		}
+		for _, old := range c.Batches {
+			look(old, 0)
+			if move := moved(old); move != 0 {
+				look(old, move)
 			}
 		}
 		out = slices.DeleteFunc(out, func(e entry) bool { return held[key{e.id, e.t}] })
@@ -228,6 +270,7 @@ func (c *Cluster) Adopt(b *Batch, oldest int64) error {
 		return fmt.Errorf("batch %d after %d", b.Seq, c.Seq)
 	}
 	c.Seq, c.Accepted = b.Seq, max(c.Accepted, b.Accepted)
+	c.Clock.Resume(b.Clock, b.Shift)
 	lost := len(b.V)
 	b = b.Where(func(i int) bool { return int(b.IDs[i]) < c.Table.Len() && len(c.Table.Line(b.IDs[i])) > 0 })
 	lost -= len(b.V)
@@ -279,7 +322,7 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
 // series that have no sample left, which renumbers the others. c may be read
 // meanwhile, and stays as it is.
 func (c *Cluster) Compact(b *Batch, oldest int64) Cluster {
-	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted}
+	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock}
 	var held []*Batch
 	for _, b := range c.Batches {
 		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 {
@@ -316,7 +359,9 @@ func (c *Cluster) Records(yield func(frames []byte) bool) {
 	batches := c.Batches
 	if n := len(batches); n == 0 || batches[n-1].Seq < c.Seq {
 		// Sequence numbers never start again.
-		batches = append(slices.Clip(batches), &Batch{Seq: c.Seq, Accepted: c.Accepted})
+		last := &Batch{Seq: c.Seq, Accepted: c.Accepted}
+		last.Clock, last.Shift = c.Clock.State()
+		batches = append(slices.Clip(batches), last)
 	}
 	var frames, payload []byte
 	for _, b := range batches {
@@ -328,10 +373,112 @@ func (c *Cluster) Records(yield func(frames []byte) bool) {
 	}
 }
 
-// Expire drops batches wholly older than oldest and returns the samples dropped.
-func (c *Cluster) Expire(oldest int64) int64 {
+// Expire drops batches wholly older than oldest. It returns the samples dropped, and
+// how many of them were still wanted.
+func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (dropped, unread int64) {
+	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool {
+		if b.MaxT >= oldest {
+			return false
+		}
+		dropped += int64(len(b.V))
+		if wanted(b) {
+			unread += int64(len(b.V))
+		}
+		return true
+	})
+	return dropped, unread
+}
+
+// Unread returns how many samples a reader has not had.
+func (c *Cluster) Unread(after Position, reader uint64) int {
+	n := 0
+	for _, b := range c.Batches {
+		if b.Seq > after.Seq && !slices.Contains(b.Had, reader) {
+			n += len(b.V)
+			if b == after.Part {
+				n -= after.N
+			}
+		}
+	}
+	return n
+}
+
+// Read calls emit with samples that a reader has not had, by name, and those of a
+// series in the order of time: at most most samples, oldest batches first, and with
+// single one of a series. If none is left after that it also calls it with the newest
+// of each series since minT, had before or not, as far as most allows. It returns
+// how far the reader is with that, and how many it had not had.
+func (c *Cluster) Read(after Position, reader uint64, most int, single bool, minT int64, emit func(name string, l Line)) (to Position, n int) {
+	entries, to, whole := c.unread(after, reader, most, single)
+	n = len(entries)
+	again := whole && n+c.Table.Len() <= most
+	if n == 0 && !again {
+		return to, 0
+	}
+	byTime := func(a, b entry) int { return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t)) }
+	if !slices.IsSortedFunc(entries, byTime) {
+		slices.SortFunc(entries, byTime)
+	}
+	first := make([]uint32, c.Table.Len()+1) // where the entries of each ID begin
+	for _, e := range entries {
+		first[e.id+1]++
+	}
+	for id := range c.Table.Len() {
+		first[id+1] += first[id]
+	}
+	c.Table.Each(math.MinInt64, func(id uint32, name string, l Line) {
+		newest, value := l.T, l.V
+		own := entries[first[id]:first[id+1]]
+		for _, e := range own {
+			l.T, l.V = e.t, e.v
+			emit(name, l)
+		}
+		if k := len(own); again && newest >= minT && (k == 0 || !single && own[k-1].t < newest) {
+			l.T, l.V = newest, value
+			emit(name, l)
+		}
+	})
+	return to, n
+}
+
+// unread returns samples that a reader has not had, and whether that is all of them.
+func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (entries []entry, to Position, whole bool) {
+	to = after
+	var seen map[uint32]bool
+	if single {
+		seen = map[uint32]bool{}
+	}
+	for _, b := range c.Batches {
+		if b.Seq <= after.Seq {
+			continue
+		}
+		from := 0
+		if b == after.Part {
+			from = after.N
+		}
+		if slices.Contains(b.Had, reader) {
+			from = len(b.V)
+		}
+		for i := from; i < len(b.V); i++ {
+			// The samples of a batch come in rounds of one for each series: a series
+			// that comes again begins the next.
+			if len(entries) == most || single && seen[b.IDs[i]] {
+				return entries, Position{Seq: to.Seq, Part: b, N: i}, false
+			}
+			if single {
+				seen[b.IDs[i]] = true
+			}
+			entries = append(entries, entry{id: b.IDs[i], t: b.Time(i), v: b.V[i]})
+		}
+		to = Position{Seq: b.Seq}
+	}
+	return entries, to, true
+}
+
+// Drop drops batches up to a sequence number and returns the samples dropped.
+func (c *Cluster) Drop(upTo uint64) int64 {
 	before := c.Samples()
-	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool { return b.MaxT < oldest })
+	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool { return b.Seq <= upTo })
 	return before - c.Samples()
 }
 
@@ -344,13 +491,16 @@ func (c *Cluster) Head() int64 {
 	return c.Batches[0].Accepted
 }
 
-// Evictable reports whether there is an oldest batch of which no scrape that
-// shows samples since shown shows any.
-func (c *Cluster) Evictable(shown int64) bool {
+// Evictable reports whether there is an oldest batch that nobody wants any more, and
+// of which no scrape that shows samples since shown shows any.
+func (c *Cluster) Evictable(shown int64, wanted func(*Batch) bool) bool {
 	if len(c.Batches) == 0 {
 		return false
 	}
 	b := c.Batches[0]
+	if wanted(b) {
+		return false
+	}
 	for i, id := range b.IDs {
 		if t, _ := c.Table.Newest(id); t == b.Time(i) && t >= shown {
 			return false

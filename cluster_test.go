@@ -17,12 +17,14 @@ import (
 
 // push prepares and takes points, at clock's time.
 func clusterPush(c *Cluster, now time.Time, points ...point) (*Batch, AppendResult, error) {
-	b, _, res, err := c.Prepare(storePush("a", points...), now, 2*time.Hour, 0)
+	b, _, res, err := c.Prepare(storePush("a", points...), nil, now, 2*time.Hour, 0)
 	if err == nil && len(b.V) > 0 {
 		c.Take(b)
 	}
 	return b, res, err
 }
+
+func unwanted(*Batch) bool { return false }
 
 func TestClusterRepeats(t *testing.T) {
 	clock := newStoreClock()
@@ -118,16 +120,16 @@ func TestClusterRefuses(t *testing.T) {
 	clock := newStoreClock()
 	c := NewCluster("a", maphash.MakeSeed())
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), clock.Now(), time.Hour, 2)
+	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), nil, clock.Now(), time.Hour, 2)
 	if b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 || known != 1 {
 		t.Errorf("%v, %d, %v; %d series", b, known, err, c.Table.Len())
 	}
 	many := &Push{Samples: make([]Sample, maxBatch+1)}
-	if _, _, _, err := c.Prepare(many, clock.Now(), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
+	if _, _, _, err := c.Prepare(many, nil, clock.Now(), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
 	// What is prepared and not taken can be undone, series and all.
-	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), clock.Now(), time.Hour, 2)
+	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), nil, clock.Now(), time.Hour, 2)
 	if err != nil || len(b.V) != 1 || known != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
 		t.Errorf("%+v, %d, %v", b, known, err)
 	}
@@ -140,25 +142,25 @@ func TestClusterRefuses(t *testing.T) {
 func TestClusterEvictable(t *testing.T) {
 	clock := newStoreClock()
 	c := NewCluster("a", maphash.MakeSeed())
-	if c.Evictable(0) || c.Head() != math.MaxInt64 {
+	if c.Evictable(0, unwanted) || c.Head() != math.MaxInt64 {
 		t.Error("of nothing something goes")
 	}
 	start := clock.ms(0)
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
-	if c.Evictable(clock.ms(10)) || !c.Evictable(clock.ms(-1)) || c.Head() != start {
+	if c.Evictable(clock.ms(10), unwanted) || !c.Evictable(clock.ms(-1), unwanted) || c.Head() != start {
 		t.Error("what is shown must stay, what is shown no more may go")
 	}
 	clock.Add(time.Second)
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	if c.Evictable(clock.ms(10)) {
+	if c.Evictable(clock.ms(10), unwanted) {
 		t.Error("series 1 is shown from the oldest batch")
 	}
 	clock.Add(time.Second)
 	clusterPush(&c, clock.Now(), point{"m", 1, clock.ms(0), 0})
-	if !c.Evictable(clock.ms(10)) {
+	if !c.Evictable(clock.ms(10), unwanted) {
 		t.Error("newer samples of both series are held")
 	}
-	if n := c.Evict(); n != 2 || len(c.Batches) != 2 || c.Samples() != 2 || c.Evictable(clock.ms(10)) {
+	if n := c.Evict(); n != 2 || len(c.Batches) != 2 || c.Samples() != 2 || c.Evictable(clock.ms(10), unwanted) {
 		t.Errorf("%d evicted, %d batches left", n, len(c.Batches))
 	}
 }
@@ -219,7 +221,7 @@ func TestClusterModel(t *testing.T) {
 			oldest := clock.ms(7200)
 			switch rng.IntN(8) {
 			case 0:
-				n := c.Expire(oldest)
+				n, _ := c.Expire(oldest, unwanted)
 				before := len(model)
 				maps.DeleteFunc(model, func(k heldSample, _ float64) bool {
 					_, held := contents(&c)[k]
@@ -229,7 +231,7 @@ func TestClusterModel(t *testing.T) {
 					t.Errorf("%d samples expired, want %d", n, before-len(model))
 				}
 			case 1:
-				if !c.Evictable(clock.ms(600)) {
+				if !c.Evictable(clock.ms(600), unwanted) {
 					continue
 				}
 				first := c.Batches[0]
@@ -252,7 +254,7 @@ func TestClusterModel(t *testing.T) {
 				if c.Seq == 0 { // has no log
 					continue
 				}
-				c.Expire(oldest)
+				c.Expire(oldest, unwanted)
 				model = contents(&c)
 				got := recovered(t, &c, oldest)
 				if len(c.Batches) > 0 && got.ID != "a" {

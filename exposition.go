@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"mime"
 	"slices"
@@ -66,13 +67,16 @@ type Push struct {
 	// needed beside the limit on a body, because a small body can state a
 	// histogram whose every bucket repeats long labels.
 	MaxSamples, MaxBytes int
+	Clock                ScrapeClock // what its sender told of the source's clock
 }
 
 // Line returns the rendered name and labels of a sample of p.
 func (p *Push) Line(s Sample) []byte { return p.Arena[s.Off : s.Off+s.Len] }
 
 // Reset empties p and keeps its memory and limits.
-func (p *Push) Reset() { p.Arena, p.Samples = p.Arena[:0], p.Samples[:0] }
+func (p *Push) Reset() {
+	p.Arena, p.Samples, p.Clock = p.Arena[:0], p.Samples[:0], ScrapeClock{}
+}
 
 // Add validates r, sorts its labels and appends it. Names have to be valid
 // UTF-8, label names must not be reserved ("__…") nor occur twice, and no byte
@@ -569,56 +573,58 @@ func escapeFamilies(e Escaping, fams []Family) ([]Family, int) {
 		return fams, 0
 	}
 	var parser Parser
-	hidden := 0
 	merged := map[string]*Family{}
-	var names []string
-	escaped := map[string]bool{} // names under which escaped lines stand
-	for pass := range 2 {        // lines that need no escaping come first: they keep their place
-		for _, f := range fams {
-			name := e.Name(f.Name)
-			for _, l := range f.Lines {
-				if l.UTF8 != (pass == 1) {
-					continue
-				}
-				if l.UTF8 {
-					n, labels, err := parser.Line(l.Text)
-					var ok bool
-					if err == nil {
-						l.Text, ok = e.Line(n, labels)
-					}
-					if !ok {
-						hidden++
-						continue
-					}
-					escaped[name] = true
-				}
-				m := merged[name]
-				if m == nil {
-					m = &Family{Name: name}
-					merged[name] = m
-					names = append(names, name)
-				}
+	family := func(name string) *Family {
+		m := merged[name]
+		if m == nil {
+			m = &Family{Name: name}
+			merged[name] = m
+		}
+		return m
+	}
+	for _, f := range fams { // lines that need no escaping come first: they keep their place
+		m := family(e.Name(f.Name))
+		for _, l := range f.Lines {
+			if !l.UTF8 {
 				m.Lines = append(m.Lines, l)
 			}
 		}
 	}
-	slices.Sort(names)
-	out := make([]Family, len(names))
-	for i, name := range names {
-		m := merged[name]
-		if escaped[name] {
-			seen := make(map[string]bool, len(m.Lines))
-			m.Lines = slices.DeleteFunc(m.Lines, func(l Line) bool {
-				key := string(l.Text)
-				if seen[key] {
-					hidden++
-					return true
+	hidden := 0
+	shown := map[string]map[string]string{} // by name: line → the series that it shows
+	for _, f := range fams {
+		name := e.Name(f.Name)
+		m := family(name)
+		for _, l := range f.Lines {
+			if !l.UTF8 {
+				continue
+			}
+			if shown[name] == nil {
+				shown[name] = make(map[string]string, len(m.Lines))
+				for _, l := range m.Lines {
+					shown[name][string(l.Text)] = string(l.Text)
 				}
-				seen[key] = true
-				return false
-			})
+			}
+			n, labels, err := parser.Line(l.Text)
+			ok := err == nil
+			series := string(l.Text)
+			if ok {
+				l.Text, ok = e.Line(n, labels)
+			}
+			// A series has one line, so that its samples ascend.
+			if first, has := shown[name][string(l.Text)]; !ok || has && first != series {
+				hidden++
+				continue
+			}
+			shown[name][string(l.Text)] = series
+			m.Lines = append(m.Lines, l)
 		}
-		out[i] = *m
+	}
+	out := make([]Family, 0, len(merged))
+	for _, name := range slices.Sorted(maps.Keys(merged)) {
+		if len(merged[name].Lines) > 0 {
+			out = append(out, *merged[name])
+		}
 	}
 	return out, hidden
 }

@@ -163,17 +163,11 @@ func (f *Forward) SetView(v *View) {
 // View returns what SetView set.
 func (f *Forward) View() *View { return f.view.Load() }
 
-// ringKey is where a cluster ID stands on the ring.
-func ringKey(id string) uint64 {
-	h := ClusterHash(id)
-	return binary.BigEndian.Uint64(h[:8])
-}
-
 // Owner returns the member that owns a cluster ID, and whether it is this one.
 // While nobody is known, it is.
 func (f *Forward) Owner(id string) (p Peer, self bool) {
 	v := f.view.Load()
-	name, ok := v.Ring.Owner(ringKey(id))
+	name, ok := v.Ring.Owner(RingKey(id))
 	if p, live := v.Peers[name]; ok && live && name != f.cfg.Name {
 		return p, false
 	}
@@ -476,9 +470,10 @@ func (f *Forward) store(ctx context.Context, h head, body []byte) verdict {
 	return verdict{Result: res}
 }
 
-// EncodePush appends p as it is forwarded: for each sample its line (empty if it
-// is that of the sample before), time and value.
+// EncodePush appends p as it is forwarded: what it tells of the source's clock, and
+// for each sample its line (empty if it is that of the sample before), time and value.
 func EncodePush(b []byte, p *Push) []byte {
+	b = appendClock(b, p.Clock)
 	var before []byte
 	for _, s := range p.Samples {
 		line := p.Line(s)
@@ -494,12 +489,45 @@ func EncodePush(b []byte, p *Push) []byte {
 	return b
 }
 
+func appendClock(b []byte, c ScrapeClock) []byte {
+	if !c.Known {
+		return append(b, 0)
+	}
+	b = binary.AppendVarint(append(b, 1), c.Offset)
+	return binary.LittleEndian.AppendUint64(binary.AppendVarint(b, c.Base), c.Boot)
+}
+
+func cutClock(b []byte) (c ScrapeClock, rest []byte, err error) {
+	if len(b) == 0 || b[0] > 1 {
+		return c, nil, errPush
+	}
+	if c.Known, b = b[0] == 1, b[1:]; !c.Known {
+		return c, b, nil
+	}
+	for _, v := range []*int64{&c.Offset, &c.Base} {
+		n := 0
+		if *v, n = binary.Varint(b); n <= 0 || *v < -2*MaxClockTime || *v > 2*MaxClockTime {
+			return c, nil, errPush
+		}
+		b = b[n:]
+	}
+	if len(b) < 8 {
+		return c, nil, errPush
+	}
+	c.Boot = binary.LittleEndian.Uint64(b)
+	return c, b[8:], nil
+}
+
 var errPush = errors.New("malformed push")
 
 // DecodePush reads what EncodePush wrote into p. Every line has to be in normal
 // form and of the cluster: a member's mistake should not be served.
 func DecodePush(p *Push, b []byte, cluster string) error {
 	var parser Parser
+	var err error
+	if p.Clock, b, err = cutClock(b); err != nil {
+		return err
+	}
 	last := Sample{}
 	for len(b) > 0 {
 		n, k := binary.Uvarint(b)

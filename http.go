@@ -143,6 +143,25 @@ func HTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
 	}
 }
 
+// Conn is one connection; its address is unlike that of any other that lives.
+type Conn struct{ _ byte }
+
+type connKey struct{}
+
+// ConnOf returns the connection that a request came on. Of a server that is no Web,
+// each request seems to have one of its own.
+func ConnOf(r *http.Request) *Conn {
+	if c, ok := r.Context().Value(connKey{}).(*Conn); ok {
+		return c
+	}
+	return &Conn{}
+}
+
+// WithConn is an http.Server's ConnContext, for ConnOf.
+func WithConn(ctx context.Context, _ net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, &Conn{})
+}
+
 // Web is one listener with its handler.
 type Web struct {
 	Name     string // for logs
@@ -162,6 +181,7 @@ func (l *Web) Run(ctx context.Context) error {
 		IdleTimeout:       6 * time.Minute, // longer than common intervals: connections are kept
 		MaxHeaderBytes:    maxHeaderBytes,
 		TLSConfig:         l.TLS,
+		ConnContext:       WithConn,
 		ErrorLog:          log.New(errorLog{l.Log.With("listener", l.Name)}, "", 0),
 	}
 	ln := net.Listener(&limitListener{Listener: l.Listener, slots: make(chan struct{}, maxConnections)})

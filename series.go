@@ -141,11 +141,11 @@ func (s *SeriesTable) Show(id uint32, t int64, v float64) {
 
 // Each calls emit with the newest sample of every shown series whose time is
 // at least minT, one name after the other.
-func (s *SeriesTable) Each(minT int64, emit func(name string, l Line)) {
+func (s *SeriesTable) Each(minT int64, emit func(id uint32, name string, l Line)) {
 	for _, f := range s.families {
 		for _, id := range f.ids {
 			if sr := &s.series[id]; sr.lastT >= minT {
-				emit(f.name, Line{Text: s.Line(id), T: sr.lastT, V: sr.lastV, UTF8: sr.utf8})
+				emit(id, f.name, Line{Text: s.Line(id), T: sr.lastT, V: sr.lastV, UTF8: sr.utf8})
 			}
 		}
 	}

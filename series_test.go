@@ -59,7 +59,7 @@ func (k *tableKeeper) check() {
 		k.t.Errorf("%d bytes of text, want %d", k.table.TextBytes(), size)
 	}
 	got := map[string]int64{}
-	k.table.Each(50, func(name string, l Line) {
+	k.table.Each(50, func(_ uint32, name string, l Line) {
 		if name != string(LineName(l.Text)) || l.V != float64(l.T) {
 			k.t.Errorf("%q shown as %q, %g", l.Text, name, l.V)
 		}
@@ -165,7 +165,7 @@ func TestSeriesShow(t *testing.T) {
 	_, hash, _ := table.Find([]byte(`{"a.b",x="1"}`))
 	id := table.Insert(hash, []byte(`{"a.b",x="1"}`), true)
 	show := func() (got []Line) {
-		table.Each(NoTime+1, func(name string, l Line) {
+		table.Each(NoTime+1, func(_ uint32, name string, l Line) {
 			if name != "a.b" || !l.UTF8 {
 				t.Errorf("%q: %+v", name, l)
 			}

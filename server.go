@@ -10,15 +10,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"io"
 	"log/slog"
 	"maps"
 	"math"
 	"net"
 	"net/http"
 	"net/http/pprof"
-	"net/url"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -73,11 +73,12 @@ type Server struct {
 	instrument func(string, http.Handler) http.Handler
 
 	pushes, samples, accepted, duplicates, dropped, skipped, received *Counter
-	unauthorized, scrapeTruncated, scrapeHidden                       *Counter
-	write, scrapeSeconds, scrapeBytes                                 *Histogram
-	scrapeSamples, inFlight                                           *Gauge
+	unauthorized                                                      *Counter
+	write                                                             *Histogram
+	inFlight                                                          *Gauge
 
-	senders *Senders
+	senders  *Senders
+	federate *Federate
 }
 
 // workspace is the memory that decoding a push takes, reused. It can grow to
@@ -96,22 +97,21 @@ func NewServer(cfg ServerConfig) *Server {
 		uploads:  make(chan struct{}, maxUploads),
 		decoding: make(chan struct{}, max(4, 2*runtime.GOMAXPROCS(0))),
 
-		pushes:          m.Counter("telemeter_pushes_total", "Pushes by result.", "result"),
-		received:        m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received, as sent."),
-		samples:         m.Counter("telemeter_samples_received_total", "Samples in pushes that could be decoded."),
-		accepted:        m.Counter("telemeter_samples_accepted_total", "Samples that were new and are durable."),
-		duplicates:      m.Counter("telemeter_samples_duplicate_total", "Samples that were held already with the same value."),
-		dropped:         m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
-		skipped:         m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
-		unauthorized:    m.Counter("telemeter_unauthorized_total", "Requests without a valid token, by reason.", "reason"),
-		write:           m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
-		scrapeSeconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
-		scrapeBytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
-		scrapeSamples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
-		scrapeTruncated: m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met the limit on samples."),
-		scrapeHidden:    m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers because escaping made their series equal to another."),
-		inFlight:        m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
+		pushes:       m.Counter("telemeter_pushes_total", "Pushes by result.", "result"),
+		received:     m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received, as sent."),
+		samples:      m.Counter("telemeter_samples_received_total", "Samples in pushes that could be decoded."),
+		accepted:     m.Counter("telemeter_samples_accepted_total", "Samples that were new and are durable."),
+		duplicates:   m.Counter("telemeter_samples_duplicate_total", "Samples that were held already with the same value."),
+		dropped:      m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
+		skipped:      m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
+		unauthorized: m.Counter("telemeter_unauthorized_total", "Requests without a valid token, by reason.", "reason"),
+		write:        m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
+		inFlight:     m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
 	}
+	s.federate = NewFederate(FederateConfig{
+		Store: cfg.Store, Senders: s.senders, Owned: s.owned, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
+	})
 	s.bodies.New = func() any { return new([]byte) }
 	s.workspaces.New = func() any { return &workspace{} }
 	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
@@ -132,6 +132,7 @@ func (s *Server) collect(m *Metrics) func() {
 	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs found damaged; copies of them are kept.")
 	evicted := m.Counter("telemeter_store_samples_evicted_total", "Samples dropped to stay within the limit on samples.")
 	expired := m.Counter("telemeter_store_samples_expired_total", "Samples dropped because they outlived retention.")
+	unread := m.Counter("telemeter_store_samples_unread_dropped_total", "Samples dropped because they outlived retention before every consumer had them.")
 	compactions := m.Counter("telemeter_store_compactions_total", "Logs rewritten.")
 	return func() {
 		st := s.cfg.Store.Stats()
@@ -146,6 +147,7 @@ func (s *Server) collect(m *Metrics) func() {
 		damaged.Total(float64(st.Damaged))
 		evicted.Total(float64(st.Evicted))
 		expired.Total(float64(st.Expired))
+		unread.Total(float64(st.Unread))
 		compactions.Total(float64(st.Compactions))
 	}
 }
@@ -184,7 +186,7 @@ func (s *Server) Internal() http.Handler {
 			h.ServeHTTP(w, r)
 		}))
 	}
-	mux.Handle("GET /federate", protect("federate", http.HandlerFunc(s.federate)))
+	mux.Handle("GET /federate", protect("federate", s.federate))
 	mux.Handle("GET /metrics", protect("metrics", s.cfg.Metrics))
 	mux.Handle("GET /{$}", protect("index", Index("/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/")))
 	if s.cfg.Member != nil {
@@ -371,7 +373,8 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	answer, ref := s.admit(w, r, t)
+	arrival := s.cfg.Now() // of the head: the body may take long
+	answer, ref := s.admit(w, r, t, arrival)
 	if ref == nil {
 		s.pushes.Inc(resultAccepted)
 		WriteJSON(w, answer)
@@ -403,7 +406,7 @@ type uploadAnswer struct {
 }
 
 // admit limits an authenticated push, before anything of it is read.
-func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*uploadAnswer, *refusal) {
+func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival time.Time) (*uploadAnswer, *refusal) {
 	overloaded := func(why string) *refusal {
 		return &refusal{http.StatusServiceUnavailable, resultOverloaded, why, 5 * time.Second}
 	}
@@ -422,6 +425,10 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*upload
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
+	clock, now, ref := pushClock(r.Header, arrival)
+	if ref != nil {
+		return nil, ref
+	}
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
 	format, encoding, ref := s.read(w, r, body)
@@ -439,7 +446,8 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*upload
 	}
 	ws := s.workspaces.Get().(*workspace)
 	defer s.workspaces.Put(ws)
-	d, ref := s.decode(ws, *body, t, format, encoding)
+	d, ref := s.decode(ws, *body, t, format, encoding, now)
+	ws.push.Clock = clock
 	// Given back before the push is stored: an owner or a disk that does not answer
 	// must not keep other sites waiting.
 	<-s.decoding
@@ -451,6 +459,40 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*upload
 		return nil, overloaded("too many pushes wait to be stored")
 	}
 	return s.keep(ctx, &ws.push, t, d)
+}
+
+// Headers by which a push tells of the clock of what was scraped, all in ms but the
+// last: the source's clock and the boot-time clock beside it at the newest scrape in
+// the push, the scrape's age when the push was sent, and a name of the boot.
+const (
+	SourceClockHeader = "Telemeter-Source-Clock"
+	BootClockHeader   = "Telemeter-Boot-Clock"
+	ScrapeAgeHeader   = "Telemeter-Scrape-Age"
+	BootIDHeader      = "Telemeter-Boot-Id"
+)
+
+// pushClock reads these headers, and returns what a sample without a time gets: the
+// source's time if it is known, else that of arrival.
+func pushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64, ref *refusal) {
+	now = arrival.UnixMilli()
+	if h.Get(SourceClockHeader) == "" {
+		return clock, now, nil
+	}
+	var ms [3]int64
+	for i, name := range []string{SourceClockHeader, BootClockHeader, ScrapeAgeHeader} {
+		v, err := strconv.ParseInt(h.Get(name), 10, 64)
+		if err != nil {
+			return clock, now, &refusal{http.StatusBadRequest, resultMalformed, fmt.Sprintf("%s: %.40q is not a time in ms", name, h.Get(name)), 0}
+		}
+		ms[i] = v
+	}
+	boot := fnv.New64a()
+	io.WriteString(boot, h.Get(BootIDHeader))
+	clock, ok := NewScrapeClock(ms[0], ms[1], boot.Sum64(), ms[2], now)
+	if !ok {
+		return clock, now, &refusal{http.StatusBadRequest, resultMalformed, "the headers on the source's clock say what no clock can", 0}
+	}
+	return clock, ms[0], nil
 }
 
 // read checks what the headers say and reads the body into body's memory.
@@ -487,8 +529,8 @@ type readPush struct {
 	bytes   int64 // of memory
 }
 
-// decode decodes and normalizes a body into ws.push.
-func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, encoding string) (*readPush, *refusal) {
+// decode decodes and normalizes a body into ws.push. Samples without a time get now.
+func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, encoding string, now int64) (*readPush, *refusal) {
 	limit := DecodedFactor * int(s.cfg.LimitBytes)
 	body, over, err := ws.decompressor.Decompress(sent, encoding, limit)
 	if err != nil {
@@ -503,7 +545,6 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 	ws.push.Reset()
 	ws.push.MaxBytes = 4 * limit
 	ws.push.MaxSamples = limit / 16
-	now := s.cfg.Now().UnixMilli()
 	drops := map[string]int{}
 	received := 0
 	skipped, err := ws.decoder.Decode(body, format, func(r *RawSample) error {
@@ -619,79 +660,11 @@ func (s *Server) Begin(id string) (time.Duration, error) { return s.senders.Begi
 // End ends what Begin let begin.
 func (s *Server) End(id string) { s.senders.End(id) }
 
-// federate answers a scrape with the newest samples.
-func (s *Server) federate(w http.ResponseWriter, r *http.Request) {
-	begin := time.Now()
-	q, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		http.Error(w, "the query is malformed", http.StatusBadRequest)
-		return
+// owned reports whether this server owns a cluster ID.
+func (s *Server) owned(id string) bool {
+	if s.cfg.Forward == nil {
+		return true
 	}
-	match, err := ParseSelectors(q["match[]"])
-	if err != nil {
-		http.Error(w, "match[]: "+err.Error(), http.StatusBadRequest)
-		return
-	}
-	filter := match.LineMatcher()
-	fams, truncated := s.cfg.Store.Newest(s.cfg.MaxSampleAge, s.cfg.LimitScrape, filter)
-	if truncated {
-		s.scrapeTruncated.Inc()
-		s.cfg.Log.Warn("scrape met the limit on samples; the next begins elsewhere", "limit", s.cfg.LimitScrape)
-	}
-	fams = append(fams, s.clusterFamilies(match)...)
-	slices.SortFunc(fams, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
-	escaping := NegotiateEscaping(r.Header.Get("Accept"))
-	w.Header().Set("Content-Type", escaping.ContentType())
-	out, finish := CompressResponse(w, r)
-	defer finish()
-	count := &CountWriter{W: out}
-	written, hidden, err := WriteFamilies(count, escaping, fams)
-	s.scrapeSeconds.Observe(time.Since(begin).Seconds())
-	s.scrapeBytes.Observe(float64(count.N))
-	s.scrapeSamples.Set(float64(written))
-	s.scrapeHidden.Add(float64(hidden))
-	if err != nil {
-		s.cfg.Log.Info("scrape ended early", "remote", r.RemoteAddr, "err", err)
-	}
-}
-
-// clusterFamilies is what the server says of each cluster itself, so that a
-// silent one can be alerted on.
-func (s *Server) clusterFamilies(match Selectors) []Family {
-	var p Push
-	add := func(name, id string, v float64) {
-		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: []Label{
-			{[]byte(ClusterLabel), []byte(id)}, {Name: []byte("instance")}, {Name: []byte("job")},
-		}}
-		if match.Match(r.Name, r.Labels) {
-			p.Add(&r) // these names and an ID that was authenticated are always valid
-		}
-	}
-	owned := func(id string) bool {
-		if s.cfg.Forward == nil {
-			return true
-		}
-		_, self := s.cfg.Forward.Owner(id)
-		return self
-	}
-	recent := s.cfg.Now().Add(-s.cfg.MaxSampleAge).UnixMilli()
-	for _, c := range s.cfg.Store.Stats().Clusters {
-		// Of what is held for another owner only as long as its samples are shown:
-		// later that owner knows better, and one series has one value.
-		if owned(c.ID) || c.Accepted >= recent {
-			add(PushTimeName, c.ID, float64(c.Accepted)/1000)
-		}
-	}
-	s.senders.Each(func(id string, failed time.Time, expires int64) {
-		if !owned(id) {
-			return // its owner says it
-		}
-		if !failed.IsZero() {
-			add(PushFailureTimeName, id, float64(failed.UnixMilli())/1000)
-		}
-		if expires > 0 {
-			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(expires))
-		}
-	})
-	return GroupByName(&p)
+	_, self := s.cfg.Forward.Owner(id)
+	return self
 }

@@ -430,7 +430,7 @@ func TestAnswers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			r := &srvRig{t: t, keys: r.keys, store: r.store, server: r.server, external: r.external, internal: r.internal, secrets: r.secrets}
 			r.server.senders = NewSenders(0)
-			samples := r.store.samples.Load()
+			samples := r.store.totals.Samples.Load()
 			q := c.q
 			q.url = r.external.URL + q.url
 			a := r.do(q)
@@ -447,7 +447,7 @@ func TestAnswers(t *testing.T) {
 					t.Errorf("%q is not in %q", reason, a.body)
 				}
 			}
-			if a.status != 200 && r.store.samples.Load() != samples {
+			if a.status != 200 && r.store.totals.Samples.Load() != samples {
 				t.Errorf("a push refused with %d left samples", a.status)
 			}
 			if got := r.held("site-b", ""); got != before {
@@ -819,7 +819,7 @@ func TestRefusedLeavesNothing(t *testing.T) {
 			t.Errorf("%q: %d", body, got.status)
 		}
 	}
-	if st := r.store.Stats(); len(st.Clusters) != 0 || st.Bytes != 0 || r.store.samples.Load() != 0 {
+	if st := r.store.Stats(); len(st.Clusters) != 0 || st.Bytes != 0 || r.store.totals.Samples.Load() != 0 {
 		t.Errorf("left: %+v", st)
 	}
 	if got := r.accepted(r.push("site-a", "a 1\nb 1\n")); got.Accepted != 2 {
@@ -950,6 +950,8 @@ func TestFederate(t *testing.T) {
 	want := "# TYPE a_b untyped\na_b{_id=\"site-a\",c_d=\"e\",instance=\"\",job=\"\"} 3" + at +
 		"# TYPE push_failure_time_seconds untyped\npush_failure_time_seconds" + own("site-b") + s + "\n" +
 		"# TYPE push_time_seconds untyped\npush_time_seconds" + own("site-a") + s + "\npush_time_seconds" + own("site-b") + s + "\n" +
+		"# TYPE telemeter_cluster_samples untyped\ntelemeter_cluster_samples" + own("site-a") + "4\ntelemeter_cluster_samples" + own("site-b") + "1\n" +
+		"# TYPE telemeter_cluster_series untyped\ntelemeter_cluster_series" + own("site-a") + "3\ntelemeter_cluster_series" + own("site-b") + "1\n" +
 		"# TYPE telemeter_cluster_token_expiry_seconds untyped\ntelemeter_cluster_token_expiry_seconds" + own("site-b") + strconv.FormatInt(ms/1000+1000, 10) + "\n" +
 		"# TYPE up untyped\nup" + own("site-a") + "2" + at + "up{_id=\"site-b\",instance=\"\",job=\"node\"} NaN" + at
 	if got := r.federate("", ""); got != want {
@@ -965,7 +967,7 @@ func TestFederate(t *testing.T) {
 		{`match[]=up{job=""}&match[]={__name__=~"push_time.*",_id="site-a"}`, "", "push_time_seconds up"},
 		{`match[]={"a.b"}`, acceptUTF8, `"a.b",_id="site-a","c.d"="e",instance="",job=""`},
 		{`match[]=none`, "", ""},
-		{"other=1", "text/plain;escaping=values", "U__a_2e_b push_failure_time_seconds push_time_seconds push_time_seconds telemeter_cluster_token_expiry_seconds up up"},
+		{"other=1", "text/plain;escaping=values", "U__a_2e_b push_failure_time_seconds push_time_seconds push_time_seconds telemeter_cluster_samples telemeter_cluster_samples telemeter_cluster_series telemeter_cluster_series telemeter_cluster_token_expiry_seconds up up"},
 	} {
 		var names []string
 		for line := range strings.Lines(r.federate(strings.ReplaceAll(c.query, `"`, "%22"), c.accept)) {
@@ -1041,7 +1043,7 @@ func TestScrapeLimit(t *testing.T) {
 			t.Errorf("in %d scrapes, of which each has room for one site: %v", scrapes, seen)
 		}
 	}
-	if n := r.server.scrapeTruncated.Value(); n != scrapes {
+	if n := r.server.federate.truncated.Value(); n != scrapes {
 		t.Errorf("%v scrapes are counted as truncated, want %d", n, scrapes)
 	}
 }
@@ -1130,7 +1132,7 @@ func TestHostileSite(t *testing.T) {
 	for _, accept := range accepts {
 		before = append(before, r.held("site-b", accept))
 	}
-	if strings.Count(before[0], "\n") != 7 { // and its push time
+	if strings.Count(before[0], "\n") != 9 { // and its push time, series and samples
 		t.Fatalf("site-b before:\n%s", before[0])
 	}
 	stale := math.Float64frombits(0x7ff0000000000002)

@@ -160,8 +160,8 @@ func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
 			size += c.log.Size()
 		}
 	}
-	if s.samples.Load() != samples || s.size.Load() != size {
-		t.Errorf("accounts say %d samples, %d bytes; there are %d, %d", s.samples.Load(), s.size.Load(), samples, size)
+	if s.totals.Samples.Load() != samples || s.totals.Bytes.Load() != size {
+		t.Errorf("accounts say %d samples, %d bytes; there are %d, %d", s.totals.Samples.Load(), s.totals.Bytes.Load(), samples, size)
 	}
 	return all
 }
@@ -191,9 +191,13 @@ func wantHeld(t testing.TB, what string, got, want map[heldSample]float64) {
 }
 
 // shown returns what a scrape shows.
+func scraper(s *Store, maxAge time.Duration) *Scraper {
+	return &Scraper{Store: s, MaxAge: maxAge, Now: s.cfg.Now}
+}
+
 func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 	got := map[heldSample]float64{}
-	fams, _ := s.Newest(maxAge, 0, nil)
+	fams, _ := scraper(s, maxAge).Newest(0, nil)
 	for _, f := range fams {
 		for _, l := range f.Lines {
 			got[heldSample{string(l.Text), l.T}] = l.V
@@ -459,7 +463,7 @@ func TestStoreOpenFails(t *testing.T) {
 		hook func(n int, op, name string) fault
 		ok   bool
 	}{
-		{"unreadable", failOn("read", ".log", 0, errDisk), true},
+		{"unreadable", failOn("read", path, 0, errDisk), true},
 		{"unreadable, and cannot be set aside", func(_ int, op, name string) fault {
 			if op == "read" || op == "rename" {
 				return fault{Err: errDisk}
@@ -768,7 +772,7 @@ func TestStoreSampleLimit(t *testing.T) {
 				k.push(s, id, point{"m", 1, k.clock.ms(0), float64(i)}, point{"m", 2, k.clock.ms(0), float64(i)})
 			}
 			k.clock.Add(15 * time.Second)
-			if n := s.samples.Load(); n > 64 {
+			if n := s.totals.Samples.Load(); n > 64 {
 				t.Fatalf("%d samples held", n)
 			}
 		}
@@ -816,8 +820,8 @@ func TestStoreSampleLimit(t *testing.T) {
 			continue
 		}
 		// In recovery the limit holds too, with what has gone in memory only.
-		if s = k.open(); s.samples.Load() > 64 {
-			t.Errorf("recovery holds %d samples", s.samples.Load())
+		if s = k.open(); s.totals.Samples.Load() > 64 {
+			t.Errorf("recovery holds %d samples", s.totals.Samples.Load())
 		}
 		allHeld(t, s)
 	}
@@ -837,7 +841,7 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	s.maintain(context.Background(), true)
 	c := s.clusters["a"]
 	c.turn <- struct{}{}
-	if err := s.rewrite(c, nil); err != nil {
+	if err := c.Rewrite(nil, s.Oldest()); err != nil {
 		t.Fatal(err)
 	}
 	<-c.turn
@@ -895,7 +899,7 @@ func TestStoreStorageLimit(t *testing.T) {
 		t.Fatalf("%d taken, %d refused: tests nothing", taken, refused)
 	}
 	// 64 KiB hold about 70 pushes of 100 samples; retention spans 240.
-	if held := s.samples.Load(); held < 50*100 || taken < 350 {
+	if held := s.totals.Samples.Load(); held < 50*100 || taken < 350 {
 		t.Errorf("%d samples held in the end, %d pushes taken, %d refused, %d one after the other", held, taken, refused, longest)
 	}
 }
@@ -974,7 +978,7 @@ func TestStoreNewest(t *testing.T) {
 	k.push(s, "a", point{"x", 1, k.clock.ms(10), 3}, point{"x", 2, k.clock.ms(30), 4})
 	k.push(s, "a", point{"x", 1, k.clock.ms(25), 5}) // late: held, not shown
 	k.push(s, "b", point{"x", 1, k.clock.ms(5), 6}, point{"a.b", 1, k.clock.ms(5), math.NaN()})
-	fams, truncated := s.Newest(10*time.Minute, 0, nil)
+	fams, truncated := scraper(s, 10*time.Minute).Newest(0, nil)
 	var got []string
 	for _, f := range fams {
 		for _, l := range f.Lines {
@@ -990,7 +994,7 @@ func TestStoreNewest(t *testing.T) {
 	if truncated || !slices.Equal(got, want) {
 		t.Errorf("got %q\nwant %q", got, want)
 	}
-	fams, _ = s.Newest(10*time.Minute, 0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
+	fams, _ = scraper(s, 10*time.Minute).Newest(0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
 	if len(fams) != 1 || len(fams[0].Lines) != 1 || fams[0].Lines[0].V != 4 {
 		t.Errorf("chosen: %v", fams)
 	}
@@ -1010,7 +1014,7 @@ func TestStoreNewestStays(t *testing.T) {
 	k.cfg.LimitSeries = 50
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
-	fams, _ := s.Newest(time.Hour, 0, nil)
+	fams, _ := scraper(s, time.Hour).Newest(0, nil)
 	line := fams[0].Lines[0].Text
 	want := string(line)
 	for i := range 90 {
@@ -1047,9 +1051,10 @@ func TestStoreNewestRotates(t *testing.T) {
 	}
 	for _, limit := range []int{1, 10, 23, 54, 55, 100} {
 		for scrapers := 1; scrapers <= 4; scrapers++ {
+			x := scraper(s, time.Hour)
 			seen := map[string]int{}
 			for scrape := range 40 * scrapers {
-				fams, truncated := s.Newest(time.Hour, limit, nil)
+				fams, truncated := x.Newest(limit, nil)
 				n := 0
 				ids := map[string]bool{}
 				for _, f := range fams {
@@ -1156,7 +1161,7 @@ func (k *storeKeeper) push() {
 	p := k.randomPush(id)
 	before := heldOf(k.t, k.s, id)
 	within, known := 0, 0
-	oldest := k.s.oldest()
+	oldest := k.s.Oldest()
 	keys := map[heldSample]float64{}
 	for _, smp := range p.Samples {
 		key := heldSample{string(p.Line(smp)), smp.T}
@@ -1196,7 +1201,7 @@ func (k *storeKeeper) push() {
 // check compares what is held with what was acknowledged.
 func (k *storeKeeper) check() {
 	got := allHeld(k.t, k.s)
-	oldest := k.s.oldest()
+	oldest := k.s.Oldest()
 	for key, v := range k.acked {
 		if g, ok := got[key]; key.t >= oldest && (!ok || g != v) {
 			k.t.Errorf("acknowledged %v is lost", key)
@@ -1348,9 +1353,9 @@ func TestStoreConcurrent(t *testing.T) {
 			for n := 0; ctx.Err() == nil; n++ {
 				s.maintain(ctx, n%2 == 0)
 				for _, c := range s.sorted() { // rewrites that meet evictions
-					if s.take(ctx, c) == nil {
-						if !c.gone {
-							if err := s.rewrite(c, nil); err != nil {
+					if c.Take(ctx) == nil {
+						if !c.Gone {
+							if err := c.Rewrite(nil, s.Oldest()); err != nil {
 								t.Errorf("rewrite: %v", err)
 							}
 						}
@@ -1361,7 +1366,7 @@ func TestStoreConcurrent(t *testing.T) {
 		})
 		background.Go(func() {
 			for ctx.Err() == nil {
-				fams, _ := s.Newest(time.Minute, 100, nil)
+				fams, _ := scraper(s, time.Minute).Newest(100, nil)
 				for _, f := range fams {
 					for _, l := range f.Lines {
 						if !bytes.HasPrefix(l.Text, []byte("m{_id=")) || l.Text[len(l.Text)-1] != '}' {
@@ -1571,7 +1576,7 @@ func FuzzStoreLog(f *testing.F) {
 					}
 				}
 				var parser Parser
-				fams, _ := s.Newest(time.Hour, 0, nil)
+				fams, _ := scraper(s, time.Hour).Newest(0, nil)
 				for _, f := range fams {
 					for _, l := range f.Lines {
 						_, labels, err := parser.Check(l.Text)
@@ -1673,7 +1678,7 @@ func BenchmarkNewest(b *testing.B) {
 			b.ReportAllocs()
 			before := cpuTime(b)
 			for b.Loop() {
-				fams, _ := s.Newest(10*time.Minute, 0, nil)
+				fams, _ := scraper(s, 10*time.Minute).Newest(0, nil)
 				if part == "render" {
 					if written, _, err := WriteFamilies(io.Discard, e, fams); err != nil || written != n {
 						b.Fatal(written, err)

@@ -1,0 +1,433 @@
+package main
+
+// Who scrapes, and what each has had: a cursor per consumer and cluster, which is
+// the sequence number of the newest batch that is known to have arrived. Invariants:
+// a cursor moves only when the connection that was served asks again, and never past
+// what was served there; what is lost of this file costs a repetition, never a
+// sample; consumers and connections are bounded. This file must not know of samples.
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"math"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	consumersFile  = "consumers" + LogSuffix
+	recordConsumer = 1 // key, name, address
+	recordCursors  = 2 // key, time of use, pairs of cluster and sequence number
+
+	maxConsumers     = 64
+	maxConsumerName  = 64 // bytes
+	maxReadings      = 4  // of one consumer, whose place is remembered
+	consumerIdle     = 24 * time.Hour
+	consumerSave     = time.Hour // between notes of a use that moved nothing
+	minConsumerLimit = 1000      // samples; where a limit that was halved ends
+	consumersSlack   = 64 << 10  // bytes of garbage that are not worth a rewrite
+)
+
+// ErrConsumers: too many consumers are known to remember another.
+var ErrConsumers = errors.New("too many consumers")
+
+// Consumers holds the cursors. It is safe for concurrent use.
+type Consumers struct {
+	turn chan struct{} // has room for one, who alone does I/O and touches log
+	log  *Log          // nil in memory-only mode
+
+	mu    sync.Mutex // guards the rest; never held across I/O
+	byKey map[uint64]*consumer
+}
+
+type consumer struct {
+	key           uint64
+	name, address string
+	used, saved   time.Time
+	cursors       map[uint64]uint64 // cluster → newest batch confirmed
+	dirty         map[uint64]uint64 // of these, what is not yet on disk; 0 removes
+	defined       bool              // on disk
+	conns         []*Reading        // least recently used first
+	limit         int               // samples in one scrape; 0 = as many as may be
+}
+
+// Reading is the place of one connection of one consumer. Requests of a connection
+// come one after the other, and so must the calls of its Reading.
+type Reading struct {
+	Key    uint64 // names the consumer
+	owner  *Consumers
+	c      *consumer
+	conn   any
+	pos    map[uint64]Position // confirmed on this connection
+	sent   map[uint64]Position // served last
+	served int                 // samples not had before in what was served last
+}
+
+// ValidConsumer reports a name that no consumer can have.
+func ValidConsumer(name string) error {
+	if len(name) == 0 || len(name) > maxConsumerName || !utf8.ValidString(name) || strings.ContainsRune(name, 0) {
+		return fmt.Errorf("a name has 1 to %d bytes of text", maxConsumerName)
+	}
+	return nil
+}
+
+// ConsumerKey names a consumer: its name, where it is, and what it asks for.
+func ConsumerKey(name, address, match string) uint64 {
+	h := sha256.Sum256([]byte(name + "\x00" + address + "\x00" + match))
+	return binary.BigEndian.Uint64(h[:])
+}
+
+// OpenConsumers reads what is kept in dir; with dir "" nothing is. What cannot be
+// read is forgotten; the error says so, and the result is good.
+func OpenConsumers(fsys FS, dir string, now time.Time) (*Consumers, error) {
+	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}}
+	if dir == "" {
+		return cs, nil
+	}
+	path := filepath.Join(dir, consumersFile)
+	cs.log = NewLog(fsys, path, []byte("consumers"))
+	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restore(kind, payload, now) })
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return cs, nil
+	case err != nil:
+		return cs, fmt.Errorf("reading the cursors of consumers, who get all again: %w", err)
+	case !rec.HeaderDamaged:
+		cs.log = log
+	}
+	if rec.HeaderDamaged || rec.Damaged > 0 {
+		return cs, fmt.Errorf("%s was damaged: consumers get again what was noted there; the damaged file is kept as %q", path, filepath.Base(rec.SetAside))
+	}
+	return cs, rec.Err
+}
+
+// Recovered is told the newest sequence number of every cluster that is held: damage
+// may have taken the newest, and no cursor may be past what is yet to come.
+func (cs *Consumers) Recovered(newest map[uint64]uint64) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, c := range cs.byKey {
+		for cluster, at := range c.cursors {
+			if at > newest[cluster] {
+				c.move(cluster, newest[cluster])
+			}
+		}
+	}
+}
+
+// move sets a cursor, or removes it if at is 0. cs.mu is held, or c is not shared yet.
+func (c *consumer) move(cluster, at uint64) {
+	if c.dirty[cluster] = at; at == 0 {
+		delete(c.cursors, cluster)
+	} else {
+		c.cursors[cluster] = at
+	}
+}
+
+func newConsumer(key uint64, name, address string) *consumer {
+	return &consumer{key: key, name: name, address: address, cursors: map[uint64]uint64{}, dirty: map[uint64]uint64{}}
+}
+
+func (cs *Consumers) restore(kind byte, b []byte, now time.Time) error {
+	if len(b) < 8 {
+		return errRecordConsumer
+	}
+	key, b := binary.LittleEndian.Uint64(b), b[8:]
+	switch kind {
+	case recordConsumer:
+		name, address, ok := strings.Cut(string(b), "\x00")
+		if !ok || len(name) > maxConsumerName || cs.byKey[key] == nil && len(cs.byKey) >= maxConsumers {
+			return errRecordConsumer
+		}
+		if cs.byKey[key] == nil {
+			c := newConsumer(key, name, address)
+			c.defined, c.used, c.saved = true, now, now
+			cs.byKey[key] = c
+		}
+		return nil
+	case recordCursors:
+		c := cs.byKey[key]
+		used, n := binary.Varint(b)
+		if c == nil || n <= 0 {
+			return errRecordConsumer
+		}
+		c.used = time.Unix(used, 0)
+		c.saved = c.used
+		for b = b[n:]; len(b) > 0; b = b[n:] {
+			if len(b) < 9 {
+				return errRecordConsumer
+			}
+			cluster := binary.LittleEndian.Uint64(b)
+			b = b[8:]
+			var at uint64
+			if at, n = binary.Uvarint(b); n <= 0 {
+				return errRecordConsumer
+			}
+			if at == 0 {
+				delete(c.cursors, cluster)
+			} else {
+				c.cursors[cluster] = at
+			}
+		}
+		return nil
+	}
+	return fmt.Errorf("unknown kind of record %d", kind)
+}
+
+var errRecordConsumer = errors.New("malformed record of a consumer")
+
+// Begin begins a scrape of a consumer, over conn, which has to be comparable and
+// unlike that of any other connection ever. What was served there before has
+// arrived, since who asks again has read the answer. repeated reports that what was
+// served last to this consumer is not known to have arrived, and comes again; the
+// scrape after that is half as long, in case it was the length that failed it.
+func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.Time) (r *Reading, repeated bool, err error) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c := cs.byKey[key]
+	if c == nil {
+		if len(cs.byKey) >= maxConsumers {
+			return nil, false, fmt.Errorf("%w: %d are known; one is forgotten when it has not scraped for %v", ErrConsumers, maxConsumers, consumerIdle)
+		}
+		c = newConsumer(key, name, address)
+		cs.byKey[key] = c
+	}
+	c.used = now
+	i := slices.IndexFunc(c.conns, func(r *Reading) bool { return r.conn == conn })
+	if i < 0 {
+		r = &Reading{Key: key, owner: cs, c: c, conn: conn, pos: map[uint64]Position{}}
+		for _, other := range c.conns {
+			if other.served > 0 {
+				repeated = true
+				c.limit = max(minConsumerLimit, other.served/2)
+				other.served = 0 // halves once
+			}
+		}
+		if len(c.conns) == maxReadings {
+			c.conns = slices.Delete(c.conns, 0, 1)
+		}
+	} else {
+		r = c.conns[i]
+		c.conns = slices.Delete(c.conns, i, i+1)
+		for cluster, at := range r.sent {
+			r.pos[cluster] = at
+			if at.Seq > c.cursors[cluster] {
+				c.move(cluster, at.Seq)
+			}
+		}
+		if r.served > 0 && c.limit > 0 && c.limit < math.MaxInt/2 {
+			c.limit *= 2
+		}
+	}
+	c.conns = append(c.conns, r)
+	r.sent, r.served = map[uint64]Position{}, 0
+	return r, repeated, nil
+}
+
+// At returns what the connection had of a cluster: a connection that comes first
+// goes on where the consumer's others have been.
+func (r *Reading) At(cluster uint64) Position {
+	r.owner.mu.Lock()
+	defer r.owner.mu.Unlock()
+	if at, ok := r.pos[cluster]; ok {
+		return at
+	}
+	return Position{Seq: r.c.cursors[cluster]}
+}
+
+// Serve notes that n samples up to a place are being served.
+func (r *Reading) Serve(cluster uint64, to Position, n int) {
+	r.owner.mu.Lock()
+	defer r.owner.mu.Unlock()
+	r.sent[cluster] = to
+	r.served += n
+}
+
+// Limit returns how many samples this scrape may have, max at most.
+func (r *Reading) Limit(max int) int {
+	r.owner.mu.Lock()
+	defer r.owner.mu.Unlock()
+	if l := r.c.limit; l > 0 && (max == 0 || l < max) {
+		return l
+	}
+	r.c.limit = 0
+	return max
+}
+
+// Took says how long it took to write the answer: if that is more than it may take,
+// the next one is shorter.
+func (r *Reading) Took(took, most time.Duration) {
+	r.owner.mu.Lock()
+	defer r.owner.mu.Unlock()
+	if took > most && most > 0 && r.served > 0 {
+		r.c.limit = max(minConsumerLimit, int(float64(r.served)*float64(most)/float64(took)))
+	}
+}
+
+// Have returns who has had a batch.
+func (cs *Consumers) Have(cluster uint64, b *Batch) []uint64 {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	had := slices.Clone(b.Had)
+	for _, c := range cs.byKey {
+		if c.cursors[cluster] >= b.Seq && !slices.Contains(had, c.key) && len(had) < MaxHad {
+			had = append(had, c.key)
+		}
+	}
+	slices.Sort(had)
+	return had
+}
+
+// Wanted reports whether a consumer has not had a batch.
+func (cs *Consumers) Wanted(cluster uint64, b *Batch) bool {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, c := range cs.byKey {
+		if c.cursors[cluster] < b.Seq && !slices.Contains(b.Had, c.key) {
+			return true
+		}
+	}
+	return false
+}
+
+// ConsumerCursor is one consumer's cursor.
+type ConsumerCursor struct {
+	Key           uint64
+	Name, Address string
+	Seq           uint64
+}
+
+// Cursors returns the cursors of all consumers for a cluster, by name and address.
+func (cs *Consumers) Cursors(cluster uint64) []ConsumerCursor {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	var all []ConsumerCursor
+	for _, c := range cs.byKey {
+		all = append(all, ConsumerCursor{c.key, c.name, c.address, c.cursors[cluster]})
+	}
+	slices.SortFunc(all, func(a, b ConsumerCursor) int {
+		return strings.Compare(a.Name+"\x00"+a.Address, b.Name+"\x00"+b.Address)
+	})
+	return all
+}
+
+// Forget drops the cursors of a cluster that is held no more.
+func (cs *Consumers) Forget(cluster uint64) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, c := range cs.byKey {
+		if c.cursors[cluster] > 0 {
+			c.move(cluster, 0)
+		}
+		for _, r := range c.conns {
+			delete(r.pos, cluster)
+			delete(r.sent, cluster)
+		}
+	}
+}
+
+// Expire forgets consumers that have not scraped for a day.
+func (cs *Consumers) Expire(now time.Time) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool { return now.Sub(c.used) > consumerIdle })
+}
+
+// Save writes what has changed to disk: one write for all clusters. If another is
+// writing it does nothing, and the next call does it.
+func (cs *Consumers) Save() error {
+	if cs.log == nil {
+		return nil
+	}
+	select {
+	case cs.turn <- struct{}{}:
+		defer func() { <-cs.turn }()
+	default:
+		return nil
+	}
+	frames, whole, changed := cs.frames()
+	if len(frames) == 0 && !cs.log.Broken() {
+		return nil
+	}
+	var err error
+	if cs.log.Broken() || cs.log.Size()+int64(len(frames)) > consumersSlack+4*int64(whole) {
+		all := cs.all()
+		err = cs.log.Rewrite(func(w io.Writer) error {
+			_, err := w.Write(all)
+			return err
+		})
+	} else {
+		err = cs.log.Append(frames)
+	}
+	if err != nil {
+		cs.mu.Lock() // to be written again; what has changed meanwhile is newer
+		for _, old := range changed {
+			if c := cs.byKey[old.key]; c != nil {
+				for cluster, at := range old.dirty {
+					if _, newer := c.dirty[cluster]; !newer {
+						c.dirty[cluster] = at
+					}
+				}
+				c.defined = c.defined && old.defined
+			}
+		}
+		cs.mu.Unlock()
+		return fmt.Errorf("keeping the cursors of consumers: %w", err)
+	}
+	return nil
+}
+
+// frames returns records of what has changed, how many bytes all records would take,
+// and what to restore if they cannot be written.
+func (cs *Consumers) frames() (frames []byte, whole int, changed []consumer) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
+		c := cs.byKey[key]
+		whole += 100 + 12*len(c.cursors)
+		if c.defined && len(c.dirty) == 0 && c.used.Sub(c.saved) < consumerSave {
+			continue
+		}
+		changed = append(changed, consumer{key: key, dirty: c.dirty, defined: c.defined})
+		if !c.defined {
+			frames = c.define(frames)
+		}
+		frames = c.note(frames, c.dirty)
+		c.defined, c.saved, c.dirty = true, c.used, map[uint64]uint64{}
+	}
+	return frames, whole, changed
+}
+
+// all returns records of all that is known.
+func (cs *Consumers) all() (frames []byte) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
+		c := cs.byKey[key]
+		frames = c.note(c.define(frames), c.cursors)
+	}
+	return frames
+}
+
+func (c *consumer) define(frames []byte) []byte {
+	b := binary.LittleEndian.AppendUint64(nil, c.key)
+	return AppendRecord(frames, recordConsumer, append(b, c.name+"\x00"+c.address...))
+}
+
+func (c *consumer) note(frames []byte, cursors map[uint64]uint64) []byte {
+	b := binary.LittleEndian.AppendUint64(nil, c.key)
+	b = binary.AppendVarint(b, c.used.Unix())
+	for _, cluster := range slices.Sorted(maps.Keys(cursors)) {
+		b = binary.AppendUvarint(binary.LittleEndian.AppendUint64(b, cluster), cursors[cluster])
+	}
+	return AppendRecord(frames, recordCursors, b)
+}

@@ -1,0 +1,197 @@
+package main
+
+// The server's /federate: scrapes with and without a name, and what the server says
+// of each cluster itself. Invariants: a scrape of one never fails for another's
+// samples; what is not known to have arrived is served again. This file must not know
+// of pushes, or of how samples are held.
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// onlyFirst are the versions of Prometheus that keep only the first of several
+// samples of one series in a scrape: 2.52.0 to 2.53.2, and 2.54.0.
+var onlyFirst = regexp.MustCompile(`^Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)\b`)
+
+// FederateConfig configures a Federate.
+type FederateConfig struct {
+	Store        *Store
+	Senders      *Senders
+	Owned        func(id string) bool // whether this server owns a cluster ID
+	Metrics      *Metrics
+	Log          *slog.Logger
+	Now          func() time.Time
+	MaxSampleAge time.Duration // how long the newest sample of a series is shown
+	LimitScrape  int           // samples in one scrape
+}
+
+// Federate answers scrapes. It is safe for concurrent use.
+type Federate struct {
+	cfg     FederateConfig
+	scraper *Scraper
+
+	seconds, bytes              *Histogram
+	samples                     *Gauge
+	truncated, hidden, repeated *Counter
+}
+
+// NewFederate returns a handler for /federate.
+func NewFederate(cfg FederateConfig) *Federate {
+	m := cfg.Metrics
+	return &Federate{
+		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now},
+		seconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
+		bytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
+		samples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
+		truncated: m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met the limit on samples."),
+		hidden:    m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers because escaping made their series equal to another."),
+		repeated:  m.Counter("telemeter_scrapes_repeated_total", "Scrapes of a consumer on a new connection, when what it was served last is not known to have arrived and is served again."),
+	}
+}
+
+func (f *Federate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	begin := time.Now()
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		http.Error(w, "the query is malformed", http.StatusBadRequest)
+		return
+	}
+	match, err := ParseSelectors(q["match[]"])
+	if err != nil {
+		http.Error(w, "match[]: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	var fams []Family
+	var reading *Reading
+	if q.Has("consumer") {
+		if reading, err = f.consumer(r, q); err != nil {
+			status := http.StatusBadRequest
+			if errors.Is(err, ErrConsumers) {
+				w.Header().Set("Retry-After", "60")
+				status = http.StatusServiceUnavailable
+			}
+			http.Error(w, "consumer: "+err.Error(), status)
+			return
+		}
+		limit := reading.Limit(f.cfg.LimitScrape)
+		var unread int
+		var more bool
+		fams, unread, more = f.scraper.Unread(reading, limit, onlyFirst.MatchString(r.UserAgent()), match.LineMatcher())
+		if more {
+			f.truncated.Inc()
+			f.cfg.Log.Debug("scrape met a limit; the rest follows", "consumer", q.Get("consumer"), "samples", unread, "limit", limit)
+		}
+	} else {
+		var truncated bool
+		if fams, truncated = f.scraper.Newest(f.cfg.LimitScrape, match.LineMatcher()); truncated {
+			f.truncated.Inc()
+			f.cfg.Log.Warn("scrape met the limit on samples; the next begins elsewhere", "limit", f.cfg.LimitScrape)
+		}
+	}
+	fams = append(fams, f.clusterFamilies(match)...)
+	slices.SortFunc(fams, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
+	escaping := NegotiateEscaping(r.Header.Get("Accept"))
+	w.Header().Set("Content-Type", escaping.ContentType())
+	out, finish := CompressResponse(w, r)
+	count := &CountWriter{W: out}
+	written, hidden, err := WriteFamilies(count, escaping, fams)
+	finish()
+	took := time.Since(begin)
+	if reading != nil {
+		reading.Took(took, scrapeTime(r.Header)/2)
+	}
+	f.seconds.Observe(took.Seconds())
+	f.bytes.Observe(float64(count.N))
+	f.samples.Set(float64(written))
+	f.hidden.Add(float64(hidden))
+	if err != nil {
+		f.cfg.Log.Info("scrape ended early", "remote", r.RemoteAddr, "err", err)
+	}
+}
+
+// consumer begins the scrape of a consumer, by its name, address and selectors.
+func (f *Federate) consumer(r *http.Request, q url.Values) (*Reading, error) {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		host = r.RemoteAddr
+	}
+	name := q.Get("consumer")
+	if err := ValidConsumer(name); err != nil {
+		return nil, err
+	}
+	selectors := slices.Sorted(slices.Values(q["match[]"]))
+	consumers := f.cfg.Store.Consumers
+	reading, repeated, err := consumers.Begin(ConsumerKey(name, host, strings.Join(selectors, "\x00")), name, host, ConnOf(r), f.cfg.Now())
+	if err != nil {
+		return nil, err
+	}
+	if repeated {
+		f.repeated.Inc()
+		f.cfg.Log.Info("consumer asks on a new connection: what it was served last is served again", "consumer", name, "remote", r.RemoteAddr)
+	}
+	return reading, nil
+}
+
+// scrapeTime is how long a scraper says that it waits; 0 if it does not.
+func scrapeTime(h http.Header) time.Duration {
+	s, err := strconv.ParseFloat(h.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64)
+	if err != nil || s <= 0 || s > 3600 {
+		return 0
+	}
+	return time.Duration(s * float64(time.Second))
+}
+
+// clusterFamilies is what the server says of each cluster itself, so that a
+// silent one can be alerted on.
+func (f *Federate) clusterFamilies(match Selectors) []Family {
+	var p Push
+	add := func(name, id string, v float64, more ...Label) {
+		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more,
+			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
+		if match.Match(r.Name, r.Labels) {
+			p.Add(&r) // these names and an ID that was authenticated are always valid
+		}
+	}
+	recent := f.cfg.Now().Add(-f.cfg.MaxSampleAge).UnixMilli()
+	for _, c := range f.cfg.Store.Stats().Clusters {
+		owned := f.cfg.Owned(c.ID)
+		// Of what is held for another owner only as long as its samples are shown:
+		// later that owner knows better, and one series has one value.
+		if owned || c.Accepted >= recent {
+			add(PushTimeName, c.ID, float64(c.Accepted)/1000)
+		}
+		if !owned {
+			continue
+		}
+		add(ClusterNamePrefix+"series", c.ID, float64(c.Series))
+		add(ClusterNamePrefix+"samples", c.ID, float64(c.Samples))
+		if c.OffsetKnown {
+			add(ClusterNamePrefix+"clock_offset_seconds", c.ID, float64(c.Offset)/1000)
+		}
+		for _, b := range c.Backlog {
+			add(ClusterNamePrefix+"backlog_samples", c.ID, float64(b.Samples),
+				Label{[]byte("consumer"), []byte(b.Name)}, Label{[]byte("address"), []byte(b.Address)})
+		}
+	}
+	f.cfg.Senders.Each(func(id string, failed time.Time, expires int64) {
+		if !f.cfg.Owned(id) {
+			return // its owner says it
+		}
+		if !failed.IsZero() {
+			add(PushFailureTimeName, id, float64(failed.UnixMilli())/1000)
+		}
+		if expires > 0 {
+			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(expires))
+		}
+	})
+	return GroupByName(&p)
+}

@@ -1,0 +1,166 @@
+package main
+
+// What a scrape gets: the newest sample of every series, or, for a consumer, all that
+// it has not had. Invariants: one name after the other and each once; a series'
+// samples ascend and none comes twice; a scrape has at most as many samples as it may;
+// when not all fit, every cluster has its turn. This file must not know of HTTP, or of
+// how cursors are kept.
+
+import (
+	"maps"
+	"math"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Scraper answers scrapes of a store. It is safe for concurrent use.
+type Scraper struct {
+	Store  *Store
+	MaxAge time.Duration // how long the newest sample of a series is shown
+	Now    func() time.Time
+	// Hidden reports clusters that are not shown for now; nil: none.
+	Hidden func(id string) bool
+
+	mu    sync.Mutex // guards start
+	start float64    // where among the clusters a scrape begins: 0 to 1
+}
+
+// shownFamilies gathers lines by name.
+type shownFamilies struct {
+	match func(line []byte) bool
+	index map[string]*Family
+	last  *Family
+}
+
+func (s *shownFamilies) add(name string, l Line) {
+	if s.match != nil && !s.match(l.Text) {
+		return
+	}
+	if s.last == nil || s.last.Name != name {
+		if s.last = s.index[name]; s.last == nil {
+			s.last = &Family{Name: name}
+			s.index[name] = s.last
+		}
+	}
+	s.last.Lines = append(s.last.Lines, l)
+}
+
+func (s *shownFamilies) sorted() []Family {
+	fams := make([]Family, 0, len(s.index))
+	for _, name := range slices.Sorted(maps.Keys(s.index)) {
+		fams = append(fams, *s.index[name])
+	}
+	return fams
+}
+
+// begin returns where among the clusters a scrape begins.
+func (x *Scraper) begin() float64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.start
+}
+
+// turn has the next scrape begin at another cluster, a golden section further, so that
+// each cluster has its turn with every one of several scrapers that take turns, which
+// where this one ended would not give.
+func (x *Scraper) turn() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	_, x.start = math.Modf(x.start + math.Phi)
+}
+
+func (x *Scraper) shown(c *Cluster) bool { return x.Hidden == nil || !x.Hidden(c.ID) }
+
+func (x *Scraper) minT() int64 { return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.Oldest()) }
+
+// Newest returns the newest sample of each series that is at most MaxAge old, one
+// family a name, sorted. match, if not nil, chooses lines. At most limit samples are
+// returned, of whole clusters and of at least one; truncated says that some were left
+// out. Lines stay valid for ever.
+func (x *Scraper) Newest(limit int, match func(line []byte) bool) (fams []Family, truncated bool) {
+	minT := x.minT()
+	shown := shownFamilies{match: match, index: map[string]*Family{}}
+	n := 0
+	x.Store.Each(x.begin(), func(_ uint64, held *Cluster) bool {
+		if !x.shown(held) {
+			return true
+		}
+		if limit > 0 && n > 0 && n+held.Table.Len() > limit {
+			truncated = true
+			return false
+		}
+		held.Table.Each(minT, func(_ uint32, name string, l Line) {
+			shown.add(name, l)
+			n++
+		})
+		return true
+	})
+	if truncated {
+		x.turn()
+	}
+	return shown.sorted(), truncated
+}
+
+// Unread returns what r has not had, oldest first within each cluster and in equal
+// shares for those that have more; of clusters of which that is all, also the newest
+// samples as Newest does. With single there is at most one sample of each series. It
+// returns how many of the samples were not had before, and whether there are more.
+func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []byte) bool) (fams []Family, unread int, more bool) {
+	if limit <= 0 {
+		limit = math.MaxInt
+	}
+	var counts []int
+	all := 0
+	x.Store.Each(0, func(hash uint64, held *Cluster) bool {
+		if n := held.Unread(r.At(hash), r.Key); n > 0 && x.shown(held) {
+			counts = append(counts, n)
+			all += n
+		}
+		return true
+	})
+	share := limit
+	if all > limit {
+		share = fairShare(counts, limit)
+	}
+	minT := x.minT()
+	shown := shownFamilies{match: match, index: map[string]*Family{}}
+	left := limit
+	cut := false
+	x.Store.Each(x.begin(), func(hash uint64, held *Cluster) bool {
+		if !x.shown(held) {
+			return true
+		}
+		at := r.At(hash)
+		lines := 0
+		to, n := held.Read(at, r.Key, min(share, left), single, minT, func(name string, l Line) {
+			shown.add(name, l)
+			lines++
+		})
+		left -= lines
+		unread += n
+		if to != at {
+			r.Serve(hash, to, n)
+		}
+		more = more || held.Unread(to, r.Key) > 0
+		cut = left <= 0
+		return !cut
+	})
+	if more || cut {
+		x.turn()
+	}
+	return shown.sorted(), unread, more || cut
+}
+
+// fairShare returns the most that each may have of what has to be shared, so that who
+// wants less leaves the rest to the others; at least 1.
+func fairShare(wants []int, limit int) int {
+	slices.Sort(wants)
+	for i, n := range wants {
+		if share := limit / (len(wants) - i); n > share {
+			return max(1, share)
+		}
+		limit -= n
+	}
+	return max(1, limit)
+}
