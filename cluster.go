@@ -92,6 +92,16 @@ type AppendResult struct {
 	Write                     time.Duration // spent until the disk had it
 }
 
+// Add adds what became of another push.
+func (r *AppendResult) Add(o AppendResult) {
+	r.Accepted += o.Accepted
+	r.Duplicates += o.Duplicates
+	r.Conflicts += o.Conflicts
+	r.TooOld += o.TooOld
+	r.Future += o.Future
+	r.Write += o.Write
+}
+
 // entry is a sample of a push whose series is found.
 type entry struct {
 	id    uint32
@@ -318,10 +328,10 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
 	return frames
 }
 
-// Compact returns what is held since oldest, and b if it is not nil, without the
-// series that have no sample left, which renumbers the others. c may be read
-// meanwhile, and stays as it is.
-func (c *Cluster) Compact(b *Batch, oldest int64) Cluster {
+// Compact returns what is held since oldest, and more, without the series that have
+// no sample left, which renumbers the others. c may be read meanwhile, and stays as
+// it is.
+func (c *Cluster) Compact(more []*Batch, oldest int64) Cluster {
 	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock}
 	var held []*Batch
 	for _, b := range c.Batches {
@@ -329,9 +339,7 @@ func (c *Cluster) Compact(b *Batch, oldest int64) Cluster {
 			held = append(held, b)
 		}
 	}
-	if b != nil {
-		held = append(held, b)
-	}
+	held = append(held, more...)
 	used := make([]bool, c.Table.Len())
 	for _, b := range held {
 		for _, id := range b.IDs {

@@ -391,6 +391,18 @@ func (p *Parser) Check(line []byte) (name []byte, labels []Label, err error) {
 	return name, labels, nil
 }
 
+// CheckOf is Check for a line that has to be of a cluster.
+func (p *Parser) CheckOf(line []byte, cluster string) error {
+	_, labels, err := p.Check(line)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel && string(l.Value) == cluster }) {
+		return fmt.Errorf("series %s is not of cluster %q", Excerpt(line), cluster)
+	}
+	return nil
+}
+
 // LegacyLine is Legacy for a rendered line.
 func LegacyLine(line []byte) bool {
 	// Only a name that is quoted puts a quote behind a brace or comma that is

@@ -19,7 +19,6 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -84,7 +83,26 @@ type ForwardConfig struct {
 	Begin func(id string) (wait time.Duration, err error)
 	End   func(id string)
 	Noted func(id string, n Note)
+	// Handed takes what another member hands over, durable when it returns nil.
+	Handed func(ctx context.Context, from string, m HandoffMessage) error
 }
+
+// HandoffMessage is what one server hands another: batches of a cluster, or, without
+// one, the word that it holds nothing more of what the other owns on that ring.
+type HandoffMessage struct {
+	Cluster string
+	Ring    uint64 // its version
+	Batches []byte // as AppendBatches made them
+}
+
+// ErrNotOwner: a server was handed a cluster that it does not own, or while it leaves.
+var ErrNotOwner = errors.New("it does not own the cluster ID")
+
+// RefusedByOwner is an owner's answer that it does not take a cluster.
+type RefusedByOwner struct{ err error }
+
+func (e *RefusedByOwner) Error() string { return e.err.Error() }
+func (e *RefusedByOwner) Unwrap() error { return e.err }
 
 // Forward sends pushes to their owners and receives those of others. It is safe
 // for concurrent use.
@@ -186,7 +204,7 @@ func (f *Forward) Append(ctx context.Context, id string, p *Push, n Note) (Appen
 			return f.cfg.Store.Append(ctx, id, p)
 		}
 		begin := time.Now()
-		a, err := f.ask(ctx, owner, id, EncodePush(nil, p), n)
+		a, err := f.ask(ctx, owner, head{Cluster: id, Note: n}, EncodePush(nil, p))
 		f.seconds.Observe(time.Since(begin).Seconds())
 		switch {
 		case err == nil && a.Kind == "":
@@ -261,7 +279,7 @@ func (f *Forward) Run(ctx context.Context) error {
 			owner, self := f.Owner(n.id)
 			if self {
 				f.cfg.Noted(n.id, n.note)
-			} else if _, err := f.ask(ctx, owner, n.id, nil, n.note); err != nil {
+			} else if _, err := f.ask(ctx, owner, head{Cluster: n.id, Note: n.note}, nil); err != nil {
 				f.lostNotes.Inc()
 				f.cfg.Log.Debug("owner was not told", "cluster", n.id, "owner", owner.Name, "err", err)
 			}
@@ -276,9 +294,17 @@ type head struct {
 	From, To               string
 	FromSession, ToSession uint64
 	Count                  uint64
-	Cluster                string
+	Kind                   string
+	Cluster                string // of a push, and of what is handed over
 	Note                   Note
+	Ring                   uint64 // of what is handed over
 }
+
+// What a request can be beside a push.
+const (
+	kindHandoff = "handoff" // with batches
+	kindDone    = "done"    // nothing more is held here of what the other owns
+)
 
 // verdict is what the owner says. Kind is empty for a success.
 type verdict struct {
@@ -293,6 +319,7 @@ const (
 	refusedTooLarge = "too large"
 	refusedFull     = "full"
 	refusedPace     = "pace"
+	refusedNotOwner = "not the owner"
 	refusedOther    = "other"
 )
 
@@ -307,13 +334,17 @@ func (a *verdict) err() error {
 		return fmt.Errorf("%w (at its owner: %s)", ErrFull, a.Text)
 	case refusedPace:
 		return &ErrPace{Reason: a.Text, Retry: a.Retry}
+	case refusedNotOwner:
+		return ErrNotOwner
 	}
 	return fmt.Errorf("the owner refused: %s", a.Text)
 }
 
 func refusalOf(err error) verdict {
 	a := verdict{Kind: refusedOther, Text: err.Error()}
-	for kind, is := range map[string]error{refusedSeries: ErrSeriesLimit, refusedTooLarge: ErrTooLarge, refusedFull: ErrFull} {
+	for kind, is := range map[string]error{
+		refusedSeries: ErrSeriesLimit, refusedTooLarge: ErrTooLarge, refusedFull: ErrFull, refusedNotOwner: ErrNotOwner,
+	} {
 		if errors.Is(err, is) {
 			a.Kind = kind
 		}
@@ -321,21 +352,40 @@ func refusalOf(err error) verdict {
 	return a
 }
 
-// ask sends one request and returns the authenticated answer.
-func (f *Forward) ask(ctx context.Context, to Peer, id string, body []byte, n Note) (*verdict, error) {
+// Hand hands a message over: nil means that the member has it durable. Errors:
+// ErrNotOwner, RefusedByOwner, and that it cannot be reached.
+func (f *Forward) Hand(ctx context.Context, to Peer, m HandoffMessage) error {
+	h := head{Kind: kindHandoff, Cluster: m.Cluster, Ring: m.Ring}
+	if m.Cluster == "" {
+		h.Kind = kindDone
+	}
+	a, err := f.ask(ctx, to, h, m.Batches)
+	if err != nil {
+		return err
+	}
+	if a.Kind == "" {
+		return nil
+	}
+	if err := a.err(); errors.Is(err, ErrNotOwner) {
+		return err
+	}
+	return &RefusedByOwner{a.err()}
+}
+
+// ask sends one request and returns the authenticated answer. h says what it is.
+func (f *Forward) ask(ctx context.Context, to Peer, h head, body []byte) (*verdict, error) {
 	ctx, done, err := f.reach(ctx, to)
 	if err != nil {
 		return nil, fmt.Errorf("forwarding: %w", err)
 	}
 	defer done()
-	h, err := json.Marshal(head{
-		From: f.cfg.Name, FromSession: f.view.Load().Peers[f.cfg.Name].Session, To: to.Name, ToSession: to.Session,
-		Count: f.count.Add(1), Cluster: id, Note: n,
-	})
+	h.From, h.FromSession = f.cfg.Name, f.view.Load().Peers[f.cfg.Name].Session
+	h.To, h.ToSession, h.Count = to.Name, to.Session, f.count.Add(1)
+	said, err := json.Marshal(h)
 	if err != nil {
 		return nil, fmt.Errorf("forwarding: %w", err)
 	}
-	sealed := f.cfg.Box.Seal(nil, h, headSeal, nil, to.KeyID)
+	sealed := f.cfg.Box.Seal(nil, said, headSeal, nil, to.KeyID)
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+to.Addr+forwardPath,
 		bytes.NewReader(f.cfg.Box.Seal(nil, body, bodySeal, sealed, to.KeyID)))
 	if err != nil {
@@ -392,7 +442,7 @@ func (f *Forward) receive(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusForbidden, "forged")
 		return
 	}
-	if err := json.Unmarshal(plain, &h); err != nil || ValidClusterID(h.Cluster) != nil {
+	if err := json.Unmarshal(plain, &h); err != nil || h.Kind != kindDone && ValidClusterID(h.Cluster) != nil {
 		refuse(http.StatusForbidden, "malformed")
 		return
 	}
@@ -446,8 +496,18 @@ func (f *Forward) fresh(h head) bool {
 	return h.FromSession == w.session && w.window.Take(h.Count)
 }
 
-// store takes one forwarded push, or note.
+// store takes one forwarded push, or note, or what is handed over.
 func (f *Forward) store(ctx context.Context, h head, body []byte) verdict {
+	if h.Kind != "" {
+		m := HandoffMessage{Cluster: h.Cluster, Ring: h.Ring, Batches: body}
+		if (h.Kind == kindDone) != (h.Cluster == "") {
+			return verdict{Kind: refusedOther, Text: "a message of no known kind"}
+		}
+		if err := f.cfg.Handed(ctx, h.From, m); err != nil {
+			return refusalOf(err)
+		}
+		return verdict{}
+	}
 	if h.Note != (Note{}) {
 		f.cfg.Noted(h.Cluster, h.Note)
 	}
@@ -536,12 +596,8 @@ func DecodePush(p *Push, b []byte, cluster string) error {
 		}
 		if n > 0 {
 			line := b[k : k+int(n)]
-			_, labels, err := parser.Check(line)
-			if err != nil {
+			if err := parser.CheckOf(line, cluster); err != nil {
 				return err
-			}
-			if !slices.ContainsFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel && string(l.Value) == cluster }) {
-				return fmt.Errorf("series %s is not of cluster %q", Excerpt(line), cluster)
 			}
 			if len(p.Arena)+len(line) > math.MaxUint32 {
 				return errPush

@@ -326,6 +326,9 @@ func (g *Gossip) SetClaim(slot uint16, lamport uint64, provisional bool) {
 	g.change(func() { g.swim.SetClaim(slot, lamport, provisional) })
 }
 
+// SetLeaving tells all that this member is about to leave.
+func (g *Gossip) SetLeaving() { g.change(g.swim.SetLeaving) }
+
 // SetKeys replaces the keys, live.
 func (g *Gossip) SetKeys(keys Keys) (err error) {
 	g.change(func() { err = g.swim.SetKeys(keys) })

@@ -76,6 +76,7 @@ type RingMemberConfig struct {
 	Name     string
 	Gossip   *Gossip
 	Forward  *Forward
+	Handoff  *Handoff
 	Store    *Store
 	FS       FS
 	Dir      string // "" keeps nothing
@@ -270,7 +271,9 @@ func (m *RingMember) ring(v GossipView) {
 		if !mv.State.Live() {
 			continue
 		}
-		claims = append(claims, claimOf(mv.Record))
+		if !mv.Leaving {
+			claims = append(claims, claimOf(mv.Record))
+		}
 		next.Peers[mv.Name] = Peer{Name: mv.Name, Addr: mv.Addr, Session: mv.Session, KeyID: mv.KeyID}
 	}
 	next.Ring = NewRing(claims, int(v.Buckets))
@@ -302,6 +305,7 @@ func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
 		Slot        *uint16 `json:"slot"`
 		Claim       uint64  `json:"claim,omitempty"`
 		Provisional bool    `json:"provisional,omitempty"`
+		Leaving     bool    `json:"leaving,omitempty"`
 		Session     uint64  `json:"session"`
 		Incarnation uint32  `json:"incarnation"`
 		KeyID       string  `json:"key_id"`
@@ -315,7 +319,7 @@ func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
 	members := []member{}
 	for _, mv := range v.Members {
 		d := member{
-			Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional,
+			Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional, Leaving: mv.Leaving,
 			Session: mv.Session, Incarnation: mv.Incarnation, KeyID: fmt.Sprintf("%08x", mv.KeyID), RTT: mv.RTT.Seconds(),
 			Share: shares[mv.Name], Gone: mv.Age,
 		}
@@ -332,8 +336,8 @@ func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
 	}
 	WriteJSON(w, map[string]any{
 		"name": m.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
-		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
-		"held":   map[string]int{"owned": owned, "hinted": hinted},
+		"ring": map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
+		"held": map[string]int{"owned": owned, "hinted": hinted}, "handoff": m.cfg.Handoff.Status(),
 		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "received_packets": st.Received, "refused": refused},
 	})
 }

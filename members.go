@@ -131,18 +131,21 @@ func (t *Table) count(now time.Duration, m *Member, part uint64) {
 func (r *Record) digest() uint64 {
 	h := uint64(0)
 	state := max(r.State, Suspect)
-	claim := uint64(r.Slot)<<1 | r.flag()
+	claim := uint64(r.Slot)<<2 | r.flags()
 	for _, v := range [...]uint64{NameHash(r.Name), r.Session, uint64(state), NameHash(r.Addr), NameHash(r.URL), claim, r.Lamport, uint64(r.KeyID)} {
 		h = mix(h ^ v)
 	}
 	return h
 }
 
-func (r *Record) flag() uint64 {
+func (r *Record) flags() (f uint64) {
 	if r.Provisional {
-		return 1
+		f |= 1
 	}
-	return 0
+	if r.Leaving {
+		f |= 2
+	}
+	return f
 }
 
 // mix is splitmix64's step: every bit of x changes half of the result's.

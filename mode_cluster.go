@@ -71,13 +71,14 @@ func (f *ClusterFlags) Check(c *Command) {
 type ClusterNode struct {
 	gossip  *Gossip
 	Forward *Forward
+	Handoff *Handoff
 	Member  *RingMember
 	box     *Box
 	Web     Web
 	tcp     net.Listener
 	udp     *net.UDPConn
 	stop    context.CancelFunc
-	ended   sync.WaitGroup // of the three that run
+	ended   sync.WaitGroup // of those that run
 	failed  chan error     // what each ended with
 }
 
@@ -91,7 +92,7 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 	if err != nil {
 		return nil, err
 	}
-	n = &ClusterNode{failed: make(chan error, 3)}
+	n = &ClusterNode{failed: make(chan error, 4)}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -131,12 +132,16 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 	}
 	n.Forward = NewForward(ForwardConfig{
 		Name: *f.name, Store: store, Box: n.box, Client: HTTPClient(nil, time.Minute, clusterDial), Log: log, Metrics: metrics,
-		Begin: func(id string) (time.Duration, error) { return server().Begin(id) },
-		End:   func(id string) { server().End(id) },
-		Noted: func(id string, note Note) { server().Noted(id, note) },
+		Begin:  func(id string) (time.Duration, error) { return server().Begin(id) },
+		End:    func(id string) { server().End(id) },
+		Noted:  func(id string, note Note) { server().Noted(id, note) },
+		Handed: func(ctx context.Context, from string, m HandoffMessage) error { return n.Handoff.Take(ctx, from, m) },
+	})
+	n.Handoff = NewHandoff(HandoffConfig{
+		Name: *f.name, Store: store, View: n.Forward.View, Send: n.Forward.Hand, Now: time.Now, Interval: *f.interval, Log: log, Metrics: metrics,
 	})
 	if n.Member, err = NewRingMember(RingMemberConfig{
-		Name: *f.name, Gossip: n.gossip, Forward: n.Forward, Store: store, FS: DiskFS{}, Dir: dir, Seeds: len(*f.join) > 0,
+		Name: *f.name, Gossip: n.gossip, Forward: n.Forward, Handoff: n.Handoff, Store: store, FS: DiskFS{}, Dir: dir, Seeds: len(*f.join) > 0,
 		Interval: *f.interval, Log: log, Metrics: metrics,
 	}); err != nil {
 		return n, err
@@ -150,7 +155,7 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 func (n *ClusterNode) Start() {
 	ctx, stop := context.WithCancel(context.Background())
 	n.stop = stop
-	for _, run := range []func(context.Context) error{n.gossip.Run, n.Forward.Run, n.Member.Run} {
+	for _, run := range []func(context.Context) error{n.gossip.Run, n.Forward.Run, n.Member.Run, n.Handoff.Run} {
 		n.ended.Go(func() { n.failed <- run(ctx) })
 	}
 }
@@ -176,8 +181,18 @@ func (n *ClusterNode) Watch(ready func()) func(context.Context) error {
 	}
 }
 
-// Leave ends what Start began, and returns the errors that Watch has not.
+// Announce tells the others that this server is about to leave: who owns what is then
+// decided without it.
+func (n *ClusterNode) Announce() {
+	n.Handoff.SetLeaving()
+	n.gossip.SetLeaving()
+}
+
+// Leave hands over what is held, ends what Start began, and returns the errors that
+// Watch has not.
 func (n *ClusterNode) Leave() error {
+	n.Announce()
+	n.Handoff.Leave(context.Background())
 	n.stop()
 	n.ended.Wait()
 	close(n.failed)

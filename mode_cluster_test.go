@@ -37,6 +37,11 @@ type debugCluster struct {
 	}
 	Ring struct{ Version string }
 	Held struct{ Owned, Hinted int }
+	// Handoff is how far handing over is.
+	Handoff struct {
+		Left     int
+		HeldBack bool `json:"held_back"`
+	}
 }
 
 func (m *memberProcess) debug() (d debugCluster) {
@@ -58,13 +63,13 @@ func (d debugCluster) slots() map[string]int {
 	return s
 }
 
-// agree waits until all have n live slots and one ring.
+// agree waits until all have n live slots and one ring, and nothing is on its way.
 func agree(t *testing.T, n int, members ...*memberProcess) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d members agree", n), func() bool {
 		version := members[0].debug().Ring.Version
 		for _, m := range members {
-			if d := m.debug(); len(d.slots()) != n || d.Ring.Version != version {
+			if d := m.debug(); len(d.slots()) != n || d.Ring.Version != version || d.Handoff.HeldBack || d.Handoff.Left > 0 {
 				return false
 			}
 		}
@@ -164,10 +169,10 @@ func TestClusterOfServers(t *testing.T) {
 			t.Errorf("after its owner died: %d", code)
 		}
 	}
-	if n, _ := shows(t, id, left...); n == 0 {
-		t.Error("what was answered 200 is shown by nobody")
-	}
 	agree(t, 2, left...)
+	if n, _ := shows(t, id, left...); n != 1 {
+		t.Errorf("what was answered 200 is shown by %d servers", n)
+	}
 
 	// It returns at another address with what it kept: its slot, and a higher session.
 	name, before := "b", uint64(0)
@@ -193,9 +198,20 @@ func TestClusterOfServers(t *testing.T) {
 		}
 	}
 
-	// A graceful stop is known before anyone could have suspected it.
+	if n, which := shows(t, id, append(left, back)...); n != 1 || which != back {
+		t.Errorf("%s is shown by %d servers after its owner returned", id, n)
+	}
+
+	// A graceful stop is known before anyone could have suspected it, and leaves
+	// nothing behind.
 	if code := back.end(syscall.SIGTERM); code != exitOK {
 		t.Errorf("exit %d", code)
+	}
+	agree(t, 2, left...)
+	for i := range 12 {
+		if n, _ := shows(t, fmt.Sprint("site", i), left...); n != 1 {
+			t.Errorf("site%d is shown by %d servers after one left", i, n)
+		}
 	}
 	eventually(t, "the leave is known", func() bool {
 		for _, m := range a.debug().Members {

@@ -155,7 +155,7 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 			return err
 		}
 		defer node.Close()
-		config.Forward, config.Member = node.Forward, node.Member
+		config.Forward, config.Member, config.Hidden = node.Forward, node.Member, node.Handoff.Hidden
 	}
 	server = NewServer(config)
 	server.Reload(state)
@@ -216,7 +216,12 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 			return errors.New("the keys have a tls.crt now, which takes a restart; all else is reloaded")
 		}
 		return nil
-	}, func() { server.SetReady(false) }, parts...)
+	}, func() {
+		server.SetReady(false)
+		if node != nil {
+			node.Announce() // so that the others send nothing more here
+		}
+	}, parts...)
 }
 
 // loadServer reads all that a reload reads; tlsConfig is replaced if all is well.

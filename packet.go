@@ -93,6 +93,7 @@ type Record struct {
 	Slot        uint16 // on the ring, or NoSlot
 	Lamport     uint64 // number of its claim to the slot
 	Provisional bool   // claimed while the seeds were out of reach
+	Leaving     bool   // it keeps its slot, but wants no keys any more
 	KeyID       uint32 // of the key it seals with
 }
 
@@ -142,6 +143,7 @@ const (
 	flagSettled = 2
 
 	flagProvisional = 1
+	flagLeaving     = 2
 )
 
 // AppendHeader appends all of p but its records, which follow by AppendMember
@@ -170,6 +172,9 @@ func AppendMember(b []byte, r *Record) []byte {
 	var flags byte
 	if r.Provisional {
 		flags |= flagProvisional
+	}
+	if r.Leaving {
+		flags |= flagLeaving
 	}
 	b = append(b, byte(r.State), flags)
 	b = appendWord(b, r.Name)
@@ -216,7 +221,10 @@ func DecodePacket(b []byte, p *Packet) error {
 
 func (d *decoder) record() Record {
 	state, flags := State(d.byte()), d.byte()
-	r := Record{State: state, Provisional: flags&flagProvisional != 0, Name: d.word(MaxName), Session: d.uint64(), Incarnation: d.uint32()}
+	r := Record{
+		State: state, Provisional: flags&flagProvisional != 0, Leaving: flags&flagLeaving != 0,
+		Name: d.word(MaxName), Session: d.uint64(), Incarnation: d.uint32(),
+	}
 	switch state {
 	case Suspect:
 		n := int(d.byte())
@@ -229,7 +237,7 @@ func (d *decoder) record() Record {
 	}
 	r.Addr, r.URL = d.word(MaxAddr), d.word(MaxAddr)
 	r.Slot, r.Lamport, r.KeyID = d.uint16(), d.uint64(), d.uint32()
-	d.must(state < stateEnd && flags <= flagProvisional && r.Name != "" && r.Addr != "")
+	d.must(state < stateEnd && flags <= flagProvisional|flagLeaving && r.Name != "" && r.Addr != "")
 	d.must(r.Slot < SlotLimit || r.Slot == NoSlot)
 	return r
 }

@@ -18,7 +18,7 @@ func longest() Packet {
 		Session: 1 << 63, Digest: 2, Ask: 3, Answer: 4, Buckets: SlotLimit,
 		Records: []Record{
 			{Name: name, Session: 1 << 62, Incarnation: 1 << 31, State: Suspect, Accusers: []uint64{1, 2, 3, 4},
-				Addr: addr, URL: addr, Slot: SlotLimit - 1, Lamport: 1 << 61, Provisional: true, KeyID: 1 << 30},
+				Addr: addr, URL: addr, Slot: SlotLimit - 1, Lamport: 1 << 61, Provisional: true, Leaving: true, KeyID: 1 << 30},
 			{Name: name, State: Left, Age: 1 << 31, Addr: addr, Slot: NoSlot},
 		},
 	}

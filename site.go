@@ -61,9 +61,8 @@ type Site struct {
 	log  *Log // nil in memory-only mode
 	Gone bool // no longer in the store
 
-	mu   sync.Mutex // guards the rest; never held across I/O
+	mu   sync.Mutex // guards held; never held across I/O
 	held Cluster
-	away bool
 }
 
 // NewSite returns the site of what is held, of which log is the log; nil: in memory
@@ -117,35 +116,32 @@ func (c *Site) Forgotten() {
 	}
 }
 
-// Append holds a push when it is durable, as Store.Append says; room is asked for the
-// samples that are new.
-func (c *Site) Append(p *Push, handed *Handed, now time.Time, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
+// Appending is what Append takes.
+type Appending struct {
+	Push   *Push
+	Handed *Handed // what another server says of it; nil: it is a client's
+}
+
+// Append holds pushes, which have no sample in common, when all are durable, as
+// Store.Append says; room is asked for the samples that are new.
+func (c *Site) Append(pushes []Appending, now time.Time, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
 	oldest := now.Add(-retention).UnixMilli()
-	prepare := func() (*Batch, int, AppendResult, error) {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return c.held.Prepare(p, handed, now, retention, limitSeries)
-	}
-	b, known, res, err := prepare()
+	batches, known, res, err := c.prepare(pushes, now, retention, limitSeries)
 	if errors.Is(err, ErrSeriesLimit) && c.held.Table.Dead(oldest) > 0 {
 		if err := c.Rewrite(nil, oldest); err != nil {
 			return AppendResult{}, err
 		}
-		b, known, res, err = prepare()
+		batches, known, res, err = c.prepare(pushes, now, retention, limitSeries)
 	}
 	if err != nil {
 		return AppendResult{}, err
 	}
-	if len(b.V) == 0 { // all known or unwanted: nothing to write
-		c.mu.Lock()
-		c.held.Accepted = max(c.held.Accepted, b.Accepted)
-		c.held.Table.Truncate(known)
-		c.mu.Unlock()
+	if len(batches) == 0 { // all known or unwanted: nothing to write
 		return res, nil
 	}
 	begin := time.Now()
-	if err = room(len(b.V)); err == nil {
-		err = c.write(b, known, oldest)
+	if err = room(res.Accepted); err == nil {
+		err = c.write(batches, known, oldest)
 	}
 	if err != nil {
 		c.mu.Lock()
@@ -155,6 +151,33 @@ func (c *Site) Append(p *Push, handed *Handed, now time.Time, retention time.Dur
 	}
 	res.Write = time.Since(begin)
 	return res, nil
+}
+
+// prepare makes batches of what is new in pushes. Until they are held,
+// Table.Truncate(known) undoes it; on an error nothing was inserted.
+func (c *Site) prepare(pushes []Appending, now time.Time, retention time.Duration, limitSeries int) (batches []*Batch, known int, res AppendResult, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	known = c.held.Table.Len()
+	for _, p := range pushes {
+		b, _, r, err := c.held.Prepare(p.Push, p.Handed, now, retention, limitSeries)
+		if err != nil {
+			c.held.Table.Truncate(known)
+			return nil, known, res, err
+		}
+		res.Add(r)
+		// What was handed over without samples says when its site pushed last.
+		if len(b.V) > 0 || p.Handed != nil && b.Accepted > c.held.Accepted {
+			b.Seq += uint64(len(batches))
+			batches = append(batches, b)
+		} else {
+			c.held.Accepted = max(c.held.Accepted, b.Accepted)
+		}
+	}
+	if len(batches) == 0 {
+		c.held.Table.Truncate(known)
+	}
+	return batches, known, res, nil
 }
 
 // resize does something to the log, and accounts for its size.
@@ -168,27 +191,31 @@ func (c *Site) resize(do func() error) error {
 	return err
 }
 
-// write makes b, and the series from ID known on, durable, and then holds them.
-func (c *Site) write(b *Batch, known int, oldest int64) error {
+// write makes batches, and the series from ID known on, durable, and then holds them.
+func (c *Site) write(batches []*Batch, known int, oldest int64) error {
 	if c.log != nil {
 		frames := AppendSeriesRecords(nil, c.held.Table, known)
-		frames = AppendRecord(frames, RecordBatch, EncodeBatch(nil, b))
+		for _, b := range batches {
+			frames = AppendRecord(frames, RecordBatch, EncodeBatch(nil, b))
+		}
 		if limit := c.totals.LimitStorage; limit > 0 && c.totals.Bytes.Load()+int64(len(frames)) > limit {
 			c.totals.Full()
 			return fmt.Errorf("%w: the logs reached the storage limit of %d bytes", ErrFull, limit)
 		}
 		if c.log.Broken() {
-			return c.Rewrite(b, oldest)
+			return c.Rewrite(batches, oldest)
 		}
 		if err := c.resize(func() error { return c.log.Append(frames) }); err != nil {
 			return err
 		}
 	}
-	raise(&c.totals.Newest, b.Seq)
 	c.mu.Lock()
-	c.held.Take(b)
-	c.mu.Unlock()
-	c.totals.Samples.Add(int64(len(b.V)))
+	defer c.mu.Unlock()
+	for _, b := range batches {
+		raise(&c.totals.Newest, b.Seq)
+		c.held.Take(b)
+		c.totals.Samples.Add(int64(len(b.V)))
+	}
 	return nil
 }
 
@@ -198,14 +225,14 @@ func raise(n *atomic.Uint64, v uint64) {
 	}
 }
 
-// Rewrite puts a new log, of what is held since oldest and of b if it is not nil, in
-// the place of c's; memory follows when the new file is durable.
-func (c *Site) Rewrite(b *Batch, oldest int64) error {
+// Rewrite puts a new log, of what is held since oldest and of more batches, in the
+// place of c's; memory follows when the new file is durable.
+func (c *Site) Rewrite(more []*Batch, oldest int64) error {
 	c.mu.Lock()
 	held := c.held
 	c.mu.Unlock()
 	// Others may evict batches of c.held now, but change nothing that held has.
-	next := held.Compact(b, oldest)
+	next := held.Compact(more, oldest)
 	if c.log != nil {
 		fill := func(w io.Writer) error {
 			for frames := range next.Records {
@@ -219,19 +246,16 @@ func (c *Site) Rewrite(b *Batch, oldest int64) error {
 			return err
 		}
 	}
-	if b == nil {
+	if len(more) == 0 {
 		c.totals.Compactions.Add(1)
-	} else {
-		raise(&c.totals.Newest, b.Seq)
 	}
+	raise(&c.totals.Newest, next.Seq)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.held.Samples()
-	first := next.Seq // of what is still held, or of b
+	first := c.held.Seq + 1 // of what is still held, or of more
 	if len(c.held.Batches) > 0 {
 		first = c.held.Batches[0].Seq
-	} else if b == nil {
-		first++
 	}
 	for len(next.Batches) > 0 && next.Batches[0].Seq < first {
 		next.Evict()
@@ -301,22 +325,6 @@ func (c *Site) Compact(oldest int64, full bool) error {
 		return c.Rewrite(nil, oldest)
 	}
 	return nil
-}
-
-// SetAway says whether c is on its way to another server, and so not shown.
-func (c *Site) SetAway(away bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.away = away
-}
-
-// Show is Look, if c is not away.
-func (c *Site) Show(f func(held *Cluster)) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.away {
-		f(&c.held)
-	}
 }
 
 // Drop drops the batches up to a sequence number, which another server has.

@@ -285,21 +285,17 @@ func (s *Store) forget(c *Site) {
 // the cluster ends with ctx. Errors: ErrSeriesLimit, ErrTooLarge, ErrFull,
 // ErrClosed, ctx's, or those of the disk.
 func (s *Store) Append(ctx context.Context, id string, p *Push) (AppendResult, error) {
-	return s.take(ctx, id, p, nil)
+	return s.AppendAll(ctx, id, []Appending{{Push: p}})
 }
 
-// AppendHanded is Append for what another server held.
-func (s *Store) AppendHanded(ctx context.Context, id string, p *Push, handed Handed) (AppendResult, error) {
-	return s.take(ctx, id, p, &handed)
-}
-
-func (s *Store) take(ctx context.Context, id string, p *Push, handed *Handed) (AppendResult, error) {
+// AppendAll is Append for several pushes at once, which have no sample in common.
+func (s *Store) AppendAll(ctx context.Context, id string, pushes []Appending) (AppendResult, error) {
 	c, err := s.acquire(ctx, id)
 	if err != nil {
 		return AppendResult{}, err
 	}
 	defer s.release(c)
-	return c.Append(p, handed, s.cfg.Now(), s.cfg.Retention, s.cfg.LimitSeries, s.makeRoom)
+	return c.Append(pushes, s.cfg.Now(), s.cfg.Retention, s.cfg.LimitSeries, s.makeRoom)
 }
 
 // makeRoom makes room for n samples under the limit. It evicts batches, oldest
@@ -431,7 +427,7 @@ func (s *Store) sorted() []*Site {
 	return slices.SortedFunc(maps.Values(s.clusters), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// Each calls f for what is held and shown of each cluster by ID, from that on which stands at
+// Each calls f for what is held of each cluster by ID, from that on which stands at
 // start, 0 to 1, of all and round, until f returns false. f must neither keep held nor
 // call the store.
 func (s *Store) Each(start float64, f func(hash uint64, held *Cluster) bool) {
@@ -439,11 +435,86 @@ func (s *Store) Each(start float64, f func(hash uint64, held *Cluster) bool) {
 	for i := range sites {
 		c := sites[(int(start*float64(len(sites)))+i)%len(sites)]
 		goOn := true
-		c.Show(func(held *Cluster) { goOn = f(c.Hash, held) })
+		c.Look(func(held *Cluster) { goOn = f(c.Hash, held) })
 		if !goOn {
 			return
 		}
 	}
+}
+
+// HeldSite says what is to be known of a cluster before it is handed over.
+type HeldSite struct {
+	ID      string
+	Hash    uint64
+	Head    int64 // ms; when its oldest batch was accepted
+	Samples int64
+}
+
+// Held returns the clusters for which want returns true, those with the oldest batch
+// first.
+func (s *Store) Held(want func(id string, hash uint64) bool) []HeldSite {
+	var held []HeldSite
+	for _, c := range s.sorted() {
+		if want(c.ID, c.Hash) {
+			c.Look(func(h *Cluster) {
+				if !h.Virgin() {
+					held = append(held, HeldSite{c.ID, c.Hash, h.Head(), h.Samples()})
+				}
+			})
+		}
+	}
+	slices.SortStableFunc(held, func(a, b HeldSite) int { return cmp.Compare(a.Head, b.Head) })
+	return held
+}
+
+// Look calls f with what is held of a cluster, as Each does; it reports false if
+// nothing is known of it.
+func (s *Store) Look(id string, f func(held *Cluster)) bool {
+	s.mu.RLock()
+	c := s.clusters[id]
+	s.mu.RUnlock()
+	if c != nil {
+		c.Look(f)
+	}
+	return c != nil
+}
+
+// Drop drops the batches of a cluster up to a sequence number, which another server
+// has durable. A crash may bring them back, until Release.
+func (s *Store) Drop(id string, upTo uint64) {
+	s.mu.RLock()
+	c := s.clusters[id]
+	s.mu.RUnlock()
+	if c != nil {
+		c.Drop(upTo)
+	}
+}
+
+// Release forgets a cluster, and its log, if nothing newer than a sequence number
+// came meanwhile; done tells. What is dropped is then gone for good.
+func (s *Store) Release(ctx context.Context, id string, upTo uint64) (done bool, err error) {
+	s.mu.RLock()
+	c := s.clusters[id]
+	s.mu.RUnlock()
+	if c == nil {
+		return true, nil
+	}
+	if err := c.Take(ctx); err != nil {
+		return false, err
+	}
+	defer c.Free()
+	if c.Gone {
+		return true, nil
+	}
+	c.Look(func(held *Cluster) { done = held.Seq <= upTo && len(held.Batches) == 0 })
+	if !done {
+		return false, nil
+	}
+	if err := c.Remove(); err != nil {
+		return false, fmt.Errorf("removing the log of a cluster that was handed over: %w", err)
+	}
+	s.forget(c)
+	return true, nil
 }
 
 // ClusterStats says what is held of one cluster.

@@ -144,6 +144,13 @@ func (s *Swim) SetClaim(slot uint16, lamport uint64, provisional bool) {
 	s.announce(r)
 }
 
+// SetLeaving tells all that this member is about to leave.
+func (s *Swim) SetLeaving() {
+	r := s.Self.Record
+	r.Leaving = true
+	s.announce(r)
+}
+
 // SetKeys replaces the keys and tells all which one this member seals with.
 func (s *Swim) SetKeys(keys Keys) error {
 	if err := s.Sealer.SetKeys(keys); err != nil {

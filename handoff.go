@@ -1,0 +1,470 @@
+package main
+
+// Clusters on their way to the server that owns them: after the ring changed, when
+// this server leaves, and when an owner that could not be reached can be again.
+// Invariants: nothing is dropped here before its owner has it durable; what is on its
+// way is shown by one server or by none, and by its holder again when it cannot go; an
+// owner shows a cluster that is new to it when every member has handed over what it had,
+// or after half a minute. This file must not know of sealing, sockets or scrapes.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// In intervals of gossip, a second unless it is configured:
+	stableFor    = 5  // a ring that changed may change again
+	holdBackFor  = 30 // for a member that does not answer
+	handoffRetry = 5  // after an owner failed, or refused a cluster
+
+	handoffTick  = 500 * time.Millisecond
+	leaveWithin  = 30 * time.Second
+	handoffChunk = 1 << 20  // bytes of samples in one request, or one batch
+	handoffRate  = 32 << 20 // bytes a second, to each owner
+)
+
+// HandoffConfig configures a Handoff.
+type HandoffConfig struct {
+	Name  string // this server's
+	Store *Store
+	View  func() *View
+	Send  func(ctx context.Context, to Peer, m HandoffMessage) error
+	Now   func() time.Time
+	// Interval is gossip's, which says how soon all see one ring.
+	Interval time.Duration
+	Log      *slog.Logger
+	Metrics  *Metrics
+}
+
+// Handoff hands clusters over. It is safe for concurrent use.
+type Handoff struct {
+	cfg HandoffConfig
+
+	mu      sync.Mutex // guards the rest
+	leaving bool
+	ring    *Ring                  // as last seen
+	since   time.Time              // when it was first seen
+	settled *Ring                  // the last one for which nothing is held back any more
+	done    map[string]handoffDone // by member
+	told    map[string]bool        // members that know that there is no more for them on this ring
+	owners  map[string]*handoffOwner
+	refused map[string]time.Time // cluster → when its owner refused it
+
+	clusters, samples, bytes *Counter
+}
+
+// handoffDone is a member's word that it has no more for this server.
+type handoffDone struct {
+	ring uint64 // its version
+	at   time.Time
+}
+
+// handoffOwner is what is known of a member to which clusters go.
+type handoffOwner struct {
+	session uint64
+	busy    bool      // something is on its way
+	failed  time.Time // not zero: it could not be reached, and what it owns is shown here
+	unsure  time.Time // not zero: since when it says that it is not the owner
+}
+
+// NewHandoff returns a Handoff that knows of no ring.
+func NewHandoff(cfg HandoffConfig) *Handoff {
+	m := cfg.Metrics
+	h := &Handoff{
+		cfg: cfg, ring: NewRing(nil, 0), done: map[string]handoffDone{}, told: map[string]bool{},
+		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{},
+		clusters: m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
+		samples:  m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
+		bytes:    m.Counter("telemeter_handoff_bytes_total", "Bytes handed over."),
+	}
+	for _, result := range []string{"handed", "failed", "refused"} {
+		h.clusters.Add(0, result)
+	}
+	left := m.Gauge("telemeter_handoff_clusters_left", "Cluster IDs that this server holds and does not own.")
+	held := m.Gauge("telemeter_handoff_held_back", "1 while clusters that are new to this server are not shown yet, because other members may have older samples of them.")
+	m.OnCollect(func() {
+		st := h.Status()
+		left.Set(float64(st.Left))
+		held.Set(0)
+		if st.HeldBack {
+			held.Set(1)
+		}
+	})
+	return h
+}
+
+// HandoffStatus is what is to be told of handing over.
+type HandoffStatus struct {
+	Left     int            `json:"left"` // clusters held and not owned
+	To       map[string]int `json:"to,omitempty"`
+	Refused  int            `json:"refused"`           // of these, such as their owner does not take
+	Failing  []string       `json:"failing,omitempty"` // owners that cannot be reached
+	HeldBack bool           `json:"held_back"`
+	Waiting  []string       `json:"waiting_for,omitempty"` // members that may have more for this server
+	Leaving  bool           `json:"leaving"`
+}
+
+// Status tells how far it is.
+func (h *Handoff) Status() HandoffStatus {
+	view := h.cfg.View()
+	st := HandoffStatus{To: map[string]int{}}
+	for _, c := range h.cfg.Store.Held(func(_ string, hash uint64) bool { return h.owner(view, hash) != "" }) {
+		st.To[h.owner(view, c.Hash)]++
+		st.Left++
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	view = h.see()
+	for name, o := range h.owners {
+		if !o.failed.IsZero() {
+			st.Failing = append(st.Failing, name)
+		}
+	}
+	slices.Sort(st.Failing)
+	st.Leaving, st.Refused = h.leaving, len(h.refused)
+	st.Waiting = h.waiting(view)
+	st.HeldBack = h.settled != h.ring
+	return st
+}
+
+// owner returns the member that owns a cluster; "" if that is this one, or nobody.
+func (h *Handoff) owner(view *View, hash uint64) string {
+	name, ok := view.Ring.Owner(hash)
+	if _, live := view.Peers[name]; !ok || !live || name == h.cfg.Name {
+		return ""
+	}
+	return name
+}
+
+// see looks at the ring, and notes its change. h.mu is held: nobody sees what was
+// before afterwards.
+func (h *Handoff) see() *View {
+	view := h.cfg.View()
+	now := h.cfg.Now()
+	if h.ring.Version() != view.Ring.Version() {
+		h.ring, h.since = view.Ring, now
+		clear(h.refused)
+		clear(h.told)
+		// A member that has seen the change first may have spoken already; of what it
+		// said of an equal ring before, nothing is left.
+		maps.DeleteFunc(h.done, func(_ string, d handoffDone) bool {
+			return d.ring != h.ring.Version() || now.Sub(d.at) > stableFor*h.cfg.Interval
+		})
+	}
+	maps.DeleteFunc(h.owners, func(name string, o *handoffOwner) bool {
+		p, live := view.Peers[name]
+		return !o.busy && (!live || p.Session != o.session)
+	})
+	maps.DeleteFunc(h.done, func(name string, _ handoffDone) bool { _, live := view.Peers[name]; return !live })
+	if h.settled != h.ring && h.ring.Buckets() > 0 && (now.Sub(h.since) >= holdBackFor*h.cfg.Interval || len(h.waiting(view)) == 0) {
+		h.settled = h.ring
+	}
+	return view
+}
+
+// waiting returns the members that may have more for this server. h.mu is held.
+func (h *Handoff) waiting(view *View) (names []string) {
+	for name := range view.Peers {
+		if name != h.cfg.Name && h.done[name].ring != h.ring.Version() {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Hidden reports whether a cluster is not shown by this server for now: it is on its
+// way to its owner, or older samples of it may be on their way here.
+func (h *Handoff) Hidden(id string) bool {
+	hash := RingKey(id)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	view := h.see()
+	if owner := h.owner(view, hash); owner != "" {
+		o := h.owners[owner]
+		_, refused := h.refused[id]
+		return !refused && (o == nil || o.failed.IsZero())
+	}
+	if h.settled == h.ring {
+		return false
+	}
+	if h.settled != nil {
+		if before, ok := h.settled.Owner(hash); ok && before == h.cfg.Name {
+			return false // it was shown here all the time
+		}
+	}
+	return true
+}
+
+// Take takes what another member hands over: durable when it returns nil.
+func (h *Handoff) Take(ctx context.Context, from string, m HandoffMessage) error {
+	h.mu.Lock()
+	view := h.see()
+	leaving := h.leaving
+	if m.Cluster == "" {
+		h.done[from] = handoffDone{m.Ring, h.cfg.Now()}
+		h.see()
+	}
+	h.mu.Unlock()
+	if m.Cluster == "" {
+		return nil
+	}
+	if name, ok := view.Ring.Owner(RingKey(m.Cluster)); leaving || !ok || name != h.cfg.Name {
+		return ErrNotOwner
+	}
+	pushes, err := DecodeBatches(m.Batches, m.Cluster)
+	if err != nil {
+		return err
+	}
+	res, err := h.cfg.Store.AppendAll(ctx, m.Cluster, pushes)
+	if err != nil {
+		return err
+	}
+	h.cfg.Log.Debug("took over", "cluster", m.Cluster, "from", from, "samples", res.Accepted, "known", res.Duplicates)
+	return nil
+}
+
+// Run hands over until ctx ends.
+func (h *Handoff) Run(ctx context.Context) error {
+	tick := time.NewTicker(handoffTick)
+	defer tick.Stop()
+	var passes sync.WaitGroup
+	defer passes.Wait()
+	for {
+		for owner := range h.due() {
+			passes.Go(func() { h.Pass(ctx, owner) })
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// due returns the members to which something may go now, each of which then has to be
+// given a Pass. Each has its own, so that one that answers slowly stops no other.
+func (h *Handoff) due() map[string]bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	view := h.see()
+	now := h.cfg.Now()
+	if !h.leaving && now.Sub(h.since) < stableFor*h.cfg.Interval {
+		return nil
+	}
+	due := map[string]bool{}
+	for name, p := range view.Peers {
+		o := h.owners[name]
+		if o == nil {
+			o = &handoffOwner{session: p.Session}
+			h.owners[name] = o
+		}
+		if name != h.cfg.Name && !o.busy && (o.failed.IsZero() || now.Sub(o.failed) >= handoffRetry*h.cfg.Interval) {
+			o.busy = true
+			due[name] = true
+		}
+	}
+	return due
+}
+
+// Pass hands one member all that it owns and this one holds, oldest first, and tells
+// it when there is no more.
+func (h *Handoff) Pass(ctx context.Context, name string) {
+	view := h.cfg.View()
+	err := h.pass(ctx, view, name)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	o := h.owners[name]
+	if o == nil {
+		return
+	}
+	o.busy = false
+	switch {
+	case err == nil:
+		o.failed, o.unsure = time.Time{}, time.Time{}
+	case errors.Is(err, ErrNotOwner) && (o.unsure.IsZero() || h.cfg.Now().Sub(o.unsure) < 2*stableFor*h.cfg.Interval):
+		// It has not seen the change of the ring yet, or it sees another.
+		if o.unsure.IsZero() {
+			o.unsure = h.cfg.Now()
+		}
+	case ctx.Err() == nil:
+		if o.failed.IsZero() {
+			h.cfg.Log.Warn("owner cannot be handed what it owns; it is shown here", "owner", name, "err", err)
+		}
+		h.clusters.Inc("failed")
+		o.failed = h.cfg.Now()
+	}
+}
+
+func (h *Handoff) pass(ctx context.Context, view *View, name string) error {
+	to, live := view.Peers[name]
+	if !live {
+		return nil
+	}
+	version := view.Ring.Version()
+	held := h.cfg.Store.Held(func(_ string, hash uint64) bool { return h.owner(view, hash) == name })
+	skipped := 0
+	handed := 0
+	for _, c := range held {
+		if h.cfg.View().Ring.Version() != version {
+			return nil // others may own the rest
+		}
+		if h.wait(c.ID) {
+			skipped++
+			continue
+		}
+		err := h.hand(ctx, to, version, c)
+		var refusal *RefusedByOwner
+		if errors.As(err, &refusal) {
+			skipped++
+			h.refuse(c.ID, name, refusal)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		handed++
+	}
+	if handed > 0 {
+		h.cfg.Log.Info("handed over", "owner", name, "clusters", handed, "left", skipped)
+	}
+	h.mu.Lock()
+	told := h.told[name]
+	h.mu.Unlock()
+	if skipped > 0 || told {
+		return nil
+	}
+	if err := h.cfg.Send(ctx, to, HandoffMessage{Ring: version}); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.told[name] = h.ring.Version() == version
+	return nil
+}
+
+// wait reports whether a cluster's owner refused it a short while ago.
+func (h *Handoff) wait(id string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	at, refused := h.refused[id]
+	return refused && h.cfg.Now().Sub(at) < handoffRetry*h.cfg.Interval
+}
+
+func (h *Handoff) refuse(id, owner string, err error) {
+	h.mu.Lock()
+	_, again := h.refused[id]
+	h.refused[id] = h.cfg.Now()
+	h.mu.Unlock()
+	h.clusters.Inc("refused")
+	if !again {
+		h.cfg.Log.Warn("owner does not take a cluster; it is shown here", "cluster", id, "owner", owner, "err", err)
+	}
+}
+
+// hand hands one cluster over. It begins with what is oldest, whatever was handed
+// before: what the owner has is dropped here.
+func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) error {
+	for {
+		begin := time.Now()
+		var chunk []byte
+		var upTo uint64
+		n := 0
+		oldest := h.cfg.Store.Oldest()
+		known := h.cfg.Store.Look(c.ID, func(held *Cluster) {
+			chunk, upTo, n = AppendBatches(nil, held, oldest, handoffChunk, func(b *Batch) []uint64 {
+				return h.cfg.Store.Consumers.Have(c.Hash, b)
+			})
+		})
+		if !known {
+			return nil
+		}
+		if err := h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk}); err != nil {
+			return fmt.Errorf("handing over cluster %q: %w", c.ID, err)
+		}
+		h.cfg.Store.Drop(c.ID, upTo)
+		h.samples.Add(float64(n))
+		h.bytes.Add(float64(len(chunk)))
+		done, err := h.cfg.Store.Release(ctx, c.ID, upTo)
+		if err != nil {
+			return err
+		}
+		if done {
+			h.clusters.Inc("handed")
+			h.mu.Lock()
+			delete(h.refused, c.ID)
+			h.mu.Unlock()
+			return nil
+		}
+		if !sleep(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) {
+			return ctx.Err()
+		}
+	}
+}
+
+// sleep waits, and reports whether ctx is still good.
+func sleep(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+// SetLeaving has this server take nothing any more, and hand over all at once.
+func (h *Handoff) SetLeaving() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.leaving = true
+	clear(h.refused)
+	for _, o := range h.owners {
+		o.failed = time.Time{}
+	}
+}
+
+// Leave returns when all is handed over, or when it cannot be.
+func (h *Handoff) Leave(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
+	defer cancel()
+	for {
+		st := h.Status()
+		_, owns := h.cfg.View().Ring.Shares()[h.cfg.Name] // until it is heard that this server leaves
+		if !owns && st.Left == 0 && h.toldAll() {
+			return
+		}
+		if st.Left > 0 && st.Left <= st.Refused {
+			h.cfg.Log.Warn("leaving with clusters that their owners do not take; they are kept on disk", "clusters", st.Left)
+			return
+		}
+		if !sleep(ctx, handoffTick/5) {
+			h.cfg.Log.Warn("leaving with clusters that could not be handed over; they are kept on disk", "clusters", st.Left, "failing", st.Failing)
+			return
+		}
+	}
+}
+
+// toldAll reports whether every member knows that there is no more for it.
+func (h *Handoff) toldAll() bool {
+	view := h.cfg.View()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for name := range view.Peers {
+		if name != h.cfg.Name && !h.told[name] && (h.owners[name] == nil || h.owners[name].failed.IsZero()) {
+			return false
+		}
+	}
+	return true
+}
