@@ -37,7 +37,8 @@ type Batch struct {
 	T0         int64    // ms
 	MinT, MaxT int64    // ms; no sample is outside, nor is T0
 	IDs        []uint32 // may be shared with other batches
-	DT         []int32  // ms after T0; nil when all are at T0
+	DT         []int32  // ms after T0; nil when all are at T0; see Pack
+	which      []uint8  // of a packed batch, for each sample the index of its time in DT
 	V          []float64
 	Clock      ScrapeClock
 	Shift      int64    // ms that were added to the source's times
@@ -62,7 +63,34 @@ func (b *Batch) Time(i int) int64 {
 	if b.DT == nil {
 		return b.T0
 	}
+	if b.which != nil {
+		i = int(b.which[i])
+	}
 	return b.T0 + int64(b.DT[i])
+}
+
+// Pack makes b smaller: a push has few times, one for each target of its source, and
+// naming them takes a byte a sample where the difference takes four.
+func (b *Batch) Pack() {
+	if b.DT == nil || b.which != nil {
+		return
+	}
+	var times []int32
+	which := make([]uint8, len(b.DT))
+	index := map[int32]uint8{}
+	for i, dt := range b.DT {
+		w, ok := index[dt]
+		if !ok {
+			if len(times) == 1<<8 {
+				return
+			}
+			w = uint8(len(times))
+			index[dt] = w
+			times = append(times, dt)
+		}
+		which[i] = w
+	}
+	b.DT, b.which = slices.Clip(times), which
 }
 
 // Bound sets MinT and MaxT and drops DT where it says nothing.
@@ -86,16 +114,10 @@ func (b *Batch) Where(keep func(i int) bool) *Batch {
 		return b
 	}
 	k := *b
-	k.IDs, k.V, k.DT = slices.Clone(b.IDs[:first]), slices.Clone(b.V[:first]), nil
-	if b.DT != nil {
-		k.DT = slices.Clone(b.DT[:first])
-	}
-	for i := first + 1; i < len(b.V); i++ {
-		if keep(i) {
-			k.IDs, k.V = append(k.IDs, b.IDs[i]), append(k.V, b.V[i])
-			if b.DT != nil {
-				k.DT = append(k.DT, b.DT[i])
-			}
+	k.IDs, k.V, k.DT, k.which = nil, nil, nil, nil
+	for i := range b.V {
+		if i < first || i > first && keep(i) {
+			k.IDs, k.V, k.DT = append(k.IDs, b.IDs[i]), append(k.V, b.V[i]), append(k.DT, int32(b.Time(i)-b.T0))
 		}
 	}
 	k.Bound()
@@ -185,10 +207,12 @@ func EncodeBatch(buf []byte, b *Batch) []byte {
 		end = int64(b.IDs[j-1]) + 1
 		i = j
 	}
-	prev := int32(0)
-	for _, dt := range b.DT {
-		buf = binary.AppendVarint(buf, int64(dt)-int64(prev))
-		prev = dt
+	if b.DT != nil {
+		prev := b.T0
+		for i := range b.V {
+			buf = binary.AppendVarint(buf, b.Time(i)-prev)
+			prev = b.Time(i)
+		}
 	}
 	for _, v := range b.V {
 		buf = binary.LittleEndian.AppendUint64(buf, math.Float64bits(v))

@@ -132,6 +132,9 @@ func TestBatchWhere(t *testing.T) {
 				n++
 			}
 		}
+		if rng.IntN(2) == 0 {
+			b.Pack()
+		}
 		got := b.Where(func(i int) bool { return keep[i] })
 		if !sameBatch(b, &before) {
 			t.Fatalf("seed %d: the batch changed", seed)

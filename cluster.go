@@ -295,6 +295,7 @@ func (c *Cluster) Adopt(b *Batch, oldest int64) error {
 
 // Take holds b, which is durable, and shows its samples.
 func (c *Cluster) Take(b *Batch) {
+	b.Pack()
 	if n := len(c.Batches); n > 0 && slices.Equal(c.Batches[n-1].IDs, b.IDs) {
 		b.IDs = c.Batches[n-1].IDs
 	}

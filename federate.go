@@ -73,7 +73,8 @@ func (f *Federate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	var fams []Family
 	var reading *Reading
-	if q.Has("consumer") {
+	// Who asks by HEAD would confirm what it never saw.
+	if q.Has("consumer") && r.Method == http.MethodGet {
 		if reading, err = f.consumer(r, q); err != nil {
 			status := http.StatusBadRequest
 			if errors.Is(err, ErrConsumers) {

@@ -66,7 +66,7 @@ func ServerMode(ctx context.Context, c *Command) error {
 		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body; decompressed, 8 times as much")
 		f.series = c.Int("limit-series", 20_000, "`N` series held for each cluster ID")
 		f.clusters = c.Int("limit-clusters", 10_000, "`N` cluster IDs known")
-		f.samples = c.Int("limit-samples", 50_000_000, "`N` samples held in all, at about 14 bytes each")
+		f.samples = c.Int("limit-samples", 50_000_000, "`N` samples held in all, at about 12 bytes each")
 		f.storage = c.Size("limit-storage", 0, "`SIZE` of all logs; 0 for what the disk has")
 		f.scrape = c.Int("limit-scrape", 500_000, "`N` samples in one scrape")
 	})
