@@ -268,9 +268,10 @@ for i in 1 2 3 4 5 6 7 8; do
 done
 check "cut: each side sees only itself alive" parted
 for i in 1 2 3 4 5 6 7 8; do push 4 "parted-$i"; done
-patience=0 check "pushes to the minority" pushed parted
+# Shown when each of the two has said that it holds nothing of what is new to the other.
+check "pushes to the minority" pushed parted
 wait "${pushes[@]}"
-patience=0 check "pushes to the minority that came with the cut" pushed cut
+check "pushes to the minority that came with the cut" pushed cut
 
 # shellcheck disable=SC2086
 plug one $minority
