@@ -1,0 +1,359 @@
+package main
+
+// scrape_test.go: a consumer gets every sample once and in order, whatever happens to
+// its connections, its limits, the store's files and the process; a model says what it
+// must have had.
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// modelConsumer is a scraper, and what it knows.
+type modelConsumer struct {
+	name  string
+	conn  *Conn
+	had   map[heldSample]bool // read to the end, and confirmed
+	saved map[heldSample]bool // had when the cursors were last saved
+	may   map[heldSample]bool // of had, may come again
+	last  []heldSample        // of the last scrape, not confirmed
+	part  []heldSample        // may come again, once what is served is confirmed
+	place *Reading
+}
+
+// again notes that batches that are had or served in part may come again from their
+// beginning: what is had of them is known by the connection alone, and by where they
+// lie in memory.
+func (m *scrapeModel) again(c *modelConsumer) {
+	if c.place == nil {
+		return
+	}
+	for _, site := range m.store.sorted() {
+		site.Look(func(held *Cluster) {
+			for _, at := range []Position{c.place.pos[site.Hash], c.place.sent[site.Hash]} {
+				if at.Part != nil && slices.Contains(held.Batches, at.Part) {
+					for i := range at.N {
+						c.part = append(c.part, heldSample{string(held.Table.Line(at.Part.IDs[i])), at.Part.Time(i)})
+					}
+				}
+			}
+		})
+	}
+}
+
+// lose ends the connection.
+func (m *scrapeModel) lose(c *modelConsumer) {
+	m.again(c)
+	c.conn, c.place, c.last = nil, nil, nil
+	c.settle()
+}
+
+// certain returns what was had and may not come again.
+func (c *modelConsumer) certain() map[heldSample]bool {
+	had := maps.Clone(c.had)
+	maps.DeleteFunc(had, func(s heldSample, _ bool) bool { return c.may[s] })
+	return had
+}
+
+func (c *modelConsumer) settle() {
+	for _, s := range c.part {
+		c.may[s] = true
+	}
+	c.part = nil
+}
+
+type scrapeModel struct {
+	t         *testing.T
+	rng       *rand.Rand
+	fsys      *crashFS
+	kit       *storeKit
+	store     *Store
+	accepted  map[heldSample]string // → cluster
+	newest    map[string]int64      // by line
+	consumers []*modelConsumer
+	values    float64
+}
+
+func (m *scrapeModel) push() {
+	id := fmt.Sprint("c", m.rng.IntN(4))
+	var points []point
+	for range 1 + m.rng.IntN(12) {
+		ago := m.rng.IntN(8)
+		if m.rng.IntN(10) == 0 {
+			ago = m.rng.IntN(3000) // late
+		}
+		m.values++
+		points = append(points, point{[]string{"x", "y"}[m.rng.IntN(2)], m.rng.IntN(3), m.kit.clock.ms(ago), m.values})
+	}
+	p := storePush(id, points...)
+	if _, err := m.store.Append(context.Background(), id, p); err != nil {
+		m.t.Fatal(err)
+	}
+	for _, s := range p.Samples {
+		line := string(p.Line(s))
+		m.accepted[heldSample{line, s.T}] = id // a repeat is the sample that is held
+		m.newest[line] = max(m.newest[line], s.T)
+	}
+}
+
+// scrape is one scrape of a consumer; lost says that its answer does not arrive.
+func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (unread int, more bool) {
+	t := m.t
+	if c.conn == nil {
+		c.conn = &Conn{}
+	}
+	r, _, err := m.store.Consumers.Begin(ConsumerKey(c.name, "", ""), c.name, "", c.conn, m.kit.clock.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range c.last {
+		c.had[s] = true
+		delete(c.may, s)
+	}
+	c.last, c.place = nil, r
+	c.settle()
+	x := scraper(m.store, 10*time.Minute)
+	x.start = m.rng.Float64()
+	fams, unread, more := x.Unread(r, limit, single, nil)
+	n, fresh := 0, 0
+	for _, f := range fams {
+		series := map[string]int64{}
+		for _, l := range f.Lines {
+			s := heldSample{string(l.Text), l.T}
+			n++
+			if _, ok := m.accepted[s]; !ok {
+				t.Fatalf("%s is served %v, which nobody pushed", c.name, s)
+			}
+			if before, twice := series[s.line]; twice && (before >= s.t || single) {
+				t.Fatalf("%s: %s at %d after %d in one scrape", c.name, s.line, s.t, before)
+			}
+			series[s.line] = s.t
+			if !c.had[s] {
+				fresh++
+			} else if !c.may[s] && s.t != m.newest[s.line] {
+				t.Fatalf("%s is served %v again, which is not the newest", c.name, s)
+			}
+			c.last = append(c.last, s)
+		}
+	}
+	if n > limit || fresh > unread {
+		t.Fatalf("%s: %d lines, %d of them new, %d unread, limit %d", c.name, n, fresh, unread, limit)
+	}
+	if lost {
+		m.lose(c)
+	}
+	return unread, more
+}
+
+func (m *scrapeModel) step() {
+	c := m.consumers[m.rng.IntN(len(m.consumers))]
+	switch k := m.rng.IntN(100); {
+	case k < 35:
+		m.push()
+	case k < 75:
+		m.scrape(c, []int{1, 3, 10, 1000}[m.rng.IntN(4)], m.rng.IntN(3) == 0, m.rng.IntN(6) == 0)
+	case k < 80:
+		m.kit.clock.Add(time.Duration(m.rng.IntN(20)) * time.Second)
+	case k < 84:
+		for _, c := range m.consumers {
+			m.again(c)
+		}
+		m.store.maintain(context.Background(), m.rng.IntN(2) == 0)
+	case k < 90:
+		for _, c := range m.consumers {
+			m.again(c)
+		}
+		for _, s := range m.store.sorted() { // compaction in the middle of a batch
+			if s.Take(context.Background()) == nil {
+				if err := s.Rewrite(nil, m.store.Oldest()); err != nil {
+					m.t.Fatal(err)
+				}
+				s.Free()
+			}
+		}
+	case k < 96:
+		if err := m.store.Consumers.Save(); err != nil {
+			m.t.Fatal(err)
+		}
+		for _, c := range m.consumers {
+			c.saved = c.certain()
+			place := *c // on disk there is no half of a batch
+			place.part = slices.Clone(c.part)
+			m.again(&place)
+			for _, s := range place.part {
+				delete(c.saved, s)
+			}
+		}
+	default:
+		m.restart(m.rng.IntN(2) == 0)
+	}
+}
+
+// restart ends the process, in good order or not.
+func (m *scrapeModel) restart(crash bool) {
+	for _, c := range m.consumers {
+		m.lose(c)
+	}
+	if crash {
+		m.fsys.crash()
+		for _, c := range m.consumers {
+			// What the file did not say is served again, which is no fault.
+			for s := range c.had {
+				if !c.saved[s] {
+					c.may[s] = true
+				}
+			}
+		}
+	} else if err := m.store.Close(); err != nil {
+		m.t.Fatal(err)
+	}
+	m.fsys.restart()
+	m.store = m.kit.open()
+	for _, c := range m.consumers {
+		c.saved = c.certain()
+	}
+}
+
+// Every sample that was accepted comes to every consumer, and once confirmed does not
+// come again but as the newest of its series.
+func TestConsumersModel(t *testing.T) {
+	seeds := 60
+	if testing.Short() {
+		seeds = 10
+	}
+	for seed := range uint64(seeds) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			fsys := newStoreFS(seed)
+			m := &scrapeModel{
+				t: t, rng: rand.New(rand.NewPCG(seed, 7)), fsys: fsys, kit: newStoreKit(t, fsys),
+				accepted: map[heldSample]string{}, newest: map[string]int64{},
+			}
+			m.store = m.kit.open()
+			for i := range 3 {
+				m.consumers = append(m.consumers, &modelConsumer{name: fmt.Sprint("p", i), had: map[heldSample]bool{}, saved: map[heldSample]bool{}, may: map[heldSample]bool{}})
+			}
+			for range 300 {
+				m.step()
+			}
+			for _, c := range m.consumers {
+				for n := 0; ; n++ {
+					_, more := m.scrape(c, 7, n%2 == 0, false)
+					if !more {
+						break
+					}
+					if n > 10_000 {
+						t.Fatalf("%s never has it all", c.name)
+					}
+				}
+				m.scrape(c, 1000, false, false)
+				m.scrape(c, 1000, false, false)
+				for s, id := range m.accepted {
+					if !c.had[s] {
+						t.Errorf("%s never had %v of %s", c.name, s, id)
+					}
+				}
+			}
+			if len(m.kit.errors) > 0 {
+				t.Error(m.kit.errors)
+			}
+		})
+	}
+}
+
+// With a limit, a cluster that has much does not keep the others waiting.
+func TestUnreadIsFair(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	var flood []point
+	for i := range 500 {
+		flood = append(flood, point{"x", i % 10, k.clock.ms(3000) + int64(i), 1})
+	}
+	k.push(s, "flood", flood...)
+	for i := range 9 {
+		k.push(s, fmt.Sprint("small", i), point{"x", 1, k.clock.ms(1), 1}, point{"x", 2, k.clock.ms(1), 1})
+	}
+	r, _, err := s.Consumers.Begin(1, "c", "", &Conn{}, k.clock.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	fams, unread, more := scraper(s, time.Hour).Unread(r, 100, false, nil)
+	count := map[bool]int{}
+	for _, f := range fams {
+		for _, l := range f.Lines {
+			count[strings.Contains(string(l.Text), "small")]++
+		}
+	}
+	if count[true] != 18 || count[false] > 82 || count[false] < 70 || unread > 100 || !more {
+		t.Errorf("of small clusters %d, of the flood %d; unread %d, more %t", count[true], count[false], unread, more)
+	}
+}
+
+func TestFairShare(t *testing.T) {
+	for _, test := range []struct {
+		wants       []int
+		limit, want int
+	}{
+		{[]int{10, 10}, 10, 5},
+		{[]int{1, 100, 100}, 21, 10},
+		{[]int{100}, 7, 7},
+		{[]int{5, 5, 5}, 2, 1},
+	} {
+		if got := fairShare(slices.Clone(test.wants), test.limit); got != test.want {
+			t.Errorf("%v, %d: %d, want %d", test.wants, test.limit, got, test.want)
+		}
+	}
+}
+
+// Two that look like one consumer each go on where they were; who comes anew goes on
+// where the others have been.
+func TestConsumerConnections(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	conns := [3]*Conn{{}, {}, {}}
+	n := 0
+	scrape := func(conn int) (got string, repeated bool) {
+		r, repeated, err := s.Consumers.Begin(1, "c", "", conns[conn], k.clock.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		x := scraper(s, 0) // without the newest again
+		fams, _, _ := x.Unread(r, 0, false, nil)
+		for _, f := range fams {
+			for _, l := range f.Lines {
+				got += fmt.Sprint(l.V, " ")
+			}
+		}
+		return got, repeated
+	}
+	push := func() {
+		n++
+		k.push(s, "a", point{"x", 1, k.clock.ms(100 - n), float64(n)})
+	}
+	push()
+	for i, step := range []struct {
+		conn     int
+		want     string
+		repeated bool
+	}{
+		{0, "1 ", false},
+		{1, "1 2 ", true}, // not yet confirmed by the first
+		{0, "2 3 ", false},
+		{1, "3 4 ", false},
+		{0, "4 5 ", false},
+		{2, "4 5 6 ", true}, // 3 was confirmed when the first came again
+		{0, "6 7 ", false},
+		{2, "7 8 ", false},
+	} {
+		got, repeated := scrape(step.conn)
+		if got != step.want || repeated != step.repeated {
+			t.Errorf("step %d: got %q, repeated %t; want %q, %t", i, got, repeated, step.want, step.repeated)
+		}
+		push()
+	}
+}
