@@ -2,6 +2,7 @@
 # Works from a release archive as well as from a git clone.
 
 GO         ?= go
+PROMTOOL   ?= promtool
 FUZZTIME   ?= 5s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -52,6 +53,11 @@ sockets: ## gossip on real sockets, for seven minutes: prints the table of figur
 test-integration: telemeter ## client, two servers and a real Prometheus, as source and as sink
 	./test/integration.sh
 
+test-alerts: ## the central Prometheus's configuration and alerts, by its promtool (PROMTOOL)
+	$(PROMTOOL) check config testdata/prometheus.yml
+	$(PROMTOOL) check rules testdata/rules.yml testdata/alerts.yml
+	$(PROMTOOL) test rules testdata/alerts_test.yml
+
 test-netns: telemeter ## five servers in network namespaces, cut in two and healed; needs root and Linux
 	./test/netns.sh
 
@@ -71,4 +77,4 @@ FORCE:
 
 # What each target of check prints is read in its order.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test fuzz bench sim sockets test-integration test-netns test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test fuzz bench sim sockets test-integration test-alerts test-netns test-readme demo clean help FORCE
