@@ -3,6 +3,7 @@
 
 GO         ?= go
 PROMTOOL   ?= promtool
+OUTAGE     ?= full
 FUZZTIME   ?= 5s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -53,6 +54,9 @@ sockets: ## gossip on real sockets, for seven minutes: prints the table of figur
 test-integration: telemeter ## client, two servers and a real Prometheus, as source and as sink
 	./test/integration.sh
 
+test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: two minutes
+	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late)$$' . -args -outage $(OUTAGE)
+
 test-alerts: ## the central Prometheus's configuration and alerts, by its promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
 	$(PROMTOOL) check rules testdata/rules.yml testdata/alerts.yml
@@ -77,4 +81,4 @@ FORCE:
 
 # What each target of check prints is read in its order.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test fuzz bench sim sockets test-integration test-alerts test-netns test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test fuzz bench sim sockets test-integration test-outage test-alerts test-netns test-readme demo clean help FORCE

@@ -3,7 +3,7 @@ package main
 // How far the clock of a cluster's source is from this server's, and by how much its
 // samples are shifted for it. Invariants: under a minute nothing is shifted; a shift
 // changes only by more than five seconds; a push that was slow moves nothing. Pure:
-// all times come in. This file must not know of samples, stores or HTTP.
+// all times come in. This file must not know of samples or stores.
 
 import "slices"
 
@@ -16,6 +16,16 @@ const (
 
 // MaxClockTime bounds what a clock can say, in ms since the epoch: later is a mistake.
 const MaxClockTime = 1 << 53
+
+// Headers by which a push tells of the clock of what was scraped, all in ms but the
+// last: the source's clock and the boot-time clock beside it at the newest scrape in
+// the push, the scrape's age when the push was sent, and a name of the boot.
+const (
+	SourceClockHeader = "Telemeter-Source-Clock"
+	BootClockHeader   = "Telemeter-Boot-Clock"
+	ScrapeAgeHeader   = "Telemeter-Scrape-Age"
+	BootIDHeader      = "Telemeter-Boot-Id"
+)
 
 // ScrapeClock is what a push tells of the newest scrape in it. All scrapes of one
 // push are of one clock that made no step between them.

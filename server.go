@@ -462,16 +462,6 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 	return s.keep(ctx, &ws.push, t, d)
 }
 
-// Headers by which a push tells of the clock of what was scraped, all in ms but the
-// last: the source's clock and the boot-time clock beside it at the newest scrape in
-// the push, the scrape's age when the push was sent, and a name of the boot.
-const (
-	SourceClockHeader = "Telemeter-Source-Clock"
-	BootClockHeader   = "Telemeter-Boot-Clock"
-	ScrapeAgeHeader   = "Telemeter-Scrape-Age"
-	BootIDHeader      = "Telemeter-Boot-Id"
-)
-
 // pushClock reads these headers, and returns what a sample without a time gets: the
 // source's time if it is known, else that of arrival.
 func pushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64, ref *refusal) {

@@ -1,0 +1,432 @@
+package main
+
+// outage_rig_test.go: what TestOutage breaks and compares with: a source that knows
+// what it said, a network that can be cut anywhere, a Prometheus and what it holds.
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// outageSource is a scrape target whose every scrape has new values at a new time.
+type outageSource struct {
+	*http.Server
+	addr   string
+	series int
+
+	mu   sync.Mutex // guards the rest
+	n    int
+	said []outageScrape // that were written whole
+}
+
+// outageScrape is one scrape of all series: all have one time and one value.
+type outageScrape struct {
+	t int64
+	v float64
+	// maybe: the client was killed while it may have had it in its hands only.
+	maybe bool
+}
+
+func (s *outageSource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	s.n++
+	scrape := outageScrape{t: time.Now().UnixMilli(), v: float64(s.n)}
+	s.mu.Unlock()
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+	var b bytes.Buffer
+	for i := range s.series {
+		fmt.Fprintf(&b, "outage_total{k=\"%d\"} %v %d\n", i, scrape.v, scrape.t)
+	}
+	if _, err := w.Write(b.Bytes()); err == nil {
+		s.mu.Lock()
+		s.said = append(s.said, scrape)
+		s.mu.Unlock()
+	}
+}
+
+// unsure notes that what was said lately may not have been kept.
+func (s *outageSource) unsure(since time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.said {
+		if s.said[i].t >= since.UnixMilli() {
+			s.said[i].maybe = true
+		}
+	}
+}
+
+func (s *outageSource) all() []outageScrape {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.said)
+}
+
+// outageProxy is a network between two processes.
+type outageProxy struct {
+	ln  net.Listener
+	to  string
+	mu  sync.Mutex // guards the rest
+	ok  *sync.Cond
+	how string // "", "refuse", "hold", "delay"
+	// once, when positive, is after how many bytes of one direction a connection is
+	// reset; that is done once.
+	cutUp, cutDown int
+	cuts           int
+	conns          map[net.Conn]bool
+}
+
+func newOutageProxy(t *testing.T, to string) *outageProxy {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &outageProxy{ln: ln, to: to, conns: map[net.Conn]bool{}}
+	p.ok = sync.NewCond(&p.mu)
+	t.Cleanup(func() { ln.Close(); p.set("refuse") })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go p.serve(c)
+		}
+	}()
+	return p
+}
+
+func (p *outageProxy) addr() string { return p.ln.Addr().String() }
+
+// set changes what the network does; "refuse" also resets what there is.
+func (p *outageProxy) set(how string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.how = how
+	if how == "refuse" {
+		for c := range p.conns {
+			outageReset(c)
+		}
+	}
+	p.ok.Broadcast()
+}
+
+// cut has one connection reset after some bytes.
+func (p *outageProxy) cut(up, down int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cutUp, p.cutDown = up, down
+}
+
+func (p *outageProxy) cutsDone() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.cuts
+}
+
+func outageReset(c net.Conn) {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
+	c.Close()
+}
+
+func (p *outageProxy) serve(c net.Conn) {
+	p.mu.Lock()
+	refused := p.how == "refuse"
+	p.mu.Unlock()
+	d, err := net.Dial("tcp", p.to)
+	if refused || err != nil {
+		outageReset(c)
+		if err == nil {
+			d.Close()
+		}
+		return
+	}
+	p.mu.Lock()
+	p.conns[c], p.conns[d] = true, true
+	p.mu.Unlock()
+	var both sync.WaitGroup
+	both.Go(func() { p.pump(d, c, &p.cutUp) })
+	both.Go(func() { p.pump(c, d, &p.cutDown) })
+	both.Wait()
+	p.mu.Lock()
+	delete(p.conns, c)
+	delete(p.conns, d)
+	p.mu.Unlock()
+}
+
+// pump copies one direction until its end, and then ends both.
+func (p *outageProxy) pump(to, from net.Conn, cut *int) {
+	defer to.Close()
+	defer from.Close()
+	buf := make([]byte, 4<<10)
+	for total := 0; ; {
+		n, err := from.Read(buf)
+		p.mu.Lock()
+		for p.how == "hold" {
+			p.ok.Wait()
+		}
+		delayed := p.how == "delay"
+		total += n
+		over := *cut > 0 && total >= *cut
+		if over {
+			*cut = 0
+			p.cuts++
+		}
+		p.mu.Unlock()
+		if over { // in the middle of what is said
+			to.Write(buf[:n/2])
+			outageReset(from)
+			outageReset(to)
+			return
+		}
+		if delayed { // longer than the scrape's timeout
+			time.Sleep(outageTimeout + outageTimeout/2)
+		}
+		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
+			return
+		}
+	}
+}
+
+const outageTimeout = 2 * time.Second // of a scrape
+
+// outagePrometheus is a central Prometheus.
+type outagePrometheus struct {
+	t              *testing.T
+	dir, program   string
+	addr, consumer string
+	logs           *os.File
+	cmd            *exec.Cmd
+	ended          chan struct{}
+}
+
+// outageProgram returns the Prometheus to test with.
+func outageProgram(t *testing.T) string {
+	program := os.Getenv("PROMETHEUS")
+	if program == "" {
+		program = "prometheus"
+	}
+	path, err := exec.LookPath(program)
+	if err != nil {
+		t.Fatalf("there is no Prometheus: install it, or say where it is by PROMETHEUS=: %v", err)
+	}
+	return path
+}
+
+func freeAddr(t *testing.T) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+// newOutagePrometheus makes one that scrapes a target as a consumer, every second.
+func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration) *outagePrometheus {
+	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
+	storage := ""
+	if window != "" {
+		storage = "storage: {tsdb: {out_of_order_time_window: " + window + "}}\n"
+	}
+	config := fmt.Sprintf(`global: {scrape_interval: %v, scrape_timeout: %v}
+%sscrape_configs:
+- job_name: federate
+  metrics_path: /federate
+  honor_labels: true
+  params: {consumer: [%s]}
+  static_configs: [{targets: ['%s']}]
+`, timeout, timeout, storage, consumer, target)
+	if err := os.WriteFile(filepath.Join(p.dir, "prometheus.yml"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if p.logs, err = os.Create(filepath.Join(p.dir, "log")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.stop(syscall.SIGKILL)
+		p.logs.Close()
+		if b, _ := os.ReadFile(p.logs.Name()); t.Failed() {
+			t.Logf("Prometheus %s said at the end:\n%s", consumer, b[max(0, len(b)-4000):])
+		}
+	})
+	return p
+}
+
+func (p *outagePrometheus) start() {
+	p.t.Helper()
+	p.cmd = exec.Command(p.program, "--config.file="+filepath.Join(p.dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(p.dir, "data"),
+		"--web.listen-address="+p.addr)
+	p.cmd.Stdout, p.cmd.Stderr = p.logs, p.logs
+	if err := p.cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.ended = make(chan struct{})
+	go func(cmd *exec.Cmd, ended chan struct{}) { cmd.Wait(); close(ended) }(p.cmd, p.ended)
+}
+
+func (p *outagePrometheus) stop(sig syscall.Signal) {
+	if p.cmd == nil {
+		return
+	}
+	p.cmd.Process.Signal(sig)
+	select {
+	case <-p.ended:
+	case <-time.After(time.Minute):
+		p.cmd.Process.Kill()
+		<-p.ended
+	}
+	p.cmd = nil
+}
+
+// query returns a range of samples: by series' label, time to value, and how many
+// times one came twice.
+func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64]float64, twice int, err error) {
+	at := strconv.FormatInt(time.Now().Add(time.Minute).Unix(), 10)
+	resp, err := http.Get("http://" + p.addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(promql))
+	if err != nil {
+		return nil, 0, err
+	}
+	defer resp.Body.Close()
+	var answer struct {
+		Status string
+		Data   struct {
+			Result []struct {
+				Metric map[string]string
+				Values [][2]any
+				Value  [2]any
+			}
+		}
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
+		return nil, 0, fmt.Errorf("%s: %s %v", promql, resp.Status, err)
+	}
+	got = map[string]map[int64]float64{}
+	for _, r := range answer.Data.Result {
+		series := got[r.Metric[label]]
+		if series == nil {
+			series = map[int64]float64{}
+			got[r.Metric[label]] = series
+		}
+		values := r.Values
+		if values == nil {
+			values = [][2]any{r.Value}
+		}
+		for _, v := range values {
+			at, _ := v[0].(float64)
+			text, _ := v[1].(string)
+			value, _ := strconv.ParseFloat(text, 64)
+			ms := int64(at*1000 + .5)
+			if _, has := series[ms]; has {
+				twice++
+			}
+			series[ms] = value
+		}
+	}
+	return got, twice, nil
+}
+
+// outageDiff compares what one Prometheus has with what the source said.
+type outageDiff struct{ samples, missing, strange, twice, maybe int }
+
+func (d outageDiff) whole() bool {
+	return d.missing == 0 && d.strange == 0 && d.twice == 0 && d.samples > 0
+}
+
+func compareOutage(said []outageScrape, series int, got map[string]map[int64]float64, twice int) outageDiff {
+	d := outageDiff{twice: twice}
+	want := map[int64]outageScrape{}
+	for _, s := range said {
+		want[s.t] = s
+	}
+	for i := range series {
+		have := got[strconv.Itoa(i)]
+		for _, s := range said {
+			if v, ok := have[s.t]; ok && v == s.v {
+				d.samples++
+			} else if s.maybe {
+				d.maybe++
+			} else {
+				d.missing++
+			}
+		}
+		for t, v := range have {
+			if s, ok := want[t]; !ok || s.v != v {
+				d.strange++
+			}
+		}
+	}
+	return d
+}
+
+var (
+	outageDropped = regexp.MustCompile(`(?i)out.of.order samples.*num_dropped=(\d+)`)
+	outageFatal   = regexp.MustCompile(`(?i)append failed|parse error|same timestamp|commit failed|too old or are too far|duplicate sample`)
+)
+
+// log returns how many samples Prometheus refused as out of order, and lines that must
+// never be there.
+func (p *outagePrometheus) log() (outOfOrder int, bad []string) {
+	f, err := os.Open(p.logs.Name())
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(f)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if m := outageDropped.FindStringSubmatch(line); m != nil {
+			n, _ := strconv.Atoi(m[1])
+			outOfOrder += n
+		} else if outageFatal.MatchString(line) {
+			bad = append(bad, line)
+		}
+	}
+	return outOfOrder, bad
+}
+
+// The comparison sees what is missing, what is not the source's, and what is not sure.
+func TestOutageComparison(t *testing.T) {
+	said := []outageScrape{{t: 1, v: 1}, {t: 2, v: 2}, {t: 3, v: 3, maybe: true}}
+	whole := func() map[string]map[int64]float64 {
+		return map[string]map[int64]float64{"0": {1: 1, 2: 2, 3: 3}, "1": {1: 1, 2: 2}}
+	}
+	for name, test := range map[string]struct {
+		change func(got map[string]map[int64]float64)
+		twice  int
+		want   outageDiff
+	}{
+		"whole":       {func(map[string]map[int64]float64) {}, 0, outageDiff{samples: 5, maybe: 1}},
+		"missing":     {func(got map[string]map[int64]float64) { delete(got["1"], 2) }, 0, outageDiff{samples: 4, missing: 1, maybe: 1}},
+		"no series":   {func(got map[string]map[int64]float64) { delete(got, "1") }, 0, outageDiff{samples: 3, missing: 2, maybe: 1}},
+		"other value": {func(got map[string]map[int64]float64) { got["0"][1] = 7 }, 0, outageDiff{samples: 4, missing: 1, strange: 1, maybe: 1}},
+		"strange":     {func(got map[string]map[int64]float64) { got["0"][9] = 9 }, 0, outageDiff{samples: 5, strange: 1, maybe: 1}},
+		"twice":       {func(map[string]map[int64]float64) {}, 1, outageDiff{samples: 5, maybe: 1, twice: 1}},
+	} {
+		got := whole()
+		test.change(got)
+		if d := compareOutage(said, 2, got, test.twice); d != test.want || d.whole() != (name == "whole") {
+			t.Errorf("%s: %+v, want %+v", name, d, test.want)
+		}
+	}
+}

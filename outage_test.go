@@ -1,0 +1,398 @@
+package main
+
+// outage_test.go: an outage of the uplink, of the server, of the client or of the
+// central Prometheus leaves no gap in what Prometheus holds, and nothing twice. With
+// real processes, a real Prometheus and a network that is cut; run by make test-outage.
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var outageFlag = flag.String("outage", "", "run TestOutage and its like: full or short")
+
+const outagePatience = 2 * time.Minute // for what takes seconds on an idle machine
+
+// outageRig is a site, a server and a Prometheus, with a network between each.
+type outageRig struct {
+	t                *testing.T
+	dir              string
+	source           *outageSource
+	listen, internal string // of the server
+	push, scrape     *outageProxy
+	server, client   *process
+	prometheus       *outagePrometheus
+	outage           time.Duration
+	seenOutOfOrder   int
+}
+
+func (r *outageRig) startServer() {
+	r.server = start(r.t, r.dir, "--mode", "server", "--keys", "keys", "--listen", r.listen, "--listen-internal", r.internal,
+		"--storage-dir", "data", "--ratelimit", "0")
+	r.server.await("msg=serving")
+}
+
+func (r *outageRig) startClient() {
+	r.client = start(r.t, r.dir, "--mode", "client", "--from", "http://"+r.source.addr+"/metrics", "--token-file", "token",
+		"--scrape-interval", "1s", "--interval", "2s", "--spool-dir", "spool", "--listen", "")
+}
+
+func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
+	r := &outageRig{t: t, dir: t.TempDir(), listen: freeAddr(t), internal: freeAddr(t), outage: outage}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.source = &outageSource{addr: ln.Addr().String(), series: 50}
+	r.source.Server = &http.Server{Handler: r.source}
+	go r.source.Serve(ln)
+	t.Cleanup(func() { r.source.Close() })
+	r.push, r.scrape = newOutageProxy(t, r.listen), newOutageProxy(t, r.internal)
+	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
+	token := mustTool(t, r.dir, "--mode", "token", "--keys", "keys", "--id", "x", "--to", "http://"+r.push.addr())
+	if err := os.WriteFile(filepath.Join(r.dir, "token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.startServer()
+	r.prometheus = newOutagePrometheus(t, r.scrape.addr(), "central", "2h", outageTimeout)
+	r.prometheus.start()
+	r.startClient()
+	return r
+}
+
+// settled waits until a Prometheus has all that the source said so far, and says how
+// it was.
+func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
+	t := r.t
+	t.Helper()
+	up := time.Now()
+	said := r.source.all()
+	var d outageDiff
+	var err error
+	for deadline := up.Add(outagePatience); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
+		var got map[string]map[int64]float64
+		var twice int
+		if got, twice, err = p.query(`outage_total{_id="x"}[2h]`, "k"); err != nil {
+			continue
+		}
+		for _, series := range got { // what was said since is not compared
+			for at := range series {
+				if at > said[len(said)-1].t {
+					delete(series, at)
+				}
+			}
+		}
+		if d = compareOutage(said, r.source.series, got, twice); d.whole() {
+			break
+		}
+	}
+	outOfOrder, bad := p.log()
+	fmt.Printf("%-44s %5.0f s, whole after %5.1f s: samples %6d, missing %d, duplicate %d, not the source's %d, not sure %d, refused as out of order %d\n",
+		name, up.Sub(begin).Seconds(), time.Since(up).Seconds(), d.samples, d.missing, d.twice, d.strange, d.maybe, outOfOrder-r.seenOutOfOrder)
+	r.seenOutOfOrder = outOfOrder
+	if err != nil || !d.whole() || d.maybe > 2*r.source.series {
+		t.Errorf("%s: %+v %v", name, d, err)
+	}
+	if len(bad) > 0 {
+		t.Errorf("%s: Prometheus said\n%s", name, strings.Join(bad, ""))
+	}
+}
+
+func (r *outageRig) cuts(p *outageProxy, up, down int) {
+	for range 3 {
+		before := p.cutsDone()
+		p.cut(up, down)
+		eventually(r.t, "a cut", func() bool { return p.cutsDone() > before })
+		time.Sleep(r.outage / 10)
+	}
+}
+
+func (r *outageRig) linkDown() {
+	r.push.set("hold")
+	time.Sleep(r.outage / 2)
+	r.push.set("refuse")
+	time.Sleep(r.outage / 2)
+	r.push.set("")
+}
+
+func (r *outageRig) pushCut()   { r.cuts(r.push, 1, 0) }
+func (r *outageRig) answerCut() { r.cuts(r.push, 0, 1) }
+func (r *outageRig) scrapeCut() { r.cuts(r.scrape, 0, 1) }
+func (r *outageRig) prometheusStop(sig syscall.Signal) {
+	r.prometheus.stop(sig)
+	time.Sleep(r.outage)
+	r.prometheus.start()
+}
+
+func (r *outageRig) serverKill() {
+	r.server.end(syscall.SIGKILL)
+	time.Sleep(r.outage)
+	r.startServer()
+}
+
+func (r *outageRig) clientKill() {
+	r.source.unsure(time.Now().Add(-500 * time.Millisecond))
+	r.client.end(syscall.SIGKILL)
+	time.Sleep(r.outage)
+	r.startClient()
+}
+
+func (r *outageRig) scrapeSlow() {
+	r.scrape.set("delay")
+	time.Sleep(r.outage)
+	r.scrape.set("")
+}
+
+func outageForm(t *testing.T) (full bool) {
+	switch *outageFlag {
+	case "full":
+		return true
+	case "short":
+		return false
+	}
+	t.Skip("run by make test-outage")
+	return false
+}
+
+// No outage leaves a gap or a duplicate.
+func TestOutage(t *testing.T) {
+	outage := 4 * time.Second
+	if outageForm(t) {
+		outage = time.Minute
+	}
+	r := newOutageRig(t, outage)
+	eventually(t, "first scrapes", func() bool { return len(r.source.all()) > 3 })
+	r.settled("no outage", r.prometheus, time.Now())
+	steps := []struct {
+		name string
+		do   func()
+	}{
+		{"client and server cut off from each other", r.linkDown},
+		{"cut in the middle of a push, three times", r.pushCut},
+		{"answer to a push lost, three times", r.answerCut},
+		{"cut in the middle of a scrape, three times", r.scrapeCut},
+		{"scrapes time out", r.scrapeSlow},
+		{"server SIGKILLed and gone", r.serverKill},
+		{"Prometheus stopped", func() { r.prometheusStop(syscall.SIGTERM) }},
+		{"Prometheus SIGKILLed", func() { r.prometheusStop(syscall.SIGKILL) }},
+		{"client SIGKILLed and gone", r.clientKill},
+	}
+	for _, step := range steps {
+		begin := time.Now()
+		step.do()
+		r.settled(step.name, r.prometheus, begin)
+	}
+	begin := time.Now()
+	r.outage /= 4
+	for _, step := range steps {
+		step.do()
+	}
+	r.settled("all of it, one after another", r.prometheus, begin)
+	r.outage *= 4
+
+	// The second of a pair comes late, and gets all that is held.
+	begin = time.Now()
+	first := r.prometheus
+	r.prometheus = newOutagePrometheus(t, r.internal, "central-b", "2h", outageTimeout)
+	r.seenOutOfOrder = 0
+	r.prometheus.start()
+	r.settled("a second Prometheus", r.prometheus, begin)
+	begin = time.Now()
+	r.prometheusStop(syscall.SIGTERM)
+	r.settled("of two Prometheus, one is stopped", r.prometheus, begin)
+	r.seenOutOfOrder, _ = first.log()
+	r.settled("of two Prometheus, the other", first, begin)
+}
+
+// outagePusher pushes text for many cluster IDs.
+type outagePusher struct {
+	t    *testing.T
+	url  string
+	keys Keys
+}
+
+func (p *outagePusher) push(id string, text []byte) (dropped map[string]int) {
+	token, err := p.keys.Sign(Token{Kind: KindClient, Cluster: id, ID: NewTokenID()})
+	if err != nil {
+		p.t.Error(err)
+		return nil
+	}
+	req, err := http.NewRequest(http.MethodPost, p.url+"/upload", bytes.NewReader(srvGzip(text)))
+	if err != nil {
+		p.t.Error(err)
+		return nil
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	req.Header.Set("Content-Type", "text/plain")
+	req.Header.Set("Content-Encoding", "gzip")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		p.t.Error(err)
+		return nil
+	}
+	defer resp.Body.Close()
+	var answer struct{ Dropped map[string]int }
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode != http.StatusOK {
+		p.t.Errorf("%s: %s %v", id, resp.Status, err)
+	}
+	return answer.Dropped
+}
+
+// outageServer starts a server alone.
+func outageServer(t *testing.T, args ...string) (dir, internal string, p *outagePusher, server *process) {
+	dir = t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	server = startServer(t, dir, append([]string{"--ratelimit", "0"}, args...)...)
+	keys, err := ReadKeys(filepath.Join(dir, "keys"), TokenKeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, server.await(internalAddr), &outagePusher{t, "http://" + server.await(externalAddr), keys}, server
+}
+
+// outageMemory is what a process has of memory that is in use, in bytes.
+func outageMemory(t *testing.T, server *process) int64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", server.cmd.Process.Pid))
+	if err != nil {
+		return 0 // not Linux
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kb, _ := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
+			return kb << 10
+		}
+	}
+	return 0
+}
+
+// A Prometheus that comes late drains all that is held, at its default timeout.
+func TestOutageDrain(t *testing.T) {
+	clusters, series, pushes := 50, 50, 10
+	if outageForm(t) {
+		clusters, series, pushes = 1000, 230, 30
+	}
+	dir, internal, pusher, server := outageServer(t)
+	before := outageMemory(t, server)
+	begin := time.Now().Add(-55 * time.Minute)
+	var ids = make(chan int)
+	var workers sync.WaitGroup
+	for range 4 {
+		workers.Go(func() {
+			for c := range ids {
+				for k := range pushes {
+					at := begin.Add(time.Duration(k) * 50 * time.Minute / time.Duration(pushes)).UnixMilli()
+					var b []byte
+					for i := range series {
+						b = fmt.Appendf(b, "drain_metric_%d_total{n=\"%d\",instance=\"10.0.0.%d:9100\",job=\"node-exporter\"} %d %d\n", i/10, i, i%5, k*1000+i, at-int64(i%5))
+					}
+					pusher.push(fmt.Sprint("site-", c), b)
+				}
+			}
+		})
+	}
+	for c := range clusters {
+		ids <- c
+	}
+	close(ids)
+	workers.Wait()
+	samples := clusters * series * pushes
+	var disk int64
+	filepath.WalkDir(filepath.Join(dir, "data"), func(path string, d fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, LogSuffix) {
+			info, _ := d.Info()
+			disk += info.Size()
+		}
+		return err
+	})
+	memory := outageMemory(t, server) - before
+
+	proxy := newOutageProxy(t, internal)
+	p := newOutagePrometheus(t, proxy.addr(), "central", "2h", 10*time.Second)
+	start := time.Now()
+	p.start()
+	got := 0.0
+	for deadline := start.Add(10 * time.Minute); got < float64(samples) && time.Now().Before(deadline); time.Sleep(time.Second) {
+		counts, _, err := p.query(`sum(count_over_time({__name__=~"drain_.*"}[2h]))`, "")
+		if err != nil || counts[""] == nil {
+			continue
+		}
+		for _, n := range counts[""] {
+			got = n
+		}
+	}
+	took := time.Since(start)
+	largest := outageLargest(get(t, "http://"+internal+"/metrics"))
+	outOfOrder, bad := p.log()
+	fmt.Printf("drain: %d clusters x %d series x %d pushes: missing %d of %d after %.0f s; scrapes of at most %s bytes before compression, refused as out of order %d\n",
+		clusters, series, pushes, samples-int(got), samples, took.Seconds(), largest, outOfOrder)
+	fmt.Printf("drain: %.1f bytes a sample on disk and %.1f of resident memory, series and all that is free again included\n", float64(disk)/float64(samples), float64(memory)/float64(samples))
+	if int(got) != samples || len(bad) > 0 {
+		t.Errorf("%v of %d samples; Prometheus said %s", got, samples, strings.Join(bad, ""))
+	}
+}
+
+// outageLargest returns the least bound of telemeter_scrape_size_bytes that no scrape
+// was above.
+func outageLargest(metrics string) string {
+	all, bound := "", "?"
+	for line := range strings.Lines(metrics) {
+		if rest, ok := strings.CutPrefix(line, "telemeter_scrape_size_bytes_count "); ok {
+			all = strings.TrimSpace(rest)
+		}
+	}
+	for line := range strings.Lines(metrics) {
+		if rest, ok := strings.CutPrefix(line, `telemeter_scrape_size_bytes_bucket{le="`); ok && bound == "?" {
+			if le, n, _ := strings.Cut(rest, `"} `); strings.TrimSpace(n) == all {
+				bound = le
+			}
+		}
+	}
+	return bound
+}
+
+// Samples come late by nearly two hours with the recommended configuration, and by
+// nearly one without its window; what is older than retention is counted.
+func TestOutageLate(t *testing.T) {
+	outageForm(t)
+	_, internal, pusher, _ := outageServer(t)
+	with := newOutagePrometheus(t, internal, "with", "2h", outageTimeout)
+	without := newOutagePrometheus(t, internal, "without", "", outageTimeout)
+	with.start()
+	without.start()
+	now := time.Now()
+	at := func(ago time.Duration) int64 { return now.Add(-ago).UnixMilli() }
+	has := func(p *outagePrometheus, name string) func() bool {
+		return func() bool {
+			got, _, err := p.query(name+`{_id="late"}[3h]`, "")
+			return err == nil && len(got[""]) == 1
+		}
+	}
+	pusher.push("late", fmt.Appendf(nil, "late_now 1 %d\n", at(0)))
+	eventually(t, "what is new", has(with, "late_now"))
+	eventually(t, "what is new", has(without, "late_now"))
+	pusher.push("late", fmt.Appendf(nil, "late_50m 1 %d\n", at(50*time.Minute)))
+	pusher.push("late", fmt.Appendf(nil, "late_110m 1 %d\n", at(110*time.Minute)))
+	dropped := pusher.push("late", fmt.Appendf(nil, "late_121m 1 %d\n", at(121*time.Minute)))
+	eventually(t, "50 minutes late", has(with, "late_50m"))
+	eventually(t, "110 minutes late", has(with, "late_110m"))
+	eventually(t, "50 minutes late, without the window", has(without, "late_50m"))
+	lost := get(t, "http://"+internal+"/metrics")
+	if dropped[dropTooOld] != 1 || !strings.Contains(lost, `telemeter_samples_dropped_total{reason="too_old"} 1`) {
+		t.Errorf("what is too old is not counted: %v\n%s", dropped, lost)
+	}
+	kept := has(without, "late_110m")()
+	fmt.Printf("late: with the window 50 and 110 minutes are kept; without it 50 are, and 110 are: %t; 121 are refused and counted\n", kept)
+}
