@@ -48,6 +48,9 @@ bench: ## benchmarks, but for gossip's on sockets
 sim: ## gossip of up to 300 members in virtual time: prints the table of figures
 	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim
 
+handoff: ## handing over, in 100,000 random interleavings in virtual time
+	$(GO) test -count=1 -timeout 30m -run '^TestHandoffModel$$' -v . -args -handoff 100000
+
 sockets: ## gossip on real sockets, for seven minutes: prints the table of figures
 	$(GO) test -timeout 30m -run '^$$' -bench '^BenchmarkGossipSockets$$' .
 
@@ -81,4 +84,4 @@ FORCE:
 
 # What each target of check prints is read in its order.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test fuzz bench sim sockets test-integration test-outage test-alerts test-netns test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test fuzz bench sim handoff sockets test-integration test-outage test-alerts test-netns test-readme demo clean help FORCE

@@ -110,18 +110,22 @@ func OpenConsumers(fsys FS, dir string, now time.Time) (*Consumers, error) {
 	return cs, rec.Err
 }
 
-// Recovered is told the newest sequence number of every cluster that is held: damage
-// may have taken the newest, and no cursor may be past what is yet to come.
-func (cs *Consumers) Recovered(newest map[uint64]uint64) {
+// Recovered drops the cursors of clusters that are not known any more. It returns the
+// highest of each other one, and the highest of all that were kept: what comes next
+// has to have higher numbers, or a cursor from before a crash would be past it.
+func (cs *Consumers) Recovered(known func(cluster uint64) bool) (of map[uint64]uint64, highest uint64) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
+	of = map[uint64]uint64{}
 	for _, c := range cs.byKey {
 		for cluster, at := range c.cursors {
-			if at > newest[cluster] {
-				c.move(cluster, newest[cluster])
+			highest = max(highest, at)
+			if of[cluster] = max(of[cluster], at); !known(cluster) {
+				c.move(cluster, 0)
 			}
 		}
 	}
+	return of, highest
 }
 
 // move sets a cursor, or removes it if at is 0. cs.mu is held, or c is not shared yet.

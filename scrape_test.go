@@ -357,3 +357,61 @@ func TestConsumerConnections(t *testing.T) {
 		push()
 	}
 }
+
+// A cursor that a crash brings back is not past what came meanwhile: neither of a
+// cluster that was forgotten, nor of one whose newest batch is damaged.
+func TestConsumersStaleCursor(t *testing.T) {
+	for _, forgotten := range []bool{true, false} {
+		fsys := newStoreFS(1)
+		k := newStoreKit(t, fsys)
+		s := k.open()
+		had := map[float64]bool{}
+		scrape := func() {
+			conn := &Conn{}
+			for range 2 { // the second confirms the first
+				r, _, err := s.Consumers.Begin(1, "c", "", conn, k.clock.Now())
+				if err != nil {
+					t.Fatal(err)
+				}
+				fams, _, _ := scraper(s, -time.Second).Unread(r, 0, false, nil)
+				for _, f := range fams {
+					for _, l := range f.Lines {
+						had[l.V] = true
+					}
+				}
+			}
+		}
+		for i := range 3 {
+			k.push(s, "a", point{"x", 1, k.clock.ms(100 - i), float64(i)})
+		}
+		path := s.path("a")
+		scrape()
+		if err := s.Consumers.Save(); err != nil {
+			t.Fatal(err)
+		}
+		if forgotten {
+			s.Drop("a", 3)
+			if done, err := s.Release(context.Background(), "a", 3); !done || err != nil {
+				t.Fatal(done, err)
+			}
+		}
+		fsys.crash() // before the cursors are saved again
+		fsys.restart()
+		if data, err := fsys.ReadFile(path); !forgotten && err == nil {
+			data = slices.Clone(data)
+			data[len(data)-1] ^= 1
+			fsys.put(path, data)
+		}
+		for i := range 2 {
+			s = k.open()
+			k.push(s, "a", point{"x", 1, k.clock.ms(50 - i), float64(10 + i)})
+			fsys.crash()
+			fsys.restart()
+		}
+		s = k.open()
+		scrape()
+		if !had[10] || !had[11] {
+			t.Errorf("forgotten %t: had %v", forgotten, had)
+		}
+	}
+}

@@ -72,7 +72,7 @@ func NewSite(held Cluster, log *Log, totals *Totals) *Site {
 	if log != nil {
 		totals.Bytes.Add(log.Size())
 	}
-	raise(&totals.Newest, held.Seq)
+	totals.Raise(held.Seq)
 	return &Site{ID: held.ID, Hash: RingKey(held.ID), totals: totals, turn: make(chan struct{}, 1), log: log, held: held}
 }
 
@@ -212,17 +212,25 @@ func (c *Site) write(batches []*Batch, known int, oldest int64) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, b := range batches {
-		raise(&c.totals.Newest, b.Seq)
+		c.totals.Raise(b.Seq)
 		c.held.Take(b)
 		c.totals.Samples.Add(int64(len(b.V)))
 	}
 	return nil
 }
 
-// raise makes n at least v.
-func raise(n *atomic.Uint64, v uint64) {
-	for old := n.Load(); v > old && !n.CompareAndSwap(old, v); old = n.Load() {
+// Raise notes a sequence number as used.
+func (t *Totals) Raise(seq uint64) {
+	for old := t.Newest.Load(); seq > old && !t.Newest.CompareAndSwap(old, seq); old = t.Newest.Load() {
 	}
+}
+
+// Raise has the next batch's sequence number be above seq: damage may have taken the
+// newest, which a consumer had.
+func (c *Site) Raise(seq uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.held.Seq = max(c.held.Seq, seq)
 }
 
 // Rewrite puts a new log, of what is held since oldest and of more batches, in the
@@ -249,7 +257,7 @@ func (c *Site) Rewrite(more []*Batch, oldest int64) error {
 	if len(more) == 0 {
 		c.totals.Compactions.Add(1)
 	}
-	raise(&c.totals.Newest, next.Seq)
+	c.totals.Raise(next.Seq)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.held.Samples()

@@ -132,11 +132,15 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	if err := s.recover(); err != nil {
 		return nil, errors.Join(fmt.Errorf("reading storage directory: %w", err), s.unlock())
 	}
-	newest := map[uint64]uint64{}
+	known := map[uint64]bool{}
 	for _, c := range s.clusters {
-		c.Look(func(held *Cluster) { newest[c.Hash] = held.Seq })
+		known[c.Hash] = true
 	}
-	s.Consumers.Recovered(newest)
+	cursors, highest := s.Consumers.Recovered(func(cluster uint64) bool { return known[cluster] })
+	for _, c := range s.clusters {
+		c.Raise(cursors[c.Hash])
+	}
+	s.totals.Raise(highest)
 	return s, nil
 }
 
