@@ -1,16 +1,13 @@
 package main
 
-// The client: scrape the source, clean what it gave, push it out, at the site's
-// own phase of the interval. Invariants: nothing leaves that Cleaner did not
-// pass; a token goes to no other address than the ones it was given for; trouble
-// with the source and trouble with the destination are told apart in logs and
-// metrics. This file must not know of flags, files or TLS: main wires those.
+// The client: scrape the source, clean what it gave, spool it, and have it
+// delivered, at the site's own phase of the interval. Invariants: nothing leaves
+// that Cleaner did not pass; every scrape is spooled before it is pushed; neither
+// a bad source nor a bad destination delays the other, and the two are told apart
+// in logs and metrics. This file must not know of flags, files or TLS.
 
 import (
-	"bytes"
-	"compress/gzip"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -19,36 +16,41 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
 
 const (
-	maxScrape    = 256 << 20 // bytes of a scrape, uncompressed
-	maxAnswer    = 64 << 10
-	firstJitter  = time.Second
-	expiryNotice = 30 * 24 * time.Hour
-	minBackoff   = time.Second
-	maxBackoff   = time.Minute
-	scrapeAccept = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.9," +
+	maxScrape        = 256 << 20 // bytes of a scrape, uncompressed
+	firstJitter      = time.Second
+	expiryNotice     = 30 * 24 * time.Hour
+	minScrapeTimeout = 10 * time.Second
+	maxScrapeTimeout = time.Minute
+	scrapeGrace      = 2 * time.Second // that a push which is due waits for a scrape which is under way
+	sourceSlack      = 2 * time.Second // by which a source's Date may differ and say nothing
+	lastAttempt      = 5 * time.Second // at the end, for what is in memory only
+	dropNotice       = time.Minute     // between log lines of drops
+	scrapeAccept     = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
 )
 
 // ClientConfig configures a Client.
 type ClientConfig struct {
-	From       *url.URL     // what is scraped, without match[]
-	FromClient *http.Client // with a timeout; follows no redirects
-	To         []string     // servers, in the order in which they are tried
-	ToClient   *http.Client // with a timeout; follows no redirects
-	Cluster    string       // the cluster ID
-	Interval   time.Duration
-	LimitBytes int64 // of a push's body; decompressed, DecodedFactor times
-	Metrics    *Metrics
-	Log        *slog.Logger
-	Now        func() time.Time
+	From           *url.URL     // what is scraped, without match[]
+	FromClient     *http.Client // follows no redirects
+	To             []string     // servers, in the order in which they are tried
+	ToClient       *http.Client // with a timeout; follows no redirects
+	Cluster        string       // the cluster ID
+	Interval       time.Duration
+	ScrapeInterval time.Duration // at most Interval
+	LimitBytes     int64         // of a push's body; decompressed, DecodedFactor times
+	Metrics        *Metrics
+	Log            *slog.Logger
+	Now            func() time.Time
+	Boot           func() (ms int64, id string) // the boot-time clock, and the boot's ID
 }
 
 // ClientState is what a reload replaces, all at once.
@@ -63,50 +65,107 @@ type ClientState struct {
 // Client pushes from one source to one cluster of servers. Handler may be used
 // concurrently to all else; of the others, one call at a time.
 type Client struct {
-	cfg   ClientConfig
-	state atomic.Pointer[ClientState]
-	sent  atomic.Pointer[Push] // the last set that was delivered; immutable
-	ready atomic.Bool          // the last push was delivered
+	cfg       ClientConfig
+	state     atomic.Pointer[ClientState]
+	spool     *Spool
+	courier   *Courier
+	scrapedOK atomic.Bool // the last scrape succeeded
 
-	// The upload token in use, what it was got with, and when to get a new one.
-	uploadToken, uploadFor string
-	refresh                time.Time
+	spoolFailing bool // the last scrape could not be put on disk; for the scraping goroutine
 
-	scrapes, pushes, scraped, pushed, dropped, skipped *Counter
-	scrapeSeconds, pushSeconds                         *Histogram
-	lastScrape, lastPush, bodyBytes, expiry            *Gauge
+	mu           sync.Mutex // guards the rest
+	dropLogged   time.Time
+	dropsPending int // samples dropped since
+
+	scrapes, scraped, dropped, skipped, spoolErrors *Counter
+	scrapeSeconds                                   *Histogram
+	lastScrape, expiry                              *Gauge
+	spoolScrapes, spoolBytes, spoolAge              *Gauge
 }
 
-// NewClient returns a Client without state: see Reload.
+// NewClient returns a Client without state and spool: see Reload, Open.
 func NewClient(cfg ClientConfig) *Client {
 	m := cfg.Metrics
-	seconds := []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}
 	c := &Client{
 		cfg:           cfg,
 		scrapes:       m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),
-		scrapeSeconds: m.Histogram("telemeter_source_scrape_duration_seconds", "Time to scrape the source.", seconds),
+		scrapeSeconds: m.Histogram("telemeter_source_scrape_duration_seconds", "Time to scrape the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastScrape:    m.Gauge("telemeter_source_last_success_timestamp_seconds", "When the source was last scraped; 0 if never."),
-		pushes:        m.Counter("telemeter_destination_pushes_total", "Attempts to push by result.", "result"),
-		pushSeconds:   m.Histogram("telemeter_destination_push_duration_seconds", "Time of an attempt to push.", seconds),
-		lastPush:      m.Gauge("telemeter_destination_last_success_timestamp_seconds", "When a push was last accepted; 0 if never."),
-		bodyBytes:     m.Gauge("telemeter_destination_push_bytes", "Compressed size of the last push accepted."),
 		scraped:       m.Counter("telemeter_samples_scraped_total", "Samples that the source gave."),
-		pushed:        m.Counter("telemeter_samples_pushed_total", "Samples in pushes that were accepted."),
 		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples that did not leave the site, by reason.", "reason"),
 		skipped:       m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
+		spoolErrors:   m.Counter("telemeter_spool_errors_total", "Reads and writes of the spool that failed, and damaged files."),
+		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes, or pieces of large ones, that no server has yet."),
+		spoolBytes:    m.Gauge("telemeter_spool_bytes", "Size of the scrapes that no server has yet."),
+		spoolAge:      m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape that no server has yet; 0 if there is none."),
 	}
 	c.expiry = m.Gauge("telemeter_token_expiry_timestamp_seconds", "When the client token expires; 0 if never, or not known.")
 	for _, result := range []string{"ok", "failed"} {
 		c.scrapes.Add(0, result)
-		c.pushes.Add(0, result)
 	}
-	for _, reason := range []string{DropNotMatched, DropReserved, DropInvalid, dropUndelivered} {
+	for _, reason := range []string{
+		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed,
+	} {
 		c.dropped.Add(0, reason)
 	}
 	return c
 }
 
-const dropUndelivered = "undelivered"
+// Open opens the spool, which Run and Once need; FS, Dir, Limit and MaxAge are
+// the caller's to say.
+func (c *Client) Open(cfg SpoolConfig) (err error) {
+	cfg.Cluster, cfg.Now, cfg.OnError, cfg.OnDrop = c.cfg.Cluster, c.moment, c.onSpoolError, c.onDrop
+	if c.spool, err = OpenSpool(cfg); err != nil {
+		return err
+	}
+	c.cfg.Metrics.OnCollect(func() {
+		st := c.spool.Stats()
+		c.spoolScrapes.Set(float64(st.Scrapes))
+		c.spoolBytes.Set(float64(st.Bytes))
+		c.spoolAge.Set(st.Oldest.Seconds())
+	})
+	c.courier = NewCourier(CourierConfig{
+		To: c.cfg.To, ToClient: c.cfg.ToClient, Cluster: c.cfg.Cluster, Token: func() string { return c.state.Load().Token },
+		LimitBytes: c.cfg.LimitBytes, MaxWait: max(c.cfg.Interval, time.Minute), Spool: c.spool, Moment: c.moment,
+		Now: c.cfg.Now, Metrics: c.cfg.Metrics, Dropped: c.dropped, Log: c.cfg.Log,
+	})
+	st := c.spool.Stats()
+	if cfg.Dir == "" {
+		c.cfg.Log.Warn("no --spool-dir: scrapes that no server has yet are held in memory only, and lost when this process ends")
+	} else {
+		c.cfg.Log.Info("spool is open", "dir", cfg.Dir, "scrapes", st.Scrapes, "bytes", st.Bytes)
+	}
+	return nil
+}
+
+// Close closes the spool.
+func (c *Client) Close() error { return c.spool.Close() }
+
+func (c *Client) onSpoolError(err error) {
+	c.spoolErrors.Inc()
+	c.cfg.Log.Error("spool failed", "err", err)
+}
+
+// onDrop counts, and logs at most once a minute: a full spool drops at each scrape.
+func (c *Client) onDrop(reason string, scrapes, samples int) {
+	c.dropped.Add(float64(samples), reason)
+	now := c.cfg.Now()
+	c.mu.Lock()
+	c.dropsPending += samples
+	pending, due := c.dropsPending, now.Sub(c.dropLogged) >= dropNotice
+	if due {
+		c.dropsPending, c.dropLogged = 0, now
+	}
+	c.mu.Unlock()
+	if due {
+		c.cfg.Log.Error("scrapes are dropped from the spool", "reason", reason, "scrapes", scrapes, "samples", pending)
+	}
+}
+
+func (c *Client) moment() Moment {
+	boot, id := c.cfg.Boot()
+	return Moment{Wall: c.cfg.Now().UnixMilli(), Boot: boot, BootID: id}
+}
 
 // Reload replaces tokens and rules.
 func (c *Client) Reload(st ClientState) {
@@ -118,12 +177,14 @@ func (c *Client) Reload(st ClientState) {
 func (c *Client) Handler() http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
-	HealthRoutes(mux, c.ready.Load)
+	HealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.courier.OK() })
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
 	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p := c.sent.Load()
-		if p == nil {
-			p = &Push{}
+		p, err := c.sent()
+		if err != nil {
+			c.cfg.Log.Error("what was sent last cannot be shown", "err", err)
+			http.Error(w, "cannot be shown", http.StatusInternalServerError)
+			return
 		}
 		escaping := NegotiateEscaping(r.Header.Get("Accept"))
 		w.Header().Set("Content-Type", escaping.ContentType())
@@ -137,80 +198,163 @@ func (c *Client) Handler() http.Handler {
 	return mux
 }
 
-// Run scrapes and pushes until ctx ends: first at once, then whenever the clock
+// sent returns what was delivered last.
+func (c *Client) sent() (*Push, error) {
+	p := &Push{}
+	var unpack Decompressor
+	for _, sc := range c.courier.Sent() {
+		text, _, err := unpack.Decompress(sc.Gzip, "gzip", sc.Size)
+		if err != nil {
+			return nil, err
+		}
+		var d Decoder
+		if _, err := d.Decode(text, FormatText, p.Add); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// Run scrapes and delivers until ctx ends: first at once, then whenever the clock
 // is at this cluster's phase of the interval, so that the pushes of many sites
-// that start together spread. A set that cannot be delivered before the next is
-// due is dropped and counted.
+// that start together spread. A backlog is delivered without waiting for that.
 func (c *Client) Run(ctx context.Context) error {
-	wait := rand.N(firstJitter)
-	var warned time.Time
-	for {
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		}
-		now := c.cfg.Now()
-		if at := c.state.Load().Expires; at != 0 && now.Add(expiryNotice).Unix() > at && now.Sub(warned) > 24*time.Hour {
+	due := make(chan struct{}, 1) // the scrape that a push waits for is spooled
+	var wg sync.WaitGroup
+	wg.Go(func() { c.scrapeLoop(ctx, due) })
+	c.deliverLoop(ctx, due)
+	wg.Wait()
+	if c.spool.Stats().InMemory > 0 {
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastAttempt)
+		defer cancel()
+		c.courier.Drain(last) // logs what fails
+	}
+	return nil
+}
+
+// scrapeLoop scrapes at its phase, whatever becomes of deliveries.
+func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
+	var warned, push time.Time // push: when the next push is due
+	for wait := rand.N(firstJitter); sleep(ctx, wait); {
+		begin := c.cfg.Now()
+		if at := c.state.Load().Expires; at != 0 && begin.Add(expiryNotice).Unix() > at && begin.Sub(warned) > 24*time.Hour {
 			c.cfg.Log.Warn("the token expires soon; this site is silent afterwards", "at", time.Unix(at, 0).UTC())
-			warned = now
+			warned = begin
 		}
-		next := now.Add(c.untilPhase(now))
-		cycle, cancel := context.WithTimeout(ctx, next.Sub(now))
-		err := c.Once(cycle)
-		cancel()
-		if ctx.Err() != nil {
-			return nil
+		err := c.spoolOne(ctx)
+		// The scrape nearest to when a push is due starts it.
+		if half := begin.Add(c.cfg.ScrapeInterval / 2); err == nil && !half.Before(push) {
+			select {
+			case due <- struct{}{}:
+			default:
+			}
+			push = half.Add(c.untilPhase(half, c.cfg.Interval))
 		}
-		c.ready.Store(err == nil)
-		wait = max(0, next.Sub(c.cfg.Now()))
+		next := begin.Add(c.untilPhase(begin, c.cfg.ScrapeInterval))
+		for next.Before(c.cfg.Now()) { // a slow source costs scrapes, not their phase
+			next = next.Add(c.cfg.ScrapeInterval)
+		}
+		wait = next.Sub(c.cfg.Now())
 	}
 }
 
-// untilPhase returns the time until this cluster's phase comes next.
-func (c *Client) untilPhase(now time.Time) time.Duration {
-	h := fnv.New64a()
-	io.WriteString(h, c.cfg.Cluster)
-	phase := time.Duration(h.Sum64() % uint64(c.cfg.Interval))
-	return c.cfg.Interval - (time.Duration(now.UnixNano())-phase)%c.cfg.Interval
+// deliverLoop delivers when a scrape starts a push, and, lest a source that hangs
+// delays what is spooled, at the phase of pushes by itself.
+func (c *Client) deliverLoop(ctx context.Context, due <-chan struct{}) {
+	for ctx.Err() == nil {
+		now := c.cfg.Now()
+		timer := time.NewTimer(c.untilPhase(now.Add(-scrapeGrace), c.cfg.Interval))
+		select {
+		case <-ctx.Done():
+		case <-due:
+		case <-timer.C:
+		}
+		timer.Stop()
+		if ctx.Err() == nil {
+			c.courier.Drain(ctx) // logs what fails
+		}
+	}
 }
 
-// Once scrapes once and delivers what it got, retrying until ctx ends. What
-// fails is logged and counted here, and returned.
+// sleep returns false if ctx ends before the time is over.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+// untilPhase returns the time until this cluster's phase of an interval comes
+// next. One that is about to come counts as reached: a wall clock that is slewed
+// lags behind the timer that was to wait for it.
+func (c *Client) untilPhase(now time.Time, interval time.Duration) time.Duration {
+	h := fnv.New64a()
+	io.WriteString(h, c.cfg.Cluster)
+	phase := time.Duration(h.Sum64() % uint64(interval))
+	wait := interval - (time.Duration(now.UnixNano())-phase)%interval
+	if wait < interval/10 {
+		wait += interval
+	}
+	return wait
+}
+
+// Once scrapes once, and delivers all that is spooled, retrying until ctx ends.
+// What fails is logged and counted here, and returned.
 func (c *Client) Once(ctx context.Context) error {
-	p, err := c.Scrape(ctx)
+	err := c.spoolOne(ctx)
+	if err != nil {
+		err = fmt.Errorf("source: %w", err)
+	}
+	if e := c.courier.Drain(ctx); e != nil {
+		st := c.spool.Stats()
+		err = errors.Join(err, fmt.Errorf("destination: %w (scrapes kept in the spool: %d, in memory only: %d)", e, st.Scrapes-st.InMemory, st.InMemory))
+	}
+	return err
+}
+
+// spoolOne scrapes, and spools what it got. What fails is logged and counted
+// here, and returned if it is the source.
+func (c *Client) spoolOne(ctx context.Context) error {
+	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
+	defer cancel()
+	got, err := c.Scrape(limited)
+	c.scrapedOK.Store(err == nil)
 	if err != nil {
 		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			c.cfg.Log.Error("source failed", "from", c.cfg.From.Redacted(), "err", err)
 		}
-		return fmt.Errorf("source: %w", err)
+		return err
 	}
-	begin := c.cfg.Now()
-	bodies, err := c.bodies(p, p.Samples)
-	if err == nil {
-		for _, body := range bodies {
-			if err = c.deliver(ctx, body); err != nil {
-				break
-			}
+	for _, piece := range c.pieces(got, got.Push.Samples) {
+		err = errors.Join(err, c.spool.Add(piece))
+	}
+	switch {
+	case err != nil:
+		c.spoolErrors.Inc()
+		if !c.spoolFailing {
+			c.cfg.Log.Error("spool failed; scrapes are held in memory, as far as it allows", "err", err)
 		}
+	case c.spoolFailing:
+		c.cfg.Log.Info("spool works again")
 	}
-	if err != nil {
-		c.dropped.Add(float64(len(p.Samples)), dropUndelivered)
-		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			c.cfg.Log.Error("destination failed; this scrape is lost", "samples", len(p.Samples), "err", err)
-		}
-		return fmt.Errorf("destination: %w", err)
-	}
-	c.sent.Store(p)
-	c.cfg.Log.Info("pushed", "samples", len(p.Samples), "pushes", len(bodies), "took", c.cfg.Now().Sub(begin).Round(time.Millisecond))
+	c.spoolFailing = err != nil
 	return nil
 }
 
+// Scraped is what a scrape gave.
+type Scraped struct {
+	Push   Push
+	At     Moment // when the source answered
+	Source int64  // what its clock showed then, in ms since the epoch
+}
+
 // Scrape gets what the source has and cleans it. Samples without a time get that
-// of the scrape's begin.
-func (c *Client) Scrape(ctx context.Context) (*Push, error) {
+// of the scrape's begin, by the source's clock as all others.
+func (c *Client) Scrape(ctx context.Context) (*Scraped, error) {
 	begin := c.cfg.Now()
 	p, err := c.scrape(ctx, begin)
 	c.scrapeSeconds.Observe(c.cfg.Now().Sub(begin).Seconds())
@@ -223,7 +367,7 @@ func (c *Client) Scrape(ctx context.Context) (*Push, error) {
 	return p, nil
 }
 
-func (c *Client) scrape(ctx context.Context, begin time.Time) (*Push, error) {
+func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) {
 	st := c.state.Load()
 	cleaner := st.Cleaner()
 	u := *c.cfg.From
@@ -250,8 +394,11 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Push, error) {
 		return nil, fmt.Errorf("scraping: %w", err)
 	}
 	defer resp.Body.Close()
+	got := &Scraped{At: c.moment()}
+	skew := sourceSkew(resp.Header.Get("Date"), got.At.Wall)
+	got.Source = max(0, got.At.Wall+skew)
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("scraping %s: it answered %s", u.Redacted(), answer(resp))
+		return nil, fmt.Errorf("scraping %s: it answered %s", u.Redacted(), Answer(resp))
 	}
 	format, err := ParseFormat(resp.Header.Get("Content-Type"))
 	if err != nil {
@@ -264,7 +411,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Push, error) {
 	if len(body) > maxScrape {
 		return nil, fmt.Errorf("scraping %s: the answer is larger than %d bytes", u.Redacted(), maxScrape)
 	}
-	p := &Push{}
+	p := &got.Push
 	var d Decoder
 	n := 0
 	var invalid error
@@ -273,7 +420,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Push, error) {
 		drop := cleaner.Apply(r)
 		if drop == "" {
 			if !r.HasT {
-				r.T = begin.UnixMilli()
+				r.T = begin.UnixMilli() + skew
 			}
 			if err := p.Add(r); err != nil {
 				drop, invalid = DropInvalid, err
@@ -294,19 +441,21 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Push, error) {
 	c.skipped.Add(float64(skipped.Exemplars), "exemplar")
 	c.skipped.Add(float64(skipped.Created), "created")
 	c.skipped.Add(float64(skipped.NativeHistograms), "native_histogram")
-	return p, nil
+	return got, nil
 }
 
-// answer says what a failed response said, for a log line.
-func answer(resp *http.Response) string {
-	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
-	if text := strings.TrimSpace(string(b)); text != "" {
-		return resp.Status + ": " + strconv.QuoteToGraphic(text)
+// sourceSkew returns by how many ms the source's clock is ahead of this one's:
+// 0 if its Date says less than what truncation to seconds and the way here make
+// of equal clocks, or says nothing.
+func sourceSkew(date string, wall int64) int64 {
+	t, err := http.ParseTime(date)
+	if err != nil || t.Unix() < 0 {
+		return 0
 	}
-	if to := resp.Header.Get("Location"); to != "" {
-		return resp.Status + " to " + to + "; redirects are not followed"
+	if skew := t.UnixMilli() - wall; max(skew, -skew) > sourceSlack.Milliseconds() {
+		return skew
 	}
-	return resp.Status
+	return 0
 }
 
 // Text appends what is pushed of some samples of p, before compression.
@@ -317,185 +466,20 @@ func (c *Client) Text(b []byte, p *Push, samples []Sample) []byte {
 	return b
 }
 
-// body is one push.
-type body struct {
-	gzip    []byte
-	samples int
-}
-
-// bodies renders samples of p as one push, or as several if the limits need it.
-func (c *Client) bodies(p *Push, samples []Sample) ([]body, error) {
-	text := c.Text(nil, p, samples)
-	if int64(len(text)) <= DecodedFactor*c.cfg.LimitBytes {
-		var z bytes.Buffer
-		w := gzip.NewWriter(&z)
-		w.Write(text) // to memory: does not fail
-		w.Close()
-		if int64(z.Len()) <= c.cfg.LimitBytes {
-			return []body{{z.Bytes(), len(samples)}}, nil
+// pieces renders samples of a scrape as one piece, or as several if the limits
+// need it. A series that alone is over them is dropped.
+func (c *Client) pieces(got *Scraped, samples []Sample) []Scrape {
+	limit := min(c.cfg.LimitBytes, MaxPiece)
+	text := c.Text(nil, &got.Push, samples)
+	if int64(len(text)) <= DecodedFactor*limit {
+		if z := Gzip(text); int64(len(z)) <= limit {
+			return []Scrape{{At: got.At, Source: got.Source, Samples: len(samples), Size: len(text), Gzip: z}}
 		}
 	}
-	if len(samples) == 1 {
-		return nil, fmt.Errorf("one series of %d bytes does not fit --limit-bytes", len(text))
-	}
-	first, err := c.bodies(p, samples[:len(samples)/2])
-	if err != nil {
-		return nil, err
-	}
-	second, err := c.bodies(p, samples[len(samples)/2:])
-	return append(first, second...), err
-}
-
-// pushError is why an attempt failed.
-type pushError struct {
-	err   error
-	final bool          // another attempt would fail as well
-	retry time.Duration // asked for by the server
-}
-
-func (e *pushError) Error() string { return e.err.Error() }
-func (e *pushError) Unwrap() error { return e.err }
-
-// deliver pushes b to the first server that takes it. Until ctx ends it tries
-// all again, after a pause that doubles, is spread by jitter, and is at least
-// what the servers asked for.
-func (c *Client) deliver(ctx context.Context, b body) error {
-	backoff := minBackoff
-	var last *pushError
-	for {
-		retry := time.Duration(0)
-		for i, to := range c.cfg.To {
-			begin := c.cfg.Now()
-			err := c.attempt(ctx, to, b)
-			c.pushSeconds.Observe(c.cfg.Now().Sub(begin).Seconds())
-			if err == nil {
-				c.pushes.Inc("ok")
-				c.pushed.Add(float64(b.samples))
-				c.lastPush.Set(float64(c.cfg.Now().UnixMilli()) / 1000)
-				c.bodyBytes.Set(float64(len(b.gzip)))
-				return nil
-			}
-			c.pushes.Inc("failed")
-			if ctx.Err() != nil {
-				if last != nil { // says more than that the time is up
-					return last
-				}
-				return err
-			}
-			if last = nil; !errors.As(err, &last) {
-				last = &pushError{err: err}
-			}
-			if last.final {
-				return last
-			}
-			retry = max(retry, last.retry)
-			if i+1 < len(c.cfg.To) {
-				c.cfg.Log.Warn("destination failed; trying the next", "to", to, "err", err)
-			}
-		}
-		pause := max(retry, backoff/2+rand.N(backoff/2))
-		backoff = min(2*backoff, maxBackoff)
-		if deadline, ok := ctx.Deadline(); ok && c.cfg.Now().Add(pause).After(deadline) {
-			return last
-		}
-		c.cfg.Log.Warn("destination failed; trying again", "in", pause.Round(time.Millisecond), "err", last)
-		timer := time.NewTimer(pause)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return last
-		case <-timer.C:
-		}
-	}
-}
-
-// attempt pushes b to one server. An upload token that is refused is replaced
-// once: keys rotate, and clocks differ.
-func (c *Client) attempt(ctx context.Context, to string, b body) error {
-	st := c.state.Load()
-	fresh := false
-	for {
-		if c.uploadToken == "" || c.uploadFor != st.Token || !c.cfg.Now().Before(c.refresh) {
-			if err := c.authorize(ctx, to, st.Token); err != nil {
-				return err
-			}
-			fresh = true
-		}
-		resp, err := c.post(ctx, to, "/upload", c.uploadToken, b.gzip)
-		if err != nil {
-			return fmt.Errorf("pushing: %w", err)
-		}
-		err = c.judge(resp, to+"/upload")
-		if resp.StatusCode == http.StatusOK {
-			var got struct {
-				Dropped map[string]int
-			}
-			if e := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); e != nil {
-				err = fmt.Errorf("pushing to %s: its answer is not JSON: %w", to, e)
-			}
-			for reason, n := range got.Dropped {
-				c.cfg.Log.Warn("the server dropped samples", "reason", reason, "samples", n)
-			}
-		}
-		resp.Body.Close()
-		if resp.StatusCode == http.StatusUnauthorized && !fresh {
-			c.uploadToken = ""
-			continue
-		}
-		return err
-	}
-}
-
-// authorize exchanges the client token for an upload token.
-func (c *Client) authorize(ctx context.Context, to, token string) error {
-	resp, err := c.post(ctx, to, "/authorize?id="+url.QueryEscape(c.cfg.Cluster), token, nil)
-	if err != nil {
-		return fmt.Errorf("authorizing: %w", err)
-	}
-	defer resp.Body.Close()
-	if err := c.judge(resp, to+"/authorize"); err != nil {
-		return err
-	}
-	var got struct {
-		Version          int
-		Token            string
-		ExpiresInSeconds int64
-	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); err != nil || got.Version != 1 || got.Token == "" {
-		return fmt.Errorf("authorizing at %s: its answer is not an upload token", to)
-	}
-	c.uploadToken, c.uploadFor = got.Token, token
-	// Well before it expires; the time is measured here, no clock is compared.
-	c.refresh = c.cfg.Now().Add(time.Duration(got.ExpiresInSeconds) * time.Second * 4 / 5)
-	return nil
-}
-
-func (c *Client) post(ctx context.Context, to, path, token string, b []byte) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, to+path, bytes.NewReader(b))
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Authorization", "Bearer "+token)
-	if b != nil {
-		req.Header.Set("Content-Type", "text/plain; version=1.0.0; charset=utf-8")
-		req.Header.Set("Content-Encoding", "gzip")
-	}
-	return c.cfg.ToClient.Do(req)
-}
-
-// judge makes an error of a response that is not a 200. Refusals of what was sent
-// are final; those of who sent it are not, since tokens and keys are reloaded.
-func (c *Client) judge(resp *http.Response, what string) error {
-	if resp.StatusCode == http.StatusOK {
+	if len(samples) <= 1 {
+		c.dropped.Inc(DropInvalid)
+		c.cfg.Log.Warn("a series that does not fit --limit-bytes was dropped", "bytes", len(text))
 		return nil
 	}
-	e := &pushError{err: fmt.Errorf("%s answered %s", what, answer(resp))}
-	switch resp.StatusCode {
-	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType:
-		e.final = true
-	}
-	if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s > 0 {
-		e.retry = min(time.Duration(s)*time.Second, time.Hour)
-	}
-	return e
+	return append(c.pieces(got, samples[:len(samples)/2]), c.pieces(got, samples[len(samples)/2:])...)
 }

@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -37,13 +38,39 @@ func respond(status int, header http.Header, body string) *http.Response {
 	}
 }
 
+// logBuffer is a log that can be read while it is written.
+type logBuffer struct {
+	mu  sync.Mutex // guards buf
+	buf bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+func (l *logBuffer) Reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.buf.Reset()
+}
+
 // fakeHub is a server that writes down what it is sent.
 type fakeHub struct {
 	t       *testing.T
+	mu      sync.Mutex // guards asked, bodies, at, hosts and headers while a client runs
 	asked   []time.Time
 	bodies  []string
 	at      []time.Time
 	hosts   []string
+	headers []http.Header
 	expires int                                  // seconds
 	answer  func(r *http.Request) *http.Response // nil to accept
 }
@@ -52,6 +79,8 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err := r.Context().Err(); err != nil {
 		return nil, err
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	switch r.URL.Path {
 	case "/authorize":
 		h.asked = append(h.asked, time.Now())
@@ -62,6 +91,7 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 	case "/upload":
 		h.hosts = append(h.hosts, r.URL.Host)
 		h.at = append(h.at, time.Now())
+		h.headers = append(h.headers, r.Header)
 		if h.answer != nil {
 			if resp := h.answer(r); resp != nil {
 				return resp, nil
@@ -82,11 +112,24 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 	return respond(404, nil, ""), nil
 }
 
+// testBoot is a boot-time clock that started 1000 s before the epoch of a test.
+func testBoot() func() (int64, string) {
+	start := time.Now()
+	return func() (int64, string) { return time.Since(start).Milliseconds() + 1_000_000, "boot-1" }
+}
+
 // newTestClient returns a client of an exporter with the given text, and its hub.
-func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientState)) (*Client, *fakeHub, *bytes.Buffer) {
+// Its spool is in memory.
+func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientState)) (*Client, *fakeHub, *logBuffer) {
+	t.Helper()
+	return newSpoolClient(t, text, SpoolConfig{}, change)
+}
+
+// newSpoolClient returns a client with a spool of its own.
+func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*ClientConfig, *ClientState)) (*Client, *fakeHub, *logBuffer) {
 	t.Helper()
 	hub := &fakeHub{t: t, expires: 3600}
-	var log bytes.Buffer
+	var log logBuffer
 	from, _ := url.Parse("http://source.example/metrics")
 	all, err := ParseSelectors([]string{`{__name__=~".+"}`})
 	if err != nil {
@@ -94,7 +137,7 @@ func newTestClient(t *testing.T, text string, change func(*ClientConfig, *Client
 	}
 	cfg := ClientConfig{
 		From: from, To: []string{"https://a.example", "https://b.example"}, Cluster: "site", Interval: 2 * time.Minute,
-		LimitBytes: 1 << 20, Metrics: NewMetrics(), Now: time.Now,
+		LimitBytes: 1 << 20, Metrics: NewMetrics(), Now: time.Now, Boot: testBoot(),
 		Log:        slog.New(slog.NewTextHandler(&log, nil)),
 		ToClient:   &http.Client{Transport: hub},
 		FromClient: &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) { return respond(200, nil, text), nil })},
@@ -103,8 +146,15 @@ func newTestClient(t *testing.T, text string, change func(*ClientConfig, *Client
 	if change != nil {
 		change(&cfg, &st)
 	}
+	if cfg.ScrapeInterval == 0 {
+		cfg.ScrapeInterval = cfg.Interval
+	}
 	c := NewClient(cfg)
 	c.Reload(st)
+	spool.Limit, spool.MaxAge = 1<<30, 2*time.Hour
+	if err := c.Open(spool); err != nil {
+		t.Fatal(err)
+	}
 	return c, hub, &log
 }
 
@@ -135,7 +185,7 @@ func TestClientPhase(t *testing.T) {
 		}
 		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.Cluster = "other" })
 		hub2.t = t
-		phase := func(c *Client) time.Duration { return c.untilPhase(start) }
+		phase := func(c *Client) time.Duration { return c.untilPhase(start, 2*time.Minute) }
 		if phase(c) == phase(other) {
 			t.Error("two cluster IDs have the same phase")
 		}
@@ -189,8 +239,8 @@ func TestClientRetries(t *testing.T) {
 		if time.Since(start) > 2*time.Minute {
 			t.Error("waited beyond the next scrape")
 		}
-		if got := c.dropped.Value(dropUndelivered); got != 1 {
-			t.Errorf("%v samples counted as undelivered, want 1", got)
+		if n := c.spool.Stats().Scrapes; n != 1 {
+			t.Errorf("%d scrapes are kept, want the one not delivered", n)
 		}
 	})
 }
@@ -226,6 +276,9 @@ func TestClientRefusedPush(t *testing.T) {
 		err := c.Once(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "line 1: no") || len(hub.at) != 1 {
 			t.Errorf("got %v after %d attempts; what is refused as invalid is not sent again", err, len(hub.at))
+		}
+		if got := c.dropped.Value(DropRefused); got != 1 || c.spool.Stats().Scrapes != 0 {
+			t.Errorf("%v samples counted as refused, want 1; in the spool: %+v", got, c.spool.Stats())
 		}
 	})
 }
@@ -287,8 +340,8 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
 			t.Errorf("got %v", err)
 		}
-		if c.scrapes.Value("failed") != 1 || c.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
-			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.pushes.Value("failed"), log)
+		if c.scrapes.Value("failed") != 1 || c.courier.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
+			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.courier.pushes.Value("failed"), log)
 		}
 		broken = false
 		log.Reset()
@@ -296,12 +349,12 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
 			t.Errorf("got %v", err)
 		}
-		if c.scrapes.Value("failed") != 1 || c.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
+		if c.scrapes.Value("failed") != 1 || c.courier.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
 			strings.Contains(log.String(), "source failed") {
-			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.pushes.Value("failed"), log)
+			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.courier.pushes.Value("failed"), log)
 		}
-		if got := c.dropped.Value(dropUndelivered); got != 2 {
-			t.Errorf("%v samples counted as undelivered, want 2", got)
+		if n := c.spool.Stats().Scrapes; n != 1 {
+			t.Errorf("%d scrapes are kept, want 1", n)
 		}
 	})
 }
@@ -346,11 +399,11 @@ empty{b="c",region="north"} 3 1700000001234
 		t.Errorf("drops are not counted: %v", got)
 	}
 	// What a dry run prints is what would be pushed.
-	p, err := c.Scrape(t.Context())
+	scraped, err := c.Scrape(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(c.Text(nil, p, p.Samples)); got != want {
+	if got := string(c.Text(nil, &scraped.Push, scraped.Push.Samples)); got != want {
 		t.Errorf("a dry run prints:\n%s", got)
 	}
 	// The listener shows the last set sent, and is ready only after a success.
@@ -447,10 +500,14 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 			t.Errorf("a push of %d bytes", len(b))
 		}
 	}
-	// One series that cannot fit is an error, not an endless split.
-	c, _, _ = newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 50 })
-	if err := c.Once(t.Context()); err == nil || !strings.Contains(err.Error(), "--limit-bytes") {
-		t.Errorf("got %v", err)
+	// One series that cannot fit is dropped alone, without an endless split.
+	long := fmt.Sprintf("a 1 1\nlong{label=%q} 2 1\nz 3 1\n", strings.Repeat("x", 2000))
+	c, hub, log := newTestClient(t, long, func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 100 })
+	if err := c.Once(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(hub.bodies, ""); got != "a 1 1\nz 3 1\n" || c.dropped.Value(DropInvalid) != 1 || !strings.Contains(log.String(), "--limit-bytes") {
+		t.Errorf("pushed %q, dropped %v, log:\n%s", got, c.dropped.Value(DropInvalid), log)
 	}
 }
 

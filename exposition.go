@@ -123,7 +123,7 @@ func (p *Push) Add(r *RawSample) error {
 	off := len(p.Arena)
 	p.Arena = AppendSeries(p.Arena, r.Name, r.Labels)
 	n := len(p.Arena) - off
-	if n > MaxLine || p.MaxBytes > 0 && len(p.Arena) > p.MaxBytes || len(p.Arena) > math.MaxUint32 {
+	if n > MaxLine || p.MaxBytes > 0 && len(p.Arena) > p.MaxBytes || int64(len(p.Arena)) > math.MaxUint32 {
 		p.Arena = p.Arena[:off]
 		if n > MaxLine {
 			return tooLong(n)

@@ -599,7 +599,7 @@ func DecodePush(p *Push, b []byte, cluster string) error {
 			if err := parser.CheckOf(line, cluster); err != nil {
 				return err
 			}
-			if len(p.Arena)+len(line) > math.MaxUint32 {
+			if int64(len(p.Arena)+len(line)) > math.MaxUint32 {
 				return errPush
 			}
 			last.Off, last.Len = uint32(len(p.Arena)), uint32(n)

@@ -403,14 +403,14 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) er
 			h.mu.Unlock()
 			return nil
 		}
-		if !sleep(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) {
+		if !idle(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) {
 			return ctx.Err()
 		}
 	}
 }
 
-// sleep waits, and reports whether ctx is still good.
-func sleep(ctx context.Context, d time.Duration) bool {
+// idle waits, and reports whether ctx is still good.
+func idle(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {
 		return ctx.Err() == nil
 	}
@@ -449,7 +449,7 @@ func (h *Handoff) Leave(ctx context.Context) {
 			h.cfg.Log.Warn("leaving with clusters that their owners do not take; they are kept on disk", "clusters", st.Left)
 			return
 		}
-		if !sleep(ctx, handoffTick/5) {
+		if !idle(ctx, handoffTick/5) {
 			h.cfg.Log.Warn("leaving with clusters that could not be handed over; they are kept on disk", "clusters", st.Left, "failing", st.Failing)
 			return
 		}

@@ -16,6 +16,9 @@ import (
 	"math/big"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -202,8 +205,8 @@ func TestFourCommands(t *testing.T) {
 	mustTool(t, impostor, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
 	other := startServer(t, impostor)
 	stdout, stderr, code := tool(t, dir, "--mode", "client", "--from", internal+"/metrics", "--token-file", "site-7.token",
-		"--to", "https://"+other.await(externalAddr), "--once", "--interval", "2s")
-	if code != exitFailure || stdout != "" || !strings.Contains(stderr, "pin") {
+		"--to", "https://"+other.await(externalAddr), "--once", "--interval", "2s", "--spool-dir", "other-spool")
+	if code != exitFailure || stdout != "" || !strings.Contains(stderr, "pin") || !strings.Contains(stderr, "scrapes kept in the spool: 1,") {
 		t.Errorf("pushing to an impostor: exit %d\n%s", code, stderr)
 	}
 	for name, p := range map[string]*process{"client": client, "server": server} {
@@ -264,6 +267,9 @@ func TestDryRunPushesNothing(t *testing.T) {
 	if body := get(t, strings.TrimSuffix(from, "/metrics")+"/federate"); body != "" {
 		t.Errorf("something was pushed:\n%s", body)
 	}
+	if _, err := os.Stat(filepath.Join(dir, "telemeter-spool")); err == nil {
+		t.Error("a dry run left a spool")
+	}
 }
 
 func TestExitStatus(t *testing.T) {
@@ -283,6 +289,8 @@ func TestExitStatus(t *testing.T) {
 			[]string{"--keys DIR is missing", "--federate-token-file", "--limit-bytes is from"}},
 		{[]string{"--mode", "client", "--anonymize-labels", "instance", "--to-crt", "x", "extra"}, exitUsage,
 			[]string{"--token-file FILE is missing", "--anonymize-salt-file", "--to-key", `"extra"`}},
+		{[]string{"--mode", "client", "--interval", "2s", "--scrape-interval", "3s", "--spool-age", "1s", "--spool-limit", "1KiB"}, exitUsage,
+			[]string{"--scrape-interval is at least", "--spool-limit is at least", "--spool-age is at least"}},
 		{[]string{"--mode", "client", "--token-file", "missing"}, exitFailure, []string{"missing"}},
 		{[]string{"--mode", "server", "--keys", "missing"}, exitFailure, []string{"token.key", "keygen"}},
 		{[]string{"--mode", "token", "--id", "a b"}, exitUsage, []string{"--id"}},
@@ -537,4 +545,103 @@ func TestKilledUnderLoad(t *testing.T) {
 		}
 	}
 	t.Logf("%d pushes acknowledged in %d runs", total, kills)
+}
+
+// A client is killed again and again while its server is away: whatever its spool
+// held at any of these moments is with the server in the end.
+func TestClientKilledInOutage(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	server := startServer(t, dir)
+	target, err := url.Parse("http://" + server.await(externalAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var up atomic.Bool
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if up.Load() {
+			proxy.ServeHTTP(w, r)
+			return
+		}
+		http.Error(w, "away", http.StatusBadGateway)
+	}))
+	defer front.Close()
+	var scrapes atomic.Int64
+	source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "n %d\n", scrapes.Add(1))
+	}))
+	defer source.Close()
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", front.URL)
+	if err := os.WriteFile(filepath.Join(dir, "a.token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--mode", "client", "--from", source.URL + "/metrics", "--token-file", "a.token",
+		"--listen", "", "--interval", "1s", "--spool-dir", "spool"}
+	spooled := map[float64]bool{}
+	for kill := range 6 {
+		client := start(t, dir, args...)
+		before := scrapes.Load()
+		want := before + 1 + int64(rnd.IntN(2))
+		for deadline := time.Now().Add(30 * time.Second); scrapes.Load() < want; {
+			if time.Now().After(deadline) {
+				t.Fatalf("run %d: no scrape in 30 s:\n%s", kill, client.text())
+			}
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(time.Duration(rnd.IntN(20)) * time.Millisecond) // to be anywhere in what follows a scrape
+		client.end(syscall.SIGKILL)
+		spool, err := OpenSpool(SpoolConfig{
+			FS: DiskFS{}, Dir: filepath.Join(dir, "spool"), Cluster: "a", Limit: 1 << 30, MaxAge: time.Hour, Now: func() Moment { return Moment{} },
+			OnError: func(err error) { t.Errorf("a kill left damage: %v", err) },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, sc := range spool.Next(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000}) {
+			var d Decompressor
+			text, _, err := d.Decompress(sc.Gzip, "gzip", 1000)
+			n := 0.0
+			if _, e := fmt.Sscanf(string(text), "n %g ", &n); err != nil || e != nil {
+				t.Fatalf("%q: %v, %v", text, err, e)
+			}
+			spooled[n] = true
+		}
+		if err := spool.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(spooled) < 3 {
+		t.Fatalf("only %d scrapes were spooled in all", len(spooled))
+	}
+	up.Store(true)
+	client := start(t, dir, args...)
+	if n := client.await(`msg=pushed samples=\d+ scrapes=(\d+) pushes=1 `); n == "1" {
+		t.Error("the backlog did not travel in one push")
+	}
+	client.end(syscall.SIGTERM)
+	server.end(syscall.SIGTERM)
+	store, err := OpenStore(StoreConfig{
+		FS: DiskFS{}, Dir: filepath.Join(dir, "data"), Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now,
+		OnError: func(err error) { t.Error(err) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	held := map[float64]bool{}
+	for _, b := range store.clusters["a"].held.Batches {
+		for _, v := range b.V {
+			held[v] = true
+		}
+	}
+	for n := range spooled {
+		if !held[n] {
+			t.Errorf("scrape %v was spooled, and is nowhere", n)
+		}
+	}
+	t.Logf("%d of %d scrapes were spooled, %d are held", len(spooled), scrapes.Load(), len(held))
 }

@@ -8,9 +8,12 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -18,7 +21,7 @@ import (
 
 const (
 	attemptTimeout = 40 * time.Second // more than a server waits for its disk
-	scrapeTimeout  = time.Minute
+	scrapeTimeout  = time.Minute      // at most; a client may have less patience
 	dialTimeout    = 10 * time.Second
 	minSalt        = 16 // bytes
 )
@@ -30,8 +33,10 @@ type clientConfig struct {
 	matchFile, saltFile, listen     *string
 	to, match, labels, rename, anon *ListFlag
 	plain, once, dryRun             *bool
-	interval                        *time.Duration
-	bytes                           *SizeFlag
+	interval, scrapeInterval        *time.Duration
+	spoolDir                        *string
+	spoolAge                        *time.Duration
+	bytes, spoolLimit               *SizeFlag
 	level                           *slog.Level
 	anonymize                       []string
 	source                          *url.URL
@@ -48,7 +53,7 @@ func ClientMode(ctx context.Context, c *Command) error {
 		f.from = c.String("from", "http://localhost:9090", "`URL` of a Prometheus, or with a path of any endpoint, such as an exporter's /metrics")
 		f.fromToken = c.String("from-token-file", "", "`FILE` with a bearer token for the source")
 		f.fromCA = c.String("from-ca-file", "", "`FILE` of CA certificates that vouch for the source")
-		f.interval = c.Duration("interval", 2*time.Minute, "`TIME` between scrapes, and pushes")
+		f.scrapeInterval = c.Duration("scrape-interval", 0, "`TIME` between scrapes, if shorter than --interval")
 	})
 	c.Group("Which samples", func() {
 		f.match = c.List("match", "`SELECTOR` of series to push (none: all)")
@@ -65,12 +70,18 @@ func ClientMode(ctx context.Context, c *Command) error {
 		f.toCA = c.String("to-ca-file", "", "`FILE` of CA certificates that vouch for the servers, instead of the token's pin")
 		f.toCrt = c.String("to-crt", "", "`FILE` with a client certificate")
 		f.toKey = c.String("to-key", "", "`FILE` with its key")
+		f.interval = c.Duration("interval", 2*time.Minute, "`TIME` between pushes, each of all scrapes since the one before")
 		f.plain = c.Bool("plain-http", false, "send the token over http:// to other hosts too, readable by whoever sees the network")
 		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body, as the servers limit it; more becomes several pushes")
 	})
+	c.Group("Spool", func() {
+		f.spoolDir = c.String("spool-dir", "telemeter-spool", "`DIR` of the scrapes that no server has yet; empty to hold them in memory only")
+		f.spoolLimit = c.Size("spool-limit", 1<<30, "`SIZE` of the spool on disk; the oldest scrapes are dropped first")
+		f.spoolAge = c.Duration("spool-age", 2*time.Hour, "`TIME` after which a scrape is dropped; servers refuse what is older than their --retention")
+	})
 	c.Group("Other", func() {
 		f.listen = c.String("listen", "localhost:9002", "`ADDRESS` for health, own metrics and /federate of the last set sent; empty for none")
-		f.once = c.Bool("once", false, "scrape and push once, and exit")
+		f.once = c.Bool("once", false, "scrape once, push all that is spooled, and exit")
 		f.dryRun = c.Bool("dry-run", false, "print what would leave the site, and push nothing")
 		f.level = c.LogLevel()
 	})
@@ -88,18 +99,45 @@ func ClientMode(ctx context.Context, c *Command) error {
 	if err != nil {
 		return err
 	}
-	if *f.dryRun || *f.once {
+	if *f.dryRun {
 		ctx, cancel := context.WithTimeout(ctx, *f.interval)
 		defer cancel()
-		if *f.once && !*f.dryRun {
-			return client.Once(ctx)
-		}
-		p, err := client.Scrape(ctx)
+		got, err := client.Scrape(ctx)
 		if err != nil {
 			return fmt.Errorf("source: %w", err)
 		}
-		_, err = c.Stdout.Write(client.Text(nil, p, p.Samples))
+		_, err = c.Stdout.Write(client.Text(nil, &got.Push, got.Push.Samples))
 		return err
+	}
+	if err := f.open(client); err != nil {
+		return err
+	}
+	err = f.push(ctx, client, load, log, metrics)
+	return errors.Join(err, client.Close())
+}
+
+// open opens the client's spool.
+func (f *clientConfig) open(client *Client) error {
+	spool := SpoolConfig{FS: DiskFS{}, Limit: int64(*f.spoolLimit), MaxAge: *f.spoolAge}
+	if *f.spoolDir != "" {
+		dir, err := filepath.Abs(*f.spoolDir)
+		if err != nil {
+			return fmt.Errorf("opening spool: %w", err)
+		}
+		spool.Dir = dir
+	}
+	if err := client.Open(spool); err != nil {
+		return fmt.Errorf("%w (--spool-dir DIR puts the spool elsewhere)", err)
+	}
+	return nil
+}
+
+// push runs a client that has its spool.
+func (f *clientConfig) push(ctx context.Context, client *Client, reload func() error, log *slog.Logger, metrics *Metrics) error {
+	if *f.once {
+		ctx, cancel := context.WithTimeout(ctx, *f.interval)
+		defer cancel()
+		return client.Once(ctx)
 	}
 	parts := []func(context.Context) error{client.Run}
 	if *f.listen != "" {
@@ -112,7 +150,7 @@ func ClientMode(ctx context.Context, c *Command) error {
 		parts = append(parts, web.Run)
 		log.Info("listening", "address", ln.Addr())
 	}
-	return Serve(ctx, log, metrics, load, func() {}, parts...)
+	return Serve(ctx, log, metrics, reload, func() {}, parts...)
 }
 
 // check finds what contradicts itself, before any file is read.
@@ -154,6 +192,12 @@ func (f *clientConfig) check(c *Command) {
 	}
 	c.Check((*f.toCrt == "") == (*f.toKey == ""), "--to-crt and --to-key need each other")
 	c.Check(*f.interval >= time.Second, "--interval is at least 1s")
+	if *f.scrapeInterval == 0 {
+		*f.scrapeInterval = *f.interval
+	}
+	c.Check(*f.scrapeInterval >= time.Second && *f.scrapeInterval <= *f.interval, "--scrape-interval is at least 1s, and at most --interval")
+	c.Check(*f.spoolLimit >= 1<<20 && int64(*f.spoolLimit) >= 2*int64(*f.bytes), "--spool-limit is at least 1MiB, and twice --limit-bytes")
+	c.Check(*f.spoolAge >= *f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
 	c.Check(*f.bytes >= 1<<10 && *f.bytes <= 64<<20, "--limit-bytes is from 1KiB to 64MiB")
 	c.Check(!*f.once || !*f.dryRun, "--once pushes and --dry-run does not: choose one")
 }
@@ -167,6 +211,7 @@ func newClient(f *clientConfig, log *slog.Logger, m *Metrics) (*Client, func() e
 	}
 	cfg := ClientConfig{
 		From: f.source, Interval: *f.interval, LimitBytes: int64(*f.bytes), Metrics: m, Log: log, Now: time.Now,
+		ScrapeInterval: *f.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now,
 		Cluster: token.Cluster, To: token.URLs,
 	}
 	fromTLS := &tls.Config{MinVersion: tls.VersionTLS12}

@@ -81,7 +81,7 @@ func (s *SeriesTable) Find(line []byte) (id, hash uint32, ok bool) {
 }
 
 // HasRoom reports whether n more bytes of text can be addressed.
-func (s *SeriesTable) HasRoom(n int) bool { return len(s.text)+n <= math.MaxUint32 }
+func (s *SeriesTable) HasRoom(n int) bool { return int64(len(s.text)+n) <= math.MaxUint32 }
 
 // Insert gives line, of at most MaxLine bytes and not in the table, the next ID.
 func (s *SeriesTable) Insert(hash uint32, line []byte, utf8 bool) uint32 {

@@ -508,7 +508,7 @@ func (s *Server) read(w http.ResponseWriter, r *http.Request, body *[]byte) (For
 		return 0, "", tooLarge
 	}
 	if err != nil {
-		return 0, "", &refusal{http.StatusBadRequest, resultMalformed, "the body ended early", 0}
+		return 0, "", &refusal{http.StatusRequestTimeout, resultMalformed, "the body ended early, or came too slowly", 0}
 	}
 	return format, encoding, nil
 }

@@ -75,7 +75,7 @@ func DecodeBatches(b []byte, cluster string) ([]Appending, error) {
 		if err := parser.CheckOf(line, cluster); err != nil {
 			return err
 		}
-		if int(id) != len(lines) || len(arena)+len(line) > math.MaxUint32 {
+		if int(id) != len(lines) || int64(len(arena)+len(line)) > math.MaxUint32 {
 			return errTransfer
 		}
 		lines = append(lines, Sample{Off: uint32(len(arena)), Len: uint32(len(line))})

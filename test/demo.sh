@@ -57,7 +57,7 @@ saw msg=serving "$server" "$dir/server.log"
 ./telemeter --mode token --keys "$dir/keys" --id demo --to http://localhost:9003 >"$dir/demo.token"
 
 ./telemeter --mode client --from http://localhost:9004/metrics --token-file "$dir/demo.token" \
-	--interval 5s >"$dir/client.log" 2>&1 &
+	--spool-dir "$dir/spool" --interval 5s >"$dir/client.log" 2>&1 &
 client=$!
 # A push that was answered is held by the server, so it is also served.
 saw msg=pushed "$client" "$dir/client.log"

@@ -329,7 +329,7 @@ join_a=(--join localhost:9006) # for B, once there is an A
 # _id="" leaves out what came from the servers: this Prometheus would otherwise push
 # its own copies of copies, without end.
 client=(./telemeter --mode client --from "$from" --token-file "$work/token"
-	--interval 5s --match '{__name__=~".+",_id=""}'
+	--spool-dir "$work/spool" --interval 5s --match '{__name__=~".+",_id=""}'
 	--anonymize-labels instance --anonymize-salt-file "$work/salt"
 	--rename ALERTS=alerts --rename scrape_samples_scraped=scraped)
 if [ -n "$token" ]; then

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestBootClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		files := map[string]string{uptimeFile: "100.25 7.00\n", bootIDFile: "4789e580-6b9d-41f7-b180-bcdd10d7b67b\n"}
+		read := func(name string) ([]byte, error) {
+			if s, ok := files[name]; ok {
+				return []byte(s), nil
+			}
+			return nil, errors.New("not there")
+		}
+		c := NewBootClock(read)
+		check := func(what string, want int64) {
+			t.Helper()
+			if ms, id := c.Now(); ms != want || id != "4789e580-6b9d-41f7-b180-bcdd10d7b67b" {
+				t.Errorf("%s: %d of %q, want %d", what, ms, id, want)
+			}
+		}
+		check("at the start", 100_250)
+		// An hour of suspend, which the monotonic clock of a process does not count.
+		files[uptimeFile] = "3700.25 7.00\n"
+		check("after a suspend", 3_700_250)
+		time.Sleep(4000 * time.Second)
+		for _, bad := range []string{"", "nonsense", "-5 1", "NaN 1", "1e300 1", "7.5 1"} {
+			files[uptimeFile] = bad
+			check("uptime "+bad, 4_100_250)
+		}
+		delete(files, uptimeFile)
+		check("without uptime", 4_100_250)
+	})
+}
+
+// Where the system has no such clock, two processes never compare theirs.
+func TestBootClockOfProcess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for name, id := range map[string]string{"no file": "", "empty": "\n", "not printable": "abc\x00defghijk", "long": string(make([]byte, 100))} {
+			read := func(file string) ([]byte, error) {
+				if file == uptimeFile {
+					return []byte("5.00 1.00\n"), nil
+				}
+				if id == "" {
+					return nil, os.ErrNotExist
+				}
+				return []byte(id), nil
+			}
+			c, other := NewBootClock(read), NewBootClock(read)
+			before, mine := c.Now()
+			_, others := other.Now()
+			if mine == others || !validBootID(mine) {
+				t.Errorf("%s: IDs %q and %q", name, mine, others)
+			}
+			time.Sleep(90 * time.Second)
+			if after, same := c.Now(); after-before != 90_000 || same != mine {
+				t.Errorf("%s: %d ms in 90 s, ID %q after %q", name, after-before, same, mine)
+			}
+		}
+	})
+}

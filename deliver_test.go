@@ -1,0 +1,630 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// counting is a source that gives a sample n 1, 2, 3… and notes when it did.
+type counting struct {
+	hang  atomic.Bool
+	extra time.Duration // by which its clock is ahead
+	date  bool
+	mu    sync.Mutex // guards at while a client runs
+	at    []time.Time
+}
+
+func (s *counting) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.at)
+}
+
+func (s *counting) RoundTrip(r *http.Request) (*http.Response, error) {
+	if s.hang.Load() {
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.at = append(s.at, time.Now())
+	header := http.Header{}
+	if s.date {
+		header.Set("Date", time.Now().Add(s.extra).UTC().Format(http.TimeFormat))
+	}
+	return respond(200, header, fmt.Sprintf("n %d\n", len(s.at))), nil
+}
+
+// received returns the values of n in all pushes, in their order.
+func (h *fakeHub) received() (ns []int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for line := range strings.Lines(strings.Join(h.bodies, "")) {
+		f := strings.Fields(line)
+		n, err := strconv.Atoi(f[1])
+		if err != nil || f[0] != "n" {
+			h.t.Errorf("received %q", line)
+		}
+		ns = append(ns, n)
+	}
+	return ns
+}
+
+func (h *fakeHub) pushes() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.bodies)
+}
+
+func upTo(n int) (ns []int) {
+	for i := range n {
+		ns = append(ns, i+1)
+	}
+	return ns
+}
+
+func diskSpool() SpoolConfig { return SpoolConfig{FS: newCrashFS(1, "/s"), Dir: "/s"} }
+
+// An outage of the destination, of whichever kind: scrapes go on at their
+// interval, and when it is over all of them arrive at once, several to a push.
+func TestClientOutage(t *testing.T) {
+	for name, fail := range map[string]func(r *http.Request) (*http.Response, error){
+		"unreachable": func(*http.Request) (*http.Response, error) { return nil, fmt.Errorf("no route to host") },
+		"hanging":     func(r *http.Request) (*http.Response, error) { <-r.Context().Done(); return nil, r.Context().Err() },
+		"refusing":    func(*http.Request) (*http.Response, error) { return respond(503, nil, "disk full"), nil },
+		"forgetful":   func(*http.Request) (*http.Response, error) { return respond(404, nil, "no such path"), nil },
+		"bad gateway": func(*http.Request) (*http.Response, error) { return respond(400, nil, "captive portal"), nil },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			var down atomic.Bool
+			source := &counting{}
+			var hub *fakeHub
+			c, hub, log := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+				cfg.FromClient.Transport = source
+				cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+					if down.Load() && (name != "bad gateway" || r.URL.Path == "/authorize") {
+						return fail(r)
+					}
+					return hub.RoundTrip(r)
+				})}
+			})
+			hub.expires = 60 // so that a token is asked for
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan error)
+			go func() { ended <- c.Run(ctx) }()
+			time.Sleep(10 * time.Minute)
+			synctest.Wait()
+			before := hub.pushes()
+			down.Store(true)
+			log.Reset()
+			time.Sleep(time.Hour)
+			synctest.Wait()
+			if rec := httptest.NewRecorder(); true {
+				c.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/healthz/ready", nil))
+				if rec.Code != 503 {
+					t.Errorf("%s: ready says %d in an outage", name, rec.Code)
+				}
+			}
+			if n := strings.Count(log.String(), "\n"); n > 260 { // two for each attempt, and not above two attempts a minute
+				t.Errorf("%s: %d lines in an hour of outage", name, n)
+			}
+			if n := c.spool.Stats().Scrapes; n != source.count()-before {
+				t.Errorf("%s: %d scrapes in the spool, of %d with %d delivered", name, n, source.count(), before)
+			}
+			down.Store(false)
+			// The longest pause between attempts, and the longest of two.
+			time.Sleep(maxBackoff + 80*time.Second)
+			synctest.Wait()
+			if got := hub.received(); !slices.Equal(got, upTo(source.count())) {
+				t.Errorf("%s: after the outage there is %v, of %d", name, got, source.count())
+			}
+			if n := hub.pushes() - before; n > 12 {
+				t.Errorf("%s: a backlog of an hour took %d pushes", name, n)
+			}
+			cancel()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+			for i := 2; i < len(source.at); i++ {
+				if gap := source.at[i].Sub(source.at[i-1]); gap != 2*time.Minute {
+					t.Errorf("%s: scrape %d came %v after the one before", name, i, gap)
+				}
+			}
+		})
+	}
+}
+
+func TestClientHangingSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source := &counting{}
+		var down atomic.Bool
+		down.Store(true)
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+			cfg.FromClient = &http.Client{Transport: source}
+			cfg.ScrapeInterval = 10 * time.Second
+		})
+		hub.answer = func(*http.Request) *http.Response {
+			if down.Load() {
+				return respond(503, nil, "")
+			}
+			return nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- c.Run(ctx) }()
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		source.hang.Store(true)
+		down.Store(false)
+		time.Sleep(maxBackoff + time.Second)
+		synctest.Wait()
+		if got := hub.received(); !slices.Equal(got, upTo(source.count())) || len(got) < 30 {
+			t.Errorf("while the source hangs there is %v, of %d", got, source.count())
+		}
+		if c.scrapes.Value("failed") < 5 {
+			t.Errorf("%v scrapes counted as failed", c.scrapes.Value("failed"))
+		}
+		// The next scrape begins when the source lets it, at its phase.
+		source.hang.Store(false)
+		n := source.count()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := source.count() - n; got < 5 {
+			t.Errorf("%d scrapes in the minute after", got)
+		}
+		cancel()
+		<-ended
+		for i := 2; i < len(source.at); i++ {
+			if gap := source.at[i].Sub(source.at[i-1]); gap%(10*time.Second) != 0 {
+				t.Errorf("scrape %d came %v after the one before", i, gap)
+			}
+		}
+	})
+}
+
+// A push that is due does not wait long for a source that hangs since.
+func TestClientPushesWithoutSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source := &counting{}
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+			cfg.FromClient.Transport = source
+			cfg.ScrapeInterval = 10 * time.Second
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- c.Run(ctx) }()
+		time.Sleep(2*time.Second + c.untilPhase(time.Now().Add(2*time.Second), 2*time.Minute) + time.Minute)
+		synctest.Wait()
+		source.hang.Store(true)
+		if n := c.spool.Stats().Scrapes; n < 5 {
+			t.Fatalf("%d scrapes wait for the next push", n)
+		}
+		time.Sleep(time.Minute + scrapeGrace)
+		synctest.Wait()
+		if got := hub.received(); !slices.Equal(got, upTo(source.count())) {
+			t.Errorf("received %v, of %d", got, source.count())
+		}
+		cancel()
+		<-ended
+	})
+}
+
+// Scrapes more frequent than pushes travel together, and the last of them is
+// that of the push's own time.
+func TestClientScrapeInterval(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source := &counting{}
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+			cfg.FromClient.Transport = source
+			cfg.ScrapeInterval = 15 * time.Second
+		})
+		runFor(t, c, 20*time.Minute)
+		for i := 3; i < len(hub.at); i++ {
+			if gap := hub.at[i].Sub(hub.at[i-1]); gap != 2*time.Minute {
+				t.Errorf("push %d came %v after the one before", i, gap)
+			}
+			if n := strings.Count(hub.bodies[i], "\n"); n != 8 {
+				t.Errorf("push %d has %d scrapes, want 8", i, n)
+			}
+			if !slices.Contains(source.at, hub.at[i]) {
+				t.Errorf("push %d does not have the scrape of its own time", i)
+			}
+		}
+		if len(hub.at) < 9 || hub.at[0] != source.at[0] || !slices.Equal(hub.received(), upTo(len(hub.received()))) {
+			t.Errorf("pushes at %v of %v", hub.at, hub.received())
+		}
+	})
+}
+
+// spoolAll puts scrapes with these texts into the client's spool, a minute apart.
+func spoolAll(t *testing.T, c *Client, texts ...string) {
+	t.Helper()
+	for _, text := range texts {
+		at := c.moment()
+		if err := c.spool.Add(Scrape{At: at, Source: at.Wall, Samples: strings.Count(text, "\n"), Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+	}
+}
+
+// sizedHub answers 413 to what is longer than limit, and 400 to what holds "bad".
+func sizedHub(hub *fakeHub, limit int) {
+	hub.answer = func(r *http.Request) *http.Response {
+		var b bytes.Buffer
+		b.ReadFrom(r.Body)
+		r.Body = respond(200, nil, b.String()).Body
+		var d Decompressor
+		text, _, err := d.Decompress(b.Bytes(), "gzip", 1<<20)
+		switch {
+		case err != nil:
+			return respond(400, nil, err.Error())
+		case len(text) > limit:
+			return respond(413, nil, "too long")
+		case bytes.Contains(text, []byte("bad")):
+			return respond(400, nil, "bad line")
+		}
+		return nil
+	}
+}
+
+func TestCourierRefusals(t *testing.T) {
+	a, b, bad, z := "a 1\na 2\n", "b 1\nb 2\n", "bad 1\nb 3\n", "z 1\n"
+	long := "l " + strings.Repeat("1", 100) + "\n"
+	for _, tt := range []struct {
+		name    string
+		limit   int
+		texts   []string
+		want    string // delivered
+		refused float64
+		aside   int
+		most    int // requests
+	}{
+		{"all is well", 1000, []string{a, b, z}, a + b + z, 0, 0, 1},
+		{"one of several", 1000, []string{a, b, bad, z}, a + b + z, 2, 1, 5},
+		{"one alone", 1000, []string{bad}, "", 2, 1, 1},
+		{"the last", 1000, []string{a, bad}, a, 2, 1, 3},
+		{"several too large", 16, []string{a, b, a, b, a}, a + b + a + b + a, 0, 0, 6},
+		{"one too large", 8, []string{a + b}, a + b, 0, 0, 3},
+		{"down to lines", 4, []string{a + b + a}, a + b + a, 0, 0, 11},
+		{"one line too large", 10, []string{a + long + b, z}, a + b + z, 1, 1, 10},
+		{"too large and bad", 10, []string{a + bad + b, z}, "a 1\nb 3\n" + b + z, 2, 1, 12}, // a 2 travels with bad
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			spool := diskSpool()
+			c, hub, log := newSpoolClient(t, "", spool, nil)
+			sizedHub(hub, tt.limit)
+			spoolAll(t, c, tt.texts...)
+			err := c.courier.Drain(t.Context())
+			if (err != nil) != (tt.refused > 0) || c.dropped.Value(DropRefused) != tt.refused {
+				t.Errorf("%s: %v; %v samples counted as refused", tt.name, err, c.dropped.Value(DropRefused))
+			}
+			if got := strings.Join(hub.bodies, ""); got != tt.want {
+				t.Errorf("%s: delivered %q, want %q", tt.name, got, tt.want)
+			}
+			names := spool.FS.(*crashFS).names()
+			if len(names) != tt.aside || tt.aside > 0 && !strings.HasSuffix(names[0], ".log.refused") || c.spool.Stats().Scrapes != 0 {
+				t.Errorf("%s: files %v", tt.name, names)
+			}
+			if len(hub.at) > tt.most {
+				t.Errorf("%s: %d requests, want %d at most", tt.name, len(hub.at), tt.most)
+			}
+			if got := strings.Contains(log.String(), "refused a scrape"); got != (tt.refused > 0) {
+				t.Errorf("%s: log:\n%s", tt.name, log)
+			}
+		})
+	}
+}
+
+// Only 400 and 413 are about what is sent: nothing else costs a scrape.
+func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
+	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
+		synctest.Test(t, func(t *testing.T) {
+			c, hub, _ := newSpoolClient(t, "", diskSpool(), nil)
+			hub.answer = func(*http.Request) *http.Response { return respond(status, nil, "") }
+			spoolAll(t, c, "a 1\n", "b 1\n")
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+			defer cancel()
+			if err := c.courier.Drain(ctx); err == nil || c.spool.Stats().Scrapes != 2 || len(hub.at) < 10 {
+				t.Errorf("%d: %v after %d attempts; in the spool: %+v", status, err, len(hub.at), c.spool.Stats())
+			}
+			hub.answer = nil
+			if err := c.courier.Drain(t.Context()); err != nil || strings.Join(hub.bodies, "") != "a 1\nb 1\n" {
+				t.Errorf("%d: then %v, %q", status, err, hub.bodies)
+			}
+		})
+	}
+}
+
+// A line that is too slow for a large push within a timeout gets smaller ones.
+func TestCourierSlowLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
+		one := len(Gzip([]byte("n 10\n")))
+		c.courier.cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			select { // ten seconds for each scrape
+			case <-r.Context().Done():
+				return nil, r.Context().Err()
+			case <-time.After(time.Duration(r.ContentLength) * 10 * time.Second / time.Duration(one)):
+			}
+			return hub.RoundTrip(r)
+		})}
+		for n := range 60 {
+			spoolAll(t, c, fmt.Sprintf("n %d\n", n+1))
+		}
+		start := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		if err := c.courier.Drain(ctx); err != nil || !slices.Equal(hub.received(), upTo(60)) {
+			t.Errorf("%v after %v: received %v", err, time.Since(start), hub.received())
+		}
+	})
+}
+
+func (h *fakeHub) stated(t *testing.T, i int) (clock, age int64) {
+	t.Helper()
+	clock, err := strconv.ParseInt(h.headers[i].Get("Telemeter-Source-Clock"), 10, 64)
+	if err != nil {
+		t.Error(err)
+	}
+	age, err = strconv.ParseInt(h.headers[i].Get("Telemeter-Scrape-Age"), 10, 64)
+	if err != nil {
+		t.Error(err)
+	}
+	return clock, age
+}
+
+// What a push states of its newest scrape, at each attempt anew, is what tells
+// the server how far the source's clock is off.
+func TestClientStatesClocks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source := &counting{date: true, extra: -90 * time.Second}
+		boot, id := testBoot(), "boot-1"
+		stepped := time.Duration(0) // of the client's own wall clock
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+			cfg.To = cfg.To[:1]
+			cfg.FromClient.Transport = source
+			cfg.Boot = func() (int64, string) { ms, _ := boot(); return ms, id }
+			cfg.Now = func() time.Time { return time.Now().Add(stepped) }
+		})
+		// offset of attempt i, as a server computes it; a Date has whole seconds.
+		offset := func(i int) time.Duration {
+			clock, age := hub.stated(t, i)
+			return (time.Duration(hub.at[i].UnixMilli()-age-clock) * time.Millisecond).Truncate(time.Second)
+		}
+		scrape := func() {
+			t.Helper()
+			if err := c.spoolOne(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute)
+		}
+		scrape()
+		scrape()
+		tries := 0
+		hub.answer = func(*http.Request) *http.Response {
+			if tries++; tries < 5 {
+				return respond(503, nil, "")
+			}
+			return nil
+		}
+		if err := c.courier.Drain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var last int64
+		for i := range hub.at {
+			_, age := hub.stated(t, i)
+			if got := offset(i); got != 90*time.Second || age <= last || age < 60_000 {
+				t.Errorf("attempt %d: offset %v, age %d ms after %d", i, got, age, last)
+			}
+			last = age
+		}
+		// Samples without a time have the source's.
+		if want := fmt.Sprintf("n 1 %d\n", source.at[0].Add(-90*time.Second).UnixMilli()); !strings.HasPrefix(hub.bodies[0], want) {
+			t.Errorf("got %q, want %q", hub.bodies[0], want)
+		}
+
+		// The client's wall clock is stepped: nobody notices.
+		scrape()
+		stepped = 3 * time.Hour
+		scrape()
+		n := len(hub.at)
+		if err := c.courier.Drain(t.Context()); err != nil || len(hub.at) != n+1 || offset(n) != 90*time.Second {
+			t.Errorf("%v, %d pushes, offset %v", err, len(hub.at)-n, offset(n))
+		}
+		// The source's is: what came before and after are pushes of their own.
+		scrape()
+		source.extra = time.Hour
+		scrape()
+		n = len(hub.at)
+		if err := c.courier.Drain(t.Context()); err != nil || len(hub.at) != n+2 || offset(n) != 90*time.Second || offset(n+1)/time.Minute != -59 {
+			t.Errorf("%v, %d pushes, offsets %v, %v", err, len(hub.at)-n, offset(n), offset(n+1))
+		}
+		// After a reboot the wall clock tells the age.
+		scrape()
+		id = "boot-2"
+		scrape()
+		n = len(hub.at)
+		if err := c.courier.Drain(t.Context()); err != nil || len(hub.at) != n+2 || offset(n)/time.Minute != -59 || offset(n+1)/time.Minute != -59 {
+			t.Errorf("%v, %d pushes, offsets %v, %v", err, len(hub.at)-n, offset(n), offset(n+1))
+		}
+		// Never negative.
+		scrape()
+		id, stepped = "boot-3", -time.Hour
+		n = len(hub.at)
+		if err := c.courier.Drain(t.Context()); err != nil || hub.headers[n].Get("Telemeter-Scrape-Age") != "0" {
+			t.Errorf("%v, age %q", err, hub.headers[n].Get("Telemeter-Scrape-Age"))
+		}
+	})
+}
+
+func TestSourceSkew(t *testing.T) {
+	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
+	for date, want := range map[string]int64{
+		"":                              0,
+		"yesterday":                     0,
+		"Thu, 01 Jan 1960 00:00:00 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:20 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:19 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:22 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:18 GMT": -2500,
+		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
+		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
+	} {
+		if got := sourceSkew(date, wall); got != want {
+			t.Errorf("%q: %d ms, want %d", date, got, want)
+		}
+	}
+}
+
+// A wall clock that is slewed reaches the phase after the timer: no second scrape.
+func TestClientPhaseOfSlewedClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source := &counting{}
+		start := time.Now()
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+			cfg.FromClient.Transport = source
+			cfg.Now = func() time.Time { now := time.Now(); return now.Add(-now.Sub(start) / 2000) }
+		})
+		runFor(t, c, 2*time.Hour)
+		if len(source.at) > 61 || len(source.at) < 59 || len(hub.at) > 61 {
+			t.Errorf("%d scrapes, %d pushes in 2 hours at an interval of 2 minutes", len(source.at), len(hub.at))
+		}
+	})
+}
+
+// A disk that is full costs nothing while memory allows, and is told of once.
+func TestClientDiskFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		spool := diskSpool()
+		disk := spool.FS.(*crashFS)
+		source := &counting{}
+		c, hub, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientState) { cfg.FromClient.Transport = source })
+		var down atomic.Bool
+		down.Store(true)
+		hub.answer = func(*http.Request) *http.Response {
+			if down.Load() {
+				return respond(503, nil, "")
+			}
+			return nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- c.Run(ctx) }()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		disk.mu.Lock()
+		disk.hook = failOn("write", "", 0, errFull)
+		disk.mu.Unlock()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if n := c.spool.Stats().InMemory; n != 5 || c.spoolErrors.Value() != 5 {
+			t.Errorf("%d scrapes in memory, %v errors counted", n, c.spoolErrors.Value())
+		}
+		disk.mu.Lock()
+		disk.hook = nil
+		disk.mu.Unlock()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if strings.Count(log.String(), "spool failed") != 1 || strings.Count(log.String(), "spool works again") != 1 {
+			t.Errorf("log:\n%s", log)
+		}
+		// At the end, what is in memory only gets one more attempt.
+		down.Store(false)
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if got := hub.received(); !slices.Equal(got, upTo(len(source.at))) || len(got) < 15 {
+			t.Errorf("received %v, of %d", got, len(source.at))
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestClientOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		spool := diskSpool()
+		broken := false
+		c, hub, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientState) {
+			source := &counting{}
+			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				if broken {
+					return nil, fmt.Errorf("connection refused")
+				}
+				return source.RoundTrip(r)
+			})
+		})
+		hub.answer = func(*http.Request) *http.Response { return respond(503, nil, "") }
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		err := c.Once(ctx)
+		if err == nil || !strings.Contains(err.Error(), "destination: ") || !strings.Contains(err.Error(), "scrapes kept in the spool: 1,") {
+			t.Errorf("got %v", err)
+		}
+		// The next delivers both; and one that cannot scrape delivers all the same.
+		hub.answer = nil
+		if err := c.Once(t.Context()); err != nil || !slices.Equal(hub.received(), upTo(2)) {
+			t.Errorf("%v, received %v", err, hub.received())
+		}
+		spoolAll(t, c, "n 3\n")
+		broken = true
+		if err := c.Once(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "source: ") || !slices.Equal(hub.received(), upTo(3)) {
+			t.Errorf("%v, received %v", err, hub.received())
+		}
+	})
+}
+
+// What the listener shows is what was delivered last, in all its pieces.
+func TestClientShowsWhatWasSent(t *testing.T) {
+	var text strings.Builder
+	for i := range 300 {
+		fmt.Fprintf(&text, "m%d{x=\"%x\"} 1 5\n", i, ClusterHash(fmt.Sprint(i)))
+	}
+	from := text.String()
+	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+		cfg.LimitBytes = 4 << 10
+		cfg.From, _ = url.Parse("http://source.example/metrics")
+		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return respond(200, nil, from), nil })
+	})
+	handler := c.Handler()
+	for _, want := range []string{"", text.String(), "z 1 7\n"} {
+		if want != "" {
+			from = want
+			if err := c.Once(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rec := httptest.NewRecorder()
+		handler.ServeHTTP(rec, httptest.NewRequest("GET", "/federate", nil))
+		lines := 0
+		for line := range strings.Lines(rec.Body.String()) {
+			if !strings.HasPrefix(line, "#") {
+				lines++
+				if !strings.Contains(want, line) {
+					t.Errorf("shows %q", line)
+				}
+			}
+		}
+		if lines != strings.Count(want, "\n") {
+			t.Errorf("shows %d lines of %d", lines, strings.Count(want, "\n"))
+		}
+	}
+	if len(hub.bodies) < 3 {
+		t.Errorf("%d pushes: the first scrape was not in pieces", len(hub.bodies))
+	}
+}

@@ -1,0 +1,563 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// spoolRig is a spool on a crashFS, with clocks that a test sets and notes of what
+// the spool told.
+type spoolRig struct {
+	t       *testing.T
+	fs      *crashFS
+	cfg     SpoolConfig
+	spool   *Spool
+	now     Moment
+	errs    []error
+	dropped map[string]int // samples
+	drops   int            // occasions
+}
+
+func newSpoolRig(t *testing.T, change func(*SpoolConfig)) *spoolRig {
+	r := &spoolRig{t: t, fs: newCrashFS(1, "/s"), now: Moment{Wall: 1_700_000_000_000, Boot: 5_000_000, BootID: "boot-1"}, dropped: map[string]int{}}
+	r.cfg = SpoolConfig{FS: r.fs, Dir: "/s", Cluster: "site", Limit: 1 << 30, MaxAge: 2 * time.Hour}
+	if change != nil {
+		change(&r.cfg)
+	}
+	r.cfg.Now = func() Moment { return r.now }
+	r.cfg.OnError = func(err error) { r.errs = append(r.errs, err) }
+	r.cfg.OnDrop = func(reason string, _, samples int) { r.dropped[reason] += samples; r.drops++ }
+	r.open()
+	return r
+}
+
+func (r *spoolRig) open() {
+	r.t.Helper()
+	s, err := OpenSpool(r.cfg)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.spool = s
+}
+
+func (r *spoolRig) later(d time.Duration) {
+	r.now.Wall += d.Milliseconds()
+	r.now.Boot += d.Milliseconds()
+}
+
+// scrape returns one that says n, of lines samples.
+func (r *spoolRig) scrape(n, lines int) Scrape {
+	var text []byte
+	for i := range lines {
+		text = fmt.Appendf(text, "s{n=\"%d\",i=\"%d\"} 1 %d\n", n, i, r.now.Wall)
+	}
+	return Scrape{At: r.now, Source: r.now.Wall + 77, Samples: lines, Size: len(text), Gzip: Gzip(text)}
+}
+
+func (r *spoolRig) add(n int) error { return r.spool.Add(r.scrape(n, 3)) }
+
+func (r *spoolRig) mustAdd(ns ...int) {
+	r.t.Helper()
+	for _, n := range ns {
+		if err := r.add(n); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+}
+
+var noLimits = PushLimits{Bytes: 1 << 40, Text: 1 << 40, Scrapes: 1 << 30}
+
+// numbers tells which scrapes these are, by their text.
+func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
+	t.Helper()
+	for _, sc := range scrapes {
+		var d Decompressor
+		text, _, err := d.Decompress(sc.Gzip, "gzip", 1<<20)
+		if err != nil || len(text) != sc.Size || bytes.Count(text, []byte("\n")) != sc.Samples {
+			t.Errorf("a scrape of %d samples, %d bytes has the text %q, %v", sc.Samples, sc.Size, text, err)
+		}
+		n := -1
+		fmt.Sscanf(string(text), "s{n=\"%d\"", &n)
+		ns = append(ns, n)
+	}
+	return ns
+}
+
+// drain hands all out, one push after the other.
+func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
+	r.t.Helper()
+	for {
+		got := r.spool.Next(l)
+		if len(got) == 0 {
+			return pushes
+		}
+		pushes = append(pushes, numbers(r.t, got))
+		r.spool.Remove()
+	}
+}
+
+func (r *spoolRig) expect(what string, got any, want any) {
+	r.t.Helper()
+	g, _ := json.Marshal(got)
+	w, _ := json.Marshal(want)
+	if !bytes.Equal(g, w) {
+		r.t.Errorf("%s: got %s, want %s", what, g, w)
+	}
+}
+
+func TestSpoolRestart(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	first := r.scrape(1, 3)
+	r.mustAdd(1, 2, 3)
+	r.expect("handed out one by one", numbers(t, r.spool.Next(PushLimits{1, 1, 1})), []int{1})
+	r.spool.Remove()
+	r.expect("handed out again until removed", numbers(t, r.spool.Next(noLimits)), []int{2, 3})
+	r.fs.crash()
+	r.open()
+	r.mustAdd(4)
+	got := r.spool.Next(noLimits)
+	r.expect("after a crash", numbers(t, got), []int{2, 3, 4})
+	if got[0].At != first.At || got[0].Source != first.Source || got[0].Samples != 3 {
+		t.Errorf("clocks or counts changed: %+v", got[0])
+	}
+	r.spool.Remove()
+	r.expect("at the end", r.fs.names(), []string(nil))
+	if st := r.spool.Stats(); st != (SpoolStats{}) || len(r.errs) > 0 || r.drops > 0 {
+		t.Errorf("left: %+v, errors %v, drops %v", st, r.errs, r.dropped)
+	}
+}
+
+// Whatever operation fails, or the process is killed in, or the power goes in:
+// what Add acknowledged and nobody removed is handed out once by the spool that
+// is opened next, whole and in order, and nothing else but what Add was given.
+func TestSpoolCrashAnywhere(t *testing.T) {
+	const steps = 12
+	var made []Scrape // once: compressing is what takes time
+	for r, n := newSpoolRig(t, nil), 0; n <= steps; n++ {
+		made = append(made, r.scrape(n, 3))
+		r.later(time.Minute)
+	}
+	for seed := range uint64(8) {
+		for at, reached := 0, true; reached; at++ {
+			for _, mode := range []string{"error", "kill", "power"} {
+				r := newSpoolRig(t, nil)
+				r.fs.rng = rand.New(rand.NewPCG(seed, uint64(at)))
+				rnd := rand.New(rand.NewPCG(seed, 7))
+				reached = false
+				r.fs.hook = func(n int, _, _ string) fault {
+					if n != at {
+						return fault{}
+					}
+					reached = true
+					return map[string]fault{"error": {Err: errFull}, "kill": {Kill: true}, "power": {Kill: true}}[mode]
+				}
+				acked, maybe, gone := map[int]bool{}, map[int]bool{}, map[int]bool{}
+				n := 0
+				for range steps {
+					switch rnd.IntN(5) {
+					case 0, 1, 2:
+						n++
+						maybe[n] = true
+						if r.spool.Add(made[n]) == nil {
+							acked[n] = true
+						}
+						r.later(time.Minute)
+					case 3:
+						for _, k := range numbers(t, r.spool.Next(PushLimits{1 << 30, 1 << 30, 2})) {
+							gone[k] = true
+						}
+						r.spool.Remove()
+					case 4:
+						if got := r.spool.Next(PushLimits{1, 1, 1}); len(got) > 0 {
+							gone[numbers(t, got)[0]] = true
+							r.spool.SetAside()
+						}
+					}
+				}
+				if mode == "error" {
+					// A failed operation costs a running process nothing at all, but for a
+					// file that could not be read.
+					if !reached {
+						break
+					}
+					for _, k := range slices.Concat(r.drain(noLimits)...) {
+						acked[k] = false
+						if gone[k] {
+							t.Errorf("%d is handed out again", k)
+						}
+					}
+					lost := 0
+					for k := range maybe {
+						if acked[k] && !gone[k] {
+							lost++
+						}
+					}
+					if lost*3 != r.dropped[DropSpoolDamaged] || lost > 1 {
+						t.Errorf("%d scrapes are missing, %v counted", lost, r.dropped)
+					}
+				} else {
+					r.fs.restart()
+					if mode == "power" {
+						r.fs.crash()
+					}
+					r.errs = nil
+					r.open()
+					for range 2 { // what survived once survives again
+						r.fs.crash()
+						r.open()
+					}
+					got := slices.Concat(r.drain(noLimits)...)
+					if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) {
+						t.Errorf("out of order, or twice: %v", got)
+					}
+					for _, k := range got {
+						if !maybe[k] {
+							t.Errorf("%d was never added", k)
+						}
+						delete(acked, k)
+					}
+					for k := range acked {
+						if !gone[k] {
+							t.Errorf("%d is lost", k)
+						}
+					}
+					if len(r.errs) > 0 {
+						t.Errorf("opening complains of %v", r.errs)
+					}
+				}
+				if r.fs.open != 0 {
+					t.Errorf("%d files left open", r.fs.open)
+				}
+				if t.Failed() {
+					t.Fatalf("seed %d, operation %d, mode %s", seed, at, mode)
+				}
+			}
+		}
+	}
+}
+
+func TestSpoolDiskFull(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	r.mustAdd(1)
+	r.fs.hook = failOn("write", "", 0, errFull)
+	for _, n := range []int{2, 3} {
+		if err := r.add(n); !errors.Is(err, errFull) {
+			t.Errorf("got %v, want that the disk is full", err)
+		}
+	}
+	r.fs.hook = nil
+	r.mustAdd(4)
+	if st := r.spool.Stats(); st.Scrapes != 4 || st.InMemory != 2 {
+		t.Errorf("got %+v", st)
+	}
+	r.expect("in order, from disk and memory", numbers(t, r.spool.Next(noLimits)), []int{1, 2, 3, 4})
+	if err := r.spool.Close(); err != nil {
+		t.Error(err)
+	}
+	r.fs.crash()
+	r.open()
+	r.expect("Close wrote what was in memory", r.drain(noLimits), [][]int{{1, 2, 3, 4}})
+
+	// Memory is bounded while the disk is full: the oldest of it go.
+	r = newSpoolRig(t, nil)
+	r.mustAdd(1)
+	r.fs.hook = failOn("open", spoolTemp, 0, errFull)
+	big := r.scrape(0, 1)
+	big.Gzip = append(big.Gzip, make([]byte, 3<<20)...) // nobody looks into it here
+	for range 8 {
+		if err := r.spool.Add(big); err == nil {
+			t.Error("no error")
+		}
+	}
+	fit := spoolMemory / (len(big.Gzip) + spoolPerEntry)
+	if st := r.spool.Stats(); st.InMemory != fit || st.Scrapes != 1+fit || r.dropped[DropSpoolFull] != 8-fit {
+		t.Errorf("got %+v, dropped %v, want %d in memory", st, r.dropped, fit)
+	}
+	if err := r.spool.Close(); !errors.Is(err, errFull) || r.dropped[DropSpoolClosed] != fit {
+		t.Errorf("closing: %v, dropped %v", err, r.dropped)
+	}
+}
+
+func TestSpoolInMemory(t *testing.T) {
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.Dir = ""; c.Limit = 750 })
+	r.mustAdd(1, 2, 3, 4)
+	if len(r.fs.names()) > 0 || r.dropped[DropSpoolFull] != 6 {
+		t.Errorf("files %v, dropped %v", r.fs.names(), r.dropped)
+	}
+	r.spool.Next(PushLimits{1, 1, 1})
+	r.spool.SetAside()
+	r.expect("kept", r.drain(noLimits), [][]int{{4}})
+}
+
+func TestSpoolLimit(t *testing.T) {
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 3*spoolBlock + 100 })
+	r.mustAdd(1, 2, 3)
+	r.spool.Next(PushLimits{1, 1, 1}) // the first is on its way: it is not dropped
+	r.mustAdd(4, 5)
+	if r.dropped[DropSpoolFull] != 6 || r.drops != 2 {
+		t.Errorf("dropped %v in %d calls", r.dropped, r.drops)
+	}
+	r.spool.Release()
+	if st := r.spool.Stats(); st.Scrapes != 3 || st.Bytes != 3*spoolBlock || len(r.fs.names()) != 3 {
+		t.Errorf("%+v, files %v", st, r.fs.names())
+	}
+	r.expect("kept", r.drain(noLimits), [][]int{{1, 4, 5}})
+	r.cfg.Limit = spoolBlock - 1
+	r.open()
+	r.mustAdd(6)
+	if r.dropped[DropSpoolFull] != 9 || r.spool.Stats().Scrapes != 0 {
+		t.Errorf("what can never fit: dropped %v", r.dropped)
+	}
+}
+
+func TestSpoolAge(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	r.mustAdd(1, 2)
+	r.later(time.Hour)
+	r.mustAdd(3)
+	r.later(time.Hour)
+	if got := r.spool.Stats().Oldest; got != 2*time.Hour {
+		t.Errorf("the oldest is %v old", got)
+	}
+	// A wall clock that is stepped says nothing about age.
+	r.now.Wall += 1e12
+	r.expect("at the limit", numbers(t, r.spool.Next(noLimits)), []int{1, 2, 3})
+	r.now.Wall -= 1e12
+	r.spool.Release()
+	r.later(time.Second)
+	r.mustAdd(4)
+	if r.dropped[DropSpoolOld] != 6 || r.drops != 1 || len(r.fs.names()) != 2 {
+		t.Errorf("dropped %v in %d calls, files %v", r.dropped, r.drops, r.fs.names())
+	}
+	// After a reboot age is the wall clock's.
+	r.now.BootID, r.now.Boot, r.now.Wall = "boot-2", 10, r.now.Wall+90*60_000
+	r.open()
+	r.expect("after a reboot", r.drain(noLimits), [][]int{{4}})
+}
+
+func TestMomentSince(t *testing.T) {
+	then := Moment{Wall: 1000_000, Boot: 500_000, BootID: "a"}
+	for _, tt := range []struct {
+		now  Moment
+		want time.Duration
+	}{
+		{Moment{1060_000, 560_000, "a"}, time.Minute},
+		{Moment{9999_000, 560_000, "a"}, time.Minute},
+		{Moment{0, 560_000, "a"}, time.Minute},
+		{Moment{1090_000, 560_000, "b"}, 90 * time.Second},
+		{Moment{900_000, 560_000, "b"}, 0},
+		{Moment{1090_000, 5, "a"}, 90 * time.Second}, // the clock began anew, whatever its ID says
+	} {
+		if got := tt.now.Since(then); got != tt.want {
+			t.Errorf("%+v: %v, want %v", tt.now, got, tt.want)
+		}
+	}
+}
+
+// What travels in one push: within limits, of one boot, of a source whose clock
+// was not stepped.
+func TestSpoolGroups(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	one := r.scrape(0, 3)
+	for _, tt := range []struct {
+		name   string
+		limits PushLimits
+		change func(i int, sc *Scrape)
+		want   [][]int
+	}{
+		{"all", noLimits, nil, [][]int{{0, 1, 2, 3, 4, 5}}},
+		{"scrapes", PushLimits{1 << 30, 1 << 30, 4}, nil, [][]int{{0, 1, 2, 3}, {4, 5}}},
+		{"compressed", PushLimits{int64(2*len(one.Gzip) + 9), 1 << 30, 99}, nil, [][]int{{0, 1}, {2, 3}, {4, 5}}},
+		{"text", PushLimits{1 << 30, int64(3 * one.Size), 99}, nil, [][]int{{0, 1, 2}, {3, 4, 5}}},
+		{"one at least", PushLimits{1, 1, 0}, nil, [][]int{{0}, {1}, {2}, {3}, {4}, {5}}},
+		{"reboot", noLimits, func(i int, sc *Scrape) {
+			if i >= 2 {
+				sc.At.BootID = "boot-2"
+			}
+		}, [][]int{{0, 1}, {2, 3, 4, 5}}},
+		{"source stepped ahead", noLimits, func(i int, sc *Scrape) {
+			if i >= 4 {
+				sc.Source += 2001
+			}
+		}, [][]int{{0, 1, 2, 3}, {4, 5}}},
+		{"source stepped back", noLimits, func(i int, sc *Scrape) {
+			if i >= 4 {
+				sc.Source -= 60_000
+			}
+		}, [][]int{{0, 1, 2, 3}, {4, 5}}},
+		{"source drifts", noLimits, func(i int, sc *Scrape) { sc.Source += int64(i) * 700 }, [][]int{{0, 1, 2}, {3, 4, 5}}},
+		{"jitter", noLimits, func(i int, sc *Scrape) { sc.Source += int64(i%2) * 2000 }, [][]int{{0, 1, 2, 3, 4, 5}}},
+		{"client stepped", noLimits, func(i int, sc *Scrape) { sc.At.Wall += int64(i) * 1e6 }, [][]int{{0, 1, 2, 3, 4, 5}}},
+	} {
+		for i := range 6 {
+			sc := r.scrape(i, 3)
+			if tt.change != nil {
+				tt.change(i, &sc)
+			}
+			if err := r.spool.Add(sc); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.expect(tt.name, r.drain(tt.limits), tt.want)
+	}
+}
+
+// A file cut off or changed anywhere stops nothing, is kept beside, and is counted.
+func TestSpoolDamage(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	r.mustAdd(1, 2, 3)
+	path := r.fs.names()[1]
+	good := r.fs.entries[path].data
+	damage := func(what string, data []byte) {
+		r.errs = nil
+		for _, name := range r.fs.names() {
+			if strings.Contains(name, spoolDamaged) {
+				r.fs.Remove(name)
+			}
+		}
+		r.fs.put(path, data)
+		r.open()
+		r.expect(what, numbers(t, r.spool.Next(noLimits)), []int{1, 3})
+		kept := false
+		for _, name := range r.fs.names() {
+			if strings.HasPrefix(name, path+spoolDamaged) {
+				kept = kept || bytes.Equal(r.fs.entries[name].data, data)
+			}
+			if name == path {
+				t.Errorf("%s: the file is still there", what)
+			}
+		}
+		if len(r.errs) != 1 || !kept && len(data) > 0 && !strings.HasPrefix(what, "cut") {
+			t.Errorf("%s: errors %v, kept %v", what, r.errs, kept)
+		}
+	}
+	for i := range good {
+		damage(fmt.Sprint("cut at ", i), good[:i])
+		flipped := bytes.Clone(good)
+		flipped[i] ^= 0x40
+		damage(fmt.Sprint("flipped at ", i), flipped)
+	}
+	// Well-formed, but not what it says.
+	sc := r.scrape(2, 3)
+	for what, change := range map[string]func(){
+		"samples": func() { sc.Samples = 2 }, "size": func() { sc.Size-- }, "gzip": func() { sc.Gzip = sc.Gzip[:len(sc.Gzip)-1] },
+	} {
+		sc = r.scrape(2, 3)
+		change()
+		r.errs = nil
+		r.fs.put(path, AppendRecord(appendLogHeader(nil, []byte("site")), spoolKind, appendScrape(nil, &sc)))
+		before := r.dropped[DropSpoolDamaged]
+		r.open()
+		r.expect(what, numbers(t, r.spool.Next(noLimits)), []int{1, 3})
+		if len(r.errs) != 1 || r.dropped[DropSpoolDamaged] != before+sc.Samples {
+			t.Errorf("%s: errors %v, dropped %v", what, r.errs, r.dropped)
+		}
+	}
+}
+
+func TestSpoolSetsAside(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	for n := range 20 {
+		r.mustAdd(n)
+		r.spool.Next(noLimits)
+		r.spool.SetAside()
+	}
+	r.mustAdd(20)
+	names := r.fs.names()
+	if len(names) != maxSpoolAside+1 || names[0] != "/s/0000000000000005.log.refused" || r.spool.Stats().Scrapes != 1 {
+		t.Errorf("files %v", names)
+	}
+	// By another name it is sent again, before what came later.
+	if err := r.fs.Rename(names[3], strings.TrimSuffix(names[3], spoolRefused)); err != nil {
+		t.Fatal(err)
+	}
+	r.open()
+	r.expect("renamed back", r.drain(noLimits), [][]int{{7, 20}})
+	r.mustAdd(21)
+	if names := r.fs.names(); names[len(names)-1] != "/s/0000000000000022.log" {
+		t.Errorf("files %v", names)
+	}
+}
+
+func TestSpoolOfAnotherCluster(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	r.mustAdd(1)
+	r.cfg.Cluster = "other"
+	if _, err := OpenSpool(r.cfg); err == nil || !strings.Contains(err.Error(), `"site"`) || !strings.Contains(err.Error(), "--spool-dir") {
+		t.Errorf("got %v", err)
+	}
+	r.cfg.Cluster = "site"
+	r.open()
+	r.drain(noLimits)
+	r.cfg.Cluster = "other"
+	r.open() // an empty one is anybody's
+}
+
+func TestSpoolOnDisk(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a", "spool")
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.FS, c.Dir = DiskFS{}, dir })
+	r.mustAdd(1, 2)
+	if _, err := OpenSpool(r.cfg); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("opened twice: %v", err)
+	}
+	if err := r.spool.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"0000000000000009.log.tmp", "0000000000000002.log.damaged.tmp", "notes.txt", "1.log", "x.log.tmp"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.open()
+	r.expect("opened again", r.drain(noLimits), [][]int{{1, 2}})
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	r.expect("only what is not the spool's is left", names, []string{"1.log", "lock", "notes.txt", "x.log.tmp"})
+	if err := r.spool.Close(); err != nil || len(r.errs) > 0 {
+		t.Errorf("%v, %v", err, r.errs)
+	}
+}
+
+// Whatever is decoded with its text can be spooled, and is then the same; what
+// the header alone says is bounded.
+func FuzzDecodeScrape(f *testing.F) {
+	r := spoolRig{now: Moment{1_700_000_000_000, 5, "boot-1"}}
+	for _, lines := range []int{0, 1, 20} {
+		sc := r.scrape(1, lines)
+		f.Add(appendScrape(nil, &sc))
+		sc.Samples++
+		f.Add(appendScrape(nil, &sc))
+	}
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		head, headErr := decodeScrape(data, false)
+		sc, err := decodeScrape(data, true)
+		if err == nil && headErr != nil {
+			t.Fatalf("good with its text, but without: %v", headErr)
+		}
+		if err != nil {
+			return
+		}
+		if head.Samples > head.Size/shortestLine || head.Size > MaxPieceText || len(head.At.BootID) > maxSpoolID {
+			t.Fatalf("%+v", head)
+		}
+		if again := appendScrape(nil, &sc); !bytes.Equal(again, data) {
+			t.Fatalf("%q, then %q", data, again)
+		}
+	})
+}
