@@ -63,10 +63,13 @@ type View struct {
 	Peers map[string]Peer // by name, this server included
 }
 
+// NeverExpires says that a token does not expire.
+const NeverExpires = -1
+
 // Note is what a server tells the owner of a cluster ID beside samples, so that
 // one server alone shows it.
 type Note struct {
-	Expires int64 // of the client token, Unix seconds; 0 = never, or not known
+	Expires int64 // of the client token, Unix seconds, or NeverExpires; 0 = not known
 	Failed  bool  // a push was refused
 }
 

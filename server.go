@@ -119,7 +119,11 @@ func NewServer(cfg ServerConfig) *Server {
 	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, dropConflict, dropTooOld, dropFuture} {
 		s.dropped.Add(0, reason)
 	}
-	s.pushes.Add(0, resultAccepted)
+	for _, result := range []string{
+		resultAccepted, resultRateLimited, resultOverloaded, resultFull, resultFailed, resultTooLarge, resultUnsupported, resultMalformed,
+	} {
+		s.pushes.Add(0, result)
+	}
 	m.OnCollect(s.collect(m))
 	return s
 }
@@ -271,7 +275,7 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 		if t, ok = s.authenticate(w, r, KindClient); !ok {
 			return
 		}
-		s.note(t.Cluster, Note{Expires: t.Expires})
+		s.note(t.Cluster, Note{Expires: noteExpiry(t)})
 	}
 	now := s.cfg.Now()
 	expires := now.Add(UploadTokenTTL).Unix()
@@ -617,13 +621,21 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 func (s *Server) append(ctx context.Context, t Token, p *Push) (AppendResult, error) {
 	var n Note
 	if t.Kind == KindClient {
-		n.Expires = t.Expires
+		n.Expires = noteExpiry(t)
 	}
 	if s.cfg.Forward == nil {
 		s.Noted(t.Cluster, n)
 		return s.cfg.Store.Append(ctx, t.Cluster, p)
 	}
 	return s.cfg.Forward.Append(ctx, t.Cluster, p, n)
+}
+
+// noteExpiry is when a client token expires, as a Note says it.
+func noteExpiry(t Token) int64 {
+	if t.Expires == 0 {
+		return NeverExpires
+	}
+	return t.Expires
 }
 
 // note has the owner of a cluster ID know n.
@@ -637,7 +649,7 @@ func (s *Server) note(id string, n Note) {
 // owns, and shows it to scrapers.
 func (s *Server) Noted(id string, n Note) {
 	if n.Expires != 0 {
-		s.senders.Authorized(id, n.Expires, s.cfg.Now())
+		s.senders.Authorized(id, max(0, n.Expires), s.cfg.Now())
 	}
 	if n.Failed {
 		s.senders.Failed(id, s.cfg.Now())

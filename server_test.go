@@ -1481,3 +1481,20 @@ type discardResponse struct {
 func (w *discardResponse) Header() http.Header         { return w.header }
 func (w *discardResponse) WriteHeader(int)             {}
 func (w *discardResponse) Write(p []byte) (int, error) { w.n += len(p); return len(p), nil }
+
+// A token that does not expire takes the place of one that does, and with it its alert.
+func TestExpiryEnds(t *testing.T) {
+	r := newSrvRig(t)
+	push := func(change ...func(*Token)) {
+		token := r.token(KindClient, "site-a", change...)
+		r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: token, body: []byte("up 1\n")}))
+	}
+	push(func(tok *Token) { tok.Expires = authNow.Unix() + 1000 })
+	if got := r.federate("", ""); !strings.Contains(got, "token_expiry_seconds{") {
+		t.Errorf("the expiry is not told:\n%s", got)
+	}
+	push()
+	if got := r.federate("", ""); strings.Contains(got, "token_expiry_seconds{") {
+		t.Errorf("the old token's expiry is still told:\n%s", got)
+	}
+}

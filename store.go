@@ -560,7 +560,13 @@ func (s *Store) Stats() StoreStats {
 			cl := ClusterStats{ID: c.ID, Series: held.Table.Len(), Samples: held.Samples(), Accepted: held.Accepted}
 			cl.Offset, cl.OffsetKnown = held.Clock.Offset()
 			for _, cur := range s.Consumers.Cursors(c.Hash) {
-				cl.Backlog = append(cl.Backlog, Backlog{cur.Name, cur.Address, held.Unread(Position{Seq: cur.Seq}, cur.Key)})
+				b := Backlog{cur.Name, cur.Address, held.Unread(Position{Seq: cur.Seq}, cur.Key)}
+				// Those that differ in what they ask for look alike here.
+				if n := len(cl.Backlog); n > 0 && cl.Backlog[n-1].Name == b.Name && cl.Backlog[n-1].Address == b.Address {
+					cl.Backlog[n-1].Samples = max(cl.Backlog[n-1].Samples, b.Samples)
+				} else {
+					cl.Backlog = append(cl.Backlog, b)
+				}
 			}
 			st.Clusters = append(st.Clusters, cl)
 		})
