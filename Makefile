@@ -4,6 +4,8 @@
 GO         ?= go
 PROMTOOL   ?= promtool
 OUTAGE     ?= full
+CHAOS      ?= full
+SEED       ?= 0
 FUZZTIME   ?= 5s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -68,6 +70,9 @@ test-alerts: ## the central Prometheus's configuration and alerts, by its promto
 test-netns: telemeter ## five servers in network namespaces, cut in two and healed; needs root and Linux
 	./test/netns.sh
 
+test-chaos: ## servers restarted, killed, cut off, filled up, added: ten minutes; CHAOS=short: two; SEED; root and Linux
+	$(GO) test -count=1 -timeout 30m -v -exec 'unshare --net --mount --propagation private' -run '^TestChaos$$' . -args -chaos $(CHAOS) -seed $(SEED)
+
 test-readme: telemeter ## the README's commands, as they are but for addresses
 	./test/readme.sh
 
@@ -84,4 +89,4 @@ FORCE:
 
 # What each target of check prints is read in its order.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test fuzz bench sim handoff sockets test-integration test-outage test-alerts test-netns test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test fuzz bench sim handoff sockets test-integration test-outage test-alerts test-netns test-chaos test-readme demo clean help FORCE

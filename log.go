@@ -58,6 +58,11 @@ var ErrBroken = errors.New("log must be rewritten before it is appended to")
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+// DiskFull reports that an error is for want of room, which may come back.
+func DiskFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
 // FS is the part of a file system that a log needs. Names are as for package
 // os; SyncDir makes the entries of a directory durable.
 type FS interface {

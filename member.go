@@ -3,8 +3,9 @@ package main
 // This server as a member of a cluster of servers: what gossip heard becomes a
 // claim to a slot and a ring, which forwarding goes by; and what is told of it at
 // /sd and /debug/cluster. Invariants: what the next start needs is durable before
-// it is announced; the ring changes only when members come, go or claim. This file
-// must not know how members find each other, or how pushes travel.
+// it is announced, but for a session that a full disk has no room for; the ring changes
+// only when members come, go or claim. This file must not know how members find each
+// other, or how pushes travel.
 
 import (
 	"context"
@@ -90,16 +91,17 @@ type RingMemberConfig struct {
 type RingMember struct {
 	cfg     RingMemberConfig
 	saved   SwimState
+	failing bool          // to save: said once
 	settled chan struct{} // closed when the first ring is made
 	errors  *Counter
 }
 
-// NewRingMember keeps the new session's number, so that gossip may begin.
+// NewRingMember keeps the new session's number, so that gossip may begin. On a full disk
+// it goes on without: what is held there has to be served, sessions are unlike by their
+// random half, and the others tell the next start which was the highest. No slot is
+// claimed until there is room.
 func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
-	m := &RingMember{cfg: cfg, settled: make(chan struct{}), saved: cfg.Gossip.State()}
-	if err := SaveMemberState(cfg.FS, cfg.Dir, m.saved); err != nil {
-		return nil, err
-	}
+	m := &RingMember{cfg: cfg, settled: make(chan struct{})}
 	reg := cfg.Metrics
 	m.errors = reg.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
 	members := reg.Gauge("telemeter_members", "Servers of the cluster by state, this one included.", "state")
@@ -130,6 +132,9 @@ func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 			refused.Total(float64(st.Refused[i]), reason)
 		}
 	})
+	if err := m.keep(cfg.Gossip.State()); err != nil && !DiskFull(err) {
+		return nil, err
+	}
 	return m, nil
 }
 
@@ -212,19 +217,23 @@ func (m *RingMember) settle() {
 	}
 }
 
-// keep stores st if it is not what is kept. A failure is tried again at the next
-// change or tick.
-func (m *RingMember) keep(st SwimState) bool {
+// keep stores st if it is not what is kept. A failure is counted, logged if it is the
+// first in a row, and tried again at the next change or tick.
+func (m *RingMember) keep(st SwimState) error {
 	if st == m.saved {
-		return true
+		return nil
 	}
-	if err := SaveMemberState(m.cfg.FS, m.cfg.Dir, st); err != nil {
-		m.errors.Inc()
+	err := SaveMemberState(m.cfg.FS, m.cfg.Dir, st)
+	if err == nil {
+		m.saved, m.failing = st, false
+		return nil
+	}
+	m.errors.Inc()
+	if !m.failing {
 		m.cfg.Log.Error("member", "err", err)
-		return false
 	}
-	m.saved = st
-	return true
+	m.failing = true
+	return err
 }
 
 func claimOf(r Record) Claim {
@@ -257,7 +266,7 @@ func (m *RingMember) claim(v GossipView) {
 	// Durable before it is told: a restart must not claim another's slot by it.
 	st := m.cfg.Gossip.State()
 	st.Slot, st.Lamport, st.Provisional = slot, c.Lamport, c.Provisional
-	if m.keep(st) {
+	if m.keep(st) == nil {
 		m.cfg.Log.Info("slot claimed", "slot", c.Slot, "claim", c.Lamport, "provisional", c.Provisional)
 		m.cfg.Gossip.SetClaim(slot, c.Lamport, c.Provisional)
 	}

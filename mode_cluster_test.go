@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -341,6 +343,36 @@ func TestMemberState(t *testing.T) {
 	}
 	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
 		t.Errorf("of a damaged file: %+v %v", st, err)
+	}
+}
+
+// A server whose disk is full starts all the same, and keeps its state when there is
+// room. One whose directory cannot be written does not.
+func TestMemberStartsOnFullDisk(t *testing.T) {
+	gossip := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip
+	fsys := newStoreFS(1)
+	start := func() (*RingMember, error) {
+		return NewRingMember(RingMemberConfig{Name: "a", Gossip: gossip, FS: fsys, Dir: "/s", Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics()})
+	}
+	fsys.hook = failOn("write", "", 0, syscall.EACCES)
+	if _, err := start(); !errors.Is(err, syscall.EACCES) {
+		t.Errorf("it starts with %v", err)
+	}
+	fsys.hook = failOn("write", "", 0, syscall.ENOSPC)
+	m, err := start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.claim(gossip.View())
+	if v := gossip.View(); v.Members[0].Slot != NoSlot {
+		t.Errorf("slot %d was claimed, and is not kept", v.Members[0].Slot)
+	}
+	fsys.hook = nil
+	m.claim(gossip.View())
+	waitFor(t, "with room a slot is claimed", func() bool { return gossip.View().Members[0].Slot == 0 })
+	want := gossip.State()
+	if got, err := LoadMemberState(fsys, "/s"); err != nil || got.Session != want.Session || got.Slot != 0 {
+		t.Errorf("kept %+v, want %+v: %v", got, want, err)
 	}
 }
 

@@ -14,7 +14,6 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -185,7 +184,7 @@ func (c *Site) resize(do func() error) error {
 	before := c.log.Size()
 	err := do()
 	c.totals.Bytes.Add(c.log.Size() - before)
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if DiskFull(err) {
 		return fmt.Errorf("%w: the disk is full: %w", ErrFull, err)
 	}
 	return err

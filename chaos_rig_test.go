@@ -1,0 +1,704 @@
+package main
+
+// chaos_rig_test.go: what TestChaos breaks and counts with: servers in network
+// namespaces of their own, on disks of their own, whose network among each other can
+// be cut into any parts; sites that push and try again as the client does; and a
+// consumer that knows what it was served, and whether the server can know that too.
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const (
+	chaosSeries   = 5 // of a site
+	chaosDisk     = 32 << 20
+	chaosPatience = 90 * time.Second // for what takes some ten on an idle machine
+)
+
+// chaosSample is one sample of all series of a site, which have the same times and
+// values.
+type chaosSample struct {
+	site int
+	t    int64
+}
+
+// chaosServer is a server with a network and a disk of its own.
+type chaosServer struct {
+	name, space, addr, dir string
+	p                      *process // nil: not running
+	full                   bool     // its disk
+}
+
+func (s *chaosServer) url(port int, path string) string {
+	return fmt.Sprintf("http://%s:%d%s", s.addr, port, path)
+}
+
+// chaosRig is a cluster of servers under load.
+type chaosRig struct {
+	t        *testing.T
+	name     string // of the scenario, for what is printed
+	dir      string
+	interval time.Duration // of gossip
+	seed     uint64
+	rnd      *rand.Rand
+	keys     Keys
+	servers  []*chaosServer
+	parted   bool // since the network was last whole
+	begin    time.Time
+
+	push       context.CancelFunc // ends new pushes
+	halt       context.CancelFunc // ends all
+	haltCtx    context.Context
+	pushing    sync.WaitGroup
+	scraping   sync.WaitGroup
+	pushClient *http.Client
+	sites      []*chaosSite
+	consumer   *chaosConsumer
+}
+
+func chaosRun(t *testing.T, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v: %s", name, args, err, out)
+	}
+}
+
+// chaosNetwork makes the network of n servers: in this process's namespace are two
+// ends of each server's, "m…" on a bridge that nothing cuts, by which it is pushed to
+// and scraped, and "c…" on one of the bridges "part…", for what is between servers.
+func chaosNetwork(t *testing.T, n int) {
+	if links, err := net.Interfaces(); err != nil || len(links) != 1 {
+		t.Fatalf("run by make test-chaos, which starts this in a network namespace of its own: %v %v", links, err)
+	}
+	ip := func(args ...string) { t.Helper(); chaosRun(t, "ip", args...) }
+	chaosRun(t, "mount", "-t", "tmpfs", "tmpfs", "/run") // for the names of namespaces
+	ip("link", "set", "lo", "up")
+	for part := range n {
+		ip("link", "add", fmt.Sprint("part", part), "type", "bridge")
+		ip("link", "set", fmt.Sprint("part", part), "up")
+	}
+	ip("link", "add", "hub", "type", "bridge")
+	ip("address", "add", "10.98.0.254/24", "dev", "hub")
+	ip("link", "set", "hub", "up")
+	for i := range n {
+		space := fmt.Sprint("s", i)
+		ip("netns", "add", space)
+		ip("-n", space, "link", "set", "lo", "up")
+		for _, link := range []struct{ here, there, address, bridge string }{
+			{fmt.Sprint("c", i), "eth0", fmt.Sprintf("10.99.0.%d/24", i+1), "part0"},
+			{fmt.Sprint("m", i), "eth1", fmt.Sprintf("10.98.0.%d/24", i+1), "hub"},
+		} {
+			ip("link", "add", link.here, "type", "veth", "peer", "name", link.there, "netns", space)
+			ip("-n", space, "address", "add", link.address, "dev", link.there)
+			ip("-n", space, "link", "set", link.there, "up")
+			ip("link", "set", link.here, "master", link.bridge, "up")
+		}
+	}
+}
+
+// newChaosRig makes servers that do not run yet, and sites that do not push yet.
+func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Duration, seed uint64) *chaosRig {
+	r := &chaosRig{t: t, name: name, dir: t.TempDir(), interval: interval, seed: seed, rnd: rand.New(rand.NewPCG(seed, 0)), begin: time.Now()}
+	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
+	var err error
+	if r.keys, err = ReadKeys(filepath.Join(r.dir, "keys"), TokenKeyFile); err != nil {
+		t.Fatal(err)
+	}
+	for i := range servers {
+		s := &chaosServer{name: fmt.Sprint("s", i), space: fmt.Sprint("s", i), addr: fmt.Sprintf("10.98.0.%d", i+1)}
+		s.dir = filepath.Join(r.dir, s.name)
+		if err := os.Mkdir(s.dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		chaosRun(t, "mount", "-t", "tmpfs", "-o", fmt.Sprint("size=", chaosDisk), "tmpfs", s.dir)
+		t.Cleanup(func() { exec.Command("umount", "--lazy", s.dir).Run() })
+		r.servers = append(r.servers, s)
+	}
+	for i := range sites {
+		id := fmt.Sprint("site-", i)
+		token, err := r.keys.Sign(Token{Kind: KindClient, Cluster: id, ID: NewTokenID()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.sites = append(r.sites, &chaosSite{r: r, n: i, token: token, acked: map[int64]bool{}})
+	}
+	r.consumer = &chaosConsumer{seen: map[chaosSample]*chaosSeen{}, newest: map[int]int64{}}
+	r.pushClient = &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 32, DialContext: (&net.Dialer{Timeout: 2 * time.Second}).DialContext}}
+	r.haltCtx, r.halt = context.WithCancel(context.Background())
+	t.Cleanup(func() {
+		r.halt()
+		r.pushing.Wait()
+		r.scraping.Wait()
+		r.pushClient.CloseIdleConnections()
+		for _, s := range r.servers {
+			r.kill(s)
+		}
+	})
+	return r
+}
+
+// failf ends the test, and says how to repeat it.
+func (r *chaosRig) failf(format string, args ...any) {
+	r.t.Helper()
+	r.t.Fatalf("%s (SEED=%d): %s", r.name, r.seed, fmt.Sprintf(format, args...))
+}
+
+// wait polls until ok is, as long as patience has it.
+func (r *chaosRig) wait(what string, ok func() bool) {
+	r.t.Helper()
+	for deadline := time.Now().Add(chaosPatience); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			for _, s := range r.servers {
+				if s.p == nil {
+					continue
+				}
+				b, err := r.get(s, 9004, "/debug/cluster")
+				text := s.p.text()
+				r.t.Logf("%s: %v %s\n%s", s.name, err, b, text[max(0, len(text)-3000):])
+			}
+			r.failf("not within %v: %s", chaosPatience, what)
+		}
+	}
+}
+
+func (r *chaosRig) start(s *chaosServer) {
+	args := []string{"--mode", "server", "--name", s.name, "--keys", "keys", "--storage-dir", filepath.Join(s.dir, "data"), "--ratelimit", "0",
+		"--listen", s.addr + ":9003", "--listen-internal", s.addr + ":9004", "--internal-open", "--gossip-interval", r.interval.String(),
+		"--listen-cluster", strings.Replace(s.addr, "10.98.", "10.99.", 1) + ":9006"}
+	for _, other := range r.servers[:min(3, len(r.servers))] {
+		if other != s {
+			args = append(args, "--join", strings.Replace(other.addr, "10.98.", "10.99.", 1)+":9006")
+		}
+	}
+	s.p = &process{t: r.t, cmd: telemeterCommand(r.t, r.dir, args...)}
+	ip, err := exec.LookPath("ip")
+	if err != nil {
+		r.failf("%v", err)
+	}
+	s.p.cmd.Args = append([]string{"ip", "netns", "exec", s.space, s.p.cmd.Path}, args...)
+	s.p.cmd.Path = ip
+	s.p.cmd.Stdout, s.p.cmd.Stderr = s.p, s.p
+	if err := s.p.cmd.Start(); err != nil {
+		r.failf("%v", err)
+	}
+}
+
+// ready waits until a server says that it is.
+func (r *chaosRig) ready(s *chaosServer) {
+	r.t.Helper()
+	r.wait(s.name+" is ready", func() bool {
+		_, err := r.get(s, 9004, "/healthz/ready")
+		return err == nil
+	})
+}
+
+func (r *chaosRig) kill(s *chaosServer) {
+	if s.p != nil {
+		s.p.cmd.Process.Kill()
+		s.p.cmd.Wait()
+		s.p = nil
+	}
+}
+
+// stop ends a server with SIGTERM, which has it hand over what it holds.
+func (r *chaosRig) stop(s *chaosServer) {
+	r.t.Helper()
+	s.p.cmd.Process.Signal(syscall.SIGTERM)
+	ended := make(chan error, 1)
+	go func() { ended <- s.p.cmd.Wait() }()
+	select {
+	case err := <-ended:
+		if err != nil {
+			r.failf("%s ended with %v:\n%s", s.name, err, s.p.text())
+		}
+		s.p = nil
+	case <-time.After(chaosPatience):
+		r.failf("%s does not end:\n%s", s.name, s.p.text())
+	}
+}
+
+// part cuts the network among servers: each is in one part.
+func (r *chaosRig) part(parts []int) {
+	for i, part := range parts {
+		chaosRun(r.t, "ip", "link", "set", fmt.Sprint("c", i), "master", fmt.Sprint("part", part))
+		r.parted = r.parted || part > 0
+	}
+}
+
+func (r *chaosRig) heal() {
+	r.part(make([]int, len(r.servers)))
+	r.parted = false
+}
+
+// fill leaves a server's disk no room, or gives it back.
+func (r *chaosRig) fill(s *chaosServer, full bool) {
+	path := filepath.Join(s.dir, "ballast")
+	s.full = full
+	if !full {
+		if err := os.Remove(path); err != nil {
+			r.failf("%v", err)
+		}
+		return
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		r.failf("%v", err)
+	}
+	defer f.Close()
+	for chunk := make([]byte, 1<<20); len(chunk) >= 1; {
+		if _, err = f.Write(chunk); err != nil {
+			chunk = chunk[:len(chunk)/2]
+		}
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		r.failf("filling a disk: %v", err)
+	}
+}
+
+func (r *chaosRig) get(s *chaosServer, port int, path string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url(port, path), nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := r.pushClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", resp.Status, b)
+	}
+	return b, err
+}
+
+// running returns the servers that run.
+func (r *chaosRig) running() (up []*chaosServer) {
+	for _, s := range r.servers {
+		if s.p != nil {
+			up = append(up, s)
+		}
+	}
+	return up
+}
+
+// settled waits until all that run have one ring, and hold nothing that is another's,
+// and returns how long that took.
+func (r *chaosRig) settled() time.Duration {
+	r.t.Helper()
+	begin := time.Now()
+	up := r.running()
+	r.wait("servers agree, and have handed over all", func() bool {
+		version := ""
+		for _, s := range up {
+			b, err := r.get(s, 9004, "/debug/cluster")
+			var d debugCluster
+			if err != nil || json.Unmarshal(b, &d) != nil {
+				return false
+			}
+			if version == "" {
+				version = d.Ring.Version
+			}
+			if len(d.slots()) != len(up) || d.Ring.Version != version || d.Handoff.HeldBack || d.Handoff.Left > 0 {
+				return false
+			}
+		}
+		return true
+	})
+	return time.Since(begin)
+}
+
+// sum adds a metric up over all that run.
+func (r *chaosRig) sum(metric string) (sum float64) {
+	for _, s := range r.running() {
+		b, err := r.get(s, 9004, "/metrics")
+		if err != nil {
+			r.failf("%v", err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if rest, ok := strings.CutPrefix(line, metric+" "); ok {
+				v, _ := strconv.ParseFloat(strings.TrimSpace(rest), 64)
+				sum += v
+			}
+		}
+	}
+	return sum
+}
+
+// load begins to push every so often, and to scrape.
+func (r *chaosRig) load(every, scrape time.Duration) {
+	ctx, cancel := context.WithCancel(r.haltCtx)
+	r.push = cancel
+	for i, site := range r.sites {
+		phase := every * time.Duration(i) / time.Duration(len(r.sites))
+		r.pushing.Go(func() { site.run(ctx, every, phase) })
+	}
+	for _, s := range r.servers {
+		r.scraping.Go(func() { r.consumer.run(r.haltCtx, s, scrape) })
+	}
+}
+
+// acked ends pushing, and returns the samples that were answered 200.
+func (r *chaosRig) acked() map[chaosSample]bool {
+	r.t.Helper()
+	r.push()
+	ended := make(chan struct{})
+	go func() { r.pushing.Wait(); close(ended) }()
+	r.wait("the last pushes", func() bool {
+		select {
+		case <-ended:
+			return true
+		default:
+			return false
+		}
+	})
+	all := map[chaosSample]bool{}
+	for _, site := range r.sites {
+		for at := range site.acked {
+			all[chaosSample{site.n, at}] = true
+		}
+	}
+	return all
+}
+
+// chaosSite pushes one sample of each of its series at a time, and tries again, at one
+// server after the other, as the client does.
+type chaosSite struct {
+	r     *chaosRig
+	n     int
+	token string
+
+	// Until the site has ended these are its own.
+	acked            map[int64]bool // times of samples answered 200
+	again            int            // tries that failed
+	refused          []string       // pushes that will never be taken
+	slowest, waiting time.Duration
+}
+
+func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
+	timer := time.NewTimer(phase)
+	defer timer.Stop()
+	server := s.n
+	next := time.Now().Add(phase)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		at := time.Now()
+		for {
+			again, err := s.try(server%len(s.r.servers), at.UnixMilli())
+			if err == nil {
+				s.acked[at.UnixMilli()] = true
+				break
+			}
+			if s.again++; !again {
+				s.refused = append(s.refused, err.Error())
+				break
+			}
+			server++
+			select {
+			case <-s.r.haltCtx.Done():
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
+		s.slowest = max(s.slowest, time.Since(at))
+		for !next.After(time.Now()) {
+			next = next.Add(every)
+		}
+		timer.Reset(time.Until(next))
+	}
+}
+
+// try pushes once; again says that another try may do.
+func (s *chaosSite) try(server int, t int64) (again bool, err error) {
+	var body []byte
+	for k := range chaosSeries {
+		body = fmt.Appendf(body, "chaos_total{k=\"%d\"} %d %d\n", k, t%1000003, t)
+	}
+	req, err := http.NewRequestWithContext(s.r.haltCtx, http.MethodPost, s.r.servers[server].url(9003, "/upload"), bytes.NewReader(body))
+	if err != nil {
+		return false, err
+	}
+	req.Header.Set("Authorization", "Bearer "+s.token)
+	req.Header.Set("Content-Type", "text/plain")
+	resp, err := s.r.pushClient.Do(req)
+	if err != nil {
+		return true, err
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return true, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests, fmt.Errorf("%s: %s", resp.Status, answer)
+	}
+	return false, nil
+}
+
+// chaosSeen is what became of a sample at the consumer.
+type chaosSeen struct {
+	series    int  // of the site's, by bits
+	confirmed bool // the server could know that it has arrived
+}
+
+// chaosConsumer scrapes every server as one consumer, as Prometheus does: over one
+// connection each, as long as it lasts.
+type chaosConsumer struct {
+	mu     sync.Mutex // guards the rest
+	seen   map[chaosSample]*chaosSeen
+	newest map[int]int64 // by site
+	// again counts samples that were confirmed and came again, though not as the newest
+	// of their series; late those that came first when newer ones had.
+	again, late, failed int
+	wrong               []string // what should never come
+}
+
+func (c *chaosConsumer) run(ctx context.Context, s *chaosServer, every time.Duration) {
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxConnsPerHost: 1, DialContext: (&net.Dialer{Timeout: 2 * time.Second}).DialContext}}
+	defer client.CloseIdleConnections()
+	var pending map[chaosSample]int
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		reused := false
+		body, err := chaosScrape(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { reused = i.Reused }}), client, s, "chaos")
+		if err == nil {
+			if !reused {
+				pending = nil
+			}
+			pending = c.take(body, pending, s.name)
+		} else {
+			c.mu.Lock()
+			c.failed++
+			c.mu.Unlock()
+			client.CloseIdleConnections()
+			pending = nil
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// take notes what was served; of pending the server could know that it had arrived.
+func (c *chaosConsumer) take(body []byte, pending map[chaosSample]int, server string) (next map[chaosSample]int) {
+	samples, wrong := chaosParse(body)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, w := range wrong {
+		c.wrong = append(c.wrong, server+": "+w)
+	}
+	for sample := range pending {
+		c.seen[sample].confirmed = true
+	}
+	here := map[int]int64{} // the newest of each site in this answer
+	for sample := range samples {
+		here[sample.site] = max(here[sample.site], sample.t)
+	}
+	for sample, series := range samples {
+		seen := c.seen[sample]
+		if seen == nil {
+			seen = &chaosSeen{}
+			c.seen[sample] = seen
+			if sample.t < c.newest[sample.site] {
+				c.late++
+			}
+		} else if seen.confirmed && sample.t < here[sample.site] {
+			c.again++
+		}
+		seen.series |= series
+	}
+	for site, t := range here {
+		c.newest[site] = max(c.newest[site], t)
+	}
+	return samples
+}
+
+// missing returns which of these samples did not come whole.
+func (c *chaosConsumer) missing(acked map[chaosSample]bool) (missing []chaosSample) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for sample := range acked {
+		if seen := c.seen[sample]; seen == nil || seen.series != 1<<chaosSeries-1 {
+			missing = append(missing, sample)
+		}
+	}
+	return missing
+}
+
+func chaosScrape(ctx context.Context, client *http.Client, s *chaosServer, consumer string) ([]byte, error) {
+	query := ""
+	if consumer != "" {
+		query = "?consumer=" + consumer
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url(9004, "/federate"+query), nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "10")
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", resp.Status, b)
+	}
+	return b, err
+}
+
+// chaosParse reads samples, each with the series that it came of, and what is wrong:
+// times of a series that do not ascend, or values that are not the site's.
+func chaosParse(body []byte) (samples map[chaosSample]int, wrong []string) {
+	samples = map[chaosSample]int{}
+	type series struct{ site, k int }
+	last := map[series]int64{}
+	lines := bufio.NewScanner(bytes.NewReader(body))
+	for lines.Scan() {
+		line := lines.Text()
+		if !strings.HasPrefix(line, "chaos_total{") {
+			continue
+		}
+		var site, k int
+		var v, t int64
+		if _, err := fmt.Sscanf(line, `chaos_total{_id="site-%d",instance="",job="",k="%d"} %d %d`, &site, &k, &v, &t); err != nil {
+			wrong = append(wrong, line+": "+err.Error())
+			continue
+		}
+		if v != t%1000003 || last[series{site, k}] >= t {
+			wrong = append(wrong, line)
+		}
+		last[series{site, k}] = t
+		samples[chaosSample{site, t}] |= 1 << k
+	}
+	return samples, wrong
+}
+
+// chaosHeld is who holds and who shows what, at the end.
+type chaosHeld struct {
+	holders map[chaosSample][]string // by a consumer that comes first
+	shown   map[int][]string         // by scrapes without a name
+}
+
+// held asks every server for all.
+func (r *chaosRig) held() chaosHeld {
+	r.t.Helper()
+	h := chaosHeld{map[chaosSample][]string{}, map[int][]string{}}
+	for _, s := range r.running() {
+		client := &http.Client{Timeout: time.Minute, Transport: &http.Transport{}}
+		body, err := chaosScrape(context.Background(), client, s, fmt.Sprint("audit-", time.Now().UnixNano()))
+		if err != nil {
+			r.failf("%v", err)
+		}
+		samples, wrong := chaosParse(body)
+		if len(wrong) > 0 {
+			r.failf("%s holds %s", s.name, wrong[0])
+		}
+		for sample := range samples {
+			h.holders[sample] = append(h.holders[sample], s.name)
+		}
+		if body, err = chaosScrape(context.Background(), client, s, ""); err != nil {
+			r.failf("%v", err)
+		}
+		shown := map[int]bool{}
+		samples, _ = chaosParse(body)
+		for sample := range samples {
+			shown[sample.site] = true
+		}
+		for site := range shown {
+			h.shown[site] = append(h.shown[site], s.name)
+		}
+		client.CloseIdleConnections()
+	}
+	return h
+}
+
+// finish ends the load, waits until all is at rest, and checks and prints what came out.
+// calm says that no server was killed and no network cut. Then what is served again is
+// what a server could not know to have arrived when it handed it over.
+func (r *chaosRig) finish(calm bool) map[chaosSample]bool {
+	t := r.t
+	t.Helper()
+	lasted := time.Since(r.begin)
+	acked := r.acked()
+	settle := r.settled()
+	begin := time.Now()
+	for deadline := begin.Add(chaosPatience); len(r.consumer.missing(acked)) > 0 && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	}
+	whole := time.Since(begin)
+	missing := r.consumer.missing(acked)
+	held := r.held()
+	lost, twice, exposed := 0, 0, 0
+	for sample := range acked {
+		switch n := len(held.holders[sample]); {
+		case n == 0:
+			lost++
+		case n > 1:
+			twice++
+		}
+	}
+	for _, servers := range held.shown {
+		if len(servers) > 1 {
+			exposed++
+		}
+	}
+	again, refused := 0, []string{}
+	slowest := time.Duration(0)
+	for _, site := range r.sites {
+		again += site.again
+		refused = append(refused, site.refused...)
+		slowest = max(slowest, site.slowest)
+	}
+	c := r.consumer
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	fmt.Printf("%-11s %3.0f s: samples acknowledged %d, missing %d, not held %d, held twice %d; sites shown by two servers %d; served again %d, late %d\n",
+		r.name+":", lasted.Seconds(), len(acked)*chaosSeries, len(missing)*chaosSeries, lost*chaosSeries, twice*chaosSeries, exposed, c.again*chaosSeries, c.late*chaosSeries)
+	fmt.Printf("%-11s pushes tried again %d, refused %d, the slowest took %.1f s; scrapes failed %d; settled after %.1f s, served whole after %.1f s more\n",
+		"", again, len(refused), slowest.Seconds(), c.failed, settle.Seconds(), whole.Seconds())
+	if len(acked) == 0 || len(missing) > 0 || lost > 0 || twice > 0 || exposed > 0 || len(refused) > 0 || len(c.wrong) > 0 || calm && 2*c.again > len(acked) {
+		for _, s := range r.running() {
+			t.Logf("%s said:\n%s", s.name, s.p.text())
+		}
+		slices.SortFunc(missing, func(a, b chaosSample) int { return int(a.t - b.t) })
+		t.Errorf("%s (SEED=%d): missing %v, refused %v, wrong %v, shown twice %v", r.name, r.seed, missing[:min(5, len(missing))],
+			refused[:min(3, len(refused))], c.wrong[:min(3, len(c.wrong))], maps.Collect(func(yield func(int, []string) bool) {
+				for site, servers := range held.shown {
+					if len(servers) > 1 && !yield(site, servers) {
+						return
+					}
+				}
+			}))
+	}
+	return acked
+}
