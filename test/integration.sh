@@ -5,8 +5,8 @@
 # to server A what server B owns.
 #
 # Without arguments: checks what comes out at the end, kills B, checks that it still
-# serves the same, kills it for good, checks that A goes on, and exits 0 if all was
-# right.
+# serves the same, kills it again, checks that A goes on, and that B takes over when it
+# returns, restarts A, and exits 0 if all was right and the Prometheus has no gap.
 # With arguments: the client scrapes FROM (a URL, such as http://localhost:9005)
 # instead, with the bearer token TOKEN, and all stays up until Ctrl-C.
 #
@@ -286,6 +286,41 @@ goes_on() {
 	[ "$here" != 0 ] && [ -n "$there" ]
 }
 
+# no_gap FROM TO: of the alert that this Prometheus evaluates all the time, every
+# sample of a time between, in ms, came through, and so did one from after that.
+no_gap() {
+	local alert='alertname="AlwaysFiring",alertstate="firing"' missing
+	samples "ALERTS{_id=\"\",$alert}[30m]" >"$work/source" && samples "alerts{_id=\"test\",$alert}[30m]" >"$work/pushed" || return 1
+	missing=$(comm -23 "$work/source" "$work/pushed" | awk -F'[][,]' -v from="$1" -v to="$2" '$2 * 1000 >= from && $2 * 1000 <= to { n++ } END { print n + 0 }')
+	seen="$missing of the source's $(grep -c . "$work/source") are missing"
+	[ "$missing" = 0 ] && awk -F'[][,]' -v to="$2" '$2 * 1000 > to { later = 1 } END { exit !later }' "$work/pushed"
+}
+
+# shows PORT: the server there shows samples of "test".
+shows() { get "http://localhost:$1/federate?match[]=scraped" --globoff | grep -q '_id="test"'; }
+
+# watch: looks all the time whether both servers show "test" at once. One that shows it
+# before and after the other did has shown it meanwhile.
+watch() {
+	while true; do
+		if shows 9004 && shows 9014 && shows 9004; then echo twice; else echo once; fi
+		sleep 0.2
+	done >"$work/watched" 2>/dev/null
+}
+
+one_exposer() {
+	local twice
+	twice=$(grep -c twice "$work/watched" || true)
+	seen="both showed it $twice times of $(grep -c . "$work/watched")"
+	[ "$twice" = 0 ] && grep -q once "$work/watched"
+}
+
+# quiet_log: this Prometheus never met samples that it could not take.
+quiet_log() {
+	seen=$(grep -Eic 'append failed|parse error|same timestamp|duplicate sample|commit failed' "$work/prometheus.log" || true)
+	[ "$seen" = 0 ]
+}
+
 now_ms() { date +%s%3N; }
 
 # served: the samples of B's /federate, without what it says itself of pushes.
@@ -329,7 +364,7 @@ join_a=(--join localhost:9006) # for B, once there is an A
 # _id="" leaves out what came from the servers: this Prometheus would otherwise push
 # its own copies of copies, without end.
 client=(./telemeter --mode client --from "$from" --token-file "$work/token"
-	--spool-dir "$work/spool" --interval 5s --match '{__name__=~".+",_id=""}'
+	--spool-dir "$work/spool" --interval 5s --scrape-interval 1s --match '{__name__=~".+",_id=""}'
 	--anonymize-labels instance --anonymize-salt-file "$work/salt"
 	--rename ALERTS=alerts --rename scrape_samples_scraped=scraped)
 if [ -n "$token" ]; then
@@ -404,5 +439,27 @@ deadline=$((SECONDS + patience))
 check "A goes on when B is killed" goes_on "$later"
 check "times and values are still the source's" same_samples telemeter
 check "A still takes pushes, and is ready" ready http://localhost:9004/healthz/ready
+
+# B returns, with the slot that it had.
+watch &
+start B "${b[@]}" "${join_a[@]}"
+deadline=$((SECONDS + patience))
+check "B returns: both agree, and B owns the cluster ID" b_owns
+check "what A held meanwhile is on B alone" on_b_alone
+later=$(now_ms)
+check "B holds what is pushed next" on_b_since "$later"
+
+# A is restarted as for an update. The client has no other server, and waits.
+stop TERM A
+start A "${a[@]}"
+deadline=$((SECONDS + patience))
+check "server A is ready after SIGTERM" ready http://localhost:9004/healthz/ready
+check "both agree after it" b_owns
+later=$(now_ms)
+check "B holds what is pushed next" on_b_since "$later"
+check "what was pushed to A is on B alone, still" on_b_alone
+check "no gap since the client was started" no_gap $((restarted + 10000)) "$later"
+check "one server at a time showed it" one_exposer
+deadline=0 check "no parse error, no duplicate sample in the Prometheus's log" quiet_log
 
 ((failed == 0))
