@@ -67,7 +67,7 @@ type Reading struct {
 	owner  *Consumers
 	c      *consumer
 	conn   any
-	pos    map[uint64]Position // confirmed on this connection
+	pos    map[uint64]Position // confirmed on this connection, or before it began
 	sent   map[uint64]Position // served last
 	served int                 // samples not had before in what was served last
 }
@@ -208,7 +208,11 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 	c.used = now
 	i := slices.IndexFunc(c.conns, func(r *Reading) bool { return r.conn == conn })
 	if i < 0 {
-		r = &Reading{Key: key, owner: cs, c: c, conn: conn, pos: map[uint64]Position{}}
+		r = &Reading{Key: key, owner: cs, c: c, conn: conn, pos: make(map[uint64]Position, len(c.cursors))}
+		// Its own from here on: who else is served by this name must not move it.
+		for cluster, at := range c.cursors {
+			r.pos[cluster] = Position{Seq: at}
+		}
 		for _, other := range c.conns {
 			if other.served > 0 {
 				repeated = true
@@ -237,15 +241,12 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 	return r, repeated, nil
 }
 
-// At returns what the connection had of a cluster: a connection that comes first
-// goes on where the consumer's others have been.
+// At returns what the connection had of a cluster, which begins where the consumer's
+// others had been when it came.
 func (r *Reading) At(cluster uint64) Position {
 	r.owner.mu.Lock()
 	defer r.owner.mu.Unlock()
-	if at, ok := r.pos[cluster]; ok {
-		return at
-	}
-	return Position{Seq: r.c.cursors[cluster]}
+	return r.pos[cluster]
 }
 
 // Serve notes that n samples up to a place are being served.

@@ -25,6 +25,7 @@ type modelConsumer struct {
 	last  []heldSample        // of the last scrape, not confirmed
 	part  []heldSample        // may come again, once what is served is confirmed
 	place *Reading
+	other map[heldSample]bool // had by its twin when its connection began
 }
 
 // again notes that batches that are had or served in part may come again from their
@@ -112,6 +113,17 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 	if err != nil {
 		t.Fatal(err)
 	}
+	if r != c.place {
+		if c.place != nil { // too many others came: the connection is not known any more
+			m.again(c)
+			c.last = nil
+		}
+		for _, twin := range m.consumers {
+			if twin != c && twin.name == c.name {
+				maps.Copy(c.other, twin.had)
+			}
+		}
+	}
 	for _, s := range c.last {
 		c.had[s] = true
 		delete(c.may, s)
@@ -135,7 +147,9 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 			}
 			series[s.line] = s.t
 			if !c.had[s] {
-				fresh++
+				if !c.other[s] {
+					fresh++
+				}
 			} else if !c.may[s] && s.t != m.newest[s.line] {
 				t.Fatalf("%s is served %v again, which is not the newest", c.name, s)
 			}
@@ -221,7 +235,8 @@ func (m *scrapeModel) restart(crash bool) {
 }
 
 // Every sample that was accepted comes to every consumer, and once confirmed does not
-// come again but as the newest of its series.
+// come again but as the newest of its series. Two that look like one consumer each get
+// what neither had confirmed when their connections began.
 func TestConsumersModel(t *testing.T) {
 	seeds := 60
 	if testing.Short() {
@@ -235,8 +250,10 @@ func TestConsumersModel(t *testing.T) {
 				accepted: map[heldSample]string{}, newest: map[string]int64{},
 			}
 			m.store = m.kit.open()
-			for i := range 3 {
-				m.consumers = append(m.consumers, &modelConsumer{name: fmt.Sprint("p", i), had: map[heldSample]bool{}, saved: map[heldSample]bool{}, may: map[heldSample]bool{}})
+			for _, name := range []string{"p0", "p1", "twins", "twins"} {
+				m.consumers = append(m.consumers, &modelConsumer{
+					name: name, had: map[heldSample]bool{}, saved: map[heldSample]bool{}, may: map[heldSample]bool{}, other: map[heldSample]bool{},
+				})
 			}
 			for range 300 {
 				m.step()
@@ -254,7 +271,7 @@ func TestConsumersModel(t *testing.T) {
 				m.scrape(c, 1000, false, false)
 				m.scrape(c, 1000, false, false)
 				for s, id := range m.accepted {
-					if !c.had[s] {
+					if !c.had[s] && !c.other[s] {
 						t.Errorf("%s never had %v of %s", c.name, s, id)
 					}
 				}
@@ -318,6 +335,7 @@ func TestConsumerConnections(t *testing.T) {
 	conns := [3]*Conn{{}, {}, {}}
 	n := 0
 	scrape := func(conn int) (got string, repeated bool) {
+		t.Helper()
 		r, repeated, err := s.Consumers.Begin(1, "c", "", conns[conn], k.clock.Now())
 		if err != nil {
 			t.Fatal(err)
@@ -355,6 +373,19 @@ func TestConsumerConnections(t *testing.T) {
 			t.Errorf("step %d: got %q, repeated %t; want %q, %t", i, got, repeated, step.want, step.repeated)
 		}
 		push()
+	}
+	// A cluster that appears now is new to each.
+	for range 4 {
+		for conn := range conns {
+			scrape(conn)
+		}
+	}
+	k.push(s, "b", point{"x", 1, k.clock.ms(1), -1})
+	for conn := range conns {
+		if got, _ := scrape(conn); got != "-1 " {
+			t.Errorf("connection %d gets %q of the new cluster", conn, got)
+		}
+		scrape(conn)
 	}
 }
 
