@@ -25,9 +25,9 @@ const (
 // them can take.
 const MaxSeriesID = 1<<24 - 1
 
-// maxSeq is beyond any number of batches, so that a sequence number that comes
+// MaxSeq is beyond any number of batches, so that a sequence number that comes
 // from damage cannot make the next ones begin again.
-const maxSeq = 1 << 62
+const MaxSeq = 1 << 62
 
 // Batch is what one push added to a cluster: sample i is value V[i] of series
 // IDs[i] at Time(i). It is immutable once it is held.
@@ -256,7 +256,7 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	}
 	count := uvarint()
 	n := int(count >> countShift)
-	if bad || count>>countShift > uint64(len(payload)/8) || b.Seq > maxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
+	if bad || count>>countShift > uint64(len(payload)/8) || b.Seq > MaxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
 		return nil, errRecord
 	}
 	if count&withClock != 0 {

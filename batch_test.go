@@ -34,7 +34,7 @@ func sameBatch(a, b *Batch) bool {
 // randomBatch has runs of IDs and times near to each other, or extremes.
 func randomBatch(rng *rand.Rand) *Batch {
 	n := rng.IntN(40)
-	b := &Batch{Seq: rng.Uint64N(maxSeq), Accepted: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
+	b := &Batch{Seq: rng.Uint64N(MaxSeq), Accepted: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
 	b.IDs, b.V, b.DT = make([]uint32, n), make([]float64, n), make([]int32, n)
 	if rng.IntN(2) == 0 {
 		b.Clock = ScrapeClock{Known: true, Offset: rng.Int64N(MaxClockTime), Base: -rng.Int64N(MaxClockTime), Boot: rng.Uint64()}
@@ -80,7 +80,7 @@ func TestBatchRoundTrip(t *testing.T) {
 // A batch of the largest size fits one record, however it is made.
 func TestBatchFitsRecord(t *testing.T) {
 	const n = 10_000
-	b := &Batch{Seq: maxSeq, Accepted: math.MinInt64, T0: 1 << 60, IDs: make([]uint32, n), DT: make([]int32, n), V: make([]float64, n)}
+	b := &Batch{Seq: MaxSeq, Accepted: math.MinInt64, T0: 1 << 60, IDs: make([]uint32, n), DT: make([]int32, n), V: make([]float64, n)}
 	for i := range n {
 		b.IDs[i], b.DT[i] = uint32(i%2*MaxSeriesID), math.MinInt32
 		if i%2 == 0 {
@@ -175,7 +175,7 @@ func TestBatchMalformed(t *testing.T) {
 		"overlong number":             slices.Repeat([]byte{0xff}, 11),
 		"more samples than bytes":     uv(1, 0, 0, 1<<40),
 		"count that overflows":        eight(append(uv(1, 0, 0), 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1), 1),
-		"sequence number":             eight(uv(maxSeq+1, 0, 0, 8, 0, 1), 1),
+		"sequence number":             eight(uv(MaxSeq+1, 0, 0, 8, 0, 1), 1),
 		"time out of range":           eight(uv(1, 0, 1<<62, 8, 0, 1), 1),
 		"negative ID":                 eight(uv(1, 0, 0, 8, 1, 1), 1),
 		"ID too large":                eight(uv(1, 0, 0, 8, 2*(MaxSeriesID+1), 1), 1),

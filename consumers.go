@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 )
@@ -30,7 +31,8 @@ const (
 
 	maxConsumers     = 64
 	maxConsumerName  = 64 // bytes
-	maxReadings      = 4  // of one consumer, whose place is remembered
+	maxConsumerAddr  = 256
+	maxReadings      = 4 // of one consumer, whose place is remembered
 	consumerIdle     = 24 * time.Hour
 	consumerSave     = time.Hour // between notes of a use that moved nothing
 	minConsumerLimit = 1000      // samples; where a limit that was halved ends
@@ -42,8 +44,9 @@ var ErrConsumers = errors.New("too many consumers")
 
 // Consumers holds the cursors. It is safe for concurrent use.
 type Consumers struct {
-	turn chan struct{} // has room for one, who alone does I/O and touches log
-	log  *Log          // nil in memory-only mode
+	turn  chan struct{} // has room for one, who alone does I/O and touches log
+	log   *Log          // nil in memory-only mode
+	stale atomic.Bool   // on disk may be a consumer that was forgotten
 
 	mu    sync.Mutex // guards the rest; never held across I/O
 	byKey map[uint64]*consumer
@@ -149,14 +152,13 @@ func (cs *Consumers) restore(kind byte, b []byte, now time.Time) error {
 	switch kind {
 	case recordConsumer:
 		name, address, ok := strings.Cut(string(b), "\x00")
-		if !ok || len(name) > maxConsumerName || cs.byKey[key] == nil && len(cs.byKey) >= maxConsumers {
+		if !ok || ValidConsumer(name) != nil || len(address) > maxConsumerAddr || !utf8.ValidString(address) ||
+			cs.byKey[key] == nil && len(cs.byKey) >= maxConsumers {
 			return errRecordConsumer
 		}
-		if cs.byKey[key] == nil {
-			c := newConsumer(key, name, address)
-			c.defined, c.used, c.saved = true, now, now
-			cs.byKey[key] = c
-		}
+		c := newConsumer(key, name, address) // again: it was forgotten meanwhile
+		c.defined, c.used, c.saved = true, now, now
+		cs.byKey[key] = c
 		return nil
 	case recordCursors:
 		c := cs.byKey[key]
@@ -164,7 +166,9 @@ func (cs *Consumers) restore(kind byte, b []byte, now time.Time) error {
 		if c == nil || n <= 0 {
 			return errRecordConsumer
 		}
-		c.used = time.Unix(used, 0)
+		if c.used = time.Unix(used, 0); c.used.After(now) {
+			c.used = now // the clock was wrong then
+		}
 		c.saved = c.used
 		for b = b[n:]; len(b) > 0; b = b[n:] {
 			if len(b) < 9 {
@@ -173,7 +177,7 @@ func (cs *Consumers) restore(kind byte, b []byte, now time.Time) error {
 			cluster := binary.LittleEndian.Uint64(b)
 			b = b[8:]
 			var at uint64
-			if at, n = binary.Uvarint(b); n <= 0 {
+			if at, n = binary.Uvarint(b); n <= 0 || at > MaxSeq/2 { // batches yet to come are beyond it
 				return errRecordConsumer
 			}
 			if at == 0 {
@@ -344,7 +348,13 @@ func (cs *Consumers) Forget(cluster uint64) {
 func (cs *Consumers) Expire(now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool { return now.Sub(c.used) > consumerIdle })
+	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool {
+		idle := now.Sub(c.used) > consumerIdle
+		if idle && c.defined {
+			cs.stale.Store(true)
+		}
+		return idle
+	})
 }
 
 // Save writes what has changed to disk: one write for all clusters. If another is
@@ -359,12 +369,13 @@ func (cs *Consumers) Save() error {
 	default:
 		return nil
 	}
+	stale := cs.stale.Swap(false) // before all is gathered
 	frames, whole, changed := cs.frames()
-	if len(frames) == 0 && !cs.log.Broken() {
+	if len(frames) == 0 && !stale && !cs.log.Broken() {
 		return nil
 	}
 	var err error
-	if cs.log.Broken() || cs.log.Size()+int64(len(frames)) > consumersSlack+4*int64(whole) {
+	if stale || cs.log.Broken() || cs.log.Size()+int64(len(frames)) > consumersSlack+4*int64(whole) {
 		all := cs.all()
 		err = cs.log.Rewrite(func(w io.Writer) error {
 			_, err := w.Write(all)
@@ -374,6 +385,9 @@ func (cs *Consumers) Save() error {
 		err = cs.log.Append(frames)
 	}
 	if err != nil {
+		if stale {
+			cs.stale.Store(true)
+		}
 		cs.mu.Lock() // to be written again; what has changed meanwhile is newer
 		for _, old := range changed {
 			if c := cs.byKey[old.key]; c != nil {

@@ -1,0 +1,294 @@
+package main
+
+// consumers_test.go: what is kept of consumers, in memory and in their file: whatever
+// becomes of the file costs a repetition at most, and what is kept is bounded.
+
+import (
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+const consumersPath = "/s/" + consumersFile
+
+var consumersNow = time.UnixMilli(1_700_000_000_000)
+
+// openConsumers opens what is kept in fsys; damage is to say whether that was damaged.
+func openConsumers(t testing.TB, fsys FS, now time.Time, damage bool) *Consumers {
+	t.Helper()
+	cs, err := OpenConsumers(fsys, "/s", now)
+	if (err != nil) != damage {
+		t.Fatalf("opening: %v; damage %t", err, damage)
+	}
+	return cs
+}
+
+// confirm has a consumer serve and confirm places, on a connection of its own.
+func confirm(t testing.TB, cs *Consumers, name string, now time.Time, places map[uint64]uint64) {
+	t.Helper()
+	conn := &Conn{}
+	for range 2 {
+		r, _, err := cs.Begin(ConsumerKey(name, "::1", ""), name, "::1", conn, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for cluster, seq := range places {
+			r.Serve(cluster, Position{Seq: seq}, 1)
+		}
+	}
+}
+
+func saveConsumers(t testing.TB, cs *Consumers) {
+	t.Helper()
+	if err := cs.Save(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// cursorsOf returns the cursors by the consumers' names.
+func cursorsOf(cs *Consumers) map[string]map[uint64]uint64 {
+	all := map[string]map[uint64]uint64{}
+	for _, c := range cs.byKey {
+		all[c.name] = maps.Clone(c.cursors)
+	}
+	return all
+}
+
+func sameCursors(a, b map[string]map[uint64]uint64) bool { return maps.EqualFunc(a, b, maps.Equal) }
+
+// consumersFrames frames records of kind recordConsumer.
+func consumersFrames(frames []byte, from, to int) []byte {
+	for i := from; i < to; i++ {
+		frames = newConsumer(uint64(i), fmt.Sprint("c", i), "::1").define(frames)
+	}
+	return frames
+}
+
+// usedFrame is a record of kind recordCursors.
+func usedFrame(key uint64, used int64, cursors ...uint64) []byte {
+	b := binary.AppendVarint(binary.LittleEndian.AppendUint64(nil, key), used)
+	for i, at := range cursors {
+		b = binary.AppendUvarint(binary.LittleEndian.AppendUint64(b, uint64(i)), at)
+	}
+	return AppendRecord(nil, recordCursors, b)
+}
+
+// What a file may hold, and what becomes of it.
+func TestConsumersRestore(t *testing.T) {
+	record := func(kind byte, payload string) []byte { return AppendRecord(nil, kind, []byte(payload)) }
+	one := consumersFrames(nil, 1, 2)
+	now := consumersNow.Unix()
+	for _, test := range []struct {
+		name    string
+		frames  [][]byte
+		damaged bool
+		want    map[string]map[uint64]uint64
+	}{
+		{"nothing", nil, false, nil},
+		{"one", [][]byte{one, usedFrame(1, now, 5, 6)}, false, map[string]map[uint64]uint64{"c1": {0: 5, 1: 6}}},
+		{"moved and removed", [][]byte{one, usedFrame(1, now, 5, 6, 7), usedFrame(1, now, 9, 0)}, false, map[string]map[uint64]uint64{"c1": {0: 9, 2: 7}}},
+		{"forgotten, and come again", [][]byte{one, usedFrame(1, now, 5, 6), one, usedFrame(1, now, 3)}, false, map[string]map[uint64]uint64{"c1": {0: 3}}},
+		{"unknown consumer", [][]byte{one, usedFrame(2, now, 5)}, true, map[string]map[uint64]uint64{"c1": {}}},
+		{"unknown kind", [][]byte{one, record(9, "xyz")}, true, map[string]map[uint64]uint64{"c1": {}}},
+		{"no name", [][]byte{record(recordConsumer, "12345678\x00::1")}, true, nil},
+		{"no address", [][]byte{record(recordConsumer, "12345678name")}, true, nil},
+		{"a name that is no text", [][]byte{record(recordConsumer, "12345678\xff\x00::1")}, true, nil},
+		{"an address that is no text", [][]byte{record(recordConsumer, "12345678n\x00\xff")}, true, nil},
+		{"a long name", [][]byte{record(recordConsumer, "12345678"+strings.Repeat("n", maxConsumerName+1)+"\x00::1")}, true, nil},
+		{"a long address", [][]byte{record(recordConsumer, "12345678n\x00"+strings.Repeat("1", 10_000))}, true, nil},
+		{"no time", [][]byte{one, record(recordCursors, "\x01\x00\x00\x00\x00\x00\x00\x00")}, true, map[string]map[uint64]uint64{"c1": {}}},
+		{"half a cursor", [][]byte{one, record(recordCursors, "\x01\x00\x00\x00\x00\x00\x00\x00\x02abc")}, true, map[string]map[uint64]uint64{"c1": {}}},
+		// The next batch's number has to be higher, and to be one.
+		{"a number beyond all batches", [][]byte{one, usedFrame(1, now, math.MaxUint64)}, true, map[string]map[uint64]uint64{"c1": {}}},
+		{"the highest number that a log takes", [][]byte{one, usedFrame(1, now, MaxSeq)}, true, map[string]map[uint64]uint64{"c1": {}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			fsys := newStoreFS(1)
+			fsys.put(consumersPath, slices.Concat(append([][]byte{appendLogHeader(nil, []byte("consumers"))}, test.frames...)...))
+			cs := openConsumers(t, fsys, consumersNow, test.damaged)
+			if got := cursorsOf(cs); !sameCursors(got, test.want) {
+				t.Errorf("got %v, want %v", got, test.want)
+			}
+			saveConsumers(t, cs)
+			if got := cursorsOf(openConsumers(t, fsys, consumersNow, false)); !sameCursors(got, test.want) {
+				t.Errorf("mended: %v, want %v", got, test.want)
+			}
+		})
+	}
+}
+
+// More consumers than may be known are not kept, and those that are go on.
+func TestConsumersTooMany(t *testing.T) {
+	fsys := newStoreFS(1)
+	fsys.put(consumersPath, consumersFrames(appendLogHeader(nil, []byte("consumers")), 0, maxConsumers+10))
+	cs := openConsumers(t, fsys, consumersNow, true)
+	if n := len(cs.byKey); n != maxConsumers {
+		t.Errorf("%d consumers", n)
+	}
+	if _, _, err := cs.Begin(ConsumerKey("new", "", ""), "new", "", &Conn{}, consumersNow); err == nil {
+		t.Error("another is taken")
+	}
+	if _, _, err := cs.Begin(3, "c3", "::1", &Conn{}, consumersNow); err != nil {
+		t.Error(err)
+	}
+	saveConsumers(t, cs)
+	if n := len(openConsumers(t, fsys, consumersNow, false).byKey); n != maxConsumers {
+		t.Errorf("mended: %d consumers", n)
+	}
+}
+
+// A use that is noted in the future, by a clock that was wrong, keeps none for ever.
+func TestConsumersUsedInFuture(t *testing.T) {
+	for _, used := range []int64{consumersNow.Add(1000 * time.Hour).Unix(), math.MaxInt64, math.MinInt64} {
+		fsys := newStoreFS(1)
+		fsys.put(consumersPath, slices.Concat(consumersFrames(appendLogHeader(nil, []byte("consumers")), 1, 2), usedFrame(1, used, 5)))
+		cs := openConsumers(t, fsys, consumersNow, false)
+		cs.Expire(consumersNow.Add(consumerIdle + time.Second))
+		if len(cs.byKey) != 0 {
+			t.Errorf("used at %d: still known a day later", used)
+		}
+	}
+}
+
+// A consumer that was forgotten stays so over a restart, in part and as a whole.
+func TestConsumersExpire(t *testing.T) {
+	fsys := newStoreFS(1)
+	cs := openConsumers(t, fsys, consumersNow, false)
+	for _, name := range []string{"gone", "back", "stays"} {
+		confirm(t, cs, name, consumersNow, map[uint64]uint64{1: 5, 2: 6})
+	}
+	saveConsumers(t, cs)
+	later := consumersNow.Add(consumerIdle + time.Minute)
+	confirm(t, cs, "stays", later.Add(-time.Hour), nil)
+	cs.Expire(later)
+	fail := true
+	fsys.hook = func(int, string, string) fault {
+		if fail {
+			return fault{Err: errDisk}
+		}
+		return fault{}
+	}
+	if err := cs.Save(); err == nil {
+		t.Fatal("saved, on a disk that fails")
+	}
+	fail = false
+	saveConsumers(t, cs)
+	want := map[string]map[uint64]uint64{"stays": {1: 5, 2: 6}}
+	if got := cursorsOf(openConsumers(t, fsys, later, false)); !sameCursors(got, want) {
+		t.Errorf("after a restart: %v, want %v", got, want)
+	}
+	if data, err := fsys.ReadFile(consumersPath); err != nil || strings.Contains(string(data), "gone") {
+		t.Errorf("the file still names who is gone: %v", err)
+	}
+	// Who comes again before that is on disk begins anew too.
+	confirm(t, cs, "back", consumersNow, map[uint64]uint64{1: 5, 2: 6})
+	saveConsumers(t, cs)
+	cs.Expire(later)
+	confirm(t, cs, "back", later, map[uint64]uint64{1: 7})
+	saveConsumers(t, cs)
+	want["back"] = map[uint64]uint64{1: 7}
+	if got := cursorsOf(openConsumers(t, fsys, later, false)); !sameCursors(got, want) {
+		t.Errorf("after a restart: %v, want %v", got, want)
+	}
+}
+
+// consumersHistory returns the file as several saves leave it, the cursors then, and
+// which clusters are known.
+func consumersHistory(t testing.TB) (data []byte, final map[string]map[uint64]uint64, known func(uint64) bool) {
+	fsys := newStoreFS(1)
+	cs := openConsumers(t, fsys, consumersNow, false)
+	for i := range uint64(6) {
+		confirm(t, cs, "first", consumersNow, map[uint64]uint64{i % 3: 10 + i, 1000 + i: 7})
+		if i > 1 {
+			confirm(t, cs, "second", consumersNow, map[uint64]uint64{i % 2: 20 + i})
+		}
+		if i == 4 {
+			cs.Forget(1001)
+		}
+		saveConsumers(t, cs)
+	}
+	data, err := fsys.ReadFile(consumersPath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data, cursorsOf(cs), func(cluster uint64) bool { return cluster != 1001 }
+}
+
+// Wherever the file is cut or damaged, no cursor is past what was confirmed, and the
+// file is good again once it is saved.
+func TestConsumersDamage(t *testing.T) {
+	data, final, known := consumersHistory(t)
+	check := func(what string, data []byte) {
+		t.Helper()
+		fsys := newStoreFS(1)
+		fsys.put(consumersPath, data)
+		cs, _ := OpenConsumers(fsys, "/s", consumersNow)
+		cs.Recovered(known)
+		got := cursorsOf(cs)
+		for name, cursors := range got {
+			for cluster, at := range cursors {
+				if at > final[name][cluster] {
+					t.Fatalf("%s: %s is at %d of cluster %d, and confirmed %d", what, name, at, cluster, final[name][cluster])
+				}
+			}
+		}
+		saveConsumers(t, cs)
+		if again := cursorsOf(openConsumers(t, fsys, consumersNow, false)); !sameCursors(got, again) {
+			t.Fatalf("%s: %v, and mended %v", what, got, again)
+		}
+	}
+	for n := range len(data) {
+		check(fmt.Sprint("cut at ", n), data[:n])
+		damaged := slices.Clone(data)
+		damaged[n] ^= 0x40
+		check(fmt.Sprint("flipped at ", n), damaged)
+		check(fmt.Sprint("a sector of zeros at ", n), slices.Concat(data[:n], make([]byte, min(16, len(data)-n)), data[min(n+16, len(data)):]))
+	}
+}
+
+// Whatever the file holds, it is read without a panic, what is kept is bounded, and
+// saving mends it.
+func FuzzConsumers(f *testing.F) {
+	data, _, _ := consumersHistory(f)
+	header := len(appendLogHeader(nil, []byte("consumers")))
+	f.Add(data[header:], false)
+	f.Add(data[header:], true)
+	f.Add(slices.Concat(consumersFrames(nil, 1, 3), usedFrame(2, 1<<40, 1, 0, MaxSeq/4)), false)
+	f.Add([]byte{recordConsumer, 1, 2, 3, 4, 5, 6, 7, 8, 'n', 0}, true)
+	f.Fuzz(func(t *testing.T, b []byte, framed bool) {
+		file := appendLogHeader(nil, []byte("consumers"))
+		if framed { // each payload by its kind and length, so that none is stopped by its CRC
+			for len(b) > 2 {
+				n := min(int(b[1]), len(b)-2)
+				file = AppendRecord(file, max(1, b[0]), b[2:2+n])
+				b = b[2+n:]
+			}
+		} else {
+			file = append(file, b...)
+		}
+		fsys := newStoreFS(1)
+		fsys.put(consumersPath, file)
+		cs, _ := OpenConsumers(fsys, "/s", consumersNow)
+		if len(cs.byKey) > maxConsumers {
+			t.Fatalf("%d consumers", len(cs.byKey))
+		}
+		for _, c := range cs.byKey {
+			if ValidConsumer(c.name) != nil || c.used.After(consumersNow) {
+				t.Fatalf("consumer %q, used at %v", c.name, c.used)
+			}
+		}
+		if _, highest := cs.Recovered(func(uint64) bool { return true }); highest > MaxSeq/2 {
+			t.Fatalf("a cursor at %d", highest)
+		}
+		got := cursorsOf(cs)
+		saveConsumers(t, cs)
+		if again := cursorsOf(openConsumers(t, fsys, consumersNow, false)); !sameCursors(got, again) {
+			t.Fatalf("%v, and saved %v", got, again)
+		}
+	})
+}
