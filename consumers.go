@@ -361,6 +361,7 @@ func (cs *Consumers) Expire(now time.Time) {
 // writing it does nothing, and the next call does it.
 func (cs *Consumers) Save() error {
 	if cs.log == nil {
+		cs.frames() // forgets what it would be
 		return nil
 	}
 	select {

@@ -292,3 +292,21 @@ func FuzzConsumers(f *testing.F) {
 		}
 	})
 }
+
+// In memory only, nothing is gathered for a file that is not written.
+func TestConsumersMemoryOnly(t *testing.T) {
+	cs, err := OpenConsumers(nil, "", consumersNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for cluster := range uint64(100) {
+		confirm(t, cs, "c", consumersNow, map[uint64]uint64{cluster: 1})
+		cs.Forget(cluster)
+		saveConsumers(t, cs)
+	}
+	for _, c := range cs.byKey {
+		if n := len(c.dirty) + len(c.cursors); n > 0 {
+			t.Errorf("%d cursors of clusters that are held no more", n)
+		}
+	}
+}
