@@ -310,3 +310,31 @@ func TestConsumersMemoryOnly(t *testing.T) {
 		}
 	}
 }
+
+// Who has had a batch that is handed from server to server is bounded, and what is
+// said of it can be read.
+func TestConsumersHaveIsBounded(t *testing.T) {
+	b := &Batch{Seq: 1, IDs: []uint32{0}, V: []float64{1}}
+	for round := range 6 { // other consumers at each server
+		cs, err := OpenConsumers(nil, "", consumersNow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range maxConsumers {
+			confirm(t, cs, fmt.Sprint(round, " ", i), consumersNow, map[uint64]uint64{1: 1})
+		}
+		had := cs.Have(1, b)
+		if want := min(MaxHad, (round+1)*maxConsumers); len(had) != want || len(slices.Compact(slices.Clone(had))) != want {
+			t.Fatalf("round %d: %d had it, want %d", round, len(had), want)
+		}
+		sent := *b
+		sent.Had = had
+		if b, err = DecodeBatch(EncodeBatch(nil, &sent)); err != nil || !slices.Equal(b.Had, had) {
+			t.Fatalf("round %d: %d of %d consumers arrive: %v", round, len(b.Had), len(had), err)
+		}
+	}
+	b.Had = append(b.Had, 1)
+	if _, err := DecodeBatch(EncodeBatch(nil, b)); err == nil {
+		t.Error("a batch that names more is taken")
+	}
+}
