@@ -398,6 +398,26 @@ func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (dropped, unrea
 	return dropped, unread
 }
 
+// Outlived returns how many samples of the batches up to a sequence number are older
+// than oldest, and how many of them are still wanted.
+func (c *Cluster) Outlived(upTo uint64, oldest int64, wanted func(*Batch) bool) (n, unread int64) {
+	for _, b := range c.Batches {
+		if b.Seq > upTo || b.MinT >= oldest {
+			continue
+		}
+		old := int64(0)
+		for i := range b.V {
+			if b.Time(i) < oldest {
+				old++
+			}
+		}
+		if n += old; old > 0 && wanted(b) {
+			unread += old
+		}
+	}
+	return n, unread
+}
+
 // Unread returns how many samples a reader has not had.
 func (c *Cluster) Unread(after Position, reader uint64) int {
 	n := 0

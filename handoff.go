@@ -389,7 +389,7 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) er
 		if err := h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk}); err != nil {
 			return fmt.Errorf("handing over cluster %q: %w", c.ID, err)
 		}
-		h.cfg.Store.Drop(c.ID, upTo)
+		h.cfg.Store.Drop(c.ID, upTo, oldest)
 		h.samples.Add(float64(n))
 		h.bytes.Add(float64(len(chunk)))
 		done, err := h.cfg.Store.Release(ctx, c.ID, upTo)

@@ -421,7 +421,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 			t.Fatal(err)
 		}
 		if forgotten {
-			s.Drop("a", 3)
+			s.Drop("a", 3, s.Oldest())
 			if done, err := s.Release(context.Background(), "a", 3); !done || err != nil {
 				t.Fatal(done, err)
 			}

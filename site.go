@@ -267,6 +267,7 @@ func (c *Site) Rewrite(more []*Batch, oldest int64) error {
 	for len(next.Batches) > 0 && next.Batches[0].Seq < first {
 		next.Evict()
 	}
+	c.expired(c.held.Outlived(c.held.Seq, oldest, c.wanted))
 	c.held = next
 	c.totals.Samples.Add(next.Samples() - before)
 	return nil
@@ -286,6 +287,11 @@ func (c *Site) Expire(oldest int64) {
 	dropped, unread := c.held.Expire(oldest, c.wanted)
 	c.mu.Unlock()
 	c.totals.Samples.Add(-dropped)
+	c.expired(dropped, unread)
+}
+
+// expired counts samples that retention dropped, and those of them not had by all.
+func (c *Site) expired(dropped, unread int64) {
 	c.totals.Expired.Add(dropped)
 	c.totals.Unread.Add(unread)
 }
@@ -334,9 +340,11 @@ func (c *Site) Compact(oldest int64, full bool) error {
 	return nil
 }
 
-// Drop drops the batches up to a sequence number, which another server has.
-func (c *Site) Drop(upTo uint64) {
+// Drop drops the batches up to a sequence number, which another server has but for what
+// is older than oldest.
+func (c *Site) Drop(upTo uint64, oldest int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.expired(c.held.Outlived(upTo, oldest, c.wanted))
 	c.totals.Samples.Add(-c.held.Drop(upTo))
 }

@@ -484,13 +484,14 @@ func (s *Store) Look(id string, f func(held *Cluster)) bool {
 }
 
 // Drop drops the batches of a cluster up to a sequence number, which another server
-// has durable. A crash may bring them back, until Release.
-func (s *Store) Drop(id string, upTo uint64) {
+// has durable but for what is older than oldest. A crash may bring them back, until
+// Release.
+func (s *Store) Drop(id string, upTo uint64, oldest int64) {
 	s.mu.RLock()
 	c := s.clusters[id]
 	s.mu.RUnlock()
 	if c != nil {
-		c.Drop(upTo)
+		c.Drop(upTo, oldest)
 	}
 }
 

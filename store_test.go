@@ -622,8 +622,8 @@ func TestStoreRetention(t *testing.T) {
 	k.push(s, "b", point{"m", 4, k.clock.ms(7000), 4})
 	k.clock.Add(300 * time.Second)
 	s.maintain(context.Background(), false)
-	if got := s.Stats(); got.Expired != 2 {
-		t.Errorf("%d samples expired, want 2", got.Expired)
+	if got := s.Stats(); got.Expired != 3 {
+		t.Errorf("%d samples expired, want 3", got.Expired)
 	}
 	got := allHeld(t, s)
 	if len(got) != 1 || s.clusters["a"].held.Table.Len() != 1 {
@@ -676,7 +676,53 @@ func TestStoreCompacts(t *testing.T) {
 	if len(want) < 2*480 {
 		t.Errorf("only %d samples of two hours", len(want))
 	}
+	if n := s.Stats().Expired; n != 8000-int64(len(want)) {
+		t.Errorf("%d samples expired, %d held of 8000", n, len(want))
+	}
 	wantHeld(t, "reopened", allHeld(t, k.open()), want)
+}
+
+// Whatever drops what outlived retention counts it, and apart what a consumer has not
+// had.
+func TestStoreCountsExpired(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		drop func(s *Store, c *Site) error
+	}{
+		{"expiry", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return nil }},
+		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.Oldest()) }},
+		{"both", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return c.Rewrite(nil, s.Oldest()) }},
+		{"handoff", func(s *Store, c *Site) error { s.Drop(c.ID, 4, s.Oldest()); return nil }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			k := newStoreKit(t, newStoreFS(1))
+			s := k.open()
+			for i := range 4 { // the consumer has had the first
+				k.push(s, "a", point{"m", 1, k.clock.ms(7000 - i), 1}, point{"m", 2, k.clock.ms(10 - i), 2})
+				if i == 0 {
+					confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): 1})
+				}
+			}
+			k.push(s, "a", point{"m", 1, k.clock.ms(7050), 1}) // wholly old
+			k.clock.Add(5 * time.Minute)
+			c := s.clusters["a"]
+			if err := c.Take(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			err := test.drop(s, c)
+			c.Free()
+			want, unread := int64(5), int64(4)
+			switch test.name {
+			case "expiry": // of whole batches
+				want, unread = 1, 1
+			case "handoff": // up to the fourth
+				want, unread = 4, 3
+			}
+			if st := s.Stats(); err != nil || st.Expired != want || st.Unread != unread {
+				t.Errorf("expired %d, unread %d, want %d, %d; %v", st.Expired, st.Unread, want, unread, err)
+			}
+		})
+	}
 }
 
 func TestStoreSeriesLimit(t *testing.T) {
