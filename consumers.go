@@ -73,6 +73,7 @@ type Reading struct {
 	pos    map[uint64]Position // confirmed on this connection, or before it began
 	sent   map[uint64]Position // served last
 	served int                 // samples not had before in what was served last
+	slow   bool                // that took longer than it may
 }
 
 // ValidConsumer reports a name that no consumer can have.
@@ -220,7 +221,7 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 		for _, other := range c.conns {
 			if other.served > 0 {
 				repeated = true
-				c.limit = max(minConsumerLimit, other.served/2)
+				c.lower(other.served / 2)
 				other.served = 0 // halves once
 			}
 		}
@@ -236,12 +237,12 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 				c.move(cluster, at.Seq)
 			}
 		}
-		if r.served > 0 && c.limit > 0 && c.limit < math.MaxInt/2 {
+		if r.served > 0 && !r.slow && c.limit > 0 && c.limit < math.MaxInt/2 {
 			c.limit *= 2
 		}
 	}
 	c.conns = append(c.conns, r)
-	r.sent, r.served = map[uint64]Position{}, 0
+	r.sent, r.served, r.slow = map[uint64]Position{}, 0, false
 	return r, repeated, nil
 }
 
@@ -278,7 +279,16 @@ func (r *Reading) Took(took, most time.Duration) {
 	r.owner.mu.Lock()
 	defer r.owner.mu.Unlock()
 	if took > most && most > 0 && r.served > 0 {
-		r.c.limit = max(minConsumerLimit, int(float64(r.served)*float64(most)/float64(took)))
+		r.slow = true
+		r.c.lower(int(float64(r.served) * float64(most) / float64(took)))
+	}
+}
+
+// lower has the limit be at most n, and no less than all may have. The owner's mu is
+// held.
+func (c *consumer) lower(n int) {
+	if n = max(minConsumerLimit, n); c.limit == 0 || n < c.limit {
+		c.limit = n
 	}
 }
 

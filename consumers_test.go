@@ -338,3 +338,58 @@ func TestConsumersHaveIsBounded(t *testing.T) {
 		t.Error("a batch that names more is taken")
 	}
 }
+
+// A scrape that is slow, or lost, makes the next ones shorter; that it arrived is no
+// reason to make them longer again, but that a quick one did is.
+func TestConsumersLimit(t *testing.T) {
+	const most = time.Second
+	type step struct {
+		served int
+		took   time.Duration
+		lost   bool
+		want   int // limit of the next scrape
+	}
+	for _, test := range []struct {
+		name  string
+		steps []step
+	}{
+		{"quick", []step{{8000, most, false, 100_000}}},
+		{"slow", []step{{8000, 2 * most, false, 4000}, {4000, most, false, 8000}, {8000, most, false, 16_000}}},
+		{"slow and slow again", []step{{8000, 2 * most, false, 4000}, {4000, 2 * most, false, 2000}, {2000, 5 * most, false, 1000}}},
+		{"never less than so many", []step{{8000, 100 * most, false, 1000}, {500, 100 * most, false, 1000}}},
+		{"lost", []step{{8000, 0, true, 4000}, {4000, 0, false, 8000}}},
+		{"slow and lost", []step{{8000, 4 * most, true, 2000}, {2000, 0, true, 1000}}},
+		{"nothing new in it", []step{{8000, 2 * most, false, 4000}, {0, 2 * most, false, 4000}, {0, 0, true, 4000}}},
+		{"all again", []step{{8000, 2 * most, false, 4000}, {80_000, 0, false, 8000}, {8000, 0, false, 16_000}, {1, 0, false, 32_000}, {1, 0, false, 64_000}, {1, 0, false, 100_000}, {1, 0, false, 100_000}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			cs, err := OpenConsumers(nil, "", consumersNow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn := &Conn{}
+			begin := func() *Reading {
+				r, _, err := cs.Begin(1, "c", "", conn, consumersNow)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return r
+			}
+			r := begin()
+			if got := r.Limit(100_000); got != 100_000 {
+				t.Fatalf("the first limit is %d", got)
+			}
+			for i, s := range test.steps {
+				r.Serve(1, Position{Seq: uint64(i + 1)}, s.served)
+				r.Took(s.took, most)
+				if s.lost {
+					conn = &Conn{}
+				}
+				r = begin()
+				if got := r.Limit(100_000); got != s.want {
+					t.Fatalf("after step %d: %d, want %d", i, got, s.want)
+				}
+			}
+		})
+	}
+}
