@@ -146,7 +146,7 @@ func (f *Federate) consumer(r *http.Request, q url.Values) (*Reading, error) {
 // scrapeTime is how long a scraper says that it waits; 0 if it does not.
 func scrapeTime(h http.Header) time.Duration {
 	s, err := strconv.ParseFloat(h.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64)
-	if err != nil || s <= 0 || s > 3600 {
+	if err != nil || !(s > 0 && s <= 3600) { // NaN is neither
 		return 0
 	}
 	return time.Duration(s * float64(time.Second))

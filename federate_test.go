@@ -1,0 +1,230 @@
+package main
+
+// federate_test.go: /federate for a consumer, over HTTP: who is refused, what confirms,
+// and what old scrapers get.
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+// consumerRig is a server whose scrapers' connections are told apart.
+type consumerRig struct {
+	*srvRig
+	url string
+}
+
+func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
+	r := newSrvRig(t, change...)
+	web := httptest.NewUnstartedServer(r.server.Internal())
+	web.Config.ConnContext = WithConn
+	web.Start()
+	t.Cleanup(web.Close)
+	return &consumerRig{r, web.URL}
+}
+
+// scraperOf returns a client with connections of its own, and so, as it asks for one
+// thing after another, with one.
+func scraperOf(t testing.TB) *http.Client {
+	transport := &http.Transport{}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+func (r *consumerRig) get(client *http.Client, method, query, agent string) srvAnswer {
+	r.t.Helper()
+	req, err := http.NewRequest(method, r.url+"/federate?"+strings.ReplaceAll(query, `"`, "%22"), nil)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	req.Header.Set("User-Agent", agent)
+	resp, err := client.Do(req)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return srvAnswer{resp.StatusCode, resp.Header, string(b)}
+}
+
+// ups returns the values of the series up, in order.
+func (r *consumerRig) ups(client *http.Client, query, agent string) (values string) {
+	r.t.Helper()
+	a := r.get(client, "GET", query, agent)
+	if a.status != 200 {
+		r.t.Fatalf("%s: %d %s", query, a.status, a.body)
+	}
+	for line := range strings.Lines(a.body) {
+		if _, rest, ok := strings.Cut(line, "} "); ok && strings.HasPrefix(line, "up{") {
+			v, _, _ := strings.Cut(rest, " ")
+			values += v + " "
+		}
+	}
+	return values
+}
+
+// pushUps pushes values of the series up, a second apart, the last of now.
+func (r *consumerRig) pushUps(values ...int) {
+	r.t.Helper()
+	var text strings.Builder
+	for i, v := range values {
+		fmt.Fprintf(&text, "up %d %d\n", v, r.now().UnixMilli()-int64(len(values)-1-i)*1000)
+	}
+	r.accepted(r.push("site-a", text.String()))
+	r.clock.Add(int64(10 * time.Second))
+}
+
+// What confirms is the next GET of the same consumer on the same connection, and
+// nothing else.
+func TestFederateConfirms(t *testing.T) {
+	r := newConsumerRig(t)
+	a, b := scraperOf(t), scraperOf(t)
+	r.pushUps(1, 2)
+	for i, step := range []struct {
+		client *http.Client
+		query  string
+		want   string
+	}{
+		{a, "consumer=x", "1 2 "},
+		{b, "consumer=x", "1 2 "},
+		{a, "consumer=y", "1 2 "}, // another consumer, on the same connection
+		{b, "consumer=x&match[]=up", "1 2 "},
+		{a, "", "2 "},
+		{a, "consumer=x", "2 "}, // all had: the newest again
+	} {
+		if got := r.ups(step.client, step.query, ""); got != step.want {
+			t.Errorf("step %d, %s: %q, want %q", i, step.query, got, step.want)
+		}
+	}
+	r.pushUps(3, 4)
+	if got := r.ups(a, "consumer=x", ""); got != "3 4 " {
+		t.Errorf("got %q", got)
+	}
+	for _, query := range []string{"consumer=x", "consumer=", "consumer=new"} { // HEAD is of no consumer
+		if got := r.get(a, "HEAD", query, ""); got.status != 200 || got.body != "" {
+			t.Errorf("HEAD %s: %d %s", query, got.status, got.body)
+		}
+	}
+	for _, query := range []string{"consumer=x&match[]=up{", "consumer=x&match[]=%zz"} { // nor is what is refused
+		if got := r.get(a, "GET", query, ""); got.status != 400 {
+			t.Errorf("%s: %d %s", query, got.status, got.body)
+		}
+	}
+	if got := r.ups(scraperOf(t), "consumer=x", ""); got != "3 4 " {
+		t.Errorf("on a new connection: %q", got)
+	}
+	if got := r.ups(a, "consumer=x", ""); got != "4 " {
+		t.Errorf("confirmed: %q", got)
+	}
+	if n := len(cursorsOf(r.store.Consumers)); n != 2 {
+		t.Errorf("%d names of consumers are known", n)
+	}
+}
+
+func TestFederateRefuses(t *testing.T) {
+	r := newConsumerRig(t)
+	client := scraperOf(t)
+	for query, reason := range map[string]string{
+		"consumer=": "1 to 64 bytes", "consumer=" + strings.Repeat("x", maxConsumerName+1): "1 to 64 bytes",
+		"consumer=%ff": "of text", "consumer=a%00b": "of text",
+		"consumer=x&match[]=up{": "match[]", "consumer=x&match[]={}": "empty string", "consumer=x&match[]=": "match[]",
+	} {
+		if got := r.get(client, "GET", query, ""); got.status != 400 || !strings.Contains(got.body, reason) {
+			t.Errorf("%.40s: %d %s", query, got.status, got.body)
+		}
+	}
+	if n := len(r.store.Consumers.byKey); n != 0 {
+		t.Errorf("%d consumers that were refused are known", n)
+	}
+	for i := range maxConsumers {
+		if got := r.get(client, "GET", fmt.Sprint("consumer=", i), ""); got.status != 200 {
+			t.Fatalf("consumer %d: %d %s", i, got.status, got.body)
+		}
+	}
+	for _, query := range []string{"consumer=more", "consumer=0&match[]=up"} {
+		got := r.get(client, "GET", query, "")
+		if got.status != 503 || got.header.Get("Retry-After") != "60" || !strings.Contains(got.body, "too many consumers") {
+			t.Errorf("%s: %d %v %s", query, got.status, got.header, got.body)
+		}
+	}
+	if got := r.get(client, "GET", "consumer=0", ""); got.status != 200 {
+		t.Errorf("one that is known: %d", got.status)
+	}
+	r.clock.Add(int64(consumerIdle + time.Second))
+	r.store.Consumers.Expire(r.now())
+	if got := r.get(client, "GET", "consumer=more", ""); got.status != 200 {
+		t.Errorf("a day later: %d", got.status)
+	}
+}
+
+// Versions of Prometheus that keep only the first of several samples of a series get
+// one a scrape, and so all of them.
+func TestFederateOldScrapers(t *testing.T) {
+	for agent, single := range map[string]bool{
+		"Prometheus/2.42.0": false, "Prometheus/2.51.2": false,
+		"Prometheus/2.52.0": true, "Prometheus/2.52.1+ds1-1": true, "Prometheus/2.53.0": true, "Prometheus/2.53.2": true,
+		"Prometheus/2.53.3": false, "Prometheus/2.53.10": false, "Prometheus/2.54.0": true, "Prometheus/2.54.0-rc.1": true,
+		"Prometheus/2.54.1": false, "Prometheus/2.540.0": false, "Prometheus/3.10.0": false, "Prometheus/3.2.52.0": false, "": false, "x Prometheus/2.52.0": false,
+	} {
+		r := newConsumerRig(t)
+		client := scraperOf(t)
+		r.pushUps(1, 2, 3)
+		want := []string{"1 2 3 ", "3 ", "3 "}
+		if single {
+			want = []string{"1 ", "2 ", "3 ", "3 "}
+		}
+		for i, want := range want {
+			if got := r.ups(client, "consumer=x", agent); got != want {
+				t.Errorf("%s, scrape %d: %q, want %q", agent, i, got, want)
+			}
+		}
+	}
+}
+
+// How long a scraper waits is taken from it only if it can be.
+func TestScrapeTime(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"": 0, "x": 0, "10": 10 * time.Second, "0.5": time.Second / 2, "1e1": 10 * time.Second, "3600": time.Hour,
+		"NaN": 0, "nan": 0, "Inf": 0, "+Inf": 0, "-Inf": 0, "infinity": 0, "-1": 0, "0": 0, "-0": 0, "3601": 0, "1e300": 0, "1e999": 0, "1e-300": 0, "10 ": 0,
+	} {
+		if got := scrapeTime(http.Header{"X-Prometheus-Scrape-Timeout-Seconds": {text}}); got != want {
+			t.Errorf("%q: %v, want %v", text, got, want)
+		}
+	}
+}
+
+// A consumer whose selectors choose little of what is held gets all of that, though
+// the limit counts what it does not get, and answers may be empty meanwhile.
+func TestFederateSelective(t *testing.T) {
+	r := newConsumerRig(t, func(_ *StoreConfig, c *ServerConfig) { c.LimitScrape = 7 })
+	client := scraperOf(t)
+	want := ""
+	for i := range 20 {
+		var text strings.Builder
+		for k := range 10 {
+			fmt.Fprintf(&text, "other{k=\"%d\"} %d\n", k, i)
+		}
+		fmt.Fprintf(&text, "up %d\n", i)
+		r.accepted(r.push("site-a", text.String()))
+		r.clock.Add(int64(time.Second))
+		want += fmt.Sprint(i, " ")
+	}
+	got := ""
+	for n := 0; !strings.HasSuffix(got, " 19 "); n++ {
+		if n > 40 {
+			t.Fatalf("after %d scrapes: %s", n, got)
+		}
+		got += r.ups(client, "consumer=x&match[]=up", "")
+	}
+	if got != want {
+		t.Errorf("got %s", got)
+	}
+}
