@@ -430,10 +430,7 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
-	clock, now, ref := pushClock(r.Header, arrival)
-	if ref != nil {
-		return nil, ref
-	}
+	clock, now := pushClock(r.Header, arrival)
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
 	format, encoding, ref := s.read(w, r, body)
@@ -467,27 +464,29 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 }
 
 // pushClock reads these headers, and returns what a sample without a time gets: the
-// source's time if it is known, else that of arrival.
-func pushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64, ref *refusal) {
+// source's time if it is known, else that of arrival. What no clock can say is not
+// known, which costs less than the samples.
+func pushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64) {
 	now = arrival.UnixMilli()
-	if h.Get(SourceClockHeader) == "" {
-		return clock, now, nil
-	}
 	var ms [3]int64
 	for i, name := range []string{SourceClockHeader, BootClockHeader, ScrapeAgeHeader} {
 		v, err := strconv.ParseInt(h.Get(name), 10, 64)
 		if err != nil {
-			return clock, now, &refusal{http.StatusBadRequest, resultMalformed, fmt.Sprintf("%s: %.40q is not a time in ms", name, h.Get(name)), 0}
+			return ScrapeClock{}, now
 		}
 		ms[i] = v
 	}
-	boot := fnv.New64a()
-	io.WriteString(boot, h.Get(BootIDHeader))
-	clock, ok := NewScrapeClock(ms[0], ms[1], boot.Sum64(), ms[2], now)
-	if !ok {
-		return clock, now, &refusal{http.StatusBadRequest, resultMalformed, "the headers on the source's clock say what no clock can", 0}
+	var boot uint64
+	if id := h.Get(BootIDHeader); id != "" {
+		sum := fnv.New64a()
+		io.WriteString(sum, id)
+		boot = sum.Sum64()
 	}
-	return clock, ms[0], nil
+	clock, ok := NewScrapeClock(ms[0], ms[1], boot, ms[2], now)
+	if !ok {
+		return ScrapeClock{}, now
+	}
+	return clock, ms[0]
 }
 
 // read checks what the headers say and reads the body into body's memory.
