@@ -418,11 +418,20 @@ func (c *Cluster) Outlived(upTo uint64, oldest int64, wanted func(*Batch) bool) 
 	return n, unread
 }
 
+// since returns the batches of which a reader has not had all.
+func (c *Cluster) since(after Position) []*Batch {
+	i, had := slices.BinarySearchFunc(c.Batches, after.Seq, func(b *Batch, seq uint64) int { return cmp.Compare(b.Seq, seq) })
+	if had {
+		i++
+	}
+	return c.Batches[i:]
+}
+
 // Unread returns how many samples a reader has not had.
 func (c *Cluster) Unread(after Position, reader uint64) int {
 	n := 0
-	for _, b := range c.Batches {
-		if b.Seq > after.Seq && !slices.Contains(b.Had, reader) {
+	for _, b := range c.since(after) {
+		if !slices.Contains(b.Had, reader) {
 			n += len(b.V)
 			if b == after.Part {
 				n -= after.N
@@ -435,12 +444,12 @@ func (c *Cluster) Unread(after Position, reader uint64) int {
 // Read calls emit with samples that a reader has not had, by name, and those of a
 // series in the order of time: at most most samples, oldest batches first, and with
 // single one of a series. If none is left after that it also calls it with the newest
-// of each series since minT, had before or not, as far as most allows. It returns
+// of each series since minT that was had before, if spare allows them all. It returns
 // how far the reader is with that, and how many it had not had.
-func (c *Cluster) Read(after Position, reader uint64, most int, single bool, minT int64, emit func(name string, l Line)) (to Position, n int) {
+func (c *Cluster) Read(after Position, reader uint64, most, spare int, single bool, minT int64, emit func(name string, l Line)) (to Position, n int) {
 	entries, to, whole := c.unread(after, reader, most, single)
 	n = len(entries)
-	again := whole && n+c.Table.Len() <= most
+	again := whole && c.Table.Len() <= spare
 	if n == 0 && !again {
 		return to, 0
 	}
@@ -477,10 +486,7 @@ func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (
 	if single {
 		seen = map[uint32]bool{}
 	}
-	for _, b := range c.Batches {
-		if b.Seq <= after.Seq {
-			continue
-		}
+	for _, b := range c.since(after) {
 		from := 0
 		if b == after.Part {
 			from = after.N

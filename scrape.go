@@ -103,9 +103,10 @@ func (x *Scraper) Newest(limit int, match func(line []byte) bool) (fams []Family
 }
 
 // Unread returns what r has not had, oldest first within each cluster and in equal
-// shares for those that have more; of clusters of which that is all, also the newest
-// samples as Newest does. With single there is at most one sample of each series. It
-// returns how many of the samples were not had before, and whether there are more.
+// shares for those that have more; of clusters of which that is all, and as far as there
+// is room left, also the newest samples as Newest does. With single there is at most one
+// sample of each series. It returns how many of the samples were not had before, and
+// whether there are more.
 func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []byte) bool) (fams []Family, unread int, more bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
@@ -119,37 +120,39 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 		}
 		return true
 	})
-	share := limit
+	share, spare := limit, max(0, limit-all) // of a cluster; for what was had before
 	if all > limit {
 		share = fairShare(counts, limit)
 	}
 	minT := x.minT()
 	shown := shownFamilies{match: match, index: map[string]*Family{}}
 	left := limit
-	cut := false
+	cut := false // something was left out
 	x.Store.Each(x.begin(), func(hash uint64, held *Cluster) bool {
 		if !x.shown(held) {
 			return true
 		}
 		at := r.At(hash)
 		lines := 0
-		to, n := held.Read(at, r.Key, min(share, left), single, minT, func(name string, l Line) {
+		most := min(share, left, held.Unread(at, r.Key)) // more than was counted, if pushes came
+		to, n := held.Read(at, r.Key, most, min(spare, left-most), single, minT, func(name string, l Line) {
 			shown.add(name, l)
 			lines++
 		})
 		left -= lines
+		spare -= lines - n
 		unread += n
 		if to != at {
 			r.Serve(hash, to, n)
 		}
 		more = more || held.Unread(to, r.Key) > 0
-		cut = left <= 0
-		return !cut
+		cut = cut || more || spare < held.Table.Len()
+		return true
 	})
-	if more || cut {
+	if cut {
 		x.turn()
 	}
-	return shown.sorted(), unread, more || cut
+	return shown.sorted(), unread, more
 }
 
 // fairShare returns the most that each may have of what has to be shared, so that who

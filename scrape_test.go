@@ -446,3 +446,114 @@ func TestConsumersStaleCursor(t *testing.T) {
 		}
 	}
 }
+
+// The newest samples that were had before come from spare room alone: they never keep
+// what was not had waiting, wherever a scrape begins.
+func TestUnreadBeforeNewest(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	points := func(n int) (all []point) {
+		for i := range n {
+			all = append(all, point{"x", i, k.clock.ms(0), 1})
+		}
+		return all
+	}
+	const limit = 100
+	for i := range 4 {
+		k.push(s, fmt.Sprint("had", i), points(40)...)
+	}
+	for start := range 10 {
+		for _, unread := range []int{0, 1, 60, 99, 100, 101, 400} {
+			k.clock.Add(time.Minute / 2)
+			conn := &Conn{}
+			begin := func() *Reading {
+				r, _, err := s.Consumers.Begin(1, "c", "", conn, k.clock.Now())
+				if err != nil {
+					t.Fatal(err)
+				}
+				return r
+			}
+			scraper(s, time.Hour).Unread(begin(), 0, false, nil)
+			if unread > 0 {
+				k.push(s, "new0", points((unread+1)/2)...)
+			}
+			if unread > 1 {
+				k.push(s, "new1", points(unread/2)...)
+			}
+			x := scraper(s, time.Hour)
+			x.start = float64(start) / 10
+			fams, n, more := x.Unread(begin(), limit, false, nil)
+			lines := 0
+			for _, f := range fams {
+				lines += len(f.Lines)
+			}
+			if n != min(unread, limit) || more != (unread > limit) || lines > limit {
+				t.Errorf("start %d, %d not had: got %d of them, more %t, %d in all", start, unread, n, more, lines)
+			}
+			if unread == 0 && lines < limit/2 {
+				t.Errorf("start %d: %d of what was had, with room for %d", start, lines, limit)
+			}
+			scraper(s, time.Hour).Unread(begin(), 0, false, nil)
+			scraper(s, time.Hour).Unread(begin(), 0, false, nil)
+		}
+	}
+}
+
+// BenchmarkUnread: a scrape of 200 sites with 230 series each by a consumer that has not
+// had the newest batch of each, has had all, or has an hour to catch up with.
+func BenchmarkUnread(b *testing.B) {
+	k := newStoreKit(b, nil)
+	k.cfg.Dir = ""
+	s := k.open()
+	const sites, batches = 200, 240
+	for range batches {
+		k.clock.Add(15 * time.Second)
+		for c := range sites {
+			id := fmt.Sprint("site-", c)
+			p, set := sitePush(id)
+			set(k.clock.ms(0))
+			if _, err := s.Append(context.Background(), id, p); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	places := func(behind uint64) map[uint64]uint64 {
+		at := map[uint64]uint64{}
+		s.Each(0, func(hash uint64, held *Cluster) bool {
+			at[hash] = held.Seq - behind
+			return true
+		})
+		return at
+	}
+	for _, test := range []struct {
+		name   string
+		behind uint64
+		limit  int
+		unread int
+	}{
+		{"new", 1, 0, sites * 230},
+		{"again", 0, 0, 0},
+		{"backlog", batches - 1, 100_000, 100_000},
+	} {
+		b.Run(test.name, func(b *testing.B) {
+			confirm(b, s.Consumers, test.name, k.clock.Now(), places(test.behind))
+			samples := 0
+			b.ReportAllocs()
+			before := cpuTime(b)
+			for b.Loop() {
+				r, _, err := s.Consumers.Begin(ConsumerKey(test.name, "::1", ""), test.name, "::1", &Conn{}, k.clock.Now())
+				if err != nil {
+					b.Fatal(err)
+				}
+				fams, unread, more := scraper(s, 10*time.Minute).Unread(r, test.limit, false, nil)
+				if unread != test.unread || more != (test.limit > 0) {
+					b.Fatalf("%d samples, more %t", unread, more)
+				}
+				for _, f := range fams {
+					samples += len(f.Lines)
+				}
+			}
+			b.ReportMetric(float64(samples)/(cpuTime(b)-before).Seconds(), "samples/cpu-s")
+		})
+	}
+}
