@@ -9,13 +9,13 @@ package main
 
 import (
 	"cmp"
+	"container/heap"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/maphash"
 	"maps"
-	"math"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -33,6 +33,7 @@ const (
 	maintainEvery = 30 * time.Second
 	saveEvery     = 2 * time.Second // cursors; a scrape on disk costs less than a second of pushes
 	kickPause     = time.Second
+	roomPause     = time.Second
 )
 
 // StoreConfig configures a Store. Limits of 0 do not bound.
@@ -60,6 +61,9 @@ type Store struct {
 
 	totals           Totals
 	damaged, evicted atomic.Int64 // logs; samples
+
+	room sync.Mutex // its holder makes room; guards full
+	full time.Time  // when there was last too little that could go
 
 	closing chan struct{} // closed by Close
 
@@ -163,6 +167,8 @@ func (s *Store) recover() error {
 			}
 		}
 	}
+	s.full = time.Time{}
+	_ = s.makeRoom(0) // what is wanted or shown stays, even beyond the limit
 	return nil
 }
 
@@ -224,7 +230,7 @@ func (s *Store) recoverLog(path string) error {
 	if err := c.Mend(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
 	}
-	_ = s.makeRoom(0) // what is wanted or shown stays, even beyond the limit
+	_ = s.makeRoom(0) // not only when all is read
 	return nil
 }
 
@@ -302,50 +308,85 @@ func (s *Store) AppendAll(ctx context.Context, id string, pushes []Appending) (A
 	return c.Append(pushes, s.cfg.Now(), s.cfg.Retention, s.cfg.LimitSeries, s.makeRoom)
 }
 
+// oldestFirst is a heap of clusters by when they got their oldest batch.
+type oldestFirst []siteHead
+
+type siteHead struct {
+	site *Site
+	at   int64 // ms
+}
+
+func (h oldestFirst) Len() int           { return len(h) }
+func (h oldestFirst) Less(i, j int) bool { return h[i].at < h[j].at }
+func (h oldestFirst) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *oldestFirst) Push(x any)        { *h = append(*h, x.(siteHead)) }
+func (h *oldestFirst) Pop() any {
+	last := (*h)[len(*h)-1]
+	*h = (*h)[:len(*h)-1]
+	return last
+}
+
+func headOf(c *Site) (at int64) {
+	c.Look(func(held *Cluster) { at = held.Head() })
+	return at
+}
+
 // makeRoom makes room for n samples under the limit. It evicts batches, oldest
 // first, that every consumer has had and no scrape shows any more; if that is not
 // enough, it is ErrFull.
 func (s *Store) makeRoom(n int) error {
 	limit := int64(s.cfg.LimitSamples)
-	if limit == 0 || s.totals.Samples.Load()+int64(n) <= limit {
+	fits := func() bool { return limit == 0 || s.totals.Samples.Load()+int64(n) <= limit }
+	if fits() {
 		return nil
 	}
 	if int64(n) > limit { // which no eviction would help
 		return fmt.Errorf("%w: a push of %d samples, the limit is %d", ErrFull, n, limit)
 	}
-	shown := s.cfg.Now().Add(-s.cfg.MaxSampleAge).UnixMilli()
-	goal := limit - int64(n) - limit/64 // some more, so that not every push has to
-	s.mu.RLock()
-	clusters := slices.Collect(maps.Values(s.clusters))
-	s.mu.RUnlock()
-	// heads[i] is when clusters[i] got its oldest batch. Others may evict it
-	// meanwhile, which costs the order, no more.
-	heads := make([]int64, len(clusters))
-	head := func(i int) { clusters[i].Look(func(held *Cluster) { heads[i] = held.Head() }) }
-	for i := range clusters {
-		head(i)
-	}
-	touched := map[*Site]bool{}
-	for s.totals.Samples.Load() > goal {
-		i := slices.Index(heads, slices.Min(heads))
-		if heads[i] == math.MaxInt64 {
-			break
+	s.room.Lock()
+	defer s.room.Unlock()
+	now := s.cfg.Now()
+	// What could not go a moment ago is not looked through again for every push.
+	if since := now.Sub(s.full); !fits() && (since < 0 || since >= roomPause) {
+		s.evict(limit-int64(n)-limit/64, now) // some more, so that not every push has to
+		if !fits() {
+			s.full = now
 		}
-		if n, ok := clusters[i].Evict(shown); ok {
+	}
+	if !fits() {
+		return fmt.Errorf("%w: %d samples are held, the limit is %d", ErrFull, s.totals.Samples.Load(), limit)
+	}
+	return nil
+}
+
+// evict evicts until no more than goal samples are held, if so many may go.
+func (s *Store) evict(goal int64, now time.Time) {
+	shown := now.Add(-s.cfg.MaxSampleAge).UnixMilli()
+	var heads oldestFirst
+	s.mu.RLock()
+	for _, c := range s.clusters {
+		heads = append(heads, siteHead{site: c})
+	}
+	s.mu.RUnlock()
+	for i := range heads {
+		heads[i].at = headOf(heads[i].site)
+	}
+	heap.Init(&heads)
+	touched := map[*Site]bool{}
+	for len(heads) > 0 && s.totals.Samples.Load() > goal {
+		c := heads[0].site
+		if n, ok := c.Evict(shown); ok {
 			s.evicted.Add(n)
-			touched[clusters[i]] = true
-			head(i)
+			touched[c] = true
+			heads[0].at = headOf(c)
+			heap.Fix(&heads, 0)
 		} else {
-			heads[i] = math.MaxInt64
+			heap.Pop(&heads)
 		}
 	}
 	for c := range touched {
 		c.Look(func(held *Cluster) { held.Batches = slices.Clone(held.Batches) }) // lets go of the evicted
 	}
-	if s.totals.Samples.Load()+int64(n) > limit {
-		return fmt.Errorf("%w: %d samples are held, the limit is %d", ErrFull, s.totals.Samples.Load(), limit)
-	}
-	return nil
 }
 
 // Run drops what outlived retention, compacts logs and keeps cursors, until ctx ends.

@@ -873,6 +873,97 @@ func TestStoreSampleLimit(t *testing.T) {
 	}
 }
 
+// To make room goes what every consumer has had, oldest first over all clusters; what
+// one has not had stays, and the push is refused.
+func TestStoreMakesRoom(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.Dir, k.cfg.LimitSamples = "", 1000
+	s := k.open()
+	had := map[string]uint64{} // by the slower of two consumers
+	for i := range 50 {
+		for c := range 20 {
+			id := fmt.Sprint("c", (c*7+i)%20)
+			k.push(s, id, point{"m", 1, k.clock.ms(0), float64(i)})
+			k.clock.Add(time.Second)
+			if i < 25 {
+				had[id] = s.clusters[id].held.Seq
+			}
+		}
+	}
+	k.clock.Add(k.cfg.MaxSampleAge)
+	for name, all := range map[string]bool{"fast": true, "slow": false} {
+		places := map[uint64]uint64{}
+		for id, seq := range had {
+			if places[RingKey(id)] = seq; all {
+				places[RingKey(id)] = s.clusters[id].held.Seq
+			}
+		}
+		confirm(t, s.Consumers, name, k.clock.Now(), places)
+	}
+	for s.totals.Samples.Load() > 600 {
+		before := allHeld(t, s)
+		if err := s.makeRoom(100); err != nil {
+			t.Fatal(err)
+		}
+		after := allHeld(t, s)
+		oldest := int64(math.MaxInt64)
+		for key := range after {
+			oldest = min(oldest, key.t)
+		}
+		for key := range before {
+			if _, stays := after[key]; !stays && key.t >= oldest {
+				t.Fatalf("%v goes before what is of %d", key, oldest)
+			}
+		}
+		s.cfg.LimitSamples = int(s.totals.Samples.Load())
+	}
+	if err := s.makeRoom(400); !errors.Is(err, ErrFull) {
+		t.Errorf("what is wanted goes: %v", err)
+	}
+	if n := len(allHeld(t, s)); n != 500 {
+		t.Errorf("%d samples are held of 500 that are wanted", n)
+	}
+	// That is not tried again at every push, but is when it may have changed.
+	confirm(t, s.Consumers, "slow", k.clock.Now(), map[uint64]uint64{RingKey("c1"): s.clusters["c1"].held.Seq})
+	s.cfg.LimitSamples = 500
+	if err := s.makeRoom(1); !errors.Is(err, ErrFull) {
+		t.Errorf("tried again at once: %v", err)
+	}
+	k.clock.Add(roomPause)
+	if err := s.makeRoom(1); err != nil || s.totals.Samples.Load() >= 500 {
+		t.Errorf("%d samples are held, %v", s.totals.Samples.Load(), err)
+	}
+}
+
+// When nothing can go, finding that out takes time in proportion to the clusters.
+func BenchmarkMakeRoom(b *testing.B) {
+	for _, clusters := range []int{1000, 4000} {
+		for _, wanted := range []bool{true, false} {
+			b.Run(fmt.Sprint(clusters, " clusters, wanted ", wanted), func(b *testing.B) {
+				k := newStoreKit(b, nil)
+				k.cfg.Dir = ""
+				s := k.open()
+				if wanted {
+					confirm(b, s.Consumers, "c", k.clock.Now(), nil)
+				}
+				for b.Loop() {
+					b.StopTimer()
+					s.cfg.LimitSamples = 0
+					for c := range clusters {
+						k.push(s, fmt.Sprint(c), point{"m", 1, k.clock.ms(0), 1})
+					}
+					k.clock.Add(2 * k.cfg.MaxSampleAge)
+					s.cfg.LimitSamples = max(1, int(s.totals.Samples.Load())-clusters/2)
+					b.StartTimer()
+					if err := s.makeRoom(1); (err != nil) != wanted {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
 // Eviction that frees nothing of the pushing cluster's own must not cost what
 // others could still show, and evicted samples stay gone through compaction.
 func TestStoreEvictionAndCompaction(t *testing.T) {
