@@ -17,13 +17,14 @@ var errTransfer = errors.New("malformed batches")
 
 // AppendBatches appends the oldest batches of held, as many as have about most bytes
 // but at least one, without what is older than oldest. had says who has had one. It
-// returns up to which sequence number that is all, and how many samples. When nothing
-// is left it is one batch without samples, which says when the site pushed last.
+// returns up to which sequence number that is all, and how many samples. Where that is
+// the end, and no batch says when the site pushed last, one without samples does.
 func AppendBatches(b []byte, held *Cluster, oldest int64, most int, had func(*Batch) []uint64) (out []byte, upTo uint64, n int) {
 	ids := map[uint32]uint32{} // as held → as sent
 	var lines [][]byte
 	var batches [][]byte
 	size := 0
+	newest := int64(-1) // when what is sent was accepted
 	upTo = held.Seq
 	for i, batch := range held.Batches {
 		sent := *batch.Where(func(i int) bool { return batch.Time(i) >= oldest })
@@ -43,13 +44,14 @@ func AppendBatches(b []byte, held *Cluster, oldest int64, most int, had func(*Ba
 			batches = append(batches, EncodeBatch(nil, &sent))
 			size += sent.Size
 			n += len(sent.V)
+			newest = max(newest, sent.Accepted)
 		}
 		if size >= most && i+1 < len(held.Batches) {
 			upTo = batch.Seq
 			break
 		}
 	}
-	if len(batches) == 0 {
+	if upTo == held.Seq && newest < held.Accepted || len(batches) == 0 {
 		last := &Batch{Seq: held.Seq, Accepted: held.Accepted}
 		last.Clock, last.Shift = held.Clock.State()
 		batches = append(batches, EncodeBatch(nil, last))
@@ -71,13 +73,15 @@ func DecodeBatches(b []byte, cluster string) ([]Appending, error) {
 	var parser Parser
 	var arena []byte
 	var lines []Sample // as in a Push
+	known := map[string]bool{}
 	err = DecodeSeries(series, func(id uint32, line []byte) error {
 		if err := parser.CheckOf(line, cluster); err != nil {
 			return err
 		}
-		if int(id) != len(lines) || int64(len(arena)+len(line)) > math.MaxUint32 {
+		if int(id) != len(lines) || known[string(line)] || int64(len(arena)+len(line)) > math.MaxUint32 {
 			return errTransfer
 		}
+		known[string(line)] = true
 		lines = append(lines, Sample{Off: uint32(len(arena)), Len: uint32(len(line))})
 		arena = append(arena, line...)
 		return nil
@@ -99,6 +103,10 @@ func DecodeBatches(b []byte, cluster string) ([]Appending, error) {
 		batch, err := DecodeBatch(part)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", errTransfer, err)
+		}
+		// One that has no samples costs much more memory than bytes.
+		if batch.Accepted < 0 || batch.Accepted > MaxClockTime || len(batch.V) == 0 && len(b) > 0 {
+			return nil, errTransfer
 		}
 		p := &Push{Arena: arena, Samples: make([]Sample, len(batch.V))}
 		for i, id := range batch.IDs {
