@@ -125,7 +125,9 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now time.Time, retention time
 		b.Shift = c.Clock.Observe(p.Clock)
 		add = b.Shift
 	} else {
-		b.Accepted, b.Clock, b.Shift, b.Had = handed.Accepted, handed.Clock, handed.Shift, handed.Had
+		// Not later than now, or a site would look alive when it is silent.
+		b.Accepted = min(b.Accepted, handed.Accepted)
+		b.Clock, b.Shift, b.Had = handed.Clock, handed.Shift, handed.Had
 		c.Clock.Learn(handed.Clock, handed.Shift)
 	}
 	oldest, newest := now.Add(-retention).UnixMilli(), now.Add(maxAhead).UnixMilli()

@@ -22,6 +22,8 @@ var (
 	ErrFull = errors.New("no room")
 	// ErrClosed: the store is shutting down.
 	ErrClosed = errors.New("store is closed")
+
+	errAhead = errors.New("samples handed over are ahead of this server's clock")
 )
 
 const compactSlack = 64 << 10 // bytes of garbage that are not worth a rewrite
@@ -160,6 +162,9 @@ func (c *Site) prepare(pushes []Appending, now time.Time, retention time.Duratio
 	known = c.held.Table.Len()
 	for _, p := range pushes {
 		b, _, r, err := c.held.Prepare(p.Push, p.Handed, now, retention, limitSeries)
+		if err == nil && p.Handed != nil && r.Future > 0 {
+			err = errAhead // they were acknowledged: who has them keeps them until their time comes
+		}
 		if err != nil {
 			c.held.Table.Truncate(known)
 			return nil, known, res, err
