@@ -5,11 +5,14 @@ package main
 // come.
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"math"
+	"runtime"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 )
@@ -157,5 +160,140 @@ func TestAppendAllForeignClock(t *testing.T) {
 	s.maintain(t.Context(), false)
 	if n := len(s.Stats().Clusters); n != 0 {
 		t.Error("a silent site is known for ever")
+	}
+}
+
+// A cluster is let go while pushes of it come: each push is held afterwards, or was
+// seen before. Nothing is counted that is not there.
+func TestReleaseWithPushes(t *testing.T) {
+	for _, dir := range []string{"disk", ""} {
+		k := newStoreKit(t, DiskFS{})
+		if k.cfg.Dir = ""; dir != "" {
+			k.cfg.Dir = t.TempDir()
+		}
+		s := k.open()
+		const writers, pushes = 4, 150
+		away := map[heldSample]float64{} // handed over and dropped
+		released := 0
+		// hand does what a handoff does, to nobody.
+		hand := func() {
+			for range 3 {
+				var upTo uint64
+				got := map[heldSample]float64{}
+				if !s.Look("x", func(held *Cluster) {
+					upTo = held.Seq
+					for _, b := range held.Batches {
+						for i, id := range b.IDs {
+							got[heldSample{string(held.Table.Line(id)), b.Time(i)}] = b.V[i]
+						}
+					}
+				}) {
+					return
+				}
+				maps.Copy(away, got)
+				s.Drop("x", upTo, s.Oldest())
+				done, err := s.Release(t.Context(), "x", upTo)
+				if err != nil {
+					t.Error(err)
+				}
+				if done {
+					released++
+					return
+				}
+			}
+		}
+		var work, background sync.WaitGroup
+		ctx, cancel := context.WithCancel(t.Context())
+		for w := range writers {
+			work.Go(func() {
+				for i := range pushes {
+					p := point{"m", w, k.clock.ms(0) - int64(i), float64(i)}
+					if res, err := s.Append(t.Context(), "x", storePush("x", p)); err != nil || res.Accepted != 1 {
+						t.Errorf("%+v, %v", res, err)
+					}
+					for i%30 == 0 && s.Look("x", func(*Cluster) {}) { // or there is always another push
+						runtime.Gosched()
+					}
+				}
+			})
+		}
+		background.Go(func() {
+			for ctx.Err() == nil {
+				hand()
+			}
+		})
+		background.Go(func() {
+			for ctx.Err() == nil {
+				s.maintain(ctx, true)
+			}
+		})
+		work.Wait()
+		cancel()
+		background.Wait()
+		maps.Copy(away, allHeld(t, s))
+		if len(away) != writers*pushes {
+			t.Errorf("%d samples of %d", len(away), writers*pushes)
+		}
+		hand()
+		if n := len(s.Stats().Clusters); n != 0 || s.totals.Samples.Load() != 0 || s.Stats().Bytes != 0 || released < 2 {
+			t.Errorf("released %d times; left: %d clusters, %d samples, %d bytes", released, n, s.totals.Samples.Load(), s.Stats().Bytes)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if s = k.open(); len(s.Stats().Clusters) != 0 {
+			t.Error("what was released is back")
+		}
+		s.Close()
+		if len(k.errors) > 0 {
+			t.Error(k.errors)
+		}
+	}
+}
+
+// A crash, or a disk that fails, while a cluster is let go: it is there or not, and
+// what another push brought meanwhile is there.
+func TestReleaseCrashAnywhere(t *testing.T) {
+	old, late := point{"m", 0, 1_700_000_000_000, 1}, point{"m", 0, 1_700_000_000_001, 2}
+	for at, reached := 0, true; reached; at++ {
+		for mode, f := range []fault{{Err: errDisk}, {Kill: true}, {Kill: true}} {
+			fsys := newStoreFS(uint64(at)<<2 | uint64(mode))
+			k := newStoreKit(t, fsys)
+			s := k.open()
+			k.push(s, "x", old)
+			seq := s.totals.Newest.Load()
+			reached = false
+			seen := 0
+			fsys.hook = func(int, string, string) fault {
+				if seen++; seen-1 != at {
+					return fault{}
+				}
+				reached = true
+				return f
+			}
+			s.Drop("x", seq, s.Oldest())
+			done, err := s.Release(t.Context(), "x", seq)
+			if done != (err == nil) {
+				t.Errorf("operation %d, mode %d: %t, %v", at, mode, done, err)
+			}
+			_, pushErr := s.Append(t.Context(), "x", storePush("x", late))
+			fsys.hook = nil
+			if mode == 1 {
+				fsys.restart()
+			} else {
+				fsys.crash()
+			}
+			s = k.open()
+			got := allHeld(t, s)
+			if _, ok := got[heldSample{string(storePush("x", late).Line(storePush("x", late).Samples[0])), late.t}]; pushErr == nil && !ok {
+				t.Errorf("operation %d, mode %d: acknowledged and lost", at, mode)
+			}
+			if pushErr == nil && done && len(got) != 1 {
+				t.Errorf("operation %d, mode %d: %v", at, mode, got)
+			}
+			if c := s.clusters["x"]; c != nil && c.held.Seq < seq {
+				t.Errorf("operation %d, mode %d: sequence numbers begin again", at, mode)
+			}
+		}
 	}
 }
