@@ -52,8 +52,8 @@ type Handoff struct {
 	ring    *Ring                  // as last seen
 	since   time.Time              // when it was first seen
 	settled *Ring                  // the last one for which nothing is held back any more
+	holding time.Time              // since when there was another
 	done    map[string]handoffDone // by member
-	told    map[string]bool        // members that know that there is no more for them on this ring
 	owners  map[string]*handoffOwner
 	refused map[string]time.Time // cluster → when its owner refused it
 
@@ -70,6 +70,7 @@ type handoffDone struct {
 type handoffOwner struct {
 	session uint64
 	busy    bool      // something is on its way
+	told    bool      // it knows that there is no more for it on this ring
 	failed  time.Time // not zero: it could not be reached, and what it owns is shown here
 	unsure  time.Time // not zero: since when it says that it is not the owner
 }
@@ -78,7 +79,7 @@ type handoffOwner struct {
 func NewHandoff(cfg HandoffConfig) *Handoff {
 	m := cfg.Metrics
 	h := &Handoff{
-		cfg: cfg, ring: NewRing(nil, 0), done: map[string]handoffDone{}, told: map[string]bool{},
+		cfg: cfg, ring: NewRing(nil, 0), done: map[string]handoffDone{},
 		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{},
 		clusters: m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
 		samples:  m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
@@ -149,9 +150,14 @@ func (h *Handoff) see() *View {
 	view := h.cfg.View()
 	now := h.cfg.Now()
 	if h.ring.Version() != view.Ring.Version() {
+		if h.settled == h.ring || h.ring.Buckets() == 0 {
+			h.holding = now // and not since the last change, which may never come
+		}
 		h.ring, h.since = view.Ring, now
 		clear(h.refused)
-		clear(h.told)
+		for _, o := range h.owners {
+			o.told = false
+		}
 		// A member that has seen the change first may have spoken already; of what it
 		// said of an equal ring before, nothing is left.
 		maps.DeleteFunc(h.done, func(_ string, d handoffDone) bool {
@@ -163,7 +169,7 @@ func (h *Handoff) see() *View {
 		return !o.busy && (!live || p.Session != o.session)
 	})
 	maps.DeleteFunc(h.done, func(name string, _ handoffDone) bool { _, live := view.Peers[name]; return !live })
-	if h.settled != h.ring && h.ring.Buckets() > 0 && (now.Sub(h.since) >= holdBackFor*h.cfg.Interval || len(h.waiting(view)) == 0) {
+	if h.settled != h.ring && h.ring.Buckets() > 0 && (now.Sub(h.holding) >= holdBackFor*h.cfg.Interval || len(h.waiting(view)) == 0) {
 		h.settled = h.ring
 	}
 	return view
@@ -208,7 +214,8 @@ func (h *Handoff) Take(ctx context.Context, from string, m HandoffMessage) error
 	h.mu.Lock()
 	view := h.see()
 	leaving := h.leaving
-	if m.Cluster == "" {
+	// A word that comes late must not undo the one on this ring.
+	if m.Cluster == "" && (m.Ring == h.ring.Version() || h.done[from].ring != h.ring.Version()) {
 		h.done[from] = handoffDone{m.Ring, h.cfg.Now()}
 		h.see()
 	}
@@ -279,11 +286,18 @@ func (h *Handoff) due() map[string]bool {
 func (h *Handoff) Pass(ctx context.Context, name string) {
 	view := h.cfg.View()
 	err := h.pass(ctx, view, name)
+	if h.ended(ctx, name, err) {
+		h.cfg.Log.Warn("owner cannot be handed what it owns; it is shown here", "owner", name, "err", err)
+	}
+}
+
+// ended notes how a pass went, and reports whether an owner fails now that did not.
+func (h *Handoff) ended(ctx context.Context, name string, err error) (fails bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	o := h.owners[name]
 	if o == nil {
-		return
+		return false
 	}
 	o.busy = false
 	switch {
@@ -295,12 +309,11 @@ func (h *Handoff) Pass(ctx context.Context, name string) {
 			o.unsure = h.cfg.Now()
 		}
 	case ctx.Err() == nil:
-		if o.failed.IsZero() {
-			h.cfg.Log.Warn("owner cannot be handed what it owns; it is shown here", "owner", name, "err", err)
-		}
 		h.clusters.Inc("failed")
+		fails = o.failed.IsZero()
 		o.failed = h.cfg.Now()
 	}
+	return fails
 }
 
 func (h *Handoff) pass(ctx context.Context, view *View, name string) error {
@@ -335,10 +348,7 @@ func (h *Handoff) pass(ctx context.Context, view *View, name string) error {
 	if handed > 0 {
 		h.cfg.Log.Info("handed over", "owner", name, "clusters", handed, "left", skipped)
 	}
-	h.mu.Lock()
-	told := h.told[name]
-	h.mu.Unlock()
-	if skipped > 0 || told {
+	if skipped > 0 || h.isTold(name) {
 		return nil
 	}
 	if err := h.cfg.Send(ctx, to, HandoffMessage{Ring: version}); err != nil {
@@ -346,8 +356,17 @@ func (h *Handoff) pass(ctx context.Context, view *View, name string) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.told[name] = h.ring.Version() == version
+	if o := h.owners[name]; o != nil && o.session == to.Session {
+		o.told = h.ring.Version() == version
+	}
 	return nil
+}
+
+func (h *Handoff) isTold(name string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	o := h.owners[name]
+	return o != nil && o.told
 }
 
 // wait reports whether a cluster's owner refused it a short while ago.
@@ -386,26 +405,36 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) er
 		if !known {
 			return nil
 		}
-		if err := h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk}); err != nil {
+		done := false
+		err := h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk})
+		if err == nil {
+			h.taken(to, c.ID)
+			h.cfg.Store.Drop(c.ID, upTo, oldest)
+			h.samples.Add(float64(n))
+			h.bytes.Add(float64(len(chunk)))
+			done, err = h.cfg.Store.Release(ctx, c.ID, upTo)
+		}
+		goOn := idle(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) // also after a refusal
+		switch {
+		case err != nil:
 			return fmt.Errorf("handing over cluster %q: %w", c.ID, err)
-		}
-		h.cfg.Store.Drop(c.ID, upTo, oldest)
-		h.samples.Add(float64(n))
-		h.bytes.Add(float64(len(chunk)))
-		done, err := h.cfg.Store.Release(ctx, c.ID, upTo)
-		if err != nil {
-			return err
-		}
-		if done {
+		case done:
 			h.clusters.Inc("handed")
-			h.mu.Lock()
-			delete(h.refused, c.ID)
-			h.mu.Unlock()
 			return nil
-		}
-		if !idle(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) {
+		case !goOn:
 			return ctx.Err()
 		}
+	}
+}
+
+// taken notes that an owner takes what it owns: the rest is on its way as well. Until
+// then all is shown, for an owner that hangs would have it hidden in vain.
+func (h *Handoff) taken(to Peer, id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.refused, id)
+	if o := h.owners[to.Name]; o != nil && o.session == to.Session {
+		o.failed, o.unsure = time.Time{}, time.Time{}
 	}
 }
 
@@ -462,7 +491,7 @@ func (h *Handoff) toldAll() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for name := range view.Peers {
-		if name != h.cfg.Name && !h.told[name] && (h.owners[name] == nil || h.owners[name].failed.IsZero()) {
+		if o := h.owners[name]; name != h.cfg.Name && (o == nil || !o.told && o.failed.IsZero()) {
 			return false
 		}
 	}
