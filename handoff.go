@@ -245,8 +245,9 @@ func (h *Handoff) Run(ctx context.Context) error {
 	var passes sync.WaitGroup
 	defer passes.Wait()
 	for {
-		for owner := range h.due() {
-			passes.Go(func() { h.Pass(ctx, owner) })
+		view, due := h.due()
+		for owner, held := range due {
+			passes.Go(func() { h.Pass(ctx, view, owner, held) })
 		}
 		select {
 		case <-ctx.Done():
@@ -256,36 +257,49 @@ func (h *Handoff) Run(ctx context.Context) error {
 	}
 }
 
-// due returns the members to which something may go now, each of which then has to be
-// given a Pass. Each has its own, so that one that answers slowly stops no other.
-func (h *Handoff) due() map[string]bool {
+// due returns the members to which something may go now, with what they own of what
+// is held. Each has to be given a Pass of its own, so that one that answers slowly stops
+// no other.
+func (h *Handoff) due() (*View, map[string][]HeldSite) {
+	h.mu.Lock()
+	view := h.see()
+	early := !h.leaving && h.cfg.Now().Sub(h.since) < stableFor*h.cfg.Interval
+	h.mu.Unlock()
+	if early {
+		return view, nil
+	}
+	// Once for all members, and without the lock, which is taken with a site locked.
+	held := map[string][]HeldSite{}
+	for _, c := range h.cfg.Store.Held(func(_ string, hash uint64) bool { return h.owner(view, hash) != "" }) {
+		owner := h.owner(view, c.Hash)
+		held[owner] = append(held[owner], c)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	view := h.see()
-	now := h.cfg.Now()
-	if !h.leaving && now.Sub(h.since) < stableFor*h.cfg.Interval {
-		return nil
+	due := map[string][]HeldSite{}
+	if h.see().Ring.Version() != view.Ring.Version() {
+		return view, due
 	}
-	due := map[string]bool{}
+	now := h.cfg.Now()
 	for name, p := range view.Peers {
 		o := h.owners[name]
 		if o == nil {
 			o = &handoffOwner{session: p.Session}
 			h.owners[name] = o
 		}
-		if name != h.cfg.Name && !o.busy && (o.failed.IsZero() || now.Sub(o.failed) >= handoffRetry*h.cfg.Interval) {
+		nothing := len(held[name]) == 0 && o.told && o.failed.IsZero() && o.unsure.IsZero()
+		if name != h.cfg.Name && !o.busy && !nothing && (o.failed.IsZero() || now.Sub(o.failed) >= handoffRetry*h.cfg.Interval) {
 			o.busy = true
-			due[name] = true
+			due[name] = held[name]
 		}
 	}
-	return due
+	return view, due
 }
 
-// Pass hands one member all that it owns and this one holds, oldest first, and tells
-// it when there is no more.
-func (h *Handoff) Pass(ctx context.Context, name string) {
-	view := h.cfg.View()
-	err := h.pass(ctx, view, name)
+// Pass hands one member all that it owns of what is held, oldest first, and tells it
+// when there is no more.
+func (h *Handoff) Pass(ctx context.Context, view *View, name string, held []HeldSite) {
+	err := h.pass(ctx, view, name, held)
 	if h.ended(ctx, name, err) {
 		h.cfg.Log.Warn("owner cannot be handed what it owns; it is shown here", "owner", name, "err", err)
 	}
@@ -316,13 +330,12 @@ func (h *Handoff) ended(ctx context.Context, name string, err error) (fails bool
 	return fails
 }
 
-func (h *Handoff) pass(ctx context.Context, view *View, name string) error {
+func (h *Handoff) pass(ctx context.Context, view *View, name string, held []HeldSite) error {
 	to, live := view.Peers[name]
 	if !live {
 		return nil
 	}
 	version := view.Ring.Version()
-	held := h.cfg.Store.Held(func(_ string, hash uint64) bool { return h.owner(view, hash) == name })
 	skipped := 0
 	handed := 0
 	for _, c := range held {

@@ -304,8 +304,9 @@ func TestHandoffLogsWithoutLock(t *testing.T) {
 			r.answers(func(context.Context, string, HandoffMessage) error { return err })
 			r.push(id)
 			wait(10 * time.Second)
-			for owner := range r.h.due() {
-				r.h.Pass(t.Context(), owner)
+			view, due := r.h.due()
+			for owner, held := range due {
+				r.h.Pass(t.Context(), view, owner, held)
 			}
 		}
 		if said != 3 {

@@ -208,8 +208,9 @@ func (m *handModel) fail(format string, args ...any) {
 }
 
 func (m *handModel) passes(n *handNode) {
-	for owner := range n.handoff.due() {
-		n.handoff.Pass(context.Background(), owner)
+	view, due := n.handoff.due()
+	for owner, held := range due {
+		n.handoff.Pass(context.Background(), view, owner, held)
 	}
 }
 
