@@ -116,10 +116,11 @@ type HandoffStatus struct {
 func (h *Handoff) Status() HandoffStatus {
 	view := h.cfg.View()
 	st := HandoffStatus{To: map[string]int{}}
-	for _, c := range h.cfg.Store.Held(func(_ string, hash uint64) bool { return h.owner(view, hash) != "" }) {
+	held := h.cfg.Store.Held(func(_ string, hash uint64) bool { return h.owner(view, hash) != "" })
+	for _, c := range held {
 		st.To[h.owner(view, c.Hash)]++
-		st.Left++
 	}
+	st.Left = len(held)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	view = h.see()
@@ -129,7 +130,12 @@ func (h *Handoff) Status() HandoffStatus {
 		}
 	}
 	slices.Sort(st.Failing)
-	st.Leaving, st.Refused = h.leaving, len(h.refused)
+	st.Leaving = h.leaving
+	for _, c := range held { // what was refused may have expired meanwhile
+		if _, refused := h.refused[c.ID]; refused {
+			st.Refused++
+		}
+	}
 	st.Waiting = h.waiting(view)
 	st.HeldBack = h.settled != h.ring
 	return st

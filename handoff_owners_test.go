@@ -428,3 +428,172 @@ func TestHandoffHoldsBack(t *testing.T) {
 		})
 	}
 }
+
+// leavingRig are servers that share a view, each with its store on a disk.
+type leavingRig struct {
+	nodes []*handNode
+	m     *handModel
+	mu    sync.Mutex // guards the rest
+	view  *View
+}
+
+func newLeavingRig(t *testing.T, n int) *leavingRig {
+	m := &handModel{t: t, clock: newStoreClock(), calm: true}
+	r := &leavingRig{m: m}
+	for i := range n {
+		node := &handNode{m: m, name: string(rune('a' + i)), slot: i, fsys: newStoreFS(uint64(i))}
+		node.kit = newStoreKit(t, node.fsys)
+		node.kit.cfg.Now = time.Now
+		node.store = node.kit.open()
+		node.handoff = NewHandoff(HandoffConfig{
+			Name: node.name, Store: node.store, Now: time.Now, Interval: time.Second, Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics(),
+			View: func() *View {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				return r.view
+			},
+			Send: func(ctx context.Context, to Peer, msg HandoffMessage) error {
+				for _, o := range r.nodes {
+					if o.name == to.Name {
+						err := o.handoff.Take(ctx, node.name, msg)
+						if err != nil && !errors.Is(err, ErrNotOwner) {
+							return &RefusedByOwner{err}
+						}
+						return err
+					}
+				}
+				return errLost
+			},
+		})
+		r.nodes = append(r.nodes, node)
+	}
+	return r
+}
+
+// see has all see these servers as owners.
+func (r *leavingRig) see(owners ...string) {
+	v := &View{Peers: map[string]Peer{}}
+	var claims []Claim
+	for _, n := range r.nodes {
+		v.Peers[n.name] = Peer{Name: n.name, Session: 1}
+		if slices.Contains(owners, n.name) {
+			claims = append(claims, Claim{Slot: n.slot, Lamport: uint64(n.slot + 1), Name: n.name})
+		}
+	}
+	v.Ring = NewRing(claims, len(r.nodes))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.view = v
+}
+
+// All servers end at once: each keeps on disk what it holds, and none waits for ever,
+// whether it hears that the others leave or not. One alone leaves nothing behind.
+func TestHandoffLeave(t *testing.T) {
+	all := []string{"a", "b", "c"}
+	for name, test := range map[string]struct {
+		leaving []string
+		heard   []string // who is seen as an owner after a second
+		most    time.Duration
+	}{
+		"all, and it is heard":      {all, nil, 3 * time.Second},
+		"all, and nobody hears it":  {all, all, 31 * time.Second},
+		"all, and one is not heard": {all, []string{"b"}, 31 * time.Second},
+		"one":                       {all[:1], all[1:], 3 * time.Second},
+		"two":                       {all[:2], all[2:], 3 * time.Second},
+		"one, and nobody hears it":  {all[:1], all, 31 * time.Second},
+		"two, and one is not heard": {all[:2], all[1:], 31 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newLeavingRig(t, 3)
+				r.see(all...)
+				want := map[heldSample]float64{}
+				for i := range 60 {
+					// Some are hints: held by another than the owner.
+					n := r.nodes[i%3]
+					id := fmt.Sprint("s", i/2)
+					p := point{"m", i, time.Now().UnixMilli(), float64(i)}
+					n.kit.push(n.store, id, p)
+					maps.Copy(want, pushed(id, p))
+				}
+				ctx, stop := context.WithCancel(t.Context())
+				var running, leaving sync.WaitGroup
+				for _, n := range r.nodes {
+					running.Go(func() { n.handoff.Run(ctx) })
+				}
+				begin := time.Now()
+				for _, n := range r.nodes {
+					if slices.Contains(test.leaving, n.name) {
+						n.handoff.SetLeaving()
+						leaving.Go(func() { n.handoff.Leave(ctx) })
+					}
+				}
+				wait(time.Second)
+				r.see(test.heard...)
+				leaving.Wait()
+				if took := time.Since(begin); took > test.most {
+					t.Errorf("it took %v", took)
+				}
+				if test.most < 30*time.Second && len(test.heard) > 0 {
+					for _, n := range r.nodes {
+						if left := len(n.store.Stats().Clusters); left > 0 && slices.Contains(test.leaving, n.name) {
+							t.Errorf("%s leaves with %d clusters", n.name, left)
+						}
+					}
+				}
+				stop()
+				running.Wait()
+				got := map[heldSample]float64{}
+				for _, n := range r.nodes {
+					if err := n.store.Close(); err != nil {
+						t.Error(err)
+					}
+					n.fsys.crash()
+					s := n.kit.open()
+					for s, v := range allHeld(t, s) {
+						if _, both := got[s]; both {
+							t.Errorf("%v is kept twice", s)
+						}
+						got[s] = v
+					}
+					s.Close()
+				}
+				wantHeld(t, name, got, want)
+			})
+		})
+	}
+}
+
+// A leaving server waits for what can go, whatever was refused before and is not there
+// any more.
+func TestHandoffLeaveCountsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newHandRig(t, "b", "c")
+		gone, full, slow := r.owned("b", 1)[0], r.owned("b", 2)[1], r.owned("c", 1)[0]
+		for _, id := range []string{gone, full, slow} {
+			r.push(id)
+		}
+		r.answers(func(ctx context.Context, to string, m HandoffMessage) error {
+			switch {
+			case to == "b" && m.Cluster != "":
+				return &RefusedByOwner{ErrFull}
+			case to == "c":
+				wait := time.NewTimer(3 * time.Second)
+				<-wait.C
+			}
+			return nil
+		})
+		r.h.SetLeaving()
+		r.run()
+		wait(time.Second)
+		seq := uint64(1 << 60)
+		r.store.Drop(gone, seq, r.store.Oldest())
+		if done, err := r.store.Release(t.Context(), gone, seq); err != nil || !done {
+			t.Fatal(done, err)
+		}
+		r.h.Leave(t.Context())
+		if got := r.held(gone, full, slow); !slices.Equal(got, []string{full}) {
+			t.Errorf("left with %v", got)
+		}
+	})
+}
