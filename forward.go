@@ -503,7 +503,7 @@ func (f *Forward) fresh(h head) bool {
 func (f *Forward) store(ctx context.Context, h head, body []byte) verdict {
 	if h.Kind != "" {
 		m := HandoffMessage{Cluster: h.Cluster, Ring: h.Ring, Batches: body}
-		if (h.Kind == kindDone) != (h.Cluster == "") {
+		if !(h.Kind == kindHandoff && h.Cluster != "" || h.Kind == kindDone && h.Cluster == "") {
 			return verdict{Kind: refusedOther, Text: "a message of no known kind"}
 		}
 		if err := f.cfg.Handed(ctx, h.From, m); err != nil {
