@@ -37,12 +37,13 @@ type handNode struct {
 }
 
 type handModel struct {
-	t     *testing.T
-	rng   *rand.Rand
-	clock *storeClock
-	nodes []*handNode
-	calm  bool // nothing is lost, nobody crashes
-	acked map[heldSample]bool
+	t       *testing.T
+	rng     *rand.Rand
+	clock   *storeClock
+	nodes   []*handNode
+	calm    bool // nothing is lost, nobody crashes
+	resting bool // nothing more happens
+	acked   map[heldSample]bool
 	// served counts, by consumer, how often a sample was read to the end.
 	served map[string]map[heldSample]int
 	value  float64
@@ -75,8 +76,10 @@ func (m *handModel) send(from *handNode, to Peer, msg HandoffMessage) error {
 		if !n.up || n.leaving || n.session != to.Session || m.lost() {
 			return errLost
 		}
+		m.meanwhile(from, n)
 		err := n.handoff.Take(context.Background(), from.name, msg)
 		m.note("%s to %s: %q on %x: %v", from.name, to.Name, msg.Cluster, msg.Ring, err)
+		m.meanwhile(from, n)
 		if m.lost() {
 			return errLost
 		}
@@ -86,6 +89,23 @@ func (m *handModel) send(from *handNode, to Peer, msg HandoffMessage) error {
 		return err
 	}
 	return errLost
+}
+
+// meanwhile is what may happen at both ends while a message is on its way.
+func (m *handModel) meanwhile(nodes ...*handNode) {
+	if m.resting {
+		return
+	}
+	for _, n := range nodes {
+		switch m.rng.IntN(12) {
+		case 0:
+			m.push(n)
+		case 1:
+			m.scrape(n, fmt.Sprint("p", m.rng.IntN(2)))
+		case 2:
+			n.store.maintain(context.Background(), true)
+		}
+	}
 }
 
 func (m *handModel) note(format string, args ...any) {
@@ -288,7 +308,7 @@ func (m *handModel) rest() {
 	for _, n := range m.nodes {
 		m.see(n)
 	}
-	m.calm = true // for the messages
+	m.calm, m.resting = true, true // for the messages
 	for range 60 {
 		m.clock.Add(time.Second)
 		for _, n := range m.nodes {
