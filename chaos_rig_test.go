@@ -392,10 +392,10 @@ type chaosSite struct {
 	token string
 
 	// Until the site has ended these are its own.
-	acked            map[int64]bool // times of samples answered 200
-	again            int            // tries that failed
-	refused          []string       // pushes that will never be taken
-	slowest, waiting time.Duration
+	acked   map[int64]bool // times of samples answered 200
+	again   int            // tries that failed
+	refused []string       // pushes that will never be taken
+	slowest time.Duration
 }
 
 func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
