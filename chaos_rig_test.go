@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -21,7 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -221,8 +220,11 @@ func (r *chaosRig) kill(s *chaosServer) {
 	}
 }
 
-// stop ends a server with SIGTERM, which has it hand over what it holds.
-func (r *chaosRig) stop(s *chaosServer) {
+var chaosHanded = regexp.MustCompile(`msg="handed over" .*bytes=(\d+)`)
+
+// stop ends a server with SIGTERM, which has it hand over what it holds, and returns
+// how many bytes it has handed over since it was started.
+func (r *chaosRig) stop(s *chaosServer) (bytes int) {
 	r.t.Helper()
 	s.p.cmd.Process.Signal(syscall.SIGTERM)
 	ended := make(chan error, 1)
@@ -232,10 +234,15 @@ func (r *chaosRig) stop(s *chaosServer) {
 		if err != nil {
 			r.failf("%s ended with %v:\n%s", s.name, err, s.p.text())
 		}
+		for _, m := range chaosHanded.FindAllStringSubmatch(s.p.text(), -1) {
+			n, _ := strconv.Atoi(m[1])
+			bytes += n
+		}
 		s.p = nil
 	case <-time.After(chaosPatience):
 		r.failf("%s does not end:\n%s", s.name, s.p.text())
 	}
+	return bytes
 }
 
 // part cuts the network among servers: each is in one part.
@@ -641,64 +648,4 @@ func (r *chaosRig) held() chaosHeld {
 		client.CloseIdleConnections()
 	}
 	return h
-}
-
-// finish ends the load, waits until all is at rest, and checks and prints what came out.
-// calm says that no server was killed and no network cut. Then what is served again is
-// what a server could not know to have arrived when it handed it over.
-func (r *chaosRig) finish(calm bool) map[chaosSample]bool {
-	t := r.t
-	t.Helper()
-	lasted := time.Since(r.begin)
-	acked := r.acked()
-	settle := r.settled()
-	begin := time.Now()
-	for deadline := begin.Add(chaosPatience); len(r.consumer.missing(acked)) > 0 && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
-	}
-	whole := time.Since(begin)
-	missing := r.consumer.missing(acked)
-	held := r.held()
-	lost, twice, exposed := 0, 0, 0
-	for sample := range acked {
-		switch n := len(held.holders[sample]); {
-		case n == 0:
-			lost++
-		case n > 1:
-			twice++
-		}
-	}
-	for _, servers := range held.shown {
-		if len(servers) > 1 {
-			exposed++
-		}
-	}
-	again, refused := 0, []string{}
-	slowest := time.Duration(0)
-	for _, site := range r.sites {
-		again += site.again
-		refused = append(refused, site.refused...)
-		slowest = max(slowest, site.slowest)
-	}
-	c := r.consumer
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	fmt.Printf("%-11s %3.0f s: samples acknowledged %d, missing %d, not held %d, held twice %d; sites shown by two servers %d; served again %d, late %d\n",
-		r.name+":", lasted.Seconds(), len(acked)*chaosSeries, len(missing)*chaosSeries, lost*chaosSeries, twice*chaosSeries, exposed, c.again*chaosSeries, c.late*chaosSeries)
-	fmt.Printf("%-11s pushes tried again %d, refused %d, the slowest took %.1f s; scrapes failed %d; settled after %.1f s, served whole after %.1f s more\n",
-		"", again, len(refused), slowest.Seconds(), c.failed, settle.Seconds(), whole.Seconds())
-	if len(acked) == 0 || len(missing) > 0 || lost > 0 || twice > 0 || exposed > 0 || len(refused) > 0 || len(c.wrong) > 0 || calm && 2*c.again > len(acked) {
-		for _, s := range r.running() {
-			t.Logf("%s said:\n%s", s.name, s.p.text())
-		}
-		slices.SortFunc(missing, func(a, b chaosSample) int { return int(a.t - b.t) })
-		t.Errorf("%s (SEED=%d): missing %v, refused %v, wrong %v, shown twice %v", r.name, r.seed, missing[:min(5, len(missing))],
-			refused[:min(3, len(refused))], c.wrong[:min(3, len(c.wrong))], maps.Collect(func(yield func(int, []string) bool) {
-				for site, servers := range held.shown {
-					if len(servers) > 1 && !yield(site, servers) {
-						return
-					}
-				}
-			}))
-	}
-	return acked
 }

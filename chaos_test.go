@@ -8,7 +8,9 @@ package main
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -182,10 +184,13 @@ func chaosGrowth(t *testing.T, form chaosForm, seed uint64) {
 	r.wait("every site is shown", func() bool { return all(r.held().shown) })
 	r.begin = time.Now()
 	owners := r.held().shown
-	bytes := r.sum("telemeter_handoff_bytes_total")
-	step := func(change func(), from, to int) {
-		change()
-		settle := r.settled()
+	handed := func() int { return int(r.sum("telemeter_handoff_bytes_total")) }
+	before := handed() // by those that run
+	step := func(change func() (left int), from, to int) {
+		begin := time.Now()
+		left := change() // by one that does not run any more
+		r.settled()
+		settle := time.Since(begin)
 		var now map[int][]string
 		r.wait("every site is shown", func() bool { now = r.held().shown; return all(now) })
 		moved := 0
@@ -195,16 +200,81 @@ func chaosGrowth(t *testing.T, form chaosForm, seed uint64) {
 			}
 		}
 		owners = now
-		after := r.sum("telemeter_handoff_bytes_total")
-		fmt.Printf("%-11s from %d servers to %d: moved %4d of %d sites, %.3f; 1/%d is %.3f; settled after %4.1f s; handed over by those that stay %.0f kB\n",
-			"growth:", from, to, moved, len(now), float64(moved)/float64(len(now)), max(from, to), 1/float64(max(from, to)), settle.Seconds(), (after-bytes)/1e3)
-		bytes = after
+		after := handed()
+		fmt.Printf("%-11s from %d servers to %d: moved %4d of %d sites, %.3f; 1/%d is %.3f; settled after %4.1f s; handed over %.0f kB\n",
+			"growth:", from, to, moved, len(now), float64(moved)/float64(len(now)), max(from, to), 1/float64(max(from, to)), settle.Seconds(), float64(left+after-before)/1e3)
+		before = after
 	}
 	for n := 1; n < form.grow; n++ {
-		step(func() { r.start(r.servers[n]); r.ready(r.servers[n]) }, n, n+1)
+		step(func() int { r.start(r.servers[n]); r.ready(r.servers[n]); return 0 }, n, n+1)
 	}
 	for n := form.grow; n > form.shrink; n-- {
-		step(func() { r.stop(r.servers[n-1]) }, n, n-1)
+		step(func() int {
+			earlier := handed()
+			all := r.stop(r.servers[n-1])
+			before = handed()
+			return all - (earlier - before)
+		}, n, n-1)
 	}
 	r.finish(true)
+}
+
+// finish ends the load, waits until all is at rest, and checks and prints what came out.
+// calm says that no server was killed and no network cut. Then what is served again is
+// what a server could not know to have arrived when it handed it over.
+func (r *chaosRig) finish(calm bool) map[chaosSample]bool {
+	t := r.t
+	t.Helper()
+	lasted := time.Since(r.begin)
+	acked := r.acked()
+	settle := r.settled()
+	begin := time.Now()
+	for deadline := begin.Add(chaosPatience); len(r.consumer.missing(acked)) > 0 && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	}
+	whole := time.Since(begin)
+	missing := r.consumer.missing(acked)
+	held := r.held()
+	lost, twice, exposed := 0, 0, 0
+	for sample := range acked {
+		switch n := len(held.holders[sample]); {
+		case n == 0:
+			lost++
+		case n > 1:
+			twice++
+		}
+	}
+	for _, servers := range held.shown {
+		if len(servers) > 1 {
+			exposed++
+		}
+	}
+	again, refused := 0, []string{}
+	slowest := time.Duration(0)
+	for _, site := range r.sites {
+		again += site.again
+		refused = append(refused, site.refused...)
+		slowest = max(slowest, site.slowest)
+	}
+	c := r.consumer
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	fmt.Printf("%-11s %3.0f s: samples acknowledged %d, missing %d, not held %d, held twice %d; sites shown by two servers %d; served again %d, late %d\n",
+		r.name+":", lasted.Seconds(), len(acked)*chaosSeries, len(missing)*chaosSeries, lost*chaosSeries, twice*chaosSeries, exposed, c.again*chaosSeries, c.late*chaosSeries)
+	fmt.Printf("%-11s pushes tried again %d, refused %d, the slowest took %.1f s; scrapes failed %d; settled after %.1f s, served whole after %.1f s more\n",
+		"", again, len(refused), slowest.Seconds(), c.failed, settle.Seconds(), whole.Seconds())
+	if len(acked) == 0 || len(missing) > 0 || lost > 0 || twice > 0 || exposed > 0 || len(refused) > 0 || len(c.wrong) > 0 || calm && 2*c.again > len(acked) {
+		for _, s := range r.running() {
+			t.Logf("%s said:\n%s", s.name, s.p.text())
+		}
+		slices.SortFunc(missing, func(a, b chaosSample) int { return int(a.t - b.t) })
+		t.Errorf("%s (SEED=%d): missing %v, refused %v, wrong %v, shown twice %v", r.name, r.seed, missing[:min(5, len(missing))],
+			refused[:min(3, len(refused))], c.wrong[:min(3, len(c.wrong))], maps.Collect(func(yield func(int, []string) bool) {
+				for site, servers := range held.shown {
+					if len(servers) > 1 && !yield(site, servers) {
+						return
+					}
+				}
+			}))
+	}
+	return acked
 }

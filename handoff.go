@@ -342,8 +342,7 @@ func (h *Handoff) pass(ctx context.Context, view *View, name string, held []Held
 		return nil
 	}
 	version := view.Ring.Version()
-	skipped := 0
-	handed := 0
+	handed, skipped, bytes := 0, 0, 0
 	for _, c := range held {
 		if h.cfg.View().Ring.Version() != version {
 			return nil // others may own the rest
@@ -352,7 +351,8 @@ func (h *Handoff) pass(ctx context.Context, view *View, name string, held []Held
 			skipped++
 			continue
 		}
-		err := h.hand(ctx, to, version, c)
+		n, err := h.hand(ctx, to, version, c)
+		bytes += n
 		var refusal *RefusedByOwner
 		if errors.As(err, &refusal) {
 			skipped++
@@ -365,7 +365,7 @@ func (h *Handoff) pass(ctx context.Context, view *View, name string, held []Held
 		handed++
 	}
 	if handed > 0 {
-		h.cfg.Log.Info("handed over", "owner", name, "clusters", handed, "left", skipped)
+		h.cfg.Log.Info("handed over", "owner", name, "clusters", handed, "bytes", bytes, "left", skipped)
 	}
 	if skipped > 0 || h.isTold(name) {
 		return nil
@@ -408,8 +408,8 @@ func (h *Handoff) refuse(id, owner string, err error) {
 }
 
 // hand hands one cluster over. It begins with what is oldest, whatever was handed
-// before: what the owner has is dropped here.
-func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) error {
+// before: what the owner has is dropped here. It returns how many bytes the owner took.
+func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (bytes int, err error) {
 	for {
 		begin := time.Now()
 		var chunk []byte
@@ -422,26 +422,27 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) er
 			})
 		})
 		if !known {
-			return nil
+			return bytes, nil
 		}
 		done := false
-		err := h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk})
+		err = h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk})
 		if err == nil {
 			h.taken(to, c.ID)
 			h.cfg.Store.Drop(c.ID, upTo, oldest)
 			h.samples.Add(float64(n))
 			h.bytes.Add(float64(len(chunk)))
+			bytes += len(chunk)
 			done, err = h.cfg.Store.Release(ctx, c.ID, upTo)
 		}
 		goOn := idle(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) // also after a refusal
 		switch {
 		case err != nil:
-			return fmt.Errorf("handing over cluster %q: %w", c.ID, err)
+			return bytes, fmt.Errorf("handing over cluster %q: %w", c.ID, err)
 		case done:
 			h.clusters.Inc("handed")
-			return nil
+			return bytes, nil
 		case !goOn:
-			return ctx.Err()
+			return bytes, ctx.Err()
 		}
 	}
 }
