@@ -287,12 +287,39 @@ func (c *Cluster) Adopt(b *Batch, oldest int64) error {
 	b = b.Where(func(i int) bool { return int(b.IDs[i]) < c.Table.Len() && len(c.Table.Line(b.IDs[i])) > 0 })
 	lost -= len(b.V)
 	if b.MaxT >= oldest && len(b.V) > 0 {
+		c.replace(b)
 		c.Take(b)
 	}
 	if lost > 0 {
 		return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
 	}
 	return nil
+}
+
+// replace drops what b has from earlier batches. They were evicted, or dropped since
+// another server had them, and then b came; the log was not rewritten in between.
+func (c *Cluster) replace(b *Batch) {
+	type key struct {
+		id uint32
+		t  int64
+	}
+	again := map[key]bool{}
+	first := int64(math.MaxInt64)
+	for i, id := range b.IDs {
+		if newest, _ := c.Table.Newest(id); b.Time(i) <= newest {
+			again[key{id, b.Time(i)}] = true
+			first = min(first, b.Time(i))
+		}
+	}
+	if len(again) == 0 {
+		return
+	}
+	for i, old := range c.Batches {
+		if old.MaxT >= first && old.MinT <= b.MaxT {
+			c.Batches[i] = old.Where(func(i int) bool { return !again[key{old.IDs[i], old.Time(i)}] })
+		}
+	}
+	c.Batches = slices.DeleteFunc(c.Batches, func(old *Batch) bool { return len(old.V) == 0 })
 }
 
 // Take holds b, which is durable, and shows its samples.

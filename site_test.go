@@ -297,3 +297,41 @@ func TestReleaseCrashAnywhere(t *testing.T) {
 		}
 	}
 }
+
+// What was dropped, and came back before its log was rewritten, stands there twice. It
+// is held once when the log is read again, as it came last, and can be handed over.
+func TestDroppedComesBack(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	at := k.clock.ms(0)
+	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 2, at, 2})
+	k.push(s, "x", point{"m", 1, at + 1, 3})
+	var first uint64
+	s.Look("x", func(held *Cluster) { first = held.Batches[0].Seq })
+	s.Drop("x", first, s.Oldest())
+	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 1, at + 2, 4})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = k.open()
+	defer s.Close()
+	want := pushed("x", point{"m", 1, at, 1}, point{"m", 2, at, 2}, point{"m", 1, at + 1, 3}, point{"m", 1, at + 2, 4})
+	got := map[heldSample]float64{}
+	n := 0
+	var handed []byte
+	s.Look("x", func(held *Cluster) {
+		for _, b := range held.Batches {
+			for i, id := range b.IDs {
+				got[heldSample{string(held.Table.Line(id)), b.Time(i)}] = b.V[i]
+				n++
+			}
+		}
+		handed, _, _ = AppendBatches(nil, held, s.Oldest(), 1<<20, func(*Batch) []uint64 { return nil })
+	})
+	if !maps.Equal(got, want) || n != len(want) {
+		t.Errorf("%d samples are held: %v, want %v", n, got, want)
+	}
+	if _, err := DecodeBatches(handed, "x"); err != nil {
+		t.Errorf("handed over: %v", err)
+	}
+}
