@@ -31,6 +31,7 @@ const (
 	maxBackoff = time.Minute
 
 	maxTogether = 1 << 20 // scrapes in a push: no bound beside those in bytes
+	maxAlone    = 8       // lines of a scrape that are refused alone before no more is split
 )
 
 // DropRefused is why samples are dropped that no server will have.
@@ -121,8 +122,8 @@ func (d *Courier) report(t *tally) {
 // refuses as invalid is set aside, and is the error if nothing worse happens.
 func (d *Courier) Drain(ctx context.Context) error {
 	t := tally{begin: d.cfg.Now()}
-	backoff := minBackoff
-	var refusal, last error
+	p := patience{backoff: minBackoff}
+	var refusal error
 	for {
 		batch := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: DecodedFactor * d.cfg.LimitBytes, Scrapes: d.most})
 		if len(batch) == 0 {
@@ -132,35 +133,33 @@ func (d *Courier) Drain(ctx context.Context) error {
 		refused := 0 // samples
 		err := d.push(ctx, batch, &t)
 		why := err
+		var end error
 		switch {
 		case err == nil || !err.final:
 		case len(batch) > 1:
 			d.tread(len(batch), err.large)
 			continue
 		case err.large:
-			refused, why, err = d.split(ctx, batch[0], &t)
+			s := splitting{patience: &p, tally: &t, why: err}
+			end = d.split(ctx, batch[0], &s)
+			refused, why, err = s.refused, s.why, nil
 		default:
 			refused, err = max(1, batch[0].Samples), nil // an empty one is refused as well
 		}
 		if err != nil {
 			d.cfg.Spool.Release()
-			d.ok.Store(false)
-			if ctx.Err() != nil && last != nil {
-				return last // says more than that the time is up
-			}
-			last = err
 			if ctx.Err() == nil && timedOut(err) && len(batch) > 1 {
 				d.tread(len(batch), true)
 			}
-			d.report(&t)
-			pause := max(min(err.retry, d.cfg.MaxWait), backoff/2+rand.N(backoff/2))
-			backoff = min(2*backoff, maxBackoff)
-			if !d.pause(ctx, pause, err) {
-				return last
+			if end = d.again(ctx, err, &p, &t); end == nil {
+				continue
 			}
-			continue
 		}
-		backoff = minBackoff
+		if end != nil {
+			d.cfg.Spool.Release()
+			return end
+		}
+		p.backoff = minBackoff
 		d.ok.Store(refused == 0)
 		if refused > 0 {
 			d.cfg.Spool.SetAside()
@@ -190,6 +189,29 @@ func (d *Courier) tread(n int, large bool) {
 func timedOut(err error) bool {
 	var e net.Error
 	return errors.As(err, &e) && e.Timeout()
+}
+
+// patience is how long the next pause between attempts is, and why the last failed.
+type patience struct {
+	backoff time.Duration
+	last    error
+}
+
+// again pauses after an attempt that failed but may be repeated, and returns nil
+// when it is time for the next; else what to end with.
+func (d *Courier) again(ctx context.Context, err *pushError, p *patience, t *tally) error {
+	d.ok.Store(false)
+	if ctx.Err() != nil && p.last != nil {
+		return p.last // says more than that the time is up
+	}
+	p.last = err
+	d.report(t)
+	pause := max(min(err.retry, d.cfg.MaxWait), p.backoff/2+rand.N(p.backoff/2))
+	p.backoff = min(2*p.backoff, maxBackoff)
+	if !d.pause(ctx, pause, err) {
+		return err
+	}
+	return nil
 }
 
 // pause waits, and tells whether there is time for another attempt.
@@ -225,37 +247,52 @@ func (d *Courier) delivered(batch []Scrape) {
 	d.sent.Store(&sent)
 }
 
+// splitting is a scrape that is pushed in pieces.
+type splitting struct {
+	patience *patience
+	tally    *tally
+	refused  int // samples that no server will have, and why
+	why      *pushError
+	alone    int // lines that were refused though nothing was with them
+}
+
 // split pushes the halves of a scrape that is too large for the servers, which
-// may be stricter than LimitBytes, and so on down to single lines. It returns
-// how many samples they will not have even so, and why; and an error if all of it
-// has to be tried again, which is safe, since repeats are recognized.
-func (d *Courier) split(ctx context.Context, sc Scrape, t *tally) (refused int, why, err *pushError) {
-	halves, bad := halve(sc)
-	if bad != nil {
-		return 0, nil, &pushError{err: fmt.Errorf("splitting a scrape: %w", bad)}
+// may be stricter than LimitBytes, and so on down to single lines. A piece that
+// fails is tried again by itself: with the whole scrape anew, one of more pieces
+// than the servers' pace allows would never end. When many lines were refused
+// alone it is the number of series that is too large, and no piece is small
+// enough: then pieces are no longer split. The error is why it had to end.
+func (d *Courier) split(ctx context.Context, sc Scrape, s *splitting) error {
+	halves, err := halve(sc)
+	if err == nil && len(halves) == 0 {
+		s.alone++
+		err = fmt.Errorf("one series alone is too large: %w", s.why)
 	}
-	if len(halves) == 0 {
-		return max(1, sc.Samples), &pushError{err: errors.New("one series alone is too large for the servers")}, nil
+	if err != nil {
+		s.refused, s.why = s.refused+max(1, sc.Samples), &pushError{err: err}
+		return nil
 	}
 	for _, half := range halves {
-		e := d.push(ctx, []Scrape{half}, t)
+		e := d.push(ctx, []Scrape{half}, s.tally)
+		for e != nil && !e.final {
+			if err := d.again(ctx, e, s.patience, s.tally); err != nil {
+				return err
+			}
+			e = d.push(ctx, []Scrape{half}, s.tally)
+		}
+		s.patience.backoff = minBackoff
 		switch {
 		case e == nil:
-		case !e.final:
-			return 0, nil, e
-		case e.large:
-			n, cause, err := d.split(ctx, half, t)
-			if err != nil {
-				return 0, nil, err
-			}
-			if n > 0 {
-				refused, why = refused+n, cause
+		case e.large && s.alone < maxAlone:
+			s.why = e
+			if err := d.split(ctx, half, s); err != nil {
+				return err
 			}
 		default:
-			refused, why = refused+half.Samples, e
+			s.refused, s.why = s.refused+half.Samples, e
 		}
 	}
-	return refused, why, nil
+	return nil
 }
 
 // halve cuts a scrape in two between lines; into none if it has only one.

@@ -328,6 +328,84 @@ func TestCourierRefusals(t *testing.T) {
 	}
 }
 
+// A scrape in more pieces than the server's pace allows at once arrives all the same,
+// each piece once: what was delivered is not sent again.
+func TestCourierSplitsAtThePaceOfServers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
+		pace := NewSenders(time.Second)
+		sizedHub(hub, 6)
+		answer := hub.answer
+		hub.answer = func(r *http.Request) *http.Response {
+			if wait, err := pace.Begin("site", time.Now()); err != nil {
+				return respond(429, http.Header{"Retry-After": {strconv.Itoa(int(wait/time.Second) + 1)}}, err.Error())
+			}
+			defer pace.End("site")
+			return answer(r)
+		}
+		var text strings.Builder
+		for i := range 256 {
+			fmt.Fprintf(&text, "n %03d\n", i)
+		}
+		spoolAll(t, c, text.String())
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+		defer cancel()
+		if err := c.courier.Drain(ctx); err != nil || strings.Join(hub.bodies, "") != text.String() {
+			t.Errorf("%v; %d pushes arrived of 256", err, len(hub.bodies))
+		}
+	})
+}
+
+// A site with more series than the server holds of it: what fits goes on arriving, and
+// what does not is not tried line by line.
+func TestCourierTooManySeries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
+		held := map[string]bool{}
+		hub.answer = func(r *http.Request) *http.Response {
+			var b bytes.Buffer
+			b.ReadFrom(r.Body)
+			r.Body = respond(200, nil, b.String()).Body
+			var d Decompressor
+			text, _, err := d.Decompress(b.Bytes(), "gzip", 1<<20)
+			if err != nil {
+				return respond(400, nil, err.Error())
+			}
+			more := map[string]bool{}
+			for line := range strings.Lines(string(text)) {
+				if name, _, _ := strings.Cut(line, " "); !held[name] {
+					more[name] = true
+				}
+			}
+			if len(held)+len(more) > 1000 {
+				return respond(413, nil, "more than 1000 series")
+			}
+			for name := range more {
+				held[name] = true
+			}
+			return nil
+		}
+		for round := range 3 {
+			var text strings.Builder
+			for i := range 1500 {
+				fmt.Fprintf(&text, "m%d %d\n", i, round)
+			}
+			spoolAll(t, c, text.String())
+			before := len(hub.at)
+			hub.bodies = nil
+			if err := c.courier.Drain(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 1000 series") {
+				t.Errorf("round %d: %v", round, err)
+			}
+			if n := strings.Count(strings.Join(hub.bodies, ""), "\n"); n != 1000 || len(hub.at)-before > 60 {
+				t.Errorf("round %d: %d samples arrived in %d requests", round, n, len(hub.at)-before)
+			}
+		}
+		if n := c.dropped.Value(DropRefused); n != 1500 || c.spool.Stats().Scrapes != 0 {
+			t.Errorf("%v samples counted as refused, %+v\n%s", n, c.spool.Stats(), log)
+		}
+	})
+}
+
 // Only 400 and 413 are about what is sent: nothing else costs a scrape.
 func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
 	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
