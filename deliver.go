@@ -404,7 +404,7 @@ func (d *Courier) attempt(ctx context.Context, to string, newest Scrape, body []
 		if err != nil {
 			return fmt.Errorf("pushing: %w", err)
 		}
-		err = judge(resp, to+"/upload")
+		err = judge(resp, to+"/upload", d.cfg.Now())
 		if resp.StatusCode == http.StatusOK {
 			var got struct {
 				Dropped map[string]int
@@ -432,7 +432,7 @@ func (d *Courier) authorize(ctx context.Context, to, token string) error {
 		return fmt.Errorf("authorizing: %w", err)
 	}
 	defer resp.Body.Close()
-	if err := judge(resp, to+"/authorize"); err != nil {
+	if err := judge(resp, to+"/authorize", d.cfg.Now()); err != nil {
 		if e := (*pushError)(nil); errors.As(err, &e) {
 			e.final, e.large = false, false // it says nothing of the scrapes
 		}
@@ -465,7 +465,7 @@ func (d *Courier) post(ctx context.Context, to, path, token string, b []byte, he
 // judge makes an error of a response that is not a 200. Refusals of what was sent
 // are final; those of who sent it, or of its form, are not, since tokens, keys and
 // servers are replaced.
-func judge(resp *http.Response, what string) error {
+func judge(resp *http.Response, what string, now time.Time) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
@@ -476,10 +476,25 @@ func judge(resp *http.Response, what string) error {
 	case http.StatusBadRequest:
 		e.final = true
 	}
-	if s, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && s > 0 {
-		e.retry = min(time.Duration(s)*time.Second, time.Hour)
-	}
+	e.retry = min(max(0, retryAfter(resp.Header, now)), time.Hour)
 	return e
+}
+
+// retryAfter returns for how long a response asks to wait: in seconds, or, as
+// proxies do, until a date, which is of the sender's clock as its own date is.
+func retryAfter(h http.Header, now time.Time) time.Duration {
+	text := h.Get("Retry-After")
+	if s, err := strconv.ParseUint(text, 10, 31); err == nil {
+		return time.Duration(s) * time.Second
+	}
+	at, err := http.ParseTime(text)
+	if err != nil {
+		return 0
+	}
+	if sent, err := http.ParseTime(h.Get("Date")); err == nil {
+		now = sent
+	}
+	return at.Sub(now)
 }
 
 // Answer says what a failed response said, for a log line.

@@ -426,6 +426,59 @@ func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
 	}
 }
 
+// What a server asks for counts in either form, whatever its clock shows; nonsense asks
+// for nothing.
+func TestCourierRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
+		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
+		for _, tt := range []struct {
+			after string
+			until time.Duration // or as a date, of a clock that is so much ahead
+			ahead time.Duration // 0: the server states no date
+			want  time.Duration // 0 for the pause of a first failure
+		}{
+			{after: "37", want: 37 * time.Second},
+			{until: 38 * time.Second, want: 38 * time.Second},
+			{until: 39 * time.Second, ahead: time.Hour, want: 39 * time.Second},
+			{until: 40 * time.Second, ahead: -time.Hour, want: 40 * time.Second},
+			{after: "99999", want: 2 * time.Minute}, // no longer than --interval
+			{until: 1000 * time.Hour, want: 2 * time.Minute},
+			{until: -time.Minute}, {after: "-5"}, {after: "99999999999999999999"}, {after: "1.5"}, {after: "soon"},
+		} {
+			refused := false
+			hub.answer = func(*http.Request) *http.Response {
+				if refused {
+					return nil
+				}
+				refused = true
+				h := http.Header{"Retry-After": {tt.after}}
+				if tt.until != 0 {
+					h.Set("Retry-After", date(tt.ahead+tt.until))
+				}
+				if tt.ahead != 0 {
+					h.Set("Date", date(tt.ahead))
+				}
+				return respond(503, h, "busy")
+			}
+			spoolAll(t, c, "a 1\n")
+			begin := time.Now()
+			if err := c.courier.Drain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			least, most := tt.want, tt.want
+			if tt.want == 0 {
+				least, most = minBackoff/2, minBackoff
+			} else if tt.until > 0 && tt.ahead == 0 { // a date has no fraction
+				least -= time.Second
+			}
+			if took := time.Since(begin); took < least || took > most {
+				t.Errorf("%+v: it waited %v", tt, took)
+			}
+		}
+	})
+}
+
 // A line that is too slow for a large push within a timeout gets smaller ones.
 func TestCourierSlowLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
