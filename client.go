@@ -32,7 +32,7 @@ const (
 	sourceSlack      = 2 * time.Second // by which a source's Date may differ and say nothing
 	lastAttempt      = 5 * time.Second // at the end, for what is in memory only
 	dropNotice       = time.Minute     // between log lines of drops
-	scrapeAccept     = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;q=0.9," +
+	scrapeAccept     = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
 )

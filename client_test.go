@@ -483,6 +483,41 @@ func TestClientReadsProtobuf(t *testing.T) {
 	}
 }
 
+// Whichever format the source chooses, names keep the characters that they have: a.b
+// and a_b are two series.
+func TestClientAsksForNamesAsTheyAre(t *testing.T) {
+	text := "a_b 1 7\n{\"a.b\"} 2 7\n"
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	fams, err := parser.TextToMetricFamilies(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, format := range []expfmt.FormatType{expfmt.TypeProtoDelim, expfmt.TypeTextPlain, expfmt.TypeOpenMetrics} {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				chosen := expfmt.NegotiateAccept(r.Header, expfmt.NewFormat(format))
+				var b bytes.Buffer
+				enc := expfmt.NewEncoder(&b, chosen)
+				for _, name := range []string{"a_b", "a.b"} {
+					if err := enc.Encode(fams[name]); err != nil {
+						t.Error(err)
+					}
+				}
+				if err := enc.(expfmt.Closer).Close(); err != nil {
+					t.Error(err)
+				}
+				return respond(200, http.Header{"Content-Type": {string(chosen)}}, b.String()), nil
+			})
+		})
+		if err := c.Once(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := hub.bodies[0]; got != text {
+			t.Errorf("format %v: pushed %q, want %q", format, got, text)
+		}
+	}
+}
+
 func TestClientSplitsLargeScrapes(t *testing.T) {
 	var text strings.Builder
 	for i := range 5000 {
