@@ -23,6 +23,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -269,6 +270,34 @@ func TestDryRunPushesNothing(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "telemeter-spool")); err == nil {
 		t.Error("a dry run left a spool")
+	}
+}
+
+// Who chooses by the URL does not get all the rest as well.
+func TestMatchOfURL(t *testing.T) {
+	dir := t.TempDir()
+	asked := make(chan []string, 1)
+	source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked <- r.URL.Query()["match[]"]
+		fmt.Fprintln(w, "up 1")
+	}))
+	defer source.Close()
+	const all = `{__name__=~".+"}`
+	for _, tt := range []struct {
+		query string
+		match []string
+		want  []string
+	}{
+		{"", nil, []string{all}},
+		{"", []string{"--match", "up"}, []string{"up"}},
+		{"?a=b", nil, []string{all}},
+		{"?match[]=up&match[]=down", nil, []string{"up", "down"}},
+		{"?match[]=up", []string{"--match", "down"}, []string{"up", "down"}},
+	} {
+		mustTool(t, dir, append([]string{"--mode", "client", "--dry-run", "--from", source.URL + "/federate" + tt.query}, tt.match...)...)
+		if got := <-asked; !slices.Equal(got, tt.want) {
+			t.Errorf("%s with %v: asked for %q, want %q", tt.query, tt.match, got, tt.want)
+		}
 	}
 }
 

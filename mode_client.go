@@ -272,7 +272,7 @@ func (f *clientConfig) load() (st ClientState, t Token, err error) {
 	if st.Match, err = ReadSelectors(*f.match, *f.matchFile); err != nil {
 		return st, t, err
 	}
-	if len(st.Match) == 0 {
+	if len(st.Match) == 0 && !f.source.Query().Has("match[]") {
 		// All, as Prometheus's /federate takes it: it refuses to be asked nothing.
 		if st.Match, err = ParseSelectors([]string{`{__name__=~".+"}`}); err != nil {
 			return st, t, err
