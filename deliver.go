@@ -407,10 +407,13 @@ func (d *Courier) attempt(ctx context.Context, to string, newest Scrape, body []
 		err = judge(resp, to+"/upload", d.cfg.Now())
 		if resp.StatusCode == http.StatusOK {
 			var got struct {
-				Dropped map[string]int
+				Accepted *int // always there: anything else that answers 200 has stored nothing
+				Dropped  map[string]int
 			}
 			if e := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); e != nil {
 				err = fmt.Errorf("pushing to %s: its answer is not JSON: %w", to, e)
+			} else if got.Accepted == nil {
+				err = fmt.Errorf("pushing to %s: its answer does not say what it accepted", to)
 			}
 			for reason, n := range got.Dropped {
 				d.cfg.Log.Warn("the server dropped samples", "reason", reason, "samples", n)

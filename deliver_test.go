@@ -426,6 +426,22 @@ func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
 	}
 }
 
+// A 200 that is not a server's, but a proxy's or a login page's, costs no scrape.
+func TestCourierBelievesNoOther200(t *testing.T) {
+	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {
+		synctest.Test(t, func(t *testing.T) {
+			c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
+			hub.answer = func(*http.Request) *http.Response { return respond(200, nil, body) }
+			spoolAll(t, c, "a 1\n")
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := c.courier.Drain(ctx); err == nil || c.spool.Stats().Scrapes != 1 || !strings.Contains(log.String(), "its answer") {
+				t.Errorf("%q: %v, in the spool: %+v", body, err, c.spool.Stats())
+			}
+		})
+	}
+}
+
 // What a server asks for counts in either form, whatever its clock shows; nonsense asks
 // for nothing.
 func TestCourierRetryAfter(t *testing.T) {
