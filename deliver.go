@@ -64,6 +64,11 @@ type Courier struct {
 	uploadToken, uploadFor string
 	refresh                time.Time
 
+	// Which of To is tried first, and until when before the first of all is again: a
+	// backlog must not wait for one that hangs at each push.
+	first      int
+	firstUntil time.Time
+
 	// Scrapes in one push at most, and how many scrapes to go so before it doubles:
 	// after a push of many was refused, or took too long for a slow line.
 	most, careful int
@@ -123,6 +128,7 @@ func (d *Courier) report(t *tally) {
 func (d *Courier) Drain(ctx context.Context) error {
 	t := tally{begin: d.cfg.Now()}
 	p := patience{backoff: minBackoff}
+	d.first = 0
 	var refusal error
 	for {
 		batch := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: DecodedFactor * d.cfg.LimitBytes, Scrapes: d.most})
@@ -353,11 +359,22 @@ func (d *Courier) push(ctx context.Context, batch []Scrape, t *tally) *pushError
 	newest := batch[len(batch)-1]
 	var last *pushError
 	retry := time.Duration(0)
-	for i, to := range d.cfg.To {
-		begin := d.cfg.Now()
+	if !d.cfg.Now().Before(d.firstUntil) {
+		d.first = 0
+	}
+	n := len(d.cfg.To)
+	for i := range n {
+		at := (d.first + i) % n
+		to, begin := d.cfg.To[at], d.cfg.Now()
 		err := d.attempt(ctx, to, newest, body)
 		d.pushSeconds.Observe(d.cfg.Now().Sub(begin).Seconds())
-		if err == nil {
+		if last = nil; err != nil && !errors.As(err, &last) {
+			last = &pushError{err: err}
+		}
+		if (last == nil || last.final) && at != d.first {
+			d.first, d.firstUntil = at, d.cfg.Now().Add(d.cfg.MaxWait)
+		}
+		if last == nil {
 			d.pushes.Inc("ok")
 			d.pushed.Add(float64(samples))
 			d.lastPush.Set(float64(d.cfg.Now().UnixMilli()) / 1000)
@@ -366,14 +383,11 @@ func (d *Courier) push(ctx context.Context, batch []Scrape, t *tally) *pushError
 			return nil
 		}
 		d.pushes.Inc("failed")
-		if last = nil; !errors.As(err, &last) {
-			last = &pushError{err: err}
-		}
 		if last.final || ctx.Err() != nil {
 			return last
 		}
 		retry = max(retry, last.retry)
-		if i+1 < len(d.cfg.To) {
+		if i+1 < n {
 			d.cfg.Log.Warn("destination failed; trying the next", "to", to, "err", err)
 		}
 	}

@@ -426,6 +426,55 @@ func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
 	}
 }
 
+// A server that hangs costs its timeout once in a while, not at each push of a backlog;
+// and when it is back it is the first again.
+func TestCourierFailsOverInABacklog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var hanging atomic.Bool
+		hanging.Store(true)
+		var hub *fakeHub
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+			cfg.To = []string{"https://a.example", "https://b.example", "https://c.example"}
+			cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+				if hanging.Load() && r.URL.Host == "a.example" {
+					<-r.Context().Done()
+					return nil, r.Context().Err()
+				}
+				time.Sleep(3 * time.Second)
+				return hub.RoundTrip(r)
+			})}
+		})
+		sizedHub(hub, 6)
+		const n = 100
+		for i := range n {
+			spoolAll(t, c, fmt.Sprintf("n %03d\n", i))
+		}
+		begin := time.Now()
+		if err := c.courier.Drain(t.Context()); err != nil || hub.pushes() != n {
+			t.Errorf("%v, %d pushes", err, hub.pushes())
+		}
+		if took := time.Since(begin); took > 15*time.Minute {
+			t.Errorf("%d pushes of 3 s took %v", n, took)
+		}
+		if slices.Contains(hub.hosts, "c.example") {
+			t.Error("it went on from one that worked")
+		}
+		// In a backlog that does not end, too.
+		for i := range n {
+			spoolAll(t, c, fmt.Sprintf("n %03d\n", i))
+		}
+		time.AfterFunc(time.Minute, func() { hanging.Store(false) })
+		hub.hosts = nil
+		if err := c.courier.Drain(t.Context()); err != nil {
+			t.Error(err)
+		}
+		back := slices.Index(hub.hosts, "a.example")
+		if back < 0 || back > n/2+20 || slices.Contains(hub.hosts[back:], "b.example") {
+			t.Errorf("back at the first after %d pushes of %d", back, len(hub.hosts))
+		}
+	})
+}
+
 // A 200 that is not a server's, but a proxy's or a login page's, costs no scrape.
 func TestCourierBelievesNoOther200(t *testing.T) {
 	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {
