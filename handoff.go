@@ -26,7 +26,7 @@ const (
 
 	handoffTick  = 500 * time.Millisecond
 	leaveWithin  = 30 * time.Second
-	handoffChunk = 1 << 20  // bytes of samples in one request, or one batch
+	handoffChunk = 1 << 20  // bytes of samples in one request: see AppendBatches
 	handoffRate  = 32 << 20 // bytes a second, to each owner
 )
 

@@ -15,15 +15,20 @@ import (
 
 var errTransfer = errors.New("malformed batches")
 
+// maxPiece bounds a piece, lines included, in what was asked for as its most.
+const maxPiece = 8
+
 // AppendBatches appends the oldest batches of held, as many as have about most bytes
-// but at least one, without what is older than oldest. had says who has had one. It
+// but at least one, without what is older than oldest. Of a cluster with many series it
+// is as many as have as many bytes as their lines, or the lines would go with each
+// batch; but no more than maxPiece times most. had says who has had one. It
 // returns up to which sequence number that is all, and how many samples. Where that is
 // the end, and no batch says when the site pushed last, one without samples does.
 func AppendBatches(b []byte, held *Cluster, oldest int64, most int, had func(*Batch) []uint64) (out []byte, upTo uint64, n int) {
 	ids := map[uint32]uint32{} // as held → as sent
 	var lines [][]byte
 	var batches [][]byte
-	size := 0
+	size, text := 0, 0
 	newest := int64(-1) // when what is sent was accepted
 	upTo = held.Seq
 	for i, batch := range held.Batches {
@@ -36,7 +41,7 @@ func AppendBatches(b []byte, held *Cluster, oldest int64, most int, had func(*Ba
 				ids[id] = local
 				line := held.Table.Line(id)
 				lines = append(lines, line)
-				size += len(line)
+				text += len(line)
 			}
 			sent.IDs[i] = local
 		}
@@ -46,7 +51,7 @@ func AppendBatches(b []byte, held *Cluster, oldest int64, most int, had func(*Ba
 			n += len(sent.V)
 			newest = max(newest, sent.Accepted)
 		}
-		if size >= most && i+1 < len(held.Batches) {
+		if whole := size >= most && size >= text || size+text >= maxPiece*most; whole && i+1 < len(held.Batches) {
 			upTo = batch.Seq
 			break
 		}

@@ -130,6 +130,42 @@ func TestTransferRoundTrip(t *testing.T) {
 	t.Logf("%d pieces, %d of one cluster at most", pieces, most)
 }
 
+// However many series a cluster has, its lines do not go with every batch; and no piece
+// is much larger than it may be.
+func TestTransferSize(t *testing.T) {
+	const most = 4 << 10
+	for _, series := range []int{1, 10, 100, 300, 1000} {
+		clock := newStoreClock()
+		c := NewCluster("x", maphash.MakeSeed())
+		for range 100 {
+			points := make([]point, series)
+			for i := range points {
+				points[i] = point{"m", i, clock.ms(0), 1}
+			}
+			b, _, _, err := c.Prepare(storePush("x", points...), nil, clock.Now(), time.Hour, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			EncodeBatch(nil, b)
+			c.Take(b)
+			clock.Add(time.Second)
+		}
+		held, batch := c.Bytes(), int64(c.Batches[0].Size)
+		sent, largest := int64(0), int64(0)
+		for len(c.Batches) > 0 {
+			chunk, upTo, _ := AppendBatches(nil, &c, 0, most, func(*Batch) []uint64 { return nil })
+			sent += int64(len(chunk))
+			largest = max(largest, int64(len(chunk)))
+			c.Drop(upTo)
+		}
+		// Lines that are more than half of what a piece may be leave no room for many batches.
+		text := int64(c.Table.TextBytes())
+		if text <= maxPiece/2*most && sent > 3*held || largest > max(maxPiece*most, text)+batch+int64(series)*3 {
+			t.Errorf("%d series: %d bytes are held, %d are sent, %d of them in one piece", series, held, sent, largest)
+		}
+	}
+}
+
 // transferParts frames what AppendBatches would: a series record and batches.
 func transferParts(lines []string, batches ...*Batch) (b []byte) {
 	parts := [][]byte{EncodeSeries(nil, 0, func(yield func([]byte) bool) {
