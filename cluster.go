@@ -89,6 +89,7 @@ func (c *Cluster) Bytes() int64 {
 type AppendResult struct {
 	Accepted, Duplicates      int
 	Conflicts, TooOld, Future int           // dropped
+	Outlived, Unread          int           // of those too old: handed over; not had by all
 	Write                     time.Duration // spent until the disk had it
 }
 
@@ -99,6 +100,8 @@ func (r *AppendResult) Add(o AppendResult) {
 	r.Conflicts += o.Conflicts
 	r.TooOld += o.TooOld
 	r.Future += o.Future
+	r.Outlived += o.Outlived
+	r.Unread += o.Unread
 	r.Write += o.Write
 }
 

@@ -57,7 +57,7 @@ type Handoff struct {
 	owners  map[string]*handoffOwner
 	refused map[string]time.Time // cluster → when its owner refused it
 
-	clusters, samples, bytes *Counter
+	clusters, samples, bytes, conflicts *Counter
 }
 
 // handoffDone is a member's word that it has no more for this server.
@@ -81,9 +81,10 @@ func NewHandoff(cfg HandoffConfig) *Handoff {
 	h := &Handoff{
 		cfg: cfg, ring: NewRing(nil, 0), done: map[string]handoffDone{},
 		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{},
-		clusters: m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
-		samples:  m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
-		bytes:    m.Counter("telemeter_handoff_bytes_total", "Bytes handed over."),
+		clusters:  m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
+		samples:   m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
+		bytes:     m.Counter("telemeter_handoff_bytes_total", "Bytes handed over."),
+		conflicts: m.Counter("telemeter_handoff_conflicting_samples_total", "Samples that were handed to this server and dropped, because it holds another value of their series and time."),
 	}
 	for _, result := range []string{"handed", "failed", "refused"} {
 		h.clusters.Add(0, result)
@@ -240,6 +241,7 @@ func (h *Handoff) Take(ctx context.Context, from string, m HandoffMessage) error
 	if err != nil {
 		return err
 	}
+	h.conflicts.Add(float64(res.Conflicts))
 	h.cfg.Log.Debug("took over", "cluster", m.Cluster, "from", from, "samples", res.Accepted, "known", res.Duplicates)
 	return nil
 }

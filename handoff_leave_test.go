@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -361,6 +362,48 @@ func TestHandoffMergesBySourceTime(t *testing.T) {
 		}
 		if want := map[float64]int{0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1}; !maps.Equal(values, want) {
 			t.Errorf("held, by value: %v", values)
+		}
+	})
+}
+
+// What an owner does not take of what is handed to it, and who hands it over drops, is
+// counted: what its retention has outlived, as elsewhere, and values in conflict.
+func TestHandoffCountsWhatIsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newHandRig(t, "b")
+		b := r.taker("b")
+		b.cfg.Store.cfg.Retention = 10 * time.Minute
+		id := r.owned("b", 1)[0]
+		r.answers(func(ctx context.Context, to string, m HandoffMessage) error { return b.Take(ctx, "a", m) })
+		now := time.Now().UnixMilli()
+		push := func(store *Store, points ...point) {
+			if _, err := store.Append(t.Context(), id, storePush(id, points...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		scrape := func(store *Store) *Reading {
+			reading, _, err := store.Consumers.Begin(1, "p", "", "c", time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return reading
+		}
+		push(b.cfg.Store, point{"m", 9, now, 1})
+		scrape(b.cfg.Store)
+		push(r.store, point{"m", 0, now - 3600_000, 1}, point{"m", 9, now, 2})
+		(&Scraper{Store: r.store, MaxAge: -time.Second, Now: time.Now}).Unread(scrape(r.store), 0, false, nil)
+		scrape(r.store) // so what it was served has arrived
+		push(r.store, point{"m", 1, now - 3600_000, 1}, point{"m", 2, now - 3600_000, 1}, point{"m", 2, now, 1})
+		r.run()
+		wait(10 * time.Second)
+		if len(r.held(id)) > 0 {
+			t.Error("still here")
+		}
+		if st := b.cfg.Store.Stats(); st.Expired != 3 || st.Unread != 2 {
+			t.Errorf("%d expired, of which %d were not had", st.Expired, st.Unread)
+		}
+		if text := metricsText(t, b.cfg.Metrics); !strings.Contains(text, "\ntelemeter_handoff_conflicting_samples_total 1\n") {
+			t.Errorf("the conflict is not counted:\n%s", text)
 		}
 	})
 }

@@ -138,6 +138,7 @@ func (c *Site) Append(pushes []Appending, now time.Time, retention time.Duration
 		return AppendResult{}, err
 	}
 	if len(batches) == 0 { // all known or unwanted: nothing to write
+		c.outlived(res)
 		return res, nil
 	}
 	begin := time.Now()
@@ -151,8 +152,13 @@ func (c *Site) Append(pushes []Appending, now time.Time, retention time.Duration
 		return AppendResult{}, err
 	}
 	res.Write = time.Since(begin)
+	c.outlived(res)
 	return res, nil
 }
+
+// outlived counts what was handed over and is older than retention has it here: who
+// handed it over drops it as taken.
+func (c *Site) outlived(res AppendResult) { c.expired(int64(res.Outlived), int64(res.Unread)) }
 
 // prepare makes batches of what is new in pushes. Until they are held,
 // Table.Truncate(known) undoes it; on an error nothing was inserted.
@@ -168,6 +174,12 @@ func (c *Site) prepare(pushes []Appending, now time.Time, retention time.Duratio
 		if err != nil {
 			c.held.Table.Truncate(known)
 			return nil, known, res, err
+		}
+		if p.Handed != nil && r.TooOld > 0 {
+			r.Outlived = r.TooOld
+			if c.wanted(b) {
+				r.Unread = r.TooOld
+			}
 		}
 		res.Add(r)
 		// What was handed over without samples says when its site pushed last.
