@@ -289,7 +289,11 @@ func (h *Handoff) due() (*View, map[string][]HeldSite) {
 		return view, due
 	}
 	now := h.cfg.Now()
+	owns := view.Ring.Shares()
 	for name, p := range view.Peers {
+		if _, owner := owns[name]; !owner { // it leaves, and listens no more, or has no slot yet
+			continue
+		}
 		o := h.owners[name]
 		if o == nil {
 			o = &handoffOwner{session: p.Session}
@@ -507,12 +511,13 @@ func (h *Handoff) Leave(ctx context.Context) {
 	}
 }
 
-// toldAll reports whether every member knows that there is no more for it.
+// toldAll reports whether every owner knows that there is no more for it.
 func (h *Handoff) toldAll() bool {
 	view := h.cfg.View()
+	owns := view.Ring.Shares()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for name := range view.Peers {
+	for name := range owns {
 		if o := h.owners[name]; name != h.cfg.Name && (o == nil || !o.told && o.failed.IsZero()) {
 			return false
 		}

@@ -344,6 +344,26 @@ func TestHandoffTellsNewSession(t *testing.T) {
 	})
 }
 
+// A member that leaves takes nothing, and listens no more: it is told nothing, or it
+// would be taken for an owner that fails.
+func TestHandoffTellsNoLeaver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newHandRig(t, "b", "-c")
+		r.run()
+		wait(20 * time.Second)
+		for _, s := range r.all() {
+			if s.to != "b" {
+				t.Errorf("told %s", s.to)
+			}
+		}
+		r.h.SetLeaving()
+		r.see("b", "-c")
+		if !r.h.toldAll() {
+			t.Error("waits for one that leaves as well")
+		}
+	})
+}
+
 // done has a member say that it has no more.
 func (r *handRig) done(from string, ring uint64) {
 	r.t.Helper()
