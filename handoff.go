@@ -495,8 +495,10 @@ func (h *Handoff) Leave(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
 	defer cancel()
 	for {
+		// Looked at first: what is left counts only if it was heard before that this server
+		// leaves.
+		_, owns := h.cfg.View().Ring.Shares()[h.cfg.Name]
 		st := h.Status()
-		_, owns := h.cfg.View().Ring.Shares()[h.cfg.Name] // until it is heard that this server leaves
 		if !owns && st.Left == 0 && h.toldAll() {
 			return
 		}

@@ -152,6 +152,35 @@ func TestHandoffLeave(t *testing.T) {
 	}
 }
 
+// That this server leaves is heard at any moment: what it owned until then is still to go.
+func TestHandoffLeaveHeardMeanwhile(t *testing.T) {
+	for after := range 8 {
+		synctest.Test(t, func(t *testing.T) {
+			r := newHandRig(t, "b")
+			defer r.store.Close()
+			r.push(r.owned("a", 1)[0])
+			r.h.SetLeaving()
+			view, due := r.h.due()
+			for owner, held := range due {
+				r.h.Pass(t.Context(), view, owner, held) // so b knows that there is no more on this ring
+			}
+			heard := &View{Ring: NewRing([]Claim{{Slot: 1, Lamport: 2, Name: "b"}}, 6), Peers: view.Peers}
+			looks := after
+			r.h.cfg.View = func() *View {
+				if looks--; looks < 0 {
+					return heard
+				}
+				return view
+			}
+			begin := time.Now()
+			r.h.Leave(t.Context()) // and nothing is handed over here
+			if time.Since(begin) < leaveWithin {
+				t.Errorf("it leaves with what it owned, heard after %d looks", after)
+			}
+		})
+	}
+}
+
 // A leaving server waits for what can go, whatever was refused before and is not there
 // any more.
 func TestHandoffLeaveCountsRefused(t *testing.T) {
