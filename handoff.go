@@ -494,6 +494,10 @@ func (h *Handoff) SetLeaving() {
 func (h *Handoff) Leave(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
 	defer cancel()
+	kept := "they are kept on disk"
+	if !h.cfg.Store.OnDisk() {
+		kept = "they are lost, as they are in memory only"
+	}
 	for {
 		// Looked at first: what is left counts only if it was heard before that this server
 		// leaves.
@@ -503,11 +507,11 @@ func (h *Handoff) Leave(ctx context.Context) {
 			return
 		}
 		if st.Left > 0 && st.Left <= st.Refused {
-			h.cfg.Log.Warn("leaving with clusters that their owners do not take; they are kept on disk", "clusters", st.Left)
+			h.cfg.Log.Warn("leaving with clusters that their owners do not take; "+kept, "clusters", st.Left)
 			return
 		}
 		if !idle(ctx, handoffTick/5) {
-			h.cfg.Log.Warn("leaving with clusters that could not be handed over; they are kept on disk", "clusters", st.Left, "failing", st.Failing)
+			h.cfg.Log.Warn("leaving with clusters that could not be handed over; "+kept, "clusters", st.Left, "failing", st.Failing)
 			return
 		}
 	}

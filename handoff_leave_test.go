@@ -215,6 +215,35 @@ func TestHandoffLeaveCountsRefused(t *testing.T) {
 	})
 }
 
+// Who leaves with clusters says what becomes of them.
+func TestHandoffLeaveSaysWhatIsKept(t *testing.T) {
+	for dir, want := range map[string]string{"": "lost", "/s": "kept on disk"} {
+		for _, answer := range []error{&RefusedByOwner{ErrFull}, errLost} {
+			synctest.Test(t, func(t *testing.T) {
+				r := newHandRig(t, "b")
+				kit := newStoreKit(t, newStoreFS(1))
+				kit.cfg.Dir, kit.cfg.Now = dir, time.Now
+				r.store = kit.open()
+				r.h.cfg.Store = r.store
+				said := ""
+				r.h.cfg.Log = slog.New(handLog(func(what string) {
+					if strings.HasPrefix(what, "leaving") {
+						said = what
+					}
+				}))
+				r.push(r.owned("b", 1)[0])
+				r.answers(func(context.Context, string, HandoffMessage) error { return answer })
+				r.h.SetLeaving()
+				r.run()
+				r.h.Leave(t.Context())
+				if !strings.Contains(said, want) {
+					t.Errorf("in %q, %v: %s", dir, answer, said)
+				}
+			})
+		}
+	}
+}
+
 // taker is a server that takes what handRig sends, under its name.
 func (r *handRig) taker(name string) *Handoff {
 	store, err := OpenStore(StoreConfig{Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now, OnError: func(err error) { r.t.Error(err) }})

@@ -96,6 +96,9 @@ func (s *Store) path(id string) string {
 	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
 }
 
+// OnDisk reports whether what is held outlives this process.
+func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
+
 // Oldest returns before what time, in ms, samples are not held.
 func (s *Store) Oldest() int64 { return s.cfg.Now().Add(-s.cfg.Retention).UnixMilli() }
 
