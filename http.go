@@ -2,11 +2,12 @@ package main
 
 // The HTTP plumbing that server and client share: hardened listeners, counted
 // handlers, health, compressed answers. Invariants: every connection has
-// deadlines, and their number is bounded. This file must not know what is served.
+// deadlines, and their number is bounded; those that only wait make room. This file must not know what is served.
 
 import (
 	"bytes"
 	"compress/gzip"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -184,7 +185,9 @@ func (l *Web) Run(ctx context.Context) error {
 		ConnContext:       WithConn,
 		ErrorLog:          log.New(errorLog{l.Log.With("listener", l.Name)}, "", 0),
 	}
-	ln := net.Listener(&limitListener{Listener: l.Listener, slots: make(chan struct{}, maxConnections)})
+	limited := newLimitListener(l.Listener, maxConnections)
+	srv.ConnState = limited.state
+	ln := net.Listener(limited)
 	if l.TLS != nil {
 		// HTTP/1.1 only: one request a connection at a time is what the bounds count.
 		l.TLS.NextProtos = []string{"http/1.1"}
@@ -221,27 +224,84 @@ func (e errorLog) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// limitListener accepts a connection only when another has ended, once slots is
-// full: the rest wait in the kernel's queue.
+// limitListener bounds connections. When there are max, the one that has waited
+// longest for its peer's next request is closed for the new one, so that who opens
+// many and asks nothing keeps nobody out. If every one is busy, the new one waits.
 type limitListener struct {
 	net.Listener
-	slots chan struct{}
+	max     int
+	changed *sync.Cond // on mu: there may be room
+
+	mu      sync.Mutex // guards the rest
+	open    int
+	closed  bool
+	waiting list.List // of *limitConn without a whole head of a request, the longest first
+}
+
+func newLimitListener(l net.Listener, max int) *limitListener {
+	limited := &limitListener{Listener: l, max: max}
+	limited.changed = sync.NewCond(&limited.mu)
+	return limited
 }
 
 func (l *limitListener) Accept() (net.Conn, error) {
-	l.slots <- struct{}{}
 	c, err := l.Listener.Accept()
 	if err != nil {
-		<-l.slots
 		return nil, err
 	}
-	return &limitConn{Conn: c, release: func() { <-l.slots }}, nil
+	l.mu.Lock()
+	for l.open >= l.max && !l.closed {
+		if first := l.waiting.Front(); first != nil {
+			l.mu.Unlock()
+			first.Value.(*limitConn).Close()
+			l.mu.Lock()
+		} else {
+			l.changed.Wait()
+		}
+	}
+	defer l.mu.Unlock()
+	if l.closed {
+		c.Close()
+		return nil, net.ErrClosed
+	}
+	l.open++
+	return &limitConn{Conn: c, listener: l}, nil
+}
+
+// Close has nothing wait for room any more.
+func (l *limitListener) Close() error {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.changed.Signal()
+	return l.Listener.Close()
+}
+
+// state is an http.Server's ConnState: a connection is active from the end of a
+// request's head to that of its answer.
+func (l *limitListener) state(c net.Conn, st http.ConnState) {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	conn := c.(*limitConn) // all are of Accept
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case conn.ended:
+	case st == http.StateNew, st == http.StateIdle:
+		conn.place = l.waiting.PushBack(conn)
+		l.changed.Signal()
+	case conn.place != nil:
+		l.waiting.Remove(conn.place)
+		conn.place = nil
+	}
 }
 
 type limitConn struct {
 	net.Conn
-	once    sync.Once
-	release func()
+	listener *limitListener
+	ended    bool          // the listener's mu guards it
+	place    *list.Element // and this: among those waiting, or nil
 }
 
 // CloseWrite is what net/http looks for, to let a peer that still sends read the
@@ -255,6 +315,17 @@ func (c *limitConn) CloseWrite() error {
 
 func (c *limitConn) Close() error {
 	err := c.Conn.Close()
-	c.once.Do(c.release)
+	l := c.listener
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.ended {
+		return err
+	}
+	c.ended = true
+	l.open--
+	if c.place != nil {
+		l.waiting.Remove(c.place)
+	}
+	l.changed.Signal()
 	return err
 }

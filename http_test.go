@@ -209,28 +209,109 @@ func TestWebFails(t *testing.T) {
 	}
 }
 
-// TestConnectionLimit: connections over the limit wait until one ends, whoever
-// closes it and how often.
+// TestConnectionLimit: over the limit, the connection that has waited longest for
+// a request makes room, whether it has said nothing, half of a head or rests after
+// an answer. What is being answered is left alone, and then the new one waits.
 func TestConnectionLimit(t *testing.T) {
+	const request = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+	const max = 8
 	synctest.Test(t, func(t *testing.T) {
-		l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {})
+		finish := make(chan struct{})
+		l := newPipeListener()
+		limited := newLimitListener(l, max)
+		srv := http.Server{ConnState: limited.state, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/slow" {
+				<-finish
+			}
+		})}
+		go srv.Serve(limited)
 		var conns []net.Conn
-		for range maxConnections {
+		closed := make(chan int, 100)
+		answers := make(chan int, 100)
+		open := func(say string) {
+			t.Helper()
 			c, ok := l.dial()
 			if !ok {
 				t.Fatalf("connection %d was not accepted", len(conns))
 			}
+			n := len(conns)
+			conns = append(conns, c)
+			go func() {
+				for b := make([]byte, 4<<10); ; {
+					if _, err := c.Read(b); err != nil {
+						closed <- n
+						return
+					}
+					answers <- n
+				}
+			}()
+			if say != "" {
+				go io.WriteString(c, say)
+			}
+		}
+		gone := func(want int) {
+			t.Helper()
+			select {
+			case n := <-closed:
+				if n != want {
+					t.Errorf("connection %d was closed, not %d", n, want)
+				}
+			default:
+				t.Errorf("none was closed; connection %d should be", want)
+			}
+		}
+		slow := strings.Replace(request, "/ ", "/slow ", 1)
+		for _, say := range []string{"", "GET / HTTP/1.1\r\nX: ", slow, request, request} {
+			open(say)
+			synctest.Wait()
+		}
+		go io.WriteString(conns[3], request) // 4 has rested for longer now
+		synctest.Wait()
+		for range max - len(conns) {
+			open(slow)
+		}
+		synctest.Wait()
+		for range 3 {
+			<-answers
+		}
+		if len(closed) > 0 {
+			t.Errorf("connection %d was closed below the limit", <-closed)
+		}
+		for _, want := range []int{0, 1, 4, 3} {
+			open(slow)
+			synctest.Wait()
+			gone(want)
+		}
+		open(request) // all are busy
+		time.Sleep(10 * time.Second)
+		if len(closed) > 0 || len(answers) > 0 {
+			t.Errorf("%d closed, %d answered while all are busy", len(closed), len(answers))
+		}
+		close(finish)
+		synctest.Wait()
+		// All are answered now; one of them rested first, and made room for the last.
+		if len(closed) != 1 || len(answers) != max+1 {
+			t.Errorf("%d closed, %d answered", len(closed), len(answers))
+		}
+		for _, c := range conns {
+			c.Close()
+		}
+		srv.Close()
+	})
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {})
+		var conns []net.Conn
+		for range maxConnections + 1 {
+			c, _ := l.dial()
 			conns = append(conns, c)
 		}
-		if _, ok := l.dial(); ok {
-			t.Error("one more than the limit was accepted")
+		if _, err := conns[0].Read(make([]byte, 1)); err != io.EOF {
+			t.Error(err)
 		}
-		conns[0].Close()
-		c, ok := l.dial()
-		if !ok {
-			t.Error("none is accepted in place of one that ended")
+		if d := time.Since(begin); d > time.Second {
+			t.Errorf("the first was closed after %v", d)
 		}
-		c.Close()
 		for _, c := range conns {
 			c.Close()
 		}
@@ -239,7 +320,7 @@ func TestConnectionLimit(t *testing.T) {
 		}
 	})
 	inner := newPipeListener()
-	limited := &limitListener{Listener: inner, slots: make(chan struct{}, 1)}
+	limited := newLimitListener(inner, 1)
 	go inner.dial()
 	c, err := limited.Accept()
 	if err != nil {
@@ -247,12 +328,23 @@ func TestConnectionLimit(t *testing.T) {
 	}
 	c.Close()
 	c.Close()
-	if n := len(limited.slots); n != 0 {
-		t.Errorf("%d slots are taken", n)
+	limited.state(c, http.StateIdle) // net/http may say so after
+	if limited.open != 0 || limited.waiting.Len() != 0 {
+		t.Errorf("%d are open, %d wait", limited.open, limited.waiting.Len())
 	}
-	inner.Close()
-	if _, err := limited.Accept(); err == nil || len(limited.slots) != 0 {
-		t.Errorf("a closed listener: %v, %d slots are taken", err, len(limited.slots))
+	go inner.dial()
+	if _, err = limited.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	refused := make(chan error, 1)
+	go func() {
+		_, err := limited.Accept()
+		refused <- err
+	}()
+	inner.dial() // is busy for ever: the listener's end ends the wait
+	limited.Close()
+	if err := <-refused; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a closed listener: %v", err)
 	}
 }
 

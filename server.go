@@ -170,8 +170,9 @@ func (s *Server) External() http.Handler {
 	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.authorize)))
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.upload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Until its sender is authenticated: a connection that is kept idle takes
-		// one of a bounded number.
+		// Until it is known that nothing of the body is left. A connection that is to
+		// be kept waits for the rest of it before the answer goes out, when nothing
+		// counts it any more; and one that rests takes one of a bounded number.
 		w.Header().Set("Connection", "close")
 		mux.ServeHTTP(w, r)
 	})
@@ -256,7 +257,6 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 			http.Error(w, "the token is for another cluster ID", http.StatusForbidden)
 			return t, false
 		}
-		w.Header().Del("Connection")
 		return t, true
 	}
 	return t, false
@@ -294,6 +294,9 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 	labels := map[string]string{}
 	maps.Copy(labels, t.Labels)
 	labels[ClusterLabel] = t.Cluster
+	if r.ContentLength == 0 {
+		w.Header().Del("Connection")
+	}
 	WriteJSON(w, map[string]any{
 		"version": 1, "token": token, "expiresInSeconds": expires - now.Unix(), "labels": labels,
 	})
@@ -336,7 +339,6 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) 
 		http.Error(w, "the authorization service cannot be reached", http.StatusServiceUnavailable)
 		return t, false
 	}
-	w.Header().Del("Connection")
 	t.Labels = labels
 	return t, true
 }
@@ -381,6 +383,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	arrival := s.cfg.Now() // of the head: the body may take long
 	answer, ref := s.admit(w, r, t, arrival)
 	if ref == nil {
+		w.Header().Del("Connection")
 		s.pushes.Inc(resultAccepted)
 		WriteJSON(w, answer)
 		return

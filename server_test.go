@@ -903,6 +903,49 @@ func TestConcurrentUploads(t *testing.T) {
 	}
 }
 
+// TestAnswerWithoutBody: what is answered without the body does not wait for it, and
+// ends the connection; a push that is taken, and a token, keep it.
+func TestAnswerWithoutBody(t *testing.T) {
+	r := newSrvRig(t)
+	for range rateBurst {
+		if _, err := r.server.senders.Begin("fast", r.now()); err != nil {
+			t.Fatal(err)
+		}
+		r.server.senders.End("fast")
+	}
+	for _, c := range []struct {
+		path, token, header, body string
+		status                    int
+		keeps                     bool
+	}{
+		{"/upload", "", "Content-Length: 4000", "u", 401, false},
+		{"/upload?id=other", r.token(KindUpload, "a"), "Content-Length: 4000", "u", 403, false},
+		{"/upload", r.token(KindUpload, "a"), "Content-Length: 4000\r\nContent-Type: image/png", "u", 415, false},
+		{"/upload", r.token(KindUpload, "a"), "Transfer-Encoding: chunked\r\nContent-Encoding: br", "1\r\nu\r\n", 415, false},
+		{"/upload", r.token(KindUpload, "fast"), "Content-Length: 4000", "u", 429, false},
+		{"/authorize", r.token(KindClient, "a"), "Content-Length: 4000", "u", 200, false},
+		{"/authorize", r.token(KindClient, "a"), "Transfer-Encoding: chunked", "1\r\nu\r\n", 200, false},
+		{"/authorize", r.token(KindClient, "a"), "Content-Length: 0", "", 200, true},
+		{"/upload", r.token(KindUpload, "a"), "Content-Length: 5", "up 1\n", 200, true},
+		{"/upload", r.token(KindUpload, "a"), "Transfer-Encoding: chunked", "5\r\nup 1\n\r\n0\r\n\r\n", 200, true},
+		{"/upload", r.token(KindUpload, "a"), "Content-Length: 3", "up\n", 400, false},
+	} {
+		conn, err := net.Dial("tcp", r.external.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n\r\n%s", c.path, c.token, c.header, c.body)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Errorf("%s %s: no answer: %v", c.path, c.header, err)
+		} else if resp.StatusCode != c.status || resp.Close == c.keeps {
+			t.Errorf("%s %s: %s, closes %t", c.path, c.header, resp.Status, resp.Close)
+		}
+		conn.Close()
+	}
+}
+
 // TestSlowBody: a body may take as long to come as the listener lets it; only
 // then does the time run in which it has to be stored.
 func TestSlowBody(t *testing.T) {
