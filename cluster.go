@@ -16,7 +16,8 @@ import (
 	"time"
 )
 
-// ErrSeriesLimit: the push would make its cluster hold too many series.
+// ErrSeriesLimit: the push would make its cluster hold too many series, or too much
+// text of them.
 var ErrSeriesLimit = errors.New("too many series")
 
 const (
@@ -28,6 +29,11 @@ const (
 	recordBytes = 1 << 20
 	// maxGap is the most IDs that damage can be believed to have taken at once.
 	maxGap = 1 << 20
+	// seriesBytes times the limit on series bounds the text of all of them, or one
+	// site's long lines would take gigabytes; real lines have a quarter of it. The
+	// other is what even a low limit leaves.
+	seriesBytes  = 1 << 10
+	minTextLimit = 1 << 20
 	// maxBatch is the most samples that surely fit one record: in the worst case
 	// each takes 5 bytes of ID, 5 of time and 8 of value.
 	maxBatch = MaxRecord / 20
@@ -152,6 +158,10 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now time.Time, retention time
 			if n := c.Table.Len(); limit > 0 && n >= limit || n > MaxSeriesID || !c.Table.HasRoom(len(line)) {
 				c.Table.Truncate(known)
 				return nil, known, res, fmt.Errorf("%w: more than the %d that may be held for a cluster", ErrSeriesLimit, limit)
+			}
+			if max := max(minTextLimit, seriesBytes*limit); limit > 0 && c.Table.TextBytes()+len(line) > max {
+				c.Table.Truncate(known)
+				return nil, known, res, fmt.Errorf("%w: names and labels of more than the %d bytes that may be held for a cluster", ErrSeriesLimit, max)
 			}
 			id = c.Table.Insert(hash, line, !LegacyLine(line))
 		}

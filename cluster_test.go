@@ -11,6 +11,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -124,6 +125,25 @@ func TestClusterRefuses(t *testing.T) {
 	if b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 || known != 1 {
 		t.Errorf("%v, %d, %v; %d series", b, known, err, c.Table.Len())
 	}
+	// Long lines count for several.
+	const limit = 2000
+	long := func(n int) (b *Batch, known int, err error) {
+		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), nil, clock.Now(), time.Hour, limit)
+		return b, known, err
+	}
+	for n := range seriesBytes * limit / 60_100 {
+		b, _, err := long(n)
+		if err != nil {
+			t.Fatalf("long line %d: %v", n, err)
+		}
+		c.Take(b)
+	}
+	n := c.Table.Len()
+	if b, known, err := long(n); b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != n || known != n {
+		t.Errorf("text beyond the limit: %v, %d, %v; %d series of %d", b, known, err, c.Table.Len(), n)
+	}
+	c = NewCluster("a", maphash.MakeSeed())
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	many := &Push{Samples: make([]Sample, maxBatch+1)}
 	if _, _, _, err := c.Prepare(many, nil, clock.Now(), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)

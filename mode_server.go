@@ -64,7 +64,7 @@ func ServerMode(ctx context.Context, c *Command) error {
 	})
 	c.Group("Limits", func() {
 		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body; decompressed, 8 times as much")
-		f.series = c.Int("limit-series", 20_000, "`N` series held for each cluster ID")
+		f.series = c.Int("limit-series", 20_000, "`N` series held for each cluster ID, of 1KiB on average")
 		f.clusters = c.Int("limit-clusters", 10_000, "`N` cluster IDs known")
 		f.samples = c.Int("limit-samples", 50_000_000, "`N` samples held in all, at about 12 bytes each")
 		f.storage = c.Size("limit-storage", 0, "`SIZE` of all logs; 0 for what the disk has")
