@@ -50,12 +50,22 @@ type Batch struct {
 const MaxHad = 256
 
 // Position is how far a reader of a cluster's batches is: past all up to Seq, and
-// past N samples of Part, if it is not nil. A batch that was rewritten meanwhile is
-// another, and is read again from its beginning.
+// past N of the Of samples of batch Part, if that is not 0. Compaction renames series
+// but keeps the order of samples, so that a batch of as many samples is the same; one
+// that retention made shorter is read again from its beginning.
 type Position struct {
 	Seq  uint64
-	Part *Batch
+	Part uint64
 	N    int
+	Of   int
+}
+
+// In returns how many samples of b, which is not wholly read, a reader is past.
+func (p Position) In(b *Batch) int {
+	if b.Seq != p.Part || len(b.V) != p.Of {
+		return 0
+	}
+	return p.N
 }
 
 // Time returns the time of sample i in ms.

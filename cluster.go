@@ -474,10 +474,7 @@ func (c *Cluster) Unread(after Position, reader uint64) int {
 	n := 0
 	for _, b := range c.since(after) {
 		if !slices.Contains(b.Had, reader) {
-			n += len(b.V)
-			if b == after.Part {
-				n -= after.N
-			}
+			n += len(b.V) - after.In(b)
 		}
 	}
 	return n
@@ -529,10 +526,7 @@ func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (
 		seen = map[uint32]bool{}
 	}
 	for _, b := range c.since(after) {
-		from := 0
-		if b == after.Part {
-			from = after.N
-		}
+		from := after.In(b)
 		if slices.Contains(b.Had, reader) {
 			from = len(b.V)
 		}
@@ -540,7 +534,7 @@ func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (
 			// The samples of a batch come in rounds of one for each series: a series
 			// that comes again begins the next.
 			if len(entries) == most || single && seen[b.IDs[i]] {
-				return entries, Position{Seq: to.Seq, Part: b, N: i}, false
+				return entries, Position{Seq: to.Seq, Part: b.Seq, N: i, Of: len(b.V)}, false
 			}
 			if single {
 				seen[b.IDs[i]] = true

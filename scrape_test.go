@@ -29,8 +29,7 @@ type modelConsumer struct {
 }
 
 // again notes that batches that are had or served in part may come again from their
-// beginning: what is had of them is known by the connection alone, and by where they
-// lie in memory.
+// beginning: what is had of them is known by the connection alone.
 func (m *scrapeModel) again(c *modelConsumer) {
 	if c.place == nil {
 		return
@@ -38,9 +37,11 @@ func (m *scrapeModel) again(c *modelConsumer) {
 	for _, site := range m.store.sorted() {
 		site.Look(func(held *Cluster) {
 			for _, at := range []Position{c.place.pos[site.Hash], c.place.sent[site.Hash]} {
-				if at.Part != nil && slices.Contains(held.Batches, at.Part) {
-					for i := range at.N {
-						c.part = append(c.part, heldSample{string(held.Table.Line(at.Part.IDs[i])), at.Part.Time(i)})
+				for _, b := range held.Batches {
+					if b.Seq > at.Seq {
+						for i := range at.In(b) {
+							c.part = append(c.part, heldSample{string(held.Table.Line(b.IDs[i])), b.Time(i)})
+						}
 					}
 				}
 			}
@@ -175,14 +176,8 @@ func (m *scrapeModel) step() {
 	case k < 80:
 		m.kit.clock.Add(time.Duration(m.rng.IntN(20)) * time.Second)
 	case k < 84:
-		for _, c := range m.consumers {
-			m.again(c)
-		}
 		m.store.maintain(context.Background(), m.rng.IntN(2) == 0)
 	case k < 90:
-		for _, c := range m.consumers {
-			m.again(c)
-		}
 		for _, s := range m.store.sorted() { // compaction in the middle of a batch
 			if s.Take(context.Background()) == nil {
 				if err := s.Rewrite(nil, m.store.Oldest()); err != nil {
@@ -386,6 +381,59 @@ func TestConsumerConnections(t *testing.T) {
 			t.Errorf("connection %d gets %q of the new cluster", conn, got)
 		}
 		scrape(conn)
+	}
+}
+
+// A consumer in the middle of a batch goes on there when the log is compacted, and
+// begins again only with a batch that retention made shorter.
+func TestConsumerInMiddleOfBatch(t *testing.T) {
+	for _, test := range []struct {
+		older int // samples that retention drops
+		want  []string
+	}{
+		{0, []string{"0 1 2 3 ", "4 5 6 7 ", "8 9 "}},
+		{2, []string{"0 1 2 3 ", "2 3 4 5 ", "6 7 8 9 "}},
+	} {
+		k := newStoreKit(t, newStoreFS(1))
+		s := k.open()
+		points := []point{{"x", 100, k.clock.ms(7100), 100}} // of no batch below: IDs change
+		k.push(s, "a", points...)
+		s.Drop("a", 1, s.Oldest())
+		points = points[:0]
+		for i := range 10 {
+			ago := 10
+			if i < test.older {
+				ago = 7190
+			}
+			points = append(points, point{"x", i, k.clock.ms(ago), float64(i)})
+		}
+		k.push(s, "a", points...)
+		k.clock.Add(20 * time.Second)
+		conn := &Conn{}
+		for i, want := range test.want {
+			r, _, err := s.Consumers.Begin(1, "c", "", conn, k.clock.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			fams, _, _ := scraper(s, -time.Second).Unread(r, 4, false, nil)
+			got := ""
+			for _, f := range fams {
+				for _, l := range f.Lines {
+					got += fmt.Sprint(l.V, " ")
+				}
+			}
+			if got != want {
+				t.Errorf("%d samples dropped, scrape %d: got %q, want %q", test.older, i, got, want)
+			}
+			site := s.clusters["a"]
+			if err := site.Take(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			if err := site.Rewrite(nil, s.Oldest()); err != nil {
+				t.Fatal(err)
+			}
+			site.Free()
+		}
 	}
 }
 
