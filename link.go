@@ -250,16 +250,25 @@ func (l *Link) challenge(from netip.AddrPort, p *Packet) {
 	if p.Ask != 0 && p.Kind != Relay {
 		q.Kind, q.Answer = Ack, p.Ask
 	}
-	i := slices.IndexFunc(l.Asks, func(a *Ask) bool { return a.Why == ForProof && a.Name == p.From })
-	if i >= 0 {
-		if q.Kind == Hello {
-			return // already asked
-		}
-		q.Ask = l.Asks[i].Nonce
-	} else if a := l.Ask(Ask{Why: ForProof, Name: p.From, Due: l.Now + l.Interval}); a != nil {
-		q.Ask = a.Nonce
+	nonce, fresh := l.Proof(p.From)
+	if q.Kind == Hello && !fresh {
+		return // already asked
 	}
+	q.Ask = nonce
 	l.Say(Datagram{To: from}, q, l.Self)
+}
+
+// Proof returns the nonce that name has to answer with, and whether it is a new one:
+// however often a packet comes again, it is one question. 0: too much is in flight.
+func (l *Link) Proof(name string) (nonce uint64, fresh bool) {
+	i := slices.IndexFunc(l.Asks, func(a *Ask) bool { return a.Why == ForProof && a.Name == name })
+	if i >= 0 {
+		return l.Asks[i].Nonce, false
+	}
+	if a := l.Ask(Ask{Why: ForProof, Name: name, Due: l.Now + l.Interval}); a != nil {
+		return a.Nonce, true
+	}
+	return 0, false
 }
 
 // Tell says p to m, at the address that it gave.

@@ -98,7 +98,7 @@ type Swim struct {
 
 type seed struct {
 	addr netip.AddrPort
-	name string // who answered there last; our own, if it is us
+	name string // who answered there last
 }
 
 // NewSwim returns a member that is alone. Its session is a new one: State must
@@ -170,11 +170,14 @@ func (s *Swim) announce(r Record) {
 }
 
 // SetSeeds replaces the addresses where members are looked for, now and for
-// ever. The first 64 count.
+// ever. The first 64 count, and of these not our own address.
 func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 	old := s.seeds
 	s.seeds = nil
 	for _, a := range addrs[:min(len(addrs), maxSeeds)] {
+		if a == s.Self.UDP {
+			continue
+		}
 		i := slices.IndexFunc(old, func(o seed) bool { return o.addr == a })
 		if i < 0 {
 			s.lostAt = s.Now // a new one is tried at once
@@ -458,9 +461,6 @@ func (s *Swim) lookForLost() {
 }
 
 func (s *Swim) hello(sd seed) {
-	if sd.name == s.Name {
-		return
-	}
 	if a := s.Ask(Ask{Why: ForSeed, To: Datagram{To: sd.addr}, Due: s.Now + s.patience(1)}); a != nil {
 		s.Say(Datagram{To: sd.addr}, Packet{Kind: Hello, Ask: a.Nonce}, s.Self)
 	}
@@ -654,26 +654,19 @@ func (s *Swim) suspectRival(to Datagram, session uint64) {
 	}
 }
 
-// namesake takes a packet that says to come from us: from a seed's address that
-// is our own, from an earlier life, or from another member of our name.
+// namesake takes a packet that says to come from us: our own that came back, from
+// an earlier life, or from another member of our name.
 func (s *Swim) namesake(from netip.AddrPort, p *Packet, a *Ask) {
 	if p.Session == s.Self.Session {
-		for _, a := range s.Asks {
-			for i := range s.seeds {
-				if a.Why == ForSeed && a.Nonce == p.Ask && s.seeds[i].addr == a.To.To {
-					s.seeds[i].name = s.Name
-				}
-			}
-		}
-		return
+		return // a seed may be ourselves, but whoever saw it can send it back
 	}
 	q := Packet{Kind: Ack, To: s.Name, Answer: p.Ask}
 	switch {
 	case a == nil && p.Kind == Hello && s.MayAnswer():
 		if p.Session > s.Self.Session {
 			s.suspectRival(Datagram{To: from}, p.Session)
-		} else if b := s.Ask(Ask{Why: ForProof, Name: s.Name, Due: s.Now + s.Interval}); b != nil {
-			q.Ask = b.Nonce // is it a replay?
+		} else {
+			q.Ask, _ = s.Proof(s.Name) // is it a replay?
 		}
 		s.Say(Datagram{To: from}, q)
 	case a == nil:

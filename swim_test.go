@@ -126,6 +126,31 @@ func TestSwimRefuses(t *testing.T) {
 	}
 }
 
+// What a member sent and gets back says nothing of where its seeds are, and takes no
+// question's place, whoever sends it back and however often.
+func TestSwimReflected(t *testing.T) {
+	s := newSim(t, 2, 1)
+	var hello []byte
+	s.tap = func(from, to int, data []byte) { hello = data }
+	s.start(1) // the seed is not there yet
+	s.until(time.Second, "asks the seed", func() bool { return hello != nil })
+	if out := s.give(1, s.nodes[0].addr, hello); len(out) > 0 {
+		t.Errorf("%d answers to what it said itself", len(out))
+	}
+	s.tap = nil
+	s.run(10 * time.Second)
+	s.start(0, 0)
+	s.until(10*time.Second, "joins a seed that was reflected", s.agree)
+	s.restart(1)
+	asks := len(s.nodes[1].swim.Asks)
+	for range maxAsks {
+		s.give(1, s.nodes[0].addr, hello) // of an earlier session
+	}
+	if n := len(s.nodes[1].swim.Asks); n > asks+1 {
+		t.Errorf("%d questions because of one packet", n)
+	}
+}
+
 // All that ever went over the wire is sent again after a member left, and after
 // another died, at once and for long: nobody comes back.
 func TestSwimNoGhosts(t *testing.T) {
