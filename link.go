@@ -101,8 +101,8 @@ type Link struct {
 
 	answers   int // to strangers, since
 	since     time.Duration
-	hellos    int // to whom no key is known
-	chunk     int // of the table, where the next exchange begins
+	opened    uint32 // ID of the key of the packet that came last
+	chunk     int    // of the table, where the next exchange begins
 	in        Packet
 	plain     []byte
 	sealed    []byte
@@ -153,7 +153,7 @@ func (l *Link) Open(from netip.AddrPort, data []byte) (p *Packet, m *Member, a *
 	default:
 		return l.refuse(RefusedUnsealed)
 	}
-	p, l.plain = &l.in, plain
+	p, l.plain, l.opened = &l.in, plain, l.Sealer.KeyID(data)
 	if DecodePacket(plain, p) != nil {
 		return l.refuse(RefusedMalformed)
 	}
@@ -169,7 +169,7 @@ func (l *Link) Open(from netip.AddrPort, data []byte) (p *Packet, m *Member, a *
 		// Its sender may have lost its state; then it must learn of its past.
 		// What a replay gains by this is one packet, sealed, per packet.
 		if p.Kind == Hello && l.MayAnswer() {
-			l.Say(Datagram{To: from}, Packet{Kind: Ack, To: p.From, Answer: p.Ask}, l.Self, m)
+			l.Reply(from, Packet{Kind: Ack, To: p.From, Answer: p.Ask}, l.Self, m)
 		}
 		return l.refuse(RefusedSession)
 	case m != nil && p.Session == m.Session && m.Met:
@@ -255,7 +255,7 @@ func (l *Link) challenge(from netip.AddrPort, p *Packet) {
 		return // already asked
 	}
 	q.Ask = nonce
-	l.Say(Datagram{To: from}, q, l.Self)
+	l.Reply(from, q, l.Self)
 }
 
 // Proof returns the nonce that name has to answer with, and whether it is a new one:
@@ -280,27 +280,42 @@ func (l *Link) Tell(m *Member, p Packet) {
 // Say seals p, with the records of about, two at most, and what news there is
 // room for. To whom we may be unknown it must be about Self.
 func (l *Link) Say(d Datagram, p Packet, about ...*Member) {
+	b, m := l.begin(p, about)
+	var key uint32
+	if m != nil && m.State.Live() {
+		key = m.KeyID
+	} else {
+		// Who is there may not have our newest key yet, and who was away no longer
+		// its own last one. In turn would give one of two seeds always the same.
+		ids := l.Sealer.KeyIDs()
+		key = ids[l.Rand.IntN(len(ids))]
+	}
+	l.plain = l.Table.AppendNews(b, l.Now, plainLimit, p.To, m != nil && m.KnowsUs)
+	l.seal(d, key)
+}
+
+// Reply answers who has proven nothing: under the key that the last packet opened
+// with, which its sender holds whatever is known of it; and without news, which a
+// replay would make count as told, and make much of little.
+func (l *Link) Reply(to netip.AddrPort, p Packet, about ...*Member) {
+	l.plain, _ = l.begin(p, about)
+	l.seal(Datagram{To: to}, l.opened)
+}
+
+// begin returns a packet of what p says and the records of about, two at most, and
+// to whom it is, where known.
+func (l *Link) begin(p Packet, about []*Member) ([]byte, *Member) {
 	l.sign(&p)
 	b := AppendHeader(l.plain[:0], &p)
 	for _, m := range about {
 		b = m.Append(b, l.Now)
 	}
-	var key uint32
 	m := l.Table.Get(p.To)
-	if m == nil {
-		// Who is there may not have our newest key yet.
-		ids := l.Sealer.KeyIDs()
-		key = ids[l.hellos%len(ids)]
-		l.hellos++
-	} else {
-		key = m.KeyID
-		// Who is thought ill of is the first to be told, so that it can object.
-		if m != l.Self && m.State != Alive && len(about) < 2 {
-			b = m.Append(b, l.Now)
-		}
+	// Who is thought ill of is the first to be told, so that it can object.
+	if m != nil && m != l.Self && m.State != Alive && len(about) < 2 {
+		b = m.Append(b, l.Now)
 	}
-	l.plain = l.Table.AppendNews(b, l.Now, plainLimit, p.To, m != nil && m.KnowsUs)
-	l.seal(d, key)
+	return b, m
 }
 
 // sign sets what every packet says of its sender.

@@ -157,6 +157,9 @@ func (s *Sealer) Open(dst, packet []byte) (plain []byte, count uint64, err error
 	return nil, 0, err
 }
 
+// KeyID returns the ID of the key under which a packet was sealed, that opened.
+func (s *Sealer) KeyID(packet []byte) uint32 { return binary.BigEndian.Uint32(packet[1:]) }
+
 // A Window remembers which counters of one sender and session were seen, as RFC
 // 6479 does it: a ring of words, of which advancing clears whole ones. A packet
 // that comes more than windowSize counters after its time is taken for a replay;

@@ -668,14 +668,14 @@ func (s *Swim) namesake(from netip.AddrPort, p *Packet, a *Ask) {
 		} else {
 			q.Ask, _ = s.Proof(s.Name) // is it a replay?
 		}
-		s.Say(Datagram{To: from}, q)
+		s.Reply(from, q)
 	case a == nil:
 	case p.Session < s.Self.Session:
 		s.Drop(a)
 		s.event(EventConflict, s.Name, from.String())
 	default:
 		if p.Ask != 0 {
-			s.Say(Datagram{To: from}, q)
+			s.Reply(from, q)
 		}
 		s.event(EventStood, s.Name, from.String())
 		s.Stood = true

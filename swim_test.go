@@ -327,6 +327,58 @@ func TestSwimRotation(t *testing.T) {
 	}
 }
 
+// Who was away while keys rotated comes back with what keys it has, as long as it
+// shares one with the others: they go by those that it shows, not by its last ones.
+func TestSwimRotationAway(t *testing.T) {
+	for about, c := range map[string]struct {
+		keys  Keys
+		seeds []int
+	}{
+		"the new one alone":              {testKeys(t, 2), []int{0}},
+		"the new one, and is sought":     {testKeys(t, 2), []int{}},
+		"the old one alone":              {testKeys(t, 1), []int{0}},
+		"a newer one first, a seed down": {testKeys(t, 3, 2), []int{0, 3}},
+	} {
+		s := joinedSim(t, 4, 1)
+		s.kill(2)
+		s.kill(3)
+		s.until(20*time.Second, "two are down", s.agree)
+		for i := range 2 {
+			if err := s.nodes[i].swim.SetKeys(testKeys(t, 2, 1)); err != nil {
+				t.Fatal(err)
+			}
+			s.arm(i)
+		}
+		s.run(5 * time.Second)
+		s.keys = c.keys
+		s.start(2, c.seeds...)
+		s.until(30*time.Second, "comes back with "+about, s.agree)
+	}
+}
+
+// What is answered to a packet sent again costs the others no news.
+func TestSwimNewsSurvivesReplays(t *testing.T) {
+	s := newSim(t, 3, 1)
+	var hello []byte
+	s.lastTo(2, 0, Hello, &hello)
+	s.startAll()
+	s.until(10*time.Second, "join", s.agree)
+	s.restart(2)
+	s.tap = nil
+	s.until(10*time.Second, "restart", s.agree)
+	s.run(5 * time.Second)
+	a := s.nodes[0].swim
+	a.SetClaim(1, 1, false)
+	for range 100 {
+		if out := s.give(0, netip.MustParseAddrPort("192.0.2.7:1"), hello); len(out) != 1 || len(out[0].Data) > 2*len(hello) {
+			t.Fatalf("%d answers, the first of %d bytes to %d", len(out), len(out[0].Data), len(hello))
+		}
+	}
+	if !a.Table.HasNews() {
+		t.Error("news counts as passed on")
+	}
+}
+
 // A clock that goes back stands; one that jumps ahead looks like a stall: neither
 // makes a member accuse another.
 func TestSwimClocks(t *testing.T) {
