@@ -166,9 +166,10 @@ func (l *Link) Open(from netip.AddrPort, data []byte) (p *Packet, m *Member, a *
 		l.refuse(RefusedMisrouted)
 		return p, nil, a
 	case m != nil && p.Session < m.Session:
-		// Its sender may have lost its state; then it must learn of its past.
-		// What a replay gains by this is one packet, sealed, per packet.
-		if p.Kind == Hello && l.MayAnswer() {
+		// Its sender may have lost its state; then it must learn of its past, be it
+		// that it asks or that it was asked and answers. What a replay gains by this is
+		// one packet, sealed, per packet.
+		if (p.Kind == Hello || a != nil) && l.MayAnswer() {
 			l.Reply(from, Packet{Kind: Ack, To: p.From, Answer: p.Ask}, l.Self, m)
 		}
 		return l.refuse(RefusedSession)

@@ -263,6 +263,23 @@ func TestSwimRestarts(t *testing.T) {
 	}
 }
 
+// One without seeds, which lost its state, is told of its past by those who look for
+// it: the first server of a cluster, in memory only, say.
+func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
+	for seed := range uint64(8) { // the new session is as often the higher as the lower
+		s := joinedSim(t, 4, seed)
+		session := s.nodes[0].state.Session
+		s.kill(0)
+		s.until(20*time.Second, "it is down", s.agree)
+		s.nodes[0].state = SwimState{}
+		s.start(0)
+		s.until(20*time.Second, "it is back", s.agree)
+		if got := s.nodes[0].state.Session; got <= session {
+			t.Errorf("session %x after %x", got, session)
+		}
+	}
+}
+
 // Of two with one name the lower session stands down, whoever came first, and
 // the cluster stays as it was for all others.
 func TestSwimNameTaken(t *testing.T) {
