@@ -345,16 +345,21 @@ func (g *Gossip) change(do func()) {
 }
 
 // AdvertisedAddr guesses the address to tell peers from that of the listener: it
-// stands if it is of one host, else the one this machine would reach peer from
-// (host:port; empty: any other host). Nothing is sent for that.
-func AdvertisedAddr(listener netip.AddrPort, peer string) (string, error) {
+// stands if it is of one host, else the one this machine would reach peers from (each
+// a host:port), the first of them that can be told, or else any other host: that a
+// name is not known yet must not keep a server from starting. Nothing is sent for that
+// but questions for names.
+func AdvertisedAddr(listener netip.AddrPort, peers []string) (string, error) {
 	if !listener.Addr().IsUnspecified() {
 		return listener.String(), nil
 	}
-	if peer == "" {
-		peer = "192.0.2.1:9" // of TEST-NET-1 (RFC 5737), which only a default route leads to
+	var conn net.Conn
+	var err error
+	for _, peer := range append(slices.Clone(peers), "192.0.2.1:9") { // of TEST-NET-1 (RFC 5737), which only a default route leads to
+		if conn, err = net.DialTimeout("udp", peer, lookupTimeout); err == nil {
+			break
+		}
 	}
-	conn, err := net.Dial("udp", peer)
 	if err != nil {
 		return "", fmt.Errorf("cannot tell which address peers reach this host at (--advertise says it): %w", err)
 	}

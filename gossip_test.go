@@ -252,8 +252,10 @@ func TestNewGossip(t *testing.T) {
 
 func TestAdvertisedAddr(t *testing.T) {
 	for listener, want := range map[string]string{"127.0.0.1:9006": "127.0.0.1:9006", "[::1]:1": "[::1]:1", "[::]:9006": "127.0.0.1:9006", "0.0.0.0:9": "127.0.0.1:9"} {
-		if got, err := AdvertisedAddr(netip.MustParseAddrPort(listener), "127.0.0.1:1"); got != want || err != nil {
-			t.Errorf("%s: got %s, %v, want %s", listener, got, err, want)
+		for _, peers := range [][]string{{"127.0.0.1:1"}, {"127.0.0.1:no-such-service", "127.0.0.1:1"}} { // one cannot be looked up now
+			if got, err := AdvertisedAddr(netip.MustParseAddrPort(listener), peers); got != want || err != nil {
+				t.Errorf("%s: got %s, %v, want %s", listener, got, err, want)
+			}
 		}
 	}
 }

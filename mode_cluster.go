@@ -107,11 +107,7 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 	}
 	advertise := *f.advertise
 	if advertise == "" {
-		peer := ""
-		if len(*f.join) > 0 {
-			peer = (*f.join)[0]
-		}
-		if advertise, err = AdvertisedAddr(netip.AddrPortFrom(addr.AddrPort().Addr().Unmap(), uint16(addr.Port)), peer); err != nil {
+		if advertise, err = AdvertisedAddr(netip.AddrPortFrom(addr.AddrPort().Addr().Unmap(), uint16(addr.Port)), *f.join); err != nil {
 			return n, err
 		}
 	}
