@@ -101,8 +101,11 @@ func TestSwimRefuses(t *testing.T) {
 	if !b.swim.Asking(ForLost, "node-002") {
 		t.Error("a question counts as answered by another")
 	}
-	// A session not known yet is asked for proof, and not believed until it gives it.
+	// A session not known yet, or known from others alone, is asked for proof, and not
+	// believed until it gives it.
+	s.give(1, stranger, s.seal(0, Packet{Kind: News, To: b.name, Records: []Record{{Name: "rumour", Session: 1, Addr: "x:1", Slot: NoSlot}}}))
 	for _, p := range []Packet{
+		{Kind: Ping, To: b.name, From: "rumour", Session: 1, Ask: 5, Records: []Record{dead}},
 		{Kind: Ping, To: b.name, Session: a.swim.Self.Session + sessionStep, Ask: 5, Records: []Record{dead}},
 		{Kind: Ping, To: b.name, From: "new", Session: 1, Ask: 5, Records: []Record{dead, {Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}}},
 	} {
@@ -119,7 +122,8 @@ func TestSwimRefuses(t *testing.T) {
 			if m := b.swim.Table.Get("new"); m == nil || !m.Met {
 				t.Error("a proof is not accepted")
 			}
-			if out := s.give(1, stranger, proof); len(out) > 0 || !b.swim.Table.Get("new").Met {
+			replays := b.swim.Refused[RefusedReplay]
+			if out := s.give(1, stranger, proof); len(out) > 0 || !b.swim.Table.Get("new").Met || b.swim.Refused[RefusedReplay] != replays+1 {
 				t.Error("a proof is accepted twice")
 			}
 		}
