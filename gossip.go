@@ -174,8 +174,6 @@ func (g *Gossip) step(do func(now time.Duration) []Datagram) {
 	for _, d := range out {
 		to = append(to, g.addrs(d))
 	}
-	changed := g.swim.Version() != g.version
-	g.version = g.swim.Version()
 	g.mu.Unlock()
 	sent, bytes, failed := 0, 0, 0
 	for i, d := range out {
@@ -191,13 +189,19 @@ func (g *Gossip) step(do func(now time.Duration) []Datagram) {
 	g.stats.Sent += uint64(sent)
 	g.stats.SentBytes += uint64(bytes)
 	g.stats.SendErrors += uint64(failed)
+	g.tell()
 	g.mu.Unlock()
 	for _, e := range events {
 		if g.conf.Notify != nil {
 			g.conf.Notify(e)
 		}
 	}
-	if changed {
+}
+
+// tell has Changed receive if there is something new in View. g.mu is held.
+func (g *Gossip) tell() {
+	if v := g.swim.Version(); v != g.version {
+		g.version = v
 		poke(g.changed)
 	}
 }
@@ -341,6 +345,7 @@ func (g *Gossip) change(do func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	do()
+	g.tell()
 	g.conf.Conn.SetReadDeadline(g.start) // past
 }
 

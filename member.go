@@ -158,9 +158,6 @@ func (m *RingMember) Run(ctx context.Context) error {
 	begin := time.Now()
 	heard := begin
 	var known []memberKey
-	wait := m.cfg.Interval / 4
-	tick := time.NewTicker(wait)
-	defer tick.Stop()
 	for {
 		v := m.cfg.Gossip.View()
 		// Claims alone are no reason to wait longer: each would delay all others.
@@ -178,11 +175,21 @@ func (m *RingMember) Run(ctx context.Context) error {
 			m.ring(v)
 		}
 		m.keep(m.cfg.Gossip.State())
+		// At rest only a change can ask for anything; to wake up for nothing would cost
+		// several times what gossip does.
+		wait := m.cfg.Interval / 4
+		if quiet && !m.failing {
+			wait = time.Minute
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-			return nil
 		case <-m.cfg.Gossip.Changed():
-		case <-tick.C:
+		case <-timer.C:
+		}
+		timer.Stop()
+		if ctx.Err() != nil {
+			return nil
 		}
 	}
 }
