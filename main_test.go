@@ -411,6 +411,20 @@ func TestReload(t *testing.T) {
 	}
 }
 
+// A first certificate takes a restart, which is said; all else is reloaded.
+func TestReloadFirstCertificate(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	server := startServer(t, dir)
+	get(t, "http://"+server.await(internalAddr)+"/healthz") // it listens to signals from then on
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
+	server.cmd.Process.Signal(syscall.SIGHUP)
+	server.await("msg=reloaded")
+	if text := server.text(); !strings.Contains(text, "until this server is restarted") || strings.Contains(text, "reload failed") {
+		t.Errorf("it says:\n%s", text)
+	}
+}
+
 var update = flag.Bool("update", false, "write the README's lists of flags anew")
 
 // The README's lists of flags are what --help prints, but for its example.

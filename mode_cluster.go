@@ -200,11 +200,7 @@ func (n *ClusterNode) Leave() error {
 }
 
 // Reload takes new cluster keys, live.
-func (n *ClusterNode) Reload(dir string) error {
-	keys, err := ReadKeys(dir, ClusterKeyFile)
-	if err != nil {
-		return err
-	}
+func (n *ClusterNode) Reload(keys Keys) error {
 	return errors.Join(n.gossip.SetKeys(keys), n.box.SetKeys(keys))
 }
 

@@ -283,6 +283,40 @@ func TestClusterKeyRotation(t *testing.T) {
 	}
 }
 
+// A cluster.key that cannot be read keeps all of the old state, not its own part.
+func TestClusterKeyBad(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	revoked, key := filepath.Join(dir, "revoked"), filepath.Join(dir, "keys", ClusterKeyFile)
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(revoked, "")
+	good, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := startMember(t, dir, "a", "--revoked-file", "revoked")
+	agree(t, 1, a)
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "s")
+	write(revoked, "s\n")
+	write(key, "nonsense\n")
+	a.cmd.Process.Signal(syscall.SIGHUP)
+	a.await("reload failed")
+	if code := a.push(token, "m 1\n"); code != http.StatusOK {
+		t.Errorf("after a reload that failed: %d, want 200", code)
+	}
+	write(key, string(good))
+	a.cmd.Process.Signal(syscall.SIGHUP)
+	a.await("msg=reloaded")
+	if code := a.push(token, "m 2\n"); code != http.StatusUnauthorized {
+		t.Errorf("after a reload: %d, want 401", code)
+	}
+}
+
 // Two servers of one name do not both go on; the one that ends says why, once.
 func TestClusterNameTaken(t *testing.T) {
 	dir := t.TempDir()

@@ -202,18 +202,23 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 		node.Start()
 	}
 	return Serve(ctx, log, metrics, func() error {
+		// All is read before anything is replaced: load is last, it replaces the certificate.
+		var clusterKeys Keys
+		if node != nil {
+			if clusterKeys, err = ReadKeys(*f.keys, ClusterKeyFile); err != nil {
+				return err
+			}
+		}
 		state, err := load()
 		if err != nil {
 			return err
 		}
 		server.Reload(state)
-		if node != nil {
-			if err := node.Reload(*f.keys); err != nil {
-				return err
-			}
-		}
 		if web.TLS == nil && tlsConfig.Load() != nil {
-			return errors.New("the keys have a tls.crt now, which takes a restart; all else is reloaded")
+			log.Warn("the keys have a tls.crt now: clients are served plain HTTP until this server is restarted")
+		}
+		if node != nil {
+			return node.Reload(clusterKeys)
 		}
 		return nil
 	}, func() {
