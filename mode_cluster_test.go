@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -118,6 +120,13 @@ func TestClusterOfServers(t *testing.T) {
 		if body := get(t, m.internal+"/sd"); strings.Count(body, "127.0.0.1:") != 3 || !strings.HasPrefix(body, `[{"targets":[`) {
 			t.Errorf("/sd says %s", body)
 		}
+	}
+	var index struct{ Paths []string }
+	if err := json.Unmarshal([]byte(get(t, a.internal+"/")), &index); err != nil || !slices.Contains(index.Paths, "/sd") || !slices.Contains(index.Paths, "/debug/cluster") {
+		t.Errorf("/ lists %q (%v)", index.Paths, err)
+	}
+	for _, path := range index.Paths {
+		get(t, a.internal+path) // what is listed is there
 	}
 	// Wherever it is pushed, a cluster ID is shown by one server, always the same.
 	tokens := map[string]string{}
@@ -280,6 +289,73 @@ func TestClusterKeyRotation(t *testing.T) {
 	}
 	if body := get(t, b.internal+"/metrics"); !strings.Contains(body, `telemeter_forwards_sent_total{result="hinted"} 0`) {
 		t.Error("a push became a hint while keys rotated")
+	}
+}
+
+// The metrics that the README names, and those that the alerts go by, are there, with
+// the labels and the values that are named: an alert on anything else never fires.
+func TestMetricsNamed(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	a := startMember(t, dir, "a")
+	agree(t, 1, a)
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", a.url, "--ttl", "1h")
+	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code := a.push(token, "not a sample\n"); code != http.StatusBadRequest {
+		t.Fatalf("a bad push: %d", code)
+	}
+	client := start(t, dir, "--mode", "client", "--token-file", "token", "--from", a.internal+"/metrics", "--listen", "127.0.0.1:0")
+	address := client.await(`msg=listening address=(\S+)`)
+	client.await("msg=pushed")
+	get(t, a.internal+"/federate?consumer=central") // from here on there is a backlog to tell of
+	shown := strings.Join([]string{get(t, a.internal+"/metrics"), get(t, a.internal+"/federate?consumer=central"), get(t, "http://"+address+"/metrics")}, "\n")
+
+	has := func(name string, labels ...string) bool {
+		for line := range strings.SplitSeq(shown, "\n") {
+			rest, ok := strings.CutPrefix(line, name)
+			all := ok && (rest[0] == '{' || rest[0] == ' ')
+			for _, l := range labels {
+				all = all && (strings.Contains(rest, "{"+l) || strings.Contains(rest, ","+l))
+			}
+			if all {
+				return true
+			}
+		}
+		return false
+	}
+	metric := regexp.MustCompile(`\b((?:telemeter|push|process)_[a-z_]+)(?:\{([^}]*)\})?`)
+	label := regexp.MustCompile(`([a-z_]+)(?:=~?"([^"]*)")?`)
+	n := 0
+	for _, file := range []string{"README.md", filepath.Join("testdata", "alerts.yml")} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range metric.FindAllStringSubmatch(string(text), -1) {
+			n++
+			if !has(m[1]) {
+				t.Errorf("%s names %s, which nothing shows", file, m[1])
+			}
+			for _, l := range label.FindAllStringSubmatch(m[2], -1) {
+				if l[0] == `_id=""` { // no site's
+					continue
+				}
+				for value := range strings.SplitSeq(l[2], "|") {
+					want := l[1] + `="` + value
+					if l[2] != "" {
+						want += `"`
+					}
+					if !has(m[1], want) {
+						t.Errorf("%s names %s, which nothing shows with %s", file, m[0], want)
+					}
+				}
+			}
+		}
+	}
+	if n < 30 {
+		t.Errorf("only %d names found", n)
 	}
 }
 

@@ -194,11 +194,13 @@ func (s *Server) Internal() http.Handler {
 	}
 	mux.Handle("GET /federate", protect("federate", s.federate))
 	mux.Handle("GET /metrics", protect("metrics", s.cfg.Metrics))
-	mux.Handle("GET /{$}", protect("index", Index("/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/")))
+	paths := []string{"/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/"}
 	if s.cfg.Member != nil {
+		paths = append(paths, "/sd", "/debug/cluster")
 		mux.Handle("GET /sd", protect("sd", http.HandlerFunc(s.cfg.Member.ServeSD)))
 		mux.Handle("GET /debug/cluster", protect("cluster", http.HandlerFunc(s.cfg.Member.ServeDebug)))
 	}
+	mux.Handle("GET /{$}", protect("index", Index(paths...)))
 	debug := http.NewServeMux()
 	debug.HandleFunc("/debug/pprof/", pprof.Index)
 	debug.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
