@@ -109,17 +109,40 @@ func shortDuration(s string) string {
 	return s
 }
 
-// ParseAll parses the arguments. Conflicts are collected afterwards by Check, and
-// returned all at once by Conflicts.
+// ParseAll parses the arguments, and goes on after what is no flag, or not this
+// mode's. Conflicts are collected afterwards by Check, and returned all at once by
+// Conflicts; a value that does not parse is returned here: checks would judge what
+// took its place.
 func (c *Command) ParseAll() error {
-	if err := c.Parse(c.args); err != nil {
+	misread := false
+	for args := c.args; len(args) > 0; {
+		err := c.Parse(args)
 		if errors.Is(err, flag.ErrHelp) {
 			return err
 		}
-		return UsageError{err.Error()}
+		rest := c.Args()
+		switch {
+		case err != nil:
+			c.Check(false, "%v", err)
+			switch {
+			case strings.HasPrefix(err.Error(), "invalid "): // "value" or "boolean value"
+				misread = true
+			case len(rest) == len(args): // bad syntax is not passed over
+				rest = rest[1:]
+			case len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.Contains(args[len(args)-len(rest)-1], "="):
+				rest = rest[1:] // the value of a flag that is not known
+			}
+		case len(rest) > 0:
+			c.Check(false, "unexpected argument %q: every value belongs to a flag", rest[0])
+			rest = rest[1:]
+		}
+		args = rest
 	}
-	for _, a := range c.Args() {
-		c.Check(false, "unexpected argument %q: every value belongs to a flag", a)
+	if mode := c.Lookup("mode").Value.String(); mode != c.Mode {
+		c.Check(false, "--mode %s and --mode %s are two different things to do", c.Mode, mode)
+	}
+	if misread {
+		return c.Conflicts()
 	}
 	return nil
 }

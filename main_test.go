@@ -318,6 +318,7 @@ func TestExitStatus(t *testing.T) {
 			[]string{"--keys DIR is missing", "--federate-token-file", "--limit-bytes is from"}},
 		{[]string{"--mode", "client", "--anonymize-labels", "instance", "--to-crt", "x", "extra"}, exitUsage,
 			[]string{"--token-file FILE is missing", "--anonymize-salt-file", "--to-key", `"extra"`}},
+		{[]string{"--mode", "client", "--token-file", "missing", "--listen", "9002"}, exitUsage, []string{"--listen: "}},
 		{[]string{"--mode", "client", "--interval", "2s", "--scrape-interval", "3s", "--spool-age", "1s", "--spool-limit", "1KiB"}, exitUsage,
 			[]string{"--scrape-interval is at least", "--spool-limit is at least", "--spool-age is at least"}},
 		{[]string{"--mode", "client", "--token-file", "missing"}, exitFailure, []string{"missing"}},

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -199,6 +200,10 @@ func (f *clientConfig) check(c *Command) {
 	c.Check(*f.spoolLimit >= 1<<20 && int64(*f.spoolLimit) >= 2*int64(*f.bytes), "--spool-limit is at least 1MiB, and twice --limit-bytes")
 	c.Check(*f.spoolAge >= *f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
 	c.Check(*f.bytes >= 1<<10 && *f.bytes <= 64<<20, "--limit-bytes is from 1KiB to 64MiB")
+	if *f.listen != "" {
+		_, _, err := net.SplitHostPort(*f.listen)
+		c.Check(err == nil, "--listen: %v", err)
+	}
 	c.Check(!*f.once || !*f.dryRun, "--once pushes and --dry-run does not: choose one")
 }
 

@@ -64,6 +64,10 @@ func TestServerConflicts(t *testing.T) {
 		{"--log-level loud", []string{"log-level"}},
 		{"--retention soon", []string{"retention"}},
 		{"--no-such-flag", []string{"no-such-flag"}},
+		{"--key k --lisen=:1 --listen-internal :9004 more ---x --internal-open=maybe --retention 2d",
+			[]string{"-key\n", "-lisen\n", `"more"`, "---x", `"maybe"`, `"2d"`}},
+		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"-key\n", "--keys DIR is missing", "--federate-token-file", `"more"`, "--limit-bytes is from"}},
+		{"--keys k --mode client", []string{"--mode server and --mode client are two"}},
 	} {
 		args := append([]string{"--mode", "server", "--storage-dir", filepath.Join(dir, "storage")}, strings.Fields(c.args)...)
 		status, stdout, stderr := runMode(t, args...)
@@ -74,6 +78,9 @@ func TestServerConflicts(t *testing.T) {
 			if !strings.Contains(stderr, want) {
 				t.Errorf("%s: %q is not in:\n%s", c.args, want, stderr)
 			}
+		}
+		if strings.Contains(stderr, `argument "k"`) {
+			t.Errorf("%s: the value of a flag that is not known is told as well:\n%s", c.args, stderr)
 		}
 		if strings.Count(stderr, "needs a change") != 1 {
 			t.Errorf("%s: not one message:\n%s", c.args, stderr)
