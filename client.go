@@ -28,10 +28,11 @@ const (
 	expiryNotice     = 30 * 24 * time.Hour
 	minScrapeTimeout = 10 * time.Second
 	maxScrapeTimeout = time.Minute
-	scrapeGrace      = 2 * time.Second // that a push which is due waits for a scrape which is under way
-	sourceSlack      = 2 * time.Second // by which a source's Date may differ and say nothing
-	lastAttempt      = 5 * time.Second // at the end, for what is in memory only
-	dropNotice       = time.Minute     // between log lines of drops
+	scrapeGrace      = 2 * time.Second  // that a push which is due waits for a scrape which is under way
+	sourceSlack      = 2 * time.Second  // by which a source's Date may differ and say nothing
+	lastAttempt      = 5 * time.Second  // at the end, for what is in memory only
+	dropNotice       = time.Minute      // between log lines of drops
+	sourceNotice     = 10 * time.Minute // between log lines of a source that goes on failing
 	scrapeAccept     = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
@@ -71,7 +72,10 @@ type Client struct {
 	courier   *Courier
 	scrapedOK atomic.Bool // the last scrape succeeded
 
-	spoolFailing bool // the last scrape could not be put on disk; for the scraping goroutine
+	// For the scraping goroutine.
+	spoolFailing  bool // the last scrape could not be put on disk
+	sourceFailing int  // scrapes that failed since the last good one
+	sourceLogged  time.Time
 
 	mu           sync.Mutex // guards the rest
 	dropLogged   time.Time
@@ -325,9 +329,18 @@ func (c *Client) spoolOne(ctx context.Context) error {
 	c.scrapedOK.Store(err == nil)
 	if err != nil {
 		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			c.cfg.Log.Error("source failed", "from", c.cfg.From.Redacted(), "err", err)
+			level := slog.LevelDebug
+			if now := c.cfg.Now(); c.sourceFailing == 0 || now.Sub(c.sourceLogged) >= sourceNotice {
+				level, c.sourceLogged = slog.LevelError, now
+			}
+			c.sourceFailing++
+			c.cfg.Log.Log(ctx, level, "source failed", "from", c.cfg.From.Redacted(), "err", err)
 		}
 		return err
+	}
+	if c.sourceFailing > 0 {
+		c.cfg.Log.Info("source works again", "failed", c.sourceFailing)
+		c.sourceFailing = 0
 	}
 	for _, piece := range c.pieces(got, got.Push.Samples) {
 		err = errors.Join(err, c.spool.Add(piece))

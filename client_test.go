@@ -359,6 +359,35 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 	})
 }
 
+// An outage of the source is told when it begins, every ten minutes, and when it ends:
+// not at every scrape.
+func TestClientTellsOutageOfSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		broken := func() bool { at := time.Since(begin); return at > 5*time.Minute && at < 34*time.Minute }
+		c, hub, log := newTestClient(t, "", func(c *ClientConfig, _ *ClientState) {
+			c.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+				if broken() {
+					return nil, errors.New("connection refused")
+				}
+				return respond(200, nil, "a 1\n"), nil
+			})
+			c.Interval, c.ScrapeInterval = 10*time.Second, 10*time.Second
+		})
+		hub.t = t
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		c.Run(ctx)
+		failed, back := strings.Count(log.String(), "source failed"), strings.Count(log.String(), "source works again")
+		if failed != 3 || back != 1 {
+			t.Errorf("of an outage of half an hour the log tells %d times, and %d times of its end", failed, back)
+		}
+		if n := c.scrapes.Value("failed"); n < 170 || !strings.Contains(log.String(), fmt.Sprintf(`"source works again" failed=%v`, n)) {
+			t.Errorf("%v scrapes failed:\n%s", n, log)
+		}
+	})
+}
+
 func TestClientCleans(t *testing.T) {
 	const text = `# TYPE up gauge
 up{instance="10.1.2.3:9100",job="node"} 1 1700000000000
