@@ -10,7 +10,8 @@
 # With arguments: the client scrapes FROM (a URL, such as http://localhost:9005)
 # instead, with the bearer token TOKEN, and all stays up until Ctrl-C.
 #
-# PROMETHEUS names the program; else it is looked for on PATH, else installed.
+# PROMETHEUS names the program; else it is looked for on PATH, else installed. PROMTOOL
+# names its promtool, which is beside it otherwise.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -94,6 +95,8 @@ find_prometheus() {
 		type -P prometheus >/dev/null || debian prometheus ||
 			die "there is no prometheus on PATH, and it could not be installed: install it, or run PROMETHEUS=/path/to/prometheus $0"
 	fi
+	# The one that came with it, if there is no other.
+	promtool=${PROMTOOL:-$(dirname "$(type -P "$prometheus")")/promtool}
 	"$prometheus" --version >"$work/version" 2>&1 || die "$prometheus --version failed: $(cat "$work/version")"
 	sed -n '1s/ (.*//p' "$work/version"
 }
@@ -187,6 +190,23 @@ samples() {
 # found PROMQL: it has a value, above 0.
 found() {
 	seen=$(value "$1") && [ -n "$seen" ] && [ "$seen" != 0 ]
+}
+
+# lint_free: own metrics of client and servers are as promtool wants them.
+lint_free() {
+	local port
+	seen=
+	for port in 9002 9004 9014; do
+		get "http://localhost:$port/metrics" >"$work/metrics" || {
+			seen="no answer from port $port"
+			return 1
+		}
+		"$promtool" check metrics <"$work/metrics" >"$work/lint" 2>&1 || {
+			seen="port $port: $(head -n 5 "$work/lint" | paste -sd' ')"
+			return 1
+		}
+		seen="$seen$(grep -c '^# TYPE' "$work/metrics") on port $port "
+	done
 }
 
 # no_original: only pseudonyms, and two, since there are two originals: the targets
@@ -413,6 +433,7 @@ check 'scraped{_id="test"}' found 'count(scraped{_id="test"})'
 check 'alerts{_id="test"}' found 'count(alerts{_id="test",alertname="AlwaysFiring",alertstate="firing"})'
 check "times and values of job federate are the source's" same_samples federate
 check "times and values of job telemeter are the source's" same_samples telemeter
+check "own metrics are lint-free by promtool" lint_free
 check "instance is anonymized" no_original
 check "up of the servers' own targets" own_up
 check "what was pushed to A is on B alone" on_b_alone
