@@ -12,11 +12,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -219,37 +221,12 @@ func newClient(f *clientConfig, log *slog.Logger, m *Metrics) (*Client, func() e
 		ScrapeInterval: *f.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now,
 		Cluster: token.Cluster, To: token.URLs,
 	}
-	fromTLS := &tls.Config{MinVersion: tls.VersionTLS12}
-	if *f.fromCA != "" {
-		if fromTLS.RootCAs, err = ReadCAs(*f.fromCA); err != nil {
-			return nil, nil, err
-		}
+	fromTLS, toTLS, err := f.certificates(token.Pin)
+	if err != nil {
+		return nil, nil, err
 	}
-	cfg.FromClient = HTTPClient(fromTLS, scrapeTimeout, dialTimeout)
-	toTLS := &tls.Config{MinVersion: tls.VersionTLS12}
-	if *f.toCA != "" {
-		if toTLS.RootCAs, err = ReadCAs(*f.toCA); err != nil {
-			return nil, nil, err
-		}
-	} else if token.Pin != "" {
-		if toTLS, err = PinnedTLS(token.Pin); err != nil {
-			return nil, nil, fmt.Errorf("token: %w", err)
-		}
-	}
-	if *f.toCrt != "" {
-		pair, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey)
-		if err != nil {
-			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
-		}
-		// Asked for at each handshake, so that a renewed one is used.
-		toTLS.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			if fresh, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey); err == nil {
-				return &fresh, nil
-			}
-			return &pair, nil
-		}
-	}
-	cfg.ToClient = HTTPClient(toTLS, attemptTimeout, dialTimeout)
+	from, to := newRenewable(fromTLS), newRenewable(toTLS)
+	cfg.FromClient, cfg.ToClient = from.client(scrapeTimeout), to.client(attemptTimeout)
 	client = NewClient(cfg)
 	client.Reload(first)
 	return client, func() error {
@@ -260,9 +237,75 @@ func newClient(f *clientConfig, log *slog.Logger, m *Metrics) (*Client, func() e
 		if again.Cluster != token.Cluster || !slices.Equal(again.URLs, token.URLs) || again.Pin != token.Pin {
 			return fmt.Errorf("the new token is for other servers or another cluster ID: restart to use it")
 		}
+		fromTLS, toTLS, err := f.certificates(token.Pin)
+		if err != nil {
+			return err
+		}
+		from.renew(fromTLS)
+		to.renew(toTLS)
 		client.Reload(st)
 		return nil
 	}, nil
+}
+
+// renewable is a transport that a reload replaces, with its certificates.
+type renewable struct{ now atomic.Pointer[http.Client] } // for its transport
+
+func newRenewable(config *tls.Config) *renewable {
+	r := &renewable{}
+	r.now.Store(HTTPClient(config, 0, dialTimeout))
+	return r
+}
+
+func (r *renewable) RoundTrip(req *http.Request) (*http.Response, error) {
+	return r.now.Load().Transport.RoundTrip(req)
+}
+
+// client returns a client that is like any other, but for its transport.
+func (r *renewable) client(timeout time.Duration) *http.Client {
+	c := HTTPClient(nil, timeout, dialTimeout)
+	c.Transport = r
+	return c
+}
+
+// renew takes effect with the next request: no connection of before is used again.
+func (r *renewable) renew(config *tls.Config) {
+	r.now.Swap(HTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
+}
+
+// certificates reads what vouches for the source and for the servers, and for this
+// client.
+func (f *clientConfig) certificates(pin string) (from, to *tls.Config, err error) {
+	from = &tls.Config{MinVersion: tls.VersionTLS12}
+	if *f.fromCA != "" {
+		if from.RootCAs, err = ReadCAs(*f.fromCA); err != nil {
+			return nil, nil, err
+		}
+	}
+	to = &tls.Config{MinVersion: tls.VersionTLS12}
+	if *f.toCA != "" {
+		if to.RootCAs, err = ReadCAs(*f.toCA); err != nil {
+			return nil, nil, err
+		}
+	} else if pin != "" {
+		if to, err = PinnedTLS(pin); err != nil {
+			return nil, nil, fmt.Errorf("token: %w", err)
+		}
+	}
+	if *f.toCrt != "" {
+		pair, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey)
+		if err != nil {
+			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
+		}
+		// Asked for at each handshake, so that a renewed one is used.
+		to.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if fresh, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey); err == nil {
+				return &fresh, nil
+			}
+			return &pair, nil
+		}
+	}
+	return from, to, nil
 }
 
 // load reads what a reload reads. The token returned has what the flags override.
