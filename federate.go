@@ -43,6 +43,7 @@ type Federate struct {
 	seconds, bytes              *Histogram
 	samples                     *Gauge
 	truncated, hidden, repeated *Counter
+	cut                         *Counter
 }
 
 // NewFederate returns a handler for /federate.
@@ -55,6 +56,7 @@ func NewFederate(cfg FederateConfig) *Federate {
 		samples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
 		truncated: m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met the limit on samples."),
 		hidden:    m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers because escaping made their series equal to another."),
+		cut:       m.Counter("telemeter_scrapes_cut_total", "Answers to /federate that ended early, because their connection did."),
 		repeated:  m.Counter("telemeter_scrapes_repeated_total", "Scrapes of a consumer on a new connection, when what it was served last is not known to have arrived and is served again."),
 	}
 }
@@ -116,6 +118,7 @@ func (f *Federate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.samples.Set(float64(written))
 	f.hidden.Add(float64(hidden))
 	if err != nil {
+		f.cut.Inc()
 		f.cfg.Log.Info("scrape ended early", "remote", r.RemoteAddr, "err", err)
 	}
 }

@@ -228,3 +228,18 @@ func TestFederateSelective(t *testing.T) {
 		t.Errorf("got %s", got)
 	}
 }
+
+// failingWriter is the ResponseWriter of a connection that has ended.
+type failingWriter struct{ http.ResponseWriter }
+
+func (failingWriter) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+
+// An answer that its connection cut short is counted.
+func TestFederateCut(t *testing.T) {
+	r := newConsumerRig(t)
+	r.pushUps(1)
+	r.server.federate.ServeHTTP(failingWriter{httptest.NewRecorder()}, httptest.NewRequest("GET", "/federate", nil))
+	if n := r.server.federate.cut.Value(); n != 1 {
+		t.Errorf("%v counted", n)
+	}
+}

@@ -115,6 +115,8 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 	if host, port, _ := net.SplitHostPort(internal); host == "" || net.ParseIP(host).IsUnspecified() {
 		reachable, _, _ := net.SplitHostPort(advertise)
 		internal = net.JoinHostPort(reachable, port)
+	} else if peers, _, _ := net.SplitHostPort(advertise); IsLoopback(host) && !IsLoopback(peers) {
+		log.Warn("the internal listener is on loopback, and so is what /sd tells of it: give --listen-internal an address that the Prometheus reaches", "address", internal)
 	}
 	if n.gossip, err = NewGossip(GossipConfig{
 		Name: *f.name, Addr: advertise, URL: internal, Cluster: clusterName, Keys: keys, Seeds: *f.join, Interval: *f.interval,

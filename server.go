@@ -119,6 +119,14 @@ func NewServer(cfg ServerConfig) *Server {
 	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, dropConflict, dropTooOld, dropFuture} {
 		s.dropped.Add(0, reason)
 	}
+	for _, reason := range []string{
+		"missing", "malformed", "expired", "forged", "revoked", "kind", "other_cluster", "federate_token", "unavailable", "signing",
+	} {
+		s.unauthorized.Add(0, reason)
+	}
+	for _, kind := range []string{"exemplar", "created", "native_histogram"} {
+		s.skipped.Add(0, kind)
+	}
 	for _, result := range []string{
 		resultAccepted, resultRateLimited, resultOverloaded, resultFull, resultFailed, resultTooLarge, resultUnsupported, resultMalformed,
 	} {
