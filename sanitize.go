@@ -16,6 +16,7 @@ import (
 	"hash"
 	"maps"
 	"regexp"
+	"regexp/syntax"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,6 +25,7 @@ import (
 const (
 	maxSelector  = 8 << 10 // bytes
 	maxSelectors = 1000
+	maxPattern   = 20_000 // steps of a pattern; each costs 40 bytes and more, and time for each byte matched
 )
 
 // Selector is a series selector as Prometheus writes them: up{job="x",a!~"b|c"}.
@@ -176,7 +178,7 @@ func (p *selectorParser) parse(sel *Selector) error {
 		}
 		if pattern {
 			// Alone first: "a)|(b" would be a pattern only inside of the anchors.
-			if _, err = regexp.Compile(m.value); err == nil {
+			if err = checkPattern(m.value); err == nil {
 				m.re, err = regexp.Compile("^(?s:" + m.value + ")$")
 			}
 			if err != nil {
@@ -190,6 +192,33 @@ func (p *selectorParser) parse(sel *Selector) error {
 	}
 	if p.blank(); p.rest != "" {
 		return fmt.Errorf("unexpected %s after }", Excerpt([]byte(p.rest)))
+	}
+	return nil
+}
+
+// checkPattern reports what is no pattern, or one that a few bytes, .{1000} and
+// again, make take a long time and much memory.
+func checkPattern(pattern string) error {
+	re, err := syntax.Parse(pattern, syntax.Perl)
+	if err != nil {
+		return err
+	}
+	var steps func(re *syntax.Regexp) int
+	steps = func(re *syntax.Regexp) int {
+		n := 1
+		if re.Op == syntax.OpLiteral {
+			n = len(re.Rune)
+		}
+		for _, sub := range re.Sub {
+			n += steps(sub)
+		}
+		if re.Op == syntax.OpRepeat {
+			n *= max(1, re.Min, re.Max)
+		}
+		return n
+	}
+	if n := steps(re); n > maxPattern {
+		return fmt.Errorf("%w: it has %d steps; at most %d", ErrTooLarge, n, maxPattern)
 	}
 	return nil
 }

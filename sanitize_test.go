@@ -138,11 +138,16 @@ func TestSelectorErrors(t *testing.T) {
 		{strings.Repeat("x", maxSelector+1), "too large"},
 		{"{" + strings.Repeat("x", maxSelector-1), "expected =,"},
 		{`{x=~"` + strings.Repeat("(", 8000) + `"}`, "pattern of"},
+		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: it has "}, // else a million steps
+		{`{x=~"a` + strings.Repeat("(b.{10}){100}", 30) + `"}`, "too large: it has "},
 	} {
 		_, err := ParseSelector(c.text)
 		if err == nil || !strings.Contains(err.Error(), c.want) || len(err.Error()) > 2*maxSelector {
 			t.Errorf("%.60s: %.300v, want %s", c.text, err, c.want)
 		}
+	}
+	if _, err := ParseSelector(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
+		t.Errorf("a long pattern: %v", err)
 	}
 	if _, err := ParseSelectors(make([]string, maxSelectors+1)); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("too many: %v", err)
