@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -26,6 +27,8 @@ type modelConsumer struct {
 	part  []heldSample        // may come again, once what is served is confirmed
 	place *Reading
 	other map[heldSample]bool // had by its twin when its connection began
+
+	drains bool // undisturbed
 }
 
 // again notes that batches that are had or served in part may come again from their
@@ -77,13 +80,13 @@ type scrapeModel struct {
 	kit       *storeKit
 	store     *Store
 	accepted  map[heldSample]string // → cluster
-	newest    map[string]int64      // by line
 	consumers []*modelConsumer
 	values    float64
 }
 
-func (m *scrapeModel) push() {
-	id := fmt.Sprint("c", m.rng.IntN(4))
+func (m *scrapeModel) push() { m.pushTo(fmt.Sprint("c", m.rng.IntN(4))) }
+
+func (m *scrapeModel) pushTo(id string) {
 	var points []point
 	for range 1 + m.rng.IntN(12) {
 		ago := m.rng.IntN(8)
@@ -94,13 +97,21 @@ func (m *scrapeModel) push() {
 		points = append(points, point{[]string{"x", "y"}[m.rng.IntN(2)], m.rng.IntN(3), m.kit.clock.ms(ago), m.values})
 	}
 	p := storePush(id, points...)
+	before := heldOf(m.t, m.store, id)
 	if _, err := m.store.Append(context.Background(), id, p); err != nil {
 		m.t.Fatal(err)
 	}
+	after := heldOf(m.t, m.store, id)
 	for _, s := range p.Samples {
 		line := string(p.Line(s))
+		key := heldSample{line, s.T}
+		_, was := before[key]
+		if _, is := after[key]; is && !was && m.accepted[key] != "" { // what was evicted is not known any more
+			for _, c := range m.consumers {
+				c.may[key] = true
+			}
+		}
 		m.accepted[heldSample{line, s.T}] = id // a repeat is the sample that is held
-		m.newest[line] = max(m.newest[line], s.T)
 	}
 }
 
@@ -133,7 +144,12 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 	c.settle()
 	x := scraper(m.store, 10*time.Minute)
 	x.start = m.rng.Float64()
+	newest := m.newest()
+	if !c.drains {
+		x.Hidden = m.meanwhile
+	}
 	fams, unread, more := x.Unread(r, limit, single, nil)
+	newer := m.newest()
 	n, fresh := 0, 0
 	for _, f := range fams {
 		series := map[string]int64{}
@@ -151,7 +167,7 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 				if !c.other[s] {
 					fresh++
 				}
-			} else if !c.may[s] && s.t != m.newest[s.line] {
+			} else if !c.may[s] && s.t != newest[s.line] && s.t != newer[s.line] {
 				t.Fatalf("%s is served %v again, which is not the newest", c.name, s)
 			}
 			c.last = append(c.last, s)
@@ -166,6 +182,75 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 	return unread, more
 }
 
+// newest returns the time of the newest sample known of each line.
+func (m *scrapeModel) newest() map[string]int64 {
+	all := map[string]int64{}
+	m.store.Each(0, func(_ uint64, held *Cluster) bool {
+		held.Table.Each(math.MinInt64, func(_ uint32, _ string, l Line) { all[string(l.Text)] = l.T })
+		return true
+	})
+	return all
+}
+
+// meanwhile lets others be busy with a cluster while a scrape is at another.
+func (m *scrapeModel) meanwhile(scraped string) bool {
+	id := fmt.Sprint("c", m.rng.IntN(4))
+	if id == scraped || m.rng.IntN(4) > 0 {
+		return false
+	}
+	switch m.rng.IntN(3) {
+	case 0:
+		m.pushTo(id)
+	case 1:
+		m.rewrite(id)
+	default:
+		m.evict(id)
+	}
+	return false
+}
+
+// rewrite compacts a log in the middle of whatever is going on.
+func (m *scrapeModel) rewrite(id string) {
+	m.store.mu.RLock()
+	s := m.store.clusters[id]
+	m.store.mu.RUnlock()
+	if s == nil {
+		return
+	}
+	if err := s.Take(context.Background()); err != nil {
+		m.t.Fatal(err)
+	}
+	defer s.Free()
+	if err := s.Rewrite(nil, m.store.Oldest()); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// evict drops what may go for want of room: what one of the twins had, too.
+func (m *scrapeModel) evict(id string) {
+	m.store.mu.RLock()
+	s := m.store.clusters[id]
+	m.store.mu.RUnlock()
+	for ok := s != nil; ok; {
+		var oldest []heldSample
+		s.Look(func(held *Cluster) {
+			if len(held.Batches) > 0 {
+				b := held.Batches[0]
+				for i, n := range b.IDs {
+					oldest = append(oldest, heldSample{string(held.Table.Line(n)), b.Time(i)})
+				}
+			}
+		})
+		if _, ok = s.Evict(m.kit.clock.ms(5)); ok {
+			for _, c := range m.consumers {
+				for _, key := range oldest {
+					c.other[key] = c.other[key] || c.name == "twins"
+				}
+			}
+		}
+	}
+}
+
 func (m *scrapeModel) step() {
 	c := m.consumers[m.rng.IntN(len(m.consumers))]
 	switch k := m.rng.IntN(100); {
@@ -178,14 +263,9 @@ func (m *scrapeModel) step() {
 	case k < 84:
 		m.store.maintain(context.Background(), m.rng.IntN(2) == 0)
 	case k < 90:
-		for _, s := range m.store.sorted() { // compaction in the middle of a batch
-			if s.Take(context.Background()) == nil {
-				if err := s.Rewrite(nil, m.store.Oldest()); err != nil {
-					m.t.Fatal(err)
-				}
-				s.Free()
-			}
-		}
+		m.rewrite(fmt.Sprint("c", m.rng.IntN(4)))
+	case k < 92:
+		m.evict(fmt.Sprint("c", m.rng.IntN(4)))
 	case k < 96:
 		if err := m.store.Consumers.Save(); err != nil {
 			m.t.Fatal(err)
@@ -242,7 +322,7 @@ func TestConsumersModel(t *testing.T) {
 			fsys := newStoreFS(seed)
 			m := &scrapeModel{
 				t: t, rng: rand.New(rand.NewPCG(seed, 7)), fsys: fsys, kit: newStoreKit(t, fsys),
-				accepted: map[heldSample]string{}, newest: map[string]int64{},
+				accepted: map[heldSample]string{},
 			}
 			m.store = m.kit.open()
 			for _, name := range []string{"p0", "p1", "twins", "twins"} {
@@ -250,10 +330,18 @@ func TestConsumersModel(t *testing.T) {
 					name: name, had: map[heldSample]bool{}, saved: map[heldSample]bool{}, may: map[heldSample]bool{}, other: map[heldSample]bool{},
 				})
 			}
+			// Who is not known cannot keep anything from being evicted.
+			for _, c := range m.consumers {
+				m.scrape(c, 1, false, true)
+			}
+			if err := m.store.Consumers.Save(); err != nil {
+				t.Fatal(err)
+			}
 			for range 300 {
 				m.step()
 			}
 			for _, c := range m.consumers {
+				c.drains = true
 				for n := 0; ; n++ {
 					_, more := m.scrape(c, 7, n%2 == 0, false)
 					if !more {
