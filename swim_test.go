@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -503,6 +504,53 @@ func TestSwimTombstones(t *testing.T) {
 	}
 	if m := s.nodes[0].swim.Table.Get("node-002"); m == nil || m.State != Dead {
 		t.Error("who died is forgotten, and so never looked for")
+	}
+}
+
+// However many ask, and however large the table is, what is sent for it is bounded, and
+// in the end the whole table is told.
+func TestSwimBoundedAnswers(t *testing.T) {
+	s := newSim(t, 2, 1)
+	s.start(0)
+	s.start(1)
+	s.until(10*time.Second, "join", s.agree)
+	a, b := s.nodes[0], s.nodes[1]
+	answers := 0
+	hello := s.seal(1, Packet{Kind: Hello, From: "x", Session: 1, Ask: 5})
+	for range maxAnswers + 100 {
+		answers += len(s.give(0, b.addr, hello))
+	}
+	if answers == 0 || answers > maxAnswers {
+		t.Errorf("%d answers to strangers at once", answers)
+	}
+	long := strings.Repeat("x", MaxAddr)
+	for i := range MaxMembers - 2 {
+		if a.swim.Table.Merge(a.swim.Now, Record{Name: fmt.Sprintf("%060d", i), Session: 1, Addr: long, URL: long, Slot: NoSlot}) == nil {
+			t.Fatalf("refused %d", i)
+		}
+	}
+	told := map[string]bool{}
+	for range 2 * MaxMembers * 400 / maxChunks / plainLimit {
+		s.now += s.interval
+		out := s.give(0, b.addr, s.seal(1, Packet{Kind: News, To: a.name, Want: true}))
+		if len(out) > maxChunks {
+			t.Fatalf("%d packets in one exchange", len(out))
+		}
+		for _, d := range out {
+			for _, r := range s.peek(0, d.Data).Records {
+				told[r.Name] = true
+			}
+		}
+		if out := s.give(0, b.addr, s.seal(1, Packet{Kind: News, To: a.name, Want: true})); len(out) > 0 {
+			t.Fatalf("%d packets in a second exchange at once", len(out))
+		}
+	}
+	if len(told) != MaxMembers {
+		t.Errorf("%d of %d members are told of", len(told), MaxMembers)
+	}
+	var table Table
+	if table.Merge(0, Record{Name: "a", State: Left, Age: uint32(tombstoneLife / 2 / time.Second)}) != nil {
+		t.Error("a tombstone that is told no more is believed by one who did not know it")
 	}
 }
 
