@@ -1,10 +1,10 @@
 package main
 
-// The two kinds of record in a cluster's log: series, written once each, and
-// batches, one for each push. Both stand alone: neither needs the record before
-// it to be read, so that damage to one costs no other. (IDs are runs and times
-// are differences within the batch; repeating what the batch before said would
-// save about two bytes a sample and lose every later batch with one.) This file
+// The kinds of record in a cluster's log: series, written once each, batches, one for
+// each push, and up to which batch another server has all. Each stands alone: none
+// needs the record before it to be read, so that damage to one costs no other. (IDs are
+// runs and times are differences within the batch; repeating what the batch before said
+// would save about two bytes a sample and lose every later batch with one.) This file
 // must not know of files, clusters or limits.
 
 import (
@@ -19,6 +19,7 @@ import (
 const (
 	RecordSeries byte = 1
 	RecordBatch  byte = 2
+	RecordGone   byte = 3
 )
 
 // MaxSeriesID bounds the IDs that a record may name, and so what a table of
@@ -164,6 +165,19 @@ func DecodeSeries(payload []byte, each func(id uint32, line []byte) error) error
 		payload = payload[n+int(size):]
 	}
 	return nil
+}
+
+// EncodeGone appends the payload of a record that says that the batches up to a
+// sequence number are held elsewhere.
+func EncodeGone(buf []byte, upTo uint64) []byte { return binary.AppendUvarint(buf, upTo) }
+
+// DecodeGone reads what EncodeGone wrote.
+func DecodeGone(payload []byte) (upTo uint64, err error) {
+	upTo, n := binary.Uvarint(payload)
+	if n <= 0 || n != len(payload) || upTo > MaxSeq {
+		return 0, errRecord
+	}
+	return upTo, nil
 }
 
 // What a batch's record has beside its samples, in the low bits of their number.

@@ -49,6 +49,7 @@ type Cluster struct {
 	Accepted int64    // ms; of the newest push
 	Clock    SourceClock
 	begin    uint64 // Seq before the first batch
+	given    bool   // batches were dropped that another server has, and may hand back
 }
 
 // Handed is a batch as another server held it: its samples' times are shifted
@@ -219,11 +220,11 @@ func (c *Cluster) novel(b *Batch, entries []entry, res *AppendResult) []entry {
 			continue
 		}
 		lastT, lastV := c.Table.Newest(e.id)
-		if e.t == lastT {
+		if e.t == lastT && !c.given { // else it may be held no more
 			repeat(e, lastV)
 			continue
 		}
-		if e.t < lastT || shifted {
+		if e.t <= lastT || shifted {
 			late[key{e.id, e.t}], times[e.t] = e.v, true
 		}
 		out = append(out, e)
@@ -375,7 +376,7 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
 // no sample left, which renumbers the others. c may be read meanwhile, and stays as
 // it is.
 func (c *Cluster) Compact(more []*Batch, oldest int64) Cluster {
-	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock}
+	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock, given: c.given}
 	var held []*Batch
 	for _, b := range c.Batches {
 		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 {
@@ -546,8 +547,10 @@ func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (
 	return entries, to, true
 }
 
-// Drop drops batches up to a sequence number and returns the samples dropped.
+// Drop drops batches up to a sequence number, which another server has, and returns
+// the samples dropped.
 func (c *Cluster) Drop(upTo uint64) int64 {
+	c.given = true
 	before := c.Samples()
 	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool { return b.Seq <= upTo })
 	return before - c.Samples()

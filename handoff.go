@@ -45,7 +45,8 @@ type HandoffConfig struct {
 
 // Handoff hands clusters over. It is safe for concurrent use.
 type Handoff struct {
-	cfg HandoffConfig
+	cfg   HandoffConfig
+	chunk int // handoffChunk
 
 	mu      sync.Mutex // guards the rest
 	leaving bool
@@ -79,7 +80,7 @@ type handoffOwner struct {
 func NewHandoff(cfg HandoffConfig) *Handoff {
 	m := cfg.Metrics
 	h := &Handoff{
-		cfg: cfg, ring: NewRing(nil, 0), done: map[string]handoffDone{},
+		cfg: cfg, chunk: handoffChunk, ring: NewRing(nil, 0), done: map[string]handoffDone{},
 		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{},
 		clusters:  m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
 		samples:   m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
@@ -423,7 +424,7 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (b
 		n := 0
 		oldest := h.cfg.Store.Oldest()
 		known := h.cfg.Store.Look(c.ID, func(held *Cluster) {
-			chunk, upTo, n = AppendBatches(nil, held, oldest, handoffChunk, func(b *Batch) []uint64 {
+			chunk, upTo, n = AppendBatches(nil, held, oldest, h.chunk, func(b *Batch) []uint64 {
 				return h.cfg.Store.Consumers.Have(c.Hash, b)
 			})
 		})
@@ -434,11 +435,10 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (b
 		err = h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk})
 		if err == nil {
 			h.taken(to, c.ID)
-			h.cfg.Store.Drop(c.ID, upTo, oldest)
 			h.samples.Add(float64(n))
 			h.bytes.Add(float64(len(chunk)))
 			bytes += len(chunk)
-			done, err = h.cfg.Store.Release(ctx, c.ID, upTo)
+			done, err = h.cfg.Store.Release(ctx, c.ID, upTo, oldest)
 		}
 		goOn := idle(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) // also after a refusal
 		switch {

@@ -204,8 +204,7 @@ func TestHandoffLeaveCountsRefused(t *testing.T) {
 		r.run()
 		wait(time.Second)
 		seq := uint64(1 << 60)
-		r.store.Drop(gone, seq, r.store.Oldest())
-		if done, err := r.store.Release(t.Context(), gone, seq); err != nil || !done {
+		if done, err := r.store.Release(t.Context(), gone, seq, r.store.Oldest()); err != nil || !done {
 			t.Fatal(done, err)
 		}
 		r.h.Leave(t.Context())

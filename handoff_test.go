@@ -2,8 +2,8 @@ package main
 
 // handoff_test.go: clusters find their owner, whatever comes in between: a model of
 // two and three servers, with the real store, cursors and handoff in virtual time,
-// pushes and scrapes at any moment, messages and answers lost, crashes, and views of
-// the ring that differ for a while.
+// pushes and scrapes at any moment, clusters in one piece or many, messages and answers
+// lost, crashes, also between two pieces, and views of the ring that differ for a while.
 
 import (
 	"context"
@@ -66,6 +66,13 @@ func (n *handNode) start() {
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Metrics: NewMetrics(),
 		Send: func(ctx context.Context, to Peer, msg HandoffMessage) error { return n.m.send(n, to, msg) },
 	})
+	n.handoff.chunk = 1 << n.m.rng.IntN(12) // from a batch in each message to all in one
+}
+
+func (n *handNode) crash() {
+	n.m.note("%s crashes", n.name)
+	n.fsys.crash()
+	n.up = false
 }
 
 func (m *handModel) send(from *handNode, to Peer, msg HandoffMessage) error {
@@ -73,7 +80,7 @@ func (m *handModel) send(from *handNode, to Peer, msg HandoffMessage) error {
 		if n.name != to.Name {
 			continue
 		}
-		if !n.up || n.leaving || n.session != to.Session || m.lost() {
+		if !from.up || !n.up || n.leaving || n.session != to.Session || m.lost() {
 			return errLost
 		}
 		m.meanwhile(from, n)
@@ -81,6 +88,12 @@ func (m *handModel) send(from *handNode, to Peer, msg HandoffMessage) error {
 		m.note("%s to %s: %q on %x: %v", from.name, to.Name, msg.Cluster, msg.Ring, err)
 		m.meanwhile(from, n)
 		if m.lost() {
+			switch m.rng.IntN(4) { // or it is the answer alone that is lost
+			case 0:
+				n.crash()
+			case 1:
+				from.crash()
+			}
 			return errLost
 		}
 		if err != nil && !errors.Is(err, ErrNotOwner) {
@@ -104,6 +117,8 @@ func (m *handModel) meanwhile(nodes ...*handNode) {
 			m.scrape(n, fmt.Sprint("p", m.rng.IntN(2)))
 		case 2:
 			n.store.maintain(context.Background(), true)
+		case 3:
+			m.see(n)
 		}
 	}
 }
@@ -273,9 +288,7 @@ func (m *handModel) step() {
 		}
 	case k < 92:
 		if !m.calm && m.rng.IntN(2) == 0 {
-			m.note("%s crashes", n.name)
-			n.fsys.crash()
-			n.up = false
+			n.crash()
 		}
 	case k < 95:
 		for _, o := range m.nodes {

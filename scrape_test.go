@@ -486,7 +486,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 		s := k.open()
 		points := []point{{"x", 100, k.clock.ms(7100), 100}} // of no batch below: IDs change
 		k.push(s, "a", points...)
-		s.Drop("a", 1, s.Oldest())
+		s.clusters["a"].Drop(1, s.Oldest())
 		points = points[:0]
 		for i := range 10 {
 			ago := 10
@@ -557,8 +557,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 			t.Fatal(err)
 		}
 		if forgotten {
-			s.Drop("a", 3, s.Oldest())
-			if done, err := s.Release(context.Background(), "a", 3); !done || err != nil {
+			if done, err := s.Release(context.Background(), "a", 3, s.Oldest()); !done || err != nil {
 				t.Fatal(done, err)
 			}
 		}

@@ -357,6 +357,21 @@ func (c *Site) Compact(oldest int64, full bool) error {
 	return nil
 }
 
+// Give drops the batches up to a sequence number, which another server has but for what
+// is older than oldest, and has the log say so. Without that they would come back at the
+// next start, below the cursors of consumers that had read on after them. Where the disk
+// is full it goes on, for that is what makes room.
+func (c *Site) Give(upTo uint64, oldest int64) error {
+	if c.log != nil && !c.log.Broken() {
+		frame := AppendRecord(nil, RecordGone, EncodeGone(nil, upTo))
+		if err := c.resize(func() error { return c.log.Append(frame) }); err != nil && !errors.Is(err, ErrFull) {
+			return err
+		}
+	}
+	c.Drop(upTo, oldest)
+	return nil
+}
+
 // Drop drops the batches up to a sequence number, which another server has but for what
 // is older than oldest.
 func (c *Site) Drop(upTo uint64, oldest int64) {

@@ -191,6 +191,10 @@ func (s *Store) recoverLog(path string) error {
 				err = held.Adopt(b, oldest)
 			}
 			return err
+		case RecordGone:
+			upTo, err := DecodeGone(payload)
+			held.Drop(upTo)
+			return err
 		}
 		return fmt.Errorf("unknown kind of record %d", kind)
 	})
@@ -527,21 +531,10 @@ func (s *Store) Look(id string, f func(held *Cluster)) bool {
 	return c != nil
 }
 
-// Drop drops the batches of a cluster up to a sequence number, which another server
-// has durable but for what is older than oldest. A crash may bring them back, until
-// Release.
-func (s *Store) Drop(id string, upTo uint64, oldest int64) {
-	s.mu.RLock()
-	c := s.clusters[id]
-	s.mu.RUnlock()
-	if c != nil {
-		c.Drop(upTo, oldest)
-	}
-}
-
-// Release forgets a cluster, and its log, if nothing newer than a sequence number
-// came meanwhile; done tells. What is dropped is then gone for good.
-func (s *Store) Release(ctx context.Context, id string, upTo uint64) (done bool, err error) {
+// Release drops the batches of a cluster up to a sequence number, which another server
+// has durable but for what is older than oldest. If nothing newer came meanwhile the
+// cluster is forgotten, and its log; done tells.
+func (s *Store) Release(ctx context.Context, id string, upTo uint64, oldest int64) (done bool, err error) {
 	s.mu.RLock()
 	c := s.clusters[id]
 	s.mu.RUnlock()
@@ -555,10 +548,14 @@ func (s *Store) Release(ctx context.Context, id string, upTo uint64) (done bool,
 	if c.Gone {
 		return true, nil
 	}
-	c.Look(func(held *Cluster) { done = held.Seq <= upTo && len(held.Batches) == 0 })
+	c.Look(func(held *Cluster) { done = held.Seq <= upTo })
 	if !done {
+		if err := c.Give(upTo, oldest); err != nil {
+			return false, fmt.Errorf("noting what was handed over: %w", err)
+		}
 		return false, nil
 	}
+	c.Drop(upTo, oldest)
 	if err := c.Remove(); err != nil {
 		return false, fmt.Errorf("removing the log of a cluster that was handed over: %w", err)
 	}

@@ -692,7 +692,7 @@ func TestStoreCountsExpired(t *testing.T) {
 		{"expiry", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return nil }},
 		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.Oldest()) }},
 		{"both", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return c.Rewrite(nil, s.Oldest()) }},
-		{"handoff", func(s *Store, c *Site) error { s.Drop(c.ID, 4, s.Oldest()); return nil }},
+		{"handoff", func(s *Store, c *Site) error { return c.Give(4, s.Oldest()) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			k := newStoreKit(t, newStoreFS(1))
