@@ -38,6 +38,9 @@ const (
 // than a limit.
 var ErrTooLarge = errors.New("too large")
 
+// ErrPushSize is the ErrTooLarge of a push as a whole, which a limit of the push raises.
+var ErrPushSize = fmt.Errorf("%w", ErrTooLarge)
+
 // Label is a name and its unescaped value.
 type Label struct{ Name, Value []byte }
 
@@ -112,7 +115,7 @@ func (p *Push) Add(r *RawSample) error {
 		}
 	}
 	if p.MaxSamples > 0 && len(p.Samples) >= p.MaxSamples {
-		return fmt.Errorf("%w: more than %d samples", ErrTooLarge, p.MaxSamples)
+		return fmt.Errorf("%w: more than %d samples", ErrPushSize, p.MaxSamples)
 	}
 	tooLong := func(n int) error {
 		return fmt.Errorf("%w: a series of %d bytes; at most %d", ErrTooLarge, n, MaxLine)
@@ -128,7 +131,7 @@ func (p *Push) Add(r *RawSample) error {
 		if n > MaxLine {
 			return tooLong(n)
 		}
-		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrTooLarge, p.MaxBytes)
+		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrPushSize, p.MaxBytes)
 	}
 	v := r.V
 	if v != v {

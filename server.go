@@ -33,6 +33,7 @@ const (
 	maxUploads     = 256              // in flight, each holding a body
 	sampleBytes    = 24               // of a Sample
 	maxPending     = 512 << 20        // bytes of decoded pushes that wait to be stored
+	maxWorkspace   = 1 << 20          // bytes of one that is kept for the next push
 	uploadWait     = 30 * time.Second // for an earlier push or a busy disk
 	maxReason      = 1 << 10          // bytes said of a refused push: an error can quote all that was sent
 )
@@ -82,12 +83,14 @@ type Server struct {
 	federate *Federate
 }
 
-// workspace is the memory that decoding a push takes, reused. It can grow to
-// many times the body's, so only who holds a slot of decoding has one.
+// workspace is the memory that decoding a push takes, reused unless it has grown: a
+// push that waits to be stored keeps it, and only what the push itself takes of it is
+// counted.
 type workspace struct {
 	decompressor Decompressor
 	decoder      Decoder
 	push         Push
+	size         int // bytes, of what can grow
 }
 
 // NewServer returns a Server that is not ready and has no keys: see Reload.
@@ -460,12 +463,13 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 		return nil, overloaded("the server is too busy to decode the push")
 	}
 	ws := s.workspaces.Get().(*workspace)
-	defer s.workspaces.Put(ws)
+	defer func() {
+		if ws.size <= maxWorkspace {
+			s.workspaces.Put(ws)
+		}
+	}()
 	d, ref := s.decode(ws, *body, t, format, encoding, now)
 	ws.push.Clock = clock
-	// Given back before the push is stored: an owner or a disk that does not answer
-	// must not keep other sites waiting.
-	<-s.decoding
 	if ref != nil {
 		return nil, ref
 	}
@@ -537,9 +541,13 @@ type readPush struct {
 }
 
 // decode decodes and normalizes a body into ws.push. Samples without a time get now.
+// It gives back a slot of decoding, before the push is stored: an owner or a disk that
+// does not answer must not keep other sites waiting.
 func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, encoding string, now int64) (*readPush, *refusal) {
+	defer func() { <-s.decoding }()
 	limit := DecodedFactor * int(s.cfg.LimitBytes)
 	body, over, err := ws.decompressor.Decompress(sent, encoding, limit)
+	defer func() { ws.size = cap(body) + cap(ws.push.Arena) + cap(ws.push.Samples)*sampleBytes }()
 	if err != nil {
 		return nil, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
 	}
@@ -570,6 +578,8 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 		return ws.push.Add(r)
 	})
 	switch {
+	case errors.Is(err, ErrPushSize):
+		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error() + "; the server's --limit-bytes raises that", 0}
 	case errors.Is(err, ErrTooLarge):
 		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error(), 0}
 	case err != nil:

@@ -398,6 +398,7 @@ func TestAnswers(t *testing.T) {
 		{"large in chunks", srvRequest{method: "POST", url: "/upload", token: upload, body: big, chunked: true}, 413, nil, []string{"4096 bytes", "--limit-bytes"}},
 		{"large in gzip", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: append(srvGzip([]byte("x 1\n")), make([]byte, 4096)...)}, 413, nil, []string{"--limit-bytes"}},
 		{"bomb", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: srvGzip(make([]byte, 1<<20))}, 413, nil, []string{"32768 bytes", "--limit-bytes"}},
+		{"too many samples", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: srvGzip([]byte(strings.Repeat("a 1\n", 2049)))}, 413, nil, []string{"2048 samples", "line 2049", "--limit-bytes"}},
 		{"too many series", srvRequest{method: "POST", url: "/upload", token: upload, body: many(101)}, 413, nil, []string{"too many series", "100", "--limit-series"}},
 		{"too many labels", srvRequest{method: "POST", url: "/upload", token: upload, body: []byte("m{" + strings.Repeat(`a="",`, 200) + "} 1\n")}, 413, nil, []string{"128 labels", "line 1"}},
 

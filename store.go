@@ -171,7 +171,7 @@ func (s *Store) recover() error {
 		}
 	}
 	s.full = time.Time{}
-	_ = s.makeRoom(0) // what is wanted or shown stays, even beyond the limit
+	_ = s.makeRoom(nil, 0) // what is wanted or shown stays, even beyond the limit
 	return nil
 }
 
@@ -237,7 +237,7 @@ func (s *Store) recoverLog(path string) error {
 	if err := c.Mend(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
 	}
-	_ = s.makeRoom(0) // not only when all is read
+	_ = s.makeRoom(nil, 0) // not only when all is read
 	return nil
 }
 
@@ -312,7 +312,7 @@ func (s *Store) AppendAll(ctx context.Context, id string, pushes []Appending) (A
 		return AppendResult{}, err
 	}
 	defer s.release(c)
-	return c.Append(pushes, s.cfg.Now(), s.cfg.Retention, s.cfg.LimitSeries, s.makeRoom)
+	return c.Append(pushes, s.cfg.Now(), s.cfg.Retention, s.cfg.LimitSeries, func(n int) error { return s.makeRoom(c, n) })
 }
 
 // oldestFirst is a heap of clusters by when they got their oldest batch.
@@ -338,30 +338,54 @@ func headOf(c *Site) (at int64) {
 	return at
 }
 
-// makeRoom makes room for n samples under the limit. It evicts batches, oldest
-// first, that every consumer has had and no scrape shows any more; if that is not
-// enough, it is ErrFull.
-func (s *Store) makeRoom(n int) error {
+// most returns how many samples may be held in all when c, if not nil, is to take n
+// more: one that would have more than its share leaves an eighth to the others, whom it
+// could else keep out for as long as retention.
+func (s *Store) most(c *Site, n int) int64 {
 	limit := int64(s.cfg.LimitSamples)
-	fits := func() bool { return limit == 0 || s.totals.Samples.Load()+int64(n) <= limit }
-	if fits() {
+	spare := limit / 8
+	if c == nil || s.totals.Samples.Load()+int64(n) <= limit-spare {
+		return limit
+	}
+	s.mu.RLock()
+	clusters := int64(len(s.clusters))
+	s.mu.RUnlock()
+	held := int64(n)
+	c.Look(func(h *Cluster) { held += h.Samples() })
+	if clusters > 1 && held > limit/clusters {
+		limit -= spare
+	}
+	return limit
+}
+
+// makeRoom makes room under the limit for n samples of c, or for none. It evicts
+// batches, oldest first, that every consumer has had and no scrape shows any more; if
+// that is not enough, it is ErrFull.
+func (s *Store) makeRoom(c *Site, n int) error {
+	if s.cfg.LimitSamples == 0 {
 		return nil
 	}
-	if int64(n) > limit { // which no eviction would help
-		return fmt.Errorf("%w: a push of %d samples, the limit is %d", ErrFull, n, limit)
+	if n > s.cfg.LimitSamples { // which no eviction would help
+		return fmt.Errorf("%w: a push of %d samples, the limit is %d", ErrFull, n, s.cfg.LimitSamples)
+	}
+	most := s.most(c, n)
+	fits := func() bool { return s.totals.Samples.Load()+int64(n) <= most }
+	if fits() {
+		return nil
 	}
 	s.room.Lock()
 	defer s.room.Unlock()
 	now := s.cfg.Now()
 	// What could not go a moment ago is not looked through again for every push.
 	if since := now.Sub(s.full); !fits() && (since < 0 || since >= roomPause) {
-		s.evict(limit-int64(n)-limit/64, now) // some more, so that not every push has to
+		s.evict(most-int64(n)-most/64, now) // some more, so that not every push has to
 		if !fits() {
 			s.full = now
 		}
 	}
 	if !fits() {
-		return fmt.Errorf("%w: %d samples are held, the limit is %d", ErrFull, s.totals.Samples.Load(), limit)
+		return fmt.Errorf("%w: %d samples are held; the limit is %d, and %d for a cluster ID that has more than its share",
+			ErrFull, s.totals.Samples.Load(), s.cfg.LimitSamples, s.cfg.LimitSamples-s.cfg.LimitSamples/8)
 	}
 	return nil
 }

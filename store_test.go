@@ -823,7 +823,7 @@ func TestStoreSampleLimit(t *testing.T) {
 			}
 		}
 		held := allHeld(t, s)
-		if len(held) < 60 {
+		if len(held) < 64-64/8 { // both have their share, and leave no more than that to others
 			t.Errorf("%d samples held", len(held))
 		}
 		for _, id := range []string{"a", "b"} { // oldest first: all are of the last quarter of an hour
@@ -902,7 +902,7 @@ func TestStoreMakesRoom(t *testing.T) {
 	}
 	for s.totals.Samples.Load() > 600 {
 		before := allHeld(t, s)
-		if err := s.makeRoom(100); err != nil {
+		if err := s.makeRoom(nil, 100); err != nil {
 			t.Fatal(err)
 		}
 		after := allHeld(t, s)
@@ -917,7 +917,7 @@ func TestStoreMakesRoom(t *testing.T) {
 		}
 		s.cfg.LimitSamples = int(s.totals.Samples.Load())
 	}
-	if err := s.makeRoom(400); !errors.Is(err, ErrFull) {
+	if err := s.makeRoom(nil, 400); !errors.Is(err, ErrFull) {
 		t.Errorf("what is wanted goes: %v", err)
 	}
 	if n := len(allHeld(t, s)); n != 500 {
@@ -926,13 +926,49 @@ func TestStoreMakesRoom(t *testing.T) {
 	// That is not tried again at every push, but is when it may have changed.
 	confirm(t, s.Consumers, "slow", k.clock.Now(), map[uint64]uint64{RingKey("c1"): s.clusters["c1"].held.Seq})
 	s.cfg.LimitSamples = 500
-	if err := s.makeRoom(1); !errors.Is(err, ErrFull) {
+	if err := s.makeRoom(nil, 1); !errors.Is(err, ErrFull) {
 		t.Errorf("tried again at once: %v", err)
 	}
 	k.clock.Add(roomPause)
-	if err := s.makeRoom(1); err != nil || s.totals.Samples.Load() >= 500 {
+	if err := s.makeRoom(nil, 1); err != nil || s.totals.Samples.Load() >= 500 {
 		t.Errorf("%d samples are held, %v", s.totals.Samples.Load(), err)
 	}
+}
+
+// One cluster that has more than its share leaves the others an eighth of the limit, of
+// which each may have its share.
+func TestStoreSharesRoom(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitSamples = 800
+	s := k.open()
+	for i := range 9 {
+		k.push(s, fmt.Sprint("small-", i), point{"m", 1, k.clock.ms(0), 1})
+	}
+	flood := func(id string) (taken int) {
+		for i := range 1000 {
+			res, err := s.Append(context.Background(), id, storePush(id, point{"m", i, k.clock.ms(0), 1}))
+			if taken += res.Accepted; err != nil {
+				if !errors.Is(err, ErrFull) {
+					t.Fatal(err)
+				}
+				break
+			}
+		}
+		return taken
+	}
+	if n := flood("large"); n != 700-9 {
+		t.Errorf("one cluster got %d of 800", n)
+	}
+	if n := flood("small-0"); n != 80-1 { // its share
+		t.Errorf("another got %d more", n)
+	}
+	if n := flood("large"); n != 0 {
+		t.Errorf("and the first %d more", n)
+	}
+	if n := flood("new"); n != 800-700-79 {
+		t.Errorf("a new one got %d", n)
+	}
+	allHeld(t, s)
 }
 
 // When nothing can go, finding that out takes time in proportion to the clusters.
@@ -955,7 +991,7 @@ func BenchmarkMakeRoom(b *testing.B) {
 					k.clock.Add(2 * k.cfg.MaxSampleAge)
 					s.cfg.LimitSamples = max(1, int(s.totals.Samples.Load())-clusters/2)
 					b.StartTimer()
-					if err := s.makeRoom(1); (err != nil) != wanted {
+					if err := s.makeRoom(nil, 1); (err != nil) != wanted {
 						b.Fatal(err)
 					}
 				}
