@@ -737,7 +737,18 @@ func TestClientDiskFull(t *testing.T) {
 		if strings.Count(log.String(), "spool failed") != 1 || strings.Count(log.String(), "spool works again") != 1 {
 			t.Errorf("log:\n%s", log)
 		}
+		if n := c.spool.Stats().InMemory; n != 0 {
+			t.Errorf("%d scrapes still in memory when the disk works", n)
+		}
 		// At the end, what is in memory only gets one more attempt.
+		disk.mu.Lock()
+		disk.hook = failOn("write", "", 0, errFull)
+		disk.mu.Unlock()
+		time.Sleep(4 * time.Minute)
+		synctest.Wait()
+		disk.mu.Lock()
+		disk.hook = nil
+		disk.mu.Unlock()
 		down.Store(false)
 		cancel()
 		if err := <-ended; err != nil {

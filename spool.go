@@ -41,6 +41,7 @@ const (
 	maxSpoolAside = 16              // files of both kinds kept
 	spoolBlock    = 4096            // a file takes a multiple of it
 	spoolMemory   = 16 << 20        // bytes kept in memory while the disk fails
+	maxWriteBack  = 8               // of these scrapes, put on disk with each that follows
 	spoolOnlyMem  = 64 << 20        // bytes kept in memory without a directory
 	spoolPerEntry = 256             // bytes of memory beside the gzip
 	spoolFrame    = 64              // bytes at most of a file beside its payload and identity
@@ -340,8 +341,8 @@ func (s *Spool) read(seq uint64, text bool) (e spoolEntry, identity string, err 
 func blocks(size int64) int64 { return (size + spoolBlock - 1) / spoolBlock * spoolBlock }
 
 // Add holds a scrape: durably, unless it returns an error, which is that of the
-// disk; then it is held in memory. The oldest scrapes are dropped as the limits
-// ask for it.
+// disk; then it is held in memory, until the disk works again. The oldest scrapes are
+// dropped as the limits ask for it.
 func (s *Spool) Add(sc Scrape) error {
 	if err := sc.check(); err != nil {
 		s.cfg.OnDrop(DropSpoolDamaged, 1, sc.Samples)
@@ -353,7 +354,7 @@ func (s *Spool) Add(sc Scrape) error {
 	var err error
 	if s.cfg.Dir != "" {
 		payload := appendScrape(nil, &sc)
-		if !s.makeRoom(blocks(int64(len(payload)+len(s.cfg.Cluster)+spoolFrame)), false) {
+		if !s.makeRoom(s.fileBytes(payload), false) {
 			s.cfg.OnDrop(DropSpoolFull, 1, sc.Samples)
 			return nil
 		}
@@ -369,10 +370,48 @@ func (s *Spool) Add(sc Scrape) error {
 		}
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.entries = append(s.entries, e)
 	s.count(&e, 1)
+	s.mu.Unlock()
+	if !e.inMemory() {
+		s.writeBack()
+	}
 	return err
+}
+
+// writeBack puts on disk what is in memory since the disk failed, oldest first: some of
+// it, so that a scrape does not wait for all. What cannot be written stays in memory.
+func (s *Spool) writeBack() {
+	for range maxWriteBack {
+		s.mu.Lock()
+		i := slices.IndexFunc(s.entries, func(e spoolEntry) bool { return e.inMemory() })
+		if i < 0 {
+			s.mu.Unlock()
+			return
+		}
+		e, room := s.entries[i], s.cfg.Limit-s.disk
+		s.mu.Unlock()
+		payload := appendScrape(nil, &e.Scrape)
+		if s.fileBytes(payload) > room { // what is newer is not dropped for it
+			return
+		}
+		cost, err := s.write(e.seq, payload)
+		if err != nil {
+			return // the next Add tells of it
+		}
+		s.mu.Lock()
+		i = slices.IndexFunc(s.entries, func(o spoolEntry) bool { return o.seq == e.seq })
+		if i >= 0 {
+			s.count(&s.entries[i], -1)
+			s.entries[i].Gzip, s.entries[i].cost = nil, cost
+			s.count(&s.entries[i], 1)
+		}
+		s.mu.Unlock()
+		if i < 0 { // it went meanwhile
+			s.remove([]spoolEntry{e})
+			return
+		}
+	}
 }
 
 // count adds an entry's cost to the sums, or takes it off. s.mu is held.
@@ -382,6 +421,11 @@ func (s *Spool) count(e *spoolEntry, sign int64) {
 	} else {
 		s.disk += sign * e.cost
 	}
+}
+
+// fileBytes is what a file takes, at most.
+func (s *Spool) fileBytes(payload []byte) int64 {
+	return blocks(int64(len(payload) + len(s.cfg.Cluster) + spoolFrame))
 }
 
 func (s *Spool) write(seq uint64, payload []byte) (cost int64, err error) {

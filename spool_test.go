@@ -255,17 +255,17 @@ func TestSpoolDiskFull(t *testing.T) {
 		}
 	}
 	r.fs.hook = nil
-	r.mustAdd(4)
-	if st := r.spool.Stats(); st.Scrapes != 4 || st.InMemory != 2 {
+	if st := r.spool.Stats(); st.Scrapes != 3 || st.InMemory != 2 {
 		t.Errorf("got %+v", st)
 	}
-	r.expect("in order, from disk and memory", numbers(t, r.spool.Next(noLimits)), []int{1, 2, 3, 4})
+	r.expect("in order, from disk and memory", numbers(t, r.spool.Next(noLimits)), []int{1, 2, 3})
+	r.spool.Release()
 	if err := r.spool.Close(); err != nil {
 		t.Error(err)
 	}
 	r.fs.crash()
 	r.open()
-	r.expect("Close wrote what was in memory", r.drain(noLimits), [][]int{{1, 2, 3, 4}})
+	r.expect("Close wrote what was in memory", r.drain(noLimits), [][]int{{1, 2, 3}})
 
 	// Memory is bounded while the disk is full: the oldest of it go.
 	r = newSpoolRig(t, nil)
@@ -285,6 +285,74 @@ func TestSpoolDiskFull(t *testing.T) {
 	if err := r.spool.Close(); !errors.Is(err, errFull) || r.dropped[DropSpoolClosed] != fit {
 		t.Errorf("closing: %v, dropped %v", err, r.dropped)
 	}
+}
+
+// When the disk works again, what was held in memory meanwhile is written: some of it
+// with each scrape, and never at the cost of what is newer. What a server gets in the
+// middle of that is not left behind.
+func TestSpoolWritesBack(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	n := 0
+	fail := func(scrapes int) {
+		r.fs.hook = failOn("write", "", 0, errFull)
+		for range scrapes {
+			if n++; r.add(n) == nil {
+				t.Error("no error")
+			}
+		}
+		r.fs.hook = nil
+	}
+	inMemory := func(want int) {
+		t.Helper()
+		if st := r.spool.Stats(); st.InMemory != want || st.Scrapes != n {
+			t.Errorf("%+v, want %d in memory of %d", st, want, n)
+		}
+	}
+	fail(maxWriteBack + 2)
+	inMemory(n)
+	for _, left := range []int{2, 0} {
+		n++
+		r.mustAdd(n)
+		inMemory(left)
+	}
+	var want []int
+	for i := range n {
+		want = append(want, i+1)
+	}
+	r.fs.crash()
+	r.open()
+	r.expect("after a crash", r.drain(noLimits), [][]int{want})
+	if st := r.spool.Stats(); st.Bytes != 0 {
+		t.Errorf("accounts: %+v", st)
+	}
+
+	r = newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 2 * spoolBlock })
+	n = 0
+	fail(2)
+	n++
+	r.mustAdd(n)
+	inMemory(1) // no room on disk for another
+	r.expect("all", r.drain(noLimits), [][]int{{1, 2, 3}})
+
+	r = newSpoolRig(t, nil)
+	n = 0
+	fail(1)
+	gone := 0
+	r.fs.hook = func(_ int, op, path string) fault {
+		if op == "rename" && strings.Contains(path, spoolName(1)) && gone == 0 {
+			r.spool.Next(PushLimits{1, 1, 1})
+			gone = len(r.spool.take(0, 1)) // as Remove does, which has then removed no file
+		}
+		return fault{}
+	}
+	r.mustAdd(2)
+	r.fs.hook = nil
+	if gone != 1 {
+		t.Fatal("nothing was written back")
+	}
+	r.fs.crash()
+	r.open()
+	r.expect("what went meanwhile does not come back", r.drain(noLimits), [][]int{{2}})
 }
 
 func TestSpoolInMemory(t *testing.T) {
