@@ -76,6 +76,7 @@ type Client struct {
 	spoolFailing  bool // the last scrape could not be put on disk
 	sourceFailing int  // scrapes that failed since the last good one
 	sourceLogged  time.Time
+	skew          int64 // ms; see sourceSkew
 
 	mu           sync.Mutex // guards the rest
 	dropLogged   time.Time
@@ -408,7 +409,8 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 	}
 	defer resp.Body.Close()
 	got := &Scraped{At: c.moment()}
-	skew := sourceSkew(resp.Header.Get("Date"), got.At.Wall)
+	c.skew = sourceSkew(resp.Header.Get("Date"), got.At.Wall, c.skew)
+	skew := c.skew
 	got.Source = max(0, got.At.Wall+skew)
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("scraping %s: it answered %s", u.Redacted(), Answer(resp))
@@ -457,18 +459,20 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 	return got, nil
 }
 
-// sourceSkew returns by how many ms the source's clock is ahead of this one's:
-// 0 if its Date says less than what truncation to seconds and the way here make
-// of equal clocks, or says nothing.
-func sourceSkew(date string, wall int64) int64 {
+// sourceSkew returns by how many ms the source's clock is ahead of this one's: as
+// before, unless its Date differs from that by more than truncation to seconds and the
+// way here make of clocks that go alike; 0 if it says nothing. So the times of samples
+// that have none do not jump to and fro with what is truncated.
+func sourceSkew(date string, wall, before int64) int64 {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {
 		return 0
 	}
-	if skew := t.UnixMilli() - wall; max(skew, -skew) > sourceSlack.Milliseconds() {
+	skew := t.UnixMilli() - wall
+	if changed := skew - before; max(changed, -changed) > sourceSlack.Milliseconds() {
 		return skew
 	}
-	return 0
+	return before
 }
 
 // Text appends what is pushed of some samples of p, before compression.

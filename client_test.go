@@ -611,3 +611,44 @@ func TestClientBadSource(t *testing.T) {
 		}
 	}
 }
+
+func TestSourceSkew(t *testing.T) {
+	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
+	for date, want := range map[string]int64{
+		"":                              0,
+		"yesterday":                     0,
+		"Thu, 01 Jan 1960 00:00:00 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:20 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:19 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:22 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:18 GMT": -2500,
+		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
+		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
+	} {
+		if got := sourceSkew(date, wall, 0); got != want {
+			t.Errorf("%q: %d ms, want %d", date, got, want)
+		}
+	}
+	// Of a clock that goes alike it stays as it is, wherever in its second the source
+	// answers; what makes a step is followed.
+	for _, offset := range []int64{0, 1999, 2000, 2500, -1500, 3600_000, -3600_000} {
+		skew, changes := int64(0), 0
+		for i := range int64(100) {
+			now := wall + i*1037
+			date := time.UnixMilli(now + offset).UTC().Format(http.TimeFormat)
+			got := sourceSkew(date, now, skew)
+			if got != skew {
+				changes++
+			}
+			if skew = got; skew < offset-3000 || skew > offset+3000 {
+				t.Errorf("%d ms ahead: taken for %d", offset, skew)
+			}
+		}
+		if changes > 1 {
+			t.Errorf("%d ms ahead: changed %d times", offset, changes)
+		}
+		if got := sourceSkew(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
+			t.Errorf("%d ms ahead: a step of a minute is taken for %d", offset, got)
+		}
+	}
+}

@@ -666,25 +666,6 @@ func TestClientStatesClocks(t *testing.T) {
 	})
 }
 
-func TestSourceSkew(t *testing.T) {
-	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
-	for date, want := range map[string]int64{
-		"":                              0,
-		"yesterday":                     0,
-		"Thu, 01 Jan 1960 00:00:00 GMT": 0,
-		"Tue, 14 Nov 2023 22:13:20 GMT": 0,
-		"Tue, 14 Nov 2023 22:13:19 GMT": 0,
-		"Tue, 14 Nov 2023 22:13:22 GMT": 0,
-		"Tue, 14 Nov 2023 22:13:18 GMT": -2500,
-		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
-		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
-	} {
-		if got := sourceSkew(date, wall); got != want {
-			t.Errorf("%q: %d ms, want %d", date, got, want)
-		}
-	}
-}
-
 // A wall clock that is slewed reaches the phase after the timer: no second scrape.
 func TestClientPhaseOfSlewedClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
