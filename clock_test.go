@@ -5,6 +5,7 @@ package main
 
 import (
 	"math"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"testing"
@@ -220,5 +221,131 @@ func TestSourceClockLearns(t *testing.T) {
 	c.Learn(s, 40)
 	if got, _ := c.Offset(); got != 3_600_000 {
 		t.Errorf("what was measured is overridden: %d", got)
+	}
+}
+
+// clockSite is a client with a source whose clock steps, seen from outside: what it
+// scraped and no server has confirmed, and what a push tells.
+type clockSite struct {
+	id           string
+	ahead        int64 // ms; of the source's clock before the truth
+	boot         uint64
+	booted       int64
+	scrapes      int // so far; each is one sample, of that value
+	times        []int64
+	spool        []clockScrape
+	acknowledged int
+}
+
+type clockScrape struct {
+	source, bootTime int64
+	boot             uint64
+	at               int64 // the truth
+	v                float64
+}
+
+func (c *clockSite) scrape(now int64) {
+	c.scrapes++
+	c.times = append(c.times, now)
+	c.spool = append(c.spool, clockScrape{now + c.ahead, now - c.booted, c.boot, now, float64(c.scrapes)})
+}
+
+// next returns the oldest scrapes that may travel together, as the spool has it.
+func (c *clockSite) next() (n int) {
+	for n < len(c.spool) && n < 20 {
+		a, b := c.spool[0], c.spool[n]
+		if a.boot != b.boot || !near(a.source-a.bootTime, b.source-b.bootTime, sameClock.Milliseconds()) {
+			break
+		}
+		n++
+	}
+	return n
+}
+
+// Whatever a site's clocks do, and however slow or repeated its pushes are, no sample of
+// it is there twice; while nothing of another site changes.
+func TestClocksOfTwoSites(t *testing.T) {
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 0))
+		k := newStoreKit(t, newStoreFS(seed))
+		s := k.open()
+		wrong, right := &clockSite{id: "wrong", boot: 1}, &clockSite{id: "right", boot: 1}
+		wrong.booted, right.booted = k.clock.ms(60), k.clock.ms(3600)
+		if rng.IntN(2) == 0 {
+			wrong.ahead = rng.Int64N(2*3600_000) - 3600_000
+		}
+		push := func(c *clockSite, slow int64) {
+			n := c.next()
+			if n == 0 {
+				return
+			}
+			sent := k.clock.ms(0)
+			k.clock.Add(time.Duration(slow) * time.Millisecond) // the head arrives late
+			newest := c.spool[n-1]
+			var points []point
+			for _, sc := range c.spool[:n] {
+				points = append(points, point{"m", 0, sc.source, sc.v})
+			}
+			p := storePush(c.id, points...)
+			var ok bool
+			if p.Clock, ok = NewScrapeClock(newest.source, newest.bootTime, newest.boot, sent-newest.at, k.clock.ms(0)); !ok {
+				t.Fatal("not a clock")
+			}
+			res, err := s.Append(t.Context(), c.id, p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c == right && res.Conflicts+res.TooOld+res.Future > 0 {
+				t.Errorf("seed %d: %+v", seed, res)
+			}
+			c.acknowledged += res.Accepted
+			if rng.IntN(4) > 0 { // else the answer is lost
+				c.spool = c.spool[n:]
+			}
+		}
+		for range 150 {
+			k.clock.Add(15 * time.Second)
+			now := k.clock.ms(0)
+			right.scrape(now)
+			push(right, 0)
+			wrong.scrape(now)
+			switch rng.IntN(40) {
+			case 0:
+				wrong.ahead += 3600_000
+			case 1:
+				wrong.ahead -= 3600_000
+			case 2:
+				wrong.boot++
+				wrong.booted = k.clock.ms(1)
+			case 3:
+				wrong.ahead += rng.Int64N(40_000) - 20_000 // as ntpd does after a while
+			case 4, 5, 6, 7:
+				continue // the path is down
+			}
+			slow := rng.Int64N(200)
+			if rng.IntN(10) == 0 {
+				slow = rng.Int64N(20_000)
+			}
+			push(wrong, slow)
+		}
+		for _, c := range []*clockSite{right, wrong} {
+			seen := map[float64]int{}
+			for key, v := range heldOf(t, s, c.id) {
+				if seen[v]++; seen[v] > 1 {
+					t.Errorf("seed %d: sample %v of %s is there twice", seed, v, c.id)
+				}
+				// Less than a minute is not shifted, and a push that took long is not known to have.
+				off, most := key.t-c.times[int(v)-1], clockTrust+clockStep
+				if c == right {
+					most = 0
+				}
+				if !near(off, 0, int64(most)) {
+					t.Errorf("seed %d: sample %v of %s is off by %d ms", seed, v, c.id, off)
+				}
+			}
+			if len(seen) != c.acknowledged {
+				t.Errorf("seed %d: %s: %d samples are there of %d accepted", seed, c.id, len(seen), c.acknowledged)
+			}
+		}
 	}
 }
