@@ -293,7 +293,8 @@ func FuzzConsumers(f *testing.F) {
 	})
 }
 
-// In memory only, nothing is gathered for a file that is not written.
+// In memory only, nothing is gathered for a file that is not written; nor is anything
+// for clusters that are held no more, or for connections without end.
 func TestConsumersMemoryOnly(t *testing.T) {
 	cs, err := OpenConsumers(nil, "", consumersNow)
 	if err != nil {
@@ -305,8 +306,15 @@ func TestConsumersMemoryOnly(t *testing.T) {
 		saveConsumers(t, cs)
 	}
 	for _, c := range cs.byKey {
-		if n := len(c.dirty) + len(c.cursors); n > 0 {
-			t.Errorf("%d cursors of clusters that are held no more", n)
+		n := len(c.dirty) + len(c.cursors)
+		for _, r := range c.conns {
+			n += len(r.pos) + len(r.sent)
+		}
+		if n > 0 {
+			t.Errorf("%d cursors and places of clusters that are held no more", n)
+		}
+		if len(c.conns) > maxReadings {
+			t.Errorf("%d connections are remembered", len(c.conns))
 		}
 	}
 }
@@ -392,4 +400,56 @@ func TestConsumersLimit(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What could not be saved is saved by the next call, and not in place of what is newer.
+func TestConsumersSaveFails(t *testing.T) {
+	fsys := newStoreFS(1)
+	cs := openConsumers(t, fsys, consumersNow, false)
+	confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 5, 2: 5, 3: 5})
+	saveConsumers(t, cs)
+	confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 6, 2: 6})
+	confirm(t, cs, "b", consumersNow, map[uint64]uint64{1: 9})
+	cs.Forget(3)
+	failed := 0
+	fsys.hook = func(_ int, op, _ string) fault {
+		if op != "write" {
+			return fault{} // what was half written is undone: the file is appended to again
+		}
+		failed++
+		confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 7})
+		return fault{Err: errDisk}
+	}
+	if err := cs.Save(); err == nil || failed != 1 || cs.log.Broken() {
+		t.Fatalf("saved, on a disk that fails: %v, %d writes", err, failed)
+	}
+	fsys.hook = nil
+	saveConsumers(t, cs)
+	fsys.crash()
+	want := map[string]map[uint64]uint64{"a": {1: 7, 2: 6}, "b": {1: 9}}
+	if got := cursorsOf(openConsumers(t, fsys, consumersNow, false)); !sameCursors(got, want) {
+		t.Errorf("after a restart: %v, want %v", got, want)
+	}
+}
+
+// A batch is wanted until each consumer has had it, here or at the server that had it
+// before.
+func TestConsumersWanted(t *testing.T) {
+	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+	key := func(name string) uint64 { return ConsumerKey(name, "::1", "") }
+	want := func(what string, b *Batch, wanted bool) {
+		t.Helper()
+		if got := cs.Wanted(1, b); got != wanted {
+			t.Errorf("%s: wanted %t", what, got)
+		}
+	}
+	want("by nobody", &Batch{Seq: 6}, false)
+	confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 5})
+	want("had here", &Batch{Seq: 5}, false)
+	want("not had", &Batch{Seq: 6}, true)
+	want("had elsewhere", &Batch{Seq: 6, Had: []uint64{key("a")}}, false)
+	want("had elsewhere by another", &Batch{Seq: 6, Had: []uint64{key("b")}}, true)
+	confirm(t, cs, "b", consumersNow, map[uint64]uint64{1: 6})
+	want("had here or elsewhere", &Batch{Seq: 6, Had: []uint64{key("a")}}, false)
+	want("had elsewhere by one of two", &Batch{Seq: 7, Had: []uint64{key("a")}}, true)
 }
