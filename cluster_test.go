@@ -408,3 +408,30 @@ func TestClusterCompactsRemains(t *testing.T) {
 		t.Errorf("%d batches, %d series, number %d", len(next.Batches), next.Table.Len(), next.Seq)
 	}
 }
+
+// A compaction changes nothing in what is known of the source's clock: the shift goes
+// on, and what was held under another one is recognized.
+func TestClusterCompactKeepsClock(t *testing.T) {
+	clock := newStoreClock()
+	c := NewCluster("a", maphash.MakeSeed())
+	for i, test := range []struct{ offset, shift int64 }{
+		{120_000, 120_000},
+		{123_000, 120_000}, // slower on its way
+		{110_000, 110_000}, // quicker: the shift changes
+	} {
+		p := storePush("a", point{"m", 1, clock.ms(157), 1}, point{"m", 1, clock.ms(150), 2})
+		p.Clock = ScrapeClock{Known: true, Offset: test.offset, Base: 1, Boot: 1}
+		want := AppendResult{Duplicates: 2}
+		if i == 0 {
+			want = AppendResult{Accepted: 2}
+		}
+		b, _, res, err := c.Prepare(p, nil, clock.Now(), time.Hour, 0)
+		if err != nil || res != want || b.Shift != test.shift {
+			t.Errorf("push %d: %+v, %v, shifted by %d; want %+v, %d", i, res, err, b.Shift, want, test.shift)
+		}
+		if len(b.V) > 0 {
+			c.Take(b)
+		}
+		c = c.Compact(nil, 0)
+	}
+}
