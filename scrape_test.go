@@ -394,6 +394,49 @@ func TestUnreadIsFair(t *testing.T) {
 	}
 }
 
+// With a limit below the number of clusters each has its turn, with what was not had
+// as with the newest again.
+func TestUnreadRotates(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	x := scraper(s, time.Hour)
+	conn := &Conn{}
+	push := func() {
+		k.clock.Add(time.Second)
+		for c := range 10 {
+			k.push(s, fmt.Sprint("c", c), point{"x", 1, k.clock.ms(0), 1})
+		}
+	}
+	scrape := func(limit int, seen map[string]int) {
+		r, _, err := s.Consumers.Begin(1, "c", "", conn, k.clock.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fams, _, _ := x.Unread(r, limit, false, nil)
+		for _, f := range fams {
+			for _, l := range f.Lines {
+				seen[string(l.Text)]++
+			}
+		}
+	}
+	unread, again := map[string]int{}, map[string]int{}
+	for range 40 {
+		push()
+		scrape(3, unread)
+	}
+	for range 2 {
+		scrape(0, map[string]int{})
+	}
+	for range 40 {
+		scrape(3, again)
+	}
+	for what, seen := range map[string]map[string]int{"not had": unread, "the newest again": again} {
+		if len(seen) != 10 || slices.Min(slices.Collect(maps.Values(seen))) < 5 {
+			t.Errorf("%s: 40 scrapes showed %v", what, seen)
+		}
+	}
+}
+
 func TestFairShare(t *testing.T) {
 	for _, test := range []struct {
 		wants       []int
