@@ -14,6 +14,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -363,5 +364,84 @@ func TestDroppedComesBack(t *testing.T) {
 	}
 	if _, err := DecodeBatches(handed, "x"); err != nil {
 		t.Errorf("handed over: %v", err)
+	}
+}
+
+// What is evicted while a log is rewritten does not come back with the new one.
+func TestRewriteMeetsEviction(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	var points []point
+	for i := range 3 {
+		points = append(points, point{"m", 1, k.clock.ms(100 - i), float64(i)})
+		k.push(s, "a", points[i])
+	}
+	c := s.clusters["a"]
+	evicted := int64(0)
+	fsys.hook = func(_ int, op, _ string) fault {
+		if op == "rename" {
+			n, _ := c.Evict(k.clock.ms(0))
+			evicted += n
+		}
+		return fault{}
+	}
+	if err := c.Take(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Rewrite(nil, s.Oldest()); err != nil || evicted != 1 {
+		t.Fatalf("%v, %d evicted", err, evicted)
+	}
+	c.Free()
+	wantHeld(t, "rewritten", allHeld(t, s), pushed("a", points[1:]...))
+}
+
+// Who waited for a cluster that was forgotten meanwhile leaves its next log alone.
+func TestForgottenMeanwhile(t *testing.T) {
+	for name, do := range map[string]func(s *Store) error{
+		"maintain": func(s *Store) error { s.maintain(context.Background(), true); return nil },
+		"release": func(s *Store) error {
+			_, err := s.Release(context.Background(), "a", math.MaxUint64, s.Oldest())
+			return err
+		},
+		"push": func(s *Store) error {
+			p := storePush("a", point{"m", 2, s.cfg.Now().UnixMilli(), 2})
+			_, err := s.Append(context.Background(), "a", p)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				fsys := newStoreFS(1)
+				k := newStoreKit(t, fsys)
+				s := k.open()
+				k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+				k.clock.Add(forgetAfter + time.Hour)
+				c, err := s.acquire(t.Context(), "a")
+				if err != nil {
+					t.Fatal(err)
+				}
+				done := make(chan error)
+				go func() { done <- do(s) }()
+				synctest.Wait() // it waits
+				c.Expire(s.Oldest())
+				if err := c.Remove(); err != nil {
+					t.Fatal(err)
+				}
+				s.forget(c)
+				k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+				c.Free()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				want := pushed("a", point{"m", 1, k.clock.ms(0), 1})
+				if name == "push" {
+					maps.Copy(want, pushed("a", point{"m", 2, k.clock.ms(0), 2}))
+				}
+				wantHeld(t, "held", allHeld(t, s), want)
+				fsys.crash()
+				wantHeld(t, "after a crash", allHeld(t, k.open()), want)
+			})
+		})
 	}
 }
