@@ -80,6 +80,7 @@ type sim struct {
 	bytes    int
 	events   []simSeen
 	tap      func(from, to int, data []byte)
+	cut      func(from, to int) bool // what is lost for certain; may be nil
 }
 
 type simSeen struct {
@@ -217,7 +218,7 @@ func (s *sim) send(from int, d Datagram) {
 	if s.tap != nil {
 		s.tap(from, to, data)
 	}
-	if s.nodes[from].group != s.nodes[to].group || s.rng.Float64() < s.loss {
+	if s.nodes[from].group != s.nodes[to].group || s.rng.Float64() < s.loss || s.cut != nil && s.cut(from, to) {
 		return
 	}
 	for range 1 + map[bool]int{true: 1}[s.rng.Float64() < s.double] {
