@@ -17,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -27,7 +28,8 @@ type forwardNode struct {
 	url   string
 	noted []string
 	pace  error
-	down  atomic.Bool // the network drops what comes
+	busy  atomic.Int64 // pushes that began and have not ended
+	down  atomic.Bool  // the network drops what comes
 	last  atomic.Pointer[http.Request]
 	body  atomic.Pointer[[]byte]
 }
@@ -59,9 +61,14 @@ func newForwardNode(t *testing.T, name string, keys Keys) *forwardNode {
 	n.store = store
 	n.Forward = NewForward(ForwardConfig{
 		Name: name, Store: store, Box: box, Client: HTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
-		Log:   slog.New(slog.DiscardHandler),
-		Begin: func(string) (time.Duration, error) { return 7 * time.Second, n.pace },
-		End:   func(string) {},
+		Log: slog.New(slog.DiscardHandler),
+		Begin: func(string) (time.Duration, error) {
+			if n.pace == nil {
+				n.busy.Add(1)
+			}
+			return 7 * time.Second, n.pace
+		},
+		End:   func(string) { n.busy.Add(-1) },
 		Noted: func(id string, note Note) { n.noted = append(n.noted, fmt.Sprint(id, note)) },
 	})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -167,6 +174,9 @@ func TestForward(t *testing.T) {
 	b.pace = nil
 	if heldAt(a, id) != 0 {
 		t.Error("a refused push is held here")
+	}
+	if n := b.busy.Load(); n != 0 {
+		t.Errorf("%d more pushes began at the owner than ended", n)
 	}
 
 	// A push is forwarded once: b, for which a is the owner by now, keeps it.
@@ -300,9 +310,12 @@ func TestForwardTrustsNobody(t *testing.T) {
 	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", clusterKeys(t, testKey(2)))
 	join(1, a, b, c)
 	id := ownedBy(t, a.Forward, "b")
+	earlier := &recordAnswer{next: a.cfg.Client.Transport}
+	a.cfg.Client.Transport = earlier
 	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 2), Note{}); err != nil {
 		t.Fatal(err)
 	}
+	a.cfg.Client.Transport = earlier.next
 	captured, body := b.last.Load(), *b.body.Load()
 	send := func(header string, body []byte) int {
 		rec := httptest.NewRecorder()
@@ -348,6 +361,7 @@ func TestForwardTrustsNobody(t *testing.T) {
 		"another's seal": func(w http.ResponseWriter, r *http.Request) {
 			w.Write(c.cfg.Box.Seal(nil, []byte("{}"), answerSeal, nil, 0))
 		},
+		"the owner's own answer to an earlier request": func(w http.ResponseWriter, r *http.Request) { w.Write(earlier.body) },
 		"a reflection": func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) },
 		"an answer to another request": func(w http.ResponseWriter, r *http.Request) {
 			w.Write(b.cfg.Box.Seal(nil, []byte("{}"), answerSeal, []byte("other"), 0))
@@ -370,6 +384,96 @@ func TestForwardTrustsNobody(t *testing.T) {
 	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 1), Note{}); err != nil || count("forged") != before+1 {
 		t.Errorf("a foreign body was taken (%v)", err)
 	}
+}
+
+// A member takes no more at once than it has memory for; the sender holds the push.
+func TestForwardOverloaded(t *testing.T) {
+	keys := clusterKeys(t, testKey(1))
+	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
+	join(1, a, b)
+	id := ownedBy(t, a.Forward, "b")
+	for range maxForwards {
+		b.received <- struct{}{}
+	}
+	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 2), Note{}); err != nil || heldAt(a, id) != 2 || b.taken.Value("overloaded") != 1 {
+		t.Errorf("%v, %d held, %v refused", err, heldAt(a, id), b.taken.Value("overloaded"))
+	}
+	<-b.received
+	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 3), Note{}); err != nil || heldAt(b, id) != 3 {
+		t.Errorf("with room again: %v, %d at the owner", err, heldAt(b, id))
+	}
+}
+
+// Of each sender every request counts once, and none of an earlier session.
+func TestForwardFresh(t *testing.T) {
+	f := newForwardNode(t, "a", clusterKeys(t, testKey(1))).Forward
+	for i, c := range []struct {
+		from           string
+		session, count uint64
+		want           bool
+	}{
+		{"b", 2, 1, true}, {"b", 2, 1, false}, {"b", 1, 2, false}, {"b", 2, 3, true}, {"b", 2, 2, true},
+		{"c", 1, 1, true}, {"b", 3, 1, true}, {"b", 2, 4, false}, {"b", 3, 2, true},
+	} {
+		if got := f.fresh(head{From: c.from, FromSession: c.session, Count: c.count}); got != c.want {
+			t.Errorf("request %d, %+v: fresh %v", i, c, got)
+		}
+	}
+}
+
+type hangs struct{}
+
+func (hangs) RoundTrip(r *http.Request) (*http.Response, error) {
+	<-r.Context().Done()
+	return nil, r.Context().Err()
+}
+
+// Who waits for an owner that hangs waits until it is known to be dead, or has begun
+// anew, and no longer; and not for ever for one that lives.
+func TestForwardGivesUp(t *testing.T) {
+	for name, c := range map[string]struct {
+		session uint64 // of the owner, in the next view; 0: it is live no more
+		want    time.Duration
+	}{"dead": {0, 0}, "begun anew": {2, 0}, "alive": {1, forwardTimeout}} {
+		f := newForwardNode(t, "a", clusterKeys(t, testKey(1))).Forward
+		f.cfg.Client = &http.Client{Transport: hangs{}}
+		synctest.Test(t, func(t *testing.T) {
+			owner := Peer{Name: "b", Addr: "b:1", Session: 1}
+			f.SetView(&View{Ring: NewRing(nil, 0), Peers: map[string]Peer{"b": owner}})
+			begin := time.Now()
+			answered := make(chan error, 1)
+			go func() {
+				_, err := f.ask(t.Context(), owner, head{Cluster: "x"}, nil)
+				answered <- err
+			}()
+			synctest.Wait()
+			next := map[string]Peer{}
+			if c.session > 0 {
+				next["b"] = Peer{Name: "b", Addr: "b:1", Session: c.session}
+			}
+			f.SetView(&View{Ring: NewRing(nil, 0), Peers: next})
+			if err := <-answered; err == nil || time.Since(begin) != c.want {
+				t.Errorf("%s: %v after %v, want an error after %v", name, err, time.Since(begin), c.want)
+			}
+		})
+	}
+}
+
+// recordAnswer keeps the body of the last answer.
+type recordAnswer struct {
+	next http.RoundTripper
+	body []byte
+}
+
+func (s *recordAnswer) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := s.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	s.body, err = io.ReadAll(resp.Body)
+	resp.Body.Close()
+	resp.Body = io.NopCloser(bytes.NewReader(s.body))
+	return resp, err
 }
 
 type swapBody struct {
