@@ -657,16 +657,23 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 	n := Normalizer{Elide: []string{"elide"}, Labels: []Label{{[]byte("operator"), []byte("o")}}}
 	forced := n.Forced("site", map[string]string{"token": "t"})
 	p := Push{MaxBytes: 64<<10 + 16*len(body), MaxSamples: 1000}
-	var d Decoder
-	_, err := d.Decode(body, f, func(r *RawSample) error {
-		if drop, err := n.Apply(r, forced); err != nil || drop != "" {
-			return err
-		}
-		if !r.HasT {
-			r.T = 5
-		}
-		return p.Add(r)
+	var err error
+	used := allocated(func() {
+		var d Decoder
+		_, err = d.Decode(body, f, func(r *RawSample) error {
+			if drop, err := n.Apply(r, forced); err != nil || drop != "" {
+				return err
+			}
+			if !r.HasT {
+				r.T = 5
+			}
+			return p.Add(r)
+		})
 	})
+	// The limits of p, several times as it grows; a frame's length alone could say 4 GiB.
+	if used > uint64(2<<20+64*len(body)) {
+		t.Fatalf("%d bytes allocated for %d", used, len(body))
+	}
 	if err != nil && len(err.Error()) > 4000 {
 		t.Fatalf("an error of %d bytes", len(err.Error()))
 	}
