@@ -318,6 +318,18 @@ func (cs *Consumers) Wanted(cluster uint64, b *Batch) bool {
 	return false
 }
 
+// Used returns when a consumer was last known to scrape; zero if there is none.
+func (cs *Consumers) Used() (at time.Time) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, c := range cs.byKey {
+		if c.used.After(at) {
+			at = c.used
+		}
+	}
+	return at
+}
+
 // ConsumerCursor is one consumer's cursor.
 type ConsumerCursor struct {
 	Key           uint64

@@ -136,7 +136,8 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	if cfg.Dir == "" {
 		return s, nil
 	}
-	if err := s.recover(); err != nil {
+	var outlived []outlivedBatch
+	if err := s.recover(&outlived); err != nil {
 		return nil, errors.Join(fmt.Errorf("reading storage directory: %w", err), s.unlock())
 	}
 	known := map[uint64]bool{}
@@ -148,10 +149,38 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		c.Raise(cursors[c.Hash])
 	}
 	s.totals.Raise(highest)
+	s.countOutlived(outlived)
 	return s, nil
 }
 
-func (s *Store) recover() error {
+// outlivedBatch is a batch in a log that outlived retention.
+type outlivedBatch struct {
+	cluster uint64
+	seq     uint64
+	had     []uint64
+	maxT    int64
+	samples int64
+}
+
+// countOutlived counts what outlived retention while no process ran: what did before
+// was counted then. Until when one ran is known by its newest push or scrape.
+func (s *Store) countOutlived(all []outlivedBatch) {
+	ran := s.Consumers.Used().UnixMilli()
+	for _, c := range s.clusters {
+		c.Look(func(held *Cluster) { ran = max(ran, held.Accepted) })
+	}
+	for _, o := range all {
+		if o.maxT < ran-s.cfg.Retention.Milliseconds() {
+			continue
+		}
+		s.totals.Expired.Add(o.samples)
+		if s.Consumers.Wanted(o.cluster, &Batch{Seq: o.seq, Had: o.had}) {
+			s.totals.Unread.Add(o.samples)
+		}
+	}
+}
+
+func (s *Store) recover(outlived *[]outlivedBatch) error {
 	_, dirs, err := ListLogs(s.cfg.FS, s.cfg.Dir)
 	if err != nil {
 		return err
@@ -165,7 +194,7 @@ func (s *Store) recover() error {
 			return err
 		}
 		for _, path := range logs {
-			if err := s.recoverLog(path); err != nil {
+			if err := s.recoverLog(path, outlived); err != nil {
 				return err
 			}
 		}
@@ -175,10 +204,12 @@ func (s *Store) recover() error {
 	return nil
 }
 
-// recoverLog takes in what a log holds, and mends it where it was damaged.
-func (s *Store) recoverLog(path string) error {
+// recoverLog takes in what a log holds, and mends it where it was damaged. What outlived
+// retention after the cluster's newest push it adds to outlived.
+func (s *Store) recoverLog(path string, outlived *[]outlivedBatch) error {
 	held := NewCluster("", s.seed)
 	oldest := s.Oldest()
+	var old []outlivedBatch
 	var parser Parser
 	owner := func(id string) bool { return s.path(id) == path }
 	log, rec, err := OpenLog(s.cfg.FS, path, func(kind byte, payload []byte) error {
@@ -190,10 +221,14 @@ func (s *Store) recoverLog(path string) error {
 			if err == nil {
 				err = held.Adopt(b, oldest)
 			}
+			if err == nil && b.MaxT < oldest {
+				old = append(old, outlivedBatch{seq: b.Seq, had: b.Had, maxT: b.MaxT, samples: int64(len(b.V))})
+			}
 			return err
 		case RecordGone:
 			upTo, err := DecodeGone(payload)
 			held.Drop(upTo)
+			old = slices.DeleteFunc(old, func(o outlivedBatch) bool { return o.seq <= upTo })
 			return err
 		}
 		return fmt.Errorf("unknown kind of record %d", kind)
@@ -226,6 +261,11 @@ func (s *Store) recoverLog(path string) error {
 	}
 	c := NewSite(held, log, &s.totals)
 	s.clusters[c.ID] = c
+	for _, o := range old {
+		if o.cluster = c.Hash; o.maxT >= held.Accepted-s.cfg.Retention.Milliseconds() {
+			*outlived = append(*outlived, o)
+		}
+	}
 	if rec.HeaderDamaged || rec.Damaged > 0 {
 		s.damaged.Add(1)
 		s.cfg.OnError(fmt.Errorf("%s was damaged: header %t, %d other places, %d bytes lost, %d records kept; the damaged file is kept as %q",

@@ -935,6 +935,54 @@ func TestStoreMakesRoom(t *testing.T) {
 	}
 }
 
+// What outlives retention while no process runs is counted at the next start: what was
+// not had by every consumer too, and neither what was counted before nor what another
+// server has.
+func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	points := func(n int) (all []point) {
+		for i := range n {
+			all = append(all, point{"m", i, k.clock.ms(0), 1})
+		}
+		return all
+	}
+	stats := func(what string, expired, unread int64) {
+		t.Helper()
+		if st := s.Stats(); st.Expired != expired || st.Unread != unread {
+			t.Errorf("%s: expired %d, unread %d, want %d, %d", what, st.Expired, st.Unread, expired, unread)
+		}
+	}
+	k.push(s, "a", points(16)...) // counted while the process runs
+	k.push(s, "b", points(16)...)
+	k.clock.Add(100 * time.Minute)
+	k.push(s, "a", points(3)...)
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): 2})
+	k.clock.Add(time.Second)
+	k.push(s, "a", points(5)...)
+	k.push(s, "b", points(7)...) // handed over
+	k.clock.Add(time.Second)
+	k.push(s, "b", points(9)...)
+	if done, err := s.Release(context.Background(), "b", s.clusters["b"].held.Seq-1, s.Oldest()); err != nil || done {
+		t.Fatal(done, err)
+	}
+	k.clock.Add(30 * time.Minute)
+	for _, id := range []string{"a", "b"} {
+		s.clusters[id].Expire(s.Oldest())
+	}
+	stats("running", 16, 0)
+	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = k.open()
+	stats("started again", 0, 0)
+	s.Close()
+	k.clock.Add(3 * time.Hour)
+	s = k.open()
+	stats("started late", 3+5+9, 5+9)
+}
+
 // One cluster that has more than its share leaves the others an eighth of the limit, of
 // which each may have its share.
 func TestStoreSharesRoom(t *testing.T) {
