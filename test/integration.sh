@@ -122,11 +122,13 @@ start() {
 
 # stop SIGNAL NAME: ends one process, and returns when it has ended.
 stop() {
-	local i
+	local i status=0
 	for i in "${!names[@]}"; do
 		[ "${names[i]}" = "$2" ] || continue
 		kill "-$1" "${pids[i]}"
-		wait "${pids[i]}" 2>/dev/null || true # else the shell reports the SIGKILL
+		# Not to be reported by the shell; and what is asked to end ends well.
+		wait "${pids[i]}" 2>/dev/null || status=$?
+		[ "$1" = KILL ] || [ "$status" = 0 ] || die "$2 ended with status $status after SIG$1"
 		unset "names[i]" "pids[i]"
 	done
 }
