@@ -50,8 +50,8 @@ bench: ## benchmarks, but for gossip's on sockets
 sim: ## gossip of up to 300 members in virtual time: prints the table of figures
 	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim
 
-handoff: ## handing over, in 100,000 random interleavings in virtual time
-	$(GO) test -count=1 -timeout 30m -run '^TestHandoffModel$$' -v . -args -handoff 100000
+handoff: ## handing over, in 100,000 random interleavings in virtual time; SEED is the first
+	$(GO) test -count=1 -timeout 30m -run '^TestHandoffModel$$' -v . -args -handoff 100000 -seed $(SEED)
 
 sockets: ## gossip on real sockets, for seven minutes: prints the table of figures
 	$(GO) test -timeout 30m -run '^$$' -bench '^BenchmarkGossipSockets$$' .

@@ -18,7 +18,7 @@ import (
 
 var (
 	chaosFlag     = flag.String("chaos", "", "run TestChaos: full or short")
-	chaosSeedFlag = flag.Uint64("seed", 0, "of TestChaos; 0: another each time")
+	chaosSeedFlag = flag.Uint64("seed", 0, "of TestChaos, 0: another each time; and the first of TestHandoffModel")
 )
 
 // chaosForm is how much of it.

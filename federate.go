@@ -28,6 +28,7 @@ type FederateConfig struct {
 	Senders      *Senders
 	Owned        func(id string) bool // whether this server owns a cluster ID
 	Hidden       func(id string) bool // whether it is not shown for now; nil: all are
+	Sending      func(id string) bool // whether consumers are not served it for now; nil: they are
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
@@ -50,7 +51,7 @@ type Federate struct {
 func NewFederate(cfg FederateConfig) *Federate {
 	m := cfg.Metrics
 	return &Federate{
-		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Hidden: cfg.Hidden},
+		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Hidden: cfg.Hidden, Sending: cfg.Sending},
 		seconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),

@@ -57,6 +57,7 @@ type Handoff struct {
 	done    map[string]handoffDone // by member
 	owners  map[string]*handoffOwner
 	refused map[string]time.Time // cluster → when its owner refused it
+	sending map[string]bool      // clusters of which a message is on its way
 
 	clusters, samples, bytes, conflicts *Counter
 }
@@ -81,7 +82,7 @@ func NewHandoff(cfg HandoffConfig) *Handoff {
 	m := cfg.Metrics
 	h := &Handoff{
 		cfg: cfg, chunk: handoffChunk, ring: NewRing(nil, 0), done: map[string]handoffDone{},
-		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{},
+		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{}, sending: map[string]bool{},
 		clusters:  m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
 		samples:   m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
 		bytes:     m.Counter("telemeter_handoff_bytes_total", "Bytes handed over."),
@@ -417,6 +418,8 @@ func (h *Handoff) refuse(id, owner string, err error) {
 // hand hands one cluster over. It begins with what is oldest, whatever was handed
 // before: what the owner has is dropped here. It returns how many bytes the owner took.
 func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (bytes int, err error) {
+	h.setSending(c.ID, true)
+	defer h.setSending(c.ID, false)
 	for {
 		begin := time.Now()
 		var chunk []byte
@@ -450,6 +453,25 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (b
 		case !goOn:
 			return bytes, ctx.Err()
 		}
+	}
+}
+
+// Sending reports whether a message of a cluster is on its way to an owner that failed
+// before, so that it is not hidden: a consumer that is served now is not among those of
+// which the message says that they had it, and would be served again.
+func (h *Handoff) Sending(id string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.sending[id]
+}
+
+func (h *Handoff) setSending(id string, sending bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if sending {
+		h.sending[id] = true
+	} else {
+		delete(h.sending, id)
 	}
 }
 

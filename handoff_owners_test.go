@@ -238,6 +238,40 @@ func TestHandoffFullOwner(t *testing.T) {
 	})
 }
 
+// While an owner that failed is asked again, what it is asked to take is shown, but
+// served to no consumer: the message says who had it.
+func TestHandoffServesNoConsumerMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newHandRig(t, "b")
+		id := r.owned("b", 1)[0]
+		r.push(id)
+		unread := func() int {
+			reading, _, err := r.store.Consumers.Begin(1, "p", "", &Conn{}, time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			x := &Scraper{Store: r.store, MaxAge: time.Hour, Now: time.Now, Hidden: r.h.Hidden, Sending: r.h.Sending}
+			_, n, _ := x.Unread(reading, 0, false, nil)
+			return n
+		}
+		tries := 0
+		r.answers(func(context.Context, string, HandoffMessage) error {
+			if tries++; tries > 1 && r.h.Hidden(id) {
+				t.Error("it is hidden, though its owner fails")
+			}
+			if n := unread(); n != 0 {
+				t.Errorf("try %d: a consumer is served %d samples that are on their way", tries, n)
+			}
+			return errLost
+		})
+		r.run()
+		wait(30 * time.Second)
+		if n := unread(); n == 0 || tries < 2 {
+			t.Errorf("between %d tries a consumer is served %d samples", tries, n)
+		}
+	})
+}
+
 // An owner that hangs stops nobody else's. What it owns is shown from when that is
 // known until it answers again; then it is hidden until it is gone from here.
 func TestHandoffHangingOwner(t *testing.T) {

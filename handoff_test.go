@@ -206,7 +206,7 @@ func (m *handModel) scrape(n *handNode, consumer string) (unread int) {
 		}
 		return r
 	}
-	x := &Scraper{Store: n.store, MaxAge: -time.Second, Now: m.clock.Now, Hidden: n.handoff.Hidden} // without the newest again
+	x := &Scraper{Store: n.store, MaxAge: -time.Second, Now: m.clock.Now, Hidden: n.handoff.Hidden, Sending: n.handoff.Sending} // without the newest again
 	fams, unread, _ := x.Unread(begin(), 0, false, nil)
 	series := map[string]int64{}
 	for _, f := range fams {
@@ -376,7 +376,7 @@ func TestHandoffModel(t *testing.T) {
 		seeds = *handoffFlag
 	}
 	repeats := 0
-	for seed := range uint64(seeds) {
+	for seed := *chaosSeedFlag; seed < *chaosSeedFlag+uint64(seeds); seed++ {
 		rng := rand.New(rand.NewPCG(seed, 5))
 		m := &handModel{t: t, rng: rng, clock: newStoreClock(), calm: seed%2 == 0, acked: map[heldSample]bool{},
 			served: map[string]map[heldSample]int{"p0": {}, "p1": {}}}

@@ -155,7 +155,8 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 			return err
 		}
 		defer node.Close()
-		config.Forward, config.Member, config.Hidden = node.Forward, node.Member, node.Handoff.Hidden
+		config.Forward, config.Member = node.Forward, node.Member
+		config.Hidden, config.Sending = node.Handoff.Hidden, node.Handoff.Sending
 	}
 	server = NewServer(config)
 	server.Reload(state)

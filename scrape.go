@@ -21,6 +21,8 @@ type Scraper struct {
 	Now    func() time.Time
 	// Hidden reports clusters that are not shown for now; nil: none.
 	Hidden func(id string) bool
+	// Sending reports clusters that are not served to consumers for now; nil: none.
+	Sending func(id string) bool
 
 	mu    sync.Mutex // guards start
 	start float64    // where among the clusters a scrape begins: 0 to 1
@@ -72,6 +74,9 @@ func (x *Scraper) turn() {
 
 func (x *Scraper) shown(c *Cluster) bool { return x.Hidden == nil || !x.Hidden(c.ID) }
 
+// due reports whether a consumer is served a cluster.
+func (x *Scraper) due(c *Cluster) bool { return x.shown(c) && (x.Sending == nil || !x.Sending(c.ID)) }
+
 func (x *Scraper) minT() int64 { return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.Oldest()) }
 
 // Newest returns the newest sample of each series that is at most MaxAge old, one
@@ -114,7 +119,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	var counts []int
 	all := 0
 	x.Store.Each(0, func(hash uint64, held *Cluster) bool {
-		if n := held.Unread(r.At(hash), r.Key); n > 0 && x.shown(held) {
+		if n := held.Unread(r.At(hash), r.Key); n > 0 && x.due(held) {
 			counts = append(counts, n)
 			all += n
 		}
@@ -129,7 +134,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	left := limit
 	cut := false // something was left out
 	x.Store.Each(x.begin(), func(hash uint64, held *Cluster) bool {
-		if !x.shown(held) {
+		if !x.due(held) {
 			return true
 		}
 		at := r.At(hash)
