@@ -34,6 +34,9 @@ const (
 	// other is what even a low limit leaves.
 	seriesBytes  = 1 << 10
 	minTextLimit = 1 << 20
+	// maxTrueSeq is beyond what a server reaches: a thousand batches a second for
+	// thirty years.
+	maxTrueSeq = 1 << 40
 	// maxBatch is the most samples that surely fit one record: in the worst case
 	// each takes 5 bytes of ID, 5 of time and 8 of value.
 	maxBatch = MaxRecord / 20
@@ -308,6 +311,20 @@ func (c *Cluster) Adopt(b *Batch, oldest int64) error {
 		return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
 	}
 	return nil
+}
+
+// Distrust drops batches with numbers that no server reaches. After damage, bytes that
+// a site chose may have been taken for a record; such a number would raise those of all
+// clusters that are yet to come, until the last.
+func (c *Cluster) Distrust() {
+	if c.Seq <= maxTrueSeq {
+		return
+	}
+	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.Seq > maxTrueSeq })
+	c.Seq = 0
+	if n := len(c.Batches); n > 0 {
+		c.Seq = c.Batches[n-1].Seq
+	}
 }
 
 // replace drops what b has from earlier batches. They were evicted, or dropped since

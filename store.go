@@ -155,11 +155,9 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 
 // outlivedBatch is a batch in a log that outlived retention.
 type outlivedBatch struct {
-	cluster uint64
-	seq     uint64
-	had     []uint64
-	maxT    int64
-	samples int64
+	cluster, seq  uint64
+	had           []uint64
+	maxT, samples int64 // maxT in ms
 }
 
 // countOutlived counts what outlived retention while no process ran: what did before
@@ -170,12 +168,11 @@ func (s *Store) countOutlived(all []outlivedBatch) {
 		c.Look(func(held *Cluster) { ran = max(ran, held.Accepted) })
 	}
 	for _, o := range all {
-		if o.maxT < ran-s.cfg.Retention.Milliseconds() {
-			continue
-		}
-		s.totals.Expired.Add(o.samples)
-		if s.Consumers.Wanted(o.cluster, &Batch{Seq: o.seq, Had: o.had}) {
-			s.totals.Unread.Add(o.samples)
+		if o.maxT >= ran-s.cfg.Retention.Milliseconds() {
+			s.totals.Expired.Add(o.samples)
+			if s.Consumers.Wanted(o.cluster, &Batch{Seq: o.seq, Had: o.had}) {
+				s.totals.Unread.Add(o.samples)
+			}
 		}
 	}
 }
@@ -233,6 +230,9 @@ func (s *Store) recoverLog(path string, outlived *[]outlivedBatch) error {
 		}
 		return fmt.Errorf("unknown kind of record %d", kind)
 	})
+	if rec.HeaderDamaged || rec.Damaged > 0 {
+		held.Distrust()
+	}
 	if err == nil {
 		id := string(rec.Identity)
 		if rec.HeaderDamaged {
