@@ -26,9 +26,8 @@ var onlyFirst = regexp.MustCompile(`^Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)\b`)
 type FederateConfig struct {
 	Store        *Store
 	Senders      *Senders
-	Owned        func(id string) bool // whether this server owns a cluster ID
-	Hidden       func(id string) bool // whether it is not shown for now; nil: all are
-	Sending      func(id string) bool // whether consumers are not served it for now; nil: they are
+	Owned        func(id string) bool                // whether this server owns a cluster ID
+	Hidden       func(id string, consumer bool) bool // see Scraper
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
@@ -51,7 +50,7 @@ type Federate struct {
 func NewFederate(cfg FederateConfig) *Federate {
 	m := cfg.Metrics
 	return &Federate{
-		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Hidden: cfg.Hidden, Sending: cfg.Sending},
+		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Hidden: cfg.Hidden},
 		seconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),

@@ -218,6 +218,19 @@ func (h *Handoff) Hidden(id string) bool {
 	return true
 }
 
+// HiddenFrom is Hidden as a scrape has to ask. From a consumer that is hidden as well of
+// which a message is on its way to an owner that failed before: who is served now is not
+// among those of which the message says that they had it, and would be served again.
+func (h *Handoff) HiddenFrom(id string, consumer bool) bool {
+	return h.Hidden(id) || consumer && h.isSending(id)
+}
+
+func (h *Handoff) isSending(id string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.sending[id]
+}
+
 // Take takes what another member hands over: durable when it returns nil.
 func (h *Handoff) Take(ctx context.Context, from string, m HandoffMessage) error {
 	h.mu.Lock()
@@ -454,15 +467,6 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (b
 			return bytes, ctx.Err()
 		}
 	}
-}
-
-// Sending reports whether a message of a cluster is on its way to an owner that failed
-// before, so that it is not hidden: a consumer that is served now is not among those of
-// which the message says that they had it, and would be served again.
-func (h *Handoff) Sending(id string) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.sending[id]
 }
 
 func (h *Handoff) setSending(id string, sending bool) {

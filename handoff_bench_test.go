@@ -66,7 +66,7 @@ func BenchmarkHandoffHidden(b *testing.B) {
 				h.Take(b.Context(), fmt.Sprint("n", i), HandoffMessage{Ring: h.cfg.View().Ring.Version()})
 			}
 		}
-		for name, hidden := range map[string]func(string) bool{"without": nil, "with": h.Hidden} {
+		for name, hidden := range map[string]func(string, bool) bool{"without": nil, "with": h.HiddenFrom} {
 			b.Run(fmt.Sprintf("heldBack=%t/%s", heldBack, name), func(b *testing.B) {
 				x := &Scraper{Store: h.cfg.Store, MaxAge: time.Hour, Now: time.Now, Hidden: hidden}
 				for b.Loop() {

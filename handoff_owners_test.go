@@ -250,7 +250,7 @@ func TestHandoffServesNoConsumerMeanwhile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			x := &Scraper{Store: r.store, MaxAge: time.Hour, Now: time.Now, Hidden: r.h.Hidden, Sending: r.h.Sending}
+			x := &Scraper{Store: r.store, MaxAge: time.Hour, Now: time.Now, Hidden: r.h.HiddenFrom}
 			_, n, _ := x.Unread(reading, 0, false, nil)
 			return n
 		}

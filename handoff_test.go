@@ -206,7 +206,7 @@ func (m *handModel) scrape(n *handNode, consumer string) (unread int) {
 		}
 		return r
 	}
-	x := &Scraper{Store: n.store, MaxAge: -time.Second, Now: m.clock.Now, Hidden: n.handoff.Hidden, Sending: n.handoff.Sending} // without the newest again
+	x := &Scraper{Store: n.store, MaxAge: -time.Second, Now: m.clock.Now, Hidden: n.handoff.HiddenFrom} // without the newest again
 	fams, unread, _ := x.Unread(begin(), 0, false, nil)
 	series := map[string]int64{}
 	for _, f := range fams {
@@ -350,7 +350,7 @@ func (m *handModel) rest() {
 	}
 	shownBy := map[string]string{}
 	for _, n := range m.nodes {
-		x := &Scraper{Store: n.store, MaxAge: time.Hour, Now: m.clock.Now, Hidden: n.handoff.Hidden}
+		x := &Scraper{Store: n.store, MaxAge: time.Hour, Now: m.clock.Now, Hidden: n.handoff.HiddenFrom}
 		fams, _ := x.Newest(0, nil)
 		for _, f := range fams {
 			for _, l := range f.Lines {

@@ -2,7 +2,8 @@ package main
 
 // The HTTP plumbing that server and client share: hardened listeners, counted
 // handlers, health, compressed answers. Invariants: every connection has
-// deadlines, and their number is bounded; those that only wait make room. This file must not know what is served.
+// deadlines, and their number is bounded; those that only wait make room. This file
+// must not know what is served.
 
 import (
 	"bytes"

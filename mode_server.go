@@ -155,8 +155,7 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 			return err
 		}
 		defer node.Close()
-		config.Forward, config.Member = node.Forward, node.Member
-		config.Hidden, config.Sending = node.Handoff.Hidden, node.Handoff.Sending
+		config.Forward, config.Member, config.Hidden = node.Forward, node.Member, node.Handoff.HiddenFrom
 	}
 	server = NewServer(config)
 	server.Reload(state)

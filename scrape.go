@@ -19,10 +19,9 @@ type Scraper struct {
 	Store  *Store
 	MaxAge time.Duration // how long the newest sample of a series is shown
 	Now    func() time.Time
-	// Hidden reports clusters that are not shown for now; nil: none.
-	Hidden func(id string) bool
-	// Sending reports clusters that are not served to consumers for now; nil: none.
-	Sending func(id string) bool
+	// Hidden reports clusters that are not shown for now, to any scraper or to a
+	// consumer; nil: none.
+	Hidden func(id string, consumer bool) bool
 
 	mu    sync.Mutex // guards start
 	start float64    // where among the clusters a scrape begins: 0 to 1
@@ -72,10 +71,9 @@ func (x *Scraper) turn() {
 	_, x.start = math.Modf(x.start + math.Phi)
 }
 
-func (x *Scraper) shown(c *Cluster) bool { return x.Hidden == nil || !x.Hidden(c.ID) }
-
-// due reports whether a consumer is served a cluster.
-func (x *Scraper) due(c *Cluster) bool { return x.shown(c) && (x.Sending == nil || !x.Sending(c.ID)) }
+func (x *Scraper) shown(c *Cluster, consumer bool) bool {
+	return x.Hidden == nil || !x.Hidden(c.ID, consumer)
+}
 
 func (x *Scraper) minT() int64 { return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.Oldest()) }
 
@@ -88,7 +86,7 @@ func (x *Scraper) Newest(limit int, match func(line []byte) bool) (fams []Family
 	shown := shownFamilies{match: match, index: map[string]*Family{}}
 	n := 0
 	x.Store.Each(x.begin(), func(_ uint64, held *Cluster) bool {
-		if !x.shown(held) {
+		if !x.shown(held, false) {
 			return true
 		}
 		if limit > 0 && n > 0 && n+held.Table.Len() > limit {
@@ -119,7 +117,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	var counts []int
 	all := 0
 	x.Store.Each(0, func(hash uint64, held *Cluster) bool {
-		if n := held.Unread(r.At(hash), r.Key); n > 0 && x.due(held) {
+		if n := held.Unread(r.At(hash), r.Key); n > 0 && x.shown(held, true) {
 			counts = append(counts, n)
 			all += n
 		}
@@ -134,7 +132,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	left := limit
 	cut := false // something was left out
 	x.Store.Each(x.begin(), func(hash uint64, held *Cluster) bool {
-		if !x.due(held) {
+		if !x.shown(held, true) {
 			return true
 		}
 		at := r.At(hash)

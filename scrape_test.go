@@ -193,7 +193,7 @@ func (m *scrapeModel) newest() map[string]int64 {
 }
 
 // meanwhile lets others be busy with a cluster while a scrape is at another.
-func (m *scrapeModel) meanwhile(scraped string) bool {
+func (m *scrapeModel) meanwhile(scraped string, _ bool) bool {
 	id := fmt.Sprint("c", m.rng.IntN(4))
 	if id == scraped || m.rng.IntN(4) > 0 {
 		return false

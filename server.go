@@ -43,8 +43,7 @@ type ServerConfig struct {
 	Store        *Store
 	Forward      *Forward // to the owners of cluster IDs; nil: this server owns all
 	Member       *RingMember
-	Hidden       func(id string) bool // whether a cluster is not shown for now; nil: all are
-	Sending      func(id string) bool // whether consumers are not served it for now; nil: they are
+	Hidden       func(id string, consumer bool) bool // see Scraper
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
@@ -114,7 +113,7 @@ func NewServer(cfg ServerConfig) *Server {
 		inFlight:     m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
 	}
 	s.federate = NewFederate(FederateConfig{
-		Store: cfg.Store, Senders: s.senders, Owned: s.owned, Hidden: cfg.Hidden, Sending: cfg.Sending, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		Store: cfg.Store, Senders: s.senders, Owned: s.owned, Hidden: cfg.Hidden, Metrics: m, Log: cfg.Log, Now: cfg.Now,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
