@@ -95,14 +95,15 @@ func (c *memConn) close() {
 type memMember struct {
 	*RingMember
 	gossip *Gossip
+	conn   *memConn
 	fs     *crashFS
 	kill   func() // without a word
 }
 
 const memInterval = time.Second
 
-// start starts one, in a bubble of synctest's.
-func (n *memNet) start(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
+// add makes one that does nothing yet.
+func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
 	t.Helper()
 	st, err := LoadMemberState(fsys, "/s")
 	if err != nil {
@@ -120,17 +121,24 @@ func (n *memNet) start(t *testing.T, name, addr string, fsys *crashFS, seeds ...
 	if err != nil {
 		t.Fatal(err)
 	}
+	return &memMember{RingMember: m, gossip: g, conn: conn, fs: fsys}
+}
+
+// start starts one, in a bubble of synctest's.
+func (n *memNet) start(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
+	t.Helper()
+	m := n.add(t, name, addr, fsys, seeds...)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	wg.Go(func() { g.Run(ctx) })
+	wg.Go(func() { m.gossip.Run(ctx) })
 	wg.Go(func() { m.Run(ctx) })
-	kill := sync.OnceFunc(func() {
-		conn.close()
+	m.kill = sync.OnceFunc(func() {
+		m.conn.close()
 		cancel()
 		wg.Wait()
 	})
-	t.Cleanup(kill)
-	return &memMember{m, g, fsys, kill}
+	t.Cleanup(m.kill)
+	return m
 }
 
 // slot returns what m claims.
@@ -256,16 +264,13 @@ func TestMemberReachesNoSeed(t *testing.T) {
 // The slot of one that is gone is not given away for a day.
 func TestMemberReservesSlots(t *testing.T) {
 	for age, want := range map[time.Duration]int{0: 1, reservedFor - time.Second: 1, reservedFor: 0} {
-		synctest.Test(t, func(t *testing.T) {
-			n := &memNet{conn: map[netip.AddrPort]*memConn{}}
-			a := n.start(t, "a", "10.0.0.1:1", newStoreFS(1), "10.0.0.2:1")
-			v := a.gossip.View()
-			v.Members = append(v.Members, MemberView{Record: Record{Name: "gone", State: Dead, Session: 1, Slot: 0, Lamport: 1, Age: uint32(age / time.Second)}})
-			a.claim(v)
-			if got := a.slot(); got != want {
-				t.Errorf("%v after the other's end: slot %d, want %d", age, got, want)
-			}
-			a.kill()
-		})
+		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
+		a := n.add(t, "a", "10.0.0.1:1", newStoreFS(1), "10.0.0.2:1")
+		v := a.gossip.View()
+		v.Members = append(v.Members, MemberView{Record: Record{Name: "gone", State: Dead, Session: 1, Slot: 0, Lamport: 1, Age: uint32(age / time.Second)}})
+		a.claim(v)
+		if got := a.slot(); got != want {
+			t.Errorf("%v after the other's end: slot %d, want %d", age, got, want)
+		}
 	}
 }
