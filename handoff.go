@@ -28,6 +28,10 @@ const (
 	leaveWithin  = 30 * time.Second
 	handoffChunk = 1 << 20  // bytes of samples in one request: see AppendBatches
 	handoffRate  = 32 << 20 // bytes a second, to each owner
+	// Messages on their way from one server, to all owners: each waits for disks more than
+	// for anything. Half of what an owner takes from all at a time (maxForwards), for each
+	// other server may send it as many as this one does.
+	handoffAtOnce = 16
 )
 
 // HandoffConfig configures a Handoff.
@@ -45,8 +49,9 @@ type HandoffConfig struct {
 
 // Handoff hands clusters over. It is safe for concurrent use.
 type Handoff struct {
-	cfg   HandoffConfig
-	chunk int // handoffChunk
+	cfg    HandoffConfig
+	chunk  int // handoffChunk
+	atOnce int // handoffAtOnce
 
 	mu      sync.Mutex // guards the rest
 	leaving bool
@@ -81,7 +86,7 @@ type handoffOwner struct {
 func NewHandoff(cfg HandoffConfig) *Handoff {
 	m := cfg.Metrics
 	h := &Handoff{
-		cfg: cfg, chunk: handoffChunk, ring: NewRing(nil, 0), done: map[string]handoffDone{},
+		cfg: cfg, chunk: handoffChunk, atOnce: handoffAtOnce, ring: NewRing(nil, 0), done: map[string]handoffDone{},
 		owners: map[string]*handoffOwner{}, refused: map[string]time.Time{}, sending: map[string]bool{},
 		clusters:  m.Counter("telemeter_handoff_clusters_total", "Cluster IDs handed to their owner, by result.", "result"),
 		samples:   m.Counter("telemeter_handoff_samples_total", "Samples that their owner took over from this server."),
@@ -362,44 +367,96 @@ func (h *Handoff) pass(ctx context.Context, view *View, name string, held []Held
 	if !live {
 		return nil
 	}
-	version := view.Ring.Version()
-	handed, skipped, bytes := 0, 0, 0
-	for _, c := range held {
-		if h.cfg.View().Ring.Version() != version {
-			return nil // others may own the rest
-		}
-		if h.wait(c.ID) {
-			skipped++
-			continue
-		}
-		n, err := h.hand(ctx, to, version, c)
-		bytes += n
-		var refusal *RefusedByOwner
-		if errors.As(err, &refusal) {
-			skipped++
-			h.refuse(c.ID, name, refusal)
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		handed++
+	p := &handoffPass{h: h, to: to, ring: view.Ring.Version(), left: held}
+	// The first goes alone: an owner that hangs must not keep more from consumers.
+	p.run(ctx, 1)
+	var workers sync.WaitGroup
+	for range max(1, h.atOnce/len(view.Peers)) {
+		workers.Go(func() { p.run(ctx, len(held)) })
 	}
-	if handed > 0 {
-		h.cfg.Log.Info("handed over", "owner", name, "clusters", handed, "bytes", bytes, "left", skipped)
+	workers.Wait()
+	if p.handed > 0 {
+		h.cfg.Log.Info("handed over", "owner", name, "clusters", p.handed, "bytes", p.bytes, "left", len(held)-p.handed)
 	}
-	if skipped > 0 || h.isTold(name) {
-		return nil
+	if p.err != nil || p.handed < len(held) || h.isTold(name) {
+		return p.err
 	}
-	if err := h.cfg.Send(ctx, to, HandoffMessage{Ring: version}); err != nil {
+	if err := h.cfg.Send(ctx, to, HandoffMessage{Ring: p.ring}); err != nil {
 		return err
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if o := h.owners[name]; o != nil && o.session == to.Session {
-		o.told = h.ring.Version() == version
+		o.told = h.ring.Version() == p.ring
 	}
 	return nil
+}
+
+// handoffPass hands one owner clusters, several at once.
+type handoffPass struct {
+	h    *Handoff
+	to   Peer
+	ring uint64 // its version
+
+	mu     sync.Mutex // guards the rest
+	left   []HeldSite
+	free   time.Time // when the rate lets the next message go
+	handed int
+	bytes  int
+	err    error // the first
+}
+
+// run hands over n of what is left, one after the other.
+func (p *handoffPass) run(ctx context.Context, n int) {
+	for range n {
+		c, ok := p.next()
+		if !ok {
+			return
+		}
+		if p.h.wait(c.ID) {
+			continue
+		}
+		bytes, err := p.hand(ctx, c)
+		var refusal *RefusedByOwner
+		if errors.As(err, &refusal) {
+			p.h.refuse(c.ID, p.to.Name, refusal)
+		}
+		p.mu.Lock()
+		p.bytes += bytes
+		switch {
+		case err == nil:
+			p.handed++
+		case refusal == nil && p.err == nil:
+			p.err = err
+		}
+		p.mu.Unlock()
+	}
+}
+
+// next takes one of what is left: none after a failure, or when the ring has changed, for
+// then others may own the rest.
+func (p *handoffPass) next() (c HeldSite, ok bool) {
+	changed := p.h.cfg.View().Ring.Version() != p.ring
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if changed || p.err != nil || len(p.left) == 0 {
+		return c, false
+	}
+	c, p.left = p.left[0], p.left[1:]
+	return c, true
+}
+
+// pace waits until n bytes that took since begin to send fit the rate, and reports
+// whether ctx is still good.
+func (p *handoffPass) pace(ctx context.Context, n int, begin time.Time) bool {
+	p.mu.Lock()
+	if p.free.Before(begin) {
+		p.free = begin
+	}
+	p.free = p.free.Add(time.Duration(n) * time.Second / handoffRate)
+	free := p.free
+	p.mu.Unlock()
+	return idle(ctx, time.Until(free))
 }
 
 func (h *Handoff) isTold(name string) bool {
@@ -430,7 +487,8 @@ func (h *Handoff) refuse(id, owner string, err error) {
 
 // hand hands one cluster over. It begins with what is oldest, whatever was handed
 // before: what the owner has is dropped here. It returns how many bytes the owner took.
-func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (bytes int, err error) {
+func (p *handoffPass) hand(ctx context.Context, c HeldSite) (bytes int, err error) {
+	h := p.h
 	h.setSending(c.ID, true)
 	defer h.setSending(c.ID, false)
 	for {
@@ -448,15 +506,15 @@ func (h *Handoff) hand(ctx context.Context, to Peer, ring uint64, c HeldSite) (b
 			return bytes, nil
 		}
 		done := false
-		err = h.cfg.Send(ctx, to, HandoffMessage{Cluster: c.ID, Ring: ring, Batches: chunk})
+		err = h.cfg.Send(ctx, p.to, HandoffMessage{Cluster: c.ID, Ring: p.ring, Batches: chunk})
 		if err == nil {
-			h.taken(to, c.ID)
+			h.taken(p.to, c.ID)
 			h.samples.Add(float64(n))
 			h.bytes.Add(float64(len(chunk)))
 			bytes += len(chunk)
 			done, err = h.cfg.Store.Release(ctx, c.ID, upTo, oldest)
 		}
-		goOn := idle(ctx, time.Duration(len(chunk))*time.Second/handoffRate-time.Since(begin)) // also after a refusal
+		goOn := p.pace(ctx, len(chunk), begin) // also after a refusal
 		switch {
 		case err != nil:
 			return bytes, fmt.Errorf("handing over cluster %q: %w", c.ID, err)

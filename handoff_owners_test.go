@@ -191,6 +191,74 @@ func TestHandoffRate(t *testing.T) {
 	}
 }
 
+// Several clusters are on their way to one owner at once, a bounded number, and never
+// two messages of one. The first goes alone, that there is no more is told last, and
+// a failure or a change of the ring ends it all.
+func TestHandoffAtOnce(t *testing.T) {
+	for name, test := range map[string]struct {
+		does func(r *handRig) error // the seventh message
+		sent int                    // to b, in the first pass
+		took time.Duration
+	}{
+		"all are taken":    {func(*handRig) error { return nil }, 42, 9 * time.Second},
+		"one fails":        {func(*handRig) error { return errors.New("broken") }, 11, 3 * time.Second},
+		"the ring changes": {func(r *handRig) error { r.see("b", "c", "d"); return nil }, 11, 3 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newHandRig(t, "b", "c")
+				ids := r.owned("b", 41)
+				for _, id := range ids {
+					r.push(id)
+				}
+				var mu sync.Mutex // guards the rest
+				var begin, end time.Time
+				begun, most := 0, 0
+				now := map[string]bool{}
+				r.answers(func(ctx context.Context, to string, m HandoffMessage) error {
+					if to != "b" {
+						return nil
+					}
+					mu.Lock()
+					if begun++; begun == 1 {
+						begin = time.Now()
+					}
+					last := m.Cluster == ""
+					if len(now) > 0 && (begun == 2 || last) || last && begun <= len(ids) {
+						t.Errorf("message %d, of cluster %q, comes while %v are on their way", begun, m.Cluster, now)
+					}
+					if now[m.Cluster] {
+						t.Errorf("two messages of %s are on their way", m.Cluster)
+					}
+					seventh := begun == 7
+					now[m.Cluster] = true
+					most = max(most, len(now))
+					mu.Unlock()
+					var err error
+					if seventh {
+						time.Sleep(time.Second / 2)
+						err = test.does(r)
+					} else if !last {
+						time.Sleep(time.Second)
+					}
+					mu.Lock()
+					defer mu.Unlock()
+					delete(now, m.Cluster)
+					end = time.Now()
+					return err
+				})
+				r.run()
+				wait(5*time.Second + test.took + time.Second)
+				mu.Lock()
+				defer mu.Unlock()
+				if begun != test.sent || most != handoffAtOnce/3 || end.Sub(begin) != test.took {
+					t.Errorf("%d messages, %d at once, in %v; want %d, %d, %v", begun, most, end.Sub(begin), test.sent, handoffAtOnce/3, test.took)
+				}
+			})
+		})
+	}
+}
+
 // A full owner keeps back what it refuses, which is shown meanwhile and tried again;
 // all else goes, to it and to others.
 func TestHandoffFullOwner(t *testing.T) {

@@ -66,6 +66,7 @@ func (n *handNode) start() {
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Metrics: NewMetrics(),
 		Send: func(ctx context.Context, to Peer, msg HandoffMessage) error { return n.m.send(n, to, msg) },
 	})
+	n.handoff.atOnce = 1                    // one seed, one interleaving
 	n.handoff.chunk = 1 << n.m.rng.IntN(12) // from a batch in each message to all in one
 }
 
