@@ -276,6 +276,7 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 		Peers: map[string]Peer{"a": {Name: "a"}, "b": {Name: "b", Addr: strings.TrimPrefix(owner.URL, "http://")}},
 	})
 	r.server.cfg.Forward = f.Forward
+	r.server.decoding = make(chan struct{}, 4) // as few as on the smallest machine
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	waiting := 0
