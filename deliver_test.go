@@ -260,24 +260,32 @@ func spoolAll(t *testing.T, c *Client, texts ...string) {
 	}
 }
 
-// sizedHub answers 413 to what is longer than limit, and 400 to what holds "bad".
-func sizedHub(hub *fakeHub, limit int) {
-	hub.answer = func(r *http.Request) *http.Response {
+// judge has the hub answer a push by its text: nil accepts it.
+func (h *fakeHub) judge(by func(text string) *http.Response) {
+	h.answer = func(r *http.Request) *http.Response {
 		var b bytes.Buffer
 		b.ReadFrom(r.Body)
 		r.Body = respond(200, nil, b.String()).Body
 		var d Decompressor
 		text, _, err := d.Decompress(b.Bytes(), "gzip", 1<<20)
-		switch {
-		case err != nil:
+		if err != nil {
 			return respond(400, nil, err.Error())
+		}
+		return by(string(text))
+	}
+}
+
+// sizedHub answers 413 to what is longer than limit, and 400 to what holds "bad".
+func sizedHub(hub *fakeHub, limit int) {
+	hub.judge(func(text string) *http.Response {
+		switch {
 		case len(text) > limit:
 			return respond(413, nil, "too long")
-		case bytes.Contains(text, []byte("bad")):
+		case strings.Contains(text, "bad"):
 			return respond(400, nil, "bad line")
 		}
 		return nil
-	}
+	})
 }
 
 func TestCourierRefusals(t *testing.T) {
@@ -362,17 +370,9 @@ func TestCourierTooManySeries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
 		held := map[string]bool{}
-		hub.answer = func(r *http.Request) *http.Response {
-			var b bytes.Buffer
-			b.ReadFrom(r.Body)
-			r.Body = respond(200, nil, b.String()).Body
-			var d Decompressor
-			text, _, err := d.Decompress(b.Bytes(), "gzip", 1<<20)
-			if err != nil {
-				return respond(400, nil, err.Error())
-			}
+		hub.judge(func(text string) *http.Response {
 			more := map[string]bool{}
-			for line := range strings.Lines(string(text)) {
+			for line := range strings.Lines(text) {
 				if name, _, _ := strings.Cut(line, " "); !held[name] {
 					more[name] = true
 				}
@@ -384,7 +384,7 @@ func TestCourierTooManySeries(t *testing.T) {
 				held[name] = true
 			}
 			return nil
-		}
+		})
 		for round := range 3 {
 			var text strings.Builder
 			for i := range 1500 {
