@@ -1,0 +1,68 @@
+package main
+
+import (
+	"testing"
+	"time"
+)
+
+// A step of the wall clock is noticed, doubted for five minutes and then believed; one
+// that is corrected meanwhile leaves nothing behind; slewing and small steps are none.
+func TestClock(t *testing.T) {
+	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	type step struct {
+		pass, set   time.Duration // time that passes, and by how much the wall clock is set then
+		early, late time.Duration // since start, of the span
+		change      ClockChange
+	}
+	const hour, minute, second = time.Hour, time.Minute, time.Second
+	for name, steps := range map[string][]step{
+		"time passes": {{hour, 0, hour, hour, ClockChange{}}, {24 * hour, 0, 25 * hour, 25 * hour, ClockChange{}}},
+		"slewed": {
+			{hour, 9 * second, hour + 9*second, hour + 9*second, ClockChange{}},
+			{hour, 9 * second, 2*hour + 18*second, 2*hour + 18*second, ClockChange{}},
+			{hour, -10 * second, 3*hour + 8*second, 3*hour + 8*second, ClockChange{}},
+		},
+		"ahead for 45 seconds": {
+			{minute, 3 * hour, minute, 3*hour + minute, ClockChange{Step: 3 * hour}},
+			{45 * second, 0, 105 * second, 3*hour + 105*second, ClockChange{}},
+			{0, -3 * hour, 105 * second, 105 * second, ClockChange{Step: 3 * hour, Returned: true}},
+			{10 * minute, 0, 705 * second, 705 * second, ClockChange{}},
+		},
+		"ahead for good": {
+			{0, 3 * hour, 0, 3 * hour, ClockChange{Step: 3 * hour}},
+			{4 * minute, second, 4 * minute, 3*hour + 4*minute + second, ClockChange{}},
+			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, ClockChange{Step: 3 * hour, Believed: true}},
+			{minute, 0, 3*hour + 6*minute + second, 3*hour + 6*minute + second, ClockChange{}},
+		},
+		"back for good": {
+			{hour, -time.Minute, hour - minute, hour, ClockChange{Step: -minute}},
+			{5 * minute, 0, hour + 4*minute, hour + 4*minute, ClockChange{Step: -minute, Believed: true}},
+		},
+		"another step is doubted anew": {
+			{0, 3 * hour, 0, 3 * hour, ClockChange{Step: 3 * hour}},
+			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, ClockChange{Step: 4 * hour}},
+			{2 * minute, 0, 6 * minute, 4*hour + 6*minute, ClockChange{}},
+			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, ClockChange{Step: 4 * hour, Believed: true}},
+		},
+		"back and ahead": {
+			{0, -hour, -hour, 0, ClockChange{Step: -hour}},
+			{minute, 2 * hour, minute, hour + minute, ClockChange{Step: hour}},
+			{minute, -hour, 2 * minute, 2 * minute, ClockChange{Step: hour, Returned: true}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			wall, monotonic := start, time.Duration(0)
+			var got ClockChange
+			c := NewClock(func() time.Time { return wall }, func() time.Duration { return monotonic }, func(ch ClockChange) { got = ch })
+			for i, s := range steps {
+				got = ClockChange{}
+				monotonic += s.pass
+				wall = wall.Add(s.pass + s.set)
+				span := c.Span()
+				if want := (Span{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
+					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Early.Sub(start), span.Late.Sub(start), got, s.early, s.late, s.change)
+				}
+			}
+		})
+	}
+}
