@@ -115,6 +115,22 @@ func (b *Batch) Bound() {
 	}
 }
 
+// Between returns how many samples have a time from first on and before end, in ms.
+func (b *Batch) Between(first, end int64) (n int64) {
+	if b.MinT >= first && b.MaxT < end {
+		return int64(len(b.V))
+	}
+	if b.MinT >= end || b.MaxT < first {
+		return 0
+	}
+	for i := range b.V {
+		if t := b.Time(i); t >= first && t < end {
+			n++
+		}
+	}
+	return n
+}
+
 // Where returns the samples of b that keep wants: b itself if that is all.
 func (b *Batch) Where(keep func(i int) bool) *Batch {
 	first := 0

@@ -16,9 +16,14 @@ import (
 	"time"
 )
 
-// ErrSeriesLimit: the push would make its cluster hold too many series, or too much
-// text of them.
-var ErrSeriesLimit = errors.New("too many series")
+var (
+	// ErrSeriesLimit: the push would make its cluster hold too many series, or too much
+	// text of them.
+	ErrSeriesLimit = errors.New("too many series")
+	// ErrClock: this server's clock made a step, and a sample is too old, or of the future,
+	// by the time before it or by the time after it, but not by both.
+	ErrClock = errors.New("this server's clock made a step, which is not believed yet")
+)
 
 const (
 	// maxAhead is how far a sample's time may be ahead of this server's clock.
@@ -34,9 +39,6 @@ const (
 	// other is what even a low limit leaves.
 	seriesBytes  = 1 << 10
 	minTextLimit = 1 << 20
-	// maxTrueSeq is beyond what a server reaches: a thousand batches a second for
-	// thirty years.
-	maxTrueSeq = 1 << 40
 	// maxBatch is the most samples that surely fit one record: in the worst case
 	// each takes 5 bytes of ID, 5 of time and 8 of value.
 	maxBatch = MaxRecord / 20
@@ -53,6 +55,8 @@ type Cluster struct {
 	Clock    SourceClock
 	begin    uint64 // Seq before the first batch
 	given    bool   // batches were dropped that another server has, and may hand back
+	oldest   int64  // ms; samples before that outlived retention: they are not held, though their batch may be
+	minT     int64  // ms; no sample of Batches is older
 }
 
 // Handed is a batch as another server held it: its samples' times are shifted
@@ -66,7 +70,7 @@ type Handed struct {
 
 // NewCluster returns an empty one; for the seed see NewSeriesTable.
 func NewCluster(id string, seed maphash.Seed) Cluster {
-	return Cluster{ID: id, Table: NewSeriesTable(seed, 0)}
+	return Cluster{ID: id, Table: NewSeriesTable(seed, 0), oldest: math.MinInt64, minT: math.MaxInt64}
 }
 
 // Begin has the first batch's sequence number follow seq.
@@ -127,12 +131,12 @@ type entry struct {
 // are new: neither held, nor older than retention, nor of the future. The lines
 // of p are those of Push.Add; handed, if not nil, is what another server says of
 // them. Until Take holds the batch, Table.Truncate(known) undoes it; on an error,
-// ErrSeriesLimit or ErrTooLarge, nothing was inserted.
-func (c *Cluster) Prepare(p *Push, handed *Handed, now time.Time, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
+// ErrSeriesLimit, ErrTooLarge or ErrClock, nothing was inserted.
+func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
 	if len(p.Samples) > maxBatch {
 		return nil, 0, res, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
 	}
-	b = &Batch{Seq: c.Seq + 1, Accepted: now.UnixMilli(), Clock: p.Clock}
+	b = &Batch{Seq: c.Seq + 1, Accepted: now.Early.UnixMilli(), Clock: p.Clock}
 	add := int64(0) // to the times of p
 	if handed == nil {
 		b.Shift = c.Clock.Observe(p.Clock)
@@ -143,7 +147,8 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now time.Time, retention time
 		b.Clock, b.Shift, b.Had = handed.Clock, handed.Shift, handed.Had
 		c.Clock.Learn(handed.Clock, handed.Shift)
 	}
-	oldest, newest := now.Add(-retention).UnixMilli(), now.Add(maxAhead).UnixMilli()
+	oldest, newest := now.Early.Add(-retention).UnixMilli(), now.Late.Add(maxAhead).UnixMilli()
+	sureOldest, sureNewest := now.Late.Add(-retention).UnixMilli(), now.Early.Add(maxAhead).UnixMilli()
 	entries := make([]entry, 0, len(p.Samples))
 	known = c.Table.Len()
 	for _, smp := range p.Samples {
@@ -155,6 +160,10 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now time.Time, retention time
 		if smp.T > newest {
 			res.Future++
 			continue
+		}
+		if smp.T < sureOldest || smp.T > sureNewest {
+			c.Table.Truncate(known)
+			return nil, known, AppendResult{}, ErrClock
 		}
 		line := p.Line(smp)
 		id, hash, ok := c.Table.Find(line)
@@ -292,35 +301,32 @@ func (c *Cluster) Restore(parser *Parser, owner func(cluster string) bool, id ui
 	return nil
 }
 
-// Adopt takes a recovered batch, unless it is wholly older than oldest. The error
-// says what damage made unknown; the rest of the batch is held.
-func (c *Cluster) Adopt(b *Batch, oldest int64) error {
+// Adopt takes a recovered batch, unless it is wholly older than oldest. It returns how
+// many of its samples are lost, because damage took their series; the others are held.
+func (c *Cluster) Adopt(b *Batch, oldest int64) (lost int, err error) {
 	if b.Seq <= c.Seq {
-		return fmt.Errorf("batch %d after %d", b.Seq, c.Seq)
+		return 0, fmt.Errorf("batch %d after %d", b.Seq, c.Seq)
 	}
 	c.Seq, c.Accepted = b.Seq, max(c.Accepted, b.Accepted)
 	c.Clock.Resume(b.Clock, b.Shift)
-	lost := len(b.V)
+	lost = len(b.V)
 	b = b.Where(func(i int) bool { return int(b.IDs[i]) < c.Table.Len() && len(c.Table.Line(b.IDs[i])) > 0 })
 	lost -= len(b.V)
 	if b.MaxT >= oldest && len(b.V) > 0 {
 		c.replace(b)
 		c.Take(b)
 	}
-	if lost > 0 {
-		return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
-	}
-	return nil
+	return lost, nil
 }
 
-// Distrust drops batches with numbers that no server reaches. After damage, bytes that
-// a site chose may have been taken for a record; such a number would raise those of all
-// clusters that are yet to come, until the last.
-func (c *Cluster) Distrust() {
-	if c.Seq <= maxTrueSeq {
+// Distrust drops batches whose number is above most, which no batch has reached. After
+// damage, bytes that a site chose may have been taken for a record; such a number would
+// raise those of all clusters that are yet to come, until the last.
+func (c *Cluster) Distrust(most uint64) {
+	if c.Seq <= most {
 		return
 	}
-	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.Seq > maxTrueSeq })
+	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.Seq > most })
 	c.Seq = 0
 	if n := len(c.Batches); n > 0 {
 		c.Seq = c.Batches[n-1].Seq
@@ -361,6 +367,7 @@ func (c *Cluster) Take(b *Batch) {
 	}
 	c.Seq, c.Accepted = max(c.Seq, b.Seq), max(c.Accepted, b.Accepted) // Compact takes older ones
 	c.Batches = append(c.Batches, b)
+	c.minT = min(c.minT, b.MinT)
 	c.show(b)
 }
 
@@ -393,7 +400,8 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
 // no sample left, which renumbers the others. c may be read meanwhile, and stays as
 // it is.
 func (c *Cluster) Compact(more []*Batch, oldest int64) Cluster {
-	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock, given: c.given}
+	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock, given: c.given, oldest: c.oldest, minT: math.MaxInt64}
+	oldest = max(oldest, c.oldest)
 	var held []*Batch
 	for _, b := range c.Batches {
 		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 {
@@ -442,40 +450,48 @@ func (c *Cluster) Records(yield func(frames []byte) bool) {
 	}
 }
 
-// Expire drops batches wholly older than oldest. It returns the samples dropped, and
-// how many of them were still wanted.
-func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (dropped, unread int64) {
-	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool {
-		if b.MaxT >= oldest {
-			return false
-		}
-		dropped += int64(len(b.V))
-		if wanted(b) {
-			unread += int64(len(b.V))
-		}
-		return true
-	})
-	return dropped, unread
-}
-
-// Outlived returns how many samples of the batches up to a sequence number are older
-// than oldest, and how many of them are still wanted.
-func (c *Cluster) Outlived(upTo uint64, oldest int64, wanted func(*Batch) bool) (n, unread int64) {
+// Expire has samples older than oldest be held no more, except that they take memory
+// until all of their batch are. It returns how many these are, how many of them are still
+// wanted, and how many samples left memory.
+func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unread, freed int64) {
+	from := c.oldest
+	c.oldest = max(c.oldest, oldest)
+	if c.minT >= oldest || from >= oldest {
+		return 0, 0, 0
+	}
+	kept := make([]*Batch, 0, len(c.Batches))
+	c.minT = math.MaxInt64
 	for _, b := range c.Batches {
-		if b.Seq > upTo || b.MinT >= oldest {
-			continue
-		}
-		old := int64(0)
-		for i := range b.V {
-			if b.Time(i) < oldest {
-				old++
+		if n := b.Between(from, oldest); n > 0 {
+			expired += n
+			if wanted(b) {
+				unread += n
 			}
 		}
-		if n += old; old > 0 && wanted(b) {
-			unread += old
+		if b.MaxT < oldest {
+			freed += int64(len(b.V))
+			continue
 		}
+		kept = append(kept, b)
+		c.minT = min(c.minT, b.MinT)
 	}
-	return n, unread
+	c.Batches = kept
+	return expired, unread, freed
+}
+
+// Resume has samples older than oldest be held no more, which were counted when they
+// expired.
+func (c *Cluster) Resume(oldest int64) { c.oldest = max(c.oldest, oldest) }
+
+// Follow drops what old, of which c is a compacted copy, has expired or evicted since the
+// copy was made.
+func (c *Cluster) Follow(old *Cluster) {
+	c.Resume(old.oldest)
+	first := old.Seq + 1 // of what is still held, or came with the compaction
+	if len(old.Batches) > 0 {
+		first = old.Batches[0].Seq
+	}
+	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.Seq < first || b.MaxT < c.oldest })
 }
 
 // since returns the batches of which a reader has not had all.
@@ -491,8 +507,18 @@ func (c *Cluster) since(after Position) []*Batch {
 func (c *Cluster) Unread(after Position, reader uint64) int {
 	n := 0
 	for _, b := range c.since(after) {
-		if !slices.Contains(b.Had, reader) {
-			n += len(b.V) - after.In(b)
+		if slices.Contains(b.Had, reader) {
+			continue
+		}
+		had := after.In(b)
+		if b.MinT >= c.oldest {
+			n += len(b.V) - had
+			continue
+		}
+		for i := had; i < len(b.V); i++ {
+			if b.Time(i) >= c.oldest {
+				n++
+			}
 		}
 	}
 	return n
@@ -500,11 +526,12 @@ func (c *Cluster) Unread(after Position, reader uint64) int {
 
 // Read calls emit with samples that a reader has not had, by name, and those of a
 // series in the order of time: at most most samples, oldest batches first, and with
-// single one of a series. If none is left after that it also calls it with the newest
-// of each series since minT that was had before, if spare allows them all. It returns
-// how far the reader is with that, and how many it had not had.
-func (c *Cluster) Read(after Position, reader uint64, most, spare int, single bool, minT int64, emit func(name string, l Line)) (to Position, n int) {
-	entries, to, whole := c.unread(after, reader, most, single)
+// single one of a series. It stops before one that is held but older than oldest. If
+// none is left after that it also calls it with the newest of each series since minT
+// that was had before, if spare allows them all. It returns how far the reader is with
+// that, and how many it had not had.
+func (c *Cluster) Read(after Position, reader uint64, most, spare int, single bool, oldest, minT int64, emit func(name string, l Line)) (to Position, n int) {
+	entries, to, whole := c.unread(after, reader, most, single, oldest)
 	n = len(entries)
 	again := whole && c.Table.Len() <= spare
 	if n == 0 && !again {
@@ -537,7 +564,7 @@ func (c *Cluster) Read(after Position, reader uint64, most, spare int, single bo
 }
 
 // unread returns samples that a reader has not had, and whether that is all of them.
-func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (entries []entry, to Position, whole bool) {
+func (c *Cluster) unread(after Position, reader uint64, most int, single bool, oldest int64) (entries []entry, to Position, whole bool) {
 	to = after
 	var seen map[uint32]bool
 	if single {
@@ -549,15 +576,19 @@ func (c *Cluster) unread(after Position, reader uint64, most int, single bool) (
 			from = len(b.V)
 		}
 		for i := from; i < len(b.V); i++ {
+			t := b.Time(i)
+			if t < c.oldest {
+				continue
+			}
 			// The samples of a batch come in rounds of one for each series: a series
 			// that comes again begins the next.
-			if len(entries) == most || single && seen[b.IDs[i]] {
+			if len(entries) == most || single && seen[b.IDs[i]] || t < oldest {
 				return entries, Position{Seq: to.Seq, Part: b.Seq, N: i, Of: len(b.V)}, false
 			}
 			if single {
 				seen[b.IDs[i]] = true
 			}
-			entries = append(entries, entry{id: b.IDs[i], t: b.Time(i), v: b.V[i]})
+			entries = append(entries, entry{id: b.IDs[i], t: t, v: b.V[i]})
 		}
 		to = Position{Seq: b.Seq}
 	}

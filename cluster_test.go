@@ -18,7 +18,7 @@ import (
 
 // push prepares and takes points, at clock's time.
 func clusterPush(c *Cluster, now time.Time, points ...point) (*Batch, AppendResult, error) {
-	b, _, res, err := c.Prepare(storePush("a", points...), nil, now, 2*time.Hour, 0)
+	b, _, res, err := c.Prepare(storePush("a", points...), nil, At(now), 2*time.Hour, 0)
 	if err == nil && len(b.V) > 0 {
 		c.Take(b)
 	}
@@ -121,14 +121,14 @@ func TestClusterRefuses(t *testing.T) {
 	clock := newStoreClock()
 	c := NewCluster("a", maphash.MakeSeed())
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), nil, clock.Now(), time.Hour, 2)
+	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), nil, At(clock.Now()), time.Hour, 2)
 	if b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 || known != 1 {
 		t.Errorf("%v, %d, %v; %d series", b, known, err, c.Table.Len())
 	}
 	// Long lines count for several.
 	const limit = 2000
 	long := func(n int) (b *Batch, known int, err error) {
-		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), nil, clock.Now(), time.Hour, limit)
+		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), nil, At(clock.Now()), time.Hour, limit)
 		return b, known, err
 	}
 	for n := range seriesBytes * limit / 60_100 {
@@ -145,11 +145,11 @@ func TestClusterRefuses(t *testing.T) {
 	c = NewCluster("a", maphash.MakeSeed())
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	many := &Push{Samples: make([]Sample, maxBatch+1)}
-	if _, _, _, err := c.Prepare(many, nil, clock.Now(), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
+	if _, _, _, err := c.Prepare(many, nil, At(clock.Now()), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
 	// What is prepared and not taken can be undone, series and all.
-	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), nil, clock.Now(), time.Hour, 2)
+	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), nil, At(clock.Now()), time.Hour, 2)
 	if err != nil || len(b.V) != 1 || known != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
 		t.Errorf("%+v, %d, %v", b, known, err)
 	}
@@ -190,7 +190,9 @@ func contents(c *Cluster) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	for _, b := range c.Batches {
 		for i, id := range b.IDs {
-			got[heldSample{string(c.Table.Line(id)), b.Time(i)}] = b.V[i]
+			if b.Time(i) >= c.oldest {
+				got[heldSample{string(c.Table.Line(id)), b.Time(i)}] = b.V[i]
+			}
 		}
 	}
 	return got
@@ -219,7 +221,11 @@ func recovered(t *testing.T, c *Cluster, oldest int64) Cluster {
 		if err != nil {
 			return err
 		}
-		return got.Adopt(b, oldest)
+		lost, err := got.Adopt(b, oldest)
+		if lost > 0 {
+			t.Errorf("%d samples lost", lost)
+		}
+		return err
 	})
 	if rec.Damaged > 0 || rec.LostBytes > 0 || rec.TornBytes > 0 {
 		t.Errorf("recovery: %+v", rec)
@@ -241,14 +247,12 @@ func TestClusterModel(t *testing.T) {
 			oldest := clock.ms(7200)
 			switch rng.IntN(8) {
 			case 0:
-				n, _ := c.Expire(oldest, unwanted)
+				held := c.Samples()
+				n, unread, freed := c.Expire(oldest, unwanted)
 				before := len(model)
-				maps.DeleteFunc(model, func(k heldSample, _ float64) bool {
-					_, held := contents(&c)[k]
-					return !held && k.t < oldest
-				})
-				if int(n) != before-len(model) {
-					t.Errorf("%d samples expired, want %d", n, before-len(model))
+				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
+				if int(n) != before-len(model) || unread != 0 || freed != held-c.Samples() {
+					t.Errorf("%d samples expired, want %d; %d unread; %d freed of %d, %d left", n, before-len(model), unread, freed, held, c.Samples())
 				}
 			case 1:
 				if !c.Evictable(clock.ms(600), unwanted) {
@@ -281,6 +285,7 @@ func TestClusterModel(t *testing.T) {
 					t.Errorf("recovered cluster %q", got.ID)
 				}
 				got.ID = "a"
+				got.Resume(oldest)
 				if got.Seq != c.Seq || got.Accepted != c.Accepted {
 					t.Errorf("recovered number %d of %d, %d of %d", got.Seq, c.Seq, got.Accepted, c.Accepted)
 				}
@@ -310,8 +315,8 @@ func TestClusterModel(t *testing.T) {
 				}
 			}
 			wantHeld(t, fmt.Sprint("step ", step), contents(&c), model)
-			if c.Samples() != int64(len(model)) || c.Seq < seq {
-				t.Errorf("%d samples of %d, number %d after %d", c.Samples(), len(model), c.Seq, seq)
+			if n := c.Unread(Position{}, 0); n != len(model) || c.Samples() < int64(n) || c.Seq < seq {
+				t.Errorf("%d samples of %d, %d in memory, number %d after %d", n, len(model), c.Samples(), c.Seq, seq)
 			}
 			if seq = c.Seq; t.Failed() {
 				t.Fatalf("seed %d, step %d", seed, step)
@@ -380,16 +385,17 @@ func TestClusterRestores(t *testing.T) {
 		ok      bool
 		seq     uint64
 		samples int64
+		lost    int
 	}{
-		{"known", batch(3, 100, 1), true, 3, 1},
-		{"number again", batch(3, 101, 1), false, 3, 1},
-		{"a padded and an unknown series", batch(4, 102, 0, 1, 2), false, 4, 2},
-		{"old", batch(5, 99, 1), true, 5, 2},
-		{"empty", batch(6, 0), true, 6, 2},
-		{"only unknown series", batch(9, 103, 8), false, 9, 2},
+		{"known", batch(3, 100, 1), true, 3, 1, 0},
+		{"number again", batch(3, 101, 1), false, 3, 1, 0},
+		{"a padded and an unknown series", batch(4, 102, 0, 1, 2), true, 4, 2, 2},
+		{"old", batch(5, 99, 1), true, 5, 2, 0},
+		{"empty", batch(6, 0), true, 6, 2, 0},
+		{"only unknown series", batch(9, 103, 8), true, 9, 2, 1},
 	} {
-		if err := c.Adopt(test.b, 100); (err == nil) != test.ok || c.Seq != test.seq || c.Samples() != test.samples {
-			t.Errorf("%s: %v, number %d, %d samples", test.name, err, c.Seq, c.Samples())
+		if lost, err := c.Adopt(test.b, 100); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.Samples() != test.samples {
+			t.Errorf("%s: %v, %d lost, number %d, %d samples", test.name, err, lost, c.Seq, c.Samples())
 		}
 	}
 }
@@ -401,8 +407,8 @@ func TestClusterCompactsRemains(t *testing.T) {
 	c.Table.Insert(hash, []byte(`m{_id="a"}`), false)
 	b := &Batch{Seq: 1, T0: 200, IDs: []uint32{7, 0}, DT: []int32{0, -150}, V: []float64{1, 2}}
 	b.Bound()
-	if err := c.Adopt(b, 0); err == nil || c.Samples() != 1 {
-		t.Errorf("%d samples, %v", c.Samples(), err)
+	if lost, err := c.Adopt(b, 0); err != nil || lost != 1 || c.Samples() != 1 {
+		t.Errorf("%d samples, %d lost, %v", c.Samples(), lost, err)
 	}
 	if next := c.Compact(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {
 		t.Errorf("%d batches, %d series, number %d", len(next.Batches), next.Table.Len(), next.Seq)
@@ -425,7 +431,7 @@ func TestClusterCompactKeepsClock(t *testing.T) {
 		if i == 0 {
 			want = AppendResult{Accepted: 2}
 		}
-		b, _, res, err := c.Prepare(p, nil, clock.Now(), time.Hour, 0)
+		b, _, res, err := c.Prepare(p, nil, At(clock.Now()), time.Hour, 0)
 		if err != nil || res != want || b.Shift != test.shift {
 			t.Errorf("push %d: %+v, %v, shifted by %d; want %+v, %d", i, res, err, b.Shift, want, test.shift)
 		}

@@ -3,7 +3,7 @@ package main
 // Who scrapes, and what each has had: a cursor per consumer and cluster, which is
 // the sequence number of the newest batch that is known to have arrived. Invariants:
 // a cursor moves only when the connection that was served asks again, and never past
-// what was served there; what is lost of this file costs a repetition, never a
+// what was served there; what is lost of their file costs a repetition, never a
 // sample; consumers and connections are bounded. This file must not know of samples.
 
 import (
@@ -25,14 +25,11 @@ import (
 )
 
 const (
-	consumersFile  = "consumers" + LogSuffix
-	recordConsumer = 1 // key, name, address
-	recordCursors  = 2 // key, time of use, pairs of cluster and sequence number
+	consumersFile = "consumers" + LogSuffix
+	recordCursors = 2 // key, time of use, pairs of cluster and sequence number
 
-	maxConsumers     = 64
 	maxConsumerName  = 64 // bytes
-	maxConsumerAddr  = 256
-	maxReadings      = 4 // of one consumer, whose place is remembered
+	maxReadings      = 4  // of one consumer, whose place is remembered
 	consumerIdle     = 24 * time.Hour
 	consumerSave     = time.Hour // between notes of a use that moved nothing
 	minConsumerLimit = 1000      // samples; where a limit that was halved ends
@@ -45,8 +42,9 @@ var ErrConsumers = errors.New("too many consumers")
 // Consumers holds the cursors. It is safe for concurrent use.
 type Consumers struct {
 	turn  chan struct{} // has room for one, who alone does I/O and touches log
-	log   *Log          // nil in memory-only mode
-	stale atomic.Bool   // on disk may be a consumer that was forgotten
+	log   *Log          // of cursors; nil in memory-only mode
+	state *StoreState   // which has the consumers
+	stale atomic.Bool   // the disk has not just the consumers of byKey
 
 	mu    sync.Mutex // guards the rest; never held across I/O
 	byKey map[uint64]*consumer
@@ -58,7 +56,6 @@ type consumer struct {
 	used, saved   time.Time
 	cursors       map[uint64]uint64 // cluster → newest batch confirmed
 	dirty         map[uint64]uint64 // of these, what is not yet on disk; 0 removes
-	defined       bool              // on disk
 	conns         []*Reading        // least recently used first
 	limit         int               // samples in one scrape; 0 = as many as may be
 }
@@ -90,13 +87,18 @@ func ConsumerKey(name, address, match string) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// OpenConsumers reads what is kept in dir; with dir "" nothing is. What cannot be
-// read is forgotten; the error says so, and the result is good.
-func OpenConsumers(fsys FS, dir string, now time.Time) (*Consumers, error) {
-	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}}
+// OpenConsumers reads the cursors that are kept in dir of the consumers in state; with
+// dir "" none are. After damage all cursors are forgotten, so that none is left that was
+// moved or removed by what was lost; the error says so, and the result is good.
+func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Consumers, error) {
+	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}, state: state}
+	for _, k := range state.Consumers {
+		cs.know(k, now)
+	}
 	if dir == "" {
 		return cs, nil
 	}
+	cs.stale.Store(true)
 	path := filepath.Join(dir, consumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
 	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restore(kind, payload, now) })
@@ -109,27 +111,58 @@ func OpenConsumers(fsys FS, dir string, now time.Time) (*Consumers, error) {
 		cs.log = log
 	}
 	if rec.HeaderDamaged || rec.Damaged > 0 {
-		return cs, fmt.Errorf("%s was damaged: consumers get again what was noted there; the damaged file is kept as %q", path, filepath.Base(rec.SetAside))
+		for _, c := range cs.byKey {
+			clear(c.cursors)
+		}
+		return cs, fmt.Errorf("%s was damaged: every consumer is served again all that is held; the damaged file is kept as %q", path, filepath.Base(rec.SetAside))
 	}
 	return cs, rec.Err
 }
 
-// Recovered drops the cursors of clusters that are not known any more. It returns the
-// highest of each other one, and the highest of all that were kept: what comes next
-// has to have higher numbers, or a cursor from before a crash would be past it.
-func (cs *Consumers) Recovered(known func(cluster uint64) bool) (of map[uint64]uint64, highest uint64) {
+// PastCursor is a cursor that is past the end of its cluster's log.
+type PastCursor struct {
+	Cluster, Seq uint64
+	Names        []string // of the consumers
+}
+
+// DropPast drops cursors that are past the end of their cluster's log, which end returns,
+// or whose cluster has none. What is held of such a cluster is served again.
+func (cs *Consumers) DropPast(end func(cluster uint64) uint64) []PastCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	of = map[uint64]uint64{}
-	for _, c := range cs.byKey {
+	past := map[uint64]*PastCursor{}
+	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
+		c := cs.byKey[key]
 		for cluster, at := range c.cursors {
-			highest = max(highest, at)
-			if of[cluster] = max(of[cluster], at); !known(cluster) {
-				c.move(cluster, 0)
+			if at <= end(cluster) {
+				continue
 			}
+			p := past[cluster]
+			if p == nil {
+				p = &PastCursor{Cluster: cluster}
+				past[cluster] = p
+			}
+			p.Seq, p.Names = max(p.Seq, at), append(p.Names, c.name)
+			c.move(cluster, 0)
 		}
 	}
-	return of, highest
+	var all []PastCursor
+	for _, cluster := range slices.Sorted(maps.Keys(past)) {
+		all = append(all, *past[cluster])
+	}
+	return all
+}
+
+// Highest returns the highest cursor of all.
+func (cs *Consumers) Highest() (highest uint64) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, c := range cs.byKey {
+		for _, at := range c.cursors {
+			highest = max(highest, at)
+		}
+	}
+	return highest
 }
 
 // move sets a cursor, or removes it if at is 0. cs.mu is held, or c is not shared yet.
@@ -145,51 +178,51 @@ func newConsumer(key uint64, name, address string) *consumer {
 	return &consumer{key: key, name: name, address: address, cursors: map[uint64]uint64{}, dirty: map[uint64]uint64{}}
 }
 
+// know adds a consumer, last used now, unless there are too many.
+func (cs *Consumers) know(k KnownConsumer, now time.Time) *consumer {
+	c := cs.byKey[k.Key]
+	if c == nil && len(cs.byKey) < MaxConsumers {
+		c = newConsumer(k.Key, k.Name, k.Address)
+		c.used, c.saved = now, now
+		cs.byKey[k.Key] = c
+	}
+	return c
+}
+
 func (cs *Consumers) restore(kind byte, b []byte, now time.Time) error {
+	if kind != recordCursors {
+		return fmt.Errorf("unknown kind of record %d", kind)
+	}
 	if len(b) < 8 {
 		return errRecordConsumer
 	}
 	key, b := binary.LittleEndian.Uint64(b), b[8:]
-	switch kind {
-	case recordConsumer:
-		name, address, ok := strings.Cut(string(b), "\x00")
-		if !ok || ValidConsumer(name) != nil || len(address) > maxConsumerAddr || !utf8.ValidString(address) ||
-			cs.byKey[key] == nil && len(cs.byKey) >= maxConsumers {
-			return errRecordConsumer
-		}
-		c := newConsumer(key, name, address) // again: it was forgotten meanwhile
-		c.defined, c.used, c.saved = true, now, now
-		cs.byKey[key] = c
-		return nil
-	case recordCursors:
-		c := cs.byKey[key]
-		used, n := binary.Varint(b)
-		if c == nil || n <= 0 {
-			return errRecordConsumer
-		}
-		if c.used = time.Unix(used, 0); c.used.After(now) {
-			c.used = now // the clock was wrong then
-		}
-		c.saved = c.used
-		for b = b[n:]; len(b) > 0; b = b[n:] {
-			if len(b) < 9 {
-				return errRecordConsumer
-			}
-			cluster := binary.LittleEndian.Uint64(b)
-			b = b[8:]
-			var at uint64
-			if at, n = binary.Uvarint(b); n <= 0 || at > MaxSeq/2 { // batches yet to come are beyond it
-				return errRecordConsumer
-			}
-			if at == 0 {
-				delete(c.cursors, cluster)
-			} else {
-				c.cursors[cluster] = at
-			}
-		}
-		return nil
+	used, n := binary.Varint(b)
+	c := cs.know(KnownConsumer{Key: key}, now) // its name was lost if state does not have it
+	if c == nil || n <= 0 {
+		return errRecordConsumer
 	}
-	return fmt.Errorf("unknown kind of record %d", kind)
+	if c.used = time.Unix(used, 0); c.used.After(now) {
+		c.used = now // the clock was wrong then
+	}
+	c.saved = c.used
+	for b = b[n:]; len(b) > 0; b = b[n:] {
+		if len(b) < 9 {
+			return errRecordConsumer
+		}
+		cluster := binary.LittleEndian.Uint64(b)
+		b = b[8:]
+		var at uint64
+		if at, n = binary.Uvarint(b); n <= 0 || at > MaxSeq/2 { // batches yet to come are beyond it
+			return errRecordConsumer
+		}
+		if at == 0 {
+			delete(c.cursors, cluster)
+		} else {
+			c.cursors[cluster] = at
+		}
+	}
+	return nil
 }
 
 var errRecordConsumer = errors.New("malformed record of a consumer")
@@ -204,13 +237,17 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 	defer cs.mu.Unlock()
 	c := cs.byKey[key]
 	if c == nil {
-		if len(cs.byKey) >= maxConsumers {
-			return nil, false, fmt.Errorf("%w: %d are known; one is forgotten when it has not scraped for %v", ErrConsumers, maxConsumers, consumerIdle)
+		if len(cs.byKey) >= MaxConsumers {
+			return nil, false, fmt.Errorf("%w: %d are known; one is forgotten when it has not scraped for %v", ErrConsumers, MaxConsumers, consumerIdle)
 		}
-		c = newConsumer(key, name, address)
-		cs.byKey[key] = c
+		c = cs.know(KnownConsumer{key, name, address}, now)
+		cs.stale.Store(true)
 	}
 	c.used = now
+	if c.name != name { // it was lost
+		c.name, c.address = name, address
+		cs.stale.Store(true)
+	}
 	i := slices.IndexFunc(c.conns, func(r *Reading) bool { return r.conn == conn })
 	if i < 0 {
 		r = &Reading{Key: key, owner: cs, c: c, conn: conn, pos: make(map[uint64]Position, len(c.cursors))}
@@ -372,24 +409,20 @@ func (cs *Consumers) Expire(now time.Time) {
 	defer cs.mu.Unlock()
 	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool {
 		idle := now.Sub(c.used) > consumerIdle
-		if idle && c.defined {
+		if idle {
 			cs.stale.Store(true)
 		}
 		return idle
 	})
 }
 
-// Save writes what has changed to disk: one write for all clusters. If another is
-// writing it does nothing, and the next call does it.
+// Save writes what has changed to disk: one write for all clusters, after that of the
+// consumers where these have changed.
 func (cs *Consumers) Save() error {
+	cs.turn <- struct{}{}
+	defer func() { <-cs.turn }()
 	if cs.log == nil {
 		cs.frames() // forgets what it would be
-		return nil
-	}
-	select {
-	case cs.turn <- struct{}{}:
-		defer func() { <-cs.turn }()
-	default:
 		return nil
 	}
 	stale := cs.stale.Swap(false) // before all is gathered
@@ -398,13 +431,18 @@ func (cs *Consumers) Save() error {
 		return nil
 	}
 	var err error
-	if stale || cs.log.Broken() || cs.log.Size()+int64(len(frames)) > consumersSlack+4*int64(whole) {
+	if stale {
+		err = cs.state.Write(cs.known())
+	}
+	switch {
+	case err != nil:
+	case stale || cs.log.Broken() || cs.log.Size()+int64(len(frames)) > consumersSlack+4*int64(whole):
 		all := cs.all()
 		err = cs.log.Rewrite(func(w io.Writer) error {
 			_, err := w.Write(all)
 			return err
 		})
-	} else {
+	default:
 		err = cs.log.Append(frames)
 	}
 	if err != nil {
@@ -419,13 +457,23 @@ func (cs *Consumers) Save() error {
 						c.dirty[cluster] = at
 					}
 				}
-				c.defined = c.defined && old.defined
 			}
 		}
 		cs.mu.Unlock()
 		return fmt.Errorf("keeping the cursors of consumers: %w", err)
 	}
 	return nil
+}
+
+// known returns the consumers.
+func (cs *Consumers) known() (all []KnownConsumer) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
+		c := cs.byKey[key]
+		all = append(all, KnownConsumer{key, c.name, c.address})
+	}
+	return all
 }
 
 // frames returns records of what has changed, how many bytes all records would take,
@@ -436,15 +484,12 @@ func (cs *Consumers) frames() (frames []byte, whole int, changed []consumer) {
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
 		whole += 100 + 12*len(c.cursors)
-		if c.defined && len(c.dirty) == 0 && c.used.Sub(c.saved) < consumerSave {
+		if len(c.dirty) == 0 && c.used.Sub(c.saved) < consumerSave {
 			continue
 		}
-		changed = append(changed, consumer{key: key, dirty: c.dirty, defined: c.defined})
-		if !c.defined {
-			frames = c.define(frames)
-		}
+		changed = append(changed, consumer{key: key, dirty: c.dirty})
 		frames = c.note(frames, c.dirty)
-		c.defined, c.saved, c.dirty = true, c.used, map[uint64]uint64{}
+		c.saved, c.dirty = c.used, map[uint64]uint64{}
 	}
 	return frames, whole, changed
 }
@@ -455,14 +500,9 @@ func (cs *Consumers) all() (frames []byte) {
 	defer cs.mu.Unlock()
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
-		frames = c.note(c.define(frames), c.cursors)
+		frames = c.note(frames, c.cursors)
 	}
 	return frames
-}
-
-func (c *consumer) define(frames []byte) []byte {
-	b := binary.LittleEndian.AppendUint64(nil, c.key)
-	return AppendRecord(frames, recordConsumer, append(b, c.name+"\x00"+c.address...))
 }
 
 func (c *consumer) note(frames []byte, cursors map[uint64]uint64) []byte {

@@ -21,11 +21,21 @@ var consumersNow = time.UnixMilli(1_700_000_000_000)
 // openConsumers opens what is kept in fsys; damage is to say whether that was damaged.
 func openConsumers(t testing.TB, fsys FS, now time.Time, damage bool) *Consumers {
 	t.Helper()
-	cs, err := OpenConsumers(fsys, "/s", now)
+	cs, err := OpenConsumers(fsys, "/s", openStoreState(t, fsys), now)
 	if (err != nil) != damage {
 		t.Fatalf("opening: %v; damage %t", err, damage)
 	}
 	return cs
+}
+
+// openStoreState reads the state that is kept in fsys.
+func openStoreState(t testing.TB, fsys FS) *StoreState {
+	t.Helper()
+	state, err := OpenStoreState(fsys, "/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return state
 }
 
 // confirm has a consumer serve and confirm places, on a connection of its own.
@@ -50,23 +60,31 @@ func saveConsumers(t testing.TB, cs *Consumers) {
 	}
 }
 
-// cursorsOf returns the cursors by the consumers' names.
+// cursorsOf returns the cursors by the consumers' names, or keys where the name is lost.
 func cursorsOf(cs *Consumers) map[string]map[uint64]uint64 {
 	all := map[string]map[uint64]uint64{}
 	for _, c := range cs.byKey {
-		all[c.name] = maps.Clone(c.cursors)
+		name := c.name
+		if name == "" {
+			name = fmt.Sprint("#", c.key)
+		}
+		all[name] = maps.Clone(c.cursors)
 	}
 	return all
 }
 
 func sameCursors(a, b map[string]map[uint64]uint64) bool { return maps.EqualFunc(a, b, maps.Equal) }
 
-// consumersFrames frames records of kind recordConsumer.
-func consumersFrames(frames []byte, from, to int) []byte {
-	for i := from; i < to; i++ {
-		frames = newConsumer(uint64(i), fmt.Sprint("c", i), "::1").define(frames)
+// putConsumers has the state in fsys know consumers "c1" …, with the keys 1 ….
+func putConsumers(t testing.TB, fsys FS, n int) {
+	t.Helper()
+	var known []KnownConsumer
+	for i := 1; i <= n; i++ {
+		known = append(known, KnownConsumer{uint64(i), fmt.Sprint("c", i), "::1"})
 	}
-	return frames
+	if err := openStoreState(t, fsys).Write(known); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // usedFrame is a record of kind recordCursors.
@@ -78,37 +96,33 @@ func usedFrame(key uint64, used int64, cursors ...uint64) []byte {
 	return AppendRecord(nil, recordCursors, b)
 }
 
-// What a file may hold, and what becomes of it.
+// What a file may hold, and what becomes of it. The state knows one consumer, "c1".
 func TestConsumersRestore(t *testing.T) {
 	record := func(kind byte, payload string) []byte { return AppendRecord(nil, kind, []byte(payload)) }
-	one := consumersFrames(nil, 1, 2)
 	now := consumersNow.Unix()
+	type cursors = map[string]map[uint64]uint64
 	for _, test := range []struct {
 		name    string
 		frames  [][]byte
 		damaged bool
-		want    map[string]map[uint64]uint64
+		want    cursors
 	}{
-		{"nothing", nil, false, nil},
-		{"one", [][]byte{one, usedFrame(1, now, 5, 6)}, false, map[string]map[uint64]uint64{"c1": {0: 5, 1: 6}}},
-		{"moved and removed", [][]byte{one, usedFrame(1, now, 5, 6, 7), usedFrame(1, now, 9, 0)}, false, map[string]map[uint64]uint64{"c1": {0: 9, 2: 7}}},
-		{"forgotten, and come again", [][]byte{one, usedFrame(1, now, 5, 6), one, usedFrame(1, now, 3)}, false, map[string]map[uint64]uint64{"c1": {0: 3}}},
-		{"unknown consumer", [][]byte{one, usedFrame(2, now, 5)}, true, map[string]map[uint64]uint64{"c1": {}}},
-		{"unknown kind", [][]byte{one, record(9, "xyz")}, true, map[string]map[uint64]uint64{"c1": {}}},
-		{"no name", [][]byte{record(recordConsumer, "12345678\x00::1")}, true, nil},
-		{"no address", [][]byte{record(recordConsumer, "12345678name")}, true, nil},
-		{"a name that is no text", [][]byte{record(recordConsumer, "12345678\xff\x00::1")}, true, nil},
-		{"an address that is no text", [][]byte{record(recordConsumer, "12345678n\x00\xff")}, true, nil},
-		{"a long name", [][]byte{record(recordConsumer, "12345678"+strings.Repeat("n", maxConsumerName+1)+"\x00::1")}, true, nil},
-		{"a long address", [][]byte{record(recordConsumer, "12345678n\x00"+strings.Repeat("1", 10_000))}, true, nil},
-		{"no time", [][]byte{one, record(recordCursors, "\x01\x00\x00\x00\x00\x00\x00\x00")}, true, map[string]map[uint64]uint64{"c1": {}}},
-		{"half a cursor", [][]byte{one, record(recordCursors, "\x01\x00\x00\x00\x00\x00\x00\x00\x02abc")}, true, map[string]map[uint64]uint64{"c1": {}}},
-		// The next batch's number has to be higher, and to be one.
-		{"a number beyond all batches", [][]byte{one, usedFrame(1, now, math.MaxUint64)}, true, map[string]map[uint64]uint64{"c1": {}}},
-		{"the highest number that a log takes", [][]byte{one, usedFrame(1, now, MaxSeq)}, true, map[string]map[uint64]uint64{"c1": {}}},
+		{"nothing", nil, false, cursors{"c1": {}}},
+		{"one", [][]byte{usedFrame(1, now, 5, 6)}, false, cursors{"c1": {0: 5, 1: 6}}},
+		{"moved and removed", [][]byte{usedFrame(1, now, 5, 6, 7), usedFrame(1, now, 9, 0)}, false, cursors{"c1": {0: 9, 2: 7}}},
+		{"a consumer whose name is lost", [][]byte{usedFrame(2, now, 5)}, false, cursors{"c1": {}, "#2": {0: 5}}},
+		// All cursors are forgotten: what was lost may have removed one.
+		{"unknown kind", [][]byte{usedFrame(1, now, 5), record(9, "xyz")}, true, cursors{"c1": {}}},
+		{"no time", [][]byte{usedFrame(1, now, 5), record(recordCursors, "\x01\x00\x00\x00\x00\x00\x00\x00")}, true, cursors{"c1": {}}},
+		{"half a cursor", [][]byte{usedFrame(1, now, 5), record(recordCursors, "\x01\x00\x00\x00\x00\x00\x00\x00\x02abc")}, true, cursors{"c1": {}}},
+		{"a record in the middle", [][]byte{usedFrame(1, now, 5), record(9, "xyz"), usedFrame(1, now, 7)}, true, cursors{"c1": {}}},
+		{"also of one whose name is lost", [][]byte{usedFrame(2, now, 5), record(9, "xyz")}, true, cursors{"c1": {}, "#2": {}}},
+		{"a number beyond all batches", [][]byte{usedFrame(1, now, math.MaxUint64)}, true, cursors{"c1": {}}},
+		{"the highest number that a log takes", [][]byte{usedFrame(1, now, MaxSeq)}, true, cursors{"c1": {}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)
+			putConsumers(t, fsys, 1)
 			fsys.put(consumersPath, slices.Concat(append([][]byte{appendLogHeader(nil, []byte("consumers"))}, test.frames...)...))
 			cs := openConsumers(t, fsys, consumersNow, test.damaged)
 			if got := cursorsOf(cs); !sameCursors(got, test.want) {
@@ -125,9 +139,14 @@ func TestConsumersRestore(t *testing.T) {
 // More consumers than may be known are not kept, and those that are go on.
 func TestConsumersTooMany(t *testing.T) {
 	fsys := newStoreFS(1)
-	fsys.put(consumersPath, consumersFrames(appendLogHeader(nil, []byte("consumers")), 0, maxConsumers+10))
+	putConsumers(t, fsys, 10)
+	file := appendLogHeader(nil, []byte("consumers"))
+	for i := range uint64(MaxConsumers + 10) {
+		file = append(file, usedFrame(1+i, consumersNow.Unix(), 5)...)
+	}
+	fsys.put(consumersPath, file)
 	cs := openConsumers(t, fsys, consumersNow, true)
-	if n := len(cs.byKey); n != maxConsumers {
+	if n := len(cs.byKey); n != MaxConsumers {
 		t.Errorf("%d consumers", n)
 	}
 	if _, _, err := cs.Begin(ConsumerKey("new", "", ""), "new", "", &Conn{}, consumersNow); err == nil {
@@ -137,7 +156,7 @@ func TestConsumersTooMany(t *testing.T) {
 		t.Error(err)
 	}
 	saveConsumers(t, cs)
-	if n := len(openConsumers(t, fsys, consumersNow, false).byKey); n != maxConsumers {
+	if n := len(openConsumers(t, fsys, consumersNow, false).byKey); n != MaxConsumers {
 		t.Errorf("mended: %d consumers", n)
 	}
 }
@@ -146,7 +165,7 @@ func TestConsumersTooMany(t *testing.T) {
 func TestConsumersUsedInFuture(t *testing.T) {
 	for _, used := range []int64{consumersNow.Add(1000 * time.Hour).Unix(), math.MaxInt64, math.MinInt64} {
 		fsys := newStoreFS(1)
-		fsys.put(consumersPath, slices.Concat(consumersFrames(appendLogHeader(nil, []byte("consumers")), 1, 2), usedFrame(1, used, 5)))
+		fsys.put(consumersPath, slices.Concat(appendLogHeader(nil, []byte("consumers")), usedFrame(1, used, 5)))
 		cs := openConsumers(t, fsys, consumersNow, false)
 		cs.Expire(consumersNow.Add(consumerIdle + time.Second))
 		if len(cs.byKey) != 0 {
@@ -182,8 +201,8 @@ func TestConsumersExpire(t *testing.T) {
 	if got := cursorsOf(openConsumers(t, fsys, later, false)); !sameCursors(got, want) {
 		t.Errorf("after a restart: %v, want %v", got, want)
 	}
-	if data, err := fsys.ReadFile(consumersPath); err != nil || strings.Contains(string(data), "gone") {
-		t.Errorf("the file still names who is gone: %v", err)
+	if data, err := fsys.ReadFile("/s/" + stateFile); err != nil || strings.Contains(string(data), "gone") {
+		t.Errorf("the state still names who is gone: %v", err)
 	}
 	// Who comes again before that is on disk begins anew too.
 	confirm(t, cs, "back", consumersNow, map[uint64]uint64{1: 5, 2: 6})
@@ -197,9 +216,9 @@ func TestConsumersExpire(t *testing.T) {
 	}
 }
 
-// consumersHistory returns the file as several saves leave it, the cursors then, and
-// which clusters are known.
-func consumersHistory(t testing.TB) (data []byte, final map[string]map[uint64]uint64, known func(uint64) bool) {
+// consumersHistory returns the file as several saves leave it, the state and the cursors
+// then.
+func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[uint64]uint64) {
 	fsys := newStoreFS(1)
 	cs := openConsumers(t, fsys, consumersNow, false)
 	for i := range uint64(6) {
@@ -216,23 +235,31 @@ func consumersHistory(t testing.TB) (data []byte, final map[string]map[uint64]ui
 	if err != nil {
 		t.Fatal(err)
 	}
-	return data, cursorsOf(cs), func(cluster uint64) bool { return cluster != 1001 }
+	if state, err = fsys.ReadFile("/s/" + stateFile); err != nil {
+		t.Fatal(err)
+	}
+	return data, state, cursorsOf(cs)
 }
 
-// Wherever the file is cut or damaged, no cursor is past what was confirmed, and the
-// file is good again once it is saved.
+// Wherever the file is cut or damaged, no cursor is past what was confirmed, all consumers
+// are known whose records can be read, and the file is good again once it is saved.
 func TestConsumersDamage(t *testing.T) {
-	data, final, known := consumersHistory(t)
+	data, state, final := consumersHistory(t)
 	check := func(what string, data []byte) {
 		t.Helper()
 		fsys := newStoreFS(1)
 		fsys.put(consumersPath, data)
-		cs, _ := OpenConsumers(fsys, "/s", consumersNow)
-		cs.Recovered(known)
+		fsys.put("/s/"+stateFile, state)
+		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), consumersNow)
 		got := cursorsOf(cs)
+		if len(got) != len(final) {
+			t.Fatalf("%s: consumers %v are known, of %v", what, got, final)
+		}
 		for name, cursors := range got {
 			for cluster, at := range cursors {
-				if at > final[name][cluster] {
+				// What was lost may have removed the cursor of 1001; the numbers of that
+				// cluster's next batches are above it all the same.
+				if at > final[name][cluster] && cluster != 1001 {
 					t.Fatalf("%s: %s is at %d of cluster %d, and confirmed %d", what, name, at, cluster, final[name][cluster])
 				}
 			}
@@ -258,8 +285,8 @@ func FuzzConsumers(f *testing.F) {
 	header := len(appendLogHeader(nil, []byte("consumers")))
 	f.Add(data[header:], false)
 	f.Add(data[header:], true)
-	f.Add(slices.Concat(consumersFrames(nil, 1, 3), usedFrame(2, 1<<40, 1, 0, MaxSeq/4)), false)
-	f.Add([]byte{recordConsumer, 1, 2, 3, 4, 5, 6, 7, 8, 'n', 0}, true)
+	f.Add(usedFrame(2, 1<<40, 1, 0, MaxSeq/4), false)
+	f.Add([]byte{recordCursors, 9, 1, 2, 3, 4, 5, 6, 7, 8, 0}, true)
 	f.Fuzz(func(t *testing.T, b []byte, framed bool) {
 		file := appendLogHeader(nil, []byte("consumers"))
 		if framed { // each payload by its kind and length, so that none is stopped by its CRC
@@ -273,16 +300,16 @@ func FuzzConsumers(f *testing.F) {
 		}
 		fsys := newStoreFS(1)
 		fsys.put(consumersPath, file)
-		cs, _ := OpenConsumers(fsys, "/s", consumersNow)
-		if len(cs.byKey) > maxConsumers {
+		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), consumersNow)
+		if len(cs.byKey) > MaxConsumers {
 			t.Fatalf("%d consumers", len(cs.byKey))
 		}
 		for _, c := range cs.byKey {
-			if ValidConsumer(c.name) != nil || c.used.After(consumersNow) {
-				t.Fatalf("consumer %q, used at %v", c.name, c.used)
+			if c.used.After(consumersNow) {
+				t.Fatalf("consumer %d, used at %v", c.key, c.used)
 			}
 		}
-		if _, highest := cs.Recovered(func(uint64) bool { return true }); highest > MaxSeq/2 {
+		if highest := cs.Highest(); highest > MaxSeq/2 {
 			t.Fatalf("a cursor at %d", highest)
 		}
 		got := cursorsOf(cs)
@@ -296,7 +323,7 @@ func FuzzConsumers(f *testing.F) {
 // In memory only, nothing is gathered for a file that is not written; nor is anything
 // for clusters that are held no more, or for connections without end.
 func TestConsumersMemoryOnly(t *testing.T) {
-	cs, err := OpenConsumers(nil, "", consumersNow)
+	cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -324,15 +351,15 @@ func TestConsumersMemoryOnly(t *testing.T) {
 func TestConsumersHaveIsBounded(t *testing.T) {
 	b := &Batch{Seq: 1, IDs: []uint32{0}, V: []float64{1}}
 	for round := range 6 { // other consumers at each server
-		cs, err := OpenConsumers(nil, "", consumersNow)
+		cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i := range maxConsumers {
+		for i := range MaxConsumers {
 			confirm(t, cs, fmt.Sprint(round, " ", i), consumersNow, map[uint64]uint64{1: 1})
 		}
 		had := cs.Have(1, b)
-		if want := min(MaxHad, (round+1)*maxConsumers); len(had) != want || len(slices.Compact(slices.Clone(had))) != want {
+		if want := min(MaxHad, (round+1)*MaxConsumers); len(had) != want || len(slices.Compact(slices.Clone(had))) != want {
 			t.Fatalf("round %d: %d had it, want %d", round, len(had), want)
 		}
 		sent := *b
@@ -371,7 +398,7 @@ func TestConsumersLimit(t *testing.T) {
 		{"all again", []step{{8000, 2 * most, false, 4000}, {80_000, 0, false, 8000}, {8000, 0, false, 16_000}, {1, 0, false, 32_000}, {1, 0, false, 64_000}, {1, 0, false, 100_000}, {1, 0, false, 100_000}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			cs, err := OpenConsumers(nil, "", consumersNow)
+			cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -144,7 +144,7 @@ func TestFederateRefuses(t *testing.T) {
 	if n := len(r.store.Consumers.byKey); n != 0 {
 		t.Errorf("%d consumers that were refused are known", n)
 	}
-	for i := range maxConsumers {
+	for i := range MaxConsumers {
 		if got := r.get(client, "GET", fmt.Sprint("consumer=", i), ""); got.status != 200 {
 			t.Fatalf("consumer %d: %d %s", i, got.status, got.body)
 		}

@@ -236,7 +236,8 @@ type Recovery struct {
 
 // OpenLog reads a whole log into memory and calls each for every valid record
 // in order. The payload is part of that memory: it must be neither kept nor
-// changed. If each returns an error the record counts as damaged.
+// changed. If each returns an error the record counts as damaged. Kind 0, without
+// payload, stands for bytes that were skipped; its error is ignored.
 //
 // A torn tail, as a crash during Append leaves it, is not damage: it is cut.
 // A tail is torn if the file ends before its record does, or if it is all zeros
@@ -343,6 +344,7 @@ func (r *Recovery) scan(data []byte, start int, each func(byte, []byte) error) {
 		r.LostBytes += int64(lost)
 		if p > 0 { // else it is the header's region
 			r.Damaged++
+			each(0, nil)
 		}
 		p += lost
 	}

@@ -58,9 +58,9 @@ var allowedRooms = map[string][]string{
 	"hashring.go":     {},
 	"scrape.go":       {"store.go", "consumers.go", "cluster.go", "series.go", "exposition.go"},
 	"store.go":        {"site.go", "consumers.go", "cluster.go", "clock.go", "series.go", "batch.go", "log.go", "exposition.go"},
-	"site.go":         {"cluster.go", "series.go", "batch.go", "log.go", "exposition.go"},
-	"consumers.go":    {"batch.go", "log.go"},
-	"cluster.go":      {"series.go", "batch.go", "clock.go", "log.go", "exposition.go"},
+	"site.go":         {"store_clock.go", "cluster.go", "series.go", "batch.go", "log.go", "exposition.go"},
+	"consumers.go":    {"store_state.go", "batch.go", "log.go"},
+	"cluster.go":      {"store_clock.go", "series.go", "batch.go", "clock.go", "log.go", "exposition.go"},
 	"senders.go":      {},
 	"authorize.go":    {},
 	"series.go":       {"exposition.go"},
@@ -76,7 +76,7 @@ var allowedRooms = map[string][]string{
 	"metrics.go":      {},
 
 	"store_recovery.go": {"site.go", "consumers.go", "cluster.go", "batch.go", "log.go", "exposition.go"},
-	"store_state.go":    {"log.go"},
+	"store_state.go":    {"consumers.go", "log.go"},
 	"store_clock.go":    {},
 }
 

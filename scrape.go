@@ -75,7 +75,9 @@ func (x *Scraper) shown(c *Cluster, consumer bool) bool {
 	return x.Hidden == nil || !x.Hidden(c.ID, consumer)
 }
 
-func (x *Scraper) minT() int64 { return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.Oldest()) }
+func (x *Scraper) minT() int64 {
+	return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.OldestServed())
+}
 
 // Newest returns the newest sample of each series that is at most MaxAge old, one
 // family a name, sorted. match, if not nil, chooses lines. At most limit samples are
@@ -114,6 +116,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	if limit <= 0 {
 		limit = math.MaxInt
 	}
+	oldest := x.Store.OldestServed()
 	var counts []int
 	all := 0
 	x.Store.Each(0, func(hash uint64, held *Cluster) bool {
@@ -138,7 +141,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 		at := r.At(hash)
 		lines := 0
 		most := min(share, left, held.Unread(at, r.Key)) // more than was counted, if pushes came
-		to, n := held.Read(at, r.Key, most, min(spare, left-most), single, minT, func(name string, l Line) {
+		to, n := held.Read(at, r.Key, most, min(spare, left-most), single, oldest, minT, func(name string, l Line) {
 			shown.add(name, l)
 			lines++
 		})

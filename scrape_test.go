@@ -600,7 +600,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 			t.Fatal(err)
 		}
 		if forgotten {
-			if done, err := s.Release(context.Background(), "a", 3, s.Oldest()); !done || err != nil {
+			if done, err := s.Release(context.Background(), "a", s.clusters["a"].held.Seq, s.Oldest()); !done || err != nil {
 				t.Fatal(done, err)
 			}
 		}

@@ -87,10 +87,8 @@ func (c *Site) Look(f func(held *Cluster)) {
 // Take waits for c's turn. A turn that is free is taken even if ctx has ended:
 // who gave up waiting for a new cluster can so leave its removal to the holder.
 func (c *Site) Take(ctx context.Context) error {
-	select {
-	case c.turn <- struct{}{}:
+	if c.TryTake() {
 		return nil
-	default:
 	}
 	select {
 	case c.turn <- struct{}{}:
@@ -99,6 +97,16 @@ func (c *Site) Take(ctx context.Context) error {
 		return ErrClosed
 	case <-ctx.Done():
 		return fmt.Errorf("waiting for an earlier push: %w", ctx.Err())
+	}
+}
+
+// TryTake takes c's turn if it is free.
+func (c *Site) TryTake() bool {
+	select {
+	case c.turn <- struct{}{}:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -125,8 +133,8 @@ type Appending struct {
 
 // Append holds pushes, which have no sample in common, when all are durable, as
 // Store.Append says; room is asked for the samples that are new.
-func (c *Site) Append(pushes []Appending, now time.Time, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
-	oldest := now.Add(-retention).UnixMilli()
+func (c *Site) Append(pushes []Appending, now Span, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
+	oldest := now.Early.Add(-retention).UnixMilli()
 	batches, known, res, err := c.prepare(pushes, now, retention, limitSeries)
 	if errors.Is(err, ErrSeriesLimit) && c.held.Table.Dead(oldest) > 0 {
 		if err := c.Rewrite(nil, oldest); err != nil {
@@ -162,7 +170,7 @@ func (c *Site) outlived(res AppendResult) { c.expired(int64(res.Outlived), int64
 
 // prepare makes batches of what is new in pushes. Until they are held,
 // Table.Truncate(known) undoes it; on an error nothing was inserted.
-func (c *Site) prepare(pushes []Appending, now time.Time, retention time.Duration, limitSeries int) (batches []*Batch, known int, res AppendResult, err error) {
+func (c *Site) prepare(pushes []Appending, now Span, retention time.Duration, limitSeries int) (batches []*Batch, known int, res AppendResult, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	known = c.held.Table.Len()
@@ -252,10 +260,11 @@ func (c *Site) Raise(seq uint64) {
 // Rewrite puts a new log, of what is held since oldest and of more batches, in the
 // place of c's; memory follows when the new file is durable.
 func (c *Site) Rewrite(more []*Batch, oldest int64) error {
+	c.Expire(oldest)
 	c.mu.Lock()
 	held := c.held
 	c.mu.Unlock()
-	// Others may evict batches of c.held now, but change nothing that held has.
+	// Others may expire or evict batches of c.held now, but change nothing that held has.
 	next := held.Compact(more, oldest)
 	if c.log != nil {
 		fill := func(w io.Writer) error {
@@ -277,14 +286,7 @@ func (c *Site) Rewrite(more []*Batch, oldest int64) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.held.Samples()
-	first := c.held.Seq + 1 // of what is still held, or of more
-	if len(c.held.Batches) > 0 {
-		first = c.held.Batches[0].Seq
-	}
-	for len(next.Batches) > 0 && next.Batches[0].Seq < first {
-		next.Evict()
-	}
-	c.expired(c.held.Outlived(c.held.Seq, oldest, c.wanted))
+	next.Follow(&c.held)
 	c.held = next
 	c.totals.Samples.Add(next.Samples() - before)
 	return nil
@@ -301,10 +303,10 @@ func (c *Site) Mend(oldest int64) error {
 // Expire drops what outlived retention.
 func (c *Site) Expire(oldest int64) {
 	c.mu.Lock()
-	dropped, unread := c.held.Expire(oldest, c.wanted)
+	expired, unread, freed := c.held.Expire(oldest, c.wanted)
 	c.mu.Unlock()
-	c.totals.Samples.Add(-dropped)
-	c.expired(dropped, unread)
+	c.totals.Samples.Add(-freed)
+	c.expired(expired, unread)
 }
 
 // expired counts samples that retention dropped, and those of them not had by all.
@@ -375,8 +377,8 @@ func (c *Site) Give(upTo uint64, oldest int64) error {
 // Drop drops the batches up to a sequence number, which another server has but for what
 // is older than oldest.
 func (c *Site) Drop(upTo uint64, oldest int64) {
+	c.Expire(oldest)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.expired(c.held.Outlived(upTo, oldest, c.wanted))
 	c.totals.Samples.Add(-c.held.Drop(upTo))
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"maps"
+	"math"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -28,7 +29,7 @@ const (
 	MaxRetention = 20 * 24 * time.Hour
 	// forgetAfter is how long a silent cluster with nothing held is still known,
 	// so that an alert on its push time goes on.
-	forgetAfter = 24 * time.Hour
+	forgetAfter = 30 * 24 * time.Hour
 
 	maintainEvery = 30 * time.Second
 	saveEvery     = 2 * time.Second // cursors; a scrape on disk costs less than a second of pushes
@@ -47,9 +48,12 @@ type StoreConfig struct {
 	LimitSamples  int           // held in all
 	LimitStorage  int64         // bytes of all logs
 	Now           func() time.Time
+	// Span is the time that it may be, by which samples are judged; nil: Now.
+	Span func() Span
 	// OnError is told what failed in the background, or was found damaged at
-	// opening. It is called without locks held.
-	OnError func(error)
+	// opening; OnWarning, if not nil, is told what was found there that a crash explains.
+	// They are called without locks held.
+	OnError, OnWarning func(error)
 }
 
 // Store holds samples. It is safe for concurrent use.
@@ -61,6 +65,7 @@ type Store struct {
 
 	totals           Totals
 	damaged, evicted atomic.Int64 // logs; samples
+	torn             atomic.Int64 // bytes
 
 	room sync.Mutex // its holder makes room; guards full
 	full time.Time  // when there was last too little that could go
@@ -100,7 +105,12 @@ func (s *Store) path(id string) string {
 func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
 
 // Oldest returns before what time, in ms, samples are not held.
-func (s *Store) Oldest() int64 { return s.cfg.Now().Add(-s.cfg.Retention).UnixMilli() }
+func (s *Store) Oldest() int64 { return s.cfg.Span().Early.Add(-s.cfg.Retention).UnixMilli() }
+
+// OldestServed returns before what time, in ms, samples are not served: a consumer may
+// fail a whole scrape over one that is older than retention. It is after Oldest only
+// while the clock is in doubt.
+func (s *Store) OldestServed() int64 { return s.cfg.Span().Late.Add(-s.cfg.Retention).UnixMilli() }
 
 // OpenStore opens or creates the store in cfg.Dir, locks it against other
 // processes and recovers every log. A file that cannot be read is set aside and
@@ -119,6 +129,12 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		default:
 		}
 	}
+	if cfg.Span == nil {
+		s.cfg.Span = func() Span { return At(cfg.Now()) }
+	}
+	if cfg.OnWarning == nil {
+		s.cfg.OnWarning = func(error) {}
+	}
 	if cfg.Retention <= 0 || cfg.Retention > MaxRetention {
 		return nil, fmt.Errorf("retention %v is not above 0 and at most %v", cfg.Retention, MaxRetention)
 	}
@@ -129,156 +145,10 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		}
 		s.unlock = unlock
 	}
-	var err error
-	if s.Consumers, err = OpenConsumers(cfg.FS, cfg.Dir, cfg.Now()); err != nil {
-		cfg.OnError(err)
-	}
-	if cfg.Dir == "" {
-		return s, nil
-	}
-	var outlived []outlivedBatch
-	if err := s.recover(&outlived); err != nil {
+	if err := s.recover(); err != nil {
 		return nil, errors.Join(fmt.Errorf("reading storage directory: %w", err), s.unlock())
 	}
-	known := map[uint64]bool{}
-	for _, c := range s.clusters {
-		known[c.Hash] = true
-	}
-	cursors, highest := s.Consumers.Recovered(func(cluster uint64) bool { return known[cluster] })
-	for _, c := range s.clusters {
-		c.Raise(cursors[c.Hash])
-	}
-	s.totals.Raise(highest)
-	s.countOutlived(outlived)
 	return s, nil
-}
-
-// outlivedBatch is a batch in a log that outlived retention.
-type outlivedBatch struct {
-	cluster, seq  uint64
-	had           []uint64
-	maxT, samples int64 // maxT in ms
-}
-
-// countOutlived counts what outlived retention while no process ran: what did before
-// was counted then. Until when one ran is known by its newest push or scrape.
-func (s *Store) countOutlived(all []outlivedBatch) {
-	ran := s.Consumers.Used().UnixMilli()
-	for _, c := range s.clusters {
-		c.Look(func(held *Cluster) { ran = max(ran, held.Accepted) })
-	}
-	for _, o := range all {
-		if o.maxT >= ran-s.cfg.Retention.Milliseconds() {
-			s.totals.Expired.Add(o.samples)
-			if s.Consumers.Wanted(o.cluster, &Batch{Seq: o.seq, Had: o.had}) {
-				s.totals.Unread.Add(o.samples)
-			}
-		}
-	}
-}
-
-func (s *Store) recover(outlived *[]outlivedBatch) error {
-	_, dirs, err := ListLogs(s.cfg.FS, s.cfg.Dir)
-	if err != nil {
-		return err
-	}
-	for _, dir := range dirs {
-		if len(filepath.Base(dir)) != 2 {
-			continue
-		}
-		logs, _, err := ListLogs(s.cfg.FS, dir)
-		if err != nil {
-			return err
-		}
-		for _, path := range logs {
-			if err := s.recoverLog(path, outlived); err != nil {
-				return err
-			}
-		}
-	}
-	s.full = time.Time{}
-	_ = s.makeRoom(nil, 0) // what is wanted or shown stays, even beyond the limit
-	return nil
-}
-
-// recoverLog takes in what a log holds, and mends it where it was damaged. What outlived
-// retention after the cluster's newest push it adds to outlived.
-func (s *Store) recoverLog(path string, outlived *[]outlivedBatch) error {
-	held := NewCluster("", s.seed)
-	oldest := s.Oldest()
-	var old []outlivedBatch
-	var parser Parser
-	owner := func(id string) bool { return s.path(id) == path }
-	log, rec, err := OpenLog(s.cfg.FS, path, func(kind byte, payload []byte) error {
-		switch kind {
-		case RecordSeries:
-			return DecodeSeries(payload, func(id uint32, line []byte) error { return held.Restore(&parser, owner, id, line) })
-		case RecordBatch:
-			b, err := DecodeBatch(payload)
-			if err == nil {
-				err = held.Adopt(b, oldest)
-			}
-			if err == nil && b.MaxT < oldest {
-				old = append(old, outlivedBatch{seq: b.Seq, had: b.Had, maxT: b.MaxT, samples: int64(len(b.V))})
-			}
-			return err
-		case RecordGone:
-			upTo, err := DecodeGone(payload)
-			held.Drop(upTo)
-			old = slices.DeleteFunc(old, func(o outlivedBatch) bool { return o.seq <= upTo })
-			return err
-		}
-		return fmt.Errorf("unknown kind of record %d", kind)
-	})
-	if rec.HeaderDamaged || rec.Damaged > 0 {
-		held.Distrust()
-	}
-	if err == nil {
-		id := string(rec.Identity)
-		if rec.HeaderDamaged {
-			id = held.ID
-		}
-		switch {
-		case s.path(id) != path:
-			err = errors.New("its name and its header are not of one cluster")
-		case held.Seq == 0:
-			err = errors.New("it has no batch") // no log was ever written so
-		}
-		held.ID = id
-	}
-	if err != nil {
-		// Out of the way of a new log, but never deleted.
-		aside := fmt.Sprintf("%s.unreadable-%d", path, s.cfg.Now().UnixNano())
-		if rerr := s.cfg.FS.Rename(path, aside); rerr != nil {
-			return errors.Join(err, fmt.Errorf("setting unreadable log aside: %w", rerr))
-		}
-		s.damaged.Add(1)
-		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
-		return nil
-	}
-	if rec.HeaderDamaged {
-		log = s.newLog(held.ID)
-	}
-	c := NewSite(held, log, &s.totals)
-	s.clusters[c.ID] = c
-	for _, o := range old {
-		if o.cluster = c.Hash; o.maxT >= held.Accepted-s.cfg.Retention.Milliseconds() {
-			*outlived = append(*outlived, o)
-		}
-	}
-	if rec.HeaderDamaged || rec.Damaged > 0 {
-		s.damaged.Add(1)
-		s.cfg.OnError(fmt.Errorf("%s was damaged: header %t, %d other places, %d bytes lost, %d records kept; the damaged file is kept as %q",
-			path, rec.HeaderDamaged, rec.Damaged, rec.LostBytes, rec.Records, filepath.Base(rec.SetAside)))
-	}
-	if rec.Err != nil {
-		s.cfg.OnError(fmt.Errorf("recovering %s: %w", path, rec.Err))
-	}
-	if err := c.Mend(oldest); err != nil {
-		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
-	}
-	_ = s.makeRoom(nil, 0) // not only when all is read
-	return nil
 }
 
 func (s *Store) closed() bool {
@@ -292,7 +162,7 @@ func (s *Store) closed() bool {
 
 // acquire returns the cluster of id with its turn, which release gives back.
 func (s *Store) acquire(ctx context.Context, id string) (*Site, error) {
-	for {
+	for displaced := false; ; {
 		s.mu.Lock()
 		c, closed := s.clusters[id], s.closed()
 		if c == nil && !closed && (s.cfg.LimitClusters == 0 || len(s.clusters) < s.cfg.LimitClusters) {
@@ -302,6 +172,13 @@ func (s *Store) acquire(ctx context.Context, id string) (*Site, error) {
 		s.mu.Unlock()
 		if closed {
 			return nil, ErrClosed
+		}
+		if c == nil && !displaced {
+			displaced = true
+			if err := s.displace(); err != nil {
+				return nil, err
+			}
+			continue
 		}
 		if c == nil {
 			return nil, fmt.Errorf("%w: %d clusters are known, which is the limit", ErrFull, s.cfg.LimitClusters)
@@ -327,6 +204,44 @@ func (s *Store) release(c *Site) {
 	c.Free()
 }
 
+// displace forgets the cluster that has been silent longest of those of which nothing is
+// held, if there is one: it is known only so that its silence is seen.
+func (s *Store) displace() error {
+	var silent *Site
+	least := int64(math.MaxInt64)
+	for _, c := range s.sorted() {
+		c.Look(func(held *Cluster) {
+			if len(held.Batches) == 0 && !held.Virgin() && held.Accepted < least {
+				silent, least = c, held.Accepted
+			}
+		})
+	}
+	if silent == nil || !silent.TryTake() {
+		return nil
+	}
+	defer silent.Free()
+	empty := false
+	silent.Look(func(held *Cluster) { empty = len(held.Batches) == 0 })
+	if silent.Gone || !empty {
+		return nil
+	}
+	return s.remove(silent)
+}
+
+// remove forgets a cluster of which nothing is held, and then its log. Its cursors go
+// first, or a crash in between would leave cursors whose log seems to be lost.
+func (s *Store) remove(c *Site) error {
+	s.Consumers.Forget(c.Hash)
+	if err := s.Consumers.Save(); err != nil {
+		return err
+	}
+	if err := c.Remove(); err != nil {
+		return fmt.Errorf("removing the log of cluster %q: %w", c.ID, err)
+	}
+	s.forget(c)
+	return nil
+}
+
 // forget drops a cluster of which nothing is held.
 func (s *Store) forget(c *Site) {
 	c.Forgotten()
@@ -340,7 +255,7 @@ func (s *Store) forget(c *Site) {
 // counts as accepted is on disk; when not, nothing was taken. Lines have to be
 // those of Push.Add and carry id's ClusterLabel. Waiting for an earlier push of
 // the cluster ends with ctx. Errors: ErrSeriesLimit, ErrTooLarge, ErrFull,
-// ErrClosed, ctx's, or those of the disk.
+// ErrClock, ErrClosed, ctx's, or those of the disk.
 func (s *Store) Append(ctx context.Context, id string, p *Push) (AppendResult, error) {
 	return s.AppendAll(ctx, id, []Appending{{Push: p}})
 }
@@ -352,7 +267,7 @@ func (s *Store) AppendAll(ctx context.Context, id string, pushes []Appending) (A
 		return AppendResult{}, err
 	}
 	defer s.release(c)
-	return c.Append(pushes, s.cfg.Now(), s.cfg.Retention, s.cfg.LimitSeries, func(n int) error { return s.makeRoom(c, n) })
+	return c.Append(pushes, s.cfg.Span(), s.cfg.Retention, s.cfg.LimitSeries, func(n int) error { return s.makeRoom(c, n) })
 }
 
 // oldestFirst is a heap of clusters by when they got their oldest batch.
@@ -469,7 +384,7 @@ func (s *Store) Run(ctx context.Context) error {
 	saving.Go(func() { s.every(ctx, saveEvery, nil, func(bool) { s.saveConsumers() }) })
 	s.every(ctx, maintainEvery, s.kick, func(full bool) {
 		s.maintain(ctx, full)
-		s.Consumers.Expire(s.cfg.Now())
+		s.Consumers.Expire(s.cfg.Span().Early)
 	})
 	return nil
 }
@@ -509,16 +424,12 @@ func (s *Store) maintainCluster(c *Site, full bool) error {
 	c.Expire(oldest)
 	forget := false
 	c.Look(func(held *Cluster) {
-		forget = len(held.Batches) == 0 && s.cfg.Now().UnixMilli()-held.Accepted > forgetAfter.Milliseconds()
+		forget = len(held.Batches) == 0 && s.cfg.Span().Early.UnixMilli()-held.Accepted > forgetAfter.Milliseconds()
 	})
-	if !forget {
-		return c.Compact(oldest, full)
+	if forget {
+		return s.remove(c)
 	}
-	if err := c.Remove(); err != nil {
-		return err
-	}
-	s.forget(c)
-	return nil
+	return c.Compact(oldest, full)
 }
 
 // maintain goes once over all clusters.
@@ -544,12 +455,13 @@ func (s *Store) sorted() []*Site {
 }
 
 // Each calls f for what is held of each cluster by ID, from that on which stands at
-// start, 0 to 1, of all and round, until f returns false. f must neither keep held nor
-// call the store.
+// start, 0 to 1, of all and round, until f returns false. What outlived retention is
+// dropped before. f must neither keep held nor call the store.
 func (s *Store) Each(start float64, f func(hash uint64, held *Cluster) bool) {
-	sites := s.sorted()
+	sites, oldest := s.sorted(), s.Oldest()
 	for i := range sites {
 		c := sites[(int(start*float64(len(sites)))+i)%len(sites)]
+		c.Expire(oldest)
 		goOn := true
 		c.Look(func(held *Cluster) { goOn = f(c.Hash, held) })
 		if !goOn {
@@ -620,10 +532,9 @@ func (s *Store) Release(ctx context.Context, id string, upTo uint64, oldest int6
 		return false, nil
 	}
 	c.Drop(upTo, oldest)
-	if err := c.Remove(); err != nil {
-		return false, fmt.Errorf("removing the log of a cluster that was handed over: %w", err)
+	if err := s.remove(c); err != nil {
+		return false, err
 	}
-	s.forget(c)
 	return true, nil
 }
 
@@ -650,12 +561,13 @@ type StoreStats struct {
 	Evicted, Expired     int64          // samples
 	Unread               int64          // samples that expired before every consumer had them
 	Damaged, Compactions int64          // logs, rewrites
+	Torn                 int64          // bytes of unfinished writes, cut when the store was opened
 }
 
 // Stats returns what is held now.
 func (s *Store) Stats() StoreStats {
 	st := StoreStats{
-		Bytes: s.totals.Bytes.Load(), Damaged: s.damaged.Load(), Evicted: s.evicted.Load(),
+		Bytes: s.totals.Bytes.Load(), Damaged: s.damaged.Load(), Torn: s.torn.Load(), Evicted: s.evicted.Load(),
 		Expired: s.totals.Expired.Load(), Unread: s.totals.Unread.Load(), Compactions: s.totals.Compactions.Load(),
 	}
 	for _, c := range s.sorted() {

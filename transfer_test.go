@@ -43,7 +43,7 @@ func randomCluster(t *testing.T, rng *rand.Rand, clock *storeClock) *Cluster {
 		if rng.IntN(2) == 0 {
 			p.Clock = ScrapeClock{Known: true, Offset: rng.Int64N(100_000), Base: rng.Int64N(1000), Boot: 1 + rng.Uint64N(2)}
 		}
-		b, known, _, err := c.Prepare(p, nil, clock.Now(), 3*time.Hour, 0)
+		b, known, _, err := c.Prepare(p, nil, At(clock.Now()), 3*time.Hour, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -101,7 +101,7 @@ func TestTransferRoundTrip(t *testing.T) {
 				if len(g.Samples) > 0 {
 					got = append(got, g)
 				}
-				b, _, _, err := to.Prepare(p.Push, p.Handed, clock.Now(), 2*time.Hour, 0)
+				b, _, _, err := to.Prepare(p.Push, p.Handed, At(clock.Now()), 2*time.Hour, 0)
 				if err != nil {
 					t.Fatalf("seed %d: %v", seed, err)
 				}
@@ -142,7 +142,7 @@ func TestTransferSize(t *testing.T) {
 			for i := range points {
 				points[i] = point{"m", i, clock.ms(0), 1}
 			}
-			b, _, _, err := c.Prepare(storePush("x", points...), nil, clock.Now(), time.Hour, 0)
+			b, _, _, err := c.Prepare(storePush("x", points...), nil, At(clock.Now()), time.Hour, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -248,7 +248,7 @@ func FuzzDecodeBatches(f *testing.F) {
 		rng := rand.New(rand.NewPCG(seed, 7))
 		c := NewCluster("x", maphash.MakeSeed())
 		for i := range 3 {
-			b, _, _, err := c.Prepare(storePush("x", point{"m", rng.IntN(3), int64(i), math.NaN()}, point{"m", 5, int64(i), 1}), nil, time.UnixMilli(1000), time.Hour, 0)
+			b, _, _, err := c.Prepare(storePush("x", point{"m", rng.IntN(3), int64(i), math.NaN()}, point{"m", 5, int64(i), 1}), nil, At(time.UnixMilli(1000)), time.Hour, 0)
 			if err != nil {
 				f.Fatal(err)
 			}
@@ -281,7 +281,7 @@ func FuzzDecodeBatches(f *testing.F) {
 				}
 				seen[k] = true
 			}
-			b, _, res, err := c.Prepare(p.Push, p.Handed, time.UnixMilli(0), MaxRetention, 0)
+			b, _, res, err := c.Prepare(p.Push, p.Handed, At(time.UnixMilli(0)), MaxRetention, 0)
 			if err != nil || res.Duplicates+res.Conflicts > 0 {
 				t.Fatalf("%+v, %v", res, err)
 			}

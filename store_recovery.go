@@ -1,0 +1,243 @@
+package main
+
+// What OpenStore makes of the files that it finds: the logs, mended where they were
+// damaged, the cursors of consumers, and where the numbers of batches begin. Invariants:
+// a file that is damaged stops no other; what is known to be lost is said, in pushes and
+// samples where they can be known and in bytes otherwise; what left by retention while
+// no process ran is counted once.
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+// recover reads all that lies in the storage directory.
+func (s *Store) recover() error {
+	state, err := OpenStoreState(s.cfg.FS, s.cfg.Dir)
+	if err != nil {
+		s.cfg.OnError(err)
+	}
+	if s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Now()); err != nil {
+		s.cfg.OnError(err)
+	}
+	if s.cfg.Dir == "" {
+		return nil
+	}
+	var outlived []outlivedBatch
+	if err := s.recoverLogs(state, &outlived); err != nil {
+		return err
+	}
+	s.countOutlived(outlived)
+	highest := max(s.Consumers.Highest(), s.totals.Newest.Load())
+	s.dropPastCursors()
+	first := state.NewBlock(highest)
+	for _, c := range s.clusters {
+		c.Raise(first)
+	}
+	s.totals.Raise(first)
+	s.saveConsumers() // with the state, before a batch gets a number
+	return nil
+}
+
+// dropPastCursors drops cursors that are past the end of their log, and says what is
+// missing there.
+func (s *Store) dropPastCursors() {
+	sites := map[uint64]*Site{}
+	for _, c := range s.clusters {
+		sites[c.Hash] = c
+	}
+	end := func(cluster uint64) (seq uint64) {
+		if c := sites[cluster]; c != nil {
+			c.Look(func(held *Cluster) { seq = held.Seq })
+		}
+		return seq
+	}
+	for _, past := range s.Consumers.DropPast(end) {
+		s.damaged.Add(1)
+		lost := "an unknown number of pushes is lost"
+		if at := end(past.Cluster); SameBlock(at, past.Seq) {
+			lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-at)
+		}
+		if c := sites[past.Cluster]; c != nil {
+			s.cfg.OnError(fmt.Errorf("%s ends before what consumers %q have read of cluster %q: it was cut short, or is an older copy; %s; what it holds is served again",
+				s.path(c.ID), past.Names, c.ID, lost))
+		} else {
+			name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Cluster))
+			s.cfg.OnError(fmt.Errorf("there is no log %s, which consumers %q have read: it was removed; %s",
+				filepath.Join(s.cfg.Dir, name[:2], name+"*"+LogSuffix), past.Names, lost))
+		}
+	}
+}
+
+// outlivedBatch is a batch in a log that outlived retention.
+type outlivedBatch struct {
+	cluster, seq  uint64
+	had           []uint64
+	maxT, samples int64 // maxT in ms
+}
+
+// countOutlived counts what outlived retention while no process ran: what did before
+// was counted then. Until when one ran is known by its newest push or scrape.
+func (s *Store) countOutlived(all []outlivedBatch) {
+	ran := s.Consumers.Used().UnixMilli()
+	for _, c := range s.clusters {
+		c.Look(func(held *Cluster) { ran = max(ran, held.Accepted) })
+	}
+	oldest := s.Oldest()
+	for _, c := range s.clusters {
+		c.Look(func(held *Cluster) { held.Resume(min(oldest, ran-s.cfg.Retention.Milliseconds())) })
+		c.Expire(oldest)
+	}
+	for _, o := range all {
+		if o.maxT >= ran-s.cfg.Retention.Milliseconds() {
+			s.totals.Expired.Add(o.samples)
+			if s.Consumers.Wanted(o.cluster, &Batch{Seq: o.seq, Had: o.had}) {
+				s.totals.Unread.Add(o.samples)
+			}
+		}
+	}
+}
+
+func (s *Store) recoverLogs(state *StoreState, outlived *[]outlivedBatch) error {
+	_, dirs, err := ListLogs(s.cfg.FS, s.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		if len(filepath.Base(dir)) != 2 {
+			continue
+		}
+		logs, _, err := ListLogs(s.cfg.FS, dir)
+		if err != nil {
+			return err
+		}
+		for _, path := range logs {
+			if err := s.recoverLog(path, state, outlived); err != nil {
+				return err
+			}
+		}
+	}
+	s.full = time.Time{}
+	_ = s.makeRoom(nil, 0) // what is wanted or shown stays, even beyond the limit
+	return nil
+}
+
+// recoveredLog is what a log says, record by record.
+type recoveredLog struct {
+	store    *Store
+	path     string
+	held     Cluster
+	oldest   int64           // ms
+	outlived []outlivedBatch // by retention
+	parser   Parser
+	skipped  bool   // bytes since the newest batch
+	pushes   uint64 // known to be lost
+	samples  int    // of batches that are held, lost with their series
+}
+
+func (r *recoveredLog) take(kind byte, payload []byte) error {
+	switch kind {
+	case 0:
+		r.skipped = true
+		return nil
+	case RecordSeries:
+		owner := func(id string) bool { return r.store.path(id) == r.path }
+		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.held.Restore(&r.parser, owner, id, line) })
+	case RecordBatch:
+		b, err := DecodeBatch(payload)
+		if err != nil {
+			return err
+		}
+		before := r.held.Seq
+		lost, err := r.held.Adopt(b, r.oldest)
+		if err != nil {
+			return err
+		}
+		if r.skipped && before > 0 && SameBlock(before, b.Seq) {
+			r.pushes += b.Seq - before - 1
+		}
+		r.skipped = false
+		r.samples += lost
+		if b.MaxT < r.oldest {
+			r.outlived = append(r.outlived, outlivedBatch{seq: b.Seq, had: b.Had, maxT: b.MaxT, samples: int64(len(b.V))})
+		}
+		if lost > 0 {
+			return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
+		}
+		return nil
+	case RecordGone:
+		upTo, err := DecodeGone(payload)
+		r.held.Drop(upTo)
+		r.outlived = slices.DeleteFunc(r.outlived, func(o outlivedBatch) bool { return o.seq <= upTo })
+		return err
+	}
+	return fmt.Errorf("unknown kind of record %d", kind)
+}
+
+// recoverLog takes in what a log holds, and mends it where it was damaged. What outlived
+// retention after the cluster's newest push it adds to outlived.
+func (s *Store) recoverLog(path string, state *StoreState, outlived *[]outlivedBatch) error {
+	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed), oldest: s.Oldest()}
+	log, rec, err := OpenLog(s.cfg.FS, path, r.take)
+	damaged := rec.HeaderDamaged || rec.Damaged > 0
+	if damaged {
+		r.held.Distrust(state.Beyond(s.Consumers.Highest()))
+	}
+	if err == nil {
+		id := string(rec.Identity)
+		if rec.HeaderDamaged {
+			id = r.held.ID
+		}
+		switch {
+		case s.path(id) != path:
+			err = errors.New("its name and its header are not of one cluster")
+		case r.held.Seq == 0:
+			err = errors.New("it has no batch") // no log was ever written so
+		}
+		r.held.ID = id
+	}
+	if err != nil {
+		// Out of the way of a new log, but never deleted.
+		aside := fmt.Sprintf("%s.unreadable-%d", path, s.cfg.Now().UnixNano())
+		if rerr := s.cfg.FS.Rename(path, aside); rerr != nil {
+			return errors.Join(err, fmt.Errorf("setting unreadable log aside: %w", rerr))
+		}
+		s.damaged.Add(1)
+		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
+		return nil
+	}
+	if rec.HeaderDamaged {
+		log = s.newLog(r.held.ID)
+	}
+	ran := r.held.Accepted - s.cfg.Retention.Milliseconds()
+	r.held.Resume(min(ran, r.oldest))
+	c := NewSite(r.held, log, &s.totals)
+	s.clusters[c.ID] = c
+	for _, o := range r.outlived {
+		if o.cluster = c.Hash; o.maxT >= ran {
+			*outlived = append(*outlived, o)
+		}
+	}
+	s.torn.Add(rec.TornBytes)
+	switch {
+	case damaged:
+		s.damaged.Add(1)
+		s.cfg.OnError(fmt.Errorf("%s was damaged: header %t, %d other places, %d bytes lost, and with them %d pushes between others and %d samples of others, or more; %d records kept; the damaged file is kept as %q",
+			path, rec.HeaderDamaged, rec.Damaged, rec.LostBytes+rec.TornBytes, r.pushes, r.samples, rec.Records, filepath.Base(rec.SetAside)))
+	case rec.TornBytes > 0:
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", path, rec.TornBytes))
+	}
+	if rec.Err != nil {
+		s.cfg.OnError(fmt.Errorf("recovering %s: %w", path, rec.Err))
+	}
+	if err := c.Mend(r.oldest); err != nil {
+		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
+	}
+	_ = s.makeRoom(nil, 0) // not only when all is read
+	return nil
+}

@@ -1,0 +1,145 @@
+package main
+
+// What a server has to know whatever becomes of its logs and its cursors: above which
+// number its batches are numbered, and which consumers there are. Invariants: no number
+// is given twice, because each start begins a block of numbers of its own; a consumer
+// stays known when its cursors are lost, so that nothing is evicted that it has not read.
+// This file must not know of sites or samples.
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"unicode/utf8"
+)
+
+const (
+	stateFile      = "state" + LogSuffix
+	recordConsumer = 1 // 8 bytes of key, name, NUL, address
+	recordNumbers  = 2 // uvarint: the block of the newest start
+
+	// MaxConsumers bounds the consumers that a server knows.
+	MaxConsumers = 64
+	maxAddress   = 256 // bytes
+
+	blockBits = 32      // of a batch's number within its block
+	maxBlock  = 1 << 24 // so that no block that comes from damage uses up the numbers
+)
+
+var errState = errors.New("malformed record of a server's state")
+
+// KnownConsumer is a consumer without its cursors. Name and Address are empty where only
+// its key is known.
+type KnownConsumer struct {
+	Key           uint64
+	Name, Address string
+}
+
+// StoreState is the file. It is not safe for concurrent use.
+type StoreState struct {
+	log       *Log            // nil in memory-only mode
+	Consumers []KnownConsumer // as read; at most MaxConsumers
+	block     uint64          // of the newest start; 0 if none is known
+}
+
+// OpenStoreState reads the state that is kept in dir; with dir "" nothing is. The error says
+// what could not be read; the result is good without it.
+func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
+	s := &StoreState{}
+	if dir == "" {
+		return s, nil
+	}
+	path := filepath.Join(dir, stateFile)
+	s.log = NewLog(fsys, path, []byte("state"))
+	log, rec, err := OpenLog(fsys, path, s.restore)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return s, nil
+	case err != nil:
+		return s, fmt.Errorf("reading the server's state: %w", err)
+	case !rec.HeaderDamaged:
+		s.log = log
+	}
+	if rec.HeaderDamaged || rec.Damaged > 0 {
+		return s, fmt.Errorf("%s was damaged; the damaged file is kept as %q", path, filepath.Base(rec.SetAside))
+	}
+	return s, rec.Err
+}
+
+func (s *StoreState) restore(kind byte, payload []byte) error {
+	switch kind {
+	case recordConsumer:
+		k, err := decodeKnown(payload)
+		if err != nil || len(s.Consumers) >= MaxConsumers {
+			return errors.Join(errState, err)
+		}
+		s.Consumers = append(s.Consumers, k)
+		return nil
+	case recordNumbers:
+		block, n := binary.Uvarint(payload)
+		if n <= 0 || n != len(payload) || block > maxBlock {
+			return errState
+		}
+		s.block = max(s.block, block)
+		return nil
+	}
+	return fmt.Errorf("unknown kind of record %d", kind)
+}
+
+func decodeKnown(b []byte) (k KnownConsumer, err error) {
+	if len(b) < 8 {
+		return k, errState
+	}
+	name, address, ok := strings.Cut(string(b[8:]), "\x00")
+	if !ok || name != "" && ValidConsumer(name) != nil || len(address) > maxAddress || !utf8.ValidString(address) {
+		return k, errState
+	}
+	return KnownConsumer{binary.LittleEndian.Uint64(b), name, address}, nil
+}
+
+// NewBlock begins the numbers of this start, all of which are above highest and above
+// those of every start before. It returns the number below the first.
+func (s *StoreState) NewBlock(highest uint64) uint64 {
+	s.block = min(max(s.block, highest>>blockBits)+1, maxBlock)
+	return max(highest, s.block<<blockBits)
+}
+
+// Beyond returns a number that no start so far gave or passed, highest included, which
+// was seen elsewhere; what is above it comes from damage.
+func (s *StoreState) Beyond(highest uint64) uint64 {
+	if s.block == 0 {
+		return maxBlock << blockBits
+	}
+	return (max(s.block, highest>>blockBits) + 1) << blockBits
+}
+
+// SameBlock reports whether two numbers are of one start, and so as many batches of a
+// site apart as they differ.
+func SameBlock(a, b uint64) bool { return a>>blockBits == b>>blockBits }
+
+// OnDisk reports whether the state outlives this process.
+func (s *StoreState) OnDisk() bool { return s.log != nil }
+
+// Write replaces the file: it holds these consumers from here on.
+func (s *StoreState) Write(consumers []KnownConsumer) error {
+	if s.log == nil {
+		return nil
+	}
+	frames := AppendRecord(nil, recordNumbers, binary.AppendUvarint(nil, s.block))
+	for _, k := range consumers {
+		b := binary.LittleEndian.AppendUint64(nil, k.Key)
+		frames = AppendRecord(frames, recordConsumer, append(b, k.Name+"\x00"+k.Address...))
+	}
+	err := s.log.Rewrite(func(w io.Writer) error {
+		_, err := w.Write(frames)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("keeping the server's state: %w", err)
+	}
+	return nil
+}
