@@ -27,6 +27,7 @@ type FederateConfig struct {
 	Store        *Store
 	Senders      *Senders
 	Owned        func(id string) bool                // whether this server owns a cluster ID
+	Revoked      func(id string) bool                // whether a cluster ID was revoked: its silence is meant
 	Hidden       func(id string, consumer bool) bool // see Scraper
 	Metrics      *Metrics
 	Log          *slog.Logger
@@ -171,7 +172,7 @@ func (f *Federate) clusterFamilies(match Selectors) []Family {
 		owned := f.cfg.Owned(c.ID)
 		// Of what is held for another owner only as long as its samples are shown:
 		// later that owner knows better, and one series has one value.
-		if owned || c.Accepted >= recent {
+		if (owned || c.Accepted >= recent) && !f.cfg.Revoked(c.ID) {
 			add(PushTimeName, c.ID, float64(c.Accepted)/1000)
 		}
 		if !owned {
@@ -188,8 +189,8 @@ func (f *Federate) clusterFamilies(match Selectors) []Family {
 		}
 	}
 	f.cfg.Senders.Each(func(id string, failed time.Time, expires int64) {
-		if !f.cfg.Owned(id) {
-			return // its owner says it
+		if !f.cfg.Owned(id) || f.cfg.Revoked(id) {
+			return // its owner says it; nobody waits for it
 		}
 		if !failed.IsZero() {
 			add(PushFailureTimeName, id, float64(failed.UnixMilli())/1000)

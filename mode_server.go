@@ -135,10 +135,12 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 	store, err := OpenStore(StoreConfig{
 		FS: DiskFS{}, Dir: dir, Retention: *f.retention, MaxSampleAge: *f.maxAge, LimitSeries: *f.series,
 		LimitClusters: *f.clusters, LimitSamples: *f.samples, LimitStorage: int64(*f.storage), Now: time.Now,
+		Span: serverClock(metrics, log).Span,
 		OnError: func(err error) {
 			failures.Inc()
 			log.Error("store", "err", err)
 		},
+		OnWarning: func(err error) { log.Warn("store", "err", err) },
 	})
 	if err != nil {
 		return fmt.Errorf("opening store: %w", err)
@@ -227,6 +229,32 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 			node.Announce() // so that the others send nothing more here
 		}
 	}, parts...)
+}
+
+// serverClock returns the clock by which samples are judged. It logs and counts what it
+// notices.
+func serverClock(metrics *Metrics, log *slog.Logger) *Clock {
+	steps := metrics.Counter("telemeter_clock_steps_total", "Steps that this host's wall clock made.")
+	begin := time.Now()
+	clock := NewClock(time.Now, func() time.Duration { return time.Since(begin) }, func(c ClockChange) {
+		step := c.Step.Round(time.Millisecond)
+		switch {
+		case c.Returned:
+			log.Info("the wall clock is right again", "step", step)
+		case c.Believed:
+			log.Warn("the wall clock made a step and its new time has held: samples are judged by it from here on", "step", step)
+		default:
+			steps.Inc()
+			log.Error("the wall clock made a step: nothing expires until its new time has held for some minutes, and samples that are right by one time only are not taken; see that the host keeps time (NTP)", "step", step)
+		}
+	})
+	wall := metrics.Gauge("telemeter_time_seconds", "This host's wall clock.")
+	doubt := metrics.Gauge("telemeter_clock_step_seconds", "By how much the wall clock differs from the time that samples are judged by, while a step of it is in doubt; 0 otherwise.")
+	metrics.OnCollect(func() {
+		doubt.Set(clock.Step().Seconds())
+		wall.Set(float64(time.Now().UnixMilli()) / 1000)
+	})
+	return clock
 }
 
 // loadServer reads all that a reload reads; tlsConfig is replaced if all is well.
