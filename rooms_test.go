@@ -75,7 +75,7 @@ var allowedRooms = map[string][]string{
 	"http.go":         {"metrics.go"},
 	"metrics.go":      {},
 
-	"server_auth.go":    {"authorize.go", "forward.go", "auth.go", "sanitize.go", "exposition.go", "http.go"},
+	"server_auth.go":    {"authorize.go", "forward.go", "auth.go", "sanitize.go", "exposition.go", "http.go", "metrics.go"},
 	"store_recovery.go": {"site.go", "consumers.go", "cluster.go", "batch.go", "log.go", "exposition.go"},
 	"store_state.go":    {"consumers.go", "log.go"},
 	"store_clock.go":    {},
