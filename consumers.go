@@ -90,8 +90,9 @@ func ConsumerKey(name, address, match string) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// OpenConsumers reads what is kept in dir; with dir "" nothing is. What cannot be
-// read is forgotten; the error says so, and the result is good.
+// OpenConsumers reads what is kept in dir; with dir "" nothing is. What is damaged is
+// forgotten; the error says so, and the result is good. If the file cannot be read the
+// result is nil.
 func OpenConsumers(fsys FS, dir string, now time.Time) (*Consumers, error) {
 	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}}
 	if dir == "" {
@@ -104,7 +105,7 @@ func OpenConsumers(fsys FS, dir string, now time.Time) (*Consumers, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return cs, nil
 	case err != nil:
-		return cs, fmt.Errorf("reading the cursors of consumers, who get all again: %w", err)
+		return nil, fmt.Errorf("reading the cursors of consumers: %w", err)
 	case !rec.HeaderDamaged:
 		cs.log = log
 	}

@@ -103,9 +103,9 @@ func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
 func (s *Store) Oldest() int64 { return s.cfg.Now().Add(-s.cfg.Retention).UnixMilli() }
 
 // OpenStore opens or creates the store in cfg.Dir, locks it against other
-// processes and recovers every log. A file that cannot be read is set aside and
-// reported, and stops nothing; but what can be neither read nor set aside is an
-// error, because the next push of its cluster would replace it.
+// processes and recovers every log. A file that holds nothing to go by is set aside
+// and reported, and stops nothing; but one that cannot be read, or not set aside, is
+// an error, because the next push of its cluster would replace it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
 	s := &Store{
 		cfg: cfg, seed: maphash.MakeSeed(), clusters: map[string]*Site{},
@@ -130,7 +130,9 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		s.unlock = unlock
 	}
 	var err error
-	if s.Consumers, err = OpenConsumers(cfg.FS, cfg.Dir, cfg.Now()); err != nil {
+	if s.Consumers, err = OpenConsumers(cfg.FS, cfg.Dir, cfg.Now()); s.Consumers == nil {
+		return nil, errors.Join(fmt.Errorf("reading storage directory: %w", err), s.unlock())
+	} else if err != nil {
 		cfg.OnError(err)
 	}
 	if cfg.Dir == "" {
@@ -230,21 +232,22 @@ func (s *Store) recoverLog(path string, outlived *[]outlivedBatch) error {
 		}
 		return fmt.Errorf("unknown kind of record %d", kind)
 	})
+	if err != nil {
+		return err // the log may be good
+	}
 	if rec.HeaderDamaged || rec.Damaged > 0 {
 		held.Distrust()
 	}
-	if err == nil {
-		id := string(rec.Identity)
-		if rec.HeaderDamaged {
-			id = held.ID
-		}
-		switch {
-		case s.path(id) != path:
-			err = errors.New("its name and its header are not of one cluster")
-		case held.Seq == 0:
-			err = errors.New("it has no batch") // no log was ever written so
-		}
-		held.ID = id
+	if rec.HeaderDamaged {
+		log = s.newLog(held.ID)
+	} else {
+		held.ID = string(rec.Identity)
+	}
+	switch {
+	case s.path(held.ID) != path:
+		err = errors.New("its name and its header are not of one cluster")
+	case held.Seq == 0:
+		err = errors.New("it has no batch") // no log was ever written so
 	}
 	if err != nil {
 		// Out of the way of a new log, but never deleted.
@@ -255,9 +258,6 @@ func (s *Store) recoverLog(path string, outlived *[]outlivedBatch) error {
 		s.damaged.Add(1)
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
 		return nil
-	}
-	if rec.HeaderDamaged {
-		log = s.newLog(held.ID)
 	}
 	c := NewSite(held, log, &s.totals)
 	s.clusters[c.ID] = c
