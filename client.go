@@ -132,7 +132,7 @@ func (c *Client) Open(cfg SpoolConfig) (err error) {
 	c.courier = NewCourier(CourierConfig{
 		To: c.cfg.To, ToClient: c.cfg.ToClient, Cluster: c.cfg.Cluster, Token: func() string { return c.state.Load().Token },
 		LimitBytes: c.cfg.LimitBytes, MaxWait: max(c.cfg.Interval, time.Minute), Spool: c.spool, Moment: c.moment,
-		Now: c.cfg.Now, Metrics: c.cfg.Metrics, Dropped: c.dropped, Log: c.cfg.Log,
+		Now: c.cfg.Now, Metrics: c.cfg.Metrics, Dropped: c.dropped, SpoolErrors: c.spoolErrors, Log: c.cfg.Log,
 	})
 	st := c.spool.Stats()
 	if cfg.Dir == "" {
@@ -315,8 +315,11 @@ func (c *Client) Once(ctx context.Context) error {
 		err = fmt.Errorf("source: %w", err)
 	}
 	if e := c.courier.Drain(ctx); e != nil {
-		st := c.spool.Stats()
-		err = errors.Join(err, fmt.Errorf("destination: %w (scrapes kept in the spool: %d, in memory only: %d)", e, st.Scrapes-st.InMemory, st.InMemory))
+		st, who := c.spool.Stats(), "destination"
+		if errors.Is(e, ErrSpoolRead) {
+			who = "spool"
+		}
+		err = errors.Join(err, fmt.Errorf("%s: %w (scrapes kept in the spool: %d, in memory only: %d)", who, e, st.Scrapes-st.InMemory, st.InMemory))
 	}
 	return err
 }

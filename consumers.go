@@ -89,7 +89,8 @@ func ConsumerKey(name, address, match string) uint64 {
 
 // OpenConsumers reads the cursors that are kept in dir of the consumers in state; with
 // dir "" none are. After damage all cursors are forgotten, so that none is left that was
-// moved or removed by what was lost; the error says so, and the result is good.
+// moved or removed by what was lost; the error says so, and the result is good. If the
+// file cannot be read the result is nil.
 func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Consumers, error) {
 	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}, state: state}
 	for _, k := range state.Consumers {
@@ -106,7 +107,7 @@ func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Cons
 	case errors.Is(err, fs.ErrNotExist):
 		return cs, nil
 	case err != nil:
-		return cs, fmt.Errorf("reading the cursors of consumers, who get all again: %w", err)
+		return nil, fmt.Errorf("reading the cursors of consumers: %w", err)
 	case !rec.HeaderDamaged:
 		cs.log = log
 	}

@@ -39,18 +39,19 @@ const DropRefused = "refused"
 
 // CourierConfig configures a Courier.
 type CourierConfig struct {
-	To         []string      // servers, in the order in which they are tried
-	ToClient   *http.Client  // with a timeout; follows no redirects
-	Cluster    string        // the cluster ID
-	Token      func() string // the client token
-	LimitBytes int64         // of a push's body; decompressed, DecodedFactor times
-	MaxWait    time.Duration // that a server may ask for between attempts
-	Spool      *Spool
-	Moment     func() Moment
-	Now        func() time.Time
-	Metrics    *Metrics
-	Dropped    *Counter // of samples by reason
-	Log        *slog.Logger
+	To          []string      // servers, in the order in which they are tried
+	ToClient    *http.Client  // with a timeout; follows no redirects
+	Cluster     string        // the cluster ID
+	Token       func() string // the client token
+	LimitBytes  int64         // of a push's body; decompressed, DecodedFactor times
+	MaxWait     time.Duration // that a server may ask for between attempts
+	Spool       *Spool
+	Moment      func() Moment
+	Now         func() time.Time
+	Metrics     *Metrics
+	Dropped     *Counter // of samples by reason
+	SpoolErrors *Counter // of failures to read the spool, beside those it tells of itself
+	Log         *slog.Logger
 }
 
 // Courier delivers what a spool holds. Drain is for one goroutine at a time;
@@ -122,16 +123,24 @@ func (d *Courier) report(t *tally) {
 
 // Drain delivers until the spool is empty. While no server takes anything it
 // tries all again, after a pause that doubles, is spread by jitter, and is at
-// least what the servers asked for. It ends early with ctx, or when its deadline
-// comes before the next attempt; the error is then the last one. What a server
-// refuses as invalid is set aside, and is the error if nothing worse happens.
+// least what the servers asked for. The same goes for a spool that cannot be read. It
+// ends early with ctx, or when its deadline comes before the next attempt; the error is
+// then the last one. What a server refuses as invalid is set aside, and is the error if
+// nothing worse happens.
 func (d *Courier) Drain(ctx context.Context) error {
 	t := tally{begin: d.cfg.Now()}
 	p := patience{backoff: minBackoff}
 	d.first = 0
 	var refusal error
 	for {
-		batch := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: DecodedFactor * d.cfg.LimitBytes, Scrapes: d.most})
+		batch, unread := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: DecodedFactor * d.cfg.LimitBytes, Scrapes: d.most})
+		if unread != nil {
+			d.cfg.SpoolErrors.Inc()
+			if end := d.again(ctx, &pushError{err: unread}, &p, &t); end != nil {
+				return end
+			}
+			continue
+		}
 		if len(batch) == 0 {
 			d.report(&t)
 			return refusal
@@ -225,12 +234,15 @@ func (d *Courier) pause(ctx context.Context, pause time.Duration, err error) boo
 	if ctx.Err() != nil {
 		return false
 	}
-	held := d.cfg.Spool.Stats().Scrapes
+	held, who := d.cfg.Spool.Stats().Scrapes, "destination"
+	if errors.Is(err, ErrSpoolRead) {
+		who = "spool"
+	}
 	if deadline, ok := ctx.Deadline(); ok && d.cfg.Now().Add(pause).After(deadline) {
-		d.cfg.Log.Error("destination failed; scrapes are kept", "scrapes", held, "err", err)
+		d.cfg.Log.Error(who+" failed; scrapes are kept", "scrapes", held, "err", err)
 		return false
 	}
-	d.cfg.Log.Warn("destination failed; scrapes are kept, trying again", "scrapes", held, "in", pause.Round(time.Millisecond), "err", err)
+	d.cfg.Log.Warn(who+" failed; scrapes are kept, trying again", "scrapes", held, "in", pause.Round(time.Millisecond), "err", err)
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	select {

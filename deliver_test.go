@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -742,6 +743,45 @@ func TestClientDiskFull(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// While the spool cannot be read the courier waits, and what is there is delivered when
+// it can be. For a single file that cannot be read nothing else waits.
+func TestCourierWaitsForSpool(t *testing.T) {
+	for _, tt := range []struct {
+		name, unread string
+		meanwhile    []int
+	}{
+		{"all", ".log", nil}, {"one", "0000000000000001.log", []int{2, 3}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			spool := diskSpool()
+			disk := spool.FS.(*crashFS)
+			c, hub, log := newSpoolClient(t, "", spool, nil)
+			spoolAll(t, c, "n 1\n", "n 2\n", "n 3\n")
+			disk.hook = failOn("read", tt.unread, 0, errDisk)
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+			defer cancel()
+			if err := c.courier.Drain(ctx); !errors.Is(err, errDisk) {
+				t.Errorf("%s: ended with %v", tt.name, err)
+			}
+			if got := hub.received(); !slices.Equal(got, tt.meanwhile) || c.courier.OK() {
+				t.Errorf("%s: received %v meanwhile", tt.name, got)
+			}
+			if n := c.spoolErrors.Value(); n < 15 || n > 50 || strings.Count(log.String(), "\n") > 50 || !strings.Contains(log.String(), "spool failed; scrapes are kept") {
+				t.Errorf("%s: %v errors counted, log:\n%s", tt.name, n, log)
+			}
+			disk.hook = readFault{2, errDisk}.hook("read", tt.unread)
+			if err := c.courier.Drain(t.Context()); err != nil {
+				t.Errorf("%s: %v", tt.name, err)
+			}
+			got := hub.received()
+			slices.Sort(got)
+			if !slices.Equal(got, upTo(3)) || !c.courier.OK() || c.dropped.Value(DropSpoolDamaged) > 0 || len(disk.names()) > 0 {
+				t.Errorf("%s: received %v, %v samples counted as dropped, files %q", tt.name, got, c.dropped.Value(DropSpoolDamaged), disk.names())
+			}
+		})
+	}
 }
 
 func TestClientOnce(t *testing.T) {

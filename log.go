@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // A file is a header (magic, uint32 length of the identity, identity, CRC) and
@@ -49,6 +50,9 @@ const (
 	logTempSuffix    = ".tmp"
 	logDamagedSuffix = ".damaged"
 	maxLogsAside     = 3 // copies of damaged files kept per log
+
+	firstReadPause = 50 * time.Millisecond // between tries to read; it doubles
+	lastReadPause  = 800 * time.Millisecond
 )
 
 // ErrBroken is returned by Append while the file must not be appended to: it
@@ -163,6 +167,23 @@ func syncParent(fsys FS, dir string, made bool) error {
 	return err
 }
 
+// ReadAgain calls read until it returns no error, with pauses of about 1.5 s in all: an
+// error of reading says nothing of what is stored, and may pass. What does not exist is
+// not waited for.
+func ReadAgain[T any](read func() (T, error)) (T, error) {
+	for pause := firstReadPause; ; pause *= 2 {
+		got, err := read()
+		if err == nil || errors.Is(err, fs.ErrNotExist) || pause > lastReadPause {
+			return got, err
+		}
+		time.Sleep(pause)
+	}
+}
+
+func readFile(fsys FS, name string) ([]byte, error) {
+	return ReadAgain(func() ([]byte, error) { return fsys.ReadFile(name) })
+}
+
 // ListLogs returns the paths of the logs in dir and of its subdirectories. It
 // syncs dir first: a file that a killed process renamed into place but did not
 // see synced is durable from here on, so that an Append to it can be believed.
@@ -170,7 +191,7 @@ func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
 	}
-	entries, err := fsys.ReadDir(dir)
+	entries, err := ReadAgain(func() ([]fs.DirEntry, error) { return fsys.ReadDir(dir) })
 	if err != nil {
 		return nil, nil, fmt.Errorf("listing logs: %w", err)
 	}
@@ -260,10 +281,12 @@ type Recovery struct {
 // nothing was cut, because the process that wrote it may have been killed before
 // its fsync. That the file's directory entry is durable is ListLogs's part.
 //
-// The error is that of reading the file (fs.ErrNotExist if there is none); what
-// fails later is in Recovery.Err and leaves the log Broken.
+// The error is that of reading the file (fs.ErrNotExist if there is none), or the
+// copies of it set aside before, and stays after several tries; nothing was
+// changed then, and the file may be good. What fails later is in Recovery.Err and
+// leaves the log Broken.
 func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, Recovery, error) {
-	data, err := fsys.ReadFile(path)
+	data, err := readFile(fsys, path)
 	if err != nil {
 		return nil, Recovery{}, fmt.Errorf("reading log: %w", err)
 	}
@@ -273,7 +296,14 @@ func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (
 	l := &Log{fsys: fsys, path: path, identity: identity, size: int64(len(data))}
 	if rec.HeaderDamaged || rec.Damaged > 0 {
 		l.broken = true
-		if rec.SetAside, err = setAside(fsys, path, data); err != nil {
+		if len(data) == 0 {
+			return l, rec, nil // nothing to keep
+		}
+		name, there, err := asideName(fsys, path, data)
+		if err != nil {
+			return nil, Recovery{}, fmt.Errorf("reading a copy of a damaged log: %w", err)
+		}
+		if rec.SetAside, err = setAside(fsys, name, there, data); err != nil {
 			rec.Err = fmt.Errorf("setting damaged log aside: %w", err)
 		}
 		return l, rec, nil
@@ -423,23 +453,28 @@ func parseLogHeader(data []byte) (identity []byte, size int) {
 	return bytes.Clone(data[fixed:end]), end + 4
 }
 
-// setAside keeps a copy of a damaged file. A copy that is there already, as
-// after a crash before the Rewrite, is not made twice; when all names are taken
-// the last is overwritten, so that the first damage and the newest are kept.
-func setAside(fsys FS, path string, data []byte) (string, error) {
-	if len(data) == 0 {
-		return "", nil // nothing to keep
-	}
-	name := path + logDamagedSuffix
+// asideName chooses the name of the copy of a damaged file. One that is there
+// already, as after a crash before the Rewrite, is not made twice; when all names
+// are taken the last is overwritten, so that the first damage and the newest are
+// kept.
+func asideName(fsys FS, path string, data []byte) (name string, there bool, err error) {
+	name = path + logDamagedSuffix
 	for n := 2; ; n++ {
-		old, err := fsys.ReadFile(name)
-		if err == nil && bytes.Equal(old, data) {
-			return name, fsys.SyncDir(filepath.Dir(path))
+		old, err := readFile(fsys, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return name, false, nil
 		}
-		if n > maxLogsAside || errors.Is(err, fs.ErrNotExist) {
-			break
+		if there = err == nil && bytes.Equal(old, data); there || err != nil || n > maxLogsAside {
+			return name, there, err
 		}
 		name = path + logDamagedSuffix + "-" + strconv.Itoa(n)
+	}
+}
+
+// setAside keeps a copy of a damaged file, and returns its name if it is there.
+func setAside(fsys FS, name string, there bool, data []byte) (string, error) {
+	if there {
+		return name, fsys.SyncDir(filepath.Dir(name))
 	}
 	_, renamed, err := replaceFile(fsys, name, func(w io.Writer) error {
 		_, err := w.Write(data)

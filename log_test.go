@@ -22,6 +22,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -90,6 +91,19 @@ func (c *crashFS) names() (names []string) {
 		}
 	}
 	return names
+}
+
+// contents returns every file's bytes by name.
+func (c *crashFS) contents() map[string]string {
+	all := map[string]string{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for name, n := range c.entries {
+		if !n.dir {
+			all[name] = string(n.data)
+		}
+	}
+	return all
 }
 
 // restart lets a new process run on the same machine.
@@ -203,7 +217,7 @@ func (c *crashFS) ReadFile(name string) ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if _, err := c.begin("read", name); err != nil {
-		return nil, err
+		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
 	}
 	n := c.entries[name]
 	if n == nil || n.dir {
@@ -216,7 +230,7 @@ func (c *crashFS) ReadDir(name string) (list []fs.DirEntry, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if _, err := c.begin("readdir", name); err != nil {
-		return nil, err
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
 	}
 	if n := c.entries[name]; n == nil || !n.dir {
 		return nil, &fs.PathError{Op: "readdir", Path: name, Err: fs.ErrNotExist}
@@ -375,6 +389,26 @@ func failOn(op, suffix string, n int, err error) func(int, string, string) fault
 	}
 }
 
+// readFault is a way in which reading fails: n times, or for good if n is 0.
+type readFault struct {
+	n   int
+	err error
+}
+
+var readFaults = []readFault{{1, syscall.EIO}, {2, syscall.EIO}, {2, syscall.EMFILE}, {0, syscall.EIO}, {0, syscall.EMFILE}}
+
+// hook is failOn for the first n operations, or for all.
+func (f readFault) hook(op, suffix string) func(int, string, string) fault {
+	seen := 0
+	return func(_ int, o, name string) fault {
+		if o != op || !strings.HasSuffix(name, suffix) || f.n > 0 && seen == f.n {
+			return fault{}
+		}
+		seen++
+		return fault{Err: f.err}
+	}
+}
+
 const logPath = "/d/x.log"
 
 type logRec struct {
@@ -400,7 +434,9 @@ func writing(frames []byte) func(io.Writer) error {
 
 func collectLog(into *[]logRec) func(byte, []byte) error {
 	return func(kind byte, payload []byte) error {
-		*into = append(*into, logRec{kind, string(payload)})
+		if kind != 0 { // bytes that were skipped
+			*into = append(*into, logRec{kind, string(payload)})
+		}
 		return nil
 	}
 }
@@ -730,6 +766,67 @@ func TestLogSetAside(t *testing.T) {
 	}
 }
 
+// What fails to be read is tried again for about two seconds, and is neither damage nor
+// missing. An error that stays changes nothing, of copies set aside either.
+func TestLogReadsAgain(t *testing.T) {
+	good, records, _ := sampleLog()
+	other := bytes.Clone(good)
+	other[40] ^= 1
+	bad := bytes.Clone(good)
+	bad[30] ^= 1
+	for _, tt := range []struct {
+		name, op, path string
+		data           []byte
+	}{
+		{"a log", "read", logPath, good},
+		{"the first copy", "read", logPath + ".damaged", bad},
+		{"the last copy", "read", logPath + ".damaged-3", bad},
+		{"the directory", "readdir", "/d", good},
+	} {
+		for _, f := range readFaults {
+			synctest.Test(t, func(t *testing.T) {
+				c := newCrashFS(1, "/d")
+				c.put(logPath, tt.data)
+				for _, suffix := range []string{".damaged", ".damaged-2"} {
+					c.put(logPath+suffix, other)
+				}
+				c.put(logPath+".damaged-3", bad)
+				before := c.contents()
+				c.hook = f.hook(tt.op, tt.path)
+				begin := time.Now()
+				var got []logRec
+				logs, _, err := ListLogs(c, "/d")
+				var r Recovery
+				if err == nil {
+					_, r, err = OpenLog(c, logPath, collectLog(&got))
+				}
+				took := time.Since(begin)
+				if !maps.Equal(c.contents(), before) {
+					t.Errorf("%s, %v: the directory was changed: %q", tt.name, f, c.names())
+				}
+				if f.n == 0 {
+					if !errors.Is(err, f.err) || !strings.Contains(err.Error(), tt.path) || took < time.Second || took > 3*time.Second {
+						t.Errorf("%s, %v: %v after %v", tt.name, f, err, took)
+					}
+					return
+				}
+				if err != nil || r.Err != nil || !slices.Equal(logs, []string{logPath}) || took > time.Second {
+					t.Errorf("%s, %v: %v, %+v, %q after %v", tt.name, f, err, r, logs, took)
+				}
+				if damaged := &tt.data[0] == &bad[0]; damaged != (r.SetAside == logPath+".damaged-3") || !damaged && !slices.Equal(got, records) {
+					t.Errorf("%s, %v: %+v, %v", tt.name, f, r, got)
+				}
+			})
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		c, begin := newCrashFS(1, "/d"), time.Now()
+		if _, _, err := OpenLog(c, logPath, nil); !errors.Is(err, fs.ErrNotExist) || time.Since(begin) > 0 {
+			t.Errorf("no log: %v after %v", err, time.Since(begin))
+		}
+	})
+}
+
 // newTestLog is a log with record a on an FS without faults yet.
 func newTestLog(t *testing.T) (*crashFS, *Log) {
 	t.Helper()
@@ -1000,6 +1097,9 @@ func (k *logKeeper) reopen() error {
 	}
 	var got []uint32
 	l, r, err := OpenLog(k.fs, logPath, func(kind byte, p []byte) error {
+		if kind == 0 { // bytes that were skipped
+			return nil
+		}
 		n := binary.LittleEndian.Uint32(p)
 		if !bytes.Equal(k.frame(nil, n), AppendRecord(nil, kind, p)) {
 			k.t.Errorf("record %d came back changed", n)
@@ -1070,7 +1170,9 @@ func (k *logKeeper) step() {
 // A log is used at random; at each of its file operations in turn the process
 // is killed, or the operation fails. Then the process is restarted, or the
 // machine crashes, or one and later the other.
-func TestLogCrashAnywhere(t *testing.T) {
+func TestLogCrashAnywhere(t *testing.T) { synctest.Test(t, crashLogAnywhere) }
+
+func crashLogAnywhere(t *testing.T) {
 	const seeds, steps = 12, 14
 	for seed := range uint64(seeds) {
 		for at, reached := 0, true; reached; at++ {

@@ -652,7 +652,10 @@ func TestClientKilledInOutage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		kept := spool.Next(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
+		kept, err := spool.Next(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
+		if err != nil {
+			t.Fatal(err)
+		}
 		backlog = len(kept)
 		for _, sc := range kept {
 			var d Decompressor

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 )
 
 // member is one server process of a cluster of servers.
@@ -453,6 +454,24 @@ func TestMemberState(t *testing.T) {
 	}
 	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
 		t.Errorf("of a damaged file: %+v %v", st, err)
+	}
+}
+
+// An error of reading is not a member without past.
+func TestMemberStateReadFails(t *testing.T) {
+	want := SwimState{Session: 7, Slot: 3, Lamport: 9}
+	for _, f := range readFaults {
+		synctest.Test(t, func(t *testing.T) {
+			fsys := newStoreFS(1)
+			if err := SaveMemberState(fsys, "/s", want); err != nil {
+				t.Fatal(err)
+			}
+			fsys.hook = f.hook("read", "")
+			got, err := LoadMemberState(fsys, "/s")
+			if ok := err == nil && got == want; ok != (f.n > 0) || !ok && !errors.Is(err, f.err) {
+				t.Errorf("%v: got %+v, %v", f, got, err)
+			}
+		})
 	}
 }
 

@@ -2,12 +2,13 @@ package main
 
 // The client's spool: scrapes wait here, on disk and oldest first, until a server
 // has them. Invariants: what Add put on disk survives a crash at any moment and
-// is handed out until it is removed, set aside or counted as dropped; a file that
-// cannot be read stops nothing; a failing disk costs durability, not scrapes, as
-// long as memory allows. It must not know of HTTP, servers or scraping.
+// is handed out until it is removed, set aside or counted as dropped; no other scrape
+// waits for one that is damaged or cannot be read; a failing disk costs durability,
+// not scrapes, as long as memory allows. It must not know of HTTP, servers or scraping.
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"encoding/binary"
 	"errors"
@@ -42,6 +43,7 @@ const (
 	spoolBlock    = 4096            // a file takes a multiple of it
 	spoolMemory   = 16 << 20        // bytes kept in memory while the disk fails
 	maxWriteBack  = 8               // of these scrapes, put on disk with each that follows
+	maxUnread     = 2               // files in vain in one Next, since each takes long
 	spoolOnlyMem  = 64 << 20        // bytes kept in memory without a directory
 	spoolPerEntry = 256             // bytes of memory beside the gzip
 	spoolFrame    = 64              // bytes at most of a file beside its payload and identity
@@ -91,7 +93,13 @@ type Scrape struct {
 // offset is how far the source's clock is from the boot-time clock.
 func (sc *Scrape) offset() int64 { return sc.Source - sc.At.Boot }
 
+// ErrSpoolRead is what Next returns when what is there cannot be read.
+var ErrSpoolRead = errors.New("reading spool")
 var errBadScrape = errors.New("not a spooled scrape")
+
+// isLost tells an error that says of a file that its scrape is gone, or is none, from
+// one after which the file may be good.
+func isLost(err error) bool { return errors.Is(err, errBadScrape) || errors.Is(err, fs.ErrNotExist) }
 
 // appendScrape appends the payload of the scrape's record:
 //
@@ -203,12 +211,14 @@ type SpoolConfig struct {
 type Spool struct {
 	cfg    SpoolConfig
 	unlock func() error
-	next   uint64   // sequence number of the next scrape; Add's alone
-	aside  []string // names of files set aside, oldest first; Next's goroutine's alone
+	next   uint64 // sequence number of the next scrape; Add's alone
+	// Next's goroutine's alone: names of files set aside, oldest first; and from which
+	// number on Next reads files, those before it having failed.
+	aside []string
+	from  uint64
 
 	mu      sync.Mutex   // guards the rest; never held across I/O
 	entries []spoolEntry // oldest first
-	taken   int          // of them, from the first: handed out by Next, and not to be dropped
 	disk    int64        // bytes
 	memory  int64        // bytes
 }
@@ -221,13 +231,15 @@ type spoolEntry struct {
 	seq    uint64
 	packed int   // bytes of the gzip
 	cost   int64 // bytes of disk, or of memory
+	taken  bool  // handed out by Next, and not to be dropped
 }
 
 func (e *spoolEntry) inMemory() bool { return e.Gzip != nil }
+func (e *spoolEntry) isTaken() bool  { return e.taken }
 
 // OpenSpool opens the spool in cfg.Dir, and makes the directory if need be.
-// What cannot be read there is set aside and told to OnError. Scrapes of another
-// cluster ID are an error: they must not be sent under this one.
+// What is damaged there is set aside and told to OnError. What cannot be read is an
+// error, and so are scrapes of another cluster ID: they must not be sent under this one.
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{cfg: cfg, next: 1, unlock: func() error { return nil }}
 	if cfg.Dir == "" {
@@ -251,7 +263,7 @@ func (s *Spool) recover() error {
 	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
 		return err
 	}
-	list, err := s.cfg.FS.ReadDir(s.cfg.Dir)
+	list, err := ReadAgain(func() ([]fs.DirEntry, error) { return s.cfg.FS.ReadDir(s.cfg.Dir) })
 	if err != nil {
 		return err
 	}
@@ -282,10 +294,13 @@ func (s *Spool) recover() error {
 			return fmt.Errorf("%s holds scrapes of cluster ID %q, not of %q: give each its own --spool-dir, or move the scrapes away",
 				s.cfg.Dir, identity, s.cfg.Cluster)
 		}
-		if err != nil {
+		if isLost(err) {
 			s.cfg.OnError(err)
 			s.setAside(seq, spoolDamaged)
 			continue
+		}
+		if err != nil {
+			return err
 		}
 		e.Gzip = nil
 		s.entries = append(s.entries, e)
@@ -306,7 +321,7 @@ func parseSpoolName(name string) (seq uint64, rest string, ok bool) {
 func (s *Spool) path(name string) string { return filepath.Join(s.cfg.Dir, name) }
 
 // read reads a file; with text it vouches for all of it, and the entry has the
-// gzip.
+// gzip. Of an error isLost says what it means.
 func (s *Spool) read(seq uint64, text bool) (e spoolEntry, identity string, err error) {
 	path := s.path(spoolName(seq))
 	n := 0
@@ -329,7 +344,7 @@ func (s *Spool) read(seq uint64, text bool) (e spoolEntry, identity string, err 
 	// It is written whole or not at all, so anything else than one good record is
 	// no work of Add.
 	if rec.Records != 1 || rec.Damaged > 0 || rec.HeaderDamaged || rec.TornBytes > 0 {
-		return e, "", fmt.Errorf("%s is damaged (%d bytes lost)", path, rec.LostBytes+rec.TornBytes)
+		return e, "", fmt.Errorf("%w: %s is damaged (%d bytes lost)", errBadScrape, path, rec.LostBytes+rec.TornBytes)
 	}
 	if rec.Err != nil {
 		s.cfg.OnError(rec.Err) // it can be read, and so be sent
@@ -438,20 +453,15 @@ func (s *Spool) write(seq uint64, payload []byte) (cost int64, err error) {
 	return blocks(log.Size()), err
 }
 
-// memoryLimit is what memory may hold.
-func (s *Spool) memoryLimit() int64 {
-	if s.cfg.Dir == "" {
-		return min(s.cfg.Limit, spoolOnlyMem)
-	}
-	return spoolMemory
-}
-
 // makeRoom drops the oldest until cost more fits into memory, or on disk, and
 // tells whether it can fit at all.
 func (s *Spool) makeRoom(cost int64, memory bool) bool {
 	limit, used := s.cfg.Limit, &s.disk
 	if memory {
-		limit, used = s.memoryLimit(), &s.memory
+		limit, used = spoolMemory, &s.memory
+		if s.cfg.Dir == "" {
+			limit = min(s.cfg.Limit, spoolOnlyMem)
+		}
 	}
 	if cost > limit {
 		return false
@@ -468,20 +478,7 @@ func (s *Spool) dropOld() {
 // drop gives up what pick chooses, which is asked in order and with s.mu held.
 // What is handed out is not asked for: it may be with a server already.
 func (s *Spool) drop(reason string, pick func(*spoolEntry) bool) {
-	var gone []spoolEntry
-	s.mu.Lock()
-	kept := s.entries[:s.taken]
-	for _, e := range s.entries[s.taken:] {
-		if pick(&e) {
-			s.count(&e, -1)
-			gone = append(gone, e)
-		} else {
-			kept = append(kept, e)
-		}
-	}
-	clear(s.entries[len(kept):])
-	s.entries = kept
-	s.mu.Unlock()
+	gone := s.take(func(e *spoolEntry) bool { return !e.taken && pick(e) })
 	if len(gone) == 0 {
 		return
 	}
@@ -519,87 +516,108 @@ type PushLimits struct {
 
 // Next hands out the oldest scrapes, as many as may travel in one push: within
 // limits (but at least one), of one boot, and of a source whose clock was not
-// stepped in between. It returns none if the spool is empty. They are the
+// stepped in between. It returns none if the spool is empty, or with ErrSpoolRead, if
+// there is none that can be read: then each stays for a later Next. They are the
 // caller's until Remove, SetAside, Release or the next Next.
-func (s *Spool) Next(l PushLimits) []Scrape {
+func (s *Spool) Next(l PushLimits) ([]Scrape, error) {
 	s.Release()
 	s.dropOld()
-	for {
-		s.mu.Lock()
-		s.taken = fitting(s.entries, l)
-		picked := slices.Clone(s.entries[:s.taken])
-		s.mu.Unlock()
+	var failed error // of the first file that was passed over
+	for tries := maxUnread; ; {
+		picked := s.pick(l, func(e *spoolEntry) bool { return e.inMemory() || tries > 0 && e.seq >= s.from })
 		if len(picked) == 0 {
-			return nil
+			if failed != nil || s.from == 0 {
+				return nil, failed
+			}
+			s.from = 0 // nothing is left but what could not be read
+			continue
 		}
 		var out []Scrape
 		for _, e := range picked {
-			if e.inMemory() {
-				out = append(out, e.Scrape)
-				continue
+			got, err := e, error(nil)
+			if !e.inMemory() {
+				got, _, err = s.read(e.seq, true)
 			}
-			got, _, err := s.read(e.seq, true)
 			if err == nil {
 				out = append(out, got.Scrape)
 				continue
 			}
-			s.cfg.OnError(fmt.Errorf("reading spool: %w", err))
-			s.cfg.OnDrop(DropSpoolDamaged, 1, e.Samples)
-			s.setAside(e.seq, spoolDamaged)
-			s.take(len(out), 1)
+			err = fmt.Errorf("%w: %w", ErrSpoolRead, err)
+			if isLost(err) {
+				s.cfg.OnError(err)
+				s.cfg.OnDrop(DropSpoolDamaged, 1, e.Samples)
+				s.setAside(e.seq, spoolDamaged)
+				s.take(func(o *spoolEntry) bool { return o.seq == e.seq })
+				continue
+			}
+			s.release(e.seq)
+			if len(out) == 0 { // else the next Next finds it first
+				failed, s.from, tries = cmp.Or(failed, err), e.seq+1, tries-1
+			}
+			break
 		}
 		if len(out) > 0 {
-			return out
+			if failed != nil {
+				s.cfg.OnError(failed)
+			}
+			return out, nil
 		}
 	}
 }
 
-// fitting returns how many of the entries make one push.
-func fitting(entries []spoolEntry, l PushLimits) int {
+// pick marks what makes the next push as handed out, and returns it. may chooses what
+// can be part of it, and is called with s.mu held.
+func (s *Spool) pick(l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
 	var packed, text int64
 	var low, high int64
-	for i := range entries {
-		e := &entries[i]
-		packed, text = packed+int64(e.packed), text+int64(e.Size)
-		if i == 0 {
-			low, high = e.offset(), e.offset()
-			continue
-		}
-		low, high = min(low, e.offset()), max(high, e.offset())
-		if i >= l.Scrapes || packed > l.Bytes || text > l.Text ||
-			e.At.BootID != entries[0].At.BootID || high-low > sameClock.Milliseconds() {
-			return i
-		}
-	}
-	return len(entries)
-}
-
-// take takes n entries out, from the i-th on, all of them handed out.
-func (s *Spool) take(i, n int) (gone []spoolEntry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	gone = slices.Clone(s.entries[i : i+n])
-	for j := range gone {
-		s.count(&gone[j], -1)
+	for i := range s.entries {
+		e := &s.entries[i]
+		if !may(e) {
+			continue
+		}
+		packed, text = packed+int64(e.packed), text+int64(e.Size)
+		if len(picked) == 0 {
+			low, high = e.offset(), e.offset()
+		}
+		low, high = min(low, e.offset()), max(high, e.offset())
+		if len(picked) > 0 && (len(picked) >= l.Scrapes || packed > l.Bytes || text > l.Text ||
+			e.At.BootID != picked[0].At.BootID || high-low > sameClock.Milliseconds()) {
+			break
+		}
+		e.taken = true
+		picked = append(picked, *e)
 	}
-	s.entries = slices.Delete(s.entries, i, i+n)
-	s.taken -= n
+	return picked
+}
+
+// take takes out what pick chooses, which is asked in order and with s.mu held.
+func (s *Spool) take(pick func(*spoolEntry) bool) (gone []spoolEntry) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	kept := s.entries[:0]
+	for _, e := range s.entries {
+		if pick(&e) {
+			s.count(&e, -1)
+			gone = append(gone, e)
+		} else {
+			kept = append(kept, e)
+		}
+	}
+	clear(s.entries[len(kept):])
+	s.entries = kept
 	return gone
 }
 
 // Remove removes all that Next handed out: a server has it.
-func (s *Spool) Remove() {
-	s.mu.Lock()
-	n := s.taken
-	s.mu.Unlock()
-	s.remove(s.take(0, n))
-}
+func (s *Spool) Remove() { s.remove(s.take((*spoolEntry).isTaken)) }
 
 // SetAside takes what Next handed out, one scrape, out of the spool for good,
 // since no server will have it. Its file is kept under another name, among the
 // newest of such.
 func (s *Spool) SetAside() {
-	e := s.take(0, 1)[0]
+	e := s.take((*spoolEntry).isTaken)[0]
 	if s.cfg.Dir != "" && !e.inMemory() {
 		s.setAside(e.seq, spoolRefused)
 	}
@@ -621,10 +639,16 @@ func (s *Spool) setAside(seq uint64, suffix string) {
 }
 
 // Release gives back what Next handed out: it stays in the spool.
-func (s *Spool) Release() {
+func (s *Spool) Release() { s.release(0) }
+
+// release gives back what has this number, or a higher one.
+func (s *Spool) release(from uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.taken = 0
+	for i := range s.entries {
+		e := &s.entries[i]
+		e.taken = e.taken && e.seq < from
+	}
 }
 
 // SpoolStats is what a spool holds.

@@ -113,9 +113,9 @@ func (s *Store) Oldest() int64 { return s.cfg.Span().Early.Add(-s.cfg.Retention)
 func (s *Store) OldestServed() int64 { return s.cfg.Span().Late.Add(-s.cfg.Retention).UnixMilli() }
 
 // OpenStore opens or creates the store in cfg.Dir, locks it against other
-// processes and recovers every log. A file that cannot be read is set aside and
-// reported, and stops nothing; but what can be neither read nor set aside is an
-// error, because the next push of its cluster would replace it.
+// processes and recovers every log. A file that holds nothing to go by is set aside
+// and reported, and stops nothing; but one that cannot be read, or not set aside, is
+// an error, because the next push of its cluster would replace it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
 	s := &Store{
 		cfg: cfg, seed: maphash.MakeSeed(), clusters: map[string]*Site{},

@@ -19,10 +19,14 @@ import (
 // recover reads all that lies in the storage directory.
 func (s *Store) recover() error {
 	state, err := OpenStoreState(s.cfg.FS, s.cfg.Dir)
-	if err != nil {
+	if state == nil {
+		return err
+	} else if err != nil {
 		s.cfg.OnError(err)
 	}
-	if s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Now()); err != nil {
+	if s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Now()); s.Consumers == nil {
+		return err
+	} else if err != nil {
 		s.cfg.OnError(err)
 	}
 	if s.cfg.Dir == "" {
@@ -184,22 +188,23 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 func (s *Store) recoverLog(path string, state *StoreState, outlived *[]outlivedBatch) error {
 	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed), oldest: s.Oldest()}
 	log, rec, err := OpenLog(s.cfg.FS, path, r.take)
+	if err != nil {
+		return err // the log may be good
+	}
 	damaged := rec.HeaderDamaged || rec.Damaged > 0
 	if damaged {
 		r.held.Distrust(state.Beyond(s.Consumers.Highest()))
 	}
-	if err == nil {
-		id := string(rec.Identity)
-		if rec.HeaderDamaged {
-			id = r.held.ID
-		}
-		switch {
-		case s.path(id) != path:
-			err = errors.New("its name and its header are not of one cluster")
-		case r.held.Seq == 0:
-			err = errors.New("it has no batch") // no log was ever written so
-		}
-		r.held.ID = id
+	if rec.HeaderDamaged {
+		log = s.newLog(r.held.ID)
+	} else {
+		r.held.ID = string(rec.Identity)
+	}
+	switch {
+	case s.path(r.held.ID) != path:
+		err = errors.New("its name and its header are not of one cluster")
+	case r.held.Seq == 0:
+		err = errors.New("it has no batch") // no log was ever written so
 	}
 	if err != nil {
 		// Out of the way of a new log, but never deleted.
@@ -210,9 +215,6 @@ func (s *Store) recoverLog(path string, state *StoreState, outlived *[]outlivedB
 		s.damaged.Add(1)
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
 		return nil
-	}
-	if rec.HeaderDamaged {
-		log = s.newLog(r.held.ID)
 	}
 	ran := r.held.Accepted - s.cfg.Retention.Milliseconds()
 	r.held.Resume(min(ran, r.oldest))

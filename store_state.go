@@ -46,8 +46,9 @@ type StoreState struct {
 	block     uint64          // of the newest start; 0 if none is known
 }
 
-// OpenStoreState reads the state that is kept in dir; with dir "" nothing is. The error says
-// what could not be read; the result is good without it.
+// OpenStoreState reads the state that is kept in dir; with dir "" nothing is. The error
+// says what was damaged; the result is good without it. If the file cannot be read the
+// result is nil.
 func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	s := &StoreState{}
 	if dir == "" {
@@ -60,7 +61,7 @@ func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return s, nil
 	case err != nil:
-		return s, fmt.Errorf("reading the server's state: %w", err)
+		return nil, fmt.Errorf("reading the server's state: %w", err)
 	case !rec.HeaderDamaged:
 		s.log = log
 	}

@@ -450,51 +450,76 @@ func TestStoreForeignRecords(t *testing.T) {
 	}
 }
 
-// What can be neither read nor set aside stops the opening: going on would
-// replace it.
+// What fails to be read for a moment is taken whole. What cannot be read at all, or
+// cannot be set aside, stops the opening: going on would replace it. It stays as it was,
+// so that a start on a disk that was mended has everything.
 func TestStoreOpenFails(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
 	s := k.open()
 	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
+	k.push(s, "b", point{"m", 1, k.clock.ms(60), 1})
+	held := allHeld(t, s)
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{s.clusters["a"].Hash: 1})
+	saveConsumers(t, s.Consumers)
+	cursors := cursorsOf(s.Consumers)
+	before := fsys.contents()
 	path := s.path("a")
-	for _, test := range []struct {
-		name string
-		hook func(n int, op, name string) fault
-		ok   bool
-	}{
-		{"unreadable", failOn("read", path, 0, errDisk), true},
-		{"unreadable, and cannot be set aside", func(_ int, op, name string) fault {
-			if op == "read" || op == "rename" {
-				return fault{Err: errDisk}
+	type openFault struct {
+		name, op, path string
+		readFault
+	}
+	tests := []openFault{
+		{"a directory that cannot be synced", "syncdir", filepath.Dir(path), readFault{0, errDisk}},
+		{"a log of nobody that cannot be set aside", "rename", path, readFault{0, errDisk}},
+	}
+	for _, f := range readFaults {
+		tests = append(tests,
+			openFault{"a log", "read", path, f}, openFault{"cursors", "read", consumersPath, f}, openFault{"the state", "read", "/s/" + stateFile, f},
+			openFault{"a directory", "readdir", filepath.Dir(path), f}, openFault{"the directory", "readdir", "/s", f})
+	}
+	for _, test := range tests {
+		synctest.Test(t, func(t *testing.T) {
+			fsys := newCrashFS(1, "/s", filepath.Dir(path), filepath.Dir(s.path("b")))
+			for name, data := range before {
+				fsys.put(name, []byte(data))
 			}
-			return fault{}
-		}, false},
-		{"directory cannot be listed", failOn("readdir", filepath.Dir(path), 0, errDisk), false},
-		{"directory cannot be synced", failOn("syncdir", filepath.Dir(path), 0, errDisk), false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			before, _ := fsys.ReadFile(path)
-			fsys := newCrashFS(1, "/s", filepath.Dir(path))
-			fsys.put(path, before)
-			fsys.hook = test.hook
+			if test.op == "rename" {
+				fsys.put(path, []byte("nonsense"))
+			}
+			contents := fsys.contents()
+			fsys.hook = test.hook(test.op, test.path)
 			k := newStoreKit(t, fsys)
 			s, err := OpenStore(k.cfg)
-			if (err == nil) != test.ok {
-				t.Fatalf("error %v", err)
+			if test.n == 0 {
+				if !errors.Is(err, test.err) || !strings.HasPrefix(fmt.Sprint(err), "reading storage directory: ") || len(k.errors) > 0 {
+					t.Errorf("%s, %v: %v; said %v", test.name, test.err, err, k.errors)
+				}
+				if strings.HasPrefix(test.op, "read") && !strings.Contains(fmt.Sprint(err), test.path+": ") {
+					t.Errorf("%s, %v: it does not say which: %v", test.name, test.err, err)
+				}
+				if fsys.restart(); test.op != "rename" {
+					s = k.open()
+				}
+			} else if err != nil {
+				t.Fatalf("%s, %v: %v", test.name, test.err, err)
 			}
-			if err == nil && (len(k.errors) != 1 || s.Stats().Damaged != 1) {
-				t.Errorf("said %v", k.errors)
-			}
-			fsys.restart()
-			found := 0
-			for _, name := range fsys.names() {
-				if data, _ := fsys.ReadFile(name); bytes.Equal(data, before) {
-					found++
+			delete(contents, "/s/"+stateFile) // says that there was another start
+			maps.DeleteFunc(contents, func(name, _ string) bool { return test.op == "rename" && name != path })
+			for name, data := range contents {
+				if fsys.contents()[name] != data {
+					t.Errorf("%s, %v: %s is not what it was: %v", test.name, test.err, name, fsys.names())
 				}
 			}
-			if found != 1 {
-				t.Errorf("%d copies: %v", found, fsys.names())
+			if test.op == "rename" {
+				return
+			}
+			wantHeld(t, test.name, allHeld(t, s), held)
+			if got := cursorsOf(s.Consumers); !sameCursors(got, cursors) {
+				t.Errorf("%s, %v: cursors %v, want %v", test.name, test.err, got, cursors)
+			}
+			if len(fsys.names()) != len(before) || s.Stats().Damaged != 0 || len(k.errors) > 0 {
+				t.Errorf("%s, %v: taken for damage: %v, said %v", test.name, test.err, fsys.names(), k.errors)
 			}
 		})
 	}
