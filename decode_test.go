@@ -118,6 +118,7 @@ func TestDecodeText(t *testing.T) {
 		{"a{b=\"c\"}1\n", []string{`a{b="c"} 1 -`}, nil},
 		{"a:b{z=\"1\",y=\"2\"} 1\n", []string{`a:b{y="2",z="1"} 1 -`}, nil},
 		{"{\"a.b\",x=\"y\"} 1\n", []string{`{"a.b",x="y"} 1 -`}, nil},
+		{"{x=\"y\",\"a.b\",c=\"d\"} 1\n{x=\"y\",\"a\"} 2\n", []string{`{"a.b",c="d",x="y"} 1 -`, `a{x="y"} 2 -`}, nil},
 		{"{\"a.b\"} 1\n{\"a\",\"c.d\"=\"e\"} 2\n", []string{`{"a.b"} 1 -`, `a{"c.d"="e"} 2 -`}, nil},
 		{`a{x="\\\"\n\t\x\\n"} 1` + "\n", []string{`a{x="\\\"\n\\t\\x\\n"} 1 -`}, nil}, // only \\ \" \n are escapes
 		{"a{x=\"\r\t,}{ # é\"} 1\n", []string{"a{x=\"\r\t,}{ # é\"} 1 -"}, nil},

@@ -312,8 +312,10 @@ func (p *Parser) Series(line []byte) (name []byte, labels []Label, rest []byte, 
 				return fail("%w: more than %d labels", ErrTooLarge, MaxLabels)
 			}
 			p.labels = append(p.labels, Label{label, value})
-		} else if quoted && len(name) == 0 && len(p.labels) == 0 {
-			name = label // {"a.name",…}
+		} else if quoted && len(name) == 0 {
+			if name = label; len(name) == 0 { // {"a.name",…} or {…,"a.name"}
+				return fail("no metric name")
+			}
 		} else {
 			return fail("label %.100q has no value", label)
 		}
