@@ -453,9 +453,9 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 		c.cfg.Log.Warn("invalid samples were dropped", "last", invalid)
 	}
 	c.scraped.Add(float64(n))
-	c.skipped.Add(float64(skipped.Exemplars), "exemplar")
-	c.skipped.Add(float64(skipped.Created), "created")
-	c.skipped.Add(float64(skipped.NativeHistograms), "native_histogram")
+	for kind, n := range skipped.ByKind() {
+		c.skipped.Add(float64(n), kind)
+	}
 	return got, nil
 }
 

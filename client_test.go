@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -509,6 +510,56 @@ func TestClientReadsProtobuf(t *testing.T) {
 	want := "h_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
 	if hub.bodies[0] != want {
 		t.Errorf("pushed %q, want %q", hub.bodies[0], want)
+	}
+}
+
+// A Prometheus that puts labels of type and unit on every series is carried like any
+// other, whether a client scrapes it or pushes what it has itself.
+func TestMetadataLabelsEndToEnd(t *testing.T) {
+	ms := authNow.UnixMilli()
+	text := fmt.Appendf(nil, "up{__type__=\"gauge\",i=\"1\"} 1 %d\nup{__type__=\"unknown\",i=\"1\"} 1 %d\nsize{__type__=\"gauge\",__unit__=\"bytes\"} 2 %d\n", ms, ms, ms)
+	proto := srvProto(t, srvGauge("up", 1, &ms, "__type__", "gauge", "i", "1"), srvGauge("up", 1, &ms, "__type__", "unknown", "i", "1"),
+		srvGauge("size", 2, &ms, "__type__", "gauge", "__unit__", "bytes"))
+	for _, tt := range []struct {
+		name, contentType string
+		body              []byte
+	}{{"text", "text/plain; version=0.0.4", text}, {"protobuf", protoType, proto}} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			c, _, log := newTestClient(t, "", func(cfg *ClientConfig, st *ClientState) {
+				cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+					return respond(200, http.Header{"Content-Type": {tt.contentType}}, string(tt.body)), nil
+				})
+				cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
+				st.Token = r.token(KindClient, "site")
+			})
+			if err := c.Once(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			got := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "direct"),
+				header: map[string]string{"Content-Type": tt.contentType}, body: tt.body}))
+			if got.Accepted != 2 || got.Duplicates != 1 || len(got.Dropped) > 0 || !maps.Equal(got.Skipped, map[string]int{"metadata_label": 4}) {
+				t.Errorf("the server answered %+v", got)
+			}
+			for _, id := range []string{"site", "direct"} {
+				held := r.held(id, "")
+				for _, want := range []string{
+					fmt.Sprintf("up{_id=%q,i=\"1\",instance=\"\",job=\"\"} 1 %d\n", id, ms), fmt.Sprintf("size{_id=%q,instance=\"\",job=\"\"} 2 %d\n", id, ms),
+				} {
+					if strings.Count(held, want) != 1 || strings.Contains(held, "__") {
+						t.Errorf("%s lacks %s in:\n%s", id, want, held)
+					}
+				}
+			}
+			for side, counted := range map[string]float64{"client": c.skipped.Value("metadata_label"), "server": r.server.skipped.Value("metadata_label")} {
+				if counted != 4 {
+					t.Errorf("the %s counts %v labels", side, counted)
+				}
+			}
+			if n := c.dropped.Value(DropInvalid) + c.dropped.Value(DropRefused); n > 0 || strings.Contains(log.String(), "dropped samples") {
+				t.Errorf("%v samples are dropped:\n%s", n, log)
+			}
+		})
 	}
 }
 

@@ -127,7 +127,7 @@ func NewServer(cfg ServerConfig) *Server {
 	} {
 		s.unauthorized.Add(0, reason)
 	}
-	for _, kind := range []string{"exemplar", "created", "native_histogram"} {
+	for kind := range (Skipped{}).ByKind() {
 		s.skipped.Add(0, kind)
 	}
 	for _, result := range []string{
@@ -625,9 +625,7 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 	s.accepted.Add(float64(res.Accepted))
 	s.duplicates.Add(float64(res.Duplicates))
 	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops}
-	for kind, n := range map[string]int{
-		"exemplar": skipped.Exemplars, "created": skipped.Created, "native_histogram": skipped.NativeHistograms,
-	} {
+	for kind, n := range skipped.ByKind() {
 		if n > 0 {
 			if answer.Skipped == nil {
 				answer.Skipped = map[string]int{}
