@@ -95,6 +95,9 @@ func TestPushAdd(t *testing.T) {
 			if len(got) > 500 {
 				t.Errorf("%.40q %.40q: an error of %d bytes", c.name, c.pairs, len(got))
 			}
+			if nul := strings.HasPrefix(c.want, "error: label value") && strings.Contains(c.want, "NUL"); errors.Is(err, ErrNULValue) != nul {
+				t.Errorf("%.40q %.40q: %v: wraps ErrNULValue or not, wrongly", c.name, c.pairs, err)
+			}
 			if errors.Is(err, ErrTooLarge) != strings.HasPrefix(c.want, "error: too large") {
 				t.Errorf("%.40q %.40q: %v: wraps ErrTooLarge or not, wrongly", c.name, c.pairs, err)
 			}

@@ -119,7 +119,7 @@ func NewServer(cfg ServerConfig) *Server {
 	s.bodies.New = func() any { return new([]byte) }
 	s.workspaces.New = func() any { return &workspace{} }
 	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
-	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, dropConflict, dropTooOld, dropFuture} {
+	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture} {
 		s.dropped.Add(0, reason)
 	}
 	for _, reason := range []string{
@@ -575,7 +575,11 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 		if !r.HasT {
 			r.T = now
 		}
-		return ws.push.Add(r)
+		if err = ws.push.Add(r); errors.Is(err, ErrNULValue) {
+			drops[DropInvalid]++
+			return nil
+		}
+		return err
 	})
 	switch {
 	case errors.Is(err, ErrPushSize):

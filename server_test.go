@@ -514,6 +514,43 @@ func TestUploadCounts(t *testing.T) {
 	}
 }
 
+// TestNULByte: a NUL byte in a label's value costs its series, and nothing else of the
+// push; whatever else is wrong with a series costs the push.
+func TestNULByte(t *testing.T) {
+	ms := authNow.UnixMilli()
+	proto := map[string]string{"Content-Type": protoType}
+	for _, c := range []struct {
+		name   string
+		body   []byte
+		header map[string]string
+		want   string // of the answer
+	}{
+		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2}}`},
+		{"protobuf", srvProto(t, srvGauge("b", 1, &ms, "x", "\x00"), srvGauge("b", 1, &ms, "x", "y")), proto, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1}}`},
+		{"nothing else", []byte("b{x=\"\x00\"} 1\n"), nil, `200 {"accepted":0,"duplicates":0,"dropped":{"invalid":1}}`},
+		{"in a label's name", []byte("a 1\nb{\"x\x00\"=\"y\"} 1\n"), nil, "400 line 2: series "},
+		{"in the metric's name", []byte("a 1\n{\"b\x00\"} 1\n"), nil, "400 line 2: series "},
+		{"not UTF-8 either", []byte("b{x=\"\x00\xff\"} 1\n"), nil, "400 line 1: series "},
+		{"beside a reserved label", []byte("b{a=\"\x00\",__x=\"y\"} 1\n"), nil, "400 line 1: series "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			a := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "site-a"), header: c.header, body: c.body})
+			if got := fmt.Sprint(a.status, " ", a.body); !strings.HasPrefix(got, c.want) {
+				t.Errorf("answered %s\nnot %s", got, c.want)
+			}
+			if a.status == 200 {
+				if n := r.accepted(a).Dropped["invalid"]; r.server.dropped.Value("invalid") != float64(n) {
+					t.Errorf("%v are counted of %d", r.server.dropped.Value("invalid"), n)
+				}
+			} else if n := r.server.dropped.Value("invalid"); n != 0 {
+				t.Errorf("%v samples of a refused push are counted as dropped", n)
+			}
+			r.parsed("")
+		})
+	}
+}
+
 // TestOperatorRules: --label, --elide-label, --required-label, --allow and the
 // token's labels.
 func TestOperatorRules(t *testing.T) {
