@@ -648,6 +648,8 @@ func TestClientBadSource(t *testing.T) {
 		{"redirect", "redirects are not followed", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
 		{"type", "not supported", respond(200, http.Header{"Content-Type": {"text/html"}}, "<html>")},
 		{"truncated", "truncated", respond(200, nil, "a 1\nb 2")},
+		{"encoding", `content encoding "zstd" is not supported; supported: identity, gzip`, respond(200, http.Header{"Content-Encoding": {"zstd"}}, "a 1\n")},
+		{"encodings", `content encoding "br, gzip" is not supported`, respond(200, http.Header{"Content-Encoding": {"br", "gzip"}}, "a 1\n")},
 	}
 	for _, tt := range tests {
 		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
@@ -659,6 +661,30 @@ func TestClientBadSource(t *testing.T) {
 		}
 		if len(hub.at) > 0 {
 			t.Errorf("%s: something was pushed", tt.name)
+		}
+	}
+}
+
+// Content that is not encoded, or by what was asked for, is read.
+func TestClientEncodings(t *testing.T) {
+	for _, encoding := range []string{"", "identity", "Identity", "gzip"} {
+		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			body := []byte("a 1\n")
+			if encoding == "gzip" {
+				body = Gzip(body)
+			}
+			if encoding != "" {
+				w.Header().Set("Content-Encoding", encoding)
+			}
+			w.Write(body)
+		}))
+		defer source.Close()
+		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+			cfg.From, _ = url.Parse(source.URL + "/metrics")
+			cfg.FromClient = HTTPClient(nil, time.Minute, 10*time.Second)
+		})
+		if got, err := c.Scrape(t.Context()); err != nil || len(got.Push.Samples) != 1 {
+			t.Errorf("%q: %v", encoding, err)
 		}
 	}
 }
