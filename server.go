@@ -10,8 +10,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
-	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -424,6 +422,7 @@ type uploadAnswer struct {
 	Duplicates int            `json:"duplicates"`
 	Dropped    map[string]int `json:"dropped"`
 	Skipped    map[string]int `json:"skipped,omitempty"`
+	Hint       string         `json:"hint,omitempty"` // what is wrong with the times of the samples, if none is taken
 }
 
 // admit limits an authenticated push, before anything of it is read.
@@ -446,7 +445,7 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
-	clock, now := pushClock(r.Header, arrival)
+	clock, now := PushClock(r.Header, arrival)
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
 	format, encoding, ref := s.read(w, r, body)
@@ -478,32 +477,6 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 		return nil, overloaded("too many pushes wait to be stored")
 	}
 	return s.keep(ctx, &ws.push, t, d)
-}
-
-// pushClock reads these headers, and returns what a sample without a time gets: the
-// source's time if it is known, else that of arrival. What no clock can say is not
-// known, which costs less than the samples.
-func pushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64) {
-	now = arrival.UnixMilli()
-	var ms [3]int64
-	for i, name := range []string{SourceClockHeader, BootClockHeader, ScrapeAgeHeader} {
-		v, err := strconv.ParseInt(h.Get(name), 10, 64)
-		if err != nil {
-			return ScrapeClock{}, now
-		}
-		ms[i] = v
-	}
-	var boot uint64
-	if id := h.Get(BootIDHeader); id != "" {
-		sum := fnv.New64a()
-		io.WriteString(sum, id)
-		boot = sum.Sum64()
-	}
-	clock, ok := NewScrapeClock(ms[0], ms[1], boot, ms[2], now)
-	if !ok {
-		return ScrapeClock{}, now
-	}
-	return clock, ms[0]
 }
 
 // read checks what the headers say and reads the body into body's memory.
@@ -628,7 +601,7 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 	}
 	s.accepted.Add(float64(res.Accepted))
 	s.duplicates.Add(float64(res.Duplicates))
-	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops}
+	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops, Hint: s.timely(t.Cluster, p, res)}
 	for kind, n := range skipped.ByKind() {
 		if n > 0 {
 			if answer.Skipped == nil {
@@ -639,6 +612,26 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 		}
 	}
 	return answer, nil
+}
+
+// timely notes whether a push had a sample of a time that is taken, and returns a hint
+// for the sender of one that had samples and none of these: such a push is answered
+// 200, and fails all the same.
+func (s *Server) timely(id string, p *Push, res AppendResult) (hint string) {
+	if res.Accepted+res.Duplicates > 0 {
+		s.senders.Timely(id)
+		return ""
+	}
+	if res.TooOld+res.Future == 0 || res.Conflicts > 0 {
+		return ""
+	}
+	now := s.cfg.Now()
+	hint = TimesHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
+	s.note(id, Note{Failed: true})
+	if s.senders.Untimely(id, now) {
+		s.cfg.Log.Warn("no sample of a push is of a time that is taken", "cluster", id, "too_old", res.TooOld, "future", res.Future, "hint", hint)
+	}
+	return hint
 }
 
 // append stores a push at its owner.
