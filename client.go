@@ -422,6 +422,10 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 	if err != nil {
 		return nil, fmt.Errorf("scraping %s: %w", u.Redacted(), err)
 	}
+	// Gzip was asked for, undone and taken from the header by net/http.
+	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		return nil, fmt.Errorf("scraping %s: content encoding %.100q is not supported; supported: identity, gzip", u.Redacted(), encoding)
+	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxScrape+1))
 	if err != nil {
 		return nil, fmt.Errorf("scraping %s: reading the answer: %w", u.Redacted(), err)
@@ -456,9 +460,9 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 		c.cfg.Log.Warn("invalid samples were dropped", "last", invalid)
 	}
 	c.scraped.Add(float64(n))
-	c.skipped.Add(float64(skipped.Exemplars), "exemplar")
-	c.skipped.Add(float64(skipped.Created), "created")
-	c.skipped.Add(float64(skipped.NativeHistograms), "native_histogram")
+	for kind, n := range skipped.ByKind() {
+		c.skipped.Add(float64(n), kind)
+	}
 	return got, nil
 }
 

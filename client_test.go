@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -512,6 +513,56 @@ func TestClientReadsProtobuf(t *testing.T) {
 	}
 }
 
+// A Prometheus that puts labels of type and unit on every series is carried like any
+// other, whether a client scrapes it or pushes what it has itself.
+func TestMetadataLabelsEndToEnd(t *testing.T) {
+	ms := authNow.UnixMilli()
+	text := fmt.Appendf(nil, "up{__type__=\"gauge\",i=\"1\"} 1 %d\nup{__type__=\"unknown\",i=\"1\"} 1 %d\nsize{__type__=\"gauge\",__unit__=\"bytes\"} 2 %d\n", ms, ms, ms)
+	proto := srvProto(t, srvGauge("up", 1, &ms, "__type__", "gauge", "i", "1"), srvGauge("up", 1, &ms, "__type__", "unknown", "i", "1"),
+		srvGauge("size", 2, &ms, "__type__", "gauge", "__unit__", "bytes"))
+	for _, tt := range []struct {
+		name, contentType string
+		body              []byte
+	}{{"text", "text/plain; version=0.0.4", text}, {"protobuf", protoType, proto}} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			c, _, log := newTestClient(t, "", func(cfg *ClientConfig, st *ClientState) {
+				cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+					return respond(200, http.Header{"Content-Type": {tt.contentType}}, string(tt.body)), nil
+				})
+				cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
+				st.Token = r.token(KindClient, "site")
+			})
+			if err := c.Once(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			got := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "direct"),
+				header: map[string]string{"Content-Type": tt.contentType}, body: tt.body}))
+			if got.Accepted != 2 || got.Duplicates != 1 || len(got.Dropped) > 0 || !maps.Equal(got.Skipped, map[string]int{"metadata_label": 4}) {
+				t.Errorf("the server answered %+v", got)
+			}
+			for _, id := range []string{"site", "direct"} {
+				held := r.held(id, "")
+				for _, want := range []string{
+					fmt.Sprintf("up{_id=%q,i=\"1\",instance=\"\",job=\"\"} 1 %d\n", id, ms), fmt.Sprintf("size{_id=%q,instance=\"\",job=\"\"} 2 %d\n", id, ms),
+				} {
+					if strings.Count(held, want) != 1 || strings.Contains(held, "__") {
+						t.Errorf("%s lacks %s in:\n%s", id, want, held)
+					}
+				}
+			}
+			for side, counted := range map[string]float64{"client": c.skipped.Value("metadata_label"), "server": r.server.skipped.Value("metadata_label")} {
+				if counted != 4 {
+					t.Errorf("the %s counts %v labels", side, counted)
+				}
+			}
+			if n := c.dropped.Value(DropInvalid) + c.dropped.Value(DropRefused); n > 0 || strings.Contains(log.String(), "dropped samples") {
+				t.Errorf("%v samples are dropped:\n%s", n, log)
+			}
+		})
+	}
+}
+
 // Whichever format the source chooses, names keep the characters that they have: a.b
 // and a_b are two series.
 func TestClientAsksForNamesAsTheyAre(t *testing.T) {
@@ -597,6 +648,8 @@ func TestClientBadSource(t *testing.T) {
 		{"redirect", "redirects are not followed", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
 		{"type", "not supported", respond(200, http.Header{"Content-Type": {"text/html"}}, "<html>")},
 		{"truncated", "truncated", respond(200, nil, "a 1\nb 2")},
+		{"encoding", `content encoding "zstd" is not supported; supported: identity, gzip`, respond(200, http.Header{"Content-Encoding": {"zstd"}}, "a 1\n")},
+		{"encodings", `content encoding "br, gzip" is not supported`, respond(200, http.Header{"Content-Encoding": {"br", "gzip"}}, "a 1\n")},
 	}
 	for _, tt := range tests {
 		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
@@ -608,6 +661,30 @@ func TestClientBadSource(t *testing.T) {
 		}
 		if len(hub.at) > 0 {
 			t.Errorf("%s: something was pushed", tt.name)
+		}
+	}
+}
+
+// Content that is not encoded, or by what was asked for, is read.
+func TestClientEncodings(t *testing.T) {
+	for _, encoding := range []string{"", "identity", "Identity", "gzip"} {
+		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			body := []byte("a 1\n")
+			if encoding == "gzip" {
+				body = Gzip(body)
+			}
+			if encoding != "" {
+				w.Header().Set("Content-Encoding", encoding)
+			}
+			w.Write(body)
+		}))
+		defer source.Close()
+		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+			cfg.From, _ = url.Parse(source.URL + "/metrics")
+			cfg.FromClient = HTTPClient(nil, time.Minute, 10*time.Second)
+		})
+		if got, err := c.Scrape(t.Context()); err != nil || len(got.Push.Samples) != 1 {
+			t.Errorf("%q: %v", encoding, err)
 		}
 	}
 }

@@ -70,7 +70,7 @@ func TestPushClock(t *testing.T) {
 				h.Set(name, value)
 			}
 		}
-		clock, at := pushClock(h, arrival)
+		clock, at := PushClock(h, arrival)
 		want := ScrapeClock{}
 		if test.known {
 			want = ScrapeClock{Known: true, Offset: 60_000, Base: now - 66_000, Boot: clock.Boot}
@@ -79,8 +79,8 @@ func TestPushClock(t *testing.T) {
 			t.Errorf("%s: %+v, %d", test.name, clock, at)
 		}
 	}
-	a, _ := pushClock(http.Header{SourceClockHeader: {source}, BootClockHeader: {"1"}, BootIDHeader: {"a"}, ScrapeAgeHeader: {"1"}}, arrival)
-	b, _ := pushClock(http.Header{SourceClockHeader: {source}, BootClockHeader: {"1"}, BootIDHeader: {"b"}, ScrapeAgeHeader: {"1"}}, arrival)
+	a, _ := PushClock(http.Header{SourceClockHeader: {source}, BootClockHeader: {"1"}, BootIDHeader: {"a"}, ScrapeAgeHeader: {"1"}}, arrival)
+	b, _ := PushClock(http.Header{SourceClockHeader: {source}, BootClockHeader: {"1"}, BootIDHeader: {"b"}, ScrapeAgeHeader: {"1"}}, arrival)
 	if a.Same(b) || !a.Same(a) {
 		t.Error("two boots are one")
 	}

@@ -55,8 +55,22 @@ func ParseFormat(contentType string) (Format, error) {
 	return 0, fmt.Errorf("content type %.100q is not supported; supported: %s", contentType, SupportedFormats)
 }
 
-// Skipped counts what a body held and the sample model does not carry.
-type Skipped struct{ Exemplars, Created, NativeHistograms int }
+// Skipped counts what a body held and the sample model does not carry. Metadata is
+// labels that say a metric's type or unit.
+type Skipped struct{ Exemplars, Created, NativeHistograms, Metadata int }
+
+// ByKind returns the counts as metrics and answers name them, zeros as well.
+func (s Skipped) ByKind() map[string]int {
+	return map[string]int{
+		"exemplar": s.Exemplars, "created": s.Created, "native_histogram": s.NativeHistograms, "metadata_label": s.Metadata,
+	}
+}
+
+// metadataLabel reports a label that Prometheus 3 puts on series under
+// --enable-feature=type-and-unit-labels. It is reserved, and so would cost the series.
+func metadataLabel(name []byte) bool {
+	return string(name) == "__type__" || string(name) == "__unit__"
+}
 
 // Decoder decodes bodies. It keeps scratch memory between calls and is not safe
 // for concurrent use. The zero value is ready.
@@ -167,6 +181,9 @@ func (d *Decoder) sample(line []byte, openMetrics bool) (err error) {
 	if d.raw.Name, d.raw.Labels, rest, err = d.parser.Series(line); err != nil {
 		return err
 	}
+	n := len(d.raw.Labels)
+	d.raw.Labels = slices.DeleteFunc(d.raw.Labels, func(l Label) bool { return metadataLabel(l.Name) })
+	d.skipped.Metadata += n - len(d.raw.Labels)
 	token, rest = cutToken(bytes.TrimLeft(rest, " \t"))
 	if d.raw.V, err = parseFloat(token); err != nil {
 		return err
@@ -342,6 +359,10 @@ func (d *Decoder) metric(b, name []byte, kind uint64, emit func(*RawSample) erro
 				return nil
 			}); err != nil {
 				return err
+			}
+			if metadataLabel(l.Name) {
+				d.skipped.Metadata++
+				return nil
 			}
 			if len(r.Labels) >= MaxLabels {
 				return fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)

@@ -118,6 +118,7 @@ func TestDecodeText(t *testing.T) {
 		{"a{b=\"c\"}1\n", []string{`a{b="c"} 1 -`}, nil},
 		{"a:b{z=\"1\",y=\"2\"} 1\n", []string{`a:b{y="2",z="1"} 1 -`}, nil},
 		{"{\"a.b\",x=\"y\"} 1\n", []string{`{"a.b",x="y"} 1 -`}, nil},
+		{"{x=\"y\",\"a.b\",c=\"d\"} 1\n{x=\"y\",\"a\"} 2\n", []string{`{"a.b",c="d",x="y"} 1 -`, `a{x="y"} 2 -`}, nil},
 		{"{\"a.b\"} 1\n{\"a\",\"c.d\"=\"e\"} 2\n", []string{`{"a.b"} 1 -`, `a{"c.d"="e"} 2 -`}, nil},
 		{`a{x="\\\"\n\t\x\\n"} 1` + "\n", []string{`a{x="\\\"\n\\t\\x\\n"} 1 -`}, nil}, // only \\ \" \n are escapes
 		{"a{x=\"\r\t,}{ # é\"} 1\n", []string{"a{x=\"\r\t,}{ # é\"} 1 -"}, nil},
@@ -385,6 +386,45 @@ func TestDecodeProtoByHand(t *testing.T) {
 		if _, _, err := decoded(body[:i], FormatProto); (err == nil) != (i == 0 || i == len(ok)) {
 			t.Errorf("%d of %d bytes: %v", i, len(body), err)
 		}
+	}
+}
+
+// Labels that say a metric's type and unit are no part of a series; other reserved
+// labels are refused, whether these are there or not.
+func TestDecodeMetadataLabels(t *testing.T) {
+	value := pbBytes(3, pbFloat(1, 1)) // a counter of 1
+	kind, unit := pbLabel("__type__", "counter"), pbLabel("__unit__", "seconds")
+	var full [][]byte
+	for i := range MaxLabels {
+		full = append(full, pbLabel(fmt.Sprint("l", i), "v"))
+	}
+	for _, c := range []struct {
+		body    string
+		f       Format
+		want    []string
+		skipped Skipped
+		err     []string
+	}{
+		{"a{__type__=\"gauge\",b=\"c\",__unit__=\"s\"} 1\na{b=\"c\"} 2\n", FormatText, []string{`a{b="c"} 1 -`, `a{b="c"} 2 -`}, Skipped{Metadata: 2}, nil},
+		{"a{\"__type__\"=\"gauge\"} 1 5\n{__unit__=\"\",\"a.b\"} 2\n", FormatText, []string{"a 1 5", `{"a.b"} 2 -`}, Skipped{Metadata: 2}, nil},
+		{"a{__type__=\"x\",__type__=\"y\"} 1\n", FormatText, []string{"a 1 -"}, Skipped{Metadata: 2}, nil},
+		{"a_total{__type__=\"counter\"} 1 2 # {x=\"y\"} 1\n# EOF\n", FormatOpenMetrics, []string{"a_total 1 2000"}, Skipped{Metadata: 1, Exemplars: 1}, nil},
+		{"a{__type__=\"gauge\",__name__=\"b\"} 1\n", FormatText, nil, Skipped{}, []string{`"__name__" is reserved`}},
+		{"a{__type=\"gauge\"} 1\n", FormatText, nil, Skipped{}, []string{`"__type" is reserved`}},
+		{string(pbOne("a", 0, kind, pbLabel("b", "c"), unit, value)), FormatProto, []string{`a{b="c"} 1 -`}, Skipped{Metadata: 2}, nil},
+		{string(pbOne("a", 4, kind, pbLabel("b", "c"), pbBytes(7, pbVarint(1, 5)))), FormatProto,
+			[]string{`a_bucket{b="c",le="+Inf"} 5 -`, `a_sum{b="c"} 0 -`, `a_count{b="c"} 5 -`}, Skipped{Metadata: 1}, nil},
+		{string(pbOne("a", 2, unit, pbBytes(4, pbVarint(1, 5)))), FormatProto, []string{"a_sum 0 -", "a_count 5 -"}, Skipped{Metadata: 1}, nil},
+		{string(pbOne("a", 0, kind, pbLabel("__x__", ""), value)), FormatProto, nil, Skipped{}, []string{`"__x__" is reserved`}},
+		{string(pbOne("a", 0, kind, pbBytes(1, []byte{1<<3 | 2, 9}), value)), FormatProto, nil, Skipped{}, []string{"malformed"}},
+	} {
+		checkDecoded(t, []byte(c.body), c.f, c.want, c.skipped, c.err)
+	}
+	for range 2 { // beside as many labels as a series may have
+		full = append(full, kind)
+	}
+	if got, skipped, err := decoded(pbOne("a", 0, append(full, value)...), FormatProto); err != nil || len(got) != 1 || skipped.Metadata != 2 {
+		t.Errorf("beside %d labels: %d samples, %+v, %v", MaxLabels, len(got), skipped, err)
 	}
 }
 

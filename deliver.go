@@ -435,6 +435,7 @@ func (d *Courier) attempt(ctx context.Context, to string, newest Scrape, body []
 			var got struct {
 				Accepted *int // always there: anything else that answers 200 has stored nothing
 				Dropped  map[string]int
+				Hint     string
 			}
 			if e := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); e != nil {
 				err = fmt.Errorf("pushing to %s: its answer is not JSON: %w", to, e)
@@ -442,7 +443,11 @@ func (d *Courier) attempt(ctx context.Context, to string, newest Scrape, body []
 				err = fmt.Errorf("pushing to %s: its answer does not say what it accepted", to)
 			}
 			for reason, n := range got.Dropped {
-				d.cfg.Log.Warn("the server dropped samples", "reason", reason, "samples", n)
+				args := []any{"reason", reason, "samples", n}
+				if got.Hint != "" {
+					args = append(args, "hint", got.Hint)
+				}
+				d.cfg.Log.Warn("the server dropped samples", args...)
 			}
 		}
 		resp.Body.Close()

@@ -476,6 +476,20 @@ func TestCourierFailsOverInABacklog(t *testing.T) {
 	})
 }
 
+// What a server says of samples that it dropped is in the log.
+func TestCourierLogsHint(t *testing.T) {
+	for _, tt := range []struct{ answer, want string }{
+		{`{"accepted":0,"dropped":{"too_old":1},"hint":"the times are wrong"}`, `"the server dropped samples" reason=too_old samples=1 hint="the times are wrong"` + "\n"},
+		{`{"accepted":0,"dropped":{"too_old":1}}`, `"the server dropped samples" reason=too_old samples=1` + "\n"},
+	} {
+		c, hub, log := newTestClient(t, "a 1\n", nil)
+		hub.answer = func(*http.Request) *http.Response { return respond(200, nil, tt.answer) }
+		if err := c.Once(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
+			t.Errorf("%v, logged:\n%s\nwant %s", err, log, tt.want)
+		}
+	}
+}
+
 // A 200 that is not a server's, but a proxy's or a login page's, costs no scrape.
 func TestCourierBelievesNoOther200(t *testing.T) {
 	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {

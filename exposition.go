@@ -41,6 +41,10 @@ var ErrTooLarge = errors.New("too large")
 // ErrPushSize is the ErrTooLarge of a push as a whole, which a limit of the push raises.
 var ErrPushSize = fmt.Errorf("%w", ErrTooLarge)
 
+// ErrNULValue is wrapped by Add's error about a NUL byte in a label's value, when no
+// label has another fault: Prometheus takes such a series.
+var ErrNULValue = errors.New("has a NUL byte")
+
 // Label is a name and its unescaped value.
 type Label struct{ Name, Value []byte }
 
@@ -86,7 +90,7 @@ func (p *Push) Reset() {
 // may be NUL. NaNs are made equal: a stale marker (a NaN of a certain bit
 // pattern) cannot be said in text and must not come in by protobuf.
 func (p *Push) Add(r *RawSample) error {
-	if err := checkText("metric name", r.Name); err != nil {
+	if err := checkName("metric name", r.Name); err != nil {
 		return err
 	}
 	if len(r.Name) == 0 {
@@ -97,6 +101,7 @@ func (p *Push) Add(r *RawSample) error {
 	}
 	slices.SortFunc(r.Labels, func(a, b Label) int { return bytes.Compare(a.Name, b.Name) })
 	size := len(r.Name)
+	var nul error
 	for i, l := range r.Labels {
 		size += len(l.Name) + len(l.Value)
 		switch {
@@ -107,12 +112,18 @@ func (p *Push) Add(r *RawSample) error {
 		case bytes.HasPrefix(l.Name, []byte("__")):
 			return fmt.Errorf("label name %.100q is reserved", l.Name)
 		}
-		if err := checkText("label name", l.Name); err != nil {
+		if err := checkName("label name", l.Name); err != nil {
 			return err
 		}
-		if err := checkText("label value", l.Value); err != nil {
+		if err := checkUTF8("label value", l.Value); err != nil {
 			return err
 		}
+		if bytes.IndexByte(l.Value, 0) >= 0 {
+			nul = fmt.Errorf("label value %.100q %w", l.Value, ErrNULValue)
+		}
+	}
+	if nul != nil {
+		return nul
 	}
 	if p.MaxSamples > 0 && len(p.Samples) >= p.MaxSamples {
 		return fmt.Errorf("%w: more than %d samples", ErrPushSize, p.MaxSamples)
@@ -141,9 +152,16 @@ func (p *Push) Add(r *RawSample) error {
 	return nil
 }
 
-func checkText(what string, b []byte) error {
+func checkUTF8(what string, b []byte) error {
 	if !utf8.Valid(b) {
 		return fmt.Errorf("%s %.100q is not UTF-8", what, b)
+	}
+	return nil
+}
+
+func checkName(what string, b []byte) error {
+	if err := checkUTF8(what, b); err != nil {
+		return err
 	}
 	if bytes.IndexByte(b, 0) >= 0 {
 		return fmt.Errorf("%s %.100q has a NUL byte", what, b)
@@ -312,8 +330,10 @@ func (p *Parser) Series(line []byte) (name []byte, labels []Label, rest []byte, 
 				return fail("%w: more than %d labels", ErrTooLarge, MaxLabels)
 			}
 			p.labels = append(p.labels, Label{label, value})
-		} else if quoted && len(name) == 0 && len(p.labels) == 0 {
-			name = label // {"a.name",…}
+		} else if quoted && len(name) == 0 {
+			if name = label; len(name) == 0 { // {"a.name",…} or {…,"a.name"}
+				return fail("no metric name")
+			}
 		} else {
 			return fail("label %.100q has no value", label)
 		}

@@ -95,6 +95,9 @@ func TestPushAdd(t *testing.T) {
 			if len(got) > 500 {
 				t.Errorf("%.40q %.40q: an error of %d bytes", c.name, c.pairs, len(got))
 			}
+			if nul := strings.HasPrefix(c.want, "error: label value") && strings.Contains(c.want, "NUL"); errors.Is(err, ErrNULValue) != nul {
+				t.Errorf("%.40q %.40q: %v: wraps ErrNULValue or not, wrongly", c.name, c.pairs, err)
+			}
 			if errors.Is(err, ErrTooLarge) != strings.HasPrefix(c.want, "error: too large") {
 				t.Errorf("%.40q %.40q: %v: wraps ErrTooLarge or not, wrongly", c.name, c.pairs, err)
 			}
@@ -197,6 +200,8 @@ func TestParserSeries(t *testing.T) {
 		{`{"a.b"}`, `"a.b"|`},
 		{`{ "a.b" , x="y" } 1`, `"a.b" "x"="y"| 1`},
 		{`{"a","b.c"="d"}`, `"a" "b.c"="d"|`},
+		{`{x="y","a.b"} 1`, `"a.b" "x"="y"| 1`},
+		{`{x="y" , "a\"b" , "c.d"="e",} 1`, `"a\"b" "x"="y" "c.d"="e"| 1`},
 		{`{"a\"b\\c\nd\e"}`, `"a\"b\\c\nd\\e"|`},
 		{`a{x="\"\\\n\e\\n\""}`, `"a" "x"="\"\\\n\\e\\n\""|`}, // a backslash before e stands for itself
 		{`a{x="\n",y="\\",z="plain"}`, `"a" "x"="\n" "y"="\\" "z"="plain"|`},
@@ -211,6 +216,10 @@ func TestParserSeries(t *testing.T) {
 		{`{""} 1`, "no metric name"},
 		{`a{"b"} 1`, `label "b" has no value`},
 		{`{"a","b"} 1`, `label "b" has no value`},
+		{`{"a",x="y","b"} 1`, `label "b" has no value`},
+		{`{x="y","a","b"} 1`, `label "b" has no value`},
+		{`{"","b"} 1`, `no metric name`},
+		{`a{x="y","b"} 1`, `label "b" has no value`},
 		{`{a} 1`, `label "a" has no value`},
 		{`a{,} 1`, `unexpected ',' where a label name`},
 		{`a{x="y",,} 1`, `unexpected ',' where a label name`},

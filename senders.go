@@ -1,10 +1,10 @@
 package main
 
 // What the server remembers of each cluster ID that authenticated: its pace, its
-// pushes in flight, its last failure, when its token expires. Invariant: memory
-// is bounded, whatever pushes; forgetting a sender at rest never lets it push
-// faster. Time comes in with each call. This file must not know of HTTP, tokens
-// or stores.
+// pushes in flight, its last failure, when its token expires, that its samples'
+// times are wrong. Invariant: memory is bounded, whatever pushes; forgetting a
+// sender at rest never lets it push faster. Time comes in with each call. This
+// file must not know of HTTP, tokens or stores.
 
 import (
 	"errors"
@@ -20,6 +20,8 @@ const (
 	maxPerSender = 4 // pushes in flight
 	maxSenders   = 100_000
 	senderIdle   = 24 * time.Hour
+
+	untimelyNotice = time.Hour // between log lines of a sender whose samples' times are wrong
 )
 
 // Senders holds what is remembered. It is safe for concurrent use.
@@ -39,6 +41,7 @@ type sender struct {
 	failed   time.Time // of its newest refused push
 	expires  int64     // s; of its client token, 0 = never
 	seen     time.Time
+	untimely time.Time // when it was told that its samples' times are wrong; zero since one was right
 }
 
 // NewSenders allows one push per sender and every, in bursts of 60; 0 does not
@@ -113,6 +116,28 @@ func (s *Senders) Failed(id string, now time.Time) {
 	if snd := s.get(id, now); snd != nil {
 		snd.failed = now
 	}
+}
+
+// Timely notes that a push had a sample of a time that is taken.
+func (s *Senders) Timely(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if snd := s.byID[id]; snd != nil {
+		snd.untimely = time.Time{}
+	}
+}
+
+// Untimely notes that a push had samples, and none of a time that is taken. It reports
+// whether that is to be told: once, until Timely or untimelyNotice is over.
+func (s *Senders) Untimely(id string, now time.Time) (tell bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	snd := s.get(id, now)
+	if snd == nil || !snd.untimely.IsZero() && now.Sub(snd.untimely) < untimelyNotice {
+		return false
+	}
+	snd.untimely = now
+	return true
 }
 
 // Each calls f with what is remembered of each sender, by ID. f must not call s.

@@ -157,6 +157,27 @@ func TestSendersRemember(t *testing.T) {
 	}
 }
 
+func TestSendersUntimely(t *testing.T) {
+	s := NewSenders(time.Second)
+	for i, c := range []struct {
+		id    string
+		after time.Duration
+		tell  bool
+	}{
+		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyNotice - 1, false}, {"a", untimelyNotice, true},
+		{"a", 2*untimelyNotice - 1, false}, {"b", 2*untimelyNotice - 1, true},
+	} {
+		if got := s.Untimely(c.id, sendersNow.Add(c.after)); got != c.tell {
+			t.Errorf("%d: %t", i, got)
+		}
+	}
+	s.Timely("a")
+	s.Timely("nobody")
+	if later := sendersNow.Add(2 * untimelyNotice); !s.Untimely("a", later) || s.Untimely("b", later) || len(s.byID) != 2 {
+		t.Error("a timely push does not count, or not for its sender alone")
+	}
+}
+
 func TestSendersBounded(t *testing.T) {
 	s := NewSenders(time.Hour)
 	count := func() (n int) {

@@ -10,8 +10,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
-	"io"
 	"log/slog"
 	"math"
 	"net"
@@ -118,7 +116,7 @@ func NewServer(cfg ServerConfig) *Server {
 	s.bodies.New = func() any { return new([]byte) }
 	s.workspaces.New = func() any { return &workspace{} }
 	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
-	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, dropConflict, dropTooOld, dropFuture} {
+	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture} {
 		s.dropped.Add(0, reason)
 	}
 	for _, reason := range []string{
@@ -126,7 +124,7 @@ func NewServer(cfg ServerConfig) *Server {
 	} {
 		s.unauthorized.Add(0, reason)
 	}
-	for _, kind := range []string{"exemplar", "created", "native_histogram"} {
+	for kind := range (Skipped{}).ByKind() {
 		s.skipped.Add(0, kind)
 	}
 	for _, result := range []string{
@@ -298,6 +296,7 @@ type uploadAnswer struct {
 	Duplicates int            `json:"duplicates"`
 	Dropped    map[string]int `json:"dropped"`
 	Skipped    map[string]int `json:"skipped,omitempty"`
+	Hint       string         `json:"hint,omitempty"` // what is wrong with the times of the samples, if none is taken
 }
 
 // admit limits an authenticated push, before anything of it is read.
@@ -320,7 +319,7 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
-	clock, now := pushClock(r.Header, arrival)
+	clock, now := PushClock(r.Header, arrival)
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
 	format, encoding, ref := s.read(w, r, body)
@@ -352,32 +351,6 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 		return nil, overloaded("too many pushes wait to be stored")
 	}
 	return s.keep(ctx, &ws.push, t, d)
-}
-
-// pushClock reads these headers, and returns what a sample without a time gets: the
-// source's time if it is known, else that of arrival. What no clock can say is not
-// known, which costs less than the samples.
-func pushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64) {
-	now = arrival.UnixMilli()
-	var ms [3]int64
-	for i, name := range []string{SourceClockHeader, BootClockHeader, ScrapeAgeHeader} {
-		v, err := strconv.ParseInt(h.Get(name), 10, 64)
-		if err != nil {
-			return ScrapeClock{}, now
-		}
-		ms[i] = v
-	}
-	var boot uint64
-	if id := h.Get(BootIDHeader); id != "" {
-		sum := fnv.New64a()
-		io.WriteString(sum, id)
-		boot = sum.Sum64()
-	}
-	clock, ok := NewScrapeClock(ms[0], ms[1], boot, ms[2], now)
-	if !ok {
-		return ScrapeClock{}, now
-	}
-	return clock, ms[0]
 }
 
 // read checks what the headers say and reads the body into body's memory.
@@ -449,7 +422,11 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 		if !r.HasT {
 			r.T = now
 		}
-		return ws.push.Add(r)
+		if err = ws.push.Add(r); errors.Is(err, ErrNULValue) {
+			drops[DropInvalid]++
+			return nil
+		}
+		return err
 	})
 	switch {
 	case errors.Is(err, ErrPushSize):
@@ -500,10 +477,8 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 	}
 	s.accepted.Add(float64(res.Accepted))
 	s.duplicates.Add(float64(res.Duplicates))
-	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops}
-	for kind, n := range map[string]int{
-		"exemplar": skipped.Exemplars, "created": skipped.Created, "native_histogram": skipped.NativeHistograms,
-	} {
+	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops, Hint: s.timely(t.Cluster, p, res)}
+	for kind, n := range skipped.ByKind() {
 		if n > 0 {
 			if answer.Skipped == nil {
 				answer.Skipped = map[string]int{}
@@ -513,6 +488,26 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 		}
 	}
 	return answer, nil
+}
+
+// timely notes whether a push had a sample of a time that is taken, and returns a hint
+// for the sender of one that had samples and none of these: such a push is answered
+// 200, and fails all the same.
+func (s *Server) timely(id string, p *Push, res AppendResult) (hint string) {
+	if res.Accepted+res.Duplicates > 0 {
+		s.senders.Timely(id)
+		return ""
+	}
+	if res.TooOld+res.Future == 0 || res.Conflicts > 0 {
+		return ""
+	}
+	now := s.cfg.Now()
+	hint = TimesHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
+	s.note(id, Note{Failed: true})
+	if s.senders.Untimely(id, now) {
+		s.cfg.Log.Warn("no sample of a push is of a time that is taken", "cluster", id, "too_old", res.TooOld, "future", res.Future, "hint", hint)
+	}
+	return hint
 }
 
 // append stores a push at its owner.

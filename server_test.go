@@ -198,6 +198,7 @@ func (r *srvRig) push(cluster, text string) srvAnswer {
 type srvCounts struct {
 	Accepted, Duplicates int
 	Dropped, Skipped     map[string]int
+	Hint                 string
 }
 
 func (r *srvRig) accepted(a srvAnswer) (c srvCounts) {
@@ -511,6 +512,138 @@ func TestUploadCounts(t *testing.T) {
 		if !strings.Contains(text, want+"\n") {
 			t.Errorf("/metrics lacks %s", want)
 		}
+	}
+}
+
+// TestUntimelyPush: a push of which no sample is of a time that is taken is answered
+// 200, and is seen all the same: in its answer, in the log once, and as a failure.
+func TestUntimelyPush(t *testing.T) {
+	const (
+		seconds = "the times look like seconds; they have to be milliseconds"
+		old     = "all samples are older than --retention"
+		future  = "all samples are ahead of the server's clock"
+		both    = "all samples are older than --retention or ahead of the server's clock"
+	)
+	ms, day := authNow.UnixMilli(), int64(86400)
+	for _, c := range []struct {
+		name, text, hint string
+		failed           bool
+	}{
+		{"in time", fmt.Sprintf("a 1 %d\n", ms), "", false},
+		{"without a time", "a 1\n", "", false},
+		{"nothing", "", "", false},
+		{"old", fmt.Sprintf("a 1 %d\n", ms-3*3600_000), old, true},
+		{"of the future", fmt.Sprintf("a 1 %d\n", ms+61_000), future, true},
+		{"both", fmt.Sprintf("a 1 %d\nb 1 %d\n", ms+61_000, ms-3*3600_000), both, true},
+		{"seconds", fmt.Sprintf("a 1 %d\nb 1 %d\n", ms/1000, ms/1000), seconds, true},
+		{"seconds, some older", fmt.Sprintf("a 1 0\nb 1 %d\n", ms/1000-7200), seconds, true},
+		{"seconds, a day ahead", fmt.Sprintf("a 1 %d\n", ms/1000+day), seconds, true},
+		{"seconds, older", fmt.Sprintf("a 1 %d\n", ms/1000-7200-day-1), old, true},
+		{"seconds, further ahead", fmt.Sprintf("a 1 %d\n", ms/1000+day+1), old, true},
+		{"least and greatest", fmt.Sprintf("a 1 %d\nb 1 %d\n", int64(math.MinInt64), int64(math.MaxInt64)), both, true},
+		{"microseconds", fmt.Sprintf("a 1 %d\n", ms*1000), future, true},
+		{"one in time", fmt.Sprintf("a 1 %d\nb 1 %d\n", ms, ms/1000), "", false},
+		{"one known", fmt.Sprintf("known 1 %d\nb 1 %d\n", ms, ms/1000), "", false},
+		{"one in conflict", fmt.Sprintf("known 2 %d\nb 1 %d\n", ms, ms/1000), "", false},
+		{"the others invalid", fmt.Sprintf("a{b=\"\x00\"} 1\nb 1 %d\n", ms/1000), seconds, true},
+		{"all invalid", "a{b=\"\x00\"} 1\n", "", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			r.accepted(r.push("site-a", fmt.Sprintf("known 1 %d\n", ms)))
+			a := r.push("site-a", c.text)
+			if got := r.accepted(a).Hint; got != c.hint || strings.Contains(a.body, "hint") != (c.hint != "") {
+				t.Errorf("answered %s, want the hint %q", a.body, c.hint)
+			}
+			if failed := strings.Contains(r.held("site-a", ""), PushFailureTimeName+"{"); failed != c.failed {
+				t.Errorf("%s: %t", PushFailureTimeName, failed)
+			}
+			if log := r.log.String(); strings.Count(log, "level=WARN") != strings.Count(fmt.Sprint(c.failed), "true") ||
+				c.failed && !(strings.Contains(log, "cluster=site-a") && strings.Contains(log, c.hint)) {
+				t.Errorf("logged:\n%s", log)
+			}
+		})
+	}
+	r := newSrvRig(t)
+	warnings := 0
+	for i, c := range []struct {
+		cluster string
+		after   time.Duration
+		bad     bool
+		warned  bool
+	}{
+		{"a", 0, true, true}, {"a", time.Minute, true, false}, {"b", 0, true, true}, {"a", 58 * time.Minute, true, false},
+		{"a", time.Minute, true, true}, {"a", time.Minute, false, false}, {"a", 0, true, true}, {"b", 0, true, true}, {"a", time.Minute, true, false},
+	} {
+		r.clock.Add(int64(c.after))
+		text := "up 1\n"
+		if c.bad {
+			text = "up 1 5\n"
+		}
+		r.accepted(r.push(c.cluster, text))
+		if c.warned {
+			warnings++
+		}
+		if got := strings.Count(r.log.String(), "level=WARN"); got != warnings {
+			t.Errorf("push %d: %d warnings, not %d", i, got, warnings)
+			warnings = got
+		}
+	}
+}
+
+// TestUntimelyPushOfAnother: it is the owner of a cluster ID that shows the failure.
+func TestUntimelyPushOfAnother(t *testing.T) {
+	a, b := newForwardNode(t, "a", clusterKeys(t, testKey(1))), newForwardNode(t, "b", clusterKeys(t, testKey(1)))
+	join(1, a, b)
+	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.Forward = a.Forward })
+	id := ownedBy(t, a.Forward, "b")
+	if got := r.accepted(r.push(id, "up 1 5\n")); got.Dropped["too_old"] != 1 || got.Hint == "" {
+		t.Errorf("answered %+v", got)
+	}
+	select {
+	case n := <-a.notes:
+		if n.id != id || n.note != (Note{Failed: true}) {
+			t.Errorf("the owner is told %+v", n)
+		}
+	default:
+		t.Error("the owner is told nothing")
+	}
+}
+
+// TestNULByte: a NUL byte in a label's value costs its series, and nothing else of the
+// push; whatever else is wrong with a series costs the push.
+func TestNULByte(t *testing.T) {
+	ms := authNow.UnixMilli()
+	proto := map[string]string{"Content-Type": protoType}
+	for _, c := range []struct {
+		name   string
+		body   []byte
+		header map[string]string
+		want   string // of the answer
+	}{
+		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2}}`},
+		{"protobuf", srvProto(t, srvGauge("b", 1, &ms, "x", "\x00"), srvGauge("b", 1, &ms, "x", "y")), proto, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1}}`},
+		{"nothing else", []byte("b{x=\"\x00\"} 1\n"), nil, `200 {"accepted":0,"duplicates":0,"dropped":{"invalid":1}}`},
+		{"in a label's name", []byte("a 1\nb{\"x\x00\"=\"y\"} 1\n"), nil, "400 line 2: series "},
+		{"in the metric's name", []byte("a 1\n{\"b\x00\"} 1\n"), nil, "400 line 2: series "},
+		{"not UTF-8 either", []byte("b{x=\"\x00\xff\"} 1\n"), nil, "400 line 1: series "},
+		{"beside a reserved label", []byte("b{a=\"\x00\",__x=\"y\"} 1\n"), nil, "400 line 1: series "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			a := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "site-a"), header: c.header, body: c.body})
+			if got := fmt.Sprint(a.status, " ", a.body); !strings.HasPrefix(got, c.want) {
+				t.Errorf("answered %s\nnot %s", got, c.want)
+			}
+			if a.status == 200 {
+				if n := r.accepted(a).Dropped["invalid"]; r.server.dropped.Value("invalid") != float64(n) {
+					t.Errorf("%v are counted of %d", r.server.dropped.Value("invalid"), n)
+				}
+			} else if n := r.server.dropped.Value("invalid"); n != 0 {
+				t.Errorf("%v samples of a refused push are counted as dropped", n)
+			}
+			r.parsed("")
+		})
 	}
 }
 
