@@ -4,8 +4,12 @@ package main
 // and what old scrapers get.
 
 import (
+	"bufio"
+	"context"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -17,15 +21,32 @@ import (
 type consumerRig struct {
 	*srvRig
 	url string
+
+	during func(*http.Request) // called before the end of an answer is written, if not nil
 }
 
 func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
-	r := newSrvRig(t, change...)
-	web := httptest.NewUnstartedServer(r.server.Internal())
-	web.Config.ConnContext = WithConn
-	web.Start()
-	t.Cleanup(web.Close)
-	return &consumerRig{r, web.URL}
+	ln, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &consumerRig{srvRig: newSrvRig(t, change...), url: "http://" + ln.Addr().String()}
+	internal := r.server.Internal()
+	web := Web{Name: "internal", Listener: ln, Log: slog.New(slog.DiscardHandler), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if internal.ServeHTTP(w, req); r.during != nil {
+			r.during(req)
+		}
+	})}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- web.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return r
 }
 
 // scraperOf returns a client with connections of its own, and so, as it asks for one
@@ -62,7 +83,11 @@ func (r *consumerRig) ups(client *http.Client, query, agent string) (values stri
 	if a.status != 200 {
 		r.t.Fatalf("%s: %d %s", query, a.status, a.body)
 	}
-	for line := range strings.Lines(a.body) {
+	return upsOf(a.body)
+}
+
+func upsOf(body string) (values string) {
+	for line := range strings.Lines(body) {
 		if _, rest, ok := strings.Cut(line, "} "); ok && strings.HasPrefix(line, "up{") {
 			v, _, _ := strings.Cut(rest, " ")
 			values += v + " "
@@ -126,6 +151,84 @@ func TestFederateConfirms(t *testing.T) {
 	}
 	if n := len(cursorsOf(r.store.Consumers)); n != 2 {
 		t.Errorf("%d names of consumers are known", n)
+	}
+}
+
+// A request confirms nothing that was not written to its end when a part of it came,
+// and the next one that waits for its answer confirms as ever.
+func TestFederatePipelined(t *testing.T) {
+	const get = "GET /federate?consumer=x HTTP/1.1\r\nHost: x\r\n\r\n"
+	for _, test := range []struct {
+		name   string
+		first  string // sent at once
+		during string // sent before the end of the first answer is written
+		then   string // sent when that was read
+		want   string // of the second answer
+	}{
+		{"after the answer", get, "", get, "3 "},
+		{"both at once", get + get, "", "", "1 2 3 "},
+		{"during the answer", get, get, "", "1 2 3 "},
+		{"half at once", get + get[:30], "", get[30:], "1 2 3 "},
+		{"a byte during the answer", get, "G", get[1:], "1 2 3 "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newConsumerRig(t)
+			conn, err := net.Dial("tcp", strings.TrimPrefix(r.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			send := func(text string) {
+				if _, err := io.WriteString(conn, text); err != nil {
+					t.Error(err)
+				}
+			}
+			answers := bufio.NewReader(conn)
+			ups := func() string {
+				t.Helper()
+				resp, err := http.ReadResponse(answers, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, err := io.ReadAll(resp.Body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return upsOf(string(body))
+			}
+			first, finish := make(chan *http.Request, 1), make(chan struct{})
+			r.during = func(req *http.Request) {
+				select {
+				case first <- req:
+					<-finish
+				default:
+				}
+			}
+			r.pushUps(1, 2)
+			send(test.first)
+			eventually(t, "first request", func() bool { return len(first) == 1 })
+			r.pushUps(3)
+			send(test.during)
+			c := (<-first).Context().Value(connKey{}).(*Conn)
+			first <- nil // no other waits
+			eventually(t, "read what was sent", func() bool {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				return test.during == "" || c.read.ends > 1 || c.read.more
+			})
+			close(finish)
+			if got := ups(); got != "1 2 " {
+				t.Fatalf("first: %q", got)
+			}
+			send(test.then)
+			if got := ups(); got != test.want {
+				t.Errorf("second: %q, want %q", got, test.want)
+			}
+			send(get)
+			if got := ups(); got != "3 " {
+				t.Errorf("third: %q", got)
+			}
+		})
 	}
 }
 
