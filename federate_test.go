@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,13 +58,17 @@ func scraperOf(t testing.TB) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-func (r *consumerRig) get(client *http.Client, method, query, agent string) srvAnswer {
+// get asks as agent, and with other headers, which are names and values.
+func (r *consumerRig) get(client *http.Client, method, query, agent string, headers ...string) srvAnswer {
 	r.t.Helper()
 	req, err := http.NewRequest(method, r.url+"/federate?"+strings.ReplaceAll(query, `"`, "%22"), nil)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	req.Header.Set("User-Agent", agent)
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
 	resp, err := client.Do(req)
 	if err != nil {
 		r.t.Fatal(err)
@@ -77,9 +82,9 @@ func (r *consumerRig) get(client *http.Client, method, query, agent string) srvA
 }
 
 // ups returns the values of the series up, in order.
-func (r *consumerRig) ups(client *http.Client, query, agent string) (values string) {
+func (r *consumerRig) ups(client *http.Client, query, agent string, headers ...string) (values string) {
 	r.t.Helper()
-	a := r.get(client, "GET", query, agent)
+	a := r.get(client, "GET", query, agent, headers...)
 	if a.status != 200 {
 		r.t.Fatalf("%s: %d %s", query, a.status, a.body)
 	}
@@ -232,6 +237,89 @@ func TestFederatePipelined(t *testing.T) {
 	}
 }
 
+// A request that came through a proxy confirms nothing and is not confirmed: that the
+// proxy has read an answer says nothing of who asked it.
+func TestFederateProxied(t *testing.T) {
+	for _, header := range [][]string{{"Via", "1.1 proxy"}, {"Forwarded", "for=10.0.0.1"}, {"X-Forwarded-For", "10.0.0.1"}, {"x-forwarded-for", ""}} {
+		r := newConsumerRig(t)
+		client := scraperOf(t)
+		r.pushUps(1, 2)
+		for i, step := range []struct {
+			headers []string
+			want    string
+		}{
+			{header, "1 2 "}, {header, "1 2 "}, {nil, "1 2 "}, {header, "1 2 "}, {nil, "2 "},
+		} {
+			if got := r.ups(client, "consumer=x", "", step.headers...); got != step.want {
+				t.Errorf("%v, step %d: %q, want %q", header, i, got, step.want)
+			}
+		}
+		r.ups(client, "consumer=y", "", header...)
+		if n := strings.Count(r.log.String(), "has to scrape this server directly"); n != 2 {
+			t.Errorf("%d warnings, not one a consumer:\n%s", n, r.log)
+		}
+	}
+}
+
+// Scrapes that nothing confirms, as through a proxy that makes a connection for each,
+// are told by the log and by a gauge, until one confirms.
+func TestFederateUnconfirmed(t *testing.T) {
+	r := newConsumerRig(t)
+	warnings := func() int { return strings.Count(r.log.String(), "level=WARN") }
+	gauge := func(want ...string) {
+		t.Helper()
+		var got []string
+		for line := range strings.Lines(metricsText(t, r.server.cfg.Metrics)) {
+			if rest, ok := strings.CutPrefix(line, "telemeter_consumer_unconfirmed_scrapes{consumer="); ok {
+				got = append(got, strings.TrimSpace(strings.Replace(rest, `,address="127.0.0.1"}`, "", 1)))
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("gauge: %q, want %q", got, want)
+		}
+	}
+	gauge()
+	r.pushUps(1)
+	for i := range 4 {
+		if n := warnings(); n != 0 {
+			t.Fatalf("%d warnings after %d scrapes", n, i)
+		}
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	if n := warnings(); n != 1 {
+		t.Errorf("%d warnings", n)
+	}
+	gauge(`"x" 3`)
+	for range 7 {
+		r.clock.Add(int64(10 * time.Minute))
+		r.pushUps(2)
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	if n := warnings(); n != 2 {
+		t.Errorf("%d warnings in 70 minutes more", n)
+	}
+	// What differs only in what it asks for shares the maximum.
+	r.ups(scraperOf(t), "consumer=x&match[]=up", "")
+	r.ups(scraperOf(t), "consumer=y", "")
+	r.ups(scraperOf(t), "consumer=y", "")
+	gauge(`"x" 10`, `"y" 1`)
+	client := scraperOf(t)
+	r.ups(client, "consumer=x", "")
+	gauge(`"x" 11`, `"y" 1`)
+	r.ups(client, "consumer=x", "") // which confirms
+	gauge(`"x" 0`, `"y" 1`)
+	for range 5 {
+		r.pushUps(1)
+		r.ups(scraperOf(t), "consumer=x", "") // and once more
+	}
+	if n := warnings(); n != 3 {
+		t.Errorf("%d warnings at the second time", n)
+	}
+	r.clock.Add(int64(consumerIdle + time.Minute))
+	r.store.Consumers.Expire(r.now())
+	gauge()
+}
+
 func TestFederateRefuses(t *testing.T) {
 	r := newConsumerRig(t)
 	client := scraperOf(t)
@@ -269,12 +357,13 @@ func TestFederateRefuses(t *testing.T) {
 }
 
 // Versions of Prometheus that keep only the first of several samples of a series get
-// one a scrape, and so all of them.
+// one a scrape, and so all of them; and so do scrapers that would mark series stale.
 func TestFederateOldScrapers(t *testing.T) {
 	for agent, single := range map[string]bool{
 		"Prometheus/2.42.0": false, "Prometheus/2.51.2": false,
 		"Prometheus/2.52.0": true, "Prometheus/2.52.1+ds1-1": true, "Prometheus/2.53.0": true, "Prometheus/2.53.2": true,
 		"Prometheus/2.53.3": false, "Prometheus/2.53.10": false, "Prometheus/2.54.0": true, "Prometheus/2.54.0-rc.1": true,
+		"vm_promscrape": true, "vm_promscrape/v1.93.0": true, "vm_promscraper": false, "x vm_promscrape": false,
 		"Prometheus/2.54.1": false, "Prometheus/2.540.0": false, "Prometheus/3.10.0": false, "Prometheus/3.2.52.0": false, "": false, "x Prometheus/2.52.0": false,
 	} {
 		r := newConsumerRig(t)

@@ -86,14 +86,14 @@ func (c *CountWriter) Write(p []byte) (int, error) {
 }
 
 // CompressResponse returns what to write the body to, compressed if the request
-// takes gzip. finish has to be called at its end.
-func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func()) {
+// takes gzip. finish has to be called at its end; its error is the connection's.
+func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func() error) {
 	if !TakesGzip(r.Header) {
-		return w, func() {}
+		return w, func() error { return nil }
 	}
 	w.Header().Set("Content-Encoding", "gzip")
 	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
-	return z, func() { z.Close() }                 // an error is the connection's: the peer sees the body end early
+	return z, z.Close
 }
 
 // WriteJSON answers with v.
