@@ -434,4 +434,12 @@ func TestFederateCut(t *testing.T) {
 	if n := r.server.federate.cut.Value(); n != 1 {
 		t.Errorf("%v counted", n)
 	}
+	for query, answer := range map[string]http.ResponseWriter{"cut": failingWriter{httptest.NewRecorder()}, "whole": httptest.NewRecorder()} {
+		r.server.federate.ServeHTTP(answer, httptest.NewRequest("GET", "/federate?consumer="+query, nil))
+		for _, c := range r.store.Consumers.byKey {
+			if c.name == query && c.conns[0].whole != (query == "whole") {
+				t.Errorf("%s: whole %t", query, c.conns[0].whole)
+			}
+		}
+	}
 }
