@@ -63,9 +63,9 @@ type consumer struct {
 	defined       bool              // on disk
 	conns         []*Reading        // least recently used first
 	limit         int               // samples in one scrape; 0 = as many as may be
-	unconfirmed   int               // scrapes in a row that were served unread samples, and repeated
-	warned        time.Time         // of that
-	proxied       bool              // asked through a proxy, and it was said
+	unconfirmed   int               // scrapes in a row that served unread samples and were repeated
+	warned        time.Time         // of these scrapes; zero: not yet
+	proxied       bool              // has scraped through a proxy
 }
 
 // Reading is the place of one connection of one consumer. Requests of a connection
@@ -204,9 +204,9 @@ var errRecordConsumer = errors.New("malformed record of a consumer")
 // unlike that of any other connection ever. What was served there before has
 // arrived, since who asks again has read the answer. repeated reports that what was
 // served last to this consumer is not known to have arrived, and comes again; the
-// scrape after that is half as long, in case it was the length that failed it. Of
-// answers that were written whole and in time only the first few in a row are halved:
-// then it is not the length.
+// scrape after that is half as long, in case it was the length that failed it. An answer
+// that was written whole and in time halves only the first few in a row: more of them
+// are not a matter of length.
 func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.Time) (r *Reading, repeated bool, err error) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -313,7 +313,7 @@ func (r *Reading) Proxied() (first bool) {
 }
 
 // Unconfirmed returns how many scrapes in a row served the consumer samples that it
-// had not had, and were confirmed by nothing; warn reports that somebody has to know.
+// had not had, and were confirmed by nothing; warn reports that it is time for a warning.
 func (r *Reading) Unconfirmed(now time.Time) (scrapes int, warn bool) {
 	r.owner.mu.Lock()
 	defer r.owner.mu.Unlock()

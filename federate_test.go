@@ -159,8 +159,8 @@ func TestFederateConfirms(t *testing.T) {
 	}
 }
 
-// A request confirms nothing that was not written to its end when a part of it came,
-// and the next one that waits for its answer confirms as ever.
+// A request confirms no answer that was not written to its end when a part of the
+// request came; the next request that waits for its answer confirms as ever.
 func TestFederatePipelined(t *testing.T) {
 	const get = "GET /federate?consumer=x HTTP/1.1\r\nHost: x\r\n\r\n"
 	for _, test := range []struct {

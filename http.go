@@ -145,16 +145,18 @@ func HTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
 	}
 }
 
-// Conn is one connection; its address is unlike that of any other that lives. It
-// counts the ends of requests' heads in what was read, which are empty lines. Bodies
-// make it count too many, or leave bytes after the last one: then the next request is
-// not in turn, which is the safe side.
+// Conn is one connection; its address is unlike that of any other that lives. It knows
+// whether a request is in turn: no byte of it was read before the last byte of the
+// previous answer was written. For that it counts the ends of requests' heads, which are
+// empty lines. A body makes it count too many, or leaves bytes after the last end: then
+// the next request is not in turn, which is the safe side. Bytes that the kernel has, and
+// that no Read has returned, it does not see.
 type Conn struct {
 	mu       sync.Mutex // guards the rest: net/http reads ahead while a handler runs
 	read     headCount
 	written  headCount // read before the last byte that was written
 	requests int
-	inTurn   bool // nothing of the last request was read before the answer before it was written
+	inTurn   bool // the last request is
 }
 
 type headCount struct {
@@ -198,10 +200,10 @@ func (c *Conn) request() {
 
 type connKey struct{}
 
-// ConnOf returns the connection that a request came on. A request of which a part was
-// read before the answer before it was written to its end seems to have a connection of
-// its own: who sends it has not read that answer. So does each request over TLS, where
-// that cannot be seen, and each of a server that is no Web.
+// ConnOf returns the connection that a request came on. A request that is not in turn
+// seems to have a connection of its own, because its sender has not read the previous
+// answer. So does each request over TLS, where that cannot be seen, and each request to
+// a server that is no Web.
 func ConnOf(r *http.Request) *Conn {
 	if c, ok := r.Context().Value(connKey{}).(*Conn); ok {
 		c.mu.Lock()
@@ -376,8 +378,9 @@ func (c *limitConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes the last byte by itself: nobody has the whole answer before that, and
-// whatever was read until then came early, even if the peer was slow to take the rest.
+// Write writes the last byte by itself. The peer cannot have the whole answer before
+// that byte, so that all requests that were read until then are early, even if the peer
+// was slow to take the rest.
 func (c *limitConn) Write(p []byte) (n int, err error) {
 	if c.conn != nil && len(p) > 0 {
 		if len(p) > 1 {

@@ -201,8 +201,8 @@ func TestWebShutdown(t *testing.T) {
 	}
 }
 
-// TestConnOf: a request is of its connection only if nothing of it came before the
-// answer before it was written to its end; else it has a connection of its own.
+// TestConnOf: a request is of its connection only if no part of it came before the
+// previous answer was written to its end; else it has a connection of its own.
 func TestConnOf(t *testing.T) {
 	const get = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 	const large = "GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -237,7 +237,8 @@ func TestConnOf(t *testing.T) {
 				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
-					got = append(got, ConnOf(r) == ConnOf(r)) // one of its own is another each time
+					a, b := ConnOf(r), ConnOf(r) // one of its own is another each time
+					got = append(got, a == b)
 					if r.URL.Path == "/large" {
 						w.Write(make([]byte, 1<<20))
 					} else {
@@ -458,7 +459,8 @@ func TestWebTLS(t *testing.T) {
 		web := Web{Name: "tls", Listener: ln, Log: slog.New(slog.DiscardHandler),
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if fmt.Fprint(w, r.Proto); ConnOf(r) == ConnOf(r) {
+				fmt.Fprint(w, r.Proto)
+				if a, b := ConnOf(r), ConnOf(r); a == b {
 					t.Error("a request over TLS is of its connection")
 				}
 			})}
