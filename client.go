@@ -194,8 +194,8 @@ func (c *Client) Handler() http.Handler {
 		escaping := NegotiateEscaping(r.Header.Get("Accept"))
 		w.Header().Set("Content-Type", escaping.ContentType())
 		body, finish := CompressResponse(w, r)
-		defer finish()
-		if _, _, err := WriteFamilies(body, escaping, GroupByName(p)); err != nil {
+		_, _, err = WriteFamilies(body, escaping, GroupByName(p))
+		if err = errors.Join(err, finish()); err != nil {
 			c.cfg.Log.Debug("answer to /federate ended early", "remote", r.RemoteAddr, "err", err)
 		}
 	})))

@@ -33,6 +33,8 @@ const (
 	consumerIdle     = 24 * time.Hour
 	consumerSave     = time.Hour // between notes of a use that moved nothing
 	minConsumerLimit = 1000      // samples; where a limit that was halved ends
+	unconfirmedFew   = 3         // scrapes in a row; more are no accident
+	unconfirmedWarn  = time.Hour // between warnings of them
 	consumersSlack   = 64 << 10  // bytes of garbage that are not worth a rewrite
 )
 
@@ -58,6 +60,9 @@ type consumer struct {
 	dirty         map[uint64]uint64 // of these, what is not yet on disk; 0 removes
 	conns         []*Reading        // least recently used first
 	limit         int               // samples in one scrape; 0 = as many as may be
+	unconfirmed   int               // scrapes in a row that served unread samples and were repeated
+	warned        time.Time         // of these scrapes; zero: not yet
+	proxied       bool              // has scraped through a proxy
 }
 
 // Reading is the place of one connection of one consumer. Requests of a connection
@@ -71,6 +76,7 @@ type Reading struct {
 	sent   map[uint64]Position // served last
 	served int                 // samples not had before in what was served last
 	slow   bool                // that took longer than it may
+	whole  bool                // that was written to its end, and was not slow
 }
 
 // ValidConsumer reports a name that no consumer can have.
@@ -232,7 +238,9 @@ var errRecordConsumer = errors.New("malformed record of a consumer")
 // unlike that of any other connection ever. What was served there before has
 // arrived, since who asks again has read the answer. repeated reports that what was
 // served last to this consumer is not known to have arrived, and comes again; the
-// scrape after that is half as long, in case it was the length that failed it.
+// scrape after that is half as long, in case it was the length that failed it. An answer
+// that was written whole and in time halves only the first few in a row: more of them
+// are not a matter of length.
 func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.Time) (r *Reading, repeated bool, err error) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -259,9 +267,14 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 		for _, other := range c.conns {
 			if other.served > 0 {
 				repeated = true
-				c.lower(other.served / 2)
+				if !other.whole || c.unconfirmed < unconfirmedFew {
+					c.lower(other.served / 2)
+				}
 				other.served = 0 // halves once
 			}
+		}
+		if repeated {
+			c.unconfirmed++
 		}
 		if len(c.conns) == maxReadings {
 			c.conns = slices.Delete(c.conns, 0, 1)
@@ -269,6 +282,9 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 	} else {
 		r = c.conns[i]
 		c.conns = slices.Delete(c.conns, i, i+1)
+		if len(r.sent) > 0 {
+			c.unconfirmed, c.warned = 0, time.Time{}
+		}
 		for cluster, at := range r.sent {
 			r.pos[cluster] = at
 			if at.Seq > c.cursors[cluster] {
@@ -280,7 +296,7 @@ func (cs *Consumers) Begin(key uint64, name, address string, conn any, now time.
 		}
 	}
 	c.conns = append(c.conns, r)
-	r.sent, r.served, r.slow = map[uint64]Position{}, 0, false
+	r.sent, r.served, r.slow, r.whole = map[uint64]Position{}, 0, false, false
 	return r, repeated, nil
 }
 
@@ -311,15 +327,38 @@ func (r *Reading) Limit(max int) int {
 	return max
 }
 
-// Took says how long it took to write the answer: if that is more than it may take,
-// the next one is shorter.
-func (r *Reading) Took(took, most time.Duration) {
+// Took says how long it took to write the answer, and whether that failed: if it took
+// more than it may, the next one is shorter.
+func (r *Reading) Took(took, most time.Duration, err error) {
 	r.owner.mu.Lock()
 	defer r.owner.mu.Unlock()
-	if took > most && most > 0 && r.served > 0 {
+	late := took > most && most > 0
+	r.whole = !late && err == nil
+	if late && r.served > 0 {
 		r.slow = true
 		r.c.lower(int(float64(r.served) * float64(most) / float64(took)))
 	}
+}
+
+// Proxied notes that the scrape came through a proxy, and reports whether it is the
+// consumer's first that did.
+func (r *Reading) Proxied() (first bool) {
+	r.owner.mu.Lock()
+	defer r.owner.mu.Unlock()
+	first = !r.c.proxied
+	r.c.proxied = true
+	return first
+}
+
+// Unconfirmed returns how many scrapes in a row served the consumer samples that it
+// had not had, and were confirmed by nothing; warn reports that it is time for a warning.
+func (r *Reading) Unconfirmed(now time.Time) (scrapes int, warn bool) {
+	r.owner.mu.Lock()
+	defer r.owner.mu.Unlock()
+	if warn = r.c.unconfirmed >= unconfirmedFew && now.Sub(r.c.warned) >= unconfirmedWarn; warn {
+		r.c.warned = now
+	}
+	return r.c.unconfirmed, warn
 }
 
 // lower has the limit be at most n, and no less than all may have. The owner's mu is
@@ -387,6 +426,21 @@ func (cs *Consumers) Cursors(cluster uint64) []ConsumerCursor {
 		return strings.Compare(a.Name+"\x00"+a.Address, b.Name+"\x00"+b.Address)
 	})
 	return all
+}
+
+// Unconfirmed calls f with what Reading.Unconfirmed returns for each consumer; of those
+// that differ only in what they ask for, with the highest.
+func (cs *Consumers) Unconfirmed(f func(name, address string, scrapes int)) {
+	highest := map[[2]string]int{}
+	cs.mu.Lock()
+	for _, c := range cs.byKey {
+		who := [2]string{c.name, c.address}
+		highest[who] = max(highest[who], c.unconfirmed)
+	}
+	cs.mu.Unlock()
+	for who, scrapes := range highest {
+		f(who[0], who[1], scrapes)
+	}
 }
 
 // Forget drops the cursors of a cluster that is held no more.

@@ -6,6 +6,7 @@ package main
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	"slices"
@@ -378,6 +379,7 @@ func TestConsumersHaveIsBounded(t *testing.T) {
 // reason to make them longer again, but that a quick one did is.
 func TestConsumersLimit(t *testing.T) {
 	const most = time.Second
+	const cut = time.Duration(-1) // its connection ended
 	type step struct {
 		served int
 		took   time.Duration
@@ -396,6 +398,10 @@ func TestConsumersLimit(t *testing.T) {
 		{"slow and lost", []step{{8000, 4 * most, true, 2000}, {2000, 0, true, 1000}}},
 		{"nothing new in it", []step{{8000, 2 * most, false, 4000}, {0, 2 * most, false, 4000}, {0, 0, true, 4000}}},
 		{"all again", []step{{8000, 2 * most, false, 4000}, {80_000, 0, false, 8000}, {8000, 0, false, 16_000}, {1, 0, false, 32_000}, {1, 0, false, 64_000}, {1, 0, false, 100_000}, {1, 0, false, 100_000}}},
+		// A proxy may lose every answer: they get no smaller for that.
+		{"lost for ever", []step{{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 0, true, 8000}, {8000, 0, true, 8000}, {8000, 0, false, 16_000}, {8000, 0, true, 4000}}},
+		{"lost and cut", []step{{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, cut, true, 4000}, {4000, cut, true, 2000}}},
+		{"lost and slow", []step{{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 2 * most, true, 4000}, {4000, 2 * most, true, 2000}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
@@ -416,7 +422,11 @@ func TestConsumersLimit(t *testing.T) {
 			}
 			for i, s := range test.steps {
 				r.Serve(1, Position{Seq: uint64(i + 1)}, s.served)
-				r.Took(s.took, most)
+				if s.took == cut {
+					r.Took(0, most, io.ErrClosedPipe)
+				} else {
+					r.Took(s.took, most, nil)
+				}
 				if s.lost {
 					conn = &Conn{}
 				}

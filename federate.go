@@ -18,9 +18,10 @@ import (
 	"time"
 )
 
-// onlyFirst are the versions of Prometheus that keep only the first of several
-// samples of one series in a scrape: 2.52.0 to 2.53.2, and 2.54.0.
-var onlyFirst = regexp.MustCompile(`^Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)\b`)
+// onlyFirst are the scrapers that get one sample of each series in a scrape. Prometheus
+// 2.52.0 to 2.53.2, and 2.54.0, keep only the first of several. VictoriaMetrics and
+// vmagent mark a series stale when one scrape has two samples of it and the next has one.
+var onlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)|vm_promscrape)\b`)
 
 // FederateConfig configures a Federate.
 type FederateConfig struct {
@@ -50,6 +51,12 @@ type Federate struct {
 // NewFederate returns a handler for /federate.
 func NewFederate(cfg FederateConfig) *Federate {
 	m := cfg.Metrics
+	unconfirmed := m.Gauge("telemeter_consumer_unconfirmed_scrapes", "Scrapes in a row that served a consumer samples that it had not had, and that its next scrape did not confirm.", "consumer", "address")
+	m.OnCollect(func() {
+		unconfirmed.Replace(func(set func(v float64, labelValues ...string)) {
+			cfg.Store.Consumers.Unconfirmed(func(name, address string, scrapes int) { set(float64(scrapes), name, address) })
+		})
+	})
 	return &Federate{
 		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Hidden: cfg.Hidden},
 		seconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
@@ -109,10 +116,10 @@ func (f *Federate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	out, finish := CompressResponse(w, r)
 	count := &CountWriter{W: out}
 	written, hidden, err := WriteFamilies(count, escaping, fams)
-	finish()
+	err = errors.Join(err, finish())
 	took := time.Since(begin)
 	if reading != nil {
-		reading.Took(took, scrapeTime(r.Header)/2)
+		reading.Took(took, scrapeTime(r.Header)/2, err)
 	}
 	f.seconds.Observe(took.Seconds())
 	f.bytes.Observe(float64(count.N))
@@ -134,17 +141,38 @@ func (f *Federate) consumer(r *http.Request, q url.Values) (*Reading, error) {
 	if err := ValidConsumer(name); err != nil {
 		return nil, err
 	}
+	conn, through := ConnOf(r), proxied(r.Header)
+	if through {
+		conn = &Conn{} // nothing else comes on it, so that nothing is confirmed
+	}
 	selectors := slices.Sorted(slices.Values(q["match[]"]))
-	consumers := f.cfg.Store.Consumers
-	reading, repeated, err := consumers.Begin(ConsumerKey(name, host, strings.Join(selectors, "\x00")), name, host, ConnOf(r), f.cfg.Now())
+	now, log := f.cfg.Now(), f.cfg.Log.With("consumer", name, "remote", r.RemoteAddr)
+	reading, repeated, err := f.cfg.Store.Consumers.Begin(ConsumerKey(name, host, strings.Join(selectors, "\x00")), name, host, conn, now)
 	if err != nil {
 		return nil, err
 	}
+	if through && reading.Proxied() {
+		log.Warn("consumer asks through a proxy, whose scrapes confirm nothing, so that it is served the same samples again; it has to scrape this server directly")
+	}
 	if repeated {
 		f.repeated.Inc()
-		f.cfg.Log.Info("consumer asks on a new connection: what it was served last is served again", "consumer", name, "remote", r.RemoteAddr)
+		log.Info("what the consumer was served last is not known to have arrived, and is served again")
+	}
+	if n, warn := reading.Unconfirmed(now); warn {
+		log.Warn("nothing confirms the consumer's scrapes, so that it is served the same samples again and again; look for a proxy that closes, pools or buffers connections, for a scrape_interval of five minutes or more, and for a scraper that is no Prometheus", "scrapes", n)
 	}
 	return reading, nil
+}
+
+// proxied reports a request that says that it came through a proxy. That the proxy has
+// read an answer to its end does not mean that the scraper has.
+func proxied(h http.Header) bool {
+	for _, name := range []string{"Via", "Forwarded", "X-Forwarded-For"} {
+		if _, ok := h[name]; ok {
+			return true
+		}
+	}
+	return false
 }
 
 // scrapeTime is how long a scraper says that it waits; 0 if it does not.

@@ -4,10 +4,15 @@ package main
 // and what old scrapers get.
 
 import (
+	"bufio"
+	"context"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,15 +22,32 @@ import (
 type consumerRig struct {
 	*srvRig
 	url string
+
+	during func(*http.Request) // called before the end of an answer is written, if not nil
 }
 
 func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
-	r := newSrvRig(t, change...)
-	web := httptest.NewUnstartedServer(r.server.Internal())
-	web.Config.ConnContext = WithConn
-	web.Start()
-	t.Cleanup(web.Close)
-	return &consumerRig{r, web.URL}
+	ln, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &consumerRig{srvRig: newSrvRig(t, change...), url: "http://" + ln.Addr().String()}
+	internal := r.server.Internal()
+	web := Web{Name: "internal", Listener: ln, Turns: true, Log: slog.New(slog.DiscardHandler), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if internal.ServeHTTP(w, req); r.during != nil {
+			r.during(req)
+		}
+	})}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- web.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return r
 }
 
 // scraperOf returns a client with connections of its own, and so, as it asks for one
@@ -36,13 +58,17 @@ func scraperOf(t testing.TB) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-func (r *consumerRig) get(client *http.Client, method, query, agent string) srvAnswer {
+// get asks as agent, and with other headers, which are names and values.
+func (r *consumerRig) get(client *http.Client, method, query, agent string, headers ...string) srvAnswer {
 	r.t.Helper()
 	req, err := http.NewRequest(method, r.url+"/federate?"+strings.ReplaceAll(query, `"`, "%22"), nil)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	req.Header.Set("User-Agent", agent)
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
 	resp, err := client.Do(req)
 	if err != nil {
 		r.t.Fatal(err)
@@ -56,13 +82,17 @@ func (r *consumerRig) get(client *http.Client, method, query, agent string) srvA
 }
 
 // ups returns the values of the series up, in order.
-func (r *consumerRig) ups(client *http.Client, query, agent string) (values string) {
+func (r *consumerRig) ups(client *http.Client, query, agent string, headers ...string) (values string) {
 	r.t.Helper()
-	a := r.get(client, "GET", query, agent)
+	a := r.get(client, "GET", query, agent, headers...)
 	if a.status != 200 {
 		r.t.Fatalf("%s: %d %s", query, a.status, a.body)
 	}
-	for line := range strings.Lines(a.body) {
+	return upsOf(a.body)
+}
+
+func upsOf(body string) (values string) {
+	for line := range strings.Lines(body) {
 		if _, rest, ok := strings.Cut(line, "} "); ok && strings.HasPrefix(line, "up{") {
 			v, _, _ := strings.Cut(rest, " ")
 			values += v + " "
@@ -129,6 +159,167 @@ func TestFederateConfirms(t *testing.T) {
 	}
 }
 
+// A request confirms no answer that was not written to its end when a part of the
+// request came; the next request that waits for its answer confirms as ever.
+func TestFederatePipelined(t *testing.T) {
+	const get = "GET /federate?consumer=x HTTP/1.1\r\nHost: x\r\n\r\n"
+	for _, test := range []struct {
+		name   string
+		first  string // sent at once
+		during string // sent before the end of the first answer is written
+		then   string // sent when that was read
+		want   string // of the second answer
+	}{
+		{"after the answer", get, "", get, "3 "},
+		{"both at once", get + get, "", "", "1 2 3 "},
+		{"during the answer", get, get, "", "1 2 3 "},
+		{"half at once", get + get[:30], "", get[30:], "1 2 3 "},
+		{"a byte during the answer", get, "G", get[1:], "1 2 3 "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newConsumerRig(t)
+			conn, err := net.Dial("tcp", strings.TrimPrefix(r.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			send := func(text string) {
+				if _, err := io.WriteString(conn, text); err != nil {
+					t.Error(err)
+				}
+			}
+			answers := bufio.NewReader(conn)
+			ups := func() string {
+				t.Helper()
+				resp, err := http.ReadResponse(answers, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, err := io.ReadAll(resp.Body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return upsOf(string(body))
+			}
+			first, finish := make(chan *http.Request, 1), make(chan struct{})
+			r.during = func(req *http.Request) {
+				select {
+				case first <- req:
+					<-finish
+				default:
+				}
+			}
+			r.pushUps(1, 2)
+			send(test.first)
+			eventually(t, "first request", func() bool { return len(first) == 1 })
+			r.pushUps(3)
+			send(test.during)
+			c := (<-first).Context().Value(connKey{}).(*Conn)
+			first <- nil // no other waits
+			eventually(t, "read what was sent", func() bool {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				return test.during == "" || c.read.ends > 1 || c.read.more
+			})
+			close(finish)
+			if got := ups(); got != "1 2 " {
+				t.Fatalf("first: %q", got)
+			}
+			send(test.then)
+			if got := ups(); got != test.want {
+				t.Errorf("second: %q, want %q", got, test.want)
+			}
+			send(get)
+			if got := ups(); got != "3 " {
+				t.Errorf("third: %q", got)
+			}
+		})
+	}
+}
+
+// A request that came through a proxy confirms nothing and is not confirmed: that the
+// proxy has read an answer says nothing of who asked it.
+func TestFederateProxied(t *testing.T) {
+	for _, header := range [][]string{{"Via", "1.1 proxy"}, {"Forwarded", "for=10.0.0.1"}, {"X-Forwarded-For", "10.0.0.1"}, {"x-forwarded-for", ""}} {
+		r := newConsumerRig(t)
+		client := scraperOf(t)
+		r.pushUps(1, 2)
+		for i, step := range []struct {
+			headers []string
+			want    string
+		}{
+			{header, "1 2 "}, {header, "1 2 "}, {nil, "1 2 "}, {header, "1 2 "}, {nil, "2 "},
+		} {
+			if got := r.ups(client, "consumer=x", "", step.headers...); got != step.want {
+				t.Errorf("%v, step %d: %q, want %q", header, i, got, step.want)
+			}
+		}
+		r.ups(client, "consumer=y", "", header...)
+		if n := strings.Count(r.log.String(), "has to scrape this server directly"); n != 2 {
+			t.Errorf("%d warnings, not one a consumer:\n%s", n, r.log)
+		}
+	}
+}
+
+// Scrapes that nothing confirms, as through a proxy that makes a connection for each,
+// are told by the log and by a gauge, until one confirms.
+func TestFederateUnconfirmed(t *testing.T) {
+	r := newConsumerRig(t)
+	warnings := func() int { return strings.Count(r.log.String(), "level=WARN") }
+	gauge := func(want ...string) {
+		t.Helper()
+		var got []string
+		for line := range strings.Lines(metricsText(t, r.server.cfg.Metrics)) {
+			if rest, ok := strings.CutPrefix(line, "telemeter_consumer_unconfirmed_scrapes{consumer="); ok {
+				got = append(got, strings.TrimSpace(strings.Replace(rest, `,address="127.0.0.1"}`, "", 1)))
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("gauge: %q, want %q", got, want)
+		}
+	}
+	gauge()
+	r.pushUps(1)
+	for i := range 4 {
+		if n := warnings(); n != 0 {
+			t.Fatalf("%d warnings after %d scrapes", n, i)
+		}
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	if n := warnings(); n != 1 {
+		t.Errorf("%d warnings", n)
+	}
+	gauge(`"x" 3`)
+	for range 7 {
+		r.clock.Add(int64(10 * time.Minute))
+		r.pushUps(2)
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	if n := warnings(); n != 2 {
+		t.Errorf("%d warnings in 70 minutes more", n)
+	}
+	// What differs only in what it asks for shares the maximum.
+	r.ups(scraperOf(t), "consumer=x&match[]=up", "")
+	r.ups(scraperOf(t), "consumer=y", "")
+	r.ups(scraperOf(t), "consumer=y", "")
+	gauge(`"x" 10`, `"y" 1`)
+	client := scraperOf(t)
+	r.ups(client, "consumer=x", "")
+	gauge(`"x" 11`, `"y" 1`)
+	r.ups(client, "consumer=x", "") // which confirms
+	gauge(`"x" 0`, `"y" 1`)
+	for range 5 {
+		r.pushUps(1)
+		r.ups(scraperOf(t), "consumer=x", "") // and once more
+	}
+	if n := warnings(); n != 3 {
+		t.Errorf("%d warnings at the second time", n)
+	}
+	r.clock.Add(int64(consumerIdle + time.Minute))
+	r.store.Consumers.Expire(r.now())
+	gauge()
+}
+
 func TestFederateRefuses(t *testing.T) {
 	r := newConsumerRig(t)
 	client := scraperOf(t)
@@ -166,12 +357,13 @@ func TestFederateRefuses(t *testing.T) {
 }
 
 // Versions of Prometheus that keep only the first of several samples of a series get
-// one a scrape, and so all of them.
+// one a scrape, and so all of them; and so do scrapers that would mark series stale.
 func TestFederateOldScrapers(t *testing.T) {
 	for agent, single := range map[string]bool{
 		"Prometheus/2.42.0": false, "Prometheus/2.51.2": false,
 		"Prometheus/2.52.0": true, "Prometheus/2.52.1+ds1-1": true, "Prometheus/2.53.0": true, "Prometheus/2.53.2": true,
 		"Prometheus/2.53.3": false, "Prometheus/2.53.10": false, "Prometheus/2.54.0": true, "Prometheus/2.54.0-rc.1": true,
+		"vm_promscrape": true, "vm_promscrape/v1.93.0": true, "vm_promscraper": false, "x vm_promscrape": false,
 		"Prometheus/2.54.1": false, "Prometheus/2.540.0": false, "Prometheus/3.10.0": false, "Prometheus/3.2.52.0": false, "": false, "x Prometheus/2.52.0": false,
 	} {
 		r := newConsumerRig(t)
@@ -241,5 +433,13 @@ func TestFederateCut(t *testing.T) {
 	r.server.federate.ServeHTTP(failingWriter{httptest.NewRecorder()}, httptest.NewRequest("GET", "/federate", nil))
 	if n := r.server.federate.cut.Value(); n != 1 {
 		t.Errorf("%v counted", n)
+	}
+	for query, answer := range map[string]http.ResponseWriter{"cut": failingWriter{httptest.NewRecorder()}, "whole": httptest.NewRecorder()} {
+		r.server.federate.ServeHTTP(answer, httptest.NewRequest("GET", "/federate?consumer="+query, nil))
+		for _, c := range r.store.Consumers.byKey {
+			if c.name == query && c.conns[0].whole != (query == "whole") {
+				t.Errorf("%s: whole %t", query, c.conns[0].whole)
+			}
+		}
 	}
 }

@@ -86,14 +86,14 @@ func (c *CountWriter) Write(p []byte) (int, error) {
 }
 
 // CompressResponse returns what to write the body to, compressed if the request
-// takes gzip. finish has to be called at its end.
-func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func()) {
+// takes gzip. finish has to be called at its end; its error is the connection's.
+func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func() error) {
 	if !TakesGzip(r.Header) {
-		return w, func() {}
+		return w, func() error { return nil }
 	}
 	w.Header().Set("Content-Encoding", "gzip")
 	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
-	return z, func() { z.Close() }                 // an error is the connection's: the peer sees the body end early
+	return z, z.Close
 }
 
 // WriteJSON answers with v.
@@ -145,23 +145,84 @@ func HTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
 	}
 }
 
-// Conn is one connection; its address is unlike that of any other that lives.
-type Conn struct{ _ byte }
+// Conn is one connection; its address is unlike that of any other that lives. It knows
+// whether a request is in turn: no byte of it was read before the last byte of the
+// previous answer was written. For that it counts the ends of requests' heads, which are
+// empty lines. A body makes it count too many, or leaves bytes after the last end: then
+// the next request is not in turn, which is the safe side. Bytes that the kernel has, and
+// that no Read has returned, it does not see.
+type Conn struct {
+	mu       sync.Mutex // guards the rest: net/http reads ahead while a handler runs
+	read     headCount
+	written  headCount // read before the last byte that was written
+	requests int
+	inTurn   bool // the last request is
+}
+
+type headCount struct {
+	ends int
+	more bool // bytes stand after the last end
+	line bool // bytes stand in the last line
+}
+
+// received counts what was read.
+func (c *Conn) received(p []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h := &c.read
+	for _, b := range p {
+		switch {
+		case b == '\n' && !h.line: // net/http takes an end without carriage returns too
+			h.ends, h.more = h.ends+1, false
+		case b == '\n':
+			h.line = false
+		default:
+			h.more = true
+			h.line = h.line || b != '\r'
+		}
+	}
+}
+
+// writes notes that the last byte of something is to be written.
+func (c *Conn) writes() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.written = c.read
+}
+
+// request counts a request that was read.
+func (c *Conn) request() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.inTurn = c.written.ends == c.requests && !c.written.more
+	c.requests++
+}
 
 type connKey struct{}
 
-// ConnOf returns the connection that a request came on. Of a server that is no Web,
-// each request seems to have one of its own.
+// ConnOf returns the connection that a request came on. A request that is not in turn
+// seems to have a connection of its own, because its sender has not read the previous
+// answer. So does each request over TLS, where that cannot be seen, and each request to
+// a server that is no Web with Turns.
 func ConnOf(r *http.Request) *Conn {
 	if c, ok := r.Context().Value(connKey{}).(*Conn); ok {
-		return c
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.inTurn {
+			return c
+		}
 	}
 	return &Conn{}
 }
 
-// WithConn is an http.Server's ConnContext, for ConnOf.
-func WithConn(ctx context.Context, _ net.Conn) context.Context {
-	return context.WithValue(ctx, connKey{}, &Conn{})
+// withConn is an http.Server's ConnContext, for ConnOf.
+func withConn(ctx context.Context, c net.Conn) context.Context {
+	plain, ok := c.(*limitConn)
+	if !ok {
+		return ctx
+	}
+	plain.conn = &Conn{}
+	return context.WithValue(ctx, connKey{}, plain.conn)
 }
 
 // Web is one listener with its handler.
@@ -169,6 +230,7 @@ type Web struct {
 	Name     string // for logs
 	Listener net.Listener
 	Handler  http.Handler
+	Turns    bool        // ConnOf knows the connections of plain HTTP; costs a system call a write
 	TLS      *tls.Config // nil for plain HTTP
 	Log      *slog.Logger
 }
@@ -183,8 +245,10 @@ func (l *Web) Run(ctx context.Context) error {
 		IdleTimeout:       6 * time.Minute, // longer than common intervals: connections are kept
 		MaxHeaderBytes:    maxHeaderBytes,
 		TLSConfig:         l.TLS,
-		ConnContext:       WithConn,
 		ErrorLog:          log.New(errorLog{l.Log.With("listener", l.Name)}, "", 0),
+	}
+	if l.Turns {
+		srv.ConnContext = withConn
 	}
 	limited := newLimitListener(l.Listener, maxConnections)
 	srv.ConnState = limited.state
@@ -285,6 +349,9 @@ func (l *limitListener) state(c net.Conn, st http.ConnState) {
 		c = t.NetConn()
 	}
 	conn := c.(*limitConn) // all are of Accept
+	if st == http.StateActive && conn.conn != nil {
+		conn.conn.request() // before its handler, and once for each
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -301,8 +368,33 @@ func (l *limitListener) state(c net.Conn, st http.ConnState) {
 type limitConn struct {
 	net.Conn
 	listener *limitListener
+	conn     *Conn         // nil over TLS
 	ended    bool          // the listener's mu guards it
 	place    *list.Element // and this: among those waiting, or nil
+}
+
+func (c *limitConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if c.conn != nil {
+		c.conn.received(p[:n])
+	}
+	return n, err
+}
+
+// Write writes the last byte by itself. The peer cannot have the whole answer before
+// that byte, so that all requests that were read until then are early, even if the peer
+// was slow to take the rest.
+func (c *limitConn) Write(p []byte) (n int, err error) {
+	if c.conn != nil && len(p) > 0 {
+		if len(p) > 1 {
+			if n, err = c.Conn.Write(p[:len(p)-1]); err != nil {
+				return n, err
+			}
+		}
+		c.conn.writes()
+	}
+	last, err := c.Conn.Write(p[n:])
+	return n + last, err
 }
 
 // CloseWrite is what net/http looks for, to let a peer that still sends read the

@@ -5,6 +5,7 @@ package main
 // minute of waiting costs nothing.
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -63,7 +65,7 @@ func runWeb(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, err
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		web := Web{Name: "test", Listener: l, Handler: h, Log: slog.New(slog.DiscardHandler)}
+		web := Web{Name: "test", Listener: l, Handler: h, Turns: true, Log: slog.New(slog.DiscardHandler)}
 		ended <- web.Run(ctx)
 	}()
 	return l, func() (time.Duration, error) {
@@ -194,6 +196,91 @@ func TestWebShutdown(t *testing.T) {
 					<-gone
 				}
 				idle.Close()
+			})
+		})
+	}
+}
+
+// TestConnOf: a request is of its connection only if no part of it came before the
+// previous answer was written to its end; else it has a connection of its own.
+func TestConnOf(t *testing.T) {
+	const get = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+	const large = "GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
+	const bare = "GET / HTTP/1.1\nHost: x\n\n"
+	post := func(body string) string {
+		return fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	}
+	const begins = 0 // an answer does
+	for _, c := range []struct {
+		name  string
+		steps []any // text to send, or how many whole answers to read
+		want  []bool
+	}{
+		{"each after the answer", []any{get, 1, large, 1, get, 1, get, 1}, []bool{true, true, true, true}},
+		{"without carriage returns", []any{bare, 1, bare, 1}, []bool{true, true}},
+		{"two at once", []any{get + get, 2, get, 1}, []bool{true, false, true}},
+		{"two at once, of another make", []any{bare + get, 2, get, 1}, []bool{true, false, true}},
+		{"two at once, and the next", []any{get + get, 1, get, 2, get, 1}, []bool{true, false, false, true}},
+		{"during a large answer", []any{large, begins, get, 2, get, 1}, []bool{true, false, true}},
+		{"during a small answer", []any{get, begins, get, 2, get, 1}, []bool{true, false, true}},
+		{"half before", []any{get + get[:20], 1, get[20:], 1, get, 1}, []bool{true, false, true}},
+		{"a byte before", []any{get, begins, "G", 1, get[1:], 1, get, 1}, []bool{true, false, true}},
+		{"all but a byte before", []any{get + get[:len(get)-1], 1, "\n", 1, get, 1}, []bool{true, false, true}},
+		{"in pieces", []any{get[:5], get[5:], 1, get[:len(get)-2], "\r", "\n", 1}, []bool{true, true}},
+		{"after a body", []any{post("1234567890"), 1, get, 1, get, 1}, []bool{true, false, true}},
+		{"after a body that looks like a head", []any{post(get), 1, get, 1, get, 1}, []bool{true, false, false}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var mu sync.Mutex
+				var got []bool
+				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
+					mu.Lock()
+					defer mu.Unlock()
+					a, b := ConnOf(r), ConnOf(r) // one of its own is another each time
+					got = append(got, a == b)
+					if r.URL.Path == "/large" {
+						w.Write(make([]byte, 1<<20))
+					} else {
+						io.WriteString(w, strings.Repeat("x", 100))
+					}
+				})
+				conn, ok := l.dial()
+				if !ok {
+					t.Fatal("not accepted")
+				}
+				sent := make(chan string, 10)
+				go func() {
+					for text := range sent {
+						io.WriteString(conn, text)
+					}
+				}()
+				answers := bufio.NewReaderSize(conn, 16) // the rest of an answer is not written
+				for _, step := range c.steps {
+					switch step := step.(type) {
+					case string:
+						sent <- step
+					case int:
+						if step == begins {
+							answers.Peek(1)
+						}
+						for range step {
+							resp, err := http.ReadResponse(answers, nil)
+							if err != nil {
+								t.Fatal(err)
+							}
+							io.Copy(io.Discard, resp.Body)
+						}
+					}
+					synctest.Wait()
+				}
+				if close(sent); !slices.Equal(got, c.want) {
+					t.Errorf("of the connection: %v, want %v", got, c.want)
+				}
+				conn.Close()
+				if _, err := end(); err != nil {
+					t.Error(err)
+				}
 			})
 		})
 	}
@@ -369,9 +456,14 @@ func TestWebTLS(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		web := Web{Name: "tls", Listener: ln, Log: slog.New(slog.DiscardHandler),
-			TLS:     &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
-			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Proto) })}
+		web := Web{Name: "tls", Listener: ln, Turns: true, Log: slog.New(slog.DiscardHandler),
+			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
+			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				fmt.Fprint(w, r.Proto)
+				if a, b := ConnOf(r), ConnOf(r); a == b {
+					t.Error("a request over TLS is of its connection")
+				}
+			})}
 		ended <- web.Run(ctx)
 	}()
 	config, err := PinnedTLS(pin)
@@ -387,10 +479,13 @@ func TestWebTLS(t *testing.T) {
 		t.Errorf("negotiated %q", got)
 	}
 	c.Close()
-	resp, err := HTTPClient(config, 10*time.Second, time.Second).Get("https://" + ln.Addr().String())
-	if err != nil || resp.Proto != "HTTP/1.1" {
-		t.Errorf("%v %v", resp, err)
-	} else {
+	client := HTTPClient(config, 10*time.Second, time.Second)
+	for range 2 {
+		resp, err := client.Get("https://" + ln.Addr().String())
+		if err != nil || resp.Proto != "HTTP/1.1" {
+			t.Fatalf("%v %v", resp, err)
+		}
+		io.Copy(io.Discard, resp.Body)
 		resp.Body.Close()
 	}
 	old := config.Clone()

@@ -244,6 +244,16 @@ func (g *Gauge) Set(v float64, labelValues ...string) {
 	g.child(labelValues).value.Store(math.Float64bits(v))
 }
 
+// Replace has the gauge have the series that fill sets, and no others: those of what is
+// gone go too.
+func (g *Gauge) Replace(fill func(set func(v float64, labelValues ...string))) {
+	next := Gauge{family{name: g.name, kind: g.kind, labels: g.labels, children: map[labelKey]*child{}}}
+	fill(next.Set)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.children = next.children
+}
+
 // Add adds v, which may be negative, to the series with these label values.
 func (g *Gauge) Add(v float64, labelValues ...string) { g.child(labelValues).add(v) }
 

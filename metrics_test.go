@@ -111,6 +111,24 @@ func TestMetricsValues(t *testing.T) {
 
 // A caller that puts remote input into a label costs a bounded amount of memory
 // and no observation, and the output stays one that parses, without duplicates.
+// What a gauge is replaced by is all that it shows, and is bounded as ever.
+func TestMetricsReplace(t *testing.T) {
+	m := NewMetrics()
+	g := m.Gauge("g", "G.", "a")
+	g.Set(1, "gone")
+	for _, n := range []int{2, 1, 0, maxChildren + 5} {
+		g.Replace(func(set func(v float64, labelValues ...string)) {
+			for i := range n {
+				set(float64(i), fmt.Sprint(i))
+			}
+		})
+		text := metricsText(t, m)
+		if got, want := strings.Count(text, "\ng{"), min(n, maxChildren+1); got != want || strings.Contains(text, "gone") {
+			t.Errorf("%d series, want %d", got, want)
+		}
+	}
+}
+
 func TestMetricsChildrenBounded(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "site", "code")

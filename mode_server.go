@@ -186,7 +186,7 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 	} else if host, _, _ := net.SplitHostPort(external.Addr().String()); !IsLoopback(host) {
 		log.Warn("the keys have no tls.crt: clients are served plain HTTP, and whoever sees the network can read tokens and samples")
 	}
-	inside := Web{Name: "internal", Listener: internal, Handler: server.Internal(), Log: log}
+	inside := Web{Name: "internal", Listener: internal, Handler: server.Internal(), Turns: true, Log: log}
 	version, _ := Version()
 	st := store.Stats()
 	log.Info("serving", "version", version, "external", external.Addr(), "tls", web.TLS != nil, "internal", internal.Addr(),
