@@ -60,7 +60,7 @@ test-integration: telemeter ## client, two servers and a real Prometheus, as sou
 	./test/integration.sh
 
 test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: two minutes
-	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late)$$' . -args -outage $(OUTAGE)
+	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages)$$' . -args -outage $(OUTAGE)
 
 test-alerts: ## the central Prometheus's configuration and alerts, by its promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
