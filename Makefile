@@ -59,8 +59,8 @@ sockets: ## gossip on real sockets, for seven minutes: prints the table of figur
 test-integration: telemeter ## client, two servers and a real Prometheus, as source and as sink
 	./test/integration.sh
 
-test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: two minutes
-	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late)$$' . -args -outage $(OUTAGE)
+test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: four minutes
+	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages)$$' . -args -outage $(OUTAGE)
 
 test-alerts: ## the central Prometheus's configuration and alerts, by its promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml

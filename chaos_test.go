@@ -76,7 +76,7 @@ func chaosRolling(r *chaosRig, form chaosForm) {
 	for _, s := range r.servers {
 		targets = append(targets, s.addr+":9004")
 	}
-	p := newOutagePrometheus(t, strings.Join(targets, "', '"), "central", "2h", 2*time.Second)
+	p := newOutagePrometheus(t, strings.Join(targets, "', '"), "central", outageWindow, 2*time.Second)
 	p.start()
 	r.wait("first scrapes", func() bool {
 		got, _, err := p.query(`chaos_total{k="0"}`, "_id")
@@ -93,7 +93,7 @@ func chaosRolling(r *chaosRig, form chaosForm) {
 	compare := func() (whole bool) {
 		missing, strange, twice, samples = 0, 0, 0, 0
 		for k := range chaosSeries {
-			got, n, err := p.query(fmt.Sprintf(`chaos_total{k="%d"}[2h]`, k), "_id")
+			got, n, err := p.query(fmt.Sprintf(`chaos_total{k="%d"}[3h]`, k), "_id")
 			if err != nil {
 				return false
 			}

@@ -59,7 +59,7 @@ func ServerMode(ctx context.Context, c *Command) error {
 	})
 	c.Group("Storage", func() {
 		f.dir = c.String("storage-dir", "telemeter-data", "`DIR` of the logs; empty to hold samples in memory only")
-		f.retention = c.Duration("retention", 2*time.Hour, "`TIME` that samples are held, by their own time")
+		f.retention = c.Duration("retention", 2*time.Hour, "`TIME` that samples are held, by their own time; a consumer's out_of_order_time_window has to be an hour longer")
 		f.maxAge = c.Duration("max-sample-age", 10*time.Minute, "`TIME` that the newest sample of a series is shown")
 	})
 	c.Group("Limits", func() {

@@ -205,7 +205,10 @@ func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 	}
 }
 
-const outageTimeout = 2 * time.Second // of a scrape
+const (
+	outageTimeout = 2 * time.Second // of a scrape
+	outageWindow  = "3h"            // the recommended out_of_order_time_window
+)
 
 // outagePrometheus is a central Prometheus.
 type outagePrometheus struct {
@@ -239,8 +242,9 @@ func freeAddr(t *testing.T) string {
 	return ln.Addr().String()
 }
 
-// newOutagePrometheus makes one that scrapes a target as a consumer, every second.
-func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration) *outagePrometheus {
+// newOutagePrometheus makes one that scrapes a target as a consumer, at intervals of
+// timeout. jobs are further scrape_configs, one a line.
+func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration, jobs ...string) *outagePrometheus {
 	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
 	storage := ""
 	if window != "" {
@@ -253,7 +257,8 @@ func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout 
   honor_labels: true
   params: {consumer: [%s]}
   static_configs: [{targets: ['%s']}]
-`, timeout, timeout, storage, consumer, target)
+%s
+`, timeout, timeout, storage, consumer, target, strings.Join(jobs, "\n"))
 	if err := os.WriteFile(filepath.Join(p.dir, "prometheus.yml"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +279,7 @@ func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout 
 func (p *outagePrometheus) start() {
 	p.t.Helper()
 	p.cmd = exec.Command(p.program, "--config.file="+filepath.Join(p.dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(p.dir, "data"),
-		"--web.listen-address="+p.addr)
+		"--web.listen-address="+p.addr, "--log.level=debug") // else it does not say that a scrape failed for its content
 	p.cmd.Stdout, p.cmd.Stderr = p.logs, p.logs
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
@@ -403,6 +408,34 @@ func (p *outagePrometheus) log() (outOfOrder int, bad []string) {
 		}
 	}
 	return outOfOrder, bad
+}
+
+// The window that is recommended is the one that is tested, and an hour longer than the
+// default --retention.
+func TestOutageWindow(t *testing.T) {
+	window := regexp.MustCompile(`(?m)^ *out_of_order_time_window: (.*)$`)
+	for _, file := range []string{"README.md", filepath.Join("testdata", "prometheus.yml")} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m := window.FindAllStringSubmatch(string(b), -1); len(m) != 1 || m[0][1] != outageWindow {
+			t.Errorf("%s: the window is %v, want %s", file, m, outageWindow)
+		}
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`--retention TIME[^(]*\(default (.*)\)`).FindSubmatch(readme)
+	if m == nil {
+		t.Fatal("README.md does not say the default --retention")
+	}
+	retention, err := time.ParseDuration(string(m[1]))
+	longest, err2 := time.ParseDuration(outageWindow)
+	if err != nil || err2 != nil || longest < retention+time.Hour {
+		t.Errorf("a window of %v does not go with a --retention of %v: %v %v", longest, retention, err, err2)
+	}
 }
 
 // The comparison sees what is missing, what is not the source's, and what is not sure.

@@ -67,7 +67,7 @@ func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 		t.Fatal(err)
 	}
 	r.startServer()
-	r.prometheus = newOutagePrometheus(t, r.scrape.addr(), "central", "2h", outageTimeout)
+	r.prometheus = newOutagePrometheus(t, r.scrape.addr(), "central", outageWindow, outageTimeout)
 	r.prometheus.start()
 	r.startClient()
 	return r
@@ -85,7 +85,7 @@ func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 	for deadline := up.Add(outagePatience); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
 		var got map[string]map[int64]float64
 		var twice int
-		if got, twice, err = p.query(`outage_total{_id="x"}[2h]`, "k"); err != nil {
+		if got, twice, err = p.query(`outage_total{_id="x"}[3h]`, "k"); err != nil {
 			continue
 		}
 		for _, series := range got { // what was said since is not compared
@@ -206,7 +206,7 @@ func TestOutage(t *testing.T) {
 	// The second of a pair comes late, and gets all that is held.
 	begin = time.Now()
 	first := r.prometheus
-	r.prometheus = newOutagePrometheus(t, r.internal, "central-b", "2h", outageTimeout)
+	r.prometheus = newOutagePrometheus(t, r.internal, "central-b", outageWindow, outageTimeout)
 	r.seenOutOfOrder = 0
 	r.prometheus.start()
 	r.settled("a second Prometheus", r.prometheus, begin)
@@ -320,12 +320,12 @@ func TestOutageDrain(t *testing.T) {
 	memory := outageMemory(t, server) - before
 
 	proxy := newOutageProxy(t, internal)
-	p := newOutagePrometheus(t, proxy.addr(), "central", "2h", 10*time.Second)
+	p := newOutagePrometheus(t, proxy.addr(), "central", outageWindow, 10*time.Second)
 	start := time.Now()
 	p.start()
 	got := 0.0
 	for deadline := start.Add(10 * time.Minute); got < float64(samples) && time.Now().Before(deadline); time.Sleep(time.Second) {
-		counts, _, err := p.query(`sum(count_over_time({__name__=~"drain_.*"}[2h]))`, "")
+		counts, _, err := p.query(`sum(count_over_time({__name__=~"drain_.*"}[3h]))`, "")
 		if err != nil || counts[""] == nil {
 			continue
 		}
@@ -368,7 +368,7 @@ func outageLargest(metrics string) string {
 func TestOutageLate(t *testing.T) {
 	outageForm(t)
 	_, internal, pusher, _ := outageServer(t)
-	with := newOutagePrometheus(t, internal, "with", "2h", outageTimeout)
+	with := newOutagePrometheus(t, internal, "with", outageWindow, outageTimeout)
 	without := newOutagePrometheus(t, internal, "without", "", outageTimeout)
 	with.start()
 	without.start()
