@@ -443,3 +443,35 @@ func TestFederateCut(t *testing.T) {
 		}
 	}
 }
+
+// A site that is revoked is silent on purpose: its push time, its failures and its token's
+// expiry are shown no more, and those of others are.
+func TestFederateRevoked(t *testing.T) {
+	r := newConsumerRig(t)
+	for _, id := range []string{"gone", "stays"} {
+		r.accepted(r.push(id, "up 1\n"))
+		if got := r.push(id, "not a sample\n"); got.status != 400 {
+			t.Fatal(got)
+		}
+	}
+	revoked, err := ParseRevoked([]byte("gone\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := func() (n int) {
+		for line := range strings.Lines(r.get(scraperOf(t), "GET", "", "").body) {
+			if strings.HasPrefix(line, "push_") && strings.Contains(line, `_id="gone"`) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := lines(); n != 2 {
+		t.Errorf("%d series of pushes before it is revoked", n)
+	}
+	r.reload(func(st *ServerState) { st.Revoked = revoked })
+	body := r.get(scraperOf(t), "GET", "", "").body
+	if n := lines(); n != 0 || !strings.Contains(body, `push_time_seconds{_id="stays"`) || !strings.Contains(body, `up{_id="gone"`) {
+		t.Errorf("%d series of pushes when it is revoked:\n%s", n, body)
+	}
+}

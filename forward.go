@@ -323,6 +323,7 @@ const (
 	refusedFull     = "full"
 	refusedPace     = "pace"
 	refusedNotOwner = "not the owner"
+	refusedClock    = "clock"
 	refusedOther    = "other"
 )
 
@@ -339,6 +340,8 @@ func (a *verdict) err() error {
 		return &ErrPace{Reason: a.Text, Retry: a.Retry}
 	case refusedNotOwner:
 		return ErrNotOwner
+	case refusedClock:
+		return fmt.Errorf("%w (at its owner)", ErrClock)
 	}
 	return fmt.Errorf("the owner refused: %s", a.Text)
 }
@@ -346,7 +349,7 @@ func (a *verdict) err() error {
 func refusalOf(err error) verdict {
 	a := verdict{Kind: refusedOther, Text: err.Error()}
 	for kind, is := range map[string]error{
-		refusedSeries: ErrSeriesLimit, refusedTooLarge: ErrTooLarge, refusedFull: ErrFull, refusedNotOwner: ErrNotOwner,
+		refusedSeries: ErrSeriesLimit, refusedTooLarge: ErrTooLarge, refusedFull: ErrFull, refusedNotOwner: ErrNotOwner, refusedClock: ErrClock,
 	} {
 		if errors.Is(err, is) {
 			a.Kind = kind

@@ -1675,3 +1675,22 @@ func TestExpiryEnds(t *testing.T) {
 		t.Errorf("the old token's expiry is still told:\n%s", got)
 	}
 }
+
+// While a step of the server's clock is in doubt, a push that only one of the two times
+// takes is to be sent again; nobody blames its sender, and others are taken.
+func TestUploadWhileClockIsInDoubt(t *testing.T) {
+	doubt := time.Duration(0)
+	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
+		now := sc.Now
+		sc.Span = func() Span { return Span{now(), now().Add(doubt)} }
+	})
+	r.accepted(r.push("site-a", "up 1\n"))
+	doubt = 3 * time.Hour
+	r.clock.Add(int64(time.Second))
+	got := r.push("site-a", "up 2\n")
+	if got.status != 503 || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "clock made a step") {
+		t.Errorf("%d %v %s", got.status, got.header, got.body)
+	}
+	doubt = 0
+	r.accepted(r.push("site-a", "up 2\n"))
+}
