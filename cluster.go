@@ -459,8 +459,8 @@ func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unrea
 	if c.minT >= oldest || from >= oldest {
 		return 0, 0, 0
 	}
-	kept := make([]*Batch, 0, len(c.Batches))
 	c.minT = math.MaxInt64
+	gone := false
 	for _, b := range c.Batches {
 		if n := b.Between(from, oldest); n > 0 {
 			expired += n
@@ -469,13 +469,14 @@ func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unrea
 			}
 		}
 		if b.MaxT < oldest {
-			freed += int64(len(b.V))
-			continue
+			freed, gone = freed+int64(len(b.V)), true
+		} else {
+			c.minT = min(c.minT, b.MinT)
 		}
-		kept = append(kept, b)
-		c.minT = min(c.minT, b.MinT)
 	}
-	c.Batches = kept
+	if gone {
+		c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool { return b.MaxT < oldest })
+	}
 	return expired, unread, freed
 }
 

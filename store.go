@@ -333,7 +333,7 @@ func (s *Store) makeRoom(c *Site, n int) error {
 	now := s.cfg.Now()
 	// What could not go a moment ago is not looked through again for every push.
 	if since := now.Sub(s.full); !fits() && (since < 0 || since >= roomPause) {
-		s.evict(most-int64(n)-most/64, now) // some more, so that not every push has to
+		s.evict(most - int64(n) - most/64) // some more, so that not every push has to
 		if !fits() {
 			s.full = now
 		}
@@ -346,8 +346,8 @@ func (s *Store) makeRoom(c *Site, n int) error {
 }
 
 // evict evicts until no more than goal samples are held, if so many may go.
-func (s *Store) evict(goal int64, now time.Time) {
-	shown := now.Add(-s.cfg.MaxSampleAge).UnixMilli()
+func (s *Store) evict(goal int64) {
+	shown := s.cfg.Span().Early.Add(-s.cfg.MaxSampleAge).UnixMilli()
 	var heads oldestFirst
 	s.mu.RLock()
 	for _, c := range s.clusters {
