@@ -244,6 +244,7 @@ func TestNumbersNeverFall(t *testing.T) {
 			s = k.open()
 			push()
 			drain(t, k, s, "central")
+			push() // not read
 			s.Close()
 			test.spoil(k, fsys, s, old)
 			if s = k.open(); test.name == "forgotten, and all else older" {

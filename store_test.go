@@ -1205,6 +1205,8 @@ func TestStoreForgets(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 	k.push(s, "b", point{"m", 1, k.clock.ms(0), 1})
+	drain(t, k, s, "central")
+	saveConsumers(t, s.Consumers)
 	for range 30 {
 		k.clock.Add(24*time.Hour - time.Second)
 		s.maintain(context.Background(), false)
