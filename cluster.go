@@ -138,6 +138,7 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Dura
 	}
 	b = &Batch{Seq: c.Seq + 1, Accepted: now.Early.UnixMilli(), Clock: p.Clock}
 	add := int64(0) // to the times of p
+	clock := c.Clock
 	if handed == nil {
 		b.Shift = c.Clock.Observe(p.Clock)
 		add = b.Shift
@@ -163,6 +164,7 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Dura
 		}
 		if smp.T < sureOldest || smp.T > sureNewest {
 			c.Table.Truncate(known)
+			c.Clock = clock // what was measured by a clock in doubt
 			return nil, known, AppendResult{}, ErrClock
 		}
 		line := p.Line(smp)
@@ -301,9 +303,9 @@ func (c *Cluster) Restore(parser *Parser, owner func(cluster string) bool, id ui
 	return nil
 }
 
-// Adopt takes a recovered batch, unless it is wholly older than oldest. It returns how
-// many of its samples are lost, because damage took their series; the others are held.
-func (c *Cluster) Adopt(b *Batch, oldest int64) (lost int, err error) {
+// Adopt takes a recovered batch. It returns how many of its samples are lost, because
+// damage took their series; the others are held.
+func (c *Cluster) Adopt(b *Batch) (lost int, err error) {
 	if b.Seq <= c.Seq {
 		return 0, fmt.Errorf("batch %d after %d", b.Seq, c.Seq)
 	}
@@ -312,7 +314,7 @@ func (c *Cluster) Adopt(b *Batch, oldest int64) (lost int, err error) {
 	lost = len(b.V)
 	b = b.Where(func(i int) bool { return int(b.IDs[i]) < c.Table.Len() && len(c.Table.Line(b.IDs[i])) > 0 })
 	lost -= len(b.V)
-	if b.MaxT >= oldest && len(b.V) > 0 {
+	if len(b.V) > 0 {
 		c.replace(b)
 		c.Take(b)
 	}
@@ -480,9 +482,11 @@ func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unrea
 	return expired, unread, freed
 }
 
-// Resume has samples older than oldest be held no more, which were counted when they
-// expired.
-func (c *Cluster) Resume(oldest int64) { c.oldest = max(c.oldest, oldest) }
+// Resume drops samples older than oldest that were counted when they expired.
+func (c *Cluster) Resume(oldest int64) {
+	c.oldest = max(c.oldest, oldest)
+	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.MaxT < c.oldest })
+}
 
 // Follow drops what old, of which c is a compacted copy, has expired or evicted since the
 // copy was made.
@@ -492,7 +496,7 @@ func (c *Cluster) Follow(old *Cluster) {
 	if len(old.Batches) > 0 {
 		first = old.Batches[0].Seq
 	}
-	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.Seq < first || b.MaxT < c.oldest })
+	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.Seq < first })
 }
 
 // since returns the batches of which a reader has not had all.

@@ -199,7 +199,7 @@ func contents(c *Cluster) map[heldSample]float64 {
 }
 
 // recovered is c read back from what Records yields.
-func recovered(t *testing.T, c *Cluster, oldest int64) Cluster {
+func recovered(t *testing.T, c *Cluster) Cluster {
 	t.Helper()
 	got := NewCluster("", maphash.MakeSeed())
 	var parser Parser
@@ -221,7 +221,7 @@ func recovered(t *testing.T, c *Cluster, oldest int64) Cluster {
 		if err != nil {
 			return err
 		}
-		lost, err := got.Adopt(b, oldest)
+		lost, err := got.Adopt(b)
 		if lost > 0 {
 			t.Errorf("%d samples lost", lost)
 		}
@@ -280,7 +280,7 @@ func TestClusterModel(t *testing.T) {
 				}
 				c.Expire(oldest, unwanted)
 				model = contents(&c)
-				got := recovered(t, &c, oldest)
+				got := recovered(t, &c)
 				if len(c.Batches) > 0 && got.ID != "a" {
 					t.Errorf("recovered cluster %q", got.ID)
 				}
@@ -342,7 +342,7 @@ func TestClusterSeqNeverFalls(t *testing.T) {
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(7000), 0})
 	next := c.Compact(nil, clock.ms(3600))
-	got := recovered(t, &next, clock.ms(3600))
+	got := recovered(t, &next)
 	if next.Seq != 2 || got.Seq != 2 || len(got.Batches) != 1 {
 		t.Errorf("number %d, recovered %d, %d batches", next.Seq, got.Seq, len(got.Batches))
 	}
@@ -390,11 +390,10 @@ func TestClusterRestores(t *testing.T) {
 		{"known", batch(3, 100, 1), true, 3, 1, 0},
 		{"number again", batch(3, 101, 1), false, 3, 1, 0},
 		{"a padded and an unknown series", batch(4, 102, 0, 1, 2), true, 4, 2, 2},
-		{"old", batch(5, 99, 1), true, 5, 2, 0},
 		{"empty", batch(6, 0), true, 6, 2, 0},
 		{"only unknown series", batch(9, 103, 8), true, 9, 2, 1},
 	} {
-		if lost, err := c.Adopt(test.b, 100); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.Samples() != test.samples {
+		if lost, err := c.Adopt(test.b); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.Samples() != test.samples {
 			t.Errorf("%s: %v, %d lost, number %d, %d samples", test.name, err, lost, c.Seq, c.Samples())
 		}
 	}
@@ -407,7 +406,7 @@ func TestClusterCompactsRemains(t *testing.T) {
 	c.Table.Insert(hash, []byte(`m{_id="a"}`), false)
 	b := &Batch{Seq: 1, T0: 200, IDs: []uint32{7, 0}, DT: []int32{0, -150}, V: []float64{1, 2}}
 	b.Bound()
-	if lost, err := c.Adopt(b, 0); err != nil || lost != 1 || c.Samples() != 1 {
+	if lost, err := c.Adopt(b); err != nil || lost != 1 || c.Samples() != 1 {
 		t.Errorf("%d samples, %d lost, %v", c.Samples(), lost, err)
 	}
 	if next := c.Compact(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {

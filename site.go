@@ -309,6 +309,15 @@ func (c *Site) Expire(oldest int64) {
 	c.expired(expired, unread)
 }
 
+// Resume drops what outlived retention and was counted before this process began.
+func (c *Site) Resume(oldest int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before := c.held.Samples()
+	c.held.Resume(oldest)
+	c.totals.Samples.Add(c.held.Samples() - before)
+}
+
 // expired counts samples that retention dropped, and those of them not had by all.
 func (c *Site) expired(dropped, unread int64) {
 	c.totals.Expired.Add(dropped)

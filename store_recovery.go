@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"time"
 )
 
@@ -32,11 +31,10 @@ func (s *Store) recover() error {
 	if s.cfg.Dir == "" {
 		return nil
 	}
-	var outlived []outlivedBatch
-	if err := s.recoverLogs(state, &outlived); err != nil {
+	if err := s.recoverLogs(state); err != nil {
 		return err
 	}
-	s.countOutlived(outlived)
+	s.countOutlived()
 	highest := max(s.Consumers.Highest(), s.totals.Newest.Load())
 	s.dropPastCursors()
 	first := state.NewBlock(highest)
@@ -78,36 +76,21 @@ func (s *Store) dropPastCursors() {
 	}
 }
 
-// outlivedBatch is a batch in a log that outlived retention.
-type outlivedBatch struct {
-	cluster, seq  uint64
-	had           []uint64
-	maxT, samples int64 // maxT in ms
-}
-
-// countOutlived counts what outlived retention while no process ran: what did before
-// was counted then. Until when one ran is known by its newest push or scrape.
-func (s *Store) countOutlived(all []outlivedBatch) {
+// countOutlived drops and counts what outlived retention while no process ran: what did
+// before was counted then. Until when one ran is known by its newest push or scrape.
+func (s *Store) countOutlived() {
 	ran := s.Consumers.Used().UnixMilli()
 	for _, c := range s.clusters {
 		c.Look(func(held *Cluster) { ran = max(ran, held.Accepted) })
 	}
 	oldest := s.Oldest()
 	for _, c := range s.clusters {
-		c.Look(func(held *Cluster) { held.Resume(min(oldest, ran-s.cfg.Retention.Milliseconds())) })
+		c.Resume(min(oldest, ran-s.cfg.Retention.Milliseconds()))
 		c.Expire(oldest)
-	}
-	for _, o := range all {
-		if o.maxT >= ran-s.cfg.Retention.Milliseconds() {
-			s.totals.Expired.Add(o.samples)
-			if s.Consumers.Wanted(o.cluster, &Batch{Seq: o.seq, Had: o.had}) {
-				s.totals.Unread.Add(o.samples)
-			}
-		}
 	}
 }
 
-func (s *Store) recoverLogs(state *StoreState, outlived *[]outlivedBatch) error {
+func (s *Store) recoverLogs(state *StoreState) error {
 	_, dirs, err := ListLogs(s.cfg.FS, s.cfg.Dir)
 	if err != nil {
 		return err
@@ -121,7 +104,7 @@ func (s *Store) recoverLogs(state *StoreState, outlived *[]outlivedBatch) error 
 			return err
 		}
 		for _, path := range logs {
-			if err := s.recoverLog(path, state, outlived); err != nil {
+			if err := s.recoverLog(path, state); err != nil {
 				return err
 			}
 		}
@@ -133,15 +116,13 @@ func (s *Store) recoverLogs(state *StoreState, outlived *[]outlivedBatch) error 
 
 // recoveredLog is what a log says, record by record.
 type recoveredLog struct {
-	store    *Store
-	path     string
-	held     Cluster
-	oldest   int64           // ms
-	outlived []outlivedBatch // by retention
-	parser   Parser
-	skipped  bool   // bytes since the newest batch
-	pushes   uint64 // known to be lost
-	samples  int    // of batches that are held, lost with their series
+	store   *Store
+	path    string
+	held    Cluster
+	parser  Parser
+	skipped bool   // bytes since the newest batch
+	pushes  uint64 // known to be lost
+	samples int    // of batches that are held, lost with their series
 }
 
 func (r *recoveredLog) take(kind byte, payload []byte) error {
@@ -158,7 +139,7 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 			return err
 		}
 		before := r.held.Seq
-		lost, err := r.held.Adopt(b, r.oldest)
+		lost, err := r.held.Adopt(b)
 		if err != nil {
 			return err
 		}
@@ -167,9 +148,6 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 		}
 		r.skipped = false
 		r.samples += lost
-		if b.MaxT < r.oldest {
-			r.outlived = append(r.outlived, outlivedBatch{seq: b.Seq, had: b.Had, maxT: b.MaxT, samples: int64(len(b.V))})
-		}
 		if lost > 0 {
 			return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
 		}
@@ -177,16 +155,15 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 	case RecordGone:
 		upTo, err := DecodeGone(payload)
 		r.held.Drop(upTo)
-		r.outlived = slices.DeleteFunc(r.outlived, func(o outlivedBatch) bool { return o.seq <= upTo })
 		return err
 	}
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
-// recoverLog takes in what a log holds, and mends it where it was damaged. What outlived
-// retention after the cluster's newest push it adds to outlived.
-func (s *Store) recoverLog(path string, state *StoreState, outlived *[]outlivedBatch) error {
-	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed), oldest: s.Oldest()}
+// recoverLog takes in what a log holds, and mends it where it was damaged. What had
+// outlived retention at the cluster's newest push was counted then.
+func (s *Store) recoverLog(path string, state *StoreState) error {
+	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed)}
 	log, rec, err := OpenLog(s.cfg.FS, path, r.take)
 	if err != nil {
 		return err // the log may be good
@@ -216,15 +193,10 @@ func (s *Store) recoverLog(path string, state *StoreState, outlived *[]outlivedB
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
 		return nil
 	}
-	ran := r.held.Accepted - s.cfg.Retention.Milliseconds()
-	r.held.Resume(min(ran, r.oldest))
+	oldest := s.Oldest()
+	r.held.Resume(min(oldest, r.held.Accepted-s.cfg.Retention.Milliseconds()))
 	c := NewSite(r.held, log, &s.totals)
 	s.clusters[c.ID] = c
-	for _, o := range r.outlived {
-		if o.cluster = c.Hash; o.maxT >= ran {
-			*outlived = append(*outlived, o)
-		}
-	}
 	s.torn.Add(rec.TornBytes)
 	switch {
 	case damaged:
@@ -237,7 +209,7 @@ func (s *Store) recoverLog(path string, state *StoreState, outlived *[]outlivedB
 	if rec.Err != nil {
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w", path, rec.Err))
 	}
-	if err := c.Mend(r.oldest); err != nil {
+	if err := c.Mend(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
 	}
 	_ = s.makeRoom(nil, 0) // not only when all is read

@@ -974,8 +974,8 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.push(s, "a", points(3)...)
 	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
 	k.clock.Add(time.Second)
-	k.push(s, "a", points(5)...)
-	k.push(s, "b", points(7)...) // handed over
+	k.push(s, "a", append(points(5), point{"old", 1, k.clock.ms(100 * 60), 1})...) // of which one is counted while the process runs
+	k.push(s, "b", points(7)...)                                                   // handed over
 	k.clock.Add(time.Second)
 	k.push(s, "b", points(9)...)
 	if done, err := s.Release(context.Background(), "b", s.clusters["b"].held.Seq-1, s.Oldest()); err != nil || done {
@@ -985,7 +985,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	for _, id := range []string{"a", "b"} {
 		s.clusters[id].Expire(s.Oldest())
 	}
-	stats("running", 16, 0)
+	stats("running", 16+1, 1)
 	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -1113,6 +1113,41 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	got := allHeld(t, s)
 	wantHeld(t, "compacted", got, held)
 	wantHeld(t, "reopened", allHeld(t, k.open()), held)
+}
+
+// What expires while a log is rewritten is counted once, and not held again.
+func TestStoreExpiryAndCompaction(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(10), 1})
+	k.push(s, "a", point{"m", 2, k.clock.ms(7190), 2}, point{"m", 3, k.clock.ms(5), 3})
+	k.push(s, "a", point{"m", 4, k.clock.ms(7190), 4})
+	c := s.clusters["a"]
+	before := s.Oldest()
+	expired := false
+	fsys.hook = func(int, string, string) fault {
+		if !expired { // a scrape in the middle of the rewrite
+			expired = true
+			k.clock.Add(20 * time.Second)
+			c.Expire(s.Oldest())
+		}
+		return fault{}
+	}
+	if err := c.Take(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Rewrite(nil, before); err != nil || !expired {
+		t.Fatal(err, expired)
+	}
+	c.Free()
+	want := pushed("a", point{"m", 1, k.clock.ms(30), 1}, point{"m", 3, k.clock.ms(25), 3})
+	wantHeld(t, "rewritten", contents(&c.held), want)
+	c.Expire(s.Oldest())
+	if st := s.Stats(); st.Expired != 2 || s.totals.Samples.Load() != 3 {
+		t.Errorf("%d samples expired, want 2; %d take memory, want 3", st.Expired, s.totals.Samples.Load())
+	}
+	wantHeld(t, "served", drain(t, k, s, "central"), want)
 }
 
 // With the storage limit met pushes are refused until retention lets Run make
