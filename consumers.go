@@ -132,16 +132,16 @@ type PastCursor struct {
 	Names        []string // of the consumers
 }
 
-// DropPast drops cursors that are past the end of their cluster's log, which end returns,
-// or whose cluster has none. What is held of such a cluster is served again.
-func (cs *Consumers) DropPast(end func(cluster uint64) uint64) []PastCursor {
+// DropPast drops cursors that are past the end of their cluster's log, which ends has, or
+// whose cluster has none. What is held of such a cluster is served again.
+func (cs *Consumers) DropPast(ends map[uint64]uint64) []PastCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	past := map[uint64]*PastCursor{}
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
 		for cluster, at := range c.cursors {
-			if at <= end(cluster) {
+			if at <= ends[cluster] {
 				continue
 			}
 			p := past[cluster]
@@ -185,12 +185,12 @@ func newConsumer(key uint64, name, address string) *consumer {
 	return &consumer{key: key, name: name, address: address, cursors: map[uint64]uint64{}, dirty: map[uint64]uint64{}}
 }
 
-// know adds a consumer, last used now, unless there are too many.
+// know adds a consumer, used now for all that is known, unless there are too many.
 func (cs *Consumers) know(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
 	if c == nil && len(cs.byKey) < MaxConsumers {
 		c = newConsumer(k.Key, k.Name, k.Address)
-		c.used, c.saved = now, now
+		c.used = now
 		cs.byKey[k.Key] = c
 	}
 	return c
@@ -395,13 +395,13 @@ func (cs *Consumers) Wanted(cluster uint64, b *Batch) bool {
 	return false
 }
 
-// Used returns when a consumer was last known to scrape; zero if there is none.
+// Used returns when a consumer last scraped, as it was saved; zero if that is not known.
 func (cs *Consumers) Used() (at time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, c := range cs.byKey {
-		if c.used.After(at) {
-			at = c.used
+		if c.saved.After(at) {
+			at = c.saved
 		}
 	}
 	return at

@@ -49,21 +49,16 @@ func (s *Store) recover() error {
 // dropPastCursors drops cursors that are past the end of their log, and says what is
 // missing there.
 func (s *Store) dropPastCursors() {
-	sites := map[uint64]*Site{}
+	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, c := range s.clusters {
 		sites[c.Hash] = c
+		c.Look(func(held *Cluster) { ends[c.Hash] = held.Seq })
 	}
-	end := func(cluster uint64) (seq uint64) {
-		if c := sites[cluster]; c != nil {
-			c.Look(func(held *Cluster) { seq = held.Seq })
-		}
-		return seq
-	}
-	for _, past := range s.Consumers.DropPast(end) {
+	for _, past := range s.Consumers.DropPast(ends) {
 		s.damaged.Add(1)
 		lost := "an unknown number of pushes is lost"
-		if at := end(past.Cluster); SameBlock(at, past.Seq) {
-			lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-at)
+		if end := ends[past.Cluster]; SameBlock(end, past.Seq) {
+			lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-end)
 		}
 		if c := sites[past.Cluster]; c != nil {
 			s.cfg.OnError(fmt.Errorf("%s ends before what consumers %q have read of cluster %q: it was cut short, or is an older copy; %s; what it holds is served again",

@@ -954,7 +954,8 @@ func TestStoreMakesRoom(t *testing.T) {
 // not had by every consumer too, and neither what was counted before nor what another
 // server has.
 func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
-	k := newStoreKit(t, newStoreFS(1))
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
 	s := k.open()
 	points := func(n int) (all []point) {
 		for i := range n {
@@ -996,6 +997,14 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.clock.Add(3 * time.Hour)
 	s = k.open()
 	stats("started late", 3+5+9, 5+9)
+	// So it is when the file of the cursors is lost, and with it what was read.
+	k.push(s, "a", points(4)...)
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
+	s.Close()
+	fsys.Remove(consumersPath)
+	k.clock.Add(3 * time.Hour)
+	s = k.open()
+	stats("started late without cursors", 4, 4)
 }
 
 // A number that a site forged in a value, found behind damage to its own log, costs
