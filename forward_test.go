@@ -166,6 +166,11 @@ func TestForward(t *testing.T) {
 	if _, err := a.Append(ctx, id, forwardPush(t, id, 101), Note{}); !errors.Is(err, ErrSeriesLimit) {
 		t.Errorf("got %v, want the owner's series limit", err)
 	}
+	b.store.cfg.Span = func() Span { return Span{time.Now(), time.Now().Add(24 * time.Hour)} }
+	if _, err := a.Append(ctx, id, forwardPush(t, id, 1), Note{}); !errors.Is(err, ErrClock) {
+		t.Errorf("got %v, want the owner's doubt of its clock", err)
+	}
+	b.store.cfg.Span = func() Span { return At(time.Now()) }
 	b.pace = errors.New("too fast")
 	var pace *ErrPace
 	if _, err := a.Append(ctx, id, forwardPush(t, id, 1), Note{}); !errors.As(err, &pace) || pace.Retry != 7*time.Second {
@@ -183,7 +188,8 @@ func TestForward(t *testing.T) {
 	peers := b.View().Peers
 	b.SetView(&View{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: peers})
 	before := heldAt(b, id)
-	if _, err := a.Append(ctx, id, forwardPush(t, id, 2), Note{}); err != nil {
+	// One series more than before: the others may be repeated, in the same millisecond.
+	if _, err := a.Append(ctx, id, forwardPush(t, id, 6), Note{}); err != nil {
 		t.Fatal(err)
 	}
 	if heldAt(b, id) == before && heldAt(a, id) == 0 {

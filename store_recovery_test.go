@@ -9,10 +9,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"maps"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -191,6 +193,19 @@ func TestNumbersNeverFall(t *testing.T) {
 		{"log removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) { fsys.Remove(s.path("a")) }},
 		{"older log", func(k *storeKit, fsys *crashFS, s *Store, old map[string]string) {
 			fsys.put(s.path("a"), []byte(old[s.path("a")]))
+		}},
+		{"log and cursors removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
+			fsys.Remove(s.path("a"))
+			fsys.Remove(consumersPath)
+		}},
+		{"killed soon after its start, log and cursors removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
+			k.open() // takes a block, and is killed
+			fsys.restart()
+			fsys.Remove(s.path("a"))
+			fsys.Remove(consumersPath)
+			if state := openStoreState(k.t, fsys); state.block != 3 {
+				k.t.Errorf("the state has block %d after three starts", state.block)
+			}
 		}},
 		{"log and state removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
 			fsys.Remove(s.path("a"))
@@ -415,6 +430,34 @@ func TestClockStep(t *testing.T) {
 			t.Errorf("noticed %+v", changes)
 		}
 	}
+}
+
+// What a push in doubt says of its source's clock is not learned, and a consumer is not
+// forgotten by a clock in doubt.
+func TestClockInDoubtTeachesNothing(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	c := NewCluster("a", maphash.MakeSeed())
+	now := k.clock.Now()
+	for _, span := range []Span{At(now), {now, now.Add(24 * time.Hour)}} {
+		p := storePush("a", point{"m", 1, k.clock.ms(0), 1})
+		p.Clock = ScrapeClock{Known: true, Offset: span.Late.Sub(now).Milliseconds(), Boot: 1}
+		_, _, _, err := c.Prepare(p, nil, span, 2*time.Hour, 0)
+		if offset, known := c.Clock.Offset(); errors.Is(err, ErrClock) != (span != At(now)) || len(c.Clock.offsets) != 1 || offset != 0 || !known {
+			t.Errorf("%v: %v; offsets %v", span, err, c.Clock.offsets)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		k := newStoreKit(t, newStoreFS(1))
+		k.cfg.Now = func() time.Time { return time.Now().Add(25 * time.Hour) }
+		k.cfg.Span = func() Span { return Span{time.Now(), k.cfg.Now()} }
+		s := k.open()
+		confirm(t, s.Consumers, "central", time.Now(), nil)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*maintainEvery)
+		defer cancel()
+		if err := s.Run(ctx); err != nil || len(cursorsOf(s.Consumers)) != 1 {
+			t.Errorf("consumers %v, %v", cursorsOf(s.Consumers), err)
+		}
+	})
 }
 
 // When as many sites are known as may be, the one that is silent longest gives its place

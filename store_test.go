@@ -1010,30 +1010,32 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 // A number that a site forged in a value, found behind damage to its own log, costs
 // other clusters nothing.
 func TestStoreForgedNumber(t *testing.T) {
-	fsys := newStoreFS(1)
-	k := newStoreKit(t, fsys)
-	s := k.open()
-	points := []point{{"m", 0, k.clock.ms(0), 1}}
-	k.push(s, "a", points...)
-	path := s.path("a")
-	data, err := fsys.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
+	for _, number := range []uint64{MaxSeq, maxBlock << blockBits, 3<<blockBits + 1} {
+		fsys := newStoreFS(1)
+		k := newStoreKit(t, fsys)
+		s := k.open()
+		points := []point{{"m", 0, k.clock.ms(0), 1}}
+		k.push(s, "a", points...)
+		path := s.path("a")
+		data, err := fsys.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged := &Batch{Seq: number, Accepted: k.clock.ms(0), T0: k.clock.ms(1), IDs: []uint32{0}, V: []float64{2}}
+		fsys.put(path, AppendRecord(append(data, bytes.Repeat([]byte{7}, 20)...), RecordBatch, EncodeBatch(nil, forged)))
+		k.clock.Add(time.Second)
+		s = k.open()
+		k.push(s, "b", points...)
+		k.clock.Add(time.Second)
+		k.push(s, "a", point{"m", 0, k.clock.ms(0), 3})
+		if n := s.totals.Newest.Load(); n > 3<<blockBits {
+			t.Errorf("%d: numbers go on from %d", number, n)
+		}
+		want := pushed("a", points[0], point{"m", 0, k.clock.ms(0), 3})
+		maps.Copy(want, pushed("b", points...))
+		wantHeld(t, "pushed", allHeld(t, s), want)
+		wantHeld(t, "opened again", allHeld(t, k.open()), want)
 	}
-	forged := &Batch{Seq: MaxSeq, Accepted: k.clock.ms(0), T0: k.clock.ms(1), IDs: []uint32{0}, V: []float64{2}}
-	fsys.put(path, AppendRecord(append(data, bytes.Repeat([]byte{7}, 20)...), RecordBatch, EncodeBatch(nil, forged)))
-	k.clock.Add(time.Second)
-	s = k.open()
-	k.push(s, "b", points...)
-	k.clock.Add(time.Second)
-	k.push(s, "a", point{"m", 0, k.clock.ms(0), 3})
-	if n := s.totals.Newest.Load(); n > 3<<blockBits {
-		t.Errorf("numbers go on from %d", n)
-	}
-	want := pushed("a", points[0], point{"m", 0, k.clock.ms(0), 3})
-	maps.Copy(want, pushed("b", points...))
-	wantHeld(t, "pushed", allHeld(t, s), want)
-	wantHeld(t, "opened again", allHeld(t, k.open()), want)
 }
 
 // One cluster that has more than its share leaves the others an eighth of the limit, of
