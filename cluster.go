@@ -20,9 +20,9 @@ var (
 	// ErrSeriesLimit: the push would make its cluster hold too many series, or too much
 	// text of them.
 	ErrSeriesLimit = errors.New("too many series")
-	// ErrClock: this server's clock made a step, and a sample is too old, or of the future,
-	// by the time before it or by the time after it, but not by both.
-	ErrClock = errors.New("this server's clock made a step, which is not believed yet")
+	// ErrClock: this server's clock made a step, and a sample is within the limits of age by
+	// the old time or by the new time, but not by both.
+	ErrClock = errors.New("this server's clock was set, and its new time is still in doubt")
 )
 
 const (
@@ -55,7 +55,7 @@ type Cluster struct {
 	Clock    SourceClock
 	begin    uint64 // Seq before the first batch
 	given    bool   // batches were dropped that another server has, and may hand back
-	oldest   int64  // ms; samples before that outlived retention: they are not held, though their batch may be
+	oldest   int64  // ms; older samples have expired, even while their batch is still in memory
 	minT     int64  // ms; no sample of Batches is older
 }
 
@@ -164,7 +164,7 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Dura
 		}
 		if smp.T < sureOldest || smp.T > sureNewest {
 			c.Table.Truncate(known)
-			c.Clock = clock // what was measured by a clock in doubt
+			c.Clock = clock // forgets a measurement by a clock in doubt
 			return nil, known, AppendResult{}, ErrClock
 		}
 		line := p.Line(smp)
@@ -321,9 +321,9 @@ func (c *Cluster) Adopt(b *Batch) (lost int, err error) {
 	return lost, nil
 }
 
-// Distrust drops batches whose number is above most, which no batch has reached. After
-// damage, bytes that a site chose may have been taken for a record; such a number would
-// raise those of all clusters that are yet to come, until the last.
+// Distrust drops batches whose number is above most, which no true batch has. After
+// damage, bytes that a site chose may have been taken for a record; its number would raise
+// the numbers of all clusters until none is left.
 func (c *Cluster) Distrust(most uint64) {
 	if c.Seq <= most {
 		return
@@ -452,9 +452,9 @@ func (c *Cluster) Records(yield func(frames []byte) bool) {
 	}
 }
 
-// Expire has samples older than oldest be held no more, except that they take memory
-// until all of their batch are. It returns how many these are, how many of them are still
-// wanted, and how many samples left memory.
+// Expire expires the samples older than oldest. It returns how many these are, how many of
+// them were wanted, and how many samples left memory. A batch leaves memory when all of its
+// samples have expired.
 func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unread, freed int64) {
 	from := c.oldest
 	c.oldest = max(c.oldest, oldest)
@@ -482,14 +482,15 @@ func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unrea
 	return expired, unread, freed
 }
 
-// Resume drops samples older than oldest that were counted when they expired.
+// Resume expires the samples older than oldest without counting them: the process that ran
+// when they expired did.
 func (c *Cluster) Resume(oldest int64) {
 	c.oldest = max(c.oldest, oldest)
 	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return b.MaxT < c.oldest })
 }
 
-// Follow drops what old, of which c is a compacted copy, has expired or evicted since the
-// copy was made.
+// Follow repeats in c, which is a compacted copy of old, what expired or was evicted in old
+// since the copy was made.
 func (c *Cluster) Follow(old *Cluster) {
 	c.Resume(old.oldest)
 	first := old.Seq + 1 // of what is still held, or came with the compaction
@@ -531,7 +532,8 @@ func (c *Cluster) Unread(after Position, reader uint64) int {
 
 // Read calls emit with samples that a reader has not had, by name, and those of a
 // series in the order of time: at most most samples, oldest batches first, and with
-// single one of a series. It stops before one that is held but older than oldest. If
+// single one of a series. It stops at a sample that is older than oldest and has not
+// expired, which is one of a clock in doubt. If
 // none is left after that it also calls it with the newest of each series since minT
 // that was had before, if spare allows them all. It returns how far the reader is with
 // that, and how many it had not had.

@@ -33,7 +33,7 @@ const (
 	consumerIdle     = 24 * time.Hour
 	consumerSave     = time.Hour // between notes of a use that moved nothing
 	minConsumerLimit = 1000      // samples; where a limit that was halved ends
-	unconfirmedFew   = 3         // scrapes in a row; more are no accident
+	unconfirmedFew   = 3         // scrapes in a row that may be an accident
 	unconfirmedWarn  = time.Hour // between warnings of them
 	consumersSlack   = 64 << 10  // bytes of garbage that are not worth a rewrite
 )
@@ -45,8 +45,8 @@ var ErrConsumers = errors.New("too many consumers")
 type Consumers struct {
 	turn  chan struct{} // has room for one, who alone does I/O and touches log
 	log   *Log          // of cursors; nil in memory-only mode
-	state *StoreState   // which has the consumers
-	stale atomic.Bool   // the disk has not just the consumers of byKey
+	state *StoreState   // has the consumers without their cursors
+	stale atomic.Bool   // the consumers on disk are not those of byKey
 
 	mu    sync.Mutex // guards the rest; never held across I/O
 	byKey map[uint64]*consumer
@@ -93,10 +93,10 @@ func ConsumerKey(name, address, match string) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// OpenConsumers reads the cursors that are kept in dir of the consumers in state; with
-// dir "" none are. After damage all cursors are forgotten, so that none is left that was
-// moved or removed by what was lost; the error says so, and the result is good. If the
-// file cannot be read the result is nil.
+// OpenConsumers reads the cursors in dir of the consumers in state; dir "" is memory-only
+// mode. If the file is damaged, it returns an error and the consumers without any cursor: a
+// record that was lost may have moved or removed each of them. If the file cannot be read,
+// the result is nil.
 func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Consumers, error) {
 	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}, state: state}
 	for _, k := range state.Consumers {
@@ -132,8 +132,9 @@ type PastCursor struct {
 	Names        []string // of the consumers
 }
 
-// DropPast drops cursors that are past the end of their cluster's log, which ends has, or
-// whose cluster has none. What is held of such a cluster is served again.
+// DropPast drops and returns the cursors that are past the end of their cluster's log, or
+// whose cluster has no log. ends has the number of the last batch in each log. The
+// consumers are served again all that such a log still holds.
 func (cs *Consumers) DropPast(ends map[uint64]uint64) []PastCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -185,7 +186,8 @@ func newConsumer(key uint64, name, address string) *consumer {
 	return &consumer{key: key, name: name, address: address, cursors: map[uint64]uint64{}, dirty: map[uint64]uint64{}}
 }
 
-// know adds a consumer, used now for all that is known, unless there are too many.
+// know returns the consumer, adding it if need be as if it had scraped now; nil if there are
+// too many.
 func (cs *Consumers) know(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
 	if c == nil && len(cs.byKey) < MaxConsumers {
@@ -395,7 +397,7 @@ func (cs *Consumers) Wanted(cluster uint64, b *Batch) bool {
 	return false
 }
 
-// Used returns when a consumer last scraped, as it was saved; zero if that is not known.
+// Used returns the newest time of a scrape that is saved; zero if none is.
 func (cs *Consumers) Used() (at time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -471,8 +473,8 @@ func (cs *Consumers) Expire(now time.Time) {
 	})
 }
 
-// Save writes what has changed to disk: one write for all clusters, after that of the
-// consumers where these have changed.
+// Save writes all changes to disk: first the consumers, if they changed, then the cursors in
+// one write for all clusters.
 func (cs *Consumers) Save() error {
 	cs.turn <- struct{}{}
 	defer func() { <-cs.turn }()

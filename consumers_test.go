@@ -97,7 +97,8 @@ func usedFrame(key uint64, used int64, cursors ...uint64) []byte {
 	return AppendRecord(nil, recordCursors, b)
 }
 
-// What a file may hold, and what becomes of it. The state knows one consumer, "c1".
+// The content of a file, and what is known after it was read. The state has one consumer,
+// "c1".
 func TestConsumersRestore(t *testing.T) {
 	record := func(kind byte, payload string) []byte { return AppendRecord(nil, kind, []byte(payload)) }
 	now := consumersNow.Unix()
@@ -258,7 +259,7 @@ func TestConsumersDamage(t *testing.T) {
 		}
 		for name, cursors := range got {
 			for cluster, at := range cursors {
-				// What was lost may have removed the cursor of 1001; the numbers of that
+				// A lost record may have removed the cursor of 1001; the numbers of that
 				// cluster's next batches are above it all the same.
 				if at > final[name][cluster] && cluster != 1001 {
 					t.Fatalf("%s: %s is at %d of cluster %d, and confirmed %d", what, name, at, cluster, final[name][cluster])

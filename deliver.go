@@ -125,8 +125,8 @@ func (d *Courier) report(t *tally) {
 // tries all again, after a pause that doubles, is spread by jitter, and is at
 // least what the servers asked for. The same goes for a spool that cannot be read. It
 // ends early with ctx, or when its deadline comes before the next attempt; the error is
-// then the last one. What a server refuses as invalid is set aside, and is the error if
-// nothing worse happens.
+// then the last one. A scrape that a server refuses as invalid is set aside; that is the
+// error if nothing worse happens.
 func (d *Courier) Drain(ctx context.Context) error {
 	t := tally{begin: d.cfg.Now()}
 	p := patience{backoff: minBackoff}

@@ -476,7 +476,7 @@ func TestCourierFailsOverInABacklog(t *testing.T) {
 	})
 }
 
-// What a server says of samples that it dropped is in the log.
+// The client logs what the server answers about dropped samples.
 func TestCourierLogsHint(t *testing.T) {
 	for _, tt := range []struct{ answer, want string }{
 		{`{"accepted":0,"dropped":{"too_old":1},"hint":"the times are wrong"}`, `"the server dropped samples" reason=too_old samples=1 hint="the times are wrong"` + "\n"},

@@ -28,7 +28,7 @@ type FederateConfig struct {
 	Store        *Store
 	Senders      *Senders
 	Owned        func(id string) bool                // whether this server owns a cluster ID
-	Revoked      func(id string) bool                // whether a cluster ID was revoked: its silence is meant
+	Revoked      func(id string) bool                // whether a cluster ID was revoked: it is silent on purpose
 	Hidden       func(id string, consumer bool) bool // see Scraper
 	Metrics      *Metrics
 	Log          *slog.Logger
@@ -164,8 +164,8 @@ func (f *Federate) consumer(r *http.Request, q url.Values) (*Reading, error) {
 	return reading, nil
 }
 
-// proxied reports a request that says that it came through a proxy. That the proxy has
-// read an answer to its end does not mean that the scraper has.
+// proxied reports whether a request says that it came through a proxy. A proxy that has
+// read an answer to its end may not have passed it on.
 func proxied(h http.Header) bool {
 	for _, name := range []string{"Via", "Forwarded", "X-Forwarded-For"} {
 		if _, ok := h[name]; ok {
@@ -218,7 +218,7 @@ func (f *Federate) clusterFamilies(match Selectors) []Family {
 	}
 	f.cfg.Senders.Each(func(id string, failed time.Time, expires int64) {
 		if !f.cfg.Owned(id) || f.cfg.Revoked(id) {
-			return // its owner says it; nobody waits for it
+			return // the owner shows it; a revoked site is silent on purpose
 		}
 		if !failed.IsZero() {
 			add(PushFailureTimeName, id, float64(failed.UnixMilli())/1000)

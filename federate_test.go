@@ -298,7 +298,7 @@ func TestFederateUnconfirmed(t *testing.T) {
 	if n := warnings(); n != 2 {
 		t.Errorf("%d warnings in 70 minutes more", n)
 	}
-	// What differs only in what it asks for shares the maximum.
+	// Consumers that differ only in match[] share one series, with their maximum.
 	r.ups(scraperOf(t), "consumer=x&match[]=up", "")
 	r.ups(scraperOf(t), "consumer=y", "")
 	r.ups(scraperOf(t), "consumer=y", "")

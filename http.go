@@ -146,11 +146,11 @@ func HTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
 }
 
 // Conn is one connection; its address is unlike that of any other that lives. It knows
-// whether a request is in turn: no byte of it was read before the last byte of the
-// previous answer was written. For that it counts the ends of requests' heads, which are
-// empty lines. A body makes it count too many, or leaves bytes after the last end: then
-// the next request is not in turn, which is the safe side. Bytes that the kernel has, and
-// that no Read has returned, it does not see.
+// whether a request is in turn: no byte of the request was read before the last byte of
+// the previous answer was written. It counts the empty lines that end the heads of
+// requests. A body makes it count too many, or leaves bytes after the last end; then the
+// next request counts as not in turn, which is the safe error. It does not see bytes that
+// the kernel has received and no Read has returned.
 type Conn struct {
 	mu       sync.Mutex // guards the rest: net/http reads ahead while a handler runs
 	read     headCount
@@ -201,9 +201,9 @@ func (c *Conn) request() {
 type connKey struct{}
 
 // ConnOf returns the connection that a request came on. A request that is not in turn
-// seems to have a connection of its own, because its sender has not read the previous
-// answer. So does each request over TLS, where that cannot be seen, and each request to
-// a server that is no Web with Turns.
+// gets a Conn of its own, because its sender has not read the previous answer. A request
+// over TLS also does, because the turns cannot be seen there, and a request to a server
+// that is no Web with Turns.
 func ConnOf(r *http.Request) *Conn {
 	if c, ok := r.Context().Value(connKey{}).(*Conn); ok {
 		c.mu.Lock()
@@ -381,9 +381,9 @@ func (c *limitConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes the last byte by itself. The peer cannot have the whole answer before
-// that byte, so that all requests that were read until then are early, even if the peer
-// was slow to take the rest.
+// Write writes the last byte of p by itself. The peer cannot have the whole answer before
+// that byte, so every request that was read until then is early, even if the peer was slow
+// to take the rest.
 func (c *limitConn) Write(p []byte) (n int, err error) {
 	if c.conn != nil && len(p) > 0 {
 		if len(p) > 1 {

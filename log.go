@@ -167,9 +167,9 @@ func syncParent(fsys FS, dir string, made bool) error {
 	return err
 }
 
-// ReadAgain calls read until it returns no error, with pauses of about 1.5 s in all: an
-// error of reading says nothing of what is stored, and may pass. What does not exist is
-// not waited for.
+// ReadAgain calls read until it returns no error, with pauses of about 1.5 s in all. A read
+// error may pass, and says nothing about the content of a file. fs.ErrNotExist is returned
+// at once.
 func ReadAgain[T any](read func() (T, error)) (T, error) {
 	for pause := firstReadPause; ; pause *= 2 {
 		got, err := read()
@@ -283,8 +283,8 @@ type Recovery struct {
 //
 // The error is that of reading the file (fs.ErrNotExist if there is none), or the
 // copies of it set aside before, and stays after several tries; nothing was
-// changed then, and the file may be good. What fails later is in Recovery.Err and
-// leaves the log Broken.
+// changed then, and the file may be good. A later failure is in Recovery.Err and leaves
+// the log Broken.
 func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, Recovery, error) {
 	data, err := readFile(fsys, path)
 	if err != nil {

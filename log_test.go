@@ -766,8 +766,8 @@ func TestLogSetAside(t *testing.T) {
 	}
 }
 
-// What fails to be read is tried again for about two seconds, and is neither damage nor
-// missing. An error that stays changes nothing, of copies set aside either.
+// A read that fails is tried again for about two seconds; the file is neither damaged nor
+// missing. An error that stays changes no file, and none of the copies set aside.
 func TestLogReadsAgain(t *testing.T) {
 	good, records, _ := sampleLog()
 	other := bytes.Clone(good)

@@ -244,8 +244,7 @@ func (g *Gauge) Set(v float64, labelValues ...string) {
 	g.child(labelValues).value.Store(math.Float64bits(v))
 }
 
-// Replace has the gauge have the series that fill sets, and no others: those of what is
-// gone go too.
+// Replace replaces all series of the gauge by those that fill sets.
 func (g *Gauge) Replace(fill func(set func(v float64, labelValues ...string))) {
 	next := Gauge{family{name: g.name, kind: g.kind, labels: g.labels, children: map[labelKey]*child{}}}
 	fill(next.Set)

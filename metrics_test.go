@@ -111,7 +111,7 @@ func TestMetricsValues(t *testing.T) {
 
 // A caller that puts remote input into a label costs a bounded amount of memory
 // and no observation, and the output stays one that parses, without duplicates.
-// What a gauge is replaced by is all that it shows, and is bounded as ever.
+// A gauge shows only the series that Replace set, and their number is bounded as ever.
 func TestMetricsReplace(t *testing.T) {
 	m := NewMetrics()
 	g := m.Gauge("g", "G.", "a")

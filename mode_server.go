@@ -231,25 +231,25 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 	}, parts...)
 }
 
-// serverClock returns the clock by which samples are judged. It logs and counts what it
-// notices.
+// serverClock returns the clock by which samples expire. It logs and counts the steps of
+// the wall clock.
 func serverClock(metrics *Metrics, log *slog.Logger) *Clock {
-	steps := metrics.Counter("telemeter_clock_steps_total", "Steps that this host's wall clock made.")
+	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()
 	clock := NewClock(time.Now, func() time.Duration { return time.Since(begin) }, func(c ClockChange) {
 		step := c.Step.Round(time.Millisecond)
 		switch {
 		case c.Returned:
-			log.Info("the wall clock is right again", "step", step)
+			log.Info("the wall clock was set back to the old time", "step", step)
 		case c.Believed:
-			log.Warn("the wall clock made a step and its new time has held: samples are judged by it from here on", "step", step)
+			log.Warn("the wall clock's new time has held for five minutes: samples expire by it from now on", "step", step)
 		default:
 			steps.Inc()
-			log.Error("the wall clock made a step: nothing expires until its new time has held for some minutes, and samples that are right by one time only are not taken; see that the host keeps time (NTP)", "step", step)
+			log.Error("the wall clock was set: for five minutes no sample expires, and a push gets 503 if its samples are right by the old time or the new time only; make sure that this host keeps time (NTP)", "step", step)
 		}
 	})
 	wall := metrics.Gauge("telemeter_time_seconds", "This host's wall clock.")
-	doubt := metrics.Gauge("telemeter_clock_step_seconds", "By how much the wall clock differs from the time that samples are judged by, while a step of it is in doubt; 0 otherwise.")
+	doubt := metrics.Gauge("telemeter_clock_step_seconds", "By how much the wall clock was set, while that is in doubt; 0 otherwise.")
 	metrics.OnCollect(func() {
 		doubt.Set(clock.Step().Seconds())
 		wall.Set(float64(time.Now().UnixMilli()) / 1000)

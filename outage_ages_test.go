@@ -240,7 +240,7 @@ func TestOutageAges(t *testing.T) {
 			t.Error(err)
 		}
 		for at, v := range up["federate"] {
-			// What began before the cut may have been cut in the middle.
+			// A scrape that began before the cut may have been cut in the middle.
 			if p.consumer == "tight" && at > cut.Add(-outageTimeout).UnixMilli() && at <= healed.UnixMilli() {
 				continue
 			}

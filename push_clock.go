@@ -1,8 +1,8 @@
 package main
 
-// What a push tells of time: the clock of its source, by its headers, and what is
-// wrong with the times of its samples when none of them is taken. Pure: all times
-// come in. This file must not know of senders, stores or answers.
+// The times of a push: the source's clock, which the headers tell, and the hint for a
+// sender whose samples all have a time that is not accepted. Pure: all times come in. This
+// file must not know of senders, stores or answers.
 
 import (
 	"hash/fnv"
@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// PushClock reads the headers of a push's clock, and returns what a sample without a
-// time gets: the source's time if it is known, else that of arrival. What no clock can
-// say is not known, which costs less than the samples.
+// PushClock reads the headers that tell the source's clock. now is the time, in ms, that a
+// sample without a time gets: the source's, if the headers tell it, else the arrival's. An
+// impossible value counts as not told, because refusing the push would cost its samples.
 func PushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64) {
 	now = arrival.UnixMilli()
 	var ms [3]int64
@@ -39,11 +39,10 @@ func PushClock(h http.Header, arrival time.Time) (clock ScrapeClock, now int64) 
 	return clock, ms[0]
 }
 
-// TimesHint says what is wrong with the times of a push of which all samples are too
-// old or of the future; oldest is the least time that is taken, in ms as now is.
-// Seconds of these days, read as milliseconds, are in January 1970, where no sample is
-// from: a single one tells. A day more on either side allows for a clock or a time zone
-// that is wrong.
+// TimesHint says what is wrong with the times of a push whose samples are all too old or of
+// the future. oldest is the least time that is accepted, in ms, as is now. A present time
+// in seconds, read as milliseconds, is in January 1970, and no sample is that old, so a
+// single one tells. A day more on either side allows for a wrong clock or time zone.
 func TimesHint(p *Push, tooOld, future int, oldest, now int64) string {
 	const day = 24 * 60 * 60 // s
 	switch {

@@ -490,9 +490,8 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 	return answer, nil
 }
 
-// timely notes whether a push had a sample of a time that is taken, and returns a hint
-// for the sender of one that had samples and none of these: such a push is answered
-// 200, and fails all the same.
+// timely returns a hint for the sender if the time of every sample of a push is too old or
+// in the future. Such a push is answered 200, but counts as failed for the site's alerts.
 func (s *Server) timely(id string, p *Push, res AppendResult) (hint string) {
 	if res.Accepted+res.Duplicates > 0 {
 		s.senders.Timely(id)

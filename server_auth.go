@@ -1,9 +1,9 @@
 package main
 
-// Which site a request comes from: tokens are verified, or the --authorize URL is asked,
-// and client tokens are exchanged for upload tokens. Invariants: an answer says nothing
-// that an attacker does not know; what is revoked is refused from the reload on. This
-// file must not know of samples.
+// Authentication of requests: tokens are verified, or the --authorize URL is asked, and
+// client tokens are exchanged for upload tokens. Invariants: an answer says nothing that an
+// attacker does not know; a revoked token is refused from the reload on. This file must not
+// know of samples.
 
 import (
 	"errors"

@@ -1688,7 +1688,7 @@ func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt = 3 * time.Hour
 	r.clock.Add(int64(time.Second))
 	got := r.push("site-a", "up 2\n")
-	if got.status != 503 || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "clock made a step") {
+	if got.status != 503 || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "clock was set") {
 		t.Errorf("%d %v %s", got.status, got.header, got.body)
 	}
 	doubt = 0

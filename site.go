@@ -309,7 +309,7 @@ func (c *Site) Expire(oldest int64) {
 	c.expired(expired, unread)
 }
 
-// Resume drops what outlived retention and was counted before this process began.
+// Resume expires the samples older than oldest without counting them.
 func (c *Site) Resume(oldest int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

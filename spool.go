@@ -93,12 +93,12 @@ type Scrape struct {
 // offset is how far the source's clock is from the boot-time clock.
 func (sc *Scrape) offset() int64 { return sc.Source - sc.At.Boot }
 
-// ErrSpoolRead is what Next returns when what is there cannot be read.
+// ErrSpoolRead: the spool has scrapes and none of them can be read.
 var ErrSpoolRead = errors.New("reading spool")
 var errBadScrape = errors.New("not a spooled scrape")
 
-// isLost tells an error that says of a file that its scrape is gone, or is none, from
-// one after which the file may be good.
+// isLost reports an error that says that a scrape's file is gone or damaged. After another
+// error the file may be good.
 func isLost(err error) bool { return errors.Is(err, errBadScrape) || errors.Is(err, fs.ErrNotExist) }
 
 // appendScrape appends the payload of the scrape's record:
@@ -212,8 +212,8 @@ type Spool struct {
 	cfg    SpoolConfig
 	unlock func() error
 	next   uint64 // sequence number of the next scrape; Add's alone
-	// Next's goroutine's alone: names of files set aside, oldest first; and from which
-	// number on Next reads files, those before it having failed.
+	// Of Next's goroutine alone: the names of files set aside, oldest first, and the number
+	// from which on Next reads files, because those before it failed.
 	aside []string
 	from  uint64
 
@@ -238,8 +238,8 @@ func (e *spoolEntry) inMemory() bool { return e.Gzip != nil }
 func (e *spoolEntry) isTaken() bool  { return e.taken }
 
 // OpenSpool opens the spool in cfg.Dir, and makes the directory if need be.
-// What is damaged there is set aside and told to OnError. What cannot be read is an
-// error, and so are scrapes of another cluster ID: they must not be sent under this one.
+// A damaged file is set aside and told to OnError. A file that cannot be read is an error,
+// and so are scrapes of another cluster ID: they must not be sent under this one.
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{cfg: cfg, next: 1, unlock: func() error { return nil }}
 	if cfg.Dir == "" {
@@ -321,7 +321,7 @@ func parseSpoolName(name string) (seq uint64, rest string, ok bool) {
 func (s *Spool) path(name string) string { return filepath.Join(s.cfg.Dir, name) }
 
 // read reads a file; with text it vouches for all of it, and the entry has the
-// gzip. Of an error isLost says what it means.
+// gzip. isLost tells two kinds of its errors apart.
 func (s *Spool) read(seq uint64, text bool) (e spoolEntry, identity string, err error) {
 	path := s.path(spoolName(seq))
 	n := 0

@@ -545,8 +545,8 @@ func TestSpoolDamage(t *testing.T) {
 	}
 }
 
-// What fails to be read for a moment is taken whole. What cannot be read at all stops the
-// opening, and stays as it was.
+// A spool whose reads fail for a moment opens whole. A read that fails for good stops the
+// opening, and all files stay as they were.
 func TestSpoolOpenFails(t *testing.T) {
 	for _, tt := range []struct{ op, path string }{{"read", "/s/0000000000000002.log"}, {"readdir", "/s"}} {
 		for _, f := range readFaults {
@@ -631,7 +631,7 @@ func TestSpoolNextFails(t *testing.T) {
 			r.expect(tt.name+": then", [][]int{slices.Concat(got...)}, tt.then)
 		})
 	}
-	// What has vanished is lost.
+	// The scrape of a file that has vanished is lost.
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1, 2, 3)
 	r.fs.Remove(file(2))

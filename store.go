@@ -48,11 +48,11 @@ type StoreConfig struct {
 	LimitSamples  int           // held in all
 	LimitStorage  int64         // bytes of all logs
 	Now           func() time.Time
-	// Span is the time that it may be, by which samples are judged; nil: Now.
+	// Span returns what the present time may be; samples expire by it. nil: Now.
 	Span func() Span
 	// OnError is told what failed in the background, or was found damaged at
-	// opening; OnWarning, if not nil, is told what was found there that a crash explains.
-	// They are called without locks held.
+	// opening. OnWarning, if not nil, is told of unfinished writes, as a crash leaves
+	// them. They are called without locks held.
 	OnError, OnWarning func(error)
 }
 
@@ -107,15 +107,15 @@ func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
 // Oldest returns before what time, in ms, samples are not held.
 func (s *Store) Oldest() int64 { return s.cfg.Span().Early.Add(-s.cfg.Retention).UnixMilli() }
 
-// OldestServed returns before what time, in ms, samples are not served: a consumer may
-// fail a whole scrape over one that is older than retention. It is after Oldest only
-// while the clock is in doubt.
+// OldestServed returns before what time, in ms, samples are not served. A consumer may
+// fail a whole scrape for one sample that is older than retention. OldestServed is later
+// than Oldest only while the clock is in doubt.
 func (s *Store) OldestServed() int64 { return s.cfg.Span().Late.Add(-s.cfg.Retention).UnixMilli() }
 
 // OpenStore opens or creates the store in cfg.Dir, locks it against other
-// processes and recovers every log. A file that holds nothing to go by is set aside
-// and reported, and stops nothing; but one that cannot be read, or not set aside, is
-// an error, because the next push of its cluster would replace it.
+// processes and recovers every log. A log without any usable record is set aside and
+// reported. A file that cannot be read, or cannot be set aside, is an error, because the
+// next push of its cluster would replace it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
 	s := &Store{
 		cfg: cfg, seed: maphash.MakeSeed(), clusters: map[string]*Site{},
@@ -204,8 +204,8 @@ func (s *Store) release(c *Site) {
 	c.Free()
 }
 
-// displace forgets the cluster that has been silent longest of those of which nothing is
-// held, if there is one: it is known only so that its silence is seen.
+// displace forgets the cluster that has been silent longest, of those without samples.
+// Such a cluster is known only for the alert on its silence.
 func (s *Store) displace() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
@@ -228,8 +228,8 @@ func (s *Store) displace() error {
 	return s.remove(silent)
 }
 
-// remove forgets a cluster of which nothing is held, and then its log. Its cursors go
-// first, or a crash in between would leave cursors whose log seems to be lost.
+// remove forgets a cluster without samples, and removes its log. Its cursors are removed
+// first, because after a crash in between a cursor without a log is reported as a loss.
 func (s *Store) remove(c *Site) error {
 	s.Consumers.Forget(c.Hash)
 	if err := s.Consumers.Save(); err != nil {
@@ -455,8 +455,8 @@ func (s *Store) sorted() []*Site {
 }
 
 // Each calls f for what is held of each cluster by ID, from that on which stands at
-// start, 0 to 1, of all and round, until f returns false. What outlived retention is
-// dropped before. f must neither keep held nor call the store.
+// start, 0 to 1, of all and round, until f returns false. It expires samples before it
+// calls f. f must neither keep held nor call the store.
 func (s *Store) Each(start float64, f func(hash uint64, held *Cluster) bool) {
 	sites, oldest := s.sorted(), s.Oldest()
 	for i := range sites {

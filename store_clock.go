@@ -1,9 +1,9 @@
 package main
 
-// The time that a store judges samples by. Invariant: a step of this machine's wall
-// clock, which may be a mistake that somebody is about to correct, makes nothing expire
-// until the new time has held for some minutes; the monotonic clock, which nobody sets,
-// tells a step from time that has passed. This file must not know of samples.
+// The clock by which samples expire. Invariant: a step of the wall clock makes no sample
+// expire until the new time has held for five minutes, because the step may be a mistake
+// that somebody is about to correct. The monotonic clock, which cannot be set, tells a step
+// from time that has passed. This file must not know of samples.
 
 import (
 	"sync"
@@ -11,15 +11,16 @@ import (
 )
 
 const (
-	stepSlack = 10 * time.Second // a wall clock that is slewed, or set by less, made no step
-	stepHold  = 5 * time.Minute  // after that the new time is believed
+	stepSlack = 10 * time.Second // smaller changes of the wall clock are not a step
+	stepHold  = 5 * time.Minute  // until the new time is accepted
 )
 
-// Span is the time that it may be: one instant, or, while a step of the wall clock is
-// not believed yet, the earlier and the later of the time before and after the step.
+// Span is the range of what the present time may be. While a step of the wall clock is in
+// doubt, one end is the time by the old setting of the clock and the other by the new one.
+// Otherwise both ends are the wall clock's time.
 type Span struct{ Early, Late time.Time }
 
-// At is the span of a clock that nobody doubts.
+// At is the span of a clock that is not in doubt.
 func At(t time.Time) Span { return Span{Early: t, Late: t} }
 
 // Clock compares this machine's wall clock with its monotonic one. It is safe for
@@ -29,29 +30,28 @@ type Clock struct {
 	monotonic func() time.Duration
 	onChange  func(ClockChange)
 
-	mu    sync.Mutex // guards the rest
-	trust time.Time  // the wall clock's time when it was last believed, and
-	at    time.Duration
-	step  time.Duration // of the wall clock, which is not believed yet; 0: none
-	since time.Duration // when that step was noticed, by the monotonic clock
+	mu    sync.Mutex    // guards the rest
+	trust time.Time     // the last time of the wall clock that was not in doubt
+	at    time.Duration // the monotonic clock at that time
+	step  time.Duration // the size of the step in doubt; 0: none
+	since time.Duration // the monotonic clock when the step was noticed
 }
 
-// ClockChange is what Clock noticed.
+// ClockChange is the beginning of a step of the wall clock, or one of its two ends.
 type ClockChange struct {
-	Step     time.Duration // by which the wall clock differs from the time that was believed
-	Returned bool          // the wall clock is right again by the monotonic one
-	Believed bool          // the new time has held, and counts from now on
+	Step     time.Duration // its size; negative if the clock was set back
+	Returned bool          // the clock was set to the old time again
+	Believed bool          // the new time has held and is used from here on
 }
 
-// NewClock returns a Clock that trusts wall as it is now. monotonic returns the time since
-// some instant. onChange is called without locks held when a step is noticed and when it
-// ends.
+// NewClock returns a Clock that starts from the present time of wall. monotonic returns the
+// time since some fixed instant. onChange is called, without locks held, when a step begins
+// or ends.
 func NewClock(wall func() time.Time, monotonic func() time.Duration, onChange func(ClockChange)) *Clock {
 	return &Clock{wall: wall, monotonic: monotonic, onChange: onChange, trust: wall().Round(0), at: monotonic()}
 }
 
-// Span returns the time that it may be. Steps are noticed by this call, so it has to be
-// made every now and then.
+// Span returns what the present time may be. A step is noticed at the next call.
 func (c *Clock) Span() Span {
 	c.mu.Lock()
 	span, change := c.observe(c.wall().Round(0), c.monotonic()) // Round: Sub has to compare wall clocks
@@ -62,8 +62,7 @@ func (c *Clock) Span() Span {
 	return span
 }
 
-// Step returns by how much the wall clock differs from the time that is believed; 0
-// unless it made a step.
+// Step returns the size of the step that is in doubt; 0 if there is none.
 func (c *Clock) Step() time.Duration {
 	c.Span()
 	c.mu.Lock()
@@ -71,7 +70,7 @@ func (c *Clock) Step() time.Duration {
 	return c.step
 }
 
-// observe compares the two clocks. c.mu is held.
+// observe compares the two clocks. The caller holds c.mu.
 func (c *Clock) observe(wall time.Time, monotonic time.Duration) (Span, ClockChange) {
 	expected := c.trust.Add(monotonic - c.at)
 	diff := wall.Sub(expected)

@@ -1,10 +1,9 @@
 package main
 
-// What OpenStore makes of the files that it finds: the logs, mended where they were
-// damaged, the cursors of consumers, and where the numbers of batches begin. Invariants:
-// a file that is damaged stops no other; what is known to be lost is said, in pushes and
-// samples where they can be known and in bytes otherwise; what left by retention while
-// no process ran is counted once.
+// Recovery of a store: it reads all logs and the cursors of consumers, mends damaged logs,
+// and takes new numbers for batches. Invariants: a damaged file does not keep another from
+// being read; every known loss is reported, in pushes and samples where they are known and
+// in bytes otherwise; samples that expired while no process ran are counted once.
 
 import (
 	"encoding/binary"
@@ -46,8 +45,8 @@ func (s *Store) recover() error {
 	return nil
 }
 
-// dropPastCursors drops cursors that are past the end of their log, and says what is
-// missing there.
+// dropPastCursors drops cursors that are past the end of their log, and reports each such
+// log as cut short, replaced by an older copy, or removed.
 func (s *Store) dropPastCursors() {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, c := range s.clusters {
@@ -71,8 +70,8 @@ func (s *Store) dropPastCursors() {
 	}
 }
 
-// countOutlived drops and counts what outlived retention while no process ran: what did
-// before was counted then. Until when one ran is known by its newest push or scrape.
+// countOutlived drops and counts the samples that expired while no process ran. The last
+// process counted those that expired before its newest push or scrape.
 func (s *Store) countOutlived() {
 	ran := s.Consumers.Used().UnixMilli()
 	for _, c := range s.clusters {
@@ -109,15 +108,15 @@ func (s *Store) recoverLogs(state *StoreState) error {
 	return nil
 }
 
-// recoveredLog is what a log says, record by record.
+// recoveredLog takes the records of one log.
 type recoveredLog struct {
 	store   *Store
 	path    string
 	held    Cluster
 	parser  Parser
-	skipped bool   // bytes since the newest batch
-	pushes  uint64 // known to be lost
-	samples int    // of batches that are held, lost with their series
+	skipped bool   // damaged bytes were skipped since the newest batch
+	pushes  uint64 // lost between two batches that were read
+	samples int    // lost because damage took their series
 }
 
 func (r *recoveredLog) take(kind byte, payload []byte) error {
@@ -155,8 +154,8 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
-// recoverLog takes in what a log holds, and mends it where it was damaged. What had
-// outlived retention at the cluster's newest push was counted then.
+// recoverLog reads the log at path, mends it if it is damaged, and adds its site. Samples
+// that had expired at the site's newest push are not counted: the last process did that.
 func (s *Store) recoverLog(path string, state *StoreState) error {
 	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed)}
 	log, rec, err := OpenLog(s.cfg.FS, path, r.take)

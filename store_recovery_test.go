@@ -1,8 +1,8 @@
 package main
 
-// store_recovery_test.go: what a start makes of files that were damaged, cut short,
-// removed or put back from an older copy: no number comes again, nothing is evicted that
-// a consumer has not read, and what is known to be lost is said.
+// store_recovery_test.go: a start with files that were damaged, cut short, removed or
+// replaced by an older copy: no number is used twice, no unread sample is evicted, and
+// every known loss is reported.
 
 import (
 	"bytes"
@@ -72,8 +72,8 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 	}
 }
 
-// Whatever becomes of one of the files beside the logs, nothing is evicted that a consumer
-// has not read: pushes are refused until it has, and then it has everything.
+// If one of the files beside the logs is lost or damaged, no unread sample is evicted:
+// pushes are refused until the consumer has read, and then it has everything.
 func TestNothingUnreadIsEvicted(t *testing.T) {
 	flip := func(at int) func(data []byte) []byte {
 		return func(data []byte) []byte {
@@ -276,8 +276,8 @@ func TestNumbersNeverFall(t *testing.T) {
 	}
 }
 
-// A start says what it knows to be lost: pushes and samples where they can be known, bytes
-// otherwise. What a crash explains is said as such.
+// A start reports every known loss: pushes and samples where they are known, bytes
+// otherwise. An unfinished write, as a crash leaves it, is a warning.
 func TestRecoverySaysWhatIsLost(t *testing.T) {
 	const pushes, series = 12, 20
 	for _, test := range []struct {
@@ -432,8 +432,8 @@ func TestClockStep(t *testing.T) {
 	}
 }
 
-// What a push in doubt says of its source's clock is not learned, and a consumer is not
-// forgotten by a clock in doubt.
+// The server does not learn the offset of a source's clock from a push that it refuses in
+// doubt, and forgets no consumer by a clock in doubt.
 func TestClockInDoubtTeachesNothing(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	c := NewCluster("a", maphash.MakeSeed())

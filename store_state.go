@@ -1,10 +1,10 @@
 package main
 
-// What a server has to know whatever becomes of its logs and its cursors: above which
-// number its batches are numbered, and which consumers there are. Invariants: no number
-// is given twice, because each start begins a block of numbers of its own; a consumer
-// stays known when its cursors are lost, so that nothing is evicted that it has not read.
-// This file must not know of sites or samples.
+// The server's state that must survive the loss of a log or of the cursors: where the
+// numbers of batches begin, and which consumers there are. Invariants: no number is used
+// twice, because each start takes a new block of numbers; a consumer stays known when its
+// cursors are lost, so that no sample is evicted that it has not read. This file must not
+// know of sites or samples.
 
 import (
 	"encoding/binary"
@@ -39,15 +39,15 @@ type KnownConsumer struct {
 	Name, Address string
 }
 
-// StoreState is the file. It is not safe for concurrent use.
+// StoreState is that state, and its file. It is not safe for concurrent use.
 type StoreState struct {
 	log       *Log            // nil in memory-only mode
 	Consumers []KnownConsumer // as read; at most MaxConsumers
 	block     uint64          // of the newest start; 0 if none is known
 }
 
-// OpenStoreState reads the state that is kept in dir; with dir "" nothing is. The error
-// says what was damaged; the result is good without it. If the file cannot be read the
+// OpenStoreState reads the state in dir; dir "" is memory-only mode. If the file is
+// damaged, it returns an error and what could be read. If the file cannot be read, the
 // result is nil.
 func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	s := &StoreState{}
@@ -102,15 +102,16 @@ func decodeKnown(b []byte) (k KnownConsumer, err error) {
 	return KnownConsumer{binary.LittleEndian.Uint64(b), name, address}, nil
 }
 
-// NewBlock begins the numbers of this start, all of which are above highest and above
-// those of every start before. It returns the number below the first.
+// NewBlock takes a block of numbers for this start, above highest and above the blocks of
+// all earlier starts. It returns the number before the first of the block. Write makes the
+// block durable.
 func (s *StoreState) NewBlock(highest uint64) uint64 {
 	s.block = min(max(s.block, highest>>blockBits)+1, maxBlock)
 	return max(highest, s.block<<blockBits)
 }
 
-// Beyond returns a number that no start so far gave or passed, highest included, which
-// was seen elsewhere; what is above it comes from damage.
+// Beyond returns a number above all numbers that were used so far. A higher number in a
+// log comes from damage. highest is the highest number found elsewhere.
 func (s *StoreState) Beyond(highest uint64) uint64 {
 	if s.block == 0 {
 		return maxBlock << blockBits
@@ -118,14 +119,11 @@ func (s *StoreState) Beyond(highest uint64) uint64 {
 	return (max(s.block, highest>>blockBits) + 1) << blockBits
 }
 
-// SameBlock reports whether two numbers are of one start, and so as many batches of a
-// site apart as they differ.
+// SameBlock reports whether two numbers were used by the same start. The difference of two
+// such numbers of one site is a number of batches.
 func SameBlock(a, b uint64) bool { return a>>blockBits == b>>blockBits }
 
-// OnDisk reports whether the state outlives this process.
-func (s *StoreState) OnDisk() bool { return s.log != nil }
-
-// Write replaces the file: it holds these consumers from here on.
+// Write replaces the file by the block of this start and these consumers, durably.
 func (s *StoreState) Write(consumers []KnownConsumer) error {
 	if s.log == nil {
 		return nil

@@ -450,9 +450,9 @@ func TestStoreForeignRecords(t *testing.T) {
 	}
 }
 
-// What fails to be read for a moment is taken whole. What cannot be read at all, or
-// cannot be set aside, stops the opening: going on would replace it. It stays as it was,
-// so that a start on a disk that was mended has everything.
+// A store whose reads fail for a moment opens whole. A file that cannot be read, or cannot
+// be set aside, stops the opening, because the next push would replace it. All files stay
+// as they were, so that a start on a mended disk has everything.
 func TestStoreOpenFails(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
@@ -1126,7 +1126,7 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	wantHeld(t, "reopened", allHeld(t, k.open()), held)
 }
 
-// What expires while a log is rewritten is counted once, and not held again.
+// Samples that expire while a log is rewritten are counted once, and not held again.
 func TestStoreExpiryAndCompaction(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
