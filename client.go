@@ -97,7 +97,7 @@ func NewClient(cfg ClientConfig) *Client {
 		scrapeSeconds: m.Histogram("telemeter_source_scrape_duration_seconds", "Time to scrape the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastScrape:    m.Gauge("telemeter_source_last_success_timestamp_seconds", "When the source was last scraped; 0 if never."),
 		scraped:       m.Counter("telemeter_samples_scraped_total", "Samples that the source gave."),
-		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples that did not leave the site, by reason.", "reason"),
+		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples that did not leave the site, or that the server dropped, by reason.", "reason"),
 		skipped:       m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
 		spoolErrors:   m.Counter("telemeter_spool_errors_total", "Reads and writes of the spool that failed, and damaged files."),
 		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes, or pieces of large ones, that no server has yet."),
@@ -109,7 +109,7 @@ func NewClient(cfg ClientConfig) *Client {
 		c.scrapes.Add(0, result)
 	}
 	for _, reason := range []string{
-		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed,
+		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropByServer, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed,
 	} {
 		c.dropped.Add(0, reason)
 	}

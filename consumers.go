@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	consumersFile = "consumers" + LogSuffix
+	ConsumersFile = "consumers" + LogSuffix
 	recordCursors = 2 // key, time of use, pairs of cluster and sequence number
 
 	maxConsumerName  = 64 // bytes
@@ -46,6 +46,7 @@ type Consumers struct {
 	turn  chan struct{} // has room for one, who alone does I/O and touches log
 	log   *Log          // of cursors; nil in memory-only mode
 	state *StoreState   // has the consumers without their cursors
+	Torn  int64         // bytes of an unfinished write that OpenConsumers cut
 	stale atomic.Bool   // the consumers on disk are not those of byKey
 
 	mu    sync.Mutex // guards the rest; never held across I/O
@@ -106,10 +107,12 @@ func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Cons
 		return cs, nil
 	}
 	cs.stale.Store(true)
-	path := filepath.Join(dir, consumersFile)
+	path := filepath.Join(dir, ConsumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
 	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restore(kind, payload, now) })
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && len(cs.byKey) > 0:
+		return cs, fmt.Errorf("%s is missing: every consumer is served again all that is held", path)
 	case errors.Is(err, fs.ErrNotExist):
 		return cs, nil
 	case err != nil:
@@ -121,8 +124,9 @@ func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Cons
 		for _, c := range cs.byKey {
 			clear(c.cursors)
 		}
-		return cs, fmt.Errorf("%s was damaged: every consumer is served again all that is held; the damaged file is kept as %q", path, filepath.Base(rec.SetAside))
+		return cs, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.KeptAs())
 	}
+	cs.Torn = rec.TornBytes
 	return cs, rec.Err
 }
 
@@ -471,6 +475,15 @@ func (cs *Consumers) Expire(now time.Time) {
 		}
 		return idle
 	})
+}
+
+// SaveKnown writes the consumers to disk if they changed, so that a crash does not make this
+// server forget one that it has served.
+func (cs *Consumers) SaveKnown() error {
+	if !cs.stale.Load() {
+		return nil
+	}
+	return cs.Save()
 }
 
 // Save writes all changes to disk: first the consumers, if they changed, then the cursors in

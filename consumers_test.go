@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-const consumersPath = "/s/" + consumersFile
+const consumersPath = "/s/" + ConsumersFile
 
 var consumersNow = time.UnixMilli(1_700_000_000_000)
 

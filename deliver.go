@@ -34,8 +34,11 @@ const (
 	maxAlone    = 8       // lines of a scrape that are refused alone before no more is split
 )
 
-// DropRefused is why samples are dropped that no server will have.
-const DropRefused = "refused"
+// Reasons for which samples of a push are dropped.
+const (
+	DropRefused  = "refused"   // no server will have them
+	DropByServer = "by_server" // the server took the push without them
+)
 
 // CourierConfig configures a Courier.
 type CourierConfig struct {
@@ -447,6 +450,7 @@ func (d *Courier) attempt(ctx context.Context, to string, newest Scrape, body []
 				if got.Hint != "" {
 					args = append(args, "hint", got.Hint)
 				}
+				d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
 				d.cfg.Log.Warn("the server dropped samples", args...)
 			}
 		}

@@ -487,6 +487,9 @@ func TestCourierLogsHint(t *testing.T) {
 		if err := c.Once(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
 			t.Errorf("%v, logged:\n%s\nwant %s", err, log, tt.want)
 		}
+		if text := metricsText(t, c.cfg.Metrics); !strings.Contains(text, `telemeter_samples_dropped_total{reason="by_server"} 1`) {
+			t.Errorf("not counted:\n%s", text)
+		}
 	}
 }
 

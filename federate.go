@@ -62,7 +62,7 @@ func NewFederate(cfg FederateConfig) *Federate {
 		seconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
-		truncated: m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met the limit on samples."),
+		truncated: m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that left unread samples, or sites, for the next scrape."),
 		hidden:    m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers because escaping made their series equal to another."),
 		cut:       m.Counter("telemeter_scrapes_cut_total", "Answers to /federate that ended early, because their connection did."),
 		repeated:  m.Counter("telemeter_scrapes_repeated_total", "Scrapes of a consumer on a new connection, when what it was served last is not known to have arrived and is served again."),
@@ -151,14 +151,21 @@ func (f *Federate) consumer(r *http.Request, q url.Values) (*Reading, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Before it is served anything: a crash must not forget who has to read.
+	f.cfg.Store.SaveConsumers()
 	if through && reading.Proxied() {
 		log.Warn("consumer asks through a proxy, whose scrapes confirm nothing, so that it is served the same samples again; it has to scrape this server directly")
 	}
+	n, warn := reading.Unconfirmed(now)
 	if repeated {
 		f.repeated.Inc()
-		log.Info("what the consumer was served last is not known to have arrived, and is served again")
+		level := slog.LevelInfo
+		if n > 1 {
+			level = slog.LevelDebug // the warning tells of them
+		}
+		log.Log(r.Context(), level, "the consumer's last scrape is not known to have arrived, and is served again")
 	}
-	if n, warn := reading.Unconfirmed(now); warn {
+	if warn {
 		log.Warn("nothing confirms the consumer's scrapes, so that it is served the same samples again and again; look for a proxy that closes, pools or buffers connections, for a scrape_interval of five minutes or more, and for a scraper that is no Prometheus", "scrapes", n)
 	}
 	return reading, nil

@@ -187,6 +187,8 @@ func readFile(fsys FS, name string) ([]byte, error) {
 // ListLogs returns the paths of the logs in dir and of its subdirectories. It
 // syncs dir first: a file that a killed process renamed into place but did not
 // see synced is durable from here on, so that an Append to it can be believed.
+// A symbolic link, a pipe or the like is an error, and so is a directory with a
+// log's name: no log lies there, and a Rewrite would put one in its place.
 func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
@@ -197,10 +199,13 @@ func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
+		log := strings.HasSuffix(path, LogSuffix)
 		switch {
+		case !e.Type().IsRegular() && (log || !e.IsDir()):
+			return nil, nil, fmt.Errorf("listing logs: %s is not a regular file: move it away, or put what it stands for in its place", path)
 		case e.IsDir():
 			dirs = append(dirs, path)
-		case e.Type().IsRegular() && strings.HasSuffix(path, LogSuffix):
+		case log:
 			logs = append(logs, path)
 		}
 	}
@@ -253,6 +258,14 @@ type Recovery struct {
 	TornBytes     int64  // of an unfinished append at the end
 	SetAside      string // path of the copy of a damaged file
 	Err           error  // why that copy was not written, or the file not made ready to append to
+}
+
+// KeptAs says for a message under which name the damaged file is kept.
+func (r *Recovery) KeptAs() string {
+	if r.SetAside == "" {
+		return ""
+	}
+	return fmt.Sprintf("; the damaged file is kept as %q", filepath.Base(r.SetAside))
 }
 
 // OpenLog reads a whole log into memory and calls each for every valid record

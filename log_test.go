@@ -1257,6 +1257,25 @@ func TestLogOnDisk(t *testing.T) {
 	if err != nil || !slices.Equal(logs, []string{path}) {
 		t.Fatalf("listed %q, %v", logs, err)
 	}
+	// A Rewrite would put a file in the place of what is no file.
+	for name, make := range map[string]func(path string) error{
+		"link.log": func(p string) error { return os.Symlink(path, p) },
+		"loop.log": func(p string) error { return os.Symlink(p, p) },
+		"dir.log":  func(p string) error { return os.Mkdir(p, 0o700) },
+		"pipe.log": func(p string) error { return syscall.Mkfifo(p, 0o600) },
+		"ab":       func(p string) error { return os.Symlink(dirs[0], p) },
+	} {
+		odd := filepath.Join(dirs[0], name)
+		if err := make(odd); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := ListLogs(DiskFS{}, dirs[0]); err == nil || !strings.Contains(err.Error(), odd+" is not a regular file") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := os.Remove(odd); err != nil {
+			t.Fatal(err)
+		}
+	}
 	var got []logRec
 	l, r, err := OpenLog(DiskFS{}, path, collectLog(&got))
 	if err != nil || r.TornBytes != int64(len(torn)-1) || r.Err != nil || !slices.Equal(got, []logRec{{1, "a"}, {2, "b"}}) {

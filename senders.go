@@ -41,7 +41,7 @@ type sender struct {
 	failed   time.Time // of its newest refused push
 	expires  int64     // s; of its client token, 0 = never
 	seen     time.Time
-	untimely time.Time // of the last log line on its samples' times; zero after a push with a good one
+	untimely time.Time // of the last log line on its samples' times
 }
 
 // NewSenders allows one push per sender and every, in bursts of 60; 0 does not
@@ -118,17 +118,8 @@ func (s *Senders) Failed(id string, now time.Time) {
 	}
 }
 
-// Timely notes that a push had a sample whose time is accepted.
-func (s *Senders) Timely(id string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if snd := s.byID[id]; snd != nil {
-		snd.untimely = time.Time{}
-	}
-}
-
 // Untimely notes that a push had samples but none whose time is accepted. It reports whether
-// to log that: once, until a call of Timely or for untimelyNotice.
+// to log that: once in untimelyNotice.
 func (s *Senders) Untimely(id string, now time.Time) (tell bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -493,18 +493,14 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 // timely returns a hint for the sender if the time of every sample of a push is too old or
 // in the future. Such a push is answered 200, but counts as failed for the site's alerts.
 func (s *Server) timely(id string, p *Push, res AppendResult) (hint string) {
-	if res.Accepted+res.Duplicates > 0 {
-		s.senders.Timely(id)
-		return ""
-	}
-	if res.TooOld+res.Future == 0 || res.Conflicts > 0 {
+	if res.TooOld+res.Future == 0 || res.Accepted+res.Duplicates+res.Conflicts > 0 {
 		return ""
 	}
 	now := s.cfg.Now()
 	hint = TimesHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
 	s.note(id, Note{Failed: true})
 	if s.senders.Untimely(id, now) {
-		s.cfg.Log.Warn("no sample of a push is of a time that is taken", "cluster", id, "too_old", res.TooOld, "future", res.Future, "hint", hint)
+		s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster", id, "too_old", res.TooOld, "future", res.Future, "hint", hint)
 	}
 	return hint
 }

@@ -573,7 +573,7 @@ func TestUntimelyPush(t *testing.T) {
 		warned  bool
 	}{
 		{"a", 0, true, true}, {"a", time.Minute, true, false}, {"b", 0, true, true}, {"a", 58 * time.Minute, true, false},
-		{"a", time.Minute, true, true}, {"a", time.Minute, false, false}, {"a", 0, true, true}, {"b", 0, true, true}, {"a", time.Minute, true, false},
+		{"a", time.Minute, true, true}, {"a", time.Minute, false, false}, {"a", 0, true, false}, {"b", 0, true, true}, {"a", time.Minute, true, false},
 	} {
 		r.clock.Add(int64(c.after))
 		text := "up 1\n"

@@ -411,6 +411,14 @@ func (s *Store) every(ctx context.Context, interval time.Duration, kick <-chan s
 	}
 }
 
+// SaveConsumers writes the consumers to disk if they changed. It returns when that is done
+// or has failed.
+func (s *Store) SaveConsumers() {
+	if err := s.Consumers.SaveKnown(); err != nil {
+		s.cfg.OnError(err)
+	}
+}
+
 func (s *Store) saveConsumers() {
 	if err := s.Consumers.Save(); err != nil {
 		s.cfg.OnError(err)

@@ -13,6 +13,7 @@ import (
 const (
 	stepSlack = 10 * time.Second // smaller changes of the wall clock are not a step
 	stepHold  = 5 * time.Minute  // until the new time is accepted
+	slewRate  = 1000             // a clock that is slewed gains or loses at most this part of the time that passes
 )
 
 // Span is the range of what the present time may be. While a step of the wall clock is in
@@ -72,11 +73,12 @@ func (c *Clock) Step() time.Duration {
 
 // observe compares the two clocks. The caller holds c.mu.
 func (c *Clock) observe(wall time.Time, monotonic time.Duration) (Span, ClockChange) {
-	expected := c.trust.Add(monotonic - c.at)
+	elapsed := monotonic - c.at
+	expected := c.trust.Add(elapsed)
 	diff := wall.Sub(expected)
 	var change ClockChange
 	switch {
-	case diff.Abs() <= stepSlack:
+	case diff.Abs() <= stepSlack+elapsed/slewRate:
 		if c.step != 0 {
 			change = ClockChange{Step: c.step, Returned: true}
 		}
@@ -89,7 +91,12 @@ func (c *Clock) observe(wall time.Time, monotonic time.Duration) (Span, ClockCha
 		c.step = 0
 	}
 	if c.step == 0 {
-		c.trust, c.at = wall, monotonic
+		// Many small steps are noticed as one: only slewing is followed.
+		slewed := min(max(diff, -elapsed/slewRate), elapsed/slewRate)
+		if change.Believed || change.Returned {
+			slewed = diff
+		}
+		c.trust, c.at = expected.Add(slewed), monotonic
 		return At(wall), change
 	}
 	if diff < 0 {

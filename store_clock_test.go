@@ -18,9 +18,15 @@ func TestClock(t *testing.T) {
 	for name, steps := range map[string][]step{
 		"time passes": {{hour, 0, hour, hour, ClockChange{}}, {24 * hour, 0, 25 * hour, 25 * hour, ClockChange{}}},
 		"slewed": {
-			{hour, 9 * second, hour + 9*second, hour + 9*second, ClockChange{}},
-			{hour, 9 * second, 2*hour + 18*second, 2*hour + 18*second, ClockChange{}},
-			{hour, -10 * second, 3*hour + 8*second, 3*hour + 8*second, ClockChange{}},
+			{hour, 3 * second, hour + 3*second, hour + 3*second, ClockChange{}},
+			{hour, 3 * second, 2*hour + 6*second, 2*hour + 6*second, ClockChange{}},
+			{4 * hour, 12 * second, 6*hour + 18*second, 6*hour + 18*second, ClockChange{}},
+			{hour, -3 * second, 7*hour + 15*second, 7*hour + 15*second, ClockChange{}},
+		},
+		"many small steps": {
+			{second, 8 * second, 9 * second, 9 * second, ClockChange{}},
+			{second, 8 * second, 2*second + second/1000, 18 * second, ClockChange{Step: 16*second - second/1000}},
+			{second, 8 * second, 3*second + second/1000, 27 * second, ClockChange{}},
 		},
 		"ahead for 45 seconds": {
 			{minute, 3 * hour, minute, 3*hour + minute, ClockChange{Step: 3 * hour}},

@@ -16,6 +16,13 @@ import (
 
 // recover reads all that lies in the storage directory.
 func (s *Store) recover() error {
+	var dirs []string
+	if s.cfg.Dir != "" {
+		var err error
+		if _, dirs, err = ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
+			return err
+		}
+	}
 	state, err := OpenStoreState(s.cfg.FS, s.cfg.Dir)
 	if state == nil {
 		return err
@@ -30,12 +37,21 @@ func (s *Store) recover() error {
 	if s.cfg.Dir == "" {
 		return nil
 	}
-	if err := s.recoverLogs(state); err != nil {
+	if n := s.Consumers.Torn; n > 0 {
+		s.torn.Add(n)
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut", filepath.Join(s.cfg.Dir, ConsumersFile), n))
+	}
+	damaged := damagedLogs{}
+	if err := s.recoverLogs(dirs, state, damaged); err != nil {
 		return err
 	}
+	if len(s.clusters) > 0 && !state.Found() {
+		s.cfg.OnError(fmt.Errorf("%s is missing: consumers that are not in the file of the cursors are not known", filepath.Join(s.cfg.Dir, stateFile)))
+	}
+	s.damaged.Store(int64(len(damaged)))
 	s.countOutlived()
 	highest := max(s.Consumers.Highest(), s.totals.Newest.Load())
-	s.dropPastCursors()
+	s.dropPastCursors(damaged)
 	first := state.NewBlock(highest)
 	for _, c := range s.clusters {
 		c.Raise(first)
@@ -45,29 +61,42 @@ func (s *Store) recover() error {
 	return nil
 }
 
+// damagedLogs are the logs that lost something, by the beginning of their name. Each is
+// counted once, however much is reported of it.
+type damagedLogs map[uint64]bool
+
+func (d damagedLogs) add(path string) {
+	b, _ := hex.DecodeString(filepath.Base(path)[:min(16, len(filepath.Base(path)))])
+	d[binary.BigEndian.Uint64(append(b, make([]byte, 8)...))] = true
+}
+
 // dropPastCursors drops cursors that are past the end of their log, and reports each such
-// log as cut short, replaced by an older copy, or removed.
-func (s *Store) dropPastCursors() {
+// log as cut short, replaced by an older copy, unusable, or removed.
+func (s *Store) dropPastCursors(damaged damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, c := range s.clusters {
 		sites[c.Hash] = c
 		c.Look(func(held *Cluster) { ends[c.Hash] = held.Seq })
 	}
 	for _, past := range s.Consumers.DropPast(ends) {
-		s.damaged.Add(1)
+		name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Cluster)) + "*" + LogSuffix
+		path := filepath.Join(s.cfg.Dir, name[:2], name)
 		lost := "an unknown number of pushes is lost"
 		if end := ends[past.Cluster]; SameBlock(end, past.Seq) {
 			lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-end)
 		}
-		if c := sites[past.Cluster]; c != nil {
+		switch c := sites[past.Cluster]; {
+		case c != nil:
 			s.cfg.OnError(fmt.Errorf("%s ends before what consumers %q have read of cluster %q: it was cut short, or is an older copy; %s; what it holds is served again",
 				s.path(c.ID), past.Names, c.ID, lost))
-		} else {
-			name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Cluster))
-			s.cfg.OnError(fmt.Errorf("there is no log %s, which consumers %q have read: it was removed; %s",
-				filepath.Join(s.cfg.Dir, name[:2], name+"*"+LogSuffix), past.Names, lost))
+		case damaged[past.Cluster]:
+			s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, of which nothing is left; %s", past.Names, path, lost))
+		default:
+			s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost))
 		}
+		damaged[past.Cluster] = true
 	}
+	s.damaged.Store(int64(len(damaged)))
 }
 
 // countOutlived drops and counts the samples that expired while no process ran. The last
@@ -84,11 +113,7 @@ func (s *Store) countOutlived() {
 	}
 }
 
-func (s *Store) recoverLogs(state *StoreState) error {
-	_, dirs, err := ListLogs(s.cfg.FS, s.cfg.Dir)
-	if err != nil {
-		return err
-	}
+func (s *Store) recoverLogs(dirs []string, state *StoreState, damaged damagedLogs) error {
 	for _, dir := range dirs {
 		if len(filepath.Base(dir)) != 2 {
 			continue
@@ -98,7 +123,7 @@ func (s *Store) recoverLogs(state *StoreState) error {
 			return err
 		}
 		for _, path := range logs {
-			if err := s.recoverLog(path, state); err != nil {
+			if err := s.recoverLog(path, state, damaged); err != nil {
 				return err
 			}
 		}
@@ -154,16 +179,28 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
+// lost says which pushes and samples are known to be lost.
+func (r *recoveredLog) lost() (text string) {
+	if r.pushes > 0 {
+		text += fmt.Sprintf(", at least %d pushes", r.pushes)
+	}
+	if r.samples > 0 {
+		text += fmt.Sprintf(", %d samples of series whose names are lost", r.samples)
+	}
+	return text
+}
+
 // recoverLog reads the log at path, mends it if it is damaged, and adds its site. Samples
 // that had expired at the site's newest push are not counted: the last process did that.
-func (s *Store) recoverLog(path string, state *StoreState) error {
+func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) error {
 	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed)}
 	log, rec, err := OpenLog(s.cfg.FS, path, r.take)
 	if err != nil {
 		return err // the log may be good
 	}
-	damaged := rec.HeaderDamaged || rec.Damaged > 0
-	if damaged {
+	hurt := rec.HeaderDamaged || rec.Damaged > 0
+	if hurt {
+		damaged.add(path)
 		r.held.Distrust(state.Beyond(s.Consumers.Highest()))
 	}
 	if rec.HeaderDamaged {
@@ -172,6 +209,8 @@ func (s *Store) recoverLog(path string, state *StoreState) error {
 		r.held.ID = string(rec.Identity)
 	}
 	switch {
+	case rec.HeaderDamaged && rec.Records == 0:
+		err = errors.New("it has neither a header nor a record that can be read")
 	case s.path(r.held.ID) != path:
 		err = errors.New("its name and its header are not of one cluster")
 	case r.held.Seq == 0:
@@ -183,7 +222,7 @@ func (s *Store) recoverLog(path string, state *StoreState) error {
 		if rerr := s.cfg.FS.Rename(path, aside); rerr != nil {
 			return errors.Join(err, fmt.Errorf("setting unreadable log aside: %w", rerr))
 		}
-		s.damaged.Add(1)
+		damaged.add(path)
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
 		return nil
 	}
@@ -193,10 +232,9 @@ func (s *Store) recoverLog(path string, state *StoreState) error {
 	s.clusters[c.ID] = c
 	s.torn.Add(rec.TornBytes)
 	switch {
-	case damaged:
-		s.damaged.Add(1)
-		s.cfg.OnError(fmt.Errorf("%s was damaged: header %t, %d other places, %d bytes lost, and with them %d pushes between others and %d samples of others, or more; %d records kept; the damaged file is kept as %q",
-			path, rec.HeaderDamaged, rec.Damaged, rec.LostBytes+rec.TornBytes, r.pushes, r.samples, rec.Records, filepath.Base(rec.SetAside)))
+	case hurt:
+		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
+			path, rec.LostBytes+rec.TornBytes, r.lost(), rec.Records, rec.KeptAs()))
 	case rec.TornBytes > 0:
 		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", path, rec.TornBytes))
 	}

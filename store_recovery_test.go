@@ -286,7 +286,9 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 		damaged, torn int64
 		says          []string // in an error, or in a warning if nothing is damaged
 	}{
-		{"removed", func([]byte, []int) []byte { return nil }, 1, 0, []string{"there is no log", `consumers ["central"] have read`, "unknown number of pushes"}},
+		{"removed", func([]byte, []int) []byte { return nil }, 1, 0, []string{`consumers ["central"] have read the log /s/`, "which was removed", "unknown number of pushes"}},
+		{"emptied", func([]byte, []int) []byte { return []byte{} }, 1, 0, []string{"neither a header nor a record", "of which nothing is left", "unknown number of pushes"}},
+		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, 1, 0, []string{"neither a header nor a record", "of which nothing is left"}},
 		{"cut between records", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-3]] }, 1, 0,
 			[]string{"ends before what consumers", `cluster "a"`, "2 pushes or more are lost"}},
 		{"cut in a record", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-2]-5] }, 1, -1,
@@ -294,14 +296,14 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 		{"zeroed at the end", func(data []byte, ends []int) []byte {
 			at := ends[len(ends)-4] + 20
 			return slices.Concat(data[:at], make([]byte, len(data)-at))
-		}, 2, -1, []string{"was damaged", "bytes lost", "3 pushes or more are lost"}},
+		}, 1, -1, []string{"was damaged", "bytes are lost;", "3 pushes or more are lost"}},
 		{"a record zeroed in the middle", func(data []byte, ends []int) []byte {
 			at, end := ends[len(ends)-5], ends[len(ends)-3]
 			return slices.Concat(data[:at], make([]byte, end-at), data[end:])
-		}, 1, 0, []string{"was damaged", "2 pushes between others"}},
+		}, 1, 0, []string{"was damaged", "bytes are lost, at least 2 pushes; "}},
 		{"the series zeroed", func(data []byte, ends []int) []byte {
 			return slices.Concat(data[:ends[0]], make([]byte, ends[1]-ends[0]), data[ends[1]:])
-		}, 1, 0, []string{fmt.Sprintf("%d samples of others", pushes*series)}},
+		}, 1, 0, []string{fmt.Sprintf("bytes are lost, %d samples of series whose names are lost; ", pushes*series)}},
 		{"an unfinished push", func(data []byte, ends []int) []byte { return append(bytes.Clone(data), data[ends[2]:ends[3]-9]...) }, 0, -1,
 			[]string{"bytes of an unfinished write"}},
 	} {
@@ -365,6 +367,9 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 					t.Errorf("said %s, want %q", said, want)
 				}
 			}
+			if strings.Contains(said, `kept as "."`) {
+				t.Errorf("said %s", said)
+			}
 			// It is said once, and the site goes on.
 			k.push(s, "a", point{"m", 1, k.clock.ms(0) + 1, 7})
 			s.Close()
@@ -373,6 +378,34 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 				t.Errorf("said again: %v", k.errors)
 			}
 		})
+	}
+}
+
+// A consumer is on disk before it is served, and a file beside the logs that is missing is
+// reported.
+func TestConsumerIsKnownBeforeItIsServed(t *testing.T) {
+	r := newConsumerRig(t)
+	r.pushUps(1)
+	if got := r.ups(scraperOf(t), "consumer=new", ""); got != "1 " {
+		t.Errorf("served %q", got)
+	}
+	fsys := r.store.cfg.FS.(*crashFS)
+	state, err := OpenStoreState(fsys, "/secretdir")
+	if err != nil || len(state.Consumers) != 1 || state.Consumers[0].Name != "new" {
+		t.Errorf("on disk: %+v, %v", state, err)
+	}
+	for _, missing := range []string{stateFile, ConsumersFile} {
+		fsys := newStoreFS(1)
+		k := newStoreKit(t, fsys)
+		s := k.open()
+		k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+		drain(t, k, s, "central")
+		s.Close()
+		fsys.Remove("/s/" + missing)
+		k.open()
+		if len(k.errors) != 1 || !strings.Contains(k.errors[0].Error(), "/s/"+missing+" is missing") {
+			t.Errorf("without %s: said %v", missing, k.errors)
+		}
 	}
 }
 

@@ -44,6 +44,7 @@ type StoreState struct {
 	log       *Log            // nil in memory-only mode
 	Consumers []KnownConsumer // as read; at most MaxConsumers
 	block     uint64          // of the newest start; 0 if none is known
+	found     bool            // there was a file
 }
 
 // OpenStoreState reads the state in dir; dir "" is memory-only mode. If the file is
@@ -65,11 +66,15 @@ func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	case !rec.HeaderDamaged:
 		s.log = log
 	}
-	if rec.HeaderDamaged || rec.Damaged > 0 {
-		return s, fmt.Errorf("%s was damaged; the damaged file is kept as %q", path, filepath.Base(rec.SetAside))
+	s.found = true
+	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 { // Write replaces it whole, so that no crash tears it
+		return s, fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.KeptAs())
 	}
 	return s, rec.Err
 }
+
+// Found reports whether there was a file.
+func (s *StoreState) Found() bool { return s.found }
 
 func (s *StoreState) restore(kind byte, payload []byte) error {
 	switch kind {

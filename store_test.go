@@ -209,6 +209,16 @@ func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 // newStoreFS is a crashFS with the store's directory.
 func newStoreFS(seed uint64) *crashFS { return newCrashFS(seed, "/s") }
 
+// putState has fsys have the state of a server that started once.
+func putState(t testing.TB, fsys FS) {
+	t.Helper()
+	state := openStoreState(t, fsys)
+	state.NewBlock(0)
+	if err := state.Write(nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // damageKit makes a log of several pushes for "a" beside an intact one for "b",
 // and knows what each record of it holds.
 type damageKit struct {
@@ -305,6 +315,7 @@ func (d *damageKit) check(t *testing.T, what string, data []byte, want map[heldS
 	fsys := newCrashFS(1, "/s", filepath.Dir(d.path), filepath.Dir(d.other))
 	fsys.put(d.path, data)
 	fsys.put(d.other, d.intact)
+	putState(t, fsys)
 	k := newStoreKit(t, fsys)
 	s := k.open()
 	allHeld(t, s)
@@ -1417,7 +1428,13 @@ func TestStoreLocked(t *testing.T) {
 	if err := errors.Join(os.Mkdir(hash, 0o700), os.Mkdir(filepath.Join(hash, "x"+LogSuffix), 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	s = k.open() // a directory is no log
+	if _, err := OpenStore(k.cfg); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Fatalf("a directory with a log's name: %v", err)
+	}
+	if err := os.Remove(filepath.Join(hash, "x"+LogSuffix)); err != nil {
+		t.Fatal(err)
+	}
+	s = k.open()
 	if err := s.Close(); err != nil || len(k.errors) > 0 {
 		t.Fatal(err, k.errors)
 	}
