@@ -491,11 +491,11 @@ func (cs *Consumers) SaveKnown() error {
 func (cs *Consumers) Save() error {
 	cs.turn <- struct{}{}
 	defer func() { <-cs.turn }()
+	stale := cs.stale.Swap(false) // before all is gathered
 	if cs.log == nil {
 		cs.frames() // forgets what it would be
 		return nil
 	}
-	stale := cs.stale.Swap(false) // before all is gathered
 	frames, whole, changed := cs.frames()
 	if len(frames) == 0 && !stale && !cs.log.Broken() {
 		return nil

@@ -203,7 +203,7 @@ func TestConsumersExpire(t *testing.T) {
 	if got := cursorsOf(openConsumers(t, fsys, later, false)); !sameCursors(got, want) {
 		t.Errorf("after a restart: %v, want %v", got, want)
 	}
-	if data, err := fsys.ReadFile("/s/" + stateFile); err != nil || strings.Contains(string(data), "gone") {
+	if data, err := fsys.ReadFile(statePath); err != nil || strings.Contains(string(data), "gone") {
 		t.Errorf("the state still names who is gone: %v", err)
 	}
 	// Who comes again before that is on disk begins anew too.
@@ -237,7 +237,7 @@ func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[ui
 	if err != nil {
 		t.Fatal(err)
 	}
-	if state, err = fsys.ReadFile("/s/" + stateFile); err != nil {
+	if state, err = fsys.ReadFile(statePath); err != nil {
 		t.Fatal(err)
 	}
 	return data, state, cursorsOf(cs)
@@ -251,7 +251,7 @@ func TestConsumersDamage(t *testing.T) {
 		t.Helper()
 		fsys := newStoreFS(1)
 		fsys.put(consumersPath, data)
-		fsys.put("/s/"+stateFile, state)
+		fsys.put(statePath, state)
 		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), consumersNow)
 		got := cursorsOf(cs)
 		if len(got) != len(final) {

@@ -48,7 +48,6 @@ func (s *Store) recover() error {
 	if len(s.clusters) > 0 && !state.Found() {
 		s.cfg.OnError(fmt.Errorf("%s is missing: consumers that are not in the file of the cursors are not known", filepath.Join(s.cfg.Dir, stateFile)))
 	}
-	s.damaged.Store(int64(len(damaged)))
 	s.countOutlived()
 	highest := max(s.Consumers.Highest(), s.totals.Newest.Load())
 	s.dropPastCursors(damaged)

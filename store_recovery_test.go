@@ -88,7 +88,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 		change     func(data []byte) []byte
 	}
 	tests := []spoilt{{"nothing", consumersPath, slices.Clone[[]byte]}}
-	for _, path := range []string{consumersPath, "/s/" + stateFile} {
+	for _, path := range []string{consumersPath, statePath} {
 		tests = append(tests, spoilt{"removed", path, remove}, spoilt{"emptied", path, func([]byte) []byte { return []byte{} }})
 		for _, at := range []int{0, 10, 30, 45, -1} {
 			tests = append(tests, spoilt{fmt.Sprint("flipped at ", at), path, flip(at)})
@@ -209,7 +209,7 @@ func TestNumbersNeverFall(t *testing.T) {
 		}},
 		{"log and state removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
 			fsys.Remove(s.path("a"))
-			fsys.Remove("/s/" + stateFile)
+			fsys.Remove(statePath)
 		}},
 		{"forgotten, and older cursors", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
 			cursors, _ := fsys.ReadFile(consumersPath)
@@ -228,7 +228,7 @@ func TestNumbersNeverFall(t *testing.T) {
 			live.maintain(context.Background(), false)
 			live.Close()
 			fsys.put(consumersPath, []byte(old[consumersPath]))
-			fsys.put("/s/"+stateFile, []byte(old["/s/"+stateFile]))
+			fsys.put(statePath, []byte(old[statePath]))
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -486,7 +486,7 @@ func TestStoreOpenFails(t *testing.T) {
 	}
 	for _, f := range readFaults {
 		tests = append(tests,
-			openFault{"a log", "read", path, f}, openFault{"cursors", "read", consumersPath, f}, openFault{"the state", "read", "/s/" + stateFile, f},
+			openFault{"a log", "read", path, f}, openFault{"cursors", "read", consumersPath, f}, openFault{"the state", "read", statePath, f},
 			openFault{"a directory", "readdir", filepath.Dir(path), f}, openFault{"the directory", "readdir", "/s", f})
 	}
 	for _, test := range tests {
@@ -515,7 +515,7 @@ func TestStoreOpenFails(t *testing.T) {
 			} else if err != nil {
 				t.Fatalf("%s, %v: %v", test.name, test.err, err)
 			}
-			delete(contents, "/s/"+stateFile) // says that there was another start
+			delete(contents, statePath) // says that there was another start
 			maps.DeleteFunc(contents, func(name, _ string) bool { return test.op == "rename" && name != path })
 			for name, data := range contents {
 				if fsys.contents()[name] != data {
