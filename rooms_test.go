@@ -45,6 +45,7 @@ var allowedRooms = map[string][]string{
 	"federate.go":     {"site.go", "store.go", "scrape.go", "consumers.go", "cluster.go", "clock.go", "senders.go", "sanitize.go", "exposition.go", "http.go", "metrics.go"},
 	"server.go":       {"federate.go", "authorize.go", "push_clock.go", "forward.go", "member.go", "senders.go", "site.go", "store.go", "cluster.go", "auth.go", "sanitize.go", "exposition.go", "decode.go", "compression.go", "http.go", "metrics.go"},
 	"push_clock.go":   {"clock.go", "exposition.go"},
+	"push_spool.go":   {},
 	"mode_cluster.go": nil,
 	"handoff.go":      {"forward.go", "hashring.go", "transfer.go", "store.go", "site.go", "consumers.go", "cluster.go", "batch.go", "metrics.go"},
 	"transfer.go":     {"site.go", "cluster.go", "clock.go", "series.go", "batch.go", "exposition.go"},
@@ -60,7 +61,7 @@ var allowedRooms = map[string][]string{
 	"scrape.go":       {"store.go", "consumers.go", "cluster.go", "series.go", "exposition.go"},
 	"store.go":        {"site.go", "consumers.go", "cluster.go", "clock.go", "series.go", "batch.go", "log.go", "exposition.go"},
 	"site.go":         {"store_clock.go", "cluster.go", "series.go", "batch.go", "log.go", "exposition.go"},
-	"consumers.go":    {"store_state.go", "batch.go", "log.go"},
+	"consumers.go":    {"push_spool.go", "store_state.go", "batch.go", "log.go"},
 	"cluster.go":      {"store_clock.go", "series.go", "batch.go", "clock.go", "log.go", "exposition.go"},
 	"senders.go":      {},
 	"authorize.go":    {},
@@ -78,7 +79,7 @@ var allowedRooms = map[string][]string{
 
 	"server_auth.go":    {"authorize.go", "forward.go", "auth.go", "sanitize.go", "exposition.go", "http.go", "metrics.go"},
 	"store_recovery.go": {"site.go", "consumers.go", "cluster.go", "batch.go", "log.go", "exposition.go"},
-	"store_state.go":    {"consumers.go", "log.go"},
+	"store_state.go":    {"push_spool.go", "consumers.go", "log.go"},
 	"store_clock.go":    {},
 }
 

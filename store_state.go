@@ -22,9 +22,7 @@ const (
 	recordConsumer = 1 // 8 bytes of key, name, NUL, address
 	recordNumbers  = 2 // uvarint: the block of the newest start
 
-	// MaxConsumers bounds the consumers that a server knows.
-	MaxConsumers = 64
-	maxAddress   = 256 // bytes
+	maxAddress = 256 // bytes
 
 	blockBits = 32      // of a batch's number within its block
 	maxBlock  = 1 << 24 // so that no block that comes from damage uses up the numbers
