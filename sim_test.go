@@ -416,7 +416,7 @@ func TestSimulationTable(t *testing.T) {
 	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
 	defer w.Flush()
 	fmt.Fprintln(w, "members\tall join\tsudden death\tleave\tpartition 20 s\tpartition 1 h\tat rest: packets/s\tbytes/s\tfalse deaths in 1 h: 10 % loss\t30 % loss\t5 % stalled")
-	for _, n := range []int{3, 10, 100, 300} {
+	for _, n := range []int{2, 3, 10, 100, 300} {
 		began := time.Now()
 		var join, kill, leave, short, long figures
 		var packets, bytes float64
@@ -426,6 +426,10 @@ func TestSimulationTable(t *testing.T) {
 			packets, bytes = simRest(s, time.Minute)
 			simKill(s, &kill)
 			s.run(30 * time.Second)
+			if n == 2 { // nobody else could be told of a leave
+				s.start(1)
+				s.run(30 * time.Second)
+			}
 			simLeave(s, &leave)
 			if n == 300 && seed > 1 {
 				continue
@@ -504,7 +508,8 @@ func TestSimulationFalseDeaths(t *testing.T) {
 		{10, 5, .2, 0, 0, time.Millisecond, time.Minute},
 		{50, 4, .2, 0, 0, time.Millisecond, time.Minute},
 		{10, 2, .1, 0, .2, 300 * time.Millisecond, time.Minute},
-		{2, 2, .1, 0, 0, time.Millisecond, time.Minute},
+		{2, 4, .2, 0, 0, time.Millisecond, time.Hour},
+		{2, 20, .35, 0, 0, time.Millisecond, 10 * time.Minute},
 		{20, 2, 0, .05, 0, time.Millisecond, 2 * time.Minute},
 	} {
 		for seed := range uint64(c.runs) {

@@ -25,7 +25,8 @@ const (
 	backoffMax   = 4    // between attempts to join
 	suspectMin   = 1.1  // of a suspicion that others confirm, up to ten members
 	lastAsk      = 0.2  // before the verdict, and between the last questions
-	suspectMax   = 5    // of one that nobody does, as a multiple of that
+	suspectMax   = 5    // of one that nobody does but somebody could, as a multiple of that
+	aloneAsk     = 0.1  // between questions to a suspect that nobody else can ask
 	stallAfter   = 0.25 // late by this: judge nobody by what was not heard
 )
 
@@ -358,6 +359,9 @@ func (s *Swim) overdue(a *Ask) {
 			return
 		}
 		a.Tries, a.Due = 2, s.Now+s.Interval/3
+		if s.Table.Live <= 2 {
+			a.Due = s.Now + s.units(aloneAsk)
+		}
 		// It learns from this that it is suspected, and its answer is its defence.
 		s.Tell(a.Member, Packet{Kind: Ping, Ask: a.Nonce})
 	case a.Why == ForOther:
@@ -422,11 +426,14 @@ func (s *Swim) lastWord(m *Member) time.Duration {
 }
 
 // deadline says when a suspicion is taken for the truth: the sooner, the more
-// members share it (Lifeguard, LHA-Suspicion).
+// members share it (Lifeguard, LHA-Suspicion); as soon as can be, if nobody else could.
 func (s *Swim) deadline(m *Member) time.Duration {
 	n := float64(s.Table.Live)
 	least := suspectMin * max(1, (3+math.Log10(n))/4)
 	most := suspectMax * least
+	if n <= 2 {
+		most = least
+	}
 	need := math.Log(min(max(n-2, 1), MaxAccusers-1) + 1)
 	return m.Suspected + s.units(max(least, most-(most-least)*math.Log(float64(len(m.Accusers)))/need))
 }

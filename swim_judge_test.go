@@ -115,7 +115,20 @@ func TestSwimHealthIsPatience(t *testing.T) {
 	}
 }
 
-// A suspicion lasts the longer, the larger the cluster, and the less, the more share it.
+// Of two members no third can share a suspicion: the survivor knows of a death as soon
+// as with more members.
+func TestSwimTwoMembers(t *testing.T) {
+	var death figures
+	for seed := range uint64(100) {
+		simKill(joinedSim(t, 2, seed), &death)
+	}
+	if death.worst() > 3*simInterval {
+		t.Errorf("a death is known after %v, more than three intervals", &death)
+	}
+}
+
+// A suspicion lasts the longer, the larger the cluster, and the less, the more share it,
+// if anybody can.
 func TestSwimDeadline(t *testing.T) {
 	a := newSim(t, 1, 1).start(0)
 	left := func(live, accusers int) time.Duration {
@@ -126,14 +139,14 @@ func TestSwimDeadline(t *testing.T) {
 	for _, c := range []struct {
 		live        int
 		least, most float64 // intervals
-	}{{3, 1.1, 5.5}, {10, 1.1, 5.5}, {100, 1.375, 6.875}, {1000, 1.65, 8.25}} {
+	}{{2, 1.1, 1.1}, {3, 1.1, 5.5}, {10, 1.1, 5.5}, {100, 1.375, 6.875}, {1000, 1.65, 8.25}} {
 		if got := left(c.live, 1); got != a.units(c.most).Round(time.Millisecond) {
 			t.Errorf("%d members, one accuser: %v, want %v intervals", c.live, got, c.most)
 		}
 		if got := left(c.live, MaxAccusers); got != a.units(c.least).Round(time.Millisecond) {
 			t.Errorf("%d members, all accuse: %v, want %v intervals", c.live, got, c.least)
 		}
-		if one, two := left(c.live, 1), left(c.live, 2); two >= one {
+		if one, two := left(c.live, 1), left(c.live, 2); two > one || two == one && c.most > c.least {
 			t.Errorf("%d members: %v with two accusers, %v with one", c.live, two, one)
 		}
 	}
