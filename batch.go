@@ -1,7 +1,7 @@
 package main
 
 // The kinds of record in a cluster's log: series, written once each, batches, one for
-// each push, and up to which batch another server has all. Each stands alone: none
+// each push, and the spools of which scrapes are known. Each stands alone: none
 // needs the record before it to be read, so that damage to one costs no other. (IDs are
 // runs and times are differences within the batch; repeating what the batch before said
 // would save about two bytes a sample and lose every later batch with one.) This file
@@ -18,8 +18,8 @@ import (
 // Kinds of record.
 const (
 	RecordSeries byte = 1
-	RecordBatch  byte = 2
-	RecordGone   byte = 3
+	RecordBatch  byte = 4 // kinds 2 and 3 had other forms once
+	RecordSpool  byte = 5 // as SiteSpools.Records makes them
 )
 
 // MaxSeriesID bounds the IDs that a record may name, and so what a table of
@@ -41,14 +41,9 @@ type Batch struct {
 	DT         []int32  // ms after T0; nil when all are at T0; see Pack
 	which      []uint8  // of a packed batch, for each sample the index of its time in DT
 	V          []float64
-	Clock      ScrapeClock
-	Shift      int64    // ms that were added to the source's times
-	Had        []uint64 // consumers that had this batch of another server; at most MaxHad
-	Size       int      // bytes of the record's payload; set by EncodeBatch and DecodeBatch
+	Names      SpoolNames // of the scrapes whose samples are held up to this batch
+	Size       int        // bytes of the record's payload; set by EncodeBatch and DecodeBatch
 }
-
-// MaxHad bounds the consumers that a batch can name.
-const MaxHad = 256
 
 // Position is how far a reader of a cluster's batches is: past all up to Seq, and
 // past N of the Of samples of batch Part, if that is not 0. Compaction renames series
@@ -183,29 +178,15 @@ func DecodeSeries(payload []byte, each func(id uint32, line []byte) error) error
 	return nil
 }
 
-// EncodeGone appends the payload of a record that says that the batches up to a
-// sequence number are held elsewhere.
-func EncodeGone(buf []byte, upTo uint64) []byte { return binary.AppendUvarint(buf, upTo) }
-
-// DecodeGone reads what EncodeGone wrote.
-func DecodeGone(payload []byte) (upTo uint64, err error) {
-	upTo, n := binary.Uvarint(payload)
-	if n <= 0 || n != len(payload) || upTo > MaxSeq {
-		return 0, errRecord
-	}
-	return upTo, nil
-}
-
 // What a batch's record has beside its samples, in the low bits of their number.
 const (
 	withTimes = 1 << iota
-	withClock
-	withHad
+	withNames
 	countShift = iota
 )
 
 // EncodeBatch appends the payload of b's record: sequence number, times and
-// count; the clock and the consumers, if there are any; runs of consecutive IDs as
+// count; the names of scrapes, if there are any; runs of consecutive IDs as
 // (start less the end of the run before, length); when times differ, each less the
 // one before; values as they are.
 func EncodeBatch(buf []byte, b *Batch) []byte {
@@ -217,24 +198,12 @@ func EncodeBatch(buf []byte, b *Batch) []byte {
 	if b.DT != nil {
 		n |= withTimes
 	}
-	if b.Clock.Known {
-		n |= withClock
-	}
-	if len(b.Had) > 0 {
-		n |= withHad
+	if b.Names.ID != 0 {
+		n |= withNames
 	}
 	buf = binary.AppendUvarint(buf, n)
-	if b.Clock.Known {
-		buf = binary.AppendVarint(buf, b.Shift)
-		buf = binary.AppendVarint(buf, b.Clock.Offset)
-		buf = binary.AppendVarint(buf, b.Clock.Base)
-		buf = binary.LittleEndian.AppendUint64(buf, b.Clock.Boot)
-	}
-	if len(b.Had) > 0 {
-		buf = binary.AppendUvarint(buf, uint64(len(b.Had)))
-		for _, h := range b.Had {
-			buf = binary.LittleEndian.AppendUint64(buf, h)
-		}
+	if b.Names.ID != 0 {
+		buf = AppendRanges(binary.LittleEndian.AppendUint64(buf, b.Names.ID), b.Names.Numbers)
 	}
 	end := int64(0)
 	for i := 0; i < len(b.IDs); {
@@ -265,64 +234,24 @@ func EncodeBatch(buf []byte, b *Batch) []byte {
 // twice the payload's size.
 func DecodeBatch(payload []byte) (*Batch, error) {
 	b := &Batch{Size: len(payload)}
-	bad := false
-	uvarint := func() uint64 {
-		v, n := binary.Uvarint(payload)
-		if n <= 0 {
-			bad, payload = true, nil
-			return 0
-		}
-		payload = payload[n:]
-		return v
-	}
-	varint := func() int64 {
-		v, n := binary.Varint(payload)
-		if n <= 0 {
-			bad, payload = true, nil
-			return 0
-		}
-		payload = payload[n:]
-		return v
-	}
-	b.Seq, b.Accepted, b.T0 = uvarint(), varint(), varint()
-	fixed := func() uint64 {
-		if len(payload) < 8 {
-			bad, payload = true, nil
-			return 0
-		}
-		v := binary.LittleEndian.Uint64(payload)
-		payload = payload[8:]
-		return v
-	}
-	count := uvarint()
+	r := WireReader{Rest: payload}
+	b.Seq, b.Accepted, b.T0 = r.Uvarint(), r.Varint(), r.Varint()
+	count := r.Uvarint()
 	n := int(count >> countShift)
-	if bad || count>>countShift > uint64(len(payload)/8) || b.Seq > MaxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
+	if r.Bad || count>>countShift > uint64(len(r.Rest)/8) || b.Seq > MaxSeq || b.T0 < -1<<60 || b.T0 > 1<<60 {
 		return nil, errRecord
 	}
-	if count&withClock != 0 {
-		b.Shift = varint()
-		b.Clock = ScrapeClock{Known: true, Offset: varint(), Base: varint(), Boot: fixed()}
-		for _, t := range []int64{b.Shift, b.Clock.Offset, b.Clock.Base} {
-			bad = bad || t < -2*MaxClockTime || t > 2*MaxClockTime
-		}
-	}
-	if count&withHad != 0 {
-		had := uvarint()
-		if bad || had == 0 || had > MaxHad || had > uint64(len(payload)/8) {
+	if count&withNames != 0 {
+		b.Names = SpoolNames{r.Fixed64(), ReadRanges(&r)}
+		if r.Bad || b.Names.ID == 0 {
 			return nil, errRecord
 		}
-		for range had {
-			b.Had = append(b.Had, fixed())
-		}
-	}
-	if bad {
-		return nil, errRecord
 	}
 	b.IDs = make([]uint32, 0, n)
 	for end := int64(0); len(b.IDs) < n; {
-		step := varint()
-		length := uvarint()
-		if bad || length == 0 || length > uint64(n-len(b.IDs)) || step < -MaxSeriesID-1 || step > MaxSeriesID {
+		step := r.Varint()
+		length := r.Uvarint()
+		if r.Bad || length == 0 || length > uint64(n-len(b.IDs)) || step < -MaxSeriesID-1 || step > MaxSeriesID {
 			return nil, errRecord
 		}
 		first := end + step
@@ -338,8 +267,8 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 		b.DT = make([]int32, n)
 		dt := int64(0)
 		for i := range b.DT {
-			step := varint()
-			if bad || step < math.MinInt32*2 || step > math.MaxInt32*2 {
+			step := r.Varint()
+			if r.Bad || step < math.MinInt32*2 || step > math.MaxInt32*2 {
 				return nil, errRecord
 			}
 			dt += step
@@ -349,12 +278,12 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 			b.DT[i] = int32(dt)
 		}
 	}
-	if len(payload) != 8*n {
-		return nil, fmt.Errorf("%w: %d bytes for %d values", errRecord, len(payload), n)
+	if len(r.Rest) != 8*n {
+		return nil, fmt.Errorf("%w: %d bytes for %d values", errRecord, len(r.Rest), n)
 	}
 	b.V = make([]float64, n)
 	for i := range b.V {
-		b.V[i] = math.Float64frombits(binary.LittleEndian.Uint64(payload[8*i:]))
+		b.V[i] = math.Float64frombits(binary.LittleEndian.Uint64(r.Rest[8*i:]))
 	}
 	b.Bound()
 	return b, nil

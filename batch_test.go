@@ -16,7 +16,7 @@ import (
 
 // sameBatch compares what a batch says; NaNs of equal bits are equal.
 func sameBatch(a, b *Batch) bool {
-	if a.Clock != b.Clock || a.Shift != b.Shift || !slices.Equal(a.Had, b.Had) {
+	if a.Names.ID != b.Names.ID || !slices.Equal(a.Names.Numbers, b.Names.Numbers) {
 		return false
 	}
 	if a.Seq != b.Seq || a.Accepted != b.Accepted || a.MinT != b.MinT || a.MaxT != b.MaxT || !slices.Equal(a.IDs, b.IDs) ||
@@ -37,11 +37,11 @@ func randomBatch(rng *rand.Rand) *Batch {
 	b := &Batch{Seq: rng.Uint64N(MaxSeq), Accepted: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
 	b.IDs, b.V, b.DT = make([]uint32, n), make([]float64, n), make([]int32, n)
 	if rng.IntN(2) == 0 {
-		b.Clock = ScrapeClock{Known: true, Offset: rng.Int64N(MaxClockTime), Base: -rng.Int64N(MaxClockTime), Boot: rng.Uint64()}
-		b.Shift = rng.Int64N(2*MaxClockTime) - MaxClockTime
-	}
-	for range rng.IntN(3) * rng.IntN(3) {
-		b.Had = append(b.Had, rng.Uint64())
+		b.Names.ID = 1 + rng.Uint64N(math.MaxUint64)
+		for range rng.IntN(5) {
+			from := 1 + rng.Uint64N(MaxSpoolNumber-10)
+			b.Names.Numbers = b.Names.Numbers.Add(from, from+rng.Uint64N(10))
+		}
 	}
 	wild := rng.IntN(2) == 0
 	spread := []int32{1, 2, 1000}[rng.IntN(3)]
@@ -64,7 +64,7 @@ func TestBatchRoundTrip(t *testing.T) {
 	for seed := range uint64(2000) {
 		b := randomBatch(rand.New(rand.NewPCG(seed, 0)))
 		payload := EncodeBatch([]byte("before"), b)[len("before"):]
-		if b.Size != len(payload) || len(payload) > 20*len(b.V)+80+8*len(b.Had) {
+		if b.Size != len(payload) || len(payload) > 20*len(b.V)+80+20*len(b.Names.Numbers) {
 			t.Fatalf("seed %d: %d bytes, said to be %d, for %d samples", seed, len(payload), b.Size, len(b.V))
 		}
 		got, err := DecodeBatch(payload)
@@ -177,14 +177,14 @@ func TestBatchMalformed(t *testing.T) {
 		"count that overflows":        eight(append(uv(1, 0, 0), 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1), 1),
 		"sequence number":             eight(uv(MaxSeq+1, 0, 0, 8, 0, 1), 1),
 		"time out of range":           eight(uv(1, 0, 1<<62, 8, 0, 1), 1),
-		"negative ID":                 eight(uv(1, 0, 0, 8, 1, 1), 1),
-		"ID too large":                eight(uv(1, 0, 0, 8, 2*(MaxSeriesID+1), 1), 1),
-		"run beyond the largest ID":   eight(uv(1, 0, 0, 16, 2*MaxSeriesID, 2), 2),
-		"empty run":                   eight(uv(1, 0, 0, 8, 0, 0), 1),
-		"run longer than the batch":   eight(uv(1, 0, 0, 8, 0, 2), 2),
-		"time difference too large":   eight(uv(1, 0, 0, 9, 0, 1, 1<<40), 1),
-		"time differences too large":  eight(uv(1, 0, 0, 17, 0, 2, 2*math.MaxInt32, 2), 2),
-		"no values where they should": uv(1, 0, 0, 8, 0, 1),
+		"negative ID":                 eight(uv(1, 0, 0, 4, 1, 1), 1),
+		"ID too large":                eight(uv(1, 0, 0, 4, 2*(MaxSeriesID+1), 1), 1),
+		"run beyond the largest ID":   eight(uv(1, 0, 0, 8, 2*MaxSeriesID, 2), 2),
+		"empty run":                   eight(uv(1, 0, 0, 4, 0, 0), 1),
+		"run longer than the batch":   eight(uv(1, 0, 0, 4, 0, 2), 2),
+		"time difference too large":   eight(uv(1, 0, 0, 5, 0, 1, 1<<40), 1),
+		"time differences too large":  eight(uv(1, 0, 0, 9, 0, 2, 2*math.MaxInt32, 2), 2),
+		"no values where they should": uv(1, 0, 0, 4, 0, 1),
 	}
 	for name, payload := range tests {
 		if b, err := DecodeBatch(payload); !errors.Is(err, errRecord) {

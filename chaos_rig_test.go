@@ -2,11 +2,9 @@ package main
 
 // chaos_rig_test.go: what TestChaos breaks and counts with: servers in network
 // namespaces of their own, on disks of their own, whose network among each other can
-// be cut into any parts; sites that push and try again as the client does; and a
-// consumer that knows what it was served, and whether the server can know that too.
+// be cut into any parts; and sites that push without a client, and try again.
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -16,11 +14,9 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptrace"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,18 +31,12 @@ const (
 	chaosPatience = 90 * time.Second // for what takes some ten on an idle machine
 )
 
-// chaosSample is one sample of all series of a site, which have the same times and
-// values.
-type chaosSample struct {
-	site int
-	t    int64
-}
-
 // chaosServer is a server with a network and a disk of its own.
 type chaosServer struct {
 	name, space, addr, dir string
-	p                      *process // nil: not running
-	full                   bool     // its disk
+	p                      *process      // nil: not running
+	full                   bool          // its disk
+	ahead                  time.Duration // of its clock
 }
 
 func (s *chaosServer) url(port int, path string) string {
@@ -70,10 +60,11 @@ type chaosRig struct {
 	halt       context.CancelFunc // ends all
 	haltCtx    context.Context
 	pushing    sync.WaitGroup
-	scraping   sync.WaitGroup
 	pushClient *http.Client
 	sites      []*chaosSite
-	consumer   *chaosConsumer
+	clientele  []*chaosClient
+	central    *outagePrometheus
+	counted    []byte // metrics of servers that ended
 }
 
 func chaosRun(t *testing.T, name string, args ...string) {
@@ -142,13 +133,11 @@ func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Du
 		}
 		r.sites = append(r.sites, &chaosSite{r: r, n: i, token: token, acked: map[int64]bool{}})
 	}
-	r.consumer = &chaosConsumer{seen: map[chaosSample]*chaosSeen{}, newest: map[int]int64{}}
 	r.pushClient = &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 32, DialContext: (&net.Dialer{Timeout: 2 * time.Second}).DialContext}}
 	r.haltCtx, r.halt = context.WithCancel(context.Background())
 	t.Cleanup(func() {
 		r.halt()
 		r.pushing.Wait()
-		r.scraping.Wait()
 		r.pushClient.CloseIdleConnections()
 		for _, s := range r.servers {
 			r.kill(s)
@@ -197,6 +186,9 @@ func (r *chaosRig) start(s *chaosServer) {
 	}
 	s.p.cmd.Args = append([]string{"ip", "netns", "exec", s.space, s.p.cmd.Path}, args...)
 	s.p.cmd.Path = ip
+	if s.ahead != 0 {
+		s.p.cmd.Env = append(s.p.cmd.Env, clockAhead+"="+s.ahead.String())
+	}
 	s.p.cmd.Stdout, s.p.cmd.Stderr = s.p, s.p
 	if err := s.p.cmd.Start(); err != nil {
 		r.failf("%v", err)
@@ -212,20 +204,25 @@ func (r *chaosRig) ready(s *chaosServer) {
 	})
 }
 
+// count keeps the metrics of a server that is about to end.
+func (r *chaosRig) count(s *chaosServer) {
+	b, _ := r.get(s, 9004, "/metrics") // one that does not answer has counted nothing
+	r.counted = append(append(r.counted, b...), '\n')
+}
+
 func (r *chaosRig) kill(s *chaosServer) {
 	if s.p != nil {
+		r.count(s)
 		s.p.cmd.Process.Kill()
 		s.p.cmd.Wait()
 		s.p = nil
 	}
 }
 
-var chaosHanded = regexp.MustCompile(`msg="handed over" .*bytes=(\d+)`)
-
-// stop ends a server with SIGTERM, which has it hand over what it holds, and returns
-// how many bytes it has handed over since it was started.
-func (r *chaosRig) stop(s *chaosServer) (bytes int) {
+// stop ends a server with SIGTERM: it serves consumers what they have not read, and ends.
+func (r *chaosRig) stop(s *chaosServer) {
 	r.t.Helper()
+	r.count(s)
 	s.p.cmd.Process.Signal(syscall.SIGTERM)
 	ended := make(chan error, 1)
 	go func() { ended <- s.p.cmd.Wait() }()
@@ -234,15 +231,10 @@ func (r *chaosRig) stop(s *chaosServer) (bytes int) {
 		if err != nil {
 			r.failf("%s ended with %v:\n%s", s.name, err, s.p.text())
 		}
-		for _, m := range chaosHanded.FindAllStringSubmatch(s.p.text(), -1) {
-			n, _ := strconv.Atoi(m[1])
-			bytes += n
-		}
 		s.p = nil
 	case <-time.After(chaosPatience):
 		r.failf("%s does not end:\n%s", s.name, s.p.text())
 	}
-	return bytes
 }
 
 // part cuts the network among servers: each is in one part.
@@ -312,13 +304,12 @@ func (r *chaosRig) running() (up []*chaosServer) {
 	return up
 }
 
-// settled waits until all that run have one ring, and hold nothing that is another's,
-// and returns how long that took.
+// settled waits until all that run have one ring, and returns how long that took.
 func (r *chaosRig) settled() time.Duration {
 	r.t.Helper()
 	begin := time.Now()
 	up := r.running()
-	r.wait("servers agree, and have handed over all", func() bool {
+	r.wait("servers agree", func() bool {
 		version := ""
 		for _, s := range up {
 			b, err := r.get(s, 9004, "/debug/cluster")
@@ -329,7 +320,7 @@ func (r *chaosRig) settled() time.Duration {
 			if version == "" {
 				version = d.Ring.Version
 			}
-			if len(d.slots()) != len(up) || d.Ring.Version != version || d.Handoff.HeldBack || d.Handoff.Left > 0 {
+			if len(d.slots()) != len(up) || d.Ring.Version != version {
 				return false
 			}
 		}
@@ -338,38 +329,43 @@ func (r *chaosRig) settled() time.Duration {
 	return time.Since(begin)
 }
 
-// sum adds a metric up over all that run.
-func (r *chaosRig) sum(metric string) (sum float64) {
+// sum adds a metric up over all servers, also those that ended.
+func (r *chaosRig) sum(metric string) float64 {
+	sum := metricSum(r.counted, metric)
 	for _, s := range r.running() {
 		b, err := r.get(s, 9004, "/metrics")
 		if err != nil {
 			r.failf("%v", err)
 		}
-		for line := range strings.Lines(string(b)) {
-			if rest, ok := strings.CutPrefix(line, metric+" "); ok {
-				v, _ := strconv.ParseFloat(strings.TrimSpace(rest), 64)
-				sum += v
-			}
+		sum += metricSum(b, metric)
+	}
+	return sum
+}
+
+// metricSum adds up the series of a metric in an exposition.
+func metricSum(text []byte, metric string) (sum float64) {
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, metric); ok && (rest[0] == ' ' || rest[0] == '{') {
+			fields := strings.Fields(rest)
+			v, _ := strconv.ParseFloat(fields[len(fields)-1], 64)
+			sum += v
 		}
 	}
 	return sum
 }
 
-// load begins to push every so often, and to scrape.
-func (r *chaosRig) load(every, scrape time.Duration) {
+// load begins to push every so often, without clients.
+func (r *chaosRig) load(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
 	for i, site := range r.sites {
 		phase := every * time.Duration(i) / time.Duration(len(r.sites))
 		r.pushing.Go(func() { site.run(ctx, every, phase) })
 	}
-	for _, s := range r.servers {
-		r.scraping.Go(func() { r.consumer.run(r.haltCtx, s, scrape) })
-	}
 }
 
-// acked ends pushing, and returns the samples that were answered 200.
-func (r *chaosRig) acked() map[chaosSample]bool {
+// acked ends pushing. The samples that were answered 200 do not change any more.
+func (r *chaosRig) acked() {
 	r.t.Helper()
 	r.push()
 	ended := make(chan struct{})
@@ -382,13 +378,6 @@ func (r *chaosRig) acked() map[chaosSample]bool {
 			return false
 		}
 	})
-	all := map[chaosSample]bool{}
-	for _, site := range r.sites {
-		for at := range site.acked {
-			all[chaosSample{site.n, at}] = true
-		}
-	}
-	return all
 }
 
 // chaosSite pushes one sample of each of its series at a time, and tries again, at one
@@ -467,185 +456,4 @@ func (s *chaosSite) try(server int, t int64) (again bool, err error) {
 		return resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests, fmt.Errorf("%s: %s", resp.Status, answer)
 	}
 	return false, nil
-}
-
-// chaosSeen is what became of a sample at the consumer.
-type chaosSeen struct {
-	series    int  // of the site's, by bits
-	confirmed bool // the server could know that it has arrived
-}
-
-// chaosConsumer scrapes every server as one consumer, as Prometheus does: over one
-// connection each, as long as it lasts.
-type chaosConsumer struct {
-	mu     sync.Mutex // guards the rest
-	seen   map[chaosSample]*chaosSeen
-	newest map[int]int64 // by site
-	// again counts samples that were confirmed and came again, though not as the newest
-	// of their series; late those that came first when newer ones had.
-	again, late, failed int
-	wrong               []string // what should never come
-}
-
-func (c *chaosConsumer) run(ctx context.Context, s *chaosServer, every time.Duration) {
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxConnsPerHost: 1, DialContext: (&net.Dialer{Timeout: 2 * time.Second}).DialContext}}
-	defer client.CloseIdleConnections()
-	var pending map[chaosSample]int
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		reused := false
-		body, err := chaosScrape(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { reused = i.Reused }}), client, s, "chaos")
-		if err == nil {
-			if !reused {
-				pending = nil
-			}
-			pending = c.take(body, pending, s.name)
-		} else {
-			c.mu.Lock()
-			c.failed++
-			c.mu.Unlock()
-			client.CloseIdleConnections()
-			pending = nil
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
-}
-
-// take notes what was served; of pending the server could know that it had arrived.
-func (c *chaosConsumer) take(body []byte, pending map[chaosSample]int, server string) (next map[chaosSample]int) {
-	samples, wrong := chaosParse(body)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, w := range wrong {
-		c.wrong = append(c.wrong, server+": "+w)
-	}
-	for sample := range pending {
-		c.seen[sample].confirmed = true
-	}
-	here := map[int]int64{} // the newest of each site in this answer
-	for sample := range samples {
-		here[sample.site] = max(here[sample.site], sample.t)
-	}
-	for sample, series := range samples {
-		seen := c.seen[sample]
-		if seen == nil {
-			seen = &chaosSeen{}
-			c.seen[sample] = seen
-			if sample.t < c.newest[sample.site] {
-				c.late++
-			}
-		} else if seen.confirmed && sample.t < here[sample.site] {
-			c.again++
-		}
-		seen.series |= series
-	}
-	for site, t := range here {
-		c.newest[site] = max(c.newest[site], t)
-	}
-	return samples
-}
-
-// missing returns which of these samples did not come whole.
-func (c *chaosConsumer) missing(acked map[chaosSample]bool) (missing []chaosSample) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for sample := range acked {
-		if seen := c.seen[sample]; seen == nil || seen.series != 1<<chaosSeries-1 {
-			missing = append(missing, sample)
-		}
-	}
-	return missing
-}
-
-func chaosScrape(ctx context.Context, client *http.Client, s *chaosServer, consumer string) ([]byte, error) {
-	query := ""
-	if consumer != "" {
-		query = "?consumer=" + consumer
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url(9004, "/federate"+query), nil)
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "10")
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", resp.Status, b)
-	}
-	return b, err
-}
-
-// chaosParse reads samples, each with the series that it came of, and what is wrong:
-// times of a series that do not ascend, or values that are not the site's.
-func chaosParse(body []byte) (samples map[chaosSample]int, wrong []string) {
-	samples = map[chaosSample]int{}
-	type series struct{ site, k int }
-	last := map[series]int64{}
-	lines := bufio.NewScanner(bytes.NewReader(body))
-	for lines.Scan() {
-		line := lines.Text()
-		if !strings.HasPrefix(line, "chaos_total{") {
-			continue
-		}
-		var site, k int
-		var v, t int64
-		if _, err := fmt.Sscanf(line, `chaos_total{_id="site-%d",instance="",job="",k="%d"} %d %d`, &site, &k, &v, &t); err != nil {
-			wrong = append(wrong, line+": "+err.Error())
-			continue
-		}
-		if v != t%1000003 || last[series{site, k}] >= t {
-			wrong = append(wrong, line)
-		}
-		last[series{site, k}] = t
-		samples[chaosSample{site, t}] |= 1 << k
-	}
-	return samples, wrong
-}
-
-// chaosHeld is who holds and who shows what, at the end.
-type chaosHeld struct {
-	holders map[chaosSample][]string // by a consumer that comes first
-	shown   map[int][]string         // by scrapes without a name
-}
-
-// held asks every server for all.
-func (r *chaosRig) held() chaosHeld {
-	r.t.Helper()
-	h := chaosHeld{map[chaosSample][]string{}, map[int][]string{}}
-	for _, s := range r.running() {
-		client := &http.Client{Timeout: time.Minute, Transport: &http.Transport{}}
-		body, err := chaosScrape(context.Background(), client, s, fmt.Sprint("audit-", time.Now().UnixNano()))
-		if err != nil {
-			r.failf("%v", err)
-		}
-		samples, wrong := chaosParse(body)
-		if len(wrong) > 0 {
-			r.failf("%s holds %s", s.name, wrong[0])
-		}
-		for sample := range samples {
-			h.holders[sample] = append(h.holders[sample], s.name)
-		}
-		if body, err = chaosScrape(context.Background(), client, s, ""); err != nil {
-			r.failf("%v", err)
-		}
-		shown := map[int]bool{}
-		samples, _ = chaosParse(body)
-		for sample := range samples {
-			shown[sample.site] = true
-		}
-		for site := range shown {
-			h.shown[site] = append(h.shown[site], s.name)
-		}
-		client.CloseIdleConnections()
-	}
-	return h
 }

@@ -31,7 +31,7 @@ const (
 	scrapeGrace      = 2 * time.Second  // that a push which is due waits for a scrape which is under way
 	sourceSlack      = 2 * time.Second  // by which a source's Date may differ and say nothing
 	lastAttempt      = 5 * time.Second  // at the end, for what is in memory only
-	dropNotice       = time.Minute      // between log lines of drops
+	dropWait         = time.Minute      // between log lines of drops
 	sourceNotice     = 10 * time.Minute // between log lines of a source that goes on failing
 	scrapeAccept     = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
@@ -70,6 +70,7 @@ type Client struct {
 	state     atomic.Pointer[ClientState]
 	spool     *Spool
 	courier   *Courier
+	clocks    *ServerClocks
 	scrapedOK atomic.Bool // the last scrape succeeded
 
 	// For the scraping goroutine.
@@ -78,14 +79,19 @@ type Client struct {
 	sourceLogged  time.Time
 	skew          int64 // ms; see sourceSkew
 
-	mu           sync.Mutex // guards the rest
-	dropLogged   time.Time
-	dropsPending int // samples dropped since
+	mu    sync.Mutex    // guards drops
+	drops [2]dropNotice // of scrapes that no server holds, and of others
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
 	scrapeSeconds                                   *Histogram
 	lastScrape, expiry                              *Gauge
 	spoolScrapes, spoolBytes, spoolAge              *Gauge
+}
+
+// dropNotice is what was logged of drops.
+type dropNotice struct {
+	at               time.Time
+	scrapes, samples int // dropped since
 }
 
 // NewClient returns a Client without state and spool: see Reload, Open.
@@ -100,16 +106,16 @@ func NewClient(cfg ClientConfig) *Client {
 		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples that did not leave the site, or that the server dropped, by reason.", "reason"),
 		skipped:       m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
 		spoolErrors:   m.Counter("telemeter_spool_errors_total", "Reads and writes of the spool that failed, and damaged files."),
-		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes, or pieces of large ones, that no server has yet."),
-		spoolBytes:    m.Gauge("telemeter_spool_bytes", "Size of the scrapes that no server has yet."),
-		spoolAge:      m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape that no server has yet; 0 if there is none."),
+		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes, or pieces of large ones, in the spool, by whether a server holds them.", "state"),
+		spoolBytes:    m.Gauge("telemeter_spool_bytes", "Size of the scrapes in the spool.", "state"),
+		spoolAge:      m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape in the spool; 0 if there is none.", "state"),
 	}
 	c.expiry = m.Gauge("telemeter_token_expiry_timestamp_seconds", "When the client token expires; 0 if never, or not known.")
 	for _, result := range []string{"ok", "failed"} {
 		c.scrapes.Add(0, result)
 	}
 	for _, reason := range []string{
-		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropByServer, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed,
+		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropByServer, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed, DropSpoolHeld,
 	} {
 		c.dropped.Add(0, reason)
 	}
@@ -119,24 +125,28 @@ func NewClient(cfg ClientConfig) *Client {
 // Open opens the spool, which Run and Once need; FS, Dir, Limit and MaxAge are
 // the caller's to say.
 func (c *Client) Open(cfg SpoolConfig) (err error) {
-	cfg.Cluster, cfg.Now, cfg.OnError, cfg.OnDrop = c.cfg.Cluster, c.moment, c.onSpoolError, c.onDrop
+	cfg.Cluster, cfg.Now, cfg.Final, cfg.OnError, cfg.OnDrop = c.cfg.Cluster, c.moment, c.final, c.onSpoolError, c.onDrop
 	if c.spool, err = OpenSpool(cfg); err != nil {
 		return err
 	}
+	c.clocks = NewServerClocks(c.spool.NewestShift())
 	c.cfg.Metrics.OnCollect(func() {
 		st := c.spool.Stats()
-		c.spoolScrapes.Set(float64(st.Scrapes))
-		c.spoolBytes.Set(float64(st.Bytes))
-		c.spoolAge.Set(st.Oldest.Seconds())
+		for state, part := range st.By {
+			name := SpoolState(state).String()
+			c.spoolScrapes.Set(float64(part.Scrapes), name)
+			c.spoolBytes.Set(float64(part.Bytes), name)
+			c.spoolAge.Set(part.Oldest.Seconds(), name)
+		}
 	})
 	c.courier = NewCourier(CourierConfig{
 		To: c.cfg.To, ToClient: c.cfg.ToClient, Cluster: c.cfg.Cluster, Token: func() string { return c.state.Load().Token },
-		LimitBytes: c.cfg.LimitBytes, MaxWait: max(c.cfg.Interval, time.Minute), Spool: c.spool, Moment: c.moment,
+		LimitBytes: c.cfg.LimitBytes, MaxWait: max(c.cfg.Interval, time.Minute), Spool: c.spool, Clocks: c.clocks, Moment: c.moment,
 		Now: c.cfg.Now, Metrics: c.cfg.Metrics, Dropped: c.dropped, SpoolErrors: c.spoolErrors, Log: c.cfg.Log,
 	})
 	st := c.spool.Stats()
 	if cfg.Dir == "" {
-		c.cfg.Log.Warn("no --spool-dir: scrapes that no server has yet are held in memory only, and lost when this process ends")
+		c.cfg.Log.Warn("no --spool-dir: scrapes are held in memory only; when this process ends nothing is sent again, and what no server has is lost")
 	} else {
 		c.cfg.Log.Info("spool is open", "dir", cfg.Dir, "scrapes", st.Scrapes, "bytes", st.Bytes)
 	}
@@ -151,19 +161,24 @@ func (c *Client) onSpoolError(err error) {
 	c.cfg.Log.Error("spool failed", "err", err)
 }
 
-// onDrop counts, and logs at most once a minute: a full spool drops at each scrape.
+// onDrop counts, and logs at most once a minute: a full spool drops at each scrape. What
+// a server holds is no loss.
 func (c *Client) onDrop(reason string, scrapes, samples int) {
 	c.dropped.Add(float64(samples), reason)
-	now := c.cfg.Now()
+	now, kind, level, text := c.cfg.Now(), 0, slog.LevelError, "scrapes are dropped from the spool"
+	if reason == DropSpoolHeld {
+		kind, level, text = 1, slog.LevelInfo, "scrapes that a server holds are dropped from the spool, though not every consumer has read them"
+	}
 	c.mu.Lock()
-	c.dropsPending += samples
-	pending, due := c.dropsPending, now.Sub(c.dropLogged) >= dropNotice
+	n := &c.drops[kind]
+	n.scrapes, n.samples = n.scrapes+scrapes, n.samples+samples
+	told, due := *n, now.Sub(n.at) >= dropWait
 	if due {
-		c.dropsPending, c.dropLogged = 0, now
+		*n = dropNotice{at: now}
 	}
 	c.mu.Unlock()
 	if due {
-		c.cfg.Log.Error("scrapes are dropped from the spool", "reason", reason, "scrapes", scrapes, "samples", pending)
+		c.cfg.Log.Log(context.Background(), level, text, "reason", reason, "scrapes", told.scrapes, "samples", told.samples)
 	}
 }
 
@@ -247,11 +262,15 @@ func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
 			warned = begin
 		}
 		err := c.spoolOne(ctx)
-		// The scrape nearest to when a push is due starts it.
+		// The scrape nearest to when a push is due starts it. The first scrape starts one
+		// at any time, and takes the place of none.
 		if half := begin.Add(c.cfg.ScrapeInterval / 2); err == nil && !half.Before(push) {
 			select {
 			case due <- struct{}{}:
 			default:
+			}
+			if push.IsZero() {
+				half = begin
 			}
 			push = half.Add(c.untilPhase(half, c.cfg.Interval))
 		}
@@ -319,7 +338,7 @@ func (c *Client) Once(ctx context.Context) error {
 		if errors.Is(e, ErrSpoolRead) {
 			who = "spool"
 		}
-		err = errors.Join(err, fmt.Errorf("%s: %w (scrapes kept in the spool: %d, in memory only: %d)", who, e, st.Scrapes-st.InMemory, st.InMemory))
+		err = errors.Join(err, fmt.Errorf("%s: %w (scrapes kept in the spool: %d, in memory only: %d)", who, e, st.By[ScrapeUndelivered].Scrapes-st.InMemory, st.InMemory))
 	}
 	return err
 }
@@ -346,6 +365,7 @@ func (c *Client) spoolOne(ctx context.Context) error {
 		c.cfg.Log.Info("source works again", "failed", c.sourceFailing)
 		c.sourceFailing = 0
 	}
+	got.Shift, got.Final = c.clocks.Shift(got.At, got.Source)
 	for _, piece := range c.pieces(got, got.Push.Samples) {
 		err = errors.Join(err, c.spool.Add(piece))
 	}
@@ -367,6 +387,8 @@ type Scraped struct {
 	Push   Push
 	At     Moment // when the source answered
 	Source int64  // what its clock showed then, in ms since the epoch
+	Shift  int64  // ms, which the times in Push do not have yet
+	Final  bool   // Shift is known
 }
 
 // Scrape gets what the source has and cleans it. Samples without a time get that
@@ -482,22 +504,41 @@ func sourceSkew(date string, wall, before int64) int64 {
 	return before
 }
 
-// Text appends what is pushed of some samples of p, before compression.
-func (c *Client) Text(b []byte, p *Push, samples []Sample) []byte {
+// Text appends what is pushed of a scrape's samples, before compression.
+func (c *Client) Text(b []byte, got *Scraped, samples []Sample) []byte {
 	for _, s := range samples {
-		b = AppendSample(b, p.Line(s), s.T, s.V)
+		b = AppendSample(b, got.Push.Line(s), s.T+got.Shift, s.V)
 	}
 	return b
+}
+
+// final returns a scrape, which was spooled before any server was heard, with its final
+// times.
+func (c *Client) final(sc Scrape) Scrape {
+	sc.Shift, _ = c.clocks.Shift(sc.At, sc.Source)
+	sc.Final = true
+	if sc.Shift == 0 {
+		return sc
+	}
+	var unpack Decompressor
+	text, _, err := unpack.Decompress(sc.Gzip, "gzip", sc.Size)
+	if err != nil { // never: the spool has checked it
+		sc.Shift = 0
+		return sc
+	}
+	text = shiftText(text, sc.Shift)
+	sc.Size, sc.Gzip = len(text), Gzip(text)
+	return sc
 }
 
 // pieces renders samples of a scrape as one piece, or as several if the limits
 // need it. A series that alone is over them is dropped.
 func (c *Client) pieces(got *Scraped, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
-	text := c.Text(nil, &got.Push, samples)
+	text := c.Text(nil, got, samples)
 	if int64(len(text)) <= DecodedFactor*limit {
 		if z := Gzip(text); int64(len(z)) <= limit {
-			return []Scrape{{At: got.At, Source: got.Source, Samples: len(samples), Size: len(text), Gzip: z}}
+			return []Scrape{{At: got.At, Source: got.Source, Shift: got.Shift, Final: got.Final, Samples: len(samples), Size: len(text), Gzip: z}}
 		}
 	}
 	if len(samples) <= 1 {

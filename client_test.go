@@ -66,13 +66,15 @@ func (l *logBuffer) Reset() {
 // fakeHub is a server that writes down what it is sent.
 type fakeHub struct {
 	t       *testing.T
-	mu      sync.Mutex // guards asked, bodies, at, hosts and headers while a client runs
+	mu      sync.Mutex // guards asked, asks, bodies, at, hosts and headers while a client runs
 	asked   []time.Time
 	bodies  []string
 	at      []time.Time
 	hosts   []string
 	headers []http.Header
+	asks    []time.Time                          // questions of what is held
 	expires int                                  // seconds
+	tells   bool                                 // the time, and its name
 	answer  func(r *http.Request) *http.Response // nil to accept
 }
 
@@ -88,8 +90,16 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 		if got := r.Header.Get("Authorization"); got != "Bearer client-token" || r.URL.Query().Get("id") != "site" {
 			h.t.Errorf("authorize with %q for %q", got, r.URL.RawQuery)
 		}
-		return respond(200, nil, fmt.Sprintf(`{"version":1,"token":"upload-%d","expiresInSeconds":%d,"labels":{"_id":"site"}}`, len(h.asked), h.expires)), nil
+		return respond(200, nil, fmt.Sprintf(`{"version":1,"token":"upload-%d","expiresInSeconds":%d,"labels":{"_id":"site"}%s}`, len(h.asked), h.expires, h.clock(r))), nil
 	case "/upload":
+		if names, err := ParseSpoolNames(r.Header.Get(SpoolHeader)); err != nil || names.ID == 0 || len(names.Numbers) == 0 && r.ContentLength != 0 {
+			if r.Header.Get(SpoolHeader) != "" {
+				h.t.Errorf("a push names %q, %v", r.Header.Get(SpoolHeader), err)
+			}
+		} else if len(names.Numbers) == 0 {
+			h.asks = append(h.asks, time.Now())
+			return respond(200, nil, `{"accepted":0,"duplicates":0,"dropped":{}`+h.clock(r)+`}`), nil
+		}
 		h.hosts = append(h.hosts, r.URL.Host)
 		h.at = append(h.at, time.Now())
 		h.headers = append(h.headers, r.Header)
@@ -107,10 +117,18 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 			return nil, err
 		}
 		h.bodies = append(h.bodies, string(b))
-		return respond(200, nil, `{"accepted":1,"duplicates":0,"dropped":{}}`), nil
+		return respond(200, nil, `{"accepted":1,"duplicates":0,"dropped":{}`+h.clock(r)+`}`), nil
 	}
 	h.t.Errorf("unexpected request for %s", r.URL)
 	return respond(404, nil, ""), nil
+}
+
+// clock returns what an answer tells of the server's clock.
+func (h *fakeHub) clock(r *http.Request) string {
+	if !h.tells {
+		return ""
+	}
+	return fmt.Sprintf(`,"server":%q,"time":%d`, r.URL.Host, time.Now().UnixMilli())
 }
 
 // testBoot is a boot-time clock that started 1000 s before the epoch of a test.
@@ -191,6 +209,38 @@ func TestClientPhase(t *testing.T) {
 			t.Error("two cluster IDs have the same phase")
 		}
 	})
+}
+
+// Whenever a client starts, and however long its first push takes, each later scrape is
+// pushed at once.
+func TestClientPushesAtOnce(t *testing.T) {
+	for i := range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			time.Sleep(time.Duration(i) * 6 * time.Second)
+			var scraped []time.Time
+			c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+				cfg.To = cfg.To[:1]
+				cfg.FromClient = &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+					scraped = append(scraped, time.Now())
+					return respond(200, nil, "a 1\n"), nil
+				})}
+			})
+			n := 0
+			hub.answer = func(*http.Request) *http.Response {
+				if n++; n == 1 {
+					return respond(503, http.Header{"Retry-After": {"5"}}, "busy")
+				}
+				return nil
+			}
+			runFor(t, c, 7*time.Minute)
+			for k, at := range scraped[1:] {
+				if !slices.ContainsFunc(hub.at, at.Equal) {
+					t.Errorf("%v after the clients of before: no push with scrape %d; scrapes at %v, pushes at %v", time.Duration(i)*6*time.Second, k+1, scraped, hub.at)
+					break
+				}
+			}
+		})
+	}
 }
 
 func TestClientRetries(t *testing.T) {
@@ -433,7 +483,7 @@ empty{b="c",region="north"} 3 1700000001234
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(c.Text(nil, &scraped.Push, scraped.Push.Samples)); got != want {
+	if got := string(c.Text(nil, scraped, scraped.Push.Samples)); got != want {
 		t.Errorf("a dry run prints:\n%s", got)
 	}
 	// The listener shows the last set sent, and is ready only after a success.

@@ -52,20 +52,10 @@ type Cluster struct {
 	Batches  []*Batch // by sequence number
 	Seq      uint64   // of the newest batch ever
 	Accepted int64    // ms; of the newest push
-	Clock    SourceClock
+	Spools   SiteSpools
 	begin    uint64 // Seq before the first batch
-	given    bool   // batches were dropped that another server has, and may hand back
 	oldest   int64  // ms; older samples have expired, even while their batch is still in memory
 	minT     int64  // ms; no sample of Batches is older
-}
-
-// Handed is a batch as another server held it: its samples' times are shifted
-// already.
-type Handed struct {
-	Accepted int64 // ms, by that server's clock
-	Clock    ScrapeClock
-	Shift    int64    // ms
-	Had      []uint64 // consumers that had it there
 }
 
 // NewCluster returns an empty one; for the seed see NewSeriesTable.
@@ -103,20 +93,12 @@ func (c *Cluster) Bytes() int64 {
 type AppendResult struct {
 	Accepted, Duplicates      int
 	Conflicts, TooOld, Future int           // dropped
-	Outlived, Unread          int           // of those too old: handed over; not had by all
 	Write                     time.Duration // spent until the disk had it
 }
 
-// Add adds what became of another push.
-func (r *AppendResult) Add(o AppendResult) {
-	r.Accepted += o.Accepted
-	r.Duplicates += o.Duplicates
-	r.Conflicts += o.Conflicts
-	r.TooOld += o.TooOld
-	r.Future += o.Future
-	r.Outlived += o.Outlived
-	r.Unread += o.Unread
-	r.Write += o.Write
+// Untimely reports that samples were dropped for their time and none was taken or held.
+func (r *AppendResult) Untimely() bool {
+	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
 }
 
 // entry is a sample of a push whose series is found.
@@ -129,31 +111,23 @@ type entry struct {
 
 // Prepare finds or inserts the series of p and makes a batch of the samples that
 // are new: neither held, nor older than retention, nor of the future. The lines
-// of p are those of Push.Add; handed, if not nil, is what another server says of
-// them. Until Take holds the batch, Table.Truncate(known) undoes it; on an error,
-// ErrSeriesLimit, ErrTooLarge or ErrClock, nothing was inserted.
-func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
+// of p are those of Push.Add; names are of the scrapes in it. Until Take holds the batch,
+// Table.Truncate(known) undoes it; on an error, ErrSeriesLimit, ErrTooLarge or ErrClock,
+// nothing was inserted.
+//
+// The batch gets the names only if it vouches for the scrapes. If all samples of a scrape
+// are dropped for their time, this server's clock may be the wrong one; and of several
+// scrapes in a push nothing tells to which of them a sample belongs.
+func (c *Cluster) Prepare(p *Push, names SpoolNames, now Span, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
 	if len(p.Samples) > maxBatch {
 		return nil, 0, res, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
 	}
-	b = &Batch{Seq: c.Seq + 1, Accepted: now.Early.UnixMilli(), Clock: p.Clock}
-	add := int64(0) // to the times of p
-	clock := c.Clock
-	if handed == nil {
-		b.Shift = c.Clock.Observe(p.Clock)
-		add = b.Shift
-	} else {
-		// Not later than now, or a site would look alive when it is silent.
-		b.Accepted = min(b.Accepted, handed.Accepted)
-		b.Clock, b.Shift, b.Had = handed.Clock, handed.Shift, handed.Had
-		c.Clock.Learn(handed.Clock, handed.Shift)
-	}
+	b = &Batch{Seq: c.Seq + 1, Accepted: now.Early.UnixMilli(), T0: now.Early.UnixMilli()}
 	oldest, newest := now.Early.Add(-retention).UnixMilli(), now.Late.Add(maxAhead).UnixMilli()
 	sureOldest, sureNewest := now.Late.Add(-retention).UnixMilli(), now.Early.Add(maxAhead).UnixMilli()
 	entries := make([]entry, 0, len(p.Samples))
 	known = c.Table.Len()
 	for _, smp := range p.Samples {
-		smp.T += add
 		if smp.T < oldest {
 			res.TooOld++
 			continue
@@ -164,7 +138,6 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Dura
 		}
 		if smp.T < sureOldest || smp.T > sureNewest {
 			c.Table.Truncate(known)
-			c.Clock = clock // forgets a measurement by a clock in doubt
 			return nil, known, AppendResult{}, ErrClock
 		}
 		line := p.Line(smp)
@@ -182,8 +155,11 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Dura
 		}
 		entries = append(entries, entry{id: id, t: smp.T, v: smp.V})
 	}
-	entries = c.novel(b, entries, &res)
+	entries = c.novel(entries, &res)
 	res.Accepted = len(entries)
+	if !res.Untimely() && (res.TooOld+res.Future == 0 || names.Single()) && len(names.Numbers) > 0 {
+		b.Names = names
+	}
 	b.IDs, b.DT, b.V = make([]uint32, len(entries)), make([]int32, len(entries)), make([]float64, len(entries))
 	if len(entries) > 0 {
 		b.T0 = entries[0].t
@@ -197,10 +173,8 @@ func (c *Cluster) Prepare(p *Push, handed *Handed, now Span, retention time.Dura
 }
 
 // novel leaves out what is held already, by series and time, and orders the
-// rest for a batch: the first sample of every series by ID, then the second … What
-// was held under another shift is compared by the source's time, if it is of the
-// same clock: a push that comes again must not find itself elsewhere.
-func (c *Cluster) novel(b *Batch, entries []entry, res *AppendResult) []entry {
+// rest for a batch: the first sample of every series by ID, then the second …
+func (c *Cluster) novel(entries []entry, res *AppendResult) []entry {
 	byTime := func(a, b entry) int { return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t)) }
 	if !slices.IsSortedFunc(entries, byTime) {
 		slices.SortStableFunc(entries, byTime)
@@ -216,16 +190,7 @@ func (c *Cluster) novel(b *Batch, entries []entry, res *AppendResult) []entry {
 		id uint32
 		t  int64
 	}
-	// moved is by how much the times of an older batch differ from those of b that
-	// mean the same.
-	moved := func(old *Batch) int64 {
-		if old.Shift != b.Shift && old.Clock.Same(b.Clock) {
-			return b.Shift - old.Shift
-		}
-		return 0
-	}
-	shifted := slices.ContainsFunc(c.Batches, func(old *Batch) bool { return moved(old) != 0 })
-	late := map[key]float64{} // may be held: older than the newest of their series, or shifted
+	late := map[key]float64{} // may be held: older than the newest of their series
 	times := map[int64]bool{} // of those
 	out := entries[:0]
 	for _, e := range entries {
@@ -234,23 +199,23 @@ func (c *Cluster) novel(b *Batch, entries []entry, res *AppendResult) []entry {
 			continue
 		}
 		lastT, lastV := c.Table.Newest(e.id)
-		if e.t == lastT && !c.given { // else it may be held no more
+		if e.t == lastT {
 			repeat(e, lastV)
 			continue
 		}
-		if e.t <= lastT || shifted {
+		if e.t < lastT {
 			late[key{e.id, e.t}], times[e.t] = e.v, true
 		}
 		out = append(out, e)
 	}
 	if len(late) > 0 {
 		held := map[key]bool{}
-		look := func(old *Batch, move int64) {
-			if old.DT == nil && !times[old.T0+move] {
-				return
+		for _, old := range c.Batches {
+			if old.DT == nil && !times[old.T0] {
+				continue
 			}
 			for i, id := range old.IDs {
-				k := key{id, old.Time(i) + move}
+				k := key{id, old.Time(i)}
 				if !times[k.t] {
 					continue
 				}
@@ -258,12 +223,6 @@ func (c *Cluster) novel(b *Batch, entries []entry, res *AppendResult) []entry {
 					held[k] = true
 					repeat(entry{v: v}, old.V[i])
 				}
-			}
-		}
-		for _, old := range c.Batches {
-			look(old, 0)
-			if move := moved(old); move != 0 {
-				look(old, move)
 			}
 		}
 		out = slices.DeleteFunc(out, func(e entry) bool { return held[key{e.id, e.t}] })
@@ -310,11 +269,10 @@ func (c *Cluster) Adopt(b *Batch) (lost int, err error) {
 		return 0, fmt.Errorf("batch %d after %d", b.Seq, c.Seq)
 	}
 	c.Seq, c.Accepted = b.Seq, max(c.Accepted, b.Accepted)
-	c.Clock.Resume(b.Clock, b.Shift)
 	lost = len(b.V)
 	b = b.Where(func(i int) bool { return int(b.IDs[i]) < c.Table.Len() && len(c.Table.Line(b.IDs[i])) > 0 })
 	lost -= len(b.V)
-	if len(b.V) > 0 {
+	if len(b.V) > 0 || b.Names.ID != 0 {
 		c.replace(b)
 		c.Take(b)
 	}
@@ -335,8 +293,8 @@ func (c *Cluster) Distrust(most uint64) {
 	}
 }
 
-// replace drops what b has from earlier batches. They were evicted, or dropped since
-// another server had them, and then b came; the log was not rewritten in between.
+// replace drops what b has from earlier batches. They were evicted, and then b came; the
+// log was not rewritten in between.
 func (c *Cluster) replace(b *Batch) {
 	type key struct {
 		id uint32
@@ -358,7 +316,7 @@ func (c *Cluster) replace(b *Batch) {
 			c.Batches[i] = old.Where(func(i int) bool { return !again[key{old.IDs[i], old.Time(i)}] })
 		}
 	}
-	c.Batches = slices.DeleteFunc(c.Batches, func(old *Batch) bool { return len(old.V) == 0 })
+	c.Batches = slices.DeleteFunc(c.Batches, func(old *Batch) bool { return len(old.V) == 0 && old.Names.ID == 0 })
 }
 
 // Take holds b, which is durable, and shows its samples.
@@ -369,6 +327,7 @@ func (c *Cluster) Take(b *Batch) {
 	}
 	c.Seq, c.Accepted = max(c.Seq, b.Seq), max(c.Accepted, b.Accepted) // Compact takes older ones
 	c.Batches = append(c.Batches, b)
+	c.Spools.Add(b.Names, b.Seq)
 	c.minT = min(c.minT, b.MinT)
 	c.show(b)
 }
@@ -402,11 +361,11 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
 // no sample left, which renumbers the others. c may be read meanwhile, and stays as
 // it is.
 func (c *Cluster) Compact(more []*Batch, oldest int64) Cluster {
-	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, Clock: c.Clock, given: c.given, oldest: c.oldest, minT: math.MaxInt64}
+	next := Cluster{ID: c.ID, Seq: c.Seq, Accepted: c.Accepted, oldest: c.oldest, minT: math.MaxInt64}
 	oldest = max(oldest, c.oldest)
 	var held []*Batch
 	for _, b := range c.Batches {
-		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 {
+		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 || b.Names.ID != 0 && b.MaxT >= oldest {
 			held = append(held, b)
 		}
 	}
@@ -427,7 +386,33 @@ func (c *Cluster) Compact(more []*Batch, oldest int64) Cluster {
 		}
 		next.Take(&n) // shares equal lists of IDs again
 	}
+	next.Spools = c.Spools.Clone()
+	for _, b := range more {
+		next.Spools.Add(b.Names, b.Seq)
+	}
 	return next
+}
+
+// RestoreSpools takes what a record kept of the spools, and the names in the batches. After
+// damage to the log no scrape counts as held, because a batch may name a scrape of which
+// another batch, which is lost, had a part.
+func (c *Cluster) RestoreSpools(kept SiteSpools, damaged bool) {
+	c.Spools = kept
+	if !damaged {
+		for _, b := range c.Batches {
+			if !c.Spools.Knows(b.Names) {
+				c.Spools.Add(b.Names, b.Seq)
+			}
+		}
+		return
+	}
+	c.Spools.DropHeld()
+	for i, b := range c.Batches {
+		k := *b
+		k.Names = SpoolNames{}
+		c.Batches[i] = &k
+	}
+	c.Batches = slices.DeleteFunc(c.Batches, func(b *Batch) bool { return len(b.V) == 0 })
 }
 
 // Records calls yield with framed records that make up the log of c.
@@ -438,9 +423,7 @@ func (c *Cluster) Records(yield func(frames []byte) bool) {
 	batches := c.Batches
 	if n := len(batches); n == 0 || batches[n-1].Seq < c.Seq {
 		// Sequence numbers never start again.
-		last := &Batch{Seq: c.Seq, Accepted: c.Accepted}
-		last.Clock, last.Shift = c.Clock.State()
-		batches = append(slices.Clip(batches), last)
+		batches = append(slices.Clip(batches), &Batch{Seq: c.Seq, Accepted: c.Accepted})
 	}
 	var frames, payload []byte
 	for _, b := range batches {
@@ -450,12 +433,20 @@ func (c *Cluster) Records(yield func(frames []byte) bool) {
 			return
 		}
 	}
+	// Behind the batches: a log that is cut short must not claim scrapes that it lost.
+	for _, payload := range c.Spools.Records() {
+		if !yield(AppendRecord(nil, RecordSpool, payload)) {
+			return
+		}
+	}
 }
 
 // Expire expires the samples older than oldest. It returns how many these are, how many of
-// them were wanted, and how many samples left memory. A batch leaves memory when all of its
-// samples have expired.
-func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unread, freed int64) {
+// them are lost because they were not read, and how many samples left memory. read returns
+// up to which batch all is read. owned is false if another server owns the site: then a
+// client with a spool has pushed to that server what was not read here, and nothing of it is
+// lost. A batch leaves memory when all of its samples have expired.
+func (c *Cluster) Expire(oldest int64, read func() uint64, owned bool) (expired, unread, freed int64) {
 	from := c.oldest
 	c.oldest = max(c.oldest, oldest)
 	if c.minT >= oldest || from >= oldest {
@@ -466,7 +457,7 @@ func (c *Cluster) Expire(oldest int64, wanted func(*Batch) bool) (expired, unrea
 	for _, b := range c.Batches {
 		if n := b.Between(from, oldest); n > 0 {
 			expired += n
-			if wanted(b) {
+			if (owned || b.Names.ID == 0) && b.Seq > read() {
 				unread += n
 			}
 		}
@@ -510,12 +501,9 @@ func (c *Cluster) since(after Position) []*Batch {
 }
 
 // Unread returns how many samples a reader has not had.
-func (c *Cluster) Unread(after Position, reader uint64) int {
+func (c *Cluster) Unread(after Position) int {
 	n := 0
 	for _, b := range c.since(after) {
-		if slices.Contains(b.Had, reader) {
-			continue
-		}
 		had := after.In(b)
 		if b.MinT >= c.oldest {
 			n += len(b.V) - had
@@ -537,8 +525,8 @@ func (c *Cluster) Unread(after Position, reader uint64) int {
 // none is left after that it also calls it with the newest of each series since minT
 // that was had before, if spare allows them all. It returns how far the reader is with
 // that, and how many it had not had.
-func (c *Cluster) Read(after Position, reader uint64, most, spare int, single bool, oldest, minT int64, emit func(name string, l Line)) (to Position, n int) {
-	entries, to, whole := c.unread(after, reader, most, single, oldest)
+func (c *Cluster) Read(after Position, most, spare int, single bool, oldest, minT int64, emit func(name string, l Line)) (to Position, n int) {
+	entries, to, whole := c.unread(after, most, single, oldest)
 	n = len(entries)
 	again := whole && c.Table.Len() <= spare
 	if n == 0 && !again {
@@ -571,18 +559,14 @@ func (c *Cluster) Read(after Position, reader uint64, most, spare int, single bo
 }
 
 // unread returns samples that a reader has not had, and whether that is all of them.
-func (c *Cluster) unread(after Position, reader uint64, most int, single bool, oldest int64) (entries []entry, to Position, whole bool) {
+func (c *Cluster) unread(after Position, most int, single bool, oldest int64) (entries []entry, to Position, whole bool) {
 	to = after
 	var seen map[uint32]bool
 	if single {
 		seen = map[uint32]bool{}
 	}
 	for _, b := range c.since(after) {
-		from := after.In(b)
-		if slices.Contains(b.Had, reader) {
-			from = len(b.V)
-		}
-		for i := from; i < len(b.V); i++ {
+		for i := after.In(b); i < len(b.V); i++ {
 			t := b.Time(i)
 			if t < c.oldest {
 				continue
@@ -602,15 +586,6 @@ func (c *Cluster) unread(after Position, reader uint64, most int, single bool, o
 	return entries, to, true
 }
 
-// Drop drops batches up to a sequence number, which another server has, and returns
-// the samples dropped.
-func (c *Cluster) Drop(upTo uint64) int64 {
-	c.given = true
-	before := c.Samples()
-	c.Batches = slices.DeleteFunc(slices.Clone(c.Batches), func(b *Batch) bool { return b.Seq <= upTo })
-	return before - c.Samples()
-}
-
 // Head returns when the oldest batch was accepted, in ms, and math.MaxInt64 if
 // none is held.
 func (c *Cluster) Head() int64 {
@@ -620,14 +595,14 @@ func (c *Cluster) Head() int64 {
 	return c.Batches[0].Accepted
 }
 
-// Evictable reports whether there is an oldest batch that nobody wants any more, and
-// of which no scrape that shows samples since shown shows any.
-func (c *Cluster) Evictable(shown int64, wanted func(*Batch) bool) bool {
+// Evictable reports whether there is an oldest batch that is not above read, up to which
+// all is read, and of which no scrape that shows samples since shown shows any.
+func (c *Cluster) Evictable(shown int64, read uint64) bool {
 	if len(c.Batches) == 0 {
 		return false
 	}
 	b := c.Batches[0]
-	if wanted(b) {
+	if b.Seq > read {
 		return false
 	}
 	for i, id := range b.IDs {

@@ -18,14 +18,15 @@ import (
 
 // push prepares and takes points, at clock's time.
 func clusterPush(c *Cluster, now time.Time, points ...point) (*Batch, AppendResult, error) {
-	b, _, res, err := c.Prepare(storePush("a", points...), nil, At(now), 2*time.Hour, 0)
+	b, _, res, err := c.Prepare(storePush("a", points...), SpoolNames{}, At(now), 2*time.Hour, 0)
 	if err == nil && len(b.V) > 0 {
 		c.Take(b)
 	}
 	return b, res, err
 }
 
-func unwanted(*Batch) bool { return false }
+// allRead says that every batch is read.
+func allRead() uint64 { return MaxSeq }
 
 func TestClusterRepeats(t *testing.T) {
 	clock := newStoreClock()
@@ -121,14 +122,14 @@ func TestClusterRefuses(t *testing.T) {
 	clock := newStoreClock()
 	c := NewCluster("a", maphash.MakeSeed())
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), nil, At(clock.Now()), time.Hour, 2)
+	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), SpoolNames{}, At(clock.Now()), time.Hour, 2)
 	if b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 || known != 1 {
 		t.Errorf("%v, %d, %v; %d series", b, known, err, c.Table.Len())
 	}
 	// Long lines count for several.
 	const limit = 2000
 	long := func(n int) (b *Batch, known int, err error) {
-		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), nil, At(clock.Now()), time.Hour, limit)
+		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), SpoolNames{}, At(clock.Now()), time.Hour, limit)
 		return b, known, err
 	}
 	for n := range seriesBytes * limit / 60_100 {
@@ -145,11 +146,11 @@ func TestClusterRefuses(t *testing.T) {
 	c = NewCluster("a", maphash.MakeSeed())
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	many := &Push{Samples: make([]Sample, maxBatch+1)}
-	if _, _, _, err := c.Prepare(many, nil, At(clock.Now()), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
+	if _, _, _, err := c.Prepare(many, SpoolNames{}, At(clock.Now()), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
 	// What is prepared and not taken can be undone, series and all.
-	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), nil, At(clock.Now()), time.Hour, 2)
+	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), SpoolNames{}, At(clock.Now()), time.Hour, 2)
 	if err != nil || len(b.V) != 1 || known != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
 		t.Errorf("%+v, %d, %v", b, known, err)
 	}
@@ -162,25 +163,25 @@ func TestClusterRefuses(t *testing.T) {
 func TestClusterEvictable(t *testing.T) {
 	clock := newStoreClock()
 	c := NewCluster("a", maphash.MakeSeed())
-	if c.Evictable(0, unwanted) || c.Head() != math.MaxInt64 {
+	if c.Evictable(0, MaxSeq) || c.Head() != math.MaxInt64 {
 		t.Error("of nothing something goes")
 	}
 	start := clock.ms(0)
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
-	if c.Evictable(clock.ms(10), unwanted) || !c.Evictable(clock.ms(-1), unwanted) || c.Head() != start {
+	if c.Evictable(clock.ms(10), MaxSeq) || !c.Evictable(clock.ms(-1), MaxSeq) || c.Head() != start {
 		t.Error("what is shown must stay, what is shown no more may go")
 	}
 	clock.Add(time.Second)
 	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	if c.Evictable(clock.ms(10), unwanted) {
+	if c.Evictable(clock.ms(10), MaxSeq) {
 		t.Error("series 1 is shown from the oldest batch")
 	}
 	clock.Add(time.Second)
 	clusterPush(&c, clock.Now(), point{"m", 1, clock.ms(0), 0})
-	if !c.Evictable(clock.ms(10), unwanted) {
+	if !c.Evictable(clock.ms(10), MaxSeq) {
 		t.Error("newer samples of both series are held")
 	}
-	if n := c.Evict(); n != 2 || len(c.Batches) != 2 || c.Samples() != 2 || c.Evictable(clock.ms(10), unwanted) {
+	if n := c.Evict(); n != 2 || len(c.Batches) != 2 || c.Samples() != 2 || c.Evictable(clock.ms(10), MaxSeq) {
 		t.Errorf("%d evicted, %d batches left", n, len(c.Batches))
 	}
 }
@@ -248,14 +249,14 @@ func TestClusterModel(t *testing.T) {
 			switch rng.IntN(8) {
 			case 0:
 				held := c.Samples()
-				n, unread, freed := c.Expire(oldest, unwanted)
+				n, unread, freed := c.Expire(oldest, allRead, true)
 				before := len(model)
 				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
 				if int(n) != before-len(model) || unread != 0 || freed != held-c.Samples() {
 					t.Errorf("%d samples expired, want %d; %d unread; %d freed of %d, %d left", n, before-len(model), unread, freed, held, c.Samples())
 				}
 			case 1:
-				if !c.Evictable(clock.ms(600), unwanted) {
+				if !c.Evictable(clock.ms(600), MaxSeq) {
 					continue
 				}
 				first := c.Batches[0]
@@ -278,7 +279,7 @@ func TestClusterModel(t *testing.T) {
 				if c.Seq == 0 { // has no log
 					continue
 				}
-				c.Expire(oldest, unwanted)
+				c.Expire(oldest, allRead, true)
 				model = contents(&c)
 				got := recovered(t, &c)
 				if len(c.Batches) > 0 && got.ID != "a" {
@@ -315,7 +316,7 @@ func TestClusterModel(t *testing.T) {
 				}
 			}
 			wantHeld(t, fmt.Sprint("step ", step), contents(&c), model)
-			if n := c.Unread(Position{}, 0); n != len(model) || c.Samples() < int64(n) || c.Seq < seq {
+			if n := c.Unread(Position{}); n != len(model) || c.Samples() < int64(n) || c.Seq < seq {
 				t.Errorf("%d samples of %d, %d in memory, number %d after %d", n, len(model), c.Samples(), c.Seq, seq)
 			}
 			if seq = c.Seq; t.Failed() {
@@ -411,32 +412,5 @@ func TestClusterCompactsRemains(t *testing.T) {
 	}
 	if next := c.Compact(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {
 		t.Errorf("%d batches, %d series, number %d", len(next.Batches), next.Table.Len(), next.Seq)
-	}
-}
-
-// A compaction changes nothing in what is known of the source's clock: the shift goes
-// on, and what was held under another one is recognized.
-func TestClusterCompactKeepsClock(t *testing.T) {
-	clock := newStoreClock()
-	c := NewCluster("a", maphash.MakeSeed())
-	for i, test := range []struct{ offset, shift int64 }{
-		{120_000, 120_000},
-		{123_000, 120_000}, // slower on its way
-		{110_000, 110_000}, // quicker: the shift changes
-	} {
-		p := storePush("a", point{"m", 1, clock.ms(157), 1}, point{"m", 1, clock.ms(150), 2})
-		p.Clock = ScrapeClock{Known: true, Offset: test.offset, Base: 1, Boot: 1}
-		want := AppendResult{Duplicates: 2}
-		if i == 0 {
-			want = AppendResult{Accepted: 2}
-		}
-		b, _, res, err := c.Prepare(p, nil, At(clock.Now()), time.Hour, 0)
-		if err != nil || res != want || b.Shift != test.shift {
-			t.Errorf("push %d: %+v, %v, shifted by %d; want %+v, %d", i, res, err, b.Shift, want, test.shift)
-		}
-		if len(b.V) > 0 {
-			c.Take(b)
-		}
-		c = c.Compact(nil, 0)
 	}
 }

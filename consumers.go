@@ -7,6 +7,7 @@ package main
 // sample; consumers and connections are bounded. This file must not know of samples.
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -36,6 +37,7 @@ const (
 	unconfirmedFew   = 3         // scrapes in a row that may be an accident
 	unconfirmedWarn  = time.Hour // between warnings of them
 	consumersSlack   = 64 << 10  // bytes of garbage that are not worth a rewrite
+	maxTold          = 100_000   // sites whose clients tell of consumers
 )
 
 // ErrConsumers: too many consumers are known to remember another.
@@ -49,8 +51,11 @@ type Consumers struct {
 	Torn  int64         // bytes of an unfinished write that OpenConsumers cut
 	stale atomic.Bool   // the consumers on disk are not those of byKey
 
+	retention time.Duration
+
 	mu    sync.Mutex // guards the rest; never held across I/O
 	byKey map[uint64]*consumer
+	told  map[uint64]map[uint64]time.Time // site → consumer → its newest scrape of any server, as the site tells
 }
 
 type consumer struct {
@@ -98,8 +103,8 @@ func ConsumerKey(name, address, match string) uint64 {
 // mode. If the file is damaged, it returns an error and the consumers without any cursor: a
 // record that was lost may have moved or removed each of them. If the file cannot be read,
 // the result is nil.
-func OpenConsumers(fsys FS, dir string, state *StoreState, now time.Time) (*Consumers, error) {
-	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}, state: state}
+func OpenConsumers(fsys FS, dir string, state *StoreState, retention time.Duration, now time.Time) (*Consumers, error) {
+	cs := &Consumers{turn: make(chan struct{}, 1), byKey: map[uint64]*consumer{}, told: map[uint64]map[uint64]time.Time{}, state: state, retention: retention}
 	for _, k := range state.Consumers {
 		cs.know(k, now)
 	}
@@ -375,30 +380,84 @@ func (c *consumer) lower(n int) {
 	}
 }
 
-// Have returns who has had a batch.
-func (cs *Consumers) Have(cluster uint64, b *Batch) []uint64 {
+// Tell takes in which consumers a site's client knows from other servers, or from this one
+// before it lost its disk. They matter for that site alone.
+func (cs *Consumers) Tell(site uint64, all []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	had := slices.Clone(b.Had)
-	for _, c := range cs.byKey {
-		if c.cursors[cluster] >= b.Seq && !slices.Contains(had, c.key) && len(had) < MaxHad {
-			had = append(had, c.key)
+	for _, c := range all {
+		if c.Age >= consumerIdle {
+			continue
+		}
+		told := cs.told[site]
+		if told == nil && len(cs.told) >= maxTold {
+			return
+		}
+		if told == nil {
+			told = map[uint64]time.Time{}
+			cs.told[site] = told
+		}
+		at := now.Add(-c.Age)
+		if old, known := told[c.Key]; at.After(old) && (known || len(told) < MaxConsumers) {
+			told[c.Key] = at
 		}
 	}
-	slices.Sort(had)
-	return had
 }
 
-// Wanted reports whether a consumer has not had a batch.
-func (cs *Consumers) Wanted(cluster uint64, b *Batch) bool {
+// Known returns the consumers of the last day that matter for a site, by key: at most
+// MaxConsumers, the ones that scraped last.
+func (cs *Consumers) Known(site uint64, now time.Time) (all []ConsumerAge) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	for _, c := range cs.byKey {
-		if c.cursors[cluster] < b.Seq && !slices.Contains(b.Had, c.key) {
-			return true
+	for key, at := range cs.scrapes(site, now) {
+		all = append(all, ConsumerAge{key, max(0, now.Sub(at))})
+	}
+	slices.SortFunc(all, func(a, b ConsumerAge) int { return cmp.Or(cmp.Compare(a.Age, b.Age), cmp.Compare(a.Key, b.Key)) })
+	all = all[:min(len(all), MaxConsumers)]
+	slices.SortFunc(all, func(a, b ConsumerAge) int { return cmp.Compare(a.Key, b.Key) })
+	return all
+}
+
+// scrapes returns the newest scrape, of any server, of each consumer of the last day that
+// matters for a site. cs.mu is held.
+func (cs *Consumers) scrapes(site uint64, now time.Time) map[uint64]time.Time {
+	all := make(map[uint64]time.Time, len(cs.byKey))
+	for key, at := range cs.told[site] {
+		if now.Sub(at) < consumerIdle {
+			all[key] = at
 		}
 	}
-	return false
+	for key, c := range cs.byKey {
+		if at := c.used; now.Sub(at) < consumerIdle && at.After(all[key]) {
+			all[key] = at
+		}
+	}
+	return all
+}
+
+// Read returns up to which batch of a site every consumer that counts has read. A consumer
+// that has not scraped for retention does not count, as long as another one has. A consumer
+// that only the site has told of has read nothing here. If there is no consumer, known is
+// false, and seq is above all batches because none of them is waited for.
+func (cs *Consumers) Read(site uint64, now time.Time) (seq uint64, known bool) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	all := cs.scrapes(site, now)
+	recent, least := uint64(MaxSeq), uint64(MaxSeq)
+	for key, at := range all {
+		seq := uint64(0)
+		if c := cs.byKey[key]; c != nil {
+			seq = c.cursors[site]
+		}
+		least = min(least, seq)
+		if now.Sub(at) <= cs.retention {
+			recent = min(recent, seq)
+		}
+	}
+	if recent == MaxSeq { // none is recent
+		recent = least
+	}
+	return recent, len(all) > 0
 }
 
 // Used returns the newest time of a scrape that is saved; zero if none is.
@@ -418,15 +477,23 @@ type ConsumerCursor struct {
 	Key           uint64
 	Name, Address string
 	Seq           uint64
+	Used          time.Time // of its newest scrape
 }
 
-// Cursors returns the cursors of all consumers for a cluster, by name and address.
+// Cursors returns the cursors of all consumers that matter for a cluster, by name and
+// address. A consumer that only the site has told of has its key for a name, no address, and
+// has read nothing.
 func (cs *Consumers) Cursors(cluster uint64) []ConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	var all []ConsumerCursor
 	for _, c := range cs.byKey {
-		all = append(all, ConsumerCursor{c.key, c.name, c.address, c.cursors[cluster]})
+		all = append(all, ConsumerCursor{c.key, c.name, c.address, c.cursors[cluster], c.used})
+	}
+	for key, at := range cs.told[cluster] {
+		if cs.byKey[key] == nil {
+			all = append(all, ConsumerCursor{Key: key, Name: fmt.Sprintf("%016x", key), Used: at})
+		}
 	}
 	slices.SortFunc(all, func(a, b ConsumerCursor) int {
 		return strings.Compare(a.Name+"\x00"+a.Address, b.Name+"\x00"+b.Address)
@@ -475,6 +542,12 @@ func (cs *Consumers) Expire(now time.Time) {
 		}
 		return idle
 	})
+	for site, told := range cs.told {
+		maps.DeleteFunc(told, func(_ uint64, at time.Time) bool { return now.Sub(at) > consumerIdle })
+		if len(told) == 0 {
+			delete(cs.told, site)
+		}
+	}
 }
 
 // SaveKnown writes the consumers to disk if they changed, so that a crash does not make this

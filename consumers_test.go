@@ -22,7 +22,7 @@ var consumersNow = time.UnixMilli(1_700_000_000_000)
 // openConsumers opens what is kept in fsys; damage is to say whether that was damaged.
 func openConsumers(t testing.TB, fsys FS, now time.Time, damage bool) *Consumers {
 	t.Helper()
-	cs, err := OpenConsumers(fsys, "/s", openStoreState(t, fsys), now)
+	cs, err := OpenConsumers(fsys, "/s", openStoreState(t, fsys), time.Hour, now)
 	if (err != nil) != damage {
 		t.Fatalf("opening: %v; damage %t", err, damage)
 	}
@@ -252,7 +252,7 @@ func TestConsumersDamage(t *testing.T) {
 		fsys := newStoreFS(1)
 		fsys.put(consumersPath, data)
 		fsys.put(statePath, state)
-		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), consumersNow)
+		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), time.Hour, consumersNow)
 		got := cursorsOf(cs)
 		if len(got) != len(final) {
 			t.Fatalf("%s: consumers %v are known, of %v", what, got, final)
@@ -302,7 +302,7 @@ func FuzzConsumers(f *testing.F) {
 		}
 		fsys := newStoreFS(1)
 		fsys.put(consumersPath, file)
-		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), consumersNow)
+		cs, _ := OpenConsumers(fsys, "/s", openStoreState(t, fsys), time.Hour, consumersNow)
 		if len(cs.byKey) > MaxConsumers {
 			t.Fatalf("%d consumers", len(cs.byKey))
 		}
@@ -325,7 +325,7 @@ func FuzzConsumers(f *testing.F) {
 // In memory only, nothing is gathered for a file that is not written; nor is anything
 // for clusters that are held no more, or for connections without end.
 func TestConsumersMemoryOnly(t *testing.T) {
-	cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
+	cs, err := OpenConsumers(nil, "", &StoreState{}, time.Hour, consumersNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -345,34 +345,6 @@ func TestConsumersMemoryOnly(t *testing.T) {
 		if len(c.conns) > maxReadings {
 			t.Errorf("%d connections are remembered", len(c.conns))
 		}
-	}
-}
-
-// Who has had a batch that is handed from server to server is bounded, and what is
-// said of it can be read.
-func TestConsumersHaveIsBounded(t *testing.T) {
-	b := &Batch{Seq: 1, IDs: []uint32{0}, V: []float64{1}}
-	for round := range 6 { // other consumers at each server
-		cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i := range MaxConsumers {
-			confirm(t, cs, fmt.Sprint(round, " ", i), consumersNow, map[uint64]uint64{1: 1})
-		}
-		had := cs.Have(1, b)
-		if want := min(MaxHad, (round+1)*MaxConsumers); len(had) != want || len(slices.Compact(slices.Clone(had))) != want {
-			t.Fatalf("round %d: %d had it, want %d", round, len(had), want)
-		}
-		sent := *b
-		sent.Had = had
-		if b, err = DecodeBatch(EncodeBatch(nil, &sent)); err != nil || !slices.Equal(b.Had, had) {
-			t.Fatalf("round %d: %d of %d consumers arrive: %v", round, len(b.Had), len(had), err)
-		}
-	}
-	b.Had = append(b.Had, 1)
-	if _, err := DecodeBatch(EncodeBatch(nil, b)); err == nil {
-		t.Error("a batch that names more is taken")
 	}
 }
 
@@ -405,7 +377,7 @@ func TestConsumersLimit(t *testing.T) {
 		{"lost and slow", []step{{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 2 * most, true, 4000}, {4000, 2 * most, true, 2000}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			cs, err := OpenConsumers(nil, "", &StoreState{}, consumersNow)
+			cs, err := OpenConsumers(nil, "", &StoreState{}, time.Hour, consumersNow)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -470,24 +442,92 @@ func TestConsumersSaveFails(t *testing.T) {
 	}
 }
 
-// A batch is wanted until each consumer has had it, here or at the server that had it
-// before.
-func TestConsumersWanted(t *testing.T) {
-	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+// Which batches of a site count as read depends on the consumers that this server has seen,
+// and on those that the site has told of.
+func TestConsumersRead(t *testing.T) {
+	const site, other = 1, 2
 	key := func(name string) uint64 { return ConsumerKey(name, "::1", "") }
-	want := func(what string, b *Batch, wanted bool) {
-		t.Helper()
-		if got := cs.Wanted(1, b); got != wanted {
-			t.Errorf("%s: wanted %t", what, got)
+	type told struct {
+		site uint64
+		all  []ConsumerAge
+	}
+	for _, test := range []struct {
+		name  string
+		reads map[string]uint64        // by consumer
+		ago   map[string]time.Duration // since its scrape
+		told  []told
+		seq   uint64
+		known bool
+	}{
+		{"nobody", nil, nil, nil, MaxSeq, false},
+		{"one", map[string]uint64{"a": 5}, nil, nil, 5, true},
+		{"the slower of two", map[string]uint64{"a": 5, "b": 3}, nil, nil, 3, true},
+		{"one that is new", map[string]uint64{"a": 5, "b": 0}, nil, nil, 0, true},
+		{"one that is dead beside one that is not", map[string]uint64{"a": 5, "b": 3}, map[string]time.Duration{"b": time.Hour + time.Second}, nil, 5, true},
+		{"one that is late", map[string]uint64{"a": 5, "b": 3}, map[string]time.Duration{"b": time.Hour}, nil, 3, true},
+		{"dead ones alone", map[string]uint64{"a": 5, "b": 3}, map[string]time.Duration{"a": time.Hour + time.Second, "b": 2 * time.Hour}, nil, 3, true},
+		{"one forgotten", map[string]uint64{"a": 5}, map[string]time.Duration{"a": 25 * time.Hour}, nil, MaxSeq, false},
+		{"one that the site knows", map[string]uint64{"a": 5}, nil, []told{{site, []ConsumerAge{{key("c"), 0}}}}, 0, true},
+		{"one that the site knows alone", nil, nil, []told{{site, []ConsumerAge{{key("c"), 0}}}}, 0, true},
+		{"one that another site knows", map[string]uint64{"a": 5}, nil, []told{{other, []ConsumerAge{{key("c"), 0}}}}, 5, true},
+		{"one that the site knew", map[string]uint64{"a": 5}, nil, []told{{site, []ConsumerAge{{key("c"), 24 * time.Hour}}}}, 5, true},
+		{"one that the site knows as dead", map[string]uint64{"a": 5}, nil, []told{{site, []ConsumerAge{{key("c"), 2 * time.Hour}}}}, 5, true},
+		{"told again as older", map[string]uint64{"a": 5}, nil, []told{{site, []ConsumerAge{{key("c"), 0}}}, {site, []ConsumerAge{{key("c"), 2 * time.Hour}}}}, 0, true},
+		{"one that scrapes elsewhere", map[string]uint64{"a": 5, "b": 3}, map[string]time.Duration{"b": 2 * time.Hour}, []told{{site, []ConsumerAge{{key("b"), time.Minute}}}}, 3, true},
+	} {
+		cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+		for name, seq := range test.reads {
+			confirm(t, cs, name, consumersNow.Add(-test.ago[name]), map[uint64]uint64{site: seq})
+		}
+		for _, told := range test.told {
+			cs.Tell(told.site, told.all, consumersNow)
+		}
+		if seq, known := cs.Read(site, consumersNow); seq != test.seq || known != test.known {
+			t.Errorf("%s: read up to %d, %t; want %d, %t", test.name, seq, known, test.seq, test.known)
 		}
 	}
-	want("by nobody", &Batch{Seq: 6}, false)
-	confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 5})
-	want("had here", &Batch{Seq: 5}, false)
-	want("not had", &Batch{Seq: 6}, true)
-	want("had elsewhere", &Batch{Seq: 6, Had: []uint64{key("a")}}, false)
-	want("had elsewhere by another", &Batch{Seq: 6, Had: []uint64{key("b")}}, true)
-	confirm(t, cs, "b", consumersNow, map[uint64]uint64{1: 6})
-	want("had here or elsewhere", &Batch{Seq: 6, Had: []uint64{key("a")}}, false)
-	want("had elsewhere by one of two", &Batch{Seq: 7, Had: []uint64{key("a")}}, true)
+}
+
+// The consumers that sites tell of are bounded, for each site and in all, and forgotten
+// after a day.
+func TestConsumersToldIsBounded(t *testing.T) {
+	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+	for i := range uint64(3 * MaxConsumers) {
+		cs.Tell(7, []ConsumerAge{{i + 1, time.Duration(i) * time.Second}}, consumersNow)
+	}
+	if n := len(cs.Known(7, consumersNow)); n != MaxConsumers {
+		t.Errorf("%d consumers are known for a site", n)
+	}
+	for i := range uint64(maxTold + 10) {
+		cs.Tell(i, []ConsumerAge{{1, 0}}, consumersNow)
+	}
+	if n := len(cs.told); n != maxTold {
+		t.Errorf("%d sites tell of consumers", n)
+	}
+	cs.Forget(7) // as after a first push of which nothing was taken
+	if len(cs.Known(7, consumersNow)) == 0 {
+		t.Error("a site that is not held tells nothing")
+	}
+	cs.Expire(consumersNow.Add(consumerIdle + time.Hour))
+	if n := len(cs.told); n != 0 {
+		t.Errorf("%d sites tell of consumers after a day", n)
+	}
+}
+
+// Client and server tell each other the same consumer for ever; its age grows all the same.
+func TestConsumersAgeThroughEchoes(t *testing.T) {
+	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+	cs.Tell(1, []ConsumerAge{{9, 0}}, consumersNow)
+	now := consumersNow
+	for range 4000 { // more than an hour
+		now = now.Add(999 * time.Millisecond)
+		all, err := ParseConsumers(FormatConsumers(cs.Known(1, now)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cs.Tell(1, all, now)
+	}
+	if age := cs.Known(1, now)[0].Age; age < now.Sub(consumersNow) {
+		t.Errorf("after %v a consumer is %v old", now.Sub(consumersNow), age)
+	}
 }

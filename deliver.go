@@ -1,16 +1,16 @@
 package main
 
-// Delivery: what the spool holds goes to the first server that takes it, oldest
-// first, several scrapes to a push. Invariants: a scrape leaves the spool only
-// when a server answered 200 for all of it or refused it as invalid; a token goes
-// to no other address than the ones it was given for; a push states its age anew
-// at each attempt. This file must not know of sources, flags, files or TLS.
+// Delivery: what the spool holds goes to the first server that takes it, several scrapes
+// to a push, as the spool's plan says. Invariants: a scrape leaves the spool only when an
+// answer says that it is done, or refuses it as invalid; after an attempt without an
+// answer the server is asked first; a token goes to no other address than the ones it was
+// given for. This file must not know of sources, flags, files or TLS.
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,20 +18,19 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
-	"strconv"
-	"strings"
+	"slices"
 	"sync/atomic"
 	"time"
 )
 
 const (
-	maxAnswer  = 64 << 10
 	minBackoff = time.Second
 	maxBackoff = time.Minute
 
 	maxTogether = 1 << 20 // scrapes in a push: no bound beside those in bytes
 	maxAlone    = 8       // lines of a scrape that are refused alone before no more is split
+
+	unreadPatience = 30 * time.Minute // with a server on which nobody reads, and then with the next
 )
 
 // Reasons for which samples of a push are dropped.
@@ -39,6 +38,8 @@ const (
 	DropRefused  = "refused"   // no server will have them
 	DropByServer = "by_server" // the server took the push without them
 )
+
+var errNotTaken = errors.New("the server took no sample of a scrape; it stays in the spool")
 
 // CourierConfig configures a Courier.
 type CourierConfig struct {
@@ -49,6 +50,7 @@ type CourierConfig struct {
 	LimitBytes  int64         // of a push's body; decompressed, DecodedFactor times
 	MaxWait     time.Duration // that a server may ask for between attempts
 	Spool       *Spool
+	Clocks      *ServerClocks
 	Moment      func() Moment
 	Now         func() time.Time
 	Metrics     *Metrics
@@ -68,18 +70,20 @@ type Courier struct {
 	uploadToken, uploadFor string
 	refresh                time.Time
 
-	// Which of To is tried first, and until when before the first of all is again: a
-	// backlog must not wait for one that hangs at each push.
-	first      int
-	firstUntil time.Time
+	// Indexes in To. An attempt begins with first until firstUntil, then with home again,
+	// because a backlog must not wait at each push for a server that hangs. A Drain begins
+	// with home, which is 0 but for half an hour (homeUntil) after scrapes stayed unread on
+	// a server. last is the server that answered last.
+	first, home, last     int
+	firstUntil, homeUntil time.Time
 
 	// Scrapes in one push at most, and how many scrapes to go so before it doubles:
 	// after a push of many was refused, or took too long for a slow line.
 	most, careful int
 
-	pushes, pushed      *Counter
-	pushSeconds         *Histogram
-	lastPush, bodyBytes *Gauge
+	pushes, pushed              *Counter
+	pushSeconds                 *Histogram
+	lastPush, bodyBytes, offset *Gauge
 }
 
 // NewCourier returns a Courier.
@@ -92,6 +96,7 @@ func NewCourier(cfg CourierConfig) *Courier {
 		lastPush:    m.Gauge("telemeter_destination_last_success_timestamp_seconds", "When a push was last accepted; 0 if never."),
 		bodyBytes:   m.Gauge("telemeter_destination_push_bytes", "Compressed size of the last push accepted."),
 		pushed:      m.Counter("telemeter_samples_pushed_total", "Samples in pushes that were accepted."),
+		offset:      m.Gauge("telemeter_source_clock_offset_seconds", "By how much the source's clock was behind the servers' at the newest scrape pushed; 0 if not known."),
 	}
 	d.pushes.Add(0, "ok")
 	d.pushes.Add(0, "failed")
@@ -118,81 +123,147 @@ type tally struct {
 
 func (d *Courier) report(t *tally) {
 	if t.pushes > 0 {
+		st := d.cfg.Spool.Stats()
 		d.cfg.Log.Info("pushed", "samples", t.samples, "scrapes", t.scrapes, "pushes", t.pushes,
-			"took", d.cfg.Now().Sub(t.begin).Round(time.Millisecond))
+			"took", d.cfg.Now().Sub(t.begin).Round(time.Millisecond),
+			"undelivered", st.By[ScrapeUndelivered].Scrapes, "unread", st.Unread())
 	}
 	*t = tally{begin: d.cfg.Now()}
 }
 
-// Drain delivers until the spool is empty. While no server takes anything it
-// tries all again, after a pause that doubles, is spread by jitter, and is at
+// Drain delivers until the servers hold all that is in the spool. While no server takes
+// anything it tries all again, after a pause that doubles, is spread by jitter, and is at
 // least what the servers asked for. The same goes for a spool that cannot be read. It
 // ends early with ctx, or when its deadline comes before the next attempt; the error is
-// then the last one. A scrape that a server refuses as invalid is set aside; that is the
-// error if nothing worse happens.
+// then the last one. A scrape that a server refuses as invalid is set aside, and one that
+// it does not take stays; that is the error if nothing worse happens.
 func (d *Courier) Drain(ctx context.Context) error {
-	t := tally{begin: d.cfg.Now()}
-	p := patience{backoff: minBackoff}
-	d.first = 0
+	r := round{backoff: minBackoff, tally: tally{begin: d.cfg.Now()}}
+	d.leave()
 	var refusal error
 	for {
-		batch, unread := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: DecodedFactor * d.cfg.LimitBytes, Scrapes: d.most})
-		if unread != nil {
-			d.cfg.SpoolErrors.Inc()
-			if end := d.again(ctx, &pushError{err: unread}, &p, &t); end != nil {
-				return end
-			}
-			continue
-		}
-		if len(batch) == 0 {
-			d.report(&t)
+		step, wait := d.cfg.Spool.Step()
+		if step == StepEnd || step == StepWait && !sleepUnlessDone(ctx, wait) {
+			d.report(&r.tally)
 			return refusal
 		}
+		if step == StepWait {
+			continue
+		}
+		d.choose(&r)
+		// Before Next: the answer tells the time, by which Next makes times final.
+		err := d.authorized(ctx, &r)
+		if err == nil && step == StepAsk {
+			if err = d.ask(ctx, &r); err == nil {
+				continue
+			}
+		}
+		var batch []Scrape
+		var out SpoolOutcome
+		if err == nil {
+			var unread error
+			batch, unread = d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: DecodedFactor * d.cfg.LimitBytes, Scrapes: d.most})
+			if unread != nil {
+				d.cfg.SpoolErrors.Inc()
+				if end := d.rest(ctx, &pushError{err: unread}, &r); end != nil {
+					return end
+				}
+				continue
+			}
+			if len(batch) == 0 {
+				continue
+			}
+			out, err = d.push(ctx, &r, batch, true)
+		}
 		refused := 0 // samples
-		err := d.push(ctx, batch, &t)
 		why := err
 		var end error
 		switch {
 		case err == nil || !err.final:
 		case len(batch) > 1:
+			d.cfg.Spool.Release()
 			d.tread(len(batch), err.large)
 			continue
 		case err.large:
-			s := splitting{patience: &p, tally: &t, why: err}
-			end = d.split(ctx, batch[0], &s)
-			refused, why, err = s.refused, s.why, nil
+			s := splitting{round: &r, at: -1, why: err}
+			end = d.split(ctx, batch[0], true, &s)
+			out, refused, why, err = s.outcome, s.refused, s.why, nil
+			if end == nil && refused == 0 && s.apart {
+				d.cfg.Spool.Failed(false) // it starts anew, where the last piece went
+				continue
+			}
 		default:
 			refused, err = max(1, batch[0].Samples), nil // an empty one is refused as well
 		}
 		if err != nil {
-			d.cfg.Spool.Release()
-			if ctx.Err() == nil && timedOut(err) && len(batch) > 1 {
+			d.cfg.Spool.Failed(err.refused)
+			if ctx.Err() == nil && timedOut(err) && len(batch) > 1 && r.tried+1 == len(d.cfg.To) {
 				d.tread(len(batch), true)
 			}
-			if end = d.again(ctx, err, &p, &t); end == nil {
+			if end = d.again(ctx, err, &r); end == nil {
 				continue
 			}
 		}
 		if end != nil {
-			d.cfg.Spool.Release()
+			d.cfg.Spool.Failed(false)
 			return end
 		}
-		p.backoff = minBackoff
-		d.ok.Store(refused == 0)
-		if refused > 0 {
+		r.backoff = minBackoff
+		d.ok.Store(refused == 0 && len(out.NotTaken) == 0)
+		pushed := len(batch)
+		batch = slices.DeleteFunc(batch, func(sc Scrape) bool { return out.NotTaken.Has(sc.Number) })
+		switch {
+		case refused > 0:
 			d.cfg.Spool.SetAside()
 			d.cfg.Dropped.Add(float64(refused), DropRefused)
 			d.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", refused, "err", why)
 			refusal = why
-		} else {
-			d.cfg.Spool.Remove()
+		case len(out.NotTaken) > 0 && pushed == 1 && r.passed+1 < len(d.cfg.To):
+			// This server's clock may be wrong, and that of the next one right.
+			r.passed++
+			d.first, d.firstUntil = (d.last+1)%len(d.cfg.To), d.cfg.Now().Add(d.cfg.MaxWait)
+			d.cfg.Spool.Again(out.NotTaken)
+			continue
+		case len(out.NotTaken) > 0 && pushed == 1:
+			r.passed = 0
+			refusal = errNotTaken
+		default:
+			r.passed = 0
 			d.delivered(batch)
-			t.scrapes += len(batch)
+			r.tally.scrapes += len(batch)
 		}
-		if d.careful -= len(batch); d.careful <= 0 {
+		if len(out.NotTaken) > 0 && pushed > 1 {
+			d.tread(pushed, false)
+		} else if d.careful -= pushed; d.careful <= 0 {
 			d.careful, d.most = 0, min(2*d.most, maxTogether)
 		}
 	}
+}
+
+// leave chooses the server that a Drain begins with: where nobody reads for long, perhaps
+// because the center lost its way there, the next of To may do better.
+func (d *Courier) leave() {
+	now, n := d.cfg.Now(), len(d.cfg.To)
+	if n > 1 && !now.Before(d.homeUntil) {
+		d.home = 0
+		if held := d.cfg.Spool.HeldFor(); held > unreadPatience {
+			d.home, d.homeUntil = (d.last+1)%n, now.Add(unreadPatience)
+			d.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", d.cfg.To[d.last],
+				"unread_for", held.Round(time.Second), "next", d.cfg.To[d.home])
+		}
+	}
+	d.first, d.firstUntil = d.home, time.Time{}
+}
+
+// choose chooses the server of the next attempt.
+func (d *Courier) choose(r *round) {
+	if r.tried > 0 {
+		return // of the same round
+	}
+	if !d.cfg.Now().Before(d.firstUntil) {
+		d.first = d.home
+	}
+	r.at = d.first
 }
 
 // tread makes the next pushes smaller, after one of n scrapes: half as large
@@ -209,23 +280,46 @@ func timedOut(err error) bool {
 	return errors.As(err, &e) && e.Timeout()
 }
 
-// patience is how long the next pause between attempts is, and why the last failed.
-type patience struct {
-	backoff time.Duration
-	last    error
+// round is a series of attempts, one at each server until one takes what is pushed.
+type round struct {
+	at, tried int           // the server of the next attempt, and how many failed before
+	retry     time.Duration // that servers asked for meanwhile
+	passed    int           // servers that took nothing of the same scrape
+	backoff   time.Duration // the next pause when all have failed
+	last      error         // why the last round failed
+	tally     tally
 }
 
-// again pauses after an attempt that failed but may be repeated, and returns nil
-// when it is time for the next; else what to end with.
-func (d *Courier) again(ctx context.Context, err *pushError, p *patience, t *tally) error {
-	d.ok.Store(false)
-	if ctx.Err() != nil && p.last != nil {
-		return p.last // says more than that the time is up
+// again goes on to the next server after an attempt that failed but may be repeated, or
+// pauses if it was the last one. It returns nil when it is time for the next attempt;
+// else what to end with.
+func (d *Courier) again(ctx context.Context, err *pushError, r *round) error {
+	r.retry = max(r.retry, err.retry)
+	if r.at == d.home {
+		d.home = 0
 	}
-	p.last = err
-	d.report(t)
-	pause := max(min(err.retry, d.cfg.MaxWait), p.backoff/2+rand.N(p.backoff/2))
-	p.backoff = min(2*p.backoff, maxBackoff)
+	if r.tried++; r.tried < len(d.cfg.To) && ctx.Err() == nil {
+		d.cfg.Log.Warn("destination failed; trying the next", "to", d.cfg.To[r.at], "err", err)
+		r.at = (r.at + 1) % len(d.cfg.To)
+		return nil
+	}
+	err.retry = r.retry
+	r.tried, r.retry = 0, 0
+	return d.rest(ctx, err, r)
+}
+
+// rest pauses; else it is as again.
+func (d *Courier) rest(ctx context.Context, err *pushError, r *round) error {
+	d.ok.Store(false)
+	if ctx.Err() != nil && r.last != nil {
+		return r.last // says more than that the time is up
+	}
+	r.last = err
+	d.report(&r.tally)
+	// Sites that were refused together come back apart.
+	pause := max(min(err.retry, d.cfg.MaxWait), r.backoff/2)
+	pause += rand.N(pause)
+	r.backoff = min(2*r.backoff, maxBackoff)
 	if !d.pause(ctx, pause, err) {
 		return err
 	}
@@ -237,7 +331,7 @@ func (d *Courier) pause(ctx context.Context, pause time.Duration, err error) boo
 	if ctx.Err() != nil {
 		return false
 	}
-	held, who := d.cfg.Spool.Stats().Scrapes, "destination"
+	held, who := d.cfg.Spool.Stats().By[ScrapeUndelivered].Scrapes, "destination"
 	if errors.Is(err, ErrSpoolRead) {
 		who = "spool"
 	}
@@ -246,7 +340,12 @@ func (d *Courier) pause(ctx context.Context, pause time.Duration, err error) boo
 		return false
 	}
 	d.cfg.Log.Warn(who+" failed; scrapes are kept, trying again", "scrapes", held, "in", pause.Round(time.Millisecond), "err", err)
-	timer := time.NewTimer(pause)
+	return sleepUnlessDone(ctx, pause)
+}
+
+// sleepUnlessDone returns false if ctx ends before the time is over.
+func sleepUnlessDone(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
@@ -270,11 +369,13 @@ func (d *Courier) delivered(batch []Scrape) {
 
 // splitting is a scrape that is pushed in pieces.
 type splitting struct {
-	patience *patience
-	tally    *tally
-	refused  int // samples that no server will have, and why
-	why      *pushError
-	alone    int // lines that were refused though nothing was with them
+	round   *round
+	outcome SpoolOutcome
+	at      int  // the server that took the first piece; -1 if none did
+	apart   bool // another took a piece: no server has all
+	refused int  // samples that no server will have, and why
+	why     *pushError
+	alone   int // lines that were refused though nothing was with them
 }
 
 // split pushes the halves of a scrape that is too large for the servers, which
@@ -282,8 +383,9 @@ type splitting struct {
 // fails is tried again by itself: with the whole scrape anew, one of more pieces
 // than the servers' pace allows would never end. When many lines were refused
 // alone it is the number of series that is too large, and no piece is small
-// enough: then pieces are no longer split. The error is why it had to end.
-func (d *Courier) split(ctx context.Context, sc Scrape, s *splitting) error {
+// enough: then pieces are no longer split. If named, the last piece names the scrape,
+// since only then all of it is with the server. The error is why it had to end.
+func (d *Courier) split(ctx context.Context, sc Scrape, named bool, s *splitting) error {
 	halves, err := halve(sc)
 	if err == nil && len(halves) == 0 {
 		s.alone++
@@ -293,20 +395,32 @@ func (d *Courier) split(ctx context.Context, sc Scrape, s *splitting) error {
 		s.refused, s.why = s.refused+max(1, sc.Samples), &pushError{err: err}
 		return nil
 	}
-	for _, half := range halves {
-		e := d.push(ctx, []Scrape{half}, s.tally)
-		for e != nil && !e.final {
-			if err := d.again(ctx, e, s.patience, s.tally); err != nil {
+	for i, half := range halves {
+		last := named && i == len(halves)-1
+		var e *pushError
+		var apart bool
+		for {
+			d.choose(s.round)
+			apart = s.apart || s.at >= 0 && s.at != s.round.at
+			// A scrape that is set aside in the end is not named.
+			s.outcome, e = d.push(ctx, s.round, []Scrape{half}, last && s.refused == 0 && !apart)
+			if e == nil || e.final {
+				break
+			}
+			if err := d.again(ctx, e, s.round); err != nil {
 				return err
 			}
-			e = d.push(ctx, []Scrape{half}, s.tally)
 		}
-		s.patience.backoff = minBackoff
+		s.round.backoff = minBackoff
 		switch {
 		case e == nil:
+			s.apart = apart
+			if s.at < 0 {
+				s.at = s.round.at
+			}
 		case e.large && s.alone < maxAlone:
 			s.why = e
-			if err := d.split(ctx, half, s); err != nil {
+			if err := d.split(ctx, half, last, s); err != nil {
 				return err
 			}
 		default:
@@ -348,201 +462,78 @@ func Gzip(text []byte) []byte {
 	return z.Bytes()
 }
 
-// pushError is why an attempt failed.
-type pushError struct {
-	err   error
-	final bool          // another attempt would fail as well
-	large bool          // but smaller ones may not
-	retry time.Duration // asked for by the server
-}
-
-func (e *pushError) Error() string { return e.err.Error() }
-func (e *pushError) Unwrap() error { return e.err }
-
-// push offers scrapes to one server after the other until one takes them, or
-// refuses them for good.
-func (d *Courier) push(ctx context.Context, batch []Scrape, t *tally) *pushError {
+// push offers scrapes to the server whose turn it is. If named, it names them, and the
+// spool takes in the answer.
+func (d *Courier) push(ctx context.Context, r *round, batch []Scrape, named bool) (out SpoolOutcome, failed *pushError) {
 	size, samples := 0, 0
+	var names SpoolNames
 	for _, sc := range batch {
 		size, samples = size+len(sc.Gzip), samples+sc.Samples
+		names.Numbers = names.Numbers.Add(sc.Number, sc.Number)
+	}
+	if named {
+		names.ID = d.cfg.Spool.ID()
 	}
 	// Several gzips in a row are one.
 	body := make([]byte, 0, size)
 	for _, sc := range batch {
 		body = append(body, sc.Gzip...)
 	}
-	newest := batch[len(batch)-1]
-	var last *pushError
-	retry := time.Duration(0)
-	if !d.cfg.Now().Before(d.firstUntil) {
-		d.first = 0
+	begin := d.cfg.Now()
+	got, answer, err := d.request(ctx, d.cfg.To[r.at], names, &batch[len(batch)-1], body)
+	d.pushSeconds.Observe(d.cfg.Now().Sub(begin).Seconds())
+	failed = d.failed(err)
+	if failed != nil && !failed.final {
+		return out, failed
 	}
-	n := len(d.cfg.To)
-	for i := range n {
-		at := (d.first + i) % n
-		to, begin := d.cfg.To[at], d.cfg.Now()
-		err := d.attempt(ctx, to, newest, body)
-		d.pushSeconds.Observe(d.cfg.Now().Sub(begin).Seconds())
-		if last = nil; err != nil && !errors.As(err, &last) {
-			last = &pushError{err: err}
-		}
-		if (last == nil || last.final) && at != d.first {
-			d.first, d.firstUntil = at, d.cfg.Now().Add(d.cfg.MaxWait)
-		}
-		if last == nil {
-			d.pushes.Inc("ok")
-			d.pushed.Add(float64(samples))
-			d.lastPush.Set(float64(d.cfg.Now().UnixMilli()) / 1000)
-			d.bodyBytes.Set(float64(size))
-			t.samples, t.pushes = t.samples+samples, t.pushes+1
-			return nil
-		}
-		d.pushes.Inc("failed")
-		if last.final || ctx.Err() != nil {
-			return last
-		}
-		retry = max(retry, last.retry)
-		if i+1 < n {
-			d.cfg.Log.Warn("destination failed; trying the next", "to", to, "err", err)
-		}
+	if r.at != d.first {
+		d.first, d.firstUntil = r.at, d.cfg.Now().Add(d.cfg.MaxWait)
 	}
-	last.retry = retry
-	return last
+	r.tried, r.retry = 0, 0
+	if failed != nil {
+		return out, failed
+	}
+	d.pushes.Inc("ok")
+	d.pushed.Add(float64(samples))
+	d.lastPush.Set(float64(d.cfg.Now().UnixMilli()) / 1000)
+	d.bodyBytes.Set(float64(size))
+	r.tally.samples, r.tally.pushes = r.tally.samples+samples, r.tally.pushes+1
+	if named {
+		d.last, out = r.at, d.cfg.Spool.Answer(answer)
+	}
+	if len(out.NotTaken) > 0 { // the samples are not dropped yet
+		if out.Tell {
+			d.cfg.Log.Warn("the server took no sample of a scrape; it stays in the spool and is tried again",
+				"server", cmp.Or(got.Server, d.cfg.To[r.at]), "samples", samples, "dropped", got.Dropped, "hint", got.Hint)
+		}
+		return out, nil
+	}
+	for reason, n := range got.Dropped {
+		args := []any{"reason", reason, "samples", n}
+		if got.Hint != "" {
+			args = append(args, "hint", got.Hint)
+		}
+		d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
+		d.cfg.Log.Warn("the server dropped samples", args...)
+	}
+	return out, nil
 }
 
-// attempt pushes to one server. An upload token that is refused is replaced
-// once: keys rotate, and clocks differ.
-func (d *Courier) attempt(ctx context.Context, to string, newest Scrape, body []byte) error {
-	token := d.cfg.Token()
-	fresh := false
-	for {
-		if d.uploadToken == "" || d.uploadFor != token || !d.cfg.Now().Before(d.refresh) {
-			if err := d.authorize(ctx, to, token); err != nil {
-				return err
-			}
-			fresh = true
-		}
-		resp, err := d.post(ctx, to, "/upload", d.uploadToken, body, http.Header{
-			"Content-Type":     {"text/plain; version=1.0.0; charset=utf-8"},
-			"Content-Encoding": {"gzip"},
-			SourceClockHeader:  {strconv.FormatInt(newest.Source, 10)},
-			BootClockHeader:    {strconv.FormatInt(newest.At.Boot, 10)},
-			BootIDHeader:       {newest.At.BootID},
-			ScrapeAgeHeader:    {strconv.FormatInt(d.cfg.Moment().Since(newest.At).Milliseconds(), 10)},
-		})
-		if err != nil {
-			return fmt.Errorf("pushing: %w", err)
-		}
-		err = judge(resp, to+"/upload", d.cfg.Now())
-		if resp.StatusCode == http.StatusOK {
-			var got struct {
-				Accepted *int // always there: anything else that answers 200 has stored nothing
-				Dropped  map[string]int
-				Hint     string
-			}
-			if e := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); e != nil {
-				err = fmt.Errorf("pushing to %s: its answer is not JSON: %w", to, e)
-			} else if got.Accepted == nil {
-				err = fmt.Errorf("pushing to %s: its answer does not say what it accepted", to)
-			}
-			for reason, n := range got.Dropped {
-				args := []any{"reason", reason, "samples", n}
-				if got.Hint != "" {
-					args = append(args, "hint", got.Hint)
-				}
-				d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
-				d.cfg.Log.Warn("the server dropped samples", args...)
-			}
-		}
-		resp.Body.Close()
-		if resp.StatusCode == http.StatusUnauthorized && !fresh {
-			d.uploadToken = ""
-			continue
-		}
-		return err
+// ask asks the server whose turn it is what it holds, by a push without scrapes. A server
+// that refuses that does not know what a spool is.
+func (d *Courier) ask(ctx context.Context, r *round) *pushError {
+	_, answer, err := d.request(ctx, d.cfg.To[r.at], SpoolNames{ID: d.cfg.Spool.ID()}, nil, nil)
+	var e *pushError
+	if errors.As(err, &e) && e.final {
+		answer, err = SpoolAnswer{To: d.cfg.To[r.at]}, nil
 	}
-}
-
-// authorize exchanges the client token for an upload token.
-func (d *Courier) authorize(ctx context.Context, to, token string) error {
-	resp, err := d.post(ctx, to, "/authorize?id="+url.QueryEscape(d.cfg.Cluster), token, nil, http.Header{})
 	if err != nil {
-		return fmt.Errorf("authorizing: %w", err)
+		return d.failed(err)
 	}
-	defer resp.Body.Close()
-	if err := judge(resp, to+"/authorize", d.cfg.Now()); err != nil {
-		if e := (*pushError)(nil); errors.As(err, &e) {
-			e.final, e.large = false, false // it says nothing of the scrapes
-		}
-		return err
+	d.last = r.at
+	d.cfg.Spool.Answer(answer)
+	if st := d.cfg.Spool.Stats(); st.By[ScrapeUndelivered].Scrapes == 0 {
+		d.ok.Store(true) // the push before was delivered, and its answer lost
 	}
-	var got struct {
-		Version          int
-		Token            string
-		ExpiresInSeconds int64
-	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); err != nil || got.Version != 1 || got.Token == "" {
-		return fmt.Errorf("authorizing at %s: its answer is not an upload token", to)
-	}
-	d.uploadToken, d.uploadFor = got.Token, token
-	// Well before it expires; the time is measured here, no clock is compared.
-	d.refresh = d.cfg.Now().Add(time.Duration(got.ExpiresInSeconds) * time.Second * 4 / 5)
 	return nil
-}
-
-func (d *Courier) post(ctx context.Context, to, path, token string, b []byte, header http.Header) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, to+path, bytes.NewReader(b))
-	if err != nil {
-		return nil, err
-	}
-	req.Header = header
-	req.Header.Set("Authorization", "Bearer "+token)
-	return d.cfg.ToClient.Do(req)
-}
-
-// judge makes an error of a response that is not a 200. Refusals of what was sent
-// are final; those of who sent it, or of its form, are not, since tokens, keys and
-// servers are replaced.
-func judge(resp *http.Response, what string, now time.Time) error {
-	if resp.StatusCode == http.StatusOK {
-		return nil
-	}
-	e := &pushError{err: fmt.Errorf("%s answered %s", what, Answer(resp))}
-	switch resp.StatusCode {
-	case http.StatusRequestEntityTooLarge:
-		e.final, e.large = true, true
-	case http.StatusBadRequest:
-		e.final = true
-	}
-	e.retry = min(max(0, retryAfter(resp.Header, now)), time.Hour)
-	return e
-}
-
-// retryAfter returns for how long a response asks to wait: in seconds, or, as
-// proxies do, until a date, which is of the sender's clock as its own date is.
-func retryAfter(h http.Header, now time.Time) time.Duration {
-	text := h.Get("Retry-After")
-	if s, err := strconv.ParseUint(text, 10, 31); err == nil {
-		return time.Duration(s) * time.Second
-	}
-	at, err := http.ParseTime(text)
-	if err != nil {
-		return 0
-	}
-	if sent, err := http.ParseTime(h.Get("Date")); err == nil {
-		now = sent
-	}
-	return at.Sub(now)
-}
-
-// Answer says what a failed response said, for a log line.
-func Answer(resp *http.Response) string {
-	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
-	if text := strings.TrimSpace(string(b)); text != "" {
-		return resp.Status + ": " + strconv.QuoteToGraphic(text)
-	}
-	if to := resp.Header.Get("Location"); to != "" {
-		return resp.Status + " to " + to + "; redirects are not followed"
-	}
-	return resp.Status
 }

@@ -74,7 +74,6 @@ type Push struct {
 	// needed beside the limit on a body, because a small body can state a
 	// histogram whose every bucket repeats long labels.
 	MaxSamples, MaxBytes int
-	Clock                ScrapeClock // what its sender told of the source's clock
 }
 
 // Line returns the rendered name and labels of a sample of p.
@@ -82,7 +81,7 @@ func (p *Push) Line(s Sample) []byte { return p.Arena[s.Off : s.Off+s.Len] }
 
 // Reset empties p and keeps its memory and limits.
 func (p *Push) Reset() {
-	p.Arena, p.Samples, p.Clock = p.Arena[:0], p.Samples[:0], ScrapeClock{}
+	p.Arena, p.Samples = p.Arena[:0], p.Samples[:0]
 }
 
 // Add validates r, sorts its labels and appends it. Names have to be valid

@@ -27,13 +27,13 @@ var onlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)|vm
 type FederateConfig struct {
 	Store        *Store
 	Senders      *Senders
-	Owned        func(id string) bool                // whether this server owns a cluster ID
-	Revoked      func(id string) bool                // whether a cluster ID was revoked: it is silent on purpose
-	Hidden       func(id string, consumer bool) bool // see Scraper
+	Owned        func(hash uint64) bool // see Scraper
+	Revoked      func(id string) bool   // whether a cluster ID was revoked: it is silent on purpose
+	Name         string                 // of this server
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
-	MaxSampleAge time.Duration // how long the newest sample of a series is shown
+	MaxSampleAge time.Duration // how long the newest sample of a series, or a site's clock offset, is shown
 	LimitScrape  int           // samples in one scrape
 }
 
@@ -58,7 +58,7 @@ func NewFederate(cfg FederateConfig) *Federate {
 		})
 	})
 	return &Federate{
-		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Hidden: cfg.Hidden},
+		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
 		seconds:   m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:     m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:   m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
@@ -191,47 +191,38 @@ func scrapeTime(h http.Header) time.Duration {
 	return time.Duration(s * float64(time.Second))
 }
 
-// clusterFamilies is what the server says of each cluster itself, so that a
-// silent one can be alerted on.
+// clusterFamilies is what this server itself saw of each site, so that a silent one can be
+// alerted on. Each server shows its own view, with its name.
 func (f *Federate) clusterFamilies(match Selectors) []Family {
 	var p Push
 	add := func(name, id string, v float64, more ...Label) {
-		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more,
+		if f.cfg.Revoked(id) { // it is silent on purpose
+			return
+		}
+		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(f.cfg.Name)},
 			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
 		if match.Match(r.Name, r.Labels) {
 			p.Add(&r) // these names and an ID that was authenticated are always valid
 		}
 	}
-	recent := f.cfg.Now().Add(-f.cfg.MaxSampleAge).UnixMilli()
 	for _, c := range f.cfg.Store.Stats().Clusters {
-		owned := f.cfg.Owned(c.ID)
-		// Of what is held for another owner only as long as its samples are shown:
-		// later that owner knows better, and one series has one value.
-		if (owned || c.Accepted >= recent) && !f.cfg.Revoked(c.ID) {
-			add(PushTimeName, c.ID, float64(c.Accepted)/1000)
-		}
-		if !owned {
-			continue
-		}
+		add(PushTimeName, c.ID, float64(c.Accepted)/1000)
 		add(ClusterNamePrefix+"series", c.ID, float64(c.Series))
 		add(ClusterNamePrefix+"samples", c.ID, float64(c.Samples))
-		if c.OffsetKnown {
-			add(ClusterNamePrefix+"clock_offset_seconds", c.ID, float64(c.Offset)/1000)
-		}
 		for _, b := range c.Backlog {
 			add(ClusterNamePrefix+"backlog_samples", c.ID, float64(b.Samples),
 				Label{[]byte("consumer"), []byte(b.Name)}, Label{[]byte("address"), []byte(b.Address)})
 		}
 	}
-	f.cfg.Senders.Each(func(id string, failed time.Time, expires int64) {
-		if !f.cfg.Owned(id) || f.cfg.Revoked(id) {
-			return // the owner shows it; a revoked site is silent on purpose
+	f.cfg.Senders.Each(func(id string, s SenderStats) {
+		if !s.Failed.IsZero() {
+			add(PushFailureTimeName, id, float64(s.Failed.UnixMilli())/1000)
 		}
-		if !failed.IsZero() {
-			add(PushFailureTimeName, id, float64(failed.UnixMilli())/1000)
+		if s.Expires > 0 {
+			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(s.Expires))
 		}
-		if expires > 0 {
-			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(expires))
+		if f.cfg.Now().Sub(s.OffsetAt) <= f.cfg.MaxSampleAge { // the site may push to another server by now
+			add(ClusterNamePrefix+"clock_offset_seconds", id, s.Offset.Seconds())
 		}
 	})
 	return GroupByName(&p)

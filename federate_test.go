@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -473,5 +474,101 @@ func TestFederateRevoked(t *testing.T) {
 	body := r.get(scraperOf(t), "GET", "", "").body
 	if n := lines(); n != 0 || !strings.Contains(body, `push_time_seconds{_id="stays"`) || !strings.Contains(body, `up{_id="gone"`) {
 		t.Errorf("%d series of pushes when it is revoked:\n%s", n, body)
+	}
+}
+
+// scrapeOn asks for /federate on a connection whose earlier answers were all read.
+func (r *srvRig) scrapeOn(conn *Conn, query string) string {
+	r.t.Helper()
+	conn.inTurn = true
+	req := httptest.NewRequest("GET", "/federate?"+query, nil)
+	req.RemoteAddr = "192.0.2.1:9"
+	rec := httptest.NewRecorder()
+	r.server.Internal().ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), connKey{}, conn)))
+	if rec.Code != http.StatusOK {
+		r.t.Fatalf("%s: %d %s", query, rec.Code, rec.Body)
+	}
+	return rec.Body.String()
+}
+
+// Each server shows what it saw of a site itself, with its name, whoever owns the site. The
+// owner alone shows the newest samples again, and every server serves the unread samples that
+// it holds.
+func TestFederateOfEachServer(t *testing.T) {
+	ring := newRingServers(t, 2)
+	a, b := ring[0], ring[1]
+	id := ownedBy(t, a.node.Forward, "b")
+	token := a.token(KindClient, id, func(tok *Token) { tok.Expires = authNow.Unix() + 1000 })
+	push := func(text string) srvAnswer {
+		t.Helper()
+		return a.do(srvRequest{method: "POST", url: a.external.URL + "/upload", token: token, header: map[string]string{ClockOffsetHeader: "-1500"}, body: []byte(text)})
+	}
+	now := func() string { return strconv.FormatInt(a.now().Unix(), 10) + "\n" }
+	shown := func(r *ringServer, want ...string) {
+		t.Helper()
+		r.parsed("")
+		var got []string
+		for line := range strings.Lines(r.federate("", "")) {
+			if line[0] != '#' {
+				got = append(got, strings.Replace(line, `_id="`+id+`",instance="",job=""`, "", 1))
+			}
+		}
+		slices.Sort(got)
+		slices.Sort(want)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s shows:\n%s\nwant:\n%s", r.server.cfg.Name, strings.Join(got, ""), strings.Join(want, ""))
+		}
+	}
+	at := func(ms int64) string { return " " + strconv.FormatInt(ms, 10) + "\n" }
+	first := authNow.UnixMilli()
+
+	// A push that the owner took, and one that it refused.
+	a.accepted(push("up 1\n"))
+	if got := push("up{ 1\n"); got.status != 400 {
+		t.Fatal(got)
+	}
+	seen := []string{
+		`telemeter_cluster_token_expiry_seconds{,server="a"} ` + strconv.FormatInt(authNow.Unix()+1000, 10) + "\n",
+		`telemeter_cluster_clock_offset_seconds{,server="a"} -1.5` + "\n",
+		`push_failure_time_seconds{,server="a"} ` + now(),
+	}
+	shown(a, seen...)
+	held := []string{
+		`push_time_seconds{,server="b"} ` + now(), `telemeter_cluster_samples{,server="b"} 1` + "\n", `telemeter_cluster_series{,server="b"} 1` + "\n",
+		"up{} 1" + at(first),
+	}
+	shown(b, held...)
+
+	// A push that the receiver keeps.
+	for _, r := range ring {
+		r.clock.Store(int64(10 * time.Second))
+	}
+	b.node.down.Store(true)
+	a.accepted(push("up 2\n"))
+	seen = append(seen, `push_time_seconds{,server="a"} `+now(), `telemeter_cluster_samples{,server="a"} 1`+"\n", `telemeter_cluster_series{,server="a"} 1`+"\n")
+	shown(a, seen...)
+	shown(b, held...)
+
+	// A consumer reads both, and then gets the newest sample of the owner alone.
+	for _, c := range []struct {
+		*ringServer
+		unread, newest string
+	}{{a, "2 ", ""}, {b, "1 ", "1 "}} {
+		conn := &Conn{}
+		backlog := func(want int) {
+			t.Helper()
+			line := fmt.Sprintf(`telemeter_cluster_backlog_samples{_id="%s",address="192.0.2.1",consumer="x",instance="",job="",server="%s"} %d`, id, c.server.cfg.Name, want)
+			if got := c.federate("", ""); !strings.Contains(got, line+"\n") {
+				t.Errorf("%s shows no %s:\n%s", c.server.cfg.Name, line, got)
+			}
+		}
+		if got := upsOf(c.scrapeOn(conn, "consumer=x")); got != c.unread {
+			t.Errorf("%s serves %q, want %q", c.server.cfg.Name, got, c.unread)
+		}
+		backlog(1)
+		if got := upsOf(c.scrapeOn(conn, "consumer=x")); got != c.newest {
+			t.Errorf("%s serves again %q, want %q", c.server.cfg.Name, got, c.newest)
+		}
+		backlog(0)
 	}
 }

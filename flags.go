@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 const helpIndent, helpWidth = 29, 96 // columns
@@ -37,6 +38,7 @@ type Command struct {
 	Mode           string
 	args           []string
 	Stdout, Stderr io.Writer
+	Now            func() time.Time // the wall clock
 	About, Example string
 	groups         []flagGroup
 	problems       UsageError
@@ -49,7 +51,7 @@ type flagGroup struct {
 
 // NewCommand returns a command without flags but --mode.
 func NewCommand(mode string, args []string, stdout, stderr io.Writer) *Command {
-	c := &Command{Mode: mode, Stdout: stdout, Stderr: stderr, args: args}
+	c := &Command{Mode: mode, Stdout: stdout, Stderr: stderr, Now: time.Now, args: args}
 	c.FlagSet = flag.NewFlagSet(mode, flag.ContinueOnError)
 	c.SetOutput(io.Discard)
 	c.String("mode", mode, "")

@@ -1,23 +1,19 @@
 package main
 
-// The sealed cluster port: a push that reaches one server of a cluster of servers
-// is stored by the one that owns its cluster ID. Invariants: a push is forwarded
-// once at most; a success means that the member asked, who holds the cluster key,
-// has it durable; of a stranger nothing is read but a header; an owner that cannot
-// be reached costs no sample, only order. This file must not know of tokens, of
-// what clients send, or how members are found.
+// The sealed cluster port: a push that reaches one server of the ring is passed on, as it
+// came, to the server that owns its site. Invariants: a push is forwarded once at most; an
+// answer is of the member asked, who holds the cluster key; of a stranger nothing is read
+// but a header; if the owner cannot be reached, the receiver takes the push itself. This
+// file must not know of tokens, of what a body holds, or how members are found.
 
 import (
 	"bytes"
 	"context"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -28,10 +24,10 @@ const (
 	forwardPath    = "/forward"
 	forwardHeader  = "Telemeter-Forward"
 	forwardTimeout = 20 * time.Second // less than a client waits
-	maxForwardHead = 4 << 10          // bytes in base64
+	maxForwardHead = 12 << 10         // bytes, sealed: in base64 they fit the heads of a request
 	maxForwards    = 32               // in flight: received of all, each holding a body; sent to one owner
-	maxForwardBody = 256 << 20
-	maxNotes       = 1024 // waiting to be told to owners
+	maxForwardBody = 64<<20 + 1<<10   // the most that --limit-bytes can be, sealed
+	maxForwardText = 256 << 10        // bytes of an answer
 )
 
 // What a seal is for, so that none can stand for another.
@@ -40,14 +36,6 @@ const (
 	bodySeal   = "forward body"
 	answerSeal = "forward answer"
 )
-
-// ErrPace: the owner has seen more pushes of the cluster ID than its pace allows.
-type ErrPace struct {
-	Reason string
-	Retry  time.Duration
-}
-
-func (e *ErrPace) Error() string { return e.Reason }
 
 // Peer is a live member of the cluster of servers.
 type Peer struct {
@@ -63,49 +51,35 @@ type View struct {
 	Peers map[string]Peer // by name, this server included
 }
 
-// NeverExpires says that a token does not expire.
-const NeverExpires = -1
+// Upload is what is to be known of a push beside its body: the claims of its token, when
+// its head arrived at the first server, and its headers.
+type Upload struct {
+	Cluster          string
+	Labels           map[string]string `json:",omitempty"`
+	Arrival          int64             // ms
+	Type, Encoding   string
+	Spool, Consumers string `json:",omitempty"`
+}
 
-// Note is what a server tells the owner of a cluster ID beside samples, so that
-// one server alone shows it.
-type Note struct {
-	Expires int64 // of the client token, Unix seconds, or NeverExpires; 0 = not known
-	Failed  bool  // a push was refused
+// UploadAnswer is the answer to a push. The body is text, or JSON if the status is 200.
+type UploadAnswer struct {
+	Status   int
+	Result   string // as telemeter_pushes_total names it
+	Body     []byte
+	Retry    int  `json:",omitempty"` // s
+	Untimely bool `json:",omitempty"` // every sample was dropped for its time
 }
 
 // ForwardConfig configures a Forward.
 type ForwardConfig struct {
 	Name    string // this server's
-	Store   *Store
 	Box     *Box
 	Client  *http.Client
 	Log     *slog.Logger
 	Metrics *Metrics
-	// Begin and End hold the pace of a cluster ID at its owner, for one that
-	// alternates between servers. Noted hears what others note.
-	Begin func(id string) (wait time.Duration, err error)
-	End   func(id string)
-	Noted func(id string, n Note)
-	// Handed takes what another member hands over, durable when it returns nil.
-	Handed func(ctx context.Context, from string, m HandoffMessage) error
+	// Take takes a push that another member received. An error has the receiver keep it.
+	Take func(ctx context.Context, up *Upload, body []byte) (*UploadAnswer, error)
 }
-
-// HandoffMessage is what one server hands another: batches of a cluster, or, without
-// one, the word that it holds nothing more of what the other owns on that ring.
-type HandoffMessage struct {
-	Cluster string
-	Ring    uint64 // its version
-	Batches []byte // as AppendBatches made them
-}
-
-// ErrNotOwner: a server was handed a cluster that it does not own, or while it leaves.
-var ErrNotOwner = errors.New("it does not own the cluster ID")
-
-// RefusedByOwner is an owner's answer that it does not take a cluster.
-type RefusedByOwner struct{ err error }
-
-func (e *RefusedByOwner) Error() string { return e.err.Error() }
-func (e *RefusedByOwner) Unwrap() error { return e.err }
 
 // Forward sends pushes to their owners and receives those of others. It is safe
 // for concurrent use.
@@ -114,14 +88,13 @@ type Forward struct {
 	view     atomic.Pointer[View]
 	count    atomic.Uint64 // of requests sent in this session
 	received chan struct{}
-	notes    chan noted
 
 	mu      sync.Mutex // guards both
 	windows map[string]*peerWindow
 	asked   map[string]*asked // by the owner's name
 
-	sent, taken, lostNotes *Counter
-	seconds                *Histogram
+	sent, taken *Counter
+	seconds     *Histogram
 }
 
 type peerWindow struct {
@@ -137,25 +110,19 @@ type asked struct {
 	cancel  context.CancelFunc
 }
 
-type noted struct {
-	id   string
-	note Note
-}
-
-// NewForward returns a Forward that knows of no members: it stores all itself.
+// NewForward returns a Forward that knows of no members: this server owns all.
 func NewForward(cfg ForwardConfig) *Forward {
 	m := cfg.Metrics
 	f := &Forward{
-		cfg: cfg, received: make(chan struct{}, maxForwards), notes: make(chan noted, maxNotes), windows: map[string]*peerWindow{}, asked: map[string]*asked{},
-		sent:      m.Counter("telemeter_forwards_sent_total", "Pushes for other owners by result: stored, refused by the owner, or hinted: held here because the owner could not be reached.", "result"),
-		taken:     m.Counter("telemeter_forwards_received_total", "Pushes forwarded by other members by result.", "result"),
-		lostNotes: m.Counter("telemeter_forward_notes_lost_total", "Notes on cluster IDs that their owner was not told."),
-		seconds:   m.Histogram("telemeter_forward_duration_seconds", "Time until the owner answered.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
+		cfg: cfg, received: make(chan struct{}, maxForwards), windows: map[string]*peerWindow{}, asked: map[string]*asked{},
+		sent:    m.Counter("telemeter_forwards_sent_total", "Pushes for other owners by result: accepted, refused by the owner, or kept: held here because the owner could not take them.", "result"),
+		taken:   m.Counter("telemeter_forwards_received_total", "Pushes forwarded by other members by result.", "result"),
+		seconds: m.Histogram("telemeter_forward_duration_seconds", "Time until the owner answered.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
 	}
-	for _, result := range []string{"stored", "refused", "hinted"} {
+	for _, result := range []string{"accepted", "refused", "kept"} {
 		f.sent.Add(0, result)
 	}
-	for _, result := range []string{"stored", "refused", "forged", "misrouted", "replayed", "malformed", "overloaded"} {
+	for _, result := range []string{"accepted", "refused", "forged", "misrouted", "replayed", "malformed", "overloaded", "returned"} {
 		f.taken.Add(0, result)
 	}
 	f.view.Store(&View{Ring: NewRing(nil, 0)})
@@ -184,47 +151,46 @@ func (f *Forward) SetView(v *View) {
 // View returns what SetView set.
 func (f *Forward) View() *View { return f.view.Load() }
 
-// Owner returns the member that owns a cluster ID, and whether it is this one.
+// Owner returns the member that owns the site of a hash, and whether it is this one.
 // While nobody is known, it is.
-func (f *Forward) Owner(id string) (p Peer, self bool) {
+func (f *Forward) Owner(hash uint64) (p Peer, self bool) {
 	v := f.view.Load()
-	name, ok := v.Ring.Owner(RingKey(id))
+	name, ok := v.Ring.Owner(hash)
 	if p, live := v.Peers[name]; ok && live && name != f.cfg.Name {
 		return p, false
 	}
 	return Peer{Name: f.cfg.Name}, true
 }
 
-// Append stores a push at the owner of its cluster ID, as Store.Append does: nil
-// means durable there. The errors of the owner's store come back as such, and its
-// pace as ErrPace. When the owner cannot be reached, or what answers is not the
-// owner, the push is held here: a hint.
-func (f *Forward) Append(ctx context.Context, id string, p *Push, n Note) (AppendResult, error) {
+// Push has the owner of a push take it, and returns the owner's answer; nil if this server
+// is the owner, or has to take the push because the owner cannot.
+func (f *Forward) Push(ctx context.Context, up *Upload, body []byte) *UploadAnswer {
+	hash := RingKey(up.Cluster)
 	for {
-		owner, self := f.Owner(id)
+		owner, self := f.Owner(hash)
 		if self {
-			f.cfg.Noted(id, n)
-			return f.cfg.Store.Append(ctx, id, p)
+			return nil
 		}
 		begin := time.Now()
-		a, err := f.ask(ctx, owner, head{Cluster: id, Note: n}, EncodePush(nil, p))
+		a, err := f.ask(ctx, owner, up, body)
 		f.seconds.Observe(time.Since(begin).Seconds())
-		switch {
-		case err == nil && a.Kind == "":
-			f.sent.Inc("stored")
-			return a.Result, nil
-		case err == nil:
-			f.sent.Inc("refused")
-			return AppendResult{}, a.err()
-		case ctx.Err() != nil:
-			return AppendResult{}, ctx.Err()
+		if err == nil {
+			result := "accepted"
+			if a.Status != http.StatusOK {
+				result = "refused"
+			}
+			f.sent.Inc(result)
+			return a
 		}
-		if now, _ := f.Owner(id); now != owner {
+		if ctx.Err() != nil {
+			return nil // the sender has gone, or no time is left: it sends the push again
+		}
+		if now, _ := f.Owner(hash); now != owner {
 			continue // it died meanwhile, and there is another; each turn takes a change of the ring
 		}
-		f.sent.Inc("hinted")
-		f.cfg.Log.Warn("owner cannot be reached; the push is held here", "cluster", id, "owner", owner.Name, "err", err)
-		return f.cfg.Store.Append(ctx, id, p)
+		f.sent.Inc("kept")
+		f.cfg.Log.Warn("owner cannot take the push; it is held here", "cluster", up.Cluster, "owner", owner.Name, "err", err)
+		return nil
 	}
 }
 
@@ -258,38 +224,6 @@ func (f *Forward) reach(ctx context.Context, to Peer) (context.Context, func(), 
 	}, nil
 }
 
-// Tell has the owner of a cluster ID know n, later and if it can. It reports
-// false if this server is the owner.
-func (f *Forward) Tell(id string, n Note) bool {
-	if _, self := f.Owner(id); self {
-		return false
-	}
-	select {
-	case f.notes <- noted{id, n}:
-	default:
-		f.lostNotes.Inc()
-	}
-	return true
-}
-
-// Run tells owners what is noted, until ctx ends.
-func (f *Forward) Run(ctx context.Context) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case n := <-f.notes:
-			owner, self := f.Owner(n.id)
-			if self {
-				f.cfg.Noted(n.id, n.note)
-			} else if _, err := f.ask(ctx, owner, head{Cluster: n.id, Note: n.note}, nil); err != nil {
-				f.lostNotes.Inc()
-				f.cfg.Log.Debug("owner was not told", "cluster", n.id, "owner", owner.Name, "err", err)
-			}
-		}
-	}
-}
-
 // head says what a request is, to whom, and from whom. It is sealed by itself, so
 // that no body is read of one who could not seal it; sessions and the count make
 // a replay known, also across restarts of either side.
@@ -297,101 +231,27 @@ type head struct {
 	From, To               string
 	FromSession, ToSession uint64
 	Count                  uint64
-	Kind                   string
-	Cluster                string // of a push, and of what is handed over
-	Note                   Note
-	Ring                   uint64 // of what is handed over
+	Upload                 Upload
 }
 
-// What a request can be beside a push.
-const (
-	kindHandoff = "handoff" // with batches
-	kindDone    = "done"    // nothing more is held here of what the other owns
-)
-
-// verdict is what the owner says. Kind is empty for a success.
-type verdict struct {
-	Result AppendResult
-	Kind   string
-	Text   string
-	Retry  time.Duration
-}
-
-const (
-	refusedSeries   = "series limit"
-	refusedTooLarge = "too large"
-	refusedFull     = "full"
-	refusedPace     = "pace"
-	refusedNotOwner = "not the owner"
-	refusedClock    = "clock"
-	refusedOther    = "other"
-)
-
-// err makes of a refusal what the store returned there.
-func (a *verdict) err() error {
-	switch a.Kind {
-	case refusedSeries:
-		return fmt.Errorf("%w (at its owner: %s)", ErrSeriesLimit, a.Text)
-	case refusedTooLarge:
-		return fmt.Errorf("%w (at its owner: %s)", ErrTooLarge, a.Text)
-	case refusedFull:
-		return fmt.Errorf("%w (at its owner: %s)", ErrFull, a.Text)
-	case refusedPace:
-		return &ErrPace{Reason: a.Text, Retry: a.Retry}
-	case refusedNotOwner:
-		return ErrNotOwner
-	case refusedClock:
-		return fmt.Errorf("%w (at its owner)", ErrClock)
-	}
-	return fmt.Errorf("the owner refused: %s", a.Text)
-}
-
-func refusalOf(err error) verdict {
-	a := verdict{Kind: refusedOther, Text: err.Error()}
-	for kind, is := range map[string]error{
-		refusedSeries: ErrSeriesLimit, refusedTooLarge: ErrTooLarge, refusedFull: ErrFull, refusedNotOwner: ErrNotOwner, refusedClock: ErrClock,
-	} {
-		if errors.Is(err, is) {
-			a.Kind = kind
-		}
-	}
-	return a
-}
-
-// Hand hands a message over: nil means that the member has it durable. Errors:
-// ErrNotOwner, RefusedByOwner, and that it cannot be reached.
-func (f *Forward) Hand(ctx context.Context, to Peer, m HandoffMessage) error {
-	h := head{Kind: kindHandoff, Cluster: m.Cluster, Ring: m.Ring}
-	if m.Cluster == "" {
-		h.Kind = kindDone
-	}
-	a, err := f.ask(ctx, to, h, m.Batches)
-	if err != nil {
-		return err
-	}
-	if a.Kind == "" {
-		return nil
-	}
-	if err := a.err(); errors.Is(err, ErrNotOwner) {
-		return err
-	}
-	return &RefusedByOwner{a.err()}
-}
-
-// ask sends one request and returns the authenticated answer. h says what it is.
-func (f *Forward) ask(ctx context.Context, to Peer, h head, body []byte) (*verdict, error) {
+// ask sends one push and returns the authenticated answer.
+func (f *Forward) ask(ctx context.Context, to Peer, up *Upload, body []byte) (*UploadAnswer, error) {
 	ctx, done, err := f.reach(ctx, to)
 	if err != nil {
 		return nil, fmt.Errorf("forwarding: %w", err)
 	}
 	defer done()
-	h.From, h.FromSession = f.cfg.Name, f.view.Load().Peers[f.cfg.Name].Session
-	h.To, h.ToSession, h.Count = to.Name, to.Session, f.count.Add(1)
-	said, err := json.Marshal(h)
+	said, err := json.Marshal(head{
+		From: f.cfg.Name, FromSession: f.view.Load().Peers[f.cfg.Name].Session,
+		To: to.Name, ToSession: to.Session, Count: f.count.Add(1), Upload: *up,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("forwarding: %w", err)
 	}
 	sealed := f.cfg.Box.Seal(nil, said, headSeal, nil, to.KeyID)
+	if len(sealed) > maxForwardHead {
+		return nil, fmt.Errorf("forwarding: labels and headers take %d bytes, which is more than %d", len(sealed), maxForwardHead)
+	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+to.Addr+forwardPath,
 		bytes.NewReader(f.cfg.Box.Seal(nil, body, bodySeal, sealed, to.KeyID)))
 	if err != nil {
@@ -403,7 +263,7 @@ func (f *Forward) ask(ctx context.Context, to Peer, h head, body []byte) (*verdi
 		return nil, fmt.Errorf("forwarding: %w", err)
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxForwardText))
 	if err != nil {
 		return nil, fmt.Errorf("forwarding: reading the answer: %w", err)
 	}
@@ -414,9 +274,9 @@ func (f *Forward) ask(ctx context.Context, to Peer, h head, body []byte) (*verdi
 	if err != nil {
 		return nil, fmt.Errorf("forwarding: the answer of %s: %w", to.Addr, err)
 	}
-	var a verdict
-	if err := json.Unmarshal(plain, &a); err != nil {
-		return nil, fmt.Errorf("forwarding: the answer of %s: %w", to.Addr, err)
+	var a UploadAnswer
+	if err := json.Unmarshal(plain, &a); err != nil || a.Status < 200 || a.Status > 599 {
+		return nil, fmt.Errorf("forwarding: the answer of %s is malformed (%v)", to.Addr, err)
 	}
 	return &a, nil
 }
@@ -428,9 +288,9 @@ func (f *Forward) Handler() http.Handler {
 	return mux
 }
 
-// receive stores what another member forwards. It is never forwarded again,
-// whoever owns it by now: a push that went round would never be answered. Who
-// cannot seal learns nothing but that.
+// receive takes a push that another member forwards. The push is not forwarded again,
+// whichever member owns its site by now, because a push that went round would never be
+// answered. A stranger learns nothing but that it cannot seal.
 func (f *Forward) receive(w http.ResponseWriter, r *http.Request) {
 	refuse := func(status int, result string) {
 		f.taken.Inc(result)
@@ -448,7 +308,7 @@ func (f *Forward) receive(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusForbidden, "forged")
 		return
 	}
-	if err := json.Unmarshal(plain, &h); err != nil || h.Kind != kindDone && ValidClusterID(h.Cluster) != nil {
+	if err := json.Unmarshal(plain, &h); err != nil || ValidClusterID(h.Upload.Cluster) != nil {
 		refuse(http.StatusForbidden, "malformed")
 		return
 	}
@@ -475,14 +335,19 @@ func (f *Forward) receive(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusForbidden, "forged")
 		return
 	}
-	a := f.store(r.Context(), h, body)
+	a, err := f.cfg.Take(r.Context(), &h.Upload, body)
+	if err != nil {
+		f.cfg.Log.Debug("forwarded push is left to its receiver", "cluster", h.Upload.Cluster, "from", h.From, "err", err)
+		refuse(http.StatusServiceUnavailable, "returned")
+		return
+	}
 	b, err := json.Marshal(a)
 	if err != nil {
 		refuse(http.StatusInternalServerError, "malformed")
 		return
 	}
-	if a.Kind == "" {
-		f.taken.Inc("stored")
+	if a.Status == http.StatusOK {
+		f.taken.Inc("accepted")
 	} else {
 		f.taken.Inc("refused")
 	}
@@ -500,128 +365,4 @@ func (f *Forward) fresh(h head) bool {
 		f.windows[h.From] = w
 	}
 	return h.FromSession == w.session && w.window.Take(h.Count)
-}
-
-// store takes one forwarded push, or note, or what is handed over.
-func (f *Forward) store(ctx context.Context, h head, body []byte) verdict {
-	if h.Kind != "" {
-		m := HandoffMessage{Cluster: h.Cluster, Ring: h.Ring, Batches: body}
-		if !(h.Kind == kindHandoff && h.Cluster != "" || h.Kind == kindDone && h.Cluster == "") {
-			return verdict{Kind: refusedOther, Text: "a message of no known kind"}
-		}
-		if err := f.cfg.Handed(ctx, h.From, m); err != nil {
-			return refusalOf(err)
-		}
-		return verdict{}
-	}
-	if h.Note != (Note{}) {
-		f.cfg.Noted(h.Cluster, h.Note)
-	}
-	if len(body) == 0 {
-		return verdict{}
-	}
-	if wait, err := f.cfg.Begin(h.Cluster); err != nil {
-		return verdict{Kind: refusedPace, Text: err.Error(), Retry: wait}
-	}
-	defer f.cfg.End(h.Cluster)
-	var p Push
-	if err := DecodePush(&p, body, h.Cluster); err != nil {
-		return verdict{Kind: refusedOther, Text: err.Error()}
-	}
-	res, err := f.cfg.Store.Append(ctx, h.Cluster, &p)
-	if err != nil {
-		f.cfg.Log.Warn("forwarded push refused", "cluster", h.Cluster, "from", h.From, "err", err)
-		return refusalOf(err)
-	}
-	return verdict{Result: res}
-}
-
-// EncodePush appends p as it is forwarded: what it tells of the source's clock, and
-// for each sample its line (empty if it is that of the sample before), time and value.
-func EncodePush(b []byte, p *Push) []byte {
-	b = appendClock(b, p.Clock)
-	var before []byte
-	for _, s := range p.Samples {
-		line := p.Line(s)
-		if bytes.Equal(line, before) {
-			b = append(b, 0)
-		} else {
-			b = append(binary.AppendUvarint(b, uint64(len(line))), line...)
-		}
-		before = line
-		b = binary.AppendVarint(b, s.T)
-		b = binary.LittleEndian.AppendUint64(b, math.Float64bits(s.V))
-	}
-	return b
-}
-
-func appendClock(b []byte, c ScrapeClock) []byte {
-	if !c.Known {
-		return append(b, 0)
-	}
-	b = binary.AppendVarint(append(b, 1), c.Offset)
-	return binary.LittleEndian.AppendUint64(binary.AppendVarint(b, c.Base), c.Boot)
-}
-
-func cutClock(b []byte) (c ScrapeClock, rest []byte, err error) {
-	if len(b) == 0 || b[0] > 1 {
-		return c, nil, errPush
-	}
-	if c.Known, b = b[0] == 1, b[1:]; !c.Known {
-		return c, b, nil
-	}
-	for _, v := range []*int64{&c.Offset, &c.Base} {
-		n := 0
-		if *v, n = binary.Varint(b); n <= 0 || *v < -2*MaxClockTime || *v > 2*MaxClockTime {
-			return c, nil, errPush
-		}
-		b = b[n:]
-	}
-	if len(b) < 8 {
-		return c, nil, errPush
-	}
-	c.Boot = binary.LittleEndian.Uint64(b)
-	return c, b[8:], nil
-}
-
-var errPush = errors.New("malformed push")
-
-// DecodePush reads what EncodePush wrote into p. Every line has to be in normal
-// form and of the cluster: a member's mistake should not be served.
-func DecodePush(p *Push, b []byte, cluster string) error {
-	var parser Parser
-	var err error
-	if p.Clock, b, err = cutClock(b); err != nil {
-		return err
-	}
-	last := Sample{}
-	for len(b) > 0 {
-		n, k := binary.Uvarint(b)
-		if k <= 0 || n > uint64(len(b)-k) || n > MaxLine {
-			return errPush
-		}
-		if n > 0 {
-			line := b[k : k+int(n)]
-			if err := parser.CheckOf(line, cluster); err != nil {
-				return err
-			}
-			if int64(len(p.Arena)+len(line)) > math.MaxUint32 {
-				return errPush
-			}
-			last.Off, last.Len = uint32(len(p.Arena)), uint32(n)
-			p.Arena = append(p.Arena, line...)
-		} else if last.Len == 0 {
-			return errPush
-		}
-		b = b[k+int(n):]
-		if last.T, k = binary.Varint(b); k <= 0 || len(b)-k < 8 {
-			return errPush
-		}
-		if last.V = math.Float64frombits(binary.LittleEndian.Uint64(b[k:])); last.V != last.V {
-			last.V = math.NaN()
-		}
-		b = b[k+8:]
-		p.Samples = append(p.Samples, last)
-	}
-	return nil
 }

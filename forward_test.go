@@ -4,15 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
-	"math"
-	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,17 +22,50 @@ import (
 	"time"
 )
 
-// forwardNode is a member with a store in memory and a real listener.
+// forwardNode is a member with a real listener. Unless a test says otherwise, it takes
+// each push and answers its own name.
 type forwardNode struct {
 	*Forward
-	store *Store
-	url   string
-	noted []string
-	pace  error
-	busy  atomic.Int64 // pushes that began and have not ended
-	down  atomic.Bool  // the network drops what comes
-	last  atomic.Pointer[http.Request]
-	body  atomic.Pointer[[]byte]
+	url  string
+	down atomic.Bool // the network drops what comes
+	last atomic.Pointer[http.Request]
+	body atomic.Pointer[[]byte]
+
+	mu     sync.Mutex // guards the rest
+	pushes []takenPush
+	answer func() (*UploadAnswer, error) // nil: 200
+}
+
+type takenPush struct {
+	up   Upload
+	body string
+}
+
+func (n *forwardNode) take(_ context.Context, up *Upload, body []byte) (*UploadAnswer, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.pushes = append(n.pushes, takenPush{*up, string(body)})
+	if n.answer != nil {
+		return n.answer()
+	}
+	return &UploadAnswer{Status: http.StatusOK, Result: resultAccepted, Body: []byte(n.cfg.Name)}, nil
+}
+
+// took returns how many pushes n took of others.
+func (n *forwardNode) took() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.pushes)
+}
+
+// push has n forward a push with the given body, and returns the body of the answer: the
+// name of the member that took the push, or "" if n has to take it itself.
+func (n *forwardNode) push(ctx context.Context, id, body string) string {
+	a := n.Push(ctx, &Upload{Cluster: id, Arrival: 5, Type: "text/plain"}, []byte(body))
+	if a == nil {
+		return ""
+	}
+	return string(a.Body)
 }
 
 func clusterKeys(t testing.TB, lines ...string) Keys {
@@ -46,30 +80,16 @@ func clusterKeys(t testing.TB, lines ...string) Keys {
 // Keys of 32 equal bytes, in base64.
 func testKey(b byte) string { return base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{b}, 32)) }
 
-func newForwardNode(t *testing.T, name string, keys Keys) *forwardNode {
+func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 	t.Helper()
 	n := &forwardNode{}
-	store, err := OpenStore(StoreConfig{Retention: time.Hour, MaxSampleAge: time.Hour, LimitSeries: 100, Now: time.Now, OnError: func(err error) { t.Error(err) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { store.Close() })
 	box, err := NewBox(keys, "telemeter")
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.store = store
 	n.Forward = NewForward(ForwardConfig{
-		Name: name, Store: store, Box: box, Client: HTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
-		Log: slog.New(slog.DiscardHandler),
-		Begin: func(string) (time.Duration, error) {
-			if n.pace == nil {
-				n.busy.Add(1)
-			}
-			return 7 * time.Second, n.pace
-		},
-		End:   func(string) { n.busy.Add(-1) },
-		Noted: func(id string, note Note) { n.noted = append(n.noted, fmt.Sprint(id, note)) },
+		Name: name, Box: box, Client: HTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
+		Log: slog.New(slog.DiscardHandler), Take: n.take,
 	})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if n.down.Load() {
@@ -99,36 +119,52 @@ func join(session uint64, nodes ...*forwardNode) {
 	}
 }
 
-func forwardPush(t testing.TB, id string, n int) *Push {
+// ownedBy returns the nth cluster ID that the member owns.
+func ownedBy(t testing.TB, f *Forward, name string, nth ...int) string {
 	t.Helper()
-	var p Push
-	now := time.Now().UnixMilli()
-	for i := range n {
-		r := RawSample{Name: []byte("m"), T: now, V: float64(i), Labels: []Label{
-			{[]byte(ClusterLabel), []byte(id)}, {[]byte("i"), fmt.Append(nil, i)}, {Name: []byte("instance")}, {Name: []byte("job")},
-		}}
-		if err := p.Add(&r); err != nil {
-			t.Fatal(err)
-		}
+	skip := 0
+	for _, n := range nth {
+		skip = n
 	}
-	return &p
-}
-
-// ownedBy returns a cluster ID that the member owns.
-func ownedBy(t *testing.T, f *Forward, name string) string {
-	t.Helper()
 	for i := range 10_000 {
 		id := fmt.Sprint("site", i)
-		if p, _ := f.Owner(id); p.Name == name {
-			return id
+		if p, _ := f.Owner(RingKey(id)); p.Name == name {
+			if skip == 0 {
+				return id
+			}
+			skip--
 		}
 	}
-	t.Fatalf("%s owns nothing", name)
+	t.Fatalf("%s owns too little", name)
 	return ""
 }
 
-func heldAt(n *forwardNode, id string) int {
-	for _, c := range n.store.Stats().Clusters {
+// ringServer is a server that is a member of a ring.
+type ringServer struct {
+	*srvRig
+	node *forwardNode
+}
+
+// newRingServers returns servers named "a", "b" … that forward to each other.
+func newRingServers(t testing.TB, n int, change ...func(*StoreConfig, *ServerConfig)) (all []*ringServer) {
+	t.Helper()
+	var nodes []*forwardNode
+	for i := range n {
+		name := string(rune('a' + i))
+		node := newForwardNode(t, name, clusterKeys(t, testKey(1)))
+		r := newSrvRig(t, append([]func(*StoreConfig, *ServerConfig){func(_ *StoreConfig, c *ServerConfig) {
+			c.Name, c.Forward = name, node.Forward
+		}}, change...)...)
+		node.cfg.Take = r.server.Forwarded
+		all, nodes = append(all, &ringServer{r, node}), append(nodes, node)
+	}
+	join(1, nodes...)
+	return all
+}
+
+// samples returns how many samples the server holds of a site.
+func (r *srvRig) samples(id string) int {
+	for _, c := range r.store.Stats().Clusters {
 		if c.ID == id {
 			return int(c.Samples)
 		}
@@ -140,79 +176,105 @@ func TestForward(t *testing.T) {
 	keys := clusterKeys(t, testKey(1))
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
 	ctx := t.Context()
-
-	// Alone, a server stores all itself.
-	if res, err := a.Append(ctx, "x", forwardPush(t, "x", 3), Note{}); err != nil || res.Accepted != 3 || heldAt(a, "x") != 3 {
-		t.Fatalf("%+v %v", res, err)
+	if got := a.push(ctx, "x", "alone"); got != "" {
+		t.Errorf("alone, a server has its push taken by %q", got)
 	}
 	join(1, a, b)
-	id := ownedBy(t, a.Forward, "b")
-	res, err := a.Append(ctx, id, forwardPush(t, id, 5), Note{Expires: 9})
-	if err != nil || res.Accepted != 5 {
-		t.Fatalf("%+v %v", res, err)
-	}
-	if heldAt(a, id) != 0 || heldAt(b, id) != 5 {
-		t.Errorf("a holds %d, b holds %d: the owner alone should", heldAt(a, id), heldAt(b, id))
-	}
-	if want := fmt.Sprint(id, Note{Expires: 9}); len(b.noted) != 1 || b.noted[0] != want {
-		t.Errorf("noted %v, want %s", b.noted, want)
-	}
-	own := ownedBy(t, a.Forward, "a")
-	if _, err := a.Append(ctx, own, forwardPush(t, own, 1), Note{}); err != nil || heldAt(a, own) != 1 {
-		t.Errorf("its own push is not stored here: %v", err)
+	if got := a.push(ctx, ownedBy(t, a.Forward, "a"), "its own"); got != "" || a.took() > 0 {
+		t.Errorf("its own push is taken by %q", got)
 	}
 
-	// The owner's refusals come back as what they are, and nothing is held here.
-	if _, err := a.Append(ctx, id, forwardPush(t, id, 101), Note{}); !errors.Is(err, ErrSeriesLimit) {
-		t.Errorf("got %v, want the owner's series limit", err)
+	// The owner gets the push as it came, and its answer comes back as it is.
+	up := Upload{
+		Cluster: ownedBy(t, a.Forward, "b"), Labels: map[string]string{"region": "eu", "note": "<\u00e9\">"}, Arrival: 1_700_000_000_123,
+		Type: "text/plain; version=0.0.4", Encoding: "gzip", Spool: "00000000000000ab 1-4,9", Consumers: "00000000000000cd:7",
 	}
-	b.store.cfg.Span = func() Span { return Span{time.Now(), time.Now().Add(24 * time.Hour)} }
-	if _, err := a.Append(ctx, id, forwardPush(t, id, 1), Note{}); !errors.Is(err, ErrClock) {
-		t.Errorf("got %v, want the owner's doubt of its clock", err)
+	bodies := []string{"", "a 1\n", "\x00\xff\x1f\x8b", strings.Repeat("z", 1<<20)}
+	answers := []*UploadAnswer{
+		{Status: 200, Result: resultAccepted, Body: []byte("{\"accepted\":1}\n")},
+		{Status: 200, Result: resultAccepted, Body: []byte("{}\n"), Untimely: true},
+		{Status: 400, Result: resultMalformed, Body: []byte("line 1: <html> \xff\n")},
+		{Status: 413, Result: resultTooLarge, Body: []byte("too large\n")},
+		{Status: 415, Result: resultUnsupported, Body: []byte("what?\n")},
+		{Status: 429, Result: resultRateLimited, Body: []byte("too fast\n"), Retry: 7},
+		{Status: 503, Result: resultFull, Body: []byte("no room\n"), Retry: 60},
+		{Status: 503, Result: resultFailed, Body: bytes.Repeat([]byte("x"), 100<<10), Retry: 30},
 	}
-	b.store.cfg.Span = func() Span { return At(time.Now()) }
-	b.pace = errors.New("too fast")
-	var pace *ErrPace
-	if _, err := a.Append(ctx, id, forwardPush(t, id, 1), Note{}); !errors.As(err, &pace) || pace.Retry != 7*time.Second {
-		t.Errorf("got %v, want the owner's pace", err)
+	for i, answer := range answers {
+		body := bodies[i%len(bodies)]
+		b.answer = func() (*UploadAnswer, error) { return answer, nil }
+		got := a.Push(ctx, &up, []byte(body))
+		if !reflect.DeepEqual(got, answer) {
+			t.Errorf("the owner answered %+v, the receiver has %+v", answer, got)
+		}
+		if last := b.pushes[len(b.pushes)-1]; !reflect.DeepEqual(last.up, up) || last.body != body {
+			t.Errorf("push %d: the owner got %+v and a body of %d bytes", i, last.up, len(last.body))
+		}
 	}
-	b.pace = nil
-	if heldAt(a, id) != 0 {
-		t.Error("a refused push is held here")
+	if b.took() != len(answers) || a.took() != 0 {
+		t.Errorf("%d pushes were taken, %d of them by the receiver", b.took(), a.took())
 	}
-	if n := b.busy.Load(); n != 0 {
-		t.Errorf("%d more pushes began at the owner than ended", n)
+	counted := func(c *Counter, want map[string]float64) {
+		t.Helper()
+		for result, n := range want {
+			if got := c.Value(result); got != n {
+				t.Errorf("%v counted as %s, want %v", got, result, n)
+			}
+		}
 	}
+	counted(a.sent, map[string]float64{"accepted": 2, "refused": 6, "kept": 0})
+	counted(b.taken, map[string]float64{"accepted": 2, "refused": 6, "returned": 0})
 
-	// A push is forwarded once: b, for which a is the owner by now, keeps it.
-	peers := b.View().Peers
-	b.SetView(&View{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: peers})
-	before := heldAt(b, id)
-	// One series more than before: the others may be repeated, in the same millisecond.
-	if _, err := a.Append(ctx, id, forwardPush(t, id, 6), Note{}); err != nil {
-		t.Fatal(err)
+	// A push that the owner returns, and one for an owner that is away, is the receiver's.
+	b.answer = func() (*UploadAnswer, error) { return nil, errors.New("not ready") }
+	if got := a.push(ctx, up.Cluster, "returned"); got != "" {
+		t.Errorf("a push that was returned is taken by %q", got)
 	}
-	if heldAt(b, id) == before && heldAt(a, id) == 0 {
-		t.Error("the push is nowhere")
-	}
-	if heldAt(a, id) != 0 {
-		t.Error("the push came back")
-	}
-	join(1, a, b)
-
-	// An owner that cannot be reached costs nothing: the push is held here.
+	b.answer = nil
 	b.down.Store(true)
-	if res, err := a.Append(ctx, id, forwardPush(t, id, 4), Note{}); err != nil || res.Accepted != 4 || heldAt(a, id) != 4 {
-		t.Errorf("%+v %v, %d held", res, err, heldAt(a, id))
+	if got := a.push(ctx, up.Cluster, "down"); got != "" {
+		t.Errorf("a push for an owner that is down is taken by %q", got)
 	}
-	if got := a.sent.Value("hinted"); got != 1 {
-		t.Errorf("%v hints counted", got)
-	}
-	// A sender that has gone makes no hint: it will try again.
+	b.down.Store(false)
+	counted(a.sent, map[string]float64{"kept": 2})
+	counted(b.taken, map[string]float64{"returned": 1})
+	// The sender of a push that has gone tries again: nothing is kept for it.
 	gone, cancel := context.WithCancel(ctx)
 	cancel()
-	if _, err := a.Append(gone, id, forwardPush(t, id, 1), Note{}); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
+	a.push(gone, up.Cluster, "gone")
+	counted(a.sent, map[string]float64{"kept": 2})
+
+	// A push is forwarded once: b takes it, though a is the owner by b's view.
+	b.SetView(&View{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: b.View().Peers})
+	if got := a.push(ctx, up.Cluster, "once"); got != "b" || a.took() != 0 {
+		t.Errorf("taken by %q, and %d pushes came back", got, a.took())
+	}
+}
+
+// The longest head that the limits on headers allow still fits.
+func TestForwardLongHead(t *testing.T) {
+	keys := clusterKeys(t, testKey(1))
+	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
+	join(1, a, b)
+	names := SpoolNames{ID: 1<<64 - 1}
+	for i := range uint64(MaxPushRanges) {
+		names.Numbers = names.Numbers.Add(MaxSpoolNumber-1000+4*i, MaxSpoolNumber-998+4*i)
+	}
+	var consumers []ConsumerAge
+	for i := range MaxConsumers {
+		consumers = append(consumers, ConsumerAge{uint64(i), consumerIdle})
+	}
+	up := Upload{
+		Cluster: ownedBy(t, a.Forward, "b"), Labels: map[string]string{"note": strings.Repeat("x", 1000)}, Arrival: 1_700_000_000_123,
+		Type: protoType, Encoding: "gzip", Spool: names.String(), Consumers: FormatConsumers(consumers),
+	}
+	if got := a.Push(t.Context(), &up, []byte("x")); got == nil || !reflect.DeepEqual(b.pushes[0].up, up) {
+		t.Errorf("a head with %d bytes of numbers and %d of consumers was answered %v", len(up.Spool), len(up.Consumers), got)
+	}
+	// A longer one is not sent: the owner would count it as forged.
+	up.Labels["note"] = strings.Repeat("x", maxForwardHead)
+	if got := a.Push(t.Context(), &up, []byte("x")); got != nil || a.sent.Value("kept") != 1 || b.taken.Value("forged") != 0 {
+		t.Errorf("a head that is too long was answered %v, and %v were counted as forged", got, b.taken.Value("forged"))
 	}
 }
 
@@ -234,32 +296,36 @@ func TestForwardHangingOwner(t *testing.T) {
 	v.Peers["b"] = Peer{Name: "b", Addr: strings.TrimPrefix(hang.URL, "http://"), Session: 1}
 	a.SetView(&v)
 	id := ownedBy(t, a.Forward, "b")
+	took := make(chan string, maxForwards)
 	var wg sync.WaitGroup
 	for range maxForwards {
 		wg.Go(func() {
-			if _, err := a.Append(t.Context(), id, forwardPush(t, id, 3), Note{}); err != nil {
-				t.Error(err)
-			}
+			took <- a.push(t.Context(), id, "m 1\n")
 		})
 	}
 	for range maxForwards {
 		<-asked
 	}
-	// One more does not wait, and its push is held here.
-	if res, err := a.Append(t.Context(), id, forwardPush(t, id, 2), Note{}); err != nil || res.Accepted != 2 || heldAt(a, id) != 2 {
-		t.Errorf("%+v %v, %d held", res, err, heldAt(a, id))
+	// One more does not wait, and the receiver takes its push.
+	if got := a.push(t.Context(), id, "m 2\n"); got != "" || a.sent.Value("kept") != 1 {
+		t.Errorf("one more is taken by %q", got)
 	}
 	// The owner is known to be dead: those that wait go to the next one.
 	claims := []Claim{{Slot: 0, Lamport: 1, Name: "a"}, {Slot: 2, Lamport: 3, Name: "c"}}
 	next := &View{Ring: NewRing(claims, 3), Peers: map[string]Peer{"a": v.Peers["a"], "c": v.Peers["c"]}}
 	a.SetView(next)
 	wg.Wait()
-	heir := c
-	if _, self := a.Owner(id); self {
-		heir = a
+	heir := "c"
+	if _, self := a.Owner(RingKey(id)); self {
+		heir = ""
 	}
-	if heldAt(heir, id) < 3 || a.sent.Value("hinted") != 1 {
-		t.Errorf("the heir holds %d, %v hints", heldAt(heir, id), a.sent.Value("hinted"))
+	for range maxForwards {
+		if got := <-took; got != heir {
+			t.Fatalf("a push that waited is taken by %q, want %q", got, heir)
+		}
+	}
+	if n := a.sent.Value("kept"); n != 1 {
+		t.Errorf("%v pushes kept", n)
 	}
 }
 
@@ -267,8 +333,6 @@ func TestForwardHangingOwner(t *testing.T) {
 func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	r := newSrvRig(t)
 	f := newForwardNode(t, "a", clusterKeys(t, testKey(1)))
-	f.cfg.Store = r.store
-	f.cfg.Noted = r.server.Noted
 	hung, asked := make(chan struct{}), make(chan struct{}, 100)
 	owner := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		io.Copy(io.Discard, req.Body)
@@ -288,7 +352,7 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	waiting := 0
 	for i := 0; waiting < 4*cap(r.server.decoding); i++ {
 		id := fmt.Sprint("away", i)
-		if _, self := f.Owner(id); self {
+		if _, self := f.Owner(RingKey(id)); self {
 			continue
 		}
 		waiting++
@@ -319,8 +383,8 @@ func TestForwardTrustsNobody(t *testing.T) {
 	id := ownedBy(t, a.Forward, "b")
 	earlier := &recordAnswer{next: a.cfg.Client.Transport}
 	a.cfg.Client.Transport = earlier
-	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 2), Note{}); err != nil {
-		t.Fatal(err)
+	if got := a.push(t.Context(), id, "m 1\n"); got != "b" {
+		t.Fatalf("taken by %q", got)
 	}
 	a.cfg.Client.Transport = earlier.next
 	captured, body := b.last.Load(), *b.body.Load()
@@ -334,7 +398,20 @@ func TestForwardTrustsNobody(t *testing.T) {
 		}
 		return rec.Code
 	}
-	head := captured.Header.Get(forwardHeader)
+	sealed := captured.Header.Get(forwardHeader)
+	said := func(h any) string {
+		plain, err := json.Marshal(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return base64.RawURLEncoding.EncodeToString(b.cfg.Box.Seal(nil, plain, headSeal, nil, 0))
+	}
+	fresh := head{From: "a", FromSession: 1, To: "b", ToSession: 1, Count: 100, Upload: Upload{Cluster: id}}
+	change := func(f func(*head)) string {
+		h := fresh
+		f(&h)
+		return said(h)
+	}
 	count := func(result string) float64 { return b.taken.Value(result) }
 	flipped := bytes.Clone(body)
 	flipped[len(flipped)-1] ^= 1
@@ -344,12 +421,19 @@ func TestForwardTrustsNobody(t *testing.T) {
 		head         string
 		body         []byte
 	}{
-		{"replayed", "replayed", nil, head, body},
+		{"replayed", "replayed", nil, sealed, body},
 		{"no header", "forged", nil, "", body},
 		{"garbage", "forged", nil, "AAAA", body},
-		{"truncated", "forged", nil, head[:len(head)-4], body},
+		{"truncated", "forged", nil, sealed[:len(sealed)-4], body},
 		{"too long", "forged", nil, strings.Repeat("A", 2*maxForwardHead), body},
-		{"of another session of ours", "misrouted", func() { join(2, a, b, c) }, head, body},
+		{"a head that is none", "malformed", nil, said("x"), body},
+		{"no site", "malformed", nil, change(func(h *head) { h.Upload.Cluster = "" }), body},
+		{"a site that is none", "malformed", nil, change(func(h *head) { h.Upload.Cluster = "a b" }), body},
+		{"for another member", "misrouted", nil, change(func(h *head) { h.To = "c" }), body},
+		{"for another session", "misrouted", nil, change(func(h *head) { h.ToSession = 2 }), body},
+		{"of an earlier session", "replayed", nil, change(func(h *head) { h.FromSession = 0 }), body},
+		{"another push's body", "forged", nil, said(fresh), body},
+		{"of another session of ours", "misrouted", func() { join(2, a, b, c) }, sealed, body},
 	}
 	for _, tt := range tests {
 		if tt.prepare != nil {
@@ -362,7 +446,10 @@ func TestForwardTrustsNobody(t *testing.T) {
 		}
 	}
 	join(1, a, b, c)
-	// Another member's answer, and that of a stranger, is none: the push is a hint.
+	if b.took() != 1 {
+		t.Errorf("%d pushes were taken, not the first alone", b.took())
+	}
+	// Another member's answer, and that of a stranger, is none: the receiver takes the push.
 	for name, impostor := range map[string]http.HandlerFunc{
 		"a bare 200": func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "{}") },
 		"another's seal": func(w http.ResponseWriter, r *http.Request) {
@@ -370,6 +457,10 @@ func TestForwardTrustsNobody(t *testing.T) {
 		},
 		"the owner's own answer to an earlier request": func(w http.ResponseWriter, r *http.Request) { w.Write(earlier.body) },
 		"a reflection": func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) },
+		"an answer of no status": func(w http.ResponseWriter, r *http.Request) {
+			sealed, _ := base64.RawURLEncoding.DecodeString(r.Header.Get(forwardHeader))
+			w.Write(b.cfg.Box.Seal(nil, []byte("{}"), answerSeal, sealed, 0))
+		},
 		"an answer to another request": func(w http.ResponseWriter, r *http.Request) {
 			w.Write(b.cfg.Box.Seal(nil, []byte("{}"), answerSeal, []byte("other"), 0))
 		},
@@ -378,9 +469,9 @@ func TestForwardTrustsNobody(t *testing.T) {
 		v := *a.View()
 		v.Peers = map[string]Peer{"a": v.Peers["a"], "b": {Name: "b", Addr: strings.TrimPrefix(srv.URL, "http://"), Session: 1}}
 		a.SetView(&v)
-		before := a.sent.Value("hinted")
-		if _, err := a.Append(t.Context(), id, forwardPush(t, id, 1), Note{}); err != nil || a.sent.Value("hinted") != before+1 {
-			t.Errorf("%s was believed (%v)", name, err)
+		before := a.sent.Value("kept")
+		if got := a.Push(t.Context(), &Upload{Cluster: id}, nil); got != nil || a.sent.Value("kept") != before+1 {
+			t.Errorf("%s was believed: %+v", name, got)
 		}
 		srv.Close()
 	}
@@ -388,12 +479,12 @@ func TestForwardTrustsNobody(t *testing.T) {
 	// A body that belongs to another head.
 	a.cfg.Client.Transport = swapBody{flipped, a.cfg.Client.Transport}
 	before := count("forged")
-	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 1), Note{}); err != nil || count("forged") != before+1 {
-		t.Errorf("a foreign body was taken (%v)", err)
+	if got := a.push(t.Context(), id, "m 1\n"); got != "" || count("forged") != before+1 || b.took() != 1 {
+		t.Errorf("a foreign body was taken by %q", got)
 	}
 }
 
-// A member takes no more at once than it has memory for; the sender holds the push.
+// A member takes no more at once than it has memory for; the receiver takes the rest.
 func TestForwardOverloaded(t *testing.T) {
 	keys := clusterKeys(t, testKey(1))
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
@@ -402,12 +493,12 @@ func TestForwardOverloaded(t *testing.T) {
 	for range maxForwards {
 		b.received <- struct{}{}
 	}
-	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 2), Note{}); err != nil || heldAt(a, id) != 2 || b.taken.Value("overloaded") != 1 {
-		t.Errorf("%v, %d held, %v refused", err, heldAt(a, id), b.taken.Value("overloaded"))
+	if got := a.push(t.Context(), id, "m 1\n"); got != "" || b.taken.Value("overloaded") != 1 {
+		t.Errorf("taken by %q, %v refused", got, b.taken.Value("overloaded"))
 	}
 	<-b.received
-	if _, err := a.Append(t.Context(), id, forwardPush(t, id, 3), Note{}); err != nil || heldAt(b, id) != 3 {
-		t.Errorf("with room again: %v, %d at the owner", err, heldAt(b, id))
+	if got := a.push(t.Context(), id, "m 1\n"); got != "b" {
+		t.Errorf("with room again: taken by %q", got)
 	}
 }
 
@@ -450,7 +541,7 @@ func TestForwardGivesUp(t *testing.T) {
 			begin := time.Now()
 			answered := make(chan error, 1)
 			go func() {
-				_, err := f.ask(t.Context(), owner, head{Cluster: "x"}, nil)
+				_, err := f.ask(t.Context(), owner, &Upload{Cluster: "x"}, nil)
 				answered <- err
 			}()
 			synctest.Wait()
@@ -500,7 +591,7 @@ func TestForwardKeysRotate(t *testing.T) {
 	join(1, a, b)
 	id := ownedBy(t, a.Forward, "b")
 	oldID := a.cfg.Box.KeyID(a.cfg.Box.Seal(nil, nil, "", nil, 0))
-	for i, step := range []struct {
+	for _, step := range []struct {
 		name string
 		do   func() error
 	}{
@@ -524,47 +615,297 @@ func TestForwardKeysRotate(t *testing.T) {
 		if err := step.do(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := a.Append(t.Context(), id, forwardPush(t, id, i+1), Note{}); err != nil || a.sent.Value("hinted") > 0 {
-			t.Errorf("%s: %v, %v hints", step.name, err, a.sent.Value("hinted"))
+		if got := a.push(t.Context(), id, "m 1\n"); got != "b" {
+			t.Errorf("%s: taken by %q", step.name, got)
 		}
 	}
 }
 
-func TestPushEncoding(t *testing.T) {
-	p := forwardPush(t, "x", 4)
-	p.Samples = append(p.Samples, p.Samples[3], Sample{Off: p.Samples[0].Off, Len: p.Samples[0].Len, T: -5, V: math.Inf(-1)})
-	var got Push
-	if err := DecodePush(&got, EncodePush(nil, p), "x"); err != nil {
-		t.Fatal(err)
-	}
-	if len(got.Samples) != len(p.Samples) {
-		t.Fatalf("%d samples of %d", len(got.Samples), len(p.Samples))
-	}
-	for i, s := range p.Samples {
-		g := got.Samples[i]
-		if !bytes.Equal(got.Line(g), p.Line(s)) || g.T != s.T || g.V != s.V {
-			t.Errorf("sample %d: %s %d %v", i, got.Line(g), g.T, g.V)
+// times returns the times of the samples that the server holds of a site, in ms after
+// authNow.
+func (r *srvRig) times(id string) (times []int64) {
+	r.store.Look(id, func(held *Cluster) {
+		for _, b := range held.Batches {
+			for i := range b.V {
+				times = append(times, b.Time(i)-authNow.UnixMilli())
+			}
 		}
-	}
-	if err := DecodePush(&Push{}, EncodePush(nil, p), "y"); err == nil {
-		t.Error("another cluster's samples were taken")
+	})
+	return times
+}
+
+// A push that reaches another server is answered as its owner answers it, and nothing of
+// it stays at the receiver but what alerts go by.
+func TestForwardedPushAnswer(t *testing.T) {
+	big := strings.Repeat("# a comment is content too\n", 70)
+	for _, c := range []struct {
+		name    string
+		owner   func(b *ringServer)
+		body    string
+		header  map[string]string
+		status  int
+		retry   string
+		samples int
+	}{
+		{"taken", nil, "m 1\nn 2\n", nil, 200, "", 2},
+		{"gzip", nil, string(srvGzip([]byte("m 1\n"))), map[string]string{"Content-Encoding": "gzip"}, 200, "", 1},
+		{"OpenMetrics", nil, "# TYPE c counter\nc_total 1 # {t=\"x\"} 1\n# EOF\n", map[string]string{"Content-Type": omType}, 200, "", 1},
+		{"named", nil, "m 1\n", map[string]string{SpoolHeader: "00000000000000ab 7"}, 200, "", 1},
+		{"a question", nil, "", map[string]string{SpoolHeader: "00000000000000ab"}, 200, "", 0},
+		{"untimely", nil, "m 1 5\n", nil, 200, "", 0},
+		{"malformed", nil, "m{ 1\n", nil, 400, "", 0},
+		{"too large", func(b *ringServer) { b.server.cfg.LimitBytes = 1 << 10 }, big, nil, 413, "", 0},
+		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 413, "", 0},
+		{"too fast", func(b *ringServer) {
+			b.server.senders = NewSenders(7 * time.Second)
+			for n := range 2 {
+				for range rateBurst {
+					id := ownedBy(b.t, b.node.Forward, "b", n)
+					b.server.senders.Begin(id, b.now())
+					b.server.senders.End(id)
+				}
+			}
+		}, "m 1\n", nil, 429, "7", 0},
+		{"busy", func(b *ringServer) {
+			for range maxUploads {
+				b.server.uploads <- struct{}{}
+			}
+		}, "m 1\n", nil, 503, "5", 0},
+		{"full", func(b *ringServer) { b.store.cfg.LimitSamples = 1 }, "m 1\nn 1\n", nil, 503, "60", 0},
+		{"its clock in doubt", func(b *ringServer) {
+			b.store.cfg.Span = func() Span { return Span{b.now(), b.now().Add(3 * time.Hour)} }
+		}, "m 1\n", nil, 503, "30", 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ring := newRingServers(t, 2)
+			a, b := ring[0], ring[1]
+			if c.owner != nil {
+				c.owner(b)
+			}
+			push := func(to *ringServer, id string) srvAnswer {
+				return to.do(srvRequest{method: "POST", url: to.external.URL + "/upload", token: to.token(KindUpload, id), header: c.header, body: []byte(c.body)})
+			}
+			direct, id := push(b, ownedBy(t, b.node.Forward, "b", 1)), ownedBy(t, b.node.Forward, "b")
+			got := push(a, id)
+			if got.status != c.status || got.header.Get("Retry-After") != c.retry {
+				t.Errorf("%d %v %s", got.status, got.header, got.body)
+			}
+			if got.status != direct.status || got.body != direct.body || got.header.Get("Retry-After") != direct.header.Get("Retry-After") ||
+				got.header.Get("Content-Type") != direct.header.Get("Content-Type") {
+				t.Errorf("answered:\n%d %v %s\nand straight to the owner:\n%d %v %s", got.status, got.header, got.body, direct.status, direct.header, direct.body)
+			}
+			if a.samples(id) != 0 || b.samples(id) != c.samples {
+				t.Errorf("the receiver holds %d samples, the owner %d, want %d", a.samples(id), b.samples(id), c.samples)
+			}
+			failed := c.status != 200 || c.name == "untimely"
+			if shown := strings.Contains(a.held(id, ""), PushFailureTimeName+`{_id="`+id+`",instance="",job="",server="a"}`); shown != failed {
+				t.Errorf("the receiver shows that the push failed: %t", shown)
+			}
+			if n := a.node.sent.Value("accepted") + a.node.sent.Value("refused"); n != 1 || a.server.pushes.Value("accepted") != map[bool]float64{true: 1}[c.status == 200] {
+				t.Errorf("%v pushes were answered by the owner", n)
+			}
+		})
 	}
 }
 
-func FuzzDecodePush(f *testing.F) {
-	f.Add(EncodePush(nil, forwardPush(f, "x", 3)))
-	f.Add([]byte{0})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		var p Push
-		if DecodePush(&p, b, "x") != nil {
-			return
+// A push that its owner cannot take is the receiver's: with the time at which it arrived
+// there, and with an answer of the receiver. It is never forwarded twice.
+func TestForwardedPushKept(t *testing.T) {
+	ms := authNow.UnixMilli()
+	timed := fmt.Sprintf("m 1 %d\n", ms)
+	for _, c := range []struct {
+		name  string
+		owner func(a, b *ringServer)
+		body  string
+		taker string
+		times []int64
+	}{
+		{"owner is well", nil, "m 1\n", "b", []int64{0}},
+		{"owner is down", func(_, b *ringServer) { b.node.down.Store(true) }, "m 1\n", "a", []int64{0}},
+		{"owner is not ready", func(_, b *ringServer) { b.server.SetReady(false) }, "m 1\n", "a", []int64{0}},
+		{"owner's clock is a little ahead", func(_, b *ringServer) { b.clock.Store(int64(30 * time.Second)) }, "m 1\n", "b", []int64{0}},
+		{"owner's clock is ahead, within retention", func(_, b *ringServer) { b.clock.Store(int64(time.Hour)) }, "m 1\n", "b", []int64{0}},
+		{"owner's clock is far ahead", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) }, "m 1\n", "a", []int64{0}},
+		{"owner's clock is far ahead, samples with a time", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) }, timed, "a", []int64{0}},
+		{"owner's clock is behind", func(_, b *ringServer) { b.clock.Store(-int64(time.Hour)) }, timed, "a", []int64{0}},
+		{"owner's clock is far ahead, one sample is of its time", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) },
+			timed + fmt.Sprintf("n 1 %d\n", ms+3*3600_000), "b", []int64{3 * 3600_000}},
+		{"untimely for both, clocks agree", nil, "m 1 5\n", "b", nil},
+		{"untimely for both, clocks differ", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) }, "m 1 5\n", "a", nil},
+		{"malformed, clocks differ", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) }, "m{\n", "", nil},
+		{"each thinks that the other is the owner", func(a, b *ringServer) {
+			b.node.SetView(&View{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: b.node.View().Peers})
+		}, "m 1\n", "b", []int64{0}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ring := newRingServers(t, 2)
+			a, b := ring[0], ring[1]
+			id := ownedBy(t, a.node.Forward, "b")
+			if c.owner != nil {
+				c.owner(a, b)
+			}
+			got := a.push(id, c.body)
+			if c.taker == "" {
+				if got.status != 400 || a.samples(id)+b.samples(id) > 0 {
+					t.Errorf("%d %s", got.status, got.body)
+				}
+				return
+			}
+			if answer := a.accepted(got); answer.Server != c.taker {
+				t.Errorf("taken by %q, want %q: %s", answer.Server, c.taker, got.body)
+			}
+			for _, r := range ring {
+				want := c.times
+				if r.server.cfg.Name != c.taker {
+					want = nil
+				}
+				if times := r.times(id); !slices.Equal(times, want) {
+					t.Errorf("%s holds samples of %v ms, want %v", r.server.cfg.Name, times, want)
+				}
+			}
+			if n := a.node.taken.Value("accepted"); n != 0 {
+				t.Errorf("%v pushes came back to the receiver", n)
+			}
+		})
+	}
+}
+
+// loseAnswer loses every answer that came.
+type loseAnswer struct {
+	next http.RoundTripper
+	lost func()
+}
+
+func (l loseAnswer) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := l.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	resp.Body.Close()
+	l.lost()
+	return nil, errors.New("the answer is lost")
+}
+
+// When the owner's answer is lost the receiver keeps the push as well. Both then serve the
+// same samples with the same times, which a consumer keeps once: samples with a time keep
+// it, others have the time of arrival at the receiver.
+func TestForwardedPushAnswerLost(t *testing.T) {
+	ms := authNow.UnixMilli()
+	ring := newRingServers(t, 2)
+	a, b := ring[0], ring[1]
+	b.clock.Store(int64(20 * time.Second))
+	a.node.cfg.Client = &http.Client{Transport: loseAnswer{http.DefaultTransport, func() { a.clock.Store(int64(5 * time.Second)) }}}
+	id := ownedBy(t, a.node.Forward, "b")
+	if answer := a.accepted(a.push(id, fmt.Sprintf("m 1\nn 2 %d\n", ms-60_000))); answer.Server != "a" || answer.Accepted != 2 {
+		t.Errorf("answered %+v", answer)
+	}
+	want := fmt.Sprintf("m{_id=\"%s\",instance=\"\",job=\"\"} 1 %d\nn{_id=\"%[1]s\",instance=\"\",job=\"\"} 2 %[3]d\n", id, ms, ms-60_000)
+	for _, r := range ring {
+		var got []string
+		for line := range strings.Lines(r.federate("consumer=c", "")) {
+			if strings.HasPrefix(line, "m{") || strings.HasPrefix(line, "n{") {
+				got = append(got, line)
+			}
 		}
-		if len(p.Arena) > len(b) {
-			t.Errorf("%d bytes of lines from %d", len(p.Arena), len(b))
+		slices.Sort(got)
+		if text := strings.Join(got, ""); text != want {
+			t.Errorf("%s serves\n%s\nwant\n%s", r.node.cfg.Name, text, want)
 		}
-		var again Push
-		if err := DecodePush(&again, EncodePush(nil, &p), "x"); err != nil || len(again.Samples) != len(p.Samples) {
-			t.Errorf("does not read back: %v", err)
+	}
+}
+
+// When the owner dies while it has a push, the next owner takes it, or the receiver if that
+// is the next; with the arrival time of the head at the receiver.
+func TestForwardedPushOwnerDies(t *testing.T) {
+	for _, left := range []string{"ac", "a"} {
+		ring := newRingServers(t, 3)
+		a := ring[0]
+		asked := make(chan struct{}, 1)
+		ring[1].node.cfg.Take = func(ctx context.Context, _ *Upload, _ []byte) (*UploadAnswer, error) {
+			asked <- struct{}{}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		next := &View{Peers: map[string]Peer{}}
+		var claims []Claim
+		for i, r := range ring {
+			if name := r.node.cfg.Name; strings.Contains(left, name) {
+				claims = append(claims, Claim{Slot: i, Lamport: uint64(i + 1), Name: name})
+				next.Peers[name] = a.node.View().Peers[name]
+			}
+		}
+		next.Ring = NewRing(claims, 3)
+		id, heir := "", left[len(left)-1:]
+		for n := 0; ; n++ {
+			id = ownedBy(t, a.node.Forward, "b", n)
+			if name, _ := next.Ring.Owner(RingKey(id)); name == heir {
+				break
+			}
+		}
+		answered := make(chan srvAnswer, 1)
+		go func() { answered <- a.push(id, "m 1\n") }()
+		<-asked
+		for _, r := range ring {
+			r.clock.Store(int64(5 * time.Second))
+		}
+		a.node.SetView(next)
+		got := <-answered
+		if answer := a.accepted(got); answer.Server != heir || answer.Accepted != 1 {
+			t.Errorf("%s are left: %s", left, got.body)
+		}
+		for _, r := range ring {
+			want := []int64(nil)
+			if r.node.cfg.Name == heir {
+				want = []int64{0}
+			}
+			if times := r.times(id); !slices.Equal(times, want) {
+				t.Errorf("%s are left: %s holds samples of %v ms, want %v", left, r.node.cfg.Name, times, want)
+			}
+		}
+		if n := a.node.sent.Value("kept"); n != 0 {
+			t.Errorf("%s are left: %v pushes were kept for an owner", left, n)
+		}
+	}
+}
+
+// Nothing is taken but a whole push of a site, whatever a member seals or a stranger sends.
+func FuzzForwardReceive(f *testing.F) {
+	node := newForwardNode(f, "b", clusterKeys(f, testKey(1)))
+	node.SetView(&View{Ring: NewRing(nil, 0), Peers: map[string]Peer{"b": {Name: "b", Session: 1}}})
+	var pushes []takenPush
+	node.cfg.Take = func(_ context.Context, up *Upload, body []byte) (*UploadAnswer, error) {
+		pushes = append(pushes, takenPush{*up, string(body)})
+		return &UploadAnswer{Status: http.StatusOK}, nil
+	}
+	handler := node.Handler()
+	good, err := json.Marshal(head{From: "a", FromSession: 1, To: "b", ToSession: 1, Count: 1, Upload: Upload{Cluster: "x", Arrival: 5}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good, []byte("m 1\n"), true)
+	f.Add(good, []byte("m 1\n"), false)
+	f.Add([]byte(`{"To":"b","ToSession":1,"Upload":{"Cluster":"a\u0000"}}`), []byte{}, true)
+	f.Add([]byte(`[]`), []byte{}, true)
+	f.Fuzz(func(t *testing.T, plain, body []byte, sealed bool) {
+		header, sent := plain, body
+		if sealed {
+			header = node.cfg.Box.Seal(nil, plain, headSeal, nil, 0)
+			sent = node.cfg.Box.Seal(nil, body, bodySeal, header, 0)
+		}
+		clear(node.windows)
+		pushes = nil
+		req := httptest.NewRequest("POST", forwardPath, bytes.NewReader(sent))
+		req.Header.Set(forwardHeader, base64.RawURLEncoding.EncodeToString(header))
+		rec := httptest.NewRecorder()
+		handler.ServeHTTP(rec, req)
+		if (rec.Code == http.StatusOK) != (len(pushes) == 1) || len(pushes) > 1 {
+			t.Fatalf("answered %d, and %d pushes were taken", rec.Code, len(pushes))
+		}
+		var h head
+		for _, p := range pushes {
+			if !sealed || p.body != string(body) || ValidClusterID(p.up.Cluster) != nil || json.Unmarshal(plain, &h) != nil || h.To != "b" {
+				t.Errorf("%q was taken as %+v", plain, p)
+			}
 		}
 	})
 }
@@ -582,22 +923,68 @@ func FuzzBoxOpen(f *testing.F) {
 	})
 }
 
-func BenchmarkForward(b *testing.B) {
-	p := forwardPush(b, "x", 230)
-	box, err := NewBox(clusterKeys(b, testKey(byte(rand.IntN(256)))), "c")
-	if err != nil {
-		b.Fatal(err)
+// BenchmarkForwardedPush: the CPU of a push of 500 series that reaches another server than
+// its owner, with that of all who take part, as a multiple ("ratio") of the CPU of the same
+// push straight to its owner. Both go over real connections of loopback.
+func BenchmarkForwardedPush(b *testing.B) {
+	ring := newRingServers(b, 2, func(s *StoreConfig, c *ServerConfig) {
+		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitClusters = nil, "", 20_000, 500_000_000, 100_000
+		c.LimitBytes, c.RateEvery = 1<<20, 0
+	})
+	for _, r := range ring {
+		// As a member serves it, without what the tests look at.
+		srv := httptest.NewServer(r.node.Handler())
+		b.Cleanup(srv.Close)
+		r.node.url = srv.URL
 	}
-	b.ReportAllocs()
+	join(1, ring[0].node, ring[1].node)
+	const series, bodies = 500, 32
+	pushes := make([][]byte, bodies)
+	for n := range pushes {
+		var text bytes.Buffer
+		for i := range series {
+			fmt.Fprintf(&text, "node_subsystem_%d_seconds_total{instance=\"10.1.2.3:9100\",job=\"node-exporter\",namespace=\"monitoring\",device=\"eth%d\",mode=\"idle\"} %v %d\n",
+				i/10, i, float64(i)*1.5+float64(n), authNow.UnixMilli()-int64(n)*15_000)
+		}
+		pushes[n] = srvGzip(text.Bytes())
+	}
+	client := HTTPClient(nil, time.Minute, time.Second)
+	site := 0
+	// round pushes each body once, for a new site of b's.
+	round := func(to *ringServer) float64 {
+		id := ownedBy(b, ring[0].node.Forward, "b", site)
+		site++
+		token := to.token(KindUpload, id)
+		begin := cpuSeconds(b)
+		for _, body := range pushes {
+			req, err := http.NewRequest("POST", to.external.URL+"/upload", bytes.NewReader(body))
+			if err != nil {
+				b.Fatal(err)
+			}
+			req.Header.Set("Authorization", "Bearer "+token)
+			req.Header.Set("Content-Encoding", "gzip")
+			resp, err := client.Do(req)
+			if err != nil {
+				b.Fatal(err)
+			}
+			text, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if err != nil || !bytes.Contains(text, []byte(`"accepted":500,`)) || !bytes.Contains(text, []byte(`"server":"b"`)) {
+				b.Fatalf("%d %s %v", resp.StatusCode, text, err)
+			}
+		}
+		return cpuSeconds(b) - begin
+	}
+	round(ring[0])
+	round(ring[1])
+	var direct, forwarded float64
+	rounds := 0
 	for b.Loop() {
-		sealed := box.Seal(nil, EncodePush(nil, p), bodySeal, nil, 0)
-		plain, err := box.Open(nil, sealed, bodySeal, nil)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if err := DecodePush(&Push{}, plain, "x"); err != nil {
-			b.Fatal(err)
-		}
+		direct += round(ring[1])
+		forwarded += round(ring[0])
+		rounds++
 	}
-	b.ReportMetric(float64(230*b.N)/b.Elapsed().Seconds(), "samples/s")
+	b.ReportMetric(forwarded/direct, "ratio")
+	b.ReportMetric(1e6*direct/float64(rounds*bodies), "direct-cpu-us/push")
+	b.ReportMetric(1e6*forwarded/float64(rounds*bodies), "forwarded-cpu-us/push")
 }

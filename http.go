@@ -235,7 +235,8 @@ type Web struct {
 	Log      *slog.Logger
 }
 
-// Run serves until ctx ends, then waits for requests in flight.
+// Run serves until ctx ends, then waits 20 seconds at most for requests in flight. A peer
+// that does not end its request must not make the process fail.
 func (l *Web) Run(ctx context.Context) error {
 	srv := &http.Server{
 		Handler:           l.Handler,
@@ -267,13 +268,12 @@ func (l *Web) Run(ctx context.Context) error {
 	}
 	wait, cancel := context.WithTimeout(context.Background(), shutdownWait)
 	defer cancel()
-	err := srv.Shutdown(wait)
-	if err != nil {
-		err = fmt.Errorf("waiting for requests to %s: %w", l.Name, err)
+	if err := srv.Shutdown(wait); err != nil {
+		l.Log.Warn("requests in flight are cut off", "listener", l.Name, "after", shutdownWait, "err", err)
 		srv.Close()
 	}
 	<-failed
-	return err
+	return nil
 }
 
 // errorLog takes what net/http complains of: mostly peers, which is nobody's

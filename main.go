@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 const usage = `telemeter: Prometheus push federation for isolated sites.
@@ -46,18 +47,42 @@ const (
 	exitOK      = 0
 	exitFailure = 1
 	exitUsage   = 2
+
+	hurry = 2 * time.Second // to end in good order after a second signal
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+// ErrTerminated is the cause of a context that ended with SIGTERM: there is time to end in
+// good order.
+var ErrTerminated = errors.New("terminated")
+
+func main() { os.Exit(runProcess(time.Now)) }
+
+// runProcess is run with the arguments and signals of this process.
+func runProcess(now func() time.Time) int {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		if <-signals == syscall.SIGTERM {
+			cancel(ErrTerminated)
+		}
+		cancel(nil)
+		<-signals // requests in flight that hang are waited for no longer
+		time.Sleep(hurry)
+		os.Exit(exitFailure)
+	}()
 	// It means reload, later; before that, a file is about to be read anyway.
 	signal.Ignore(syscall.SIGHUP)
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	return runAt(ctx, now, os.Args[1:], os.Stdout, os.Stderr)
 }
 
 // run is main without the process: it returns the exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	return runAt(ctx, time.Now, args, stdout, stderr)
+}
+
+// runAt is run by a wall clock.
+func runAt(ctx context.Context, now func() time.Time, args []string, stdout, stderr io.Writer) int {
 	modes := map[string]func(context.Context, *Command) error{
 		"server": ServerMode, "client": ClientMode, "keygen": KeygenMode, "token": TokenMode, "version": versionMode,
 	}
@@ -76,6 +101,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	c := NewCommand(mode, args, stdout, stderr)
+	c.Now = now
 	err := f(ctx, c)
 	var bad UsageError
 	switch {

@@ -77,8 +77,6 @@ type RingMemberConfig struct {
 	Name     string
 	Gossip   *Gossip
 	Forward  *Forward
-	Handoff  *Handoff
-	Store    *Store
 	FS       FS
 	Dir      string // "" keeps nothing
 	Seeds    bool   // addresses to join at are configured
@@ -106,7 +104,6 @@ func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 	m.errors = reg.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
 	members := reg.Gauge("telemeter_members", "Servers of the cluster by state, this one included.", "state")
 	share := reg.Gauge("telemeter_ring_share_ratio", "Share of the cluster IDs that this server owns.")
-	hints := reg.Gauge("telemeter_hinted_clusters", "Cluster IDs of which this server holds samples without owning them.")
 	health := reg.Gauge("telemeter_gossip_local_health", "0 is good; each point slows this server's judgement of others.")
 	sent := reg.Counter("telemeter_gossip_sent_packets_total", "Gossip packets sent.")
 	sentBytes := reg.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip sent.")
@@ -121,8 +118,6 @@ func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 			members.Set(float64(n), state.String())
 		}
 		share.Set(cfg.Forward.View().Ring.Shares()[cfg.Name])
-		_, hinted := m.held()
-		hints.Set(float64(hinted))
 		st := cfg.Gossip.Stats()
 		health.Set(float64(st.Health))
 		sent.Total(float64(st.Sent))
@@ -136,18 +131,6 @@ func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 		return nil, err
 	}
 	return m, nil
-}
-
-// held counts the cluster IDs held that this server owns, and that it does not.
-func (m *RingMember) held() (owned, hinted int) {
-	for _, c := range m.cfg.Store.Stats().Clusters {
-		if _, self := m.cfg.Forward.Owner(c.ID); self {
-			owned++
-		} else {
-			hinted++
-		}
-	}
-	return owned, hinted
 }
 
 // Settled is closed when there is a ring to go by.
@@ -344,7 +327,6 @@ func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
 		}
 		members = append(members, d)
 	}
-	owned, hinted := m.held()
 	st := m.cfg.Gossip.Stats()
 	refused := map[string]uint64{}
 	for i, reason := range RefusedReasons() {
@@ -352,8 +334,7 @@ func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
 	}
 	WriteJSON(w, map[string]any{
 		"name": m.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
-		"ring": map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
-		"held": map[string]int{"owned": owned, "hinted": hinted}, "handoff": m.cfg.Handoff.Status(),
+		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
 		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "received_packets": st.Received, "refused": refused},
 	})
 }

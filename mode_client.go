@@ -78,9 +78,9 @@ func ClientMode(ctx context.Context, c *Command) error {
 		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body, as the servers limit it; more becomes several pushes")
 	})
 	c.Group("Spool", func() {
-		f.spoolDir = c.String("spool-dir", "telemeter-spool", "`DIR` of the scrapes that no server has yet; empty to hold them in memory only")
-		f.spoolLimit = c.Size("spool-limit", 1<<30, "`SIZE` of the spool on disk; the oldest scrapes are dropped first")
-		f.spoolAge = c.Duration("spool-age", 2*time.Hour, "`TIME` after which a scrape is dropped; servers refuse what is older than their --retention")
+		f.spoolDir = c.String("spool-dir", "telemeter-spool", "`DIR` of the scrapes that not every consumer has read; empty to hold them in memory only")
+		f.spoolLimit = c.Size("spool-limit", 1<<30, "`SIZE` of the spool on disk; then the oldest scrapes are dropped, first those that a server holds")
+		f.spoolAge = c.Duration("spool-age", 2*time.Hour, "`TIME` that a scrape is kept at most for consumers to read; servers refuse what is older than their --retention")
 	})
 	c.Group("Other", func() {
 		f.listen = c.String("listen", "localhost:9002", "`ADDRESS` for health, own metrics and /federate of the last set sent; empty for none")
@@ -109,7 +109,7 @@ func ClientMode(ctx context.Context, c *Command) error {
 		if err != nil {
 			return fmt.Errorf("source: %w", err)
 		}
-		_, err = c.Stdout.Write(client.Text(nil, &got.Push, got.Push.Samples))
+		_, err = c.Stdout.Write(client.Text(nil, got, got.Push.Samples))
 		return err
 	}
 	if err := f.open(client); err != nil {

@@ -71,7 +71,6 @@ func (f *ClusterFlags) Check(c *Command) {
 type ClusterNode struct {
 	gossip  *Gossip
 	Forward *Forward
-	Handoff *Handoff
 	Member  *RingMember
 	box     *Box
 	Web     Web
@@ -83,7 +82,7 @@ type ClusterNode struct {
 }
 
 // NewClusterNode opens the cluster port. server is called only once serving.
-func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store, metrics *Metrics, log *slog.Logger, server func() *Server) (n *ClusterNode, err error) {
+func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, metrics *Metrics, log *slog.Logger, server func() *Server) (n *ClusterNode, err error) {
 	keys, err := ReadKeys(keysDir, ClusterKeyFile)
 	if err != nil {
 		return nil, err
@@ -92,7 +91,7 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 	if err != nil {
 		return nil, err
 	}
-	n = &ClusterNode{failed: make(chan error, 4)}
+	n = &ClusterNode{failed: make(chan error, 2)}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -129,17 +128,13 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 		return n, err
 	}
 	n.Forward = NewForward(ForwardConfig{
-		Name: *f.name, Store: store, Box: n.box, Client: HTTPClient(nil, time.Minute, clusterDial), Log: log, Metrics: metrics,
-		Begin:  func(id string) (time.Duration, error) { return server().Begin(id) },
-		End:    func(id string) { server().End(id) },
-		Noted:  func(id string, note Note) { server().Noted(id, note) },
-		Handed: func(ctx context.Context, from string, m HandoffMessage) error { return n.Handoff.Take(ctx, from, m) },
-	})
-	n.Handoff = NewHandoff(HandoffConfig{
-		Name: *f.name, Store: store, View: n.Forward.View, Send: n.Forward.Hand, Now: time.Now, Interval: *f.interval, Log: log, Metrics: metrics,
+		Name: *f.name, Box: n.box, Client: HTTPClient(nil, time.Minute, clusterDial), Log: log, Metrics: metrics,
+		Take: func(ctx context.Context, up *Upload, body []byte) (*UploadAnswer, error) {
+			return server().Forwarded(ctx, up, body)
+		},
 	})
 	if n.Member, err = NewRingMember(RingMemberConfig{
-		Name: *f.name, Gossip: n.gossip, Forward: n.Forward, Handoff: n.Handoff, Store: store, FS: DiskFS{}, Dir: dir, Seeds: len(*f.join) > 0,
+		Name: *f.name, Gossip: n.gossip, Forward: n.Forward, FS: DiskFS{}, Dir: dir, Seeds: len(*f.join) > 0,
 		Interval: *f.interval, Log: log, Metrics: metrics,
 	}); err != nil {
 		return n, err
@@ -153,7 +148,7 @@ func NewClusterNode(f *ClusterFlags, keysDir, internal, dir string, store *Store
 func (n *ClusterNode) Start() {
 	ctx, stop := context.WithCancel(context.Background())
 	n.stop = stop
-	for _, run := range []func(context.Context) error{n.gossip.Run, n.Forward.Run, n.Member.Run, n.Handoff.Run} {
+	for _, run := range []func(context.Context) error{n.gossip.Run, n.Member.Run} {
 		n.ended.Go(func() { n.failed <- run(ctx) })
 	}
 }
@@ -179,18 +174,13 @@ func (n *ClusterNode) Watch(ready func()) func(context.Context) error {
 	}
 }
 
-// Announce tells the others that this server is about to leave: who owns what is then
-// decided without it.
-func (n *ClusterNode) Announce() {
-	n.Handoff.SetLeaving()
-	n.gossip.SetLeaving()
-}
+// Announce tells the others that this server is about to leave: the ring is then made
+// without it.
+func (n *ClusterNode) Announce() { n.gossip.SetLeaving() }
 
-// Leave hands over what is held, ends what Start began, and returns the errors that
-// Watch has not.
+// Leave ends what Start began, and returns the errors that Watch has not.
 func (n *ClusterNode) Leave() error {
 	n.Announce()
-	n.Handoff.Leave(context.Background())
 	n.stop()
 	n.ended.Wait()
 	close(n.failed)

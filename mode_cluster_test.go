@@ -19,7 +19,7 @@ import (
 // member is one server process of a cluster of servers.
 type memberProcess struct {
 	*process
-	url, internal, cluster string
+	name, url, internal, cluster string
 }
 
 const clusterAddr = `msg=member .*cluster=(\S+)`
@@ -30,7 +30,7 @@ func startMember(t *testing.T, dir, name string, args ...string) *memberProcess 
 	p := start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--name", name, "--listen", "127.0.0.1:0",
 		"--listen-internal", "127.0.0.1:0", "--listen-cluster", "127.0.0.1:0", "--storage-dir", "data-" + name,
 		"--gossip-interval", "200ms"}, args...)...)
-	return &memberProcess{p, "http://" + p.await(externalAddr), "http://" + p.await(internalAddr), p.await(clusterAddr)}
+	return &memberProcess{p, name, "http://" + p.await(externalAddr), "http://" + p.await(internalAddr), p.await(clusterAddr)}
 }
 
 type debugCluster struct {
@@ -41,12 +41,6 @@ type debugCluster struct {
 		Share                 float64
 	}
 	Ring struct{ Version string }
-	Held struct{ Owned, Hinted int }
-	// Handoff is how far handing over is.
-	Handoff struct {
-		Left     int
-		HeldBack bool `json:"held_back"`
-	}
 }
 
 func (m *memberProcess) debug() (d debugCluster) {
@@ -68,13 +62,21 @@ func (d debugCluster) slots() map[string]int {
 	return s
 }
 
-// agree waits until all have n live slots and one ring, and nothing is on its way.
+// agree waits until all have n live slots and one ring, and take pushes.
 func agree(t *testing.T, n int, members ...*memberProcess) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d members agree", n), func() bool {
 		version := members[0].debug().Ring.Version
 		for _, m := range members {
-			if d := m.debug(); len(d.slots()) != n || d.Ring.Version != version || d.Handoff.HeldBack || d.Handoff.Left > 0 {
+			if d := m.debug(); len(d.slots()) != n || d.Ring.Version != version {
+				return false
+			}
+			resp, err := http.Get(m.internal + "/healthz/ready")
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK {
 				return false
 			}
 		}
@@ -82,13 +84,17 @@ func agree(t *testing.T, n int, members ...*memberProcess) {
 	})
 }
 
-func (m *memberProcess) push(token, body string) int {
+// push pushes, with headers that are names and values.
+func (m *memberProcess) push(token, body string, header ...string) int {
 	m.t.Helper()
 	req, err := http.NewRequest("POST", m.url+"/upload", strings.NewReader(body))
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
+	for i := 0; i < len(header); i += 2 {
+		req.Header.Set(header[i], header[i+1])
+	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		m.t.Fatal(err)
@@ -149,15 +155,20 @@ func TestClusterOfServers(t *testing.T) {
 	if len(owned) != 3 {
 		t.Errorf("12 cluster IDs have %d owners", len(owned))
 	}
-	// What is noted of a site is shown by its owner alone.
-	for name, want := range map[string]int{"telemeter_cluster_token_expiry_seconds": 12, "push_time_seconds": 12} {
-		eventually(t, name, func() bool {
-			n := 0
-			for _, m := range all {
-				n += strings.Count(get(t, m.internal+"/federate?match[]="+name), "_id=")
+	// Each server shows what it saw of a site itself: all saw the tokens, the owner alone
+	// has the samples.
+	for name, want := range map[string]int{"telemeter_cluster_token_expiry_seconds": 36, "push_time_seconds": 12} {
+		n := 0
+		for _, m := range all {
+			body := get(t, m.internal+"/federate?match[]="+name)
+			n += strings.Count(body, "_id=")
+			if strings.Count(body, "_id=") != strings.Count(body, `server="`+m.name+`"`) {
+				t.Errorf("%s shows of another server:\n%s", m.name, body)
 			}
-			return n == want
-		})
+		}
+		if n != want {
+			t.Errorf("%s is shown %d times, want %d", name, n, want)
+		}
 	}
 
 	// The owner dies: its cluster IDs go on at once, at another server.
@@ -176,14 +187,25 @@ func TestClusterOfServers(t *testing.T) {
 		}
 	}
 	victim.end(syscall.SIGKILL)
-	for range 3 {
-		if code := a.push(tokens[id], "m 9\n"); code != http.StatusOK {
+	for k := range 3 {
+		if code := a.push(tokens[id], fmt.Sprintf("m{k=\"%d\"} 9\n", k)); code != http.StatusOK {
 			t.Errorf("after its owner died: %d", code)
 		}
 	}
 	agree(t, 2, left...)
+	// A consumer is served what was answered 200, whichever server holds it.
+	served := 0
+	for _, m := range left {
+		served += strings.Count(get(t, m.internal+"/federate?consumer=x"), `m{_id="`+id+`",instance="",job="",k=`)
+	}
+	if served != 3 {
+		t.Errorf("a consumer is served %d of 3 samples that were answered 200", served)
+	}
+	if code := a.push(tokens[id], "m 10\n"); code != http.StatusOK {
+		t.Errorf("with another owner: %d", code)
+	}
 	if n, _ := shows(t, id, left...); n != 1 {
-		t.Errorf("what was answered 200 is shown by %d servers", n)
+		t.Errorf("%s is shown by %d servers after its owner died", id, n)
 	}
 
 	// It returns at another address with what it kept: its slot, and a higher session.
@@ -214,15 +236,19 @@ func TestClusterOfServers(t *testing.T) {
 		t.Errorf("%s is shown by %d servers after its owner returned", id, n)
 	}
 
-	// A graceful stop is known before anyone could have suspected it, and leaves
-	// nothing behind.
+	// A graceful stop is known before anyone could have suspected it, and the sites go on at
+	// once, at the servers that are left.
 	if code := back.end(syscall.SIGTERM); code != exitOK {
 		t.Errorf("exit %d", code)
 	}
 	agree(t, 2, left...)
 	for i := range 12 {
-		if n, _ := shows(t, fmt.Sprint("site", i), left...); n != 1 {
-			t.Errorf("site%d is shown by %d servers after one left", i, n)
+		id := fmt.Sprint("site", i)
+		if code := a.push(tokens[id], "m 9\n"); code != http.StatusOK {
+			t.Errorf("%s after one left: %d", id, code)
+		}
+		if n, _ := shows(t, id, left...); n != 1 {
+			t.Errorf("%s is shown by %d servers after one left", id, n)
 		}
 	}
 	eventually(t, "the leave is known", func() bool {
@@ -288,8 +314,8 @@ func TestClusterKeyRotation(t *testing.T) {
 	if code := b.push(token, "m 9\n"); code != http.StatusOK {
 		t.Errorf("after both have the new key: %d", code)
 	}
-	if body := get(t, b.internal+"/metrics"); !strings.Contains(body, `telemeter_forwards_sent_total{result="hinted"} 0`) {
-		t.Error("a push became a hint while keys rotated")
+	if body := get(t, b.internal+"/metrics"); !strings.Contains(body, `telemeter_forwards_sent_total{result="kept"} 0`) {
+		t.Error("a push was kept from its owner while keys rotated")
 	}
 }
 
@@ -304,7 +330,7 @@ func TestMetricsNamed(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if code := a.push(token, "not a sample\n"); code != http.StatusBadRequest {
+	if code := a.push(token, "not a sample\n", ClockOffsetHeader, "1500"); code != http.StatusBadRequest {
 		t.Fatalf("a bad push: %d", code)
 	}
 	client := start(t, dir, "--mode", "client", "--token-file", "token", "--from", a.internal+"/metrics", "--listen", "127.0.0.1:0")

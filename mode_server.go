@@ -13,9 +13,11 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -111,11 +113,11 @@ func ServerMode(ctx context.Context, c *Command) error {
 		return err
 	}
 	log := c.Logger(*f.level)
-	return runServer(ctx, log, &f, asker, labels, required)
+	return runServer(ctx, c.Now, log, &f, asker, labels, required)
 }
 
 // runServer serves until ctx ends.
-func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *Asker, labels, required []Label) (err error) {
+func runServer(ctx context.Context, now func() time.Time, log *slog.Logger, f *serverConfig, asker *Asker, labels, required []Label) (err error) {
 	metrics := NewMetrics()
 	RegisterProcess(metrics)
 	failures := metrics.Counter("telemeter_store_errors_total", "Failures of the store that were logged.")
@@ -132,10 +134,15 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 	if err != nil {
 		return err
 	}
+	var server *Server
+	var owned func(hash uint64) bool
+	if f.cluster.Wanted() { // before there is a ring, nothing is this server's
+		owned = func(hash uint64) bool { return server != nil && server.Owned(hash) }
+	}
 	store, err := OpenStore(StoreConfig{
 		FS: DiskFS{}, Dir: dir, Retention: *f.retention, MaxSampleAge: *f.maxAge, LimitSeries: *f.series,
-		LimitClusters: *f.clusters, LimitSamples: *f.samples, LimitStorage: int64(*f.storage), Now: time.Now,
-		Span: serverClock(metrics, log).Span,
+		LimitClusters: *f.clusters, LimitSamples: *f.samples, LimitStorage: int64(*f.storage), Now: now, Owned: owned,
+		Span: serverClock(now, metrics, log).Span,
 		OnError: func(err error) {
 			failures.Inc()
 			log.Error("store", "err", err)
@@ -146,18 +153,17 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 		return fmt.Errorf("opening store: %w", err)
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	var server *Server
 	var node *ClusterNode
 	config := ServerConfig{
-		Store: store, Metrics: metrics, Log: log, Now: time.Now, MaxSampleAge: *f.maxAge, LimitBytes: int64(*f.bytes),
+		Name: *f.cluster.name, Store: store, Metrics: metrics, Log: log, Now: now, MaxSampleAge: *f.maxAge, LimitBytes: int64(*f.bytes),
 		LimitScrape: *f.scrape, RateEvery: *f.rate, Authorize: asker,
 	}
 	if f.cluster.Wanted() {
-		if node, err = NewClusterNode(&f.cluster, *f.keys, *f.internal, dir, store, metrics, log, func() *Server { return server }); err != nil {
+		if node, err = NewClusterNode(&f.cluster, *f.keys, *f.internal, dir, metrics, log, func() *Server { return server }); err != nil {
 			return err
 		}
 		defer node.Close()
-		config.Forward, config.Member, config.Hidden = node.Forward, node.Member, node.Handoff.HiddenFrom
+		config.Forward, config.Member = node.Forward, node.Member
 	}
 	server = NewServer(config)
 	server.Reload(state)
@@ -191,7 +197,22 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 	st := store.Stats()
 	log.Info("serving", "version", version, "external", external.Addr(), "tls", web.TLS != nil, "internal", internal.Addr(),
 		"storage", dir, "clusters", len(st.Clusters))
-	parts := []func(context.Context) error{web.Run, inside.Run}
+	defer server.LogUnread()
+	parts := []func(context.Context) error{web.Run, func(ctx context.Context) error {
+		// Scrapes go on after SIGTERM, until a second signal.
+		serving, end := context.WithCancel(context.WithoutCancel(ctx))
+		defer end()
+		stop := context.AfterFunc(ctx, func() {
+			defer end()
+			if errors.Is(context.Cause(ctx), ErrTerminated) {
+				again, stop := signal.NotifyContext(serving, os.Interrupt, syscall.SIGTERM)
+				defer stop()
+				server.Drain(again)
+			}
+		})
+		defer stop()
+		return inside.Run(serving)
+	}}
 	if node == nil {
 		server.SetReady(true)
 	} else {
@@ -233,10 +254,10 @@ func runServer(ctx context.Context, log *slog.Logger, f *serverConfig, asker *As
 
 // serverClock returns the clock by which samples expire. It logs and counts the steps of
 // the wall clock.
-func serverClock(metrics *Metrics, log *slog.Logger) *Clock {
+func serverClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *Clock {
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()
-	clock := NewClock(time.Now, func() time.Duration { return time.Since(begin) }, func(c ClockChange) {
+	clock := NewClock(now, func() time.Duration { return time.Since(begin) }, func(c ClockChange) {
 		step := c.Step.Round(time.Millisecond)
 		switch {
 		case c.Returned:
@@ -252,7 +273,7 @@ func serverClock(metrics *Metrics, log *slog.Logger) *Clock {
 	doubt := metrics.Gauge("telemeter_clock_step_seconds", "By how much the wall clock was set, while that is in doubt; 0 otherwise.")
 	metrics.OnCollect(func() {
 		doubt.Set(clock.Step().Seconds())
-		wall.Set(float64(time.Now().UnixMilli()) / 1000)
+		wall.Set(float64(now().UnixMilli()) / 1000)
 	})
 	return clock
 }

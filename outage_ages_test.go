@@ -252,8 +252,8 @@ func TestOutageAges(t *testing.T) {
 		if p.consumer == "without" { // it says how many it drops, and that is all
 			lines = slices.DeleteFunc(lines, func(line string) bool { return strings.Contains(line, "too old or are too far") })
 		}
-		fmt.Printf("ages: %-8s scrapes %d, failed %d; well-behaved site: samples %d, missing %d, duplicate %d, not the site's %d; bad site: samples %d, missing %d, duplicate %d, older than --retention %d, and %d more\n",
-			p.consumer+",", scrapes, failed, d.samples, d.missing, d.twice, d.strange, aged.samples, aged.missing, aged.twice, aged.never, aged.more)
+		fmt.Printf("ages: %-8s scrapes %d, failed %d; well-behaved site: samples %d, missing %d, duplicate %d, wrong %d; bad site: samples %d, missing %d, duplicate %d, wrong (older than --retention) %d, and %d more\n",
+			p.consumer+",", scrapes, failed, d.samples, d.missing, d.twice, d.wrong, aged.samples, aged.missing, aged.twice, aged.never, aged.more)
 		if failed > 0 || scrapes == 0 || !d.whole() || aged.samples == 0 || aged.missing+aged.twice+aged.never > 0 {
 			t.Errorf("%s: %d of %d scrapes failed; well-behaved site %+v, bad site %+v", p.consumer, failed, scrapes, d, aged)
 		}

@@ -350,10 +350,10 @@ func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64
 }
 
 // outageDiff compares what one Prometheus has with what the source said.
-type outageDiff struct{ samples, missing, strange, twice, maybe int }
+type outageDiff struct{ samples, missing, wrong, twice, maybe int }
 
 func (d outageDiff) whole() bool {
-	return d.missing == 0 && d.strange == 0 && d.twice == 0 && d.samples > 0
+	return d.missing == 0 && d.wrong == 0 && d.twice == 0 && d.samples > 0
 }
 
 func compareOutage(said []outageScrape, series int, got map[string]map[int64]float64, twice int) outageDiff {
@@ -375,7 +375,7 @@ func compareOutage(said []outageScrape, series int, got map[string]map[int64]flo
 		}
 		for t, v := range have {
 			if s, ok := want[t]; !ok || s.v != v {
-				d.strange++
+				d.wrong++
 			}
 		}
 	}
@@ -452,8 +452,8 @@ func TestOutageComparison(t *testing.T) {
 		"whole":       {func(map[string]map[int64]float64) {}, 0, outageDiff{samples: 5, maybe: 1}},
 		"missing":     {func(got map[string]map[int64]float64) { delete(got["1"], 2) }, 0, outageDiff{samples: 4, missing: 1, maybe: 1}},
 		"no series":   {func(got map[string]map[int64]float64) { delete(got, "1") }, 0, outageDiff{samples: 3, missing: 2, maybe: 1}},
-		"other value": {func(got map[string]map[int64]float64) { got["0"][1] = 7 }, 0, outageDiff{samples: 4, missing: 1, strange: 1, maybe: 1}},
-		"strange":     {func(got map[string]map[int64]float64) { got["0"][9] = 9 }, 0, outageDiff{samples: 5, strange: 1, maybe: 1}},
+		"other value": {func(got map[string]map[int64]float64) { got["0"][1] = 7 }, 0, outageDiff{samples: 4, missing: 1, wrong: 1, maybe: 1}},
+		"wrong":       {func(got map[string]map[int64]float64) { got["0"][9] = 9 }, 0, outageDiff{samples: 5, wrong: 1, maybe: 1}},
 		"twice":       {func(map[string]map[int64]float64) {}, 1, outageDiff{samples: 5, maybe: 1, twice: 1}},
 	} {
 		got := whole()

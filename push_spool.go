@@ -7,6 +7,7 @@ package main
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -25,10 +26,11 @@ const (
 )
 
 const (
-	// MaxRanges bounds the ranges that a server keeps of one spool, and MaxPushRanges those
-	// that one push names: the headers of a request have to fit what proxies take.
-	MaxRanges     = 1024
-	MaxPushRanges = 128
+	// MaxRanges bounds the ranges that a server keeps of one spool: a scrape every two seconds,
+	// each by a process of its own, makes 3,600 in two hours. MaxPushRanges bounds those that
+	// one push names, because a server keeps them with each batch.
+	MaxRanges     = 4096
+	MaxPushRanges = 32
 	// MaxSpoolNumber bounds the number of a scrape.
 	MaxSpoolNumber = 1 << 53
 	// MaxConsumers bounds the consumers that a server knows, and those that a push tells.
@@ -60,6 +62,71 @@ func (r Ranges) Add(from, to uint64) Ranges {
 func (r Ranges) Has(n uint64) bool {
 	i, _ := slices.BinarySearchFunc(r, n, func(a Range, n uint64) int { return cmp.Compare(a.To, n) })
 	return i < len(r) && r[i].From <= n
+}
+
+// Covers reports whether all numbers of a are in r.
+func (r Ranges) Covers(a Range) bool {
+	i, _ := slices.BinarySearchFunc(r, a.From, func(b Range, n uint64) int { return cmp.Compare(b.To, n) })
+	return i < len(r) && r[i].From <= a.From && r[i].To >= a.To
+}
+
+// Union returns the numbers of r and of o. It may change r.
+func (r Ranges) Union(o Ranges) Ranges {
+	for _, a := range o {
+		r = r.Add(a.From, a.To)
+	}
+	return r
+}
+
+// Without returns the numbers of r that are not in o, as a new set.
+func (r Ranges) Without(o Ranges) (left Ranges) {
+	for _, a := range r {
+		from := a.From
+		for _, b := range o {
+			if b.To < from || b.From > a.To {
+				continue
+			}
+			if b.From > from {
+				left = append(left, Range{from, b.From - 1})
+			}
+			from = b.To + 1
+		}
+		if from <= a.To {
+			left = append(left, Range{from, a.To})
+		}
+	}
+	return left
+}
+
+// ReadRanges reads what AppendRanges wrote.
+func ReadRanges(r *WireReader) (numbers Ranges) {
+	n := r.Uvarint()
+	if r.Bad = r.Bad || n > MaxRanges; r.Bad {
+		return nil
+	}
+	end := uint64(0)
+	for range n {
+		from := end + r.Uvarint()
+		to := from + r.Uvarint()
+		if r.Bad = r.Bad || from <= end || to < from || to > MaxSpoolNumber; r.Bad {
+			return nil
+		}
+		numbers = numbers.Add(from, to)
+		end = to
+	}
+	return numbers
+}
+
+// AppendRanges appends the number of ranges, and each as its distance from the end of the
+// one before and its length less one.
+func AppendRanges(b []byte, numbers Ranges) []byte {
+	b = binary.AppendUvarint(b, uint64(len(numbers)))
+	end := uint64(0)
+	for _, r := range numbers {
+		b = binary.AppendUvarint(binary.AppendUvarint(b, r.From-end), r.To-r.From)
+		end = r.To
+	}
+	return b
 }
 
 // String returns r as headers and answers have it, such as "118-121,130".
@@ -118,6 +185,9 @@ type SpoolNames struct {
 // String returns n as SpoolHeader has it.
 func (n SpoolNames) String() string { return fmt.Sprintf("%016x %s", n.ID, n.Numbers) }
 
+// Single reports whether n names one scrape.
+func (n SpoolNames) Single() bool { return len(n.Numbers) == 1 && n.Numbers[0].From == n.Numbers[0].To }
+
 // ParseSpoolNames reads the value of a SpoolHeader; "" is the zero value.
 func ParseSpoolNames(text string) (n SpoolNames, err error) {
 	if text == "" {
@@ -144,11 +214,12 @@ type ConsumerAge struct {
 }
 
 // FormatConsumers returns consumers as headers and answers have them: key in 16 hex digits,
-// colon, age in seconds; separated by commas.
+// colon, age in seconds; separated by commas. Ages are rounded up, or they would never grow
+// while client and servers tell each other the same.
 func FormatConsumers(all []ConsumerAge) string {
 	var parts []string
 	for _, c := range all {
-		parts = append(parts, fmt.Sprintf("%016x:%d", c.Key, int64(c.Age/time.Second)))
+		parts = append(parts, fmt.Sprintf("%016x:%d", c.Key, int64((c.Age+time.Second-1)/time.Second)))
 	}
 	return strings.Join(parts, ",")
 }

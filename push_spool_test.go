@@ -27,6 +27,26 @@ func TestRangesAreASet(t *testing.T) {
 				t.Fatalf("seed %d: Has(%d) is %v, in %v", seed, n, r.Has(n), r)
 			}
 		}
+		from := 1 + rng.Uint64N(60)
+		a := Range{from, from + rng.Uint64N(4)}
+		all := true
+		for n := a.From; n <= a.To; n++ {
+			all = all && set[n]
+		}
+		if r.Covers(a) != all {
+			t.Fatalf("seed %d: Covers(%v) is %v, in %v", seed, a, !all, r)
+		}
+		var o Ranges
+		for range 10 {
+			n := 1 + rng.Uint64N(70)
+			o = o.Add(n, n+rng.Uint64N(3))
+		}
+		left, both := r.Without(o), slices.Clone(r).Union(o)
+		for n := range uint64(90) {
+			if left.Has(n) != (set[n] && !o.Has(n)) || both.Has(n) != (set[n] || o.Has(n)) {
+				t.Fatalf("seed %d: %v without %v is %v, with it %v", seed, r, o, left, both)
+			}
+		}
 		for i := 1; i < len(r); i++ {
 			if r[i].From <= r[i-1].To+1 {
 				t.Fatalf("seed %d: %v is not merged", seed, r)

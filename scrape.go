@@ -19,9 +19,9 @@ type Scraper struct {
 	Store  *Store
 	MaxAge time.Duration // how long the newest sample of a series is shown
 	Now    func() time.Time
-	// Hidden reports clusters that are not shown for now, to any scraper or to a
-	// consumer; nil: none.
-	Hidden func(id string, consumer bool) bool
+	// Owned reports the sites that this server owns: of these alone it shows samples again
+	// that a consumer has read, or shows samples to a scraper that gives no name.
+	Owned func(hash uint64) bool
 
 	mu    sync.Mutex // guards start
 	start float64    // where among the clusters a scrape begins: 0 to 1
@@ -71,10 +71,6 @@ func (x *Scraper) turn() {
 	_, x.start = math.Modf(x.start + math.Phi)
 }
 
-func (x *Scraper) shown(c *Cluster, consumer bool) bool {
-	return x.Hidden == nil || !x.Hidden(c.ID, consumer)
-}
-
 func (x *Scraper) minT() int64 {
 	return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.OldestServed())
 }
@@ -87,8 +83,8 @@ func (x *Scraper) Newest(limit int, match func(line []byte) bool) (fams []Family
 	minT := x.minT()
 	shown := shownFamilies{match: match, index: map[string]*Family{}}
 	n := 0
-	x.Store.Each(x.begin(), func(_ uint64, held *Cluster) bool {
-		if !x.shown(held, false) {
+	x.Store.Each(x.begin(), func(hash uint64, held *Cluster) bool {
+		if !x.Owned(hash) {
 			return true
 		}
 		if limit > 0 && n > 0 && n+held.Table.Len() > limit {
@@ -120,7 +116,7 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	var counts []int
 	all := 0
 	x.Store.Each(0, func(hash uint64, held *Cluster) bool {
-		if n := held.Unread(r.At(hash), r.Key); n > 0 && x.shown(held, true) {
+		if n := held.Unread(r.At(hash)); n > 0 {
 			counts = append(counts, n)
 			all += n
 		}
@@ -135,13 +131,14 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 	left := limit
 	cut := false // something was left out
 	x.Store.Each(x.begin(), func(hash uint64, held *Cluster) bool {
-		if !x.shown(held, true) {
-			return true
-		}
 		at := r.At(hash)
 		lines := 0
-		most := min(share, left, held.Unread(at, r.Key)) // more than was counted, if pushes came
-		to, n := held.Read(at, r.Key, most, min(spare, left-most), single, oldest, minT, func(name string, l Line) {
+		most := min(share, left, held.Unread(at)) // more than was counted, if pushes came
+		again := -1                               // samples that may be shown again
+		if x.Owned(hash) {
+			again = min(spare, left-most)
+		}
+		to, n := held.Read(at, most, again, single, oldest, minT, func(name string, l Line) {
 			shown.add(name, l)
 			lines++
 		})
@@ -151,8 +148,8 @@ func (x *Scraper) Unread(r *Reading, limit int, single bool, match func(line []b
 		if to != at {
 			r.Serve(hash, to, n)
 		}
-		more = more || held.Unread(to, r.Key) > 0
-		cut = cut || more || spare < held.Table.Len()
+		more = more || held.Unread(to) > 0
+		cut = cut || more || again >= 0 && spare < held.Table.Len()
 		return true
 	})
 	if cut {

@@ -1,8 +1,8 @@
 package main
 
 // What the server remembers of each cluster ID that authenticated: its pace, its
-// pushes in flight, its last failure, when its token expires, that its samples'
-// times are wrong. Invariant: memory is bounded, whatever pushes; forgetting a
+// pushes in flight, its last failure, when its token expires, how far its clock is off,
+// that its samples' times are wrong. Invariant: memory is bounded, whatever pushes; forgetting a
 // sender at rest never lets it push faster. Time comes in with each call. This
 // file must not know of HTTP, tokens or stores.
 
@@ -38,10 +38,17 @@ type sender struct {
 	// nothing, so a sender at rest can be forgotten.
 	tat      time.Time
 	inFlight int
-	failed   time.Time // of its newest refused push
-	expires  int64     // s; of its client token, 0 = never
+	stats    SenderStats
 	seen     time.Time
 	untimely time.Time // of the last log line on its samples' times
+}
+
+// SenderStats is what is shown of a sender.
+type SenderStats struct {
+	Failed   time.Time     // of its newest refused push
+	Expires  int64         // s; of its client token, 0 = never
+	Offset   time.Duration // by which the source's clock is behind, as the client says
+	OffsetAt time.Time     // when it said so
 }
 
 // NewSenders allows one push per sender and every, in bursts of 60; 0 does not
@@ -105,7 +112,16 @@ func (s *Senders) Authorized(id string, expires int64, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if snd := s.get(id, now); snd != nil {
-		snd.expires = expires
+		snd.stats.Expires = expires
+	}
+}
+
+// Clock notes by how much the clock of id's source is behind, as its client says.
+func (s *Senders) Clock(id string, offset time.Duration, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if snd := s.get(id, now); snd != nil {
+		snd.stats.Offset, snd.stats.OffsetAt = offset, now
 	}
 }
 
@@ -114,7 +130,7 @@ func (s *Senders) Failed(id string, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if snd := s.get(id, now); snd != nil {
-		snd.failed = now
+		snd.stats.Failed = now
 	}
 }
 
@@ -132,10 +148,10 @@ func (s *Senders) Untimely(id string, now time.Time) (tell bool) {
 }
 
 // Each calls f with what is remembered of each sender, by ID. f must not call s.
-func (s *Senders) Each(f func(id string, failed time.Time, expires int64)) {
+func (s *Senders) Each(f func(id string, stats SenderStats)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, id := range slices.Sorted(maps.Keys(s.byID)) {
-		f(id, s.byID[id].failed, s.byID[id].expires)
+		f(id, s.byID[id].stats)
 	}
 }

@@ -147,12 +147,15 @@ func TestSendersRemember(t *testing.T) {
 	s.Failed("a", sendersNow.Add(2*time.Second))
 	s.Authorized("a", 0, sendersNow)
 	push(s, "c", sendersNow)
+	s.Clock("c", time.Hour, sendersNow)
+	s.Clock("c", -90*time.Second, sendersNow)
+	s.Clock("b", 0, sendersNow)
 	var got []string
-	s.Each(func(id string, failed time.Time, expires int64) {
-		got = append(got, fmt.Sprint(id, " ", max(failed.Unix()-sendersNow.Unix(), -1), " ", expires))
+	s.Each(func(id string, st SenderStats) {
+		got = append(got, fmt.Sprint(id, " ", max(st.Failed.Unix()-sendersNow.Unix(), -1), " ", st.Expires, " ", st.OffsetAt.Equal(sendersNow), " ", st.Offset))
 	})
 	slices.Sort(got)
-	if want := []string{"a 2 0", "b 1 0", "c -1 0"}; !slices.Equal(got, want) {
+	if want := []string{"a 2 0 false 0s", "b 1 0 true 0s", "c -1 0 true -1m30s"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
@@ -176,7 +179,7 @@ func TestSendersUntimely(t *testing.T) {
 func TestSendersBounded(t *testing.T) {
 	s := NewSenders(time.Hour)
 	count := func() (n int) {
-		s.Each(func(string, time.Time, int64) { n++ })
+		s.Each(func(string, SenderStats) { n++ })
 		return n
 	}
 	s.Begin("in flight", sendersNow)
@@ -195,6 +198,7 @@ func TestSendersBounded(t *testing.T) {
 	}
 	s.Failed("new", later)
 	s.Authorized("new", 1, later)
+	s.Clock("new", time.Second, later)
 	if wait := push(s, "7", later); wait != 0 {
 		t.Errorf("a known sender is put off for %v", wait)
 	}
@@ -224,7 +228,8 @@ func TestSendersConcurrent(t *testing.T) {
 				push(s, id, sendersNow)
 				s.Failed(id, sendersNow)
 				s.Authorized(id, 1, sendersNow)
-				s.Each(func(string, time.Time, int64) {})
+				s.Clock(id, time.Second, sendersNow)
+				s.Each(func(string, SenderStats) {})
 			}
 		})
 	}

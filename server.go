@@ -8,6 +8,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,6 +17,7 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -32,15 +34,17 @@ const (
 	maxPending     = 512 << 20        // bytes of decoded pushes that wait to be stored
 	maxWorkspace   = 1 << 20          // bytes of one that is kept for the next push
 	uploadWait     = 30 * time.Second // for an earlier push or a busy disk
+	maxOffset      = 1 << 53          // ms, of a source's clock
+	clocksApart    = time.Minute      // by which two servers' clocks may differ; see Forwarded
 	maxReason      = 1 << 10          // bytes said of a refused push: an error can quote all that was sent
 )
 
 // ServerConfig configures a Server.
 type ServerConfig struct {
+	Name         string // of this server
 	Store        *Store
 	Forward      *Forward // to the owners of cluster IDs; nil: this server owns all
 	Member       *RingMember
-	Hidden       func(id string, consumer bool) bool // see Scraper
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
@@ -110,7 +114,7 @@ func NewServer(cfg ServerConfig) *Server {
 		inFlight:     m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
 	}
 	s.federate = NewFederate(FederateConfig{
-		Store: cfg.Store, Senders: s.senders, Owned: s.owned, Revoked: s.revoked, Hidden: cfg.Hidden, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		Name: cfg.Name, Store: cfg.Store, Senders: s.senders, Owned: s.Owned, Revoked: s.revoked, Metrics: m, Log: cfg.Log, Now: cfg.Now,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
@@ -253,7 +257,14 @@ type refusal struct {
 	retry  time.Duration
 }
 
-func (r *refusal) Error() string { return r.why }
+// answer returns what the sender gets.
+func (r *refusal) answer() *UploadAnswer {
+	why := r.why
+	if len(why) > maxReason {
+		why = strings.ToValidUTF8(why[:maxReason], "") + "…"
+	}
+	return &UploadAnswer{Status: r.status, Result: r.result, Body: []byte(why + "\n"), Retry: int(math.Ceil(r.retry.Seconds()))}
+}
 
 // upload takes a push.
 func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
@@ -265,70 +276,157 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	arrival := s.cfg.Now() // of the head: the body may take long
-	answer, ref := s.admit(w, r, t, arrival)
-	if ref == nil {
+	if t.Kind == KindClient {
+		s.senders.Authorized(t.Cluster, t.Expires, s.cfg.Now())
+	}
+	a, ref := s.admit(w, r, t)
+	if ref != nil {
+		a = ref.answer()
+	}
+	s.pushes.Inc(a.Result)
+	// A server that starts or ends is no fault of the push.
+	if a.Untimely || a.Status != http.StatusOK && s.ready.Load() {
+		s.senders.Failed(t.Cluster, s.cfg.Now())
+	}
+	if a.Status == http.StatusOK {
 		w.Header().Del("Connection")
-		s.pushes.Inc(resultAccepted)
-		WriteJSON(w, answer)
+		w.Header().Set("Content-Type", "application/json")
+		w.Write(a.Body) // an error is the connection's: the sender asks again
 		return
 	}
-	s.pushes.Inc(ref.result)
-	s.note(t.Cluster, Note{Failed: true})
-	level, why := slog.LevelInfo, ref.why
-	switch ref.result {
+	level := slog.LevelInfo
+	switch a.Result {
 	case resultFailed, resultFull, resultRateLimited:
 		level = slog.LevelDebug // logged with the cause; and the limit holds for the log too
 	}
-	if len(why) > maxReason {
-		why = strings.ToValidUTF8(why[:maxReason], "") + "…"
+	why := strings.TrimSpace(string(a.Body))
+	s.cfg.Log.Log(r.Context(), level, "push refused", "cluster", t.Cluster, "remote", r.RemoteAddr, "status", a.Status, "reason", why)
+	if a.Retry > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(a.Retry))
 	}
-	s.cfg.Log.Log(r.Context(), level, "push refused", "cluster", t.Cluster, "remote", r.RemoteAddr, "status", ref.status, "reason", why)
-	if ref.retry > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(ref.retry.Seconds()))))
-	}
-	http.Error(w, why, ref.status)
+	http.Error(w, why, a.Status)
 }
 
-// uploadAnswer is the body of a 200.
-type uploadAnswer struct {
-	Accepted   int            `json:"accepted"`
-	Duplicates int            `json:"duplicates"`
-	Dropped    map[string]int `json:"dropped"`
-	Skipped    map[string]int `json:"skipped,omitempty"`
-	Hint       string         `json:"hint,omitempty"` // what is wrong with the times of the samples, if none is taken
+func overloaded(why string) *refusal {
+	return &refusal{http.StatusServiceUnavailable, resultOverloaded, why, 5 * time.Second}
 }
 
-// admit limits an authenticated push, before anything of it is read.
-func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival time.Time) (*uploadAnswer, *refusal) {
-	overloaded := func(why string) *refusal {
-		return &refusal{http.StatusServiceUnavailable, resultOverloaded, why, 5 * time.Second}
-	}
+// begin lets a push begin, as far as the rate and the number in flight allow. end has to be
+// called when it is done.
+func (s *Server) begin(id string) (end func(), ref *refusal) {
 	if !s.ready.Load() {
 		return nil, overloaded("the server is not ready")
 	}
-	if wait, err := s.senders.Begin(t.Cluster, s.cfg.Now()); err != nil {
+	if wait, err := s.senders.Begin(id, s.cfg.Now()); err != nil {
 		return nil, &refusal{http.StatusTooManyRequests, resultRateLimited, err.Error(), wait}
 	}
-	defer s.senders.End(t.Cluster)
 	select {
 	case s.uploads <- struct{}{}:
-		defer func() { <-s.uploads }()
 	default:
+		s.senders.End(id)
 		return nil, overloaded("too many pushes are being handled")
 	}
 	s.inFlight.Add(1)
-	defer s.inFlight.Add(-1)
-	clock, now := PushClock(r.Header, arrival)
+	return func() {
+		s.inFlight.Add(-1)
+		<-s.uploads
+		s.senders.End(id)
+	}, nil
+}
+
+// admit limits an authenticated push before anything of it is read, and has its owner take
+// it. If the owner cannot be reached, this server takes it.
+func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*UploadAnswer, *refusal) {
+	arrival := s.cfg.Now() // of the head: the body may take long
+	end, ref := s.begin(t.Cluster)
+	if ref != nil {
+		return nil, ref
+	}
+	defer end()
+	up := &Upload{
+		Cluster: t.Cluster, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
+		Encoding: strings.ToLower(r.Header.Get("Content-Encoding")), Spool: r.Header.Get(SpoolHeader), Consumers: r.Header.Get(ConsumersHeader),
+	}
+	head, ref := readHead(up)
+	if ref != nil {
+		return nil, ref
+	}
+	if offset, err := strconv.ParseInt(r.Header.Get(ClockOffsetHeader), 10, 64); err == nil && offset >= -maxOffset && offset <= maxOffset {
+		s.senders.Clock(t.Cluster, time.Duration(offset)*time.Millisecond, arrival)
+	}
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
-	format, encoding, ref := s.read(w, r, body)
-	if ref != nil {
+	if ref := s.read(w, r, body); ref != nil {
 		return nil, ref
 	}
 	// Only now: a thin line may take longer than this for the body alone.
 	ctx, cancel := context.WithTimeout(r.Context(), uploadWait)
 	defer cancel()
+	if s.cfg.Forward != nil {
+		if a := s.cfg.Forward.Push(ctx, up, *body); a != nil {
+			return a, nil
+		}
+	}
+	return s.take(ctx, up, head, *body)
+}
+
+// Forwarded takes a push that another server received. The error says that the receiver
+// should keep the push itself.
+func (s *Server) Forwarded(ctx context.Context, up *Upload, body []byte) (*UploadAnswer, error) {
+	if !s.ready.Load() {
+		return nil, errors.New("the server is not ready")
+	}
+	end, ref := s.begin(up.Cluster)
+	if ref != nil {
+		return ref.answer(), nil
+	}
+	defer end()
+	head, ref := readHead(up)
+	if ref != nil {
+		return ref.answer(), nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, uploadWait)
+	defer cancel()
+	now := s.cfg.Now()
+	a, ref := s.take(ctx, up, head, body)
+	if ref != nil {
+		return ref.answer(), nil
+	}
+	if apart := now.Sub(time.UnixMilli(up.Arrival)).Abs(); a.Untimely && apart > clocksApart {
+		return nil, fmt.Errorf("no sample is of its time, and its clock differs from the receiver's by %v", apart.Round(time.Second))
+	}
+	return a, nil
+}
+
+// pushHead is what the headers of a push say.
+type pushHead struct {
+	format    Format
+	names     SpoolNames
+	consumers []ConsumerAge
+}
+
+func readHead(up *Upload) (h pushHead, ref *refusal) {
+	var err, consumersErr error
+	if h.format, err = ParseFormat(up.Type); err != nil {
+		return h, &refusal{http.StatusUnsupportedMediaType, resultUnsupported, err.Error(), 0}
+	}
+	if !new(Decompressor).Supports(up.Encoding) {
+		return h, &refusal{http.StatusUnsupportedMediaType, resultUnsupported,
+			fmt.Sprintf("content encoding %q is not supported; supported: %s", up.Encoding, SupportedEncodings), 0}
+	}
+	h.names, err = ParseSpoolNames(up.Spool)
+	h.consumers, consumersErr = ParseConsumers(up.Consumers)
+	if err = errors.Join(err, consumersErr); err != nil {
+		return h, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
+	}
+	return h, nil
+}
+
+// take decodes a push and stores it here.
+func (s *Server) take(ctx context.Context, up *Upload, head pushHead, body []byte) (*UploadAnswer, *refusal) {
+	if int64(len(body)) > s.cfg.LimitBytes {
+		return nil, s.tooLarge()
+	}
 	// Bodies wait here in the bounded form in which they came.
 	select {
 	case s.decoding <- struct{}{}:
@@ -341,8 +439,7 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 			s.workspaces.Put(ws)
 		}
 	}()
-	d, ref := s.decode(ws, *body, t, format, encoding, now)
-	ws.push.Clock = clock
+	d, ref := s.decode(ws, up, head.format, body)
 	if ref != nil {
 		return nil, ref
 	}
@@ -350,34 +447,29 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token, arrival 
 	if s.pending.Add(d.bytes) > maxPending {
 		return nil, overloaded("too many pushes wait to be stored")
 	}
-	return s.keep(ctx, &ws.push, t, d)
+	return s.keep(ctx, up, head, &ws.push, d)
 }
 
-// read checks what the headers say and reads the body into body's memory.
-func (s *Server) read(w http.ResponseWriter, r *http.Request, body *[]byte) (Format, string, *refusal) {
-	format, err := ParseFormat(r.Header.Get("Content-Type"))
-	if err != nil {
-		return 0, "", &refusal{http.StatusUnsupportedMediaType, resultUnsupported, err.Error(), 0}
-	}
-	encoding := strings.ToLower(r.Header.Get("Content-Encoding"))
-	if !new(Decompressor).Supports(encoding) {
-		return 0, "", &refusal{http.StatusUnsupportedMediaType, resultUnsupported,
-			fmt.Sprintf("content encoding %q is not supported; supported: %s", encoding, SupportedEncodings), 0}
-	}
-	tooLarge := &refusal{http.StatusRequestEntityTooLarge, resultTooLarge,
+func (s *Server) tooLarge() *refusal {
+	return &refusal{http.StatusRequestEntityTooLarge, resultTooLarge,
 		fmt.Sprintf("the body is larger than %d bytes; the server's --limit-bytes raises that", s.cfg.LimitBytes), 0}
+}
+
+// read reads a body into body's memory.
+func (s *Server) read(w http.ResponseWriter, r *http.Request, body *[]byte) (ref *refusal) {
 	if r.ContentLength > s.cfg.LimitBytes {
-		return 0, "", tooLarge
+		return s.tooLarge()
 	}
+	var err error
 	*body, err = ReadInto(*body, http.MaxBytesReader(w, r.Body, s.cfg.LimitBytes))
 	s.received.Add(float64(len(*body)))
 	if max := (*http.MaxBytesError)(nil); errors.As(err, &max) {
-		return 0, "", tooLarge
+		return s.tooLarge()
 	}
 	if err != nil {
-		return 0, "", &refusal{http.StatusRequestTimeout, resultMalformed, "the body ended early, or came too slowly", 0}
+		return &refusal{http.StatusRequestTimeout, resultMalformed, "the body ended early, or came too slowly", 0}
 	}
-	return format, encoding, nil
+	return nil
 }
 
 // readPush is what is known of a push before it is stored.
@@ -387,13 +479,14 @@ type readPush struct {
 	bytes   int64 // of memory
 }
 
-// decode decodes and normalizes a body into ws.push. Samples without a time get now.
+// decode decodes and normalizes a body into ws.push. Samples without a time get that of the
+// arrival at the first server.
 // It gives back a slot of decoding, before the push is stored: an owner or a disk that
 // does not answer must not keep other sites waiting.
-func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, encoding string, now int64) (*readPush, *refusal) {
+func (s *Server) decode(ws *workspace, up *Upload, format Format, sent []byte) (*readPush, *refusal) {
 	defer func() { <-s.decoding }()
 	limit := DecodedFactor * int(s.cfg.LimitBytes)
-	body, over, err := ws.decompressor.Decompress(sent, encoding, limit)
+	body, over, err := ws.decompressor.Decompress(sent, up.Encoding, limit)
 	defer func() { ws.size = cap(body) + cap(ws.push.Arena) + cap(ws.push.Samples)*sampleBytes }()
 	if err != nil {
 		return nil, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
@@ -403,7 +496,7 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 			fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, DecodedFactor), 0}
 	}
 	st := s.state.Load()
-	forced := st.Normalizer.Forced(t.Cluster, t.Labels)
+	forced := st.Normalizer.Forced(up.Cluster, up.Labels)
 	ws.push.Reset()
 	ws.push.MaxBytes = 4 * limit
 	ws.push.MaxSamples = limit / 16
@@ -420,7 +513,7 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 			return nil
 		}
 		if !r.HasT {
-			r.T = now
+			r.T = up.Arrival
 		}
 		if err = ws.push.Add(r); errors.Is(err, ErrNULValue) {
 			drops[DropInvalid]++
@@ -441,27 +534,30 @@ func (s *Server) decode(ws *workspace, sent []byte, t Token, format Format, enco
 	return &readPush{drops: drops, skipped: skipped, bytes: int64(memory)}, nil
 }
 
-// keep stores a decoded push at its owner.
-func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uploadAnswer, *refusal) {
-	drops, skipped := d.drops, d.skipped
-	res, err := s.append(ctx, t, p)
-	var pace *ErrPace
+// keep stores a decoded push.
+func (s *Server) keep(ctx context.Context, up *Upload, head pushHead, p *Push, d *readPush) (*UploadAnswer, *refusal) {
+	drops, skipped, names := d.drops, d.skipped, head.names
+	// Before the push is stored: its samples must not be evicted unread.
+	s.cfg.Store.Consumers.Tell(RingKey(up.Cluster), head.consumers, s.cfg.Now())
+	var res AppendResult
+	var err error
+	if names.ID == 0 || len(names.Numbers) > 0 || len(p.Samples) > 0 { // else it is only a question
+		res, err = s.cfg.Store.Append(ctx, up.Cluster, p, names)
+	}
 	switch {
-	case errors.As(err, &pace):
-		return nil, &refusal{http.StatusTooManyRequests, resultRateLimited, pace.Reason, pace.Retry}
 	case errors.Is(err, ErrSeriesLimit):
 		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error() + "; the server's --limit-series raises that", 0}
 	case errors.Is(err, ErrTooLarge):
 		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error(), 0}
 	case errors.Is(err, ErrFull):
-		s.cfg.Log.Error("storing push", "cluster", t.Cluster, "err", err)
+		s.cfg.Log.Error("storing push", "cluster", up.Cluster, "err", err)
 		return nil, &refusal{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
 	case errors.Is(err, ErrClock):
 		return nil, &refusal{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
 	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
-		return nil, &refusal{http.StatusServiceUnavailable, resultOverloaded, "the server is too busy to store the push", 5 * time.Second}
+		return nil, overloaded("the server is too busy to store the push")
 	case err != nil:
-		s.cfg.Log.Error("storing push", "cluster", t.Cluster, "err", err)
+		s.cfg.Log.Error("storing push", "cluster", up.Cluster, "err", err)
 		return nil, &refusal{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
 	}
 	if res.Write > 0 {
@@ -477,7 +573,11 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 	}
 	s.accepted.Add(float64(res.Accepted))
 	s.duplicates.Add(float64(res.Duplicates))
-	answer := &uploadAnswer{Accepted: res.Accepted, Duplicates: res.Duplicates, Dropped: drops, Hint: s.timely(t.Cluster, p, res)}
+	now := s.cfg.Now()
+	answer := &PushAnswer{
+		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: drops, Hint: s.timely(up.Cluster, p, res, now),
+		Server: s.cfg.Name, Time: now.UnixMilli(),
+	}
 	for kind, n := range skipped.ByKind() {
 		if n > 0 {
 			if answer.Skipped == nil {
@@ -487,75 +587,57 @@ func (s *Server) keep(ctx context.Context, p *Push, t Token, d *readPush) (*uplo
 			s.skipped.Add(float64(n), kind)
 		}
 	}
-	return answer, nil
+	if names.ID != 0 {
+		st := s.cfg.Store.Spool(up.Cluster, names.ID)
+		held, read := st.Held.String(), st.Read.String()
+		answer.Held, answer.Consumers = &held, FormatConsumers(st.Consumers)
+		if st.Settled {
+			answer.Read = &read
+		}
+	}
+	b, err := json.Marshal(answer)
+	if err != nil { // of numbers and strings: cannot be
+		return nil, &refusal{http.StatusInternalServerError, resultFailed, "the answer could not be made", 0}
+	}
+	return &UploadAnswer{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.Untimely()}, nil
 }
 
 // timely returns a hint for the sender if the time of every sample of a push is too old or
 // in the future. Such a push is answered 200, but counts as failed for the site's alerts.
-func (s *Server) timely(id string, p *Push, res AppendResult) (hint string) {
-	if res.TooOld+res.Future == 0 || res.Accepted+res.Duplicates+res.Conflicts > 0 {
+func (s *Server) timely(id string, p *Push, res AppendResult, now time.Time) (hint string) {
+	if !res.Untimely() {
 		return ""
 	}
-	now := s.cfg.Now()
-	hint = TimesHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
-	s.note(id, Note{Failed: true})
+	hint = timesHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
 	if s.senders.Untimely(id, now) {
 		s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster", id, "too_old", res.TooOld, "future", res.Future, "hint", hint)
 	}
 	return hint
 }
 
-// append stores a push at its owner.
-func (s *Server) append(ctx context.Context, t Token, p *Push) (AppendResult, error) {
-	var n Note
-	if t.Kind == KindClient {
-		n.Expires = noteExpiry(t)
+// timesHint says what is wrong with the times of a push whose samples are all too old or of
+// the future. oldest is the least time that is accepted, in ms, as is now. A present time
+// in seconds, read as milliseconds, is in January 1970, and no sample is that old, so a
+// single one tells. A day more on either side allows for a wrong clock or time zone.
+func timesHint(p *Push, tooOld, future int, oldest, now int64) string {
+	const day = 24 * 60 * 60 // s
+	switch {
+	case slices.ContainsFunc(p.Samples, func(s Sample) bool { return s.T >= oldest/1000-day && s.T <= now/1000+day }):
+		return "the times look like seconds; they have to be milliseconds"
+	case future == 0:
+		return "all samples are older than --retention"
+	case tooOld == 0:
+		return "all samples are ahead of the server's clock"
 	}
-	if s.cfg.Forward == nil {
-		s.Noted(t.Cluster, n)
-		return s.cfg.Store.Append(ctx, t.Cluster, p)
-	}
-	return s.cfg.Forward.Append(ctx, t.Cluster, p, n)
+	return "all samples are older than --retention or ahead of the server's clock"
 }
 
-// noteExpiry is when a client token expires, as a Note says it.
-func noteExpiry(t Token) int64 {
-	if t.Expires == 0 {
-		return NeverExpires
-	}
-	return t.Expires
-}
-
-// note has the owner of a cluster ID know n.
-func (s *Server) note(id string, n Note) {
-	if s.cfg.Forward == nil || !s.cfg.Forward.Tell(id, n) {
-		s.Noted(id, n)
-	}
-}
-
-// Noted takes what this or another server notes of a cluster ID that this one
-// owns, and shows it to scrapers.
-func (s *Server) Noted(id string, n Note) {
-	if n.Expires != 0 {
-		s.senders.Authorized(id, max(0, n.Expires), s.cfg.Now())
-	}
-	if n.Failed {
-		s.senders.Failed(id, s.cfg.Now())
-	}
-}
-
-// Begin and End hold the pace of a cluster ID whose push another server forwards,
-// for a site that alternates between servers.
-func (s *Server) Begin(id string) (time.Duration, error) { return s.senders.Begin(id, s.cfg.Now()) }
-
-// End ends what Begin let begin.
-func (s *Server) End(id string) { s.senders.End(id) }
-
-// owned reports whether this server owns a cluster ID.
-func (s *Server) owned(id string) bool {
+// Owned reports whether this server owns the site of a hash. A member of a ring does not
+// know that before it is ready: whatever its disk has, another member may be the owner.
+func (s *Server) Owned(hash uint64) bool {
 	if s.cfg.Forward == nil {
 		return true
 	}
-	_, self := s.cfg.Forward.Owner(id)
-	return self
+	_, self := s.cfg.Forward.Owner(hash)
+	return self && s.ready.Load()
 }

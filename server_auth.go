@@ -72,7 +72,7 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 		if t, ok = s.authenticate(w, r, KindClient); !ok {
 			return
 		}
-		s.note(t.Cluster, Note{Expires: noteExpiry(t)})
+		s.senders.Authorized(t.Cluster, t.Expires, s.cfg.Now())
 	}
 	now := s.cfg.Now()
 	expires := now.Add(UploadTokenTTL).Unix()
@@ -96,6 +96,7 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 	}
 	WriteJSON(w, map[string]any{
 		"version": 1, "token": token, "expiresInSeconds": expires - now.Unix(), "labels": labels,
+		"server": s.cfg.Name, "time": now.UnixMilli(),
 	})
 }
 

@@ -82,7 +82,7 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 		OnError: func(err error) { fmt.Fprintln(r.log, err) },
 	}
 	cfg := ServerConfig{
-		Metrics: NewMetrics(), Now: r.now, MaxSampleAge: 10 * time.Minute,
+		Name: "s1", Metrics: NewMetrics(), Now: r.now, MaxSampleAge: 10 * time.Minute,
 		Log:        slog.New(slog.NewTextHandler(r.log, nil)),
 		LimitBytes: 4 << 10, LimitScrape: 1000, RateEvery: time.Second,
 	}
@@ -198,7 +198,10 @@ func (r *srvRig) push(cluster, text string) srvAnswer {
 type srvCounts struct {
 	Accepted, Duplicates int
 	Dropped, Skipped     map[string]int
-	Hint                 string
+	Hint, Server         string
+	Time                 int64
+	Held, Read           *string
+	Consumers            string
 }
 
 func (r *srvRig) accepted(a srvAnswer) (c srvCounts) {
@@ -591,22 +594,49 @@ func TestUntimelyPush(t *testing.T) {
 	}
 }
 
-// TestUntimelyPushOfAnother: it is the owner of a cluster ID that shows the failure.
+// TestUntimelyPushOfAnother: the server that a site pushes to shows the failure, whoever
+// owns the site.
 func TestUntimelyPushOfAnother(t *testing.T) {
-	a, b := newForwardNode(t, "a", clusterKeys(t, testKey(1))), newForwardNode(t, "b", clusterKeys(t, testKey(1)))
-	join(1, a, b)
-	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.Forward = a.Forward })
-	id := ownedBy(t, a.Forward, "b")
-	if got := r.accepted(r.push(id, "up 1 5\n")); got.Dropped["too_old"] != 1 || got.Hint == "" {
+	ring := newRingServers(t, 2)
+	a, b := ring[0], ring[1]
+	id := ownedBy(t, a.node.Forward, "b")
+	if got := a.accepted(a.push(id, "up 1 5\n")); got.Dropped["too_old"] != 1 || got.Hint == "" || got.Server != "b" {
 		t.Errorf("answered %+v", got)
 	}
-	select {
-	case n := <-a.notes:
-		if n.id != id || n.note != (Note{Failed: true}) {
-			t.Errorf("the owner is told %+v", n)
+	if got := a.held(id, ""); !strings.Contains(got, PushFailureTimeName+"{") {
+		t.Errorf("the receiver shows:\n%s", got)
+	}
+	if got := b.held(id, ""); strings.Contains(got, PushFailureTimeName+"{") {
+		t.Errorf("the owner shows:\n%s", got)
+	}
+	if log := b.log.String(); !strings.Contains(log, "every sample of a push was dropped for its time") {
+		t.Errorf("the owner logs:\n%s", log)
+	}
+}
+
+// TestShownOnceReady: a member of a ring that has just started does not know what it owns.
+// Until it is ready it shows no newest samples, which the owner shows, and serves unread
+// ones all the same. A server alone owns all.
+func TestShownOnceReady(t *testing.T) {
+	ring := newRingServers(t, 2)
+	for name, c := range map[string]struct {
+		rig   *srvRig
+		id    string
+		shown bool // when it is not ready
+	}{
+		"member": {ring[1].srvRig, ownedBy(t, ring[0].node.Forward, "b"), false},
+		"alone":  {newSrvRig(t), "site-a", true},
+	} {
+		c.rig.accepted(c.rig.push(c.id, "up 1\n"))
+		for _, ready := range []bool{true, false, true} {
+			c.rig.server.SetReady(ready)
+			if shown := strings.Contains(c.rig.held(c.id, ""), "up{"); shown != (ready || c.shown) {
+				t.Errorf("%s, ready %t: the newest sample is shown: %t", name, ready, shown)
+			}
+			if !strings.Contains(c.rig.federate(fmt.Sprint("consumer=", ready), ""), "up{") {
+				t.Errorf("%s, ready %t: an unread sample is not served", name, ready)
+			}
 		}
-	default:
-		t.Error("the owner is told nothing")
 	}
 }
 
@@ -621,9 +651,9 @@ func TestNULByte(t *testing.T) {
 		header map[string]string
 		want   string // of the answer
 	}{
-		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2}}`},
-		{"protobuf", srvProto(t, srvGauge("b", 1, &ms, "x", "\x00"), srvGauge("b", 1, &ms, "x", "y")), proto, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1}}`},
-		{"nothing else", []byte("b{x=\"\x00\"} 1\n"), nil, `200 {"accepted":0,"duplicates":0,"dropped":{"invalid":1}}`},
+		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2},`},
+		{"protobuf", srvProto(t, srvGauge("b", 1, &ms, "x", "\x00"), srvGauge("b", 1, &ms, "x", "y")), proto, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1},`},
+		{"nothing else", []byte("b{x=\"\x00\"} 1\n"), nil, `200 {"accepted":0,"duplicates":0,"dropped":{"invalid":1},`},
 		{"in a label's name", []byte("a 1\nb{\"x\x00\"=\"y\"} 1\n"), nil, "400 line 2: series "},
 		{"in the metric's name", []byte("a 1\n{\"b\x00\"} 1\n"), nil, "400 line 2: series "},
 		{"not UTF-8 either", []byte("b{x=\"\x00\xff\"} 1\n"), nil, "400 line 1: series "},
@@ -683,7 +713,8 @@ func TestAuthorize(t *testing.T) {
 	r := newSrvRig(t)
 	authorize := func(token string) (a struct {
 		Version, ExpiresInSeconds int
-		Token                     string
+		Token, Server             string
+		Time                      int64
 		Labels                    map[string]string
 	}) {
 		t.Helper()
@@ -697,6 +728,9 @@ func TestAuthorize(t *testing.T) {
 	a := authorize(client)
 	if a.Version != 1 || a.ExpiresInSeconds != 3600 || !maps.Equal(a.Labels, map[string]string{"region": "eu", "_id": "site-a"}) {
 		t.Errorf("authorize: %+v", a)
+	}
+	if a.Server != "s1" || a.Time != authNow.UnixMilli() {
+		t.Errorf("authorize: server %q, time %d", a.Server, a.Time)
 	}
 	tok, err := r.keys.Verify(a.Token, r.now())
 	if err != nil || tok.Kind != KindUpload || tok.Cluster != "site-a" || tok.ID != fmt.Sprintf("%032x", "site-a") {
@@ -793,10 +827,12 @@ func TestAuthorizeURL(t *testing.T) {
 		got := ask(id)
 		var a struct {
 			Token            string
+			Server           string
 			ExpiresInSeconds int
+			Time             int64
 			Labels           map[string]string
 		}
-		if err := json.Unmarshal([]byte(got.body), &a); err != nil || got.status != 200 || a.ExpiresInSeconds != 3600 || !maps.Equal(a.Labels, labels) {
+		if err := json.Unmarshal([]byte(got.body), &a); err != nil || got.status != 200 || a.ExpiresInSeconds != 3600 || a.Server != "s1" || a.Time != authNow.UnixMilli() || !maps.Equal(a.Labels, labels) {
 			t.Fatalf("%s: %d %s", id, got.status, got.body)
 		}
 		if n := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: a.Token, body: []byte("up 1\n")})).Accepted; n != 1 {
@@ -936,7 +972,8 @@ func TestNoRoom(t *testing.T) {
 			if after := r.held("site-a", ""); after != before {
 				t.Errorf("what was accepted has changed:\n%s\nfrom:\n%s", after, before)
 			}
-			if got := r.held("site-c", ""); !strings.HasPrefix(got, PushFailureTimeName+"{") || strings.Count(got, "\n") != 1 {
+			// A server that is not ready is no fault of the site.
+			if got := r.held("site-c", ""); strings.Contains(got, PushFailureTimeName+"{") == (c.name == "not ready") || strings.Count(got, "\n") > 1 {
 				t.Errorf("left by the refused push:\n%s", got)
 			}
 			disk.restart()
@@ -1122,7 +1159,7 @@ func TestFederate(t *testing.T) {
 	if ms < 1e12 || s == "" {
 		t.Fatal("the clock is wrong")
 	}
-	own := func(id string) string { return `{_id="` + id + `",instance="",job=""} ` }
+	own := func(id string) string { return `{_id="` + id + `",instance="",job="",server="s1"} ` }
 	at := fmt.Sprintf(" %d\n", ms)
 	want := "# TYPE a_b untyped\na_b{_id=\"site-a\",c_d=\"e\",instance=\"\",job=\"\"} 3" + at +
 		"# TYPE push_failure_time_seconds untyped\npush_failure_time_seconds" + own("site-b") + s + "\n" +
@@ -1130,7 +1167,7 @@ func TestFederate(t *testing.T) {
 		"# TYPE telemeter_cluster_samples untyped\ntelemeter_cluster_samples" + own("site-a") + "4\ntelemeter_cluster_samples" + own("site-b") + "1\n" +
 		"# TYPE telemeter_cluster_series untyped\ntelemeter_cluster_series" + own("site-a") + "3\ntelemeter_cluster_series" + own("site-b") + "1\n" +
 		"# TYPE telemeter_cluster_token_expiry_seconds untyped\ntelemeter_cluster_token_expiry_seconds" + own("site-b") + strconv.FormatInt(ms/1000+1000, 10) + "\n" +
-		"# TYPE up untyped\nup" + own("site-a") + "2" + at + "up{_id=\"site-b\",instance=\"\",job=\"node\"} NaN" + at
+		"# TYPE up untyped\nup{_id=\"site-a\",instance=\"\",job=\"\"} 2" + at + "up{_id=\"site-b\",instance=\"\",job=\"node\"} NaN" + at
 	if got := r.federate("", ""); got != want {
 		t.Errorf("served:\n%s\nwanted:\n%s", got, want)
 	}
@@ -1693,4 +1730,297 @@ func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	}
 	doubt = 0
 	r.accepted(r.push("site-a", "up 2\n"))
+}
+
+// pushSpool pushes a text with headers, which are names and values.
+func (r *srvRig) pushSpool(cluster, text string, headers ...string) srvAnswer {
+	r.t.Helper()
+	h := map[string]string{}
+	for i := 0; i < len(headers); i += 2 {
+		h[headers[i]] = headers[i+1]
+	}
+	return r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, cluster), header: h, body: []byte(text)})
+}
+
+// lists returns what an answer says of the spool: held, a bar, and read. No list is "-".
+func (c srvCounts) lists() string {
+	text := func(s *string) string {
+		if s == nil {
+			return "-"
+		}
+		return *s
+	}
+	return text(c.Held) + "|" + text(c.Read)
+}
+
+// TestSpoolAnswers: which scrapes of a spool an answer says that the server holds, and which
+// that every consumer has read.
+func TestSpoolAnswers(t *testing.T) {
+	const (
+		spool = "00000000000000ab"
+		other = "00000000000000cd"
+	)
+	r := newSrvRig(t)
+	conn := &Conn{}
+	ms := func(n int) int64 { return authNow.UnixMilli() + int64(n) }
+	in, old := func(name string, n int) string { return fmt.Sprintf("%s %d %d\n", name, n, ms(n)) }, "old 1 5\n"
+	key := ConsumerKey("x", "192.0.2.1", "")
+	consumer := func(age int) string { return fmt.Sprintf("%016x:%d", key, age) }
+	for i, c := range []struct {
+		do                   string // "push", "scrape" or "wait"
+		site, spool, text    string
+		accepted, duplicates int
+		lists, consumers     string
+	}{
+		// While no consumer is known there is no list of what is read.
+		{"push", "site-a", spool + " 1", in("m", 1), 1, 0, "1|-", ""},
+		{"push", "site-a", spool + " 2-3", in("m", 2) + in("m", 3), 2, 0, "1-3|-", ""},
+		{"push", "site-a", spool, "", 0, 0, "1-3|-", ""},
+		{"push", "site-a", other, "", 0, 0, "|-", ""},
+		{"push", "site-a", "", in("m", 4), 1, 0, "-|-", ""},
+		{"push", "site-a", spool + " 1,3", in("m", 1) + in("m", 3), 0, 2, "1-3|-", ""}, // was answered before
+		// Samples that a consumer was served are read when it asks again.
+		{"scrape", "", "", "", 0, 0, "", ""},
+		{"push", "site-a", spool, "", 0, 0, "1-3|", consumer(0)},
+		{"push", "site-a", "", "", 0, 0, "-|-", ""},
+		{"wait", "", "", "", 0, 0, "", ""},
+		{"scrape", "", "", "", 0, 0, "", ""},
+		{"push", "site-a", spool, "", 0, 0, "|1-3", consumer(0)},
+		{"wait", "", "", "", 0, 0, "", ""},
+		{"push", "site-a", spool + " 2", in("m", 2), 0, 1, "|1-3", consumer(10)},
+		// A scrape of known samples only.
+		{"push", "site-a", spool + " 4", in("m", 4), 0, 1, "4|1-3", consumer(10)},
+		{"scrape", "", "", "", 0, 0, "", ""},
+		{"push", "site-a", spool, "", 0, 0, "4|1-3", consumer(0)},
+		{"scrape", "", "", "", 0, 0, "", ""},
+		{"push", "site-a", spool, "", 0, 0, "|1-4", consumer(0)},
+		// The clock may be wrong that finds all samples of a scrape untimely.
+		{"push", "site-a", spool + " 5", old, 0, 0, "|1-4", consumer(0)},
+		{"push", "site-a", spool + " 5-6", old + old, 0, 0, "|1-4", consumer(0)},
+		{"push", "site-a", spool + " 7-8", in("m", 7) + old, 1, 0, "|1-4", consumer(0)},
+		{"push", "site-a", spool + " 7,9", in("m", 7) + old, 0, 1, "|1-4", consumer(0)},
+		{"push", "site-a", spool + " 9", in("m", 9) + old, 1, 0, "9|1-4", consumer(0)},
+		{"push", "site-a", spool + " 10-11", in("m", 10) + "bad{a=\"\x00\"} 1\n", 1, 0, "9-11|1-4", consumer(0)},
+		// A scrape without samples.
+		{"push", "site-a", spool + " 12", "", 0, 0, "9-12|1-4", consumer(0)},
+		{"scrape", "", "", "", 0, 0, "", ""},
+		{"scrape", "", "", "", 0, 0, "", ""},
+		{"push", "site-a", spool, "", 0, 0, "|1-4,9-12", consumer(0)},
+		// Another site has its own numbers, though the spool has the same ID.
+		{"push", "site-b", spool, "", 0, 0, "|", consumer(0)},
+		{"push", "site-b", spool + " 1", in("m", 1), 1, 0, "1|", consumer(0)},
+	} {
+		switch c.do {
+		case "scrape":
+			r.scrapeOn(conn, "consumer=x")
+		case "wait":
+			r.clock.Add(int64(10 * time.Second))
+		case "push":
+			var headers []string
+			if c.spool != "" {
+				headers = []string{SpoolHeader, c.spool}
+			}
+			a := r.pushSpool(c.site, c.text, headers...)
+			got := r.accepted(a)
+			if got.Accepted != c.accepted || got.Duplicates != c.duplicates || got.lists() != c.lists || got.Consumers != c.consumers {
+				t.Errorf("step %d, %q: answered %s, want %d accepted, %d duplicates, the lists %s and the consumers %s", i, c.spool, a.body, c.accepted, c.duplicates, c.lists, c.consumers)
+			}
+			if got.Server != "s1" || got.Time != r.now().UnixMilli() {
+				t.Errorf("step %d: server %q, time %d", i, got.Server, got.Time)
+			}
+			if c.spool == "" && (strings.Contains(a.body, `"held"`) || strings.Contains(a.body, `"read"`) || strings.Contains(a.body, `"consumers"`)) {
+				t.Errorf("step %d: a push that names no spool is answered %s", i, a.body)
+			}
+		}
+	}
+}
+
+// TestSpoolQuestion: a question is no push: nothing is stored, and it does not count as the
+// site's last push.
+func TestSpoolQuestion(t *testing.T) {
+	const spool = "00000000000000ab"
+	r := newSrvRig(t)
+	r.scrapeOn(&Conn{}, "consumer=x")
+	if got := r.accepted(r.pushSpool("new", "", SpoolHeader, spool)); got.lists() != "|" {
+		t.Errorf("answered %+v", got)
+	}
+	if n := len(r.store.clusters); n != 0 {
+		t.Errorf("%d sites are known after a question", n)
+	}
+	r.accepted(r.pushSpool("site-a", "up 1\n", SpoolHeader, spool+" 1"))
+	before, bytes := r.held("site-a", ""), r.store.Stats().Bytes
+	r.clock.Add(int64(time.Minute))
+	for range 3 {
+		if got := r.accepted(r.pushSpool("site-a", "", SpoolHeader, spool)); got.lists() != "1|" {
+			t.Errorf("answered %+v", got)
+		}
+	}
+	if got := r.held("site-a", ""); got != before || r.store.Stats().Bytes != bytes {
+		t.Errorf("after questions, %d bytes and\n%s\nbefore, %d bytes and\n%s", r.store.Stats().Bytes, got, bytes, before)
+	}
+	r.accepted(r.pushSpool("site-a", "", SpoolHeader, spool+" 2"))
+	if got := r.held("site-a", ""); got == before {
+		t.Error("a scrape without samples does not count as a push")
+	}
+}
+
+// TestSpoolToldConsumers: scrapes count as read only when the consumers have read them that
+// the site's client tells of, for that site alone.
+func TestSpoolToldConsumers(t *testing.T) {
+	const spool = "00000000000000ab"
+	r := newSrvRig(t)
+	conn := &Conn{}
+	var told string
+	site := func(id, numbers, text, want string) {
+		t.Helper()
+		a := r.pushSpool(id, text, SpoolHeader, strings.TrimSpace(spool+" "+numbers), ConsumersHeader, map[string]string{"site-a": told}[id])
+		if got := r.accepted(a).lists(); got != want {
+			t.Errorf("%s is answered %s, want the lists %s", id, a.body, want)
+		}
+	}
+	read := func() {
+		r.scrapeOn(conn, "consumer=x")
+		r.scrapeOn(conn, "consumer=x")
+	}
+	// Nobody has scraped here: the client tells of one that did elsewhere.
+	told = "0000000000000001:86400"
+	site("site-a", "1", "up 1\n", "1|-") // a day ago
+	told = "0000000000000001:86399"
+	site("site-a", "", "", "1|")
+	site("site-b", "1", "up 1\n", "1|-")
+	told = ""
+	read()
+	site("site-b", "", "", "|1")
+	site("site-a", "", "", "|1") // the other has not scraped for --retention
+
+	told = "0000000000000001:10"
+	r.clock.Add(int64(time.Minute))
+	site("site-a", "2", "up 2\n", "2|1")
+	site("site-b", "2", "up 2\n", "2|1")
+	read()
+	told = "" // it remembers
+	site("site-a", "", "", "2|1")
+	site("site-b", "", "", "|1-2")
+	want := "0000000000000001:10," + fmt.Sprintf("%016x:0", ConsumerKey("x", "192.0.2.1", ""))
+	if got := r.accepted(r.pushSpool("site-a", "", SpoolHeader, spool)).Consumers; got != want {
+		t.Errorf("consumers of site-a: %s, want %s", got, want)
+	}
+	if got := r.accepted(r.pushSpool("site-b", "", SpoolHeader, spool)).Consumers; strings.Contains(got, "0000000000000001") {
+		t.Errorf("consumers of site-b: %s", got)
+	}
+	// The other scrapes here, and has then read it too.
+	key, err := strconv.ParseUint("1", 16, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seq, _ := r.store.Consumers.Read(RingKey("site-b"), r.now())
+	for range 2 {
+		reading, _, err := r.store.Consumers.Begin(key, "y", "192.0.2.2", conn, r.now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		reading.Serve(RingKey("site-a"), Position{Seq: seq}, 1)
+		reading.Serve(RingKey("site-b"), Position{Seq: seq}, 1)
+	}
+	site("site-a", "", "", "|1-2")
+}
+
+// TestUploadHeaders: what is malformed in the headers of a push is answered 400 with the
+// reason, and stores nothing; their lists are bounded.
+func TestUploadHeaders(t *testing.T) {
+	const spool = "00000000000000ab "
+	ranges := func(n int) string {
+		var parts []string
+		for i := range n {
+			parts = append(parts, strconv.Itoa(3*i+1))
+		}
+		return strings.Join(parts, ",")
+	}
+	consumers := func(n int) string { return strings.TrimSuffix(strings.Repeat("00000000000000cd:1,", n), ",") }
+	for _, c := range []struct{ header, value, reason string }{
+		{SpoolHeader, "", ""},
+		{SpoolHeader, spool + "1-4,6,9007199254740992", ""},
+		{SpoolHeader, spool + ranges(MaxPushRanges), ""},
+		{SpoolHeader, spool + ranges(MaxPushRanges+1), "more than 32 ranges"},
+		{SpoolHeader, spool + strings.Repeat(",", 5000), "more than 32 ranges"},
+		{SpoolHeader, "ab 1", "malformed Telemeter-Spool"},
+		{SpoolHeader, "0000000000000000 1", "malformed Telemeter-Spool"},
+		{SpoolHeader, "00000000000000ag 1", "malformed Telemeter-Spool"},
+		{SpoolHeader, "-0000000000000ab 1", "malformed Telemeter-Spool"},
+		{SpoolHeader, spool + "0", `malformed range of numbers "0"`},
+		{SpoolHeader, spool + "9007199254740993", "malformed range of numbers"},
+		{SpoolHeader, spool + "1-9007199254740993", "malformed range of numbers"},
+		{SpoolHeader, spool + "4-3", `malformed range of numbers "4-3"`},
+		{SpoolHeader, spool + "3,2", `malformed range of numbers "2"`},
+		{SpoolHeader, spool + "1-3,3", `malformed range of numbers "3"`},
+		{SpoolHeader, spool + "1-", `malformed range of numbers "1-"`},
+		{SpoolHeader, spool + "1,,2", "malformed range of numbers"},
+		{SpoolHeader, spool + "1 2", "malformed range of numbers"},
+		{SpoolHeader, spool + strings.Repeat("9", 8000), "malformed range of numbers"},
+		{ConsumersHeader, consumers(MaxConsumers), ""},
+		{ConsumersHeader, consumers(MaxConsumers + 1), "more than 64 consumers"},
+		{ConsumersHeader, "cd:1", `malformed consumer "cd:1"`},
+		{ConsumersHeader, "00000000000000cd", "malformed consumer"},
+		{ConsumersHeader, "00000000000000cd:-1", "malformed consumer"},
+		{ConsumersHeader, "00000000000000cd:1.5", "malformed consumer"},
+		{ConsumersHeader, "00000000000000cd:18446744073709551615", "malformed consumer"},
+		{ConsumersHeader, "00000000000000cd:1,", "malformed consumer"},
+		{ConsumersHeader, "000000000000000g:1", "malformed consumer"},
+	} {
+		t.Run(c.header+" "+c.value[:min(len(c.value), 40)], func(t *testing.T) {
+			r := newSrvRig(t)
+			headers := []string{SpoolHeader, spool + "1", c.header, c.value}
+			a := r.pushSpool("site-a", "up 1\n", headers...)
+			if c.reason == "" {
+				if n := r.accepted(a).Accepted; n != 1 {
+					t.Errorf("%d accepted", n)
+				}
+				return
+			}
+			if a.status != 400 || !strings.Contains(a.body, c.reason) {
+				t.Errorf("%d %s", a.status, a.body)
+			}
+			if st := r.store.Stats(); len(st.Clusters) > 0 || r.server.pushes.Value(resultMalformed) != 1 {
+				t.Errorf("it left %+v, and %v are counted", st, r.server.pushes.Value(resultMalformed))
+			}
+			if all := r.store.Consumers.Known(RingKey("site-a"), r.now()); len(all) > 0 {
+				t.Errorf("it told of %d consumers", len(all))
+			}
+		})
+	}
+}
+
+// TestClockOffset: what a client says of its source's clock is shown, and changes nothing. A
+// value that is no number of milliseconds is ignored, because the samples matter more.
+func TestClockOffset(t *testing.T) {
+	r := newSrvRig(t)
+	shown := "none"
+	for _, c := range []struct{ value, want string }{
+		{"1500", "1.5"}, {"-90000", "-90"}, {"", "-90"}, {"0", "0"}, {"x", "0"}, {"1.5", "0"}, {"NaN", "0"}, {"9007199254740993", "0"}, {"-9007199254740993", "0"},
+		{"99999999999999999999", "0"}, {"60000", "60"},
+	} {
+		a := r.accepted(r.pushSpool("site-a", "up 1\n", ClockOffsetHeader, c.value))
+		if a.Accepted+a.Duplicates != 1 {
+			t.Errorf("%q: %+v", c.value, a)
+		}
+		shown = "none"
+		for line := range strings.Lines(r.held("site-a", "")) {
+			if rest, ok := strings.CutPrefix(line, `telemeter_cluster_clock_offset_seconds{_id="site-a",instance="",job="",server="s1"} `); ok {
+				shown = strings.TrimSpace(rest)
+			}
+		}
+		if shown != c.want {
+			t.Errorf("%q: %s is shown, want %s", c.value, shown, c.want)
+		}
+	}
+	if times := r.times("site-a"); !slices.Equal(times, []int64{0}) {
+		t.Errorf("samples of %v ms", times)
+	}
+	// A site may push to another server from then on, which shows it then.
+	for after, want := range map[time.Duration]bool{10 * time.Minute: true, 10*time.Minute + time.Second: false} {
+		r.clock.Store(int64(after))
+		if got := r.held("site-a", ""); strings.Contains(got, "clock_offset_seconds") != want {
+			t.Errorf("%v after it was told, the clock's offset is shown: %t", after, !want)
+		}
+	}
 }

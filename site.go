@@ -22,8 +22,6 @@ var (
 	ErrFull = errors.New("no room")
 	// ErrClosed: the store is shutting down.
 	ErrClosed = errors.New("store is closed")
-
-	errAhead = errors.New("samples handed over are ahead of this server's clock")
 )
 
 const compactSlack = 64 << 10 // bytes of garbage that are not worth a rewrite
@@ -46,7 +44,8 @@ type Totals struct {
 	LimitStorage    int64         // of Bytes; 0 does not bound
 	Full            func()        // called when LimitStorage is met
 	Closing         <-chan struct{}
-	Wanted          func(hash uint64, b *Batch) bool // a consumer has not had it
+	Read            func(hash uint64) uint64 // up to which batch of a site every consumer that counts has read
+	Owned           func(hash uint64) bool   // whether this server owns a site
 }
 
 // Site is a cluster of a store.
@@ -125,33 +124,23 @@ func (c *Site) Forgotten() {
 	}
 }
 
-// Appending is what Append takes.
-type Appending struct {
-	Push   *Push
-	Handed *Handed // what another server says of it; nil: it is a client's
-}
-
-// Append holds pushes, which have no sample in common, when all are durable, as
-// Store.Append says; room is asked for the samples that are new.
-func (c *Site) Append(pushes []Appending, now Span, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
+// Append holds the samples of p when they are durable, as Store.Append says; room is asked
+// for the samples that are new.
+func (c *Site) Append(p *Push, names SpoolNames, now Span, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
 	oldest := now.Early.Add(-retention).UnixMilli()
-	batches, known, res, err := c.prepare(pushes, now, retention, limitSeries)
+	b, known, res, err := c.prepare(p, names, now, retention, limitSeries)
 	if errors.Is(err, ErrSeriesLimit) && c.held.Table.Dead(oldest) > 0 {
 		if err := c.Rewrite(nil, oldest); err != nil {
 			return AppendResult{}, err
 		}
-		batches, known, res, err = c.prepare(pushes, now, retention, limitSeries)
+		b, known, res, err = c.prepare(p, names, now, retention, limitSeries)
 	}
-	if err != nil {
-		return AppendResult{}, err
-	}
-	if len(batches) == 0 { // all known or unwanted: nothing to write
-		c.outlived(res)
-		return res, nil
+	if err != nil || b == nil {
+		return res, err
 	}
 	begin := time.Now()
 	if err = room(res.Accepted); err == nil {
-		err = c.write(batches, known, oldest)
+		err = c.write(b, known, oldest)
 	}
 	if err != nil {
 		c.mu.Lock()
@@ -160,48 +149,26 @@ func (c *Site) Append(pushes []Appending, now Span, retention time.Duration, lim
 		return AppendResult{}, err
 	}
 	res.Write = time.Since(begin)
-	c.outlived(res)
 	return res, nil
 }
 
-// outlived counts what was handed over and is older than retention has it here: who
-// handed it over drops it as taken.
-func (c *Site) outlived(res AppendResult) { c.expired(int64(res.Outlived), int64(res.Unread)) }
-
-// prepare makes batches of what is new in pushes. Until they are held,
-// Table.Truncate(known) undoes it; on an error nothing was inserted.
-func (c *Site) prepare(pushes []Appending, now Span, retention time.Duration, limitSeries int) (batches []*Batch, known int, res AppendResult, err error) {
+// prepare makes a batch of what is new in p: nil if there is nothing to write. Until it is
+// held, Table.Truncate(known) undoes it; on an error nothing was inserted.
+func (c *Site) prepare(p *Push, names SpoolNames, now Span, retention time.Duration, limitSeries int) (b *Batch, known int, res AppendResult, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	known = c.held.Table.Len()
-	for _, p := range pushes {
-		b, _, r, err := c.held.Prepare(p.Push, p.Handed, now, retention, limitSeries)
-		if err == nil && p.Handed != nil && r.Future > 0 {
-			err = errAhead // they were acknowledged: who has them keeps them until their time comes
-		}
-		if err != nil {
-			c.held.Table.Truncate(known)
-			return nil, known, res, err
-		}
-		if p.Handed != nil && r.TooOld > 0 {
-			r.Outlived = r.TooOld
-			if c.wanted(b) {
-				r.Unread = r.TooOld
-			}
-		}
-		res.Add(r)
-		// What was handed over without samples says when its site pushed last.
-		if len(b.V) > 0 || p.Handed != nil && b.Accepted > c.held.Accepted {
-			b.Seq += uint64(len(batches))
-			batches = append(batches, b)
-		} else {
-			c.held.Accepted = max(c.held.Accepted, b.Accepted)
-		}
+	if c.held.Spools.Knows(names) { // the answer to an earlier push was lost; its samples may be evicted by now
+		return nil, 0, AppendResult{Duplicates: len(p.Samples)}, nil
 	}
-	if len(batches) == 0 {
+	if b, known, res, err = c.held.Prepare(p, names, now, retention, limitSeries); err != nil {
+		return nil, known, AppendResult{}, err
+	}
+	if len(b.V) == 0 && b.Names.ID == 0 {
 		c.held.Table.Truncate(known)
+		c.held.Accepted = max(c.held.Accepted, b.Accepted)
+		return nil, known, res, nil
 	}
-	return batches, known, res, nil
+	return b, known, res, nil
 }
 
 // resize does something to the log, and accounts for its size.
@@ -215,19 +182,16 @@ func (c *Site) resize(do func() error) error {
 	return err
 }
 
-// write makes batches, and the series from ID known on, durable, and then holds them.
-func (c *Site) write(batches []*Batch, known int, oldest int64) error {
+// write makes b, and the series from ID known on, durable, and then holds them.
+func (c *Site) write(b *Batch, known int, oldest int64) error {
 	if c.log != nil {
-		frames := AppendSeriesRecords(nil, c.held.Table, known)
-		for _, b := range batches {
-			frames = AppendRecord(frames, RecordBatch, EncodeBatch(nil, b))
-		}
+		frames := AppendRecord(AppendSeriesRecords(nil, c.held.Table, known), RecordBatch, EncodeBatch(nil, b))
 		if limit := c.totals.LimitStorage; limit > 0 && c.totals.Bytes.Load()+int64(len(frames)) > limit {
 			c.totals.Full()
 			return fmt.Errorf("%w: the logs reached the storage limit of %d bytes", ErrFull, limit)
 		}
 		if c.log.Broken() {
-			return c.Rewrite(batches, oldest)
+			return c.Rewrite([]*Batch{b}, oldest)
 		}
 		if err := c.resize(func() error { return c.log.Append(frames) }); err != nil {
 			return err
@@ -235,11 +199,9 @@ func (c *Site) write(batches []*Batch, known int, oldest int64) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, b := range batches {
-		c.totals.Raise(b.Seq)
-		c.held.Take(b)
-		c.totals.Samples.Add(int64(len(b.V)))
-	}
+	c.totals.Raise(b.Seq)
+	c.held.Take(b)
+	c.totals.Samples.Add(int64(len(b.V)))
 	return nil
 }
 
@@ -263,6 +225,7 @@ func (c *Site) Rewrite(more []*Batch, oldest int64) error {
 	c.Expire(oldest)
 	c.mu.Lock()
 	held := c.held
+	held.Spools = c.held.Spools.Clone() // answers settle c's
 	c.mu.Unlock()
 	// Others may expire or evict batches of c.held now, but change nothing that held has.
 	next := held.Compact(more, oldest)
@@ -302,11 +265,13 @@ func (c *Site) Mend(oldest int64) error {
 
 // Expire drops what outlived retention.
 func (c *Site) Expire(oldest int64) {
+	owned := c.totals.Owned(c.Hash)
 	c.mu.Lock()
-	expired, unread, freed := c.held.Expire(oldest, c.wanted)
+	expired, unread, freed := c.held.Expire(oldest, sync.OnceValue(c.read), owned)
 	c.mu.Unlock()
 	c.totals.Samples.Add(-freed)
-	c.expired(expired, unread)
+	c.totals.Expired.Add(expired)
+	c.totals.Unread.Add(unread)
 }
 
 // Resume expires the samples older than oldest without counting them.
@@ -318,20 +283,14 @@ func (c *Site) Resume(oldest int64) {
 	c.totals.Samples.Add(c.held.Samples() - before)
 }
 
-// expired counts samples that retention dropped, and those of them not had by all.
-func (c *Site) expired(dropped, unread int64) {
-	c.totals.Expired.Add(dropped)
-	c.totals.Unread.Add(unread)
-}
-
-func (c *Site) wanted(b *Batch) bool { return c.totals.Wanted(c.Hash, b) }
+func (c *Site) read() uint64 { return c.totals.Read(c.Hash) }
 
 // Evict drops the oldest batch, if every consumer has had it and no scrape that shows
 // samples since shown shows it. It returns the samples dropped, and whether that is so.
 func (c *Site) Evict(shown int64) (n int64, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.held.Evictable(shown, c.wanted) {
+	if !c.held.Evictable(shown, c.read()) {
 		return 0, false
 	}
 	n = c.held.Evict()
@@ -366,28 +325,4 @@ func (c *Site) Compact(oldest int64, full bool) error {
 		return c.Rewrite(nil, oldest)
 	}
 	return nil
-}
-
-// Give drops the batches up to a sequence number, which another server has but for what
-// is older than oldest, and has the log say so. Without that they would come back at the
-// next start, below the cursors of consumers that had read on after them. Where the disk
-// is full it goes on, for that is what makes room.
-func (c *Site) Give(upTo uint64, oldest int64) error {
-	if c.log != nil && !c.log.Broken() {
-		frame := AppendRecord(nil, RecordGone, EncodeGone(nil, upTo))
-		if err := c.resize(func() error { return c.log.Append(frame) }); err != nil && !errors.Is(err, ErrFull) {
-			return err
-		}
-	}
-	c.Drop(upTo, oldest)
-	return nil
-}
-
-// Drop drops the batches up to a sequence number, which another server has but for what
-// is older than oldest.
-func (c *Site) Drop(upTo uint64, oldest int64) {
-	c.Expire(oldest)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.totals.Samples.Add(-c.held.Drop(upTo))
 }

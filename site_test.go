@@ -1,49 +1,43 @@
 package main
 
-// site_test.go: several batches at once, as they are handed over, over a disk that
-// fails and forgets and under every limit; and a cluster that is let go while pushes
-// come.
+// site_test.go: the scrapes that a store holds and those that are read, over a disk that
+// fails and forgets; and a log that is rewritten while batches come and go.
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"math"
-	"runtime"
 	"slices"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// handedOver are n batches of two samples each, as another server held them.
-func handedOver(id string, clock *storeClock, n int) (all []Appending, points [][]point) {
-	for i := range n {
-		at := clock.ms(100 - i)
-		pts := []point{{"m", i % 3, at, float64(i)}, {"n", i, at, float64(i)}}
-		points = append(points, pts)
-		all = append(all, Appending{storePush(id, pts...), &Handed{Accepted: at, Had: []uint64{uint64(i)}}})
-	}
-	return all, points
+// names1 names scrape n of spool 1.
+func names1(n uint64) SpoolNames { return SpoolNames{1, Ranges{{n, n}}} }
+
+// spoolLists returns what the store says of spool 1 of site x.
+func spoolLists(s *Store) string {
+	st := s.Spool("x", 1)
+	return fmt.Sprintf("held %v, read %v", st.Held, st.Read)
 }
 
-// At each file operation of taking three batches the process is killed or the disk
-// fails: what was held stays, of the three the first few are there or none, all if
-// they were acknowledged, and taking them again adds the rest.
-func TestAppendAllCrashAnywhere(t *testing.T) {
-	for name, before := range map[string][]point{"new": nil, "known": {{"m", 0, 1_700_000_000_000, 7}, {"o", 0, 1_700_000_000_000, 8}}} {
+// At each file operation of a named push the process is killed or the disk fails: the
+// scrape is held if and only if its samples are, and it is if the push was acknowledged.
+// Sent again, it is held once.
+func TestNamedPushCrashAnywhere(t *testing.T) {
+	for _, compact := range []bool{false, true} {
 		for at, reached := 0, true; reached; at++ {
 			for mode, f := range []fault{{Err: errDisk}, {Err: errFull}, {Kill: true}, {Kill: true}} {
-				what := fmt.Sprintf("%s, operation %d, mode %d", name, at, mode)
+				what := fmt.Sprintf("compact %t, operation %d, mode %d", compact, at, mode)
 				fsys := newStoreFS(uint64(at)<<2 | uint64(mode))
 				k := newStoreKit(t, fsys)
 				s := k.open()
-				if before != nil {
-					k.push(s, "x", before...)
+				old, pts := point{"m", 0, k.clock.ms(9), 7}, []point{{"m", 1, k.clock.ms(5), 1}, {"n", 1, k.clock.ms(5), 2}}
+				if _, err := s.Append(t.Context(), "x", storePush("x", old), names1(1)); err != nil {
+					t.Fatal(err)
 				}
-				all, points := handedOver("x", k.clock, 3)
 				reached = false
 				seen := 0
 				fsys.hook = func(int, string, string) fault {
@@ -53,20 +47,15 @@ func TestAppendAllCrashAnywhere(t *testing.T) {
 					reached = true
 					return f
 				}
-				prefixes := []map[heldSample]float64{pushed("x", before...)}
-				for _, pts := range points {
-					next := maps.Clone(prefixes[len(prefixes)-1])
-					maps.Copy(next, pushed("x", pts...))
-					prefixes = append(prefixes, next)
+				res, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3))
+				if compact {
+					c := s.clusters["x"]
+					if c.Take(t.Context()) == nil {
+						c.Rewrite(nil, s.Oldest()) // may fail
+						c.Free()
+					}
 				}
-				res, err := s.AppendAll(t.Context(), "x", all)
 				fsys.hook = nil
-				if err == nil {
-					wantHeld(t, what, allHeld(t, s), prefixes[3])
-					prefixes = prefixes[3:]
-				} else {
-					wantHeld(t, what+", not taken", allHeld(t, s), prefixes[0])
-				}
 				if mode == 2 {
 					fsys.restart()
 				} else {
@@ -74,20 +63,26 @@ func TestAppendAllCrashAnywhere(t *testing.T) {
 				}
 				s = k.open()
 				got := allHeld(t, s)
-				if !slices.ContainsFunc(prefixes, func(p map[heldSample]float64) bool { return maps.Equal(p, got) }) {
-					t.Errorf("%s: %+v, %v; after a crash %d samples: %v", what, res, err, len(got), got)
+				want, wantSpool := pushed("x", old), "held 1, read "
+				if len(got) == 3 {
+					want, wantSpool = pushed("x", append(pts, old)...), "held 1,3, read "
+				} else if err == nil {
+					t.Errorf("%s: acknowledged and lost", what)
 				}
-				again, err := s.AppendAll(t.Context(), "x", all)
-				if err != nil || again.Accepted+again.Duplicates != 6 || again.Accepted != len(before)+6-len(got) {
-					t.Errorf("%s: again: %+v, %v; %d were held", what, again, err, len(got))
+				wantHeld(t, what, got, want)
+				damaged := len(k.errors) > 0 // the disk has a later part of the write and not an earlier one
+				if lists := spoolLists(s); lists != wantSpool && !(damaged && lists == "held , read ") {
+					t.Errorf("%s: %+v, %v; %d samples, %s", what, res, err, len(got), lists)
+				}
+				again, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3))
+				if err != nil || again.Accepted != 3-len(got) || again.Duplicates != len(got)-1 {
+					t.Errorf("%s: again: %+v, %v", what, again, err)
 				}
 				fsys.crash()
 				s = k.open()
-				wantHeld(t, what+", again", allHeld(t, s), prefixes[len(prefixes)-1])
-				for i, b := range s.clusters["x"].held.Batches {
-					if n := len(s.clusters["x"].held.Batches) - 3; i >= n && !slices.Equal(b.Had, []uint64{uint64(i - n)}) {
-						t.Errorf("%s: batch %d was had by %v", what, i, b.Had)
-					}
+				wantHeld(t, what+", again", allHeld(t, s), pushed("x", append(pts, old)...))
+				if lists := spoolLists(s); lists != "held 1,3, read " && !(damaged && lists == "held 3, read ") {
+					t.Errorf("%s: again: %s", what, lists)
 				}
 				if t.Failed() {
 					t.FailNow()
@@ -97,249 +92,255 @@ func TestAppendAllCrashAnywhere(t *testing.T) {
 	}
 }
 
-// Where one of several batches meets a limit none is held, in memory as on disk.
-func TestAppendAllLimits(t *testing.T) {
-	for name, test := range map[string]struct {
-		limit func(*StoreConfig)
-		err   error
-	}{
-		"series":   {func(c *StoreConfig) { c.LimitSeries = 5 }, ErrSeriesLimit}, // the three have 6, with x's own 7
-		"samples":  {func(c *StoreConfig) { c.LimitSamples = 6 }, ErrFull},
-		"storage":  {func(c *StoreConfig) { c.LimitStorage = 400 }, ErrFull},
-		"clusters": {func(c *StoreConfig) { c.LimitClusters = 1 }, ErrFull},
-		"a batch of the future": {func(c *StoreConfig) {
-			now := c.Now
-			c.Now = func() time.Time { return now().Add(-98*time.Second - maxAhead - time.Millisecond) }
-		}, errAhead},
-	} {
-		fsys := newStoreFS(1)
-		k := newStoreKit(t, fsys)
-		all, _ := handedOver("x", k.clock, 3)
-		test.limit(&k.cfg)
-		s := k.open()
-		id := "x"
-		if name == "clusters" {
-			id = "y"
-		}
-		old := point{"o", 0, k.cfg.Now().UnixMilli(), 1}
-		k.push(s, id, old)
-		seq, size := s.totals.Newest.Load(), s.Stats().Bytes
-		for range 2 {
-			if res, err := s.AppendAll(t.Context(), "x", all); !errors.Is(err, test.err) || res != (AppendResult{}) {
-				t.Errorf("%s: %+v, %v", name, res, err)
-			}
-		}
-		wantHeld(t, name, allHeld(t, s), pushed(id, old))
-		if s.totals.Newest.Load() != seq || s.Stats().Bytes != size || s.Stats().Clusters[0].Series != 1 || len(s.Stats().Clusters) != 1 {
-			t.Errorf("%s: something is left: %+v", name, s.Stats())
-		}
-		fsys.crash()
-		wantHeld(t, name+", after a crash", allHeld(t, k.open()), pushed(id, old))
-	}
-}
-
-// What another server's clock says is held by this one's: nothing is accepted later
-// than now, so that no site looks alive when it is silent.
-func TestAppendAllForeignClock(t *testing.T) {
-	k := newStoreKit(t, newStoreFS(1))
+// A scrape is held once its samples are, whichever push brought them, and read once every
+// consumer has read them; it stays read through compaction, eviction, expiry and restarts.
+func TestSiteSpoolsHeldAndRead(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
 	s := k.open()
-	for _, at := range []int64{k.clock.ms(-600), MaxClockTime, math.MaxInt64} {
-		all, _ := handedOver("x", k.clock, 2)
-		all[1].Handed.Accepted = at
-		all = append(all, Appending{&Push{}, &Handed{Accepted: at}})
-		for range 2 {
-			if _, err := s.AppendAll(t.Context(), "x", all); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if got := s.Stats().Clusters[0].Accepted; got != k.clock.ms(0) {
-			t.Errorf("accepted at %d is %d ahead", at, got-k.clock.ms(0))
-		}
-		k.clock.Add(time.Minute)
-	}
-	k.clock.Add(forgetAfter + time.Hour)
-	s.maintain(t.Context(), false)
-	if n := len(s.Stats().Clusters); n != 0 {
-		t.Error("a silent site is known for ever")
-	}
-}
-
-// A cluster is let go while pushes of it come: each push is held afterwards, or was
-// seen before. Nothing is counted that is not there.
-func TestReleaseWithPushes(t *testing.T) {
-	for _, dir := range []string{"disk", ""} {
-		k := newStoreKit(t, DiskFS{})
-		if k.cfg.Dir = ""; dir != "" {
-			k.cfg.Dir = t.TempDir()
-		}
-		s := k.open()
-		const writers, pushes = 4, 150
-		away := map[heldSample]float64{} // handed over and dropped
-		released := 0
-		// hand does what a handoff does, to nobody.
-		hand := func() {
-			for range 3 {
-				var upTo uint64
-				got := map[heldSample]float64{}
-				if !s.Look("x", func(held *Cluster) {
-					upTo = held.Seq
-					for _, b := range held.Batches {
-						for i, id := range b.IDs {
-							got[heldSample{string(held.Table.Line(id)), b.Time(i)}] = b.V[i]
-						}
-					}
-				}) {
-					return
-				}
-				maps.Copy(away, got)
-				done, err := s.Release(t.Context(), "x", upTo, s.Oldest())
-				if err != nil {
-					t.Error(err)
-				}
-				if done {
-					released++
-					return
-				}
-			}
-		}
-		var work, background sync.WaitGroup
-		ctx, cancel := context.WithCancel(t.Context())
-		for w := range writers {
-			work.Go(func() {
-				for i := range pushes {
-					p := point{"m", w, k.clock.ms(0) - int64(i), float64(i)}
-					if res, err := s.Append(t.Context(), "x", storePush("x", p)); err != nil || res.Accepted != 1 {
-						t.Errorf("%+v, %v", res, err)
-					}
-					for i%30 == 0 && s.Look("x", func(*Cluster) {}) { // or there is always another push
-						runtime.Gosched()
-					}
-				}
-			})
-		}
-		background.Go(func() {
-			for ctx.Err() == nil {
-				hand()
-			}
-		})
-		background.Go(func() {
-			for ctx.Err() == nil {
-				s.maintain(ctx, true)
-			}
-		})
-		work.Wait()
-		cancel()
-		background.Wait()
-		maps.Copy(away, allHeld(t, s))
-		if len(away) != writers*pushes {
-			t.Errorf("%d samples of %d", len(away), writers*pushes)
-		}
-		hand()
-		if n := len(s.Stats().Clusters); n != 0 || s.totals.Samples.Load() != 0 || s.Stats().Bytes != 0 || released < 2 {
-			t.Errorf("released %d times; left: %d clusters, %d samples, %d bytes", released, n, s.totals.Samples.Load(), s.Stats().Bytes)
-		}
-		if err := s.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if s = k.open(); len(s.Stats().Clusters) != 0 {
-			t.Error("what was released is back")
-		}
-		s.Close()
-		if len(k.errors) > 0 {
-			t.Error(k.errors)
-		}
-	}
-}
-
-// A crash, or a disk that fails, while a cluster is let go: it is there or not, and
-// what another push brought meanwhile is there.
-func TestReleaseCrashAnywhere(t *testing.T) {
-	old, late := point{"m", 0, 1_700_000_000_000, 1}, point{"m", 0, 1_700_000_000_001, 2}
-	for at, reached := 0, true; reached; at++ {
-		for mode, f := range []fault{{Err: errDisk}, {Kill: true}, {Kill: true}} {
-			fsys := newStoreFS(uint64(at)<<2 | uint64(mode))
-			k := newStoreKit(t, fsys)
-			s := k.open()
-			k.push(s, "x", old)
-			seq := s.totals.Newest.Load()
-			reached = false
-			seen := 0
-			fsys.hook = func(int, string, string) fault {
-				if seen++; seen-1 != at {
-					return fault{}
-				}
-				reached = true
-				return f
-			}
-			done, err := s.Release(t.Context(), "x", seq, s.Oldest())
-			if done != (err == nil) {
-				t.Errorf("operation %d, mode %d: %t, %v", at, mode, done, err)
-			}
-			_, pushErr := s.Append(t.Context(), "x", storePush("x", late))
-			fsys.hook = nil
-			if mode == 1 {
-				fsys.restart()
-			} else {
-				fsys.crash()
-			}
-			s = k.open()
-			got := allHeld(t, s)
-			if _, ok := got[heldSample{string(storePush("x", late).Line(storePush("x", late).Samples[0])), late.t}]; pushErr == nil && !ok {
-				t.Errorf("operation %d, mode %d: acknowledged and lost", at, mode)
-			}
-			if pushErr == nil && done && len(got) != 1 {
-				t.Errorf("operation %d, mode %d: %v", at, mode, got)
-			}
-			if c := s.clusters["x"]; c != nil && c.held.Seq < seq {
-				t.Errorf("operation %d, mode %d: sequence numbers begin again", at, mode)
-			}
-		}
-	}
-}
-
-// Of a cluster a part is handed over, a consumer reads on after it, and the server ends:
-// what it never had here is not taken for had.
-func TestHandedDoesNotComeBack(t *testing.T) {
-	k := newStoreKit(t, newStoreFS(1))
-	s := k.open()
-	at := k.clock.ms(0)
-	k.push(s, "x", point{"m", 1, at, 1})
-	var first uint64
-	s.Look("x", func(held *Cluster) { first = held.Seq })
-	k.push(s, "x", point{"m", 1, at + 1, 2})
-	if done, err := s.Release(t.Context(), "x", first, s.Oldest()); done || err != nil {
-		t.Fatal(done, err)
-	}
-	scrape := func() int {
-		reading, _, err := s.Consumers.Begin(1, "p", "", "c", k.clock.Now())
+	push := func(n uint64, pts ...point) AppendResult {
+		t.Helper()
+		res, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(n))
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, n, _ := (&Scraper{Store: s, MaxAge: -time.Second, Now: k.clock.Now}).Unread(reading, 0, false, nil)
-		return n
+		return res
 	}
-	if a, b := scrape(), scrape(); a != 1 || b != 0 {
-		t.Fatalf("read %d, %d", a, b)
+	conn := &Conn{}
+	scrape := func() {
+		t.Helper()
+		r, _, err := s.Consumers.Begin(1, "p", "", conn, k.clock.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		scraper(s, time.Minute).Unread(r, 0, false, nil)
 	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
+	want := func(what, lists string) {
+		t.Helper()
+		if got := spoolLists(s); got != lists {
+			t.Errorf("%s: %s, want %s", what, got, lists)
+		}
 	}
-	s = k.open()
-	defer s.Close()
-	wantHeld(t, "after a restart", allHeld(t, s), pushed("x", point{"m", 1, at + 1, 2}))
+	reopen := func() {
+		t.Helper()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = k.open()
+		conn = &Conn{}
+	}
+	compact := func() {
+		t.Helper()
+		c := s.clusters["x"]
+		if err := c.Take(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		defer c.Free()
+		if err := c.Rewrite(nil, s.Oldest()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old := k.clock.ms(60)
+	push(1, point{"m", 1, old, 1})
+	want("nobody has scraped", "held 1, read ")
+	push(2, point{"m", 1, old, 1}) // repeats
+	push(3)                        // a source that gave nothing
+	want("a scrape without a new sample", "held 1-3, read ")
+	scrape()
+	want("served, not confirmed", "held 1-3, read ")
+	scrape()
+	want("confirmed", "held , read 1-3")
+	push(4, point{"m", 1, old + 1, 2})
+	want("another", "held 4, read 1-3")
+	compact()
+	want("compacted", "held 4, read 1-3")
+	reopen()
+	want("restarted", "held 4, read 1-3")
+	scrape()
+	scrape()
+	want("read", "held , read 1-4")
+	if _, ok := s.clusters["x"].Evict(math.MaxInt64); !ok {
+		t.Fatal("nothing is evicted")
+	}
+	compact()
+	reopen()
+	want("evicted", "held , read 1-4")
+	before := len(allHeld(t, s))
+	if res := push(1, point{"m", 1, old, 1}); res.Accepted != 0 || res.Duplicates != 1 || len(allHeld(t, s)) != before {
+		t.Errorf("a scrape that was read came again: %+v", res)
+	}
+	s.Consumers.Begin(2, "new", "", &Conn{}, k.clock.Now())
+	want("a new consumer comes", "held , read 1-4")
+	push(5, point{"m", 1, old + 2, 3})
+	scrape()
+	scrape()
+	want("the new consumer has not read", "held 5, read 1-4")
+	k.clock.Add(3 * time.Hour)
+	scrape() // the other one is dead by now
+	compact()
+	reopen()
+	want("expired", "held , read 1-5")
+	if len(k.errors) > 0 {
+		t.Error(k.errors)
+	}
 }
 
-// What was dropped, and came back before its log was rewritten, stands there twice. It
-// is held once when the log is read again, as it came last, and can be handed over.
-func TestDroppedComesBack(t *testing.T) {
+// A store vouches for a scrape only if its clock does: one whose samples are all dropped
+// for their time, and several of which some samples are, are not held.
+func TestSiteSpoolsUntimely(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	good, old, ahead := k.clock.ms(5), k.clock.ms(7201), k.clock.ms(-61)
+	for i, test := range []struct {
+		times   []int64
+		numbers Ranges
+		held    bool
+	}{
+		{[]int64{good}, Ranges{{1, 1}}, true},
+		{[]int64{old}, Ranges{{2, 2}}, false},
+		{[]int64{ahead}, Ranges{{3, 3}}, false},
+		{[]int64{good + 1, old}, Ranges{{4, 4}}, true}, // a source with an old sample
+		{[]int64{good + 1, old}, Ranges{{5, 5}}, true}, // again: nothing new
+		{[]int64{good + 2, old}, Ranges{{6, 7}}, false},
+		{[]int64{good + 3, ahead}, Ranges{{8, 8}, {10, 10}}, false},
+		{[]int64{good + 3}, Ranges{{11, 12}}, true},
+		{nil, Ranges{{13, 13}}, true},
+	} {
+		var pts []point
+		for _, at := range test.times {
+			pts = append(pts, point{"m", 1, at, 1})
+		}
+		if _, err := s.Append(t.Context(), "x", storePush("x", pts...), SpoolNames{1, test.numbers}); err != nil {
+			t.Fatal(err)
+		}
+		if held := s.Spool("x", 1).Held.Has(test.numbers[0].From); held != test.held {
+			t.Errorf("push %d, scrapes %v: held %t", i, test.numbers, held)
+		}
+	}
+}
+
+// The numbers known of a site's spools are bounded, and a client that pushes every second while
+// no consumer scrapes for two hours is not asked for a scrape again.
+func TestSiteSpoolsAreBounded(t *testing.T) {
+	var s SiteSpools
+	for seq := range uint64(7200) {
+		s.Add(names1(seq+1), seq+1)
+	}
+	if held, read := s.Lists(1); held.String() != "1-7200" || len(read) > 0 {
+		t.Errorf("held %v, read %v", held, read)
+	}
+	s.Settle(3600)
+	held, read := s.Lists(1)
+	if len(held) != 1 || len(read) != 1 || read[0].To > 3600 || read[0].To < 3600-8 || held[0].From != read[0].To+1 {
+		t.Errorf("half is read: held %v, read %v", held, read)
+	}
+	s.Settle(7200)
+	if held, read := s.Lists(1); len(held) > 0 || read.String() != "1-7200" {
+		t.Errorf("all is read: held %v, read %v", held, read)
+	}
+	for n := range uint64(3 * MaxRanges) { // nothing merges
+		s.Add(SpoolNames{2, Ranges{{2*n + 1, 2*n + 1}}}, n+1)
+	}
+	if held, _ := s.Lists(2); len(held) > MaxRanges || !held.Has(6*MaxRanges-1) {
+		t.Errorf("%d ranges", len(held))
+	}
+	for id := range uint64(20) {
+		s.Add(SpoolNames{id + 10, Ranges{{1, 1}}}, 3*MaxRanges+id)
+	}
+	if n := len(s.spools); n != maxSpools {
+		t.Errorf("%d spools are known", n)
+	}
+	var back SiteSpools
+	for _, payload := range s.Records() {
+		if err := back.Restore(payload); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if held, _ := back.Lists(29); !held.Has(1) {
+		t.Errorf("kept: %v", held)
+	}
+}
+
+// A log that is damaged or cut short claims no scrape of which it may have lost samples.
+func TestSiteSpoolsDamage(t *testing.T) {
+	for _, compacted := range []bool{false, true} {
+		fsys := newStoreFS(1)
+		k := newStoreKit(t, fsys)
+		s := k.open()
+		for n := range uint64(6) {
+			if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", int(n), k.clock.ms(60) + int64(n), 1}), names1(n+1)); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if n > 1 { // the first two are read
+					break
+				}
+				r, _, err := s.Consumers.Begin(1, "p", "", "conn", k.clock.Now())
+				if err != nil {
+					t.Fatal(err)
+				}
+				scraper(s, time.Minute).Unread(r, 0, false, nil)
+			}
+		}
+		if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", 3, k.clock.ms(60) + 3, 1}), names1(7)); err != nil { // repeats scrape 4
+			t.Fatal(err)
+		}
+		if lists := spoolLists(s); lists != "held 3-7, read 1-2" {
+			t.Fatal(lists)
+		}
+		if compacted {
+			c := s.clusters["x"]
+			if err := c.Take(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Rewrite(nil, s.Oldest()); err != nil {
+				t.Fatal(err)
+			}
+			c.Free()
+		}
+		path := s.path("x")
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		whole, err := fsys.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := range whole {
+			data := slices.Clone(whole)
+			data[at] ^= 0x55
+			cut := slices.Clone(whole[:at])
+			for what, content := range map[string][]byte{"flipped": data, "cut": cut} {
+				fsys.put(path, content)
+				s := k.open()
+				st := s.Spool("x", 1)
+				got := allHeld(t, s)
+				for n := range uint64(6) {
+					if _, has := got[heldSample{string(storePush("x", point{"m", int(n), 0, 1}).Arena), k.clock.ms(60) + int64(n)}]; !has && st.Held.Has(n+1) {
+						t.Fatalf("compacted %t, %s at %d: scrape %d is held without its sample: %v", compacted, what, at, n+1, st.Held)
+					}
+				}
+				if st.Held.Has(7) && len(got) < 4 {
+					t.Fatalf("compacted %t, %s at %d: scrape 7 is held without the sample that it repeats", compacted, what, at)
+				}
+				s.Close()
+				fsys.put(path, whole)
+			}
+		}
+	}
+}
+
+// A batch that was evicted, and came back before its log was rewritten, stands there twice. It
+// is held once when the log is read again, as it came last.
+func TestEvictedComesBack(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
 	at := k.clock.ms(0)
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 2, at, 2})
 	k.push(s, "x", point{"m", 1, at + 1, 3})
-	var first uint64
-	s.Look("x", func(held *Cluster) { first = held.Batches[0].Seq })
-	s.clusters["x"].Drop(first, s.Oldest())
+	if n, ok := s.clusters["x"].Evict(math.MaxInt64); !ok || n != 2 {
+		t.Fatal(n, ok)
+	}
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 1, at + 2, 4})
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -349,7 +350,6 @@ func TestDroppedComesBack(t *testing.T) {
 	want := pushed("x", point{"m", 1, at, 1}, point{"m", 2, at, 2}, point{"m", 1, at + 1, 3}, point{"m", 1, at + 2, 4})
 	got := map[heldSample]float64{}
 	n := 0
-	var handed []byte
 	s.Look("x", func(held *Cluster) {
 		for _, b := range held.Batches {
 			for i, id := range b.IDs {
@@ -357,13 +357,9 @@ func TestDroppedComesBack(t *testing.T) {
 				n++
 			}
 		}
-		handed, _, _ = AppendBatches(nil, held, s.Oldest(), 1<<20, func(*Batch) []uint64 { return nil })
 	})
 	if !maps.Equal(got, want) || n != len(want) {
 		t.Errorf("%d samples are held: %v, want %v", n, got, want)
-	}
-	if _, err := DecodeBatches(handed, "x"); err != nil {
-		t.Errorf("handed over: %v", err)
 	}
 }
 
@@ -400,13 +396,9 @@ func TestRewriteMeetsEviction(t *testing.T) {
 func TestForgottenMeanwhile(t *testing.T) {
 	for name, do := range map[string]func(s *Store) error{
 		"maintain": func(s *Store) error { s.maintain(context.Background(), true); return nil },
-		"release": func(s *Store) error {
-			_, err := s.Release(context.Background(), "a", math.MaxUint64, s.Oldest())
-			return err
-		},
 		"push": func(s *Store) error {
 			p := storePush("a", point{"m", 2, s.cfg.Now().UnixMilli(), 2})
-			_, err := s.Append(context.Background(), "a", p)
+			_, err := s.Append(context.Background(), "a", p, SpoolNames{})
 			return err
 		},
 	} {

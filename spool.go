@@ -1,15 +1,15 @@
 package main
 
-// The client's spool: scrapes wait here, on disk and oldest first, until a server
-// has them. Invariants: what Add put on disk survives a crash at any moment and
-// is handed out until it is removed, set aside or counted as dropped; no other scrape
+// The client's spool: scrapes wait here, on disk and oldest first, until every consumer
+// has read them. Invariants: what Add put on disk survives a crash at any moment and
+// stays until it is read, set aside or counted as dropped; no other scrape
 // waits for one that is damaged or cannot be read; a failing disk costs durability,
 // not scrapes, as long as memory allows. It must not know of HTTP, servers or scraping.
 
 import (
 	"bytes"
 	"cmp"
-	"compress/gzip"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -24,34 +24,23 @@ import (
 )
 
 // A scrape, or a piece of one, is a file of its own: a log of one record whose
-// kind is the version. Its name is a sequence number, its identity the cluster
+// kind is the version. Its name is its number, its identity the cluster
 // ID. Beside <number>.log may lie <number>.log.refused (a server will not have
 // it) and <number>.log.damaged; neither is ever sent, and renaming one back makes
-// the next OpenSpool take it again.
+// the next OpenSpool take it again. spoolLogName has its own file, see spoolLog.
 const (
-	// MaxPiece and MaxPieceText bound one scrape in the spool: the bytes of its
-	// gzip and of its text.
-	MaxPiece     = 32 << 20
-	MaxPieceText = 8 * MaxPiece
-
-	spoolKind     = 1
 	spoolDigits   = 16 // of a name
 	spoolRefused  = ".refused"
 	spoolDamaged  = ".damaged"
 	spoolTemp     = ".tmp"
-	maxSpoolAside = 16              // files of both kinds kept
-	spoolBlock    = 4096            // a file takes a multiple of it
-	spoolMemory   = 16 << 20        // bytes kept in memory while the disk fails
-	maxWriteBack  = 8               // of these scrapes, put on disk with each that follows
-	maxUnread     = 2               // files in vain in one Next, since each takes long
-	spoolOnlyMem  = 64 << 20        // bytes kept in memory without a directory
-	spoolPerEntry = 256             // bytes of memory beside the gzip
-	spoolFrame    = 64              // bytes at most of a file beside its payload and identity
-	spoolHead     = 3*8 + 2*4 + 1   // bytes of a payload before the boot ID
-	maxSpoolTime  = 1 << 50         // ms; some 35,000 years
-	maxSpoolID    = 64              // bytes of a boot ID
-	sameClock     = 2 * time.Second // by which the source's clock may seem to move within one push
-	shortestLine  = 4               // "a 0\n"
+	maxSpoolAside = 16       // files of both kinds kept
+	spoolBlock    = 4096     // a file takes a multiple of it
+	spoolMemory   = 16 << 20 // bytes kept in memory while the disk fails
+	maxWriteBack  = 8        // of these scrapes, put on disk with each that follows
+	maxUnread     = 2        // files in vain in one Next, since each takes long
+	spoolOnlyMem  = 64 << 20 // bytes kept in memory without a directory
+	spoolPerEntry = 256      // bytes of memory beside the gzip
+	spoolFrame    = 64       // bytes at most of a file beside its payload and identity
 )
 
 // Reasons for which a spool drops scrapes.
@@ -60,135 +49,8 @@ const (
 	DropSpoolOld     = "spool_old"
 	DropSpoolDamaged = "spool_damaged"
 	DropSpoolClosed  = "spool_closed" // held in memory only when the process ended
+	DropSpoolHeld    = "held"         // a server holds it, or did: no loss
 )
-
-// Moment is an instant by the client's clocks, in ms. Boot counts since boot,
-// and is comparable only where the boot ID is the same.
-type Moment struct {
-	Wall, Boot int64
-	BootID     string
-}
-
-// Since returns the time from an earlier moment: by the boot-time clock, and by
-// the wall clock only if the machine was booted in between (or its boot-time clock
-// contradicts its ID, as in a container that was started again). It is never
-// negative.
-func (m Moment) Since(then Moment) time.Duration {
-	ms := m.Wall - then.Wall
-	if m.BootID == then.BootID && m.Boot >= then.Boot {
-		ms = m.Boot - then.Boot
-	}
-	return time.Duration(max(0, ms)) * time.Millisecond
-}
-
-// Scrape is a cleaned scrape, or a piece of one.
-type Scrape struct {
-	At      Moment // when the source answered
-	Source  int64  // what the source's clock showed then, in ms since the epoch
-	Samples int
-	Size    int    // bytes of the text exposition of the samples
-	Gzip    []byte // the text, compressed; immutable
-}
-
-// offset is how far the source's clock is from the boot-time clock.
-func (sc *Scrape) offset() int64 { return sc.Source - sc.At.Boot }
-
-// ErrSpoolRead: the spool has scrapes and none of them can be read.
-var ErrSpoolRead = errors.New("reading spool")
-var errBadScrape = errors.New("not a spooled scrape")
-
-// isLost reports an error that says that a scrape's file is gone or damaged. After another
-// error the file may be good.
-func isLost(err error) bool { return errors.Is(err, errBadScrape) || errors.Is(err, fs.ErrNotExist) }
-
-// appendScrape appends the payload of the scrape's record:
-//
-//	int64 source, boot, wall; uint32 samples, size; byte length of the boot ID; boot ID; gzip
-func appendScrape(b []byte, sc *Scrape) []byte {
-	for _, ms := range []int64{sc.Source, sc.At.Boot, sc.At.Wall} {
-		b = binary.LittleEndian.AppendUint64(b, uint64(ms))
-	}
-	b = binary.LittleEndian.AppendUint32(b, uint32(sc.Samples))
-	b = binary.LittleEndian.AppendUint32(b, uint32(sc.Size))
-	b = append(append(b, byte(len(sc.At.BootID))), sc.At.BootID...)
-	return append(b, sc.Gzip...)
-}
-
-// decodeScrape is strict, since it may be given what only looks like a record.
-// With text it also decompresses, which says whether a server could read it. The
-// result's gzip is part of payload.
-func decodeScrape(payload []byte, text bool) (sc Scrape, err error) {
-	if len(payload) < spoolHead {
-		return sc, fmt.Errorf("%w: %d bytes", errBadScrape, len(payload))
-	}
-	for i, ms := range []*int64{&sc.Source, &sc.At.Boot, &sc.At.Wall} {
-		*ms = int64(binary.LittleEndian.Uint64(payload[8*i:]))
-	}
-	samples, size := binary.LittleEndian.Uint32(payload[24:]), binary.LittleEndian.Uint32(payload[28:])
-	id, rest := int(payload[32]), payload[spoolHead:]
-	if id > len(rest) {
-		return sc, fmt.Errorf("%w: a boot ID of %d bytes in %d", errBadScrape, id, len(rest))
-	}
-	sc.Samples, sc.Size = int(samples), int(min(size, MaxPieceText+1))
-	sc.At.BootID, sc.Gzip = string(rest[:id]), rest[id:]
-	if err := sc.check(); err != nil || !text {
-		return sc, err
-	}
-	return sc, sc.checkText()
-}
-
-// check looks at all but the text.
-func (sc *Scrape) check() error {
-	for _, ms := range []int64{sc.Source, sc.At.Boot, sc.At.Wall} {
-		if ms < 0 || ms > maxSpoolTime {
-			return fmt.Errorf("%w: a clock at %d ms", errBadScrape, ms)
-		}
-	}
-	for _, b := range []byte(sc.At.BootID) {
-		if b <= ' ' || b > '~' {
-			return fmt.Errorf("%w: boot ID %q", errBadScrape, sc.At.BootID)
-		}
-	}
-	switch {
-	case len(sc.At.BootID) == 0 || len(sc.At.BootID) > maxSpoolID:
-		return fmt.Errorf("%w: a boot ID of %d bytes", errBadScrape, len(sc.At.BootID))
-	case sc.Size > MaxPieceText || sc.Samples > sc.Size/shortestLine || sc.Samples == 0 && sc.Size > 0:
-		return fmt.Errorf("%w: %d samples in %d bytes of text", errBadScrape, sc.Samples, sc.Size)
-	case len(sc.Gzip) > MaxPiece || !bytes.HasPrefix(sc.Gzip, []byte{0x1f, 0x8b, 8}):
-		return fmt.Errorf("%w: %d bytes that are not gzip", errBadScrape, len(sc.Gzip))
-	}
-	return nil
-}
-
-// checkText decompresses, and compares with what is stated of the text.
-func (sc *Scrape) checkText() error {
-	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
-	if err != nil {
-		return fmt.Errorf("%w: %w", errBadScrape, err)
-	}
-	var c lineCounter
-	if _, err := io.Copy(&c, io.LimitReader(z, int64(sc.Size)+1)); err != nil {
-		return fmt.Errorf("%w: %w", errBadScrape, err)
-	}
-	if c.bytes != sc.Size || c.lines != sc.Samples || c.bytes > 0 && c.last != '\n' {
-		return fmt.Errorf("%w: %d lines in %d bytes, instead of %d in %d", errBadScrape, c.lines, c.bytes, sc.Samples, sc.Size)
-	}
-	return nil
-}
-
-type lineCounter struct {
-	bytes, lines int
-	last         byte
-}
-
-func (c *lineCounter) Write(p []byte) (int, error) {
-	if len(p) > 0 {
-		c.bytes += len(p)
-		c.lines += bytes.Count(p, []byte{'\n'})
-		c.last = p[len(p)-1]
-	}
-	return len(p), nil
-}
 
 // SpoolConfig configures a Spool.
 type SpoolConfig struct {
@@ -198,6 +60,8 @@ type SpoolConfig struct {
 	Limit   int64  // bytes on disk
 	MaxAge  time.Duration
 	Now     func() Moment
+	// Final returns a scrape with its final times; nil takes all times as they are.
+	Final func(Scrape) Scrape
 	// OnError is told what failed, or was found damaged; OnDrop, which scrapes
 	// were given up, once for each occasion. Both are called without locks held,
 	// by whoever calls the spool.
@@ -205,37 +69,23 @@ type SpoolConfig struct {
 	OnDrop  func(reason string, scrapes, samples int)
 }
 
-// Spool holds scrapes. One goroutine may call Add while another calls Next,
-// Remove, SetAside and Release; Stats may be called by any. Open and Close are
-// called alone.
+// Spool holds scrapes. One goroutine may call Add while another calls the rest; Stats may
+// be called by any. Open and Close are called alone.
 type Spool struct {
 	cfg    SpoolConfig
 	unlock func() error
-	next   uint64 // sequence number of the next scrape; Add's alone
-	// Of Next's goroutine alone: the names of files set aside, oldest first, and the number
-	// from which on Next reads files, because those before it failed.
-	aside []string
-	from  uint64
+	next   uint64 // number of the next scrape; Add's alone
+	// Of Next's goroutine alone: the names of files set aside, oldest first; the number
+	// from which on Next reads files, because those before it failed; and the spool's
+	// record, as it is and as it was written last.
+	aside      []string
+	from       uint64
+	log, saved spoolLog
+	unsaved    bool // writing it failed
 
-	mu      sync.Mutex   // guards the rest; never held across I/O
-	entries []spoolEntry // oldest first
-	disk    int64        // bytes
-	memory  int64        // bytes
+	mu   sync.Mutex // guards plan; never held across I/O
+	plan spoolPlan
 }
-
-// spoolEntry is what is known of a scrape without reading it. Gzip is nil unless
-// the scrape is in memory; a file may lie there even so, if writing it failed
-// late.
-type spoolEntry struct {
-	Scrape
-	seq    uint64
-	packed int   // bytes of the gzip
-	cost   int64 // bytes of disk, or of memory
-	taken  bool  // handed out by Next, and not to be dropped
-}
-
-func (e *spoolEntry) inMemory() bool { return e.Gzip != nil }
-func (e *spoolEntry) isTaken() bool  { return e.taken }
 
 // OpenSpool opens the spool in cfg.Dir, and makes the directory if need be.
 // A damaged file is set aside and told to OnError. A file that cannot be read is an error,
@@ -243,6 +93,7 @@ func (e *spoolEntry) isTaken() bool  { return e.taken }
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{cfg: cfg, next: 1, unlock: func() error { return nil }}
 	if cfg.Dir == "" {
+		s.number()
 		return s, nil
 	}
 	if _, real := cfg.FS.(DiskFS); real {
@@ -255,7 +106,81 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	if err := s.recover(); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening spool: %w", err), s.unlock())
 	}
+	s.number()
+	s.saveLog()
 	return s, nil
+}
+
+// number chooses the next number, and an ID if there is none. Servers know scrapes by
+// them, so a number must not come twice under one ID, not even if the spool is empty or its
+// directory was restored from an old copy. Numbers follow the wall clock in ms, which is
+// ahead of all numbers as long as there are fewer scrapes than milliseconds. A clock that is
+// behind the spool's record was reset and says nothing of the numbers used: then the spool
+// gets a new ID, under which nothing was sent yet.
+func (s *Spool) number() {
+	now := s.cfg.Now()
+	if ms := uint64(max(0, now.Wall)); ms < MaxSpoolNumber {
+		s.next = max(s.next, ms)
+	}
+	if now.Wall < s.log.At.Wall {
+		s.log = s.log.merge(now, nil)
+		s.log.ID = 0
+	}
+	for s.log.ID == 0 {
+		var id [8]byte
+		rand.Read(id[:]) // does not fail
+		s.log.ID, s.log.At = binary.LittleEndian.Uint64(id[:]), now
+	}
+}
+
+// openLog reads the spool's record. Without one, or when it is damaged or of another
+// cluster ID, the spool gets a new ID, under which nothing was sent yet.
+func (s *Spool) openLog(scrapes int) error {
+	file, rec, err := OpenLog(s.cfg.FS, s.path(spoolLogName), func(kind byte, payload []byte) error {
+		l, err := decodeSpoolLog(payload)
+		if kind != spoolLogKind || err != nil {
+			return cmp.Or(err, errBadSpoolLog)
+		}
+		s.saved = l
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		if scrapes > 0 {
+			s.cfg.OnError(fmt.Errorf("%s is missing: servers are sent all scrapes again, and which consumers have to read is not known", s.path(spoolLogName)))
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if rec.Records != 1 || rec.Damaged > 0 || rec.HeaderDamaged || rec.TornBytes > 0 {
+		s.saved = spoolLog{}
+		s.cfg.OnError(fmt.Errorf("%w: %s is damaged%s", errBadSpoolLog, s.path(spoolLogName), rec.KeptAs()))
+	} else if string(file.Identity()) != s.cfg.Cluster {
+		s.saved = spoolLog{}
+	}
+	s.log = s.saved
+	return nil
+}
+
+// saveLog writes the spool's record if there is news. A write that fails is told once, and
+// tried again at the next answer.
+func (s *Spool) saveLog() {
+	if s.cfg.Dir == "" || !s.log.news(&s.saved) {
+		return
+	}
+	frame := AppendRecord(nil, spoolLogKind, appendSpoolLog(nil, &s.log))
+	err := NewLog(s.cfg.FS, s.path(spoolLogName), []byte(s.cfg.Cluster)).Rewrite(func(w io.Writer) error {
+		_, err := w.Write(frame)
+		return err
+	})
+	switch {
+	case err == nil:
+		s.saved = s.log
+	case !s.unsaved:
+		s.cfg.OnError(fmt.Errorf("writing the spool's record: %w", err))
+	}
+	s.unsaved = err != nil
 }
 
 func (s *Spool) recover() error {
@@ -286,6 +211,9 @@ func (s *Spool) recover() error {
 			s.aside = append(s.aside, name)
 		}
 	}
+	if err := s.openLog(len(seqs)); err != nil {
+		return err
+	}
 	slices.Sort(s.aside)
 	slices.Sort(seqs)
 	for _, seq := range seqs {
@@ -302,9 +230,8 @@ func (s *Spool) recover() error {
 		if err != nil {
 			return err
 		}
-		e.Gzip = nil
-		s.entries = append(s.entries, e)
-		s.disk += e.cost
+		e.Gzip, e.unsure = nil, true
+		s.plan.add(e)
 	}
 	return nil
 }
@@ -327,14 +254,12 @@ func (s *Spool) read(seq uint64, text bool) (e spoolEntry, identity string, err 
 	n := 0
 	log, rec, err := OpenLog(s.cfg.FS, path, func(kind byte, payload []byte) error {
 		n++
-		if kind != spoolKind || n > 1 {
-			return errBadScrape
+		sc, err := decodeScrape(kind, payload, text)
+		if err != nil || n > 1 {
+			return cmp.Or(err, errBadScrape)
 		}
-		sc, err := decodeScrape(payload, text)
-		if err != nil {
-			return err
-		}
-		e = spoolEntry{Scrape: sc, seq: seq, packed: len(sc.Gzip)}
+		sc.Number = seq
+		e = spoolEntry{Scrape: sc, packed: len(sc.Gzip)}
 		e.Gzip = bytes.Clone(sc.Gzip)
 		return nil
 	})
@@ -364,8 +289,9 @@ func (s *Spool) Add(sc Scrape) error {
 		return fmt.Errorf("spooling: %w", err)
 	}
 	s.dropOld()
-	e := spoolEntry{Scrape: sc, seq: s.next, packed: len(sc.Gzip)}
+	sc.Number = s.next
 	s.next++
+	e := spoolEntry{Scrape: sc, packed: len(sc.Gzip)}
 	var err error
 	if s.cfg.Dir != "" {
 		payload := appendScrape(nil, &sc)
@@ -373,7 +299,7 @@ func (s *Spool) Add(sc Scrape) error {
 			s.cfg.OnDrop(DropSpoolFull, 1, sc.Samples)
 			return nil
 		}
-		if e.cost, err = s.write(e.seq, payload); err == nil {
+		if e.cost, err = s.write(e.Number, payload); err == nil {
 			e.Gzip = nil
 		}
 	}
@@ -385,8 +311,7 @@ func (s *Spool) Add(sc Scrape) error {
 		}
 	}
 	s.mu.Lock()
-	s.entries = append(s.entries, e)
-	s.count(&e, 1)
+	s.plan.add(e)
 	s.mu.Unlock()
 	if !e.inMemory() {
 		s.writeBack()
@@ -399,42 +324,33 @@ func (s *Spool) Add(sc Scrape) error {
 func (s *Spool) writeBack() {
 	for range maxWriteBack {
 		s.mu.Lock()
-		i := slices.IndexFunc(s.entries, func(e spoolEntry) bool { return e.inMemory() })
+		i := slices.IndexFunc(s.plan.entries, func(e spoolEntry) bool { return e.inMemory() })
 		if i < 0 {
 			s.mu.Unlock()
 			return
 		}
-		e, room := s.entries[i], s.cfg.Limit-s.disk
+		e, room := s.plan.entries[i], s.cfg.Limit-s.plan.disk
 		s.mu.Unlock()
 		payload := appendScrape(nil, &e.Scrape)
 		if s.fileBytes(payload) > room { // what is newer is not dropped for it
 			return
 		}
-		cost, err := s.write(e.seq, payload)
+		cost, err := s.write(e.Number, payload)
 		if err != nil {
 			return // the next Add tells of it
 		}
 		s.mu.Lock()
-		i = slices.IndexFunc(s.entries, func(o spoolEntry) bool { return o.seq == e.seq })
-		if i >= 0 {
-			s.count(&s.entries[i], -1)
-			s.entries[i].Gzip, s.entries[i].cost = nil, cost
-			s.count(&s.entries[i], 1)
+		now := s.plan.find(e.Number)
+		if now != nil && now.Final == e.Final { // else what is in memory has become final meanwhile
+			s.plan.count(now, -1)
+			now.Gzip, now.cost = nil, cost
+			s.plan.count(now, 1)
 		}
 		s.mu.Unlock()
-		if i < 0 { // it went meanwhile
+		if now == nil { // it went meanwhile
 			s.remove([]spoolEntry{e})
 			return
 		}
-	}
-}
-
-// count adds an entry's cost to the sums, or takes it off. s.mu is held.
-func (s *Spool) count(e *spoolEntry, sign int64) {
-	if e.inMemory() {
-		s.memory += sign * e.cost
-	} else {
-		s.disk += sign * e.cost
 	}
 }
 
@@ -453,12 +369,12 @@ func (s *Spool) write(seq uint64, payload []byte) (cost int64, err error) {
 	return blocks(log.Size()), err
 }
 
-// makeRoom drops the oldest until cost more fits into memory, or on disk, and
+// makeRoom drops scrapes until cost more fits into memory, or on disk, and
 // tells whether it can fit at all.
 func (s *Spool) makeRoom(cost int64, memory bool) bool {
-	limit, used := s.cfg.Limit, &s.disk
+	limit, used := s.cfg.Limit, &s.plan.disk
 	if memory {
-		limit, used = spoolMemory, &s.memory
+		limit, used = spoolMemory, &s.plan.memory
 		if s.cfg.Dir == "" {
 			limit = min(s.cfg.Limit, spoolOnlyMem)
 		}
@@ -475,19 +391,25 @@ func (s *Spool) dropOld() {
 	s.drop(DropSpoolOld, func(e *spoolEntry) bool { return now.Since(e.At) > s.cfg.MaxAge })
 }
 
-// drop gives up what pick chooses, which is asked in order and with s.mu held.
-// What is handed out is not asked for: it may be with a server already.
+// drop gives up what pick chooses, see spoolPlan. Only what no server holds goes for this
+// reason; the rest is no loss.
 func (s *Spool) drop(reason string, pick func(*spoolEntry) bool) {
-	gone := s.take(func(e *spoolEntry) bool { return !e.taken && pick(e) })
-	if len(gone) == 0 {
-		return
-	}
+	s.mu.Lock()
+	held, lost := s.plan.drop(pick)
+	s.mu.Unlock()
+	s.tellDrop(DropSpoolHeld, held)
+	s.tellDrop(reason, lost)
+	s.remove(append(held, lost...))
+}
+
+func (s *Spool) tellDrop(reason string, gone []spoolEntry) {
 	samples := 0
 	for _, e := range gone {
 		samples += e.Samples
 	}
-	s.cfg.OnDrop(reason, len(gone), samples)
-	s.remove(gone)
+	if len(gone) > 0 {
+		s.cfg.OnDrop(reason, len(gone), samples)
+	}
 }
 
 // remove deletes the files of entries. What stays behind, or comes back after a
@@ -498,7 +420,7 @@ func (s *Spool) remove(gone []spoolEntry) {
 	}
 	var errs []error
 	for _, e := range gone {
-		if err := s.cfg.FS.Remove(s.path(spoolName(e.seq))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := s.cfg.FS.Remove(s.path(spoolName(e.Number))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
@@ -508,23 +430,28 @@ func (s *Spool) remove(gone []spoolEntry) {
 	}
 }
 
-// PushLimits bound what Next hands out at a time.
-type PushLimits struct {
-	Bytes, Text int64 // compressed, and not
-	Scrapes     int
+// Step returns what to do next, and for how long to wait first if that is StepWait.
+func (s *Spool) Step() (SpoolStep, time.Duration) {
+	s.dropOld()
+	now := s.cfg.Now().Boot
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plan.step(now)
 }
 
-// Next hands out the oldest scrapes, as many as may travel in one push: within
-// limits (but at least one), of one boot, and of a source whose clock was not
-// stepped in between. It returns none if the spool is empty, or with ErrSpoolRead, if
+// Next hands out what makes the next push: within limits, but at least one scrape, with
+// final times. It returns none if nothing is to be pushed now, or with ErrSpoolRead, if
 // there is none that can be read: then each stays for a later Next. They are the
-// caller's until Remove, SetAside, Release or the next Next.
+// caller's until Answer, Failed, SetAside, Release or the next Next.
 func (s *Spool) Next(l PushLimits) ([]Scrape, error) {
 	s.Release()
 	s.dropOld()
 	var failed error // of the first file that was passed over
 	for tries := maxUnread; ; {
-		picked := s.pick(l, func(e *spoolEntry) bool { return e.inMemory() || tries > 0 && e.seq >= s.from })
+		now := s.cfg.Now().Boot
+		s.mu.Lock()
+		picked := s.plan.pick(now, l, func(e *spoolEntry) bool { return e.inMemory() || tries > 0 && e.Number >= s.from })
+		s.mu.Unlock()
 		if len(picked) == 0 {
 			if failed != nil || s.from == 0 {
 				return nil, failed
@@ -536,23 +463,27 @@ func (s *Spool) Next(l PushLimits) ([]Scrape, error) {
 		for _, e := range picked {
 			got, err := e, error(nil)
 			if !e.inMemory() {
-				got, _, err = s.read(e.seq, true)
+				got, _, err = s.read(e.Number, true)
+			}
+			lost := isLost(err)
+			if err == nil {
+				err = s.finish(&got)
 			}
 			if err == nil {
 				out = append(out, got.Scrape)
 				continue
 			}
 			err = fmt.Errorf("%w: %w", ErrSpoolRead, err)
-			if isLost(err) {
+			if lost {
 				s.cfg.OnError(err)
 				s.cfg.OnDrop(DropSpoolDamaged, 1, e.Samples)
-				s.setAside(e.seq, spoolDamaged)
-				s.take(func(o *spoolEntry) bool { return o.seq == e.seq })
+				s.setAside(e.Number, spoolDamaged)
+				s.take(func(o *spoolEntry) bool { return o.Number == e.Number })
 				continue
 			}
-			s.release(e.seq)
+			s.release(e.Number)
 			if len(out) == 0 { // else the next Next finds it first
-				failed, s.from, tries = cmp.Or(failed, err), e.seq+1, tries-1
+				failed, s.from, tries = cmp.Or(failed, err), e.Number+1, tries-1
 			}
 			break
 		}
@@ -565,53 +496,116 @@ func (s *Spool) Next(l PushLimits) ([]Scrape, error) {
 	}
 }
 
-// pick marks what makes the next push as handed out, and returns it. may chooses what
-// can be part of it, and is called with s.mu held.
-func (s *Spool) pick(l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
-	var packed, text int64
-	var low, high int64
+// finish makes the times of a scrape final, durably: whenever it is sent again, after a
+// crash too, it has the same times. If the disk fails, it is held in memory; if there is
+// no room for that, it has to wait.
+func (s *Spool) finish(e *spoolEntry) error {
+	if e.Final || s.cfg.Final == nil {
+		return nil
+	}
+	number := e.Number
+	e.Scrape = s.cfg.Final(e.Scrape)
+	e.Number, e.packed = number, len(e.Gzip)
+	s.mu.Lock()
+	old := s.plan.find(number)
+	memory := old == nil || old.inMemory()
+	s.mu.Unlock()
+	var failed error
+	kept := *e
+	kept.cost = int64(len(e.Gzip)) + spoolPerEntry
+	if !memory {
+		// Nobody else writes this file: writeBack writes what is in memory.
+		cost, err := s.write(number, appendScrape(nil, &e.Scrape))
+		if failed = err; err == nil {
+			kept.Gzip, kept.cost = nil, cost
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range s.entries {
-		e := &s.entries[i]
-		if !may(e) {
-			continue
-		}
-		packed, text = packed+int64(e.packed), text+int64(e.Size)
-		if len(picked) == 0 {
-			low, high = e.offset(), e.offset()
-		}
-		low, high = min(low, e.offset()), max(high, e.offset())
-		if len(picked) > 0 && (len(picked) >= l.Scrapes || packed > l.Bytes || text > l.Text ||
-			e.At.BootID != picked[0].At.BootID || high-low > sameClock.Milliseconds()) {
-			break
-		}
-		e.taken = true
-		picked = append(picked, *e)
+	if failed != nil && s.plan.memory+kept.cost > spoolMemory {
+		return failed
 	}
-	return picked
+	if old = s.plan.find(number); old != nil {
+		s.plan.count(old, -1)
+		old.Scrape, old.packed, old.cost = kept.Scrape, kept.packed, kept.cost
+		s.plan.count(old, 1)
+	}
+	return nil
 }
 
 // take takes out what pick chooses, which is asked in order and with s.mu held.
 func (s *Spool) take(pick func(*spoolEntry) bool) (gone []spoolEntry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	kept := s.entries[:0]
-	for _, e := range s.entries {
-		if pick(&e) {
-			s.count(&e, -1)
-			gone = append(gone, e)
-		} else {
-			kept = append(kept, e)
-		}
-	}
-	clear(s.entries[len(kept):])
-	s.entries = kept
-	return gone
+	return s.plan.take(pick)
 }
 
-// Remove removes all that Next handed out: a server has it.
-func (s *Spool) Remove() { s.remove(s.take((*spoolEntry).isTaken)) }
+// Answer takes in what a server answered to a push of what Next handed out, or to a
+// question, and removes what is done.
+func (s *Spool) Answer(a SpoolAnswer) SpoolOutcome {
+	now := s.cfg.Now()
+	s.mu.Lock()
+	gone, out := s.plan.answer(now.Boot, a)
+	s.mu.Unlock()
+	s.remove(gone)
+	if a.Known {
+		s.log = s.log.merge(now, a.Consumers)
+		s.saveLog()
+	}
+	return out
+}
+
+// Again has scrapes that a server did not take handed out without a pause.
+func (s *Spool) Again(numbers Ranges) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.plan.entries {
+		if e := &s.plan.entries[i]; numbers.Has(e.Number) {
+			e.wait = 0
+		}
+	}
+}
+
+// Failed notes an attempt that failed. Unless the server refused it for now, nothing is
+// known of what Next handed out until a server says it.
+func (s *Spool) Failed(refused bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.plan.failed(refused)
+}
+
+// ID returns the name of the spool, which is not 0.
+func (s *Spool) ID() uint64 { return s.log.ID }
+
+// Consumers returns the consumers that are known, with their ages now.
+func (s *Spool) Consumers() []ConsumerAge {
+	l := s.log.merge(s.cfg.Now(), nil)
+	return l.Consumers
+}
+
+// HeldFor returns for how long the server that answered last holds what it holds longest.
+func (s *Spool) HeldFor() time.Duration {
+	now := s.cfg.Now().Boot
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	since, ok := s.plan.heldSince()
+	if !ok {
+		return 0
+	}
+	return time.Duration(now-since) * time.Millisecond
+}
+
+// NewestShift returns by how much the times of the newest final scrape are shifted.
+func (s *Spool) NewestShift() (shift int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.plan.entries {
+		if e := &s.plan.entries[i]; e.Final {
+			shift = e.Shift
+		}
+	}
+	return shift
+}
 
 // SetAside takes what Next handed out, one scrape, out of the spool for good,
 // since no server will have it. Its file is kept under another name, among the
@@ -619,7 +613,7 @@ func (s *Spool) Remove() { s.remove(s.take((*spoolEntry).isTaken)) }
 func (s *Spool) SetAside() {
 	e := s.take((*spoolEntry).isTaken)[0]
 	if s.cfg.Dir != "" && !e.inMemory() {
-		s.setAside(e.seq, spoolRefused)
+		s.setAside(e.Number, spoolRefused)
 	}
 }
 
@@ -645,17 +639,7 @@ func (s *Spool) Release() { s.release(0) }
 func (s *Spool) release(from uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range s.entries {
-		e := &s.entries[i]
-		e.taken = e.taken && e.seq < from
-	}
-}
-
-// SpoolStats is what a spool holds.
-type SpoolStats struct {
-	Scrapes, InMemory int
-	Bytes             int64
-	Oldest            time.Duration // age; 0 if the spool is empty
+	s.plan.release(from)
 }
 
 // Stats returns what the spool holds.
@@ -663,38 +647,40 @@ func (s *Spool) Stats() (st SpoolStats) {
 	now := s.cfg.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st.Scrapes, st.Bytes = len(s.entries), s.disk+s.memory
-	for i := range s.entries {
-		if s.entries[i].inMemory() {
+	st.Scrapes, st.Bytes = len(s.plan.entries), s.plan.disk+s.plan.memory
+	for i := range s.plan.entries {
+		e := &s.plan.entries[i]
+		if e.inMemory() && e.known() == ScrapeUndelivered {
 			st.InMemory++
 		}
-		st.Oldest = max(st.Oldest, now.Since(s.entries[i].At))
+		part := &st.By[e.known()]
+		part.Scrapes++
+		part.Bytes += e.cost
+		part.Oldest = max(part.Oldest, now.Since(e.At))
 	}
 	return st
 }
 
 // Close writes what is in memory to the disk, if that works again, and lets go of
-// the directory. What is lost is told to OnDrop.
+// the directory. OnDrop is told of the scrapes that go; those that no server holds are lost.
 func (s *Spool) Close() error {
 	s.Release()
 	var errs []error
-	lost, samples := 0, 0
-	for i := range s.entries {
-		e := &s.entries[i]
+	var gone [spoolStates][]spoolEntry
+	for _, e := range s.plan.entries {
 		if !e.inMemory() {
 			continue
 		}
 		if s.cfg.Dir != "" {
-			_, err := s.write(e.seq, appendScrape(nil, &e.Scrape))
+			_, err := s.write(e.Number, appendScrape(nil, &e.Scrape))
 			if err == nil {
 				continue
 			}
 			errs = append(errs, err)
 		}
-		lost, samples = lost+1, samples+e.Samples
+		gone[e.known()] = append(gone[e.known()], e)
 	}
-	if lost > 0 {
-		s.cfg.OnDrop(DropSpoolClosed, lost, samples)
-	}
+	s.tellDrop(DropSpoolHeld, append(gone[ScrapeHeld], gone[ScrapeElsewhere]...))
+	s.tellDrop(DropSpoolClosed, gone[ScrapeUndelivered])
 	return errors.Join(append(errs, s.unlock())...)
 }

@@ -48,6 +48,9 @@ type StoreConfig struct {
 	LimitSamples  int           // held in all
 	LimitStorage  int64         // bytes of all logs
 	Now           func() time.Time
+	// Owned reports whether this server owns a site; nil: it owns all. Samples of another
+	// server's site that expire unread are not counted as lost if their client has a spool.
+	Owned func(hash uint64) bool
 	// Span returns what the present time may be; samples expire by it. nil: Now.
 	Span func() Span
 	// OnError is told what failed in the background, or was found damaged at
@@ -122,12 +125,18 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		kick: make(chan struct{}, 1), closing: make(chan struct{}), unlock: func() error { return nil },
 	}
 	s.totals.LimitStorage, s.totals.Closing = cfg.LimitStorage, s.closing
-	s.totals.Wanted = func(hash uint64, b *Batch) bool { return s.Consumers.Wanted(hash, b) }
+	s.totals.Read = func(hash uint64) uint64 {
+		seq, _ := s.Consumers.Read(hash, s.cfg.Span().Early)
+		return seq
+	}
 	s.totals.Full = func() {
 		select {
 		case s.kick <- struct{}{}:
 		default:
 		}
+	}
+	if s.totals.Owned = cfg.Owned; cfg.Owned == nil {
+		s.totals.Owned = func(uint64) bool { return true }
 	}
 	if cfg.Span == nil {
 		s.cfg.Span = func() Span { return At(cfg.Now()) }
@@ -253,21 +262,40 @@ func (s *Store) forget(c *Site) {
 
 // Append holds the samples of p for cluster id. When it returns nil, what it
 // counts as accepted is on disk; when not, nothing was taken. Lines have to be
-// those of Push.Add and carry id's ClusterLabel. Waiting for an earlier push of
+// those of Push.Add and carry id's ClusterLabel; names are of the scrapes in p. If all of
+// them are known already, nothing is stored. Waiting for an earlier push of
 // the cluster ends with ctx. Errors: ErrSeriesLimit, ErrTooLarge, ErrFull,
 // ErrClock, ErrClosed, ctx's, or those of the disk.
-func (s *Store) Append(ctx context.Context, id string, p *Push) (AppendResult, error) {
-	return s.AppendAll(ctx, id, []Appending{{Push: p}})
-}
-
-// AppendAll is Append for several pushes at once, which have no sample in common.
-func (s *Store) AppendAll(ctx context.Context, id string, pushes []Appending) (AppendResult, error) {
+func (s *Store) Append(ctx context.Context, id string, p *Push, names SpoolNames) (AppendResult, error) {
 	c, err := s.acquire(ctx, id)
 	if err != nil {
 		return AppendResult{}, err
 	}
 	defer s.release(c)
-	return c.Append(pushes, s.cfg.Span(), s.cfg.Retention, s.cfg.LimitSeries, func(n int) error { return s.makeRoom(c, n) })
+	return c.Append(p, names, s.cfg.Span(), s.cfg.Retention, s.cfg.LimitSeries, func(n int) error { return s.makeRoom(c, n) })
+}
+
+// SpoolStatus is what a server says of one spool of a site.
+type SpoolStatus struct {
+	Held, Read Ranges // of scrapes: not read by every consumer, and read by every consumer
+	Consumers  []ConsumerAge
+	// Settled reports that a consumer is known, without which nothing counts as read.
+	Settled bool
+}
+
+// Spool returns what is known of a spool of cluster id.
+func (s *Store) Spool(id string, spool uint64) (st SpoolStatus) {
+	hash, now := RingKey(id), s.cfg.Span().Early
+	st.Consumers = s.Consumers.Known(hash, now)
+	seq, known := s.Consumers.Read(hash, now)
+	st.Settled = known
+	s.Look(id, func(held *Cluster) {
+		if known {
+			held.Spools.Settle(seq)
+		}
+		st.Held, st.Read = held.Spools.Lists(spool)
+	})
+	return st
 }
 
 // oldestFirst is a heap of clusters by when they got their oldest batch.
@@ -478,31 +506,6 @@ func (s *Store) Each(start float64, f func(hash uint64, held *Cluster) bool) {
 	}
 }
 
-// HeldSite says what is to be known of a cluster before it is handed over.
-type HeldSite struct {
-	ID      string
-	Hash    uint64
-	Head    int64 // ms; when its oldest batch was accepted
-	Samples int64
-}
-
-// Held returns the clusters for which want returns true, those with the oldest batch
-// first.
-func (s *Store) Held(want func(id string, hash uint64) bool) []HeldSite {
-	var held []HeldSite
-	for _, c := range s.sorted() {
-		if want(c.ID, c.Hash) {
-			c.Look(func(h *Cluster) {
-				if !h.Virgin() {
-					held = append(held, HeldSite{c.ID, c.Hash, h.Head(), h.Samples()})
-				}
-			})
-		}
-	}
-	slices.SortStableFunc(held, func(a, b HeldSite) int { return cmp.Compare(a.Head, b.Head) })
-	return held
-}
-
 // Look calls f with what is held of a cluster, as Each does; it reports false if
 // nothing is known of it.
 func (s *Store) Look(id string, f func(held *Cluster)) bool {
@@ -515,44 +518,11 @@ func (s *Store) Look(id string, f func(held *Cluster)) bool {
 	return c != nil
 }
 
-// Release drops the batches of a cluster up to a sequence number, which another server
-// has durable but for what is older than oldest. If nothing newer came meanwhile the
-// cluster is forgotten, and its log; done tells.
-func (s *Store) Release(ctx context.Context, id string, upTo uint64, oldest int64) (done bool, err error) {
-	s.mu.RLock()
-	c := s.clusters[id]
-	s.mu.RUnlock()
-	if c == nil {
-		return true, nil
-	}
-	if err := c.Take(ctx); err != nil {
-		return false, err
-	}
-	defer c.Free()
-	if c.Gone {
-		return true, nil
-	}
-	c.Look(func(held *Cluster) { done = held.Seq <= upTo })
-	if !done {
-		if err := c.Give(upTo, oldest); err != nil {
-			return false, fmt.Errorf("noting what was handed over: %w", err)
-		}
-		return false, nil
-	}
-	c.Drop(upTo, oldest)
-	if err := s.remove(c); err != nil {
-		return false, err
-	}
-	return true, nil
-}
-
 // ClusterStats says what is held of one cluster.
 type ClusterStats struct {
 	ID                string
 	Series            int
-	Samples, Accepted int64 // Accepted: ms, of the newest push
-	Offset            int64 // ms that the source's clock is behind
-	OffsetKnown       bool
+	Samples, Accepted int64     // Accepted: ms, of the newest push
 	Backlog           []Backlog // of every consumer
 }
 
@@ -560,6 +530,7 @@ type ClusterStats struct {
 type Backlog struct {
 	Name, Address string
 	Samples       int
+	Used          time.Time // of its newest scrape
 }
 
 // StoreStats says what is held, and what happened since the store was opened.
@@ -584,12 +555,15 @@ func (s *Store) Stats() StoreStats {
 				return
 			}
 			cl := ClusterStats{ID: c.ID, Series: held.Table.Len(), Samples: held.Samples(), Accepted: held.Accepted}
-			cl.Offset, cl.OffsetKnown = held.Clock.Offset()
 			for _, cur := range s.Consumers.Cursors(c.Hash) {
-				b := Backlog{cur.Name, cur.Address, held.Unread(Position{Seq: cur.Seq}, cur.Key)}
+				b := Backlog{cur.Name, cur.Address, held.Unread(Position{Seq: cur.Seq}), cur.Used}
 				// Those that differ in what they ask for look alike here.
 				if n := len(cl.Backlog); n > 0 && cl.Backlog[n-1].Name == b.Name && cl.Backlog[n-1].Address == b.Address {
-					cl.Backlog[n-1].Samples = max(cl.Backlog[n-1].Samples, b.Samples)
+					last := &cl.Backlog[n-1]
+					last.Samples = max(last.Samples, b.Samples)
+					if b.Used.After(last.Used) {
+						last.Used = b.Used
+					}
 				} else {
 					cl.Backlog = append(cl.Backlog, b)
 				}

@@ -29,7 +29,7 @@ func (s *Store) recover() error {
 	} else if err != nil {
 		s.cfg.OnError(err)
 	}
-	if s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Now()); s.Consumers == nil {
+	if s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Retention, s.cfg.Now()); s.Consumers == nil {
 		return err
 	} else if err != nil {
 		s.cfg.OnError(err)
@@ -137,6 +137,7 @@ type recoveredLog struct {
 	store   *Store
 	path    string
 	held    Cluster
+	spools  SiteSpools
 	parser  Parser
 	skipped bool   // damaged bytes were skipped since the newest batch
 	pushes  uint64 // lost between two batches that were read
@@ -170,10 +171,8 @@ func (r *recoveredLog) take(kind byte, payload []byte) error {
 			return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
 		}
 		return nil
-	case RecordGone:
-		upTo, err := DecodeGone(payload)
-		r.held.Drop(upTo)
-		return err
+	case RecordSpool:
+		return r.spools.Restore(payload)
 	}
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
@@ -225,6 +224,7 @@ func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) 
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
 		return nil
 	}
+	r.held.RestoreSpools(r.spools, hurt)
 	oldest := s.Oldest()
 	r.held.Resume(min(oldest, r.held.Accepted-s.cfg.Retention.Milliseconds()))
 	c := NewSite(r.held, log, &s.totals)

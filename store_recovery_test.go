@@ -9,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"maps"
 	"slices"
 	"strings"
@@ -110,7 +109,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 				for i := range 10 {
 					points = append(points, point{"m", i, k.clock.ms(0), float64(n)})
 				}
-				_, err := s.Append(context.Background(), "a", storePush("a", points...))
+				_, err := s.Append(context.Background(), "a", storePush("a", points...), SpoolNames{})
 				if err == nil {
 					maps.Copy(want, pushed("a", points...))
 				}
@@ -434,11 +433,11 @@ func TestClockStep(t *testing.T) {
 			s.Consumers.Expire(s.cfg.Span().Early)
 		}
 		for name, at := range map[string]int64{"right by the old time": right + 1000, "right by the new time": k.clock.ms(0)} {
-			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1})); !errors.Is(err, ErrClock) {
+			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1}), SpoolNames{}); !errors.Is(err, ErrClock) {
 				t.Errorf("a sample that is %s: %v", name, err)
 			}
 		}
-		if res, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, right - 1000*3600*5, 1})); err != nil || res.TooOld != 1 {
+		if res, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, right - 1000*3600*5, 1}), SpoolNames{}); err != nil || res.TooOld != 1 {
 			t.Errorf("a sample that is too old by both times: %+v, %v", res, err)
 		}
 		if got := drain(t, k, s, "central"); len(got) != 0 || len(allHeld(t, s)) != 3 || s.Stats().Expired != 0 {
@@ -465,20 +464,8 @@ func TestClockStep(t *testing.T) {
 	}
 }
 
-// The server does not learn the offset of a source's clock from a push that it refuses in
-// doubt, and forgets no consumer by a clock in doubt.
-func TestClockInDoubtTeachesNothing(t *testing.T) {
-	k := newStoreKit(t, newStoreFS(1))
-	c := NewCluster("a", maphash.MakeSeed())
-	now := k.clock.Now()
-	for _, span := range []Span{At(now), {now, now.Add(24 * time.Hour)}} {
-		p := storePush("a", point{"m", 1, k.clock.ms(0), 1})
-		p.Clock = ScrapeClock{Known: true, Offset: span.Late.Sub(now).Milliseconds(), Boot: 1}
-		_, _, _, err := c.Prepare(p, nil, span, 2*time.Hour, 0)
-		if offset, known := c.Clock.Offset(); errors.Is(err, ErrClock) != (span != At(now)) || len(c.Clock.offsets) != 1 || offset != 0 || !known {
-			t.Errorf("%v: %v; offsets %v", span, err, c.Clock.offsets)
-		}
-	}
+// The server forgets no consumer by a clock in doubt.
+func TestClockInDoubtForgetsNoConsumer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))
 		k.cfg.Now = func() time.Time { return time.Now().Add(25 * time.Hour) }
@@ -505,7 +492,7 @@ func TestSilentSiteGivesPlace(t *testing.T) {
 		k.push(s, id, point{"m", 1, k.clock.ms(0), 1})
 		k.clock.Add(time.Minute)
 	}
-	if _, err := s.Append(context.Background(), "d", storePush("d", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrFull) {
+	if _, err := s.Append(context.Background(), "d", storePush("d", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) {
 		t.Errorf("a fourth: %v", err)
 	}
 	k.clock.Add(2*time.Hour - time.Minute)
@@ -521,7 +508,7 @@ func TestSilentSiteGivesPlace(t *testing.T) {
 		t.Errorf("known after a restart: %s; %v", ids(), k.errors)
 	}
 	k.push(s, "e", point{"m", 1, k.clock.ms(0), 1})
-	if _, err := s.Append(context.Background(), "f", storePush("f", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrFull) || ids() != "c d e" {
+	if _, err := s.Append(context.Background(), "f", storePush("f", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) || ids() != "c d e" {
 		t.Errorf("one too many: %v; known: %s", err, ids())
 	}
 }

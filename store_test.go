@@ -106,7 +106,7 @@ func (k *storeKit) open() *Store {
 func (k *storeKit) push(s *Store, id string, points ...point) {
 	k.t.Helper()
 	p := storePush(id, points...)
-	if res, err := s.Append(context.Background(), id, p); err != nil || res.Accepted != len(p.Samples) {
+	if res, err := s.Append(context.Background(), id, p, SpoolNames{}); err != nil || res.Accepted != len(p.Samples) {
 		k.t.Fatalf("push for %s: %+v, %v; want %d accepted", id, res, err, len(p.Samples))
 	}
 }
@@ -192,7 +192,7 @@ func wantHeld(t testing.TB, what string, got, want map[heldSample]float64) {
 
 // shown returns what a scrape shows.
 func scraper(s *Store, maxAge time.Duration) *Scraper {
-	return &Scraper{Store: s, MaxAge: maxAge, Now: s.cfg.Now}
+	return &Scraper{Store: s, MaxAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
 }
 
 func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
@@ -590,7 +590,7 @@ func TestStoreDiskFails(t *testing.T) {
 						}
 						return fault{}
 					}
-					_, err := s.Append(context.Background(), "a", storePush("a", point{"m", 2, k.clock.ms(50), 2}))
+					_, err := s.Append(context.Background(), "a", storePush("a", point{"m", 2, k.clock.ms(50), 2}), SpoolNames{})
 					if failed != (err != nil) || failed && errors.Is(err, ErrFull) != (fail == errFull) {
 						t.Fatalf("%s: failed %t, said %v", what, failed, err)
 					}
@@ -635,7 +635,7 @@ func TestStoreMaintainMends(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
 	fsys.hook = failOn("sync", ".log", 1, errDisk)
-	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(50), 2})); !errors.Is(err, errDisk) {
+	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(50), 2}), SpoolNames{}); !errors.Is(err, errDisk) {
 		t.Fatalf("got %v", err)
 	}
 	fsys.restart()
@@ -715,6 +715,29 @@ func TestStoreCompacts(t *testing.T) {
 	wantHeld(t, "reopened", allHeld(t, k.open()), want)
 }
 
+// Samples that expire unread are lost, but for those of a client with a spool on a server
+// that does not own their site: the client has pushed them to the owner too.
+func TestStoreCountsCopies(t *testing.T) {
+	for _, test := range []struct {
+		owned bool
+		names SpoolNames
+		lost  int64
+	}{{true, SpoolNames{}, 1}, {true, names1(1), 1}, {false, SpoolNames{}, 1}, {false, names1(1), 0}} {
+		k := newStoreKit(t, newStoreFS(1))
+		k.cfg.Owned = func(hash uint64) bool { return test.owned && hash == RingKey("a") }
+		s := k.open()
+		if _, err := s.Append(t.Context(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), test.names); err != nil {
+			t.Fatal(err)
+		}
+		s.Consumers.Begin(1, "c", "", "conn", k.clock.Now())
+		k.clock.Add(3 * time.Hour)
+		s.clusters["a"].Expire(s.Oldest())
+		if st := s.Stats(); st.Expired != 1 || st.Unread != test.lost {
+			t.Errorf("owned %t, names %v: %d expired, %d lost", test.owned, test.names, st.Expired, st.Unread)
+		}
+	}
+}
+
 // Whatever drops what outlived retention counts it, and apart what a consumer has not
 // had.
 func TestStoreCountsExpired(t *testing.T) {
@@ -725,7 +748,6 @@ func TestStoreCountsExpired(t *testing.T) {
 		{"expiry", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return nil }},
 		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.Oldest()) }},
 		{"both", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return c.Rewrite(nil, s.Oldest()) }},
-		{"handoff", func(s *Store, c *Site) error { return c.Give(c.held.Seq-1, s.Oldest()) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			k := newStoreKit(t, newStoreFS(1))
@@ -759,7 +781,7 @@ func TestStoreSeriesLimit(t *testing.T) {
 		t.Helper()
 		size := s.Stats().Bytes
 		before := allHeld(t, s)
-		if _, err := s.Append(context.Background(), "a", storePush("a", points...)); !errors.Is(err, ErrSeriesLimit) {
+		if _, err := s.Append(context.Background(), "a", storePush("a", points...), SpoolNames{}); !errors.Is(err, ErrSeriesLimit) {
 			t.Errorf("got %v", err)
 		}
 		wantHeld(t, "refused", allHeld(t, s), before)
@@ -815,12 +837,12 @@ func TestStoreClusterLimit(t *testing.T) {
 	// Refused pushes take no place.
 	for i := range 3 {
 		p := storePush(fmt.Sprint("x", i), point{"m", 1, k.clock.ms(9999), 1})
-		if res, err := s.Append(context.Background(), fmt.Sprint("x", i), p); err != nil || res.TooOld != 1 {
+		if res, err := s.Append(context.Background(), fmt.Sprint("x", i), p, SpoolNames{}); err != nil || res.TooOld != 1 {
 			t.Fatalf("%+v, %v", res, err)
 		}
 	}
 	k.push(s, "b", point{"m", 1, k.clock.ms(0), 1})
-	if _, err := s.Append(context.Background(), "c", storePush("c", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrFull) {
+	if _, err := s.Append(context.Background(), "c", storePush("c", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) {
 		t.Errorf("got %v", err)
 	}
 	k.clock.Add(time.Second)
@@ -866,13 +888,13 @@ func TestStoreSampleLimit(t *testing.T) {
 		for i := range 65 {
 			large = append(large, point{"large", i, k.clock.ms(0), 1})
 		}
-		if _, err := s.Append(context.Background(), "c", storePush("c", large...)); !errors.Is(err, ErrFull) {
+		if _, err := s.Append(context.Background(), "c", storePush("c", large...), SpoolNames{}); !errors.Is(err, ErrFull) {
 			t.Errorf("got %v", err)
 		}
 		wantHeld(t, "a push over the limit", allHeld(t, s), held)
 		// 40 series shown leave room for 24 and no more.
 		k.push(s, "c", large[:40]...)
-		_, err := s.Append(context.Background(), "d", storePush("d", large[:30]...))
+		_, err := s.Append(context.Background(), "d", storePush("d", large[:30]...), SpoolNames{})
 		if !errors.Is(err, ErrFull) {
 			t.Errorf("got %v", err)
 		}
@@ -987,17 +1009,14 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
 	k.clock.Add(time.Second)
 	k.push(s, "a", append(points(5), point{"old", 1, k.clock.ms(100 * 60), 1})...) // of which one is counted while the process runs
-	k.push(s, "b", points(7)...)                                                   // handed over
+	k.push(s, "b", points(7)...)
 	k.clock.Add(time.Second)
 	k.push(s, "b", points(9)...)
-	if done, err := s.Release(context.Background(), "b", s.clusters["b"].held.Seq-1, s.Oldest()); err != nil || done {
-		t.Fatal(done, err)
-	}
 	k.clock.Add(30 * time.Minute)
 	for _, id := range []string{"a", "b"} {
 		s.clusters[id].Expire(s.Oldest())
 	}
-	stats("running", 16+1, 1)
+	stats("running", 16+1+16, 1+16)
 	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -1007,7 +1026,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	s.Close()
 	k.clock.Add(3 * time.Hour)
 	s = k.open()
-	stats("started late", 3+5+9, 5+9)
+	stats("started late", 3+5+7+9, 5+7+9)
 	// So it is when the file of the cursors is lost, and with it what was read.
 	k.push(s, "a", points(4)...)
 	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
@@ -1060,7 +1079,7 @@ func TestStoreSharesRoom(t *testing.T) {
 	}
 	flood := func(id string) (taken int) {
 		for i := range 1000 {
-			res, err := s.Append(context.Background(), id, storePush(id, point{"m", i, k.clock.ms(0), 1}))
+			res, err := s.Append(context.Background(), id, storePush(id, point{"m", i, k.clock.ms(0), 1}), SpoolNames{})
 			if taken += res.Accepted; err != nil {
 				if !errors.Is(err, ErrFull) {
 					t.Fatal(err)
@@ -1199,7 +1218,7 @@ func TestStoreStorageLimit(t *testing.T) {
 		for i := range points {
 			points[i].t = k.clock.ms(0)
 		}
-		_, err := s.Append(ctx, "a", storePush("a", points...))
+		_, err := s.Append(ctx, "a", storePush("a", points...), SpoolNames{})
 		if errors.Is(err, ErrFull) {
 			refused++
 			run++
@@ -1241,7 +1260,7 @@ func TestStoreDiskFull(t *testing.T) {
 		}
 		fsys.mu.Unlock()
 		id, pt := fmt.Sprint(i%2), point{"m", i, k.clock.ms(0), 1}
-		_, err := s.Append(context.Background(), id, storePush(id, pt))
+		_, err := s.Append(context.Background(), id, storePush(id, pt), SpoolNames{})
 		if full != errors.Is(err, ErrFull) || !full && err != nil {
 			t.Fatalf("push %d: %v", i, err)
 		}
@@ -1352,7 +1371,7 @@ func TestStoreNewestStays(t *testing.T) {
 				return many
 			}()...),
 		} {
-			if _, err := s.Append(context.Background(), "a", p); err != nil && !errors.Is(err, ErrSeriesLimit) {
+			if _, err := s.Append(context.Background(), "a", p, SpoolNames{}); err != nil && !errors.Is(err, ErrSeriesLimit) {
 				t.Fatal(err)
 			}
 		}
@@ -1446,7 +1465,7 @@ func TestStoreQuota(t *testing.T) {
 	k := newStoreKit(t, fsys)
 	s := k.open()
 	fsys.hook = failOn("write", "", 0, syscall.EDQUOT)
-	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrFull) {
+	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -1507,7 +1526,7 @@ func (k *storeKeeper) push() {
 		}
 	}
 	maps.Copy(k.ever, keys)
-	res, err := k.s.Append(context.Background(), id, p)
+	res, err := k.s.Append(context.Background(), id, p, SpoolNames{})
 	if err != nil {
 		return
 	}
@@ -1671,7 +1690,7 @@ func TestStoreConcurrent(t *testing.T) {
 					if i%5 == 0 {
 						stop()
 					}
-					_, err := s.Append(wait, id, storePush(id, points...))
+					_, err := s.Append(wait, id, storePush(id, points...), SpoolNames{})
 					stop()
 					if err != nil && !errors.Is(err, ErrSeriesLimit) && !errors.Is(err, ErrFull) && !errors.Is(err, context.Canceled) {
 						t.Errorf("push: %v", err)
@@ -1721,13 +1740,15 @@ func TestStoreConcurrent(t *testing.T) {
 			t.Errorf("%d samples held, %d evicted", len(held), s.Stats().Evicted)
 		}
 		for range 3 { // pushes while it closes are refused or durable
-			work.Go(func() { s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1})) })
+			work.Go(func() {
+				s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{})
+			})
 		}
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
 		work.Wait()
-		if _, err := s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1})); !errors.Is(err, ErrClosed) {
+		if _, err := s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrClosed) {
 			t.Errorf("closed: %v", err)
 		}
 		if len(k.errors) > 0 {
@@ -1756,7 +1777,7 @@ func TestStoreWaiting(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
 	push := func(ctx context.Context) error {
-		_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}))
+		_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{})
 		return err
 	}
 	c, err := s.acquire(context.Background(), "a") // a first push, under way
@@ -1780,7 +1801,7 @@ func TestStoreWaiting(t *testing.T) {
 	}
 	for i := range 50 { // a context that has ended leaves no cluster behind
 		id := fmt.Sprint("x", i)
-		if _, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1})); err != nil && !errors.Is(err, context.Canceled) {
+		if _, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1}), SpoolNames{}); err != nil && !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}
 	}
@@ -1821,7 +1842,7 @@ func TestStoreRun(t *testing.T) {
 		go func() { done <- s.Run(ctx) }()
 		taken := 0
 		for {
-			if _, err := s.Append(ctx, "a", storePush("a", at())); errors.Is(err, ErrFull) {
+			if _, err := s.Append(ctx, "a", storePush("a", at()), SpoolNames{}); errors.Is(err, ErrFull) {
 				break
 			} else if err != nil {
 				t.Fatal(err)
@@ -1834,13 +1855,13 @@ func TestStoreRun(t *testing.T) {
 			t.Errorf("nothing is garbage yet: %+v", s.Stats())
 		}
 		time.Sleep(time.Hour)
-		if _, err := s.Append(ctx, "a", storePush("a", at())); err != nil && !errors.Is(err, ErrFull) {
+		if _, err := s.Append(ctx, "a", storePush("a", at()), SpoolNames{}); err != nil && !errors.Is(err, ErrFull) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
 		time.Sleep(time.Hour)
 		for range 2 { // the first says that there is no room, and so makes it
-			if _, err := s.Append(ctx, "a", storePush("a", at())); err == nil {
+			if _, err := s.Append(ctx, "a", storePush("a", at()), SpoolNames{}); err == nil {
 				taken = 0
 				break
 			}
@@ -1920,7 +1941,7 @@ func FuzzStoreLog(f *testing.F) {
 			}
 			check()
 			before := heldOf(t, s, "a")
-			if res, err := s.Append(context.Background(), "a", storePush("a", point{"fuzz", 1, k.clock.ms(1), 3})); err != nil || res.Accepted+res.Duplicates+res.Conflicts != 1 {
+			if res, err := s.Append(context.Background(), "a", storePush("a", point{"fuzz", 1, k.clock.ms(1), 3}), SpoolNames{}); err != nil || res.Accepted+res.Duplicates+res.Conflicts != 1 {
 				t.Fatalf("%+v, %v", res, err)
 			}
 			after := allHeld(t, s)
@@ -1979,7 +2000,7 @@ func BenchmarkStoreAppend(b *testing.B) {
 	for b.Loop() {
 		k.clock.Add(15 * time.Second)
 		set(k.clock.ms(0))
-		if res, err := s.Append(context.Background(), "site-7", p); err != nil || res.Accepted != len(p.Samples) {
+		if res, err := s.Append(context.Background(), "site-7", p, SpoolNames{}); err != nil || res.Accepted != len(p.Samples) {
 			b.Fatalf("%+v, %v", res, err)
 		}
 		if b.N%100 == 0 {
@@ -1998,7 +2019,7 @@ func BenchmarkNewest(b *testing.B) {
 		id := fmt.Sprint("site-", c)
 		p, set := sitePush(id)
 		set(k.clock.ms(c % 60))
-		if _, err := s.Append(context.Background(), id, p); err != nil {
+		if _, err := s.Append(context.Background(), id, p, SpoolNames{}); err != nil {
 			b.Fatal(err)
 		}
 		n += len(p.Samples)
@@ -2044,7 +2065,7 @@ func BenchmarkMemory(b *testing.B) {
 				id := fmt.Sprint("site-", c)
 				p, set := sitePush(id)
 				set(k.clock.ms(0))
-				if _, err := s.Append(context.Background(), id, p); err != nil {
+				if _, err := s.Append(context.Background(), id, p, SpoolNames{}); err != nil {
 					b.Fatal(err)
 				}
 				if i == 0 {

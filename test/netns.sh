@@ -202,13 +202,13 @@ push() {
 		--data-binary @"$work/sample" >"$work/$2.code" || true
 }
 
-# pushed KIND: of the IDs KIND-1 to KIND-8, all were answered 200, and one of the
-# minority serves them.
+# pushed KIND: of the IDs KIND-1 to KIND-8, all were answered 200, and the minority
+# serves them: each server what it holds, whoever owns the ID.
 pushed() {
 	local i code slowest=0 held=0
 	: >"$work/federate"
 	for i in $minority; do
-		get "$i" 9004/federate --fail >>"$work/federate" || return 1
+		get "$i" 9004/federate?consumer=test --fail >>"$work/federate" || return 1
 	done
 	for i in 1 2 3 4 5 6 7 8; do
 		code=$(cat "$work/$1-$i.code")
@@ -260,7 +260,7 @@ check "the fifth tells of all" told
 # shellcheck disable=SC2086
 plug two $minority
 # The minority still takes the others for alive: what they own is sent to them in
-# vain, and then held here.
+# vain, and then held here, or by the next owner.
 pushes=()
 for i in 1 2 3 4 5 6 7 8; do
 	push 4 "cut-$i" &
@@ -268,7 +268,6 @@ for i in 1 2 3 4 5 6 7 8; do
 done
 check "cut: each side sees only itself alive" parted
 for i in 1 2 3 4 5 6 7 8; do push 4 "parted-$i"; done
-# Shown when each of the two has said that it holds nothing of what is new to the other.
 check "pushes to the minority" pushed parted
 wait "${pushes[@]}"
 check "pushes to the minority that came with the cut" pushed cut

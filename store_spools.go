@@ -1,0 +1,189 @@
+package main
+
+// Which scrapes of a site's spools a store has. Each push names its scrapes; a number is
+// held once the batch of its push is, and read once every consumer that counts has read
+// that batch. Invariants: a number that was read stays read, whatever becomes of its batch;
+// spools and numbers are bounded, and a number that is forgotten is only sent again. Pure.
+
+import (
+	"encoding/binary"
+	"errors"
+	"slices"
+)
+
+// maxSpools bounds the spools that are remembered of a site. A client takes a new spool ID
+// only when its spool directory is new.
+const maxSpools = 4
+
+var errSpoolRecord = errors.New("malformed record of a spool")
+
+// SiteSpools is what is known of one site's spools. The zero value knows nothing. It is not
+// safe for concurrent use.
+type SiteSpools struct{ spools []spool } // most recently named last
+
+type spool struct {
+	id   uint64
+	read Ranges
+	held []heldScrapes // ascending by seq
+}
+
+// heldScrapes are scrapes of which all samples are in batches up to seq.
+type heldScrapes struct {
+	seq     uint64
+	numbers Ranges
+}
+
+// find returns the spool, nil if it is not known.
+func (s *SiteSpools) find(id uint64) *spool {
+	if i := slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id }); i >= 0 {
+		return &s.spools[i]
+	}
+	return nil
+}
+
+// touch returns the spool, and forgets the one that was named longest ago if there are too
+// many.
+func (s *SiteSpools) touch(id uint64) *spool {
+	p := spool{id: id}
+	if i := slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id }); i >= 0 {
+		p = s.spools[i]
+		s.spools = slices.Delete(s.spools, i, i+1)
+	} else if len(s.spools) == maxSpools {
+		s.spools = slices.Delete(s.spools, 0, 1)
+	}
+	s.spools = append(s.spools, p)
+	return &s.spools[len(s.spools)-1]
+}
+
+// Add notes that all samples of the named scrapes are in batches up to seq, which is not
+// below that of an earlier call. With seq 0 every consumer has read them.
+func (s *SiteSpools) Add(names SpoolNames, seq uint64) {
+	if names.ID == 0 || len(names.Numbers) == 0 {
+		return
+	}
+	p := s.touch(names.ID)
+	if seq == 0 {
+		p.read = p.read.Union(names.Numbers)
+		return
+	}
+	p.held = append(p.held, heldScrapes{seq, names.Numbers})
+	if p.ranges() > MaxRanges {
+		p.mergeHeld()
+	}
+	for p.ranges() > MaxRanges && len(p.held) > 1 {
+		p.held = slices.Delete(p.held, 0, 1)
+	}
+}
+
+// ranges returns how many ranges of numbers are held.
+func (p *spool) ranges() (n int) {
+	for _, h := range p.held {
+		n += len(h.numbers)
+	}
+	return n
+}
+
+// mergeHeld joins neighbours, whose numbers often make one range. The older one then counts
+// as read only with the newer one.
+func (p *spool) mergeHeld() {
+	merged := p.held[:0:0]
+	for pair := range slices.Chunk(p.held, 2) {
+		last := pair[len(pair)-1]
+		if len(pair) == 2 {
+			last.numbers = slices.Clone(pair[0].numbers).Union(last.numbers)
+		}
+		merged = append(merged, last)
+	}
+	p.held = merged
+}
+
+// Knows reports whether every named scrape is held or read.
+func (s *SiteSpools) Knows(names SpoolNames) bool {
+	p := s.find(names.ID)
+	if p == nil || len(names.Numbers) == 0 {
+		return false
+	}
+	known := p.heldNumbers().Union(p.read)
+	return !slices.ContainsFunc(names.Numbers, func(r Range) bool { return !known.Covers(r) })
+}
+
+func (p *spool) heldNumbers() (held Ranges) {
+	for _, h := range p.held {
+		held = held.Union(h.numbers)
+	}
+	return held
+}
+
+// Settle notes that every consumer that counts has read all batches up to seq.
+func (s *SiteSpools) Settle(seq uint64) {
+	for i := range s.spools {
+		p := &s.spools[i]
+		n := 0
+		for n < len(p.held) && p.held[n].seq <= seq {
+			p.read = p.read.Union(p.held[n].numbers)
+			n++
+		}
+		p.held = slices.Delete(p.held, 0, n)
+	}
+}
+
+// Lists returns the numbers of a spool that are held and not read, and those that are read.
+func (s *SiteSpools) Lists(id uint64) (held, read Ranges) {
+	p := s.find(id)
+	if p == nil {
+		return nil, nil
+	}
+	return p.heldNumbers().Without(p.read), slices.Clone(p.read)
+}
+
+// Clone returns a copy that shares nothing that changes.
+func (s *SiteSpools) Clone() (k SiteSpools) {
+	for _, p := range s.spools {
+		k.spools = append(k.spools, spool{p.id, slices.Clone(p.read), slices.Clone(p.held)})
+	}
+	return k
+}
+
+// Records returns the payloads of the records that keep s, one for each spool.
+func (s *SiteSpools) Records() (payloads [][]byte) {
+	for _, p := range s.spools {
+		b := binary.LittleEndian.AppendUint64(nil, p.id)
+		if len(p.read) > 0 {
+			b = AppendRanges(binary.AppendUvarint(b, 0), p.read)
+		}
+		for _, h := range p.held {
+			b = AppendRanges(binary.AppendUvarint(b, h.seq), h.numbers)
+		}
+		payloads = append(payloads, b)
+	}
+	return payloads
+}
+
+// Restore reads one payload of Records.
+func (s *SiteSpools) Restore(payload []byte) error {
+	r := WireReader{Rest: payload}
+	id := r.Fixed64()
+	p := s.touch(id)
+	*p = spool{id: id}
+	for len(r.Rest) > 0 {
+		seq := r.Uvarint()
+		numbers := ReadRanges(&r)
+		if r.Bad || seq > MaxSeq {
+			break
+		}
+		s.Add(SpoolNames{id, numbers}, seq)
+	}
+	if r.Bad || id == 0 {
+		s.spools = s.spools[:len(s.spools)-1]
+		return errSpoolRecord
+	}
+	return nil
+}
+
+// DropHeld forgets the numbers that are not read: after damage to the log their batches may
+// be lost.
+func (s *SiteSpools) DropHeld() {
+	for i := range s.spools {
+		s.spools[i].held = nil
+	}
+}
