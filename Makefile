@@ -6,6 +6,7 @@ PROMTOOL   ?= promtool
 OUTAGE     ?= full
 CHAOS      ?= full
 SEED       ?= 0
+SITES      ?= 10000
 FUZZTIME   ?= 5s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -50,8 +51,11 @@ bench: ## benchmarks, but for gossip's on sockets
 sim: ## gossip of up to 300 members in virtual time: prints the table of figures
 	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim
 
-handoff: ## handing over, in 100,000 random interleavings in virtual time; SEED is the first
-	$(GO) test -count=1 -timeout 30m -run '^TestHandoffModel$$' -v . -args -handoff 100000 -seed $(SEED)
+model: ## delivery, in 5,000,000 random interleavings in virtual time; SEED is the first
+	$(GO) test -count=1 -timeout 60m -run '^TestDeliveryModel$$' -v . -args -delivery 5000000 -seed $(SEED)
+
+stampede: ## SITES (10,000) after a server joins, a center was away, all disks are lost; in virtual time: 25 minutes, 4 GiB
+	$(GO) test -count=1 -timeout 90m -v -run '^TestStampede$$' . -args -stampede $(SITES)
 
 sockets: ## gossip on real sockets, for seven minutes: prints the table of figures
 	$(GO) test -timeout 30m -run '^$$' -bench '^BenchmarkGossipSockets$$' .
@@ -59,8 +63,8 @@ sockets: ## gossip on real sockets, for seven minutes: prints the table of figur
 test-integration: telemeter ## client, two servers and a real Prometheus, as source and as sink
 	./test/integration.sh
 
-test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: four minutes
-	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages)$$' . -args -outage $(OUTAGE)
+test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: six minutes
+	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages|Clocks)$$' . -args -outage $(OUTAGE)
 
 test-alerts: ## the central Prometheus's configuration and alerts, by its promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
@@ -89,4 +93,4 @@ FORCE:
 
 # What each target of check prints is read in its order.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test fuzz bench sim handoff sockets test-integration test-outage test-alerts test-netns test-chaos test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test fuzz bench sim model stampede sockets test-integration test-outage test-alerts test-netns test-chaos test-readme demo clean help FORCE
