@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -321,7 +322,7 @@ func (r *chaosRig) sleep(d time.Duration) { time.Sleep(d) }
 
 // away runs while the central Prometheus is away, and backlogs grow.
 func (r *chaosRig) away(d time.Duration, while func()) {
-	r.central.stop(15)
+	r.central.stop(syscall.SIGTERM)
 	r.sleep(d)
 	while()
 	r.central.start()
@@ -330,7 +331,8 @@ func (r *chaosRig) away(d time.Duration, while func()) {
 // chaosRow is one thing that is done to servers while sites push.
 type chaosRow struct {
 	name    string
-	servers int // that run at first; 0: all
+	servers int  // that run at first; 0: all
+	long    bool // for the full form alone
 	do      func(r *chaosRig, form chaosForm)
 }
 
@@ -351,32 +353,32 @@ func chaosRows() []chaosRow {
 		}
 	}
 	return []chaosRow{
-		{"rolling", 0, func(r *chaosRig, form chaosForm) {
+		{"rolling", 0, false, func(r *chaosRig, form chaosForm) {
 			for _, s := range r.servers {
 				r.stop(s)
 				r.start(s)
 				r.ready(s)
 			}
 		}},
-		{"kills", 0, repeat((*chaosRig).killOne)},
-		{"partitions", 0, repeat((*chaosRig).partSome)},
-		{"disks", 0, repeat((*chaosRig).killOne, (*chaosRig).partSome, (*chaosRig).fillOne)},
-		{"lose one", 0, func(r *chaosRig, form chaosForm) { r.wipe(r.servers[r.rnd.IntN(len(r.servers))]) }},
-		{"lose two", 0, func(r *chaosRig, form chaosForm) { r.wipe(r.servers[0], r.servers[2]) }},
-		{"lose all", 0, func(r *chaosRig, form chaosForm) { r.wipe(r.servers...) }},
-		{"lose one away", 0, func(r *chaosRig, form chaosForm) { r.away(form.away, func() { r.wipe(r.servers[0]) }) }},
-		{"lose all away", 0, func(r *chaosRig, form chaosForm) {
+		{"kills", 0, false, repeat((*chaosRig).killOne)},
+		{"partitions", 0, true, repeat((*chaosRig).partSome)},
+		{"disks", 0, false, repeat((*chaosRig).killOne, (*chaosRig).partSome, (*chaosRig).fillOne)},
+		{"lose one", 0, true, func(r *chaosRig, form chaosForm) { r.wipe(r.servers[r.rnd.IntN(len(r.servers))]) }},
+		{"lose two", 0, true, func(r *chaosRig, form chaosForm) { r.wipe(r.servers[0], r.servers[2]) }},
+		{"lose all", 0, true, func(r *chaosRig, form chaosForm) { r.wipe(r.servers...) }},
+		{"lose one away", 0, true, func(r *chaosRig, form chaosForm) { r.away(form.away, func() { r.wipe(r.servers[0]) }) }},
+		{"lose all away", 0, false, func(r *chaosRig, form chaosForm) {
 			r.away(form.away, func() {
 				r.wipe(r.servers...)
 				r.sleep(form.away / 4)
 			})
 		}},
-		{"old copy", 0, func(r *chaosRig, form chaosForm) { r.restore(r.servers[r.rnd.IntN(len(r.servers))], form.copyAge) }},
-		{"old copy away", 0, func(r *chaosRig, form chaosForm) { r.away(0, func() { r.restore(r.servers[0], form.away) }) }},
-		{"damage", 0, func(r *chaosRig, form chaosForm) { r.each(r.servers[:2], r.hurt) }},
-		{"damage away", 0, func(r *chaosRig, form chaosForm) { r.away(form.away, func() { r.each(r.servers, r.hurt) }) }},
-		{"swap", 0, func(r *chaosRig, form chaosForm) { r.away(form.away/2, func() { r.swap(r.servers[0], r.servers[1]) }) }},
-		{"wrong clock", -1, func(r *chaosRig, form chaosForm) {
+		{"old copy", 0, true, func(r *chaosRig, form chaosForm) { r.restore(r.servers[r.rnd.IntN(len(r.servers))], form.copyAge) }},
+		{"old copy away", 0, false, func(r *chaosRig, form chaosForm) { r.away(0, func() { r.restore(r.servers[0], form.away) }) }},
+		{"damage", 0, true, func(r *chaosRig, form chaosForm) { r.each(r.servers[:2], r.hurt) }},
+		{"damage away", 0, false, func(r *chaosRig, form chaosForm) { r.away(form.away, func() { r.each(r.servers, r.hurt) }) }},
+		{"swap", 0, false, func(r *chaosRig, form chaosForm) { r.away(form.away/2, func() { r.swap(r.servers[0], r.servers[1]) }) }},
+		{"wrong clock", -1, false, func(r *chaosRig, form chaosForm) {
 			r.away(form.away, func() {
 				last := r.servers[len(r.servers)-1]
 				last.ahead = 3 * time.Hour
@@ -385,7 +387,7 @@ func chaosRows() []chaosRow {
 			})
 			r.sleep(form.away / 2)
 		}},
-		{"growth", 1, func(r *chaosRig, form chaosForm) {
+		{"growth", 1, false, func(r *chaosRig, form chaosForm) {
 			for n := 1; n < len(r.servers); n++ {
 				r.start(r.servers[n])
 				r.ready(r.servers[n])
