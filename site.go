@@ -223,7 +223,15 @@ func (c *Site) Raise(seq uint64) {
 // place of c's; memory follows when the new file is durable.
 func (c *Site) Rewrite(more []*Batch, oldest int64) error {
 	c.Expire(oldest)
+	read := c.read()
 	c.mu.Lock()
+	// The new log does not have the batches that left memory, by which this is known.
+	if len(c.held.Batches) > 0 {
+		read = min(read, c.held.Batches[0].Seq-1)
+	}
+	if read < MaxSeq {
+		c.held.Spools.Settle(read)
+	}
 	held := c.held
 	held.Spools = c.held.Spools.Clone() // answers settle c's
 	c.mu.Unlock()

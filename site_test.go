@@ -219,6 +219,46 @@ func TestSiteSpoolsUntimely(t *testing.T) {
 	}
 }
 
+// A scrape whose batch was evicted is still read after a compaction, also when the cursors
+// are lost: nothing else says any more that it was.
+func TestSiteSpoolsReadIsKept(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	for n := range uint64(2) {
+		if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", 1, k.clock.ms(60) + int64(n), 1}), names1(n+1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		r, _, err := s.Consumers.Begin(1, "p", "", "conn", k.clock.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		scraper(s, time.Minute).Unread(r, 0, false, nil)
+	}
+	c := s.clusters["x"]
+	if _, ok := c.Evict(math.MaxInt64); !ok {
+		t.Fatal("nothing is evicted")
+	}
+	if err := c.Take(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Rewrite(nil, s.Oldest()); err != nil {
+		t.Fatal(err)
+	}
+	c.Free()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := fsys.Remove(consumersPath); err != nil {
+		t.Fatal(err)
+	}
+	if lists := spoolLists(k.open()); lists != "held 2, read 1" {
+		t.Error(lists)
+	}
+}
+
 // The numbers known of a site's spools are bounded, and a client that pushes every second while
 // no consumer scrapes for two hours is not asked for a scrape again.
 func TestSiteSpoolsAreBounded(t *testing.T) {
