@@ -402,8 +402,8 @@ func chaosRows() []chaosRow {
 	}
 }
 
-// chaosWithClients does one row to servers whose sites run the real client.
-func chaosWithClients(t *testing.T, form chaosForm, row chaosRow, seed uint64) {
+// run does the row to servers while load pushes to them and a Prometheus scrapes them.
+func (row chaosRow) run(t *testing.T, form chaosForm, seed uint64, load func(r *chaosRig, every time.Duration)) *chaosRig {
 	servers := form.servers
 	if row.name == "growth" {
 		servers = form.grow
@@ -417,11 +417,16 @@ func chaosWithClients(t *testing.T, form chaosForm, row chaosRow, seed uint64) {
 		r.start(s)
 	}
 	r.settled()
-	r.clients(form.every)
+	load(r, form.every)
 	r.prometheus(form.scrape)
 	r.came()
 	r.begin = time.Now()
 	row.do(r, form)
 	r.sleep(form.scrape)
-	r.drained()
+	return r
+}
+
+// chaosWithClients does one row to servers whose sites run the real client.
+func chaosWithClients(t *testing.T, form chaosForm, row chaosRow, seed uint64) {
+	row.run(t, form, seed, (*chaosRig).clients).drained()
 }

@@ -67,17 +67,7 @@ func TestChaos(t *testing.T) {
 // was answered 200 is on one server's disk: what becomes of that disk becomes of the sample.
 // A lost disk is not noticed by anyone; what damage took is logged.
 func chaosWithoutClients(t *testing.T, form chaosForm, row chaosRow, seed uint64) {
-	r := newChaosRig(t, row.name, form.servers, form.sites, form.interval, seed)
-	for _, s := range r.servers {
-		r.start(s)
-	}
-	r.settled()
-	r.load(form.every)
-	r.prometheus(form.scrape)
-	r.came()
-	r.begin = time.Now()
-	row.do(r, form)
-	r.sleep(form.scrape)
+	r := row.run(t, form, seed, (*chaosRig).load)
 	lasted := time.Since(r.begin)
 	r.acked()
 	acked, refused := 0, []string{}

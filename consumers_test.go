@@ -442,8 +442,8 @@ func TestConsumersSaveFails(t *testing.T) {
 	}
 }
 
-// Which batches of a site count as read depends on the consumers that this server has seen,
-// and on those that the site has told of.
+// The consumers that this server has seen, and those that the site has told of, decide which
+// of its batches count as read.
 func TestConsumersRead(t *testing.T) {
 	const site, other = 1, 2
 	key := func(name string) uint64 { return ConsumerKey(name, "::1", "") }

@@ -386,7 +386,7 @@ func (w *planWorld) drain(calm bool) {
 	}
 }
 
-// Whatever happens to connections, servers and the client, the consumer gets every scrape,
+// The consumer gets every scrape, whatever happens to connections, servers and the client,
 // and then the spool is empty.
 func TestSpoolPlanLosesNothing(t *testing.T) {
 	runs := 4_000

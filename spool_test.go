@@ -487,7 +487,7 @@ func TestMomentSince(t *testing.T) {
 	}
 }
 
-// What travels in one push: what is within the limits, whatever the clocks did.
+// One push takes the scrapes that are within the limits, whatever the clocks did.
 func TestSpoolGroups(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	one := r.scrape(0, 3)

@@ -1,6 +1,6 @@
 package main
 
-// Which scrapes of a site's spools a store has. Each push names its scrapes; a number is
+// The scrapes of a site's spools that a store has. Each push names its scrapes; a number is
 // held once the batch of its push is, and read once every consumer that counts has read
 // that batch. Invariants: a number that was read stays read, whatever becomes of its batch;
 // spools and numbers are bounded, and a number that is forgotten is only sent again. Pure.

@@ -274,8 +274,8 @@ b_owns() {
 	[ "$seen" = "A alive slot 1,B alive slot 0" ]
 }
 
-# on_b_alone: the owner shows samples, and no other server does. What a server saw itself
-# of a site it says with its own name, whoever owns the site.
+# on_b_alone: the owner shows samples, and no other server does. Each server says with its
+# own name what it saw of a site itself, whichever server owns the site.
 on_b_alone() {
 	get http://localhost:9004/federate >"$work/on-a" && get http://localhost:9014/federate >"$work/on-b" || return 1
 	local a b
