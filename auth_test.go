@@ -335,7 +335,7 @@ func TestClusterID(t *testing.T) {
 		"": false, strings.Repeat("a", 129): false, "-a": false, ".a": false, "_a": false, "a b": false, "a/b": false,
 		"a\n": false, "a#": false, "ä": false, "a\x00": false, "aé": false,
 	} {
-		err := ValidClusterID(id)
+		err := CheckClusterID(id)
 		if (err == nil) != ok {
 			t.Errorf("%q: %v", id, err)
 		}
@@ -380,12 +380,12 @@ func TestRevoked(t *testing.T) {
 			t.Errorf("%s: error %v, want %q", c.name, err, c.err)
 		}
 		for _, tok := range c.revoked {
-			if !r.Has(tok) {
+			if !r.IsRevoked(tok) {
 				t.Errorf("%s: %+v is not revoked", c.name, tok)
 			}
 		}
 		for _, tok := range c.kept {
-			if r.Has(tok) || (Revoked{}).Has(tok) {
+			if r.IsRevoked(tok) || (RevokedSet{}).IsRevoked(tok) {
 				t.Errorf("%s: %+v is revoked", c.name, tok)
 			}
 		}
@@ -947,7 +947,7 @@ func FuzzToken(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if ValidClusterID(tok.Cluster) != nil || !isTokenID(tok.ID) || tok.KeyID != ks.IDs()[0] {
+		if CheckClusterID(tok.Cluster) != nil || !isTokenID(tok.ID) || tok.KeyID != ks.IDs()[0] {
 			t.Errorf("payload %q gives %+v", s, tok)
 		}
 		text, err := ks.Sign(tok)
@@ -1000,24 +1000,24 @@ func FuzzRevoked(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		r, err := ParseRevoked(data)
 		if err != nil {
-			if r.Has(Token{}) || len(r.clusters) != 0 {
+			if r.IsRevoked(Token{}) || len(r.clusters) != 0 {
 				t.Error("revocations beside an error")
 			}
 			return
 		}
 		for id := range r.clusters {
-			if err := ValidClusterID(id); err != nil {
+			if err := CheckClusterID(id); err != nil {
 				t.Errorf("%q: %v", id, err)
 			}
 		}
 		for line := range strings.SplitSeq(string(data), "\n") {
 			id, _, _ := strings.Cut(line, "#")
 			id = strings.TrimSpace(id)
-			if id != "" && !r.Has(Token{Cluster: id}) || isTokenID(id) && !r.Has(Token{ID: id}) {
+			if id != "" && !r.IsRevoked(Token{Cluster: id}) || isTokenID(id) && !r.IsRevoked(Token{ID: id}) {
 				t.Errorf("line %q revokes nothing", line)
 			}
 		}
-		if r.Has(Token{}) {
+		if r.IsRevoked(Token{}) {
 			t.Error("the zero token is revoked")
 		}
 	})

@@ -1,10 +1,9 @@
 package main
 
-// The client: scrape the source, clean what it gave, spool it, and have it
-// delivered, at the site's own phase of the interval. Invariants: nothing leaves
-// that Cleaner did not pass; every scrape is spooled before it is pushed; neither
-// a bad source nor a bad destination delays the other, and the two are told apart
-// in logs and metrics. This file must not know of flags, files or TLS.
+// The client: it scrapes the source, cleans and spools the samples, and has them pushed, at the
+// site's own phase of the interval. Every scrape is spooled before it is pushed. Neither a bad
+// source nor a bad destination delays the other, and logs and metrics tell the two apart. This
+// family must not know of flags or TLS.
 
 import (
 	"context"
@@ -16,7 +15,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,7 +45,7 @@ type ClientConfig struct {
 	Cluster        string       // the cluster ID
 	Interval       time.Duration
 	ScrapeInterval time.Duration // at most Interval
-	LimitBytes     int64         // of a push's body; decompressed, DecodedFactor times
+	LimitBytes     int64         // of a push's body; decompressed, MaxDecodedFactor times
 	Metrics        *Metrics
 	Log            *slog.Logger
 	Now            func() time.Time
@@ -69,8 +67,8 @@ type Client struct {
 	cfg       ClientConfig
 	state     atomic.Pointer[ClientState]
 	spool     *Spool
-	courier   *Courier
-	clocks    *ServerClocks
+	pusher    *Pusher
+	clocks    *SourceClock
 	scrapedOK atomic.Bool // the last scrape succeeded
 
 	// For the scraping goroutine.
@@ -129,7 +127,7 @@ func (c *Client) Open(cfg SpoolConfig) (err error) {
 	if c.spool, err = OpenSpool(cfg); err != nil {
 		return err
 	}
-	c.clocks = NewServerClocks(c.spool.NewestShift())
+	c.clocks = NewSourceClock(c.spool.NewestShift())
 	c.cfg.Metrics.OnCollect(func() {
 		st := c.spool.Stats()
 		for state, part := range st.By {
@@ -139,7 +137,7 @@ func (c *Client) Open(cfg SpoolConfig) (err error) {
 			c.spoolAge.Set(part.Oldest.Seconds(), name)
 		}
 	})
-	c.courier = NewCourier(CourierConfig{
+	c.pusher = NewPusher(PusherConfig{
 		To: c.cfg.To, ToClient: c.cfg.ToClient, Cluster: c.cfg.Cluster, Token: func() string { return c.state.Load().Token },
 		LimitBytes: c.cfg.LimitBytes, MaxWait: max(c.cfg.Interval, time.Minute), Spool: c.spool, Clocks: c.clocks, Moment: c.moment,
 		Now: c.cfg.Now, Metrics: c.cfg.Metrics, Dropped: c.dropped, SpoolErrors: c.spoolErrors, Log: c.cfg.Log,
@@ -197,7 +195,7 @@ func (c *Client) Reload(st ClientState) {
 func (c *Client) Handler() http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
-	HealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.courier.OK() })
+	HealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.pusher.OK() })
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
 	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.sent()
@@ -214,15 +212,15 @@ func (c *Client) Handler() http.Handler {
 			c.cfg.Log.Debug("answer to /federate ended early", "remote", r.RemoteAddr, "err", err)
 		}
 	})))
-	mux.Handle("GET /{$}", instrument("index", Index("/federate", "/metrics", "/healthz", "/healthz/ready")))
+	mux.Handle("GET /{$}", instrument("index", IndexHandler("/federate", "/metrics", "/healthz", "/healthz/ready")))
 	return mux
 }
 
 // sent returns what was delivered last.
-func (c *Client) sent() (*Push, error) {
-	p := &Push{}
+func (c *Client) sent() (*SampleList, error) {
+	p := &SampleList{}
 	var unpack Decompressor
-	for _, sc := range c.courier.Sent() {
+	for _, sc := range c.pusher.Sent() {
 		text, _, err := unpack.Decompress(sc.Gzip, "gzip", sc.Size)
 		if err != nil {
 			return nil, err
@@ -247,7 +245,7 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.spool.Stats().InMemory > 0 {
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastAttempt)
 		defer cancel()
-		c.courier.Drain(last) // logs what fails
+		c.pusher.Drain(last) // logs what fails
 	}
 	return nil
 }
@@ -255,7 +253,11 @@ func (c *Client) Run(ctx context.Context) error {
 // scrapeLoop scrapes at its phase, whatever becomes of deliveries.
 func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
 	var warned, push time.Time // push: when the next push is due
-	for wait := rand.N(firstJitter); sleep(ctx, wait); {
+	wait := rand.N(firstJitter)
+	for {
+		if _, ok := Sleep(ctx, wait, nil); !ok {
+			return
+		}
 		begin := c.cfg.Now()
 		if at := c.state.Load().Expires; at != 0 && begin.Add(expiryNotice).Unix() > at && begin.Sub(warned) > 24*time.Hour {
 			c.cfg.Log.Warn("the token expires soon; this site is silent afterwards", "at", time.Unix(at, 0).UTC())
@@ -295,20 +297,8 @@ func (c *Client) deliverLoop(ctx context.Context, due <-chan struct{}) {
 		}
 		timer.Stop()
 		if ctx.Err() == nil {
-			c.courier.Drain(ctx) // logs what fails
+			c.pusher.Drain(ctx) // logs what fails
 		}
-	}
-}
-
-// sleep returns false if ctx ends before the time is over.
-func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
 	}
 }
 
@@ -333,7 +323,7 @@ func (c *Client) Once(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("source: %w", err)
 	}
-	if e := c.courier.Drain(ctx); e != nil {
+	if e := c.pusher.Drain(ctx); e != nil {
 		st, who := c.spool.Stats(), "destination"
 		if errors.Is(e, ErrSpoolRead) {
 			who = "spool"
@@ -380,171 +370,4 @@ func (c *Client) spoolOne(ctx context.Context) error {
 	}
 	c.spoolFailing = err != nil
 	return nil
-}
-
-// Scraped is what a scrape gave.
-type Scraped struct {
-	Push   Push
-	At     Moment // when the source answered
-	Source int64  // what its clock showed then, in ms since the epoch
-	Shift  int64  // ms, which the times in Push do not have yet
-	Final  bool   // Shift is known
-}
-
-// Scrape gets what the source has and cleans it. Samples without a time get that
-// of the scrape's begin, by the source's clock as all others.
-func (c *Client) Scrape(ctx context.Context) (*Scraped, error) {
-	begin := c.cfg.Now()
-	p, err := c.scrape(ctx, begin)
-	c.scrapeSeconds.Observe(c.cfg.Now().Sub(begin).Seconds())
-	if err != nil {
-		c.scrapes.Inc("failed")
-		return nil, err
-	}
-	c.scrapes.Inc("ok")
-	c.lastScrape.Set(float64(begin.UnixMilli()) / 1000)
-	return p, nil
-}
-
-func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) {
-	st := c.state.Load()
-	cleaner := st.Cleaner()
-	u := *c.cfg.From
-	if strings.HasSuffix(u.Path, "/federate") {
-		// The source chooses, which saves it the rest.
-		q := u.Query()
-		for _, m := range st.Match {
-			q.Add("match[]", m.String())
-		}
-		u.RawQuery = q.Encode()
-	} else {
-		cleaner.Match = st.Match
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return nil, fmt.Errorf("scraping: %w", err)
-	}
-	req.Header.Set("Accept", scrapeAccept)
-	if st.FromToken != "" {
-		req.Header.Set("Authorization", "Bearer "+st.FromToken)
-	}
-	resp, err := c.cfg.FromClient.Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("scraping: %w", err)
-	}
-	defer resp.Body.Close()
-	got := &Scraped{At: c.moment()}
-	c.skew = sourceSkew(resp.Header.Get("Date"), got.At.Wall, c.skew)
-	skew := c.skew
-	got.Source = max(0, got.At.Wall+skew)
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("scraping %s: it answered %s", u.Redacted(), Answer(resp))
-	}
-	format, err := ParseFormat(resp.Header.Get("Content-Type"))
-	if err != nil {
-		return nil, fmt.Errorf("scraping %s: %w", u.Redacted(), err)
-	}
-	// Gzip was asked for, undone and taken from the header by net/http.
-	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		return nil, fmt.Errorf("scraping %s: content encoding %.100q is not supported; supported: identity, gzip", u.Redacted(), encoding)
-	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxScrape+1))
-	if err != nil {
-		return nil, fmt.Errorf("scraping %s: reading the answer: %w", u.Redacted(), err)
-	}
-	if len(body) > maxScrape {
-		return nil, fmt.Errorf("scraping %s: the answer is larger than %d bytes", u.Redacted(), maxScrape)
-	}
-	p := &got.Push
-	var d Decoder
-	n := 0
-	var invalid error
-	skipped, err := d.Decode(body, format, func(r *RawSample) error {
-		n++
-		drop := cleaner.Apply(r)
-		if drop == "" {
-			if !r.HasT {
-				r.T = begin.UnixMilli() + skew
-			}
-			if err := p.Add(r); err != nil {
-				drop, invalid = DropInvalid, err
-			}
-		}
-		if drop != "" {
-			c.dropped.Inc(drop)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("scraping %s: %w", u.Redacted(), err)
-	}
-	if invalid != nil {
-		c.cfg.Log.Warn("invalid samples were dropped", "last", invalid)
-	}
-	c.scraped.Add(float64(n))
-	for kind, n := range skipped.ByKind() {
-		c.skipped.Add(float64(n), kind)
-	}
-	return got, nil
-}
-
-// sourceSkew returns by how many ms the source's clock is ahead of this one's: as
-// before, unless its Date differs from that by more than truncation to seconds and the
-// way here make of clocks that go alike; 0 if it says nothing. So the times of samples
-// that have none do not jump to and fro with what is truncated.
-func sourceSkew(date string, wall, before int64) int64 {
-	t, err := http.ParseTime(date)
-	if err != nil || t.Unix() < 0 {
-		return 0
-	}
-	skew := t.UnixMilli() - wall
-	if changed := skew - before; max(changed, -changed) > sourceSlack.Milliseconds() {
-		return skew
-	}
-	return before
-}
-
-// Text appends what is pushed of a scrape's samples, before compression.
-func (c *Client) Text(b []byte, got *Scraped, samples []Sample) []byte {
-	for _, s := range samples {
-		b = AppendSample(b, got.Push.Line(s), s.T+got.Shift, s.V)
-	}
-	return b
-}
-
-// final returns a scrape, which was spooled before any server was heard, with its final
-// times.
-func (c *Client) final(sc Scrape) Scrape {
-	sc.Shift, _ = c.clocks.Shift(sc.At, sc.Source)
-	sc.Final = true
-	if sc.Shift == 0 {
-		return sc
-	}
-	var unpack Decompressor
-	text, _, err := unpack.Decompress(sc.Gzip, "gzip", sc.Size)
-	if err != nil { // never: the spool has checked it
-		sc.Shift = 0
-		return sc
-	}
-	text = shiftText(text, sc.Shift)
-	sc.Size, sc.Gzip = len(text), Gzip(text)
-	return sc
-}
-
-// pieces renders samples of a scrape as one piece, or as several if the limits
-// need it. A series that alone is over them is dropped.
-func (c *Client) pieces(got *Scraped, samples []Sample) []Scrape {
-	limit := min(c.cfg.LimitBytes, MaxPiece)
-	text := c.Text(nil, got, samples)
-	if int64(len(text)) <= DecodedFactor*limit {
-		if z := Gzip(text); int64(len(z)) <= limit {
-			return []Scrape{{At: got.At, Source: got.Source, Shift: got.Shift, Final: got.Final, Samples: len(samples), Size: len(text), Gzip: z}}
-		}
-	}
-	if len(samples) <= 1 {
-		c.dropped.Inc(DropInvalid)
-		c.cfg.Log.Warn("a series that does not fit --limit-bytes was dropped", "bytes", len(text))
-		return nil
-	}
-	return append(c.pieces(got, samples[:len(samples)/2]), c.pieces(got, samples[len(samples)/2:])...)
 }

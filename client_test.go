@@ -92,7 +92,7 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		return respond(200, nil, fmt.Sprintf(`{"version":1,"token":"upload-%d","expiresInSeconds":%d,"labels":{"_id":"site"}%s}`, len(h.asked), h.expires, h.clock(r))), nil
 	case "/upload":
-		if names, err := ParseSpoolNames(r.Header.Get(SpoolHeader)); err != nil || names.ID == 0 || len(names.Numbers) == 0 && r.ContentLength != 0 {
+		if names, err := ParseScrapeNames(r.Header.Get(SpoolHeader)); err != nil || names.ID == 0 || len(names.Numbers) == 0 && r.ContentLength != 0 {
 			if r.Header.Get(SpoolHeader) != "" {
 				h.t.Errorf("a push names %q, %v", r.Header.Get(SpoolHeader), err)
 			}
@@ -391,8 +391,8 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
 			t.Errorf("got %v", err)
 		}
-		if c.scrapes.Value("failed") != 1 || c.courier.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
-			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.courier.pushes.Value("failed"), log)
+		if c.scrapes.Value("failed") != 1 || c.pusher.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
+			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.pusher.pushes.Value("failed"), log)
 		}
 		broken = false
 		log.Reset()
@@ -400,9 +400,9 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
 			t.Errorf("got %v", err)
 		}
-		if c.scrapes.Value("failed") != 1 || c.courier.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
+		if c.scrapes.Value("failed") != 1 || c.pusher.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
 			strings.Contains(log.String(), "source failed") {
-			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.courier.pushes.Value("failed"), log)
+			t.Errorf("scrapes failed %v, pushes failed %v, log:\n%s", c.scrapes.Value("failed"), c.pusher.pushes.Value("failed"), log)
 		}
 		if n := c.spool.Stats().Scrapes; n != 1 {
 			t.Errorf("%d scrapes are kept, want 1", n)
@@ -651,7 +651,7 @@ func TestClientAsksForNamesAsTheyAre(t *testing.T) {
 func TestClientSplitsLargeScrapes(t *testing.T) {
 	var text strings.Builder
 	for i := range 5000 {
-		fmt.Fprintf(&text, "metric_%d{label=\"%x\"} %d 1\n", i, ClusterHash(fmt.Sprint(i)), i)
+		fmt.Fprintf(&text, "metric_%d{label=\"%x\"} %d 1\n", i, ClusterIDHash(fmt.Sprint(i)), i)
 	}
 	c, hub, _ := newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 16 << 10 })
 	if err := c.Once(t.Context()); err != nil {
@@ -661,7 +661,7 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 		t.Errorf("%d bytes in %d pushes differ from the scrape's %d", len(got), len(hub.bodies), text.Len())
 	}
 	for _, b := range hub.bodies {
-		if len(b) > DecodedFactor*16<<10 {
+		if len(b) > MaxDecodedFactor*16<<10 {
 			t.Errorf("a push of %d bytes", len(b))
 		}
 	}
@@ -703,7 +703,7 @@ func TestClientBadSource(t *testing.T) {
 	}
 	for _, tt := range tests {
 		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
-			cfg.FromClient = HTTPClient(nil, time.Minute, 10*time.Second)
+			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
 			cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return tt.resp, nil })
 		})
 		if err := c.Once(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -731,7 +731,7 @@ func TestClientEncodings(t *testing.T) {
 		defer source.Close()
 		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
 			cfg.From, _ = url.Parse(source.URL + "/metrics")
-			cfg.FromClient = HTTPClient(nil, time.Minute, 10*time.Second)
+			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
 		})
 		if got, err := c.Scrape(t.Context()); err != nil || len(got.Push.Samples) != 1 {
 			t.Errorf("%q: %v", encoding, err)

@@ -1,10 +1,9 @@
-// gossip.go: the UDP driver of the membership: it gives the state machine its
-// packets, its time and the addresses of its seeds, and sends what it wants sent.
-//
-// Invariants: one goroutine reads, ticks and sends; the mutex guards the state
-// machine and the read deadline, and is held across no I/O. Time is monotonic since Run began; no wall
-// clock is read. It must not know what packets say.
 package main
+
+// The UDP driver of the membership: it gives the state machine its packets, its time and the
+// addresses of its seeds, and sends the packets that it returns. One goroutine reads, ticks
+// and sends. The mutex guards the state machine and the read deadline, and is held across no
+// I/O. Time is monotonic since Run began. This file must not know the meaning of packets.
 
 import (
 	"context"
@@ -44,7 +43,7 @@ type HostResolver interface {
 
 // A GossipConfig says who a member is and where it finds others.
 type GossipConfig struct {
-	Name     string // unique in the cluster; see ValidName
+	Name     string // unique in the cluster; see CheckMemberName
 	Addr     string // host:port that peers are told; see AdvertisedAddr
 	URL      string // of the internal listener, for /sd; may be empty
 	Cluster  string // whoever says another one, or has other keys, is not heard
@@ -54,14 +53,14 @@ type GossipConfig struct {
 	State    SwimState     // of the last start
 	Conn     UDPConn       // closed by the caller, after Run
 	Resolver HostResolver
-	Notify   func(Event) // called from Run; must not block
+	Notify   func(GossipEvent) // called from Run; must not block
 }
 
 // GossipStats counts since the start.
 type GossipStats struct {
 	Sent, SentBytes, SendErrors uint64 // datagrams and bytes of payload
 	Received, ReceivedBytes     uint64
-	Refused                     Refused
+	Refused                     RefusedPackets
 	Health                      int // 0 is good
 }
 
@@ -81,10 +80,10 @@ type Gossip struct {
 
 // NewGossip checks c. State must be stored before Run is called.
 func NewGossip(c GossipConfig) (*Gossip, error) {
-	if err := errors.Join(ValidName(c.Name), ValidAddr(c.Addr)); err != nil {
+	if err := errors.Join(CheckMemberName(c.Name), CheckMemberAddr(c.Addr)); err != nil {
 		return nil, err
 	}
-	if c.URL != "" && ValidAddr(c.URL) != nil {
+	if c.URL != "" && CheckMemberAddr(c.URL) != nil {
 		return nil, fmt.Errorf("URL to tell peers: want at most %d visible ASCII characters", MaxAddr)
 	}
 	for _, addr := range append(slices.Clone(c.Seeds), c.Addr) {

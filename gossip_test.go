@@ -111,8 +111,8 @@ func waitFor(tb testing.TB, about string, ok func() bool) {
 }
 
 // states returns what g thinks of the others.
-func (g *gossiper) states() map[string]State {
-	all := map[string]State{}
+func (g *gossiper) states() map[string]MemberState {
+	all := map[string]MemberState{}
 	for _, m := range g.View().Members {
 		all[m.Name] = m.State
 	}
@@ -122,7 +122,7 @@ func (g *gossiper) states() map[string]State {
 func (g *gossiper) live() int {
 	n := 0
 	for _, s := range g.states() {
-		if s.Live() {
+		if s.IsLive() {
 			n++
 		}
 	}
@@ -171,7 +171,7 @@ func TestGossipLoopback(t *testing.T) {
 	}
 	all = all[:n-1]
 	waitFor(t, "all know who left", allLive(all, n-1))
-	if s := all[0].states()[fmt.Sprint("n", n-1)]; s != Left {
+	if s := all[0].states()[fmt.Sprint("n", n-1)]; s != StateLeft {
 		t.Errorf("who left is %v", s)
 	}
 	all[n-2].kill()
@@ -214,7 +214,7 @@ func TestGossipNameTaken(t *testing.T) {
 	a := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
 	seed := []string{a.addr.String()}
 	var told sync.Map
-	first := gossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e Event) { told.Store(e.What, true) }}, "127.0.0.1:0")
+	first := gossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { told.Store(e.What, true) }}, "127.0.0.1:0")
 	waitFor(t, "joined", allLive([]*gossiper{a, first}, 2))
 	second := gossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
 	waitFor(t, "the lower session stands down", func() bool {

@@ -381,12 +381,12 @@ func TestResolve(t *testing.T) {
 				announced = c
 			}
 		}
-		got, changed := Resolve("me", tt.provisional, tt.live, tt.reserved, tt.highest)
+		got, changed := ResolveClaim("me", tt.provisional, tt.live, tt.reserved, tt.highest)
 		if got != tt.want || changed != (got != announced && got.Lamport > 0) {
 			t.Errorf("%s: %+v, changed %v; want %+v", tt.name, got, changed, tt.want)
 		}
 	}
-	if got, changed := Resolve("me", false, append(slices.Clone(full), c("me", 0, 2)), nil, 0); got.Lamport != 0 || !changed {
+	if got, changed := ResolveClaim("me", false, append(slices.Clone(full), c("me", 0, 2)), nil, 0); got.Lamport != 0 || !changed {
 		t.Errorf("a loser without a free slot: %+v, changed %v", got, changed)
 	}
 }
@@ -418,7 +418,7 @@ func TestResolveAgrees(t *testing.T) {
 			rng.Shuffle(len(reserved), func(i, j int) { reserved[i], reserved[j] = reserved[j], reserved[i] })
 			rings = append(rings, NewRing(live, 0).Version())
 			for _, m := range live {
-				got, _ := Resolve(m.Name, false, live, reserved, 0)
+				got, _ := ResolveClaim(m.Name, false, live, reserved, 0)
 				if was, had := settled[m.Name]; had && got != was {
 					t.Fatalf("seed %d: %s is to claim %+v or %+v, as claims were heard", seed, m.Name, was, got)
 				}
@@ -443,7 +443,7 @@ func TestResolveAgrees(t *testing.T) {
 		}
 		after := slices.Collect(maps.Values(settled))
 		for _, c := range after {
-			if again, changed := Resolve(c.Name, false, after, reserved, 0); changed {
+			if again, changed := ResolveClaim(c.Name, false, after, reserved, 0); changed {
 				t.Fatalf("seed %d: %s settled on %+v and is to change to %+v", seed, c.Name, c, again)
 			}
 		}
@@ -473,7 +473,7 @@ func (m *ringMember) hear(c Claim) {
 func (m *ringMember) resolve() {
 	m.dirty = false
 	provisional := m.heard[m.name].Provisional && len(m.heard) == 1
-	c, changed := Resolve(m.name, provisional, slices.Collect(maps.Values(m.heard)), nil, m.highest)
+	c, changed := ResolveClaim(m.name, provisional, slices.Collect(maps.Values(m.heard)), nil, m.highest)
 	if changed {
 		if m.slot >= 0 && c.Slot != m.slot {
 			m.changes++
@@ -639,7 +639,7 @@ func FuzzRing(f *testing.F) {
 		}
 		var after []Claim
 		for name := range inForce(live) {
-			c, _ := Resolve(name, false, live, reserved, 0)
+			c, _ := ResolveClaim(name, false, live, reserved, 0)
 			if !c.valid() {
 				t.Fatalf("%s is to claim %+v", name, c)
 			}
@@ -649,7 +649,7 @@ func FuzzRing(f *testing.F) {
 			return // without numbers to come, later claims are not told from earlier ones
 		}
 		for _, c := range after {
-			if again, changed := Resolve(c.Name, false, after, reserved, 0); changed {
+			if again, changed := ResolveClaim(c.Name, false, after, reserved, 0); changed {
 				t.Fatalf("settled on %+v, then %+v", c, again)
 			}
 		}
@@ -674,7 +674,7 @@ func BenchmarkResolve(b *testing.B) {
 		live = append(live, Claim{Slot: i / 2, Lamport: uint64(i), Name: fmt.Sprintf("m%03d", i)})
 	}
 	for b.Loop() {
-		Resolve("m099", false, live, nil, 0)
+		ResolveClaim("m099", false, live, nil, 0)
 	}
 }
 

@@ -65,7 +65,7 @@ func runWeb(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, err
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		web := Web{Name: "test", Listener: l, Handler: h, Turns: true, Log: slog.New(slog.DiscardHandler)}
+		web := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, Log: slog.New(slog.DiscardHandler)}
 		ended <- web.Run(ctx)
 	}()
 	return l, func() (time.Duration, error) {
@@ -237,7 +237,7 @@ func TestConnOf(t *testing.T) {
 				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
-					a, b := ConnOf(r), ConnOf(r) // one of its own is another each time
+					a, b := TrackerOf(r), TrackerOf(r) // one of its own is another each time
 					got = append(got, a == b)
 					if r.URL.Path == "/large" {
 						w.Write(make([]byte, 1<<20))
@@ -290,7 +290,7 @@ func TestConnOf(t *testing.T) {
 func TestWebFails(t *testing.T) {
 	l := newPipeListener()
 	l.Close()
-	web := Web{Name: "external", Listener: l, Log: slog.New(slog.DiscardHandler)}
+	web := HTTPServer{Name: "external", Listener: l, Log: slog.New(slog.DiscardHandler)}
 	if err := web.Run(t.Context()); !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "external") {
 		t.Error(err)
 	}
@@ -456,11 +456,11 @@ func TestWebTLS(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		web := Web{Name: "tls", Listener: ln, Turns: true, Log: slog.New(slog.DiscardHandler),
+		web := HTTPServer{Name: "tls", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler),
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				fmt.Fprint(w, r.Proto)
-				if a, b := ConnOf(r), ConnOf(r); a == b {
+				if a, b := TrackerOf(r), TrackerOf(r); a == b {
 					t.Error("a request over TLS is of its connection")
 				}
 			})}
@@ -479,7 +479,7 @@ func TestWebTLS(t *testing.T) {
 		t.Errorf("negotiated %q", got)
 	}
 	c.Close()
-	client := HTTPClient(config, 10*time.Second, time.Second)
+	client := NewHTTPClient(config, 10*time.Second, time.Second)
 	for range 2 {
 		resp, err := client.Get("https://" + ln.Addr().String())
 		if err != nil || resp.Proto != "HTTP/1.1" {
@@ -509,7 +509,7 @@ func TestHTTPClient(t *testing.T) {
 	}
 	srv := httptest.NewServer(http.RedirectHandler(other.URL, http.StatusTemporaryRedirect))
 	defer srv.Close()
-	client := HTTPClient(nil, 10*time.Second, 10*time.Second)
+	client := NewHTTPClient(nil, 10*time.Second, 10*time.Second)
 	resp, err := client.Get(srv.URL)
 	if err != nil || resp.StatusCode != http.StatusTemporaryRedirect {
 		t.Fatalf("%v %v", resp, err)

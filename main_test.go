@@ -580,7 +580,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 	for i := range sites {
 		held := map[int64]int{} // samples by time
-		for _, b := range store.clusters[fmt.Sprint("site", i)].held.Batches {
+		for _, b := range store.sites[fmt.Sprint("site", i)].data.Batches {
 			for k := range b.V {
 				held[b.Time(k)]++
 			}
@@ -694,7 +694,7 @@ func TestClientKilledInOutage(t *testing.T) {
 	}
 	defer store.Close()
 	held := map[float64]bool{}
-	for _, b := range store.clusters["a"].held.Batches {
+	for _, b := range store.sites["a"].data.Batches {
 		for _, v := range b.V {
 			held[v] = true
 		}

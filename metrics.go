@@ -1,11 +1,9 @@
-// metrics.go: the process's own counters, gauges and histograms, and their
-// exposition through expfmt. It owns two promises: whatever callers do at run
-// time, the output is one a Prometheus accepts (no duplicate series, no invalid
-// UTF-8, counters never fall), and its memory is bounded (maxChildren series per
-// family, maxValueLen bytes per label value). It must not know who counts, nor
-// what: callers register their families and refresh them through OnCollect.
-
 package main
+
+// The process's own counters, gauges and histograms, and their exposition through expfmt. A
+// Prometheus accepts the output, whatever callers do: no duplicate series, no invalid UTF-8,
+// counters never fall. Memory is bounded by maxChildren series per family and maxValueLen
+// bytes per label value. This family must not know the meaning of any metric.
 
 import (
 	"bytes"
@@ -16,19 +14,13 @@ import (
 	"maps"
 	"math"
 	"net/http"
-	"os"
 	"regexp"
-	"runtime"
-	"runtime/debug"
-	"runtime/metrics"
 	"slices"
 	"sort"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
-	"time"
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
@@ -214,9 +206,9 @@ func (c *Counter) Add(v float64, labelValues ...string) {
 	}
 }
 
-// Total raises the series to v, a total kept elsewhere (as in the Stats() of
+// SetTotal raises the series to v, a total kept elsewhere (as in the Stats() of
 // another room); a lower v, or one Add would ignore, changes nothing.
-func (c *Counter) Total(v float64, labelValues ...string) {
+func (c *Counter) SetTotal(v float64, labelValues ...string) {
 	child := c.child(labelValues)
 	for {
 		old := child.value.Load()
@@ -359,7 +351,7 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", string(format))
-	if !TakesGzip(r.Header) {
+	if !AcceptsGzip(r.Header) {
 		w.Write(body.Bytes()) // an error here is the scraper's hanging up
 		return
 	}
@@ -369,9 +361,9 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	zw.Close()
 }
 
-// TakesGzip tells whether Accept-Encoding names gzip without refusing it by
+// AcceptsGzip tells whether Accept-Encoding names gzip without refusing it by
 // q=0 (RFC 9110, 12.5.3). "*" is not taken for a yes.
-func TakesGzip(h http.Header) bool {
+func AcceptsGzip(h http.Header) bool {
 	for enc := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
 		name, param, _ := strings.Cut(enc, ";")
 		if strings.EqualFold(strings.TrimSpace(name), "gzip") {
@@ -381,97 +373,4 @@ func TakesGzip(h http.Header) bool {
 		}
 	}
 	return false
-}
-
-// RegisterProcess adds what Prometheus's own libraries tell of every process,
-// under the same names, and telemeter_build_info. What Linux tells in /proc is
-// absent where there is none.
-func RegisterProcess(m *Metrics) {
-	version, revision := Version()
-	m.Gauge("telemeter_build_info", "Constant 1, labelled with what this binary was built from.",
-		"version", "revision", "goversion").Set(1, version, revision, runtime.Version())
-	cpu := m.Counter("process_cpu_seconds_total", "User and system CPU time spent in seconds.")
-	maxFDs := m.Gauge("process_max_fds", "Maximum number of open file descriptors.")
-	goroutines := m.Gauge("go_goroutines", "Number of goroutines.")
-	heap := m.Gauge("go_memstats_heap_alloc_bytes", "Bytes of heap objects, live or not yet collected.")
-	cycles := m.Counter("go_gc_cycles_total", "Completed garbage collections.")
-	m.OnCollect(func() {
-		var usage syscall.Rusage
-		if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
-			cpu.Total(time.Duration(usage.Utime.Nano() + usage.Stime.Nano()).Seconds())
-		}
-		var limit syscall.Rlimit
-		if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil {
-			maxFDs.Set(float64(limit.Cur))
-		}
-		goroutines.Set(float64(runtime.NumGoroutine()))
-		// Unlike runtime.ReadMemStats, this does not stop the world.
-		mem := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
-		metrics.Read(mem)
-		heap.Set(float64(mem[0].Value.Uint64()))
-		cycles.Total(float64(mem[1].Value.Uint64()))
-	})
-
-	if _, ok := readProc(); !ok {
-		return
-	}
-	resident := m.Gauge("process_resident_memory_bytes", "Resident memory size in bytes.")
-	start := m.Gauge("process_start_time_seconds", "Start time of the process since unix epoch in seconds.")
-	openFDs := m.Gauge("process_open_fds", "Number of open file descriptors.")
-	m.OnCollect(func() {
-		if p, ok := readProc(); ok {
-			resident.Set(p.resident)
-			start.Set(p.start)
-			openFDs.Set(p.openFDs)
-		}
-	})
-}
-
-type procStats struct{ resident, start, openFDs float64 } // bytes, Unix seconds, number
-
-// readProc reads /proc as proc(5) describes it. The kernel's boot time follows
-// the wall clock's corrections, and so does the start time told.
-func readProc() (p procStats, ok bool) {
-	const ticks = 100 // USER_HZ, the same on every architecture Go has on Linux
-	stat, err1 := os.ReadFile("/proc/self/stat")
-	system, err2 := os.ReadFile("/proc/stat")
-	fds, err3 := os.ReadDir("/proc/self/fd")
-	// The second field, the command, may hold spaces and parentheses itself.
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if cmp.Or(err1, err2, err3) != nil || len(fields) <= 24-3 {
-		return p, false
-	}
-	_, boot, _ := strings.Cut(string(system), "\nbtime ")
-	boot, _, _ = strings.Cut(boot, "\n")
-	booted, err1 := strconv.ParseFloat(boot, 64)
-	started, err2 := strconv.ParseFloat(fields[22-3], 64)
-	pages, err3 := strconv.ParseFloat(fields[24-3], 64)
-	p.resident, p.start = pages*float64(os.Getpagesize()), booted+started/ticks
-	p.openFDs = float64(len(fds) - 1) // one of them is the listing's own
-	return p, cmp.Or(err1, err2, err3) == nil
-}
-
-// Version returns the module version and the commit that the binary was built
-// from: "devel" and "unknown" when the build did not record them, and "-dirty"
-// behind a commit with uncommitted changes.
-func Version() (version, revision string) {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		info = &debug.BuildInfo{}
-	}
-	return buildVersion(info)
-}
-
-func buildVersion(info *debug.BuildInfo) (version, revision string) {
-	version, revision = cmp.Or(strings.Trim(info.Main.Version, "()"), "devel"), "unknown"
-	dirty := ""
-	for _, s := range info.Settings {
-		switch {
-		case s.Key == "vcs.revision":
-			revision = s.Value
-		case s.Key == "vcs.modified" && s.Value == "true":
-			dirty = "-dirty"
-		}
-	}
-	return version, revision + dirty
 }

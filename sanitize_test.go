@@ -239,7 +239,7 @@ func TestNormalizer(t *testing.T) {
 				t.Errorf("%.60s: %.600q", shown, err)
 			}
 		}
-		var p Push
+		var p SampleList
 		if drop == "" {
 			if err := p.Add(c.r); err != nil {
 				t.Errorf("%s: %v", shown, err)
@@ -253,7 +253,7 @@ func TestNormalizer(t *testing.T) {
 	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
 	if drop, err := plain.Apply(r, plain.Forced("site", nil)); drop != "" || err != nil {
 		t.Errorf("%s %v", drop, err)
-	} else if err := new(Push).Add(r); err == nil {
+	} else if err := new(SampleList).Add(r); err == nil {
 		t.Error("a label that occurs twice is taken")
 	}
 	if string(forced[0].Name) != ClusterLabel || string(forced[0].Value) != "site" || len(n.Labels) != 2 {
@@ -271,7 +271,7 @@ func TestNormalizerLeavesForcedLabels(t *testing.T) {
 		if _, err := n.Apply(r, forced); err != nil {
 			t.Fatal(err)
 		}
-		if err := new(Push).Add(r); err != nil {
+		if err := new(SampleList).Add(r); err != nil {
 			t.Fatal(err)
 		}
 		if got := fmt.Sprintf("%q", forced); got != want || fmt.Sprintf("%q", forced[:cap(forced)][len(forced)]) != `{"" ""}` {
@@ -284,7 +284,7 @@ func cleaned(c *Cleaner, r *RawSample) (string, error) {
 	if drop := c.Apply(r); drop != "" {
 		return drop, nil
 	}
-	var p Push
+	var p SampleList
 	err := p.Add(r)
 	return string(p.Arena), err
 }
@@ -332,7 +332,7 @@ func TestCleanerAnonymizes(t *testing.T) {
 		if err != nil || strings.Contains(line, secret) || !bytes.Equal(source, before) {
 			t.Fatalf("%s %v (source is now %q)", line, err, source)
 		}
-		_, labels, err := new(Parser).Check([]byte(line))
+		_, labels, err := new(SeriesParser).ParseRendered([]byte(line))
 		if err != nil || string(labelValue(labels, "job")) != "j" {
 			t.Fatalf("%s: %v", line, err)
 		}

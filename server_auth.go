@@ -1,9 +1,8 @@
 package main
 
-// Authentication of requests: tokens are verified, or the --authorize URL is asked, and
-// client tokens are exchanged for upload tokens. Invariants: an answer says nothing that an
-// attacker does not know; a revoked token is refused from the reload on. This file must not
-// know of samples.
+// Authentication of requests: the server verifies tokens, or asks the --authorize URL, and
+// exchanges client tokens for upload tokens. An answer says nothing that an attacker does not
+// know. A revoked token is refused from the reload on. This file must not know of samples.
 
 import (
 	"errors"
@@ -38,7 +37,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 		s.refuse(w, "malformed", "the token is malformed")
 	case err != nil:
 		s.refuse(w, "forged", "the token is not signed by a key of this server")
-	case st.Revoked.Has(t):
+	case st.Revoked.IsRevoked(t):
 		s.refuse(w, "revoked", "the token has been revoked")
 	default:
 		kindOK := false
@@ -62,7 +61,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 // authorize exchanges a client token for an upload token.
 func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 	var t Token
-	if s.cfg.Authorize != nil {
+	if s.cfg.Authorizer != nil {
 		var ok bool
 		if t, ok = s.ask(w, r); !ok {
 			return
@@ -72,7 +71,7 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 		if t, ok = s.authenticate(w, r, KindClient); !ok {
 			return
 		}
-		s.senders.Authorized(t.Cluster, t.Expires, s.cfg.Now())
+		s.senders.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
 	}
 	now := s.cfg.Now()
 	expires := now.Add(UploadTokenTTL).Unix()
@@ -108,16 +107,16 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) 
 		s.refuse(w, "missing", "no bearer token; send Authorization: Bearer <token>")
 		return t, false
 	}
-	if err := ValidClusterID(id); err != nil {
+	if err := CheckClusterID(id); err != nil {
 		http.Error(w, "id: "+err.Error(), http.StatusBadRequest)
 		return t, false
 	}
 	t = Token{Cluster: id, ID: NewTokenID()}
-	if s.state.Load().Revoked.Has(t) {
+	if s.state.Load().Revoked.IsRevoked(t) {
 		s.refuse(w, "revoked", "the cluster ID has been revoked")
 		return t, false
 	}
-	labels, err := s.cfg.Authorize.Ask(r.Context(), id, text)
+	labels, err := s.cfg.Authorizer.Authorize(r.Context(), id, text)
 	delete(labels, ClusterLabel)
 	for name, value := range labels {
 		err = errors.Join(err, CheckLabel(name, value))
@@ -126,7 +125,7 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) 
 	case errors.Is(err, ErrNotAuthorized):
 		s.refuse(w, "forged", err.Error())
 		return t, false
-	case errors.Is(err, ErrOtherCluster):
+	case errors.Is(err, ErrOtherClusterID):
 		s.unauthorized.Inc("other_cluster")
 		http.Error(w, err.Error(), http.StatusForbidden)
 		return t, false
@@ -142,4 +141,4 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) 
 }
 
 // revoked reports whether a cluster ID was revoked.
-func (s *Server) revoked(id string) bool { return s.state.Load().Revoked.Has(Token{Cluster: id}) }
+func (s *Server) revoked(id string) bool { return s.state.Load().Revoked.IsRevoked(Token{Cluster: id}) }

@@ -599,7 +599,7 @@ func TestUntimelyPush(t *testing.T) {
 func TestUntimelyPushOfAnother(t *testing.T) {
 	ring := newRingServers(t, 2)
 	a, b := ring[0], ring[1]
-	id := ownedBy(t, a.node.Forward, "b")
+	id := ownedBy(t, a.node.Forwarder, "b")
 	if got := a.accepted(a.push(id, "up 1 5\n")); got.Dropped["too_old"] != 1 || got.Hint == "" || got.Server != "b" {
 		t.Errorf("answered %+v", got)
 	}
@@ -624,7 +624,7 @@ func TestShownOnceReady(t *testing.T) {
 		id    string
 		shown bool // when it is not ready
 	}{
-		"member": {ring[1].srvRig, ownedBy(t, ring[0].node.Forward, "b"), false},
+		"member": {ring[1].srvRig, ownedBy(t, ring[0].node.Forwarder, "b"), false},
 		"alone":  {newSrvRig(t), "site-a", true},
 	} {
 		c.rig.accepted(c.rig.push(c.id, "up 1\n"))
@@ -807,7 +807,7 @@ func TestAuthorizeURL(t *testing.T) {
 	defer close(hang)
 	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) {
 		var err error
-		if c.Authorize, err = NewAsker(service.URL+"/auth?tenant=7&id=forged", HTTPClient(nil, 300*time.Millisecond, 10*time.Second)); err != nil {
+		if c.Authorizer, err = NewAuthorizer(service.URL+"/auth?tenant=7&id=forged", NewHTTPClient(nil, 300*time.Millisecond, 10*time.Second)); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -903,26 +903,26 @@ func TestSenders(t *testing.T) {
 	s := NewSenders(time.Second)
 	for i := range maxSenders {
 		id := strconv.Itoa(i)
-		if _, err := s.Begin(id, authNow); err != nil {
+		if _, err := s.AcquirePush(id, authNow); err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {
-			s.End(id)
+			s.ReleasePush(id)
 		}
 	}
-	if wait, err := s.Begin("one more", authNow); err == nil || wait <= 0 {
+	if wait, err := s.AcquirePush("one more", authNow); err == nil || wait <= 0 {
 		t.Errorf("one more than the limit: %v, %v", wait, err)
 	}
-	s.Failed("one more", authNow)
-	s.Authorized("one more", 7, authNow)
+	s.SetFailed("one more", authNow)
+	s.SetTokenExpiry("one more", 7, authNow)
 	later := authNow.Add(senderIdle + time.Second)
-	if _, err := s.Begin("one more", later); err != nil {
+	if _, err := s.AcquirePush("one more", later); err != nil {
 		t.Error(err)
 	}
 	if len(s.byID) != 2 { // and the one in flight
 		t.Errorf("%d senders are remembered", len(s.byID))
 	}
-	s.End("0")
+	s.ReleasePush("0")
 }
 
 // TestNoRoom: what the server cannot take is refused with a time to come again,
@@ -948,7 +948,7 @@ func TestNoRoom(t *testing.T) {
 		{"closed", nil, func(r *srvRig) {
 			r.store.Close()
 			for _, c := range r.store.sorted() {
-				<-c.turn // Close comes a second time
+				<-c.lock // Close comes a second time
 			}
 		}, "too busy"},
 	} {
@@ -990,7 +990,7 @@ func TestRefusedLeavesNothing(t *testing.T) {
 			t.Errorf("%q: %d", body, got.status)
 		}
 	}
-	if st := r.store.Stats(); len(st.Clusters) != 0 || st.Bytes != 0 || r.store.totals.Samples.Load() != 0 {
+	if st := r.store.Stats(); len(st.Sites) != 0 || st.Bytes != 0 || r.store.totals.Samples.Load() != 0 {
 		t.Errorf("left: %+v", st)
 	}
 	if got := r.accepted(r.push("site-a", "a 1\nb 1\n")); got.Accepted != 2 {
@@ -1016,7 +1016,7 @@ func TestVanishingClient(t *testing.T) {
 		defer r.server.senders.mu.Unlock()
 		return len(r.server.uploads) == 0 && len(r.server.decoding) == 0 && r.server.senders.byID["site-a"].inFlight == 0
 	})
-	if st := r.store.Stats(); len(st.Clusters) != 0 {
+	if st := r.store.Stats(); len(st.Sites) != 0 {
 		t.Errorf("left: %+v", st)
 	}
 	// A client that says what it will send, and then waits to be asked for it, is
@@ -1079,10 +1079,10 @@ func TestConcurrentUploads(t *testing.T) {
 func TestAnswerWithoutBody(t *testing.T) {
 	r := newSrvRig(t)
 	for range rateBurst {
-		if _, err := r.server.senders.Begin("fast", r.now()); err != nil {
+		if _, err := r.server.senders.AcquirePush("fast", r.now()); err != nil {
 			t.Fatal(err)
 		}
-		r.server.senders.End("fast")
+		r.server.senders.ReleasePush("fast")
 	}
 	for _, c := range []struct {
 		path, token, header, body string
@@ -1761,7 +1761,7 @@ func TestSpoolAnswers(t *testing.T) {
 		other = "00000000000000cd"
 	)
 	r := newSrvRig(t)
-	conn := &Conn{}
+	conn := &ConnTracker{}
 	ms := func(n int) int64 { return authNow.UnixMilli() + int64(n) }
 	in, old := func(name string, n int) string { return fmt.Sprintf("%s %d %d\n", name, n, ms(n)) }, "old 1 5\n"
 	key := ConsumerKey("x", "192.0.2.1", "")
@@ -1840,11 +1840,11 @@ func TestSpoolAnswers(t *testing.T) {
 func TestSpoolQuestion(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
-	r.scrapeOn(&Conn{}, "consumer=x")
+	r.scrapeOn(&ConnTracker{}, "consumer=x")
 	if got := r.accepted(r.pushSpool("new", "", SpoolHeader, spool)); got.lists() != "|" {
 		t.Errorf("answered %+v", got)
 	}
-	if n := len(r.store.clusters); n != 0 {
+	if n := len(r.store.sites); n != 0 {
 		t.Errorf("%d sites are known after a question", n)
 	}
 	r.accepted(r.pushSpool("site-a", "up 1\n", SpoolHeader, spool+" 1"))
@@ -1869,7 +1869,7 @@ func TestSpoolQuestion(t *testing.T) {
 func TestSpoolToldConsumers(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
-	conn := &Conn{}
+	conn := &ConnTracker{}
 	var told string
 	site := func(id, numbers, text, want string) {
 		t.Helper()
@@ -1913,14 +1913,14 @@ func TestSpoolToldConsumers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	seq, _ := r.store.Consumers.Read(RingKey("site-b"), r.now())
+	seq, _ := r.store.Consumers.ReadBy(SiteKey("site-b"), r.now())
 	for range 2 {
-		reading, _, err := r.store.Consumers.Begin(key, "y", "192.0.2.2", conn, r.now())
+		reading, _, err := r.store.Consumers.BeginScrape(key, "y", "192.0.2.2", conn, r.now())
 		if err != nil {
 			t.Fatal(err)
 		}
-		reading.Serve(RingKey("site-a"), Position{Seq: seq}, 1)
-		reading.Serve(RingKey("site-b"), Position{Seq: seq}, 1)
+		reading.MarkServed(SiteKey("site-a"), Position{Seq: seq}, 1)
+		reading.MarkServed(SiteKey("site-b"), Position{Seq: seq}, 1)
 	}
 	site("site-a", "", "", "|1-2")
 }
@@ -1980,10 +1980,10 @@ func TestUploadHeaders(t *testing.T) {
 			if a.status != 400 || !strings.Contains(a.body, c.reason) {
 				t.Errorf("%d %s", a.status, a.body)
 			}
-			if st := r.store.Stats(); len(st.Clusters) > 0 || r.server.pushes.Value(resultMalformed) != 1 {
+			if st := r.store.Stats(); len(st.Sites) > 0 || r.server.pushes.Value(resultMalformed) != 1 {
 				t.Errorf("it left %+v, and %v are counted", st, r.server.pushes.Value(resultMalformed))
 			}
-			if all := r.store.Consumers.Known(RingKey("site-a"), r.now()); len(all) > 0 {
+			if all := r.store.Consumers.ConsumerAges(SiteKey("site-a"), r.now()); len(all) > 0 {
 				t.Errorf("it told of %d consumers", len(all))
 			}
 		})

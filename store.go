@@ -1,15 +1,12 @@
 package main
 
-// The samples held for each cluster, in memory as on disk: each accepted push is
-// a batch with a sequence number, and a batch in memory is a record in the
-// cluster's log. Invariants: Append returns nil only when its samples are
-// durable; what was accepted leaves by retention or by the sample limit alone;
-// one cluster's damage or flood never touches another. This file must not know
-// of tokens, HTTP or metrics: it returns counts and errors.
+// The sites of a server and their samples, in memory as on disk. Append returns nil only when
+// its samples are durable. Accepted samples leave by retention or by the sample limit alone.
+// Damage or flood of one site never touches another. This family must not know of tokens, HTTP
+// or own metrics: it returns counts and errors.
 
 import (
 	"cmp"
-	"container/heap"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -66,7 +63,7 @@ type Store struct {
 	unlock func() error
 	kick   chan struct{} // asks Run to make room now
 
-	totals           Totals
+	totals           StoreTotals
 	damaged, evicted atomic.Int64 // logs; samples
 	torn             atomic.Int64 // bytes
 
@@ -78,12 +75,12 @@ type Store struct {
 	// Consumers are those that scrape what is held.
 	Consumers *Consumers
 
-	mu       sync.RWMutex // guards the rest, and the closing of closing
-	clusters map[string]*Site
+	mu    sync.RWMutex // guards the rest, and the closing of closing
+	sites map[string]*Site
 }
 
 func (s *Store) newSite(id string) *Site {
-	held := NewCluster(id, s.seed)
+	held := NewSiteData(id, s.seed)
 	// Above all that was, so that no cursor from before this cluster was last
 	// forgotten is past what is yet to come.
 	held.Begin(s.totals.Newest.Load())
@@ -99,7 +96,7 @@ func (s *Store) newLog(id string) *Log {
 }
 
 func (s *Store) path(id string) string {
-	h := ClusterHash(id)
+	h := ClusterIDHash(id)
 	name := hex.EncodeToString(h[:16])
 	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
 }
@@ -121,12 +118,12 @@ func (s *Store) OldestServed() int64 { return s.cfg.Span().Late.Add(-s.cfg.Reten
 // next push of its cluster would replace it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
 	s := &Store{
-		cfg: cfg, seed: maphash.MakeSeed(), clusters: map[string]*Site{},
+		cfg: cfg, seed: maphash.MakeSeed(), sites: map[string]*Site{},
 		kick: make(chan struct{}, 1), closing: make(chan struct{}), unlock: func() error { return nil },
 	}
 	s.totals.LimitStorage, s.totals.Closing = cfg.LimitStorage, s.closing
 	s.totals.Read = func(hash uint64) uint64 {
-		seq, _ := s.Consumers.Read(hash, s.cfg.Span().Early)
+		seq, _ := s.Consumers.ReadBy(hash, s.cfg.Span().Early)
 		return seq
 	}
 	s.totals.Full = func() {
@@ -139,7 +136,7 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		s.totals.Owned = func(uint64) bool { return true }
 	}
 	if cfg.Span == nil {
-		s.cfg.Span = func() Span { return At(cfg.Now()) }
+		s.cfg.Span = func() Span { return SpanAt(cfg.Now()) }
 	}
 	if cfg.OnWarning == nil {
 		s.cfg.OnWarning = func(error) {}
@@ -173,10 +170,10 @@ func (s *Store) closed() bool {
 func (s *Store) acquire(ctx context.Context, id string) (*Site, error) {
 	for displaced := false; ; {
 		s.mu.Lock()
-		c, closed := s.clusters[id], s.closed()
-		if c == nil && !closed && (s.cfg.LimitClusters == 0 || len(s.clusters) < s.cfg.LimitClusters) {
+		c, closed := s.sites[id], s.closed()
+		if c == nil && !closed && (s.cfg.LimitClusters == 0 || len(s.sites) < s.cfg.LimitClusters) {
 			c = s.newSite(id)
-			s.clusters[id] = c
+			s.sites[id] = c
 		}
 		s.mu.Unlock()
 		if closed {
@@ -192,13 +189,13 @@ func (s *Store) acquire(ctx context.Context, id string) (*Site, error) {
 		if c == nil {
 			return nil, fmt.Errorf("%w: %d clusters are known, which is the limit", ErrFull, s.cfg.LimitClusters)
 		}
-		if err := c.Take(ctx); err != nil {
+		if err := c.Lock(ctx); err != nil {
 			return nil, err
 		}
-		if !c.Gone {
+		if !c.Removed {
 			return c, nil
 		}
-		c.Free()
+		c.Unlock()
 	}
 }
 
@@ -206,11 +203,11 @@ func (s *Store) acquire(ctx context.Context, id string) (*Site, error) {
 // accepted: a first push that fails leaves nothing behind.
 func (s *Store) release(c *Site) {
 	virgin := false
-	c.Look(func(held *Cluster) { virgin = held.Virgin() })
+	c.View(func(held *SiteData) { virgin = held.Virgin() })
 	if virgin {
 		s.forget(c)
 	}
-	c.Free()
+	c.Unlock()
 }
 
 // displace forgets the cluster that has been silent longest, of those without samples.
@@ -219,19 +216,19 @@ func (s *Store) displace() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
 	for _, c := range s.sorted() {
-		c.Look(func(held *Cluster) {
+		c.View(func(held *SiteData) {
 			if len(held.Batches) == 0 && !held.Virgin() && held.Accepted < least {
 				silent, least = c, held.Accepted
 			}
 		})
 	}
-	if silent == nil || !silent.TryTake() {
+	if silent == nil || !silent.TryLock() {
 		return nil
 	}
-	defer silent.Free()
+	defer silent.Unlock()
 	empty := false
-	silent.Look(func(held *Cluster) { empty = len(held.Batches) == 0 })
-	if silent.Gone || !empty {
+	silent.View(func(held *SiteData) { empty = len(held.Batches) == 0 })
+	if silent.Removed || !empty {
 		return nil
 	}
 	return s.remove(silent)
@@ -255,7 +252,7 @@ func (s *Store) remove(c *Site) error {
 func (s *Store) forget(c *Site) {
 	c.Forgotten()
 	s.mu.Lock()
-	delete(s.clusters, c.ID)
+	delete(s.sites, c.ID)
 	s.mu.Unlock()
 	s.Consumers.Forget(c.Hash)
 }
@@ -266,7 +263,7 @@ func (s *Store) forget(c *Site) {
 // them are known already, nothing is stored. Waiting for an earlier push of
 // the cluster ends with ctx. Errors: ErrSeriesLimit, ErrTooLarge, ErrFull,
 // ErrClock, ErrClosed, ctx's, or those of the disk.
-func (s *Store) Append(ctx context.Context, id string, p *Push, names SpoolNames) (AppendResult, error) {
+func (s *Store) Append(ctx context.Context, id string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	c, err := s.acquire(ctx, id)
 	if err != nil {
 		return AppendResult{}, err
@@ -285,122 +282,17 @@ type SpoolStatus struct {
 
 // Spool returns what is known of a spool of cluster id.
 func (s *Store) Spool(id string, spool uint64) (st SpoolStatus) {
-	hash, now := RingKey(id), s.cfg.Span().Early
-	st.Consumers = s.Consumers.Known(hash, now)
-	seq, known := s.Consumers.Read(hash, now)
+	hash, now := SiteKey(id), s.cfg.Span().Early
+	st.Consumers = s.Consumers.ConsumerAges(hash, now)
+	seq, known := s.Consumers.ReadBy(hash, now)
 	st.Settled = known
-	s.Look(id, func(held *Cluster) {
+	s.ViewSite(id, func(held *SiteData) {
 		if known {
-			held.Spools.Settle(seq)
+			held.Spools.MarkRead(seq)
 		}
-		st.Held, st.Read = held.Spools.Lists(spool)
+		st.Held, st.Read = held.Spools.HeldAndRead(spool)
 	})
 	return st
-}
-
-// oldestFirst is a heap of clusters by when they got their oldest batch.
-type oldestFirst []siteHead
-
-type siteHead struct {
-	site *Site
-	at   int64 // ms
-}
-
-func (h oldestFirst) Len() int           { return len(h) }
-func (h oldestFirst) Less(i, j int) bool { return h[i].at < h[j].at }
-func (h oldestFirst) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *oldestFirst) Push(x any)        { *h = append(*h, x.(siteHead)) }
-func (h *oldestFirst) Pop() any {
-	last := (*h)[len(*h)-1]
-	*h = (*h)[:len(*h)-1]
-	return last
-}
-
-func headOf(c *Site) (at int64) {
-	c.Look(func(held *Cluster) { at = held.Head() })
-	return at
-}
-
-// most returns how many samples may be held in all when c, if not nil, is to take n
-// more: one that would have more than its share leaves an eighth to the others, whom it
-// could else keep out for as long as retention.
-func (s *Store) most(c *Site, n int) int64 {
-	limit := int64(s.cfg.LimitSamples)
-	spare := limit / 8
-	if c == nil || s.totals.Samples.Load()+int64(n) <= limit-spare {
-		return limit
-	}
-	s.mu.RLock()
-	clusters := int64(len(s.clusters))
-	s.mu.RUnlock()
-	held := int64(n)
-	c.Look(func(h *Cluster) { held += h.Samples() })
-	if clusters > 1 && held > limit/clusters {
-		limit -= spare
-	}
-	return limit
-}
-
-// makeRoom makes room under the limit for n samples of c, or for none. It evicts
-// batches, oldest first, that every consumer has had and no scrape shows any more; if
-// that is not enough, it is ErrFull.
-func (s *Store) makeRoom(c *Site, n int) error {
-	if s.cfg.LimitSamples == 0 {
-		return nil
-	}
-	if n > s.cfg.LimitSamples { // which no eviction would help
-		return fmt.Errorf("%w: a push of %d samples, the limit is %d", ErrFull, n, s.cfg.LimitSamples)
-	}
-	most := s.most(c, n)
-	fits := func() bool { return s.totals.Samples.Load()+int64(n) <= most }
-	if fits() {
-		return nil
-	}
-	s.room.Lock()
-	defer s.room.Unlock()
-	now := s.cfg.Now()
-	// What could not go a moment ago is not looked through again for every push.
-	if since := now.Sub(s.full); !fits() && (since < 0 || since >= roomPause) {
-		s.evict(most - int64(n) - most/64) // some more, so that not every push has to
-		if !fits() {
-			s.full = now
-		}
-	}
-	if !fits() {
-		return fmt.Errorf("%w: %d samples are held; the limit is %d, and %d for a cluster ID that has more than its share",
-			ErrFull, s.totals.Samples.Load(), s.cfg.LimitSamples, s.cfg.LimitSamples-s.cfg.LimitSamples/8)
-	}
-	return nil
-}
-
-// evict evicts until no more than goal samples are held, if so many may go.
-func (s *Store) evict(goal int64) {
-	shown := s.cfg.Span().Early.Add(-s.cfg.MaxSampleAge).UnixMilli()
-	var heads oldestFirst
-	s.mu.RLock()
-	for _, c := range s.clusters {
-		heads = append(heads, siteHead{site: c})
-	}
-	s.mu.RUnlock()
-	for i := range heads {
-		heads[i].at = headOf(heads[i].site)
-	}
-	heap.Init(&heads)
-	touched := map[*Site]bool{}
-	for len(heads) > 0 && s.totals.Samples.Load() > goal {
-		c := heads[0].site
-		if n, ok := c.Evict(shown); ok {
-			s.evicted.Add(n)
-			touched[c] = true
-			heads[0].at = headOf(c)
-			heap.Fix(&heads, 0)
-		} else {
-			heap.Pop(&heads)
-		}
-	}
-	for c := range touched {
-		c.Look(func(held *Cluster) { held.Batches = slices.Clone(held.Batches) }) // lets go of the evicted
-	}
 }
 
 // Run drops what outlived retention, compacts logs and keeps cursors, until ctx ends.
@@ -419,23 +311,15 @@ func (s *Store) Run(ctx context.Context) error {
 
 // every calls do at intervals, and when kicked, until ctx ends.
 func (s *Store) every(ctx context.Context, interval time.Duration, kick <-chan struct{}, do func(kicked bool)) {
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
 	for {
-		kicked := false
-		select {
-		case <-ctx.Done():
+		if _, ok := Sleep(ctx, kickPause, nil); !ok { // refused pushes kick as often as they come
 			return
-		case <-kick:
-			kicked = true
-		case <-tick.C:
+		}
+		kicked, ok := Sleep(ctx, interval-kickPause, kick)
+		if !ok {
+			return
 		}
 		do(kicked)
-		select { // refused pushes kick as often as they come
-		case <-ctx.Done():
-			return
-		case <-time.After(kickPause):
-		}
 	}
 }
 
@@ -459,7 +343,7 @@ func (s *Store) maintainCluster(c *Site, full bool) error {
 	oldest := s.Oldest()
 	c.Expire(oldest)
 	forget := false
-	c.Look(func(held *Cluster) {
+	c.View(func(held *SiteData) {
 		forget = len(held.Batches) == 0 && s.cfg.Span().Early.UnixMilli()-held.Accepted > forgetAfter.Milliseconds()
 	})
 	if forget {
@@ -471,15 +355,15 @@ func (s *Store) maintainCluster(c *Site, full bool) error {
 // maintain goes once over all clusters.
 func (s *Store) maintain(ctx context.Context, full bool) {
 	for _, c := range s.sorted() {
-		if c.Take(ctx) != nil {
+		if c.Lock(ctx) != nil {
 			return
 		}
-		if !c.Gone {
+		if !c.Removed {
 			if err := s.maintainCluster(c, full); err != nil {
 				s.cfg.OnError(fmt.Errorf("compacting the log of cluster %q: %w", c.ID, err))
 			}
 		}
-		c.Free()
+		c.Unlock()
 	}
 }
 
@@ -487,91 +371,35 @@ func (s *Store) maintain(ctx context.Context, full bool) {
 func (s *Store) sorted() []*Site {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return slices.SortedFunc(maps.Values(s.clusters), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
+	return slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// Each calls f for what is held of each cluster by ID, from that on which stands at
+// ForEachSite calls f for what is held of each cluster by ID, from that on which stands at
 // start, 0 to 1, of all and round, until f returns false. It expires samples before it
 // calls f. f must neither keep held nor call the store.
-func (s *Store) Each(start float64, f func(hash uint64, held *Cluster) bool) {
+func (s *Store) ForEachSite(start float64, f func(hash uint64, held *SiteData) bool) {
 	sites, oldest := s.sorted(), s.Oldest()
 	for i := range sites {
 		c := sites[(int(start*float64(len(sites)))+i)%len(sites)]
 		c.Expire(oldest)
 		goOn := true
-		c.Look(func(held *Cluster) { goOn = f(c.Hash, held) })
+		c.View(func(held *SiteData) { goOn = f(c.Hash, held) })
 		if !goOn {
 			return
 		}
 	}
 }
 
-// Look calls f with what is held of a cluster, as Each does; it reports false if
+// ViewSite calls f with what is held of a cluster, as Each does; it reports false if
 // nothing is known of it.
-func (s *Store) Look(id string, f func(held *Cluster)) bool {
+func (s *Store) ViewSite(id string, f func(held *SiteData)) bool {
 	s.mu.RLock()
-	c := s.clusters[id]
+	c := s.sites[id]
 	s.mu.RUnlock()
 	if c != nil {
-		c.Look(f)
+		c.View(f)
 	}
 	return c != nil
-}
-
-// ClusterStats says what is held of one cluster.
-type ClusterStats struct {
-	ID                string
-	Series            int
-	Samples, Accepted int64     // Accepted: ms, of the newest push
-	Backlog           []Backlog // of every consumer
-}
-
-// Backlog is what one consumer has not had of a cluster.
-type Backlog struct {
-	Name, Address string
-	Samples       int
-	Used          time.Time // of its newest scrape
-}
-
-// StoreStats says what is held, and what happened since the store was opened.
-type StoreStats struct {
-	Clusters             []ClusterStats // by ID
-	Bytes                int64          // of all logs
-	Evicted, Expired     int64          // samples
-	Unread               int64          // samples that expired before every consumer had them
-	Damaged, Compactions int64          // logs, rewrites
-	Torn                 int64          // bytes of unfinished writes, cut when the store was opened
-}
-
-// Stats returns what is held now.
-func (s *Store) Stats() StoreStats {
-	st := StoreStats{
-		Bytes: s.totals.Bytes.Load(), Damaged: s.damaged.Load(), Torn: s.torn.Load(), Evicted: s.evicted.Load(),
-		Expired: s.totals.Expired.Load(), Unread: s.totals.Unread.Load(), Compactions: s.totals.Compactions.Load(),
-	}
-	for _, c := range s.sorted() {
-		c.Look(func(held *Cluster) {
-			if held.Accepted == 0 {
-				return
-			}
-			cl := ClusterStats{ID: c.ID, Series: held.Table.Len(), Samples: held.Samples(), Accepted: held.Accepted}
-			for _, cur := range s.Consumers.Cursors(c.Hash) {
-				b := Backlog{cur.Name, cur.Address, held.Unread(Position{Seq: cur.Seq}), cur.Used}
-				// Those that differ in what they ask for look alike here.
-				if n := len(cl.Backlog); n > 0 && cl.Backlog[n-1].Name == b.Name && cl.Backlog[n-1].Address == b.Address {
-					last := &cl.Backlog[n-1]
-					last.Samples = max(last.Samples, b.Samples)
-					if b.Used.After(last.Used) {
-						last.Used = b.Used
-					}
-				} else {
-					cl.Backlog = append(cl.Backlog, b)
-				}
-			}
-			st.Clusters = append(st.Clusters, cl)
-		})
-	}
-	return st
 }
 
 // Close waits for writes under way, refuses later and waiting ones and unlocks
@@ -587,7 +415,7 @@ func (s *Store) Close() error {
 	close(s.closing)
 	s.mu.Unlock()
 	for _, c := range s.sorted() {
-		c.Keep() // nobody writes any more
+		c.LockForever() // nobody writes any more
 	}
 	s.saveConsumers()
 	return s.unlock()

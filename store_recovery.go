@@ -1,9 +1,9 @@
 package main
 
-// Recovery of a store: it reads all logs and the cursors of consumers, mends damaged logs,
-// and takes new numbers for batches. Invariants: a damaged file does not keep another from
-// being read; every known loss is reported, in pushes and samples where they are known and
-// in bytes otherwise; samples that expired while no process ran are counted once.
+// Recovery of a store: it reads all logs and the cursors of consumers, mends damaged logs, and
+// takes new numbers for batches. A damaged file does not keep another from being read. Every
+// known loss is reported, in pushes and samples where they are known and in bytes otherwise.
+// Samples that expired while no process ran are counted once.
 
 import (
 	"encoding/binary"
@@ -45,14 +45,14 @@ func (s *Store) recover() error {
 	if err := s.recoverLogs(dirs, state, damaged); err != nil {
 		return err
 	}
-	if len(s.clusters) > 0 && !state.Found() {
+	if len(s.sites) > 0 && !state.Found() {
 		s.cfg.OnError(fmt.Errorf("%s is missing: consumers that are not in the file of the cursors are not known", filepath.Join(s.cfg.Dir, stateFile)))
 	}
 	s.countOutlived()
 	highest := max(s.Consumers.Highest(), s.totals.Newest.Load())
 	s.dropPastCursors(damaged)
 	first := state.NewBlock(highest)
-	for _, c := range s.clusters {
+	for _, c := range s.sites {
 		c.Raise(first)
 	}
 	s.totals.Raise(first)
@@ -73,9 +73,9 @@ func (d damagedLogs) add(path string) {
 // log as cut short, replaced by an older copy, unusable, or removed.
 func (s *Store) dropPastCursors(damaged damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
-	for _, c := range s.clusters {
+	for _, c := range s.sites {
 		sites[c.Hash] = c
-		c.Look(func(held *Cluster) { ends[c.Hash] = held.Seq })
+		c.View(func(held *SiteData) { ends[c.Hash] = held.Seq })
 	}
 	for _, past := range s.Consumers.DropPast(ends) {
 		name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Cluster)) + "*" + LogSuffix
@@ -101,12 +101,12 @@ func (s *Store) dropPastCursors(damaged damagedLogs) {
 // countOutlived drops and counts the samples that expired while no process ran. The last
 // process counted those that expired before its newest push or scrape.
 func (s *Store) countOutlived() {
-	ran := s.Consumers.Used().UnixMilli()
-	for _, c := range s.clusters {
-		c.Look(func(held *Cluster) { ran = max(ran, held.Accepted) })
+	ran := s.Consumers.LastScrape().UnixMilli()
+	for _, c := range s.sites {
+		c.View(func(held *SiteData) { ran = max(ran, held.Accepted) })
 	}
 	oldest := s.Oldest()
-	for _, c := range s.clusters {
+	for _, c := range s.sites {
 		c.Resume(min(oldest, ran-s.cfg.Retention.Milliseconds()))
 		c.Expire(oldest)
 	}
@@ -136,9 +136,9 @@ func (s *Store) recoverLogs(dirs []string, state *StoreState, damaged damagedLog
 type recoveredLog struct {
 	store   *Store
 	path    string
-	held    Cluster
+	held    SiteData
 	spools  SiteSpools
-	parser  Parser
+	parser  SeriesParser
 	skipped bool   // damaged bytes were skipped since the newest batch
 	pushes  uint64 // lost between two batches that were read
 	samples int    // lost because damage took their series
@@ -191,7 +191,7 @@ func (r *recoveredLog) lost() (text string) {
 // recoverLog reads the log at path, mends it if it is damaged, and adds its site. Samples
 // that had expired at the site's newest push are not counted: the last process did that.
 func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) error {
-	r := recoveredLog{store: s, path: path, held: NewCluster("", s.seed)}
+	r := recoveredLog{store: s, path: path, held: NewSiteData("", s.seed)}
 	log, rec, err := OpenLog(s.cfg.FS, path, r.take)
 	if err != nil {
 		return err // the log may be good
@@ -228,7 +228,7 @@ func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) 
 	oldest := s.Oldest()
 	r.held.Resume(min(oldest, r.held.Accepted-s.cfg.Retention.Milliseconds()))
 	c := NewSite(r.held, log, &s.totals)
-	s.clusters[c.ID] = c
+	s.sites[c.ID] = c
 	s.torn.Add(rec.TornBytes)
 	switch {
 	case hurt:

@@ -22,9 +22,9 @@ import (
 func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]float64 {
 	t.Helper()
 	got := map[heldSample]float64{}
-	conn := &Conn{}
+	conn := &ConnTracker{}
 	for unread := 1; unread > 0; {
-		r, _, err := s.Consumers.Begin(ConsumerKey(name, "::1", ""), name, "::1", conn, k.clock.Now())
+		r, _, err := s.Consumers.BeginScrape(ConsumerKey(name, "::1", ""), name, "::1", conn, k.clock.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -32,7 +32,7 @@ func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]floa
 		fams, unread, _ = scraper(s, -time.Second).Unread(r, 1000, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Lines {
-				got[heldSample{string(l.Text), l.T}] = l.V
+				got[heldSample{string(l.Line), l.T}] = l.V
 			}
 		}
 	}
@@ -47,7 +47,7 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 	fresh := []point{{"m", 2, k.clock.ms(10), 2}, {"m", 1, k.clock.ms(5), 3}}
 	k.push(s, "a", append(fresh, point{"m", 1, k.clock.ms(7190), 1}, point{"m", 3, k.clock.ms(7191), 1})...)
 	k.push(s, "b", point{"m", 1, k.clock.ms(7199), 9})
-	confirm(t, s.Consumers, "far", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
+	confirm(t, s.Consumers, "far", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 	k.clock.Add(20 * time.Second)
 	want := pushed("a", fresh...)
 	for _, consumer := range []string{"one", "two", "one"} {
@@ -60,7 +60,7 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 			t.Errorf("%s: %d samples expired, %d unread; want 3 and 3", consumer, st.Expired, st.Unread)
 		}
 	}
-	for _, b := range s.Stats().Clusters[0].Backlog {
+	for _, b := range s.Stats().Sites[0].Backlog {
 		if b.Samples != 0 {
 			t.Errorf("backlog %+v", b)
 		}
@@ -109,7 +109,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 				for i := range 10 {
 					points = append(points, point{"m", i, k.clock.ms(0), float64(n)})
 				}
-				_, err := s.Append(context.Background(), "a", storePush("a", points...), SpoolNames{})
+				_, err := s.Append(context.Background(), "a", storePush("a", points...), ScrapeNames{})
 				if err == nil {
 					maps.Copy(want, pushed("a", points...))
 				}
@@ -173,7 +173,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 			t.Errorf("%d evicted, %d held of 90", st.Evicted, s.totals.Samples.Load())
 		}
 		for n, v := range map[int]float64{1: 29, 2: 29} {
-			if newest, value := s.clusters["a"].held.Table.Newest(mustFind(&s.clusters["a"].held, fmt.Sprintf(`m{_id="a",instance="",job="",n="%d"}`, n))); newest != k.clock.ms(60) || value != v {
+			if newest, value := s.sites["a"].data.Table.Newest(mustFind(&s.sites["a"].data, fmt.Sprintf(`m{_id="a",instance="",job="",n="%d"}`, n))); newest != k.clock.ms(60) || value != v {
 				t.Errorf("the newest of series %d is %v of %d", n, value, newest)
 			}
 		}
@@ -215,8 +215,8 @@ func TestNumbersNeverFall(t *testing.T) {
 			k.clock.Add(forgetAfter + 3*time.Hour)
 			live := k.open()
 			live.maintain(context.Background(), false)
-			if len(live.clusters) != 0 {
-				k.t.Errorf("%d clusters are known", len(live.clusters))
+			if len(live.sites) != 0 {
+				k.t.Errorf("%d clusters are known", len(live.sites))
 			}
 			live.Close()
 			fsys.put(consumersPath, cursors)
@@ -243,7 +243,7 @@ func TestNumbersNeverFall(t *testing.T) {
 					pt := point{"m", i % 2, k.clock.ms(0), float64(i)}
 					k.push(s, "a", pt)
 					maps.Copy(want, pushed("a", pt))
-					seq := s.clusters["a"].held.Seq
+					seq := s.sites["a"].data.Seq
 					if seq <= highest {
 						t.Fatalf("number %d after %d", seq, highest)
 					}
@@ -417,9 +417,9 @@ func TestClockStep(t *testing.T) {
 		k := newStoreKit(t, fsys)
 		monotonic := k.clock.Now() // steps are of the wall clock alone
 		pass := func(d time.Duration) { k.clock.Add(d); monotonic = monotonic.Add(d) }
-		var changes []ClockChange
+		var changes []WallClockStep
 		start := monotonic
-		clock := NewClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c ClockChange) { changes = append(changes, c) })
+		clock := NewWallClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c WallClockStep) { changes = append(changes, c) })
 		k.cfg.Span = clock.Span
 		s := k.open()
 		points := []point{{"m", 1, k.clock.ms(7000), 1}, {"m", 1, k.clock.ms(3600), 2}, {"m", 1, k.clock.ms(0), 3}}
@@ -433,11 +433,11 @@ func TestClockStep(t *testing.T) {
 			s.Consumers.Expire(s.cfg.Span().Early)
 		}
 		for name, at := range map[string]int64{"right by the old time": right + 1000, "right by the new time": k.clock.ms(0)} {
-			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1}), SpoolNames{}); !errors.Is(err, ErrClock) {
+			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1}), ScrapeNames{}); !errors.Is(err, ErrClock) {
 				t.Errorf("a sample that is %s: %v", name, err)
 			}
 		}
-		if res, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, right - 1000*3600*5, 1}), SpoolNames{}); err != nil || res.TooOld != 1 {
+		if res, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, right - 1000*3600*5, 1}), ScrapeNames{}); err != nil || res.TooOld != 1 {
 			t.Errorf("a sample that is too old by both times: %+v, %v", res, err)
 		}
 		if got := drain(t, k, s, "central"); len(got) != 0 || len(allHeld(t, s)) != 3 || s.Stats().Expired != 0 {
@@ -487,12 +487,12 @@ func TestSilentSiteGivesPlace(t *testing.T) {
 	k := newStoreKit(t, fsys)
 	k.cfg.LimitClusters = 3
 	s := k.open()
-	ids := func() string { return strings.Join(slices.Sorted(maps.Keys(s.clusters)), " ") }
+	ids := func() string { return strings.Join(slices.Sorted(maps.Keys(s.sites)), " ") }
 	for _, id := range []string{"b", "a", "c"} {
 		k.push(s, id, point{"m", 1, k.clock.ms(0), 1})
 		k.clock.Add(time.Minute)
 	}
-	if _, err := s.Append(context.Background(), "d", storePush("d", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) {
+	if _, err := s.Append(context.Background(), "d", storePush("d", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{}); !errors.Is(err, ErrFull) {
 		t.Errorf("a fourth: %v", err)
 	}
 	k.clock.Add(2*time.Hour - time.Minute)
@@ -508,7 +508,7 @@ func TestSilentSiteGivesPlace(t *testing.T) {
 		t.Errorf("known after a restart: %s; %v", ids(), k.errors)
 	}
 	k.push(s, "e", point{"m", 1, k.clock.ms(0), 1})
-	if _, err := s.Append(context.Background(), "f", storePush("f", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) || ids() != "c d e" {
+	if _, err := s.Append(context.Background(), "f", storePush("f", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{}); !errors.Is(err, ErrFull) || ids() != "c d e" {
 		t.Errorf("one too many: %v; known: %s", err, ids())
 	}
 }

@@ -1,21 +1,19 @@
 package main
 
-// The scrapes of a site's spools that a store has. Each push names its scrapes; a number is
-// held once the batch of its push is, and read once every consumer that counts has read
-// that batch. Invariants: a number that was read stays read, whatever becomes of its batch;
-// spools and numbers are bounded, and a number that is forgotten is only sent again. Pure.
+// The scrapes of a site's spools that a store has. A scrape is held once the batch of its push
+// is, and read once every consumer that counts has read that batch. A number that was read
+// stays read, whatever becomes of its batch. Spools and numbers are bounded; a number that is
+// forgotten is only sent again. Pure.
 
 import (
 	"encoding/binary"
-	"errors"
+	"fmt"
 	"slices"
 )
 
 // maxSpools bounds the spools that are remembered of a site. A client takes a new spool ID
 // only when its spool directory is new.
 const maxSpools = 4
-
-var errSpoolRecord = errors.New("malformed record of a spool")
 
 // SiteSpools is what is known of one site's spools. The zero value knows nothing. It is not
 // safe for concurrent use.
@@ -41,9 +39,9 @@ func (s *SiteSpools) find(id uint64) *spool {
 	return nil
 }
 
-// touch returns the spool, and forgets the one that was named longest ago if there are too
+// use returns the spool, and forgets the one that was named longest ago if there are too
 // many.
-func (s *SiteSpools) touch(id uint64) *spool {
+func (s *SiteSpools) use(id uint64) *spool {
 	p := spool{id: id}
 	if i := slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id }); i >= 0 {
 		p = s.spools[i]
@@ -55,13 +53,13 @@ func (s *SiteSpools) touch(id uint64) *spool {
 	return &s.spools[len(s.spools)-1]
 }
 
-// Add notes that all samples of the named scrapes are in batches up to seq, which is not
+// AddHeld notes that all samples of the named scrapes are in batches up to seq, which is not
 // below that of an earlier call. With seq 0 every consumer has read them.
-func (s *SiteSpools) Add(names SpoolNames, seq uint64) {
+func (s *SiteSpools) AddHeld(names ScrapeNames, seq uint64) {
 	if names.ID == 0 || len(names.Numbers) == 0 {
 		return
 	}
-	p := s.touch(names.ID)
+	p := s.use(names.ID)
 	if seq == 0 {
 		p.read = p.read.Union(names.Numbers)
 		return
@@ -97,8 +95,8 @@ func (p *spool) mergeHeld() {
 	p.held = merged
 }
 
-// Knows reports whether every named scrape is held or read.
-func (s *SiteSpools) Knows(names SpoolNames) bool {
+// HasAll reports whether every named scrape is held or read.
+func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	p := s.find(names.ID)
 	if p == nil || len(names.Numbers) == 0 {
 		return false
@@ -114,8 +112,8 @@ func (p *spool) heldNumbers() (held Ranges) {
 	return held
 }
 
-// Settle notes that every consumer that counts has read all batches up to seq.
-func (s *SiteSpools) Settle(seq uint64) {
+// MarkRead notes that every consumer that counts has read all batches up to seq.
+func (s *SiteSpools) MarkRead(seq uint64) {
 	for i := range s.spools {
 		p := &s.spools[i]
 		n := 0
@@ -127,8 +125,8 @@ func (s *SiteSpools) Settle(seq uint64) {
 	}
 }
 
-// Lists returns the numbers of a spool that are held and not read, and those that are read.
-func (s *SiteSpools) Lists(id uint64) (held, read Ranges) {
+// HeldAndRead returns the numbers of a spool that are held and not read, and those that are read.
+func (s *SiteSpools) HeldAndRead(id uint64) (held, read Ranges) {
 	p := s.find(id)
 	if p == nil {
 		return nil, nil
@@ -161,21 +159,20 @@ func (s *SiteSpools) Records() (payloads [][]byte) {
 
 // Restore reads one payload of Records.
 func (s *SiteSpools) Restore(payload []byte) error {
-	r := WireReader{Rest: payload}
-	id := r.Fixed64()
-	p := s.touch(id)
+	r := ReadWire(payload)
+	id := r.Uint64()
+	r.Require(id != 0)
+	p := s.use(id)
 	*p = spool{id: id}
-	for len(r.Rest) > 0 {
-		seq := r.Uvarint()
-		numbers := ReadRanges(&r)
-		if r.Bad || seq > MaxSeq {
-			break
+	for r.Len() > 0 {
+		seq, numbers := r.Uvarint(MaxSeq), ReadRanges(&r)
+		if r.Err() == nil {
+			s.AddHeld(ScrapeNames{id, numbers}, seq)
 		}
-		s.Add(SpoolNames{id, numbers}, seq)
 	}
-	if r.Bad || id == 0 {
+	if err := r.Done(); err != nil {
 		s.spools = s.spools[:len(s.spools)-1]
-		return errSpoolRecord
+		return fmt.Errorf("record of a spool: %w", err)
 	}
 	return nil
 }

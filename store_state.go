@@ -1,10 +1,9 @@
 package main
 
-// The server's state that must survive the loss of a log or of the cursors: where the
-// numbers of batches begin, and which consumers there are. Invariants: no number is used
-// twice, because each start takes a new block of numbers; a consumer stays known when its
-// cursors are lost, so that no sample is evicted that it has not read. This file must not
-// know of sites or samples.
+// State of the server that survives the loss of a log or of the cursors: where the numbers of
+// batches begin, and which consumers there are. No number is used twice, because each start
+// takes a new block of numbers. A consumer stays known when its cursors are lost, so that no
+// sample is evicted that it has not read.
 
 import (
 	"encoding/binary"
@@ -99,7 +98,7 @@ func decodeKnown(b []byte) (k KnownConsumer, err error) {
 		return k, errState
 	}
 	name, address, ok := strings.Cut(string(b[8:]), "\x00")
-	if !ok || name != "" && ValidConsumer(name) != nil || len(address) > maxAddress || !utf8.ValidString(address) {
+	if !ok || name != "" && CheckConsumerName(name) != nil || len(address) > maxAddress || !utf8.ValidString(address) {
 		return k, errState
 	}
 	return KnownConsumer{binary.LittleEndian.Uint64(b), name, address}, nil

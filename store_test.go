@@ -58,8 +58,8 @@ type point struct {
 	v    float64
 }
 
-func storePush(id string, points ...point) *Push {
-	p := &Push{}
+func storePush(id string, points ...point) *SampleList {
+	p := &SampleList{}
 	for _, pt := range points {
 		err := p.Add(&RawSample{Name: []byte(pt.name), T: pt.t, V: pt.v, Labels: []Label{
 			{[]byte(ClusterLabel), []byte(id)}, {Name: []byte("instance")}, {Name: []byte("job")}, {[]byte("n"), fmt.Append(nil, pt.n)},
@@ -106,7 +106,7 @@ func (k *storeKit) open() *Store {
 func (k *storeKit) push(s *Store, id string, points ...point) {
 	k.t.Helper()
 	p := storePush(id, points...)
-	if res, err := s.Append(context.Background(), id, p, SpoolNames{}); err != nil || res.Accepted != len(p.Samples) {
+	if res, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil || res.Accepted != len(p.Samples) {
 		k.t.Fatalf("push for %s: %+v, %v; want %d accepted", id, res, err, len(p.Samples))
 	}
 }
@@ -123,18 +123,18 @@ type heldSample struct {
 func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 	t.Helper()
 	got := map[heldSample]float64{}
-	c := s.clusters[id]
+	c := s.sites[id]
 	if c == nil {
 		return got
 	}
 	seq := uint64(0)
-	for _, b := range c.held.Batches {
-		if b.Seq <= seq || b.Seq > c.held.Seq {
-			t.Errorf("%s: batch %d after %d, newest %d", id, b.Seq, seq, c.held.Seq)
+	for _, b := range c.data.Batches {
+		if b.Seq <= seq || b.Seq > c.data.Seq {
+			t.Errorf("%s: batch %d after %d, newest %d", id, b.Seq, seq, c.data.Seq)
 		}
 		seq = b.Seq
 		for i, sid := range b.IDs {
-			line := string(c.held.Table.Line(sid))
+			line := string(c.data.Table.Line(sid))
 			if !strings.Contains(line, fmt.Sprintf("%s=%q", ClusterLabel, id)) {
 				t.Errorf("cluster %s holds %q", id, line)
 			}
@@ -153,9 +153,9 @@ func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
 	t.Helper()
 	all := map[heldSample]float64{}
 	samples, size := int64(0), int64(0)
-	for id, c := range s.clusters {
+	for id, c := range s.sites {
 		maps.Copy(all, heldOf(t, s, id))
-		samples += c.held.Samples()
+		samples += c.data.Samples()
 		if c.log != nil {
 			size += c.log.Size()
 		}
@@ -200,7 +200,7 @@ func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 	fams, _ := scraper(s, maxAge).Newest(0, nil)
 	for _, f := range fams {
 		for _, l := range f.Lines {
-			got[heldSample{string(l.Text), l.T}] = l.V
+			got[heldSample{string(l.Line), l.T}] = l.V
 		}
 	}
 	return got
@@ -471,7 +471,7 @@ func TestStoreOpenFails(t *testing.T) {
 	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
 	k.push(s, "b", point{"m", 1, k.clock.ms(60), 1})
 	held := allHeld(t, s)
-	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{s.clusters["a"].Hash: 1})
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{s.sites["a"].Hash: 1})
 	saveConsumers(t, s.Consumers)
 	cursors := cursorsOf(s.Consumers)
 	before := fsys.contents()
@@ -590,7 +590,7 @@ func TestStoreDiskFails(t *testing.T) {
 						}
 						return fault{}
 					}
-					_, err := s.Append(context.Background(), "a", storePush("a", point{"m", 2, k.clock.ms(50), 2}), SpoolNames{})
+					_, err := s.Append(context.Background(), "a", storePush("a", point{"m", 2, k.clock.ms(50), 2}), ScrapeNames{})
 					if failed != (err != nil) || failed && errors.Is(err, ErrFull) != (fail == errFull) {
 						t.Fatalf("%s: failed %t, said %v", what, failed, err)
 					}
@@ -598,7 +598,7 @@ func TestStoreDiskFails(t *testing.T) {
 						maps.Copy(want, pushed("a", point{"m", 2, k.clock.ms(50), 2}))
 					}
 					wantHeld(t, what, allHeld(t, s), want)
-					if first && err != nil && len(s.clusters) > 0 {
+					if first && err != nil && len(s.sites) > 0 {
 						t.Errorf("%s: a first push that failed leaves a cluster", what)
 					}
 					fsys.restart()
@@ -635,12 +635,12 @@ func TestStoreMaintainMends(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
 	fsys.hook = failOn("sync", ".log", 1, errDisk)
-	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(50), 2}), SpoolNames{}); !errors.Is(err, errDisk) {
+	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(50), 2}), ScrapeNames{}); !errors.Is(err, errDisk) {
 		t.Fatalf("got %v", err)
 	}
 	fsys.restart()
 	s.maintain(context.Background(), false)
-	if s.clusters["a"].log.Broken() || len(k.errors) > 0 {
+	if s.sites["a"].log.Broken() || len(k.errors) > 0 {
 		t.Errorf("broken still: %v", k.errors)
 	}
 	fsys.crash()
@@ -662,23 +662,23 @@ func TestStoreRetention(t *testing.T) {
 		t.Errorf("%d samples expired, want 3; %d take memory", got.Expired, s.totals.Samples.Load())
 	}
 	got := allHeld(t, s)
-	if len(got) != 1 || s.clusters["a"].held.Table.Len() != 1 {
-		t.Errorf("held %v, %d series", got, s.clusters["a"].held.Table.Len())
+	if len(got) != 1 || s.sites["a"].data.Table.Len() != 1 {
+		t.Errorf("held %v, %d series", got, s.sites["a"].data.Table.Len())
 	}
-	seq := s.clusters["b"].held.Seq
+	seq := s.sites["b"].data.Seq
 	k.clock.Add(2 * time.Hour)
 	s.maintain(context.Background(), false)
 	if len(allHeld(t, s)) != 0 {
 		t.Errorf("held beyond retention: %v", allHeld(t, s))
 	}
-	if got := s.clusters["b"].held.Table.Len(); got != 0 {
+	if got := s.sites["b"].data.Table.Len(); got != 0 {
 		t.Errorf("%d series without samples", got)
 	}
 	// Its push time is known still, also to a new process, and numbers never fall.
 	fsys.crash()
 	s = k.open()
-	st := s.Stats().Clusters
-	if len(st) != 2 || st[1].ID != "b" || st[1].Accepted == 0 || s.clusters["b"].held.Seq <= seq {
+	st := s.Stats().Sites
+	if len(st) != 2 || st[1].ID != "b" || st[1].Accepted == 0 || s.sites["b"].data.Seq <= seq {
 		t.Errorf("after a restart: %+v", st)
 	}
 	k.push(s, "b", point{"m", 4, k.clock.ms(1), 4})
@@ -697,7 +697,7 @@ func TestStoreCompacts(t *testing.T) {
 		}
 	}
 	s.maintain(context.Background(), false)
-	live, size := s.clusters["a"].held.Bytes(), s.Stats().Bytes
+	live, size := s.sites["a"].data.Bytes(), s.Stats().Bytes
 	data, _ := fsys.ReadFile(s.path("a"))
 	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
 		t.Errorf("log of %d bytes (%d accounted) for %d of content", len(data), size, live)
@@ -720,18 +720,18 @@ func TestStoreCompacts(t *testing.T) {
 func TestStoreCountsCopies(t *testing.T) {
 	for _, test := range []struct {
 		owned bool
-		names SpoolNames
+		names ScrapeNames
 		lost  int64
-	}{{true, SpoolNames{}, 1}, {true, names1(1), 1}, {false, SpoolNames{}, 1}, {false, names1(1), 0}} {
+	}{{true, ScrapeNames{}, 1}, {true, names1(1), 1}, {false, ScrapeNames{}, 1}, {false, names1(1), 0}} {
 		k := newStoreKit(t, newStoreFS(1))
-		k.cfg.Owned = func(hash uint64) bool { return test.owned && hash == RingKey("a") }
+		k.cfg.Owned = func(hash uint64) bool { return test.owned && hash == SiteKey("a") }
 		s := k.open()
 		if _, err := s.Append(t.Context(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), test.names); err != nil {
 			t.Fatal(err)
 		}
-		s.Consumers.Begin(1, "c", "", "conn", k.clock.Now())
+		s.Consumers.BeginScrape(1, "c", "", "conn", k.clock.Now())
 		k.clock.Add(3 * time.Hour)
-		s.clusters["a"].Expire(s.Oldest())
+		s.sites["a"].Expire(s.Oldest())
 		if st := s.Stats(); st.Expired != 1 || st.Unread != test.lost {
 			t.Errorf("owned %t, names %v: %d expired, %d lost", test.owned, test.names, st.Expired, st.Unread)
 		}
@@ -755,17 +755,17 @@ func TestStoreCountsExpired(t *testing.T) {
 			for i := range 4 { // the consumer has had the first
 				k.push(s, "a", point{"m", 1, k.clock.ms(7000 - i), 1}, point{"m", 2, k.clock.ms(10 - i), 2})
 				if i == 0 {
-					confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
+					confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 				}
 			}
 			k.push(s, "a", point{"m", 1, k.clock.ms(7050), 1}) // wholly old
 			k.clock.Add(5 * time.Minute)
-			c := s.clusters["a"]
-			if err := c.Take(context.Background()); err != nil {
+			c := s.sites["a"]
+			if err := c.Lock(context.Background()); err != nil {
 				t.Fatal(err)
 			}
 			err := test.drop(s, c)
-			c.Free()
+			c.Unlock()
 			if st := s.Stats(); err != nil || st.Expired != 5 || st.Unread != 4 {
 				t.Errorf("expired %d, unread %d, want 5, 4; %v", st.Expired, st.Unread, err)
 			}
@@ -781,7 +781,7 @@ func TestStoreSeriesLimit(t *testing.T) {
 		t.Helper()
 		size := s.Stats().Bytes
 		before := allHeld(t, s)
-		if _, err := s.Append(context.Background(), "a", storePush("a", points...), SpoolNames{}); !errors.Is(err, ErrSeriesLimit) {
+		if _, err := s.Append(context.Background(), "a", storePush("a", points...), ScrapeNames{}); !errors.Is(err, ErrSeriesLimit) {
 			t.Errorf("got %v", err)
 		}
 		wantHeld(t, "refused", allHeld(t, s), before)
@@ -791,7 +791,7 @@ func TestStoreSeriesLimit(t *testing.T) {
 	}
 	at := func(n int) point { return point{"m", n, k.clock.ms(0), float64(n)} }
 	over(at(1), at(2), at(3), at(4)) // a first push
-	if len(s.clusters) != 0 {
+	if len(s.sites) != 0 {
 		t.Error("a refused first push leaves a cluster")
 	}
 	k.push(s, "a", at(1), at(2))
@@ -837,20 +837,20 @@ func TestStoreClusterLimit(t *testing.T) {
 	// Refused pushes take no place.
 	for i := range 3 {
 		p := storePush(fmt.Sprint("x", i), point{"m", 1, k.clock.ms(9999), 1})
-		if res, err := s.Append(context.Background(), fmt.Sprint("x", i), p, SpoolNames{}); err != nil || res.TooOld != 1 {
+		if res, err := s.Append(context.Background(), fmt.Sprint("x", i), p, ScrapeNames{}); err != nil || res.TooOld != 1 {
 			t.Fatalf("%+v, %v", res, err)
 		}
 	}
 	k.push(s, "b", point{"m", 1, k.clock.ms(0), 1})
-	if _, err := s.Append(context.Background(), "c", storePush("c", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) {
+	if _, err := s.Append(context.Background(), "c", storePush("c", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{}); !errors.Is(err, ErrFull) {
 		t.Errorf("got %v", err)
 	}
 	k.clock.Add(time.Second)
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 	// What is on disk is taken in whatever the limit.
 	k.cfg.LimitClusters = 1
-	if s = k.open(); len(s.clusters) != 2 {
-		t.Errorf("%d clusters recovered", len(s.clusters))
+	if s = k.open(); len(s.sites) != 2 {
+		t.Errorf("%d clusters recovered", len(s.sites))
 	}
 }
 
@@ -888,13 +888,13 @@ func TestStoreSampleLimit(t *testing.T) {
 		for i := range 65 {
 			large = append(large, point{"large", i, k.clock.ms(0), 1})
 		}
-		if _, err := s.Append(context.Background(), "c", storePush("c", large...), SpoolNames{}); !errors.Is(err, ErrFull) {
+		if _, err := s.Append(context.Background(), "c", storePush("c", large...), ScrapeNames{}); !errors.Is(err, ErrFull) {
 			t.Errorf("got %v", err)
 		}
 		wantHeld(t, "a push over the limit", allHeld(t, s), held)
 		// 40 series shown leave room for 24 and no more.
 		k.push(s, "c", large[:40]...)
-		_, err := s.Append(context.Background(), "d", storePush("d", large[:30]...), SpoolNames{})
+		_, err := s.Append(context.Background(), "d", storePush("d", large[:30]...), ScrapeNames{})
 		if !errors.Is(err, ErrFull) {
 			t.Errorf("got %v", err)
 		}
@@ -934,7 +934,7 @@ func TestStoreMakesRoom(t *testing.T) {
 			k.push(s, id, point{"m", 1, k.clock.ms(0), float64(i)})
 			k.clock.Add(time.Second)
 			if i < 25 {
-				had[id] = s.clusters[id].held.Seq
+				had[id] = s.sites[id].data.Seq
 			}
 		}
 	}
@@ -942,8 +942,8 @@ func TestStoreMakesRoom(t *testing.T) {
 	for name, all := range map[string]bool{"fast": true, "slow": false} {
 		places := map[uint64]uint64{}
 		for id, seq := range had {
-			if places[RingKey(id)] = seq; all {
-				places[RingKey(id)] = s.clusters[id].held.Seq
+			if places[SiteKey(id)] = seq; all {
+				places[SiteKey(id)] = s.sites[id].data.Seq
 			}
 		}
 		confirm(t, s.Consumers, name, k.clock.Now(), places)
@@ -972,7 +972,7 @@ func TestStoreMakesRoom(t *testing.T) {
 		t.Errorf("%d samples are held of 500 that are wanted", n)
 	}
 	// That is not tried again at every push, but is when it may have changed.
-	confirm(t, s.Consumers, "slow", k.clock.Now(), map[uint64]uint64{RingKey("c1"): s.clusters["c1"].held.Seq})
+	confirm(t, s.Consumers, "slow", k.clock.Now(), map[uint64]uint64{SiteKey("c1"): s.sites["c1"].data.Seq})
 	s.cfg.LimitSamples = 500
 	if err := s.makeRoom(nil, 1); !errors.Is(err, ErrFull) {
 		t.Errorf("tried again at once: %v", err)
@@ -1006,7 +1006,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.push(s, "b", points(16)...)
 	k.clock.Add(100 * time.Minute)
 	k.push(s, "a", points(3)...)
-	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 	k.clock.Add(time.Second)
 	k.push(s, "a", append(points(5), point{"old", 1, k.clock.ms(100 * 60), 1})...) // of which one is counted while the process runs
 	k.push(s, "b", points(7)...)
@@ -1014,7 +1014,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.push(s, "b", points(9)...)
 	k.clock.Add(30 * time.Minute)
 	for _, id := range []string{"a", "b"} {
-		s.clusters[id].Expire(s.Oldest())
+		s.sites[id].Expire(s.Oldest())
 	}
 	stats("running", 16+1+16, 1+16)
 	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
@@ -1029,7 +1029,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	stats("started late", 3+5+7+9, 5+7+9)
 	// So it is when the file of the cursors is lost, and with it what was read.
 	k.push(s, "a", points(4)...)
-	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{RingKey("a"): s.clusters["a"].held.Seq})
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 	s.Close()
 	fsys.Remove(consumersPath)
 	k.clock.Add(3 * time.Hour)
@@ -1079,7 +1079,7 @@ func TestStoreSharesRoom(t *testing.T) {
 	}
 	flood := func(id string) (taken int) {
 		for i := range 1000 {
-			res, err := s.Append(context.Background(), id, storePush(id, point{"m", i, k.clock.ms(0), 1}), SpoolNames{})
+			res, err := s.Append(context.Background(), id, storePush(id, point{"m", i, k.clock.ms(0), 1}), ScrapeNames{})
 			if taken += res.Accepted; err != nil {
 				if !errors.Is(err, ErrFull) {
 					t.Fatal(err)
@@ -1145,12 +1145,12 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	}
 	held := allHeld(t, s)
 	s.maintain(context.Background(), true)
-	c := s.clusters["a"]
-	c.turn <- struct{}{}
+	c := s.sites["a"]
+	c.lock <- struct{}{}
 	if err := c.Rewrite(nil, s.Oldest()); err != nil {
 		t.Fatal(err)
 	}
-	<-c.turn
+	<-c.lock
 	got := allHeld(t, s)
 	wantHeld(t, "compacted", got, held)
 	wantHeld(t, "reopened", allHeld(t, k.open()), held)
@@ -1164,7 +1164,7 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	k.push(s, "a", point{"m", 1, k.clock.ms(10), 1})
 	k.push(s, "a", point{"m", 2, k.clock.ms(7190), 2}, point{"m", 3, k.clock.ms(5), 3})
 	k.push(s, "a", point{"m", 4, k.clock.ms(7190), 4})
-	c := s.clusters["a"]
+	c := s.sites["a"]
 	before := s.Oldest()
 	expired := false
 	fsys.hook = func(int, string, string) fault {
@@ -1175,15 +1175,15 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 		}
 		return fault{}
 	}
-	if err := c.Take(context.Background()); err != nil {
+	if err := c.Lock(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Rewrite(nil, before); err != nil || !expired {
 		t.Fatal(err, expired)
 	}
-	c.Free()
+	c.Unlock()
 	want := pushed("a", point{"m", 1, k.clock.ms(30), 1}, point{"m", 3, k.clock.ms(25), 3})
-	wantHeld(t, "rewritten", contents(&c.held), want)
+	wantHeld(t, "rewritten", contents(&c.data), want)
 	c.Expire(s.Oldest())
 	if st := s.Stats(); st.Expired != 2 || s.totals.Samples.Load() != 3 {
 		t.Errorf("%d samples expired, want 2; %d take memory, want 3", st.Expired, s.totals.Samples.Load())
@@ -1218,7 +1218,7 @@ func TestStoreStorageLimit(t *testing.T) {
 		for i := range points {
 			points[i].t = k.clock.ms(0)
 		}
-		_, err := s.Append(ctx, "a", storePush("a", points...), SpoolNames{})
+		_, err := s.Append(ctx, "a", storePush("a", points...), ScrapeNames{})
 		if errors.Is(err, ErrFull) {
 			refused++
 			run++
@@ -1260,7 +1260,7 @@ func TestStoreDiskFull(t *testing.T) {
 		}
 		fsys.mu.Unlock()
 		id, pt := fmt.Sprint(i%2), point{"m", i, k.clock.ms(0), 1}
-		_, err := s.Append(context.Background(), id, storePush(id, pt), SpoolNames{})
+		_, err := s.Append(context.Background(), id, storePush(id, pt), ScrapeNames{})
 		if full != errors.Is(err, ErrFull) || !full && err != nil {
 			t.Fatalf("push %d: %v", i, err)
 		}
@@ -1288,18 +1288,18 @@ func TestStoreForgets(t *testing.T) {
 		s.maintain(context.Background(), false)
 		s = k.open()
 	}
-	if n := len(s.Stats().Clusters); n != 2 {
+	if n := len(s.Stats().Sites); n != 2 {
 		t.Fatalf("%d clusters before the 30 days are over", n)
 	}
 	k.push(s, "b", point{"m", 1, k.clock.ms(0), 2})
 	k.clock.Add(time.Minute)
 	fsys.hook = failOn("syncdir", "", 1, errDisk)
 	s.maintain(context.Background(), false) // fails, and is tried again
-	if len(k.errors) != 1 || len(s.clusters) != 2 {
-		t.Errorf("errors %v, %d clusters", k.errors, len(s.clusters))
+	if len(k.errors) != 1 || len(s.sites) != 2 {
+		t.Errorf("errors %v, %d clusters", k.errors, len(s.sites))
 	}
 	s.maintain(context.Background(), false)
-	if st := s.Stats().Clusters; len(st) != 1 || st[0].ID != "b" {
+	if st := s.Stats().Sites; len(st) != 1 || st[0].ID != "b" {
 		t.Errorf("known: %+v", st)
 	}
 	allHeld(t, s)
@@ -1308,8 +1308,8 @@ func TestStoreForgets(t *testing.T) {
 	}
 	fsys.crash()
 	s = k.open()
-	if len(s.clusters) != 1 || len(k.errors) != 1 {
-		t.Errorf("%d clusters after a crash; %v", len(s.clusters), k.errors)
+	if len(s.sites) != 1 || len(k.errors) != 1 {
+		t.Errorf("%d clusters after a crash; %v", len(s.sites), k.errors)
 	}
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1}) // begins anew
 }
@@ -1326,7 +1326,7 @@ func TestStoreNewest(t *testing.T) {
 	var got []string
 	for _, f := range fams {
 		for _, l := range f.Lines {
-			got = append(got, fmt.Sprintf("%s: %s %g %d %t", f.Name, l.Text, l.V, (k.clock.ms(0)-l.T)/1000, l.UTF8))
+			got = append(got, fmt.Sprintf("%s: %s %g %d %t", f.Name, l.Line, l.V, (k.clock.ms(0)-l.T)/1000, l.Quoted))
 		}
 	}
 	want := []string{
@@ -1359,10 +1359,10 @@ func TestStoreNewestStays(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
 	fams, _ := scraper(s, time.Hour).Newest(0, nil)
-	line := fams[0].Lines[0].Text
+	line := fams[0].Lines[0].Line
 	want := string(line)
 	for i := range 90 {
-		for _, p := range []*Push{ // of the first kind 49 fit, of the second none
+		for _, p := range []*SampleList{ // of the first kind 49 fit, of the second none
 			storePush("a", point{"x", 2 + i, k.clock.ms(0), 1}),
 			storePush("a", func() (many []point) {
 				for n := range 51 {
@@ -1371,7 +1371,7 @@ func TestStoreNewestStays(t *testing.T) {
 				return many
 			}()...),
 		} {
-			if _, err := s.Append(context.Background(), "a", p, SpoolNames{}); err != nil && !errors.Is(err, ErrSeriesLimit) {
+			if _, err := s.Append(context.Background(), "a", p, ScrapeNames{}); err != nil && !errors.Is(err, ErrSeriesLimit) {
 				t.Fatal(err)
 			}
 		}
@@ -1404,7 +1404,7 @@ func TestStoreNewestRotates(t *testing.T) {
 				for _, f := range fams {
 					n += len(f.Lines)
 					for _, l := range f.Lines {
-						_, labels, _ := (&Parser{}).Line(l.Text)
+						_, labels, _ := (&SeriesParser{}).ParseLine(l.Line)
 						ids[string(labels[0].Value)] = true
 					}
 				}
@@ -1465,7 +1465,7 @@ func TestStoreQuota(t *testing.T) {
 	k := newStoreKit(t, fsys)
 	s := k.open()
 	fsys.hook = failOn("write", "", 0, syscall.EDQUOT)
-	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrFull) {
+	if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{}); !errors.Is(err, ErrFull) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -1493,7 +1493,7 @@ func newStoreKeeper(t *testing.T, fsys *crashFS, seed uint64) *storeKeeper {
 
 // randomPush makes a push of new, repeated and late samples. A sample's value
 // follows from its time, so that repeats are repeats.
-func (k *storeKeeper) randomPush(id string) *Push {
+func (k *storeKeeper) randomPush(id string) *SampleList {
 	var points []point
 	for range 1 + k.rng.IntN(4) {
 		ago := k.rng.IntN(4)
@@ -1526,7 +1526,7 @@ func (k *storeKeeper) push() {
 		}
 	}
 	maps.Copy(k.ever, keys)
-	res, err := k.s.Append(context.Background(), id, p, SpoolNames{})
+	res, err := k.s.Append(context.Background(), id, p, ScrapeNames{})
 	if err != nil {
 		return
 	}
@@ -1540,11 +1540,11 @@ func (k *storeKeeper) push() {
 			k.t.Errorf("%v is acknowledged and not held", key)
 		}
 	}
-	if c := k.s.clusters[id]; c != nil {
-		if c.held.Seq < k.seq[id] {
-			k.t.Errorf("%s: sequence number %d after %d", id, c.held.Seq, k.seq[id])
+	if c := k.s.sites[id]; c != nil {
+		if c.data.Seq < k.seq[id] {
+			k.t.Errorf("%s: sequence number %d after %d", id, c.data.Seq, k.seq[id])
 		}
-		k.seq[id] = c.held.Seq
+		k.seq[id] = c.data.Seq
 	}
 }
 
@@ -1563,7 +1563,7 @@ func (k *storeKeeper) check() {
 		}
 	}
 	for id, seq := range k.seq {
-		if c := k.s.clusters[id]; c == nil || c.held.Seq < seq {
+		if c := k.s.sites[id]; c == nil || c.data.Seq < seq {
 			k.t.Errorf("%s: sequence number fell below %d: %+v", id, seq, c)
 		}
 	}
@@ -1690,7 +1690,7 @@ func TestStoreConcurrent(t *testing.T) {
 					if i%5 == 0 {
 						stop()
 					}
-					_, err := s.Append(wait, id, storePush(id, points...), SpoolNames{})
+					_, err := s.Append(wait, id, storePush(id, points...), ScrapeNames{})
 					stop()
 					if err != nil && !errors.Is(err, ErrSeriesLimit) && !errors.Is(err, ErrFull) && !errors.Is(err, context.Canceled) {
 						t.Errorf("push: %v", err)
@@ -1703,13 +1703,13 @@ func TestStoreConcurrent(t *testing.T) {
 			for n := 0; ctx.Err() == nil; n++ {
 				s.maintain(ctx, n%2 == 0)
 				for _, c := range s.sorted() { // rewrites that meet evictions
-					if c.Take(ctx) == nil {
-						if !c.Gone {
+					if c.Lock(ctx) == nil {
+						if !c.Removed {
 							if err := c.Rewrite(nil, s.Oldest()); err != nil {
 								t.Errorf("rewrite: %v", err)
 							}
 						}
-						<-c.turn
+						<-c.lock
 					}
 				}
 			}
@@ -1719,8 +1719,8 @@ func TestStoreConcurrent(t *testing.T) {
 				fams, _ := scraper(s, time.Minute).Newest(100, nil)
 				for _, f := range fams {
 					for _, l := range f.Lines {
-						if !bytes.HasPrefix(l.Text, []byte("m{_id=")) || l.Text[len(l.Text)-1] != '}' {
-							t.Errorf("shown: %q", l.Text)
+						if !bytes.HasPrefix(l.Line, []byte("m{_id=")) || l.Line[len(l.Line)-1] != '}' {
+							t.Errorf("shown: %q", l.Line)
 						}
 					}
 				}
@@ -1741,14 +1741,14 @@ func TestStoreConcurrent(t *testing.T) {
 		}
 		for range 3 { // pushes while it closes are refused or durable
 			work.Go(func() {
-				s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{})
+				s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{})
 			})
 		}
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
 		work.Wait()
-		if _, err := s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{}); !errors.Is(err, ErrClosed) {
+		if _, err := s.Append(context.Background(), "c1", storePush("c1", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{}); !errors.Is(err, ErrClosed) {
 			t.Errorf("closed: %v", err)
 		}
 		if len(k.errors) > 0 {
@@ -1777,7 +1777,7 @@ func TestStoreWaiting(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
 	push := func(ctx context.Context) error {
-		_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), SpoolNames{})
+		_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{})
 		return err
 	}
 	c, err := s.acquire(context.Background(), "a") // a first push, under way
@@ -1801,12 +1801,12 @@ func TestStoreWaiting(t *testing.T) {
 	}
 	for i := range 50 { // a context that has ended leaves no cluster behind
 		id := fmt.Sprint("x", i)
-		if _, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1}), SpoolNames{}); err != nil && !errors.Is(err, context.Canceled) {
+		if _, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1}), ScrapeNames{}); err != nil && !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}
 	}
-	if len(s.clusters) != 1 {
-		t.Errorf("%d clusters", len(s.clusters))
+	if len(s.sites) != 1 {
+		t.Errorf("%d clusters", len(s.sites))
 	}
 	if c, err = s.acquire(context.Background(), "a"); err != nil {
 		t.Fatal(err)
@@ -1842,7 +1842,7 @@ func TestStoreRun(t *testing.T) {
 		go func() { done <- s.Run(ctx) }()
 		taken := 0
 		for {
-			if _, err := s.Append(ctx, "a", storePush("a", at()), SpoolNames{}); errors.Is(err, ErrFull) {
+			if _, err := s.Append(ctx, "a", storePush("a", at()), ScrapeNames{}); errors.Is(err, ErrFull) {
 				break
 			} else if err != nil {
 				t.Fatal(err)
@@ -1855,13 +1855,13 @@ func TestStoreRun(t *testing.T) {
 			t.Errorf("nothing is garbage yet: %+v", s.Stats())
 		}
 		time.Sleep(time.Hour)
-		if _, err := s.Append(ctx, "a", storePush("a", at()), SpoolNames{}); err != nil && !errors.Is(err, ErrFull) {
+		if _, err := s.Append(ctx, "a", storePush("a", at()), ScrapeNames{}); err != nil && !errors.Is(err, ErrFull) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
 		time.Sleep(time.Hour)
 		for range 2 { // the first says that there is no room, and so makes it
-			if _, err := s.Append(ctx, "a", storePush("a", at()), SpoolNames{}); err == nil {
+			if _, err := s.Append(ctx, "a", storePush("a", at()), ScrapeNames{}); err == nil {
 				taken = 0
 				break
 			}
@@ -1871,7 +1871,7 @@ func TestStoreRun(t *testing.T) {
 			t.Errorf("no push is taken after retention: %+v", s.Stats())
 		}
 		time.Sleep(forgetAfter + time.Hour)
-		if n := len(s.Stats().Clusters); n != 0 || s.Stats().Bytes != 0 {
+		if n := len(s.Stats().Sites); n != 0 || s.Stats().Bytes != 0 {
 			t.Errorf("%d clusters known, %d bytes", n, s.Stats().Bytes)
 		}
 		cancel()
@@ -1922,26 +1922,26 @@ func FuzzStoreLog(f *testing.F) {
 			s := k.open()
 			allHeld(t, s)
 			check := func() {
-				for id := range s.clusters {
+				for id := range s.sites {
 					if id != "a" {
 						t.Errorf("cluster %q", id)
 					}
 				}
-				var parser Parser
+				var parser SeriesParser
 				fams, _ := scraper(s, time.Hour).Newest(0, nil)
 				for _, f := range fams {
 					for _, l := range f.Lines {
-						_, labels, err := parser.Check(l.Text)
+						_, labels, err := parser.ParseRendered(l.Line)
 						i := slices.IndexFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel })
 						if err != nil || i < 0 || string(labels[i].Value) != "a" {
-							t.Errorf("shown: %q, %v", l.Text, err)
+							t.Errorf("shown: %q, %v", l.Line, err)
 						}
 					}
 				}
 			}
 			check()
 			before := heldOf(t, s, "a")
-			if res, err := s.Append(context.Background(), "a", storePush("a", point{"fuzz", 1, k.clock.ms(1), 3}), SpoolNames{}); err != nil || res.Accepted+res.Duplicates+res.Conflicts != 1 {
+			if res, err := s.Append(context.Background(), "a", storePush("a", point{"fuzz", 1, k.clock.ms(1), 3}), ScrapeNames{}); err != nil || res.Accepted+res.Duplicates+res.Conflicts != 1 {
 				t.Fatalf("%+v, %v", res, err)
 			}
 			after := allHeld(t, s)
@@ -1971,8 +1971,8 @@ func cpuTime(b *testing.B) time.Duration {
 
 // sitePush is a push as a site makes it: 230 series of 25 names with 6 labels;
 // set gives it its times, which differ as targets do, and values.
-func sitePush(id string) (p *Push, set func(at int64)) {
-	p = &Push{}
+func sitePush(id string) (p *SampleList, set func(at int64)) {
+	p = &SampleList{}
 	for i := range 230 {
 		err := p.Add(&RawSample{Name: fmt.Appendf(nil, "node_metric_family_%d_total", i/10), Labels: []Label{
 			{[]byte(ClusterLabel), []byte(id)}, {[]byte("instance"), fmt.Appendf(nil, "10.0.0.%d:9100", i%5)}, {[]byte("job"), []byte("node-exporter")},
@@ -2000,7 +2000,7 @@ func BenchmarkStoreAppend(b *testing.B) {
 	for b.Loop() {
 		k.clock.Add(15 * time.Second)
 		set(k.clock.ms(0))
-		if res, err := s.Append(context.Background(), "site-7", p, SpoolNames{}); err != nil || res.Accepted != len(p.Samples) {
+		if res, err := s.Append(context.Background(), "site-7", p, ScrapeNames{}); err != nil || res.Accepted != len(p.Samples) {
 			b.Fatalf("%+v, %v", res, err)
 		}
 		if b.N%100 == 0 {
@@ -2019,7 +2019,7 @@ func BenchmarkNewest(b *testing.B) {
 		id := fmt.Sprint("site-", c)
 		p, set := sitePush(id)
 		set(k.clock.ms(c % 60))
-		if _, err := s.Append(context.Background(), id, p, SpoolNames{}); err != nil {
+		if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
 			b.Fatal(err)
 		}
 		n += len(p.Samples)
@@ -2065,7 +2065,7 @@ func BenchmarkMemory(b *testing.B) {
 				id := fmt.Sprint("site-", c)
 				p, set := sitePush(id)
 				set(k.clock.ms(0))
-				if _, err := s.Append(context.Background(), id, p, SpoolNames{}); err != nil {
+				if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
 					b.Fatal(err)
 				}
 				if i == 0 {

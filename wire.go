@@ -1,51 +1,181 @@
 package main
 
-// One cursor over foreign bytes. Invariant: its error is sticky, so that a decoder checks it
-// once after several numbers, before it uses any of them or allocates by one. This file must
-// not know of any format.
+// One cursor over foreign bytes, which all formats of files and messages are read with. Its
+// error is sticky, so that a decoder checks it once, after several fields. Bounds are checked
+// before memory is taken. Numbers of fixed size are little endian. Pure. This file must not
+// know of any format.
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+)
 
-// WireReader reads numbers from the front of Rest. A number that is not there sets Bad, and
-// it and all that follow are 0.
+var (
+	errWireShort = errors.New("it ends early")
+	errWireBound = errors.New("a field is out of bounds")
+)
+
+// WireReader reads fields from the front of bytes. After its first error every field is zero.
 type WireReader struct {
-	Rest []byte
-	Bad  bool
+	rest []byte
+	err  error
 }
 
-func (r *WireReader) skip(n int) {
-	if n <= 0 {
-		r.Bad, r.Rest = true, nil
-		return
+// ReadWire returns a reader of b, which it neither copies nor changes.
+func ReadWire(b []byte) WireReader { return WireReader{rest: b} }
+
+// Len returns the number of bytes that are left.
+func (r *WireReader) Len() int { return len(r.rest) }
+
+// Err returns the first error.
+func (r *WireReader) Err() error { return r.err }
+
+// Done returns the first error, which is that bytes are left if nothing else failed.
+func (r *WireReader) Done() error {
+	if r.err == nil && len(r.rest) > 0 {
+		r.fail(fmt.Errorf("%d bytes are left over", len(r.rest)))
 	}
-	r.Rest = r.Rest[n:]
+	return r.err
 }
 
-// Uvarint reads an unsigned varint.
-func (r *WireReader) Uvarint() uint64 {
-	v, n := binary.Uvarint(r.Rest)
-	if r.skip(n); r.Bad {
+// Require fails the reader unless ok.
+func (r *WireReader) Require(ok bool) {
+	if !ok {
+		r.fail(errWireBound)
+	}
+}
+
+func (r *WireReader) fail(err error) {
+	if r.err == nil {
+		r.err = err
+	}
+	r.rest = nil
+}
+
+// Version reads a byte, which has to be want. The error says what has another version.
+func (r *WireReader) Version(want byte, what string) {
+	if got := r.Byte(); r.err == nil && got != want {
+		r.fail(fmt.Errorf("%s has version %d; this program knows version %d", what, got, want))
+	}
+}
+
+// Uvarint reads an unsigned varint of at most max.
+func (r *WireReader) Uvarint(max uint64) uint64 {
+	v, n := binary.Uvarint(r.rest)
+	if n <= 0 || v > max {
+		r.failVarint(n)
 		return 0
 	}
+	r.rest = r.rest[n:]
 	return v
 }
 
-// Varint reads a signed varint.
-func (r *WireReader) Varint() int64 {
-	v, n := binary.Varint(r.Rest)
-	if r.skip(n); r.Bad {
+// Varint reads a signed varint from min to max.
+func (r *WireReader) Varint(min, max int64) int64 {
+	v, n := binary.Varint(r.rest)
+	if n <= 0 || v < min || v > max {
+		r.failVarint(n)
 		return 0
 	}
+	r.rest = r.rest[n:]
 	return v
 }
 
-// Fixed64 reads 8 bytes, the least first.
-func (r *WireReader) Fixed64() (v uint64) {
-	if len(r.Rest) < 8 {
-		r.skip(0)
+func (r *WireReader) failVarint(n int) {
+	if n == 0 {
+		r.fail(errWireShort)
+	} else {
+		r.fail(errWireBound)
+	}
+}
+
+// Count reads the number of items that follow, each of at least size bytes: there cannot be
+// more than the bytes that are left hold. size is at least 1.
+func (r *WireReader) Count(size int) int {
+	n := r.Uvarint(1 << 62)
+	if n > uint64(len(r.rest)/size) {
+		r.fail(errWireShort)
 		return 0
 	}
-	v = binary.LittleEndian.Uint64(r.Rest)
-	r.skip(8)
+	return int(n)
+}
+
+// Bytes reads n bytes, which are part of the bytes that are read; nil if there are fewer.
+func (r *WireReader) Bytes(n int) []byte {
+	if n < 0 || n > len(r.rest) {
+		r.fail(errWireShort)
+		return nil
+	}
+	b := r.rest[:n:n]
+	r.rest = r.rest[n:]
+	return b
+}
+
+// Rest reads all bytes that are left.
+func (r *WireReader) Rest() []byte { return r.Bytes(len(r.rest)) }
+
+// Short reads a string of at most max bytes behind a byte with its length, as AppendShort
+// wrote it.
+func (r *WireReader) Short(max int) string {
+	n := int(r.Byte())
+	if n > max {
+		r.fail(errWireBound)
+		return ""
+	}
+	return string(r.Bytes(n))
+}
+
+// AppendShort appends the length of s, at most 255, in a byte, and s.
+func AppendShort(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) }
+
+// Byte reads one byte.
+func (r *WireReader) Byte() byte {
+	if len(r.rest) < 1 {
+		r.fail(errWireShort)
+		return 0
+	}
+	b := r.rest[0]
+	r.rest = r.rest[1:]
+	return b
+}
+
+// Uint16 reads 2 bytes.
+func (r *WireReader) Uint16() uint16 {
+	if len(r.rest) < 2 {
+		r.fail(errWireShort)
+		return 0
+	}
+	v := binary.LittleEndian.Uint16(r.rest)
+	r.rest = r.rest[2:]
 	return v
 }
+
+// Uint32 reads 4 bytes.
+func (r *WireReader) Uint32() uint32 {
+	if len(r.rest) < 4 {
+		r.fail(errWireShort)
+		return 0
+	}
+	v := binary.LittleEndian.Uint32(r.rest)
+	r.rest = r.rest[4:]
+	return v
+}
+
+// Uint64 reads 8 bytes.
+func (r *WireReader) Uint64() uint64 {
+	if len(r.rest) < 8 {
+		r.fail(errWireShort)
+		return 0
+	}
+	v := binary.LittleEndian.Uint64(r.rest)
+	r.rest = r.rest[8:]
+	return v
+}
+
+// castagnoli is read-only.
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Checksum returns the CRC32C of b.
+func Checksum(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }

@@ -1,0 +1,51 @@
+package main
+
+// Revocation: a set of token IDs and cluster IDs that a file lists. A revoked token is refused
+// however long it is valid. The set is immutable, so that a reload replaces it whole.
+
+import (
+	"fmt"
+	"strings"
+)
+
+// RevokedSet is a set of token IDs and cluster IDs. The zero value revokes nothing.
+// Immutable, safe for concurrent use.
+type RevokedSet struct {
+	tokens   map[string]struct{}
+	clusters map[string]struct{}
+}
+
+// ParseRevoked reads a revocation file of at most MaxRevokedFile bytes: a token
+// ID or a cluster ID a line, # begins a comment. 32 hex digits, in either case,
+// are both a token ID and a cluster ID: with 128 random bits a token ID meets no
+// cluster ID by accident. An error names the line.
+func ParseRevoked(data []byte) (RevokedSet, error) {
+	if len(data) > MaxRevokedFile {
+		return RevokedSet{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
+	}
+	r := RevokedSet{tokens: map[string]struct{}{}, clusters: map[string]struct{}{}}
+	n := 0
+	for line := range strings.Lines(string(data)) {
+		n++
+		id, _, _ := strings.Cut(line, "#")
+		if id = strings.TrimSpace(id); id == "" {
+			continue
+		}
+		if err := CheckClusterID(id); err != nil {
+			return RevokedSet{}, fmt.Errorf("line %d: neither a token ID (32 hex digits, not the token itself) nor a cluster ID", n)
+		}
+		r.clusters[id] = struct{}{}
+		if low := strings.ToLower(id); isTokenID(low) {
+			r.tokens[low] = struct{}{}
+		}
+	}
+	return r, nil
+}
+
+// IsRevoked tells whether t is revoked, by its own ID (for an upload token, that of
+// its client token) or by its cluster's.
+func (s RevokedSet) IsRevoked(t Token) bool {
+	_, token := s.tokens[t.ID]
+	_, cluster := s.clusters[t.Cluster]
+	return token || cluster
+}

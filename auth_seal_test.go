@@ -1,0 +1,184 @@
+package main
+
+// seal_test.go: what opens and what does not, and that a window never takes a
+// counter twice. testKeys is also the other gossip tests'.
+
+import (
+	"bytes"
+	"encoding/base64"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// testKeys returns keys made of the given bytes.
+func testKeys(tb testing.TB, secrets ...byte) Keys {
+	tb.Helper()
+	var file []byte
+	for _, b := range secrets {
+		file = append(base64.StdEncoding.AppendEncode(file, bytes.Repeat([]byte{b}, 32)), '\n')
+	}
+	keys, err := ParseKeys(file)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return keys
+}
+
+func testSealer(tb testing.TB, seed byte, cluster string, secrets ...byte) *Sealer {
+	tb.Helper()
+	s, err := NewSealer(testKeys(tb, secrets...), cluster, rand.NewChaCha8([32]byte{seed}))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return s
+}
+
+func TestSeal(t *testing.T) {
+	a := testSealer(t, 1, "c", 1)
+	plain := bytes.Repeat([]byte("x"), 100)
+	sealed := a.Seal(nil, plain, 0)
+	if len(sealed) != len(plain)+SealOverhead {
+		t.Errorf("overhead is %d", len(sealed)-len(plain))
+	}
+	again := a.Seal(nil, plain, 0)
+	if bytes.Equal(sealed, again) {
+		t.Error("a nonce was used twice")
+	}
+	rotated := testSealer(t, 2, "c", 2, 1)
+	for _, c := range []struct {
+		about  string
+		opener *Sealer
+		packet []byte
+		want   error
+	}{
+		{"same key", testSealer(t, 3, "c", 1), sealed, nil},
+		{"the old key below a new one", rotated, sealed, nil},
+		{"under the new key, to one that has only the old", a, rotated.Seal(nil, plain, 0), ErrUnknownKey},
+		{"under the old key because its receiver has no other", a, rotated.Seal(nil, plain, a.KeyIDs()[0]), nil},
+		{"foreign key", testSealer(t, 4, "c", 3), sealed, ErrUnknownKey},
+		{"another cluster", testSealer(t, 5, "d", 1), sealed, ErrForged},
+		{"empty", a, nil, ErrNotSealed},
+		{"no room for a tag", a, sealed[:SealOverhead-1], ErrNotSealed},
+		{"truncated", a, sealed[:len(sealed)-1], ErrForged},
+		{"longer", a, append(slices.Clone(sealed), 0), ErrForged},
+	} {
+		got, count, err := c.opener.Open(nil, c.packet)
+		if err != c.want || err == nil && (!bytes.Equal(got, plain) || count == 0) {
+			t.Errorf("%s: got %q, counter %d, %v, want %v", c.about, got, count, err, c.want)
+		}
+	}
+	for i := range sealed {
+		bad := slices.Clone(sealed)
+		bad[i] ^= 1
+		if _, _, err := a.Open(nil, bad); err == nil {
+			t.Errorf("opens with byte %d changed", i)
+		}
+	}
+	if a.SetKeys(Keys{}) == nil || a.KeyIDs()[0] == 0 {
+		t.Error("no key is taken for a key")
+	}
+	if _, err := NewSealer(testKeys(t, 1), "c", bytes.NewReader(nil)); err == nil {
+		t.Error("seals without randomness")
+	}
+}
+
+// One key file gives tokens and gossip different subkeys, and each key's own.
+func TestGossipSubkeys(t *testing.T) {
+	keys := testKeys(t, 1, 2)
+	a, err := keys.Subkeys("a")
+	b, err2 := keys.Subkeys("b")
+	if err := errors.Join(err, err2); err != nil {
+		t.Fatal(err)
+	}
+	all := append(a, b...)
+	for i, k := range all {
+		if len(k) != 32 || slices.IndexFunc(all, func(o []byte) bool { return bytes.Equal(k, o) }) != i {
+			t.Errorf("subkey %d is like another, or %d bytes", i, len(k))
+		}
+	}
+}
+
+// The window against a set that forgets nothing.
+func TestWindow(t *testing.T) {
+	seed := rand.Uint64()
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for range 200 {
+		start := rng.Uint64N(1 << 40)
+		if rng.IntN(10) == 0 {
+			start = ^uint64(0) - rng.Uint64N(3000)
+		}
+		var w ReplayWindow
+		w.StartAfter(start)
+		seen, top := map[uint64]bool{}, start
+		for range 2000 {
+			count := top + rng.Uint64N(300) - 100
+			switch rng.IntN(50) {
+			case 0:
+				count = top + rng.Uint64N(5000)
+			case 1:
+				count = rng.Uint64()
+			case 2:
+				count = start - rng.Uint64N(2000)
+			}
+			if count > start && count-start > 1<<62 { // a sender never gets there
+				continue
+			}
+			want := count > start && !seen[count] && (count >= top || top-count <= windowSize)
+			if got := w.Accept(count); got != want {
+				t.Fatalf("seed %d: started at %d, top %d: Take(%d) is %v", seed, start, top, count, got)
+			}
+			if want {
+				seen[count] = true
+				top = max(top, count)
+			}
+		}
+	}
+}
+
+func BenchmarkSeal(b *testing.B) {
+	s := testSealer(b, 1, "telemeter", 1, 2)
+	plain, buf := make([]byte, 100), make([]byte, 0, MaxPacket)
+	b.ReportAllocs()
+	for b.Loop() {
+		s.Seal(buf, plain, 0)
+	}
+}
+
+func BenchmarkOpen(b *testing.B) {
+	s := testSealer(b, 1, "telemeter", 1, 2)
+	sealed, buf := s.Seal(nil, make([]byte, 100), 0), make([]byte, 0, MaxPacket)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := s.Open(buf, sealed); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func TestSealAllocates(t *testing.T) {
+	s := testSealer(t, 1, "telemeter", 1)
+	plain, sealed, opened := make([]byte, 100), make([]byte, 0, MaxPacket), make([]byte, 0, MaxPacket)
+	if n := testing.AllocsPerRun(100, func() {
+		packet := s.Seal(sealed, plain, 0)
+		if _, _, err := s.Open(opened, packet); err != nil {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("sealing and opening allocates %v times", n)
+	}
+}
+
+func FuzzOpenPacket(f *testing.F) {
+	s := testSealer(f, 1, "c", 1, 2)
+	sealed := s.Seal(nil, []byte("hello"), 0)
+	f.Add(sealed)
+	f.Add(sealed[:SealOverhead])
+	f.Add([]byte{sealVersion})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if plain, _, err := s.Open(nil, b); err == nil && !bytes.Equal(b, sealed) {
+			t.Errorf("opened %q, which nobody sealed", plain)
+		}
+	})
+}

@@ -1,0 +1,186 @@
+package main
+
+// Signed tokens. Verify parses nothing that a token says before it has checked the signature;
+// ParseToken, for a token's own holder, is the exception. One token has one spelling.
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// Kinds of token: what an operator gives a site, and what /authorize answers.
+const (
+	KindClient = "client"
+	KindUpload = "upload"
+)
+
+// Why Verify refuses.
+var (
+	ErrTokenMalformed = errors.New("malformed token")
+	ErrTokenForged    = errors.New("token is not signed by a known key")
+	ErrTokenExpired   = errors.New("token has expired")
+)
+
+const tokenPrefix = "tm1."
+
+// A Token says who may push and where to. Its text form is
+//
+//	tm1.<base64url(JSON)>.<base64url(HMAC-SHA256 over all before this dot)>
+//
+// without padding. What it says is public to its holder; the signature makes it
+// a credential. Fields added later are ignored here, kinds added later refused.
+// URLs and labels are bounded by the token's length alone; their rules are the
+// minter's to apply.
+type Token struct {
+	KeyID   string            `json:"key"`     // of the key that signed
+	Kind    string            `json:"kind"`    // KindClient or KindUpload
+	Cluster string            `json:"cluster"` // a valid cluster ID
+	URLs    []string          `json:"urls,omitempty"`
+	Pin     string            `json:"pin,omitempty"` // of the servers' certificate; see CertPin
+	Labels  map[string]string `json:"labels,omitempty"`
+	Issued  int64             `json:"issued"`            // Unix seconds; only told, never judged
+	Expires int64             `json:"expires,omitempty"` // Unix seconds; 0 = until revoked
+	ID      string            `json:"id"`                // NewTokenID; an upload token has its client token's
+}
+
+// Sign returns t's text form, signed by the first key, whose ID it takes for
+// t.KeyID. Errors: no key, a field against the rules, longer than MaxToken.
+func (ks Keys) Sign(t Token) (string, error) {
+	if len(ks.keys) == 0 {
+		return "", errors.New("signing a token: no key")
+	}
+	k := ks.keys[0]
+	t.KeyID = k.id
+	if err := t.check(); err != nil {
+		return "", fmt.Errorf("signing a token: %w", err)
+	}
+	payload, err := json.Marshal(t) // sorts labels: equal tokens have equal text
+	if err != nil {
+		return "", fmt.Errorf("signing a token: %w", err)
+	}
+	signed := tokenPrefix + base64.RawURLEncoding.EncodeToString(payload)
+	s := signed + "." + base64.RawURLEncoding.EncodeToString(k.sum(signed))
+	if len(s) > MaxToken {
+		return "", fmt.Errorf("signing a token: longer than %d bytes: give it fewer URLs or labels", MaxToken)
+	}
+	return s, nil
+}
+
+// Verify returns what a token says if one of the keys signed it and it has not
+// expired at now. Space around it is ignored. The errors are ErrTokenMalformed,
+// ErrTokenForged and ErrTokenExpired, wrapped. Revocation and whether the kind
+// and cluster are the wanted ones is the caller's to check.
+func (ks Keys) Verify(s string, now time.Time) (Token, error) {
+	signed, payload, mac, err := splitToken(s)
+	if err != nil {
+		return Token{}, err
+	}
+	// Every key is tried, rather than the one the payload names, so that nothing
+	// unsigned is ever parsed. At most 16 HMACs over 8 KiB: far less than the TLS
+	// handshake before them.
+	for _, k := range ks.keys {
+		if !hmac.Equal(mac, k.sum(signed)) {
+			continue
+		}
+		t, err := decodeToken(payload)
+		if err != nil {
+			return Token{}, err
+		}
+		if t.KeyID != k.id {
+			return Token{}, malformed("it names another key than the one that signed it")
+		}
+		if t.Expires != 0 && now.Unix() >= t.Expires {
+			return Token{}, fmt.Errorf("%w on %s", ErrTokenExpired, time.Unix(t.Expires, 0).UTC().Format(time.RFC3339))
+		}
+		return t, nil
+	}
+	return Token{}, ErrTokenForged
+}
+
+// ParseToken returns what a token says without checking its signature or expiry:
+// for its holder, who has no key. Space around it is ignored. The error is
+// ErrTokenMalformed, wrapped.
+func ParseToken(s string) (Token, error) {
+	_, payload, _, err := splitToken(s)
+	if err != nil {
+		return Token{}, err
+	}
+	return decodeToken(payload)
+}
+
+// splitToken takes a token's text apart without believing any of it.
+func splitToken(s string) (signed string, payload, mac []byte, err error) {
+	s = strings.TrimSpace(s)
+	if len(s) > MaxToken {
+		return "", nil, nil, malformed(fmt.Sprintf("longer than %d bytes", MaxToken))
+	}
+	body, ok := strings.CutPrefix(s, tokenPrefix)
+	if !ok {
+		return "", nil, nil, malformed("does not begin with " + tokenPrefix)
+	}
+	p, m, ok := strings.Cut(body, ".")
+	// Strict refuses stray trailing bits, but every decoder of encoding/base64
+	// skips line ends: either would give one token several spellings.
+	if !ok || strings.ContainsAny(s, "\r\n") {
+		return "", nil, nil, malformed("want three parts between dots, on one line")
+	}
+	enc := base64.RawURLEncoding.Strict()
+	if payload, err = enc.DecodeString(p); err != nil {
+		return "", nil, nil, malformed("payload is not base64url")
+	}
+	if mac, err = enc.DecodeString(m); err != nil || len(mac) != sha256.Size {
+		return "", nil, nil, malformed(fmt.Sprintf("signature is not the base64url of %d bytes", sha256.Size))
+	}
+	return s[:len(s)-len(m)-1], payload, mac, nil
+}
+
+func decodeToken(payload []byte) (Token, error) {
+	var t Token
+	if json.Unmarshal(payload, &t) != nil { // its error can quote the payload
+		return Token{}, malformed("payload is not the JSON of a token")
+	}
+	if err := t.check(); err != nil {
+		return Token{}, malformed(err.Error())
+	}
+	return t, nil
+}
+
+func malformed(why string) error { return fmt.Errorf("%w: %s", ErrTokenMalformed, why) }
+
+// check holds for every token that Sign makes and that Verify or ParseToken
+// returns.
+func (t Token) check() error {
+	if t.Kind != KindClient && t.Kind != KindUpload {
+		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)
+	}
+	if err := CheckClusterID(t.Cluster); err != nil {
+		return err
+	}
+	if !isTokenID(t.ID) {
+		return errors.New("token ID is not 32 lower-case hex digits")
+	}
+	if t.Pin != "" {
+		return validPin(t.Pin)
+	}
+	return nil
+}
+
+// NewTokenID returns 128 random bits as 32 lower-case hex digits.
+func NewTokenID() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails since Go 1.24
+	return hex.EncodeToString(b[:])
+}
+
+func isTokenID(s string) bool {
+	b, err := hex.DecodeString(s)
+	return err == nil && len(b) == 16 && s == strings.ToLower(s)
+}

@@ -1,0 +1,276 @@
+package main
+
+// member_test.go: how soon a server acts on what gossip hears, in virtual time over a
+// network in memory.
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// memNet carries datagrams between sockets in memory.
+type memNet struct {
+	mu   sync.Mutex // guards it all
+	conn map[netip.AddrPort]*memConn
+}
+
+type memDatagram struct {
+	data []byte
+	from netip.AddrPort
+}
+
+type memConn struct {
+	net    *memNet
+	addr   netip.AddrPort
+	wake   sync.Cond
+	queue  []memDatagram
+	until  time.Time
+	timer  *time.Timer
+	closed bool
+}
+
+func (n *memNet) listen(addr string) *memConn {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	c := &memConn{net: n, addr: netip.MustParseAddrPort(addr)}
+	c.wake.L = &n.mu
+	n.conn[c.addr] = c
+	return c
+}
+
+func (c *memConn) ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error) {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	for len(c.queue) == 0 {
+		switch {
+		case c.closed:
+			return 0, netip.AddrPort{}, net.ErrClosed
+		case !c.until.IsZero() && !c.until.After(time.Now()):
+			return 0, netip.AddrPort{}, os.ErrDeadlineExceeded
+		}
+		c.wake.Wait()
+	}
+	d := c.queue[0]
+	c.queue = c.queue[1:]
+	return copy(b, d.data), d.from, nil
+}
+
+func (c *memConn) WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error) {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	if o := c.net.conn[to]; o != nil && !o.closed {
+		o.queue = append(o.queue, memDatagram{append([]byte(nil), b...), c.addr})
+		o.wake.Broadcast()
+	}
+	return len(b), nil
+}
+
+func (c *memConn) SetReadDeadline(t time.Time) error {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	c.until, c.timer = t, time.AfterFunc(time.Until(t), c.wake.Broadcast)
+	c.wake.Broadcast()
+	return nil
+}
+
+func (c *memConn) close() {
+	c.net.mu.Lock()
+	defer c.net.mu.Unlock()
+	c.closed = true
+	c.wake.Broadcast()
+}
+
+// memMember is a server's membership and ring.
+type memMember struct {
+	*RingMember
+	gossip *Gossip
+	conn   *memConn
+	fs     *crashFS
+	kill   func() // without a word
+}
+
+const memInterval = time.Second
+
+// add makes one that does nothing yet.
+func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
+	t.Helper()
+	st, err := LoadMemberState(fsys, "/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := n.listen(addr)
+	g, err := NewGossip(GossipConfig{Name: name, Addr: addr, Cluster: "test", Keys: testKeys(t, 1), Seeds: seeds,
+		Interval: memInterval, State: st, Conn: conn, Resolver: &fakeDNS{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	forward := NewForwarder(ForwarderConfig{Name: name, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler)})
+	m, err := NewRingMember(RingMemberConfig{Name: name, Gossip: g, Forward: forward, FS: fsys, Dir: "/s", Seeds: len(seeds) > 0,
+		Interval: memInterval, Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &memMember{RingMember: m, gossip: g, conn: conn, fs: fsys}
+}
+
+// start starts one, in a bubble of synctest's.
+func (n *memNet) start(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
+	t.Helper()
+	m := n.add(t, name, addr, fsys, seeds...)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { m.gossip.Run(ctx) })
+	wg.Go(func() { m.Run(ctx) })
+	m.kill = sync.OnceFunc(func() {
+		m.conn.close()
+		cancel()
+		wg.Wait()
+	})
+	t.Cleanup(m.kill)
+	return m
+}
+
+// slot returns what m claims.
+func (m *memMember) slot() int {
+	for _, mv := range m.gossip.View().Members {
+		if mv.Name == m.cfg.Name && mv.Slot != NoSlot {
+			return int(mv.Slot)
+		}
+	}
+	return -1
+}
+
+// members returns how many the ring of m has.
+func (m *memMember) members() int { return len(m.cfg.Forward.View().Ring.Shares()) }
+
+// took lets time pass until ok, and returns how much.
+func took(t *testing.T, about string, ok func() bool) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	for synctest.Wait(); !ok(); synctest.Wait() {
+		if time.Since(begin) > 10*time.Minute {
+			t.Fatalf("never: %s", about)
+		}
+		time.Sleep(memInterval / 100)
+	}
+	return time.Since(begin)
+}
+
+// A server at rest looks at nothing for a minute, and yet acts at once on who comes,
+// goes or claims its slot.
+func TestMemberAtRestActsOnChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
+		limit := func(about string, got, most time.Duration) {
+			t.Helper()
+			if got > most {
+				t.Errorf("%s after %v, want %v at most", about, got, most)
+			}
+		}
+		rest := func() { time.Sleep(90*time.Second + 7*time.Millisecond) }
+
+		a := n.start(t, "a", "10.0.0.1:1", newStoreFS(1))
+		limit("the first of all claims", took(t, "a claims", func() bool { return a.slot() == 0 && a.members() == 1 }), memInterval)
+		rest()
+		b := n.start(t, "b", "10.0.0.2:1", newStoreFS(2), "10.0.0.1:1")
+		// It chooses when nobody came for quietFor intervals: not before.
+		wait := took(t, "b claims", func() bool { return b.slot() == 1 })
+		limit("the second claims", wait, (quietFor+2)*memInterval)
+		if wait < quietFor*memInterval {
+			t.Errorf("the second claims after %v, without having waited for others", wait)
+		}
+		limit("its claim is on the ring", took(t, "a has b on its ring", func() bool { return a.members() == 2 }), memInterval)
+		rest()
+
+		// What it was told is kept, though it was at rest.
+		b.gossip.SetClaim(1, 70, false)
+		limit("a claim's number is kept", took(t, "a keeps it", func() bool {
+			st, err := LoadMemberState(a.fs, "/s")
+			return err == nil && st.Seen == 70
+		}), memInterval)
+		rest()
+
+		// A slot that is lost to an older claim is given up, and another taken.
+		a.gossip.SetClaim(0, 90, false)
+		took(t, "b hears of it", func() bool { return b.gossip.View().Lamport == 90 })
+		rest()
+		b.gossip.SetClaim(0, 80, false)
+		limit("a slot that was lost is replaced", took(t, "a has another", func() bool { return a.slot() == 1 && a.members() == 2 && b.members() == 2 }), memInterval)
+		rest()
+
+		b.gossip.SetLeaving()
+		limit("who is about to leave is off the ring", took(t, "a is alone on its ring", func() bool { return a.members() == 1 }), memInterval)
+		rest()
+		b.kill()
+		limit("a death is acted on", took(t, "a has no peers", func() bool { return len(a.cfg.Forward.View().Peers) == 1 }), 10*memInterval)
+		a.kill()
+	})
+}
+
+// What could not be kept is tried again within an interval, at rest as well; and what
+// is not kept is not claimed.
+func TestMemberKeepsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
+		a := n.start(t, "a", "10.0.0.1:1", newStoreFS(1))
+		took(t, "a claims", func() bool { return a.slot() == 0 })
+		time.Sleep(90 * time.Second)
+		synctest.Wait()
+		a.fs.hook = failOn("write", "", 0, syscall.ENOSPC)
+		a.gossip.SetClaim(0, 9, false)
+		time.Sleep(90 * time.Second)
+		synctest.Wait()
+		a.fs.hook = nil
+		if got := took(t, "it is kept", func() bool {
+			st, err := LoadMemberState(a.fs, "/s")
+			return err == nil && st.Lamport == 9
+		}); got > memInterval {
+			t.Errorf("kept %v after there was room", got)
+		}
+		a.kill()
+	})
+}
+
+// Who reaches no seed claims for the time being when settleFor is over, and firmly
+// when it has heard another.
+func TestMemberReachesNoSeed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
+		a := n.start(t, "a", "10.0.0.1:1", newStoreFS(1), "10.0.0.2:1")
+		if got := took(t, "a claims", func() bool { return a.slot() == 0 }); got < settleFor*memInterval || got > (settleFor+1)*memInterval {
+			t.Errorf("claimed after %v, want %v", got, settleFor*memInterval)
+		}
+		if !a.gossip.State().Provisional {
+			t.Error("a claim made alone is firm")
+		}
+		b := n.start(t, "b", "10.0.0.2:1", newStoreFS(2))
+		took(t, "the claim is firm", func() bool { return !a.gossip.State().Provisional && a.slot() != b.slot() })
+		a.kill()
+		b.kill()
+	})
+}
+
+// The slot of one that is gone is not given away for a day.
+func TestMemberReservesSlots(t *testing.T) {
+	for age, want := range map[time.Duration]int{0: 1, reservedFor - time.Second: 1, reservedFor: 0} {
+		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
+		a := n.add(t, "a", "10.0.0.1:1", newStoreFS(1), "10.0.0.2:1")
+		v := a.gossip.View()
+		v.Members = append(v.Members, MemberSnapshot{MemberRecord: MemberRecord{Name: "gone", State: StateDead, Session: 1, Slot: 0, Lamport: 1, Age: uint32(age / time.Second)}})
+		a.claim(v)
+		if got := a.slot(); got != want {
+			t.Errorf("%v after the other's end: slot %d, want %d", age, got, want)
+		}
+	}
+}

@@ -1,0 +1,176 @@
+package main
+
+// The seam to the disk: the part of a file system that logs need, directories that are synced
+// and locked, and files that are replaced as a whole.
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// DiskFull reports that an error is for want of room, which may come back.
+func DiskFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// FS is the part of a file system that a log needs. Names are as for package
+// os; SyncDir makes the entries of a directory durable.
+type FS interface {
+	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
+	ReadFile(name string) ([]byte, error)
+	ReadDir(name string) ([]fs.DirEntry, error)
+	Mkdir(name string, perm fs.FileMode) error
+	Rename(old, new string) error
+	Remove(name string) error
+	SyncDir(name string) error
+}
+
+// File is an open file of an FS.
+type File interface {
+	io.Writer
+	Sync() error
+	Truncate(size int64) error
+	Close() error
+}
+
+// DiskFS is the operating system's file system.
+type DiskFS struct{}
+
+func (DiskFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
+	f, err := os.OpenFile(name, flag, perm)
+	if err != nil {
+		return nil, err // not f: a nil *os.File is not a nil File
+	}
+	return f, nil
+}
+
+func (DiskFS) ReadFile(name string) ([]byte, error)       { return os.ReadFile(name) }
+func (DiskFS) ReadDir(name string) ([]fs.DirEntry, error) { return os.ReadDir(name) }
+func (DiskFS) Mkdir(name string, perm fs.FileMode) error  { return os.Mkdir(name, perm) }
+func (DiskFS) Rename(old, new string) error               { return os.Rename(old, new) }
+func (DiskFS) Remove(name string) error                   { return os.Remove(name) }
+
+// SyncDir takes EINVAL for success: it is how a file system says that it has
+// no such thing as syncing a directory (PostgreSQL's fsync_fname does the same).
+func (DiskFS) SyncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
+		return err
+	}
+	return nil
+}
+
+// LockDir creates dir if need be, durably, and takes an exclusive lock on the
+// file "lock" in it, so that no two processes write the same logs. The lock
+// lasts until release, which must be kept reachable, or the end of the process.
+// The file stays behind: removing it would let two processes lock two files.
+func LockDir(dir string) (release func() error, err error) {
+	if err := mkdirAll(dir); err != nil {
+		return nil, fmt.Errorf("creating directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("opening lock file: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("directory %s is in use by another process", dir)
+		}
+		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+	}
+	return f.Close, nil
+}
+
+// mkdirAll is os.MkdirAll that syncs each parent whose entry it made.
+func mkdirAll(dir string) error {
+	err := os.Mkdir(dir, 0o700)
+	if errors.Is(err, fs.ErrNotExist) && filepath.Dir(dir) != dir {
+		if err := mkdirAll(filepath.Dir(dir)); err != nil {
+			return err
+		}
+		err = os.Mkdir(dir, 0o700)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncParent(DiskFS{}, dir, err == nil)
+}
+
+// syncParent makes dir's own entry durable. A directory found existing is no
+// proof that it is durable (who made it may not have synced yet, or was
+// killed), so it is synced too; but one whose parent is closed to us was made
+// by somebody else long ago.
+func syncParent(fsys FS, dir string, made bool) error {
+	err := fsys.SyncDir(filepath.Dir(dir))
+	if !made && errors.Is(err, fs.ErrPermission) {
+		return nil
+	}
+	return err
+}
+
+func readFile(fsys FS, name string) ([]byte, error) {
+	return ReadAgain(func() ([]byte, error) { return fsys.ReadFile(name) })
+}
+
+// replaceFile puts what fill writes durably in the place of path, making its
+// directory if need be. If renamed, an error is that of syncing directories.
+func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, renamed bool, err error) {
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
+	dir, temp := filepath.Dir(path), path+logTempSuffix
+	f, err := fsys.OpenFile(temp, flags, 0o600)
+	made := false
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fsys.Mkdir(dir, 0o700)
+		if made = err == nil; !made && !errors.Is(err, fs.ErrExist) {
+			return 0, false, err
+		}
+		f, err = fsys.OpenFile(temp, flags, 0o600)
+	}
+	if err != nil {
+		return 0, false, err
+	}
+	out := &logWriter{w: f}
+	buf := bufio.NewWriterSize(out, 64<<10)
+	if err = fill(buf); err == nil {
+		err = buf.Flush()
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = fsys.Rename(temp, path)
+	}
+	if err != nil {
+		fsys.Remove(temp) // if that fails too, the next rewrite overwrites it
+		return 0, false, err
+	}
+	if err = fsys.SyncDir(dir); err == nil {
+		err = syncParent(fsys, dir, made)
+	}
+	return out.n, true, err
+}
+
+type logWriter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *logWriter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}

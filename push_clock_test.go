@@ -1,0 +1,74 @@
+package main
+
+import (
+	"testing"
+	"time"
+)
+
+// A step of the wall clock is noticed, doubted for five minutes and then believed; one
+// that is corrected meanwhile leaves nothing behind; slewing and small steps are none.
+func TestClock(t *testing.T) {
+	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	type step struct {
+		pass, set   time.Duration // time that passes, and by how much the wall clock is set then
+		early, late time.Duration // since start, of the span
+		change      WallClockStep
+	}
+	const hour, minute, second = time.Hour, time.Minute, time.Second
+	for name, steps := range map[string][]step{
+		"time passes": {{hour, 0, hour, hour, WallClockStep{}}, {24 * hour, 0, 25 * hour, 25 * hour, WallClockStep{}}},
+		"slewed": {
+			{hour, 3 * second, hour + 3*second, hour + 3*second, WallClockStep{}},
+			{hour, 3 * second, 2*hour + 6*second, 2*hour + 6*second, WallClockStep{}},
+			{4 * hour, 12 * second, 6*hour + 18*second, 6*hour + 18*second, WallClockStep{}},
+			{hour, -3 * second, 7*hour + 15*second, 7*hour + 15*second, WallClockStep{}},
+		},
+		"many small steps": {
+			{second, 8 * second, 9 * second, 9 * second, WallClockStep{}},
+			{second, 8 * second, 2*second + second/1000, 18 * second, WallClockStep{Step: 16*second - second/1000}},
+			{second, 8 * second, 3*second + second/1000, 27 * second, WallClockStep{}},
+		},
+		"ahead for 45 seconds": {
+			{minute, 3 * hour, minute, 3*hour + minute, WallClockStep{Step: 3 * hour}},
+			{45 * second, 0, 105 * second, 3*hour + 105*second, WallClockStep{}},
+			{0, -3 * hour, 105 * second, 105 * second, WallClockStep{Step: 3 * hour, Returned: true}},
+			{10 * minute, 0, 705 * second, 705 * second, WallClockStep{}},
+		},
+		"ahead for good": {
+			{0, 3 * hour, 0, 3 * hour, WallClockStep{Step: 3 * hour}},
+			{4 * minute, second, 4 * minute, 3*hour + 4*minute + second, WallClockStep{}},
+			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, WallClockStep{Step: 3 * hour, Believed: true}},
+			{minute, 0, 3*hour + 6*minute + second, 3*hour + 6*minute + second, WallClockStep{}},
+		},
+		"back for good": {
+			{hour, -time.Minute, hour - minute, hour, WallClockStep{Step: -minute}},
+			{5 * minute, 0, hour + 4*minute, hour + 4*minute, WallClockStep{Step: -minute, Believed: true}},
+		},
+		"another step is doubted anew": {
+			{0, 3 * hour, 0, 3 * hour, WallClockStep{Step: 3 * hour}},
+			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, WallClockStep{Step: 4 * hour}},
+			{2 * minute, 0, 6 * minute, 4*hour + 6*minute, WallClockStep{}},
+			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, WallClockStep{Step: 4 * hour, Believed: true}},
+		},
+		"back and ahead": {
+			{0, -hour, -hour, 0, WallClockStep{Step: -hour}},
+			{minute, 2 * hour, minute, hour + minute, WallClockStep{Step: hour}},
+			{minute, -hour, 2 * minute, 2 * minute, WallClockStep{Step: hour, Returned: true}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			wall, monotonic := start, time.Duration(0)
+			var got WallClockStep
+			c := NewWallClock(func() time.Time { return wall }, func() time.Duration { return monotonic }, func(ch WallClockStep) { got = ch })
+			for i, s := range steps {
+				got = WallClockStep{}
+				monotonic += s.pass
+				wall = wall.Add(s.pass + s.set)
+				span := c.Span()
+				if want := (Span{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
+					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Early.Sub(start), span.Late.Sub(start), got, s.early, s.late, s.change)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,146 @@
+package main
+
+// Sets of scrape numbers as ranges, in memory, in headers and in records. Their size is
+// bounded, because each can come from outside. Pure.
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Range is the numbers from From to To, both included.
+type Range struct{ From, To uint64 }
+
+// Ranges is a set of numbers. Its ranges ascend, and there is a gap between each two.
+type Ranges []Range
+
+// Add returns r with the numbers from from to to. It may change r. Above MaxRanges it
+// forgets the lowest numbers.
+func (r Ranges) Add(from, to uint64) Ranges {
+	i, _ := slices.BinarySearchFunc(r, from, func(a Range, n uint64) int { return cmp.Compare(a.To+1, n) })
+	j := i
+	for j < len(r) && r[j].From <= to+1 {
+		from, to = min(from, r[j].From), max(to, r[j].To)
+		j++
+	}
+	r = slices.Replace(r, i, j, Range{from, to})
+	return r[max(0, len(r)-MaxRanges):]
+}
+
+// Has reports whether n is in r.
+func (r Ranges) Has(n uint64) bool {
+	i, _ := slices.BinarySearchFunc(r, n, func(a Range, n uint64) int { return cmp.Compare(a.To, n) })
+	return i < len(r) && r[i].From <= n
+}
+
+// Covers reports whether all numbers of a are in r.
+func (r Ranges) Covers(a Range) bool {
+	i, _ := slices.BinarySearchFunc(r, a.From, func(b Range, n uint64) int { return cmp.Compare(b.To, n) })
+	return i < len(r) && r[i].From <= a.From && r[i].To >= a.To
+}
+
+// Union returns the numbers of r and of o. It may change r.
+func (r Ranges) Union(o Ranges) Ranges {
+	for _, a := range o {
+		r = r.Add(a.From, a.To)
+	}
+	return r
+}
+
+// Without returns the numbers of r that are not in o, as a new set.
+func (r Ranges) Without(o Ranges) (left Ranges) {
+	for _, a := range r {
+		from := a.From
+		for _, b := range o {
+			if b.To < from || b.From > a.To {
+				continue
+			}
+			if b.From > from {
+				left = append(left, Range{from, b.From - 1})
+			}
+			from = b.To + 1
+		}
+		if from <= a.To {
+			left = append(left, Range{from, a.To})
+		}
+	}
+	return left
+}
+
+// ReadRanges reads what AppendRanges wrote.
+func ReadRanges(r *WireReader) (numbers Ranges) {
+	end := uint64(0)
+	for range r.Uvarint(MaxRanges) {
+		from := end + r.Uvarint(MaxSpoolNumber)
+		to := from + r.Uvarint(MaxSpoolNumber)
+		if r.Require(from > end && to <= MaxSpoolNumber); r.Err() != nil {
+			return nil
+		}
+		numbers = numbers.Add(from, to)
+		end = to
+	}
+	return numbers
+}
+
+// AppendRanges appends the number of ranges, and each as its distance from the end of the
+// one before and its length less one.
+func AppendRanges(b []byte, numbers Ranges) []byte {
+	b = binary.AppendUvarint(b, uint64(len(numbers)))
+	end := uint64(0)
+	for _, r := range numbers {
+		b = binary.AppendUvarint(binary.AppendUvarint(b, r.From-end), r.To-r.From)
+		end = r.To
+	}
+	return b
+}
+
+// String returns r as headers and answers have it, such as "118-121,130".
+func (r Ranges) String() string {
+	var b []byte
+	for i, a := range r {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendUint(b, a.From, 10)
+		if a.To > a.From {
+			b = strconv.AppendUint(append(b, '-'), a.To, 10)
+		}
+	}
+	return string(b)
+}
+
+// ParseRanges reads what String wrote, of at most most ranges; "" is the empty set.
+func ParseRanges(text string, most int) (Ranges, error) {
+	if text == "" {
+		return nil, nil
+	}
+	if strings.Count(text, ",") >= most {
+		return nil, fmt.Errorf("more than %d ranges of numbers", most)
+	}
+	var r Ranges
+	for part := range strings.SplitSeq(text, ",") {
+		first, last, several := strings.Cut(part, "-")
+		from, err := parseSpoolNumber(first)
+		to := from
+		if several && err == nil {
+			to, err = parseSpoolNumber(last)
+		}
+		if err != nil || to < from || len(r) > 0 && from <= r[len(r)-1].To {
+			return nil, fmt.Errorf("malformed range of numbers %.50q", part)
+		}
+		r = r.Add(from, to)
+	}
+	return r, nil
+}
+
+func parseSpoolNumber(text string) (uint64, error) {
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil || n == 0 || n > MaxSpoolNumber {
+		return 0, errSpoolHeader
+	}
+	return n, nil
+}

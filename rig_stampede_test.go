@@ -1,0 +1,655 @@
+package main
+
+// stampede_test.go: thousands of sites in virtual time, after a server joins, after the
+// center was away, and after all servers lost their disks: what is sent again, how long it
+// takes until the center has read all, and how long fresh scrapes wait meanwhile. Clients,
+// servers, stores, consumers and the ring are the real ones; requests are calls. The owner
+// of a site gets its pushes without the step in between. Modelled are a server's processors
+// and its disk, see stampedeServer.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"text/tabwriter"
+	"time"
+)
+
+var stampedeFlag = flag.Int("stampede", 0, "run TestStampede at length, with so many sites")
+
+// A site pushes stampedeSeries series, which stand for stampedeScale as many: costs, and
+// the servers' limits on samples, are scaled.
+const (
+	stampedeSeries   = 5
+	stampedeScale    = 40
+	stampedeInterval = 2 * time.Minute
+	stampedeScrape   = 30 * time.Second
+
+	// The cost of a request and of a sample in time of one core: BenchmarkUpload and BenchmarkFederate
+	// find 0.5 ms for a push of 230 samples and 0.43 µs for a sample that is scraped, both
+	// in gzip. A request has 0.3 ms for its TLS handshake.
+	stampedeCores   = 2
+	stampedeRequest = 300 * time.Microsecond
+	stampedePushed  = 2200 * time.Nanosecond
+	stampedeScraped = 430 * time.Nanosecond
+	stampedeSync    = 5 * time.Millisecond // of a disk, for which as many pushes as it has slots wait together
+	stampedeDisk    = 16
+)
+
+// stampede is a run: sites, servers and a center.
+type stampede struct {
+	t       testing.TB
+	ctx     context.Context
+	running sync.WaitGroup
+	keys    Keys
+	servers []*stampedeServer
+	sites   []*stampedeSite
+	alone   bool // no ring: each server keeps what it is sent
+
+	mu    sync.Mutex // guards the rest, and what servers and sites have beside
+	ring  *Ring
+	away  bool // the center
+	since time.Time
+	stampedeFigures
+}
+
+// stampedeFigures are what is counted since the last call of mark.
+type stampedeFigures struct {
+	pushes, questions, exchanges, limited, overloaded, failed int
+	again, samplesAgain                                       int
+	firstAgain, lastAgain                                     time.Time
+	waits                                                     []time.Duration // of scrapes since then, until they are stored the first time
+	late                                                      time.Duration   // until the last scrape from before is stored the first time
+	most                                                      int             // requests at one server in a second
+	held                                                      int64           // samples in one store
+}
+
+type stampedeServer struct {
+	run       *stampede
+	name      string
+	server    *Server
+	store     *Store
+	external  http.Handler
+	internal  http.Handler
+	stop      context.CancelFunc
+	cpu, disk chan struct{}
+
+	up       bool
+	starts   int
+	second   int64
+	inSecond int
+}
+
+type stampedeSite struct {
+	run    *stampede
+	id     string
+	key    uint64
+	client *Client
+
+	first   uint64 // number of its first scrape
+	scraped []time.Time
+	stored  []bool
+	read    []bool // by the center
+	unread  int    // of these, the first that is not
+}
+
+// newStampede starts three of four servers, and a center that scrapes those that are up.
+func newStampede(t testing.TB, ctx context.Context, sites int, ring bool) *stampede {
+	s := &stampede{t: t, ctx: ctx, keys: authKeys(t, 1), alone: !ring, since: time.Now()}
+	for i := range 4 {
+		v := &stampedeServer{run: s, name: fmt.Sprint("s", i), cpu: make(chan struct{}, stampedeCores), disk: make(chan struct{}, stampedeDisk)}
+		s.servers = append(s.servers, v)
+		s.running.Go(func() { v.scrapes(stampedeScrape * time.Duration(i) / 4) })
+	}
+	s.each(3, (*stampedeServer).start)
+	s.join(3)
+	for i := range sites {
+		s.sites = append(s.sites, newStampedeSite(s, i))
+	}
+	s.running.Go(s.watch)
+	return s
+}
+
+// each does something to the first n servers.
+func (s *stampede) each(n int, do func(v *stampedeServer)) {
+	for _, v := range s.servers[:n] {
+		do(v)
+	}
+}
+
+// join makes the ring be that of the first n servers.
+func (s *stampede) join(n int) {
+	var claims []Claim
+	for i, v := range s.servers[:n] {
+		claims = append(claims, Claim{Slot: i, Lamport: uint64(i + 1), Name: v.name})
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ring = NewRing(claims, n)
+}
+
+// start starts a server with an empty disk.
+func (v *stampedeServer) start() {
+	s := v.run
+	store, err := OpenStore(StoreConfig{
+		Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute, LimitSeries: 20_000, LimitClusters: 10_000,
+		LimitSamples: 50_000_000 / stampedeScale, Now: time.Now, OnError: func(err error) { s.t.Error(err) },
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	v.server = NewServer(ServerConfig{
+		Name: v.name, Store: store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now, MaxSampleAge: 10 * time.Minute,
+		LimitBytes: 1 << 20, LimitScrape: 500_000 / stampedeScale, RateEvery: time.Second,
+	})
+	v.server.Reload(ServerState{Keys: s.keys, Normalizer: &Normalizer{}})
+	v.server.SetReady(true)
+	v.server.federate.scraper.Owned = func(hash uint64) bool { return s.alone || s.owner(hash) == v }
+	ctx, stop := context.WithCancel(s.ctx)
+	s.running.Go(func() { store.Run(ctx) })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v.store, v.external, v.internal, v.stop, v.up = store, v.server.External(), v.server.Internal(), stop, true
+	v.starts++
+}
+
+// kill ends a server, with its disk.
+func (v *stampedeServer) kill() {
+	v.run.mu.Lock()
+	defer v.run.mu.Unlock()
+	v.stop()
+	v.up = false
+}
+
+func (s *stampede) owner(hash uint64) *stampedeServer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	name, _ := s.ring.Owner(hash)
+	i, _ := strconv.Atoi(name[1:])
+	return s.servers[i]
+}
+
+// work takes a core for some time.
+func (v *stampedeServer) work(d time.Duration) {
+	v.cpu <- struct{}{}
+	time.Sleep(d)
+	<-v.cpu
+}
+
+func newStampedeSite(s *stampede, i int) *stampedeSite {
+	c := &stampedeSite{run: s, id: fmt.Sprintf("site-%05d", i)}
+	c.key = SiteKey(c.id)
+	from, _ := url.Parse("http://source.example/metrics")
+	all, err := ParseSelectors([]string{`{__name__=~".+"}`})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var to []string
+	for j := range 3 {
+		to = append(to, "https://"+s.servers[(i+j)%3].name)
+	}
+	c.client = NewClient(ClientConfig{
+		From: from, To: to, Cluster: c.id, Interval: stampedeInterval, ScrapeInterval: stampedeInterval, LimitBytes: 1 << 20,
+		Metrics: NewMetrics(), Now: time.Now, Boot: testBoot(), Log: slog.New(slog.DiscardHandler),
+		ToClient:   &http.Client{Transport: roundTrip(c.send), Timeout: attemptTimeout},
+		FromClient: &http.Client{Transport: roundTrip(c.source)},
+	})
+	token := authSign(s.t, s.keys, Token{Kind: KindClient, Cluster: c.id, ID: NewTokenID()})
+	c.client.Reload(ClientState{Token: token, Match: all, Cleaner: func() *Cleaner { return &Cleaner{} }})
+	if err := c.client.Open(SpoolConfig{Limit: 1 << 20, MaxAge: 2 * time.Hour}); err != nil {
+		s.t.Fatal(err)
+	}
+	c.first = c.client.spool.next
+	return c
+}
+
+// source answers the client's scrape. The value of each sample is the scrape's index.
+func (c *stampedeSite) source(*http.Request) (*http.Response, error) {
+	c.run.mu.Lock()
+	n := len(c.scraped)
+	c.scraped, c.stored, c.read = append(c.scraped, time.Now()), append(c.stored, false), append(c.read, false)
+	c.run.mu.Unlock()
+	var text bytes.Buffer
+	for i := range stampedeSeries {
+		fmt.Fprintf(&text, "s%d %d\n", i, n)
+	}
+	return respond(200, nil, text.String()), nil
+}
+
+// costlyBody costs something before its end is read: the request has its place among those
+// in flight by then.
+type costlyBody struct {
+	io.ReadCloser
+	cost func()
+}
+
+func (b *costlyBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil && b.cost != nil {
+		b.cost()
+		b.cost = nil
+	}
+	return n, err
+}
+
+// stampedeAnswer is an http.ResponseWriter.
+type stampedeAnswer struct {
+	header http.Header
+	code   int
+	body   bytes.Buffer
+}
+
+func (a *stampedeAnswer) Header() http.Header         { return a.header }
+func (a *stampedeAnswer) Write(p []byte) (int, error) { return a.body.Write(p) }
+func (a *stampedeAnswer) WriteHeader(code int)        { a.code = code }
+
+var errStampede = errors.New("connection refused")
+
+// send has a request answered by the site's owner.
+func (c *stampedeSite) send(r *http.Request) (*http.Response, error) {
+	s := c.run
+	v := s.owner(c.key)
+	if s.alone {
+		v = s.servers[int(r.URL.Host[1]-'0')]
+	}
+	names, _ := ParseScrapeNames(r.Header.Get(SpoolHeader))
+	scrapes := 0
+	for _, a := range names.Numbers {
+		scrapes += int(a.To - a.From + 1)
+	}
+	s.mu.Lock()
+	handler, starts := v.external, v.starts
+	if !v.up {
+		s.failed++
+		s.mu.Unlock()
+		return nil, errStampede
+	}
+	if now := time.Now().Unix(); now != v.second {
+		v.second, v.inSecond = now, 0
+	}
+	v.inSecond++
+	s.most = max(s.most, v.inSecond)
+	switch {
+	case r.URL.Path == "/authorize":
+		s.exchanges++
+	case scrapes == 0:
+		s.questions++
+	default:
+		s.pushes++
+	}
+	s.mu.Unlock()
+	in := r.Clone(r.Context())
+	in.RemoteAddr = "192.0.2.1:1"
+	if in.Body == nil {
+		in.Body = http.NoBody
+	}
+	in.Body = &costlyBody{in.Body, func() {
+		if scrapes > 0 {
+			v.work(time.Duration(scrapes*stampedeSeries*stampedeScale) * stampedePushed)
+			v.disk <- struct{}{}
+			time.Sleep(stampedeSync)
+			<-v.disk
+		}
+	}}
+	v.work(stampedeRequest)
+	a := &stampedeAnswer{header: http.Header{}, code: 200}
+	handler.ServeHTTP(a, in)
+	if err := r.Context().Err(); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !v.up || v.starts != starts {
+		s.failed++
+		return nil, errStampede
+	}
+	switch {
+	case a.code == http.StatusTooManyRequests:
+		s.limited++
+	case a.code == http.StatusServiceUnavailable:
+		s.overloaded++
+	case a.code == 200 && scrapes > 0:
+		c.stores(names.Numbers, a.body.Bytes())
+	case a.code != 200:
+		s.t.Errorf("%s: %d %s", r.URL.Path, a.code, a.body.Bytes())
+	}
+	return respond(a.code, a.header, a.body.String()), nil
+}
+
+// stores notes what a push stored. The run's mu is held.
+func (c *stampedeSite) stores(numbers Ranges, body []byte) {
+	s := c.run
+	var answer PushAnswer
+	err := json.Unmarshal(body, &answer)
+	var held, read Ranges
+	if err == nil && answer.Held != nil {
+		held, err = ParseRanges(*answer.Held, MaxRanges)
+	}
+	if err == nil && answer.Read != nil {
+		read, err = ParseRanges(*answer.Read, MaxRanges)
+	}
+	if err != nil {
+		s.t.Errorf("a push is answered %s: %v", body, err)
+		return
+	}
+	now, again := time.Now(), 0
+	for _, a := range numbers {
+		for n := a.From; n <= a.To; n++ {
+			i := int(n - c.first)
+			switch {
+			case c.stored[i]:
+				again++
+			case held.Has(n) || read.Has(n):
+				c.stored[i] = true
+				if c.scraped[i].Before(s.since) {
+					s.late = max(s.late, now.Sub(s.since))
+				} else {
+					s.waits = append(s.waits, now.Sub(c.scraped[i]))
+				}
+			}
+		}
+	}
+	if again > 0 {
+		s.again++
+		s.samplesAgain += again * stampedeSeries * stampedeScale
+		if s.firstAgain.IsZero() {
+			s.firstAgain = now
+		}
+		s.lastAgain = now
+	}
+}
+
+// scrapes is the center, for one server, first after some time. It does not know a server
+// that is new before its second scrape.
+func (v *stampedeServer) scrapes(wait time.Duration) {
+	s := v.run
+	conn, starts, known := (*ConnTracker)(nil), 0, false
+	for {
+		if _, ok := Sleep(s.ctx, wait, nil); !ok {
+			break
+		}
+		wait = stampedeScrape
+		s.mu.Lock()
+		handler, present := v.internal, v.up && !s.away && known
+		known = known || v.up
+		if !present {
+			conn = nil
+		} else if conn == nil || starts != v.starts {
+			conn, starts = &ConnTracker{inTurn: true}, v.starts
+		}
+		s.mu.Unlock()
+		if !present {
+			continue
+		}
+		r, _ := http.NewRequestWithContext(context.WithValue(s.ctx, connKey{}, conn), "GET", "http://x/federate?consumer=central", nil)
+		r.RemoteAddr = "192.0.2.2:1"
+		r.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "10")
+		w := &stampedeReader{v: v, header: http.Header{}}
+		begin := time.Now()
+		handler.ServeHTTP(w, r)
+		v.work(w.cost)
+		wait = stampedeScrape - time.Since(begin)
+	}
+}
+
+// stampedeReader is an http.ResponseWriter that notes what the center reads.
+type stampedeReader struct {
+	v      *stampedeServer
+	header http.Header
+	rest   []byte
+	cost   time.Duration
+}
+
+func (w *stampedeReader) Header() http.Header { return w.header }
+func (w *stampedeReader) WriteHeader(code int) {
+	if code != 200 {
+		w.v.run.t.Errorf("a scrape is answered %d", code)
+	}
+}
+
+func (w *stampedeReader) Write(p []byte) (int, error) {
+	w.rest = append(w.rest, p...)
+	s := w.v.run
+	s.mu.Lock()
+	for {
+		line, rest, ok := bytes.Cut(w.rest, []byte("\n"))
+		if !ok {
+			break
+		}
+		w.rest = rest
+		w.cost += stampedeScraped
+		if len(line) < 3 || line[0] != 's' || line[2] != '{' {
+			continue
+		}
+		w.cost += (stampedeScale - 1) * stampedeScraped
+		if line[1] != '0' {
+			continue
+		}
+		_, id, _ := bytes.Cut(line, []byte(`_id="site-`))
+		_, value, _ := bytes.Cut(line, []byte("} "))
+		value, _, _ = bytes.Cut(value, []byte(" "))
+		i, err := strconv.Atoi(string(id[:5]))
+		n, err2 := strconv.Atoi(string(value))
+		if err = errors.Join(err, err2); err != nil {
+			s.t.Errorf("the center reads %q: %v", line, err)
+			continue
+		}
+		s.sites[i].read[n] = true
+	}
+	s.mu.Unlock()
+	if w.cost > 5*time.Millisecond {
+		w.v.work(w.cost)
+		w.cost = 0
+	}
+	return len(p), nil
+}
+
+// watch notes how much the stores hold.
+func (s *stampede) watch() {
+	for {
+		if _, ok := Sleep(s.ctx, 5*time.Second, nil); !ok {
+			break
+		}
+		s.mu.Lock()
+		for _, v := range s.servers {
+			if v.up {
+				s.held = max(s.held, v.store.totals.Samples.Load()*stampedeScale)
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// setAway has the center be away, or be back.
+func (s *stampede) setAway(away bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.away = away
+}
+
+// begin has all sites start at the same time.
+func (s *stampede) begin() {
+	for _, c := range s.sites {
+		s.running.Go(func() { c.client.Run(s.ctx) })
+	}
+}
+
+// mark returns what was counted since the last call.
+func (s *stampede) mark() stampedeFigures {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.stampedeFigures
+	s.stampedeFigures = stampedeFigures{}
+	slices.Sort(f.waits)
+	s.since = time.Now()
+	return f
+}
+
+// settle waits until no spool has a scrape from before now, at most for so long, and returns
+// the time until then, and the time until the center had all of these since from.
+func (s *stampede) settle(from time.Time, most time.Duration) (empty, read time.Duration) {
+	begin := time.Now()
+	for time.Since(begin) < most {
+		time.Sleep(15 * time.Second)
+		left := 0
+		for _, c := range s.sites {
+			c.client.spool.mu.Lock()
+			if e := c.client.spool.plan.entries; len(e) > 0 && e[0].At.Wall < begin.UnixMilli() {
+				left++
+			}
+			c.client.spool.mu.Unlock()
+		}
+		if n := s.gaps(from, begin); n > 0 {
+			read = time.Since(begin)
+		}
+		if left == 0 {
+			return time.Since(begin), read
+		}
+	}
+	s.t.Errorf("after %v there are spools with scrapes from before", most)
+	return most, read
+}
+
+// gaps returns how many scrapes between two times the center does not have.
+func (s *stampede) gaps(from, before time.Time) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.sites {
+		for c.unread < len(c.read) && c.read[c.unread] {
+			c.unread++
+		}
+		for i := c.unread; i < len(c.read) && c.scraped[i].Before(before); i++ {
+			if !c.read[i] && !c.scraped[i].Before(from) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// unstored returns how many scrapes from before a time no server stored.
+func (s *stampede) unstored(before time.Time) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.sites {
+		for i, stored := range c.stored {
+			if !stored && c.scraped[i].Before(before) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+func stampedeWait(waits []time.Duration, q float64) time.Duration {
+	if len(waits) == 0 {
+		return 0
+	}
+	return waits[min(len(waits)-1, int(q*float64(len(waits))))].Round(time.Millisecond)
+}
+
+func TestStampede(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(200)) // each gzip.Writer is large
+	sites, long := 100, *stampedeFlag > 0
+	if long {
+		sites = *stampedeFlag
+	}
+	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	row := func(name string, f stampedeFigures, rest string) {
+		fmt.Fprintf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%v\t%v\t%v\t%v\t%v\t%d\t%d\t%s\n", name, f.pushes, f.questions, f.exchanges, f.limited, f.overloaded,
+			f.failed, f.again, f.samplesAgain, f.lastAgain.Sub(f.firstAgain).Round(time.Second), stampedeWait(f.waits, .5), stampedeWait(f.waits, .99),
+			stampedeWait(f.waits, 1), f.late.Round(time.Millisecond), f.most, f.held, rest)
+	}
+	for _, c := range []struct {
+		name string
+		away time.Duration // the center
+		lost time.Duration // all servers, with their disks; 0: none
+		join bool          // of a fourth server
+		ring bool
+		long bool // not in the normal test run
+	}{
+		{name: "a server joins", ring: true, join: true},
+		{name: "center away for 2h", ring: true, away: 2 * time.Hour, long: true},
+		{name: "center away for 30m, disks lost", ring: true, away: 30 * time.Minute, lost: 5 * time.Minute},
+		{name: "center away for 40m, no ring", away: 40 * time.Minute, long: true},
+	} {
+		if c.long && !long {
+			continue
+		}
+		if !long {
+			c.away, c.lost = c.away/10, c.lost/10
+		}
+		t.Run(c.name, func(t *testing.T) {
+			begin := time.Now()
+			fmt.Fprintln(out, "\tpushes\tquestions\texchanges\t429\t503\tfailed\tsent again\tsamples\tover\twait p50\tp99\tmax\tolder\tmost a second\tmost held\t")
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				s := newStampede(t, ctx, sites, c.ring)
+				s.begin()
+				time.Sleep(3 * time.Second)
+				row("all start: 3 s", s.mark(), "")
+				time.Sleep(time.Minute)
+				row("then", s.mark(), "")
+				time.Sleep(3*stampedeInterval + 10*time.Second)
+				row("before", s.mark(), "")
+				if c.away > 0 {
+					s.setAway(true)
+					time.Sleep(c.away)
+					row("center away", s.mark(), "")
+				}
+				if c.lost > 0 {
+					s.each(3, (*stampedeServer).kill)
+					time.Sleep(c.lost)
+					row("servers lost", s.mark(), "")
+					s.each(3, (*stampedeServer).start)
+				}
+				if c.join {
+					s.servers[3].start()
+					s.join(4)
+				}
+				s.setAway(false)
+				at := time.Now()
+				// Older scrapes reach --retention before the center's next scrape.
+				oldest := at.Add(-2*time.Hour + 2*stampedeInterval)
+				empty, read := s.settle(oldest, 3*time.Hour)
+				f := s.mark()
+				row(c.name, f, fmt.Sprintf("spools empty after %v, all read after %v, too old for the center: %d", empty, read, s.gaps(time.Time{}, oldest)))
+				if n := s.unstored(at); n > 0 {
+					t.Errorf("%d scrapes are not stored", n)
+				}
+				if n := s.gaps(oldest, at); n > 0 {
+					t.Errorf("the center does not have %d scrapes", n)
+				}
+				if c.ring && (f.again > sites || f.questions > 2*sites) {
+					t.Errorf("of %d sites %d pushes send something again, with %d questions", sites, f.again, f.questions)
+				}
+				if wait := stampedeWait(f.waits, 1); wait > maxBackoff+time.Second {
+					t.Errorf("a fresh scrape waits %v", wait)
+				}
+				cancel()
+				s.running.Wait()
+			})
+			if long {
+				fmt.Fprintf(out, "in %v\n", time.Since(begin).Round(time.Second))
+			}
+			if long || testing.Verbose() {
+				out.Flush()
+			}
+		})
+	}
+}

@@ -1,0 +1,246 @@
+package main
+
+// senders_test.go: the pace and the pushes in flight that a sender is held to, on
+// a clock of the test's own, and that what is remembered stays bounded.
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+var sendersNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// push begins and ends a push, and returns for how long it was put off.
+func push(s *Senders, id string, now time.Time) time.Duration {
+	wait, err := s.AcquirePush(id, now)
+	if err == nil {
+		s.ReleasePush(id)
+		return 0
+	}
+	return wait
+}
+
+func TestSendersPace(t *testing.T) {
+	s := NewSenders(time.Second)
+	now := sendersNow
+	for i := range rateBurst {
+		if wait := push(s, "a", now); wait != 0 {
+			t.Fatalf("push %d of a burst of %d waits %v", i+1, rateBurst, wait)
+		}
+	}
+	wait, err := s.AcquirePush("a", now)
+	if wait != time.Second || err == nil || !strings.Contains(err.Error(), "one every 1s, after a burst of 60") {
+		t.Fatalf("after a burst: %v, %v", wait, err)
+	}
+	if wait := push(s, "a", now.Add(wait-1)); wait != 1 {
+		t.Errorf("a nanosecond early: %v", wait)
+	}
+	for range 5 { // refusals cost nothing
+		now = now.Add(time.Second)
+		if wait := push(s, "a", now); wait != 0 {
+			t.Errorf("at the pace: waits %v", wait)
+		}
+		if wait := push(s, "a", now); wait != time.Second {
+			t.Errorf("twice at the pace: waits %v", wait)
+		}
+	}
+	if wait := push(s, "b", now); wait != 0 {
+		t.Errorf("another sender waits %v", wait)
+	}
+	now = now.Add(10 * time.Second) // some of the burst is there again
+	for i := range 10 {
+		if wait := push(s, "a", now); wait != 0 {
+			t.Errorf("push %d after 10 s of rest waits %v", i+1, wait)
+		}
+	}
+	if wait := push(s, "a", now); wait != time.Second {
+		t.Errorf("push 11 after 10 s of rest waits %v", wait)
+	}
+	now = now.Add(1000 * time.Hour) // but never more than all of it
+	for range rateBurst {
+		push(s, "a", now)
+	}
+	if wait := push(s, "a", now); wait != time.Second {
+		t.Errorf("after a long rest and a burst: %v", wait)
+	}
+}
+
+// However pushes come, none that is accepted breaks: in any span no more than a
+// burst and one for each interval.
+func TestSendersPaceProperty(t *testing.T) {
+	seed := rand.Uint64()
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	s := NewSenders(time.Second)
+	var taken []time.Time
+	now := sendersNow
+	for range 5000 {
+		now = now.Add(time.Duration(rnd.ExpFloat64() * float64(400*time.Millisecond)))
+		wait := push(s, "a", now)
+		if wait == 0 {
+			taken = append(taken, now)
+		} else if again := push(s, "a", now.Add(wait)); again != 0 {
+			t.Fatalf("seed %d: told to wait %v, and then %v more", seed, wait, again)
+		} else {
+			now = now.Add(wait)
+			taken = append(taken, now)
+		}
+	}
+	for i := range taken {
+		for j := i + rateBurst; j < len(taken); j += 7 {
+			if span := taken[j].Sub(taken[i]); j-i > rateBurst+int(span/time.Second) {
+				t.Fatalf("seed %d: %d pushes in %v", seed, j-i+1, span)
+			}
+		}
+	}
+}
+
+func TestSendersWithoutPace(t *testing.T) {
+	s := NewSenders(0)
+	for i := range 1000 {
+		if wait := push(s, "a", sendersNow); wait != 0 {
+			t.Fatalf("push %d waits %v", i, wait)
+		}
+	}
+}
+
+func TestSendersInFlight(t *testing.T) {
+	s := NewSenders(time.Second)
+	for range maxPerSender {
+		if _, err := s.AcquirePush("a", sendersNow); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 100 { // these do not count for the pace
+		if wait, err := s.AcquirePush("a", sendersNow); wait != time.Second || err == nil || !strings.Contains(err.Error(), "4 pushes of this cluster ID") {
+			t.Fatalf("one more in flight: %v, %v", wait, err)
+		}
+	}
+	if _, err := s.AcquirePush("b", sendersNow); err != nil {
+		t.Errorf("another sender: %v", err)
+	}
+	s.ReleasePush("a")
+	if _, err := s.AcquirePush("a", sendersNow); err != nil {
+		t.Errorf("after one ended: %v", err)
+	}
+	for range maxPerSender {
+		s.ReleasePush("a")
+	}
+	for i := range rateBurst - maxPerSender - 1 {
+		if wait := push(s, "a", sendersNow); wait != 0 {
+			t.Fatalf("push %d waits %v", i, wait)
+		}
+	}
+	if push(s, "a", sendersNow) == 0 {
+		t.Error("pushes in flight do not count for the pace")
+	}
+}
+
+func TestSendersRemember(t *testing.T) {
+	s := NewSenders(time.Second)
+	s.SetTokenExpiry("a", 1234, sendersNow)
+	s.SetFailed("b", sendersNow.Add(time.Second))
+	s.SetFailed("a", sendersNow.Add(2*time.Second))
+	s.SetTokenExpiry("a", 0, sendersNow)
+	push(s, "c", sendersNow)
+	s.SetClockOffset("c", time.Hour, sendersNow)
+	s.SetClockOffset("c", -90*time.Second, sendersNow)
+	s.SetClockOffset("b", 0, sendersNow)
+	var got []string
+	s.ForEach(func(id string, st SenderStats) {
+		got = append(got, fmt.Sprint(id, " ", max(st.Failed.Unix()-sendersNow.Unix(), -1), " ", st.Expires, " ", st.OffsetAt.Equal(sendersNow), " ", st.Offset))
+	})
+	slices.Sort(got)
+	if want := []string{"a 2 0 false 0s", "b 1 0 true 0s", "c -1 0 true -1m30s"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestSendersUntimely(t *testing.T) {
+	s := NewSenders(time.Second)
+	for i, c := range []struct {
+		id    string
+		after time.Duration
+		tell  bool
+	}{
+		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyNotice - 1, false}, {"a", untimelyNotice, true},
+		{"a", 2*untimelyNotice - 1, false}, {"b", 2*untimelyNotice - 1, true},
+	} {
+		if got := s.ShouldLogUntimely(c.id, sendersNow.Add(c.after)); got != c.tell {
+			t.Errorf("%d: %t", i, got)
+		}
+	}
+}
+
+func TestSendersBounded(t *testing.T) {
+	s := NewSenders(time.Hour)
+	count := func() (n int) {
+		s.ForEach(func(string, SenderStats) { n++ })
+		return n
+	}
+	s.AcquirePush("in flight", sendersNow)
+	later := sendersNow.Add(senderIdle)
+	for i := range rateBurst {
+		if wait := push(s, "due", sendersNow); wait != 0 { // is owed no push for 60 hours
+			t.Fatal(i, wait)
+		}
+	}
+	for i := count(); i < maxSenders; i++ {
+		s.SetTokenExpiry(fmt.Sprint(i), 1, sendersNow)
+	}
+	s.SetTokenExpiry("5", 2, later) // seen lately
+	if wait, err := s.AcquirePush("new", later); wait != time.Minute || err == nil {
+		t.Errorf("one too many: %v, %v", wait, err)
+	}
+	s.SetFailed("new", later)
+	s.SetTokenExpiry("new", 1, later)
+	s.SetClockOffset("new", time.Second, later)
+	if wait := push(s, "7", later); wait != 0 {
+		t.Errorf("a known sender is put off for %v", wait)
+	}
+	if count() != maxSenders {
+		t.Errorf("%d senders are remembered", count())
+	}
+	// Those seen a day ago go, but for what would let them push faster.
+	if wait := push(s, "new", later.Add(1)); wait != 0 {
+		t.Errorf("put off for %v though many were idle", wait)
+	}
+	if n := count(); n != 5 {
+		t.Errorf("%d senders are remembered, not those in flight, due, 5, 7 and new", n)
+	}
+	if push(s, "due", sendersNow.Add(30*time.Minute)) == 0 {
+		t.Error("a sender was forgotten that had used up its burst")
+	}
+	s.ReleasePush("in flight")
+}
+
+func TestSendersConcurrent(t *testing.T) {
+	s := NewSenders(time.Second)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for range 500 {
+				id := fmt.Sprint(i % 3)
+				push(s, id, sendersNow)
+				s.SetFailed(id, sendersNow)
+				s.SetTokenExpiry(id, 1, sendersNow)
+				s.SetClockOffset(id, time.Second, sendersNow)
+				s.ForEach(func(string, SenderStats) {})
+			}
+		})
+	}
+	wg.Wait()
+	taken := 0
+	for i := range 3 {
+		for push(s, fmt.Sprint(i), sendersNow.Add(rateBurst*time.Second)) == 0 {
+			taken++
+		}
+	}
+	if taken != 3*rateBurst {
+		t.Errorf("%d pushes after a rest, want %d", taken, 3*rateBurst)
+	}
+}

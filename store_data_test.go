@@ -1,0 +1,416 @@
+package main
+
+// cluster_test.go: which samples of a push are new, in which order they are held,
+// and what compaction, expiry and eviction leave, against a model.
+
+import (
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// push prepares and takes points, at clock's time.
+func clusterPush(c *SiteData, now time.Time, points ...point) (*Batch, AppendResult, error) {
+	b, _, res, err := c.Prepare(storePush("a", points...), ScrapeNames{}, SpanAt(now), 2*time.Hour, 0)
+	if err == nil && len(b.V) > 0 {
+		c.Take(b)
+	}
+	return b, res, err
+}
+
+// allRead says that every batch is read.
+func allRead() uint64 { return MaxSeq }
+
+func TestClusterRepeats(t *testing.T) {
+	clock := newStoreClock()
+	at := clock.ms
+	nan := math.NaN()
+	type result = AppendResult
+	tests := []struct {
+		name   string
+		pushes [][]point
+		want   result // of the last push
+	}{
+		{"new", [][]point{{{"m", 1, at(5), 1}, {"m", 2, at(5), 2}}}, result{Accepted: 2}},
+		{"repeated", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(5), 1}}}, result{Duplicates: 1}},
+		{"other value", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(5), 2}}}, result{Conflicts: 1}},
+		{"NaN again", [][]point{{{"m", 1, at(5), nan}}, {{"m", 1, at(5), nan}}}, result{Duplicates: 1}},
+		{"minus zero is another value", [][]point{{{"m", 1, at(5), 0}}, {{"m", 1, at(5), math.Copysign(0, -1)}}}, result{Conflicts: 1}},
+		{"repeated within a push", [][]point{{{"m", 1, at(5), 1}, {"m", 1, at(5), 1}, {"m", 1, at(5), 1}}}, result{Accepted: 1, Duplicates: 2}},
+		{"other value within a push: the first wins", [][]point{{{"m", 1, at(5), 1}, {"m", 1, at(5), 2}}}, result{Accepted: 1, Conflicts: 1}},
+		{"several times", [][]point{{{"m", 1, at(5), 1}, {"m", 1, at(9), 2}, {"m", 1, at(7), 3}}}, result{Accepted: 3}},
+		{"late", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(9), 2}}}, result{Accepted: 1}},
+		{"late again", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(9), 2}}, {{"m", 1, at(9), 2}}}, result{Duplicates: 1}},
+		{"late with other value", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(9), 2}}, {{"m", 1, at(9), 3}}}, result{Conflicts: 1}},
+		{"late within one push, repeated", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(9), 2}, {"m", 1, at(9), 2}}}, result{Accepted: 1, Duplicates: 1}},
+		{"a later time is no repeat", [][]point{{{"m", 1, at(9), 1}}, {{"m", 1, at(5), 1}}}, result{Accepted: 1}},
+		{"another series is no repeat", [][]point{{{"m", 1, at(5), 1}}, {{"m", 2, at(5), 1}}}, result{Accepted: 1}},
+		{"a mixed push repeated", [][]point{
+			{{"m", 1, at(5), 1}, {"m", 2, at(6), 2}, {"m", 1, at(9), 3}},
+			{{"m", 1, at(9), 3}, {"m", 2, at(6), 2}, {"m", 1, at(5), 1}},
+		}, result{Duplicates: 3}},
+		{"future and past", [][]point{{
+			{"m", 1, at(-60), 1}, {"m", 2, at(-60) + 1, 2}, {"m", 3, at(7200), 3}, {"m", 4, at(7200) - 1, 4},
+			{"m", 5, math.MaxInt64, 5}, {"m", 6, math.MinInt64, 6},
+		}}, result{Accepted: 2, Future: 2, TooOld: 2}},
+		{"empty", [][]point{{}}, result{}},
+	}
+	for _, test := range tests {
+		c := NewSiteData("a", maphash.MakeSeed())
+		var res result
+		for _, points := range test.pushes {
+			var err error
+			if _, res, err = clusterPush(&c, clock.Now(), points...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if res != test.want {
+			t.Errorf("%s: %+v, want %+v", test.name, res, test.want)
+		}
+	}
+}
+
+// Within a batch the first samples of all series come first, by ID, so that the
+// IDs form runs, then the second ones …; times ascend for each series.
+func TestClusterOrder(t *testing.T) {
+	clock := newStoreClock()
+	c := NewSiteData("a", maphash.MakeSeed())
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(100), 0}, point{"m", 1, clock.ms(100), 0}, point{"m", 2, clock.ms(100), 0})
+	b, _, _ := clusterPush(&c, clock.Now(),
+		point{"m", 2, clock.ms(7), 1}, point{"m", 0, clock.ms(8), 2}, point{"m", 1, clock.ms(9), 3}, point{"m", 0, clock.ms(9), 4}, point{"m", 2, clock.ms(5), 5},
+		point{"m", 0, clock.ms(6), 6})
+	if want := []uint32{0, 1, 2, 0, 2, 0}; !slices.Equal(b.IDs, want) {
+		t.Errorf("IDs %v, want %v", b.IDs, want)
+	}
+	if want := []float64{4, 3, 1, 2, 5, 6}; !slices.Equal(b.V, want) {
+		t.Errorf("values %v, want %v", b.V, want)
+	}
+	last := map[uint32]int64{}
+	for i, id := range b.IDs {
+		if b.Time(i) <= last[id] {
+			t.Errorf("series %d descends", id)
+		}
+		last[id] = b.Time(i)
+	}
+}
+
+// Equal lists of IDs are held once.
+func TestClusterSharesIDs(t *testing.T) {
+	clock := newStoreClock()
+	c := NewSiteData("a", maphash.MakeSeed())
+	for range 3 {
+		clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
+		clock.Add(time.Second)
+	}
+	for _, c := range []SiteData{c, c.Compact(nil, 0)} {
+		for _, b := range c.Batches[1:] {
+			if &b.IDs[0] != &c.Batches[0].IDs[0] {
+				t.Error("equal lists are held twice")
+			}
+		}
+	}
+}
+
+func TestClusterRefuses(t *testing.T) {
+	clock := newStoreClock()
+	c := NewSiteData("a", maphash.MakeSeed())
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, SpanAt(clock.Now()), time.Hour, 2)
+	if b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 || known != 1 {
+		t.Errorf("%v, %d, %v; %d series", b, known, err, c.Table.Len())
+	}
+	// Long lines count for several.
+	const limit = 2000
+	long := func(n int) (b *Batch, known int, err error) {
+		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, SpanAt(clock.Now()), time.Hour, limit)
+		return b, known, err
+	}
+	for n := range seriesBytes * limit / 60_100 {
+		b, _, err := long(n)
+		if err != nil {
+			t.Fatalf("long line %d: %v", n, err)
+		}
+		c.Take(b)
+	}
+	n := c.Table.Len()
+	if b, known, err := long(n); b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != n || known != n {
+		t.Errorf("text beyond the limit: %v, %d, %v; %d series of %d", b, known, err, c.Table.Len(), n)
+	}
+	c = NewSiteData("a", maphash.MakeSeed())
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	many := &SampleList{Samples: make([]Sample, maxBatch+1)}
+	if _, _, _, err := c.Prepare(many, ScrapeNames{}, SpanAt(clock.Now()), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("a push that fits no record: %v", err)
+	}
+	// What is prepared and not taken can be undone, series and all.
+	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, SpanAt(clock.Now()), time.Hour, 2)
+	if err != nil || len(b.V) != 1 || known != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
+		t.Errorf("%+v, %d, %v", b, known, err)
+	}
+	c.Table.Truncate(known)
+	if _, _, ok := c.Table.Find([]byte(storePush("a", point{"m", 3, 0, 0}).Arena)); ok || c.Table.Len() != 1 {
+		t.Error("not undone")
+	}
+}
+
+func TestClusterEvictable(t *testing.T) {
+	clock := newStoreClock()
+	c := NewSiteData("a", maphash.MakeSeed())
+	if c.Evictable(0, MaxSeq) || c.Head() != math.MaxInt64 {
+		t.Error("of nothing something goes")
+	}
+	start := clock.ms(0)
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
+	if c.Evictable(clock.ms(10), MaxSeq) || !c.Evictable(clock.ms(-1), MaxSeq) || c.Head() != start {
+		t.Error("what is shown must stay, what is shown no more may go")
+	}
+	clock.Add(time.Second)
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	if c.Evictable(clock.ms(10), MaxSeq) {
+		t.Error("series 1 is shown from the oldest batch")
+	}
+	clock.Add(time.Second)
+	clusterPush(&c, clock.Now(), point{"m", 1, clock.ms(0), 0})
+	if !c.Evictable(clock.ms(10), MaxSeq) {
+		t.Error("newer samples of both series are held")
+	}
+	if n := c.Evict(); n != 2 || len(c.Batches) != 2 || c.Samples() != 2 || c.Evictable(clock.ms(10), MaxSeq) {
+		t.Errorf("%d evicted, %d batches left", n, len(c.Batches))
+	}
+}
+
+// contents is what a cluster holds, by line and time.
+func contents(c *SiteData) map[heldSample]float64 {
+	got := map[heldSample]float64{}
+	for _, b := range c.Batches {
+		for i, id := range b.IDs {
+			if b.Time(i) >= c.oldest {
+				got[heldSample{string(c.Table.Line(id)), b.Time(i)}] = b.V[i]
+			}
+		}
+	}
+	return got
+}
+
+// recovered is c read back from what Records yields.
+func recovered(t *testing.T, c *SiteData) SiteData {
+	t.Helper()
+	got := NewSiteData("", maphash.MakeSeed())
+	var parser SeriesParser
+	owner := func(id string) bool { return id == c.ID }
+	var rec Recovery
+	var data []byte
+	for frames := range c.Records {
+		data = append(data, frames...)
+	}
+	if int64(len(data)) > c.Bytes() || int64(len(data)) < c.Bytes()*2/3-200 {
+		t.Errorf("%d bytes, estimated as %d", len(data), c.Bytes())
+	}
+	header := appendLogHeader(nil, []byte(c.ID))
+	rec.scan(append(header, data...), len(header), func(kind byte, payload []byte) error {
+		if kind == RecordSeries {
+			return DecodeSeries(payload, func(id uint32, line []byte) error { return got.Restore(&parser, owner, id, line) })
+		}
+		b, err := DecodeBatch(payload)
+		if err != nil {
+			return err
+		}
+		lost, err := got.Adopt(b)
+		if lost > 0 {
+			t.Errorf("%d samples lost", lost)
+		}
+		return err
+	})
+	if rec.Damaged > 0 || rec.LostBytes > 0 || rec.TornBytes > 0 {
+		t.Errorf("recovery: %+v", rec)
+	}
+	return got
+}
+
+// A cluster is used at random beside a model. Samples are numbered by their
+// values, so that nothing can take another's place.
+func TestClusterModel(t *testing.T) {
+	for seed := range uint64(60) {
+		rng := rand.New(rand.NewPCG(seed, 0))
+		clock := newStoreClock()
+		c := NewSiteData("a", maphash.MakeSeed())
+		model := map[heldSample]float64{}
+		seq := uint64(0)
+		for step := range 80 {
+			clock.Add(time.Duration(rng.IntN(200)) * time.Second)
+			oldest := clock.ms(7200)
+			switch rng.IntN(8) {
+			case 0:
+				held := c.Samples()
+				n, unread, freed := c.Expire(oldest, allRead, true)
+				before := len(model)
+				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
+				if int(n) != before-len(model) || unread != 0 || freed != held-c.Samples() {
+					t.Errorf("%d samples expired, want %d; %d unread; %d freed of %d, %d left", n, before-len(model), unread, freed, held, c.Samples())
+				}
+			case 1:
+				if !c.Evictable(clock.ms(600), MaxSeq) {
+					continue
+				}
+				first := c.Batches[0]
+				for i, id := range first.IDs {
+					delete(model, heldSample{string(c.Table.Line(id)), first.Time(i)})
+				}
+				if n := c.Evict(); n != int64(len(first.V)) {
+					t.Errorf("%d evicted of %d", n, len(first.V))
+				}
+			case 2:
+				before := contents(&c)
+				next := c.Compact(nil, oldest)
+				wantHeld(t, "compaction's source", contents(&c), before)
+				c = next
+				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
+				if c.Table.Dead(oldest) != 0 {
+					t.Errorf("%d dead series after a compaction", c.Table.Dead(oldest))
+				}
+			case 3:
+				if c.Seq == 0 { // has no log
+					continue
+				}
+				c.Expire(oldest, allRead, true)
+				model = contents(&c)
+				got := recovered(t, &c)
+				if len(c.Batches) > 0 && got.ID != "a" {
+					t.Errorf("recovered cluster %q", got.ID)
+				}
+				got.ID = "a"
+				got.Resume(oldest)
+				if got.Seq != c.Seq || got.Accepted != c.Accepted {
+					t.Errorf("recovered number %d of %d, %d of %d", got.Seq, c.Seq, got.Accepted, c.Accepted)
+				}
+				c = got
+			default:
+				var points []point
+				for i := range rng.IntN(6) {
+					at := clock.ms(rng.IntN(8) * rng.IntN(1000))
+					points = append(points, point{"m", rng.IntN(8), at, float64(step*10 + i)})
+				}
+				want := AppendResult{}
+				p := storePush("a", points...)
+				for _, s := range p.Samples {
+					k := heldSample{string(p.Line(s)), s.T}
+					if _, held := model[k]; held {
+						want.Conflicts++ // values never repeat
+					} else if last, _ := c.Table.Newest(mustFind(&c, k.line)); last == s.T {
+						want.Conflicts++ // evicted, and the newest known still
+					} else {
+						want.Accepted++
+						model[k] = s.V
+					}
+				}
+				b, res, err := clusterPush(&c, clock.Now(), points...)
+				if err != nil || res != want || len(b.V) != res.Accepted {
+					t.Errorf("%+v, %v; want %+v", res, err, want)
+				}
+			}
+			wantHeld(t, fmt.Sprint("step ", step), contents(&c), model)
+			if n := c.Unread(Position{}); n != len(model) || c.Samples() < int64(n) || c.Seq < seq {
+				t.Errorf("%d samples of %d, %d in memory, number %d after %d", n, len(model), c.Samples(), c.Seq, seq)
+			}
+			if seq = c.Seq; t.Failed() {
+				t.Fatalf("seed %d, step %d", seed, step)
+			}
+		}
+	}
+}
+
+// mustFind returns the ID of a line, which it gives one if need be.
+func mustFind(c *SiteData, line string) uint32 {
+	id, hash, ok := c.Table.Find([]byte(line))
+	if !ok {
+		id = c.Table.Insert(hash, []byte(line), false)
+	}
+	return id
+}
+
+// Sequence numbers do not fall when compaction drops the newest batch, which may
+// hold nothing but late samples.
+func TestClusterSeqNeverFalls(t *testing.T) {
+	clock := newStoreClock()
+	c := NewSiteData("a", maphash.MakeSeed())
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(7000), 0})
+	next := c.Compact(nil, clock.ms(3600))
+	got := recovered(t, &next)
+	if next.Seq != 2 || got.Seq != 2 || len(got.Batches) != 1 {
+		t.Errorf("number %d, recovered %d, %d batches", next.Seq, got.Seq, len(got.Batches))
+	}
+}
+
+// What recovery is given is checked.
+func TestClusterRestores(t *testing.T) {
+	var parser SeriesParser
+	owner := func(id string) bool { return id == "a" }
+	type given struct {
+		id   uint32
+		line string
+		ok   bool
+	}
+	for _, test := range [][]given{
+		{{0, `m{_id="a"}`, true}, {1, `n{_id="a"}`, true}, {1, `o{_id="a"}`, false}, {5, `p{_id="a"}`, true}, {4, `q{_id="a"}`, false}},
+		{{0, `m{_id="b"}`, false}, {0, `m{_id="a"}`, true}},
+		{{0, `m{x="a"}`, false}, {0, `m`, false}, {0, ``, false}, {0, `m{_id="a"} 1`, false}, {0, `m{_id="a",_id="b"}`, false}, {0, "m{_id=\"a\",x=\"\xff\"}", false}},
+		{{maxGap + 1, `m{_id="a"}`, false}, {maxGap, `m{_id="a"}`, true}},
+	} {
+		c := NewSiteData("", maphash.MakeSeed())
+		for _, g := range test {
+			if err := c.Restore(&parser, owner, g.id, []byte(g.line)); (err == nil) != g.ok {
+				t.Errorf("%v: series %d %q: %v", test, g.id, g.line, err)
+			}
+		}
+	}
+	c := NewSiteData("a", maphash.MakeSeed())
+	if err := c.Restore(&parser, owner, 1, []byte(`m{_id="a"}`)); err != nil {
+		t.Fatal(err)
+	}
+	batch := func(seq uint64, t0 int64, ids ...uint32) *Batch {
+		b := &Batch{Seq: seq, Accepted: 7, T0: t0, IDs: ids, V: make([]float64, len(ids))}
+		b.Bound()
+		return b
+	}
+	for _, test := range []struct {
+		name    string
+		b       *Batch
+		ok      bool
+		seq     uint64
+		samples int64
+		lost    int
+	}{
+		{"known", batch(3, 100, 1), true, 3, 1, 0},
+		{"number again", batch(3, 101, 1), false, 3, 1, 0},
+		{"a padded and an unknown series", batch(4, 102, 0, 1, 2), true, 4, 2, 2},
+		{"empty", batch(6, 0), true, 6, 2, 0},
+		{"only unknown series", batch(9, 103, 8), true, 9, 2, 1},
+	} {
+		if lost, err := c.Adopt(test.b); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.Samples() != test.samples {
+			t.Errorf("%s: %v, %d lost, number %d, %d samples", test.name, err, lost, c.Seq, c.Samples())
+		}
+	}
+}
+
+// A batch of which damage left only its older samples goes with those.
+func TestClusterCompactsRemains(t *testing.T) {
+	c := NewSiteData("a", maphash.MakeSeed())
+	_, hash, _ := c.Table.Find([]byte(`m{_id="a"}`))
+	c.Table.Insert(hash, []byte(`m{_id="a"}`), false)
+	b := &Batch{Seq: 1, T0: 200, IDs: []uint32{7, 0}, DT: []int32{0, -150}, V: []float64{1, 2}}
+	b.Bound()
+	if lost, err := c.Adopt(b); err != nil || lost != 1 || c.Samples() != 1 {
+		t.Errorf("%d samples, %d lost, %v", c.Samples(), lost, err)
+	}
+	if next := c.Compact(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {
+		t.Errorf("%d batches, %d series, number %d", len(next.Batches), next.Table.Len(), next.Seq)
+	}
+}
