@@ -1,8 +1,8 @@
 package main
 
-// Who may push, and how that is proven: key files, the subkeys derived from them, cluster
-// IDs, and small secret files. No secret and no token appears in an error. This family must
-// not know of HTTP handlers, flags, or the meaning of labels.
+// Key files, the subkeys derived from them, cluster IDs, and small secret files. No secret and no
+// token appears in an error. This family proves who may push; it must not know of HTTP handlers,
+// flags, or the meaning of labels.
 
 import (
 	"bytes"
@@ -38,8 +38,8 @@ const (
 	keySize      = 32
 )
 
-// HKDF info labels. Each purpose has its own, so that what one subkey gives
-// away (a key ID is public) says nothing about another.
+// HKDF info labels. Each purpose has its own, so that one subkey (a key ID is public) says
+// nothing about another.
 const (
 	labelToken = "telemeter token v1"
 	labelKeyID = "telemeter key id v1"
@@ -52,11 +52,11 @@ type Keys struct {
 	keys []key
 }
 
-// A key holds its secret in a closure, which fmt prints as an address whatever
-// the verb: a Keys that strays into a log line shows nothing but IDs.
+// A key holds its secret in closures, which fmt prints as addresses whatever the verb: a Keys
+// that is logged by mistake shows nothing but IDs.
 type key struct {
 	id     string
-	sum    func(signed string) []byte         // HMAC-SHA256 under the token subkey
+	mac    func(signed string) []byte         // HMAC-SHA256 under the token subkey
 	derive func(label string) ([]byte, error) // another subkey
 }
 
@@ -88,8 +88,8 @@ func ParseKeys(data []byte) (Keys, error) {
 			return Keys{}, fmt.Errorf("line %d: deriving subkeys: %w", n, err)
 		}
 		for _, o := range ks.keys {
-			// A second copy would survive the deletion of the first.
-			if hmac.Equal(o.sum(""), k.sum("")) {
+			// A second copy would stay valid when the first is deleted.
+			if hmac.Equal(o.mac(""), k.mac("")) {
 				return Keys{}, fmt.Errorf("line %d: the same key stands above", n)
 			}
 		}
@@ -110,7 +110,7 @@ func newKey(secret []byte) (key, error) {
 	if err != nil {
 		return key{}, err
 	}
-	return key{id: hex.EncodeToString(id), sum: func(signed string) []byte {
+	return key{id: hex.EncodeToString(id), mac: func(signed string) []byte {
 		h := hmac.New(sha256.New, sub)
 		io.WriteString(h, signed)
 		return h.Sum(nil)
@@ -142,8 +142,8 @@ func (ks Keys) Subkeys(label string) ([][]byte, error) {
 	return subkeys, nil
 }
 
-// CheckClusterID tells whether id may name a cluster; the error says the rule
-// and does not echo id.
+// CheckClusterID returns an error if id is not a cluster ID. The error says the rule and does not
+// echo id.
 func CheckClusterID(id string) error {
 	ok := 0 < len(id) && len(id) <= maxClusterID && isAlnum(id[0])
 	for i := 1; ok && i < len(id); i++ {
@@ -159,9 +159,9 @@ func isAlnum(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
-// ReadSecret reads the small file at path (a token, a salt, a key file) without
-// the space and line ends after it. Nothing left, or more than max bytes, is an
-// error. Errors name the path.
+// ReadSecret reads the small file at path (a token, a salt, a key file) without the space and
+// line ends after it. It is an error if nothing is left, or more than max bytes. Errors name the
+// path.
 func ReadSecret(path string, max int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -174,7 +174,7 @@ func ReadSecret(path string, max int) ([]byte, error) {
 		return nil, err
 	}
 	secret := bytes.TrimRight(raw, " \t\r\n")
-	// By the untrimmed length too: there may be more after the space.
+	// The untrimmed length counts as well: the file may go on after the space.
 	if len(secret) > max || len(raw) > max+lineEnd {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, max)
 	}
@@ -184,26 +184,26 @@ func ReadSecret(path string, max int) ([]byte, error) {
 	return secret, nil
 }
 
-// EqualSecret compares in a time that tells nothing of where, or whether in
-// length, the two differ.
+// EqualSecret tells whether a and b are equal. The time that it takes does not show where they
+// differ, nor whether their lengths do.
 func EqualSecret(a, b string) bool {
 	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
-// Bearer returns the credential of an Authorization header's value (RFC 6750,
-// 2.1; the scheme in any case). It takes any visible ASCII, not just the RFC's
-// base64 set, as an operator's own secret may hold more.
+// Bearer returns the credential of an Authorization header's value (RFC 6750, 2.1; the scheme in
+// any case). It accepts any visible ASCII and not just the RFC's base64 set, because an
+// operator's own secret may hold more.
 func Bearer(header string) (string, bool) {
-	scheme, cred, _ := strings.Cut(header, " ")
-	cred = strings.Trim(cred, " ")
-	if !strings.EqualFold(scheme, "Bearer") || cred == "" {
+	scheme, credential, _ := strings.Cut(header, " ")
+	credential = strings.Trim(credential, " ")
+	if !strings.EqualFold(scheme, "Bearer") || credential == "" {
 		return "", false
 	}
-	for i := range len(cred) {
-		if cred[i] <= ' ' || cred[i] > '~' {
+	for i := range len(credential) {
+		if credential[i] <= ' ' || credential[i] > '~' {
 			return "", false
 		}
 	}
-	return cred, true
+	return credential, true
 }

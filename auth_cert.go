@@ -40,7 +40,7 @@ func SelfSigned(hosts []string, now time.Time) (certPEM, keyPEM []byte, err erro
 	for _, h := range hosts {
 		if a, err := netip.ParseAddr(h); err == nil && a.Zone() == "" && !a.IsUnspecified() {
 			tmpl.IPAddresses = append(tmpl.IPAddresses, a.AsSlice())
-		} else if err != nil && validHostname(h) {
+		} else if err != nil && isHostname(h) {
 			tmpl.DNSNames = append(tmpl.DNSNames, strings.ToLower(h))
 		} else {
 			return nil, nil, fmt.Errorf("host %q: want a DNS name or an IP address that clients connect to, without scheme, port or brackets", h)
@@ -62,9 +62,9 @@ func SelfSigned(hosts []string, now time.Time) (certPEM, keyPEM []byte, err erro
 		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
 }
 
-// validHostname applies RFC 1123, but also allows underscores, which container
+// isHostname applies RFC 1123, but also allows underscores, which container
 // names have. A last label of digits alone is a mistyped address.
-func validHostname(h string) bool {
+func isHostname(h string) bool {
 	if len(h) > 253 {
 		return false
 	}
@@ -111,7 +111,7 @@ func PinFromPEM(certPEM []byte) (string, error) {
 	}
 }
 
-func validPin(pin string) error {
+func checkPin(pin string) error {
 	b64, ok := strings.CutPrefix(pin, pinPrefix)
 	sum, err := base64.StdEncoding.Strict().DecodeString(b64)
 	if !ok || err != nil || len(sum) != sha256.Size || strings.ContainsAny(b64, "\r\n") {
@@ -124,17 +124,16 @@ func validPin(pin string) error {
 // server that holds the key with this pin and no other. The caller owns it and
 // may set ServerName, a session cache or client certificates.
 func PinnedTLS(pin string) (*tls.Config, error) {
-	if err := validPin(pin); err != nil {
+	if err := checkPin(pin); err != nil {
 		return nil, err
 	}
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
-		// What this skips is the way from the certificate to a trusted root and
-		// to the host name; the pin is a stronger statement than either. The
-		// handshake still proves that the peer holds the certificate's key.
+		// This skips the chain to a trusted root and the host name; the pin says more than
+		// either. The handshake still proves that the peer holds the certificate's key.
 		InsecureSkipVerify: true,
-		// Not VerifyPeerCertificate: that one is not called when a session is
-		// resumed, so a cached session would outlive a change of pin.
+		// VerifyPeerCertificate is not called when a session is resumed, so a cached session
+		// would stay valid after a change of the pin.
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 {
 				return errors.New("server shows no certificate")

@@ -16,28 +16,19 @@ import (
 	"time"
 )
 
-// Keygen fills dir (created 0700 if missing) with the key files it lacks, and
-// when hosts are given with a TLS key and a certificate for them. Nothing that
-// exists is overwritten: kept lists what was there already, created what is new,
-// also when an error ends it early. One of tls.crt and tls.key without the other
-// is an error before anything is written.
+// Keygen creates the key files that dir lacks, and if hosts are given a TLS key and a certificate
+// for them. dir is created with mode 0700 if it is missing. No file is overwritten: created and
+// kept list the new files and the old ones, also after an error. If one of tls.crt and tls.key
+// exists without the other, that is an error, and nothing is written.
 func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
-	var pair []string
-	for _, path := range []string{crt, tlsKey} {
-		// Lstat: a dangling link is somebody's file too.
-		if _, err := os.Lstat(path); err == nil {
-			pair = append(pair, path)
-		} else if !errors.Is(err, fs.ErrNotExist) {
-			return nil, nil, err
-		}
-	}
-	if len(pair) == 1 {
-		return nil, nil, fmt.Errorf("%s is half of a pair: restore the other half, or delete it", pair[0])
+	pair, err := existingPair(crt, tlsKey)
+	if err != nil {
+		return nil, nil, err
 	}
 	var crtPEM, keyPEM []byte
 	if len(hosts) > 0 {
-		// Also when it is not needed, so that a bad host is always told.
+		// Also when there is a pair, so that a bad host is always an error.
 		if crtPEM, keyPEM, err = SelfSigned(hosts, now); err != nil {
 			return nil, nil, err
 		}
@@ -47,7 +38,7 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	}
 	for _, name := range []string{ClusterKeyFile, TokenKeyFile} {
 		path := filepath.Join(dir, name)
-		switch err := install(path, newKeyLine(), 0o600, nil, os.Link); {
+		switch err := createKeyFile(path, generateKeyLine(), 0o600); {
 		case err == nil:
 			created = append(created, path)
 		case errors.Is(err, fs.ErrExist):
@@ -59,25 +50,43 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	if len(hosts) == 0 {
 		return created, kept, nil
 	}
-	if len(pair) == 2 {
+	if pair != nil {
 		return created, append(kept, pair...), nil
 	}
-	// The key first: of two racing runs only the one whose key won goes on to
-	// write a certificate, so the pair always matches.
-	if err := install(tlsKey, keyPEM, 0o600, nil, os.Link); err != nil {
+	// The key comes first: of two runs at once, only the one that created the key goes on to
+	// create the certificate, so the pair always matches.
+	if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
 		return created, kept, err
 	}
-	if err := install(crt, crtPEM, 0o644, nil, os.Link); err != nil {
+	if err := createKeyFile(crt, crtPEM, 0o644); err != nil {
 		os.Remove(tlsKey) // useless alone, and the next run would refuse it
 		return created, kept, err
 	}
 	return append(created, crt, tlsKey), kept, nil
 }
 
-// RotateKey puts a new key first into dir's "cluster" or "token" key file; the
-// old ones stay below it and still verify. The file is replaced atomically and
-// keeps its mode and owner (root may rotate the key of a server that is not
-// root). Of two rotations at once, one may be lost; no old key ever is.
+// existingPair returns the paths of a certificate and its key if both exist, and nil if neither
+// does. It is an error if one exists without the other.
+func existingPair(crt, tlsKey string) ([]string, error) {
+	var pair []string
+	for _, path := range []string{crt, tlsKey} {
+		// Lstat, because a dangling link is a file too.
+		if _, err := os.Lstat(path); err == nil {
+			pair = append(pair, path)
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	}
+	if len(pair) == 1 {
+		return nil, fmt.Errorf("%s is half of a pair: restore the other half, or delete it", pair[0])
+	}
+	return pair, nil
+}
+
+// RotateKey puts a new key first into dir's "cluster" or "token" key file; the old keys stay below
+// it and still verify. The file is replaced atomically and keeps its mode and owner, so that root
+// may rotate the key of a server that does not run as root. Of two rotations at once one may be
+// lost, but no old key.
 func RotateKey(dir, which string) error {
 	if which != "cluster" && which != "token" {
 		return fmt.Errorf("cannot rotate %q: want cluster or token", which)
@@ -95,41 +104,51 @@ func RotateKey(dir, which string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	data := append(append(newKeyLine(), old...), '\n')
+	data := append(append(generateKeyLine(), old...), '\n')
 	if len(ks.keys) == maxKeys || len(data) > MaxKeyFile {
 		return fmt.Errorf("%s is full (%d keys, %d bytes): delete old keys, which are the lowest lines, and rotate again", path, maxKeys, MaxKeyFile)
 	}
-	return install(path, data, info.Mode().Perm(), info, os.Rename)
+	return replaceKeyFile(path, data, info)
 }
 
-func newKeyLine() []byte {
+func generateKeyLine() []byte {
 	secret := make([]byte, keySize)
 	rand.Read(secret) // never fails since Go 1.24
 	return append(base64.StdEncoding.AppendEncode(nil, secret), '\n')
 }
 
-// install writes data beside path, syncs it and then gives it its name by place:
-// os.Link never replaces (fs.ErrExist), os.Rename always does. Either way the
-// name never stands for a part of the data. A non-nil like lends its owner.
-func install(path string, data []byte, mode fs.FileMode, like fs.FileInfo, place func(from, to string) error) error {
+// createKeyFile makes a file with data. It never replaces one: the error is then fs.ErrExist.
+func createKeyFile(path string, data []byte, mode fs.FileMode) error {
+	return publishKeyFile(path, data, mode, nil, os.Link)
+}
+
+// replaceKeyFile gives a file new data. It keeps the mode and the owner that old has.
+func replaceKeyFile(path string, data []byte, old fs.FileInfo) error {
+	return publishKeyFile(path, data, old.Mode().Perm(), old, os.Rename)
+}
+
+// publishKeyFile writes data to a temporary file beside path, syncs it, and names it path by
+// linkOrRename. The name never stands for a part of the data. Unless owner is nil, the file
+// gets its owner.
+func publishKeyFile(path string, data []byte, mode fs.FileMode, owner fs.FileInfo, linkOrRename func(from, to string) error) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // 0600 from the start
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name())
-	if like != nil {
-		if st, ok := like.Sys().(*syscall.Stat_t); ok {
+	if owner != nil {
+		if st, ok := owner.Sys().(*syscall.Stat_t); ok {
 			err = f.Chown(int(st.Uid), int(st.Gid))
 		}
 	}
-	// Chmod because the umask is not ours to trust. All of them run, so that the
-	// file is always closed; the first failure is the one told.
+	// Chmod, because the umask may take more away. All of these run, so that the file is
+	// always closed. The first error is returned.
 	_, werr := f.Write(data)
 	if err := cmp.Or(err, werr, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := place(f.Name(), path); err != nil {
+	if err := linkOrRename(f.Name(), path); err != nil {
 		return err
 	}
 	d, err := os.Open(dir)

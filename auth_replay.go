@@ -1,15 +1,15 @@
 package main
 
-// The replay window tells a packet from its repetition. A counter passes a window at most
-// once. Pure.
+// The replay window tells a packet from its repetition: it accepts a counter at most once. Pure.
+// This file must not know where counters come from.
 
-// A ReplayWindow remembers which counters of one sender and session were seen, as RFC
-// 6479 does it: a ring of words, of which advancing clears whole ones. A packet
-// that comes more than windowSize counters after its time is taken for a replay;
-// the counter runs on for all that a member sends, to whomever.
+// A ReplayWindow remembers which counters of one sender and session were seen, as in RFC 6479: a
+// ring of words, of which whole words are cleared when the window moves on. A counter that is
+// more than windowSize below the highest one is taken for a replay. (A sender has one counter
+// for all receivers, so a receiver sees only a part of its values.)
 type ReplayWindow struct {
-	top   uint64 // the highest counter seen
-	words [windowWords]uint64
+	highest uint64 // counter seen
+	seen    [windowWords]uint64
 }
 
 const (
@@ -17,29 +17,29 @@ const (
 	windowSize  = (windowWords - 1) * 64
 )
 
-// StartAfter begins at count: it and all before it are refused.
-func (w *ReplayWindow) StartAfter(count uint64) {
-	w.top = count
-	for i := range w.words {
-		w.words[i] = ^uint64(0)
+// StartAfter makes the window refuse counter and all counters below it.
+func (w *ReplayWindow) StartAfter(counter uint64) {
+	w.highest = counter
+	for i := range w.seen {
+		w.seen[i] = ^uint64(0)
 	}
-	// Of the word of count, what is above it has not been seen.
-	w.words[count/64%windowWords] = 1<<(count%64+1) - 1
+	// In the last word, only the bits up to counter's are set.
+	w.seen[counter/64%windowWords] = 1<<(counter%64+1) - 1
 }
 
-// Accept tells whether count is new, and remembers it.
-func (w *ReplayWindow) Accept(count uint64) bool {
-	if count < w.top && w.top-count > windowSize {
+// Accept tells whether counter is new, and remembers it.
+func (w *ReplayWindow) Accept(counter uint64) bool {
+	if counter < w.highest && w.highest-counter > windowSize {
 		return false
 	}
-	if last, next := w.top/64, count/64; next > last {
+	if last, next := w.highest/64, counter/64; next > last {
 		for i := last + 1; i <= min(next, last+windowWords); i++ {
-			w.words[i%windowWords] = 0
+			w.seen[i%windowWords] = 0
 		}
 	}
-	w.top = max(w.top, count)
-	word, bit := &w.words[count/64%windowWords], uint64(1)<<(count%64)
-	fresh := *word&bit == 0
+	w.highest = max(w.highest, counter)
+	word, bit := &w.seen[counter/64%windowWords], uint64(1)<<(counter%64)
+	isNew := *word&bit == 0
 	*word |= bit
-	return fresh
+	return isNew
 }

@@ -11,19 +11,18 @@ import (
 // RevokedSet is a set of token IDs and cluster IDs. The zero value revokes nothing.
 // Immutable, safe for concurrent use.
 type RevokedSet struct {
-	tokens   map[string]struct{}
-	clusters map[string]struct{}
+	tokenIDs   map[string]struct{}
+	clusterIDs map[string]struct{}
 }
 
 // ParseRevoked reads a revocation file of at most MaxRevokedFile bytes: a token
-// ID or a cluster ID a line, # begins a comment. 32 hex digits, in either case,
-// are both a token ID and a cluster ID: with 128 random bits a token ID meets no
-// cluster ID by accident. An error names the line.
+// ID or a cluster ID a line, # begins a comment. 32 hex digits, in either case, count as both:
+// a token ID of 128 random bits equals no cluster ID by accident. An error names the line.
 func ParseRevoked(data []byte) (RevokedSet, error) {
 	if len(data) > MaxRevokedFile {
 		return RevokedSet{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
 	}
-	r := RevokedSet{tokens: map[string]struct{}{}, clusters: map[string]struct{}{}}
+	r := RevokedSet{tokenIDs: map[string]struct{}{}, clusterIDs: map[string]struct{}{}}
 	n := 0
 	for line := range strings.Lines(string(data)) {
 		n++
@@ -34,18 +33,18 @@ func ParseRevoked(data []byte) (RevokedSet, error) {
 		if err := CheckClusterID(id); err != nil {
 			return RevokedSet{}, fmt.Errorf("line %d: neither a token ID (32 hex digits, not the token itself) nor a cluster ID", n)
 		}
-		r.clusters[id] = struct{}{}
+		r.clusterIDs[id] = struct{}{}
 		if low := strings.ToLower(id); isTokenID(low) {
-			r.tokens[low] = struct{}{}
+			r.tokenIDs[low] = struct{}{}
 		}
 	}
 	return r, nil
 }
 
-// IsRevoked tells whether t is revoked, by its own ID (for an upload token, that of
-// its client token) or by its cluster's.
+// IsRevoked tells whether t is revoked by its ID (an upload token has its client token's) or by
+// its cluster ID.
 func (s RevokedSet) IsRevoked(t Token) bool {
-	_, token := s.tokens[t.ID]
-	_, cluster := s.clusters[t.Cluster]
-	return token || cluster
+	_, byToken := s.tokenIDs[t.ID]
+	_, byCluster := s.clusterIDs[t.Cluster]
+	return byToken || byCluster
 }

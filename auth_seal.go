@@ -1,12 +1,11 @@
 package main
 
-// Messages between servers are sealed with XChaCha20-Poly1305 under subkeys of the cluster
-// keys. No nonce is used twice under one key. The header and the name of the ring are
-// authenticated with every message. Sealing and opening a packet allocate nothing. This file
-// must not know the meaning of a message or its sender.
+// Packets and messages between servers are sealed with XChaCha20-Poly1305 under subkeys of the
+// cluster keys. No nonce is used twice under one key. The header and the name of the ring are
+// authenticated with everything that is sealed. Sealing and opening a packet allocate nothing.
+// This file must not know the meaning of a message or its sender.
 
 import (
-	"bytes"
 	"crypto/cipher"
 	"crypto/rand"
 	"encoding/binary"
@@ -14,80 +13,59 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"sync/atomic"
 
 	"golang.org/x/crypto/chacha20poly1305"
 )
 
-// A sealed packet is
+// A sealed packet or message is
 //
 //	byte      version
 //	4 bytes   key ID: the first of Keys.IDs
-//	24 bytes  nonce: 16 bytes random per sealer, uint64 counter
-//	the rest  ciphertext and tag; additional data: version, key ID, cluster name
+//	24 bytes  nonce
+//	the rest  ciphertext and tag; additional data: version, key ID, ring name, context
 //
-// The counter of the nonce is also what the replay window goes by. XChaCha20's
-// long nonce lets every member pick its 16 bytes blindly: that two sealers ever
-// share them is as likely as guessing a key of 128 bits.
+// Numbers are little endian.
 const (
-	SealOverhead = sealHead + chacha20poly1305.NonceSizeX + chacha20poly1305.Overhead // bytes
+	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes
 
 	sealVersion = 1
-	sealHead    = 1 + 4
-	labelGossip = "telemeter gossip seal v1"
+	sealHeader  = 1 + 4 // bytes of version and key ID
+	sealNonce   = chacha20poly1305.NonceSizeX
+
+	labelPacket  = "telemeter packet seal v1"
+	labelMessage = "telemeter message seal v1"
 )
 
-// Why Open refuses.
+// Reasons for which Open refuses.
 var (
-	ErrNotSealed  = errors.New("not a sealed packet of this version")
-	ErrUnknownKey = errors.New("sealed under an unknown key")
-	ErrForged     = errors.New("sealed under another key or for another cluster, or damaged")
+	ErrNotSealed   = errors.New("shorter than anything sealed")
+	ErrSealVersion = errors.New("sealed by another version of telemeter")
+	ErrUnknownKey  = errors.New("sealed under an unknown key")
+	ErrForged      = errors.New("sealed under another key or for another ring, or damaged")
 )
 
-// A Sealer seals and opens packets of one cluster. It is not safe for
-// concurrent use.
-type Sealer struct {
-	cluster string
-	nonce   [chacha20poly1305.NonceSizeX]byte // its last 8 bytes count
-	count   uint64
-	keys    []sealKey // the first is the one to seal with
-}
+// sealKeys seal with the first key, and open with any. Immutable.
+type sealKeys []sealKey
 
 type sealKey struct {
-	id   uint32
-	aead cipher.AEAD
-	data []byte // version, key ID, cluster: the header and additional data
+	id     uint32
+	aead   cipher.AEAD
+	header []byte // version and key ID
+	bound  []byte // additional data: the header and the name of the ring
 }
 
-// NewSealer takes 16 bytes of random, which must be unpredictable. Errors: no
-// key, or random's.
-func NewSealer(keys Keys, cluster string, random io.Reader) (*Sealer, error) {
-	s := &Sealer{cluster: cluster}
-	if _, err := io.ReadFull(random, s.nonce[:16]); err != nil {
-		return nil, fmt.Errorf("starting the nonce: %w", err)
-	}
-	return s, s.SetKeys(keys)
-}
-
-// SetKeys replaces the keys. The nonce goes on, so that a key which comes back
-// never sees one twice. On an error nothing changed.
-func (s *Sealer) SetKeys(keys Keys) error {
-	fresh, err := sealKeys(keys, labelGossip, s.cluster)
-	if err != nil {
-		return err
-	}
-	s.keys = fresh
-	return nil
-}
-
-// sealKeys derives the keys for one purpose, in their order.
-func sealKeys(keys Keys, label, cluster string) ([]sealKey, error) {
+// newSealKeys derives the keys for the purpose that label names, in the order of keys. It is
+// an error if there is none.
+func newSealKeys(keys Keys, label, ring string) (sealKeys, error) {
 	subkeys, err := keys.Subkeys(label)
 	if err != nil {
 		return nil, fmt.Errorf("deriving keys: %w", err)
 	}
-	var fresh []sealKey
+	if len(subkeys) == 0 {
+		return nil, errors.New("no cluster key")
+	}
+	var ks sealKeys
 	for i, id := range keys.IDs() {
 		raw, err := hex.DecodeString(id)
 		if err != nil {
@@ -97,17 +75,95 @@ func sealKeys(keys Keys, label, cluster string) ([]sealKey, error) {
 		if err != nil {
 			return nil, fmt.Errorf("key %s: %w", id, err)
 		}
-		data := append(append([]byte{sealVersion}, raw...), cluster...)
-		fresh = append(fresh, sealKey{id: binary.BigEndian.Uint32(raw), aead: aead, data: data})
+		bound := append(append([]byte{sealVersion}, raw...), ring...)
+		ks = append(ks, sealKey{id: binary.LittleEndian.Uint32(raw), aead: aead, header: bound[:sealHeader], bound: bound})
 	}
-	if len(fresh) == 0 {
-		return nil, errors.New("no cluster key")
-	}
-	return fresh, nil
+	return ks, nil
 }
 
-// KeyIDs returns the IDs of the keys, the sealing one's first.
-func (s *Sealer) KeyIDs() []uint32 {
+// withID returns the key with that ID, or the first if there is none.
+func (ks sealKeys) withID(id uint32) *sealKey {
+	for i := range ks {
+		if ks[i].id == id {
+			return &ks[i]
+		}
+	}
+	return &ks[0]
+}
+
+// open appends what is in sealed to dst. dst and sealed must not overlap. The errors are
+// ErrNotSealed, ErrUnknownKey and ErrForged, bare, and ErrSealVersion, wrapped.
+func (ks sealKeys) open(dst, sealed, context []byte) ([]byte, error) {
+	if len(sealed) > 0 && sealed[0] != sealVersion {
+		return nil, fmt.Errorf("%w: it has version %d; this program knows version %d", ErrSealVersion, sealed[0], sealVersion)
+	}
+	if len(sealed) < SealOverhead {
+		return nil, ErrNotSealed
+	}
+	id, nonce, ciphertext := sealKeyID(sealed), sealed[sealHeader:sealHeader+sealNonce], sealed[sealHeader+sealNonce:]
+	err := ErrUnknownKey
+	for i := range ks { // two keys may share an ID
+		if k := &ks[i]; k.id == id {
+			plain, openErr := k.aead.Open(dst, nonce, ciphertext, k.additionalData(context))
+			if openErr == nil {
+				return plain, nil
+			}
+			err = ErrForged
+		}
+	}
+	return nil, err
+}
+
+// seal appends plain, sealed, to dst.
+func (k *sealKey) seal(dst, nonce, plain, context []byte) []byte {
+	dst = append(append(dst, k.header...), nonce...)
+	return k.aead.Seal(dst, nonce, plain, k.additionalData(context))
+}
+
+// additionalData returns what is authenticated beside the plaintext.
+func (k *sealKey) additionalData(context []byte) []byte {
+	return append(k.bound[:len(k.bound):len(k.bound)], context...) // copies bound, unless context is empty
+}
+
+// sealKeyID returns the ID of the key in the header of sealed.
+func sealKeyID(sealed []byte) uint32 { return binary.LittleEndian.Uint32(sealed[1:]) }
+
+// A PacketSealer seals and opens packets of one ring. It is not safe for concurrent use.
+//
+// Its nonces are 16 random bytes of the sealer and a uint64 that counts its packets. The
+// counter is also what a ReplayWindow goes by. XChaCha20's long nonce lets every member choose
+// its 16 bytes by itself: two sealers share them as rarely as a key of 128 bits is guessed.
+type PacketSealer struct {
+	ring    string
+	nonce   [sealNonce]byte // counter is its last 8 bytes
+	counter uint64
+	keys    sealKeys
+}
+
+const sealRandom = 16 // bytes of a packet's nonce before the counter
+
+// NewPacketSealer reads 16 bytes of random, which must be unpredictable. Errors: no key, or
+// random's.
+func NewPacketSealer(keys Keys, ring string, random io.Reader) (*PacketSealer, error) {
+	s := &PacketSealer{ring: ring}
+	if _, err := io.ReadFull(random, s.nonce[:sealRandom]); err != nil {
+		return nil, fmt.Errorf("starting the nonce: %w", err)
+	}
+	return s, s.SetKeys(keys)
+}
+
+// SetKeys replaces the keys. The counter goes on, so that a key which comes back never sees a
+// nonce twice. After an error the old keys stay.
+func (s *PacketSealer) SetKeys(keys Keys) error {
+	ks, err := newSealKeys(keys, labelPacket, s.ring)
+	if err == nil {
+		s.keys = ks
+	}
+	return err
+}
+
+// KeyIDs returns the IDs of the keys. The first key is the one that seals.
+func (s *PacketSealer) KeyIDs() []uint32 {
 	ids := make([]uint32, len(s.keys))
 	for i, k := range s.keys {
 		ids[i] = k.id
@@ -115,113 +171,69 @@ func (s *Sealer) KeyIDs() []uint32 {
 	return ids
 }
 
-// Seal appends plain, sealed, to dst. It uses the key with that ID, which the
-// receiver is known to hold, and the first if there is none such.
-func (s *Sealer) Seal(dst, plain []byte, keyID uint32) []byte {
-	k := &s.keys[0]
-	for i := range s.keys {
-		if s.keys[i].id == keyID {
-			k = &s.keys[i]
-			break
-		}
-	}
-	s.count++
-	binary.BigEndian.PutUint64(s.nonce[16:], s.count)
-	dst = append(dst, k.data[:sealHead]...)
-	dst = append(dst, s.nonce[:]...)
-	return k.aead.Seal(dst, s.nonce[:], plain, k.data)
+// Seal appends plain, sealed, to dst. It uses the key with that ID, which the receiver is
+// known to hold, or the first if there is none.
+func (s *PacketSealer) Seal(dst, plain []byte, keyID uint32) []byte {
+	s.counter++
+	binary.LittleEndian.PutUint64(s.nonce[sealRandom:], s.counter)
+	return s.keys.withID(keyID).seal(dst, s.nonce[:], plain, nil)
 }
 
-// Open appends what is in packet to dst and returns it with the sender's
-// counter. dst and packet must not overlap. The errors are ErrNotSealed,
-// ErrUnknownKey and ErrForged, bare.
-func (s *Sealer) Open(dst, packet []byte) (plain []byte, count uint64, err error) {
-	if len(packet) < SealOverhead || packet[0] != sealVersion {
-		return nil, 0, ErrNotSealed
+// Open appends what is in packet to dst and returns it with the sender's counter. dst and
+// packet must not overlap. The errors are ErrNotSealed, ErrUnknownKey and ErrForged, bare, and
+// ErrSealVersion, wrapped.
+func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, err error) {
+	if plain, err = s.keys.open(dst, packet, nil); err != nil {
+		return nil, 0, err
 	}
-	id := binary.BigEndian.Uint32(packet[1:])
-	nonce := packet[sealHead : sealHead+chacha20poly1305.NonceSizeX]
-	err = ErrUnknownKey
-	for i := range s.keys { // two keys may share an ID
-		if s.keys[i].id != id {
-			continue
-		}
-		plain, e := s.keys[i].aead.Open(dst, nonce, packet[sealHead+len(nonce):], s.keys[i].data)
-		if e == nil {
-			return plain, binary.BigEndian.Uint64(nonce[16:]), nil
-		}
-		err = ErrForged
-	}
-	return nil, 0, err
+	return plain, binary.LittleEndian.Uint64(packet[sealHeader+sealRandom:]), nil
 }
 
-// KeyID returns the ID of the key under which a packet was sealed, that opened.
-func (s *Sealer) KeyID(packet []byte) uint32 { return binary.BigEndian.Uint32(packet[1:]) }
+// KeyID returns the ID of the key that a packet was sealed with. The packet has to have been
+// opened.
+func (s *PacketSealer) KeyID(packet []byte) uint32 { return sealKeyID(packet) }
 
-// A Box seals messages of any size, each under a random nonce of 24 bytes, of
-// which some 2^80 may be used with one key. It is safe for concurrent use.
+// A Box seals messages of any size, each under a random nonce of 24 bytes, of which
+// some 2^80 may be used with one key. It is safe for concurrent use.
 type Box struct {
-	cluster string
-	keys    atomic.Pointer[[]sealKey] // the first is the one to seal with
+	ring string
+	keys atomic.Pointer[sealKeys]
 }
 
-const labelBox = "telemeter box v1"
-
-// NewBox returns a Box of the named cluster of servers.
-func NewBox(keys Keys, cluster string) (*Box, error) {
-	b := &Box{cluster: cluster}
-	return b, b.SetKeys(keys)
+// NewBox returns a sealer of the messages of the named ring. It is an error if there is no key.
+func NewBox(keys Keys, ring string) (*Box, error) {
+	s := &Box{ring: ring}
+	return s, s.SetKeys(keys)
 }
 
-// SetKeys replaces the keys. On an error nothing changed.
-func (b *Box) SetKeys(keys Keys) error {
-	fresh, err := sealKeys(keys, labelBox, b.cluster)
-	if err != nil {
-		return err
+// SetKeys replaces the keys. After an error the old keys stay.
+func (s *Box) SetKeys(keys Keys) error {
+	ks, err := newSealKeys(keys, labelMessage, s.ring)
+	if err == nil {
+		s.keys.Store(&ks)
 	}
-	b.keys.Store(&fresh)
-	return nil
+	return err
 }
 
-// bind is what is authenticated beside the message: the header, what the message
-// is for, and what it belongs to, each with its length.
-func bind(k *sealKey, purpose string, context []byte) []byte {
-	data := append(bytes.Clone(k.data), byte(len(purpose)))
-	return append(append(data, purpose...), context...)
+// Seal appends plain, sealed, to dst. Only an Open with the same purpose (at most 255 bytes)
+// and context opens it. It uses the key with that ID, which the receiver is known to hold, or
+// the first if there is none.
+func (s *Box) Seal(dst, plain []byte, purpose string, context []byte, keyID uint32) []byte {
+	var nonce [sealNonce]byte
+	rand.Read(nonce[:]) // never fails since Go 1.24
+	return s.keys.Load().withID(keyID).seal(dst, nonce[:], plain, messageContext(purpose, context))
 }
 
-// Seal appends plain, sealed, to dst. Only an Open with the same purpose (at
-// most 255 bytes) and context opens it. It uses the key with that ID, which the
-// receiver is known to hold, and the first if there is none such.
-func (b *Box) Seal(dst, plain []byte, purpose string, context []byte, keyID uint32) []byte {
-	keys := *b.keys.Load()
-	k := &keys[max(0, slices.IndexFunc(keys, func(k sealKey) bool { return k.id == keyID }))]
-	var nonce [chacha20poly1305.NonceSizeX]byte
-	rand.Read(nonce[:])
-	dst = append(append(dst, k.data[:sealHead]...), nonce[:]...)
-	return k.aead.Seal(dst, nonce[:], plain, bind(k, purpose, context))
+// Open appends what is in message to dst. The errors are those of PacketSealer.Open.
+func (s *Box) Open(dst, message []byte, purpose string, context []byte) ([]byte, error) {
+	return s.keys.Load().open(dst, message, messageContext(purpose, context))
 }
 
-// KeyID returns the ID of the key under which a message was sealed, that opened.
-func (b *Box) KeyID(message []byte) uint32 { return binary.BigEndian.Uint32(message[1:]) }
+// KeyID returns the ID of the key that a message was sealed with. The message has to have been
+// opened.
+func (s *Box) KeyID(message []byte) uint32 { return sealKeyID(message) }
 
-// Open appends what is in message to dst. The errors are those of Sealer.Open.
-func (b *Box) Open(dst, message []byte, purpose string, context []byte) ([]byte, error) {
-	if len(message) < SealOverhead || message[0] != sealVersion {
-		return nil, ErrNotSealed
-	}
-	id, err := binary.BigEndian.Uint32(message[1:]), ErrUnknownKey
-	keys := *b.keys.Load()
-	for i := range keys {
-		k := &keys[i]
-		if k.id != id {
-			continue
-		}
-		n := sealHead + chacha20poly1305.NonceSizeX
-		if plain, e := k.aead.Open(dst, message[sealHead:n], message[n:], bind(k, purpose, context)); e == nil {
-			return plain, nil
-		}
-		err = ErrForged
-	}
-	return nil, err
+// messageContext binds a message to its purpose, and to what it belongs to.
+func messageContext(purpose string, context []byte) []byte {
+	return append(AppendShort(nil, purpose), context...)
 }

@@ -1,7 +1,7 @@
 package main
 
-// seal_test.go: what opens and what does not, and that a window never takes a
-// counter twice. testKeys is also the other gossip tests'.
+// Tests of sealing and of the replay window: which packets and messages open, and that a
+// window never accepts a counter twice. testKeys is also used by the tests of gossip.
 
 import (
 	"bytes"
@@ -26,13 +26,68 @@ func testKeys(tb testing.TB, secrets ...byte) Keys {
 	return keys
 }
 
-func testSealer(tb testing.TB, seed byte, cluster string, secrets ...byte) *Sealer {
+func testSealer(tb testing.TB, seed byte, ring string, secrets ...byte) *PacketSealer {
 	tb.Helper()
-	s, err := NewSealer(testKeys(tb, secrets...), cluster, rand.NewChaCha8([32]byte{seed}))
+	s, err := NewPacketSealer(testKeys(tb, secrets...), ring, rand.NewChaCha8([32]byte{seed}))
 	if err != nil {
 		tb.Fatal(err)
 	}
 	return s
+}
+
+// otherVersion returns sealed with the first byte of another version.
+func otherVersion(sealed []byte, version byte) []byte {
+	return append([]byte{version}, sealed[1:]...)
+}
+
+// A message opens only with its purpose and context, under a key of its ring, and when it is
+// of this version.
+func TestSealMessage(t *testing.T) {
+	box := func(ring string, secrets ...byte) *Box {
+		s, err := NewBox(testKeys(t, secrets...), ring)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	a := box("c", 1)
+	plain := bytes.Repeat([]byte("x"), 5000)
+	sealed := a.Seal(nil, plain, "p", []byte("context"), 0)
+	rotated := box("c", 2, 1)
+	for _, c := range []struct {
+		about            string
+		opener           *Box
+		message          []byte
+		purpose, context string
+		want             error
+	}{
+		{"same key", box("c", 1), sealed, "p", "context", nil},
+		{"the old key below a new one", rotated, sealed, "p", "context", nil},
+		{"under the key that its receiver holds", a, rotated.Seal(nil, plain, "p", []byte("context"), a.KeyID(sealed)), "p", "context", nil},
+		{"under a key that its receiver does not hold", a, rotated.Seal(nil, plain, "p", []byte("context"), 0), "p", "context", ErrUnknownKey},
+		{"another ring", box("d", 1), sealed, "p", "context", ErrForged},
+		{"another purpose", a, sealed, "q", "context", ErrForged},
+		{"another context", a, sealed, "p", "contex", ErrForged},
+		{"purpose and context cut elsewhere", a, sealed, "pc", "ontext", ErrForged},
+		{"empty", a, nil, "p", "context", ErrNotSealed},
+		{"truncated", a, sealed[:len(sealed)-1], "p", "context", ErrForged},
+		{"of another version", a, otherVersion(sealed, 2), "p", "context", ErrSealVersion},
+		{"of another version, short", a, []byte{3}, "p", "context", ErrSealVersion},
+	} {
+		got, err := c.opener.Open(nil, c.message, c.purpose, []byte(c.context))
+		if !errors.Is(err, c.want) || err == nil && !bytes.Equal(got, plain) {
+			t.Errorf("%s: got %d bytes, %v, want %v", c.about, len(got), err, c.want)
+		}
+	}
+}
+
+// The refusal of another version says which version came, and which is known.
+func TestSealVersionInWords(t *testing.T) {
+	a := testSealer(t, 1, "c", 1)
+	_, _, err := a.Open(nil, otherVersion(a.Seal(nil, nil, 0), 7))
+	if want := "sealed by another version of telemeter: it has version 7; this program knows version 1"; err == nil || err.Error() != want {
+		t.Errorf("the error is %v", err)
+	}
 }
 
 func TestSeal(t *testing.T) {
@@ -49,7 +104,7 @@ func TestSeal(t *testing.T) {
 	rotated := testSealer(t, 2, "c", 2, 1)
 	for _, c := range []struct {
 		about  string
-		opener *Sealer
+		opener *PacketSealer
 		packet []byte
 		want   error
 	}{
@@ -58,14 +113,17 @@ func TestSeal(t *testing.T) {
 		{"under the new key, to one that has only the old", a, rotated.Seal(nil, plain, 0), ErrUnknownKey},
 		{"under the old key because its receiver has no other", a, rotated.Seal(nil, plain, a.KeyIDs()[0]), nil},
 		{"foreign key", testSealer(t, 4, "c", 3), sealed, ErrUnknownKey},
-		{"another cluster", testSealer(t, 5, "d", 1), sealed, ErrForged},
+		{"another ring", testSealer(t, 5, "d", 1), sealed, ErrForged},
 		{"empty", a, nil, ErrNotSealed},
+		{"of another version", a, otherVersion(sealed, 2), ErrSealVersion},
+		{"of another version, under a foreign key", testSealer(t, 4, "c", 3), otherVersion(sealed, 0), ErrSealVersion},
+		{"of another version, short", a, []byte{2}, ErrSealVersion},
 		{"no room for a tag", a, sealed[:SealOverhead-1], ErrNotSealed},
 		{"truncated", a, sealed[:len(sealed)-1], ErrForged},
 		{"longer", a, append(slices.Clone(sealed), 0), ErrForged},
 	} {
 		got, count, err := c.opener.Open(nil, c.packet)
-		if err != c.want || err == nil && (!bytes.Equal(got, plain) || count == 0) {
+		if !errors.Is(err, c.want) || err == nil && (!bytes.Equal(got, plain) || count == 0) {
 			t.Errorf("%s: got %q, counter %d, %v, want %v", c.about, got, count, err, c.want)
 		}
 	}
@@ -79,7 +137,7 @@ func TestSeal(t *testing.T) {
 	if a.SetKeys(Keys{}) == nil || a.KeyIDs()[0] == 0 {
 		t.Error("no key is taken for a key")
 	}
-	if _, err := NewSealer(testKeys(t, 1), "c", bytes.NewReader(nil)); err == nil {
+	if _, err := NewPacketSealer(testKeys(t, 1), "c", bytes.NewReader(nil)); err == nil {
 		t.Error("seals without randomness")
 	}
 }
@@ -127,7 +185,7 @@ func TestWindow(t *testing.T) {
 			}
 			want := count > start && !seen[count] && (count >= top || top-count <= windowSize)
 			if got := w.Accept(count); got != want {
-				t.Fatalf("seed %d: started at %d, top %d: Take(%d) is %v", seed, start, top, count, got)
+				t.Fatalf("seed %d: started at %d, top %d: Accept(%d) is %v", seed, start, top, count, got)
 			}
 			if want {
 				seen[count] = true

@@ -1,7 +1,8 @@
-// auth_test.go: what auth.go promises: exactly one text per token and none that
-// is not signed, rotation without a gap, no key file ever lost, a pin that holds
-// also on resumed sessions, and no secret in any error.
 package main
+
+// Tests of keys, tokens and certificates: a token has exactly one text and counts only if it is
+// signed, rotation leaves no gap, no key file is ever lost, a pin holds also on resumed sessions,
+// and no error has a secret.
 
 import (
 	"bytes"
@@ -69,7 +70,7 @@ func authSign(t testing.TB, ks Keys, tok Token) string {
 // authForge signs any payload with the first key, as only its holder can.
 func authForge(ks Keys, payload string) string {
 	signed := tokenPrefix + base64.RawURLEncoding.EncodeToString([]byte(payload))
-	return signed + "." + base64.RawURLEncoding.EncodeToString(ks.keys[0].sum(signed))
+	return signed + "." + base64.RawURLEncoding.EncodeToString(ks.keys[0].mac(signed))
 }
 
 func TestParseKeys(t *testing.T) {
@@ -132,7 +133,7 @@ func TestSubkeys(t *testing.T) {
 		t.Errorf("key ID %s, want %s", got, want)
 	}
 	sub := derive("telemeter token v1")
-	if !bytes.Equal(ks.keys[0].sum("tm1.x"), sum(sub, "tm1.x")) {
+	if !bytes.Equal(ks.keys[0].mac("tm1.x"), sum(sub, "tm1.x")) {
 		t.Error("tokens are not signed under HKDF-SHA256 of the key and its label")
 	}
 	if ids := ks.IDs(); ids[0] == ids[1] {
@@ -272,6 +273,9 @@ func TestVerifyRefuses(t *testing.T) {
 		"negative expiry, signed": {edited(`"issued"`, `"expires":-1,"issued"`), ErrTokenExpired, true},
 	} {
 		got, err := ks.Verify(c.s, authNow)
+		if name == "another version" && !strings.HasSuffix(fmt.Sprint(err), "it has version 2; this program knows version 1") {
+			t.Errorf("%s: the error does not say so: %v", name, err)
+		}
 		if !errors.Is(err, c.want) || !reflect.DeepEqual(got, Token{}) {
 			t.Errorf("%s: Verify = %+v, %v; want %v", name, got, err, c.want)
 		}
@@ -530,12 +534,12 @@ func TestKeygenRace(t *testing.T) {
 	}
 }
 
-// Whoever races, a name is given once, and its loser is told.
-func TestInstallNeverClobbers(t *testing.T) {
+// Of several that create one file at once, one does, and the others get an error.
+func TestCreateKeyFileNeverReplaces(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.key")
 	errs := make(chan error)
 	for n := range 8 {
-		go func() { errs <- install(path, []byte{byte(n)}, 0o600, nil, os.Link) }()
+		go func() { errs <- createKeyFile(path, []byte{byte(n)}, 0o600) }()
 	}
 	won := 0
 	for range 8 {
@@ -982,7 +986,7 @@ func FuzzKeys(f *testing.F) {
 			t.Fatalf("%d keys", n)
 		}
 		// One more key above changes nothing below it, as in a rotation.
-		more, err := ParseKeys(append(newKeyLine(), data...))
+		more, err := ParseKeys(append(generateKeyLine(), data...))
 		if err == nil && !slices.Equal(more.IDs()[1:], ks.IDs()) {
 			t.Errorf("keys %v became %v", ks.IDs(), more.IDs())
 		}
@@ -1000,12 +1004,12 @@ func FuzzRevoked(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		r, err := ParseRevoked(data)
 		if err != nil {
-			if r.IsRevoked(Token{}) || len(r.clusters) != 0 {
+			if r.IsRevoked(Token{}) || len(r.clusterIDs) != 0 {
 				t.Error("revocations beside an error")
 			}
 			return
 		}
-		for id := range r.clusters {
+		for id := range r.clusterIDs {
 			if err := CheckClusterID(id); err != nil {
 				t.Errorf("%q: %v", id, err)
 			}

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -22,7 +23,7 @@ const (
 	KindUpload = "upload"
 )
 
-// Why Verify refuses.
+// Reasons for which Verify refuses.
 var (
 	ErrTokenMalformed = errors.New("malformed token")
 	ErrTokenForged    = errors.New("token is not signed by a known key")
@@ -31,14 +32,13 @@ var (
 
 const tokenPrefix = "tm1."
 
-// A Token says who may push and where to. Its text form is
+// A Token says which site may push, and where to. Its text form is
 //
 //	tm1.<base64url(JSON)>.<base64url(HMAC-SHA256 over all before this dot)>
 //
-// without padding. What it says is public to its holder; the signature makes it
-// a credential. Fields added later are ignored here, kinds added later refused.
-// URLs and labels are bounded by the token's length alone; their rules are the
-// minter's to apply.
+// without padding. Its holder can read it; the signature makes it a credential. Fields added
+// later are ignored, and kinds added later are refused. URLs and labels are bounded by the
+// token's length alone; whoever signs a token has to check them.
 type Token struct {
 	KeyID   string            `json:"key"`     // of the key that signed
 	Kind    string            `json:"kind"`    // KindClient or KindUpload
@@ -46,13 +46,13 @@ type Token struct {
 	URLs    []string          `json:"urls,omitempty"`
 	Pin     string            `json:"pin,omitempty"` // of the servers' certificate; see CertPin
 	Labels  map[string]string `json:"labels,omitempty"`
-	Issued  int64             `json:"issued"`            // Unix seconds; only told, never judged
+	Issued  int64             `json:"issued"`            // Unix seconds; shown, never checked
 	Expires int64             `json:"expires,omitempty"` // Unix seconds; 0 = until revoked
 	ID      string            `json:"id"`                // NewTokenID; an upload token has its client token's
 }
 
-// Sign returns t's text form, signed by the first key, whose ID it takes for
-// t.KeyID. Errors: no key, a field against the rules, longer than MaxToken.
+// Sign returns t's text form, signed by the first key, whose ID becomes t.KeyID. Errors: no key,
+// a field that breaks the rules, a text longer than MaxToken.
 func (ks Keys) Sign(t Token) (string, error) {
 	if len(ks.keys) == 0 {
 		return "", errors.New("signing a token: no key")
@@ -67,27 +67,26 @@ func (ks Keys) Sign(t Token) (string, error) {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
 	signed := tokenPrefix + base64.RawURLEncoding.EncodeToString(payload)
-	s := signed + "." + base64.RawURLEncoding.EncodeToString(k.sum(signed))
+	s := signed + "." + base64.RawURLEncoding.EncodeToString(k.mac(signed))
 	if len(s) > MaxToken {
 		return "", fmt.Errorf("signing a token: longer than %d bytes: give it fewer URLs or labels", MaxToken)
 	}
 	return s, nil
 }
 
-// Verify returns what a token says if one of the keys signed it and it has not
-// expired at now. Space around it is ignored. The errors are ErrTokenMalformed,
-// ErrTokenForged and ErrTokenExpired, wrapped. Revocation and whether the kind
-// and cluster are the wanted ones is the caller's to check.
+// Verify parses a token that one of the keys signed and that has not expired at now. Space around
+// it is ignored. The errors are ErrTokenMalformed, ErrTokenForged and ErrTokenExpired, wrapped.
+// The caller has to check revocation, the kind and the cluster ID.
 func (ks Keys) Verify(s string, now time.Time) (Token, error) {
 	signed, payload, mac, err := splitToken(s)
 	if err != nil {
 		return Token{}, err
 	}
-	// Every key is tried, rather than the one the payload names, so that nothing
-	// unsigned is ever parsed. At most 16 HMACs over 8 KiB: far less than the TLS
-	// handshake before them.
+	// Every key is tried and not just the one that the payload names, so that nothing unsigned
+	// is ever parsed. At most 16 HMACs over 8 KiB cost far less than the TLS handshake before
+	// them.
 	for _, k := range ks.keys {
-		if !hmac.Equal(mac, k.sum(signed)) {
+		if !hmac.Equal(mac, k.mac(signed)) {
 			continue
 		}
 		t, err := decodeToken(payload)
@@ -95,7 +94,7 @@ func (ks Keys) Verify(s string, now time.Time) (Token, error) {
 			return Token{}, err
 		}
 		if t.KeyID != k.id {
-			return Token{}, malformed("it names another key than the one that signed it")
+			return Token{}, malformedToken("it names another key than the one that signed it")
 		}
 		if t.Expires != 0 && now.Unix() >= t.Expires {
 			return Token{}, fmt.Errorf("%w on %s", ErrTokenExpired, time.Unix(t.Expires, 0).UTC().Format(time.RFC3339))
@@ -105,9 +104,8 @@ func (ks Keys) Verify(s string, now time.Time) (Token, error) {
 	return Token{}, ErrTokenForged
 }
 
-// ParseToken returns what a token says without checking its signature or expiry:
-// for its holder, who has no key. Space around it is ignored. The error is
-// ErrTokenMalformed, wrapped.
+// ParseToken parses a token without checking its signature or expiry: for its holder, who has no
+// key. Space around it is ignored. The error is ErrTokenMalformed, wrapped.
 func ParseToken(s string) (Token, error) {
 	_, payload, _, err := splitToken(s)
 	if err != nil {
@@ -116,28 +114,33 @@ func ParseToken(s string) (Token, error) {
 	return decodeToken(payload)
 }
 
-// splitToken takes a token's text apart without believing any of it.
+// splitToken splits a token's text into what is signed, the payload and the signature. It checks
+// none of them.
 func splitToken(s string) (signed string, payload, mac []byte, err error) {
 	s = strings.TrimSpace(s)
 	if len(s) > MaxToken {
-		return "", nil, nil, malformed(fmt.Sprintf("longer than %d bytes", MaxToken))
+		return "", nil, nil, malformedToken("longer than %d bytes", MaxToken)
 	}
 	body, ok := strings.CutPrefix(s, tokenPrefix)
 	if !ok {
-		return "", nil, nil, malformed("does not begin with " + tokenPrefix)
+		version, _, _ := strings.Cut(strings.TrimPrefix(s, "tm"), ".")
+		if n, err := strconv.ParseUint(version, 10, 16); err == nil && strings.HasPrefix(s, "tm") {
+			return "", nil, nil, malformedToken("it has version %d; this program knows version 1", n)
+		}
+		return "", nil, nil, malformedToken("does not begin with %s", tokenPrefix)
 	}
 	p, m, ok := strings.Cut(body, ".")
 	// Strict refuses stray trailing bits, but every decoder of encoding/base64
 	// skips line ends: either would give one token several spellings.
 	if !ok || strings.ContainsAny(s, "\r\n") {
-		return "", nil, nil, malformed("want three parts between dots, on one line")
+		return "", nil, nil, malformedToken("want three parts between dots, on one line")
 	}
 	enc := base64.RawURLEncoding.Strict()
 	if payload, err = enc.DecodeString(p); err != nil {
-		return "", nil, nil, malformed("payload is not base64url")
+		return "", nil, nil, malformedToken("payload is not base64url")
 	}
 	if mac, err = enc.DecodeString(m); err != nil || len(mac) != sha256.Size {
-		return "", nil, nil, malformed(fmt.Sprintf("signature is not the base64url of %d bytes", sha256.Size))
+		return "", nil, nil, malformedToken("signature is not the base64url of %d bytes", sha256.Size)
 	}
 	return s[:len(s)-len(m)-1], payload, mac, nil
 }
@@ -145,18 +148,21 @@ func splitToken(s string) (signed string, payload, mac []byte, err error) {
 func decodeToken(payload []byte) (Token, error) {
 	var t Token
 	if json.Unmarshal(payload, &t) != nil { // its error can quote the payload
-		return Token{}, malformed("payload is not the JSON of a token")
+		return Token{}, malformedToken("payload is not the JSON of a token")
 	}
 	if err := t.check(); err != nil {
-		return Token{}, malformed(err.Error())
+		return Token{}, malformedToken("%w", err)
 	}
 	return t, nil
 }
 
-func malformed(why string) error { return fmt.Errorf("%w: %s", ErrTokenMalformed, why) }
+// malformedToken returns ErrTokenMalformed with a reason, which must not quote the token.
+func malformedToken(format string, args ...any) error {
+	return fmt.Errorf("%w: "+format, append([]any{ErrTokenMalformed}, args...)...)
+}
 
-// check holds for every token that Sign makes and that Verify or ParseToken
-// returns.
+// check returns an error if a field breaks the rules. Sign, Verify and ParseToken return only
+// tokens that pass.
 func (t Token) check() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)
@@ -168,7 +174,7 @@ func (t Token) check() error {
 		return errors.New("token ID is not 32 lower-case hex digits")
 	}
 	if t.Pin != "" {
-		return validPin(t.Pin)
+		return checkPin(t.Pin)
 	}
 	return nil
 }

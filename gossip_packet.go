@@ -2,279 +2,235 @@ package main
 
 // The wire format of gossip: packets and records of members, before they are sealed and after
 // they are opened. A packet that decodes encodes to the same bytes. Every length has a limit,
-// checked before anything is kept. Pure.
+// which is checked before anything is kept. Pure.
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 )
 
-// Limits of what is said. A packet of MaxPacket bytes fits the MTU of a
-// WireGuard tunnel over IPv6 (1280 − 20 − 8 and some to spare).
+// Limits of packets. A packet of MaxPacket bytes fits the MTU of a WireGuard tunnel over IPv6
+// (1280 − 20 − 8 and some to spare).
 const (
-	MaxPacket   = 1200 // bytes of UDP payload, sealed
-	MaxName     = 64   // bytes of a member's name
-	MaxAddr     = 128  // bytes of an address, and of a URL
-	MaxAccusers = 4    // that a suspicion lists: more shorten it no further
-	SlotLimit   = 4096 // slots are below this, and buckets at most this
-	NoSlot      = 1<<16 - 1
+	MaxPacket     = 1200 // bytes of UDP payload, sealed
+	MaxMemberName = 64   // bytes
+	MaxMemberAddr = 128  // bytes of an address, and of a URL
+	MaxAccusers   = 4    // that a suspicion lists: more shorten it no further
+
+	// MaxSlots bounds the slots and the buckets, and with them what one broken claim can cost
+	// all members for ever, because buckets never fall. A claim to a slot beyond is no claim.
+	MaxSlots = 4096
+	NoSlot   = 1<<16 - 1
 )
 
-// PacketKind says what a packet wants. Of each, the records that it may carry besides
-// are news.
+// PacketKind says what the sender of a packet wants. A packet of any kind may carry records.
 type PacketKind uint8
 
-// The kinds. Ask and Answer are the packet's fields.
+// The kinds of packets.
 const (
-	// PacketHello asks whoever is at an address (To may be empty) to answer and so
-	// prove itself. It is answered whatever its sender's session.
-	PacketHello PacketKind = 1 + iota
-	PacketPing             // asks the member To to answer
-	PacketAck              // answers; with Target, it passes on that Target answered
-	PacketRelay            // asks To to ping Target and to pass its answer on
-	PacketNack             // answers a Relay: Target did not answer
-	PacketNews             // only news
-	PacketSync             // a part of the sender's table, not news
-	kindEnd
+	// PacketHello asks whoever is at an address (To may be empty) to answer and so to prove
+	// its session. It is answered whatever its sender's session.
+	PacketHello   PacketKind = 1 + iota
+	PacketPing               // asks the member To to answer
+	PacketAck                // answers; with Target, the sender passes on that Target answered
+	PacketPingReq            // asks To to ping Target and to pass its answer on
+	PacketNack               // answers a PacketPingReq: Target did not answer
+	PacketGossip             // only carries records
+	PacketSync               // carries a part of the sender's table, and no updates
+	packetKindEnd
 )
 
-// A Packet is what one member says to one other.
+// A Packet is one datagram from one member to another.
 type Packet struct {
-	Kind    PacketKind
-	Want    bool // send me your table
-	Settled bool // the sender's table has not changed for two probe intervals
-	To      string
-	From    string
-	Target  string // for Relay, Nack and an Ack that was passed on
-	Session uint64 // of the sender
-	Digest  uint64 // of the sender's table
-	Ask     uint64 // random; not 0: answer with this
-	Answer  uint64 // not 0: the Ask that this answers
-	Buckets uint16 // most that the sender knows of; see Record.Slot
-	Records []MemberRecord
+	Kind      PacketKind
+	WantTable bool   // the sender asks for the receiver's table
+	Settled   bool   // the sender's table has not changed for two intervals
+	To        string // the receiver's name
+	From      string // the sender's name
+	Target    string // of PacketPingReq, PacketNack, and a PacketAck that is passed on
+	Session   uint64 // the sender's
+	Digest    uint64 // of the sender's table
+	RequestID uint64 // random; if not 0, the receiver answers with it in ReplyTo
+	ReplyTo   uint64 // if not 0, the RequestID that this answers
+	Buckets   uint16 // the most that the sender has heard of; see MemberRecord.Slot
+	Records   []MemberRecord
 }
 
-// MemberState is what is thought of a member, in the order in which it is believed.
+// MemberState is the state of a member as another sees it. Of two states in one incarnation the
+// higher one is believed.
 type MemberState uint8
 
-// The states. Alive and Suspect members are live: they take part in the ring.
+// The states. Alive and suspect members are live: they take part in the ring.
 const (
 	StateAlive MemberState = iota
 	StateSuspect
 	StateDead
 	StateLeft
-	stateEnd
+	memberStateEnd
 )
 
 func (s MemberState) String() string {
 	return [...]string{"alive", "suspect", "dead", "left"}[s]
 }
 
-// IsLive tells whether a member in this state takes part.
+// IsLive tells whether a member in this state takes part in the ring.
 func (s MemberState) IsLive() bool { return s <= StateSuspect }
 
-// A MemberRecord is what is said of one member. Of two about one name the one with
-// the higher (Session, Incarnation, State) is believed. Addr, URL and what
-// follows them are the member's own words: they change only together with its
+// A MemberRecord is the state of one member as it is passed on. Of two records of one member the
+// one with the higher (Session, Incarnation, State) is believed; see supersedes. Addr, URL and
+// the fields below them come from the member itself: they change only together with its
 // incarnation.
 type MemberRecord struct {
 	Name        string
 	Session     uint64 // grows whenever the member starts
-	Incarnation uint32 // grows whenever it contradicts a suspicion or changes its words
+	Incarnation uint32 // grows whenever the member refutes a suspicion or changes its record
 	State       MemberState
-	Accusers    []uint64 // NameHash of who suspects it; only while Suspect
-	Age         uint32   // seconds since it died or left; only then
+	Accusers    []uint64 // hashes of the names of the members that suspect it; only if suspect
+	Age         uint32   // seconds since it died or left; only if dead or left
 
 	Addr        string // host:port, UDP and TCP
 	URL         string // of its internal listener, for /sd; may be empty
 	Slot        uint16 // on the ring, or NoSlot
 	Lamport     uint64 // number of its claim to the slot
-	Provisional bool   // claimed while the seeds were out of reach
+	Provisional bool   // the slot was claimed while the seeds were out of reach
 	Leaving     bool   // it keeps its slot, but wants no keys any more
 	KeyID       uint32 // of the key it seals with
 }
 
-// NameHash is 64-bit FNV-1a.
-func NameHash(name string) uint64 {
-	h := uint64(14695981039346656037)
-	for i := range len(name) {
-		h = (h ^ uint64(name[i])) * 1099511628211
-	}
-	return h
-}
-
-// Errors of Decode.
-var (
-	errShortPacket = errors.New("packet ends early")
-	errPacketField = errors.New("packet has a field that no member sends")
-)
-
 // CheckMemberName tells whether name may name a member; the error says the rule.
 func CheckMemberName(name string) error {
-	if !validWord(name, MaxName) || name == "" {
-		return fmt.Errorf("not a member's name: want 1 to %d visible ASCII characters", MaxName)
+	if !isVisibleASCII(name) || name == "" || len(name) > MaxMemberName {
+		return fmt.Errorf("not a member's name: want 1 to %d visible ASCII characters", MaxMemberName)
 	}
 	return nil
 }
 
 // CheckMemberAddr does the same for an address or URL.
 func CheckMemberAddr(addr string) error {
-	if !validWord(addr, MaxAddr) || addr == "" {
-		return fmt.Errorf("not an address to tell peers: want 1 to %d visible ASCII characters", MaxAddr)
+	if !isVisibleASCII(addr) || addr == "" || len(addr) > MaxMemberAddr {
+		return fmt.Errorf("not an address to tell peers: want 1 to %d visible ASCII characters", MaxMemberAddr)
 	}
 	return nil
 }
 
-func validWord(s string, max int) bool {
+func isVisibleASCII(s string) bool {
 	for i := range len(s) {
 		if s[i] <= ' ' || s[i] > '~' {
 			return false
 		}
 	}
-	return len(s) <= max
+	return true
 }
 
-// flags of a packet and of a record
+// Flags of a packet and of a record.
 const (
-	flagWant    = 1
-	flagSettled = 2
+	flagWantTable = 1
+	flagSettled   = 2
 
 	flagProvisional = 1
 	flagLeaving     = 2
 )
 
-// AppendHeader appends all of p but its records, which follow by AppendMember
-// up to the packet's end.
-func AppendHeader(b []byte, p *Packet) []byte {
+// AppendPacketHeader appends all of p but its records. They follow by AppendMember, up to the
+// packet's end.
+func AppendPacketHeader(b []byte, p *Packet) []byte {
 	var flags byte
-	if p.Want {
-		flags |= flagWant
+	if p.WantTable {
+		flags |= flagWantTable
 	}
 	if p.Settled {
 		flags |= flagSettled
 	}
 	b = append(b, byte(p.Kind), flags)
-	b = appendWord(b, p.To)
-	b = appendWord(b, p.From)
-	b = appendWord(b, p.Target)
-	b = binary.BigEndian.AppendUint64(b, p.Session)
-	b = binary.BigEndian.AppendUint64(b, p.Digest)
-	b = binary.BigEndian.AppendUint64(b, p.Ask)
-	b = binary.BigEndian.AppendUint64(b, p.Answer)
-	return binary.BigEndian.AppendUint16(b, p.Buckets)
+	b = AppendShort(b, p.To)
+	b = AppendShort(b, p.From)
+	b = AppendShort(b, p.Target)
+	b = binary.LittleEndian.AppendUint64(b, p.Session)
+	b = binary.LittleEndian.AppendUint64(b, p.Digest)
+	b = binary.LittleEndian.AppendUint64(b, p.RequestID)
+	b = binary.LittleEndian.AppendUint64(b, p.ReplyTo)
+	return binary.LittleEndian.AppendUint16(b, p.Buckets)
 }
 
-// AppendMember appends r, at most 384 bytes.
-func AppendMember(b []byte, r *MemberRecord) []byte {
+// AppendMember appends m, at most maxRecord bytes.
+func AppendMember(b []byte, m *MemberRecord) []byte {
 	var flags byte
-	if r.Provisional {
+	if m.Provisional {
 		flags |= flagProvisional
 	}
-	if r.Leaving {
+	if m.Leaving {
 		flags |= flagLeaving
 	}
-	b = append(b, byte(r.State), flags)
-	b = appendWord(b, r.Name)
-	b = binary.BigEndian.AppendUint64(b, r.Session)
-	b = binary.BigEndian.AppendUint32(b, r.Incarnation)
-	switch r.State {
+	b = append(b, byte(m.State), flags)
+	b = AppendShort(b, m.Name)
+	b = binary.LittleEndian.AppendUint64(b, m.Session)
+	b = binary.LittleEndian.AppendUint32(b, m.Incarnation)
+	switch m.State {
 	case StateSuspect:
-		b = append(b, byte(len(r.Accusers)))
-		for _, a := range r.Accusers {
-			b = binary.BigEndian.AppendUint64(b, a)
+		b = append(b, byte(len(m.Accusers)))
+		for _, a := range m.Accusers {
+			b = binary.LittleEndian.AppendUint64(b, a)
 		}
 	case StateDead, StateLeft:
-		b = binary.BigEndian.AppendUint32(b, r.Age)
+		b = binary.LittleEndian.AppendUint32(b, m.Age)
 	}
-	b = appendWord(b, r.Addr)
-	b = appendWord(b, r.URL)
-	b = binary.BigEndian.AppendUint16(b, r.Slot)
-	b = binary.BigEndian.AppendUint64(b, r.Lamport)
-	return binary.BigEndian.AppendUint32(b, r.KeyID)
+	b = AppendShort(b, m.Addr)
+	b = AppendShort(b, m.URL)
+	b = binary.LittleEndian.AppendUint16(b, m.Slot)
+	b = binary.LittleEndian.AppendUint64(b, m.Lamport)
+	return binary.LittleEndian.AppendUint32(b, m.KeyID)
 }
 
-func appendWord(b []byte, s string) []byte {
-	return append(append(b, byte(len(s))), s...)
-}
+// maxRecord is the size of the longest record: two bytes, five fields of fixed size, three
+// strings and the accusers, each behind its length.
+const maxRecord = 2 + (8 + 4 + 2 + 8 + 4) + (1 + MaxMemberName) + 2*(1+MaxMemberAddr) + (1 + 8*MaxAccusers)
 
-// DecodePacket reads an opened packet into p, whose Records it reuses. On an
-// error p holds nothing to be used. b is not kept.
+// DecodePacket reads an opened packet into p, and reuses p.Records. After an error p holds
+// nothing to be used. b is not kept.
 func DecodePacket(b []byte, p *Packet) error {
-	d := decoder{b: b}
-	kind, flags := PacketKind(d.byte()), d.byte()
+	r := ReadWire(b)
+	kind, flags := PacketKind(r.Byte()), r.Byte()
 	*p = Packet{
-		Kind: kind, Want: flags&flagWant != 0, Settled: flags&flagSettled != 0,
-		To: d.word(MaxName), From: d.word(MaxName), Target: d.word(MaxName),
-		Session: d.uint64(), Digest: d.uint64(), Ask: d.uint64(), Answer: d.uint64(), Buckets: d.uint16(),
+		Kind: kind, WantTable: flags&flagWantTable != 0, Settled: flags&flagSettled != 0,
+		To: readVisible(&r, MaxMemberName), From: readVisible(&r, MaxMemberName), Target: readVisible(&r, MaxMemberName),
+		Session: r.Uint64(), Digest: r.Uint64(), RequestID: r.Uint64(), ReplyTo: r.Uint64(), Buckets: r.Uint16(),
 		Records: p.Records[:0],
 	}
-	d.must(kind > 0 && kind < kindEnd && flags <= flagWant|flagSettled)
-	d.must(p.From != "" && (p.To != "" || kind == PacketHello) && p.Buckets <= SlotLimit)
-	for d.err == nil && len(d.b) > 0 {
-		p.Records = append(p.Records, d.record())
+	r.Require(kind > 0 && kind < packetKindEnd && flags <= flagWantTable|flagSettled)
+	r.Require(p.From != "" && (p.To != "" || kind == PacketHello) && p.Buckets <= MaxSlots)
+	for r.Len() > 0 {
+		p.Records = append(p.Records, readMember(&r))
 	}
-	return d.err
+	return r.Err()
 }
 
-func (d *decoder) record() MemberRecord {
-	state, flags := MemberState(d.byte()), d.byte()
-	r := MemberRecord{
+// readMember reads what AppendMember appended.
+func readMember(r *WireReader) MemberRecord {
+	state, flags := MemberState(r.Byte()), r.Byte()
+	m := MemberRecord{
 		State: state, Provisional: flags&flagProvisional != 0, Leaving: flags&flagLeaving != 0,
-		Name: d.word(MaxName), Session: d.uint64(), Incarnation: d.uint32(),
+		Name: readVisible(r, MaxMemberName), Session: r.Uint64(), Incarnation: r.Uint32(),
 	}
 	switch state {
 	case StateSuspect:
-		n := int(d.byte())
-		d.must(n > 0 && n <= MaxAccusers)
-		for ; n > 0 && d.err == nil; n-- {
-			r.Accusers = append(r.Accusers, d.uint64())
+		n := int(r.Byte())
+		r.Require(n > 0 && n <= MaxAccusers)
+		for i := 0; i < n && r.Err() == nil; i++ {
+			m.Accusers = append(m.Accusers, r.Uint64())
 		}
 	case StateDead, StateLeft:
-		r.Age = d.uint32()
+		m.Age = r.Uint32()
 	}
-	r.Addr, r.URL = d.word(MaxAddr), d.word(MaxAddr)
-	r.Slot, r.Lamport, r.KeyID = d.uint16(), d.uint64(), d.uint32()
-	d.must(state < stateEnd && flags <= flagProvisional|flagLeaving && r.Name != "" && r.Addr != "")
-	d.must(r.Slot < SlotLimit || r.Slot == NoSlot)
-	return r
+	m.Addr, m.URL = readVisible(r, MaxMemberAddr), readVisible(r, MaxMemberAddr)
+	m.Slot, m.Lamport, m.KeyID = r.Uint16(), r.Uint64(), r.Uint32()
+	r.Require(state < memberStateEnd && flags <= flagProvisional|flagLeaving && m.Name != "" && m.Addr != "")
+	r.Require(m.Slot < MaxSlots || m.Slot == NoSlot)
+	return m
 }
 
-// A decoder takes fields from the front of b. After its first error it gives
-// zeroes.
-type decoder struct {
-	b   []byte
-	err error
-}
-
-func (d *decoder) must(ok bool) {
-	if !ok && d.err == nil {
-		d.err = errPacketField
-	}
-}
-
-// take returns the next n bytes, or on an error zeroes; n is at most 255.
-func (d *decoder) take(n int) []byte {
-	if d.err == nil && len(d.b) < n {
-		d.err = errShortPacket
-	}
-	if d.err != nil {
-		return make([]byte, n)
-	}
-	b := d.b[:n]
-	d.b = d.b[n:]
-	return b
-}
-
-func (d *decoder) byte() byte     { return d.take(1)[0] }
-func (d *decoder) uint16() uint16 { return binary.BigEndian.Uint16(d.take(2)) }
-func (d *decoder) uint32() uint32 { return binary.BigEndian.Uint32(d.take(4)) }
-func (d *decoder) uint64() uint64 { return binary.BigEndian.Uint64(d.take(8)) }
-
-func (d *decoder) word(max int) string {
-	s := string(d.take(int(d.byte())))
-	if d.err == nil {
-		d.must(validWord(s, max))
-	}
+// readVisible reads a string of at most max bytes, which has to be of visible ASCII.
+func readVisible(r *WireReader, max int) string {
+	s := r.Short(max)
+	r.Require(isVisibleASCII(s))
 	return s
 }

@@ -1,7 +1,7 @@
 package main
 
-// What a member does with a packet: it merges the records, answers questions, and objects to
-// wrong claims about itself. It believes nothing of a session that has not answered a
+// What a member does with a packet: it merges the records, answers requests, and refutes what is
+// wrong about itself. It believes nothing that a session says before the session has answered a
 // challenge. Pure.
 
 import (
@@ -10,136 +10,173 @@ import (
 	"time"
 )
 
-// Receive takes a datagram that came from an address.
+// Receive takes a packet that came from an address, and returns what to send.
 func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Datagram {
 	s.begin(now)
-	if s.Stood {
+	if s.StoodDown {
 		return nil
 	}
-	switch p, m, a := s.Open(from, data); {
-	case m != nil:
-		s.heed(from, p, m, a)
-	case p != nil:
-		s.namesake(from, p, a)
+	if p, counter := s.open(from, data); p != nil {
+		s.admit(from, p, counter)
 	}
 	return s.end()
 }
 
-// heed believes a packet of a session that is met.
-func (s *Swim) heed(from netip.AddrPort, p *Packet, m *Member, a *Question) {
-	s.Buckets = max(s.Buckets, p.Buckets)
-	if p.Kind == PacketSync && s.synced == 0 {
-		// Who answers many newcomers at once soon knows more than it said.
-		s.synced, s.again, s.Newcomer = s.Now, s.Now+s.Interval, false
-	}
-	if p.Kind == PacketAck {
-		m.KnowsUs = p.Ask == 0 // else it challenges us
-	}
-	objected := false
-	for _, r := range p.Records {
-		if r.Name == s.Name {
-			objected = s.hearOfSelf(r) || objected
+// admit handles p if its session has proven itself, or does so by p. It refuses p otherwise, and
+// makes the session prove itself.
+func (s *Swim) admit(from netip.AddrPort, p *Packet, counter uint64) {
+	r := s.requests.answeredBy(p)
+	switch s.originOf(p, counter, r) {
+	case fromProven:
+		s.handlePacket(from, p, s.table.Get(p.From), r)
+	case fromProving:
+		if m := s.proveSession(p, counter); m != nil {
+			s.handlePacket(from, p, m, r)
 		} else {
-			s.hear(r, m, p.Kind == PacketSync)
+			s.Refused[RefusedStranger]++
 		}
-	}
-	if m.Session != p.Session {
-		return // the packet itself said that a newer one has begun
-	}
-	switch {
-	case p.Kind == PacketAck && a != nil:
-		s.answered(m, a)
-	case p.Kind == PacketNack && a != nil:
-		a.Heard = true
-	case p.Kind == PacketRelay:
-		s.relay(p, m)
-	}
-	switch {
-	case p.Ask != 0 && p.Kind != PacketRelay:
-		q := Packet{Kind: PacketAck, To: m.Name, Answer: p.Ask}
-		if p.Kind == PacketPing && !objected {
-			s.Say(Datagram{To: from}, q) // it knows us
-		} else {
-			m.KnowsUs = true // by this proof
-			s.Say(Datagram{To: from}, q, s.Self)
-		}
-	case objected:
-		s.Say(Datagram{To: from}, Packet{Kind: PacketNews, To: m.Name}, s.Self)
-	case m.State == StateDead && p.Kind != PacketAck:
-		s.Tell(m, Packet{Kind: PacketNews}) // it does not know what is thought of it
-	}
-	if p.Want {
-		s.Exchange(m, false)
-	} else if p.Digest != s.Table.Digest && p.Settled && s.Settled() {
-		// Neither table has changed for two intervals: no news is under way that
-		// would make them equal.
-		s.Exchange(m, true)
+	case fromReplay:
+		s.Refused[RefusedReplay]++
+	case fromOldSession:
+		s.Refused[RefusedSession]++
+		s.answerOldSession(from, p, r)
+	case fromStranger:
+		s.Refused[RefusedStranger]++
+		s.challenge(from, p)
+	case fromOwnName:
+		s.Refused[RefusedMisrouted]++
+		s.handleNamesake(from, p, r)
 	}
 }
 
-// answered goes on with a question to which the answer has come, by m.
-func (s *Swim) answered(m *Member, a *Question) {
-	switch a.Why {
-	case ForProbe:
-		if a.Tries == 0 {
-			rtt := s.Now - a.Since
+// handlePacket does what p asks for. Its sender is m, whose session has proven itself. It answers
+// r, unless that is nil.
+func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, m *Member, r *pendingRequest) {
+	if r == nil && p.ReplyTo != 0 && p.Kind != PacketNack {
+		s.Refused[RefusedUnasked]++ // most likely it is late; the rest of it may still be news
+	}
+	s.buckets = max(s.buckets, p.Buckets)
+	if p.Kind == PacketSync && s.syncedAt == 0 {
+		// A member that answers many newcomers at once soon knows more than it sent.
+		s.syncedAt, s.resyncAt, s.wantTable = s.now, s.now+s.interval, false
+	}
+	if p.Kind == PacketAck {
+		m.KnowsOurSession = p.RequestID == 0 // otherwise it challenges us
+	}
+	refuted := s.mergeRecords(p, m)
+	if m.Session != p.Session {
+		return // a record in p says that a later session has begun
+	}
+	switch {
+	case p.Kind == PacketAck && r != nil:
+		s.requestAnswered(m, r)
+	case p.Kind == PacketNack && r != nil:
+		r.relayNacked = true
+	case p.Kind == PacketPingReq:
+		s.pingFor(p, m)
+	}
+	s.answer(from, p, m, refuted)
+	if p.WantTable {
+		s.sendTable(m, false)
+	} else if p.Digest != s.table.Digest && p.Settled && s.isSettled() {
+		// Neither table has changed for two intervals: no update is under way that would make
+		// them equal.
+		s.sendTable(m, true)
+	}
+}
+
+// answer answers p if it has a request, and tells its sender what is wrong about its view: that
+// of us, which was just refuted, or that it is taken for dead.
+func (s *Swim) answer(from netip.AddrPort, p *Packet, m *Member, refuted bool) {
+	to := Endpoint{AddrPort: from}
+	switch {
+	case p.RequestID != 0 && p.Kind == PacketPing && !refuted:
+		s.send(to, Packet{Kind: PacketAck, To: m.Name, ReplyTo: p.RequestID}) // it knows us
+	case p.RequestID != 0 && p.Kind != PacketPingReq:
+		m.KnowsOurSession = true // by this proof
+		s.send(to, Packet{Kind: PacketAck, To: m.Name, ReplyTo: p.RequestID}, s.self)
+	case refuted:
+		s.send(to, Packet{Kind: PacketGossip, To: m.Name}, s.self)
+	case m.State == StateDead && p.Kind != PacketAck:
+		s.sendTo(m, Packet{Kind: PacketGossip})
+	}
+}
+
+// requestAnswered does what the answer of m to r calls for.
+func (s *Swim) requestAnswered(m *Member, r *pendingRequest) {
+	switch r.purpose {
+	case requestProbe:
+		if r.tries == probePinged {
+			rtt := s.now - r.sentAt
 			if m.RTT > 0 {
 				rtt = (7*m.RTT + rtt) / 8
 			}
 			m.RTT = max(rtt, 1)
 		}
-		if a.Tries < 2 {
+		if r.tries != probeSuspected {
 			s.Health = max(s.Health-1, 0)
 		}
-	case ForOther:
-		s.Tell(a.Origin, Packet{Kind: PacketAck, Answer: a.Theirs, Target: a.Name})
-	case ForSeed:
+	case requestIndirect:
+		s.sendTo(r.origin, Packet{Kind: PacketAck, ReplyTo: r.originID, Target: r.name})
+	case requestJoin:
 		for i := range s.seeds {
-			if s.seeds[i].addr == a.To.To {
+			if s.seeds[i].addr == r.to.AddrPort {
 				s.seeds[i].name = m.Name
 			}
 		}
 	}
-	s.Drop(a)
+	s.requests.remove(r)
 }
 
-func (s *Swim) relay(p *Packet, m *Member) {
-	t := s.Table.Get(p.Target)
-	if t == nil || t == s.Self || p.Ask == 0 {
-		return
-	}
-	if a := s.Ask(Question{Why: ForOther, Name: t.Name, Origin: m, Theirs: p.Ask, Due: s.Now + s.units(relayAfter)}); a != nil {
-		s.Tell(t, Packet{Kind: PacketPing, Ask: a.Nonce})
-	}
-}
-
-// hear judges what m said of another.
-func (s *Swim) hear(r MemberRecord, m *Member, exchange bool) {
-	o := s.Table.Get(r.Name)
-	// When two halves of a cluster meet, each has the other for dead. Only who is
-	// told itself can object; so in an exchange the dead are suspects.
-	if exchange && r.State == StateDead && o != nil && o.State.IsLive() && r.Session == o.Session {
-		r.State, r.Accusers, r.Age = StateSuspect, []uint64{NameHash(m.Name)}, 0
-	}
-	if m := s.learn(r); m != nil && (!exchange || o != nil || s.Now-s.synced > s.Interval) {
-		s.Table.Spread(m) // but a newcomer need not tell all what all but it knew
+// pingFor pings the target of p, a PacketPingReq of m.
+func (s *Swim) pingFor(p *Packet, m *Member) {
+	target := s.table.Get(p.Target)
+	if target != nil && target != s.self && p.RequestID != 0 {
+		s.ping(target, pendingRequest{purpose: requestIndirect, origin: m, originID: p.RequestID, dueAt: s.now + s.units(indirectAfter)})
 	}
 }
 
-// learn believes r if it is newer than what is known, and does what follows.
-func (s *Swim) learn(r MemberRecord) *Member {
+// mergeRecords merges the records of p, a packet of m, and tells whether one of them is wrong
+// about this member.
+func (s *Swim) mergeRecords(p *Packet, m *Member) (refuted bool) {
+	for _, r := range p.Records {
+		if r.Name == s.name {
+			refuted = s.refute(r) || refuted
+		} else {
+			s.mergeRecordFrom(m, r, p.Kind == PacketSync)
+		}
+	}
+	return refuted
+}
+
+// mergeRecordFrom merges what m says of another member, as an update or in a sync of its table.
+func (s *Swim) mergeRecordFrom(m *Member, r MemberRecord, isSync bool) {
+	known := s.table.Get(r.Name)
+	// When the halves of a ring meet, each takes the other for dead. A member can refute only
+	// what it hears of, so in a sync the dead are suspects.
+	if isSync && r.State == StateDead && known != nil && known.State.IsLive() && r.Session == known.Session {
+		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(m.Name)}, 0
+	}
+	merged := s.mergeRecord(r)
+	// A member that has just joined need not pass on what all others know.
+	isNews := !isSync || known != nil || s.now-s.syncedAt > s.interval
+	if merged != nil && isNews {
+		s.table.QueueUpdate(merged)
+	}
+}
+
+// mergeRecord believes r, which is not about this member, if it is newer than what is known, and
+// then returns the member.
+func (s *Swim) mergeRecord(r MemberRecord) *Member {
 	old := MemberRecord{State: StateDead}
-	if m := s.Table.Get(r.Name); m != nil {
+	if m := s.table.Get(r.Name); m != nil {
 		old = m.MemberRecord
 	}
-	m := s.Table.Merge(s.Now, r)
+	m := s.table.Merge(s.now, r)
 	if m == nil {
 		return nil
 	}
-	s.seen = max(s.seen, r.Lamport)
-	if m.Slot < SlotLimit {
-		s.Buckets = max(s.Buckets, m.Slot+1)
-	}
+	s.noteClaim(&r)
 	switch {
 	case m.State == StateLeft && old.State != StateLeft:
 		s.event(EventLeft, m.Name, m.Addr)
@@ -147,81 +184,99 @@ func (s *Swim) learn(r MemberRecord) *Member {
 		s.event(EventDown, m.Name, m.Addr)
 	case m.State.IsLive() && !old.State.IsLive():
 		s.event(EventUp, m.Name, m.Addr)
-		s.round.Insert(m, s.Rand)
+		s.probeOrder.Insert(m, s.rng)
 	}
 	if m.State == StateSuspect {
 		if old.State != StateSuspect || old.Session != m.Session || old.Incarnation != m.Incarnation {
-			m.Suspected, m.Asked = s.Now, 0
-			s.event(EventSuspect, m.Name, m.Addr)
-			// Some look for themselves, so that the truth is soon known.
-			if s.Rand.IntN(s.Table.Live) < 2*MaxAccusers && !s.Asking(ForProbe, m.Name) && s.Self.State != StateLeft {
-				s.probe(m)
-			}
+			s.startSuspicion(m)
 		}
-		m.Deadline = s.deadline(m)
+		m.DeadAt = s.suspicionEnd(m)
 	}
 	return m
 }
 
-// hearOfSelf objects if others are wrong, and tells whether they are.
-func (s *Swim) hearOfSelf(r MemberRecord) bool {
+// startSuspicion begins a suspicion of m. Some members probe it themselves, so that the truth is
+// soon known.
+func (s *Swim) startSuspicion(m *Member) {
+	m.SuspectedAt, m.LastPings = s.now, 0
+	s.event(EventSuspect, m.Name, m.Addr)
+	if s.rng.IntN(s.table.Live) < 2*MaxAccusers && s.requests.find(requestProbe, m.Name) == nil && s.self.State != StateLeft {
+		s.probe(m)
+	}
+}
+
+// refute tells whether r, a record of this member, is wrong, and announces a new incarnation if
+// others would believe it.
+func (s *Swim) refute(r MemberRecord) (wrong bool) {
 	switch {
-	case r.Session > s.Self.Session:
+	case r.Session > s.self.Session:
 		addr, _ := netip.ParseAddrPort(r.Addr)
-		s.suspectRival(Datagram{To: addr, Host: r.Addr}, r.Session)
+		s.checkName(Endpoint{addr, r.Addr}, r.Session)
 		return false
-	case r.Session < s.Self.Session:
+	case r.Session < s.self.Session:
 		return true
-	case s.Self.State == StateLeft:
+	case s.self.State == StateLeft:
 		return false
-	case r.State == StateLeft || r.Incarnation == math.MaxUint32: // said by nobody who means well
-		s.adopt(r.Session)
+	case r.State == StateLeft || r.Incarnation == math.MaxUint32: // no member in good order says so
+		s.renewSession(r.Session)
 		return true
-	case r.State == StateAlive && r.Incarnation <= s.Self.Incarnation:
+	case r.State == StateAlive && r.Incarnation <= s.self.Incarnation:
 		return false
 	}
-	if r.Incarnation >= s.Self.Incarnation {
-		own := s.Self.MemberRecord
+	if r.Incarnation >= s.self.Incarnation {
+		own := s.self.MemberRecord
 		own.Incarnation = r.Incarnation
 		s.announce(own)
 		if r.State == StateSuspect {
-			s.Health = min(s.Health+1, maxHealth) // were we too slow to answer?
+			s.worsenHealth() // we may have been too slow to answer
 		}
 	}
 	return true
 }
 
-// suspectRival asks whether a member of our name and a higher session lives.
-func (s *Swim) suspectRival(to Datagram, session uint64) {
-	if !s.Asking(ForRival, s.Name) && s.Self.State != StateLeft {
-		s.Ask(Question{Why: ForRival, Name: s.Name, Rival: session, To: to, Due: s.Now})
+// checkName asks whether a member of our name and a higher session is alive.
+func (s *Swim) checkName(to Endpoint, session uint64) {
+	if s.requests.find(requestNameCheck, s.name) == nil && s.self.State != StateLeft {
+		s.request(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: session, to: to, dueAt: s.now})
 	}
 }
 
-// namesake takes a packet that says to come from us: our own that came back, from
-// an earlier life, or from another member of our name.
-func (s *Swim) namesake(from netip.AddrPort, p *Packet, a *Question) {
-	if p.Session == s.Self.Session {
-		return // a seed may be ourselves, but whoever saw it can send it back
+// renewSession begins the session after one that others know of, and joins again.
+func (s *Swim) renewSession(after uint64) {
+	r := s.self.MemberRecord
+	r.Session = s.nextSession(after)
+	s.announce(r)
+	s.event(EventSessionTaken, s.self.Name, s.self.Addr)
+	s.reconnectAt, s.syncedAt, s.wantTable = s.now, 0, true
+	for _, m := range s.table.Members {
+		m.KnowsOurSession = false
 	}
-	q := Packet{Kind: PacketAck, To: s.Name, Answer: p.Ask}
+}
+
+// handleNamesake takes a packet whose sender has our name: one of our own that came back, or one
+// of an earlier session of ours, or of another member with our name. It proves nothing unless it
+// answers r.
+func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, r *pendingRequest) {
+	answer := Packet{Kind: PacketAck, To: s.name, ReplyTo: p.RequestID}
 	switch {
-	case a == nil && p.Kind == PacketHello && s.MayAnswer():
-		if p.Session > s.Self.Session {
-			s.suspectRival(Datagram{To: from}, p.Session)
+	case p.Session == s.self.Session:
+		// A seed may be this member itself, but whoever saw the packet can send it back.
+	case r == nil && p.Kind == PacketHello && s.mayReply():
+		if p.Session > s.self.Session {
+			s.checkName(Endpoint{AddrPort: from}, p.Session)
 		} else {
-			q.Ask, _ = s.Proof(s.Name) // is it a replay?
+			answer.RequestID, _ = s.challengeID(s.name) // it may be a replay
 		}
-		s.Reply(from, q)
-	case a == nil:
-	case p.Session < s.Self.Session:
-		s.Drop(a)
-		s.event(EventConflict, s.Name, from.String())
+		s.reply(from, answer)
+	case r == nil:
+	case p.Session < s.self.Session:
+		s.requests.remove(r)
+		s.event(EventNameConflict, s.name, from.String())
 	default:
-		if p.Ask != 0 {
-			s.Reply(from, q)
+		if p.RequestID != 0 {
+			s.reply(from, answer)
 		}
-		s.event(EventStood, s.Name, from.String())
-		s.Stood = true
+		s.event(EventStoodDown, s.name, from.String())
+		s.StoodDown = true
 	}
 }

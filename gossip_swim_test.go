@@ -1,7 +1,7 @@
 package main
 
-// swim_test.go: what a member refuses, and how a cluster gets over what happens
-// to its members, under virtual time. The figures are sim_test.go's.
+// Tests of the state machine under virtual time: what a member refuses, and how a ring gets over
+// what happens to its members. The figures are in rig_gossip_test.go.
 
 import (
 	"fmt"
@@ -19,15 +19,15 @@ func (s *sim) lastTo(from, to int, kind PacketKind, last *[]byte) {
 		if next != nil {
 			next(f, t, data)
 		}
-		if f == from && t == to && (kind == 0 || s.peek(f, data).Kind == kind) {
+		if f == from && t == to && (kind == 0 || s.decode(f, data).Kind == kind) {
 			*last = data
 		}
 	}
 }
 
-// peek opens a packet of node i.
-func (s *sim) peek(i int, data []byte) (p Packet) {
-	plain, _, err := s.nodes[i].swim.Sealer.Open(nil, data)
+// decode opens a packet of node i.
+func (s *sim) decode(i int, data []byte) (p Packet) {
+	plain, _, err := s.nodes[i].swim.sealer.Open(nil, data)
 	if err == nil {
 		err = DecodePacket(plain, &p)
 	}
@@ -37,20 +37,20 @@ func (s *sim) peek(i int, data []byte) (p Packet) {
 	return p
 }
 
-// seal makes a packet of node from's as a Link would.
+// seal makes a packet of node from's as its Swim would.
 func (s *sim) seal(from int, p Packet) []byte {
-	l := &s.nodes[from].swim.Sessions
+	sw := s.nodes[from].swim
 	if p.Session == 0 {
-		p.Session = l.Self.Session
+		p.Session = sw.self.Session
 	}
 	if p.From == "" {
-		p.From = l.Name
+		p.From = sw.name
 	}
-	return l.Sealer.Seal(nil, encode(p), 0)
+	return sw.sealer.Seal(nil, encodePacket(p), 0)
 }
 
-// give hands node i a packet, and returns what it says to it.
-func (s *sim) give(i int, from netip.AddrPort, data []byte) []Datagram {
+// deliver hands node i a packet, and returns what it says to it.
+func (s *sim) deliver(i int, from netip.AddrPort, data []byte) []Datagram {
 	n := s.nodes[i]
 	return n.swim.Receive(s.now-n.origin, from, data)
 }
@@ -67,9 +67,9 @@ func TestSwimRefuses(t *testing.T) {
 	stranger := netip.MustParseAddrPort("192.0.2.7:1")
 	foreign := testSealer(t, 9, "sim", 7)
 	elsewhere := testSealer(t, 9, "not sim", 1)
-	dead := MemberRecord{Name: "node-002", Session: s.nodes[2].swim.Self.Session, Incarnation: 99, State: StateDead, Addr: "x:1", Slot: NoSlot}
-	body := encode(Packet{Kind: PacketPing, To: b.name, From: a.name, Session: a.swim.Self.Session, Ask: 5, Records: []MemberRecord{dead}})
-	nonce := b.swim.Ask(Question{Why: ForLost, Name: "node-002", Due: s.now - b.origin + time.Hour}).Nonce
+	dead := MemberRecord{Name: "node-002", Session: s.nodes[2].swim.self.Session, Incarnation: 99, State: StateDead, Addr: "x:1", Slot: NoSlot}
+	body := encodePacket(Packet{Kind: PacketPing, To: b.name, From: a.name, Session: a.swim.self.Session, RequestID: 5, Records: []MemberRecord{dead}})
+	nonce := b.swim.request(pendingRequest{purpose: requestReconnect, name: "node-002", dueAt: s.now - b.origin + time.Hour}).id
 	for _, c := range []struct {
 		about  string
 		packet []byte
@@ -78,68 +78,94 @@ func TestSwimRefuses(t *testing.T) {
 		{"replayed", ping, RefusedReplay},
 		{"truncated", ping[:len(ping)-1], RefusedForged},
 		{"cut to nothing", ping[:10], RefusedUnsealed},
+		{"longer than a packet may be", a.swim.sealer.Seal(nil, make([]byte, MaxPacket), 0), RefusedUnsealed},
+		{"of another version", otherVersion(ping, 2), RefusedVersion},
+		{"of another version, of any length", []byte{2}, RefusedVersion},
 		{"foreign key", foreign.Seal(nil, body, 0), RefusedKey},
-		{"another cluster", elsewhere.Seal(nil, body, 0), RefusedForged},
-		{"nonsense", a.swim.Sealer.Seal(nil, []byte("nonsense"), 0), RefusedMalformed},
-		{"redirected to another member", s.seal(0, Packet{Kind: PacketPing, To: "node-002", Ask: 5, Records: []MemberRecord{dead}}), RefusedMisrouted},
-		{"old session", s.seal(0, Packet{Kind: PacketPing, To: b.name, Session: a.swim.Self.Session - 1, Ask: 5, Records: []MemberRecord{dead}}), RefusedSession},
-		{"another member's session", s.seal(0, Packet{Kind: PacketNews, To: b.name, Session: min(a.swim.Self.Session, b.swim.Self.Session) - 1, Records: []MemberRecord{dead}}), RefusedSession},
-		{"our own session", s.seal(0, Packet{Kind: PacketNews, To: b.name, From: b.name, Session: b.swim.Self.Session, Records: []MemberRecord{dead}}), RefusedMisrouted},
-		{"answers what another was asked", s.seal(0, Packet{Kind: PacketAck, To: b.name, Answer: nonce}), RefusedUnasked},
-		{"answers what nobody asked", s.seal(0, Packet{Kind: PacketAck, To: b.name, Answer: 12345}), RefusedUnasked},
-		{"passes on an answer though not asked to", s.seal(0, Packet{Kind: PacketAck, To: b.name, Target: "node-002", Answer: nonce}), RefusedUnasked},
+		{"another ring", elsewhere.Seal(nil, body, 0), RefusedForged},
+		{"nonsense", a.swim.sealer.Seal(nil, []byte("nonsense"), 0), RefusedMalformed},
+		{"redirected to another member", s.seal(0, Packet{Kind: PacketPing, To: "node-002", RequestID: 5, Records: []MemberRecord{dead}}), RefusedMisrouted},
+		{"old session", s.seal(0, Packet{Kind: PacketPing, To: b.name, Session: a.swim.self.Session - 1, RequestID: 5, Records: []MemberRecord{dead}}), RefusedSession},
+		{"another member's session", s.seal(0, Packet{Kind: PacketGossip, To: b.name, Session: min(a.swim.self.Session, b.swim.self.Session) - 1, Records: []MemberRecord{dead}}), RefusedSession},
+		{"our own session", s.seal(0, Packet{Kind: PacketGossip, To: b.name, From: b.name, Session: b.swim.self.Session, Records: []MemberRecord{dead}}), RefusedMisrouted},
+		{"answers what another was asked", s.seal(0, Packet{Kind: PacketAck, To: b.name, ReplyTo: nonce}), RefusedUnasked},
+		{"answers what nobody asked", s.seal(0, Packet{Kind: PacketAck, To: b.name, ReplyTo: 12345}), RefusedUnasked},
+		{"passes on an answer though not asked to", s.seal(0, Packet{Kind: PacketAck, To: b.name, Target: "node-002", ReplyTo: nonce}), RefusedUnasked},
 	} {
 		before := b.swim.Refused
-		out := s.give(1, stranger, c.packet)
+		out := s.deliver(1, stranger, c.packet)
 		before[c.want]++
 		if b.swim.Refused != before || len(out) > 0 {
 			t.Errorf("%s: counts are %v, want %v; %d answers", c.about, b.swim.Refused, before, len(out))
 		}
-		if c.want != RefusedUnasked && b.swim.Table.Get("node-002").State != StateAlive {
+		if c.want != RefusedUnasked && b.swim.table.Get("node-002").State != StateAlive {
 			t.Errorf("%s: believed", c.about)
 		}
 	}
-	if !b.swim.Asking(ForLost, "node-002") {
-		t.Error("a question counts as answered by another")
+	if b.swim.requests.find(requestReconnect, "node-002") == nil {
+		t.Error("a request counts as answered by another")
 	}
 	// A session not known yet, or known from others alone, is asked for proof, and not
 	// believed until it gives it.
-	s.give(1, stranger, s.seal(0, Packet{Kind: PacketNews, To: b.name, Records: []MemberRecord{{Name: "rumour", Session: 1, Addr: "x:1", Slot: NoSlot}}}))
+	s.deliver(1, stranger, s.seal(0, Packet{Kind: PacketGossip, To: b.name, Records: []MemberRecord{{Name: "rumour", Session: 1, Addr: "x:1", Slot: NoSlot}}}))
 	for _, p := range []Packet{
-		{Kind: PacketPing, To: b.name, From: "rumour", Session: 1, Ask: 5, Records: []MemberRecord{dead}},
-		{Kind: PacketPing, To: b.name, Session: a.swim.Self.Session + sessionStep, Ask: 5, Records: []MemberRecord{dead}},
-		{Kind: PacketPing, To: b.name, From: "new", Session: 1, Ask: 5, Records: []MemberRecord{dead, {Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}}},
+		{Kind: PacketPing, To: b.name, From: "rumour", Session: 1, RequestID: 5, Records: []MemberRecord{dead}},
+		{Kind: PacketPing, To: b.name, Session: a.swim.self.Session + sessionStep, RequestID: 5, Records: []MemberRecord{dead}},
+		{Kind: PacketPing, To: b.name, From: "new", Session: 1, RequestID: 5, Records: []MemberRecord{dead, {Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}}},
 	} {
 		refused := b.swim.Refused[RefusedStranger]
-		out := s.give(1, stranger, s.seal(0, p))
-		if len(out) != 1 || b.swim.Refused[RefusedStranger] != refused+1 || b.swim.Table.Get("node-002").State != StateAlive || b.swim.Table.Get("new") != nil {
+		out := s.deliver(1, stranger, s.seal(0, p))
+		if len(out) != 1 || b.swim.Refused[RefusedStranger] != refused+1 || b.swim.table.Get("node-002").State != StateAlive || b.swim.table.Get("new") != nil {
 			t.Errorf("%+v is believed, or not challenged: %d answers", p, len(out))
-		} else if q := s.peek(1, out[0].Data); q.Ask == 0 || q.Answer != 5 || out[0].To != stranger {
+		} else if q := s.decode(1, out[0].Data); q.RequestID == 0 || q.ReplyTo != 5 || out[0].To.AddrPort != stranger {
 			t.Errorf("the challenge is %+v", q)
 		}
 		if p.From == "new" { // the proof must come under its name, and the window starts there
-			proof := s.seal(0, Packet{Kind: PacketAck, To: b.name, From: "new", Session: 1, Answer: s.peek(1, out[0].Data).Ask, Records: p.Records[1:]})
-			s.give(1, stranger, proof)
-			if m := b.swim.Table.Get("new"); m == nil || !m.Met {
+			proof := s.seal(0, Packet{Kind: PacketAck, To: b.name, From: "new", Session: 1, ReplyTo: s.decode(1, out[0].Data).RequestID, Records: p.Records[1:]})
+			s.deliver(1, stranger, proof)
+			if m := b.swim.table.Get("new"); m == nil || !m.Proven {
 				t.Error("a proof is not accepted")
 			}
 			replays := b.swim.Refused[RefusedReplay]
-			if out := s.give(1, stranger, proof); len(out) > 0 || !b.swim.Table.Get("new").Met || b.swim.Refused[RefusedReplay] != replays+1 {
+			if out := s.deliver(1, stranger, proof); len(out) > 0 || !b.swim.table.Get("new").Proven || b.swim.Refused[RefusedReplay] != replays+1 {
 				t.Error("a proof is accepted twice")
 			}
 		}
 	}
 }
 
-// What a member sent and gets back says nothing of where its seeds are, and takes no
-// question's place, whoever sends it back and however often.
+// Packets of another version are counted, and reported in words, but not each of them.
+func TestSwimReportsVersion(t *testing.T) {
+	s := joinedSim(t, 2, 1)
+	a, from := s.nodes[0].swim, s.nodes[1].addr
+	packet := otherVersion(s.seal(1, Packet{Kind: PacketGossip, To: a.name}), 9)
+	const want = EventVersion + ": sealed by another version of telemeter: it has version 9; this program knows version 1"
+	for _, c := range []struct {
+		after time.Duration
+		event bool
+	}{{0, true}, {0, false}, {versionEventEvery - 2*time.Second, false}, {2 * time.Second, true}, {0, false}} {
+		s.now += c.after
+		refused := a.Refused[RefusedVersion]
+		out := s.deliver(0, from, packet)
+		got := slices.Contains(a.Events, GossipEvent{What: want, Addr: from.String()})
+		if got != c.event || a.Refused[RefusedVersion] != refused+1 || len(out) > 0 {
+			t.Errorf("%v later: events %v, %d answers, %d refused after %d", c.after, a.Events, len(out), a.Refused[RefusedVersion], refused)
+		}
+	}
+	if names := RefusedReasons(); names[RefusedVersion] != "version" || names[RefusedUnasked] != "unasked" {
+		t.Errorf("the reasons are %v", names)
+	}
+}
+
+// A packet that a member sent and gets back says nothing of where its seeds are, and leads to one
+// request at most, however often it comes back.
 func TestSwimReflected(t *testing.T) {
 	s := newSim(t, 2, 1)
 	var hello []byte
 	s.tap = func(from, to int, data []byte) { hello = data }
 	s.start(1) // the seed is not there yet
 	s.until(time.Second, "asks the seed", func() bool { return hello != nil })
-	if out := s.give(1, s.nodes[0].addr, hello); len(out) > 0 {
+	if out := s.deliver(1, s.nodes[0].addr, hello); len(out) > 0 {
 		t.Errorf("%d answers to what it said itself", len(out))
 	}
 	s.tap = nil
@@ -147,12 +173,12 @@ func TestSwimReflected(t *testing.T) {
 	s.start(0, 0)
 	s.until(10*time.Second, "joins a seed that was reflected", s.agree)
 	s.restart(1)
-	asks := len(s.nodes[1].swim.Asks)
-	for range maxAsks {
-		s.give(1, s.nodes[0].addr, hello) // of an earlier session
+	pending := len(s.nodes[1].swim.requests)
+	for range maxPendingRequests {
+		s.deliver(1, s.nodes[0].addr, hello) // of an earlier session
 	}
-	if n := len(s.nodes[1].swim.Asks); n > asks+1 {
-		t.Errorf("%d questions because of one packet", n)
+	if n := len(s.nodes[1].swim.requests); n > pending+1 {
+		t.Errorf("%d requests because of one packet", n)
 	}
 }
 
@@ -199,7 +225,7 @@ func TestSwimNoGhosts(t *testing.T) {
 	}
 }
 
-// restart ends node i without a word and starts it again from its state.
+// restart ends node i, which does not leave, and starts it again from its state.
 func (s *sim) restart(i int, seeds ...int) {
 	s.kill(i)
 	s.start(i, seeds...)
@@ -211,7 +237,7 @@ func (s *sim) move(i int) {
 	s.byAddr[n.addr] = i
 }
 
-func (s *sim) seen(what string) (n int) {
+func (s *sim) eventCount(what string) (n int) {
 	for _, e := range s.events {
 		if e.What == what {
 			n++
@@ -248,8 +274,8 @@ func TestSwimRestarts(t *testing.T) {
 			again(s, i)
 			settled := func() bool {
 				for _, n := range s.nodes {
-					m := n.swim.Table.Get(s.nodes[i].name)
-					if m == nil || m.Session != s.nodes[i].swim.Self.Session || m.Session <= session || m.Addr != s.nodes[i].addr.String() {
+					m := n.swim.table.Get(s.nodes[i].name)
+					if m == nil || m.Session != s.nodes[i].swim.self.Session || m.Session <= session || m.Addr != s.nodes[i].addr.String() {
 						return false
 					}
 				}
@@ -257,19 +283,19 @@ func TestSwimRestarts(t *testing.T) {
 			}
 			took := s.until(20*time.Second, about, settled)
 			s.run(20 * time.Second)
-			others := s.downs(0, func(e simSeen) bool { return e.Name != s.nodes[i].name && e.node != i })
-			if others > 0 || !settled() || s.seen(EventStood)+s.seen(EventConflict) > 0 {
+			others := s.downs(0, func(e simReport) bool { return e.Name != s.nodes[i].name && e.node != i })
+			if others > 0 || !settled() || s.eventCount(EventStoodDown)+s.eventCount(EventNameConflict) > 0 {
 				t.Errorf("%s, node %d: settled after %v, later %v; %d others were taken for dead", about, i, took, settled(), others)
 			}
-			if st := s.nodes[i].state; st.Session != s.nodes[i].swim.Self.Session {
-				t.Errorf("%s: session %x is not told to be stored, %x", about, s.nodes[i].swim.Self.Session, st.Session)
+			if st := s.nodes[i].state; st.Session != s.nodes[i].swim.self.Session {
+				t.Errorf("%s: session %x is not reported to be stored, %x", about, s.nodes[i].swim.self.Session, st.Session)
 			}
 		}
 	}
 }
 
-// One without seeds, which lost its state, is told of its past by those who look for
-// it: the first server of a cluster, in memory only, say.
+// A member without seeds that lost its state (such as the first server of a ring, with memory
+// only) learns of its earlier session from the members that look for it.
 func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 	for seed := range uint64(8) { // the new session is as often the higher as the lower
 		s := joinedSim(t, 4, seed)
@@ -286,7 +312,7 @@ func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 }
 
 // Of two with one name the lower session stands down, whoever came first, and
-// the cluster stays as it was for all others.
+// the ring stays as it was for all others.
 func TestSwimNameTaken(t *testing.T) {
 	for _, higher := range []bool{false, true} {
 		s := newSim(t, 5, 1)
@@ -304,15 +330,15 @@ func TestSwimNameTaken(t *testing.T) {
 		if higher {
 			winner, loser = 4, 3
 		}
-		s.until(20*time.Second, "one stands down", func() bool { return s.nodes[loser].swim.Stood })
+		s.until(20*time.Second, "one stands down", func() bool { return s.nodes[loser].swim.StoodDown })
 		s.kill(loser)
 		s.run(20 * time.Second)
 		for _, i := range []int{0, 1, 2} {
-			if m := s.nodes[i].swim.Table.Get("node-003"); m == nil || m.State != StateAlive || m.Session != s.nodes[winner].swim.Self.Session {
+			if m := s.nodes[i].swim.table.Get("node-003"); m == nil || m.State != StateAlive || m.Session != s.nodes[winner].swim.self.Session {
 				t.Errorf("higher %v: node %d thinks %+v", higher, i, m)
 			}
 		}
-		if s.nodes[winner].swim.Stood || s.seen(EventConflict) == 0 || s.seen(EventStood) != 1 {
+		if s.nodes[winner].swim.StoodDown || s.eventCount(EventNameConflict) == 0 || s.eventCount(EventStoodDown) != 1 {
 			t.Errorf("higher %v: events %v", higher, s.events)
 		}
 	}
@@ -337,7 +363,7 @@ func TestSwimRotation(t *testing.T) {
 			}
 		}
 		s.run(10 * time.Second)
-		want := s.nodes[0].swim.Sealer.KeyIDs()[0]
+		want := s.nodes[0].swim.sealer.KeyIDs()[0]
 		for _, m := range s.nodes[3].swim.View().Members {
 			if m.KeyID != want {
 				t.Errorf("%s is said to seal with %08x, not %08x", m.Name, m.KeyID, want)
@@ -378,8 +404,8 @@ func TestSwimRotationAway(t *testing.T) {
 	}
 }
 
-// What is answered to a packet sent again costs the others no news.
-func TestSwimNewsSurvivesReplays(t *testing.T) {
+// An answer to a replayed packet does not count as a transmission of an update.
+func TestSwimUpdatesSurviveReplays(t *testing.T) {
 	s := newSim(t, 3, 1)
 	var hello []byte
 	s.lastTo(2, 0, PacketHello, &hello)
@@ -392,12 +418,12 @@ func TestSwimNewsSurvivesReplays(t *testing.T) {
 	a := s.nodes[0].swim
 	a.SetClaim(1, 1, false)
 	for range 100 {
-		if out := s.give(0, netip.MustParseAddrPort("192.0.2.7:1"), hello); len(out) != 1 || len(out[0].Data) > 2*len(hello) {
+		if out := s.deliver(0, netip.MustParseAddrPort("192.0.2.7:1"), hello); len(out) != 1 || len(out[0].Data) > 2*len(hello) {
 			t.Fatalf("%d answers, the first of %d bytes to %d", len(out), len(out[0].Data), len(hello))
 		}
 	}
-	if !a.Table.HasNews() {
-		t.Error("news counts as passed on")
+	if !a.table.HasUpdates() {
+		t.Error("an update counts as passed on")
 	}
 }
 
@@ -413,7 +439,7 @@ func TestSwimClocks(t *testing.T) {
 			s.arm(1)
 			s.run(7 * time.Second)
 		}
-		if jump > 0 && (s.seen(EventSuspect) > 0 || !s.agree()) {
+		if jump > 0 && (s.eventCount(EventSuspect) > 0 || !s.agree()) {
 			t.Errorf("a jump of %v: events %v", jump, s.events)
 		}
 		for _, e := range s.events {
@@ -424,7 +450,7 @@ func TestSwimClocks(t *testing.T) {
 	}
 }
 
-// Who stalls is taken for dead, accuses nobody afterwards, and is back at once.
+// A member that stalls is declared dead, suspects no other afterwards, and is back at once.
 func TestSwimStall(t *testing.T) {
 	s := joinedSim(t, 10, 1)
 	s.events = nil
@@ -442,16 +468,16 @@ func TestSwimStall(t *testing.T) {
 	}
 }
 
-// Two clusters that never met become one as soon as one member of one has a
+// Two rings that never met become one as soon as one member of one has a
 // seed in the other; each learns all that the other claims.
-func TestSwimTwoClusters(t *testing.T) {
+func TestSwimTwoRings(t *testing.T) {
 	s := newSim(t, 20, 1)
 	for i := range s.nodes {
 		sw := s.start(i, i%2)
 		sw.SetClaim(uint16(i), uint64(i+1), false)
 	}
 	s.run(20 * time.Second)
-	if s.nodes[0].swim.Table.Live != 10 {
+	if s.nodes[0].swim.table.Live != 10 {
 		t.Fatal("they have met")
 	}
 	s.nodes[5].swim.SetSeeds([]netip.AddrPort{s.nodes[8].addr})
@@ -468,7 +494,7 @@ func TestSwimTwoClusters(t *testing.T) {
 	}
 }
 
-// One tombstone leaves digest and exchange at half of its life, everywhere at
+// One tombstone leaves the digest and the syncs at half of its life, everywhere at
 // once, though members learned of it at different times.
 func TestSwimTombstones(t *testing.T) {
 	s := newSim(t, 4, 1)
@@ -483,32 +509,32 @@ func TestSwimTombstones(t *testing.T) {
 	s.run(tombstoneLife/2 - 2*time.Hour)
 	s.restart(1) // learns of it late
 	s.run(time.Hour)
-	known := func(i int) *Member { return s.nodes[i].swim.Table.Get("node-003") }
+	known := func(i int) *Member { return s.nodes[i].swim.table.Get("node-003") }
 	if known(0) == nil || known(1) == nil || known(1).State != StateLeft {
 		t.Fatal("the tombstone is not passed on")
 	}
 	s.run(2 * time.Hour)
 	sent := s.sent
 	s.run(time.Hour)
-	if known(0) == nil || s.nodes[0].swim.Table.Digest != s.nodes[1].swim.Table.Digest || s.sent-sent > 60*2*4 {
+	if known(0) == nil || s.nodes[0].swim.table.Digest != s.nodes[1].swim.table.Digest || s.sent-sent > 60*2*4 {
 		t.Errorf("past half of its life: digests differ, or %d packets in an hour", s.sent-sent)
 	}
 	s.restart(1)
 	s.run(time.Hour)
-	if known(1) != nil || s.nodes[0].swim.Table.Digest != s.nodes[1].swim.Table.Digest {
+	if known(1) != nil || s.nodes[0].swim.table.Digest != s.nodes[1].swim.table.Digest {
 		t.Error("an old tombstone is passed on")
 	}
 	s.run(tombstoneLife / 2)
 	if known(0) != nil {
 		t.Error("who left is not forgotten")
 	}
-	if m := s.nodes[0].swim.Table.Get("node-002"); m == nil || m.State != StateDead {
+	if m := s.nodes[0].swim.table.Get("node-002"); m == nil || m.State != StateDead {
 		t.Error("who died is forgotten, and so never looked for")
 	}
 }
 
 // However many ask, and however large the table is, what is sent for it is bounded, and
-// in the end the whole table is told.
+// in the end the whole table is sent.
 func TestSwimBoundedAnswers(t *testing.T) {
 	s := newSim(t, 2, 1)
 	s.start(0)
@@ -516,41 +542,41 @@ func TestSwimBoundedAnswers(t *testing.T) {
 	s.until(10*time.Second, "join", s.agree)
 	a, b := s.nodes[0], s.nodes[1]
 	answers := 0
-	hello := s.seal(1, Packet{Kind: PacketHello, From: "x", Session: 1, Ask: 5})
-	for range maxAnswers + 100 {
-		answers += len(s.give(0, b.addr, hello))
+	hello := s.seal(1, Packet{Kind: PacketHello, From: "x", Session: 1, RequestID: 5})
+	for range maxUnprovenReplies + 100 {
+		answers += len(s.deliver(0, b.addr, hello))
 	}
-	if answers == 0 || answers > maxAnswers {
+	if answers == 0 || answers > maxUnprovenReplies {
 		t.Errorf("%d answers to strangers at once", answers)
 	}
-	long := strings.Repeat("x", MaxAddr)
+	long := strings.Repeat("x", MaxMemberAddr)
 	for i := range MaxMembers - 2 {
-		if a.swim.Table.Merge(a.swim.Now, MemberRecord{Name: fmt.Sprintf("%060d", i), Session: 1, Addr: long, URL: long, Slot: NoSlot}) == nil {
+		if a.swim.table.Merge(a.swim.now, MemberRecord{Name: fmt.Sprintf("%060d", i), Session: 1, Addr: long, URL: long, Slot: NoSlot}) == nil {
 			t.Fatalf("refused %d", i)
 		}
 	}
-	told := map[string]bool{}
-	for range 2 * MaxMembers * 400 / maxChunks / plainLimit {
+	sent := map[string]bool{}
+	for range 2 * MaxMembers * 400 / maxSyncPackets / maxPlainPacket {
 		s.now += s.interval
-		out := s.give(0, b.addr, s.seal(1, Packet{Kind: PacketNews, To: a.name, Want: true}))
-		if len(out) > maxChunks {
-			t.Fatalf("%d packets in one exchange", len(out))
+		out := s.deliver(0, b.addr, s.seal(1, Packet{Kind: PacketGossip, To: a.name, WantTable: true}))
+		if len(out) > maxSyncPackets {
+			t.Fatalf("%d packets in one sync", len(out))
 		}
 		for _, d := range out {
-			for _, r := range s.peek(0, d.Data).Records {
-				told[r.Name] = true
+			for _, r := range s.decode(0, d.Data).Records {
+				sent[r.Name] = true
 			}
 		}
-		if out := s.give(0, b.addr, s.seal(1, Packet{Kind: PacketNews, To: a.name, Want: true})); len(out) > 0 {
-			t.Fatalf("%d packets in a second exchange at once", len(out))
+		if out := s.deliver(0, b.addr, s.seal(1, Packet{Kind: PacketGossip, To: a.name, WantTable: true})); len(out) > 0 {
+			t.Fatalf("%d packets in a second sync at once", len(out))
 		}
 	}
-	if len(told) != MaxMembers {
-		t.Errorf("%d of %d members are told of", len(told), MaxMembers)
+	if len(sent) != MaxMembers {
+		t.Errorf("%d of %d members are sent", len(sent), MaxMembers)
 	}
 	var table MemberTable
 	if table.Merge(0, MemberRecord{Name: "a", State: StateLeft, Age: uint32(tombstoneLife / 2 / time.Second)}) != nil {
-		t.Error("a tombstone that is told no more is believed by one who did not know it")
+		t.Error("a tombstone that is synced no more is believed by one who did not know it")
 	}
 }
 
@@ -562,14 +588,14 @@ func TestTableBounded(t *testing.T) {
 			t.Fatalf("refused %d", i)
 		}
 	}
-	if table.Merge(0, MemberRecord{Name: "x", Addr: "a:1"}) == nil || table.Get(fmt.Sprint(MaxMembers-1)) != nil || len(table.All) != MaxMembers {
+	if table.Merge(0, MemberRecord{Name: "x", Addr: "a:1"}) == nil || table.Get(fmt.Sprint(MaxMembers-1)) != nil || len(table.Members) != MaxMembers {
 		t.Error("the longest dead is not forgotten")
 	}
 	if table.Merge(0, MemberRecord{Name: "y", Addr: "a:1"}) == nil || table.Merge(0, MemberRecord{Name: "z", Addr: "a:1"}) != nil {
 		t.Error("more members than MaxMembers")
 	}
 	var digest uint64
-	for _, m := range table.All {
+	for _, m := range table.Members {
 		digest ^= m.digest()
 	}
 	if digest != table.Digest {
@@ -624,37 +650,37 @@ func TestTableOrder(t *testing.T) {
 	}
 }
 
-// Whatever one who has the key says, nobody falls over, answers at length, or
-// keeps more than it may.
+// Whatever a sender that has the key says, no member panics, answers with many packets, or keeps
+// more than it may.
 func FuzzSwim(f *testing.F) {
-	for _, p := range []Packet{longest(), {Kind: PacketHello, From: "x", Ask: 1}, {Kind: PacketRelay, To: "node-001", Target: "node-002", Ask: 1},
-		{Kind: PacketSync, Want: true, Settled: true, To: "node-001", Records: []MemberRecord{{Name: "node-001", Incarnation: 1<<32 - 1, State: StateDead, Addr: "x"}}},
-		{Kind: PacketNews, Records: []MemberRecord{{Name: "node-000", State: StateLeft, Addr: "x"}}}} {
+	for _, p := range []Packet{longestPacket(), {Kind: PacketHello, From: "x", RequestID: 1}, {Kind: PacketPingReq, To: "node-001", Target: "node-002", RequestID: 1},
+		{Kind: PacketSync, WantTable: true, Settled: true, To: "node-001", Records: []MemberRecord{{Name: "node-001", Incarnation: 1<<32 - 1, State: StateDead, Addr: "x"}}},
+		{Kind: PacketGossip, Records: []MemberRecord{{Name: "node-000", State: StateLeft, Addr: "x"}}}} {
 		if p.From == "" {
 			p.From = "node-000"
 		}
 		if p.To != "" {
 			p.To = "node-001"
 		}
-		f.Add(encode(p), true)
-		f.Add(encode(p), false)
+		f.Add(encodePacket(p), true)
+		f.Add(encodePacket(p), false)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, known bool) {
 		s := newSim(t, 3, 1)
 		s.startAll()
 		s.run(200 * time.Millisecond)
 		var p Packet
-		if len(b) > plainLimit || DecodePacket(b, &p) != nil {
+		if len(b) > maxPlainPacket || DecodePacket(b, &p) != nil {
 			return
 		}
 		p.To = s.nodes[1].name
 		if known {
-			p.From, p.Session = s.nodes[0].name, s.nodes[0].swim.Self.Session
+			p.From, p.Session = s.nodes[0].name, s.nodes[0].swim.self.Session
 		}
-		if b = encode(p); len(b) > plainLimit {
+		if b = encodePacket(p); len(b) > maxPlainPacket {
 			return
 		}
-		if out := s.give(1, s.nodes[0].addr, s.nodes[0].swim.Sealer.Seal(nil, b, 0)); len(out) > 4+len(p.Records) {
+		if out := s.deliver(1, s.nodes[0].addr, s.nodes[0].swim.sealer.Seal(nil, b, 0)); len(out) > 4+len(p.Records) {
 			t.Errorf("%d packets in answer to one", len(out))
 		}
 		s.arm(1)

@@ -1,12 +1,16 @@
 package main
 
-// The table of members: which of two records is the newer, the digest of all records, the news
-// to pass on, how long dead members are remembered. Only a newer record replaces an older one
-// of the same name. The table is bounded. Pure. This file must not know packets, probes or the
-// timing of suspicions.
+// The table of members: which of two records is the newer, the digest of all records, the
+// updates to pass on, how long dead members are remembered. Only a newer record replaces an
+// older one of the same name. The table is bounded. Pure. This file must not know packets,
+// probes or the timing of suspicions.
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"hash/fnv"
+	"io"
 	"math"
 	"math/rand/v2"
 	"net/netip"
@@ -18,89 +22,126 @@ import (
 const (
 	// MaxMembers bounds the table, the dead included.
 	MaxMembers = 1024
-	// tombstoneLife is how long it is remembered that a member left. Through the
-	// first half it is also told: so all have forgotten to tell it before the
-	// first forgets it, and none can learn it again.
+	// tombstoneLife is how long it is remembered that a member left. The tombstone is synced
+	// through the first half of it: so no member syncs it any more when the first one forgets
+	// it, and none can learn it again.
 	tombstoneLife = 48 * time.Hour
-	// retransmit times log10 of the members is how often one passes on a piece of
-	// news (λ of the SWIM paper, 4.1).
-	retransmit = 5
+	// retransmitMult times log10 of the members is how often a member passes on an update
+	// (λ of the SWIM paper, 4.1).
+	retransmitMult = 5
 )
 
-// A Member is what is believed of one member, oneself included. Times are those
-// of the caller's monotonic clock.
+// A Member is what this member knows of one member. Times are those of the caller's monotonic
+// clock.
 type Member struct {
 	MemberRecord
-	Met       bool           // this session has answered a challenge; Window counts from that answer
-	Window    ReplayWindow   //
-	RTT       time.Duration  // smoothed; 0 is not known
-	Suspected time.Duration  // since when; Deadline is when it is taken for dead
-	Deadline  time.Duration  //
-	Asked     int            // last questions before it is
-	Died      time.Duration  // when it died or left; may be negative
-	Exchanged time.Duration  // when it was last sent the table
-	UDP       netip.AddrPort // what Addr says; not valid if that is a host name
-	part      uint64         // of the digest
-	KnowsUs   bool           // it has met our session, as far as we know
-	passed    int            // times its record was passed on, since it was news
+	Proven          bool           // this session has answered a challenge
+	Window          ReplayWindow   // of this session's packets since then
+	KnowsOurSession bool           // our session has proven itself to it, as far as we know
+	AddrPort        netip.AddrPort // of Addr; not valid if that is a host name
+	RTT             time.Duration  // smoothed; 0 is not known
+	SuspectedAt     time.Duration  // if suspect: since when
+	DeadAt          time.Duration  // if suspect: when it is declared dead
+	LastPings       int            // sent before it is declared dead
+	DiedAt          time.Duration  // when it died or left; may be negative
+	LastSync        time.Duration  // when the table was last sent to it
+	digestPart      uint64         // of the table's digest
+	transmits       int            // of its record as an update
 }
 
-// A MemberTable holds all members, oneself included. It is not safe for concurrent
-// use.
+// Endpoint returns where m is reached.
+func (m *Member) Endpoint() Endpoint { return Endpoint{m.AddrPort, m.Addr} }
+
+// A MemberTable holds all members, this one included. It is not safe for concurrent use.
 type MemberTable struct {
-	All     []*Member // by time of arrival
-	Digest  uint64
-	Changed time.Duration // when the digest did
-	Version uint64        // counts changes of the digest
-	Live    int           // members that are Alive or Suspect
-	byName  map[string]*Member
-	news    []*Member // whose records are still to be passed on
+	Members   []*Member     // by time of arrival
+	Live      int           // members that are alive or suspect
+	Digest    uint64        // XOR of the digests of the records that are synced
+	ChangedAt time.Duration // when the digest last changed
+	Version   uint64        // counts changes of the digest
+	byName    map[string]*Member
+	updates   []*Member // whose records are still to be passed on
 }
 
 // Get returns the member with that name, or nil.
 func (t *MemberTable) Get(name string) *Member { return t.byName[name] }
 
-// Merge believes r if it is newer than what is known of its name, and then
-// returns the member.
+// Merge believes r if it is newer than the record of its name, and then returns the member;
+// nil if r is not newer or there is no room.
 func (t *MemberTable) Merge(now time.Duration, r MemberRecord) *Member {
 	m := t.byName[r.Name]
 	switch {
 	case m == nil:
-		if time.Duration(r.Age)*time.Second >= tombstoneLife/2 || !t.room() {
+		if m = t.add(&r); m == nil {
 			return nil
 		}
-		if t.byName == nil {
-			t.byName = map[string]*Member{}
+	case r.isSameSuspicion(&m.MemberRecord):
+		accusers := mergeAccusers(m.Accusers, r.Accusers)
+		if len(accusers) == len(m.Accusers) {
+			return nil
 		}
-		m = &Member{MemberRecord: MemberRecord{Name: r.Name, State: StateDead}}
-		t.byName[r.Name] = m
-		t.All = append(t.All, m)
+		r.Accusers = accusers
+	case !r.supersedes(&m.MemberRecord):
+		return nil
 	case r.Session > m.Session:
-		m.Met, m.KnowsUs = false, false
-	case r.Session < m.Session || m.State == StateLeft:
-		return nil // to leave is a session's last word
-	case r.State == StateLeft || r.Incarnation > m.Incarnation:
-	case r.Incarnation < m.Incarnation || r.State < m.State:
-		return nil
-	case r.State == StateSuspect && m.State == StateSuspect:
-		known := len(m.Accusers)
-		for _, a := range r.Accusers {
-			if !slices.Contains(m.Accusers, a) && len(m.Accusers) < MaxAccusers {
-				m.Accusers = append(m.Accusers, a)
-			}
-		}
-		if len(m.Accusers) == known {
-			return nil
-		}
-		r.Accusers = m.Accusers
-	case r.State == m.State:
-		return nil
+		m.Proven, m.KnowsOurSession = false, false
 	}
 	t.Set(now, m, r)
 	return m
 }
 
-// Set replaces what is believed of m by r, which has m's name.
+// add makes a member of r's name without a record; nil if there is no room, or if the others
+// have begun to forget it.
+func (t *MemberTable) add(r *MemberRecord) *Member {
+	if time.Duration(r.Age)*time.Second >= tombstoneLife/2 || !t.makeRoom() {
+		return nil
+	}
+	if t.byName == nil {
+		t.byName = map[string]*Member{}
+	}
+	m := &Member{MemberRecord: MemberRecord{Name: r.Name, State: StateDead}}
+	t.byName[r.Name] = m
+	t.Members = append(t.Members, m)
+	return m
+}
+
+// supersedes tells whether r is to be believed rather than old, which is of the same name.
+// StateLeft is final in its session.
+func (r *MemberRecord) supersedes(old *MemberRecord) bool {
+	switch {
+	case r.Session != old.Session:
+		return r.Session > old.Session
+	case old.State == StateLeft || r.State == StateLeft:
+		return old.State != StateLeft
+	case r.Incarnation != old.Incarnation:
+		return r.Incarnation > old.Incarnation
+	}
+	return r.State > old.State
+}
+
+// isSameSuspicion tells whether r and old suspect the same incarnation.
+func (r *MemberRecord) isSameSuspicion(old *MemberRecord) bool {
+	return r.State == StateSuspect && old.State == StateSuspect && r.Session == old.Session && r.Incarnation == old.Incarnation
+}
+
+// mergeAccusers appends what is in more and not in accusers, up to MaxAccusers.
+func mergeAccusers(accusers, more []uint64) []uint64 {
+	for _, a := range more {
+		if !slices.Contains(accusers, a) && len(accusers) < MaxAccusers {
+			accusers = append(accusers, a)
+		}
+	}
+	return accusers
+}
+
+// accuserID returns what stands for the name of a member among accusers.
+func accuserID(name string) uint64 {
+	h := fnv.New64a()
+	io.WriteString(h, name)
+	return h.Sum64()
+}
+
+// Set replaces the record of m by r, which has m's name.
 func (t *MemberTable) Set(now time.Duration, m *Member, r MemberRecord) {
 	if m.State.IsLive() {
 		t.Live--
@@ -108,120 +149,106 @@ func (t *MemberTable) Set(now time.Duration, m *Member, r MemberRecord) {
 	if r.State.IsLive() {
 		t.Live++
 	} else {
-		m.Died = now - time.Duration(r.Age)*time.Second
+		m.DiedAt = now - time.Duration(r.Age)*time.Second
 	}
 	m.MemberRecord = r
-	m.UDP, _ = netip.ParseAddrPort(r.Addr)
-	t.count(now, m, r.digest())
+	m.AddrPort, _ = netip.ParseAddrPort(r.Addr)
+	t.setDigestPart(now, m, r.digest())
 }
 
-func (t *MemberTable) count(now time.Duration, m *Member, part uint64) {
-	if part != m.part {
-		t.Digest ^= m.part ^ part
-		m.part = part
-		t.Changed = now
+func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
+	if part != m.digestPart {
+		t.Digest ^= m.digestPart ^ part
+		m.digestPart = part
+		t.ChangedAt = now
 		t.Version++
 	}
 }
 
-// digest covers what lasts: not suspicions, which come and go, nor the
-// incarnations that refute them.
+// digest returns 64 bits of the SHA-256 of r's encoding, without what comes and goes: suspicions,
+// the incarnations that refute them, and ages.
 func (r *MemberRecord) digest() uint64 {
-	h := uint64(0)
-	state := max(r.State, StateSuspect)
-	claim := uint64(r.Slot)<<2 | r.flags()
-	for _, v := range [...]uint64{NameHash(r.Name), r.Session, uint64(state), NameHash(r.Addr), NameHash(r.URL), claim, r.Lamport, uint64(r.KeyID)} {
-		h = mix(h ^ v)
+	lasting := *r
+	lasting.Incarnation, lasting.Accusers, lasting.Age = 0, nil, 0
+	if r.State == StateSuspect {
+		lasting.State = StateAlive
 	}
-	return h
+	var buf [maxRecord]byte
+	sum := sha256.Sum256(AppendMember(buf[:0], &lasting))
+	return binary.LittleEndian.Uint64(sum[:])
 }
 
-func (r *MemberRecord) flags() (f uint64) {
-	if r.Provisional {
-		f |= 1
-	}
-	if r.Leaving {
-		f |= 2
-	}
-	return f
+// IsSynced tells whether m belongs into the digest and into what is sent of the table: if it
+// is live, or has not been dead for long.
+func (m *Member) IsSynced(now time.Duration) bool {
+	return m.State.IsLive() || now-m.DiedAt < tombstoneLife/2
 }
 
-// mix is splitmix64's step: every bit of x changes half of the result's.
-func mix(x uint64) uint64 {
-	x += 0x9e3779b97f4a7c15
-	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
-	x = (x ^ x>>27) * 0x94d049bb133111eb
-	return x ^ x>>31
-}
-
-// Told tells whether m belongs into an exchange of tables.
-func (m *Member) Told(now time.Duration) bool {
-	return m.State.IsLive() || now-m.Died < tombstoneLife/2
-}
-
-// Expire takes old tombstones out of the digest, and at last forgets who left.
-// Who died without a word is remembered while there is room: it may be behind a
-// partition that ends some day.
-func (t *MemberTable) Expire(now time.Duration) {
-	t.All = slices.DeleteFunc(t.All, func(m *Member) bool {
-		if !m.Told(now) {
-			t.count(now, m, 0)
+// DropExpired takes old tombstones out of the digest, and at last forgets members that left.
+// Dead members are remembered while there is room: they may be behind a partition that ends
+// some day.
+func (t *MemberTable) DropExpired(now time.Duration) {
+	t.Members = slices.DeleteFunc(t.Members, func(m *Member) bool {
+		if !m.IsSynced(now) {
+			t.setDigestPart(now, m, 0)
 		}
-		forget := m.State == StateLeft && now-m.Died >= tombstoneLife
-		if forget {
+		expired := m.State == StateLeft && now-m.DiedAt >= tombstoneLife
+		if expired {
 			t.forget(m)
 		}
-		return forget
+		return expired
 	})
 }
 
+// forget removes all of m but its place in Members.
 func (t *MemberTable) forget(m *Member) {
 	delete(t.byName, m.Name)
-	t.news = slices.DeleteFunc(t.news, func(o *Member) bool { return o == m })
+	t.updates = slices.DeleteFunc(t.updates, func(o *Member) bool { return o == m })
 }
 
-// room makes room for one member more, at the cost of the longest dead.
-func (t *MemberTable) room() bool {
-	if len(t.All) < MaxMembers {
+// makeRoom makes room for one member more: it evicts the member that has been dead for longest.
+// It returns false if the table is full of live members.
+func (t *MemberTable) makeRoom() bool {
+	if len(t.Members) < MaxMembers {
 		return true
 	}
 	oldest := -1
-	for i, m := range t.All {
-		if !m.State.IsLive() && (oldest < 0 || m.Died < t.All[oldest].Died) {
+	for i, m := range t.Members {
+		if !m.State.IsLive() && (oldest < 0 || m.DiedAt < t.Members[oldest].DiedAt) {
 			oldest = i
 		}
 	}
 	if oldest < 0 {
 		return false
 	}
-	m := t.All[oldest]
-	t.count(t.Changed, m, 0)
+	m := t.Members[oldest]
+	t.setDigestPart(t.ChangedAt, m, 0)
 	t.forget(m)
-	t.All = slices.Delete(t.All, oldest, oldest+1)
+	t.Members = slices.Delete(t.Members, oldest, oldest+1)
 	return true
 }
 
-// Spread has m's record passed on, as news.
-func (t *MemberTable) Spread(m *Member) {
-	m.passed = 0
-	if !slices.Contains(t.news, m) {
-		t.news = append(t.news, m)
+// QueueUpdate has m's record passed on, as an update.
+func (t *MemberTable) QueueUpdate(m *Member) {
+	m.transmits = 0
+	if !slices.Contains(t.updates, m) {
+		t.updates = append(t.updates, m)
 	}
 }
 
-// HasNews tells whether there is anything to pass on.
-func (t *MemberTable) HasNews() bool { return len(t.news) > 0 }
+// HasUpdates tells whether there is anything to pass on.
+func (t *MemberTable) HasUpdates() bool { return len(t.updates) > 0 }
 
-// AppendNews appends to a packet to a member the records that were passed on
-// least, while b stays within max bytes; not its own, which it knows. It counts
-// only if the member is going to believe it.
-func (t *MemberTable) AppendNews(b []byte, now time.Duration, max int, to string, counts bool) []byte {
-	if len(t.news) == 0 {
+// AppendUpdates appends to a packet to a member the updates that were passed on least, while b
+// stays within max bytes; not the member's own record, which it knows. They count as passed on
+// only if counts, that is if the member is going to believe them.
+func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, max int, to string, counts bool) []byte {
+	if len(t.updates) == 0 {
 		return b
 	}
-	slices.SortStableFunc(t.news, func(a, b *Member) int { return cmp.Compare(a.passed, b.passed) })
-	limit := int(math.Ceil(retransmit * math.Log10(float64(t.Live)+1)))
-	for _, m := range t.news {
+	slices.SortStableFunc(t.updates, func(a, b *Member) int { return cmp.Compare(a.transmits, b.transmits) })
+	limit := int(math.Ceil(retransmitMult * math.Log10(float64(t.Live)+1)))
+	for _, m := range t.updates {
 		if m.Name != to {
 			longer := m.Append(b, now)
 			if len(longer) > max {
@@ -230,10 +257,10 @@ func (t *MemberTable) AppendNews(b []byte, now time.Duration, max int, to string
 			b = longer
 		}
 		if counts {
-			m.passed++
+			m.transmits++
 		}
 	}
-	t.news = slices.DeleteFunc(t.news, func(m *Member) bool { return m.passed >= limit })
+	t.updates = slices.DeleteFunc(t.updates, func(m *Member) bool { return m.transmits >= limit })
 	return b
 }
 
@@ -249,42 +276,42 @@ func (m *Member) age(now time.Duration) uint32 {
 	if m.State.IsLive() {
 		return 0
 	}
-	return uint32(max(0, now-m.Died) / time.Second)
+	return uint32(max(0, now-m.DiedAt) / time.Second)
 }
 
-// A GossipView is the cluster as one member sees it.
+// A GossipView is the ring as one member sees it.
 type GossipView struct {
 	Version uint64 // changes with live members, claims and Buckets; not with suspicions
 	Self    string
-	Buckets uint16           // the most that anybody ever saw
+	Buckets uint16           // the most that any member ever saw
 	Lamport uint64           // the highest claim number seen
-	Joined  bool             // has ever had another's table
+	Joined  bool             // has ever received another member's table
 	Members []MemberSnapshot // by name
 }
 
 // A MemberSnapshot is one member in a GossipView.
 type MemberSnapshot struct {
-	MemberRecord               // Age is that of its death
+	MemberRecord               // Age is now
 	RTT          time.Duration // 0 is not known
 }
 
-// Views returns copies of all records.
-func (t *MemberTable) Views(now time.Duration) []MemberSnapshot {
-	views := make([]MemberSnapshot, len(t.All))
-	for i, m := range t.All {
+// Snapshots returns copies of all records.
+func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
+	snapshots := make([]MemberSnapshot, len(t.Members))
+	for i, m := range t.Members {
 		r := m.MemberRecord
 		r.Accusers = slices.Clone(r.Accusers)
 		r.Age = m.age(now)
-		views[i] = MemberSnapshot{MemberRecord: r, RTT: m.RTT}
+		snapshots[i] = MemberSnapshot{MemberRecord: r, RTT: m.RTT}
 	}
-	slices.SortFunc(views, func(a, b MemberSnapshot) int { return strings.Compare(a.Name, b.Name) })
-	return views
+	slices.SortFunc(snapshots, func(a, b MemberSnapshot) int { return strings.Compare(a.Name, b.Name) })
+	return snapshots
 }
 
-// Pick returns a random member but self with a property, or nil.
-func (t *MemberTable) Pick(rng *rand.Rand, self *Member, ok func(*Member) bool) (chosen *Member) {
+// RandomMember returns a random member for which ok holds, but not self; nil if there is none.
+func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, ok func(*Member) bool) (chosen *Member) {
 	n := 0
-	for _, m := range t.All {
+	for _, m := range t.Members {
 		if m != self && ok(m) {
 			if n++; rng.IntN(n) == 0 {
 				chosen = m
@@ -294,30 +321,30 @@ func (t *MemberTable) Pick(rng *rand.Rand, self *Member, ok func(*Member) bool) 
 	return chosen
 }
 
-// A ProbeOrder goes through all live members in random order, then again in another:
-// so each is probed within two rounds at the latest (SWIM, 4.3).
+// A ProbeOrder goes through all live members in random order, then again in another: so each is
+// probed within two rounds at the latest (SWIM, 4.3).
 type ProbeOrder struct {
-	order []*Member
-	turn  int
+	round []*Member
+	next  int // index in round
 }
 
-// Next returns the next live member that is ok, or nil.
-func (r *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, ok func(*Member) bool) *Member {
+// Next returns the next live member for which ok holds, or nil.
+func (o *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, ok func(*Member) bool) *Member {
 	for range 2 {
-		for r.turn < len(r.order) {
-			m := r.order[r.turn]
-			r.turn++
+		for o.next < len(o.round) {
+			m := o.round[o.next]
+			o.next++
 			if m.State.IsLive() && t.Get(m.Name) == m && ok(m) {
 				return m
 			}
 		}
-		r.order, r.turn = append(r.order[:0], t.All...), 0
-		rng.Shuffle(len(r.order), func(i, j int) { r.order[i], r.order[j] = r.order[j], r.order[i] })
+		o.round, o.next = append(o.round[:0], t.Members...), 0
+		rng.Shuffle(len(o.round), func(i, j int) { o.round[i], o.round[j] = o.round[j], o.round[i] })
 	}
 	return nil
 }
 
 // Insert gives m, which is new, a random place in what is left of the round.
-func (r *ProbeOrder) Insert(m *Member, rng *rand.Rand) {
-	r.order = slices.Insert(r.order, r.turn+rng.IntN(len(r.order)-r.turn+1), m)
+func (o *ProbeOrder) Insert(m *Member, rng *rand.Rand) {
+	o.round = slices.Insert(o.round, o.next+rng.IntN(len(o.round)-o.next+1), m)
 }

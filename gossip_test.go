@@ -1,6 +1,6 @@
 package main
 
-// gossip_test.go: members on real sockets of this host, all in this process.
+// Tests of the driver: members on real sockets of this host, all in this process.
 
 import (
 	"context"
@@ -32,8 +32,8 @@ func (d *fakeDNS) LookupNetIP(ctx context.Context, network, host string) ([]neti
 type gossiper struct {
 	*Gossip
 	addr netip.AddrPort
-	stop func() error // leaves
-	kill func()       // without a word
+	stop func() error // ends it; it leaves first
+	kill func()       // ends it without leaving
 }
 
 // gossip starts a member on a socket of its own.
@@ -213,19 +213,19 @@ func TestGossipAddresses(t *testing.T) {
 func TestGossipNameTaken(t *testing.T) {
 	a := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
 	seed := []string{a.addr.String()}
-	var told sync.Map
-	first := gossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { told.Store(e.What, true) }}, "127.0.0.1:0")
+	var events sync.Map
+	first := gossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { events.Store(e.What, true) }}, "127.0.0.1:0")
 	waitFor(t, "joined", allLive([]*gossiper{a, first}, 2))
 	second := gossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
 	waitFor(t, "the lower session stands down", func() bool {
 		second.mu.Lock()
 		defer second.mu.Unlock()
-		return second.swim.Stood
+		return second.swim.StoodDown
 	})
 	if err := second.stop(); err != ErrNameTaken {
 		t.Errorf("it ends with %v", err)
 	}
-	waitFor(t, "the other one says so", func() bool { _, ok := told.Load(EventConflict); return ok })
+	waitFor(t, "the other one says so", func() bool { _, ok := events.Load(EventNameConflict); return ok })
 }
 
 func TestNewGossip(t *testing.T) {

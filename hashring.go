@@ -12,50 +12,45 @@ import (
 	"slices"
 )
 
-// MaxSlots bounds the slots, and so what one broken claim can cost everybody for
-// ever: buckets never fall. A claim of a slot beyond counts as none.
-const MaxSlots = 4096
+// maxJumpsPerBucket bounds the search for a live slot. With one live slot among B buckets,
+// 64·B jumps miss it once in e^64.
+const maxJumpsPerBucket = 64
 
-// triesPerBucket bounds a key's walk. With one live slot left in B, a walk of
-// 64·B landings misses it once in e^64.
-const triesPerBucket = 64
-
-// Ring says who owns a key: a function of which member holds which slot and of
-// the number of buckets. A key is the first 8 bytes of the SHA-256 of a cluster
-// ID, big-endian. It lands on a slot by jump consistent hash; while nobody live
-// holds that, it is hashed and lands again. So each landing is one of its own
-// sequence, whoever is live: a member that joins in a hole or in the next bucket
-// takes keys from all and moves none between others, and of one that is lost, only
-// its own move, to all others alike. (Buckets that grow past slots whose members
-// have not been heard of yet also move keys between others, but only such as those
-// members will own.)
+// Ring says which member owns a key. It depends on nothing but which member holds which slot,
+// and on the number of buckets. A key is the first 8 bytes of the SHA-256 of a cluster ID, big
+// endian. A key is mapped to a slot by jump consistent hash. While no live member holds that
+// slot, the key is hashed and mapped again. So the sequence of slots that a key visits does not
+// depend on who is live. A member that joins, in a hole or in the next bucket, takes keys from
+// all others alike and moves none between them; the loss of a member moves only its own keys,
+// to all others alike. (Buckets that grow past slots whose members have not been heard of yet
+// also move keys between others, but only keys that those members will own.)
 type Ring struct {
-	owners  []string // by slot; "" where nobody live is
-	live    []int    // slots held, ascending
-	version uint64
+	holders   []string // by slot; "" if no live member holds the slot
+	liveSlots []int    // slots with a holder, ascending
+	version   uint64
 }
 
-// NewRing makes the ring of the claims of all live members. Buckets is the
-// highest slot ever claimed by anybody, plus one; it is raised to cover the claims
-// given and cut at MaxSlots. Of several claims of a slot one wins, as in Resolve;
-// the losers own nothing until they have claimed another.
+// NewRing makes the ring of the claims of all live members. Buckets is the highest slot that
+// any member ever claimed, plus one; it is raised to cover the claims given and cut at
+// MaxSlots. Of several claims to a slot one wins, as in ResolveClaim. A member whose claim loses
+// owns nothing until it has claimed another slot.
 func NewRing(live []Claim, buckets int) *Ring {
-	claims := slices.DeleteFunc(slices.Collect(maps.Values(inForce(live))), func(c Claim) bool { return !c.valid() })
+	claims := slices.DeleteFunc(slices.Collect(maps.Values(latestClaims(live))), func(c Claim) bool { return !c.isValid() })
 	slices.SortFunc(claims, Claim.compare)
 	buckets = max(0, min(buckets, MaxSlots))
 	for _, c := range claims {
 		buckets = max(buckets, c.Slot+1)
 	}
-	r := &Ring{owners: make([]string, buckets)}
+	r := &Ring{holders: make([]string, buckets)}
 	for _, c := range claims {
-		if r.owners[c.Slot] == "" {
-			r.owners[c.Slot] = c.Name
+		if r.holders[c.Slot] == "" {
+			r.holders[c.Slot] = c.Name
 		}
 	}
 	sum := binary.AppendUvarint(nil, uint64(buckets))
-	for slot, name := range r.owners {
+	for slot, name := range r.holders {
 		if name != "" {
-			r.live = append(r.live, slot)
+			r.liveSlots = append(r.liveSlots, slot)
 			sum = binary.AppendUvarint(binary.AppendUvarint(sum, uint64(slot)), uint64(len(name)))
 			sum = append(sum, name...)
 		}
@@ -65,58 +60,43 @@ func NewRing(live []Claim, buckets int) *Ring {
 	return r
 }
 
-// Owner returns the member that owns key; false when there is none.
+// Owner returns the member that owns key; false if there is no live member.
 func (r *Ring) Owner(key uint64) (string, bool) {
-	slot := r.land(key, triesPerBucket*len(r.owners), -1)
+	slot := r.slot(key, maxJumpsPerBucket*len(r.holders))
 	if slot < 0 {
 		return "", false
 	}
-	return r.owners[slot], true
+	return r.holders[slot], true
 }
 
-// Successor returns the member that would own key if its owner were lost; false
-// when there is none.
-func (r *Ring) Successor(key uint64) (string, bool) {
-	tries := triesPerBucket * len(r.owners)
-	slot := r.land(key, tries, r.land(key, tries, -1))
-	if slot < 0 {
-		return "", false
+// slot returns the first live slot that key is mapped to; the lowest live slot if maxJumps
+// find none; -1 if there is none.
+func (r *Ring) slot(key uint64, maxJumps int) int {
+	if len(r.liveSlots) == 0 {
+		return -1
 	}
-	return r.owners[slot], true
-}
-
-// land returns the first of key's landings, tries at most, on a live slot other
-// than not; the lowest such slot if all miss; -1 if there is none.
-func (r *Ring) land(key uint64, tries, not int) int {
-	if len(r.live) > 1 || len(r.live) == 1 && r.live[0] != not {
-		for range tries {
-			if slot := jump(key, len(r.owners)); r.owners[slot] != "" && slot != not {
-				return slot
-			}
-			key = splitmix64(key)
-		}
-	}
-	for _, slot := range r.live {
-		if slot != not {
+	for range maxJumps {
+		if slot := jump(key, len(r.holders)); r.holders[slot] != "" {
 			return slot
 		}
+		key = splitmix64(key)
 	}
-	return -1
+	return r.liveSlots[0]
 }
 
-// Shares returns the share of all keys that each member owns. It is exact, not a
-// sample, which would show its own noise as imbalance: landings are uniform over
-// the buckets, and so over the live slots among them.
+// Shares returns the share of all keys that each member owns. It is exact: keys are mapped
+// uniformly to the buckets, and so to the live slots among them. (A sample would show its own
+// noise as imbalance.)
 func (r *Ring) Shares() map[string]float64 {
-	shares := make(map[string]float64, len(r.live))
-	for _, slot := range r.live {
-		shares[r.owners[slot]] = 1 / float64(len(r.live))
+	shares := make(map[string]float64, len(r.liveSlots))
+	for _, slot := range r.liveSlots {
+		shares[r.holders[slot]] = 1 / float64(len(r.liveSlots))
 	}
 	return shares
 }
 
-// Buckets returns the number of buckets, which the caller must never let fall.
-func (r *Ring) Buckets() int { return len(r.owners) }
+// Buckets returns the number of buckets. The next ring must not have fewer.
+func (r *Ring) Buckets() int { return len(r.holders) }
 
 // Version is a digest of who holds which slot and of the number of buckets.
 // Members of equal versions agree on the owner of every key.
@@ -134,9 +114,9 @@ func jump(key uint64, n int) int {
 	return int(b)
 }
 
-// splitmix64 is the step of Steele, Lea & Flood's generator (OOPSLA 2014). The
-// rehash needs another family than jump's own: its generator's next states land
-// too much like the ones before.
+// splitmix64 is the step of the generator of Steele, Lea & Flood (OOPSLA 2014). Keys are hashed
+// again by it and not by jump's own generator, because that one's next states lead to buckets
+// that depend too much on the ones before.
 func splitmix64(x uint64) uint64 {
 	x += 0x9e3779b97f4a7c15
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9

@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// Claim is one member's word that it holds a slot. A member's later claims have
-// higher numbers, so of two claims of one name the higher is the one in force.
+// Claim is one member's announcement that it holds a slot. A member's later claims have higher
+// numbers, so of two claims of one member the one with the higher number counts.
 type Claim struct {
 	Slot        int
 	Lamport     uint64 // 0: nothing is claimed, whatever Slot says
@@ -18,12 +18,12 @@ type Claim struct {
 	Provisional bool // made while seeds were configured and none was reached
 }
 
-func (c Claim) valid() bool {
+func (c Claim) isValid() bool {
 	return c.Name != "" && c.Lamport > 0 && c.Slot >= 0 && c.Slot < MaxSlots
 }
 
-// compare orders claims of one slot, the one that keeps it first. Who claimed
-// without having heard the others gives way; else who came first stays.
+// compare orders claims to one slot; the first keeps it. A claim that was made without having
+// heard the others gives way; otherwise the earlier claim stays.
 func (c Claim) compare(d Claim) int {
 	if c.Provisional != d.Provisional {
 		if d.Provisional {
@@ -34,20 +34,20 @@ func (c Claim) compare(d Claim) int {
 	return cmp.Or(cmp.Compare(c.Lamport, d.Lamport), strings.Compare(c.Name, d.Name), cmp.Compare(c.Slot, d.Slot))
 }
 
-// inForce returns the valid claim in force for each name; the zero Claim for a
-// name that has none.
-func inForce(claims []Claim) map[string]Claim {
-	m := make(map[string]Claim, len(claims))
+// latestClaims returns the valid claim with the highest number of each member; the zero Claim
+// for a member that has none.
+func latestClaims(claims []Claim) map[string]Claim {
+	latest := make(map[string]Claim, len(claims))
 	for _, c := range claims {
-		switch d, had := m[c.Name]; {
+		switch d, known := latest[c.Name]; {
 		case c.Name == "":
-		case !c.valid():
-			m[c.Name] = d
-		case !had || c.Lamport > d.Lamport || c.Lamport == d.Lamport && c.compare(d) < 0:
-			m[c.Name] = c
+		case !c.isValid():
+			latest[c.Name] = d
+		case !known || c.Lamport > d.Lamport || c.Lamport == d.Lamport && c.compare(d) < 0:
+			latest[c.Name] = c
 		}
 	}
-	return m
+	return latest
 }
 
 // ResolveClaim returns what self is to claim, and whether that differs from what it
@@ -57,75 +57,103 @@ func inForce(claims []Claim) map[string]Claim {
 // claim: a member that has yet to claim). reserved are those of members gone for
 // less than a day and, while self starts, its own stored one. highest is the
 // highest Lamport number ever heard or used. provisional says that seeds are
-// configured and none has yet told all that it has heard.
+// configured and none has yet sent its table.
 //
-// Who wins its slot keeps it. A member that starts gets back what is reserved in
+// The winner of a slot keeps it. A member that starts gets back what is reserved in
 // its name, even when it brings nothing of its own, unless a live member holds it.
 // All others, losers in order and then newcomers by name, take one free slot each,
-// the first the lowest: ranking everybody and not only self, members that have
-// heard the same choose differently at once. New claims have number highest+1. A
-// provisional claim that stands once seeds are reached is made anew: late, so that
-// it still gives way to what was claimed before. Without a free slot the claim is
-// one of nothing.
+// the first the lowest. Because every member ranks all of them, and not only itself,
+// members that have heard the same choose differently at once. New claims have number
+// highest+1. A provisional claim that stands once seeds are reached is made anew: late,
+// so that it still gives way to what was claimed before. Without a free slot the claim
+// is one of nothing.
 func ResolveClaim(self string, provisional bool, live, reserved []Claim, highest uint64) (Claim, bool) {
-	for _, c := range slices.Concat(live, reserved) {
-		highest = max(highest, c.Lamport)
-	}
-	next := highest + 1
-	if next == 0 {
-		next = highest // the end of the numbers; names still decide
-	}
-	members, gone := inForce(live), inForce(reserved)
+	next := nextLamport(highest, live, reserved)
+	members, gone := latestClaims(live), latestClaims(reserved)
 	announced := members[self]
 	members[self] = announced
 
-	// Claims in force stand in order, then those that return, then who has none.
-	var stand, back, none []Claim
+	holders, waiting := assignSlots(rankClaims(members, gone))
+	for _, c := range holders {
+		if c.Name != self {
+			continue
+		}
+		if c.Provisional && !provisional {
+			c.Lamport, c.Provisional = next, false
+		}
+		return c, c != announced
+	}
+
+	var taken [MaxSlots]bool
+	for _, c := range holders {
+		taken[c.Slot] = true
+	}
+	for name, c := range gone {
+		if _, isLive := members[name]; !isLive && c.isValid() {
+			taken[c.Slot] = true
+		}
+	}
+	slot, ok := nthFreeSlot(&taken, slices.Index(waiting, self))
+	if !ok {
+		return Claim{Name: self}, announced.isValid()
+	}
+	return Claim{Slot: slot, Lamport: next, Name: self, Provisional: provisional}, true
+}
+
+// nextLamport returns the number of a new claim. After the last number it is the last number
+// again; then only names decide.
+func nextLamport(highest uint64, live, reserved []Claim) uint64 {
+	for _, c := range slices.Concat(live, reserved) {
+		highest = max(highest, c.Lamport)
+	}
+	return max(highest, highest+1)
+}
+
+// rankClaims returns one claim for each member, in the order in which slots are given: first
+// announced claims, then reserved claims of members that announce none, then members without
+// any, whose claim is not valid.
+func rankClaims(members, gone map[string]Claim) []Claim {
+	var announced, reserved, none []Claim
 	for name, c := range members {
-		if c.valid() {
-			stand = append(stand, c)
-		} else if c = gone[name]; c.valid() {
-			back = append(back, c)
+		if c.isValid() {
+			announced = append(announced, c)
+		} else if c = gone[name]; c.isValid() {
+			reserved = append(reserved, c)
 		} else {
 			none = append(none, Claim{Name: name})
 		}
 	}
-	slices.SortFunc(stand, Claim.compare)
-	slices.SortFunc(back, Claim.compare)
-	slices.SortFunc(none, Claim.compare)
+	for _, claims := range [][]Claim{announced, reserved, none} {
+		slices.SortFunc(claims, Claim.compare)
+	}
+	return slices.Concat(announced, reserved, none)
+}
 
+// assignSlots gives each slot to the first valid claim to it, and returns these claims, and the
+// members that got no slot, in order.
+func assignSlots(ranked []Claim) (holders []Claim, waiting []string) {
 	var taken [MaxSlots]bool
-	var homeless []string
-	for _, c := range slices.Concat(stand, back, none) {
-		switch {
-		case !c.valid() || taken[c.Slot]:
-			homeless = append(homeless, c.Name)
-			continue
-		case c.Name == self && c.Provisional && !provisional:
-			c.Lamport, c.Provisional = next, false
-		}
-		taken[c.Slot] = true
-		if c.Name == self {
-			return c, c != announced
-		}
-	}
-	for name, c := range gone {
-		if _, isLive := members[name]; !isLive && c.valid() {
+	for _, c := range ranked {
+		if c.isValid() && !taken[c.Slot] {
 			taken[c.Slot] = true
+			holders = append(holders, c)
+		} else {
+			waiting = append(waiting, c.Name)
 		}
 	}
-	slot := 0
-	for _, name := range homeless {
-		for slot < MaxSlots && taken[slot] {
-			slot++
+	return holders, waiting
+}
+
+// nthFreeSlot returns the free slot that has n free slots below it; false if there is none.
+func nthFreeSlot(taken *[MaxSlots]bool, n int) (int, bool) {
+	for slot := range taken {
+		if taken[slot] {
+			continue
 		}
-		if name == self {
-			break
+		if n == 0 {
+			return slot, true
 		}
-		slot++
+		n--
 	}
-	if slot >= MaxSlots {
-		return Claim{Name: self}, announced.valid()
-	}
-	return Claim{Slot: slot, Lamport: next, Name: self, Provisional: provisional}, true
+	return 0, false
 }

@@ -1,8 +1,8 @@
 package main
 
-// hashring_test.go: what the ring promises about balance, about the keys that a
-// change moves and about who agrees, held against random histories of members and
-// random orders of hearing. Seeds are in the names of subtests and in messages.
+// Tests of the ring: balance, the keys that a change moves, and the agreement of members, for
+// random histories of members and random orders in which claims are heard. Seeds are in the
+// names of subtests and in messages.
 
 import (
 	"crypto/sha256"
@@ -44,8 +44,7 @@ func everyNth(n, step int) []int {
 	return slots
 }
 
-func owner(r *Ring, key uint64) string     { name, _ := r.Owner(key); return name }
-func successor(r *Ring, key uint64) string { name, _ := r.Successor(key); return name }
+func owner(r *Ring, key uint64) string { name, _ := r.Owner(key); return name }
 
 // Jump's published vectors, and splitmix64's first outputs for the seed 0 (each
 // from the state of the one before).
@@ -83,7 +82,7 @@ func TestRingBalance(t *testing.T) {
 			r := ringOf(n*step, slots...)
 			count := make([]int, n)
 			for _, k := range keys {
-				count[r.land(k, triesPerBucket*n*step, -1)/step]++
+				count[r.slot(k, maxJumpsPerBucket*n*step)/step]++
 			}
 			mean := float64(len(keys)) / float64(n)
 			ratio := float64(slices.Max(count)) / mean
@@ -100,7 +99,7 @@ func TestRingBalance(t *testing.T) {
 			total := 0.0
 			shares := r.Shares()
 			for i, s := range slots {
-				share := shares[r.owners[s]]
+				share := shares[r.holders[s]]
 				if got := float64(count[i]) / float64(len(keys)); math.Abs(got-share) > 6*math.Sqrt(share/float64(len(keys))) {
 					t.Errorf("%d members: share of slot %d is %.4f, counted %.4f", n, s, share, got)
 				}
@@ -114,9 +113,8 @@ func TestRingBalance(t *testing.T) {
 }
 
 // Through any history of joins (into holes and by growth), losses and returns,
-// each change moves keys to the newcomer only, or from the lost one only, to the
-// one that was its successor; about as many as there must be; whatever order the
-// claims were heard in.
+// each change moves keys to the newcomer only, or from the lost one only; about as
+// many as there must be; whatever order the claims were heard in.
 func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 	keys := ringKeys(1000)
 	changes, moved, least := 0, 0, 0.0
@@ -162,12 +160,7 @@ func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 			n := 0
 			for _, k := range keys {
 				was, is := owner(before, k), owner(after, k)
-				switch {
-				case lost != "" && was == lost:
-					if want := successor(before, k); is != want {
-						t.Fatalf("seed %d, change %d: %s is lost, its key %#x goes to %q, not to its successor %q", seed, step, lost, k, is, want)
-					}
-				case is != was && is != newcomer:
+				if is != was && is != newcomer && was != lost || is == lost && lost != "" {
 					t.Fatalf("seed %d, change %d (newcomer %q, lost %q): key %#x moves from %q to %q", seed, step, newcomer, lost, k, was, is)
 				}
 				if is != was {
@@ -176,7 +169,7 @@ func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 			}
 			changes++
 			moved += n
-			least += float64(len(keys)) / float64(max(len(before.live), len(after.live)))
+			least += float64(len(keys)) / float64(max(len(before.liveSlots), len(after.liveSlots)))
 			if before.Version() == after.Version() {
 				t.Fatalf("seed %d, change %d: version stays", seed, step)
 			}
@@ -195,10 +188,11 @@ func TestRingLossSpreads(t *testing.T) {
 	all := everyNth(16, 1)
 	before := ringOf(16, all...)
 	for _, lost := range []int{0, 7, 15} {
+		after := ringOf(16, slices.Delete(slices.Clone(all), lost, lost+1)...)
 		got, total := map[string]int{}, 0
 		for _, k := range keys {
 			if owner(before, k) == fmt.Sprint("m", lost) {
-				got[successor(before, k)]++
+				got[owner(after, k)]++
 				total++
 			}
 		}
@@ -232,21 +226,32 @@ func TestRingGrowthHeardOutOfOrder(t *testing.T) {
 	}
 }
 
-// A successor is another member, and the owner once the owner is lost; so is the
-// successor of that one, down to the last.
-func TestRingSuccessor(t *testing.T) {
+// A key whose owner is lost gets the same next owner whichever order the members are lost in:
+// members are lost one by one, down to the last, and each key has a live owner, which changes
+// only when that owner is lost.
+func TestRingDownToLast(t *testing.T) {
 	slots := []int{1, 2, 5, 6, 9}
-	for _, k := range ringKeys(500) {
+	for i, k := range ringKeys(500) {
+		rng := rand.New(rand.NewPCG(uint64(i), 5))
 		left := slices.Clone(slots)
-		for len(left) > 0 {
-			r := ringOf(12, left...)
-			own, next := owner(r, k), successor(r, k)
-			left = slices.DeleteFunc(left, func(s int) bool { return fmt.Sprint("m", s) == own })
-			if after := owner(ringOf(12, left...), k); own == next || after != next {
-				t.Fatalf("key %#x: owner %q, successor %q, owner after the loss %q", k, own, next, after)
+		for own := owner(ringOf(12, left...), k); len(left) > 1; {
+			lost := rng.IntN(len(left))
+			name := fmt.Sprint("m", left[lost])
+			left = slices.Delete(left, lost, lost+1)
+			after := owner(ringOf(12, left...), k)
+			if !slices.Contains(left, slotOfName(after)) || own != name && after != own {
+				t.Fatalf("key %#x: owner %q, after the loss of %q %q", k, own, name, after)
 			}
+			own = after
 		}
 	}
+}
+
+// slotOfName returns the slot of a member of ringOf; -1 if it is none.
+func slotOfName(name string) int {
+	slot := -1
+	fmt.Sscanf(name, "m%d", &slot)
+	return slot
 }
 
 func TestRingEdges(t *testing.T) {
@@ -254,30 +259,21 @@ func TestRingEdges(t *testing.T) {
 		if name, ok := r.Owner(1); ok || name != "" {
 			t.Errorf("nobody is live, yet %q owns", name)
 		}
-		if name, ok := r.Successor(1); ok || name != "" {
-			t.Errorf("nobody is live, yet %q succeeds", name)
-		}
 	}
 	one := ringOf(9, 4)
 	if name, ok := one.Owner(1); !ok || name != "m4" {
 		t.Errorf("the only member does not own: %q", name)
 	}
-	if name, ok := one.Successor(1); ok {
-		t.Errorf("the only member has successor %q", name)
-	}
-	// When all tries miss, the lowest live slot: for a successor, the lowest other.
-	r := ringOf(9, 3, 4, 8)
-	for _, c := range []struct{ not, want int }{{-1, 3}, {3, 4}, {4, 3}} {
-		if got := r.land(1, 0, c.not); got != c.want {
-			t.Errorf("without a landing, but for slot %d: slot %d, want %d", c.not, got, c.want)
-		}
+	// When all jumps miss, the lowest live slot.
+	if got := ringOf(9, 3, 4, 8).slot(1, 0); got != 3 {
+		t.Errorf("without a jump: slot %d, want 3", got)
 	}
 	if far := ringOf(MaxSlots, MaxSlots-1); owner(far, 12345) != fmt.Sprint("m", MaxSlots-1) {
 		t.Error("one live slot in all that there can be is not found")
 	}
 	// Claims beyond the slots there are count as none, and never raise the buckets.
 	beyond := NewRing([]Claim{{Slot: MaxSlots, Lamport: 1, Name: "a"}, {Slot: -1, Lamport: 1, Name: "b"}, {Slot: 2, Lamport: 1, Name: "c"}}, 1<<40)
-	if beyond.Buckets() != MaxSlots || len(beyond.live) != 1 || owner(beyond, 5) != "c" {
+	if beyond.Buckets() != MaxSlots || len(beyond.liveSlots) != 1 || owner(beyond, 5) != "c" {
 		t.Errorf("%d buckets, shares %v", beyond.Buckets(), beyond.Shares())
 	}
 	if got := ringOf(3, 0, 6).Buckets(); got != 7 {
@@ -286,7 +282,7 @@ func TestRingEdges(t *testing.T) {
 	// Where two claim a slot one has it, and the other has nothing, not the slot it
 	// will claim.
 	two := NewRing([]Claim{{Slot: 0, Lamport: 3, Name: "a"}, {Slot: 0, Lamport: 2, Name: "b"}}, 2)
-	if len(two.live) != 1 || owner(two, 1) != "b" {
+	if len(two.liveSlots) != 1 || owner(two, 1) != "b" {
 		t.Errorf("of two with one slot, shares are %v", two.Shares())
 	}
 }
@@ -377,7 +373,7 @@ func TestResolve(t *testing.T) {
 	} {
 		announced := Claim{}
 		for _, c := range tt.live {
-			if c.Name == "me" && c.valid() {
+			if c.Name == "me" && c.isValid() {
 				announced = c
 			}
 		}
@@ -430,13 +426,13 @@ func TestResolveAgrees(t *testing.T) {
 		}
 		held := map[int]string{}
 		for name, c := range settled {
-			if was := held[c.Slot]; was != "" || !c.valid() {
+			if was := held[c.Slot]; was != "" || !c.isValid() {
 				t.Fatalf("seed %d: %s is to claim %+v, as %q", seed, name, c, was)
 			}
 			held[c.Slot] = name
 		}
 		winners := NewRing(live, 0)
-		for slot, name := range winners.owners {
+		for slot, name := range winners.holders {
 			if name != "" && held[slot] != name {
 				t.Fatalf("seed %d: %s won slot %d and is to leave it", seed, name, slot)
 			}
@@ -532,7 +528,7 @@ func TestRingManyStartAtOnce(t *testing.T) {
 					c := start.claim
 					c.Name = fmt.Sprintf("m%03d", i)
 					members[i] = &ringMember{name: c.Name, heard: map[string]Claim{c.Name: c}, highest: c.Lamport, slot: -1, dirty: true}
-					if c.valid() {
+					if c.isValid() {
 						members[i].slot = c.Slot
 					}
 				}
@@ -544,8 +540,8 @@ func TestRingManyStartAtOnce(t *testing.T) {
 				}
 				t.Logf("%d exchanges per member, %.2f changes of slot per member, %d at most", rounds, float64(changes)/n, most)
 				r := NewRing(slices.Collect(maps.Values(members[0].heard)), 0)
-				if rounds < 0 || len(slots) != n || r.Buckets() != n || len(r.live) != n {
-					t.Errorf("rounds %d, slots %d, buckets %d, members on the ring %d", rounds, len(slots), r.Buckets(), len(r.live))
+				if rounds < 0 || len(slots) != n || r.Buckets() != n || len(r.liveSlots) != n {
+					t.Errorf("rounds %d, slots %d, buckets %d, members on the ring %d", rounds, len(slots), r.Buckets(), len(r.liveSlots))
 				}
 				if float64(changes)/n > start.mean || most > start.highest {
 					t.Errorf("%.2f changes of slot per member, %d at most; want ≤ %v and ≤ %d", float64(changes)/n, most, start.mean, start.highest)
@@ -602,13 +598,13 @@ func TestRingHalvesJoin(t *testing.T) {
 func TestRingOwnerAllocatesNothing(t *testing.T) {
 	r := ringOf(64, everyNth(32, 2)...)
 	key := uint64(0)
-	if n := testing.AllocsPerRun(100, func() { key++; r.Owner(key); r.Successor(key) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { key++; r.Owner(key) }); n != 0 {
 		t.Errorf("%v allocations per lookup", n)
 	}
 }
 
 // Whatever is claimed, rings and claims stay within the slots, and members that
-// apply what Resolve says are done.
+// apply what ResolveClaim says are done.
 func FuzzRing(f *testing.F) {
 	f.Add([]byte("\x00\x00\x01a\x00\x00\x01b"), 3)
 	f.Add([]byte("\x10\x00\x01a\x00\x00\xffb\x40\x02\x01a\x80\x01\x02c"), -1)
@@ -630,17 +626,17 @@ func FuzzRing(f *testing.F) {
 			}
 		}
 		r := NewRing(live, buckets)
-		if r.Buckets() > MaxSlots || len(r.live) > len(live) {
-			t.Fatalf("%d buckets, %d of %d claims", r.Buckets(), len(r.live), len(live))
+		if r.Buckets() > MaxSlots || len(r.liveSlots) > len(live) {
+			t.Fatalf("%d buckets, %d of %d claims", r.Buckets(), len(r.liveSlots), len(live))
 		}
 		own, ok := r.Owner(uint64(buckets))
-		if next, two := r.Successor(uint64(buckets)); ok != (len(r.live) > 0) || two != (len(r.live) > 1) || two && own == next {
-			t.Fatalf("owner %q, successor %q of %d", own, next, len(r.live))
+		if ok != (len(r.liveSlots) > 0) || ok && !slices.Contains(r.holders, own) {
+			t.Fatalf("owner %q of %d", own, len(r.liveSlots))
 		}
 		var after []Claim
-		for name := range inForce(live) {
+		for name := range latestClaims(live) {
 			c, _ := ResolveClaim(name, false, live, reserved, 0)
-			if !c.valid() {
+			if !c.isValid() {
 				t.Fatalf("%s is to claim %+v", name, c)
 			}
 			after = append(after, c)

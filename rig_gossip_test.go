@@ -1,6 +1,6 @@
 package main
 
-// sim_test.go: whole clusters in one goroutine under virtual time: every packet
+// A simulation of whole rings in one goroutine under virtual time: every packet
 // and every timer is an event in one queue, every random choice comes from one
 // seed. TestSimulation holds the figures of a few runs to their limits;
 // TestSimulationTable, with -sim, prints all that the README shows.
@@ -78,12 +78,12 @@ type sim struct {
 	min, max time.Duration
 	sent     int // packets
 	bytes    int
-	events   []simSeen
+	events   []simReport
 	tap      func(from, to int, data []byte)
 	cut      func(from, to int) bool // what is lost for certain; may be nil
 }
 
-type simSeen struct {
+type simReport struct {
 	GossipEvent
 	at   time.Duration
 	node int
@@ -110,7 +110,7 @@ func (s *sim) start(i int, seeds ...int) *Swim {
 		binary.LittleEndian.PutUint64(seed[8*j:], s.rng.Uint64())
 	}
 	random := rand.NewChaCha8(seed)
-	sealer, err := NewSealer(s.keys, "sim", random)
+	sealer, err := NewPacketSealer(s.keys, "sim", random)
 	if err != nil {
 		s.tb.Fatal(err)
 	}
@@ -193,8 +193,8 @@ func (s *sim) step() {
 		out = n.swim.Tick(s.now - n.origin)
 	}
 	for _, ev := range n.swim.Events {
-		s.events = append(s.events, simSeen{ev, s.now, e.node})
-		if ev.What == EventSession {
+		s.events = append(s.events, simReport{ev, s.now, e.node})
+		if ev.What == EventSessionTaken {
 			n.state = n.swim.State()
 		}
 	}
@@ -210,7 +210,7 @@ func (s *sim) send(from int, d Datagram) {
 	}
 	s.sent++
 	s.bytes += len(d.Data)
-	to, ok := s.byAddr[d.To]
+	to, ok := s.byAddr[d.To.AddrPort]
 	if !ok {
 		return
 	}
@@ -260,14 +260,14 @@ func (s *sim) agree() bool {
 		}
 	}
 	for _, n := range s.nodes {
-		if n.up && n.swim.Table.Live != live {
+		if n.up && n.swim.table.Live != live {
 			return false
 		}
 	}
 	for _, n := range s.nodes {
 		for _, o := range s.nodes {
 			if n.up {
-				m := n.swim.Table.Get(o.name)
+				m := n.swim.table.Get(o.name)
 				if live := m != nil && m.State.IsLive(); live != o.up {
 					return false
 				}
@@ -281,7 +281,7 @@ func (s *sim) agree() bool {
 func (s *sim) knowGone(i int) bool {
 	for _, n := range s.nodes {
 		if n.up && n != s.nodes[i] {
-			if m := n.swim.Table.Get(s.nodes[i].name); m != nil && m.State.IsLive() {
+			if m := n.swim.table.Get(s.nodes[i].name); m != nil && m.State.IsLive() {
 				return false
 			}
 		}
@@ -290,7 +290,7 @@ func (s *sim) knowGone(i int) bool {
 }
 
 // downs counts, since a time, how often a member took another for dead.
-func (s *sim) downs(since time.Duration, count func(e simSeen) bool) (n int) {
+func (s *sim) downs(since time.Duration, count func(e simReport) bool) (n int) {
 	for _, e := range s.events {
 		if e.at >= since && e.What == EventDown && (count == nil || count(e)) {
 			n++
@@ -299,7 +299,7 @@ func (s *sim) downs(since time.Duration, count func(e simSeen) bool) (n int) {
 	return n
 }
 
-// joined returns a cluster of n at rest.
+// joinedSim returns a ring of n members at rest.
 func joinedSim(tb testing.TB, n int, seed uint64) *sim {
 	s := newSim(tb, n, seed)
 	s.startAll()
@@ -352,7 +352,7 @@ func simLeave(s *sim, f *figures) {
 	s.nodes[leaver].swim.Leave()
 	s.arm(leaver)
 	f.add(s, s.until(60*time.Second, "a leave is known", func() bool { return s.knowGone(leaver) }), s.sent-sent)
-	s.until(5*time.Second, "the leaver is gone", func() bool { return s.nodes[leaver].swim.Gone() })
+	s.until(5*time.Second, "the leaver is gone", func() bool { return s.nodes[leaver].swim.HasLeft() })
 	s.kill(leaver)
 }
 
@@ -392,7 +392,7 @@ func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
 	wrong := 0
 	for end := s.now + lasts; s.now < end; {
 		s.run(100 * time.Millisecond)
-		wrong += s.downs(since, func(e simSeen) bool {
+		wrong += s.downs(since, func(e simReport) bool {
 			var victim int
 			fmt.Sscanf(e.Name, "node-%d", &victim)
 			return ran[victim] <= e.at && s.nodes[victim].up

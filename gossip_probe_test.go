@@ -1,7 +1,7 @@
 package main
 
-// swim_judge_test.go: whom a member suspects and when it takes it for dead, and what
-// makes it doubt itself instead.
+// Tests of probing: which members are suspected, when they are declared dead, and what worsens
+// a member's own health instead.
 
 import (
 	"fmt"
@@ -17,66 +17,66 @@ func (s *sim) tick(i int, at time.Duration) []Datagram {
 	return n.swim.Tick(at)
 }
 
-// suspected returns what node i is told to have others suspect o.
-func (s *sim) suspected(i, o int) MemberRecord {
-	r := s.nodes[i].swim.Table.Get(s.nodes[o].name).MemberRecord
-	r.State, r.Accusers = StateSuspect, []uint64{NameHash(s.nodes[2].name)}
+// suspicionOf returns what node i is told to have others suspect o.
+func (s *sim) suspicionOf(i, o int) MemberRecord {
+	r := s.nodes[i].swim.table.Get(s.nodes[o].name).MemberRecord
+	r.State, r.Accusers = StateSuspect, []uint64{accuserID(s.nodes[2].name)}
 	return r
 }
 
-func happened(s *Swim, what string) bool {
+func hasEvent(s *Swim, what string) bool {
 	return slices.ContainsFunc(s.Events, func(e GossipEvent) bool { return e.What == what })
 }
 
-// Who cannot be reached directly, but by others, is not suspected.
+// A member that cannot be reached directly, but by others, is not suspected.
 func TestSwimRelays(t *testing.T) {
 	s := joinedSim(t, 8, 1)
 	s.events = nil
 	s.cut = func(from, to int) bool { return from+to == 1 } // 0 and 1
 	s.run(2 * time.Minute)
-	if n := s.seen(EventSuspect); n > 0 {
+	if n := s.eventCount(EventSuspect); n > 0 {
 		t.Errorf("%d suspicions: %v", n, s.events[0])
 	}
-	if m := s.nodes[0].swim.Table.Get("node-001"); m.State != StateAlive {
+	if m := s.nodes[0].swim.table.Get("node-001"); m.State != StateAlive {
 		t.Errorf("it is %v", m.State)
 	}
 }
 
-// After a stall of its own a member holds against nobody that it heard nothing: no
-// suspect is judged before it could have been heard, and no probe goes on.
+// After a stall of its own a member does not count silence: no suspect is declared dead before
+// its answer could have come, and no probe goes on.
 func TestSwimStallJudgesNobody(t *testing.T) {
 	s := joinedSim(t, 3, 1)
 	a := s.nodes[0]
-	s.give(0, s.nodes[2].addr, s.seal(2, Packet{Kind: PacketNews, To: a.name, Records: []MemberRecord{s.suspected(0, 1)}}))
-	suspect, other := a.swim.Table.Get("node-001"), a.swim.Table.Get("node-002")
+	s.deliver(0, s.nodes[2].addr, s.seal(2, Packet{Kind: PacketGossip, To: a.name, Records: []MemberRecord{s.suspicionOf(0, 1)}}))
+	suspect, other := a.swim.table.Get("node-001"), a.swim.table.Get("node-002")
 	if suspect.State != StateSuspect {
 		t.Fatal("not suspected")
 	}
 	a.swim.probe(other)
-	s.tick(0, a.swim.Now)
-	before, health := suspect.Deadline, a.swim.Health
-	if before <= a.swim.Now || !a.swim.Asking(ForProbe, other.Name) {
+	s.tick(0, a.swim.now)
+	before, health := suspect.DeadAt, a.swim.Health
+	if before <= a.swim.now || a.swim.requests.find(requestProbe, other.Name) == nil {
 		t.Fatal("there is nothing to judge")
 	}
 	wake := before + s.interval
 	s.tick(0, wake)
-	if !happened(a.swim, EventStall) || happened(a.swim, EventDown) || happened(a.swim, EventSuspect) || a.swim.Health != health+1 {
+	if !hasEvent(a.swim, EventStalled) || hasEvent(a.swim, EventDown) || hasEvent(a.swim, EventSuspect) || a.swim.Health != health+1 {
 		t.Errorf("health %d after %d, events %v", a.swim.Health, health, a.swim.Events)
 	}
-	if suspect.State != StateSuspect || suspect.Deadline < wake+a.swim.units(suspectMin) {
-		t.Errorf("the suspect is %v, and has %v left", suspect.State, suspect.Deadline-wake)
+	if suspect.State != StateSuspect || suspect.DeadAt < wake+a.swim.units(suspicionMin) {
+		t.Errorf("the suspect is %v, and has %v left", suspect.State, suspect.DeadAt-wake)
 	}
-	if a.swim.Asking(ForProbe, other.Name) {
+	if a.swim.requests.find(requestProbe, other.Name) != nil {
 		t.Error("a probe goes on of which the answer may be lost")
 	}
 	// To be a little late is no stall.
 	s.tick(0, max(a.swim.Next(), wake)+a.swim.units(stallAfter/2))
-	if happened(a.swim, EventStall) {
+	if hasEvent(a.swim, EventStalled) {
 		t.Error("a little late counts as a stall")
 	}
 }
 
-// Who hears of nobody doubts itself, and who hears of one that nobody hears does not.
+// The health of a member falls that no other member answers, and stays if one member died.
 func TestSwimHealthFalls(t *testing.T) {
 	s := joinedSim(t, 6, 1)
 	s.kill(5)
@@ -91,10 +91,10 @@ func TestSwimHealthFalls(t *testing.T) {
 
 	s = joinedSim(t, 3, 1)
 	a := s.nodes[0].swim
-	incarnation := a.Self.Incarnation
-	s.give(0, s.nodes[2].addr, s.seal(2, Packet{Kind: PacketNews, To: a.Name, Records: []MemberRecord{s.suspected(0, 0)}}))
-	if a.Health != 1 || a.Self.Incarnation <= incarnation || a.Self.State != StateAlive {
-		t.Errorf("suspected itself: health %d, %+v", a.Health, a.Self.MemberRecord)
+	incarnation := a.self.Incarnation
+	s.deliver(0, s.nodes[2].addr, s.seal(2, Packet{Kind: PacketGossip, To: a.name, Records: []MemberRecord{s.suspicionOf(0, 0)}}))
+	if a.Health != 1 || a.self.Incarnation <= incarnation || a.self.State != StateAlive {
+		t.Errorf("suspected itself: health %d, %+v", a.Health, a.self.MemberRecord)
 	}
 	s.until(10*time.Second, "its health is back", func() bool { return a.Health == 0 })
 }
@@ -107,8 +107,8 @@ func TestSwimHealthIsPatience(t *testing.T) {
 		a := s.nodes[0].swim
 		a.Health = health
 		s.kill(1)
-		took := s.until(20*time.Second, "a suspicion", func() bool { return s.seen(EventSuspect) > 0 })
-		least := a.units((relayAfter + verdictAfter) * float64(health+1))
+		took := s.until(20*time.Second, "a suspicion", func() bool { return s.eventCount(EventSuspect) > 0 })
+		least := a.units((indirectAfter + suspectAfter) * float64(health+1))
 		if took < least || took > least+a.units(1.5) {
 			t.Errorf("health %d: suspected after %v, want %v and up to 1.5 intervals more", health, took, least)
 		}
@@ -127,14 +127,14 @@ func TestSwimTwoMembers(t *testing.T) {
 	}
 }
 
-// A suspicion lasts the longer, the larger the cluster, and the less, the more share it,
-// if anybody can.
-func TestSwimDeadline(t *testing.T) {
+// A suspicion lasts the longer, the larger the ring is, and the less, the more members share it,
+// if any can.
+func TestSwimSuspicionEnd(t *testing.T) {
 	a := newSim(t, 1, 1).start(0)
 	left := func(live, accusers int) time.Duration {
-		a.Table.Live = live
-		m := &Member{Suspected: time.Hour, MemberRecord: MemberRecord{Accusers: make([]uint64, accusers)}}
-		return (a.deadline(m) - m.Suspected).Round(time.Millisecond)
+		a.table.Live = live
+		m := &Member{SuspectedAt: time.Hour, MemberRecord: MemberRecord{Accusers: make([]uint64, accusers)}}
+		return (a.suspicionEnd(m) - m.SuspectedAt).Round(time.Millisecond)
 	}
 	for _, c := range []struct {
 		live        int
@@ -152,20 +152,20 @@ func TestSwimDeadline(t *testing.T) {
 	}
 }
 
-// A suspect is told at once, by who suspects it, so that it can object.
+// A member that begins to suspect another tells it at once, so that it can refute that.
 func TestSwimSuspectIsTold(t *testing.T) {
 	s := joinedSim(t, 4, 1)
 	a := s.nodes[0].swim
-	suspect := a.Table.Get("node-001")
+	suspect := a.table.Get("node-001")
 	a.probe(suspect)
 	told := false
 	for i := 0; suspect.State != StateSuspect; i++ {
 		if i > 1000 {
 			t.Fatal("it is never suspected")
 		}
-		for _, d := range s.tick(0, max(a.Next(), a.Now)) {
-			p := s.peek(0, d.Data)
-			told = told || p.Kind == PacketPing && p.To == suspect.Name && p.Ask != 0 &&
+		for _, d := range s.tick(0, max(a.Next(), a.now)) {
+			p := s.decode(0, d.Data)
+			told = told || p.Kind == PacketPing && p.To == suspect.Name && p.RequestID != 0 &&
 				slices.ContainsFunc(p.Records, func(r MemberRecord) bool { return r.Name == suspect.Name && r.State == StateSuspect })
 		}
 	}
@@ -174,7 +174,7 @@ func TestSwimSuspectIsTold(t *testing.T) {
 	}
 }
 
-// Who leaves is gone when those that it told have confirmed it, or do not answer.
+// A member has left when the members that it told have confirmed it, or do not answer.
 func TestSwimLeaveIsConfirmed(t *testing.T) {
 	for _, reached := range []bool{true, false} {
 		s := joinedSim(t, 4, 1)
@@ -184,30 +184,30 @@ func TestSwimLeaveIsConfirmed(t *testing.T) {
 		}
 		a.Leave()
 		s.arm(3)
-		if a.Gone() {
+		if a.HasLeft() {
 			t.Error("gone before anybody was told")
 		}
 		s.run(s.interval / 2)
-		if a.Gone() != reached {
-			t.Errorf("gone after half an interval: %v; are others reached: %v", a.Gone(), reached)
+		if a.HasLeft() != reached {
+			t.Errorf("gone after half an interval: %v; are others reached: %v", a.HasLeft(), reached)
 		}
 		s.run(s.interval)
-		if !a.Gone() {
+		if !a.HasLeft() {
 			t.Error("it waits for ever for who does not answer")
 		}
 	}
 }
 
-// However many strangers ask, so many questions are under way and no more.
-func TestSwimBoundedQuestions(t *testing.T) {
+// However many strangers ask, the number of pending requests is bounded.
+func TestSwimBoundedRequests(t *testing.T) {
 	s := newSim(t, 2, 1)
 	s.start(0)
 	s.start(1)
 	s.until(10*time.Second, "join", s.agree)
-	for i := range maxAnswers {
-		s.give(0, s.nodes[1].addr, s.seal(1, Packet{Kind: PacketHello, From: fmt.Sprint("x", i), Session: 1, Ask: 5}))
+	for i := range maxUnprovenReplies {
+		s.deliver(0, s.nodes[1].addr, s.seal(1, Packet{Kind: PacketHello, From: fmt.Sprint("x", i), Session: 1, RequestID: 5}))
 	}
-	if n := len(s.nodes[0].swim.Asks); n > maxAsks {
-		t.Errorf("%d questions under way", n)
+	if n := len(s.nodes[0].swim.requests); n > maxPendingRequests {
+		t.Errorf("%d pending requests", n)
 	}
 }
