@@ -1,8 +1,8 @@
 package main
 
-// A clock that counts since this machine booted: no operator, NTP or dead battery steps it. It
-// never goes back while its ID is the same. It counts suspended time where the system tells of
-// it. Two readings with different IDs are not comparable.
+// The boot-time clock: it counts since this machine booted, so that no operator, NTP or dead
+// battery steps it. It never goes back while the boot ID is the same. It counts suspended time
+// where the system does. Two readings with different boot IDs cannot be compared.
 
 import (
 	"bytes"
@@ -13,40 +13,40 @@ import (
 )
 
 const (
-	// Other than CLOCK_MONOTONIC, which Go's time has, it counts suspended time.
+	// uptimeFile counts suspended time, as CLOCK_MONOTONIC, which package time uses, does not.
 	uptimeFile = "/proc/uptime"
 	bootIDFile = "/proc/sys/kernel/random/boot_id"
 )
 
-// BootClock tells the time since boot. It is safe for concurrent use.
+// BootClock is a boot-time clock. It is safe for concurrent use.
 type BootClock struct {
 	readFile func(name string) ([]byte, error)
 	id       string
-	system   bool // the system tells; else the clock is this process's own
-	base     int64
-	start    time.Time // when base was read; its monotonic part counts
+	hasFile  bool      // uptimeFile can be read; else the clock counts from the start of this process
+	base     int64     // ms since boot at start
+	start    time.Time // its monotonic part counts
 }
 
-// NewBootClock returns a clock that reads the system's by readFile, or one of
-// this process alone where the system has none.
+// NewBootClock returns a clock that reads Linux's by readFile. Elsewhere it counts from the start
+// of this process, under an ID of its own.
 func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 	c := &BootClock{readFile: readFile, start: time.Now()}
 	id, err := readFile(bootIDFile)
 	text := string(bytes.TrimSpace(id))
 	base, ok := c.uptime()
-	if err != nil || !ok || !validBootID(text) {
+	if err != nil || !ok || !IsBootID(text) {
 		c.id = "process-" + rand.Text()
 		return c
 	}
-	c.id, c.base, c.system = text, base, true
+	c.id, c.base, c.hasFile = text, base, true
 	return c
 }
 
 // Now returns the milliseconds since boot, and the ID of this boot.
 func (c *BootClock) Now() (ms int64, id string) {
 	counted := c.base + time.Since(c.start).Milliseconds()
-	if c.system {
-		// Less than was counted without it is no clock of this boot.
+	if c.hasFile {
+		// An uptime below the time that this process counted is not of this boot.
 		if ms, ok := c.uptime(); ok && ms+1000 >= counted {
 			return ms, c.id
 		}
@@ -54,7 +54,7 @@ func (c *BootClock) Now() (ms int64, id string) {
 	return counted, c.id
 }
 
-// uptime reads "seconds.hundredths idle".
+// uptime reads the first field of uptimeFile, seconds with hundredths.
 func (c *BootClock) uptime() (ms int64, ok bool) {
 	b, err := c.readFile(uptimeFile)
 	text, _, found := strings.Cut(string(b), " ")
@@ -63,13 +63,4 @@ func (c *BootClock) uptime() (ms int64, ok bool) {
 		return 0, false
 	}
 	return int64(seconds * 1000), true
-}
-
-func validBootID(s string) bool {
-	for _, b := range []byte(s) {
-		if b <= ' ' || b > '~' {
-			return false
-		}
-	}
-	return len(s) >= 8 && len(s) <= 64
 }

@@ -54,7 +54,7 @@ func TestBootClockOfProcess(t *testing.T) {
 			c, other := NewBootClock(read), NewBootClock(read)
 			before, mine := c.Now()
 			_, others := other.Now()
-			if mine == others || !validBootID(mine) {
+			if mine == others || !IsBootID(mine) {
 				t.Errorf("%s: IDs %q and %q", name, mine, others)
 			}
 			time.Sleep(90 * time.Second)

@@ -1,6 +1,6 @@
 package main
 
-// Delivery: scrapes go from the spool to the first server that takes them, several to a push.
+// Delivery: scrapes go from the spool to the first server that accepts them, several to a push.
 // A scrape leaves the spool only when an answer says that it is done, or refuses it as
 // invalid. After an attempt without an answer the server is asked first. A token goes to no
 // other address than the ones it was given for. This file must not know of the source.
@@ -18,63 +18,43 @@ import (
 	"time"
 )
 
-const (
-	minBackoff = time.Second
-	maxBackoff = time.Minute
-
-	maxTogether = 1 << 20 // scrapes in a push: no bound beside those in bytes
-	maxAlone    = 8       // lines of a scrape that are refused alone before no more is split
-
-	unreadPatience = 30 * time.Minute // with a server on which nobody reads, and then with the next
-)
-
 // Reasons for which samples of a push are dropped.
 const (
-	DropRefused  = "refused"   // no server will have them
-	DropByServer = "by_server" // the server took the push without them
+	DropRefused  = "refused"   // no server accepts them
+	DropByServer = "by_server" // the server accepted the push without them
 )
 
-var errNotTaken = errors.New("the server took no sample of a scrape; it stays in the spool")
+var errDeclined = errors.New("the server took no sample of a scrape; it stays in the spool")
 
 // PusherConfig configures a Pusher.
 type PusherConfig struct {
-	To          []string      // servers, in the order in which they are tried
-	ToClient    *http.Client  // with a timeout; follows no redirects
-	Cluster     string        // the cluster ID
-	Token       func() string // the client token
-	LimitBytes  int64         // of a push's body; decompressed, MaxDecodedFactor times
-	MaxWait     time.Duration // that a server may ask for between attempts
-	Spool       *Spool
-	Clocks      *SourceClock
-	Moment      func() Moment
-	Now         func() time.Time
-	Metrics     *Metrics
-	Dropped     *Counter // of samples by reason
-	SpoolErrors *Counter // of failures to read the spool, beside those it tells of itself
-	Log         *slog.Logger
+	To            []string      // servers, in the order in which they are tried
+	ToClient      *http.Client  // with a timeout; follows no redirects
+	Cluster       string        // the cluster ID
+	Token         func() string // the client token
+	LimitBytes    int64         // of a push's body; decompressed, MaxDecodedFactor times
+	MaxRetryAfter time.Duration // that a server may ask for between attempts
+	Spool         *Spool
+	SourceClock   *SourceClock
+	Moment        func() Moment
+	Now           func() time.Time
+	Metrics       *Metrics
+	Dropped       *Counter // of samples by reason
+	SpoolErrors   *Counter // of failures to read the spool, beside those it reports itself
+	Log           *slog.Logger
 }
 
 // Pusher delivers what a spool holds. Drain is for one goroutine at a time;
 // the other methods may be called concurrently.
 type Pusher struct {
-	cfg  PusherConfig
-	sent atomic.Pointer[[]Scrape] // the pieces of the last scrape delivered; immutable
-	ok   atomic.Bool              // the last push was delivered
+	cfg           PusherConfig
+	lastDelivered atomic.Pointer[[]Scrape] // see LastDelivered
+	healthy       atomic.Bool              // the last push was delivered
 
-	// The upload token in use, what it was got with, and when to get a new one.
-	uploadToken, uploadFor string
-	refresh                time.Time
-
-	// Indexes in To. An attempt begins with first until firstUntil, then with home again,
-	// because a backlog must not wait at each push for a server that hangs. A Drain begins
-	// with home, which is 0 but for half an hour (homeUntil) after scrapes stayed unread on
-	// a server. last is the server that answered last.
-	first, home, last     int
-	firstUntil, homeUntil time.Time
-
-	// Scrapes in one push at most, and how many scrapes to go so before it doubles:
-	// after a push of many was refused, or took too long for a slow line.
-	most, careful int
+	// For Drain's goroutine.
+	token   uploadToken
+	servers failover
+	size    pushSize
 
 	pushes, pushed              *Counter
 	pushSeconds                 *Histogram
@@ -84,8 +64,8 @@ type Pusher struct {
 // NewPusher returns a Pusher.
 func NewPusher(cfg PusherConfig) *Pusher {
 	m := cfg.Metrics
-	d := &Pusher{
-		cfg: cfg, most: maxTogether,
+	p := &Pusher{
+		cfg: cfg, servers: failover{servers: len(cfg.To)}, size: pushSize{max: maxPushScrapes},
 		pushes:      m.Counter("telemeter_destination_pushes_total", "Attempts to push by result.", "result"),
 		pushSeconds: m.Histogram("telemeter_destination_push_duration_seconds", "Time of an attempt to push.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastPush:    m.Gauge("telemeter_destination_last_success_timestamp_seconds", "When a push was last accepted; 0 if never."),
@@ -93,338 +73,303 @@ func NewPusher(cfg PusherConfig) *Pusher {
 		pushed:      m.Counter("telemeter_samples_pushed_total", "Samples in pushes that were accepted."),
 		offset:      m.Gauge("telemeter_source_clock_offset_seconds", "By how much the source's clock was behind the servers' at the newest scrape pushed; 0 if not known."),
 	}
-	d.pushes.Add(0, "ok")
-	d.pushes.Add(0, "failed")
-	return d
+	p.pushes.Add(0, "ok")
+	p.pushes.Add(0, "failed")
+	return p
 }
 
-// OK tells whether the last push was delivered.
-func (p *Pusher) OK() bool { return p.ok.Load() }
+// Healthy reports whether the last push was delivered.
+func (p *Pusher) Healthy() bool { return p.healthy.Load() }
 
-// Sent returns the pieces of the scrape that was delivered last, not to be
-// changed.
-func (d *Pusher) Sent() []Scrape {
-	if p := d.sent.Load(); p != nil {
-		return *p
+// LastDelivered returns the pieces of the scrape that was delivered last. The caller must not
+// change them.
+func (p *Pusher) LastDelivered() []Scrape {
+	if pieces := p.lastDelivered.Load(); pieces != nil {
+		return *pieces
 	}
 	return nil
 }
 
-// tally is what a Drain has done since it last logged it.
-type tally struct {
+// delivery is the state of one call of Drain.
+type delivery struct {
+	*Pusher
+	backoff  roundBackoff
+	lastErr  error // why the last round failed
+	rejected error // of the last scrape that was refused as invalid, or that all servers declined
+	progress pushProgress
+}
+
+// pushProgress counts what was pushed since the last log line.
+type pushProgress struct {
 	begin                    time.Time
 	samples, scrapes, pushes int
 }
 
-func (p *Pusher) report(t *tally) {
-	if t.pushes > 0 {
-		st := p.cfg.Spool.Stats()
-		p.cfg.Log.Info("pushed", "samples", t.samples, "scrapes", t.scrapes, "pushes", t.pushes,
-			"took", p.cfg.Now().Sub(t.begin).Round(time.Millisecond),
-			"undelivered", st.By[ScrapeUndelivered].Scrapes, "unread", st.Unread())
-	}
-	*t = tally{begin: p.cfg.Now()}
-}
-
-// Drain delivers until the servers hold all that is in the spool. While no server takes
-// anything it tries all again, after a pause that doubles, is spread by jitter, and is at
-// least what the servers asked for. The same goes for a spool that cannot be read. It
-// ends early with ctx, or when its deadline comes before the next attempt; the error is
-// then the last one. A scrape that a server refuses as invalid is set aside, and one that
-// it does not take stays; that is the error if nothing worse happens.
+// Drain delivers until the servers hold all scrapes in the spool. While all servers fail, or the
+// spool cannot be read, it tries again after a pause, which doubles each time, has jitter, and is
+// at least as long as the servers asked for. It ends early with ctx, or when ctx's deadline comes
+// before the next attempt; the error is then the newest failure. A scrape that a server refuses
+// as invalid is set aside, and a scrape that all servers decline stays in the spool; the error is
+// the newest such refusal if nothing worse happens.
 func (p *Pusher) Drain(ctx context.Context) error {
-	r := round{backoff: minBackoff, tally: tally{begin: p.cfg.Now()}}
-	p.leave()
-	var refusal error
+	d := delivery{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
+	d.backoff.reset()
+	unreadFor := p.cfg.Spool.UnreadFor()
+	if p.servers.begin(p.cfg.Now(), unreadFor) {
+		p.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", p.cfg.To[p.servers.last],
+			"unread_for", unreadFor.Round(time.Second), "next", p.cfg.To[p.servers.preferred])
+	}
 	for {
-		step, wait := p.cfg.Spool.Step()
+		step, wait := p.cfg.Spool.NextStep()
 		if step == StepWait {
 			if _, ok := Sleep(ctx, wait, nil); ok {
 				continue
 			}
+			step = StepDone
 		}
-		if step == StepEnd || step == StepWait {
-			p.report(&r.tally)
-			return refusal
+		if step == StepDone {
+			d.logProgress()
+			return d.rejected
 		}
-		p.choose(&r)
-		// Before Next: the answer tells the time, by which Next makes times final.
-		err := p.authorized(ctx, &r)
-		if err == nil && step == StepAsk {
-			if err = p.ask(ctx, &r); err == nil {
-				continue
-			}
-		}
-		var batch []Scrape
-		var out SpoolOutcome
-		if err == nil {
-			var unread error
-			batch, unread = p.cfg.Spool.Next(PushLimits{Bytes: p.cfg.LimitBytes, Text: MaxDecodedFactor * p.cfg.LimitBytes, Scrapes: p.most})
-			if unread != nil {
-				p.cfg.SpoolErrors.Inc()
-				if end := p.rest(ctx, &pushError{err: unread}, &r); end != nil {
-					return end
-				}
-				continue
-			}
-			if len(batch) == 0 {
-				continue
-			}
-			out, err = p.push(ctx, &r, batch, true)
-		}
-		refused := 0 // samples
-		why := err
-		var end error
-		switch {
-		case err == nil || !err.final:
-		case len(batch) > 1:
-			p.cfg.Spool.Release()
-			p.tread(len(batch), err.large)
-			continue
-		case err.large:
-			s := splitting{round: &r, at: -1, why: err}
-			end = p.split(ctx, batch[0], true, &s)
-			out, refused, why, err = s.outcome, s.refused, s.why, nil
-			if end == nil && refused == 0 && s.apart {
-				p.cfg.Spool.Failed(false) // it starts anew, where the last piece went
-				continue
-			}
-		default:
-			refused, err = max(1, batch[0].Samples), nil // an empty one is refused as well
-		}
-		if err != nil {
-			p.cfg.Spool.Failed(err.refused)
-			if ctx.Err() == nil && timedOut(err) && len(batch) > 1 && r.tried+1 == len(p.cfg.To) {
-				p.tread(len(batch), true)
-			}
-			if end = p.again(ctx, err, &r); end == nil {
-				continue
-			}
-		}
-		if end != nil {
-			p.cfg.Spool.Failed(false)
-			return end
-		}
-		r.backoff = minBackoff
-		p.ok.Store(refused == 0 && len(out.NotTaken) == 0)
-		pushed := len(batch)
-		batch = slices.DeleteFunc(batch, func(sc Scrape) bool { return out.NotTaken.Has(sc.Number) })
-		switch {
-		case refused > 0:
-			p.cfg.Spool.SetAside()
-			p.cfg.Dropped.Add(float64(refused), DropRefused)
-			p.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", refused, "err", why)
-			refusal = why
-		case len(out.NotTaken) > 0 && pushed == 1 && r.passed+1 < len(p.cfg.To):
-			// This server's clock may be wrong, and that of the next one right.
-			r.passed++
-			p.first, p.firstUntil = (p.last+1)%len(p.cfg.To), p.cfg.Now().Add(p.cfg.MaxWait)
-			p.cfg.Spool.Again(out.NotTaken)
-			continue
-		case len(out.NotTaken) > 0 && pushed == 1:
-			r.passed = 0
-			refusal = errNotTaken
-		default:
-			r.passed = 0
-			p.delivered(batch)
-			r.tally.scrapes += len(batch)
-		}
-		if len(out.NotTaken) > 0 && pushed > 1 {
-			p.tread(pushed, false)
-		} else if p.careful -= pushed; p.careful <= 0 {
-			p.careful, p.most = 0, min(2*p.most, maxTogether)
+		if err := d.attempt(ctx, step); err != nil {
+			return err
 		}
 	}
 }
 
-// leave chooses the server that a Drain begins with: where nobody reads for long, perhaps
-// because the center lost its way there, the next of To may do better.
-func (p *Pusher) leave() {
-	now, n := p.cfg.Now(), len(p.cfg.To)
-	if n > 1 && !now.Before(p.homeUntil) {
-		p.home = 0
-		if held := p.cfg.Spool.HeldFor(); held > unreadPatience {
-			p.home, p.homeUntil = (p.last+1)%n, now.Add(unreadPatience)
-			p.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", p.cfg.To[p.last],
-				"unread_for", held.Round(time.Second), "next", p.cfg.To[p.home])
-		}
+func (d *delivery) logProgress() {
+	if d.progress.pushes > 0 {
+		st := d.cfg.Spool.Stats()
+		d.cfg.Log.Info("pushed", "samples", d.progress.samples, "scrapes", d.progress.scrapes, "pushes", d.progress.pushes,
+			"took", d.cfg.Now().Sub(d.progress.begin).Round(time.Millisecond),
+			"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.Unread())
 	}
-	p.first, p.firstUntil = p.home, time.Time{}
+	d.progress = pushProgress{begin: d.cfg.Now()}
 }
 
-// choose chooses the server of the next attempt.
-func (p *Pusher) choose(r *round) {
-	if r.tried > 0 {
-		return // of the same round
+// attempt asks the current server what it holds, or sends the next push to it. It returns nil if
+// another step may follow, even if the attempt failed; an error ends the drain.
+func (d *delivery) attempt(ctx context.Context, step SpoolStep) error {
+	d.servers.choose(d.cfg.Now())
+	// The token comes before the next push, because the answer to its request states the time by
+	// which the spool corrects the times of scrapes.
+	_, err := d.ensureToken(ctx)
+	switch {
+	case err != nil:
+		d.pushes.Inc("failed")
+	case step == StepPush:
+		return d.pushNext(ctx)
+	default:
+		err = d.ask(ctx)
 	}
-	if !p.cfg.Now().Before(p.firstUntil) {
-		p.first = p.home
+	if err != nil {
+		return d.fail(ctx, err)
 	}
-	r.at = p.first
+	return nil
 }
 
-// tread makes the next pushes smaller, after one of n scrapes: half as large
-// if it was too large, else of one scrape each, to find the one that is wrong.
-func (p *Pusher) tread(n int, large bool) {
-	p.most, p.careful = 1, n
-	if large {
-		p.most = n / 2
+// ask asks the current server what it holds, by a push without scrapes. A server
+// that refuses that does not know what a spool is.
+func (d *delivery) ask(ctx context.Context) error {
+	answer, err := d.upload(ctx, d.cfg.Spool.ID(), nil)
+	if isFinal(err) {
+		answer, err = uploadAnswer{spool: SpoolAnswer{Server: d.server()}}, nil
 	}
-}
-
-func timedOut(err error) bool {
-	var e net.Error
-	return errors.As(err, &e) && e.Timeout()
-}
-
-// round is a series of attempts, one at each server until one takes what is pushed.
-type round struct {
-	at, tried int           // the server of the next attempt, and how many failed before
-	retry     time.Duration // that servers asked for meanwhile
-	passed    int           // servers that took nothing of the same scrape
-	backoff   time.Duration // the next pause when all have failed
-	last      error         // why the last round failed
-	tally     tally
-}
-
-// again goes on to the next server after an attempt that failed but may be repeated, or
-// pauses if it was the last one. It returns nil when it is time for the next attempt;
-// else what to end with.
-func (p *Pusher) again(ctx context.Context, err *pushError, r *round) error {
-	r.retry = max(r.retry, err.retry)
-	if r.at == p.home {
-		p.home = 0
+	if err != nil {
+		d.pushes.Inc("failed")
+		return err
 	}
-	if r.tried++; r.tried < len(p.cfg.To) && ctx.Err() == nil {
-		p.cfg.Log.Warn("destination failed; trying the next", "to", p.cfg.To[r.at], "err", err)
-		r.at = (r.at + 1) % len(p.cfg.To)
+	d.servers.last = d.servers.current
+	d.cfg.Spool.Answer(answer.spool)
+	if st := d.cfg.Spool.Stats(); st.ByState[ScrapeUndelivered].Scrapes == 0 {
+		d.healthy.Store(true) // the push before was delivered, and its answer lost
+	}
+	return nil
+}
+
+// pushNext pushes the next scrapes of the spool and acts on the result. An error ends the drain.
+func (d *delivery) pushNext(ctx context.Context) error {
+	scrapes, err := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: MaxDecodedFactor * d.cfg.LimitBytes, Scrapes: d.size.max})
+	if err != nil {
+		d.cfg.SpoolErrors.Inc()
+		return d.pause(ctx, err, 0)
+	}
+	n := len(scrapes)
+	if n == 0 {
 		return nil
 	}
-	err.retry = r.retry
-	r.tried, r.retry = 0, 0
-	return p.rest(ctx, err, r)
+	outcome, err := d.push(ctx, scrapes, true)
+	switch {
+	case err == nil:
+		d.settle(scrapes, outcome)
+	case !isFinal(err):
+		if ctx.Err() == nil && isTimeout(err) && n > 1 && d.servers.isLastTry() {
+			d.size.halve(n)
+		}
+		return d.fail(ctx, err)
+	case n > 1:
+		d.cfg.Spool.Release()
+		if reasonOf(err) == pushTooLarge {
+			d.size.halve(n)
+		} else {
+			d.size.single(n)
+		}
+	case reasonOf(err) == pushTooLarge:
+		return d.pushInPieces(ctx, scrapes[0], err)
+	default:
+		d.reject(max(1, scrapes[0].Samples), err) // an empty one is refused as well
+	}
+	return nil
 }
 
-// rest pauses; else it is as again.
-func (p *Pusher) rest(ctx context.Context, err *pushError, r *round) error {
-	p.ok.Store(false)
-	if ctx.Err() != nil && r.last != nil {
-		return r.last // says more than that the time is up
+// push sends scrapes to the current server. If named, the push names them, and the answer goes to
+// the spool. After an error the scrapes can be pushed again, unless isFinal says that it is about
+// them.
+func (d *delivery) push(ctx context.Context, scrapes []Scrape, named bool) (outcome SpoolOutcome, err error) {
+	bytes, samples := 0, 0
+	for _, sc := range scrapes {
+		bytes, samples = bytes+len(sc.Gzip), samples+sc.Samples
 	}
-	r.last = err
-	p.report(&r.tally)
-	// Sites that were refused together come back apart.
-	pause := max(min(err.retry, p.cfg.MaxWait), r.backoff/2)
-	pause += rand.N(pause)
-	r.backoff = min(2*r.backoff, maxBackoff)
-	if !p.pause(ctx, pause, err) {
+	id := uint64(0)
+	if named {
+		id = d.cfg.Spool.ID()
+	}
+	begin := d.cfg.Now()
+	answer, err := d.upload(ctx, id, scrapes)
+	d.pushSeconds.Observe(d.cfg.Now().Sub(begin).Seconds())
+	if err == nil || isFinal(err) {
+		d.servers.succeed(d.cfg.Now(), d.cfg.MaxRetryAfter)
+	}
+	if err != nil {
+		d.pushes.Inc("failed")
+		return outcome, err
+	}
+	d.pushes.Inc("ok")
+	d.pushed.Add(float64(samples))
+	d.lastPush.Set(float64(d.cfg.Now().UnixMilli()) / 1000)
+	d.bodyBytes.Set(float64(bytes))
+	d.progress.samples, d.progress.pushes = d.progress.samples+samples, d.progress.pushes+1
+	if named {
+		d.servers.last = d.servers.current
+		outcome = d.cfg.Spool.Answer(answer.spool)
+	}
+	d.logDropped(answer, outcome, samples)
+	return outcome, nil
+}
+
+// logDropped logs and counts the samples that the server dropped. Those of a declined scrape are
+// logged once and not counted, since the scrape stays in the spool.
+func (d *delivery) logDropped(answer uploadAnswer, outcome SpoolOutcome, samples int) {
+	if len(outcome.Declined) > 0 {
+		if outcome.FirstDecline {
+			d.cfg.Log.Warn("the server took no sample of a scrape; it stays in the spool and is tried again",
+				"server", cmp.Or(answer.Server, d.server()), "samples", samples, "dropped", answer.Dropped, "hint", answer.Hint)
+		}
+		return
+	}
+	for reason, n := range answer.Dropped {
+		args := []any{"reason", reason, "samples", n}
+		if answer.Hint != "" {
+			args = append(args, "hint", answer.Hint)
+		}
+		d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
+		d.cfg.Log.Warn("the server dropped samples", args...)
+	}
+}
+
+// settle follows a push that a server answered with 200.
+func (d *delivery) settle(scrapes []Scrape, outcome SpoolOutcome) {
+	d.backoff.reset()
+	n, declined := len(scrapes), len(outcome.Declined) > 0
+	d.healthy.Store(!declined)
+	if declined && n == 1 {
+		// This server's clock may be wrong, and that of the next one right.
+		if d.servers.decline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
+			d.cfg.Spool.RetryNow(outcome.Declined)
+			return
+		}
+		d.rejected = errDeclined
+		d.size.settled(n)
+		return
+	}
+	d.servers.declined = 0
+	delivered := slices.DeleteFunc(scrapes, func(sc Scrape) bool { return outcome.Declined.Has(sc.Number) })
+	d.noteDelivered(delivered)
+	d.progress.scrapes += len(delivered)
+	if declined {
+		d.size.single(n)
+	} else {
+		d.size.settled(n)
+	}
+}
+
+// reject sets the scrape in flight aside, because no server accepts some of its samples.
+func (d *delivery) reject(samples int, why error) {
+	d.backoff.reset()
+	d.healthy.Store(false)
+	d.rejected = why
+	d.size.settled(1)
+	d.cfg.Spool.Reject()
+	d.cfg.Dropped.Add(float64(samples), DropRefused)
+	d.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", samples, "err", why)
+}
+
+// noteDelivered keeps the pieces of the newest scrape for LastDelivered.
+func (p *Pusher) noteDelivered(scrapes []Scrape) {
+	pieces := p.LastDelivered()
+	for _, sc := range scrapes {
+		if len(pieces) > 0 && pieces[0].At != sc.At {
+			pieces = nil
+		}
+		pieces = append(pieces[:len(pieces):len(pieces)], sc)
+	}
+	p.lastDelivered.Store(&pieces)
+}
+
+// fail follows an attempt that failed and may be repeated. An error ends the drain.
+func (d *delivery) fail(ctx context.Context, err error) error {
+	d.cfg.Spool.PushFailed(reasonOf(err) == pushUnavailable)
+	return d.retry(ctx, err)
+}
+
+// retry makes the next server current, or pauses if all servers of this round have failed. An
+// error ends the drain.
+func (d *delivery) retry(ctx context.Context, err error) error {
+	failed := d.server()
+	if d.servers.fail(retryAfterOf(err)) && ctx.Err() == nil {
+		d.cfg.Log.Warn("destination failed; trying the next", "to", failed, "err", err)
+		return nil
+	}
+	return d.pause(ctx, err, d.servers.retryAfter)
+}
+
+// pause waits before the next round: at least retryAfter, and longer each time. An error ends
+// the drain: ctx has ended, or would before the pause does.
+func (d *delivery) pause(ctx context.Context, err error, retryAfter time.Duration) error {
+	d.healthy.Store(false)
+	if ctx.Err() != nil {
+		return cmp.Or(d.lastErr, err) // err says only that the time is up
+	}
+	d.lastErr = err
+	d.logProgress()
+	pause := d.backoff.pause(min(retryAfter, d.cfg.MaxRetryAfter))
+	pause += rand.N(pause) // sites that were refused together come back apart
+	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"
+	if errors.Is(err, ErrSpoolRead) {
+		part = "spool"
+	}
+	if deadline, ok := ctx.Deadline(); ok && d.cfg.Now().Add(pause).After(deadline) {
+		d.cfg.Log.Error(part+" failed; scrapes are kept", "scrapes", kept, "err", err)
+		return err
+	}
+	d.cfg.Log.Warn(part+" failed; scrapes are kept, trying again", "scrapes", kept, "in", pause.Round(time.Millisecond), "err", err)
+	if _, ok := Sleep(ctx, pause, nil); !ok {
 		return err
 	}
 	return nil
 }
 
-// pause waits, and tells whether there is time for another attempt.
-func (p *Pusher) pause(ctx context.Context, pause time.Duration, err error) bool {
-	if ctx.Err() != nil {
-		return false
-	}
-	held, who := p.cfg.Spool.Stats().By[ScrapeUndelivered].Scrapes, "destination"
-	if errors.Is(err, ErrSpoolRead) {
-		who = "spool"
-	}
-	if deadline, ok := ctx.Deadline(); ok && p.cfg.Now().Add(pause).After(deadline) {
-		p.cfg.Log.Error(who+" failed; scrapes are kept", "scrapes", held, "err", err)
-		return false
-	}
-	p.cfg.Log.Warn(who+" failed; scrapes are kept, trying again", "scrapes", held, "in", pause.Round(time.Millisecond), "err", err)
-	_, ok := Sleep(ctx, pause, nil)
-	return ok
-}
-
-// delivered keeps the pieces of the newest scrape for Sent.
-func (p *Pusher) delivered(batch []Scrape) {
-	sent := p.Sent()
-	for _, sc := range batch {
-		if len(sent) > 0 && sent[0].At != sc.At {
-			sent = nil
-		}
-		sent = append(sent[:len(sent):len(sent)], sc)
-	}
-	p.sent.Store(&sent)
-}
-
-// push offers scrapes to the server whose turn it is. If named, it names them, and the
-// spool takes in the answer.
-func (p *Pusher) push(ctx context.Context, r *round, batch []Scrape, named bool) (out SpoolOutcome, failed *pushError) {
-	size, samples := 0, 0
-	var names ScrapeNames
-	for _, sc := range batch {
-		size, samples = size+len(sc.Gzip), samples+sc.Samples
-		names.Numbers = names.Numbers.Add(sc.Number, sc.Number)
-	}
-	if named {
-		names.ID = p.cfg.Spool.ID()
-	}
-	// Several gzips in a row are one.
-	body := make([]byte, 0, size)
-	for _, sc := range batch {
-		body = append(body, sc.Gzip...)
-	}
-	begin := p.cfg.Now()
-	got, answer, err := p.request(ctx, p.cfg.To[r.at], names, &batch[len(batch)-1], body)
-	p.pushSeconds.Observe(p.cfg.Now().Sub(begin).Seconds())
-	failed = p.failed(err)
-	if failed != nil && !failed.final {
-		return out, failed
-	}
-	if r.at != p.first {
-		p.first, p.firstUntil = r.at, p.cfg.Now().Add(p.cfg.MaxWait)
-	}
-	r.tried, r.retry = 0, 0
-	if failed != nil {
-		return out, failed
-	}
-	p.pushes.Inc("ok")
-	p.pushed.Add(float64(samples))
-	p.lastPush.Set(float64(p.cfg.Now().UnixMilli()) / 1000)
-	p.bodyBytes.Set(float64(size))
-	r.tally.samples, r.tally.pushes = r.tally.samples+samples, r.tally.pushes+1
-	if named {
-		p.last, out = r.at, p.cfg.Spool.Answer(answer)
-	}
-	if len(out.NotTaken) > 0 { // the samples are not dropped yet
-		if out.Tell {
-			p.cfg.Log.Warn("the server took no sample of a scrape; it stays in the spool and is tried again",
-				"server", cmp.Or(got.Server, p.cfg.To[r.at]), "samples", samples, "dropped", got.Dropped, "hint", got.Hint)
-		}
-		return out, nil
-	}
-	for reason, n := range got.Dropped {
-		args := []any{"reason", reason, "samples", n}
-		if got.Hint != "" {
-			args = append(args, "hint", got.Hint)
-		}
-		p.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
-		p.cfg.Log.Warn("the server dropped samples", args...)
-	}
-	return out, nil
-}
-
-// ask asks the server whose turn it is what it holds, by a push without scrapes. A server
-// that refuses that does not know what a spool is.
-func (p *Pusher) ask(ctx context.Context, r *round) *pushError {
-	_, answer, err := p.request(ctx, p.cfg.To[r.at], ScrapeNames{ID: p.cfg.Spool.ID()}, nil, nil)
-	var e *pushError
-	if errors.As(err, &e) && e.final {
-		answer, err = SpoolAnswer{To: p.cfg.To[r.at]}, nil
-	}
-	if err != nil {
-		return p.failed(err)
-	}
-	p.last = r.at
-	p.cfg.Spool.Answer(answer)
-	if st := p.cfg.Spool.Stats(); st.By[ScrapeUndelivered].Scrapes == 0 {
-		p.ok.Store(true) // the push before was delivered, and its answer lost
-	}
-	return nil
+func isTimeout(err error) bool {
+	var e net.Error
+	return errors.As(err, &e) && e.Timeout()
 }

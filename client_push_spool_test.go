@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -18,17 +19,17 @@ import (
 // queueServer is a server that holds what names its scrapes until its consumers have read
 // it. An event is a request: "ask", or what was pushed, by the values of the samples.
 type queueServer struct {
-	t      *testing.T
-	ahead  time.Duration // of its clock
-	limit  int           // bytes of a body's text; 0: none
-	old    bool          // it does not know what a spool is
-	none   bool          // it knows no consumer
-	down   atomic.Bool
-	lost   int               // answers that do not arrive
-	refuse func(string) bool // texts whose samples it drops
-	tells  []ConsumerAge
-	busy   int                // pushes that it refuses for now
-	hook   func(event string) // called before each answer
+	t           *testing.T
+	ahead       time.Duration // of its clock
+	limit       int           // bytes of a body's text; 0: none
+	noSpools    bool          // it does not know what a spool is
+	noConsumers bool          // it knows no consumer
+	down        atomic.Bool
+	lostAnswers int               // answers that do not arrive
+	declines    func(string) bool // texts whose samples it drops
+	consumers   []ConsumerAge
+	unavailable int                // pushes that it refuses for now
+	onRequest   func(event string) // called before each answer
 
 	mu         sync.Mutex // guards the rest
 	held, read Ranges
@@ -76,8 +77,8 @@ func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 	if q.limit > 0 && len(text) > q.limit {
 		return respond(413, nil, "too large"), nil
 	}
-	if q.busy > 0 {
-		q.busy--
+	if q.unavailable > 0 {
+		q.unavailable--
 		return respond(503, http.Header{"Retry-After": {"5"}}, "overloaded"), nil
 	}
 	lines := slices.Collect(strings.Lines(text))
@@ -88,24 +89,24 @@ func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 			if len(lines) > 0 {
 				line, lines = lines[0], lines[1:] // scrapes of one sample each, if refuse looks at them
 			}
-			if !q.read.Has(n) && (q.refuse == nil || !q.refuse(line)) {
+			if !q.read.Has(n) && (q.declines == nil || !q.declines(line)) {
 				q.held = q.held.Add(n, n)
 			}
 		}
 	}
-	if q.hook != nil {
-		q.hook(event)
+	if q.onRequest != nil {
+		q.onRequest(event)
 	}
-	if q.lost > 0 {
-		q.lost--
+	if q.lostAnswers > 0 {
+		q.lostAnswers--
 		return nil, errors.New("connection reset")
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, `{"accepted":1,"duplicates":0,"dropped":{},%s`, clock)
-	if !q.old && names.ID != 0 {
+	if !q.noSpools && names.ID != 0 {
 		fmt.Fprintf(&b, `,"held":%q`, q.held)
-		if !q.none {
-			fmt.Fprintf(&b, `,"read":%q,"consumers":%q`, q.read, FormatConsumers(q.tells))
+		if !q.noConsumers {
+			fmt.Fprintf(&b, `,"read":%q,"consumers":%q`, q.read, FormatConsumers(q.consumers))
 		}
 	}
 	return respond(200, nil, b.String()+"}"), nil
@@ -166,14 +167,14 @@ func mustDrain(t *testing.T, c *Client) {
 func expectSpool(t *testing.T, what string, c *Client, undelivered, held, elsewhere int) {
 	t.Helper()
 	st := c.spool.Stats()
-	if got, want := [...]int{st.By[0].Scrapes, st.By[1].Scrapes, st.By[2].Scrapes}, [...]int{undelivered, held, elsewhere}; got != want {
+	if got, want := [...]int{st.ByState[0].Scrapes, st.ByState[1].Scrapes, st.ByState[2].Scrapes}, [...]int{undelivered, held, elsewhere}; got != want {
 		t.Errorf("%s: undelivered, held, elsewhere %v, want %v", what, got, want)
 	}
 }
 
 // A scrape stays until it is read, whatever is pushed meanwhile; one whose answer is lost
 // is asked for, and not sent again.
-func TestCourierKeepsUntilRead(t *testing.T) {
+func TestPusherKeepsUntilRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
 		c, log := newQueueClient(t, diskSpool(), []*queueServer{a}, nil)
@@ -185,10 +186,10 @@ func TestCourierKeepsUntilRead(t *testing.T) {
 			t.Errorf("logged:\n%s", log)
 		}
 		spoolOnes(t, c, 3)
-		a.lost = 1
+		a.lostAnswers = 1
 		mustDrain(t, c)
 		a.expect("a lost answer", "3", "ask")
-		if !c.pusher.OK() {
+		if !c.pusher.Healthy() {
 			t.Error("not ready after a lost answer")
 		}
 		expectSpool(t, "a lost answer", c, 0, 3, 0)
@@ -201,7 +202,7 @@ func TestCourierKeepsUntilRead(t *testing.T) {
 		a.consume()
 		mustDrain(t, c)
 		a.expect("nothing to push")
-		time.Sleep(askPause)
+		time.Sleep(askInterval)
 		mustDrain(t, c)
 		a.expect("nothing to push for a minute", "ask")
 		expectSpool(t, "nothing to push", c, 0, 0, 0)
@@ -223,7 +224,7 @@ func TestCourierKeepsUntilRead(t *testing.T) {
 
 // An answer that is lost before the server had the push costs a question, and the push is
 // sent again.
-func TestCourierAsksBeforeItSendsAgain(t *testing.T) {
+func TestPusherAsksBeforeItSendsAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
 		a.down.Store(true)
@@ -231,7 +232,7 @@ func TestCourierAsksBeforeItSendsAgain(t *testing.T) {
 		spoolOnes(t, c, 1)
 		time.AfterFunc(10*time.Minute, func() { a.down.Store(false) })
 		mustDrain(t, c)
-		// The tokens could not be had either: nothing was handed out yet.
+		// The tokens could not be had either: nothing was in flight yet.
 		a.expect("after an outage", "1")
 		a.down.Store(true)
 		spoolOnes(t, c, 2)
@@ -243,12 +244,12 @@ func TestCourierAsksBeforeItSendsAgain(t *testing.T) {
 
 // A push that a server refuses for now is sent again without a question, which would cost
 // a server that has too much to do another request.
-func TestCourierSendsAgainWhatIsRefusedForNow(t *testing.T) {
+func TestPusherSendsAgainWhatIsRefusedForNow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{}, &queueServer{}
 		c, _ := newQueueClient(t, diskSpool(), []*queueServer{a, b}, nil)
 		spoolOnes(t, c, 1)
-		a.busy, b.busy = 2, 1
+		a.unavailable, b.unavailable = 2, 1
 		mustDrain(t, c)
 		a.expect("both busy", "1", "1")
 		b.expect("both busy", "1", "1")
@@ -257,7 +258,7 @@ func TestCourierSendsAgainWhatIsRefusedForNow(t *testing.T) {
 
 // A server that lost its disk gets all that is unread again: after what is new, at one push
 // a second, and what comes meanwhile goes first.
-func TestCourierFillsAnEmptyServer(t *testing.T) {
+func TestPusherFillsAnEmptyServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
 		c, _ := newQueueClient(t, diskSpool(), []*queueServer{a}, nil)
@@ -265,11 +266,11 @@ func TestCourierFillsAnEmptyServer(t *testing.T) {
 		mustDrain(t, c)
 		a.held = nil
 		a.expect("full", "1 2 3 4 5")
-		c.pusher.most, c.pusher.careful = 2, 1<<20 // scrapes in a push
+		c.pusher.size = pushSize{max: 2, careful: 1 << 20} // scrapes in a push
 		spoolOnes(t, c, 6)
 		time.AfterFunc(1500*time.Millisecond, func() {
 			at := c.moment()
-			c.spool.Add(Scrape{At: at, Source: at.Wall, Samples: 1, Size: 4, Gzip: Gzip([]byte("n 7\n"))})
+			c.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: 1, Size: 4, Gzip: Gzip([]byte("n 7\n"))})
 		})
 		mustDrain(t, c)
 		for i := 2; i < len(a.at); i++ {
@@ -284,7 +285,7 @@ func TestCourierFillsAnEmptyServer(t *testing.T) {
 		expectSpool(t, "empty", c, 0, 7, 0)
 		// A source that gives nothing meanwhile changes nothing.
 		a.held = nil
-		time.Sleep(askPause)
+		time.Sleep(askInterval)
 		mustDrain(t, c)
 		a.expect("empty again", "ask", "1 2", "3 4", "5 6", "7")
 		expectSpool(t, "empty again", c, 0, 7, 0)
@@ -292,8 +293,8 @@ func TestCourierFillsAnEmptyServer(t *testing.T) {
 }
 
 // 200 is the end where nobody reads, and at a server that does not know what a spool is.
-func TestCourierEndsWith200(t *testing.T) {
-	for name, a := range map[string]*queueServer{"no consumer": {none: true}, "an old server": {old: true}} {
+func TestPusherEndsWith200(t *testing.T) {
+	for name, a := range map[string]*queueServer{"no consumer": {noConsumers: true}, "an old server": {noSpools: true}} {
 		synctest.Test(t, func(t *testing.T) {
 			spool := diskSpool()
 			c, _ := newQueueClient(t, spool, []*queueServer{a}, nil)
@@ -311,7 +312,7 @@ func TestCourierEndsWith200(t *testing.T) {
 }
 
 // The present server answers a question, too.
-func TestCourierAsksServer(t *testing.T) {
+func TestPusherAsksServer(t *testing.T) {
 	r := newSrvRig(t)
 	spool := diskSpool()
 	start := func() *Client {
@@ -324,7 +325,7 @@ func TestCourierAsksServer(t *testing.T) {
 	c := start()
 	text := fmt.Sprintf("n 1 %d\n", r.now().UnixMilli())
 	at := c.moment()
-	if err := c.spool.Add(Scrape{At: at, Source: at.Wall, Samples: 1, Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
+	if err := c.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: 1, Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
 		t.Fatal(err)
 	}
 	c = start()
@@ -334,37 +335,37 @@ func TestCourierAsksServer(t *testing.T) {
 	}
 }
 
-// A scrape that the server does not take stays; the others do not wait for it.
-func TestCourierNotTaken(t *testing.T) {
+// A scrape that the server declines stays; the others do not wait for it.
+func TestPusherDeclined(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &queueServer{refuse: func(line string) bool { return line == "n 2\n" }}
+		a := &queueServer{declines: func(line string) bool { return line == "n 2\n" }}
 		c, log := newQueueClient(t, diskSpool(), []*queueServer{a}, nil)
 		spoolOnes(t, c, 1, 2, 3)
-		if err := c.pusher.Drain(t.Context()); !errors.Is(err, errNotTaken) || c.pusher.OK() {
+		if err := c.pusher.Drain(t.Context()); !errors.Is(err, errDeclined) || c.pusher.Healthy() {
 			t.Errorf("got %v", err)
 		}
-		a.expect("not taken", "1 2 3", "2")
-		expectSpool(t, "not taken", c, 1, 2, 0)
+		a.expect("declined", "1 2 3", "2")
+		expectSpool(t, "declined", c, 1, 2, 0)
 		// Only after a minute, and told of once.
 		c.pusher.Drain(t.Context())
 		time.Sleep(time.Minute)
 		c.pusher.Drain(t.Context())
 		spoolOnes(t, c, 4)
-		a.refuse = nil
+		a.declines = nil
 		mustDrain(t, c)
-		if !c.pusher.OK() {
+		if !c.pusher.Healthy() {
 			t.Error("not ready")
 		}
 		if n := strings.Count(log.String(), "the server took no sample of a scrape"); n != 1 || c.dropped.Value(DropByServer) > 0 {
 			t.Errorf("told %d times, log:\n%s", n, log)
 		}
-		a.expect("then", "2", "4", "2") // one by one for a while, and what was not taken last
+		a.expect("then", "2", "4", "2") // one by one for a while, and what was declined last
 		expectSpool(t, "then", c, 0, 4, 0)
 	})
 }
 
 // A scrape in pieces is named by the last of them only.
-func TestCourierNamesLastPiece(t *testing.T) {
+func TestPusherNamesLastPiece(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{limit: 8}
 		c, _ := newQueueClient(t, diskSpool(), []*queueServer{a}, nil)
@@ -385,10 +386,10 @@ func TestCourierNamesLastPiece(t *testing.T) {
 }
 
 // A scrape whose pieces went to two servers is held by neither: it is pushed again.
-func TestCourierPiecesStayTogether(t *testing.T) {
+func TestPusherPiecesStayTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{limit: 8}, &queueServer{limit: 8}
-		a.hook = func(event string) { a.down.Store(event == "1 2") }
+		a.onRequest = func(event string) { a.down.Store(event == "1 2") }
 		c, _ := newQueueClient(t, diskSpool(), []*queueServer{a, b}, nil)
 		spoolAll(t, c, "n 1\nn 2\nn 3\nn 4\n")
 		mustDrain(t, c)
@@ -400,14 +401,14 @@ func TestCourierPiecesStayTogether(t *testing.T) {
 
 // A server that does not answer is passed over: the next is asked before it gets anything
 // that the first may have.
-func TestCourierAsksNextServer(t *testing.T) {
+func TestPusherAsksNextServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{}, &queueServer{}
 		c, _ := newQueueClient(t, diskSpool(), []*queueServer{a, b}, nil)
 		spoolOnes(t, c, 1)
 		mustDrain(t, c)
 		spoolOnes(t, c, 2)
-		a.lost = 1
+		a.lostAnswers = 1
 		b.held = a.names.Add(a.names[0].From+60, a.names[0].From+60) // they are of one ring
 		mustDrain(t, c)
 		a.expect("a", "1", "2")
@@ -418,7 +419,7 @@ func TestCourierAsksNextServer(t *testing.T) {
 
 // Where nobody reads for half an hour the next server is tried for half an hour, and then
 // the first again.
-func TestCourierLeavesUnreadServer(t *testing.T) {
+func TestPusherLeavesUnreadServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{}, &queueServer{}
 		c, log := newQueueClient(t, diskSpool(), []*queueServer{a, b}, nil)
@@ -458,7 +459,7 @@ func TestCourierLeavesUnreadServer(t *testing.T) {
 }
 
 // A spool on disk is asked for after a restart, and what servers hold is not sent again.
-func TestCourierRestart(t *testing.T) {
+func TestPusherRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
 		spool := diskSpool()
@@ -478,7 +479,7 @@ func TestCourierRestart(t *testing.T) {
 
 // A spool directory that is restored from an old copy names nothing by a number that was
 // used before, and sends what servers do not know.
-func TestCourierRestoredSpool(t *testing.T) {
+func TestPusherRestoredSpool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
 		spool := diskSpool()
@@ -514,9 +515,9 @@ func TestCourierRestoredSpool(t *testing.T) {
 }
 
 // The client tells every server of the consumers of any, across restarts, for a day.
-func TestCourierTellsConsumers(t *testing.T) {
+func TestPusherTellsConsumers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &queueServer{tells: []ConsumerAge{{1, 10 * time.Second}, {2, 23 * time.Hour}}}
+		a := &queueServer{consumers: []ConsumerAge{{1, 10 * time.Second}, {2, 23 * time.Hour}}}
 		spool, boot := diskSpool(), testBoot()
 		start := func() *Client {
 			c, _ := newQueueClient(t, spool, []*queueServer{a}, func(cfg *ClientConfig) { cfg.Boot = boot })
@@ -532,12 +533,12 @@ func TestCourierTellsConsumers(t *testing.T) {
 			}
 		}
 		told("")
-		a.tells = nil // it lost its disk
+		a.consumers = nil // it lost its disk
 		told("0000000000000001:70,0000000000000002:82860")
 		c = start()
 		time.Sleep(50 * time.Minute)
 		told("0000000000000001:3130,0000000000000002:85920")
-		a.tells = []ConsumerAge{{1, 5 * time.Second}}
+		a.consumers = []ConsumerAge{{1, 5 * time.Second}}
 		time.Sleep(10 * time.Minute)
 		told("0000000000000001:3790") // the other has not scraped for a day
 		told("0000000000000001:65")
@@ -545,7 +546,7 @@ func TestCourierTellsConsumers(t *testing.T) {
 }
 
 // Memory only: what servers hold is no loss at the end.
-func TestCourierMemoryOnly(t *testing.T) {
+func TestPusherMemoryOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
 		c, log := newQueueClient(t, SpoolConfig{}, []*queueServer{a}, nil)
@@ -566,7 +567,7 @@ func TestCourierMemoryOnly(t *testing.T) {
 
 // The times of a scrape are corrected once: whatever happens later, it is sent with the
 // same ones.
-func TestCourierShiftsOnce(t *testing.T) {
+func TestPusherShiftsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{date: true, extra: -10 * time.Minute}
 		a, b := &queueServer{}, &queueServer{ahead: 20 * time.Minute}
@@ -582,7 +583,7 @@ func TestCourierShiftsOnce(t *testing.T) {
 		}
 		scrape := func(c *Client) {
 			t.Helper()
-			if err := c.spoolOne(t.Context()); err != nil {
+			if err := c.scrapeAndSpool(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Minute)
@@ -633,13 +634,13 @@ func TestCourierShiftsOnce(t *testing.T) {
 
 // A scrape that was spooled before any server was heard is corrected before it is sent,
 // durably; if the disk fails then, the corrected one is held in memory.
-func TestSpoolFinishes(t *testing.T) {
+func TestSpoolCorrectsTimes(t *testing.T) {
 	for _, fails := range []bool{false, true} {
 		shift := int64(1000)
 		r := newSpoolRig(t, func(c *SpoolConfig) {
-			c.Final = func(sc Scrape) Scrape {
+			c.CorrectTimes = func(sc Scrape) Scrape {
 				text := shiftText(gunzip(t, sc.Gzip), shift)
-				sc.Final, sc.Shift, sc.Size, sc.Gzip = true, shift, len(text), Gzip(text)
+				sc.Corrected, sc.Shift, sc.Size, sc.Gzip = true, shift, len(text), Gzip(text)
 				return sc
 			}
 		})
@@ -647,7 +648,7 @@ func TestSpoolFinishes(t *testing.T) {
 		if fails {
 			r.fs.hook = failOn("write", "", 0, errFull)
 		}
-		first := r.handOut(noLimits)
+		first := r.nextPush(noLimits)
 		if want := fmt.Sprintf("s{n=\"1\",i=\"0\"} 1 %d\n", 1001); !bytes.HasPrefix(gunzip(t, first[0].Gzip), []byte(want)) {
 			t.Errorf("got %q, want %q first", gunzip(t, first[0].Gzip), want)
 		}
@@ -661,13 +662,13 @@ func TestSpoolFinishes(t *testing.T) {
 		r.expect("on disk", r.spool.Stats().InMemory, 0)
 		r.fs.crash()
 		r.open()
-		again := r.handOut(noLimits)
+		again := r.nextPush(noLimits)
 		for i := range first {
-			if !bytes.Equal(gunzip(t, again[i].Gzip), gunzip(t, first[i].Gzip)) || !again[i].Final {
+			if !bytes.Equal(gunzip(t, again[i].Gzip), gunzip(t, first[i].Gzip)) || !again[i].Corrected {
 				t.Errorf("fails %v: %q, then %q", fails, gunzip(t, first[i].Gzip), gunzip(t, again[i].Gzip))
 			}
 		}
-		r.expect("the newest shift", r.spool.NewestShift(), map[bool]int{false: 1000, true: 5000}[fails])
+		r.expect("the newest shift", r.spool.LastShift(), map[bool]int{false: 1000, true: 5000}[fails])
 	}
 }
 
@@ -687,7 +688,7 @@ func TestSpoolRecord(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
 	id := r.spool.ID()
-	r.spool.Answer(SpoolAnswer{Known: true, Consumers: []ConsumerAge{{7, time.Minute}}})
+	r.spool.Answer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{7, time.Minute}}})
 	for _, name := range []string{"spool.log.tmp", "spool.log.damaged", "spool.log.damaged-2", "spool.log.refused"} {
 		r.fs.put("/s/"+name, []byte("x"))
 	}
@@ -695,13 +696,13 @@ func TestSpoolRecord(t *testing.T) {
 	if r.spool.ID() != id || id == 0 || len(r.spool.Consumers()) != 1 || len(r.errs) > 0 {
 		t.Errorf("ID %x after %x, consumers %v, errors %v", r.spool.ID(), id, r.spool.Consumers(), r.errs)
 	}
-	good := r.fs.entries["/s/"+spoolLogName].data
+	good := r.fs.entries["/s/"+spoolMetaName].data
 	for i := range good {
 		for what, data := range map[string][]byte{"cut": good[:i], "flipped": bytes.Clone(good)} {
 			if what == "flipped" {
 				data[i] ^= 0x40
 			}
-			r.fs.put("/s/"+spoolLogName, data)
+			r.fs.put("/s/"+spoolMetaName, data)
 			r.errs = nil
 			r.open()
 			if r.spool.ID() == id || r.spool.ID() == 0 || len(r.spool.Consumers()) > 0 || len(r.errs) == 0 {
@@ -714,24 +715,24 @@ func TestSpoolRecord(t *testing.T) {
 		}
 	}
 	r.expect("the scrapes", r.drain(noLimits), [][]int{{1}})
-	r.fs.Remove("/s/" + spoolLogName)
+	r.fs.Remove("/s/" + spoolMetaName)
 	r.errs = nil
 	if r.open(); r.spool.ID() == id || len(r.errs) > 0 {
 		t.Errorf("without a record: ID %x, errors %v", r.spool.ID(), r.errs)
 	}
-	// Another cluster ID's is not taken over.
+	// A record of another cluster ID is not used.
 	id, r.cfg.Cluster = r.spool.ID(), "other"
 	if r.open(); r.spool.ID() == id || len(r.errs) > 0 {
 		t.Errorf("of another cluster: ID %x, errors %v", r.spool.ID(), r.errs)
 	}
 }
 
-// The record is written when there is news only.
+// The record is written only when it changes.
 func TestSpoolRecordWrites(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	writes := 0
 	r.fs.hook = func(_ int, op, name string) fault {
-		if op == "rename" && strings.Contains(name, spoolLogName) {
+		if op == "rename" && strings.Contains(name, spoolMetaName) {
 			writes++
 		}
 		return fault{}
@@ -752,7 +753,7 @@ func TestSpoolRecordWrites(t *testing.T) {
 	} {
 		writes = 0
 		r.later(tt.later)
-		r.spool.Answer(SpoolAnswer{Known: true, Consumers: tt.told})
+		r.spool.Answer(SpoolAnswer{KnowsSpools: true, Consumers: tt.told})
 		if writes != tt.want {
 			t.Errorf("%+v: written %d times", tt, writes)
 		}
@@ -795,15 +796,15 @@ func TestSpoolNumberOfNextProcess(t *testing.T) {
 			r := newSpoolRig(t, nil)
 			r.later(time.Hour)
 			r.open()
-			r.spool.Answer(SpoolAnswer{Known: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}}) // has the record written
+			r.spool.Answer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}}) // has the record written
 			r.mustAdd(1)
-			first, id := r.handOut(noLimits)[0].Number, r.spool.ID()
-			r.spool.Answer(SpoolAnswer{Known: true, Read: Ranges{{first, first}}})
+			first, id := r.nextPush(noLimits)[0].Number, r.spool.ID()
+			r.spool.Answer(SpoolAnswer{KnowsSpools: true, Read: Ranges{{first, first}}})
 			r.now.BootID = "boot-2"
 			r.now.Wall += tt.later.Milliseconds()
 			r.open()
 			r.mustAdd(2)
-			second := r.handOut(noLimits)[0].Number
+			second := r.nextPush(noLimits)[0].Number
 			if same := r.spool.ID() == id; same != tt.wantID || same && second <= first {
 				t.Errorf("number %d, then %d; the same ID: %v", first, second, same)
 			}
@@ -816,49 +817,57 @@ func TestSpoolNumberOfNextProcess(t *testing.T) {
 
 // Scrapes that a server holds are dropped before those that none holds, oldest first.
 func TestSpoolDropsHeldFirst(t *testing.T) {
-	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 4 * spoolBlock })
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 4 * fileBlock })
 	r.mustAdd(1, 2, 3, 4)
-	r.handOut(noLimits)
-	r.spool.Failed(false)
-	r.spool.Answer(SpoolAnswer{Known: true, Held: Ranges{{3, 3}}})
+	r.nextPush(noLimits)
+	r.spool.PushFailed(false)
+	r.spool.Answer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{3, 3}}})
 	r.mustAdd(5)
-	r.expect("dropped", r.dropped, map[string]int{DropSpoolHeld: 3})
+	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 3})
 	r.mustAdd(6)
-	r.expect("dropped", r.dropped, map[string]int{DropSpoolHeld: 3, DropSpoolFull: 3})
+	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 3, DropSpoolFull: 3})
 	r.expect("kept", r.drain(noLimits), [][]int{{2, 4, 5, 6}})
 	r.mustAdd(7)
-	r.handOut(noLimits)
-	r.spool.Answer(SpoolAnswer{Known: true, Held: Ranges{{7, 7}}})
+	r.nextPush(noLimits)
+	r.spool.Answer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{7, 7}}})
 	r.later(3 * time.Hour)
 	r.mustAdd(8)
-	r.expect("dropped", r.dropped, map[string]int{DropSpoolHeld: 6, DropSpoolFull: 3})
+	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 6, DropSpoolFull: 3})
 }
 
-// Files of the version before are read as not final.
-func TestSpoolReadsOldFiles(t *testing.T) {
-	r := newSpoolRig(t, nil)
-	sc := r.scrape(1, 3)
-	r.fs.put("/s/"+spoolName(1), AppendRecord(appendLogHeader(nil, []byte("site")), spoolKindOld, appendScrape(nil, &sc)[spoolFinal:]))
-	r.open()
-	if got := r.handOut(noLimits); len(got) != 1 || got[0].Final || got[0].At != sc.At || len(r.errs) > 0 {
-		t.Errorf("got %+v, errors %v", got, r.errs)
+// A file of another version stops the opening, which says so, and stays as it is.
+func TestSpoolOfAnotherVersion(t *testing.T) {
+	for name, want := range map[string]string{
+		spoolName(1):  "/s/" + spoolName(1) + " has a record of version 9; this program knows version 3",
+		spoolMetaName: "/s/" + spoolMetaName + " has a record of version 9; this program knows version 1",
+	} {
+		r := newSpoolRig(t, nil)
+		r.mustAdd(1)
+		r.fs.put("/s/"+name, AppendRecord(appendLogHeader(nil, []byte("site")), 9, []byte("as nobody knows it")))
+		before := r.fs.contents()
+		if _, err := OpenSpool(r.cfg); err == nil || !strings.HasPrefix(err.Error(), "opening spool: "+want) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !maps.Equal(r.fs.contents(), before) || len(r.errs) > 0 || r.dropCalls > 0 {
+			t.Errorf("%s: files %q; errors %v, dropped %v", name, r.fs.names(), r.errs, r.droppedSamples)
+		}
 	}
 }
 
-func FuzzDecodeSpoolLog(f *testing.F) {
+func FuzzDecodeSpoolMeta(f *testing.F) {
 	at := Moment{1_700_000_000_000, 5, "boot-1"}
-	f.Add(appendSpoolLog(nil, &spoolLog{ID: 1, At: at}))
-	f.Add(appendSpoolLog(nil, &spoolLog{ID: 1 << 63, At: at, Consumers: []ConsumerAge{{1, 0}, {1 << 63, consumerKept}}}))
+	f.Add(appendSpoolMeta(nil, &spoolMeta{ID: 1, At: at}))
+	f.Add(appendSpoolMeta(nil, &spoolMeta{ID: 1 << 63, At: at, Consumers: []ConsumerAge{{1, 0}, {1 << 63, consumerMaxAge}}}))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
-		l, err := decodeSpoolLog(data)
+		l, err := decodeSpoolMeta(data)
 		if err != nil {
 			return
 		}
 		if l.ID == 0 || len(l.Consumers) > MaxConsumers {
 			t.Fatalf("%+v", l)
 		}
-		if again := appendSpoolLog(nil, &l); !bytes.Equal(again, data) {
+		if again := appendSpoolMeta(nil, &l); !bytes.Equal(again, data) {
 			t.Fatalf("%q, then %q", data, again)
 		}
 	})

@@ -206,13 +206,13 @@ func TestClientPushesWithoutSource(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
 		go func() { ended <- c.Run(ctx) }()
-		time.Sleep(2*time.Second + c.untilPhase(time.Now().Add(2*time.Second), 2*time.Minute) + time.Minute)
+		time.Sleep(2*time.Second + c.untilNextPhase(time.Now().Add(2*time.Second), 2*time.Minute) + time.Minute)
 		synctest.Wait()
 		source.hang.Store(true)
 		if n := c.spool.Stats().Scrapes; n < 5 {
 			t.Fatalf("%d scrapes wait for the next push", n)
 		}
-		time.Sleep(time.Minute + scrapeGrace)
+		time.Sleep(time.Minute + pushGrace)
 		synctest.Wait()
 		if got := hub.received(); !slices.Equal(got, upTo(source.count())) {
 			t.Errorf("received %v, of %d", got, source.count())
@@ -254,15 +254,15 @@ func spoolAll(t *testing.T, c *Client, texts ...string) {
 	t.Helper()
 	for _, text := range texts {
 		at := c.moment()
-		if err := c.spool.Add(Scrape{At: at, Source: at.Wall, Samples: strings.Count(text, "\n"), Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
+		if err := c.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: strings.Count(text, "\n"), Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Minute)
 	}
 }
 
-// judge has the hub answer a push by its text: nil accepts it.
-func (h *fakeHub) judge(by func(text string) *http.Response) {
+// answerByText has the hub answer a push by its text: nil accepts it.
+func (h *fakeHub) answerByText(by func(text string) *http.Response) {
 	h.answer = func(r *http.Request) *http.Response {
 		var b bytes.Buffer
 		b.ReadFrom(r.Body)
@@ -278,7 +278,7 @@ func (h *fakeHub) judge(by func(text string) *http.Response) {
 
 // sizedHub answers 413 to what is longer than limit, and 400 to what holds "bad".
 func sizedHub(hub *fakeHub, limit int) {
-	hub.judge(func(text string) *http.Response {
+	hub.answerByText(func(text string) *http.Response {
 		switch {
 		case len(text) > limit:
 			return respond(413, nil, "too long")
@@ -289,7 +289,7 @@ func sizedHub(hub *fakeHub, limit int) {
 	})
 }
 
-func TestCourierRefusals(t *testing.T) {
+func TestPusherRefusals(t *testing.T) {
 	a, b, bad, z := "a 1\na 2\n", "b 1\nb 2\n", "bad 1\nb 3\n", "z 1\n"
 	long := "l " + strings.Repeat("1", 100) + "\n"
 	for _, tt := range []struct {
@@ -337,19 +337,19 @@ func TestCourierRefusals(t *testing.T) {
 	}
 }
 
-// A scrape in more pieces than the server's pace allows at once arrives all the same,
+// A scrape in more pieces than the server's rate limit allows at once arrives all the same,
 // each piece once: what was delivered is not sent again.
-func TestCourierSplitsAtThePaceOfServers(t *testing.T) {
+func TestPusherSplitsUnderRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
-		pace := NewSenders(time.Second)
+		limiter := NewSenders(time.Second)
 		sizedHub(hub, 6)
 		answer := hub.answer
 		hub.answer = func(r *http.Request) *http.Response {
-			if wait, err := pace.AcquirePush("site", time.Now()); err != nil {
+			if wait, err := limiter.AcquirePush("site", time.Now()); err != nil {
 				return respond(429, http.Header{"Retry-After": {strconv.Itoa(int(wait/time.Second) + 1)}}, err.Error())
 			}
-			defer pace.ReleasePush("site")
+			defer limiter.ReleasePush("site")
 			return answer(r)
 		}
 		var text strings.Builder
@@ -367,11 +367,11 @@ func TestCourierSplitsAtThePaceOfServers(t *testing.T) {
 
 // A site with more series than the server holds of it: what fits goes on arriving, and
 // what does not is not tried line by line.
-func TestCourierTooManySeries(t *testing.T) {
+func TestPusherTooManySeries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
 		held := map[string]bool{}
-		hub.judge(func(text string) *http.Response {
+		hub.answerByText(func(text string) *http.Response {
 			more := map[string]bool{}
 			for line := range strings.Lines(text) {
 				if name, _, _ := strings.Cut(line, " "); !held[name] {
@@ -408,7 +408,7 @@ func TestCourierTooManySeries(t *testing.T) {
 }
 
 // Only 400 and 413 are about what is sent: nothing else costs a scrape.
-func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
+func TestPusherRetriesWhatIsNotFinal(t *testing.T) {
 	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
 		synctest.Test(t, func(t *testing.T) {
 			c, hub, _ := newSpoolClient(t, "", diskSpool(), nil)
@@ -429,7 +429,7 @@ func TestCourierRetriesWhatIsNotFinal(t *testing.T) {
 
 // A server that hangs costs its timeout once in a while, not at each push of a backlog;
 // and when it is back it is the first again.
-func TestCourierFailsOverInABacklog(t *testing.T) {
+func TestPusherFailsOverInABacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var hanging atomic.Bool
 		hanging.Store(true)
@@ -477,7 +477,7 @@ func TestCourierFailsOverInABacklog(t *testing.T) {
 }
 
 // The client logs what the server answers about dropped samples.
-func TestCourierLogsHint(t *testing.T) {
+func TestPusherLogsHint(t *testing.T) {
 	for _, tt := range []struct{ answer, want string }{
 		{`{"accepted":0,"dropped":{"too_old":1},"hint":"the times are wrong"}`, `"the server dropped samples" reason=too_old samples=1 hint="the times are wrong"` + "\n"},
 		{`{"accepted":0,"dropped":{"too_old":1}}`, `"the server dropped samples" reason=too_old samples=1` + "\n"},
@@ -494,7 +494,7 @@ func TestCourierLogsHint(t *testing.T) {
 }
 
 // A 200 that is not a server's, but a proxy's or a login page's, costs no scrape.
-func TestCourierBelievesNoOther200(t *testing.T) {
+func TestPusherBelievesNoOther200(t *testing.T) {
 	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {
 		synctest.Test(t, func(t *testing.T) {
 			c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
@@ -511,7 +511,7 @@ func TestCourierBelievesNoOther200(t *testing.T) {
 
 // What a server asks for counts in either form, whatever its clock shows; nonsense asks
 // for nothing.
-func TestCourierRetryAfter(t *testing.T) {
+func TestPusherRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
 		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
@@ -565,7 +565,7 @@ func TestCourierRetryAfter(t *testing.T) {
 }
 
 // A line that is too slow for a large push within a timeout gets smaller ones.
-func TestCourierSlowLine(t *testing.T) {
+func TestPusherSlowLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
 		one := len(Gzip([]byte("n 10\n")))
@@ -612,7 +612,7 @@ func TestClientDiskFull(t *testing.T) {
 		disk := spool.FS.(*crashFS)
 		source := &counting{}
 		c, hub, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientState) { cfg.FromClient.Transport = source })
-		hub.tells = true // so that times are final from the second scrape on
+		hub.tellsTime = true // so that times are final from the second scrape on
 		var down atomic.Bool
 		down.Store(true)
 		hub.answer = func(*http.Request) *http.Response {
@@ -668,9 +668,9 @@ func TestClientDiskFull(t *testing.T) {
 	})
 }
 
-// While the spool cannot be read the courier waits, and what is there is delivered when
+// While the spool cannot be read the pusher waits, and what is there is delivered when
 // it can be. For a single file that cannot be read nothing else waits.
-func TestCourierWaitsForSpool(t *testing.T) {
+func TestPusherWaitsForSpool(t *testing.T) {
 	for _, tt := range []struct {
 		name, unread string
 		meanwhile    []int
@@ -688,7 +688,7 @@ func TestCourierWaitsForSpool(t *testing.T) {
 			if err := c.pusher.Drain(ctx); !errors.Is(err, errDisk) {
 				t.Errorf("%s: ended with %v", tt.name, err)
 			}
-			if got := hub.received(); !slices.Equal(got, tt.meanwhile) || c.pusher.OK() {
+			if got := hub.received(); !slices.Equal(got, tt.meanwhile) || c.pusher.Healthy() {
 				t.Errorf("%s: received %v meanwhile", tt.name, got)
 			}
 			if n := c.spoolErrors.Value(); n < 15 || n > 50 || strings.Count(log.String(), "\n") > 50 || !strings.Contains(log.String(), "spool failed; scrapes are kept") {
@@ -700,7 +700,7 @@ func TestCourierWaitsForSpool(t *testing.T) {
 			}
 			got := hub.received()
 			slices.Sort(got)
-			if !slices.Equal(got, upTo(3)) || !c.pusher.OK() || c.dropped.Value(DropSpoolDamaged) > 0 || len(spoolFiles(disk)) > 0 {
+			if !slices.Equal(got, upTo(3)) || !c.pusher.Healthy() || c.dropped.Value(DropSpoolDamaged) > 0 || len(spoolFiles(disk)) > 0 {
 				t.Errorf("%s: received %v, %v samples counted as dropped, files %q", tt.name, got, c.dropped.Value(DropSpoolDamaged), spoolFiles(disk))
 			}
 		})

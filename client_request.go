@@ -14,151 +14,198 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
 
-const maxAnswer = 256 << 10 // two lists of MaxRanges, and one of MaxConsumers
+const maxAnswer = 256 << 10 // bytes: two lists of MaxRanges, and one of MaxConsumers
 
-// pushError is why an attempt failed.
+// pushReason is why a push failed; it decides what follows.
+type pushReason int
+
+const (
+	pushNoAnswer    pushReason = iota // the server may have stored the push or not
+	pushUnavailable                   // the server stored nothing, but may accept the push later
+	pushInvalid                       // every server refuses these samples
+	pushTooLarge                      // every server refuses this push, but not a smaller one
+)
+
+// pushError is an answer other than 200.
 type pushError struct {
-	err     error
-	final   bool          // another attempt would fail as well
-	large   bool          // but smaller ones may not
-	refused bool          // the server took nothing, for now
-	retry   time.Duration // asked for by the server
+	err        error
+	reason     pushReason
+	retryAfter time.Duration // the server asked not to be tried before
 }
 
 func (e *pushError) Error() string { return e.err.Error() }
 func (e *pushError) Unwrap() error { return e.err }
 
-// failed makes a pushError of an attempt's error, and counts it; nil stays nil.
-func (p *Pusher) failed(err error) *pushError {
-	if err == nil {
-		return nil
+// reasonOf returns the reason of a pushError, and pushNoAnswer for any other error.
+func reasonOf(err error) pushReason {
+	if e := (*pushError)(nil); errors.As(err, &e) {
+		return e.reason
 	}
-	p.pushes.Inc("failed")
-	var e *pushError
-	if !errors.As(err, &e) {
-		e = &pushError{err: err}
-	}
-	return e
+	return pushNoAnswer
 }
 
-// request sends a push, or a question if newest is nil, to one server. An upload token
-// that is refused is replaced once: keys rotate, and clocks differ.
-func (p *Pusher) request(ctx context.Context, to string, names ScrapeNames, newest *Scrape, body []byte) (got PushAnswer, answer SpoolAnswer, err error) {
+// retryAfterOf returns for how long the server asked to wait; 0 if it did not ask.
+func retryAfterOf(err error) time.Duration {
+	if e := (*pushError)(nil); errors.As(err, &e) {
+		return e.retryAfter
+	}
+	return 0
+}
+
+// isFinal reports whether err says that the same push would fail at every attempt.
+func isFinal(err error) bool {
+	reason := reasonOf(err)
+	return reason == pushInvalid || reason == pushTooLarge
+}
+
+// uploadToken is what a client token was exchanged for; "" if nothing yet.
+type uploadToken struct {
+	value       string
+	clientToken string
+	renewAt     time.Time
+}
+
+// uploadAnswer is the answer to a push or a question.
+type uploadAnswer struct {
+	PushAnswer
+	spool SpoolAnswer
+}
+
+// server returns the URL of the current server.
+func (p *Pusher) server() string { return p.cfg.To[p.servers.current] }
+
+// upload pushes scrapes to the current server, under the spool's ID, or without names if id is
+// 0. Without scrapes it is a question. An upload token that is refused is renewed once, because
+// keys rotate and clocks differ.
+func (p *Pusher) upload(ctx context.Context, id uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
+	gzips := make([][]byte, len(scrapes))
+	for i, sc := range scrapes {
+		gzips[i] = sc.Gzip
+	}
+	body := slices.Concat(gzips...) // gzips in a row are one gzip
 	for {
-		fresh, err := p.authorize(ctx, to)
+		renewed, err := p.ensureToken(ctx)
 		if err != nil {
-			return got, answer, err
+			return answer, err
 		}
-		resp, err := p.post(ctx, to, "/upload", p.uploadToken, body, p.header(names, newest))
+		resp, err := p.post(ctx, "/upload", p.token.value, p.uploadHeader(id, scrapes), body)
 		if err != nil {
-			return got, answer, fmt.Errorf("pushing: %w", err)
+			return answer, fmt.Errorf("pushing: %w", err)
 		}
-		err = judge(resp, to+"/upload", p.cfg.Now())
-		if err == nil {
-			got, answer, err = p.read(resp.Body, to)
+		if err = checkResponse(resp, p.server()+"/upload", p.cfg.Now()); err == nil {
+			answer, err = p.parseAnswer(resp.Body)
 		}
 		resp.Body.Close()
-		if resp.StatusCode == http.StatusUnauthorized && !fresh {
-			p.uploadToken = ""
+		if resp.StatusCode == http.StatusUnauthorized && !renewed {
+			p.token.value = ""
 			continue
 		}
-		return got, answer, err
+		return answer, err
 	}
 }
 
-// header returns what a push tells beside its samples.
-func (p *Pusher) header(names ScrapeNames, newest *Scrape) http.Header {
+// uploadHeader returns the header of a push: names of the scrapes and consumers known if id is
+// not 0, and by how much the source's clock was behind at the last scrape.
+func (p *Pusher) uploadHeader(id uint64, scrapes []Scrape) http.Header {
 	h := http.Header{"Content-Type": {"text/plain; version=1.0.0; charset=utf-8"}}
-	if names.ID != 0 {
+	if id != 0 {
+		names := ScrapeNames{ID: id}
+		for _, sc := range scrapes {
+			names.Numbers = names.Numbers.Add(sc.Number, sc.Number)
+		}
 		h.Set(SpoolHeader, names.String())
 		if all := p.cfg.Spool.Consumers(); len(all) > 0 {
 			h.Set(ConsumersHeader, FormatConsumers(all))
 		}
 	}
-	if newest == nil {
+	if len(scrapes) == 0 {
 		return h
 	}
 	h.Set("Content-Encoding", "gzip")
-	if ms, known := p.cfg.Clocks.Error(newest.At, newest.Source); known {
+	newest := scrapes[len(scrapes)-1]
+	if ms, known := p.cfg.SourceClock.Offset(newest.At, newest.SourceTime); known {
 		h.Set(ClockOffsetHeader, strconv.FormatInt(ms, 10))
 		p.offset.Set(float64(ms) / 1000)
 	}
 	return h
 }
 
-// read reads the body of a 200.
-func (p *Pusher) read(body io.Reader, to string) (got PushAnswer, answer SpoolAnswer, err error) {
-	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&got); err != nil {
-		return got, answer, fmt.Errorf("pushing to %s: its answer is not JSON: %w", to, err)
+// parseAnswer reads the body of a 200 to a push.
+func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
+	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
+		return answer, fmt.Errorf("pushing to %s: its answer is not JSON: %w", p.server(), err)
 	}
-	if got.Accepted == nil { // anything else that answers 200 has stored nothing
-		return got, answer, fmt.Errorf("pushing to %s: its answer does not say what it accepted", to)
+	if answer.Accepted == nil { // another program than a server answered 200, and stored nothing
+		return answer, fmt.Errorf("pushing to %s: its answer does not say what it accepted", p.server())
 	}
-	answer = SpoolAnswer{To: to, Known: got.Held != nil, End: got.Read == nil}
-	if answer.Known {
-		var errs [3]error
-		answer.Held, errs[0] = ParseRanges(*got.Held, MaxRanges)
-		if got.Read != nil {
-			answer.Read, errs[1] = ParseRanges(*got.Read, MaxRanges)
-		}
-		answer.Consumers, errs[2] = ParseConsumers(got.Consumers)
-		if err := errors.Join(errs[:]...); err != nil {
-			return got, answer, fmt.Errorf("pushing to %s: its answer is malformed: %w", to, err)
+	answer.spool = SpoolAnswer{Server: p.server(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}
+	if answer.Held != nil {
+		if err := answer.spool.parse(&answer.PushAnswer); err != nil {
+			return answer, fmt.Errorf("pushing to %s: its answer is malformed: %w", p.server(), err)
 		}
 	}
-	p.cfg.Clocks.Hear(cmp.Or(got.Server, to), got.Time, p.cfg.Moment())
-	return got, answer, nil
+	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.server()), answer.Time, p.cfg.Moment())
+	return answer, nil
 }
 
-// authorized makes sure that there is an upload token, before anything is made ready to
-// be pushed.
-func (p *Pusher) authorized(ctx context.Context, r *round) *pushError {
-	_, err := p.authorize(ctx, p.cfg.To[r.at])
-	return p.failed(err)
+// parse reads the lists of an answer that has Held.
+func (a *SpoolAnswer) parse(from *PushAnswer) (err error) {
+	if a.Held, err = ParseRanges(*from.Held, MaxRanges); err != nil {
+		return err
+	}
+	if from.Read != nil {
+		if a.Read, err = ParseRanges(*from.Read, MaxRanges); err != nil {
+			return err
+		}
+	}
+	a.Consumers, err = ParseConsumers(from.Consumers)
+	return err
 }
 
-// authorize exchanges the client token for an upload token, unless there is a good one.
-// fresh says that it is new.
-func (p *Pusher) authorize(ctx context.Context, to string) (fresh bool, err error) {
-	token := p.cfg.Token()
-	if p.uploadToken != "" && p.uploadFor == token && p.cfg.Now().Before(p.refresh) {
+// ensureToken exchanges the client token for an upload token at the current server, unless there
+// is a good one, which every server accepts. renewed reports that it did.
+func (p *Pusher) ensureToken(ctx context.Context) (renewed bool, err error) {
+	clientToken := p.cfg.Token()
+	if p.token.value != "" && p.token.clientToken == clientToken && p.cfg.Now().Before(p.token.renewAt) {
 		return false, nil
 	}
-	resp, err := p.post(ctx, to, "/authorize?id="+url.QueryEscape(p.cfg.Cluster), token, nil, http.Header{})
+	resp, err := p.post(ctx, "/authorize?id="+url.QueryEscape(p.cfg.Cluster), clientToken, http.Header{}, nil)
 	if err != nil {
 		return false, fmt.Errorf("authorizing: %w", err)
 	}
 	defer resp.Body.Close()
-	if err := judge(resp, to+"/authorize", p.cfg.Now()); err != nil {
-		if e := (*pushError)(nil); errors.As(err, &e) {
-			e.final, e.large = false, false // it says nothing of the scrapes
+	if err := checkResponse(resp, p.server()+"/authorize", p.cfg.Now()); err != nil {
+		if isFinal(err) { // it is not about scrapes
+			err = &pushError{err: err, retryAfter: retryAfterOf(err)}
 		}
 		return false, err
 	}
-	var got struct {
+	var answer struct {
 		Version          int
 		Token            string
 		ExpiresInSeconds int64
 		Server           string // as in PushAnswer
 		Time             int64
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&got); err != nil || got.Version != 1 || got.Token == "" {
-		return false, fmt.Errorf("authorizing at %s: its answer is not an upload token", to)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&answer); err != nil || answer.Version != 1 || answer.Token == "" {
+		return false, fmt.Errorf("authorizing at %s: its answer is not an upload token", p.server())
 	}
-	p.cfg.Clocks.Hear(cmp.Or(got.Server, to), got.Time, p.cfg.Moment())
-	p.uploadToken, p.uploadFor = got.Token, token
-	// Well before it expires; the time is measured here, no clock is compared.
-	p.refresh = p.cfg.Now().Add(time.Duration(got.ExpiresInSeconds) * time.Second * 4 / 5)
+	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.server()), answer.Time, p.cfg.Moment())
+	// It is renewed well before it expires; both times are of this machine's clock.
+	lifetime := time.Duration(answer.ExpiresInSeconds) * time.Second
+	p.token = uploadToken{answer.Token, clientToken, p.cfg.Now().Add(lifetime * 4 / 5)}
 	return true, nil
 }
 
-func (p *Pusher) post(ctx context.Context, to, path, token string, b []byte, header http.Header) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, to+path, bytes.NewReader(b))
+// post sends a request to the current server.
+func (p *Pusher) post(ctx context.Context, path, token string, header http.Header, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.server()+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -167,29 +214,29 @@ func (p *Pusher) post(ctx context.Context, to, path, token string, b []byte, hea
 	return p.cfg.ToClient.Do(req)
 }
 
-// judge makes an error of a response that is not a 200. Refusals of what was sent
-// are final; those of who sent it, or of its form, are not, since tokens, keys and
-// servers are replaced.
-func judge(resp *http.Response, what string, now time.Time) error {
+// checkResponse returns a pushError unless resp is a 200. A refusal of the samples is final. A
+// refusal of the sender, or of the form of the request, is not, because tokens, keys and servers
+// are replaced.
+func checkResponse(resp *http.Response, what string, now time.Time) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	e := &pushError{err: fmt.Errorf("%s answered %s", what, Answer(resp))}
+	e := &pushError{err: fmt.Errorf("%s answered %s", what, describeResponse(resp))}
 	switch resp.StatusCode {
 	case http.StatusRequestEntityTooLarge:
-		e.final, e.large = true, true
+		e.reason = pushTooLarge
 	case http.StatusBadRequest:
-		e.final = true
+		e.reason = pushInvalid
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		e.refused = true
+		e.reason = pushUnavailable
 	}
-	e.retry = min(max(0, retryAfter(resp.Header, now)), time.Hour)
+	e.retryAfter = min(max(0, parseRetryAfter(resp.Header, now)), time.Hour)
 	return e
 }
 
-// retryAfter returns for how long a response asks to wait: in seconds, or, as
-// proxies do, until a date, which is of the sender's clock as its own date is.
-func retryAfter(h http.Header, now time.Time) time.Duration {
+// parseRetryAfter returns for how long a response asks to wait; 0 if it does not ask. Servers
+// state seconds. Proxies state a date, by the same clock as the response's own Date.
+func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	text := h.Get("Retry-After")
 	if s, err := strconv.ParseUint(text, 10, 31); err == nil {
 		return time.Duration(s) * time.Second
@@ -204,8 +251,8 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 	return at.Sub(now)
 }
 
-// Answer says what a failed response said, for a log line.
-func Answer(resp *http.Response) string {
+// describeResponse returns the status of a failed response and the start of its body.
+func describeResponse(resp *http.Response) string {
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
 	if text := strings.TrimSpace(string(b)); text != "" {
 		return resp.Status + ": " + strconv.QuoteToGraphic(text)

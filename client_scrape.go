@@ -14,20 +14,36 @@ import (
 	"time"
 )
 
-// Scraped is what a scrape gave.
-type Scraped struct {
-	Push   SampleList
-	At     Moment // when the source answered
-	Source int64  // what its clock showed then, in ms since the epoch
-	Shift  int64  // ms, which the times in Push do not have yet
-	Final  bool   // Shift is known
+const (
+	maxScrape     = 256 << 20       // bytes of a scrape, uncompressed
+	skewTolerance = 2 * time.Second // a source's Date that differs by less says nothing
+	scrapeAccept  = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
+		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
+		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
+)
+
+// ScrapeResult has the samples of a scrape, cleaned.
+type ScrapeResult struct {
+	List       SampleList
+	At         Moment // when the source answered
+	SourceTime int64  // what its clock showed then, in ms since the epoch
+	Shift      int64  // ms, by which AppendText shifts the times in List
+	ShiftKnown bool
 }
 
-// Scrape gets what the source has and cleans it. Samples without a time get that
+// AppendText appends the text exposition of samples of the scrape, as it is pushed.
+func (sr *ScrapeResult) AppendText(b []byte, samples []Sample) []byte {
+	for _, s := range samples {
+		b = AppendSample(b, sr.List.Line(s), s.T+sr.Shift, s.V)
+	}
+	return b
+}
+
+// Scrape gets and cleans the samples of the source. Samples without a time get that
 // of the scrape's begin, by the source's clock as all others.
-func (c *Client) Scrape(ctx context.Context) (*Scraped, error) {
+func (c *Client) Scrape(ctx context.Context) (*ScrapeResult, error) {
 	begin := c.cfg.Now()
-	p, err := c.scrape(ctx, begin)
+	got, err := c.scrape(ctx, begin)
 	c.scrapeSeconds.Observe(c.cfg.Now().Sub(begin).Seconds())
 	if err != nil {
 		c.scrapes.Inc("failed")
@@ -35,15 +51,38 @@ func (c *Client) Scrape(ctx context.Context) (*Scraped, error) {
 	}
 	c.scrapes.Inc("ok")
 	c.lastScrape.Set(float64(begin.UnixMilli()) / 1000)
-	return p, nil
+	return got, nil
 }
 
-func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) {
-	st := c.state.Load()
+func (c *Client) scrape(ctx context.Context, begin time.Time) (*ScrapeResult, error) {
+	req, cleaner, err := c.scrapeRequest(ctx, c.state.Load())
+	if err != nil {
+		return nil, fmt.Errorf("scraping: %w", err)
+	}
+	resp, err := c.cfg.FromClient.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("scraping: %w", err)
+	}
+	defer resp.Body.Close()
+	got := &ScrapeResult{At: c.moment()}
+	c.sourceSkew = updateSkew(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
+	got.SourceTime = max(0, got.At.Wall+c.sourceSkew)
+	body, format, err := readScrape(resp)
+	if err == nil {
+		err = c.decodeAndClean(&got.List, body, format, cleaner, begin.UnixMilli()+c.sourceSkew)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("scraping %s: %w", req.URL.Redacted(), err)
+	}
+	return got, nil
+}
+
+// scrapeRequest returns the request of a scrape, and the Cleaner for its samples. A /federate
+// selects series itself, which saves it the rest; otherwise the Cleaner does.
+func (c *Client) scrapeRequest(ctx context.Context, st *ClientState) (*http.Request, *Cleaner, error) {
 	cleaner := st.Cleaner()
 	u := *c.cfg.From
 	if strings.HasSuffix(u.Path, "/federate") {
-		// The source chooses, which saves it the rest.
 		q := u.Query()
 		for _, m := range st.Match {
 			q.Add("match[]", m.String())
@@ -54,40 +93,39 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return nil, fmt.Errorf("scraping: %w", err)
+		return nil, nil, err
 	}
 	req.Header.Set("Accept", scrapeAccept)
 	if st.FromToken != "" {
 		req.Header.Set("Authorization", "Bearer "+st.FromToken)
 	}
-	resp, err := c.cfg.FromClient.Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("scraping: %w", err)
-	}
-	defer resp.Body.Close()
-	got := &Scraped{At: c.moment()}
-	c.skew = sourceSkew(resp.Header.Get("Date"), got.At.Wall, c.skew)
-	skew := c.skew
-	got.Source = max(0, got.At.Wall+skew)
+	return req, cleaner, nil
+}
+
+// readScrape checks the source's answer and reads its body.
+func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("scraping %s: it answered %s", u.Redacted(), Answer(resp))
+		return nil, format, fmt.Errorf("it answered %s", describeResponse(resp))
 	}
-	format, err := ParseFormat(resp.Header.Get("Content-Type"))
-	if err != nil {
-		return nil, fmt.Errorf("scraping %s: %w", u.Redacted(), err)
+	if format, err = ParseFormat(resp.Header.Get("Content-Type")); err != nil {
+		return nil, format, err
 	}
 	// Gzip was asked for, undone and taken from the header by net/http.
 	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		return nil, fmt.Errorf("scraping %s: content encoding %.100q is not supported; supported: identity, gzip", u.Redacted(), encoding)
+		return nil, format, fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
 	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxScrape+1))
-	if err != nil {
-		return nil, fmt.Errorf("scraping %s: reading the answer: %w", u.Redacted(), err)
+	if body, err = io.ReadAll(io.LimitReader(resp.Body, maxScrape+1)); err != nil {
+		return nil, format, fmt.Errorf("reading the answer: %w", err)
 	}
 	if len(body) > maxScrape {
-		return nil, fmt.Errorf("scraping %s: the answer is larger than %d bytes", u.Redacted(), maxScrape)
+		return nil, format, fmt.Errorf("the answer is larger than %d bytes", maxScrape)
 	}
-	p := &got.Push
+	return body, format, nil
+}
+
+// decodeAndClean adds the samples in body to list, as far as cleaner lets them pass, and counts.
+// Samples without a time get defaultTime.
+func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *Cleaner, defaultTime int64) error {
 	var d Decoder
 	n := 0
 	var invalid error
@@ -96,9 +134,9 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 		drop := cleaner.Apply(r)
 		if drop == "" {
 			if !r.HasT {
-				r.T = begin.UnixMilli() + skew
+				r.T = defaultTime
 			}
-			if err := p.Add(r); err != nil {
+			if err := list.Add(r); err != nil {
 				drop, invalid = DropInvalid, err
 			}
 		}
@@ -108,7 +146,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("scraping %s: %w", u.Redacted(), err)
+		return err
 	}
 	if invalid != nil {
 		c.cfg.Log.Warn("invalid samples were dropped", "last", invalid)
@@ -117,38 +155,30 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*Scraped, error) 
 	for kind, n := range skipped.ByKind() {
 		c.skipped.Add(float64(n), kind)
 	}
-	return got, nil
+	return nil
 }
 
-// sourceSkew returns by how many ms the source's clock is ahead of this one's: as
-// before, unless its Date differs from that by more than truncation to seconds and the
-// way here make of clocks that go alike; 0 if it says nothing. So the times of samples
-// that have none do not jump to and fro with what is truncated.
-func sourceSkew(date string, wall, before int64) int64 {
+// updateSkew returns by how many ms the source's clock is ahead of this machine's, by the Date of
+// its answer; 0 if there is none. It stays as before while Date differs from that by no more than
+// truncation to seconds and the way here explain, so that the times of samples that have none do
+// not jump to and fro.
+func updateSkew(date string, wall, before int64) int64 {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {
 		return 0
 	}
 	skew := t.UnixMilli() - wall
-	if changed := skew - before; max(changed, -changed) > sourceSlack.Milliseconds() {
+	if changed := skew - before; max(changed, -changed) > skewTolerance.Milliseconds() {
 		return skew
 	}
 	return before
 }
 
-// Text appends what is pushed of a scrape's samples, before compression.
-func (c *Client) Text(b []byte, got *Scraped, samples []Sample) []byte {
-	for _, s := range samples {
-		b = AppendSample(b, got.Push.Line(s), s.T+got.Shift, s.V)
-	}
-	return b
-}
-
-// final returns a scrape, which was spooled before any server was heard, with its final
-// times.
-func (c *Client) final(sc Scrape) Scrape {
-	sc.Shift, _ = c.clocks.Shift(sc.At, sc.Source)
-	sc.Final = true
+// correctTimes returns a scrape, which was spooled before any server was heard, with corrected
+// times. It keeps Number.
+func (c *Client) correctTimes(sc Scrape) Scrape {
+	sc.Corrected = true
+	sc.Shift, _ = c.sourceClock.Shift(sc.At, sc.SourceTime)
 	if sc.Shift == 0 {
 		return sc
 	}
@@ -163,14 +193,14 @@ func (c *Client) final(sc Scrape) Scrape {
 	return sc
 }
 
-// pieces renders samples of a scrape as one piece, or as several if the limits
+// cutToLimits renders samples of a scrape as one piece, or as several if the limits
 // need it. A series that alone is over them is dropped.
-func (c *Client) pieces(got *Scraped, samples []Sample) []Scrape {
+func (c *Client) cutToLimits(got *ScrapeResult, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
-	text := c.Text(nil, got, samples)
+	text := got.AppendText(nil, samples)
 	if int64(len(text)) <= MaxDecodedFactor*limit {
 		if z := Gzip(text); int64(len(z)) <= limit {
-			return []Scrape{{At: got.At, Source: got.Source, Shift: got.Shift, Final: got.Final, Samples: len(samples), Size: len(text), Gzip: z}}
+			return []Scrape{{At: got.At, SourceTime: got.SourceTime, Shift: got.Shift, Corrected: got.ShiftKnown, Samples: len(samples), Size: len(text), Gzip: z}}
 		}
 	}
 	if len(samples) <= 1 {
@@ -178,10 +208,10 @@ func (c *Client) pieces(got *Scraped, samples []Sample) []Scrape {
 		c.cfg.Log.Warn("a series that does not fit --limit-bytes was dropped", "bytes", len(text))
 		return nil
 	}
-	return append(c.pieces(got, samples[:len(samples)/2]), c.pieces(got, samples[len(samples)/2:])...)
+	return append(c.cutToLimits(got, samples[:len(samples)/2]), c.cutToLimits(got, samples[len(samples)/2:])...)
 }
 
-// shiftText returns text exposition as Client.Text renders it with all times shifted. A line
+// shiftText returns text exposition, as AppendText renders it, with all times shifted. A line
 // without a time stays as it is.
 func shiftText(text []byte, ms int64) []byte {
 	out := make([]byte, 0, len(text)+len(text)/16)

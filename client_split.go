@@ -1,7 +1,7 @@
 package main
 
 // A scrape that is too large for the servers is pushed in pieces. The last piece names the
-// scrape, because only then all of it is with the server.
+// scrape, because only then a server has all of it.
 
 import (
 	"bytes"
@@ -11,88 +11,117 @@ import (
 	"io"
 )
 
-// splitting is a scrape that is pushed in pieces.
-type splitting struct {
-	round   *round
-	outcome SpoolOutcome
-	at      int  // the server that took the first piece; -1 if none did
-	apart   bool // another took a piece: no server has all
-	refused int  // samples that no server will have, and why
-	why     *pushError
-	alone   int // lines that were refused though nothing was with them
+// maxOversizedLines is how many single lines of a scrape may be too large before no more of it is
+// split: then the number of series is too large, and no piece is small enough.
+const maxOversizedLines = 8
+
+// splitPush is the delivery of one scrape in pieces.
+type splitPush struct {
+	*delivery
+	firstServer int  // the one that accepted the first piece; -1 if none did
+	scattered   bool // another server accepted a piece, so none has the whole scrape
+	outcome     SpoolOutcome
+	oversized   int   // single lines that were too large
+	rejected    int   // samples that no server accepts
+	cause       error // why they were rejected, or why the scrape is split
 }
 
-// split pushes the halves of a scrape that is too large for the servers, which
-// may be stricter than LimitBytes, and so on down to single lines. A piece that
-// fails is tried again by itself: with the whole scrape anew, one of more pieces
-// than the servers' pace allows would never end. When many lines were refused
-// alone it is the number of series that is too large, and no piece is small
-// enough: then pieces are no longer split. If named, the last piece names the scrape,
-// since only then all of it is with the server. The error is why it had to end.
-func (p *Pusher) split(ctx context.Context, sc Scrape, named bool, s *splitting) error {
-	halves, err := halve(sc)
-	if err == nil && len(halves) == 0 {
-		s.alone++
-		err = fmt.Errorf("one series alone is too large: %w", s.why)
-	}
-	if err != nil {
-		s.refused, s.why = s.refused+max(1, sc.Samples), &pushError{err: err}
-		return nil
-	}
-	for i, half := range halves {
-		last := named && i == len(halves)-1
-		var e *pushError
-		var apart bool
-		for {
-			p.choose(s.round)
-			apart = s.apart || s.at >= 0 && s.at != s.round.at
-			// A scrape that is set aside in the end is not named.
-			s.outcome, e = p.push(ctx, s.round, []Scrape{half}, last && s.refused == 0 && !apart)
-			if e == nil || e.final {
-				break
-			}
-			if err := p.again(ctx, e, s.round); err != nil {
-				return err
-			}
-		}
-		s.round.backoff = minBackoff
-		switch {
-		case e == nil:
-			s.apart = apart
-			if s.at < 0 {
-				s.at = s.round.at
-			}
-		case e.large && s.alone < maxAlone:
-			s.why = e
-			if err := p.split(ctx, half, last, s); err != nil {
-				return err
-			}
-		default:
-			s.refused, s.why = s.refused+half.Samples, e
-		}
+// pushInPieces pushes a scrape in flight that is too large for the servers, and acts on the
+// result. cause is the refusal. An error ends the drain.
+func (d *delivery) pushInPieces(ctx context.Context, sc Scrape, cause error) error {
+	s := splitPush{delivery: d, firstServer: -1, cause: cause}
+	err := s.pushHalves(ctx, sc, true)
+	switch {
+	case err != nil:
+		d.cfg.Spool.PushFailed(false)
+		return err
+	case s.rejected > 0:
+		d.reject(s.rejected, s.cause)
+	case s.scattered:
+		d.cfg.Spool.PushFailed(false) // all pieces are pushed again, where the last one went
+	default:
+		d.settle([]Scrape{sc}, s.outcome)
 	}
 	return nil
 }
 
-// halve cuts a scrape in two between lines; into none if it has only one.
-func halve(sc Scrape) ([]Scrape, error) {
+// pushHalves pushes the halves of a scrape, and so on down to single lines. If named, the last
+// piece names the scrape. A piece that fails is tried again by itself: with the whole scrape
+// anew, one of more pieces than the servers' rate limit allows would never arrive. An error ends
+// the drain.
+func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, named bool) error {
+	if sc.Samples < 2 {
+		s.oversized++
+		s.rejectPiece(sc, fmt.Errorf("one series alone is too large: %w", s.cause))
+		return nil
+	}
+	first, second, err := halve(sc)
+	if err != nil {
+		s.rejectPiece(sc, err)
+		return nil
+	}
+	if err := s.pushPiece(ctx, first, false); err != nil {
+		return err
+	}
+	return s.pushPiece(ctx, second, named)
+}
+
+// pushPiece pushes a piece, and its halves if it is too large, too. An error ends the drain.
+func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, named bool) error {
+	err := s.tryPiece(ctx, piece, named)
+	for err != nil && !isFinal(err) {
+		if err := s.retry(ctx, err); err != nil {
+			return err
+		}
+		err = s.tryPiece(ctx, piece, named)
+	}
+	s.backoff.reset()
+	switch {
+	case err == nil:
+		return nil
+	case reasonOf(err) == pushTooLarge && s.oversized < maxOversizedLines:
+		s.cause = err
+		return s.pushHalves(ctx, piece, named)
+	}
+	s.rejectPiece(piece, err)
+	return nil
+}
+
+// tryPiece is one attempt to push a piece.
+func (s *splitPush) tryPiece(ctx context.Context, piece Scrape, named bool) (err error) {
+	s.servers.choose(s.cfg.Now())
+	scattered := s.scattered || s.firstServer >= 0 && s.firstServer != s.servers.current
+	// A scrape that is set aside in the end, or that no server has whole, is not named.
+	s.outcome, err = s.push(ctx, []Scrape{piece}, named && s.rejected == 0 && !scattered)
+	if err == nil {
+		s.scattered = scattered
+		if s.firstServer < 0 {
+			s.firstServer = s.servers.current
+		}
+	}
+	return err
+}
+
+func (s *splitPush) rejectPiece(piece Scrape, why error) {
+	s.rejected, s.cause = s.rejected+max(1, piece.Samples), why
+}
+
+// halve cuts a scrape of at least two samples in two, between lines.
+func halve(sc Scrape) (first, second Scrape, err error) {
 	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
 	if err != nil {
-		return nil, err
+		return first, second, err
 	}
 	text, err := io.ReadAll(z)
 	if err != nil {
-		return nil, err
-	}
-	if sc.Samples < 2 {
-		return nil, nil
+		return first, second, err
 	}
 	at := 0
 	for range sc.Samples / 2 {
 		at += bytes.IndexByte(text[at:], '\n') + 1
 	}
-	first, second := sc, sc
+	first, second = sc, sc
 	first.Samples, first.Size, first.Gzip = sc.Samples/2, at, Gzip(text[:at])
 	second.Samples, second.Size, second.Gzip = sc.Samples-sc.Samples/2, len(text)-at, Gzip(text[at:])
-	return []Scrape{first, second}, nil
+	return first, second, nil
 }

@@ -7,86 +7,75 @@ package main
 import (
 	"cmp"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
 )
 
 const (
-	spoolLogName  = "spool" + LogSuffix
-	spoolLogKind  = 1
-	spoolLogHead  = 3*8 + 1 // bytes of a payload before the boot ID
-	spoolConsumer = 2 * 8   // bytes of a consumer
-	consumerKept  = 24 * time.Hour
-	consumerMoved = time.Hour // by which a consumer's newest scrape moves before it is written again
+	spoolMetaName  = "spool" + LogSuffix
+	spoolMetaKind  = 1     // kind of the record, and version of its payload
+	consumerSize   = 2 * 8 // bytes of a consumer
+	consumerMaxAge = 24 * time.Hour
+	consumerLag    = time.Hour // by which a consumer's newest scrape moves before it is written again
 )
 
-var errBadSpoolLog = errors.New("not a spool's record")
-
-// spoolLog is what the file holds. The ages are as of At.
-type spoolLog struct {
-	ID        uint64 // not 0
-	At        Moment
+// spoolMeta is the content of the spool's own record.
+type spoolMeta struct {
+	ID        uint64        // not 0
+	At        Moment        // when the ages were as in Consumers
 	Consumers []ConsumerAge // by key
 }
 
-// appendSpoolLog appends the payload of the record, which is of spoolLogKind:
+// appendSpoolMeta appends the payload of a record of spoolMetaKind:
 //
-//	uint64 ID; int64 wall, boot; byte length of the boot ID; boot ID; then for each consumer uint64 key, age in ms
-func appendSpoolLog(b []byte, l *spoolLog) []byte {
-	for _, n := range []uint64{l.ID, uint64(l.At.Wall), uint64(l.At.Boot)} {
-		b = binary.LittleEndian.AppendUint64(b, n)
-	}
-	b = append(append(b, byte(len(l.At.BootID))), l.At.BootID...)
-	for _, c := range l.Consumers {
+//	uint64 ID; moment; then for each consumer uint64 key, age in ms
+func appendSpoolMeta(b []byte, m *spoolMeta) []byte {
+	b = binary.LittleEndian.AppendUint64(b, m.ID)
+	b = appendMoment(b, m.At)
+	for _, c := range m.Consumers {
 		b = binary.LittleEndian.AppendUint64(b, c.Key)
 		b = binary.LittleEndian.AppendUint64(b, uint64(c.Age.Milliseconds()))
 	}
 	return b
 }
 
-// decodeSpoolLog is as strict as decodeScrape.
-func decodeSpoolLog(payload []byte) (l spoolLog, err error) {
-	if len(payload) < spoolLogHead || len(payload)-spoolLogHead < int(payload[spoolLogHead-1]) {
-		return l, fmt.Errorf("%w: %d bytes", errBadSpoolLog, len(payload))
+// decodeSpoolMeta is as strict as decodeScrape.
+func decodeSpoolMeta(payload []byte) (m spoolMeta, err error) {
+	r := ReadWire(payload)
+	m.ID = r.Uint64()
+	m.At = readMoment(&r)
+	r.Require(m.ID != 0 && r.Len() <= MaxConsumers*consumerSize)
+	for r.Len() > 0 {
+		key, ms := r.Uint64(), r.Uint64()
+		n := len(m.Consumers)
+		r.Require(ms <= uint64(consumerMaxAge.Milliseconds()) && (n == 0 || key > m.Consumers[n-1].Key))
+		m.Consumers = append(m.Consumers, ConsumerAge{key, time.Duration(ms) * time.Millisecond})
 	}
-	number := func(at int) uint64 { return binary.LittleEndian.Uint64(payload[at:]) }
-	end := spoolLogHead + int(payload[spoolLogHead-1])
-	l.ID, l.At = number(0), Moment{Wall: int64(number(8)), Boot: int64(number(16)), BootID: string(payload[spoolLogHead:end])}
-	payload = payload[end:]
-	if l.ID == 0 || !l.At.IsValid() || len(payload)%spoolConsumer != 0 || len(payload) > MaxConsumers*spoolConsumer {
-		return l, fmt.Errorf("%w: ID %x at %+v, %d bytes of consumers", errBadSpoolLog, l.ID, l.At, len(payload))
+	if err := r.Done(); err != nil {
+		return spoolMeta{}, fmt.Errorf("malformed record of a spool: %w", err)
 	}
-	for at := 0; at < len(payload); at += spoolConsumer {
-		c, ms := ConsumerAge{Key: number(at)}, number(at+8)
-		if ms > uint64(consumerKept/time.Millisecond) || at > 0 && c.Key <= l.Consumers[len(l.Consumers)-1].Key {
-			return l, fmt.Errorf("%w: consumer %x of %d ms", errBadSpoolLog, c.Key, ms)
-		}
-		c.Age = time.Duration(ms) * time.Millisecond
-		l.Consumers = append(l.Consumers, c)
-	}
-	return l, nil
+	return m, nil
 }
 
-// merge returns l as of now, with what a server told of its consumers: of a consumer that
-// both know the smaller age counts, one that the server does not know stays for a day
-// after its last scrape. Above MaxConsumers the ones that scraped last stay.
-func (l *spoolLog) merge(now Moment, told []ConsumerAge) spoolLog {
+// merge returns m as of now, with the consumers that a server reported. Of a consumer that both
+// know the smaller age counts. A consumer stays until it has not scraped for a day. Above
+// MaxConsumers the ones that scraped last stay.
+func (m *spoolMeta) merge(now Moment, reported []ConsumerAge) spoolMeta {
 	ages := map[uint64]time.Duration{}
-	note := func(key uint64, age time.Duration) {
-		if old, ok := ages[key]; age <= consumerKept && (!ok || age < old) {
+	add := func(key uint64, age time.Duration) {
+		if old, ok := ages[key]; age <= consumerMaxAge && (!ok || age < old) {
 			ages[key] = age
 		}
 	}
-	passed := now.Since(l.At)
-	for _, c := range l.Consumers {
-		note(c.Key, c.Age+passed)
+	passed := now.Since(m.At)
+	for _, c := range m.Consumers {
+		add(c.Key, c.Age+passed)
 	}
-	for _, c := range told {
-		note(c.Key, max(0, c.Age).Truncate(time.Millisecond))
+	for _, c := range reported {
+		add(c.Key, max(0, c.Age).Truncate(time.Millisecond))
 	}
-	out := spoolLog{ID: l.ID, At: now}
+	out := spoolMeta{ID: m.ID, At: now}
 	for key, age := range ages {
 		out.Consumers = append(out.Consumers, ConsumerAge{key, age})
 	}
@@ -96,15 +85,16 @@ func (l *spoolLog) merge(now Moment, told []ConsumerAge) spoolLog {
 	return out
 }
 
-// news reports whether l differs from what was saved before by more than the time that
-// passed and a bit: each change costs the disk a write.
-func (l *spoolLog) news(saved *spoolLog) bool {
-	if l.ID != saved.ID || len(l.Consumers) != len(saved.Consumers) {
+// changedSince reports whether m has to be written, because saved does not say the same: another
+// ID, other consumers, or a consumer whose newest scrape is later by more than consumerLag. Not
+// every scrape is written, because each change costs the disk a write.
+func (m *spoolMeta) changedSince(saved *spoolMeta) bool {
+	if m.ID != saved.ID || len(m.Consumers) != len(saved.Consumers) {
 		return true
 	}
-	passed := l.At.Since(saved.At)
-	for i, c := range l.Consumers {
-		if old := saved.Consumers[i]; old.Key != c.Key || old.Age+passed-c.Age > consumerMoved {
+	passed := m.At.Since(saved.At)
+	for i, c := range m.Consumers {
+		if old := saved.Consumers[i]; old.Key != c.Key || old.Age+passed-c.Age > consumerLag {
 			return true
 		}
 	}

@@ -10,37 +10,37 @@ import (
 )
 
 const (
-	elsewherePause = time.Second // between pushes of scrapes that a server held before
-	notTakenPause  = time.Minute // until a scrape that the server did not take is sent again
-	askPause       = time.Minute // after an answer, until a server is asked though nothing is to be pushed
+	elsewhereInterval = time.Second // between pushes of scrapes that a server held before
+	declinedPause     = time.Minute // until a scrape that the server declined is sent again
+	askInterval       = time.Minute // after an answer, until a server is asked though nothing is to be pushed
 )
 
-// SpoolState is what is known of where a scrape is.
+// SpoolState is the place of a scrape among servers, as far as it is known.
 type SpoolState uint8
 
 const (
 	ScrapeUndelivered SpoolState = iota // no server holds it
 	ScrapeHeld                          // the server that answered last holds it
 	ScrapeElsewhere                     // a server held it; the one that answered last does not
-	spoolStates
+	numSpoolStates
 )
 
 // String returns the state as metrics name it.
 func (s SpoolState) String() string {
-	return [spoolStates]string{"undelivered", "held", "elsewhere"}[s]
+	return [numSpoolStates]string{"undelivered", "held", "elsewhere"}[s]
 }
 
 // SpoolStep is what to do next.
 type SpoolStep uint8
 
 const (
-	StepEnd  SpoolStep = iota // nothing now
+	StepDone SpoolStep = iota // nothing now
 	StepWait                  // nothing yet
 	StepAsk                   // ask the server what it holds, by a push without scrapes
-	StepPush                  // push what Next hands out
+	StepPush                  // push what NextPush returns
 )
 
-// PushLimits bound what Next hands out at a time. Headers bound the ranges of numbers.
+// PushLimits bound the scrapes of one push.
 type PushLimits struct {
 	Bytes, Text int64 // compressed, and not
 	Scrapes     int
@@ -48,58 +48,57 @@ type PushLimits struct {
 
 // SpoolAnswer is what a server answered to a push that named scrapes, or to a question.
 type SpoolAnswer struct {
-	To         string // the server
-	Known      bool   // it knows what a spool is; else 200 is the end for what was pushed
-	Held, Read Ranges
-	End        bool // nobody knows a consumer: 200 is the end for what was pushed
-	Consumers  []ConsumerAge
+	Server       string
+	KnowsSpools  bool   // if false, 200 is the end for the scrapes of the push
+	Held, Read   Ranges // numbers that this server holds, and that every consumer has read
+	DoneWhenHeld bool   // neither server nor site knows a consumer, so nobody will read
+	Consumers    []ConsumerAge
 }
 
 // SpoolOutcome is what an answer means for the scrapes that were pushed.
 type SpoolOutcome struct {
-	NotTaken Ranges // the server neither holds them nor lists them as read
-	Tell     bool   // this is news of the one scrape pushed
+	Declined     Ranges // the server neither holds them nor lists them as read
+	FirstDecline bool   // the push had one scrape, which was not declined alone before
 }
 
 // SpoolStats is what a spool holds.
 type SpoolStats struct {
 	Scrapes, InMemory int // InMemory: on no server, and on no disk
 	Bytes             int64
-	By                [spoolStates]SpoolPart // by SpoolState
+	ByState           [numSpoolStates]SpoolStateStats
 }
 
-// SpoolPart is what a spool holds in one state.
-type SpoolPart struct {
-	Scrapes int
-	Bytes   int64
-	Oldest  time.Duration // age; 0 if there is none
+// SpoolStateStats is what a spool holds in one state.
+type SpoolStateStats struct {
+	Scrapes   int
+	Bytes     int64
+	OldestAge time.Duration // 0 if there is none
 }
 
 // Unread returns how many scrapes servers hold, or held.
-func (st *SpoolStats) Unread() int { return st.Scrapes - st.By[ScrapeUndelivered].Scrapes }
+func (st *SpoolStats) Unread() int { return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes }
 
-// spoolEntry is what is known of a scrape without reading it. Gzip is nil unless
-// the scrape is in memory; a file may lie there even so, if writing it failed
-// late.
+// spoolEntry is a scrape in the spool. Its Gzip is nil unless the scrape is in memory; even then
+// a file may exist, if writing it failed late.
 type spoolEntry struct {
 	Scrape
-	packed int   // bytes of the gzip
-	cost   int64 // bytes of disk, or of memory
-	taken  bool  // handed out, and not to be dropped
+	gzipSize  int   // bytes
+	footprint int64 // bytes of disk, or of memory
+	inFlight  bool  // part of a push without an answer yet, and not to be dropped
 
-	state    SpoolState
-	unsure   bool  // an attempt had no answer: nothing is known until the next answer
-	since    int64 // ms; since when the server that answered last holds it
-	wait     int64 // ms; it is not handed out before
-	notTaken bool  // a server did not take it, alone; told by SpoolOutcome.Tell
+	state     SpoolState
+	uncertain bool  // an attempt had no answer: the state is not known until the next answer
+	heldSince int64 // ms; since when the server that answered last holds it
+	retryAt   int64 // ms; it is not pushed before
+	declined  bool  // a server declined it in a push of its own
 }
 
-func (e *spoolEntry) inMemory() bool { return e.Gzip != nil }
-func (e *spoolEntry) isTaken() bool  { return e.taken }
+func (e *spoolEntry) inMemory() bool   { return e.Gzip != nil }
+func (e *spoolEntry) isInFlight() bool { return e.inFlight }
 
-// known returns the state that can be relied on.
-func (e *spoolEntry) known() SpoolState {
-	if e.unsure {
+// knownState returns the state that can be relied on.
+func (e *spoolEntry) knownState() SpoolState {
+	if e.uncertain {
 		return ScrapeUndelivered
 	}
 	return e.state
@@ -107,181 +106,201 @@ func (e *spoolEntry) known() SpoolState {
 
 // spoolPlan is the state of a spool without its files. It is not safe for concurrent use.
 type spoolPlan struct {
-	entries      []spoolEntry // by number
-	disk, memory int64        // bytes, the sums of the costs
-	to           string       // the server that answered last
-	failing      bool         // the last attempt failed
-	read         int64        // ms; when an answer last listed scrapes as read that were in the spool
-	next         int64        // ms; no push of scrapes that are elsewhere before
-	ask          int64        // ms; no question before, unless something is unsure
+	entries                []spoolEntry // by number
+	diskBytes, memoryBytes int64        // the sums of the footprints
+	server                 string       // the one that answered last
+	failing                bool         // the last attempt failed
+	lastRead               int64        // ms; when an answer last listed scrapes as read that were in the spool
+	elsewhereAt            int64        // ms; no push of scrapes that are elsewhere before
+	askAt                  int64        // ms; no question before, unless something is uncertain
 }
 
-// step returns what to do at now, and for how long to wait first if that is StepWait. With
-// nothing to push a server is asked now and then about what was held, since it may have
-// lost it, or everybody may have read it.
-func (p *spoolPlan) step(now int64) (SpoolStep, time.Duration) {
-	var push, elsewhere, held bool
+// nextStep returns the step to take at now, and for how long to wait first if that is StepWait.
+// With nothing to push a server is asked now and then, since it may have lost scrapes that it
+// held, or every consumer may have read them.
+func (p *spoolPlan) nextStep(now int64) (SpoolStep, time.Duration) {
+	var undelivered, elsewhere, held bool
 	for i := range p.entries {
 		e := &p.entries[i]
-		if e.unsure {
+		if e.uncertain {
 			return StepAsk, 0
 		}
 		held = held || e.state != ScrapeUndelivered
-		if now >= e.wait {
-			push = push || e.state == ScrapeUndelivered
+		if now >= e.retryAt {
+			undelivered = undelivered || e.state == ScrapeUndelivered
 			elsewhere = elsewhere || e.state == ScrapeElsewhere
 		}
 	}
 	switch {
-	case push:
+	case undelivered:
 		return StepPush, 0
-	case elsewhere && p.failing, held && !elsewhere && now >= p.ask:
+	case elsewhere && p.failing, held && !elsewhere && now >= p.askAt:
 		return StepAsk, 0
-	case elsewhere && now < p.next:
-		return StepWait, time.Duration(p.next-now) * time.Millisecond
+	case elsewhere && now < p.elsewhereAt:
+		return StepWait, time.Duration(p.elsewhereAt-now) * time.Millisecond
 	case elsewhere:
 		return StepPush, 0
 	}
-	return StepEnd, 0
+	return StepDone, 0
 }
 
-// pick marks what makes the next push as handed out, and returns it: what no server holds,
-// oldest first; if there is none, what is elsewhere; at last, and apart, what a server did
-// not take when it was asked before, which would hold up the rest. may chooses what can be
-// part of it.
-func (p *spoolPlan) pick(now int64, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
-	for _, notTaken := range []bool{false, true} {
-		if picked = p.pickState(now, ScrapeUndelivered, notTaken, l, may); len(picked) > 0 {
+// pickPush marks the scrapes of the next push as in flight, of those that may allows, and returns
+// them. It picks scrapes that no server holds, oldest first; if there are none, scrapes that are
+// elsewhere. Scrapes that a server declined come last and in pushes of their own, because they
+// would hold up the rest.
+func (p *spoolPlan) pickPush(now int64, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
+	for _, declined := range []bool{false, true} {
+		if picked = p.pickState(now, ScrapeUndelivered, declined, l, may); len(picked) > 0 {
 			break
 		}
-		if p.failing || now < p.next {
+		if p.failing || now < p.elsewhereAt {
 			continue
 		}
-		if picked = p.pickState(now, ScrapeElsewhere, notTaken, l, may); len(picked) > 0 {
-			p.next = now + elsewherePause.Milliseconds()
+		if picked = p.pickState(now, ScrapeElsewhere, declined, l, may); len(picked) > 0 {
+			p.elsewhereAt = now + elsewhereInterval.Milliseconds()
 			break
 		}
 	}
 	return picked
 }
 
-func (p *spoolPlan) pickState(now int64, state SpoolState, notTaken bool, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
-	var packed, text int64
+// pickState is pickPush for one kind of scrapes. It picks at least one, whatever the limits; the
+// header that names them bounds the ranges of their numbers.
+func (p *spoolPlan) pickState(now int64, state SpoolState, declined bool, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
+	var gzipBytes, textBytes int64
 	ranges := 0
 	for i := range p.entries {
 		e := &p.entries[i]
-		if e.unsure || e.state != state || e.notTaken != notTaken || now < e.wait || !may(e) {
+		if e.uncertain || e.state != state || e.declined != declined || now < e.retryAt || !may(e) {
 			continue
 		}
-		packed, text = packed+int64(e.packed), text+int64(e.Size)
+		gzipBytes, textBytes = gzipBytes+int64(e.gzipSize), textBytes+int64(e.Size)
 		if n := len(picked); n == 0 || picked[n-1].Number+1 != e.Number {
 			ranges++
 		}
-		if len(picked) > 0 && (len(picked) >= l.Scrapes || packed > l.Bytes || text > l.Text || ranges > MaxPushRanges) {
+		if len(picked) > 0 && (len(picked) >= l.Scrapes || gzipBytes > l.Bytes || textBytes > l.Text || ranges > MaxPushRanges) {
 			break
 		}
-		e.taken = true
+		e.inFlight = true
 		picked = append(picked, *e)
 	}
 	return picked
 }
 
-// answer takes in what a server said to the push of what is handed out, or to a question
-// if nothing is. It takes out, and returns, what is done.
-func (p *spoolPlan) answer(now int64, a SpoolAnswer) (gone []spoolEntry, out SpoolOutcome) {
-	alone := 0
+// applyAnswer notes what a server answered to the push in flight, or to a question if there is
+// none. It removes and returns the scrapes that are done.
+func (p *spoolPlan) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, out SpoolOutcome) {
+	inFlight := 0
 	for i := range p.entries {
-		if p.entries[i].taken {
-			alone++
+		if p.entries[i].inFlight {
+			inFlight++
 		}
 	}
-	gone = p.take(func(e *spoolEntry) bool {
-		return a.Read.Has(e.Number) || e.taken && (!a.Known || a.End && a.Held.Has(e.Number))
+	done = p.removeIf(func(e *spoolEntry) bool {
+		return a.Read.Has(e.Number) || e.inFlight && (!a.KnowsSpools || a.DoneWhenHeld && a.Held.Has(e.Number))
 	})
-	if len(gone) > 0 {
-		p.read = now
+	if len(done) > 0 {
+		p.lastRead = now
 	}
 	for i := range p.entries {
 		e := &p.entries[i]
 		switch {
 		case a.Held.Has(e.Number):
-			if e.state != ScrapeHeld || a.To != p.to {
-				e.since = now
+			if e.state != ScrapeHeld || a.Server != p.server {
+				e.heldSince = now
 			}
-			e.state, e.wait = ScrapeHeld, 0
-		case e.taken:
-			out.NotTaken = out.NotTaken.Add(e.Number, e.Number)
-			if alone == 1 {
-				e.wait = now + notTakenPause.Milliseconds()
-				out.Tell, e.notTaken = !e.notTaken, true
+			e.state, e.retryAt = ScrapeHeld, 0
+		case e.inFlight:
+			out.Declined = out.Declined.Add(e.Number, e.Number)
+			if inFlight == 1 {
+				e.retryAt = now + declinedPause.Milliseconds()
+				out.FirstDecline, e.declined = !e.declined, true
 			}
 		case e.state == ScrapeHeld:
 			e.state = ScrapeElsewhere
 		}
-		e.unsure, e.taken = false, false
+		e.uncertain, e.inFlight = false, false
 	}
-	p.to, p.failing, p.ask = a.To, false, now+askPause.Milliseconds()
-	return gone, out
+	p.server, p.failing, p.askAt = a.Server, false, now+askInterval.Milliseconds()
+	return done, out
 }
 
-// failed notes an attempt that failed. Unless the server refused it for now, the server may
-// hold what was handed out, or not.
-func (p *spoolPlan) failed(refused bool) {
+// pushFailed notes an attempt that failed. Unless nothingStored, the server may have stored what
+// was in flight.
+func (p *spoolPlan) pushFailed(nothingStored bool) {
 	p.failing = true
 	for i := range p.entries {
 		e := &p.entries[i]
-		e.unsure, e.taken = e.unsure || e.taken && !refused, false
+		e.uncertain, e.inFlight = e.uncertain || e.inFlight && !nothingStored, false
 	}
 }
 
-// heldSince returns since when nothing that the server that answered last holds was read; ok
+// unreadSince returns since when nothing was read of what the server that answered last holds; ok
 // is false if it holds nothing.
-func (p *spoolPlan) heldSince() (since int64, ok bool) {
+func (p *spoolPlan) unreadSince() (since int64, ok bool) {
 	for i := range p.entries {
-		if e := &p.entries[i]; e.known() == ScrapeHeld && (!ok || e.since < since) {
-			since, ok = e.since, true
+		if e := &p.entries[i]; e.knownState() == ScrapeHeld && (!ok || e.heldSince < since) {
+			since, ok = e.heldSince, true
 		}
 	}
-	return max(since, p.read), ok
+	return max(since, p.lastRead), ok
 }
 
-// drop takes out what pick chooses: first what a server holds or held, then the rest, each
-// oldest first. Scrapes that are handed out stay, because a server may have them already.
-func (p *spoolPlan) drop(pick func(*spoolEntry) bool) (held, lost []spoolEntry) {
-	held = p.take(func(e *spoolEntry) bool { return !e.taken && e.known() != ScrapeUndelivered && pick(e) })
-	lost = p.take(func(e *spoolEntry) bool { return !e.taken && e.known() == ScrapeUndelivered && pick(e) })
+// drop removes the scrapes that match: first what a server holds or held, then the rest, each
+// oldest first. Scrapes in flight stay, because a server may have them already.
+func (p *spoolPlan) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry) {
+	held = p.removeIf(func(e *spoolEntry) bool {
+		return !e.inFlight && e.knownState() != ScrapeUndelivered && match(e)
+	})
+	lost = p.removeIf(func(e *spoolEntry) bool {
+		return !e.inFlight && e.knownState() == ScrapeUndelivered && match(e)
+	})
 	return held, lost
 }
 
-// take takes out what pick chooses, which is asked in order.
-func (p *spoolPlan) take(pick func(*spoolEntry) bool) (gone []spoolEntry) {
+// removeIf removes the scrapes that match, and returns them. match is called in the order of
+// numbers.
+func (p *spoolPlan) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	kept := p.entries[:0]
 	for _, e := range p.entries {
-		if pick(&e) {
-			p.count(&e, -1)
-			gone = append(gone, e)
+		if match(&e) {
+			p.account(&e, -1)
+			removed = append(removed, e)
 		} else {
 			kept = append(kept, e)
 		}
 	}
 	clear(p.entries[len(kept):])
 	p.entries = kept
-	return gone
+	return removed
 }
 
-// add adds the entry of the highest number.
+// add adds the scrape of the highest number.
 func (p *spoolPlan) add(e spoolEntry) {
 	p.entries = append(p.entries, e)
-	p.count(&e, 1)
+	p.account(&e, 1)
 }
 
-// count adds an entry's cost to the sums, or takes it off.
-func (p *spoolPlan) count(e *spoolEntry, sign int64) {
+// account adds an entry's footprint to the sums, or subtracts it if sign is -1.
+func (p *spoolPlan) account(e *spoolEntry, sign int64) {
 	if e.inMemory() {
-		p.memory += sign * e.cost
+		p.memoryBytes += sign * e.footprint
 	} else {
-		p.disk += sign * e.cost
+		p.diskBytes += sign * e.footprint
 	}
+}
+
+// update replaces the content of the entry of e's number, and keeps its state. ok is false if
+// there is no such entry.
+func (p *spoolPlan) update(e *spoolEntry) (ok bool) {
+	old := p.find(e.Number)
+	if old == nil {
+		return false
+	}
+	p.account(old, -1)
+	old.Scrape, old.gzipSize, old.footprint = e.Scrape, e.gzipSize, e.footprint
+	p.account(old, 1)
+	return true
 }
 
 // find returns the entry of a number, or nil.
@@ -294,10 +313,10 @@ func (p *spoolPlan) find(number uint64) *spoolEntry {
 	return nil
 }
 
-// release gives back what has this number, or a higher one: nothing is known anew of it.
-func (p *spoolPlan) release(from uint64) {
+// releaseFrom marks scrapes of this number and above as not in flight, and keeps their state.
+func (p *spoolPlan) releaseFrom(number uint64) {
 	for i := range p.entries {
 		e := &p.entries[i]
-		e.taken = e.taken && e.Number < from
+		e.inFlight = e.inFlight && e.Number < number
 	}
 }

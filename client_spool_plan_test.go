@@ -11,40 +11,40 @@ import (
 )
 
 // planOf returns a plan of scrapes as text says, numbers from 1: u undelivered, h held,
-// e elsewhere, ? unsure.
+// e elsewhere, ? uncertain.
 func planOf(text string) *spoolPlan {
 	p := &spoolPlan{}
 	for i, b := range []byte(text) {
-		e := spoolEntry{Scrape: Scrape{Number: uint64(i + 1), Size: 10, Samples: 1}, packed: 10, cost: 1}
+		e := spoolEntry{Scrape: Scrape{Number: uint64(i + 1), Size: 10, Samples: 1}, gzipSize: 10, footprint: 1}
 		switch b {
 		case 'h':
 			e.state = ScrapeHeld
 		case 'e':
 			e.state = ScrapeElsewhere
 		case '?':
-			e.unsure = true
+			e.uncertain = true
 		}
 		p.add(e)
 	}
 	return p
 }
 
-// says is the reverse of planOf, with the numbers of what is there, "-" for others.
-func (p *spoolPlan) says() string {
+// states is the reverse of planOf, with the numbers of what is there, "-" for others.
+func (p *spoolPlan) states() string {
 	b := []byte(strings.Repeat("-", 10))
 	for _, e := range p.entries {
 		b[e.Number-1] = "uhe"[e.state]
-		if e.unsure {
+		if e.uncertain {
 			b[e.Number-1] = '?'
 		}
 	}
 	return strings.TrimRight(string(b), "-")
 }
 
-// picked returns the numbers that make the next push.
-func (p *spoolPlan) picked(now int64, l PushLimits) string {
+// pickNumbers returns the numbers that make the next push.
+func (p *spoolPlan) pickNumbers(now int64, l PushLimits) string {
 	var r Ranges
-	for _, e := range p.pick(now, l, func(*spoolEntry) bool { return true }) {
+	for _, e := range p.pickPush(now, l, func(*spoolEntry) bool { return true }) {
 		r = r.Add(e.Number, e.Number)
 	}
 	return r.String()
@@ -67,31 +67,31 @@ func TestSpoolPlanStep(t *testing.T) {
 		wait   time.Duration
 		picks  string
 	}{
-		{have: "", want: StepEnd},
+		{have: "", want: StepDone},
 		{have: "uu", want: StepPush, picks: "1-2"},
-		{have: "u?u", want: StepAsk, picks: "1,3"}, // never what is unsure
+		{have: "u?u", want: StepAsk, picks: "1,3"}, // never what is uncertain
 		{have: "hue", want: StepPush, picks: "2"},
 		{have: "hehe", want: StepPush, picks: "2,4"},
-		{have: "he", change: func(p *spoolPlan) { p.next = now + 300 }, want: StepWait, wait: 300 * time.Millisecond},
+		{have: "he", change: func(p *spoolPlan) { p.elsewhereAt = now + 300 }, want: StepWait, wait: 300 * time.Millisecond},
 		{have: "he", change: func(p *spoolPlan) { p.failing = true }, want: StepAsk},
 		{have: "heu", change: func(p *spoolPlan) { p.failing = true }, want: StepPush, picks: "3"},
 		{have: "hh", want: StepAsk},
-		{have: "hh", change: func(p *spoolPlan) { p.ask = now + 1 }, want: StepEnd},
-		{have: "uh", change: func(p *spoolPlan) { p.entries[0].wait, p.ask = now+1, now+1 }, want: StepEnd},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].wait = now + 1 }, want: StepPush, picks: "2"},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].wait = now }, want: StepPush, picks: "1"},
+		{have: "hh", change: func(p *spoolPlan) { p.askAt = now + 1 }, want: StepDone},
+		{have: "uh", change: func(p *spoolPlan) { p.entries[0].retryAt, p.askAt = now+1, now+1 }, want: StepDone},
+		{have: "ue", change: func(p *spoolPlan) { p.entries[0].retryAt = now + 1 }, want: StepPush, picks: "2"},
+		{have: "ue", change: func(p *spoolPlan) { p.entries[0].retryAt = now }, want: StepPush, picks: "1"},
 		// A scrape that no server takes holds up nothing else.
-		{have: "uuu", change: func(p *spoolPlan) { p.entries[0].notTaken = true }, want: StepPush, picks: "2-3"},
-		{have: "uee", change: func(p *spoolPlan) { p.entries[0].notTaken, p.entries[1].notTaken = true, true }, want: StepPush, picks: "3"},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].notTaken, p.next = true, now+1 }, want: StepPush, picks: "1"},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].notTaken, p.entries[1].notTaken = true, true }, want: StepPush, picks: "1"},
+		{have: "uuu", change: func(p *spoolPlan) { p.entries[0].declined = true }, want: StepPush, picks: "2-3"},
+		{have: "uee", change: func(p *spoolPlan) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "3"},
+		{have: "ue", change: func(p *spoolPlan) { p.entries[0].declined, p.elsewhereAt = true, now+1 }, want: StepPush, picks: "1"},
+		{have: "ue", change: func(p *spoolPlan) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "1"},
 	} {
 		p := planOf(tt.have)
 		if tt.change != nil {
 			tt.change(p)
 		}
-		step, wait := p.step(now)
-		if picks := p.picked(now, noLimits); step != tt.want || wait != tt.wait || picks != tt.picks {
+		step, wait := p.nextStep(now)
+		if picks := p.pickNumbers(now, noLimits); step != tt.want || wait != tt.wait || picks != tt.picks {
 			t.Errorf("%+v: step %d, wait %v, picks %s", tt, step, wait, picks)
 		}
 	}
@@ -105,7 +105,7 @@ func TestSpoolPlanLimits(t *testing.T) {
 			sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 2}})
 		}
 	}
-	if got := sparse.pick(0, noLimits, func(*spoolEntry) bool { return true }); len(got) != MaxPushRanges+6 {
+	if got := sparse.pickPush(0, noLimits, func(*spoolEntry) bool { return true }); len(got) != MaxPushRanges+6 {
 		t.Errorf("%d scrapes in one push", len(got))
 	}
 	for _, tt := range []struct {
@@ -115,7 +115,7 @@ func TestSpoolPlanLimits(t *testing.T) {
 		{PushLimits{25, 1000, 10}, "1-2"}, {PushLimits{1000, 25, 10}, "1-2"}, {PushLimits{1000, 1000, 3}, "1-3"}, {PushLimits{1, 1, 0}, "1"},
 	} {
 		for _, have := range []string{"uuuu", "eeee"} {
-			if got := planOf(have).picked(0, tt.l); got != tt.want {
+			if got := planOf(have).pickNumbers(0, tt.l); got != tt.want {
 				t.Errorf("%+v of %s: picks %s", tt.l, have, got)
 			}
 		}
@@ -129,17 +129,17 @@ func TestSpoolPlanAnswer(t *testing.T) {
 		push       bool
 		held, read string // "!" in held: the server does not know spools; in read: 200 is the end
 		want       string
-		notTaken   string
+		declined   string
 	}{
 		{"held", "uu", true, "1-2", "", "hh", ""},
 		{"read at once", "uu", true, "", "1-2", "", ""},
 		{"read, not in the push", "hhe?u", true, "5", "1-4", "----h", ""},
-		{"one not taken", "uuu", true, "1,3", "", "huh", "2"},
-		{"none taken", "uu", true, "", "", "uu", "1-2"},
+		{"one declined", "uuu", true, "1,3", "", "huh", "2"},
+		{"all declined", "uu", true, "", "", "uu", "1-2"},
 		{"another server", "hhe", false, "2", "", "ehe", ""},
-		{"unsure", "???", false, "2", "3", "uh", ""},
+		{"uncertain", "???", false, "2", "3", "uh", ""},
 		{"elsewhere again", "ee", true, "1-2", "", "hh", ""},
-		{"elsewhere not taken", "ee", true, "1", "", "he", "2"},
+		{"elsewhere declined", "ee", true, "1", "", "he", "2"},
 		{"no consumer", "hu?u", true, "1-2", "!", "h-uu", "4"},
 		{"no consumer, not held", "hu", true, "", "!", "eu", "2"},
 		{"no consumer, a question", "h?", false, "1-2", "!", "hh", ""},
@@ -149,58 +149,58 @@ func TestSpoolPlanAnswer(t *testing.T) {
 	} {
 		p := planOf(tt.have)
 		if tt.push {
-			p.picked(5, noLimits)
+			p.pickNumbers(5, noLimits)
 		}
-		a := SpoolAnswer{To: "a", Known: tt.held != "!", End: tt.read == "!"}
-		if a.Known {
+		a := SpoolAnswer{Server: "a", KnowsSpools: tt.held != "!", DoneWhenHeld: tt.read == "!"}
+		if a.KnowsSpools {
 			a.Held = mustRanges(tt.held)
 		}
-		if !a.End {
+		if !a.DoneWhenHeld {
 			a.Read = mustRanges(tt.read)
 		}
 		before := len(p.entries)
-		gone, out := p.answer(5, a)
-		if got := p.says(); got != tt.want || out.NotTaken.String() != tt.notTaken || len(gone) != before-len(p.entries) || p.disk != int64(len(p.entries)) {
-			t.Errorf("%s: %q, not taken %q; %d gone, %d bytes", tt.name, got, out.NotTaken, len(gone), p.disk)
+		done, out := p.applyAnswer(5, a)
+		if got := p.states(); got != tt.want || out.Declined.String() != tt.declined || len(done) != before-len(p.entries) || p.diskBytes != int64(len(p.entries)) {
+			t.Errorf("%s: %q, declined %q; %d gone, %d bytes", tt.name, got, out.Declined, len(done), p.diskBytes)
 		}
-		if slices.ContainsFunc(p.entries, func(e spoolEntry) bool { return e.taken }) {
-			t.Errorf("%s: some are still handed out", tt.name)
+		if slices.ContainsFunc(p.entries, func(e spoolEntry) bool { return e.inFlight }) {
+			t.Errorf("%s: some are still in flight", tt.name)
 		}
 	}
 }
 
-// One that alone is not taken waits a minute, and is told of once until it is taken.
-func TestSpoolPlanNotTaken(t *testing.T) {
+// A scrape that is declined alone waits a minute, and is reported once.
+func TestSpoolPlanDeclined(t *testing.T) {
 	p := planOf("u")
 	for i, now := range []int64{0, 60_000, 120_000} {
-		if got := p.picked(now, noLimits); got != "1" {
+		if got := p.pickNumbers(now, noLimits); got != "1" {
 			t.Errorf("at %d: picks %q", now, got)
 		}
-		_, out := p.answer(now, SpoolAnswer{Known: true})
-		if out.Tell != (i == 0) || out.NotTaken.String() != "1" || p.picked(now+59_999, noLimits) != "" {
+		_, out := p.applyAnswer(now, SpoolAnswer{KnowsSpools: true})
+		if out.FirstDecline != (i == 0) || out.Declined.String() != "1" || p.pickNumbers(now+59_999, noLimits) != "" {
 			t.Errorf("at %d: %+v", now, out)
 		}
 	}
 }
 
-// An attempt without an answer: what was pushed is unsure, what was held stays held.
+// An attempt without an answer: what was pushed is uncertain, what was held stays held.
 func TestSpoolPlanFailed(t *testing.T) {
 	for have, want := range map[string]string{"uhu": "?h?", "he": "h?", "hh": "hh"} {
 		p := planOf(have)
-		p.picked(0, noLimits)
-		if p.failed(false); p.says() != want {
-			t.Errorf("%s: %s", have, p.says())
+		p.pickNumbers(0, noLimits)
+		if p.pushFailed(false); p.states() != want {
+			t.Errorf("%s: %s", have, p.states())
 		}
 		// The next answer says what is so.
-		if p.answer(0, SpoolAnswer{Known: true, Held: mustRanges("1-9")}); p.says() != strings.Repeat("h", len(have)) {
-			t.Errorf("%s: then %s", have, p.says())
+		if p.applyAnswer(0, SpoolAnswer{KnowsSpools: true, Held: mustRanges("1-9")}); p.states() != strings.Repeat("h", len(have)) {
+			t.Errorf("%s: then %s", have, p.states())
 		}
 	}
 	p := planOf("e")
-	p.picked(0, noLimits)
-	p.failed(false)
-	if p.answer(0, SpoolAnswer{Known: true}); p.says() != "e" {
-		t.Errorf("what a server held is %s", p.says())
+	p.pickNumbers(0, noLimits)
+	p.pushFailed(false)
+	if p.applyAnswer(0, SpoolAnswer{KnowsSpools: true}); p.states() != "e" {
+		t.Errorf("what a server held is %s", p.states())
 	}
 }
 
@@ -209,17 +209,17 @@ func TestSpoolPlanFailed(t *testing.T) {
 func TestSpoolPlanRefused(t *testing.T) {
 	for have, want := range map[string]SpoolStep{"uhu": StepPush, "uhe": StepPush, "he": StepAsk} {
 		p := planOf(have)
-		p.picked(0, noLimits)
-		p.failed(true)
-		if step, _ := p.step(time.Hour.Milliseconds()); p.says() != have || step != want {
-			t.Errorf("%s: %s, step %v, want %v", have, p.says(), step, want)
+		p.pickNumbers(0, noLimits)
+		p.pushFailed(true)
+		if step, _ := p.nextStep(time.Hour.Milliseconds()); p.states() != have || step != want {
+			t.Errorf("%s: %s, step %v, want %v", have, p.states(), step, want)
 		}
 	}
 }
 
 func TestSpoolPlanHeldSince(t *testing.T) {
 	p := planOf("uu")
-	if _, ok := p.heldSince(); ok {
+	if _, ok := p.unreadSince(); ok {
 		t.Error("nothing is held")
 	}
 	for _, tt := range []struct {
@@ -231,17 +231,17 @@ func TestSpoolPlanHeldSince(t *testing.T) {
 	}{
 		{5, "a", "1", 5, true}, {7, "a", "1-2", 5, true}, {8, "b", "1-2", 8, true}, {9, "b", "2", 8, true}, {10, "b", "1", 10, true}, {11, "b", "", 0, false},
 	} {
-		p.answer(tt.now, SpoolAnswer{To: tt.to, Known: true, Held: mustRanges(tt.held)})
-		if since, ok := p.heldSince(); since != tt.since || ok != tt.ok {
+		p.applyAnswer(tt.now, SpoolAnswer{Server: tt.to, KnowsSpools: true, Held: mustRanges(tt.held)})
+		if since, ok := p.unreadSince(); since != tt.since || ok != tt.ok {
 			t.Errorf("%+v: since %d, %v", tt, since, ok)
 		}
 	}
 	// A center that catches up reads on, though not all.
 	p = planOf("uu")
-	p.answer(3, SpoolAnswer{To: "a", Known: true, Held: mustRanges("1-2")})
-	p.answer(20, SpoolAnswer{To: "a", Known: true, Held: mustRanges("2"), Read: mustRanges("1")})
-	p.answer(30, SpoolAnswer{To: "a", Known: true, Held: mustRanges("2"), Read: mustRanges("1")})
-	if since, ok := p.heldSince(); since != 20 || !ok {
+	p.applyAnswer(3, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("1-2")})
+	p.applyAnswer(20, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("2"), Read: mustRanges("1")})
+	p.applyAnswer(30, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("2"), Read: mustRanges("1")})
+	if since, ok := p.unreadSince(); since != 20 || !ok {
 		t.Errorf("one of two was read at 20: since %d, %v", since, ok)
 	}
 }
@@ -249,20 +249,20 @@ func TestSpoolPlanHeldSince(t *testing.T) {
 func TestSpoolPlanDrop(t *testing.T) {
 	for need, want := range map[int]string{0: "uhe?u", 1: "u-e?u", 2: "u--?u", 3: "---?u", 4: "----u"} {
 		p := planOf("uhe?u")
-		held, lost := p.drop(func(*spoolEntry) bool { return len(p.entries) > 0 && p.disk > int64(5-need) })
-		if p.says() != want || len(held)+len(lost) != need || len(held) != min(need, 2) {
-			t.Errorf("%d: %s is left, %d and %d gone", need, p.says(), len(held), len(lost))
+		held, lost := p.drop(func(*spoolEntry) bool { return len(p.entries) > 0 && p.diskBytes > int64(5-need) })
+		if p.states() != want || len(held)+len(lost) != need || len(held) != min(need, 2) {
+			t.Errorf("%d: %s is left, %d and %d gone", need, p.states(), len(held), len(lost))
 		}
 	}
 	p := planOf("hu")
-	p.picked(0, noLimits)
+	p.pickNumbers(0, noLimits)
 	p.drop(func(*spoolEntry) bool { return true })
-	if p.says() != "-u" {
-		t.Errorf("what is handed out is dropped: %q is left", p.says())
+	if p.states() != "-u" {
+		t.Errorf("what is in flight is dropped: %q is left", p.states())
 	}
 }
 
-func TestSpoolLogMerge(t *testing.T) {
+func TestSpoolMetaMerge(t *testing.T) {
 	at := Moment{Wall: 1000, Boot: 1000, BootID: "b"}
 	later := func(d time.Duration) Moment {
 		return Moment{Wall: 1000 + d.Milliseconds(), Boot: 1000 + d.Milliseconds(), BootID: "b"}
@@ -286,7 +286,7 @@ func TestSpoolLogMerge(t *testing.T) {
 		"told twice":      {nil, 0, []ConsumerAge{{1, time.Hour}, {1, time.Second}}, "0000000000000001:1"},
 		"no more than 64": {many, 0, []ConsumerAge{{1000, 0}}, FormatConsumers(append(slices.Clone(many[:MaxConsumers-1]), ConsumerAge{1000, 0}))},
 	} {
-		l := spoolLog{ID: 1, At: at, Consumers: tt.have}
+		l := spoolMeta{ID: 1, At: at, Consumers: tt.have}
 		got := l.merge(later(tt.after), tt.told)
 		if text := FormatConsumers(got.Consumers); text != tt.want || got.ID != 1 || got.At != later(tt.after) {
 			t.Errorf("%s: %s, want %s", name, text, tt.want)
@@ -310,7 +310,7 @@ type planWorld struct {
 
 type planServer struct{ held, read, oldHeld, oldRead map[uint64]bool }
 
-// exchange makes a push of what is handed out, or asks. Some attempts do not arrive, some
+// exchange makes a push of the scrapes in flight, or asks. Some attempts do not arrive, some
 // answers neither, and some are refused for now.
 func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 	s := &w.servers[w.to]
@@ -319,7 +319,7 @@ func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 		luck = 9
 	}
 	if luck == 2 {
-		w.plan.failed(true)
+		w.plan.pushFailed(true)
 		w.to = w.rnd.IntN(2)
 		return
 	}
@@ -331,47 +331,47 @@ func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 		}
 	}
 	if luck <= 1 {
-		w.plan.failed(false)
+		w.plan.pushFailed(false)
 		w.to = w.rnd.IntN(2)
 		return
 	}
-	a := SpoolAnswer{To: fmt.Sprint(w.to), Known: true}
+	a := SpoolAnswer{Server: fmt.Sprint(w.to), KnowsSpools: true}
 	for n := range s.held {
 		a.Held = a.Held.Add(n, n)
 	}
 	for n := range s.read {
 		a.Read = a.Read.Add(n, n)
 	}
-	gone, out := w.plan.answer(w.now, a)
+	gone, out := w.plan.applyAnswer(w.now, a)
 	for _, e := range gone {
 		if !w.got[e.Number] {
 			w.t.Fatalf("%d is removed, and nobody has read it", e.Number)
 		}
 	}
-	if len(out.NotTaken) > 0 {
-		w.t.Fatalf("%v are not taken", out.NotTaken)
+	if len(out.Declined) > 0 {
+		w.t.Fatalf("%v are declined", out.Declined)
 	}
 }
 
 // drain does what the plan says until it says that it is enough.
 func (w *planWorld) drain(calm bool) {
 	for range 50 {
-		step, wait := w.plan.step(w.now)
+		step, wait := w.plan.nextStep(w.now)
 		switch step {
-		case StepEnd:
+		case StepDone:
 			return
 		case StepWait:
 			w.now += wait.Milliseconds()
 		case StepAsk:
 			w.exchange(nil, calm)
 		case StepPush:
-			batch := w.plan.pick(w.now, PushLimits{1 << 30, 1 << 30, 1 + w.rnd.IntN(5)}, func(*spoolEntry) bool { return true })
+			batch := w.plan.pickPush(w.now, PushLimits{1 << 30, 1 << 30, 1 + w.rnd.IntN(5)}, func(*spoolEntry) bool { return true })
 			if len(batch) == 0 {
 				w.t.Fatal("nothing to push")
 			}
 			s := w.servers[w.to]
 			for _, e := range batch {
-				if e.unsure || e.state != batch[0].state || w.plan.to == fmt.Sprint(w.to) && (s.held[e.Number] || s.read[e.Number]) && e.state == ScrapeUndelivered {
+				if e.uncertain || e.state != batch[0].state || w.plan.server == fmt.Sprint(w.to) && (s.held[e.Number] || s.read[e.Number]) && e.state == ScrapeUndelivered {
 					w.t.Fatalf("%+v is pushed", e)
 				}
 			}
@@ -403,7 +403,7 @@ func TestSpoolPlanLosesNothing(t *testing.T) {
 			switch w.rnd.IntN(12) {
 			case 0, 1, 2:
 				w.added++
-				w.plan.add(spoolEntry{Scrape: Scrape{Number: w.added}, cost: 1})
+				w.plan.add(spoolEntry{Scrape: Scrape{Number: w.added}, footprint: 1})
 			case 3, 4, 5:
 				w.drain(false)
 			case 6:
@@ -419,7 +419,7 @@ func TestSpoolPlanLosesNothing(t *testing.T) {
 				old := w.plan.entries
 				w.plan = &spoolPlan{}
 				for _, e := range old {
-					w.plan.add(spoolEntry{Scrape: e.Scrape, cost: 1, unsure: true})
+					w.plan.add(spoolEntry{Scrape: e.Scrape, footprint: 1, uncertain: true})
 				}
 				w.lastE = 0
 			case 11:
@@ -431,7 +431,7 @@ func TestSpoolPlanLosesNothing(t *testing.T) {
 			w.drain(true)
 			w.read(&w.servers[w.to])
 		}
-		if len(w.plan.entries) > 0 || w.plan.disk != 0 || uint64(len(w.got)) != w.added {
+		if len(w.plan.entries) > 0 || w.plan.diskBytes != 0 || uint64(len(w.got)) != w.added {
 			t.Fatalf("seed %d: %d scrapes are left, %d of %d are read", seed, len(w.plan.entries), len(w.got), w.added)
 		}
 	}

@@ -1,16 +1,14 @@
 package main
 
 // The record of one spooled scrape. A record that decodes with its text can be sent. The sizes
-// that a record states are bounded before the text is looked at. Pure.
+// that a record states are bounded before the text is decompressed. Pure.
 
 import (
 	"bytes"
 	"compress/gzip"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 )
 
 const (
@@ -19,112 +17,107 @@ const (
 	MaxPiece     = 32 << 20
 	MaxPieceText = 8 * MaxPiece
 
-	spoolKind    = 2             // of the record, and the version of its payload
-	spoolKindOld = 1             // without what spoolKind has in front: not final
-	spoolFinal   = 1 + 8         // bytes of that
-	spoolHead    = 3*8 + 2*4 + 1 // bytes of the rest before the boot ID
-	shortestLine = 4             // "a 0\n"
+	scrapeKind   = 3 // kind of the record, and version of its payload
+	shortestLine = 4 // bytes of "a 0\n"
 )
 
 // Scrape is a cleaned scrape, or a piece of one.
 type Scrape struct {
-	Number  uint64 // names it to servers; the spool's to give
-	At      Moment // when the source answered
-	Source  int64  // what the source's clock showed then, in ms since the epoch
-	Final   bool   // the times in the text are corrected, and never change again
-	Shift   int64  // ms by which they are shifted; 0 unless Final
-	Samples int
-	Size    int    // bytes of the text exposition of the samples
-	Gzip    []byte // the text, compressed; immutable
+	Number     uint64 // names it to servers; the spool assigns it
+	At         Moment // when the source answered
+	SourceTime int64  // what the source's clock showed then, in ms since the epoch
+	Corrected  bool   // the times in the text are corrected, and never change again
+	Shift      int64  // ms by which they were shifted; 0 unless Corrected
+	Samples    int
+	Size       int    // bytes of the text exposition of the samples
+	Gzip       []byte // the text, compressed; immutable
 }
 
-// ErrSpoolRead: the spool has scrapes and none of them can be read.
-var ErrSpoolRead = errors.New("reading spool")
-var errBadScrape = errors.New("not a spooled scrape")
-
-// isLost reports an error that says that a scrape's file is gone or damaged. After another
-// error the file may be good.
-func isLost(err error) bool { return errors.Is(err, errBadScrape) || errors.Is(err, fs.ErrNotExist) }
-
-// appendScrape appends the payload of the scrape's record, which is of spoolKind:
+// appendScrape appends the payload of a record of scrapeKind:
 //
-//	byte final; int64 shift, source, boot, wall; uint32 samples, size; byte length of the boot ID; boot ID; gzip
+//	byte corrected; int64 shift, source time; moment; uint32 samples, size; gzip
 func appendScrape(b []byte, sc *Scrape) []byte {
-	final := byte(0)
-	if sc.Final {
-		final = 1
+	corrected := byte(0)
+	if sc.Corrected {
+		corrected = 1
 	}
-	b = append(b, final)
-	for _, ms := range []int64{sc.Shift, sc.Source, sc.At.Boot, sc.At.Wall} {
-		b = binary.LittleEndian.AppendUint64(b, uint64(ms))
-	}
+	b = append(b, corrected)
+	b = binary.LittleEndian.AppendUint64(b, uint64(sc.Shift))
+	b = binary.LittleEndian.AppendUint64(b, uint64(sc.SourceTime))
+	b = appendMoment(b, sc.At)
 	b = binary.LittleEndian.AppendUint32(b, uint32(sc.Samples))
 	b = binary.LittleEndian.AppendUint32(b, uint32(sc.Size))
-	b = append(append(b, byte(len(sc.At.BootID))), sc.At.BootID...)
 	return append(b, sc.Gzip...)
 }
 
-// decodeScrape is strict, since it may be given what only looks like a record.
-// With text it also decompresses, which says whether a server could read it. The
-// result's gzip is part of payload.
-func decodeScrape(kind byte, payload []byte, text bool) (sc Scrape, err error) {
-	switch {
-	case kind == spoolKind && len(payload) >= spoolFinal && payload[0] <= 1:
-		sc.Final, sc.Shift = payload[0] == 1, int64(binary.LittleEndian.Uint64(payload[1:]))
-		payload = payload[spoolFinal:]
-	case kind != spoolKindOld:
-		return sc, fmt.Errorf("%w: a record of kind %d with %d bytes", errBadScrape, kind, len(payload))
+// decodeScrape decodes a payload strictly, since a log that is damaged may deliver what only
+// looks like a record. With withText it decompresses the text too, as a server will. Gzip of
+// the result is part of payload.
+func decodeScrape(payload []byte, withText bool) (sc Scrape, err error) {
+	r := ReadWire(payload)
+	corrected := r.Byte()
+	sc.Corrected = corrected == 1
+	sc.Shift, sc.SourceTime = int64(r.Uint64()), int64(r.Uint64())
+	sc.At = readMoment(&r)
+	sc.Samples, sc.Size = int(r.Uint32()), int(r.Uint32())
+	sc.Gzip = r.Rest()
+	r.Require(corrected <= 1)
+	if err := r.Done(); err != nil {
+		return sc, fmt.Errorf("malformed scrape: %w", err)
 	}
-	if len(payload) < spoolHead {
-		return sc, fmt.Errorf("%w: %d bytes", errBadScrape, len(payload))
-	}
-	for i, ms := range []*int64{&sc.Source, &sc.At.Boot, &sc.At.Wall} {
-		*ms = int64(binary.LittleEndian.Uint64(payload[8*i:]))
-	}
-	samples, size := binary.LittleEndian.Uint32(payload[24:]), binary.LittleEndian.Uint32(payload[28:])
-	id, rest := int(payload[32]), payload[spoolHead:]
-	if id > len(rest) {
-		return sc, fmt.Errorf("%w: a boot ID of %d bytes in %d", errBadScrape, id, len(rest))
-	}
-	sc.Samples, sc.Size = int(samples), int(min(size, MaxPieceText+1))
-	sc.At.BootID, sc.Gzip = string(rest[:id]), rest[id:]
-	if err := sc.check(); err != nil || !text {
+	if err := sc.check(); err != nil || !withText {
 		return sc, err
 	}
 	return sc, sc.checkText()
 }
 
-// check looks at all but the text.
+// appendMoment appends int64 wall and boot, and the boot ID behind its length.
+func appendMoment(b []byte, m Moment) []byte {
+	b = binary.LittleEndian.AppendUint64(b, uint64(m.Wall))
+	b = binary.LittleEndian.AppendUint64(b, uint64(m.Boot))
+	return AppendShort(b, m.BootID)
+}
+
+// readMoment reads a valid moment, as appendMoment wrote it.
+func readMoment(r *WireReader) (m Moment) {
+	m.Wall, m.Boot = int64(r.Uint64()), int64(r.Uint64())
+	m.BootID = r.Short(MaxBootID)
+	r.Require(m.IsValid())
+	return m
+}
+
+// check checks all but the text.
 func (sc *Scrape) check() error {
 	switch {
-	case !sc.At.IsValid() || sc.Source < 0 || sc.Source > MaxMoment:
-		return fmt.Errorf("%w: clocks at %+v, the source's at %d ms", errBadScrape, sc.At, sc.Source)
-	case max(sc.Shift, -sc.Shift) > MaxMoment || sc.Shift < -MaxMoment || sc.Shift != 0 && !sc.Final:
-		return fmt.Errorf("%w: shifted by %d ms", errBadScrape, sc.Shift)
-	case sc.Size > MaxPieceText || sc.Samples > sc.Size/shortestLine || sc.Samples == 0 && sc.Size > 0:
-		return fmt.Errorf("%w: %d samples in %d bytes of text", errBadScrape, sc.Samples, sc.Size)
+	case !sc.At.IsValid() || sc.SourceTime < 0 || sc.SourceTime > MaxMoment:
+		return fmt.Errorf("malformed scrape: clocks at %+v, the source's at %d ms", sc.At, sc.SourceTime)
+	case sc.Shift < -MaxMoment || sc.Shift > MaxMoment || sc.Shift != 0 && !sc.Corrected:
+		return fmt.Errorf("malformed scrape: shifted by %d ms", sc.Shift)
+	case min(sc.Samples, sc.Size) < 0 || sc.Size > MaxPieceText || sc.Samples > sc.Size/shortestLine || sc.Samples == 0 && sc.Size > 0:
+		return fmt.Errorf("malformed scrape: %d samples in %d bytes of text", sc.Samples, sc.Size)
 	case len(sc.Gzip) > MaxPiece || !bytes.HasPrefix(sc.Gzip, []byte{0x1f, 0x8b, 8}):
-		return fmt.Errorf("%w: %d bytes that are not gzip", errBadScrape, len(sc.Gzip))
+		return fmt.Errorf("malformed scrape: %d bytes that are not gzip", len(sc.Gzip))
 	}
 	return nil
 }
 
-// checkText decompresses, and compares with what is stated of the text.
+// checkText decompresses the text and compares it with Samples and Size.
 func (sc *Scrape) checkText() error {
 	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
 	if err != nil {
-		return fmt.Errorf("%w: %w", errBadScrape, err)
+		return fmt.Errorf("malformed scrape: %w", err)
 	}
 	var c lineCounter
 	if _, err := io.Copy(&c, io.LimitReader(z, int64(sc.Size)+1)); err != nil {
-		return fmt.Errorf("%w: %w", errBadScrape, err)
+		return fmt.Errorf("malformed scrape: %w", err)
 	}
 	if c.bytes != sc.Size || c.lines != sc.Samples || c.bytes > 0 && c.last != '\n' {
-		return fmt.Errorf("%w: %d lines in %d bytes, instead of %d in %d", errBadScrape, c.lines, c.bytes, sc.Samples, sc.Size)
+		return fmt.Errorf("malformed scrape: %d lines in %d bytes, instead of %d in %d", c.lines, c.bytes, sc.Samples, sc.Size)
 	}
 	return nil
 }
 
+// lineCounter counts the bytes and lines written to it.
 type lineCounter struct {
 	bytes, lines int
 	last         byte

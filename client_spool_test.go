@@ -19,25 +19,25 @@ import (
 // spoolRig is a spool on a crashFS, with clocks that a test sets and notes of what
 // the spool told.
 type spoolRig struct {
-	t       *testing.T
-	fs      *crashFS
-	cfg     SpoolConfig
-	spool   *Spool
-	now     Moment
-	errs    []error
-	dropped map[string]int // samples
-	drops   int            // occasions
+	t              *testing.T
+	fs             *crashFS
+	cfg            SpoolConfig
+	spool          *Spool
+	now            Moment
+	errs           []error
+	droppedSamples map[string]int // samples
+	dropCalls      int            // occasions
 }
 
 func newSpoolRig(t *testing.T, change func(*SpoolConfig)) *spoolRig {
-	r := &spoolRig{t: t, fs: newCrashFS(1, "/s"), now: Moment{Wall: 1, Boot: 5_000_000, BootID: "boot-1"}, dropped: map[string]int{}}
+	r := &spoolRig{t: t, fs: newCrashFS(1, "/s"), now: Moment{Wall: 1, Boot: 5_000_000, BootID: "boot-1"}, droppedSamples: map[string]int{}}
 	r.cfg = SpoolConfig{FS: r.fs, Dir: "/s", Cluster: "site", Limit: 1 << 30, MaxAge: 2 * time.Hour}
 	if change != nil {
 		change(&r.cfg)
 	}
 	r.cfg.Now = func() Moment { return r.now }
 	r.cfg.OnError = func(err error) { r.errs = append(r.errs, err) }
-	r.cfg.OnDrop = func(reason string, _, samples int) { r.dropped[reason] += samples; r.drops++ }
+	r.cfg.OnDrop = func(reason string, _, samples int) { r.droppedSamples[reason] += samples; r.dropCalls++ }
 	r.open()
 	return r
 }
@@ -60,7 +60,7 @@ func (r *spoolRig) files() []string { return spoolFiles(r.fs) }
 
 // spoolFiles returns the names of all files but the spool's record.
 func spoolFiles(c *crashFS) []string {
-	return slices.DeleteFunc(c.names(), func(name string) bool { return name == "/s/"+spoolLogName })
+	return slices.DeleteFunc(c.names(), func(name string) bool { return name == "/s/"+spoolMetaName })
 }
 
 // scrape returns one that says n, of lines samples.
@@ -69,7 +69,7 @@ func (r *spoolRig) scrape(n, lines int) Scrape {
 	for i := range lines {
 		text = fmt.Appendf(text, "s{n=\"%d\",i=\"%d\"} 1 %d\n", n, i, r.now.Wall)
 	}
-	return Scrape{At: r.now, Source: r.now.Wall + 77, Samples: lines, Size: len(text), Gzip: Gzip(text)}
+	return Scrape{At: r.now, SourceTime: r.now.Wall + 77, Samples: lines, Size: len(text), Gzip: Gzip(text)}
 }
 
 func (r *spoolRig) add(n int) error { return r.spool.Add(r.scrape(n, 3)) }
@@ -101,10 +101,10 @@ func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
 	return ns
 }
 
-// handOut has the next push handed out; the spool can be read.
-func (r *spoolRig) handOut(l PushLimits) []Scrape {
+// nextPush returns the scrapes of the next push; the spool can be read.
+func (r *spoolRig) nextPush(l PushLimits) []Scrape {
 	r.t.Helper()
-	if step, _ := r.spool.Step(); step == StepAsk {
+	if step, _ := r.spool.NextStep(); step == StepAsk {
 		r.spool.Answer(SpoolAnswer{})
 	}
 	got, err := r.spool.Next(l)
@@ -114,11 +114,11 @@ func (r *spoolRig) handOut(l PushLimits) []Scrape {
 	return got
 }
 
-// drain hands all out, one push after the other.
+// drain returns all scrapes, one push after the other.
 func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
 	r.t.Helper()
 	for {
-		got := r.handOut(l)
+		got := r.nextPush(l)
 		if len(got) == 0 {
 			return pushes
 		}
@@ -140,26 +140,26 @@ func TestSpoolRestart(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	first := r.scrape(1, 3)
 	r.mustAdd(1, 2, 3)
-	r.expect("handed out one by one", numbers(t, r.handOut(PushLimits{1, 1, 1})), []int{1})
+	r.expect("one by one", numbers(t, r.nextPush(PushLimits{1, 1, 1})), []int{1})
 	r.spool.Answer(SpoolAnswer{})
-	r.expect("handed out again until removed", numbers(t, r.handOut(noLimits)), []int{2, 3})
+	r.expect("again until removed", numbers(t, r.nextPush(noLimits)), []int{2, 3})
 	r.fs.crash()
 	r.open()
 	r.mustAdd(4)
-	got := r.handOut(noLimits)
+	got := r.nextPush(noLimits)
 	r.expect("after a crash", numbers(t, got), []int{2, 3, 4})
-	if got[0].At != first.At || got[0].Source != first.Source || got[0].Samples != 3 {
+	if got[0].At != first.At || got[0].SourceTime != first.SourceTime || got[0].Samples != 3 {
 		t.Errorf("clocks or counts changed: %+v", got[0])
 	}
 	r.spool.Answer(SpoolAnswer{})
 	r.expect("at the end", r.files(), []string{})
-	if st := r.spool.Stats(); st != (SpoolStats{}) || len(r.errs) > 0 || r.drops > 0 {
-		t.Errorf("left: %+v, errors %v, drops %v", st, r.errs, r.dropped)
+	if st := r.spool.Stats(); st != (SpoolStats{}) || len(r.errs) > 0 || r.dropCalls > 0 {
+		t.Errorf("left: %+v, errors %v, drops %v", st, r.errs, r.droppedSamples)
 	}
 }
 
 // Whatever operation fails, or the process is killed in, or the power goes in:
-// what Add acknowledged and nobody removed is handed out once by the spool that
+// what Add acknowledged and nobody removed is returned once by the spool that
 // is opened next, whole and in order, and nothing else but what Add was given.
 func TestSpoolCrashAnywhere(t *testing.T) { synctest.Test(t, crashSpoolAnywhere) }
 
@@ -176,9 +176,9 @@ func crashSpoolAnywhere(t *testing.T) {
 				// Each shift differs, and must not differ again for a scrape that was sent.
 				shift := int64(0)
 				r := newSpoolRig(t, func(c *SpoolConfig) {
-					c.Final = func(sc Scrape) Scrape {
+					c.CorrectTimes = func(sc Scrape) Scrape {
 						shift++
-						sc.Final, sc.Shift = true, shift
+						sc.Corrected, sc.Shift = true, shift
 						return sc
 					}
 				})
@@ -211,8 +211,8 @@ func crashSpoolAnywhere(t *testing.T) {
 					case 5: // the server loses it
 						got, _ := r.spool.Next(PushLimits{1 << 30, 1 << 30, 3})
 						send(got)
-						r.spool.Failed(false)
-						r.spool.Answer(SpoolAnswer{Known: true})
+						r.spool.PushFailed(false)
+						r.spool.Answer(SpoolAnswer{KnowsSpools: true})
 					case 0, 1, 2:
 						n++
 						maybe[n] = true
@@ -231,11 +231,11 @@ func crashSpoolAnywhere(t *testing.T) {
 						for _, sc := range got {
 							read = read.Add(sc.Number, sc.Number)
 						}
-						r.spool.Answer(SpoolAnswer{Known: true, Read: read, Consumers: []ConsumerAge{{uint64(n), 0}}})
+						r.spool.Answer(SpoolAnswer{KnowsSpools: true, Read: read, Consumers: []ConsumerAge{{uint64(n), 0}}})
 					case 4:
 						if got, _ := r.spool.Next(PushLimits{1, 1, 1}); len(got) > 0 {
 							gone[numbers(t, got)[0]] = true
-							r.spool.SetAside()
+							r.spool.Reject()
 						}
 					}
 				}
@@ -247,7 +247,7 @@ func crashSpoolAnywhere(t *testing.T) {
 					for _, k := range slices.Concat(r.drain(noLimits)...) {
 						acked[k] = false
 						if gone[k] {
-							t.Errorf("%d is handed out again", k)
+							t.Errorf("%d is returned again", k)
 						}
 					}
 					for k := range maybe {
@@ -255,8 +255,8 @@ func crashSpoolAnywhere(t *testing.T) {
 							t.Errorf("%d is missing", k)
 						}
 					}
-					if r.drops > 0 {
-						t.Errorf("%v counted as dropped", r.dropped)
+					if r.dropCalls > 0 {
+						t.Errorf("%v counted as dropped", r.droppedSamples)
 					}
 				} else {
 					r.fs.restart()
@@ -269,7 +269,7 @@ func crashSpoolAnywhere(t *testing.T) {
 						r.fs.crash()
 						r.open()
 					}
-					all := r.handOut(noLimits)
+					all := r.nextPush(noLimits)
 					send(all)
 					got := numbers(t, all)
 					if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) {
@@ -314,7 +314,7 @@ func TestSpoolDiskFull(t *testing.T) {
 	if st := r.spool.Stats(); st.Scrapes != 3 || st.InMemory != 2 {
 		t.Errorf("got %+v", st)
 	}
-	r.expect("in order, from disk and memory", numbers(t, r.handOut(noLimits)), []int{1, 2, 3})
+	r.expect("in order, from disk and memory", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
 	r.spool.Release()
 	if err := r.spool.Close(); err != nil {
 		t.Error(err)
@@ -334,12 +334,12 @@ func TestSpoolDiskFull(t *testing.T) {
 			t.Error("no error")
 		}
 	}
-	fit := spoolMemory / (len(big.Gzip) + spoolPerEntry)
-	if st := r.spool.Stats(); st.InMemory != fit || st.Scrapes != 1+fit || r.dropped[DropSpoolFull] != 8-fit {
-		t.Errorf("got %+v, dropped %v, want %d in memory", st, r.dropped, fit)
+	fit := maxSpoolMemory / (len(big.Gzip) + entryOverhead)
+	if st := r.spool.Stats(); st.InMemory != fit || st.Scrapes != 1+fit || r.droppedSamples[DropSpoolFull] != 8-fit {
+		t.Errorf("got %+v, dropped %v, want %d in memory", st, r.droppedSamples, fit)
 	}
-	if err := r.spool.Close(); !errors.Is(err, errFull) || r.dropped[DropSpoolClosed] != fit {
-		t.Errorf("closing: %v, dropped %v", err, r.dropped)
+	if err := r.spool.Close(); !errors.Is(err, errFull) || r.droppedSamples[DropSpoolClosed] != fit {
+		t.Errorf("closing: %v, dropped %v", err, r.droppedSamples)
 	}
 }
 
@@ -364,7 +364,7 @@ func TestSpoolWritesBack(t *testing.T) {
 			t.Errorf("%+v, want %d in memory of %d", st, want, n)
 		}
 	}
-	fail(maxWriteBack + 2)
+	fail(maxFlush + 2)
 	inMemory(n)
 	for _, left := range []int{2, 0} {
 		n++
@@ -382,7 +382,7 @@ func TestSpoolWritesBack(t *testing.T) {
 		t.Errorf("accounts: %+v", st)
 	}
 
-	r = newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 2 * spoolBlock })
+	r = newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 2 * fileBlock })
 	n = 0
 	fail(2)
 	n++
@@ -396,8 +396,8 @@ func TestSpoolWritesBack(t *testing.T) {
 	gone := 0
 	r.fs.hook = func(_ int, op, path string) fault {
 		if op == "rename" && strings.Contains(path, spoolName(1)) && gone == 0 {
-			r.handOut(PushLimits{1, 1, 1})
-			gone = len(r.spool.take((*spoolEntry).isTaken)) // as Remove does, which has then removed no file
+			r.nextPush(PushLimits{1, 1, 1})
+			gone = len(r.spool.removeIf((*spoolEntry).isInFlight)) // as Remove does, which has then removed no file
 		}
 		return fault{}
 	}
@@ -414,32 +414,32 @@ func TestSpoolWritesBack(t *testing.T) {
 func TestSpoolInMemory(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Dir = ""; c.Limit = 750 })
 	r.mustAdd(1, 2, 3, 4)
-	if len(r.files()) > 0 || r.dropped[DropSpoolFull] != 6 {
-		t.Errorf("files %v, dropped %v", r.files(), r.dropped)
+	if len(r.files()) > 0 || r.droppedSamples[DropSpoolFull] != 6 {
+		t.Errorf("files %v, dropped %v", r.files(), r.droppedSamples)
 	}
-	r.handOut(PushLimits{1, 1, 1})
-	r.spool.SetAside()
+	r.nextPush(PushLimits{1, 1, 1})
+	r.spool.Reject()
 	r.expect("kept", r.drain(noLimits), [][]int{{4}})
 }
 
 func TestSpoolLimit(t *testing.T) {
-	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 3*spoolBlock + 100 })
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 3*fileBlock + 100 })
 	r.mustAdd(1, 2, 3)
-	r.handOut(PushLimits{1, 1, 1}) // the first is on its way: it is not dropped
+	r.nextPush(PushLimits{1, 1, 1}) // the first is on its way: it is not dropped
 	r.mustAdd(4, 5)
-	if r.dropped[DropSpoolFull] != 6 || r.drops != 2 {
-		t.Errorf("dropped %v in %d calls", r.dropped, r.drops)
+	if r.droppedSamples[DropSpoolFull] != 6 || r.dropCalls != 2 {
+		t.Errorf("dropped %v in %d calls", r.droppedSamples, r.dropCalls)
 	}
 	r.spool.Release()
-	if st := r.spool.Stats(); st.Scrapes != 3 || st.Bytes != 3*spoolBlock || len(r.files()) != 3 {
+	if st := r.spool.Stats(); st.Scrapes != 3 || st.Bytes != 3*fileBlock || len(r.files()) != 3 {
 		t.Errorf("%+v, files %v", st, r.files())
 	}
 	r.expect("kept", r.drain(noLimits), [][]int{{1, 4, 5}})
-	r.cfg.Limit = spoolBlock - 1
+	r.cfg.Limit = fileBlock - 1
 	r.open()
 	r.mustAdd(6)
-	if r.dropped[DropSpoolFull] != 9 || r.spool.Stats().Scrapes != 0 {
-		t.Errorf("what can never fit: dropped %v", r.dropped)
+	if r.droppedSamples[DropSpoolFull] != 9 || r.spool.Stats().Scrapes != 0 {
+		t.Errorf("what can never fit: dropped %v", r.droppedSamples)
 	}
 }
 
@@ -449,18 +449,18 @@ func TestSpoolAge(t *testing.T) {
 	r.later(time.Hour)
 	r.mustAdd(3)
 	r.later(time.Hour)
-	if got := r.spool.Stats().By[ScrapeUndelivered].Oldest; got != 2*time.Hour {
+	if got := r.spool.Stats().ByState[ScrapeUndelivered].OldestAge; got != 2*time.Hour {
 		t.Errorf("the oldest is %v old", got)
 	}
 	// A wall clock that is stepped says nothing about age.
 	r.now.Wall += 1e12
-	r.expect("at the limit", numbers(t, r.handOut(noLimits)), []int{1, 2, 3})
+	r.expect("at the limit", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
 	r.now.Wall -= 1e12
 	r.spool.Release()
 	r.later(time.Second)
 	r.mustAdd(4)
-	if r.dropped[DropSpoolOld] != 6 || r.drops != 1 || len(r.files()) != 2 {
-		t.Errorf("dropped %v in %d calls, files %v", r.dropped, r.drops, r.files())
+	if r.droppedSamples[DropSpoolOld] != 6 || r.dropCalls != 1 || len(r.files()) != 2 {
+		t.Errorf("dropped %v in %d calls, files %v", r.droppedSamples, r.dropCalls, r.files())
 	}
 	// After a reboot age is the wall clock's.
 	r.now.BootID, r.now.Boot, r.now.Wall = "boot-2", 10, r.now.Wall+90*60_000
@@ -504,7 +504,7 @@ func TestSpoolGroups(t *testing.T) {
 		{"one at least", PushLimits{1, 1, 0}, nil, [][]int{{0}, {1}, {2}, {3}, {4}, {5}}},
 		{"reboots, and clocks that are stepped", noLimits, func(i int, sc *Scrape) {
 			sc.At.BootID = fmt.Sprint("boot-", i)
-			sc.Source += int64(i%2) * 1e9
+			sc.SourceTime += int64(i%2) * 1e9
 			sc.At.Wall += int64(i) * 1e6
 		}, [][]int{{0, 1, 2, 3, 4, 5}}},
 	} {
@@ -536,10 +536,10 @@ func TestSpoolDamage(t *testing.T) {
 		}
 		r.fs.put(path, data)
 		r.open()
-		r.expect(what, numbers(t, r.handOut(noLimits)), []int{1, 3})
+		r.expect(what, numbers(t, r.nextPush(noLimits)), []int{1, 3})
 		kept := false
 		for _, name := range r.files() {
-			if strings.HasPrefix(name, path+spoolDamaged) {
+			if strings.HasPrefix(name, path+"."+spoolDamaged) {
 				kept = kept || bytes.Equal(r.fs.entries[name].data, data)
 			}
 			if name == path {
@@ -564,12 +564,12 @@ func TestSpoolDamage(t *testing.T) {
 		sc = r.scrape(2, 3)
 		change()
 		r.errs = nil
-		r.fs.put(path, AppendRecord(appendLogHeader(nil, []byte("site")), spoolKind, appendScrape(nil, &sc)))
-		before := r.dropped[DropSpoolDamaged]
+		r.fs.put(path, AppendRecord(appendLogHeader(nil, []byte("site")), scrapeKind, appendScrape(nil, &sc)))
+		before := r.droppedSamples[DropSpoolDamaged]
 		r.open()
-		r.expect(what, numbers(t, r.handOut(noLimits)), []int{1, 3})
-		if len(r.errs) != 1 || r.dropped[DropSpoolDamaged] != before+sc.Samples {
-			t.Errorf("%s: errors %v, dropped %v", what, r.errs, r.dropped)
+		r.expect(what, numbers(t, r.nextPush(noLimits)), []int{1, 3})
+		if len(r.errs) != 1 || r.droppedSamples[DropSpoolDamaged] != before+sc.Samples {
+			t.Errorf("%s: errors %v, dropped %v", what, r.errs, r.droppedSamples)
 		}
 	}
 }
@@ -592,10 +592,10 @@ func TestSpoolOpenFails(t *testing.T) {
 					r.fs.hook = nil
 				}
 				r.open()
-				if !maps.Equal(r.fs.contents(), before) || len(r.errs) > 0 || r.drops > 0 {
-					t.Errorf("%v, %v: files %q; errors %v, dropped %v", tt, f, r.files(), r.errs, r.dropped)
+				if !maps.Equal(r.fs.contents(), before) || len(r.errs) > 0 || r.dropCalls > 0 {
+					t.Errorf("%v, %v: files %q; errors %v, dropped %v", tt, f, r.files(), r.errs, r.droppedSamples)
 				}
-				r.expect("handed out", r.drain(noLimits), [][]int{{1, 2, 3}})
+				r.expect("all", r.drain(noLimits), [][]int{{1, 2, 3}})
 			})
 		}
 	}
@@ -650,8 +650,8 @@ func TestSpoolNextFails(t *testing.T) {
 				waits++
 			}
 			r.expect(tt.name, pushes, tt.first)
-			if len(r.errs) != tt.told || waits != tt.waits || r.drops > 0 {
-				t.Errorf("%s: told %v, waited %d times, dropped %v", tt.name, r.errs, waits, r.dropped)
+			if len(r.errs) != tt.told || waits != tt.waits || r.dropCalls > 0 {
+				t.Errorf("%s: told %v, waited %d times, dropped %v", tt.name, r.errs, waits, r.droppedSamples)
 			}
 			r.expect(tt.name+": files", len(r.files()), len(slices.Concat(tt.then...)))
 			r.fs.hook = nil
@@ -665,23 +665,23 @@ func TestSpoolNextFails(t *testing.T) {
 	r.mustAdd(1, 2, 3)
 	r.fs.Remove(file(2))
 	r.expect("one has vanished", r.drain(noLimits), [][]int{{1, 3}})
-	r.expect("dropped", r.dropped, map[string]int{DropSpoolDamaged: 3})
+	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolDamaged: 3})
 }
 
 func TestSpoolSetsAside(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	for n := range 20 {
 		r.mustAdd(n)
-		r.handOut(noLimits)
-		r.spool.SetAside()
+		r.nextPush(noLimits)
+		r.spool.Reject()
 	}
 	r.mustAdd(20)
 	names := r.files()
-	if len(names) != maxSpoolAside+1 || names[0] != "/s/0000000000000005.log.refused" || r.spool.Stats().Scrapes != 1 {
+	if len(names) != maxAsideFiles+1 || names[0] != "/s/0000000000000005.log.refused" || r.spool.Stats().Scrapes != 1 {
 		t.Errorf("files %v", names)
 	}
 	// By another name it is sent again, before what came later.
-	if err := r.fs.Rename(names[3], strings.TrimSuffix(names[3], spoolRefused)); err != nil {
+	if err := r.fs.Rename(names[3], strings.TrimSuffix(names[3], "."+spoolRefused)); err != nil {
 		t.Fatal(err)
 	}
 	r.open()
@@ -743,17 +743,16 @@ func FuzzDecodeScrape(f *testing.F) {
 	r := spoolRig{now: Moment{1_700_000_000_000, 5, "boot-1"}}
 	for _, lines := range []int{0, 1, 20} {
 		sc := r.scrape(1, lines)
-		f.Add(byte(spoolKind), appendScrape(nil, &sc))
-		f.Add(byte(spoolKindOld), appendScrape(nil, &sc)[spoolFinal:])
-		sc.Final, sc.Shift = true, -77
-		f.Add(byte(spoolKind), appendScrape(nil, &sc))
+		f.Add(appendScrape(nil, &sc))
+		sc.Corrected, sc.Shift = true, -77
+		f.Add(appendScrape(nil, &sc))
 		sc.Samples++
-		f.Add(byte(spoolKind), appendScrape(nil, &sc))
+		f.Add(appendScrape(nil, &sc))
 	}
-	f.Add(byte(0), []byte{})
-	f.Fuzz(func(t *testing.T, kind byte, data []byte) {
-		head, headErr := decodeScrape(kind, data, false)
-		sc, err := decodeScrape(kind, data, true)
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		head, headErr := decodeScrape(data, false)
+		sc, err := decodeScrape(data, true)
 		if err == nil && headErr != nil {
 			t.Fatalf("good with its text, but without: %v", headErr)
 		}
@@ -762,9 +761,6 @@ func FuzzDecodeScrape(f *testing.F) {
 		}
 		if head.Samples > head.Size/shortestLine || head.Size > MaxPieceText || len(head.At.BootID) > MaxBootID {
 			t.Fatalf("%+v", head)
-		}
-		if kind == spoolKindOld {
-			data = append(make([]byte, spoolFinal), data...)
 		}
 		if again := appendScrape(nil, &sc); !bytes.Equal(again, data) {
 			t.Fatalf("%q, then %q", data, again)

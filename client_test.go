@@ -65,17 +65,17 @@ func (l *logBuffer) Reset() {
 
 // fakeHub is a server that writes down what it is sent.
 type fakeHub struct {
-	t       *testing.T
-	mu      sync.Mutex // guards asked, asks, bodies, at, hosts and headers while a client runs
-	asked   []time.Time
-	bodies  []string
-	at      []time.Time
-	hosts   []string
-	headers []http.Header
-	asks    []time.Time                          // questions of what is held
-	expires int                                  // seconds
-	tells   bool                                 // the time, and its name
-	answer  func(r *http.Request) *http.Response // nil to accept
+	t         *testing.T
+	mu        sync.Mutex // guards asked, asks, bodies, at, hosts and headers while a client runs
+	asked     []time.Time
+	bodies    []string
+	at        []time.Time
+	hosts     []string
+	headers   []http.Header
+	asks      []time.Time                          // questions of what is held
+	expires   int                                  // seconds
+	tellsTime bool                                 // the time, and its name
+	answer    func(r *http.Request) *http.Response // nil to accept
 }
 
 func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -125,7 +125,7 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // clock returns what an answer tells of the server's clock.
 func (h *fakeHub) clock(r *http.Request) string {
-	if !h.tells {
+	if !h.tellsTime {
 		return ""
 	}
 	return fmt.Sprintf(`,"server":%q,"time":%d`, r.URL.Host, time.Now().UnixMilli())
@@ -204,7 +204,7 @@ func TestClientPhase(t *testing.T) {
 		}
 		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.Cluster = "other" })
 		hub2.t = t
-		phase := func(c *Client) time.Duration { return c.untilPhase(start, 2*time.Minute) }
+		phase := func(c *Client) time.Duration { return c.untilNextPhase(start, 2*time.Minute) }
 		if phase(c) == phase(other) {
 			t.Error("two cluster IDs have the same phase")
 		}
@@ -483,7 +483,7 @@ empty{b="c",region="north"} 3 1700000001234
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(c.Text(nil, scraped, scraped.Push.Samples)); got != want {
+	if got := string(scraped.AppendText(nil, scraped.List.Samples)); got != want {
 		t.Errorf("a dry run prints:\n%s", got)
 	}
 	// The listener shows the last set sent, and is ready only after a success.
@@ -733,7 +733,7 @@ func TestClientEncodings(t *testing.T) {
 			cfg.From, _ = url.Parse(source.URL + "/metrics")
 			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
 		})
-		if got, err := c.Scrape(t.Context()); err != nil || len(got.Push.Samples) != 1 {
+		if got, err := c.Scrape(t.Context()); err != nil || len(got.List.Samples) != 1 {
 			t.Errorf("%q: %v", encoding, err)
 		}
 	}
@@ -752,7 +752,7 @@ func TestSourceSkew(t *testing.T) {
 		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
 		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
 	} {
-		if got := sourceSkew(date, wall, 0); got != want {
+		if got := updateSkew(date, wall, 0); got != want {
 			t.Errorf("%q: %d ms, want %d", date, got, want)
 		}
 	}
@@ -763,7 +763,7 @@ func TestSourceSkew(t *testing.T) {
 		for i := range int64(100) {
 			now := wall + i*1037
 			date := time.UnixMilli(now + offset).UTC().Format(http.TimeFormat)
-			got := sourceSkew(date, now, skew)
+			got := updateSkew(date, now, skew)
 			if got != skew {
 				changes++
 			}
@@ -774,7 +774,7 @@ func TestSourceSkew(t *testing.T) {
 		if changes > 1 {
 			t.Errorf("%d ms ahead: changed %d times", offset, changes)
 		}
-		if got := sourceSkew(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
+		if got := updateSkew(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
 			t.Errorf("%d ms ahead: a step of a minute is taken for %d", offset, got)
 		}
 	}

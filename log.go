@@ -16,8 +16,8 @@ import (
 	"strings"
 )
 
-// A file is a header (magic, uint32 length of the identity, identity, CRC) and
-// records; integers are little endian, every CRC is CRC32C (Castagnoli):
+// A file is a header (magic, digit of the version, line feed, uint32 length of the identity,
+// identity, CRC) and records; integers are little endian, every CRC is CRC32C (Castagnoli):
 //
 //	uint32 n      length of kind and payload, 1 to MaxRecord
 //	uint32 body   CRC of kind and payload
@@ -31,19 +31,16 @@ import (
 // record is then cheap. It costs 4 bytes beside an fsync.
 //
 // Names: a log ends in LogSuffix; beside it may lie <name>.tmp (a rewrite that
-// a crash cut short, overwritten by the next) and <name>.damaged, .damaged-2,
-// .damaged-3 (copies set aside).
+// a crash cut short, overwritten by the next) and copies and files set aside, see SetAside.
 const (
 	LogSuffix   = ".log"   // every name given to NewLog ends so; nothing else this room writes does
 	MaxRecord   = 64 << 20 // bytes of kind and payload of one record
 	MaxIdentity = 1024     // bytes
 
-	logMagic         = "tmlog-1\n"
-	recordHead       = 12
-	logTempSuffix    = ".tmp"
-	logDamagedSuffix = ".damaged"
-	maxLogsAside     = 3 // copies of damaged files kept per log
-
+	logMagic      = "tmlog-"
+	logVersion    = 1 // one digit
+	recordHead    = 12
+	logTempSuffix = ".tmp"
 )
 
 // ErrBroken is returned by Append while the file must not be appended to: it
@@ -115,27 +112,33 @@ func NewLog(fsys FS, path string, identity []byte) *Log {
 }
 
 func appendLogHeader(buf, identity []byte) []byte {
-	buf = append(buf, logMagic...)
+	start := len(buf)
+	buf = fmt.Appendf(buf, "%s%d\n", logMagic, logVersion)
 	buf = binary.LittleEndian.AppendUint32(buf, uint32(len(identity)))
 	buf = append(buf, identity...)
-	return binary.LittleEndian.AppendUint32(buf, Checksum(buf))
+	return binary.LittleEndian.AppendUint32(buf, Checksum(buf[start:]))
 }
 
-// parseLogHeader returns the identity and the header's size, or 0 if it is damaged.
-func parseLogHeader(data []byte) (identity []byte, size int) {
-	const fixed = len(logMagic) + 4
-	if len(data) < fixed || string(data[:len(logMagic)]) != logMagic {
-		return nil, 0
+// logHeader is the header of a file; its size in bytes is 0 if it is damaged.
+type logHeader struct {
+	version  int
+	identity []byte
+	size     int
+}
+
+func parseLogHeader(data []byte) logHeader {
+	r := ReadWire(data)
+	r.Require(string(r.Bytes(len(logMagic))) == logMagic)
+	version := int(r.Byte()) - '0'
+	r.Require(r.Byte() == '\n')
+	n := r.Uint32()
+	r.Require(n <= MaxIdentity)
+	identity := bytes.Clone(r.Bytes(int(n)))
+	end := len(data) - r.Len()
+	if sum := r.Uint32(); r.Err() != nil || sum != Checksum(data[:end]) {
+		return logHeader{}
 	}
-	n := binary.LittleEndian.Uint32(data[len(logMagic):])
-	if n > MaxIdentity || len(data) < fixed+int(n)+4 {
-		return nil, 0
-	}
-	end := fixed + int(n)
-	if Checksum(data[:end]) != binary.LittleEndian.Uint32(data[end:]) {
-		return nil, 0
-	}
-	return bytes.Clone(data[fixed:end]), end + 4
+	return logHeader{version, identity, len(data) - r.Len()}
 }
 
 // Append writes frames, whole records made by AppendRecord, and syncs them: if

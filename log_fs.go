@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -121,6 +122,50 @@ func syncParent(fsys FS, dir string, made bool) error {
 
 func readFile(fsys FS, name string) ([]byte, error) {
 	return ReadAgain(func() ([]byte, error) { return fsys.ReadFile(name) })
+}
+
+// maxAside is how many files of one path are kept aside for one reason.
+const maxAside = 3
+
+// SetAside renames the file at path, durably, to <path>.<reason>, or with -2 or -3 behind it
+// if that name is taken. If all names are taken it replaces the last, so that the first files
+// and the newest are kept. It returns the new name without its directory, which is "" if the
+// file was not renamed; with a name, an error is that of syncing the directory.
+func SetAside(fsys FS, path, reason string) (name string, err error) {
+	data, err := readFile(fsys, path)
+	if err != nil {
+		return "", fmt.Errorf("setting aside: %w", err)
+	}
+	aside, _, err := asidePath(fsys, path, reason, data)
+	if err == nil {
+		err = fsys.Rename(path, aside)
+	}
+	if err != nil {
+		return "", fmt.Errorf("setting %s aside: %w", path, err)
+	}
+	if err := fsys.SyncDir(filepath.Dir(path)); err != nil {
+		return filepath.Base(aside), fmt.Errorf("setting %s aside: %w", path, err)
+	}
+	return filepath.Base(aside), nil
+}
+
+// asidePath chooses the path of a file set aside. there reports that the same bytes lie there
+// already, as after a crash between the copy of a damaged log and its Rewrite.
+func asidePath(fsys FS, path, reason string, data []byte) (aside string, there bool, err error) {
+	for n := 1; n <= maxAside; n++ {
+		aside = path + "." + reason
+		if n > 1 {
+			aside += fmt.Sprintf("-%d", n)
+		}
+		old, err := readFile(fsys, aside)
+		if errors.Is(err, fs.ErrNotExist) {
+			return aside, false, nil
+		}
+		if err != nil || bytes.Equal(old, data) {
+			return aside, err == nil, err
+		}
+	}
+	return aside, false, nil
 }
 
 // replaceFile puts what fill writes durably in the place of path, making its

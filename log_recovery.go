@@ -7,13 +7,10 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 )
 
 // Recovery is what OpenLog found. Header, delivered records, LostBytes and
@@ -63,29 +60,32 @@ func (r *Recovery) KeptAs() string {
 // nothing was cut, because the process that wrote it may have been killed before
 // its fsync. That the file's directory entry is durable is ListLogs's part.
 //
-// The error is that of reading the file (fs.ErrNotExist if there is none), or the
-// copies of it set aside before, and stays after several tries; nothing was
-// changed then, and the file may be good. A later failure is in Recovery.Err and leaves
-// the log Broken.
+// A log of another version is an error. So is a file that cannot be read after several tries
+// (fs.ErrNotExist if there is none), or a copy of it that was set aside before. Nothing was
+// changed then, and the file may be good. A later failure is in Recovery.Err and leaves the
+// log Broken.
 func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, Recovery, error) {
 	data, err := readFile(fsys, path)
 	if err != nil {
 		return nil, Recovery{}, fmt.Errorf("reading log: %w", err)
 	}
-	identity, start := parseLogHeader(data)
-	rec := Recovery{Identity: identity, HeaderDamaged: start == 0}
-	rec.scan(data, start, each)
-	l := &Log{fsys: fsys, path: path, identity: identity, size: int64(len(data))}
+	header := parseLogHeader(data)
+	if header.size > 0 && header.version != logVersion {
+		return nil, Recovery{}, fmt.Errorf("%s is a log of version %d; this program knows version %d", path, header.version, logVersion)
+	}
+	rec := Recovery{Identity: header.identity, HeaderDamaged: header.size == 0}
+	rec.scan(data, header.size, each)
+	l := &Log{fsys: fsys, path: path, identity: header.identity, size: int64(len(data))}
 	if rec.HeaderDamaged || rec.Damaged > 0 {
 		l.broken = true
 		if len(data) == 0 {
 			return l, rec, nil // nothing to keep
 		}
-		name, there, err := asideName(fsys, path, data)
+		aside, there, err := asidePath(fsys, path, "damaged", data)
 		if err != nil {
 			return nil, Recovery{}, fmt.Errorf("reading a copy of a damaged log: %w", err)
 		}
-		if rec.SetAside, err = setAside(fsys, name, there, data); err != nil {
+		if rec.SetAside, err = copyAside(fsys, aside, there, data); err != nil {
 			rec.Err = fmt.Errorf("setting damaged log aside: %w", err)
 		}
 		return l, rec, nil
@@ -211,35 +211,18 @@ func allZero(b []byte) bool {
 	return len(bytes.TrimLeft(b, "\x00")) == 0
 }
 
-// asideName chooses the name of the copy of a damaged file. One that is there
-// already, as after a crash before the Rewrite, is not made twice; when all names
-// are taken the last is overwritten, so that the first damage and the newest are
-// kept.
-func asideName(fsys FS, path string, data []byte) (name string, there bool, err error) {
-	name = path + logDamagedSuffix
-	for n := 2; ; n++ {
-		old, err := readFile(fsys, name)
-		if errors.Is(err, fs.ErrNotExist) {
-			return name, false, nil
-		}
-		if there = err == nil && bytes.Equal(old, data); there || err != nil || n > maxLogsAside {
-			return name, there, err
-		}
-		name = path + logDamagedSuffix + "-" + strconv.Itoa(n)
-	}
-}
-
-// setAside keeps a copy of a damaged file, and returns its name if it is there.
-func setAside(fsys FS, name string, there bool, data []byte) (string, error) {
+// copyAside writes the copy of a damaged log to the path aside, durably, unless it is there
+// already. It returns that path, or "" if there is no copy.
+func copyAside(fsys FS, aside string, there bool, data []byte) (string, error) {
 	if there {
-		return name, fsys.SyncDir(filepath.Dir(name))
+		return aside, fsys.SyncDir(filepath.Dir(aside))
 	}
-	_, renamed, err := replaceFile(fsys, name, func(w io.Writer) error {
+	_, renamed, err := replaceFile(fsys, aside, func(w io.Writer) error {
 		_, err := w.Write(data)
 		return err
 	})
 	if !renamed {
-		name = ""
+		aside = ""
 	}
-	return name, err
+	return aside, err
 }

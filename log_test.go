@@ -721,6 +721,77 @@ func TestLogHostilePayload(t *testing.T) {
 	}
 }
 
+// ofVersion returns the log with another digit of the version, and a checksum that fits.
+func ofVersion(log []byte, digit byte) []byte {
+	h := parseLogHeader(log)
+	log = bytes.Clone(log)
+	log[len(logMagic)] = digit
+	binary.LittleEndian.PutUint32(log[h.size-4:], Checksum(log[:h.size-4]))
+	return log
+}
+
+// A log of another version is refused in words, and nothing is changed. A flipped bit in the
+// version is damage.
+func TestLogVersion(t *testing.T) {
+	data, _, _ := sampleLog()
+	c := newCrashFS(1, "/d")
+	c.put(logPath, ofVersion(data, '2'))
+	before := c.contents()
+	l, _, err := OpenLog(c, logPath, func(byte, []byte) error { t.Error("a record is delivered"); return nil })
+	if l != nil || err == nil || err.Error() != logPath+" is a log of version 2; this program knows version 1" {
+		t.Errorf("version 2: %v", err)
+	}
+	if !maps.Equal(c.contents(), before) {
+		t.Errorf("version 2: files %q", c.names())
+	}
+	for bit := range 8 {
+		flipped := bytes.Clone(data)
+		flipped[len(logMagic)] ^= 1 << bit
+		if _, _, r, _ := recoverLog(t, flipped); !r.HeaderDamaged {
+			t.Errorf("bit %d of the version flipped: %+v", bit, r)
+		}
+	}
+}
+
+// A program does not start on the files of another version, and leaves them as they are.
+func TestLogVersionOfEveryFile(t *testing.T) {
+	for _, tt := range []struct {
+		what, path string
+		open       func(FS) error
+	}{
+		{"a site's log", "/s/ab/ab.log", openStoreOn},
+		{"the cursors", "/s/" + ConsumersFile, openStoreOn},
+		{"the numbers of batches", "/s/" + stateFile, openStoreOn},
+		{"a scrape of a spool", "/s/" + spoolName(7), openSpoolOn},
+		{"the spool's record", "/s/" + spoolMetaName, openSpoolOn},
+		{"the state of a member", "/s/" + memberFile, func(fsys FS) error {
+			_, err := LoadMemberState(fsys, "/s")
+			return err
+		}},
+	} {
+		fsys := newCrashFS(1, "/s", "/s/ab")
+		fsys.put(tt.path, append(ofVersion(appendLogHeader(nil, []byte("site")), '2'), "of whatever form"...))
+		before := fsys.contents()
+		if err := tt.open(fsys); err == nil || !strings.Contains(err.Error(), tt.path+" is a log of version 2; this program knows version 1") {
+			t.Errorf("%s: %v", tt.what, err)
+		}
+		if !maps.Equal(fsys.contents(), before) {
+			t.Errorf("%s: files %q", tt.what, fsys.names())
+		}
+	}
+}
+
+func openStoreOn(fsys FS) error {
+	_, err := OpenStore(StoreConfig{FS: fsys, Dir: "/s", Retention: time.Hour, Now: time.Now, OnError: func(error) {}})
+	return err
+}
+
+func openSpoolOn(fsys FS) error {
+	_, err := OpenSpool(SpoolConfig{FS: fsys, Dir: "/s", Cluster: "site",
+		Now: func() Moment { return Moment{Wall: 1} }, OnError: func(error) {}})
+	return err
+}
+
 func TestLogSetAside(t *testing.T) {
 	c := newCrashFS(1, "/d")
 	good, _, _ := sampleLog()

@@ -107,7 +107,7 @@ func ClientMode(ctx context.Context, c *Command) error {
 		if err != nil {
 			return fmt.Errorf("source: %w", err)
 		}
-		_, err = c.Stdout.Write(client.Text(nil, got, got.Push.Samples))
+		_, err = c.Stdout.Write(got.AppendText(nil, got.List.Samples))
 		return err
 	}
 	if err := f.open(client); err != nil {

@@ -2,8 +2,8 @@ package main
 
 // The server's wall clock. A step of it makes no sample expire until the new time has held for
 // five minutes, because the step may be a mistake that somebody is about to correct. The
-// monotonic clock, which cannot be set, tells a step from time that has passed. This file must
-// not know of samples.
+// monotonic clock, which cannot be set, tells a step from time that has passed. Pure: both
+// clocks come in. This file must not know of samples.
 
 import (
 	"sync"
@@ -11,17 +11,17 @@ import (
 )
 
 const (
-	stepSlack = 10 * time.Second // smaller changes of the wall clock are not a step
-	stepHold  = 5 * time.Minute  // until the new time is accepted
-	slewRate  = 1000             // a clock that is slewed gains or loses at most this part of the time that passes
+	stepTolerance = 10 * time.Second // smaller changes of the wall clock are not a step
+	stepDoubtTime = 5 * time.Minute  // until the new time is accepted
+	slewDivisor   = 1000             // slewing changes a clock by at most 1/slewDivisor of the time that passes
 )
 
-// Span is the range of what the present time may be. While a step of the wall clock is in
-// doubt, one end is the time by the old setting of the clock and the other by the new one.
-// Otherwise both ends are the wall clock's time.
+// Span is the range that the present time lies in. While a step of the wall clock is in doubt,
+// one end is the time by the old setting of the clock and the other by the new one. Otherwise
+// both ends are the wall clock's time.
 type Span struct{ Early, Late time.Time }
 
-// SpanAt is the span of a clock that is not in doubt.
+// SpanAt returns the range of a clock that is not in doubt.
 func SpanAt(t time.Time) Span { return Span{Early: t, Late: t} }
 
 // WallClock compares this machine's wall clock with its monotonic one. It is safe for
@@ -29,38 +29,48 @@ func SpanAt(t time.Time) Span { return Span{Early: t, Late: t} }
 type WallClock struct {
 	wall      func() time.Time
 	monotonic func() time.Duration
-	onChange  func(WallClockStep)
+	onStep    func(WallClockStep)
 
-	mu    sync.Mutex    // guards the rest
-	trust time.Time     // the last time of the wall clock that was not in doubt
-	at    time.Duration // the monotonic clock at that time
-	step  time.Duration // the size of the step in doubt; 0: none
-	since time.Duration // the monotonic clock when the step was noticed
+	mu        sync.Mutex    // guards the rest
+	trusted   time.Time     // the last time of the wall clock that was not in doubt
+	trustedAt time.Duration // the monotonic clock at that time
+	doubted   time.Duration // the size of the step in doubt; 0 if there is none
+	doubtedAt time.Duration // the monotonic clock when that step was noticed
 }
 
 // WallClockStep is the beginning of a step of the wall clock, or one of its two ends.
 type WallClockStep struct {
 	Step     time.Duration // its size; negative if the clock was set back
-	Returned bool          // the clock was set to the old time again
-	Believed bool          // the new time has held and is used from here on
+	Returned bool          // the end: the clock was set to the old time again
+	Believed bool          // the end: the new time has held and is used from here on
 }
 
-// NewWallClock returns a Clock that starts from the present time of wall. monotonic returns the
-// time since some fixed instant. onChange is called, without locks held, when a step begins
+// NewWallClock returns a WallClock that starts from the present time of wall. monotonic returns
+// the time since some fixed instant. onStep is called, without locks held, when a step begins
 // or ends.
-func NewWallClock(wall func() time.Time, monotonic func() time.Duration, onChange func(WallClockStep)) *WallClock {
-	return &WallClock{wall: wall, monotonic: monotonic, onChange: onChange, trust: wall().Round(0), at: monotonic()}
+func NewWallClock(wall func() time.Time, monotonic func() time.Duration, onStep func(WallClockStep)) *WallClock {
+	return &WallClock{wall: wall, monotonic: monotonic, onStep: onStep, trusted: wall().Round(0), trustedAt: monotonic()}
 }
 
-// Span returns what the present time may be. A step is noticed at the next call.
+// Span returns the range that the present time lies in. A step is noticed by the first call
+// after it.
 func (c *WallClock) Span() Span {
 	c.mu.Lock()
-	span, change := c.observe(c.wall().Round(0), c.monotonic()) // Round: Sub has to compare wall clocks
+	wall, now := c.wall().Round(0), c.monotonic() // Round(0), so that Sub compares wall clocks
+	expected := c.trusted.Add(now - c.trustedAt)
+	step := c.observe(wall, expected, now)
+	inDoubt := c.doubted != 0
 	c.mu.Unlock()
-	if change != (WallClockStep{}) {
-		c.onChange(change)
+	if step != (WallClockStep{}) {
+		c.onStep(step)
 	}
-	return span
+	switch {
+	case !inDoubt:
+		return SpanAt(wall)
+	case wall.Before(expected):
+		return Span{Early: wall, Late: expected}
+	}
+	return Span{Early: expected, Late: wall}
 }
 
 // StepInDoubt returns the size of the step that is in doubt; 0 if there is none.
@@ -68,39 +78,32 @@ func (c *WallClock) StepInDoubt() time.Duration {
 	c.Span()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.step
+	return c.doubted
 }
 
-// observe compares the two clocks. The caller holds c.mu.
-func (c *WallClock) observe(wall time.Time, monotonic time.Duration) (Span, WallClockStep) {
-	elapsed := monotonic - c.at
-	expected := c.trust.Add(elapsed)
+// observe compares the wall clock with the time that is expected of it, and returns the step
+// that begins or ends; the zero value if none does. The caller holds c.mu.
+func (c *WallClock) observe(wall, expected time.Time, now time.Duration) (step WallClockStep) {
+	elapsed := now - c.trustedAt
 	diff := wall.Sub(expected)
-	var change WallClockStep
 	switch {
-	case diff.Abs() <= stepSlack+elapsed/slewRate:
-		if c.step != 0 {
-			change = WallClockStep{Step: c.step, Returned: true}
+	case diff.Abs() <= stepTolerance+elapsed/slewDivisor:
+		if c.doubted != 0 {
+			step = WallClockStep{Step: c.doubted, Returned: true}
 		}
-		c.step = 0
-	case c.step == 0 || (diff-c.step).Abs() > stepSlack:
-		change = WallClockStep{Step: diff}
-		c.step, c.since = diff, monotonic
-	case monotonic-c.since >= stepHold:
-		change = WallClockStep{Step: c.step, Believed: true}
-		c.step = 0
+	case c.doubted == 0 || (diff-c.doubted).Abs() > stepTolerance:
+		c.doubted, c.doubtedAt = diff, now
+		return WallClockStep{Step: diff}
+	case now-c.doubtedAt < stepDoubtTime:
+		return WallClockStep{}
+	default:
+		step = WallClockStep{Step: c.doubted, Believed: true}
 	}
-	if c.step == 0 {
-		// Many small steps are noticed as one: only slewing is followed.
-		slewed := min(max(diff, -elapsed/slewRate), elapsed/slewRate)
-		if change.Believed || change.Returned {
-			slewed = diff
-		}
-		c.trust, c.at = expected.Add(slewed), monotonic
-		return SpanAt(wall), change
+	c.doubted = 0
+	if step == (WallClockStep{}) {
+		// Only slewing is followed, so that many small steps add up to one that is noticed.
+		diff = min(max(diff, -elapsed/slewDivisor), elapsed/slewDivisor)
 	}
-	if diff < 0 {
-		return Span{Early: wall, Late: expected}, change
-	}
-	return Span{Early: expected, Late: wall}, change
+	c.trusted, c.trustedAt = expected.Add(diff), now
+	return step
 }

@@ -2,7 +2,7 @@ package main
 
 // How far the clock of a client's source is off, by the times that servers answer with, and by
 // how much the times of a scrape are shifted for it. One server whose clock is wrong moves
-// nothing while others are heard. Below one minute nothing is shifted. A shift stays until the
+// nothing while others answer. Below one minute nothing is shifted. A shift stays until the
 // error leaves it by more than half a minute. Pure: all times come in.
 
 import (
@@ -11,17 +11,26 @@ import (
 	"time"
 )
 
-// Moment is an instant by the client's clocks, in ms. Boot counts since boot,
-// and is comparable only where the boot ID is the same.
+const (
+	MaxMoment = 1 << 50 // ms; some 35,000 years
+	MaxBootID = 64      // bytes
+
+	maxServersObserved = 16
+	maxServerTime      = 1 << 53 // ms; a server that shows a later time is ignored
+	minShift           = 60_000  // ms; a source's clock that is off by less is right
+	shiftTolerance     = 30_000  // ms; a shift stays while the error is this close to it
+)
+
+// Moment is an instant by the client's clocks, in ms. Boot counts since the machine was booted;
+// two of them can be compared only if their boot IDs are the same.
 type Moment struct {
 	Wall, Boot int64
 	BootID     string
 }
 
-// Since returns the time from an earlier moment: by the boot-time clock, and by
-// the wall clock only if the machine was booted in between (or its boot-time clock
-// contradicts its ID, as in a container that was started again). It is never
-// negative.
+// Since returns the time that passed since an earlier moment; it is never negative. The
+// boot-time clock counts. The wall clock counts only if the machine was booted in between, or
+// if the boot-time clock went back under the same ID, as in a container that was restarted.
 func (m Moment) Since(then Moment) time.Duration {
 	ms := m.Wall - then.Wall
 	if m.BootID == then.BootID && m.Boot >= then.Boot {
@@ -32,98 +41,101 @@ func (m Moment) Since(then Moment) time.Duration {
 
 // IsValid reports whether clocks can show m.
 func (m Moment) IsValid() bool {
-	for _, b := range []byte(m.BootID) {
+	return min(m.Wall, m.Boot) >= 0 && max(m.Wall, m.Boot) <= MaxMoment && IsBootID(m.BootID)
+}
+
+// IsBootID reports whether s can name a boot: 1 to MaxBootID visible ASCII characters.
+func IsBootID(s string) bool {
+	for _, b := range []byte(s) {
 		if b <= ' ' || b > '~' {
 			return false
 		}
 	}
-	return min(m.Wall, m.Boot) >= 0 && max(m.Wall, m.Boot) <= MaxMoment && len(m.BootID) > 0 && len(m.BootID) <= MaxBootID
+	return len(s) > 0 && len(s) <= MaxBootID
 }
 
-const (
-	MaxMoment = 1 << 50 // ms; some 35,000 years
-	MaxBootID = 64      // bytes
-
-	maxServerClocks = 16
-	sourceTrust     = 60_000  // ms; a source's clock that is less off is right
-	shiftSlack      = 30_000  // ms; up to here a shift stays as it is
-	maxServerTime   = 1 << 53 // ms; what is later is a mistake
-)
-
-// SourceClock follows the clocks of the servers that answered. It is safe for concurrent
-// use.
+// SourceClock tells by how much the clock of a source is off, from the times of the servers that
+// answered. It is safe for concurrent use.
 type SourceClock struct {
-	mu     sync.Mutex // guards the rest
-	bootID string
-	heard  []heardClock // least recently heard first
-	shift  int64        // ms; the one in use
+	mu      sync.Mutex // guards the rest
+	bootID  string
+	servers []serverReading // the newest last; all of the boot bootID
+	shift   int64           // ms; the newest result of Shift
 }
 
-// heardClock is by how many ms a server's clock was ahead of the client's clocks when it
-// was heard last.
-type heardClock struct {
-	name       string
-	boot, wall int64
+// serverReading is by how many ms a server's clock was ahead of the client's two clocks when
+// the server answered last.
+type serverReading struct {
+	name        string
+	aheadOfBoot int64
+	aheadOfWall int64
 }
 
-// NewSourceClock returns clocks of no server. shift is the one that was in use before.
+// NewSourceClock returns a SourceClock that has observed no server. shift is the shift in use
+// before, 0 if there was none.
 func NewSourceClock(shift int64) *SourceClock { return &SourceClock{shift: shift} }
 
-// Hear takes in what a server's clock showed, in ms, when its answer arrived.
-func (c *SourceClock) Hear(name string, server int64, at Moment) {
-	if server <= 0 || server > maxServerTime {
+// Observe notes the time, in ms since the epoch, that a server stated in an answer, which
+// arrived at the moment at. A time that no clock can show is ignored. The readings of the
+// maxServersObserved servers that answered last are kept.
+func (c *SourceClock) Observe(server string, serverTime int64, at Moment) {
+	if serverTime <= 0 || serverTime > maxServerTime {
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if at.BootID != c.bootID {
-		c.bootID, c.heard = at.BootID, nil
+		c.bootID, c.servers = at.BootID, nil
 	}
-	c.heard = slices.DeleteFunc(c.heard, func(s heardClock) bool { return s.name == name })
-	c.heard = append(c.heard, heardClock{name, server - at.Boot, server - at.Wall})
-	c.heard = c.heard[max(0, len(c.heard)-maxServerClocks):]
+	c.servers = slices.DeleteFunc(c.servers, func(r serverReading) bool { return r.name == server })
+	c.servers = append(c.servers, serverReading{server, serverTime - at.Boot, serverTime - at.Wall})
+	c.servers = c.servers[max(0, len(c.servers)-maxServersObserved):]
 }
 
-// Error returns by how many ms the source's clock was behind when it showed source, and
-// whether any server was heard. The median of the servers counts. The boot-time clock
-// counts, as nobody sets it; the wall clock only if the machine was booted since.
-func (c *SourceClock) Error(at Moment, source int64) (ms int64, known bool) {
+// Offset returns by how many ms the source's clock was behind when it showed sourceTime, by the
+// median of the servers. known is false if no server was observed. The boot-time clock
+// connects the two times, because nobody sets it; the wall clock does only if the machine was
+// booted in between.
+func (c *SourceClock) Offset(at Moment, sourceTime int64) (ms int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.error(at, source)
+	return c.offset(at, sourceTime)
 }
 
-func (c *SourceClock) error(at Moment, source int64) (ms int64, known bool) {
-	if len(c.heard) == 0 {
+// offset is Offset for a caller that holds c.mu.
+func (c *SourceClock) offset(at Moment, sourceTime int64) (ms int64, known bool) {
+	if len(c.servers) == 0 {
 		return 0, false
 	}
-	errs := make([]int64, 0, maxServerClocks)
-	for _, s := range c.heard {
-		if at.BootID == c.bootID {
-			errs = append(errs, s.boot+at.Boot-source)
-		} else {
-			errs = append(errs, s.wall+at.Wall-source)
+	offsets := make([]int64, 0, maxServersObserved)
+	for _, r := range c.servers {
+		serverTime := r.aheadOfBoot + at.Boot
+		if at.BootID != c.bootID {
+			serverTime = r.aheadOfWall + at.Wall
 		}
+		offsets = append(offsets, serverTime-sourceTime)
 	}
-	slices.Sort(errs)
-	a, b := errs[(len(errs)-1)/2], errs[len(errs)/2]
+	slices.Sort(offsets)
+	// Of an even number of servers, the one of the middle two that is nearer to 0.
+	a, b := offsets[(len(offsets)-1)/2], offsets[len(offsets)/2]
 	if max(a, -a) <= max(b, -b) {
 		return a, true
 	}
 	return b, true
 }
 
-// Shift returns by how many ms the times of a scrape are to be shifted, and whether any
-// server was heard. It is asked once for each scrape, in their order.
-func (c *SourceClock) Shift(at Moment, source int64) (ms int64, known bool) {
+// Shift returns by how many ms the times of a scrape are to be shifted. known is false if no
+// server was observed. A result depends on the one before: the caller asks once for each
+// scrape, in their order.
+func (c *SourceClock) Shift(at Moment, sourceTime int64) (ms int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	off, known := c.error(at, source)
+	off, known := c.offset(at, sourceTime)
 	if !known {
 		return 0, false
 	}
-	if change := off - c.shift; c.shift == 0 || max(change, -change) > shiftSlack {
-		if c.shift = off; max(off, -off) < sourceTrust {
+	if change := off - c.shift; c.shift == 0 || max(change, -change) > shiftTolerance {
+		if c.shift = off; max(off, -off) < minShift {
 			c.shift = 0
 		}
 	}

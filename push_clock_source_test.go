@@ -5,12 +5,12 @@ import (
 	"testing"
 )
 
-func TestServerClocksError(t *testing.T) {
+func TestSourceClockOffset(t *testing.T) {
 	const server = 1_700_000_000_000
 	at := func(boot int64, id string) Moment { return Moment{Wall: 5_000_000 + boot, Boot: boot, BootID: id} }
 	for _, tt := range []struct {
 		name  string
-		ahead []int64 // of each server heard
+		ahead []int64 // of each server observed
 		then  Moment  // of the scrape
 		want  int64   // of a source that goes with the servers at 0
 		known bool
@@ -27,58 +27,58 @@ func TestServerClocksError(t *testing.T) {
 		c := NewSourceClock(0)
 		for i, ahead := range tt.ahead {
 			boot := int64(1_000_000 + i*1000) // later
-			c.Hear(fmt.Sprint(i), server+boot+ahead, at(boot, "a"))
+			c.Observe(fmt.Sprint(i), server+boot+ahead, at(boot, "a"))
 		}
-		got, known := c.Error(tt.then, server+tt.then.Boot)
+		got, known := c.Offset(tt.then, server+tt.then.Boot)
 		if got != tt.want || known != tt.known {
 			t.Errorf("%s: %d, %v, want %d", tt.name, got, known, tt.want)
 		}
-		if got, _ := c.Error(tt.then, server+tt.then.Boot-90_000); known && got < tt.want+89_000-90_000 {
+		if got, _ := c.Offset(tt.then, server+tt.then.Boot-90_000); known && got < tt.want+89_000-90_000 {
 			t.Errorf("%s: %d of a source that is behind", tt.name, got)
 		}
 	}
 }
 
 // A step of the client's wall clock between scrape and answer moves nothing within a boot.
-func TestServerClocksWall(t *testing.T) {
+func TestSourceClockWall(t *testing.T) {
 	c := NewSourceClock(0)
-	c.Hear("a", 1_700_000_000_000, Moment{Wall: 77, Boot: 500_000, BootID: "a"})
-	if got, _ := c.Error(Moment{Wall: 999_999_999, Boot: 400_000, BootID: "a"}, 1_700_000_000_000-100_000); got != 0 {
+	c.Observe("a", 1_700_000_000_000, Moment{Wall: 77, Boot: 500_000, BootID: "a"})
+	if got, _ := c.Offset(Moment{Wall: 999_999_999, Boot: 400_000, BootID: "a"}, 1_700_000_000_000-100_000); got != 0 {
 		t.Errorf("got %d", got)
 	}
 }
 
-// The newest of each server counts, of the 16 that were heard last; nonsense is not heard.
-func TestServerClocksHears(t *testing.T) {
+// The newest of each server counts, of the 16 that answered last; a time that no clock shows is ignored.
+func TestSourceClockObserves(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
 	c := NewSourceClock(0)
 	for _, ms := range []int64{0, -1, maxServerTime + 1} {
-		c.Hear("x", ms, at)
+		c.Observe("x", ms, at)
 	}
-	if _, known := c.Error(at, 1); known {
-		t.Error("nonsense is heard")
+	if _, known := c.Offset(at, 1); known {
+		t.Error("a time that no clock shows counts")
 	}
 	for i := range int64(40) {
-		c.Hear(fmt.Sprint(i), 1000+i, at)
-		c.Hear("0", 5000, at)
+		c.Observe(fmt.Sprint(i), 1000+i, at)
+		c.Observe("0", 5000, at)
 	}
-	if len(c.heard) != maxServerClocks || c.heard[maxServerClocks-1].name != "0" || c.heard[0].name != "25" {
-		t.Errorf("heard %+v", c.heard)
+	if len(c.servers) != maxServersObserved || c.servers[maxServersObserved-1].name != "0" || c.servers[0].name != "25" {
+		t.Errorf("observed %+v", c.servers)
 	}
-	c.Hear("0", 6000, Moment{Wall: 1, Boot: 1, BootID: "b"})
-	if len(c.heard) != 1 {
-		t.Errorf("clocks of two boots: %+v", c.heard)
+	c.Observe("0", 6000, Moment{Wall: 1, Boot: 1, BootID: "b"})
+	if len(c.servers) != 1 {
+		t.Errorf("clocks of two boots: %+v", c.servers)
 	}
 }
 
-func TestServerClocksShift(t *testing.T) {
+func TestSourceClockShift(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
 	c := NewSourceClock(0)
 	if ms, known := c.Shift(at, 1); ms != 0 || known {
-		t.Errorf("before any server is heard: %d, %v", ms, known)
+		t.Errorf("before any server is observed: %d, %v", ms, known)
 	}
 	const now = 1_700_000_000_000
-	c.Hear("a", now, at)
+	c.Observe("a", now, at)
 	for i, tt := range []struct{ off, want int64 }{
 		{0, 0}, {59_999, 0}, {-59_999, 0}, {60_000, 60_000}, {45_000, 60_000}, {90_000, 60_000}, {30_000, 60_000}, {29_999, 0},
 		{-3600_000, -3600_000}, {-3590_000, -3600_000}, {-3569_999, -3569_999}, {0, 0},
@@ -89,7 +89,7 @@ func TestServerClocksShift(t *testing.T) {
 	}
 	// One that was in use before goes on.
 	c = NewSourceClock(100_000)
-	c.Hear("a", now, at)
+	c.Observe("a", now, at)
 	if got, _ := c.Shift(at, now-110_000); got != 100_000 {
 		t.Errorf("got %d", got)
 	}

@@ -7,11 +7,11 @@ import (
 
 // A step of the wall clock is noticed, doubted for five minutes and then believed; one
 // that is corrected meanwhile leaves nothing behind; slewing and small steps are none.
-func TestClock(t *testing.T) {
+func TestWallClock(t *testing.T) {
 	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	type step struct {
 		pass, set   time.Duration // time that passes, and by how much the wall clock is set then
-		early, late time.Duration // since start, of the span
+		early, late time.Duration // since start, of the range
 		change      WallClockStep
 	}
 	const hour, minute, second = time.Hour, time.Minute, time.Second

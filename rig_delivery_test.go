@@ -101,28 +101,26 @@ type modelScrape struct {
 // modelSite is a client. lo has for each consumer the least that it knows of the time of its
 // newest scrape.
 type modelSite struct {
-	at          int
-	name        string
-	ring        uint64
-	lines       [2][]byte
-	plan        spoolPlan
-	log, saved  spoolLog
-	next        uint64
-	once        bool
-	limit, most int
-	age         time.Duration
-	boot        int64
-	bootID      string
-	scrapes     map[uint64]*modelScrape // of this spool ID
-	last        *modelScrape
-	lo          [modelConsumers]int64
-	first, home int
-	answered    int // the server that answered last
-	homeUntil   int64
-	passed      int
-	failing     bool // the last attempt had no answer
+	at              int
+	name            string
+	ring            uint64
+	lines           [2][]byte
+	plan            spoolPlan
+	meta, savedMeta spoolMeta
+	next            uint64
+	once            bool
+	limit           int
+	age             time.Duration
+	boot            int64
+	bootID          string
+	scrapes         map[uint64]*modelScrape // of this spool ID
+	last            *modelScrape
+	lo              [modelConsumers]int64
+	servers         failover
+	size            pushSize
+	failing         bool // the last attempt had no answer
 
-	unsure    map[uint64]bool // sent or found, and no answer since
+	uncertain map[uint64]bool // sent or found, and no answer since
 	listed    Ranges          // what the last answer had as held or read
 	elsewhere int64           // when the last push of scrapes that are elsewhere was
 
@@ -131,7 +129,7 @@ type modelSite struct {
 
 type modelSpoolCopy struct {
 	entries []spoolEntry
-	saved   spoolLog
+	saved   spoolMeta
 	lo      [modelConsumers]int64
 }
 
@@ -209,7 +207,7 @@ func newDeliveryModel(seed uint64, tracing bool) *deliveryModel {
 	m.consumers[1].dies = m.rng.IntN(50)
 	m.consumers[2].comes = 5 + m.rng.IntN(40)
 	for i := range m.sites {
-		c := &modelSite{at: i, name: string(rune('a' + i)), most: maxTogether, age: []time.Duration{30 * time.Minute, 2 * time.Hour, 2 * time.Hour, 4 * time.Hour}[m.rng.IntN(4)]}
+		c := &modelSite{at: i, name: string(rune('a' + i)), servers: failover{servers: modelServers}, size: pushSize{max: maxPushScrapes}, age: []time.Duration{30 * time.Minute, 2 * time.Hour, 2 * time.Hour, 4 * time.Hour}[m.rng.IntN(4)]}
 		c.ring = SiteKey(c.name)
 		for k := range c.lines {
 			c.lines[k] = fmt.Appendf(nil, `s%d{_id="%s",instance="",job=""}`, k, c.name)
@@ -358,17 +356,17 @@ func (m *deliveryModel) moment(c *modelSite) Moment {
 
 // newSpool gives a site a spool without scrapes and without a record.
 func (m *deliveryModel) newSpool(c *modelSite) {
-	c.plan, c.log = spoolPlan{}, spoolLog{ID: m.rng.Uint64() | 1, At: m.moment(c)}
-	c.saved, c.next, c.lo = c.log, 1, [modelConsumers]int64{}
-	c.scrapes, c.unsure, c.listed, c.last = map[uint64]*modelScrape{}, map[uint64]bool{}, nil, nil
+	c.plan, c.meta = spoolPlan{}, spoolMeta{ID: m.rng.Uint64() | 1, At: m.moment(c)}
+	c.savedMeta, c.next, c.lo = c.meta, 1, [modelConsumers]int64{}
+	c.scrapes, c.uncertain, c.listed, c.last = map[uint64]*modelScrape{}, map[uint64]bool{}, nil, nil
 	c.copy = nil
 	m.number(c)
 }
 
 func (m *deliveryModel) number(c *modelSite) {
-	spool := Spool{cfg: SpoolConfig{Now: func() Moment { return m.moment(c) }}, next: c.next, log: c.log}
-	spool.number()
-	c.next = spool.next
+	spool := Spool{cfg: SpoolConfig{Now: func() Moment { return m.moment(c) }}, nextNumber: c.next, meta: c.meta}
+	spool.initNumbers()
+	c.next = spool.nextNumber
 }
 
 // restartSite has a new process, perhaps after a reboot, take what is on the disk.
@@ -376,23 +374,23 @@ func (m *deliveryModel) restartSite(c *modelSite) {
 	if m.tracing {
 		m.say("restart %s", c.name)
 	}
-	m.reopen(c, slices.Clone(c.plan.entries), c.saved)
+	m.reopen(c, slices.Clone(c.plan.entries), c.savedMeta)
 	for i := range c.lo {
 		// The list on disk may lag by that much.
-		c.lo[i] = max(0, c.lo[i]-consumerMoved.Milliseconds())
+		c.lo[i] = max(0, c.lo[i]-consumerLag.Milliseconds())
 	}
 }
 
-func (m *deliveryModel) reopen(c *modelSite, entries []spoolEntry, saved spoolLog) {
+func (m *deliveryModel) reopen(c *modelSite, entries []spoolEntry, saved spoolMeta) {
 	if m.chance(20) {
 		c.boot, c.bootID = m.now, fmt.Sprint("boot", m.now)
 	}
-	c.plan, c.log, c.saved, c.next, c.listed = spoolPlan{}, saved, saved, 1, nil
-	c.first, c.home, c.answered, c.homeUntil, c.most, c.passed, c.elsewhere, c.failing = 0, 0, 0, 0, maxTogether, 0, 0, false
-	c.unsure = map[uint64]bool{}
+	c.plan, c.meta, c.savedMeta, c.next, c.listed = spoolPlan{}, saved, saved, 1, nil
+	c.servers, c.size, c.elsewhere, c.failing = failover{servers: modelServers}, pushSize{max: maxPushScrapes}, 0, false
+	c.uncertain = map[uint64]bool{}
 	for _, e := range entries {
-		c.plan.add(spoolEntry{Scrape: e.Scrape, packed: e.packed, cost: e.cost, unsure: true})
-		c.next, c.unsure[e.Number] = e.Number+1, true
+		c.plan.add(spoolEntry{Scrape: e.Scrape, gzipSize: e.gzipSize, footprint: e.footprint, uncertain: true})
+		c.next, c.uncertain[e.Number] = e.Number+1, true
 	}
 	m.number(c)
 }
@@ -401,7 +399,7 @@ func (m *deliveryModel) reopen(c *modelSite, entries []spoolEntry, saved spoolLo
 func (m *deliveryModel) spoolFault(c *modelSite) {
 	switch n := m.rng.IntN(10); {
 	case n < 5:
-		c.copy = &modelSpoolCopy{slices.Clone(c.plan.entries), c.saved, c.lo}
+		c.copy = &modelSpoolCopy{slices.Clone(c.plan.entries), c.savedMeta, c.lo}
 		if m.tracing {
 			m.say("copy of the spool of %s", c.name)
 		}
@@ -423,7 +421,7 @@ func (m *deliveryModel) spoolFault(c *modelSite) {
 			c.scrapes[e.Number].gone = false
 		}
 		for i := range c.lo {
-			c.lo[i] = max(0, c.copy.lo[i]-consumerMoved.Milliseconds())
+			c.lo[i] = max(0, c.copy.lo[i]-consumerLag.Milliseconds())
 		}
 	case n == 9:
 		if m.tracing {
@@ -433,7 +431,7 @@ func (m *deliveryModel) spoolFault(c *modelSite) {
 			sc.excused = true
 		}
 		m.newSpool(c)
-		m.reopen(c, nil, c.saved)
+		m.reopen(c, nil, c.savedMeta)
 	}
 }
 
@@ -466,10 +464,10 @@ func (m *deliveryModel) scrapeSource(c *modelSite) {
 	}
 	c.next++
 	c.last, c.scrapes[sc.number] = sc, sc
-	for c.plan.disk+1 > int64(c.limit) {
+	for c.plan.diskBytes+1 > int64(c.limit) {
 		before := len(c.plan.entries)
-		held, lost := c.plan.drop(func(e *spoolEntry) bool { return c.plan.disk+1 > int64(c.limit) })
-		if len(lost) > 0 && slices.ContainsFunc(c.plan.entries, func(e spoolEntry) bool { return e.known() != ScrapeUndelivered }) {
+		held, lost := c.plan.drop(func(e *spoolEntry) bool { return c.plan.diskBytes+1 > int64(c.limit) })
+		if len(lost) > 0 && slices.ContainsFunc(c.plan.entries, func(e spoolEntry) bool { return e.knownState() != ScrapeUndelivered }) {
 			m.fail("%s drops a scrape that no server holds, and keeps one that a server holds", c.name)
 		}
 		m.dropped(c, append(held, lost...))
@@ -477,7 +475,7 @@ func (m *deliveryModel) scrapeSource(c *modelSite) {
 			break
 		}
 	}
-	c.plan.add(spoolEntry{Scrape: Scrape{Number: sc.number, At: m.moment(c), Samples: len(sc.samples), Size: 10, Final: true}, packed: 10, cost: 1})
+	c.plan.add(spoolEntry{Scrape: Scrape{Number: sc.number, At: m.moment(c), Samples: len(sc.samples), Size: 10, Corrected: true}, gzipSize: 10, footprint: 1})
 	if m.tracing {
 		m.say("%s takes scrape %d of samples %v", c.name, sc.number, sc.samples)
 	}
@@ -505,50 +503,48 @@ func (m *deliveryModel) dropOld(c *modelSite) {
 // drain is Pusher.Drain, for one round of servers that fail.
 func (m *deliveryModel) drain(c *modelSite) {
 	now := func() int64 { return m.moment(c).Boot }
-	if m.now >= c.homeUntil {
-		c.home = 0
-		if since, ok := c.plan.heldSince(); ok && now()-since > unreadPatience.Milliseconds() {
-			c.home, c.homeUntil = (c.answered+1)%modelServers, m.now+unreadPatience.Milliseconds()
-		}
+	unreadFor := time.Duration(0)
+	if since, ok := c.plan.unreadSince(); ok {
+		unreadFor = time.Duration(now()-since) * time.Millisecond
 	}
-	c.first = c.home
-	tried := 0
+	c.servers.begin(time.UnixMilli(m.now), unreadFor)
 	m.dropOld(c)
 	for range m.requests {
-		step, wait := c.plan.step(now())
+		step, wait := c.plan.nextStep(now())
 		var names ScrapeNames
 		var push []*modelScrape
-		front := m.servers[(c.first+tried)%modelServers]
+		c.servers.choose(time.UnixMilli(m.now))
+		front := m.servers[c.servers.current]
 		switch step {
-		case StepEnd:
+		case StepDone:
 			return
 		case StepWait:
 			m.now += wait.Milliseconds()
 			continue
 		case StepAsk:
-			if len(c.unsure) == 0 && len(c.plan.entries) == 0 {
+			if len(c.uncertain) == 0 && len(c.plan.entries) == 0 {
 				m.fail("%s asks for nothing", c.name)
 			}
 		case StepPush:
 			undelivered := false
 			for i := range c.plan.entries {
 				e := &c.plan.entries[i]
-				undelivered = undelivered || e.state == ScrapeUndelivered && !e.unsure && !e.notTaken && now() >= e.wait
+				undelivered = undelivered || e.state == ScrapeUndelivered && !e.uncertain && !e.declined && now() >= e.retryAt
 			}
-			picked := c.plan.pick(now(), PushLimits{1 << 20, 1 << 20, min(c.most, 1+m.rng.IntN(8))}, func(*spoolEntry) bool { return true })
+			picked := c.plan.pickPush(now(), PushLimits{1 << 20, 1 << 20, min(c.size.max, 1+m.rng.IntN(8))}, func(*spoolEntry) bool { return true })
 			for i := range picked {
 				e := &picked[i]
 				sc := c.scrapes[e.Number]
 				names.Numbers = names.Numbers.Add(e.Number, e.Number)
 				push = append(push, sc)
 				switch {
-				case c.unsure[e.Number]:
+				case c.uncertain[e.Number]:
 					m.fail("%s sends %d, of which nothing is known", c.name, e.Number)
 				case c.listed.Has(e.Number):
 					m.fail("%s sends %d, which the server that answered last has", c.name, e.Number)
 				case e.state == ScrapeElsewhere && undelivered:
 					m.fail("%s sends %d, which a server holds, before what none holds", c.name, e.Number)
-				case e.state == ScrapeElsewhere && i == 0 && m.now < c.elsewhere+elsewherePause.Milliseconds():
+				case e.state == ScrapeElsewhere && i == 0 && m.now < c.elsewhere+elsewhereInterval.Milliseconds():
 					m.fail("%s sends %d, which a server holds, too soon after another", c.name, e.Number)
 				}
 				if e.state == ScrapeElsewhere && c.failing {
@@ -562,61 +558,62 @@ func (m *deliveryModel) drain(c *modelSite) {
 				m.fail("%s has nothing to push, and is to push", c.name)
 			}
 		}
-		names.ID = c.log.ID
+		names.ID = c.meta.ID
 		a, ok := m.request(c, front, names, push)
 		if !ok {
 			for _, sc := range push {
-				c.unsure[sc.number] = true
+				c.uncertain[sc.number] = true
 			}
-			c.plan.failed(false)
+			c.plan.pushFailed(false)
 			c.failing = true
-			if c.first+tried == c.home {
-				c.home = 0
-			}
-			if tried++; tried == modelServers {
+			if !c.servers.fail(0) {
 				return
 			}
 			continue
 		}
-		c.first, tried, c.answered, c.failing = front.at, 0, front.at, false
-		gone, out := c.plan.answer(now(), a)
+		if len(push) > 0 {
+			c.servers.succeed(time.UnixMilli(m.now), time.Minute)
+		}
+		c.servers.last, c.failing = front.at, false
+		gone, out := c.plan.applyAnswer(now(), a)
 		for _, e := range gone {
 			sc := c.scrapes[e.Number]
 			sc.gone = true
 			if m.tracing {
 				m.say("%d leaves the spool of %s", e.Number, c.name)
 			}
-			if !a.Read.Has(e.Number) && !a.End {
+			if !a.Read.Has(e.Number) && !a.DoneWhenHeld {
 				m.fail("%d leaves the spool of %s unread", e.Number, c.name)
 			}
-			if a.End && !(names.Numbers.Has(e.Number) && a.Held.Has(e.Number)) {
+			if a.DoneWhenHeld && !(names.Numbers.Has(e.Number) && a.Held.Has(e.Number)) {
 				m.fail("%d leaves the spool of %s, and no server holds it", e.Number, c.name)
 			}
 		}
 		for _, sc := range push {
-			if !sc.gone && !a.Held.Has(sc.number) && !out.NotTaken.Has(sc.number) {
+			if !sc.gone && !a.Held.Has(sc.number) && !out.Declined.Has(sc.number) {
 				m.fail("%d of %s was not taken, and is not reported", sc.number, c.name)
 			}
 		}
-		clear(c.unsure)
+		clear(c.uncertain)
 		c.listed = slices.Clone(a.Held).Union(a.Read)
-		c.log = c.log.merge(m.moment(c), a.Consumers)
-		if c.log.news(&c.saved) {
-			c.saved = c.log
+		c.meta = c.meta.merge(m.moment(c), a.Consumers)
+		if c.meta.changedSince(&c.savedMeta) {
+			c.savedMeta = c.meta
 		}
-		switch n := len(out.NotTaken); {
+		switch n := len(out.Declined); {
+		case len(push) == 0:
 		case n > 0 && len(push) > 1:
-			c.most = 1
-		case n > 0 && c.passed+1 < modelServers:
-			c.passed++
-			c.first = (c.answered + 1) % modelServers
+			c.servers.declined = 0
+			c.size.single(len(push))
+		case n > 0 && c.servers.decline(time.UnixMilli(m.now), time.Minute):
 			for i := range c.plan.entries {
-				if e := &c.plan.entries[i]; out.NotTaken.Has(e.Number) {
-					e.wait = 0
+				if e := &c.plan.entries[i]; out.Declined.Has(e.Number) {
+					e.retryAt = 0
 				}
 			}
 		default:
-			c.passed, c.most = 0, min(2*c.most, maxTogether)
+			c.servers.declined = 0
+			c.size.settled(len(push))
 		}
 	}
 }
@@ -629,7 +626,7 @@ func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNa
 		}
 		return a, false
 	}
-	told := FormatConsumers(c.log.merge(m.moment(c), nil).Consumers)
+	told := FormatConsumers(c.meta.merge(m.moment(c), nil).Consumers)
 	at := front
 	if owner := m.servers[m.owner[c.at]]; owner != front && owner.up && !m.lost() {
 		a = m.handle(owner, c, names, push, told)
@@ -646,7 +643,7 @@ func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNa
 		}
 		return a, false
 	}
-	a.To = front.name
+	a.Server = front.name
 	for i := range c.lo {
 		c.lo[i] = max(c.lo[i], at.lo[i], at.told[c.at][i])
 	}
@@ -683,7 +680,7 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 		m.say("%s to %s: %s, consumers %q; held %v, read %v, settled %v", c.name, s.name, names, told, st.Held, st.Read, st.Settled)
 	}
 	m.check(s, c, names.ID, &st)
-	a = SpoolAnswer{Known: true, End: !st.Settled}
+	a = SpoolAnswer{KnowsSpools: true, DoneWhenHeld: !st.Settled}
 	a.Held, err = ParseRanges(st.Held.String(), MaxRanges)
 	if st.Settled && err == nil {
 		a.Read, err = ParseRanges(st.Read.String(), MaxRanges)
@@ -1219,7 +1216,7 @@ func (m *deliveryModel) rounds() {
 			}
 		}
 		for _, c := range m.sites {
-			m.now += askPause.Milliseconds()
+			m.now += askInterval.Milliseconds()
 			m.drain(c)
 		}
 	}

@@ -213,7 +213,7 @@ func newStampedeSite(s *stampede, i int) *stampedeSite {
 	if err := c.client.Open(SpoolConfig{Limit: 1 << 20, MaxAge: 2 * time.Hour}); err != nil {
 		s.t.Fatal(err)
 	}
-	c.first = c.client.spool.next
+	c.first = c.client.spool.nextNumber
 	return c
 }
 

@@ -216,12 +216,12 @@ func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) 
 	}
 	if err != nil {
 		// Out of the way of a new log, but never deleted.
-		aside := fmt.Sprintf("%s.unreadable-%d", path, s.cfg.Now().UnixNano())
-		if rerr := s.cfg.FS.Rename(path, aside); rerr != nil {
-			return errors.Join(err, fmt.Errorf("setting unreadable log aside: %w", rerr))
+		aside, failed := SetAside(s.cfg.FS, path, "unreadable")
+		if failed != nil {
+			return errors.Join(err, failed)
 		}
 		damaged.add(path)
-		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, filepath.Base(aside)))
+		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, aside))
 		return nil
 	}
 	r.held.RestoreSpools(r.spools, hurt)

@@ -328,7 +328,7 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 				k.push(s, "a", points...)
 				if i == 0 { // header, series, batch
 					data, _ := fsys.ReadFile(path)
-					_, header := parseLogHeader(data)
+					header := parseLogHeader(data).size
 					size, _ := parseRecordHead(data[header:])
 					ends = append(ends, header, header+size)
 				}

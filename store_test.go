@@ -258,7 +258,7 @@ func newDamageKit(t *testing.T) *damageKit {
 	d.data, _ = fsys.ReadFile(d.path)
 	d.intact, _ = fsys.ReadFile(d.other)
 	var lines []string
-	_, at := parseLogHeader(d.data)
+	at := parseLogHeader(d.data).size
 	for at < len(d.data) {
 		r := damageRecord{from: at, to: at + 12 + int(binary.LittleEndian.Uint32(d.data[at:])), kind: d.data[at+12]}
 		payload := d.data[at+13 : r.to]
@@ -400,7 +400,7 @@ func TestStoreForeignRecords(t *testing.T) {
 	k.push(s, "evil", point{"m", 1, k.clock.ms(60), 1})
 	path := s.path("evil")
 	data, _ := fsys.ReadFile(path)
-	_, header := parseLogHeader(data)
+	header := parseLogHeader(data).size
 	own := heldOf(t, s, "evil")
 	badHeader := bytes.Clone(data)
 	badHeader[3] ^= 1

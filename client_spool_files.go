@@ -1,0 +1,287 @@
+package main
+
+// The files of a spool. Every scrape is a file of its own, and so is the spool's record. Each is
+// written whole or not at all. A damaged file is set aside, never sent. A file of another
+// version, or of another cluster ID, stops the opening and stays as it is.
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A scrape's file is a log of one record of scrapeKind. Its name is the scrape's number, its
+// identity the cluster ID. Beside it may lie files that SetAside renamed, for one of two
+// reasons; they are never sent, and renaming one back makes the next OpenSpool read it again.
+const (
+	spoolDigits    = 16        // of a name
+	spoolRefused   = "refused" // a server refused the scrape as invalid
+	spoolDamaged   = "damaged"
+	spoolTemp      = ".tmp"
+	maxAsideFiles  = 16   // files set aside that are kept
+	fileBlock      = 4096 // a file occupies a multiple of it
+	maxFileHeaders = 128  // bytes of a file beside gzip, boot ID and cluster ID, at most
+)
+
+// errSpoolFileDamaged is returned for a file that does not hold one good record.
+var errSpoolFileDamaged = errors.New("damaged spool file")
+
+// isScrapeLost reports an error by which a scrape's file is gone or damaged. After any other
+// error the file may be good.
+func isScrapeLost(err error) bool {
+	return errors.Is(err, errSpoolFileDamaged) || errors.Is(err, fs.ErrNotExist)
+}
+
+func spoolName(number uint64) string {
+	return fmt.Sprintf("%0*d%s", spoolDigits, number, LogSuffix)
+}
+
+// parseSpoolName returns the number in a name and what follows LogSuffix.
+func parseSpoolName(name string) (number uint64, rest string, ok bool) {
+	digits, rest, found := strings.Cut(name, LogSuffix)
+	number, err := strconv.ParseUint(digits, 10, 64)
+	return number, rest, found && err == nil && len(digits) == spoolDigits
+}
+
+func (s *Spool) path(name string) string { return filepath.Join(s.cfg.Dir, name) }
+
+// roundToBlocks returns what a file of size bytes occupies.
+func roundToBlocks(size int64) int64 { return (size + fileBlock - 1) / fileBlock * fileBlock }
+
+// maxFileSize returns what the file of a scrape occupies, at most.
+func (s *Spool) maxFileSize(sc *Scrape) int64 {
+	return roundToBlocks(int64(len(sc.Gzip) + len(sc.At.BootID) + len(s.cfg.Cluster) + maxFileHeaders))
+}
+
+// OpenSpool opens the spool in cfg.Dir, and makes the directory if need be. A damaged file is
+// set aside and reported to OnError. A file that cannot be read is an error, and so are files
+// of another version, and scrapes of another cluster ID: they must not be sent under this one.
+func OpenSpool(cfg SpoolConfig) (*Spool, error) {
+	s := &Spool{cfg: cfg, nextNumber: 1, unlock: func() error { return nil }}
+	if cfg.Dir == "" {
+		s.initNumbers()
+		return s, nil
+	}
+	if _, real := cfg.FS.(DiskFS); real {
+		unlock, err := LockDir(cfg.Dir)
+		if err != nil {
+			return nil, fmt.Errorf("opening spool: %w", err)
+		}
+		s.unlock = unlock
+	}
+	if err := s.recover(); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening spool: %w", err), s.unlock())
+	}
+	s.initNumbers()
+	s.saveMeta()
+	return s, nil
+}
+
+// recover reads the directory.
+func (s *Spool) recover() error {
+	numbers, err := s.listFiles()
+	if err != nil {
+		return err
+	}
+	if err := s.loadMeta(len(numbers) > 0); err != nil {
+		return err
+	}
+	for _, number := range numbers {
+		e, identity, err := s.load(number, false)
+		switch {
+		case isScrapeLost(err):
+			s.cfg.OnError(err)
+			s.setAside(number, spoolDamaged)
+		case err != nil:
+			return err
+		case identity != s.cfg.Cluster:
+			return fmt.Errorf("%s holds scrapes of cluster ID %q, not of %q: give each its own --spool-dir, or move the scrapes away",
+				s.cfg.Dir, identity, s.cfg.Cluster)
+		default:
+			e.Gzip, e.uncertain = nil, true
+			s.plan.add(e)
+		}
+	}
+	return nil
+}
+
+// listFiles returns the numbers of the scrapes in the directory, in their order. It notes the
+// highest number and the files set aside, and removes what a crash left of unfinished writes.
+func (s *Spool) listFiles() (numbers []uint64, err error) {
+	// ListLogs syncs the directory: what a killed process renamed is durable from here on.
+	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
+		return nil, err
+	}
+	list, err := ReadAgain(func() ([]fs.DirEntry, error) { return s.cfg.FS.ReadDir(s.cfg.Dir) })
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range list {
+		name := e.Name()
+		number, rest, ok := parseSpoolName(name)
+		if !ok || !e.Type().IsRegular() {
+			continue
+		}
+		s.nextNumber = max(s.nextNumber, number+1)
+		switch {
+		case rest == "":
+			numbers = append(numbers, number)
+		case strings.HasSuffix(rest, spoolTemp):
+			if err := s.cfg.FS.Remove(s.path(name)); err != nil {
+				s.cfg.OnError(fmt.Errorf("removing leftover: %w", err))
+			}
+		case strings.HasPrefix(rest, "."+spoolRefused), strings.HasPrefix(rest, "."+spoolDamaged):
+			s.asideFiles = append(s.asideFiles, name)
+		}
+	}
+	slices.Sort(s.asideFiles)
+	slices.Sort(numbers)
+	return numbers, nil
+}
+
+// load reads the file of a scrape. With withText it checks the text too, and the entry has the
+// gzip. isScrapeLost tells two kinds of its errors apart.
+func (s *Spool) load(number uint64, withText bool) (e spoolEntry, identity string, err error) {
+	log, err := s.readRecord(spoolName(number), scrapeKind, func(payload []byte) error {
+		sc, err := decodeScrape(payload, withText)
+		sc.Number, sc.Gzip = number, bytes.Clone(sc.Gzip)
+		e = spoolEntry{Scrape: sc, gzipSize: len(sc.Gzip)}
+		return err
+	})
+	if err != nil {
+		return spoolEntry{}, "", err
+	}
+	e.footprint = roundToBlocks(log.Size())
+	return e, string(log.Identity()), nil
+}
+
+// store writes the file of a scrape, and returns what it occupies.
+func (s *Spool) store(sc *Scrape) (footprint int64, err error) {
+	log, err := s.writeRecord(spoolName(sc.Number), scrapeKind, appendScrape(nil, sc))
+	return roundToBlocks(log.Size()), err
+}
+
+// loadMeta reads the spool's record. Without one, or when it is damaged or of another cluster
+// ID, the spool gets a new ID, under which nothing was sent yet.
+func (s *Spool) loadMeta(hasScrapes bool) error {
+	var meta spoolMeta
+	log, err := s.readRecord(spoolMetaName, spoolMetaKind, func(payload []byte) (err error) {
+		meta, err = decodeSpoolMeta(payload)
+		return err
+	})
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if hasScrapes {
+			s.cfg.OnError(fmt.Errorf("%s is missing: servers are sent all scrapes again, and which consumers have to read is not known", s.path(spoolMetaName)))
+		}
+	case errors.Is(err, errSpoolFileDamaged):
+		s.cfg.OnError(err)
+	case err != nil:
+		return err
+	case string(log.Identity()) == s.cfg.Cluster:
+		s.meta, s.savedMeta = meta, meta
+	}
+	return nil
+}
+
+// saveMeta writes the spool's record if it changed. A write that fails is reported once, and
+// tried again at the next answer.
+func (s *Spool) saveMeta() {
+	if s.cfg.Dir == "" || !s.meta.changedSince(&s.savedMeta) {
+		return
+	}
+	_, err := s.writeRecord(spoolMetaName, spoolMetaKind, appendSpoolMeta(nil, &s.meta))
+	switch {
+	case err == nil:
+		s.savedMeta = s.meta
+	case !s.metaUnsaved:
+		s.cfg.OnError(fmt.Errorf("writing the spool's record: %w", err))
+	}
+	s.metaUnsaved = err != nil
+}
+
+// readRecord reads a file and calls decode with the payload of its one record. The error is
+// errSpoolFileDamaged if there is not exactly one good record, since a file is written whole or
+// not at all. A record of another kind is an error too, but no damage.
+func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) error) (*Log, error) {
+	path := s.path(name)
+	var cause, other error
+	log, rec, err := OpenLog(s.cfg.FS, path, func(k byte, payload []byte) error {
+		switch {
+		case k == 0: // a part that is damaged
+		case k != kind:
+			other = fmt.Errorf("%s has a record of version %d; this program knows version %d: use the program that wrote it, or move the file away", path, k, kind)
+		default:
+			err := decode(payload)
+			cause = cmp.Or(cause, err)
+			return err
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case rec.Records != 1 || rec.Damaged > 0 || rec.HeaderDamaged || rec.TornBytes > 0:
+		err := fmt.Errorf("%w: %s, %d bytes lost%s", errSpoolFileDamaged, path, rec.LostBytes+rec.TornBytes, rec.KeptAs())
+		if cause != nil {
+			err = fmt.Errorf("%w: %w", err, cause)
+		}
+		return nil, err
+	case other != nil:
+		return nil, other
+	}
+	if rec.Err != nil {
+		s.cfg.OnError(rec.Err) // the record is good all the same
+	}
+	return log, nil
+}
+
+// writeRecord replaces a file, durably, by one record.
+func (s *Spool) writeRecord(name string, kind byte, payload []byte) (*Log, error) {
+	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.Cluster))
+	frame := AppendRecord(nil, kind, payload)
+	return log, log.Rewrite(func(w io.Writer) error {
+		_, err := w.Write(frame)
+		return err
+	})
+}
+
+// setAside sets the file of a scrape aside. Only the newest maxAsideFiles are kept.
+func (s *Spool) setAside(number uint64, reason string) {
+	name, err := SetAside(s.cfg.FS, s.path(spoolName(number)), reason)
+	if name != "" && !slices.Contains(s.asideFiles, name) {
+		s.asideFiles = append(s.asideFiles, name)
+	}
+	for len(s.asideFiles) > maxAsideFiles {
+		err = errors.Join(err, s.cfg.FS.Remove(s.path(s.asideFiles[0])))
+		s.asideFiles = s.asideFiles[1:]
+	}
+	if err != nil {
+		s.cfg.OnError(err)
+	}
+}
+
+// removeFiles deletes the files of scrapes. A file that stays behind, or comes back after a
+// crash, is sent again, and the server recognizes it.
+func (s *Spool) removeFiles(removed []spoolEntry) {
+	if s.cfg.Dir == "" || len(removed) == 0 {
+		return
+	}
+	var errs []error
+	for _, e := range removed {
+		if err := s.cfg.FS.Remove(s.path(spoolName(e.Number))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	errs = append(errs, s.cfg.FS.SyncDir(s.cfg.Dir))
+	if err := errors.Join(errs...); err != nil {
+		s.cfg.OnError(fmt.Errorf("removing from spool: %w", err))
+	}
+}
