@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"strings"
 )
@@ -60,6 +61,20 @@ type key struct {
 	derive func(label string) ([]byte, error) // another subkey
 }
 
+// ContentLines yields the lines of an operator's file that are neither blank nor begin with #,
+// without the blanks around them, and their numbers from 1.
+func ContentLines(data []byte) iter.Seq2[int, string] {
+	return func(yield func(n int, line string) bool) {
+		n := 0
+		for line := range strings.Lines(string(data)) {
+			n++
+			if line = strings.TrimSpace(line); line != "" && line[0] != '#' && !yield(n, line) {
+				return
+			}
+		}
+	}
+}
+
 // ParseKeys reads a key file: one key a line, standard base64 of exactly 32
 // random bytes; blank lines and lines beginning with # are ignored. It takes
 // 1 to 16 different keys and at most MaxKeyFile bytes. An error names the line
@@ -69,17 +84,11 @@ func ParseKeys(data []byte) (Keys, error) {
 		return Keys{}, fmt.Errorf("key file is larger than %d bytes", MaxKeyFile)
 	}
 	var ks Keys
-	n := 0
-	for line := range bytes.Lines(data) {
-		n++
-		line = bytes.TrimSpace(line)
-		if len(line) == 0 || line[0] == '#' {
-			continue
-		}
+	for n, line := range ContentLines(data) {
 		if len(ks.keys) == maxKeys {
 			return Keys{}, fmt.Errorf("line %d: more than %d keys: delete old ones, which are the lowest", n, maxKeys)
 		}
-		secret, err := base64.StdEncoding.Strict().DecodeString(string(line))
+		secret, err := base64.StdEncoding.Strict().DecodeString(line)
 		if err != nil || len(secret) != keySize {
 			return Keys{}, fmt.Errorf("line %d: not a key: want the base64 of %d bytes", n, keySize)
 		}

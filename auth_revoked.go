@@ -23,13 +23,9 @@ func ParseRevoked(data []byte) (RevokedSet, error) {
 		return RevokedSet{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
 	}
 	r := RevokedSet{tokenIDs: map[string]struct{}{}, clusterIDs: map[string]struct{}{}}
-	n := 0
-	for line := range strings.Lines(string(data)) {
-		n++
+	for n, line := range ContentLines(data) {
 		id, _, _ := strings.Cut(line, "#")
-		if id = strings.TrimSpace(id); id == "" {
-			continue
-		}
+		id = strings.TrimSpace(id)
 		if err := CheckClusterID(id); err != nil {
 			return RevokedSet{}, fmt.Errorf("line %d: neither a token ID (32 hex digits, not the token itself) nor a cluster ID", n)
 		}

@@ -18,6 +18,7 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -1025,4 +1026,12 @@ func FuzzRevoked(f *testing.F) {
 			t.Error("the zero token is revoked")
 		}
 	})
+}
+
+func TestContentLines(t *testing.T) {
+	file := "\n# all\n up \n\t{job=\"#\"}\r\n  # no\nlast{a=\"b\"}"
+	got := maps.Collect(ContentLines([]byte(file)))
+	if want := map[int]string{3: "up", 4: `{job="#"}`, 6: `last{a="b"}`}; !maps.Equal(got, want) {
+		t.Errorf("lines of a file: %v, want %v", got, want)
+	}
 }

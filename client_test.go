@@ -601,7 +601,7 @@ func TestMetadataLabelsEndToEnd(t *testing.T) {
 					}
 				}
 			}
-			for side, counted := range map[string]float64{"client": c.skipped.Value("metadata_label"), "server": r.server.skipped.Value("metadata_label")} {
+			for side, counted := range map[string]float64{"client": c.skipped.Value("metadata_label"), "server": r.server.skippedTotal.Value("metadata_label")} {
 				if counted != 4 {
 					t.Errorf("the %s counts %v labels", side, counted)
 				}

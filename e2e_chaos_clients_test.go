@@ -1,8 +1,8 @@
 package main
 
-// chaos_clients_test.go: sites that run the real client, with a spool each, and what is done
-// to the servers' disks: removed, replaced by an old copy, cut short, damaged, swapped. In
-// the end the central Prometheus has every sample that a source ever gave, and nothing else.
+// Sites that run the real client, with a spool each, while the servers' disks are removed, replaced
+// by an old copy, cut short, damaged or swapped. In the end the central Prometheus has every
+// sample that a source ever gave, and nothing else.
 
 import (
 	"bytes"

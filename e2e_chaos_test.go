@@ -1,8 +1,8 @@
 package main
 
-// chaos_test.go: servers are restarted, killed, cut off from each other, filled up, added
-// and taken away, and their disks are lost, restored and damaged, while sites push and a
-// Prometheus scrapes. Run by make test-chaos, in a network namespace of its own.
+// Servers are restarted, killed, cut off from each other, filled up, added and taken away, and their
+// disks are lost, restored and damaged, while sites push and a Prometheus scrapes. Run by make
+// test-chaos, in a network namespace of its own.
 
 import (
 	"flag"

@@ -1,8 +1,8 @@
 package main
 
-// outage_ages_test.go: no sample that a site pushes, of whatever age, makes a scrape of
-// the central Prometheus fail, and with it the samples of other sites. With a real
-// server and a real Prometheus; run by make test-outage.
+// No sample that a site pushes, of whatever age, makes a scrape of the central Prometheus fail, and
+// with it the samples of other sites. With a real server and a real Prometheus; run by make
+// test-outage.
 
 import (
 	"fmt"

@@ -1,10 +1,9 @@
 package main
 
-// outage_clocks_test.go: sites whose clocks are wrong, are set and start anew with their
-// machines, while the owner of each site changes and answers are lost. The central
-// Prometheus has each scrape once, at the time at which it was made. The clients run in
-// this process, where their clocks can be set, against real servers and a real Prometheus;
-// run by make test-outage.
+// Sites whose clocks are wrong, are set and start anew with their machines, while the owner of each
+// site changes and answers are lost. The central Prometheus has each scrape once, at the time at
+// which it was made. The clients run in this process, where their clocks can be set, against real
+// servers and a real Prometheus; run by make test-outage.
 
 import (
 	"bytes"
@@ -177,11 +176,11 @@ func (r *clockRig) agree(servers ...*clockServer) {
 	r.t.Helper()
 	eventually(r.t, "servers agree", func() bool {
 		for _, s := range servers {
-			resp, err := http.Get("http://" + s.internal + "/debug/cluster")
+			resp, err := http.Get("http://" + s.internal + "/debug/ring")
 			if err != nil {
 				return false
 			}
-			var d debugCluster
+			var d debugRing
 			err = json.NewDecoder(resp.Body).Decode(&d)
 			if resp.Body.Close(); err != nil || len(d.slots()) != len(servers) {
 				return false
@@ -299,7 +298,7 @@ func (r *clockRig) settled(name string, begin time.Time) {
 func newClockRig(t *testing.T, sites int) *clockRig {
 	r := &clockRig{t: t, dir: t.TempDir()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
-	keys, err := ReadKeys(filepath.Join(r.dir, "keys"), TokenKeyFile)
+	keys, err := readKeys(filepath.Join(r.dir, "keys"), TokenKeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,8 +1,8 @@
 package main
 
-// outage_test.go: an outage of the uplink, of the server, of the client or of the
-// central Prometheus leaves no gap in what Prometheus holds, and nothing twice. With
-// real processes, a real Prometheus and a network that is cut; run by make test-outage.
+// An outage of the uplink, of the server, of the client or of the central Prometheus leaves no gap
+// in the samples of Prometheus, and no duplicate. With real processes, a real Prometheus and a
+// network that is cut; run by make test-outage.
 
 import (
 	"bytes"
@@ -285,7 +285,7 @@ func outageServer(t *testing.T, args ...string) (dir, internal string, p *outage
 	dir = t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	server = startServer(t, dir, append([]string{"--ratelimit", "0"}, args...)...)
-	keys, err := ReadKeys(filepath.Join(dir, "keys"), TokenKeyFile)
+	keys, err := readKeys(filepath.Join(dir, "keys"), TokenKeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}

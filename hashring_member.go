@@ -1,9 +1,9 @@
 package main
 
-// This server as a member of the ring: it turns the members that gossip hears into a claim to
-// a slot and a ring. State that the next start needs is durable before it is announced, but
-// for a session that a full disk has no room for. The ring changes only when members come, go
-// or claim.
+// This server as a member of the ring: it turns the members that gossip hears of into a claim to
+// a slot, and into a ring. State that the next start needs is durable before it is announced,
+// except for a session that a full disk has no room for. The ring changes only when members
+// come, go or claim. This family must not know of pushes, metrics or HTTP.
 
 import (
 	"context"
@@ -15,43 +15,69 @@ import (
 	"log/slog"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
 const (
-	memberFile  = "member" + LogSuffix
-	memberState = 1 // the kind of its one record
-	// A slot is chosen when no member came or went for quietFor intervals, or after
-	// settleFor: whoever chooses before it has heard of the others chooses badly.
-	quietFor  = 3
-	settleFor = 10
-	// A dead member's slot stays reserved, so that its keys come back to it.
-	reservedFor = 24 * time.Hour
+	memberFile       = "member" + LogSuffix
+	memberRecordKind = 1 // of the only record in that file
+
+	// A slot is claimed when no member came or went for quietIntervals, and at the latest after
+	// settleIntervals: a member that claims before it has heard of the others chooses badly.
+	quietIntervals  = 3
+	settleIntervals = 10
+
+	// slotReserved is how long a dead member's slot stays reserved, so that it gets its sites
+	// back when it returns.
+	slotReserved = 24 * time.Hour
+
+	// idleCheck is how often a member at rest looks for something to do. It acts on changes at
+	// once; more wake-ups would cost several times what gossip does.
+	idleCheck = time.Minute
 )
 
-// LoadMemberState reads what SaveMemberState wrote; of a member without past, or
-// with dir "", it is zero.
+// RingPeer is a live member of the ring.
+type RingPeer struct {
+	Name    string
+	Addr    string // host:port of its UDP and TCP port
+	Session uint64
+	KeyID   uint32 // of the key that it seals with, and so holds
+}
+
+// RingView says which members are live and which of them owns what. It is immutable.
+type RingView struct {
+	Ring  *Ring
+	Peers map[string]RingPeer // by name, this server included
+}
+
+// Owner returns the live member that owns a site key; false if the view knows none.
+func (v *RingView) Owner(key uint64) (RingPeer, bool) {
+	name, ok := v.Ring.Owner(key)
+	p, live := v.Peers[name]
+	return p, ok && live
+}
+
+// LoadMemberState reads what SaveMemberState wrote. It returns the zero state if nothing is
+// there, if dir is "", or if the file is damaged: the other members have the rest.
 func LoadMemberState(fsys FS, dir string) (SwimState, error) {
 	var st SwimState
 	if dir == "" {
 		return st, nil
 	}
 	_, _, err := OpenLog(fsys, filepath.Join(dir, memberFile), func(kind byte, payload []byte) error {
-		if kind != memberState {
+		if kind != memberRecordKind {
 			return fmt.Errorf("unknown kind of record %d", kind)
 		}
 		return json.Unmarshal(payload, &st)
 	})
-	if errors.Is(err, fs.ErrNotExist) {
-		return st, nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return st, fmt.Errorf("reading the state of this member: %w", err)
 	}
-	if err != nil {
-		return st, fmt.Errorf("reading what is kept of this member: %w", err)
-	}
-	return st, nil // of a damaged file zero: the others tell the rest
+	return st, nil
 }
 
-// SaveMemberState keeps st durably; with dir "" it does nothing.
+// SaveMemberState stores st durably; with dir "" it does nothing.
 func SaveMemberState(fsys FS, dir string, st SwimState) error {
 	if dir == "" {
 		return nil
@@ -59,12 +85,12 @@ func SaveMemberState(fsys FS, dir string, st SwimState) error {
 	b, err := json.Marshal(st)
 	if err == nil {
 		err = NewLog(fsys, filepath.Join(dir, memberFile), []byte("member")).Rewrite(func(w io.Writer) error {
-			_, err := w.Write(AppendRecord(nil, memberState, b))
+			_, err := w.Write(AppendRecord(nil, memberRecordKind, b))
 			return err
 		})
 	}
 	if err != nil {
-		return fmt.Errorf("keeping the state of this member: %w", err)
+		return fmt.Errorf("saving the state of this member: %w", err)
 	}
 	return nil
 }
@@ -73,58 +99,35 @@ func SaveMemberState(fsys FS, dir string, st SwimState) error {
 type RingMemberConfig struct {
 	Name     string
 	Gossip   *Gossip
-	Forward  *Forwarder
 	FS       FS
-	Dir      string // "" keeps nothing
+	Dir      string // "" saves nothing
 	Seeds    bool   // addresses to join at are configured
 	Interval time.Duration
 	Log      *slog.Logger
-	Metrics  *Metrics
+	OnView   func(*RingView) // gets every new view, in order; must not block
+	OnError  func(error)     // gets every failure to save the state of this member
 }
 
-// RingMember keeps the ring. Its handlers are safe for concurrent use.
+// RingMember keeps this server's place in the ring.
 type RingMember struct {
 	cfg     RingMemberConfig
-	saved   SwimState
-	failing bool          // to save: said once
+	view    atomic.Pointer[RingView]
 	settled chan struct{} // closed when the first ring is made
-	errors  *Counter
+
+	saved      SwimState // on disk; this and the next are Run's
+	saveFailed bool      // the last time
 }
 
-// NewRingMember keeps the new session's number, so that gossip may begin. On a full disk
-// it goes on without: what is held there has to be served, sessions are unlike by their
-// random half, and the others tell the next start which was the highest. No slot is
-// claimed until there is room.
+// NewRingMember saves the number of the new session, so that gossip may begin. On a full disk it
+// goes on without: the samples held there have to be served, the random half of a session makes
+// it unlike any other, and the next start hears from the others which session was the highest. No
+// slot is claimed until there is room.
 func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 	m := &RingMember{cfg: cfg, settled: make(chan struct{})}
-	reg := cfg.Metrics
-	m.errors = reg.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
-	members := reg.Gauge("telemeter_members", "Servers of the cluster by state, this one included.", "state")
-	share := reg.Gauge("telemeter_ring_share_ratio", "Share of the cluster IDs that this server owns.")
-	health := reg.Gauge("telemeter_gossip_local_health", "0 is good; each point slows this server's judgement of others.")
-	sent := reg.Counter("telemeter_gossip_sent_packets_total", "Gossip packets sent.")
-	sentBytes := reg.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip sent.")
-	received := reg.Counter("telemeter_gossip_received_packets_total", "Gossip packets received.")
-	refused := reg.Counter("telemeter_gossip_refused_packets_total", "Gossip packets that were dropped unanswered, by reason.", "reason")
-	reg.OnCollect(func() {
-		count := map[MemberState]int{StateAlive: 0, StateSuspect: 0, StateDead: 0, StateLeft: 0}
-		for _, mv := range cfg.Gossip.View().Members {
-			count[mv.State]++
-		}
-		for state, n := range count {
-			members.Set(float64(n), state.String())
-		}
-		share.Set(cfg.Forward.View().Ring.Shares()[cfg.Name])
-		st := cfg.Gossip.Stats()
-		health.Set(float64(st.Health))
-		sent.SetTotal(float64(st.Sent))
-		sentBytes.SetTotal(float64(st.SentBytes))
-		received.SetTotal(float64(st.Received))
-		for i, reason := range RefusedReasons() {
-			refused.SetTotal(float64(st.Refused[i]), reason)
-		}
-	})
-	if err := m.keep(cfg.Gossip.State()); err != nil && !DiskFull(err) {
+	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
+	if err := m.save(cfg.Gossip.State()); DiskFull(err) {
+		m.reportSave(err)
+	} else if err != nil {
 		return nil, err
 	}
 	return m, nil
@@ -133,60 +136,42 @@ func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 // Settled is closed when there is a ring to go by.
 func (m *RingMember) Settled() <-chan struct{} { return m.settled }
 
-// Run keeps the ring until ctx ends.
+// View returns the newest view. It is empty until Settled.
+func (m *RingMember) View() *RingView { return m.view.Load() }
+
+// Run claims a slot and keeps the ring up to date until ctx ends.
 func (m *RingMember) Run(ctx context.Context) error {
 	begin := time.Now()
-	heard := begin
-	var known []memberKey
+	lastChange := begin // of the members
+	var starts []memberStart
 	for {
 		v := m.cfg.Gossip.View()
 		// Claims alone are no reason to wait longer: each would delay all others.
-		if now := membersOf(v); !slices.Equal(now, known) {
-			known, heard = now, time.Now()
+		if now := memberStarts(v); !slices.Equal(now, starts) {
+			starts, lastChange = now, time.Now()
 		}
 		alone := !m.cfg.Seeds && len(v.Members) == 1
-		quiet := time.Since(heard) >= quietFor*m.cfg.Interval && (v.Joined || !m.cfg.Seeds)
-		if alone || quiet || time.Since(begin) >= settleFor*m.cfg.Interval && !m.isSettled() {
-			m.claim(v)
+		quiet := time.Since(lastChange) >= quietIntervals*m.cfg.Interval && (v.Joined || !m.cfg.Seeds)
+		overdue := !m.isSettled() && time.Since(begin) >= settleIntervals*m.cfg.Interval
+		if alone || quiet || overdue {
+			m.claimSlot(v)
 			v = m.cfg.Gossip.View()
-			m.settle()
+			if !m.isSettled() {
+				close(m.settled)
+			}
 		}
 		if m.isSettled() {
-			m.ring(v)
+			m.publish(v)
 		}
-		m.keep(m.cfg.Gossip.State())
-		// At rest only a change can ask for anything; to wake up for nothing would cost
-		// several times what gossip does.
+		m.trySave(m.cfg.Gossip.State())
 		wait := m.cfg.Interval / 4
-		if quiet && !m.failing {
-			wait = time.Minute
+		if quiet && !m.saveFailed {
+			wait = idleCheck
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-		case <-m.cfg.Gossip.Changed():
-		case <-timer.C:
-		}
-		timer.Stop()
-		if ctx.Err() != nil {
+		if _, ok := Sleep(ctx, wait, m.cfg.Gossip.Changed()); !ok {
 			return nil
 		}
 	}
-}
-
-// memberKey is one start of one member.
-type memberKey struct {
-	name    string
-	session uint64
-	live    bool
-}
-
-func membersOf(v GossipView) []memberKey {
-	var keys []memberKey
-	for _, mv := range v.Members {
-		keys = append(keys, memberKey{mv.Name, mv.Session, mv.State.IsLive()})
-	}
-	return keys
 }
 
 func (m *RingMember) isSettled() bool {
@@ -198,29 +183,50 @@ func (m *RingMember) isSettled() bool {
 	}
 }
 
-func (m *RingMember) settle() {
-	if !m.isSettled() {
-		close(m.settled)
-	}
+// memberStart is one start of one member.
+type memberStart struct {
+	name    string
+	session uint64
+	live    bool
 }
 
-// keep stores st if it is not what is kept. A failure is counted, logged if it is the
-// first in a row, and tried again at the next change or tick.
-func (m *RingMember) keep(st SwimState) error {
+func memberStarts(v GossipView) []memberStart {
+	var starts []memberStart
+	for _, mv := range v.Members {
+		starts = append(starts, memberStart{mv.Name, mv.Session, mv.State.IsLive()})
+	}
+	return starts
+}
+
+// save stores st durably, unless the last saved state is equal.
+func (m *RingMember) save(st SwimState) error {
 	if st == m.saved {
 		return nil
 	}
 	err := SaveMemberState(m.cfg.FS, m.cfg.Dir, st)
 	if err == nil {
-		m.saved, m.failing = st, false
-		return nil
+		m.saved = st
 	}
-	m.errors.Inc()
-	if !m.failing {
-		m.cfg.Log.Error("member", "err", err)
-	}
-	m.failing = true
 	return err
+}
+
+// trySave saves st and reports a failure. It returns whether st is saved; if not, Run tries
+// again at the next change or tick.
+func (m *RingMember) trySave(st SwimState) bool {
+	err := m.save(st)
+	m.reportSave(err)
+	return err == nil
+}
+
+// reportSave reports an error of save, and logs the first in a row.
+func (m *RingMember) reportSave(err error) {
+	if err != nil {
+		m.cfg.OnError(err)
+		if !m.saveFailed {
+			m.cfg.Log.Error("state of this member not saved", "err", err)
+		}
+	}
+	m.saveFailed = err != nil
 }
 
 func claimOf(r MemberRecord) Claim {
@@ -231,14 +237,14 @@ func claimOf(r MemberRecord) Claim {
 	return c
 }
 
-// claim takes the slot that is this server's by what it has heard.
-func (m *RingMember) claim(v GossipView) {
+// claimSlot claims the slot that the claims heard so far leave to this server.
+func (m *RingMember) claimSlot(v GossipView) {
 	var live, reserved []Claim
 	for _, mv := range v.Members {
 		switch {
 		case mv.State.IsLive():
 			live = append(live, claimOf(mv.MemberRecord))
-		case time.Duration(mv.Age)*time.Second < reservedFor:
+		case time.Duration(mv.Age)*time.Second < slotReserved:
 			reserved = append(reserved, claimOf(mv.MemberRecord))
 		}
 	}
@@ -250,18 +256,28 @@ func (m *RingMember) claim(v GossipView) {
 	if c.Lamport > 0 {
 		slot = uint16(c.Slot)
 	}
-	// Durable before it is told: a restart must not claim another's slot by it.
+	// The claim is durable before it is announced: otherwise a restart could claim another's slot.
 	st := m.cfg.Gossip.State()
 	st.Slot, st.Lamport, st.Provisional = slot, c.Lamport, c.Provisional
-	if m.keep(st) == nil {
+	if m.trySave(st) {
 		m.cfg.Log.Info("slot claimed", "slot", c.Slot, "claim", c.Lamport, "provisional", c.Provisional)
 		m.cfg.Gossip.SetClaim(slot, c.Lamport, c.Provisional)
 	}
 }
 
-// ring makes forwarding go by what is heard.
-func (m *RingMember) ring(v GossipView) {
-	next := &RingView{Peers: map[string]RingPeer{}}
+// publish replaces the view with that of the members that gossip knows.
+func (m *RingMember) publish(v GossipView) {
+	next := newRingView(v)
+	if next.Ring.Version() != m.View().Ring.Version() {
+		m.cfg.Log.Info("ring changed", "members", len(next.Peers), "buckets", next.Ring.Buckets(), "share", next.Ring.Shares()[m.cfg.Name])
+	}
+	m.view.Store(next)
+	m.cfg.OnView(next)
+}
+
+// newRingView returns the view of all live members. A member that is leaving owns nothing.
+func newRingView(v GossipView) *RingView {
+	view := &RingView{Peers: map[string]RingPeer{}}
 	var claims []Claim
 	for _, mv := range v.Members {
 		if !mv.State.IsLive() {
@@ -270,11 +286,8 @@ func (m *RingMember) ring(v GossipView) {
 		if !mv.Leaving {
 			claims = append(claims, claimOf(mv.MemberRecord))
 		}
-		next.Peers[mv.Name] = RingPeer{Name: mv.Name, Addr: mv.Addr, Session: mv.Session, KeyID: mv.KeyID}
+		view.Peers[mv.Name] = RingPeer{Name: mv.Name, Addr: mv.Addr, Session: mv.Session, KeyID: mv.KeyID}
 	}
-	next.Ring = NewRing(claims, int(v.Buckets))
-	if old := m.cfg.Forward.View(); old.Ring.Version() != next.Ring.Version() {
-		m.cfg.Log.Info("ring changed", "members", len(next.Peers), "buckets", next.Ring.Buckets(), "share", next.Ring.Shares()[m.cfg.Name])
-	}
-	m.cfg.Forward.SetView(next)
+	view.Ring = NewRing(claims, int(v.Buckets))
+	return view
 }

@@ -1,7 +1,6 @@
 package main
 
-// member_test.go: how soon a server acts on what gossip hears, in virtual time over a
-// network in memory.
+// How soon a server acts on what gossip hears, in virtual time over a network in memory.
 
 import (
 	"context"
@@ -10,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -97,7 +97,9 @@ type memMember struct {
 	gossip *Gossip
 	conn   *memConn
 	fs     *crashFS
-	kill   func() // without a word
+	last   atomic.Pointer[RingView] // that OnView got
+	errors atomic.Int64             // that OnError got
+	kill   func()                   // without a word
 }
 
 const memInterval = time.Second
@@ -115,13 +117,14 @@ func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...st
 	if err != nil {
 		t.Fatal(err)
 	}
-	forward := NewForwarder(ForwarderConfig{Name: name, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler)})
-	m, err := NewRingMember(RingMemberConfig{Name: name, Gossip: g, Forward: forward, FS: fsys, Dir: "/s", Seeds: len(seeds) > 0,
-		Interval: memInterval, Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics()})
+	m := &memMember{gossip: g, conn: conn, fs: fsys}
+	m.RingMember, err = NewRingMember(RingMemberConfig{Name: name, Gossip: g, FS: fsys, Dir: "/s", Seeds: len(seeds) > 0,
+		Interval: memInterval, Log: slog.New(slog.DiscardHandler),
+		OnView: func(v *RingView) { m.last.Store(v) }, OnError: func(error) { m.errors.Add(1) }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &memMember{RingMember: m, gossip: g, conn: conn, fs: fsys}
+	return m
 }
 
 // start starts one, in a bubble of synctest's.
@@ -152,7 +155,7 @@ func (m *memMember) slot() int {
 }
 
 // members returns how many the ring of m has.
-func (m *memMember) members() int { return len(m.cfg.Forward.View().Ring.Shares()) }
+func (m *memMember) members() int { return len(m.View().Ring.Shares()) }
 
 // took lets time pass until ok, and returns how much.
 func took(t *testing.T, about string, ok func() bool) time.Duration {
@@ -184,10 +187,10 @@ func TestMemberAtRestActsOnChanges(t *testing.T) {
 		limit("the first of all claims", took(t, "a claims", func() bool { return a.slot() == 0 && a.members() == 1 }), memInterval)
 		rest()
 		b := n.start(t, "b", "10.0.0.2:1", newStoreFS(2), "10.0.0.1:1")
-		// It chooses when nobody came for quietFor intervals: not before.
+		// It chooses when nobody came for quietIntervals intervals: not before.
 		wait := took(t, "b claims", func() bool { return b.slot() == 1 })
-		limit("the second claims", wait, (quietFor+2)*memInterval)
-		if wait < quietFor*memInterval {
+		limit("the second claims", wait, (quietIntervals+2)*memInterval)
+		if wait < quietIntervals*memInterval {
 			t.Errorf("the second claims after %v, without having waited for others", wait)
 		}
 		limit("its claim is on the ring", took(t, "a has b on its ring", func() bool { return a.members() == 2 }), memInterval)
@@ -213,7 +216,10 @@ func TestMemberAtRestActsOnChanges(t *testing.T) {
 		limit("who is about to leave is off the ring", took(t, "a is alone on its ring", func() bool { return a.members() == 1 }), memInterval)
 		rest()
 		b.kill()
-		limit("a death is acted on", took(t, "a has no peers", func() bool { return len(a.cfg.Forward.View().Peers) == 1 }), 10*memInterval)
+		limit("a death is acted on", took(t, "a has no peers", func() bool { return len(a.View().Peers) == 1 }), 10*memInterval)
+		if last := a.last.Load(); last != a.View() {
+			t.Errorf("OnView got %+v last, not the newest view", last)
+		}
 		a.kill()
 	})
 }
@@ -231,6 +237,9 @@ func TestMemberKeepsAgain(t *testing.T) {
 		a.gossip.SetClaim(0, 9, false)
 		time.Sleep(90 * time.Second)
 		synctest.Wait()
+		if a.errors.Load() == 0 {
+			t.Error("OnError got nothing")
+		}
 		a.fs.hook = nil
 		if got := took(t, "it is kept", func() bool {
 			st, err := LoadMemberState(a.fs, "/s")
@@ -242,14 +251,14 @@ func TestMemberKeepsAgain(t *testing.T) {
 	})
 }
 
-// Who reaches no seed claims for the time being when settleFor is over, and firmly
+// Who reaches no seed claims for the time being when settleIntervals is over, and firmly
 // when it has heard another.
 func TestMemberReachesNoSeed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
 		a := n.start(t, "a", "10.0.0.1:1", newStoreFS(1), "10.0.0.2:1")
-		if got := took(t, "a claims", func() bool { return a.slot() == 0 }); got < settleFor*memInterval || got > (settleFor+1)*memInterval {
-			t.Errorf("claimed after %v, want %v", got, settleFor*memInterval)
+		if got := took(t, "a claims", func() bool { return a.slot() == 0 }); got < settleIntervals*memInterval || got > (settleIntervals+1)*memInterval {
+			t.Errorf("claimed after %v, want %v", got, settleIntervals*memInterval)
 		}
 		if !a.gossip.State().Provisional {
 			t.Error("a claim made alone is firm")
@@ -263,12 +272,12 @@ func TestMemberReachesNoSeed(t *testing.T) {
 
 // The slot of one that is gone is not given away for a day.
 func TestMemberReservesSlots(t *testing.T) {
-	for age, want := range map[time.Duration]int{0: 1, reservedFor - time.Second: 1, reservedFor: 0} {
+	for age, want := range map[time.Duration]int{0: 1, slotReserved - time.Second: 1, slotReserved: 0} {
 		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
 		a := n.add(t, "a", "10.0.0.1:1", newStoreFS(1), "10.0.0.2:1")
 		v := a.gossip.View()
 		v.Members = append(v.Members, MemberSnapshot{MemberRecord: MemberRecord{Name: "gone", State: StateDead, Session: 1, Slot: 0, Lamport: 1, Age: uint32(age / time.Second)}})
-		a.claim(v)
+		a.claimSlot(v)
 		if got := a.slot(); got != want {
 			t.Errorf("%v after the other's end: slot %d, want %d", age, got, want)
 		}

@@ -31,8 +31,8 @@ func Listen(addr string) (net.Listener, error) {
 	return ln, nil
 }
 
-// NewHTTPClient returns a client that follows no redirects, since each request
-// carries a token, and asks no proxy of the environment.
+// NewHTTPClient returns a client that follows no redirects, because requests carry tokens, and
+// uses no proxy of the environment. dial bounds the time to connect, and timeout a whole request.
 func NewHTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
 	return &http.Client{
 		Timeout:       timeout,
@@ -49,7 +49,7 @@ type HTTPServer struct {
 	Name       string // for logs
 	Listener   net.Listener
 	Handler    http.Handler
-	TrackConns bool        // ConnOf knows the connections of plain HTTP; costs a system call a write
+	TrackConns bool        // TrackerOf knows the connections of plain HTTP; costs a system call a write
 	TLS        *tls.Config // nil for plain HTTP
 	Log        *slog.Logger
 }
@@ -68,13 +68,13 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 		ErrorLog:          log.New(errorLog{s.Log.With("listener", s.Name)}, "", 0),
 	}
 	if s.TrackConns {
-		srv.ConnContext = withConn
+		srv.ConnContext = trackConn
 	}
 	limited := newLimitListener(s.Listener, maxConnections)
-	srv.ConnState = limited.state
+	srv.ConnState = limited.onState
 	ln := net.Listener(limited)
 	if s.TLS != nil {
-		// HTTP/1.1 only: one request a connection at a time is what the bounds count.
+		// HTTP/1.1 only: the bounds count on one request at a time on each connection.
 		s.TLS.NextProtos = []string{"http/1.1"}
 		ln = tls.NewListener(ln, s.TLS)
 	}
@@ -95,8 +95,7 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 	return nil
 }
 
-// errorLog takes what net/http complains of: mostly peers, which is nobody's
-// business, but also panics.
+// errorLog logs the errors of net/http: mostly mistakes of peers, at debug level, but also panics.
 type errorLog struct{ log *slog.Logger }
 
 func (e errorLog) Write(p []byte) (int, error) {

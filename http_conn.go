@@ -1,7 +1,7 @@
 package main
 
-// Connections of a listener: their number is bounded, the ones that only wait make room, and a
-// request is known to come after its connection's last answer was read, or not.
+// Connections of a listener: their number is bounded, those that only wait make room, and it is
+// known of a request whether it came after its sender had read the previous answer.
 
 import (
 	"container/list"
@@ -12,103 +12,107 @@ import (
 	"sync"
 )
 
-// ConnTracker is one connection; its address is unlike that of any other that lives. It knows
-// whether a request is in turn: no byte of the request was read before the last byte of
-// the previous answer was written. It counts the empty lines that end the heads of
-// requests. A body makes it count too many, or leaves bytes after the last end; then the
-// next request counts as not in turn, which is the safe error. It does not see bytes that
-// the kernel has received and no Read has returned.
+// ConnTracker is one connection. It knows whether a request on it was sequential: no byte of the
+// request was read before the last byte of the previous answer was written. It counts the empty
+// lines that end the headers of requests. A body makes it count too many, or leaves bytes after
+// the last end; then the next request counts as not sequential, which is the safe error. It does
+// not see bytes that the kernel has received and no Read has returned. The address of a
+// ConnTracker is unlike that of any other in use.
 type ConnTracker struct {
-	mu       sync.Mutex // guards the rest: net/http reads ahead while a handler runs
-	read     headCount
-	written  headCount // read before the last byte that was written
-	requests int
-	inTurn   bool // the last request is
+	mu          sync.Mutex // guards the rest: net/http reads ahead while a handler runs
+	seen        headerScan
+	seenAtWrite headerScan // seen before the last byte that was written
+	requests    int
+	sequential  bool // the last request was
 }
 
-type headCount struct {
-	ends int
-	more bool // bytes stand after the last end
-	line bool // bytes stand in the last line
+// headerScan counts the headers of requests in the bytes of a connection.
+type headerScan struct {
+	complete int  // headers that have ended
+	partial  bool // bytes stand after the last end
+	inLine   bool // bytes stand in the last line
 }
 
-// received counts what was read.
-func (t *ConnTracker) received(p []byte) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	h := &t.read
+func (h *headerScan) scan(p []byte) {
 	for _, b := range p {
 		switch {
-		case b == '\n' && !h.line: // net/http takes an end without carriage returns too
-			h.ends, h.more = h.ends+1, false
+		case b == '\n' && !h.inLine: // net/http takes an end without carriage returns too
+			h.complete, h.partial = h.complete+1, false
 		case b == '\n':
-			h.line = false
+			h.inLine = false
 		default:
-			h.more = true
-			h.line = h.line || b != '\r'
+			h.partial = true
+			h.inLine = h.inLine || b != '\r'
 		}
 	}
 }
 
-// writes notes that the last byte of something is to be written.
-func (t *ConnTracker) writes() {
+// onRead takes bytes that were read.
+func (t *ConnTracker) onRead(p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.written = t.read
+	t.seen.scan(p)
 }
 
-// request counts a request that was read.
-func (t *ConnTracker) request() {
+// onLastByte notes that the last byte of a write is about to be written.
+func (t *ConnTracker) onLastByte() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.inTurn = t.written.ends == t.requests && !t.written.more
+	t.seenAtWrite = t.seen
+}
+
+// onRequest counts a request whose headers net/http has read.
+func (t *ConnTracker) onRequest() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sequential = t.seenAtWrite.complete == t.requests && !t.seenAtWrite.partial
 	t.requests++
 }
 
 type connKey struct{}
 
-// TrackerOf returns the connection that a request came on. A request that is not in turn
-// gets a Conn of its own, because its sender has not read the previous answer. A request
-// over TLS also does, because the turns cannot be seen there, and a request to a server
-// that is no Web with Turns.
+// TrackerOf returns the connection that a request came on, if the request is sequential. Any
+// other request gets a new ConnTracker, because its sender has not read the previous answer. So
+// does a request over TLS, where the end of an answer cannot be seen, and one to a server without
+// TrackConns.
 func TrackerOf(r *http.Request) *ConnTracker {
-	if c, ok := r.Context().Value(connKey{}).(*ConnTracker); ok {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.inTurn {
-			return c
+	if t, ok := r.Context().Value(connKey{}).(*ConnTracker); ok {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.sequential {
+			return t
 		}
 	}
 	return &ConnTracker{}
 }
 
-// withConn is an http.Server's ConnContext, for ConnOf.
-func withConn(ctx context.Context, c net.Conn) context.Context {
+// trackConn is an http.Server's ConnContext, for TrackerOf.
+func trackConn(ctx context.Context, c net.Conn) context.Context {
 	plain, ok := c.(*limitConn)
 	if !ok {
 		return ctx
 	}
-	plain.conn = &ConnTracker{}
-	return context.WithValue(ctx, connKey{}, plain.conn)
+	plain.tracker = &ConnTracker{}
+	return context.WithValue(ctx, connKey{}, plain.tracker)
 }
 
-// limitListener bounds connections. When there are max, the one that has waited
-// longest for its peer's next request is closed for the new one, so that who opens
-// many and asks nothing keeps nobody out. If every one is busy, the new one waits.
+// limitListener bounds connections. When there are max, the one that has waited longest for a
+// request is closed for the new one, so that a peer that opens many and asks nothing keeps no
+// other out. If all are busy, the new one waits.
 type limitListener struct {
 	net.Listener
-	max     int
-	changed *sync.Cond // on mu: there may be room
+	max  int
+	room *sync.Cond // on mu: signalled when there may be room
 
 	mu      sync.Mutex // guards the rest
 	open    int
 	closed  bool
-	waiting list.List // of *limitConn without a whole head of a request, the longest first
+	waiting list.List // of *limitConn whose next request has no complete header, the longest first
 }
 
 func newLimitListener(l net.Listener, max int) *limitListener {
 	limited := &limitListener{Listener: l, max: max}
-	limited.changed = sync.NewCond(&limited.mu)
+	limited.room = sync.NewCond(&limited.mu)
 	return limited
 }
 
@@ -124,7 +128,7 @@ func (l *limitListener) Accept() (net.Conn, error) {
 			first.Value.(*limitConn).Close()
 			l.mu.Lock()
 		} else {
-			l.changed.Wait()
+			l.room.Wait()
 		}
 	}
 	defer l.mu.Unlock()
@@ -136,72 +140,73 @@ func (l *limitListener) Accept() (net.Conn, error) {
 	return &limitConn{Conn: c, listener: l}, nil
 }
 
-// Close has nothing wait for room any more.
+// Close closes the listener, and ends an Accept that waits for room.
 func (l *limitListener) Close() error {
 	l.mu.Lock()
 	l.closed = true
 	l.mu.Unlock()
-	l.changed.Signal()
+	l.room.Signal()
 	return l.Listener.Close()
 }
 
-// state is an http.Server's ConnState: a connection is active from the end of a
+// onState is an http.Server's ConnState: a connection is active from the end of a
 // request's head to that of its answer.
-func (l *limitListener) state(c net.Conn, st http.ConnState) {
+func (l *limitListener) onState(c net.Conn, st http.ConnState) {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}
 	conn := c.(*limitConn) // all are of Accept
-	if st == http.StateActive && conn.conn != nil {
-		conn.conn.request() // before its handler, and once for each
+	if st == http.StateActive && conn.tracker != nil {
+		conn.tracker.onRequest() // once for each request, before its handler runs
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case conn.ended:
+	case conn.closed:
 	case st == http.StateNew, st == http.StateIdle:
-		conn.place = l.waiting.PushBack(conn)
-		l.changed.Signal()
-	case conn.place != nil:
-		l.waiting.Remove(conn.place)
-		conn.place = nil
+		conn.waiting = l.waiting.PushBack(conn)
+		l.room.Signal()
+	case conn.waiting != nil:
+		l.waiting.Remove(conn.waiting)
+		conn.waiting = nil
 	}
 }
 
+// limitConn is a connection of a limitListener.
 type limitConn struct {
 	net.Conn
 	listener *limitListener
-	conn     *ConnTracker  // nil over TLS
-	ended    bool          // the listener's mu guards it
-	place    *list.Element // and this: among those waiting, or nil
+	tracker  *ConnTracker  // nil over TLS
+	closed   bool          // the listener's mu guards it
+	waiting  *list.Element // and this: among those waiting, or nil
 }
 
 func (c *limitConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	if c.conn != nil {
-		c.conn.received(p[:n])
+	if c.tracker != nil {
+		c.tracker.onRead(p[:n])
 	}
 	return n, err
 }
 
-// Write writes the last byte of p by itself. The peer cannot have the whole answer before
-// that byte, so every request that was read until then is early, even if the peer was slow
-// to take the rest.
+// Write writes the last byte of p by itself, if the connection is tracked. The peer cannot have
+// the whole answer before that byte, so every request that was read until then is not sequential,
+// even if the peer was slow to take the rest.
 func (c *limitConn) Write(p []byte) (n int, err error) {
-	if c.conn != nil && len(p) > 0 {
+	if c.tracker != nil && len(p) > 0 {
 		if len(p) > 1 {
 			if n, err = c.Conn.Write(p[:len(p)-1]); err != nil {
 				return n, err
 			}
 		}
-		c.conn.writes()
+		c.tracker.onLastByte()
 	}
 	last, err := c.Conn.Write(p[n:])
 	return n + last, err
 }
 
-// CloseWrite is what net/http looks for, to let a peer that still sends read the
-// answer first.
+// CloseWrite closes one direction. net/http calls it, so that a peer that still sends can read the
+// answer.
 func (c *limitConn) CloseWrite() error {
 	if tcp, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return tcp.CloseWrite()
@@ -214,14 +219,14 @@ func (c *limitConn) Close() error {
 	l := c.listener
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.ended {
+	if c.closed {
 		return err
 	}
-	c.ended = true
+	c.closed = true
 	l.open--
-	if c.place != nil {
-		l.waiting.Remove(c.place)
+	if c.waiting != nil {
+		l.waiting.Remove(c.waiting)
 	}
-	l.changed.Signal()
+	l.room.Signal()
 	return err
 }

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// NewInstrument registers what is counted of HTTP requests, and returns a
-// function that counts and times those of a handler under a name.
+// NewInstrument registers metrics of HTTP requests, and returns a function that counts and times
+// the requests of a handler under a name.
 func NewInstrument(m *Metrics) func(name string, h http.Handler) http.Handler {
 	requests := m.Counter("telemeter_http_requests_total", "HTTP requests by handler and status code.", "handler", "code")
 	seconds := m.Histogram("telemeter_http_request_duration_seconds", "Time to answer HTTP requests, by handler and status code.",
@@ -68,8 +68,8 @@ func (c *CountWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// CompressResponse returns what to write the body to, compressed if the request
-// takes gzip. finish has to be called at its end; its error is the connection's.
+// CompressResponse returns a writer for the body, which compresses if the request accepts gzip.
+// finish has to be called at the end of the body; its error is the connection's.
 func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func() error) {
 	if !AcceptsGzip(r.Header) {
 		return w, func() error { return nil }
@@ -79,10 +79,10 @@ func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, f
 	return z, z.Close
 }
 
-// WriteJSON answers with v.
+// WriteJSON answers with v in JSON.
 func WriteJSON(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(v) // an error is the connection's: nobody is left to tell
+	json.NewEncoder(w).Encode(v) // an error is the connection's
 }
 
 // IndexHandler answers with a list of paths.
@@ -92,8 +92,8 @@ func IndexHandler(paths ...string) http.Handler {
 	})
 }
 
-// HealthRoutes adds /healthz, which answers while the process does, and
-// /healthz/ready.
+// HealthRoutes adds /healthz, which answers 200 while the process lives, and /healthz/ready,
+// which answers 200 while ready returns true.
 func HealthRoutes(mux *http.ServeMux, ready func() bool) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, r *http.Request) {

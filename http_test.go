@@ -1,8 +1,7 @@
 package main
 
-// http_test.go: the deadlines and bounds of every connection, and an end that
-// waits for what is in flight. Most of it under a fake clock, over pipes: a
-// minute of waiting costs nothing.
+// The deadlines and bounds of every connection, and an end that waits for requests in flight. Most
+// tests run under a fake clock, over pipes: a minute of waiting costs nothing.
 
 import (
 	"bufio"
@@ -58,15 +57,15 @@ func (l *pipeListener) dial() (net.Conn, bool) {
 	return mine, false
 }
 
-// runWeb runs a Web over pipes; end ends it and returns after what time it did,
-// and what Run returned.
-func runWeb(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, error)) {
+// runHTTPServer runs an HTTPServer over pipes. end ends it, and returns how long that took and
+// what Run returned.
+func runHTTPServer(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, error)) {
 	l = newPipeListener()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		web := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, Log: slog.New(slog.DiscardHandler)}
-		ended <- web.Run(ctx)
+		srv := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, Log: slog.New(slog.DiscardHandler)}
+		ended <- srv.Run(ctx)
 	}()
 	return l, func() (time.Duration, error) {
 		begin := time.Now()
@@ -76,7 +75,7 @@ func runWeb(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, err
 	}
 }
 
-func TestWebDeadlines(t *testing.T) {
+func TestHTTPServerDeadlines(t *testing.T) {
 	const post = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 	for _, c := range []struct {
 		name string
@@ -93,7 +92,7 @@ func TestWebDeadlines(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
+				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
 					if _, err := io.ReadAll(r.Body); err != nil {
 						http.Error(w, "late", http.StatusBadRequest)
 						return
@@ -146,9 +145,9 @@ func TestWebDeadlines(t *testing.T) {
 	}
 }
 
-// TestWebShutdown: a request in flight is finished and answered, for a time; new
+// TestHTTPServerShutdown: a request in flight is finished and answered, for a time; new
 // connections are not taken meanwhile.
-func TestWebShutdown(t *testing.T) {
+func TestHTTPServerShutdown(t *testing.T) {
 	for _, c := range []struct {
 		name        string
 		takes, want time.Duration
@@ -160,7 +159,7 @@ func TestWebShutdown(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				gone := make(chan struct{})
-				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
+				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
 					select {
 					case <-time.After(c.takes):
 						io.WriteString(w, "done")
@@ -201,9 +200,9 @@ func TestWebShutdown(t *testing.T) {
 	}
 }
 
-// TestConnOf: a request is of its connection only if no part of it came before the
-// previous answer was written to its end; else it has a connection of its own.
-func TestConnOf(t *testing.T) {
+// TestTrackerOf: a request is sequential only if no part of it came before the previous
+// answer was written to its end; else it has a connection of its own.
+func TestTrackerOf(t *testing.T) {
 	const get = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 	const large = "GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
 	const bare = "GET / HTTP/1.1\nHost: x\n\n"
@@ -228,13 +227,13 @@ func TestConnOf(t *testing.T) {
 		{"all but a byte before", []any{get + get[:len(get)-1], 1, "\n", 1, get, 1}, []bool{true, false, true}},
 		{"in pieces", []any{get[:5], get[5:], 1, get[:len(get)-2], "\r", "\n", 1}, []bool{true, true}},
 		{"after a body", []any{post("1234567890"), 1, get, 1, get, 1}, []bool{true, false, true}},
-		{"after a body that looks like a head", []any{post(get), 1, get, 1, get, 1}, []bool{true, false, false}},
+		{"after a body that looks like a header", []any{post(get), 1, get, 1, get, 1}, []bool{true, false, false}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var mu sync.Mutex
 				var got []bool
-				l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {
+				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
 					a, b := TrackerOf(r), TrackerOf(r) // one of its own is another each time
@@ -286,12 +285,12 @@ func TestConnOf(t *testing.T) {
 	}
 }
 
-// TestWebFails: a listener that breaks ends Run with an error that names it.
-func TestWebFails(t *testing.T) {
+// TestHTTPServerFails: a listener that breaks ends Run with an error that names it.
+func TestHTTPServerFails(t *testing.T) {
 	l := newPipeListener()
 	l.Close()
-	web := HTTPServer{Name: "external", Listener: l, Log: slog.New(slog.DiscardHandler)}
-	if err := web.Run(t.Context()); !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "external") {
+	srv := HTTPServer{Name: "external", Listener: l, Log: slog.New(slog.DiscardHandler)}
+	if err := srv.Run(t.Context()); !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "external") {
 		t.Error(err)
 	}
 }
@@ -306,7 +305,7 @@ func TestConnectionLimit(t *testing.T) {
 		finish := make(chan struct{})
 		l := newPipeListener()
 		limited := newLimitListener(l, max)
-		srv := http.Server{ConnState: limited.state, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		srv := http.Server{ConnState: limited.onState, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.Path == "/slow" {
 				<-finish
 			}
@@ -387,7 +386,7 @@ func TestConnectionLimit(t *testing.T) {
 	})
 	synctest.Test(t, func(t *testing.T) {
 		begin := time.Now()
-		l, end := runWeb(func(w http.ResponseWriter, r *http.Request) {})
+		l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {})
 		var conns []net.Conn
 		for range maxConnections + 1 {
 			c, _ := l.dial()
@@ -415,7 +414,7 @@ func TestConnectionLimit(t *testing.T) {
 	}
 	c.Close()
 	c.Close()
-	limited.state(c, http.StateIdle) // net/http may say so after
+	limited.onState(c, http.StateIdle) // net/http may say so after
 	if limited.open != 0 || limited.waiting.Len() != 0 {
 		t.Errorf("%d are open, %d wait", limited.open, limited.waiting.Len())
 	}
@@ -435,8 +434,8 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
-// TestWebTLS: TLS 1.2 or newer, and HTTP/1.1 only, whatever the peer would rather.
-func TestWebTLS(t *testing.T) {
+// TestHTTPServerTLS: TLS 1.2 or newer, and HTTP/1.1 only, whatever the peer would rather.
+func TestHTTPServerTLS(t *testing.T) {
 	crt, key, err := SelfSigned([]string{"127.0.0.1"}, time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -456,7 +455,7 @@ func TestWebTLS(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		web := HTTPServer{Name: "tls", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler),
+		srv := HTTPServer{Name: "tls", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler),
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				fmt.Fprint(w, r.Proto)
@@ -464,7 +463,7 @@ func TestWebTLS(t *testing.T) {
 					t.Error("a request over TLS is of its connection")
 				}
 			})}
-		ended <- web.Run(ctx)
+		ended <- srv.Run(ctx)
 	}()
 	config, err := PinnedTLS(pin)
 	if err != nil {

@@ -24,16 +24,15 @@ import (
 //	uint32 head   CRC of the eight bytes before it
 //	kind, payload kind is never 0
 //
-// The head has a CRC of its own because a length that can be trusted is what
-// tells a torn record (the file is shorter than the length says) from a damaged
-// one, even at the end of the file; because it lets recovery step over a damaged
-// body without believing anything inside it; and because a search for the next
-// record is then cheap. It costs 4 bytes beside an fsync.
+// The head has a CRC of its own, so that its length can be trusted. A trusted length
+// distinguishes a torn record (the file is shorter than it says) from a damaged one, even at
+// the end of the file. It also lets recovery skip a damaged body whatever its bytes are, and
+// makes the search for the next record cheap. It costs 4 bytes beside an fsync.
 //
-// Names: a log ends in LogSuffix; beside it may lie <name>.tmp (a rewrite that
-// a crash cut short, overwritten by the next) and copies and files set aside, see SetAside.
+// The name of a log ends in LogSuffix. Beside it may be <name>.tmp, a Rewrite that a crash cut
+// short and that the next overwrites, and files that SetAside or recovery named.
 const (
-	LogSuffix   = ".log"   // every name given to NewLog ends so; nothing else this room writes does
+	LogSuffix   = ".log"   // every name given to NewLog ends so, and no name of another file
 	MaxRecord   = 64 << 20 // bytes of kind and payload of one record
 	MaxIdentity = 1024     // bytes
 
@@ -43,16 +42,16 @@ const (
 	logTempSuffix = ".tmp"
 )
 
-// ErrBroken is returned by Append while the file must not be appended to: it
-// was never written, or damaged, or what the kernel holds of it is unknown. A
-// Rewrite that succeeds mends it.
-var ErrBroken = errors.New("log must be rewritten before it is appended to")
+// ErrNeedsRewrite is returned by Append while the file must not be appended to: it
+// was never written, or is damaged, or its content on disk is unknown. A Rewrite that
+// succeeds ends that.
+var ErrNeedsRewrite = errors.New("log must be rewritten before it is appended to")
 
 // ListLogs returns the paths of the logs in dir and of its subdirectories. It
-// syncs dir first: a file that a killed process renamed into place but did not
-// see synced is durable from here on, so that an Append to it can be believed.
+// syncs dir first: a file that a killed process renamed into place, but did not
+// see synced, is durable from here on, so that an Append to it is durable.
 // A symbolic link, a pipe or the like is an error, and so is a directory with a
-// log's name: no log lies there, and a Rewrite would put one in its place.
+// log's name, because a Rewrite would put a file in its place.
 func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
@@ -76,9 +75,8 @@ func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 	return logs, dirs, nil
 }
 
-// AppendRecord appends one framed record to buf and returns it. Kind 0 and more
-// than MaxRecord-1 bytes of payload are the caller's mistake: it panics, since
-// recovery would take either for damage.
+// AppendRecord appends one framed record to buf. It panics at kind 0 and at more than
+// MaxRecord-1 bytes of payload, because recovery would take either for damage.
 func AppendRecord(buf []byte, kind byte, payload []byte) []byte {
 	if kind == 0 || len(payload) >= MaxRecord {
 		panic(fmt.Sprintf("log record of kind %d with %d bytes", kind, len(payload)))
@@ -97,18 +95,18 @@ func AppendRecord(buf []byte, kind byte, payload []byte) []byte {
 // caller's duty. It holds no file open between calls, so that thousands of logs
 // cost no descriptors.
 type Log struct {
-	fsys     FS
-	path     string
-	identity []byte
-	size     int64
-	broken   bool
+	fsys         FS
+	path         string
+	identity     []byte
+	size         int64
+	needsRewrite bool
 }
 
-// NewLog returns a log that is not on disk, and broken, until its first Rewrite,
-// which replaces what lies at path. The identity says whose log it is; it may be
+// NewLog returns a log that is not on disk, and cannot be appended to, until its first
+// Rewrite, which replaces any file at path. The identity says whose log it is; it may be
 // empty. NewLog does no I/O.
 func NewLog(fsys FS, path string, identity []byte) *Log {
-	return &Log{fsys: fsys, path: path, identity: bytes.Clone(identity), broken: true}
+	return &Log{fsys: fsys, path: path, identity: bytes.Clone(identity), needsRewrite: true}
 }
 
 func appendLogHeader(buf, identity []byte) []byte {
@@ -142,20 +140,20 @@ func parseLogHeader(data []byte) logHeader {
 }
 
 // Append writes frames, whole records made by AppendRecord, and syncs them: if
-// it returns nil they are durable. A failed write, a full disk say, is undone
+// it returns nil they are durable. A failed write, for a full disk say, is undone
 // and the log stays usable. If it cannot be undone, or the file has vanished,
-// the log is Broken, and so it is after a failed fsync: the kernel may then
-// have dropped the data and call it clean, so a second fsync would prove
+// the log needs a Rewrite. So it does after a failed fsync: the kernel may then
+// have dropped the data and call it clean, so that a second fsync would prove
 // nothing (Rebello et al., "Can Applications Recover from fsync Failures?",
-// 2020). After an error of Append that leaves the log Broken its records may
+// 2020). If the log needs a Rewrite after an error, the records of that Append may
 // or may not be found after a crash.
 func (l *Log) Append(frames []byte) error {
-	if l.broken {
-		return fmt.Errorf("appending to %s: %w", l.path, ErrBroken)
+	if l.needsRewrite {
+		return fmt.Errorf("appending to %s: %w", l.path, ErrNeedsRewrite)
 	}
 	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
-		l.broken = errors.Is(err, fs.ErrNotExist)
+		l.needsRewrite = errors.Is(err, fs.ErrNotExist)
 		return fmt.Errorf("appending to log: %w", err)
 	}
 	defer f.Close() // its error says nothing about data already synced
@@ -168,23 +166,22 @@ func (l *Log) Append(frames []byte) error {
 		if undo == nil {
 			undo = f.Sync()
 		}
-		l.broken = undo != nil
+		l.needsRewrite = undo != nil
 		return fmt.Errorf("appending to log: %w", errors.Join(err, undo))
 	}
 	if err := f.Sync(); err != nil {
-		l.broken = true
+		l.needsRewrite = true
 		return fmt.Errorf("syncing log: %w", err)
 	}
 	l.size += int64(n)
 	return nil
 }
 
-// Rewrite replaces the file by a header and what fill writes (whole records
-// made by AppendRecord): creation, compaction and mending. It makes the parent
-// directory if that is missing. If it returns nil the new file is durable and
-// the log is not Broken. If it fails the old file is untouched and the log is as
-// usable as before, unless only the directory could not be synced: then either
-// file may be found after a crash, and the log is Broken.
+// Rewrite replaces the file by a header and the whole records, made by AppendRecord, that
+// fill writes. It makes the parent directory if that is missing. If it returns nil the new
+// file is durable and can be appended to. If it fails the old file is untouched and the log is
+// as usable as before, unless only the directory could not be synced: then either file may
+// be found after a crash, and the log needs another Rewrite.
 func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 	if len(l.identity) > MaxIdentity {
 		return fmt.Errorf("rewriting %s: identity of %d bytes, limit %d", l.path, len(l.identity), MaxIdentity)
@@ -196,7 +193,7 @@ func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 		return fill(w)
 	})
 	if renamed {
-		l.size, l.broken = size, err != nil
+		l.size, l.needsRewrite = size, err != nil
 	}
 	if err != nil {
 		return fmt.Errorf("rewriting log: %w", err)
@@ -207,22 +204,22 @@ func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 // Size returns the bytes of the file; 0 if it was never written or is removed.
 func (l *Log) Size() int64 { return l.size }
 
-// Identity returns what the header says; the caller must not change it.
+// Identity returns the identity in the header; the caller must not change it.
 func (l *Log) Identity() []byte { return l.identity }
 
-// Broken tells whether Append would return ErrBroken.
-func (l *Log) Broken() bool { return l.broken }
+// Broken reports whether Append would return ErrNeedsRewrite.
+func (l *Log) Broken() bool { return l.needsRewrite }
 
-// Path returns the file's name as it was given.
+// Path returns the path that NewLog or OpenLog was given.
 func (l *Log) Path() string { return l.path }
 
-// Remove deletes the file durably; one that is not there is no error. Copies
-// set aside stay. The log is then as NewLog made it. If the file is gone but
-// the directory could not be synced, a crash may bring it back.
+// Remove deletes the file durably; it is no error if there is none. Copies set aside stay. The
+// log is then as NewLog made it. If only the directory could not be synced, the file is gone
+// but a crash may bring it back.
 func (l *Log) Remove() error {
 	err := l.fsys.Remove(l.path)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		l.size, l.broken = 0, true
+		l.size, l.needsRewrite = 0, true
 		err = l.fsys.SyncDir(filepath.Dir(l.path))
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

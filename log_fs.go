@@ -15,7 +15,7 @@ import (
 	"syscall"
 )
 
-// DiskFull reports that an error is for want of room, which may come back.
+// DiskFull reports whether an operation failed because the disk, or a quota, is full.
 func DiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
@@ -57,8 +57,8 @@ func (DiskFS) Mkdir(name string, perm fs.FileMode) error  { return os.Mkdir(name
 func (DiskFS) Rename(old, new string) error               { return os.Rename(old, new) }
 func (DiskFS) Remove(name string) error                   { return os.Remove(name) }
 
-// SyncDir takes EINVAL for success: it is how a file system says that it has
-// no such thing as syncing a directory (PostgreSQL's fsync_fname does the same).
+// SyncDir takes EINVAL for success, because file systems that cannot sync a directory return
+// it (PostgreSQL's fsync_fname does the same).
 func (DiskFS) SyncDir(name string) error {
 	d, err := os.Open(name)
 	if err != nil {
@@ -108,10 +108,10 @@ func mkdirAll(dir string) error {
 	return syncParent(DiskFS{}, dir, err == nil)
 }
 
-// syncParent makes dir's own entry durable. A directory found existing is no
-// proof that it is durable (who made it may not have synced yet, or was
-// killed), so it is synced too; but one whose parent is closed to us was made
-// by somebody else long ago.
+// syncParent makes dir's own entry durable; made says that this process made dir. The entry of
+// a directory that was there already may not be durable yet, because another process may have
+// been killed before it synced it. Without permission for the parent, dir was made by another
+// user, and is left alone.
 func syncParent(fsys FS, dir string, made bool) error {
 	err := fsys.SyncDir(filepath.Dir(dir))
 	if !made && errors.Is(err, fs.ErrPermission) {
@@ -120,7 +120,8 @@ func syncParent(fsys FS, dir string, made bool) error {
 	return err
 }
 
-func readFile(fsys FS, name string) ([]byte, error) {
+// readFileRetrying is FS.ReadFile under ReadAgain.
+func readFileRetrying(fsys FS, name string) ([]byte, error) {
 	return ReadAgain(func() ([]byte, error) { return fsys.ReadFile(name) })
 }
 
@@ -128,11 +129,11 @@ func readFile(fsys FS, name string) ([]byte, error) {
 const maxAside = 3
 
 // SetAside renames the file at path, durably, to <path>.<reason>, or with -2 or -3 behind it
-// if that name is taken. If all names are taken it replaces the last, so that the first files
-// and the newest are kept. It returns the new name without its directory, which is "" if the
+// if another file has that name. It replaces a file of the same bytes, and if all names are
+// taken the last, so that the first files and the newest are kept. It returns the new name without its directory, which is "" if the
 // file was not renamed; with a name, an error is that of syncing the directory.
 func SetAside(fsys FS, path, reason string) (name string, err error) {
-	data, err := readFile(fsys, path)
+	data, err := readFileRetrying(fsys, path)
 	if err != nil {
 		return "", fmt.Errorf("setting aside: %w", err)
 	}
@@ -157,7 +158,7 @@ func asidePath(fsys FS, path, reason string, data []byte) (aside string, there b
 		if n > 1 {
 			aside += fmt.Sprintf("-%d", n)
 		}
-		old, err := readFile(fsys, aside)
+		old, err := readFileRetrying(fsys, aside)
 		if errors.Is(err, fs.ErrNotExist) {
 			return aside, false, nil
 		}
@@ -168,24 +169,45 @@ func asidePath(fsys FS, path, reason string, data []byte) (aside string, there b
 	return aside, false, nil
 }
 
-// replaceFile puts what fill writes durably in the place of path, making its
-// directory if need be. If renamed, an error is that of syncing directories.
+// replaceFile writes by fill to a temporary file and renames it to path, durably. It makes the
+// directory if that is missing, and returns the size of the file. If renamed, an error is that
+// of syncing directories.
 func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, renamed bool, err error) {
-	const flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
 	dir, temp := filepath.Dir(path), path+logTempSuffix
-	f, err := fsys.OpenFile(temp, flags, 0o600)
-	made := false
-	if errors.Is(err, fs.ErrNotExist) {
-		err = fsys.Mkdir(dir, 0o700)
-		if made = err == nil; !made && !errors.Is(err, fs.ErrExist) {
-			return 0, false, err
-		}
-		f, err = fsys.OpenFile(temp, flags, 0o600)
-	}
+	f, madeDir, err := createFile(fsys, temp)
 	if err != nil {
 		return 0, false, err
 	}
-	out := &logWriter{w: f}
+	if size, err = writeFile(f, fill); err == nil {
+		err = fsys.Rename(temp, path)
+	}
+	if err != nil {
+		fsys.Remove(temp) // if that fails too, the next rewrite overwrites it
+		return 0, false, err
+	}
+	if err = fsys.SyncDir(dir); err == nil {
+		err = syncParent(fsys, dir, madeDir)
+	}
+	return size, true, err
+}
+
+// createFile opens an empty file at path, and makes its directory if that is missing.
+func createFile(fsys FS, path string) (f File, madeDir bool, err error) {
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
+	if f, err = fsys.OpenFile(path, flags, 0o600); !errors.Is(err, fs.ErrNotExist) {
+		return f, false, err
+	}
+	err = fsys.Mkdir(filepath.Dir(path), 0o700)
+	if madeDir = err == nil; !madeDir && !errors.Is(err, fs.ErrExist) {
+		return nil, false, err
+	}
+	f, err = fsys.OpenFile(path, flags, 0o600)
+	return f, madeDir, err
+}
+
+// writeFile writes by fill to f, syncs and closes it, and returns its size.
+func writeFile(f File, fill func(io.Writer) error) (size int64, err error) {
+	out := &countingWriter{w: f}
 	buf := bufio.NewWriterSize(out, 64<<10)
 	if err = fill(buf); err == nil {
 		err = buf.Flush()
@@ -196,25 +218,15 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
-	if err == nil {
-		err = fsys.Rename(temp, path)
-	}
-	if err != nil {
-		fsys.Remove(temp) // if that fails too, the next rewrite overwrites it
-		return 0, false, err
-	}
-	if err = fsys.SyncDir(dir); err == nil {
-		err = syncParent(fsys, dir, made)
-	}
-	return out.n, true, err
+	return out.n, err
 }
 
-type logWriter struct {
+type countingWriter struct {
 	w io.Writer
 	n int64
 }
 
-func (c *logWriter) Write(p []byte) (int, error) {
+func (c *countingWriter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.n += int64(n)
 	return n, err

@@ -1,9 +1,9 @@
 // Telemeter federates Prometheus samples from isolated sites by push.
 //
-// This file is the command line: usage, flags into one config struct per mode,
-// signals, and the wiring of the rooms. Invariants: every conflict among flags is
-// found before anything is opened or sent; secrets come from files, never from
-// flags or the environment. It decides nothing about samples, tokens or storage.
+// This file is the process: modes, exit status and signals. Every conflict among flags is found
+// before anything is opened or sent. Secrets come from files, never from flags or the
+// environment. The family main wires the others, and decides nothing about samples, tokens or
+// storage.
 package main
 
 import (
@@ -47,45 +47,42 @@ const (
 	exitFailure = 1
 	exitUsage   = 2
 
-	hurry = 2 * time.Second // to end in good order after a second signal
+	secondSignalGrace = 2 * time.Second // to end in good order after a second signal
 )
 
-// ErrTerminated is the cause of a context that ended with SIGTERM: there is time to end in
+// errTerminated is the cause of a context that ended with SIGTERM: there is time to end in
 // good order.
-var ErrTerminated = errors.New("terminated")
+var errTerminated = errors.New("terminated")
 
 func main() { os.Exit(runProcess(time.Now)) }
 
-// runProcess is run with the arguments and signals of this process.
+// runProcess is run with the arguments and signals of this process. The first signal ends the
+// context. The second ends the process after a short time, whatever is in flight.
 func runProcess(now func() time.Time) int {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		if <-signals == syscall.SIGTERM {
-			cancel(ErrTerminated)
+			cancel(errTerminated)
 		}
 		cancel(nil)
-		<-signals // requests in flight that hang are waited for no longer
-		time.Sleep(hurry)
+		<-signals
+		time.Sleep(secondSignalGrace)
 		os.Exit(exitFailure)
 	}()
-	// It means reload, later; before that, a file is about to be read anyway.
+	// Later SIGHUP means reload. Until then the files are about to be read anyway.
 	signal.Ignore(syscall.SIGHUP)
-	return runAt(ctx, now, os.Args[1:], os.Stdout, os.Stderr)
+	return run(ctx, now, os.Args[1:], os.Stdout, os.Stderr)
 }
 
-// run is main without the process: it returns the exit status.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	return runAt(ctx, time.Now, args, stdout, stderr)
-}
-
-// runAt is run by a wall clock.
-func runAt(ctx context.Context, now func() time.Time, args []string, stdout, stderr io.Writer) int {
-	modes := map[string]func(context.Context, *Command) error{
-		"server": ServerMode, "client": ClientMode, "keygen": KeygenMode, "token": TokenMode, "version": versionMode,
+// run runs the mode that args name until it is done or ctx ends, and returns the exit status. now
+// is the wall clock.
+func run(ctx context.Context, now func() time.Time, args []string, stdout, stderr io.Writer) int {
+	modes := map[string]func(context.Context, *command) error{
+		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "version": versionMode,
 	}
-	mode := modeOf(args)
+	mode := modeArg(args)
 	if mode == "" {
 		if slices.ContainsFunc(args, func(a string) bool { return a == "-h" || a == "-help" || a == "--help" }) {
 			io.WriteString(stdout, usage)
@@ -99,15 +96,15 @@ func runAt(ctx context.Context, now func() time.Time, args []string, stdout, std
 		fmt.Fprintf(stderr, "telemeter: there is no mode %q; modes: %s\n", mode, strings.Join(slices.Sorted(maps.Keys(modes)), ", "))
 		return exitUsage
 	}
-	c := NewCommand(mode, args, stdout, stderr)
-	c.Now = now
+	c := newCommand(mode, args, stdout, stderr)
+	c.now = now
 	err := f(ctx, c)
-	var bad UsageError
+	var bad usageError
 	switch {
 	case err == nil:
 		return exitOK
 	case errors.Is(err, flag.ErrHelp):
-		c.Help(stdout)
+		c.writeHelp(stdout)
 		return exitOK
 	case errors.As(err, &bad):
 		fmt.Fprintf(stderr, "telemeter: the command line needs a change:\n  %s\ntelemeter --mode %s --help lists the flags\n",
@@ -118,8 +115,8 @@ func runAt(ctx context.Context, now func() time.Time, args []string, stdout, std
 	return exitFailure
 }
 
-// modeOf finds --mode, wherever it stands: what other flags there are depends on it.
-func modeOf(args []string) string {
+// modeArg returns the value of --mode, wherever it stands: the other flags depend on it.
+func modeArg(args []string) string {
 	for i, a := range args {
 		name, value, has := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(a, "-"), "-"), "=")
 		if name == "mode" && strings.HasPrefix(a, "-") {
@@ -132,16 +129,17 @@ func modeOf(args []string) string {
 	return ""
 }
 
-func versionMode(_ context.Context, c *Command) error {
-	c.About = "prints the version."
-	c.Example = "telemeter --mode version"
-	if err := c.ParseArgs(); err != nil {
+// versionMode runs --mode version.
+func versionMode(_ context.Context, c *command) error {
+	c.about = "prints the version."
+	c.example = "telemeter --mode version"
+	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	if err := c.Err(); err != nil {
+	if err := c.err(); err != nil {
 		return err
 	}
 	version, revision := Version()
-	_, err := fmt.Fprintf(c.Stdout, "telemeter %s (revision %s, %s, %s/%s)\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	_, err := fmt.Fprintf(c.stdout, "telemeter %s (revision %s, %s, %s/%s)\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	return err
 }

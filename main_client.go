@@ -8,8 +8,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -27,262 +27,259 @@ const (
 	minSalt        = 16 // bytes
 )
 
-// clientConfig is what the flags of --mode client say.
-type clientConfig struct {
-	from, fromToken, fromCA         *string
-	token, id, toCA, toCrt, toKey   *string
-	matchFile, saltFile, listen     *string
-	to, match, labels, rename, anon *ListFlag
-	plain, once, dryRun             *bool
-	interval, scrapeInterval        *time.Duration
-	spoolDir                        *string
-	spoolAge                        *time.Duration
-	bytes, spoolLimit               *SizeFlag
-	level                           *slog.Level
-	anonymize                       []string
-	source                          *url.URL
-	set                             []Label
+// clientFlags are the flags of --mode client.
+type clientFlags struct {
+	from                            *url.URL
+	fromTokenFile, fromCAFile       string
+	scrapeInterval                  time.Duration
+	match                           Selectors
+	matchFile                       string
+	labels                          []Label
 	renames                         map[string]string
+	anonymize                       []string
+	saltFile                        string
+	tokenFile                       string
+	to                              []*url.URL
+	id                              string
+	toCAFile, toCertFile, toKeyFile string
+	interval                        time.Duration
+	plainHTTP                       bool
+	limitBytes                      int64
+	spoolDir                        string
+	spoolLimit                      int64
+	spoolAge                        time.Duration
+	listen                          string
+	once, dryRun                    bool
+	logLevel                        slog.Level
 }
 
-// ClientMode runs --mode client.
-func ClientMode(ctx context.Context, c *Command) error {
-	c.About = "scrapes a Prometheus that nobody can reach, and pushes what it has."
-	c.Example = "telemeter --mode client --from http://localhost:9090 --token-file site-7.token"
-	var f clientConfig
-	c.Group("Source", func() {
-		f.from = c.String("from", "http://localhost:9090", "`URL` of a Prometheus, or with a path of any endpoint, such as an exporter's /metrics")
-		f.fromToken = c.String("from-token-file", "", "`FILE` with a bearer token for the source")
-		f.fromCA = c.String("from-ca-file", "", "`FILE` of CA certificates that vouch for the source")
-		f.scrapeInterval = c.Duration("scrape-interval", 0, "`TIME` between scrapes, if shorter than --interval")
-	})
-	c.Group("Which samples", func() {
-		f.match = c.List("match", "`SELECTOR` of series to push (none: all)")
-		f.matchFile = c.String("match-file", "", "`FILE` of such selectors, one a line")
-		f.labels = c.List("label", "`NAME=VALUE` to set on every sample")
-		f.rename = c.List("rename", "`OLD=NEW` for the name of a metric; ALERTS=alerts unless ALERTS is named")
-		f.anon = c.List("anonymize-labels", "`NAMES` of labels whose values are replaced by keyed hashes, separated by commas")
-		f.saltFile = c.String("anonymize-salt-file", "", "`FILE` with the key of these hashes, of 16 bytes or more")
-	})
-	c.Group("Destination", func() {
-		f.token = c.String("token-file", "", "`FILE` with the token; it says ID, servers and certificate (needed to push)")
-		f.to = c.List("to", "`URL` of a server, instead of the token's; tried in order")
-		f.id = c.String("id", "", "`ID` of the cluster, instead of the token's")
-		f.toCA = c.String("to-ca-file", "", "`FILE` of CA certificates that vouch for the servers, instead of the token's pin")
-		f.toCrt = c.String("to-crt", "", "`FILE` with a client certificate")
-		f.toKey = c.String("to-key", "", "`FILE` with its key")
-		f.interval = c.Duration("interval", 2*time.Minute, "`TIME` between pushes, each of all scrapes since the one before")
-		f.plain = c.Bool("plain-http", false, "send the token over http:// to other hosts too, readable by whoever sees the network")
-		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body, as the servers limit it; more becomes several pushes")
-	})
-	c.Group("Spool", func() {
-		f.spoolDir = c.String("spool-dir", "telemeter-spool", "`DIR` of the scrapes that not every consumer has read; empty to hold them in memory only")
-		f.spoolLimit = c.Size("spool-limit", 1<<30, "`SIZE` of the spool on disk; then the oldest scrapes are dropped, first those that a server holds")
-		f.spoolAge = c.Duration("spool-age", 2*time.Hour, "`TIME` that a scrape is kept at most for consumers to read; servers refuse what is older than their --retention")
-	})
-	c.Group("Other", func() {
-		f.listen = c.String("listen", "localhost:9002", "`ADDRESS` for health, own metrics and /federate of the last set sent; empty for none")
-		f.once = c.Bool("once", false, "scrape once, push all that is spooled, and exit")
-		f.dryRun = c.Bool("dry-run", false, "print what would leave the site, and push nothing")
-		f.level = c.LogLevel()
-	})
-	if err := c.ParseArgs(); err != nil {
+// clientMode runs --mode client.
+func clientMode(ctx context.Context, c *command) error {
+	c.about = "scrapes a Prometheus that nobody can reach, and pushes what it has."
+	c.example = "telemeter --mode client --from http://localhost:9090 --token-file site-7.token"
+	var f clientFlags
+	f.define(c)
+	if err := c.parseArgs(); err != nil {
 		return err
 	}
 	f.check(c)
-	if err := c.Err(); err != nil {
+	if err := c.err(); err != nil {
 		return err
 	}
-	log := c.Logger(*f.level)
-	metrics := NewMetrics()
-	RegisterProcess(metrics)
-	client, load, err := newClient(&f, log, metrics)
+	p := &clientProcess{clientFlags: f, log: c.logger(f.logLevel), metrics: NewMetrics()}
+	return p.run(ctx, c.stdout)
+}
+
+func (f *clientFlags) define(c *command) {
+	c.defineGroup("Source", func() {
+		c.urlFlag(&f.from, "from", "http://localhost:9090", "`URL` of a Prometheus, or with a path of any endpoint, such as an exporter's /metrics")
+		c.StringVar(&f.fromTokenFile, "from-token-file", "", "`FILE` with a bearer token for the source")
+		c.StringVar(&f.fromCAFile, "from-ca-file", "", "`FILE` of CA certificates that vouch for the source")
+		c.durationFlag(&f.scrapeInterval, "scrape-interval", 0, 0, 0, "`TIME` between scrapes, if shorter than --interval")
+	})
+	c.defineGroup("Which samples", func() {
+		c.selectorsFlag(&f.match, "match", "`SELECTOR` of series to push (none: all)")
+		c.StringVar(&f.matchFile, "match-file", "", "`FILE` of such selectors, one a line")
+		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` to set on every sample")
+		c.renamesFlag(&f.renames, "rename", []string{"ALERTS=alerts"}, "`OLD=NEW` for the name of a metric; ALERTS=alerts unless ALERTS is named")
+		c.labelNamesFlag(&f.anonymize, "anonymize-labels", "`NAMES` of labels whose values are replaced by keyed hashes, separated by commas", true)
+		c.StringVar(&f.saltFile, "anonymize-salt-file", "", "`FILE` with the key of these hashes, of 16 bytes or more")
+	})
+	c.defineGroup("Destination", func() {
+		c.StringVar(&f.tokenFile, "token-file", "", "`FILE` with the token; it says ID, servers and certificate (needed to push)")
+		c.serverURLsFlag(&f.to, "to", "`URL` of a server, instead of the token's; tried in order")
+		c.clusterIDFlag(&f.id, "id", "`ID` of the cluster, instead of the token's")
+		c.StringVar(&f.toCAFile, "to-ca-file", "", "`FILE` of CA certificates that vouch for the servers, instead of the token's pin")
+		c.StringVar(&f.toCertFile, "to-crt", "", "`FILE` with a client certificate")
+		c.StringVar(&f.toKeyFile, "to-key", "", "`FILE` with its key")
+		c.durationFlag(&f.interval, "interval", 2*time.Minute, time.Second, 0, "`TIME` between pushes, each of all scrapes since the one before")
+		c.BoolVar(&f.plainHTTP, "plain-http", false, "send the token over http:// to other hosts too, readable by whoever sees the network")
+		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` of a push's body, as the servers limit it; more becomes several pushes")
+	})
+	c.defineGroup("Spool", func() {
+		c.StringVar(&f.spoolDir, "spool-dir", "telemeter-spool", "`DIR` of the scrapes that not every consumer has read; empty to hold them in memory only")
+		c.sizeFlag(&f.spoolLimit, "spool-limit", 1<<30, 1<<20, 0, "`SIZE` of the spool on disk; then the oldest scrapes are dropped, first those that a server holds")
+		c.durationFlag(&f.spoolAge, "spool-age", 2*time.Hour, 0, 0, "`TIME` that a scrape is kept at most for consumers to read; servers refuse what is older than their --retention")
+	})
+	c.defineGroup("Other", func() {
+		c.optionalAddressFlag(&f.listen, "listen", "localhost:9002", "`ADDRESS` for health, own metrics and /federate of the last set sent; empty for none")
+		c.BoolVar(&f.once, "once", false, "scrape once, push all that is spooled, and exit")
+		c.BoolVar(&f.dryRun, "dry-run", false, "print what would leave the site, and push nothing")
+		c.logLevelFlag(&f.logLevel)
+	})
+}
+
+// check collects conflicts among flags, and fills in defaults that depend on others.
+func (f *clientFlags) check(c *command) {
+	if strings.Trim(f.from.Path, "/") == "" {
+		f.from.Path = "/federate"
+	}
+	if f.scrapeInterval == 0 {
+		f.scrapeInterval = f.interval
+	}
+	c.require(f.fromTokenFile == "" || f.from.Scheme == "https" || isLoopback(f.from.Hostname()) || f.plainHTTP,
+		"--from-token-file would go over plain HTTP to %s: use https://, or --plain-http if that is meant", f.from.Host)
+	c.require(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing; telemeter --mode token makes one on a server")
+	c.require(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file: without a secret, values could be guessed; make one with: head -c 32 /dev/urandom | base64 > salt")
+	c.require(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file does nothing without --anonymize-labels")
+	c.require((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key need each other")
+	c.require(f.scrapeInterval >= time.Second && f.scrapeInterval <= f.interval, "--scrape-interval is at least 1s, and at most --interval")
+	c.require(f.spoolLimit >= 2*f.limitBytes, "--spool-limit is at least twice --limit-bytes")
+	c.require(f.spoolAge >= f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
+	c.require(!f.once || !f.dryRun, "--once pushes and --dry-run does not: choose one")
+}
+
+// clientProcess is a client with all that it needs.
+type clientProcess struct {
+	clientFlags
+	log     *slog.Logger
+	metrics *Metrics
+
+	token          Token // of the start
+	fromTLS, toTLS *renewableTransport
+	client         *Client
+}
+
+// run makes the client, and runs it until ctx ends or its work is done.
+func (p *clientProcess) run(ctx context.Context, stdout io.Writer) error {
+	RegisterProcess(p.metrics)
+	if err := p.newClient(); err != nil {
+		return err
+	}
+	if p.dryRun {
+		return p.print(ctx, stdout)
+	}
+	if err := p.openSpool(); err != nil {
+		return err
+	}
+	return errors.Join(p.push(ctx), p.client.Close())
+}
+
+// newClient makes a client from flags and files.
+func (p *clientProcess) newClient() error {
+	state, token, err := p.load()
 	if err != nil {
 		return err
 	}
-	if *f.dryRun {
-		ctx, cancel := context.WithTimeout(ctx, *f.interval)
-		defer cancel()
-		got, err := client.Scrape(ctx)
-		if err != nil {
-			return fmt.Errorf("source: %w", err)
-		}
-		_, err = c.Stdout.Write(got.AppendText(nil, got.List.Samples))
+	fromTLS, toTLS, err := p.certificates(token.Pin)
+	if err != nil {
 		return err
 	}
-	if err := f.open(client); err != nil {
-		return err
-	}
-	err = f.push(ctx, client, load, log, metrics)
-	return errors.Join(err, client.Close())
+	p.token, p.fromTLS, p.toTLS = token, newRenewableTransport(fromTLS), newRenewableTransport(toTLS)
+	p.client = NewClient(ClientConfig{
+		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,
+		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, Cluster: token.Cluster, To: token.URLs,
+		FromClient: p.fromTLS.client(scrapeTimeout), ToClient: p.toTLS.client(attemptTimeout),
+	})
+	p.client.Reload(state)
+	return nil
 }
 
-// open opens the client's spool.
-func (f *clientConfig) open(client *Client) error {
-	spool := SpoolConfig{FS: DiskFS{}, Limit: int64(*f.spoolLimit), MaxAge: *f.spoolAge}
-	if *f.spoolDir != "" {
-		dir, err := filepath.Abs(*f.spoolDir)
+// reload reads all files before it replaces anything.
+func (p *clientProcess) reload() error {
+	state, token, err := p.load()
+	if err != nil {
+		return err
+	}
+	if token.Cluster != p.token.Cluster || !slices.Equal(token.URLs, p.token.URLs) || token.Pin != p.token.Pin {
+		return errors.New("the new token is for other servers or another cluster ID: restart to use it")
+	}
+	fromTLS, toTLS, err := p.certificates(token.Pin)
+	if err != nil {
+		return err
+	}
+	p.fromTLS.renew(fromTLS)
+	p.toTLS.renew(toTLS)
+	p.client.Reload(state)
+	return nil
+}
+
+// print writes the samples of one scrape as they would leave the site.
+func (p *clientProcess) print(ctx context.Context, w io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, p.interval)
+	defer cancel()
+	got, err := p.client.Scrape(ctx)
+	if err != nil {
+		return fmt.Errorf("source: %w", err)
+	}
+	_, err = w.Write(got.AppendText(nil, got.List.Samples))
+	return err
+}
+
+// openSpool opens the client's spool.
+func (p *clientProcess) openSpool() error {
+	spool := SpoolConfig{FS: DiskFS{}, Limit: p.spoolLimit, MaxAge: p.spoolAge}
+	if p.spoolDir != "" {
+		dir, err := filepath.Abs(p.spoolDir)
 		if err != nil {
 			return fmt.Errorf("opening spool: %w", err)
 		}
 		spool.Dir = dir
 	}
-	if err := client.Open(spool); err != nil {
+	if err := p.client.Open(spool); err != nil {
 		return fmt.Errorf("%w (--spool-dir DIR puts the spool elsewhere)", err)
 	}
 	return nil
 }
 
-// push runs a client that has its spool.
-func (f *clientConfig) push(ctx context.Context, client *Client, reload func() error, log *slog.Logger, metrics *Metrics) error {
-	if *f.once {
-		ctx, cancel := context.WithTimeout(ctx, *f.interval)
+// push scrapes and pushes: once, or until ctx ends.
+func (p *clientProcess) push(ctx context.Context) error {
+	if p.once {
+		ctx, cancel := context.WithTimeout(ctx, p.interval)
 		defer cancel()
-		return client.Once(ctx)
+		return p.client.Once(ctx)
 	}
-	parts := []func(context.Context) error{client.Run}
-	if *f.listen != "" {
-		ln, err := Listen(*f.listen)
+	parts := []func(context.Context) error{p.client.Run}
+	if p.listen != "" {
+		ln, err := Listen(p.listen)
 		if err != nil {
 			return err
 		}
 		defer ln.Close()
-		web := HTTPServer{Name: "client", Listener: ln, Handler: client.Handler(), Log: log}
+		web := HTTPServer{Name: "client", Listener: ln, Handler: p.client.Handler(), Log: p.log}
 		parts = append(parts, web.Run)
-		log.Info("listening", "address", ln.Addr())
+		p.log.Info("listening", "address", ln.Addr())
 	}
-	return Serve(ctx, log, metrics, reload, func() {}, parts...)
+	return runParts(ctx, p.log, p.metrics, p.reload, func() {}, parts...)
 }
 
-// check finds what contradicts itself, before any file is read.
-func (f *clientConfig) check(c *Command) {
-	u, err := url.Parse(*f.from)
-	ok := err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
-	c.Require(ok, "--from %s is not an http:// or https:// URL", *f.from)
-	if ok {
-		if strings.Trim(u.Path, "/") == "" {
-			u.Path = "/federate"
-		}
-		f.source = u
-		c.Require(*f.fromToken == "" || u.Scheme == "https" || IsLoopback(u.Hostname()) || *f.plain,
-			"--from-token-file would go over plain HTTP to %s: use https://, or --plain-http if that is meant", u.Host)
-	}
-	c.Require(*f.token != "" || *f.dryRun, "--token-file FILE is missing; telemeter --mode token makes one on a server")
-	for _, names := range *f.anon {
-		for name := range strings.SplitSeq(names, ",") {
-			err := CheckLabelName(name)
-			c.Require(err == nil, "--anonymize-labels: %v", err)
-			f.anonymize = append(f.anonymize, name)
-		}
-	}
-	c.Require(len(f.anonymize) == 0 || *f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file: without a secret, values could be guessed; make one with: head -c 32 /dev/urandom | base64 > salt")
-	c.Require(len(f.anonymize) > 0 || *f.saltFile == "", "--anonymize-salt-file does nothing without --anonymize-labels")
-	f.set, err = ParseLabels(*f.labels)
-	c.Require(err == nil, "--label: %v", err)
-	f.renames, err = ParseRename(append([]string{"ALERTS=alerts"}, *f.rename...))
-	c.Require(err == nil, "--rename: %v", err)
-	_, err = ParseSelectors(*f.match)
-	c.Require(err == nil, "--match: %v", err)
-	for _, s := range *f.to {
-		_, err := BaseURL(s)
-		c.Require(err == nil, "--to: %v", err)
-	}
-	if *f.id != "" {
-		err := CheckClusterID(*f.id)
-		c.Require(err == nil, "--id: %v", err)
-	}
-	c.Require((*f.toCrt == "") == (*f.toKey == ""), "--to-crt and --to-key need each other")
-	c.Require(*f.interval >= time.Second, "--interval is at least 1s")
-	if *f.scrapeInterval == 0 {
-		*f.scrapeInterval = *f.interval
-	}
-	c.Require(*f.scrapeInterval >= time.Second && *f.scrapeInterval <= *f.interval, "--scrape-interval is at least 1s, and at most --interval")
-	c.Require(*f.spoolLimit >= 1<<20 && int64(*f.spoolLimit) >= 2*int64(*f.bytes), "--spool-limit is at least 1MiB, and twice --limit-bytes")
-	c.Require(*f.spoolAge >= *f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
-	c.Require(*f.bytes >= 1<<10 && *f.bytes <= 64<<20, "--limit-bytes is from 1KiB to 64MiB")
-	if *f.listen != "" {
-		_, _, err := net.SplitHostPort(*f.listen)
-		c.Require(err == nil, "--listen: %v", err)
-	}
-	c.Require(!*f.once || !*f.dryRun, "--once pushes and --dry-run does not: choose one")
+// renewableTransport is a transport that a reload replaces, with its certificates.
+type renewableTransport struct{ current atomic.Pointer[http.Client] } // for its transport
+
+func newRenewableTransport(config *tls.Config) *renewableTransport {
+	t := &renewableTransport{}
+	t.current.Store(NewHTTPClient(config, 0, dialTimeout))
+	return t
 }
 
-// newClient reads the files, and returns a client and what reloads it.
-func newClient(f *clientConfig, log *slog.Logger, m *Metrics) (*Client, func() error, error) {
-	var client *Client
-	first, token, err := f.load()
-	if err != nil {
-		return nil, nil, err
-	}
-	cfg := ClientConfig{
-		From: f.source, Interval: *f.interval, LimitBytes: int64(*f.bytes), Metrics: m, Log: log, Now: time.Now,
-		ScrapeInterval: *f.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now,
-		Cluster: token.Cluster, To: token.URLs,
-	}
-	fromTLS, toTLS, err := f.certificates(token.Pin)
-	if err != nil {
-		return nil, nil, err
-	}
-	from, to := newRenewable(fromTLS), newRenewable(toTLS)
-	cfg.FromClient, cfg.ToClient = from.client(scrapeTimeout), to.client(attemptTimeout)
-	client = NewClient(cfg)
-	client.Reload(first)
-	return client, func() error {
-		st, again, err := f.load()
-		if err != nil {
-			return err
-		}
-		if again.Cluster != token.Cluster || !slices.Equal(again.URLs, token.URLs) || again.Pin != token.Pin {
-			return fmt.Errorf("the new token is for other servers or another cluster ID: restart to use it")
-		}
-		fromTLS, toTLS, err := f.certificates(token.Pin)
-		if err != nil {
-			return err
-		}
-		from.renew(fromTLS)
-		to.renew(toTLS)
-		client.Reload(st)
-		return nil
-	}, nil
+func (t *renewableTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	return t.current.Load().Transport.RoundTrip(req)
 }
 
-// renewable is a transport that a reload replaces, with its certificates.
-type renewable struct{ now atomic.Pointer[http.Client] } // for its transport
-
-func newRenewable(config *tls.Config) *renewable {
-	r := &renewable{}
-	r.now.Store(NewHTTPClient(config, 0, dialTimeout))
-	return r
-}
-
-func (r *renewable) RoundTrip(req *http.Request) (*http.Response, error) {
-	return r.now.Load().Transport.RoundTrip(req)
-}
-
-// client returns a client that is like any other, but for its transport.
-func (r *renewable) client(timeout time.Duration) *http.Client {
+// client returns an HTTP client over t.
+func (t *renewableTransport) client(timeout time.Duration) *http.Client {
 	c := NewHTTPClient(nil, timeout, dialTimeout)
-	c.Transport = r
+	c.Transport = t
 	return c
 }
 
 // renew takes effect with the next request: no connection of before is used again.
-func (r *renewable) renew(config *tls.Config) {
-	r.now.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
+func (t *renewableTransport) renew(config *tls.Config) {
+	t.current.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
 }
 
-// certificates reads what vouches for the source and for the servers, and for this
+// certificates reads the certificates that vouch for the source, for the servers and for this
 // client.
-func (f *clientConfig) certificates(pin string) (from, to *tls.Config, err error) {
+func (f *clientFlags) certificates(pin string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
-	if *f.fromCA != "" {
-		if from.RootCAs, err = ReadCAs(*f.fromCA); err != nil {
+	if f.fromCAFile != "" {
+		if from.RootCAs, err = readCAs(f.fromCAFile); err != nil {
 			return nil, nil, err
 		}
 	}
 	to = &tls.Config{MinVersion: tls.VersionTLS12}
-	if *f.toCA != "" {
-		if to.RootCAs, err = ReadCAs(*f.toCA); err != nil {
+	if f.toCAFile != "" {
+		if to.RootCAs, err = readCAs(f.toCAFile); err != nil {
 			return nil, nil, err
 		}
 	} else if pin != "" {
@@ -290,15 +287,15 @@ func (f *clientConfig) certificates(pin string) (from, to *tls.Config, err error
 			return nil, nil, fmt.Errorf("token: %w", err)
 		}
 	}
-	if *f.toCrt != "" {
-		pair, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey)
+	if f.toCertFile != "" {
+		pair, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile)
 		if err != nil {
 			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
 		}
 		// Asked for at each handshake, so that a renewed one is used.
 		to.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			if fresh, err := tls.LoadX509KeyPair(*f.toCrt, *f.toKey); err == nil {
-				return &fresh, nil
+			if renewed, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile); err == nil {
+				return &renewed, nil
 			}
 			return &pair, nil
 		}
@@ -306,79 +303,117 @@ func (f *clientConfig) certificates(pin string) (from, to *tls.Config, err error
 	return from, to, nil
 }
 
-// load reads what a reload reads. The token returned has what the flags override.
-func (f *clientConfig) load() (st ClientState, t Token, err error) {
-	if *f.fromToken != "" {
-		b, err := ReadSecret(*f.fromToken, MaxToken)
-		if err != nil {
-			return st, t, fmt.Errorf("reading the source's token: %w", err)
-		}
-		st.FromToken = string(b)
-	}
-	if st.Match, err = ReadSelectors(*f.match, *f.matchFile); err != nil {
+// load reads the files that a reload reads again. The token returned has the values of flags
+// that override its own.
+func (f *clientFlags) load() (st ClientState, t Token, err error) {
+	if st.FromToken, err = f.loadSourceToken(); err != nil {
 		return st, t, err
 	}
-	if len(st.Match) == 0 && !f.source.Query().Has("match[]") {
-		// All, as Prometheus's /federate takes it: it refuses to be asked nothing.
-		if st.Match, err = ParseSelectors([]string{`{__name__=~".+"}`}); err != nil {
-			return st, t, err
-		}
+	if st.Match, err = f.loadSelectors(); err != nil {
+		return st, t, err
 	}
-	var salt []byte
-	if *f.saltFile != "" {
-		if salt, err = ReadSecret(*f.saltFile, MaxToken); err != nil {
-			return st, t, fmt.Errorf("reading salt: %w", err)
-		}
-		if len(salt) < minSalt {
-			return st, t, fmt.Errorf("%s holds %d bytes; a salt has %d or more", *f.saltFile, len(salt), minSalt)
-		}
+	salt, err := f.loadSalt()
+	if err != nil {
+		return st, t, err
 	}
 	st.Cleaner = func() *Cleaner {
-		c := &Cleaner{Rename: f.renames, Labels: f.set, Anonymize: f.anonymize}
+		c := &Cleaner{Rename: f.renames, Labels: f.labels, Anonymize: f.anonymize}
 		c.Salt(salt)
 		return c
 	}
-	if *f.dryRun {
+	if f.dryRun {
 		return st, t, nil
 	}
-	b, err := ReadSecret(*f.token, MaxToken)
-	if err != nil {
-		return st, t, fmt.Errorf("reading token: %w", err)
-	}
-	st.Token = string(b)
-	// A token of another make is as good if --authorize takes it; it says nothing.
-	t, parseErr := ParseToken(st.Token)
-	if parseErr == nil && t.Kind != KindClient {
-		return st, t, fmt.Errorf("%s holds an %s token, not a client's", *f.token, t.Kind)
+	if st.Token, t, err = f.loadToken(); err != nil {
+		return st, t, err
 	}
 	st.Expires = t.Expires
-	if *f.id != "" {
-		t.Cluster = *f.id
-	}
-	if len(*f.to) > 0 {
-		t.URLs = *f.to
-	}
-	var bad UsageError
-	if t.Cluster == "" {
-		bad = append(bad, fmt.Sprintf("%s says no cluster ID (%v): add --id", *f.token, parseErr))
-	}
-	if len(t.URLs) == 0 {
-		bad = append(bad, fmt.Sprintf("%s names no server: add --to URL", *f.token))
-	}
-	t.URLs = slices.Clone(t.URLs)
-	for i, s := range t.URLs {
-		u, err := BaseURL(s)
-		if err != nil {
-			bad = append(bad, fmt.Sprintf("server: %v", err))
-			continue
-		}
-		t.URLs[i] = u.String()
-		if u.Scheme == "http" && !IsLoopback(u.Hostname()) && !*f.plain {
-			bad = append(bad, fmt.Sprintf("%s is plain HTTP: whoever sees the network could read the token; use https://, or --plain-http if that is meant", s))
-		}
-	}
-	if len(bad) > 0 {
-		return st, t, bad
-	}
 	return st, t, nil
+}
+
+func (f *clientFlags) loadSourceToken() (string, error) {
+	if f.fromTokenFile == "" {
+		return "", nil
+	}
+	b, err := ReadSecret(f.fromTokenFile, MaxToken)
+	if err != nil {
+		return "", fmt.Errorf("reading the source's token: %w", err)
+	}
+	return string(b), nil
+}
+
+// loadSelectors returns the selectors to ask the source for: all series if neither flags nor the
+// source's URL have one, because Prometheus's /federate refuses to be asked for nothing.
+func (f *clientFlags) loadSelectors() (Selectors, error) {
+	match, err := readSelectors(f.match, f.matchFile)
+	if err == nil && len(match) == 0 && !f.from.Query().Has("match[]") {
+		return ParseSelectors([]string{`{__name__=~".+"}`})
+	}
+	return match, err
+}
+
+func (f *clientFlags) loadSalt() ([]byte, error) {
+	if f.saltFile == "" {
+		return nil, nil
+	}
+	salt, err := ReadSecret(f.saltFile, MaxToken)
+	if err != nil {
+		return nil, fmt.Errorf("reading salt: %w", err)
+	}
+	if len(salt) < minSalt {
+		return nil, fmt.Errorf("%s holds %d bytes; a salt has %d or more", f.saltFile, len(salt), minSalt)
+	}
+	return salt, nil
+}
+
+// loadToken returns the text of the client's token, and its contents, where flags override cluster
+// ID and servers.
+func (f *clientFlags) loadToken() (text string, t Token, err error) {
+	b, err := ReadSecret(f.tokenFile, MaxToken)
+	if err != nil {
+		return "", t, fmt.Errorf("reading token: %w", err)
+	}
+	// A token in another format is as good if the servers --authorize it; it names nothing.
+	t, parseErr := ParseToken(string(b))
+	if parseErr == nil && t.Kind != KindClient {
+		return "", t, fmt.Errorf("%s holds an %s token, not a client's", f.tokenFile, t.Kind)
+	}
+	if f.id != "" {
+		t.Cluster = f.id
+	}
+	var bad usageError
+	if t.Cluster == "" {
+		bad = append(bad, fmt.Sprintf("%s says no cluster ID (%v): add --id", f.tokenFile, parseErr))
+	}
+	servers, problems := f.resolveServers(t.URLs)
+	if bad = append(bad, problems...); len(bad) > 0 {
+		return "", t, bad
+	}
+	t.URLs = servers
+	return string(b), t, nil
+}
+
+// resolveServers returns the servers to push to: those of --to, else those of the token.
+func (f *clientFlags) resolveServers(ofToken []string) (urls []string, problems usageError) {
+	servers := f.to
+	if len(servers) == 0 {
+		for _, s := range ofToken {
+			u, err := parseServerURL(s)
+			if err != nil {
+				problems = append(problems, fmt.Sprintf("server: %v", err))
+				continue
+			}
+			servers = append(servers, u)
+		}
+		if len(ofToken) == 0 {
+			problems = append(problems, fmt.Sprintf("%s names no server: add --to URL", f.tokenFile))
+		}
+	}
+	for _, u := range servers {
+		if u.Scheme == "http" && !isLoopback(u.Hostname()) && !f.plainHTTP {
+			problems = append(problems, fmt.Sprintf("%s is plain HTTP: whoever sees the network could read the token; use https://, or --plain-http if that is meant", u))
+		}
+		urls = append(urls, u.String())
+	}
+	return urls, problems
 }

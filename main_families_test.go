@@ -1,8 +1,10 @@
 package main
 
-// Every file of the flat package belongs to a family, which its name begins with: store.go and
-// store_recovery.go are of the family store. TestFamilies holds the tree to the names of files,
-// to the list of pure files, and to the rules that keep a file readable by itself.
+// The architecture of a flat package. Every file belongs to a family, which its name begins
+// with: store.go and store_recovery.go are of the family store. Upper-case names are what a
+// family offers to others; lower-case names stay in it. TestFamilies holds the package to the
+// levels of the families and to the rules that keep a file readable by itself.
+// TestFamiliesChecker breaks each rule in a small package and proves that the check reports it.
 
 import (
 	"encoding/json"
@@ -27,21 +29,55 @@ import (
 	"unicode/utf8"
 )
 
-// families are those of the file names. Their levels are not held yet.
-var families = []string{
-	"main", "client", "server", "hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "log", "http", "metrics", "wire",
+type fileFamily struct {
+	name   string
+	mayUse []string
+}
+
+// families are all families from the top level to the bottom, each with the families whose
+// upper-case names it may use. A row is a ceiling, not a duty, and names lower families only.
+var families = []fileFamily{
+	{"main", []string{"client", "server", "hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "log", "http", "metrics", "wire"}},
+	// The records of the spool are foreign bytes, so that client reads them with wire.
+	{"client", []string{"auth", "sanitize", "sample", "log", "push", "http", "metrics", "wire"}},
+	{"server", []string{"hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "http", "metrics", "wire"}},
+	{"hashring", []string{"gossip", "log"}},
+	{"gossip", []string{"auth", "wire", "metrics"}},
+	{"store", []string{"sample", "log", "push", "wire", "metrics"}},
+	{"auth", []string{"wire"}},
+	{"sanitize", []string{"sample"}},
+	{"sample", []string{"wire"}},
+	{"push", []string{"wire"}},
+	{"log", []string{"wire"}},
+	{"http", []string{"metrics"}},
+	{"metrics", nil},
+	{"wire", nil},
 }
 
 // pureFiles use no network, no disk and no clock: time, randomness and bytes come in. They are
 // the state machines and formats, which tests drive in virtual time.
 var pureFiles = []string{
-	"gossip_swim.go", "gossip_receive.go", "gossip_session.go", "gossip_request.go", "gossip_send.go", "gossip_probe.go", "gossip_table.go", "gossip_packet.go",
+	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go",
 	"hashring.go", "hashring_claim.go",
 	"store_data.go", "store_append.go", "store_read.go", "store_restore.go", "store_series.go", "store_batch.go", "store_record.go", "store_spools.go",
 	"client_failover.go", "client_spool_plan.go", "client_spool_record.go", "client_spool_meta.go",
 	"push.go", "push_ranges.go", "push_clock.go", "push_clock_source.go",
 	"sample.go", "sample_line.go", "sample_parser.go", "sample_text.go", "sample_proto.go", "sample_exposition.go",
 	"sanitize.go", "sanitize_selector.go", "auth_replay.go", "wire.go",
+}
+
+// upcalls are the function-typed fields through which a family calls one above it, as
+// "family.Field". A field Now is a clock and needs no entry.
+var upcalls = []string{
+	"client.Boot",      // the clock that goes on while the machine sleeps
+	"client.Cleaner",   // the cleaner of this moment: a reload replaces it
+	"gossip.Notify",    // events for the program's log
+	"hashring.OnError", // for the program's log
+	"hashring.OnView",  // the forwarder goes by it
+	"store.OnError",    // for the program's log
+	"store.OnWarning",  // for the program's log
+	"store.Owned",      // whether the ring puts a site on this member
+	"store.Span",       // the bounds of the wall clock
 }
 
 var allowedModules = []string{
@@ -70,8 +106,15 @@ func TestFamilies(t *testing.T) {
 		t.Fatal(err)
 	}
 	fset, imp := familyImporter(t)
-	for _, problem := range checkFamilies(tree, fset, imp) {
+	for _, problem := range checkFamilies(tree, pureFiles, upcalls, fset, imp) {
 		t.Error(problem)
+	}
+	for i, f := range families {
+		for _, name := range f.mayUse {
+			if familyLevel(name) <= i {
+				t.Errorf("family %s may use %s, which is no lower family", f.name, name)
+			}
+		}
 	}
 }
 
@@ -106,13 +149,16 @@ type familyCheck struct {
 	fset     *token.FileSet
 	pkg      *types.Package
 	info     *types.Info
+	pure     []string
+	upcalls  []string
+	set      map[string]bool // the upcalls that are set
 	problems []string
 }
 
-// checkFamilies returns what is wrong with a tree (path → content), as
-// "file:line: name: what".
-func checkFamilies(tree map[string]string, fset *token.FileSet, imp types.Importer) []string {
-	c := &familyCheck{fset: fset, info: &types.Info{
+// checkFamilies returns the faults of a tree (path → content), each as "file:line: name: what".
+// pure and upcalls are as pureFiles and upcalls.
+func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.FileSet, imp types.Importer) []string {
+	c := &familyCheck{fset: fset, pure: pure, upcalls: upcalls, set: map[string]bool{}, info: &types.Info{
 		Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{},
 		Selections: map[*ast.SelectorExpr]*types.Selection{},
 	}}
@@ -135,6 +181,7 @@ func checkFamilies(tree map[string]string, fset *token.FileSet, imp types.Import
 		return append(c.problems, err.Error())
 	}
 	for id, obj := range c.info.Uses {
+		c.checkUse(id.Pos(), obj)
 		c.checkClock(id, obj)
 	}
 	for _, name := range c.pkg.Scope().Names() {
@@ -146,6 +193,11 @@ func checkFamilies(tree map[string]string, fset *token.FileSet, imp types.Import
 	}
 	for _, f := range files {
 		ast.Inspect(f, c.checkNode)
+	}
+	for _, name := range upcalls {
+		if !c.set[name] {
+			c.problems = append(c.problems, "upcalls: "+name+": set by no other family")
+		}
 	}
 	slices.Sort(c.problems)
 	return c.problems
@@ -196,26 +248,24 @@ func (c *familyCheck) checkName(path string, tree map[string]string) {
 
 // checkFile checks what shows without types.
 func (c *familyCheck) checkFile(path string, f *ast.File) {
-	if !slices.Contains(families, familyOf(path)) {
+	if familyLevel(familyOf(path)) < 0 {
 		c.report(f.Package, path, "file belongs to no family")
 	}
-	if f.Doc != nil && path != "main.go" {
+	if path != "main.go" && len(f.Comments) > 0 && f.Comments[0].Pos() < f.Package {
 		c.report(f.Package, path, "comment above the package clause: only main.go has the package's")
 	}
-	pure := slices.Contains(pureFiles, path)
 	if lines := c.line(f.FileEnd); lines > maxFileLines {
 		c.report(f.FileEnd, path, fmt.Sprintf("%d lines, more than %d", lines, maxFileLines))
 	}
-	// Behind the package clause a comment opens the file unless it is of the first
-	// declaration.
+	// A comment below the package clause opens the file unless it is of the first declaration.
 	first := f.FileEnd
 	if len(f.Decls) > 0 {
 		first = f.Decls[0].Pos()
 	}
 	if !slices.ContainsFunc(f.Comments, func(g *ast.CommentGroup) bool {
 		lines := c.line(g.End()) - c.line(g.Pos()) + 1
-		opening := g.Pos() < f.Package || g.Pos() < first && c.line(g.End())+1 < c.line(first)
-		return opening && minOpening <= lines && lines <= maxOpening
+		opening := f.Package < g.Pos() && g.Pos() < first && (len(f.Decls) == 0 || c.line(g.End())+1 < c.line(first))
+		return (opening || path == "main.go") && minOpening <= lines && lines <= maxOpening
 	}) {
 		c.report(f.Package, path, fmt.Sprintf("no opening comment of %d to %d lines", minOpening, maxOpening))
 	}
@@ -224,10 +274,10 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 			c.report(d.Pos(), "init", "work at start that no caller asked for")
 		}
 	}
-	// go.mod alone is no wall: an indirect module can be imported all the same.
+	// go.mod alone does not bound imports: an indirect module can be imported all the same.
 	for _, spec := range f.Imports {
 		imported, _ := strconv.Unquote(spec.Path.Value)
-		if pure && impureImport.MatchString(imported) {
+		if slices.Contains(c.pure, path) && impureImport.MatchString(imported) {
 			c.report(spec.Pos(), imported, "imported by a file that is listed as pure")
 		}
 		host, _, _ := strings.Cut(imported, "/")
@@ -237,16 +287,25 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 	}
 }
 
-// familyOf returns the family of a file: its name up to the first underscore.
-func familyOf(file string) string {
-	family, _, _ := strings.Cut(strings.TrimSuffix(file, ".go"), "_")
-	return family
+// checkUse checks the use of a name across files; there, it is always one
+// declared at package level, a field or a method.
+func (c *familyCheck) checkUse(pos token.Pos, obj types.Object) {
+	from, to := c.fset.Position(pos).Filename, c.fset.Position(obj.Pos()).Filename
+	if obj.Pkg() != c.pkg || familyOf(from) == familyOf(to) {
+		return
+	}
+	if !obj.Exported() {
+		c.report(pos, obj.Name(), "private to "+to)
+	}
+	if level := familyLevel(familyOf(from)); level >= 0 && !slices.Contains(families[level].mayUse, familyOf(to)) {
+		c.report(pos, obj.Name(), fmt.Sprintf("offered by %s, which the family %s may not use", to, familyOf(from)))
+	}
 }
 
 // checkClock reports the use of a clock in a file that is listed as pure.
 func (c *familyCheck) checkClock(id *ast.Ident, obj types.Object) {
 	file := c.fset.Position(id.Pos()).Filename
-	if obj.Pkg() != nil && obj.Pkg().Path() == "time" && slices.Contains(pureFiles, file) &&
+	if obj.Pkg() != nil && obj.Pkg().Path() == "time" && slices.Contains(c.pure, file) &&
 		slices.Contains([]string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}, obj.Name()) {
 		if f, ok := obj.(*types.Func); ok && f.Signature().Recv() == nil {
 			c.report(id.Pos(), "time."+obj.Name(), "used by a file that is listed as pure")
@@ -254,14 +313,65 @@ func (c *familyCheck) checkClock(id *ast.Ident, obj types.Object) {
 	}
 }
 
+// checkUpcall reports a function-typed field of another family that is set, unless it is one
+// of c.upcalls or a clock.
+func (c *familyCheck) checkUpcall(pos token.Pos, obj types.Object) {
+	v, ok := obj.(*types.Var)
+	if !ok || !v.IsField() || v.Pkg() != c.pkg {
+		return
+	}
+	if _, ok := v.Type().Underlying().(*types.Signature); !ok {
+		return
+	}
+	from, to := c.fset.Position(pos).Filename, c.fset.Position(v.Pos()).Filename
+	if familyOf(from) == familyOf(to) || v.Name() == "Now" {
+		return
+	}
+	name := familyOf(to) + "." + v.Name()
+	c.set[name] = true
+	if !slices.Contains(c.upcalls, name) {
+		c.report(pos, v.Name(), "lets the family "+familyOf(to)+" call "+familyOf(from)+", and is not one of upcalls")
+	}
+}
+
+// familyOf returns the family of a file: its name up to the first underscore.
+func familyOf(file string) string {
+	family, _, _ := strings.Cut(strings.TrimSuffix(file, ".go"), "_")
+	return family
+}
+
+// familyLevel returns the index of a family in families, or -1.
+func familyLevel(name string) int {
+	return slices.IndexFunc(families, func(f fileFamily) bool { return f.name == name })
+}
+
 // checkNode looks for uses without an identifier (unkeyed struct literals) and
 // for whatever could change a package variable.
 func (c *familyCheck) checkNode(n ast.Node) bool {
 	switch n := n.(type) {
+	case *ast.CompositeLit:
+		typ := c.info.TypeOf(n).Underlying()
+		if p, ok := typ.(*types.Pointer); ok { // of []*T{{…}}
+			typ = p.Elem().Underlying()
+		}
+		if s, ok := typ.(*types.Struct); ok {
+			for i, elt := range n.Elts {
+				kv, keyed := elt.(*ast.KeyValueExpr)
+				if !keyed {
+					c.checkUse(elt.Pos(), s.Field(i))
+					c.checkUpcall(elt.Pos(), s.Field(i))
+				} else if id, ok := kv.Key.(*ast.Ident); ok && c.info.Uses[id] != nil {
+					c.checkUpcall(elt.Pos(), c.info.Uses[id])
+				}
+			}
+		}
 	case *ast.AssignStmt:
 		if n.Tok != token.DEFINE {
 			for _, lhs := range n.Lhs {
 				c.checkChange(lhs, "assigned")
+				if sel, ok := ast.Unparen(lhs).(*ast.SelectorExpr); ok && c.info.Uses[sel.Sel] != nil {
+					c.checkUpcall(lhs.Pos(), c.info.Uses[sel.Sel])
+				}
 			}
 		}
 	case *ast.RangeStmt:
@@ -345,4 +455,130 @@ func sharedState(t types.Type, seen map[types.Type]bool) string {
 		}
 	}
 	return ""
+}
+
+// The package that each case of TestFamiliesChecker changes breaks no rule, though it comes
+// close to several.
+var cleanTree = map[string]string{
+	"go.mod": "module m\n\ngo 1.26\n\nrequire golang.org/x/crypto v0.1.0\n\nrequire (\n\tgithub.com/prometheus/common v0.72.1\n\ta.example/b v1.0.0 // indirect\n)\n",
+	"main.go": "// one\n// two\n// three\npackage main\n\n" + `import "sync"
+type app struct { sync.Mutex; log *Log }
+func main() { a := app{log: NewLog()}; a.Lock(); (&Store{Log: a.log}).Put(); a.log.Len++; a.log.OnTorn = a.Lock }
+`,
+	"store.go": opening + `type Store struct { *Log; n int; hooks struct { now func() } }
+func (s *Store) Put() { s.Append(); s.n++; x := []struct{ n int }{{1}}; x[0].n++; _ = size(x[0].n) }
+func size(n int) int { return n }
+`,
+	"log.go": opening + `import ("errors"; "regexp")
+var ErrTorn = errors.New("torn")
+var (names = regexp.MustCompile("x"); table = [2]int{1, 2}; kinds = map[string][]int{"a": {1}})
+type Log struct { Len int; off int64; Calls }
+type Calls struct { OnTorn, OnDrop func(); Now func() int }
+func NewLog() *Log { names := names; names = nil; _ = names; return &Log{1, 2, Calls{}} }
+func (l *Log) Append() error { l.off += int64(table[0] + len(kinds["a"])); if names.MatchString("") { return nil }; return ErrTorn }
+`,
+	"sample.go":         opening + "import (_ \"net/netip\"; \"time\")\nfunc later(t time.Time) bool { return t.After(t) }\n",
+	"log_test.go":       "package main\n\nvar mutable int\n\nfunc init() { mutable++ }\n",
+	"log_crash_test.go": "package main\n",
+	"rig_disk_test.go":  "package main\n",
+	"e2e_start_test.go": "package main\n",
+	"sub/x.go":          "package other\n",
+	"binary":            "\x00TO" + "DO",
+	"README.md":         "A todo list, mastodon" + "TO" + "DOS.\n",
+}
+
+const opening = "package main\n\n// one\n// two\n\n" // code starts on line 6
+
+func TestFamiliesChecker(t *testing.T) {
+	fset, imp := familyImporter(t)
+	for _, c := range []struct{ file, add, want string }{ // add goes to the end of file; want: what each problem starts with
+		{"log.go", "", ""},
+
+		// Families and their levels.
+		{"util.go", opening, "util.go:1: util.go: file belongs to no family"},
+		{"store_clock.go", opening + "func f(s *Store) { s.n = size(s.n) }", ""},
+		{"store_clock.go", opening + "var _ = NewLog()", ""},
+		{"log.go", "var _ = Store{}", "log.go:13: Store: offered"},
+		{"log.go", "func f(s *Store) { s.Put() }", "log.go:13: Store: offered|log.go:13: Put: offered"},
+		{"auth.go", opening + "func f() { NewLog().Append() }", "auth.go:6: NewLog: offered|auth.go:6: Append: offered"},
+		{"auth.go", opening + "type a struct { *Log }", "auth.go:6: Log: offered"},
+		{"hashring.go", opening + "func f() { main() }", "hashring.go:6: main: private|hashring.go:6: main: offered"},
+
+		// Lower-case names stay in their family.
+		{"store.go", "func (s *Store) f() { _ = s.Log.off; _ = s.off }", "store.go:9: off: private|store.go:9: off: private"},
+		{"store.go", "func f() { _ = Log{1, 2, Calls{}} }", "store.go:9: off: private"},
+		{"store.go", "func f() { _ = []*Log{{Len: 1, off: 2}} }", "store.go:9: off: private"},
+		{"store.go", "var _ = table", "store.go:9: table: private"},
+		{"main.go", "func f() { size(1) }", "main.go:9: size: private"},
+		{"log.go", "func (l *Log) close() {}", ""},
+		{"main.go", "func f(c interface{ close() }) { c.close() }", ""},
+
+		// Calls upward.
+		{"log.go", "func f(c *Calls) { c.OnDrop = nil; _ = Calls{nil, nil, nil} }", ""},
+		{"store.go", "func (s *Store) f() { s.hooks.now = nil; s.Now = nil; s.OnTorn = nil }", ""},
+		{"store.go", "func (s *Store) f() { s.OnDrop = func() {} }", "store.go:9: OnDrop: lets the family log call store"},
+		{"store.go", "var _ = &Calls{OnTorn: nil, OnDrop: nil}", "store.go:9: OnDrop: lets"},
+		{"store.go", "func f() { _ = []Calls{{nil, nil, nil}} }", "store.go:9: OnDrop: lets"},
+
+		// Files that are listed as pure.
+		{"sample.go", "func f() { _ = time.Now() }", "sample.go:8: time.Now: used by a file that is listed as pure"},
+		{"sample.go", "var f = 0; func g() { <-time.After(0) }", "sample.go:8: time.After: used"},
+		{"sample_line.go", opening + "import _ \"os\"", "sample_line.go:6: os: imported by a file that is listed as pure"},
+		{"sample_line.go", opening + "import _ \"net/http\"", "sample_line.go:6: net/http: imported"},
+		{"sample_disk.go", opening + "import _ \"os\"", ""},
+
+		// Hidden state.
+		{"log.go", "func init() {}", "log.go:13: init"},
+		{"log.go", "var x sync.Mutex", "log.go:13:7: undefined"},
+		{"main.go", "var x struct { m map[int]*sync.Mutex }", "main.go:9: x: package variable holds a sync.Mutex"},
+		{"log.go", "var x []chan int", "log.go:13: x: package variable holds a channel"},
+		{"log.go", "var x = map[string]struct { f func() }{}", "log.go:13: x: package variable holds a function"},
+		{"log.go", "func f() { table = [2]int{} }", "log.go:13: table"},
+		{"log.go", "func f() { table[0] = 1 }", "log.go:13: table"},
+		{"log.go", "func f() { table[1]++ }", "log.go:13: table"},
+		{"log.go", "func f() { kinds[\"a\"][0] += 1 }", "log.go:13: kinds"},
+		{"log.go", "func f() { _ = &(table) }", "log.go:13: table"},
+		{"log.go", "func f() { for _, table[0] = range []int{1} { } }", "log.go:13: table"},
+		{"log.go", "func f() { delete(kinds, \"a\"); copy(table[:], kinds[\"a\"]) }", "log.go:13: kinds|log.go:13: table"},
+		{"log.go", "func f() { *names = regexp.Regexp{} }", "log.go:13: names"},
+		{"log.go", "type n int; func (n *n) set() {}; var x n; func f() { x.set() }", "log.go:13: x"},
+
+		// Modules.
+		{"go.mod", "require a.example/c v1.2.3\n", "go.mod:11: a.example/c"},
+		{"auth.go", opening + "import _ \"a.example/b\"\n", "auth.go:6: a.example/b|auth.go:6:10: could not import"},
+
+		// The opening comment, the length of a file, and the names of test files.
+		{"auth.go", "package main\n", "auth.go:1: auth.go: no opening"},
+		{"auth.go", "package main\n\n// One\n// two.\n", ""},
+		{"auth.go", "package main\n\n// Of\n// the\n// type.\ntype a int", "auth.go:1: auth.go: no opening"},
+		{"auth.go", "package main\n\n// One.\n\ntype a int", "auth.go:1: auth.go: no opening"},
+		{"auth.go", "package main\n\n" + strings.Repeat("// x\n", 9) + "\ntype a int", "auth.go:1: auth.go: no opening"},
+		{"auth.go", "// one\n// two\npackage main\n", "auth.go:3: auth.go: comment above|auth.go:3: auth.go: no opening"},
+		{"auth.go", "// one\n\n" + opening, "auth.go:3: auth.go: comment above"},
+		{"log.go", strings.Repeat("\n", 688), ""},
+		{"log.go", strings.Repeat("\n", 689), "log.go:701: log.go: 701 lines"},
+		{"log_a_b_test.go", "package main\n", ""},
+		{"logs_test.go", "package main\n", "logs_test.go:1: logs_test.go: begins with the name of no file"},
+		{"test/run.sh", "#!/bin/sh\n# FIX" + "ME: x\n", "test/run.sh:2: FIX" + "ME"},
+	} {
+		tree := maps.Clone(cleanTree)
+		tree[c.file] += c.add
+		got := checkFamilies(tree, []string{"sample.go", "sample_line.go"}, []string{"log.OnTorn"}, fset, imp)
+		want := strings.FieldsFunc(c.want, func(r rune) bool { return r == '|' })
+		for _, w := range want {
+			i := slices.IndexFunc(got, func(g string) bool { return strings.HasPrefix(g, w) })
+			if i < 0 {
+				t.Errorf("%s with %q: got %q, want %q", c.file, c.add, got, c.want)
+				break
+			}
+			got = slices.Delete(got, i, i+1)
+		}
+		if len(got) > 0 {
+			t.Errorf("%s with %q: too much: %q", c.file, c.add, got)
+		}
+	}
+	want := []string{"upcalls: log.Other: set by no other family"}
+	if got := checkFamilies(cleanTree, nil, []string{"log.OnTorn", "log.Other"}, fset, imp); !slices.Equal(got, want) {
+		t.Errorf("an upcall that is none: got %q, want %q", got, want)
+	}
 }

@@ -16,8 +16,11 @@ import (
 	"strings"
 )
 
-// readFile reads a file of at most max bytes.
-func ReadFile(path string, max int) ([]byte, error) {
+// maxRulesFile bounds a file of selectors or certificates, in bytes.
+const maxRulesFile = 4 << 20
+
+// readSmallFile reads a file of at most max bytes.
+func readSmallFile(path string, max int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -30,9 +33,10 @@ func ReadFile(path string, max int) ([]byte, error) {
 	return b, err
 }
 
-func ReadKeys(dir, name string) (Keys, error) {
+// readKeys reads a key file in the directory of keys.
+func readKeys(dir, name string) (Keys, error) {
 	path := filepath.Join(dir, name)
-	b, err := ReadFile(path, MaxKeyFile)
+	b, err := readSmallFile(path, MaxKeyFile)
 	if errors.Is(err, os.ErrNotExist) {
 		return Keys{}, fmt.Errorf("%w; telemeter --mode keygen --keys %s makes it", err, dir)
 	}
@@ -46,24 +50,29 @@ func ReadKeys(dir, name string) (Keys, error) {
 	return keys, nil
 }
 
-// readSelectors parses selectors of flags and of a file with one a line.
-func ReadSelectors(texts []string, file string) (Selectors, error) {
-	if file != "" {
-		b, err := ReadFile(file, MaxFile)
-		if err != nil {
-			return nil, fmt.Errorf("reading selectors: %w", err)
-		}
-		lines := SelectorLines(b)
-		if len(lines) == 0 {
-			return nil, fmt.Errorf("%s holds no selector", file)
-		}
-		texts = slices.Concat(texts, lines)
+// readSelectors returns the selectors given and those of a file with one a line, if it is named.
+func readSelectors(given Selectors, file string) (Selectors, error) {
+	if file == "" {
+		return given, nil
 	}
-	return ParseSelectors(texts)
+	b, err := readSmallFile(file, maxRulesFile)
+	if err != nil {
+		return nil, fmt.Errorf("reading selectors: %w", err)
+	}
+	var lines []string
+	for _, line := range ContentLines(b) {
+		lines = append(lines, line)
+	}
+	if len(lines) == 0 {
+		return nil, fmt.Errorf("%s holds no selector", file)
+	}
+	more, err := ParseSelectors(lines)
+	return slices.Concat(given, more), err
 }
 
-func ReadCAs(path string) (*x509.CertPool, error) {
-	b, err := ReadFile(path, MaxFile)
+// readCAs reads a file of CA certificates.
+func readCAs(path string) (*x509.CertPool, error) {
+	b, err := readSmallFile(path, maxRulesFile)
 	if err != nil {
 		return nil, fmt.Errorf("reading CA certificates: %w", err)
 	}
@@ -74,13 +83,23 @@ func ReadCAs(path string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-func IsLoopback(host string) bool {
+// isLoopback reports whether a host is this one, as far as its name says.
+func isLoopback(host string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// baseURL parses the address of a server: no path, no credentials.
-func BaseURL(s string) (*url.URL, error) {
+// parseHTTPURL parses an http:// or https:// URL with a host.
+func parseHTTPURL(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("%s is not an http:// or https:// URL", s)
+	}
+	return u, nil
+}
+
+// parseServerURL parses the URL of a server: it has no path and no credentials.
+func parseServerURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	switch {
 	case err != nil:

@@ -16,24 +16,24 @@ import (
 	"testing/synctest"
 )
 
-// member is one server process of a cluster of servers.
+// memberProcess is one server process of a ring.
 type memberProcess struct {
 	*process
-	name, url, internal, cluster string
+	name, external, internal, ringAddr string
 }
 
-const clusterAddr = `msg=member .*cluster=(\S+)`
+const memberAddr = `msg=member .*listen=(\S+)`
 
-// startMember starts a server as a member, with keys in dir/keys.
+// startMember starts a server as a member of a ring, with keys in dir/keys.
 func startMember(t *testing.T, dir, name string, args ...string) *memberProcess {
 	t.Helper()
 	p := start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--name", name, "--listen", "127.0.0.1:0",
 		"--listen-internal", "127.0.0.1:0", "--listen-cluster", "127.0.0.1:0", "--storage-dir", "data-" + name,
 		"--gossip-interval", "200ms"}, args...)...)
-	return &memberProcess{p, name, "http://" + p.await(externalAddr), "http://" + p.await(internalAddr), p.await(clusterAddr)}
+	return &memberProcess{p, name, "http://" + p.await(externalAddr), "http://" + p.await(internalAddr), p.await(memberAddr)}
 }
 
-type debugCluster struct {
+type debugRing struct {
 	Members []struct {
 		Name, State, Internal string
 		Slot                  *int
@@ -43,16 +43,16 @@ type debugCluster struct {
 	Ring struct{ Version string }
 }
 
-func (m *memberProcess) debug() (d debugCluster) {
+func (m *memberProcess) debug() (d debugRing) {
 	m.t.Helper()
-	if err := json.Unmarshal([]byte(get(m.t, m.internal+"/debug/cluster")), &d); err != nil {
+	if err := json.Unmarshal([]byte(get(m.t, m.internal+"/debug/ring")), &d); err != nil {
 		m.t.Fatal(err)
 	}
 	return d
 }
 
 // slots returns the slots of live members, by name.
-func (d debugCluster) slots() map[string]int {
+func (d debugRing) slots() map[string]int {
 	s := map[string]int{}
 	for _, m := range d.Members {
 		if m.Slot != nil && (m.State == "alive" || m.State == "suspect") {
@@ -87,7 +87,7 @@ func agree(t *testing.T, n int, members ...*memberProcess) {
 // push pushes, with headers that are names and values.
 func (m *memberProcess) push(token, body string, header ...string) int {
 	m.t.Helper()
-	req, err := http.NewRequest("POST", m.url+"/upload", strings.NewReader(body))
+	req, err := http.NewRequest("POST", m.external+"/upload", strings.NewReader(body))
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -115,12 +115,12 @@ func shows(t *testing.T, id string, members ...*memberProcess) (n int, which *me
 }
 
 // Any number of servers with the same keys and one --join behave as one.
-func TestClusterOfServers(t *testing.T) {
+func TestRingOfServers(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	a := startMember(t, dir, "a")
-	b := startMember(t, dir, "b", "--join", a.cluster)
-	c := startMember(t, dir, "c", "--join", a.cluster)
+	b := startMember(t, dir, "b", "--join", a.ringAddr)
+	c := startMember(t, dir, "c", "--join", a.ringAddr)
 	all := []*memberProcess{a, b, c}
 	agree(t, 3, all...)
 	for _, m := range all {
@@ -129,7 +129,7 @@ func TestClusterOfServers(t *testing.T) {
 		}
 	}
 	var index struct{ Paths []string }
-	if err := json.Unmarshal([]byte(get(t, a.internal+"/")), &index); err != nil || !slices.Contains(index.Paths, "/sd") || !slices.Contains(index.Paths, "/debug/cluster") {
+	if err := json.Unmarshal([]byte(get(t, a.internal+"/")), &index); err != nil || !slices.Contains(index.Paths, "/sd") || !slices.Contains(index.Paths, "/debug/ring") {
 		t.Errorf("/ lists %q (%v)", index.Paths, err)
 	}
 	for _, path := range index.Paths {
@@ -219,7 +219,7 @@ func TestClusterOfServers(t *testing.T) {
 		}
 	}
 	slot := a.debug().slots()
-	back := startMember(t, dir, name, "--join", a.cluster)
+	back := startMember(t, dir, name, "--join", a.ringAddr)
 	agree(t, 3, append(left, back)...)
 	for _, m := range a.debug().Members {
 		if m.Name == name && m.Session <= before {
@@ -282,7 +282,7 @@ func TestClusterKeyRotation(t *testing.T) {
 	}
 	copyKeys()
 	a := startMember(t, dirs[0], "a")
-	b := startMember(t, dirs[1], "b", "--join", a.cluster)
+	b := startMember(t, dirs[1], "b", "--join", a.ringAddr)
 	agree(t, 2, a, b)
 	token := ""
 	for i := 0; ; i++ { // of a cluster ID that a owns, pushed to b
@@ -326,7 +326,7 @@ func TestMetricsNamed(t *testing.T) {
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	a := startMember(t, dir, "a")
 	agree(t, 1, a)
-	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", a.url, "--ttl", "1h")
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", a.external, "--ttl", "1h")
 	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -422,12 +422,12 @@ func TestClusterKeyBad(t *testing.T) {
 }
 
 // Two servers of one name do not both go on; the one that ends says why, once.
-func TestClusterNameTaken(t *testing.T) {
+func TestRingNameTaken(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	a := startMember(t, dir, "a")
 	b := start(t, dir, "--mode", "server", "--keys", "keys", "--name", "a", "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0",
-		"--listen-cluster", "127.0.0.1:0", "--storage-dir", "data-b", "--gossip-interval", "200ms", "--join", a.cluster)
+		"--listen-cluster", "127.0.0.1:0", "--storage-dir", "data-b", "--gossip-interval", "200ms", "--join", a.ringAddr)
 	var p *process
 	eventually(t, "one of them says so", func() bool {
 		for _, p = range []*process{a.process, b} {
@@ -443,12 +443,12 @@ func TestClusterNameTaken(t *testing.T) {
 }
 
 // A stranger with other keys is not heard, and hears nothing.
-func TestClusterStranger(t *testing.T) {
+func TestRingStranger(t *testing.T) {
 	dir, other := t.TempDir(), t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	mustTool(t, other, "--mode", "keygen", "--keys", "keys")
 	a := startMember(t, dir, "a")
-	s := startMember(t, other, "s", "--join", a.cluster)
+	s := startMember(t, other, "s", "--join", a.ringAddr)
 	eventually(t, "packets of a stranger are refused", func() bool {
 		return strings.Contains(get(t, a.internal+"/metrics"), `telemeter_gossip_refused_packets_total{reason="key"} `) &&
 			!strings.Contains(get(t, a.internal+"/metrics"), `telemeter_gossip_refused_packets_total{reason="key"} 0`)
@@ -507,8 +507,9 @@ func TestMemberStateReadFails(t *testing.T) {
 func TestMemberStartsOnFullDisk(t *testing.T) {
 	gossip := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip
 	fsys := newStoreFS(1)
+	var failures []error
 	start := func() (*RingMember, error) {
-		return NewRingMember(RingMemberConfig{Name: "a", Gossip: gossip, FS: fsys, Dir: "/s", Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics()})
+		return NewRingMember(RingMemberConfig{Name: "a", Gossip: gossip, FS: fsys, Dir: "/s", Log: slog.New(slog.DiscardHandler), OnError: func(err error) { failures = append(failures, err) }})
 	}
 	fsys.hook = failOn("write", "", 0, syscall.EACCES)
 	if _, err := start(); !errors.Is(err, syscall.EACCES) {
@@ -519,12 +520,15 @@ func TestMemberStartsOnFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.claim(gossip.View())
+	m.claimSlot(gossip.View())
+	if len(failures) != 2 || !errors.Is(failures[1], syscall.ENOSPC) {
+		t.Errorf("OnError got %v", failures)
+	}
 	if v := gossip.View(); v.Members[0].Slot != NoSlot {
 		t.Errorf("slot %d was claimed, and is not kept", v.Members[0].Slot)
 	}
 	fsys.hook = nil
-	m.claim(gossip.View())
+	m.claimSlot(gossip.View())
 	waitFor(t, "with room a slot is claimed", func() bool { return gossip.View().Members[0].Slot == 0 })
 	want := gossip.State()
 	if got, err := LoadMemberState(fsys, "/s"); err != nil || got.Session != want.Session || got.Slot != 0 {
@@ -532,7 +536,7 @@ func TestMemberStartsOnFullDisk(t *testing.T) {
 	}
 }
 
-func TestClusterFlagConflicts(t *testing.T) {
+func TestRingFlagConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for args, want := range map[string]string{
 		"--join x:1":                              "--listen-cluster",

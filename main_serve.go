@@ -1,7 +1,7 @@
 package main
 
-// The parts of a process run together: they end together, and SIGHUP reloads them. A reload
-// that fails changes nothing.
+// The parts of a process run together and end together. One that others need may outlive them.
+// SIGHUP reloads; a reload that fails changes nothing.
 
 import (
 	"context"
@@ -12,24 +12,59 @@ import (
 	"syscall"
 )
 
-// Serve runs until ctx ends, or one of the parts fails. On SIGHUP it calls
-// reload. parts end together; stop is called when it begins to end.
-func Serve(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, stop func(), parts ...func(context.Context) error) error {
-	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules by result.", "result")
-	reloads.Add(0, "ok")
-	reloads.Add(0, "failed")
+// runTogether runs parts until ctx ends or one of them does, and returns the errors of all.
+func runTogether(ctx context.Context, parts ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	ended := make(chan error, len(parts))
 	for _, part := range parts {
 		go func() { ended <- part(ctx) }()
 	}
 	var errs []error
+	for range parts {
+		errs = append(errs, <-ended)
+		cancel()
+	}
+	return errors.Join(errs...)
+}
+
+// runWhile runs serve, and background until serve has returned. If background ends first, the
+// context of serve ends. It returns the errors of both.
+func runWhile(ctx context.Context, background, serve func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	backgroundCtx, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	ended := make(chan error, 1)
+	go func() {
+		err := background(backgroundCtx)
+		cancel()
+		ended <- err
+	}()
+	err := serve(ctx)
+	end()
+	return errors.Join(err, <-ended)
+}
+
+// runParts runs the parts of a process until ctx ends or one of them does. On SIGHUP it calls
+// reload. It calls stop when the parts begin to end.
+func runParts(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, stop func(), parts ...func(context.Context) error) error {
+	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules by result.", "result")
+	reloads.Add(0, "ok")
+	reloads.Add(0, "failed")
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		err := runTogether(ctx, parts...)
+		cancel()
+		ended <- err
+	}()
 	stopping := ctx.Done()
-	for left := len(parts); left > 0; {
+	for {
 		select {
 		case <-hup:
 			if err := reload(); err != nil {
@@ -44,10 +79,7 @@ func Serve(ctx context.Context, log *slog.Logger, m *Metrics, reload func() erro
 			stop()
 			stopping = nil
 		case err := <-ended:
-			left--
-			errs = append(errs, err)
-			cancel()
+			return err
 		}
 	}
-	return errors.Join(errs...)
 }

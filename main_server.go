@@ -1,8 +1,8 @@
 package main
 
-// The mode server: its flags, its files, and the wiring of a server. All conflicts among flags
-// are found before anything is opened. A reload that fails changes nothing. The store is the
-// last to stop.
+// The mode server: its flags, and the wiring of a server. All conflicts among flags are found
+// before anything is opened. The parts are built in the order in which they need each other, and
+// end in the opposite order: the store is the last. A reload that fails changes nothing.
 
 import (
 	"context"
@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -20,240 +21,390 @@ import (
 	"time"
 )
 
-// serverConfig is what the flags of --mode server say.
-type serverConfig struct {
-	listen, internal, keys, dir         *string
-	retention, maxAge, rate             *time.Duration
-	labels, allow, elide, required      *ListFlag
-	revoked, allowFile, clientCA, token *string
-	authorize                           *string
-	bytes, storage                      *SizeFlag
-	series, clusters, samples, scrape   *int
-	open                                *bool
-	cluster                             RingFlags
-	level                               *slog.Level
+// serverFlags are the flags of --mode server.
+type serverFlags struct {
+	externalAddr, internalAddr      string
+	federateTokenFile, clientCAFile string
+	internalOpen                    bool
+	keys, revokedFile               string
+	authorize                       *url.URL
+	rateInterval                    time.Duration
+	labels, required                []Label
+	allow                           Selectors
+	allowFile                       string
+	elide                           []string
+	storageDir                      string
+	retention, maxSampleAge         time.Duration
+	limitBytes, limitStorage        int64
+	limitSeries, limitSites         int
+	limitSamples, limitScrape       int
+	ring                            ringFlags
+	logLevel                        slog.Level
 }
 
-func ServerMode(ctx context.Context, c *Command) error {
-	c.About = "takes pushes of many sites, and serves them to a central Prometheus."
-	c.Example = "telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter"
-	var f serverConfig
-	c.Group("Listeners", func() {
-		f.listen = c.String("listen", ":9003", "`ADDRESS` for clients: /authorize, /upload; TLS if the keys have tls.crt and tls.key")
-		f.internal = c.String("listen-internal", "localhost:9004", "`ADDRESS` for scrapers and operators: /federate, /metrics")
-		f.token = c.String("federate-token-file", "", "`FILE` with the bearer token that the internal listener asks for")
-		f.open = c.Bool("internal-open", false, "let the internal listener be reached from other hosts without a token")
-		f.clientCA = c.String("tls-client-ca", "", "`FILE` of CA certificates: clients need a certificate of one of them as well")
-	})
-	c.Group("Who may push", func() {
-		f.keys = c.String("keys", "", "`DIR` with the keys that keygen made (needed)")
-		f.revoked = c.String("revoked-file", "", "`FILE` of revoked token IDs and cluster IDs, one a line")
-		f.authorize = c.String("authorize", "", "`URL` that is asked instead about client tokens, as /authorize is")
-		f.rate = c.Duration("ratelimit", time.Second, "`TIME` between pushes of one cluster ID, in bursts of 60; 0 for no limit")
-	})
-	c.Group("Which samples", func() {
-		f.labels = c.List("label", "`NAME=VALUE` to set on every sample")
-		f.allow = c.List("allow", "`SELECTOR` of series that are taken (none: all)")
-		f.allowFile = c.String("allow-file", "", "`FILE` of such selectors, one a line")
-		f.elide = c.List("elide-label", "`NAME` of a label to remove")
-		f.required = c.List("required-label", "`NAME=VALUE` that a sample must have; an empty VALUE asks for any")
-	})
-	c.Group("Storage", func() {
-		f.dir = c.String("storage-dir", "telemeter-data", "`DIR` of the logs; empty to hold samples in memory only")
-		f.retention = c.Duration("retention", 2*time.Hour, "`TIME` that samples are held, by their own time; a consumer's out_of_order_time_window has to be an hour longer")
-		f.maxAge = c.Duration("max-sample-age", 10*time.Minute, "`TIME` that the newest sample of a series is shown")
-	})
-	c.Group("Limits", func() {
-		f.bytes = c.Size("limit-bytes", 1<<20, "`SIZE` of a push's body; decompressed, 8 times as much")
-		f.series = c.Int("limit-series", 20_000, "`N` series held for each cluster ID, of 1KiB on average")
-		f.clusters = c.Int("limit-clusters", 10_000, "`N` cluster IDs known")
-		f.samples = c.Int("limit-samples", 50_000_000, "`N` samples held in all, at about 12 bytes each")
-		f.storage = c.Size("limit-storage", 0, "`SIZE` of all logs; 0 for what the disk has")
-		f.scrape = c.Int("limit-scrape", 500_000, "`N` samples in one scrape")
-	})
-	f.cluster.Define(c)
-	c.Group("Other", func() { f.level = c.LogLevel() })
-	if err := c.ParseArgs(); err != nil {
+// serverMode runs --mode server.
+func serverMode(ctx context.Context, c *command) error {
+	c.about = "takes pushes of many sites, and serves them to a central Prometheus."
+	c.example = "telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter"
+	var f serverFlags
+	f.define(c)
+	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	c.Require(*f.keys != "", "--keys DIR is missing; telemeter --mode keygen --keys keys makes the directory")
-	labels, err := ParseLabels(*f.labels)
-	c.Require(err == nil, "--label: %v", err)
-	required, err := ParseLabels(*f.required)
-	c.Require(err == nil, "--required-label: %v", err)
-	for _, name := range *f.elide {
-		err := CheckLabelName(name)
-		c.Require(err == nil, "--elide-label: %v", err)
-	}
-	_, err = ParseSelectors(*f.allow)
-	c.Require(err == nil, "--allow: %v", err)
-	_, _, err = net.SplitHostPort(*f.listen)
-	c.Require(err == nil, "--listen: %v", err)
-	host, _, err := net.SplitHostPort(*f.internal)
-	c.Require(err == nil, "--listen-internal: %v", err)
-	c.Require(err != nil || IsLoopback(host) || *f.token != "" || *f.open,
-		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or --internal-open if that is meant", *f.internal)
-	c.Require(!*f.open || *f.token == "", "--internal-open and --federate-token-file contradict each other")
-	c.Require(*f.retention > 0 && *f.retention <= MaxRetention, "--retention is above 0 and at most %v", MaxRetention)
-	c.Require(*f.maxAge > 0, "--max-sample-age is above 0")
-	c.Require(*f.rate >= 0, "--ratelimit is not below 0")
-	c.Require(*f.bytes >= 1<<10 && *f.bytes <= 64<<20, "--limit-bytes is from 1KiB to 64MiB")
-	c.Require(*f.series > 0, "--limit-series is above 0")
-	c.Require(*f.clusters > 0, "--limit-clusters is above 0")
-	c.Require(*f.samples > 0, "--limit-samples is above 0")
-	c.Require(*f.scrape > 0, "--limit-scrape is above 0")
-	f.cluster.Check(c)
-	var asker *Authorizer
-	if *f.authorize != "" {
-		asker, err = NewAuthorizer(*f.authorize, NewHTTPClient(&tls.Config{MinVersion: tls.VersionTLS12}, 10*time.Second, 10*time.Second))
-		c.Require(err == nil, "--authorize: %v", err)
-	}
-	if err := c.Err(); err != nil {
+	f.check(c)
+	if err := c.err(); err != nil {
 		return err
 	}
-	log := c.Logger(*f.level)
-	return runServer(ctx, c.Now, log, &f, asker, labels, required)
+	p := &serverProcess{serverFlags: f, log: c.logger(f.logLevel), metrics: NewMetrics(), now: c.now}
+	return p.run(ctx)
 }
 
-// runServer serves until ctx ends.
-func runServer(ctx context.Context, now func() time.Time, log *slog.Logger, f *serverConfig, asker *Authorizer, labels, required []Label) (err error) {
-	metrics := NewMetrics()
-	RegisterProcess(metrics)
-	failures := metrics.Counter("telemeter_store_errors_total", "Failures of the store that were logged.")
-	dir := *f.dir
-	if dir == "" {
-		log.Warn("no --storage-dir: samples are held in memory only, and a restart loses them")
-	} else if dir, err = filepath.Abs(dir); err != nil {
+func (f *serverFlags) define(c *command) {
+	c.defineGroup("Listeners", func() {
+		c.addressFlag(&f.externalAddr, "listen", ":9003", "`ADDRESS` for clients: /authorize, /upload; TLS if the keys have tls.crt and tls.key")
+		c.addressFlag(&f.internalAddr, "listen-internal", "localhost:9004", "`ADDRESS` for scrapers and operators: /federate, /metrics")
+		c.StringVar(&f.federateTokenFile, "federate-token-file", "", "`FILE` with the bearer token that the internal listener asks for")
+		c.BoolVar(&f.internalOpen, "internal-open", false, "let the internal listener be reached from other hosts without a token")
+		c.StringVar(&f.clientCAFile, "tls-client-ca", "", "`FILE` of CA certificates: clients need a certificate of one of them as well")
+	})
+	c.defineGroup("Who may push", func() {
+		c.StringVar(&f.keys, "keys", "", "`DIR` with the keys that keygen made (needed)")
+		c.StringVar(&f.revokedFile, "revoked-file", "", "`FILE` of revoked token IDs and cluster IDs, one a line")
+		c.urlFlag(&f.authorize, "authorize", "", "`URL` that is asked instead about client tokens, as /authorize is")
+		c.durationFlag(&f.rateInterval, "ratelimit", time.Second, 0, 0, "`TIME` between pushes of one cluster ID, in bursts of 60; 0 for no limit")
+	})
+	c.defineGroup("Which samples", func() {
+		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` to set on every sample")
+		c.selectorsFlag(&f.allow, "allow", "`SELECTOR` of series that are taken (none: all)")
+		c.StringVar(&f.allowFile, "allow-file", "", "`FILE` of such selectors, one a line")
+		c.labelNamesFlag(&f.elide, "elide-label", "`NAME` of a label to remove", false)
+		c.labelsFlag(&f.required, "required-label", "`NAME=VALUE` that a sample must have; an empty VALUE asks for any")
+	})
+	c.defineGroup("Storage", func() {
+		c.StringVar(&f.storageDir, "storage-dir", "telemeter-data", "`DIR` of the logs; empty to hold samples in memory only")
+		c.durationFlag(&f.retention, "retention", 2*time.Hour, 1, MaxRetention, "`TIME` that samples are held, by their own time; a consumer's out_of_order_time_window has to be an hour longer")
+		c.durationFlag(&f.maxSampleAge, "max-sample-age", 10*time.Minute, 1, 0, "`TIME` that the newest sample of a series is shown")
+	})
+	c.defineGroup("Limits", func() {
+		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` of a push's body; decompressed, 8 times as much")
+		c.countFlag(&f.limitSeries, "limit-series", 20_000, "`N` series held for each cluster ID, of 1KiB on average")
+		c.countFlag(&f.limitSites, "limit-clusters", 10_000, "`N` cluster IDs known")
+		c.countFlag(&f.limitSamples, "limit-samples", 50_000_000, "`N` samples held in all, at about 12 bytes each")
+		c.sizeFlag(&f.limitStorage, "limit-storage", 0, 0, 0, "`SIZE` of all logs; 0 for what the disk has")
+		c.countFlag(&f.limitScrape, "limit-scrape", 500_000, "`N` samples in one scrape")
+	})
+	f.ring.define(c)
+	c.defineGroup("Other", func() { c.logLevelFlag(&f.logLevel) })
+}
+
+// check collects conflicts among flags.
+func (f *serverFlags) check(c *command) {
+	c.require(f.keys != "", "--keys DIR is missing; telemeter --mode keygen --keys keys makes the directory")
+	host, _, _ := net.SplitHostPort(f.internalAddr)
+	c.require(isLoopback(host) || f.federateTokenFile != "" || f.internalOpen,
+		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or --internal-open if that is meant", f.internalAddr)
+	c.require(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file contradict each other")
+	f.ring.check(c)
+}
+
+// serverProcess is a server with all that it needs, from flags to listeners.
+type serverProcess struct {
+	serverFlags
+	log     *slog.Logger
+	metrics *Metrics
+	now     func() time.Time
+
+	certificate atomic.Pointer[tls.Config] // for the external listener; nil: plain HTTP
+	forwarder   *Forwarder                 // this and node are nil for a server alone
+	node        *ringNode
+	store       *Store
+	server      *Server
+
+	external, internal HTTPServer
+}
+
+// run builds the parts, each after those that it needs, and serves until ctx ends.
+func (p *serverProcess) run(ctx context.Context) (err error) {
+	RegisterProcess(p.metrics)
+	if p.storageDir == "" {
+		p.log.Warn("no --storage-dir: samples are held in memory only, and a restart loses them")
+	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
 		return fmt.Errorf("storage directory: %w", err)
 	}
 	// Keys first: a mistake there should not leave a storage directory behind.
-	var tlsConfig atomic.Pointer[tls.Config]
-	load := func() (ServerState, error) { return loadServer(f, labels, required, &tlsConfig) }
-	state, err := load()
+	state, err := p.loadState()
 	if err != nil {
 		return err
 	}
-	var server *Server
-	var owned func(hash uint64) bool
-	if f.cluster.Wanted() { // before there is a ring, nothing is this server's
-		owned = func(hash uint64) bool { return server != nil && server.Owned(hash) }
-	}
-	store, err := OpenStore(StoreConfig{
-		FS: DiskFS{}, Dir: dir, Retention: *f.retention, MaxSampleAge: *f.maxAge, LimitSeries: *f.series,
-		LimitClusters: *f.clusters, LimitSamples: *f.samples, LimitStorage: int64(*f.storage), Now: now, Owned: owned,
-		Span: serverClock(now, metrics, log).Span,
-		OnError: func(err error) {
-			failures.Inc()
-			log.Error("store", "err", err)
-		},
-		OnWarning: func(err error) { log.Warn("store", "err", err) },
-	})
-	if err != nil {
-		return fmt.Errorf("opening store: %w", err)
-	}
-	defer func() { err = errors.Join(err, store.Close()) }()
-	var node *RingNode
-	config := ServerConfig{
-		Name: *f.cluster.name, Store: store, Metrics: metrics, Log: log, Now: now, MaxSampleAge: *f.maxAge, LimitBytes: int64(*f.bytes),
-		LimitScrape: *f.scrape, RateEvery: *f.rate, Authorizer: asker,
-	}
-	if f.cluster.Wanted() {
-		if node, err = NewRingNode(&f.cluster, *f.keys, *f.internal, dir, metrics, log, func() *Server { return server }); err != nil {
+	var ringKeys Keys
+	if p.ring.enabled() {
+		if ringKeys, err = readKeys(p.keys, ClusterKeyFile); err != nil {
 			return err
 		}
-		defer node.Close()
-		config.Forwarder, config.Member = node.Forward, node.Member
-	}
-	server = NewServer(config)
-	server.Reload(state)
-	storeCtx, stopStore := context.WithCancel(context.Background())
-	maintained := make(chan error, 1)
-	go func() { maintained <- store.Run(storeCtx) }()
-	defer func() {
-		stopStore()
-		err = errors.Join(err, <-maintained)
-	}()
-	external, err := Listen(*f.listen)
-	if err != nil {
-		return err
-	}
-	defer external.Close()
-	internal, err := Listen(*f.internal)
-	if err != nil {
-		return err
-	}
-	defer internal.Close()
-	web := HTTPServer{Name: "external", Listener: external, Handler: server.External(), Log: log}
-	if tlsConfig.Load() != nil {
-		web.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			return tlsConfig.Load(), nil
-		}}
-	} else if host, _, _ := net.SplitHostPort(external.Addr().String()); !IsLoopback(host) {
-		log.Warn("the keys have no tls.crt: clients are served plain HTTP, and whoever sees the network can read tokens and samples")
-	}
-	inside := HTTPServer{Name: "internal", Listener: internal, Handler: server.Internal(), TrackConns: true, Log: log}
-	version, _ := Version()
-	st := store.Stats()
-	log.Info("serving", "version", version, "external", external.Addr(), "tls", web.TLS != nil, "internal", internal.Addr(),
-		"storage", dir, "clusters", len(st.Sites))
-	defer server.LogUnread()
-	parts := []func(context.Context) error{web.Run, func(ctx context.Context) error {
-		// Scrapes go on after SIGTERM, until a second signal.
-		serving, end := context.WithCancel(context.WithoutCancel(ctx))
-		defer end()
-		stop := context.AfterFunc(ctx, func() {
-			defer end()
-			if errors.Is(context.Cause(ctx), ErrTerminated) {
-				again, stop := signal.NotifyContext(serving, os.Interrupt, syscall.SIGTERM)
-				defer stop()
-				server.Drain(again)
-			}
-		})
-		defer stop()
-		return inside.Run(serving)
-	}}
-	if node == nil {
-		server.SetReady(true)
-	} else {
-		parts = append(parts, node.Web.Run, node.Watch(func() {
-			server.SetReady(true)
-			log.Info("ready: there is a ring to go by")
-		}))
-		// After HTTP, so that what is in flight still knows the owners.
-		defer func() { err = errors.Join(err, node.Leave()) }()
-		node.Start()
-	}
-	return Serve(ctx, log, metrics, func() error {
-		// All is read before anything is replaced: load is last, it replaces the certificate.
-		var clusterKeys Keys
-		if node != nil {
-			if clusterKeys, err = ReadKeys(*f.keys, ClusterKeyFile); err != nil {
-				return err
-			}
-		}
-		state, err := load()
-		if err != nil {
+		if err := p.newForwarder(ringKeys); err != nil {
 			return err
 		}
-		server.Reload(state)
-		if web.TLS == nil && tlsConfig.Load() != nil {
-			log.Warn("the keys have a tls.crt now: clients are served plain HTTP until this server is restarted")
+	}
+	// The store locks the directory, which also has the state of the ring's member.
+	if err := p.openStore(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.store.Close()) }()
+	if p.ring.enabled() {
+		if p.node, err = p.openRingNode(ringKeys); err != nil {
+			return err
 		}
-		if node != nil {
-			return node.Reload(clusterKeys)
-		}
-		return nil
-	}, func() {
-		server.SetReady(false)
-		if node != nil {
-			node.Announce() // so that the others send nothing more here
-		}
-	}, parts...)
+		defer p.node.close()
+	}
+	p.newServer(state)
+	defer p.closeListeners()
+	if err := p.listen(); err != nil {
+		return err
+	}
+	return runWhile(ctx, p.store.Run, p.serve)
 }
 
-// serverClock returns the clock by which samples expire. It logs and counts the steps of
-// the wall clock.
-func serverClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *WallClock {
+// newForwarder makes the forwarder, which owns nothing until there is a ring.
+func (p *serverProcess) newForwarder(keys Keys) error {
+	box, err := NewBox(keys, ringName)
+	if err != nil {
+		return err
+	}
+	p.forwarder = NewForwarder(ForwarderConfig{
+		Name: p.ring.name, Box: box, Client: NewHTTPClient(nil, time.Minute, forwardDialTimeout), Log: p.log, Metrics: p.metrics,
+	})
+	return nil
+}
+
+func (p *serverProcess) openStore() (err error) {
+	failures := p.metrics.Counter("telemeter_store_errors_total", "Failures of the store that were logged.")
+	cfg := StoreConfig{
+		FS: DiskFS{}, Dir: p.storageDir, Retention: p.retention, MaxSampleAge: p.maxSampleAge, LimitSeries: p.limitSeries,
+		LimitClusters: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
+		Span: newServerClock(p.now, p.metrics, p.log).Span,
+		OnError: func(err error) {
+			failures.Inc()
+			p.log.Error("store", "err", err)
+		},
+		OnWarning: func(err error) { p.log.Warn("store", "err", err) },
+	}
+	if p.forwarder != nil {
+		cfg.Owned = p.forwarder.Owns
+	}
+	if p.store, err = OpenStore(cfg); err != nil {
+		return fmt.Errorf("opening store: %w", err)
+	}
+	return nil
+}
+
+func (p *serverProcess) newServer(state ServerState) {
+	cfg := ServerConfig{
+		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now,
+		MaxSampleAge: p.maxSampleAge, LimitBytes: p.limitBytes, LimitScrape: p.limitScrape, RateEvery: p.rateInterval,
+	}
+	if p.node != nil {
+		cfg.Member, cfg.Gossip = p.node.member, p.node.gossip
+	}
+	if p.authorize != nil {
+		cfg.Authorizer = NewAuthorizer(p.authorize, NewHTTPClient(&tls.Config{MinVersion: tls.VersionTLS12}, 10*time.Second, 10*time.Second))
+	}
+	p.server = NewServer(cfg)
+	p.server.Reload(state)
+}
+
+// listen opens the external and the internal listener.
+func (p *serverProcess) listen() error {
+	external, err := Listen(p.externalAddr)
+	if err != nil {
+		return err
+	}
+	p.external = HTTPServer{Name: "external", Listener: external, Handler: p.server.External(), Log: p.log}
+	if p.certificate.Load() != nil {
+		p.external.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			return p.certificate.Load(), nil
+		}}
+	} else if host, _, _ := net.SplitHostPort(external.Addr().String()); !isLoopback(host) {
+		p.log.Warn("the keys have no tls.crt: clients are served plain HTTP, and whoever sees the network can read tokens and samples")
+	}
+	internal, err := Listen(p.internalAddr)
+	if err != nil {
+		return err
+	}
+	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.Internal(), TrackConns: true, Log: p.log}
+	version, _ := Version()
+	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
+		"storage", p.storageDir, "sites", len(p.store.Stats().Sites))
+	return nil
+}
+
+func (p *serverProcess) closeListeners() {
+	for _, s := range []HTTPServer{p.external, p.internal} {
+		if s.Listener != nil {
+			s.Listener.Close() // once more, if it has served
+		}
+	}
+}
+
+// serve answers clients and scrapers until ctx ends, and then logs unread samples.
+func (p *serverProcess) serve(ctx context.Context) error {
+	defer p.server.LogUnread()
+	if p.node == nil {
+		p.server.SetReady(true)
+		return p.serveHTTP(ctx)
+	}
+	// Gossip ends after HTTP, so that requests in flight still find the owners.
+	return runWhile(ctx, p.node.run, p.serveHTTP)
+}
+
+// serveHTTP runs the listeners until ctx ends.
+func (p *serverProcess) serveHTTP(ctx context.Context) error {
+	parts := []func(context.Context) error{p.external.Run, p.serveInternal}
+	if p.node != nil {
+		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.Members(), Log: p.log}
+		parts = append(parts, members.Run, p.awaitRing)
+	}
+	return runParts(ctx, p.log, p.metrics, p.reload, p.beginStop, parts...)
+}
+
+// serveInternal goes on after ctx has ended with SIGTERM, until consumers have read all samples,
+// for a limited time, or until a second signal.
+func (p *serverProcess) serveInternal(ctx context.Context) error {
+	serving, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	stop := context.AfterFunc(ctx, func() {
+		defer end()
+		if errors.Is(context.Cause(ctx), errTerminated) {
+			drain, stop := signal.NotifyContext(serving, os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			p.server.Drain(drain)
+		}
+	})
+	defer stop()
+	return p.internal.Run(serving)
+}
+
+// awaitRing makes the server ready when there is a ring, and ends with ctx.
+func (p *serverProcess) awaitRing(ctx context.Context) error {
+	select {
+	case <-p.node.member.Settled():
+		p.server.SetReady(true)
+		p.log.Info("ready: there is a ring to go by")
+		<-ctx.Done()
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// beginStop has clients and the other members send nothing more here.
+func (p *serverProcess) beginStop() {
+	p.server.SetReady(false)
+	if p.node != nil {
+		p.node.gossip.SetLeaving()
+	}
+}
+
+// reload reads all files before it replaces anything.
+func (p *serverProcess) reload() error {
+	var ringKeys Keys
+	if p.node != nil {
+		var err error
+		if ringKeys, err = readKeys(p.keys, ClusterKeyFile); err != nil {
+			return err
+		}
+	}
+	state, err := p.loadState() // last: it replaces the certificate
+	if err != nil {
+		return err
+	}
+	p.server.Reload(state)
+	if p.external.TLS == nil && p.certificate.Load() != nil {
+		p.log.Warn("the keys have a tls.crt now: clients are served plain HTTP until this server is restarted")
+	}
+	if p.node == nil {
+		return nil
+	}
+	return errors.Join(p.node.gossip.SetKeys(ringKeys), p.forwarder.SetKeys(ringKeys))
+}
+
+// loadState reads the files that a reload reads again. It replaces the certificate if all is well.
+func (p *serverProcess) loadState() (st ServerState, err error) {
+	if st.Keys, err = readKeys(p.keys, TokenKeyFile); err != nil {
+		return st, err
+	}
+	if st.Revoked, err = p.loadRevoked(); err != nil {
+		return st, err
+	}
+	if st.FederateToken, err = p.loadFederateToken(); err != nil {
+		return st, err
+	}
+	allow, err := readSelectors(p.allow, p.allowFile)
+	if err != nil {
+		return st, err
+	}
+	st.Normalizer = &Normalizer{Elide: p.elide, Labels: p.labels, Required: p.required, Allow: allow}
+	return st, p.loadCertificate()
+}
+
+func (p *serverProcess) loadRevoked() (RevokedSet, error) {
+	if p.revokedFile == "" {
+		return RevokedSet{}, nil
+	}
+	b, err := readSmallFile(p.revokedFile, MaxRevokedFile)
+	if err != nil {
+		return RevokedSet{}, fmt.Errorf("reading revocations: %w", err)
+	}
+	revoked, err := ParseRevoked(b)
+	if err != nil {
+		return RevokedSet{}, fmt.Errorf("reading %s: %w", p.revokedFile, err)
+	}
+	return revoked, nil
+}
+
+func (p *serverProcess) loadFederateToken() (string, error) {
+	if p.federateTokenFile == "" {
+		return "", nil
+	}
+	b, err := ReadSecret(p.federateTokenFile, MaxToken)
+	if err != nil {
+		return "", fmt.Errorf("reading federate token: %w", err)
+	}
+	token := string(b)
+	if strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("%s holds more than a token: no Authorization header could carry it", p.federateTokenFile)
+	}
+	return token, nil
+}
+
+// loadCertificate replaces the certificate. Without one the server serves plain HTTP; half a pair
+// is a mistake, and no reason to.
+func (p *serverProcess) loadCertificate() error {
+	crt, key := filepath.Join(p.keys, TLSCertFile), filepath.Join(p.keys, TLSKeyFile)
+	_, crtErr := os.Stat(crt)
+	_, keyErr := os.Stat(key)
+	if errors.Is(crtErr, os.ErrNotExist) && errors.Is(keyErr, os.ErrNotExist) && p.certificate.Load() == nil {
+		if p.clientCAFile != "" {
+			return fmt.Errorf("--tls-client-ca needs tls.crt and tls.key in %s: keygen --host NAME makes them", p.keys)
+		}
+		return nil
+	}
+	pair, err := tls.LoadX509KeyPair(crt, key)
+	if err != nil {
+		return fmt.Errorf("reading certificate: %w", err)
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, NextProtos: []string{"http/1.1"}}
+	if p.clientCAFile != "" {
+		if config.ClientCAs, err = readCAs(p.clientCAFile); err != nil {
+			return err
+		}
+		config.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	p.certificate.Store(config)
+	return nil
+}
+
+// newServerClock returns the clock by which samples expire. It logs and counts the steps of the
+// wall clock.
+func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *WallClock {
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()
 	clock := NewWallClock(now, func() time.Duration { return time.Since(begin) }, func(c WallClockStep) {
@@ -275,57 +426,4 @@ func serverClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *Wall
 		wall.Set(float64(now().UnixMilli()) / 1000)
 	})
 	return clock
-}
-
-// loadServer reads all that a reload reads; tlsConfig is replaced if all is well.
-func loadServer(f *serverConfig, labels, required []Label, tlsConfig *atomic.Pointer[tls.Config]) (st ServerState, err error) {
-	if st.Keys, err = ReadKeys(*f.keys, TokenKeyFile); err != nil {
-		return st, err
-	}
-	if *f.revoked != "" {
-		b, err := ReadFile(*f.revoked, MaxRevokedFile)
-		if err != nil {
-			return st, fmt.Errorf("reading revocations: %w", err)
-		}
-		if st.Revoked, err = ParseRevoked(b); err != nil {
-			return st, fmt.Errorf("reading %s: %w", *f.revoked, err)
-		}
-	}
-	if *f.token != "" {
-		b, err := ReadSecret(*f.token, MaxToken)
-		if err != nil {
-			return st, fmt.Errorf("reading federate token: %w", err)
-		}
-		if st.FederateToken = string(b); strings.ContainsFunc(st.FederateToken, func(r rune) bool { return r <= ' ' || r > '~' }) {
-			return st, fmt.Errorf("%s holds more than a token: no Authorization header could carry it", *f.token)
-		}
-	}
-	allow, err := ReadSelectors(*f.allow, *f.allowFile)
-	if err != nil {
-		return st, err
-	}
-	st.Normalizer = &Normalizer{Elide: *f.elide, Labels: labels, Required: required, Allow: allow}
-	crt, key := filepath.Join(*f.keys, TLSCertFile), filepath.Join(*f.keys, TLSKeyFile)
-	_, noCrt := os.Stat(crt)
-	_, noKey := os.Stat(key)
-	// Half a pair is a mistake, and no reason to serve plain HTTP.
-	if errors.Is(noCrt, os.ErrNotExist) && errors.Is(noKey, os.ErrNotExist) && tlsConfig.Load() == nil {
-		if *f.clientCA != "" {
-			return st, fmt.Errorf("--tls-client-ca needs tls.crt and tls.key in %s: keygen --host NAME makes them", *f.keys)
-		}
-		return st, nil
-	}
-	pair, err := tls.LoadX509KeyPair(crt, key)
-	if err != nil {
-		return st, fmt.Errorf("reading certificate: %w", err)
-	}
-	config := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, NextProtos: []string{"http/1.1"}}
-	if *f.clientCA != "" {
-		if config.ClientCAs, err = ReadCAs(*f.clientCA); err != nil {
-			return st, err
-		}
-		config.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	tlsConfig.Store(config)
-	return st, nil
 }

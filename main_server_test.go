@@ -1,8 +1,7 @@
 package main
 
-// mode_server_test.go: the server's command line as an operator meets it:
-// conflicts told at once, help that lists everything, and one server from keygen
-// to SIGTERM with what SIGHUP rereads in between.
+// The server's command line as an operator meets it: conflicts in one message, help that lists
+// everything, and one server from keygen to SIGTERM with all that SIGHUP rereads in between.
 
 import (
 	"context"
@@ -29,7 +28,7 @@ func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	var out, errs srvLog
-	status = run(ctx, args, &out, &errs)
+	status = run(ctx, time.Now, args, &out, &errs)
 	if ctx.Err() != nil {
 		t.Errorf("%q did not end by itself: %s", args, errs.String())
 	}
@@ -144,8 +143,8 @@ func TestServerHelp(t *testing.T) {
 		if status != exitOK || stderr != "" {
 			t.Errorf("%q: exit status %d: %s", args, status, stderr)
 		}
-		c := NewCommand("server", []string{"--help"}, io.Discard, io.Discard)
-		if err := ServerMode(t.Context(), c); err != flag.ErrHelp {
+		c := newCommand("server", []string{"--help"}, io.Discard, io.Discard)
+		if err := serverMode(t.Context(), c); err != flag.ErrHelp {
 			t.Fatal(err)
 		}
 		n := 0
@@ -173,36 +172,6 @@ func TestServerHelp(t *testing.T) {
 			if len(strings.TrimRight(line, "\n")) > 110 {
 				t.Errorf("a line of %d columns: %s", len(line), line)
 			}
-		}
-	}
-}
-
-func TestSizeFlag(t *testing.T) {
-	for text, want := range map[string]SizeFlag{
-		"0": 0, "1": 1, "1024": 1 << 10, "1KiB": 1 << 10, "1MiB": 1 << 20, "3GiB": 3 << 30, "10000000000": 10_000_000_000, "8589934591GiB": 8589934591 << 30,
-	} {
-		var s SizeFlag
-		if err := s.Set(text); err != nil || s != want {
-			t.Errorf("%s: %d, %v", text, s, err)
-		}
-		var again SizeFlag
-		if err := again.Set(s.String()); err != nil || again != s {
-			t.Errorf("%s prints as %s: %v", text, s.String(), err)
-		}
-	}
-	for _, text := range []string{"", "-1", "1MB", "1 MiB", "MiB", "1.5GiB", "1e6", "0x10", "9223372036854775808", "8589934592GiB", "1mib"} {
-		s := SizeFlag(7)
-		if err := s.Set(text); err == nil || s != 7 {
-			t.Errorf("%q is taken as %d", text, s)
-		}
-	}
-}
-
-func TestWithoutZeroUnits(t *testing.T) {
-	for _, d := range []time.Duration{time.Second, 10 * time.Second, 10 * time.Minute, 90 * time.Second, 2 * time.Hour, 20 * time.Hour, 90 * time.Minute, 36610 * time.Second} {
-		short := shortDuration(d.String())
-		if back, err := time.ParseDuration(short); err != nil || back != d || strings.Contains(strings.TrimLeft(short, "1234567890"), "m0s") {
-			t.Errorf("%v is shown as %s: %v", d, short, err)
 		}
 	}
 }
@@ -242,7 +211,7 @@ func TestServerLife(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan int, 1)
 		go func() {
-			ended <- run(ctx, []string{"--mode", "server", "--keys", keys, "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0", "--storage-dir", path("storage"),
+			ended <- run(ctx, time.Now, []string{"--mode", "server", "--keys", keys, "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0", "--storage-dir", path("storage"),
 				"--revoked-file", path("revoked"), "--allow-file", path("allow"), "--federate-token-file", path("federate-token"), "--label", "hub=h1"}, io.Discard, &stderr)
 		}()
 		return func() {

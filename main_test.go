@@ -440,7 +440,7 @@ func TestREADMEFlags(t *testing.T) {
 	readme := string(text)
 	for _, mode := range []string{"server", "client", "keygen", "token"} {
 		var out, stderr bytes.Buffer
-		if code := run(t.Context(), []string{"--mode", mode, "--help"}, &out, &stderr); code != exitOK {
+		if code := run(t.Context(), time.Now, []string{"--mode", mode, "--help"}, &out, &stderr); code != exitOK {
 			t.Fatalf("--mode %s --help: exit %d: %s", mode, code, &stderr)
 		}
 		want, _, _ := strings.Cut(out.String(), "\nExample:")

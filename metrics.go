@@ -13,6 +13,7 @@ import (
 	"io"
 	"maps"
 	"math"
+	"mime"
 	"net/http"
 	"regexp"
 	"slices"
@@ -27,15 +28,15 @@ import (
 )
 
 const (
-	maxLabels   = 4    // per family: label values are an array key, so that finding a child allocates nothing
-	maxChildren = 1000 // per family; what comes after them counts under "other", one more
+	maxLabels   = 4    // per family: label values are an array key, so that finding a series allocates nothing
+	maxSeries   = 1000 // per family; what comes after them counts under "other", one more
 	maxValueLen = 128  // bytes of a label value; longer ones are cut
 )
 
 // Stricter than Prometheus is: its naming guide asks for snake_case.
 var (
-	metricName    = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
-	componentName = regexp.MustCompile(`_(bucket|count|sum|created)$`)
+	metricNamePattern      = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
+	componentSuffixPattern = regexp.MustCompile(`_(bucket|count|sum|created)$`)
 )
 
 // Metrics is a registry of metric families and the http.Handler that exposes
@@ -48,38 +49,39 @@ var (
 // in _total, and no other family in a suffix that a component line could have;
 // so unique names make unique lines.
 type Metrics struct {
-	mu       sync.Mutex // guards the slices
-	families []*family  // sorted by name
-	hooks    []func()
+	mu        sync.Mutex      // guards the slices
+	families  []*metricFamily // sorted by name
+	onCollect []func()
 }
 
-type labelKey [maxLabels]string
+// seriesKey is the values of a family's labels.
+type seriesKey [maxLabels]string
 
-// family is what the three kinds share; child is one series of it, or one
-// histogram.
-type family struct {
+// metricFamily is the common part of a Counter, a Gauge and a Histogram.
+type metricFamily struct {
 	name, help string
 	kind       dto.MetricType
 	labels     []string
 	buckets    []float64 // upper bounds without +Inf, ascending
 
-	mu       sync.RWMutex // guards children, not what a child holds
-	children map[labelKey]*child
+	mu     sync.RWMutex // guards series, but not a series' values
+	series map[seriesKey]*metricSeries
 }
 
-type child struct {
+// metricSeries is one series of a family, or one histogram.
+type metricSeries struct {
 	value  atomic.Uint64   // float bits: counter, gauge, or a histogram's sum
 	counts []atomic.Uint64 // observations per bucket, not cumulative; the last is +Inf
 }
 
 // Counter is a total that only grows.
-type Counter struct{ family }
+type Counter struct{ metricFamily }
 
 // Gauge is a value that goes up and down.
-type Gauge struct{ family }
+type Gauge struct{ metricFamily }
 
 // Histogram counts observations in buckets.
-type Histogram struct{ family }
+type Histogram struct{ metricFamily }
 
 // NewMetrics returns an empty registry.
 func NewMetrics() *Metrics { return &Metrics{} }
@@ -88,14 +90,14 @@ func NewMetrics() *Metrics { return &Metrics{} }
 // exposed as 0 from the start; a labelled series is, after Add(0, values...).
 func (m *Metrics) Counter(name, help string, labelNames ...string) *Counter {
 	c := &Counter{}
-	m.register(&c.family, name, help, dto.MetricType_COUNTER, nil, labelNames)
+	m.register(&c.metricFamily, name, help, dto.MetricType_COUNTER, nil, labelNames)
 	return c
 }
 
 // Gauge registers a gauge, exposed as Counter's series are.
 func (m *Metrics) Gauge(name, help string, labelNames ...string) *Gauge {
 	g := &Gauge{}
-	m.register(&g.family, name, help, dto.MetricType_GAUGE, nil, labelNames)
+	m.register(&g.metricFamily, name, help, dto.MetricType_GAUGE, nil, labelNames)
 	return g
 }
 
@@ -108,24 +110,24 @@ func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...
 		}
 	}
 	h := &Histogram{}
-	m.register(&h.family, name, help, dto.MetricType_HISTOGRAM, slices.Clone(buckets), labelNames)
+	m.register(&h.metricFamily, name, help, dto.MetricType_HISTOGRAM, slices.Clone(buckets), labelNames)
 	return h
 }
 
-func (m *Metrics) register(f *family, name, help string, kind dto.MetricType, buckets []float64, labels []string) {
+func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricType, buckets []float64, labels []string) {
 	f.name, f.help, f.kind, f.buckets = name, help, kind, buckets
-	f.labels, f.children = slices.Clone(labels), map[labelKey]*child{}
-	if !metricName.MatchString(name) || help == "" {
+	f.labels, f.series = slices.Clone(labels), map[seriesKey]*metricSeries{}
+	if !metricNamePattern.MatchString(name) || help == "" {
 		panic(fmt.Sprintf("metric %q: invalid name, or no help", name))
 	}
 	if strings.HasSuffix(name, "_total") != (kind == dto.MetricType_COUNTER) {
 		panic(fmt.Sprintf("metric %s: counters, and only they, end in _total", name))
 	}
-	if componentName.MatchString(name) {
+	if componentSuffixPattern.MatchString(name) {
 		panic(fmt.Sprintf("metric %s: the suffix is kept for component lines", name))
 	}
 	for i, l := range labels {
-		if i == maxLabels || !metricName.MatchString(l) || l == "le" || slices.Contains(labels[:i], l) {
+		if i == maxLabels || !metricNamePattern.MatchString(l) || l == "le" || slices.Contains(labels[:i], l) {
 			panic(fmt.Sprintf("metric %s: label %q is invalid, repeated or one too many", name, l))
 		}
 	}
@@ -134,60 +136,63 @@ func (m *Metrics) register(f *family, name, help string, kind dto.MetricType, bu
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	i, taken := slices.BinarySearchFunc(m.families, name, func(f *family, name string) int { return cmp.Compare(f.name, name) })
+	i, taken := slices.BinarySearchFunc(m.families, name, func(f *metricFamily, name string) int { return cmp.Compare(f.name, name) })
 	if taken {
 		panic(fmt.Sprintf("metric %s: registered twice", name))
 	}
 	m.families = slices.Insert(m.families, i, f)
 }
 
-// child finds or makes the series with these label values. The values are not
-// printed by the panic: they would escape, and each call would allocate.
-func (f *family) child(values []string) *child {
+// child returns the series with these label values, which it adds if there is none. The panic
+// does not print the values: they would escape, and each call would allocate.
+func (f *metricFamily) child(values []string) *metricSeries {
 	if len(values) != len(f.labels) {
 		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(values), len(f.labels)))
 	}
-	var key labelKey
+	var key seriesKey
 	copy(key[:], values)
 	f.mu.RLock()
-	c := f.children[key]
+	s := f.series[key]
 	f.mu.RUnlock()
-	if c == nil {
-		c = f.create(key)
+	if s == nil {
+		s = f.addSeries(key)
 	}
-	return c
+	return s
 }
 
-func (f *family) create(key labelKey) *child {
+// addSeries adds a series, unless a concurrent call did. Beyond maxSeries it returns the one
+// whose label values are all "other".
+
+func (f *metricFamily) addSeries(key seriesKey) *metricSeries {
 	for i, v := range key {
 		// Cloned: a short value must not keep alive the long text it was cut from.
 		key[i] = strings.Clone(strings.ToValidUTF8(v[:min(len(v), maxValueLen)], "\uFFFD"))
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.children[key] == nil && len(f.children) >= maxChildren {
+	if f.series[key] == nil && len(f.series) >= maxSeries {
 		for i := range f.labels {
 			key[i] = "other"
 		}
 	}
-	// Looked up again: two values may have become one by cutting or folding.
-	c := f.children[key]
-	if c == nil {
-		c = &child{}
+	// The key may be new by now: two values may have become one by cutting or folding.
+	s := f.series[key]
+	if s == nil {
+		s = &metricSeries{}
 		if f.kind == dto.MetricType_HISTOGRAM {
-			c.counts = make([]atomic.Uint64, len(f.buckets)+1)
+			s.counts = make([]atomic.Uint64, len(f.buckets)+1)
 		}
-		f.children[key] = c
+		f.series[key] = s
 	}
-	return c
+	return s
 }
 
-func (c *child) load() float64 { return math.Float64frombits(c.value.Load()) }
+func (s *metricSeries) load() float64 { return math.Float64frombits(s.value.Load()) }
 
-func (c *child) add(v float64) {
+func (s *metricSeries) add(v float64) {
 	for {
-		old := c.value.Load()
-		if c.value.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+v)) {
+		old := s.value.Load()
+		if s.value.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+v)) {
 			return
 		}
 	}
@@ -200,33 +205,32 @@ func (c *Counter) Inc(labelValues ...string) { c.Add(1, labelValues...) }
 // even if v is 0. A negative v, NaN or infinity is ignored: a counter that falls
 // reads as a restart, and the others would stay for ever.
 func (c *Counter) Add(v float64, labelValues ...string) {
-	child := c.child(labelValues)
+	s := c.child(labelValues)
 	if v > 0 && !math.IsInf(v, 1) {
-		child.add(v)
+		s.add(v)
 	}
 }
 
-// SetTotal raises the series to v, a total kept elsewhere (as in the Stats() of
-// another room); a lower v, or one Add would ignore, changes nothing.
+// SetTotal raises the series to v, a total that its caller counts elsewhere. A lower v, or one
+// that Add would ignore, changes nothing.
 func (c *Counter) SetTotal(v float64, labelValues ...string) {
-	child := c.child(labelValues)
+	s := c.child(labelValues)
 	for {
-		old := child.value.Load()
-		if !(v > math.Float64frombits(old)) || math.IsInf(v, 1) || child.value.CompareAndSwap(old, math.Float64bits(v)) {
+		old := s.value.Load()
+		if !(v > math.Float64frombits(old)) || math.IsInf(v, 1) || s.value.CompareAndSwap(old, math.Float64bits(v)) {
 			return
 		}
 	}
 }
 
-// Value returns what the series stands at: 0 if there is none, and then none is
-// made.
+// Value returns the value of the series, or 0 if there is none; it adds none.
 func (c *Counter) Value(labelValues ...string) float64 {
-	var key labelKey
+	var key seriesKey
 	copy(key[:], labelValues)
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	if child := c.children[key]; child != nil {
-		return child.load()
+	if s := c.series[key]; s != nil {
+		return s.load()
 	}
 	return 0
 }
@@ -238,11 +242,11 @@ func (g *Gauge) Set(v float64, labelValues ...string) {
 
 // Replace replaces all series of the gauge by those that fill sets.
 func (g *Gauge) Replace(fill func(set func(v float64, labelValues ...string))) {
-	next := Gauge{family{name: g.name, kind: g.kind, labels: g.labels, children: map[labelKey]*child{}}}
+	next := Gauge{metricFamily{name: g.name, kind: g.kind, labels: g.labels, series: map[seriesKey]*metricSeries{}}}
 	fill(next.Set)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.children = next.children
+	g.series = next.series
 }
 
 // Add adds v, which may be negative, to the series with these label values.
@@ -250,12 +254,12 @@ func (g *Gauge) Add(v float64, labelValues ...string) { g.child(labelValues).add
 
 // Observe counts v. NaN is ignored: the sum would stay NaN for ever.
 func (h *Histogram) Observe(v float64, labelValues ...string) {
-	child := h.child(labelValues)
+	s := h.child(labelValues)
 	if math.IsNaN(v) {
 		return
 	}
-	child.counts[sort.SearchFloat64s(h.buckets, v)].Add(1)
-	child.add(v)
+	s.counts[sort.SearchFloat64s(h.buckets, v)].Add(1)
+	s.add(v)
 }
 
 // OnCollect has f called before each exposition, to refresh gauges and totals.
@@ -264,17 +268,17 @@ func (h *Histogram) Observe(v float64, labelValues ...string) {
 func (m *Metrics) OnCollect(f func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.hooks = append(m.hooks, f)
+	m.onCollect = append(m.onCollect, f)
 }
 
 // gather returns the families that have series, by name, their series by label
 // values.
 func (m *Metrics) gather() []*dto.MetricFamily {
 	m.mu.Lock()
-	hooks, families := slices.Clone(m.hooks), slices.Clone(m.families)
+	onCollect, families := slices.Clone(m.onCollect), slices.Clone(m.families)
 	m.mu.Unlock()
-	for _, hook := range hooks {
-		hook()
+	for _, f := range onCollect {
+		f()
 	}
 	var out []*dto.MetricFamily
 	for _, f := range families {
@@ -285,33 +289,33 @@ func (m *Metrics) gather() []*dto.MetricFamily {
 	return out
 }
 
-func (f *family) collect() *dto.MetricFamily {
+func (f *metricFamily) collect() *dto.MetricFamily {
 	f.mu.RLock()
-	children := maps.Clone(f.children)
+	series := maps.Clone(f.series)
 	f.mu.RUnlock()
-	keys := slices.SortedFunc(maps.Keys(children), func(a, b labelKey) int { return slices.Compare(a[:], b[:]) })
+	keys := slices.SortedFunc(maps.Keys(series), func(a, b seriesKey) int { return slices.Compare(a[:], b[:]) })
 
 	mf := &dto.MetricFamily{Name: &f.name, Help: &f.help, Type: &f.kind}
 	for _, key := range keys {
-		c, out := children[key], &dto.Metric{}
+		s, out := series[key], &dto.Metric{}
 		for i := range f.labels {
 			out.Label = append(out.Label, &dto.LabelPair{Name: &f.labels[i], Value: new(key[i])})
 		}
 		switch f.kind {
 		case dto.MetricType_COUNTER:
-			out.Counter = &dto.Counter{Value: new(c.load())}
+			out.Counter = &dto.Counter{Value: new(s.load())}
 		case dto.MetricType_GAUGE:
-			out.Gauge = &dto.Gauge{Value: new(c.load())}
+			out.Gauge = &dto.Gauge{Value: new(s.load())}
 		case dto.MetricType_HISTOGRAM:
 			// The count is the sum of the buckets as read, never a number of its own
 			// that could disagree with them; only the sum may be a moment ahead.
 			h, n := &dto.Histogram{}, uint64(0)
 			for i := range f.buckets {
-				n += c.counts[i].Load()
+				n += s.counts[i].Load()
 				h.Bucket = append(h.Bucket, &dto.Bucket{UpperBound: &f.buckets[i], CumulativeCount: new(n)})
 			}
-			n += c.counts[len(f.buckets)].Load()
-			h.SampleCount, h.SampleSum = &n, new(c.load())
+			n += s.counts[len(f.buckets)].Load()
+			h.SampleCount, h.SampleSum = &n, new(s.load())
 			out.Histogram = h
 		}
 		mf.Metric = append(mf.Metric, out)
@@ -334,15 +338,10 @@ func (m *Metrics) write(w io.Writer, format expfmt.Format) error {
 	return nil
 }
 
-// WriteText writes all metrics in the text format 0.0.4.
-func (m *Metrics) WriteText(w io.Writer) error {
-	return m.write(w, expfmt.NewFormat(expfmt.TypeTextPlain))
-}
-
-// ServeHTTP answers with all metrics in the format the scraper likes best of
-// delimited protobuf, OpenMetrics and text, compressed if it takes gzip. The
-// whole body is rendered first (its size is bounded), so that a scrape is never
-// half an answer with status 200.
+// ServeHTTP answers with all metrics in the format that the scraper prefers among
+// delimited protobuf, OpenMetrics and text, compressed if it accepts gzip. The
+// whole body is rendered first (its size is bounded), so that no error cuts short an answer of
+// status 200.
 func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	format := expfmt.NegotiateAccept(r.Header, expfmt.DefaultOpenMetricsAcceptedFormats()...)
 	var body bytes.Buffer
@@ -361,15 +360,14 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	zw.Close()
 }
 
-// AcceptsGzip tells whether Accept-Encoding names gzip without refusing it by
-// q=0 (RFC 9110, 12.5.3). "*" is not taken for a yes.
+// AcceptsGzip reports whether Accept-Encoding names gzip without refusing it by
+// q=0 (RFC 9110, 12.5.3). "*" does not name it.
 func AcceptsGzip(h http.Header) bool {
-	for enc := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
-		name, param, _ := strings.Cut(enc, ";")
-		if strings.EqualFold(strings.TrimSpace(name), "gzip") {
-			weight, ok := strings.CutPrefix(strings.ReplaceAll(strings.ToLower(param), " ", ""), "q=")
-			q, err := strconv.ParseFloat(weight, 64)
-			return !ok || err == nil && q > 0
+	for part := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
+		coding, params, err := mime.ParseMediaType(part)
+		if err == nil && coding == "gzip" {
+			q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+			return err == nil && q > 0
 		}
 	}
 	return false

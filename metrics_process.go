@@ -1,7 +1,7 @@
 package main
 
 // Metrics that every process has, under the names of Prometheus's own libraries, and the
-// version of this binary. Linux tells most of them in /proc.
+// version of this binary. Most of them are read from /proc.
 
 import (
 	"bytes"
@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// RegisterProcess adds what Prometheus's own libraries tell of every process,
-// under the same names, and telemeter_build_info. What Linux tells in /proc is
-// absent where there is none.
+// RegisterProcess adds the metrics of a process that Prometheus's own libraries have,
+// under the same names, and telemeter_build_info. Without /proc those read from it are
+// absent.
 func RegisterProcess(m *Metrics) {
 	version, revision := Version()
 	m.Gauge("telemeter_build_info", "Constant 1, labelled with what this binary was built from.",

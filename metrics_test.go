@@ -1,5 +1,7 @@
 package main
 
+// The exposition of metrics, its bounds, and its use by many goroutines.
+
 import (
 	"bytes"
 	"compress/gzip"
@@ -19,6 +21,11 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 )
+
+// WriteText writes all metrics in the text format 0.0.4.
+func (m *Metrics) WriteText(w io.Writer) error {
+	return m.write(w, expfmt.NewFormat(expfmt.TypeTextPlain))
+}
 
 func metricsText(t *testing.T, m *Metrics) string {
 	t.Helper()
@@ -116,14 +123,14 @@ func TestMetricsReplace(t *testing.T) {
 	m := NewMetrics()
 	g := m.Gauge("g", "G.", "a")
 	g.Set(1, "gone")
-	for _, n := range []int{2, 1, 0, maxChildren + 5} {
+	for _, n := range []int{2, 1, 0, maxSeries + 5} {
 		g.Replace(func(set func(v float64, labelValues ...string)) {
 			for i := range n {
 				set(float64(i), fmt.Sprint(i))
 			}
 		})
 		text := metricsText(t, m)
-		if got, want := strings.Count(text, "\ng{"), min(n, maxChildren+1); got != want || strings.Contains(text, "gone") {
+		if got, want := strings.Count(text, "\ng{"), min(n, maxSeries+1); got != want || strings.Contains(text, "gone") {
 			t.Errorf("%d series, want %d", got, want)
 		}
 	}
@@ -133,7 +140,7 @@ func TestMetricsChildrenBounded(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "site", "code")
 	long := strings.Repeat("x", 10*maxValueLen)
-	for i := range 3 * maxChildren {
+	for i := range 3 * maxSeries {
 		c.Inc(fmt.Sprintf("site-%d\xff", i), "200")
 		c.Inc(fmt.Sprintf("%s%d", long, i), "200")
 	}
@@ -146,10 +153,10 @@ func TestMetricsChildrenBounded(t *testing.T) {
 			}
 		}
 	}
-	if len(series) != maxChildren+1 || sum != 6*maxChildren {
-		t.Errorf("%d series summing up to %v, want %d and %d", len(series), sum, maxChildren+1, 6*maxChildren)
+	if len(series) != maxSeries+1 || sum != 6*maxSeries {
+		t.Errorf("%d series summing up to %v, want %d and %d", len(series), sum, maxSeries+1, 6*maxSeries)
 	}
-	if v := c.Value("other", "other"); v < maxChildren {
+	if v := c.Value("other", "other"); v < maxSeries {
 		t.Errorf("other is %v", v)
 	}
 }

@@ -1,8 +1,7 @@
 package main
 
-// chaos_rig_test.go: what TestChaos breaks and counts with: servers in network
-// namespaces of their own, on disks of their own, whose network among each other can
-// be cut into any parts; and sites that push without a client, and try again.
+// The rig of TestChaos: servers in network namespaces of their own, on disks of their own, whose
+// network can be cut into any parts; and sites that push without a client, and try again.
 
 import (
 	"bytes"
@@ -112,7 +111,7 @@ func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Du
 	r := &chaosRig{t: t, name: name, dir: t.TempDir(), interval: interval, seed: seed, rnd: rand.New(rand.NewPCG(seed, 0)), begin: time.Now()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
 	var err error
-	if r.keys, err = ReadKeys(filepath.Join(r.dir, "keys"), TokenKeyFile); err != nil {
+	if r.keys, err = readKeys(filepath.Join(r.dir, "keys"), TokenKeyFile); err != nil {
 		t.Fatal(err)
 	}
 	for i := range servers {
@@ -161,7 +160,7 @@ func (r *chaosRig) wait(what string, ok func() bool) {
 				if s.p == nil {
 					continue
 				}
-				b, err := r.get(s, 9004, "/debug/cluster")
+				b, err := r.get(s, 9004, "/debug/ring")
 				text := s.p.text()
 				r.t.Logf("%s: %v %s\n%s", s.name, err, b, text[max(0, len(text)-3000):])
 			}
@@ -312,8 +311,8 @@ func (r *chaosRig) settled() time.Duration {
 	r.wait("servers agree", func() bool {
 		version := ""
 		for _, s := range up {
-			b, err := r.get(s, 9004, "/debug/cluster")
-			var d debugCluster
+			b, err := r.get(s, 9004, "/debug/ring")
+			var d debugRing
 			if err != nil || json.Unmarshal(b, &d) != nil {
 				return false
 			}

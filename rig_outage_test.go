@@ -1,7 +1,7 @@
 package main
 
-// outage_rig_test.go: what TestOutage breaks and compares with: a source that knows
-// what it said, a network that can be cut anywhere, a Prometheus and what it holds.
+// The rig of TestOutage: a source that remembers its answers, a network that can be cut anywhere, and
+// a Prometheus with a query for all its samples.
 
 import (
 	"bytes"

@@ -389,7 +389,7 @@ func (v *stampedeServer) scrapes(wait time.Duration) {
 		if !present {
 			conn = nil
 		} else if conn == nil || starts != v.starts {
-			conn, starts = &ConnTracker{inTurn: true}, v.starts
+			conn, starts = &ConnTracker{sequential: true}, v.starts
 		}
 		s.mu.Unlock()
 		if !present {

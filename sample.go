@@ -21,7 +21,7 @@ const (
 	MaxLabels = 128
 	// NoTime as a sample's time has it written without one.
 	NoTime = math.MinInt64
-	// ClusterLabel carries the authenticated cluster ID on every line held.
+	// ClusterLabel is the label with the authenticated cluster ID, which every held line has.
 	ClusterLabel = "_id"
 )
 
@@ -29,12 +29,14 @@ const (
 // than a limit.
 var ErrTooLarge = errors.New("too large")
 
-// ErrListSize is the ErrTooLarge of a push as a whole, which a limit of the push raises.
+// ErrListSize is the ErrTooLarge of a list as a whole: its MaxSamples or MaxBytes.
 var ErrListSize = fmt.Errorf("%w", ErrTooLarge)
 
 // ErrNULValue is wrapped by Add's error about a NUL byte in a label's value, when no
-// label has another fault: Prometheus takes such a series.
+// label has another fault: Prometheus accepts such a series.
 var ErrNULValue = errors.New("has a NUL byte")
+
+var errNoMetricName = errors.New("no metric name")
 
 // Label is a name and its unescaped value.
 type Label struct{ Name, Value []byte }
@@ -49,7 +51,7 @@ type RawSample struct {
 	V      float64
 }
 
-// Sample is one sample of a Push: its line is Arena[Off : Off+Len].
+// Sample is one sample of a SampleList: its line is Arena[Off : Off+Len].
 type Sample struct {
 	Off, Len uint32
 	T        int64 // ms since the epoch
@@ -59,45 +61,95 @@ type Sample struct {
 // SampleList is a list of samples, each with its rendered line: a name, then sorted
 // labels. It is not safe for concurrent use; Reset keeps its memory for reuse.
 type SampleList struct {
-	Arena   []byte
+	Arena   []byte // the lines
 	Samples []Sample
-	// MaxSamples and MaxBytes bound what Add takes; 0 is no bound. They are
+	// MaxSamples and MaxBytes bound the samples and the Arena; 0 is no bound. They are
 	// needed beside the limit on a body, because a small body can state a
 	// histogram whose every bucket repeats long labels.
 	MaxSamples, MaxBytes int
 }
 
-// Line returns the rendered name and labels of a sample of p.
+// Line returns the rendered name and labels of a sample of l.
 func (l *SampleList) Line(s Sample) []byte { return l.Arena[s.Off : s.Off+s.Len] }
 
-// Reset empties p and keeps its memory and limits.
+// Reset empties l and keeps its memory and limits.
 func (l *SampleList) Reset() {
 	l.Arena, l.Samples = l.Arena[:0], l.Samples[:0]
 }
 
-// Add validates r, sorts its labels and appends it. Names have to be valid
-// UTF-8, label names must not be reserved ("__…") nor occur twice, and no byte
-// may be NUL. NaNs are made equal: a stale marker (a NaN of a certain bit
-// pattern) cannot be said in text and must not come in by protobuf.
-func (p *SampleList) Add(r *RawSample) error {
-	if err := checkName("metric name", r.Name); err != nil {
+// Add sorts the labels of r, validates its series and appends the sample. Names have to be
+// valid UTF-8, label names must not be reserved ("__…") nor occur twice, and no byte may be
+// NUL. All NaNs become one: a stale marker (a NaN of a certain bit pattern) cannot be said in
+// text and must not come in by protobuf. After an error l is unchanged.
+func (l *SampleList) Add(r *RawSample) error {
+	if err := checkMetricName(r.Name); err != nil {
 		return err
-	}
-	if len(r.Name) == 0 {
-		return errors.New("no metric name")
 	}
 	if len(r.Labels) > MaxLabels {
 		return fmt.Errorf("%w: %d labels; a series has at most %d", ErrTooLarge, len(r.Labels), MaxLabels)
 	}
 	slices.SortFunc(r.Labels, func(a, b Label) int { return bytes.Compare(a.Name, b.Name) })
-	size := len(r.Name)
+	if err := checkLabels(r.Labels); err != nil {
+		return err
+	}
+	if l.MaxSamples > 0 && len(l.Samples) >= l.MaxSamples {
+		return fmt.Errorf("%w: more than %d samples", ErrListSize, l.MaxSamples)
+	}
+	off := len(l.Arena)
+	if err := l.addLine(r.Name, r.Labels); err != nil {
+		return err
+	}
+	v := r.V
+	if v != v {
+		v = math.NaN()
+	}
+	l.Samples = append(l.Samples, Sample{Off: uint32(off), Len: uint32(len(l.Arena) - off), T: r.T, V: v})
+	return nil
+}
+
+// addLine appends the rendered series to the Arena, unless it or the Arena would be too
+// long.
+func (l *SampleList) addLine(name []byte, labels []Label) error {
+	size := len(name)
+	for _, label := range labels {
+		size += len(label.Name) + len(label.Value)
+	}
+	if size > MaxLine { // rendered it is longer still; the Arena must not grow for it
+		return lineTooLong(size)
+	}
+	off := len(l.Arena)
+	l.Arena = appendLine(l.Arena, name, labels)
+	if size = len(l.Arena) - off; size > MaxLine {
+		l.Arena = l.Arena[:off]
+		return lineTooLong(size)
+	}
+	if l.MaxBytes > 0 && len(l.Arena) > l.MaxBytes || int64(len(l.Arena)) > math.MaxUint32 {
+		l.Arena = l.Arena[:off]
+		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrListSize, l.MaxBytes)
+	}
+	return nil
+}
+
+func lineTooLong(size int) error {
+	return fmt.Errorf("%w: a series of %d bytes; at most %d", ErrTooLarge, size, MaxLine)
+}
+
+func checkMetricName(name []byte) error {
+	if len(name) == 0 {
+		return errNoMetricName
+	}
+	return checkName("metric name", name)
+}
+
+// checkLabels reports the first fault of sorted labels. A NUL byte in a value is reported
+// only if there is no other fault, see ErrNULValue.
+func checkLabels(labels []Label) error {
 	var nul error
-	for i, l := range r.Labels {
-		size += len(l.Name) + len(l.Value)
+	for i, l := range labels {
 		switch {
 		case len(l.Name) == 0:
 			return errors.New("empty label name")
-		case i > 0 && bytes.Equal(l.Name, r.Labels[i-1].Name):
+		case i > 0 && bytes.Equal(l.Name, labels[i-1].Name):
 			return fmt.Errorf("label %.100q occurs twice", l.Name)
 		case bytes.HasPrefix(l.Name, []byte("__")):
 			return fmt.Errorf("label name %.100q is reserved", l.Name)
@@ -112,49 +164,22 @@ func (p *SampleList) Add(r *RawSample) error {
 			nul = fmt.Errorf("label value %.100q %w", l.Value, ErrNULValue)
 		}
 	}
-	if nul != nil {
-		return nul
-	}
-	if p.MaxSamples > 0 && len(p.Samples) >= p.MaxSamples {
-		return fmt.Errorf("%w: more than %d samples", ErrListSize, p.MaxSamples)
-	}
-	tooLong := func(n int) error {
-		return fmt.Errorf("%w: a series of %d bytes; at most %d", ErrTooLarge, n, MaxLine)
-	}
-	if size > MaxLine { // rendered it is longer still; do not let it grow the arena first
-		return tooLong(size)
-	}
-	off := len(p.Arena)
-	p.Arena = AppendSeries(p.Arena, r.Name, r.Labels)
-	n := len(p.Arena) - off
-	if n > MaxLine || p.MaxBytes > 0 && len(p.Arena) > p.MaxBytes || int64(len(p.Arena)) > math.MaxUint32 {
-		p.Arena = p.Arena[:off]
-		if n > MaxLine {
-			return tooLong(n)
-		}
-		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrListSize, p.MaxBytes)
-	}
-	v := r.V
-	if v != v {
-		v = math.NaN()
-	}
-	p.Samples = append(p.Samples, Sample{Off: uint32(off), Len: uint32(n), T: r.T, V: v})
-	return nil
+	return nul
 }
 
-func checkUTF8(what string, b []byte) error {
-	if !utf8.Valid(b) {
-		return fmt.Errorf("%s %.100q is not UTF-8", what, b)
-	}
-	return nil
-}
-
-func checkName(what string, b []byte) error {
-	if err := checkUTF8(what, b); err != nil {
+func checkName(what string, name []byte) error {
+	if err := checkUTF8(what, name); err != nil {
 		return err
 	}
-	if bytes.IndexByte(b, 0) >= 0 {
-		return fmt.Errorf("%s %.100q has a NUL byte", what, b)
+	if bytes.IndexByte(name, 0) >= 0 {
+		return fmt.Errorf("%s %.100q has a NUL byte", what, name)
+	}
+	return nil
+}
+
+func checkUTF8(what string, text []byte) error {
+	if !utf8.Valid(text) {
+		return fmt.Errorf("%s %.100q is not UTF-8", what, text)
 	}
 	return nil
 }

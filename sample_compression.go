@@ -7,20 +7,23 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 )
 
 // MaxDecodedFactor times the limit on a body bounds it decompressed.
 const MaxDecodedFactor = 8
 
-// SupportedEncodings says to people what Decompressor.Supports.
+// SupportedEncodings names for people what SupportsEncoding.
 const SupportedEncodings = "identity, gzip, snappy (framed)"
 
-var errSnappy = errors.New("malformed framed snappy")
+// SupportsEncoding reports whether Decompress knows a content encoding, in lower case.
+func SupportsEncoding(encoding string) bool {
+	return slices.Contains([]string{"", "identity", "gzip", "snappy", "x-snappy-framed"}, encoding)
+}
 
 var errDecodedTooLarge = errors.New("larger than the limit")
 
@@ -31,14 +34,9 @@ type Decompressor struct {
 	buf  []byte
 }
 
-// Supports reports whether a content encoding, in lower case, is known.
-func (d *Decompressor) Supports(encoding string) bool {
-	return slices.Contains([]string{"", "identity", "gzip", "snappy", "x-snappy-framed"}, encoding)
-}
-
-// Decompress returns body decompressed; over reports that it is longer than
+// Decompress returns body decompressed; tooLarge reports that it is longer than
 // limit. The result is valid until the next call, and may be body itself.
-func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (decoded []byte, over bool, err error) {
+func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (decoded []byte, tooLarge bool, err error) {
 	switch encoding {
 	case "", "identity":
 		return body, len(body) > limit, nil
@@ -55,7 +53,10 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 	if errors.Is(err, errDecodedTooLarge) {
 		return nil, true, nil
 	}
-	return d.buf, false, err
+	if err != nil {
+		return nil, false, fmt.Errorf("malformed framed snappy: %w", err)
+	}
+	return d.buf, false, nil
 }
 
 // ReadInto reads all of r into buf's memory, which grows as the bytes arrive.
@@ -76,124 +77,112 @@ func ReadInto(buf []byte, r io.Reader) ([]byte, error) {
 	}
 }
 
-// maxSnappyChunk is what a chunk may hold, in bytes uncompressed.
-const maxSnappyChunk = 64 << 10
+const (
+	snappyMagic    = "sNaPpY"
+	maxSnappyChunk = 64 << 10 // bytes of a chunk uncompressed
+)
 
 // appendSnappy decodes the framing format of snappy 1.1 (framing_format.txt). The
 // format has no end: input cut off between two chunks is a shorter stream, which
 // only its content can tell.
 func appendSnappy(out, in []byte, limit int) ([]byte, error) {
-	if !bytes.HasPrefix(in, []byte("\xff\x06\x00\x00sNaPpY")) {
-		return nil, fmt.Errorf("%w: no stream identifier", errSnappy)
+	if !bytes.HasPrefix(in, []byte("\xff\x06\x00\x00"+snappyMagic)) {
+		return nil, errors.New("no stream identifier")
 	}
-	for len(in) > 0 {
-		if len(in) < 4 {
-			return nil, fmt.Errorf("%w: truncated", errSnappy)
+	for r := ReadWire(in); r.Len() > 0; {
+		head := r.Uint32() // a byte of kind, three of size
+		chunk := r.Bytes(int(head >> 8))
+		if r.Err() != nil {
+			return nil, errors.New("truncated")
 		}
-		kind, size := in[0], int(in[1])|int(in[2])<<8|int(in[3])<<16
-		if size > len(in)-4 {
-			return nil, fmt.Errorf("%w: truncated", errSnappy)
+		var err error
+		switch kind := byte(head); {
+		case kind <= 1:
+			out, err = appendSnappyChunk(out, chunk, kind == 0, limit)
+		case kind == 0xff && string(chunk) != snappyMagic:
+			err = errors.New("bad stream identifier")
+		case kind < 0x80:
+			err = fmt.Errorf("unknown chunk type %d", kind)
+		default: // a stream identifier, padding and skippable chunks
 		}
-		chunk := in[4 : 4+size]
-		in = in[4+size:]
-		switch {
-		case kind == 0xff:
-			if string(chunk) != "sNaPpY" {
-				return nil, fmt.Errorf("%w: bad stream identifier", errSnappy)
-			}
-		case kind >= 0x80: // padding and skippable chunks
-		case kind > 1:
-			return nil, fmt.Errorf("%w: unknown chunk type %d", errSnappy, kind)
-		default:
-			if len(chunk) < 4 {
-				return nil, fmt.Errorf("%w: truncated chunk", errSnappy)
-			}
-			sum, data := binary.LittleEndian.Uint32(chunk), chunk[4:]
-			from := len(out)
-			n := uint64(len(data))
-			if kind == 0 {
-				var head int
-				if n, head = binary.Uvarint(data); head <= 0 {
-					return nil, fmt.Errorf("%w: no length", errSnappy)
-				}
-				data = data[head:]
-			}
-			if n > maxSnappyChunk {
-				return nil, fmt.Errorf("%w: a chunk of %d bytes", errSnappy, n)
-			}
-			if n > uint64(limit-from) {
-				return nil, errDecodedTooLarge
-			}
-			ok := true
-			if kind == 1 {
-				out = append(out, data...)
-			} else {
-				out, ok = appendSnappyBlock(out, data, int(n))
-			}
-			if !ok {
-				return nil, fmt.Errorf("%w: bad block", errSnappy)
-			}
-			crc := Checksum(out[from:])
-			if (crc>>15|crc<<17)+0xa282ead8 != sum { // masked, as the format says
-				return nil, fmt.Errorf("%w: wrong checksum", errSnappy)
-			}
+		if err != nil {
+			return nil, err
 		}
+	}
+	return out, nil
+}
+
+// appendSnappyChunk decodes a chunk of data, which begins with its checksum.
+func appendSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, error) {
+	r := ReadWire(chunk)
+	sum := r.Uint32()
+	if r.Err() != nil {
+		return nil, errors.New("truncated chunk")
+	}
+	n := uint64(r.Len())
+	if compressed {
+		if n = r.Uvarint(math.MaxUint64); r.Err() != nil {
+			return nil, errors.New("no length")
+		}
+	}
+	from := len(out)
+	if n > maxSnappyChunk {
+		return nil, fmt.Errorf("a chunk of %d bytes", n)
+	}
+	if n > uint64(limit-from) {
+		return nil, errDecodedTooLarge
+	}
+	ok := true
+	if compressed {
+		out, ok = appendSnappyBlock(out, r, int(n))
+	} else {
+		out = append(out, r.Rest()...)
+	}
+	if !ok {
+		return nil, errors.New("bad block")
+	}
+	crc := Checksum(out[from:])
+	if (crc>>15|crc<<17)+0xa282ead8 != sum { // masked, as the format says
+		return nil, errors.New("wrong checksum")
 	}
 	return out, nil
 }
 
 // appendSnappyBlock decodes the elements of one block (format_description.txt),
 // which have to make n bytes.
-func appendSnappyBlock(out, in []byte, n int) (_ []byte, ok bool) {
+func appendSnappyBlock(out []byte, r WireReader, n int) (_ []byte, ok bool) {
 	from, end := len(out), len(out)+n
-	for len(in) > 0 {
-		tag := in[0]
-		var length, offset, head int
+	for r.Len() > 0 {
+		tag := r.Byte()
+		length, offset := 1+int(tag>>2), 0
 		switch tag & 3 {
-		case 0:
-			length, head = int(tag>>2)+1, 1
-			if extra := int(tag>>2) - 59; extra > 0 { // its length follows in 1 to 4 bytes
-				head += extra
-				if len(in) < head {
-					return out, false
+		case 0: // a literal
+			if extra := length - 60; extra > 0 { // its length less 1 follows in 1 to 4 bytes
+				length = 1
+				for i, b := range r.Bytes(extra) {
+					length += int(b) << (8 * i)
 				}
-				length = 0
-				for i := extra; i > 0; i-- {
-					length = length<<8 | int(in[i])
-				}
-				length++
 			}
-			if length <= 0 || length > len(in)-head || length > end-len(out) {
+			if length > end-len(out) {
 				return out, false
 			}
-			out = append(out, in[head:head+length]...)
-			in = in[head+length:]
+			out = append(out, r.Bytes(length)...)
 			continue
 		case 1:
-			head = 2
-			if len(in) >= head {
-				length, offset = 4+int(tag>>2&7), int(tag>>5)<<8|int(in[1])
-			}
+			length, offset = 4+int(tag>>2&7), int(tag>>5)<<8|int(r.Byte())
 		case 2:
-			head = 3
-			if len(in) >= head {
-				length, offset = 1+int(tag>>2), int(binary.LittleEndian.Uint16(in[1:]))
-			}
+			offset = int(r.Uint16())
 		case 3:
-			head = 5
-			if len(in) >= head {
-				length, offset = 1+int(tag>>2), int(binary.LittleEndian.Uint32(in[1:]))
-			}
+			offset = int(r.Uint32())
 		}
-		if len(in) < head || offset <= 0 || offset > len(out)-from || length > end-len(out) {
+		if r.Err() != nil || offset == 0 || offset > len(out)-from || length > end-len(out) {
 			return out, false
 		}
 		for range length { // byte by byte: a copy may overlap what it writes
 			out = append(out, out[len(out)-offset])
 		}
-		in = in[head:]
 	}
-	return out, len(out) == end
+	return out, r.Err() == nil && len(out) == end
 }
 
 // Gzip returns text compressed.

@@ -20,8 +20,8 @@ const (
 	FormatProto                     // delimited protobuf io.prometheus.client.MetricFamily
 )
 
-// SupportedFormats says to people what ParseFormat takes.
-const SupportedFormats = "text/plain (version 0.0.4 or 1.0.0), application/openmetrics-text (version 1.0.0), " +
+// supportedFormats says to people what ParseFormat takes.
+const supportedFormats = "text/plain (version 0.0.4 or 1.0.0), application/openmetrics-text (version 1.0.0), " +
 	"application/vnd.google.protobuf (proto=io.prometheus.client.MetricFamily; encoding=delimited)"
 
 // ParseFormat reads a Content-Type. None at all, and the form type that curl
@@ -45,7 +45,7 @@ func ParseFormat(contentType string) (Format, error) {
 			return FormatProto, nil
 		}
 	}
-	return 0, fmt.Errorf("content type %.100q is not supported; supported: %s", contentType, SupportedFormats)
+	return 0, fmt.Errorf("content type %.100q is not supported; supported: %s", contentType, supportedFormats)
 }
 
 // Skipped counts what a body held and the sample model does not carry. Metadata is
@@ -59,21 +59,21 @@ func (s Skipped) ByKind() map[string]int {
 	}
 }
 
-// metadataLabel reports a label that Prometheus 3 puts on series under
+// isMetadataLabel reports a label that Prometheus 3 puts on series under
 // --enable-feature=type-and-unit-labels. It is reserved, and so would cost the series.
-func metadataLabel(name []byte) bool {
+func isMetadataLabel(name []byte) bool {
 	return string(name) == "__type__" || string(name) == "__unit__"
 }
 
 // Decoder decodes bodies. It keeps scratch memory between calls and is not safe
 // for concurrent use. The zero value is ready.
 type Decoder struct {
-	parser  SeriesParser
-	raw     RawSample
-	name    []byte // a name with a suffix
-	value   []byte // a rendered le or quantile
-	room    int    // bytes of repeated names and labels that components may still have
-	skipped Skipped
+	parser     SeriesParser
+	raw        RawSample
+	name       []byte // a name with a suffix
+	bound      []byte // a rendered le or quantile
+	repeatable int    // bytes of names and labels that components may still repeat
+	skipped    Skipped
 }
 
 // Decode calls emit for every sample of body, in its order. The first error,
@@ -81,12 +81,12 @@ type Decoder struct {
 // named. Memory used beyond body is bounded by MaxLine and MaxLabels.
 func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (Skipped, error) {
 	d.skipped = Skipped{}
-	d.room = 1<<20 + maxRepeat*len(body)
+	d.repeatable = 1<<20 + maxRepeat*len(body)
 	var err error
 	if f == FormatProto {
-		err = d.proto(body, emit)
+		err = d.decodeProto(body, emit)
 	} else {
-		err = d.text(body, f == FormatOpenMetrics, emit)
+		err = d.decodeText(body, f == FormatOpenMetrics, emit)
 	}
 	return d.skipped, err
 }

@@ -1,9 +1,8 @@
 package main
 
-// decode_test.go: what each form of a body is decoded to and refused for, held
-// against expfmt's decoder on generated families; that a hostile body costs no
-// memory beyond the limits; and fuzz targets for the whole path from a body to
-// what a scraper reads.
+// Decoding of each form of a body, compared with expfmt's decoder on generated families. A
+// hostile body costs no memory beyond the limits. Fuzz targets cover the whole path from a body
+// to a scraper's answer.
 
 import (
 	"bytes"
@@ -54,7 +53,7 @@ func TestParseFormat(t *testing.T) {
 		got, err := ParseFormat(c.contentType)
 		if err != nil {
 			got = -1
-			if len(err.Error()) > 500 || !strings.Contains(err.Error(), SupportedFormats) {
+			if len(err.Error()) > 500 || !strings.Contains(err.Error(), supportedFormats) {
 				t.Errorf("%.80q: %.600v", c.contentType, err)
 			}
 		}
@@ -442,7 +441,7 @@ func TestDecodeEmit(t *testing.T) {
 		got := ""
 		before := string(c.body)
 		_, err := d.Decode(c.body, c.f, func(r *RawSample) error {
-			got += string(AppendSeries(nil, r.Name, r.Labels)) + "|"
+			got += string(appendLine(nil, r.Name, r.Labels)) + "|"
 			r.Labels = append(r.Labels[:1], Label{[]byte("x"), []byte("y")}, Label{[]byte("z"), nil}, Label{[]byte("w"), nil})
 			r.Labels[0] = Label{}
 			r.Name, r.V = []byte("other"), 9
@@ -720,7 +719,7 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 	var parser SeriesParser
 	for _, s := range p.Samples {
 		name, labels, err := parser.ParseLine(p.Line(s))
-		if err != nil || reserved(name) || string(labelValue(labels, ClusterLabel)) != "site" {
+		if err != nil || isReservedName(name) || string(labelValue(labels, ClusterLabel)) != "site" {
 			t.Fatalf("accepted %q: %v", p.Line(s), err)
 		}
 	}
@@ -768,4 +767,31 @@ func FuzzDecodeProto(f *testing.F) {
 	f.Add(pbOne("a", 2, pbBytes(4, pbVarint(1, 5), pbBytes(3, pbFloat(1, 0.5)))))
 	f.Add([]byte{0x80, 0x80, 0x80, 0x80, 0x04})
 	f.Fuzz(func(t *testing.T, body []byte) { fuzzPath(t, body, FormatProto) })
+}
+
+func BenchmarkDecodeProto(b *testing.B) {
+	var counters, buckets [][]byte
+	for i := range 100 {
+		counters = append(counters, pbOne("a_total", 0, pbLabel("job", "x"), pbLabel("instance", "localhost:9090"), pbLabel("code", fmt.Sprint(i)), pbLabel("method", "get"), pbBytes(3, pbFloat(1, 5))))
+		if i < 30 {
+			buckets = append(buckets, pbBytes(3, pbVarint(1, 5), pbFloat(2, float64(i))))
+		}
+	}
+	for _, c := range []struct {
+		name string
+		body []byte
+	}{
+		{"counters", slices.Concat(counters...)},
+		{"histogram", pbOne("a_seconds", 4, pbLabel("job", "x"), pbLabel("instance", "localhost:9090"), pbBytes(7, buckets...))},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			var d Decoder
+			for b.Loop() {
+				if _, err := d.Decode(c.body, FormatProto, func(*RawSample) error { return nil }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }

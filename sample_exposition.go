@@ -20,8 +20,8 @@ import (
 // Escaping is how names beyond the legacy charset are shown to a scraper.
 type Escaping struct{ scheme model.EscapingScheme }
 
-// NegotiateEscaping reads a scraper's Accept header: quoted names only for one
-// that says escaping=allow-utf-8, else the scheme it names, else underscores.
+// NegotiateEscaping returns the escaping that a scraper's Accept header asks for: names are
+// quoted only if it says escaping=allow-utf-8. Without a known scheme it is underscores.
 func NegotiateEscaping(accept string) Escaping {
 	for part := range strings.SplitSeq(accept, ",") {
 		_, params, err := mime.ParseMediaType(part)
@@ -35,7 +35,7 @@ func NegotiateEscaping(accept string) Escaping {
 	return Escaping{model.UnderscoreEscaping}
 }
 
-// ContentType is what a response written under e states.
+// ContentType returns the content type of a response that is written under e.
 func (e Escaping) ContentType() string {
 	if e.scheme == model.NoEscaping {
 		return "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
@@ -43,13 +43,13 @@ func (e Escaping) ContentType() string {
 	return "text/plain; version=0.0.4; charset=utf-8; escaping=" + e.scheme.String()
 }
 
-// Quotes reports whether names are shown as they are, quoted where necessary.
-func (e Escaping) Quotes() bool { return e.scheme == model.NoEscaping }
+// quotesNames reports whether names are shown as they are, quoted where necessary.
+func (e Escaping) quotesNames() bool { return e.scheme == model.NoEscaping }
 
 // Name returns a metric's name as e shows it. A legacy name stays as it is under
 // every scheme (dots alone would double its underscores), as in expfmt.
 func (e Escaping) Name(name string) string {
-	if legacyPrefix([]byte(name), 4) == len(name) {
+	if isLegacyMetricName(name) {
 		return name
 	}
 	return model.EscapeName(name, e.scheme)
@@ -58,47 +58,46 @@ func (e Escaping) Name(name string) string {
 // label returns a label's name as e shows it. model.EscapeName leaves colons,
 // which only a metric's name may have: one fails the scrape of an old Prometheus.
 func (e Escaping) label(name []byte) []byte {
-	if legacyPrefix(name, 0) == len(name) {
+	if isLegacyLabelName(name) {
 		return name
 	}
 	return bytes.ReplaceAll([]byte(model.EscapeName(string(name), e.scheme)), []byte(":"), []byte("_"))
 }
 
-// Line renders a parsed series under e. It reports false where the escaped
-// labels cannot be told apart or became reserved: Prometheus fails a whole
-// scrape over one label that occurs twice.
-func (e Escaping) Line(name []byte, labels []Label) ([]byte, bool) {
+// renderLine renders a parsed series under e. It reports false if escaped labels have one
+// name or became reserved: Prometheus fails a whole scrape over one label that
+// occurs twice.
+func (e Escaping) renderLine(name []byte, labels []Label) ([]byte, bool) {
 	r := RawSample{Name: []byte(e.Name(string(name)))}
 	for _, l := range labels {
 		r.Labels = append(r.Labels, Label{e.label(l.Name), l.Value})
 	}
-	var p SampleList
-	err := p.Add(&r)
-	return p.Arena, err == nil
+	var l SampleList
+	err := l.Add(&r)
+	return l.Arena, err == nil
 }
 
-// FamilySample is one sample to write: a rendered series with its newest value.
+// FamilySample is one sample of a Family.
 type FamilySample struct {
-	Line   []byte
-	T      int64 // ms since the epoch
+	Line   []byte // of its series
+	T      int64  // ms since the epoch
 	V      float64
 	Quoted bool // has a name beyond the legacy charset
 }
 
-// Family is the lines of one name, over all sites.
+// Family is the samples of one metric name, over all sites.
 type Family struct {
 	Name  string
 	Lines []FamilySample
 }
 
-// GroupByName turns a Push into families, sorted by name. Lines share the
-// Push's memory.
-func GroupByName(p *SampleList) []Family {
+// GroupByName returns the samples of l as families, sorted by name. They share l's memory.
+func GroupByName(l *SampleList) []Family {
 	var parser SeriesParser
 	index := map[string]int{}
 	var fams []Family
-	for _, s := range p.Samples {
-		name, labels, err := parser.ParseLine(p.Line(s))
+	for _, s := range l.Samples {
+		name, labels, err := parser.ParseLine(l.Line(s))
 		if err != nil {
 			continue // Add renders only what parses
 		}
@@ -108,7 +107,7 @@ func GroupByName(p *SampleList) []Family {
 			index[string(name)] = i
 			fams = append(fams, Family{Name: string(name)})
 		}
-		fams[i].Lines = append(fams[i].Lines, FamilySample{p.Line(s), s.T, s.V, !IsLegacy(name, labels)})
+		fams[i].Lines = append(fams[i].Lines, FamilySample{l.Line(s), s.T, s.V, !IsLegacy(name, labels)})
 	}
 	slices.SortFunc(fams, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
 	return fams
@@ -116,23 +115,18 @@ func GroupByName(p *SampleList) []Family {
 
 // WriteFamilies writes fams as text exposition: "# TYPE <name> untyped" once per
 // name, as Prometheus's own /federate does, because types that differ between
-// sites would fail the whole scrape; then the lines. Names are merged where
-// escaping makes them equal, and a line that escaping makes equal to another is
-// left out; hidden counts those. A write error ends it and is returned.
+// sites would fail the whole scrape; then the samples. Families are merged where
+// escaping makes their names equal, and a sample whose line escaping makes equal
+// to another series' is left out. It returns the numbers of samples written and left
+// out, and the error of w, which ends it.
 func WriteFamilies(w io.Writer, e Escaping, fams []Family) (written, hidden int, err error) {
-	if !e.Quotes() {
+	if !e.quotesNames() {
 		fams, hidden = escapeFamilies(e, fams)
 	}
 	const chunk = 64 << 10
 	buf := make([]byte, 0, chunk+4<<10)
 	for _, f := range fams {
-		buf = append(buf, "# TYPE "...)
-		if name := []byte(f.Name); legacyPrefix(name, 4) == len(name) {
-			buf = append(buf, name...)
-		} else {
-			buf = appendQuoted(buf, name)
-		}
-		buf = append(buf, " untyped\n"...)
+		buf = appendType(buf, []byte(f.Name))
 		for _, l := range f.Lines {
 			buf = AppendSample(buf, l.Line, l.T, l.V)
 			if len(buf) >= chunk {
@@ -148,9 +142,20 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (written, hidden int,
 	return written, hidden, err
 }
 
-// AppendSample appends one line of text exposition; t is in ms, or NoTime.
-func AppendSample(b, series []byte, t int64, v float64) []byte {
-	b = append(append(b, series...), ' ')
+func appendType(b, name []byte) []byte {
+	b = append(b, "# TYPE "...)
+	if isLegacyMetricName(name) {
+		b = append(b, name...)
+	} else {
+		b = appendQuoted(b, name)
+	}
+	return append(b, " untyped\n"...)
+}
+
+// AppendSample appends one sample of text exposition; line is of its series, and t is in ms, or
+// NoTime.
+func AppendSample(b, line []byte, t int64, v float64) []byte {
+	b = append(append(b, line...), ' ')
 	if i := int64(v); float64(i) == v && i > -1e15 && i < 1e15 && (i != 0 || !math.Signbit(v)) {
 		b = strconv.AppendInt(b, i, 10) // most samples are whole numbers
 	} else {
@@ -162,66 +167,74 @@ func AppendSample(b, series []byte, t int64, v float64) []byte {
 	return append(b, '\n')
 }
 
-// escapeFamilies replaces names beyond the legacy charset.
-func escapeFamilies(e Escaping, fams []Family) ([]Family, int) {
+// escapeFamilies returns fams with the names that e shows, and how many samples are left out
+// because e shows their series as another's.
+func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
 	if !slices.ContainsFunc(fams, func(f Family) bool {
 		return slices.ContainsFunc(f.Lines, func(l FamilySample) bool { return l.Quoted })
 	}) {
 		return fams, 0
 	}
-	var parser SeriesParser
-	merged := map[string]*Family{}
-	family := func(name string) *Family {
-		m := merged[name]
-		if m == nil {
-			m = &Family{Name: name}
-			merged[name] = m
-		}
-		return m
-	}
-	for _, f := range fams { // lines that need no escaping come first: they keep their place
-		m := family(e.Name(f.Name))
-		for _, l := range f.Lines {
-			if !l.Quoted {
-				m.Lines = append(m.Lines, l)
-			}
-		}
-	}
-	hidden := 0
-	shown := map[string]map[string]string{} // by name: line → the series that it shows
+	merged := map[string]*escapedFamily{}
+	// Lines that need no escaping come first, so that no escaped line takes the place of one.
 	for _, f := range fams {
 		name := e.Name(f.Name)
-		m := family(name)
+		if merged[name] == nil {
+			merged[name] = &escapedFamily{Family: Family{Name: name}}
+		}
 		for _, l := range f.Lines {
 			if !l.Quoted {
-				continue
+				merged[name].Lines = append(merged[name].Lines, l)
 			}
-			if shown[name] == nil {
-				shown[name] = make(map[string]string, len(m.Lines))
-				for _, l := range m.Lines {
-					shown[name][string(l.Line)] = string(l.Line)
-				}
-			}
-			n, labels, err := parser.ParseLine(l.Line)
-			ok := err == nil
-			series := string(l.Line)
-			if ok {
-				l.Line, ok = e.Line(n, labels)
-			}
-			// A series has one line, so that its samples ascend.
-			if first, has := shown[name][string(l.Line)]; !ok || has && first != series {
-				hidden++
-				continue
-			}
-			shown[name][string(l.Line)] = series
-			m.Lines = append(m.Lines, l)
 		}
 	}
-	out := make([]Family, 0, len(merged))
+	var parser SeriesParser
+	for _, f := range fams {
+		m := merged[e.Name(f.Name)]
+		for _, l := range f.Lines {
+			if l.Quoted && !m.addEscaped(e, &parser, l) {
+				hidden++
+			}
+		}
+	}
 	for _, name := range slices.Sorted(maps.Keys(merged)) {
 		if len(merged[name].Lines) > 0 {
-			out = append(out, *merged[name])
+			out = append(out, merged[name].Family)
 		}
 	}
 	return out, hidden
+}
+
+// escapedFamily is a family under the name that an Escaping shows.
+type escapedFamily struct {
+	Family
+	shownBy map[string]string // line → the series that it shows; nil until a line is escaped
+}
+
+// addEscaped adds a sample with the line that e shows. It reports false if there is no such
+// line, or if it shows another series already: a series has one line, so that its samples
+// ascend.
+func (f *escapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
+	if f.shownBy == nil {
+		f.shownBy = make(map[string]string, len(f.Lines))
+		for _, l := range f.Lines {
+			f.shownBy[string(l.Line)] = string(l.Line)
+		}
+	}
+	series := string(l.Line)
+	name, labels, err := parser.ParseLine(l.Line)
+	if err != nil {
+		return false
+	}
+	line, ok := e.renderLine(name, labels)
+	if !ok {
+		return false
+	}
+	if first, taken := f.shownBy[string(line)]; taken && first != series {
+		return false
+	}
+	f.shownBy[string(line)] = series
+	l.Line = line
+	f.Lines = append(f.Lines, l)
+	return true
 }

@@ -9,38 +9,51 @@ import (
 	"strconv"
 )
 
-// legacyByte says where a byte may stand in a name of the legacy charset:
-// 1 a metric's or label's first byte, 2 a later one, 4 a metric's only (':').
+// Where a byte may stand in a name of the legacy charset.
+const (
+	nameFirst byte = 1 << iota // the first byte of a metric's or a label's name
+	nameLater                  // a later byte of one
+	nameColon                  // any byte of a metric's name only
+)
+
 var legacyByte = func() (t [256]byte) {
 	for c := range t {
 		switch {
 		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c == '_':
-			t[c] = 1 | 2
+			t[c] = nameFirst | nameLater
 		case c >= '0' && c <= '9':
-			t[c] = 2
+			t[c] = nameLater
 		case c == ':':
-			t[c] = 4
+			t[c] = nameColon
 		}
 	}
 	return t
 }()
 
-// legacyPrefix returns how many leading bytes of b form a legacy name; colon is
-// 4 for a metric's name and 0 for a label's.
-func legacyPrefix(b []byte, colon byte) int {
-	if len(b) == 0 || legacyByte[b[0]]&(1|colon) == 0 {
+// LegacyMetricPrefix returns how many leading bytes of b form a metric's name of the legacy
+// charset.
+func LegacyMetricPrefix[T string | []byte](b T) int { return legacyPrefix(b, nameColon) }
+
+// LegacyLabelPrefix is LegacyMetricPrefix for the name of a label.
+func LegacyLabelPrefix[T string | []byte](b T) int { return legacyPrefix(b, 0) }
+
+func isLegacyMetricName[T string | []byte](name T) bool { return LegacyMetricPrefix(name) == len(name) }
+func isLegacyLabelName[T string | []byte](name T) bool  { return LegacyLabelPrefix(name) == len(name) }
+
+func legacyPrefix[T string | []byte](b T, colon byte) int {
+	if len(b) == 0 || legacyByte[b[0]]&(nameFirst|colon) == 0 {
 		return 0
 	}
 	i := 1
-	for i < len(b) && legacyByte[b[i]]&(2|colon) != 0 {
+	for i < len(b) && legacyByte[b[i]]&(nameLater|colon) != 0 {
 		i++
 	}
 	return i
 }
 
-// AppendSeries appends the line of a series whose labels are sorted.
-func AppendSeries(b, name []byte, labels []Label) []byte {
-	legacy := legacyPrefix(name, 4) == len(name)
+// appendLine appends the line of a series, whose labels are sorted.
+func appendLine(b, name []byte, labels []Label) []byte {
+	legacy := isLegacyMetricName(name)
 	if legacy {
 		b = append(b, name...)
 		if len(labels) == 0 {
@@ -55,7 +68,7 @@ func AppendSeries(b, name []byte, labels []Label) []byte {
 		if i > 0 || !legacy {
 			b = append(b, ',')
 		}
-		if legacyPrefix(l.Name, 0) == len(l.Name) {
+		if isLegacyLabelName(l.Name) {
 			b = append(b, l.Name...)
 		} else {
 			b = appendQuoted(b, l.Name)
@@ -66,6 +79,7 @@ func AppendSeries(b, name []byte, labels []Label) []byte {
 	return append(b, '}')
 }
 
+// appendQuoted appends s as a quoted string of the text exposition format.
 func appendQuoted(b, s []byte) []byte {
 	b = append(b, '"')
 	from := 0
@@ -85,8 +99,8 @@ func appendQuoted(b, s []byte) []byte {
 	return append(append(b, s[from:]...), '"')
 }
 
-// Excerpt is the beginning of a line as an error may show it: the series is the
-// sender's own, but a hostile one must not fill a log.
+// Excerpt returns the beginning of foreign text, quoted, as an error may show it: a sender may
+// see its own text, but a hostile one must not fill a log.
 func Excerpt(line []byte) string {
 	if len(line) > 200 {
 		line = append(bytes.Clone(line[:200]), "…"...)
@@ -94,23 +108,23 @@ func Excerpt(line []byte) string {
 	return strconv.QuoteToGraphic(string(bytes.ToValidUTF8(line, []byte("\ufffd"))))
 }
 
+// IsLegacy reports whether all names of a series are of the charset that every Prometheus
+// reads unquoted.
+func IsLegacy(name []byte, labels []Label) bool {
+	return isLegacyMetricName(name) &&
+		!slices.ContainsFunc(labels, func(l Label) bool { return !isLegacyLabelName(l.Name) })
+}
+
 // IsLegacyLine is IsLegacy for a rendered line.
 func IsLegacyLine(line []byte) bool {
-	// Only a name that is quoted puts a quote behind a brace or comma that is
-	// outside of a value; most lines have neither sequence.
+	// Only a quoted name puts a quote behind a brace or comma outside of a value. Most lines
+	// have neither sequence, so that they need not be parsed.
 	if len(line) > 0 && line[0] != '{' && !bytes.Contains(line, []byte(`{"`)) && !bytes.Contains(line, []byte(`,"`)) {
 		return true
 	}
 	var p SeriesParser
 	name, labels, err := p.ParseLine(line)
 	return err == nil && IsLegacy(name, labels)
-}
-
-// IsLegacy reports whether all names of a parsed series are of the charset that
-// every Prometheus reads unquoted.
-func IsLegacy(name []byte, labels []Label) bool {
-	return legacyPrefix(name, 4) == len(name) &&
-		!slices.ContainsFunc(labels, func(l Label) bool { return legacyPrefix(l.Name, 0) != len(l.Name) })
 }
 
 // LineName returns the metric name of a rendered line.
@@ -120,5 +134,5 @@ func LineName(line []byte) []byte {
 		name, _, _ := p.ParseLine(line)
 		return name
 	}
-	return line[:legacyPrefix(line, 4)]
+	return line[:LegacyMetricPrefix(line)]
 }

@@ -10,141 +10,154 @@ import (
 	"slices"
 )
 
-func skipBlank(b []byte) []byte {
+// SeriesParser parses series. It keeps scratch memory between calls and is not safe
+// for concurrent use. The zero value is ready.
+type SeriesParser struct {
+	labels    []Label
+	unescaped []byte     // of the quoted strings of the current line
+	rendered  SampleList // of ParseRendered
+}
+
+// parsePrefix parses the name and labels that line begins with and returns what
+// follows them. The results share memory with line, which stays as it is, and
+// with p; they are valid until p's next use.
+func (p *SeriesParser) parsePrefix(line []byte) (name []byte, labels []Label, rest []byte, err error) {
+	if len(line) > 2*MaxLine { // room for blanks; SampleList.Add bounds the series itself
+		return nil, nil, nil, fmt.Errorf("%w: a line of %d bytes", ErrTooLarge, len(line))
+	}
+	// The unescaped strings of one line share this buffer. With room for the whole
+	// line it never moves, so that earlier strings stay valid.
+	p.unescaped = slices.Grow(p.unescaped[:0], len(line))
+	p.labels = slices.Grow(p.labels[:0], 32) // room for labels that are added later
+	n := LegacyMetricPrefix(line)
+	name = line[:n]
+	b := skipBlanks(line[n:])
+	switch {
+	case len(b) > 0 && b[0] == '{':
+		if name, b, err = p.parseLabels(name, b[1:]); err != nil {
+			return nil, nil, nil, err
+		}
+	case n == 0:
+		return nil, nil, nil, errors.New("no valid metric name")
+	case len(b) > 0 && len(b) == len(line)-n:
+		return nil, nil, nil, fmt.Errorf("unexpected %q in the metric name", b[0])
+	}
+	return name, p.labels, b, nil
+}
+
+// parseLabels parses what follows {, to p.labels, and returns what follows }. A name that is
+// not legacy stands quoted among the labels, and is returned if name is empty.
+func (p *SeriesParser) parseLabels(name, b []byte) (_, rest []byte, err error) {
+	for b = skipBlanks(b); ; {
+		if len(b) == 0 {
+			return nil, nil, errors.New("the labels do not end in }")
+		}
+		if b[0] == '}' {
+			if len(name) == 0 {
+				return nil, nil, errNoMetricName
+			}
+			return name, b[1:], nil
+		}
+		var label Label
+		var hasValue bool
+		if b, hasValue, err = p.parseLabel(b, &label); err != nil {
+			return nil, nil, err
+		}
+		switch {
+		case hasValue && len(p.labels) >= MaxLabels:
+			return nil, nil, fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
+		case hasValue:
+			p.labels = append(p.labels, label)
+		case len(name) > 0:
+			return nil, nil, fmt.Errorf("label %.100q has no value", label.Name)
+		case len(label.Name) == 0:
+			return nil, nil, errNoMetricName
+		default: // {"a.name",…} or {…,"a.name"}
+			name = label.Name
+		}
+		if b = skipBlanks(b); len(b) > 0 && b[0] == ',' {
+			b = skipBlanks(b[1:])
+		} else if len(b) > 0 && b[0] != '}' {
+			return nil, nil, fmt.Errorf("unexpected %q after label %.100q", b[0], label.Name)
+		}
+	}
+}
+
+// parseLabel parses the label that b begins with, and returns what follows it. A quoted string
+// has no value if it is the metric's name.
+func (p *SeriesParser) parseLabel(b []byte, label *Label) (rest []byte, hasValue bool, err error) {
+	quoted := b[0] == '"'
+	if quoted {
+		if label.Name, b, err = p.parseQuoted(b); err != nil {
+			return nil, false, err
+		}
+	} else {
+		n := LegacyLabelPrefix(b)
+		if n == 0 {
+			return nil, false, fmt.Errorf("unexpected %q where a label name should begin", b[0])
+		}
+		label.Name, b = b[:n], b[n:]
+	}
+	b = skipBlanks(b)
+	if len(b) == 0 || b[0] != '=' {
+		if !quoted {
+			return nil, false, fmt.Errorf("label %.100q has no value", label.Name)
+		}
+		return b, false, nil
+	}
+	b = skipBlanks(b[1:])
+	if len(b) == 0 || b[0] != '"' {
+		return nil, false, fmt.Errorf("the value of label %.100q is not quoted", label.Name)
+	}
+	label.Value, b, err = p.parseQuoted(b)
+	return b, true, err
+}
+
+func skipBlanks(b []byte) []byte {
 	for len(b) > 0 && (b[0] == ' ' || b[0] == '\t') {
 		b = b[1:]
 	}
 	return b
 }
 
-// SeriesParser parses series. It keeps scratch memory between calls and is not safe
-// for concurrent use. The zero value is ready.
-type SeriesParser struct {
-	labels []Label
-	unesc  []byte // unescaped text of the current line
-	check  SampleList
+// parseQuoted parses the quoted string that b begins with, and returns what follows it.
+func (p *SeriesParser) parseQuoted(b []byte) (s, rest []byte, err error) {
+	b = b[1:]
+	end := bytes.IndexByte(b, '"')
+	if end >= 0 && bytes.IndexByte(b[:end], '\\') < 0 {
+		return b[:end], b[end+1:], nil
+	}
+	return p.unescape(b)
 }
 
-// ParsePrefix parses the name and labels that line begins with and returns what
-// follows them. The results share memory with line, which stays as it is, and
-// with p; they are valid until p's next use.
-func (p *SeriesParser) ParsePrefix(line []byte) (name []byte, labels []Label, rest []byte, err error) {
-	fail := func(format string, args ...any) ([]byte, []Label, []byte, error) {
-		return nil, nil, nil, fmt.Errorf(format, args...)
-	}
-	if len(line) > 2*MaxLine { // room for blanks; Add judges what is left of it
-		return fail("%w: a line of %d bytes", ErrTooLarge, len(line))
-	}
-	// Unescaped values of one line share this buffer; with room for the whole
-	// line it never moves, so that earlier values stay valid.
-	p.unesc = slices.Grow(p.unesc[:0], len(line))
-	p.labels = slices.Grow(p.labels[:0], 32) // room for labels that are added later
-	n := legacyPrefix(line, 4)
-	name = line[:n]
-	b := skipBlank(line[n:])
-	if len(b) == 0 || b[0] != '{' {
-		if n == 0 {
-			return fail("no valid metric name")
+// unescape is parseQuoted behind the first quote. As in Prometheus's parser a backslash before
+// any other byte than a backslash, a quote or n stands for itself.
+func (p *SeriesParser) unescape(b []byte) (s, rest []byte, err error) {
+	from := len(p.unescaped)
+	for i := 0; i < len(b); i++ {
+		switch {
+		case b[i] == '"':
+			return p.unescaped[from:], b[i+1:], nil
+		case b[i] != '\\' || i+1 == len(b):
+			p.unescaped = append(p.unescaped, b[i])
+			continue
 		}
-		if len(b) > 0 && len(b) == len(line)-n {
-			return fail("unexpected %q in the metric name", b[0])
-		}
-		return name, nil, b, nil
-	}
-	b = skipBlank(b[1:])
-	for {
-		if len(b) == 0 {
-			return fail("the labels do not end in }")
-		}
-		if b[0] == '}' {
-			break
-		}
-		var label []byte
-		quoted := b[0] == '"'
-		if quoted {
-			if label, b, err = p.quoted(b); err != nil {
-				return fail("%w", err)
-			}
-		} else {
-			n := legacyPrefix(b, 0)
-			if n == 0 {
-				return fail("unexpected %q where a label name should begin", b[0])
-			}
-			label, b = b[:n], b[n:]
-		}
-		b = skipBlank(b)
-		if len(b) > 0 && b[0] == '=' {
-			b = skipBlank(b[1:])
-			if len(b) == 0 || b[0] != '"' {
-				return fail("the value of label %.100q is not quoted", label)
-			}
-			var value []byte
-			if value, b, err = p.quoted(b); err != nil {
-				return fail("%w", err)
-			}
-			if len(p.labels) >= MaxLabels {
-				return fail("%w: more than %d labels", ErrTooLarge, MaxLabels)
-			}
-			p.labels = append(p.labels, Label{label, value})
-		} else if quoted && len(name) == 0 {
-			if name = label; len(name) == 0 { // {"a.name",…} or {…,"a.name"}
-				return fail("no metric name")
-			}
-		} else {
-			return fail("label %.100q has no value", label)
-		}
-		b = skipBlank(b)
-		if len(b) > 0 && b[0] == ',' {
-			b = skipBlank(b[1:])
-		} else if len(b) > 0 && b[0] != '}' {
-			return fail("unexpected %q after label %.100q", b[0], label)
-		}
-	}
-	if len(name) == 0 {
-		return fail("no metric name")
-	}
-	return name, p.labels, b[1:], nil
-}
-
-// quoted parses the quoted string that b begins with. As in Prometheus's parser
-// a backslash before any other byte stands for itself.
-func (p *SeriesParser) quoted(b []byte) (s, rest []byte, err error) {
-	from := len(p.unesc)
-	for i := 1; i < len(b); i++ {
+		i++
 		switch b[i] {
-		case '"':
-			if len(p.unesc) == from {
-				return b[1:i], b[i+1:], nil
-			}
-			return p.unesc[from:], b[i+1:], nil
-		case '\\':
-			if len(p.unesc) == from {
-				p.unesc = append(p.unesc, b[1:i]...)
-			}
-			i++
-			if i == len(b) {
-				continue
-			}
-			switch b[i] {
-			case '\\', '"':
-				p.unesc = append(p.unesc, b[i])
-			case 'n':
-				p.unesc = append(p.unesc, '\n')
-			default:
-				p.unesc = append(p.unesc, '\\', b[i])
-			}
+		case '\\', '"':
+			p.unescaped = append(p.unescaped, b[i])
+		case 'n':
+			p.unescaped = append(p.unescaped, '\n')
 		default:
-			if len(p.unesc) > from {
-				p.unesc = append(p.unesc, b[i])
-			}
+			p.unescaped = append(p.unescaped, '\\', b[i])
 		}
 	}
 	return nil, nil, errors.New("a quoted string does not end")
 }
 
-// ParseLine parses a rendered line, wholly.
+// ParseLine parses a line that holds a series and nothing else.
 func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err error) {
-	name, labels, rest, err := p.ParsePrefix(line)
+	name, labels, rest, err := p.parsePrefix(line)
 	if err == nil && len(rest) > 0 {
 		err = errors.New("bytes after the series")
 	}
@@ -154,30 +167,18 @@ func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err 
 	return name, labels, nil
 }
 
-// ParseRendered reports a line that Push.Add did not render, byte for byte: what
-// recovery found on a damaged disk, and will serve as it is, is checked so.
+// ParseRendered is ParseLine for a line that has to be, byte for byte, as SampleList.Add
+// renders it. Recovery checks so the lines of a damaged disk, which are served as they are.
 func (p *SeriesParser) ParseRendered(line []byte) (name []byte, labels []Label, err error) {
 	if name, labels, err = p.ParseLine(line); err != nil {
 		return nil, nil, err
 	}
-	p.check.Reset()
-	if err := p.check.Add(&RawSample{Name: name, Labels: labels}); err != nil {
+	p.rendered.Reset()
+	if err := p.rendered.Add(&RawSample{Name: name, Labels: labels}); err != nil {
 		return nil, nil, err
 	}
-	if !bytes.Equal(p.check.Arena, line) {
+	if !bytes.Equal(p.rendered.Arena, line) {
 		return nil, nil, fmt.Errorf("series %s is not in normal form", Excerpt(line))
 	}
 	return name, labels, nil
-}
-
-// CheckOf is Check for a line that has to be of a cluster.
-func (p *SeriesParser) CheckOf(line []byte, cluster string) error {
-	_, labels, err := p.ParseRendered(line)
-	if err != nil {
-		return err
-	}
-	if !slices.ContainsFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel && string(l.Value) == cluster }) {
-		return fmt.Errorf("series %s is not of cluster %q", Excerpt(line), cluster)
-	}
-	return nil
 }

@@ -1,12 +1,10 @@
 package main
 
-// Decoding of delimited protobuf. No length that a body states is believed before it is
-// checked against the bytes that are there. Histograms and summaries become their component
+// Decoding of delimited protobuf. Every length that a body states is checked
+// against the bytes that are there. Histograms and summaries become their component
 // lines; how often they may repeat their labels is bounded.
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -22,309 +20,374 @@ const (
 	labelCost     = 16
 )
 
-// field is one field of a protobuf message, as the wire format has it
+// protoField is one field of a protobuf message, as the wire format has it
 // (protobuf.dev/programming-guides/encoding). A walk over the bytes replaces
 // generated code here because unmarshalling allocates some fifty bytes for each
 // two of an empty message, which a hostile body can consist of.
-type field struct {
-	num  uint64
-	u    uint64 // varint, fixed32 or fixed64
-	data []byte // of a length-delimited field, else nil
+type protoField struct {
+	number uint64
+	value  uint64 // varint, fixed32 or fixed64
+	data   []byte // of a length-delimited field, else nil
 }
 
-var errProto = errors.New("malformed protobuf")
+func (f protoField) float() float64 { return math.Float64frombits(f.value) }
 
-func nextField(b []byte) (f field, rest []byte, err error) {
-	tag, n := binary.Uvarint(b)
-	if n <= 0 || tag>>3 == 0 {
-		return f, nil, errProto
+// protoMessage walks over the fields of a message.
+type protoMessage struct{ WireReader }
+
+// next reads the next field; false says that there is none, or that err has an error.
+func (m *protoMessage) next(f *protoField) bool {
+	if m.Len() == 0 {
+		return false
 	}
-	b = b[n:]
-	f.num = tag >> 3
+	tag := m.Uvarint(math.MaxUint64)
+	*f = protoField{number: tag >> 3}
+	m.Require(f.number > 0)
 	switch tag & 7 {
 	case 0:
-		if f.u, n = binary.Uvarint(b); n <= 0 {
-			return f, nil, errProto
-		}
-		return f, b[n:], nil
+		f.value = m.Uvarint(math.MaxUint64)
 	case 1:
-		if len(b) < 8 {
-			return f, nil, errProto
-		}
-		f.u = binary.LittleEndian.Uint64(b)
-		return f, b[8:], nil
+		f.value = m.Uint64()
 	case 2:
-		size, n := binary.Uvarint(b)
-		if n <= 0 || size > uint64(len(b)-n) {
-			return f, nil, errProto
-		}
-		f.data = b[n : n+int(size) : n+int(size)]
-		return f, b[n+int(size):], nil
+		f.data = m.Bytes(int(m.Uvarint(math.MaxInt)))
 	case 5:
-		if len(b) < 4 {
-			return f, nil, errProto
-		}
-		f.u = uint64(binary.LittleEndian.Uint32(b))
-		return f, b[4:], nil
+		f.value = uint64(m.Uint32())
+	default:
+		m.Require(false) // groups are not in the schema
 	}
-	return f, nil, errProto // groups are not in the schema
+	return m.Err() == nil
 }
 
-// fields calls f for every field of message b.
-func fields(b []byte, f func(field) error) error {
-	for len(b) > 0 {
-		fd, rest, err := nextField(b)
-		if err != nil {
-			return err
-		}
-		if err := f(fd); err != nil {
-			return err
-		}
-		b = rest
+func (m *protoMessage) err() error {
+	if err := m.Err(); err != nil {
+		return fmt.Errorf("malformed protobuf: %w", err)
 	}
 	return nil
 }
 
-// The numbers below are of client_model's io/prometheus/client/metrics.proto.
-func (d *Decoder) proto(body []byte, emit func(*RawSample) error) error {
-	for n := 1; len(body) > 0; n++ {
-		size, k := binary.Uvarint(body)
-		if k <= 0 || size > uint64(len(body)-k) {
-			return fmt.Errorf("family %d: truncated: %d bytes left of a longer frame", n, len(body))
+// decodeProto decodes a body. The numbers of fields here and below are of client_model's
+// io/prometheus/client/metrics.proto.
+func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
+	r := ReadWire(body)
+	for n := 1; r.Len() > 0; n++ {
+		left := r.Len()
+		family := r.Bytes(int(r.Uvarint(math.MaxInt)))
+		if r.Err() != nil {
+			return fmt.Errorf("family %d: truncated: %d bytes left of a longer frame", n, left)
 		}
-		frame := body[k : k+int(size)]
-		body = body[k+int(size):]
-		var name []byte
-		var kind uint64 // counter, unless stated
-		err := fields(frame, func(f field) error {
-			switch f.num {
-			case 1:
-				name = f.data
-			case 3:
-				kind = f.u
-			}
-			return nil
-		})
-		if len(name) > MaxLine {
-			err = fmt.Errorf("%w: a name of %d bytes; at most %d", ErrTooLarge, len(name), MaxLine)
-		}
-		if err == nil {
-			err = fields(frame, func(f field) error {
-				if f.num != 4 {
-					return nil
-				}
-				if err := d.metric(f.data, name, kind, emit); err != nil {
-					return fmt.Errorf("series %s: %w", Excerpt(AppendSeries(nil, name, d.raw.Labels)), err)
-				}
-				return nil
-			})
-		}
-		if err != nil {
+		if err := d.decodeFamily(family, emit); err != nil {
 			return fmt.Errorf("family %d: %w", n, err)
 		}
 	}
 	return nil
 }
 
-func (d *Decoder) metric(b, name []byte, kind uint64, emit func(*RawSample) error) error {
-	r := &d.raw
-	r.Labels, r.HasT = r.Labels[:0], false
-	// By field number: gauge 2, counter 3, summary 4, untyped 5, histogram 7.
-	var value field
-	want := [...]uint64{3, 2, 4, 5, 7, 7} // by MetricType
-	if kind >= uint64(len(want)) {
-		return fmt.Errorf("unknown metric type %d", kind)
-	}
-	size := 0 // of the labels, in bytes
-	err := fields(b, func(f field) error {
-		switch f.num {
+// decodeFamily decodes a MetricFamily. Its name and type may come behind its metrics.
+func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
+	var name []byte
+	var kind uint64 // counter, unless stated
+	var f protoField
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
 		case 1:
-			var l Label
-			if err := fields(f.data, func(f field) error {
-				switch f.num {
-				case 1:
-					l.Name = f.data
-				case 2:
-					l.Value = f.data
-				}
-				return nil
-			}); err != nil {
-				return err
-			}
-			if metadataLabel(l.Name) {
-				d.skipped.Metadata++
-				return nil
-			}
-			if len(r.Labels) >= MaxLabels {
-				return fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
-			}
-			if size += len(f.data); size > 2*MaxLine { // Add judges more strictly, but not of what is dropped before it
-				return fmt.Errorf("%w: labels of more than %d bytes", ErrTooLarge, 2*MaxLine)
-			}
-			r.Labels = append(r.Labels, l)
-		case 6:
-			r.T, r.HasT = int64(f.u), true
-		case want[kind]:
-			if f.data == nil {
-				return errProto
-			}
-			value = f
+			name = f.data
+		case 3:
+			kind = f.value
 		}
-		return nil
-	})
-	switch {
-	case err != nil:
-		return err
-	case value.data == nil:
-		return fmt.Errorf("no value of metric type %d", kind)
-	case kind == 2:
-		return d.summary(value.data, name, emit)
-	case kind >= 4:
-		return d.histogram(value.data, name, emit)
 	}
-	r.Name, r.V = name, 0
-	if err := fields(value.data, func(f field) error {
-		switch {
-		case f.num == 1:
-			r.V = math.Float64frombits(f.u)
-		case kind == 0 && f.num == 2:
-			d.skipped.Exemplars++
-		case kind == 0 && f.num == 3:
-			d.skipped.Created++
-		}
-		return nil
-	}); err != nil {
+	if len(name) > MaxLine {
+		return fmt.Errorf("%w: a name of %d bytes; at most %d", ErrTooLarge, len(name), MaxLine)
+	}
+	if err := m.err(); err != nil {
 		return err
 	}
-	return emit(r)
+	for m = (protoMessage{ReadWire(b)}); m.next(&f); {
+		if f.number == 4 {
+			if err := d.decodeMetric(f.data, name, kind, emit); err != nil {
+				return fmt.Errorf("series %s: %w", Excerpt(appendLine(nil, name, d.raw.Labels)), err)
+			}
+		}
+	}
+	return nil
 }
 
-// component emits one line of a histogram or summary: its name with suffix, and
-// one more label where label is not nil. emit may change labels, so each
-// component starts from the metric's own.
-func (d *Decoder) component(own []Label, name []byte, suffix string, label []byte, bound, v float64, emit func(*RawSample) error) error {
-	// Each component costs its user the whole name and labels, also one that is
-	// dropped, while a bucket may be two bytes of the body.
-	d.room -= componentCost + len(name)
-	for _, l := range own {
-		d.room -= labelCost + len(l.Name) + len(l.Value)
+// Values of MetricType.
+const (
+	protoCounter, protoSummary = 0, 2
+	protoHistogram             = 4
+	protoGaugeHistogram        = 5
+)
+
+func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample) error) error {
+	value, err := d.decodeMetricFields(b, kind)
+	if err != nil {
+		return err
 	}
-	if d.room < 0 {
-		return fmt.Errorf("%w: histograms and summaries repeat their labels to more than %d times the body", ErrTooLarge, maxRepeat)
+	switch kind {
+	case protoSummary:
+		return d.decodeSummary(value, name, emit)
+	case protoHistogram, protoGaugeHistogram:
+		return d.decodeHistogram(value, name, emit)
 	}
-	d.name = append(append(d.name[:0], name...), suffix...)
-	d.raw.Name, d.raw.V = d.name, v
-	d.raw.Labels = append(d.raw.Labels[:0], own...)
-	if label != nil {
-		if len(d.raw.Labels) >= MaxLabels {
-			return fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
+	d.raw.Name, d.raw.V = name, 0
+	var f protoField
+	m := protoMessage{ReadWire(value)}
+	for m.next(&f) {
+		switch {
+		case f.number == 1:
+			d.raw.V = f.float()
+		case kind == protoCounter && f.number == 2:
+			d.skipped.Exemplars++
+		case kind == protoCounter && f.number == 3:
+			d.skipped.Created++
 		}
-		d.value = strconv.AppendFloat(d.value[:0], bound, 'g', -1, 64)
-		d.raw.Labels = append(d.raw.Labels, Label{label, d.value})
+	}
+	if err := m.err(); err != nil {
+		return err
 	}
 	return emit(&d.raw)
 }
 
-func (d *Decoder) summary(b, name []byte, emit func(*RawSample) error) error {
-	own := slices.Clone(d.raw.Labels)
-	quantile := []byte("quantile")
-	var count, sum float64
-	err := fields(b, func(f field) error {
-		switch f.num {
+// decodeMetricFields decodes a Metric: its labels and time into d.raw, and the message with
+// the value of its type, which it returns.
+func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err error) {
+	r := &d.raw
+	r.Labels, r.HasT = r.Labels[:0], false
+	// Fields by MetricType: counter 3, gauge 2, summary 4, untyped 5, both histograms 7.
+	valueFields := [...]uint64{3, 2, 4, 5, 7, 7}
+	if kind >= uint64(len(valueFields)) {
+		return nil, fmt.Errorf("unknown metric type %d", kind)
+	}
+	var f protoField
+	labelBytes := 0
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
 		case 1:
-			count = float64(f.u)
+			// SampleList.Add bounds a series more strictly, but not labels that are dropped before it.
+			if labelBytes, err = d.decodeLabel(f.data, labelBytes); err != nil {
+				return nil, err
+			}
+		case 6:
+			r.T, r.HasT = int64(f.value), true
+		case valueFields[kind]:
+			value = f.data
+			m.Require(value != nil)
+		}
+	}
+	if err := m.err(); err != nil {
+		return nil, err
+	}
+	if value == nil {
+		return nil, fmt.Errorf("no value of metric type %d", kind)
+	}
+	return value, nil
+}
+
+// decodeLabel appends a LabelPair to d.raw.Labels unless it is metadata. used is how many bytes
+// the labels before it have; the sum is returned, and bounded by 2*MaxLine.
+func (d *Decoder) decodeLabel(b []byte, used int) (int, error) {
+	var l Label
+	var f protoField
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
+		case 1:
+			l.Name = f.data
 		case 2:
-			sum = math.Float64frombits(f.u)
+			l.Value = f.data
+		}
+	}
+	if err := m.err(); err != nil {
+		return used, err
+	}
+	if isMetadataLabel(l.Name) {
+		d.skipped.Metadata++
+		return used, nil
+	}
+	if len(d.raw.Labels) >= MaxLabels {
+		return used, fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
+	}
+	if used += len(b); used > 2*MaxLine {
+		return used, fmt.Errorf("%w: labels of more than %d bytes", ErrTooLarge, 2*MaxLine)
+	}
+	d.raw.Labels = append(d.raw.Labels, l)
+	return used, nil
+}
+
+// components makes the component samples of one histogram or summary. It does not hold emit,
+// which would then escape to the heap, with all that it captures.
+type components struct {
+	d          *Decoder
+	name       []byte
+	labels     []Label // of the metric: emit may change d.raw's, so that each component starts from these
+	boundLabel []byte  // le or quantile
+}
+
+func (d *Decoder) componentsOf(name []byte, boundLabel string) components {
+	return components{d, name, slices.Clone(d.raw.Labels), []byte(boundLabel)}
+}
+
+// bound emits a bucket or quantile: a sample with one more label, whose value is the bound.
+func (c *components) bound(suffix string, bound, v float64, emit func(*RawSample) error) error {
+	if err := c.begin(suffix); err != nil {
+		return err
+	}
+	d := c.d
+	if len(d.raw.Labels) >= MaxLabels {
+		return fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
+	}
+	d.bound = strconv.AppendFloat(d.bound[:0], bound, 'g', -1, 64)
+	d.raw.Labels = append(d.raw.Labels, Label{c.boundLabel, d.bound})
+	d.raw.V = v
+	return emit(&d.raw)
+}
+
+// total emits the sum or the count.
+func (c *components) total(suffix string, v float64, emit func(*RawSample) error) error {
+	if err := c.begin(suffix); err != nil {
+		return err
+	}
+	c.d.raw.V = v
+	return emit(&c.d.raw)
+}
+
+// begin makes d.raw the series of the metric with a suffix to its name. Each component costs
+// its user the whole name and labels, also one that is dropped, while a bucket may be two
+// bytes of the body.
+func (c *components) begin(suffix string) error {
+	d := c.d
+	d.repeatable -= componentCost + len(c.name)
+	for _, l := range c.labels {
+		d.repeatable -= labelCost + len(l.Name) + len(l.Value)
+	}
+	if d.repeatable < 0 {
+		return fmt.Errorf("%w: histograms and summaries repeat their labels to more than %d times the body", ErrTooLarge, maxRepeat)
+	}
+	d.name = append(append(d.name[:0], c.name...), suffix...)
+	d.raw.Name = d.name
+	d.raw.Labels = append(d.raw.Labels[:0], c.labels...)
+	return nil
+}
+
+func (c *components) sumAndCount(sum, count float64, emit func(*RawSample) error) error {
+	if err := c.total("_sum", sum, emit); err != nil {
+		return err
+	}
+	return c.total("_count", count, emit)
+}
+
+func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) error {
+	parts := d.componentsOf(name, "quantile")
+	var count, sum float64
+	var f protoField
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
+		case 1:
+			count = float64(f.value)
+		case 2:
+			sum = f.float()
 		case 3:
-			var q, v float64
-			if err := fields(f.data, func(f field) error {
-				switch f.num {
-				case 1:
-					q = math.Float64frombits(f.u)
-				case 2:
-					v = math.Float64frombits(f.u)
-				}
-				return nil
-			}); err != nil {
+			q, v, err := decodeQuantile(f.data)
+			if err == nil {
+				err = parts.bound("", q, v, emit)
+			}
+			if err != nil {
 				return err
 			}
-			return d.component(own, name, "", quantile, q, v, emit)
 		case 4:
 			d.skipped.Created++
 		}
-		return nil
-	})
-	if err == nil {
-		err = d.component(own, name, "_sum", nil, 0, sum, emit)
 	}
-	if err == nil {
-		err = d.component(own, name, "_count", nil, 0, count, emit)
+	if err := m.err(); err != nil {
+		return err
 	}
-	return err
+	return parts.sumAndCount(sum, count, emit)
 }
 
-func (d *Decoder) histogram(b, name []byte, emit func(*RawSample) error) error {
-	own := slices.Clone(d.raw.Labels)
-	le := []byte("le")
-	var count, countFloat, sum float64 // the float counts where it is above zero
-	var native, classic, inf bool
-	err := fields(b, func(f field) error {
-		switch f.num {
+func decodeQuantile(b []byte) (quantile, v float64, err error) {
+	var f protoField
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
 		case 1:
-			count = float64(f.u)
+			quantile = f.float()
 		case 2:
-			sum = math.Float64frombits(f.u)
+			v = f.float()
+		}
+	}
+	return quantile, v, m.err()
+}
+
+func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) error {
+	parts := d.componentsOf(name, "le")
+	var count, countFloat, sum float64 // a float count replaces the count where it is above 0
+	var native, classic, hasInf bool
+	var f protoField
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
+		case 1:
+			count = float64(f.value)
+		case 2:
+			sum = f.float()
+		case 3:
+			classic = true
+			bound, v, err := d.decodeBucket(f.data)
+			if err == nil {
+				err = parts.bound("_bucket", bound, v, emit)
+			}
+			if err != nil {
+				return err
+			}
+			hasInf = hasInf || math.IsInf(bound, +1)
 		case 4:
-			countFloat = math.Float64frombits(f.u)
+			countFloat = f.float()
 		case 5, 6, 7, 8, 9, 12: // schema, zero bucket, negative and positive spans
 			native = true
 		case 15:
 			d.skipped.Created++
 		case 16:
 			d.skipped.Exemplars++
-		case 3:
-			classic = true
-			var v, float, bound float64
-			if err := fields(f.data, func(f field) error {
-				switch f.num {
-				case 1:
-					v = float64(f.u)
-				case 2:
-					bound = math.Float64frombits(f.u)
-				case 3:
-					d.skipped.Exemplars++
-				case 4:
-					float = math.Float64frombits(f.u)
-				}
-				return nil
-			}); err != nil {
-				return err
-			}
-			if float > 0 {
-				v = float
-			}
-			inf = inf || math.IsInf(bound, +1)
-			return d.component(own, name, "_bucket", le, bound, v, emit)
 		}
-		return nil
-	})
-	if countFloat > 0 {
-		count = countFloat
 	}
 	if native {
 		d.skipped.NativeHistograms++
-		if !classic {
+	}
+	if err := m.err(); err != nil || native && !classic {
+		return err
+	}
+	if countFloat > 0 {
+		count = countFloat
+	}
+	if !hasInf {
+		if err := parts.bound("_bucket", math.Inf(+1), count, emit); err != nil {
 			return err
 		}
 	}
-	if err == nil && !inf {
-		err = d.component(own, name, "_bucket", le, math.Inf(+1), count, emit)
+	return parts.sumAndCount(sum, count, emit)
+}
+
+func (d *Decoder) decodeBucket(b []byte) (bound, v float64, err error) {
+	var float float64 // replaces the count where it is above 0
+	var f protoField
+	m := protoMessage{ReadWire(b)}
+	for m.next(&f) {
+		switch f.number {
+		case 1:
+			v = float64(f.value)
+		case 2:
+			bound = f.float()
+		case 3:
+			d.skipped.Exemplars++
+		case 4:
+			float = f.float()
+		}
 	}
-	if err == nil {
-		err = d.component(own, name, "_sum", nil, 0, sum, emit)
+	if float > 0 {
+		v = float
 	}
-	if err == nil {
-		err = d.component(own, name, "_count", nil, 0, count, emit)
-	}
-	return err
+	return bound, v, m.err()
 }

@@ -1,9 +1,8 @@
 package main
 
-// exposition_test.go: what Push.Add takes is written so that expfmt's parser, which
-// shares no code with it, reads back the same, under every escaping; with what
-// makes names collide. expoCheck is the property, used by the fuzz targets of
-// decode_test.go too.
+// Every sample that SampleList.Add accepts is written so that expfmt's parser, which shares no
+// code with this program, reads back the same, under every escaping. expoCheck is that
+// property; the fuzz targets of sample_decode_test.go use it too.
 
 import (
 	"bytes"
@@ -242,7 +241,7 @@ func TestParserSeries(t *testing.T) {
 	} {
 		before := c.line
 		line := []byte(c.line)
-		name, labels, rest, err := p.ParsePrefix(line)
+		name, labels, rest, err := p.parsePrefix(line)
 		got := show(name, labels, rest)
 		if err != nil {
 			got = err.Error()
@@ -281,7 +280,7 @@ func TestParserCheckRefusesOtherForms(t *testing.T) {
 		for i := range line {
 			for _, other := range []string{line[:i] + line[i+1:], line[:i] + " " + line[i:], line[:i] + line[i:i+1] + line[i:], line[:i] + "\"" + line[i+1:]} {
 				name, labels, err := p.ParseRendered([]byte(other))
-				if err == nil && string(AppendSeries(nil, name, labels)) != other {
+				if err == nil && string(appendLine(nil, name, labels)) != other {
 					t.Errorf("%q is taken, and rendered otherwise", other)
 				}
 			}
@@ -325,7 +324,7 @@ func TestNegotiateEscaping(t *testing.T) {
 		{strings.Repeat(",;", 10000), legacy + "underscores"},
 	} {
 		e := NegotiateEscaping(c.accept)
-		if got := e.ContentType(); got != c.want || e.Quotes() != (c.want == quoted) {
+		if got := e.ContentType(); got != c.want || e.quotesNames() != (c.want == quoted) {
 			t.Errorf("%.80s:\n got %s\nwant %s", c.accept, got, c.want)
 		}
 	}
@@ -362,12 +361,12 @@ func TestEscapedNames(t *testing.T) {
 		{values, expoRaw("a", 0, 0, "c:d.", "e"), `a{U__c_d_2e_="e"}`},
 		{values, expoRaw(strings.Repeat("é", 20000), 0, 0), ``}, // longer than a line may be
 	} {
-		line, ok := c.e.Line(c.r.Name, c.r.Labels)
+		line, ok := c.e.renderLine(c.r.Name, c.r.Labels)
 		if !ok {
 			line = nil
 		}
 		if string(line) != c.want {
-			t.Errorf("%.60s under %s: got %.80q, want %q", AppendSeries(nil, c.r.Name, c.r.Labels), c.e.ContentType(), line, c.want)
+			t.Errorf("%.60s under %s: got %.80q, want %q", appendLine(nil, c.r.Name, c.r.Labels), c.e.ContentType(), line, c.want)
 		}
 	}
 	for _, e := range expoSchemes() {
@@ -471,7 +470,7 @@ func expoCheck(t testing.TB, p *SampleList) {
 			t.Fatalf("%d written and %d hidden of %d: %v", written, hidden, len(p.Samples), err)
 		}
 		got := expoRead(t, e, out.Bytes())
-		if e.Quotes() {
+		if e.quotesNames() {
 			if hidden != 0 || len(got) != len(want) {
 				t.Fatalf("%d hidden; %d names of %d", hidden, len(got), len(want))
 			}
@@ -488,7 +487,7 @@ func expoCheck(t testing.TB, p *SampleList) {
 			key := line
 			if line[0] != '#' {
 				lines++
-				name, labels, rest, err := parser.ParsePrefix([]byte(line))
+				name, labels, rest, err := parser.parsePrefix([]byte(line))
 				if err != nil || !IsLegacy(name, labels) {
 					t.Fatalf("under %s: %q: %v", e.ContentType(), line, err)
 				}
@@ -525,7 +524,7 @@ func expoShow(line string, t int64, v float64) string {
 func expoRead(t testing.TB, e Escaping, text []byte) map[string][]string {
 	t.Helper()
 	scheme := model.LegacyValidation
-	if e.Quotes() {
+	if e.quotesNames() {
 		scheme = model.UTF8Validation
 	}
 	parser := expfmt.NewTextParser(scheme)
@@ -544,7 +543,7 @@ func expoRead(t testing.TB, e Escaping, text []byte) map[string][]string {
 			if m.TimestampMs != nil {
 				at = *m.TimestampMs
 			}
-			got[name] = append(got[name], expoShow(string(AppendSeries(nil, []byte(name), labels)), at, m.GetUntyped().GetValue()))
+			got[name] = append(got[name], expoShow(string(appendLine(nil, []byte(name), labels)), at, m.GetUntyped().GetValue()))
 		}
 	}
 	return got

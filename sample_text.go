@@ -12,51 +12,48 @@ import (
 	"strconv"
 )
 
-func (d *Decoder) text(body []byte, openMetrics bool, emit func(*RawSample) error) error {
+// decodeText decodes a body of text exposition, or of OpenMetrics, which has to end in # EOF.
+func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample) error) error {
 	var created []byte // the name of the current family's _created samples
 	for n := 1; len(body) > 0; n++ {
-		end := bytes.IndexByte(body, '\n')
-		line := body
-		if end < 0 {
-			if !openMetrics || string(body) != "# EOF" {
-				return fmt.Errorf("line %d: truncated: the last line does not end in a newline", n)
-			}
-			body = nil
-		} else {
-			line, body = body[:end], body[end+1:]
+		line, rest, ended := bytes.Cut(body, []byte("\n"))
+		if !ended && !(openMetrics && string(body) == "# EOF") {
+			return fmt.Errorf("line %d: truncated: the last line does not end in a newline", n)
 		}
-		line = bytes.TrimLeft(line, " \t")
-		if len(line) == 0 {
-			continue
-		}
-		if line[0] == '#' {
-			if openMetrics && string(line) == "# EOF" {
-				if len(body) > 0 {
-					return fmt.Errorf("line %d: content after # EOF", n+1)
-				}
-				return nil
+		body, line = rest, bytes.TrimLeft(line, " \t")
+		switch {
+		case len(line) == 0:
+		case openMetrics && string(line) == "# EOF":
+			if len(body) > 0 {
+				return fmt.Errorf("line %d: content after # EOF", n+1)
 			}
-			if rest, ok := bytes.CutPrefix(line, []byte("# TYPE ")); ok && openMetrics {
-				created = d.createdName(created[:0], rest)
+			return nil
+		case line[0] == '#':
+			if family, ok := bytes.CutPrefix(line, []byte("# TYPE ")); ok && openMetrics {
+				created = d.createdName(created[:0], family)
 			}
-			continue
-		}
-		err := d.sample(line, openMetrics)
-		if err == nil {
-			if len(created) > 0 && bytes.Equal(d.raw.Name, created) {
-				d.skipped.Created++
-				continue
+		default:
+			if err := d.decodeLine(line, openMetrics, created, emit); err != nil {
+				return fmt.Errorf("line %d: series %s: %w", n, Excerpt(line), err)
 			}
-			err = emit(&d.raw)
-		}
-		if err != nil {
-			return fmt.Errorf("line %d: series %s: %w", n, Excerpt(line), err)
 		}
 	}
 	if openMetrics {
 		return errors.New("truncated: OpenMetrics text does not end in # EOF")
 	}
 	return nil
+}
+
+// decodeLine decodes the line of one sample. Samples of the name created are skipped.
+func (d *Decoder) decodeLine(line []byte, openMetrics bool, created []byte, emit func(*RawSample) error) error {
+	if err := d.parseSample(line, openMetrics); err != nil {
+		return err
+	}
+	if len(created) > 0 && bytes.Equal(d.raw.Name, created) {
+		d.skipped.Created++
+		return nil
+	}
+	return emit(&d.raw)
 }
 
 // createdName appends to b the name of the _created samples of the family whose
@@ -81,38 +78,25 @@ func (d *Decoder) createdName(b, family []byte) []byte {
 	return append(append(b, name...), "_created"...)
 }
 
-func cutToken(b []byte) (token, rest []byte) {
-	i := 0
-	for i < len(b) && b[i] != ' ' && b[i] != '\t' {
-		i++
-	}
-	return b[:i], bytes.TrimLeft(b[i:], " \t")
-}
-
-// sample parses one line into d.raw.
-func (d *Decoder) sample(line []byte, openMetrics bool) (err error) {
-	var token, rest []byte
-	if d.raw.Name, d.raw.Labels, rest, err = d.parser.ParsePrefix(line); err != nil {
+// parseSample parses one line into d.raw.
+func (d *Decoder) parseSample(line []byte, openMetrics bool) error {
+	var rest []byte
+	var err error
+	if d.raw.Name, d.raw.Labels, rest, err = d.parser.parsePrefix(line); err != nil {
 		return err
 	}
 	n := len(d.raw.Labels)
-	d.raw.Labels = slices.DeleteFunc(d.raw.Labels, func(l Label) bool { return metadataLabel(l.Name) })
+	d.raw.Labels = slices.DeleteFunc(d.raw.Labels, func(l Label) bool { return isMetadataLabel(l.Name) })
 	d.skipped.Metadata += n - len(d.raw.Labels)
-	token, rest = cutToken(bytes.TrimLeft(rest, " \t"))
-	if d.raw.V, err = parseFloat(token); err != nil {
+	value, rest := cutAtBlank(skipBlanks(rest))
+	if d.raw.V, err = parseFloat(value); err != nil {
 		return err
 	}
-	d.raw.HasT = len(rest) > 0 && rest[0] != '#'
-	if d.raw.HasT {
-		token, rest = cutToken(rest)
-		if openMetrics {
-			sec, err := parseFloat(token)
-			if err != nil || !(math.Abs(sec) < 1e13) {
-				return fmt.Errorf("timestamp %s is not a number of seconds", Excerpt(token))
-			}
-			d.raw.T = int64(math.Round(sec * 1000))
-		} else if d.raw.T, err = strconv.ParseInt(string(token), 10, 64); err != nil {
-			return fmt.Errorf("timestamp %s is not a whole number of milliseconds", Excerpt(token))
+	if d.raw.HasT = len(rest) > 0 && rest[0] != '#'; d.raw.HasT {
+		var timestamp []byte
+		timestamp, rest = cutAtBlank(rest)
+		if d.raw.T, err = parseTimestamp(timestamp, openMetrics); err != nil {
+			return err
 		}
 	}
 	if len(rest) > 0 {
@@ -124,8 +108,34 @@ func (d *Decoder) sample(line []byte, openMetrics bool) (err error) {
 	return nil
 }
 
-// parseFloat takes what Prometheus takes (model/textparse): no hexadecimal
-// floats and no underscores, which its parser refuses.
+// cutAtBlank returns the bytes before the first blank, and those from the next byte on that
+// is none.
+func cutAtBlank(b []byte) (token, rest []byte) {
+	i := 0
+	for i < len(b) && b[i] != ' ' && b[i] != '\t' {
+		i++
+	}
+	return b[:i], skipBlanks(b[i:])
+}
+
+// parseTimestamp returns ms: OpenMetrics has seconds, text exposition milliseconds.
+func parseTimestamp(b []byte, openMetrics bool) (int64, error) {
+	if openMetrics {
+		sec, err := parseFloat(b)
+		if err != nil || !(math.Abs(sec) < 1e13) {
+			return 0, fmt.Errorf("timestamp %s is not a number of seconds", Excerpt(b))
+		}
+		return int64(math.Round(sec * 1000)), nil
+	}
+	ms, err := strconv.ParseInt(string(b), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("timestamp %s is not a whole number of milliseconds", Excerpt(b))
+	}
+	return ms, nil
+}
+
+// parseFloat accepts the floats that Prometheus accepts (model/textparse): none that are
+// hexadecimal or have underscores.
 func parseFloat(b []byte) (float64, error) {
 	if len(b) == 0 {
 		return 0, errors.New("no value")

@@ -29,15 +29,10 @@ func labelValue[T string | []byte](labels []Label, name T) []byte {
 }
 
 func hasLabel[T string | []byte](labels []Label, name T) bool {
-	for i := range labels {
-		if string(labels[i].Name) == string(name) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(labels, func(l Label) bool { return string(l.Name) == string(name) })
 }
 
-// Names that the server adds for each cluster. A push must not bring them, or a
+// Names that the server adds for each site. A push must not have them, or a
 // site could deny its own silence, and a scrape hold one series twice.
 const (
 	PushTimeName        = "push_time_seconds"
@@ -45,7 +40,8 @@ const (
 	ClusterNamePrefix   = "telemeter_cluster_"
 )
 
-func reserved(name []byte) bool {
+// isReservedName reports a metric name that is shown to some scraper as one of those.
+func isReservedName(name []byte) bool {
 	if !IsLegacy(name, nil) { // push.time.seconds is shown as push_time_seconds
 		name = []byte(NegotiateEscaping("").Name(string(name)))
 	}
@@ -53,8 +49,8 @@ func reserved(name []byte) bool {
 		bytes.HasPrefix(name, []byte(ClusterNamePrefix))
 }
 
-// SortedLabels makes a list of a map.
-func SortedLabels(m map[string]string) []Label {
+// sortedLabels returns the labels of a map, sorted by name.
+func sortedLabels(m map[string]string) []Label {
 	var list []Label
 	for _, name := range slices.Sorted(maps.Keys(m)) {
 		list = append(list, Label{[]byte(name), []byte(m[name])})
@@ -62,7 +58,7 @@ func SortedLabels(m map[string]string) []Label {
 	return list
 }
 
-// CheckLabelName reports a name that an operator must not set or remove.
+// CheckLabelName reports the name of a label that an operator must not set or remove.
 func CheckLabelName(name string) error {
 	switch {
 	case name == "" || !IsLegacy([]byte("a"), []Label{{Name: []byte(name)}}):
@@ -79,8 +75,8 @@ func CheckLabel(name, value string) error {
 	if err := CheckLabelName(name); err != nil {
 		return err
 	}
-	var p SampleList
-	if err := p.Add(&RawSample{Name: []byte("a"), Labels: []Label{{[]byte(name), []byte(value)}}}); err != nil {
+	var l SampleList
+	if err := l.Add(&RawSample{Name: []byte("a"), Labels: []Label{{[]byte(name), []byte(value)}}}); err != nil {
 		return fmt.Errorf("label %q: %w", name, err)
 	}
 	return nil
@@ -100,29 +96,29 @@ const (
 type Normalizer struct {
 	Elide    []string  // labels to remove
 	Labels   []Label   // the operator's
-	Required []Label   // a sample without is dropped; an empty value asks for any
-	Allow    Selectors // of the sample in normal form
+	Required []Label   // a sample without one is dropped; an empty value stands for any
+	Allow    Selectors // a sample that they do not choose, in normal form, is dropped
 }
 
-// Forced returns the labels that Apply forces on every sample of a push: the
-// operator's, over them the token's, which say more of the site, and over all
-// the cluster ID.
-func (n *Normalizer) Forced(cluster string, token map[string]string) []Label {
+// Forced returns the labels that every sample of a push gets: the cluster ID, the
+// token's, and the operator's. Of two with one name the cluster ID wins over the token's label,
+// which wins over the operator's, because a token says more of the site.
+func (n *Normalizer) Forced(clusterID string, token map[string]string) []Label {
 	m := map[string]string{}
 	for _, l := range n.Labels {
 		m[string(l.Name)] = string(l.Value)
 	}
 	maps.Copy(m, token)
-	m[ClusterLabel] = cluster
-	return SortedLabels(m)
+	m[ClusterLabel] = clusterID
+	return sortedLabels(m)
 }
 
-// Apply puts the forced labels on r, and makes job and instance empty where they
-// are missing: under honor_labels a series then keeps its identity whichever
-// server exposes it. It returns why the sample is to be dropped, or ""; an error
-// refuses the push.
+// Apply brings r into normal form. It returns the reason for which the sample is to be
+// dropped, or "". An error refuses the whole push. The forced labels replace r's own, and job
+// and instance are added empty where they are missing: under honor_labels a series then keeps
+// its identity whichever server exposes it.
 func (n *Normalizer) Apply(r *RawSample, forced []Label) (drop string, err error) {
-	if reserved(r.Name) {
+	if isReservedName(r.Name) {
 		return "", fmt.Errorf("the name %.100q is reserved for what the server itself serves", r.Name)
 	}
 	labels := r.Labels[:0]
@@ -148,21 +144,21 @@ func (n *Normalizer) Apply(r *RawSample, forced []Label) (drop string, err error
 	return "", nil
 }
 
-// Cleaner is the client's half: what leaves the site. It is not safe for
+// Cleaner cleans and anonymizes the samples that leave a site. It is not safe for
 // concurrent use.
 type Cleaner struct {
-	Match     Selectors         // of the sample as scraped
-	Rename    map[string]string // metric names
-	Labels    []Label
-	Anonymize []string // labels whose values are replaced
-	mac       hash.Hash
+	Match     Selectors         // a sample that they do not choose, as scraped, is dropped
+	Rename    map[string]string // metric names, old to new
+	Labels    []Label           // put on every sample
+	Anonymize []string          // labels whose values are replaced; they need a salt
+	mac       hash.Hash         // HMAC-SHA256 under the salt
 }
 
 // Salt sets the key under which values are anonymized.
 func (c *Cleaner) Salt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
 
-// Apply cleans r and returns why it must not leave, or "". What it leaves in may
-// still be refused by Push.Add, as DropInvalid. Anonymized values are an HMAC and
+// Apply cleans r. It returns the reason for which the sample is to be dropped, or "".
+// SampleList.Add may still refuse r, as DropInvalid. Anonymized values are an HMAC and
 // not a salted hash, so that without the salt nobody can try guesses; equal
 // values stay equal, under every label.
 func (c *Cleaner) Apply(r *RawSample) (drop string) {
@@ -172,7 +168,7 @@ func (c *Cleaner) Apply(r *RawSample) (drop string) {
 	if name, ok := c.Rename[string(r.Name)]; ok {
 		r.Name = []byte(name)
 	}
-	if reserved(r.Name) {
+	if isReservedName(r.Name) {
 		return DropReserved
 	}
 	r.Labels = slices.DeleteFunc(r.Labels, func(l Label) bool {
@@ -202,7 +198,7 @@ func ParseLabels(pairs []string) ([]Label, error) {
 		}
 		m[name] = value
 	}
-	return SortedLabels(m), nil
+	return sortedLabels(m), nil
 }
 
 // ParseRename parses OLD=NEW pairs of metric names, later ones winning.

@@ -19,73 +19,154 @@ const (
 	maxPattern   = 20_000 // steps of a pattern; each costs 40 bytes and more, and time for each byte matched
 )
 
-// Selector is a series selector as Prometheus writes them: up{job="x",a!~"b|c"}.
+// Selector is a series selector as Prometheus writes them, up{job="x",a!~"b|c"}: it chooses the
+// series that every matcher matches.
 type Selector struct {
 	text     string
 	matchers []matcher
 }
 
+// String returns the selector as it was written.
+func (s Selector) String() string { return s.text }
+
 type matcher struct {
-	label  string // "__name__" is the metric's name
+	label  string // nameLabel is the metric's name
 	negate bool
 	value  string
 	re     *regexp.Regexp // anchored; nil compares with value
 }
 
-// String returns the selector as it was written.
-func (s Selector) String() string { return s.text }
+const nameLabel = "__name__"
 
-// ParseSelector parses one selector of at most 8 KiB. As in Prometheus's
+// parseSelector parses one selector of at most maxSelector bytes. As in Prometheus's
 // /federate at least one matcher must refuse the empty string, or the selector
-// would be true of everything by mistake.
-func ParseSelector(text string) (Selector, error) {
+// would match everything by mistake.
+func parseSelector(text string) (Selector, error) {
 	text = strings.TrimSpace(text)
-	sel := Selector{text: text}
 	if len(text) > maxSelector {
-		return sel, fmt.Errorf("selector of %d bytes: %w: at most %d", len(text), ErrTooLarge, maxSelector)
+		return Selector{}, fmt.Errorf("selector of %d bytes: %w: at most %d", len(text), ErrTooLarge, maxSelector)
 	}
 	p := selectorParser{rest: text}
-	if err := p.parse(&sel); err != nil {
-		return sel, fmt.Errorf("selector %s: %w", Excerpt([]byte(text)), err)
+	err := p.parse()
+	if err == nil && !slices.ContainsFunc(p.matchers, func(m matcher) bool { return !m.matches(nil) }) {
+		err = errors.New("at least one matcher must not match the empty string")
 	}
-	if !slices.ContainsFunc(sel.matchers, func(m matcher) bool { return !m.matches(nil) }) {
-		return sel, fmt.Errorf("selector %s: at least one matcher must not match the empty string", Excerpt([]byte(text)))
+	if err != nil {
+		return Selector{}, fmt.Errorf("selector %s: %w", Excerpt([]byte(text)), err)
 	}
-	return sel, nil
+	return Selector{text, p.matchers}, nil
 }
 
-type selectorParser struct{ rest string }
+// selectorParser holds the text that is left, and the matchers before it.
+type selectorParser struct {
+	rest     string
+	matchers []matcher
+}
 
-func (p *selectorParser) blank() { p.rest = strings.TrimLeft(p.rest, " \t\r\n") }
+func (p *selectorParser) parse() error {
+	if name := p.acceptName(true); name != "" {
+		p.matchers = append(p.matchers, matcher{label: nameLabel, value: name})
+		if p.skipBlanks(); p.rest == "" {
+			return nil
+		}
+	}
+	if !p.accept("{") {
+		return errors.New("expected a metric name or {")
+	}
+	for !p.accept("}") {
+		m, err := p.parseMatcher()
+		if err != nil {
+			return err
+		}
+		p.matchers = append(p.matchers, m)
+		if !p.accept(",") && !strings.HasPrefix(p.rest, "}") {
+			return fmt.Errorf("expected , or } at %s", Excerpt([]byte(p.rest)))
+		}
+	}
+	if p.skipBlanks(); p.rest != "" {
+		return fmt.Errorf("unexpected %s after }", Excerpt([]byte(p.rest)))
+	}
+	return nil
+}
 
-func (p *selectorParser) take(prefix string) bool {
-	p.blank()
-	rest, ok := strings.CutPrefix(p.rest, prefix)
-	p.rest = rest
+// parseMatcher parses label, operator and value, or a quoted metric name alone.
+func (p *selectorParser) parseMatcher() (m matcher, err error) {
+	quoted := p.atQuote()
+	if quoted {
+		m.label, err = p.parseQuoted()
+	} else {
+		m.label = p.acceptName(false)
+	}
+	if err != nil {
+		return m, err
+	}
+	if m.label == "" {
+		return m, fmt.Errorf("expected a label name at %s", Excerpt([]byte(p.rest)))
+	}
+	operator := p.acceptOperator()
+	if operator == "" && quoted { // {"a.name"}
+		if slices.ContainsFunc(p.matchers, func(m matcher) bool { return m.label == nameLabel }) {
+			return m, fmt.Errorf("a second metric name %.100q", m.label)
+		}
+		return matcher{label: nameLabel, value: m.label}, nil
+	}
+	if operator == "" {
+		return m, fmt.Errorf("expected =, !=, =~ or !~ after %.100q at %s", m.label, Excerpt([]byte(p.rest)))
+	}
+	m.negate = operator[0] == '!'
+	if m.value, err = p.parseQuoted(); err != nil {
+		return m, err
+	}
+	if strings.HasSuffix(operator, "~") {
+		if m.re, err = compilePattern(m.value); err != nil {
+			return m, fmt.Errorf("pattern of %.100q: %w", m.label, err)
+		}
+	}
+	return m, nil
+}
+
+func (p *selectorParser) skipBlanks() { p.rest = strings.TrimLeft(p.rest, " \t\r\n") }
+
+// accept consumes prefix if it comes next.
+func (p *selectorParser) accept(prefix string) (ok bool) {
+	p.skipBlanks()
+	p.rest, ok = strings.CutPrefix(p.rest, prefix)
 	return ok
 }
 
-// name takes an identifier; colon says whether it may hold colons.
-func (p *selectorParser) name(colon bool) string {
-	p.blank()
-	i := strings.IndexFunc(p.rest, func(r rune) bool {
-		return !(r == '_' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || colon && r == ':')
-	})
-	if i < 0 {
-		i = len(p.rest)
+// acceptOperator consumes an operator and returns it, or "".
+func (p *selectorParser) acceptOperator() string {
+	for _, operator := range [...]string{"=~", "!~", "!=", "="} {
+		if p.accept(operator) {
+			return operator
+		}
 	}
-	if i > 0 && p.rest[0] >= '0' && p.rest[0] <= '9' {
-		return ""
+	return ""
+}
+
+// acceptName consumes an unquoted name and returns it, or "". A metric's name may have colons.
+func (p *selectorParser) acceptName(metric bool) string {
+	p.skipBlanks()
+	var n int
+	if metric {
+		n = LegacyMetricPrefix(p.rest)
+	} else {
+		n = LegacyLabelPrefix(p.rest)
 	}
-	name := p.rest[:i]
-	p.rest = p.rest[i:]
+	name := p.rest[:n]
+	p.rest = p.rest[n:]
 	return name
 }
 
-// quoted takes a string in ", ' or `, with the escapes of Go, as PromQL has it.
-func (p *selectorParser) quoted() (string, error) {
-	p.blank()
-	if p.rest == "" || !strings.ContainsRune("\"'`", rune(p.rest[0])) {
+// atQuote reports whether a quoted string comes next.
+func (p *selectorParser) atQuote() bool {
+	p.skipBlanks()
+	return p.rest != "" && strings.ContainsRune("\"'`", rune(p.rest[0]))
+}
+
+// parseQuoted parses a string in ", ' or `, with the escapes of Go, as PromQL has it.
+func (p *selectorParser) parseQuoted() (string, error) {
+	if !p.atQuote() {
 		return "", fmt.Errorf("expected a quoted string at %s", Excerpt([]byte(p.rest)))
 	}
 	quote := p.rest[0]
@@ -117,101 +198,40 @@ func (p *selectorParser) quoted() (string, error) {
 	}
 }
 
-func (p *selectorParser) parse(sel *Selector) error {
-	p.blank()
-	if name := p.name(true); name != "" {
-		sel.matchers = append(sel.matchers, matcher{label: "__name__", value: name})
+// compilePattern compiles a pattern that has to match a whole value. It is checked without
+// the anchors first, because "a)|(b" is a pattern only between them.
+func compilePattern(pattern string) (*regexp.Regexp, error) {
+	if err := checkPattern(pattern); err != nil {
+		return nil, err
 	}
-	if p.blank(); p.rest == "" && len(sel.matchers) > 0 {
-		return nil
-	}
-	if !p.take("{") {
-		return errors.New("expected a metric name or {")
-	}
-	for !p.take("}") {
-		m := matcher{}
-		var err error
-		quoted := false
-		if p.blank(); p.rest != "" && strings.ContainsRune("\"'`", rune(p.rest[0])) {
-			quoted = true
-			m.label, err = p.quoted()
-		} else {
-			m.label = p.name(false)
-		}
-		if err != nil {
-			return err
-		}
-		if m.label == "" {
-			return fmt.Errorf("expected a label name at %s", Excerpt([]byte(p.rest)))
-		}
-		var pattern, nameOnly bool
-		switch {
-		case p.take("=~"):
-			pattern = true
-		case p.take("!~"):
-			pattern, m.negate = true, true
-		case p.take("!="):
-			m.negate = true
-		case p.take("="):
-		case quoted: // {"a.name"}
-			if slices.ContainsFunc(sel.matchers, func(m matcher) bool { return m.label == "__name__" }) {
-				return fmt.Errorf("a second metric name %.100q", m.label)
-			}
-			nameOnly = true
-			m.label, m.value = "__name__", m.label
-		default:
-			return fmt.Errorf("expected =, !=, =~ or !~ after %.100q at %s", m.label, Excerpt([]byte(p.rest)))
-		}
-		if !nameOnly {
-			if m.value, err = p.quoted(); err != nil {
-				return err
-			}
-		}
-		if pattern {
-			// Alone first: "a)|(b" would be a pattern only inside of the anchors.
-			if err = checkPattern(m.value); err == nil {
-				m.re, err = regexp.Compile("^(?s:" + m.value + ")$")
-			}
-			if err != nil {
-				return fmt.Errorf("pattern of %.100q: %w", m.label, err)
-			}
-		}
-		sel.matchers = append(sel.matchers, m)
-		if p.blank(); !strings.HasPrefix(p.rest, "}") && !p.take(",") {
-			return fmt.Errorf("expected , or } at %s", Excerpt([]byte(p.rest)))
-		}
-	}
-	if p.blank(); p.rest != "" {
-		return fmt.Errorf("unexpected %s after }", Excerpt([]byte(p.rest)))
-	}
-	return nil
+	return regexp.Compile("^(?s:" + pattern + ")$")
 }
 
-// checkPattern reports what is no pattern, or one that a few bytes, .{1000} and
-// again, make take a long time and much memory.
+// checkPattern reports text that is no pattern, or a pattern of more than maxPattern steps. A
+// few bytes, .{1000} several times, would otherwise cost much time and memory.
 func checkPattern(pattern string) error {
 	re, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
 		return err
 	}
-	var steps func(re *syntax.Regexp) int
-	steps = func(re *syntax.Regexp) int {
-		n := 1
-		if re.Op == syntax.OpLiteral {
-			n = len(re.Rune)
-		}
-		for _, sub := range re.Sub {
-			n += steps(sub)
-		}
-		if re.Op == syntax.OpRepeat {
-			n *= max(1, re.Min, re.Max)
-		}
-		return n
-	}
-	if n := steps(re); n > maxPattern {
+	if n := patternSteps(re); n > maxPattern {
 		return fmt.Errorf("%w: it has %d steps; at most %d", ErrTooLarge, n, maxPattern)
 	}
 	return nil
+}
+
+func patternSteps(re *syntax.Regexp) int {
+	n := 1
+	if re.Op == syntax.OpLiteral {
+		n = len(re.Rune)
+	}
+	for _, sub := range re.Sub {
+		n += patternSteps(sub)
+	}
+	if re.Op == syntax.OpRepeat {
+		n *= max(1, re.Min, re.Max)
+	}
+	return n
 }
 
 func (m *matcher) matches(v []byte) bool {
@@ -221,17 +241,17 @@ func (m *matcher) matches(v []byte) bool {
 	return (string(v) == m.value) != m.negate
 }
 
-// Selectors is a choice: a series is chosen by any of them, or if there are none.
+// Selectors choose the series that any of them matches. Without any they choose all.
 type Selectors []Selector
 
-// ParseSelectors parses selectors.
+// ParseSelectors parses at most maxSelectors selectors.
 func ParseSelectors(texts []string) (Selectors, error) {
 	if len(texts) > maxSelectors {
 		return nil, fmt.Errorf("%d selectors: %w: at most %d", len(texts), ErrTooLarge, maxSelectors)
 	}
 	var s Selectors
 	for _, text := range texts {
-		sel, err := ParseSelector(text)
+		sel, err := parseSelector(text)
 		if err != nil {
 			return nil, err
 		}
@@ -240,33 +260,28 @@ func ParseSelectors(texts []string) (Selectors, error) {
 	return s, nil
 }
 
-// SelectorLines returns the selectors of a file: one a line, but for blank lines
-// and those that begin with #.
-func SelectorLines(data []byte) []string {
-	var lines []string
-	for line := range strings.Lines(string(data)) {
-		if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
 // Match reports whether a series is chosen.
 func (s Selectors) Match(name []byte, labels []Label) bool {
-	return len(s) == 0 || slices.ContainsFunc(s, func(sel Selector) bool {
-		for i := range sel.matchers {
-			m := &sel.matchers[i]
-			v := name
-			if m.label != "__name__" {
-				v = labelValue(labels, m.label)
-			}
-			if !m.matches(v) {
-				return false
-			}
+	for i := range s {
+		if s[i].matches(name, labels) {
+			return true
 		}
-		return true
-	})
+	}
+	return len(s) == 0
+}
+
+func (s *Selector) matches(name []byte, labels []Label) bool {
+	for i := range s.matchers {
+		m := &s.matchers[i]
+		value := name
+		if m.label != nameLabel {
+			value = labelValue(labels, m.label)
+		}
+		if !m.matches(value) {
+			return false
+		}
+	}
+	return true
 }
 
 // LineMatcher returns a function that matches rendered lines, or nil if s

@@ -1,8 +1,7 @@
 package main
 
-// sanitize_test.go: the grammar of selectors and what they choose, the server's
-// normal form whatever a push says, and that the client lets out no value that is
-// to be anonymized.
+// The grammar of selectors and the series that they choose; the server's normal form of any
+// push; and that no value that is to be anonymized leaves the client.
 
 import (
 	"bytes"
@@ -73,7 +72,7 @@ func TestSelector(t *testing.T) {
 		{`{"c.d"=~"e|f","a.b"}`, []string{`{"a.b","c.d"="e"}`}},
 		{`{"up",job=~"a"}`, []string{`up{job="a"}`}},
 	} {
-		sel, err := ParseSelector(c.text)
+		sel, err := parseSelector(c.text)
 		if err != nil {
 			t.Errorf("%s: %v", c.text, err)
 			continue
@@ -141,12 +140,12 @@ func TestSelectorErrors(t *testing.T) {
 		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: it has "}, // else a million steps
 		{`{x=~"a` + strings.Repeat("(b.{10}){100}", 30) + `"}`, "too large: it has "},
 	} {
-		_, err := ParseSelector(c.text)
+		_, err := parseSelector(c.text)
 		if err == nil || !strings.Contains(err.Error(), c.want) || len(err.Error()) > 2*maxSelector {
 			t.Errorf("%.60s: %.300v, want %s", c.text, err, c.want)
 		}
 	}
-	if _, err := ParseSelector(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
+	if _, err := parseSelector(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
 		t.Errorf("a long pattern: %v", err)
 	}
 	if _, err := ParseSelectors(make([]string, maxSelectors+1)); !errors.Is(err, ErrTooLarge) {
@@ -167,10 +166,6 @@ func TestSelectors(t *testing.T) {
 	if mustSelect(t, "up").LineMatcher()([]byte("up{")) {
 		t.Error("what does not parse is chosen")
 	}
-	file := "\n# all\n up \n\t{job=\"#\"}\r\n  # no\nlast{a=\"b\"}"
-	if got := SelectorLines([]byte(file)); !slices.Equal(got, []string{"up", `{job="#"}`, `last{a="b"}`}) {
-		t.Errorf("lines of a file: %q", got)
-	}
 }
 
 func FuzzSelector(f *testing.F) {
@@ -181,7 +176,7 @@ func FuzzSelector(f *testing.F) {
 		if len(text) > 500 {
 			return // patterns may be slow to compile, as they are in Prometheus
 		}
-		sel, err := ParseSelector(text)
+		sel, err := parseSelector(text)
 		if err != nil {
 			if len(err.Error()) > 4000 {
 				t.Fatalf("an error of %d bytes", len(err.Error()))
@@ -193,7 +188,7 @@ func FuzzSelector(f *testing.F) {
 		} else {
 			s.LineMatcher()([]byte(line))
 		}
-		again, err := ParseSelector(sel.String())
+		again, err := parseSelector(sel.String())
 		if err != nil || again.String() != sel.String() {
 			t.Fatalf("%q is not parsed again: %v", sel, err)
 		}
@@ -231,7 +226,7 @@ func TestNormalizer(t *testing.T) {
 		{expoRaw("telemeter_cluster", 0, 0, "env", "p"), `telemeter_cluster{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
 		{expoRaw("push_time_seconds2", 0, 0, "env", "p"), `push_time_seconds2{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
 	} {
-		shown := string(AppendSeries(nil, c.r.Name, c.r.Labels))
+		shown := string(appendLine(nil, c.r.Name, c.r.Labels))
 		drop, err := n.Apply(c.r, forced)
 		if err != nil {
 			drop = "error"
@@ -373,7 +368,7 @@ func TestCleanerAnonymizes(t *testing.T) {
 
 func TestParseLabelsAndRenames(t *testing.T) {
 	labels, err := ParseLabels([]string{"b=1", "a=x=y", "b=2", "c="})
-	if err != nil || string(AppendSeries(nil, []byte("m"), labels)) != `m{a="x=y",b="2",c=""}` {
+	if err != nil || string(appendLine(nil, []byte("m"), labels)) != `m{a="x=y",b="2",c=""}` {
 		t.Errorf("%q %v", labels, err)
 	}
 	for _, bad := range []string{"", "a", "=x", "1a=x", "a.b=x", "a:b=x", "__a=x", "_id=x", "é=x"} {
@@ -388,6 +383,17 @@ func TestParseLabelsAndRenames(t *testing.T) {
 	for _, bad := range []string{"", "a", "=x", "a=", "a=b.c", "a=1", "a=b=c"} {
 		if _, err := ParseRename([]string{bad}); err == nil {
 			t.Errorf("rename %q is taken", bad)
+		}
+	}
+}
+
+func BenchmarkSelectors(b *testing.B) {
+	match := mustSelect(b, `up{job="a"}`, `{job=~"x.*",code!="5"}`, "down").LineMatcher()
+	line := []byte(`a_total{code="7",instance="localhost:9090",job="x",method="get"}`)
+	b.ReportAllocs()
+	for b.Loop() {
+		if !match(line) {
+			b.Fatal("the line is not chosen")
 		}
 	}
 }

@@ -1,9 +1,8 @@
 package main
 
 // The server's HTTP side: its routes, configuration and state. Handlers read no byte of a body
-// before its sender is authenticated. An answer to one site tells nothing of another, no
-// secret and no path. This family must not know of sockets, TLS, files or signals: main wires
-// them.
+// before its client is authenticated. An answer to one site has nothing of another, no secret
+// and no path. This family must not know of sockets, TLS, files or signals: main wires them.
 
 import (
 	"log/slog"
@@ -17,36 +16,39 @@ import (
 )
 
 const (
-	// UploadTokenTTL is how long an upload token is valid: short, because it is
+	// uploadTokenTTL is how long an upload token is valid: short, because it is
 	// the one that is sent often, long against an interval.
-	UploadTokenTTL = time.Hour
-	maxUploads     = 256              // in flight, each holding a body
-	sampleBytes    = 24               // of a Sample
-	maxPending     = 512 << 20        // bytes of decoded pushes that wait to be stored
-	maxWorkspace   = 1 << 20          // bytes of one that is kept for the next push
-	uploadWait     = 30 * time.Second // for an earlier push or a busy disk
-	maxOffset      = 1 << 53          // ms, of a source's clock
-	clocksApart    = time.Minute      // by which two servers' clocks may differ; see Forwarded
-	maxReason      = 1 << 10          // bytes said of a refused push: an error can quote all that was sent
+	uploadTokenTTL = time.Hour
+
+	maxUploads       = 256              // in flight, each holding a body
+	sampleBytes      = 24               // of a Sample
+	maxPending       = 512 << 20        // bytes of decoded pushes that wait to be stored
+	maxPooledBuffers = 1 << 20          // bytes of buffers that are kept for the next push
+	storeTimeout     = 30 * time.Second // of a push that waits for its owner, an earlier push or a busy disk
+	maxErrorText     = 1 << 10          // bytes of the answer to a refused push
+
+	maxClockOffset     = 1 << 53     // ms, of a source's clock
+	maxClockDifference = time.Minute // between two servers; see storeForwarded
 )
 
 // ServerConfig configures a Server.
 type ServerConfig struct {
 	Name         string // of this server
 	Store        *Store
-	Forwarder    *Forwarder // to the owners of cluster IDs; nil: this server owns all
-	Member       *RingMember
+	Forwarder    *Forwarder  // to the owners of sites; nil: this server is alone and owns all
+	Member       *RingMember // for /debug/ring and metrics; nil: none
+	Gossip       *Gossip     // for /sd, /debug/ring and metrics; nil if Member is
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
 	MaxSampleAge time.Duration // how long the newest sample of a series is shown
 	LimitBytes   int64         // of a body as sent
 	LimitScrape  int           // samples in one scrape
-	RateEvery    time.Duration // one push per cluster ID and this, in bursts of 60; 0 = no limit
+	RateEvery    time.Duration // one push per site and this, in bursts of 60; 0 = no limit
 	Authorizer   *Authorizer   // asked instead of verifying client tokens; nil: verify
 }
 
-// ServerState is what a reload replaces, all at once.
+// ServerState has the keys and rules that a reload replaces, all at once.
 type ServerState struct {
 	Keys          Keys
 	Revoked       RevokedSet
@@ -59,82 +61,83 @@ type Server struct {
 	cfg        ServerConfig
 	state      atomic.Pointer[ServerState]
 	ready      atomic.Bool
-	uploads    chan struct{}
+	uploads    semaphore
+	decoding   semaphore
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
-	decoding   chan struct{}
-	bodies     sync.Pool // *[]byte
-	workspaces sync.Pool // *workspace
+	bodies     sync.Pool    // *[]byte
+	buffers    sync.Pool    // *pushBuffers
+	sites      *Senders
+	federate   *federateHandler
 	instrument func(string, http.Handler) http.Handler
-
-	pushes, samples, accepted, duplicates, dropped, skipped, received *Counter
-	unauthorized                                                      *Counter
-	write                                                             *Histogram
-	inFlight                                                          *Gauge
-
-	senders  *Senders
-	federate *FederateHandler
-}
-
-// workspace is the memory that decoding a push takes, reused unless it has grown: a
-// push that waits to be stored keeps it, and only what the push itself takes of it is
-// counted.
-type workspace struct {
-	decompressor Decompressor
-	decoder      Decoder
-	push         SampleList
-	size         int // bytes, of what can grow
+	serverMetrics
 }
 
 // NewServer returns a Server that is not ready and has no keys: see Reload.
 func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
-		cfg: cfg, instrument: NewInstrument(m), senders: NewSenders(cfg.RateEvery),
-		uploads:  make(chan struct{}, maxUploads),
-		decoding: make(chan struct{}, max(4, 2*runtime.GOMAXPROCS(0))),
-
-		pushes:       m.Counter("telemeter_pushes_total", "Pushes by result.", "result"),
-		received:     m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received, as sent."),
-		samples:      m.Counter("telemeter_samples_received_total", "Samples in pushes that could be decoded."),
-		accepted:     m.Counter("telemeter_samples_accepted_total", "Samples that were new and are durable."),
-		duplicates:   m.Counter("telemeter_samples_duplicate_total", "Samples that were held already with the same value."),
-		dropped:      m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
-		skipped:      m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
-		unauthorized: m.Counter("telemeter_unauthorized_total", "Requests without a valid token, by reason.", "reason"),
-		write:        m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
-		inFlight:     m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
+		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newSemaphore(max(4, 2*runtime.GOMAXPROCS(0))),
+		sites: NewSenders(cfg.RateEvery), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
-	s.federate = NewFederateHandler(FederateHandlerConfig{
-		Name: cfg.Name, Store: cfg.Store, Senders: s.senders, Owned: s.Owned, Revoked: s.revoked, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+	s.federate = newFederateHandler(federateConfig{
+		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.owned, Revoked: s.revoked, Metrics: m, Log: cfg.Log, Now: cfg.Now,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
-	s.workspaces.New = func() any { return &workspace{} }
+	s.buffers.New = func() any { return &pushBuffers{} }
 	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
+	m.OnCollect(storeCollector(m, cfg.Store))
+	if cfg.Member != nil {
+		m.OnCollect(s.ringCollector(m))
+	}
+	return s
+}
+
+// serverMetrics counts pushes.
+type serverMetrics struct {
+	pushesTotal, samplesTotal, acceptedTotal, duplicatesTotal, droppedTotal, skippedTotal, receivedBytes *Counter
+	unauthorizedTotal                                                                                    *Counter
+	appendSeconds                                                                                        *Histogram
+	inFlight                                                                                             *Gauge
+}
+
+// newServerMetrics registers the metrics, with a 0 for each value of their labels.
+func newServerMetrics(m *Metrics) serverMetrics {
+	sm := serverMetrics{
+		pushesTotal:       m.Counter("telemeter_pushes_total", "Pushes by result.", "result"),
+		receivedBytes:     m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received, as sent."),
+		samplesTotal:      m.Counter("telemeter_samples_received_total", "Samples in pushes that could be decoded."),
+		acceptedTotal:     m.Counter("telemeter_samples_accepted_total", "Samples that were new and are durable."),
+		duplicatesTotal:   m.Counter("telemeter_samples_duplicate_total", "Samples that were held already with the same value."),
+		droppedTotal:      m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
+		skippedTotal:      m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
+		unauthorizedTotal: m.Counter("telemeter_unauthorized_total", "Requests without a valid token, by reason.", "reason"),
+		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
+		inFlight:          m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
+	}
 	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture} {
-		s.dropped.Add(0, reason)
+		sm.droppedTotal.Add(0, reason)
 	}
 	for _, reason := range []string{
 		"missing", "malformed", "expired", "forged", "revoked", "kind", "other_cluster", "federate_token", "unavailable", "signing",
 	} {
-		s.unauthorized.Add(0, reason)
+		sm.unauthorizedTotal.Add(0, reason)
 	}
 	for kind := range (Skipped{}).ByKind() {
-		s.skipped.Add(0, kind)
+		sm.skippedTotal.Add(0, kind)
 	}
 	for _, result := range []string{
 		resultAccepted, resultRateLimited, resultOverloaded, resultFull, resultFailed, resultTooLarge, resultUnsupported, resultMalformed,
 	} {
-		s.pushes.Add(0, result)
+		sm.pushesTotal.Add(0, result)
 	}
-	m.OnCollect(s.collect(m))
-	return s
+	return sm
 }
 
-// collect returns a function that sets metrics from the store's stats.
-func (s *Server) collect(m *Metrics) func() {
+// storeCollector returns a function that sets metrics from the store's stats.
+func storeCollector(m *Metrics, store *Store) func() {
 	bytes := m.Gauge("telemeter_store_bytes", "Bytes of all logs on disk.")
-	clusters := m.Gauge("telemeter_store_clusters", "Clusters known.")
+	sites := m.Gauge("telemeter_store_clusters", "Sites known.")
 	series := m.Gauge("telemeter_store_series", "Series held.")
 	samples := m.Gauge("telemeter_store_samples", "Samples held.")
 	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs found damaged, cut short or missing at start; of damaged ones copies are kept.")
@@ -144,15 +147,15 @@ func (s *Server) collect(m *Metrics) func() {
 	unread := m.Counter("telemeter_store_samples_unread_dropped_total", "Samples dropped because they outlived retention before every consumer had them.")
 	compactions := m.Counter("telemeter_store_compactions_total", "Logs rewritten.")
 	return func() {
-		st := s.cfg.Store.Stats()
+		st := store.Stats()
 		bytes.Set(float64(st.Bytes))
-		clusters.Set(float64(len(st.Sites)))
-		held, n := int64(0), 0
-		for _, c := range st.Sites {
-			held, n = held+c.Samples, n+c.Series
+		sites.Set(float64(len(st.Sites)))
+		heldSamples, heldSeries := int64(0), 0
+		for _, site := range st.Sites {
+			heldSamples, heldSeries = heldSamples+site.Samples, heldSeries+site.Series
 		}
-		series.Set(float64(n))
-		samples.Set(float64(held))
+		series.Set(float64(heldSeries))
+		samples.Set(float64(heldSamples))
 		damaged.SetTotal(float64(st.Damaged))
 		torn.SetTotal(float64(st.Torn))
 		evicted.SetTotal(float64(st.Evicted))
@@ -172,12 +175,12 @@ func (s *Server) SetReady(ready bool) { s.ready.Store(ready) }
 func (s *Server) External() http.Handler {
 	mux := http.NewServeMux()
 	HealthRoutes(mux, s.ready.Load)
-	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.authorize)))
-	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.upload)))
+	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.handleAuthorize)))
+	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Until it is known that nothing of the body is left. A connection that is to
-		// be kept waits for the rest of it before the answer goes out, when nothing
-		// counts it any more; and one that rests takes one of a bounded number.
+		// Handlers remove this when they have read the whole body. Otherwise net/http would
+		// read the rest of it before it answers, past all limits, and an idle connection would
+		// take one of a bounded number.
 		w.Header().Set("Connection", "close")
 		mux.ServeHTTP(w, r)
 	})
@@ -187,48 +190,56 @@ func (s *Server) External() http.Handler {
 func (s *Server) Internal() http.Handler {
 	mux := http.NewServeMux()
 	HealthRoutes(mux, s.ready.Load)
-	protect := func(name string, h http.Handler) http.Handler {
-		return s.instrument(name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			token, _ := Bearer(r.Header.Get("Authorization"))
-			if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
-				s.refuse(w, "federate_token", "this listener needs the bearer token of --federate-token-file")
-				return
-			}
-			h.ServeHTTP(w, r)
-		}))
-	}
-	mux.Handle("GET /federate", protect("federate", s.federate))
-	mux.Handle("GET /metrics", protect("metrics", s.cfg.Metrics))
+	mux.Handle("GET /federate", s.protect("federate", s.federate))
+	mux.Handle("GET /metrics", s.protect("metrics", s.cfg.Metrics))
 	paths := []string{"/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/"}
 	if s.cfg.Member != nil {
-		paths = append(paths, "/sd", "/debug/cluster")
-		mux.Handle("GET /sd", protect("sd", http.HandlerFunc(s.cfg.Member.ServeSD)))
-		mux.Handle("GET /debug/cluster", protect("cluster", http.HandlerFunc(s.cfg.Member.ServeDebug)))
+		paths = append(paths, "/sd", "/debug/ring")
+		mux.Handle("GET /sd", s.protect("sd", http.HandlerFunc(s.serveSD)))
+		mux.Handle("GET /debug/ring", s.protect("ring", http.HandlerFunc(s.serveDebugRing)))
 	}
-	mux.Handle("GET /{$}", protect("index", IndexHandler(paths...)))
-	debug := http.NewServeMux()
-	debug.HandleFunc("/debug/pprof/", pprof.Index)
-	debug.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-	debug.HandleFunc("/debug/pprof/profile", pprof.Profile)
-	debug.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-	debug.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	mux.Handle("/debug/pprof/", protect("pprof", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	mux.Handle("GET /{$}", s.protect("index", IndexHandler(paths...)))
+	mux.Handle("/debug/pprof/", s.protect("pprof", pprofHandler()))
+	return mux
+}
+
+// Members returns the handler of the listener for the other members of the ring, which a server
+// with a Forwarder has.
+func (s *Server) Members() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
+
+// protect counts the requests of a handler under a name, and asks for the federate token if
+// there is one.
+func (s *Server) protect(name string, h http.Handler) http.Handler {
+	return s.instrument(name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		token, _ := Bearer(r.Header.Get("Authorization"))
+		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
+			s.denyToken(w, "federate_token", "this listener needs the bearer token of --federate-token-file")
+			return
+		}
+		h.ServeHTTP(w, r)
+	}))
+}
+
+// pprofHandler serves profiles to loopback addresses.
+func pprofHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, _ := net.SplitHostPort(r.RemoteAddr)
 		if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
 			http.Error(w, "profiles are served to loopback addresses only", http.StatusForbidden)
 			return
 		}
-		debug.ServeHTTP(w, r)
-	})))
-	return mux
+		mux.ServeHTTP(w, r)
+	})
 }
 
-// Owned reports whether this server owns the site of a hash. A member of a ring does not
-// know that before it is ready: whatever its disk has, another member may be the owner.
-func (s *Server) Owned(hash uint64) bool {
-	if s.cfg.Forwarder == nil {
-		return true
-	}
-	_, self := s.cfg.Forwarder.Owner(hash)
-	return self && s.ready.Load()
+// owned reports whether this server shows the newest samples of a site key's site: those of its
+// own sites, once it is ready.
+func (s *Server) owned(key uint64) bool {
+	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.Owns(key)
 }

@@ -9,72 +9,83 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"slices"
 	"strings"
 )
 
-// refuse answers 401. why is for the sender, and says nothing that an attacker
-// does not know.
-func (s *Server) refuse(w http.ResponseWriter, reason, why string) {
-	s.unauthorized.Inc(reason)
-	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", why))
-	http.Error(w, why, http.StatusUnauthorized)
+// denyToken answers 401. The text is for the client, and says nothing that an attacker does not
+// know.
+func (s *Server) denyToken(w http.ResponseWriter, reason, text string) {
+	s.unauthorizedTotal.Inc(reason)
+	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", text))
+	http.Error(w, text, http.StatusUnauthorized)
 }
 
-// authenticate returns the token of a request if it is valid and of one of the
-// kinds, or answers. An id in the query has to be the token's cluster.
-func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (Token, bool) {
-	text, ok := Bearer(r.Header.Get("Authorization"))
+// forbidClusterID answers 403 to a token of another cluster ID.
+func (s *Server) forbidClusterID(w http.ResponseWriter, text string) {
+	s.unauthorizedTotal.Inc("other_cluster")
+	http.Error(w, text, http.StatusForbidden)
+}
+
+// bearer returns the token of a request, or answers.
+func (s *Server) bearer(w http.ResponseWriter, r *http.Request) (text string, ok bool) {
+	text, ok = Bearer(r.Header.Get("Authorization"))
 	if !ok {
-		s.refuse(w, "missing", "no bearer token; send Authorization: Bearer <token>")
-		return Token{}, false
+		s.denyToken(w, "missing", "no bearer token; send Authorization: Bearer <token>")
+	}
+	return text, ok
+}
+
+// authenticate returns the token of a request if it is valid and of one of the kinds, or answers.
+// An id in the query has to be the token's cluster ID.
+func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (t Token, ok bool) {
+	text, ok := s.bearer(w, r)
+	if !ok {
+		return t, false
 	}
 	st := s.state.Load()
 	t, err := st.Keys.Verify(text, s.cfg.Now())
+	id := r.URL.Query().Get("id")
 	switch {
 	case errors.Is(err, ErrTokenExpired):
-		s.refuse(w, "expired", "the token has expired")
+		s.denyToken(w, "expired", "the token has expired")
 	case errors.Is(err, ErrTokenMalformed):
-		s.refuse(w, "malformed", "the token is malformed")
+		s.denyToken(w, "malformed", "the token is malformed")
 	case err != nil:
-		s.refuse(w, "forged", "the token is not signed by a key of this server")
+		s.denyToken(w, "forged", "the token is not signed by a key of this server")
 	case st.Revoked.IsRevoked(t):
-		s.refuse(w, "revoked", "the token has been revoked")
+		s.denyToken(w, "revoked", "the token has been revoked")
+	case !slices.Contains(kinds, t.Kind):
+		s.denyToken(w, "kind", fmt.Sprintf("this takes a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
+	case id != "" && id != t.Cluster:
+		s.forbidClusterID(w, "the token is for another cluster ID")
 	default:
-		kindOK := false
-		for _, k := range kinds {
-			kindOK = kindOK || k == t.Kind
-		}
-		if !kindOK {
-			s.refuse(w, "kind", fmt.Sprintf("this takes a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
-			return t, false
-		}
-		if id := r.URL.Query().Get("id"); id != "" && id != t.Cluster {
-			s.unauthorized.Inc("other_cluster")
-			http.Error(w, "the token is for another cluster ID", http.StatusForbidden)
-			return t, false
-		}
 		return t, true
 	}
 	return t, false
 }
 
-// authorize exchanges a client token for an upload token.
-func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
-	var t Token
+// clientToken returns the client token of a request if it may push, or answers. The server
+// verifies the token, unless there is a URL to ask.
+func (s *Server) clientToken(w http.ResponseWriter, r *http.Request) (Token, bool) {
 	if s.cfg.Authorizer != nil {
-		var ok bool
-		if t, ok = s.ask(w, r); !ok {
-			return
-		}
-	} else {
-		var ok bool
-		if t, ok = s.authenticate(w, r, KindClient); !ok {
-			return
-		}
-		s.senders.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
+		return s.authorizeByURL(w, r)
+	}
+	t, ok := s.authenticate(w, r, KindClient)
+	if ok {
+		s.sites.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
+	}
+	return t, ok
+}
+
+// handleAuthorize answers POST /authorize: it exchanges a client token for an upload token.
+func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
+	t, ok := s.clientToken(w, r)
+	if !ok {
+		return
 	}
 	now := s.cfg.Now()
-	expires := now.Add(UploadTokenTTL).Unix()
+	expires := now.Add(uploadTokenTTL).Unix()
 	if t.Expires != 0 {
 		expires = min(expires, t.Expires)
 	}
@@ -82,8 +93,8 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 		Kind: KindUpload, Cluster: t.Cluster, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
 	})
 	if err != nil {
-		s.cfg.Log.Error("signing upload token", "cluster", t.Cluster, "err", err)
-		s.unauthorized.Inc("signing")
+		s.cfg.Log.Error("signing upload token", "cluster_id", t.Cluster, "err", err)
+		s.unauthorizedTotal.Inc("signing")
 		http.Error(w, "the token could not be signed", http.StatusInternalServerError)
 		return
 	}
@@ -99,12 +110,11 @@ func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// ask has the --authorize URL judge a client token, instead of its signature.
-func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
+// authorizeByURL has the --authorize URL judge a client token, instead of its signature.
+func (s *Server) authorizeByURL(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
 	id := r.URL.Query().Get("id")
-	text, has := Bearer(r.Header.Get("Authorization"))
-	if !has {
-		s.refuse(w, "missing", "no bearer token; send Authorization: Bearer <token>")
+	text, ok := s.bearer(w, r)
+	if !ok {
 		return t, false
 	}
 	if err := CheckClusterID(id); err != nil {
@@ -113,7 +123,7 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) 
 	}
 	t = Token{Cluster: id, ID: NewTokenID()}
 	if s.state.Load().Revoked.IsRevoked(t) {
-		s.refuse(w, "revoked", "the cluster ID has been revoked")
+		s.denyToken(w, "revoked", "the cluster ID has been revoked")
 		return t, false
 	}
 	labels, err := s.cfg.Authorizer.Authorize(r.Context(), id, text)
@@ -122,16 +132,15 @@ func (s *Server) ask(w http.ResponseWriter, r *http.Request) (t Token, ok bool) 
 		err = errors.Join(err, CheckLabel(name, value))
 	}
 	switch {
-	case errors.Is(err, ErrNotAuthorized):
-		s.refuse(w, "forged", err.Error())
+	case errors.Is(err, errNotAuthorized):
+		s.denyToken(w, "forged", err.Error())
 		return t, false
-	case errors.Is(err, ErrOtherClusterID):
-		s.unauthorized.Inc("other_cluster")
-		http.Error(w, err.Error(), http.StatusForbidden)
+	case errors.Is(err, errOtherClusterID):
+		s.forbidClusterID(w, err.Error())
 		return t, false
 	case err != nil:
-		s.cfg.Log.Warn("asking --authorize URL", "cluster", id, "err", err)
-		s.unauthorized.Inc("unavailable")
+		s.cfg.Log.Warn("asking --authorize URL", "cluster_id", id, "err", err)
+		s.unauthorizedTotal.Inc("unavailable")
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "the authorization service cannot be reached", http.StatusServiceUnavailable)
 		return t, false

@@ -10,24 +10,24 @@ import (
 )
 
 const (
-	leaveWithin = 75 * time.Second // less than the 90 s that systemd waits before it kills
-	leaveFor    = 3 * time.Minute  // a consumer that has not scraped for so long is not waited for
-	leavePoll   = 250 * time.Millisecond
+	drainTimeout      = 75 * time.Second // less than the 90 s that systemd waits before it kills
+	drainConsumerIdle = 3 * time.Minute  // without a scrape, after which a consumer is not waited for
+	drainPoll         = 250 * time.Millisecond
 )
 
 // Drain returns when no push is being handled, and every consumer that scraped within the
 // last three minutes has read all that is held; after 75 seconds; or when ctx ends.
 func (s *Server) Drain(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
-	tick := time.NewTicker(leavePoll)
+	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
-	since := s.cfg.Now().Add(-leaveFor)
+	since := s.cfg.Now().Add(-drainConsumerIdle)
 	unread := s.unread(since)
 	if len(unread) > 0 {
-		s.cfg.Log.Info("serving consumers what they have not read, before the end", "consumers", len(unread), "at_most", leaveWithin)
+		s.cfg.Log.Info("serving consumers what they have not read, before the end", "consumers", len(unread), "at_most", drainTimeout)
 	}
-	for len(unread) > 0 || len(s.uploads) > 0 {
+	for len(unread) > 0 || s.uploads.InUse() > 0 {
 		select {
 		case <-ctx.Done():
 			return
@@ -37,13 +37,13 @@ func (s *Server) Drain(ctx context.Context) {
 	}
 }
 
-// LogUnread logs what each consumer has not read. Its message is what an operator looks for
-// before the storage directory is removed.
+// LogUnread logs how much each consumer has not read. An operator looks for that before the
+// storage directory is removed.
 func (s *Server) LogUnread() {
 	unread := s.unread(time.Time{})
 	samples, consumers := int64(0), 0
-	for _, c := range s.cfg.Store.Stats().Sites {
-		samples, consumers = samples+c.Samples, max(consumers, len(c.Backlog))
+	for _, site := range s.cfg.Store.Stats().Sites {
+		samples, consumers = samples+site.Samples, max(consumers, len(site.Backlog))
 	}
 	switch {
 	case samples > 0 && consumers == 0:
@@ -51,39 +51,39 @@ func (s *Server) LogUnread() {
 	case len(unread) == 0:
 		s.cfg.Log.Info("nothing unread")
 	}
-	keeps := "they are served when this server starts again"
+	outcome := "they are served when this server starts again"
 	if !s.cfg.Store.OnDisk() {
-		keeps = "they are lost, but for those of clients with a spool, because there is no storage directory"
+		outcome = "they are lost, but for those of clients with a spool, because there is no storage directory"
 	}
 	for _, u := range unread {
-		s.cfg.Log.Warn("samples are unread; "+keeps, "consumer", u.Name, "address", u.Address, "samples", u.Samples, "clusters", u.clusters)
+		s.cfg.Log.Warn("samples are unread; "+outcome, "consumer", u.Name, "address", u.Address, "samples", u.Samples, "sites", u.sites)
 	}
 }
 
-// unreadBy is what one consumer has not read of all sites.
-type unreadBy struct {
+// consumerUnread has the samples of all sites that one consumer has not read.
+type consumerUnread struct {
 	Backlog
-	clusters int
+	sites int
 }
 
-// unread returns what the consumers that scraped at or after since have not read.
-func (s *Server) unread(since time.Time) (all []unreadBy) {
+// unread returns the consumers that scraped at or after since and have not read all.
+func (s *Server) unread(since time.Time) (all []consumerUnread) {
 	index := map[[2]string]int{}
-	for _, c := range s.cfg.Store.Stats().Sites {
-		for _, b := range c.Backlog {
+	for _, site := range s.cfg.Store.Stats().Sites {
+		for _, b := range site.Backlog {
 			// A consumer without an address has never scraped this server.
 			if b.Samples == 0 || b.Used.Before(since) || b.Address == "" && !since.IsZero() {
 				continue
 			}
-			who := [2]string{b.Name, b.Address}
-			i, ok := index[who]
+			consumer := [2]string{b.Name, b.Address}
+			i, ok := index[consumer]
 			if !ok {
 				i = len(all)
-				index[who] = i
-				all = append(all, unreadBy{Backlog: Backlog{Name: b.Name, Address: b.Address}})
+				index[consumer] = i
+				all = append(all, consumerUnread{Backlog: Backlog{Name: b.Name, Address: b.Address}})
 			}
 			all[i].Samples += b.Samples
-			all[i].clusters++
+			all[i].sites++
 		}
 	}
 	return all

@@ -1,7 +1,7 @@
 package main
 
-// server_leave_test.go: how a server ends: how long it goes on serving, in virtual time,
-// what it says of what is unread, and what the signals do to a real process.
+// The end of a server: how long it goes on serving, in virtual time, what it logs of unread
+// samples, and what signals do to a real process.
 
 import (
 	"context"
@@ -35,8 +35,8 @@ func newLeaveRig(t *testing.T) *srvRig {
 // hold has the server hold a push.
 func (r *srvRig) hold(id, text string) {
 	r.t.Helper()
-	up := &ForwardedPush{Cluster: id, Arrival: time.Now().UnixMilli()}
-	if a, err := r.server.Forwarded(r.t.Context(), up, []byte(text)); err != nil || a.Status != 200 {
+	push := &pushRequest{ClusterID: id, Arrival: time.Now().UnixMilli()}
+	if a, err := r.server.storeForwarded(r.t.Context(), push, []byte(text)); err != nil || a.Status != 200 {
 		r.t.Fatal(a, err)
 	}
 }
@@ -44,7 +44,7 @@ func (r *srvRig) hold(id, text string) {
 // Drain ends when all is read that somebody waits for, when no push is handled any more,
 // after 75 seconds, or when it is told to.
 func TestDrain(t *testing.T) {
-	const within = leavePoll
+	const within = drainPoll
 	for _, c := range []struct {
 		name   string
 		before func(r *srvRig, x *ConnTracker)
@@ -62,7 +62,7 @@ func TestDrain(t *testing.T) {
 		{name: "nobody reads", before: func(r *srvRig, x *ConnTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
-		}, want: leaveWithin},
+		}, want: drainTimeout},
 		{name: "told to end", before: func(r *srvRig, x *ConnTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
@@ -70,13 +70,13 @@ func TestDrain(t *testing.T) {
 		{name: "the consumer is away", before: func(r *srvRig, x *ConnTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
-			time.Sleep(leaveFor + time.Second)
+			time.Sleep(drainConsumerIdle + time.Second)
 		}},
 		{name: "the consumer may be about to come", before: func(r *srvRig, x *ConnTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
-			time.Sleep(leaveFor)
-		}, want: leaveWithin},
+			time.Sleep(drainConsumerIdle)
+		}, want: drainTimeout},
 		{name: "confirmed by the next scrape", before: func(r *srvRig, x *ConnTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
@@ -90,7 +90,7 @@ func TestDrain(t *testing.T) {
 		}, during: func(r *srvRig, _ *ConnTracker) {
 			time.Sleep(10 * time.Second)
 			r.scrapeOn(&ConnTracker{}, "consumer=x")
-		}, want: leaveWithin},
+		}, want: drainTimeout},
 		{name: "one of two has read", before: func(r *srvRig, x *ConnTracker) {
 			r.hold("a", "up 1\n")
 			r.hold("b", "up 1\n")
@@ -101,17 +101,17 @@ func TestDrain(t *testing.T) {
 			time.Sleep(20*time.Second - time.Millisecond)
 			r.scrapeOn(x, "consumer=y")
 		}, want: 20 * time.Second},
-		{name: "a push is being handled", before: func(r *srvRig, _ *ConnTracker) { r.server.uploads <- struct{}{} }, during: func(r *srvRig, _ *ConnTracker) {
+		{name: "a push is being handled", before: func(r *srvRig, _ *ConnTracker) { r.server.uploads.TryAcquire() }, during: func(r *srvRig, _ *ConnTracker) {
 			time.Sleep(5*time.Second - time.Millisecond)
-			<-r.server.uploads
+			r.server.uploads.Release()
 		}, want: 5 * time.Second},
 		{name: "a push comes to its end, and is read", before: func(r *srvRig, x *ConnTracker) {
 			r.scrapeOn(x, "consumer=x")
-			r.server.uploads <- struct{}{}
+			r.server.uploads.TryAcquire()
 		}, during: func(r *srvRig, x *ConnTracker) {
 			time.Sleep(5*time.Second - time.Millisecond)
 			r.hold("a", "up 1\n")
-			<-r.server.uploads
+			r.server.uploads.Release()
 			time.Sleep(5 * time.Second)
 			r.scrapeOn(x, "consumer=x")
 			time.Sleep(5 * time.Second)
@@ -164,8 +164,8 @@ func TestLogUnread(t *testing.T) {
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 			r.hold("b", "up 1\n")
-			time.Sleep(leaveFor + time.Second) // it says so of those that are not waited for too
-		}, []string{waits + "consumer=x address=192.0.2.1 samples=1 clusters=1", waits + "consumer=y address=192.0.2.1 samples=3 clusters=2"}},
+			time.Sleep(drainConsumerIdle + time.Second) // it says so of those that are not waited for too
+		}, []string{waits + "consumer=x address=192.0.2.1 samples=1 sites=1", waits + "consumer=y address=192.0.2.1 samples=3 sites=2"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -206,7 +206,7 @@ func TestServerLeaves(t *testing.T) {
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--ttl", "1h")
 	const draining = "serving consumers what they have not read, before the end"
-	const unread = `samples are unread; they are served when this server starts again" consumer=central address=127.0.0.1 samples=1 clusters=1`
+	const unread = `samples are unread; they are served when this server starts again" consumer=central address=127.0.0.1 samples=1 sites=1`
 	for _, c := range []struct {
 		name    string
 		consume int // scrapes before the signal
@@ -252,7 +252,7 @@ func TestServerLeaves(t *testing.T) {
 			if c.reads || len(c.signals) > 1 {
 				m.await(draining)
 				eventually(t, "no push is taken", func() bool {
-					req, err := http.NewRequest("POST", m.url+"/upload", strings.NewReader("up 2\n"))
+					req, err := http.NewRequest("POST", m.external+"/upload", strings.NewReader("up 2\n"))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -301,7 +301,7 @@ func TestMemberLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	a := startMember(t, dir, "a")
-	b := startMember(t, dir, "b", "--join", a.cluster)
+	b := startMember(t, dir, "b", "--join", a.ringAddr)
 	agree(t, 2, a, b)
 	token := ""
 	for i := 0; ; i++ { // of a site that b owns

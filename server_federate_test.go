@@ -1,7 +1,7 @@
 package main
 
-// federate_test.go: /federate for a consumer, over HTTP: who is refused, what confirms,
-// and what old scrapers get.
+// /federate for a consumer, over HTTP: which requests are refused, which confirm the scrape before,
+// and the samples that old scrapers get.
 
 import (
 	"bufio"
@@ -220,7 +220,7 @@ func TestFederatePipelined(t *testing.T) {
 			eventually(t, "read what was sent", func() bool {
 				c.mu.Lock()
 				defer c.mu.Unlock()
-				return test.during == "" || c.read.ends > 1 || c.read.more
+				return test.during == "" || c.seen.complete > 1 || c.seen.partial
 			})
 			close(finish)
 			if got := ups(); got != "1 2 " {
@@ -388,7 +388,7 @@ func TestScrapeTime(t *testing.T) {
 		"": 0, "x": 0, "10": 10 * time.Second, "0.5": time.Second / 2, "1e1": 10 * time.Second, "3600": time.Hour,
 		"NaN": 0, "nan": 0, "Inf": 0, "+Inf": 0, "-Inf": 0, "infinity": 0, "-1": 0, "0": 0, "-0": 0, "3601": 0, "1e300": 0, "1e999": 0, "1e-300": 0, "10 ": 0,
 	} {
-		if got := scrapeTime(http.Header{"X-Prometheus-Scrape-Timeout-Seconds": {text}}); got != want {
+		if got := scraperTimeout(http.Header{"X-Prometheus-Scrape-Timeout-Seconds": {text}}); got != want {
 			t.Errorf("%q: %v, want %v", text, got, want)
 		}
 	}
@@ -432,7 +432,7 @@ func TestFederateCut(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
 	r.server.federate.ServeHTTP(failingWriter{httptest.NewRecorder()}, httptest.NewRequest("GET", "/federate", nil))
-	if n := r.server.federate.cut.Value(); n != 1 {
+	if n := r.server.federate.endedEarly.Value(); n != 1 {
 		t.Errorf("%v counted", n)
 	}
 	for query, answer := range map[string]http.ResponseWriter{"cut": failingWriter{httptest.NewRecorder()}, "whole": httptest.NewRecorder()} {
@@ -480,7 +480,7 @@ func TestFederateRevoked(t *testing.T) {
 // scrapeOn asks for /federate on a connection whose earlier answers were all read.
 func (r *srvRig) scrapeOn(conn *ConnTracker, query string) string {
 	r.t.Helper()
-	conn.inTurn = true
+	conn.sequential = true
 	req := httptest.NewRequest("GET", "/federate?"+query, nil)
 	req.RemoteAddr = "192.0.2.1:9"
 	rec := httptest.NewRecorder()

@@ -1,15 +1,16 @@
 package main
 
-// The sealed port for other members: a push that reaches one server is passed unchanged to the
-// server that owns its site. A push is forwarded at most once. An answer comes from the member
-// asked, which holds the cluster key. Of a stranger nothing is read but a header. If the owner
-// cannot be reached, the receiver stores the push itself.
+// Forwarding between the members of the ring: a push that reaches one server is passed unchanged
+// to the server that owns its site, at most once. If the owner cannot take it, the server that
+// received it stores it. Requests and answers are sealed with the cluster key, and an answer is
+// bound to its request. Of a sender without the key nothing is read but a header.
 
 import (
 	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -20,348 +21,387 @@ import (
 )
 
 const (
-	forwardPath    = "/forward"
-	forwardHeader  = "Telemeter-Forward"
-	forwardTimeout = 20 * time.Second // less than a client waits
-	maxForwardHead = 12 << 10         // bytes, sealed: in base64 they fit the heads of a request
-	maxForwards    = 32               // in flight: received of all, each holding a body; sent to one owner
-	maxForwardBody = 64<<20 + 1<<10   // the most that --limit-bytes can be, sealed
-	maxForwardText = 256 << 10        // bytes of an answer
+	forwardPath      = "/forward"
+	envelopeHeader   = "Telemeter-Forward"
+	envelopeVersion  = 1
+	forwardTimeout   = 20 * time.Second // less than a client waits
+	maxEnvelope      = 12 << 10         // bytes, sealed: in base64 they fit the headers of a request
+	maxForwards      = 32               // in flight: received in all, each with a body; sent to one owner
+	maxForwardBody   = 64<<20 + 1<<10   // the most that --limit-bytes can be, sealed
+	maxForwardAnswer = 256 << 10        // bytes
+	maxForwardError  = 200              // bytes of a plain error that are logged
 )
 
-// What a seal is for, so that none can stand for another.
+// The purposes of seals, so that none can stand for another.
 const (
-	headSeal   = "forward head"
-	bodySeal   = "forward body"
-	answerSeal = "forward answer"
+	envelopeSeal = "forward envelope"
+	bodySeal     = "forward body"
+	answerSeal   = "forward answer"
 )
 
-// RingPeer is a live member of the cluster of servers.
-type RingPeer struct {
-	Name    string
-	Addr    string // host:port of its cluster port
-	Session uint64
-	KeyID   uint32 // of the key that it seals with, and so holds
-}
-
-// RingView is who is live and who owns what. It is immutable.
-type RingView struct {
-	Ring  *Ring
-	Peers map[string]RingPeer // by name, this server included
-}
-
-// ForwardedPush is what is to be known of a push beside its body: the claims of its token, when
-// its head arrived at the first server, and its headers.
-type ForwardedPush struct {
-	Cluster          string
+// pushRequest is a push without its body: the site and labels of its token, when its headers
+// arrived at the server that the client pushed to, and those of its headers that matter.
+type pushRequest struct {
+	ClusterID        string
 	Labels           map[string]string `json:",omitempty"`
 	Arrival          int64             // ms
 	Type, Encoding   string
 	Spool, Consumers string `json:",omitempty"`
 }
 
-// PushResult is the answer to a push. The body is text, or JSON if the status is 200.
-type PushResult struct {
-	Status   int
-	Result   string // as telemeter_pushes_total names it
-	Body     []byte
-	Retry    int  `json:",omitempty"` // s
-	Untimely bool `json:",omitempty"` // every sample was dropped for its time
+// pushResponse is the answer to a push. The body is text, or JSON if the status is 200.
+type pushResponse struct {
+	Status     int
+	Result     string // as telemeter_pushes_total names it
+	Body       []byte
+	RetryAfter int  `json:",omitempty"` // s
+	Untimely   bool `json:",omitempty"` // every sample was dropped for its time
 }
 
-// ForwarderConfig configures a Forward.
+// envelope has the addresses of a forwarded request, and all of the push but its body. It is
+// sealed by itself, so that no body is read of a sender without the key. Sessions and the
+// sequence number reveal a replay, also across restarts of either side.
+type envelope struct {
+	Version                int `json:"v"`
+	From, To               string
+	FromSession, ToSession uint64
+	Sequence               uint64
+	Push                   pushRequest
+}
+
+// ForwarderConfig configures a Forwarder.
 type ForwarderConfig struct {
-	Name    string // this server's
+	Name    string // of this server
 	Box     *Box
 	Client  *http.Client
 	Log     *slog.Logger
 	Metrics *Metrics
-	// Take takes a push that another member received. An error has the receiver keep it.
-	Take func(ctx context.Context, up *ForwardedPush, body []byte) (*PushResult, error)
 }
 
-// Forwarder sends pushes to their owners and receives those of others. It is safe
-// for concurrent use.
+// Forwarder sends pushes to their owners and receives those of other members. It is safe for
+// concurrent use.
 type Forwarder struct {
-	cfg      ForwarderConfig
-	view     atomic.Pointer[RingView]
-	count    atomic.Uint64 // of requests sent in this session
-	received chan struct{}
+	cfg       ForwarderConfig
+	view      atomic.Pointer[RingView]
+	sequence  atomic.Uint64 // of the last request sent in this session
+	receiving semaphore     // requests of other members
 
-	mu      sync.Mutex // guards both
-	windows map[string]*peerWindow
-	asked   map[string]*asked // by the owner's name
+	mu      sync.Mutex                // guards senders and owners
+	senders map[string]*senderSession // by member name
+	owners  map[string]*ownerSession  // by member name
 
-	sent, taken *Counter
-	seconds     *Histogram
+	sentTotal, receivedTotal *Counter
+	seconds                  *Histogram
 }
 
-type peerWindow struct {
+// senderSession is the newest known session of a member that forwards to this server.
+type senderSession struct {
 	session uint64
-	window  ReplayWindow
+	window  ReplayWindow // over its sequence numbers
 }
 
-// asked is what waits for the answers of one owner.
-type asked struct {
-	session uint64
-	n       int
-	ctx     context.Context // ends when that session of the owner is live no more
-	cancel  context.CancelFunc
+// ownerSession has the requests that wait for one session of an owner.
+type ownerSession struct {
+	session  uint64
+	requests semaphore
+	ctx      context.Context // ends when that session is live no more
+	cancel   context.CancelFunc
 }
 
-// NewForwarder returns a Forward that knows of no members: this server owns all.
+// NewForwarder returns a Forwarder that knows no members: see SetView.
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	m := cfg.Metrics
 	f := &Forwarder{
-		cfg: cfg, received: make(chan struct{}, maxForwards), windows: map[string]*peerWindow{}, asked: map[string]*asked{},
-		sent:    m.Counter("telemeter_forwards_sent_total", "Pushes for other owners by result: accepted, refused by the owner, or kept: held here because the owner could not take them.", "result"),
-		taken:   m.Counter("telemeter_forwards_received_total", "Pushes forwarded by other members by result.", "result"),
-		seconds: m.Histogram("telemeter_forward_duration_seconds", "Time until the owner answered.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
+		cfg: cfg, receiving: newSemaphore(maxForwards), senders: map[string]*senderSession{}, owners: map[string]*ownerSession{},
+		sentTotal:     m.Counter("telemeter_forwards_sent_total", "Pushes for other owners by result: accepted, refused by the owner, or kept: held here because the owner could not take them.", "result"),
+		receivedTotal: m.Counter("telemeter_forwards_received_total", "Pushes forwarded by other members by result.", "result"),
+		seconds:       m.Histogram("telemeter_forward_duration_seconds", "Time until the owner answered.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
 	}
 	for _, result := range []string{"accepted", "refused", "kept"} {
-		f.sent.Add(0, result)
+		f.sentTotal.Add(0, result)
 	}
-	for _, result := range []string{"accepted", "refused", "forged", "misrouted", "replayed", "malformed", "overloaded", "returned"} {
-		f.taken.Add(0, result)
+	for _, result := range []string{"accepted", "refused", "forged", "version", "misrouted", "replayed", "malformed", "overloaded", "returned"} {
+		f.receivedTotal.Add(0, result)
 	}
 	f.view.Store(&RingView{Ring: NewRing(nil, 0)})
 	return f
 }
 
-// SetView replaces who is live and who owns what. Nobody waits any longer for
-// an owner that is live no more.
+// SetKeys replaces the keys that requests and answers are sealed with. On an error nothing changed.
+func (f *Forwarder) SetKeys(keys Keys) error { return f.cfg.Box.SetKeys(keys) }
+
+// SetView replaces the view of the ring. Requests to sessions that are live no more end.
 func (f *Forwarder) SetView(v *RingView) {
 	f.view.Store(v)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for name, a := range f.asked {
-		if p, live := v.Peers[name]; !live || p.Session != a.session {
-			a.cancel()
-			delete(f.asked, name)
+	for name, o := range f.owners {
+		if p, live := v.Peers[name]; !live || p.Session != o.session {
+			o.cancel()
+			delete(f.owners, name)
 		}
 	}
-	for name := range f.windows {
-		if _, live := v.Peers[name]; !live && len(f.windows) > MaxSlots {
-			delete(f.windows, name)
+	for name := range f.senders {
+		if _, live := v.Peers[name]; !live && len(f.senders) > MaxSlots {
+			delete(f.senders, name)
 		}
 	}
 }
 
-// View returns what SetView set.
+// View returns the view that SetView set.
 func (f *Forwarder) View() *RingView { return f.view.Load() }
 
-// Owner returns the member that owns the site of a hash, and whether it is this one.
-// While nobody is known, it is.
-func (f *Forwarder) Owner(hash uint64) (p RingPeer, self bool) {
-	v := f.view.Load()
-	name, ok := v.Ring.Owner(hash)
-	if p, live := v.Peers[name]; ok && live && name != f.cfg.Name {
+// Owner returns the member that pushes for a site key go to, and whether it is this server. It
+// is this server while no owner is known.
+func (f *Forwarder) Owner(key uint64) (p RingPeer, self bool) {
+	if p, ok := f.View().Owner(key); ok && p.Name != f.cfg.Name {
 		return p, false
 	}
 	return RingPeer{Name: f.cfg.Name}, true
 }
 
-// Forward has the owner of a push take it, and returns the owner's answer; nil if this server
-// is the owner, or has to take the push because the owner cannot.
-func (f *Forwarder) Forward(ctx context.Context, up *ForwardedPush, body []byte) *PushResult {
-	hash := SiteKey(up.Cluster)
+// Owns reports whether the ring makes this server the owner of a site key. While there is no
+// ring, it owns nothing: whatever its disk has, another member may be the owner.
+func (f *Forwarder) Owns(key uint64) bool {
+	p, ok := f.View().Owner(key)
+	return ok && p.Name == f.cfg.Name
+}
+
+// Forward passes a push to its owner and returns the owner's answer. It returns nil if this
+// server has to store the push, because it is the owner or because the owner cannot take it.
+func (f *Forwarder) Forward(ctx context.Context, push *pushRequest, body []byte) *pushResponse {
+	key := SiteKey(push.ClusterID)
 	for {
-		owner, self := f.Owner(hash)
+		owner, self := f.Owner(key)
 		if self {
 			return nil
 		}
 		begin := time.Now()
-		a, err := f.ask(ctx, owner, up, body)
+		resp, err := f.send(ctx, owner, push, body)
 		f.seconds.Observe(time.Since(begin).Seconds())
 		if err == nil {
 			result := "accepted"
-			if a.Status != http.StatusOK {
+			if resp.Status != http.StatusOK {
 				result = "refused"
 			}
-			f.sent.Inc(result)
-			return a
+			f.sentTotal.Inc(result)
+			return resp
 		}
 		if ctx.Err() != nil {
-			return nil // the sender has gone, or no time is left: it sends the push again
+			return nil // the client has gone, or no time is left: it sends the push again
 		}
-		if now, _ := f.Owner(hash); now != owner {
-			continue // it died meanwhile, and there is another; each turn takes a change of the ring
+		if now, _ := f.Owner(key); now != owner {
+			continue // the ring has changed, and there is another owner
 		}
-		f.sent.Inc("kept")
-		f.cfg.Log.Warn("owner cannot take the push; it is held here", "cluster", up.Cluster, "owner", owner.Name, "err", err)
+		f.sentTotal.Inc("kept")
+		f.cfg.Log.Warn("owner cannot take the push; it is held here", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
 		return nil
 	}
 }
 
-// reach returns a context for asking an owner, and what has to be called when
-// that is done. So many may wait for one owner and no more: one that hangs must
-// not gather all the memory there is.
-func (f *Forwarder) reach(ctx context.Context, to RingPeer) (context.Context, func(), error) {
+// acquireOwner takes one of the bounded number of requests to an owner: one that hangs must not
+// gather all memory. The context returned ends after forwardTimeout, or when the owner's session
+// is live no more. release has to be called at the end.
+func (f *Forwarder) acquireOwner(ctx context.Context, to RingPeer) (_ context.Context, release func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	a := f.asked[to.Name]
-	if a == nil || a.session != to.Session {
-		if a != nil {
-			a.cancel()
+	o := f.owners[to.Name]
+	if o == nil || o.session != to.Session {
+		if o != nil {
+			o.cancel()
 		}
-		a = &asked{session: to.Session}
-		a.ctx, a.cancel = context.WithCancel(context.Background())
-		f.asked[to.Name] = a
+		o = &ownerSession{session: to.Session, requests: newSemaphore(maxForwards)}
+		o.ctx, o.cancel = context.WithCancel(context.Background())
+		f.owners[to.Name] = o
 	}
-	if a.n >= maxForwards {
-		return nil, nil, fmt.Errorf("%d pushes wait for it", a.n)
+	if !o.requests.TryAcquire() {
+		return nil, nil, fmt.Errorf("%d pushes wait for it", o.requests.InUse())
 	}
-	a.n++
 	ctx, cancel := context.WithTimeout(ctx, forwardTimeout)
-	stop := context.AfterFunc(a.ctx, cancel)
+	stop := context.AfterFunc(o.ctx, cancel)
 	return ctx, func() {
 		stop()
 		cancel()
-		f.mu.Lock()
-		a.n--
-		f.mu.Unlock()
+		o.requests.Release()
 	}, nil
 }
 
-// head says what a request is, to whom, and from whom. It is sealed by itself, so
-// that no body is read of one who could not seal it; sessions and the count make
-// a replay known, also across restarts of either side.
-type head struct {
-	From, To               string
-	FromSession, ToSession uint64
-	Count                  uint64
-	Upload                 ForwardedPush
-}
-
-// ask sends one push and returns the authenticated answer.
-func (f *Forwarder) ask(ctx context.Context, to RingPeer, up *ForwardedPush, body []byte) (*PushResult, error) {
-	ctx, done, err := f.reach(ctx, to)
+// send sends one push to a member and returns the authenticated answer.
+func (f *Forwarder) send(ctx context.Context, to RingPeer, push *pushRequest, body []byte) (_ *pushResponse, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("forwarding to %s: %w", to.Addr, err)
+		}
+	}()
+	ctx, release, err := f.acquireOwner(ctx, to)
 	if err != nil {
-		return nil, fmt.Errorf("forwarding: %w", err)
+		return nil, err
 	}
-	defer done()
-	said, err := json.Marshal(head{
-		From: f.cfg.Name, FromSession: f.view.Load().Peers[f.cfg.Name].Session,
-		To: to.Name, ToSession: to.Session, Count: f.count.Add(1), Upload: *up,
+	defer release()
+	plain, err := json.Marshal(envelope{
+		Version: envelopeVersion, From: f.cfg.Name, FromSession: f.View().Peers[f.cfg.Name].Session,
+		To: to.Name, ToSession: to.Session, Sequence: f.sequence.Add(1), Push: *push,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("forwarding: %w", err)
+		return nil, err
 	}
-	sealed := f.cfg.Box.Seal(nil, said, headSeal, nil, to.KeyID)
-	if len(sealed) > maxForwardHead {
-		return nil, fmt.Errorf("forwarding: labels and headers take %d bytes, which is more than %d", len(sealed), maxForwardHead)
+	sealed := f.cfg.Box.Seal(nil, plain, envelopeSeal, nil, to.KeyID)
+	if len(sealed) > maxEnvelope {
+		return nil, fmt.Errorf("labels and headers take %d bytes, which is more than %d", len(sealed), maxEnvelope)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+to.Addr+forwardPath,
 		bytes.NewReader(f.cfg.Box.Seal(nil, body, bodySeal, sealed, to.KeyID)))
 	if err != nil {
-		return nil, fmt.Errorf("forwarding: %w", err)
+		return nil, err
 	}
-	req.Header.Set(forwardHeader, base64.RawURLEncoding.EncodeToString(sealed))
+	req.Header.Set(envelopeHeader, base64.RawURLEncoding.EncodeToString(sealed))
 	resp, err := f.cfg.Client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("forwarding: %w", err)
+		return nil, err
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, maxForwardText))
+	return f.readAnswer(resp, sealed)
+}
+
+// readAnswer reads the answer to the request with a sealed envelope.
+func (f *Forwarder) readAnswer(resp *http.Response, sealed []byte) (*pushResponse, error) {
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxForwardAnswer))
 	if err != nil {
-		return nil, fmt.Errorf("forwarding: reading the answer: %w", err)
+		return nil, fmt.Errorf("reading the answer: %w", err)
 	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("forwarding: %s answered %s", to.Addr, resp.Status)
+	if resp.StatusCode != http.StatusOK { // such an answer is not authenticated
+		return nil, fmt.Errorf("answered %s: %q", resp.Status, bytes.TrimSpace(b[:min(len(b), maxForwardError)]))
 	}
 	plain, err := f.cfg.Box.Open(nil, b, answerSeal, sealed)
 	if err != nil {
-		return nil, fmt.Errorf("forwarding: the answer of %s: %w", to.Addr, err)
+		return nil, fmt.Errorf("opening the answer: %w", err)
 	}
-	var a PushResult
-	if err := json.Unmarshal(plain, &a); err != nil || a.Status < 200 || a.Status > 599 {
-		return nil, fmt.Errorf("forwarding: the answer of %s is malformed (%v)", to.Addr, err)
+	var push pushResponse
+	if err := json.Unmarshal(plain, &push); err != nil {
+		return nil, fmt.Errorf("the answer is malformed: %w", err)
 	}
-	return &a, nil
+	if push.Status < 200 || push.Status > 599 {
+		return nil, fmt.Errorf("the answer has status %d", push.Status)
+	}
+	return &push, nil
 }
 
-// Handler returns the handler of the cluster port.
-func (f *Forwarder) Handler() http.Handler {
+// storeForwardedFunc stores a push that another member received. An error hands the push back to
+// that member, which then stores it.
+type storeForwardedFunc func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error)
+
+// Handler returns the handler of the listener for members.
+func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+forwardPath, f.receive)
+	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
+		answer, result, refused := f.receive(w, r, store)
+		f.receivedTotal.Inc(result)
+		if refused != nil {
+			w.Header().Set("Connection", "close")
+			http.Error(w, refused.text, refused.status)
+			return
+		}
+		w.Write(answer) // an error is the connection's
+	})
 	return mux
 }
 
-// receive takes a push that another member forwards. The push is not forwarded again,
-// whichever member owns its site by now, because a push that went round would never be
-// answered. A stranger learns nothing but that it cannot seal.
-func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request) {
-	refuse := func(status int, result string) {
-		f.taken.Inc(result)
-		w.Header().Set("Connection", "close")
-		http.Error(w, http.StatusText(status), status)
+// forwardRefusal answers a forwarded push that is not taken. A sender without the key learns
+// nothing from it but that, and the version.
+type forwardRefusal struct {
+	status int
+	text   string
+}
+
+func refuseForward(status int) *forwardRefusal {
+	return &forwardRefusal{status, http.StatusText(status)}
+}
+
+// receive takes a push that another member forwards, and returns the sealed answer and its
+// result, as telemeter_forwards_received_total names it. The push is not forwarded again,
+// whichever member owns its site by now: a push that goes round is never answered.
+func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, refused *forwardRefusal) {
+	env, sealed, result, refused := f.openEnvelope(r.Header.Get(envelopeHeader))
+	if refused != nil {
+		return nil, result, refused
 	}
-	var h head
-	sealed, err := base64.RawURLEncoding.DecodeString(r.Header.Get(forwardHeader))
-	if err != nil || len(sealed) > maxForwardHead {
-		refuse(http.StatusForbidden, "forged")
-		return
+	if env.To != f.cfg.Name || env.ToSession != f.View().Peers[f.cfg.Name].Session {
+		return nil, "misrouted", refuseForward(http.StatusForbidden)
 	}
-	plain, err := f.cfg.Box.Open(nil, sealed, headSeal, nil)
-	if err != nil {
-		refuse(http.StatusForbidden, "forged")
-		return
+	if !f.acceptSequence(env) {
+		return nil, "replayed", refuseForward(http.StatusForbidden)
 	}
-	if err := json.Unmarshal(plain, &h); err != nil || CheckClusterID(h.Upload.Cluster) != nil {
-		refuse(http.StatusForbidden, "malformed")
-		return
+	if !f.receiving.TryAcquire() {
+		return nil, "overloaded", refuseForward(http.StatusServiceUnavailable)
 	}
-	if v := f.view.Load(); h.To != f.cfg.Name || h.ToSession != v.Peers[f.cfg.Name].Session {
-		refuse(http.StatusForbidden, "misrouted")
-		return
-	}
-	if !f.fresh(h) {
-		refuse(http.StatusForbidden, "replayed")
-		return
-	}
-	select {
-	case f.received <- struct{}{}:
-		defer func() { <-f.received }()
-	default:
-		refuse(http.StatusServiceUnavailable, "overloaded")
-		return
-	}
+	defer f.receiving.Release()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxForwardBody))
 	if err == nil {
 		body, err = f.cfg.Box.Open(nil, body, bodySeal, sealed)
 	}
 	if err != nil {
-		refuse(http.StatusForbidden, "forged")
-		return
+		return nil, "forged", refuseForward(http.StatusForbidden)
 	}
-	a, err := f.cfg.Take(r.Context(), &h.Upload, body)
+	resp, err := store(r.Context(), &env.Push, body)
 	if err != nil {
-		f.cfg.Log.Debug("forwarded push is left to its receiver", "cluster", h.Upload.Cluster, "from", h.From, "err", err)
-		refuse(http.StatusServiceUnavailable, "returned")
-		return
+		f.cfg.Log.Debug("forwarded push is handed back", "cluster_id", env.Push.ClusterID, "from", env.From, "err", err)
+		return nil, "returned", refuseForward(http.StatusServiceUnavailable)
 	}
-	b, err := json.Marshal(a)
+	b, err := json.Marshal(resp)
 	if err != nil {
-		refuse(http.StatusInternalServerError, "malformed")
-		return
+		return nil, "malformed", refuseForward(http.StatusInternalServerError)
 	}
-	if a.Status == http.StatusOK {
-		f.taken.Inc("accepted")
-	} else {
-		f.taken.Inc("refused")
+	result = "accepted"
+	if resp.Status != http.StatusOK {
+		result = "refused"
 	}
-	w.Write(f.cfg.Box.Seal(nil, b, answerSeal, sealed, f.cfg.Box.KeyID(sealed))) // an error is the connection's
+	return f.cfg.Box.Seal(nil, b, answerSeal, sealed, f.cfg.Box.KeyID(sealed)), result, nil
 }
 
-// fresh reports whether a request was not seen before. Of each sender only its
-// newest session counts.
-func (f *Forwarder) fresh(h head) bool {
+// openEnvelope opens an envelope in base64. It returns the sealed bytes too, which body and
+// answer are bound to.
+func (f *Forwarder) openEnvelope(header string) (env envelope, sealed []byte, result string, refused *forwardRefusal) {
+	sealed, err := base64.RawURLEncoding.DecodeString(header)
+	if err != nil || len(sealed) > maxEnvelope {
+		return env, nil, "forged", refuseForward(http.StatusForbidden)
+	}
+	plain, err := f.cfg.Box.Open(nil, sealed, envelopeSeal, nil)
+	if err == nil {
+		err = checkEnvelopeVersion(plain)
+	}
+	switch {
+	case errors.Is(err, ErrSealVersion), errors.Is(err, errEnvelopeVersion):
+		return env, nil, "version", &forwardRefusal{http.StatusForbidden, "forwarding needs servers of one version: " + err.Error()}
+	case err != nil:
+		return env, nil, "forged", refuseForward(http.StatusForbidden)
+	case json.Unmarshal(plain, &env) != nil || CheckClusterID(env.Push.ClusterID) != nil:
+		return env, nil, "malformed", refuseForward(http.StatusForbidden)
+	}
+	return env, sealed, "", nil
+}
+
+var errEnvelopeVersion = errors.New("envelope of another version")
+
+// checkEnvelopeVersion looks at nothing but the version: the fields of another one may not fit.
+func checkEnvelopeVersion(plain []byte) error {
+	env := struct {
+		Version int `json:"v"`
+	}{}
+	if json.Unmarshal(plain, &env) == nil && env.Version != envelopeVersion {
+		return fmt.Errorf("%w: it has version %d, and this server knows version %d", errEnvelopeVersion, env.Version, envelopeVersion)
+	}
+	return nil
+}
+
+// acceptSequence reports whether a request is no replay, and makes any later one with its
+// sequence number one. Of each sender only its newest session counts.
+func (f *Forwarder) acceptSequence(env envelope) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	w := f.windows[h.From]
-	if w == nil || h.FromSession > w.session {
-		w = &peerWindow{session: h.FromSession}
-		f.windows[h.From] = w
+	s := f.senders[env.From]
+	if s == nil || env.FromSession > s.session {
+		s = &senderSession{session: env.FromSession}
+		f.senders[env.From] = s
 	}
-	return h.FromSession == w.session && w.window.Accept(h.Count)
+	return env.FromSession == s.session && s.window.Accept(env.Sequence)
 }

@@ -26,29 +26,37 @@ import (
 // each push and answers its own name.
 type forwardNode struct {
 	*Forwarder
-	url  string
-	down atomic.Bool // the network drops what comes
-	last atomic.Pointer[http.Request]
-	body atomic.Pointer[[]byte]
+	url   string
+	store storeForwardedFunc
+	down  atomic.Bool // the network drops what comes
+	last  atomic.Pointer[http.Request]
+	body  atomic.Pointer[[]byte]
 
 	mu     sync.Mutex // guards the rest
 	pushes []takenPush
-	answer func() (*PushResult, error) // nil: 200
+	answer func() (*pushResponse, error) // nil: 200
 }
 
 type takenPush struct {
-	up   ForwardedPush
+	push pushRequest
 	body string
 }
 
-func (n *forwardNode) take(_ context.Context, up *ForwardedPush, body []byte) (*PushResult, error) {
+// receiver is the handler that gets what others forward.
+func (n *forwardNode) receiver() http.Handler {
+	return n.Handler(func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+		return n.store(ctx, push, body)
+	})
+}
+
+func (n *forwardNode) answerName(_ context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.pushes = append(n.pushes, takenPush{*up, string(body)})
+	n.pushes = append(n.pushes, takenPush{*push, string(body)})
 	if n.answer != nil {
 		return n.answer()
 	}
-	return &PushResult{Status: http.StatusOK, Result: resultAccepted, Body: []byte(n.cfg.Name)}, nil
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: []byte(n.cfg.Name)}, nil
 }
 
 // took returns how many pushes n took of others.
@@ -61,7 +69,7 @@ func (n *forwardNode) took() int {
 // push has n forward a push with the given body, and returns the body of the answer: the
 // name of the member that took the push, or "" if n has to take it itself.
 func (n *forwardNode) push(ctx context.Context, id, body string) string {
-	a := n.Forward(ctx, &ForwardedPush{Cluster: id, Arrival: 5, Type: "text/plain"}, []byte(body))
+	a := n.Forward(ctx, &pushRequest{ClusterID: id, Arrival: 5, Type: "text/plain"}, []byte(body))
 	if a == nil {
 		return ""
 	}
@@ -89,8 +97,9 @@ func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 	}
 	n.Forwarder = NewForwarder(ForwarderConfig{
 		Name: name, Box: box, Client: NewHTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
-		Log: slog.New(slog.DiscardHandler), Take: n.take,
+		Log: slog.New(slog.DiscardHandler),
 	})
+	n.store = n.answerName
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if n.down.Load() {
 			panic(http.ErrAbortHandler)
@@ -99,7 +108,7 @@ func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 		n.body.Store(&b)
 		n.last.Store(r)
 		r.Body = io.NopCloser(bytes.NewReader(b))
-		n.Handler().ServeHTTP(w, r)
+		n.receiver().ServeHTTP(w, r)
 	}))
 	t.Cleanup(srv.Close)
 	n.url = srv.URL
@@ -155,7 +164,7 @@ func newRingServers(t testing.TB, n int, change ...func(*StoreConfig, *ServerCon
 		r := newSrvRig(t, append([]func(*StoreConfig, *ServerConfig){func(_ *StoreConfig, c *ServerConfig) {
 			c.Name, c.Forwarder = name, node.Forwarder
 		}}, change...)...)
-		node.cfg.Take = r.server.Forwarded
+		node.store = r.server.storeForwarded
 		all, nodes = append(all, &ringServer{r, node}), append(nodes, node)
 	}
 	join(1, nodes...)
@@ -185,30 +194,30 @@ func TestForward(t *testing.T) {
 	}
 
 	// The owner gets the push as it came, and its answer comes back as it is.
-	up := ForwardedPush{
-		Cluster: ownedBy(t, a.Forwarder, "b"), Labels: map[string]string{"region": "eu", "note": "<\u00e9\">"}, Arrival: 1_700_000_000_123,
+	up := pushRequest{
+		ClusterID: ownedBy(t, a.Forwarder, "b"), Labels: map[string]string{"region": "eu", "note": "<\u00e9\">"}, Arrival: 1_700_000_000_123,
 		Type: "text/plain; version=0.0.4", Encoding: "gzip", Spool: "00000000000000ab 1-4,9", Consumers: "00000000000000cd:7",
 	}
 	bodies := []string{"", "a 1\n", "\x00\xff\x1f\x8b", strings.Repeat("z", 1<<20)}
-	answers := []*PushResult{
+	answers := []*pushResponse{
 		{Status: 200, Result: resultAccepted, Body: []byte("{\"accepted\":1}\n")},
 		{Status: 200, Result: resultAccepted, Body: []byte("{}\n"), Untimely: true},
 		{Status: 400, Result: resultMalformed, Body: []byte("line 1: <html> \xff\n")},
 		{Status: 413, Result: resultTooLarge, Body: []byte("too large\n")},
 		{Status: 415, Result: resultUnsupported, Body: []byte("what?\n")},
-		{Status: 429, Result: resultRateLimited, Body: []byte("too fast\n"), Retry: 7},
-		{Status: 503, Result: resultFull, Body: []byte("no room\n"), Retry: 60},
-		{Status: 503, Result: resultFailed, Body: bytes.Repeat([]byte("x"), 100<<10), Retry: 30},
+		{Status: 429, Result: resultRateLimited, Body: []byte("too fast\n"), RetryAfter: 7},
+		{Status: 503, Result: resultFull, Body: []byte("no room\n"), RetryAfter: 60},
+		{Status: 503, Result: resultFailed, Body: bytes.Repeat([]byte("x"), 100<<10), RetryAfter: 30},
 	}
 	for i, answer := range answers {
 		body := bodies[i%len(bodies)]
-		b.answer = func() (*PushResult, error) { return answer, nil }
+		b.answer = func() (*pushResponse, error) { return answer, nil }
 		got := a.Forward(ctx, &up, []byte(body))
 		if !reflect.DeepEqual(got, answer) {
 			t.Errorf("the owner answered %+v, the receiver has %+v", answer, got)
 		}
-		if last := b.pushes[len(b.pushes)-1]; !reflect.DeepEqual(last.up, up) || last.body != body {
-			t.Errorf("push %d: the owner got %+v and a body of %d bytes", i, last.up, len(last.body))
+		if last := b.pushes[len(b.pushes)-1]; !reflect.DeepEqual(last.push, up) || last.body != body {
+			t.Errorf("push %d: the owner got %+v and a body of %d bytes", i, last.push, len(last.body))
 		}
 	}
 	if b.took() != len(answers) || a.took() != 0 {
@@ -222,31 +231,31 @@ func TestForward(t *testing.T) {
 			}
 		}
 	}
-	counted(a.sent, map[string]float64{"accepted": 2, "refused": 6, "kept": 0})
-	counted(b.taken, map[string]float64{"accepted": 2, "refused": 6, "returned": 0})
+	counted(a.sentTotal, map[string]float64{"accepted": 2, "refused": 6, "kept": 0})
+	counted(b.receivedTotal, map[string]float64{"accepted": 2, "refused": 6, "returned": 0})
 
 	// A push that the owner returns, and one for an owner that is away, is the receiver's.
-	b.answer = func() (*PushResult, error) { return nil, errors.New("not ready") }
-	if got := a.push(ctx, up.Cluster, "returned"); got != "" {
+	b.answer = func() (*pushResponse, error) { return nil, errors.New("not ready") }
+	if got := a.push(ctx, up.ClusterID, "returned"); got != "" {
 		t.Errorf("a push that was returned is taken by %q", got)
 	}
 	b.answer = nil
 	b.down.Store(true)
-	if got := a.push(ctx, up.Cluster, "down"); got != "" {
+	if got := a.push(ctx, up.ClusterID, "down"); got != "" {
 		t.Errorf("a push for an owner that is down is taken by %q", got)
 	}
 	b.down.Store(false)
-	counted(a.sent, map[string]float64{"kept": 2})
-	counted(b.taken, map[string]float64{"returned": 1})
+	counted(a.sentTotal, map[string]float64{"kept": 2})
+	counted(b.receivedTotal, map[string]float64{"returned": 1})
 	// The sender of a push that has gone tries again: nothing is kept for it.
 	gone, cancel := context.WithCancel(ctx)
 	cancel()
-	a.push(gone, up.Cluster, "gone")
-	counted(a.sent, map[string]float64{"kept": 2})
+	a.push(gone, up.ClusterID, "gone")
+	counted(a.sentTotal, map[string]float64{"kept": 2})
 
 	// A push is forwarded once: b takes it, though a is the owner by b's view.
 	b.SetView(&RingView{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: b.View().Peers})
-	if got := a.push(ctx, up.Cluster, "once"); got != "b" || a.took() != 0 {
+	if got := a.push(ctx, up.ClusterID, "once"); got != "b" || a.took() != 0 {
 		t.Errorf("taken by %q, and %d pushes came back", got, a.took())
 	}
 }
@@ -264,17 +273,17 @@ func TestForwardLongHead(t *testing.T) {
 	for i := range MaxConsumers {
 		consumers = append(consumers, ConsumerAge{uint64(i), consumerIdle})
 	}
-	up := ForwardedPush{
-		Cluster: ownedBy(t, a.Forwarder, "b"), Labels: map[string]string{"note": strings.Repeat("x", 1000)}, Arrival: 1_700_000_000_123,
+	up := pushRequest{
+		ClusterID: ownedBy(t, a.Forwarder, "b"), Labels: map[string]string{"note": strings.Repeat("x", 1000)}, Arrival: 1_700_000_000_123,
 		Type: protoType, Encoding: "gzip", Spool: names.String(), Consumers: FormatConsumers(consumers),
 	}
-	if got := a.Forward(t.Context(), &up, []byte("x")); got == nil || !reflect.DeepEqual(b.pushes[0].up, up) {
+	if got := a.Forward(t.Context(), &up, []byte("x")); got == nil || !reflect.DeepEqual(b.pushes[0].push, up) {
 		t.Errorf("a head with %d bytes of numbers and %d of consumers was answered %v", len(up.Spool), len(up.Consumers), got)
 	}
 	// A longer one is not sent: the owner would count it as forged.
-	up.Labels["note"] = strings.Repeat("x", maxForwardHead)
-	if got := a.Forward(t.Context(), &up, []byte("x")); got != nil || a.sent.Value("kept") != 1 || b.taken.Value("forged") != 0 {
-		t.Errorf("a head that is too long was answered %v, and %v were counted as forged", got, b.taken.Value("forged"))
+	up.Labels["note"] = strings.Repeat("x", maxEnvelope)
+	if got := a.Forward(t.Context(), &up, []byte("x")); got != nil || a.sentTotal.Value("kept") != 1 || b.receivedTotal.Value("forged") != 0 {
+		t.Errorf("a head that is too long was answered %v, and %v were counted as forged", got, b.receivedTotal.Value("forged"))
 	}
 }
 
@@ -307,7 +316,7 @@ func TestForwardHangingOwner(t *testing.T) {
 		<-asked
 	}
 	// One more does not wait, and the receiver takes its push.
-	if got := a.push(t.Context(), id, "m 2\n"); got != "" || a.sent.Value("kept") != 1 {
+	if got := a.push(t.Context(), id, "m 2\n"); got != "" || a.sentTotal.Value("kept") != 1 {
 		t.Errorf("one more is taken by %q", got)
 	}
 	// The owner is known to be dead: those that wait go to the next one.
@@ -324,7 +333,7 @@ func TestForwardHangingOwner(t *testing.T) {
 			t.Fatalf("a push that waited is taken by %q, want %q", got, heir)
 		}
 	}
-	if n := a.sent.Value("kept"); n != 1 {
+	if n := a.sentTotal.Value("kept"); n != 1 {
 		t.Errorf("%v pushes kept", n)
 	}
 }
@@ -346,7 +355,7 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 		Peers: map[string]RingPeer{"a": {Name: "a"}, "b": {Name: "b", Addr: strings.TrimPrefix(owner.URL, "http://")}},
 	})
 	r.server.cfg.Forwarder = f.Forwarder
-	r.server.decoding = make(chan struct{}, 4) // as few as on the smallest machine
+	r.server.decoding = newSemaphore(4) // as few as on the smallest machine
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	waiting := 0
@@ -388,33 +397,37 @@ func TestForwardTrustsNobody(t *testing.T) {
 	}
 	a.cfg.Client.Transport = earlier.next
 	captured, body := b.last.Load(), *b.body.Load()
-	send := func(header string, body []byte) int {
+	send := func(header string, body []byte) (int, string) {
 		rec := httptest.NewRecorder()
 		req := httptest.NewRequest("POST", forwardPath, bytes.NewReader(body))
-		req.Header.Set(forwardHeader, header)
-		b.Handler().ServeHTTP(rec, req)
+		req.Header.Set(envelopeHeader, header)
+		b.receiver().ServeHTTP(rec, req)
 		if text := rec.Body.String(); rec.Code == 200 || strings.Contains(text, "b") && strings.Contains(text, id) {
 			t.Errorf("answered %d %q", rec.Code, text)
 		}
-		return rec.Code
+		return rec.Code, rec.Body.String()
 	}
-	sealed := captured.Header.Get(forwardHeader)
-	said := func(h any) string {
+	sealed := captured.Header.Get(envelopeHeader)
+	seal := func(h any) string {
 		plain, err := json.Marshal(h)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return base64.RawURLEncoding.EncodeToString(b.cfg.Box.Seal(nil, plain, headSeal, nil, 0))
+		return base64.RawURLEncoding.EncodeToString(b.cfg.Box.Seal(nil, plain, envelopeSeal, nil, 0))
 	}
-	fresh := head{From: "a", FromSession: 1, To: "b", ToSession: 1, Count: 100, Upload: ForwardedPush{Cluster: id}}
-	change := func(f func(*head)) string {
-		h := fresh
+	valid := envelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 100, Push: pushRequest{ClusterID: id}}
+	change := func(f func(*envelope)) string {
+		h := valid
 		f(&h)
-		return said(h)
+		return seal(h)
 	}
-	count := func(result string) float64 { return b.taken.Value(result) }
+	count := func(result string) float64 { return b.receivedTotal.Value(result) }
 	flipped := bytes.Clone(body)
 	flipped[len(flipped)-1] ^= 1
+	unsealed, err := base64.RawURLEncoding.DecodeString(sealed)
+	if err != nil {
+		t.Fatal(err)
+	}
 	tests := []struct {
 		name, result string
 		prepare      func()
@@ -423,16 +436,20 @@ func TestForwardTrustsNobody(t *testing.T) {
 	}{
 		{"replayed", "replayed", nil, sealed, body},
 		{"no header", "forged", nil, "", body},
-		{"garbage", "forged", nil, "AAAA", body},
+		{"garbage", "forged", nil, "AQAA", body},
 		{"truncated", "forged", nil, sealed[:len(sealed)-4], body},
-		{"too long", "forged", nil, strings.Repeat("A", 2*maxForwardHead), body},
-		{"a head that is none", "malformed", nil, said("x"), body},
-		{"no site", "malformed", nil, change(func(h *head) { h.Upload.Cluster = "" }), body},
-		{"a site that is none", "malformed", nil, change(func(h *head) { h.Upload.Cluster = "a b" }), body},
-		{"for another member", "misrouted", nil, change(func(h *head) { h.To = "c" }), body},
-		{"for another session", "misrouted", nil, change(func(h *head) { h.ToSession = 2 }), body},
-		{"of an earlier session", "replayed", nil, change(func(h *head) { h.FromSession = 0 }), body},
-		{"another push's body", "forged", nil, said(fresh), body},
+		{"too long", "forged", nil, strings.Repeat("A", 2*maxEnvelope), body},
+		{"a head that is none", "malformed", nil, seal("x"), body},
+		{"of another version of seals", "version", nil, base64.RawURLEncoding.EncodeToString(append([]byte{2}, unsealed[1:]...)), body},
+		{"of another version of envelopes", "version", nil, change(func(h *envelope) { h.Version = 2 }), body},
+		{"of a version with other fields", "version", nil, seal(map[string]any{"v": 2, "To": 7}), body},
+		{"of no version", "version", nil, seal(map[string]any{"To": "b"}), body},
+		{"no site", "malformed", nil, change(func(h *envelope) { h.Push.ClusterID = "" }), body},
+		{"a site that is none", "malformed", nil, change(func(h *envelope) { h.Push.ClusterID = "a b" }), body},
+		{"for another member", "misrouted", nil, change(func(h *envelope) { h.To = "c" }), body},
+		{"for another session", "misrouted", nil, change(func(h *envelope) { h.ToSession = 2 }), body},
+		{"of an earlier session", "replayed", nil, change(func(h *envelope) { h.FromSession = 0 }), body},
+		{"another push's body", "forged", nil, seal(valid), body},
 		{"of another session of ours", "misrouted", func() { join(2, a, b, c) }, sealed, body},
 	}
 	for _, tt := range tests {
@@ -440,7 +457,10 @@ func TestForwardTrustsNobody(t *testing.T) {
 			tt.prepare()
 		}
 		before := count(tt.result)
-		send(tt.head, tt.body)
+		code, text := send(tt.head, tt.body)
+		if code != http.StatusForbidden || strings.Contains(text, "version") != (tt.result == "version") {
+			t.Errorf("%s: %d %s", tt.name, code, text)
+		}
 		if count(tt.result) != before+1 {
 			t.Errorf("%s: not counted as %s", tt.name, tt.result)
 		}
@@ -458,7 +478,7 @@ func TestForwardTrustsNobody(t *testing.T) {
 		"the owner's own answer to an earlier request": func(w http.ResponseWriter, r *http.Request) { w.Write(earlier.body) },
 		"a reflection": func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) },
 		"an answer of no status": func(w http.ResponseWriter, r *http.Request) {
-			sealed, _ := base64.RawURLEncoding.DecodeString(r.Header.Get(forwardHeader))
+			sealed, _ := base64.RawURLEncoding.DecodeString(r.Header.Get(envelopeHeader))
 			w.Write(b.cfg.Box.Seal(nil, []byte("{}"), answerSeal, sealed, 0))
 		},
 		"an answer to another request": func(w http.ResponseWriter, r *http.Request) {
@@ -469,8 +489,8 @@ func TestForwardTrustsNobody(t *testing.T) {
 		v := *a.View()
 		v.Peers = map[string]RingPeer{"a": v.Peers["a"], "b": {Name: "b", Addr: strings.TrimPrefix(srv.URL, "http://"), Session: 1}}
 		a.SetView(&v)
-		before := a.sent.Value("kept")
-		if got := a.Forward(t.Context(), &ForwardedPush{Cluster: id}, nil); got != nil || a.sent.Value("kept") != before+1 {
+		before := a.sentTotal.Value("kept")
+		if got := a.Forward(t.Context(), &pushRequest{ClusterID: id}, nil); got != nil || a.sentTotal.Value("kept") != before+1 {
 			t.Errorf("%s was believed: %+v", name, got)
 		}
 		srv.Close()
@@ -484,6 +504,36 @@ func TestForwardTrustsNobody(t *testing.T) {
 	}
 }
 
+// changeSealVersion makes the seal of an envelope one of another version.
+type changeSealVersion struct{ next http.RoundTripper }
+
+func (o changeSealVersion) RoundTrip(r *http.Request) (*http.Response, error) {
+	sealed, err := base64.RawURLEncoding.DecodeString(r.Header.Get(envelopeHeader))
+	if err != nil {
+		return nil, err
+	}
+	sealed[0]++
+	r = r.Clone(r.Context())
+	r.Header.Set(envelopeHeader, base64.RawURLEncoding.EncodeToString(sealed))
+	return o.next.RoundTrip(r)
+}
+
+// A member of another version is told so, and the log of the server that keeps the push says it.
+func TestForwardOtherVersion(t *testing.T) {
+	keys := clusterKeys(t, testKey(1))
+	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
+	join(1, a, b)
+	log := &srvLog{}
+	a.cfg.Log = slog.New(slog.NewTextHandler(log, nil))
+	a.cfg.Client.Transport = changeSealVersion{a.cfg.Client.Transport}
+	if got := a.push(t.Context(), ownedBy(t, a.Forwarder, "b"), "m 1\n"); got != "" || a.sentTotal.Value("kept") != 1 || b.receivedTotal.Value("version") != 1 {
+		t.Errorf("taken by %q, %v counted", got, b.receivedTotal.Value("version"))
+	}
+	if text := log.String(); !strings.Contains(text, "version 2") || !strings.Contains(text, "version 1") {
+		t.Errorf("the log says:\n%s", text)
+	}
+}
+
 // A member takes no more at once than it has memory for; the receiver takes the rest.
 func TestForwardOverloaded(t *testing.T) {
 	keys := clusterKeys(t, testKey(1))
@@ -491,19 +541,19 @@ func TestForwardOverloaded(t *testing.T) {
 	join(1, a, b)
 	id := ownedBy(t, a.Forwarder, "b")
 	for range maxForwards {
-		b.received <- struct{}{}
+		b.receiving.TryAcquire()
 	}
-	if got := a.push(t.Context(), id, "m 1\n"); got != "" || b.taken.Value("overloaded") != 1 {
-		t.Errorf("taken by %q, %v refused", got, b.taken.Value("overloaded"))
+	if got := a.push(t.Context(), id, "m 1\n"); got != "" || b.receivedTotal.Value("overloaded") != 1 {
+		t.Errorf("taken by %q, %v refused", got, b.receivedTotal.Value("overloaded"))
 	}
-	<-b.received
+	b.receiving.Release()
 	if got := a.push(t.Context(), id, "m 1\n"); got != "b" {
 		t.Errorf("with room again: taken by %q", got)
 	}
 }
 
 // Of each sender every request counts once, and none of an earlier session.
-func TestForwardFresh(t *testing.T) {
+func TestForwardReplay(t *testing.T) {
 	f := newForwardNode(t, "a", clusterKeys(t, testKey(1))).Forwarder
 	for i, c := range []struct {
 		from           string
@@ -513,8 +563,8 @@ func TestForwardFresh(t *testing.T) {
 		{"b", 2, 1, true}, {"b", 2, 1, false}, {"b", 1, 2, false}, {"b", 2, 3, true}, {"b", 2, 2, true},
 		{"c", 1, 1, true}, {"b", 3, 1, true}, {"b", 2, 4, false}, {"b", 3, 2, true},
 	} {
-		if got := f.fresh(head{From: c.from, FromSession: c.session, Count: c.count}); got != c.want {
-			t.Errorf("request %d, %+v: fresh %v", i, c, got)
+		if got := f.acceptSequence(envelope{From: c.from, FromSession: c.session, Sequence: c.count}); got != c.want {
+			t.Errorf("request %d, %+v: accepted %v", i, c, got)
 		}
 	}
 }
@@ -541,7 +591,7 @@ func TestForwardGivesUp(t *testing.T) {
 			begin := time.Now()
 			answered := make(chan error, 1)
 			go func() {
-				_, err := f.ask(t.Context(), owner, &ForwardedPush{Cluster: "x"}, nil)
+				_, err := f.send(t.Context(), owner, &pushRequest{ClusterID: "x"}, nil)
 				answered <- err
 			}()
 			synctest.Wait()
@@ -657,18 +707,18 @@ func TestForwardedPushAnswer(t *testing.T) {
 		{"too large", func(b *ringServer) { b.server.cfg.LimitBytes = 1 << 10 }, big, nil, 413, "", 0},
 		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 413, "", 0},
 		{"too fast", func(b *ringServer) {
-			b.server.senders = NewSenders(7 * time.Second)
+			b.server.sites = NewSenders(7 * time.Second)
 			for n := range 2 {
 				for range rateBurst {
 					id := ownedBy(b.t, b.node.Forwarder, "b", n)
-					b.server.senders.AcquirePush(id, b.now())
-					b.server.senders.ReleasePush(id)
+					b.server.sites.AcquirePush(id, b.now())
+					b.server.sites.ReleasePush(id)
 				}
 			}
 		}, "m 1\n", nil, 429, "7", 0},
 		{"busy", func(b *ringServer) {
 			for range maxUploads {
-				b.server.uploads <- struct{}{}
+				b.server.uploads.TryAcquire()
 			}
 		}, "m 1\n", nil, 503, "5", 0},
 		{"full", func(b *ringServer) { b.store.cfg.LimitSamples = 1 }, "m 1\nn 1\n", nil, 503, "60", 0},
@@ -701,7 +751,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 			if shown := strings.Contains(a.held(id, ""), PushFailureTimeName+`{_id="`+id+`",instance="",job="",server="a"}`); shown != failed {
 				t.Errorf("the receiver shows that the push failed: %t", shown)
 			}
-			if n := a.node.sent.Value("accepted") + a.node.sent.Value("refused"); n != 1 || a.server.pushes.Value("accepted") != map[bool]float64{true: 1}[c.status == 200] {
+			if n := a.node.sentTotal.Value("accepted") + a.node.sentTotal.Value("refused"); n != 1 || a.server.pushesTotal.Value("accepted") != map[bool]float64{true: 1}[c.status == 200] {
 				t.Errorf("%v pushes were answered by the owner", n)
 			}
 		})
@@ -763,7 +813,7 @@ func TestForwardedPushKept(t *testing.T) {
 					t.Errorf("%s holds samples of %v ms, want %v", r.server.cfg.Name, times, want)
 				}
 			}
-			if n := a.node.taken.Value("accepted"); n != 0 {
+			if n := a.node.receivedTotal.Value("accepted"); n != 0 {
 				t.Errorf("%v pushes came back to the receiver", n)
 			}
 		})
@@ -821,7 +871,7 @@ func TestForwardedPushOwnerDies(t *testing.T) {
 		ring := newRingServers(t, 3)
 		a := ring[0]
 		asked := make(chan struct{}, 1)
-		ring[1].node.cfg.Take = func(ctx context.Context, _ *ForwardedPush, _ []byte) (*PushResult, error) {
+		ring[1].node.store = func(ctx context.Context, _ *pushRequest, _ []byte) (*pushResponse, error) {
 			asked <- struct{}{}
 			<-ctx.Done()
 			return nil, ctx.Err()
@@ -862,7 +912,7 @@ func TestForwardedPushOwnerDies(t *testing.T) {
 				t.Errorf("%s are left: %s holds samples of %v ms, want %v", left, r.node.cfg.Name, times, want)
 			}
 		}
-		if n := a.node.sent.Value("kept"); n != 0 {
+		if n := a.node.sentTotal.Value("kept"); n != 0 {
 			t.Errorf("%s are left: %v pushes were kept for an owner", left, n)
 		}
 	}
@@ -873,37 +923,37 @@ func FuzzForwardReceive(f *testing.F) {
 	node := newForwardNode(f, "b", clusterKeys(f, testKey(1)))
 	node.SetView(&RingView{Ring: NewRing(nil, 0), Peers: map[string]RingPeer{"b": {Name: "b", Session: 1}}})
 	var pushes []takenPush
-	node.cfg.Take = func(_ context.Context, up *ForwardedPush, body []byte) (*PushResult, error) {
-		pushes = append(pushes, takenPush{*up, string(body)})
-		return &PushResult{Status: http.StatusOK}, nil
+	node.store = func(_ context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+		pushes = append(pushes, takenPush{*push, string(body)})
+		return &pushResponse{Status: http.StatusOK}, nil
 	}
-	handler := node.Handler()
-	good, err := json.Marshal(head{From: "a", FromSession: 1, To: "b", ToSession: 1, Count: 1, Upload: ForwardedPush{Cluster: "x", Arrival: 5}})
+	handler := node.receiver()
+	good, err := json.Marshal(envelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 1, Push: pushRequest{ClusterID: "x", Arrival: 5}})
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(good, []byte("m 1\n"), true)
 	f.Add(good, []byte("m 1\n"), false)
-	f.Add([]byte(`{"To":"b","ToSession":1,"Upload":{"Cluster":"a\u0000"}}`), []byte{}, true)
+	f.Add([]byte(`{"To":"b","ToSession":1,"v":1,"Push":{"ClusterID":"a\u0000"}}`), []byte{}, true)
 	f.Add([]byte(`[]`), []byte{}, true)
 	f.Fuzz(func(t *testing.T, plain, body []byte, sealed bool) {
 		header, sent := plain, body
 		if sealed {
-			header = node.cfg.Box.Seal(nil, plain, headSeal, nil, 0)
+			header = node.cfg.Box.Seal(nil, plain, envelopeSeal, nil, 0)
 			sent = node.cfg.Box.Seal(nil, body, bodySeal, header, 0)
 		}
-		clear(node.windows)
+		clear(node.senders)
 		pushes = nil
 		req := httptest.NewRequest("POST", forwardPath, bytes.NewReader(sent))
-		req.Header.Set(forwardHeader, base64.RawURLEncoding.EncodeToString(header))
+		req.Header.Set(envelopeHeader, base64.RawURLEncoding.EncodeToString(header))
 		rec := httptest.NewRecorder()
 		handler.ServeHTTP(rec, req)
 		if (rec.Code == http.StatusOK) != (len(pushes) == 1) || len(pushes) > 1 {
 			t.Fatalf("answered %d, and %d pushes were taken", rec.Code, len(pushes))
 		}
-		var h head
+		var h envelope
 		for _, p := range pushes {
-			if !sealed || p.body != string(body) || CheckClusterID(p.up.Cluster) != nil || json.Unmarshal(plain, &h) != nil || h.To != "b" {
+			if !sealed || p.body != string(body) || CheckClusterID(p.push.ClusterID) != nil || json.Unmarshal(plain, &h) != nil || h.To != "b" {
 				t.Errorf("%q was taken as %+v", plain, p)
 			}
 		}
@@ -933,7 +983,7 @@ func BenchmarkForwardedPush(b *testing.B) {
 	})
 	for _, r := range ring {
 		// As a member serves it, without what the tests look at.
-		srv := httptest.NewServer(r.node.Handler())
+		srv := httptest.NewServer(r.node.receiver())
 		b.Cleanup(srv.Close)
 		r.node.url = srv.URL
 	}

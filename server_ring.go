@@ -1,18 +1,47 @@
 package main
 
-// What a server tells about the ring: /sd for Prometheus's HTTP service discovery, and
-// /debug/ring for operators. This file decides nothing about members.
+// The ring as a server shows it: /sd for Prometheus's HTTP service discovery, /debug/ring for
+// operators, and metrics. This file decides nothing about members.
 
 import (
 	"fmt"
 	"net/http"
 )
 
-// ServeSD answers in the form of Prometheus's HTTP service discovery, with every
+// ringCollector returns a function that sets metrics from the state of the ring and of gossip.
+func (s *Server) ringCollector(m *Metrics) func() {
+	members := m.Gauge("telemeter_members", "Members of the ring by state, this server included.", "state")
+	share := m.Gauge("telemeter_ring_share_ratio", "Share of the sites that this server owns.")
+	health := m.Gauge("telemeter_gossip_local_health", "0 is good; each point slows this server's judgement of others.")
+	sent := m.Counter("telemeter_gossip_sent_packets_total", "Gossip packets sent.")
+	sentBytes := m.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip sent.")
+	received := m.Counter("telemeter_gossip_received_packets_total", "Gossip packets received.")
+	refused := m.Counter("telemeter_gossip_refused_packets_total", "Gossip packets that were dropped unanswered, by reason.", "reason")
+	return func() {
+		count := map[MemberState]int{StateAlive: 0, StateSuspect: 0, StateDead: 0, StateLeft: 0}
+		for _, mv := range s.cfg.Gossip.View().Members {
+			count[mv.State]++
+		}
+		for state, n := range count {
+			members.Set(float64(n), state.String())
+		}
+		share.Set(s.cfg.Member.View().Ring.Shares()[s.cfg.Name])
+		st := s.cfg.Gossip.Stats()
+		health.Set(float64(st.Health))
+		sent.SetTotal(float64(st.Sent))
+		sentBytes.SetTotal(float64(st.SentBytes))
+		received.SetTotal(float64(st.Received))
+		for i, reason := range RefusedReasons() {
+			refused.SetTotal(float64(st.Refused[i]), reason)
+		}
+	}
+}
+
+// serveSD answers in the form of Prometheus's HTTP service discovery, with every
 // live server: each exposes what it holds.
-func (m *RingMember) ServeSD(w http.ResponseWriter, r *http.Request) {
+func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
 	targets := []string{}
-	for _, mv := range m.cfg.Gossip.View().Members {
+	for _, mv := range s.cfg.Gossip.View().Members {
 		if mv.State.IsLive() && mv.URL != "" {
 			targets = append(targets, mv.URL)
 		}
@@ -20,46 +49,51 @@ func (m *RingMember) ServeSD(w http.ResponseWriter, r *http.Request) {
 	WriteJSON(w, []map[string][]string{{"targets": targets}})
 }
 
-// ServeDebug tells all that this server knows of the cluster.
-func (m *RingMember) ServeDebug(w http.ResponseWriter, r *http.Request) {
-	type member struct {
-		Name        string  `json:"name"`
-		State       string  `json:"state"`
-		Address     string  `json:"address"`
-		Internal    string  `json:"internal,omitempty"`
-		Slot        *uint16 `json:"slot"`
-		Claim       uint64  `json:"claim,omitempty"`
-		Provisional bool    `json:"provisional,omitempty"`
-		Leaving     bool    `json:"leaving,omitempty"`
-		Session     uint64  `json:"session"`
-		Incarnation uint32  `json:"incarnation"`
-		KeyID       string  `json:"key_id"`
-		RTT         float64 `json:"round_trip_seconds,omitempty"`
-		Share       float64 `json:"share"`
-		Gone        uint32  `json:"gone_seconds,omitempty"`
+// memberStatus is a member in /debug/ring.
+type memberStatus struct {
+	Name        string  `json:"name"`
+	State       string  `json:"state"`
+	Address     string  `json:"address"`
+	Internal    string  `json:"internal,omitempty"`
+	Slot        *uint16 `json:"slot"`
+	Claim       uint64  `json:"claim,omitempty"`
+	Provisional bool    `json:"provisional,omitempty"`
+	Leaving     bool    `json:"leaving,omitempty"`
+	Session     uint64  `json:"session"`
+	Incarnation uint32  `json:"incarnation"`
+	KeyID       string  `json:"key_id"`
+	RTT         float64 `json:"round_trip_seconds,omitempty"`
+	Share       float64 `json:"share"`
+	Gone        uint32  `json:"gone_seconds,omitempty"`
+}
+
+func newMemberStatus(mv MemberSnapshot, share float64) memberStatus {
+	st := memberStatus{
+		Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional, Leaving: mv.Leaving,
+		Session: mv.Session, Incarnation: mv.Incarnation, KeyID: fmt.Sprintf("%08x", mv.KeyID), RTT: mv.RTT.Seconds(), Share: share, Gone: mv.Age,
 	}
-	v := m.cfg.Gossip.View()
-	ring := m.cfg.Forward.View().Ring
+	if mv.Slot != NoSlot {
+		st.Slot = &mv.Slot
+	}
+	return st
+}
+
+// serveDebugRing answers GET /debug/ring with the members that this server knows, and its counts.
+func (s *Server) serveDebugRing(w http.ResponseWriter, r *http.Request) {
+	v := s.cfg.Gossip.View()
+	ring := s.cfg.Member.View().Ring
 	shares := ring.Shares()
-	members := []member{}
+	members := []memberStatus{}
 	for _, mv := range v.Members {
-		d := member{
-			Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional, Leaving: mv.Leaving,
-			Session: mv.Session, Incarnation: mv.Incarnation, KeyID: fmt.Sprintf("%08x", mv.KeyID), RTT: mv.RTT.Seconds(),
-			Share: shares[mv.Name], Gone: mv.Age,
-		}
-		if mv.Slot != NoSlot {
-			d.Slot = &mv.Slot
-		}
-		members = append(members, d)
+		members = append(members, newMemberStatus(mv, shares[mv.Name]))
 	}
-	st := m.cfg.Gossip.Stats()
+	st := s.cfg.Gossip.Stats()
 	refused := map[string]uint64{}
 	for i, reason := range RefusedReasons() {
 		refused[reason] = st.Refused[i]
 	}
 	WriteJSON(w, map[string]any{
-		"name": m.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
+		"name": s.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
 		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
 		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "received_packets": st.Received, "refused": refused},
 	})

@@ -1,9 +1,8 @@
 package main
 
-// server_test.go: what server.go promises to people, scrapers and attackers: the
-// table of answers, what a 200 means, that nothing refused leaves anything, and
-// that one site cannot touch what another pushed. Requests go over a real
-// listener on 127.0.0.1; the clock stands still unless a test moves it.
+// The promises of a server to clients, scrapers and attackers: the table of answers, the meaning of a
+// 200, that a refused push leaves nothing, and that one site cannot touch the samples of another.
+// Requests go over a real listener on 127.0.0.1; the clock stands still unless a test moves it.
 
 import (
 	"bufio"
@@ -434,7 +433,7 @@ func TestAnswers(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := &srvRig{t: t, keys: r.keys, store: r.store, server: r.server, external: r.external, internal: r.internal, secrets: r.secrets}
-			r.server.senders = NewSenders(0)
+			r.server.sites = NewSenders(0)
 			samples := r.store.totals.Samples.Load()
 			q := c.q
 			q.url = r.external.URL + q.url
@@ -562,7 +561,7 @@ func TestUntimelyPush(t *testing.T) {
 				t.Errorf("%s: %t", PushFailureTimeName, failed)
 			}
 			if log := r.log.String(); strings.Count(log, "level=WARN") != strings.Count(fmt.Sprint(c.failed), "true") ||
-				c.failed && !(strings.Contains(log, "cluster=site-a") && strings.Contains(log, c.hint)) {
+				c.failed && !(strings.Contains(log, "cluster_id=site-a") && strings.Contains(log, c.hint)) {
 				t.Errorf("logged:\n%s", log)
 			}
 		})
@@ -666,10 +665,10 @@ func TestNULByte(t *testing.T) {
 				t.Errorf("answered %s\nnot %s", got, c.want)
 			}
 			if a.status == 200 {
-				if n := r.accepted(a).Dropped["invalid"]; r.server.dropped.Value("invalid") != float64(n) {
-					t.Errorf("%v are counted of %d", r.server.dropped.Value("invalid"), n)
+				if n := r.accepted(a).Dropped["invalid"]; r.server.droppedTotal.Value("invalid") != float64(n) {
+					t.Errorf("%v are counted of %d", r.server.droppedTotal.Value("invalid"), n)
 				}
-			} else if n := r.server.dropped.Value("invalid"); n != 0 {
+			} else if n := r.server.droppedTotal.Value("invalid"); n != 0 {
 				t.Errorf("%v samples of a refused push are counted as dropped", n)
 			}
 			r.parsed("")
@@ -806,10 +805,11 @@ func TestAuthorizeURL(t *testing.T) {
 	defer service.Close()
 	defer close(hang)
 	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) {
-		var err error
-		if c.Authorizer, err = NewAuthorizer(service.URL+"/auth?tenant=7&id=forged", NewHTTPClient(nil, 300*time.Millisecond, 10*time.Second)); err != nil {
+		u, err := url.Parse(service.URL + "/auth?tenant=7&id=forged")
+		if err != nil {
 			t.Fatal(err)
 		}
+		c.Authorizer = NewAuthorizer(u, NewHTTPClient(nil, 300*time.Millisecond, 10*time.Second))
 	})
 	r.secrets = append(r.secrets, "internal detail", service.Listener.Addr().String(), elsewhere.URL)
 	revoked, err := ParseRevoked([]byte("gone\n"))
@@ -898,10 +898,10 @@ func TestRateLimit(t *testing.T) {
 	}
 }
 
-// TestSenders: what is remembered is bounded, and forgetting makes none faster.
-func TestSenders(t *testing.T) {
+// TestTrackedSites: their number is bounded, and forgetting one makes it no faster.
+func TestTrackedSites(t *testing.T) {
 	s := NewSenders(time.Second)
-	for i := range maxSenders {
+	for i := range maxTrackedSites {
 		id := strconv.Itoa(i)
 		if _, err := s.AcquirePush(id, authNow); err != nil {
 			t.Fatal(err)
@@ -915,12 +915,12 @@ func TestSenders(t *testing.T) {
 	}
 	s.SetFailed("one more", authNow)
 	s.SetTokenExpiry("one more", 7, authNow)
-	later := authNow.Add(senderIdle + time.Second)
+	later := authNow.Add(siteIdle + time.Second)
 	if _, err := s.AcquirePush("one more", later); err != nil {
 		t.Error(err)
 	}
-	if len(s.byID) != 2 { // and the one in flight
-		t.Errorf("%d senders are remembered", len(s.byID))
+	if len(s.sites) != 2 { // and the one in flight
+		t.Errorf("%d sites are tracked", len(s.sites))
 	}
 	s.ReleasePush("0")
 }
@@ -1012,9 +1012,9 @@ func TestVanishingClient(t *testing.T) {
 		eventually(t, "the push has ended", func() bool { return r.server.inFlight.child(nil).load() == 0 })
 	}
 	eventually(t, "nothing is left", func() bool {
-		r.server.senders.mu.Lock()
-		defer r.server.senders.mu.Unlock()
-		return len(r.server.uploads) == 0 && len(r.server.decoding) == 0 && r.server.senders.byID["site-a"].inFlight == 0
+		r.server.sites.mu.Lock()
+		defer r.server.sites.mu.Unlock()
+		return len(r.server.uploads) == 0 && len(r.server.decoding) == 0 && r.server.sites.sites["site-a"].inFlight == 0
 	})
 	if st := r.store.Stats(); len(st.Sites) != 0 {
 		t.Errorf("left: %+v", st)
@@ -1039,7 +1039,7 @@ func TestConcurrentUploads(t *testing.T) {
 	r := newSrvRig(t)
 	var wg sync.WaitGroup
 	var bodies []*io.PipeWriter
-	for i := range maxPerSender {
+	for i := range maxPushesPerSite {
 		body, w := io.Pipe()
 		bodies = append(bodies, w)
 		req, err := http.NewRequest("POST", r.external.URL+"/upload", body)
@@ -1057,7 +1057,7 @@ func TestConcurrentUploads(t *testing.T) {
 			resp.Body.Close()
 		})
 	}
-	eventually(t, "all are in flight", func() bool { return r.server.inFlight.child(nil).load() == maxPerSender })
+	eventually(t, "all are in flight", func() bool { return r.server.inFlight.child(nil).load() == maxPushesPerSite })
 	got := r.push("site-a", "up 1\n")
 	if got.status != 429 || got.header.Get("Retry-After") != "1" || !strings.Contains(got.body, "4 pushes of this cluster ID") {
 		t.Errorf("a fifth: %d %v %s", got.status, got.header, got.body)
@@ -1069,7 +1069,7 @@ func TestConcurrentUploads(t *testing.T) {
 	}
 	wg.Wait()
 	r.accepted(r.push("site-a", "up 1\n"))
-	if n := len(r.parsed("")["up"].Metric); n != maxPerSender+2 {
+	if n := len(r.parsed("")["up"].Metric); n != maxPushesPerSite+2 {
 		t.Errorf("%d series are served", n)
 	}
 }
@@ -1079,10 +1079,10 @@ func TestConcurrentUploads(t *testing.T) {
 func TestAnswerWithoutBody(t *testing.T) {
 	r := newSrvRig(t)
 	for range rateBurst {
-		if _, err := r.server.senders.AcquirePush("fast", r.now()); err != nil {
+		if _, err := r.server.sites.AcquirePush("fast", r.now()); err != nil {
 			t.Fatal(err)
 		}
-		r.server.senders.ReleasePush("fast")
+		r.server.sites.ReleasePush("fast")
 	}
 	for _, c := range []struct {
 		path, token, header, body string
@@ -1132,7 +1132,7 @@ func TestSlowBody(t *testing.T) {
 			s.SetReady(true)
 			body, w := io.Pipe()
 			go func() {
-				time.Sleep(uploadWait + 20*time.Second)
+				time.Sleep(storeTimeout + 20*time.Second)
 				io.WriteString(w, "up 1\n")
 				w.Close()
 			}()
@@ -1714,7 +1714,7 @@ func TestExpiryEnds(t *testing.T) {
 }
 
 // While a step of the server's clock is in doubt, a push that only one of the two times
-// takes is to be sent again; nobody blames its sender, and others are taken.
+// takes is to be sent again; its client is not blamed, and others are taken.
 func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt := time.Duration(0)
 	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
@@ -1980,8 +1980,8 @@ func TestUploadHeaders(t *testing.T) {
 			if a.status != 400 || !strings.Contains(a.body, c.reason) {
 				t.Errorf("%d %s", a.status, a.body)
 			}
-			if st := r.store.Stats(); len(st.Sites) > 0 || r.server.pushes.Value(resultMalformed) != 1 {
-				t.Errorf("it left %+v, and %v are counted", st, r.server.pushes.Value(resultMalformed))
+			if st := r.store.Stats(); len(st.Sites) > 0 || r.server.pushesTotal.Value(resultMalformed) != 1 {
+				t.Errorf("it left %+v, and %v are counted", st, r.server.pushesTotal.Value(resultMalformed))
 			}
 			if all := r.store.Consumers.ConsumerAges(SiteKey("site-a"), r.now()); len(all) > 0 {
 				t.Errorf("it told of %d consumers", len(all))

@@ -1,7 +1,8 @@
 package main
 
-// A push on its way from the request to the store: limits, decoding, the answer. A 200 means
-// durable. All memory that remote input can claim is bounded, per sender and in all.
+// A push on its way from the request to the store: its headers and body are read, its owner is
+// found, it is decoded, appended and answered. A 200 means durable. All memory that remote input
+// can claim is bounded, for each site and in all.
 
 import (
 	"context"
@@ -9,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"net/http"
 	"slices"
@@ -33,347 +35,393 @@ const (
 	dropFuture   = "future"
 )
 
-// refusal is a push that is not taken: the status, what metrics call it, and
-// what the sender is told.
-type refusal struct {
-	status int
-	result string
-	why    string
-	retry  time.Duration
+// uploadError says why a push is refused, in words for the client.
+type uploadError struct {
+	status     int
+	result     string
+	text       string
+	retryAfter time.Duration // 0: not said
 }
 
-// answer returns what the sender gets.
-func (r *refusal) answer() *PushResult {
-	why := r.why
-	if len(why) > maxReason {
-		why = strings.ToValidUTF8(why[:maxReason], "") + "…"
+func (e *uploadError) Error() string { return e.text }
+
+func errOverloaded(text string) error {
+	return &uploadError{http.StatusServiceUnavailable, resultOverloaded, text, 5 * time.Second}
+}
+
+func errPushTooLarge(text string) error {
+	return &uploadError{http.StatusRequestEntityTooLarge, resultTooLarge, text, 0}
+}
+
+func errMalformed(text string) error {
+	return &uploadError{http.StatusBadRequest, resultMalformed, text, 0}
+}
+
+func errUnsupported(text string) error {
+	return &uploadError{http.StatusUnsupportedMediaType, resultUnsupported, text, 0}
+}
+
+// refusedPush returns the response to a push that err refuses. Its text is cut: an error can quote
+// a whole body.
+func refusedPush(err error) *pushResponse {
+	var e *uploadError
+	if !errors.As(err, &e) {
+		e = &uploadError{http.StatusInternalServerError, resultFailed, "the push could not be handled", 0}
 	}
-	return &PushResult{Status: r.status, Result: r.result, Body: []byte(why + "\n"), Retry: int(math.Ceil(r.retry.Seconds()))}
+	text := e.text
+	if len(text) > maxErrorText {
+		text = strings.ToValidUTF8(text[:maxErrorText], "") + "…"
+	}
+	return &pushResponse{Status: e.status, Result: e.result, Body: []byte(text + "\n"), RetryAfter: int(math.Ceil(e.retryAfter.Seconds()))}
 }
 
-// upload takes a push.
-func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
-	kinds := []string{KindUpload, KindClient}
-	if s.cfg.Authorizer != nil {
-		kinds = kinds[:1]
+// handleUpload answers POST /upload.
+func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
+	kinds := []string{KindUpload}
+	if s.cfg.Authorizer == nil {
+		kinds = append(kinds, KindClient)
 	}
 	t, ok := s.authenticate(w, r, kinds...)
 	if !ok {
 		return
 	}
 	if t.Kind == KindClient {
-		s.senders.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
+		s.sites.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
 	}
-	a, ref := s.admit(w, r, t)
-	if ref != nil {
-		a = ref.answer()
+	resp, err := s.receivePush(w, r, t)
+	if err != nil {
+		resp = refusedPush(err)
 	}
-	s.pushes.Inc(a.Result)
+	s.pushesTotal.Inc(resp.Result)
 	// A server that starts or ends is no fault of the push.
-	if a.Untimely || a.Status != http.StatusOK && s.ready.Load() {
-		s.senders.SetFailed(t.Cluster, s.cfg.Now())
+	if resp.Untimely || resp.Status != http.StatusOK && s.ready.Load() {
+		s.sites.SetFailed(t.Cluster, s.cfg.Now())
 	}
-	if a.Status == http.StatusOK {
+	if resp.Status == http.StatusOK {
 		w.Header().Del("Connection")
 		w.Header().Set("Content-Type", "application/json")
-		w.Write(a.Body) // an error is the connection's: the sender asks again
+		w.Write(resp.Body) // an error is the connection's: the client sends the push again
 		return
 	}
-	level := slog.LevelInfo
-	switch a.Result {
-	case resultFailed, resultFull, resultRateLimited:
-		level = slog.LevelDebug // logged with the cause; and the limit holds for the log too
+	text := strings.TrimSpace(string(resp.Body))
+	s.cfg.Log.Log(r.Context(), refusalLevel(resp.Result), "push refused",
+		"cluster_id", t.Cluster, "remote", r.RemoteAddr, "status", resp.Status, "reason", text)
+	if resp.RetryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(resp.RetryAfter))
 	}
-	why := strings.TrimSpace(string(a.Body))
-	s.cfg.Log.Log(r.Context(), level, "push refused", "cluster", t.Cluster, "remote", r.RemoteAddr, "status", a.Status, "reason", why)
-	if a.Retry > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(a.Retry))
-	}
-	http.Error(w, why, a.Status)
+	http.Error(w, text, resp.Status)
 }
 
-func overloaded(why string) *refusal {
-	return &refusal{http.StatusServiceUnavailable, resultOverloaded, why, 5 * time.Second}
+// refusalLevel returns the level at which a refused push is logged.
+func refusalLevel(result string) slog.Level {
+	switch result {
+	case resultFailed, resultFull: // logged with the cause
+		return slog.LevelDebug
+	case resultRateLimited: // the limit holds for the log too
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
 }
 
-// begin lets a push begin, as far as the rate and the number in flight allow. end has to be
-// called when it is done.
-func (s *Server) begin(id string) (end func(), ref *refusal) {
+// receivePush reads an authenticated push and has its owner store it; this server stores it if
+// it is the owner or the owner cannot be reached. Limits are checked before the body is read.
+func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*pushResponse, error) {
+	arrival := s.cfg.Now() // of the headers: the body may take long
+	release, err := s.acquirePush(t.Cluster)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	push := &pushRequest{
+		ClusterID: t.Cluster, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
+		Encoding: strings.ToLower(r.Header.Get("Content-Encoding")), Spool: r.Header.Get(SpoolHeader), Consumers: r.Header.Get(ConsumersHeader),
+	}
+	params, err := parsePushParams(push)
+	if err != nil {
+		return nil, err
+	}
+	if offset, err := strconv.ParseInt(r.Header.Get(ClockOffsetHeader), 10, 64); err == nil && offset >= -maxClockOffset && offset <= maxClockOffset {
+		s.sites.SetClockOffset(t.Cluster, time.Duration(offset)*time.Millisecond, arrival)
+	}
+	body := s.bodies.Get().(*[]byte)
+	defer s.bodies.Put(body)
+	if err := s.readPushBody(w, r, body); err != nil {
+		return nil, err
+	}
+	// From here on only: over a slow link the body alone may take longer.
+	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
+	defer cancel()
+	if s.cfg.Forwarder != nil {
+		if resp := s.cfg.Forwarder.Forward(ctx, push, *body); resp != nil {
+			return resp, nil
+		}
+	}
+	return s.storePush(ctx, push, params, *body)
+}
+
+// storeForwarded stores a push that another member received; see storeForwardedFunc. It hands back a
+// push of which it would drop every sample because the clocks of the two servers differ.
+func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 	if !s.ready.Load() {
-		return nil, overloaded("the server is not ready")
+		return nil, errors.New("the server is not ready")
 	}
-	if wait, err := s.senders.AcquirePush(id, s.cfg.Now()); err != nil {
-		return nil, &refusal{http.StatusTooManyRequests, resultRateLimited, err.Error(), wait}
+	now := s.cfg.Now()
+	resp, err := s.storeAcquired(ctx, push, body)
+	if err != nil {
+		return refusedPush(err), nil
 	}
-	select {
-	case s.uploads <- struct{}{}:
-	default:
-		s.senders.ReleasePush(id)
-		return nil, overloaded("too many pushes are being handled")
+	if apart := now.Sub(time.UnixMilli(push.Arrival)).Abs(); resp.Untimely && apart > maxClockDifference {
+		return nil, fmt.Errorf("the time of every sample is out of bounds, and the clock differs from the receiver's by %v", apart.Round(time.Second))
+	}
+	return resp, nil
+}
+
+// storeAcquired stores a forwarded push within the limits that hold for any push.
+func (s *Server) storeAcquired(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+	release, err := s.acquirePush(push.ClusterID)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	params, err := parsePushParams(push)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	return s.storePush(ctx, push, params, body)
+}
+
+// acquirePush lets a push of a site begin, within the rate limit and the number in flight.
+// release has to be called at its end.
+func (s *Server) acquirePush(id string) (release func(), err error) {
+	if !s.ready.Load() {
+		return nil, errOverloaded("the server is not ready")
+	}
+	if wait, err := s.sites.AcquirePush(id, s.cfg.Now()); err != nil {
+		return nil, &uploadError{http.StatusTooManyRequests, resultRateLimited, err.Error(), wait}
+	}
+	if !s.uploads.TryAcquire() {
+		s.sites.ReleasePush(id)
+		return nil, errOverloaded("too many pushes are being handled")
 	}
 	s.inFlight.Add(1)
 	return func() {
 		s.inFlight.Add(-1)
-		<-s.uploads
-		s.senders.ReleasePush(id)
+		s.uploads.Release()
+		s.sites.ReleasePush(id)
 	}, nil
 }
 
-// admit limits an authenticated push before anything of it is read, and has its owner take
-// it. If the owner cannot be reached, this server takes it.
-func (s *Server) admit(w http.ResponseWriter, r *http.Request, t Token) (*PushResult, *refusal) {
-	arrival := s.cfg.Now() // of the head: the body may take long
-	end, ref := s.begin(t.Cluster)
-	if ref != nil {
-		return nil, ref
-	}
-	defer end()
-	up := &ForwardedPush{
-		Cluster: t.Cluster, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
-		Encoding: strings.ToLower(r.Header.Get("Content-Encoding")), Spool: r.Header.Get(SpoolHeader), Consumers: r.Header.Get(ConsumersHeader),
-	}
-	head, ref := readHead(up)
-	if ref != nil {
-		return nil, ref
-	}
-	if offset, err := strconv.ParseInt(r.Header.Get(ClockOffsetHeader), 10, 64); err == nil && offset >= -maxOffset && offset <= maxOffset {
-		s.senders.SetClockOffset(t.Cluster, time.Duration(offset)*time.Millisecond, arrival)
-	}
-	body := s.bodies.Get().(*[]byte)
-	defer s.bodies.Put(body)
-	if ref := s.read(w, r, body); ref != nil {
-		return nil, ref
-	}
-	// Only now: a thin line may take longer than this for the body alone.
-	ctx, cancel := context.WithTimeout(r.Context(), uploadWait)
-	defer cancel()
-	if s.cfg.Forwarder != nil {
-		if a := s.cfg.Forwarder.Forward(ctx, up, *body); a != nil {
-			return a, nil
-		}
-	}
-	return s.take(ctx, up, head, *body)
-}
-
-// Forwarded takes a push that another server received. The error says that the receiver
-// should keep the push itself.
-func (s *Server) Forwarded(ctx context.Context, up *ForwardedPush, body []byte) (*PushResult, error) {
-	if !s.ready.Load() {
-		return nil, errors.New("the server is not ready")
-	}
-	end, ref := s.begin(up.Cluster)
-	if ref != nil {
-		return ref.answer(), nil
-	}
-	defer end()
-	head, ref := readHead(up)
-	if ref != nil {
-		return ref.answer(), nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, uploadWait)
-	defer cancel()
-	now := s.cfg.Now()
-	a, ref := s.take(ctx, up, head, body)
-	if ref != nil {
-		return ref.answer(), nil
-	}
-	if apart := now.Sub(time.UnixMilli(up.Arrival)).Abs(); a.Untimely && apart > clocksApart {
-		return nil, fmt.Errorf("no sample is of its time, and its clock differs from the receiver's by %v", apart.Round(time.Second))
-	}
-	return a, nil
-}
-
-// pushHead is what the headers of a push say.
-type pushHead struct {
+// pushParams has the headers of a push, parsed.
+type pushParams struct {
 	format    Format
-	names     ScrapeNames
+	scrapes   ScrapeNames
 	consumers []ConsumerAge
 }
 
-func readHead(up *ForwardedPush) (h pushHead, ref *refusal) {
-	var err, consumersErr error
-	if h.format, err = ParseFormat(up.Type); err != nil {
-		return h, &refusal{http.StatusUnsupportedMediaType, resultUnsupported, err.Error(), 0}
+func parsePushParams(push *pushRequest) (p pushParams, err error) {
+	if p.format, err = ParseFormat(push.Type); err != nil {
+		return p, errUnsupported(err.Error())
 	}
-	if !new(Decompressor).Supports(up.Encoding) {
-		return h, &refusal{http.StatusUnsupportedMediaType, resultUnsupported,
-			fmt.Sprintf("content encoding %q is not supported; supported: %s", up.Encoding, SupportedEncodings), 0}
+	if !SupportsEncoding(push.Encoding) {
+		return p, errUnsupported(fmt.Sprintf("content encoding %q is not supported; supported: %s", push.Encoding, SupportedEncodings))
 	}
-	h.names, err = ParseScrapeNames(up.Spool)
-	h.consumers, consumersErr = ParseConsumers(up.Consumers)
+	var consumersErr error
+	p.scrapes, err = ParseScrapeNames(push.Spool)
+	p.consumers, consumersErr = ParseConsumers(push.Consumers)
 	if err = errors.Join(err, consumersErr); err != nil {
-		return h, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
+		return p, errMalformed(err.Error())
 	}
-	return h, nil
+	return p, nil
 }
 
-// take decodes a push and stores it here.
-func (s *Server) take(ctx context.Context, up *ForwardedPush, head pushHead, body []byte) (*PushResult, *refusal) {
-	if int64(len(body)) > s.cfg.LimitBytes {
-		return nil, s.tooLarge()
-	}
-	// Bodies wait here in the bounded form in which they came.
-	select {
-	case s.decoding <- struct{}{}:
-	case <-ctx.Done():
-		return nil, overloaded("the server is too busy to decode the push")
-	}
-	ws := s.workspaces.Get().(*workspace)
-	defer func() {
-		if ws.size <= maxWorkspace {
-			s.workspaces.Put(ws)
-		}
-	}()
-	d, ref := s.decode(ws, up, head.format, body)
-	if ref != nil {
-		return nil, ref
-	}
-	defer s.pending.Add(-d.bytes)
-	if s.pending.Add(d.bytes) > maxPending {
-		return nil, overloaded("too many pushes wait to be stored")
-	}
-	return s.keep(ctx, up, head, &ws.push, d)
+func (s *Server) errBodyTooLarge() error {
+	return errPushTooLarge(fmt.Sprintf("the body is larger than %d bytes; the server's --limit-bytes raises that", s.cfg.LimitBytes))
 }
 
-func (s *Server) tooLarge() *refusal {
-	return &refusal{http.StatusRequestEntityTooLarge, resultTooLarge,
-		fmt.Sprintf("the body is larger than %d bytes; the server's --limit-bytes raises that", s.cfg.LimitBytes), 0}
-}
-
-// read reads a body into body's memory.
-func (s *Server) read(w http.ResponseWriter, r *http.Request, body *[]byte) (ref *refusal) {
+// readPushBody reads a body into body's memory.
+func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]byte) (err error) {
 	if r.ContentLength > s.cfg.LimitBytes {
-		return s.tooLarge()
+		return s.errBodyTooLarge()
 	}
-	var err error
 	*body, err = ReadInto(*body, http.MaxBytesReader(w, r.Body, s.cfg.LimitBytes))
-	s.received.Add(float64(len(*body)))
+	s.receivedBytes.Add(float64(len(*body)))
 	if max := (*http.MaxBytesError)(nil); errors.As(err, &max) {
-		return s.tooLarge()
+		return s.errBodyTooLarge()
 	}
 	if err != nil {
-		return &refusal{http.StatusRequestTimeout, resultMalformed, "the body ended early, or came too slowly", 0}
+		return &uploadError{http.StatusRequestTimeout, resultMalformed, "the body ended early, or came too slowly", 0}
 	}
 	return nil
 }
 
-// readPush is what is known of a push before it is stored.
-type readPush struct {
-	drops   map[string]int
-	skipped Skipped
-	bytes   int64 // of memory
+// storePush decodes a push, stores it on this server, and returns the answer.
+func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
+	if int64(len(body)) > s.cfg.LimitBytes {
+		return nil, s.errBodyTooLarge()
+	}
+	// Bodies wait here in the bounded form in which they came.
+	if s.decoding.Acquire(ctx) != nil {
+		return nil, errOverloaded("the server is too busy to decode the push")
+	}
+	buf := s.buffers.Get().(*pushBuffers)
+	defer s.putBuffers(buf)
+	d, err := s.decodePush(buf, push, params.format, body)
+	if err != nil {
+		return nil, err
+	}
+	defer s.pending.Add(-d.memory)
+	if s.pending.Add(d.memory) > maxPending {
+		return nil, errOverloaded("too many pushes wait to be stored")
+	}
+	res, err := s.appendPush(ctx, push.ClusterID, params, &buf.samples)
+	if err != nil {
+		return nil, err
+	}
+	return s.acceptedPush(push.ClusterID, params, &buf.samples, d, res)
 }
 
-// decode decodes and normalizes a body into ws.push. Samples without a time get that of the
-// arrival at the first server.
-// It gives back a slot of decoding, before the push is stored: an owner or a disk that
-// does not answer must not keep other sites waiting.
-func (s *Server) decode(ws *workspace, up *ForwardedPush, format Format, sent []byte) (*readPush, *refusal) {
-	defer func() { <-s.decoding }()
+// pushBuffers is the memory that decoding a push takes. It is reused unless it has grown: a push
+// that waits to be stored keeps it, and only the part that the push fills counts as pending.
+type pushBuffers struct {
+	decompressor Decompressor
+	decoder      Decoder
+	samples      SampleList
+	size         int // bytes, of the parts that can grow
+}
+
+func (s *Server) putBuffers(buf *pushBuffers) {
+	if buf.size <= maxPooledBuffers {
+		s.buffers.Put(buf)
+	}
+}
+
+// decodedPush has the counts of a push that is decoded.
+type decodedPush struct {
+	dropped map[string]int // by reason
+	skipped map[string]int // parts of samples, by kind
+	memory  int64          // bytes
+}
+
+// decodePush decodes and normalizes a body into buf.samples. Samples without a time get that of
+// the push's arrival. It releases the caller's slot of s.decoding at its end, before the push is
+// stored: a disk that does not answer must not keep other sites waiting.
+func (s *Server) decodePush(buf *pushBuffers, push *pushRequest, format Format, sent []byte) (d decodedPush, err error) {
+	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
-	body, over, err := ws.decompressor.Decompress(sent, up.Encoding, limit)
-	defer func() { ws.size = cap(body) + cap(ws.push.Arena) + cap(ws.push.Samples)*sampleBytes }()
+	body, over, err := buf.decompressor.Decompress(sent, push.Encoding, limit)
+	defer func() { buf.size = cap(body) + cap(buf.samples.Arena) + cap(buf.samples.Samples)*sampleBytes }()
 	if err != nil {
-		return nil, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
+		return d, errMalformed(err.Error())
 	}
 	if over {
-		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge,
-			fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, MaxDecodedFactor), 0}
+		return d, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, MaxDecodedFactor))
 	}
-	st := s.state.Load()
-	forced := st.Normalizer.Forced(up.Cluster, up.Labels)
-	ws.push.Reset()
-	ws.push.MaxBytes = 4 * limit
-	ws.push.MaxSamples = limit / 16
-	drops := map[string]int{}
-	received := 0
-	skipped, err := ws.decoder.Decode(body, format, func(r *RawSample) error {
-		received++
-		drop, err := st.Normalizer.Apply(r, forced)
-		if err != nil {
-			return err
-		}
-		if drop != "" {
-			drops[drop]++
-			return nil
-		}
-		if !r.HasT {
-			r.T = up.Arrival
-		}
-		if err = ws.push.Add(r); errors.Is(err, ErrNULValue) {
-			drops[DropInvalid]++
-			return nil
-		}
-		return err
-	})
+	buf.samples.Reset()
+	buf.samples.MaxBytes = 4 * limit
+	buf.samples.MaxSamples = limit / 16
+	n := s.newPushNormalizer(&buf.samples, push)
+	skipped, err := buf.decoder.Decode(body, format, n.add)
 	switch {
 	case errors.Is(err, ErrListSize):
-		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error() + "; the server's --limit-bytes raises that", 0}
+		return d, errPushTooLarge(err.Error() + "; the server's --limit-bytes raises that")
 	case errors.Is(err, ErrTooLarge):
-		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error(), 0}
+		return d, errPushTooLarge(err.Error())
 	case err != nil:
-		return nil, &refusal{http.StatusBadRequest, resultMalformed, err.Error(), 0}
+		return d, errMalformed(err.Error())
 	}
-	s.samples.Add(float64(received))
-	memory := len(body) + len(ws.push.Arena) + len(ws.push.Samples)*sampleBytes
-	return &readPush{drops: drops, skipped: skipped, bytes: int64(memory)}, nil
+	s.samplesTotal.Add(float64(n.received))
+	memory := len(body) + len(buf.samples.Arena) + len(buf.samples.Samples)*sampleBytes
+	return decodedPush{dropped: n.dropped, skipped: nonZero(skipped.ByKind()), memory: int64(memory)}, nil
 }
 
-// keep stores a decoded push.
-func (s *Server) keep(ctx context.Context, up *ForwardedPush, head pushHead, p *SampleList, d *readPush) (*PushResult, *refusal) {
-	drops, skipped, names := d.drops, d.skipped, head.names
-	// Before the push is stored: its samples must not be evicted unread.
-	s.cfg.Store.Consumers.AddReported(SiteKey(up.Cluster), head.consumers, s.cfg.Now())
-	var res AppendResult
-	var err error
-	if names.ID == 0 || len(names.Numbers) > 0 || len(p.Samples) > 0 { // else it is only a question
-		res, err = s.cfg.Store.Append(ctx, up.Cluster, p, names)
+// pushNormalizer normalizes the samples of one push by the operator's rules.
+type pushNormalizer struct {
+	rules    *Normalizer
+	forced   []Label
+	arrival  int64 // ms
+	list     *SampleList
+	received int
+	dropped  map[string]int // by reason
+}
+
+func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
+	rules := s.state.Load().Normalizer
+	return &pushNormalizer{
+		rules: rules, forced: rules.Forced(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
 	}
+}
+
+// add adds a sample to the list, or counts why it is dropped. An error refuses the whole push.
+func (n *pushNormalizer) add(r *RawSample) error {
+	n.received++
+	reason, err := n.rules.Apply(r, n.forced)
+	if err != nil {
+		return err
+	}
+	if reason != "" {
+		n.dropped[reason]++
+		return nil
+	}
+	if !r.HasT {
+		r.T = n.arrival
+	}
+	if err = n.list.Add(r); errors.Is(err, ErrNULValue) {
+		n.dropped[DropInvalid]++
+		return nil
+	}
+	return err
+}
+
+// appendPush appends the samples of a push, and the names of its scrapes, to the site's log.
+func (s *Server) appendPush(ctx context.Context, id string, params pushParams, p *SampleList) (res AppendResult, err error) {
+	// Before the samples are stored: they must not be evicted unread.
+	s.cfg.Store.Consumers.AddReported(SiteKey(id), params.consumers, s.cfg.Now())
+	if params.scrapes.ID != 0 && len(params.scrapes.Numbers) == 0 && len(p.Samples) == 0 {
+		return res, nil // the push only asks which scrapes are held and read
+	}
+	res, err = s.cfg.Store.Append(ctx, id, p, params.scrapes)
 	switch {
+	case err == nil:
+		return res, nil
 	case errors.Is(err, ErrSeriesLimit):
-		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error() + "; the server's --limit-series raises that", 0}
+		return res, errPushTooLarge(err.Error() + "; the server's --limit-series raises that")
 	case errors.Is(err, ErrTooLarge):
-		return nil, &refusal{http.StatusRequestEntityTooLarge, resultTooLarge, err.Error(), 0}
+		return res, errPushTooLarge(err.Error())
 	case errors.Is(err, ErrFull):
-		s.cfg.Log.Error("storing push", "cluster", up.Cluster, "err", err)
-		return nil, &refusal{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
+		s.cfg.Log.Error("storing push", "cluster_id", id, "err", err)
+		return res, &uploadError{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
 	case errors.Is(err, ErrClock):
-		return nil, &refusal{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
+		return res, &uploadError{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
 	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
-		return nil, overloaded("the server is too busy to store the push")
-	case err != nil:
-		s.cfg.Log.Error("storing push", "cluster", up.Cluster, "err", err)
-		return nil, &refusal{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
+		return res, errOverloaded("the server is too busy to store the push")
 	}
-	if res.Write > 0 {
-		s.write.Observe(res.Write.Seconds())
-	}
+	s.cfg.Log.Error("storing push", "cluster_id", id, "err", err)
+	return res, &uploadError{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
+}
+
+// acceptedPush counts a push that is stored, and returns its answer.
+func (s *Server) acceptedPush(id string, params pushParams, p *SampleList, d decodedPush, res AppendResult) (*pushResponse, error) {
 	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
 		if n > 0 {
-			drops[reason] = n
+			d.dropped[reason] = n
 		}
 	}
-	for reason, n := range drops {
-		s.dropped.Add(float64(n), reason)
-	}
-	s.accepted.Add(float64(res.Accepted))
-	s.duplicates.Add(float64(res.Duplicates))
+	s.countAccepted(d, res)
 	now := s.cfg.Now()
 	answer := &PushAnswer{
-		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: drops, Hint: s.timely(up.Cluster, p, res, now),
+		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: d.dropped, Skipped: d.skipped,
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
-	for kind, n := range skipped.ByKind() {
-		if n > 0 {
-			if answer.Skipped == nil {
-				answer.Skipped = map[string]int{}
-			}
-			answer.Skipped[kind] = n
-			s.skipped.Add(float64(n), kind)
+	if res.Untimely() {
+		answer.Hint = timeHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
+		if s.sites.ShouldLogUntimely(id, now) {
+			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", id, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
 		}
 	}
-	if names.ID != 0 {
-		st := s.cfg.Store.Spool(up.Cluster, names.ID)
+	if spool := params.scrapes.ID; spool != 0 {
+		st := s.cfg.Store.Spool(id, spool)
 		held, read := st.Held.String(), st.Read.String()
 		answer.Held, answer.Consumers = &held, FormatConsumers(st.Consumers)
 		if st.Settled {
@@ -382,29 +430,41 @@ func (s *Server) keep(ctx context.Context, up *ForwardedPush, head pushHead, p *
 	}
 	b, err := json.Marshal(answer)
 	if err != nil { // of numbers and strings: cannot be
-		return nil, &refusal{http.StatusInternalServerError, resultFailed, "the answer could not be made", 0}
+		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be made", 0}
 	}
-	return &PushResult{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.Untimely()}, nil
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.Untimely()}, nil
 }
 
-// timely returns a hint for the sender if the time of every sample of a push is too old or
-// in the future. Such a push is answered 200, but counts as failed for the site's alerts.
-func (s *Server) timely(id string, p *SampleList, res AppendResult, now time.Time) (hint string) {
-	if !res.Untimely() {
-		return ""
+// countAccepted counts a push that is stored.
+func (s *Server) countAccepted(d decodedPush, res AppendResult) {
+	if res.Write > 0 {
+		s.appendSeconds.Observe(res.Write.Seconds())
 	}
-	hint = timesHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
-	if s.senders.ShouldLogUntimely(id, now) {
-		s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster", id, "too_old", res.TooOld, "future", res.Future, "hint", hint)
+	s.acceptedTotal.Add(float64(res.Accepted))
+	s.duplicatesTotal.Add(float64(res.Duplicates))
+	for reason, n := range d.dropped {
+		s.droppedTotal.Add(float64(n), reason)
 	}
-	return hint
+	for kind, n := range d.skipped {
+		s.skippedTotal.Add(float64(n), kind)
+	}
 }
 
-// timesHint says what is wrong with the times of a push whose samples are all too old or of
-// the future. oldest is the least time that is accepted, in ms, as is now. A present time
-// in seconds, read as milliseconds, is in January 1970, and no sample is that old, so a
-// single one tells. A day more on either side allows for a wrong clock or time zone.
-func timesHint(p *SampleList, tooOld, future int, oldest, now int64) string {
+// nonZero removes zeroes from counts, and returns nil if none is left.
+func nonZero(counts map[string]int) map[string]int {
+	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
+	if len(counts) == 0 {
+		return nil
+	}
+	return counts
+}
+
+// timeHint says what is wrong with the times of a push whose samples are all too old or in the
+// future. Such a push is answered 200, but counts as failed for the site's alerts. oldest is
+// the least time that is accepted, and now the present, both in ms. A present time in seconds,
+// read as milliseconds, is in January 1970, and no sample is that old, so a single one tells. A
+// day more on either side allows for a wrong clock or time zone.
+func timeHint(p *SampleList, tooOld, future int, oldest, now int64) string {
 	const day = 24 * 60 * 60 // s
 	switch {
 	case slices.ContainsFunc(p.Samples, func(s Sample) bool { return s.T >= oldest/1000-day && s.T <= now/1000+day }):

@@ -205,7 +205,6 @@ func recovered(t *testing.T, c *SiteData) SiteData {
 	got := NewSiteData("", maphash.MakeSeed())
 	var parser SeriesParser
 	owner := func(id string) bool { return id == c.ID }
-	var rec Recovery
 	var data []byte
 	for frames := range c.Records {
 		data = append(data, frames...)
@@ -213,8 +212,9 @@ func recovered(t *testing.T, c *SiteData) SiteData {
 	if int64(len(data)) > c.Bytes() || int64(len(data)) < c.Bytes()*2/3-200 {
 		t.Errorf("%d bytes, estimated as %d", len(data), c.Bytes())
 	}
-	header := appendLogHeader(nil, []byte(c.ID))
-	rec.scan(append(header, data...), len(header), func(kind byte, payload []byte) error {
+	fsys := newCrashFS(1, "/d")
+	fsys.put(logPath, append(appendLogHeader(nil, []byte(c.ID)), data...))
+	_, rec, err := OpenLog(fsys, logPath, func(kind byte, payload []byte) error {
 		if kind == RecordSeries {
 			return DecodeSeries(payload, func(id uint32, line []byte) error { return got.Restore(&parser, owner, id, line) })
 		}
@@ -228,7 +228,7 @@ func recovered(t *testing.T, c *SiteData) SiteData {
 		}
 		return err
 	})
-	if rec.Damaged > 0 || rec.LostBytes > 0 || rec.TornBytes > 0 {
+	if err != nil || rec.Damaged > 0 || rec.LostBytes > 0 || rec.TornBytes > 0 {
 		t.Errorf("recovery: %+v", rec)
 	}
 	return got

@@ -146,9 +146,6 @@ type recoveredLog struct {
 
 func (r *recoveredLog) take(kind byte, payload []byte) error {
 	switch kind {
-	case 0:
-		r.skipped = true
-		return nil
 	case RecordSeries:
 		owner := func(id string) bool { return r.store.path(id) == r.path }
 		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.held.Restore(&r.parser, owner, id, line) })
@@ -192,7 +189,7 @@ func (r *recoveredLog) lost() (text string) {
 // that had expired at the site's newest push are not counted: the last process did that.
 func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) error {
 	r := recoveredLog{store: s, path: path, held: NewSiteData("", s.seed)}
-	log, rec, err := OpenLog(s.cfg.FS, path, r.take)
+	log, rec, err := OpenLogWithGaps(s.cfg.FS, path, r.take, func() { r.skipped = true })
 	if err != nil {
 		return err // the log may be good
 	}

@@ -63,6 +63,11 @@ func (r *WireReader) Version(want byte, what string) {
 
 // Uvarint reads an unsigned varint of at most max.
 func (r *WireReader) Uvarint(max uint64) uint64 {
+	if len(r.rest) > 0 && r.rest[0] < 0x80 && uint64(r.rest[0]) <= max { // most have one byte
+		v := r.rest[0]
+		r.rest = r.rest[1:]
+		return uint64(v)
+	}
 	v, n := binary.Uvarint(r.rest)
 	if n <= 0 || v > max {
 		r.failVarint(n)

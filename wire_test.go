@@ -1,5 +1,7 @@
 package main
 
+// The cursor over foreign bytes: its bounds, and that its first error stays.
+
 import (
 	"encoding/binary"
 	"math"

@@ -252,7 +252,7 @@ own_up() {
 # members PORT: what the server there takes for the cluster: the ring's version, and
 # of each member a line of name, state, slot and session.
 members() {
-	get "http://localhost:$1/debug/cluster" >"$work/cluster" || return 1
+	get "http://localhost:$1/debug/ring" >"$work/cluster" || return 1
 	grep -o '"version":"[^"]*"' "$work/cluster" &&
 		grep -o '{"name":"[^}]*}' "$work/cluster" |
 		sed -n 's/^{"name":"\([^"]*\)","state":"\([^"]*\)",.*"slot":\([^,]*\),.*"session":\([0-9]*\),.*/\1 \2 slot \3 session \4/p'
@@ -262,7 +262,7 @@ members() {
 b_owns() {
 	local a b
 	if ! a=$(members 9004) || ! b=$(members 9014); then
-		seen="no answer from /debug/cluster"
+		seen="no answer from /debug/ring"
 		return 1
 	fi
 	seen=$(echo "$a" | sed -n 's/ session.*//p' | sort | paste -sd,)
@@ -425,7 +425,7 @@ if ((keep)); then
 		What it scrapes, and what the client sent last:
 		  http://localhost:9014/federate  http://localhost:9002/federate
 		What server A, to which it pushes, and server B, which holds it, know of each other:
-		  http://localhost:9004/debug/cluster  http://localhost:9014/debug/cluster
+		  http://localhost:9004/debug/ring  http://localhost:9014/debug/cluster
 		Logs are in $work. Ctrl-C ends it.
 	END
 	while alive; do sleep 1; done

@@ -103,7 +103,7 @@ get() {
 
 # view N: how server N sees all of them, as "1=alive 2=dead …", and its ring's version.
 view() {
-	get "$1" 9004/debug/cluster --fail --max-time 5 >"$work/view" || return 1
+	get "$1" 9004/debug/ring --fail --max-time 5 >"$work/view" || return 1
 	grep -o '{"name":"n[0-9]*","state":"[a-z]*"' "$work/view" |
 		sed 's/.*"n\([0-9]*\)".*:"\([a-z]*\)"/\1=\2/' | sort | paste -sd' '
 	grep -o '"version":"[^"]*"' "$work/view"
@@ -143,7 +143,7 @@ one_whole() {
 	# shellcheck disable=SC2086
 	all_see "$whole" $servers || return 1
 	# Each with a slot of its own: two that claimed the same are not yet at rest.
-	get 1 9004/debug/cluster --fail --max-time 5 >"$work/view" || return 1
+	get 1 9004/debug/ring --fail --max-time 5 >"$work/view" || return 1
 	claimed=$(grep -o '"slot":[0-9]*,"claim"' "$work/view" | sort -u | wc -l)
 	if [ "$claimed" != 5 ]; then
 		seen="5 servers have $claimed slots"

@@ -1,7 +1,7 @@
 package main
 
-// senders_test.go: the pace and the pushes in flight that a sender is held to, on
-// a clock of the test's own, and that what is remembered stays bounded.
+// The rate limit of a site and its pushes in flight, on a clock of the test's own, and the bound on
+// the sites that are tracked.
 
 import (
 	"fmt"
@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-var sendersNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+var rateNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // push begins and ends a push, and returns for how long it was put off.
 func push(s *Senders, id string, now time.Time) time.Duration {
@@ -25,9 +25,9 @@ func push(s *Senders, id string, now time.Time) time.Duration {
 	return wait
 }
 
-func TestSendersPace(t *testing.T) {
+func TestSitesRateLimit(t *testing.T) {
 	s := NewSenders(time.Second)
-	now := sendersNow
+	now := rateNow
 	for i := range rateBurst {
 		if wait := push(s, "a", now); wait != 0 {
 			t.Fatalf("push %d of a burst of %d waits %v", i+1, rateBurst, wait)
@@ -43,14 +43,14 @@ func TestSendersPace(t *testing.T) {
 	for range 5 { // refusals cost nothing
 		now = now.Add(time.Second)
 		if wait := push(s, "a", now); wait != 0 {
-			t.Errorf("at the pace: waits %v", wait)
+			t.Errorf("at the rate: waits %v", wait)
 		}
 		if wait := push(s, "a", now); wait != time.Second {
-			t.Errorf("twice at the pace: waits %v", wait)
+			t.Errorf("twice at the rate: waits %v", wait)
 		}
 	}
 	if wait := push(s, "b", now); wait != 0 {
-		t.Errorf("another sender waits %v", wait)
+		t.Errorf("another site waits %v", wait)
 	}
 	now = now.Add(10 * time.Second) // some of the burst is there again
 	for i := range 10 {
@@ -72,12 +72,12 @@ func TestSendersPace(t *testing.T) {
 
 // However pushes come, none that is accepted breaks: in any span no more than a
 // burst and one for each interval.
-func TestSendersPaceProperty(t *testing.T) {
+func TestSitesRateLimitProperty(t *testing.T) {
 	seed := rand.Uint64()
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	s := NewSenders(time.Second)
 	var taken []time.Time
-	now := sendersNow
+	now := rateNow
 	for range 5000 {
 		now = now.Add(time.Duration(rnd.ExpFloat64() * float64(400*time.Millisecond)))
 		wait := push(s, "a", now)
@@ -99,60 +99,60 @@ func TestSendersPaceProperty(t *testing.T) {
 	}
 }
 
-func TestSendersWithoutPace(t *testing.T) {
+func TestSitesWithoutRateLimit(t *testing.T) {
 	s := NewSenders(0)
 	for i := range 1000 {
-		if wait := push(s, "a", sendersNow); wait != 0 {
+		if wait := push(s, "a", rateNow); wait != 0 {
 			t.Fatalf("push %d waits %v", i, wait)
 		}
 	}
 }
 
-func TestSendersInFlight(t *testing.T) {
+func TestSitesInFlight(t *testing.T) {
 	s := NewSenders(time.Second)
-	for range maxPerSender {
-		if _, err := s.AcquirePush("a", sendersNow); err != nil {
+	for range maxPushesPerSite {
+		if _, err := s.AcquirePush("a", rateNow); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for range 100 { // these do not count for the pace
-		if wait, err := s.AcquirePush("a", sendersNow); wait != time.Second || err == nil || !strings.Contains(err.Error(), "4 pushes of this cluster ID") {
+	for range 100 { // these do not count for the rate
+		if wait, err := s.AcquirePush("a", rateNow); wait != time.Second || err == nil || !strings.Contains(err.Error(), "4 pushes of this cluster ID") {
 			t.Fatalf("one more in flight: %v, %v", wait, err)
 		}
 	}
-	if _, err := s.AcquirePush("b", sendersNow); err != nil {
-		t.Errorf("another sender: %v", err)
+	if _, err := s.AcquirePush("b", rateNow); err != nil {
+		t.Errorf("another site: %v", err)
 	}
 	s.ReleasePush("a")
-	if _, err := s.AcquirePush("a", sendersNow); err != nil {
+	if _, err := s.AcquirePush("a", rateNow); err != nil {
 		t.Errorf("after one ended: %v", err)
 	}
-	for range maxPerSender {
+	for range maxPushesPerSite {
 		s.ReleasePush("a")
 	}
-	for i := range rateBurst - maxPerSender - 1 {
-		if wait := push(s, "a", sendersNow); wait != 0 {
+	for i := range rateBurst - maxPushesPerSite - 1 {
+		if wait := push(s, "a", rateNow); wait != 0 {
 			t.Fatalf("push %d waits %v", i, wait)
 		}
 	}
-	if push(s, "a", sendersNow) == 0 {
-		t.Error("pushes in flight do not count for the pace")
+	if push(s, "a", rateNow) == 0 {
+		t.Error("pushes in flight do not count for the rate")
 	}
 }
 
-func TestSendersRemember(t *testing.T) {
+func TestSitesActivity(t *testing.T) {
 	s := NewSenders(time.Second)
-	s.SetTokenExpiry("a", 1234, sendersNow)
-	s.SetFailed("b", sendersNow.Add(time.Second))
-	s.SetFailed("a", sendersNow.Add(2*time.Second))
-	s.SetTokenExpiry("a", 0, sendersNow)
-	push(s, "c", sendersNow)
-	s.SetClockOffset("c", time.Hour, sendersNow)
-	s.SetClockOffset("c", -90*time.Second, sendersNow)
-	s.SetClockOffset("b", 0, sendersNow)
+	s.SetTokenExpiry("a", 1234, rateNow)
+	s.SetFailed("b", rateNow.Add(time.Second))
+	s.SetFailed("a", rateNow.Add(2*time.Second))
+	s.SetTokenExpiry("a", 0, rateNow)
+	push(s, "c", rateNow)
+	s.SetClockOffset("c", time.Hour, rateNow)
+	s.SetClockOffset("c", -90*time.Second, rateNow)
+	s.SetClockOffset("b", 0, rateNow)
 	var got []string
-	s.ForEach(func(id string, st SenderStats) {
-		got = append(got, fmt.Sprint(id, " ", max(st.Failed.Unix()-sendersNow.Unix(), -1), " ", st.Expires, " ", st.OffsetAt.Equal(sendersNow), " ", st.Offset))
+	s.ForEach(func(id string, st siteActivity) {
+		got = append(got, fmt.Sprint(id, " ", max(st.LastFailure.Unix()-rateNow.Unix(), -1), " ", st.TokenExpiry, " ", st.ClockOffsetAt.Equal(rateNow), " ", st.ClockOffset))
 	})
 	slices.Sort(got)
 	if want := []string{"a 2 0 false 0s", "b 1 0 true 0s", "c -1 0 true -1m30s"}; !slices.Equal(got, want) {
@@ -160,37 +160,37 @@ func TestSendersRemember(t *testing.T) {
 	}
 }
 
-func TestSendersUntimely(t *testing.T) {
+func TestSitesUntimely(t *testing.T) {
 	s := NewSenders(time.Second)
 	for i, c := range []struct {
 		id    string
 		after time.Duration
 		tell  bool
 	}{
-		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyNotice - 1, false}, {"a", untimelyNotice, true},
-		{"a", 2*untimelyNotice - 1, false}, {"b", 2*untimelyNotice - 1, true},
+		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyLogEvery - 1, false}, {"a", untimelyLogEvery, true},
+		{"a", 2*untimelyLogEvery - 1, false}, {"b", 2*untimelyLogEvery - 1, true},
 	} {
-		if got := s.ShouldLogUntimely(c.id, sendersNow.Add(c.after)); got != c.tell {
+		if got := s.ShouldLogUntimely(c.id, rateNow.Add(c.after)); got != c.tell {
 			t.Errorf("%d: %t", i, got)
 		}
 	}
 }
 
-func TestSendersBounded(t *testing.T) {
+func TestSitesBounded(t *testing.T) {
 	s := NewSenders(time.Hour)
 	count := func() (n int) {
-		s.ForEach(func(string, SenderStats) { n++ })
+		s.ForEach(func(string, siteActivity) { n++ })
 		return n
 	}
-	s.AcquirePush("in flight", sendersNow)
-	later := sendersNow.Add(senderIdle)
+	s.AcquirePush("in flight", rateNow)
+	later := rateNow.Add(siteIdle)
 	for i := range rateBurst {
-		if wait := push(s, "due", sendersNow); wait != 0 { // is owed no push for 60 hours
+		if wait := push(s, "due", rateNow); wait != 0 { // is owed no push for 60 hours
 			t.Fatal(i, wait)
 		}
 	}
-	for i := count(); i < maxSenders; i++ {
-		s.SetTokenExpiry(fmt.Sprint(i), 1, sendersNow)
+	for i := count(); i < maxTrackedSites; i++ {
+		s.SetTokenExpiry(fmt.Sprint(i), 1, rateNow)
 	}
 	s.SetTokenExpiry("5", 2, later) // seen lately
 	if wait, err := s.AcquirePush("new", later); wait != time.Minute || err == nil {
@@ -200,43 +200,43 @@ func TestSendersBounded(t *testing.T) {
 	s.SetTokenExpiry("new", 1, later)
 	s.SetClockOffset("new", time.Second, later)
 	if wait := push(s, "7", later); wait != 0 {
-		t.Errorf("a known sender is put off for %v", wait)
+		t.Errorf("a known site is put off for %v", wait)
 	}
-	if count() != maxSenders {
-		t.Errorf("%d senders are remembered", count())
+	if count() != maxTrackedSites {
+		t.Errorf("%d sites are tracked", count())
 	}
 	// Those seen a day ago go, but for what would let them push faster.
 	if wait := push(s, "new", later.Add(1)); wait != 0 {
 		t.Errorf("put off for %v though many were idle", wait)
 	}
 	if n := count(); n != 5 {
-		t.Errorf("%d senders are remembered, not those in flight, due, 5, 7 and new", n)
+		t.Errorf("%d sites are tracked, not those in flight, due, 5, 7 and new", n)
 	}
-	if push(s, "due", sendersNow.Add(30*time.Minute)) == 0 {
-		t.Error("a sender was forgotten that had used up its burst")
+	if push(s, "due", rateNow.Add(30*time.Minute)) == 0 {
+		t.Error("a site was forgotten that had used up its burst")
 	}
 	s.ReleasePush("in flight")
 }
 
-func TestSendersConcurrent(t *testing.T) {
+func TestSitesConcurrent(t *testing.T) {
 	s := NewSenders(time.Second)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
 			for range 500 {
 				id := fmt.Sprint(i % 3)
-				push(s, id, sendersNow)
-				s.SetFailed(id, sendersNow)
-				s.SetTokenExpiry(id, 1, sendersNow)
-				s.SetClockOffset(id, time.Second, sendersNow)
-				s.ForEach(func(string, SenderStats) {})
+				push(s, id, rateNow)
+				s.SetFailed(id, rateNow)
+				s.SetTokenExpiry(id, 1, rateNow)
+				s.SetClockOffset(id, time.Second, rateNow)
+				s.ForEach(func(string, siteActivity) {})
 			}
 		})
 	}
 	wg.Wait()
 	taken := 0
 	for i := range 3 {
-		for push(s, fmt.Sprint(i), sendersNow.Add(rateBurst*time.Second)) == 0 {
+		for push(s, fmt.Sprint(i), rateNow.Add(rateBurst*time.Second)) == 0 {
 			taken++
 		}
 	}

@@ -1,0 +1,401 @@
+package main
+
+// A file system in memory that loses at a crash what was not synced, and whose operations
+// fail or kill the process where a test says so.
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+var (
+	errKilled = errors.New("process is killed")
+	errDisk   = error(syscall.EIO)
+	errFull   = error(syscall.ENOSPC)
+)
+
+// fault is what the hook of a crashFS makes of one operation. With Err it fails
+// (a write after a part of it; a sync as Linux's does, leaving pages marked
+// clean that are not on disk). With Kill the process dies in it: the operation
+// takes effect wholly, partly or not, and all later ones fail until crash or
+// restart.
+type fault struct {
+	Err  error
+	Kill bool
+}
+
+// crashFS is an FS in memory that knows what is durable. Bytes are from their
+// file's Sync on, directory entries from their directory's SyncDir on. It is
+// safe for concurrent use.
+type crashFS struct {
+	mu      sync.Mutex
+	rng     *rand.Rand
+	hook    func(n int, op, name string) fault // nil: no faults; n counts from 0; must not use the FS
+	ops     int
+	killed  bool
+	open    int                   // file handles
+	entries map[string]*crashNode // as running processes see them
+	durable map[string]*crashNode // as a crash may leave them
+}
+
+type crashNode struct {
+	dir          bool
+	data, synced []byte
+	lost         bool // a Sync has failed: later ones claim success and do nothing
+}
+
+// newCrashFS returns an FS with these directories, durable; all their parents
+// must be listed or be "/".
+func newCrashFS(seed uint64, dirs ...string) *crashFS {
+	c := &crashFS{rng: rand.New(rand.NewPCG(seed, 0)), entries: map[string]*crashNode{"/": {dir: true}}}
+	for _, d := range dirs {
+		c.entries[d] = &crashNode{dir: true}
+	}
+	c.durable = maps.Clone(c.entries)
+	return c
+}
+
+// put makes a durable file.
+func (c *crashFS) put(name string, data []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := &crashNode{data: bytes.Clone(data), synced: bytes.Clone(data)}
+	c.entries[name], c.durable[name] = n, n
+}
+
+// names lists every file, sorted.
+func (c *crashFS) names() (names []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(c.entries)) {
+		if !c.entries[name].dir {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// contents returns every file's bytes by name.
+func (c *crashFS) contents() map[string]string {
+	all := map[string]string{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for name, n := range c.entries {
+		if !n.dir {
+			all[name] = string(n.data)
+		}
+	}
+	return all
+}
+
+// restart lets a new process run on the same machine.
+func (c *crashFS) restart() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.killed, c.hook = false, nil
+}
+
+// crash takes the power away and gives it back. Of each entry and file that was
+// not synced either state survives, of a file also a part of what was added,
+// with zeros for any of it.
+func (c *crashFS) crash() {
+	c.restart()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := maps.Clone(c.durable)
+	maps.Copy(all, c.entries)
+	left := map[string]*crashNode{}
+	for _, name := range slices.Sorted(maps.Keys(all)) { // parents first
+		n := c.durable[name]
+		if c.rng.IntN(2) == 0 {
+			n = c.entries[name]
+		}
+		if n != nil && (name == "/" || left[filepath.Dir(name)] != nil) {
+			left[name] = n
+		}
+	}
+	for _, n := range left {
+		if !n.dir && !bytes.Equal(n.data, n.synced) {
+			n.data = c.survivor(n.synced, n.data)
+		}
+		n.synced, n.lost = bytes.Clone(n.data), false
+	}
+	c.entries, c.durable = left, maps.Clone(left)
+}
+
+func (c *crashFS) survivor(synced, data []byte) []byte {
+	same := 0
+	for same < min(len(synced), len(data)) && synced[same] == data[same] {
+		same++
+	}
+	cut := same + c.rng.IntN(len(data)-same+1)
+	out := bytes.Clone(data)
+	switch c.rng.IntN(4) {
+	case 0:
+		return bytes.Clone(synced)
+	case 1:
+		return out[:cut]
+	case 2:
+		clear(out[cut:]) // the size was written, the data not
+	case 3:
+		clear(out[same:cut]) // sectors out of order
+	}
+	return out
+}
+
+// begin counts an operation and asks what becomes of it: do tells whether it
+// takes effect, err what it returns. c.mu is held.
+func (c *crashFS) begin(op, name string) (do bool, err error) {
+	if c.killed {
+		return false, errKilled
+	}
+	if c.hook == nil {
+		return true, nil
+	}
+	f := c.hook(c.ops, op, name)
+	c.ops++
+	if f.Kill {
+		c.killed = true
+		return c.rng.IntN(2) == 0, errKilled
+	}
+	return f.Err == nil, f.Err
+}
+
+func (c *crashFS) parent(op, name string) error {
+	if p := c.entries[filepath.Dir(name)]; p == nil || !p.dir {
+		return &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
+	}
+	return nil
+}
+
+func (c *crashFS) OpenFile(name string, flag int, _ fs.FileMode) (File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("open", name)
+	if do {
+		n := c.entries[name]
+		if n == nil {
+			if flag&os.O_CREATE == 0 {
+				return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+			}
+			if err := c.parent("open", name); err != nil {
+				return nil, err
+			}
+			n = &crashNode{}
+			c.entries[name] = n
+		}
+		if flag&os.O_TRUNC != 0 {
+			n.data = nil
+		}
+		if err == nil {
+			c.open++
+			return &crashFile{fs: c, n: n, name: name}, nil
+		}
+	}
+	return nil, err
+}
+
+func (c *crashFS) ReadFile(name string) ([]byte, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, err := c.begin("read", name); err != nil {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
+	}
+	n := c.entries[name]
+	if n == nil || n.dir {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: fs.ErrNotExist}
+	}
+	return bytes.Clone(n.data), nil
+}
+
+func (c *crashFS) ReadDir(name string) (list []fs.DirEntry, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, err := c.begin("readdir", name); err != nil {
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
+	}
+	if n := c.entries[name]; n == nil || !n.dir {
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: fs.ErrNotExist}
+	}
+	for _, path := range slices.Sorted(maps.Keys(c.entries)) {
+		if path != "/" && filepath.Dir(path) == name {
+			list = append(list, crashEntry{filepath.Base(path), c.entries[path].dir})
+		}
+	}
+	return list, nil
+}
+
+func (c *crashFS) Mkdir(name string, _ fs.FileMode) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("mkdir", name)
+	if do {
+		if c.entries[name] != nil {
+			return &fs.PathError{Op: "mkdir", Path: name, Err: fs.ErrExist}
+		}
+		if err := c.parent("mkdir", name); err != nil {
+			return err
+		}
+		c.entries[name] = &crashNode{dir: true}
+	}
+	return err
+}
+
+func (c *crashFS) Rename(old, new string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("rename", old)
+	if do {
+		if c.entries[old] == nil {
+			return &fs.PathError{Op: "rename", Path: old, Err: fs.ErrNotExist}
+		}
+		c.entries[new] = c.entries[old]
+		delete(c.entries, old)
+	}
+	return err
+}
+
+func (c *crashFS) Remove(name string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("remove", name)
+	if do {
+		if c.entries[name] == nil {
+			return &fs.PathError{Op: "remove", Path: name, Err: fs.ErrNotExist}
+		}
+		delete(c.entries, name)
+	}
+	return err
+}
+
+func (c *crashFS) SyncDir(name string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do, err := c.begin("syncdir", name)
+	if do {
+		if n := c.entries[name]; n == nil || !n.dir {
+			return &fs.PathError{Op: "syncdir", Path: name, Err: fs.ErrNotExist}
+		}
+		in := func(path string, _ *crashNode) bool { return path != "/" && filepath.Dir(path) == name }
+		maps.DeleteFunc(c.durable, in)
+		for path, n := range c.entries {
+			if in(path, n) {
+				c.durable[path] = n
+			}
+		}
+	}
+	return err
+}
+
+type crashEntry struct {
+	name string
+	dir  bool
+}
+
+func (e crashEntry) Name() string               { return e.name }
+func (e crashEntry) IsDir() bool                { return e.dir }
+func (e crashEntry) Info() (fs.FileInfo, error) { return nil, fs.ErrInvalid }
+func (e crashEntry) Type() fs.FileMode {
+	if e.dir {
+		return fs.ModeDir
+	}
+	return 0
+}
+
+// crashFile only appends, as all files of a log do.
+type crashFile struct {
+	fs   *crashFS
+	n    *crashNode
+	name string
+}
+
+func (f *crashFile) Write(p []byte) (int, error) {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	dead := f.fs.killed
+	do, err := f.fs.begin("write", f.name)
+	if !do && !dead {
+		p = p[:f.fs.rng.IntN(len(p)+1)]
+		do = true
+	}
+	if !do {
+		return 0, err
+	}
+	f.n.data = append(f.n.data[:len(f.n.data):len(f.n.data)], p...)
+	return len(p), err
+}
+
+func (f *crashFile) Sync() error {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	do, err := f.fs.begin("sync", f.name)
+	if err != nil && !do && !f.fs.killed {
+		f.n.lost = true
+	}
+	if do && !f.n.lost {
+		f.n.synced = bytes.Clone(f.n.data)
+	}
+	return err
+}
+
+func (f *crashFile) Truncate(size int64) error {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	do, err := f.fs.begin("truncate", f.name)
+	if do {
+		f.n.data = bytes.Clone(f.n.data[:size])
+	}
+	return err
+}
+
+func (f *crashFile) Close() error {
+	f.fs.mu.Lock()
+	defer f.fs.mu.Unlock()
+	f.fs.open--
+	_, err := f.fs.begin("close", f.name)
+	return err
+}
+
+// failOn returns a hook that fails the n-th operation op on a name ending so,
+// counting from 1, and every one if n is 0.
+func failOn(op, suffix string, n int, err error) func(int, string, string) fault {
+	seen := 0
+	return func(_ int, o, name string) fault {
+		if o != op || !strings.HasSuffix(name, suffix) {
+			return fault{}
+		}
+		if seen++; n == 0 || seen == n {
+			return fault{Err: err}
+		}
+		return fault{}
+	}
+}
+
+// readFault is a way in which reading fails: n times, or for good if n is 0.
+type readFault struct {
+	n   int
+	err error
+}
+
+var readFaults = []readFault{{1, syscall.EIO}, {2, syscall.EIO}, {2, syscall.EMFILE}, {0, syscall.EIO}, {0, syscall.EMFILE}}
+
+// hook is failOn for the first n operations, or for all.
+func (f readFault) hook(op, suffix string) func(int, string, string) fault {
+	seen := 0
+	return func(_ int, o, name string) fault {
+		if o != op || !strings.HasSuffix(name, suffix) || f.n > 0 && seen == f.n {
+			return fault{}
+		}
+		seen++
+		return fault{Err: f.err}
+	}
+}

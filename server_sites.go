@@ -1,0 +1,154 @@
+package main
+
+// State of each site that authenticated: rate limit, pushes in flight, last failure, token expiry,
+// clock offset. Memory is bounded, and forgetting an idle site never lets it push faster. Time
+// comes in with each call. This file must not know of HTTP or stores.
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	rateBurst        = 60
+	maxPushesPerSite = 4 // in flight
+	maxTrackedSites  = 100_000
+	siteIdle         = 24 * time.Hour
+
+	untimelyLogEvery = time.Hour // between log lines on a site whose samples' times are wrong
+)
+
+// SiteTracker tracks the sites that push. It is safe for concurrent use.
+type Senders struct {
+	interval time.Duration // of the rate limit; 0: none
+
+	mu    sync.Mutex              // guards sites
+	sites map[string]*trackedSite // by cluster ID
+}
+
+type trackedSite struct {
+	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if the
+	// pushes before had kept the interval. In the past it says nothing, so an idle site can be
+	// forgotten.
+	tat            time.Time
+	inFlight       int // pushes
+	activity       siteActivity
+	seen           time.Time
+	loggedUntimely time.Time // when its samples' times were last logged
+}
+
+// siteActivity has the values that /federate shows of a site that pushes to this server.
+type siteActivity struct {
+	LastFailure   time.Time     // of its newest refused push
+	TokenExpiry   int64         // s; of its client token, 0 = never
+	ClockOffset   time.Duration // by which the source's clock is behind, as the client says
+	ClockOffsetAt time.Time     // when it said so
+}
+
+// NewSiteTracker allows one push per site and interval, in bursts of 60; 0 does not limit the rate.
+func NewSenders(interval time.Duration) *Senders {
+	return &Senders{interval: interval, sites: map[string]*trackedSite{}}
+}
+
+// track returns the site of id, and nil if no more can be tracked. t.mu is held.
+func (t *Senders) track(id string, now time.Time) *trackedSite {
+	site := t.sites[id]
+	if site == nil {
+		if len(t.sites) >= maxTrackedSites {
+			maps.DeleteFunc(t.sites, func(_ string, site *trackedSite) bool {
+				return site.inFlight == 0 && now.Sub(site.seen) > siteIdle && site.tat.Before(now)
+			})
+		}
+		if len(t.sites) >= maxTrackedSites {
+			return nil
+		}
+		site = &trackedSite{}
+		t.sites[id] = site
+	}
+	site.seen = now
+	return site
+}
+
+// AcquirePush counts a push as begun; ReleasePush ends it. An error says why the push must not
+// begin, and wait how long the client should wait before it tries again.
+func (t *Senders) AcquirePush(id string, now time.Time) (wait time.Duration, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	site := t.track(id, now)
+	if site == nil {
+		return time.Minute, errors.New("too many cluster IDs are pushing")
+	}
+	tat := site.tat
+	if tat.Before(now) {
+		tat = now
+	}
+	if wait := tat.Sub(now) - (rateBurst-1)*t.interval; t.interval > 0 && wait > 0 {
+		return wait, fmt.Errorf("pushes faster than one every %v, after a burst of %d", t.interval, rateBurst)
+	}
+	if site.inFlight >= maxPushesPerSite {
+		return time.Second, fmt.Errorf("%d pushes of this cluster ID are being handled", site.inFlight)
+	}
+	site.tat = tat.Add(t.interval)
+	site.inFlight++
+	return 0, nil
+}
+
+// ReleasePush ends a push that AcquirePush began.
+func (t *Senders) ReleasePush(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sites[id].inFlight--
+}
+
+// SetTokenExpiry notes when the client token of id expires, in Unix seconds or 0.
+func (t *Senders) SetTokenExpiry(id string, expires int64, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if site := t.track(id, now); site != nil {
+		site.activity.TokenExpiry = expires
+	}
+}
+
+// SetClockOffset notes by how much the clock of id's source is behind, as its client says.
+func (t *Senders) SetClockOffset(id string, offset time.Duration, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if site := t.track(id, now); site != nil {
+		site.activity.ClockOffset, site.activity.ClockOffsetAt = offset, now
+	}
+}
+
+// SetFailed notes that a push was refused.
+func (t *Senders) SetFailed(id string, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if site := t.track(id, now); site != nil {
+		site.activity.LastFailure = now
+	}
+}
+
+// ShouldLogUntimely reports whether to log that every sample of a push was dropped for its time:
+// once in untimelyLogEvery.
+func (t *Senders) ShouldLogUntimely(id string, now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	site := t.track(id, now)
+	if site == nil || !site.loggedUntimely.IsZero() && now.Sub(site.loggedUntimely) < untimelyLogEvery {
+		return false
+	}
+	site.loggedUntimely = now
+	return true
+}
+
+// ForEach calls f with the activity of each site, by cluster ID. f must not call t.
+func (t *Senders) ForEach(f func(id string, activity siteActivity)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, id := range slices.Sorted(maps.Keys(t.sites)) {
+		f(id, t.sites[id].activity)
+	}
+}
