@@ -1,8 +1,8 @@
 package main
 
-// How a client with a spool and a server talk about scrapes. A push names its scrapes by spool
-// ID and number; the answer says which numbers the server holds and which of them every
-// consumer has read. Each side tells the other which consumers it knows. All lists are
+// The headers and the answer by which a client with a spool and a server speak of scrapes. A push
+// names its scrapes by spool ID and number; the answer says which numbers the server holds and
+// which every consumer has read. Each side reports the consumers that it knows. All lists are
 // bounded. Pure.
 
 import (
@@ -30,11 +30,9 @@ const (
 	MaxPushRanges = 32
 	// MaxSpoolNumber bounds the number of a scrape.
 	MaxSpoolNumber = 1 << 53
-	// MaxConsumers bounds the consumers that a server knows, and those that a push tells.
+	// MaxConsumers bounds the consumers that a server knows, and those that a push reports.
 	MaxConsumers = 64
 )
-
-var errSpoolHeader = errors.New("malformed " + SpoolHeader)
 
 // ScrapeNames are the names of the scrapes in one push. ID 0 names nothing.
 type ScrapeNames struct {
@@ -55,21 +53,19 @@ func ParseScrapeNames(text string) (n ScrapeNames, err error) {
 	if text == "" {
 		return n, nil
 	}
+	malformed := errors.New("malformed " + SpoolHeader)
 	id, numbers, _ := strings.Cut(text, " ")
-	if len(id) != 16 {
-		return n, errSpoolHeader
-	}
-	if n.ID, err = strconv.ParseUint(id, 16, 64); err != nil || n.ID == 0 {
-		return ScrapeNames{}, errSpoolHeader
+	if n.ID, err = strconv.ParseUint(id, 16, 64); err != nil || n.ID == 0 || len(id) != 16 {
+		return ScrapeNames{}, malformed
 	}
 	if n.Numbers, err = ParseRanges(numbers, MaxPushRanges); err != nil {
-		return ScrapeNames{}, fmt.Errorf("%w: %w", errSpoolHeader, err)
+		return ScrapeNames{}, fmt.Errorf("%w: %w", malformed, err)
 	}
 	return n, nil
 }
 
-// ConsumerAge is a consumer by its key, and the time since its last scrape that the teller
-// has heard of.
+// ConsumerAge is a consumer by its key, and the time since its newest scrape that the sender
+// knows of.
 type ConsumerAge struct {
 	Key uint64
 	Age time.Duration
@@ -77,7 +73,7 @@ type ConsumerAge struct {
 
 // FormatConsumers returns consumers as headers and answers have them: key in 16 hex digits,
 // colon, age in seconds; separated by commas. Ages are rounded up, or they would never grow
-// while client and servers tell each other the same.
+// while client and servers report to each other.
 func FormatConsumers(all []ConsumerAge) string {
 	var parts []string
 	for _, c := range all {

@@ -1,7 +1,7 @@
 package main
 
 // Sets of scrape numbers as ranges, in memory, in headers and in records. Their size is
-// bounded, because each can come from outside. Pure.
+// bounded, because each can come from a client. Pure.
 
 import (
 	"cmp"
@@ -113,23 +113,23 @@ func (r Ranges) String() string {
 	return string(b)
 }
 
-// ParseRanges reads what String wrote, of at most most ranges; "" is the empty set.
-func ParseRanges(text string, most int) (Ranges, error) {
+// ParseRanges reads what String wrote, of at most limit ranges; "" is the empty set.
+func ParseRanges(text string, limit int) (Ranges, error) {
 	if text == "" {
 		return nil, nil
 	}
-	if strings.Count(text, ",") >= most {
-		return nil, fmt.Errorf("more than %d ranges of numbers", most)
+	if strings.Count(text, ",") >= limit {
+		return nil, fmt.Errorf("more than %d ranges of numbers", limit)
 	}
 	var r Ranges
 	for part := range strings.SplitSeq(text, ",") {
 		first, last, several := strings.Cut(part, "-")
-		from, err := parseSpoolNumber(first)
+		from, ok := parseSpoolNumber(first)
 		to := from
-		if several && err == nil {
-			to, err = parseSpoolNumber(last)
+		if several && ok {
+			to, ok = parseSpoolNumber(last)
 		}
-		if err != nil || to < from || len(r) > 0 && from <= r[len(r)-1].To {
+		if !ok || to < from || len(r) > 0 && from <= r[len(r)-1].To {
 			return nil, fmt.Errorf("malformed range of numbers %.50q", part)
 		}
 		r = r.Add(from, to)
@@ -137,10 +137,7 @@ func ParseRanges(text string, most int) (Ranges, error) {
 	return r, nil
 }
 
-func parseSpoolNumber(text string) (uint64, error) {
+func parseSpoolNumber(text string) (n uint64, ok bool) {
 	n, err := strconv.ParseUint(text, 10, 64)
-	if err != nil || n == 0 || n > MaxSpoolNumber {
-		return 0, errSpoolHeader
-	}
-	return n, nil
+	return n, err == nil && n > 0 && n <= MaxSpoolNumber
 }

@@ -1,5 +1,7 @@
 package main
 
+// Ranges of scrape numbers against a map, and the headers of a push, well-formed and not.
+
 import (
 	"math/rand/v2"
 	"slices"

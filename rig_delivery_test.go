@@ -838,10 +838,10 @@ func (m *deliveryModel) named(c *modelSite, n uint64) *modelScrape {
 // saveConsumers is Consumers.Save with the model's disk.
 func (m *deliveryModel) saveConsumers(s *modelServer) {
 	cs := s.store.Consumers
-	stale := cs.stale.Swap(false)
-	frames, _, _ := cs.frames()
+	stale := cs.knownChanged.Swap(false)
+	frames := cs.takeChanges().frames
 	if stale {
-		s.disk.known, s.disk.seen, s.disk.cursors, frames = cs.known(), s.lo, nil, cs.all()
+		s.disk.known, s.disk.seen, s.disk.cursors, frames = cs.knownConsumers(), s.lo, nil, cs.encodeAll()
 	}
 	for len(frames) > 0 {
 		end := recordHead + int(binary.LittleEndian.Uint32(frames))
@@ -874,7 +874,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 	var recorded [modelConsumers]bool
 	for _, r := range s.disk.cursors {
-		if err := st.Consumers.restore(r.kind, r.payload, m.timeAt(s)); err != nil {
+		if err := st.Consumers.decodeRecord(r.kind, r.payload, m.timeAt(s)); err != nil {
 			m.fail("%v", err)
 		}
 		s.lo[r.consumer], recorded[r.consumer] = r.lo, true
@@ -888,39 +888,39 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 		if len(s.disk.logs[i]) == 0 {
 			continue
 		}
-		r := recoveredLog{store: st, path: st.path(c.name), held: NewSiteData("", st.seed)}
+		r := recoveredLog{store: st, path: st.path(c.name), data: NewSiteData("", st.seed)}
 		if hurt[i] {
-			r.take(0, nil)
+			r.decodeRecord(0, nil)
 		}
 		for _, rec := range s.disk.logs[i] {
-			err := r.take(rec.kind, rec.payload)
+			err := r.decodeRecord(rec.kind, rec.payload)
 			if err != nil && !hurt[i] {
 				m.fail("%v", err)
 			}
 		}
-		if r.held.Seq == 0 {
+		if r.data.Seq == 0 {
 			s.disk.logs[i] = nil
 			continue
 		}
-		r.held.ID = c.name
-		r.held.RestoreSpools(r.spools, hurt[i])
-		r.held.Resume(min(st.Oldest(), r.held.Accepted-deliveryRetention.Milliseconds()))
-		st.sites[c.name] = NewSite(r.held, nil, &st.totals)
+		r.data.ID = c.name
+		r.data.RestoreSpools(r.spools, hurt[i])
+		r.data.DropExpiredUncounted(min(st.Oldest(), r.data.LastPush-deliveryRetention.Milliseconds()))
+		st.sites[c.name] = NewSite(r.data, nil, st)
 	}
-	st.countOutlived()
-	highest := max(st.Consumers.Highest(), st.totals.Newest.Load())
+	st.dropExpiredWhileDown()
+	highest := max(st.Consumers.HighestCursor(), st.totals.NewestSeq.Load())
 	st.dropPastCursors(damagedLogs{})
 	first := state.NewBlock(highest)
 	for _, c := range st.sorted() {
-		c.Raise(first)
+		c.raiseSeq(first)
 	}
-	st.totals.Raise(first)
+	st.totals.RaiseNewest(first)
 	s.disk.block = state.block
 	s.store, s.up = st, true
 	s.scraper = &Scraper{Store: st, MaxAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
 		return m.sites[0].ring == hash && m.owner[0] == s.at || m.sites[1].ring == hash && m.owner[1] == s.at
 	}}
-	st.Consumers.stale.Store(true)
+	st.Consumers.knownChanged.Store(true)
 	m.saveConsumers(s)
 	for i, c := range m.sites {
 		if hurt[i] {
@@ -1093,7 +1093,7 @@ func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 				ids = samplesOf(held.Batches[0])
 			}
 		})
-		if _, ok := site.Evict(shown); !ok {
+		if _, ok := site.EvictOldest(shown); !ok {
 			return
 		}
 		if m.tracing {
@@ -1125,7 +1125,7 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 		m.fail("%v", err)
 	}
 	s.lo[x.at], m.hi[x.at] = m.now, m.now
-	if s.store.Consumers.stale.Load() {
+	if s.store.Consumers.knownChanged.Load() {
 		m.saveConsumers(s)
 	}
 	limit := 0
@@ -1147,7 +1147,7 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if lost || !m.calm && m.chance(10) {
 		x.conns[s.at] = new(int)
 	}
-	return len(r.sent) > 0
+	return len(r.served) > 0
 }
 
 // end ends all faults, and checks that all that is to be delivered is.

@@ -24,14 +24,14 @@ import (
 const (
 	// MaxRetention keeps time differences within a batch in 31 bits of ms.
 	MaxRetention = 20 * 24 * time.Hour
-	// forgetAfter is how long a silent cluster with nothing held is still known,
-	// so that an alert on its push time goes on.
+	// forgetAfter is how long a silent site without samples is still known, so that an alert
+	// on its push time goes on.
 	forgetAfter = 30 * 24 * time.Hour
 
 	maintainEvery = 30 * time.Second
 	saveEvery     = 2 * time.Second // cursors; a scrape on disk costs less than a second of pushes
-	kickPause     = time.Second
-	roomPause     = time.Second
+	wakePause     = time.Second
+	roomPause     = time.Second // between searches that found too little to evict
 )
 
 // StoreConfig configures a Store. Limits of 0 do not bound.
@@ -39,9 +39,9 @@ type StoreConfig struct {
 	FS            FS
 	Dir           string // "" holds in memory only
 	Retention     time.Duration
-	MaxSampleAge  time.Duration // older samples are shown no more, and so may be evicted
-	LimitSeries   int           // held per cluster
-	LimitClusters int           // known at all
+	MaxSampleAge  time.Duration // older samples are not shown again, and so may be evicted
+	LimitSeries   int           // held of each site
+	LimitClusters int           // sites known
 	LimitSamples  int           // held in all
 	LimitStorage  int64         // bytes of all logs
 	Now           func() time.Time
@@ -50,99 +50,52 @@ type StoreConfig struct {
 	Owned func(hash uint64) bool
 	// Span returns what the present time may be; samples expire by it. nil: Now.
 	Span func() Span
-	// OnError is told what failed in the background, or was found damaged at
-	// opening. OnWarning, if not nil, is told of unfinished writes, as a crash leaves
-	// them. They are called without locks held.
+	// OnError gets what failed in the background, or was found damaged at opening. OnWarning,
+	// if not nil, gets unfinished writes, as a crash leaves them. They are called without
+	// locks held.
 	OnError, OnWarning func(error)
 }
 
 // Store holds samples. It is safe for concurrent use.
 type Store struct {
-	cfg    StoreConfig
-	seed   maphash.Seed
-	unlock func() error
-	kick   chan struct{} // asks Run to make room now
+	cfg        StoreConfig
+	seed       maphash.Seed
+	unlock     func() error  // the directory
+	compactNow chan struct{} // wakes Run: the logs met LimitStorage
 
 	totals           StoreTotals
 	damaged, evicted atomic.Int64 // logs; samples
 	torn             atomic.Int64 // bytes
 
-	room sync.Mutex // its holder makes room; guards full
-	full time.Time  // when there was last too little that could go
+	roomMu   sync.Mutex // its holder makes room; guards noRoomAt
+	noRoomAt time.Time  // when eviction last freed too little
 
 	closing chan struct{} // closed by Close
 
-	// Consumers are those that scrape what is held.
+	// Consumers are those that scrape the store.
 	Consumers *Consumers
 
 	mu    sync.RWMutex // guards the rest, and the closing of closing
 	sites map[string]*Site
 }
 
-func (s *Store) newSite(id string) *Site {
-	held := NewSiteData(id, s.seed)
-	// Above all that was, so that no cursor from before this cluster was last
-	// forgotten is past what is yet to come.
-	held.Begin(s.totals.Newest.Load())
-	return NewSite(held, s.newLog(id), &s.totals)
-}
-
-// newLog returns the log of a cluster, not yet on disk; nil in memory-only mode.
-func (s *Store) newLog(id string) *Log {
-	if s.cfg.Dir == "" {
-		return nil
-	}
-	return NewLog(s.cfg.FS, s.path(id), []byte(id))
-}
-
-func (s *Store) path(id string) string {
-	h := ClusterIDHash(id)
-	name := hex.EncodeToString(h[:16])
-	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
-}
-
-// OnDisk reports whether what is held outlives this process.
-func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
-
-// Oldest returns before what time, in ms, samples are not held.
-func (s *Store) Oldest() int64 { return s.cfg.Span().Early.Add(-s.cfg.Retention).UnixMilli() }
-
-// OldestServed returns before what time, in ms, samples are not served. A consumer may
-// fail a whole scrape for one sample that is older than retention. OldestServed is later
-// than Oldest only while the clock is in doubt.
-func (s *Store) OldestServed() int64 { return s.cfg.Span().Late.Add(-s.cfg.Retention).UnixMilli() }
-
-// OpenStore opens or creates the store in cfg.Dir, locks it against other
-// processes and recovers every log. A log without any usable record is set aside and
-// reported. A file that cannot be read, or cannot be set aside, is an error, because the
-// next push of its cluster would replace it.
+// OpenStore opens or creates the store in cfg.Dir, locks it against other processes and
+// recovers every log. A log without any usable record is set aside and reported. A file that
+// cannot be read, or cannot be set aside, is an error, because the next push of its site would
+// replace it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
-	s := &Store{
-		cfg: cfg, seed: maphash.MakeSeed(), sites: map[string]*Site{},
-		kick: make(chan struct{}, 1), closing: make(chan struct{}), unlock: func() error { return nil },
-	}
-	s.totals.LimitStorage, s.totals.Closing = cfg.LimitStorage, s.closing
-	s.totals.Read = func(hash uint64) uint64 {
-		seq, _ := s.Consumers.ReadBy(hash, s.cfg.Span().Early)
-		return seq
-	}
-	s.totals.Full = func() {
-		select {
-		case s.kick <- struct{}{}:
-		default:
-		}
-	}
-	if s.totals.Owned = cfg.Owned; cfg.Owned == nil {
-		s.totals.Owned = func(uint64) bool { return true }
-	}
-	if cfg.Span == nil {
-		s.cfg.Span = func() Span { return SpanAt(cfg.Now()) }
-	}
-	if cfg.OnWarning == nil {
-		s.cfg.OnWarning = func(error) {}
-	}
 	if cfg.Retention <= 0 || cfg.Retention > MaxRetention {
 		return nil, fmt.Errorf("retention %v is not above 0 and at most %v", cfg.Retention, MaxRetention)
+	}
+	if cfg.Span == nil {
+		cfg.Span = func() Span { return SpanAt(cfg.Now()) }
+	}
+	if cfg.OnWarning == nil {
+		cfg.OnWarning = func(error) {}
+	}
+	s := &Store{
+		cfg: cfg, seed: maphash.MakeSeed(), sites: map[string]*Site{}, unlock: func() error { return nil },
+		compactNow: make(chan struct{}, 1), closing: make(chan struct{}),
 	}
 	if _, real := cfg.FS.(DiskFS); real && cfg.Dir != "" {
 		unlock, err := LockDir(cfg.Dir)
@@ -157,6 +110,57 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	return s, nil
 }
 
+// newSite returns a site without samples. Its first batch has a number above all numbers used
+// so far: no cursor from before the site was last forgotten is past it.
+func (s *Store) newSite(id string) *Site {
+	data := NewSiteData(id, s.seed)
+	data.StartAfter(s.totals.NewestSeq.Load())
+	return NewSite(data, s.newLog(id), s)
+}
+
+// newLog returns the log of a site, not yet on disk; nil in memory-only mode.
+func (s *Store) newLog(id string) *Log {
+	if s.cfg.Dir == "" {
+		return nil
+	}
+	return NewLog(s.cfg.FS, s.path(id), []byte(id))
+}
+
+// path returns where the log of a site lies.
+func (s *Store) path(id string) string {
+	h := ClusterIDHash(id)
+	name := hex.EncodeToString(h[:16])
+	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
+}
+
+// OnDisk reports whether the samples outlive this process.
+func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
+
+// Oldest returns the time in ms before which samples are not held.
+func (s *Store) Oldest() int64 { return s.cfg.Span().Early.Add(-s.cfg.Retention).UnixMilli() }
+
+// ServedSince returns the time in ms before which samples are not served. A consumer may
+// fail a whole scrape for one sample that is older than retention. While the clock is in doubt
+// the time is later than that before which samples are not held.
+func (s *Store) ServedSince() int64 { return s.cfg.Span().Late.Add(-s.cfg.Retention).UnixMilli() }
+
+// owns reports whether this server owns a site.
+func (s *Store) owns(hash uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(hash) }
+
+// checkStorageLimit returns ErrFull if the logs cannot grow by size bytes. It then has Run
+// compact them.
+func (s *Store) checkStorageLimit(size int) error {
+	limit := s.cfg.LimitStorage
+	if limit == 0 || s.totals.Bytes.Load()+int64(size) <= limit {
+		return nil
+	}
+	select {
+	case s.compactNow <- struct{}{}:
+	default: // Run is to wake already
+	}
+	return fmt.Errorf("%w: the logs reached the storage limit of %d bytes", ErrFull, limit)
+}
+
 func (s *Store) closed() bool {
 	select {
 	case <-s.closing:
@@ -166,59 +170,72 @@ func (s *Store) closed() bool {
 	}
 }
 
-// acquire returns the cluster of id with its turn, which release gives back.
-func (s *Store) acquire(ctx context.Context, id string) (*Site, error) {
-	for displaced := false; ; {
-		s.mu.Lock()
-		c, closed := s.sites[id], s.closed()
-		if c == nil && !closed && (s.cfg.LimitClusters == 0 || len(s.sites) < s.cfg.LimitClusters) {
-			c = s.newSite(id)
-			s.sites[id] = c
-		}
-		s.mu.Unlock()
-		if closed {
-			return nil, ErrClosed
-		}
-		if c == nil && !displaced {
-			displaced = true
-			if err := s.displace(); err != nil {
+// acquireSite returns the site of id with its lock, which releaseSite releases. It adds the
+// site if need be. The error is ErrClosed, ErrFull, that of ctx, or that of removing another
+// site's log.
+func (s *Store) acquireSite(ctx context.Context, id string) (*Site, error) {
+	for {
+		site, err := s.findOrAddSite(id)
+		if errors.Is(err, ErrFull) {
+			if err := s.forgetSilentSite(); err != nil {
 				return nil, err
 			}
-			continue
+			site, err = s.findOrAddSite(id)
 		}
-		if c == nil {
-			return nil, fmt.Errorf("%w: %d clusters are known, which is the limit", ErrFull, s.cfg.LimitClusters)
-		}
-		if err := c.Lock(ctx); err != nil {
+		if err != nil {
 			return nil, err
 		}
-		if !c.Removed {
-			return c, nil
+		if err := site.Lock(ctx); err != nil {
+			return nil, err
 		}
-		c.Unlock()
+		if !site.removed {
+			return site, nil
+		}
+		site.Unlock()
 	}
 }
 
-// release gives the turn back, and forgets a cluster of which nothing was ever
-// accepted: a first push that fails leaves nothing behind.
-func (s *Store) release(c *Site) {
-	virgin := false
-	c.View(func(held *SiteData) { virgin = held.Virgin() })
-	if virgin {
-		s.forget(c)
+// findOrAddSite returns the site of id, which is new if none is known and LimitClusters allows
+// one. The error is ErrClosed or ErrFull.
+func (s *Store) findOrAddSite(id string) (*Site, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed() {
+		return nil, ErrClosed
 	}
-	c.Unlock()
+	site := s.sites[id]
+	if site != nil {
+		return site, nil
+	}
+	if s.cfg.LimitClusters > 0 && len(s.sites) >= s.cfg.LimitClusters {
+		return nil, fmt.Errorf("%w: %d sites are known, which is the limit", ErrFull, s.cfg.LimitClusters)
+	}
+	site = s.newSite(id)
+	s.sites[id] = site
+	return site, nil
 }
 
-// displace forgets the cluster that has been silent longest, of those without samples.
-// Such a cluster is known only for the alert on its silence.
-func (s *Store) displace() error {
+// releaseSite releases the lock of a site. It drops a site that never had a batch, so that a
+// first push that fails leaves nothing behind.
+func (s *Store) releaseSite(site *Site) {
+	isNew := false
+	site.View(func(data *SiteData) { isNew = data.IsNew() })
+	if isNew {
+		s.dropSite(site)
+	}
+	site.Unlock()
+}
+
+// forgetSilentSite removes the site that has been silent longest, of those without samples.
+// Such a site is known only for the alert on its silence. If it is in use, or there is none,
+// nothing happens.
+func (s *Store) forgetSilentSite() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
-	for _, c := range s.sorted() {
-		c.View(func(held *SiteData) {
-			if len(held.Batches) == 0 && !held.Virgin() && held.Accepted < least {
-				silent, least = c, held.Accepted
+	for _, site := range s.sorted() {
+		site.View(func(data *SiteData) {
+			if len(data.Batches) == 0 && !data.IsNew() && data.LastPush < least {
+				silent, least = site, data.LastPush
 			}
 		})
 	}
@@ -227,196 +244,218 @@ func (s *Store) displace() error {
 	}
 	defer silent.Unlock()
 	empty := false
-	silent.View(func(held *SiteData) { empty = len(held.Batches) == 0 })
-	if silent.Removed || !empty {
+	silent.View(func(data *SiteData) { empty = len(data.Batches) == 0 })
+	if silent.removed || !empty {
 		return nil
 	}
-	return s.remove(silent)
+	return s.removeSite(silent)
 }
 
-// remove forgets a cluster without samples, and removes its log. Its cursors are removed
-// first, because after a crash in between a cursor without a log is reported as a loss.
-func (s *Store) remove(c *Site) error {
-	s.Consumers.Forget(c.Hash)
+// removeSite removes a site without samples, and its log. Its cursors are removed first,
+// because after a crash in between a cursor without a log is reported as a loss. The caller
+// holds the site's lock.
+func (s *Store) removeSite(site *Site) error {
+	s.Consumers.DropSite(site.Hash)
 	if err := s.Consumers.Save(); err != nil {
 		return err
 	}
-	if err := c.Remove(); err != nil {
-		return fmt.Errorf("removing the log of cluster %q: %w", c.ID, err)
+	if err := site.RemoveLog(); err != nil {
+		return fmt.Errorf("removing the log of site %q: %w", site.ID, err)
 	}
-	s.forget(c)
+	s.dropSite(site)
 	return nil
 }
 
-// forget drops a cluster of which nothing is held.
-func (s *Store) forget(c *Site) {
-	c.Forgotten()
+// dropSite drops a site without samples from memory. The caller holds its lock.
+func (s *Store) dropSite(site *Site) {
+	site.markRemoved()
 	s.mu.Lock()
-	delete(s.sites, c.ID)
+	delete(s.sites, site.ID)
 	s.mu.Unlock()
-	s.Consumers.Forget(c.Hash)
+	s.Consumers.DropSite(site.Hash)
 }
 
-// Append holds the samples of p for cluster id. When it returns nil, what it
-// counts as accepted is on disk; when not, nothing was taken. Lines have to be
-// those of Push.Add and carry id's ClusterLabel; names are of the scrapes in p. If all of
-// them are known already, nothing is stored. Waiting for an earlier push of
-// the cluster ends with ctx. Errors: ErrSeriesLimit, ErrTooLarge, ErrFull,
-// ErrClock, ErrClosed, ctx's, or those of the disk.
+// Append holds the samples of p for the site with cluster ID id. When it returns nil, what it
+// counts as accepted is on disk; when not, nothing was accepted. Lines have to be those of
+// SampleList.Add and carry id's ClusterLabel; names are of the scrapes in p. If all of them are
+// held already, nothing is stored. Waiting for an earlier push of the site ends with ctx.
+// Errors: ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClock, ErrClosed, ctx's, or those of the
+// disk.
 func (s *Store) Append(ctx context.Context, id string, p *SampleList, names ScrapeNames) (AppendResult, error) {
-	c, err := s.acquire(ctx, id)
+	site, err := s.acquireSite(ctx, id)
 	if err != nil {
 		return AppendResult{}, err
 	}
-	defer s.release(c)
-	return c.Append(p, names, s.cfg.Span(), s.cfg.Retention, s.cfg.LimitSeries, func(n int) error { return s.makeRoom(c, n) })
+	defer s.releaseSite(site)
+	limits := AppendLimits{Now: s.cfg.Span(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
+	prepared, err := site.Prepare(p, names, limits)
+	if err != nil || prepared.Batch == nil {
+		return prepared.Result, err
+	}
+	begin := time.Now()
+	if err = s.makeRoom(site, prepared.Result.Accepted); err == nil {
+		err = site.Commit(prepared, limits.oldest())
+	}
+	if err != nil {
+		site.Rollback(prepared)
+		return AppendResult{}, err
+	}
+	prepared.Result.Write = time.Since(begin)
+	return prepared.Result, nil
 }
 
 // SpoolStatus is what a server says of one spool of a site.
 type SpoolStatus struct {
 	Held, Read Ranges // of scrapes: not read by every consumer, and read by every consumer
 	Consumers  []ConsumerAge
-	// Settled reports that a consumer is known, without which nothing counts as read.
-	Settled bool
+	Settled    bool // a consumer is known; otherwise nothing counts as read
 }
 
-// Spool returns what is known of a spool of cluster id.
+// Spool returns the status of a spool of the site with cluster ID id. It first marks the
+// scrapes that every consumer has read by now.
 func (s *Store) Spool(id string, spool uint64) (st SpoolStatus) {
 	hash, now := SiteKey(id), s.cfg.Span().Early
 	st.Consumers = s.Consumers.ConsumerAges(hash, now)
 	seq, known := s.Consumers.ReadBy(hash, now)
 	st.Settled = known
-	s.ViewSite(id, func(held *SiteData) {
+	s.ViewSite(id, func(data *SiteData) {
 		if known {
-			held.Spools.MarkRead(seq)
+			data.Spools.MarkRead(seq)
 		}
-		st.Held, st.Read = held.Spools.HeldAndRead(spool)
+		st.Held, st.Read = data.Spools.HeldAndRead(spool)
 	})
 	return st
 }
 
-// Run drops what outlived retention, compacts logs and keeps cursors, until ctx ends.
+// Run drops what outlived retention, compacts logs and saves cursors, until ctx ends.
 func (s *Store) Run(ctx context.Context) error {
 	var saving sync.WaitGroup
 	defer saving.Wait()
-	// Beside the rest, which may take long. A cursor that a crash takes costs a
-	// repetition.
-	saving.Go(func() { s.every(ctx, saveEvery, nil, func(bool) { s.saveConsumers() }) })
-	s.every(ctx, maintainEvery, s.kick, func(full bool) {
-		s.maintain(ctx, full)
+	// Cursors are saved beside the rest, which may take long. A cursor that a crash takes
+	// costs a repetition.
+	saving.Go(func() { runEvery(ctx, saveEvery, nil, func(bool) { s.saveCursors() }) })
+	runEvery(ctx, maintainEvery, s.compactNow, func(storageFull bool) {
+		s.maintain(ctx, storageFull)
 		s.Consumers.Expire(s.cfg.Span().Early)
 	})
 	return nil
 }
 
-// every calls do at intervals, and when kicked, until ctx ends.
-func (s *Store) every(ctx context.Context, interval time.Duration, kick <-chan struct{}, do func(kicked bool)) {
+// runEvery calls do at intervals, and when wake receives, until ctx ends. do is told whether
+// wake received. Refused pushes wake as often as they come, so that there is a pause after
+// each call.
+func runEvery(ctx context.Context, interval time.Duration, wake <-chan struct{}, do func(woken bool)) {
 	for {
-		if _, ok := Sleep(ctx, kickPause, nil); !ok { // refused pushes kick as often as they come
+		if _, ok := Sleep(ctx, wakePause, nil); !ok {
 			return
 		}
-		kicked, ok := Sleep(ctx, interval-kickPause, kick)
+		woken, ok := Sleep(ctx, interval-wakePause, wake)
 		if !ok {
 			return
 		}
-		do(kicked)
+		do(woken)
 	}
 }
 
 // SaveConsumers writes the consumers to disk if they changed. It returns when that is done
 // or has failed.
 func (s *Store) SaveConsumers() {
-	if err := s.Consumers.SaveKnown(); err != nil {
+	if err := s.Consumers.SaveIfConsumersChanged(); err != nil {
 		s.cfg.OnError(err)
 	}
 }
 
-func (s *Store) saveConsumers() {
+func (s *Store) saveCursors() {
 	if err := s.Consumers.Save(); err != nil {
 		s.cfg.OnError(err)
 	}
 }
 
-// maintainCluster drops what outlived retention, compacts the log, and forgets a
-// cluster silent for long.
-func (s *Store) maintainCluster(c *Site, full bool) error {
-	oldest := s.Oldest()
-	c.Expire(oldest)
-	forget := false
-	c.View(func(held *SiteData) {
-		forget = len(held.Batches) == 0 && s.cfg.Span().Early.UnixMilli()-held.Accepted > forgetAfter.Milliseconds()
-	})
-	if forget {
-		return s.remove(c)
-	}
-	return c.Compact(oldest, full)
-}
-
-// maintain goes once over all clusters.
-func (s *Store) maintain(ctx context.Context, full bool) {
-	for _, c := range s.sorted() {
-		if c.Lock(ctx) != nil {
+// maintain drops the expired samples of every site, compacts its log, and removes sites that
+// have been silent for long.
+func (s *Store) maintain(ctx context.Context, storageFull bool) {
+	for _, site := range s.sorted() {
+		if site.Lock(ctx) != nil {
 			return
 		}
-		if !c.Removed {
-			if err := s.maintainCluster(c, full); err != nil {
-				s.cfg.OnError(fmt.Errorf("compacting the log of cluster %q: %w", c.ID, err))
+		if !site.removed {
+			if err := s.maintainSite(site, storageFull); err != nil {
+				s.cfg.OnError(fmt.Errorf("compacting the log of site %q: %w", site.ID, err))
 			}
 		}
-		c.Unlock()
+		site.Unlock()
 	}
 }
 
-// sorted returns the clusters by ID.
+func (s *Store) maintainSite(site *Site, storageFull bool) error {
+	oldest := s.Oldest()
+	site.DropExpired(oldest)
+	silent := false
+	site.View(func(data *SiteData) {
+		silent = len(data.Batches) == 0 && s.cfg.Span().Early.UnixMilli()-data.LastPush > forgetAfter.Milliseconds()
+	})
+	if silent {
+		return s.removeSite(site)
+	}
+	return site.Compact(oldest, storageFull)
+}
+
+// sorted returns the sites by ID.
 func (s *Store) sorted() []*Site {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// ForEachSite calls f for what is held of each cluster by ID, from that on which stands at
-// start, 0 to 1, of all and round, until f returns false. It expires samples before it
-// calls f. f must neither keep held nor call the store.
-func (s *Store) ForEachSite(start float64, f func(hash uint64, held *SiteData) bool) {
+// ForEachSite calls f with the data of every site, by ID, until f returns false. It begins at
+// the fraction start, from 0 to 1, of the sites, and goes on from the first after the last. It
+// drops the site's expired samples before it calls f. f must neither keep data nor call the
+// store.
+func (s *Store) ForEachSite(start float64, f func(hash uint64, data *SiteData) bool) {
 	sites, oldest := s.sorted(), s.Oldest()
 	for i := range sites {
-		c := sites[(int(start*float64(len(sites)))+i)%len(sites)]
-		c.Expire(oldest)
-		goOn := true
-		c.View(func(held *SiteData) { goOn = f(c.Hash, held) })
-		if !goOn {
+		site := sites[(int(start*float64(len(sites)))+i)%len(sites)]
+		site.DropExpired(oldest)
+		more := true
+		site.View(func(data *SiteData) { more = f(site.Hash, data) })
+		if !more {
 			return
 		}
 	}
 }
 
-// ViewSite calls f with what is held of a cluster, as Each does; it reports false if
-// nothing is known of it.
-func (s *Store) ViewSite(id string, f func(held *SiteData)) bool {
+// ViewSite calls f with the data of the site with cluster ID id, and reports whether there is
+// one. f must neither keep data nor call the store.
+func (s *Store) ViewSite(id string, f func(data *SiteData)) bool {
 	s.mu.RLock()
-	c := s.sites[id]
+	site := s.sites[id]
 	s.mu.RUnlock()
-	if c != nil {
-		c.View(f)
+	if site != nil {
+		site.View(f)
 	}
-	return c != nil
+	return site != nil
 }
 
-// Close waits for writes under way, refuses later and waiting ones and unlocks
-// the directory. Everything accepted is on disk already. Again it does nothing.
+// Close waits for writes under way, refuses later and waiting ones and unlocks the directory.
+// Everything accepted is on disk already. A second call does nothing.
 func (s *Store) Close() error {
-	s.mu.Lock()
-	select {
-	case <-s.closing:
-		s.mu.Unlock()
+	if !s.startClosing() {
 		return nil
-	default:
+	}
+	for _, site := range s.sorted() {
+		site.Close()
+	}
+	s.saveCursors()
+	return s.unlock()
+}
+
+// startClosing has all later writes refused. It reports false if an earlier call did.
+func (s *Store) startClosing() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed() {
+		return false
 	}
 	close(s.closing)
-	s.mu.Unlock()
-	for _, c := range s.sorted() {
-		c.LockForever() // nobody writes any more
-	}
-	s.saveConsumers()
-	return s.unlock()
+	return true
 }

@@ -1,7 +1,8 @@
 package main
 
-// A push becomes a batch: its samples find their series, duplicates and samples outside of
-// retention are dropped, the rest is ordered. Pure.
+// A push becomes a batch. Its samples find or insert their series; duplicates and samples
+// outside of retention are dropped; the rest is ordered. Nothing is held before the batch is
+// committed, and until then all can be rolled back. Pure.
 
 import (
 	"cmp"
@@ -18,146 +19,253 @@ type AppendResult struct {
 	Write                     time.Duration // spent until the disk had it
 }
 
-// Untimely reports that samples were dropped for their time and none was taken or held.
+// Untimely reports that samples were dropped for their time and none was accepted or held.
 func (r *AppendResult) Untimely() bool {
 	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
 }
 
-// entry is a sample of a push whose series is found.
-type entry struct {
+// countRepeat counts a sample of value v that has the series and the time of a sample of value
+// first.
+func (r *AppendResult) countRepeat(v, first float64) {
+	if math.Float64bits(v) == math.Float64bits(first) {
+		r.Duplicates++
+	} else {
+		r.Conflicts++
+	}
+}
+
+// AppendLimits are what a push is checked against.
+type AppendLimits struct {
+	Now       Span // what the present time may be
+	Retention time.Duration
+	Series    int // held of the site; 0 does not bound
+}
+
+// oldest returns the time in ms before which samples are not held.
+func (l *AppendLimits) oldest() int64 { return l.Now.Early.Add(-l.Retention).UnixMilli() }
+
+// PreparedBatch is a batch that is not committed, and what became of the push's samples.
+type PreparedBatch struct {
+	Batch     *Batch // nil if the push adds nothing that has to be written
+	Result    AppendResult
+	newSeries int // the first ID that the push inserted
+}
+
+// seriesSample is a sample by the ID of its series.
+type seriesSample struct {
 	id    uint32
 	round uint32 // how many earlier samples of its series the push has
 	t     int64
 	v     float64
 }
 
-// Prepare finds or inserts the series of p and makes a batch of the samples that
-// are new: neither held, nor older than retention, nor of the future. The lines
-// of p are those of Push.Add; names are of the scrapes in it. Until Take holds the batch,
-// Table.Truncate(known) undoes it; on an error, ErrSeriesLimit, ErrTooLarge or ErrClock,
-// nothing was inserted.
-//
-// The batch gets the names only if it vouches for the scrapes. If all samples of a scrape
-// are dropped for their time, this server's clock may be the wrong one; and of several
-// scrapes in a push nothing tells to which of them a sample belongs.
-func (d *SiteData) Prepare(p *SampleList, names ScrapeNames, now Span, retention time.Duration, limit int) (b *Batch, known int, res AppendResult, err error) {
-	if len(p.Samples) > maxBatch {
-		return nil, 0, res, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
+func compareSeriesTime(a, b seriesSample) int {
+	return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t))
+}
+
+// Prepare makes a batch of the samples of p that are neither held, nor older than retention,
+// nor of the future. It inserts their series, which Rollback takes back. The lines of p are
+// those of SampleList.Add; names are of the scrapes in p. On an error, which is ErrSeriesLimit,
+// ErrTooLarge or ErrClock, nothing was inserted.
+func (d *SiteData) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits) (PreparedBatch, error) {
+	if d.Spools.HasAll(names) { // the answer to an earlier push was lost; its samples may be evicted by now
+		return PreparedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}
-	b = &Batch{Seq: d.Seq + 1, Accepted: now.Early.UnixMilli(), T0: now.Early.UnixMilli()}
-	oldest, newest := now.Early.Add(-retention).UnixMilli(), now.Late.Add(maxAhead).UnixMilli()
-	sureOldest, sureNewest := now.Late.Add(-retention).UnixMilli(), now.Early.Add(maxAhead).UnixMilli()
-	entries := make([]entry, 0, len(p.Samples))
-	known = d.Table.Len()
+	if len(p.Samples) > maxBatch {
+		return PreparedBatch{}, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
+	}
+	prepared := PreparedBatch{newSeries: d.Table.Len()}
+	res := &prepared.Result
+	samples, err := d.resolveSeries(p, limits, res)
+	if err != nil {
+		d.Rollback(prepared)
+		return PreparedBatch{}, err
+	}
+	samples = d.dropRepeatsOfNewest(samples, res)
+	samples = dedupeInPush(samples, res)
+	samples = d.dropHeldLate(samples, res)
+	orderForBatch(samples)
+	res.Accepted = len(samples)
+	if !vouchesForScrapes(names, res) {
+		names = ScrapeNames{}
+	}
+	now := limits.Now.Early.UnixMilli()
+	if len(samples) == 0 && names.ID == 0 {
+		d.Rollback(prepared)
+		d.LastPush = max(d.LastPush, now)
+		return prepared, nil
+	}
+	prepared.Batch = newBatch(d.Seq+1, now, samples)
+	prepared.Batch.Names = names
+	return prepared, nil
+}
+
+// Rollback takes back what Prepare inserted.
+func (d *SiteData) Rollback(p PreparedBatch) { d.Table.Truncate(p.newSeries) }
+
+// vouchesForScrapes reports whether the batch of a push counts as its scrapes. If all samples
+// of a scrape are dropped for their time, this server's clock may be the wrong one; and of
+// several scrapes in a push nothing tells to which of them a sample belongs.
+func vouchesForScrapes(names ScrapeNames, res *AppendResult) bool {
+	return len(names.Numbers) > 0 && !res.Untimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
+}
+
+// timeLimits are the times that samples may have, in ms. They are two ranges while the clock
+// is in doubt: outside of the wider one a sample is refused by either setting of the clock,
+// within the narrower one it is accepted by both.
+type timeLimits struct{ oldest, newest, sureOldest, sureNewest int64 }
+
+func (l *AppendLimits) times() timeLimits {
+	return timeLimits{
+		oldest: l.oldest(), newest: l.Now.Late.Add(maxAhead).UnixMilli(),
+		sureOldest: l.Now.Late.Add(-l.Retention).UnixMilli(), sureNewest: l.Now.Early.Add(maxAhead).UnixMilli(),
+	}
+}
+
+// accept reports whether a sample of time t is of use, and counts it otherwise. ErrClock says
+// that it depends on the setting of the clock.
+func (l *timeLimits) accept(t int64, res *AppendResult) (bool, error) {
+	switch {
+	case t < l.oldest:
+		res.TooOld++
+		return false, nil
+	case t > l.newest:
+		res.Future++
+		return false, nil
+	case t < l.sureOldest || t > l.sureNewest:
+		return false, ErrClock
+	}
+	return true, nil
+}
+
+// resolveSeries returns the samples of p whose time is accepted, with the IDs of their series,
+// which it inserts under the limits. It counts the others.
+func (d *SiteData) resolveSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
+	times := limits.times()
+	samples := make([]seriesSample, 0, len(p.Samples))
 	for _, smp := range p.Samples {
-		if smp.T < oldest {
-			res.TooOld++
+		if ok, err := times.accept(smp.T, res); err != nil {
+			return nil, err
+		} else if !ok {
 			continue
-		}
-		if smp.T > newest {
-			res.Future++
-			continue
-		}
-		if smp.T < sureOldest || smp.T > sureNewest {
-			d.Table.Truncate(known)
-			return nil, known, AppendResult{}, ErrClock
 		}
 		line := p.Line(smp)
 		id, hash, ok := d.Table.Find(line)
 		if !ok {
-			if n := d.Table.Len(); limit > 0 && n >= limit || n > MaxSeriesID || !d.Table.HasRoom(len(line)) {
-				d.Table.Truncate(known)
-				return nil, known, res, fmt.Errorf("%w: more than the %d that may be held for a cluster", ErrSeriesLimit, limit)
-			}
-			if max := max(minTextLimit, seriesBytes*limit); limit > 0 && d.Table.TextBytes()+len(line) > max {
-				d.Table.Truncate(known)
-				return nil, known, res, fmt.Errorf("%w: names and labels of more than the %d bytes that may be held for a cluster", ErrSeriesLimit, max)
+			if err := d.checkSeriesLimits(len(line), limits.Series); err != nil {
+				return nil, err
 			}
 			id = d.Table.Insert(hash, line, !IsLegacyLine(line))
 		}
-		entries = append(entries, entry{id: id, t: smp.T, v: smp.V})
+		samples = append(samples, seriesSample{id: id, t: smp.T, v: smp.V})
 	}
-	entries = d.novel(entries, &res)
-	res.Accepted = len(entries)
-	if !res.Untimely() && (res.TooOld+res.Future == 0 || names.IsSingle()) && len(names.Numbers) > 0 {
-		b.Names = names
-	}
-	b.IDs, b.DT, b.V = make([]uint32, len(entries)), make([]int32, len(entries)), make([]float64, len(entries))
-	if len(entries) > 0 {
-		b.T0 = entries[0].t
-	}
-	for i, e := range entries {
-		// Both times are within retention, so the difference fits.
-		b.IDs[i], b.DT[i], b.V[i] = e.id, int32(e.t-b.T0), e.v
-	}
-	b.Bound()
-	return b, known, res, nil
+	return samples, nil
 }
 
-// novel leaves out what is held already, by series and time, and orders the
-// rest for a batch: the first sample of every series by ID, then the second …
-func (d *SiteData) novel(entries []entry, res *AppendResult) []entry {
-	byTime := func(a, b entry) int { return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t)) }
-	if !slices.IsSortedFunc(entries, byTime) {
-		slices.SortStableFunc(entries, byTime)
+// checkSeriesLimits reports that one more series, with a line of size bytes, is beyond limit or
+// what a table can take.
+func (d *SiteData) checkSeriesLimits(size, limit int) error {
+	if n := d.Table.Len(); limit > 0 && n >= limit || n > MaxSeriesID || !d.Table.HasRoom(size) {
+		return fmt.Errorf("%w: more than the %d that may be held for a site", ErrSeriesLimit, limit)
 	}
-	repeat := func(e entry, v float64) {
-		if math.Float64bits(e.v) == math.Float64bits(v) {
-			res.Duplicates++
-		} else {
-			res.Conflicts++
+	if textLimit := max(minTextLimit, seriesBytes*limit); limit > 0 && d.Table.TextBytes()+size > textLimit {
+		return fmt.Errorf("%w: names and labels of more than the %d bytes that may be held for a site", ErrSeriesLimit, textLimit)
+	}
+	return nil
+}
+
+// dropRepeatsOfNewest drops and counts the samples that have the time of the newest sample of
+// their series, as a push that comes again has.
+func (d *SiteData) dropRepeatsOfNewest(samples []seriesSample, res *AppendResult) []seriesSample {
+	return slices.DeleteFunc(samples, func(s seriesSample) bool {
+		t, v := d.Table.Newest(s.id)
+		if s.t == t {
+			res.countRepeat(s.v, v)
 		}
+		return s.t == t
+	})
+}
+
+// dedupeInPush sorts samples by series and time. Of several samples of one series and time it
+// keeps the first in the push, and counts the others.
+func dedupeInPush(samples []seriesSample, res *AppendResult) []seriesSample {
+	if !slices.IsSortedFunc(samples, compareSeriesTime) {
+		slices.SortStableFunc(samples, compareSeriesTime)
 	}
-	type key struct {
-		id uint32
-		t  int64
-	}
-	late := map[key]float64{} // may be held: older than the newest of their series
-	times := map[int64]bool{} // of those
-	out := entries[:0]
-	for _, e := range entries {
-		if n := len(out); n > 0 && out[n-1].id == e.id && out[n-1].t == e.t {
-			repeat(e, out[n-1].v)
+	kept := samples[:0]
+	for _, s := range samples {
+		if n := len(kept); n > 0 && kept[n-1].id == s.id && kept[n-1].t == s.t {
+			res.countRepeat(s.v, kept[n-1].v)
 			continue
 		}
-		lastT, lastV := d.Table.Newest(e.id)
-		if e.t == lastT {
-			repeat(e, lastV)
+		kept = append(kept, s)
+	}
+	return kept
+}
+
+// sampleKey names a sample of a site.
+type sampleKey struct {
+	id uint32
+	t  int64
+}
+
+// dropHeldLate drops and counts the samples that are older than the newest of their series and
+// that an earlier batch has. Only for late samples are the batches searched.
+func (d *SiteData) dropHeldLate(samples []seriesSample, res *AppendResult) []seriesSample {
+	late, times := map[sampleKey]float64{}, map[int64]bool{}
+	for _, s := range samples {
+		if t, _ := d.Table.Newest(s.id); s.t < t {
+			late[sampleKey{s.id, s.t}], times[s.t] = s.v, true
+		}
+	}
+	if len(late) == 0 {
+		return samples
+	}
+	held := map[sampleKey]bool{}
+	for _, b := range d.Batches {
+		if b.DT == nil && !times[b.T0] {
 			continue
 		}
-		if e.t < lastT {
-			late[key{e.id, e.t}], times[e.t] = e.v, true
-		}
-		out = append(out, e)
-	}
-	if len(late) > 0 {
-		held := map[key]bool{}
-		for _, old := range d.Batches {
-			if old.DT == nil && !times[old.T0] {
+		for i, id := range b.IDs {
+			k := sampleKey{id, b.Time(i)}
+			if !times[k.t] {
 				continue
 			}
-			for i, id := range old.IDs {
-				k := key{id, old.Time(i)}
-				if !times[k.t] {
-					continue
-				}
-				if v, ok := late[k]; ok && !held[k] {
-					held[k] = true
-					repeat(entry{v: v}, old.V[i])
-				}
+			if v, ok := late[k]; ok && !held[k] {
+				held[k] = true
+				res.countRepeat(v, b.V[i])
 			}
 		}
-		out = slices.DeleteFunc(out, func(e entry) bool { return held[key{e.id, e.t}] })
 	}
+	return slices.DeleteFunc(samples, func(s seriesSample) bool { return held[sampleKey{s.id, s.t}] })
+}
+
+// orderForBatch orders samples, which are sorted by series and time, for a batch: the first
+// sample of every series by ID, then the second of every series, and so on. The IDs of each
+// round then are runs, which take few bytes.
+func orderForBatch(samples []seriesSample) {
 	several := false
-	for i := 1; i < len(out); i++ {
-		if out[i].id == out[i-1].id {
-			out[i].round = out[i-1].round + 1
+	for i := 1; i < len(samples); i++ {
+		if samples[i].id == samples[i-1].id {
+			samples[i].round = samples[i-1].round + 1
 			several = true
 		}
 	}
 	if several {
-		slices.SortStableFunc(out, func(a, b entry) int { return cmp.Compare(a.round, b.round) })
+		slices.SortStableFunc(samples, func(a, b seriesSample) int { return cmp.Compare(a.round, b.round) })
 	}
-	return out
+}
+
+// newBatch returns a batch of samples, all of which are within MaxRetention.
+func newBatch(seq uint64, acceptedAt int64, samples []seriesSample) *Batch {
+	b := &Batch{Seq: seq, AcceptedAt: acceptedAt, T0: acceptedAt}
+	b.IDs, b.DT, b.V = make([]uint32, len(samples)), make([]int32, len(samples)), make([]float64, len(samples))
+	if len(samples) > 0 {
+		b.T0 = samples[0].t
+	}
+	for i, s := range samples {
+		b.IDs[i], b.DT[i], b.V[i] = s.id, int32(s.t-b.T0), s.v
+	}
+	b.SetBounds()
+	return b
 }

@@ -7,53 +7,53 @@ import (
 	"slices"
 )
 
-// Kinds of record.
+// Kinds of record in a site's log.
 const (
 	RecordSeries byte = 1
-	RecordBatch  byte = 4 // kinds 2 and 3 had other forms once
-	RecordSpool  byte = 5 // as SiteSpools.Records makes them
+	RecordBatch  byte = 2
+	RecordSpool  byte = 3 // as SiteSpools.EncodeRecords makes them
 )
 
 // MaxSeriesID bounds the IDs that a record may name, and so what a table of
 // them can take.
 const MaxSeriesID = 1<<24 - 1
 
-// MaxSeq is beyond any number of batches, so that a sequence number that comes
-// from damage cannot make the next ones begin again.
+// MaxSeq is beyond the number of any batch, so that a number that comes from damage cannot use
+// up the numbers of later batches.
 const MaxSeq = 1 << 62
 
-// Batch is what one push added to a cluster: sample i is value V[i] of series
-// IDs[i] at Time(i). It is immutable once it is held.
+// Batch is what one push added to a site: sample i is value V[i] of series IDs[i] at Time(i). It
+// is immutable once it is committed.
 type Batch struct {
-	Seq        uint64   // grows by one with each batch of its cluster
-	Accepted   int64    // ms, this server's clock
+	Seq        uint64   // sequence number: ascends with each batch of the site
+	AcceptedAt int64    // ms, this server's clock
 	T0         int64    // ms
 	MinT, MaxT int64    // ms; no sample is outside, nor is T0
 	IDs        []uint32 // may be shared with other batches
-	DT         []int32  // ms after T0; nil when all are at T0; see Pack
-	which      []uint8  // of a packed batch, for each sample the index of its time in DT
+	DT         []int32  // ms after T0, one for each sample or as PackTimes makes them; nil: all are at T0
+	timeIndex  []uint8  // nil, or for each sample the index of its time in DT
 	V          []float64
 	Names      ScrapeNames // of the scrapes whose samples are held up to this batch
 	Size       int         // bytes of the record's payload; set by EncodeBatch and DecodeBatch
 }
 
-// Position is how far a reader of a cluster's batches is: past all up to Seq, and
-// past N of the Of samples of batch Part, if that is not 0. Compaction renames series
-// but keeps the order of samples, so that a batch of as many samples is the same; one
-// that retention made shorter is read again from its beginning.
+// Position is how far a reader is in a site's batches: past all of them up to Seq, and past the
+// first PartialRead of the PartialLen samples of batch PartialSeq, unless that is 0. Compaction
+// renames series but keeps the order of samples, so that a batch of as many samples is the
+// same; a batch that retention made shorter is read again from its beginning.
 type Position struct {
-	Seq  uint64
-	Part uint64
-	N    int
-	Of   int
+	Seq         uint64
+	PartialSeq  uint64
+	PartialRead int
+	PartialLen  int
 }
 
-// In returns how many samples of b, which is not wholly read, a reader is past.
-func (p Position) In(b *Batch) int {
-	if b.Seq != p.Part || len(b.V) != p.Of {
+// ReadOf returns how many samples of b, a batch after Seq, the reader is past.
+func (p Position) ReadOf(b *Batch) int {
+	if b.Seq != p.PartialSeq || len(b.V) != p.PartialLen {
 		return 0
 	}
-	return p.N
+	return p.PartialRead
 }
 
 // Time returns the time of sample i in ms.
@@ -61,38 +61,38 @@ func (b *Batch) Time(i int) int64 {
 	if b.DT == nil {
 		return b.T0
 	}
-	if b.which != nil {
-		i = int(b.which[i])
+	if b.timeIndex != nil {
+		i = int(b.timeIndex[i])
 	}
 	return b.T0 + int64(b.DT[i])
 }
 
-// Pack makes b smaller: a push has few times, one for each target of its source, and
-// naming them takes a byte a sample where the difference takes four.
-func (b *Batch) Pack() {
-	if b.DT == nil || b.which != nil {
+// PackTimes has b take less memory if its samples have few distinct times, as those of a push
+// have, one for each target of its source. An index takes one byte where a time takes four.
+func (b *Batch) PackTimes() {
+	if b.DT == nil || b.timeIndex != nil {
 		return
 	}
 	var times []int32
-	which := make([]uint8, len(b.DT))
+	timeIndex := make([]uint8, len(b.DT))
 	index := map[int32]uint8{}
 	for i, dt := range b.DT {
-		w, ok := index[dt]
+		at, ok := index[dt]
 		if !ok {
 			if len(times) == 1<<8 {
 				return
 			}
-			w = uint8(len(times))
-			index[dt] = w
+			at = uint8(len(times))
+			index[dt] = at
 			times = append(times, dt)
 		}
-		which[i] = w
+		timeIndex[i] = at
 	}
-	b.DT, b.which = slices.Clip(times), which
+	b.DT, b.timeIndex = slices.Clip(times), timeIndex
 }
 
-// Bound sets MinT and MaxT and drops DT where it says nothing.
-func (b *Batch) Bound() {
+// SetBounds sets MinT and MaxT, and drops DT if all samples have one time.
+func (b *Batch) SetBounds() {
 	b.MinT, b.MaxT = b.T0, b.T0
 	for _, dt := range b.DT {
 		b.MinT, b.MaxT = min(b.MinT, b.T0+int64(dt)), max(b.MaxT, b.T0+int64(dt))
@@ -102,8 +102,8 @@ func (b *Batch) Bound() {
 	}
 }
 
-// Between returns how many samples have a time from first on and before end, in ms.
-func (b *Batch) Between(first, end int64) (n int64) {
+// CountBetween returns how many samples have a time from first on and before end, in ms.
+func (b *Batch) CountBetween(first, end int64) (n int64) {
 	if b.MinT >= first && b.MaxT < end {
 		return int64(len(b.V))
 	}
@@ -118,8 +118,8 @@ func (b *Batch) Between(first, end int64) (n int64) {
 	return n
 }
 
-// Where returns the samples of b that keep wants: b itself if that is all.
-func (b *Batch) Where(keep func(i int) bool) *Batch {
+// Filter returns a batch of the samples for which keep is true: b itself if that is all.
+func (b *Batch) Filter(keep func(i int) bool) *Batch {
 	first := 0
 	for first < len(b.V) && keep(first) {
 		first++
@@ -128,12 +128,12 @@ func (b *Batch) Where(keep func(i int) bool) *Batch {
 		return b
 	}
 	k := *b
-	k.IDs, k.V, k.DT, k.which = nil, nil, nil, nil
+	k.IDs, k.V, k.DT, k.timeIndex = nil, nil, nil, nil
 	for i := range b.V {
 		if i < first || i > first && keep(i) {
 			k.IDs, k.V, k.DT = append(k.IDs, b.IDs[i]), append(k.V, b.V[i]), append(k.DT, int32(b.Time(i)-b.T0))
 		}
 	}
-	k.Bound()
+	k.SetBounds()
 	return &k
 }

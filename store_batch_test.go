@@ -1,6 +1,6 @@
 package main
 
-// batch_test.go: records come back as they were, foreign bytes cost nothing but
+// Records come back as they were, foreign bytes cost nothing but
 // an error, and a sample costs few bytes.
 
 import (
@@ -19,7 +19,7 @@ func sameBatch(a, b *Batch) bool {
 	if a.Names.ID != b.Names.ID || !slices.Equal(a.Names.Numbers, b.Names.Numbers) {
 		return false
 	}
-	if a.Seq != b.Seq || a.Accepted != b.Accepted || a.MinT != b.MinT || a.MaxT != b.MaxT || !slices.Equal(a.IDs, b.IDs) ||
+	if a.Seq != b.Seq || a.AcceptedAt != b.AcceptedAt || a.MinT != b.MinT || a.MaxT != b.MaxT || !slices.Equal(a.IDs, b.IDs) ||
 		!slices.EqualFunc(a.V, b.V, func(x, y float64) bool { return math.Float64bits(x) == math.Float64bits(y) }) {
 		return false
 	}
@@ -34,7 +34,7 @@ func sameBatch(a, b *Batch) bool {
 // randomBatch has runs of IDs and times near to each other, or extremes.
 func randomBatch(rng *rand.Rand) *Batch {
 	n := rng.IntN(40)
-	b := &Batch{Seq: rng.Uint64N(MaxSeq), Accepted: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
+	b := &Batch{Seq: rng.Uint64N(MaxSeq), AcceptedAt: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
 	b.IDs, b.V, b.DT = make([]uint32, n), make([]float64, n), make([]int32, n)
 	if rng.IntN(2) == 0 {
 		b.Names.ID = 1 + rng.Uint64N(math.MaxUint64)
@@ -56,7 +56,7 @@ func randomBatch(rng *rand.Rand) *Batch {
 		}
 		b.V[i] = math.Float64frombits(rng.Uint64())
 	}
-	b.Bound()
+	b.SetBounds()
 	return b
 }
 
@@ -80,7 +80,7 @@ func TestBatchRoundTrip(t *testing.T) {
 // A batch of the largest size fits one record, however it is made.
 func TestBatchFitsRecord(t *testing.T) {
 	const n = 10_000
-	b := &Batch{Seq: MaxSeq, Accepted: math.MinInt64, T0: 1 << 60, IDs: make([]uint32, n), DT: make([]int32, n), V: make([]float64, n)}
+	b := &Batch{Seq: MaxSeq, AcceptedAt: math.MinInt64, T0: 1 << 60, IDs: make([]uint32, n), DT: make([]int32, n), V: make([]float64, n)}
 	for i := range n {
 		b.IDs[i], b.DT[i] = uint32(i%2*MaxSeriesID), math.MinInt32
 		if i%2 == 0 {
@@ -92,7 +92,7 @@ func TestBatchFitsRecord(t *testing.T) {
 	}
 }
 
-func TestBatchBound(t *testing.T) {
+func TestBatchSetBounds(t *testing.T) {
 	for _, test := range []struct {
 		t0         int64
 		dt         []int32
@@ -107,7 +107,7 @@ func TestBatchBound(t *testing.T) {
 		{-1 << 60, []int32{math.MinInt32}, []int64{-1<<60 + math.MinInt32}, -1<<60 + math.MinInt32, -1 << 60, false},
 	} {
 		b := &Batch{T0: test.t0, DT: test.dt, V: make([]float64, len(test.t)), IDs: make([]uint32, len(test.t))}
-		b.Bound()
+		b.SetBounds()
 		if b.MinT != test.min || b.MaxT != test.max || (b.DT == nil) != test.everywhere {
 			t.Errorf("%+v: got %+v", test, b)
 		}
@@ -119,7 +119,7 @@ func TestBatchBound(t *testing.T) {
 	}
 }
 
-func TestBatchWhere(t *testing.T) {
+func TestBatchFilter(t *testing.T) {
 	for seed := range uint64(500) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		b := randomBatch(rng)
@@ -133,13 +133,13 @@ func TestBatchWhere(t *testing.T) {
 			}
 		}
 		if rng.IntN(2) == 0 {
-			b.Pack()
+			b.PackTimes()
 		}
-		got := b.Where(func(i int) bool { return keep[i] })
+		got := b.Filter(func(i int) bool { return keep[i] })
 		if !sameBatch(b, &before) {
 			t.Fatalf("seed %d: the batch changed", seed)
 		}
-		if len(got.V) != n || len(got.IDs) != n || n == len(keep) && got != b || got.Seq != b.Seq || got.Accepted != b.Accepted {
+		if len(got.V) != n || len(got.IDs) != n || n == len(keep) && got != b || got.Seq != b.Seq || got.AcceptedAt != b.AcceptedAt {
 			t.Fatalf("seed %d: got %+v for %v", seed, got, keep)
 		}
 		at := 0
@@ -157,7 +157,7 @@ func TestBatchWhere(t *testing.T) {
 }
 
 func TestBatchMalformed(t *testing.T) {
-	good := EncodeBatch(nil, &Batch{Seq: 3, Accepted: 4, T0: 5, IDs: []uint32{7, 8, 2}, DT: []int32{0, 1, 2}, V: []float64{1, 2, 3}})
+	good := EncodeBatch(nil, &Batch{Seq: 3, AcceptedAt: 4, T0: 5, IDs: []uint32{7, 8, 2}, DT: []int32{0, 1, 2}, V: []float64{1, 2, 3}})
 	if _, err := DecodeBatch(good); err != nil {
 		t.Fatal(err)
 	}

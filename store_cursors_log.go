@@ -4,163 +4,167 @@ package main
 // written together for all sites, beside the scrapes, so that no scrape waits for the disk.
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"maps"
+	"math"
 	"path/filepath"
 	"slices"
 	"time"
 )
 
-// OpenConsumers reads the cursors in dir of the consumers in state; dir "" is memory-only
-// mode. If the file is damaged, it returns an error and the consumers without any cursor: a
-// record that was lost may have moved or removed each of them. If the file cannot be read,
-// the result is nil.
+const (
+	ConsumersFile = "consumers" + LogSuffix
+	recordCursors = 1
+
+	saveScrapeEvery = time.Hour // of a consumer whose scrapes move no cursor
+	consumersSlack  = 64 << 10  // bytes of garbage that are not worth a rewrite
+)
+
+// cursorRecord is a record of the file: changes of the cursors of one consumer.
+type cursorRecord struct {
+	key        uint64
+	lastScrape time.Time         // in seconds
+	cursors    map[uint64]uint64 // site → number of a batch; 0 removes
+}
+
+func encodeCursors(r cursorRecord) []byte {
+	b := binary.LittleEndian.AppendUint64(nil, r.key)
+	b = binary.AppendVarint(b, r.lastScrape.Unix())
+	for _, site := range slices.Sorted(maps.Keys(r.cursors)) {
+		b = binary.AppendUvarint(binary.LittleEndian.AppendUint64(b, site), r.cursors[site])
+	}
+	return b
+}
+
+func decodeCursors(payload []byte) (cursorRecord, error) {
+	r := ReadWire(payload)
+	rec := cursorRecord{key: r.Uint64(), lastScrape: time.Unix(r.Varint(math.MinInt64, math.MaxInt64), 0), cursors: map[uint64]uint64{}}
+	for r.Len() > 0 {
+		site := r.Uint64()
+		rec.cursors[site] = r.Uvarint(MaxSeq / 2) // batches yet to come are beyond it
+	}
+	return rec, r.Done()
+}
+
+// OpenConsumers reads the cursors in dir of the consumers in state; dir "" is memory-only mode.
+// If the file is damaged, no consumer has a cursor, and Damage says so: a record that was lost
+// may have moved or removed each of them. The error is that of reading the file.
 func OpenConsumers(fsys FS, dir string, state *StoreState, retention time.Duration, now time.Time) (*Consumers, error) {
-	cs := &Consumers{lock: make(chan struct{}, 1), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: state, retention: retention}
+	cs := &Consumers{lock: newIOLock(), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: state, retention: retention}
 	for _, k := range state.Consumers {
-		cs.know(k, now)
+		cs.addKnown(k, now)
 	}
 	if dir == "" {
 		return cs, nil
 	}
-	cs.stale.Store(true)
+	cs.knownChanged.Store(true)
 	path := filepath.Join(dir, ConsumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
-	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restore(kind, payload, now) })
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && len(cs.byKey) > 0:
-		return cs, fmt.Errorf("%s is missing: every consumer is served again all that is held", path)
-	case errors.Is(err, fs.ErrNotExist):
+	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.decodeRecord(kind, payload, now) })
+	if errors.Is(err, fs.ErrNotExist) {
+		if len(cs.byKey) > 0 {
+			cs.Damage = fmt.Errorf("%s is missing: every consumer is served again all that is held", path)
+		}
 		return cs, nil
-	case err != nil:
+	}
+	if err != nil {
 		return nil, fmt.Errorf("reading the cursors of consumers: %w", err)
-	case !rec.HeaderDamaged:
+	}
+	if !rec.HeaderDamaged {
 		cs.log = log
 	}
+	cs.TornBytes, cs.Damage = rec.TornBytes, rec.Err
 	if rec.HeaderDamaged || rec.Damaged > 0 {
 		for _, c := range cs.byKey {
 			clear(c.cursors)
 		}
-		return cs, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.KeptAs())
+		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.KeptAs())
 	}
-	cs.Torn = rec.TornBytes
-	return cs, rec.Err
+	return cs, nil
 }
 
-// know returns the consumer, adding it if need be as if it had scraped now; nil if there are
-// too many.
-func (cs *Consumers) know(k KnownConsumer, now time.Time) *consumer {
-	c := cs.byKey[k.Key]
-	if c == nil && len(cs.byKey) < MaxConsumers {
-		c = newConsumer(k.Key, k.Name, k.Address)
-		c.used = now
-		cs.byKey[k.Key] = c
-	}
-	return c
-}
-
-func (cs *Consumers) restore(kind byte, b []byte, now time.Time) error {
+// decodeRecord applies a record. A consumer that state does not have has lost its name.
+func (cs *Consumers) decodeRecord(kind byte, payload []byte, now time.Time) error {
 	if kind != recordCursors {
 		return fmt.Errorf("unknown kind of record %d", kind)
 	}
-	if len(b) < 8 {
-		return errRecordConsumer
+	rec, err := decodeCursors(payload)
+	if err != nil {
+		return fmt.Errorf("record of cursors: %w", err)
 	}
-	key, b := binary.LittleEndian.Uint64(b), b[8:]
-	used, n := binary.Varint(b)
-	c := cs.know(KnownConsumer{Key: key}, now) // its name was lost if state does not have it
-	if c == nil || n <= 0 {
-		return errRecordConsumer
+	c := cs.addKnown(KnownConsumer{Key: rec.key}, now)
+	if c == nil {
+		return ErrConsumers
 	}
-	if c.used = time.Unix(used, 0); c.used.After(now) {
-		c.used = now // the clock was wrong then
+	if c.lastScrape = rec.lastScrape; c.lastScrape.After(now) {
+		c.lastScrape = now // the clock was wrong then
 	}
-	c.saved = c.used
-	for b = b[n:]; len(b) > 0; b = b[n:] {
-		if len(b) < 9 {
-			return errRecordConsumer
-		}
-		cluster := binary.LittleEndian.Uint64(b)
-		b = b[8:]
-		var at uint64
-		if at, n = binary.Uvarint(b); n <= 0 || at > MaxSeq/2 { // batches yet to come are beyond it
-			return errRecordConsumer
-		}
-		if at == 0 {
-			delete(c.cursors, cluster)
+	c.savedScrape = c.lastScrape
+	for site, seq := range rec.cursors {
+		if seq == 0 {
+			delete(c.cursors, site)
 		} else {
-			c.cursors[cluster] = at
+			c.cursors[site] = seq
 		}
 	}
 	return nil
 }
 
-var errRecordConsumer = errors.New("malformed record of a consumer")
-
-// SaveKnown writes the consumers to disk if they changed, so that a crash does not make this
-// server forget one that it has served.
-func (cs *Consumers) SaveKnown() error {
-	if !cs.stale.Load() {
+// SaveIfConsumersChanged writes the consumers to disk if they changed, so that a crash does not
+// make this server forget one that it has served.
+func (cs *Consumers) SaveIfConsumersChanged() error {
+	if !cs.knownChanged.Load() {
 		return nil
 	}
 	return cs.Save()
 }
 
-// Save writes all changes to disk: first the consumers, if they changed, then the cursors in
-// one write for all clusters.
+// Save writes all changes to disk: first the consumers, if they changed, then the cursors of
+// all sites in one write. What could not be written is written by the next call.
 func (cs *Consumers) Save() error {
-	cs.lock <- struct{}{}
-	defer func() { <-cs.lock }()
-	stale := cs.stale.Swap(false) // before all is gathered
+	_ = cs.lock.Lock(context.Background(), nil)
+	defer cs.lock.Unlock()
+	knownChanged := cs.knownChanged.Swap(false) // before the changes are taken
+	changes := cs.takeChanges()
 	if cs.log == nil {
-		cs.frames() // forgets what it would be
 		return nil
 	}
-	frames, whole, changed := cs.frames()
-	if len(frames) == 0 && !stale && !cs.log.Broken() {
-		return nil
-	}
-	var err error
-	if stale {
-		err = cs.state.Write(cs.known())
-	}
-	switch {
-	case err != nil:
-	case stale || cs.log.Broken() || cs.log.Size()+int64(len(frames)) > consumersSlack+4*int64(whole):
-		all := cs.all()
-		err = cs.log.Rewrite(func(w io.Writer) error {
-			_, err := w.Write(all)
-			return err
-		})
-	default:
-		err = cs.log.Append(frames)
-	}
-	if err != nil {
-		if stale {
-			cs.stale.Store(true)
+	if err := cs.write(changes, knownChanged); err != nil {
+		if knownChanged {
+			cs.knownChanged.Store(true)
 		}
-		cs.mu.Lock() // to be written again; what has changed meanwhile is newer
-		for _, old := range changed {
-			if c := cs.byKey[old.key]; c != nil {
-				for cluster, at := range old.dirty {
-					if _, newer := c.dirty[cluster]; !newer {
-						c.dirty[cluster] = at
-					}
-				}
-			}
-		}
-		cs.mu.Unlock()
-		return fmt.Errorf("keeping the cursors of consumers: %w", err)
+		cs.putBack(changes)
+		return fmt.Errorf("saving the cursors of consumers: %w", err)
 	}
 	return nil
 }
 
-// known returns the consumers.
-func (cs *Consumers) known() (all []KnownConsumer) {
+func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
+	if len(changes.frames) == 0 && !knownChanged && !cs.log.Broken() {
+		return nil
+	}
+	if knownChanged {
+		if err := cs.state.Write(cs.knownConsumers()); err != nil {
+			return err
+		}
+	}
+	if !knownChanged && !cs.log.Broken() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
+		return cs.log.Append(changes.frames)
+	}
+	all := cs.encodeAll()
+	return cs.log.Rewrite(func(w io.Writer) error {
+		_, err := w.Write(all)
+		return err
+	})
+}
+
+// knownConsumers returns the consumers without their cursors.
+func (cs *Consumers) knownConsumers() (all []KnownConsumer) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
@@ -170,40 +174,59 @@ func (cs *Consumers) known() (all []KnownConsumer) {
 	return all
 }
 
-// frames returns records of what has changed, how many bytes all records would take,
-// and what to restore if they cannot be written.
-func (cs *Consumers) frames() (frames []byte, whole int, changed []consumer) {
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
-		c := cs.byKey[key]
-		whole += 100 + 12*len(c.cursors)
-		if len(c.dirty) == 0 && c.used.Sub(c.saved) < consumerSave {
-			continue
-		}
-		changed = append(changed, consumer{key: key, dirty: c.dirty})
-		frames = c.note(frames, c.dirty)
-		c.saved, c.dirty = c.used, map[uint64]uint64{}
-	}
-	return frames, whole, changed
+// cursorChanges are what has changed since the last save.
+type cursorChanges struct {
+	frames   []byte                       // records of it
+	unsaved  map[uint64]map[uint64]uint64 // by consumer: the changes of cursors
+	fullSize int                          // about what records of all cursors would take
 }
 
-// all returns records of all that is known.
-func (cs *Consumers) all() (frames []byte) {
+// takeChanges returns the changes and counts them as saved.
+func (cs *Consumers) takeChanges() cursorChanges {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	changes := cursorChanges{unsaved: map[uint64]map[uint64]uint64{}}
+	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
+		c := cs.byKey[key]
+		changes.fullSize += 100 + 12*len(c.cursors)
+		if len(c.unsaved) == 0 && c.lastScrape.Sub(c.savedScrape) < saveScrapeEvery {
+			continue
+		}
+		changes.unsaved[key] = c.unsaved
+		changes.frames = c.appendRecord(changes.frames, c.unsaved)
+		c.savedScrape, c.unsaved = c.lastScrape, map[uint64]uint64{}
+	}
+	return changes
+}
+
+// putBack undoes takeChanges, except where newer changes were made since.
+func (cs *Consumers) putBack(changes cursorChanges) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for key, unsaved := range changes.unsaved {
+		c := cs.byKey[key]
+		if c == nil {
+			continue
+		}
+		for site, seq := range unsaved {
+			if _, newer := c.unsaved[site]; !newer {
+				c.unsaved[site] = seq
+			}
+		}
+	}
+}
+
+// encodeAll returns records of all cursors.
+func (cs *Consumers) encodeAll() (frames []byte) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
-		frames = c.note(frames, c.cursors)
+		frames = c.appendRecord(frames, c.cursors)
 	}
 	return frames
 }
 
-func (c *consumer) note(frames []byte, cursors map[uint64]uint64) []byte {
-	b := binary.LittleEndian.AppendUint64(nil, c.key)
-	b = binary.AppendVarint(b, c.used.Unix())
-	for _, cluster := range slices.Sorted(maps.Keys(cursors)) {
-		b = binary.AppendUvarint(binary.LittleEndian.AppendUint64(b, cluster), cursors[cluster])
-	}
-	return AppendRecord(frames, recordCursors, b)
+func (c *consumer) appendRecord(frames []byte, cursors map[uint64]uint64) []byte {
+	return AppendRecord(frames, recordCursors, encodeCursors(cursorRecord{c.key, c.lastScrape, cursors}))
 }

@@ -1,10 +1,9 @@
 package main
 
-// consumers_test.go: what is kept of consumers, in memory and in their file: whatever
+// What is kept of consumers, in memory and in their file: whatever
 // becomes of the file costs a repetition at most, and what is kept is bounded.
 
 import (
-	"encoding/binary"
 	"fmt"
 	"io"
 	"maps"
@@ -23,8 +22,8 @@ var consumersNow = time.UnixMilli(1_700_000_000_000)
 func openConsumers(t testing.TB, fsys FS, now time.Time, damage bool) *Consumers {
 	t.Helper()
 	cs, err := OpenConsumers(fsys, "/s", openStoreState(t, fsys), time.Hour, now)
-	if (err != nil) != damage {
-		t.Fatalf("opening: %v; damage %t", err, damage)
+	if err != nil || (cs.Damage != nil) != damage {
+		t.Fatalf("opening: %v, %v; damage %t", err, cs.Damage, damage)
 	}
 	return cs
 }
@@ -33,8 +32,8 @@ func openConsumers(t testing.TB, fsys FS, now time.Time, damage bool) *Consumers
 func openStoreState(t testing.TB, fsys FS) *StoreState {
 	t.Helper()
 	state, err := OpenStoreState(fsys, "/s")
-	if err != nil {
-		t.Fatal(err)
+	if err != nil || state.Damage != nil {
+		t.Fatal(err, state.Damage)
 	}
 	return state
 }
@@ -48,8 +47,8 @@ func confirm(t testing.TB, cs *Consumers, name string, now time.Time, places map
 		if err != nil {
 			t.Fatal(err)
 		}
-		for cluster, seq := range places {
-			r.MarkServed(cluster, Position{Seq: seq}, 1)
+		for site, seq := range places {
+			r.MarkServed(site, Position{Seq: seq}, 1)
 		}
 	}
 }
@@ -90,11 +89,11 @@ func putConsumers(t testing.TB, fsys FS, n int) {
 
 // usedFrame is a record of kind recordCursors.
 func usedFrame(key uint64, used int64, cursors ...uint64) []byte {
-	b := binary.AppendVarint(binary.LittleEndian.AppendUint64(nil, key), used)
+	rec := cursorRecord{key, time.Unix(used, 0), map[uint64]uint64{}}
 	for i, at := range cursors {
-		b = binary.AppendUvarint(binary.LittleEndian.AppendUint64(b, uint64(i)), at)
+		rec.cursors[uint64(i)] = at
 	}
-	return AppendRecord(nil, recordCursors, b)
+	return AppendRecord(nil, recordCursors, encodeCursors(rec))
 }
 
 // The content of a file, and what is known after it was read. The state has one consumer,
@@ -229,7 +228,7 @@ func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[ui
 			confirm(t, cs, "second", consumersNow, map[uint64]uint64{i % 2: 20 + i})
 		}
 		if i == 4 {
-			cs.Forget(1001)
+			cs.DropSite(1001)
 		}
 		saveConsumers(t, cs)
 	}
@@ -258,11 +257,11 @@ func TestConsumersDamage(t *testing.T) {
 			t.Fatalf("%s: consumers %v are known, of %v", what, got, final)
 		}
 		for name, cursors := range got {
-			for cluster, at := range cursors {
+			for site, at := range cursors {
 				// A lost record may have removed the cursor of 1001; the numbers of that
-				// cluster's next batches are above it all the same.
-				if at > final[name][cluster] && cluster != 1001 {
-					t.Fatalf("%s: %s is at %d of cluster %d, and confirmed %d", what, name, at, cluster, final[name][cluster])
+				// site's next batches are above it all the same.
+				if at > final[name][site] && site != 1001 {
+					t.Fatalf("%s: %s is at %d of site %d, and confirmed %d", what, name, at, site, final[name][site])
 				}
 			}
 		}
@@ -307,11 +306,11 @@ func FuzzConsumers(f *testing.F) {
 			t.Fatalf("%d consumers", len(cs.byKey))
 		}
 		for _, c := range cs.byKey {
-			if c.used.After(consumersNow) {
-				t.Fatalf("consumer %d, used at %v", c.key, c.used)
+			if c.lastScrape.After(consumersNow) {
+				t.Fatalf("consumer %d, used at %v", c.key, c.lastScrape)
 			}
 		}
-		if highest := cs.Highest(); highest > MaxSeq/2 {
+		if highest := cs.HighestCursor(); highest > MaxSeq/2 {
 			t.Fatalf("a cursor at %d", highest)
 		}
 		got := cursorsOf(cs)
@@ -323,26 +322,26 @@ func FuzzConsumers(f *testing.F) {
 }
 
 // In memory only, nothing is gathered for a file that is not written; nor is anything
-// for clusters that are held no more, or for connections without end.
+// for sites that are held no more, or for connections without end.
 func TestConsumersMemoryOnly(t *testing.T) {
 	cs, err := OpenConsumers(nil, "", &StoreState{}, time.Hour, consumersNow)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for cluster := range uint64(100) {
-		confirm(t, cs, "c", consumersNow, map[uint64]uint64{cluster: 1})
-		cs.Forget(cluster)
+	for site := range uint64(100) {
+		confirm(t, cs, "c", consumersNow, map[uint64]uint64{site: 1})
+		cs.DropSite(site)
 		saveConsumers(t, cs)
 	}
 	for _, c := range cs.byKey {
-		n := len(c.dirty) + len(c.cursors)
+		n := len(c.unsaved) + len(c.cursors)
 		for _, r := range c.conns {
-			n += len(r.pos) + len(r.sent)
+			n += len(r.confirmed) + len(r.served)
 		}
 		if n > 0 {
-			t.Errorf("%d cursors and places of clusters that are held no more", n)
+			t.Errorf("%d cursors and places of sites that are held no more", n)
 		}
-		if len(c.conns) > maxReadings {
+		if len(c.conns) > maxSessions {
 			t.Errorf("%d connections are remembered", len(c.conns))
 		}
 	}
@@ -420,7 +419,7 @@ func TestConsumersSaveFails(t *testing.T) {
 	saveConsumers(t, cs)
 	confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 6, 2: 6})
 	confirm(t, cs, "b", consumersNow, map[uint64]uint64{1: 9})
-	cs.Forget(3)
+	cs.DropSite(3)
 	failed := 0
 	fsys.hook = func(_ int, op, _ string) fault {
 		if op != "write" {
@@ -490,7 +489,7 @@ func TestConsumersRead(t *testing.T) {
 
 // The consumers that sites tell of are bounded, for each site and in all, and forgotten
 // after a day.
-func TestConsumersToldIsBounded(t *testing.T) {
+func TestConsumersReportedIsBounded(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
 	for i := range uint64(3 * MaxConsumers) {
 		cs.AddReported(7, []ConsumerAge{{i + 1, time.Duration(i) * time.Second}}, consumersNow)
@@ -498,13 +497,13 @@ func TestConsumersToldIsBounded(t *testing.T) {
 	if n := len(cs.ConsumerAges(7, consumersNow)); n != MaxConsumers {
 		t.Errorf("%d consumers are known for a site", n)
 	}
-	for i := range uint64(maxTold + 10) {
+	for i := range uint64(maxReportingSites + 10) {
 		cs.AddReported(i, []ConsumerAge{{1, 0}}, consumersNow)
 	}
-	if n := len(cs.reported); n != maxTold {
+	if n := len(cs.reported); n != maxReportingSites {
 		t.Errorf("%d sites tell of consumers", n)
 	}
-	cs.Forget(7) // as after a first push of which nothing was taken
+	cs.DropSite(7) // as after a first push of which nothing was taken
 	if len(cs.ConsumerAges(7, consumersNow)) == 0 {
 		t.Error("a site that is not held tells nothing")
 	}

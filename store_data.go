@@ -1,8 +1,8 @@
 package main
 
-// The series and batches of one site, in memory. No (series, time) is held twice. Within a
-// batch and from batch to batch the new samples of a series ascend, late ones excepted. Pure:
-// no I/O and no locks.
+// The series and batches of one site, in memory. No series has two samples of one time. Within
+// a batch and from batch to batch the samples of a series ascend, late ones excepted. Pure: no
+// I/O and no locks.
 
 import (
 	"errors"
@@ -13,8 +13,8 @@ import (
 )
 
 var (
-	// ErrSeriesLimit: the push would make its cluster hold too many series, or too much
-	// text of them.
+	// ErrSeriesLimit: with the push its site would hold too many series, or too much text of
+	// them.
 	ErrSeriesLimit = errors.New("too many series")
 	// ErrClock: this server's clock made a step, and a sample is within the limits of age by
 	// the old time or by the new time, but not by both.
@@ -22,51 +22,44 @@ var (
 )
 
 const (
-	// maxAhead is how far a sample's time may be ahead of this server's clock.
-	// Every site pays for a sample from the future: it moves the newest time of
-	// the central Prometheus, and with it the window for late samples.
+	// maxAhead is how far a sample's time may be ahead of this server's clock. Every site pays
+	// for a sample from the future: it moves the newest time of the central Prometheus, and
+	// with it the window for late samples.
 	maxAhead = time.Minute
-	// recordBytes is about the most that one series record holds.
-	recordBytes = 1 << 20
-	// maxGap is the most IDs that damage can be believed to have taken at once.
-	maxGap = 1 << 20
-	// seriesBytes times the limit on series bounds the text of all of them, or one
-	// site's long lines would take gigabytes; real lines have a quarter of it. The
-	// other is what even a low limit leaves.
+	// seriesBytes times the limit on series bounds the text of all series of a site, or one
+	// site's long lines would take gigabytes; real lines have a quarter of it. minTextLimit
+	// is what even a low limit on series leaves.
 	seriesBytes  = 1 << 10
 	minTextLimit = 1 << 20
-	// maxBatch is the most samples that surely fit one record: in the worst case
-	// each takes 5 bytes of ID, 5 of time and 8 of value.
-	maxBatch = MaxRecord / 20
 )
 
-// SiteData is what is held of one cluster. It is not safe for concurrent use; but
-// a batch, once taken, never changes, nor does a line.
+// SiteData is what a site's log holds, in memory. It is not safe for concurrent use; but a
+// committed batch never changes, nor does a line.
 type SiteData struct {
-	ID       string
-	Table    *SeriesTable
-	Batches  []*Batch // by sequence number
-	Seq      uint64   // of the newest batch ever
-	Accepted int64    // ms; of the newest push
-	Spools   SiteSpools
-	begin    uint64 // Seq before the first batch
-	oldest   int64  // ms; older samples have expired, even while their batch is still in memory
-	minT     int64  // ms; no sample of Batches is older
+	ID            string // cluster ID
+	Table         *SeriesTable
+	Batches       []*Batch // by sequence number
+	Seq           uint64   // of the newest batch ever
+	LastPush      int64    // ms; of the newest push
+	Spools        SiteSpools
+	startSeq      uint64 // Seq before the first batch
+	expiredBefore int64  // ms; older samples have expired, even while their batch is still in memory
+	minT          int64  // ms; no sample of Batches is older
 }
 
-// NewSiteData returns an empty one; for the seed see NewSeriesTable.
+// NewSiteData returns the data of a site without samples; for the seed see NewSeriesTable.
 func NewSiteData(id string, seed maphash.Seed) SiteData {
-	return SiteData{ID: id, Table: NewSeriesTable(seed, 0), oldest: math.MinInt64, minT: math.MaxInt64}
+	return SiteData{ID: id, Table: NewSeriesTable(seed, 0), expiredBefore: math.MinInt64, minT: math.MaxInt64}
 }
 
-// Begin has the first batch's sequence number follow seq.
-func (d *SiteData) Begin(seq uint64) { d.begin, d.Seq = seq, seq }
+// StartAfter has the number of the first batch follow seq.
+func (d *SiteData) StartAfter(seq uint64) { d.startSeq, d.Seq = seq, seq }
 
-// Virgin reports that nothing was ever taken.
-func (d *SiteData) Virgin() bool { return d.Seq == d.begin }
+// IsNew reports whether no batch was ever committed.
+func (d *SiteData) IsNew() bool { return d.Seq == d.startSeq }
 
-// Samples returns the number of samples held.
-func (d *SiteData) Samples() int64 {
+// SampleCount returns the number of samples in memory.
+func (d *SiteData) SampleCount() int64 {
 	n := 0
 	for _, b := range d.Batches {
 		n += len(b.V)
@@ -74,9 +67,9 @@ func (d *SiteData) Samples() int64 {
 	return int64(n)
 }
 
-// Bytes estimates the size of a log of just what is held, rather too high than
-// too low.
-func (d *SiteData) Bytes() int64 {
+// EstimatedLogSize estimates the size in bytes of a log of this data, rather too high than too
+// low.
+func (d *SiteData) EstimatedLogSize() int64 {
 	const frame = 16 // of a record; of a line it is 3 at most
 	n := 5*frame + len(d.ID) + 3*d.Table.Len() + d.Table.TextBytes()
 	for _, b := range d.Batches {
@@ -85,81 +78,67 @@ func (d *SiteData) Bytes() int64 {
 	return int64(n)
 }
 
-// Take holds b, which is durable, and shows its samples.
-func (d *SiteData) Take(b *Batch) {
-	b.Pack()
+// Commit adds b, which is durable. From here on b is immutable and its samples are served.
+func (d *SiteData) Commit(b *Batch) {
+	b.PackTimes()
 	if n := len(d.Batches); n > 0 && slices.Equal(d.Batches[n-1].IDs, b.IDs) {
 		b.IDs = d.Batches[n-1].IDs
 	}
-	d.Seq, d.Accepted = max(d.Seq, b.Seq), max(d.Accepted, b.Accepted) // Compact takes older ones
+	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt) // Compact commits older batches
 	d.Batches = append(d.Batches, b)
 	d.Spools.AddHeld(b.Names, b.Seq)
 	d.minT = min(d.minT, b.MinT)
-	d.show(b)
-}
-
-func (d *SiteData) show(b *Batch) {
 	for i, id := range b.IDs {
-		d.Table.Show(id, b.Time(i), b.V[i])
+		d.Table.SetNewest(id, b.Time(i), b.V[i])
 	}
 }
 
-// AppendSeriesRecords frames the series of t from ID from on.
-func AppendSeriesRecords(frames []byte, t *SeriesTable, from int) []byte {
-	for from < t.Len() {
-		next, size := from, 0
-		payload := EncodeSeries(nil, uint32(from), func(yield func([]byte) bool) {
-			for next < t.Len() && size < recordBytes {
-				line := t.Line(uint32(next))
-				next, size = next+1, size+len(line)
-				if !yield(line) {
-					return
-				}
-			}
-		})
-		frames = AppendRecord(frames, RecordSeries, payload)
-		from = next
-	}
-	return frames
-}
-
-// Compact returns what is held since oldest, and more, without the series that have
-// no sample left, which renumbers the others. c may be read meanwhile, and stays as
-// it is.
+// Compact returns a copy of the data that has the samples since oldest, and the batches of more.
+// Series without a sample there are left out, which renames the others. d may be read meanwhile,
+// and stays as it is.
 func (d *SiteData) Compact(more []*Batch, oldest int64) SiteData {
-	next := SiteData{ID: d.ID, Seq: d.Seq, Accepted: d.Accepted, oldest: d.oldest, minT: math.MaxInt64}
-	oldest = max(oldest, d.oldest)
-	var held []*Batch
+	kept := append(d.batchesSince(max(oldest, d.expiredBefore)), more...)
+	table, newIDs := d.Table.Subset(usedSeries(kept, d.Table.Len()))
+	copied := SiteData{ID: d.ID, Table: table, Seq: d.Seq, LastPush: d.LastPush, expiredBefore: d.expiredBefore, minT: math.MaxInt64}
+	for _, b := range kept {
+		renamed := *b
+		renamed.IDs = make([]uint32, len(b.IDs))
+		for i, id := range b.IDs {
+			renamed.IDs[i] = newIDs[id]
+		}
+		copied.Commit(&renamed) // shares equal lists of IDs again
+	}
+	copied.Spools = d.Spools.Clone()
+	for _, b := range more {
+		copied.Spools.AddHeld(b.Names, b.Seq)
+	}
+	return copied
+}
+
+// batchesSince returns the batches without their samples older than oldest. A batch without
+// samples stays if it names scrapes and is not older itself.
+func (d *SiteData) batchesSince(oldest int64) (kept []*Batch) {
 	for _, b := range d.Batches {
-		if b = b.Where(func(i int) bool { return b.Time(i) >= oldest }); len(b.V) > 0 || b.Names.ID != 0 && b.MaxT >= oldest {
-			held = append(held, b)
+		b = b.Filter(func(i int) bool { return b.Time(i) >= oldest })
+		if len(b.V) > 0 || b.Names.ID != 0 && b.MaxT >= oldest {
+			kept = append(kept, b)
 		}
 	}
-	held = append(held, more...)
-	used := make([]bool, d.Table.Len())
-	for _, b := range held {
+	return kept
+}
+
+// usedSeries returns for each of n series whether it has a sample in batches.
+func usedSeries(batches []*Batch, n int) []bool {
+	used := make([]bool, n)
+	for _, b := range batches {
 		for _, id := range b.IDs {
 			used[id] = true
 		}
 	}
-	var ids []uint32
-	next.Table, ids = d.Table.Keep(used)
-	for _, b := range held {
-		n := *b
-		n.IDs = make([]uint32, len(b.IDs))
-		for i, id := range b.IDs {
-			n.IDs[i] = ids[id]
-		}
-		next.Take(&n) // shares equal lists of IDs again
-	}
-	next.Spools = d.Spools.Clone()
-	for _, b := range more {
-		next.Spools.AddHeld(b.Names, b.Seq)
-	}
-	return next
+	return used
 }
 
-// Records calls yield with framed records that make up the log of c.
+// Records calls yield with framed records that make up the log of d.
 func (d *SiteData) Records(yield func(frames []byte) bool) {
 	if !yield(AppendSeriesRecords(nil, d.Table, 0)) {
 		return
@@ -167,7 +146,7 @@ func (d *SiteData) Records(yield func(frames []byte) bool) {
 	batches := d.Batches
 	if n := len(batches); n == 0 || batches[n-1].Seq < d.Seq {
 		// Sequence numbers never start again.
-		batches = append(slices.Clip(batches), &Batch{Seq: d.Seq, Accepted: d.Accepted})
+		batches = append(slices.Clip(batches), &Batch{Seq: d.Seq, AcceptedAt: d.LastPush})
 	}
 	var frames, payload []byte
 	for _, b := range batches {
@@ -178,30 +157,31 @@ func (d *SiteData) Records(yield func(frames []byte) bool) {
 		}
 	}
 	// Behind the batches: a log that is cut short must not claim scrapes that it lost.
-	for _, payload := range d.Spools.Records() {
+	for _, payload := range d.Spools.EncodeRecords() {
 		if !yield(AppendRecord(nil, RecordSpool, payload)) {
 			return
 		}
 	}
 }
 
-// Expire expires the samples older than oldest. It returns how many these are, how many of
-// them are lost because they were not read, and how many samples left memory. read returns
-// up to which batch all is read. owned is false if another server owns the site: then a
-// client with a spool has pushed to that server what was not read here, and nothing of it is
-// lost. A batch leaves memory when all of its samples have expired.
-func (d *SiteData) Expire(oldest int64, read func() uint64, owned bool) (expired, unread, freed int64) {
-	from := d.oldest
-	d.oldest = max(d.oldest, oldest)
+// DropExpired has the samples older than oldest expire. A batch leaves memory when all of its
+// samples have expired. It returns how many samples expired now, how many of them are lost
+// because not every consumer has read them, and how many left memory. readSeq returns the number
+// of the newest batch that every consumer has read. owned is false if another server owns the
+// site: then a client with a spool has pushed to that server what was not read here, and nothing
+// of it is lost.
+func (d *SiteData) DropExpired(oldest int64, readSeq func() uint64, owned bool) (expired, unread, freed int64) {
+	from := d.expiredBefore
+	d.expiredBefore = max(d.expiredBefore, oldest)
 	if d.minT >= oldest || from >= oldest {
 		return 0, 0, 0
 	}
 	d.minT = math.MaxInt64
 	gone := false
 	for _, b := range d.Batches {
-		if n := b.Between(from, oldest); n > 0 {
+		if n := b.CountBetween(from, oldest); n > 0 {
 			expired += n
-			if (owned || b.Names.ID == 0) && b.Seq > read() {
+			if (owned || b.Names.ID == 0) && b.Seq > readSeq() {
 				unread += n
 			}
 		}
@@ -217,55 +197,56 @@ func (d *SiteData) Expire(oldest int64, read func() uint64, owned bool) (expired
 	return expired, unread, freed
 }
 
-// Resume expires the samples older than oldest without counting them: the process that ran
-// when they expired did.
-func (d *SiteData) Resume(oldest int64) {
-	d.oldest = max(d.oldest, oldest)
-	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.MaxT < d.oldest })
+// DropExpiredUncounted has the samples older than oldest expire, of which an earlier process
+// has counted those that were not read.
+func (d *SiteData) DropExpiredUncounted(oldest int64) {
+	d.expiredBefore = max(d.expiredBefore, oldest)
+	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.MaxT < d.expiredBefore })
 }
 
-// Follow repeats in c, which is a compacted copy of old, what expired or was evicted in old
-// since the copy was made.
-func (d *SiteData) Follow(old *SiteData) {
-	d.Resume(old.oldest)
-	first := old.Seq + 1 // of what is still held, or came with the compaction
-	if len(old.Batches) > 0 {
-		first = old.Batches[0].Seq
+// CatchUpWith drops from d, which is a compacted copy of source, what expired or was evicted in
+// source since the copy was made.
+func (d *SiteData) CatchUpWith(source *SiteData) {
+	d.DropExpiredUncounted(source.expiredBefore)
+	first := source.Seq + 1 // if source has no batch left, only those that came with the compaction stay
+	if len(source.Batches) > 0 {
+		first = source.Batches[0].Seq
 	}
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.Seq < first })
 }
 
-// Head returns when the oldest batch was accepted, in ms, and math.MaxInt64 if
-// none is held.
-func (d *SiteData) Head() int64 {
+// OldestAcceptedAt returns when the oldest batch was accepted, in ms; math.MaxInt64 if there is
+// no batch.
+func (d *SiteData) OldestAcceptedAt() int64 {
 	if len(d.Batches) == 0 {
 		return math.MaxInt64
 	}
-	return d.Batches[0].Accepted
+	return d.Batches[0].AcceptedAt
 }
 
-// Evictable reports whether there is an oldest batch that is not above read, up to which
-// all is read, and of which no scrape that shows samples since shown shows any.
-func (d *SiteData) Evictable(shown int64, read uint64) bool {
-	if len(d.Batches) == 0 {
+// CanEvictOldest reports whether there is an oldest batch, every consumer has read it, and no
+// scrape shows one of its samples. readSeq is the number of the newest batch that every consumer
+// has read; scrapes show the newest sample of each series since shownSince.
+func (d *SiteData) CanEvictOldest(shownSince int64, readSeq uint64) bool {
+	if len(d.Batches) == 0 || d.Batches[0].Seq > readSeq {
 		return false
 	}
 	b := d.Batches[0]
-	if b.Seq > read {
-		return false
-	}
 	for i, id := range b.IDs {
-		if t, _ := d.Table.Newest(id); t == b.Time(i) && t >= shown {
+		if t, _ := d.Table.Newest(id); t == b.Time(i) && t >= shownSince {
 			return false
 		}
 	}
 	return true
 }
 
-// Evict drops the oldest batch and returns the samples dropped. The batch's
-// memory is free when Batches is next copied.
-func (d *SiteData) Evict() int64 {
+// EvictOldest drops the oldest batch and returns the number of its samples. The batch's memory
+// is free when ReleaseEvicted is called.
+func (d *SiteData) EvictOldest() int64 {
 	n := int64(len(d.Batches[0].V))
 	d.Batches = d.Batches[1:]
 	return n
 }
+
+// ReleaseEvicted frees the memory of the batches that EvictOldest dropped.
+func (d *SiteData) ReleaseEvicted() { d.Batches = slices.Clone(d.Batches) }

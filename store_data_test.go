@@ -1,6 +1,6 @@
 package main
 
-// cluster_test.go: which samples of a push are new, in which order they are held,
+// Which samples of a push are new, in which order they are held,
 // and what compaction, expiry and eviction leave, against a model.
 
 import (
@@ -16,19 +16,28 @@ import (
 	"time"
 )
 
-// push prepares and takes points, at clock's time.
-func clusterPush(c *SiteData, now time.Time, points ...point) (*Batch, AppendResult, error) {
-	b, _, res, err := c.Prepare(storePush("a", points...), ScrapeNames{}, SpanAt(now), 2*time.Hour, 0)
-	if err == nil && len(b.V) > 0 {
-		c.Take(b)
+// testLimits are those of a push at now, with at most series of them; 0 does not bound.
+func testLimits(now time.Time, series int) AppendLimits {
+	return AppendLimits{Now: SpanAt(now), Retention: 2 * time.Hour, Series: series}
+}
+
+// pushPoints prepares and commits points, at now. The batch is empty if they add nothing; no
+// log keeps the time of such a push.
+func pushPoints(c *SiteData, now time.Time, points ...point) (*Batch, AppendResult, error) {
+	lastPush := c.LastPush
+	prepared, err := c.Prepare(storePush("a", points...), ScrapeNames{}, testLimits(now, 0))
+	if prepared.Batch == nil {
+		c.LastPush = lastPush
+		return &Batch{}, prepared.Result, err
 	}
-	return b, res, err
+	c.Commit(prepared.Batch)
+	return prepared.Batch, prepared.Result, err
 }
 
 // allRead says that every batch is read.
 func allRead() uint64 { return MaxSeq }
 
-func TestClusterRepeats(t *testing.T) {
+func TestSiteDataRepeats(t *testing.T) {
 	clock := newStoreClock()
 	at := clock.ms
 	nan := math.NaN()
@@ -67,7 +76,7 @@ func TestClusterRepeats(t *testing.T) {
 		var res result
 		for _, points := range test.pushes {
 			var err error
-			if _, res, err = clusterPush(&c, clock.Now(), points...); err != nil {
+			if _, res, err = pushPoints(&c, clock.Now(), points...); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -79,11 +88,11 @@ func TestClusterRepeats(t *testing.T) {
 
 // Within a batch the first samples of all series come first, by ID, so that the
 // IDs form runs, then the second ones …; times ascend for each series.
-func TestClusterOrder(t *testing.T) {
+func TestSiteDataOrder(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteData("a", maphash.MakeSeed())
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(100), 0}, point{"m", 1, clock.ms(100), 0}, point{"m", 2, clock.ms(100), 0})
-	b, _, _ := clusterPush(&c, clock.Now(),
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(100), 0}, point{"m", 1, clock.ms(100), 0}, point{"m", 2, clock.ms(100), 0})
+	b, _, _ := pushPoints(&c, clock.Now(),
 		point{"m", 2, clock.ms(7), 1}, point{"m", 0, clock.ms(8), 2}, point{"m", 1, clock.ms(9), 3}, point{"m", 0, clock.ms(9), 4}, point{"m", 2, clock.ms(5), 5},
 		point{"m", 0, clock.ms(6), 6})
 	if want := []uint32{0, 1, 2, 0, 2, 0}; !slices.Equal(b.IDs, want) {
@@ -102,11 +111,11 @@ func TestClusterOrder(t *testing.T) {
 }
 
 // Equal lists of IDs are held once.
-func TestClusterSharesIDs(t *testing.T) {
+func TestSiteDataSharesIDs(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteData("a", maphash.MakeSeed())
 	for range 3 {
-		clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
+		pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
 		clock.Add(time.Second)
 	}
 	for _, c := range []SiteData{c, c.Compact(nil, 0)} {
@@ -118,80 +127,79 @@ func TestClusterSharesIDs(t *testing.T) {
 	}
 }
 
-func TestClusterRefuses(t *testing.T) {
+func TestSiteDataRefuses(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteData("a", maphash.MakeSeed())
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	b, known, _, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, SpanAt(clock.Now()), time.Hour, 2)
-	if b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 || known != 1 {
-		t.Errorf("%v, %d, %v; %d series", b, known, err, c.Table.Len())
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	prepared, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
+	if prepared.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 {
+		t.Errorf("%+v, %v; %d series", prepared, err, c.Table.Len())
 	}
 	// Long lines count for several.
 	const limit = 2000
-	long := func(n int) (b *Batch, known int, err error) {
-		b, known, _, err = c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, SpanAt(clock.Now()), time.Hour, limit)
-		return b, known, err
+	long := func(n int) (PreparedBatch, error) {
+		return c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), limit))
 	}
 	for n := range seriesBytes * limit / 60_100 {
-		b, _, err := long(n)
+		prepared, err := long(n)
 		if err != nil {
 			t.Fatalf("long line %d: %v", n, err)
 		}
-		c.Take(b)
+		c.Commit(prepared.Batch)
 	}
 	n := c.Table.Len()
-	if b, known, err := long(n); b != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != n || known != n {
-		t.Errorf("text beyond the limit: %v, %d, %v; %d series of %d", b, known, err, c.Table.Len(), n)
+	if prepared, err := long(n); prepared.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != n {
+		t.Errorf("text beyond the limit: %+v, %v; %d series of %d", prepared, err, c.Table.Len(), n)
 	}
 	c = NewSiteData("a", maphash.MakeSeed())
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	many := &SampleList{Samples: make([]Sample, maxBatch+1)}
-	if _, _, _, err := c.Prepare(many, ScrapeNames{}, SpanAt(clock.Now()), time.Hour, 0); !errors.Is(err, ErrTooLarge) {
+	if _, err := c.Prepare(many, ScrapeNames{}, testLimits(clock.Now(), 0)); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
-	// What is prepared and not taken can be undone, series and all.
-	b, known, _, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, SpanAt(clock.Now()), time.Hour, 2)
-	if err != nil || len(b.V) != 1 || known != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
-		t.Errorf("%+v, %d, %v", b, known, err)
+	// What is prepared and not committed can be rolled back, series and all.
+	prepared, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
+	if err != nil || len(prepared.Batch.V) != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
+		t.Errorf("%+v, %v", prepared, err)
 	}
-	c.Table.Truncate(known)
+	c.Rollback(prepared)
 	if _, _, ok := c.Table.Find([]byte(storePush("a", point{"m", 3, 0, 0}).Arena)); ok || c.Table.Len() != 1 {
-		t.Error("not undone")
+		t.Error("not rolled back")
 	}
 }
 
-func TestClusterEvictable(t *testing.T) {
+func TestSiteDataCanEvictOldest(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteData("a", maphash.MakeSeed())
-	if c.Evictable(0, MaxSeq) || c.Head() != math.MaxInt64 {
+	if c.CanEvictOldest(0, MaxSeq) || c.OldestAcceptedAt() != math.MaxInt64 {
 		t.Error("of nothing something goes")
 	}
 	start := clock.ms(0)
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
-	if c.Evictable(clock.ms(10), MaxSeq) || !c.Evictable(clock.ms(-1), MaxSeq) || c.Head() != start {
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
+	if c.CanEvictOldest(clock.ms(10), MaxSeq) || !c.CanEvictOldest(clock.ms(-1), MaxSeq) || c.OldestAcceptedAt() != start {
 		t.Error("what is shown must stay, what is shown no more may go")
 	}
 	clock.Add(time.Second)
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	if c.Evictable(clock.ms(10), MaxSeq) {
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	if c.CanEvictOldest(clock.ms(10), MaxSeq) {
 		t.Error("series 1 is shown from the oldest batch")
 	}
 	clock.Add(time.Second)
-	clusterPush(&c, clock.Now(), point{"m", 1, clock.ms(0), 0})
-	if !c.Evictable(clock.ms(10), MaxSeq) {
+	pushPoints(&c, clock.Now(), point{"m", 1, clock.ms(0), 0})
+	if !c.CanEvictOldest(clock.ms(10), MaxSeq) {
 		t.Error("newer samples of both series are held")
 	}
-	if n := c.Evict(); n != 2 || len(c.Batches) != 2 || c.Samples() != 2 || c.Evictable(clock.ms(10), MaxSeq) {
+	if n := c.EvictOldest(); n != 2 || len(c.Batches) != 2 || c.SampleCount() != 2 || c.CanEvictOldest(clock.ms(10), MaxSeq) {
 		t.Errorf("%d evicted, %d batches left", n, len(c.Batches))
 	}
 }
 
-// contents is what a cluster holds, by line and time.
+// contents is what a site holds, by line and time.
 func contents(c *SiteData) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	for _, b := range c.Batches {
 		for i, id := range b.IDs {
-			if b.Time(i) >= c.oldest {
+			if b.Time(i) >= c.expiredBefore {
 				got[heldSample{string(c.Table.Line(id)), b.Time(i)}] = b.V[i]
 			}
 		}
@@ -209,20 +217,20 @@ func recovered(t *testing.T, c *SiteData) SiteData {
 	for frames := range c.Records {
 		data = append(data, frames...)
 	}
-	if int64(len(data)) > c.Bytes() || int64(len(data)) < c.Bytes()*2/3-200 {
-		t.Errorf("%d bytes, estimated as %d", len(data), c.Bytes())
+	if int64(len(data)) > c.EstimatedLogSize() || int64(len(data)) < c.EstimatedLogSize()*2/3-200 {
+		t.Errorf("%d bytes, estimated as %d", len(data), c.EstimatedLogSize())
 	}
 	fsys := newCrashFS(1, "/d")
 	fsys.put(logPath, append(appendLogHeader(nil, []byte(c.ID)), data...))
 	_, rec, err := OpenLog(fsys, logPath, func(kind byte, payload []byte) error {
 		if kind == RecordSeries {
-			return DecodeSeries(payload, func(id uint32, line []byte) error { return got.Restore(&parser, owner, id, line) })
+			return DecodeSeries(payload, func(id uint32, line []byte) error { return got.RestoreSeries(&parser, owner, id, line) })
 		}
 		b, err := DecodeBatch(payload)
 		if err != nil {
 			return err
 		}
-		lost, err := got.Adopt(b)
+		lost, err := got.AddRecovered(b)
 		if lost > 0 {
 			t.Errorf("%d samples lost", lost)
 		}
@@ -234,9 +242,9 @@ func recovered(t *testing.T, c *SiteData) SiteData {
 	return got
 }
 
-// A cluster is used at random beside a model. Samples are numbered by their
+// A site is used at random beside a model. Samples are numbered by their
 // values, so that nothing can take another's place.
-func TestClusterModel(t *testing.T) {
+func TestSiteDataModel(t *testing.T) {
 	for seed := range uint64(60) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		clock := newStoreClock()
@@ -248,22 +256,22 @@ func TestClusterModel(t *testing.T) {
 			oldest := clock.ms(7200)
 			switch rng.IntN(8) {
 			case 0:
-				held := c.Samples()
-				n, unread, freed := c.Expire(oldest, allRead, true)
+				held := c.SampleCount()
+				n, unread, freed := c.DropExpired(oldest, allRead, true)
 				before := len(model)
 				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
-				if int(n) != before-len(model) || unread != 0 || freed != held-c.Samples() {
-					t.Errorf("%d samples expired, want %d; %d unread; %d freed of %d, %d left", n, before-len(model), unread, freed, held, c.Samples())
+				if int(n) != before-len(model) || unread != 0 || freed != held-c.SampleCount() {
+					t.Errorf("%d samples expired, want %d; %d unread; %d freed of %d, %d left", n, before-len(model), unread, freed, held, c.SampleCount())
 				}
 			case 1:
-				if !c.Evictable(clock.ms(600), MaxSeq) {
+				if !c.CanEvictOldest(clock.ms(600), MaxSeq) {
 					continue
 				}
 				first := c.Batches[0]
 				for i, id := range first.IDs {
 					delete(model, heldSample{string(c.Table.Line(id)), first.Time(i)})
 				}
-				if n := c.Evict(); n != int64(len(first.V)) {
+				if n := c.EvictOldest(); n != int64(len(first.V)) {
 					t.Errorf("%d evicted of %d", n, len(first.V))
 				}
 			case 2:
@@ -272,23 +280,23 @@ func TestClusterModel(t *testing.T) {
 				wantHeld(t, "compaction's source", contents(&c), before)
 				c = next
 				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
-				if c.Table.Dead(oldest) != 0 {
-					t.Errorf("%d dead series after a compaction", c.Table.Dead(oldest))
+				if c.Table.CountExpired(oldest) != 0 {
+					t.Errorf("%d dead series after a compaction", c.Table.CountExpired(oldest))
 				}
 			case 3:
 				if c.Seq == 0 { // has no log
 					continue
 				}
-				c.Expire(oldest, allRead, true)
+				c.DropExpired(oldest, allRead, true)
 				model = contents(&c)
 				got := recovered(t, &c)
 				if len(c.Batches) > 0 && got.ID != "a" {
-					t.Errorf("recovered cluster %q", got.ID)
+					t.Errorf("recovered site %q", got.ID)
 				}
 				got.ID = "a"
-				got.Resume(oldest)
-				if got.Seq != c.Seq || got.Accepted != c.Accepted {
-					t.Errorf("recovered number %d of %d, %d of %d", got.Seq, c.Seq, got.Accepted, c.Accepted)
+				got.DropExpiredUncounted(oldest)
+				if got.Seq != c.Seq || got.LastPush != c.LastPush {
+					t.Errorf("recovered number %d of %d, %d of %d", got.Seq, c.Seq, got.LastPush, c.LastPush)
 				}
 				c = got
 			default:
@@ -310,14 +318,14 @@ func TestClusterModel(t *testing.T) {
 						model[k] = s.V
 					}
 				}
-				b, res, err := clusterPush(&c, clock.Now(), points...)
+				b, res, err := pushPoints(&c, clock.Now(), points...)
 				if err != nil || res != want || len(b.V) != res.Accepted {
 					t.Errorf("%+v, %v; want %+v", res, err, want)
 				}
 			}
 			wantHeld(t, fmt.Sprint("step ", step), contents(&c), model)
-			if n := c.Unread(Position{}); n != len(model) || c.Samples() < int64(n) || c.Seq < seq {
-				t.Errorf("%d samples of %d, %d in memory, number %d after %d", n, len(model), c.Samples(), c.Seq, seq)
+			if n := c.UnreadCount(Position{}); n != len(model) || c.SampleCount() < int64(n) || c.Seq < seq {
+				t.Errorf("%d samples of %d, %d in memory, number %d after %d", n, len(model), c.SampleCount(), c.Seq, seq)
 			}
 			if seq = c.Seq; t.Failed() {
 				t.Fatalf("seed %d, step %d", seed, step)
@@ -337,11 +345,11 @@ func mustFind(c *SiteData, line string) uint32 {
 
 // Sequence numbers do not fall when compaction drops the newest batch, which may
 // hold nothing but late samples.
-func TestClusterSeqNeverFalls(t *testing.T) {
+func TestSiteDataSeqNeverFalls(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteData("a", maphash.MakeSeed())
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	clusterPush(&c, clock.Now(), point{"m", 0, clock.ms(7000), 0})
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(7000), 0})
 	next := c.Compact(nil, clock.ms(3600))
 	got := recovered(t, &next)
 	if next.Seq != 2 || got.Seq != 2 || len(got.Batches) != 1 {
@@ -350,7 +358,7 @@ func TestClusterSeqNeverFalls(t *testing.T) {
 }
 
 // What recovery is given is checked.
-func TestClusterRestores(t *testing.T) {
+func TestSiteDataRestores(t *testing.T) {
 	var parser SeriesParser
 	owner := func(id string) bool { return id == "a" }
 	type given struct {
@@ -366,18 +374,18 @@ func TestClusterRestores(t *testing.T) {
 	} {
 		c := NewSiteData("", maphash.MakeSeed())
 		for _, g := range test {
-			if err := c.Restore(&parser, owner, g.id, []byte(g.line)); (err == nil) != g.ok {
+			if err := c.RestoreSeries(&parser, owner, g.id, []byte(g.line)); (err == nil) != g.ok {
 				t.Errorf("%v: series %d %q: %v", test, g.id, g.line, err)
 			}
 		}
 	}
 	c := NewSiteData("a", maphash.MakeSeed())
-	if err := c.Restore(&parser, owner, 1, []byte(`m{_id="a"}`)); err != nil {
+	if err := c.RestoreSeries(&parser, owner, 1, []byte(`m{_id="a"}`)); err != nil {
 		t.Fatal(err)
 	}
 	batch := func(seq uint64, t0 int64, ids ...uint32) *Batch {
-		b := &Batch{Seq: seq, Accepted: 7, T0: t0, IDs: ids, V: make([]float64, len(ids))}
-		b.Bound()
+		b := &Batch{Seq: seq, AcceptedAt: 7, T0: t0, IDs: ids, V: make([]float64, len(ids))}
+		b.SetBounds()
 		return b
 	}
 	for _, test := range []struct {
@@ -394,21 +402,21 @@ func TestClusterRestores(t *testing.T) {
 		{"empty", batch(6, 0), true, 6, 2, 0},
 		{"only unknown series", batch(9, 103, 8), true, 9, 2, 1},
 	} {
-		if lost, err := c.Adopt(test.b); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.Samples() != test.samples {
-			t.Errorf("%s: %v, %d lost, number %d, %d samples", test.name, err, lost, c.Seq, c.Samples())
+		if lost, err := c.AddRecovered(test.b); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.SampleCount() != test.samples {
+			t.Errorf("%s: %v, %d lost, number %d, %d samples", test.name, err, lost, c.Seq, c.SampleCount())
 		}
 	}
 }
 
 // A batch of which damage left only its older samples goes with those.
-func TestClusterCompactsRemains(t *testing.T) {
+func TestSiteDataCompactsRemains(t *testing.T) {
 	c := NewSiteData("a", maphash.MakeSeed())
 	_, hash, _ := c.Table.Find([]byte(`m{_id="a"}`))
 	c.Table.Insert(hash, []byte(`m{_id="a"}`), false)
 	b := &Batch{Seq: 1, T0: 200, IDs: []uint32{7, 0}, DT: []int32{0, -150}, V: []float64{1, 2}}
-	b.Bound()
-	if lost, err := c.Adopt(b); err != nil || lost != 1 || c.Samples() != 1 {
-		t.Errorf("%d samples, %d lost, %v", c.Samples(), lost, err)
+	b.SetBounds()
+	if lost, err := c.AddRecovered(b); err != nil || lost != 1 || c.SampleCount() != 1 {
+		t.Errorf("%d samples, %d lost, %v", c.SampleCount(), lost, err)
 	}
 	if next := c.Compact(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {
 		t.Errorf("%d batches, %d series, number %d", len(next.Batches), next.Table.Len(), next.Seq)

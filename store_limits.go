@@ -7,75 +7,73 @@ package main
 import (
 	"container/heap"
 	"fmt"
-	"slices"
 )
 
-// oldestFirst is a heap of clusters by when they got their oldest batch.
-type oldestFirst []siteHead
+// oldestFirstHeap is a heap of the oldest batches of all sites, by when they were accepted.
+type oldestFirstHeap []oldestBatch
 
-type siteHead struct {
-	site *Site
-	at   int64 // ms
+type oldestBatch struct {
+	site       *Site
+	acceptedAt int64 // ms; math.MaxInt64 if the site has no batch
 }
 
-func (h oldestFirst) Len() int           { return len(h) }
-func (h oldestFirst) Less(i, j int) bool { return h[i].at < h[j].at }
-func (h oldestFirst) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *oldestFirst) Push(x any)        { *h = append(*h, x.(siteHead)) }
-func (h *oldestFirst) Pop() any {
+func (h oldestFirstHeap) Len() int           { return len(h) }
+func (h oldestFirstHeap) Less(i, j int) bool { return h[i].acceptedAt < h[j].acceptedAt }
+func (h oldestFirstHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *oldestFirstHeap) Push(x any)        { *h = append(*h, x.(oldestBatch)) }
+func (h *oldestFirstHeap) Pop() any {
 	last := (*h)[len(*h)-1]
 	*h = (*h)[:len(*h)-1]
 	return last
 }
 
-func headOf(c *Site) (at int64) {
-	c.View(func(held *SiteData) { at = held.Head() })
-	return at
+func (o *oldestBatch) update() {
+	o.site.View(func(data *SiteData) { o.acceptedAt = data.OldestAcceptedAt() })
 }
 
-// most returns how many samples may be held in all when c, if not nil, is to take n
-// more: one that would have more than its share leaves an eighth to the others, whom it
-// could else keep out for as long as retention.
-func (s *Store) most(c *Site, n int) int64 {
+// sampleLimit returns how many samples may be held in all when site, if not nil, is to get n
+// more. A site with more than its share leaves an eighth to the others, whom it could else keep
+// out for as long as retention.
+func (s *Store) sampleLimit(site *Site, n int) int64 {
 	limit := int64(s.cfg.LimitSamples)
-	spare := limit / 8
-	if c == nil || s.totals.Samples.Load()+int64(n) <= limit-spare {
+	reserve := limit / 8
+	if site == nil || s.totals.Samples.Load()+int64(n) <= limit-reserve {
 		return limit
 	}
 	s.mu.RLock()
-	clusters := int64(len(s.sites))
+	sites := int64(len(s.sites))
 	s.mu.RUnlock()
 	held := int64(n)
-	c.View(func(h *SiteData) { held += h.Samples() })
-	if clusters > 1 && held > limit/clusters {
-		limit -= spare
+	site.View(func(data *SiteData) { held += data.SampleCount() })
+	if sites > 1 && held > limit/sites {
+		limit -= reserve
 	}
 	return limit
 }
 
-// makeRoom makes room under the limit for n samples of c, or for none. It evicts
-// batches, oldest first, that every consumer has had and no scrape shows any more; if
-// that is not enough, it is ErrFull.
-func (s *Store) makeRoom(c *Site, n int) error {
+// makeRoom makes room under the limit for n samples of site, or for none. It evicts batches,
+// oldest first, that every consumer has read and no scrape shows any more. The error is ErrFull
+// if that is not enough.
+func (s *Store) makeRoom(site *Site, n int) error {
 	if s.cfg.LimitSamples == 0 {
 		return nil
 	}
 	if n > s.cfg.LimitSamples { // which no eviction would help
 		return fmt.Errorf("%w: a push of %d samples, the limit is %d", ErrFull, n, s.cfg.LimitSamples)
 	}
-	most := s.most(c, n)
-	fits := func() bool { return s.totals.Samples.Load()+int64(n) <= most }
+	limit := s.sampleLimit(site, n)
+	fits := func() bool { return s.totals.Samples.Load()+int64(n) <= limit }
 	if fits() {
 		return nil
 	}
-	s.room.Lock()
-	defer s.room.Unlock()
+	s.roomMu.Lock()
+	defer s.roomMu.Unlock()
 	now := s.cfg.Now()
-	// What could not go a moment ago is not looked through again for every push.
-	if since := now.Sub(s.full); !fits() && (since < 0 || since >= roomPause) {
-		s.evict(most - int64(n) - most/64) // some more, so that not every push has to
+	// After a search that found too little, not every push searches again.
+	if since := now.Sub(s.noRoomAt); !fits() && (since < 0 || since >= roomPause) {
+		s.evictDownTo(limit - int64(n) - limit/64) // a little more, so that not every push has to evict
 		if !fits() {
-			s.full = now
+			s.noRoomAt = now
 		}
 	}
 	if !fits() {
@@ -85,32 +83,34 @@ func (s *Store) makeRoom(c *Site, n int) error {
 	return nil
 }
 
-// evict evicts until no more than goal samples are held, if so many may go.
-func (s *Store) evict(goal int64) {
-	shown := s.cfg.Span().Early.Add(-s.cfg.MaxSampleAge).UnixMilli()
-	var heads oldestFirst
+// evictDownTo evicts batches until no more than goal samples are held, or nothing else can be
+// evicted.
+func (s *Store) evictDownTo(goal int64) {
+	shownSince := s.cfg.Span().Early.Add(-s.cfg.MaxSampleAge).UnixMilli()
+	var oldest oldestFirstHeap
 	s.mu.RLock()
-	for _, c := range s.sites {
-		heads = append(heads, siteHead{site: c})
+	for _, site := range s.sites {
+		oldest = append(oldest, oldestBatch{site: site})
 	}
 	s.mu.RUnlock()
-	for i := range heads {
-		heads[i].at = headOf(heads[i].site)
+	for i := range oldest {
+		oldest[i].update()
 	}
-	heap.Init(&heads)
-	touched := map[*Site]bool{}
-	for len(heads) > 0 && s.totals.Samples.Load() > goal {
-		c := heads[0].site
-		if n, ok := c.Evict(shown); ok {
-			s.evicted.Add(n)
-			touched[c] = true
-			heads[0].at = headOf(c)
-			heap.Fix(&heads, 0)
-		} else {
-			heap.Pop(&heads)
+	heap.Init(&oldest)
+	evictedFrom := map[*Site]bool{}
+	for len(oldest) > 0 && s.totals.Samples.Load() > goal {
+		site := oldest[0].site
+		n, ok := site.EvictOldest(shownSince)
+		if !ok {
+			heap.Pop(&oldest)
+			continue
 		}
+		s.evicted.Add(n)
+		evictedFrom[site] = true
+		oldest[0].update()
+		heap.Fix(&oldest, 0)
 	}
-	for c := range touched {
-		c.View(func(held *SiteData) { held.Batches = slices.Clone(held.Batches) }) // lets go of the evicted
+	for site := range evictedFrom {
+		site.View(func(data *SiteData) { data.ReleaseEvicted() })
 	}
 }

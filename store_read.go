@@ -1,7 +1,7 @@
 package main
 
-// Samples of one site that a consumer has not read, and the newest of each series. Samples of
-// one series ascend, and none comes twice in one scrape. Pure.
+// The samples of one site that a consumer has not read, and the newest of each series. In one
+// scrape the samples of a series ascend, and none comes twice. Pure.
 
 import (
 	"cmp"
@@ -9,26 +9,35 @@ import (
 	"slices"
 )
 
-// since returns the batches of which a reader has not had all.
-func (d *SiteData) since(after Position) []*Batch {
-	i, had := slices.BinarySearchFunc(d.Batches, after.Seq, func(b *Batch, seq uint64) int { return cmp.Compare(b.Seq, seq) })
-	if had {
+// ReadLimits bound what one scrape gets of a site.
+type ReadLimits struct {
+	Unread       int   // samples that are not read yet
+	Repeats      int   // newest samples that are read already: if the site has more series, none
+	OnePerSeries bool  // of the unread samples
+	ServedSince  int64 // ms; older samples end the unread ones, while the clock is in doubt
+	NewestSince  int64 // ms; older newest samples are not repeated
+}
+
+// batchesAfter returns the batches that a reader has not read to their end.
+func (d *SiteData) batchesAfter(pos Position) []*Batch {
+	i, found := slices.BinarySearchFunc(d.Batches, pos.Seq, func(b *Batch, seq uint64) int { return cmp.Compare(b.Seq, seq) })
+	if found {
 		i++
 	}
 	return d.Batches[i:]
 }
 
-// Unread returns how many samples a reader has not had.
-func (d *SiteData) Unread(after Position) int {
+// UnreadCount returns how many samples a reader has not read.
+func (d *SiteData) UnreadCount(pos Position) int {
 	n := 0
-	for _, b := range d.since(after) {
-		had := after.In(b)
-		if b.MinT >= d.oldest {
-			n += len(b.V) - had
+	for _, b := range d.batchesAfter(pos) {
+		read := pos.ReadOf(b)
+		if b.MinT >= d.expiredBefore {
+			n += len(b.V) - read
 			continue
 		}
-		for i := had; i < len(b.V); i++ {
-			if b.Time(i) >= d.oldest {
+		for i := read; i < len(b.V); i++ {
+			if b.Time(i) >= d.expiredBefore {
 				n++
 			}
 		}
@@ -36,70 +45,81 @@ func (d *SiteData) Unread(after Position) int {
 	return n
 }
 
-// Read calls emit with samples that a reader has not had, by name, and those of a
-// series in the order of time: at most most samples, oldest batches first, and with
-// single one of a series. It stops at a sample that is older than oldest and has not
-// expired, which is one of a clock in doubt. If
-// none is left after that it also calls it with the newest of each series since minT
-// that was had before, if spare allows them all. It returns how far the reader is with
-// that, and how many it had not had.
-func (d *SiteData) Read(after Position, most, spare int, single bool, oldest, minT int64, emit func(name string, l FamilySample)) (to Position, n int) {
-	entries, to, whole := d.unread(after, most, single, oldest)
-	n = len(entries)
-	again := whole && d.Table.Len() <= spare
-	if n == 0 && !again {
+// Read calls emit with samples that a reader at pos has not read, oldest batches first chosen,
+// and if those are all, with the newest sample of each series that it has read. Samples come by
+// name, and those of a series in the order of time. It returns how far the reader is with
+// them, and how many were unread.
+func (d *SiteData) Read(pos Position, limits ReadLimits, emit func(name string, l FamilySample)) (to Position, unread int) {
+	samples, to, all := d.unreadSamples(pos, limits)
+	repeat := all && d.Table.Len() <= limits.Repeats
+	if len(samples) == 0 && !repeat {
 		return to, 0
 	}
-	byTime := func(a, b entry) int { return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t)) }
-	if !slices.IsSortedFunc(entries, byTime) {
-		slices.SortFunc(entries, byTime)
+	if !slices.IsSortedFunc(samples, compareSeriesTime) {
+		slices.SortFunc(samples, compareSeriesTime)
 	}
-	first := make([]uint32, d.Table.Len()+1) // where the entries of each ID begin
-	for _, e := range entries {
-		first[e.id+1]++
-	}
-	for id := range d.Table.Len() {
-		first[id+1] += first[id]
-	}
-	d.Table.Each(math.MinInt64, func(id uint32, name string, l FamilySample) {
-		newest, value := l.T, l.V
-		own := entries[first[id]:first[id+1]]
-		for _, e := range own {
-			l.T, l.V = e.t, e.v
+	start := startOfEach(samples, d.Table.Len())
+	d.Table.ForEachSince(math.MinInt64, func(id uint32, name string, l FamilySample) {
+		newestT, newestV := l.T, l.V
+		own := samples[start[id]:start[id+1]]
+		for _, s := range own {
+			l.T, l.V = s.t, s.v
 			emit(name, l)
 		}
-		if k := len(own); again && newest >= minT && (k == 0 || !single && own[k-1].t < newest) {
-			l.T, l.V = newest, value
+		if repeat && newestT >= limits.NewestSince && (len(own) == 0 || !limits.OnePerSeries && own[len(own)-1].t < newestT) {
+			l.T, l.V = newestT, newestV
 			emit(name, l)
 		}
 	})
-	return to, n
+	return to, len(samples)
 }
 
-// unread returns samples that a reader has not had, and whether that is all of them.
-func (d *SiteData) unread(after Position, most int, single bool, oldest int64) (entries []entry, to Position, whole bool) {
-	to = after
-	var seen map[uint32]bool
-	if single {
-		seen = map[uint32]bool{}
+// unreadSamples returns samples that a reader at pos has not read, in the order of the batches,
+// how far the reader is with them, and whether they are all.
+func (d *SiteData) unreadSamples(pos Position, limits ReadLimits) (samples []seriesSample, to Position, all bool) {
+	to = pos
+	batches := d.batchesAfter(pos)
+	n := 0
+	for _, b := range batches {
+		n += len(b.V)
 	}
-	for _, b := range d.since(after) {
-		for i := after.In(b); i < len(b.V); i++ {
-			t := b.Time(i)
-			if t < d.oldest {
+	n = min(n, limits.Unread)
+	var seen map[uint32]bool
+	if limits.OnePerSeries {
+		n = min(n, d.Table.Len())
+		seen = make(map[uint32]bool, n)
+	}
+	samples = make([]seriesSample, 0, n)
+	for _, b := range batches {
+		for i := pos.ReadOf(b); i < len(b.V); i++ {
+			id, t := b.IDs[i], b.Time(i)
+			if t < d.expiredBefore {
 				continue
 			}
-			// The samples of a batch come in rounds of one for each series: a series
-			// that comes again begins the next.
-			if len(entries) == most || single && seen[b.IDs[i]] || t < oldest {
-				return entries, Position{Seq: to.Seq, Part: b.Seq, N: i, Of: len(b.V)}, false
+			// The samples of a batch come in rounds of one for each series: a series that comes
+			// again begins the next round.
+			if len(samples) == limits.Unread || limits.OnePerSeries && seen[id] || t < limits.ServedSince {
+				return samples, Position{Seq: to.Seq, PartialSeq: b.Seq, PartialRead: i, PartialLen: len(b.V)}, false
 			}
-			if single {
-				seen[b.IDs[i]] = true
+			if limits.OnePerSeries {
+				seen[id] = true
 			}
-			entries = append(entries, entry{id: b.IDs[i], t: t, v: b.V[i]})
+			samples = append(samples, seriesSample{id: id, t: t, v: b.V[i]})
 		}
 		to = Position{Seq: b.Seq}
 	}
-	return entries, to, true
+	return samples, to, true
+}
+
+// startOfEach returns the index of the first sample of each of n series in samples, which are
+// sorted by series, and behind them the number of samples.
+func startOfEach(samples []seriesSample, n int) []uint32 {
+	start := make([]uint32, n+1)
+	for _, s := range samples {
+		start[s.id+1]++
+	}
+	for id := range n {
+		start[id+1] += start[id]
+	}
+	return start
 }

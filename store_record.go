@@ -11,8 +11,15 @@ import (
 	"math"
 )
 
-// maxBatchTime bounds the first time of a batch, in ms.
-const maxBatchTime = 1 << 60
+const (
+	// maxBatchTime bounds the first time of a batch, in ms.
+	maxBatchTime = 1 << 60
+	// maxBatch is the most samples that surely fit one record: in the worst case each takes
+	// 5 bytes of ID, 5 of time and 8 of value.
+	maxBatch = MaxRecord / 20
+	// seriesRecordSize is the size in bytes from which on a record of series takes no more.
+	seriesRecordSize = 1 << 20
+)
 
 // EncodeSeries appends the payload of a series record that gives the lines the
 // IDs first, first+1, …
@@ -24,16 +31,16 @@ func EncodeSeries(buf []byte, first uint32, lines func(yield func([]byte) bool))
 	return buf
 }
 
-// DecodeSeries calls each for the lines of a series record; they share memory
-// with payload.
-func DecodeSeries(payload []byte, each func(id uint32, line []byte) error) error {
+// DecodeSeries calls emit for the lines of a series record; they share memory with payload. It
+// returns the first error of emit.
+func DecodeSeries(payload []byte, emit func(id uint32, line []byte) error) error {
 	r := ReadWire(payload)
 	for id := r.Uvarint(MaxSeriesID); r.Len() > 0; id++ {
 		line := r.Bytes(r.Count(1))
 		if r.Require(id <= MaxSeriesID); r.Err() != nil {
 			break
 		}
-		if err := each(uint32(id), line); err != nil {
+		if err := emit(uint32(id), line); err != nil {
 			return err
 		}
 	}
@@ -43,21 +50,39 @@ func DecodeSeries(payload []byte, each func(id uint32, line []byte) error) error
 	return nil
 }
 
-// What a batch's record has beside its samples, in the low bits of their number.
+// AppendSeriesRecords appends framed records of the series of t from ID first on.
+func AppendSeriesRecords(frames []byte, t *SeriesTable, first int) []byte {
+	for first < t.Len() {
+		next, size := first, 0
+		payload := EncodeSeries(nil, uint32(first), func(yield func([]byte) bool) {
+			for next < t.Len() && size < seriesRecordSize {
+				line := t.Line(uint32(next))
+				next, size = next+1, size+len(line)
+				if !yield(line) {
+					return
+				}
+			}
+		})
+		frames = AppendRecord(frames, RecordSeries, payload)
+		first = next
+	}
+	return frames
+}
+
+// Parts that the record of a batch may have, as low bits of the number of samples.
 const (
 	withTimes = 1 << iota
 	withNames
 	countShift = iota
 )
 
-// EncodeBatch appends the payload of b's record: sequence number, times and
-// count; the names of scrapes, if there are any; runs of consecutive IDs as
-// (start less the end of the run before, length); when times differ, each less the
-// one before; values as they are.
+// EncodeBatch appends the payload of b's record: sequence number, times, number of samples and
+// parts; the names of scrapes, if there are any; IDs; times, if they differ; values. It sets
+// b.Size.
 func EncodeBatch(buf []byte, b *Batch) []byte {
 	start := len(buf)
 	buf = binary.AppendUvarint(buf, b.Seq)
-	buf = binary.AppendVarint(buf, b.Accepted)
+	buf = binary.AppendVarint(buf, b.AcceptedAt)
 	buf = binary.AppendVarint(buf, b.T0)
 	n := uint64(len(b.V)) << countShift
 	if b.DT != nil {
@@ -70,23 +95,9 @@ func EncodeBatch(buf []byte, b *Batch) []byte {
 	if b.Names.ID != 0 {
 		buf = AppendRanges(binary.LittleEndian.AppendUint64(buf, b.Names.ID), b.Names.Numbers)
 	}
-	end := int64(0)
-	for i := 0; i < len(b.IDs); {
-		j := i + 1
-		for j < len(b.IDs) && b.IDs[j] == b.IDs[j-1]+1 {
-			j++
-		}
-		buf = binary.AppendVarint(buf, int64(b.IDs[i])-end)
-		buf = binary.AppendUvarint(buf, uint64(j-i))
-		end = int64(b.IDs[j-1]) + 1
-		i = j
-	}
+	buf = appendIDs(buf, b.IDs)
 	if b.DT != nil {
-		prev := b.T0
-		for i := range b.V {
-			buf = binary.AppendVarint(buf, b.Time(i)-prev)
-			prev = b.Time(i)
-		}
+		buf = appendTimes(buf, b)
 	}
 	for _, v := range b.V {
 		buf = binary.LittleEndian.AppendUint64(buf, math.Float64bits(v))
@@ -95,12 +106,39 @@ func EncodeBatch(buf []byte, b *Batch) []byte {
 	return buf
 }
 
+// appendIDs appends series IDs as runs of consecutive ones: the start, less the end of the run
+// before, and the length.
+func appendIDs(buf []byte, ids []uint32) []byte {
+	end := int64(0)
+	for i := 0; i < len(ids); {
+		j := i + 1
+		for j < len(ids) && ids[j] == ids[j-1]+1 {
+			j++
+		}
+		buf = binary.AppendVarint(buf, int64(ids[i])-end)
+		buf = binary.AppendUvarint(buf, uint64(j-i))
+		end = int64(ids[j-1]) + 1
+		i = j
+	}
+	return buf
+}
+
+// appendTimes appends the times of b's samples, each less the one before.
+func appendTimes(buf []byte, b *Batch) []byte {
+	prev := b.T0
+	for i := range b.V {
+		buf = binary.AppendVarint(buf, b.Time(i)-prev)
+		prev = b.Time(i)
+	}
+	return buf
+}
+
 // DecodeBatch reads the payload of a batch record. It allocates no more than twice the
 // payload's size.
 func DecodeBatch(payload []byte) (*Batch, error) {
 	r := ReadWire(payload)
 	b := &Batch{Size: len(payload)}
-	b.Seq, b.Accepted, b.T0 = r.Uvarint(MaxSeq), r.Varint(math.MinInt64, math.MaxInt64), r.Varint(-maxBatchTime, maxBatchTime)
+	b.Seq, b.AcceptedAt, b.T0 = r.Uvarint(MaxSeq), r.Varint(math.MinInt64, math.MaxInt64), r.Varint(-maxBatchTime, maxBatchTime)
 	parts := r.Uvarint(math.MaxInt64)
 	n := int(parts >> countShift)
 	if r.Require(n <= r.Len()/8); r.Err() != nil {
@@ -118,11 +156,11 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	if err := r.Done(); err != nil {
 		return nil, fmt.Errorf("record of a batch: %w", err)
 	}
-	b.Bound()
+	b.SetBounds()
 	return b, nil
 }
 
-// readIDs reads n series IDs, which are written as runs.
+// readIDs reads n series IDs that appendIDs wrote.
 func readIDs(r *WireReader, n int) []uint32 {
 	ids := make([]uint32, 0, n)
 	for end := int64(0); len(ids) < n; {
@@ -138,7 +176,7 @@ func readIDs(r *WireReader, n int) []uint32 {
 	return ids
 }
 
-// readTimes reads n times in ms, each written as the difference to the one before.
+// readTimes reads n times that appendTimes wrote, in ms after T0.
 func readTimes(r *WireReader, n int) []int32 {
 	times := make([]int32, n)
 	t := int64(0)

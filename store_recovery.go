@@ -1,9 +1,9 @@
 package main
 
-// Recovery of a store: it reads all logs and the cursors of consumers, mends damaged logs, and
-// takes new numbers for batches. A damaged file does not keep another from being read. Every
-// known loss is reported, in pushes and samples where they are known and in bytes otherwise.
-// Samples that expired while no process ran are counted once.
+// Recovery of a store: it reads all logs and the cursors of consumers, rewrites damaged logs,
+// and takes new numbers for batches. A damaged file does not keep another from being read.
+// Every known loss is reported, in pushes and samples where they are known and in bytes
+// otherwise. Samples that expired while no process ran are counted once.
 
 import (
 	"encoding/binary"
@@ -11,10 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strconv"
 	"time"
 )
 
-// recover reads all that lies in the storage directory.
+// recover reads all that lies in the storage directory. The error is that of a file that may
+// be good and cannot be read.
 func (s *Store) recover() error {
 	var dirs []string
 	if s.cfg.Dir != "" {
@@ -23,23 +25,9 @@ func (s *Store) recover() error {
 			return err
 		}
 	}
-	state, err := OpenStoreState(s.cfg.FS, s.cfg.Dir)
-	if state == nil {
+	state, err := s.recoverConsumers()
+	if err != nil || s.cfg.Dir == "" {
 		return err
-	} else if err != nil {
-		s.cfg.OnError(err)
-	}
-	if s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Retention, s.cfg.Now()); s.Consumers == nil {
-		return err
-	} else if err != nil {
-		s.cfg.OnError(err)
-	}
-	if s.cfg.Dir == "" {
-		return nil
-	}
-	if n := s.Consumers.Torn; n > 0 {
-		s.torn.Add(n)
-		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut", filepath.Join(s.cfg.Dir, ConsumersFile), n))
 	}
 	damaged := damagedLogs{}
 	if err := s.recoverLogs(dirs, state, damaged); err != nil {
@@ -48,68 +36,101 @@ func (s *Store) recover() error {
 	if len(s.sites) > 0 && !state.Found() {
 		s.cfg.OnError(fmt.Errorf("%s is missing: consumers that are not in the file of the cursors are not known", filepath.Join(s.cfg.Dir, stateFile)))
 	}
-	s.countOutlived()
-	highest := max(s.Consumers.Highest(), s.totals.Newest.Load())
+	s.dropExpiredWhileDown()
+	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
 	s.dropPastCursors(damaged)
-	first := state.NewBlock(highest)
-	for _, c := range s.sites {
-		c.Raise(first)
-	}
-	s.totals.Raise(first)
-	s.saveConsumers() // with the state, before a batch gets a number
+	s.damaged.Store(int64(len(damaged)))
+	s.startBlock(state, highest)
+	s.saveCursors() // with the state, before a batch gets a number
 	return nil
 }
 
-// damagedLogs are the logs that lost something, by the beginning of their name. Each is
-// counted once, however much is reported of it.
+// recoverConsumers reads the server's state and the cursors.
+func (s *Store) recoverConsumers() (*StoreState, error) {
+	state, err := OpenStoreState(s.cfg.FS, s.cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	if state.Damage != nil {
+		s.cfg.OnError(state.Damage)
+	}
+	s.Consumers, err = OpenConsumers(s.cfg.FS, s.cfg.Dir, state, s.cfg.Retention, s.cfg.Now())
+	if err != nil {
+		return nil, err
+	}
+	if s.Consumers.Damage != nil {
+		s.cfg.OnError(s.Consumers.Damage)
+	}
+	if n := s.Consumers.TornBytes; n > 0 {
+		s.torn.Add(n)
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut", filepath.Join(s.cfg.Dir, ConsumersFile), n))
+	}
+	return state, nil
+}
+
+// startBlock has the numbers of all later batches be of a new block, above highest.
+func (s *Store) startBlock(state *StoreState, highest uint64) {
+	first := state.NewBlock(highest)
+	for _, site := range s.sites {
+		site.raiseSeq(first)
+	}
+	s.totals.RaiseNewest(first)
+}
+
+// dropExpiredWhileDown drops and counts the samples that expired while no process ran. The
+// last process counted those that expired before its newest push or scrape.
+func (s *Store) dropExpiredWhileDown() {
+	ran := s.Consumers.LastScrape().UnixMilli()
+	for _, site := range s.sites {
+		site.View(func(data *SiteData) { ran = max(ran, data.LastPush) })
+	}
+	oldest := s.Oldest()
+	for _, site := range s.sites {
+		site.DropExpiredUncounted(min(oldest, ran-s.cfg.Retention.Milliseconds()))
+		site.DropExpired(oldest)
+	}
+}
+
+// damagedLogs are the logs that lost something, by the key of their site, which their name
+// begins with. Each is counted once, however much is reported of it.
 type damagedLogs map[uint64]bool
 
 func (d damagedLogs) add(path string) {
-	b, _ := hex.DecodeString(filepath.Base(path)[:min(16, len(filepath.Base(path)))])
-	d[binary.BigEndian.Uint64(append(b, make([]byte, 8)...))] = true
+	name := filepath.Base(path)
+	key, _ := strconv.ParseUint(name[:min(16, len(name))], 16, 64)
+	d[key] = true
 }
 
-// dropPastCursors drops cursors that are past the end of their log, and reports each such
-// log as cut short, replaced by an older copy, unusable, or removed.
+// dropPastCursors drops cursors that are past the end of their log, and reports each such log.
 func (s *Store) dropPastCursors(damaged damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
-	for _, c := range s.sites {
-		sites[c.Hash] = c
-		c.View(func(held *SiteData) { ends[c.Hash] = held.Seq })
+	for _, site := range s.sites {
+		sites[site.Hash] = site
+		site.View(func(data *SiteData) { ends[site.Hash] = data.Seq })
 	}
-	for _, past := range s.Consumers.DropPast(ends) {
-		name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Cluster)) + "*" + LogSuffix
-		path := filepath.Join(s.cfg.Dir, name[:2], name)
-		lost := "an unknown number of pushes is lost"
-		if end := ends[past.Cluster]; SameBlock(end, past.Seq) {
-			lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-end)
-		}
-		switch c := sites[past.Cluster]; {
-		case c != nil:
-			s.cfg.OnError(fmt.Errorf("%s ends before what consumers %q have read of cluster %q: it was cut short, or is an older copy; %s; what it holds is served again",
-				s.path(c.ID), past.Names, c.ID, lost))
-		case damaged[past.Cluster]:
-			s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, of which nothing is left; %s", past.Names, path, lost))
-		default:
-			s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost))
-		}
-		damaged[past.Cluster] = true
+	for _, past := range s.Consumers.DropCursorsPast(ends) {
+		s.cfg.OnError(s.describePast(past, sites[past.Site], ends[past.Site], damaged[past.Site]))
+		damaged[past.Site] = true
 	}
-	s.damaged.Store(int64(len(damaged)))
 }
 
-// countOutlived drops and counts the samples that expired while no process ran. The last
-// process counted those that expired before its newest push or scrape.
-func (s *Store) countOutlived() {
-	ran := s.Consumers.LastScrape().UnixMilli()
-	for _, c := range s.sites {
-		c.View(func(held *SiteData) { ran = max(ran, held.Accepted) })
+// describePast says whether a log that ends before a cursor was cut short, replaced by an older
+// copy, unusable, or removed. site is nil if there is no log that can be used.
+func (s *Store) describePast(past PastCursor, site *Site, end uint64, damaged bool) error {
+	lost := "an unknown number of pushes is lost"
+	if SameBlock(end, past.Seq) {
+		lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-end)
 	}
-	oldest := s.Oldest()
-	for _, c := range s.sites {
-		c.Resume(min(oldest, ran-s.cfg.Retention.Milliseconds()))
-		c.Expire(oldest)
+	if site != nil {
+		return fmt.Errorf("%s ends before what consumers %q have read of site %q: it was cut short, or is an older copy; %s; what it holds is served again",
+			s.path(site.ID), past.Names, site.ID, lost)
 	}
+	name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
+	path := filepath.Join(s.cfg.Dir, name[:2], name)
+	if damaged {
+		return fmt.Errorf("consumers %q have read the log %s, of which nothing is left; %s", past.Names, path, lost)
+	}
+	return fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost)
 }
 
 func (s *Store) recoverLogs(dirs []string, state *StoreState, damaged damagedLogs) error {
@@ -127,119 +148,153 @@ func (s *Store) recoverLogs(dirs []string, state *StoreState, damaged damagedLog
 			}
 		}
 	}
-	s.full = time.Time{}
-	_ = s.makeRoom(nil, 0) // what is wanted or shown stays, even beyond the limit
+	s.noRoomAt = time.Time{}
+	_ = s.makeRoom(nil, 0) // samples that are not read, or that scrapes show, stay even beyond the limit
 	return nil
 }
 
-// recoveredLog takes the records of one log.
-type recoveredLog struct {
-	store   *Store
-	path    string
-	held    SiteData
-	spools  SiteSpools
-	parser  SeriesParser
-	skipped bool   // damaged bytes were skipped since the newest batch
-	pushes  uint64 // lost between two batches that were read
-	samples int    // lost because damage took their series
+// recoverLog reads the log at path, rewrites it if it is damaged, and adds its site. Samples
+// that had expired at the site's newest push are not counted: the last process did that.
+func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) error {
+	r, err := s.openSiteLog(path, state)
+	if err != nil {
+		return err // the log may be good
+	}
+	if r.isDamaged() {
+		damaged.add(path)
+	}
+	if err := r.checkIdentity(); err != nil {
+		damaged.add(path)
+		return s.setLogAside(path, err)
+	}
+	oldest := s.Oldest()
+	r.data.RestoreSpools(r.spools, r.isDamaged())
+	r.data.DropExpiredUncounted(min(oldest, r.data.LastPush-s.cfg.Retention.Milliseconds()))
+	site := NewSite(r.data, r.log, s)
+	s.sites[site.ID] = site
+	s.reportDamage(r)
+	if err := site.RewriteIfBroken(oldest); err != nil {
+		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
+	}
+	_ = s.makeRoom(nil, 0) // after each log: memory is bounded during recovery as well
+	return nil
 }
 
-func (r *recoveredLog) take(kind byte, payload []byte) error {
+// recoveredLog is one log, and the data that its records give.
+type recoveredLog struct {
+	store       *Store
+	path        string
+	log         *Log
+	found       Recovery
+	data        SiteData
+	spools      SiteSpools
+	parser      SeriesParser
+	skipped     bool   // damaged bytes were skipped since the newest batch
+	lostPushes  uint64 // between two batches that were read
+	lostSamples int    // because damage took their series
+}
+
+// openSiteLog reads the log at path. The cluster ID is that of the header, or, if the header is
+// damaged, that of the records.
+func (s *Store) openSiteLog(path string, state *StoreState) (*recoveredLog, error) {
+	r := &recoveredLog{store: s, path: path, data: NewSiteData("", s.seed)}
+	var err error
+	if r.log, r.found, err = OpenLogWithGaps(s.cfg.FS, path, r.decodeRecord, func() { r.skipped = true }); err != nil {
+		return nil, err
+	}
+	if r.isDamaged() {
+		r.data.DropBatchesAbove(state.SeqBound(s.Consumers.HighestCursor()))
+	}
+	if r.found.HeaderDamaged {
+		r.log = s.newLog(r.data.ID)
+	} else {
+		r.data.ID = string(r.found.Identity)
+	}
+	return r, nil
+}
+
+func (r *recoveredLog) isDamaged() bool { return r.found.IsDamaged() }
+
+// checkIdentity reports why the log cannot be used.
+func (r *recoveredLog) checkIdentity() error {
+	switch {
+	case r.found.HeaderDamaged && r.found.Records == 0:
+		return errors.New("it has neither a header nor a record that can be read")
+	case r.store.path(r.data.ID) != r.path:
+		return errors.New("its name and its header are not of one site")
+	case r.data.Seq == 0:
+		return errors.New("it has no batch") // no log was ever written so
+	}
+	return nil
+}
+
+// decodeRecord adds a record to the data. An error says that the record is damaged.
+func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 	switch kind {
 	case RecordSeries:
-		owner := func(id string) bool { return r.store.path(id) == r.path }
-		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.held.Restore(&r.parser, owner, id, line) })
+		isSite := func(id string) bool { return r.store.path(id) == r.path }
+		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.data.RestoreSeries(&r.parser, isSite, id, line) })
 	case RecordBatch:
-		b, err := DecodeBatch(payload)
-		if err != nil {
-			return err
-		}
-		before := r.held.Seq
-		lost, err := r.held.Adopt(b)
-		if err != nil {
-			return err
-		}
-		if r.skipped && before > 0 && SameBlock(before, b.Seq) {
-			r.pushes += b.Seq - before - 1
-		}
-		r.skipped = false
-		r.samples += lost
-		if lost > 0 {
-			return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
-		}
-		return nil
+		return r.decodeBatch(payload)
 	case RecordSpool:
-		return r.spools.Restore(payload)
+		return r.spools.DecodeRecord(payload)
 	}
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
-// lost says which pushes and samples are known to be lost.
-func (r *recoveredLog) lost() (text string) {
-	if r.pushes > 0 {
-		text += fmt.Sprintf(", at least %d pushes", r.pushes)
+func (r *recoveredLog) decodeBatch(payload []byte) error {
+	b, err := DecodeBatch(payload)
+	if err != nil {
+		return err
 	}
-	if r.samples > 0 {
-		text += fmt.Sprintf(", %d samples of series whose names are lost", r.samples)
+	before := r.data.Seq
+	lost, err := r.data.AddRecovered(b)
+	if err != nil {
+		return err
 	}
-	return text
+	if r.skipped && before > 0 && SameBlock(before, b.Seq) {
+		r.lostPushes += b.Seq - before - 1
+	}
+	r.skipped = false
+	r.lostSamples += lost
+	if lost > 0 {
+		return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
+	}
+	return nil
 }
 
-// recoverLog reads the log at path, mends it if it is damaged, and adds its site. Samples
-// that had expired at the site's newest push are not counted: the last process did that.
-func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) error {
-	r := recoveredLog{store: s, path: path, held: NewSiteData("", s.seed)}
-	log, rec, err := OpenLogWithGaps(s.cfg.FS, path, r.take, func() { r.skipped = true })
+// setLogAside renames a log that cannot be used, so that it is out of the way of a new one.
+func (s *Store) setLogAside(path string, reason error) error {
+	name, err := SetAside(s.cfg.FS, path, "unreadable")
 	if err != nil {
-		return err // the log may be good
+		return errors.Join(reason, err)
 	}
-	hurt := rec.HeaderDamaged || rec.Damaged > 0
-	if hurt {
-		damaged.add(path)
-		r.held.Distrust(state.Beyond(s.Consumers.Highest()))
-	}
-	if rec.HeaderDamaged {
-		log = s.newLog(r.held.ID)
-	} else {
-		r.held.ID = string(rec.Identity)
-	}
-	switch {
-	case rec.HeaderDamaged && rec.Records == 0:
-		err = errors.New("it has neither a header nor a record that can be read")
-	case s.path(r.held.ID) != path:
-		err = errors.New("its name and its header are not of one cluster")
-	case r.held.Seq == 0:
-		err = errors.New("it has no batch") // no log was ever written so
-	}
-	if err != nil {
-		// Out of the way of a new log, but never deleted.
-		aside, failed := SetAside(s.cfg.FS, path, "unreadable")
-		if failed != nil {
-			return errors.Join(err, failed)
-		}
-		damaged.add(path)
-		s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, err, aside))
-		return nil
-	}
-	r.held.RestoreSpools(r.spools, hurt)
-	oldest := s.Oldest()
-	r.held.Resume(min(oldest, r.held.Accepted-s.cfg.Retention.Milliseconds()))
-	c := NewSite(r.held, log, &s.totals)
-	s.sites[c.ID] = c
-	s.torn.Add(rec.TornBytes)
-	switch {
-	case hurt:
-		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
-			path, rec.LostBytes+rec.TornBytes, r.lost(), rec.Records, rec.KeptAs()))
-	case rec.TornBytes > 0:
-		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", path, rec.TornBytes))
-	}
-	if rec.Err != nil {
-		s.cfg.OnError(fmt.Errorf("recovering %s: %w", path, rec.Err))
-	}
-	if err := c.Mend(oldest); err != nil {
-		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
-	}
-	_ = s.makeRoom(nil, 0) // not only when all is read
+	s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, reason, name))
 	return nil
+}
+
+// reportDamage reports the damage to a log that is used, or its torn end.
+func (s *Store) reportDamage(r *recoveredLog) {
+	s.torn.Add(r.found.TornBytes)
+	switch {
+	case r.isDamaged():
+		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
+			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptAs()))
+	case r.found.TornBytes > 0:
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", r.path, r.found.TornBytes))
+	}
+	if r.found.Err != nil {
+		s.cfg.OnError(fmt.Errorf("recovering %s: %w", r.path, r.found.Err))
+	}
+}
+
+// describeLosses says which pushes and samples are known to be lost.
+func (r *recoveredLog) describeLosses() (text string) {
+	if r.lostPushes > 0 {
+		text += fmt.Sprintf(", at least %d pushes", r.lostPushes)
+	}
+	if r.lostSamples > 0 {
+		text += fmt.Sprintf(", %d samples of series whose names are lost", r.lostSamples)
+	}
+	return text
 }

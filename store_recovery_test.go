@@ -1,6 +1,6 @@
 package main
 
-// store_recovery_test.go: a start with files that were damaged, cut short, removed or
+// A start with files that were damaged, cut short, removed or
 // replaced by an older copy: no number is used twice, no unread sample is evicted, and
 // every known loss is reported.
 
@@ -216,7 +216,7 @@ func TestNumbersNeverFall(t *testing.T) {
 			live := k.open()
 			live.maintain(context.Background(), false)
 			if len(live.sites) != 0 {
-				k.t.Errorf("%d clusters are known", len(live.sites))
+				k.t.Errorf("%d sites are known", len(live.sites))
 			}
 			live.Close()
 			fsys.put(consumersPath, cursors)
@@ -289,7 +289,7 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 		{"emptied", func([]byte, []int) []byte { return []byte{} }, 1, 0, []string{"neither a header nor a record", "of which nothing is left", "unknown number of pushes"}},
 		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, 1, 0, []string{"neither a header nor a record", "of which nothing is left"}},
 		{"cut between records", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-3]] }, 1, 0,
-			[]string{"ends before what consumers", `cluster "a"`, "2 pushes or more are lost"}},
+			[]string{"ends before what consumers", `site "a"`, "2 pushes or more are lost"}},
 		{"cut in a record", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-2]-5] }, 1, -1,
 			[]string{"ends before what consumers", "2 pushes or more are lost"}},
 		{"zeroed at the end", func(data []byte, ends []int) []byte {
@@ -390,7 +390,7 @@ func TestConsumerIsKnownBeforeItIsServed(t *testing.T) {
 	}
 	fsys := r.store.cfg.FS.(*crashFS)
 	state, err := OpenStoreState(fsys, "/secretdir")
-	if err != nil || len(state.Consumers) != 1 || state.Consumers[0].Name != "new" {
+	if err != nil || state.Damage != nil || len(state.Consumers) != 1 || state.Consumers[0].Name != "new" {
 		t.Errorf("on disk: %+v, %v", state, err)
 	}
 	for _, missing := range []string{stateFile, ConsumersFile} {

@@ -1,9 +1,9 @@
 package main
 
-// Samples of a scrape over all sites: the newest of every series, or those that a consumer has
-// not read. Each name comes once, a series' samples ascend, and a scrape has at most as many
-// samples as it may. When not all fit, every site has its turn. This file must not know of
-// HTTP, or of how cursors are kept.
+// The samples of a scrape over all sites: the newest of every series, or those that a consumer
+// has not read. Each name comes once, a series' samples ascend, and a scrape has at most as many
+// samples as it may. When not all fit, the sites take turns. This file must not know of HTTP, or
+// of how cursors are kept.
 
 import (
 	"maps"
@@ -18,151 +18,160 @@ type Scraper struct {
 	Store  *Store
 	MaxAge time.Duration // how long the newest sample of a series is shown
 	Now    func() time.Time
-	// Owned reports the sites that this server owns: of these alone it shows samples again
-	// that a consumer has read, or shows samples to a scraper that gives no name.
+	// Owned reports whether this server owns a site. Of other sites it neither repeats samples
+	// that a consumer has read, nor shows samples to a scraper that gives no name.
 	Owned func(hash uint64) bool
 
 	mu    sync.Mutex // guards start
-	start float64    // where among the clusters a scrape begins: 0 to 1
+	start float64    // where among the sites a scrape begins: 0 to 1
 }
 
-// shownFamilies gathers lines by name.
-type shownFamilies struct {
-	match func(line []byte) bool
-	index map[string]*Family
-	last  *Family
+// familyCollector groups samples by name.
+type familyCollector struct {
+	match    func(line []byte) bool // nil: all
+	families map[string]*Family
+	last     *Family
 }
 
-func (s *shownFamilies) add(name string, l FamilySample) {
-	if s.match != nil && !s.match(l.Line) {
+func newFamilyCollector(match func(line []byte) bool) *familyCollector {
+	return &familyCollector{match: match, families: map[string]*Family{}}
+}
+
+func (c *familyCollector) add(name string, l FamilySample) {
+	if c.match != nil && !c.match(l.Line) {
 		return
 	}
-	if s.last == nil || s.last.Name != name {
-		if s.last = s.index[name]; s.last == nil {
-			s.last = &Family{Name: name}
-			s.index[name] = s.last
+	if c.last == nil || c.last.Name != name {
+		if c.last = c.families[name]; c.last == nil {
+			c.last = &Family{Name: name}
+			c.families[name] = c.last
 		}
 	}
-	s.last.Lines = append(s.last.Lines, l)
+	c.last.Lines = append(c.last.Lines, l)
 }
 
-func (s *shownFamilies) sorted() []Family {
-	fams := make([]Family, 0, len(s.index))
-	for _, name := range slices.Sorted(maps.Keys(s.index)) {
-		fams = append(fams, *s.index[name])
+// sorted returns the families by name.
+func (c *familyCollector) sorted() []Family {
+	all := make([]Family, 0, len(c.families))
+	for _, name := range slices.Sorted(maps.Keys(c.families)) {
+		all = append(all, *c.families[name])
 	}
-	return fams
+	return all
 }
 
-// firstSite returns where among the clusters a scrape begins.
-func (x *Scraper) firstSite() float64 {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.start
+// startSite returns where among the sites a scrape begins.
+func (s *Scraper) startSite() float64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.start
 }
 
-// rotateStart has the next scrape begin at another cluster, a golden section further, so that
-// each cluster has its turn with every one of several scrapers that take turns, which
-// where this one ended would not give.
-func (x *Scraper) rotateStart() {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	_, x.start = math.Modf(x.start + math.Phi)
+// rotateStart moves the start of the next scrape by the golden ratio. If it began where this
+// one ended, each of several scrapers that alternate would always get the same sites first.
+func (s *Scraper) rotateStart() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, s.start = math.Modf(s.start + math.Phi)
 }
 
-func (x *Scraper) minT() int64 {
-	return max(x.Now().Add(-x.MaxAge).UnixMilli(), x.Store.OldestServed())
+// newestSince returns the time in ms before which the newest sample of a series is not shown.
+func (s *Scraper) newestSince() int64 {
+	return max(s.Now().Add(-s.MaxAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// Newest returns the newest sample of each series that is at most MaxAge old, one
-// family a name, sorted. match, if not nil, chooses lines. At most limit samples are
-// returned, of whole clusters and of at least one; truncated says that some were left
-// out. Lines stay valid for ever.
-func (x *Scraper) Newest(limit int, match func(line []byte) bool) (fams []Family, truncated bool) {
-	minT := x.minT()
-	shown := shownFamilies{match: match, index: map[string]*Family{}}
+// Newest returns the newest sample of each series that is at most MaxAge old, one family a
+// name, sorted. match, if not nil, chooses lines. At most limit samples are returned, of whole
+// sites and of at least one; truncated says that some were left out. Lines stay valid for ever.
+func (s *Scraper) Newest(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
+	since := s.newestSince()
+	collected := newFamilyCollector(match)
 	n := 0
-	x.Store.ForEachSite(x.firstSite(), func(hash uint64, held *SiteData) bool {
-		if !x.Owned(hash) {
+	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteData) bool {
+		if !s.Owned(hash) {
 			return true
 		}
-		if limit > 0 && n > 0 && n+held.Table.Len() > limit {
+		if limit > 0 && n > 0 && n+data.Table.Len() > limit {
 			truncated = true
 			return false
 		}
-		held.Table.Each(minT, func(_ uint32, name string, l FamilySample) {
-			shown.add(name, l)
+		data.Table.ForEachSince(since, func(_ uint32, name string, l FamilySample) {
+			collected.add(name, l)
 			n++
 		})
 		return true
 	})
 	if truncated {
-		x.rotateStart()
+		s.rotateStart()
 	}
-	return shown.sorted(), truncated
+	return collected.sorted(), truncated
 }
 
-// Unread returns what r has not had, oldest first within each cluster and in equal
-// shares for those that have more; of clusters of which that is all, and as far as there
-// is room left, also the newest samples as Newest does. With single there is at most one
-// sample of each series. It returns how many of the samples were not had before, and
-// whether there are more.
-func (x *Scraper) Unread(r *ScrapeSession, limit int, single bool, match func(line []byte) bool) (fams []Family, unread int, more bool) {
+// Unread returns samples that the session has not read, oldest first within each site and in
+// fair shares; of sites without more of them, and as far as there is room left, also the newest
+// samples as Newest does. It marks them as served. With onePerSeries there is at most one unread
+// sample of each series. It returns how many of the samples were unread, and whether there are
+// more of those.
+func (s *Scraper) Unread(session *ScrapeSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unread int, more bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
 	}
-	oldest := x.Store.OldestServed()
-	var counts []int
-	all := 0
-	x.Store.ForEachSite(0, func(hash uint64, held *SiteData) bool {
-		if n := held.Unread(r.Position(hash)); n > 0 {
-			counts = append(counts, n)
-			all += n
-		}
-		return true
-	})
-	share, spare := limit, max(0, limit-all) // of a cluster; for what was had before
-	if all > limit {
+	limits := ReadLimits{OnePerSeries: onePerSeries, ServedSince: s.Store.ServedSince()}
+	counts, total := s.countUnread(session)
+	share := limit // of unread samples, for each site
+	if total > limit {
 		share = fairShare(counts, limit)
 	}
-	minT := x.minT()
-	shown := shownFamilies{match: match, index: map[string]*Family{}}
-	left := limit
-	cut := false // something was left out
-	x.Store.ForEachSite(x.firstSite(), func(hash uint64, held *SiteData) bool {
-		at := r.Position(hash)
-		lines := 0
-		most := min(share, left, held.Unread(at)) // more than was counted, if pushes came
-		again := -1                               // samples that may be shown again
-		if x.Owned(hash) {
-			again = min(spare, left-most)
+	limits.NewestSince = s.newestSince()
+	left, repeatsLeft := limit, max(0, limit-total)
+	collected := newFamilyCollector(match)
+	leftOut := false
+	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteData) bool {
+		pos := session.Position(hash)
+		limits.Unread = min(share, left, data.UnreadCount(pos)) // more than was counted, if pushes came
+		limits.Repeats = -1
+		if s.Owned(hash) {
+			limits.Repeats = min(repeatsLeft, left-limits.Unread)
 		}
-		to, n := held.Read(at, most, again, single, oldest, minT, func(name string, l FamilySample) {
-			shown.add(name, l)
-			lines++
+		served := 0
+		to, n := data.Read(pos, limits, func(name string, l FamilySample) {
+			collected.add(name, l)
+			served++
 		})
-		left -= lines
-		spare -= lines - n
+		left -= served
+		repeatsLeft -= served - n
 		unread += n
-		if to != at {
-			r.MarkServed(hash, to, n)
+		if to != pos {
+			session.MarkServed(hash, to, n)
 		}
-		more = more || held.Unread(to) > 0
-		cut = cut || more || again >= 0 && spare < held.Table.Len()
+		more = more || data.UnreadCount(to) > 0
+		leftOut = leftOut || more || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
 		return true
 	})
-	if cut {
-		x.rotateStart()
+	if leftOut {
+		s.rotateStart()
 	}
-	return shown.sorted(), unread, more
+	return collected.sorted(), unread, more
 }
 
-// fairShare returns the most that each may have of what has to be shared, so that who
-// wants less leaves the rest to the others; at least 1.
-func fairShare(wants []int, limit int) int {
-	slices.Sort(wants)
-	for i, n := range wants {
-		if share := limit / (len(wants) - i); n > share {
+// countUnread returns how many samples the session has not read of each site that has some, and
+// in all.
+func (s *Scraper) countUnread(session *ScrapeSession) (counts []int, total int) {
+	s.Store.ForEachSite(0, func(hash uint64, data *SiteData) bool {
+		if n := data.UnreadCount(session.Position(hash)); n > 0 {
+			counts = append(counts, n)
+			total += n
+		}
+		return true
+	})
+	return counts, total
+}
+
+// fairShare returns the most that each site may have so that all together have at most limit:
+// what a site with less leaves over is shared by the others. It is at least 1, and sorts counts.
+func fairShare(counts []int, limit int) int {
+	slices.Sort(counts)
+	for i, n := range counts {
+		if share := limit / (len(counts) - i); n > share {
 			return max(1, share)
 		}
 		limit -= n

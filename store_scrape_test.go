@@ -1,6 +1,6 @@
 package main
 
-// scrape_test.go: a consumer gets every sample once and in order, whatever happens to
+// A consumer gets every sample once and in order, whatever happens to
 // its connections, its limits, the store's files and the process; a model says what it
 // must have had.
 
@@ -39,10 +39,10 @@ func (m *scrapeModel) again(c *modelConsumer) {
 	}
 	for _, site := range m.store.sorted() {
 		site.View(func(held *SiteData) {
-			for _, at := range []Position{c.place.pos[site.Hash], c.place.sent[site.Hash]} {
+			for _, at := range []Position{c.place.confirmed[site.Hash], c.place.served[site.Hash]} {
 				for _, b := range held.Batches {
 					if b.Seq > at.Seq {
-						for i := range at.In(b) {
+						for i := range at.ReadOf(b) {
 							c.part = append(c.part, heldSample{string(held.Table.Line(b.IDs[i])), b.Time(i)})
 						}
 					}
@@ -79,7 +79,7 @@ type scrapeModel struct {
 	fsys      *crashFS
 	kit       *storeKit
 	store     *Store
-	accepted  map[heldSample]string // → cluster
+	accepted  map[heldSample]string // → site
 	consumers []*modelConsumer
 	values    float64
 }
@@ -186,13 +186,13 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 func (m *scrapeModel) newest() map[string]int64 {
 	all := map[string]int64{}
 	m.store.ForEachSite(0, func(_ uint64, held *SiteData) bool {
-		held.Table.Each(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
+		held.Table.ForEachSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
 		return true
 	})
 	return all
 }
 
-// meanwhile lets others be busy with a cluster while a scrape is at another.
+// meanwhile lets others be busy with a site while a scrape is at another.
 func (m *scrapeModel) meanwhile(scraped uint64) bool {
 	id := fmt.Sprint("c", m.rng.IntN(4))
 	if SiteKey(id) == scraped || m.rng.IntN(4) > 0 {
@@ -241,7 +241,7 @@ func (m *scrapeModel) evict(id string) {
 				}
 			}
 		})
-		if _, ok = s.Evict(m.kit.clock.ms(5)); ok {
+		if _, ok = s.EvictOldest(m.kit.clock.ms(5)); ok {
 			for _, c := range m.consumers {
 				for _, key := range oldest {
 					c.other[key] = c.other[key] || c.name == "twins"
@@ -366,7 +366,7 @@ func TestConsumersModel(t *testing.T) {
 	}
 }
 
-// With a limit, a cluster that has much does not keep the others waiting.
+// With a limit, a site that has much does not keep the others waiting.
 func TestUnreadIsFair(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -390,11 +390,11 @@ func TestUnreadIsFair(t *testing.T) {
 		}
 	}
 	if count[true] != 18 || count[false] > 82 || count[false] < 70 || unread > 100 || !more {
-		t.Errorf("of small clusters %d, of the flood %d; unread %d, more %t", count[true], count[false], unread, more)
+		t.Errorf("of small sites %d, of the flood %d; unread %d, more %t", count[true], count[false], unread, more)
 	}
 }
 
-// With a limit below the number of clusters each has its turn, with what was not had
+// With a limit below the number of sites each has its turn, with what was not had
 // as with the newest again.
 func TestUnreadRotates(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
@@ -500,7 +500,7 @@ func TestConsumerConnections(t *testing.T) {
 		}
 		push()
 	}
-	// A cluster that appears now is new to each.
+	// A site that appears now is new to each.
 	for range 4 {
 		for conn := range conns {
 			scrape(conn)
@@ -509,7 +509,7 @@ func TestConsumerConnections(t *testing.T) {
 	k.push(s, "b", point{"x", 1, k.clock.ms(1), -1})
 	for conn := range conns {
 		if got, _ := scrape(conn); got != "-1 " {
-			t.Errorf("connection %d gets %q of the new cluster", conn, got)
+			t.Errorf("connection %d gets %q of the new site", conn, got)
 		}
 		scrape(conn)
 	}
@@ -529,7 +529,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 		s := k.open()
 		points := []point{{"x", 100, k.clock.ms(7100), 100}} // of no batch below: IDs change
 		k.push(s, "a", points...)
-		s.sites["a"].Evict(math.MaxInt64)
+		s.sites["a"].EvictOldest(math.MaxInt64)
 		points = points[:0]
 		for i := range 10 {
 			ago := 10
@@ -569,7 +569,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 }
 
 // A cursor that a crash brings back is not past what came meanwhile: neither of a
-// cluster that was forgotten, nor of one whose newest batch is damaged.
+// site that was forgotten, nor of one whose newest batch is damaged.
 func TestConsumersStaleCursor(t *testing.T) {
 	for _, forgotten := range []bool{true, false} {
 		fsys := newStoreFS(1)

@@ -1,6 +1,6 @@
 package main
 
-// series_test.go: the table against a map, under insertion, undoing, compaction
+// The table against a map, under insertion, undoing, compaction
 // and equal hashes; and what it shows.
 
 import (
@@ -59,7 +59,7 @@ func (k *tableKeeper) check() {
 		k.t.Errorf("%d bytes of text, want %d", k.table.TextBytes(), size)
 	}
 	got := map[string]int64{}
-	k.table.Each(50, func(_ uint32, name string, l FamilySample) {
+	k.table.ForEachSince(50, func(_ uint32, name string, l FamilySample) {
 		if name != string(LineName(l.Line)) || l.V != float64(l.T) {
 			k.t.Errorf("%q shown as %q, %g", l.Line, name, l.V)
 		}
@@ -77,8 +77,8 @@ func (k *tableKeeper) check() {
 			dead++
 		}
 	}
-	if k.table.Dead(50) != dead {
-		k.t.Errorf("%d dead, want %d", k.table.Dead(50), dead)
+	if k.table.CountExpired(50) != dead {
+		k.t.Errorf("%d dead, want %d", k.table.CountExpired(50), dead)
 	}
 }
 
@@ -103,7 +103,7 @@ func TestSeriesTable(t *testing.T) {
 					}
 				}
 				var ids []uint32
-				kept.table, ids = k.table.Keep(used)
+				kept.table, ids = k.table.Subset(used)
 				for i, n := 0, uint32(0); i < len(used); i++ {
 					if want := n; used[i] {
 						if n++; ids[i] != want {
@@ -117,7 +117,7 @@ func TestSeriesTable(t *testing.T) {
 				k = &kept
 			case 2:
 				n := uint32(k.table.Len() + rng.IntN(3))
-				k.table.Pad(n)
+				k.table.PadTo(n)
 				for len(k.lines) < int(n) {
 					k.lines, k.lastT, k.shown = append(k.lines, ""), append(k.lastT, NoTime), append(k.shown, false)
 				}
@@ -125,7 +125,7 @@ func TestSeriesTable(t *testing.T) {
 			for id := range k.lines {
 				if k.lines[id] != "" && (!k.shown[id] && k.lastT[id] == NoTime || rng.IntN(10) == 0) {
 					at := rng.Int64N(100)
-					k.table.Show(uint32(id), at, float64(at))
+					k.table.SetNewest(uint32(id), at, float64(at))
 					k.lastT[id], k.shown[id] = max(k.lastT[id], at), true
 				}
 			}
@@ -160,12 +160,12 @@ func TestSeriesEqualHashes(t *testing.T) {
 	}
 }
 
-func TestSeriesShow(t *testing.T) {
+func TestSeriesSetNewest(t *testing.T) {
 	table := NewSeriesTable(maphash.MakeSeed(), 0)
 	_, hash, _ := table.Find([]byte(`{"a.b",x="1"}`))
 	id := table.Insert(hash, []byte(`{"a.b",x="1"}`), true)
 	show := func() (got []FamilySample) {
-		table.Each(NoTime+1, func(_ uint32, name string, l FamilySample) {
+		table.ForEachSince(NoTime+1, func(_ uint32, name string, l FamilySample) {
 			if name != "a.b" || !l.Quoted {
 				t.Errorf("%q: %+v", name, l)
 			}
@@ -177,9 +177,9 @@ func TestSeriesShow(t *testing.T) {
 		t.Error("a series without a durable sample is shown")
 	}
 	for _, at := range []int64{100, 90, 100, 110} { // late and equal ones change nothing
-		table.Show(id, at, float64(at))
+		table.SetNewest(id, at, float64(at))
 	}
-	table.Show(id, 110, 5)
+	table.SetNewest(id, 110, 5)
 	if got := show(); len(got) != 1 || got[0].T != 110 || got[0].V != 110 || cap(got[0].Line) != len(got[0].Line) {
 		t.Errorf("shown %+v", got)
 	}

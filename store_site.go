@@ -1,8 +1,9 @@
 package main
 
 // One site of the store: its lock, its log, and the order of disk and memory. Samples are
-// durable before they are in memory. There is one writer, and no mutex is held across I/O.
-// This file must not know of other sites: limits over all sites come in as totals.
+// durable before they are in memory. There is one writer, and no mutex is held across I/O. Of
+// its store a site uses the totals, the limit on storage and the consumers; it must not know
+// of other sites.
 
 import (
 	"context"
@@ -13,7 +14,6 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
-	"time"
 )
 
 var (
@@ -25,310 +25,277 @@ var (
 
 const compactSlack = 64 << 10 // bytes of garbage that are not worth a rewrite
 
-// ClusterIDHash names a cluster in paths, and routes it: SHA-256 of its ID.
+// ClusterIDHash is the SHA-256 of a cluster ID. It names the site in paths, and routes it.
 func ClusterIDHash(id string) [sha256.Size]byte { return sha256.Sum256([]byte(id)) }
 
-// SiteKey is where a cluster ID stands on the ring, and what cursors know it by.
+// SiteKey is where a site stands on the ring, and what cursors know it by.
 func SiteKey(id string) uint64 {
 	h := ClusterIDHash(id)
 	return binary.BigEndian.Uint64(h[:8])
 }
 
-// StoreTotals are what all sites of a store add up to. They are safe for concurrent use.
+// StoreTotals are sums over all sites of a store. They are safe for concurrent use.
 type StoreTotals struct {
-	Samples, Bytes  atomic.Int64 // held; of all logs
-	Expired, Unread atomic.Int64 // samples
-	Compactions     atomic.Int64
-	Newest          atomic.Uint64 // sequence number ever
-	LimitStorage    int64         // of Bytes; 0 does not bound
-	Full            func()        // called when LimitStorage is met
-	Closing         <-chan struct{}
-	Read            func(hash uint64) uint64 // up to which batch of a site every consumer that counts has read
-	Owned           func(hash uint64) bool   // whether this server owns a site
+	Samples, Bytes  atomic.Int64  // held; of all logs
+	Expired, Unread atomic.Int64  // samples
+	Compactions     atomic.Int64  // rewrites of logs
+	NewestSeq       atomic.Uint64 // the highest number that a batch ever had
 }
 
-// Site is a cluster of a store.
-type Site struct {
-	ID     string
-	Hash   uint64 // of ID, for the ring and for cursors
-	totals *StoreTotals
-	// turn has room for one: its holder is the one writer. Only the holder does
-	// I/O, touches log and Gone, and adds to held, taking mu for each change. A
-	// channel and not a mutex, so that waiting for a slow disk ends with the
-	// request.
-	lock    chan struct{}
-	log     *Log // nil in memory-only mode
-	Removed bool // no longer in the store
+// RaiseNewest makes seq the newest sequence number if it is higher.
+func (t *StoreTotals) RaiseNewest(seq uint64) {
+	for old := t.NewestSeq.Load(); seq > old && !t.NewestSeq.CompareAndSwap(old, seq); old = t.NewestSeq.Load() {
+	}
+}
 
-	mu   sync.Mutex // guards held; never held across I/O
+// Site is one site of a store.
+type Site struct {
+	ID    string // cluster ID
+	Hash  uint64 // of ID, for the ring and for cursors
+	store *Store
+	// The holder of lock is the one writer. Only the holder does I/O, touches log and removed,
+	// and adds to data, taking mu for each change.
+	lock    ioLock
+	log     *Log // nil in memory-only mode
+	removed bool // no longer in the store
+
+	mu   sync.Mutex // guards data; never held across I/O
 	data SiteData
 }
 
-// NewSite returns the site of what is held, of which log is the log; nil: in memory
-// only.
-func NewSite(held SiteData, log *Log, totals *StoreTotals) *Site {
-	totals.Samples.Add(held.Samples())
+// NewSite returns a site of store with data, and with its log; log nil is memory-only mode.
+// It adds both to the totals. The caller adds the site to the store.
+func NewSite(data SiteData, log *Log, store *Store) *Site {
+	store.totals.Samples.Add(data.SampleCount())
 	if log != nil {
-		totals.Bytes.Add(log.Size())
+		store.totals.Bytes.Add(log.Size())
 	}
-	totals.Raise(held.Seq)
-	return &Site{ID: held.ID, Hash: SiteKey(held.ID), totals: totals, lock: make(chan struct{}, 1), log: log, data: held}
+	store.totals.RaiseNewest(data.Seq)
+	return &Site{ID: data.ID, Hash: SiteKey(data.ID), store: store, lock: newIOLock(), log: log, data: data}
 }
 
-// View calls f with what is held, which f must neither keep nor give samples.
-func (s *Site) View(f func(held *SiteData)) {
+// View calls f with the site's data, under mu. f must not keep data, nor add samples to it.
+func (s *Site) View(f func(data *SiteData)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f(&s.data)
 }
 
-// Lock waits for c's turn. A turn that is free is taken even if ctx has ended:
-// who gave up waiting for a new cluster can so leave its removal to the holder.
-func (s *Site) Lock(ctx context.Context) error {
-	if s.TryLock() {
-		return nil
-	}
-	select {
-	case s.lock <- struct{}{}:
-		return nil
-	case <-s.totals.Closing: // Close keeps the turns
-		return ErrClosed
-	case <-ctx.Done():
-		return fmt.Errorf("waiting for an earlier push: %w", ctx.Err())
-	}
-}
+// Lock waits for the lock, which Unlock releases. The error is ErrClosed or that of ctx. A lock
+// that is free is taken even if ctx has ended, so that a request that gave up can leave the
+// removal of a new site to the next holder.
+func (s *Site) Lock(ctx context.Context) error { return s.lock.Lock(ctx, s.store.closing) }
 
-// TryLock takes c's turn if it is free.
-func (s *Site) TryLock() bool {
-	select {
-	case s.lock <- struct{}{}:
-		return true
-	default:
-		return false
-	}
-}
+// TryLock takes the lock if it is free.
+func (s *Site) TryLock() bool { return s.lock.TryLock() }
 
-// LockForever takes the turn for good.
-func (s *Site) LockForever() { s.lock <- struct{}{} }
+// Unlock releases the lock.
+func (s *Site) Unlock() { s.lock.Unlock() }
 
-// Unlock gives the turn back. All that follows is for who has it.
-func (s *Site) Unlock() { <-s.lock }
+// Close waits for the lock and keeps it, so that nobody writes any more.
+func (s *Site) Close() { _ = s.lock.Lock(context.Background(), nil) }
 
-// Forgotten notes that c is held no more. What an error may have left of its log is
-// replaced by the cluster's next one.
-func (s *Site) Forgotten() {
-	s.Removed = true
+// All that follows, except for DropExpired and EvictOldest, is for the holder of the lock.
+
+// markRemoved notes that the site is no longer in the store. If removing its log has failed,
+// the next log of the site replaces it.
+func (s *Site) markRemoved() {
+	s.removed = true
 	if s.log != nil {
-		s.totals.Bytes.Add(-s.log.Size())
+		s.store.totals.Bytes.Add(-s.log.Size())
 	}
 }
 
-// Append holds the samples of p when they are durable, as Store.Append says; room is asked
-// for the samples that are new.
-func (s *Site) Append(p *SampleList, names ScrapeNames, now Span, retention time.Duration, limitSeries int, room func(n int) error) (AppendResult, error) {
-	oldest := now.Early.Add(-retention).UnixMilli()
-	b, known, res, err := s.prepare(p, names, now, retention, limitSeries)
-	if errors.Is(err, ErrSeriesLimit) && s.data.Table.Dead(oldest) > 0 {
-		if err := s.Rewrite(nil, oldest); err != nil {
-			return AppendResult{}, err
-		}
-		b, known, res, err = s.prepare(p, names, now, retention, limitSeries)
-	}
-	if err != nil || b == nil {
-		return res, err
-	}
-	begin := time.Now()
-	if err = room(res.Accepted); err == nil {
-		err = s.write(b, known, oldest)
-	}
-	if err != nil {
+// Prepare makes a batch of what is new in p, as SiteData.Prepare says. If there are too many
+// series, those without a sample in retention make room.
+func (s *Site) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits) (PreparedBatch, error) {
+	for compacted := false; ; compacted = true {
 		s.mu.Lock()
-		s.data.Table.Truncate(known)
+		prepared, err := s.data.Prepare(p, names, limits)
 		s.mu.Unlock()
-		return AppendResult{}, err
+		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.oldest()) == 0 {
+			return prepared, err
+		}
+		if err := s.Rewrite(nil, limits.oldest()); err != nil {
+			return PreparedBatch{}, err
+		}
 	}
-	res.Write = time.Since(begin)
-	return res, nil
 }
 
-// prepare makes a batch of what is new in p: nil if there is nothing to write. Until it is
-// held, Table.Truncate(known) undoes it; on an error nothing was inserted.
-func (s *Site) prepare(p *SampleList, names ScrapeNames, now Span, retention time.Duration, limitSeries int) (b *Batch, known int, res AppendResult, err error) {
+// Rollback takes back what Prepare inserted.
+func (s *Site) Rollback(p PreparedBatch) { s.View(func(data *SiteData) { data.Rollback(p) }) }
+
+// Commit makes a prepared batch and its new series durable, and then holds them. A log that is
+// broken is rewritten with them, without the samples older than oldest. On an error the
+// caller rolls back.
+func (s *Site) Commit(p PreparedBatch, oldest int64) error {
+	if s.log != nil {
+		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatch(nil, p.Batch))
+		if err := s.store.checkStorageLimit(len(frames)); err != nil {
+			return err
+		}
+		if s.log.Broken() {
+			return s.Rewrite([]*Batch{p.Batch}, oldest)
+		}
+		if err := s.changeLog(func() error { return s.log.Append(frames) }); err != nil {
+			return err
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.data.Spools.HasAll(names) { // the answer to an earlier push was lost; its samples may be evicted by now
-		return nil, 0, AppendResult{Duplicates: len(p.Samples)}, nil
-	}
-	if b, known, res, err = s.data.Prepare(p, names, now, retention, limitSeries); err != nil {
-		return nil, known, AppendResult{}, err
-	}
-	if len(b.V) == 0 && b.Names.ID == 0 {
-		s.data.Table.Truncate(known)
-		s.data.Accepted = max(s.data.Accepted, b.Accepted)
-		return nil, known, res, nil
-	}
-	return b, known, res, nil
+	s.store.totals.RaiseNewest(p.Batch.Seq)
+	s.data.Commit(p.Batch)
+	s.store.totals.Samples.Add(int64(len(p.Batch.V)))
+	return nil
 }
 
-// resize does something to the log, and accounts for its size.
-func (s *Site) resize(do func() error) error {
+// changeLog calls change, which writes or removes the log, and accounts for the log's size.
+func (s *Site) changeLog(change func() error) error {
 	before := s.log.Size()
-	err := do()
-	s.totals.Bytes.Add(s.log.Size() - before)
+	err := change()
+	s.store.totals.Bytes.Add(s.log.Size() - before)
 	if DiskFull(err) {
 		return fmt.Errorf("%w: the disk is full: %w", ErrFull, err)
 	}
 	return err
 }
 
-// write makes b, and the series from ID known on, durable, and then holds them.
-func (s *Site) write(b *Batch, known int, oldest int64) error {
-	if s.log != nil {
-		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, known), RecordBatch, EncodeBatch(nil, b))
-		if limit := s.totals.LimitStorage; limit > 0 && s.totals.Bytes.Load()+int64(len(frames)) > limit {
-			s.totals.Full()
-			return fmt.Errorf("%w: the logs reached the storage limit of %d bytes", ErrFull, limit)
-		}
-		if s.log.Broken() {
-			return s.Rewrite([]*Batch{b}, oldest)
-		}
-		if err := s.resize(func() error { return s.log.Append(frames) }); err != nil {
-			return err
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.totals.Raise(b.Seq)
-	s.data.Take(b)
-	s.totals.Samples.Add(int64(len(b.V)))
-	return nil
-}
-
-// Raise notes a sequence number as used.
-func (t *StoreTotals) Raise(seq uint64) {
-	for old := t.Newest.Load(); seq > old && !t.Newest.CompareAndSwap(old, seq); old = t.Newest.Load() {
-	}
-}
-
-// Raise has the next batch's sequence number be above seq: damage may have taken the
-// newest, which a consumer had.
-func (s *Site) Raise(seq uint64) {
+// raiseSeq has the number of the next batch be above seq: damage may have taken the newest
+// batch, which a consumer had.
+func (s *Site) raiseSeq(seq uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.data.Seq = max(s.data.Seq, seq)
 }
 
-// Rewrite puts a new log, of what is held since oldest and of more batches, in the
-// place of c's; memory follows when the new file is durable.
+// Rewrite replaces the log by one of the samples since oldest and of more batches. The data in
+// memory follows when the new file is durable.
 func (s *Site) Rewrite(more []*Batch, oldest int64) error {
-	s.Expire(oldest)
-	read := s.read()
+	s.DropExpired(oldest)
+	old := s.snapshot()
+	// Others may drop batches of s.data meanwhile, but they change nothing that old has.
+	compacted := old.Compact(more, oldest)
+	if s.log != nil {
+		err := s.changeLog(func() error {
+			return s.log.Rewrite(func(w io.Writer) error { return writeAll(w, compacted.Records) })
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if len(more) == 0 {
+		s.store.totals.Compactions.Add(1)
+	}
+	s.store.totals.RaiseNewest(compacted.Seq)
 	s.mu.Lock()
-	// The new log does not have the batches that left memory, by which this is known.
+	defer s.mu.Unlock()
+	before := s.data.SampleCount()
+	compacted.CatchUpWith(&s.data)
+	s.data = compacted
+	s.store.totals.Samples.Add(s.data.SampleCount() - before)
+	return nil
+}
+
+// snapshot returns a copy of the data that can be read without mu. It first notes which scrapes
+// are read: those in batches that every consumer has read, and those in batches that left
+// memory, which the new log will not have.
+func (s *Site) snapshot() SiteData {
+	read := s.readSeq()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if len(s.data.Batches) > 0 {
 		read = min(read, s.data.Batches[0].Seq-1)
 	}
 	if read < MaxSeq {
 		s.data.Spools.MarkRead(read)
 	}
-	held := s.data
-	held.Spools = s.data.Spools.Clone() // answers settle c's
-	s.mu.Unlock()
-	// Others may expire or evict batches of c.held now, but change nothing that held has.
-	next := held.Compact(more, oldest)
-	if s.log != nil {
-		fill := func(w io.Writer) error {
-			for frames := range next.Records {
-				if _, err := w.Write(frames); err != nil {
-					return err
-				}
-			}
-			return nil
-		}
-		if err := s.resize(func() error { return s.log.Rewrite(fill) }); err != nil {
+	old := s.data
+	old.Spools = s.data.Spools.Clone() // answers to clients mark those of s.data as read
+	return old
+}
+
+// writeAll writes the chunks one after the other.
+func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
+	for chunk := range chunks {
+		if _, err := w.Write(chunk); err != nil {
 			return err
 		}
 	}
-	if len(more) == 0 {
-		s.totals.Compactions.Add(1)
-	}
-	s.totals.Raise(next.Seq)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	before := s.data.Samples()
-	next.Follow(&s.data)
-	s.data = next
-	s.totals.Samples.Add(next.Samples() - before)
 	return nil
 }
 
-// Mend rewrites a log that recovery found damaged.
-func (s *Site) Mend(oldest int64) error {
+// RewriteIfBroken rewrites a log that recovery found damaged.
+func (s *Site) RewriteIfBroken(oldest int64) error {
 	if s.log == nil || !s.log.Broken() {
 		return nil
 	}
 	return s.Rewrite(nil, oldest)
 }
 
-// Expire drops what outlived retention.
-func (s *Site) Expire(oldest int64) {
-	owned := s.totals.Owned(s.Hash)
+// DropExpired drops and counts the samples older than oldest.
+func (s *Site) DropExpired(oldest int64) {
+	owned := s.store.owns(s.Hash)
 	s.mu.Lock()
-	expired, unread, freed := s.data.Expire(oldest, sync.OnceValue(s.read), owned)
+	expired, unread, freed := s.data.DropExpired(oldest, sync.OnceValue(s.readSeq), owned)
 	s.mu.Unlock()
-	s.totals.Samples.Add(-freed)
-	s.totals.Expired.Add(expired)
-	s.totals.Unread.Add(unread)
+	s.store.totals.Samples.Add(-freed)
+	s.store.totals.Expired.Add(expired)
+	s.store.totals.Unread.Add(unread)
 }
 
-// Resume expires the samples older than oldest without counting them.
-func (s *Site) Resume(oldest int64) {
+// DropExpiredUncounted drops the samples older than oldest without counting them as expired.
+func (s *Site) DropExpiredUncounted(oldest int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	before := s.data.Samples()
-	s.data.Resume(oldest)
-	s.totals.Samples.Add(s.data.Samples() - before)
+	before := s.data.SampleCount()
+	s.data.DropExpiredUncounted(oldest)
+	s.store.totals.Samples.Add(s.data.SampleCount() - before)
 }
 
-func (s *Site) read() uint64 { return s.totals.Read(s.Hash) }
+// readSeq returns the number of the newest batch that every consumer has read; MaxSeq if there
+// is no consumer.
+func (s *Site) readSeq() uint64 {
+	seq, _ := s.store.Consumers.ReadBy(s.Hash, s.store.cfg.Span().Early)
+	return seq
+}
 
-// Evict drops the oldest batch, if every consumer has had it and no scrape that shows
-// samples since shown shows it. It returns the samples dropped, and whether that is so.
-func (s *Site) Evict(shown int64) (n int64, ok bool) {
+// EvictOldest drops the oldest batch, if every consumer has read it and no scrape that shows
+// samples since shownSince shows one of it. ok is false otherwise; n is the number of samples
+// dropped.
+func (s *Site) EvictOldest(shownSince int64) (n int64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.data.Evictable(shown, s.read()) {
+	if !s.data.CanEvictOldest(shownSince, s.readSeq()) {
 		return 0, false
 	}
-	n = s.data.Evict()
-	s.totals.Samples.Add(-n)
+	n = s.data.EvictOldest()
+	s.store.totals.Samples.Add(-n)
 	return n, true
 }
 
-// Remove removes the log of a cluster of which nothing is held.
-func (s *Site) Remove() error {
+// RemoveLog removes the log of a site of which nothing is held.
+func (s *Site) RemoveLog() error {
 	if s.log == nil {
 		return nil
 	}
-	return s.resize(s.log.Remove)
+	return s.changeLog(s.log.Remove)
 }
 
-// Compact rewrites a log of which half is garbage, or an eighth when the storage is
-// full.
-func (s *Site) Compact(oldest int64, full bool) error {
+// Compact rewrites a log of which half is garbage, or an eighth when the storage is full.
+func (s *Site) Compact(oldest int64, storageFull bool) error {
 	part, slack := int64(2), int64(compactSlack)
-	if full {
+	if storageFull {
 		part, slack = 8, 0
 	}
 	s.mu.Lock()
-	live := s.data.Bytes()
-	dead := int64(s.data.Table.Dead(oldest))*part > int64(s.data.Table.Len())
+	live := s.data.EstimatedLogSize()
+	worth := int64(s.data.Table.CountExpired(oldest))*part > int64(s.data.Table.Len())
 	s.mu.Unlock()
-	if !dead && s.log != nil {
+	if !worth && s.log != nil {
 		garbage := s.log.Size() - live
-		dead = s.log.Broken() || garbage > slack && garbage*part > s.log.Size()
+		worth = s.log.Broken() || garbage > slack && garbage*part > s.log.Size()
 	}
-	if dead {
+	if worth {
 		return s.Rewrite(nil, oldest)
 	}
 	return nil

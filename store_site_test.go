@@ -1,6 +1,6 @@
 package main
 
-// site_test.go: the scrapes that a store holds and those that are read, over a disk that
+// The scrapes that a store holds and those that are read, over a disk that
 // fails and forgets; and a log that is rewritten while batches come and go.
 
 import (
@@ -159,7 +159,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 	scrape()
 	scrape()
 	want("read", "held , read 1-4")
-	if _, ok := s.sites["x"].Evict(math.MaxInt64); !ok {
+	if _, ok := s.sites["x"].EvictOldest(math.MaxInt64); !ok {
 		t.Fatal("nothing is evicted")
 	}
 	compact()
@@ -238,7 +238,7 @@ func TestSiteSpoolsReadIsKept(t *testing.T) {
 		scraper(s, time.Minute).Unread(r, 0, false, nil)
 	}
 	c := s.sites["x"]
-	if _, ok := c.Evict(math.MaxInt64); !ok {
+	if _, ok := c.EvictOldest(math.MaxInt64); !ok {
 		t.Fatal("nothing is evicted")
 	}
 	if err := c.Lock(t.Context()); err != nil {
@@ -291,8 +291,8 @@ func TestSiteSpoolsAreBounded(t *testing.T) {
 		t.Errorf("%d spools are known", n)
 	}
 	var back SiteSpools
-	for _, payload := range s.Records() {
-		if err := back.Restore(payload); err != nil {
+	for _, payload := range s.EncodeRecords() {
+		if err := back.DecodeRecord(payload); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -378,7 +378,7 @@ func TestEvictedComesBack(t *testing.T) {
 	at := k.clock.ms(0)
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 2, at, 2})
 	k.push(s, "x", point{"m", 1, at + 1, 3})
-	if n, ok := s.sites["x"].Evict(math.MaxInt64); !ok || n != 2 {
+	if n, ok := s.sites["x"].EvictOldest(math.MaxInt64); !ok || n != 2 {
 		t.Fatal(n, ok)
 	}
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 1, at + 2, 4})
@@ -417,7 +417,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	evicted := int64(0)
 	fsys.hook = func(_ int, op, _ string) fault {
 		if op == "rename" {
-			n, _ := c.Evict(k.clock.ms(0))
+			n, _ := c.EvictOldest(k.clock.ms(0))
 			evicted += n
 		}
 		return fault{}
@@ -432,7 +432,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	wantHeld(t, "rewritten", allHeld(t, s), pushed("a", points[1:]...))
 }
 
-// Who waited for a cluster that was forgotten meanwhile leaves its next log alone.
+// Who waited for a site that was forgotten meanwhile leaves its next log alone.
 func TestForgottenMeanwhile(t *testing.T) {
 	for name, do := range map[string]func(s *Store) error{
 		"maintain": func(s *Store) error { s.maintain(context.Background(), true); return nil },
@@ -449,18 +449,18 @@ func TestForgottenMeanwhile(t *testing.T) {
 				s := k.open()
 				k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 				k.clock.Add(forgetAfter + time.Hour)
-				c, err := s.acquire(t.Context(), "a")
+				c, err := s.acquireSite(t.Context(), "a")
 				if err != nil {
 					t.Fatal(err)
 				}
 				done := make(chan error)
 				go func() { done <- do(s) }()
 				synctest.Wait() // it waits
-				c.Expire(s.Oldest())
-				if err := c.Remove(); err != nil {
+				c.DropExpired(s.Oldest())
+				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)
 				}
-				s.forget(c)
+				s.dropSite(c)
 				k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 				c.Unlock()
 				if err := <-done; err != nil {

@@ -1,7 +1,7 @@
 package main
 
-// The scrapes of a site's spools that a store has. A scrape is held once the batch of its push
-// is, and read once every consumer that counts has read that batch. A number that was read
+// The scrapes of a site's spools that a store has. A scrape is held when the batch of its push
+// is held, and read when every consumer that counts has read that batch. A number that was read
 // stays read, whatever becomes of its batch. Spools and numbers are bounded; a number that is
 // forgotten is only sent again. Pure.
 
@@ -31,19 +31,23 @@ type heldScrapes struct {
 	numbers Ranges
 }
 
-// find returns the spool, nil if it is not known.
+func (s *SiteSpools) index(id uint64) int {
+	return slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id })
+}
+
+// find returns the spool; nil if it is not known.
 func (s *SiteSpools) find(id uint64) *spool {
-	if i := slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id }); i >= 0 {
+	if i := s.index(id); i >= 0 {
 		return &s.spools[i]
 	}
 	return nil
 }
 
-// use returns the spool, and forgets the one that was named longest ago if there are too
-// many.
-func (s *SiteSpools) use(id uint64) *spool {
+// findOrAdd returns the spool, which counts as named now. If there are too many it forgets the
+// one that was named longest ago.
+func (s *SiteSpools) findOrAdd(id uint64) *spool {
 	p := spool{id: id}
-	if i := slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id }); i >= 0 {
+	if i := s.index(id); i >= 0 {
 		p = s.spools[i]
 		s.spools = slices.Delete(s.spools, i, i+1)
 	} else if len(s.spools) == maxSpools {
@@ -53,28 +57,24 @@ func (s *SiteSpools) use(id uint64) *spool {
 	return &s.spools[len(s.spools)-1]
 }
 
-// AddHeld notes that all samples of the named scrapes are in batches up to seq, which is not
-// below that of an earlier call. With seq 0 every consumer has read them.
+// AddHeld adds scrapes all of whose samples are in batches up to seq, which is not below that of
+// an earlier call.
 func (s *SiteSpools) AddHeld(names ScrapeNames, seq uint64) {
 	if names.ID == 0 || len(names.Numbers) == 0 {
 		return
 	}
-	p := s.use(names.ID)
-	if seq == 0 {
-		p.read = p.read.Union(names.Numbers)
-		return
-	}
+	p := s.findOrAdd(names.ID)
 	p.held = append(p.held, heldScrapes{seq, names.Numbers})
-	if p.ranges() > MaxRanges {
+	if p.heldRanges() > MaxRanges {
 		p.mergeHeld()
 	}
-	for p.ranges() > MaxRanges && len(p.held) > 1 {
+	for p.heldRanges() > MaxRanges && len(p.held) > 1 {
 		p.held = slices.Delete(p.held, 0, 1)
 	}
 }
 
-// ranges returns how many ranges of numbers are held.
-func (p *spool) ranges() (n int) {
+// heldRanges returns how many ranges the held numbers have.
+func (p *spool) heldRanges() (n int) {
 	for _, h := range p.held {
 		n += len(h.numbers)
 	}
@@ -142,8 +142,9 @@ func (s *SiteSpools) Clone() (k SiteSpools) {
 	return k
 }
 
-// Records returns the payloads of the records that keep s, one for each spool.
-func (s *SiteSpools) Records() (payloads [][]byte) {
+// EncodeRecords returns the payloads of records of s, one for each spool: its ID, then the
+// numbers that are read, behind a 0, and those that are held, behind the number of their batch.
+func (s *SiteSpools) EncodeRecords() (payloads [][]byte) {
 	for _, p := range s.spools {
 		b := binary.LittleEndian.AppendUint64(nil, p.id)
 		if len(p.read) > 0 {
@@ -157,23 +158,25 @@ func (s *SiteSpools) Records() (payloads [][]byte) {
 	return payloads
 }
 
-// Restore reads one payload of Records.
-func (s *SiteSpools) Restore(payload []byte) error {
+// DecodeRecord adds the spool of one payload of EncodeRecords.
+func (s *SiteSpools) DecodeRecord(payload []byte) error {
 	r := ReadWire(payload)
+	decoded := SiteSpools{}
 	id := r.Uint64()
 	r.Require(id != 0)
-	p := s.use(id)
-	*p = spool{id: id}
+	p := decoded.findOrAdd(id)
 	for r.Len() > 0 {
-		seq, numbers := r.Uvarint(MaxSeq), ReadRanges(&r)
-		if r.Err() == nil {
-			s.AddHeld(ScrapeNames{id, numbers}, seq)
+		if seq, numbers := r.Uvarint(MaxSeq), ReadRanges(&r); seq == 0 {
+			p.read = p.read.Union(numbers)
+		} else {
+			decoded.AddHeld(ScrapeNames{id, numbers}, seq)
+			p = decoded.find(id)
 		}
 	}
 	if err := r.Done(); err != nil {
-		s.spools = s.spools[:len(s.spools)-1]
 		return fmt.Errorf("record of a spool: %w", err)
 	}
+	*s.findOrAdd(id) = *p
 	return nil
 }
 

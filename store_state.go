@@ -12,22 +12,19 @@ import (
 	"io"
 	"io/fs"
 	"path/filepath"
-	"strings"
 	"unicode/utf8"
 )
 
 const (
 	stateFile      = "state" + LogSuffix
-	recordConsumer = 1 // 8 bytes of key, name, NUL, address
-	recordNumbers  = 2 // uvarint: the block of the newest start
+	recordConsumer = 1
+	recordBlock    = 2 // of the newest start
 
-	maxAddress = 256 // bytes
+	maxAddress = 128 // bytes
 
 	blockBits = 32      // of a batch's number within its block
 	maxBlock  = 1 << 24 // so that no block that comes from damage uses up the numbers
 )
-
-var errState = errors.New("malformed record of a server's state")
 
 // KnownConsumer is a consumer without its cursors. Name and Address are empty where only
 // its key is known.
@@ -36,17 +33,17 @@ type KnownConsumer struct {
 	Name, Address string
 }
 
-// StoreState is that state, and its file. It is not safe for concurrent use.
+// StoreState is the state, and its file. It is not safe for concurrent use.
 type StoreState struct {
-	log       *Log            // nil in memory-only mode
 	Consumers []KnownConsumer // as read; at most MaxConsumers
+	Damage    error           // what OpenStoreState found damaged; nil: nothing
+	log       *Log            // nil in memory-only mode
 	block     uint64          // of the newest start; 0 if none is known
 	found     bool            // there was a file
 }
 
-// OpenStoreState reads the state in dir; dir "" is memory-only mode. If the file is
-// damaged, it returns an error and what could be read. If the file cannot be read, the
-// result is nil.
+// OpenStoreState reads the state in dir; dir "" is memory-only mode. If the file is damaged, it
+// returns what could be read, and Damage says so. The error is that of reading the file.
 func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	s := &StoreState{}
 	if dir == "" {
@@ -54,38 +51,43 @@ func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	}
 	path := filepath.Join(dir, stateFile)
 	s.log = NewLog(fsys, path, []byte("state"))
-	log, rec, err := OpenLog(fsys, path, s.restore)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	log, rec, err := OpenLog(fsys, path, s.decodeRecord)
+	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
-	case err != nil:
+	}
+	if err != nil {
 		return nil, fmt.Errorf("reading the server's state: %w", err)
-	case !rec.HeaderDamaged:
+	}
+	if !rec.HeaderDamaged {
 		s.log = log
 	}
-	s.found = true
-	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 { // Write replaces it whole, so that no crash tears it
-		return s, fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.KeptAs())
+	s.found, s.Damage = true, rec.Err
+	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 { // Write replaces the whole file, so that no crash tears it
+		s.Damage = fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.KeptAs())
 	}
-	return s, rec.Err
+	return s, nil
 }
 
 // Found reports whether there was a file.
 func (s *StoreState) Found() bool { return s.found }
 
-func (s *StoreState) restore(kind byte, payload []byte) error {
+func (s *StoreState) decodeRecord(kind byte, payload []byte) error {
+	r := ReadWire(payload)
 	switch kind {
 	case recordConsumer:
-		k, err := decodeKnown(payload)
-		if err != nil || len(s.Consumers) >= MaxConsumers {
-			return errors.Join(errState, err)
+		k := decodeConsumer(&r)
+		if err := r.Done(); err != nil {
+			return fmt.Errorf("record of a consumer: %w", err)
+		}
+		if len(s.Consumers) >= MaxConsumers {
+			return ErrConsumers
 		}
 		s.Consumers = append(s.Consumers, k)
 		return nil
-	case recordNumbers:
-		block, n := binary.Uvarint(payload)
-		if n <= 0 || n != len(payload) || block > maxBlock {
-			return errState
+	case recordBlock:
+		block := r.Uvarint(maxBlock)
+		if err := r.Done(); err != nil {
+			return fmt.Errorf("record of a block: %w", err)
 		}
 		s.block = max(s.block, block)
 		return nil
@@ -93,15 +95,16 @@ func (s *StoreState) restore(kind byte, payload []byte) error {
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
-func decodeKnown(b []byte) (k KnownConsumer, err error) {
-	if len(b) < 8 {
-		return k, errState
-	}
-	name, address, ok := strings.Cut(string(b[8:]), "\x00")
-	if !ok || name != "" && CheckConsumerName(name) != nil || len(address) > maxAddress || !utf8.ValidString(address) {
-		return k, errState
-	}
-	return KnownConsumer{binary.LittleEndian.Uint64(b), name, address}, nil
+func appendConsumer(b []byte, k KnownConsumer) []byte {
+	b = binary.LittleEndian.AppendUint64(b, k.Key)
+	return AppendShort(AppendShort(b, k.Name), k.Address)
+}
+
+func decodeConsumer(r *WireReader) KnownConsumer {
+	k := KnownConsumer{r.Uint64(), r.Short(maxConsumerName), r.Short(maxAddress)}
+	r.Require(k.Name == "" || CheckConsumerName(k.Name) == nil)
+	r.Require(utf8.ValidString(k.Address))
+	return k
 }
 
 // NewBlock takes a block of numbers for this start, above highest and above the blocks of
@@ -112,9 +115,9 @@ func (s *StoreState) NewBlock(highest uint64) uint64 {
 	return max(highest, s.block<<blockBits)
 }
 
-// Beyond returns a number above all numbers that were used so far. A higher number in a
-// log comes from damage. highest is the highest number found elsewhere.
-func (s *StoreState) Beyond(highest uint64) uint64 {
+// SeqBound returns a number that is above all numbers used so far. A higher number in a log
+// comes from damage. highest is the highest number found elsewhere.
+func (s *StoreState) SeqBound(highest uint64) uint64 {
 	if s.block == 0 {
 		return maxBlock << blockBits
 	}
@@ -130,17 +133,16 @@ func (s *StoreState) Write(consumers []KnownConsumer) error {
 	if s.log == nil {
 		return nil
 	}
-	frames := AppendRecord(nil, recordNumbers, binary.AppendUvarint(nil, s.block))
+	frames := AppendRecord(nil, recordBlock, binary.AppendUvarint(nil, s.block))
 	for _, k := range consumers {
-		b := binary.LittleEndian.AppendUint64(nil, k.Key)
-		frames = AppendRecord(frames, recordConsumer, append(b, k.Name+"\x00"+k.Address...))
+		frames = AppendRecord(frames, recordConsumer, appendConsumer(nil, k))
 	}
 	err := s.log.Rewrite(func(w io.Writer) error {
 		_, err := w.Write(frames)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("keeping the server's state: %w", err)
+		return fmt.Errorf("saving the server's state: %w", err)
 	}
 	return nil
 }

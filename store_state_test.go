@@ -1,6 +1,6 @@
 package main
 
-// store_state_test.go: what is read of a server's state, whatever its file holds.
+// What is read of a server's state, whatever its file holds.
 
 import (
 	"bytes"
@@ -13,14 +13,14 @@ import (
 
 const statePath = "/s/" + stateFile
 
-// knownFrame is a record of kind recordConsumer.
-func knownFrame(key uint64, rest string) []byte {
-	return AppendRecord(nil, recordConsumer, append(binary.LittleEndian.AppendUint64(nil, key), rest...))
+// consumerFrame is a record of kind recordConsumer.
+func consumerFrame(key uint64, name, address string) []byte {
+	return AppendRecord(nil, recordConsumer, appendConsumer(nil, KnownConsumer{key, name, address}))
 }
 
-// blockFrame is a record of kind recordNumbers.
+// blockFrame is a record of kind recordBlock.
 func blockFrame(block uint64) []byte {
-	return AppendRecord(nil, recordNumbers, binary.AppendUvarint(nil, block))
+	return AppendRecord(nil, recordBlock, binary.AppendUvarint(nil, block))
 }
 
 func stateOf(frames ...[]byte) []byte {
@@ -30,13 +30,13 @@ func stateOf(frames ...[]byte) []byte {
 // The records of a state file, good ones and malformed ones. The good ones are kept, and
 // Write mends the file.
 func TestStoreStateRestore(t *testing.T) {
-	one, long := knownFrame(1, "c1\x00::1"), strings.Repeat("n", maxConsumerName+1)
+	one, long := consumerFrame(1, "c1", "::1"), strings.Repeat("n", maxConsumerName+1)
 	c1 := KnownConsumer{1, "c1", "::1"}
 	many := make([][]byte, MaxConsumers+1)
 	var all []KnownConsumer
 	for i := range many {
 		name := fmt.Sprint("c", i)
-		many[i] = knownFrame(uint64(i), name+"\x00")
+		many[i] = consumerFrame(uint64(i), name, "")
 		all = append(all, KnownConsumer{uint64(i), name, ""})
 	}
 	for _, test := range []struct {
@@ -50,16 +50,18 @@ func TestStoreStateRestore(t *testing.T) {
 		{"block and consumer", stateOf(blockFrame(7), one), false, 7, []KnownConsumer{c1}},
 		{"the highest block counts", stateOf(blockFrame(7), blockFrame(9), blockFrame(8)), false, 9, nil},
 		{"the highest block there is", stateOf(blockFrame(maxBlock)), false, maxBlock, nil},
-		{"a consumer whose name is lost", stateOf(knownFrame(2, "\x00")), false, 0, []KnownConsumer{{Key: 2}}},
+		{"a consumer whose name is lost", stateOf(consumerFrame(2, "", "")), false, 0, []KnownConsumer{{Key: 2}}},
 		{"a block beyond all", stateOf(blockFrame(maxBlock+1), one), true, 0, []KnownConsumer{c1}},
-		{"more behind the block", stateOf(AppendRecord(nil, recordNumbers, []byte{7, 7}), one), true, 0, []KnownConsumer{c1}},
-		{"no block", stateOf(AppendRecord(nil, recordNumbers, nil), one), true, 0, []KnownConsumer{c1}},
+		{"more behind the block", stateOf(AppendRecord(nil, recordBlock, []byte{7, 7}), one), true, 0, []KnownConsumer{c1}},
+		{"no block", stateOf(AppendRecord(nil, recordBlock, nil), one), true, 0, []KnownConsumer{c1}},
 		{"no key", stateOf(AppendRecord(nil, recordConsumer, []byte("1234567")), one), true, 0, []KnownConsumer{c1}},
-		{"no address", stateOf(knownFrame(2, "name"), one), true, 0, []KnownConsumer{c1}},
-		{"a name that is no text", stateOf(knownFrame(2, "\xff\x00::1"), one), true, 0, []KnownConsumer{c1}},
-		{"an address that is no text", stateOf(knownFrame(2, "n\x00\xff"), one), true, 0, []KnownConsumer{c1}},
-		{"a long name", stateOf(knownFrame(2, long+"\x00::1"), one), true, 0, []KnownConsumer{c1}},
-		{"a long address", stateOf(knownFrame(2, "n\x00"+strings.Repeat("1", maxAddress+1)), one), true, 0, []KnownConsumer{c1}},
+		{"no address", stateOf(AppendRecord(nil, recordConsumer, []byte("12345678\x04name")), one), true, 0, []KnownConsumer{c1}},
+		{"a name that is no text", stateOf(consumerFrame(2, "\xff", "::1"), one), true, 0, []KnownConsumer{c1}},
+		{"a name with a NUL", stateOf(consumerFrame(2, "a\x00b", "::1"), one), true, 0, []KnownConsumer{c1}},
+		{"more behind the address", stateOf(AppendRecord(nil, recordConsumer, []byte("12345678\x01n\x01a.")), one), true, 0, []KnownConsumer{c1}},
+		{"an address that is no text", stateOf(consumerFrame(2, "n", "\xff"), one), true, 0, []KnownConsumer{c1}},
+		{"a long name", stateOf(consumerFrame(2, long, "::1"), one), true, 0, []KnownConsumer{c1}},
+		{"a long address", stateOf(consumerFrame(2, "n", strings.Repeat("1", maxAddress+1)), one), true, 0, []KnownConsumer{c1}},
 		{"too many consumers", stateOf(many...), true, 0, all[:MaxConsumers]},
 		{"unknown kind", stateOf(AppendRecord(nil, 9, []byte("x")), one), true, 0, []KnownConsumer{c1}},
 		{"cut short", stateOf(blockFrame(7), one[:len(one)-3]), true, 7, nil},
@@ -70,13 +72,13 @@ func TestStoreStateRestore(t *testing.T) {
 			fsys := newStoreFS(1)
 			fsys.put(statePath, test.data)
 			s, err := OpenStoreState(fsys, "/s")
-			if (err != nil) != test.damaged || s == nil || !s.Found() || s.block != test.block || !slices.Equal(s.Consumers, test.consumers) {
+			if err != nil || (s.Damage != nil) != test.damaged || !s.Found() || s.block != test.block || !slices.Equal(s.Consumers, test.consumers) {
 				t.Fatalf("read %+v, %v; want block %d, %v", s, err, test.block, test.consumers)
 			}
 			if err := s.Write(s.Consumers); err != nil {
 				t.Fatal(err)
 			}
-			if again, err := OpenStoreState(fsys, "/s"); err != nil || again.block != test.block || !slices.Equal(again.Consumers, test.consumers) {
+			if again, err := OpenStoreState(fsys, "/s"); err != nil || again.Damage != nil || again.block != test.block || !slices.Equal(again.Consumers, test.consumers) {
 				t.Errorf("mended: %+v, %v", again, err)
 			}
 		})
@@ -95,7 +97,7 @@ func TestStoreStateNumbers(t *testing.T) {
 		{3, maxBlock<<blockBits + 9, maxBlock<<blockBits + 9, (maxBlock + 1) << blockBits},
 	} {
 		s := StoreState{block: test.block}
-		if beyond := s.Beyond(test.highest); beyond != test.beyond {
+		if beyond := s.SeqBound(test.highest); beyond != test.beyond {
 			t.Errorf("%+v: beyond %d", test, beyond)
 		}
 		first := s.NewBlock(test.highest)
@@ -107,8 +109,8 @@ func TestStoreStateNumbers(t *testing.T) {
 
 // Any file is read without a panic and within the limits, and Write mends it.
 func FuzzStoreState(f *testing.F) {
-	f.Add(stateOf(blockFrame(7), knownFrame(1, "c1\x00::1"))[len(stateOf()):])
-	f.Add(append(bytes.Repeat([]byte{7}, 20), knownFrame(1, "c1\x00::1")...))
+	f.Add(stateOf(blockFrame(7), consumerFrame(1, "c1", "::1"))[len(stateOf()):])
+	f.Add(append(bytes.Repeat([]byte{7}, 20), consumerFrame(1, "c1", "::1")...))
 	f.Add(AppendRecord(nil, 9, nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		fsys := newStoreFS(1)
@@ -121,7 +123,7 @@ func FuzzStoreState(f *testing.F) {
 			t.Fatal(err)
 		}
 		again, err := OpenStoreState(fsys, "/s")
-		if err != nil || again.block != s.block || !slices.Equal(again.Consumers, s.Consumers) {
+		if err != nil || again.Damage != nil || again.block != s.block || !slices.Equal(again.Consumers, s.Consumers) {
 			t.Fatalf("read %+v, and mended %+v, %v", s, again, err)
 		}
 	})

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// SiteStats says what is held of one cluster.
+// SiteStats says what is held of one site.
 type SiteStats struct {
 	ID                string
 	Series            int
@@ -15,7 +15,7 @@ type SiteStats struct {
 	Backlog           []Backlog // of every consumer
 }
 
-// Backlog is what one consumer has not had of a cluster.
+// Backlog is what one consumer has not read of a site.
 type Backlog struct {
 	Name, Address string
 	Samples       int
@@ -27,7 +27,7 @@ type StoreStats struct {
 	Sites                []SiteStats // by ID
 	Bytes                int64       // of all logs
 	Evicted, Expired     int64       // samples
-	Unread               int64       // samples that expired before every consumer had them
+	Unread               int64       // samples that expired before every consumer had read them
 	Damaged, Compactions int64       // logs, rewrites
 	Torn                 int64       // bytes of unfinished writes, cut when the store was opened
 }
@@ -38,27 +38,34 @@ func (s *Store) Stats() StoreStats {
 		Bytes: s.totals.Bytes.Load(), Damaged: s.damaged.Load(), Torn: s.torn.Load(), Evicted: s.evicted.Load(),
 		Expired: s.totals.Expired.Load(), Unread: s.totals.Unread.Load(), Compactions: s.totals.Compactions.Load(),
 	}
-	for _, c := range s.sorted() {
-		c.View(func(held *SiteData) {
-			if held.Accepted == 0 {
-				return
+	for _, site := range s.sorted() {
+		site.View(func(data *SiteData) {
+			if data.LastPush > 0 {
+				st.Sites = append(st.Sites, SiteStats{
+					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), Accepted: data.LastPush,
+					Backlog: backlogs(data, s.Consumers.Cursors(site.Hash)),
+				})
 			}
-			cl := SiteStats{ID: c.ID, Series: held.Table.Len(), Samples: held.Samples(), Accepted: held.Accepted}
-			for _, cur := range s.Consumers.Cursors(c.Hash) {
-				b := Backlog{cur.Name, cur.Address, held.Unread(Position{Seq: cur.Seq}), cur.Used}
-				// Those that differ in what they ask for look alike here.
-				if n := len(cl.Backlog); n > 0 && cl.Backlog[n-1].Name == b.Name && cl.Backlog[n-1].Address == b.Address {
-					last := &cl.Backlog[n-1]
-					last.Samples = max(last.Samples, b.Samples)
-					if b.Used.After(last.Used) {
-						last.Used = b.Used
-					}
-				} else {
-					cl.Backlog = append(cl.Backlog, b)
-				}
-			}
-			st.Sites = append(st.Sites, cl)
 		})
 	}
 	return st
+}
+
+// backlogs returns the backlog of each consumer, by name and address. Of consumers that differ
+// only in what they ask for, which are neighbours in cursors, it returns the largest.
+func backlogs(data *SiteData, cursors []ConsumerCursor) (all []Backlog) {
+	for _, c := range cursors {
+		b := Backlog{c.Name, c.Address, data.UnreadCount(Position{Seq: c.Seq}), c.LastScrape}
+		n := len(all)
+		if n == 0 || all[n-1].Name != b.Name || all[n-1].Address != b.Address {
+			all = append(all, b)
+			continue
+		}
+		last := &all[n-1]
+		last.Samples = max(last.Samples, b.Samples)
+		if b.Used.After(last.Used) {
+			last.Used = b.Used
+		}
+	}
+	return all
 }

@@ -1,6 +1,6 @@
 package main
 
-// store_test.go: what the store promises over a disk that tears, flips, fills,
+// What the store promises over a disk that tears, flips, fills,
 // fails and forgets, under its limits, and to many at once. crashFS, the disk, is
 // of log_test.go.
 
@@ -117,9 +117,9 @@ type heldSample struct {
 	t    int64
 }
 
-// heldOf returns what s holds of a cluster. It checks what has to be so whenever
+// heldOf returns what s holds of a site. It checks what has to be so whenever
 // nothing is under way: accounts, no sample twice, ascending sequence numbers,
-// lines of the cluster alone.
+// lines of the site alone.
 func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 	t.Helper()
 	got := map[heldSample]float64{}
@@ -136,7 +136,7 @@ func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 		for i, sid := range b.IDs {
 			line := string(c.data.Table.Line(sid))
 			if !strings.Contains(line, fmt.Sprintf("%s=%q", ClusterLabel, id)) {
-				t.Errorf("cluster %s holds %q", id, line)
+				t.Errorf("site %s holds %q", id, line)
 			}
 			key := heldSample{line, b.Time(i)}
 			if _, twice := got[key]; twice {
@@ -148,14 +148,14 @@ func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 	return got
 }
 
-// allHeld returns what s holds of all clusters, and checks the accounts.
+// allHeld returns what s holds of all sites, and checks the accounts.
 func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
 	t.Helper()
 	all := map[heldSample]float64{}
 	samples, size := int64(0), int64(0)
 	for id, c := range s.sites {
 		maps.Copy(all, heldOf(t, s, id))
-		samples += c.data.Samples()
+		samples += c.data.SampleCount()
 		if c.log != nil {
 			size += c.log.Size()
 		}
@@ -321,7 +321,7 @@ func (d *damageKit) check(t *testing.T, what string, data []byte, want map[heldS
 	allHeld(t, s)
 	wantHeld(t, what, heldOf(t, s, "a"), want)
 	if n := len(heldOf(t, s, "b")); n != 1 {
-		t.Errorf("%s: the other cluster has %d samples", what, n)
+		t.Errorf("%s: the other site has %d samples", what, n)
 	}
 	if got := s.Stats().Damaged; got != damaged || damaged > 0 != (len(k.errors) > 0) {
 		t.Errorf("%s: %d damaged logs counted, %d errors %v; want %d", what, got, len(k.errors), k.errors, damaged)
@@ -386,12 +386,12 @@ func seriesFrames(id uint32, line string) []byte {
 	return AppendRecord(nil, RecordSeries, EncodeSeries(nil, id, func(yield func([]byte) bool) { yield([]byte(line)) }))
 }
 
-// What lies in a log is shown as the cluster's whose name the file has, or not
+// What lies in a log is shown as the site's whose name the file has, or not
 // at all.
 func TestStoreForeignRecords(t *testing.T) {
 	clock := newStoreClock()
 	victim := storePush("victim", point{"up", 1, clock.ms(5), 666})
-	batch := AppendRecord(nil, RecordBatch, EncodeBatch(nil, &Batch{Seq: 9, Accepted: clock.ms(0), T0: clock.ms(5), IDs: []uint32{7}, V: []float64{666}}))
+	batch := AppendRecord(nil, RecordBatch, EncodeBatch(nil, &Batch{Seq: 9, AcceptedAt: clock.ms(0), T0: clock.ms(5), IDs: []uint32{7}, V: []float64{666}}))
 	foreign := seriesFrames(7, string(victim.Line(victim.Samples[0])))
 
 	fsys := newStoreFS(1)
@@ -423,10 +423,10 @@ func TestStoreForeignRecords(t *testing.T) {
 		{"nothing but another's", path, cat(data[:header], foreign, batch), nil},
 		{"under the other's name", s.path("victim"), data, nil},
 		{"under the other's name, header damaged", s.path("victim"), badHeader, nil},
-		{"under no cluster's name", "/s/ab/x.log", data, nil},
+		{"under no site's name", "/s/ab/x.log", data, nil},
 		{"unknown kind of record", path, cat(data, AppendRecord(nil, 77, []byte("x"))), own},
 		{"a line that is not in normal form", path, cat(data, seriesFrames(1, `up{n="1",_id="evil"}`)), own},
-		{"a line without cluster", path, cat(data, seriesFrames(1, `up`)), own},
+		{"a line without site", path, cat(data, seriesFrames(1, `up`)), own},
 		{"series given twice", path, cat(data, data[header:]), own},
 	}
 	for _, test := range tests {
@@ -544,7 +544,7 @@ func TestStoreOpenFails(t *testing.T) {
 }
 
 // Acknowledged means durable: the push before the crash and the one after, the
-// first of a cluster and a later one.
+// first of a site and a later one.
 func TestStoreAppendIsDurable(t *testing.T) {
 	for seed := range uint64(20) {
 		fsys := newStoreFS(seed)
@@ -571,7 +571,7 @@ func TestStoreAppendIsDurable(t *testing.T) {
 func TestStoreDiskFails(t *testing.T) {
 	for _, op := range []string{"open", "write", "sync", "truncate", "rename", "syncdir", "mkdir"} {
 		for _, fail := range []error{errDisk, errFull} {
-			for _, first := range []bool{true, false} { // the cluster's first push?
+			for _, first := range []bool{true, false} { // the site's first push?
 				for seed := range uint64(4) {
 					what := fmt.Sprintf("%s %v first=%t seed %d", op, fail, first, seed)
 					fsys := newStoreFS(seed)
@@ -599,7 +599,7 @@ func TestStoreDiskFails(t *testing.T) {
 					}
 					wantHeld(t, what, allHeld(t, s), want)
 					if first && err != nil && len(s.sites) > 0 {
-						t.Errorf("%s: a first push that failed leaves a cluster", what)
+						t.Errorf("%s: a first push that failed leaves a site", what)
 					}
 					fsys.restart()
 					if seed%2 == 0 { // the same push again, after the disk is well
@@ -697,7 +697,7 @@ func TestStoreCompacts(t *testing.T) {
 		}
 	}
 	s.maintain(context.Background(), false)
-	live, size := s.sites["a"].data.Bytes(), s.Stats().Bytes
+	live, size := s.sites["a"].data.EstimatedLogSize(), s.Stats().Bytes
 	data, _ := fsys.ReadFile(s.path("a"))
 	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
 		t.Errorf("log of %d bytes (%d accounted) for %d of content", len(data), size, live)
@@ -731,7 +731,7 @@ func TestStoreCountsCopies(t *testing.T) {
 		}
 		s.Consumers.BeginScrape(1, "c", "", "conn", k.clock.Now())
 		k.clock.Add(3 * time.Hour)
-		s.sites["a"].Expire(s.Oldest())
+		s.sites["a"].DropExpired(s.Oldest())
 		if st := s.Stats(); st.Expired != 1 || st.Unread != test.lost {
 			t.Errorf("owned %t, names %v: %d expired, %d lost", test.owned, test.names, st.Expired, st.Unread)
 		}
@@ -745,9 +745,9 @@ func TestStoreCountsExpired(t *testing.T) {
 		name string
 		drop func(s *Store, c *Site) error
 	}{
-		{"expiry", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return nil }},
+		{"expiry", func(s *Store, c *Site) error { c.DropExpired(s.Oldest()); return nil }},
 		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.Oldest()) }},
-		{"both", func(s *Store, c *Site) error { c.Expire(s.Oldest()); return c.Rewrite(nil, s.Oldest()) }},
+		{"both", func(s *Store, c *Site) error { c.DropExpired(s.Oldest()); return c.Rewrite(nil, s.Oldest()) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			k := newStoreKit(t, newStoreFS(1))
@@ -792,7 +792,7 @@ func TestStoreSeriesLimit(t *testing.T) {
 	at := func(n int) point { return point{"m", n, k.clock.ms(0), float64(n)} }
 	over(at(1), at(2), at(3), at(4)) // a first push
 	if len(s.sites) != 0 {
-		t.Error("a refused first push leaves a cluster")
+		t.Error("a refused first push leaves a site")
 	}
 	k.push(s, "a", at(1), at(2))
 	k.clock.Add(time.Second)
@@ -829,7 +829,7 @@ func TestStoreDeadSeriesBesideLiving(t *testing.T) {
 	}
 }
 
-func TestStoreClusterLimit(t *testing.T) {
+func TestStoreSiteLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitClusters = 2
 	s := k.open()
@@ -850,7 +850,7 @@ func TestStoreClusterLimit(t *testing.T) {
 	// What is on disk is taken in whatever the limit.
 	k.cfg.LimitClusters = 1
 	if s = k.open(); len(s.sites) != 2 {
-		t.Errorf("%d clusters recovered", len(s.sites))
+		t.Errorf("%d sites recovered", len(s.sites))
 	}
 }
 
@@ -905,7 +905,7 @@ func TestStoreSampleLimit(t *testing.T) {
 		}
 		for _, key := range []string{"a", "b"} {
 			if len(heldOf(t, s, key)) == 0 {
-				t.Errorf("cluster %s lost what is shown", key)
+				t.Errorf("site %s lost what is shown", key)
 			}
 		}
 		k.clock.Add(11 * time.Minute) // nothing is shown: all may go
@@ -921,7 +921,7 @@ func TestStoreSampleLimit(t *testing.T) {
 	}
 }
 
-// To make room goes what every consumer has had, oldest first over all clusters; what
+// To make room goes what every consumer has had, oldest first over all sites; what
 // one has not had stays, and the push is refused.
 func TestStoreMakesRoom(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
@@ -1014,7 +1014,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.push(s, "b", points(9)...)
 	k.clock.Add(30 * time.Minute)
 	for _, id := range []string{"a", "b"} {
-		s.sites[id].Expire(s.Oldest())
+		s.sites[id].DropExpired(s.Oldest())
 	}
 	stats("running", 16+1+16, 1+16)
 	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
@@ -1038,7 +1038,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 }
 
 // A number that a site forged in a value, found behind damage to its own log, costs
-// other clusters nothing.
+// other sites nothing.
 func TestStoreForgedNumber(t *testing.T) {
 	for _, number := range []uint64{MaxSeq, maxBlock << blockBits, 3<<blockBits + 1} {
 		fsys := newStoreFS(1)
@@ -1051,14 +1051,14 @@ func TestStoreForgedNumber(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		forged := &Batch{Seq: number, Accepted: k.clock.ms(0), T0: k.clock.ms(1), IDs: []uint32{0}, V: []float64{2}}
+		forged := &Batch{Seq: number, AcceptedAt: k.clock.ms(0), T0: k.clock.ms(1), IDs: []uint32{0}, V: []float64{2}}
 		fsys.put(path, AppendRecord(append(data, bytes.Repeat([]byte{7}, 20)...), RecordBatch, EncodeBatch(nil, forged)))
 		k.clock.Add(time.Second)
 		s = k.open()
 		k.push(s, "b", points...)
 		k.clock.Add(time.Second)
 		k.push(s, "a", point{"m", 0, k.clock.ms(0), 3})
-		if n := s.totals.Newest.Load(); n > 3<<blockBits {
+		if n := s.totals.NewestSeq.Load(); n > 3<<blockBits {
 			t.Errorf("%d: numbers go on from %d", number, n)
 		}
 		want := pushed("a", points[0], point{"m", 0, k.clock.ms(0), 3})
@@ -1068,7 +1068,7 @@ func TestStoreForgedNumber(t *testing.T) {
 	}
 }
 
-// One cluster that has more than its share leaves the others an eighth of the limit, of
+// One site that has more than its share leaves the others an eighth of the limit, of
 // which each may have its share.
 func TestStoreSharesRoom(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
@@ -1090,7 +1090,7 @@ func TestStoreSharesRoom(t *testing.T) {
 		return taken
 	}
 	if n := flood("large"); n != 700-9 {
-		t.Errorf("one cluster got %d of 800", n)
+		t.Errorf("one site got %d of 800", n)
 	}
 	if n := flood("small-0"); n != 80-1 { // its share
 		t.Errorf("another got %d more", n)
@@ -1104,27 +1104,31 @@ func TestStoreSharesRoom(t *testing.T) {
 	allHeld(t, s)
 }
 
-// When nothing can go, finding that out takes time in proportion to the clusters.
+// Making room, where every batch can be evicted and where none can, because a consumer that goes
+// on scraping has read none of them. Finding that out takes time in proportion to the sites.
 func BenchmarkMakeRoom(b *testing.B) {
-	for _, clusters := range []int{1000, 4000} {
-		for _, wanted := range []bool{true, false} {
-			b.Run(fmt.Sprint(clusters, " clusters, wanted ", wanted), func(b *testing.B) {
+	for _, sites := range []int{1000, 4000} {
+		for _, unread := range []bool{true, false} {
+			b.Run(fmt.Sprint(sites, " sites, unread ", unread), func(b *testing.B) {
 				k := newStoreKit(b, nil)
 				k.cfg.Dir = ""
 				s := k.open()
-				if wanted {
-					confirm(b, s.Consumers, "c", k.clock.Now(), nil)
-				}
 				for b.Loop() {
 					b.StopTimer()
 					s.cfg.LimitSamples = 0
-					for c := range clusters {
-						k.push(s, fmt.Sprint(c), point{"m", 1, k.clock.ms(0), 1})
+					for i := range sites {
+						k.push(s, fmt.Sprint(i), point{"m", 1, k.clock.ms(0), 1})
 					}
 					k.clock.Add(2 * k.cfg.MaxSampleAge)
-					s.cfg.LimitSamples = max(1, int(s.totals.Samples.Load())-clusters/2)
+					for _, site := range s.sorted() {
+						site.DropExpired(s.Oldest())
+					}
+					if unread {
+						confirm(b, s.Consumers, "c", k.clock.Now(), nil)
+					}
+					s.cfg.LimitSamples = max(1, int(s.totals.Samples.Load())-sites/2)
 					b.StartTimer()
-					if err := s.makeRoom(nil, 1); (err != nil) != wanted {
+					if err := s.makeRoom(nil, 1); errors.Is(err, ErrFull) != unread || err != nil && !unread {
 						b.Fatal(err)
 					}
 				}
@@ -1133,7 +1137,7 @@ func BenchmarkMakeRoom(b *testing.B) {
 	}
 }
 
-// Eviction that frees nothing of the pushing cluster's own must not cost what
+// Eviction that frees nothing of the pushing site's own must not cost what
 // others could still show, and evicted samples stay gone through compaction.
 func TestStoreEvictionAndCompaction(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
@@ -1171,7 +1175,7 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 		if !expired { // a scrape in the middle of the rewrite
 			expired = true
 			k.clock.Add(20 * time.Second)
-			c.Expire(s.Oldest())
+			c.DropExpired(s.Oldest())
 		}
 		return fault{}
 	}
@@ -1184,7 +1188,7 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	c.Unlock()
 	want := pushed("a", point{"m", 1, k.clock.ms(30), 1}, point{"m", 3, k.clock.ms(25), 3})
 	wantHeld(t, "rewritten", contents(&c.data), want)
-	c.Expire(s.Oldest())
+	c.DropExpired(s.Oldest())
 	if st := s.Stats(); st.Expired != 2 || s.totals.Samples.Load() != 3 {
 		t.Errorf("%d samples expired, want 2; %d take memory, want 3", st.Expired, s.totals.Samples.Load())
 	}
@@ -1203,7 +1207,7 @@ func TestStoreStorageLimit(t *testing.T) {
 	// As Run does, at once where it waits for its ticker.
 	maintain := func() {
 		select {
-		case <-s.kick:
+		case <-s.compactNow:
 			s.maintain(ctx, true)
 		default:
 			s.maintain(ctx, false)
@@ -1274,7 +1278,7 @@ func TestStoreDiskFull(t *testing.T) {
 	wantHeld(t, "crash", allHeld(t, k.open()), want)
 }
 
-// A cluster silent for a day is forgotten, its log's directory entry with it.
+// A site silent for a day is forgotten, its log's directory entry with it.
 func TestStoreForgets(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
@@ -1289,14 +1293,14 @@ func TestStoreForgets(t *testing.T) {
 		s = k.open()
 	}
 	if n := len(s.Stats().Sites); n != 2 {
-		t.Fatalf("%d clusters before the 30 days are over", n)
+		t.Fatalf("%d sites before the 30 days are over", n)
 	}
 	k.push(s, "b", point{"m", 1, k.clock.ms(0), 2})
 	k.clock.Add(time.Minute)
 	fsys.hook = failOn("syncdir", "", 1, errDisk)
 	s.maintain(context.Background(), false) // fails, and is tried again
 	if len(k.errors) != 1 || len(s.sites) != 2 {
-		t.Errorf("errors %v, %d clusters", k.errors, len(s.sites))
+		t.Errorf("errors %v, %d sites", k.errors, len(s.sites))
 	}
 	s.maintain(context.Background(), false)
 	if st := s.Stats().Sites; len(st) != 1 || st[0].ID != "b" {
@@ -1309,7 +1313,7 @@ func TestStoreForgets(t *testing.T) {
 	fsys.crash()
 	s = k.open()
 	if len(s.sites) != 1 || len(k.errors) != 1 {
-		t.Errorf("%d clusters after a crash; %v", len(s.sites), k.errors)
+		t.Errorf("%d sites after a crash; %v", len(s.sites), k.errors)
 	}
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1}) // begins anew
 }
@@ -1381,7 +1385,7 @@ func TestStoreNewestStays(t *testing.T) {
 	}
 }
 
-// Scrapes that meet the limit give every cluster its turn, with each of several
+// Scrapes that meet the limit give every site its turn, with each of several
 // scrapers that take turns.
 func TestStoreNewestRotates(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
@@ -1409,7 +1413,7 @@ func TestStoreNewestRotates(t *testing.T) {
 					}
 				}
 				if n > max(limit, 10) || truncated != (len(ids) < 10) {
-					t.Errorf("limit %d, scrape %d: %d samples of %d clusters, truncated %t", limit, scrape, n, len(ids), truncated)
+					t.Errorf("limit %d, scrape %d: %d samples of %d sites, truncated %t", limit, scrape, n, len(ids), truncated)
 				}
 				for id := range ids {
 					if scrape%scrapers == 0 {
@@ -1704,7 +1708,7 @@ func TestStoreConcurrent(t *testing.T) {
 				s.maintain(ctx, n%2 == 0)
 				for _, c := range s.sorted() { // rewrites that meet evictions
 					if c.Lock(ctx) == nil {
-						if !c.Removed {
+						if !c.removed {
 							if err := c.Rewrite(nil, s.Oldest()); err != nil {
 								t.Errorf("rewrite: %v", err)
 							}
@@ -1780,7 +1784,7 @@ func TestStoreWaiting(t *testing.T) {
 		_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{})
 		return err
 	}
-	c, err := s.acquire(context.Background(), "a") // a first push, under way
+	c, err := s.acquireSite(context.Background(), "a") // a first push, under way
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1793,22 +1797,22 @@ func TestStoreWaiting(t *testing.T) {
 	for range 2 {
 		go func() { waiting <- push(context.Background()) }()
 	}
-	s.release(c) // it failed: those who wait begin anew
+	s.releaseSite(c) // it failed: those who wait begin anew
 	for range 2 {
 		if err := <-waiting; err != nil {
 			t.Errorf("waiting: %v", err)
 		}
 	}
-	for i := range 50 { // a context that has ended leaves no cluster behind
+	for i := range 50 { // a context that has ended leaves no site behind
 		id := fmt.Sprint("x", i)
 		if _, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1}), ScrapeNames{}); err != nil && !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}
 	}
 	if len(s.sites) != 1 {
-		t.Errorf("%d clusters", len(s.sites))
+		t.Errorf("%d sites", len(s.sites))
 	}
-	if c, err = s.acquire(context.Background(), "a"); err != nil {
+	if c, err = s.acquireSite(context.Background(), "a"); err != nil {
 		t.Fatal(err)
 	}
 	closed := make(chan error)
@@ -1822,7 +1826,7 @@ func TestStoreWaiting(t *testing.T) {
 		t.Error("closed during a push")
 	default:
 	}
-	s.release(c)
+	s.releaseSite(c)
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}
@@ -1872,7 +1876,7 @@ func TestStoreRun(t *testing.T) {
 		}
 		time.Sleep(forgetAfter + time.Hour)
 		if n := len(s.Stats().Sites); n != 0 || s.Stats().Bytes != 0 {
-			t.Errorf("%d clusters known, %d bytes", n, s.Stats().Bytes)
+			t.Errorf("%d sites known, %d bytes", n, s.Stats().Bytes)
 		}
 		cancel()
 		if err := <-done; err != nil {
@@ -1882,7 +1886,7 @@ func TestStoreRun(t *testing.T) {
 }
 
 // Whatever lies in a directory of logs, the store opens, shows no line but of the
-// cluster whose file it is, works on, and opens again without damage.
+// site whose file it is, works on, and opens again without damage.
 func FuzzStoreLog(f *testing.F) {
 	line := func(s string) []byte { return []byte(s) }
 	series := func(id uint32, lines ...string) []byte {
@@ -1893,7 +1897,7 @@ func FuzzStoreLog(f *testing.F) {
 		})
 	}
 	now := newStoreClock().ms(0)
-	batch := EncodeBatch(nil, &Batch{Seq: 1, Accepted: now, T0: now, IDs: []uint32{0, 1}, V: []float64{1, 2}})
+	batch := EncodeBatch(nil, &Batch{Seq: 1, AcceptedAt: now, T0: now, IDs: []uint32{0, 1}, V: []float64{1, 2}})
 	f.Add([]byte{}, true)
 	f.Add(bytes.Join([][]byte{
 		AppendRecord(nil, RecordSeries, series(0, `m{_id="a"}`, `n{_id="a"}`)), AppendRecord(nil, RecordBatch, batch),
@@ -1924,7 +1928,7 @@ func FuzzStoreLog(f *testing.F) {
 			check := func() {
 				for id := range s.sites {
 					if id != "a" {
-						t.Errorf("cluster %q", id)
+						t.Errorf("site %q", id)
 					}
 				}
 				var parser SeriesParser
