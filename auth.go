@@ -200,10 +200,10 @@ func EqualSecret(a, b string) bool {
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
-// Bearer returns the credential of an Authorization header's value (RFC 6750, 2.1; the scheme in
+// ParseBearer returns the credential of an Authorization header's value (RFC 6750, 2.1; the scheme in
 // any case). It accepts any visible ASCII and not just the RFC's base64 set, because an
 // operator's own secret may hold more.
-func Bearer(header string) (string, bool) {
+func ParseBearer(header string) (string, bool) {
 	scheme, credential, _ := strings.Cut(header, " ")
 	credential = strings.Trim(credential, " ")
 	if !strings.EqualFold(scheme, "Bearer") || credential == "" {

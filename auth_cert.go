@@ -21,11 +21,11 @@ import (
 	"time"
 )
 
-// SelfSigned makes an ECDSA P-256 key (PKCS #8) and a server certificate for
+// SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a server certificate for
 // hosts: DNS names and IP addresses, without scheme, port or brackets. It is
 // valid from a day before now, for peers whose clocks lag, and for 20 years:
 // clients pin the key and look at no date.
-func SelfSigned(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
+func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
 	if len(hosts) == 0 {
 		return nil, nil, errors.New("a certificate needs at least one host")
 	}

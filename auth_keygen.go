@@ -29,7 +29,7 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	var crtPEM, keyPEM []byte
 	if len(hosts) > 0 {
 		// Also when there is a pair, so that a bad host is always an error.
-		if crtPEM, keyPEM, err = SelfSigned(hosts, now); err != nil {
+		if crtPEM, keyPEM, err = SelfSignedCert(hosts, now); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -41,6 +41,6 @@ func ParseRevoked(data []byte) (RevokedSet, error) {
 // its cluster ID.
 func (s RevokedSet) IsRevoked(t Token) bool {
 	_, byToken := s.tokenIDs[t.ID]
-	_, byCluster := s.clusterIDs[t.Cluster]
+	_, byCluster := s.clusterIDs[t.ClusterID]
 	return byToken || byCluster
 }

@@ -193,21 +193,21 @@ func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, e
 // opened.
 func (s *PacketSealer) KeyID(packet []byte) uint32 { return sealKeyID(packet) }
 
-// A Box seals messages of any size, each under a random nonce of 24 bytes, of which
+// A MessageSealer seals messages of any size, each under a random nonce of 24 bytes, of which
 // some 2^80 may be used with one key. It is safe for concurrent use.
-type Box struct {
+type MessageSealer struct {
 	ring string
 	keys atomic.Pointer[sealKeys]
 }
 
-// NewBox returns a sealer of the messages of the named ring. It is an error if there is no key.
-func NewBox(keys Keys, ring string) (*Box, error) {
-	s := &Box{ring: ring}
+// NewMessageSealer returns a sealer of the messages of the named ring. It is an error if there is no key.
+func NewMessageSealer(keys Keys, ring string) (*MessageSealer, error) {
+	s := &MessageSealer{ring: ring}
 	return s, s.SetKeys(keys)
 }
 
 // SetKeys replaces the keys. After an error the old keys stay.
-func (s *Box) SetKeys(keys Keys) error {
+func (s *MessageSealer) SetKeys(keys Keys) error {
 	ks, err := newSealKeys(keys, labelMessage, s.ring)
 	if err == nil {
 		s.keys.Store(&ks)
@@ -218,20 +218,20 @@ func (s *Box) SetKeys(keys Keys) error {
 // Seal appends plain, sealed, to dst. Only an Open with the same purpose (at most 255 bytes)
 // and context opens it. It uses the key with that ID, which the receiver is known to hold, or
 // the first if there is none.
-func (s *Box) Seal(dst, plain []byte, purpose string, context []byte, keyID uint32) []byte {
+func (s *MessageSealer) Seal(dst, plain []byte, purpose string, context []byte, keyID uint32) []byte {
 	var nonce [sealNonce]byte
 	rand.Read(nonce[:]) // never fails since Go 1.24
 	return s.keys.Load().withID(keyID).seal(dst, nonce[:], plain, messageContext(purpose, context))
 }
 
 // Open appends what is in message to dst. The errors are those of PacketSealer.Open.
-func (s *Box) Open(dst, message []byte, purpose string, context []byte) ([]byte, error) {
+func (s *MessageSealer) Open(dst, message []byte, purpose string, context []byte) ([]byte, error) {
 	return s.keys.Load().open(dst, message, messageContext(purpose, context))
 }
 
 // KeyID returns the ID of the key that a message was sealed with. The message has to have been
 // opened.
-func (s *Box) KeyID(message []byte) uint32 { return sealKeyID(message) }
+func (s *MessageSealer) KeyID(message []byte) uint32 { return sealKeyID(message) }
 
 // messageContext binds a message to its purpose, and to what it belongs to.
 func messageContext(purpose string, context []byte) []byte {

@@ -43,8 +43,8 @@ func otherVersion(sealed []byte, version byte) []byte {
 // A message opens only with its purpose and context, under a key of its ring, and when it is
 // of this version.
 func TestSealMessage(t *testing.T) {
-	box := func(ring string, secrets ...byte) *Box {
-		s, err := NewBox(testKeys(t, secrets...), ring)
+	box := func(ring string, secrets ...byte) *MessageSealer {
+		s, err := NewMessageSealer(testKeys(t, secrets...), ring)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -56,7 +56,7 @@ func TestSealMessage(t *testing.T) {
 	rotated := box("c", 2, 1)
 	for _, c := range []struct {
 		about            string
-		opener           *Box
+		opener           *MessageSealer
 		message          []byte
 		purpose, context string
 		want             error

@@ -53,7 +53,7 @@ func authKeys(t testing.TB, ns ...byte) Keys {
 
 func authToken() Token {
 	return Token{
-		Kind: KindClient, Cluster: "site-7", URLs: []string{"https://hub.example:9003", "https://b/?a=1&b=<2>"},
+		Kind: KindClient, ClusterID: "site-7", URLs: []string{"https://hub.example:9003", "https://b/?a=1&b=<2>"},
 		Pin: pinPrefix + authLine(9), Labels: map[string]string{"region": "süd", "a": "\u2028"},
 		Issued: authNow.Unix(), ID: strings.Repeat("0f", 16),
 	}
@@ -193,8 +193,8 @@ func TestSignRefuses(t *testing.T) {
 		"no key":         {Keys{}, func(*Token) {}, "no key"},
 		"no kind":        {ks, func(k *Token) { k.Kind = "" }, "unknown kind"},
 		"other kind":     {ks, func(k *Token) { k.Kind = "admin" }, "unknown kind"},
-		"no cluster":     {ks, func(k *Token) { k.Cluster = "" }, "cluster ID"},
-		"bad cluster":    {ks, func(k *Token) { k.Cluster = "a/b" }, "cluster ID"},
+		"no cluster":     {ks, func(k *Token) { k.ClusterID = "" }, "cluster ID"},
+		"bad cluster":    {ks, func(k *Token) { k.ClusterID = "a/b" }, "cluster ID"},
 		"no token ID":    {ks, func(k *Token) { k.ID = "" }, "token ID"},
 		"token ID case":  {ks, func(k *Token) { k.ID = strings.ToUpper(k.ID) }, "token ID"},
 		"token ID short": {ks, func(k *Token) { k.ID = k.ID[2:] }, "token ID"},
@@ -359,9 +359,9 @@ func TestNewTokenID(t *testing.T) {
 
 func TestRevoked(t *testing.T) {
 	id := strings.Repeat("0f", 16)
-	client := Token{Kind: KindClient, Cluster: "site-7", ID: id}
-	upload := Token{Kind: KindUpload, Cluster: "site-7", ID: id}
-	hexCluster := Token{Cluster: strings.Repeat("AB", 16), ID: strings.Repeat("1", 32)}
+	client := Token{Kind: KindClient, ClusterID: "site-7", ID: id}
+	upload := Token{Kind: KindUpload, ClusterID: "site-7", ID: id}
+	hexCluster := Token{ClusterID: strings.Repeat("AB", 16), ID: strings.Repeat("1", 32)}
 	for _, c := range []struct {
 		name, file string
 		revoked    []Token
@@ -373,8 +373,8 @@ func TestRevoked(t *testing.T) {
 		{"cluster", "x\nsite-7 # stolen\r\n", []Token{client, upload}, []Token{hexCluster}, ""},
 		{"token", id + "#stolen", []Token{client, upload}, []Token{hexCluster}, ""},
 		{"token in upper case", strings.ToUpper(id), []Token{client}, nil, ""},
-		{"cluster ID like a token ID", hexCluster.Cluster, []Token{hexCluster}, []Token{client}, ""},
-		{"cluster IDs have a case", "Site-7\n" + strings.ToLower(hexCluster.Cluster), nil, []Token{client, hexCluster}, ""},
+		{"cluster ID like a token ID", hexCluster.ClusterID, []Token{hexCluster}, []Token{client}, ""},
+		{"cluster IDs have a case", "Site-7\n" + strings.ToLower(hexCluster.ClusterID), nil, []Token{client, hexCluster}, ""},
 		{"no part of an ID", "site-\n" + id[:30], nil, []Token{client}, ""},
 		{"two on a line", "a\nb c", nil, nil, "line 2"},
 		{"a whole token", "\n" + authSign(t, authKeys(t, 1), authToken()), nil, nil, "line 2"},
@@ -650,7 +650,7 @@ func TestRotateKey(t *testing.T) {
 
 func TestSelfSigned(t *testing.T) {
 	hosts := []string{"Hub.Example", "localhost", "my_pod-1", "1.example", "192.0.2.7", "2001:db8::7", "::ffff:192.0.2.8"}
-	certPEM, keyPEM, err := SelfSigned(hosts, authNow)
+	certPEM, keyPEM, err := SelfSignedCert(hosts, authNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -676,20 +676,20 @@ func TestSelfSigned(t *testing.T) {
 	if cert.IsCA || cert.SerialNumber.Sign() <= 0 {
 		t.Errorf("CA %v, serial number %v", cert.IsCA, cert.SerialNumber)
 	}
-	if _, _, err := SelfSigned(nil, authNow); err == nil {
+	if _, _, err := SelfSignedCert(nil, authNow); err == nil {
 		t.Error("no hosts: no error")
 	}
 	for _, h := range []string{"", " ", "hub.example:9003", "192.0.2.7:9003", "[::1]", "[::1]:9003", "https://hub.example",
 		"hub.example/", "a b", "a,b", "*.example", ".a", "a.", "a..b", "-a", "a-", "bücher.example", "192.0.2.999", "10", "0.0.0.0", "::",
 		"fe80::1%eth0", "a\n", strings.Repeat("a", 64), strings.Repeat("a.", 127) + "a"} {
-		if _, _, err := SelfSigned([]string{"ok.example", h}, authNow); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", h)) {
+		if _, _, err := SelfSignedCert([]string{"ok.example", h}, authNow); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", h)) {
 			t.Errorf("host %q: %v", h, err)
 		}
 	}
 }
 
 func TestPin(t *testing.T) {
-	certPEM, keyPEM, err := SelfSigned([]string{"a.example"}, authNow)
+	certPEM, keyPEM, err := SelfSignedCert([]string{"a.example"}, authNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -706,7 +706,7 @@ func TestPin(t *testing.T) {
 	if got := CertPin(pair.Leaf); got != want {
 		t.Errorf("CertPin = %s, want %s", got, want)
 	}
-	second, _, err := SelfSigned([]string{"b.example"}, authNow)
+	second, _, err := SelfSignedCert([]string{"b.example"}, authNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -746,7 +746,7 @@ func TestPinnedTLS(t *testing.T) {
 		{"expired", tls.VersionTLS13, time.Now().AddDate(-40, 0, 0), false},
 	} {
 		// Made for another host, or expired as well: the pin alone decides.
-		certPEM, keyPEM, err := SelfSigned([]string{"elsewhere.example"}, c.issued)
+		certPEM, keyPEM, err := SelfSignedCert([]string{"elsewhere.example"}, c.issued)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -820,7 +820,7 @@ func TestPinnedTLS(t *testing.T) {
 // A copy of the certificate without its key is worth nothing: the handshake
 // proves possession although the chain is not verified.
 func TestPinnedTLSNeedsKey(t *testing.T) {
-	certPEM, keyPEM, err := SelfSigned([]string{"x"}, time.Now())
+	certPEM, keyPEM, err := SelfSignedCert([]string{"x"}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -828,7 +828,7 @@ func TestPinnedTLSNeedsKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	victim, _, err := SelfSigned([]string{"x"}, time.Now())
+	victim, _, err := SelfSignedCert([]string{"x"}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -907,7 +907,7 @@ func TestBearer(t *testing.T) {
 		"": "", "Bearer": "", "Bearer ": "", "abc": "", "Basic abc": "", "Bearerabc": "", "Bearer\tabc": "", " Bearer abc": "",
 		"Bearer a b": "", "Bearer a\tb": "", "Bearer a\x00": "", "Bearer ä": "", "Bearer, abc": "",
 	} {
-		got, ok := Bearer(header)
+		got, ok := ParseBearer(header)
 		if got != want || ok != (want != "") {
 			t.Errorf("%q: %q, %v; want %q", header, got, ok, want)
 		}
@@ -952,7 +952,7 @@ func FuzzToken(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if CheckClusterID(tok.Cluster) != nil || !isTokenID(tok.ID) || tok.KeyID != ks.IDs()[0] {
+		if CheckClusterID(tok.ClusterID) != nil || !isTokenID(tok.ID) || tok.KeyID != ks.IDs()[0] {
 			t.Errorf("payload %q gives %+v", s, tok)
 		}
 		text, err := ks.Sign(tok)
@@ -1018,7 +1018,7 @@ func FuzzRevoked(f *testing.F) {
 		for line := range strings.SplitSeq(string(data), "\n") {
 			id, _, _ := strings.Cut(line, "#")
 			id = strings.TrimSpace(id)
-			if id != "" && !r.IsRevoked(Token{Cluster: id}) || isTokenID(id) && !r.IsRevoked(Token{ID: id}) {
+			if id != "" && !r.IsRevoked(Token{ClusterID: id}) || isTokenID(id) && !r.IsRevoked(Token{ID: id}) {
 				t.Errorf("line %q revokes nothing", line)
 			}
 		}

@@ -40,15 +40,15 @@ const tokenPrefix = "tm1."
 // later are ignored, and kinds added later are refused. URLs and labels are bounded by the
 // token's length alone; whoever signs a token has to check them.
 type Token struct {
-	KeyID   string            `json:"key"`     // of the key that signed
-	Kind    string            `json:"kind"`    // KindClient or KindUpload
-	Cluster string            `json:"cluster"` // a valid cluster ID
-	URLs    []string          `json:"urls,omitempty"`
-	Pin     string            `json:"pin,omitempty"` // of the servers' certificate; see CertPin
-	Labels  map[string]string `json:"labels,omitempty"`
-	Issued  int64             `json:"issued"`            // Unix seconds; shown, never checked
-	Expires int64             `json:"expires,omitempty"` // Unix seconds; 0 = until revoked
-	ID      string            `json:"id"`                // NewTokenID; an upload token has its client token's
+	KeyID     string            `json:"key"`     // of the key that signed
+	Kind      string            `json:"kind"`    // KindClient or KindUpload
+	ClusterID string            `json:"cluster"` // a valid cluster ID
+	URLs      []string          `json:"urls,omitempty"`
+	Pin       string            `json:"pin,omitempty"` // of the servers' certificate; see CertPin
+	Labels    map[string]string `json:"labels,omitempty"`
+	Issued    int64             `json:"issued"`            // Unix seconds; shown, never checked
+	Expires   int64             `json:"expires,omitempty"` // Unix seconds; 0 = until revoked
+	ID        string            `json:"id"`                // NewTokenID; an upload token has its client token's
 }
 
 // Sign returns t's text form, signed by the first key, whose ID becomes t.KeyID. Errors: no key,
@@ -167,7 +167,7 @@ func (t Token) check() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)
 	}
-	if err := CheckClusterID(t.Cluster); err != nil {
+	if err := CheckClusterID(t.ClusterID); err != nil {
 		return err
 	}
 	if !isTokenID(t.ID) {

@@ -27,7 +27,7 @@ type ClientConfig struct {
 	FromClient     *http.Client // follows no redirects
 	To             []string     // servers, in the order in which they are tried
 	ToClient       *http.Client // with a timeout; follows no redirects
-	Cluster        string       // the cluster ID
+	ClusterID      string       // the cluster ID
 	Interval       time.Duration
 	ScrapeInterval time.Duration // at most Interval
 	LimitBytes     int64         // of a push's body; decompressed, MaxDecodedFactor times
@@ -39,11 +39,11 @@ type ClientConfig struct {
 
 // ClientState is what a reload replaces, all at once.
 type ClientState struct {
-	Token     string
-	FromToken string // "" = none
-	Match     Selectors
-	Cleaner   func() *Cleaner // a new one, without Match
-	Expires   int64           // of Token in Unix seconds; 0 = never, or not known
+	Token        string
+	FromToken    string // "" = none
+	Match        Selectors
+	NewCleaner   func() *Cleaner // a new one, without Match
+	TokenExpires int64           // of Token in Unix seconds; 0 = never, or not known
 }
 
 // Client pushes from one source to the servers of one ring. Handler may be used while other
@@ -101,8 +101,8 @@ func NewClient(cfg ClientConfig) *Client {
 
 // OpenSpool opens the spool, which Run and Once need. Of cfg the caller sets FS, Dir, Limit and
 // MaxAge.
-func (c *Client) Open(cfg SpoolConfig) (err error) {
-	cfg.Cluster, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.Cluster, c.moment, c.correctTimes, c.onSpoolError, c.onDrop
+func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
+	cfg.ClusterID, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.ClusterID, c.moment, c.correctTimes, c.onSpoolError, c.onDrop
 	if c.spool, err = OpenSpool(cfg); err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func (c *Client) Open(cfg SpoolConfig) (err error) {
 		}
 	})
 	c.pusher = NewPusher(PusherConfig{
-		To: c.cfg.To, ToClient: c.cfg.ToClient, Cluster: c.cfg.Cluster, Token: func() string { return c.state.Load().Token },
+		To: c.cfg.To, ToClient: c.cfg.ToClient, ClusterID: c.cfg.ClusterID, Token: func() string { return c.state.Load().Token },
 		LimitBytes: c.cfg.LimitBytes, MaxRetryAfter: max(c.cfg.Interval, time.Minute), Spool: c.spool, SourceClock: c.sourceClock, Moment: c.moment,
 		Now: c.cfg.Now, Metrics: c.cfg.Metrics, Dropped: c.dropped, SpoolErrors: c.spoolErrors, Log: c.cfg.Log,
 	})
@@ -181,7 +181,7 @@ func (c *Client) moment() Moment {
 // Reload replaces tokens and rules.
 func (c *Client) Reload(st ClientState) {
 	c.state.Store(&st)
-	c.expiry.Set(float64(st.Expires))
+	c.expiry.Set(float64(st.TokenExpires))
 }
 
 // Handler returns the handler of the client's listener.

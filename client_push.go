@@ -30,7 +30,7 @@ var errDeclined = errors.New("the server took no sample of a scrape; it stays in
 type PusherConfig struct {
 	To            []string      // servers, in the order in which they are tried
 	ToClient      *http.Client  // with a timeout; follows no redirects
-	Cluster       string        // the cluster ID
+	ClusterID     string        // the cluster ID
 	Token         func() string // the client token
 	LimitBytes    int64         // of a push's body; decompressed, MaxDecodedFactor times
 	MaxRetryAfter time.Duration // that a server may ask for between attempts
@@ -180,7 +180,7 @@ func (d *delivery) ask(ctx context.Context) error {
 		return err
 	}
 	d.servers.last = d.servers.current
-	d.cfg.Spool.Answer(answer.spool)
+	d.cfg.Spool.ApplyAnswer(answer.spool)
 	if st := d.cfg.Spool.Stats(); st.ByState[ScrapeUndelivered].Scrapes == 0 {
 		d.healthy.Store(true) // the push before was delivered, and its answer lost
 	}
@@ -189,7 +189,7 @@ func (d *delivery) ask(ctx context.Context) error {
 
 // pushNext pushes the next scrapes of the spool and acts on the result. An error ends the drain.
 func (d *delivery) pushNext(ctx context.Context) error {
-	scrapes, err := d.cfg.Spool.Next(PushLimits{Bytes: d.cfg.LimitBytes, Text: MaxDecodedFactor * d.cfg.LimitBytes, Scrapes: d.size.max})
+	scrapes, err := d.cfg.Spool.NextPush(PushLimits{Bytes: d.cfg.LimitBytes, Text: MaxDecodedFactor * d.cfg.LimitBytes, Scrapes: d.size.max})
 	if err != nil {
 		d.cfg.SpoolErrors.Inc()
 		return d.pause(ctx, err, 0)
@@ -251,7 +251,7 @@ func (d *delivery) push(ctx context.Context, scrapes []Scrape, named bool) (outc
 	d.progress.samples, d.progress.pushes = d.progress.samples+samples, d.progress.pushes+1
 	if named {
 		d.servers.last = d.servers.current
-		outcome = d.cfg.Spool.Answer(answer.spool)
+		outcome = d.cfg.Spool.ApplyAnswer(answer.spool)
 	}
 	d.logDropped(answer, outcome, samples)
 	return outcome, nil

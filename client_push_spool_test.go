@@ -688,7 +688,7 @@ func TestSpoolRecord(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
 	id := r.spool.ID()
-	r.spool.Answer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{7, time.Minute}}})
+	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{7, time.Minute}}})
 	for _, name := range []string{"spool.log.tmp", "spool.log.damaged", "spool.log.damaged-2", "spool.log.refused"} {
 		r.fs.put("/s/"+name, []byte("x"))
 	}
@@ -721,7 +721,7 @@ func TestSpoolRecord(t *testing.T) {
 		t.Errorf("without a record: ID %x, errors %v", r.spool.ID(), r.errs)
 	}
 	// A record of another cluster ID is not used.
-	id, r.cfg.Cluster = r.spool.ID(), "other"
+	id, r.cfg.ClusterID = r.spool.ID(), "other"
 	if r.open(); r.spool.ID() == id || len(r.errs) > 0 {
 		t.Errorf("of another cluster: ID %x, errors %v", r.spool.ID(), r.errs)
 	}
@@ -753,7 +753,7 @@ func TestSpoolRecordWrites(t *testing.T) {
 	} {
 		writes = 0
 		r.later(tt.later)
-		r.spool.Answer(SpoolAnswer{KnowsSpools: true, Consumers: tt.told})
+		r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Consumers: tt.told})
 		if writes != tt.want {
 			t.Errorf("%+v: written %d times", tt, writes)
 		}
@@ -796,10 +796,10 @@ func TestSpoolNumberOfNextProcess(t *testing.T) {
 			r := newSpoolRig(t, nil)
 			r.later(time.Hour)
 			r.open()
-			r.spool.Answer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}}) // has the record written
+			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}}) // has the record written
 			r.mustAdd(1)
 			first, id := r.nextPush(noLimits)[0].Number, r.spool.ID()
-			r.spool.Answer(SpoolAnswer{KnowsSpools: true, Read: Ranges{{first, first}}})
+			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: Ranges{{first, first}}})
 			r.now.BootID = "boot-2"
 			r.now.Wall += tt.later.Milliseconds()
 			r.open()
@@ -821,7 +821,7 @@ func TestSpoolDropsHeldFirst(t *testing.T) {
 	r.mustAdd(1, 2, 3, 4)
 	r.nextPush(noLimits)
 	r.spool.PushFailed(false)
-	r.spool.Answer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{3, 3}}})
+	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{3, 3}}})
 	r.mustAdd(5)
 	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 3})
 	r.mustAdd(6)
@@ -829,7 +829,7 @@ func TestSpoolDropsHeldFirst(t *testing.T) {
 	r.expect("kept", r.drain(noLimits), [][]int{{2, 4, 5, 6}})
 	r.mustAdd(7)
 	r.nextPush(noLimits)
-	r.spool.Answer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{7, 7}}})
+	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{7, 7}}})
 	r.later(3 * time.Hour)
 	r.mustAdd(8)
 	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 6, DropSpoolFull: 3})

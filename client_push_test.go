@@ -342,7 +342,7 @@ func TestPusherRefusals(t *testing.T) {
 func TestPusherSplitsUnderRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
-		limiter := NewSenders(time.Second)
+		limiter := NewSiteTracker(time.Second)
 		sizedHub(hub, 6)
 		answer := hub.answer
 		hub.answer = func(r *http.Request) *http.Response {

@@ -175,7 +175,7 @@ func (p *Pusher) ensureToken(ctx context.Context) (renewed bool, err error) {
 	if p.token.value != "" && p.token.clientToken == clientToken && p.cfg.Now().Before(p.token.renewAt) {
 		return false, nil
 	}
-	resp, err := p.post(ctx, "/authorize?id="+url.QueryEscape(p.cfg.Cluster), clientToken, http.Header{}, nil)
+	resp, err := p.post(ctx, "/authorize?id="+url.QueryEscape(p.cfg.ClusterID), clientToken, http.Header{}, nil)
 	if err != nil {
 		return false, fmt.Errorf("authorizing: %w", err)
 	}

@@ -69,7 +69,7 @@ func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
 			return
 		}
 		begin := c.cfg.Now()
-		if at := c.state.Load().Expires; at != 0 && begin.Add(expiryWarning).Unix() > at && begin.Sub(warned) > 24*time.Hour {
+		if at := c.state.Load().TokenExpires; at != 0 && begin.Add(expiryWarning).Unix() > at && begin.Sub(warned) > 24*time.Hour {
 			c.cfg.Log.Warn("the token expires soon; this site is silent afterwards", "at", time.Unix(at, 0).UTC())
 			warned = begin
 		}
@@ -121,7 +121,7 @@ func (c *Client) deliverLoop(ctx context.Context, due <-chan struct{}) {
 // lags behind the timer that was to wait for it.
 func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Duration {
 	h := fnv.New64a()
-	io.WriteString(h, c.cfg.Cluster)
+	io.WriteString(h, c.cfg.ClusterID)
 	phase := time.Duration(h.Sum64() % uint64(interval))
 	wait := interval - (time.Duration(now.UnixNano())-phase)%interval
 	if wait < interval/10 {

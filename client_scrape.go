@@ -80,7 +80,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*ScrapeResult, er
 // scrapeRequest returns the request of a scrape, and the Cleaner for its samples. A /federate
 // selects series itself, which saves it the rest; otherwise the Cleaner does.
 func (c *Client) scrapeRequest(ctx context.Context, st *ClientState) (*http.Request, *Cleaner, error) {
-	cleaner := st.Cleaner()
+	cleaner := st.NewCleaner()
 	u := *c.cfg.From
 	if strings.HasSuffix(u.Path, "/federate") {
 		q := u.Query()
@@ -131,7 +131,7 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 	var invalid error
 	skipped, err := d.Decode(body, format, func(r *RawSample) error {
 		n++
-		drop := cleaner.Apply(r)
+		drop := cleaner.Clean(r)
 		if drop == "" {
 			if !r.HasT {
 				r.T = defaultTime

@@ -38,12 +38,12 @@ var ErrSpoolRead = errors.New("reading spool")
 
 // SpoolConfig configures a Spool.
 type SpoolConfig struct {
-	FS      FS
-	Dir     string // "" holds scrapes in memory only
-	Cluster string // the cluster ID whose scrapes are held
-	Limit   int64  // bytes on disk
-	MaxAge  time.Duration
-	Now     func() Moment
+	FS        FS
+	Dir       string // "" holds scrapes in memory only
+	ClusterID string // the cluster ID whose scrapes are held
+	Limit     int64  // bytes on disk
+	MaxAge    time.Duration
+	Now       func() Moment
 	// CorrectTimes returns a scrape, which was spooled as not Corrected, with corrected times;
 	// nil leaves all times as they are.
 	CorrectTimes func(Scrape) Scrape
@@ -221,11 +221,11 @@ func (s *Spool) NextStep() (SpoolStep, time.Duration) {
 	return s.plan.nextStep(now)
 }
 
-// Next returns the scrapes of the next push: within limits, but at least one, with corrected
+// NextPush returns the scrapes of the next push: within limits, but at least one, with corrected
 // times. It returns none if nothing is to be pushed now. The error is ErrSpoolRead if there are
 // scrapes to push and none of them can be read; they stay for a later call. The scrapes are in
 // flight until ApplyAnswer, PushFailed, Reject, Release or the next call of this method.
-func (s *Spool) Next(l PushLimits) ([]Scrape, error) {
+func (s *Spool) NextPush(l PushLimits) ([]Scrape, error) {
 	s.Release()
 	s.dropExpired()
 	var firstErr error
@@ -334,9 +334,9 @@ func (s *Spool) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	return s.plan.removeIf(match)
 }
 
-// Answer notes what a server answered to the push in flight, or to a question, and removes the
+// ApplyAnswer notes what a server answered to the push in flight, or to a question, and removes the
 // scrapes that are done.
-func (s *Spool) Answer(a SpoolAnswer) SpoolOutcome {
+func (s *Spool) ApplyAnswer(a SpoolAnswer) SpoolOutcome {
 	now := s.cfg.Now()
 	s.mu.Lock()
 	done, out := s.plan.applyAnswer(now.Boot, a)

@@ -57,7 +57,7 @@ func roundToBlocks(size int64) int64 { return (size + fileBlock - 1) / fileBlock
 
 // maxFileSize returns what the file of a scrape occupies, at most.
 func (s *Spool) maxFileSize(sc *Scrape) int64 {
-	return roundToBlocks(int64(len(sc.Gzip) + len(sc.At.BootID) + len(s.cfg.Cluster) + maxFileHeaders))
+	return roundToBlocks(int64(len(sc.Gzip) + len(sc.At.BootID) + len(s.cfg.ClusterID) + maxFileHeaders))
 }
 
 // OpenSpool opens the spool in cfg.Dir, and makes the directory if need be. A damaged file is
@@ -101,9 +101,9 @@ func (s *Spool) recover() error {
 			s.setAside(number, spoolDamaged)
 		case err != nil:
 			return err
-		case identity != s.cfg.Cluster:
+		case identity != s.cfg.ClusterID:
 			return fmt.Errorf("%s holds scrapes of cluster ID %q, not of %q: give each its own --spool-dir, or move the scrapes away",
-				s.cfg.Dir, identity, s.cfg.Cluster)
+				s.cfg.Dir, identity, s.cfg.ClusterID)
 		default:
 			e.Gzip, e.uncertain = nil, true
 			s.plan.add(e)
@@ -119,7 +119,7 @@ func (s *Spool) listFiles() (numbers []uint64, err error) {
 	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
 		return nil, err
 	}
-	list, err := ReadAgain(func() ([]fs.DirEntry, error) { return s.cfg.FS.ReadDir(s.cfg.Dir) })
+	list, err := RetryRead(func() ([]fs.DirEntry, error) { return s.cfg.FS.ReadDir(s.cfg.Dir) })
 	if err != nil {
 		return nil, err
 	}
@@ -185,7 +185,7 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 		s.cfg.OnError(err)
 	case err != nil:
 		return err
-	case string(log.Identity()) == s.cfg.Cluster:
+	case string(log.Identity()) == s.cfg.ClusterID:
 		s.meta, s.savedMeta = meta, meta
 	}
 	return nil
@@ -229,7 +229,7 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 	case err != nil:
 		return nil, err
 	case rec.Records != 1 || rec.Damaged > 0 || rec.HeaderDamaged || rec.TornBytes > 0:
-		err := fmt.Errorf("%w: %s, %d bytes lost%s", errSpoolFileDamaged, path, rec.LostBytes+rec.TornBytes, rec.KeptAs())
+		err := fmt.Errorf("%w: %s, %d bytes lost%s", errSpoolFileDamaged, path, rec.LostBytes+rec.TornBytes, rec.CopyNote())
 		if cause != nil {
 			err = fmt.Errorf("%w: %w", err, cause)
 		}
@@ -245,7 +245,7 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 
 // writeRecord replaces a file, durably, by one record.
 func (s *Spool) writeRecord(name string, kind byte, payload []byte) (*Log, error) {
-	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.Cluster))
+	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.ClusterID))
 	frame := AppendRecord(nil, kind, payload)
 	return log, log.Rewrite(func(w io.Writer) error {
 		_, err := w.Write(frame)

@@ -31,7 +31,7 @@ type spoolRig struct {
 
 func newSpoolRig(t *testing.T, change func(*SpoolConfig)) *spoolRig {
 	r := &spoolRig{t: t, fs: newCrashFS(1, "/s"), now: Moment{Wall: 1, Boot: 5_000_000, BootID: "boot-1"}, droppedSamples: map[string]int{}}
-	r.cfg = SpoolConfig{FS: r.fs, Dir: "/s", Cluster: "site", Limit: 1 << 30, MaxAge: 2 * time.Hour}
+	r.cfg = SpoolConfig{FS: r.fs, Dir: "/s", ClusterID: "site", Limit: 1 << 30, MaxAge: 2 * time.Hour}
 	if change != nil {
 		change(&r.cfg)
 	}
@@ -105,9 +105,9 @@ func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
 func (r *spoolRig) nextPush(l PushLimits) []Scrape {
 	r.t.Helper()
 	if step, _ := r.spool.NextStep(); step == StepAsk {
-		r.spool.Answer(SpoolAnswer{})
+		r.spool.ApplyAnswer(SpoolAnswer{})
 	}
-	got, err := r.spool.Next(l)
+	got, err := r.spool.NextPush(l)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
 			return pushes
 		}
 		pushes = append(pushes, numbers(r.t, got))
-		r.spool.Answer(SpoolAnswer{})
+		r.spool.ApplyAnswer(SpoolAnswer{})
 	}
 }
 
@@ -141,7 +141,7 @@ func TestSpoolRestart(t *testing.T) {
 	first := r.scrape(1, 3)
 	r.mustAdd(1, 2, 3)
 	r.expect("one by one", numbers(t, r.nextPush(PushLimits{1, 1, 1})), []int{1})
-	r.spool.Answer(SpoolAnswer{})
+	r.spool.ApplyAnswer(SpoolAnswer{})
 	r.expect("again until removed", numbers(t, r.nextPush(noLimits)), []int{2, 3})
 	r.fs.crash()
 	r.open()
@@ -151,7 +151,7 @@ func TestSpoolRestart(t *testing.T) {
 	if got[0].At != first.At || got[0].SourceTime != first.SourceTime || got[0].Samples != 3 {
 		t.Errorf("clocks or counts changed: %+v", got[0])
 	}
-	r.spool.Answer(SpoolAnswer{})
+	r.spool.ApplyAnswer(SpoolAnswer{})
 	r.expect("at the end", r.files(), []string{})
 	if st := r.spool.Stats(); st != (SpoolStats{}) || len(r.errs) > 0 || r.dropCalls > 0 {
 		t.Errorf("left: %+v, errors %v, drops %v", st, r.errs, r.droppedSamples)
@@ -209,10 +209,10 @@ func crashSpoolAnywhere(t *testing.T) {
 				for range steps {
 					switch rnd.IntN(6) {
 					case 5: // the server loses it
-						got, _ := r.spool.Next(PushLimits{1 << 30, 1 << 30, 3})
+						got, _ := r.spool.NextPush(PushLimits{1 << 30, 1 << 30, 3})
 						send(got)
 						r.spool.PushFailed(false)
-						r.spool.Answer(SpoolAnswer{KnowsSpools: true})
+						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true})
 					case 0, 1, 2:
 						n++
 						maybe[n] = true
@@ -221,7 +221,7 @@ func crashSpoolAnywhere(t *testing.T) {
 						}
 						r.later(time.Minute)
 					case 3:
-						got, _ := r.spool.Next(PushLimits{1 << 30, 1 << 30, 2}) // a killed process reads nothing
+						got, _ := r.spool.NextPush(PushLimits{1 << 30, 1 << 30, 2}) // a killed process reads nothing
 						send(got)
 						for _, k := range numbers(t, got) {
 							gone[k] = true
@@ -231,9 +231,9 @@ func crashSpoolAnywhere(t *testing.T) {
 						for _, sc := range got {
 							read = read.Add(sc.Number, sc.Number)
 						}
-						r.spool.Answer(SpoolAnswer{KnowsSpools: true, Read: read, Consumers: []ConsumerAge{{uint64(n), 0}}})
+						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: read, Consumers: []ConsumerAge{{uint64(n), 0}}})
 					case 4:
-						if got, _ := r.spool.Next(PushLimits{1, 1, 1}); len(got) > 0 {
+						if got, _ := r.spool.NextPush(PushLimits{1, 1, 1}); len(got) > 0 {
 							gone[numbers(t, got)[0]] = true
 							r.spool.Reject()
 						}
@@ -635,10 +635,10 @@ func TestSpoolNextFails(t *testing.T) {
 			var pushes [][]int
 			waits := 0
 			for range 10 {
-				got, err := r.spool.Next(noLimits)
+				got, err := r.spool.NextPush(noLimits)
 				if len(got) > 0 && err == nil {
 					pushes = append(pushes, numbers(t, got))
-					r.spool.Answer(SpoolAnswer{})
+					r.spool.ApplyAnswer(SpoolAnswer{})
 					continue
 				}
 				if len(got) > 0 || !errors.Is(err, errDisk) || !errors.Is(err, ErrSpoolRead) || !strings.Contains(err.Error(), "/s/00") {
@@ -695,14 +695,14 @@ func TestSpoolSetsAside(t *testing.T) {
 func TestSpoolOfAnotherCluster(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
-	r.cfg.Cluster = "other"
+	r.cfg.ClusterID = "other"
 	if _, err := OpenSpool(r.cfg); err == nil || !strings.Contains(err.Error(), `"site"`) || !strings.Contains(err.Error(), "--spool-dir") {
 		t.Errorf("got %v", err)
 	}
-	r.cfg.Cluster = "site"
+	r.cfg.ClusterID = "site"
 	r.open()
 	r.drain(noLimits)
-	r.cfg.Cluster = "other"
+	r.cfg.ClusterID = "other"
 	r.open() // an empty one is anybody's
 }
 

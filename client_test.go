@@ -155,13 +155,13 @@ func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*C
 		t.Fatal(err)
 	}
 	cfg := ClientConfig{
-		From: from, To: []string{"https://a.example", "https://b.example"}, Cluster: "site", Interval: 2 * time.Minute,
+		From: from, To: []string{"https://a.example", "https://b.example"}, ClusterID: "site", Interval: 2 * time.Minute,
 		LimitBytes: 1 << 20, Metrics: NewMetrics(), Now: time.Now, Boot: testBoot(),
 		Log:        slog.New(slog.NewTextHandler(&log, nil)),
 		ToClient:   &http.Client{Transport: hub},
 		FromClient: &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) { return respond(200, nil, text), nil })},
 	}
-	st := ClientState{Token: "client-token", Match: all, Cleaner: func() *Cleaner { return &Cleaner{} }}
+	st := ClientState{Token: "client-token", Match: all, NewCleaner: func() *Cleaner { return &Cleaner{} }}
 	if change != nil {
 		change(&cfg, &st)
 	}
@@ -171,7 +171,7 @@ func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*C
 	c := NewClient(cfg)
 	c.Reload(st)
 	spool.Limit, spool.MaxAge = 1<<30, 2*time.Hour
-	if err := c.Open(spool); err != nil {
+	if err := c.OpenSpool(spool); err != nil {
 		t.Fatal(err)
 	}
 	return c, hub, &log
@@ -202,7 +202,7 @@ func TestClientPhase(t *testing.T) {
 				t.Errorf("push %d came %v after the one before", i, gap)
 			}
 		}
-		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.Cluster = "other" })
+		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.ClusterID = "other" })
 		hub2.t = t
 		phase := func(c *Client) time.Duration { return c.untilNextPhase(start, 2*time.Minute) }
 		if phase(c) == phase(other) {
@@ -454,13 +454,13 @@ empty{a="",b="c"} 3
 				Rename: map[string]string{"ALERTS": "alerts"}, Anonymize: []string{"instance"},
 				Labels: []Label{{[]byte("region"), []byte("north")}},
 			}
-			c.Salt([]byte("0123456789abcdef"))
+			c.SetSalt([]byte("0123456789abcdef"))
 			return c
 		}
 	}
 	c, hub, _ := newTestClient(t, text, func(cfg *ClientConfig, st *ClientState) {
 		cfg.Now = func() time.Time { return time.UnixMilli(1700000001234) }
-		st.Cleaner = salted(st)
+		st.NewCleaner = salted(st)
 	})
 	if err := c.Once(t.Context()); err != nil {
 		t.Fatal(err)
@@ -680,7 +680,7 @@ func TestClientWarnsOfExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, _, log := newTestClient(t, "a 1\n", func(cfg *ClientConfig, st *ClientState) {
 			cfg.Interval = time.Hour
-			st.Expires = time.Now().Add(29 * 24 * time.Hour).Unix()
+			st.TokenExpires = time.Now().Add(29 * 24 * time.Hour).Unix()
 		})
 		runFor(t, c, 60*time.Hour)
 		if n := strings.Count(log.String(), "the token expires soon"); n != 3 {

@@ -85,12 +85,12 @@ func (r *chaosRig) clients(every time.Duration) {
 			to = append(to, strings.TrimSuffix(r.servers[(n+i)%len(r.servers)].url(9003, ""), "/"))
 		}
 		c.client = NewClient(ClientConfig{
-			From: from, FromClient: &http.Client{Transport: c}, To: to, ToClient: r.pushClient, Cluster: fmt.Sprint("site-", n),
+			From: from, FromClient: &http.Client{Transport: c}, To: to, ToClient: r.pushClient, ClusterID: fmt.Sprint("site-", n),
 			Interval: every, ScrapeInterval: every, LimitBytes: 1 << 20, Metrics: c.metrics, Log: slog.New(slog.NewTextHandler(c, nil)),
 			Now: time.Now, Boot: NewBootClock(os.ReadFile).Now,
 		})
-		c.client.Reload(ClientState{Token: r.sites[n].token, Cleaner: func() *Cleaner { return &Cleaner{} }})
-		if err := c.client.Open(SpoolConfig{FS: DiskFS{}, Dir: filepath.Join(r.dir, "spools", fmt.Sprint(n)), Limit: 64 << 20, MaxAge: 2 * time.Hour}); err != nil {
+		c.client.Reload(ClientState{Token: r.sites[n].token, NewCleaner: func() *Cleaner { return &Cleaner{} }})
+		if err := c.client.OpenSpool(SpoolConfig{FS: DiskFS{}, Dir: filepath.Join(r.dir, "spools", fmt.Sprint(n)), Limit: 64 << 20, MaxAge: 2 * time.Hour}); err != nil {
 			r.t.Fatal(err)
 		}
 		r.clientele = append(r.clientele, c)

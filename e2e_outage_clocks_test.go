@@ -128,7 +128,7 @@ func (s *clockSite) start() {
 	s.cfg.Metrics = NewMetrics()
 	s.client = NewClient(s.cfg)
 	s.client.Reload(s.st)
-	if err := s.client.Open(SpoolConfig{FS: DiskFS{}, Dir: s.dir, Limit: 64 << 20, MaxAge: 2 * time.Hour}); err != nil {
+	if err := s.client.OpenSpool(SpoolConfig{FS: DiskFS{}, Dir: s.dir, Limit: 64 << 20, MaxAge: 2 * time.Hour}); err != nil {
 		s.t.Error(err)
 		return
 	}
@@ -319,15 +319,15 @@ func newClockRig(t *testing.T, sites int) *clockRig {
 		if owner, _ := both.Owner(SiteKey(id)); owner != r.servers[n%2].name {
 			continue
 		}
-		token, err := keys.Sign(Token{Kind: KindClient, Cluster: id, ID: NewTokenID()})
+		token, err := keys.Sign(Token{Kind: KindClient, ClusterID: id, ID: NewTokenID()})
 		if err != nil {
 			t.Fatal(err)
 		}
 		s := &clockSite{t: t, id: id, dir: filepath.Join(r.dir, "spools", id), host: n/2%2 == 0, off: -10 * time.Minute, end: func() {}}
-		s.st = ClientState{Token: token, Cleaner: func() *Cleaner { return &Cleaner{} }}
+		s.st = ClientState{Token: token, NewCleaner: func() *Cleaner { return &Cleaner{} }}
 		s.cfg = ClientConfig{
 			From: from, FromClient: &http.Client{Transport: s}, To: []string{to[n/4%2], to[1-n/4%2]}, ToClient: NewHTTPClient(nil, 15*time.Second, time.Minute),
-			Cluster: id, Interval: 2 * time.Second, ScrapeInterval: time.Second, LimitBytes: 1 << 20,
+			ClusterID: id, Interval: 2 * time.Second, ScrapeInterval: time.Second, LimitBytes: 1 << 20,
 			Log: slog.New(slog.NewTextHandler(&s.log, nil)), Now: s.now, Boot: s.boot,
 		}
 		r.sites = append(r.sites, s)

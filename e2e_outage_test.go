@@ -254,7 +254,7 @@ type outagePusher struct {
 }
 
 func (p *outagePusher) push(id string, text []byte) (dropped map[string]int) {
-	token, err := p.keys.Sign(Token{Kind: KindClient, Cluster: id, ID: NewTokenID()})
+	token, err := p.keys.Sign(Token{Kind: KindClient, ClusterID: id, ID: NewTokenID()})
 	if err != nil {
 		p.t.Error(err)
 		return nil

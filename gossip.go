@@ -36,7 +36,7 @@ type GossipConfig struct {
 	Name     string // unique in the ring; see CheckMemberName
 	Addr     string // host:port where peers reach this member; see AdvertisedAddr
 	URL      string // of the internal listener, for /sd; may be empty
-	Cluster  string // the ring's name; packets of another ring or under other keys are refused
+	RingName string // the ring's name; packets of another ring or under other keys are refused
 	Keys     Keys
 	Seeds    []string      // host:port; a name stands for all its addresses
 	Interval time.Duration // scales all timing
@@ -85,7 +85,7 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 	if c.Interval <= 0 {
 		return nil, errors.New("gossip needs an interval above 0")
 	}
-	sealer, err := NewPacketSealer(c.Keys, c.Cluster, crand.Reader)
+	sealer, err := NewPacketSealer(c.Keys, c.RingName, crand.Reader)
 	if err != nil {
 		return nil, err
 	}

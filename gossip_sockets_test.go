@@ -38,7 +38,7 @@ func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, not
 		if i > 0 {
 			c.Seeds = []string{all[0].addr.String()}
 		}
-		all = append(all, gossipOver(t, c, "127.0.0.1:0", func(u UDPConn) UDPConn {
+		all = append(all, startGossipOver(t, c, "127.0.0.1:0", func(u UDPConn) UDPConn {
 			if conn == nil {
 				return u
 			}

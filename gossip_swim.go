@@ -29,7 +29,7 @@ type SwimState struct {
 	Slot        uint16 // the claim, if Lamport is not 0
 	Lamport     uint64
 	Provisional bool
-	Seen        uint64 // the highest Lamport number seen
+	MaxLamport  uint64 // the highest Lamport number seen
 	Buckets     uint16 // the most seen
 }
 
@@ -119,7 +119,7 @@ type seed struct {
 func NewSwim(c SwimConfig) *Swim {
 	s := &Swim{
 		name: c.Name, interval: c.Interval, rng: rand.New(c.Random), sealer: c.Sealer,
-		maxLamport: max(c.State.Seen, c.State.Lamport), buckets: c.State.Buckets, wantTable: true, joinBackoff: c.Interval / 2,
+		maxLamport: max(c.State.MaxLamport, c.State.Lamport), buckets: c.State.Buckets, wantTable: true, joinBackoff: c.Interval / 2,
 	}
 	s.self = s.table.Merge(0, MemberRecord{
 		Name: c.Name, Session: s.nextSession(c.State.Session), Addr: c.Addr, URL: c.URL, Slot: NoSlot, KeyID: s.sealer.KeyIDs()[0],
@@ -138,7 +138,7 @@ func (s *Swim) nextSession(after uint64) uint64 {
 
 // State returns what to keep.
 func (s *Swim) State() SwimState {
-	st := SwimState{Session: s.self.Session, Seen: s.maxLamport, Buckets: s.buckets}
+	st := SwimState{Session: s.self.Session, MaxLamport: s.maxLamport, Buckets: s.buckets}
 	if r := s.self.MemberRecord; r.Lamport > 0 {
 		st.Slot, st.Lamport, st.Provisional = r.Slot, r.Lamport, r.Provisional
 	}
@@ -150,7 +150,7 @@ func (s *Swim) Version() uint64 { return s.table.Version + uint64(s.buckets) }
 
 // View returns a copy.
 func (s *Swim) View() GossipView {
-	return GossipView{Version: s.Version(), Self: s.name, Buckets: s.buckets, Lamport: s.maxLamport, Joined: s.syncedAt != 0, Members: s.table.Snapshots(s.now)}
+	return GossipView{Version: s.Version(), Self: s.name, Buckets: s.buckets, MaxLamport: s.maxLamport, Joined: s.syncedAt != 0, Members: s.table.Snapshots(s.now)}
 }
 
 // SetClaim announces that this member claims a slot (or none: NoSlot).

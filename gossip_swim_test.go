@@ -485,7 +485,7 @@ func TestSwimTwoRings(t *testing.T) {
 	s.run(5 * time.Second)
 	for _, n := range s.nodes {
 		v := n.swim.View()
-		if v.Buckets != 20 || v.Lamport != 20 || !v.Joined || !slices.IsSortedFunc(v.Members, func(a, b MemberSnapshot) int { return int(a.Slot) - int(b.Slot) }) {
+		if v.Buckets != 20 || v.MaxLamport != 20 || !v.Joined || !slices.IsSortedFunc(v.Members, func(a, b MemberSnapshot) int { return int(a.Slot) - int(b.Slot) }) {
 			t.Errorf("%s sees %+v", n.name, v)
 		}
 	}

@@ -281,12 +281,12 @@ func (m *Member) age(now time.Duration) uint32 {
 
 // A GossipView is the ring as one member sees it.
 type GossipView struct {
-	Version uint64 // changes with live members, claims and Buckets; not with suspicions
-	Self    string
-	Buckets uint16           // the most that any member ever saw
-	Lamport uint64           // the highest claim number seen
-	Joined  bool             // has ever received another member's table
-	Members []MemberSnapshot // by name
+	Version    uint64 // changes with live members, claims and Buckets; not with suspicions
+	Self       string
+	Buckets    uint16           // the most that any member ever saw
+	MaxLamport uint64           // the highest claim number seen
+	Joined     bool             // has ever received another member's table
+	Members    []MemberSnapshot // by name
 }
 
 // A MemberSnapshot is one member in a GossipView.

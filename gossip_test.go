@@ -36,14 +36,14 @@ type gossiper struct {
 	kill func()       // ends it without leaving
 }
 
-// gossip starts a member on a socket of its own.
-func gossip(tb testing.TB, c GossipConfig, listen string) *gossiper {
+// startGossip starts a member on a socket of its own.
+func startGossip(tb testing.TB, c GossipConfig, listen string) *gossiper {
 	tb.Helper()
-	return gossipOver(tb, c, listen, nil)
+	return startGossipOver(tb, c, listen, nil)
 }
 
-// gossipOver puts something between a member and its socket.
-func gossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDPConn) UDPConn) *gossiper {
+// startGossipOver puts something between a member and its socket.
+func startGossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDPConn) UDPConn) *gossiper {
 	tb.Helper()
 	udp, err := net.ResolveUDPAddr("udp", listen)
 	if err != nil {
@@ -59,7 +59,7 @@ func gossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDPConn)
 	} else if c.Addr[len(c.Addr)-1] == ':' {
 		c.Addr += fmt.Sprint(g.addr.Port())
 	}
-	c.Cluster, c.Conn = "test", conn
+	c.RingName, c.Conn = "test", conn
 	if wrap != nil {
 		c.Conn = wrap(conn)
 	}
@@ -149,14 +149,14 @@ func TestGossipLoopback(t *testing.T) {
 		if i > 0 {
 			c.Seeds = []string{all[0].addr.String()}
 		}
-		all = append(all, gossip(t, c, "127.0.0.1:0"))
+		all = append(all, startGossip(t, c, "127.0.0.1:0"))
 	}
 	waitFor(t, "all joined", allLive(all, n))
 	all[7].SetClaim(3, 9, true)
 	waitFor(t, "all know a claim", func() bool {
 		for _, g := range all {
 			v := g.View()
-			ok := v.Buckets == 4 && v.Lamport == 9 && g.State().Seen == 9
+			ok := v.Buckets == 4 && v.MaxLamport == 9 && g.State().MaxLamport == 9
 			for _, m := range v.Members {
 				ok = ok && (m.Name != "n7" || m.Slot == 3 && m.Lamport == 9 && m.Provisional)
 			}
@@ -186,16 +186,16 @@ func TestGossipLoopback(t *testing.T) {
 
 func TestGossipAddresses(t *testing.T) {
 	dns := &fakeDNS{hosts: map[string][]netip.Addr{}}
-	a := gossip(t, GossipConfig{Name: "a"}, "[::1]:0")
+	a := startGossip(t, GossipConfig{Name: "a"}, "[::1]:0")
 	port := fmt.Sprint(a.addr.Port())
 	// b looks for a by a name that at first there is not, and is itself known by one.
-	b := gossip(t, GossipConfig{Name: "b", Addr: "b.example:", Seeds: []string{"a.example:" + port}, Resolver: dns}, "[::1]:0")
+	b := startGossip(t, GossipConfig{Name: "b", Addr: "b.example:", Seeds: []string{"a.example:" + port}, Resolver: dns}, "[::1]:0")
 	dns.mu.Lock()
 	dns.hosts["a.example"] = []netip.Addr{netip.MustParseAddr("::1")}
 	dns.mu.Unlock()
 	waitFor(t, "joined by a name", allLive([]*gossiper{a, b}, 2))
 	both := &fakeDNS{hosts: map[string][]netip.Addr{"b.example": {netip.MustParseAddr("::1")}}}
-	c := gossip(t, GossipConfig{Name: "c", Seeds: []string{a.addr.String()}, Resolver: both}, "[::1]:0")
+	c := startGossip(t, GossipConfig{Name: "c", Seeds: []string{a.addr.String()}, Resolver: both}, "[::1]:0")
 	waitFor(t, "c reaches b by name", func() bool {
 		for _, m := range c.View().Members {
 			if m.Name == "b" && m.RTT > 0 && m.Addr == "b.example:"+fmt.Sprint(b.addr.Port()) {
@@ -205,18 +205,18 @@ func TestGossipAddresses(t *testing.T) {
 		return false
 	})
 	// A socket for both families talks to IPv4.
-	d := gossip(t, GossipConfig{Name: "d", Addr: "127.0.0.1:"}, "[::]:0")
-	e := gossip(t, GossipConfig{Name: "e", Seeds: []string{fmt.Sprint("127.0.0.1:", d.addr.Port())}}, "127.0.0.1:0")
+	d := startGossip(t, GossipConfig{Name: "d", Addr: "127.0.0.1:"}, "[::]:0")
+	e := startGossip(t, GossipConfig{Name: "e", Seeds: []string{fmt.Sprint("127.0.0.1:", d.addr.Port())}}, "127.0.0.1:0")
 	waitFor(t, "joined by IPv4", allLive([]*gossiper{d, e}, 2))
 }
 
 func TestGossipNameTaken(t *testing.T) {
-	a := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
+	a := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
 	seed := []string{a.addr.String()}
 	var events sync.Map
-	first := gossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { events.Store(e.What, true) }}, "127.0.0.1:0")
+	first := startGossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { events.Store(e.What, true) }}, "127.0.0.1:0")
 	waitFor(t, "joined", allLive([]*gossiper{a, first}, 2))
-	second := gossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
+	second := startGossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
 	waitFor(t, "the lower session stands down", func() bool {
 		second.mu.Lock()
 		defer second.mu.Unlock()
@@ -229,7 +229,7 @@ func TestGossipNameTaken(t *testing.T) {
 }
 
 func TestNewGossip(t *testing.T) {
-	good := GossipConfig{Name: "a", Addr: "a:1", Cluster: "c", Keys: testKeys(t, 1), Interval: time.Second}
+	good := GossipConfig{Name: "a", Addr: "a:1", RingName: "c", Keys: testKeys(t, 1), Interval: time.Second}
 	if _, err := NewGossip(good); err != nil {
 		t.Error(err)
 	}

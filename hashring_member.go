@@ -125,7 +125,7 @@ type RingMember struct {
 func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 	m := &RingMember{cfg: cfg, settled: make(chan struct{})}
 	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
-	if err := m.save(cfg.Gossip.State()); DiskFull(err) {
+	if err := m.save(cfg.Gossip.State()); IsDiskFull(err) {
 		m.reportSave(err)
 	} else if err != nil {
 		return nil, err
@@ -248,7 +248,7 @@ func (m *RingMember) claimSlot(v GossipView) {
 			reserved = append(reserved, claimOf(mv.MemberRecord))
 		}
 	}
-	c, changed := ResolveClaim(m.cfg.Name, m.cfg.Seeds && !v.Joined, live, reserved, v.Lamport)
+	c, changed := ResolveClaim(m.cfg.Name, m.cfg.Seeds && !v.Joined, live, reserved, v.MaxLamport)
 	if !changed {
 		return
 	}

@@ -112,7 +112,7 @@ func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...st
 		t.Fatal(err)
 	}
 	conn := n.listen(addr)
-	g, err := NewGossip(GossipConfig{Name: name, Addr: addr, Cluster: "test", Keys: testKeys(t, 1), Seeds: seeds,
+	g, err := NewGossip(GossipConfig{Name: name, Addr: addr, RingName: "test", Keys: testKeys(t, 1), Seeds: seeds,
 		Interval: memInterval, State: st, Conn: conn, Resolver: &fakeDNS{}})
 	if err != nil {
 		t.Fatal(err)
@@ -200,13 +200,13 @@ func TestMemberAtRestActsOnChanges(t *testing.T) {
 		b.gossip.SetClaim(1, 70, false)
 		limit("a claim's number is kept", took(t, "a keeps it", func() bool {
 			st, err := LoadMemberState(a.fs, "/s")
-			return err == nil && st.Seen == 70
+			return err == nil && st.MaxLamport == 70
 		}), memInterval)
 		rest()
 
 		// A slot that is lost to an older claim is given up, and another taken.
 		a.gossip.SetClaim(0, 90, false)
-		took(t, "b hears of it", func() bool { return b.gossip.View().Lamport == 90 })
+		took(t, "b hears of it", func() bool { return b.gossip.View().MaxLamport == 90 })
 		rest()
 		b.gossip.SetClaim(0, 80, false)
 		limit("a slot that was lost is replaced", took(t, "a has another", func() bool { return a.slot() == 1 && a.members() == 2 && b.members() == 2 }), memInterval)

@@ -436,7 +436,7 @@ func TestConnectionLimit(t *testing.T) {
 
 // TestHTTPServerTLS: TLS 1.2 or newer, and HTTP/1.1 only, whatever the peer would rather.
 func TestHTTPServerTLS(t *testing.T) {
-	crt, key, err := SelfSigned([]string{"127.0.0.1"}, time.Now())
+	crt, key, err := SelfSignedCert([]string{"127.0.0.1"}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,7 +56,7 @@ func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
 	}
-	entries, err := ReadAgain(func() ([]fs.DirEntry, error) { return fsys.ReadDir(dir) })
+	entries, err := RetryRead(func() ([]fs.DirEntry, error) { return fsys.ReadDir(dir) })
 	if err != nil {
 		return nil, nil, fmt.Errorf("listing logs: %w", err)
 	}
@@ -207,8 +207,8 @@ func (l *Log) Size() int64 { return l.size }
 // Identity returns the identity in the header; the caller must not change it.
 func (l *Log) Identity() []byte { return l.identity }
 
-// Broken reports whether Append would return ErrNeedsRewrite.
-func (l *Log) Broken() bool { return l.needsRewrite }
+// NeedsRewrite reports whether Append would return ErrNeedsRewrite.
+func (l *Log) NeedsRewrite() bool { return l.needsRewrite }
 
 // Path returns the path that NewLog or OpenLog was given.
 func (l *Log) Path() string { return l.path }

@@ -15,8 +15,8 @@ import (
 	"syscall"
 )
 
-// DiskFull reports whether an operation failed because the disk, or a quota, is full.
-func DiskFull(err error) bool {
+// IsDiskFull reports whether an operation failed because the disk, or a quota, is full.
+func IsDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
@@ -120,9 +120,9 @@ func syncParent(fsys FS, dir string, made bool) error {
 	return err
 }
 
-// readFileRetrying is FS.ReadFile under ReadAgain.
+// readFileRetrying is FS.ReadFile under RetryRead.
 func readFileRetrying(fsys FS, name string) ([]byte, error) {
-	return ReadAgain(func() ([]byte, error) { return fsys.ReadFile(name) })
+	return RetryRead(func() ([]byte, error) { return fsys.ReadFile(name) })
 }
 
 // maxAside is how many files of one path are kept aside for one reason.

@@ -29,8 +29,8 @@ type Recovery struct {
 // IsDamaged reports damage of the header or behind it. A torn end is not damage.
 func (r *Recovery) IsDamaged() bool { return r.HeaderDamaged || r.Damaged > 0 }
 
-// KeptAs returns the end of a message about damage: the name of the copy, or "" without one.
-func (r *Recovery) KeptAs() string {
+// CopyNote returns the end of a message about damage: the name of the copy, or "" without one.
+func (r *Recovery) CopyNote() string {
 	if r.CopyPath == "" {
 		return ""
 	}

@@ -30,10 +30,10 @@ func Sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) (woken, o
 	}
 }
 
-// ReadAgain calls read until it returns no error, with pauses of about 1.5 s in all. A read
+// RetryRead calls read until it returns no error, with pauses of about 1.5 s in all. A read
 // error may pass, and says nothing about the content of a file. fs.ErrNotExist is returned
 // at once.
-func ReadAgain[T any](read func() (T, error)) (T, error) {
+func RetryRead[T any](read func() (T, error)) (T, error) {
 	for pause := firstReadPause; ; pause *= 2 {
 		got, err := read()
 		if err == nil || errors.Is(err, fs.ErrNotExist) || pause > lastReadPause {

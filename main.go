@@ -1,10 +1,34 @@
 // Telemeter federates Prometheus samples from isolated sites by push.
 //
-// This file is the process: modes, exit status and signals. Every conflict among flags is found
-// before anything is opened or sent. Secrets come from files, never from flags or the
-// environment. The family main wires the others, and decides nothing about samples, tokens or
-// storage.
+// A client beside a Prometheus that nobody can reach scrapes it, cleans and anonymizes the
+// samples, keeps the scrapes in a spool on disk, and pushes them to a server. A server
+// authenticates the push, brings it into a normal form, stores it in the log of its site, and
+// serves it to the central Prometheus. Several servers form a ring, which gives every site one
+// owner. A site forgets a scrape only when every consumer has read it.
+//
+// The package is flat. The name of a file begins with its family; the file that gives a family
+// its name is where to begin reading. A family uses only families below it, and its lower-case
+// names stay inside: TestFamilies holds both.
+//
+//	main      modes, flags, the files they name, wiring, signals
+//	client    scrape, clean, spool, push; the client's own listener
+//	server    routes, authentication, upload, /federate, forwarding to owners, drain
+//	hashring  jump hash, slots and claims: which member owns a site
+//	gossip    who is a member: SWIM state machine, packets, UDP
+//	store     the sites: series, batches, cursors, recovery, retention, limits
+//	auth      keys, tokens, certificates, revocation, sealing, replay window
+//	sanitize  selectors, the client's cleanup, the server's normal form
+//	sample    the sample model; text and protobuf under limits; exposition
+//	push      messages between client and server: names of scrapes, clocks, answers
+//	log       append-only files of checksummed records; the seam to the disk
+//	http      listeners, connections and handlers that several share
+//	metrics   the process's own metrics
+//	wire      one cursor over foreign bytes
 package main
+
+// The process: modes, exit status and signals. Every conflict among flags is found before
+// anything is opened or sent. Secrets come from files, never from flags or the environment.
+// The family main wires the others, and decides nothing about samples, tokens or storage.
 
 import (
 	"context"

@@ -168,7 +168,7 @@ func (p *clientProcess) newClient() error {
 	p.token, p.fromTLS, p.toTLS = token, newRenewableTransport(fromTLS), newRenewableTransport(toTLS)
 	p.client = NewClient(ClientConfig{
 		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,
-		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, Cluster: token.Cluster, To: token.URLs,
+		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
 		FromClient: p.fromTLS.client(scrapeTimeout), ToClient: p.toTLS.client(attemptTimeout),
 	})
 	p.client.Reload(state)
@@ -181,7 +181,7 @@ func (p *clientProcess) reload() error {
 	if err != nil {
 		return err
 	}
-	if token.Cluster != p.token.Cluster || !slices.Equal(token.URLs, p.token.URLs) || token.Pin != p.token.Pin {
+	if token.ClusterID != p.token.ClusterID || !slices.Equal(token.URLs, p.token.URLs) || token.Pin != p.token.Pin {
 		return errors.New("the new token is for other servers or another cluster ID: restart to use it")
 	}
 	fromTLS, toTLS, err := p.certificates(token.Pin)
@@ -216,7 +216,7 @@ func (p *clientProcess) openSpool() error {
 		}
 		spool.Dir = dir
 	}
-	if err := p.client.Open(spool); err != nil {
+	if err := p.client.OpenSpool(spool); err != nil {
 		return fmt.Errorf("%w (--spool-dir DIR puts the spool elsewhere)", err)
 	}
 	return nil
@@ -316,9 +316,9 @@ func (f *clientFlags) load() (st ClientState, t Token, err error) {
 	if err != nil {
 		return st, t, err
 	}
-	st.Cleaner = func() *Cleaner {
+	st.NewCleaner = func() *Cleaner {
 		c := &Cleaner{Rename: f.renames, Labels: f.labels, Anonymize: f.anonymize}
-		c.Salt(salt)
+		c.SetSalt(salt)
 		return c
 	}
 	if f.dryRun {
@@ -327,7 +327,7 @@ func (f *clientFlags) load() (st ClientState, t Token, err error) {
 	if st.Token, t, err = f.loadToken(); err != nil {
 		return st, t, err
 	}
-	st.Expires = t.Expires
+	st.TokenExpires = t.Expires
 	return st, t, nil
 }
 
@@ -379,10 +379,10 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 		return "", t, fmt.Errorf("%s holds an %s token, not a client's", f.tokenFile, t.Kind)
 	}
 	if f.id != "" {
-		t.Cluster = f.id
+		t.ClusterID = f.id
 	}
 	var bad usageError
-	if t.Cluster == "" {
+	if t.ClusterID == "" {
 		bad = append(bad, fmt.Sprintf("%s says no cluster ID (%v): add --id", f.tokenFile, parseErr))
 	}
 	servers, problems := f.resolveServers(t.URLs)

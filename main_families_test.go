@@ -69,15 +69,15 @@ var pureFiles = []string{
 // upcalls are the function-typed fields through which a family calls one above it, as
 // "family.Field". A field Now is a clock and needs no entry.
 var upcalls = []string{
-	"client.Boot",      // the clock that goes on while the machine sleeps
-	"client.Cleaner",   // the cleaner of this moment: a reload replaces it
-	"gossip.Notify",    // events for the program's log
-	"hashring.OnError", // for the program's log
-	"hashring.OnView",  // the forwarder goes by it
-	"store.OnError",    // for the program's log
-	"store.OnWarning",  // for the program's log
-	"store.Owned",      // whether the ring puts a site on this member
-	"store.Span",       // the bounds of the wall clock
+	"client.Boot",       // the clock that goes on while the machine sleeps
+	"client.NewCleaner", // the cleaner of this moment: a reload replaces it
+	"gossip.Notify",     // events for the program's log
+	"hashring.OnError",  // for the program's log
+	"hashring.OnView",   // the forwarder goes by it
+	"store.OnError",     // for the program's log
+	"store.OnWarning",   // for the program's log
+	"store.Owned",       // whether the ring puts a site on this member
+	"store.Span",        // the bounds of the wall clock
 }
 
 var allowedModules = []string{

@@ -376,9 +376,9 @@ func (c *command) selectorsFlag(p *Selectors, name, usage string) {
 
 // renamesFlag defines a flag for a list of OLD=NEW names of metrics, on top of def.
 func (c *command) renamesFlag(p *map[string]string, name string, def []string, usage string) {
-	*p, _ = ParseRename(def)
+	*p, _ = ParseRenames(def)
 	listFlag(c, p, name, usage, func(texts []string) (map[string]string, error) {
-		return ParseRename(slices.Concat(def, texts))
+		return ParseRenames(slices.Concat(def, texts))
 	})
 }
 

@@ -100,7 +100,7 @@ func tokenMode(_ context.Context, c *command) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(c.stderr, "token %s for cluster ID %s\n", t.ID, t.Cluster)
+	fmt.Fprintf(c.stderr, "token %s for cluster ID %s\n", t.ID, t.ClusterID)
 	_, err = fmt.Fprintln(c.stdout, signed)
 	return err
 }
@@ -108,7 +108,7 @@ func tokenMode(_ context.Context, c *command) error {
 // makeToken makes and signs a client token. It pins the certificate among the keys if one of the
 // servers is an https one.
 func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error) {
-	t = Token{Kind: KindClient, Cluster: f.id, Labels: map[string]string{}, Issued: now.Unix(), ID: NewTokenID()}
+	t = Token{Kind: KindClient, ClusterID: f.id, Labels: map[string]string{}, Issued: now.Unix(), ID: NewTokenID()}
 	for _, l := range f.labels {
 		t.Labels[string(l.Name)] = string(l.Value)
 	}
@@ -161,7 +161,7 @@ func inspectToken(w io.Writer, dir, file string) error {
 		labels[i] = name + "=" + strconv.Quote(t.Labels[name])
 	}
 	fmt.Fprintf(w, "kind:       %s\ncluster ID: %s\ntoken ID:   %s\nkey ID:     %s\nissued:     %s\nexpires:    %s\nservers:    %s\npin:        %s\nlabels:     %s\n",
-		t.Kind, t.Cluster, t.ID, t.KeyID, at(t.Issued), at(t.Expires), strings.Join(t.URLs, " "), t.Pin, strings.Join(labels, " "))
+		t.Kind, t.ClusterID, t.ID, t.KeyID, at(t.Issued), at(t.Expires), strings.Join(t.URLs, " "), t.Pin, strings.Join(labels, " "))
 	keys, err := readKeys(dir, TokenKeyFile)
 	if err != nil {
 		fmt.Fprintf(w, "verifies:   not known: %v\n", err)

@@ -88,7 +88,7 @@ func (p *serverProcess) openRingNode(keys Keys) (n *ringNode, err error) {
 		p.log.Warn("the internal listener is on loopback, and so is what /sd tells of it: give --listen-internal an address that the Prometheus reaches", "address", sd)
 	}
 	if n.gossip, err = NewGossip(GossipConfig{
-		Name: f.name, Addr: advertise, URL: sd, Cluster: ringName, Keys: keys, Seeds: f.join, Interval: f.interval,
+		Name: f.name, Addr: advertise, URL: sd, RingName: ringName, Keys: keys, Seeds: f.join, Interval: f.interval,
 		State: state, Conn: n.udp, Resolver: net.DefaultResolver,
 		Notify: func(e GossipEvent) { p.log.Info(e.What, "member", e.Name, "address", e.Addr) },
 	}); err != nil {

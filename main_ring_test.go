@@ -465,7 +465,7 @@ func TestMemberState(t *testing.T) {
 	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
 		t.Errorf("of nothing: %+v %v", st, err)
 	}
-	want := SwimState{Session: 7, Slot: 3, Lamport: 9, Provisional: true, Seen: 11, Buckets: 5}
+	want := SwimState{Session: 7, Slot: 3, Lamport: 9, Provisional: true, MaxLamport: 11, Buckets: 5}
 	for range 2 {
 		if err := SaveMemberState(DiskFS{}, dir, want); err != nil {
 			t.Fatal(err)
@@ -505,7 +505,7 @@ func TestMemberStateReadFails(t *testing.T) {
 // A server whose disk is full starts all the same, and keeps its state when there is
 // room. One whose directory cannot be written does not.
 func TestMemberStartsOnFullDisk(t *testing.T) {
-	gossip := gossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip
+	gossip := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip
 	fsys := newStoreFS(1)
 	var failures []error
 	start := func() (*RingMember, error) {

@@ -166,7 +166,7 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 
 // newForwarder makes the forwarder, which owns nothing until there is a ring.
 func (p *serverProcess) newForwarder(keys Keys) error {
-	box, err := NewBox(keys, ringName)
+	box, err := NewMessageSealer(keys, ringName)
 	if err != nil {
 		return err
 	}
@@ -181,7 +181,7 @@ func (p *serverProcess) openStore() (err error) {
 	cfg := StoreConfig{
 		FS: DiskFS{}, Dir: p.storageDir, Retention: p.retention, MaxSampleAge: p.maxSampleAge, LimitSeries: p.limitSeries,
 		LimitClusters: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
-		Span: newServerClock(p.now, p.metrics, p.log).Span,
+		Span: newServerClock(p.now, p.metrics, p.log).Interval,
 		OnError: func(err error) {
 			failures.Inc()
 			p.log.Error("store", "err", err)
@@ -200,7 +200,7 @@ func (p *serverProcess) openStore() (err error) {
 func (p *serverProcess) newServer(state ServerState) {
 	cfg := ServerConfig{
 		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now,
-		MaxSampleAge: p.maxSampleAge, LimitBytes: p.limitBytes, LimitScrape: p.limitScrape, RateEvery: p.rateInterval,
+		MaxSampleAge: p.maxSampleAge, LimitBytes: p.limitBytes, LimitScrape: p.limitScrape, RateInterval: p.rateInterval,
 	}
 	if p.node != nil {
 		cfg.Member, cfg.Gossip = p.node.member, p.node.gossip
@@ -408,11 +408,11 @@ func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *W
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()
 	clock := NewWallClock(now, func() time.Duration { return time.Since(begin) }, func(c WallClockStep) {
-		step := c.Step.Round(time.Millisecond)
+		step := c.Size.Round(time.Millisecond)
 		switch {
-		case c.Returned:
+		case c.Reverted:
 			log.Info("the wall clock was set back to the old time", "step", step)
-		case c.Believed:
+		case c.Accepted:
 			log.Warn("the wall clock's new time has held for five minutes: samples expire by it from now on", "step", step)
 		default:
 			steps.Inc()

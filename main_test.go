@@ -649,14 +649,14 @@ func TestClientKilledInOutage(t *testing.T) {
 		}
 		client.end(syscall.SIGKILL)
 		spool, err := OpenSpool(SpoolConfig{
-			FS: DiskFS{}, Dir: filepath.Join(dir, "spool"), Cluster: "a", Limit: 1 << 30, MaxAge: time.Hour, Now: func() Moment { return Moment{BootID: "test"} },
+			FS: DiskFS{}, Dir: filepath.Join(dir, "spool"), ClusterID: "a", Limit: 1 << 30, MaxAge: time.Hour, Now: func() Moment { return Moment{BootID: "test"} },
 			OnError: func(err error) { t.Errorf("a kill left damage: %v", err) },
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		spool.Answer(SpoolAnswer{}) // no server has any
-		kept, err := spool.Next(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
+		spool.ApplyAnswer(SpoolAnswer{}) // no server has any
+		kept, err := spool.NextPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
 		if err != nil {
 			t.Fatal(err)
 		}

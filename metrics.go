@@ -132,7 +132,7 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 		}
 	}
 	if len(labels) == 0 {
-		f.child(nil)
+		f.seriesFor(nil)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -143,9 +143,9 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 	m.families = slices.Insert(m.families, i, f)
 }
 
-// child returns the series with these label values, which it adds if there is none. The panic
+// seriesFor returns the series with these label values, which it adds if there is none. The panic
 // does not print the values: they would escape, and each call would allocate.
-func (f *metricFamily) child(values []string) *metricSeries {
+func (f *metricFamily) seriesFor(values []string) *metricSeries {
 	if len(values) != len(f.labels) {
 		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(values), len(f.labels)))
 	}
@@ -205,7 +205,7 @@ func (c *Counter) Inc(labelValues ...string) { c.Add(1, labelValues...) }
 // even if v is 0. A negative v, NaN or infinity is ignored: a counter that falls
 // reads as a restart, and the others would stay for ever.
 func (c *Counter) Add(v float64, labelValues ...string) {
-	s := c.child(labelValues)
+	s := c.seriesFor(labelValues)
 	if v > 0 && !math.IsInf(v, 1) {
 		s.add(v)
 	}
@@ -214,7 +214,7 @@ func (c *Counter) Add(v float64, labelValues ...string) {
 // SetTotal raises the series to v, a total that its caller counts elsewhere. A lower v, or one
 // that Add would ignore, changes nothing.
 func (c *Counter) SetTotal(v float64, labelValues ...string) {
-	s := c.child(labelValues)
+	s := c.seriesFor(labelValues)
 	for {
 		old := s.value.Load()
 		if !(v > math.Float64frombits(old)) || math.IsInf(v, 1) || s.value.CompareAndSwap(old, math.Float64bits(v)) {
@@ -237,7 +237,7 @@ func (c *Counter) Value(labelValues ...string) float64 {
 
 // Set sets the series with these label values to v.
 func (g *Gauge) Set(v float64, labelValues ...string) {
-	g.child(labelValues).value.Store(math.Float64bits(v))
+	g.seriesFor(labelValues).value.Store(math.Float64bits(v))
 }
 
 // Replace replaces all series of the gauge by those that fill sets.
@@ -250,11 +250,11 @@ func (g *Gauge) Replace(fill func(set func(v float64, labelValues ...string))) {
 }
 
 // Add adds v, which may be negative, to the series with these label values.
-func (g *Gauge) Add(v float64, labelValues ...string) { g.child(labelValues).add(v) }
+func (g *Gauge) Add(v float64, labelValues ...string) { g.seriesFor(labelValues).add(v) }
 
 // Observe counts v. NaN is ignored: the sum would stay NaN for ever.
 func (h *Histogram) Observe(v float64, labelValues ...string) {
-	s := h.child(labelValues)
+	s := h.seriesFor(labelValues)
 	if math.IsNaN(v) {
 		return
 	}

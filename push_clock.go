@@ -16,13 +16,13 @@ const (
 	slewDivisor   = 1000             // slewing changes a clock by at most 1/slewDivisor of the time that passes
 )
 
-// Span is the range that the present time lies in. While a step of the wall clock is in doubt,
+// TimeInterval is the range that the present time lies in. While a step of the wall clock is in doubt,
 // one end is the time by the old setting of the clock and the other by the new one. Otherwise
 // both ends are the wall clock's time.
-type Span struct{ Early, Late time.Time }
+type TimeInterval struct{ Earliest, Latest time.Time }
 
-// SpanAt returns the range of a clock that is not in doubt.
-func SpanAt(t time.Time) Span { return Span{Early: t, Late: t} }
+// IntervalAt returns the range of a clock that is not in doubt.
+func IntervalAt(t time.Time) TimeInterval { return TimeInterval{Earliest: t, Latest: t} }
 
 // WallClock compares this machine's wall clock with its monotonic one. It is safe for
 // concurrent use.
@@ -40,9 +40,9 @@ type WallClock struct {
 
 // WallClockStep is the beginning of a step of the wall clock, or one of its two ends.
 type WallClockStep struct {
-	Step     time.Duration // its size; negative if the clock was set back
-	Returned bool          // the end: the clock was set to the old time again
-	Believed bool          // the end: the new time has held and is used from here on
+	Size     time.Duration // its size; negative if the clock was set back
+	Reverted bool          // the end: the clock was set to the old time again
+	Accepted bool          // the end: the new time has held and is used from here on
 }
 
 // NewWallClock returns a WallClock that starts from the present time of wall. monotonic returns
@@ -52,9 +52,9 @@ func NewWallClock(wall func() time.Time, monotonic func() time.Duration, onStep 
 	return &WallClock{wall: wall, monotonic: monotonic, onStep: onStep, trusted: wall().Round(0), trustedAt: monotonic()}
 }
 
-// Span returns the range that the present time lies in. A step is noticed by the first call
+// Interval returns the range that the present time lies in. A step is noticed by the first call
 // after it.
-func (c *WallClock) Span() Span {
+func (c *WallClock) Interval() TimeInterval {
 	c.mu.Lock()
 	wall, now := c.wall().Round(0), c.monotonic() // Round(0), so that Sub compares wall clocks
 	expected := c.trusted.Add(now - c.trustedAt)
@@ -66,16 +66,16 @@ func (c *WallClock) Span() Span {
 	}
 	switch {
 	case !inDoubt:
-		return SpanAt(wall)
+		return IntervalAt(wall)
 	case wall.Before(expected):
-		return Span{Early: wall, Late: expected}
+		return TimeInterval{Earliest: wall, Latest: expected}
 	}
-	return Span{Early: expected, Late: wall}
+	return TimeInterval{Earliest: expected, Latest: wall}
 }
 
 // StepInDoubt returns the size of the step that is in doubt; 0 if there is none.
 func (c *WallClock) StepInDoubt() time.Duration {
-	c.Span()
+	c.Interval()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.doubted
@@ -89,15 +89,15 @@ func (c *WallClock) observe(wall, expected time.Time, now time.Duration) (step W
 	switch {
 	case diff.Abs() <= stepTolerance+elapsed/slewDivisor:
 		if c.doubted != 0 {
-			step = WallClockStep{Step: c.doubted, Returned: true}
+			step = WallClockStep{Size: c.doubted, Reverted: true}
 		}
 	case c.doubted == 0 || (diff-c.doubted).Abs() > stepTolerance:
 		c.doubted, c.doubtedAt = diff, now
-		return WallClockStep{Step: diff}
+		return WallClockStep{Size: diff}
 	case now-c.doubtedAt < stepDoubtTime:
 		return WallClockStep{}
 	default:
-		step = WallClockStep{Step: c.doubted, Believed: true}
+		step = WallClockStep{Size: c.doubted, Accepted: true}
 	}
 	c.doubted = 0
 	if step == (WallClockStep{}) {

@@ -25,35 +25,35 @@ func TestWallClock(t *testing.T) {
 		},
 		"many small steps": {
 			{second, 8 * second, 9 * second, 9 * second, WallClockStep{}},
-			{second, 8 * second, 2*second + second/1000, 18 * second, WallClockStep{Step: 16*second - second/1000}},
+			{second, 8 * second, 2*second + second/1000, 18 * second, WallClockStep{Size: 16*second - second/1000}},
 			{second, 8 * second, 3*second + second/1000, 27 * second, WallClockStep{}},
 		},
 		"ahead for 45 seconds": {
-			{minute, 3 * hour, minute, 3*hour + minute, WallClockStep{Step: 3 * hour}},
+			{minute, 3 * hour, minute, 3*hour + minute, WallClockStep{Size: 3 * hour}},
 			{45 * second, 0, 105 * second, 3*hour + 105*second, WallClockStep{}},
-			{0, -3 * hour, 105 * second, 105 * second, WallClockStep{Step: 3 * hour, Returned: true}},
+			{0, -3 * hour, 105 * second, 105 * second, WallClockStep{Size: 3 * hour, Reverted: true}},
 			{10 * minute, 0, 705 * second, 705 * second, WallClockStep{}},
 		},
 		"ahead for good": {
-			{0, 3 * hour, 0, 3 * hour, WallClockStep{Step: 3 * hour}},
+			{0, 3 * hour, 0, 3 * hour, WallClockStep{Size: 3 * hour}},
 			{4 * minute, second, 4 * minute, 3*hour + 4*minute + second, WallClockStep{}},
-			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, WallClockStep{Step: 3 * hour, Believed: true}},
+			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, WallClockStep{Size: 3 * hour, Accepted: true}},
 			{minute, 0, 3*hour + 6*minute + second, 3*hour + 6*minute + second, WallClockStep{}},
 		},
 		"back for good": {
-			{hour, -time.Minute, hour - minute, hour, WallClockStep{Step: -minute}},
-			{5 * minute, 0, hour + 4*minute, hour + 4*minute, WallClockStep{Step: -minute, Believed: true}},
+			{hour, -time.Minute, hour - minute, hour, WallClockStep{Size: -minute}},
+			{5 * minute, 0, hour + 4*minute, hour + 4*minute, WallClockStep{Size: -minute, Accepted: true}},
 		},
 		"another step is doubted anew": {
-			{0, 3 * hour, 0, 3 * hour, WallClockStep{Step: 3 * hour}},
-			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, WallClockStep{Step: 4 * hour}},
+			{0, 3 * hour, 0, 3 * hour, WallClockStep{Size: 3 * hour}},
+			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, WallClockStep{Size: 4 * hour}},
 			{2 * minute, 0, 6 * minute, 4*hour + 6*minute, WallClockStep{}},
-			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, WallClockStep{Step: 4 * hour, Believed: true}},
+			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, WallClockStep{Size: 4 * hour, Accepted: true}},
 		},
 		"back and ahead": {
-			{0, -hour, -hour, 0, WallClockStep{Step: -hour}},
-			{minute, 2 * hour, minute, hour + minute, WallClockStep{Step: hour}},
-			{minute, -hour, 2 * minute, 2 * minute, WallClockStep{Step: hour, Returned: true}},
+			{0, -hour, -hour, 0, WallClockStep{Size: -hour}},
+			{minute, 2 * hour, minute, hour + minute, WallClockStep{Size: hour}},
+			{minute, -hour, 2 * minute, 2 * minute, WallClockStep{Size: hour, Reverted: true}},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -64,9 +64,9 @@ func TestWallClock(t *testing.T) {
 				got = WallClockStep{}
 				monotonic += s.pass
 				wall = wall.Add(s.pass + s.set)
-				span := c.Span()
-				if want := (Span{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
-					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Early.Sub(start), span.Late.Sub(start), got, s.early, s.late, s.change)
+				span := c.Interval()
+				if want := (TimeInterval{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
+					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Earliest.Sub(start), span.Latest.Sub(start), got, s.early, s.late, s.change)
 				}
 			}
 		})

@@ -126,7 +126,7 @@ func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Du
 	}
 	for i := range sites {
 		id := fmt.Sprint("site-", i)
-		token, err := r.keys.Sign(Token{Kind: KindClient, Cluster: id, ID: NewTokenID()})
+		token, err := r.keys.Sign(Token{Kind: KindClient, ClusterID: id, ID: NewTokenID()})
 		if err != nil {
 			t.Fatal(err)
 		}

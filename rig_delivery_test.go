@@ -675,14 +675,14 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 		}
 		m.append(s, c, p, got)
 	}
-	st := s.store.Spool(c.name, names.ID)
+	st := s.store.SpoolStatus(c.name, names.ID)
 	if m.tracing {
-		m.say("%s to %s: %s, consumers %q; held %v, read %v, settled %v", c.name, s.name, names, told, st.Held, st.Read, st.Settled)
+		m.say("%s to %s: %s, consumers %q; held %v, read %v, settled %v", c.name, s.name, names, told, st.Held, st.Read, st.HasConsumers)
 	}
 	m.check(s, c, names.ID, &st)
-	a = SpoolAnswer{KnowsSpools: true, DoneWhenHeld: !st.Settled}
+	a = SpoolAnswer{KnowsSpools: true, DoneWhenHeld: !st.HasConsumers}
 	a.Held, err = ParseRanges(st.Held.String(), MaxRanges)
-	if st.Settled && err == nil {
+	if st.HasConsumers && err == nil {
 		a.Read, err = ParseRanges(st.Read.String(), MaxRanges)
 	}
 	if err == nil {
@@ -713,7 +713,7 @@ func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, name
 	if err != nil {
 		m.fail("%v", err)
 	}
-	s.untimely = res.Untimely() && s.ahead > 0
+	s.untimely = res.IsUntimely() && s.ahead > 0
 	look(func(held *SiteData) {
 		n := len(held.Batches)
 		if n == 0 || held.Batches[n-1].Seq == seq {
@@ -783,10 +783,10 @@ func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumer
 // check checks what s says of a spool.
 func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *SpoolStatus) {
 	all, any := m.counts(s, c)
-	if any && !st.Settled {
+	if any && !st.HasConsumers {
 		m.fail("%s says that nobody reads, and a consumer is known", s.name)
 	}
-	if st.Settled && !slices.ContainsFunc(m.hi[:], func(at int64) bool { return at > 0 && m.now-at <= (consumerIdle+deliverySlack).Milliseconds() }) {
+	if st.HasConsumers && !slices.ContainsFunc(m.hi[:], func(at int64) bool { return at > 0 && m.now-at <= (consumerIdle+deliverySlack).Milliseconds() }) {
 		m.fail("%s says that somebody reads, and nobody does", s.name)
 	}
 	lists := slices.Clone(st.Held).Union(st.Read)
@@ -806,7 +806,7 @@ func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *Sp
 			}
 		}
 	}
-	if !st.Settled {
+	if !st.HasConsumers {
 		return
 	}
 	for _, r := range st.Read {
@@ -904,20 +904,20 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 		}
 		r.data.ID = c.name
 		r.data.RestoreSpools(r.spools, hurt[i])
-		r.data.DropExpiredUncounted(min(st.Oldest(), r.data.LastPush-deliveryRetention.Milliseconds()))
+		r.data.DropExpiredUncounted(min(st.RetainedSince(), r.data.LastPush-deliveryRetention.Milliseconds()))
 		st.sites[c.name] = NewSite(r.data, nil, st)
 	}
 	st.dropExpiredWhileDown()
 	highest := max(st.Consumers.HighestCursor(), st.totals.NewestSeq.Load())
 	st.dropPastCursors(damagedLogs{})
 	first := state.NewBlock(highest)
-	for _, c := range st.sorted() {
+	for _, c := range st.sitesByID() {
 		c.raiseSeq(first)
 	}
 	st.totals.RaiseNewest(first)
 	s.disk.block = state.block
 	s.store, s.up = st, true
-	s.scraper = &Scraper{Store: st, MaxAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
+	s.scraper = &Scraper{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
 		return m.sites[0].ring == hash && m.owner[0] == s.at || m.sites[1].ring == hash && m.owner[1] == s.at
 	}}
 	st.Consumers.knownChanged.Store(true)
@@ -952,7 +952,7 @@ func (m *deliveryModel) rewrite(s *modelServer, c *modelSite) {
 	if site == nil {
 		return
 	}
-	if err := site.Rewrite(nil, s.store.Oldest()); err != nil {
+	if err := site.Rewrite(nil, s.store.RetainedSince()); err != nil {
 		m.fail("%v", err)
 	}
 	var log []modelRecord
@@ -1075,7 +1075,7 @@ func (m *deliveryModel) maintain(s *modelServer) {
 	for _, c := range m.sites {
 		m.rewrite(s, c)
 	}
-	s.store.Consumers.Expire(m.timeAt(s))
+	s.store.Consumers.DropIdle(m.timeAt(s))
 }
 
 // evict evicts what every consumer has read.
@@ -1136,7 +1136,7 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	lost := m.lost()
 	var got []int
 	for _, f := range fams {
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			got = append(got, int(l.V))
 			x.received[int(l.V)] = x.received[int(l.V)] || !lost
 		}

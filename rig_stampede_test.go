@@ -154,7 +154,7 @@ func (v *stampedeServer) start() {
 	}
 	v.server = NewServer(ServerConfig{
 		Name: v.name, Store: store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now, MaxSampleAge: 10 * time.Minute,
-		LimitBytes: 1 << 20, LimitScrape: 500_000 / stampedeScale, RateEvery: time.Second,
+		LimitBytes: 1 << 20, LimitScrape: 500_000 / stampedeScale, RateInterval: time.Second,
 	})
 	v.server.Reload(ServerState{Keys: s.keys, Normalizer: &Normalizer{}})
 	v.server.SetReady(true)
@@ -203,14 +203,14 @@ func newStampedeSite(s *stampede, i int) *stampedeSite {
 		to = append(to, "https://"+s.servers[(i+j)%3].name)
 	}
 	c.client = NewClient(ClientConfig{
-		From: from, To: to, Cluster: c.id, Interval: stampedeInterval, ScrapeInterval: stampedeInterval, LimitBytes: 1 << 20,
+		From: from, To: to, ClusterID: c.id, Interval: stampedeInterval, ScrapeInterval: stampedeInterval, LimitBytes: 1 << 20,
 		Metrics: NewMetrics(), Now: time.Now, Boot: testBoot(), Log: slog.New(slog.DiscardHandler),
 		ToClient:   &http.Client{Transport: roundTrip(c.send), Timeout: attemptTimeout},
 		FromClient: &http.Client{Transport: roundTrip(c.source)},
 	})
-	token := authSign(s.t, s.keys, Token{Kind: KindClient, Cluster: c.id, ID: NewTokenID()})
-	c.client.Reload(ClientState{Token: token, Match: all, Cleaner: func() *Cleaner { return &Cleaner{} }})
-	if err := c.client.Open(SpoolConfig{Limit: 1 << 20, MaxAge: 2 * time.Hour}); err != nil {
+	token := authSign(s.t, s.keys, Token{Kind: KindClient, ClusterID: c.id, ID: NewTokenID()})
+	c.client.Reload(ClientState{Token: token, Match: all, NewCleaner: func() *Cleaner { return &Cleaner{} }})
+	if err := c.client.OpenSpool(SpoolConfig{Limit: 1 << 20, MaxAge: 2 * time.Hour}); err != nil {
 		s.t.Fatal(err)
 	}
 	c.first = c.client.spool.nextNumber

@@ -29,8 +29,8 @@ const (
 // than a limit.
 var ErrTooLarge = errors.New("too large")
 
-// ErrListSize is the ErrTooLarge of a list as a whole: its MaxSamples or MaxBytes.
-var ErrListSize = fmt.Errorf("%w", ErrTooLarge)
+// ErrListTooLarge is the ErrTooLarge of a list as a whole: its MaxSamples or MaxBytes.
+var ErrListTooLarge = fmt.Errorf("%w", ErrTooLarge)
 
 // ErrNULValue is wrapped by Add's error about a NUL byte in a label's value, when no
 // label has another fault: Prometheus accepts such a series.
@@ -93,7 +93,7 @@ func (l *SampleList) Add(r *RawSample) error {
 		return err
 	}
 	if l.MaxSamples > 0 && len(l.Samples) >= l.MaxSamples {
-		return fmt.Errorf("%w: more than %d samples", ErrListSize, l.MaxSamples)
+		return fmt.Errorf("%w: more than %d samples", ErrListTooLarge, l.MaxSamples)
 	}
 	off := len(l.Arena)
 	if err := l.addLine(r.Name, r.Labels); err != nil {
@@ -125,7 +125,7 @@ func (l *SampleList) addLine(name []byte, labels []Label) error {
 	}
 	if l.MaxBytes > 0 && len(l.Arena) > l.MaxBytes || int64(len(l.Arena)) > math.MaxUint32 {
 		l.Arena = l.Arena[:off]
-		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrListSize, l.MaxBytes)
+		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrListTooLarge, l.MaxBytes)
 	}
 	return nil
 }

@@ -42,7 +42,7 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 		return body, len(body) > limit, nil
 	case "gzip":
 		if err = d.gzip.Reset(bytes.NewReader(body)); err == nil {
-			d.buf, err = ReadInto(d.buf, io.LimitReader(&d.gzip, int64(limit)+1))
+			d.buf, err = ReadAllInto(d.buf, io.LimitReader(&d.gzip, int64(limit)+1))
 		}
 		if err != nil {
 			return nil, false, fmt.Errorf("the body is not whole gzip: %w", err)
@@ -59,8 +59,8 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 	return d.buf, false, nil
 }
 
-// ReadInto reads all of r into buf's memory, which grows as the bytes arrive.
-func ReadInto(buf []byte, r io.Reader) ([]byte, error) {
+// ReadAllInto reads all of r into buf's memory, which grows as the bytes arrive.
+func ReadAllInto(buf []byte, r io.Reader) ([]byte, error) {
 	buf = buf[:0]
 	for {
 		if len(buf) == cap(buf) {

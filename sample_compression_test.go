@@ -128,15 +128,15 @@ func (d *dribble) Read(p []byte) (int, error) {
 
 func TestReadInto(t *testing.T) {
 	buf := []byte("old contents")
-	got, err := ReadInto(buf, &dribble{strings.Repeat("abc", 1000), io.EOF})
+	got, err := ReadAllInto(buf, &dribble{strings.Repeat("abc", 1000), io.EOF})
 	if err != nil || string(got) != strings.Repeat("abc", 1000) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
-	again, err := ReadInto(got, strings.NewReader("xy"))
+	again, err := ReadAllInto(got, strings.NewReader("xy"))
 	if err != nil || string(again) != "xy" || &again[0] != &got[0] {
 		t.Errorf("%q, %v: memory is to be reused", again, err)
 	}
-	if got, err := ReadInto(nil, &dribble{"abc", io.ErrUnexpectedEOF}); !errors.Is(err, io.ErrUnexpectedEOF) || string(got) != "abc" {
+	if got, err := ReadAllInto(nil, &dribble{"abc", io.ErrUnexpectedEOF}); !errors.Is(err, io.ErrUnexpectedEOF) || string(got) != "abc" {
 		t.Errorf("%q %v", got, err)
 	}
 }

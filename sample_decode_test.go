@@ -694,13 +694,13 @@ func TestDecodeAllocatesNothing(t *testing.T) {
 // fuzzPath takes a body from its form to what a scraper reads.
 func fuzzPath(t *testing.T, body []byte, f Format) {
 	n := Normalizer{Elide: []string{"elide"}, Labels: []Label{{[]byte("operator"), []byte("o")}}}
-	forced := n.Forced("site", map[string]string{"token": "t"})
+	forced := n.ForcedLabels("site", map[string]string{"token": "t"})
 	p := SampleList{MaxBytes: 64<<10 + 16*len(body), MaxSamples: 1000}
 	var err error
 	used := allocated(func() {
 		var d Decoder
 		_, err = d.Decode(body, f, func(r *RawSample) error {
-			if drop, err := n.Apply(r, forced); err != nil || drop != "" {
+			if drop, err := n.Normalize(r, forced); err != nil || drop != "" {
 				return err
 			}
 			if !r.HasT {

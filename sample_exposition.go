@@ -87,8 +87,8 @@ type FamilySample struct {
 
 // Family is the samples of one metric name, over all sites.
 type Family struct {
-	Name  string
-	Lines []FamilySample
+	Name    string
+	Samples []FamilySample
 }
 
 // GroupByName returns the samples of l as families, sorted by name. They share l's memory.
@@ -107,7 +107,7 @@ func GroupByName(l *SampleList) []Family {
 			index[string(name)] = i
 			fams = append(fams, Family{Name: string(name)})
 		}
-		fams[i].Lines = append(fams[i].Lines, FamilySample{l.Line(s), s.T, s.V, !IsLegacy(name, labels)})
+		fams[i].Samples = append(fams[i].Samples, FamilySample{l.Line(s), s.T, s.V, !IsLegacy(name, labels)})
 	}
 	slices.SortFunc(fams, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
 	return fams
@@ -127,7 +127,7 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (written, hidden int,
 	buf := make([]byte, 0, chunk+4<<10)
 	for _, f := range fams {
 		buf = appendType(buf, []byte(f.Name))
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			buf = AppendSample(buf, l.Line, l.T, l.V)
 			if len(buf) >= chunk {
 				if _, err := w.Write(buf); err != nil {
@@ -136,7 +136,7 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (written, hidden int,
 				buf = buf[:0]
 			}
 		}
-		written += len(f.Lines)
+		written += len(f.Samples)
 	}
 	_, err = w.Write(buf)
 	return written, hidden, err
@@ -171,7 +171,7 @@ func AppendSample(b, line []byte, t int64, v float64) []byte {
 // because e shows their series as another's.
 func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
 	if !slices.ContainsFunc(fams, func(f Family) bool {
-		return slices.ContainsFunc(f.Lines, func(l FamilySample) bool { return l.Quoted })
+		return slices.ContainsFunc(f.Samples, func(l FamilySample) bool { return l.Quoted })
 	}) {
 		return fams, 0
 	}
@@ -182,23 +182,23 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
 		if merged[name] == nil {
 			merged[name] = &escapedFamily{Family: Family{Name: name}}
 		}
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			if !l.Quoted {
-				merged[name].Lines = append(merged[name].Lines, l)
+				merged[name].Samples = append(merged[name].Samples, l)
 			}
 		}
 	}
 	var parser SeriesParser
 	for _, f := range fams {
 		m := merged[e.Name(f.Name)]
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			if l.Quoted && !m.addEscaped(e, &parser, l) {
 				hidden++
 			}
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(merged)) {
-		if len(merged[name].Lines) > 0 {
+		if len(merged[name].Samples) > 0 {
 			out = append(out, merged[name].Family)
 		}
 	}
@@ -216,8 +216,8 @@ type escapedFamily struct {
 // ascend.
 func (f *escapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
 	if f.shownBy == nil {
-		f.shownBy = make(map[string]string, len(f.Lines))
-		for _, l := range f.Lines {
+		f.shownBy = make(map[string]string, len(f.Samples))
+		for _, l := range f.Samples {
 			f.shownBy[string(l.Line)] = string(l.Line)
 		}
 	}
@@ -235,6 +235,6 @@ func (f *escapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySam
 	}
 	f.shownBy[string(line)] = series
 	l.Line = line
-	f.Lines = append(f.Lines, l)
+	f.Samples = append(f.Samples, l)
 	return true
 }

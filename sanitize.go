@@ -100,10 +100,10 @@ type Normalizer struct {
 	Allow    Selectors // a sample that they do not choose, in normal form, is dropped
 }
 
-// Forced returns the labels that every sample of a push gets: the cluster ID, the
+// ForcedLabels returns the labels that every sample of a push gets: the cluster ID, the
 // token's, and the operator's. Of two with one name the cluster ID wins over the token's label,
 // which wins over the operator's, because a token says more of the site.
-func (n *Normalizer) Forced(clusterID string, token map[string]string) []Label {
+func (n *Normalizer) ForcedLabels(clusterID string, token map[string]string) []Label {
 	m := map[string]string{}
 	for _, l := range n.Labels {
 		m[string(l.Name)] = string(l.Value)
@@ -113,11 +113,11 @@ func (n *Normalizer) Forced(clusterID string, token map[string]string) []Label {
 	return sortedLabels(m)
 }
 
-// Apply brings r into normal form. It returns the reason for which the sample is to be
+// Normalize brings r into normal form. It returns the reason for which the sample is to be
 // dropped, or "". An error refuses the whole push. The forced labels replace r's own, and job
 // and instance are added empty where they are missing: under honor_labels a series then keeps
 // its identity whichever server exposes it.
-func (n *Normalizer) Apply(r *RawSample, forced []Label) (drop string, err error) {
+func (n *Normalizer) Normalize(r *RawSample, forced []Label) (drop string, err error) {
 	if isReservedName(r.Name) {
 		return "", fmt.Errorf("the name %.100q is reserved for what the server itself serves", r.Name)
 	}
@@ -154,14 +154,14 @@ type Cleaner struct {
 	mac       hash.Hash         // HMAC-SHA256 under the salt
 }
 
-// Salt sets the key under which values are anonymized.
-func (c *Cleaner) Salt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
+// SetSalt sets the key under which values are anonymized.
+func (c *Cleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
 
-// Apply cleans r. It returns the reason for which the sample is to be dropped, or "".
+// Clean cleans r. It returns the reason for which the sample is to be dropped, or "".
 // SampleList.Add may still refuse r, as DropInvalid. Anonymized values are an HMAC and
 // not a salted hash, so that without the salt nobody can try guesses; equal
 // values stay equal, under every label.
-func (c *Cleaner) Apply(r *RawSample) (drop string) {
+func (c *Cleaner) Clean(r *RawSample) (drop string) {
 	if !c.Match.Match(r.Name, r.Labels) {
 		return DropNotMatched
 	}
@@ -201,8 +201,8 @@ func ParseLabels(pairs []string) ([]Label, error) {
 	return sortedLabels(m), nil
 }
 
-// ParseRename parses OLD=NEW pairs of metric names, later ones winning.
-func ParseRename(pairs []string) (map[string]string, error) {
+// ParseRenames parses OLD=NEW pairs of metric names, later ones winning.
+func ParseRenames(pairs []string) (map[string]string, error) {
 	m := map[string]string{}
 	for _, pair := range pairs {
 		old, name, ok := strings.Cut(pair, "=")

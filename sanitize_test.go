@@ -202,7 +202,7 @@ func TestNormalizer(t *testing.T) {
 		Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("token")}},
 		Allow:    mustSelect(t, `up{_id="site",region="eu"}`, `{"a.b"}`, "push_time", "telemeter_cluster", "push_time_seconds2", "many"),
 	}
-	forced := n.Forced("site", map[string]string{"tier": "token", "_id": "forged", "note": ""})
+	forced := n.ForcedLabels("site", map[string]string{"tier": "token", "_id": "forged", "note": ""})
 	for _, c := range []struct {
 		r          *RawSample
 		line, drop string
@@ -227,7 +227,7 @@ func TestNormalizer(t *testing.T) {
 		{expoRaw("push_time_seconds2", 0, 0, "env", "p"), `push_time_seconds2{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
 	} {
 		shown := string(appendLine(nil, c.r.Name, c.r.Labels))
-		drop, err := n.Apply(c.r, forced)
+		drop, err := n.Normalize(c.r, forced)
 		if err != nil {
 			drop = "error"
 			if len(err.Error()) > 500 || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), "reserved") {
@@ -246,7 +246,7 @@ func TestNormalizer(t *testing.T) {
 	}
 	var plain Normalizer
 	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
-	if drop, err := plain.Apply(r, plain.Forced("site", nil)); drop != "" || err != nil {
+	if drop, err := plain.Normalize(r, plain.ForcedLabels("site", nil)); drop != "" || err != nil {
 		t.Errorf("%s %v", drop, err)
 	} else if err := new(SampleList).Add(r); err == nil {
 		t.Error("a label that occurs twice is taken")
@@ -259,11 +259,11 @@ func TestNormalizer(t *testing.T) {
 // Forced labels are shared by all samples of a push.
 func TestNormalizerLeavesForcedLabels(t *testing.T) {
 	var n Normalizer
-	forced := slices.Grow(n.Forced("site", map[string]string{"z": "1"}), 10)
+	forced := slices.Grow(n.ForcedLabels("site", map[string]string{"z": "1"}), 10)
 	want := fmt.Sprintf("%q", forced)
 	for range 3 {
 		r := &RawSample{Name: []byte("a")} // no labels, so that append could keep forced itself
-		if _, err := n.Apply(r, forced); err != nil {
+		if _, err := n.Normalize(r, forced); err != nil {
 			t.Fatal(err)
 		}
 		if err := new(SampleList).Add(r); err != nil {
@@ -276,7 +276,7 @@ func TestNormalizerLeavesForcedLabels(t *testing.T) {
 }
 
 func cleaned(c *Cleaner, r *RawSample) (string, error) {
-	if drop := c.Apply(r); drop != "" {
+	if drop := c.Clean(r); drop != "" {
 		return drop, nil
 	}
 	var p SampleList
@@ -315,7 +315,7 @@ func TestCleanerAnonymizes(t *testing.T) {
 	const secret = "db-7.internal.example"
 	anonymizer := func(salt string) *Cleaner {
 		c := &Cleaner{Match: mustSelect(t, `{__name__=~".+"}`), Anonymize: []string{"instance", "a.b", "absent"}}
-		c.Salt([]byte(salt))
+		c.SetSalt([]byte(salt))
 		return c
 	}
 	value := func(c *Cleaner, label, v string) string {
@@ -376,12 +376,12 @@ func TestParseLabelsAndRenames(t *testing.T) {
 			t.Errorf("label %q is taken", bad)
 		}
 	}
-	renames, err := ParseRename([]string{"ALERTS=alerts", "a.b=c", "x=y", "x=x", "x:y=z:w"})
+	renames, err := ParseRenames([]string{"ALERTS=alerts", "a.b=c", "x=y", "x=x", "x:y=z:w"})
 	if err != nil || !maps.Equal(renames, map[string]string{"ALERTS": "alerts", "a.b": "c", "x:y": "z:w"}) {
 		t.Errorf("%q %v", renames, err)
 	}
 	for _, bad := range []string{"", "a", "=x", "a=", "a=b.c", "a=1", "a=b=c"} {
-		if _, err := ParseRename([]string{bad}); err == nil {
+		if _, err := ParseRenames([]string{bad}); err == nil {
 			t.Errorf("rename %q is taken", bad)
 		}
 	}

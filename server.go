@@ -44,7 +44,7 @@ type ServerConfig struct {
 	MaxSampleAge time.Duration // how long the newest sample of a series is shown
 	LimitBytes   int64         // of a body as sent
 	LimitScrape  int           // samples in one scrape
-	RateEvery    time.Duration // one push per site and this, in bursts of 60; 0 = no limit
+	RateInterval time.Duration // one push per site and this, in bursts of 60; 0 = no limit
 	Authorizer   *Authorizer   // asked instead of verifying client tokens; nil: verify
 }
 
@@ -66,7 +66,7 @@ type Server struct {
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
 	bodies     sync.Pool    // *[]byte
 	buffers    sync.Pool    // *pushBuffers
-	sites      *Senders
+	sites      *SiteTracker
 	federate   *federateHandler
 	instrument func(string, http.Handler) http.Handler
 	serverMetrics
@@ -77,7 +77,7 @@ func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
 		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newSemaphore(max(4, 2*runtime.GOMAXPROCS(0))),
-		sites: NewSenders(cfg.RateEvery), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
+		sites: NewSiteTracker(cfg.RateInterval), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
 		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.owned, Revoked: s.revoked, Metrics: m, Log: cfg.Log, Now: cfg.Now,
@@ -148,7 +148,7 @@ func storeCollector(m *Metrics, store *Store) func() {
 	compactions := m.Counter("telemeter_store_compactions_total", "Logs rewritten.")
 	return func() {
 		st := store.Stats()
-		bytes.Set(float64(st.Bytes))
+		bytes.Set(float64(st.LogBytes))
 		sites.Set(float64(len(st.Sites)))
 		heldSamples, heldSeries := int64(0), 0
 		for _, site := range st.Sites {
@@ -156,11 +156,11 @@ func storeCollector(m *Metrics, store *Store) func() {
 		}
 		series.Set(float64(heldSeries))
 		samples.Set(float64(heldSamples))
-		damaged.SetTotal(float64(st.Damaged))
-		torn.SetTotal(float64(st.Torn))
+		damaged.SetTotal(float64(st.DamagedLogs))
+		torn.SetTotal(float64(st.TornBytes))
 		evicted.SetTotal(float64(st.Evicted))
 		expired.SetTotal(float64(st.Expired))
-		unread.SetTotal(float64(st.Unread))
+		unread.SetTotal(float64(st.ExpiredUnread))
 		compactions.SetTotal(float64(st.Compactions))
 	}
 }
@@ -211,7 +211,7 @@ func (s *Server) Members() http.Handler { return s.cfg.Forwarder.Handler(s.store
 // there is one.
 func (s *Server) protect(name string, h http.Handler) http.Handler {
 	return s.instrument(name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		token, _ := Bearer(r.Header.Get("Authorization"))
+		token, _ := ParseBearer(r.Header.Get("Authorization"))
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
 			s.denyToken(w, "federate_token", "this listener needs the bearer token of --federate-token-file")
 			return

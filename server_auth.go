@@ -29,7 +29,7 @@ func (s *Server) forbidClusterID(w http.ResponseWriter, text string) {
 
 // bearer returns the token of a request, or answers.
 func (s *Server) bearer(w http.ResponseWriter, r *http.Request) (text string, ok bool) {
-	text, ok = Bearer(r.Header.Get("Authorization"))
+	text, ok = ParseBearer(r.Header.Get("Authorization"))
 	if !ok {
 		s.denyToken(w, "missing", "no bearer token; send Authorization: Bearer <token>")
 	}
@@ -57,7 +57,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 		s.denyToken(w, "revoked", "the token has been revoked")
 	case !slices.Contains(kinds, t.Kind):
 		s.denyToken(w, "kind", fmt.Sprintf("this takes a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
-	case id != "" && id != t.Cluster:
+	case id != "" && id != t.ClusterID:
 		s.forbidClusterID(w, "the token is for another cluster ID")
 	default:
 		return t, true
@@ -73,7 +73,7 @@ func (s *Server) clientToken(w http.ResponseWriter, r *http.Request) (Token, boo
 	}
 	t, ok := s.authenticate(w, r, KindClient)
 	if ok {
-		s.sites.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
+		s.sites.SetTokenExpiry(t.ClusterID, t.Expires, s.cfg.Now())
 	}
 	return t, ok
 }
@@ -90,17 +90,17 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 		expires = min(expires, t.Expires)
 	}
 	token, err := s.state.Load().Keys.Sign(Token{
-		Kind: KindUpload, Cluster: t.Cluster, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
+		Kind: KindUpload, ClusterID: t.ClusterID, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
 	})
 	if err != nil {
-		s.cfg.Log.Error("signing upload token", "cluster_id", t.Cluster, "err", err)
+		s.cfg.Log.Error("signing upload token", "cluster_id", t.ClusterID, "err", err)
 		s.unauthorizedTotal.Inc("signing")
 		http.Error(w, "the token could not be signed", http.StatusInternalServerError)
 		return
 	}
 	labels := map[string]string{}
 	maps.Copy(labels, t.Labels)
-	labels[ClusterLabel] = t.Cluster
+	labels[ClusterLabel] = t.ClusterID
 	if r.ContentLength == 0 {
 		w.Header().Del("Connection")
 	}
@@ -121,7 +121,7 @@ func (s *Server) authorizeByURL(w http.ResponseWriter, r *http.Request) (t Token
 		http.Error(w, "id: "+err.Error(), http.StatusBadRequest)
 		return t, false
 	}
-	t = Token{Cluster: id, ID: NewTokenID()}
+	t = Token{ClusterID: id, ID: NewTokenID()}
 	if s.state.Load().Revoked.IsRevoked(t) {
 		s.denyToken(w, "revoked", "the cluster ID has been revoked")
 		return t, false
@@ -150,4 +150,6 @@ func (s *Server) authorizeByURL(w http.ResponseWriter, r *http.Request) (t Token
 }
 
 // revoked reports whether a cluster ID was revoked.
-func (s *Server) revoked(id string) bool { return s.state.Load().Revoked.IsRevoked(Token{Cluster: id}) }
+func (s *Server) revoked(id string) bool {
+	return s.state.Load().Revoked.IsRevoked(Token{ClusterID: id})
+}

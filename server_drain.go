@@ -52,7 +52,7 @@ func (s *Server) LogUnread() {
 		s.cfg.Log.Info("nothing unread")
 	}
 	outcome := "they are served when this server starts again"
-	if !s.cfg.Store.OnDisk() {
+	if !s.cfg.Store.IsOnDisk() {
 		outcome = "they are lost, but for those of clients with a spool, because there is no storage directory"
 	}
 	for _, u := range unread {
@@ -72,7 +72,7 @@ func (s *Server) unread(since time.Time) (all []consumerUnread) {
 	for _, site := range s.cfg.Store.Stats().Sites {
 		for _, b := range site.Backlog {
 			// A consumer without an address has never scraped this server.
-			if b.Samples == 0 || b.Used.Before(since) || b.Address == "" && !since.IsZero() {
+			if b.Samples == 0 || b.LastScrape.Before(since) || b.Address == "" && !since.IsZero() {
 				continue
 			}
 			consumer := [2]string{b.Name, b.Address}

@@ -26,7 +26,7 @@ var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.
 // federateConfig configures a federateHandler.
 type federateConfig struct {
 	Store        *Store
-	Sites        *Senders
+	Sites        *SiteTracker
 	Owned        func(hash uint64) bool // see Scraper
 	Revoked      func(id string) bool   // whether a cluster ID was revoked
 	Name         string                 // of this server
@@ -58,7 +58,7 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 		})
 	})
 	return &federateHandler{
-		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
+		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
@@ -121,7 +121,7 @@ func refuseConsumer(w http.ResponseWriter, err error) {
 
 // unreadSamples returns the samples that a consumer has not read, as many as its scrape may have.
 func (h *federateHandler) unreadSamples(session *ScrapeSession, r *http.Request, consumer string, match Selectors) []Family {
-	limit := session.Limit(h.cfg.LimitScrape)
+	limit := session.SampleLimit(h.cfg.LimitScrape)
 	families, unread, more := h.scraper.Unread(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcher())
 	if more {
 		h.truncated.Inc()
@@ -229,7 +229,7 @@ func (h *federateHandler) siteFamilies(match Selectors) []Family {
 		}
 	}
 	for _, site := range h.cfg.Store.Stats().Sites {
-		add(PushTimeName, site.ID, float64(site.Accepted)/1000)
+		add(PushTimeName, site.ID, float64(site.LastPush)/1000)
 		add(ClusterNamePrefix+"series", site.ID, float64(site.Series))
 		add(ClusterNamePrefix+"samples", site.ID, float64(site.Samples))
 		for _, b := range site.Backlog {

@@ -317,7 +317,7 @@ func TestFederateUnconfirmed(t *testing.T) {
 		t.Errorf("%d warnings at the second time", n)
 	}
 	r.clock.Add(int64(consumerIdle + time.Minute))
-	r.store.Consumers.Expire(r.now())
+	r.store.Consumers.DropIdle(r.now())
 	gauge()
 }
 
@@ -351,7 +351,7 @@ func TestFederateRefuses(t *testing.T) {
 		t.Errorf("one that is known: %d", got.status)
 	}
 	r.clock.Add(int64(consumerIdle + time.Second))
-	r.store.Consumers.Expire(r.now())
+	r.store.Consumers.DropIdle(r.now())
 	if got := r.get(client, "GET", "consumer=more", ""); got.status != 200 {
 		t.Errorf("a day later: %d", got.status)
 	}
@@ -438,8 +438,8 @@ func TestFederateCut(t *testing.T) {
 	for query, answer := range map[string]http.ResponseWriter{"cut": failingWriter{httptest.NewRecorder()}, "whole": httptest.NewRecorder()} {
 		r.server.federate.ServeHTTP(answer, httptest.NewRequest("GET", "/federate?consumer="+query, nil))
 		for _, c := range r.store.Consumers.byKey {
-			if c.name == query && c.conns[0].whole != (query == "whole") {
-				t.Errorf("%s: whole %t", query, c.conns[0].whole)
+			if c.name == query && c.sessions[0].writtenInTime != (query == "whole") {
+				t.Errorf("%s: whole %t", query, c.sessions[0].writtenInTime)
 			}
 		}
 	}

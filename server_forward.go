@@ -72,7 +72,7 @@ type envelope struct {
 // ForwarderConfig configures a Forwarder.
 type ForwarderConfig struct {
 	Name    string // of this server
-	Box     *Box
+	Box     *MessageSealer
 	Client  *http.Client
 	Log     *slog.Logger
 	Metrics *Metrics

@@ -91,7 +91,7 @@ func testKey(b byte) string { return base64.StdEncoding.EncodeToString(bytes.Rep
 func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 	t.Helper()
 	n := &forwardNode{}
-	box, err := NewBox(keys, "telemeter")
+	box, err := NewMessageSealer(keys, "telemeter")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -707,7 +707,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		{"too large", func(b *ringServer) { b.server.cfg.LimitBytes = 1 << 10 }, big, nil, 413, "", 0},
 		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 413, "", 0},
 		{"too fast", func(b *ringServer) {
-			b.server.sites = NewSenders(7 * time.Second)
+			b.server.sites = NewSiteTracker(7 * time.Second)
 			for n := range 2 {
 				for range rateBurst {
 					id := ownedBy(b.t, b.node.Forwarder, "b", n)
@@ -723,7 +723,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		}, "m 1\n", nil, 503, "5", 0},
 		{"full", func(b *ringServer) { b.store.cfg.LimitSamples = 1 }, "m 1\nn 1\n", nil, 503, "60", 0},
 		{"its clock in doubt", func(b *ringServer) {
-			b.store.cfg.Span = func() Span { return Span{b.now(), b.now().Add(3 * time.Hour)} }
+			b.store.cfg.Span = func() TimeInterval { return TimeInterval{b.now(), b.now().Add(3 * time.Hour)} }
 		}, "m 1\n", nil, 503, "30", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -961,7 +961,7 @@ func FuzzForwardReceive(f *testing.F) {
 }
 
 func FuzzBoxOpen(f *testing.F) {
-	box, err := NewBox(clusterKeys(f, testKey(1)), "c")
+	box, err := NewMessageSealer(clusterKeys(f, testKey(1)), "c")
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -979,7 +979,7 @@ func FuzzBoxOpen(f *testing.F) {
 func BenchmarkForwardedPush(b *testing.B) {
 	ring := newRingServers(b, 2, func(s *StoreConfig, c *ServerConfig) {
 		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitClusters = nil, "", 20_000, 500_000_000, 100_000
-		c.LimitBytes, c.RateEvery = 1<<20, 0
+		c.LimitBytes, c.RateInterval = 1<<20, 0
 	})
 	for _, r := range ring {
 		// As a member serves it, without what the tests look at.

@@ -23,7 +23,7 @@ const (
 )
 
 // SiteTracker tracks the sites that push. It is safe for concurrent use.
-type Senders struct {
+type SiteTracker struct {
 	interval time.Duration // of the rate limit; 0: none
 
 	mu    sync.Mutex              // guards sites
@@ -50,12 +50,12 @@ type siteActivity struct {
 }
 
 // NewSiteTracker allows one push per site and interval, in bursts of 60; 0 does not limit the rate.
-func NewSenders(interval time.Duration) *Senders {
-	return &Senders{interval: interval, sites: map[string]*trackedSite{}}
+func NewSiteTracker(interval time.Duration) *SiteTracker {
+	return &SiteTracker{interval: interval, sites: map[string]*trackedSite{}}
 }
 
 // track returns the site of id, and nil if no more can be tracked. t.mu is held.
-func (t *Senders) track(id string, now time.Time) *trackedSite {
+func (t *SiteTracker) track(id string, now time.Time) *trackedSite {
 	site := t.sites[id]
 	if site == nil {
 		if len(t.sites) >= maxTrackedSites {
@@ -75,7 +75,7 @@ func (t *Senders) track(id string, now time.Time) *trackedSite {
 
 // AcquirePush counts a push as begun; ReleasePush ends it. An error says why the push must not
 // begin, and wait how long the client should wait before it tries again.
-func (t *Senders) AcquirePush(id string, now time.Time) (wait time.Duration, err error) {
+func (t *SiteTracker) AcquirePush(id string, now time.Time) (wait time.Duration, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	site := t.track(id, now)
@@ -98,14 +98,14 @@ func (t *Senders) AcquirePush(id string, now time.Time) (wait time.Duration, err
 }
 
 // ReleasePush ends a push that AcquirePush began.
-func (t *Senders) ReleasePush(id string) {
+func (t *SiteTracker) ReleasePush(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.sites[id].inFlight--
 }
 
 // SetTokenExpiry notes when the client token of id expires, in Unix seconds or 0.
-func (t *Senders) SetTokenExpiry(id string, expires int64, now time.Time) {
+func (t *SiteTracker) SetTokenExpiry(id string, expires int64, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(id, now); site != nil {
@@ -114,7 +114,7 @@ func (t *Senders) SetTokenExpiry(id string, expires int64, now time.Time) {
 }
 
 // SetClockOffset notes by how much the clock of id's source is behind, as its client says.
-func (t *Senders) SetClockOffset(id string, offset time.Duration, now time.Time) {
+func (t *SiteTracker) SetClockOffset(id string, offset time.Duration, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(id, now); site != nil {
@@ -123,7 +123,7 @@ func (t *Senders) SetClockOffset(id string, offset time.Duration, now time.Time)
 }
 
 // SetFailed notes that a push was refused.
-func (t *Senders) SetFailed(id string, now time.Time) {
+func (t *SiteTracker) SetFailed(id string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(id, now); site != nil {
@@ -133,7 +133,7 @@ func (t *Senders) SetFailed(id string, now time.Time) {
 
 // ShouldLogUntimely reports whether to log that every sample of a push was dropped for its time:
 // once in untimelyLogEvery.
-func (t *Senders) ShouldLogUntimely(id string, now time.Time) bool {
+func (t *SiteTracker) ShouldLogUntimely(id string, now time.Time) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	site := t.track(id, now)
@@ -145,7 +145,7 @@ func (t *Senders) ShouldLogUntimely(id string, now time.Time) bool {
 }
 
 // ForEach calls f with the activity of each site, by cluster ID. f must not call t.
-func (t *Senders) ForEach(f func(id string, activity siteActivity)) {
+func (t *SiteTracker) ForEach(f func(id string, activity siteActivity)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, id := range slices.Sorted(maps.Keys(t.sites)) {

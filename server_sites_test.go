@@ -16,7 +16,7 @@ import (
 var rateNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // push begins and ends a push, and returns for how long it was put off.
-func push(s *Senders, id string, now time.Time) time.Duration {
+func push(s *SiteTracker, id string, now time.Time) time.Duration {
 	wait, err := s.AcquirePush(id, now)
 	if err == nil {
 		s.ReleasePush(id)
@@ -26,7 +26,7 @@ func push(s *Senders, id string, now time.Time) time.Duration {
 }
 
 func TestSitesRateLimit(t *testing.T) {
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	now := rateNow
 	for i := range rateBurst {
 		if wait := push(s, "a", now); wait != 0 {
@@ -75,7 +75,7 @@ func TestSitesRateLimit(t *testing.T) {
 func TestSitesRateLimitProperty(t *testing.T) {
 	seed := rand.Uint64()
 	rnd := rand.New(rand.NewPCG(seed, 0))
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	var taken []time.Time
 	now := rateNow
 	for range 5000 {
@@ -100,7 +100,7 @@ func TestSitesRateLimitProperty(t *testing.T) {
 }
 
 func TestSitesWithoutRateLimit(t *testing.T) {
-	s := NewSenders(0)
+	s := NewSiteTracker(0)
 	for i := range 1000 {
 		if wait := push(s, "a", rateNow); wait != 0 {
 			t.Fatalf("push %d waits %v", i, wait)
@@ -109,7 +109,7 @@ func TestSitesWithoutRateLimit(t *testing.T) {
 }
 
 func TestSitesInFlight(t *testing.T) {
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	for range maxPushesPerSite {
 		if _, err := s.AcquirePush("a", rateNow); err != nil {
 			t.Fatal(err)
@@ -141,7 +141,7 @@ func TestSitesInFlight(t *testing.T) {
 }
 
 func TestSitesActivity(t *testing.T) {
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	s.SetTokenExpiry("a", 1234, rateNow)
 	s.SetFailed("b", rateNow.Add(time.Second))
 	s.SetFailed("a", rateNow.Add(2*time.Second))
@@ -161,7 +161,7 @@ func TestSitesActivity(t *testing.T) {
 }
 
 func TestSitesUntimely(t *testing.T) {
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	for i, c := range []struct {
 		id    string
 		after time.Duration
@@ -177,7 +177,7 @@ func TestSitesUntimely(t *testing.T) {
 }
 
 func TestSitesBounded(t *testing.T) {
-	s := NewSenders(time.Hour)
+	s := NewSiteTracker(time.Hour)
 	count := func() (n int) {
 		s.ForEach(func(string, siteActivity) { n++ })
 		return n
@@ -219,7 +219,7 @@ func TestSitesBounded(t *testing.T) {
 }
 
 func TestSitesConcurrent(t *testing.T) {
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {

@@ -83,7 +83,7 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 	cfg := ServerConfig{
 		Name: "s1", Metrics: NewMetrics(), Now: r.now, MaxSampleAge: 10 * time.Minute,
 		Log:        slog.New(slog.NewTextHandler(r.log, nil)),
-		LimitBytes: 4 << 10, LimitScrape: 1000, RateEvery: time.Second,
+		LimitBytes: 4 << 10, LimitScrape: 1000, RateInterval: time.Second,
 	}
 	for _, f := range change {
 		f(&sc, &cfg)
@@ -116,7 +116,7 @@ func (r *srvRig) reload(change func(*ServerState)) {
 
 // token signs a token for a cluster ID; its token ID is made of the cluster's.
 func (r *srvRig) token(kind, cluster string, change ...func(*Token)) string {
-	t := Token{Kind: kind, Cluster: cluster, Issued: authNow.Unix(), ID: fmt.Sprintf("%032x", cluster)[:32]}
+	t := Token{Kind: kind, ClusterID: cluster, Issued: authNow.Unix(), ID: fmt.Sprintf("%032x", cluster)[:32]}
 	for _, f := range change {
 		f(&t)
 	}
@@ -339,7 +339,7 @@ func TestAnswers(t *testing.T) {
 	upload, client := r.token(KindUpload, "site-a"), r.token(KindClient, "site-a")
 	byID := func(tok *Token) { tok.ID = revokedID }
 	forged := func(kind string) string {
-		return authSign(t, other, Token{Kind: kind, Cluster: "site-a", ID: strings.Repeat("0", 32)})
+		return authSign(t, other, Token{Kind: kind, ClusterID: "site-a", ID: strings.Repeat("0", 32)})
 	}
 	ttl := func(d time.Duration) func(*Token) {
 		return func(tok *Token) { tok.Expires = authNow.Add(d).Unix() }
@@ -433,7 +433,7 @@ func TestAnswers(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := &srvRig{t: t, keys: r.keys, store: r.store, server: r.server, external: r.external, internal: r.internal, secrets: r.secrets}
-			r.server.sites = NewSenders(0)
+			r.server.sites = NewSiteTracker(0)
 			samples := r.store.totals.Samples.Load()
 			q := c.q
 			q.url = r.external.URL + q.url
@@ -732,7 +732,7 @@ func TestAuthorize(t *testing.T) {
 		t.Errorf("authorize: server %q, time %d", a.Server, a.Time)
 	}
 	tok, err := r.keys.Verify(a.Token, r.now())
-	if err != nil || tok.Kind != KindUpload || tok.Cluster != "site-a" || tok.ID != fmt.Sprintf("%032x", "site-a") {
+	if err != nil || tok.Kind != KindUpload || tok.ClusterID != "site-a" || tok.ID != fmt.Sprintf("%032x", "site-a") {
 		t.Errorf("upload token %+v: %v", tok, err)
 	}
 	if n := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: a.Token, body: []byte("up 1\n")})).Accepted; n != 1 {
@@ -900,7 +900,7 @@ func TestRateLimit(t *testing.T) {
 
 // TestTrackedSites: their number is bounded, and forgetting one makes it no faster.
 func TestTrackedSites(t *testing.T) {
-	s := NewSenders(time.Second)
+	s := NewSiteTracker(time.Second)
 	for i := range maxTrackedSites {
 		id := strconv.Itoa(i)
 		if _, err := s.AcquirePush(id, authNow); err != nil {
@@ -947,7 +947,7 @@ func TestNoRoom(t *testing.T) {
 		}, "no room"},
 		{"closed", nil, func(r *srvRig) {
 			r.store.Close()
-			for _, c := range r.store.sorted() {
+			for _, c := range r.store.sitesByID() {
 				<-c.lock // Close comes a second time
 			}
 		}, "too busy"},
@@ -990,7 +990,7 @@ func TestRefusedLeavesNothing(t *testing.T) {
 			t.Errorf("%q: %d", body, got.status)
 		}
 	}
-	if st := r.store.Stats(); len(st.Sites) != 0 || st.Bytes != 0 || r.store.totals.Samples.Load() != 0 {
+	if st := r.store.Stats(); len(st.Sites) != 0 || st.LogBytes != 0 || r.store.totals.Samples.Load() != 0 {
 		t.Errorf("left: %+v", st)
 	}
 	if got := r.accepted(r.push("site-a", "a 1\nb 1\n")); got.Accepted != 2 {
@@ -1007,9 +1007,9 @@ func TestVanishingClient(t *testing.T) {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(c, "POST /upload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n5\r\nup 1\n\r\n", r.token(KindUpload, "site-a"), length)
-		eventually(t, "the push is in flight", func() bool { return r.server.inFlight.child(nil).load() == 1 })
+		eventually(t, "the push is in flight", func() bool { return r.server.inFlight.seriesFor(nil).load() == 1 })
 		c.Close()
-		eventually(t, "the push has ended", func() bool { return r.server.inFlight.child(nil).load() == 0 })
+		eventually(t, "the push has ended", func() bool { return r.server.inFlight.seriesFor(nil).load() == 0 })
 	}
 	eventually(t, "nothing is left", func() bool {
 		r.server.sites.mu.Lock()
@@ -1057,7 +1057,7 @@ func TestConcurrentUploads(t *testing.T) {
 			resp.Body.Close()
 		})
 	}
-	eventually(t, "all are in flight", func() bool { return r.server.inFlight.child(nil).load() == maxPushesPerSite })
+	eventually(t, "all are in flight", func() bool { return r.server.inFlight.seriesFor(nil).load() == maxPushesPerSite })
 	got := r.push("site-a", "up 1\n")
 	if got.status != 429 || got.header.Get("Retry-After") != "1" || !strings.Contains(got.body, "4 pushes of this cluster ID") {
 		t.Errorf("a fifth: %d %v %s", got.status, got.header, got.body)
@@ -1137,7 +1137,7 @@ func TestSlowBody(t *testing.T) {
 				w.Close()
 			}()
 			req := httptest.NewRequest("POST", "/upload", body)
-			req.Header.Set("Authorization", "Bearer "+authSign(t, keys, Token{Kind: KindUpload, Cluster: "far-away", ID: strings.Repeat("0", 32)}))
+			req.Header.Set("Authorization", "Bearer "+authSign(t, keys, Token{Kind: KindUpload, ClusterID: "far-away", ID: strings.Repeat("0", 32)}))
 			rec := httptest.NewRecorder()
 			s.External().ServeHTTP(rec, req)
 			if rec.Code != 200 {
@@ -1335,7 +1335,7 @@ func TestInternal(t *testing.T) {
 // that the other pushed changes by a byte, nor can be read or written as the
 // other, and every scrape still parses.
 func TestHostileSite(t *testing.T) {
-	r := newSrvRig(t, func(s *StoreConfig, c *ServerConfig) { c.RateEvery, c.LimitBytes = 0, 64<<10 })
+	r := newSrvRig(t, func(s *StoreConfig, c *ServerConfig) { c.RateInterval, c.LimitBytes = 0, 64<<10 })
 	ms := authNow.UnixMilli()
 	honest := fmt.Sprintf("# TYPE up gauge\nup{job=\"node\",instance=\"i:1\"} 1 %d\n# TYPE http_total counter\nhttp_total{code=\"200\"} 7 %d\n"+
 		"# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 1\n{\"utf8.name\",\"l.l\"=\"v\"} 5 %d\n", ms, ms, ms)
@@ -1485,7 +1485,7 @@ func TestHostileSite(t *testing.T) {
 // TestTwoSitesAtOnce: what two sites push at the same time under the same names
 // stays apart, sample by sample.
 func TestTwoSitesAtOnce(t *testing.T) {
-	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.RateEvery = 0 })
+	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.RateInterval = 0 })
 	var wg sync.WaitGroup
 	for site := range 4 {
 		wg.Go(func() {
@@ -1598,7 +1598,7 @@ func benchRig(b *testing.B) *srvRig {
 	return newSrvRig(b, func(s *StoreConfig, c *ServerConfig) {
 		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitClusters = DiskFS{}, b.TempDir(), 20_000, 500_000_000, 1000
 		s.Retention = 10 * 24 * time.Hour
-		c.LimitBytes, c.LimitScrape, c.RateEvery = 1<<20, 500_000, 0
+		c.LimitBytes, c.LimitScrape, c.RateInterval = 1<<20, 500_000, 0
 	})
 }
 
@@ -1719,7 +1719,7 @@ func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt := time.Duration(0)
 	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
 		now := sc.Now
-		sc.Span = func() Span { return Span{now(), now().Add(doubt)} }
+		sc.Span = func() TimeInterval { return TimeInterval{now(), now().Add(doubt)} }
 	})
 	r.accepted(r.push("site-a", "up 1\n"))
 	doubt = 3 * time.Hour
@@ -1848,15 +1848,15 @@ func TestSpoolQuestion(t *testing.T) {
 		t.Errorf("%d sites are known after a question", n)
 	}
 	r.accepted(r.pushSpool("site-a", "up 1\n", SpoolHeader, spool+" 1"))
-	before, bytes := r.held("site-a", ""), r.store.Stats().Bytes
+	before, bytes := r.held("site-a", ""), r.store.Stats().LogBytes
 	r.clock.Add(int64(time.Minute))
 	for range 3 {
 		if got := r.accepted(r.pushSpool("site-a", "", SpoolHeader, spool)); got.lists() != "1|" {
 			t.Errorf("answered %+v", got)
 		}
 	}
-	if got := r.held("site-a", ""); got != before || r.store.Stats().Bytes != bytes {
-		t.Errorf("after questions, %d bytes and\n%s\nbefore, %d bytes and\n%s", r.store.Stats().Bytes, got, bytes, before)
+	if got := r.held("site-a", ""); got != before || r.store.Stats().LogBytes != bytes {
+		t.Errorf("after questions, %d bytes and\n%s\nbefore, %d bytes and\n%s", r.store.Stats().LogBytes, got, bytes, before)
 	}
 	r.accepted(r.pushSpool("site-a", "", SpoolHeader, spool+" 2"))
 	if got := r.held("site-a", ""); got == before {
@@ -1913,7 +1913,7 @@ func TestSpoolToldConsumers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	seq, _ := r.store.Consumers.ReadBy(SiteKey("site-b"), r.now())
+	seq, _ := r.store.Consumers.ReadByAll(SiteKey("site-b"), r.now())
 	for range 2 {
 		reading, _, err := r.store.Consumers.BeginScrape(key, "y", "192.0.2.2", conn, r.now())
 		if err != nil {

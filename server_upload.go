@@ -86,7 +86,7 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if t.Kind == KindClient {
-		s.sites.SetTokenExpiry(t.Cluster, t.Expires, s.cfg.Now())
+		s.sites.SetTokenExpiry(t.ClusterID, t.Expires, s.cfg.Now())
 	}
 	resp, err := s.receivePush(w, r, t)
 	if err != nil {
@@ -95,7 +95,7 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	s.pushesTotal.Inc(resp.Result)
 	// A server that starts or ends is no fault of the push.
 	if resp.Untimely || resp.Status != http.StatusOK && s.ready.Load() {
-		s.sites.SetFailed(t.Cluster, s.cfg.Now())
+		s.sites.SetFailed(t.ClusterID, s.cfg.Now())
 	}
 	if resp.Status == http.StatusOK {
 		w.Header().Del("Connection")
@@ -105,7 +105,7 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	}
 	text := strings.TrimSpace(string(resp.Body))
 	s.cfg.Log.Log(r.Context(), refusalLevel(resp.Result), "push refused",
-		"cluster_id", t.Cluster, "remote", r.RemoteAddr, "status", resp.Status, "reason", text)
+		"cluster_id", t.ClusterID, "remote", r.RemoteAddr, "status", resp.Status, "reason", text)
 	if resp.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(resp.RetryAfter))
 	}
@@ -127,13 +127,13 @@ func refusalLevel(result string) slog.Level {
 // it is the owner or the owner cannot be reached. Limits are checked before the body is read.
 func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*pushResponse, error) {
 	arrival := s.cfg.Now() // of the headers: the body may take long
-	release, err := s.acquirePush(t.Cluster)
+	release, err := s.acquirePush(t.ClusterID)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
 	push := &pushRequest{
-		ClusterID: t.Cluster, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
+		ClusterID: t.ClusterID, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
 		Encoding: strings.ToLower(r.Header.Get("Content-Encoding")), Spool: r.Header.Get(SpoolHeader), Consumers: r.Header.Get(ConsumersHeader),
 	}
 	params, err := parsePushParams(push)
@@ -141,7 +141,7 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 		return nil, err
 	}
 	if offset, err := strconv.ParseInt(r.Header.Get(ClockOffsetHeader), 10, 64); err == nil && offset >= -maxClockOffset && offset <= maxClockOffset {
-		s.sites.SetClockOffset(t.Cluster, time.Duration(offset)*time.Millisecond, arrival)
+		s.sites.SetClockOffset(t.ClusterID, time.Duration(offset)*time.Millisecond, arrival)
 	}
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
@@ -245,7 +245,7 @@ func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]by
 	if r.ContentLength > s.cfg.LimitBytes {
 		return s.errBodyTooLarge()
 	}
-	*body, err = ReadInto(*body, http.MaxBytesReader(w, r.Body, s.cfg.LimitBytes))
+	*body, err = ReadAllInto(*body, http.MaxBytesReader(w, r.Body, s.cfg.LimitBytes))
 	s.receivedBytes.Add(float64(len(*body)))
 	if max := (*http.MaxBytesError)(nil); errors.As(err, &max) {
 		return s.errBodyTooLarge()
@@ -324,7 +324,7 @@ func (s *Server) decodePush(buf *pushBuffers, push *pushRequest, format Format, 
 	n := s.newPushNormalizer(&buf.samples, push)
 	skipped, err := buf.decoder.Decode(body, format, n.add)
 	switch {
-	case errors.Is(err, ErrListSize):
+	case errors.Is(err, ErrListTooLarge):
 		return d, errPushTooLarge(err.Error() + "; the server's --limit-bytes raises that")
 	case errors.Is(err, ErrTooLarge):
 		return d, errPushTooLarge(err.Error())
@@ -349,14 +349,14 @@ type pushNormalizer struct {
 func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
 	rules := s.state.Load().Normalizer
 	return &pushNormalizer{
-		rules: rules, forced: rules.Forced(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
+		rules: rules, forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
 	}
 }
 
 // add adds a sample to the list, or counts why it is dropped. An error refuses the whole push.
 func (n *pushNormalizer) add(r *RawSample) error {
 	n.received++
-	reason, err := n.rules.Apply(r, n.forced)
+	reason, err := n.rules.Normalize(r, n.forced)
 	if err != nil {
 		return err
 	}
@@ -392,7 +392,7 @@ func (s *Server) appendPush(ctx context.Context, id string, params pushParams, p
 	case errors.Is(err, ErrFull):
 		s.cfg.Log.Error("storing push", "cluster_id", id, "err", err)
 		return res, &uploadError{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
-	case errors.Is(err, ErrClock):
+	case errors.Is(err, ErrClockInDoubt):
 		return res, &uploadError{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
 	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
 		return res, errOverloaded("the server is too busy to store the push")
@@ -414,17 +414,17 @@ func (s *Server) acceptedPush(id string, params pushParams, p *SampleList, d dec
 		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: d.dropped, Skipped: d.skipped,
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
-	if res.Untimely() {
-		answer.Hint = timeHint(p, res.TooOld, res.Future, s.cfg.Store.Oldest(), now.UnixMilli())
+	if res.IsUntimely() {
+		answer.Hint = timeHint(p, res.TooOld, res.Future, s.cfg.Store.RetainedSince(), now.UnixMilli())
 		if s.sites.ShouldLogUntimely(id, now) {
 			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", id, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
 		}
 	}
 	if spool := params.scrapes.ID; spool != 0 {
-		st := s.cfg.Store.Spool(id, spool)
+		st := s.cfg.Store.SpoolStatus(id, spool)
 		held, read := st.Held.String(), st.Read.String()
 		answer.Held, answer.Consumers = &held, FormatConsumers(st.Consumers)
-		if st.Settled {
+		if st.HasConsumers {
 			answer.Read = &read
 		}
 	}
@@ -432,13 +432,13 @@ func (s *Server) acceptedPush(id string, params pushParams, p *SampleList, d dec
 	if err != nil { // of numbers and strings: cannot be
 		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be made", 0}
 	}
-	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.Untimely()}, nil
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.IsUntimely()}, nil
 }
 
 // countAccepted counts a push that is stored.
 func (s *Server) countAccepted(d decodedPush, res AppendResult) {
-	if res.Write > 0 {
-		s.appendSeconds.Observe(res.Write.Seconds())
+	if res.WriteTime > 0 {
+		s.appendSeconds.Observe(res.WriteTime.Seconds())
 	}
 	s.acceptedTotal.Add(float64(res.Accepted))
 	s.duplicatesTotal.Add(float64(res.Duplicates))

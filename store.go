@@ -49,7 +49,7 @@ type StoreConfig struct {
 	// server's site that expire unread are not counted as lost if their client has a spool.
 	Owned func(hash uint64) bool
 	// Span returns what the present time may be; samples expire by it. nil: Now.
-	Span func() Span
+	Span func() TimeInterval
 	// OnError gets what failed in the background, or was found damaged at opening. OnWarning,
 	// if not nil, gets unfinished writes, as a crash leaves them. They are called without
 	// locks held.
@@ -88,7 +88,7 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		return nil, fmt.Errorf("retention %v is not above 0 and at most %v", cfg.Retention, MaxRetention)
 	}
 	if cfg.Span == nil {
-		cfg.Span = func() Span { return SpanAt(cfg.Now()) }
+		cfg.Span = func() TimeInterval { return IntervalAt(cfg.Now()) }
 	}
 	if cfg.OnWarning == nil {
 		cfg.OnWarning = func(error) {}
@@ -133,16 +133,16 @@ func (s *Store) path(id string) string {
 	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
 }
 
-// OnDisk reports whether the samples outlive this process.
-func (s *Store) OnDisk() bool { return s.cfg.Dir != "" }
+// IsOnDisk reports whether the samples outlive this process.
+func (s *Store) IsOnDisk() bool { return s.cfg.Dir != "" }
 
-// Oldest returns the time in ms before which samples are not held.
-func (s *Store) Oldest() int64 { return s.cfg.Span().Early.Add(-s.cfg.Retention).UnixMilli() }
+// RetainedSince returns the time in ms before which samples are not held.
+func (s *Store) RetainedSince() int64 { return s.cfg.Span().Earliest.Add(-s.cfg.Retention).UnixMilli() }
 
 // ServedSince returns the time in ms before which samples are not served. A consumer may
 // fail a whole scrape for one sample that is older than retention. While the clock is in doubt
 // the time is later than that before which samples are not held.
-func (s *Store) ServedSince() int64 { return s.cfg.Span().Late.Add(-s.cfg.Retention).UnixMilli() }
+func (s *Store) ServedSince() int64 { return s.cfg.Span().Latest.Add(-s.cfg.Retention).UnixMilli() }
 
 // owns reports whether this server owns a site.
 func (s *Store) owns(hash uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(hash) }
@@ -151,7 +151,7 @@ func (s *Store) owns(hash uint64) bool { return s.cfg.Owned == nil || s.cfg.Owne
 // compact them.
 func (s *Store) checkStorageLimit(size int) error {
 	limit := s.cfg.LimitStorage
-	if limit == 0 || s.totals.Bytes.Load()+int64(size) <= limit {
+	if limit == 0 || s.totals.LogBytes.Load()+int64(size) <= limit {
 		return nil
 	}
 	select {
@@ -232,7 +232,7 @@ func (s *Store) releaseSite(site *Site) {
 func (s *Store) forgetSilentSite() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
-	for _, site := range s.sorted() {
+	for _, site := range s.sitesByID() {
 		site.View(func(data *SiteData) {
 			if len(data.Batches) == 0 && !data.IsNew() && data.LastPush < least {
 				silent, least = site, data.LastPush
@@ -279,7 +279,7 @@ func (s *Store) dropSite(site *Site) {
 // counts as accepted is on disk; when not, nothing was accepted. Lines have to be those of
 // SampleList.Add and carry id's ClusterLabel; names are of the scrapes in p. If all of them are
 // held already, nothing is stored. Waiting for an earlier push of the site ends with ctx.
-// Errors: ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClock, ErrClosed, ctx's, or those of the
+// Errors: ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ctx's, or those of the
 // disk.
 func (s *Store) Append(ctx context.Context, id string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, id)
@@ -300,24 +300,24 @@ func (s *Store) Append(ctx context.Context, id string, p *SampleList, names Scra
 		site.Rollback(prepared)
 		return AppendResult{}, err
 	}
-	prepared.Result.Write = time.Since(begin)
+	prepared.Result.WriteTime = time.Since(begin)
 	return prepared.Result, nil
 }
 
 // SpoolStatus is what a server says of one spool of a site.
 type SpoolStatus struct {
-	Held, Read Ranges // of scrapes: not read by every consumer, and read by every consumer
-	Consumers  []ConsumerAge
-	Settled    bool // a consumer is known; otherwise nothing counts as read
+	Held, Read   Ranges // of scrapes: not read by every consumer, and read by every consumer
+	Consumers    []ConsumerAge
+	HasConsumers bool // a consumer is known; otherwise nothing counts as read
 }
 
-// Spool returns the status of a spool of the site with cluster ID id. It first marks the
+// SpoolStatus returns the status of a spool of the site with cluster ID id. It first marks the
 // scrapes that every consumer has read by now.
-func (s *Store) Spool(id string, spool uint64) (st SpoolStatus) {
-	hash, now := SiteKey(id), s.cfg.Span().Early
+func (s *Store) SpoolStatus(id string, spool uint64) (st SpoolStatus) {
+	hash, now := SiteKey(id), s.cfg.Span().Earliest
 	st.Consumers = s.Consumers.ConsumerAges(hash, now)
-	seq, known := s.Consumers.ReadBy(hash, now)
-	st.Settled = known
+	seq, known := s.Consumers.ReadByAll(hash, now)
+	st.HasConsumers = known
 	s.ViewSite(id, func(data *SiteData) {
 		if known {
 			data.Spools.MarkRead(seq)
@@ -336,7 +336,7 @@ func (s *Store) Run(ctx context.Context) error {
 	saving.Go(func() { runEvery(ctx, saveEvery, nil, func(bool) { s.saveCursors() }) })
 	runEvery(ctx, maintainEvery, s.compactNow, func(storageFull bool) {
 		s.maintain(ctx, storageFull)
-		s.Consumers.Expire(s.cfg.Span().Early)
+		s.Consumers.DropIdle(s.cfg.Span().Earliest)
 	})
 	return nil
 }
@@ -374,7 +374,7 @@ func (s *Store) saveCursors() {
 // maintain drops the expired samples of every site, compacts its log, and removes sites that
 // have been silent for long.
 func (s *Store) maintain(ctx context.Context, storageFull bool) {
-	for _, site := range s.sorted() {
+	for _, site := range s.sitesByID() {
 		if site.Lock(ctx) != nil {
 			return
 		}
@@ -388,11 +388,11 @@ func (s *Store) maintain(ctx context.Context, storageFull bool) {
 }
 
 func (s *Store) maintainSite(site *Site, storageFull bool) error {
-	oldest := s.Oldest()
+	oldest := s.RetainedSince()
 	site.DropExpired(oldest)
 	silent := false
 	site.View(func(data *SiteData) {
-		silent = len(data.Batches) == 0 && s.cfg.Span().Early.UnixMilli()-data.LastPush > forgetAfter.Milliseconds()
+		silent = len(data.Batches) == 0 && s.cfg.Span().Earliest.UnixMilli()-data.LastPush > forgetAfter.Milliseconds()
 	})
 	if silent {
 		return s.removeSite(site)
@@ -400,8 +400,8 @@ func (s *Store) maintainSite(site *Site, storageFull bool) error {
 	return site.Compact(oldest, storageFull)
 }
 
-// sorted returns the sites by ID.
-func (s *Store) sorted() []*Site {
+// sitesByID returns the sites by ID.
+func (s *Store) sitesByID() []*Site {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
@@ -412,7 +412,7 @@ func (s *Store) sorted() []*Site {
 // drops the site's expired samples before it calls f. f must neither keep data nor call the
 // store.
 func (s *Store) ForEachSite(start float64, f func(hash uint64, data *SiteData) bool) {
-	sites, oldest := s.sorted(), s.Oldest()
+	sites, oldest := s.sitesByID(), s.RetainedSince()
 	for i := range sites {
 		site := sites[(int(start*float64(len(sites)))+i)%len(sites)]
 		site.DropExpired(oldest)
@@ -442,7 +442,7 @@ func (s *Store) Close() error {
 	if !s.startClosing() {
 		return nil
 	}
-	for _, site := range s.sorted() {
+	for _, site := range s.sitesByID() {
 		site.Close()
 	}
 	s.saveCursors()

@@ -16,11 +16,11 @@ import (
 type AppendResult struct {
 	Accepted, Duplicates      int
 	Conflicts, TooOld, Future int           // dropped
-	Write                     time.Duration // spent until the disk had it
+	WriteTime                 time.Duration // spent until the disk had it
 }
 
-// Untimely reports that samples were dropped for their time and none was accepted or held.
-func (r *AppendResult) Untimely() bool {
+// IsUntimely reports that samples were dropped for their time and none was accepted or held.
+func (r *AppendResult) IsUntimely() bool {
 	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
 }
 
@@ -36,13 +36,13 @@ func (r *AppendResult) countRepeat(v, first float64) {
 
 // AppendLimits are what a push is checked against.
 type AppendLimits struct {
-	Now       Span // what the present time may be
+	Now       TimeInterval // what the present time may be
 	Retention time.Duration
 	Series    int // held of the site; 0 does not bound
 }
 
 // oldest returns the time in ms before which samples are not held.
-func (l *AppendLimits) oldest() int64 { return l.Now.Early.Add(-l.Retention).UnixMilli() }
+func (l *AppendLimits) oldest() int64 { return l.Now.Earliest.Add(-l.Retention).UnixMilli() }
 
 // PreparedBatch is a batch that is not committed, and what became of the push's samples.
 type PreparedBatch struct {
@@ -66,7 +66,7 @@ func compareSeriesTime(a, b seriesSample) int {
 // Prepare makes a batch of the samples of p that are neither held, nor older than retention,
 // nor of the future. It inserts their series, which Rollback takes back. The lines of p are
 // those of SampleList.Add; names are of the scrapes in p. On an error, which is ErrSeriesLimit,
-// ErrTooLarge or ErrClock, nothing was inserted.
+// ErrTooLarge or ErrClockInDoubt, nothing was inserted.
 func (d *SiteData) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits) (PreparedBatch, error) {
 	if d.Spools.HasAll(names) { // the answer to an earlier push was lost; its samples may be evicted by now
 		return PreparedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
@@ -89,7 +89,7 @@ func (d *SiteData) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits
 	if !vouchesForScrapes(names, res) {
 		names = ScrapeNames{}
 	}
-	now := limits.Now.Early.UnixMilli()
+	now := limits.Now.Earliest.UnixMilli()
 	if len(samples) == 0 && names.ID == 0 {
 		d.Rollback(prepared)
 		d.LastPush = max(d.LastPush, now)
@@ -107,7 +107,7 @@ func (d *SiteData) Rollback(p PreparedBatch) { d.Table.Truncate(p.newSeries) }
 // of a scrape are dropped for their time, this server's clock may be the wrong one; and of
 // several scrapes in a push nothing tells to which of them a sample belongs.
 func vouchesForScrapes(names ScrapeNames, res *AppendResult) bool {
-	return len(names.Numbers) > 0 && !res.Untimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
+	return len(names.Numbers) > 0 && !res.IsUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }
 
 // timeLimits are the times that samples may have, in ms. They are two ranges while the clock
@@ -117,12 +117,12 @@ type timeLimits struct{ oldest, newest, sureOldest, sureNewest int64 }
 
 func (l *AppendLimits) times() timeLimits {
 	return timeLimits{
-		oldest: l.oldest(), newest: l.Now.Late.Add(maxAhead).UnixMilli(),
-		sureOldest: l.Now.Late.Add(-l.Retention).UnixMilli(), sureNewest: l.Now.Early.Add(maxAhead).UnixMilli(),
+		oldest: l.oldest(), newest: l.Now.Latest.Add(maxAhead).UnixMilli(),
+		sureOldest: l.Now.Latest.Add(-l.Retention).UnixMilli(), sureNewest: l.Now.Earliest.Add(maxAhead).UnixMilli(),
 	}
 }
 
-// accept reports whether a sample of time t is of use, and counts it otherwise. ErrClock says
+// accept reports whether a sample of time t is of use, and counts it otherwise. ErrClockInDoubt says
 // that it depends on the setting of the clock.
 func (l *timeLimits) accept(t int64, res *AppendResult) (bool, error) {
 	switch {
@@ -133,7 +133,7 @@ func (l *timeLimits) accept(t int64, res *AppendResult) (bool, error) {
 		res.Future++
 		return false, nil
 	case t < l.sureOldest || t > l.sureNewest:
-		return false, ErrClock
+		return false, ErrClockInDoubt
 	}
 	return true, nil
 }

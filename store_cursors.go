@@ -52,7 +52,7 @@ type consumer struct {
 	savedScrape   time.Time         // lastScrape on disk
 	cursors       map[uint64]uint64 // site → number of the newest batch confirmed
 	unsaved       map[uint64]uint64 // changes of cursors that are not on disk; 0 removes
-	conns         []*ScrapeSession  // at most maxSessions, least recently used first
+	sessions      []*ScrapeSession  // at most maxSessions, least recently used first
 	scrapeLimit   int               // samples in one scrape; 0: no limit of its own
 	unconfirmed   int               // scrapes in a row that served unread samples and were repeated
 	lastWarning   time.Time         // of these scrapes; zero: none yet
@@ -186,11 +186,11 @@ func (cs *Consumers) lastScrapes(site uint64, now time.Time) map[uint64]time.Tim
 	return all
 }
 
-// ReadBy returns up to which batch of a site every consumer that counts has read. A consumer
+// ReadByAll returns up to which batch of a site every consumer that counts has read. A consumer
 // that has not scraped for retention does not count, as long as another one has. A consumer
 // that only the site's client reported has read nothing here. If there is no consumer, known is
 // false, and seq is MaxSeq because nothing waits for a consumer.
-func (cs *Consumers) ReadBy(site uint64, now time.Time) (seq uint64, known bool) {
+func (cs *Consumers) ReadByAll(site uint64, now time.Time) (seq uint64, known bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	scrapes := cs.lastScrapes(site, now)
@@ -275,15 +275,15 @@ func (cs *Consumers) DropSite(site uint64) {
 		if c.cursors[site] > 0 {
 			c.setCursor(site, 0)
 		}
-		for _, r := range c.conns {
+		for _, r := range c.sessions {
 			delete(r.confirmed, site)
 			delete(r.served, site)
 		}
 	}
 }
 
-// Expire forgets consumers that have not scraped for a day.
-func (cs *Consumers) Expire(now time.Time) {
+// DropIdle forgets consumers that have not scraped for a day.
+func (cs *Consumers) DropIdle(now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool {

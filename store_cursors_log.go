@@ -83,7 +83,7 @@ func OpenConsumers(fsys FS, dir string, state *StoreState, retention time.Durati
 		for _, c := range cs.byKey {
 			clear(c.cursors)
 		}
-		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.KeptAs())
+		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.CopyNote())
 	}
 	return cs, nil
 }
@@ -145,7 +145,7 @@ func (cs *Consumers) Save() error {
 }
 
 func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
-	if len(changes.frames) == 0 && !knownChanged && !cs.log.Broken() {
+	if len(changes.frames) == 0 && !knownChanged && !cs.log.NeedsRewrite() {
 		return nil
 	}
 	if knownChanged {
@@ -153,7 +153,7 @@ func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
 			return err
 		}
 	}
-	if !knownChanged && !cs.log.Broken() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
+	if !knownChanged && !cs.log.NeedsRewrite() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
 		return cs.log.Append(changes.frames)
 	}
 	all := cs.encodeAll()

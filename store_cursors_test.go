@@ -168,7 +168,7 @@ func TestConsumersUsedInFuture(t *testing.T) {
 		fsys := newStoreFS(1)
 		fsys.put(consumersPath, slices.Concat(appendLogHeader(nil, []byte("consumers")), usedFrame(1, used, 5)))
 		cs := openConsumers(t, fsys, consumersNow, false)
-		cs.Expire(consumersNow.Add(consumerIdle + time.Second))
+		cs.DropIdle(consumersNow.Add(consumerIdle + time.Second))
 		if len(cs.byKey) != 0 {
 			t.Errorf("used at %d: still known a day later", used)
 		}
@@ -185,7 +185,7 @@ func TestConsumersExpire(t *testing.T) {
 	saveConsumers(t, cs)
 	later := consumersNow.Add(consumerIdle + time.Minute)
 	confirm(t, cs, "stays", later.Add(-time.Hour), nil)
-	cs.Expire(later)
+	cs.DropIdle(later)
 	fail := true
 	fsys.hook = func(int, string, string) fault {
 		if fail {
@@ -208,7 +208,7 @@ func TestConsumersExpire(t *testing.T) {
 	// Who comes again before that is on disk begins anew too.
 	confirm(t, cs, "back", consumersNow, map[uint64]uint64{1: 5, 2: 6})
 	saveConsumers(t, cs)
-	cs.Expire(later)
+	cs.DropIdle(later)
 	confirm(t, cs, "back", later, map[uint64]uint64{1: 7})
 	saveConsumers(t, cs)
 	want["back"] = map[uint64]uint64{1: 7}
@@ -335,14 +335,14 @@ func TestConsumersMemoryOnly(t *testing.T) {
 	}
 	for _, c := range cs.byKey {
 		n := len(c.unsaved) + len(c.cursors)
-		for _, r := range c.conns {
+		for _, r := range c.sessions {
 			n += len(r.confirmed) + len(r.served)
 		}
 		if n > 0 {
 			t.Errorf("%d cursors and places of sites that are held no more", n)
 		}
-		if len(c.conns) > maxSessions {
-			t.Errorf("%d connections are remembered", len(c.conns))
+		if len(c.sessions) > maxSessions {
+			t.Errorf("%d connections are remembered", len(c.sessions))
 		}
 	}
 }
@@ -389,7 +389,7 @@ func TestConsumersLimit(t *testing.T) {
 				return r
 			}
 			r := begin()
-			if got := r.Limit(100_000); got != 100_000 {
+			if got := r.SampleLimit(100_000); got != 100_000 {
 				t.Fatalf("the first limit is %d", got)
 			}
 			for i, s := range test.steps {
@@ -403,7 +403,7 @@ func TestConsumersLimit(t *testing.T) {
 					conn = &ConnTracker{}
 				}
 				r = begin()
-				if got := r.Limit(100_000); got != s.want {
+				if got := r.SampleLimit(100_000); got != s.want {
 					t.Fatalf("after step %d: %d, want %d", i, got, s.want)
 				}
 			}
@@ -429,7 +429,7 @@ func TestConsumersSaveFails(t *testing.T) {
 		confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 7})
 		return fault{Err: errDisk}
 	}
-	if err := cs.Save(); err == nil || failed != 1 || cs.log.Broken() {
+	if err := cs.Save(); err == nil || failed != 1 || cs.log.NeedsRewrite() {
 		t.Fatalf("saved, on a disk that fails: %v, %d writes", err, failed)
 	}
 	fsys.hook = nil
@@ -481,7 +481,7 @@ func TestConsumersRead(t *testing.T) {
 		for _, told := range test.told {
 			cs.AddReported(told.site, told.all, consumersNow)
 		}
-		if seq, known := cs.ReadBy(site, consumersNow); seq != test.seq || known != test.known {
+		if seq, known := cs.ReadByAll(site, consumersNow); seq != test.seq || known != test.known {
 			t.Errorf("%s: read up to %d, %t; want %d, %t", test.name, seq, known, test.seq, test.known)
 		}
 	}
@@ -507,7 +507,7 @@ func TestConsumersReportedIsBounded(t *testing.T) {
 	if len(cs.ConsumerAges(7, consumersNow)) == 0 {
 		t.Error("a site that is not held tells nothing")
 	}
-	cs.Expire(consumersNow.Add(consumerIdle + time.Hour))
+	cs.DropIdle(consumersNow.Add(consumerIdle + time.Hour))
 	if n := len(cs.reported); n != 0 {
 		t.Errorf("%d sites tell of consumers after a day", n)
 	}

@@ -16,9 +16,9 @@ var (
 	// ErrSeriesLimit: with the push its site would hold too many series, or too much text of
 	// them.
 	ErrSeriesLimit = errors.New("too many series")
-	// ErrClock: this server's clock made a step, and a sample is within the limits of age by
+	// ErrClockInDoubt: this server's clock made a step, and a sample is within the limits of age by
 	// the old time or by the new time, but not by both.
-	ErrClock = errors.New("this server's clock was set, and its new time is still in doubt")
+	ErrClockInDoubt = errors.New("this server's clock was set, and its new time is still in doubt")
 )
 
 const (

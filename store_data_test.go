@@ -18,7 +18,7 @@ import (
 
 // testLimits are those of a push at now, with at most series of them; 0 does not bound.
 func testLimits(now time.Time, series int) AppendLimits {
-	return AppendLimits{Now: SpanAt(now), Retention: 2 * time.Hour, Series: series}
+	return AppendLimits{Now: IntervalAt(now), Retention: 2 * time.Hour, Series: series}
 }
 
 // pushPoints prepares and commits points, at now. The batch is empty if they add nothing; no

@@ -86,7 +86,7 @@ func (s *Store) makeRoom(site *Site, n int) error {
 // evictDownTo evicts batches until no more than goal samples are held, or nothing else can be
 // evicted.
 func (s *Store) evictDownTo(goal int64) {
-	shownSince := s.cfg.Span().Early.Add(-s.cfg.MaxSampleAge).UnixMilli()
+	shownSince := s.cfg.Span().Earliest.Add(-s.cfg.MaxSampleAge).UnixMilli()
 	var oldest oldestFirstHeap
 	s.mu.RLock()
 	for _, site := range s.sites {

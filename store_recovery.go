@@ -84,7 +84,7 @@ func (s *Store) dropExpiredWhileDown() {
 	for _, site := range s.sites {
 		site.View(func(data *SiteData) { ran = max(ran, data.LastPush) })
 	}
-	oldest := s.Oldest()
+	oldest := s.RetainedSince()
 	for _, site := range s.sites {
 		site.DropExpiredUncounted(min(oldest, ran-s.cfg.Retention.Milliseconds()))
 		site.DropExpired(oldest)
@@ -167,7 +167,7 @@ func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) 
 		damaged.add(path)
 		return s.setLogAside(path, err)
 	}
-	oldest := s.Oldest()
+	oldest := s.RetainedSince()
 	r.data.RestoreSpools(r.spools, r.isDamaged())
 	r.data.DropExpiredUncounted(min(oldest, r.data.LastPush-s.cfg.Retention.Milliseconds()))
 	site := NewSite(r.data, r.log, s)
@@ -279,7 +279,7 @@ func (s *Store) reportDamage(r *recoveredLog) {
 	switch {
 	case r.isDamaged():
 		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
-			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptAs()))
+			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.CopyNote()))
 	case r.found.TornBytes > 0:
 		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", r.path, r.found.TornBytes))
 	}

@@ -31,7 +31,7 @@ func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]floa
 		var fams []Family
 		fams, unread, _ = scraper(s, -time.Second).Unread(r, 1000, false, nil)
 		for _, f := range fams {
-			for _, l := range f.Lines {
+			for _, l := range f.Samples {
 				got[heldSample{string(l.Line), l.T}] = l.V
 			}
 		}
@@ -56,8 +56,8 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 		}
 		wantHeld(t, consumer, drain(t, k, s, consumer), want)
 		want = pushed("a", fresh...)
-		if st := s.Stats(); st.Expired != 3 || st.Unread != 3 {
-			t.Errorf("%s: %d samples expired, %d unread; want 3 and 3", consumer, st.Expired, st.Unread)
+		if st := s.Stats(); st.Expired != 3 || st.ExpiredUnread != 3 {
+			t.Errorf("%s: %d samples expired, %d unread; want 3 and 3", consumer, st.Expired, st.ExpiredUnread)
 		}
 	}
 	for _, b := range s.Stats().Sites[0].Backlog {
@@ -66,8 +66,8 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 		}
 	}
 	s.maintain(context.Background(), false)
-	if st := s.Stats(); st.Expired != 3 || st.Unread != 3 {
-		t.Errorf("%d samples expired, %d unread after maintenance", st.Expired, st.Unread)
+	if st := s.Stats(); st.Expired != 3 || st.ExpiredUnread != 3 {
+		t.Errorf("%d samples expired, %d unread after maintenance", st.Expired, st.ExpiredUnread)
 	}
 }
 
@@ -149,8 +149,8 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 			if err := push(s, 30); err != nil {
 				t.Errorf("a push when all is read: %v", err)
 			}
-			if st := s.Stats(); st.Evicted == 0 || st.Unread > 0 {
-				t.Errorf("%d evicted, %d of them unread", st.Evicted, st.Unread)
+			if st := s.Stats(); st.Evicted == 0 || st.ExpiredUnread > 0 {
+				t.Errorf("%d evicted, %d of them unread", st.Evicted, st.ExpiredUnread)
 			}
 		})
 	}
@@ -351,8 +351,8 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 			k.cfg.OnWarning = func(err error) { warnings = append(warnings, err) }
 			s = k.open()
 			st := s.Stats()
-			if st.Damaged != test.damaged || (st.Torn > 0) != (test.torn != 0) {
-				t.Errorf("%d damaged logs counted, want %d; %d torn bytes", st.Damaged, test.damaged, st.Torn)
+			if st.DamagedLogs != test.damaged || (st.TornBytes > 0) != (test.torn != 0) {
+				t.Errorf("%d damaged logs counted, want %d; %d torn bytes", st.DamagedLogs, test.damaged, st.TornBytes)
 			}
 			said := fmt.Sprint(k.errors)
 			if test.damaged == 0 {
@@ -373,7 +373,7 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 			k.push(s, "a", point{"m", 1, k.clock.ms(0) + 1, 7})
 			s.Close()
 			k.errors = nil
-			if s = k.open(); s.Stats().Damaged != 0 || len(k.errors) > 0 {
+			if s = k.open(); s.Stats().DamagedLogs != 0 || len(k.errors) > 0 {
 				t.Errorf("said again: %v", k.errors)
 			}
 		})
@@ -420,7 +420,7 @@ func TestClockStep(t *testing.T) {
 		var changes []WallClockStep
 		start := monotonic
 		clock := NewWallClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c WallClockStep) { changes = append(changes, c) })
-		k.cfg.Span = clock.Span
+		k.cfg.Span = clock.Interval
 		s := k.open()
 		points := []point{{"m", 1, k.clock.ms(7000), 1}, {"m", 1, k.clock.ms(3600), 2}, {"m", 1, k.clock.ms(0), 3}}
 		k.push(s, "a", points...)
@@ -430,10 +430,10 @@ func TestClockStep(t *testing.T) {
 		for range 45 {
 			pass(time.Second)
 			s.maintain(context.Background(), false)
-			s.Consumers.Expire(s.cfg.Span().Early)
+			s.Consumers.DropIdle(s.cfg.Span().Earliest)
 		}
 		for name, at := range map[string]int64{"right by the old time": right + 1000, "right by the new time": k.clock.ms(0)} {
-			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1}), ScrapeNames{}); !errors.Is(err, ErrClock) {
+			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1}), ScrapeNames{}); !errors.Is(err, ErrClockInDoubt) {
 				t.Errorf("a sample that is %s: %v", name, err)
 			}
 		}
@@ -447,7 +447,7 @@ func TestClockStep(t *testing.T) {
 			k.clock.Add(-3 * time.Hour)
 			wantHeld(t, "the clock is right again", drain(t, k, s, "central"), pushed("a", points...))
 			k.push(s, "a", point{"m", 5, k.clock.ms(0), 1})
-			if len(changes) != 2 || changes[0].Step != 3*time.Hour || !changes[1].Returned {
+			if len(changes) != 2 || changes[0].Size != 3*time.Hour || !changes[1].Reverted {
 				t.Errorf("noticed %+v", changes)
 			}
 			continue
@@ -455,10 +455,10 @@ func TestClockStep(t *testing.T) {
 		pass(5 * time.Minute)
 		k.push(s, "a", point{"m", 5, k.clock.ms(0), 1})
 		s.maintain(context.Background(), false)
-		if st := s.Stats(); st.Expired != 3 || st.Unread != 3 {
-			t.Errorf("%d expired, %d unread", st.Expired, st.Unread)
+		if st := s.Stats(); st.Expired != 3 || st.ExpiredUnread != 3 {
+			t.Errorf("%d expired, %d unread", st.Expired, st.ExpiredUnread)
 		}
-		if len(changes) != 2 || !changes[1].Believed {
+		if len(changes) != 2 || !changes[1].Accepted {
 			t.Errorf("noticed %+v", changes)
 		}
 	}
@@ -469,7 +469,7 @@ func TestClockInDoubtForgetsNoConsumer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))
 		k.cfg.Now = func() time.Time { return time.Now().Add(25 * time.Hour) }
-		k.cfg.Span = func() Span { return Span{time.Now(), k.cfg.Now()} }
+		k.cfg.Span = func() TimeInterval { return TimeInterval{time.Now(), k.cfg.Now()} }
 		s := k.open()
 		confirm(t, s.Consumers, "central", time.Now(), nil)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*maintainEvery)

@@ -15,9 +15,9 @@ import (
 
 // Scraper answers scrapes of a store. It is safe for concurrent use.
 type Scraper struct {
-	Store  *Store
-	MaxAge time.Duration // how long the newest sample of a series is shown
-	Now    func() time.Time
+	Store        *Store
+	MaxSampleAge time.Duration // how long the newest sample of a series is shown
+	Now          func() time.Time
 	// Owned reports whether this server owns a site. Of other sites it neither repeats samples
 	// that a consumer has read, nor shows samples to a scraper that gives no name.
 	Owned func(hash uint64) bool
@@ -47,7 +47,7 @@ func (c *familyCollector) add(name string, l FamilySample) {
 			c.families[name] = c.last
 		}
 	}
-	c.last.Lines = append(c.last.Lines, l)
+	c.last.Samples = append(c.last.Samples, l)
 }
 
 // sorted returns the families by name.
@@ -76,7 +76,7 @@ func (s *Scraper) rotateStart() {
 
 // newestSince returns the time in ms before which the newest sample of a series is not shown.
 func (s *Scraper) newestSince() int64 {
-	return max(s.Now().Add(-s.MaxAge).UnixMilli(), s.Store.ServedSince())
+	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
 // Newest returns the newest sample of each series that is at most MaxAge old, one family a

@@ -37,7 +37,7 @@ func (m *scrapeModel) again(c *modelConsumer) {
 	if c.place == nil {
 		return
 	}
-	for _, site := range m.store.sorted() {
+	for _, site := range m.store.sitesByID() {
 		site.View(func(held *SiteData) {
 			for _, at := range []Position{c.place.confirmed[site.Hash], c.place.served[site.Hash]} {
 				for _, b := range held.Batches {
@@ -153,7 +153,7 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 	n, fresh := 0, 0
 	for _, f := range fams {
 		series := map[string]int64{}
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			s := heldSample{string(l.Line), l.T}
 			n++
 			if _, ok := m.accepted[s]; !ok {
@@ -221,7 +221,7 @@ func (m *scrapeModel) rewrite(id string) {
 		m.t.Fatal(err)
 	}
 	defer s.Unlock()
-	if err := s.Rewrite(nil, m.store.Oldest()); err != nil {
+	if err := s.Rewrite(nil, m.store.RetainedSince()); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -385,7 +385,7 @@ func TestUnreadIsFair(t *testing.T) {
 	fams, unread, more := scraper(s, time.Hour).Unread(r, 100, false, nil)
 	count := map[bool]int{}
 	for _, f := range fams {
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			count[strings.Contains(string(l.Line), "small")]++
 		}
 	}
@@ -414,7 +414,7 @@ func TestUnreadRotates(t *testing.T) {
 		}
 		fams, _, _ := x.Unread(r, limit, false, nil)
 		for _, f := range fams {
-			for _, l := range f.Lines {
+			for _, l := range f.Samples {
 				seen[string(l.Line)]++
 			}
 		}
@@ -469,7 +469,7 @@ func TestConsumerConnections(t *testing.T) {
 		x := scraper(s, 0) // without the newest again
 		fams, _, _ := x.Unread(r, 0, false, nil)
 		for _, f := range fams {
-			for _, l := range f.Lines {
+			for _, l := range f.Samples {
 				got += fmt.Sprint(l.V, " ")
 			}
 		}
@@ -549,7 +549,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 			fams, _, _ := scraper(s, -time.Second).Unread(r, 4, false, nil)
 			got := ""
 			for _, f := range fams {
-				for _, l := range f.Lines {
+				for _, l := range f.Samples {
 					got += fmt.Sprint(l.V, " ")
 				}
 			}
@@ -560,7 +560,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 			if err := site.Lock(context.Background()); err != nil {
 				t.Fatal(err)
 			}
-			if err := site.Rewrite(nil, s.Oldest()); err != nil {
+			if err := site.Rewrite(nil, s.RetainedSince()); err != nil {
 				t.Fatal(err)
 			}
 			site.Unlock()
@@ -585,7 +585,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 				}
 				fams, _, _ := scraper(s, -time.Second).Unread(r, 0, false, nil)
 				for _, f := range fams {
-					for _, l := range f.Lines {
+					for _, l := range f.Samples {
 						had[l.V] = true
 					}
 				}
@@ -665,7 +665,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			fams, n, more := x.Unread(begin(), limit, false, nil)
 			lines := 0
 			for _, f := range fams {
-				lines += len(f.Lines)
+				lines += len(f.Samples)
 			}
 			if n != min(unread, limit) || more != (unread > limit) || lines > limit {
 				t.Errorf("start %d, %d not had: got %d of them, more %t, %d in all", start, unread, n, more, lines)
@@ -730,7 +730,7 @@ func BenchmarkUnread(b *testing.B) {
 					b.Fatalf("%d samples, more %t", unread, more)
 				}
 				for _, f := range fams {
-					samples += len(f.Lines)
+					samples += len(f.Samples)
 				}
 			}
 			b.ReportMetric(float64(samples)/(cpuTime(b)-before).Seconds(), "samples/cpu-s")

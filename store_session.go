@@ -21,15 +21,15 @@ const (
 // ScrapeSession is how far one connection of one consumer has read. Requests of a connection
 // come one after the other, and so must the calls of its methods. Consumers.mu guards its fields.
 type ScrapeSession struct {
-	Key          uint64 // names the consumer
-	consumers    *Consumers
-	consumer     *consumer
-	conn         any
-	confirmed    map[uint64]Position // by site; on this connection, or before it began
-	served       map[uint64]Position // by site; in the last scrape
-	servedUnread int                 // samples of the last scrape that were unread
-	late         bool                // the last scrape took longer than it may
-	whole        bool                // the last scrape was written to its end, and was not slow
+	Key           uint64 // names the consumer
+	consumers     *Consumers
+	consumer      *consumer
+	conn          any
+	confirmed     map[uint64]Position // by site; on this connection, or before it began
+	served        map[uint64]Position // by site; in the last scrape
+	servedUnread  int                 // samples of the last scrape that were unread
+	late          bool                // the last scrape took longer than it may
+	writtenInTime bool                // the last scrape was written to its end, and was not slow
 }
 
 // BeginScrape begins a scrape of a consumer, over conn, which has to be comparable and
@@ -43,20 +43,20 @@ func (cs *Consumers) BeginScrape(key uint64, name, address string, conn any, now
 	if err != nil {
 		return nil, false, err
 	}
-	i := slices.IndexFunc(c.conns, func(r *ScrapeSession) bool { return r.conn == conn })
+	i := slices.IndexFunc(c.sessions, func(r *ScrapeSession) bool { return r.conn == conn })
 	if i >= 0 {
-		r = c.conns[i]
-		c.conns = slices.Delete(c.conns, i, i+1)
+		r = c.sessions[i]
+		c.sessions = slices.Delete(c.sessions, i, i+1)
 		r.confirm()
 	} else {
 		r = c.newSession(cs, conn)
 		repeated = c.countUnconfirmed()
-		if len(c.conns) == maxSessions {
-			c.conns = slices.Delete(c.conns, 0, 1)
+		if len(c.sessions) == maxSessions {
+			c.sessions = slices.Delete(c.sessions, 0, 1)
 		}
 	}
-	c.conns = append(c.conns, r)
-	r.served, r.servedUnread, r.late, r.whole = map[uint64]Position{}, 0, false, false
+	c.sessions = append(c.sessions, r)
+	r.served, r.servedUnread, r.late, r.writtenInTime = map[uint64]Position{}, 0, false, false
 	return r, repeated, nil
 }
 
@@ -90,12 +90,12 @@ func (c *consumer) newSession(cs *Consumers, conn any) *ScrapeSession {
 // was the length that failed. A scrape that was written whole and in time halves the limit
 // only among the first few in a row: more of them are not a matter of length.
 func (c *consumer) countUnconfirmed() (repeated bool) {
-	for _, other := range c.conns {
+	for _, other := range c.sessions {
 		if other.servedUnread == 0 {
 			continue
 		}
 		repeated = true
-		if !other.whole || c.unconfirmed < unconfirmedFew {
+		if !other.writtenInTime || c.unconfirmed < unconfirmedFew {
 			c.lowerLimit(other.servedUnread / 2)
 		}
 		other.servedUnread = 0 // halves once
@@ -139,9 +139,9 @@ func (s *ScrapeSession) MarkServed(site uint64, to Position, unread int) {
 	s.servedUnread += unread
 }
 
-// Limit returns how many samples this scrape may have: limit, or less if the consumer's last
+// SampleLimit returns how many samples this scrape may have: limit, or less if the consumer's last
 // scrapes failed. 0 does not bound.
-func (s *ScrapeSession) Limit(limit int) int {
+func (s *ScrapeSession) SampleLimit(limit int) int {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	if own := s.consumer.scrapeLimit; own > 0 && (limit == 0 || own < limit) {
@@ -157,7 +157,7 @@ func (s *ScrapeSession) Finish(took, allowed time.Duration, err error) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	late := took > allowed && allowed > 0
-	s.whole = !late && err == nil
+	s.writtenInTime = !late && err == nil
 	if late && s.servedUnread > 0 {
 		s.late = true
 		s.consumer.lowerLimit(int(float64(s.servedUnread) * float64(allowed) / float64(took)))

@@ -36,10 +36,10 @@ func SiteKey(id string) uint64 {
 
 // StoreTotals are sums over all sites of a store. They are safe for concurrent use.
 type StoreTotals struct {
-	Samples, Bytes  atomic.Int64  // held; of all logs
-	Expired, Unread atomic.Int64  // samples
-	Compactions     atomic.Int64  // rewrites of logs
-	NewestSeq       atomic.Uint64 // the highest number that a batch ever had
+	Samples, LogBytes      atomic.Int64  // held; of all logs
+	Expired, ExpiredUnread atomic.Int64  // samples
+	Compactions            atomic.Int64  // rewrites of logs
+	NewestSeq              atomic.Uint64 // the highest number that a batch ever had
 }
 
 // RaiseNewest makes seq the newest sequence number if it is higher.
@@ -68,7 +68,7 @@ type Site struct {
 func NewSite(data SiteData, log *Log, store *Store) *Site {
 	store.totals.Samples.Add(data.SampleCount())
 	if log != nil {
-		store.totals.Bytes.Add(log.Size())
+		store.totals.LogBytes.Add(log.Size())
 	}
 	store.totals.RaiseNewest(data.Seq)
 	return &Site{ID: data.ID, Hash: SiteKey(data.ID), store: store, lock: newIOLock(), log: log, data: data}
@@ -102,7 +102,7 @@ func (s *Site) Close() { _ = s.lock.Lock(context.Background(), nil) }
 func (s *Site) markRemoved() {
 	s.removed = true
 	if s.log != nil {
-		s.store.totals.Bytes.Add(-s.log.Size())
+		s.store.totals.LogBytes.Add(-s.log.Size())
 	}
 }
 
@@ -134,7 +134,7 @@ func (s *Site) Commit(p PreparedBatch, oldest int64) error {
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
-		if s.log.Broken() {
+		if s.log.NeedsRewrite() {
 			return s.Rewrite([]*Batch{p.Batch}, oldest)
 		}
 		if err := s.changeLog(func() error { return s.log.Append(frames) }); err != nil {
@@ -153,8 +153,8 @@ func (s *Site) Commit(p PreparedBatch, oldest int64) error {
 func (s *Site) changeLog(change func() error) error {
 	before := s.log.Size()
 	err := change()
-	s.store.totals.Bytes.Add(s.log.Size() - before)
-	if DiskFull(err) {
+	s.store.totals.LogBytes.Add(s.log.Size() - before)
+	if IsDiskFull(err) {
 		return fmt.Errorf("%w: the disk is full: %w", ErrFull, err)
 	}
 	return err
@@ -226,7 +226,7 @@ func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 
 // RewriteIfBroken rewrites a log that recovery found damaged.
 func (s *Site) RewriteIfBroken(oldest int64) error {
-	if s.log == nil || !s.log.Broken() {
+	if s.log == nil || !s.log.NeedsRewrite() {
 		return nil
 	}
 	return s.Rewrite(nil, oldest)
@@ -240,7 +240,7 @@ func (s *Site) DropExpired(oldest int64) {
 	s.mu.Unlock()
 	s.store.totals.Samples.Add(-freed)
 	s.store.totals.Expired.Add(expired)
-	s.store.totals.Unread.Add(unread)
+	s.store.totals.ExpiredUnread.Add(unread)
 }
 
 // DropExpiredUncounted drops the samples older than oldest without counting them as expired.
@@ -255,7 +255,7 @@ func (s *Site) DropExpiredUncounted(oldest int64) {
 // readSeq returns the number of the newest batch that every consumer has read; MaxSeq if there
 // is no consumer.
 func (s *Site) readSeq() uint64 {
-	seq, _ := s.store.Consumers.ReadBy(s.Hash, s.store.cfg.Span().Early)
+	seq, _ := s.store.Consumers.ReadByAll(s.Hash, s.store.cfg.Span().Earliest)
 	return seq
 }
 
@@ -293,7 +293,7 @@ func (s *Site) Compact(oldest int64, storageFull bool) error {
 	s.mu.Unlock()
 	if !worth && s.log != nil {
 		garbage := s.log.Size() - live
-		worth = s.log.Broken() || garbage > slack && garbage*part > s.log.Size()
+		worth = s.log.NeedsRewrite() || garbage > slack && garbage*part > s.log.Size()
 	}
 	if worth {
 		return s.Rewrite(nil, oldest)

@@ -19,7 +19,7 @@ func names1(n uint64) ScrapeNames { return ScrapeNames{1, Ranges{{n, n}}} }
 
 // spoolLists returns what the store says of spool 1 of site x.
 func spoolLists(s *Store) string {
-	st := s.Spool("x", 1)
+	st := s.SpoolStatus("x", 1)
 	return fmt.Sprintf("held %v, read %v", st.Held, st.Read)
 }
 
@@ -51,7 +51,7 @@ func TestNamedPushCrashAnywhere(t *testing.T) {
 				if compact {
 					c := s.sites["x"]
 					if c.Lock(t.Context()) == nil {
-						c.Rewrite(nil, s.Oldest()) // may fail
+						c.Rewrite(nil, s.RetainedSince()) // may fail
 						c.Unlock()
 					}
 				}
@@ -136,7 +136,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Unlock()
-		if err := c.Rewrite(nil, s.Oldest()); err != nil {
+		if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -213,7 +213,7 @@ func TestSiteSpoolsUntimely(t *testing.T) {
 		if _, err := s.Append(t.Context(), "x", storePush("x", pts...), ScrapeNames{1, test.numbers}); err != nil {
 			t.Fatal(err)
 		}
-		if held := s.Spool("x", 1).Held.Has(test.numbers[0].From); held != test.held {
+		if held := s.SpoolStatus("x", 1).Held.Has(test.numbers[0].From); held != test.held {
 			t.Errorf("push %d, scrapes %v: held %t", i, test.numbers, held)
 		}
 	}
@@ -244,7 +244,7 @@ func TestSiteSpoolsReadIsKept(t *testing.T) {
 	if err := c.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, s.Oldest()); err != nil {
+	if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
 		t.Fatal(err)
 	}
 	c.Unlock()
@@ -333,7 +333,7 @@ func TestSiteSpoolsDamage(t *testing.T) {
 			if err := c.Lock(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if err := c.Rewrite(nil, s.Oldest()); err != nil {
+			if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
 				t.Fatal(err)
 			}
 			c.Unlock()
@@ -353,7 +353,7 @@ func TestSiteSpoolsDamage(t *testing.T) {
 			for what, content := range map[string][]byte{"flipped": data, "cut": cut} {
 				fsys.put(path, content)
 				s := k.open()
-				st := s.Spool("x", 1)
+				st := s.SpoolStatus("x", 1)
 				got := allHeld(t, s)
 				for n := range uint64(6) {
 					if _, has := got[heldSample{string(storePush("x", point{"m", int(n), 0, 1}).Arena), k.clock.ms(60) + int64(n)}]; !has && st.Held.Has(n+1) {
@@ -425,7 +425,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	if err := c.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, s.Oldest()); err != nil || evicted != 1 {
+	if err := c.Rewrite(nil, s.RetainedSince()); err != nil || evicted != 1 {
 		t.Fatalf("%v, %d evicted", err, evicted)
 	}
 	c.Unlock()
@@ -456,7 +456,7 @@ func TestForgottenMeanwhile(t *testing.T) {
 				done := make(chan error)
 				go func() { done <- do(s) }()
 				synctest.Wait() // it waits
-				c.DropExpired(s.Oldest())
+				c.DropExpired(s.RetainedSince())
 				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)
 				}

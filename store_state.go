@@ -63,7 +63,7 @@ func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	}
 	s.found, s.Damage = true, rec.Err
 	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 { // Write replaces the whole file, so that no crash tears it
-		s.Damage = fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.KeptAs())
+		s.Damage = fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.CopyNote())
 	}
 	return s, nil
 }

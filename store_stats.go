@@ -11,7 +11,7 @@ import (
 type SiteStats struct {
 	ID                string
 	Series            int
-	Samples, Accepted int64     // Accepted: ms, of the newest push
+	Samples, LastPush int64     // Accepted: ms, of the newest push
 	Backlog           []Backlog // of every consumer
 }
 
@@ -19,30 +19,30 @@ type SiteStats struct {
 type Backlog struct {
 	Name, Address string
 	Samples       int
-	Used          time.Time // of its newest scrape
+	LastScrape    time.Time // of its newest scrape
 }
 
 // StoreStats says what is held, and what happened since the store was opened.
 type StoreStats struct {
-	Sites                []SiteStats // by ID
-	Bytes                int64       // of all logs
-	Evicted, Expired     int64       // samples
-	Unread               int64       // samples that expired before every consumer had read them
-	Damaged, Compactions int64       // logs, rewrites
-	Torn                 int64       // bytes of unfinished writes, cut when the store was opened
+	Sites                    []SiteStats // by ID
+	LogBytes                 int64       // of all logs
+	Evicted, Expired         int64       // samples
+	ExpiredUnread            int64       // samples that expired before every consumer had read them
+	DamagedLogs, Compactions int64       // logs, rewrites
+	TornBytes                int64       // bytes of unfinished writes, cut when the store was opened
 }
 
 // Stats returns what is held now.
 func (s *Store) Stats() StoreStats {
 	st := StoreStats{
-		Bytes: s.totals.Bytes.Load(), Damaged: s.damaged.Load(), Torn: s.torn.Load(), Evicted: s.evicted.Load(),
-		Expired: s.totals.Expired.Load(), Unread: s.totals.Unread.Load(), Compactions: s.totals.Compactions.Load(),
+		LogBytes: s.totals.LogBytes.Load(), DamagedLogs: s.damaged.Load(), TornBytes: s.torn.Load(), Evicted: s.evicted.Load(),
+		Expired: s.totals.Expired.Load(), ExpiredUnread: s.totals.ExpiredUnread.Load(), Compactions: s.totals.Compactions.Load(),
 	}
-	for _, site := range s.sorted() {
+	for _, site := range s.sitesByID() {
 		site.View(func(data *SiteData) {
 			if data.LastPush > 0 {
 				st.Sites = append(st.Sites, SiteStats{
-					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), Accepted: data.LastPush,
+					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), LastPush: data.LastPush,
 					Backlog: backlogs(data, s.Consumers.Cursors(site.Hash)),
 				})
 			}
@@ -63,8 +63,8 @@ func backlogs(data *SiteData, cursors []ConsumerCursor) (all []Backlog) {
 		}
 		last := &all[n-1]
 		last.Samples = max(last.Samples, b.Samples)
-		if b.Used.After(last.Used) {
-			last.Used = b.Used
+		if b.LastScrape.After(last.LastScrape) {
+			last.LastScrape = b.LastScrape
 		}
 	}
 	return all

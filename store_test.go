@@ -160,8 +160,8 @@ func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
 			size += c.log.Size()
 		}
 	}
-	if s.totals.Samples.Load() != samples || s.totals.Bytes.Load() != size {
-		t.Errorf("accounts say %d samples, %d bytes; there are %d, %d", s.totals.Samples.Load(), s.totals.Bytes.Load(), samples, size)
+	if s.totals.Samples.Load() != samples || s.totals.LogBytes.Load() != size {
+		t.Errorf("accounts say %d samples, %d bytes; there are %d, %d", s.totals.Samples.Load(), s.totals.LogBytes.Load(), samples, size)
 	}
 	return all
 }
@@ -192,14 +192,14 @@ func wantHeld(t testing.TB, what string, got, want map[heldSample]float64) {
 
 // shown returns what a scrape shows.
 func scraper(s *Store, maxAge time.Duration) *Scraper {
-	return &Scraper{Store: s, MaxAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
+	return &Scraper{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
 }
 
 func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	fams, _ := scraper(s, maxAge).Newest(0, nil)
 	for _, f := range fams {
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			got[heldSample{string(l.Line), l.T}] = l.V
 		}
 	}
@@ -323,7 +323,7 @@ func (d *damageKit) check(t *testing.T, what string, data []byte, want map[heldS
 	if n := len(heldOf(t, s, "b")); n != 1 {
 		t.Errorf("%s: the other site has %d samples", what, n)
 	}
-	if got := s.Stats().Damaged; got != damaged || damaged > 0 != (len(k.errors) > 0) {
+	if got := s.Stats().DamagedLogs; got != damaged || damaged > 0 != (len(k.errors) > 0) {
 		t.Errorf("%s: %d damaged logs counted, %d errors %v; want %d", what, got, len(k.errors), k.errors, damaged)
 	}
 	if damaged > 0 {
@@ -344,7 +344,7 @@ func (d *damageKit) check(t *testing.T, what string, data []byte, want map[heldS
 	s = again.open()
 	allHeld(t, s)
 	wantHeld(t, what+", again", heldOf(t, s, "a"), want)
-	if s.Stats().Damaged != 0 || len(again.errors) > 0 {
+	if s.Stats().DamagedLogs != 0 || len(again.errors) > 0 {
 		t.Errorf("%s: opened again, damage is found again: %v", what, again.errors)
 	}
 	if t.Failed() {
@@ -447,14 +447,14 @@ func TestStoreForeignRecords(t *testing.T) {
 					t.Errorf("%v is shown, not held", key)
 				}
 			}
-			if s.Stats().Damaged != 1 {
-				t.Errorf("%d damaged logs counted", s.Stats().Damaged)
+			if s.Stats().DamagedLogs != 1 {
+				t.Errorf("%d damaged logs counted", s.Stats().DamagedLogs)
 			}
 			k.push(s, "victim", point{"up", 1, k.clock.ms(1), 7})
 			again := newStoreKit(t, fsys)
 			s = again.open()
 			wantHeld(t, "victim", heldOf(t, s, "victim"), pushed("victim", point{"up", 1, k.clock.ms(1), 7}))
-			if s.Stats().Damaged != 0 {
+			if s.Stats().DamagedLogs != 0 {
 				t.Errorf("opened again, damage is found again: %v", again.errors)
 			}
 		})
@@ -529,7 +529,7 @@ func TestStoreOpenFails(t *testing.T) {
 			if got := cursorsOf(s.Consumers); !sameCursors(got, cursors) {
 				t.Errorf("%s, %v: cursors %v, want %v", test.name, test.err, got, cursors)
 			}
-			if len(fsys.names()) != len(before) || s.Stats().Damaged != 0 || len(k.errors) > 0 {
+			if len(fsys.names()) != len(before) || s.Stats().DamagedLogs != 0 || len(k.errors) > 0 {
 				t.Errorf("%s, %v: taken for damage: %v, said %v", test.name, test.err, fsys.names(), k.errors)
 			}
 		})
@@ -640,7 +640,7 @@ func TestStoreMaintainMends(t *testing.T) {
 	}
 	fsys.restart()
 	s.maintain(context.Background(), false)
-	if s.sites["a"].log.Broken() || len(k.errors) > 0 {
+	if s.sites["a"].log.NeedsRewrite() || len(k.errors) > 0 {
 		t.Errorf("broken still: %v", k.errors)
 	}
 	fsys.crash()
@@ -678,7 +678,7 @@ func TestStoreRetention(t *testing.T) {
 	fsys.crash()
 	s = k.open()
 	st := s.Stats().Sites
-	if len(st) != 2 || st[1].ID != "b" || st[1].Accepted == 0 || s.sites["b"].data.Seq <= seq {
+	if len(st) != 2 || st[1].ID != "b" || st[1].LastPush == 0 || s.sites["b"].data.Seq <= seq {
 		t.Errorf("after a restart: %+v", st)
 	}
 	k.push(s, "b", point{"m", 4, k.clock.ms(1), 4})
@@ -697,7 +697,7 @@ func TestStoreCompacts(t *testing.T) {
 		}
 	}
 	s.maintain(context.Background(), false)
-	live, size := s.sites["a"].data.EstimatedLogSize(), s.Stats().Bytes
+	live, size := s.sites["a"].data.EstimatedLogSize(), s.Stats().LogBytes
 	data, _ := fsys.ReadFile(s.path("a"))
 	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
 		t.Errorf("log of %d bytes (%d accounted) for %d of content", len(data), size, live)
@@ -731,9 +731,9 @@ func TestStoreCountsCopies(t *testing.T) {
 		}
 		s.Consumers.BeginScrape(1, "c", "", "conn", k.clock.Now())
 		k.clock.Add(3 * time.Hour)
-		s.sites["a"].DropExpired(s.Oldest())
-		if st := s.Stats(); st.Expired != 1 || st.Unread != test.lost {
-			t.Errorf("owned %t, names %v: %d expired, %d lost", test.owned, test.names, st.Expired, st.Unread)
+		s.sites["a"].DropExpired(s.RetainedSince())
+		if st := s.Stats(); st.Expired != 1 || st.ExpiredUnread != test.lost {
+			t.Errorf("owned %t, names %v: %d expired, %d lost", test.owned, test.names, st.Expired, st.ExpiredUnread)
 		}
 	}
 }
@@ -745,9 +745,12 @@ func TestStoreCountsExpired(t *testing.T) {
 		name string
 		drop func(s *Store, c *Site) error
 	}{
-		{"expiry", func(s *Store, c *Site) error { c.DropExpired(s.Oldest()); return nil }},
-		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.Oldest()) }},
-		{"both", func(s *Store, c *Site) error { c.DropExpired(s.Oldest()); return c.Rewrite(nil, s.Oldest()) }},
+		{"expiry", func(s *Store, c *Site) error { c.DropExpired(s.RetainedSince()); return nil }},
+		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.RetainedSince()) }},
+		{"both", func(s *Store, c *Site) error {
+			c.DropExpired(s.RetainedSince())
+			return c.Rewrite(nil, s.RetainedSince())
+		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			k := newStoreKit(t, newStoreFS(1))
@@ -766,8 +769,8 @@ func TestStoreCountsExpired(t *testing.T) {
 			}
 			err := test.drop(s, c)
 			c.Unlock()
-			if st := s.Stats(); err != nil || st.Expired != 5 || st.Unread != 4 {
-				t.Errorf("expired %d, unread %d, want 5, 4; %v", st.Expired, st.Unread, err)
+			if st := s.Stats(); err != nil || st.Expired != 5 || st.ExpiredUnread != 4 {
+				t.Errorf("expired %d, unread %d, want 5, 4; %v", st.Expired, st.ExpiredUnread, err)
 			}
 		})
 	}
@@ -779,14 +782,14 @@ func TestStoreSeriesLimit(t *testing.T) {
 	s := k.open()
 	over := func(points ...point) {
 		t.Helper()
-		size := s.Stats().Bytes
+		size := s.Stats().LogBytes
 		before := allHeld(t, s)
 		if _, err := s.Append(context.Background(), "a", storePush("a", points...), ScrapeNames{}); !errors.Is(err, ErrSeriesLimit) {
 			t.Errorf("got %v", err)
 		}
 		wantHeld(t, "refused", allHeld(t, s), before)
-		if s.Stats().Bytes != size {
-			t.Errorf("%d bytes, before %d", s.Stats().Bytes, size)
+		if s.Stats().LogBytes != size {
+			t.Errorf("%d bytes, before %d", s.Stats().LogBytes, size)
 		}
 	}
 	at := func(n int) point { return point{"m", n, k.clock.ms(0), float64(n)} }
@@ -998,8 +1001,8 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	}
 	stats := func(what string, expired, unread int64) {
 		t.Helper()
-		if st := s.Stats(); st.Expired != expired || st.Unread != unread {
-			t.Errorf("%s: expired %d, unread %d, want %d, %d", what, st.Expired, st.Unread, expired, unread)
+		if st := s.Stats(); st.Expired != expired || st.ExpiredUnread != unread {
+			t.Errorf("%s: expired %d, unread %d, want %d, %d", what, st.Expired, st.ExpiredUnread, expired, unread)
 		}
 	}
 	k.push(s, "a", points(16)...) // counted while the process runs
@@ -1014,7 +1017,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.push(s, "b", points(9)...)
 	k.clock.Add(30 * time.Minute)
 	for _, id := range []string{"a", "b"} {
-		s.sites[id].DropExpired(s.Oldest())
+		s.sites[id].DropExpired(s.RetainedSince())
 	}
 	stats("running", 16+1+16, 1+16)
 	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
@@ -1120,8 +1123,8 @@ func BenchmarkMakeRoom(b *testing.B) {
 						k.push(s, fmt.Sprint(i), point{"m", 1, k.clock.ms(0), 1})
 					}
 					k.clock.Add(2 * k.cfg.MaxSampleAge)
-					for _, site := range s.sorted() {
-						site.DropExpired(s.Oldest())
+					for _, site := range s.sitesByID() {
+						site.DropExpired(s.RetainedSince())
 					}
 					if unread {
 						confirm(b, s.Consumers, "c", k.clock.Now(), nil)
@@ -1151,7 +1154,7 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	s.maintain(context.Background(), true)
 	c := s.sites["a"]
 	c.lock <- struct{}{}
-	if err := c.Rewrite(nil, s.Oldest()); err != nil {
+	if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
 		t.Fatal(err)
 	}
 	<-c.lock
@@ -1169,13 +1172,13 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	k.push(s, "a", point{"m", 2, k.clock.ms(7190), 2}, point{"m", 3, k.clock.ms(5), 3})
 	k.push(s, "a", point{"m", 4, k.clock.ms(7190), 4})
 	c := s.sites["a"]
-	before := s.Oldest()
+	before := s.RetainedSince()
 	expired := false
 	fsys.hook = func(int, string, string) fault {
 		if !expired { // a scrape in the middle of the rewrite
 			expired = true
 			k.clock.Add(20 * time.Second)
-			c.DropExpired(s.Oldest())
+			c.DropExpired(s.RetainedSince())
 		}
 		return fault{}
 	}
@@ -1188,7 +1191,7 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	c.Unlock()
 	want := pushed("a", point{"m", 1, k.clock.ms(30), 1}, point{"m", 3, k.clock.ms(25), 3})
 	wantHeld(t, "rewritten", contents(&c.data), want)
-	c.DropExpired(s.Oldest())
+	c.DropExpired(s.RetainedSince())
 	if st := s.Stats(); st.Expired != 2 || s.totals.Samples.Load() != 3 {
 		t.Errorf("%d samples expired, want 2; %d take memory, want 3", st.Expired, s.totals.Samples.Load())
 	}
@@ -1233,8 +1236,8 @@ func TestStoreStorageLimit(t *testing.T) {
 			taken++
 			run = 0
 		}
-		if s.Stats().Bytes > k.cfg.LimitStorage {
-			t.Fatalf("%d bytes", s.Stats().Bytes)
+		if s.Stats().LogBytes > k.cfg.LimitStorage {
+			t.Fatalf("%d bytes", s.Stats().LogBytes)
 		}
 		maintain()
 		k.clock.Add(30 * time.Second)
@@ -1329,7 +1332,7 @@ func TestStoreNewest(t *testing.T) {
 	fams, truncated := scraper(s, 10*time.Minute).Newest(0, nil)
 	var got []string
 	for _, f := range fams {
-		for _, l := range f.Lines {
+		for _, l := range f.Samples {
 			got = append(got, fmt.Sprintf("%s: %s %g %d %t", f.Name, l.Line, l.V, (k.clock.ms(0)-l.T)/1000, l.Quoted))
 		}
 	}
@@ -1343,7 +1346,7 @@ func TestStoreNewest(t *testing.T) {
 		t.Errorf("got %q\nwant %q", got, want)
 	}
 	fams, _ = scraper(s, 10*time.Minute).Newest(0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
-	if len(fams) != 1 || len(fams[0].Lines) != 1 || fams[0].Lines[0].V != 4 {
+	if len(fams) != 1 || len(fams[0].Samples) != 1 || fams[0].Samples[0].V != 4 {
 		t.Errorf("chosen: %v", fams)
 	}
 	// Age beyond retention shows nothing that retention dropped, compacted or not.
@@ -1363,7 +1366,7 @@ func TestStoreNewestStays(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
 	fams, _ := scraper(s, time.Hour).Newest(0, nil)
-	line := fams[0].Lines[0].Line
+	line := fams[0].Samples[0].Line
 	want := string(line)
 	for i := range 90 {
 		for _, p := range []*SampleList{ // of the first kind 49 fit, of the second none
@@ -1406,8 +1409,8 @@ func TestStoreNewestRotates(t *testing.T) {
 				n := 0
 				ids := map[string]bool{}
 				for _, f := range fams {
-					n += len(f.Lines)
-					for _, l := range f.Lines {
+					n += len(f.Samples)
+					for _, l := range f.Samples {
 						_, labels, _ := (&SeriesParser{}).ParseLine(l.Line)
 						ids[string(labels[0].Value)] = true
 					}
@@ -1515,7 +1518,7 @@ func (k *storeKeeper) push() {
 	p := k.randomPush(id)
 	before := heldOf(k.t, k.s, id)
 	within, known := 0, 0
-	oldest := k.s.Oldest()
+	oldest := k.s.RetainedSince()
 	keys := map[heldSample]float64{}
 	for _, smp := range p.Samples {
 		key := heldSample{string(p.Line(smp)), smp.T}
@@ -1555,7 +1558,7 @@ func (k *storeKeeper) push() {
 // check compares what is held with what was acknowledged.
 func (k *storeKeeper) check() {
 	got := allHeld(k.t, k.s)
-	oldest := k.s.Oldest()
+	oldest := k.s.RetainedSince()
 	for key, v := range k.acked {
 		if g, ok := got[key]; key.t >= oldest && (!ok || g != v) {
 			k.t.Errorf("acknowledged %v is lost", key)
@@ -1590,7 +1593,7 @@ func (k *storeKeeper) reopen() {
 			size += int64(len(data))
 		}
 	}
-	if got := k.s.Stats().Bytes; got != size {
+	if got := k.s.Stats().LogBytes; got != size {
 		k.t.Errorf("%d bytes accounted, %d on disk", got, size)
 	}
 }
@@ -1706,10 +1709,10 @@ func TestStoreConcurrent(t *testing.T) {
 		background.Go(func() {
 			for n := 0; ctx.Err() == nil; n++ {
 				s.maintain(ctx, n%2 == 0)
-				for _, c := range s.sorted() { // rewrites that meet evictions
+				for _, c := range s.sitesByID() { // rewrites that meet evictions
 					if c.Lock(ctx) == nil {
 						if !c.removed {
-							if err := c.Rewrite(nil, s.Oldest()); err != nil {
+							if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
 								t.Errorf("rewrite: %v", err)
 							}
 						}
@@ -1722,7 +1725,7 @@ func TestStoreConcurrent(t *testing.T) {
 			for ctx.Err() == nil {
 				fams, _ := scraper(s, time.Minute).Newest(100, nil)
 				for _, f := range fams {
-					for _, l := range f.Lines {
+					for _, l := range f.Samples {
 						if !bytes.HasPrefix(l.Line, []byte("m{_id=")) || l.Line[len(l.Line)-1] != '}' {
 							t.Errorf("shown: %q", l.Line)
 						}
@@ -1770,7 +1773,7 @@ func TestStoreConcurrent(t *testing.T) {
 				t.Errorf("%v is lost", key)
 			}
 		}
-		if s.Stats().Damaged > 0 || s.Close() != nil {
+		if s.Stats().DamagedLogs > 0 || s.Close() != nil {
 			t.Errorf("damaged: %v", k.errors)
 		}
 	}
@@ -1875,8 +1878,8 @@ func TestStoreRun(t *testing.T) {
 			t.Errorf("no push is taken after retention: %+v", s.Stats())
 		}
 		time.Sleep(forgetAfter + time.Hour)
-		if n := len(s.Stats().Sites); n != 0 || s.Stats().Bytes != 0 {
-			t.Errorf("%d sites known, %d bytes", n, s.Stats().Bytes)
+		if n := len(s.Stats().Sites); n != 0 || s.Stats().LogBytes != 0 {
+			t.Errorf("%d sites known, %d bytes", n, s.Stats().LogBytes)
 		}
 		cancel()
 		if err := <-done; err != nil {
@@ -1934,7 +1937,7 @@ func FuzzStoreLog(f *testing.F) {
 				var parser SeriesParser
 				fams, _ := scraper(s, time.Hour).Newest(0, nil)
 				for _, f := range fams {
-					for _, l := range f.Lines {
+					for _, l := range f.Samples {
 						_, labels, err := parser.ParseRendered(l.Line)
 						i := slices.IndexFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel })
 						if err != nil || i < 0 || string(labels[i].Value) != "a" {
@@ -1957,7 +1960,7 @@ func FuzzStoreLog(f *testing.F) {
 			s = k.open()
 			check()
 			wantHeld(t, "reopened", allHeld(t, s), after)
-			if s.Stats().Damaged > 0 {
+			if s.Stats().DamagedLogs > 0 {
 				t.Errorf("damaged again: %v", k.errors)
 			}
 		}
@@ -2078,11 +2081,11 @@ func BenchmarkMemory(b *testing.B) {
 			}
 			k.clock.Add(15 * time.Second)
 			if i == 0 {
-				after, first = heap(), s.Stats().Bytes
+				after, first = heap(), s.Stats().LogBytes
 			}
 		}
 		end := heap()
-		disk = s.Stats().Bytes
+		disk = s.Stats().LogBytes
 		const series = sites * 230
 		const samples = series * (pushes - 1)
 		b.ReportMetric(float64(after-start)/series, "B/series")
