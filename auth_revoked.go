@@ -8,26 +8,26 @@ import (
 	"strings"
 )
 
-// RevokedSet is a set of token IDs and cluster IDs. The zero value revokes nothing.
+// RevokedIDs is a set of token IDs and cluster IDs. The zero value revokes nothing.
 // Immutable, safe for concurrent use.
-type RevokedSet struct {
+type RevokedIDs struct {
 	tokenIDs   map[string]struct{}
 	clusterIDs map[string]struct{}
 }
 
-// ParseRevoked reads a revocation file of at most MaxRevokedFile bytes: a token
+// ParseRevokedIDs reads a revocation file of at most MaxRevokedFile bytes: a token
 // ID or a cluster ID a line, # begins a comment. 32 hex digits, in either case, count as both:
 // a token ID of 128 random bits equals no cluster ID by accident. An error names the line.
-func ParseRevoked(data []byte) (RevokedSet, error) {
+func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 	if len(data) > MaxRevokedFile {
-		return RevokedSet{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
+		return RevokedIDs{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
 	}
-	r := RevokedSet{tokenIDs: map[string]struct{}{}, clusterIDs: map[string]struct{}{}}
+	r := RevokedIDs{tokenIDs: map[string]struct{}{}, clusterIDs: map[string]struct{}{}}
 	for n, line := range ContentLines(data) {
 		id, _, _ := strings.Cut(line, "#")
 		id = strings.TrimSpace(id)
 		if err := CheckClusterID(id); err != nil {
-			return RevokedSet{}, fmt.Errorf("line %d: neither a token ID (32 hex digits, not the token itself) nor a cluster ID", n)
+			return RevokedIDs{}, fmt.Errorf("line %d: neither a token ID (32 hex digits, not the token itself) nor a cluster ID", n)
 		}
 		r.clusterIDs[id] = struct{}{}
 		if low := strings.ToLower(id); isTokenID(low) {
@@ -39,7 +39,7 @@ func ParseRevoked(data []byte) (RevokedSet, error) {
 
 // IsRevoked tells whether t is revoked by its ID (an upload token has its client token's) or by
 // its cluster ID.
-func (s RevokedSet) IsRevoked(t Token) bool {
+func (s RevokedIDs) IsRevoked(t Token) bool {
 	_, byToken := s.tokenIDs[t.ID]
 	_, byCluster := s.clusterIDs[t.ClusterID]
 	return byToken || byCluster

@@ -380,7 +380,7 @@ func TestRevoked(t *testing.T) {
 		{"a whole token", "\n" + authSign(t, authKeys(t, 1), authToken()), nil, nil, "line 2"},
 		{"too large", strings.Repeat("\n", MaxRevokedFile+1), nil, nil, "larger than 4194304"},
 	} {
-		r, err := ParseRevoked([]byte(c.file))
+		r, err := ParseRevokedIDs([]byte(c.file))
 		if (c.err == "") != (err == nil) || err != nil && (!strings.Contains(err.Error(), c.err) || strings.Contains(err.Error(), "tm1.")) {
 			t.Errorf("%s: error %v, want %q", c.name, err, c.err)
 		}
@@ -390,7 +390,7 @@ func TestRevoked(t *testing.T) {
 			}
 		}
 		for _, tok := range c.kept {
-			if r.IsRevoked(tok) || (RevokedSet{}).IsRevoked(tok) {
+			if r.IsRevoked(tok) || (RevokedIDs{}).IsRevoked(tok) {
 				t.Errorf("%s: %+v is revoked", c.name, tok)
 			}
 		}
@@ -1003,7 +1003,7 @@ func FuzzRevoked(f *testing.F) {
 	f.Add([]byte("site-7 # stolen\r\n\n#x\n" + strings.Repeat("0F", 16)))
 	f.Add([]byte("a b"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		r, err := ParseRevoked(data)
+		r, err := ParseRevokedIDs(data)
 		if err != nil {
 			if r.IsRevoked(Token{}) || len(r.clusterIDs) != 0 {
 				t.Error("revocations beside an error")

@@ -110,7 +110,7 @@ func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
 	c.cfg.Metrics.OnCollect(func() {
 		st := c.spool.Stats()
 		for state, part := range st.ByState {
-			name := SpoolState(state).String()
+			name := ScrapeState(state).String()
 			c.spoolScrapes.Set(float64(part.Scrapes), name)
 			c.spoolBytes.Set(float64(part.Bytes), name)
 			c.spoolAge.Set(part.OldestAge.Seconds(), name)

@@ -114,7 +114,7 @@ type pushProgress struct {
 func (p *Pusher) Drain(ctx context.Context) error {
 	d := delivery{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
-	unreadFor := p.cfg.Spool.UnreadFor()
+	unreadFor := p.cfg.Spool.UnreadByConsumersFor()
 	if p.servers.begin(p.cfg.Now(), unreadFor) {
 		p.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", p.cfg.To[p.servers.last],
 			"unread_for", unreadFor.Round(time.Second), "next", p.cfg.To[p.servers.preferred])
@@ -160,7 +160,7 @@ func (d *delivery) attempt(ctx context.Context, step SpoolStep) error {
 	case step == StepPush:
 		return d.pushNext(ctx)
 	default:
-		err = d.ask(ctx)
+		err = d.syncSpool(ctx)
 	}
 	if err != nil {
 		return d.fail(ctx, err)
@@ -168,9 +168,9 @@ func (d *delivery) attempt(ctx context.Context, step SpoolStep) error {
 	return nil
 }
 
-// ask asks the current server what it holds, by a push without scrapes. A server
+// syncSpool asks the current server what it holds, by a push without scrapes. A server
 // that refuses that does not know what a spool is.
-func (d *delivery) ask(ctx context.Context) error {
+func (d *delivery) syncSpool(ctx context.Context) error {
 	answer, err := d.upload(ctx, d.cfg.Spool.ID(), nil)
 	if isFinal(err) {
 		answer, err = uploadAnswer{spool: SpoolAnswer{Server: d.server()}}, nil

@@ -83,7 +83,7 @@ func (p *Pusher) server() string { return p.cfg.To[p.servers.current] }
 // upload pushes scrapes to the current server, under the spool's ID, or without names if id is
 // 0. Without scrapes it is a question. An upload token that is refused is renewed once, because
 // keys rotate and clocks differ.
-func (p *Pusher) upload(ctx context.Context, id uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
+func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
 	gzips := make([][]byte, len(scrapes))
 	for i, sc := range scrapes {
 		gzips[i] = sc.Gzip
@@ -94,12 +94,15 @@ func (p *Pusher) upload(ctx context.Context, id uint64, scrapes []Scrape) (answe
 		if err != nil {
 			return answer, err
 		}
-		resp, err := p.post(ctx, "/upload", p.token.value, p.uploadHeader(id, scrapes), body)
+		resp, err := p.post(ctx, "/upload", p.token.value, p.uploadHeader(spoolID, scrapes), body)
 		if err != nil {
 			return answer, fmt.Errorf("pushing: %w", err)
 		}
 		if err = checkResponse(resp, p.server()+"/upload", p.cfg.Now()); err == nil {
 			answer, err = p.parseAnswer(resp.Body)
+		}
+		if err == nil {
+			p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.server()), answer.Time, p.cfg.Moment())
 		}
 		resp.Body.Close()
 		if resp.StatusCode == http.StatusUnauthorized && !renewed {
@@ -112,10 +115,10 @@ func (p *Pusher) upload(ctx context.Context, id uint64, scrapes []Scrape) (answe
 
 // uploadHeader returns the header of a push: names of the scrapes and consumers known if id is
 // not 0, and by how much the source's clock was behind at the last scrape.
-func (p *Pusher) uploadHeader(id uint64, scrapes []Scrape) http.Header {
+func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	h := http.Header{"Content-Type": {"text/plain; version=1.0.0; charset=utf-8"}}
-	if id != 0 {
-		names := ScrapeNames{ID: id}
+	if spoolID != 0 {
+		names := ScrapeNames{ID: spoolID}
 		for _, sc := range scrapes {
 			names.Numbers = names.Numbers.Add(sc.Number, sc.Number)
 		}
@@ -136,7 +139,7 @@ func (p *Pusher) uploadHeader(id uint64, scrapes []Scrape) http.Header {
 	return h
 }
 
-// parseAnswer reads the body of a 200 to a push.
+// parseAnswer parses the body of a 200 to a push.
 func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
 		return answer, fmt.Errorf("pushing to %s: its answer is not JSON: %w", p.server(), err)
@@ -150,7 +153,6 @@ func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 			return answer, fmt.Errorf("pushing to %s: its answer is malformed: %w", p.server(), err)
 		}
 	}
-	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.server()), answer.Time, p.cfg.Moment())
 	return answer, nil
 }
 

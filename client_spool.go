@@ -395,9 +395,9 @@ func (s *Spool) Consumers() []ConsumerAge {
 	return m.Consumers
 }
 
-// UnreadFor returns for how long nothing was read of what the server that answered last holds; 0
+// UnreadByConsumersFor returns for how long nothing was read of what the server that answered last holds; 0
 // if it holds nothing.
-func (s *Spool) UnreadFor() time.Duration {
+func (s *Spool) UnreadByConsumersFor() time.Duration {
 	now := s.cfg.Now().Boot
 	s.mu.Lock()
 	defer s.mu.Unlock()

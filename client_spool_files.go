@@ -9,7 +9,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"path/filepath"
 	"slices"
@@ -246,11 +245,7 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 // writeRecord replaces a file, durably, by one record.
 func (s *Spool) writeRecord(name string, kind byte, payload []byte) (*Log, error) {
 	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.ClusterID))
-	frame := AppendRecord(nil, kind, payload)
-	return log, log.Rewrite(func(w io.Writer) error {
-		_, err := w.Write(frame)
-		return err
-	})
+	return log, log.RewriteWith(AppendRecord(nil, kind, payload))
 }
 
 // setAside sets the file of a scrape aside. Only the newest maxAsideFiles are kept.

@@ -15,18 +15,18 @@ const (
 	askInterval       = time.Minute // after an answer, until a server is asked though nothing is to be pushed
 )
 
-// SpoolState is the place of a scrape among servers, as far as it is known.
-type SpoolState uint8
+// ScrapeState is the place of a scrape among servers, as far as it is known.
+type ScrapeState uint8
 
 const (
-	ScrapeUndelivered SpoolState = iota // no server holds it
-	ScrapeHeld                          // the server that answered last holds it
-	ScrapeElsewhere                     // a server held it; the one that answered last does not
+	ScrapeUndelivered ScrapeState = iota // no server holds it
+	ScrapeHeld                           // the server that answered last holds it
+	ScrapeElsewhere                      // a server held it; the one that answered last does not
 	numSpoolStates
 )
 
 // String returns the state as metrics name it.
-func (s SpoolState) String() string {
+func (s ScrapeState) String() string {
 	return [numSpoolStates]string{"undelivered", "held", "elsewhere"}[s]
 }
 
@@ -86,7 +86,7 @@ type spoolEntry struct {
 	footprint int64 // bytes of disk, or of memory
 	inFlight  bool  // part of a push without an answer yet, and not to be dropped
 
-	state     SpoolState
+	state     ScrapeState
 	uncertain bool  // an attempt had no answer: the state is not known until the next answer
 	heldSince int64 // ms; since when the server that answered last holds it
 	retryAt   int64 // ms; it is not pushed before
@@ -97,7 +97,7 @@ func (e *spoolEntry) inMemory() bool   { return e.Gzip != nil }
 func (e *spoolEntry) isInFlight() bool { return e.inFlight }
 
 // knownState returns the state that can be relied on.
-func (e *spoolEntry) knownState() SpoolState {
+func (e *spoolEntry) knownState() ScrapeState {
 	if e.uncertain {
 		return ScrapeUndelivered
 	}
@@ -166,7 +166,7 @@ func (p *spoolPlan) pickPush(now int64, l PushLimits, may func(*spoolEntry) bool
 
 // pickState is pickPush for one kind of scrapes. It picks at least one, whatever the limits; the
 // header that names them bounds the ranges of their numbers.
-func (p *spoolPlan) pickState(now int64, state SpoolState, declined bool, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
+func (p *spoolPlan) pickState(now int64, state ScrapeState, declined bool, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
 	var gzipBytes, textBytes int64
 	ranges := 0
 	for i := range p.entries {

@@ -79,7 +79,8 @@ func (s MemberState) IsLive() bool { return s <= StateSuspect }
 // A MemberRecord is the state of one member as it is passed on. Of two records of one member the
 // one with the higher (Session, Incarnation, State) is believed; see supersedes. Addr, URL and
 // the fields below them come from the member itself: they change only together with its
-// incarnation.
+// incarnation. A record has no version of its own: whoever adds a field raises sealVersion, and
+// members of different versions then refuse each other in words.
 type MemberRecord struct {
 	Name        string
 	Session     uint64 // grows whenever the member starts

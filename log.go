@@ -42,10 +42,10 @@ const (
 	logTempSuffix = ".tmp"
 )
 
-// ErrNeedsRewrite is returned by Append while the file must not be appended to: it
+// ErrLogBroken is returned by Append while the file must not be appended to: it
 // was never written, or is damaged, or its content on disk is unknown. A Rewrite that
 // succeeds ends that.
-var ErrNeedsRewrite = errors.New("log must be rewritten before it is appended to")
+var ErrLogBroken = errors.New("log must be rewritten before it is appended to")
 
 // ListLogs returns the paths of the logs in dir and of its subdirectories. It
 // syncs dir first: a file that a killed process renamed into place, but did not
@@ -149,7 +149,7 @@ func parseLogHeader(data []byte) logHeader {
 // or may not be found after a crash.
 func (l *Log) Append(frames []byte) error {
 	if l.needsRewrite {
-		return fmt.Errorf("appending to %s: %w", l.path, ErrNeedsRewrite)
+		return fmt.Errorf("appending to %s: %w", l.path, ErrLogBroken)
 	}
 	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
@@ -201,14 +201,22 @@ func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 	return nil
 }
 
+// RewriteWith is Rewrite by frames, whole records made by AppendRecord.
+func (l *Log) RewriteWith(frames []byte) error {
+	return l.Rewrite(func(w io.Writer) error {
+		_, err := w.Write(frames)
+		return err
+	})
+}
+
 // Size returns the bytes of the file; 0 if it was never written or is removed.
 func (l *Log) Size() int64 { return l.size }
 
 // Identity returns the identity in the header; the caller must not change it.
 func (l *Log) Identity() []byte { return l.identity }
 
-// NeedsRewrite reports whether Append would return ErrNeedsRewrite.
-func (l *Log) NeedsRewrite() bool { return l.needsRewrite }
+// IsBroken reports whether Append would return ErrLogBroken.
+func (l *Log) IsBroken() bool { return l.needsRewrite }
 
 // Path returns the path that NewLog or OpenLog was given.
 func (l *Log) Path() string { return l.path }

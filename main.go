@@ -163,7 +163,7 @@ func versionMode(_ context.Context, c *command) error {
 	if err := c.err(); err != nil {
 		return err
 	}
-	version, revision := Version()
+	version, revision := ProgramVersion()
 	_, err := fmt.Fprintf(c.stdout, "telemeter %s (revision %s, %s, %s/%s)\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	return err
 }

@@ -139,7 +139,7 @@ func (c *command) require(ok bool, format string, args ...any) {
 	}
 }
 
-// err returns a UsageError of all problems, or nil.
+// err returns a usageError of all problems, or nil.
 func (c *command) err() error {
 	if len(c.problems) > 0 {
 		return c.problems

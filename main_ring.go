@@ -54,7 +54,7 @@ func (f *ringFlags) check(c *command) {
 // ringNode is the part of a server that makes it a member of a ring.
 type ringNode struct {
 	gossip *Gossip
-	member *RingMember
+	member *RingKeeper
 	tcp    net.Listener
 	udp    *net.UDPConn
 }
@@ -95,7 +95,7 @@ func (p *serverProcess) openRingNode(keys Keys) (n *ringNode, err error) {
 		return n, fmt.Errorf("starting gossip: %w", err)
 	}
 	failures := p.metrics.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
-	if n.member, err = NewRingMember(RingMemberConfig{
+	if n.member, err = NewRingKeeper(RingKeeperConfig{
 		Name: f.name, Gossip: n.gossip, FS: DiskFS{}, Dir: p.storageDir, Seeds: len(f.join) > 0, Interval: f.interval, Log: p.log,
 		OnView: p.forwarder.SetView, OnError: func(error) { failures.Inc() },
 	}); err != nil {

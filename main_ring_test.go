@@ -508,8 +508,8 @@ func TestMemberStartsOnFullDisk(t *testing.T) {
 	gossip := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip
 	fsys := newStoreFS(1)
 	var failures []error
-	start := func() (*RingMember, error) {
-		return NewRingMember(RingMemberConfig{Name: "a", Gossip: gossip, FS: fsys, Dir: "/s", Log: slog.New(slog.DiscardHandler), OnError: func(err error) { failures = append(failures, err) }})
+	start := func() (*RingKeeper, error) {
+		return NewRingKeeper(RingKeeperConfig{Name: "a", Gossip: gossip, FS: fsys, Dir: "/s", Log: slog.New(slog.DiscardHandler), OnError: func(err error) { failures = append(failures, err) }})
 	}
 	fsys.hook = failOn("write", "", 0, syscall.EACCES)
 	if _, err := start(); !errors.Is(err, syscall.EACCES) {

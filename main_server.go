@@ -180,8 +180,8 @@ func (p *serverProcess) openStore() (err error) {
 	failures := p.metrics.Counter("telemeter_store_errors_total", "Failures of the store that were logged.")
 	cfg := StoreConfig{
 		FS: DiskFS{}, Dir: p.storageDir, Retention: p.retention, MaxSampleAge: p.maxSampleAge, LimitSeries: p.limitSeries,
-		LimitClusters: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
-		Span: newServerClock(p.now, p.metrics, p.log).Interval,
+		LimitSites: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
+		NowInterval: newServerClock(p.now, p.metrics, p.log).Interval,
 		OnError: func(err error) {
 			failures.Inc()
 			p.log.Error("store", "err", err)
@@ -206,7 +206,7 @@ func (p *serverProcess) newServer(state ServerState) {
 		cfg.Member, cfg.Gossip = p.node.member, p.node.gossip
 	}
 	if p.authorize != nil {
-		cfg.Authorizer = NewAuthorizer(p.authorize, NewHTTPClient(&tls.Config{MinVersion: tls.VersionTLS12}, 10*time.Second, 10*time.Second))
+		cfg.ExternalAuthorizer = NewExternalAuthorizer(p.authorize, NewHTTPClient(&tls.Config{MinVersion: tls.VersionTLS12}, 10*time.Second, 10*time.Second))
 	}
 	p.server = NewServer(cfg)
 	p.server.Reload(state)
@@ -231,7 +231,7 @@ func (p *serverProcess) listen() error {
 		return err
 	}
 	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.Internal(), TrackConns: true, Log: p.log}
-	version, _ := Version()
+	version, _ := ProgramVersion()
 	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
 		"storage", p.storageDir, "sites", len(p.store.Stats().Sites))
 	return nil
@@ -345,17 +345,17 @@ func (p *serverProcess) loadState() (st ServerState, err error) {
 	return st, p.loadCertificate()
 }
 
-func (p *serverProcess) loadRevoked() (RevokedSet, error) {
+func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 	if p.revokedFile == "" {
-		return RevokedSet{}, nil
+		return RevokedIDs{}, nil
 	}
 	b, err := readSmallFile(p.revokedFile, MaxRevokedFile)
 	if err != nil {
-		return RevokedSet{}, fmt.Errorf("reading revocations: %w", err)
+		return RevokedIDs{}, fmt.Errorf("reading revocations: %w", err)
 	}
-	revoked, err := ParseRevoked(b)
+	revoked, err := ParseRevokedIDs(b)
 	if err != nil {
-		return RevokedSet{}, fmt.Errorf("reading %s: %w", p.revokedFile, err)
+		return RevokedIDs{}, fmt.Errorf("reading %s: %w", p.revokedFile, err)
 	}
 	return revoked, nil
 }

@@ -8,7 +8,6 @@ import (
 	"cmp"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"runtime/metrics"
 	"strconv"
 	"strings"
@@ -20,7 +19,7 @@ import (
 // under the same names, and telemeter_build_info. Without /proc those read from it are
 // absent.
 func RegisterProcess(m *Metrics) {
-	version, revision := Version()
+	version, revision := ProgramVersion()
 	m.Gauge("telemeter_build_info", "Constant 1, labelled with what this binary was built from.",
 		"version", "revision", "goversion").Set(1, version, revision, runtime.Version())
 	cpu := m.Counter("process_cpu_seconds_total", "User and system CPU time spent in seconds.")
@@ -82,29 +81,4 @@ func readProc() (p procStats, ok bool) {
 	p.resident, p.start = pages*float64(os.Getpagesize()), booted+started/ticks
 	p.openFDs = float64(len(fds) - 1) // one of them is the listing's own
 	return p, cmp.Or(err1, err2, err3) == nil
-}
-
-// Version returns the module version and the commit that the binary was built
-// from: "devel" and "unknown" when the build did not record them, and "-dirty"
-// behind a commit with uncommitted changes.
-func Version() (version, revision string) {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		info = &debug.BuildInfo{}
-	}
-	return buildVersion(info)
-}
-
-func buildVersion(info *debug.BuildInfo) (version, revision string) {
-	version, revision = cmp.Or(strings.Trim(info.Main.Version, "()"), "devel"), "unknown"
-	dirty := ""
-	for _, s := range info.Settings {
-		switch {
-		case s.Key == "vcs.revision":
-			revision = s.Value
-		case s.Key == "vcs.modified" && s.Value == "true":
-			dirty = "-dirty"
-		}
-	}
-	return version, revision + dirty
 }

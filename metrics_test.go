@@ -373,7 +373,7 @@ func TestVersion(t *testing.T) {
 			t.Errorf("%q %v: %s %s, want %s %s", c.main, c.settings, v, r, c.version, c.revision)
 		}
 	}
-	if v, r := Version(); v == "" || r == "" {
+	if v, r := ProgramVersion(); v == "" || r == "" {
 		t.Errorf("this binary: %q %q", v, r)
 	}
 }

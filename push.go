@@ -30,7 +30,8 @@ const (
 	MaxPushRanges = 32
 	// MaxSpoolNumber bounds the number of a scrape.
 	MaxSpoolNumber = 1 << 53
-	// MaxConsumers bounds the consumers that a server knows, and those that a push reports.
+	// MaxConsumers bounds the consumers that a server knows, those that a push or an answer lists,
+	// and those in the files of servers and clients, which refuse more.
 	MaxConsumers = 64
 )
 

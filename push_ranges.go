@@ -43,8 +43,8 @@ func (r Ranges) Covers(a Range) bool {
 	return i < len(r) && r[i].From <= a.From && r[i].To >= a.To
 }
 
-// Union returns the numbers of r and of o. It may change r.
-func (r Ranges) Union(o Ranges) Ranges {
+// AddAll returns the numbers of r and of o. It may change r.
+func (r Ranges) AddAll(o Ranges) Ranges {
 	for _, a := range o {
 		r = r.Add(a.From, a.To)
 	}

@@ -2,7 +2,7 @@ package main
 
 // A model of delivery from end to end: two sites, three servers and three consumers in
 // virtual time, whose steps and faults a seed chooses. The rules are the real ones: the
-// plan and the record of a spool, Store, Site, Cluster, SiteSpools, Consumers and Scraper.
+// plan and the record of a spool, Store, Site, SiteSamples, SiteSpools, Consumers and Scraper.
 // Only the disk and what lies between the parties is the model's, so that one run costs some
 // tens of microseconds. The model knows the truth, which is the samples that each consumer
 // received, and checks each answer and each scrape that leaves a spool against it.
@@ -595,7 +595,7 @@ func (m *deliveryModel) drain(c *modelSite) {
 			}
 		}
 		clear(c.uncertain)
-		c.listed = slices.Clone(a.Held).Union(a.Read)
+		c.listed = slices.Clone(a.Held).AddAll(a.Read)
 		c.meta = c.meta.merge(m.moment(c), a.Consumers)
 		if c.meta.changedSince(&c.savedMeta) {
 			c.savedMeta = c.meta
@@ -702,8 +702,8 @@ func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, name
 	if s.taken[c.at].ID == names.ID {
 		known = s.taken[c.at].Numbers
 	}
-	look := func(f func(held *SiteData)) { s.store.ViewSite(c.name, f) }
-	look(func(held *SiteData) {
+	look := func(f func(held *SiteSamples)) { s.store.ViewSite(c.name, f) }
+	look(func(held *SiteSamples) {
 		series = held.Table.Len()
 		if n := len(held.Batches); n > 0 {
 			seq = held.Batches[n-1].Seq
@@ -714,7 +714,7 @@ func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, name
 		m.fail("%v", err)
 	}
 	s.untimely = res.IsUntimely() && s.ahead > 0
-	look(func(held *SiteData) {
+	look(func(held *SiteSamples) {
 		n := len(held.Batches)
 		if n == 0 || held.Batches[n-1].Seq == seq {
 			return
@@ -789,7 +789,7 @@ func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *Sp
 	if st.HasConsumers && !slices.ContainsFunc(m.hi[:], func(at int64) bool { return at > 0 && m.now-at <= (consumerIdle+deliverySlack).Milliseconds() }) {
 		m.fail("%s says that somebody reads, and nobody does", s.name)
 	}
-	lists := slices.Clone(st.Held).Union(st.Read)
+	lists := slices.Clone(st.Held).AddAll(st.Read)
 	if old := s.taken[c.at]; old.ID == spool && len(old.Numbers.Without(lists)) > 0 {
 		m.fail("%s no longer knows %v of %s", s.name, old.Numbers.Without(lists), c.name)
 	}
@@ -888,7 +888,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 		if len(s.disk.logs[i]) == 0 {
 			continue
 		}
-		r := recoveredLog{store: st, path: st.path(c.name), data: NewSiteData("", st.seed)}
+		r := recoveredLog{store: st, path: st.path(c.name), data: NewSiteSamples("", st.seed)}
 		if hurt[i] {
 			r.decodeRecord(0, nil)
 		}
@@ -904,7 +904,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 		}
 		r.data.ID = c.name
 		r.data.RestoreSpools(r.spools, hurt[i])
-		r.data.DropExpiredUncounted(min(st.RetainedSince(), r.data.LastPush-deliveryRetention.Milliseconds()))
+		r.data.DropExpiredUncounted(min(st.KeptSince(), r.data.LastPush-deliveryRetention.Milliseconds()))
 		st.sites[c.name] = NewSite(r.data, nil, st)
 	}
 	st.dropExpiredWhileDown()
@@ -932,7 +932,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 // mended rewrites a log that was damaged. Of a sample that expired nothing is known any more.
 func (m *deliveryModel) mended(s *modelServer, c *modelSite) {
 	kept := map[int]bool{}
-	s.store.ViewSite(c.name, func(held *SiteData) {
+	s.store.ViewSite(c.name, func(held *SiteSamples) {
 		for _, b := range held.Batches {
 			for _, id := range samplesOf(b) {
 				kept[id] = true
@@ -952,11 +952,11 @@ func (m *deliveryModel) rewrite(s *modelServer, c *modelSite) {
 	if site == nil {
 		return
 	}
-	if err := site.Rewrite(nil, s.store.RetainedSince()); err != nil {
+	if err := site.Rewrite(nil, s.store.KeptSince()); err != nil {
 		m.fail("%v", err)
 	}
 	var log []modelRecord
-	site.View(func(held *SiteData) {
+	site.View(func(held *SiteSamples) {
 		for frames := range held.Records {
 			for len(frames) > 0 {
 				end := recordHead + int(binary.LittleEndian.Uint32(frames))
@@ -1088,7 +1088,7 @@ func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 	all, _ := m.counts(s, nil)
 	for {
 		var ids []int
-		site.View(func(held *SiteData) {
+		site.View(func(held *SiteSamples) {
 			if len(held.Batches) > 0 {
 				ids = samplesOf(held.Batches[0])
 			}

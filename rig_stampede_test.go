@@ -1,6 +1,6 @@
 package main
 
-// stampede_test.go: thousands of sites in virtual time, after a server joins, after the
+// Thousands of sites in virtual time, after a server joins, after the
 // center was away, and after all servers lost their disks: what is sent again, how long it
 // takes until the center has read all, and how long fresh scrapes wait meanwhile. Clients,
 // servers, stores, consumers and the ring are the real ones; requests are calls. The owner
@@ -146,7 +146,7 @@ func (s *stampede) join(n int) {
 func (v *stampedeServer) start() {
 	s := v.run
 	store, err := OpenStore(StoreConfig{
-		Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute, LimitSeries: 20_000, LimitClusters: 10_000,
+		Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute, LimitSeries: 20_000, LimitSites: 10_000,
 		LimitSamples: 50_000_000 / stampedeScale, Now: time.Now, OnError: func(err error) { s.t.Error(err) },
 	})
 	if err != nil {

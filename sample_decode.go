@@ -48,12 +48,12 @@ func ParseFormat(contentType string) (Format, error) {
 	return 0, fmt.Errorf("content type %.100q is not supported; supported: %s", contentType, supportedFormats)
 }
 
-// Skipped counts what a body held and the sample model does not carry. Metadata is
+// UnsupportedParts counts what a body held and the sample model does not carry. Metadata is
 // labels that say a metric's type or unit.
-type Skipped struct{ Exemplars, Created, NativeHistograms, Metadata int }
+type UnsupportedParts struct{ Exemplars, Created, NativeHistograms, Metadata int }
 
 // ByKind returns the counts as metrics and answers name them, zeros as well.
-func (s Skipped) ByKind() map[string]int {
+func (s UnsupportedParts) ByKind() map[string]int {
 	return map[string]int{
 		"exemplar": s.Exemplars, "created": s.Created, "native_histogram": s.NativeHistograms, "metadata_label": s.Metadata,
 	}
@@ -73,14 +73,14 @@ type Decoder struct {
 	name       []byte // a name with a suffix
 	bound      []byte // a rendered le or quantile
 	repeatable int    // bytes of names and labels that components may still repeat
-	skipped    Skipped
+	skipped    UnsupportedParts
 }
 
 // Decode calls emit for every sample of body, in its order. The first error,
 // also one of emit's, ends it and is returned with the place and the series
 // named. Memory used beyond body is bounded by MaxLine and MaxLabels.
-func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (Skipped, error) {
-	d.skipped = Skipped{}
+func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
+	d.skipped = UnsupportedParts{}
 	d.repeatable = 1<<20 + maxRepeat*len(body)
 	var err error
 	if f == FormatProto {

@@ -64,7 +64,7 @@ func TestParseFormat(t *testing.T) {
 }
 
 // decoded makes of a body "line value time" for each sample, time being - without.
-func decoded(body []byte, f Format) (samples []string, skipped Skipped, err error) {
+func decoded(body []byte, f Format) (samples []string, skipped UnsupportedParts, err error) {
 	var d Decoder
 	var p SampleList
 	skipped, err = d.Decode(body, f, func(r *RawSample) error {
@@ -83,7 +83,7 @@ func decoded(body []byte, f Format) (samples []string, skipped Skipped, err erro
 }
 
 // checkDecoded compares with want: the samples, or all that an error has to say.
-func checkDecoded(t *testing.T, body []byte, f Format, want []string, wantSkipped Skipped, wantErr []string) {
+func checkDecoded(t *testing.T, body []byte, f Format, want []string, wantSkipped UnsupportedParts, wantErr []string) {
 	t.Helper()
 	got, skipped, err := decoded(body, f)
 	if len(wantErr) > 0 {
@@ -167,7 +167,7 @@ func TestDecodeText(t *testing.T) {
 		{"a{x=\"" + strings.Repeat("\xff", 60000) + "\"} 1\n", nil, []string{"not UTF-8"}},
 		{"a{" + strings.Repeat("b=\"\",", 129) + "} 1\n", nil, []string{"too large", "128 labels"}},
 	} {
-		checkDecoded(t, []byte(c.body), FormatText, c.want, Skipped{}, c.err)
+		checkDecoded(t, []byte(c.body), FormatText, c.want, UnsupportedParts{}, c.err)
 	}
 }
 
@@ -175,40 +175,40 @@ func TestDecodeOpenMetrics(t *testing.T) {
 	for _, c := range []struct {
 		body    string
 		want    []string
-		skipped Skipped
+		skipped UnsupportedParts
 		err     []string
 	}{
-		{"# EOF\n", nil, Skipped{}, nil},
-		{"# EOF", nil, Skipped{}, nil}, // the newline is optional by its ABNF's last rule
-		{"a 1\n# EOF", []string{"a 1 -"}, Skipped{}, nil},
-		{"# TYPE a gauge\n# UNIT a_s s\n# HELP a b\na 1 1520879607.789\n# EOF\n", []string{"a 1 1520879607789"}, Skipped{}, nil},
-		{"a 1 1.0005\na 1 -1.5\na 1 0\na 1 1e3\na 1 1e12\n# EOF\n", []string{"a 1 1001", "a 1 -1500", "a 1 0", "a 1 1000000", "a 1 1000000000000000"}, Skipped{}, nil},
-		{"a_total 1 # {trace_id=\"x\"} 0.5\na_total{b=\"#\"} 2 3 # {} 1 2\n# EOF\n", []string{"a_total 1 -", `a_total{b="#"} 2 3000`}, Skipped{Exemplars: 2}, nil},
+		{"# EOF\n", nil, UnsupportedParts{}, nil},
+		{"# EOF", nil, UnsupportedParts{}, nil}, // the newline is optional by its ABNF's last rule
+		{"a 1\n# EOF", []string{"a 1 -"}, UnsupportedParts{}, nil},
+		{"# TYPE a gauge\n# UNIT a_s s\n# HELP a b\na 1 1520879607.789\n# EOF\n", []string{"a 1 1520879607789"}, UnsupportedParts{}, nil},
+		{"a 1 1.0005\na 1 -1.5\na 1 0\na 1 1e3\na 1 1e12\n# EOF\n", []string{"a 1 1001", "a 1 -1500", "a 1 0", "a 1 1000000", "a 1 1000000000000000"}, UnsupportedParts{}, nil},
+		{"a_total 1 # {trace_id=\"x\"} 0.5\na_total{b=\"#\"} 2 3 # {} 1 2\n# EOF\n", []string{"a_total 1 -", `a_total{b="#"} 2 3000`}, UnsupportedParts{Exemplars: 2}, nil},
 		{"# TYPE a counter\na_total 1\na_created 2\na_created{b=\"c\"} 2\n# TYPE b histogram\nb_created 1\n# TYPE c summary\nc_created 1\n# EOF\n",
-			[]string{"a_total 1 -"}, Skipped{Created: 4}, nil},
+			[]string{"a_total 1 -"}, UnsupportedParts{Created: 4}, nil},
 		{"# TYPE a gauge\na_created 2\nb_created 3\n# TYPE c counter\nb_created 4\n# EOF\n",
-			[]string{"a_created 2 -", "b_created 3 -", "b_created 4 -"}, Skipped{}, nil}, // somebody's gauges
-		{"# TYPE a counter\na_created 1\n# TYPE b gauge\na_created 1\n# EOF\n", []string{"a_created 1 -"}, Skipped{Created: 1}, nil},
-		{"# TYPE \"a.b c\" counter\n{\"a.b c_total\"} 1\n{\"a.b c_created\"} 2\n# EOF\n", []string{`{"a.b c_total"} 1 -`}, Skipped{Created: 1}, nil},
-		{"# TYPE \"a\\\n# TYPE \" counter\n# TYPE counter\n# TYPE a\na 1\n# EOF\n", []string{"a 1 -"}, Skipped{}, nil},
+			[]string{"a_created 2 -", "b_created 3 -", "b_created 4 -"}, UnsupportedParts{}, nil}, // somebody's gauges
+		{"# TYPE a counter\na_created 1\n# TYPE b gauge\na_created 1\n# EOF\n", []string{"a_created 1 -"}, UnsupportedParts{Created: 1}, nil},
+		{"# TYPE \"a.b c\" counter\n{\"a.b c_total\"} 1\n{\"a.b c_created\"} 2\n# EOF\n", []string{`{"a.b c_total"} 1 -`}, UnsupportedParts{Created: 1}, nil},
+		{"# TYPE \"a\\\n# TYPE \" counter\n# TYPE counter\n# TYPE a\na 1\n# EOF\n", []string{"a 1 -"}, UnsupportedParts{}, nil},
 
-		{"", nil, Skipped{}, []string{"truncated", "# EOF"}},
-		{"a 1\n", nil, Skipped{}, []string{"truncated", "# EOF"}},
-		{"a 1\n# EOF\r\n", nil, Skipped{}, []string{"truncated", "# EOF"}},
-		{"a 1\n# EO", nil, Skipped{}, []string{"line 2", "truncated"}},
-		{"a 1\n#EOF\n", nil, Skipped{}, []string{"truncated"}},
-		{"a 1\n# EOF\na 2\n", nil, Skipped{}, []string{"line 3", "content after # EOF"}},
-		{"# EOF\n\n", nil, Skipped{}, []string{"line 2", "content after # EOF"}},
-		{"# EOF\n# EOF\n", nil, Skipped{}, []string{"content after # EOF"}},
-		{"a 1\nb 1", nil, Skipped{}, []string{"line 2", "truncated"}},
-		{"a 1 NaN\n# EOF\n", nil, Skipped{}, []string{"line 1", `timestamp "NaN" is not a number of seconds`}},
-		{"a 1 Inf\n# EOF\n", nil, Skipped{}, []string{"timestamp"}},
-		{"a 1 1e13\n# EOF\n", nil, Skipped{}, []string{"timestamp"}},
-		{"a 1 -1e300\n# EOF\n", nil, Skipped{}, []string{"timestamp"}},
-		{"a 1 now\n# EOF\n", nil, Skipped{}, []string{"timestamp"}},
-		{"a 1 2 3\n# EOF\n", nil, Skipped{}, []string{"after the sample"}},
-		{"a\n# EOF\n", nil, Skipped{}, []string{"no value"}},
-		{"a # {} 1\n# EOF\n", nil, Skipped{}, []string{"is not a float"}},
+		{"", nil, UnsupportedParts{}, []string{"truncated", "# EOF"}},
+		{"a 1\n", nil, UnsupportedParts{}, []string{"truncated", "# EOF"}},
+		{"a 1\n# EOF\r\n", nil, UnsupportedParts{}, []string{"truncated", "# EOF"}},
+		{"a 1\n# EO", nil, UnsupportedParts{}, []string{"line 2", "truncated"}},
+		{"a 1\n#EOF\n", nil, UnsupportedParts{}, []string{"truncated"}},
+		{"a 1\n# EOF\na 2\n", nil, UnsupportedParts{}, []string{"line 3", "content after # EOF"}},
+		{"# EOF\n\n", nil, UnsupportedParts{}, []string{"line 2", "content after # EOF"}},
+		{"# EOF\n# EOF\n", nil, UnsupportedParts{}, []string{"content after # EOF"}},
+		{"a 1\nb 1", nil, UnsupportedParts{}, []string{"line 2", "truncated"}},
+		{"a 1 NaN\n# EOF\n", nil, UnsupportedParts{}, []string{"line 1", `timestamp "NaN" is not a number of seconds`}},
+		{"a 1 Inf\n# EOF\n", nil, UnsupportedParts{}, []string{"timestamp"}},
+		{"a 1 1e13\n# EOF\n", nil, UnsupportedParts{}, []string{"timestamp"}},
+		{"a 1 -1e300\n# EOF\n", nil, UnsupportedParts{}, []string{"timestamp"}},
+		{"a 1 now\n# EOF\n", nil, UnsupportedParts{}, []string{"timestamp"}},
+		{"a 1 2 3\n# EOF\n", nil, UnsupportedParts{}, []string{"after the sample"}},
+		{"a\n# EOF\n", nil, UnsupportedParts{}, []string{"no value"}},
+		{"a # {} 1\n# EOF\n", nil, UnsupportedParts{}, []string{"is not a float"}},
 	} {
 		checkDecoded(t, []byte(c.body), FormatOpenMetrics, c.want, c.skipped, c.err)
 	}
@@ -283,26 +283,26 @@ func TestDecodeProto(t *testing.T) {
 	for _, c := range []struct {
 		fam     *dto.MetricFamily
 		want    []string
-		skipped Skipped
+		skipped UnsupportedParts
 	}{
 		{protoFamily("a", dto.MetricType_COUNTER, &dto.Metric{Label: labels, Counter: counter, TimestampMs: new(int64(-5))}),
-			[]string{`a{a="\"2\n",z="1"} 3 -5`}, Skipped{Exemplars: 1, Created: 1}},
+			[]string{`a{a="\"2\n",z="1"} 3 -5`}, UnsupportedParts{Exemplars: 1, Created: 1}},
 		{protoFamily("a.b", dto.MetricType_GAUGE, &dto.Metric{Gauge: &dto.Gauge{Value: new(math.Inf(1))}}, &dto.Metric{Gauge: &dto.Gauge{}, TimestampMs: new(int64(math.MaxInt64))}),
-			[]string{`{"a.b"} +Inf -`, `{"a.b"} 0 9223372036854775807`}, Skipped{}},
-		{protoFamily("a", dto.MetricType_UNTYPED, &dto.Metric{Untyped: &dto.Untyped{Value: new(math.NaN())}}), []string{"a NaN -"}, Skipped{}},
-		{&dto.MetricFamily{Name: new("a"), Metric: []*dto.Metric{{Counter: &dto.Counter{Value: new(1.0)}}}}, []string{"a 1 -"}, Skipped{}},
+			[]string{`{"a.b"} +Inf -`, `{"a.b"} 0 9223372036854775807`}, UnsupportedParts{}},
+		{protoFamily("a", dto.MetricType_UNTYPED, &dto.Metric{Untyped: &dto.Untyped{Value: new(math.NaN())}}), []string{"a NaN -"}, UnsupportedParts{}},
+		{&dto.MetricFamily{Name: new("a"), Metric: []*dto.Metric{{Counter: &dto.Counter{Value: new(1.0)}}}}, []string{"a 1 -"}, UnsupportedParts{}},
 		{protoFamily("a", dto.MetricType_SUMMARY, &dto.Metric{Label: labels[:1], Summary: summary, TimestampMs: new(int64(5))}),
-			[]string{`a{quantile="0.5",z="1"} NaN 5`, `a{quantile="1",z="1"} 7.5 5`, `a_sum{z="1"} -Inf 5`, `a_count{z="1"} 4 5`}, Skipped{Created: 1}},
+			[]string{`a{quantile="0.5",z="1"} NaN 5`, `a{quantile="1",z="1"} 7.5 5`, `a_sum{z="1"} -Inf 5`, `a_count{z="1"} 4 5`}, UnsupportedParts{Created: 1}},
 		{protoFamily("a", dto.MetricType_HISTOGRAM, &dto.Metric{Label: labels[:1], Histogram: histogram}),
 			[]string{`a_bucket{le="0.1",z="1"} 1 -`, `a_bucket{le="1e+06",z="1"} 8 -`, `a_bucket{le="+Inf",z="1"} 9 -`, `a_sum{z="1"} 2.5 -`, `a_count{z="1"} 9 -`},
-			Skipped{Exemplars: 1, Created: 1}},
+			UnsupportedParts{Exemplars: 1, Created: 1}},
 		{protoFamily("a.b", dto.MetricType_HISTOGRAM, &dto.Metric{Histogram: whole}),
-			[]string{`{"a.b_bucket",le="+Inf"} 9 -`, `{"a.b_sum"} 0 -`, `{"a.b_count"} 9 -`}, Skipped{}},
+			[]string{`{"a.b_bucket",le="+Inf"} 9 -`, `{"a.b_sum"} 0 -`, `{"a.b_count"} 9 -`}, UnsupportedParts{}},
 		{protoFamily("a", dto.MetricType_GAUGE_HISTOGRAM, &dto.Metric{Histogram: float}),
-			[]string{`a_bucket{le="-1"} 0.5 -`, `a_bucket{le="+Inf"} 1.5 -`, `a_sum 2 -`, `a_count 1.5 -`}, Skipped{}},
-		{protoFamily("a", dto.MetricType_HISTOGRAM, &dto.Metric{Histogram: native}), nil, Skipped{Exemplars: 2, NativeHistograms: 1}},
+			[]string{`a_bucket{le="-1"} 0.5 -`, `a_bucket{le="+Inf"} 1.5 -`, `a_sum 2 -`, `a_count 1.5 -`}, UnsupportedParts{}},
+		{protoFamily("a", dto.MetricType_HISTOGRAM, &dto.Metric{Histogram: native}), nil, UnsupportedParts{Exemplars: 2, NativeHistograms: 1}},
 		{protoFamily("a", dto.MetricType_HISTOGRAM, &dto.Metric{Histogram: both}),
-			[]string{`a_bucket{le="1"} 1 -`, `a_bucket{le="+Inf"} 2 -`, `a_sum 3 -`, `a_count 2 -`}, Skipped{NativeHistograms: 1}},
+			[]string{`a_bucket{le="1"} 1 -`, `a_bucket{le="+Inf"} 2 -`, `a_sum 3 -`, `a_count 2 -`}, UnsupportedParts{NativeHistograms: 1}},
 	} {
 		checkDecoded(t, protoBody(t, c.fam), FormatProto, c.want, c.skipped, nil)
 	}
@@ -374,7 +374,7 @@ func TestDecodeProtoByHand(t *testing.T) {
 		{pbOne(long+"x", 0, value), nil, []string{"too large", "65535"}},
 		{append(slices.Clip(ok), pbOne("a", 0, pbLabel("b", strings.Repeat("\xff", 60000)), value)...), nil, []string{"family 2", "not UTF-8"}},
 	} {
-		checkDecoded(t, c.body, FormatProto, c.want, Skipped{}, c.err)
+		checkDecoded(t, c.body, FormatProto, c.want, UnsupportedParts{}, c.err)
 	}
 	if got, _, err := decoded(pbOne("a", 0, many(128), value), FormatProto); err != nil || len(got) != 1 {
 		t.Errorf("128 labels: %v", err)
@@ -401,21 +401,21 @@ func TestDecodeMetadataLabels(t *testing.T) {
 		body    string
 		f       Format
 		want    []string
-		skipped Skipped
+		skipped UnsupportedParts
 		err     []string
 	}{
-		{"a{__type__=\"gauge\",b=\"c\",__unit__=\"s\"} 1\na{b=\"c\"} 2\n", FormatText, []string{`a{b="c"} 1 -`, `a{b="c"} 2 -`}, Skipped{Metadata: 2}, nil},
-		{"a{\"__type__\"=\"gauge\"} 1 5\n{__unit__=\"\",\"a.b\"} 2\n", FormatText, []string{"a 1 5", `{"a.b"} 2 -`}, Skipped{Metadata: 2}, nil},
-		{"a{__type__=\"x\",__type__=\"y\"} 1\n", FormatText, []string{"a 1 -"}, Skipped{Metadata: 2}, nil},
-		{"a_total{__type__=\"counter\"} 1 2 # {x=\"y\"} 1\n# EOF\n", FormatOpenMetrics, []string{"a_total 1 2000"}, Skipped{Metadata: 1, Exemplars: 1}, nil},
-		{"a{__type__=\"gauge\",__name__=\"b\"} 1\n", FormatText, nil, Skipped{}, []string{`"__name__" is reserved`}},
-		{"a{__type=\"gauge\"} 1\n", FormatText, nil, Skipped{}, []string{`"__type" is reserved`}},
-		{string(pbOne("a", 0, kind, pbLabel("b", "c"), unit, value)), FormatProto, []string{`a{b="c"} 1 -`}, Skipped{Metadata: 2}, nil},
+		{"a{__type__=\"gauge\",b=\"c\",__unit__=\"s\"} 1\na{b=\"c\"} 2\n", FormatText, []string{`a{b="c"} 1 -`, `a{b="c"} 2 -`}, UnsupportedParts{Metadata: 2}, nil},
+		{"a{\"__type__\"=\"gauge\"} 1 5\n{__unit__=\"\",\"a.b\"} 2\n", FormatText, []string{"a 1 5", `{"a.b"} 2 -`}, UnsupportedParts{Metadata: 2}, nil},
+		{"a{__type__=\"x\",__type__=\"y\"} 1\n", FormatText, []string{"a 1 -"}, UnsupportedParts{Metadata: 2}, nil},
+		{"a_total{__type__=\"counter\"} 1 2 # {x=\"y\"} 1\n# EOF\n", FormatOpenMetrics, []string{"a_total 1 2000"}, UnsupportedParts{Metadata: 1, Exemplars: 1}, nil},
+		{"a{__type__=\"gauge\",__name__=\"b\"} 1\n", FormatText, nil, UnsupportedParts{}, []string{`"__name__" is reserved`}},
+		{"a{__type=\"gauge\"} 1\n", FormatText, nil, UnsupportedParts{}, []string{`"__type" is reserved`}},
+		{string(pbOne("a", 0, kind, pbLabel("b", "c"), unit, value)), FormatProto, []string{`a{b="c"} 1 -`}, UnsupportedParts{Metadata: 2}, nil},
 		{string(pbOne("a", 4, kind, pbLabel("b", "c"), pbBytes(7, pbVarint(1, 5)))), FormatProto,
-			[]string{`a_bucket{b="c",le="+Inf"} 5 -`, `a_sum{b="c"} 0 -`, `a_count{b="c"} 5 -`}, Skipped{Metadata: 1}, nil},
-		{string(pbOne("a", 2, unit, pbBytes(4, pbVarint(1, 5)))), FormatProto, []string{"a_sum 0 -", "a_count 5 -"}, Skipped{Metadata: 1}, nil},
-		{string(pbOne("a", 0, kind, pbLabel("__x__", ""), value)), FormatProto, nil, Skipped{}, []string{`"__x__" is reserved`}},
-		{string(pbOne("a", 0, kind, pbBytes(1, []byte{1<<3 | 2, 9}), value)), FormatProto, nil, Skipped{}, []string{"malformed"}},
+			[]string{`a_bucket{b="c",le="+Inf"} 5 -`, `a_sum{b="c"} 0 -`, `a_count{b="c"} 5 -`}, UnsupportedParts{Metadata: 1}, nil},
+		{string(pbOne("a", 2, unit, pbBytes(4, pbVarint(1, 5)))), FormatProto, []string{"a_sum 0 -", "a_count 5 -"}, UnsupportedParts{Metadata: 1}, nil},
+		{string(pbOne("a", 0, kind, pbLabel("__x__", ""), value)), FormatProto, nil, UnsupportedParts{}, []string{`"__x__" is reserved`}},
+		{string(pbOne("a", 0, kind, pbBytes(1, []byte{1<<3 | 2, 9}), value)), FormatProto, nil, UnsupportedParts{}, []string{"malformed"}},
 	} {
 		checkDecoded(t, []byte(c.body), c.f, c.want, c.skipped, c.err)
 	}

@@ -82,13 +82,14 @@ func CheckLabel(name, value string) error {
 	return nil
 }
 
-// Reasons for which a sample is dropped, as metrics and answers name them.
+// Reasons for which a sample is dropped, as metrics and answers name them. What the server drops
+// is also listed in serverDropReasons.
 const (
-	DropNotAllowed    = "not_allowed"
-	DropRequiredLabel = "required_label"
-	DropReserved      = "reserved_name"
-	DropNotMatched    = "not_matched"
-	DropInvalid       = "invalid"
+	DropNotAllowed    = "not_allowed"    // by the server: --allow does not choose it
+	DropRequiredLabel = "required_label" // by the server: it lacks a --required-label
+	DropReserved      = "reserved_name"  // by the client
+	DropNotMatched    = "not_matched"    // by the client: --match does not choose it
+	DropInvalid       = "invalid"        // by either: SampleList.Add refuses it
 )
 
 // Normalizer brings samples into the server's normal form. It is immutable and

@@ -33,25 +33,25 @@ const (
 
 // ServerConfig configures a Server.
 type ServerConfig struct {
-	Name         string // of this server
-	Store        *Store
-	Forwarder    *Forwarder  // to the owners of sites; nil: this server is alone and owns all
-	Member       *RingMember // for /debug/ring and metrics; nil: none
-	Gossip       *Gossip     // for /sd, /debug/ring and metrics; nil if Member is
-	Metrics      *Metrics
-	Log          *slog.Logger
-	Now          func() time.Time
-	MaxSampleAge time.Duration // how long the newest sample of a series is shown
-	LimitBytes   int64         // of a body as sent
-	LimitScrape  int           // samples in one scrape
-	RateInterval time.Duration // one push per site and this, in bursts of 60; 0 = no limit
-	Authorizer   *Authorizer   // asked instead of verifying client tokens; nil: verify
+	Name               string // of this server
+	Store              *Store
+	Forwarder          *Forwarder  // to the owners of sites; nil: this server is alone and owns all
+	Member             *RingKeeper // for /debug/ring and metrics; nil: none
+	Gossip             *Gossip     // for /sd, /debug/ring and metrics; nil if Member is
+	Metrics            *Metrics
+	Log                *slog.Logger
+	Now                func() time.Time
+	MaxSampleAge       time.Duration       // how long the newest sample of a series is shown
+	LimitBytes         int64               // of a body as sent
+	LimitScrape        int                 // samples in one scrape
+	RateInterval       time.Duration       // one push per site and this, in bursts of 60; 0 = no limit
+	ExternalAuthorizer *ExternalAuthorizer // asked instead of verifying client tokens; nil: verify
 }
 
 // ServerState has the keys and rules that a reload replaces, all at once.
 type ServerState struct {
 	Keys          Keys
-	Revoked       RevokedSet
+	Revoked       RevokedIDs
 	Normalizer    *Normalizer
 	FederateToken string // asked for on the internal listener; "" = open
 }
@@ -84,7 +84,7 @@ func NewServer(cfg ServerConfig) *Server {
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
-	s.buffers.New = func() any { return &pushBuffers{} }
+	s.buffers.New = func() any { return &decodeBuffers{} }
 	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
 	m.OnCollect(storeCollector(m, cfg.Store))
 	if cfg.Member != nil {
@@ -115,7 +115,7 @@ func newServerMetrics(m *Metrics) serverMetrics {
 		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
 		inFlight:          m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
 	}
-	for _, reason := range []string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture} {
+	for _, reason := range serverDropReasons {
 		sm.droppedTotal.Add(0, reason)
 	}
 	for _, reason := range []string{
@@ -123,7 +123,7 @@ func newServerMetrics(m *Metrics) serverMetrics {
 	} {
 		sm.unauthorizedTotal.Add(0, reason)
 	}
-	for kind := range (Skipped{}).ByKind() {
+	for kind := range (UnsupportedParts{}).ByKind() {
 		sm.skippedTotal.Add(0, kind)
 	}
 	for _, result := range []string{

@@ -68,7 +68,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 // clientToken returns the client token of a request if it may push, or answers. The server
 // verifies the token, unless there is a URL to ask.
 func (s *Server) clientToken(w http.ResponseWriter, r *http.Request) (Token, bool) {
-	if s.cfg.Authorizer != nil {
+	if s.cfg.ExternalAuthorizer != nil {
 		return s.authorizeByURL(w, r)
 	}
 	t, ok := s.authenticate(w, r, KindClient)
@@ -126,7 +126,7 @@ func (s *Server) authorizeByURL(w http.ResponseWriter, r *http.Request) (t Token
 		s.denyToken(w, "revoked", "the cluster ID has been revoked")
 		return t, false
 	}
-	labels, err := s.cfg.Authorizer.Authorize(r.Context(), id, text)
+	labels, err := s.cfg.ExternalAuthorizer.Authorize(r.Context(), id, text)
 	delete(labels, ClusterLabel)
 	for name, value := range labels {
 		err = errors.Join(err, CheckLabel(name, value))

@@ -455,7 +455,7 @@ func TestFederateRevoked(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
-	revoked, err := ParseRevoked([]byte("gone\n"))
+	revoked, err := ParseRevokedIDs([]byte("gone\n"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -294,45 +294,59 @@ type storeForwardedFunc func(ctx context.Context, push *pushRequest, body []byte
 func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
-		answer, result, refused := f.receive(w, r, store)
-		f.receivedTotal.Inc(result)
-		if refused != nil {
+		answer, result, err := f.receive(w, r, store)
+		if err != nil {
+			refused := refusedForward(err)
+			f.receivedTotal.Inc(refused.result)
 			w.Header().Set("Connection", "close")
 			http.Error(w, refused.text, refused.status)
 			return
 		}
+		f.receivedTotal.Inc(result)
 		w.Write(answer) // an error is the connection's
 	})
 	return mux
 }
 
-// forwardRefusal answers a forwarded push that is not taken. A sender without the key learns
-// nothing from it but that, and the version.
-type forwardRefusal struct {
+// forwardError says why a forwarded request is refused. A sender without the key learns nothing
+// from its text but that, and the version.
+type forwardError struct {
 	status int
+	result string // as telemeter_forwards_received_total names it
 	text   string
 }
 
-func refuseForward(status int) *forwardRefusal {
-	return &forwardRefusal{status, http.StatusText(status)}
+func (e *forwardError) Error() string { return e.text }
+
+func errForward(status int, result string) error {
+	return &forwardError{status, result, http.StatusText(status)}
 }
 
-// receive takes a push that another member forwards, and returns the sealed answer and its
-// result, as telemeter_forwards_received_total names it. The push is not forwarded again,
-// whichever member owns its site by now: a push that goes round is never answered.
-func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, refused *forwardRefusal) {
-	env, sealed, result, refused := f.openEnvelope(r.Header.Get(envelopeHeader))
-	if refused != nil {
-		return nil, result, refused
+// refusedForward returns err as a forwardError.
+func refusedForward(err error) *forwardError {
+	var e *forwardError
+	if !errors.As(err, &e) {
+		e = &forwardError{http.StatusInternalServerError, "malformed", "the request could not be handled"}
+	}
+	return e
+}
+
+// receive stores a push that another member forwards, and returns the sealed answer and its
+// result. The push is not forwarded again, whichever member owns its site by now: a push that
+// goes round is never answered.
+func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, err error) {
+	env, sealed, err := f.openEnvelope(r.Header.Get(envelopeHeader))
+	if err != nil {
+		return nil, "", err
 	}
 	if env.To != f.cfg.Name || env.ToSession != f.View().Peers[f.cfg.Name].Session {
-		return nil, "misrouted", refuseForward(http.StatusForbidden)
+		return nil, "", errForward(http.StatusForbidden, "misrouted")
 	}
 	if !f.acceptSequence(env) {
-		return nil, "replayed", refuseForward(http.StatusForbidden)
+		return nil, "", errForward(http.StatusForbidden, "replayed")
 	}
 	if !f.receiving.TryAcquire() {
-		return nil, "overloaded", refuseForward(http.StatusServiceUnavailable)
+		return nil, "", errForward(http.StatusServiceUnavailable, "overloaded")
 	}
 	defer f.receiving.Release()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxForwardBody))
@@ -340,16 +354,16 @@ func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeF
 		body, err = f.cfg.Box.Open(nil, body, bodySeal, sealed)
 	}
 	if err != nil {
-		return nil, "forged", refuseForward(http.StatusForbidden)
+		return nil, "", errForward(http.StatusForbidden, "forged")
 	}
 	resp, err := store(r.Context(), &env.Push, body)
 	if err != nil {
 		f.cfg.Log.Debug("forwarded push is handed back", "cluster_id", env.Push.ClusterID, "from", env.From, "err", err)
-		return nil, "returned", refuseForward(http.StatusServiceUnavailable)
+		return nil, "", errForward(http.StatusServiceUnavailable, "returned")
 	}
 	b, err := json.Marshal(resp)
 	if err != nil {
-		return nil, "malformed", refuseForward(http.StatusInternalServerError)
+		return nil, "", fmt.Errorf("encoding the answer to a forwarded push: %w", err)
 	}
 	result = "accepted"
 	if resp.Status != http.StatusOK {
@@ -359,11 +373,11 @@ func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeF
 }
 
 // openEnvelope opens an envelope in base64. It returns the sealed bytes too, which body and
-// answer are bound to.
-func (f *Forwarder) openEnvelope(header string) (env envelope, sealed []byte, result string, refused *forwardRefusal) {
-	sealed, err := base64.RawURLEncoding.DecodeString(header)
+// answer are bound to. The error is a forwardError.
+func (f *Forwarder) openEnvelope(header string) (env envelope, sealed []byte, err error) {
+	sealed, err = base64.RawURLEncoding.DecodeString(header)
 	if err != nil || len(sealed) > maxEnvelope {
-		return env, nil, "forged", refuseForward(http.StatusForbidden)
+		return env, nil, errForward(http.StatusForbidden, "forged")
 	}
 	plain, err := f.cfg.Box.Open(nil, sealed, envelopeSeal, nil)
 	if err == nil {
@@ -371,13 +385,13 @@ func (f *Forwarder) openEnvelope(header string) (env envelope, sealed []byte, re
 	}
 	switch {
 	case errors.Is(err, ErrSealVersion), errors.Is(err, errEnvelopeVersion):
-		return env, nil, "version", &forwardRefusal{http.StatusForbidden, "forwarding needs servers of one version: " + err.Error()}
+		return env, nil, &forwardError{http.StatusForbidden, "version", "forwarding needs servers of one version: " + err.Error()}
 	case err != nil:
-		return env, nil, "forged", refuseForward(http.StatusForbidden)
+		return env, nil, errForward(http.StatusForbidden, "forged")
 	case json.Unmarshal(plain, &env) != nil || CheckClusterID(env.Push.ClusterID) != nil:
-		return env, nil, "malformed", refuseForward(http.StatusForbidden)
+		return env, nil, errForward(http.StatusForbidden, "malformed")
 	}
-	return env, sealed, "", nil
+	return env, sealed, nil
 }
 
 var errEnvelopeVersion = errors.New("envelope of another version")

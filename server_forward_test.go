@@ -674,7 +674,7 @@ func TestForwardKeysRotate(t *testing.T) {
 // times returns the times of the samples that the server holds of a site, in ms after
 // authNow.
 func (r *srvRig) times(id string) (times []int64) {
-	r.store.ViewSite(id, func(held *SiteData) {
+	r.store.ViewSite(id, func(held *SiteSamples) {
 		for _, b := range held.Batches {
 			for i := range b.V {
 				times = append(times, b.Time(i)-authNow.UnixMilli())
@@ -723,7 +723,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		}, "m 1\n", nil, 503, "5", 0},
 		{"full", func(b *ringServer) { b.store.cfg.LimitSamples = 1 }, "m 1\nn 1\n", nil, 503, "60", 0},
 		{"its clock in doubt", func(b *ringServer) {
-			b.store.cfg.Span = func() TimeInterval { return TimeInterval{b.now(), b.now().Add(3 * time.Hour)} }
+			b.store.cfg.NowInterval = func() TimeInterval { return TimeInterval{b.now(), b.now().Add(3 * time.Hour)} }
 		}, "m 1\n", nil, 503, "30", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -978,7 +978,7 @@ func FuzzBoxOpen(f *testing.F) {
 // push straight to its owner. Both go over real connections of loopback.
 func BenchmarkForwardedPush(b *testing.B) {
 	ring := newRingServers(b, 2, func(s *StoreConfig, c *ServerConfig) {
-		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitClusters = nil, "", 20_000, 500_000_000, 100_000
+		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitSites = nil, "", 20_000, 500_000_000, 100_000
 		c.LimitBytes, c.RateInterval = 1<<20, 0
 	})
 	for _, r := range ring {

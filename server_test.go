@@ -77,7 +77,7 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 	r := &srvRig{t: t, keys: authKeys(t, 1), log: &srvLog{}}
 	sc := StoreConfig{
 		FS: newCrashFS(1, "/secretdir"), Dir: "/secretdir", Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute,
-		LimitSeries: 100, LimitClusters: 10, LimitSamples: 100_000, Now: r.now,
+		LimitSeries: 100, LimitSites: 10, LimitSamples: 100_000, Now: r.now,
 		OnError: func(err error) { fmt.Fprintln(r.log, err) },
 	}
 	cfg := ServerConfig{
@@ -328,7 +328,7 @@ func TestAnswers(t *testing.T) {
 	r.secrets = append(r.secrets, "site-b", "topsecret")
 	other := authKeys(t, 7)
 	revokedID := strings.Repeat("ab", 16)
-	revoked, err := ParseRevoked([]byte("gone\n" + revokedID + "\n"))
+	revoked, err := ParseRevokedIDs([]byte("gone\n" + revokedID + "\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -809,10 +809,10 @@ func TestAuthorizeURL(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.Authorizer = NewAuthorizer(u, NewHTTPClient(nil, 300*time.Millisecond, 10*time.Second))
+		c.ExternalAuthorizer = NewExternalAuthorizer(u, NewHTTPClient(nil, 300*time.Millisecond, 10*time.Second))
 	})
 	r.secrets = append(r.secrets, "internal detail", service.Listener.Addr().String(), elsewhere.URL)
-	revoked, err := ParseRevoked([]byte("gone\n"))
+	revoked, err := ParseRevokedIDs([]byte("gone\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -937,7 +937,7 @@ func TestNoRoom(t *testing.T) {
 	}{
 		{"not ready", nil, func(r *srvRig) { r.server.SetReady(false) }, "not ready"},
 		{"samples", func(s *StoreConfig, _ *ServerConfig) { s.LimitSamples = 2 }, nil, "no room"},
-		{"clusters", func(s *StoreConfig, _ *ServerConfig) { s.LimitClusters = 1 }, nil, "no room"},
+		{"clusters", func(s *StoreConfig, _ *ServerConfig) { s.LimitSites = 1 }, nil, "no room"},
 		{"storage", func(s *StoreConfig, _ *ServerConfig) { s.LimitStorage = 160 }, nil, "no room"},
 		{"disk fails", func(s *StoreConfig, _ *ServerConfig) { s.FS = disk }, func(*srvRig) {
 			disk.hook = func(int, string, string) fault { return fault{Err: errDisk} }
@@ -1596,7 +1596,7 @@ func cpuSeconds(b *testing.B) float64 {
 
 func benchRig(b *testing.B) *srvRig {
 	return newSrvRig(b, func(s *StoreConfig, c *ServerConfig) {
-		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitClusters = DiskFS{}, b.TempDir(), 20_000, 500_000_000, 1000
+		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitSites = DiskFS{}, b.TempDir(), 20_000, 500_000_000, 1000
 		s.Retention = 10 * 24 * time.Hour
 		c.LimitBytes, c.LimitScrape, c.RateInterval = 1<<20, 500_000, 0
 	})
@@ -1719,7 +1719,7 @@ func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt := time.Duration(0)
 	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
 		now := sc.Now
-		sc.Span = func() TimeInterval { return TimeInterval{now(), now().Add(doubt)} }
+		sc.NowInterval = func() TimeInterval { return TimeInterval{now(), now().Add(doubt)} }
 	})
 	r.accepted(r.push("site-a", "up 1\n"))
 	doubt = 3 * time.Hour

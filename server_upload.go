@@ -29,11 +29,17 @@ const (
 	resultTooLarge    = "too_large"
 	resultUnsupported = "unsupported"
 	resultMalformed   = "malformed"
+)
 
+// Reasons for which the store drops samples; Normalize has the others.
+const (
 	dropConflict = "conflicting_value"
 	dropTooOld   = "too_old"
 	dropFuture   = "future"
 )
+
+// serverDropReasons are all reasons for which a server drops samples of a push that it accepts.
+var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture}
 
 // uploadError says why a push is refused, in words for the client.
 type uploadError struct {
@@ -78,7 +84,7 @@ func refusedPush(err error) *pushResponse {
 // handleUpload answers POST /upload.
 func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	kinds := []string{KindUpload}
-	if s.cfg.Authorizer == nil {
+	if s.cfg.ExternalAuthorizer == nil {
 		kinds = append(kinds, KindClient)
 	}
 	t, ok := s.authenticate(w, r, kinds...)
@@ -265,8 +271,8 @@ func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushPa
 	if s.decoding.Acquire(ctx) != nil {
 		return nil, errOverloaded("the server is too busy to decode the push")
 	}
-	buf := s.buffers.Get().(*pushBuffers)
-	defer s.putBuffers(buf)
+	buf := s.buffers.Get().(*decodeBuffers)
+	defer s.releaseBuffers(buf)
 	d, err := s.decodePush(buf, push, params.format, body)
 	if err != nil {
 		return nil, err
@@ -282,16 +288,16 @@ func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushPa
 	return s.acceptedPush(push.ClusterID, params, &buf.samples, d, res)
 }
 
-// pushBuffers is the memory that decoding a push takes. It is reused unless it has grown: a push
+// decodeBuffers is the memory that decoding a push takes. It is reused unless it has grown: a push
 // that waits to be stored keeps it, and only the part that the push fills counts as pending.
-type pushBuffers struct {
+type decodeBuffers struct {
 	decompressor Decompressor
 	decoder      Decoder
 	samples      SampleList
 	size         int // bytes, of the parts that can grow
 }
 
-func (s *Server) putBuffers(buf *pushBuffers) {
+func (s *Server) releaseBuffers(buf *decodeBuffers) {
 	if buf.size <= maxPooledBuffers {
 		s.buffers.Put(buf)
 	}
@@ -307,7 +313,7 @@ type decodedPush struct {
 // decodePush decodes and normalizes a body into buf.samples. Samples without a time get that of
 // the push's arrival. It releases the caller's slot of s.decoding at its end, before the push is
 // stored: a disk that does not answer must not keep other sites waiting.
-func (s *Server) decodePush(buf *pushBuffers, push *pushRequest, format Format, sent []byte) (d decodedPush, err error) {
+func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format, sent []byte) (d decodedPush, err error) {
 	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
 	body, over, err := buf.decompressor.Decompress(sent, push.Encoding, limit)
@@ -415,7 +421,7 @@ func (s *Server) acceptedPush(id string, params pushParams, p *SampleList, d dec
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
 	if res.IsUntimely() {
-		answer.Hint = timeHint(p, res.TooOld, res.Future, s.cfg.Store.RetainedSince(), now.UnixMilli())
+		answer.Hint = timeHint(p, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
 		if s.sites.ShouldLogUntimely(id, now) {
 			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", id, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
 		}

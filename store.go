@@ -36,20 +36,20 @@ const (
 
 // StoreConfig configures a Store. Limits of 0 do not bound.
 type StoreConfig struct {
-	FS            FS
-	Dir           string // "" holds in memory only
-	Retention     time.Duration
-	MaxSampleAge  time.Duration // older samples are not shown again, and so may be evicted
-	LimitSeries   int           // held of each site
-	LimitClusters int           // sites known
-	LimitSamples  int           // held in all
-	LimitStorage  int64         // bytes of all logs
-	Now           func() time.Time
+	FS           FS
+	Dir          string // "" holds in memory only
+	Retention    time.Duration
+	MaxSampleAge time.Duration // older samples are not shown again, and so may be evicted
+	LimitSeries  int           // held of each site
+	LimitSites   int           // sites known
+	LimitSamples int           // held in all
+	LimitStorage int64         // bytes of all logs
+	Now          func() time.Time
 	// Owned reports whether this server owns a site; nil: it owns all. Samples of another
 	// server's site that expire unread are not counted as lost if their client has a spool.
 	Owned func(hash uint64) bool
 	// Span returns what the present time may be; samples expire by it. nil: Now.
-	Span func() TimeInterval
+	NowInterval func() TimeInterval
 	// OnError gets what failed in the background, or was found damaged at opening. OnWarning,
 	// if not nil, gets unfinished writes, as a crash leaves them. They are called without
 	// locks held.
@@ -87,8 +87,8 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	if cfg.Retention <= 0 || cfg.Retention > MaxRetention {
 		return nil, fmt.Errorf("retention %v is not above 0 and at most %v", cfg.Retention, MaxRetention)
 	}
-	if cfg.Span == nil {
-		cfg.Span = func() TimeInterval { return IntervalAt(cfg.Now()) }
+	if cfg.NowInterval == nil {
+		cfg.NowInterval = func() TimeInterval { return IntervalAt(cfg.Now()) }
 	}
 	if cfg.OnWarning == nil {
 		cfg.OnWarning = func(error) {}
@@ -113,7 +113,7 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 // newSite returns a site without samples. Its first batch has a number above all numbers used
 // so far: no cursor from before the site was last forgotten is past it.
 func (s *Store) newSite(id string) *Site {
-	data := NewSiteData(id, s.seed)
+	data := NewSiteSamples(id, s.seed)
 	data.StartAfter(s.totals.NewestSeq.Load())
 	return NewSite(data, s.newLog(id), s)
 }
@@ -135,14 +135,6 @@ func (s *Store) path(id string) string {
 
 // IsOnDisk reports whether the samples outlive this process.
 func (s *Store) IsOnDisk() bool { return s.cfg.Dir != "" }
-
-// RetainedSince returns the time in ms before which samples are not held.
-func (s *Store) RetainedSince() int64 { return s.cfg.Span().Earliest.Add(-s.cfg.Retention).UnixMilli() }
-
-// ServedSince returns the time in ms before which samples are not served. A consumer may
-// fail a whole scrape for one sample that is older than retention. While the clock is in doubt
-// the time is later than that before which samples are not held.
-func (s *Store) ServedSince() int64 { return s.cfg.Span().Latest.Add(-s.cfg.Retention).UnixMilli() }
 
 // owns reports whether this server owns a site.
 func (s *Store) owns(hash uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(hash) }
@@ -207,8 +199,8 @@ func (s *Store) findOrAddSite(id string) (*Site, error) {
 	if site != nil {
 		return site, nil
 	}
-	if s.cfg.LimitClusters > 0 && len(s.sites) >= s.cfg.LimitClusters {
-		return nil, fmt.Errorf("%w: %d sites are known, which is the limit", ErrFull, s.cfg.LimitClusters)
+	if s.cfg.LimitSites > 0 && len(s.sites) >= s.cfg.LimitSites {
+		return nil, fmt.Errorf("%w: %d sites are known, which is the limit", ErrFull, s.cfg.LimitSites)
 	}
 	site = s.newSite(id)
 	s.sites[id] = site
@@ -219,7 +211,7 @@ func (s *Store) findOrAddSite(id string) (*Site, error) {
 // first push that fails leaves nothing behind.
 func (s *Store) releaseSite(site *Site) {
 	isNew := false
-	site.View(func(data *SiteData) { isNew = data.IsNew() })
+	site.View(func(data *SiteSamples) { isNew = data.IsNew() })
 	if isNew {
 		s.dropSite(site)
 	}
@@ -233,7 +225,7 @@ func (s *Store) forgetSilentSite() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
 	for _, site := range s.sitesByID() {
-		site.View(func(data *SiteData) {
+		site.View(func(data *SiteSamples) {
 			if len(data.Batches) == 0 && !data.IsNew() && data.LastPush < least {
 				silent, least = site, data.LastPush
 			}
@@ -244,7 +236,7 @@ func (s *Store) forgetSilentSite() error {
 	}
 	defer silent.Unlock()
 	empty := false
-	silent.View(func(data *SiteData) { empty = len(data.Batches) == 0 })
+	silent.View(func(data *SiteSamples) { empty = len(data.Batches) == 0 })
 	if silent.removed || !empty {
 		return nil
 	}
@@ -287,14 +279,14 @@ func (s *Store) Append(ctx context.Context, id string, p *SampleList, names Scra
 		return AppendResult{}, err
 	}
 	defer s.releaseSite(site)
-	limits := AppendLimits{Now: s.cfg.Span(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
-	prepared, err := site.Prepare(p, names, limits)
+	limits := AppendLimits{Now: s.cfg.NowInterval(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
+	prepared, err := site.StageBatch(p, names, limits)
 	if err != nil || prepared.Batch == nil {
 		return prepared.Result, err
 	}
 	begin := time.Now()
 	if err = s.makeRoom(site, prepared.Result.Accepted); err == nil {
-		err = site.Commit(prepared, limits.oldest())
+		err = site.Commit(prepared, limits.times().keptSince)
 	}
 	if err != nil {
 		site.Rollback(prepared)
@@ -314,11 +306,11 @@ type SpoolStatus struct {
 // SpoolStatus returns the status of a spool of the site with cluster ID id. It first marks the
 // scrapes that every consumer has read by now.
 func (s *Store) SpoolStatus(id string, spool uint64) (st SpoolStatus) {
-	hash, now := SiteKey(id), s.cfg.Span().Earliest
+	hash, now := SiteKey(id), s.cfg.NowInterval().Earliest
 	st.Consumers = s.Consumers.ConsumerAges(hash, now)
 	seq, known := s.Consumers.ReadByAll(hash, now)
 	st.HasConsumers = known
-	s.ViewSite(id, func(data *SiteData) {
+	s.ViewSite(id, func(data *SiteSamples) {
 		if known {
 			data.Spools.MarkRead(seq)
 		}
@@ -336,7 +328,7 @@ func (s *Store) Run(ctx context.Context) error {
 	saving.Go(func() { runEvery(ctx, saveEvery, nil, func(bool) { s.saveCursors() }) })
 	runEvery(ctx, maintainEvery, s.compactNow, func(storageFull bool) {
 		s.maintain(ctx, storageFull)
-		s.Consumers.DropIdle(s.cfg.Span().Earliest)
+		s.Consumers.DropIdle(s.cfg.NowInterval().Earliest)
 	})
 	return nil
 }
@@ -388,11 +380,11 @@ func (s *Store) maintain(ctx context.Context, storageFull bool) {
 }
 
 func (s *Store) maintainSite(site *Site, storageFull bool) error {
-	oldest := s.RetainedSince()
+	oldest := s.KeptSince()
 	site.DropExpired(oldest)
 	silent := false
-	site.View(func(data *SiteData) {
-		silent = len(data.Batches) == 0 && s.cfg.Span().Earliest.UnixMilli()-data.LastPush > forgetAfter.Milliseconds()
+	site.View(func(data *SiteSamples) {
+		silent = len(data.Batches) == 0 && s.cfg.NowInterval().Earliest.UnixMilli()-data.LastPush > forgetAfter.Milliseconds()
 	})
 	if silent {
 		return s.removeSite(site)
@@ -411,13 +403,13 @@ func (s *Store) sitesByID() []*Site {
 // the fraction start, from 0 to 1, of the sites, and goes on from the first after the last. It
 // drops the site's expired samples before it calls f. f must neither keep data nor call the
 // store.
-func (s *Store) ForEachSite(start float64, f func(hash uint64, data *SiteData) bool) {
-	sites, oldest := s.sitesByID(), s.RetainedSince()
+func (s *Store) ForEachSite(start float64, f func(hash uint64, data *SiteSamples) bool) {
+	sites, oldest := s.sitesByID(), s.KeptSince()
 	for i := range sites {
 		site := sites[(int(start*float64(len(sites)))+i)%len(sites)]
 		site.DropExpired(oldest)
 		more := true
-		site.View(func(data *SiteData) { more = f(site.Hash, data) })
+		site.View(func(data *SiteSamples) { more = f(site.Hash, data) })
 		if !more {
 			return
 		}
@@ -426,7 +418,7 @@ func (s *Store) ForEachSite(start float64, f func(hash uint64, data *SiteData) b
 
 // ViewSite calls f with the data of the site with cluster ID id, and reports whether there is
 // one. f must neither keep data nor call the store.
-func (s *Store) ViewSite(id string, f func(data *SiteData)) bool {
+func (s *Store) ViewSite(id string, f func(data *SiteSamples)) bool {
 	s.mu.RLock()
 	site := s.sites[id]
 	s.mu.RUnlock()

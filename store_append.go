@@ -41,11 +41,8 @@ type AppendLimits struct {
 	Series    int // held of the site; 0 does not bound
 }
 
-// oldest returns the time in ms before which samples are not held.
-func (l *AppendLimits) oldest() int64 { return l.Now.Earliest.Add(-l.Retention).UnixMilli() }
-
-// PreparedBatch is a batch that is not committed, and what became of the push's samples.
-type PreparedBatch struct {
+// StagedBatch is a batch that is not committed, and what became of the push's samples.
+type StagedBatch struct {
 	Batch     *Batch // nil if the push adds nothing that has to be written
 	Result    AppendResult
 	newSeries int // the first ID that the push inserted
@@ -63,23 +60,23 @@ func compareSeriesTime(a, b seriesSample) int {
 	return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t))
 }
 
-// Prepare makes a batch of the samples of p that are neither held, nor older than retention,
+// StageBatch makes a batch of the samples of p that are neither held, nor older than retention,
 // nor of the future. It inserts their series, which Rollback takes back. The lines of p are
 // those of SampleList.Add; names are of the scrapes in p. On an error, which is ErrSeriesLimit,
 // ErrTooLarge or ErrClockInDoubt, nothing was inserted.
-func (d *SiteData) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits) (PreparedBatch, error) {
+func (d *SiteSamples) StageBatch(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	if d.Spools.HasAll(names) { // the answer to an earlier push was lost; its samples may be evicted by now
-		return PreparedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
+		return StagedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}
 	if len(p.Samples) > maxBatch {
-		return PreparedBatch{}, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
+		return StagedBatch{}, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
 	}
-	prepared := PreparedBatch{newSeries: d.Table.Len()}
+	prepared := StagedBatch{newSeries: d.Table.Len()}
 	res := &prepared.Result
 	samples, err := d.resolveSeries(p, limits, res)
 	if err != nil {
 		d.Rollback(prepared)
-		return PreparedBatch{}, err
+		return StagedBatch{}, err
 	}
 	samples = d.dropRepeatsOfNewest(samples, res)
 	samples = dedupeInPush(samples, res)
@@ -101,7 +98,7 @@ func (d *SiteData) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits
 }
 
 // Rollback takes back what Prepare inserted.
-func (d *SiteData) Rollback(p PreparedBatch) { d.Table.Truncate(p.newSeries) }
+func (d *SiteSamples) Rollback(p StagedBatch) { d.Table.Truncate(p.newSeries) }
 
 // vouchesForScrapes reports whether the batch of a push counts as its scrapes. If all samples
 // of a scrape are dropped for their time, this server's clock may be the wrong one; and of
@@ -110,37 +107,9 @@ func vouchesForScrapes(names ScrapeNames, res *AppendResult) bool {
 	return len(names.Numbers) > 0 && !res.IsUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }
 
-// timeLimits are the times that samples may have, in ms. They are two ranges while the clock
-// is in doubt: outside of the wider one a sample is refused by either setting of the clock,
-// within the narrower one it is accepted by both.
-type timeLimits struct{ oldest, newest, sureOldest, sureNewest int64 }
-
-func (l *AppendLimits) times() timeLimits {
-	return timeLimits{
-		oldest: l.oldest(), newest: l.Now.Latest.Add(maxAhead).UnixMilli(),
-		sureOldest: l.Now.Latest.Add(-l.Retention).UnixMilli(), sureNewest: l.Now.Earliest.Add(maxAhead).UnixMilli(),
-	}
-}
-
-// accept reports whether a sample of time t is of use, and counts it otherwise. ErrClockInDoubt says
-// that it depends on the setting of the clock.
-func (l *timeLimits) accept(t int64, res *AppendResult) (bool, error) {
-	switch {
-	case t < l.oldest:
-		res.TooOld++
-		return false, nil
-	case t > l.newest:
-		res.Future++
-		return false, nil
-	case t < l.sureOldest || t > l.sureNewest:
-		return false, ErrClockInDoubt
-	}
-	return true, nil
-}
-
 // resolveSeries returns the samples of p whose time is accepted, with the IDs of their series,
 // which it inserts under the limits. It counts the others.
-func (d *SiteData) resolveSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
+func (d *SiteSamples) resolveSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
 	times := limits.times()
 	samples := make([]seriesSample, 0, len(p.Samples))
 	for _, smp := range p.Samples {
@@ -164,7 +133,7 @@ func (d *SiteData) resolveSeries(p *SampleList, limits AppendLimits, res *Append
 
 // checkSeriesLimits reports that one more series, with a line of size bytes, is beyond limit or
 // what a table can take.
-func (d *SiteData) checkSeriesLimits(size, limit int) error {
+func (d *SiteSamples) checkSeriesLimits(size, limit int) error {
 	if n := d.Table.Len(); limit > 0 && n >= limit || n > MaxSeriesID || !d.Table.HasRoom(size) {
 		return fmt.Errorf("%w: more than the %d that may be held for a site", ErrSeriesLimit, limit)
 	}
@@ -176,7 +145,7 @@ func (d *SiteData) checkSeriesLimits(size, limit int) error {
 
 // dropRepeatsOfNewest drops and counts the samples that have the time of the newest sample of
 // their series, as a push that comes again has.
-func (d *SiteData) dropRepeatsOfNewest(samples []seriesSample, res *AppendResult) []seriesSample {
+func (d *SiteSamples) dropRepeatsOfNewest(samples []seriesSample, res *AppendResult) []seriesSample {
 	return slices.DeleteFunc(samples, func(s seriesSample) bool {
 		t, v := d.Table.Newest(s.id)
 		if s.t == t {
@@ -211,7 +180,7 @@ type sampleKey struct {
 
 // dropHeldLate drops and counts the samples that are older than the newest of their series and
 // that an earlier batch has. Only for late samples are the batches searched.
-func (d *SiteData) dropHeldLate(samples []seriesSample, res *AppendResult) []seriesSample {
+func (d *SiteSamples) dropHeldLate(samples []seriesSample, res *AppendResult) []seriesSample {
 	late, times := map[sampleKey]float64{}, map[int64]bool{}
 	for _, s := range samples {
 		if t, _ := d.Table.Newest(s.id); s.t < t {

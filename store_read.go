@@ -19,7 +19,7 @@ type ReadLimits struct {
 }
 
 // batchesAfter returns the batches that a reader has not read to their end.
-func (d *SiteData) batchesAfter(pos Position) []*Batch {
+func (d *SiteSamples) batchesAfter(pos Position) []*Batch {
 	i, found := slices.BinarySearchFunc(d.Batches, pos.Seq, func(b *Batch, seq uint64) int { return cmp.Compare(b.Seq, seq) })
 	if found {
 		i++
@@ -28,7 +28,7 @@ func (d *SiteData) batchesAfter(pos Position) []*Batch {
 }
 
 // UnreadCount returns how many samples a reader has not read.
-func (d *SiteData) UnreadCount(pos Position) int {
+func (d *SiteSamples) UnreadCount(pos Position) int {
 	n := 0
 	for _, b := range d.batchesAfter(pos) {
 		read := pos.ReadOf(b)
@@ -49,7 +49,7 @@ func (d *SiteData) UnreadCount(pos Position) int {
 // and if those are all, with the newest sample of each series that it has read. Samples come by
 // name, and those of a series in the order of time. It returns how far the reader is with
 // them, and how many were unread.
-func (d *SiteData) Read(pos Position, limits ReadLimits, emit func(name string, l FamilySample)) (to Position, unread int) {
+func (d *SiteSamples) Read(pos Position, limits ReadLimits, emit func(name string, l FamilySample)) (to Position, unread int) {
 	samples, to, all := d.unreadSamples(pos, limits)
 	repeat := all && d.Table.Len() <= limits.Repeats
 	if len(samples) == 0 && !repeat {
@@ -76,7 +76,7 @@ func (d *SiteData) Read(pos Position, limits ReadLimits, emit func(name string, 
 
 // unreadSamples returns samples that a reader at pos has not read, in the order of the batches,
 // how far the reader is with them, and whether they are all.
-func (d *SiteData) unreadSamples(pos Position, limits ReadLimits) (samples []seriesSample, to Position, all bool) {
+func (d *SiteSamples) unreadSamples(pos Position, limits ReadLimits) (samples []seriesSample, to Position, all bool) {
 	to = pos
 	batches := d.batchesAfter(pos)
 	n := 0

@@ -82,9 +82,9 @@ func (s *Store) startBlock(state *StoreState, highest uint64) {
 func (s *Store) dropExpiredWhileDown() {
 	ran := s.Consumers.LastScrape().UnixMilli()
 	for _, site := range s.sites {
-		site.View(func(data *SiteData) { ran = max(ran, data.LastPush) })
+		site.View(func(data *SiteSamples) { ran = max(ran, data.LastPush) })
 	}
-	oldest := s.RetainedSince()
+	oldest := s.KeptSince()
 	for _, site := range s.sites {
 		site.DropExpiredUncounted(min(oldest, ran-s.cfg.Retention.Milliseconds()))
 		site.DropExpired(oldest)
@@ -106,7 +106,7 @@ func (s *Store) dropPastCursors(damaged damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
 		sites[site.Hash] = site
-		site.View(func(data *SiteData) { ends[site.Hash] = data.Seq })
+		site.View(func(data *SiteSamples) { ends[site.Hash] = data.Seq })
 	}
 	for _, past := range s.Consumers.DropCursorsPast(ends) {
 		s.cfg.OnError(s.describePast(past, sites[past.Site], ends[past.Site], damaged[past.Site]))
@@ -167,7 +167,7 @@ func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) 
 		damaged.add(path)
 		return s.setLogAside(path, err)
 	}
-	oldest := s.RetainedSince()
+	oldest := s.KeptSince()
 	r.data.RestoreSpools(r.spools, r.isDamaged())
 	r.data.DropExpiredUncounted(min(oldest, r.data.LastPush-s.cfg.Retention.Milliseconds()))
 	site := NewSite(r.data, r.log, s)
@@ -186,7 +186,7 @@ type recoveredLog struct {
 	path        string
 	log         *Log
 	found       Recovery
-	data        SiteData
+	data        SiteSamples
 	spools      SiteSpools
 	parser      SeriesParser
 	skipped     bool   // damaged bytes were skipped since the newest batch
@@ -197,7 +197,7 @@ type recoveredLog struct {
 // openSiteLog reads the log at path. The cluster ID is that of the header, or, if the header is
 // damaged, that of the records.
 func (s *Store) openSiteLog(path string, state *StoreState) (*recoveredLog, error) {
-	r := &recoveredLog{store: s, path: path, data: NewSiteData("", s.seed)}
+	r := &recoveredLog{store: s, path: path, data: NewSiteSamples("", s.seed)}
 	var err error
 	if r.log, r.found, err = OpenLogWithGaps(s.cfg.FS, path, r.decodeRecord, func() { r.skipped = true }); err != nil {
 		return nil, err

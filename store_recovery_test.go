@@ -420,7 +420,7 @@ func TestClockStep(t *testing.T) {
 		var changes []WallClockStep
 		start := monotonic
 		clock := NewWallClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c WallClockStep) { changes = append(changes, c) })
-		k.cfg.Span = clock.Interval
+		k.cfg.NowInterval = clock.Interval
 		s := k.open()
 		points := []point{{"m", 1, k.clock.ms(7000), 1}, {"m", 1, k.clock.ms(3600), 2}, {"m", 1, k.clock.ms(0), 3}}
 		k.push(s, "a", points...)
@@ -430,7 +430,7 @@ func TestClockStep(t *testing.T) {
 		for range 45 {
 			pass(time.Second)
 			s.maintain(context.Background(), false)
-			s.Consumers.DropIdle(s.cfg.Span().Earliest)
+			s.Consumers.DropIdle(s.cfg.NowInterval().Earliest)
 		}
 		for name, at := range map[string]int64{"right by the old time": right + 1000, "right by the new time": k.clock.ms(0)} {
 			if _, err := s.Append(context.Background(), "a", storePush("a", point{"m", 5, at, 1}), ScrapeNames{}); !errors.Is(err, ErrClockInDoubt) {
@@ -469,7 +469,7 @@ func TestClockInDoubtForgetsNoConsumer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))
 		k.cfg.Now = func() time.Time { return time.Now().Add(25 * time.Hour) }
-		k.cfg.Span = func() TimeInterval { return TimeInterval{time.Now(), k.cfg.Now()} }
+		k.cfg.NowInterval = func() TimeInterval { return TimeInterval{time.Now(), k.cfg.Now()} }
 		s := k.open()
 		confirm(t, s.Consumers, "central", time.Now(), nil)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*maintainEvery)
@@ -485,7 +485,7 @@ func TestClockInDoubtForgetsNoConsumer(t *testing.T) {
 func TestSilentSiteGivesPlace(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
-	k.cfg.LimitClusters = 3
+	k.cfg.LimitSites = 3
 	s := k.open()
 	ids := func() string { return strings.Join(slices.Sorted(maps.Keys(s.sites)), " ") }
 	for _, id := range []string{"b", "a", "c"} {

@@ -16,7 +16,7 @@ const maxGap = 1 << 20
 // RestoreSeries puts a line at its ID. It is checked as strictly as a line from outside: after
 // damage, bytes that a site chose may have been taken for a record. All lines have to name the
 // same cluster ID, for which isSite returns true.
-func (d *SiteData) RestoreSeries(parser *SeriesParser, isSite func(id string) bool, id uint32, line []byte) error {
+func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isSite func(id string) bool, id uint32, line []byte) error {
 	name, labels, err := parser.ParseRendered(line)
 	if err != nil {
 		return err
@@ -41,7 +41,7 @@ func (d *SiteData) RestoreSeries(parser *SeriesParser, isSite func(id string) bo
 
 // AddRecovered commits a batch of the log. It returns how many of its samples are lost because
 // damage took their series; the others are committed.
-func (d *SiteData) AddRecovered(b *Batch) (lost int, err error) {
+func (d *SiteSamples) AddRecovered(b *Batch) (lost int, err error) {
 	if b.Seq <= d.Seq {
 		return 0, fmt.Errorf("batch %d after %d", b.Seq, d.Seq)
 	}
@@ -58,7 +58,7 @@ func (d *SiteData) AddRecovered(b *Batch) (lost int, err error) {
 // DropBatchesAbove drops batches whose number is above limit, which no true batch has. After
 // damage, bytes that a site chose may have been taken for a record; its number would raise
 // the numbers of all sites until none is left.
-func (d *SiteData) DropBatchesAbove(limit uint64) {
+func (d *SiteSamples) DropBatchesAbove(limit uint64) {
 	if d.Seq <= limit {
 		return
 	}
@@ -71,7 +71,7 @@ func (d *SiteData) DropBatchesAbove(limit uint64) {
 
 // dropRepeatedBy drops the samples of earlier batches that b has as well. They were evicted,
 // and then pushed again; the log was not rewritten in between.
-func (d *SiteData) dropRepeatedBy(b *Batch) {
+func (d *SiteSamples) dropRepeatedBy(b *Batch) {
 	repeated := map[sampleKey]bool{}
 	first := int64(math.MaxInt64)
 	for i, id := range b.IDs {
@@ -94,7 +94,7 @@ func (d *SiteData) dropRepeatedBy(b *Batch) {
 // RestoreSpools sets the spools: those of the log's own records, and the names in the batches.
 // After damage to the log no scrape counts as held, because a batch may name a scrape of which
 // another batch, which is lost, had a part.
-func (d *SiteData) RestoreSpools(spools SiteSpools, damaged bool) {
+func (d *SiteSamples) RestoreSpools(spools SiteSpools, damaged bool) {
 	d.Spools = spools
 	if !damaged {
 		for _, b := range d.Batches {
@@ -104,7 +104,7 @@ func (d *SiteData) RestoreSpools(spools SiteSpools, damaged bool) {
 		}
 		return
 	}
-	d.Spools.DropHeld()
+	d.Spools.ForgetUnread()
 	for i, b := range d.Batches {
 		unnamed := *b
 		unnamed.Names = ScrapeNames{}

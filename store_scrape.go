@@ -79,14 +79,14 @@ func (s *Scraper) newestSince() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// Newest returns the newest sample of each series that is at most MaxAge old, one family a
+// Newest returns the newest sample of each series that is at most MaxSampleAge old, one family a
 // name, sorted. match, if not nil, chooses lines. At most limit samples are returned, of whole
 // sites and of at least one; truncated says that some were left out. Lines stay valid for ever.
 func (s *Scraper) Newest(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
 	since := s.newestSince()
 	collected := newFamilyCollector(match)
 	n := 0
-	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteData) bool {
+	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteSamples) bool {
 		if !s.Owned(hash) {
 			return true
 		}
@@ -125,7 +125,7 @@ func (s *Scraper) Unread(session *ScrapeSession, limit int, onePerSeries bool, m
 	left, repeatsLeft := limit, max(0, limit-total)
 	collected := newFamilyCollector(match)
 	leftOut := false
-	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteData) bool {
+	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteSamples) bool {
 		pos := session.Position(hash)
 		limits.Unread = min(share, left, data.UnreadCount(pos)) // more than was counted, if pushes came
 		limits.Repeats = -1
@@ -156,7 +156,7 @@ func (s *Scraper) Unread(session *ScrapeSession, limit int, onePerSeries bool, m
 // countUnread returns how many samples the session has not read of each site that has some, and
 // in all.
 func (s *Scraper) countUnread(session *ScrapeSession) (counts []int, total int) {
-	s.Store.ForEachSite(0, func(hash uint64, data *SiteData) bool {
+	s.Store.ForEachSite(0, func(hash uint64, data *SiteSamples) bool {
 		if n := data.UnreadCount(session.Position(hash)); n > 0 {
 			counts = append(counts, n)
 			total += n

@@ -38,7 +38,7 @@ func (m *scrapeModel) again(c *modelConsumer) {
 		return
 	}
 	for _, site := range m.store.sitesByID() {
-		site.View(func(held *SiteData) {
+		site.View(func(held *SiteSamples) {
 			for _, at := range []Position{c.place.confirmed[site.Hash], c.place.served[site.Hash]} {
 				for _, b := range held.Batches {
 					if b.Seq > at.Seq {
@@ -185,7 +185,7 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 // newest returns the time of the newest sample known of each line.
 func (m *scrapeModel) newest() map[string]int64 {
 	all := map[string]int64{}
-	m.store.ForEachSite(0, func(_ uint64, held *SiteData) bool {
+	m.store.ForEachSite(0, func(_ uint64, held *SiteSamples) bool {
 		held.Table.ForEachSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
 		return true
 	})
@@ -221,7 +221,7 @@ func (m *scrapeModel) rewrite(id string) {
 		m.t.Fatal(err)
 	}
 	defer s.Unlock()
-	if err := s.Rewrite(nil, m.store.RetainedSince()); err != nil {
+	if err := s.Rewrite(nil, m.store.KeptSince()); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -233,7 +233,7 @@ func (m *scrapeModel) evict(id string) {
 	m.store.mu.RUnlock()
 	for ok := s != nil; ok; {
 		var oldest []heldSample
-		s.View(func(held *SiteData) {
+		s.View(func(held *SiteSamples) {
 			if len(held.Batches) > 0 {
 				b := held.Batches[0]
 				for i, n := range b.IDs {
@@ -560,7 +560,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 			if err := site.Lock(context.Background()); err != nil {
 				t.Fatal(err)
 			}
-			if err := site.Rewrite(nil, s.RetainedSince()); err != nil {
+			if err := site.Rewrite(nil, s.KeptSince()); err != nil {
 				t.Fatal(err)
 			}
 			site.Unlock()
@@ -699,7 +699,7 @@ func BenchmarkUnread(b *testing.B) {
 	}
 	places := func(behind uint64) map[uint64]uint64 {
 		at := map[uint64]uint64{}
-		s.ForEachSite(0, func(hash uint64, held *SiteData) bool {
+		s.ForEachSite(0, func(hash uint64, held *SiteSamples) bool {
 			at[hash] = held.Seq - behind
 			return true
 		})

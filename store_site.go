@@ -60,12 +60,12 @@ type Site struct {
 	removed bool // no longer in the store
 
 	mu   sync.Mutex // guards data; never held across I/O
-	data SiteData
+	data SiteSamples
 }
 
 // NewSite returns a site of store with data, and with its log; log nil is memory-only mode.
 // It adds both to the totals. The caller adds the site to the store.
-func NewSite(data SiteData, log *Log, store *Store) *Site {
+func NewSite(data SiteSamples, log *Log, store *Store) *Site {
 	store.totals.Samples.Add(data.SampleCount())
 	if log != nil {
 		store.totals.LogBytes.Add(log.Size())
@@ -75,7 +75,7 @@ func NewSite(data SiteData, log *Log, store *Store) *Site {
 }
 
 // View calls f with the site's data, under mu. f must not keep data, nor add samples to it.
-func (s *Site) View(f func(data *SiteData)) {
+func (s *Site) View(f func(data *SiteSamples)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f(&s.data)
@@ -106,35 +106,35 @@ func (s *Site) markRemoved() {
 	}
 }
 
-// Prepare makes a batch of what is new in p, as SiteData.Prepare says. If there are too many
+// StageBatch makes a batch of what is new in p, as SiteSamples.Prepare says. If there are too many
 // series, those without a sample in retention make room.
-func (s *Site) Prepare(p *SampleList, names ScrapeNames, limits AppendLimits) (PreparedBatch, error) {
+func (s *Site) StageBatch(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	for compacted := false; ; compacted = true {
 		s.mu.Lock()
-		prepared, err := s.data.Prepare(p, names, limits)
+		prepared, err := s.data.StageBatch(p, names, limits)
 		s.mu.Unlock()
-		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.oldest()) == 0 {
+		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.times().keptSince) == 0 {
 			return prepared, err
 		}
-		if err := s.Rewrite(nil, limits.oldest()); err != nil {
-			return PreparedBatch{}, err
+		if err := s.Rewrite(nil, limits.times().keptSince); err != nil {
+			return StagedBatch{}, err
 		}
 	}
 }
 
 // Rollback takes back what Prepare inserted.
-func (s *Site) Rollback(p PreparedBatch) { s.View(func(data *SiteData) { data.Rollback(p) }) }
+func (s *Site) Rollback(p StagedBatch) { s.View(func(data *SiteSamples) { data.Rollback(p) }) }
 
 // Commit makes a prepared batch and its new series durable, and then holds them. A log that is
 // broken is rewritten with them, without the samples older than oldest. On an error the
 // caller rolls back.
-func (s *Site) Commit(p PreparedBatch, oldest int64) error {
+func (s *Site) Commit(p StagedBatch, oldest int64) error {
 	if s.log != nil {
 		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatch(nil, p.Batch))
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
-		if s.log.NeedsRewrite() {
+		if s.log.IsBroken() {
 			return s.Rewrite([]*Batch{p.Batch}, oldest)
 		}
 		if err := s.changeLog(func() error { return s.log.Append(frames) }); err != nil {
@@ -172,7 +172,7 @@ func (s *Site) raiseSeq(seq uint64) {
 // memory follows when the new file is durable.
 func (s *Site) Rewrite(more []*Batch, oldest int64) error {
 	s.DropExpired(oldest)
-	old := s.snapshot()
+	old := s.markReadAndCopy()
 	// Others may drop batches of s.data meanwhile, but they change nothing that old has.
 	compacted := old.Compact(more, oldest)
 	if s.log != nil {
@@ -196,10 +196,10 @@ func (s *Site) Rewrite(more []*Batch, oldest int64) error {
 	return nil
 }
 
-// snapshot returns a copy of the data that can be read without mu. It first notes which scrapes
+// markReadAndCopy returns a copy of the data that can be read without mu. It first notes which scrapes
 // are read: those in batches that every consumer has read, and those in batches that left
 // memory, which the new log will not have.
-func (s *Site) snapshot() SiteData {
+func (s *Site) markReadAndCopy() SiteSamples {
 	read := s.readSeq()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -226,36 +226,16 @@ func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 
 // RewriteIfBroken rewrites a log that recovery found damaged.
 func (s *Site) RewriteIfBroken(oldest int64) error {
-	if s.log == nil || !s.log.NeedsRewrite() {
+	if s.log == nil || !s.log.IsBroken() {
 		return nil
 	}
 	return s.Rewrite(nil, oldest)
 }
 
-// DropExpired drops and counts the samples older than oldest.
-func (s *Site) DropExpired(oldest int64) {
-	owned := s.store.owns(s.Hash)
-	s.mu.Lock()
-	expired, unread, freed := s.data.DropExpired(oldest, sync.OnceValue(s.readSeq), owned)
-	s.mu.Unlock()
-	s.store.totals.Samples.Add(-freed)
-	s.store.totals.Expired.Add(expired)
-	s.store.totals.ExpiredUnread.Add(unread)
-}
-
-// DropExpiredUncounted drops the samples older than oldest without counting them as expired.
-func (s *Site) DropExpiredUncounted(oldest int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	before := s.data.SampleCount()
-	s.data.DropExpiredUncounted(oldest)
-	s.store.totals.Samples.Add(s.data.SampleCount() - before)
-}
-
 // readSeq returns the number of the newest batch that every consumer has read; MaxSeq if there
 // is no consumer.
 func (s *Site) readSeq() uint64 {
-	seq, _ := s.store.Consumers.ReadByAll(s.Hash, s.store.cfg.Span().Earliest)
+	seq, _ := s.store.Consumers.ReadByAll(s.Hash, s.store.cfg.NowInterval().Earliest)
 	return seq
 }
 
@@ -293,7 +273,7 @@ func (s *Site) Compact(oldest int64, storageFull bool) error {
 	s.mu.Unlock()
 	if !worth && s.log != nil {
 		garbage := s.log.Size() - live
-		worth = s.log.NeedsRewrite() || garbage > slack && garbage*part > s.log.Size()
+		worth = s.log.IsBroken() || garbage > slack && garbage*part > s.log.Size()
 	}
 	if worth {
 		return s.Rewrite(nil, oldest)

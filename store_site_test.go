@@ -51,7 +51,7 @@ func TestNamedPushCrashAnywhere(t *testing.T) {
 				if compact {
 					c := s.sites["x"]
 					if c.Lock(t.Context()) == nil {
-						c.Rewrite(nil, s.RetainedSince()) // may fail
+						c.Rewrite(nil, s.KeptSince()) // may fail
 						c.Unlock()
 					}
 				}
@@ -136,7 +136,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Unlock()
-		if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
+		if err := c.Rewrite(nil, s.KeptSince()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -244,7 +244,7 @@ func TestSiteSpoolsReadIsKept(t *testing.T) {
 	if err := c.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
+	if err := c.Rewrite(nil, s.KeptSince()); err != nil {
 		t.Fatal(err)
 	}
 	c.Unlock()
@@ -333,7 +333,7 @@ func TestSiteSpoolsDamage(t *testing.T) {
 			if err := c.Lock(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
+			if err := c.Rewrite(nil, s.KeptSince()); err != nil {
 				t.Fatal(err)
 			}
 			c.Unlock()
@@ -390,7 +390,7 @@ func TestEvictedComesBack(t *testing.T) {
 	want := pushed("x", point{"m", 1, at, 1}, point{"m", 2, at, 2}, point{"m", 1, at + 1, 3}, point{"m", 1, at + 2, 4})
 	got := map[heldSample]float64{}
 	n := 0
-	s.ViewSite("x", func(held *SiteData) {
+	s.ViewSite("x", func(held *SiteSamples) {
 		for _, b := range held.Batches {
 			for i, id := range b.IDs {
 				got[heldSample{string(held.Table.Line(id)), b.Time(i)}] = b.V[i]
@@ -425,7 +425,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	if err := c.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, s.RetainedSince()); err != nil || evicted != 1 {
+	if err := c.Rewrite(nil, s.KeptSince()); err != nil || evicted != 1 {
 		t.Fatalf("%v, %d evicted", err, evicted)
 	}
 	c.Unlock()
@@ -456,7 +456,7 @@ func TestForgottenMeanwhile(t *testing.T) {
 				done := make(chan error)
 				go func() { done <- do(s) }()
 				synctest.Wait() // it waits
-				c.DropExpired(s.RetainedSince())
+				c.DropExpired(s.KeptSince())
 				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)
 				}

@@ -88,7 +88,7 @@ func (p *spool) mergeHeld() {
 	for pair := range slices.Chunk(p.held, 2) {
 		last := pair[len(pair)-1]
 		if len(pair) == 2 {
-			last.numbers = slices.Clone(pair[0].numbers).Union(last.numbers)
+			last.numbers = slices.Clone(pair[0].numbers).AddAll(last.numbers)
 		}
 		merged = append(merged, last)
 	}
@@ -101,13 +101,13 @@ func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	if p == nil || len(names.Numbers) == 0 {
 		return false
 	}
-	known := p.heldNumbers().Union(p.read)
+	known := p.heldNumbers().AddAll(p.read)
 	return !slices.ContainsFunc(names.Numbers, func(r Range) bool { return !known.Covers(r) })
 }
 
 func (p *spool) heldNumbers() (held Ranges) {
 	for _, h := range p.held {
-		held = held.Union(h.numbers)
+		held = held.AddAll(h.numbers)
 	}
 	return held
 }
@@ -118,7 +118,7 @@ func (s *SiteSpools) MarkRead(seq uint64) {
 		p := &s.spools[i]
 		n := 0
 		for n < len(p.held) && p.held[n].seq <= seq {
-			p.read = p.read.Union(p.held[n].numbers)
+			p.read = p.read.AddAll(p.held[n].numbers)
 			n++
 		}
 		p.held = slices.Delete(p.held, 0, n)
@@ -167,7 +167,7 @@ func (s *SiteSpools) DecodeRecord(payload []byte) error {
 	p := decoded.findOrAdd(id)
 	for r.Len() > 0 {
 		if seq, numbers := r.Uvarint(MaxSeq), ReadRanges(&r); seq == 0 {
-			p.read = p.read.Union(numbers)
+			p.read = p.read.AddAll(numbers)
 		} else {
 			decoded.AddHeld(ScrapeNames{id, numbers}, seq)
 			p = decoded.find(id)
@@ -180,9 +180,9 @@ func (s *SiteSpools) DecodeRecord(payload []byte) error {
 	return nil
 }
 
-// DropHeld forgets the numbers that are not read: after damage to the log their batches may
+// ForgetUnread forgets the numbers that are not read: after damage to the log their batches may
 // be lost.
-func (s *SiteSpools) DropHeld() {
+func (s *SiteSpools) ForgetUnread() {
 	for i := range s.spools {
 		s.spools[i].held = nil
 	}

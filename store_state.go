@@ -9,7 +9,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"path/filepath"
 	"unicode/utf8"
@@ -137,11 +136,7 @@ func (s *StoreState) Write(consumers []KnownConsumer) error {
 	for _, k := range consumers {
 		frames = AppendRecord(frames, recordConsumer, appendConsumer(nil, k))
 	}
-	err := s.log.Rewrite(func(w io.Writer) error {
-		_, err := w.Write(frames)
-		return err
-	})
-	if err != nil {
+	if err := s.log.RewriteWith(frames); err != nil {
 		return fmt.Errorf("saving the server's state: %w", err)
 	}
 	return nil

@@ -11,7 +11,7 @@ import (
 type SiteStats struct {
 	ID                string
 	Series            int
-	Samples, LastPush int64     // Accepted: ms, of the newest push
+	Samples, LastPush int64     // LastPush: ms
 	Backlog           []Backlog // of every consumer
 }
 
@@ -39,7 +39,7 @@ func (s *Store) Stats() StoreStats {
 		Expired: s.totals.Expired.Load(), ExpiredUnread: s.totals.ExpiredUnread.Load(), Compactions: s.totals.Compactions.Load(),
 	}
 	for _, site := range s.sitesByID() {
-		site.View(func(data *SiteData) {
+		site.View(func(data *SiteSamples) {
 			if data.LastPush > 0 {
 				st.Sites = append(st.Sites, SiteStats{
 					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), LastPush: data.LastPush,
@@ -53,7 +53,7 @@ func (s *Store) Stats() StoreStats {
 
 // backlogs returns the backlog of each consumer, by name and address. Of consumers that differ
 // only in what they ask for, which are neighbours in cursors, it returns the largest.
-func backlogs(data *SiteData, cursors []ConsumerCursor) (all []Backlog) {
+func backlogs(data *SiteSamples, cursors []ConsumerCursor) (all []Backlog) {
 	for _, c := range cursors {
 		b := Backlog{c.Name, c.Address, data.UnreadCount(Position{Seq: c.Seq}), c.LastScrape}
 		n := len(all)

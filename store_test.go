@@ -640,7 +640,7 @@ func TestStoreMaintainMends(t *testing.T) {
 	}
 	fsys.restart()
 	s.maintain(context.Background(), false)
-	if s.sites["a"].log.NeedsRewrite() || len(k.errors) > 0 {
+	if s.sites["a"].log.IsBroken() || len(k.errors) > 0 {
 		t.Errorf("broken still: %v", k.errors)
 	}
 	fsys.crash()
@@ -731,7 +731,7 @@ func TestStoreCountsCopies(t *testing.T) {
 		}
 		s.Consumers.BeginScrape(1, "c", "", "conn", k.clock.Now())
 		k.clock.Add(3 * time.Hour)
-		s.sites["a"].DropExpired(s.RetainedSince())
+		s.sites["a"].DropExpired(s.KeptSince())
 		if st := s.Stats(); st.Expired != 1 || st.ExpiredUnread != test.lost {
 			t.Errorf("owned %t, names %v: %d expired, %d lost", test.owned, test.names, st.Expired, st.ExpiredUnread)
 		}
@@ -745,11 +745,11 @@ func TestStoreCountsExpired(t *testing.T) {
 		name string
 		drop func(s *Store, c *Site) error
 	}{
-		{"expiry", func(s *Store, c *Site) error { c.DropExpired(s.RetainedSince()); return nil }},
-		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.RetainedSince()) }},
+		{"expiry", func(s *Store, c *Site) error { c.DropExpired(s.KeptSince()); return nil }},
+		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.KeptSince()) }},
 		{"both", func(s *Store, c *Site) error {
-			c.DropExpired(s.RetainedSince())
-			return c.Rewrite(nil, s.RetainedSince())
+			c.DropExpired(s.KeptSince())
+			return c.Rewrite(nil, s.KeptSince())
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -834,7 +834,7 @@ func TestStoreDeadSeriesBesideLiving(t *testing.T) {
 
 func TestStoreSiteLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
-	k.cfg.LimitClusters = 2
+	k.cfg.LimitSites = 2
 	s := k.open()
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 	// Refused pushes take no place.
@@ -851,7 +851,7 @@ func TestStoreSiteLimit(t *testing.T) {
 	k.clock.Add(time.Second)
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 	// What is on disk is taken in whatever the limit.
-	k.cfg.LimitClusters = 1
+	k.cfg.LimitSites = 1
 	if s = k.open(); len(s.sites) != 2 {
 		t.Errorf("%d sites recovered", len(s.sites))
 	}
@@ -1017,7 +1017,7 @@ func TestStoreCountsWhatOutlivedMeanwhile(t *testing.T) {
 	k.push(s, "b", points(9)...)
 	k.clock.Add(30 * time.Minute)
 	for _, id := range []string{"a", "b"} {
-		s.sites[id].DropExpired(s.RetainedSince())
+		s.sites[id].DropExpired(s.KeptSince())
 	}
 	stats("running", 16+1+16, 1+16)
 	confirm(t, s.Consumers, "c", k.clock.Now(), nil)
@@ -1124,7 +1124,7 @@ func BenchmarkMakeRoom(b *testing.B) {
 					}
 					k.clock.Add(2 * k.cfg.MaxSampleAge)
 					for _, site := range s.sitesByID() {
-						site.DropExpired(s.RetainedSince())
+						site.DropExpired(s.KeptSince())
 					}
 					if unread {
 						confirm(b, s.Consumers, "c", k.clock.Now(), nil)
@@ -1154,7 +1154,7 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	s.maintain(context.Background(), true)
 	c := s.sites["a"]
 	c.lock <- struct{}{}
-	if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
+	if err := c.Rewrite(nil, s.KeptSince()); err != nil {
 		t.Fatal(err)
 	}
 	<-c.lock
@@ -1172,13 +1172,13 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	k.push(s, "a", point{"m", 2, k.clock.ms(7190), 2}, point{"m", 3, k.clock.ms(5), 3})
 	k.push(s, "a", point{"m", 4, k.clock.ms(7190), 4})
 	c := s.sites["a"]
-	before := s.RetainedSince()
+	before := s.KeptSince()
 	expired := false
 	fsys.hook = func(int, string, string) fault {
 		if !expired { // a scrape in the middle of the rewrite
 			expired = true
 			k.clock.Add(20 * time.Second)
-			c.DropExpired(s.RetainedSince())
+			c.DropExpired(s.KeptSince())
 		}
 		return fault{}
 	}
@@ -1191,7 +1191,7 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	c.Unlock()
 	want := pushed("a", point{"m", 1, k.clock.ms(30), 1}, point{"m", 3, k.clock.ms(25), 3})
 	wantHeld(t, "rewritten", contents(&c.data), want)
-	c.DropExpired(s.RetainedSince())
+	c.DropExpired(s.KeptSince())
 	if st := s.Stats(); st.Expired != 2 || s.totals.Samples.Load() != 3 {
 		t.Errorf("%d samples expired, want 2; %d take memory, want 3", st.Expired, s.totals.Samples.Load())
 	}
@@ -1518,7 +1518,7 @@ func (k *storeKeeper) push() {
 	p := k.randomPush(id)
 	before := heldOf(k.t, k.s, id)
 	within, known := 0, 0
-	oldest := k.s.RetainedSince()
+	oldest := k.s.KeptSince()
 	keys := map[heldSample]float64{}
 	for _, smp := range p.Samples {
 		key := heldSample{string(p.Line(smp)), smp.T}
@@ -1558,7 +1558,7 @@ func (k *storeKeeper) push() {
 // check compares what is held with what was acknowledged.
 func (k *storeKeeper) check() {
 	got := allHeld(k.t, k.s)
-	oldest := k.s.RetainedSince()
+	oldest := k.s.KeptSince()
 	for key, v := range k.acked {
 		if g, ok := got[key]; key.t >= oldest && (!ok || g != v) {
 			k.t.Errorf("acknowledged %v is lost", key)
@@ -1712,7 +1712,7 @@ func TestStoreConcurrent(t *testing.T) {
 				for _, c := range s.sitesByID() { // rewrites that meet evictions
 					if c.Lock(ctx) == nil {
 						if !c.removed {
-							if err := c.Rewrite(nil, s.RetainedSince()); err != nil {
+							if err := c.Rewrite(nil, s.KeptSince()); err != nil {
 								t.Errorf("rewrite: %v", err)
 							}
 						}

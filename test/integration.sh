@@ -425,7 +425,7 @@ if ((keep)); then
 		What it scrapes, and what the client sent last:
 		  http://localhost:9014/federate  http://localhost:9002/federate
 		What server A, to which it pushes, and server B, which holds it, know of each other:
-		  http://localhost:9004/debug/ring  http://localhost:9014/debug/cluster
+		  http://localhost:9004/debug/ring  http://localhost:9014/debug/ring
 		Logs are in $work. Ctrl-C ends it.
 	END
 	while alive; do sleep 1; done

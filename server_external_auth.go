@@ -27,23 +27,23 @@ var (
 	errOtherClusterID = errors.New("the authorization service refused this token for this cluster ID")
 )
 
-// Authorizer asks one URL. It is safe for concurrent use.
-type Authorizer struct {
+// ExternalAuthorizer asks one URL. It is safe for concurrent use.
+type ExternalAuthorizer struct {
 	url      *url.URL
 	client   *http.Client
 	requests semaphore
 }
 
-// NewAuthorizer returns an Authorizer that asks u. The client has a timeout, and follows no
+// NewExternalAuthorizer returns an ExternalAuthorizer that asks u. The client has a timeout, and follows no
 // redirects.
-func NewAuthorizer(u *url.URL, client *http.Client) *Authorizer {
-	return &Authorizer{u, client, newSemaphore(maxAuthorizing)}
+func NewExternalAuthorizer(u *url.URL, client *http.Client) *ExternalAuthorizer {
+	return &ExternalAuthorizer{u, client, newSemaphore(maxAuthorizing)}
 }
 
 // Authorize asks in the form of this program's own /authorize, with id in the query and the token
 // in the header. Any 2xx is a yes; if the body is a JSON object, its labels are returned. Any
 // error but the two above means that there is no answer.
-func (a *Authorizer) Authorize(ctx context.Context, id, token string) (labels map[string]string, err error) {
+func (a *ExternalAuthorizer) Authorize(ctx context.Context, id, token string) (labels map[string]string, err error) {
 	if !a.requests.TryAcquire() {
 		return nil, errors.New("too many requests are being authorized")
 	}

@@ -429,7 +429,7 @@ func TestConsumersSaveFails(t *testing.T) {
 		confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 7})
 		return fault{Err: errDisk}
 	}
-	if err := cs.Save(); err == nil || failed != 1 || cs.log.NeedsRewrite() {
+	if err := cs.Save(); err == nil || failed != 1 || cs.log.IsBroken() {
 		t.Fatalf("saved, on a disk that fails: %v, %d writes", err, failed)
 	}
 	fsys.hook = nil

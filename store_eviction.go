@@ -10,9 +10,9 @@ import (
 )
 
 // oldestFirstHeap is a heap of the oldest batches of all sites, by when they were accepted.
-type oldestFirstHeap []oldestBatch
+type oldestFirstHeap []evictionCandidate
 
-type oldestBatch struct {
+type evictionCandidate struct {
 	site       *Site
 	acceptedAt int64 // ms; math.MaxInt64 if the site has no batch
 }
@@ -20,15 +20,15 @@ type oldestBatch struct {
 func (h oldestFirstHeap) Len() int           { return len(h) }
 func (h oldestFirstHeap) Less(i, j int) bool { return h[i].acceptedAt < h[j].acceptedAt }
 func (h oldestFirstHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *oldestFirstHeap) Push(x any)        { *h = append(*h, x.(oldestBatch)) }
+func (h *oldestFirstHeap) Push(x any)        { *h = append(*h, x.(evictionCandidate)) }
 func (h *oldestFirstHeap) Pop() any {
 	last := (*h)[len(*h)-1]
 	*h = (*h)[:len(*h)-1]
 	return last
 }
 
-func (o *oldestBatch) update() {
-	o.site.View(func(data *SiteData) { o.acceptedAt = data.OldestAcceptedAt() })
+func (o *evictionCandidate) reload() {
+	o.site.View(func(data *SiteSamples) { o.acceptedAt = data.OldestAcceptedAt() })
 }
 
 // sampleLimit returns how many samples may be held in all when site, if not nil, is to get n
@@ -44,7 +44,7 @@ func (s *Store) sampleLimit(site *Site, n int) int64 {
 	sites := int64(len(s.sites))
 	s.mu.RUnlock()
 	held := int64(n)
-	site.View(func(data *SiteData) { held += data.SampleCount() })
+	site.View(func(data *SiteSamples) { held += data.SampleCount() })
 	if sites > 1 && held > limit/sites {
 		limit -= reserve
 	}
@@ -86,15 +86,15 @@ func (s *Store) makeRoom(site *Site, n int) error {
 // evictDownTo evicts batches until no more than goal samples are held, or nothing else can be
 // evicted.
 func (s *Store) evictDownTo(goal int64) {
-	shownSince := s.cfg.Span().Earliest.Add(-s.cfg.MaxSampleAge).UnixMilli()
+	shownSince := s.cfg.NowInterval().Earliest.Add(-s.cfg.MaxSampleAge).UnixMilli()
 	var oldest oldestFirstHeap
 	s.mu.RLock()
 	for _, site := range s.sites {
-		oldest = append(oldest, oldestBatch{site: site})
+		oldest = append(oldest, evictionCandidate{site: site})
 	}
 	s.mu.RUnlock()
 	for i := range oldest {
-		oldest[i].update()
+		oldest[i].reload()
 	}
 	heap.Init(&oldest)
 	evictedFrom := map[*Site]bool{}
@@ -107,10 +107,10 @@ func (s *Store) evictDownTo(goal int64) {
 		}
 		s.evicted.Add(n)
 		evictedFrom[site] = true
-		oldest[0].update()
+		oldest[0].reload()
 		heap.Fix(&oldest, 0)
 	}
 	for site := range evictedFrom {
-		site.View(func(data *SiteData) { data.ReleaseEvicted() })
+		site.View(func(data *SiteSamples) { data.ReleaseEvicted() })
 	}
 }

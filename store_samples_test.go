@@ -23,9 +23,9 @@ func testLimits(now time.Time, series int) AppendLimits {
 
 // pushPoints prepares and commits points, at now. The batch is empty if they add nothing; no
 // log keeps the time of such a push.
-func pushPoints(c *SiteData, now time.Time, points ...point) (*Batch, AppendResult, error) {
+func pushPoints(c *SiteSamples, now time.Time, points ...point) (*Batch, AppendResult, error) {
 	lastPush := c.LastPush
-	prepared, err := c.Prepare(storePush("a", points...), ScrapeNames{}, testLimits(now, 0))
+	prepared, err := c.StageBatch(storePush("a", points...), ScrapeNames{}, testLimits(now, 0))
 	if prepared.Batch == nil {
 		c.LastPush = lastPush
 		return &Batch{}, prepared.Result, err
@@ -72,7 +72,7 @@ func TestSiteDataRepeats(t *testing.T) {
 		{"empty", [][]point{{}}, result{}},
 	}
 	for _, test := range tests {
-		c := NewSiteData("a", maphash.MakeSeed())
+		c := NewSiteSamples("a", maphash.MakeSeed())
 		var res result
 		for _, points := range test.pushes {
 			var err error
@@ -90,7 +90,7 @@ func TestSiteDataRepeats(t *testing.T) {
 // IDs form runs, then the second ones …; times ascend for each series.
 func TestSiteDataOrder(t *testing.T) {
 	clock := newStoreClock()
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(100), 0}, point{"m", 1, clock.ms(100), 0}, point{"m", 2, clock.ms(100), 0})
 	b, _, _ := pushPoints(&c, clock.Now(),
 		point{"m", 2, clock.ms(7), 1}, point{"m", 0, clock.ms(8), 2}, point{"m", 1, clock.ms(9), 3}, point{"m", 0, clock.ms(9), 4}, point{"m", 2, clock.ms(5), 5},
@@ -113,12 +113,12 @@ func TestSiteDataOrder(t *testing.T) {
 // Equal lists of IDs are held once.
 func TestSiteDataSharesIDs(t *testing.T) {
 	clock := newStoreClock()
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	for range 3 {
 		pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
 		clock.Add(time.Second)
 	}
-	for _, c := range []SiteData{c, c.Compact(nil, 0)} {
+	for _, c := range []SiteSamples{c, c.Compact(nil, 0)} {
 		for _, b := range c.Batches[1:] {
 			if &b.IDs[0] != &c.Batches[0].IDs[0] {
 				t.Error("equal lists are held twice")
@@ -129,16 +129,16 @@ func TestSiteDataSharesIDs(t *testing.T) {
 
 func TestSiteDataRefuses(t *testing.T) {
 	clock := newStoreClock()
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	prepared, err := c.Prepare(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
+	prepared, err := c.StageBatch(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
 	if prepared.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 {
 		t.Errorf("%+v, %v; %d series", prepared, err, c.Table.Len())
 	}
 	// Long lines count for several.
 	const limit = 2000
-	long := func(n int) (PreparedBatch, error) {
-		return c.Prepare(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), limit))
+	long := func(n int) (StagedBatch, error) {
+		return c.StageBatch(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), limit))
 	}
 	for n := range seriesBytes * limit / 60_100 {
 		prepared, err := long(n)
@@ -151,14 +151,14 @@ func TestSiteDataRefuses(t *testing.T) {
 	if prepared, err := long(n); prepared.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != n {
 		t.Errorf("text beyond the limit: %+v, %v; %d series of %d", prepared, err, c.Table.Len(), n)
 	}
-	c = NewSiteData("a", maphash.MakeSeed())
+	c = NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	many := &SampleList{Samples: make([]Sample, maxBatch+1)}
-	if _, err := c.Prepare(many, ScrapeNames{}, testLimits(clock.Now(), 0)); !errors.Is(err, ErrTooLarge) {
+	if _, err := c.StageBatch(many, ScrapeNames{}, testLimits(clock.Now(), 0)); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
 	// What is prepared and not committed can be rolled back, series and all.
-	prepared, err = c.Prepare(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
+	prepared, err = c.StageBatch(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
 	if err != nil || len(prepared.Batch.V) != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
 		t.Errorf("%+v, %v", prepared, err)
 	}
@@ -170,7 +170,7 @@ func TestSiteDataRefuses(t *testing.T) {
 
 func TestSiteDataCanEvictOldest(t *testing.T) {
 	clock := newStoreClock()
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	if c.CanEvictOldest(0, MaxSeq) || c.OldestAcceptedAt() != math.MaxInt64 {
 		t.Error("of nothing something goes")
 	}
@@ -195,7 +195,7 @@ func TestSiteDataCanEvictOldest(t *testing.T) {
 }
 
 // contents is what a site holds, by line and time.
-func contents(c *SiteData) map[heldSample]float64 {
+func contents(c *SiteSamples) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	for _, b := range c.Batches {
 		for i, id := range b.IDs {
@@ -208,9 +208,9 @@ func contents(c *SiteData) map[heldSample]float64 {
 }
 
 // recovered is c read back from what Records yields.
-func recovered(t *testing.T, c *SiteData) SiteData {
+func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 	t.Helper()
-	got := NewSiteData("", maphash.MakeSeed())
+	got := NewSiteSamples("", maphash.MakeSeed())
 	var parser SeriesParser
 	owner := func(id string) bool { return id == c.ID }
 	var data []byte
@@ -248,7 +248,7 @@ func TestSiteDataModel(t *testing.T) {
 	for seed := range uint64(60) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		clock := newStoreClock()
-		c := NewSiteData("a", maphash.MakeSeed())
+		c := NewSiteSamples("a", maphash.MakeSeed())
 		model := map[heldSample]float64{}
 		seq := uint64(0)
 		for step := range 80 {
@@ -335,7 +335,7 @@ func TestSiteDataModel(t *testing.T) {
 }
 
 // mustFind returns the ID of a line, which it gives one if need be.
-func mustFind(c *SiteData, line string) uint32 {
+func mustFind(c *SiteSamples, line string) uint32 {
 	id, hash, ok := c.Table.Find([]byte(line))
 	if !ok {
 		id = c.Table.Insert(hash, []byte(line), false)
@@ -347,7 +347,7 @@ func mustFind(c *SiteData, line string) uint32 {
 // hold nothing but late samples.
 func TestSiteDataSeqNeverFalls(t *testing.T) {
 	clock := newStoreClock()
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(7000), 0})
 	next := c.Compact(nil, clock.ms(3600))
@@ -372,14 +372,14 @@ func TestSiteDataRestores(t *testing.T) {
 		{{0, `m{x="a"}`, false}, {0, `m`, false}, {0, ``, false}, {0, `m{_id="a"} 1`, false}, {0, `m{_id="a",_id="b"}`, false}, {0, "m{_id=\"a\",x=\"\xff\"}", false}},
 		{{maxGap + 1, `m{_id="a"}`, false}, {maxGap, `m{_id="a"}`, true}},
 	} {
-		c := NewSiteData("", maphash.MakeSeed())
+		c := NewSiteSamples("", maphash.MakeSeed())
 		for _, g := range test {
 			if err := c.RestoreSeries(&parser, owner, g.id, []byte(g.line)); (err == nil) != g.ok {
 				t.Errorf("%v: series %d %q: %v", test, g.id, g.line, err)
 			}
 		}
 	}
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	if err := c.RestoreSeries(&parser, owner, 1, []byte(`m{_id="a"}`)); err != nil {
 		t.Fatal(err)
 	}
@@ -410,7 +410,7 @@ func TestSiteDataRestores(t *testing.T) {
 
 // A batch of which damage left only its older samples goes with those.
 func TestSiteDataCompactsRemains(t *testing.T) {
-	c := NewSiteData("a", maphash.MakeSeed())
+	c := NewSiteSamples("a", maphash.MakeSeed())
 	_, hash, _ := c.Table.Find([]byte(`m{_id="a"}`))
 	c.Table.Insert(hash, []byte(`m{_id="a"}`), false)
 	b := &Batch{Seq: 1, T0: 200, IDs: []uint32{7, 0}, DT: []int32{0, -150}, V: []float64{1, 2}}

@@ -121,7 +121,8 @@ func (c *consumer) setCursor(site, seq uint64) {
 }
 
 // addKnown returns the consumer, adding it if need be as if it had scraped now; nil if there
-// are too many.
+// are more than MaxConsumers. Recovery calls it as well as a scrape: a consumer of the files
+// that is refused here would count as damage.
 func (cs *Consumers) addKnown(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
 	if c == nil && len(cs.byKey) < MaxConsumers {

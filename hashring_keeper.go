@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"path/filepath"
@@ -84,10 +83,7 @@ func SaveMemberState(fsys FS, dir string, st SwimState) error {
 	}
 	b, err := json.Marshal(st)
 	if err == nil {
-		err = NewLog(fsys, filepath.Join(dir, memberFile), []byte("member")).Rewrite(func(w io.Writer) error {
-			_, err := w.Write(AppendRecord(nil, memberRecordKind, b))
-			return err
-		})
+		err = NewLog(fsys, filepath.Join(dir, memberFile), []byte("member")).RewriteWith(AppendRecord(nil, memberRecordKind, b))
 	}
 	if err != nil {
 		return fmt.Errorf("saving the state of this member: %w", err)
@@ -95,8 +91,8 @@ func SaveMemberState(fsys FS, dir string, st SwimState) error {
 	return nil
 }
 
-// RingMemberConfig configures a RingMember.
-type RingMemberConfig struct {
+// RingKeeperConfig configures a RingKeeper.
+type RingKeeperConfig struct {
 	Name     string
 	Gossip   *Gossip
 	FS       FS
@@ -108,9 +104,9 @@ type RingMemberConfig struct {
 	OnError  func(error)     // gets every failure to save the state of this member
 }
 
-// RingMember keeps this server's place in the ring.
-type RingMember struct {
-	cfg     RingMemberConfig
+// RingKeeper keeps this server's place in the ring.
+type RingKeeper struct {
+	cfg     RingKeeperConfig
 	view    atomic.Pointer[RingView]
 	settled chan struct{} // closed when the first ring is made
 
@@ -118,12 +114,12 @@ type RingMember struct {
 	saveFailed bool      // the last time
 }
 
-// NewRingMember saves the number of the new session, so that gossip may begin. On a full disk it
+// NewRingKeeper saves the number of the new session, so that gossip may begin. On a full disk it
 // goes on without: the samples held there have to be served, the random half of a session makes
 // it unlike any other, and the next start hears from the others which session was the highest. No
 // slot is claimed until there is room.
-func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
-	m := &RingMember{cfg: cfg, settled: make(chan struct{})}
+func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
+	m := &RingKeeper{cfg: cfg, settled: make(chan struct{})}
 	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
 	if err := m.save(cfg.Gossip.State()); IsDiskFull(err) {
 		m.reportSave(err)
@@ -134,13 +130,13 @@ func NewRingMember(cfg RingMemberConfig) (*RingMember, error) {
 }
 
 // Settled is closed when there is a ring to go by.
-func (m *RingMember) Settled() <-chan struct{} { return m.settled }
+func (m *RingKeeper) Settled() <-chan struct{} { return m.settled }
 
 // View returns the newest view. It is empty until Settled.
-func (m *RingMember) View() *RingView { return m.view.Load() }
+func (m *RingKeeper) View() *RingView { return m.view.Load() }
 
 // Run claims a slot and keeps the ring up to date until ctx ends.
-func (m *RingMember) Run(ctx context.Context) error {
+func (m *RingKeeper) Run(ctx context.Context) error {
 	begin := time.Now()
 	lastChange := begin // of the members
 	var starts []memberStart
@@ -174,7 +170,7 @@ func (m *RingMember) Run(ctx context.Context) error {
 	}
 }
 
-func (m *RingMember) isSettled() bool {
+func (m *RingKeeper) isSettled() bool {
 	select {
 	case <-m.settled:
 		return true
@@ -199,7 +195,7 @@ func memberStarts(v GossipView) []memberStart {
 }
 
 // save stores st durably, unless the last saved state is equal.
-func (m *RingMember) save(st SwimState) error {
+func (m *RingKeeper) save(st SwimState) error {
 	if st == m.saved {
 		return nil
 	}
@@ -212,14 +208,14 @@ func (m *RingMember) save(st SwimState) error {
 
 // trySave saves st and reports a failure. It returns whether st is saved; if not, Run tries
 // again at the next change or tick.
-func (m *RingMember) trySave(st SwimState) bool {
+func (m *RingKeeper) trySave(st SwimState) bool {
 	err := m.save(st)
 	m.reportSave(err)
 	return err == nil
 }
 
 // reportSave reports an error of save, and logs the first in a row.
-func (m *RingMember) reportSave(err error) {
+func (m *RingKeeper) reportSave(err error) {
 	if err != nil {
 		m.cfg.OnError(err)
 		if !m.saveFailed {
@@ -238,7 +234,7 @@ func claimOf(r MemberRecord) Claim {
 }
 
 // claimSlot claims the slot that the claims heard so far leave to this server.
-func (m *RingMember) claimSlot(v GossipView) {
+func (m *RingKeeper) claimSlot(v GossipView) {
 	var live, reserved []Claim
 	for _, mv := range v.Members {
 		switch {
@@ -266,7 +262,7 @@ func (m *RingMember) claimSlot(v GossipView) {
 }
 
 // publish replaces the view with that of the members that gossip knows.
-func (m *RingMember) publish(v GossipView) {
+func (m *RingKeeper) publish(v GossipView) {
 	next := newRingView(v)
 	if next.Ring.Version() != m.View().Ring.Version() {
 		m.cfg.Log.Info("ring changed", "members", len(next.Peers), "buckets", next.Ring.Buckets(), "share", next.Ring.Shares()[m.cfg.Name])

@@ -8,7 +8,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"math"
@@ -145,7 +144,7 @@ func (cs *Consumers) Save() error {
 }
 
 func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
-	if len(changes.frames) == 0 && !knownChanged && !cs.log.NeedsRewrite() {
+	if len(changes.frames) == 0 && !knownChanged && !cs.log.IsBroken() {
 		return nil
 	}
 	if knownChanged {
@@ -153,14 +152,10 @@ func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
 			return err
 		}
 	}
-	if !knownChanged && !cs.log.NeedsRewrite() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
+	if !knownChanged && !cs.log.IsBroken() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
 		return cs.log.Append(changes.frames)
 	}
-	all := cs.encodeAll()
-	return cs.log.Rewrite(func(w io.Writer) error {
-		_, err := w.Write(all)
-		return err
-	})
+	return cs.log.RewriteWith(cs.encodeAll())
 }
 
 // knownConsumers returns the consumers without their cursors.

@@ -93,7 +93,7 @@ func (c *memConn) close() {
 
 // memMember is a server's membership and ring.
 type memMember struct {
-	*RingMember
+	*RingKeeper
 	gossip *Gossip
 	conn   *memConn
 	fs     *crashFS
@@ -118,7 +118,7 @@ func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...st
 		t.Fatal(err)
 	}
 	m := &memMember{gossip: g, conn: conn, fs: fsys}
-	m.RingMember, err = NewRingMember(RingMemberConfig{Name: name, Gossip: g, FS: fsys, Dir: "/s", Seeds: len(seeds) > 0,
+	m.RingKeeper, err = NewRingKeeper(RingKeeperConfig{Name: name, Gossip: g, FS: fsys, Dir: "/s", Seeds: len(seeds) > 0,
 		Interval: memInterval, Log: slog.New(slog.DiscardHandler),
 		OnView: func(v *RingView) { m.last.Store(v) }, OnError: func(error) { m.errors.Add(1) }})
 	if err != nil {
