@@ -61,9 +61,9 @@ type key struct {
 	derive func(label string) ([]byte, error) // another subkey
 }
 
-// ContentLines yields the lines of an operator's file that are neither blank nor begin with #,
+// NonCommentLines yields the lines of an operator's file that are neither blank nor begin with #,
 // without the blanks around them, and their numbers from 1.
-func ContentLines(data []byte) iter.Seq2[int, string] {
+func NonCommentLines(data []byte) iter.Seq2[int, string] {
 	return func(yield func(n int, line string) bool) {
 		n := 0
 		for line := range strings.Lines(string(data)) {
@@ -84,7 +84,7 @@ func ParseKeys(data []byte) (Keys, error) {
 		return Keys{}, fmt.Errorf("key file is larger than %d bytes", MaxKeyFile)
 	}
 	var ks Keys
-	for n, line := range ContentLines(data) {
+	for n, line := range NonCommentLines(data) {
 		if len(ks.keys) == maxKeys {
 			return Keys{}, fmt.Errorf("line %d: more than %d keys: delete old ones, which are the lowest", n, maxKeys)
 		}
@@ -140,23 +140,23 @@ func (ks Keys) IDs() []string {
 
 // Subkeys derives from each key, in the order of IDs, 32 bytes for the purpose
 // that label names. No two purposes share a label.
-func (ks Keys) Subkeys(label string) ([][]byte, error) {
+func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	subkeys := make([][]byte, len(ks.keys))
 	for i, k := range ks.keys {
 		var err error
-		if subkeys[i], err = k.derive(label); err != nil {
+		if subkeys[i], err = k.derive(purpose); err != nil {
 			return nil, err
 		}
 	}
 	return subkeys, nil
 }
 
-// CheckClusterID returns an error if id is not a cluster ID. The error says the rule and does not
-// echo id.
-func CheckClusterID(id string) error {
-	ok := 0 < len(id) && len(id) <= maxClusterID && isAlnum(id[0])
-	for i := 1; ok && i < len(id); i++ {
-		ok = isAlnum(id[i]) || strings.IndexByte("._:@-", id[i]) >= 0
+// CheckClusterID returns an error if clusterID is not a cluster ID. The error says the rule and does not
+// echo clusterID.
+func CheckClusterID(clusterID string) error {
+	ok := 0 < len(clusterID) && len(clusterID) <= maxClusterID && isAlnum(clusterID[0])
+	for i := 1; ok && i < len(clusterID); i++ {
+		ok = isAlnum(clusterID[i]) || strings.IndexByte("._:@-", clusterID[i]) >= 0
 	}
 	if !ok {
 		return fmt.Errorf("not a cluster ID: want 1 to %d of A-Z a-z 0-9 . _ : @ - with a letter or digit first", maxClusterID)
@@ -169,23 +169,23 @@ func isAlnum(c byte) bool {
 }
 
 // ReadSecret reads the small file at path (a token, a salt, a key file) without the space and
-// line ends after it. It is an error if nothing is left, or more than max bytes. Errors name the
+// line ends after it. It is an error if nothing is left, or more than maxBytes. Errors name the
 // path.
-func ReadSecret(path string, max int) ([]byte, error) {
+func ReadSecret(path string, maxBytes int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	const lineEnd = 2 // CR LF after a secret of just max bytes
-	raw, err := io.ReadAll(io.LimitReader(f, int64(max)+lineEnd+1))
+	raw, err := io.ReadAll(io.LimitReader(f, int64(maxBytes)+lineEnd+1))
 	if err != nil {
 		return nil, err
 	}
 	secret := bytes.TrimRight(raw, " \t\r\n")
 	// The untrimmed length counts as well: the file may go on after the space.
-	if len(secret) > max || len(raw) > max+lineEnd {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, max)
+	if len(secret) > maxBytes || len(raw) > maxBytes+lineEnd {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBytes)
 	}
 	if len(secret) == 0 {
 		return nil, fmt.Errorf("%s is empty", path)

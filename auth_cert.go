@@ -111,7 +111,7 @@ func PinFromPEM(certPEM []byte) (string, error) {
 	}
 }
 
-func checkPin(pin string) error {
+func checkPinFormat(pin string) error {
 	b64, ok := strings.CutPrefix(pin, pinPrefix)
 	sum, err := base64.StdEncoding.Strict().DecodeString(b64)
 	if !ok || err != nil || len(sum) != sha256.Size || strings.ContainsAny(b64, "\r\n") {
@@ -124,7 +124,7 @@ func checkPin(pin string) error {
 // server that holds the key with this pin and no other. The caller owns it and
 // may set ServerName, a session cache or client certificates.
 func PinnedTLS(pin string) (*tls.Config, error) {
-	if err := checkPin(pin); err != nil {
+	if err := checkPinFormat(pin); err != nil {
 		return nil, err
 	}
 	return &tls.Config{

@@ -22,7 +22,7 @@ import (
 // exists without the other, that is an error, and nothing is written.
 func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
-	pair, err := existingPair(crt, tlsKey)
+	pair, err := existingTLSPair(crt, tlsKey)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -65,11 +65,11 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	return append(created, crt, tlsKey), kept, nil
 }
 
-// existingPair returns the paths of a certificate and its key if both exist, and nil if neither
+// existingTLSPair returns the paths of a certificate and its key if both exist, and nil if neither
 // does. It is an error if one exists without the other.
-func existingPair(crt, tlsKey string) ([]string, error) {
+func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
 	var pair []string
-	for _, path := range []string{crt, tlsKey} {
+	for _, path := range []string{certPath, keyPath} {
 		// Lstat, because a dangling link is a file too.
 		if _, err := os.Lstat(path); err == nil {
 			pair = append(pair, path)
@@ -87,11 +87,11 @@ func existingPair(crt, tlsKey string) ([]string, error) {
 // it and still verify. The file is replaced atomically and keeps its mode and owner, so that root
 // may rotate the key of a server that does not run as root. Of two rotations at once one may be
 // lost, but no old key.
-func RotateKey(dir, which string) error {
-	if which != "cluster" && which != "token" {
-		return fmt.Errorf("cannot rotate %q: want cluster or token", which)
+func RotateKey(dir, keyName string) error {
+	if keyName != "cluster" && keyName != "token" {
+		return fmt.Errorf("cannot rotate %q: want cluster or token", keyName)
 	}
-	path := filepath.Join(dir, which+".key")
+	path := filepath.Join(dir, keyName+".key")
 	old, err := ReadSecret(path, MaxKeyFile)
 	if err != nil {
 		return err
@@ -108,7 +108,7 @@ func RotateKey(dir, which string) error {
 	if len(ks.keys) == maxKeys || len(data) > MaxKeyFile {
 		return fmt.Errorf("%s is full (%d keys, %d bytes): delete old keys, which are the lowest lines, and rotate again", path, maxKeys, MaxKeyFile)
 	}
-	return replaceKeyFile(path, data, info)
+	return writeKeyFile(path, data, info.Mode().Perm(), info, os.Rename)
 }
 
 func generateKeyLine() []byte {
@@ -119,26 +119,21 @@ func generateKeyLine() []byte {
 
 // createKeyFile makes a file with data. It never replaces one: the error is then fs.ErrExist.
 func createKeyFile(path string, data []byte, mode fs.FileMode) error {
-	return publishKeyFile(path, data, mode, nil, os.Link)
+	return writeKeyFile(path, data, mode, nil, os.Link)
 }
 
-// replaceKeyFile gives a file new data. It keeps the mode and the owner that old has.
-func replaceKeyFile(path string, data []byte, old fs.FileInfo) error {
-	return publishKeyFile(path, data, old.Mode().Perm(), old, os.Rename)
-}
-
-// publishKeyFile writes data to a temporary file beside path, syncs it, and names it path by
-// linkOrRename. The name never stands for a part of the data. Unless owner is nil, the file
-// gets its owner.
-func publishKeyFile(path string, data []byte, mode fs.FileMode, owner fs.FileInfo, linkOrRename func(from, to string) error) error {
+// writeKeyFile writes data to a temporary file beside path, syncs it, and names it path by
+// linkOrRename. The name never stands for a part of the data. Unless ownerFrom is nil, the
+// file gets its owner.
+func writeKeyFile(path string, data []byte, mode fs.FileMode, ownerFrom fs.FileInfo, linkOrRename func(from, to string) error) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // 0600 from the start
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name())
-	if owner != nil {
-		if st, ok := owner.Sys().(*syscall.Stat_t); ok {
+	if ownerFrom != nil {
+		if st, ok := ownerFrom.Sys().(*syscall.Stat_t); ok {
 			err = f.Chown(int(st.Uid), int(st.Gid))
 		}
 	}

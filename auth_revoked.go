@@ -23,7 +23,7 @@ func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 		return RevokedIDs{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
 	}
 	r := RevokedIDs{tokenIDs: map[string]struct{}{}, clusterIDs: map[string]struct{}{}}
-	for n, line := range ContentLines(data) {
+	for n, line := range NonCommentLines(data) {
 		id, _, _ := strings.Cut(line, "#")
 		id = strings.TrimSpace(id)
 		if err := CheckClusterID(id); err != nil {

@@ -55,10 +55,10 @@ type sealKey struct {
 	bound  []byte // additional data: the header and the name of the ring
 }
 
-// newSealKeys derives the keys for the purpose that label names, in the order of keys. It is
-// an error if there is none.
-func newSealKeys(keys Keys, label, ring string) (sealKeys, error) {
-	subkeys, err := keys.Subkeys(label)
+// newSealKeys derives the keys for a purpose, in the order of keys. It is an error if there is
+// none.
+func newSealKeys(keys Keys, purpose, ringName string) (sealKeys, error) {
+	subkeys, err := keys.Subkeys(purpose)
 	if err != nil {
 		return nil, fmt.Errorf("deriving keys: %w", err)
 	}
@@ -75,16 +75,16 @@ func newSealKeys(keys Keys, label, ring string) (sealKeys, error) {
 		if err != nil {
 			return nil, fmt.Errorf("key %s: %w", id, err)
 		}
-		bound := append(append([]byte{sealVersion}, raw...), ring...)
+		bound := append(append([]byte{sealVersion}, raw...), ringName...)
 		ks = append(ks, sealKey{id: binary.LittleEndian.Uint32(raw), aead: aead, header: bound[:sealHeader], bound: bound})
 	}
 	return ks, nil
 }
 
-// withID returns the key with that ID, or the first if there is none.
-func (ks sealKeys) withID(id uint32) *sealKey {
+// withIDOrFirst returns the key with that ID, or the first if there is none.
+func (ks sealKeys) withIDOrFirst(keyID uint32) *sealKey {
 	for i := range ks {
-		if ks[i].id == id {
+		if ks[i].id == keyID {
 			return &ks[i]
 		}
 	}
@@ -93,18 +93,18 @@ func (ks sealKeys) withID(id uint32) *sealKey {
 
 // open appends what is in sealed to dst. dst and sealed must not overlap. The errors are
 // ErrNotSealed, ErrUnknownKey and ErrForged, bare, and ErrSealVersion, wrapped.
-func (ks sealKeys) open(dst, sealed, context []byte) ([]byte, error) {
+func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	if len(sealed) > 0 && sealed[0] != sealVersion {
 		return nil, fmt.Errorf("%w: it has version %d; this program knows version %d", ErrSealVersion, sealed[0], sealVersion)
 	}
 	if len(sealed) < SealOverhead {
 		return nil, ErrNotSealed
 	}
-	id, nonce, ciphertext := sealKeyID(sealed), sealed[sealHeader:sealHeader+sealNonce], sealed[sealHeader+sealNonce:]
+	id, nonce, ciphertext := SealedKeyID(sealed), sealed[sealHeader:sealHeader+sealNonce], sealed[sealHeader+sealNonce:]
 	err := ErrUnknownKey
 	for i := range ks { // two keys may share an ID
 		if k := &ks[i]; k.id == id {
-			plain, openErr := k.aead.Open(dst, nonce, ciphertext, k.additionalData(context))
+			plain, openErr := k.aead.Open(dst, nonce, ciphertext, k.additionalData(boundTo))
 			if openErr == nil {
 				return plain, nil
 			}
@@ -115,18 +115,18 @@ func (ks sealKeys) open(dst, sealed, context []byte) ([]byte, error) {
 }
 
 // seal appends plain, sealed, to dst.
-func (k *sealKey) seal(dst, nonce, plain, context []byte) []byte {
+func (k *sealKey) seal(dst, nonce, plain, boundTo []byte) []byte {
 	dst = append(append(dst, k.header...), nonce...)
-	return k.aead.Seal(dst, nonce, plain, k.additionalData(context))
+	return k.aead.Seal(dst, nonce, plain, k.additionalData(boundTo))
 }
 
 // additionalData returns what is authenticated beside the plaintext.
-func (k *sealKey) additionalData(context []byte) []byte {
-	return append(k.bound[:len(k.bound):len(k.bound)], context...) // copies bound, unless context is empty
+func (k *sealKey) additionalData(boundTo []byte) []byte {
+	return append(k.bound[:len(k.bound):len(k.bound)], boundTo...) // copies bound, unless context is empty
 }
 
-// sealKeyID returns the ID of the key in the header of sealed.
-func sealKeyID(sealed []byte) uint32 { return binary.LittleEndian.Uint32(sealed[1:]) }
+// SealedKeyID returns the ID of the key in the header of sealed.
+func SealedKeyID(sealed []byte) uint32 { return binary.LittleEndian.Uint32(sealed[1:]) }
 
 // A PacketSealer seals and opens packets of one ring. It is not safe for concurrent use.
 //
@@ -144,8 +144,8 @@ const sealRandom = 16 // bytes of a packet's nonce before the counter
 
 // NewPacketSealer reads 16 bytes of random, which must be unpredictable. Errors: no key, or
 // random's.
-func NewPacketSealer(keys Keys, ring string, random io.Reader) (*PacketSealer, error) {
-	s := &PacketSealer{ring: ring}
+func NewPacketSealer(keys Keys, ringName string, random io.Reader) (*PacketSealer, error) {
+	s := &PacketSealer{ring: ringName}
 	if _, err := io.ReadFull(random, s.nonce[:sealRandom]); err != nil {
 		return nil, fmt.Errorf("starting the nonce: %w", err)
 	}
@@ -176,7 +176,7 @@ func (s *PacketSealer) KeyIDs() []uint32 {
 func (s *PacketSealer) Seal(dst, plain []byte, keyID uint32) []byte {
 	s.counter++
 	binary.LittleEndian.PutUint64(s.nonce[sealRandom:], s.counter)
-	return s.keys.withID(keyID).seal(dst, s.nonce[:], plain, nil)
+	return s.keys.withIDOrFirst(keyID).seal(dst, s.nonce[:], plain, nil)
 }
 
 // Open appends what is in packet to dst and returns it with the sender's counter. dst and
@@ -189,10 +189,6 @@ func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, e
 	return plain, binary.LittleEndian.Uint64(packet[sealHeader+sealRandom:]), nil
 }
 
-// KeyID returns the ID of the key that a packet was sealed with. The packet has to have been
-// opened.
-func (s *PacketSealer) KeyID(packet []byte) uint32 { return sealKeyID(packet) }
-
 // A MessageSealer seals messages of any size, each under a random nonce of 24 bytes, of which
 // some 2^80 may be used with one key. It is safe for concurrent use.
 type MessageSealer struct {
@@ -201,8 +197,8 @@ type MessageSealer struct {
 }
 
 // NewMessageSealer returns a sealer of the messages of the named ring. It is an error if there is no key.
-func NewMessageSealer(keys Keys, ring string) (*MessageSealer, error) {
-	s := &MessageSealer{ring: ring}
+func NewMessageSealer(keys Keys, ringName string) (*MessageSealer, error) {
+	s := &MessageSealer{ring: ringName}
 	return s, s.SetKeys(keys)
 }
 
@@ -218,22 +214,18 @@ func (s *MessageSealer) SetKeys(keys Keys) error {
 // Seal appends plain, sealed, to dst. Only an Open with the same purpose (at most 255 bytes)
 // and context opens it. It uses the key with that ID, which the receiver is known to hold, or
 // the first if there is none.
-func (s *MessageSealer) Seal(dst, plain []byte, purpose string, context []byte, keyID uint32) []byte {
+func (s *MessageSealer) Seal(dst, plain []byte, purpose string, boundTo []byte, keyID uint32) []byte {
 	var nonce [sealNonce]byte
 	rand.Read(nonce[:]) // never fails since Go 1.24
-	return s.keys.Load().withID(keyID).seal(dst, nonce[:], plain, messageContext(purpose, context))
+	return s.keys.Load().withIDOrFirst(keyID).seal(dst, nonce[:], plain, messageContext(purpose, boundTo))
 }
 
 // Open appends what is in message to dst. The errors are those of PacketSealer.Open.
-func (s *MessageSealer) Open(dst, message []byte, purpose string, context []byte) ([]byte, error) {
-	return s.keys.Load().open(dst, message, messageContext(purpose, context))
+func (s *MessageSealer) Open(dst, message []byte, purpose string, boundTo []byte) ([]byte, error) {
+	return s.keys.Load().open(dst, message, messageContext(purpose, boundTo))
 }
 
-// KeyID returns the ID of the key that a message was sealed with. The message has to have been
-// opened.
-func (s *MessageSealer) KeyID(message []byte) uint32 { return sealKeyID(message) }
-
 // messageContext binds a message to its purpose, and to what it belongs to.
-func messageContext(purpose string, context []byte) []byte {
-	return append(AppendShort(nil, purpose), context...)
+func messageContext(purpose string, boundTo []byte) []byte {
+	return append(AppendShortString(nil, purpose), boundTo...)
 }

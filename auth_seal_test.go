@@ -63,7 +63,7 @@ func TestSealMessage(t *testing.T) {
 	}{
 		{"same key", box("c", 1), sealed, "p", "context", nil},
 		{"the old key below a new one", rotated, sealed, "p", "context", nil},
-		{"under the key that its receiver holds", a, rotated.Seal(nil, plain, "p", []byte("context"), a.KeyID(sealed)), "p", "context", nil},
+		{"under the key that its receiver holds", a, rotated.Seal(nil, plain, "p", []byte("context"), SealedKeyID(sealed)), "p", "context", nil},
 		{"under a key that its receiver does not hold", a, rotated.Seal(nil, plain, "p", []byte("context"), 0), "p", "context", ErrUnknownKey},
 		{"another ring", box("d", 1), sealed, "p", "context", ErrForged},
 		{"another purpose", a, sealed, "q", "context", ErrForged},

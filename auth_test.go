@@ -171,7 +171,7 @@ func TestTokenRoundTrip(t *testing.T) {
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: Verify = %+v, %v; want %+v", name, got, err, want)
 		}
-		if got, err = ParseToken(s + "\n"); err != nil || !reflect.DeepEqual(got, want) {
+		if got, err = ParseUnverifiedToken(s + "\n"); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: ParseToken = %+v, %v; want %+v", name, got, err, want)
 		}
 		if again := authSign(t, ks, got); again != s {
@@ -237,7 +237,7 @@ func TestVerifyRefuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		s      string
 		want   error
-		parses bool // ParseToken, which checks neither signature nor expiry
+		parses bool // ParseUnverifiedToken, which checks neither signature nor expiry
 	}{
 		"empty":                   {"", ErrTokenMalformed, false},
 		"space":                   {" \n", ErrTokenMalformed, false},
@@ -280,7 +280,7 @@ func TestVerifyRefuses(t *testing.T) {
 		if !errors.Is(err, c.want) || !reflect.DeepEqual(got, Token{}) {
 			t.Errorf("%s: Verify = %+v, %v; want %v", name, got, err, c.want)
 		}
-		_, perr := ParseToken(c.s)
+		_, perr := ParseUnverifiedToken(c.s)
 		if (perr == nil) != c.parses || perr != nil && !errors.Is(perr, ErrTokenMalformed) {
 			t.Errorf("%s: ParseToken: %v; want parsed: %v", name, perr, c.parses)
 		}
@@ -603,7 +603,7 @@ func TestRotateKey(t *testing.T) {
 	if _, err := authKeys(t, 2).Verify(token, authNow); !errors.Is(err, ErrTokenForged) {
 		t.Errorf("old token after its key is deleted: %v", err)
 	}
-	if tok, err := ParseToken(authSign(t, after, authToken())); err != nil || tok.KeyID != after.IDs()[0] {
+	if tok, err := ParseUnverifiedToken(authSign(t, after, authToken())); err != nil || tok.KeyID != after.IDs()[0] {
 		t.Errorf("new token: %+v, %v", tok, err)
 	}
 
@@ -936,7 +936,7 @@ func FuzzToken(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		tok, err := ks.Verify(s, authNow)
-		parsed, perr := ParseToken(s)
+		parsed, perr := ParseUnverifiedToken(s)
 		if err == nil {
 			if again := authSign(t, ks, tok); again != strings.TrimSpace(s) {
 				t.Errorf("verified %q, signs as %q", s, again)
@@ -1030,7 +1030,7 @@ func FuzzRevoked(f *testing.F) {
 
 func TestContentLines(t *testing.T) {
 	file := "\n# all\n up \n\t{job=\"#\"}\r\n  # no\nlast{a=\"b\"}"
-	got := maps.Collect(ContentLines([]byte(file)))
+	got := maps.Collect(NonCommentLines([]byte(file)))
 	if want := map[int]string{3: "up", 4: `{job="#"}`, 6: `last{a="b"}`}; !maps.Equal(got, want) {
 		t.Errorf("lines of a file: %v, want %v", got, want)
 	}

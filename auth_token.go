@@ -1,7 +1,7 @@
 package main
 
 // Signed tokens. Verify parses nothing that a token says before it has checked the signature;
-// ParseToken, for a token's own holder, is the exception. One token has one spelling.
+// ParseUnverifiedToken, for a token's own holder, is the exception. One token has one spelling.
 
 import (
 	"crypto/hmac"
@@ -59,7 +59,7 @@ func (ks Keys) Sign(t Token) (string, error) {
 	}
 	k := ks.keys[0]
 	t.KeyID = k.id
-	if err := t.check(); err != nil {
+	if err := t.checkFields(); err != nil {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
 	payload, err := json.Marshal(t) // sorts labels: equal tokens have equal text
@@ -77,8 +77,8 @@ func (ks Keys) Sign(t Token) (string, error) {
 // Verify parses a token that one of the keys signed and that has not expired at now. Space around
 // it is ignored. The errors are ErrTokenMalformed, ErrTokenForged and ErrTokenExpired, wrapped.
 // The caller has to check revocation, the kind and the cluster ID.
-func (ks Keys) Verify(s string, now time.Time) (Token, error) {
-	signed, payload, mac, err := splitToken(s)
+func (ks Keys) Verify(text string, now time.Time) (Token, error) {
+	signed, payload, mac, err := splitToken(text)
 	if err != nil {
 		return Token{}, err
 	}
@@ -104,10 +104,10 @@ func (ks Keys) Verify(s string, now time.Time) (Token, error) {
 	return Token{}, ErrTokenForged
 }
 
-// ParseToken parses a token without checking its signature or expiry: for its holder, who has no
+// ParseUnverifiedToken parses a token without checking its signature or expiry: for its holder, who has no
 // key. Space around it is ignored. The error is ErrTokenMalformed, wrapped.
-func ParseToken(s string) (Token, error) {
-	_, payload, _, err := splitToken(s)
+func ParseUnverifiedToken(text string) (Token, error) {
+	_, payload, _, err := splitToken(text)
 	if err != nil {
 		return Token{}, err
 	}
@@ -150,7 +150,7 @@ func decodeToken(payload []byte) (Token, error) {
 	if json.Unmarshal(payload, &t) != nil { // its error can quote the payload
 		return Token{}, malformedToken("payload is not the JSON of a token")
 	}
-	if err := t.check(); err != nil {
+	if err := t.checkFields(); err != nil {
 		return Token{}, malformedToken("%w", err)
 	}
 	return t, nil
@@ -161,9 +161,9 @@ func malformedToken(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrTokenMalformed}, args...)...)
 }
 
-// check returns an error if a field breaks the rules. Sign, Verify and ParseToken return only
+// checkFields returns an error if a field breaks the rules. Sign, Verify and ParseUnverifiedToken return only
 // tokens that pass.
-func (t Token) check() error {
+func (t Token) checkFields() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)
 	}
@@ -174,7 +174,7 @@ func (t Token) check() error {
 		return errors.New("token ID is not 32 lower-case hex digits")
 	}
 	if t.Pin != "" {
-		return checkPin(t.Pin)
+		return checkPinFormat(t.Pin)
 	}
 	return nil
 }

@@ -37,33 +37,33 @@ type ClientConfig struct {
 	Boot           func() (ms int64, id string) // the boot-time clock, and the boot's ID
 }
 
-// ClientState is what a reload replaces, all at once.
-type ClientState struct {
+// ClientReloadConfig is what a reload replaces, all at once.
+type ClientReloadConfig struct {
 	Token        string
 	FromToken    string // "" = none
 	Match        Selectors
-	NewCleaner   func() *Cleaner // a new one, without Match
-	TokenExpires int64           // of Token in Unix seconds; 0 = never, or not known
+	NewCleaner   func() *ClientCleaner // a new one, without Match
+	TokenExpires int64                 // of Token in Unix seconds; 0 = never, or not known
 }
 
 // Client pushes from one source to the servers of one ring. Handler may be used while other
 // methods run; of the others, one runs at a time.
 type Client struct {
 	cfg         ClientConfig
-	state       atomic.Pointer[ClientState]
+	state       atomic.Pointer[ClientReloadConfig]
 	spool       *Spool
 	pusher      *Pusher
-	sourceClock *SourceClock
+	sourceClock *SourceClockTracker
 	scrapedOK   atomic.Bool // the last scrape succeeded
 
 	// For the scraping goroutine.
 	spoolFailing   bool      // the last scrape could not be put on disk
 	sourceFailures int       // scrapes that failed since the last good one
 	sourceLogged   time.Time // when such a failure was logged last
-	sourceSkew     int64     // ms; see updateSkew
+	sourceSkew     int64     // ms; see skewByDate
 
-	mu         sync.Mutex // guards lost and held
-	lost, held dropLog    // scrapes that the spool dropped, by whether a server holds them
+	mu         sync.Mutex     // guards lost and held
+	lost, held dropLogLimiter // scrapes that the spool dropped, by whether a server holds them
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
 	scrapeSeconds                                   *Histogram
@@ -102,15 +102,15 @@ func NewClient(cfg ClientConfig) *Client {
 // OpenSpool opens the spool, which Run and Once need. Of cfg the caller sets FS, Dir, Limit and
 // MaxAge.
 func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
-	cfg.ClusterID, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.ClusterID, c.moment, c.correctTimes, c.onSpoolError, c.onDrop
+	cfg.ClusterID, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.ClusterID, c.moment, c.correctTimes, c.onSpoolError, c.onSpoolDrop
 	if c.spool, err = OpenSpool(cfg); err != nil {
 		return err
 	}
-	c.sourceClock = NewSourceClock(c.spool.LastShift())
+	c.sourceClock = NewSourceClockTracker(c.spool.LastTimeShift())
 	c.cfg.Metrics.OnCollect(func() {
 		st := c.spool.Stats()
 		for state, part := range st.ByState {
-			name := ScrapeState(state).String()
+			name := DeliveryState(state).String()
 			c.spoolScrapes.Set(float64(part.Scrapes), name)
 			c.spoolBytes.Set(float64(part.Bytes), name)
 			c.spoolAge.Set(part.OldestAge.Seconds(), name)
@@ -138,26 +138,26 @@ func (c *Client) onSpoolError(err error) {
 	c.cfg.Log.Error("spool failed", "err", err)
 }
 
-// dropLog limits the log lines of dropped scrapes to one in dropLogInterval, because a full spool
+// dropLogLimiter limits the log lines of dropped scrapes to one in dropLogInterval, because a full spool
 // drops at each scrape.
-type dropLog struct {
+type dropLogLimiter struct {
 	logged           time.Time
 	scrapes, samples int // dropped since
 }
 
-// add adds scrapes that were dropped, and returns the sums. due reports that the sums are to be
+// addDrops adds scrapes that were dropped, and returns the sums. due reports that the sums are to be
 // logged now; later sums begin at 0.
-func (l *dropLog) add(now time.Time, scrapes, samples int) (sum dropLog, due bool) {
+func (l *dropLogLimiter) addDrops(now time.Time, scrapes, samples int) (sum dropLogLimiter, logNow bool) {
 	l.scrapes, l.samples = l.scrapes+scrapes, l.samples+samples
 	sum = *l
-	if due = now.Sub(l.logged) >= dropLogInterval; due {
-		*l = dropLog{logged: now}
+	if logNow = now.Sub(l.logged) >= dropLogInterval; logNow {
+		*l = dropLogLimiter{logged: now}
 	}
-	return sum, due
+	return sum, logNow
 }
 
-// onDrop counts and logs scrapes that the spool drops. Those that a server holds are no loss.
-func (c *Client) onDrop(reason string, scrapes, samples int) {
+// onSpoolDrop counts and logs scrapes that the spool drops. Those that a server holds are no loss.
+func (c *Client) onSpoolDrop(reason string, scrapes, samples int) {
 	c.dropped.Add(float64(samples), reason)
 	log, level, text := &c.lost, slog.LevelError, "scrapes are dropped from the spool"
 	if reason == DropSpoolHeld {
@@ -165,7 +165,7 @@ func (c *Client) onDrop(reason string, scrapes, samples int) {
 	}
 	now := c.cfg.Now()
 	c.mu.Lock()
-	sum, due := log.add(now, scrapes, samples)
+	sum, due := log.addDrops(now, scrapes, samples)
 	c.mu.Unlock()
 	if due {
 		c.cfg.Log.Log(context.Background(), level, text, "reason", reason, "scrapes", sum.scrapes, "samples", sum.samples)
@@ -179,7 +179,7 @@ func (c *Client) moment() Moment {
 }
 
 // Reload replaces tokens and rules.
-func (c *Client) Reload(st ClientState) {
+func (c *Client) Reload(st ClientReloadConfig) {
 	c.state.Store(&st)
 	c.expiry.Set(float64(st.TokenExpires))
 }
@@ -188,16 +188,16 @@ func (c *Client) Reload(st ClientState) {
 func (c *Client) Handler() http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
-	HealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.pusher.Healthy() })
+	AddHealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.pusher.IsHealthy() })
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
-	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(c.serveFederate)))
+	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(c.serveLastDelivered)))
 	mux.Handle("GET /{$}", instrument("index", IndexHandler("/federate", "/metrics", "/healthz", "/healthz/ready")))
 	return mux
 }
 
-// serveFederate answers with the scrape that was delivered last.
-func (c *Client) serveFederate(w http.ResponseWriter, r *http.Request) {
-	samples, err := c.lastDelivered()
+// serveLastDelivered answers with the scrape that was delivered last.
+func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
+	samples, err := c.lastDeliveredSamples()
 	if err != nil {
 		c.cfg.Log.Error("what was sent last cannot be shown", "err", err)
 		http.Error(w, "cannot be shown", http.StatusInternalServerError)
@@ -212,12 +212,11 @@ func (c *Client) serveFederate(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// lastDelivered returns the samples of the scrape that was delivered last.
-func (c *Client) lastDelivered() (*SampleList, error) {
+// lastDeliveredSamples returns the samples of the scrape that was delivered last.
+func (c *Client) lastDeliveredSamples() (*SampleList, error) {
 	list := &SampleList{}
-	var unpack Decompressor
-	for _, sc := range c.pusher.LastDelivered() {
-		text, _, err := unpack.Decompress(sc.Gzip, "gzip", sc.Size)
+	for _, sc := range c.pusher.LastDeliveredPieces() {
+		text, err := sc.Text()
 		if err != nil {
 			return nil, err
 		}

@@ -43,7 +43,7 @@ func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 }
 
 // Now returns the milliseconds since boot, and the ID of this boot.
-func (c *BootClock) Now() (ms int64, id string) {
+func (c *BootClock) Now() (ms int64, bootID string) {
 	counted := c.base + time.Since(c.start).Milliseconds()
 	if c.hasFile {
 		// An uptime below the time that this process counted is not of this boot.

@@ -14,9 +14,9 @@ const (
 	maxPushScrapes = 1 << 20 // no bound beside those in bytes
 )
 
-// failover chooses the server of each attempt, by its index in PusherConfig.To. A round is a
+// serverFailover chooses the server of each attempt, by its index in PusherConfig.To. A round is a
 // series of attempts, one at each server until one of them answers.
-type failover struct {
+type serverFailover struct {
 	servers int // their number
 	current int // of this attempt
 	last    int // that answered last
@@ -35,25 +35,25 @@ type failover struct {
 	declined   int           // servers in a row that declined the same scrape
 }
 
-// begin begins a series of rounds. unreadFor is the time since a consumer read anything that the
+// beginDrain begins a series of rounds. unreadFor is the time since a consumer read anything that the
 // last server holds. If that is too long, moved reports that the next server is preferred from
 // now on: perhaps the consumers cannot reach the last one.
-func (f *failover) begin(now time.Time, unreadFor time.Duration) (moved bool) {
+func (f *serverFailover) beginDrain(now time.Time, unreadFor time.Duration) (preferNext bool) {
 	if f.servers > 1 && !now.Before(f.preferredUntil) {
 		f.preferred = 0
-		if moved = unreadFor > maxUnreadTime; moved {
-			f.preferred, f.preferredUntil = f.next(f.last), now.Add(maxUnreadTime)
+		if preferNext = unreadFor > maxUnreadTime; preferNext {
+			f.preferred, f.preferredUntil = f.serverAfter(f.last), now.Add(maxUnreadTime)
 		}
 	}
 	f.start, f.startUntil = f.preferred, time.Time{}
 	f.failed, f.declined = 0, 0
-	return moved
+	return preferNext
 }
 
-func (f *failover) next(server int) int { return (server + 1) % f.servers }
+func (f *serverFailover) serverAfter(server int) int { return (server + 1) % f.servers }
 
-// choose makes the server of the next attempt current.
-func (f *failover) choose(now time.Time) {
+// chooseServer makes the server of the next attempt current.
+func (f *serverFailover) chooseServer(now time.Time) {
 	if f.failed > 0 {
 		return // fail chose it
 	}
@@ -63,9 +63,9 @@ func (f *failover) choose(now time.Time) {
 	f.current = f.start
 }
 
-// fail notes that the current server failed, and asked to wait for retryAfter. more reports that
+// noteFailure notes that the current server failed, and asked to wait for retryAfter. serverLeft reports that
 // another server is left in this round; it is then current. Otherwise the round is over.
-func (f *failover) fail(retryAfter time.Duration) (more bool) {
+func (f *serverFailover) noteFailure(retryAfter time.Duration) (serverLeft bool) {
 	if f.failed == 0 {
 		f.retryAfter = 0
 	}
@@ -77,31 +77,31 @@ func (f *failover) fail(retryAfter time.Duration) (more bool) {
 		f.failed = 0
 		return false
 	}
-	f.current = f.next(f.current)
+	f.current = f.serverAfter(f.current)
 	return true
 }
 
-// isLastTry reports whether a failure of the current server ends the round.
-func (f *failover) isLastTry() bool { return f.failed+1 == f.servers }
+// isLastOfRound reports whether a failure of the current server ends the round.
+func (f *serverFailover) isLastOfRound() bool { return f.failed+1 == f.servers }
 
-// succeed notes that the current server answered a push. If rounds began with another server,
-// they begin with this one until now+stay.
-func (f *failover) succeed(now time.Time, stay time.Duration) {
+// noteAnswer notes that the current server answered a push. If rounds began with another server,
+// they begin with this one until now+startFor.
+func (f *serverFailover) noteAnswer(now time.Time, startFor time.Duration) {
 	if f.current != f.start {
-		f.start, f.startUntil = f.current, now.Add(stay)
+		f.start, f.startUntil = f.current, now.Add(startFor)
 	}
 	f.failed = 0
 }
 
-// decline notes that the last server declined a scrape. more reports that a server is left that
-// has not declined it; rounds then begin with the next one until now+stay.
-func (f *failover) decline(now time.Time, stay time.Duration) (more bool) {
+// noteDecline notes that the last server declined a scrape. serverLeft reports that a server is left that
+// has not declined it; rounds then begin with the next one until now+startFor.
+func (f *serverFailover) noteDecline(now time.Time, startFor time.Duration) (serverLeft bool) {
 	if f.declined+1 >= f.servers {
 		f.declined = 0
 		return false
 	}
 	f.declined++
-	f.start, f.startUntil = f.next(f.last), now.Add(stay)
+	f.start, f.startUntil = f.serverAfter(f.last), now.Add(startFor)
 	return true
 }
 
@@ -111,30 +111,30 @@ type roundBackoff struct{ next time.Duration }
 // reset begins anew with the shortest pause.
 func (b *roundBackoff) reset() { b.next = minBackoff }
 
-// pause returns for how long to wait, at least as long as servers asked for. The next pause is
+// nextPause returns for how long to wait, at least as long as servers asked for. The next pause is
 // twice as long.
-func (b *roundBackoff) pause(retryAfter time.Duration) time.Duration {
+func (b *roundBackoff) nextPause(retryAfter time.Duration) time.Duration {
 	pause := max(retryAfter, b.next/2)
 	b.next = min(2*b.next, maxBackoff)
 	return pause
 }
 
-// pushSize bounds the scrapes of a push. After a push of several scrapes failed because of them,
+// pushScrapeLimit bounds the scrapes of a push. After a push of several scrapes failed because of them,
 // pushes are smaller until as many scrapes are settled. Then the bound doubles with each push.
-type pushSize struct {
+type pushScrapeLimit struct {
 	max     int
 	careful int // scrapes to settle before the bound doubles
 }
 
-// halve is for a push of n scrapes that was too large, or too slow.
-func (s *pushSize) halve(n int) { s.max, s.careful = n/2, n }
+// limitToHalf is for a push of so many scrapes that was too large, or too slow.
+func (s *pushScrapeLimit) limitToHalf(pushed int) { s.max, s.careful = pushed/2, pushed }
 
-// single is for a push of n scrapes of which one was refused; pushes of one scrape find it.
-func (s *pushSize) single(n int) { s.max, s.careful = 1, n }
+// limitToOne is for a push of so many scrapes of which one was refused; pushes of one scrape find it.
+func (s *pushScrapeLimit) limitToOne(pushed int) { s.max, s.careful = 1, pushed }
 
-// settled is for a push of n scrapes that need not be sent again.
-func (s *pushSize) settled(n int) {
-	if s.careful -= n; s.careful <= 0 {
+// growAfter is for a push of n scrapes that need not be sent again.
+func (s *pushScrapeLimit) growAfter(settled int) {
+	if s.careful -= settled; s.careful <= 0 {
 		s.max, s.careful = min(2*s.max, maxPushScrapes), 0
 	}
 }

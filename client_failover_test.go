@@ -9,8 +9,8 @@ import (
 func TestFailover(t *testing.T) {
 	const stay = time.Minute
 	now := time.Unix(0, 0)
-	f := failover{servers: 3}
-	f.begin(now, 0)
+	f := serverFailover{servers: 3}
+	f.beginDrain(now, 0)
 	for i, tt := range []struct {
 		do     string
 		after  time.Duration // that passes before
@@ -42,18 +42,18 @@ func TestFailover(t *testing.T) {
 		got := true
 		switch tt.do {
 		case "fail":
-			isLast := f.isLastTry()
-			if got = f.fail(tt.retry); got == isLast {
+			isLast := f.isLastOfRound()
+			if got = f.noteFailure(tt.retry); got == isLast {
 				t.Errorf("row %d: the last try of a round: %v, and more: %v", i, isLast, got)
 			}
 		case "succeed":
-			f.succeed(now, stay)
+			f.noteAnswer(now, stay)
 			f.last = f.current
 		case "decline":
 			f.last = f.current
-			got = f.decline(now, stay)
+			got = f.noteDecline(now, stay)
 		}
-		if f.choose(now); got != tt.result || f.current != tt.server {
+		if f.chooseServer(now); got != tt.result || f.current != tt.server {
 			t.Errorf("row %d: %s: %v, then server %d, want %v, %d", i, tt.do, got, f.current, tt.result, tt.server)
 		}
 		if i == 6 && f.retryAfter != 9*time.Second {
@@ -69,12 +69,12 @@ func TestFailover(t *testing.T) {
 // for that time.
 func TestFailoverOfUnread(t *testing.T) {
 	now := time.Unix(0, 0)
-	f := failover{servers: 2}
+	f := serverFailover{servers: 2}
 	begin := func(after, unreadFor time.Duration, wantMoved bool, want int) {
 		t.Helper()
 		now = now.Add(after)
-		moved := f.begin(now, unreadFor)
-		if f.choose(now); moved != wantMoved || f.current != want {
+		moved := f.beginDrain(now, unreadFor)
+		if f.chooseServer(now); moved != wantMoved || f.current != want {
 			t.Errorf("at %v: moved %v, server %d, want %v, %d", now.Unix(), moved, f.current, wantMoved, want)
 		}
 	}
@@ -86,10 +86,10 @@ func TestFailoverOfUnread(t *testing.T) {
 	begin(0, 2*maxUnreadTime, true, 0) // last is 1
 	f.last = 0
 	begin(maxUnreadTime, 2*maxUnreadTime, true, 1)
-	f.fail(0)
+	f.noteFailure(0)
 	begin(time.Minute, 2*maxUnreadTime, false, 0)
-	alone := failover{servers: 1}
-	if alone.begin(now, 2*maxUnreadTime) {
+	alone := serverFailover{servers: 1}
+	if alone.beginDrain(now, 2*maxUnreadTime) {
 		t.Error("one server has no next")
 	}
 }
@@ -101,32 +101,32 @@ func TestBackoff(t *testing.T) {
 		{0, time.Second / 2}, {0, time.Second}, {7 * time.Second, 7 * time.Second}, {time.Second, 4 * time.Second},
 		{0, 8 * time.Second}, {0, 16 * time.Second}, {0, 30 * time.Second}, {0, 30 * time.Second}, {time.Hour, time.Hour},
 	} {
-		if got := b.pause(tt.retryAfter); got != tt.want {
+		if got := b.nextPause(tt.retryAfter); got != tt.want {
 			t.Errorf("pause %d: %v, want %v", i, got, tt.want)
 		}
 	}
-	if b.reset(); b.pause(0) != minBackoff/2 {
+	if b.reset(); b.nextPause(0) != minBackoff/2 {
 		t.Error("it goes on after a reset")
 	}
 }
 
 func TestPushSize(t *testing.T) {
-	s := pushSize{max: maxPushScrapes}
+	s := pushScrapeLimit{max: maxPushScrapes}
 	for i, tt := range []struct {
 		change func(n int)
 		n      int
 		want   int
 	}{
-		{s.settled, 9, maxPushScrapes},
-		{s.halve, 9, 4},
-		{s.settled, 4, 4},
-		{s.settled, 4, 4},
-		{s.settled, 1, 8}, // nine are settled
-		{s.settled, 1, 16},
-		{s.single, 3, 1},
-		{s.settled, 1, 1},
-		{s.settled, 1, 1},
-		{s.settled, 1, 2},
+		{s.growAfter, 9, maxPushScrapes},
+		{s.limitToHalf, 9, 4},
+		{s.growAfter, 4, 4},
+		{s.growAfter, 4, 4},
+		{s.growAfter, 1, 8}, // nine are settled
+		{s.growAfter, 1, 16},
+		{s.limitToOne, 3, 1},
+		{s.growAfter, 1, 1},
+		{s.growAfter, 1, 1},
+		{s.growAfter, 1, 2},
 	} {
 		if tt.change(tt.n); s.max != tt.want {
 			t.Errorf("row %d: at most %d scrapes, want %d", i, s.max, tt.want)

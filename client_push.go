@@ -35,7 +35,7 @@ type PusherConfig struct {
 	LimitBytes    int64         // of a push's body; decompressed, MaxDecodedFactor times
 	MaxRetryAfter time.Duration // that a server may ask for between attempts
 	Spool         *Spool
-	SourceClock   *SourceClock
+	SourceClock   *SourceClockTracker
 	Moment        func() Moment
 	Now           func() time.Time
 	Metrics       *Metrics
@@ -48,13 +48,13 @@ type PusherConfig struct {
 // the other methods may be called concurrently.
 type Pusher struct {
 	cfg           PusherConfig
-	lastDelivered atomic.Pointer[[]Scrape] // see LastDelivered
+	lastDelivered atomic.Pointer[[]Scrape] // see LastDeliveredPieces
 	healthy       atomic.Bool              // the last push was delivered
 
-	// For Drain's goroutine.
+	// For DrainSpool's goroutine.
 	token   uploadToken
-	servers failover
-	size    pushSize
+	servers serverFailover
+	size    pushScrapeLimit
 
 	pushes, pushed              *Counter
 	pushSeconds                 *Histogram
@@ -65,7 +65,7 @@ type Pusher struct {
 func NewPusher(cfg PusherConfig) *Pusher {
 	m := cfg.Metrics
 	p := &Pusher{
-		cfg: cfg, servers: failover{servers: len(cfg.To)}, size: pushSize{max: maxPushScrapes},
+		cfg: cfg, servers: serverFailover{servers: len(cfg.To)}, size: pushScrapeLimit{max: maxPushScrapes},
 		pushes:      m.Counter("telemeter_destination_pushes_total", "Attempts to push by result.", "result"),
 		pushSeconds: m.Histogram("telemeter_destination_push_duration_seconds", "Time of an attempt to push.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastPush:    m.Gauge("telemeter_destination_last_success_timestamp_seconds", "When a push was last accepted; 0 if never."),
@@ -78,20 +78,20 @@ func NewPusher(cfg PusherConfig) *Pusher {
 	return p
 }
 
-// Healthy reports whether the last push was delivered.
-func (p *Pusher) Healthy() bool { return p.healthy.Load() }
+// IsHealthy reports whether the last push was delivered.
+func (p *Pusher) IsHealthy() bool { return p.healthy.Load() }
 
-// LastDelivered returns the pieces of the scrape that was delivered last. The caller must not
+// LastDeliveredPieces returns the pieces of the scrape that was delivered last. The caller must not
 // change them.
-func (p *Pusher) LastDelivered() []Scrape {
+func (p *Pusher) LastDeliveredPieces() []Scrape {
 	if pieces := p.lastDelivered.Load(); pieces != nil {
 		return *pieces
 	}
 	return nil
 }
 
-// delivery is the state of one call of Drain.
-type delivery struct {
+// spoolDrain is the state of one call of Drain.
+type spoolDrain struct {
 	*Pusher
 	backoff  roundBackoff
 	lastErr  error // why the last round failed
@@ -105,17 +105,17 @@ type pushProgress struct {
 	samples, scrapes, pushes int
 }
 
-// Drain delivers until the servers hold all scrapes in the spool. While all servers fail, or the
+// DrainSpool delivers until the servers hold all scrapes in the spool. While all servers fail, or the
 // spool cannot be read, it tries again after a pause, which doubles each time, has jitter, and is
 // at least as long as the servers asked for. It ends early with ctx, or when ctx's deadline comes
 // before the next attempt; the error is then the newest failure. A scrape that a server refuses
 // as invalid is set aside, and a scrape that all servers decline stays in the spool; the error is
 // the newest such refusal if nothing worse happens.
-func (p *Pusher) Drain(ctx context.Context) error {
-	d := delivery{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
+func (p *Pusher) DrainSpool(ctx context.Context) error {
+	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
 	unreadFor := p.cfg.Spool.UnreadByConsumersFor()
-	if p.servers.begin(p.cfg.Now(), unreadFor) {
+	if p.servers.beginDrain(p.cfg.Now(), unreadFor) {
 		p.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", p.cfg.To[p.servers.last],
 			"unread_for", unreadFor.Round(time.Second), "next", p.cfg.To[p.servers.preferred])
 	}
@@ -137,43 +137,43 @@ func (p *Pusher) Drain(ctx context.Context) error {
 	}
 }
 
-func (d *delivery) logProgress() {
+func (d *spoolDrain) logProgress() {
 	if d.progress.pushes > 0 {
 		st := d.cfg.Spool.Stats()
 		d.cfg.Log.Info("pushed", "samples", d.progress.samples, "scrapes", d.progress.scrapes, "pushes", d.progress.pushes,
 			"took", d.cfg.Now().Sub(d.progress.begin).Round(time.Millisecond),
-			"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.Unread())
+			"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.UnreadScrapes())
 	}
 	d.progress = pushProgress{begin: d.cfg.Now()}
 }
 
 // attempt asks the current server what it holds, or sends the next push to it. It returns nil if
 // another step may follow, even if the attempt failed; an error ends the drain.
-func (d *delivery) attempt(ctx context.Context, step SpoolStep) error {
-	d.servers.choose(d.cfg.Now())
+func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain error) {
+	d.servers.chooseServer(d.cfg.Now())
 	// The token comes before the next push, because the answer to its request states the time by
 	// which the spool corrects the times of scrapes.
-	_, err := d.ensureToken(ctx)
+	_, err := d.ensureUploadToken(ctx)
 	switch {
 	case err != nil:
 		d.pushes.Inc("failed")
 	case step == StepPush:
 		return d.pushNext(ctx)
 	default:
-		err = d.syncSpool(ctx)
+		err = d.askHeldScrapes(ctx)
 	}
 	if err != nil {
-		return d.fail(ctx, err)
+		return d.handleFailedAttempt(ctx, err)
 	}
 	return nil
 }
 
-// syncSpool asks the current server what it holds, by a push without scrapes. A server
+// askHeldScrapes asks the current server what it holds, by a push without scrapes. A server
 // that refuses that does not know what a spool is.
-func (d *delivery) syncSpool(ctx context.Context) error {
+func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 	answer, err := d.upload(ctx, d.cfg.Spool.ID(), nil)
-	if isFinal(err) {
-		answer, err = uploadAnswer{spool: SpoolAnswer{Server: d.server()}}, nil
+	if isFinalRefusal(err) {
+		answer, err = uploadAnswer{spool: SpoolAnswer{Server: d.currentServerURL()}}, nil
 	}
 	if err != nil {
 		d.pushes.Inc("failed")
@@ -188,11 +188,11 @@ func (d *delivery) syncSpool(ctx context.Context) error {
 }
 
 // pushNext pushes the next scrapes of the spool and acts on the result. An error ends the drain.
-func (d *delivery) pushNext(ctx context.Context) error {
-	scrapes, err := d.cfg.Spool.NextPush(PushLimits{Bytes: d.cfg.LimitBytes, Text: MaxDecodedFactor * d.cfg.LimitBytes, Scrapes: d.size.max})
+func (d *spoolDrain) pushNext(ctx context.Context) error {
+	scrapes, err := d.cfg.Spool.BeginPush(PushLimits{Bytes: d.cfg.LimitBytes, Text: MaxDecodedFactor * d.cfg.LimitBytes, Scrapes: d.size.max})
 	if err != nil {
 		d.cfg.SpoolErrors.Inc()
-		return d.pause(ctx, err, 0)
+		return d.pauseBeforeRound(ctx, err, 0)
 	}
 	n := len(scrapes)
 	if n == 0 {
@@ -201,44 +201,44 @@ func (d *delivery) pushNext(ctx context.Context) error {
 	outcome, err := d.push(ctx, scrapes, true)
 	switch {
 	case err == nil:
-		d.settle(scrapes, outcome)
-	case !isFinal(err):
-		if ctx.Err() == nil && isTimeout(err) && n > 1 && d.servers.isLastTry() {
-			d.size.halve(n)
+		d.adaptAfterPush(scrapes, outcome)
+	case !isFinalRefusal(err):
+		if ctx.Err() == nil && isTimeout(err) && n > 1 && d.servers.isLastOfRound() {
+			d.size.limitToHalf(n)
 		}
-		return d.fail(ctx, err)
+		return d.handleFailedAttempt(ctx, err)
 	case n > 1:
-		d.cfg.Spool.Release()
-		if reasonOf(err) == pushTooLarge {
-			d.size.halve(n)
+		d.cfg.Spool.ReleaseInFlight()
+		if failureReasonOf(err) == pushTooLarge {
+			d.size.limitToHalf(n)
 		} else {
-			d.size.single(n)
+			d.size.limitToOne(n)
 		}
-	case reasonOf(err) == pushTooLarge:
+	case failureReasonOf(err) == pushTooLarge:
 		return d.pushInPieces(ctx, scrapes[0], err)
 	default:
-		d.reject(max(1, scrapes[0].Samples), err) // an empty one is refused as well
+		d.setScrapeAside(max(1, scrapes[0].Samples), err) // an empty one is refused as well
 	}
 	return nil
 }
 
 // push sends scrapes to the current server. If named, the push names them, and the answer goes to
-// the spool. After an error the scrapes can be pushed again, unless isFinal says that it is about
+// the spool. After an error the scrapes can be pushed again, unless isFinalRefusal says that it is about
 // them.
-func (d *delivery) push(ctx context.Context, scrapes []Scrape, named bool) (outcome SpoolOutcome, err error) {
+func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes bool) (outcome PushOutcome, err error) {
 	bytes, samples := 0, 0
 	for _, sc := range scrapes {
 		bytes, samples = bytes+len(sc.Gzip), samples+sc.Samples
 	}
 	id := uint64(0)
-	if named {
+	if nameScrapes {
 		id = d.cfg.Spool.ID()
 	}
 	begin := d.cfg.Now()
 	answer, err := d.upload(ctx, id, scrapes)
 	d.pushSeconds.Observe(d.cfg.Now().Sub(begin).Seconds())
-	if err == nil || isFinal(err) {
-		d.servers.succeed(d.cfg.Now(), d.cfg.MaxRetryAfter)
+	if err == nil || isFinalRefusal(err) {
+		d.servers.noteAnswer(d.cfg.Now(), d.cfg.MaxRetryAfter)
 	}
 	if err != nil {
 		d.pushes.Inc("failed")
@@ -249,7 +249,7 @@ func (d *delivery) push(ctx context.Context, scrapes []Scrape, named bool) (outc
 	d.lastPush.Set(float64(d.cfg.Now().UnixMilli()) / 1000)
 	d.bodyBytes.Set(float64(bytes))
 	d.progress.samples, d.progress.pushes = d.progress.samples+samples, d.progress.pushes+1
-	if named {
+	if nameScrapes {
 		d.servers.last = d.servers.current
 		outcome = d.cfg.Spool.ApplyAnswer(answer.spool)
 	}
@@ -259,11 +259,11 @@ func (d *delivery) push(ctx context.Context, scrapes []Scrape, named bool) (outc
 
 // logDropped logs and counts the samples that the server dropped. Those of a declined scrape are
 // logged once and not counted, since the scrape stays in the spool.
-func (d *delivery) logDropped(answer uploadAnswer, outcome SpoolOutcome, samples int) {
+func (d *spoolDrain) logDropped(answer uploadAnswer, outcome PushOutcome, pushedSamples int) {
 	if len(outcome.Declined) > 0 {
 		if outcome.FirstDecline {
 			d.cfg.Log.Warn("the server took no sample of a scrape; it stays in the spool and is tried again",
-				"server", cmp.Or(answer.Server, d.server()), "samples", samples, "dropped", answer.Dropped, "hint", answer.Hint)
+				"server", cmp.Or(answer.Server, d.currentServerURL()), "samples", pushedSamples, "dropped", answer.Dropped, "hint", answer.Hint)
 		}
 		return
 	}
@@ -277,46 +277,46 @@ func (d *delivery) logDropped(answer uploadAnswer, outcome SpoolOutcome, samples
 	}
 }
 
-// settle follows a push that a server answered with 200.
-func (d *delivery) settle(scrapes []Scrape, outcome SpoolOutcome) {
+// adaptAfterPush follows a push that a server answered with 200.
+func (d *spoolDrain) adaptAfterPush(scrapes []Scrape, outcome PushOutcome) {
 	d.backoff.reset()
 	n, declined := len(scrapes), len(outcome.Declined) > 0
 	d.healthy.Store(!declined)
 	if declined && n == 1 {
 		// This server's clock may be wrong, and that of the next one right.
-		if d.servers.decline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
-			d.cfg.Spool.RetryNow(outcome.Declined)
+		if d.servers.noteDecline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
+			d.cfg.Spool.ClearRetryPause(outcome.Declined)
 			return
 		}
 		d.rejected = errDeclined
-		d.size.settled(n)
+		d.size.growAfter(n)
 		return
 	}
 	d.servers.declined = 0
 	delivered := slices.DeleteFunc(scrapes, func(sc Scrape) bool { return outcome.Declined.Has(sc.Number) })
-	d.noteDelivered(delivered)
+	d.keepLastDelivered(delivered)
 	d.progress.scrapes += len(delivered)
 	if declined {
-		d.size.single(n)
+		d.size.limitToOne(n)
 	} else {
-		d.size.settled(n)
+		d.size.growAfter(n)
 	}
 }
 
-// reject sets the scrape in flight aside, because no server accepts some of its samples.
-func (d *delivery) reject(samples int, why error) {
+// setScrapeAside sets the scrape in flight aside, because no server accepts some of its samples.
+func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.backoff.reset()
 	d.healthy.Store(false)
 	d.rejected = why
-	d.size.settled(1)
-	d.cfg.Spool.Reject()
-	d.cfg.Dropped.Add(float64(samples), DropRefused)
-	d.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", samples, "err", why)
+	d.size.growAfter(1)
+	d.cfg.Spool.SetInFlightAside()
+	d.cfg.Dropped.Add(float64(refusedSamples), DropRefused)
+	d.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", refusedSamples, "err", why)
 }
 
-// noteDelivered keeps the pieces of the newest scrape for LastDelivered.
-func (p *Pusher) noteDelivered(scrapes []Scrape) {
-	pieces := p.LastDelivered()
+// keepLastDelivered keeps the pieces of the newest scrape for LastDeliveredPieces.
+func (p *Pusher) keepLastDelivered(scrapes []Scrape) {
+	pieces := p.LastDeliveredPieces()
 	for _, sc := range scrapes {
 		if len(pieces) > 0 && pieces[0].At != sc.At {
 			pieces = nil
@@ -326,33 +326,33 @@ func (p *Pusher) noteDelivered(scrapes []Scrape) {
 	p.lastDelivered.Store(&pieces)
 }
 
-// fail follows an attempt that failed and may be repeated. An error ends the drain.
-func (d *delivery) fail(ctx context.Context, err error) error {
-	d.cfg.Spool.PushFailed(reasonOf(err) == pushUnavailable)
-	return d.retry(ctx, err)
+// handleFailedAttempt follows an attempt that failed and may be repeated. An error ends the drain.
+func (d *spoolDrain) handleFailedAttempt(ctx context.Context, err error) error {
+	d.cfg.Spool.NotePushFailed(failureReasonOf(err) == pushUnavailable)
+	return d.nextServerOrPause(ctx, err)
 }
 
-// retry makes the next server current, or pauses if all servers of this round have failed. An
+// nextServerOrPause makes the next server current, or pauses if all servers of this round have failed. An
 // error ends the drain.
-func (d *delivery) retry(ctx context.Context, err error) error {
-	failed := d.server()
-	if d.servers.fail(retryAfterOf(err)) && ctx.Err() == nil {
+func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) error {
+	failed := d.currentServerURL()
+	if d.servers.noteFailure(retryAfterOf(err)) && ctx.Err() == nil {
 		d.cfg.Log.Warn("destination failed; trying the next", "to", failed, "err", err)
 		return nil
 	}
-	return d.pause(ctx, err, d.servers.retryAfter)
+	return d.pauseBeforeRound(ctx, err, d.servers.retryAfter)
 }
 
-// pause waits before the next round: at least retryAfter, and longer each time. An error ends
+// pauseBeforeRound waits before the next round: at least retryAfter, and longer each time. An error ends
 // the drain: ctx has ended, or would before the pause does.
-func (d *delivery) pause(ctx context.Context, err error, retryAfter time.Duration) error {
+func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) error {
 	d.healthy.Store(false)
 	if ctx.Err() != nil {
 		return cmp.Or(d.lastErr, err) // err says only that the time is up
 	}
 	d.lastErr = err
 	d.logProgress()
-	pause := d.backoff.pause(min(retryAfter, d.cfg.MaxRetryAfter))
+	pause := d.backoff.nextPause(min(retryAfter, d.cfg.MaxRetryAfter))
 	pause += rand.N(pause) // sites that were refused together come back apart
 	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"
 	if errors.Is(err, ErrSpoolRead) {

@@ -55,7 +55,7 @@ func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 	if err != nil || readErr != nil {
 		q.t.Errorf("%v, %v", err, readErr)
 	}
-	if len(body) == 0 && (len(names.Numbers) > 0 || names.ID == 0 || r.Header.Get("Content-Encoding") != "") {
+	if len(body) == 0 && (len(names.Numbers) > 0 || names.SpoolID == 0 || r.Header.Get("Content-Encoding") != "") {
 		q.t.Errorf("a question with %v", r.Header)
 	}
 	event, text := "ask", ""
@@ -103,7 +103,7 @@ func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, `{"accepted":1,"duplicates":0,"dropped":{},%s`, clock)
-	if !q.noSpools && names.ID != 0 {
+	if !q.noSpools && names.SpoolID != 0 {
 		fmt.Fprintf(&b, `,"held":%q`, q.held)
 		if !q.noConsumers {
 			fmt.Fprintf(&b, `,"read":%q,"consumers":%q`, q.read, FormatConsumers(q.consumers))
@@ -132,7 +132,7 @@ func (q *queueServer) expect(what string, want ...string) {
 // newQueueClient returns a client of the servers https://a.example, https://b.example, …
 func newQueueClient(t *testing.T, spool SpoolConfig, servers []*queueServer, change func(*ClientConfig)) (*Client, *logBuffer) {
 	t.Helper()
-	c, _, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientState) {
+	c, _, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) {
 		cfg.To = nil
 		hosts := map[string]*queueServer{}
 		for i, q := range servers {
@@ -158,7 +158,7 @@ func spoolOnes(t *testing.T, c *Client, ns ...int) {
 
 func mustDrain(t *testing.T, c *Client) {
 	t.Helper()
-	if err := c.pusher.Drain(t.Context()); err != nil {
+	if err := c.pusher.DrainSpool(t.Context()); err != nil {
 		t.Error(err)
 	}
 }
@@ -189,7 +189,7 @@ func TestPusherKeepsUntilRead(t *testing.T) {
 		a.lostAnswers = 1
 		mustDrain(t, c)
 		a.expect("a lost answer", "3", "ask")
-		if !c.pusher.Healthy() {
+		if !c.pusher.IsHealthy() {
 			t.Error("not ready after a lost answer")
 		}
 		expectSpool(t, "a lost answer", c, 0, 3, 0)
@@ -266,7 +266,7 @@ func TestPusherFillsAnEmptyServer(t *testing.T) {
 		mustDrain(t, c)
 		a.held = nil
 		a.expect("full", "1 2 3 4 5")
-		c.pusher.size = pushSize{max: 2, careful: 1 << 20} // scrapes in a push
+		c.pusher.size = pushScrapeLimit{max: 2, careful: 1 << 20} // scrapes in a push
 		spoolOnes(t, c, 6)
 		time.AfterFunc(1500*time.Millisecond, func() {
 			at := c.moment()
@@ -316,7 +316,7 @@ func TestPusherAsksServer(t *testing.T) {
 	r := newSrvRig(t)
 	spool := diskSpool()
 	start := func() *Client {
-		c, _, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, st *ClientState) {
+		c, _, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, st *ClientReloadConfig) {
 			cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
 			st.Token = r.token(KindClient, "site")
 		})
@@ -341,19 +341,19 @@ func TestPusherDeclined(t *testing.T) {
 		a := &queueServer{declines: func(line string) bool { return line == "n 2\n" }}
 		c, log := newQueueClient(t, diskSpool(), []*queueServer{a}, nil)
 		spoolOnes(t, c, 1, 2, 3)
-		if err := c.pusher.Drain(t.Context()); !errors.Is(err, errDeclined) || c.pusher.Healthy() {
+		if err := c.pusher.DrainSpool(t.Context()); !errors.Is(err, errDeclined) || c.pusher.IsHealthy() {
 			t.Errorf("got %v", err)
 		}
 		a.expect("declined", "1 2 3", "2")
 		expectSpool(t, "declined", c, 1, 2, 0)
 		// Only after a minute, and told of once.
-		c.pusher.Drain(t.Context())
+		c.pusher.DrainSpool(t.Context())
 		time.Sleep(time.Minute)
-		c.pusher.Drain(t.Context())
+		c.pusher.DrainSpool(t.Context())
 		spoolOnes(t, c, 4)
 		a.declines = nil
 		mustDrain(t, c)
-		if !c.pusher.Healthy() {
+		if !c.pusher.IsHealthy() {
 			t.Error("not ready")
 		}
 		if n := strings.Count(log.String(), "the server took no sample of a scrape"); n != 1 || c.dropped.Value(DropByServer) > 0 {
@@ -639,7 +639,7 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 		shift := int64(1000)
 		r := newSpoolRig(t, func(c *SpoolConfig) {
 			c.CorrectTimes = func(sc Scrape) Scrape {
-				text := shiftText(gunzip(t, sc.Gzip), shift)
+				text := shiftTimes(gunzip(t, sc.Gzip), shift)
 				sc.Corrected, sc.Shift, sc.Size, sc.Gzip = true, shift, len(text), Gzip(text)
 				return sc
 			}
@@ -654,7 +654,7 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 		}
 		r.fs.hook = nil
 		shift = 5000
-		r.spool.Release()
+		r.spool.ReleaseInFlight()
 		if fails {
 			r.expect("in memory", r.spool.Stats().InMemory, 2)
 			r.mustAdd(3) // which writes back what is in memory
@@ -668,7 +668,7 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 				t.Errorf("fails %v: %q, then %q", fails, gunzip(t, first[i].Gzip), gunzip(t, again[i].Gzip))
 			}
 		}
-		r.expect("the newest shift", r.spool.LastShift(), map[bool]int{false: 1000, true: 5000}[fails])
+		r.expect("the newest shift", r.spool.LastTimeShift(), map[bool]int{false: 1000, true: 5000}[fails])
 	}
 }
 
@@ -767,14 +767,14 @@ func TestSpoolNumbers(t *testing.T) {
 		wall int64 // ms
 		want uint64
 	}{
-		{1000, 1000}, {0, 1001}, {1_700_000_000, 1_700_000_000}, {1, 1_700_000_001}, {MaxSpoolNumber, 1_700_000_002}, {1_700_000_003, 1_700_000_003},
+		{1000, 1000}, {0, 1001}, {1_700_000_000, 1_700_000_000}, {1, 1_700_000_001}, {MaxScrapeNumber, 1_700_000_002}, {1_700_000_003, 1_700_000_003},
 	} {
 		r.now.Wall = tt.wall
 		r.open()
 		r.now.Wall = 0
 		r.mustAdd(1)
 		names := r.files()
-		if got := names[len(names)-1]; got != "/s/"+spoolName(tt.want) {
+		if got := names[len(names)-1]; got != "/s/"+scrapeFileName(tt.want) {
 			t.Errorf("at %d ms: %s, want %d", tt.wall, got, tt.want)
 		}
 	}
@@ -820,7 +820,7 @@ func TestSpoolDropsHeldFirst(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 4 * fileBlock })
 	r.mustAdd(1, 2, 3, 4)
 	r.nextPush(noLimits)
-	r.spool.PushFailed(false)
+	r.spool.NotePushFailed(false)
 	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{3, 3}}})
 	r.mustAdd(5)
 	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 3})
@@ -838,8 +838,8 @@ func TestSpoolDropsHeldFirst(t *testing.T) {
 // A file of another version stops the opening, which says so, and stays as it is.
 func TestSpoolOfAnotherVersion(t *testing.T) {
 	for name, want := range map[string]string{
-		spoolName(1):  "/s/" + spoolName(1) + " has a record of version 9; this program knows version 3",
-		spoolMetaName: "/s/" + spoolMetaName + " has a record of version 9; this program knows version 1",
+		scrapeFileName(1): "/s/" + scrapeFileName(1) + " has a record of version 9; this program knows version 3",
+		spoolMetaName:     "/s/" + spoolMetaName + " has a record of version 9; this program knows version 1",
 	} {
 		r := newSpoolRig(t, nil)
 		r.mustAdd(1)

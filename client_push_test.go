@@ -92,7 +92,7 @@ func TestClientOutage(t *testing.T) {
 			var down atomic.Bool
 			source := &counting{}
 			var hub *fakeHub
-			c, hub, log := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+			c, hub, log := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
 				cfg.FromClient.Transport = source
 				cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
 					if down.Load() && (name != "bad gateway" || r.URL.Path == "/authorize") {
@@ -152,7 +152,7 @@ func TestClientHangingSource(t *testing.T) {
 		source := &counting{}
 		var down atomic.Bool
 		down.Store(true)
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.FromClient = &http.Client{Transport: source}
 			cfg.ScrapeInterval = 10 * time.Second
 		})
@@ -199,7 +199,7 @@ func TestClientHangingSource(t *testing.T) {
 func TestClientPushesWithoutSource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{}
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.FromClient.Transport = source
 			cfg.ScrapeInterval = 10 * time.Second
 		})
@@ -227,7 +227,7 @@ func TestClientPushesWithoutSource(t *testing.T) {
 func TestClientScrapeInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{}
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.FromClient.Transport = source
 			cfg.ScrapeInterval = 15 * time.Second
 		})
@@ -316,7 +316,7 @@ func TestPusherRefusals(t *testing.T) {
 			c, hub, log := newSpoolClient(t, "", spool, nil)
 			sizedHub(hub, tt.limit)
 			spoolAll(t, c, tt.texts...)
-			err := c.pusher.Drain(t.Context())
+			err := c.pusher.DrainSpool(t.Context())
 			if (err != nil) != (tt.refused > 0) || c.dropped.Value(DropRefused) != tt.refused {
 				t.Errorf("%s: %v; %v samples counted as refused", tt.name, err, c.dropped.Value(DropRefused))
 			}
@@ -341,7 +341,7 @@ func TestPusherRefusals(t *testing.T) {
 // each piece once: what was delivered is not sent again.
 func TestPusherSplitsUnderRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
 		limiter := NewSiteTracker(time.Second)
 		sizedHub(hub, 6)
 		answer := hub.answer
@@ -359,7 +359,7 @@ func TestPusherSplitsUnderRateLimit(t *testing.T) {
 		spoolAll(t, c, text.String())
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 		defer cancel()
-		if err := c.pusher.Drain(ctx); err != nil || strings.Join(hub.bodies, "") != text.String() {
+		if err := c.pusher.DrainSpool(ctx); err != nil || strings.Join(hub.bodies, "") != text.String() {
 			t.Errorf("%v; %d pushes arrived of 256", err, len(hub.bodies))
 		}
 	})
@@ -394,7 +394,7 @@ func TestPusherTooManySeries(t *testing.T) {
 			spoolAll(t, c, text.String())
 			before := len(hub.at)
 			hub.bodies = nil
-			if err := c.pusher.Drain(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 1000 series") {
+			if err := c.pusher.DrainSpool(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 1000 series") {
 				t.Errorf("round %d: %v", round, err)
 			}
 			if n := strings.Count(strings.Join(hub.bodies, ""), "\n"); n != 1000 || len(hub.at)-before > 60 {
@@ -416,11 +416,11 @@ func TestPusherRetriesWhatIsNotFinal(t *testing.T) {
 			spoolAll(t, c, "a 1\n", "b 1\n")
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 			defer cancel()
-			if err := c.pusher.Drain(ctx); err == nil || c.spool.Stats().Scrapes != 2 || len(hub.at) < 10 {
+			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 2 || len(hub.at) < 10 {
 				t.Errorf("%d: %v after %d attempts; in the spool: %+v", status, err, len(hub.at), c.spool.Stats())
 			}
 			hub.answer = nil
-			if err := c.pusher.Drain(t.Context()); err != nil || strings.Join(hub.bodies, "") != "a 1\nb 1\n" {
+			if err := c.pusher.DrainSpool(t.Context()); err != nil || strings.Join(hub.bodies, "") != "a 1\nb 1\n" {
 				t.Errorf("%d: then %v, %q", status, err, hub.bodies)
 			}
 		})
@@ -434,7 +434,7 @@ func TestPusherFailsOverInABacklog(t *testing.T) {
 		var hanging atomic.Bool
 		hanging.Store(true)
 		var hub *fakeHub
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.To = []string{"https://a.example", "https://b.example", "https://c.example"}
 			cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
 				if hanging.Load() && r.URL.Host == "a.example" {
@@ -451,7 +451,7 @@ func TestPusherFailsOverInABacklog(t *testing.T) {
 			spoolAll(t, c, fmt.Sprintf("n %03d\n", i))
 		}
 		begin := time.Now()
-		if err := c.pusher.Drain(t.Context()); err != nil || hub.pushes() != n {
+		if err := c.pusher.DrainSpool(t.Context()); err != nil || hub.pushes() != n {
 			t.Errorf("%v, %d pushes", err, hub.pushes())
 		}
 		if took := time.Since(begin); took > 15*time.Minute {
@@ -466,7 +466,7 @@ func TestPusherFailsOverInABacklog(t *testing.T) {
 		}
 		time.AfterFunc(time.Minute, func() { hanging.Store(false) })
 		hub.hosts = nil
-		if err := c.pusher.Drain(t.Context()); err != nil {
+		if err := c.pusher.DrainSpool(t.Context()); err != nil {
 			t.Error(err)
 		}
 		back := slices.Index(hub.hosts, "a.example")
@@ -484,7 +484,7 @@ func TestPusherLogsHint(t *testing.T) {
 	} {
 		c, hub, log := newTestClient(t, "a 1\n", nil)
 		hub.answer = func(*http.Request) *http.Response { return respond(200, nil, tt.answer) }
-		if err := c.Once(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
+		if err := c.RunOnce(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
 			t.Errorf("%v, logged:\n%s\nwant %s", err, log, tt.want)
 		}
 		if text := metricsText(t, c.cfg.Metrics); !strings.Contains(text, `telemeter_samples_dropped_total{reason="by_server"} 1`) {
@@ -502,7 +502,7 @@ func TestPusherBelievesNoOther200(t *testing.T) {
 			spoolAll(t, c, "a 1\n")
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			if err := c.pusher.Drain(ctx); err == nil || c.spool.Stats().Scrapes != 1 || !strings.Contains(log.String(), "its answer") {
+			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 1 || !strings.Contains(log.String(), "its answer") {
 				t.Errorf("%q: %v, in the spool: %+v", body, err, c.spool.Stats())
 			}
 		})
@@ -513,7 +513,7 @@ func TestPusherBelievesNoOther200(t *testing.T) {
 // for nothing.
 func TestPusherRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
 		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 		for _, tt := range []struct {
 			after string
@@ -546,7 +546,7 @@ func TestPusherRetryAfter(t *testing.T) {
 			}
 			spoolAll(t, c, "a 1\n")
 			begin := time.Now()
-			if err := c.pusher.Drain(t.Context()); err != nil {
+			if err := c.pusher.DrainSpool(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			least, most := tt.want, 2*tt.want // sites that were refused together come back apart
@@ -567,7 +567,7 @@ func TestPusherRetryAfter(t *testing.T) {
 // A line that is too slow for a large push within a timeout gets smaller ones.
 func TestPusherSlowLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientState) { cfg.To = cfg.To[:1] })
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
 		one := len(Gzip([]byte("n 10\n")))
 		c.pusher.cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
 			select { // ten seconds for each scrape
@@ -583,7 +583,7 @@ func TestPusherSlowLine(t *testing.T) {
 		start := time.Now()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
-		if err := c.pusher.Drain(ctx); err != nil || !slices.Equal(hub.received(), upTo(60)) {
+		if err := c.pusher.DrainSpool(ctx); err != nil || !slices.Equal(hub.received(), upTo(60)) {
 			t.Errorf("%v after %v: received %v", err, time.Since(start), hub.received())
 		}
 	})
@@ -594,7 +594,7 @@ func TestClientPhaseOfSlewedClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{}
 		start := time.Now()
-		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.FromClient.Transport = source
 			cfg.Now = func() time.Time { now := time.Now(); return now.Add(-now.Sub(start) / 2000) }
 		})
@@ -611,7 +611,7 @@ func TestClientDiskFull(t *testing.T) {
 		spool := diskSpool()
 		disk := spool.FS.(*crashFS)
 		source := &counting{}
-		c, hub, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientState) { cfg.FromClient.Transport = source })
+		c, hub, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.FromClient.Transport = source })
 		hub.tellsTime = true // so that times are final from the second scrape on
 		var down atomic.Bool
 		down.Store(true)
@@ -675,7 +675,7 @@ func TestPusherWaitsForSpool(t *testing.T) {
 		name, unread string
 		meanwhile    []int
 	}{
-		{"all", ".log", nil}, {"one", spoolName(946684800_000), []int{2, 3}}, // numbers begin at the clock's milliseconds
+		{"all", ".log", nil}, {"one", scrapeFileName(946684800_000), []int{2, 3}}, // numbers begin at the clock's milliseconds
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			spool := diskSpool()
@@ -685,22 +685,22 @@ func TestPusherWaitsForSpool(t *testing.T) {
 			disk.hook = failOn("read", tt.unread, 0, errDisk)
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 			defer cancel()
-			if err := c.pusher.Drain(ctx); !errors.Is(err, errDisk) {
+			if err := c.pusher.DrainSpool(ctx); !errors.Is(err, errDisk) {
 				t.Errorf("%s: ended with %v", tt.name, err)
 			}
-			if got := hub.received(); !slices.Equal(got, tt.meanwhile) || c.pusher.Healthy() {
+			if got := hub.received(); !slices.Equal(got, tt.meanwhile) || c.pusher.IsHealthy() {
 				t.Errorf("%s: received %v meanwhile", tt.name, got)
 			}
 			if n := c.spoolErrors.Value(); n < 15 || n > 50 || strings.Count(log.String(), "\n") > 50 || !strings.Contains(log.String(), "spool failed; scrapes are kept") {
 				t.Errorf("%s: %v errors counted, log:\n%s", tt.name, n, log)
 			}
 			disk.hook = readFault{2, errDisk}.hook("read", tt.unread)
-			if err := c.pusher.Drain(t.Context()); err != nil {
+			if err := c.pusher.DrainSpool(t.Context()); err != nil {
 				t.Errorf("%s: %v", tt.name, err)
 			}
 			got := hub.received()
 			slices.Sort(got)
-			if !slices.Equal(got, upTo(3)) || !c.pusher.Healthy() || c.dropped.Value(DropSpoolDamaged) > 0 || len(spoolFiles(disk)) > 0 {
+			if !slices.Equal(got, upTo(3)) || !c.pusher.IsHealthy() || c.dropped.Value(DropSpoolDamaged) > 0 || len(spoolFiles(disk)) > 0 {
 				t.Errorf("%s: received %v, %v samples counted as dropped, files %q", tt.name, got, c.dropped.Value(DropSpoolDamaged), spoolFiles(disk))
 			}
 		})
@@ -711,7 +711,7 @@ func TestClientOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		spool := diskSpool()
 		broken := false
-		c, hub, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			source := &counting{}
 			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
 				if broken {
@@ -723,18 +723,18 @@ func TestClientOnce(t *testing.T) {
 		hub.answer = func(*http.Request) *http.Response { return respond(503, nil, "") }
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		err := c.Once(ctx)
+		err := c.RunOnce(ctx)
 		if err == nil || !strings.Contains(err.Error(), "destination: ") || !strings.Contains(err.Error(), "scrapes kept in the spool: 1,") {
 			t.Errorf("got %v", err)
 		}
 		// The next delivers both; and one that cannot scrape delivers all the same.
 		hub.answer = nil
-		if err := c.Once(t.Context()); err != nil || !slices.Equal(hub.received(), upTo(2)) {
+		if err := c.RunOnce(t.Context()); err != nil || !slices.Equal(hub.received(), upTo(2)) {
 			t.Errorf("%v, received %v", err, hub.received())
 		}
 		spoolAll(t, c, "n 3\n")
 		broken = true
-		if err := c.Once(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "source: ") || !slices.Equal(hub.received(), upTo(3)) {
+		if err := c.RunOnce(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "source: ") || !slices.Equal(hub.received(), upTo(3)) {
 			t.Errorf("%v, received %v", err, hub.received())
 		}
 	})
@@ -747,7 +747,7 @@ func TestClientShowsWhatWasSent(t *testing.T) {
 		fmt.Fprintf(&text, "m%d{x=\"%x\"} 1 5\n", i, ClusterIDHash(fmt.Sprint(i)))
 	}
 	from := text.String()
-	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 		cfg.LimitBytes = 4 << 10
 		cfg.From, _ = url.Parse("http://source.example/metrics")
 		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return respond(200, nil, from), nil })
@@ -756,7 +756,7 @@ func TestClientShowsWhatWasSent(t *testing.T) {
 	for _, want := range []string{"", text.String(), "z 1 7\n"} {
 		if want != "" {
 			from = want
-			if err := c.Once(t.Context()); err != nil {
+			if err := c.RunOnce(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -37,20 +37,20 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.spool.Stats().InMemory > 0 {
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), finalPushTimeout)
 		defer cancel()
-		c.pusher.Drain(last) // logs what fails
+		c.pusher.DrainSpool(last) // logs what fails
 	}
 	return nil
 }
 
-// Once scrapes once, and delivers all that is spooled, retrying until ctx ends.
+// RunOnce scrapes once, and delivers all that is spooled, retrying until ctx ends.
 // Failures are logged and counted, and returned. Each begins with the name of the part that
 // failed: source, spool or destination.
-func (c *Client) Once(ctx context.Context) error {
+func (c *Client) RunOnce(ctx context.Context) error {
 	err := c.scrapeAndSpool(ctx)
 	if err != nil {
 		err = fmt.Errorf("source: %w", err)
 	}
-	if e := c.pusher.Drain(ctx); e != nil {
+	if e := c.pusher.DrainSpool(ctx); e != nil {
 		st, part := c.spool.Stats(), "destination"
 		if errors.Is(e, ErrSpoolRead) {
 			part = "spool"
@@ -60,8 +60,8 @@ func (c *Client) Once(ctx context.Context) error {
 	return err
 }
 
-// scrapeLoop scrapes at its phase, and sends to due when a scrape starts a push.
-func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
+// scrapeLoop scrapes at its phase, and sends to pushDue when a scrape starts a push.
+func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	var warned, nextPush time.Time
 	wait := rand.N(firstJitter)
 	for {
@@ -75,9 +75,9 @@ func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
 		}
 		if c.scrapeAndSpool(ctx) == nil {
 			var starts bool
-			if starts, nextPush = c.startsPush(begin, nextPush); starts {
+			if starts, nextPush = c.scrapeStartsPush(begin, nextPush); starts {
 				select {
-				case due <- struct{}{}:
+				case pushDue <- struct{}{}:
 				default:
 				}
 			}
@@ -90,29 +90,29 @@ func (c *Client) scrapeLoop(ctx context.Context, due chan<- struct{}) {
 	}
 }
 
-// startsPush reports whether the scrape that began at begin starts a push, the next one of which
+// scrapeStartsPush reports whether the scrape that began at begin starts a push, the next one of which
 // is due at nextPush, and returns when the one after is due. The first scrape starts a push at
 // any time; after it, the scrape nearest to nextPush does.
-func (c *Client) startsPush(begin, nextPush time.Time) (starts bool, next time.Time) {
-	half := begin.Add(c.cfg.ScrapeInterval / 2)
+func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, pushAfter time.Time) {
+	half := scrapeBegin.Add(c.cfg.ScrapeInterval / 2)
 	switch {
 	case nextPush.IsZero():
-		return true, begin.Add(c.untilNextPhase(begin, c.cfg.Interval))
+		return true, scrapeBegin.Add(c.untilNextPhase(scrapeBegin, c.cfg.Interval))
 	case half.Before(nextPush):
 		return false, nextPush
 	}
 	return true, half.Add(c.untilNextPhase(half, c.cfg.Interval))
 }
 
-// deliverLoop delivers when due receives. It also delivers at the phase of pushes by itself, so
+// deliverLoop delivers when pushDue receives. It also delivers at the phase of pushes by itself, so
 // that a source that hangs does not delay the scrapes in the spool.
-func (c *Client) deliverLoop(ctx context.Context, due <-chan struct{}) {
+func (c *Client) deliverLoop(ctx context.Context, pushDue <-chan struct{}) {
 	for {
 		wait := c.untilNextPhase(c.cfg.Now().Add(-pushGrace), c.cfg.Interval)
-		if _, ok := Sleep(ctx, wait, due); !ok {
+		if _, ok := Sleep(ctx, wait, pushDue); !ok {
 			return
 		}
-		c.pusher.Drain(ctx) // logs what fails
+		c.pusher.DrainSpool(ctx) // logs what fails
 	}
 }
 
@@ -148,7 +148,7 @@ func (c *Client) scrapeAndSpool(ctx context.Context) error {
 		c.cfg.Log.Info("source works again", "failed", c.sourceFailures)
 		c.sourceFailures = 0
 	}
-	got.Shift, got.ShiftKnown = c.sourceClock.Shift(got.At, got.SourceTime)
+	got.Shift, got.ShiftKnown = c.sourceClock.NextShift(got.At, got.SourceTime)
 	c.addToSpool(got)
 	return nil
 }
@@ -164,9 +164,9 @@ func (c *Client) logSourceFailure(ctx context.Context, err error) {
 
 // addToSpool spools a scrape, in pieces if limits need it, and logs when the spool begins or ends
 // to fail.
-func (c *Client) addToSpool(got *ScrapeResult) {
+func (c *Client) addToSpool(got *CleanedScrape) {
 	var err error
-	for _, piece := range c.cutToLimits(got, got.List.Samples) {
+	for _, piece := range c.renderPieces(got, got.List.Samples) {
 		err = errors.Join(err, c.spool.Add(piece))
 	}
 	switch {

@@ -1,7 +1,7 @@
 package main
 
 // One scrape of the source: request, decoding, cleaning, and the text that is pushed. Nothing
-// leaves that the Cleaner did not pass. Times are of the source's clock.
+// leaves that the ClientCleaner did not pass. Times are of the source's clock.
 
 import (
 	"bytes"
@@ -22,8 +22,8 @@ const (
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
 )
 
-// ScrapeResult has the samples of a scrape, cleaned.
-type ScrapeResult struct {
+// CleanedScrape has the samples of a scrape, cleaned.
+type CleanedScrape struct {
 	List       SampleList
 	At         Moment // when the source answered
 	SourceTime int64  // what its clock showed then, in ms since the epoch
@@ -32,7 +32,7 @@ type ScrapeResult struct {
 }
 
 // AppendText appends the text exposition of samples of the scrape, as it is pushed.
-func (sr *ScrapeResult) AppendText(b []byte, samples []Sample) []byte {
+func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
 	for _, s := range samples {
 		b = AppendSample(b, sr.List.Line(s), s.T+sr.Shift, s.V)
 	}
@@ -41,7 +41,7 @@ func (sr *ScrapeResult) AppendText(b []byte, samples []Sample) []byte {
 
 // Scrape gets and cleans the samples of the source. Samples without a time get that
 // of the scrape's begin, by the source's clock as all others.
-func (c *Client) Scrape(ctx context.Context) (*ScrapeResult, error) {
+func (c *Client) Scrape(ctx context.Context) (*CleanedScrape, error) {
 	begin := c.cfg.Now()
 	got, err := c.scrape(ctx, begin)
 	c.scrapeSeconds.Observe(c.cfg.Now().Sub(begin).Seconds())
@@ -54,7 +54,7 @@ func (c *Client) Scrape(ctx context.Context) (*ScrapeResult, error) {
 	return got, nil
 }
 
-func (c *Client) scrape(ctx context.Context, begin time.Time) (*ScrapeResult, error) {
+func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, error) {
 	req, cleaner, err := c.scrapeRequest(ctx, c.state.Load())
 	if err != nil {
 		return nil, fmt.Errorf("scraping: %w", err)
@@ -64,8 +64,8 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*ScrapeResult, er
 		return nil, fmt.Errorf("scraping: %w", err)
 	}
 	defer resp.Body.Close()
-	got := &ScrapeResult{At: c.moment()}
-	c.sourceSkew = updateSkew(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
+	got := &CleanedScrape{At: c.moment()}
+	c.sourceSkew = skewByDate(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
 	got.SourceTime = max(0, got.At.Wall+c.sourceSkew)
 	body, format, err := readScrape(resp)
 	if err == nil {
@@ -77,9 +77,9 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*ScrapeResult, er
 	return got, nil
 }
 
-// scrapeRequest returns the request of a scrape, and the Cleaner for its samples. A /federate
-// selects series itself, which saves it the rest; otherwise the Cleaner does.
-func (c *Client) scrapeRequest(ctx context.Context, st *ClientState) (*http.Request, *Cleaner, error) {
+// scrapeRequest returns the request of a scrape, and the ClientCleaner for its samples. A /federate
+// selects series itself, which saves it the rest; otherwise the ClientCleaner does.
+func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*http.Request, *ClientCleaner, error) {
 	cleaner := st.NewCleaner()
 	u := *c.cfg.From
 	if strings.HasSuffix(u.Path, "/federate") {
@@ -124,8 +124,8 @@ func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 }
 
 // decodeAndClean adds the samples in body to list, as far as cleaner lets them pass, and counts.
-// Samples without a time get defaultTime.
-func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *Cleaner, defaultTime int64) error {
+// Samples without a time get defaultMs.
+func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *ClientCleaner, defaultMs int64) error {
 	var d Decoder
 	n := 0
 	var invalid error
@@ -134,7 +134,7 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 		drop := cleaner.Clean(r)
 		if drop == "" {
 			if !r.HasT {
-				r.T = defaultTime
+				r.T = defaultMs
 			}
 			if err := list.Add(r); err != nil {
 				drop, invalid = DropInvalid, err
@@ -158,44 +158,43 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 	return nil
 }
 
-// updateSkew returns by how many ms the source's clock is ahead of this machine's, by the Date of
+// skewByDate returns by how many ms the source's clock is ahead of this machine's, by the Date of
 // its answer; 0 if there is none. It stays as before while Date differs from that by no more than
 // truncation to seconds and the way here explain, so that the times of samples that have none do
 // not jump to and fro.
-func updateSkew(date string, wall, before int64) int64 {
+func skewByDate(date string, wallMs, oldSkew int64) int64 {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {
 		return 0
 	}
-	skew := t.UnixMilli() - wall
-	if changed := skew - before; max(changed, -changed) > skewTolerance.Milliseconds() {
+	skew := t.UnixMilli() - wallMs
+	if changed := skew - oldSkew; max(changed, -changed) > skewTolerance.Milliseconds() {
 		return skew
 	}
-	return before
+	return oldSkew
 }
 
 // correctTimes returns a scrape, which was spooled before any server was heard, with corrected
 // times. It keeps Number.
 func (c *Client) correctTimes(sc Scrape) Scrape {
 	sc.Corrected = true
-	sc.Shift, _ = c.sourceClock.Shift(sc.At, sc.SourceTime)
+	sc.Shift, _ = c.sourceClock.NextShift(sc.At, sc.SourceTime)
 	if sc.Shift == 0 {
 		return sc
 	}
-	var unpack Decompressor
-	text, _, err := unpack.Decompress(sc.Gzip, "gzip", sc.Size)
+	text, err := sc.Text()
 	if err != nil { // never: the spool has checked it
 		sc.Shift = 0
 		return sc
 	}
-	text = shiftText(text, sc.Shift)
+	text = shiftTimes(text, sc.Shift)
 	sc.Size, sc.Gzip = len(text), Gzip(text)
 	return sc
 }
 
-// cutToLimits renders samples of a scrape as one piece, or as several if the limits
+// renderPieces renders samples of a scrape as one piece, or as several if the limits
 // need it. A series that alone is over them is dropped.
-func (c *Client) cutToLimits(got *ScrapeResult, samples []Sample) []Scrape {
+func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
 	text := got.AppendText(nil, samples)
 	if int64(len(text)) <= MaxDecodedFactor*limit {
@@ -208,12 +207,12 @@ func (c *Client) cutToLimits(got *ScrapeResult, samples []Sample) []Scrape {
 		c.cfg.Log.Warn("a series that does not fit --limit-bytes was dropped", "bytes", len(text))
 		return nil
 	}
-	return append(c.cutToLimits(got, samples[:len(samples)/2]), c.cutToLimits(got, samples[len(samples)/2:])...)
+	return append(c.renderPieces(got, samples[:len(samples)/2]), c.renderPieces(got, samples[len(samples)/2:])...)
 }
 
-// shiftText returns text exposition, as AppendText renders it, with all times shifted. A line
+// shiftTimes returns text exposition, as AppendText renders it, with all times shifted. A line
 // without a time stays as it is.
-func shiftText(text []byte, ms int64) []byte {
+func shiftTimes(text []byte, ms int64) []byte {
 	out := make([]byte, 0, len(text)+len(text)/16)
 	for line := range bytes.Lines(text) {
 		end := bytes.LastIndexByte(line, ' ')

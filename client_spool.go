@@ -21,7 +21,7 @@ const (
 	maxMemoryOnly   = 64 << 20 // bytes kept in memory without a directory
 	entryOverhead   = 256      // bytes of memory of a scrape beside its gzip
 	maxFlush        = 8        // scrapes in memory that are written with each that follows
-	maxReadFailures = 2        // files that fail in one NextPush, because each takes long
+	maxReadFailures = 2        // files that fail in one BeginPush, because each takes long
 )
 
 // Reasons for which a spool drops scrapes.
@@ -61,25 +61,25 @@ type Spool struct {
 	unlock     func() error
 	nextNumber uint64 // of the next scrape; for Add's goroutine
 
-	// For NextPush's goroutine.
+	// For BeginPush's goroutine.
 	asideFiles      []string  // names of files set aside, oldest first
-	readFrom        uint64    // NextPush reads no file of a lower number, because reading it failed
+	readFrom        uint64    // BeginPush reads no file of a lower number, because reading it failed
 	meta, savedMeta spoolMeta // the spool's record, now and on disk
 	metaUnsaved     bool      // the last write of it failed
 
-	mu   sync.Mutex // guards plan; never held across I/O
-	plan spoolPlan
+	mu    sync.Mutex // guards plan; never held across I/O
+	index spoolIndex
 }
 
-// initNumbers chooses the next number, and an ID if there is none. Servers know scrapes by
+// initIDAndNumber chooses the next number, and an ID if there is none. Servers know scrapes by
 // them, so a number must not come twice under one ID, not even if the spool is empty or its
 // directory was restored from an old copy. Numbers follow the wall clock in ms, which is
 // ahead of all numbers as long as there are fewer scrapes than milliseconds. A clock that is
 // behind the spool's record was reset and says nothing of the numbers used: then the spool
 // gets a new ID, under which nothing was sent yet.
-func (s *Spool) initNumbers() {
+func (s *Spool) initIDAndNumber() {
 	now := s.cfg.Now()
-	if ms := uint64(max(0, now.Wall)); ms < MaxSpoolNumber {
+	if ms := uint64(max(0, now.Wall)); ms < MaxScrapeNumber {
 		s.nextNumber = max(s.nextNumber, ms)
 	}
 	if now.Wall < s.meta.At.Wall {
@@ -97,7 +97,7 @@ func (s *Spool) initNumbers() {
 // disk the scrape is held in memory until the disk works again. The oldest scrapes are dropped
 // as the limits require.
 func (s *Spool) Add(sc Scrape) error {
-	if err := sc.check(); err != nil {
+	if err := sc.checkFields(); err != nil {
 		s.cfg.OnDrop(DropSpoolDamaged, 1, sc.Samples)
 		return fmt.Errorf("spooling: %w", err)
 	}
@@ -111,7 +111,7 @@ func (s *Spool) Add(sc Scrape) error {
 			s.cfg.OnDrop(DropSpoolFull, 1, sc.Samples)
 			return nil
 		}
-		if e.footprint, err = s.store(&sc); err == nil {
+		if e.footprint, err = s.storeScrape(&sc); err == nil {
 			e.Gzip = nil
 		}
 	}
@@ -123,7 +123,7 @@ func (s *Spool) Add(sc Scrape) error {
 		}
 	}
 	s.mu.Lock()
-	s.plan.add(e)
+	s.index.add(e)
 	s.mu.Unlock()
 	if !e.inMemory() {
 		s.flushMemory()
@@ -139,26 +139,26 @@ func memoryFootprint(sc *Scrape) int64 { return int64(len(sc.Gzip)) + entryOverh
 func (s *Spool) flushMemory() {
 	for range maxFlush {
 		s.mu.Lock()
-		i := slices.IndexFunc(s.plan.entries, func(e spoolEntry) bool { return e.inMemory() })
+		i := slices.IndexFunc(s.index.entries, func(e spoolEntry) bool { return e.inMemory() })
 		if i < 0 {
 			s.mu.Unlock()
 			return
 		}
-		e, room := s.plan.entries[i], s.cfg.Limit-s.plan.diskBytes
+		e, room := s.index.entries[i], s.cfg.Limit-s.index.diskBytes
 		s.mu.Unlock()
 		if s.maxFileSize(&e.Scrape) > room { // nothing newer is dropped for it
 			return
 		}
-		footprint, err := s.store(&e.Scrape)
+		footprint, err := s.storeScrape(&e.Scrape)
 		if err != nil {
 			return // the next Add returns the error
 		}
 		stored := e
 		stored.Gzip, stored.footprint = nil, footprint
 		s.mu.Lock()
-		now := s.plan.find(e.Number)
+		now := s.index.find(e.Number)
 		if now != nil && now.Corrected == e.Corrected { // else its times were corrected meanwhile
-			s.plan.update(&stored)
+			s.index.updateStoredScrape(&stored)
 		}
 		s.mu.Unlock()
 		if now == nil { // it was removed meanwhile
@@ -170,10 +170,10 @@ func (s *Spool) flushMemory() {
 
 // makeRoom drops scrapes until size more bytes fit into memory, or on disk, and reports whether
 // they can fit at all.
-func (s *Spool) makeRoom(size int64, memory bool) bool {
-	limit, used := s.cfg.Limit, &s.plan.diskBytes
-	if memory {
-		limit, used = maxSpoolMemory, &s.plan.memoryBytes
+func (s *Spool) makeRoom(size int64, inMemory bool) bool {
+	limit, used := s.cfg.Limit, &s.index.diskBytes
+	if inMemory {
+		limit, used = maxSpoolMemory, &s.index.memoryBytes
 		if s.cfg.Dir == "" {
 			limit = min(s.cfg.Limit, maxMemoryOnly)
 		}
@@ -181,7 +181,7 @@ func (s *Spool) makeRoom(size int64, memory bool) bool {
 	if size > limit {
 		return false
 	}
-	s.drop(DropSpoolFull, func(e *spoolEntry) bool { return *used+size > limit && e.inMemory() == memory })
+	s.drop(DropSpoolFull, func(e *spoolEntry) bool { return *used+size > limit && e.inMemory() == inMemory })
 	return true
 }
 
@@ -191,11 +191,11 @@ func (s *Spool) dropExpired() {
 	s.drop(DropSpoolOld, func(e *spoolEntry) bool { return now.Since(e.At) > s.cfg.MaxAge })
 }
 
-// drop drops the scrapes that match, see spoolPlan.drop. Only those that no server holds are
+// drop drops the scrapes that match, see spoolIndex.drop. Only those that no server holds are
 // reported under this reason; the rest is no loss.
 func (s *Spool) drop(reason string, match func(*spoolEntry) bool) {
 	s.mu.Lock()
-	held, lost := s.plan.drop(match)
+	held, lost := s.index.drop(match)
 	s.mu.Unlock()
 	s.reportDrop(DropSpoolHeld, held)
 	s.reportDrop(reason, lost)
@@ -213,26 +213,26 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 }
 
 // NextStep returns what to do next, and for how long to wait first if that is StepWait.
-func (s *Spool) NextStep() (SpoolStep, time.Duration) {
+func (s *Spool) NextStep() (DrainStep, time.Duration) {
 	s.dropExpired()
 	now := s.cfg.Now().Boot
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.plan.nextStep(now)
+	return s.index.nextStep(now)
 }
 
-// NextPush returns the scrapes of the next push: within limits, but at least one, with corrected
+// BeginPush returns the scrapes of the next push: within limits, but at least one, with corrected
 // times. It returns none if nothing is to be pushed now. The error is ErrSpoolRead if there are
 // scrapes to push and none of them can be read; they stay for a later call. The scrapes are in
-// flight until ApplyAnswer, PushFailed, Reject, Release or the next call of this method.
-func (s *Spool) NextPush(l PushLimits) ([]Scrape, error) {
-	s.Release()
+// flight until ApplyAnswer, NotePushFailed, SetInFlightAside, ReleaseInFlight or the next call of this method.
+func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
+	s.ReleaseInFlight()
 	s.dropExpired()
 	var firstErr error
 	for failures := 0; ; {
 		now := s.cfg.Now().Boot
 		s.mu.Lock()
-		picked := s.plan.pickPush(now, l, func(e *spoolEntry) bool {
+		picked := s.index.beginPush(now, l, func(e *spoolEntry) bool {
 			return e.inMemory() || failures < maxReadFailures && e.Number >= s.readFrom
 		})
 		s.mu.Unlock()
@@ -264,13 +264,13 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 		lost := false
 		if !e.inMemory() {
 			var loaded spoolEntry
-			if loaded, _, err = s.load(e.Number, true); err == nil {
+			if loaded, _, err = s.loadScrape(e.Number, true); err == nil {
 				e.Scrape = loaded.Scrape
 			}
 			lost = isScrapeLost(err)
 		}
 		if err == nil {
-			err = s.correctTimes(&e)
+			err = s.correctAndStore(&e)
 		}
 		switch {
 		case err == nil:
@@ -280,7 +280,7 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 			s.dropDamaged(e.Number)
 			err = nil
 		default:
-			s.releaseFrom(e.Number)
+			s.releaseInFlightFrom(e.Number)
 			if len(scrapes) == 0 {
 				s.readFrom = e.Number + 1
 			}
@@ -292,14 +292,14 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 
 // dropDamaged drops the scrape of a file that is damaged or gone.
 func (s *Spool) dropDamaged(number uint64) {
-	s.setAside(number, spoolDamaged)
+	s.setFileAside(number, spoolDamaged)
 	s.reportDrop(DropSpoolDamaged, s.removeIf(func(e *spoolEntry) bool { return e.Number == number }))
 }
 
-// correctTimes corrects the times of a scrape that was loaded, durably: whenever it is sent
+// correctAndStore corrects the times of a scrape that was loaded, durably: whenever it is sent
 // again, after a crash too, it has the same times. If the disk fails, the scrape is held in
 // memory; if there is no room for that, the error is the disk's and the scrape has to wait.
-func (s *Spool) correctTimes(e *spoolEntry) error {
+func (s *Spool) correctAndStore(e *spoolEntry) error {
 	if e.Corrected || s.cfg.CorrectTimes == nil {
 		return nil
 	}
@@ -307,23 +307,23 @@ func (s *Spool) correctTimes(e *spoolEntry) error {
 	e.gzipSize, e.footprint = len(e.Gzip), memoryFootprint(&e.Scrape)
 	kept := *e
 	s.mu.Lock()
-	old := s.plan.find(e.Number)
+	old := s.index.find(e.Number)
 	onDisk := old != nil && !old.inMemory()
 	s.mu.Unlock()
 	var err error
 	if onDisk {
 		// Nobody else writes this file: flushMemory writes what is in memory.
 		var footprint int64
-		if footprint, err = s.store(&e.Scrape); err == nil {
+		if footprint, err = s.storeScrape(&e.Scrape); err == nil {
 			kept.Gzip, kept.footprint = nil, footprint
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && s.plan.memoryBytes+kept.footprint > maxSpoolMemory {
+	if err != nil && s.index.memoryBytes+kept.footprint > maxSpoolMemory {
 		return err
 	}
-	s.plan.update(&kept)
+	s.index.updateStoredScrape(&kept)
 	return nil
 }
 
@@ -331,15 +331,15 @@ func (s *Spool) correctTimes(e *spoolEntry) error {
 func (s *Spool) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.plan.removeIf(match)
+	return s.index.removeIf(match)
 }
 
 // ApplyAnswer notes what a server answered to the push in flight, or to a question, and removes the
 // scrapes that are done.
-func (s *Spool) ApplyAnswer(a SpoolAnswer) SpoolOutcome {
+func (s *Spool) ApplyAnswer(a SpoolAnswer) PushOutcome {
 	now := s.cfg.Now()
 	s.mu.Lock()
-	done, out := s.plan.applyAnswer(now.Boot, a)
+	done, out := s.index.applyAnswer(now.Boot, a)
 	s.mu.Unlock()
 	s.removeFiles(done)
 	if a.KnowsSpools {
@@ -349,41 +349,41 @@ func (s *Spool) ApplyAnswer(a SpoolAnswer) SpoolOutcome {
 	return out
 }
 
-// RetryNow ends the pause after which scrapes that a server declined are pushed again.
-func (s *Spool) RetryNow(numbers Ranges) {
+// ClearRetryPause ends the pause after which scrapes that a server declined are pushed again.
+func (s *Spool) ClearRetryPause(numbers Ranges) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range s.plan.entries {
-		if e := &s.plan.entries[i]; numbers.Has(e.Number) {
+	for i := range s.index.entries {
+		if e := &s.index.entries[i]; numbers.Has(e.Number) {
 			e.retryAt = 0
 		}
 	}
 }
 
-// PushFailed notes an attempt that failed. Unless nothingStored, the server may have stored the
+// NotePushFailed notes an attempt that failed. Unless nothingStored, the server may have stored the
 // scrapes in flight; they are not pushed again until a server says what it holds.
-func (s *Spool) PushFailed(nothingStored bool) {
+func (s *Spool) NotePushFailed(nothingStored bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.plan.pushFailed(nothingStored)
+	s.index.notePushFailed(nothingStored)
 }
 
-// Reject removes the scrape in flight, one, because no server accepts it. Its file is set aside.
-func (s *Spool) Reject() {
+// SetInFlightAside removes the scrape in flight, one, because no server accepts it. Its file is set aside.
+func (s *Spool) SetInFlightAside() {
 	e := s.removeIf((*spoolEntry).isInFlight)[0]
 	if s.cfg.Dir != "" && !e.inMemory() {
-		s.setAside(e.Number, spoolRefused)
+		s.setFileAside(e.Number, spoolRefused)
 	}
 }
 
-// Release ends a push that was not sent: its scrapes stay as they were.
-func (s *Spool) Release() { s.releaseFrom(0) }
+// ReleaseInFlight ends a push that was not sent: its scrapes stay as they were.
+func (s *Spool) ReleaseInFlight() { s.releaseInFlightFrom(0) }
 
-// releaseFrom releases the scrapes of this number and above.
-func (s *Spool) releaseFrom(number uint64) {
+// releaseInFlightFrom releases the scrapes of this number and above.
+func (s *Spool) releaseInFlightFrom(number uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.plan.releaseFrom(number)
+	s.index.releaseInFlightFrom(number)
 }
 
 // ID returns the ID by which servers know the spool, which is not 0.
@@ -401,23 +401,23 @@ func (s *Spool) UnreadByConsumersFor() time.Duration {
 	now := s.cfg.Now().Boot
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	since, ok := s.plan.unreadSince()
+	since, ok := s.index.unreadSince()
 	if !ok {
 		return 0
 	}
 	return time.Duration(now-since) * time.Millisecond
 }
 
-// LastShift returns by how many ms the times of the newest corrected scrape were shifted.
-func (s *Spool) LastShift() (shift int64) {
+// LastTimeShift returns by how many ms the times of the newest corrected scrape were shifted.
+func (s *Spool) LastTimeShift() (ms int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range s.plan.entries {
-		if e := &s.plan.entries[i]; e.Corrected {
-			shift = e.Shift
+	for i := range s.index.entries {
+		if e := &s.index.entries[i]; e.Corrected {
+			ms = e.Shift
 		}
 	}
-	return shift
+	return ms
 }
 
 // Stats returns what the spool holds.
@@ -425,9 +425,9 @@ func (s *Spool) Stats() (st SpoolStats) {
 	now := s.cfg.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st.Scrapes, st.Bytes = len(s.plan.entries), s.plan.diskBytes+s.plan.memoryBytes
-	for i := range s.plan.entries {
-		e := &s.plan.entries[i]
+	st.Scrapes, st.Bytes = len(s.index.entries), s.index.diskBytes+s.index.memoryBytes
+	for i := range s.index.entries {
+		e := &s.index.entries[i]
 		if e.inMemory() && e.knownState() == ScrapeUndelivered {
 			st.InMemory++
 		}
@@ -442,15 +442,15 @@ func (s *Spool) Stats() (st SpoolStats) {
 // Close writes the scrapes in memory to the disk, if that works again, and unlocks the directory.
 // It reports the scrapes that go to OnDrop; those that no server holds are lost.
 func (s *Spool) Close() error {
-	s.Release()
+	s.ReleaseInFlight()
 	var errs []error
 	var held, lost []spoolEntry
-	for _, e := range s.plan.entries {
+	for _, e := range s.index.entries {
 		if !e.inMemory() {
 			continue
 		}
 		if s.cfg.Dir != "" {
-			_, err := s.store(&e.Scrape)
+			_, err := s.storeScrape(&e.Scrape)
 			if err == nil {
 				continue
 			}

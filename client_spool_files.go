@@ -38,12 +38,12 @@ func isScrapeLost(err error) bool {
 	return errors.Is(err, errSpoolFileDamaged) || errors.Is(err, fs.ErrNotExist)
 }
 
-func spoolName(number uint64) string {
+func scrapeFileName(number uint64) string {
 	return fmt.Sprintf("%0*d%s", spoolDigits, number, LogSuffix)
 }
 
-// parseSpoolName returns the number in a name and what follows LogSuffix.
-func parseSpoolName(name string) (number uint64, rest string, ok bool) {
+// parseScrapeFileName returns the number in a name and what follows LogSuffix.
+func parseScrapeFileName(name string) (number uint64, rest string, ok bool) {
 	digits, rest, found := strings.Cut(name, LogSuffix)
 	number, err := strconv.ParseUint(digits, 10, 64)
 	return number, rest, found && err == nil && len(digits) == spoolDigits
@@ -65,7 +65,7 @@ func (s *Spool) maxFileSize(sc *Scrape) int64 {
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{cfg: cfg, nextNumber: 1, unlock: func() error { return nil }}
 	if cfg.Dir == "" {
-		s.initNumbers()
+		s.initIDAndNumber()
 		return s, nil
 	}
 	if _, real := cfg.FS.(DiskFS); real {
@@ -78,14 +78,14 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	if err := s.recover(); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening spool: %w", err), s.unlock())
 	}
-	s.initNumbers()
+	s.initIDAndNumber()
 	s.saveMeta()
 	return s, nil
 }
 
 // recover reads the directory.
 func (s *Spool) recover() error {
-	numbers, err := s.listFiles()
+	numbers, err := s.scanDir()
 	if err != nil {
 		return err
 	}
@@ -93,11 +93,11 @@ func (s *Spool) recover() error {
 		return err
 	}
 	for _, number := range numbers {
-		e, identity, err := s.load(number, false)
+		e, identity, err := s.loadScrape(number, false)
 		switch {
 		case isScrapeLost(err):
 			s.cfg.OnError(err)
-			s.setAside(number, spoolDamaged)
+			s.setFileAside(number, spoolDamaged)
 		case err != nil:
 			return err
 		case identity != s.cfg.ClusterID:
@@ -105,15 +105,15 @@ func (s *Spool) recover() error {
 				s.cfg.Dir, identity, s.cfg.ClusterID)
 		default:
 			e.Gzip, e.uncertain = nil, true
-			s.plan.add(e)
+			s.index.add(e)
 		}
 	}
 	return nil
 }
 
-// listFiles returns the numbers of the scrapes in the directory, in their order. It notes the
+// scanDir returns the numbers of the scrapes in the directory, in their order. It notes the
 // highest number and the files set aside, and removes what a crash left of unfinished writes.
-func (s *Spool) listFiles() (numbers []uint64, err error) {
+func (s *Spool) scanDir() (numbers []uint64, err error) {
 	// ListLogs syncs the directory: what a killed process renamed is durable from here on.
 	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
 		return nil, err
@@ -124,7 +124,7 @@ func (s *Spool) listFiles() (numbers []uint64, err error) {
 	}
 	for _, e := range list {
 		name := e.Name()
-		number, rest, ok := parseSpoolName(name)
+		number, rest, ok := parseScrapeFileName(name)
 		if !ok || !e.Type().IsRegular() {
 			continue
 		}
@@ -145,10 +145,10 @@ func (s *Spool) listFiles() (numbers []uint64, err error) {
 	return numbers, nil
 }
 
-// load reads the file of a scrape. With withText it checks the text too, and the entry has the
+// loadScrape reads the file of a scrape. With withText it checks the text too, and the entry has the
 // gzip. isScrapeLost tells two kinds of its errors apart.
-func (s *Spool) load(number uint64, withText bool) (e spoolEntry, identity string, err error) {
-	log, err := s.readRecord(spoolName(number), scrapeKind, func(payload []byte) error {
+func (s *Spool) loadScrape(number uint64, withText bool) (e spoolEntry, identity string, err error) {
+	log, err := s.readRecord(scrapeFileName(number), scrapeKind, func(payload []byte) error {
 		sc, err := decodeScrape(payload, withText)
 		sc.Number, sc.Gzip = number, bytes.Clone(sc.Gzip)
 		e = spoolEntry{Scrape: sc, gzipSize: len(sc.Gzip)}
@@ -161,9 +161,9 @@ func (s *Spool) load(number uint64, withText bool) (e spoolEntry, identity strin
 	return e, string(log.Identity()), nil
 }
 
-// store writes the file of a scrape, and returns what it occupies.
-func (s *Spool) store(sc *Scrape) (footprint int64, err error) {
-	log, err := s.writeRecord(spoolName(sc.Number), scrapeKind, appendScrape(nil, sc))
+// storeScrape writes the file of a scrape, and returns what it occupies.
+func (s *Spool) storeScrape(sc *Scrape) (footprint int64, err error) {
+	log, err := s.writeRecord(scrapeFileName(sc.Number), scrapeKind, appendScrape(nil, sc))
 	return roundToBlocks(log.Size()), err
 }
 
@@ -228,7 +228,7 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 	case err != nil:
 		return nil, err
 	case rec.Records != 1 || rec.Damaged > 0 || rec.HeaderDamaged || rec.TornBytes > 0:
-		err := fmt.Errorf("%w: %s, %d bytes lost%s", errSpoolFileDamaged, path, rec.LostBytes+rec.TornBytes, rec.CopyNote())
+		err := fmt.Errorf("%w: %s, %d bytes lost%s", errSpoolFileDamaged, path, rec.LostBytes+rec.TornBytes, rec.KeptCopyNote())
 		if cause != nil {
 			err = fmt.Errorf("%w: %w", err, cause)
 		}
@@ -248,9 +248,9 @@ func (s *Spool) writeRecord(name string, kind byte, payload []byte) (*Log, error
 	return log, log.RewriteWith(AppendRecord(nil, kind, payload))
 }
 
-// setAside sets the file of a scrape aside. Only the newest maxAsideFiles are kept.
-func (s *Spool) setAside(number uint64, reason string) {
-	name, err := SetAside(s.cfg.FS, s.path(spoolName(number)), reason)
+// setFileAside sets the file of a scrape aside. Only the newest maxAsideFiles are kept.
+func (s *Spool) setFileAside(number uint64, reason string) {
+	name, err := SetAside(s.cfg.FS, s.path(scrapeFileName(number)), reason)
 	if name != "" && !slices.Contains(s.asideFiles, name) {
 		s.asideFiles = append(s.asideFiles, name)
 	}
@@ -271,7 +271,7 @@ func (s *Spool) removeFiles(removed []spoolEntry) {
 	}
 	var errs []error
 	for _, e := range removed {
-		if err := s.cfg.FS.Remove(s.path(spoolName(e.Number))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := s.cfg.FS.Remove(s.path(scrapeFileName(e.Number))); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}

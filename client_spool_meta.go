@@ -42,7 +42,7 @@ func appendSpoolMeta(b []byte, m *spoolMeta) []byte {
 
 // decodeSpoolMeta is as strict as decodeScrape.
 func decodeSpoolMeta(payload []byte) (m spoolMeta, err error) {
-	r := ReadWire(payload)
+	r := NewWireReader(payload)
 	m.ID = r.Uint64()
 	m.At = readMoment(&r)
 	r.Require(m.ID != 0 && r.Len() <= MaxConsumers*consumerSize)

@@ -54,7 +54,7 @@ func appendScrape(b []byte, sc *Scrape) []byte {
 // looks like a record. With withText it decompresses the text too, as a server will. Gzip of
 // the result is part of payload.
 func decodeScrape(payload []byte, withText bool) (sc Scrape, err error) {
-	r := ReadWire(payload)
+	r := NewWireReader(payload)
 	corrected := r.Byte()
 	sc.Corrected = corrected == 1
 	sc.Shift, sc.SourceTime = int64(r.Uint64()), int64(r.Uint64())
@@ -65,7 +65,7 @@ func decodeScrape(payload []byte, withText bool) (sc Scrape, err error) {
 	if err := r.Done(); err != nil {
 		return sc, fmt.Errorf("malformed scrape: %w", err)
 	}
-	if err := sc.check(); err != nil || !withText {
+	if err := sc.checkFields(); err != nil || !withText {
 		return sc, err
 	}
 	return sc, sc.checkText()
@@ -75,19 +75,19 @@ func decodeScrape(payload []byte, withText bool) (sc Scrape, err error) {
 func appendMoment(b []byte, m Moment) []byte {
 	b = binary.LittleEndian.AppendUint64(b, uint64(m.Wall))
 	b = binary.LittleEndian.AppendUint64(b, uint64(m.Boot))
-	return AppendShort(b, m.BootID)
+	return AppendShortString(b, m.BootID)
 }
 
 // readMoment reads a valid moment, as appendMoment wrote it.
 func readMoment(r *WireReader) (m Moment) {
 	m.Wall, m.Boot = int64(r.Uint64()), int64(r.Uint64())
-	m.BootID = r.Short(MaxBootID)
+	m.BootID = r.ShortString(MaxBootID)
 	r.Require(m.IsValid())
 	return m
 }
 
-// check checks all but the text.
-func (sc *Scrape) check() error {
+// checkFields checks all but the text.
+func (sc *Scrape) checkFields() error {
 	switch {
 	case !sc.At.IsValid() || sc.SourceTime < 0 || sc.SourceTime > MaxMoment:
 		return fmt.Errorf("malformed scrape: clocks at %+v, the source's at %d ms", sc.At, sc.SourceTime)
@@ -101,13 +101,19 @@ func (sc *Scrape) check() error {
 	return nil
 }
 
+// Text returns the text exposition of the samples.
+func (sc *Scrape) Text() ([]byte, error) {
+	text, _, err := new(Decompressor).Decompress(sc.Gzip, "gzip", sc.Size)
+	return text, err
+}
+
 // checkText decompresses the text and compares it with Samples and Size.
 func (sc *Scrape) checkText() error {
 	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
 	if err != nil {
 		return fmt.Errorf("malformed scrape: %w", err)
 	}
-	var c lineCounter
+	var c lineCountWriter
 	if _, err := io.Copy(&c, io.LimitReader(z, int64(sc.Size)+1)); err != nil {
 		return fmt.Errorf("malformed scrape: %w", err)
 	}
@@ -117,13 +123,13 @@ func (sc *Scrape) checkText() error {
 	return nil
 }
 
-// lineCounter counts the bytes and lines written to it.
-type lineCounter struct {
+// lineCountWriter counts the bytes and lines written to it.
+type lineCountWriter struct {
 	bytes, lines int
 	last         byte
 }
 
-func (c *lineCounter) Write(p []byte) (int, error) {
+func (c *lineCountWriter) Write(p []byte) (int, error) {
 	if len(p) > 0 {
 		c.bytes += len(p)
 		c.lines += bytes.Count(p, []byte{'\n'})

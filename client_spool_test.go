@@ -107,7 +107,7 @@ func (r *spoolRig) nextPush(l PushLimits) []Scrape {
 	if step, _ := r.spool.NextStep(); step == StepAsk {
 		r.spool.ApplyAnswer(SpoolAnswer{})
 	}
-	got, err := r.spool.NextPush(l)
+	got, err := r.spool.BeginPush(l)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -209,9 +209,9 @@ func crashSpoolAnywhere(t *testing.T) {
 				for range steps {
 					switch rnd.IntN(6) {
 					case 5: // the server loses it
-						got, _ := r.spool.NextPush(PushLimits{1 << 30, 1 << 30, 3})
+						got, _ := r.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 3})
 						send(got)
-						r.spool.PushFailed(false)
+						r.spool.NotePushFailed(false)
 						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true})
 					case 0, 1, 2:
 						n++
@@ -221,7 +221,7 @@ func crashSpoolAnywhere(t *testing.T) {
 						}
 						r.later(time.Minute)
 					case 3:
-						got, _ := r.spool.NextPush(PushLimits{1 << 30, 1 << 30, 2}) // a killed process reads nothing
+						got, _ := r.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 2}) // a killed process reads nothing
 						send(got)
 						for _, k := range numbers(t, got) {
 							gone[k] = true
@@ -233,9 +233,9 @@ func crashSpoolAnywhere(t *testing.T) {
 						}
 						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: read, Consumers: []ConsumerAge{{uint64(n), 0}}})
 					case 4:
-						if got, _ := r.spool.NextPush(PushLimits{1, 1, 1}); len(got) > 0 {
+						if got, _ := r.spool.BeginPush(PushLimits{1, 1, 1}); len(got) > 0 {
 							gone[numbers(t, got)[0]] = true
-							r.spool.Reject()
+							r.spool.SetInFlightAside()
 						}
 					}
 				}
@@ -315,7 +315,7 @@ func TestSpoolDiskFull(t *testing.T) {
 		t.Errorf("got %+v", st)
 	}
 	r.expect("in order, from disk and memory", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
-	r.spool.Release()
+	r.spool.ReleaseInFlight()
 	if err := r.spool.Close(); err != nil {
 		t.Error(err)
 	}
@@ -395,7 +395,7 @@ func TestSpoolWritesBack(t *testing.T) {
 	fail(1)
 	gone := 0
 	r.fs.hook = func(_ int, op, path string) fault {
-		if op == "rename" && strings.Contains(path, spoolName(1)) && gone == 0 {
+		if op == "rename" && strings.Contains(path, scrapeFileName(1)) && gone == 0 {
 			r.nextPush(PushLimits{1, 1, 1})
 			gone = len(r.spool.removeIf((*spoolEntry).isInFlight)) // as Remove does, which has then removed no file
 		}
@@ -418,7 +418,7 @@ func TestSpoolInMemory(t *testing.T) {
 		t.Errorf("files %v, dropped %v", r.files(), r.droppedSamples)
 	}
 	r.nextPush(PushLimits{1, 1, 1})
-	r.spool.Reject()
+	r.spool.SetInFlightAside()
 	r.expect("kept", r.drain(noLimits), [][]int{{4}})
 }
 
@@ -430,7 +430,7 @@ func TestSpoolLimit(t *testing.T) {
 	if r.droppedSamples[DropSpoolFull] != 6 || r.dropCalls != 2 {
 		t.Errorf("dropped %v in %d calls", r.droppedSamples, r.dropCalls)
 	}
-	r.spool.Release()
+	r.spool.ReleaseInFlight()
 	if st := r.spool.Stats(); st.Scrapes != 3 || st.Bytes != 3*fileBlock || len(r.files()) != 3 {
 		t.Errorf("%+v, files %v", st, r.files())
 	}
@@ -456,7 +456,7 @@ func TestSpoolAge(t *testing.T) {
 	r.now.Wall += 1e12
 	r.expect("at the limit", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
 	r.now.Wall -= 1e12
-	r.spool.Release()
+	r.spool.ReleaseInFlight()
 	r.later(time.Second)
 	r.mustAdd(4)
 	if r.droppedSamples[DropSpoolOld] != 6 || r.dropCalls != 1 || len(r.files()) != 2 {
@@ -635,7 +635,7 @@ func TestSpoolNextFails(t *testing.T) {
 			var pushes [][]int
 			waits := 0
 			for range 10 {
-				got, err := r.spool.NextPush(noLimits)
+				got, err := r.spool.BeginPush(noLimits)
 				if len(got) > 0 && err == nil {
 					pushes = append(pushes, numbers(t, got))
 					r.spool.ApplyAnswer(SpoolAnswer{})
@@ -673,7 +673,7 @@ func TestSpoolSetsAside(t *testing.T) {
 	for n := range 20 {
 		r.mustAdd(n)
 		r.nextPush(noLimits)
-		r.spool.Reject()
+		r.spool.SetInFlightAside()
 	}
 	r.mustAdd(20)
 	names := r.files()

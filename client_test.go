@@ -92,7 +92,7 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		return respond(200, nil, fmt.Sprintf(`{"version":1,"token":"upload-%d","expiresInSeconds":%d,"labels":{"_id":"site"}%s}`, len(h.asked), h.expires, h.clock(r))), nil
 	case "/upload":
-		if names, err := ParseScrapeNames(r.Header.Get(SpoolHeader)); err != nil || names.ID == 0 || len(names.Numbers) == 0 && r.ContentLength != 0 {
+		if names, err := ParseScrapeNames(r.Header.Get(SpoolHeader)); err != nil || names.SpoolID == 0 || len(names.Numbers) == 0 && r.ContentLength != 0 {
 			if r.Header.Get(SpoolHeader) != "" {
 				h.t.Errorf("a push names %q, %v", r.Header.Get(SpoolHeader), err)
 			}
@@ -139,13 +139,13 @@ func testBoot() func() (int64, string) {
 
 // newTestClient returns a client of an exporter with the given text, and its hub.
 // Its spool is in memory.
-func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientState)) (*Client, *fakeHub, *logBuffer) {
+func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
 	t.Helper()
 	return newSpoolClient(t, text, SpoolConfig{}, change)
 }
 
 // newSpoolClient returns a client with a spool of its own.
-func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*ClientConfig, *ClientState)) (*Client, *fakeHub, *logBuffer) {
+func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
 	t.Helper()
 	hub := &fakeHub{t: t, expires: 3600}
 	var log logBuffer
@@ -161,7 +161,7 @@ func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*C
 		ToClient:   &http.Client{Transport: hub},
 		FromClient: &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) { return respond(200, nil, text), nil })},
 	}
-	st := ClientState{Token: "client-token", Match: all, NewCleaner: func() *Cleaner { return &Cleaner{} }}
+	st := ClientReloadConfig{Token: "client-token", Match: all, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }}
 	if change != nil {
 		change(&cfg, &st)
 	}
@@ -202,7 +202,7 @@ func TestClientPhase(t *testing.T) {
 				t.Errorf("push %d came %v after the one before", i, gap)
 			}
 		}
-		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.ClusterID = "other" })
+		other, hub2, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientReloadConfig) { c.ClusterID = "other" })
 		hub2.t = t
 		phase := func(c *Client) time.Duration { return c.untilNextPhase(start, 2*time.Minute) }
 		if phase(c) == phase(other) {
@@ -218,7 +218,7 @@ func TestClientPushesAtOnce(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			time.Sleep(time.Duration(i) * 6 * time.Second)
 			var scraped []time.Time
-			c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+			c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 				cfg.To = cfg.To[:1]
 				cfg.FromClient = &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
 					scraped = append(scraped, time.Now())
@@ -247,7 +247,7 @@ func TestClientRetries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
 		n := 0
-		c, hub, log := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientState) { c.To = c.To[:1] })
+		c, hub, log := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientReloadConfig) { c.To = c.To[:1] })
 		hub.answer = func(*http.Request) *http.Response {
 			if n++; n <= 4 {
 				return respond(503, nil, "busy")
@@ -256,7 +256,7 @@ func TestClientRetries(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
-		if err := c.Once(ctx); err != nil {
+		if err := c.RunOnce(ctx); err != nil {
 			t.Fatalf("%v\n%s", err, log)
 		}
 		want := minBackoff
@@ -275,7 +275,7 @@ func TestClientRetries(t *testing.T) {
 			}
 			return nil
 		}
-		if err := c.Once(ctx); err != nil {
+		if err := c.RunOnce(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if gap := hub.at[len(hub.at)-1].Sub(hub.at[len(hub.at)-2]); gap < 37*time.Second {
@@ -284,7 +284,7 @@ func TestClientRetries(t *testing.T) {
 		hub.answer = func(*http.Request) *http.Response {
 			return respond(503, http.Header{"Retry-After": {"3600"}}, "disk full")
 		}
-		if err := c.Once(ctx); err == nil || !strings.Contains(err.Error(), "disk full") {
+		if err := c.RunOnce(ctx); err == nil || !strings.Contains(err.Error(), "disk full") {
 			t.Errorf("got %v, want the server's reason", err)
 		}
 		if time.Since(start) > 2*time.Minute {
@@ -305,7 +305,7 @@ func TestClientFailsOver(t *testing.T) {
 			}
 			return nil
 		}
-		if err := c.Once(t.Context()); err != nil {
+		if err := c.RunOnce(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if !slices.Equal(hub.hosts, []string{"a.example", "b.example"}) {
@@ -324,7 +324,7 @@ func TestClientRefusedPush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newTestClient(t, "a 1\n", nil)
 		hub.answer = func(*http.Request) *http.Response { return respond(400, nil, "line 1: no") }
-		err := c.Once(t.Context())
+		err := c.RunOnce(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "line 1: no") || len(hub.at) != 1 {
 			t.Errorf("got %v after %d attempts; what is refused as invalid is not sent again", err, len(hub.at))
 		}
@@ -356,7 +356,7 @@ func TestClientToken(t *testing.T) {
 			}
 			return nil
 		}
-		if err := c.Once(t.Context()); err != nil {
+		if err := c.RunOnce(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if len(hub.asked) != asked+1 || len(hub.at) != pushes+2 {
@@ -365,7 +365,7 @@ func TestClientToken(t *testing.T) {
 		hub.answer = func(*http.Request) *http.Response { return respond(401, nil, "revoked") }
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		if err := c.Once(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
+		if err := c.RunOnce(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
 			t.Errorf("got %v", err)
 		}
 		if n := len(hub.asked) - asked; n > 16 { // two servers, pauses of 1, 2, 4 s
@@ -377,7 +377,7 @@ func TestClientToken(t *testing.T) {
 func TestClientTellsSourceFromDestination(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := false
-		c, hub, log := newTestClient(t, "", func(c *ClientConfig, _ *ClientState) {
+		c, hub, log := newTestClient(t, "", func(c *ClientConfig, _ *ClientReloadConfig) {
 			c.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
 				if broken {
 					return nil, errors.New("connection refused")
@@ -388,7 +388,7 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		broken = true
-		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
+		if err := c.RunOnce(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
 			t.Errorf("got %v", err)
 		}
 		if c.scrapes.Value("failed") != 1 || c.pusher.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
@@ -397,7 +397,7 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		broken = false
 		log.Reset()
 		hub.answer = func(*http.Request) *http.Response { return respond(500, nil, "") }
-		if err := c.Once(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
+		if err := c.RunOnce(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
 			t.Errorf("got %v", err)
 		}
 		if c.scrapes.Value("failed") != 1 || c.pusher.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
@@ -416,7 +416,7 @@ func TestClientTellsOutageOfSource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := time.Now()
 		broken := func() bool { at := time.Since(begin); return at > 5*time.Minute && at < 34*time.Minute }
-		c, hub, log := newTestClient(t, "", func(c *ClientConfig, _ *ClientState) {
+		c, hub, log := newTestClient(t, "", func(c *ClientConfig, _ *ClientReloadConfig) {
 			c.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
 				if broken() {
 					return nil, errors.New("connection refused")
@@ -448,9 +448,9 @@ push_time_seconds 5
 bad{__x="1"} 1
 empty{a="",b="c"} 3
 `
-	salted := func(st *ClientState) func() *Cleaner {
-		return func() *Cleaner {
-			c := &Cleaner{
+	salted := func(st *ClientReloadConfig) func() *ClientCleaner {
+		return func() *ClientCleaner {
+			c := &ClientCleaner{
 				Rename: map[string]string{"ALERTS": "alerts"}, Anonymize: []string{"instance"},
 				Labels: []Label{{[]byte("region"), []byte("north")}},
 			}
@@ -458,11 +458,11 @@ empty{a="",b="c"} 3
 			return c
 		}
 	}
-	c, hub, _ := newTestClient(t, text, func(cfg *ClientConfig, st *ClientState) {
+	c, hub, _ := newTestClient(t, text, func(cfg *ClientConfig, st *ClientReloadConfig) {
 		cfg.Now = func() time.Time { return time.UnixMilli(1700000001234) }
 		st.NewCleaner = salted(st)
 	})
-	if err := c.Once(t.Context()); err != nil {
+	if err := c.RunOnce(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	// printf %s 10.1.2.3:9100 | openssl dgst -sha256 -hmac 0123456789abcdef -binary |
@@ -507,7 +507,7 @@ func TestClientChoosesSeries(t *testing.T) {
 		"http://source.example/metrics":       nil,
 	} {
 		var asked *http.Request
-		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, st *ClientState) {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, st *ClientReloadConfig) {
 			cfg.From, _ = url.Parse(path)
 			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
 				asked = r
@@ -519,7 +519,7 @@ func TestClientChoosesSeries(t *testing.T) {
 			st.Match = sel
 			st.FromToken = "from-token"
 		})
-		if err := c.Once(t.Context()); err != nil {
+		if err := c.RunOnce(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if got := asked.URL.Query()["match[]"]; !slices.Equal(got, wantQuery) {
@@ -549,12 +549,12 @@ func TestClientReadsProtobuf(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
 			return respond(200, http.Header{"Content-Type": {string(expfmt.NewFormat(expfmt.TypeProtoDelim))}}, b.String()), nil
 		})
 	})
-	if err := c.Once(t.Context()); err != nil {
+	if err := c.RunOnce(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	want := "h_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
@@ -576,14 +576,14 @@ func TestMetadataLabelsEndToEnd(t *testing.T) {
 	}{{"text", "text/plain; version=0.0.4", text}, {"protobuf", protoType, proto}} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newSrvRig(t)
-			c, _, log := newTestClient(t, "", func(cfg *ClientConfig, st *ClientState) {
+			c, _, log := newTestClient(t, "", func(cfg *ClientConfig, st *ClientReloadConfig) {
 				cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
 					return respond(200, http.Header{"Content-Type": {tt.contentType}}, string(tt.body)), nil
 				})
 				cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
 				st.Token = r.token(KindClient, "site")
 			})
-			if err := c.Once(t.Context()); err != nil {
+			if err := c.RunOnce(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			got := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "direct"),
@@ -623,7 +623,7 @@ func TestClientAsksForNamesAsTheyAre(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, format := range []expfmt.FormatType{expfmt.TypeProtoDelim, expfmt.TypeTextPlain, expfmt.TypeOpenMetrics} {
-		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
 				chosen := expfmt.NegotiateAccept(r.Header, expfmt.NewFormat(format))
 				var b bytes.Buffer
@@ -639,7 +639,7 @@ func TestClientAsksForNamesAsTheyAre(t *testing.T) {
 				return respond(200, http.Header{"Content-Type": {string(chosen)}}, b.String()), nil
 			})
 		})
-		if err := c.Once(t.Context()); err != nil {
+		if err := c.RunOnce(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if got := hub.bodies[0]; got != text {
@@ -653,8 +653,8 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 	for i := range 5000 {
 		fmt.Fprintf(&text, "metric_%d{label=\"%x\"} %d 1\n", i, ClusterIDHash(fmt.Sprint(i)), i)
 	}
-	c, hub, _ := newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 16 << 10 })
-	if err := c.Once(t.Context()); err != nil {
+	c, hub, _ := newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 16 << 10 })
+	if err := c.RunOnce(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.Join(hub.bodies, ""); got != text.String() {
@@ -667,8 +667,8 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 	}
 	// One series that cannot fit is dropped alone, without an endless split.
 	long := fmt.Sprintf("a 1 1\nlong{label=%q} 2 1\nz 3 1\n", strings.Repeat("x", 2000))
-	c, hub, log := newTestClient(t, long, func(cfg *ClientConfig, _ *ClientState) { cfg.LimitBytes = 100 })
-	if err := c.Once(t.Context()); err != nil {
+	c, hub, log := newTestClient(t, long, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 100 })
+	if err := c.RunOnce(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.Join(hub.bodies, ""); got != "a 1 1\nz 3 1\n" || c.dropped.Value(DropInvalid) != 1 || !strings.Contains(log.String(), "--limit-bytes") {
@@ -678,7 +678,7 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 
 func TestClientWarnsOfExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, _, log := newTestClient(t, "a 1\n", func(cfg *ClientConfig, st *ClientState) {
+		c, _, log := newTestClient(t, "a 1\n", func(cfg *ClientConfig, st *ClientReloadConfig) {
 			cfg.Interval = time.Hour
 			st.TokenExpires = time.Now().Add(29 * 24 * time.Hour).Unix()
 		})
@@ -702,11 +702,11 @@ func TestClientBadSource(t *testing.T) {
 		{"encodings", `content encoding "br, gzip" is not supported`, respond(200, http.Header{"Content-Encoding": {"br", "gzip"}}, "a 1\n")},
 	}
 	for _, tt := range tests {
-		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
 			cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return tt.resp, nil })
 		})
-		if err := c.Once(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if err := c.RunOnce(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
 		}
 		if len(hub.at) > 0 {
@@ -729,7 +729,7 @@ func TestClientEncodings(t *testing.T) {
 			w.Write(body)
 		}))
 		defer source.Close()
-		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientState) {
+		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.From, _ = url.Parse(source.URL + "/metrics")
 			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
 		})
@@ -752,7 +752,7 @@ func TestSourceSkew(t *testing.T) {
 		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
 		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
 	} {
-		if got := updateSkew(date, wall, 0); got != want {
+		if got := skewByDate(date, wall, 0); got != want {
 			t.Errorf("%q: %d ms, want %d", date, got, want)
 		}
 	}
@@ -763,7 +763,7 @@ func TestSourceSkew(t *testing.T) {
 		for i := range int64(100) {
 			now := wall + i*1037
 			date := time.UnixMilli(now + offset).UTC().Format(http.TimeFormat)
-			got := updateSkew(date, now, skew)
+			got := skewByDate(date, now, skew)
 			if got != skew {
 				changes++
 			}
@@ -774,7 +774,7 @@ func TestSourceSkew(t *testing.T) {
 		if changes > 1 {
 			t.Errorf("%d ms ahead: changed %d times", offset, changes)
 		}
-		if got := updateSkew(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
+		if got := skewByDate(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
 			t.Errorf("%d ms ahead: a step of a minute is taken for %d", offset, got)
 		}
 	}

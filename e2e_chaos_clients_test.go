@@ -66,7 +66,7 @@ func (c *chaosClient) RoundTrip(req *http.Request) (*http.Response, error) {
 func (c *chaosClient) keeps() bool {
 	c.client.spool.mu.Lock()
 	defer c.client.spool.mu.Unlock()
-	return slices.ContainsFunc(c.client.spool.plan.entries, func(e spoolEntry) bool { return e.Samples > 0 })
+	return slices.ContainsFunc(c.client.spool.index.entries, func(e spoolEntry) bool { return e.Samples > 0 })
 }
 
 // clients makes a client for each site and runs it. Each tries the servers from another one
@@ -89,7 +89,7 @@ func (r *chaosRig) clients(every time.Duration) {
 			Interval: every, ScrapeInterval: every, LimitBytes: 1 << 20, Metrics: c.metrics, Log: slog.New(slog.NewTextHandler(c, nil)),
 			Now: time.Now, Boot: NewBootClock(os.ReadFile).Now,
 		})
-		c.client.Reload(ClientState{Token: r.sites[n].token, NewCleaner: func() *Cleaner { return &Cleaner{} }})
+		c.client.Reload(ClientReloadConfig{Token: r.sites[n].token, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }})
 		if err := c.client.OpenSpool(SpoolConfig{FS: DiskFS{}, Dir: filepath.Join(r.dir, "spools", fmt.Sprint(n)), Limit: 64 << 20, MaxAge: 2 * time.Hour}); err != nil {
 			r.t.Fatal(err)
 		}

@@ -36,7 +36,7 @@ type clockSite struct {
 	id   string
 	dir  string // of the spool
 	cfg  ClientConfig
-	st   ClientState
+	st   ClientReloadConfig
 	log  process // takes the client's log
 	host bool    // the source is on the client's machine; else it tells of a clock of its own
 
@@ -324,7 +324,7 @@ func newClockRig(t *testing.T, sites int) *clockRig {
 			t.Fatal(err)
 		}
 		s := &clockSite{t: t, id: id, dir: filepath.Join(r.dir, "spools", id), host: n/2%2 == 0, off: -10 * time.Minute, end: func() {}}
-		s.st = ClientState{Token: token, NewCleaner: func() *Cleaner { return &Cleaner{} }}
+		s.st = ClientReloadConfig{Token: token, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }}
 		s.cfg = ClientConfig{
 			From: from, FromClient: &http.Client{Transport: s}, To: []string{to[n/4%2], to[1-n/4%2]}, ToClient: NewHTTPClient(nil, 15*time.Second, time.Minute),
 			ClusterID: id, Interval: 2 * time.Second, ScrapeInterval: time.Second, LimitBytes: 1 << 20,
@@ -423,7 +423,7 @@ func TestOutageClocks(t *testing.T) {
 		eventually(t, "the spool of "+s.id+" is empty", func() bool {
 			s.client.spool.mu.Lock()
 			defer s.client.spool.mu.Unlock()
-			return !slices.ContainsFunc(s.client.spool.plan.entries, func(e spoolEntry) bool { return e.Samples > 0 })
+			return !slices.ContainsFunc(s.client.spool.index.entries, func(e spoolEntry) bool { return e.Samples > 0 })
 		})
 	}
 	r.settled("every spool is empty", begin)

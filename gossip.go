@@ -33,17 +33,17 @@ type UDPConn interface {
 
 // A GossipConfig says who a member is and where it finds others.
 type GossipConfig struct {
-	Name     string // unique in the ring; see CheckMemberName
-	Addr     string // host:port where peers reach this member; see AdvertisedAddr
-	URL      string // of the internal listener, for /sd; may be empty
-	RingName string // the ring's name; packets of another ring or under other keys are refused
-	Keys     Keys
-	Seeds    []string      // host:port; a name stands for all its addresses
-	Interval time.Duration // scales all timing
-	State    SwimState     // of the last start
-	Conn     UDPConn       // closed by the caller, after Run
-	Resolver HostResolver
-	Notify   func(GossipEvent) // called from Run; must not block
+	Name         string // unique in the ring; see CheckMemberName
+	Addr         string // host:port where peers reach this member; see AdvertisedAddr
+	URL          string // of the internal listener, for /sd; may be empty
+	RingName     string // the ring's name; packets of another ring or under other keys are refused
+	Keys         Keys
+	Seeds        []string      // host:port; a name stands for all its addresses
+	Interval     time.Duration // scales all timing
+	RestartState RestartState  // of the last start
+	Conn         UDPConn       // closed by the caller, after Run
+	Resolver     HostResolver
+	Notify       func(GossipEvent) // called from Run; must not block
 }
 
 // GossipStats counts since the start.
@@ -94,7 +94,7 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 	return &Gossip{
 		conf: c, start: time.Now(), changed: make(chan struct{}, 1), lookup: make(chan struct{}, 1), hosts: map[string][]netip.AddrPort{},
 		swim: NewSwim(SwimConfig{Name: c.Name, Addr: c.Addr, URL: c.URL, Interval: c.Interval,
-			Random: rand.NewChaCha8(seed), Sealer: sealer, State: c.State}),
+			Random: rand.NewChaCha8(seed), Sealer: sealer, RestartState: c.RestartState}),
 	}, nil
 }
 
@@ -107,25 +107,25 @@ func (g *Gossip) Run(ctx context.Context) error {
 	defer stop()
 	go func() {
 		defer close(done)
-		g.resolveHosts(resolving)
+		g.runHostLookups(resolving)
 	}()
 	defer context.AfterFunc(ctx, g.interruptRead)()
 	buf := make([]byte, MaxPacket+1) // a longer packet is seen to be longer, and is refused
 	for {
-		switch wait, err := g.nextRead(ctx); {
+		switch wait, err := g.leaveOrSetReadDeadline(ctx); {
 		case errors.Is(err, errLeft):
 			return nil
 		case err != nil:
 			return err
 		case wait <= 0:
-			g.advance(g.swim.Tick)
+			g.stepAndSend(g.swim.Tick)
 			continue
 		}
 		n, from, err := g.conf.Conn.ReadFromUDPAddrPort(buf)
 		switch {
 		case err == nil:
 			from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-			g.advance(func(now time.Duration) []Datagram {
+			g.stepAndSend(func(now time.Duration) []Datagram {
 				g.stats.Received++
 				g.stats.ReceivedBytes += uint64(n)
 				return g.swim.Receive(now, from, buf[:n])
@@ -140,9 +140,9 @@ func (g *Gossip) Run(ctx context.Context) error {
 // errLeft ends Run without an error.
 var errLeft = errors.New("this member has left")
 
-// nextRead returns how long Run may wait for a packet, and sets the read deadline to that. It
+// leaveOrSetReadDeadline returns how long Run may wait for a packet, and sets the read deadline to that. It
 // begins to leave when ctx has ended. Errors: errLeft, ErrNameTaken.
-func (g *Gossip) nextRead(ctx context.Context) (time.Duration, error) {
+func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (time.Duration, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Since(g.start)
@@ -150,7 +150,7 @@ func (g *Gossip) nextRead(ctx context.Context) (time.Duration, error) {
 		g.swim.Leave()
 		g.leaveUntil = now + 2*g.conf.Interval
 	}
-	wait := g.swim.Next() - now
+	wait := g.swim.NextTickAt() - now
 	switch {
 	case g.swim.StoodDown:
 		return 0, ErrNameTaken
@@ -168,14 +168,14 @@ func (g *Gossip) nextRead(ctx context.Context) (time.Duration, error) {
 	return wait, nil
 }
 
-// advance has the state machine do one step, and sends and reports what comes of it.
-func (g *Gossip) advance(step func(now time.Duration) []Datagram) {
+// stepAndSend has the state machine do one step, and sends and reports what comes of it.
+func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	g.mu.Lock()
 	out := step(time.Since(g.start))
 	events := g.swim.Events // both are Run's until the next step
 	to := make([]netip.AddrPort, len(out))
 	for i, d := range out {
-		to[i] = g.addrOf(d.To)
+		to[i] = g.addrOrQueueLookup(d.To)
 	}
 	g.mu.Unlock()
 	sent := g.send(out, to)
@@ -183,7 +183,7 @@ func (g *Gossip) advance(step func(now time.Duration) []Datagram) {
 	g.stats.Sent += sent.Sent
 	g.stats.SentBytes += sent.SentBytes
 	g.stats.SendErrors += sent.SendErrors
-	g.signalChange()
+	g.signalIfViewChanged()
 	g.mu.Unlock()
 	for _, e := range events {
 		if g.conf.Notify != nil {
@@ -194,8 +194,8 @@ func (g *Gossip) advance(step func(now time.Duration) []Datagram) {
 
 // send sends each datagram to its address, if that is valid, and returns the counts. A datagram
 // that cannot be sent is as good as lost on the way.
-func (g *Gossip) send(out []Datagram, to []netip.AddrPort) (sent GossipStats) {
-	for i, d := range out {
+func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipStats) {
+	for i, d := range datagrams {
 		if !to[i].IsValid() {
 			continue
 		}
@@ -208,9 +208,9 @@ func (g *Gossip) send(out []Datagram, to []netip.AddrPort) (sent GossipStats) {
 	return sent
 }
 
-// signalChange has Changed receive if there is something new in View. g.mu is held.
-func (g *Gossip) signalChange() {
-	if v := g.swim.Version(); v != g.version {
+// signalIfViewChanged has Changed receive if there is something new in View. g.mu is held.
+func (g *Gossip) signalIfViewChanged() {
+	if v := g.swim.ViewVersion(); v != g.version {
 		g.version = v
 		signalChan(g.changed)
 	}
@@ -234,11 +234,11 @@ func (g *Gossip) View() GossipView {
 // Changed receives after View().Version or State has changed.
 func (g *Gossip) Changed() <-chan struct{} { return g.changed }
 
-// State returns what to keep for the next start.
-func (g *Gossip) State() SwimState {
+// RestartState returns what to keep for the next start.
+func (g *Gossip) RestartState() RestartState {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.swim.State()
+	return g.swim.RestartState()
 }
 
 // Stats returns the counts.
@@ -250,29 +250,29 @@ func (g *Gossip) Stats() GossipStats {
 	return st
 }
 
-// SetClaim announces that this member claims a slot; see Swim.SetClaim.
-func (g *Gossip) SetClaim(slot uint16, lamport uint64, provisional bool) {
-	g.update(func() { g.swim.SetClaim(slot, lamport, provisional) })
+// AnnounceClaim announces that this member claims a slot; see Swim.AnnounceClaim.
+func (g *Gossip) AnnounceClaim(slot uint16, claimNumber uint64, provisional bool) {
+	g.updateAndWakeRun(func() { g.swim.AnnounceClaim(slot, claimNumber, provisional) })
 }
 
-// SetLeaving announces that this member is about to leave.
-func (g *Gossip) SetLeaving() { g.update(g.swim.SetLeaving) }
+// AnnounceLeaving announces that this member is about to leave.
+func (g *Gossip) AnnounceLeaving() { g.updateAndWakeRun(g.swim.AnnounceLeaving) }
 
 // SetKeys replaces the keys. After an error the old keys stay.
 func (g *Gossip) SetKeys(keys Keys) (err error) {
-	g.update(func() { err = g.swim.SetKeys(keys) })
+	g.updateAndWakeRun(func() { err = g.swim.SetKeys(keys) })
 	return err
 }
 
-// update changes the state machine, and wakes Run: it may have something to send, or another
+// updateAndWakeRun changes the state machine, and wakes Run: it may have something to send, or another
 // time to wake up at.
-func (g *Gossip) update(do func()) {
+func (g *Gossip) updateAndWakeRun(change func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	do()
-	g.signalChange()
+	change()
+	g.signalIfViewChanged()
 	g.conf.Conn.SetReadDeadline(g.start) // in the past
 }
 
 // interruptRead wakes Run.
-func (g *Gossip) interruptRead() { g.update(func() {}) }
+func (g *Gossip) interruptRead() { g.updateAndWakeRun(func() {}) }

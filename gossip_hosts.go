@@ -24,9 +24,9 @@ type HostResolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// addrOf returns the address of an endpoint; not a valid one while its host is not looked up.
+// addrOrQueueLookup returns the address of an endpoint; not a valid one while its host is not looked up.
 // g.mu is held.
-func (g *Gossip) addrOf(to Endpoint) netip.AddrPort {
+func (g *Gossip) addrOrQueueLookup(to Endpoint) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort
 	}
@@ -41,9 +41,9 @@ func (g *Gossip) addrOf(to Endpoint) netip.AddrPort {
 	return addrs[0]
 }
 
-// resolveHosts looks up seeds, and members that gave a name for an address, until ctx ends: the
+// runHostLookups looks up seeds, and members that gave a name for an address, until ctx ends: the
 // addresses of either may change.
-func (g *Gossip) resolveHosts(ctx context.Context) {
+func (g *Gossip) runHostLookups(ctx context.Context) {
 	g.mu.Lock()
 	for _, s := range g.conf.Seeds {
 		g.hosts[s] = nil
@@ -51,7 +51,7 @@ func (g *Gossip) resolveHosts(ctx context.Context) {
 	g.mu.Unlock()
 	wait := g.conf.Interval
 	for {
-		if wait = min(2*wait, lookupEvery); g.resolveAll(ctx) {
+		if wait = min(2*wait, lookupEvery); g.resolveAllHosts(ctx) {
 			wait = lookupEvery
 		}
 		timer := time.NewTimer(wait)
@@ -66,20 +66,20 @@ func (g *Gossip) resolveHosts(ctx context.Context) {
 	}
 }
 
-// resolveAll looks up all hosts. It returns false if one cannot be looked up; its addresses stay
+// resolveAllHosts looks up all hosts. It returns false if one cannot be looked up; its addresses stay
 // as they were.
-func (g *Gossip) resolveAll(ctx context.Context) (ok bool) {
+func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	g.mu.Lock()
 	hosts := slices.Sorted(maps.Keys(g.hosts))
 	g.mu.Unlock()
-	ok = true
+	allResolved = true
 	for _, h := range hosts {
 		addrs, err := g.resolve(ctx, h)
 		if err != nil {
-			ok = false
+			allResolved = false
 			continue
 		}
-		g.update(func() {
+		g.updateAndWakeRun(func() {
 			g.hosts[h] = addrs
 			var seeds []netip.AddrPort
 			for _, s := range g.conf.Seeds {
@@ -88,7 +88,7 @@ func (g *Gossip) resolveAll(ctx context.Context) (ok bool) {
 			g.swim.SetSeeds(seeds)
 		})
 	}
-	return ok
+	return allResolved
 }
 
 // resolve returns all addresses of a host:port.

@@ -42,18 +42,18 @@ const (
 
 // A Packet is one datagram from one member to another.
 type Packet struct {
-	Kind      PacketKind
-	WantTable bool   // the sender asks for the receiver's table
-	Settled   bool   // the sender's table has not changed for two intervals
-	To        string // the receiver's name
-	From      string // the sender's name
-	Target    string // of PacketPingReq, PacketNack, and a PacketAck that is passed on
-	Session   uint64 // the sender's
-	Digest    uint64 // of the sender's table
-	RequestID uint64 // random; if not 0, the receiver answers with it in ReplyTo
-	ReplyTo   uint64 // if not 0, the RequestID that this answers
-	Buckets   uint16 // the most that the sender has heard of; see MemberRecord.Slot
-	Records   []MemberRecord
+	Kind         PacketKind
+	WantTable    bool   // the sender asks for the receiver's table
+	TableSettled bool   // the sender's table has not changed for two intervals
+	To           string // the receiver's name
+	From         string // the sender's name
+	Target       string // of PacketPingReq, PacketNack, and a PacketAck that is passed on
+	Session      uint64 // the sender's
+	Digest       uint64 // of the sender's table
+	RequestID    uint64 // random; if not 0, the receiver answers with it in ReplyTo
+	ReplyTo      uint64 // if not 0, the RequestID that this answers
+	Buckets      uint16 // the most that the sender has heard of; see MemberRecord.Slot
+	Records      []MemberRecord
 }
 
 // MemberState is the state of a member as another sees it. Of two states in one incarnation the
@@ -139,13 +139,13 @@ func AppendPacketHeader(b []byte, p *Packet) []byte {
 	if p.WantTable {
 		flags |= flagWantTable
 	}
-	if p.Settled {
+	if p.TableSettled {
 		flags |= flagSettled
 	}
 	b = append(b, byte(p.Kind), flags)
-	b = AppendShort(b, p.To)
-	b = AppendShort(b, p.From)
-	b = AppendShort(b, p.Target)
+	b = AppendShortString(b, p.To)
+	b = AppendShortString(b, p.From)
+	b = AppendShortString(b, p.Target)
 	b = binary.LittleEndian.AppendUint64(b, p.Session)
 	b = binary.LittleEndian.AppendUint64(b, p.Digest)
 	b = binary.LittleEndian.AppendUint64(b, p.RequestID)
@@ -163,7 +163,7 @@ func AppendMember(b []byte, m *MemberRecord) []byte {
 		flags |= flagLeaving
 	}
 	b = append(b, byte(m.State), flags)
-	b = AppendShort(b, m.Name)
+	b = AppendShortString(b, m.Name)
 	b = binary.LittleEndian.AppendUint64(b, m.Session)
 	b = binary.LittleEndian.AppendUint32(b, m.Incarnation)
 	switch m.State {
@@ -175,8 +175,8 @@ func AppendMember(b []byte, m *MemberRecord) []byte {
 	case StateDead, StateLeft:
 		b = binary.LittleEndian.AppendUint32(b, m.Age)
 	}
-	b = AppendShort(b, m.Addr)
-	b = AppendShort(b, m.URL)
+	b = AppendShortString(b, m.Addr)
+	b = AppendShortString(b, m.URL)
 	b = binary.LittleEndian.AppendUint16(b, m.Slot)
 	b = binary.LittleEndian.AppendUint64(b, m.Lamport)
 	return binary.LittleEndian.AppendUint32(b, m.KeyID)
@@ -189,11 +189,11 @@ const maxRecord = 2 + (8 + 4 + 2 + 8 + 4) + (1 + MaxMemberName) + 2*(1+MaxMember
 // DecodePacket reads an opened packet into p, and reuses p.Records. After an error p holds
 // nothing to be used. b is not kept.
 func DecodePacket(b []byte, p *Packet) error {
-	r := ReadWire(b)
+	r := NewWireReader(b)
 	kind, flags := PacketKind(r.Byte()), r.Byte()
 	*p = Packet{
-		Kind: kind, WantTable: flags&flagWantTable != 0, Settled: flags&flagSettled != 0,
-		To: readVisible(&r, MaxMemberName), From: readVisible(&r, MaxMemberName), Target: readVisible(&r, MaxMemberName),
+		Kind: kind, WantTable: flags&flagWantTable != 0, TableSettled: flags&flagSettled != 0,
+		To: readVisibleASCII(&r, MaxMemberName), From: readVisibleASCII(&r, MaxMemberName), Target: readVisibleASCII(&r, MaxMemberName),
 		Session: r.Uint64(), Digest: r.Uint64(), RequestID: r.Uint64(), ReplyTo: r.Uint64(), Buckets: r.Uint16(),
 		Records: p.Records[:0],
 	}
@@ -210,7 +210,7 @@ func readMember(r *WireReader) MemberRecord {
 	state, flags := MemberState(r.Byte()), r.Byte()
 	m := MemberRecord{
 		State: state, Provisional: flags&flagProvisional != 0, Leaving: flags&flagLeaving != 0,
-		Name: readVisible(r, MaxMemberName), Session: r.Uint64(), Incarnation: r.Uint32(),
+		Name: readVisibleASCII(r, MaxMemberName), Session: r.Uint64(), Incarnation: r.Uint32(),
 	}
 	switch state {
 	case StateSuspect:
@@ -222,16 +222,16 @@ func readMember(r *WireReader) MemberRecord {
 	case StateDead, StateLeft:
 		m.Age = r.Uint32()
 	}
-	m.Addr, m.URL = readVisible(r, MaxMemberAddr), readVisible(r, MaxMemberAddr)
+	m.Addr, m.URL = readVisibleASCII(r, MaxMemberAddr), readVisibleASCII(r, MaxMemberAddr)
 	m.Slot, m.Lamport, m.KeyID = r.Uint16(), r.Uint64(), r.Uint32()
 	r.Require(state < memberStateEnd && flags <= flagProvisional|flagLeaving && m.Name != "" && m.Addr != "")
 	r.Require(m.Slot < MaxSlots || m.Slot == NoSlot)
 	return m
 }
 
-// readVisible reads a string of at most max bytes, which has to be of visible ASCII.
-func readVisible(r *WireReader, max int) string {
-	s := r.Short(max)
+// readVisibleASCII reads a string of at most maxLen bytes, which has to be of visible ASCII.
+func readVisibleASCII(r *WireReader, maxLen int) string {
+	s := r.ShortString(maxLen)
 	r.Require(isVisibleASCII(s))
 	return s
 }

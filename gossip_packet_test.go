@@ -14,7 +14,7 @@ import (
 func longestPacket() Packet {
 	name, addr := strings.Repeat("n", MaxMemberName), strings.Repeat("a", MaxMemberAddr)
 	return Packet{
-		Kind: PacketPingReq, WantTable: true, Settled: true, To: name, From: name, Target: name,
+		Kind: PacketPingReq, WantTable: true, TableSettled: true, To: name, From: name, Target: name,
 		Session: 1 << 63, Digest: 2, RequestID: 3, ReplyTo: 4, Buckets: MaxSlots,
 		Records: []MemberRecord{
 			{Name: name, Session: 1 << 62, Incarnation: 1 << 31, State: StateSuspect, Accusers: []uint64{1, 2, 3, 4},

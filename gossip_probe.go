@@ -12,20 +12,20 @@ import (
 
 // Times, in units of the interval.
 const (
-	indirectAfter   = 0.2  // after the ping of a probe: another ping, and indirect ones
-	suspectAfter    = 0.4  // after these: a suspicion
-	suspicionMin    = 1.1  // a suspicion that others confirm, up to ten members
-	suspicionMax    = 5    // one that others could confirm and none does, as a multiple of that
-	lastPingSpacing = 0.2  // between the last pings, and from the last one until the death
-	pairPingSpacing = 0.1  // between pings to a suspect that no other member can ping
-	reconnectEvery  = 3    // between attempts to reach dead members and seeds
-	joinBackoffMax  = 4    // between attempts to join
-	stallAfter      = 0.25 // lateness that counts as a stall
+	indirectAfter    = 0.2  // after the ping of a probe: another ping, and indirect ones
+	suspectAfter     = 0.4  // after these: a suspicion
+	suspicionMin     = 1.1  // a suspicion that others confirm, up to ten members
+	suspicionMax     = 5    // one that others could confirm and none does, as a multiple of that
+	finalPingSpacing = 0.2  // between the last pings, and from the last one until the death
+	pairPingSpacing  = 0.1  // between pings to a suspect that no other member can ping
+	reconnectEvery   = 3    // between attempts to reach dead members and seeds
+	joinBackoffMax   = 4    // between attempts to join
+	stallAfter       = 0.25 // lateness that counts as a stall
 )
 
 const (
 	indirectChecks = 4 // members asked to ping one that does not answer
-	maxLastPings   = 6 // to a suspect before it is declared dead
+	maxFinalPings  = 6 // to a suspect before it is declared dead
 	maxHealth      = 8 // Lifeguard's S
 )
 
@@ -36,28 +36,28 @@ const (
 	probeSuspected        // the member is suspected; pings go on until that ends
 )
 
-// patience is a number of intervals, more while our own health is bad (Lifeguard, LHA-Probe).
-func (s *Swim) patience(intervals float64) time.Duration {
-	return s.units(intervals * float64(s.Health+1))
+// scaledByHealth is a number of intervals, more while our own health is bad (Lifeguard, LHA-Probe).
+func (s *Swim) scaledByHealth(intervals float64) time.Duration {
+	return s.intervalsToDuration(intervals * float64(s.Health+1))
 }
 
-func (s *Swim) worsenHealth() { s.Health = min(s.Health+1, maxHealth) }
+func (s *Swim) worsenOwnHealth() { s.Health = min(s.Health+1, maxHealth) }
 
-// stalled allows for a stall of our own. Answers that came meanwhile wait in the socket or were
+// handleOwnStall allows for a stall of our own. Answers that came meanwhile wait in the socket or were
 // lost with it, so silence says nothing about others.
-func (s *Swim) stalled(late time.Duration) {
-	s.worsenHealth()
-	s.event(EventStalled, s.self.Name, s.self.Addr)
+func (s *Swim) handleOwnStall(lateBy time.Duration) {
+	s.worsenOwnHealth()
+	s.addEvent(EventStalled, s.self.Name, s.self.Addr)
 	s.requests = slices.DeleteFunc(s.requests, func(r *pendingRequest) bool { return r.purpose == requestProbe })
 	for _, m := range s.table.Members {
-		m.DeadAt += late + s.units(suspicionMin)
+		m.DeadAt += lateBy + s.intervalsToDuration(suspicionMin)
 	}
 	s.probeAt = max(s.probeAt, s.now+s.interval/2)
 }
 
 // probeNext probes the next member.
 func (s *Swim) probeNext() {
-	s.probeAt = s.now + s.patience(1)
+	s.probeAt = s.now + s.scaledByHealth(1)
 	m := s.probeOrder.Next(&s.table, s.rng, func(m *Member) bool { return m != s.self && s.requests.find(requestProbe, m.Name) == nil })
 	if m != nil {
 		s.probe(m)
@@ -65,14 +65,14 @@ func (s *Swim) probeNext() {
 }
 
 func (s *Swim) probe(m *Member) {
-	s.ping(m, pendingRequest{purpose: requestProbe, dueAt: s.now + s.patience(indirectAfter)})
+	s.ping(m, pendingRequest{purpose: requestProbe, dueAt: s.now + s.scaledByHealth(indirectAfter)})
 }
 
-// requestTimedOut goes on with a request that was not answered in time.
-func (s *Swim) requestTimedOut(r *pendingRequest) {
+// handleRequestTimeout goes on with a request that was not answered in time.
+func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	switch {
 	case r.purpose == requestProbe:
-		s.probeTimedOut(r)
+		s.handleProbeTimeout(r)
 	case r.purpose == requestIndirect:
 		s.requests.remove(r)
 		s.sendTo(r.origin, Packet{Kind: PacketNack, ReplyTo: r.originID, Target: r.name})
@@ -93,8 +93,8 @@ func (s *Swim) requestTimedOut(r *pendingRequest) {
 	}
 }
 
-// probeTimedOut goes on with a probe that was not answered in time.
-func (s *Swim) probeTimedOut(r *pendingRequest) {
+// handleProbeTimeout goes on with a probe that was not answered in time.
+func (s *Swim) handleProbeTimeout(r *pendingRequest) {
 	m := r.member
 	switch {
 	case !m.State.IsLive() || r.tries == probeSuspected && m.State != StateSuspect:
@@ -106,13 +106,13 @@ func (s *Swim) probeTimedOut(r *pendingRequest) {
 	case r.tries == probeIndirect:
 		// Relays answer in any case: if none did, the fault may be ours.
 		if len(r.relays) > 0 && !r.relayNacked {
-			s.worsenHealth()
+			s.worsenOwnHealth()
 		}
 		s.suspect(m)
 	}
 	r.tries, r.dueAt = probeSuspected, s.now+s.interval/3
 	if s.table.Live <= 2 {
-		r.dueAt = s.now + s.units(pairPingSpacing)
+		r.dueAt = s.now + s.intervalsToDuration(pairPingSpacing)
 	}
 	// The member learns from this that it is suspected, and its answer refutes that.
 	s.sendTo(m, Packet{Kind: PacketPing, RequestID: r.id})
@@ -120,7 +120,7 @@ func (s *Swim) probeTimedOut(r *pendingRequest) {
 
 // probeIndirectly pings once more, and asks other members to ping.
 func (s *Swim) probeIndirectly(r *pendingRequest) {
-	r.tries, r.dueAt = probeIndirect, s.now+s.patience(suspectAfter)
+	r.tries, r.dueAt = probeIndirect, s.now+s.scaledByHealth(suspectAfter)
 	s.sendTo(r.member, Packet{Kind: PacketPing, RequestID: r.id})
 	for range indirectChecks {
 		relay := s.randomMember(func(m *Member) bool {
@@ -151,24 +151,24 @@ func (s *Swim) declareDead(m *Member) {
 	s.table.QueueUpdate(m)
 }
 
-// checkSuspicions declares suspects dead when their time is over. Shortly before, every member
+// expireSuspicions declares suspects dead when their time is over. Shortly before, every member
 // pings them a few times more: all who suspect one may be wrong, and its refutation lost.
-func (s *Swim) checkSuspicions() {
+func (s *Swim) expireSuspicions() {
 	for _, m := range s.table.Members {
 		switch {
 		case m.State != StateSuspect:
 		case m.DeadAt <= s.now:
 			s.declareDead(m)
-		case s.lastPingAt(m) <= s.now:
-			m.LastPings++
+		case s.nextFinalPingAt(m) <= s.now:
+			m.FinalPings++
 			s.ping(m, pendingRequest{purpose: requestReconnect, dueAt: s.now + s.interval})
 		}
 	}
 }
 
-// lastPingAt returns when m, a suspect, is to be pinged or declared dead next.
-func (s *Swim) lastPingAt(m *Member) time.Duration {
-	return m.DeadAt - s.units(lastPingSpacing*float64(maxLastPings-m.LastPings))
+// nextFinalPingAt returns when m, a suspect, is to be pinged or declared dead next.
+func (s *Swim) nextFinalPingAt(m *Member) time.Duration {
+	return m.DeadAt - s.intervalsToDuration(finalPingSpacing*float64(maxFinalPings-m.FinalPings))
 }
 
 // suspicionEnd returns when m, a suspect, is to be declared dead: the sooner, the more members
@@ -182,16 +182,16 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	}
 	others := min(max(n-2, 1), MaxAccusers-1) // that can confirm it
 	shared := (longest - shortest) * math.Log(float64(len(m.Accusers))) / math.Log(others+1)
-	return m.SuspectedAt + s.units(max(shortest, longest-shared))
+	return m.SuspectedAt + s.intervalsToDuration(max(shortest, longest-shared))
 }
 
-// reconnect asks whether a member that is dead, or one at a seed where no known member is, has
+// contactDeadOrSeed asks whether a member that is dead, or one at a seed where no known member is, has
 // come back. While this member is alone, it asks all seeds.
-func (s *Swim) reconnect() {
-	s.reconnectAt = s.now + s.units(reconnectEvery)
+func (s *Swim) contactDeadOrSeed() {
+	s.reconnectAt = s.now + s.intervalsToDuration(reconnectEvery)
 	if s.table.Live == 1 && len(s.seeds) > 0 {
 		for _, sd := range s.seeds {
-			s.join(sd)
+			s.sendHelloToSeed(sd)
 		}
 		s.reconnectAt = s.now + s.joinBackoff*3/4 + time.Duration(s.rng.Int64N(int64(s.joinBackoff)/2+1))
 		s.joinBackoff = min(2*s.joinBackoff, joinBackoffMax*s.interval)
@@ -206,16 +206,16 @@ func (s *Swim) reconnect() {
 	}
 	dead := s.randomMember(func(m *Member) bool { return m.State == StateDead })
 	if len(away) > 0 && s.table.Live > 1 && (dead == nil || s.rng.IntN(2) == 0) {
-		s.join(away[s.rng.IntN(len(away))])
+		s.sendHelloToSeed(away[s.rng.IntN(len(away))])
 	} else if dead != nil && s.requests.find(requestReconnect, dead.Name) == nil {
-		s.ping(dead, pendingRequest{purpose: requestReconnect, dueAt: s.now + s.patience(1)})
+		s.ping(dead, pendingRequest{purpose: requestReconnect, dueAt: s.now + s.scaledByHealth(1)})
 	}
 }
 
-// join asks whoever is at a seed's address to answer.
-func (s *Swim) join(sd seed) {
+// sendHelloToSeed asks whoever is at a seed's address to answer.
+func (s *Swim) sendHelloToSeed(sd seed) {
 	to := Endpoint{AddrPort: sd.addr}
-	if r := s.request(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.patience(1)}); r != nil {
+	if r := s.addRequest(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.scaledByHealth(1)}); r != nil {
 		s.send(to, Packet{Kind: PacketHello, RequestID: r.id}, s.self)
 	}
 }

@@ -63,14 +63,14 @@ func TestSwimStallJudgesNobody(t *testing.T) {
 	if !hasEvent(a.swim, EventStalled) || hasEvent(a.swim, EventDown) || hasEvent(a.swim, EventSuspect) || a.swim.Health != health+1 {
 		t.Errorf("health %d after %d, events %v", a.swim.Health, health, a.swim.Events)
 	}
-	if suspect.State != StateSuspect || suspect.DeadAt < wake+a.swim.units(suspicionMin) {
+	if suspect.State != StateSuspect || suspect.DeadAt < wake+a.swim.intervalsToDuration(suspicionMin) {
 		t.Errorf("the suspect is %v, and has %v left", suspect.State, suspect.DeadAt-wake)
 	}
 	if a.swim.requests.find(requestProbe, other.Name) != nil {
 		t.Error("a probe goes on of which the answer may be lost")
 	}
 	// To be a little late is no stall.
-	s.tick(0, max(a.swim.Next(), wake)+a.swim.units(stallAfter/2))
+	s.tick(0, max(a.swim.NextTickAt(), wake)+a.swim.intervalsToDuration(stallAfter/2))
 	if hasEvent(a.swim, EventStalled) {
 		t.Error("a little late counts as a stall")
 	}
@@ -108,8 +108,8 @@ func TestSwimHealthIsPatience(t *testing.T) {
 		a.Health = health
 		s.kill(1)
 		took := s.until(20*time.Second, "a suspicion", func() bool { return s.eventCount(EventSuspect) > 0 })
-		least := a.units((indirectAfter + suspectAfter) * float64(health+1))
-		if took < least || took > least+a.units(1.5) {
+		least := a.intervalsToDuration((indirectAfter + suspectAfter) * float64(health+1))
+		if took < least || took > least+a.intervalsToDuration(1.5) {
 			t.Errorf("health %d: suspected after %v, want %v and up to 1.5 intervals more", health, took, least)
 		}
 	}
@@ -140,10 +140,10 @@ func TestSwimSuspicionEnd(t *testing.T) {
 		live        int
 		least, most float64 // intervals
 	}{{2, 1.1, 1.1}, {3, 1.1, 5.5}, {10, 1.1, 5.5}, {100, 1.375, 6.875}, {1000, 1.65, 8.25}} {
-		if got := left(c.live, 1); got != a.units(c.most).Round(time.Millisecond) {
+		if got := left(c.live, 1); got != a.intervalsToDuration(c.most).Round(time.Millisecond) {
 			t.Errorf("%d members, one accuser: %v, want %v intervals", c.live, got, c.most)
 		}
-		if got := left(c.live, MaxAccusers); got != a.units(c.least).Round(time.Millisecond) {
+		if got := left(c.live, MaxAccusers); got != a.intervalsToDuration(c.least).Round(time.Millisecond) {
 			t.Errorf("%d members, all accuse: %v, want %v intervals", c.live, got, c.least)
 		}
 		if one, two := left(c.live, 1), left(c.live, 2); two > one || two == one && c.most > c.least {
@@ -163,7 +163,7 @@ func TestSwimSuspectIsTold(t *testing.T) {
 		if i > 1000 {
 			t.Fatal("it is never suspected")
 		}
-		for _, d := range s.tick(0, max(a.Next(), a.now)) {
+		for _, d := range s.tick(0, max(a.NextTickAt(), a.now)) {
 			p := s.decode(0, d.Data)
 			told = told || p.Kind == PacketPing && p.To == suspect.Name && p.RequestID != 0 &&
 				slices.ContainsFunc(p.Records, func(r MemberRecord) bool { return r.Name == suspect.Name && r.State == StateSuspect })

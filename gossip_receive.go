@@ -1,6 +1,6 @@
 package main
 
-// What a member does with a packet: it merges the records, answers requests, and refutes what is
+// Handling of packets: a member merges the records, answers requests, and refutes what is
 // wrong about itself. It believes nothing that a session says before the session has answered a
 // challenge. Pure.
 
@@ -12,25 +12,25 @@ import (
 
 // Receive takes a packet that came from an address, and returns what to send.
 func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Datagram {
-	s.begin(now)
+	s.beginStep(now)
 	if s.StoodDown {
 		return nil
 	}
-	if p, counter := s.open(from, data); p != nil {
-		s.admit(from, p, counter)
+	if p, counter := s.openPacket(from, data); p != nil {
+		s.handleOrChallenge(from, p, counter)
 	}
-	return s.end()
+	return s.endStep()
 }
 
-// admit handles p if its session has proven itself, or does so by p. It refuses p otherwise, and
+// handleOrChallenge handles p if its session has proven itself, or does so by p. It refuses p otherwise, and
 // makes the session prove itself.
-func (s *Swim) admit(from netip.AddrPort, p *Packet, counter uint64) {
+func (s *Swim) handleOrChallenge(from netip.AddrPort, p *Packet, counter uint64) {
 	r := s.requests.answeredBy(p)
-	switch s.originOf(p, counter, r) {
+	switch s.classifyAndMarkSeen(p, counter, r) {
 	case fromProven:
 		s.handlePacket(from, p, s.table.Get(p.From), r)
 	case fromProving:
-		if m := s.proveSession(p, counter); m != nil {
+		if m := s.acceptSession(p, counter); m != nil {
 			s.handlePacket(from, p, m, r)
 		} else {
 			s.Refused[RefusedStranger]++
@@ -49,10 +49,10 @@ func (s *Swim) admit(from netip.AddrPort, p *Packet, counter uint64) {
 	}
 }
 
-// handlePacket does what p asks for. Its sender is m, whose session has proven itself. It answers
-// r, unless that is nil.
-func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, m *Member, r *pendingRequest) {
-	if r == nil && p.ReplyTo != 0 && p.Kind != PacketNack {
+// handlePacket does what p asks for. The session of sender has proven itself. answered is the
+// request that p answers, or nil.
+func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answered *pendingRequest) {
+	if answered == nil && p.ReplyTo != 0 && p.Kind != PacketNack {
 		s.Refused[RefusedUnasked]++ // most likely it is late; the rest of it may still be news
 	}
 	s.buckets = max(s.buckets, p.Buckets)
@@ -61,49 +61,49 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, m *Member, r *pendin
 		s.syncedAt, s.resyncAt, s.wantTable = s.now, s.now+s.interval, false
 	}
 	if p.Kind == PacketAck {
-		m.KnowsOurSession = p.RequestID == 0 // otherwise it challenges us
+		sender.KnowsOurSession = p.RequestID == 0 // otherwise it challenges us
 	}
-	refuted := s.mergeRecords(p, m)
-	if m.Session != p.Session {
+	refuted := s.mergeRecords(p, sender)
+	if sender.Session != p.Session {
 		return // a record in p says that a later session has begun
 	}
 	switch {
-	case p.Kind == PacketAck && r != nil:
-		s.requestAnswered(m, r)
-	case p.Kind == PacketNack && r != nil:
-		r.relayNacked = true
+	case p.Kind == PacketAck && answered != nil:
+		s.handleAnswer(sender, answered)
+	case p.Kind == PacketNack && answered != nil:
+		answered.relayNacked = true
 	case p.Kind == PacketPingReq:
-		s.pingFor(p, m)
+		s.pingTargetFor(p, sender)
 	}
-	s.answer(from, p, m, refuted)
+	s.answer(from, p, sender, refuted)
 	if p.WantTable {
-		s.sendTable(m, false)
-	} else if p.Digest != s.table.Digest && p.Settled && s.isSettled() {
+		s.sendTable(sender, false)
+	} else if p.Digest != s.table.Digest && p.TableSettled && s.isTableSettled() {
 		// Neither table has changed for two intervals: no update is under way that would make
 		// them equal.
-		s.sendTable(m, true)
+		s.sendTable(sender, true)
 	}
 }
 
 // answer answers p if it has a request, and tells its sender what is wrong about its view: that
 // of us, which was just refuted, or that it is taken for dead.
-func (s *Swim) answer(from netip.AddrPort, p *Packet, m *Member, refuted bool) {
+func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefuted bool) {
 	to := Endpoint{AddrPort: from}
 	switch {
-	case p.RequestID != 0 && p.Kind == PacketPing && !refuted:
-		s.send(to, Packet{Kind: PacketAck, To: m.Name, ReplyTo: p.RequestID}) // it knows us
+	case p.RequestID != 0 && p.Kind == PacketPing && !justRefuted:
+		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // it knows us
 	case p.RequestID != 0 && p.Kind != PacketPingReq:
-		m.KnowsOurSession = true // by this proof
-		s.send(to, Packet{Kind: PacketAck, To: m.Name, ReplyTo: p.RequestID}, s.self)
-	case refuted:
-		s.send(to, Packet{Kind: PacketGossip, To: m.Name}, s.self)
-	case m.State == StateDead && p.Kind != PacketAck:
-		s.sendTo(m, Packet{Kind: PacketGossip})
+		sender.KnowsOurSession = true // by this proof
+		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}, s.self)
+	case justRefuted:
+		s.send(to, Packet{Kind: PacketGossip, To: sender.Name}, s.self)
+	case sender.State == StateDead && p.Kind != PacketAck:
+		s.sendTo(sender, Packet{Kind: PacketGossip})
 	}
 }
 
-// requestAnswered does what the answer of m to r calls for.
-func (s *Swim) requestAnswered(m *Member, r *pendingRequest) {
+// handleAnswer does what the answer of m to r calls for.
+func (s *Swim) handleAnswer(m *Member, r *pendingRequest) {
 	switch r.purpose {
 	case requestProbe:
 		if r.tries == probePinged {
@@ -128,34 +128,34 @@ func (s *Swim) requestAnswered(m *Member, r *pendingRequest) {
 	s.requests.remove(r)
 }
 
-// pingFor pings the target of p, a PacketPingReq of m.
-func (s *Swim) pingFor(p *Packet, m *Member) {
+// pingTargetFor pings the target of p, a PacketPingReq of requester.
+func (s *Swim) pingTargetFor(p *Packet, requester *Member) {
 	target := s.table.Get(p.Target)
 	if target != nil && target != s.self && p.RequestID != 0 {
-		s.ping(target, pendingRequest{purpose: requestIndirect, origin: m, originID: p.RequestID, dueAt: s.now + s.units(indirectAfter)})
+		s.ping(target, pendingRequest{purpose: requestIndirect, origin: requester, originID: p.RequestID, dueAt: s.now + s.intervalsToDuration(indirectAfter)})
 	}
 }
 
-// mergeRecords merges the records of p, a packet of m, and tells whether one of them is wrong
+// mergeRecords merges the records of p, a packet of sender, and tells whether one of them is wrong
 // about this member.
-func (s *Swim) mergeRecords(p *Packet, m *Member) (refuted bool) {
+func (s *Swim) mergeRecords(p *Packet, sender *Member) (refuted bool) {
 	for _, r := range p.Records {
 		if r.Name == s.name {
-			refuted = s.refute(r) || refuted
+			refuted = s.refuteIfWrong(r) || refuted
 		} else {
-			s.mergeRecordFrom(m, r, p.Kind == PacketSync)
+			s.mergeRecordFrom(sender, r, p.Kind == PacketSync)
 		}
 	}
 	return refuted
 }
 
-// mergeRecordFrom merges what m says of another member, as an update or in a sync of its table.
-func (s *Swim) mergeRecordFrom(m *Member, r MemberRecord, isSync bool) {
+// mergeRecordFrom merges what sender says of another member, as an update or in a sync of its table.
+func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 	known := s.table.Get(r.Name)
 	// When the halves of a ring meet, each takes the other for dead. A member can refute only
 	// what it hears of, so in a sync the dead are suspects.
 	if isSync && r.State == StateDead && known != nil && known.State.IsLive() && r.Session == known.Session {
-		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(m.Name)}, 0
+		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(sender.Name)}, 0
 	}
 	merged := s.mergeRecord(r)
 	// A member that has just joined need not pass on what all others know.
@@ -176,14 +176,14 @@ func (s *Swim) mergeRecord(r MemberRecord) *Member {
 	if m == nil {
 		return nil
 	}
-	s.noteClaim(&r)
+	s.noteHighestClaim(&r)
 	switch {
 	case m.State == StateLeft && old.State != StateLeft:
-		s.event(EventLeft, m.Name, m.Addr)
+		s.addEvent(EventLeft, m.Name, m.Addr)
 	case m.State == StateDead && old.State.IsLive():
-		s.event(EventDown, m.Name, m.Addr)
+		s.addEvent(EventDown, m.Name, m.Addr)
 	case m.State.IsLive() && !old.State.IsLive():
-		s.event(EventUp, m.Name, m.Addr)
+		s.addEvent(EventUp, m.Name, m.Addr)
 		s.probeOrder.Insert(m, s.rng)
 	}
 	if m.State == StateSuspect {
@@ -198,20 +198,20 @@ func (s *Swim) mergeRecord(r MemberRecord) *Member {
 // startSuspicion begins a suspicion of m. Some members probe it themselves, so that the truth is
 // soon known.
 func (s *Swim) startSuspicion(m *Member) {
-	m.SuspectedAt, m.LastPings = s.now, 0
-	s.event(EventSuspect, m.Name, m.Addr)
+	m.SuspectedAt, m.FinalPings = s.now, 0
+	s.addEvent(EventSuspect, m.Name, m.Addr)
 	if s.rng.IntN(s.table.Live) < 2*MaxAccusers && s.requests.find(requestProbe, m.Name) == nil && s.self.State != StateLeft {
 		s.probe(m)
 	}
 }
 
-// refute tells whether r, a record of this member, is wrong, and announces a new incarnation if
+// refuteIfWrong tells whether r, a record of this member, is wrong, and announces a new incarnation if
 // others would believe it.
-func (s *Swim) refute(r MemberRecord) (wrong bool) {
+func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 	switch {
 	case r.Session > s.self.Session:
 		addr, _ := netip.ParseAddrPort(r.Addr)
-		s.checkName(Endpoint{addr, r.Addr}, r.Session)
+		s.startNameCheck(Endpoint{addr, r.Addr}, r.Session)
 		return false
 	case r.Session < s.self.Session:
 		return true
@@ -226,27 +226,27 @@ func (s *Swim) refute(r MemberRecord) (wrong bool) {
 	if r.Incarnation >= s.self.Incarnation {
 		own := s.self.MemberRecord
 		own.Incarnation = r.Incarnation
-		s.announce(own)
+		s.announceSelf(own)
 		if r.State == StateSuspect {
-			s.worsenHealth() // we may have been too slow to answer
+			s.worsenOwnHealth() // we may have been too slow to answer
 		}
 	}
 	return true
 }
 
-// checkName asks whether a member of our name and a higher session is alive.
-func (s *Swim) checkName(to Endpoint, session uint64) {
+// startNameCheck asks whether a member of our name and a higher session is alive.
+func (s *Swim) startNameCheck(to Endpoint, rivalSession uint64) {
 	if s.requests.find(requestNameCheck, s.name) == nil && s.self.State != StateLeft {
-		s.request(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: session, to: to, dueAt: s.now})
+		s.addRequest(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: rivalSession, to: to, dueAt: s.now})
 	}
 }
 
 // renewSession begins the session after one that others know of, and joins again.
-func (s *Swim) renewSession(after uint64) {
+func (s *Swim) renewSession(afterSession uint64) {
 	r := s.self.MemberRecord
-	r.Session = s.nextSession(after)
-	s.announce(r)
-	s.event(EventSessionTaken, s.self.Name, s.self.Addr)
+	r.Session = s.nextSession(afterSession)
+	s.announceSelf(r)
+	s.addEvent(EventSessionTaken, s.self.Name, s.self.Addr)
 	s.reconnectAt, s.syncedAt, s.wantTable = s.now, 0, true
 	for _, m := range s.table.Members {
 		m.KnowsOurSession = false
@@ -255,28 +255,28 @@ func (s *Swim) renewSession(after uint64) {
 
 // handleNamesake takes a packet whose sender has our name: one of our own that came back, or one
 // of an earlier session of ours, or of another member with our name. It proves nothing unless it
-// answers r.
-func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, r *pendingRequest) {
+// answers a request.
+func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingRequest) {
 	answer := Packet{Kind: PacketAck, To: s.name, ReplyTo: p.RequestID}
 	switch {
 	case p.Session == s.self.Session:
 		// A seed may be this member itself, but whoever saw the packet can send it back.
-	case r == nil && p.Kind == PacketHello && s.mayReply():
+	case answered == nil && p.Kind == PacketHello && s.countUnprovenReply():
 		if p.Session > s.self.Session {
-			s.checkName(Endpoint{AddrPort: from}, p.Session)
+			s.startNameCheck(Endpoint{AddrPort: from}, p.Session)
 		} else {
-			answer.RequestID, _ = s.challengeID(s.name) // it may be a replay
+			answer.RequestID, _ = s.findOrAddChallenge(s.name) // it may be a replay
 		}
-		s.reply(from, answer)
-	case r == nil:
+		s.replyToUnproven(from, answer)
+	case answered == nil:
 	case p.Session < s.self.Session:
-		s.requests.remove(r)
-		s.event(EventNameConflict, s.name, from.String())
+		s.requests.remove(answered)
+		s.addEvent(EventNameConflict, s.name, from.String())
 	default:
 		if p.RequestID != 0 {
-			s.reply(from, answer)
+			s.replyToUnproven(from, answer)
 		}
-		s.event(EventStoodDown, s.name, from.String())
+		s.addEvent(EventStoodDown, s.name, from.String())
 		s.StoodDown = true
 	}
 }

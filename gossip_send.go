@@ -30,31 +30,31 @@ func (s *Swim) sendTo(m *Member, p Packet) {
 }
 
 // send sends p with the records of about, two at most, and as many updates as fit. If the
-// receiver may not know us, about has to be self.
-func (s *Swim) send(to Endpoint, p Packet, about ...*Member) {
+// receiver may not know us, recordsOf has to be self.
+func (s *Swim) send(to Endpoint, p Packet, recordsOf ...*Member) {
 	m := s.table.Get(p.To)
-	b := s.appendPacket(&p, about)
+	b := s.encodeWithRecords(&p, recordsOf)
 	s.plain = s.table.AppendUpdates(b, s.now, maxPlainPacket, p.To, m != nil && m.KnowsOurSession)
-	s.seal(to, s.keyFor(m))
+	s.sealAndQueue(to, s.keyIDFor(m))
 }
 
-// reply answers a sender that has proven nothing. It seals with the key of the packet that was
+// replyToUnproven answers a sender that has proven nothing. It seals with the key of the packet that was
 // opened last, which that sender holds whatever its record says. It sends no updates: a replay
 // would make them count as passed on, and the answer much larger than the packet.
-func (s *Swim) reply(to netip.AddrPort, p Packet, about ...*Member) {
-	s.plain = s.appendPacket(&p, about)
-	s.seal(Endpoint{AddrPort: to}, s.openedKeyID)
+func (s *Swim) replyToUnproven(to netip.AddrPort, p Packet, recordsOf ...*Member) {
+	s.plain = s.encodeWithRecords(&p, recordsOf)
+	s.sealAndQueue(Endpoint{AddrPort: to}, s.openedKeyID)
 }
 
-// appendPacket returns p with the records of about. If the receiver is suspected or dead, its
+// encodeWithRecords returns p with the records of about. If the receiver is suspected or dead, its
 // own record is added, so that it can refute that.
-func (s *Swim) appendPacket(p *Packet, about []*Member) []byte {
+func (s *Swim) encodeWithRecords(p *Packet, recordsOf []*Member) []byte {
 	s.fillHeader(p)
 	b := AppendPacketHeader(s.plain[:0], p)
-	for _, m := range about {
+	for _, m := range recordsOf {
 		b = m.Append(b, s.now)
 	}
-	if m := s.table.Get(p.To); m != nil && m != s.self && m.State != StateAlive && len(about) < 2 {
+	if m := s.table.Get(p.To); m != nil && m != s.self && m.State != StateAlive && len(recordsOf) < 2 {
 		b = m.Append(b, s.now)
 	}
 	return b
@@ -63,17 +63,17 @@ func (s *Swim) appendPacket(p *Packet, about []*Member) []byte {
 // fillHeader sets what every packet says of its sender.
 func (s *Swim) fillHeader(p *Packet) {
 	p.From, p.Session, p.Digest, p.Buckets = s.name, s.self.Session, s.table.Digest, s.buckets
-	p.Settled = s.isSettled()
+	p.TableSettled = s.isTableSettled()
 	p.WantTable = p.WantTable || s.wantTable
 }
 
-// isSettled tells whether the table has not changed for two intervals.
-func (s *Swim) isSettled() bool { return s.now-s.table.ChangedAt >= 2*s.interval }
+// isTableSettled tells whether the table has not changed for two intervals.
+func (s *Swim) isTableSettled() bool { return s.now-s.table.ChangedAt >= 2*s.interval }
 
-// keyFor returns the ID of a key that m holds. A member that is not live may not have our newest
+// keyIDFor returns the ID of a key that m holds. A member that is not live may not have our newest
 // key yet, or no longer its own last one, so it gets any of our keys. (In turn would give one of
 // two seeds the same key every time.)
-func (s *Swim) keyFor(m *Member) uint32 {
+func (s *Swim) keyIDFor(m *Member) uint32 {
 	if m != nil && m.State.IsLive() {
 		return m.KeyID
 	}
@@ -81,28 +81,28 @@ func (s *Swim) keyFor(m *Member) uint32 {
 	return ids[s.rng.IntN(len(ids))]
 }
 
-// seal seals s.plain and queues it.
-func (s *Swim) seal(to Endpoint, keyID uint32) {
+// sealAndQueue seals s.plain and queues it.
+func (s *Swim) sealAndQueue(to Endpoint, keyID uint32) {
 	from := len(s.sealed)
 	s.sealed = s.sealer.Seal(s.sealed, s.plain, keyID)
 	s.datagrams = append(s.datagrams, Datagram{To: to, Data: s.sealed[from:len(s.sealed):len(s.sealed)]})
 }
 
-// sendTable sends the table to m, as full packets, and asks for m's table if want; at most once per
+// sendTable sends the table to m, as full packets, and asks for m's table if wantTheirs; at most once per
 // interval. A table that needs more than maxSyncPackets is continued by the next call.
-func (s *Swim) sendTable(m *Member, want bool) {
+func (s *Swim) sendTable(m *Member, wantTheirs bool) {
 	if m.LastSync != 0 && s.now-m.LastSync < s.interval {
 		return
 	}
 	m.LastSync = s.now
-	p := Packet{Kind: PacketSync, To: m.Name, WantTable: want}
+	p := Packet{Kind: PacketSync, To: m.Name, WantTable: wantTheirs}
 	s.fillHeader(&p)
 	all, first := s.table.Members, s.syncFrom
 	for i, sent := 0, 0; i < len(all) && sent < maxSyncPackets; sent++ {
 		b := AppendPacketHeader(s.plain[:0], &p)
 		for ; i < len(all); i++ {
 			o := all[(first+i)%len(all)]
-			if !o.IsSynced(s.now) {
+			if !o.IsSyncable(s.now) {
 				continue
 			}
 			longer := o.Append(b, s.now)
@@ -112,7 +112,7 @@ func (s *Swim) sendTable(m *Member, want bool) {
 			b = longer
 		}
 		s.plain = b
-		s.seal(m.Endpoint(), m.KeyID)
+		s.sealAndQueue(m.Endpoint(), m.KeyID)
 		p.WantTable = false
 		s.syncFrom = (first + i) % len(all)
 	}

@@ -18,7 +18,7 @@ const (
 )
 
 // RefusedPackets counts packets that were dropped, by reason.
-type RefusedPackets [refusedReasons]uint64
+type RefusedPackets [refusedReasonCount]uint64
 
 // The reasons. No refused packet is believed, but of one that answers no request
 // (RefusedUnasked) only the answer is ignored. No refused packet is answered, but its sender may
@@ -34,17 +34,17 @@ const (
 	RefusedReplay           // received before, or too old to tell
 	RefusedStranger         // its sender had to be challenged first
 	RefusedUnasked          // answers no request to its sender
-	refusedReasons
+	refusedReasonCount
 )
 
-// RefusedReasons returns the names of the reasons.
-func RefusedReasons() [refusedReasons]string {
+// RefusedReasonNames returns the names of the reasons.
+func RefusedReasonNames() [refusedReasonCount]string {
 	return [...]string{"unsealed", "version", "key", "forged", "malformed", "misrouted", "session", "replay", "stranger", "unasked"}
 }
 
-// open opens and decodes a packet, and returns it with its sender's counter. A packet that is
+// openPacket opens and decodes a packet, and returns it with its sender's counter. A packet that is
 // refused is counted, and p is nil. p is valid until the next open.
-func (s *Swim) open(from netip.AddrPort, data []byte) (p *Packet, counter uint64) {
+func (s *Swim) openPacket(from netip.AddrPort, data []byte) (p *Packet, counter uint64) {
 	if len(data) > MaxPacket {
 		s.Refused[RefusedUnsealed]++
 		return nil, 0
@@ -54,11 +54,11 @@ func (s *Swim) open(from netip.AddrPort, data []byte) (p *Packet, counter uint64
 		s.Refused[refusedReason(err)]++
 		if errors.Is(err, ErrSealVersion) && s.now >= s.versionEventAt {
 			s.versionEventAt = s.now + versionEventEvery
-			s.event(EventVersion+": "+err.Error(), "", from.String())
+			s.addEvent(EventVersion+": "+err.Error(), "", from.String())
 		}
 		return nil, 0
 	}
-	p, s.plain, s.openedKeyID = &s.packet, plain, s.sealer.KeyID(data)
+	p, s.plain, s.openedKeyID = &s.packet, plain, SealedKeyID(data)
 	switch {
 	case DecodePacket(plain, p) != nil:
 		s.Refused[RefusedMalformed]++
@@ -95,9 +95,9 @@ const (
 	fromStranger                       // a session not proven yet
 )
 
-// originOf returns the origin of p, which answers r unless that is nil. The counter of a packet
+// classifyAndMarkSeen returns the origin of p, where answered is the request that p answers, or nil. The counter of a packet
 // from a proven session is taken as seen.
-func (s *Swim) originOf(p *Packet, counter uint64, r *pendingRequest) packetOrigin {
+func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingRequest) packetOrigin {
 	m := s.table.Get(p.From)
 	switch {
 	case p.From == s.name:
@@ -109,16 +109,16 @@ func (s *Swim) originOf(p *Packet, counter uint64, r *pendingRequest) packetOrig
 			return fromReplay
 		}
 		return fromProven
-	case r != nil && p.Target == "":
+	case answered != nil && p.Target == "":
 		return fromProving
 	}
 	return fromStranger
 }
 
-// proveSession begins the session of p, which answers a request of ours, and returns its member.
+// acceptSession begins the session of p, which answers a request of ours, and returns its member.
 // If the member's record of this session is not known, it has to be in p; otherwise the result
 // is nil.
-func (s *Swim) proveSession(p *Packet, counter uint64) *Member {
+func (s *Swim) acceptSession(p *Packet, counter uint64) *Member {
 	m := s.table.Get(p.From)
 	if m == nil || m.Session != p.Session {
 		i := slices.IndexFunc(p.Records, func(r MemberRecord) bool { return r.Name == p.From && r.Session == p.Session })
@@ -137,42 +137,42 @@ func (s *Swim) proveSession(p *Packet, counter uint64) *Member {
 
 // answerOldSession tells the sender of p of its later session, if p asks or answers: it may have
 // lost its state. (A replay gets one packet for one packet by this.)
-func (s *Swim) answerOldSession(from netip.AddrPort, p *Packet, r *pendingRequest) {
-	if (p.Kind == PacketHello || r != nil) && s.mayReply() {
-		s.reply(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID}, s.self, s.table.Get(p.From))
+func (s *Swim) answerOldSession(from netip.AddrPort, p *Packet, answered *pendingRequest) {
+	if (p.Kind == PacketHello || answered != nil) && s.countUnprovenReply() {
+		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID}, s.self, s.table.Get(p.From))
 	}
 }
 
 // challenge asks the sender of p to prove that p is no replay, and answers p if it asks for
 // that, because the answer tells only of us.
 func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
-	if !s.mayReply() {
+	if !s.countUnprovenReply() {
 		return
 	}
-	id, isNew := s.challengeID(p.From)
+	id, isNew := s.findOrAddChallenge(p.From)
 	if p.RequestID != 0 && p.Kind != PacketPingReq {
-		s.reply(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID, RequestID: id}, s.self)
+		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID, RequestID: id}, s.self)
 	} else if isNew {
-		s.reply(from, Packet{Kind: PacketHello, To: p.From, RequestID: id}, s.self)
+		s.replyToUnproven(from, Packet{Kind: PacketHello, To: p.From, RequestID: id}, s.self)
 	}
 }
 
-// challengeID returns the request ID that name has to answer with, and whether it is a new one:
+// findOrAddChallenge returns the request ID that memberName has to answer with, and whether it is a new one:
 // however often a packet is replayed, it leads to one request. It is 0 if too many requests are
 // pending.
-func (s *Swim) challengeID(name string) (id uint64, isNew bool) {
-	if r := s.requests.find(requestChallenge, name); r != nil {
+func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bool) {
+	if r := s.requests.find(requestChallenge, memberName); r != nil {
 		return r.id, false
 	}
-	if r := s.request(pendingRequest{purpose: requestChallenge, name: name, dueAt: s.now + s.interval}); r != nil {
+	if r := s.addRequest(pendingRequest{purpose: requestChallenge, name: memberName, dueAt: s.now + s.interval}); r != nil {
 		return r.id, true
 	}
 	return 0, false
 }
 
-// mayReply counts the answers to senders that have proven nothing, and tells whether one more
+// countUnprovenReply counts the answers to senders that have proven nothing, and tells whether one more
 // is allowed in this interval.
-func (s *Swim) mayReply() bool {
+func (s *Swim) countUnprovenReply() bool {
 	if s.now-s.repliesSince >= s.interval {
 		s.repliesSince, s.replies = s.now, 0
 	}

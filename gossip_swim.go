@@ -2,7 +2,7 @@ package main
 
 // SWIM with Lifeguard as a state machine: what a member announces, and what it does when time
 // passes. Sources: Das, Gupta, Motivala, "SWIM" (2002); Dadgar, Phillips, Currey, "Lifeguard"
-// (2017). Whatever a peer makes grow is bounded. Pure: time, randomness and packets come in, and
+// (2017). All memory that a peer can make grow is bounded. Pure: time, randomness and packets come in, and
 // packets go out.
 
 import (
@@ -22,9 +22,9 @@ const (
 	expireEvery  = time.Minute
 )
 
-// A SwimState is what a member keeps from one start to the next. The zero value is the state of
+// A RestartState is what a member keeps from one start to the next. The zero value is the state of
 // a member that never started.
-type SwimState struct {
+type RestartState struct {
 	Session     uint64 // the last one used
 	Slot        uint16 // the claim, if Lamport is not 0
 	Lamport     uint64
@@ -56,12 +56,12 @@ type SwimConfig struct {
 	Interval        time.Duration // between probes; scales all timing but tombstones
 	Random          rand.Source   // must be unpredictable to strangers
 	Sealer          *PacketSealer // the Swim's own from then on
-	State           SwimState
+	RestartState    RestartState
 }
 
 // A Swim is one member's view of the ring. Times are those of one monotonic clock, from any
 // origin; a time before an earlier one counts as that one. It is not safe for concurrent use.
-// What its methods return is valid until the next call of Receive or Tick.
+// Results of its methods are valid until the next call of Receive or Tick.
 type Swim struct {
 	Events    []GossipEvent // of the last Receive or Tick
 	Refused   RefusedPackets
@@ -119,61 +119,61 @@ type seed struct {
 func NewSwim(c SwimConfig) *Swim {
 	s := &Swim{
 		name: c.Name, interval: c.Interval, rng: rand.New(c.Random), sealer: c.Sealer,
-		maxLamport: max(c.State.MaxLamport, c.State.Lamport), buckets: c.State.Buckets, wantTable: true, joinBackoff: c.Interval / 2,
+		maxLamport: max(c.RestartState.MaxLamport, c.RestartState.Lamport), buckets: c.RestartState.Buckets, wantTable: true, joinBackoff: c.Interval / 2,
 	}
 	s.self = s.table.Merge(0, MemberRecord{
-		Name: c.Name, Session: s.nextSession(c.State.Session), Addr: c.Addr, URL: c.URL, Slot: NoSlot, KeyID: s.sealer.KeyIDs()[0],
+		Name: c.Name, Session: s.nextSession(c.RestartState.Session), Addr: c.Addr, URL: c.URL, Slot: NoSlot, KeyID: s.sealer.KeyIDs()[0],
 	})
-	if c.State.Lamport > 0 {
-		s.SetClaim(c.State.Slot, c.State.Lamport, c.State.Provisional)
+	if c.RestartState.Lamport > 0 {
+		s.AnnounceClaim(c.RestartState.Slot, c.RestartState.Lamport, c.RestartState.Provisional)
 	}
 	return s
 }
 
 // nextSession returns a session after the given one. The upper half counts, the lower half is
 // random, so that two members of one name that both lost their state differ.
-func (s *Swim) nextSession(after uint64) uint64 {
-	return (after/sessionStep+1)*sessionStep + s.rng.Uint64N(sessionStep)
+func (s *Swim) nextSession(afterSession uint64) uint64 {
+	return (afterSession/sessionStep+1)*sessionStep + s.rng.Uint64N(sessionStep)
 }
 
-// State returns what to keep.
-func (s *Swim) State() SwimState {
-	st := SwimState{Session: s.self.Session, MaxLamport: s.maxLamport, Buckets: s.buckets}
+// RestartState returns what to keep.
+func (s *Swim) RestartState() RestartState {
+	st := RestartState{Session: s.self.Session, MaxLamport: s.maxLamport, Buckets: s.buckets}
 	if r := s.self.MemberRecord; r.Lamport > 0 {
 		st.Slot, st.Lamport, st.Provisional = r.Slot, r.Lamport, r.Provisional
 	}
 	return st
 }
 
-// Version is View's, without the cost.
-func (s *Swim) Version() uint64 { return s.table.Version + uint64(s.buckets) }
+// ViewVersion is View's, without the cost.
+func (s *Swim) ViewVersion() uint64 { return s.table.Version + uint64(s.buckets) }
 
 // View returns a copy.
 func (s *Swim) View() GossipView {
-	return GossipView{Version: s.Version(), Self: s.name, Buckets: s.buckets, MaxLamport: s.maxLamport, Joined: s.syncedAt != 0, Members: s.table.Snapshots(s.now)}
+	return GossipView{Version: s.ViewVersion(), Self: s.name, Buckets: s.buckets, MaxLamport: s.maxLamport, Joined: s.syncedAt != 0, Members: s.table.Snapshots(s.now)}
 }
 
-// SetClaim announces that this member claims a slot (or none: NoSlot).
-func (s *Swim) SetClaim(slot uint16, lamport uint64, provisional bool) {
+// AnnounceClaim announces that this member claims a slot (or none: NoSlot).
+func (s *Swim) AnnounceClaim(slot uint16, claimNumber uint64, provisional bool) {
 	r := s.self.MemberRecord
-	r.Slot, r.Lamport, r.Provisional = slot, lamport, provisional
-	s.noteClaim(&r)
-	s.announce(r)
+	r.Slot, r.Lamport, r.Provisional = slot, claimNumber, provisional
+	s.noteHighestClaim(&r)
+	s.announceSelf(r)
 }
 
-// noteClaim remembers the highest claim number and slot.
-func (s *Swim) noteClaim(r *MemberRecord) {
+// noteHighestClaim remembers the highest claim number and slot.
+func (s *Swim) noteHighestClaim(r *MemberRecord) {
 	s.maxLamport = max(s.maxLamport, r.Lamport)
 	if r.Slot < MaxSlots {
 		s.buckets = max(s.buckets, r.Slot+1)
 	}
 }
 
-// SetLeaving announces that this member is about to leave.
-func (s *Swim) SetLeaving() {
+// AnnounceLeaving announces that this member is about to leave.
+func (s *Swim) AnnounceLeaving() {
 	r := s.self.MemberRecord
 	r.Leaving = true
-	s.announce(r)
+	s.announceSelf(r)
 }
 
 // SetKeys replaces the keys and announces which one this member seals with. After an error the
@@ -184,14 +184,14 @@ func (s *Swim) SetKeys(keys Keys) error {
 	}
 	r := s.self.MemberRecord
 	r.KeyID = s.sealer.KeyIDs()[0]
-	s.announce(r)
+	s.announceSelf(r)
 	return nil
 }
 
-// announce makes r this member's record, in a new incarnation.
-func (s *Swim) announce(r MemberRecord) {
+// announceSelf makes r this member's record, in a new incarnation.
+func (s *Swim) announceSelf(r MemberRecord) {
 	r.Incarnation++
-	s.table.Set(s.now, s.self, r)
+	s.table.SetRecord(s.now, s.self, r)
 	s.table.QueueUpdate(s.self)
 }
 
@@ -221,12 +221,12 @@ func (s *Swim) Leave() {
 	}
 	r := s.self.MemberRecord
 	r.State = StateLeft
-	s.table.Set(s.now, s.self, r)
+	s.table.SetRecord(s.now, s.self, r)
 	s.table.QueueUpdate(s.self)
 	s.requests = nil
 	for range leaveTargets {
 		if m := s.randomMember(func(m *Member) bool { return m.State == StateAlive && s.requests.find(requestLeave, m.Name) == nil }); m != nil {
-			s.request(pendingRequest{purpose: requestLeave, name: m.Name, member: m})
+			s.addRequest(pendingRequest{purpose: requestLeave, name: m.Name, member: m})
 		}
 	}
 }
@@ -235,8 +235,8 @@ func (s *Swim) Leave() {
 // answer.
 func (s *Swim) HasLeft() bool { return s.self.State == StateLeft && len(s.requests) == 0 }
 
-// Next returns when Tick wants to be called.
-func (s *Swim) Next() time.Duration {
+// NextTickAt returns when Tick wants to be called.
+func (s *Swim) NextTickAt() time.Duration {
 	next := s.expireAt
 	if s.table.HasUpdates() && s.table.Live > 1 {
 		next = min(next, s.gossipAt)
@@ -252,7 +252,7 @@ func (s *Swim) Next() time.Duration {
 	}
 	for _, m := range s.table.Members {
 		if m.State == StateSuspect {
-			next = min(next, s.lastPingAt(m))
+			next = min(next, s.nextFinalPingAt(m))
 		}
 	}
 	return min(next, s.probeAt, s.reconnectAt)
@@ -260,22 +260,22 @@ func (s *Swim) Next() time.Duration {
 
 // Tick does what is due, and returns what to send.
 func (s *Swim) Tick(now time.Duration) []Datagram {
-	s.begin(now)
+	s.beginStep(now)
 	if s.StoodDown {
 		return nil
 	}
 	for _, r := range slices.Clone(s.requests) {
 		if r.dueAt <= s.now {
-			s.requestTimedOut(r)
+			s.handleRequestTimeout(r)
 		}
 	}
 	if s.self.State != StateLeft {
-		s.checkSuspicions()
+		s.expireSuspicions()
 		if s.probeAt <= s.now {
 			s.probeNext()
 		}
 		if s.reconnectAt <= s.now {
-			s.reconnect()
+			s.contactDeadOrSeed()
 		}
 	}
 	if s.resyncAt != 0 && s.resyncAt <= s.now {
@@ -289,14 +289,14 @@ func (s *Swim) Tick(now time.Duration) []Datagram {
 		s.table.DropExpired(s.now)
 	}
 	if s.gossipAt <= s.now && s.table.HasUpdates() {
-		s.gossip()
+		s.gossipUpdates()
 	}
-	return s.end()
+	return s.endStep()
 }
 
-// gossip sends updates to a few live members, from a random place in the table on, none twice.
-func (s *Swim) gossip() {
-	s.gossipAt = s.now + s.units(gossipEvery)
+// gossipUpdates sends updates to a few live members, from a random place in the table on, none twice.
+func (s *Swim) gossipUpdates() {
+	s.gossipAt = s.now + s.intervalsToDuration(gossipEvery)
 	members := s.table.Members
 	first := s.rng.IntN(len(members))
 	for i, left := 0, gossipFanout; i < len(members) && left > 0; i++ {
@@ -308,8 +308,8 @@ func (s *Swim) gossip() {
 	}
 }
 
-// begin starts a Receive or Tick.
-func (s *Swim) begin(now time.Duration) {
+// beginStep starts a Receive or Tick.
+func (s *Swim) beginStep(now time.Duration) {
 	s.datagrams, s.sealed, s.Events = s.datagrams[:0], s.sealed[:0], s.Events[:0]
 	s.now = max(s.now, now)
 	if s.probeAt == 0 { // the first call
@@ -317,38 +317,38 @@ func (s *Swim) begin(now time.Duration) {
 		s.expireAt = s.now + expireEvery
 		s.wakeAt, s.table.ChangedAt = s.now, s.now
 	}
-	if late := s.now - s.wakeAt; late >= s.units(stallAfter) {
-		s.stalled(late)
+	if late := s.now - s.wakeAt; late >= s.intervalsToDuration(stallAfter) {
+		s.handleOwnStall(late)
 	}
 }
 
-// end ends a Receive or Tick.
-func (s *Swim) end() []Datagram {
-	s.wakeAt = max(s.Next(), s.now)
+// endStep ends a Receive or Tick.
+func (s *Swim) endStep() []Datagram {
+	s.wakeAt = max(s.NextTickAt(), s.now)
 	return s.datagrams
 }
 
-func (s *Swim) units(intervals float64) time.Duration {
+func (s *Swim) intervalsToDuration(intervals float64) time.Duration {
 	return time.Duration(intervals * float64(s.interval))
 }
 
-func (s *Swim) event(what, name, addr string) {
+func (s *Swim) addEvent(what, name, addr string) {
 	s.Events = append(s.Events, GossipEvent{What: what, Name: name, Addr: addr})
 }
 
-func (s *Swim) randomMember(ok func(*Member) bool) *Member {
-	return s.table.RandomMember(s.rng, s.self, ok)
+func (s *Swim) randomMember(isEligible func(*Member) bool) *Member {
+	return s.table.RandomMember(s.rng, s.self, isEligible)
 }
 
-// request adds r to the pending requests, and returns it with its ID; nil if too many are
+// addRequest adds r to the pending requests, and returns it with its ID; nil if too many are
 // pending.
-func (s *Swim) request(r pendingRequest) *pendingRequest { return s.requests.add(s.now, s.rng, r) }
+func (s *Swim) addRequest(r pendingRequest) *pendingRequest { return s.requests.add(s.now, s.rng, r) }
 
 // ping sends m a ping, and adds r to the pending requests. If too many are pending, it does
 // nothing.
 func (s *Swim) ping(m *Member, r pendingRequest) {
 	r.name, r.member = m.Name, m
-	if r := s.request(r); r != nil {
+	if r := s.addRequest(r); r != nil {
 		s.sendTo(m, Packet{Kind: PacketPing, RequestID: r.id})
 	}
 }

@@ -69,7 +69,7 @@ func TestSwimRefuses(t *testing.T) {
 	elsewhere := testSealer(t, 9, "not sim", 1)
 	dead := MemberRecord{Name: "node-002", Session: s.nodes[2].swim.self.Session, Incarnation: 99, State: StateDead, Addr: "x:1", Slot: NoSlot}
 	body := encodePacket(Packet{Kind: PacketPing, To: b.name, From: a.name, Session: a.swim.self.Session, RequestID: 5, Records: []MemberRecord{dead}})
-	nonce := b.swim.request(pendingRequest{purpose: requestReconnect, name: "node-002", dueAt: s.now - b.origin + time.Hour}).id
+	nonce := b.swim.addRequest(pendingRequest{purpose: requestReconnect, name: "node-002", dueAt: s.now - b.origin + time.Hour}).id
 	for _, c := range []struct {
 		about  string
 		packet []byte
@@ -152,7 +152,7 @@ func TestSwimReportsVersion(t *testing.T) {
 			t.Errorf("%v later: events %v, %d answers, %d refused after %d", c.after, a.Events, len(out), a.Refused[RefusedVersion], refused)
 		}
 	}
-	if names := RefusedReasons(); names[RefusedVersion] != "version" || names[RefusedUnasked] != "unasked" {
+	if names := RefusedReasonNames(); names[RefusedVersion] != "version" || names[RefusedUnasked] != "unasked" {
 		t.Errorf("the reasons are %v", names)
 	}
 }
@@ -252,16 +252,21 @@ func TestSwimRestarts(t *testing.T) {
 	for about, again := range map[string]func(s *sim, i int){
 		"same":        func(s *sim, i int) { s.restart(i) },
 		"new address": func(s *sim, i int) { s.move(i); s.restart(i) },
-		"state lost":  func(s *sim, i int) { s.nodes[i].state = SwimState{}; s.restart(i) },
-		"lost, moved": func(s *sim, i int) { s.nodes[i].state = SwimState{}; s.move(i); s.restart(i) },
+		"state lost":  func(s *sim, i int) { s.nodes[i].state = RestartState{}; s.restart(i) },
+		"lost, moved": func(s *sim, i int) { s.nodes[i].state = RestartState{}; s.move(i); s.restart(i) },
 		"after death": func(s *sim, i int) { s.kill(i); s.run(20 * time.Second); s.restart(i) },
-		"lost, dead":  func(s *sim, i int) { s.kill(i); s.run(20 * time.Second); s.nodes[i].state = SwimState{}; s.restart(i) },
+		"lost, dead": func(s *sim, i int) {
+			s.kill(i)
+			s.run(20 * time.Second)
+			s.nodes[i].state = RestartState{}
+			s.restart(i)
+		},
 		"after leave": func(s *sim, i int) { s.nodes[i].swim.Leave(); s.arm(i); s.run(5 * time.Second); s.restart(i) },
 		"lost, left": func(s *sim, i int) {
 			s.nodes[i].swim.Leave()
 			s.arm(i)
 			s.run(5 * time.Second)
-			s.nodes[i].state = SwimState{}
+			s.nodes[i].state = RestartState{}
 			s.restart(i)
 		},
 		"twice":        func(s *sim, i int) { s.restart(i); s.run(300 * time.Millisecond); s.restart(i) },
@@ -302,7 +307,7 @@ func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 		session := s.nodes[0].state.Session
 		s.kill(0)
 		s.until(20*time.Second, "it is down", s.agree)
-		s.nodes[0].state = SwimState{}
+		s.nodes[0].state = RestartState{}
 		s.start(0)
 		s.until(20*time.Second, "it is back", s.agree)
 		if got := s.nodes[0].state.Session; got <= session {
@@ -416,7 +421,7 @@ func TestSwimUpdatesSurviveReplays(t *testing.T) {
 	s.until(10*time.Second, "restart", s.agree)
 	s.run(5 * time.Second)
 	a := s.nodes[0].swim
-	a.SetClaim(1, 1, false)
+	a.AnnounceClaim(1, 1, false)
 	for range 100 {
 		if out := s.deliver(0, netip.MustParseAddrPort("192.0.2.7:1"), hello); len(out) != 1 || len(out[0].Data) > 2*len(hello) {
 			t.Fatalf("%d answers, the first of %d bytes to %d", len(out), len(out[0].Data), len(hello))
@@ -474,7 +479,7 @@ func TestSwimTwoRings(t *testing.T) {
 	s := newSim(t, 20, 1)
 	for i := range s.nodes {
 		sw := s.start(i, i%2)
-		sw.SetClaim(uint16(i), uint64(i+1), false)
+		sw.AnnounceClaim(uint16(i), uint64(i+1), false)
 	}
 	s.run(20 * time.Second)
 	if s.nodes[0].swim.table.Live != 10 {
@@ -654,7 +659,7 @@ func TestTableOrder(t *testing.T) {
 // more than it may.
 func FuzzSwim(f *testing.F) {
 	for _, p := range []Packet{longestPacket(), {Kind: PacketHello, From: "x", RequestID: 1}, {Kind: PacketPingReq, To: "node-001", Target: "node-002", RequestID: 1},
-		{Kind: PacketSync, WantTable: true, Settled: true, To: "node-001", Records: []MemberRecord{{Name: "node-001", Incarnation: 1<<32 - 1, State: StateDead, Addr: "x"}}},
+		{Kind: PacketSync, WantTable: true, TableSettled: true, To: "node-001", Records: []MemberRecord{{Name: "node-001", Incarnation: 1<<32 - 1, State: StateDead, Addr: "x"}}},
 		{Kind: PacketGossip, Records: []MemberRecord{{Name: "node-000", State: StateLeft, Addr: "x"}}}} {
 		if p.From == "" {
 			p.From = "node-000"

@@ -42,7 +42,7 @@ type Member struct {
 	RTT             time.Duration  // smoothed; 0 is not known
 	SuspectedAt     time.Duration  // if suspect: since when
 	DeadAt          time.Duration  // if suspect: when it is declared dead
-	LastPings       int            // sent before it is declared dead
+	FinalPings      int            // sent before it is declared dead
 	DiedAt          time.Duration  // when it died or left; may be negative
 	LastSync        time.Duration  // when the table was last sent to it
 	digestPart      uint64         // of the table's digest
@@ -72,7 +72,7 @@ func (t *MemberTable) Merge(now time.Duration, r MemberRecord) *Member {
 	m := t.byName[r.Name]
 	switch {
 	case m == nil:
-		if m = t.add(&r); m == nil {
+		if m = t.addPlaceholder(&r); m == nil {
 			return nil
 		}
 	case r.isSameSuspicion(&m.MemberRecord):
@@ -86,13 +86,13 @@ func (t *MemberTable) Merge(now time.Duration, r MemberRecord) *Member {
 	case r.Session > m.Session:
 		m.Proven, m.KnowsOurSession = false, false
 	}
-	t.Set(now, m, r)
+	t.SetRecord(now, m, r)
 	return m
 }
 
-// add makes a member of r's name without a record; nil if there is no room, or if the others
+// addPlaceholder makes a member of r's name without a record; nil if there is no room, or if the others
 // have begun to forget it.
-func (t *MemberTable) add(r *MemberRecord) *Member {
+func (t *MemberTable) addPlaceholder(r *MemberRecord) *Member {
 	if time.Duration(r.Age)*time.Second >= tombstoneLife/2 || !t.makeRoom() {
 		return nil
 	}
@@ -141,8 +141,8 @@ func accuserID(name string) uint64 {
 	return h.Sum64()
 }
 
-// Set replaces the record of m by r, which has m's name.
-func (t *MemberTable) Set(now time.Duration, m *Member, r MemberRecord) {
+// SetRecord replaces the record of m by r, which has m's name.
+func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	if m.State.IsLive() {
 		t.Live--
 	}
@@ -178,9 +178,9 @@ func (r *MemberRecord) digest() uint64 {
 	return binary.LittleEndian.Uint64(sum[:])
 }
 
-// IsSynced tells whether m belongs into the digest and into what is sent of the table: if it
+// IsSyncable tells whether m belongs into the digest and into what is sent of the table: if it
 // is live, or has not been dead for long.
-func (m *Member) IsSynced(now time.Duration) bool {
+func (m *Member) IsSyncable(now time.Duration) bool {
 	return m.State.IsLive() || now-m.DiedAt < tombstoneLife/2
 }
 
@@ -189,19 +189,19 @@ func (m *Member) IsSynced(now time.Duration) bool {
 // some day.
 func (t *MemberTable) DropExpired(now time.Duration) {
 	t.Members = slices.DeleteFunc(t.Members, func(m *Member) bool {
-		if !m.IsSynced(now) {
+		if !m.IsSyncable(now) {
 			t.setDigestPart(now, m, 0)
 		}
 		expired := m.State == StateLeft && now-m.DiedAt >= tombstoneLife
 		if expired {
-			t.forget(m)
+			t.unindexMember(m)
 		}
 		return expired
 	})
 }
 
-// forget removes all of m but its place in Members.
-func (t *MemberTable) forget(m *Member) {
+// unindexMember removes all of m but its place in Members.
+func (t *MemberTable) unindexMember(m *Member) {
 	delete(t.byName, m.Name)
 	t.updates = slices.DeleteFunc(t.updates, func(o *Member) bool { return o == m })
 }
@@ -223,7 +223,7 @@ func (t *MemberTable) makeRoom() bool {
 	}
 	m := t.Members[oldest]
 	t.setDigestPart(t.ChangedAt, m, 0)
-	t.forget(m)
+	t.unindexMember(m)
 	t.Members = slices.Delete(t.Members, oldest, oldest+1)
 	return true
 }
@@ -239,24 +239,24 @@ func (t *MemberTable) QueueUpdate(m *Member) {
 // HasUpdates tells whether there is anything to pass on.
 func (t *MemberTable) HasUpdates() bool { return len(t.updates) > 0 }
 
-// AppendUpdates appends to a packet to a member the updates that were passed on least, while b
-// stays within max bytes; not the member's own record, which it knows. They count as passed on
-// only if counts, that is if the member is going to believe them.
-func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, max int, to string, counts bool) []byte {
+// AppendUpdates appends to b, a packet to receiver, the updates that were passed on least, while b
+// stays within maxLen bytes; not receiver's own record, which it knows. They count as passed on
+// only if markSent, that is if receiver is going to believe them.
+func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, maxLen int, receiver string, markSent bool) []byte {
 	if len(t.updates) == 0 {
 		return b
 	}
 	slices.SortStableFunc(t.updates, func(a, b *Member) int { return cmp.Compare(a.transmits, b.transmits) })
 	limit := int(math.Ceil(retransmitMult * math.Log10(float64(t.Live)+1)))
 	for _, m := range t.updates {
-		if m.Name != to {
+		if m.Name != receiver {
 			longer := m.Append(b, now)
-			if len(longer) > max {
+			if len(longer) > maxLen {
 				break
 			}
 			b = longer
 		}
-		if counts {
+		if markSent {
 			m.transmits++
 		}
 	}
@@ -267,12 +267,12 @@ func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, max int, to str
 // Append appends m's record to a packet.
 func (m *Member) Append(b []byte, now time.Duration) []byte {
 	r := m.MemberRecord
-	r.Age = m.age(now)
+	r.Age = m.secondsDead(now)
 	return AppendMember(b, &r)
 }
 
-// age returns the seconds since m died or left.
-func (m *Member) age(now time.Duration) uint32 {
+// secondsDead returns the seconds since m died or left.
+func (m *Member) secondsDead(now time.Duration) uint32 {
 	if m.State.IsLive() {
 		return 0
 	}
@@ -301,18 +301,18 @@ func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
 	for i, m := range t.Members {
 		r := m.MemberRecord
 		r.Accusers = slices.Clone(r.Accusers)
-		r.Age = m.age(now)
+		r.Age = m.secondsDead(now)
 		snapshots[i] = MemberSnapshot{MemberRecord: r, RTT: m.RTT}
 	}
 	slices.SortFunc(snapshots, func(a, b MemberSnapshot) int { return strings.Compare(a.Name, b.Name) })
 	return snapshots
 }
 
-// RandomMember returns a random member for which ok holds, but not self; nil if there is none.
-func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, ok func(*Member) bool) (chosen *Member) {
+// RandomMember returns a random member for which isEligible holds, but not self; nil if there is none.
+func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, isEligible func(*Member) bool) (chosen *Member) {
 	n := 0
 	for _, m := range t.Members {
-		if m != self && ok(m) {
+		if m != self && isEligible(m) {
 			if n++; rng.IntN(n) == 0 {
 				chosen = m
 			}
@@ -328,13 +328,13 @@ type ProbeOrder struct {
 	next  int // index in round
 }
 
-// Next returns the next live member for which ok holds, or nil.
-func (o *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, ok func(*Member) bool) *Member {
+// Next returns the next live member for which isEligible holds, or nil.
+func (o *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, isEligible func(*Member) bool) *Member {
 	for range 2 {
 		for o.next < len(o.round) {
 			m := o.round[o.next]
 			o.next++
-			if m.State.IsLive() && t.Get(m.Name) == m && ok(m) {
+			if m.State.IsLive() && t.Get(m.Name) == m && isEligible(m) {
 				return m
 			}
 		}

@@ -152,11 +152,11 @@ func TestGossipLoopback(t *testing.T) {
 		all = append(all, startGossip(t, c, "127.0.0.1:0"))
 	}
 	waitFor(t, "all joined", allLive(all, n))
-	all[7].SetClaim(3, 9, true)
+	all[7].AnnounceClaim(3, 9, true)
 	waitFor(t, "all know a claim", func() bool {
 		for _, g := range all {
 			v := g.View()
-			ok := v.Buckets == 4 && v.MaxLamport == 9 && g.State().MaxLamport == 9
+			ok := v.Buckets == 4 && v.MaxLamport == 9 && g.RestartState().MaxLamport == 9
 			for _, m := range v.Members {
 				ok = ok && (m.Name != "n7" || m.Slot == 3 && m.Lamport == 9 && m.Provisional)
 			}
@@ -214,7 +214,7 @@ func TestGossipNameTaken(t *testing.T) {
 	a := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
 	seed := []string{a.addr.String()}
 	var events sync.Map
-	first := startGossip(t, GossipConfig{Name: "b", Seeds: seed, State: SwimState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { events.Store(e.What, true) }}, "127.0.0.1:0")
+	first := startGossip(t, GossipConfig{Name: "b", Seeds: seed, RestartState: RestartState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { events.Store(e.What, true) }}, "127.0.0.1:0")
 	waitFor(t, "joined", allLive([]*gossiper{a, first}, 2))
 	second := startGossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
 	waitFor(t, "the lower session stands down", func() bool {

@@ -27,27 +27,27 @@ const maxJumpsPerBucket = 64
 type Ring struct {
 	holders   []string // by slot; "" if no live member holds the slot
 	liveSlots []int    // slots with a holder, ascending
-	version   uint64
+	digest    uint64
 }
 
 // NewRing makes the ring of the claims of all live members. Buckets is the highest slot that
 // any member ever claimed, plus one; it is raised to cover the claims given and cut at
-// MaxSlots. Of several claims to a slot one wins, as in ResolveClaim. A member whose claim loses
+// MaxSlots. Of several claims to a slot one wins, as in ChooseClaim. A member whose claim loses
 // owns nothing until it has claimed another slot.
-func NewRing(live []Claim, buckets int) *Ring {
+func NewRing(live []Claim, minBuckets int) *Ring {
 	claims := slices.DeleteFunc(slices.Collect(maps.Values(latestClaims(live))), func(c Claim) bool { return !c.isValid() })
 	slices.SortFunc(claims, Claim.compare)
-	buckets = max(0, min(buckets, MaxSlots))
+	minBuckets = max(0, min(minBuckets, MaxSlots))
 	for _, c := range claims {
-		buckets = max(buckets, c.Slot+1)
+		minBuckets = max(minBuckets, c.Slot+1)
 	}
-	r := &Ring{holders: make([]string, buckets)}
+	r := &Ring{holders: make([]string, minBuckets)}
 	for _, c := range claims {
 		if r.holders[c.Slot] == "" {
 			r.holders[c.Slot] = c.Name
 		}
 	}
-	sum := binary.AppendUvarint(nil, uint64(buckets))
+	sum := binary.AppendUvarint(nil, uint64(minBuckets))
 	for slot, name := range r.holders {
 		if name != "" {
 			r.liveSlots = append(r.liveSlots, slot)
@@ -56,30 +56,30 @@ func NewRing(live []Claim, buckets int) *Ring {
 		}
 	}
 	digest := sha256.Sum256(sum)
-	r.version = binary.BigEndian.Uint64(digest[:])
+	r.digest = binary.BigEndian.Uint64(digest[:])
 	return r
 }
 
 // Owner returns the member that owns key; false if there is no live member.
-func (r *Ring) Owner(key uint64) (string, bool) {
-	slot := r.slot(key, maxJumpsPerBucket*len(r.holders))
+func (r *Ring) Owner(siteKey uint64) (string, bool) {
+	slot := r.liveSlotFor(siteKey, maxJumpsPerBucket*len(r.holders))
 	if slot < 0 {
 		return "", false
 	}
 	return r.holders[slot], true
 }
 
-// slot returns the first live slot that key is mapped to; the lowest live slot if maxJumps
+// liveSlotFor returns the first live slot that siteKey is mapped to; the lowest live slot if maxJumps
 // find none; -1 if there is none.
-func (r *Ring) slot(key uint64, maxJumps int) int {
+func (r *Ring) liveSlotFor(siteKey uint64, maxJumps int) int {
 	if len(r.liveSlots) == 0 {
 		return -1
 	}
 	for range maxJumps {
-		if slot := jump(key, len(r.holders)); r.holders[slot] != "" {
+		if slot := jumpHash(siteKey, len(r.holders)); r.holders[slot] != "" {
 			return slot
 		}
-		key = splitmix64(key)
+		siteKey = splitmix64(siteKey)
 	}
 	return r.liveSlots[0]
 }
@@ -98,15 +98,15 @@ func (r *Ring) Shares() map[string]float64 {
 // Buckets returns the number of buckets. The next ring must not have fewer.
 func (r *Ring) Buckets() int { return len(r.holders) }
 
-// Version is a digest of who holds which slot and of the number of buckets.
+// Digest is a digest of who holds which slot and of the number of buckets.
 // Members of equal versions agree on the owner of every key.
-func (r *Ring) Version() uint64 { return r.version }
+func (r *Ring) Digest() uint64 { return r.digest }
 
-// jump is jump consistent hash (Lamping & Veach 2014, arXiv:1406.2294). From n to
+// jumpHash is jump consistent hash (Lamping & Veach 2014, arXiv:1406.2294). From n to
 // n+1 buckets, a key either stays or goes to bucket n. n must be positive.
-func jump(key uint64, n int) int {
+func jumpHash(key uint64, buckets int) int {
 	b, j := int64(-1), int64(0)
-	for j < int64(n) {
+	for j < int64(buckets) {
 		b = j
 		key = key*2862933555777941757 + 1
 		j = int64(float64(b+1) * (float64(1<<31) / float64(key>>33+1)))

@@ -50,12 +50,12 @@ func latestClaims(claims []Claim) map[string]Claim {
 	return latest
 }
 
-// ResolveClaim returns what self is to claim, and whether that differs from what it
+// ChooseClaim returns what self is to claim, and whether that differs from what it
 // has in live; then it must be stored before it is announced.
 //
 // live are the claims of all live members, self included (in live without a valid
 // claim: a member that has yet to claim). reserved are those of members gone for
-// less than a day and, while self starts, its own stored one. highest is the
+// less than a day and, while self starts, its own stored one. maxLamport is the
 // highest Lamport number ever heard or used. provisional says that seeds are
 // configured and none has yet sent its table.
 //
@@ -64,11 +64,11 @@ func latestClaims(claims []Claim) map[string]Claim {
 // All others, losers in order and then newcomers by name, take one free slot each,
 // the first the lowest. Because every member ranks all of them, and not only itself,
 // members that have heard the same choose differently at once. New claims have number
-// highest+1. A provisional claim that stands once seeds are reached is made anew: late,
+// maxLamport+1. A provisional claim that stands once seeds are reached is made anew: late,
 // so that it still gives way to what was claimed before. Without a free slot the claim
 // is one of nothing.
-func ResolveClaim(self string, provisional bool, live, reserved []Claim, highest uint64) (Claim, bool) {
-	next := nextLamport(highest, live, reserved)
+func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLamport uint64) (Claim, bool) {
+	next := nextLamport(maxLamport, live, reserved)
 	members, gone := latestClaims(live), latestClaims(reserved)
 	announced := members[self]
 	members[self] = announced
@@ -102,11 +102,11 @@ func ResolveClaim(self string, provisional bool, live, reserved []Claim, highest
 
 // nextLamport returns the number of a new claim. After the last number it is the last number
 // again; then only names decide.
-func nextLamport(highest uint64, live, reserved []Claim) uint64 {
+func nextLamport(maxLamport uint64, live, reserved []Claim) uint64 {
 	for _, c := range slices.Concat(live, reserved) {
-		highest = max(highest, c.Lamport)
+		maxLamport = max(maxLamport, c.Lamport)
 	}
-	return max(highest, highest+1)
+	return max(maxLamport, maxLamport+1)
 }
 
 // rankClaims returns one claim for each member, in the order in which slots are given: first

@@ -36,8 +36,8 @@ const (
 	idleCheck = time.Minute
 )
 
-// RingPeer is a live member of the ring.
-type RingPeer struct {
+// RingMember is a live member of the ring.
+type RingMember struct {
 	Name    string
 	Addr    string // host:port of its UDP and TCP port
 	Session uint64
@@ -46,21 +46,21 @@ type RingPeer struct {
 
 // RingView says which members are live and which of them owns what. It is immutable.
 type RingView struct {
-	Ring  *Ring
-	Peers map[string]RingPeer // by name, this server included
+	Ring    *Ring
+	Members map[string]RingMember // by name, this server included
 }
 
 // Owner returns the live member that owns a site key; false if the view knows none.
-func (v *RingView) Owner(key uint64) (RingPeer, bool) {
-	name, ok := v.Ring.Owner(key)
-	p, live := v.Peers[name]
+func (v *RingView) Owner(siteKey uint64) (RingMember, bool) {
+	name, ok := v.Ring.Owner(siteKey)
+	p, live := v.Members[name]
 	return p, ok && live
 }
 
-// LoadMemberState reads what SaveMemberState wrote. It returns the zero state if nothing is
+// LoadRestartState reads what SaveRestartState wrote. It returns the zero state if nothing is
 // there, if dir is "", or if the file is damaged: the other members have the rest.
-func LoadMemberState(fsys FS, dir string) (SwimState, error) {
-	var st SwimState
+func LoadRestartState(fsys FS, dir string) (RestartState, error) {
+	var st RestartState
 	if dir == "" {
 		return st, nil
 	}
@@ -76,8 +76,8 @@ func LoadMemberState(fsys FS, dir string) (SwimState, error) {
 	return st, nil
 }
 
-// SaveMemberState stores st durably; with dir "" it does nothing.
-func SaveMemberState(fsys FS, dir string, st SwimState) error {
+// SaveRestartState stores st durably; with dir "" it does nothing.
+func SaveRestartState(fsys FS, dir string, st RestartState) error {
 	if dir == "" {
 		return nil
 	}
@@ -97,7 +97,7 @@ type RingKeeperConfig struct {
 	Gossip   *Gossip
 	FS       FS
 	Dir      string // "" saves nothing
-	Seeds    bool   // addresses to join at are configured
+	HasSeeds bool   // addresses to join at are configured
 	Interval time.Duration
 	Log      *slog.Logger
 	OnView   func(*RingView) // gets every new view, in order; must not block
@@ -110,8 +110,8 @@ type RingKeeper struct {
 	view    atomic.Pointer[RingView]
 	settled chan struct{} // closed when the first ring is made
 
-	saved      SwimState // on disk; this and the next are Run's
-	saveFailed bool      // the last time
+	saved      RestartState // on disk; this and the next are Run's
+	saveFailed bool         // the last time
 }
 
 // NewRingKeeper saves the number of the new session, so that gossip may begin. On a full disk it
@@ -121,8 +121,8 @@ type RingKeeper struct {
 func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	m := &RingKeeper{cfg: cfg, settled: make(chan struct{})}
 	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
-	if err := m.save(cfg.Gossip.State()); IsDiskFull(err) {
-		m.reportSave(err)
+	if err := m.saveIfChanged(cfg.Gossip.RestartState()); IsDiskFull(err) {
+		m.reportSaveResult(err)
 	} else if err != nil {
 		return nil, err
 	}
@@ -139,15 +139,15 @@ func (m *RingKeeper) View() *RingView { return m.view.Load() }
 func (m *RingKeeper) Run(ctx context.Context) error {
 	begin := time.Now()
 	lastChange := begin // of the members
-	var starts []memberStart
+	var starts []memberSession
 	for {
 		v := m.cfg.Gossip.View()
 		// Claims alone are no reason to wait longer: each would delay all others.
-		if now := memberStarts(v); !slices.Equal(now, starts) {
+		if now := memberSessions(v); !slices.Equal(now, starts) {
 			starts, lastChange = now, time.Now()
 		}
-		alone := !m.cfg.Seeds && len(v.Members) == 1
-		quiet := time.Since(lastChange) >= quietIntervals*m.cfg.Interval && (v.Joined || !m.cfg.Seeds)
+		alone := !m.cfg.HasSeeds && len(v.Members) == 1
+		quiet := time.Since(lastChange) >= quietIntervals*m.cfg.Interval && (v.Joined || !m.cfg.HasSeeds)
 		overdue := !m.isSettled() && time.Since(begin) >= settleIntervals*m.cfg.Interval
 		if alone || quiet || overdue {
 			m.claimSlot(v)
@@ -157,9 +157,9 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 			}
 		}
 		if m.isSettled() {
-			m.publish(v)
+			m.publishView(v)
 		}
-		m.trySave(m.cfg.Gossip.State())
+		m.saveAndReport(m.cfg.Gossip.RestartState())
 		wait := m.cfg.Interval / 4
 		if quiet && !m.saveFailed {
 			wait = idleCheck
@@ -179,43 +179,43 @@ func (m *RingKeeper) isSettled() bool {
 	}
 }
 
-// memberStart is one start of one member.
-type memberStart struct {
+// memberSession is one start of one member.
+type memberSession struct {
 	name    string
 	session uint64
 	live    bool
 }
 
-func memberStarts(v GossipView) []memberStart {
-	var starts []memberStart
+func memberSessions(v GossipView) []memberSession {
+	var starts []memberSession
 	for _, mv := range v.Members {
-		starts = append(starts, memberStart{mv.Name, mv.Session, mv.State.IsLive()})
+		starts = append(starts, memberSession{mv.Name, mv.Session, mv.State.IsLive()})
 	}
 	return starts
 }
 
-// save stores st durably, unless the last saved state is equal.
-func (m *RingKeeper) save(st SwimState) error {
+// saveIfChanged stores st durably, unless the last saved state is equal.
+func (m *RingKeeper) saveIfChanged(st RestartState) error {
 	if st == m.saved {
 		return nil
 	}
-	err := SaveMemberState(m.cfg.FS, m.cfg.Dir, st)
+	err := SaveRestartState(m.cfg.FS, m.cfg.Dir, st)
 	if err == nil {
 		m.saved = st
 	}
 	return err
 }
 
-// trySave saves st and reports a failure. It returns whether st is saved; if not, Run tries
+// saveAndReport saves st and reports a failure. It returns whether st is saved; if not, Run tries
 // again at the next change or tick.
-func (m *RingKeeper) trySave(st SwimState) bool {
-	err := m.save(st)
-	m.reportSave(err)
+func (m *RingKeeper) saveAndReport(st RestartState) bool {
+	err := m.saveIfChanged(st)
+	m.reportSaveResult(err)
 	return err == nil
 }
 
-// reportSave reports an error of save, and logs the first in a row.
-func (m *RingKeeper) reportSave(err error) {
+// reportSaveResult reports an error of save, and logs the first in a row.
+func (m *RingKeeper) reportSaveResult(err error) {
 	if err != nil {
 		m.cfg.OnError(err)
 		if !m.saveFailed {
@@ -244,7 +244,7 @@ func (m *RingKeeper) claimSlot(v GossipView) {
 			reserved = append(reserved, claimOf(mv.MemberRecord))
 		}
 	}
-	c, changed := ResolveClaim(m.cfg.Name, m.cfg.Seeds && !v.Joined, live, reserved, v.MaxLamport)
+	c, changed := ChooseClaim(m.cfg.Name, m.cfg.HasSeeds && !v.Joined, live, reserved, v.MaxLamport)
 	if !changed {
 		return
 	}
@@ -253,19 +253,19 @@ func (m *RingKeeper) claimSlot(v GossipView) {
 		slot = uint16(c.Slot)
 	}
 	// The claim is durable before it is announced: otherwise a restart could claim another's slot.
-	st := m.cfg.Gossip.State()
+	st := m.cfg.Gossip.RestartState()
 	st.Slot, st.Lamport, st.Provisional = slot, c.Lamport, c.Provisional
-	if m.trySave(st) {
+	if m.saveAndReport(st) {
 		m.cfg.Log.Info("slot claimed", "slot", c.Slot, "claim", c.Lamport, "provisional", c.Provisional)
-		m.cfg.Gossip.SetClaim(slot, c.Lamport, c.Provisional)
+		m.cfg.Gossip.AnnounceClaim(slot, c.Lamport, c.Provisional)
 	}
 }
 
-// publish replaces the view with that of the members that gossip knows.
-func (m *RingKeeper) publish(v GossipView) {
+// publishView replaces the view with that of the members that gossip knows.
+func (m *RingKeeper) publishView(v GossipView) {
 	next := newRingView(v)
-	if next.Ring.Version() != m.View().Ring.Version() {
-		m.cfg.Log.Info("ring changed", "members", len(next.Peers), "buckets", next.Ring.Buckets(), "share", next.Ring.Shares()[m.cfg.Name])
+	if next.Ring.Digest() != m.View().Ring.Digest() {
+		m.cfg.Log.Info("ring changed", "members", len(next.Members), "buckets", next.Ring.Buckets(), "share", next.Ring.Shares()[m.cfg.Name])
 	}
 	m.view.Store(next)
 	m.cfg.OnView(next)
@@ -273,7 +273,7 @@ func (m *RingKeeper) publish(v GossipView) {
 
 // newRingView returns the view of all live members. A member that is leaving owns nothing.
 func newRingView(v GossipView) *RingView {
-	view := &RingView{Peers: map[string]RingPeer{}}
+	view := &RingView{Members: map[string]RingMember{}}
 	var claims []Claim
 	for _, mv := range v.Members {
 		if !mv.State.IsLive() {
@@ -282,7 +282,7 @@ func newRingView(v GossipView) *RingView {
 		if !mv.Leaving {
 			claims = append(claims, claimOf(mv.MemberRecord))
 		}
-		view.Peers[mv.Name] = RingPeer{Name: mv.Name, Addr: mv.Addr, Session: mv.Session, KeyID: mv.KeyID}
+		view.Members[mv.Name] = RingMember{Name: mv.Name, Addr: mv.Addr, Session: mv.Session, KeyID: mv.KeyID}
 	}
 	view.Ring = NewRing(claims, int(v.Buckets))
 	return view

@@ -107,18 +107,18 @@ const memInterval = time.Second
 // add makes one that does nothing yet.
 func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
 	t.Helper()
-	st, err := LoadMemberState(fsys, "/s")
+	st, err := LoadRestartState(fsys, "/s")
 	if err != nil {
 		t.Fatal(err)
 	}
 	conn := n.listen(addr)
 	g, err := NewGossip(GossipConfig{Name: name, Addr: addr, RingName: "test", Keys: testKeys(t, 1), Seeds: seeds,
-		Interval: memInterval, State: st, Conn: conn, Resolver: &fakeDNS{}})
+		Interval: memInterval, RestartState: st, Conn: conn, Resolver: &fakeDNS{}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := &memMember{gossip: g, conn: conn, fs: fsys}
-	m.RingKeeper, err = NewRingKeeper(RingKeeperConfig{Name: name, Gossip: g, FS: fsys, Dir: "/s", Seeds: len(seeds) > 0,
+	m.RingKeeper, err = NewRingKeeper(RingKeeperConfig{Name: name, Gossip: g, FS: fsys, Dir: "/s", HasSeeds: len(seeds) > 0,
 		Interval: memInterval, Log: slog.New(slog.DiscardHandler),
 		OnView: func(v *RingView) { m.last.Store(v) }, OnError: func(error) { m.errors.Add(1) }})
 	if err != nil {
@@ -197,26 +197,26 @@ func TestMemberAtRestActsOnChanges(t *testing.T) {
 		rest()
 
 		// What it was told is kept, though it was at rest.
-		b.gossip.SetClaim(1, 70, false)
+		b.gossip.AnnounceClaim(1, 70, false)
 		limit("a claim's number is kept", took(t, "a keeps it", func() bool {
-			st, err := LoadMemberState(a.fs, "/s")
+			st, err := LoadRestartState(a.fs, "/s")
 			return err == nil && st.MaxLamport == 70
 		}), memInterval)
 		rest()
 
 		// A slot that is lost to an older claim is given up, and another taken.
-		a.gossip.SetClaim(0, 90, false)
+		a.gossip.AnnounceClaim(0, 90, false)
 		took(t, "b hears of it", func() bool { return b.gossip.View().MaxLamport == 90 })
 		rest()
-		b.gossip.SetClaim(0, 80, false)
+		b.gossip.AnnounceClaim(0, 80, false)
 		limit("a slot that was lost is replaced", took(t, "a has another", func() bool { return a.slot() == 1 && a.members() == 2 && b.members() == 2 }), memInterval)
 		rest()
 
-		b.gossip.SetLeaving()
+		b.gossip.AnnounceLeaving()
 		limit("who is about to leave is off the ring", took(t, "a is alone on its ring", func() bool { return a.members() == 1 }), memInterval)
 		rest()
 		b.kill()
-		limit("a death is acted on", took(t, "a has no peers", func() bool { return len(a.View().Peers) == 1 }), 10*memInterval)
+		limit("a death is acted on", took(t, "a has no peers", func() bool { return len(a.View().Members) == 1 }), 10*memInterval)
 		if last := a.last.Load(); last != a.View() {
 			t.Errorf("OnView got %+v last, not the newest view", last)
 		}
@@ -234,7 +234,7 @@ func TestMemberKeepsAgain(t *testing.T) {
 		time.Sleep(90 * time.Second)
 		synctest.Wait()
 		a.fs.hook = failOn("write", "", 0, syscall.ENOSPC)
-		a.gossip.SetClaim(0, 9, false)
+		a.gossip.AnnounceClaim(0, 9, false)
 		time.Sleep(90 * time.Second)
 		synctest.Wait()
 		if a.errors.Load() == 0 {
@@ -242,7 +242,7 @@ func TestMemberKeepsAgain(t *testing.T) {
 		}
 		a.fs.hook = nil
 		if got := took(t, "it is kept", func() bool {
-			st, err := LoadMemberState(a.fs, "/s")
+			st, err := LoadRestartState(a.fs, "/s")
 			return err == nil && st.Lamport == 9
 		}); got > memInterval {
 			t.Errorf("kept %v after there was room", got)
@@ -260,11 +260,11 @@ func TestMemberReachesNoSeed(t *testing.T) {
 		if got := took(t, "a claims", func() bool { return a.slot() == 0 }); got < settleIntervals*memInterval || got > (settleIntervals+1)*memInterval {
 			t.Errorf("claimed after %v, want %v", got, settleIntervals*memInterval)
 		}
-		if !a.gossip.State().Provisional {
+		if !a.gossip.RestartState().Provisional {
 			t.Error("a claim made alone is firm")
 		}
 		b := n.start(t, "b", "10.0.0.2:1", newStoreFS(2))
-		took(t, "the claim is firm", func() bool { return !a.gossip.State().Provisional && a.slot() != b.slot() })
+		took(t, "the claim is firm", func() bool { return !a.gossip.RestartState().Provisional && a.slot() != b.slot() })
 		a.kill()
 		b.kill()
 	})

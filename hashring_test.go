@@ -53,7 +53,7 @@ func TestRingHashes(t *testing.T) {
 		key     uint64
 		n, want int
 	}{{1, 1, 0}, {42, 57, 43}, {0xDEAD10CC, 1, 0}, {0xDEAD10CC, 666, 361}, {256, 1024, 520}} {
-		if got := jump(c.key, c.n); got != c.want {
+		if got := jumpHash(c.key, c.n); got != c.want {
 			t.Errorf("jump(%#x, %d) = %d, want %d", c.key, c.n, got, c.want)
 		}
 	}
@@ -82,7 +82,7 @@ func TestRingBalance(t *testing.T) {
 			r := ringOf(n*step, slots...)
 			count := make([]int, n)
 			for _, k := range keys {
-				count[r.slot(k, maxJumpsPerBucket*n*step)/step]++
+				count[r.liveSlotFor(k, maxJumpsPerBucket*n*step)/step]++
 			}
 			mean := float64(len(keys)) / float64(n)
 			ratio := float64(slices.Max(count)) / mean
@@ -170,7 +170,7 @@ func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 			changes++
 			moved += n
 			least += float64(len(keys)) / float64(max(len(before.liveSlots), len(after.liveSlots)))
-			if before.Version() == after.Version() {
+			if before.Digest() == after.Digest() {
 				t.Fatalf("seed %d, change %d: version stays", seed, step)
 			}
 			before = after
@@ -265,7 +265,7 @@ func TestRingEdges(t *testing.T) {
 		t.Errorf("the only member does not own: %q", name)
 	}
 	// When all jumps miss, the lowest live slot.
-	if got := ringOf(9, 3, 4, 8).slot(1, 0); got != 3 {
+	if got := ringOf(9, 3, 4, 8).liveSlotFor(1, 0); got != 3 {
 		t.Errorf("without a jump: slot %d, want 3", got)
 	}
 	if far := ringOf(MaxSlots, MaxSlots-1); owner(far, 12345) != fmt.Sprint("m", MaxSlots-1) {
@@ -305,7 +305,7 @@ func TestRingVersion(t *testing.T) {
 		{nil, 0}, {nil, 1}, {claims("a", "b"), 2}, {claims("b", "a"), 2}, {claims("a", "b"), 3}, {claims("a", "", "b"), 3},
 		{claims("ab", ""), 2}, {claims("a", "", "", "b"), 4}, {claims("a\x03b"), 4}, {claims("a", "b\x03\x01c"), 4}, {claims("a", "b", "", "c"), 4},
 	} {
-		v := NewRing(c.claims, c.buckets).Version()
+		v := NewRing(c.claims, c.buckets).Digest()
 		if was := seen[v]; was != "" {
 			t.Errorf("%v has the version of %s", c, was)
 		}
@@ -315,7 +315,7 @@ func TestRingVersion(t *testing.T) {
 		for i := range again {
 			again[i].Lamport += 5 // a claim made anew
 		}
-		if NewRing(again, c.buckets).Version() != v {
+		if NewRing(again, c.buckets).Digest() != v {
 			t.Errorf("%v: version depends on order or number", c)
 		}
 	}
@@ -377,12 +377,12 @@ func TestResolve(t *testing.T) {
 				announced = c
 			}
 		}
-		got, changed := ResolveClaim("me", tt.provisional, tt.live, tt.reserved, tt.highest)
+		got, changed := ChooseClaim("me", tt.provisional, tt.live, tt.reserved, tt.highest)
 		if got != tt.want || changed != (got != announced && got.Lamport > 0) {
 			t.Errorf("%s: %+v, changed %v; want %+v", tt.name, got, changed, tt.want)
 		}
 	}
-	if got, changed := ResolveClaim("me", false, append(slices.Clone(full), c("me", 0, 2)), nil, 0); got.Lamport != 0 || !changed {
+	if got, changed := ChooseClaim("me", false, append(slices.Clone(full), c("me", 0, 2)), nil, 0); got.Lamport != 0 || !changed {
 		t.Errorf("a loser without a free slot: %+v, changed %v", got, changed)
 	}
 }
@@ -412,9 +412,9 @@ func TestResolveAgrees(t *testing.T) {
 		for range 10 {
 			rng.Shuffle(len(live), func(i, j int) { live[i], live[j] = live[j], live[i] })
 			rng.Shuffle(len(reserved), func(i, j int) { reserved[i], reserved[j] = reserved[j], reserved[i] })
-			rings = append(rings, NewRing(live, 0).Version())
+			rings = append(rings, NewRing(live, 0).Digest())
 			for _, m := range live {
-				got, _ := ResolveClaim(m.Name, false, live, reserved, 0)
+				got, _ := ChooseClaim(m.Name, false, live, reserved, 0)
 				if was, had := settled[m.Name]; had && got != was {
 					t.Fatalf("seed %d: %s is to claim %+v or %+v, as claims were heard", seed, m.Name, was, got)
 				}
@@ -439,7 +439,7 @@ func TestResolveAgrees(t *testing.T) {
 		}
 		after := slices.Collect(maps.Values(settled))
 		for _, c := range after {
-			if again, changed := ResolveClaim(c.Name, false, after, reserved, 0); changed {
+			if again, changed := ChooseClaim(c.Name, false, after, reserved, 0); changed {
 				t.Fatalf("seed %d: %s settled on %+v and is to change to %+v", seed, c.Name, c, again)
 			}
 		}
@@ -469,7 +469,7 @@ func (m *ringMember) hear(c Claim) {
 func (m *ringMember) resolve() {
 	m.dirty = false
 	provisional := m.heard[m.name].Provisional && len(m.heard) == 1
-	c, changed := ResolveClaim(m.name, provisional, slices.Collect(maps.Values(m.heard)), nil, m.highest)
+	c, changed := ChooseClaim(m.name, provisional, slices.Collect(maps.Values(m.heard)), nil, m.highest)
 	if changed {
 		if m.slot >= 0 && c.Slot != m.slot {
 			m.changes++
@@ -604,7 +604,7 @@ func TestRingOwnerAllocatesNothing(t *testing.T) {
 }
 
 // Whatever is claimed, rings and claims stay within the slots, and members that
-// apply what ResolveClaim says are done.
+// apply what ChooseClaim says are done.
 func FuzzRing(f *testing.F) {
 	f.Add([]byte("\x00\x00\x01a\x00\x00\x01b"), 3)
 	f.Add([]byte("\x10\x00\x01a\x00\x00\xffb\x40\x02\x01a\x80\x01\x02c"), -1)
@@ -635,7 +635,7 @@ func FuzzRing(f *testing.F) {
 		}
 		var after []Claim
 		for name := range latestClaims(live) {
-			c, _ := ResolveClaim(name, false, live, reserved, 0)
+			c, _ := ChooseClaim(name, false, live, reserved, 0)
 			if !c.isValid() {
 				t.Fatalf("%s is to claim %+v", name, c)
 			}
@@ -645,7 +645,7 @@ func FuzzRing(f *testing.F) {
 			return // without numbers to come, later claims are not told from earlier ones
 		}
 		for _, c := range after {
-			if again, changed := ResolveClaim(c.Name, false, after, reserved, 0); changed {
+			if again, changed := ChooseClaim(c.Name, false, after, reserved, 0); changed {
 				t.Fatalf("settled on %+v, then %+v", c, again)
 			}
 		}
@@ -670,7 +670,7 @@ func BenchmarkResolve(b *testing.B) {
 		live = append(live, Claim{Slot: i / 2, Lamport: uint64(i), Name: fmt.Sprintf("m%03d", i)})
 	}
 	for b.Loop() {
-		ResolveClaim("m099", false, live, nil, 0)
+		ChooseClaim("m099", false, live, nil, 0)
 	}
 }
 

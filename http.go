@@ -32,14 +32,14 @@ func Listen(addr string) (net.Listener, error) {
 }
 
 // NewHTTPClient returns a client that follows no redirects, because requests carry tokens, and
-// uses no proxy of the environment. dial bounds the time to connect, and timeout a whole request.
-func NewHTTPClient(config *tls.Config, timeout, dial time.Duration) *http.Client {
+// uses no proxy of the environment. dialTimeout bounds the time to connect, and requestTimeout a whole request.
+func NewHTTPClient(config *tls.Config, requestTimeout, dialTimeout time.Duration) *http.Client {
 	return &http.Client{
-		Timeout:       timeout,
+		Timeout:       requestTimeout,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		Transport: &http.Transport{
-			TLSClientConfig: config, TLSHandshakeTimeout: dial, IdleConnTimeout: 10 * time.Minute, MaxIdleConnsPerHost: 32,
-			DialContext: (&net.Dialer{Timeout: dial}).DialContext, MaxResponseHeaderBytes: 64 << 10,
+			TLSClientConfig: config, TLSHandshakeTimeout: dialTimeout, IdleConnTimeout: 10 * time.Minute, MaxIdleConnsPerHost: 32,
+			DialContext: (&net.Dialer{Timeout: dialTimeout}).DialContext, MaxResponseHeaderBytes: 64 << 10,
 		},
 	}
 }
@@ -49,7 +49,7 @@ type HTTPServer struct {
 	Name       string // for logs
 	Listener   net.Listener
 	Handler    http.Handler
-	TrackConns bool        // TrackerOf knows the connections of plain HTTP; costs a system call a write
+	TrackConns bool        // TrackerIfSequential knows the connections of plain HTTP; costs a system call a write
 	TLS        *tls.Config // nil for plain HTTP
 	Log        *slog.Logger
 }
@@ -65,7 +65,7 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 		IdleTimeout:       6 * time.Minute, // longer than common intervals: connections are kept
 		MaxHeaderBytes:    maxHeaderBytes,
 		TLSConfig:         s.TLS,
-		ErrorLog:          log.New(errorLog{s.Log.With("listener", s.Name)}, "", 0),
+		ErrorLog:          log.New(errorLogWriter{s.Log.With("listener", s.Name)}, "", 0),
 	}
 	if s.TrackConns {
 		srv.ConnContext = trackConn
@@ -95,10 +95,10 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 	return nil
 }
 
-// errorLog logs the errors of net/http: mostly mistakes of peers, at debug level, but also panics.
-type errorLog struct{ log *slog.Logger }
+// errorLogWriter logs the errors of net/http: mostly mistakes of peers, at debug level, but also panics.
+type errorLogWriter struct{ log *slog.Logger }
 
-func (e errorLog) Write(p []byte) (int, error) {
+func (e errorLogWriter) Write(p []byte) (int, error) {
 	level := slog.LevelDebug
 	if bytes.Contains(p, []byte("panic serving")) {
 		level = slog.LevelError

@@ -20,20 +20,20 @@ import (
 // ConnTracker is unlike that of any other in use.
 type ConnTracker struct {
 	mu          sync.Mutex // guards the rest: net/http reads ahead while a handler runs
-	seen        headerScan
-	seenAtWrite headerScan // seen before the last byte that was written
+	seen        requestHeadCounter
+	seenAtWrite requestHeadCounter // seen before the last byte that was written
 	requests    int
 	sequential  bool // the last request was
 }
 
-// headerScan counts the headers of requests in the bytes of a connection.
-type headerScan struct {
+// requestHeadCounter counts the headers of requests in the bytes of a connection.
+type requestHeadCounter struct {
 	complete int  // headers that have ended
 	partial  bool // bytes stand after the last end
 	inLine   bool // bytes stand in the last line
 }
 
-func (h *headerScan) scan(p []byte) {
+func (h *requestHeadCounter) countHeadEnds(p []byte) {
 	for _, b := range p {
 		switch {
 		case b == '\n' && !h.inLine: // net/http takes an end without carriage returns too
@@ -51,7 +51,7 @@ func (h *headerScan) scan(p []byte) {
 func (t *ConnTracker) onRead(p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.seen.scan(p)
+	t.seen.countHeadEnds(p)
 }
 
 // onLastByte notes that the last byte of a write is about to be written.
@@ -69,14 +69,14 @@ func (t *ConnTracker) onRequest() {
 	t.requests++
 }
 
-type connKey struct{}
+type connTrackerKey struct{}
 
-// TrackerOf returns the connection that a request came on, if the request is sequential. Any
+// TrackerIfSequential returns the connection that a request came on, if the request is sequential. Any
 // other request gets a new ConnTracker, because its sender has not read the previous answer. So
 // does a request over TLS, where the end of an answer cannot be seen, and one to a server without
 // TrackConns.
-func TrackerOf(r *http.Request) *ConnTracker {
-	if t, ok := r.Context().Value(connKey{}).(*ConnTracker); ok {
+func TrackerIfSequential(r *http.Request) *ConnTracker {
+	if t, ok := r.Context().Value(connTrackerKey{}).(*ConnTracker); ok {
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		if t.sequential {
@@ -86,14 +86,14 @@ func TrackerOf(r *http.Request) *ConnTracker {
 	return &ConnTracker{}
 }
 
-// trackConn is an http.Server's ConnContext, for TrackerOf.
+// trackConn is an http.Server's ConnContext, for TrackerIfSequential.
 func trackConn(ctx context.Context, c net.Conn) context.Context {
 	plain, ok := c.(*limitConn)
 	if !ok {
 		return ctx
 	}
 	plain.tracker = &ConnTracker{}
-	return context.WithValue(ctx, connKey{}, plain.tracker)
+	return context.WithValue(ctx, connTrackerKey{}, plain.tracker)
 }
 
 // limitListener bounds connections. When there are max, the one that has waited longest for a

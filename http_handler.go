@@ -92,9 +92,9 @@ func IndexHandler(paths ...string) http.Handler {
 	})
 }
 
-// HealthRoutes adds /healthz, which answers 200 while the process lives, and /healthz/ready,
+// AddHealthRoutes adds /healthz, which answers 200 while the process lives, and /healthz/ready,
 // which answers 200 while ready returns true.
-func HealthRoutes(mux *http.ServeMux, ready func() bool) {
+func AddHealthRoutes(mux *http.ServeMux, ready func() bool) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, r *http.Request) {
 		if !ready() {

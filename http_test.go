@@ -236,7 +236,7 @@ func TestTrackerOf(t *testing.T) {
 				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
-					a, b := TrackerOf(r), TrackerOf(r) // one of its own is another each time
+					a, b := TrackerIfSequential(r), TrackerIfSequential(r) // one of its own is another each time
 					got = append(got, a == b)
 					if r.URL.Path == "/large" {
 						w.Write(make([]byte, 1<<20))
@@ -459,7 +459,7 @@ func TestHTTPServerTLS(t *testing.T) {
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				fmt.Fprint(w, r.Proto)
-				if a, b := TrackerOf(r), TrackerOf(r); a == b {
+				if a, b := TrackerIfSequential(r), TrackerIfSequential(r); a == b {
 					t.Error("a request over TLS is of its connection")
 				}
 			})}

@@ -52,7 +52,7 @@ var ErrLogBroken = errors.New("log must be rewritten before it is appended to")
 // see synced, is durable from here on, so that an Append to it is durable.
 // A symbolic link, a pipe or the like is an error, and so is a directory with a
 // log's name, because a Rewrite would put a file in its place.
-func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
+func ListLogs(fsys FS, dir string) (logs, subdirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
 	}
@@ -67,12 +67,12 @@ func ListLogs(fsys FS, dir string) (logs, dirs []string, err error) {
 		case !e.Type().IsRegular() && (log || !e.IsDir()):
 			return nil, nil, fmt.Errorf("listing logs: %s is not a regular file: move it away, or put what it stands for in its place", path)
 		case e.IsDir():
-			dirs = append(dirs, path)
+			subdirs = append(subdirs, path)
 		case log:
 			logs = append(logs, path)
 		}
 	}
-	return logs, dirs, nil
+	return logs, subdirs, nil
 }
 
 // AppendRecord appends one framed record to buf. It panics at kind 0 and at more than
@@ -125,7 +125,7 @@ type logHeader struct {
 }
 
 func parseLogHeader(data []byte) logHeader {
-	r := ReadWire(data)
+	r := NewWireReader(data)
 	r.Require(string(r.Bytes(len(logMagic))) == logMagic)
 	version := int(r.Byte()) - '0'
 	r.Require(r.Byte() == '\n')
@@ -217,9 +217,6 @@ func (l *Log) Identity() []byte { return l.identity }
 
 // IsBroken reports whether Append would return ErrLogBroken.
 func (l *Log) IsBroken() bool { return l.needsRewrite }
-
-// Path returns the path that NewLog or OpenLog was given.
-func (l *Log) Path() string { return l.path }
 
 // Remove deletes the file durably; it is no error if there is none. Copies set aside stay. The
 // log is then as NewLog made it. If only the directory could not be synced, the file is gone

@@ -76,7 +76,7 @@ func (DiskFS) SyncDir(name string) error {
 // lasts until release, which must be kept reachable, or the end of the process.
 // The file stays behind: removing it would let two processes lock two files.
 func LockDir(dir string) (release func() error, err error) {
-	if err := mkdirAll(dir); err != nil {
+	if err := mkdirAllSynced(dir); err != nil {
 		return nil, fmt.Errorf("creating directory: %w", err)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
@@ -93,11 +93,11 @@ func LockDir(dir string) (release func() error, err error) {
 	return f.Close, nil
 }
 
-// mkdirAll is os.MkdirAll that syncs each parent whose entry it made.
-func mkdirAll(dir string) error {
+// mkdirAllSynced is os.MkdirAll that syncs each parent whose entry it made.
+func mkdirAllSynced(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrNotExist) && filepath.Dir(dir) != dir {
-		if err := mkdirAll(filepath.Dir(dir)); err != nil {
+		if err := mkdirAllSynced(filepath.Dir(dir)); err != nil {
 			return err
 		}
 		err = os.Mkdir(dir, 0o700)
@@ -132,7 +132,7 @@ const maxAside = 3
 // if another file has that name. It replaces a file of the same bytes, and if all names are
 // taken the last, so that the first files and the newest are kept. It returns the new name without its directory, which is "" if the
 // file was not renamed; with a name, an error is that of syncing the directory.
-func SetAside(fsys FS, path, reason string) (name string, err error) {
+func SetAside(fsys FS, path, reason string) (asideName string, err error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
 		return "", fmt.Errorf("setting aside: %w", err)
@@ -152,7 +152,7 @@ func SetAside(fsys FS, path, reason string) (name string, err error) {
 
 // asidePath chooses the path of a file set aside. there reports that the same bytes lie there
 // already, as after a crash between the copy of a damaged log and its Rewrite.
-func asidePath(fsys FS, path, reason string, data []byte) (aside string, there bool, err error) {
+func asidePath(fsys FS, path, reason string, data []byte) (aside string, sameThere bool, err error) {
 	for n := 1; n <= maxAside; n++ {
 		aside = path + "." + reason
 		if n > 1 {
@@ -178,7 +178,7 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 	if err != nil {
 		return 0, false, err
 	}
-	if size, err = writeFile(f, fill); err == nil {
+	if size, err = writeSyncClose(f, fill); err == nil {
 		err = fsys.Rename(temp, path)
 	}
 	if err != nil {
@@ -205,8 +205,8 @@ func createFile(fsys FS, path string) (f File, madeDir bool, err error) {
 	return f, madeDir, err
 }
 
-// writeFile writes by fill to f, syncs and closes it, and returns its size.
-func writeFile(f File, fill func(io.Writer) error) (size int64, err error) {
+// writeSyncClose writes by fill to f, syncs and closes it, and returns its size.
+func writeSyncClose(f File, fill func(io.Writer) error) (size int64, err error) {
 	out := &countingWriter{w: f}
 	buf := bufio.NewWriterSize(out, 64<<10)
 	if err = fill(buf); err == nil {

@@ -13,9 +13,9 @@ import (
 	"path/filepath"
 )
 
-// Recovery is what OpenLog found. Header, delivered records, LostBytes and
+// LogRecovery is what OpenLog found. Header, delivered records, LostBytes and
 // TornBytes together make up the file.
-type Recovery struct {
+type LogRecovery struct {
 	Identity      []byte // nil if HeaderDamaged
 	HeaderDamaged bool
 	Records       int    // delivered, and accepted by the caller
@@ -27,10 +27,10 @@ type Recovery struct {
 }
 
 // IsDamaged reports damage of the header or behind it. A torn end is not damage.
-func (r *Recovery) IsDamaged() bool { return r.HeaderDamaged || r.Damaged > 0 }
+func (r *LogRecovery) IsDamaged() bool { return r.HeaderDamaged || r.Damaged > 0 }
 
-// CopyNote returns the end of a message about damage: the name of the copy, or "" without one.
-func (r *Recovery) CopyNote() string {
+// KeptCopyNote returns the end of a message about damage: the name of the copy, or "" without one.
+func (r *LogRecovery) KeptCopyNote() string {
 	if r.CopyPath == "" {
 		return ""
 	}
@@ -64,23 +64,23 @@ func (r *Recovery) CopyNote() string {
 // (fs.ErrNotExist if there is none), or a copy of it that was set aside before. Nothing was
 // changed then, and the file may be good. After a later failure, which is in Recovery.Err, the
 // log needs a Rewrite.
-func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, Recovery, error) {
+func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, LogRecovery, error) {
 	return OpenLogWithGaps(fsys, path, each, func() {})
 }
 
 // OpenLogWithGaps is OpenLog, and calls gap at each place behind the header where damaged bytes
 // are skipped, between the records before and after it.
-func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) error, gap func()) (*Log, Recovery, error) {
+func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) error, gap func()) (*Log, LogRecovery, error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
-		return nil, Recovery{}, fmt.Errorf("reading log: %w", err)
+		return nil, LogRecovery{}, fmt.Errorf("reading log: %w", err)
 	}
 	header := parseLogHeader(data)
 	if header.size > 0 && header.version != logVersion {
-		return nil, Recovery{}, fmt.Errorf("%s is a log of version %d; this program knows version %d", path, header.version, logVersion)
+		return nil, LogRecovery{}, fmt.Errorf("%s is a log of version %d; this program knows version %d", path, header.version, logVersion)
 	}
 	scan := logScan{data: data, each: each, gap: gap, checksLeft: 2 * len(data)}
-	scan.found = Recovery{Identity: header.identity, HeaderDamaged: header.size == 0}
+	scan.found = LogRecovery{Identity: header.identity, HeaderDamaged: header.size == 0}
 	scan.run(header.size)
 	rec := scan.found
 	l := &Log{fsys: fsys, path: path, identity: header.identity, size: int64(len(data))}
@@ -97,7 +97,7 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 	}
 	aside, there, err := asidePath(fsys, path, "damaged", data)
 	if err != nil {
-		return nil, Recovery{}, fmt.Errorf("reading a copy of a damaged log: %w", err)
+		return nil, LogRecovery{}, fmt.Errorf("reading a copy of a damaged log: %w", err)
 	}
 	if rec.CopyPath, err = copyAside(fsys, aside, there, data); err != nil {
 		rec.Err = fmt.Errorf("setting damaged log aside: %w", err)
@@ -106,14 +106,14 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 }
 
 // truncateAndSync cuts torn bytes from the end of the file and makes the rest durable.
-func (l *Log) truncateAndSync(torn int64) error {
+func (l *Log) truncateAndSync(tornBytes int64) error {
 	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if torn > 0 {
-		l.size -= torn
+	if tornBytes > 0 {
+		l.size -= tornBytes
 		if err := f.Truncate(l.size); err != nil {
 			return err
 		}
@@ -123,8 +123,8 @@ func (l *Log) truncateAndSync(torn int64) error {
 
 // copyAside writes the copy of a damaged log to the path aside, durably, unless it is there
 // already. It returns that path, or "" if there is no copy.
-func copyAside(fsys FS, aside string, there bool, data []byte) (string, error) {
-	if there {
+func copyAside(fsys FS, aside string, sameThere bool, data []byte) (string, error) {
+	if sameThere {
 		return aside, fsys.SyncDir(filepath.Dir(aside))
 	}
 	_, renamed, err := replaceFile(fsys, aside, func(w io.Writer) error {
@@ -142,7 +142,7 @@ type logScan struct {
 	data  []byte
 	each  func(kind byte, payload []byte) error
 	gap   func()
-	found Recovery
+	found LogRecovery
 	// checksLeft is how many bytes of bodies a search may still check in vain; -1 says that
 	// it gave up. The bodies of true records do not overlap, so damage alone never uses it
 	// up. Crafted payloads do, and must not make recovery quadratic.
@@ -150,24 +150,24 @@ type logScan struct {
 }
 
 // run scans from offset start on, the end of the header; 0 says that the header is damaged.
-func (s *logScan) run(start int) {
+func (s *logScan) run(headerEnd int) {
 	// aligned: every record so far began where the one before it ends. So none can be a
 	// forgery in a payload, and a readable head's length can be trusted.
-	aligned := start > 0
-	for at := start; at < len(s.data); {
+	aligned := headerEnd > 0
+	for at := headerEnd; at < len(s.data); {
 		rest := s.data[at:]
 		size, headOK := parseRecordHead(rest)
 		complete := headOK && size <= len(rest)
-		if complete && bodyOK(rest[:size]) {
-			s.deliver(rest[:size:size])
+		if complete && isRecordIntact(rest[:size]) {
+			s.deliverRecord(rest[:size:size])
 			at += size
 			continue
 		}
 		next := len(s.data) // where the damage ends
-		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || allZero(rest))
+		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || isAllZero(rest))
 		switch {
 		case torn && aligned: // nothing follows an unfinished append
-		case complete && aligned && mayBeRecord(rest[size:]):
+		case complete && aligned && mayFollowRecord(rest[size:]):
 			next = at + size
 		default:
 			aligned = false
@@ -188,7 +188,7 @@ func (s *logScan) run(start int) {
 	}
 }
 
-func (s *logScan) deliver(frame []byte) {
+func (s *logScan) deliverRecord(frame []byte) {
 	if err := s.each(frame[recordHead], frame[recordHead+1:]); err != nil {
 		s.found.Damaged++
 		s.found.LostBytes += int64(len(frame))
@@ -199,14 +199,14 @@ func (s *logScan) deliver(frame []byte) {
 
 // findRecord returns the first offset from at on where a valid record lies, or the end of the
 // file.
-func (s *logScan) findRecord(at int) int {
-	for ; at < len(s.data); at++ {
-		size, ok := parseRecordHead(s.data[at:])
-		if !ok || size > len(s.data)-at {
+func (s *logScan) findRecord(from int) int {
+	for ; from < len(s.data); from++ {
+		size, ok := parseRecordHead(s.data[from:])
+		if !ok || size > len(s.data)-from {
 			continue
 		}
-		if bodyOK(s.data[at : at+size]) {
-			return at
+		if isRecordIntact(s.data[from : from+size]) {
+			return from
 		}
 		if s.checksLeft -= size; s.checksLeft < 0 {
 			s.checksLeft = -1
@@ -219,7 +219,7 @@ func (s *logScan) findRecord(at int) int {
 // parseRecordHead returns the size of the frame that b begins with, which may be longer than
 // b. ok is false if b does not begin with a valid head.
 func parseRecordHead(b []byte) (size int, ok bool) {
-	r := ReadWire(b)
+	r := NewWireReader(b)
 	n := r.Uint32()
 	r.Uint32() // of the body
 	sum := r.Uint32()
@@ -229,18 +229,18 @@ func parseRecordHead(b []byte) (size int, ok bool) {
 	return recordHead + int(n), true
 }
 
-// bodyOK checks the body of a complete frame.
-func bodyOK(frame []byte) bool {
+// isRecordIntact checks the body of a complete frame.
+func isRecordIntact(frame []byte) bool {
 	return frame[recordHead] != 0 && Checksum(frame[recordHead:]) == binary.LittleEndian.Uint32(frame[4:])
 }
 
-// mayBeRecord reports whether b, which lies where a damaged record's head says that it ends,
+// mayFollowRecord reports whether b, which lies where a damaged record's head says that it ends,
 // confirms that: another record, or a torn one, begins there.
-func mayBeRecord(b []byte) bool {
+func mayFollowRecord(b []byte) bool {
 	_, ok := parseRecordHead(b)
-	return ok || len(b) < recordHead || allZero(b)
+	return ok || len(b) < recordHead || isAllZero(b)
 }
 
-func allZero(b []byte) bool {
+func isAllZero(b []byte) bool {
 	return len(bytes.TrimLeft(b, "\x00")) == 0
 }

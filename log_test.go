@@ -56,7 +56,7 @@ func collectLog(into *[]logRec) func(byte, []byte) error {
 
 // recoverLog opens a log of these bytes, checks what holds for every file and
 // returns what was found.
-func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, Recovery, []logRec) {
+func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRec) {
 	t.Helper()
 	c := newCrashFS(1, "/d")
 	c.put(logPath, data)
@@ -375,10 +375,10 @@ func TestLogVersionOfEveryFile(t *testing.T) {
 		{"a site's log", "/s/ab/ab.log", openStoreOn},
 		{"the cursors", "/s/" + ConsumersFile, openStoreOn},
 		{"the numbers of batches", "/s/" + stateFile, openStoreOn},
-		{"a scrape of a spool", "/s/" + spoolName(7), openSpoolOn},
+		{"a scrape of a spool", "/s/" + scrapeFileName(7), openSpoolOn},
 		{"the spool's record", "/s/" + spoolMetaName, openSpoolOn},
 		{"the state of a member", "/s/" + memberFile, func(fsys FS) error {
-			_, err := LoadMemberState(fsys, "/s")
+			_, err := LoadRestartState(fsys, "/s")
 			return err
 		}},
 	} {
@@ -432,7 +432,7 @@ func TestLogGaps(t *testing.T) {
 func TestLogSetAside(t *testing.T) {
 	c := newCrashFS(1, "/d")
 	good, _, _ := sampleLog()
-	open := func(flip int) Recovery {
+	open := func(flip int) LogRecovery {
 		bad := bytes.Clone(good)
 		bad[flip] ^= 1
 		c.put(logPath, bad)
@@ -504,7 +504,7 @@ func TestLogReadsAgain(t *testing.T) {
 				begin := time.Now()
 				var got []logRec
 				logs, _, err := ListLogs(c, "/d")
-				var r Recovery
+				var r LogRecovery
 				if err == nil {
 					_, r, err = OpenLog(c, logPath, collectLog(&got))
 				}
@@ -554,7 +554,7 @@ func reopenLog(t *testing.T, c *crashFS) (got []logRec) {
 	t.Helper()
 	c.crash()
 	l, r, err := OpenLog(c, logPath, collectLog(&got))
-	if err != nil || r.Damaged > 0 || r.Err != nil || string(l.Identity()) != "me" || l.Path() != logPath {
+	if err != nil || r.Damaged > 0 || r.Err != nil || string(l.Identity()) != "me" {
 		t.Fatalf("reopen: %+v, %v", r, err)
 	}
 	return got

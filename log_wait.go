@@ -15,9 +15,9 @@ const (
 	lastReadPause  = 800 * time.Millisecond
 )
 
-// Sleep returns after d, or when wake receives, which may be nil. ok is false if ctx ended
+// Sleep returns after d, or when wake receives, which may be nil. ctxAlive is false if ctx ended
 // first; woken reports that wake received.
-func Sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) (woken, ok bool) {
+func Sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) (woken, ctxAlive bool) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

@@ -62,7 +62,7 @@ func clientMode(ctx context.Context, c *command) error {
 	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	f.check(c)
+	f.fillAndCheck(c)
 	if err := c.err(); err != nil {
 		return err
 	}
@@ -109,8 +109,8 @@ func (f *clientFlags) define(c *command) {
 	})
 }
 
-// check collects conflicts among flags, and fills in defaults that depend on others.
-func (f *clientFlags) check(c *command) {
+// fillAndCheck collects conflicts among flags, and fills in defaults that depend on others.
+func (f *clientFlags) fillAndCheck(c *command) {
 	if strings.Trim(f.from.Path, "/") == "" {
 		f.from.Path = "/federate"
 	}
@@ -142,26 +142,26 @@ type clientProcess struct {
 
 // run makes the client, and runs it until ctx ends or its work is done.
 func (p *clientProcess) run(ctx context.Context, stdout io.Writer) error {
-	RegisterProcess(p.metrics)
+	RegisterProcessMetrics(p.metrics)
 	if err := p.newClient(); err != nil {
 		return err
 	}
 	if p.dryRun {
-		return p.print(ctx, stdout)
+		return p.printScrape(ctx, stdout)
 	}
 	if err := p.openSpool(); err != nil {
 		return err
 	}
-	return errors.Join(p.push(ctx), p.client.Close())
+	return errors.Join(p.runOnceOrUntilEnd(ctx), p.client.Close())
 }
 
 // newClient makes a client from flags and files.
 func (p *clientProcess) newClient() error {
-	state, token, err := p.load()
+	state, token, err := p.loadConfigAndToken()
 	if err != nil {
 		return err
 	}
-	fromTLS, toTLS, err := p.certificates(token.Pin)
+	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pin)
 	if err != nil {
 		return err
 	}
@@ -169,7 +169,7 @@ func (p *clientProcess) newClient() error {
 	p.client = NewClient(ClientConfig{
 		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,
 		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
-		FromClient: p.fromTLS.client(scrapeTimeout), ToClient: p.toTLS.client(attemptTimeout),
+		FromClient: p.fromTLS.httpClient(scrapeTimeout), ToClient: p.toTLS.httpClient(attemptTimeout),
 	})
 	p.client.Reload(state)
 	return nil
@@ -177,14 +177,14 @@ func (p *clientProcess) newClient() error {
 
 // reload reads all files before it replaces anything.
 func (p *clientProcess) reload() error {
-	state, token, err := p.load()
+	state, token, err := p.loadConfigAndToken()
 	if err != nil {
 		return err
 	}
 	if token.ClusterID != p.token.ClusterID || !slices.Equal(token.URLs, p.token.URLs) || token.Pin != p.token.Pin {
 		return errors.New("the new token is for other servers or another cluster ID: restart to use it")
 	}
-	fromTLS, toTLS, err := p.certificates(token.Pin)
+	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pin)
 	if err != nil {
 		return err
 	}
@@ -194,8 +194,8 @@ func (p *clientProcess) reload() error {
 	return nil
 }
 
-// print writes the samples of one scrape as they would leave the site.
-func (p *clientProcess) print(ctx context.Context, w io.Writer) error {
+// printScrape writes the samples of one scrape as they would leave the site.
+func (p *clientProcess) printScrape(ctx context.Context, w io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, p.interval)
 	defer cancel()
 	got, err := p.client.Scrape(ctx)
@@ -222,12 +222,12 @@ func (p *clientProcess) openSpool() error {
 	return nil
 }
 
-// push scrapes and pushes: once, or until ctx ends.
-func (p *clientProcess) push(ctx context.Context) error {
+// runOnceOrUntilEnd scrapes and pushes: once, or until ctx ends.
+func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	if p.once {
 		ctx, cancel := context.WithTimeout(ctx, p.interval)
 		defer cancel()
-		return p.client.Once(ctx)
+		return p.client.RunOnce(ctx)
 	}
 	parts := []func(context.Context) error{p.client.Run}
 	if p.listen != "" {
@@ -240,7 +240,7 @@ func (p *clientProcess) push(ctx context.Context) error {
 		parts = append(parts, web.Run)
 		p.log.Info("listening", "address", ln.Addr())
 	}
-	return runParts(ctx, p.log, p.metrics, p.reload, func() {}, parts...)
+	return runWithReloads(ctx, p.log, p.metrics, p.reload, func() {}, parts...)
 }
 
 // renewableTransport is a transport that a reload replaces, with its certificates.
@@ -256,8 +256,8 @@ func (t *renewableTransport) RoundTrip(req *http.Request) (*http.Response, error
 	return t.current.Load().Transport.RoundTrip(req)
 }
 
-// client returns an HTTP client over t.
-func (t *renewableTransport) client(timeout time.Duration) *http.Client {
+// httpClient returns an HTTP client over t.
+func (t *renewableTransport) httpClient(timeout time.Duration) *http.Client {
 	c := NewHTTPClient(nil, timeout, dialTimeout)
 	c.Transport = t
 	return c
@@ -268,9 +268,9 @@ func (t *renewableTransport) renew(config *tls.Config) {
 	t.current.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
 }
 
-// certificates reads the certificates that vouch for the source, for the servers and for this
+// loadTLSConfigs reads the certificates that vouch for the source, for the servers and for this
 // client.
-func (f *clientFlags) certificates(pin string) (from, to *tls.Config, err error) {
+func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.fromCAFile != "" {
 		if from.RootCAs, err = readCAs(f.fromCAFile); err != nil {
@@ -303,9 +303,9 @@ func (f *clientFlags) certificates(pin string) (from, to *tls.Config, err error)
 	return from, to, nil
 }
 
-// load reads the files that a reload reads again. The token returned has the values of flags
+// loadConfigAndToken reads the files that a reload reads again. The token returned has the values of flags
 // that override its own.
-func (f *clientFlags) load() (st ClientState, t Token, err error) {
+func (f *clientFlags) loadConfigAndToken() (st ClientReloadConfig, t Token, err error) {
 	if st.FromToken, err = f.loadSourceToken(); err != nil {
 		return st, t, err
 	}
@@ -316,8 +316,8 @@ func (f *clientFlags) load() (st ClientState, t Token, err error) {
 	if err != nil {
 		return st, t, err
 	}
-	st.NewCleaner = func() *Cleaner {
-		c := &Cleaner{Rename: f.renames, Labels: f.labels, Anonymize: f.anonymize}
+	st.NewCleaner = func() *ClientCleaner {
+		c := &ClientCleaner{Rename: f.renames, Labels: f.labels, Anonymize: f.anonymize}
 		c.SetSalt(salt)
 		return c
 	}
@@ -374,7 +374,7 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 		return "", t, fmt.Errorf("reading token: %w", err)
 	}
 	// A token in another format is as good if the servers --authorize it; it names nothing.
-	t, parseErr := ParseToken(string(b))
+	t, parseErr := ParseUnverifiedToken(string(b))
 	if parseErr == nil && t.Kind != KindClient {
 		return "", t, fmt.Errorf("%s holds an %s token, not a client's", f.tokenFile, t.Kind)
 	}
@@ -385,7 +385,7 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	if t.ClusterID == "" {
 		bad = append(bad, fmt.Sprintf("%s says no cluster ID (%v): add --id", f.tokenFile, parseErr))
 	}
-	servers, problems := f.resolveServers(t.URLs)
+	servers, problems := f.chooseServerURLs(t.URLs)
 	if bad = append(bad, problems...); len(bad) > 0 {
 		return "", t, bad
 	}
@@ -393,11 +393,11 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	return string(b), t, nil
 }
 
-// resolveServers returns the servers to push to: those of --to, else those of the token.
-func (f *clientFlags) resolveServers(ofToken []string) (urls []string, problems usageError) {
+// chooseServerURLs returns the servers to push to: those of --to, else those of the token.
+func (f *clientFlags) chooseServerURLs(tokenURLs []string) (urls []string, problems usageError) {
 	servers := f.to
 	if len(servers) == 0 {
-		for _, s := range ofToken {
+		for _, s := range tokenURLs {
 			u, err := parseServerURL(s)
 			if err != nil {
 				problems = append(problems, fmt.Sprintf("server: %v", err))
@@ -405,7 +405,7 @@ func (f *clientFlags) resolveServers(ofToken []string) (urls []string, problems 
 			}
 			servers = append(servers, u)
 		}
-		if len(ofToken) == 0 {
+		if len(tokenURLs) == 0 {
 			problems = append(problems, fmt.Sprintf("%s names no server: add --to URL", f.tokenFile))
 		}
 	}

@@ -34,8 +34,8 @@ func readSmallFile(path string, max int) ([]byte, error) {
 }
 
 // readKeys reads a key file in the directory of keys.
-func readKeys(dir, name string) (Keys, error) {
-	path := filepath.Join(dir, name)
+func readKeys(dir, file string) (Keys, error) {
+	path := filepath.Join(dir, file)
 	b, err := readSmallFile(path, MaxKeyFile)
 	if errors.Is(err, os.ErrNotExist) {
 		return Keys{}, fmt.Errorf("%w; telemeter --mode keygen --keys %s makes it", err, dir)
@@ -60,7 +60,7 @@ func readSelectors(given Selectors, file string) (Selectors, error) {
 		return nil, fmt.Errorf("reading selectors: %w", err)
 	}
 	var lines []string
-	for _, line := range ContentLines(b) {
+	for _, line := range NonCommentLines(b) {
 		lines = append(lines, line)
 	}
 	if len(lines) == 0 {

@@ -351,10 +351,10 @@ func (c *command) labelsFlag(p *[]Label, name, usage string) {
 
 // labelNamesFlag defines a flag for a list of names of labels, each of them also several between
 // commas if separated.
-func (c *command) labelNamesFlag(p *[]string, name, usage string, separated bool) {
+func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bool) {
 	listFlag(c, p, name, usage, func(texts []string) (names []string, err error) {
 		for _, text := range texts {
-			if separated {
+			if splitCommas {
 				names = append(names, strings.Split(text, ",")...)
 			} else {
 				names = append(names, text)

@@ -141,12 +141,12 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 }
 
 // inspectToken writes the contents of a token, and whether it verifies under the keys in dir.
-func inspectToken(w io.Writer, dir, file string) error {
+func inspectToken(w io.Writer, keysDir, file string) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {
 		return fmt.Errorf("reading token: %w", err)
 	}
-	t, err := ParseToken(string(b))
+	t, err := ParseUnverifiedToken(string(b))
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
@@ -162,7 +162,7 @@ func inspectToken(w io.Writer, dir, file string) error {
 	}
 	fmt.Fprintf(w, "kind:       %s\ncluster ID: %s\ntoken ID:   %s\nkey ID:     %s\nissued:     %s\nexpires:    %s\nservers:    %s\npin:        %s\nlabels:     %s\n",
 		t.Kind, t.ClusterID, t.ID, t.KeyID, at(t.Issued), at(t.Expires), strings.Join(t.URLs, " "), t.Pin, strings.Join(labels, " "))
-	keys, err := readKeys(dir, TokenKeyFile)
+	keys, err := readKeys(keysDir, TokenKeyFile)
 	if err != nil {
 		fmt.Fprintf(w, "verifies:   not known: %v\n", err)
 		return nil
@@ -171,6 +171,6 @@ func inspectToken(w io.Writer, dir, file string) error {
 		fmt.Fprintf(w, "verifies:   no: %v\n", err)
 		return fmt.Errorf("%s does not verify: %w", file, err)
 	}
-	fmt.Fprintf(w, "verifies:   yes, under the keys in %s\n", dir)
+	fmt.Fprintf(w, "verifies:   yes, under the keys in %s\n", keysDir)
 	return nil
 }

@@ -61,9 +61,9 @@ type ringNode struct {
 
 // openRingNode opens the port for other members, and makes a member that goes on from the state
 // that its last start left. The forwarder gets every view of the ring.
-func (p *serverProcess) openRingNode(keys Keys) (n *ringNode, err error) {
+func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	f := &p.ring
-	state, err := LoadMemberState(DiskFS{}, p.storageDir)
+	state, err := LoadRestartState(DiskFS{}, p.storageDir)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +73,7 @@ func (p *serverProcess) openRingNode(keys Keys) (n *ringNode, err error) {
 			n.close()
 		}
 	}()
-	if err := n.listen(f.listen); err != nil {
+	if err := n.listenTCPAndUDP(f.listen); err != nil {
 		return n, err
 	}
 	addr := n.tcp.Addr().(*net.TCPAddr).AddrPort()
@@ -88,15 +88,15 @@ func (p *serverProcess) openRingNode(keys Keys) (n *ringNode, err error) {
 		p.log.Warn("the internal listener is on loopback, and so is what /sd tells of it: give --listen-internal an address that the Prometheus reaches", "address", sd)
 	}
 	if n.gossip, err = NewGossip(GossipConfig{
-		Name: f.name, Addr: advertise, URL: sd, RingName: ringName, Keys: keys, Seeds: f.join, Interval: f.interval,
-		State: state, Conn: n.udp, Resolver: net.DefaultResolver,
+		Name: f.name, Addr: advertise, URL: sd, RingName: ringName, Keys: ringKeys, Seeds: f.join, Interval: f.interval,
+		RestartState: state, Conn: n.udp, Resolver: net.DefaultResolver,
 		Notify: func(e GossipEvent) { p.log.Info(e.What, "member", e.Name, "address", e.Addr) },
 	}); err != nil {
 		return n, fmt.Errorf("starting gossip: %w", err)
 	}
 	failures := p.metrics.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
 	if n.member, err = NewRingKeeper(RingKeeperConfig{
-		Name: f.name, Gossip: n.gossip, FS: DiskFS{}, Dir: p.storageDir, Seeds: len(f.join) > 0, Interval: f.interval, Log: p.log,
+		Name: f.name, Gossip: n.gossip, FS: DiskFS{}, Dir: p.storageDir, HasSeeds: len(f.join) > 0, Interval: f.interval, Log: p.log,
 		OnView: p.forwarder.SetView, OnError: func(error) { failures.Inc() },
 	}); err != nil {
 		return n, err
@@ -105,8 +105,8 @@ func (p *serverProcess) openRingNode(keys Keys) (n *ringNode, err error) {
 	return n, nil
 }
 
-// listen opens TCP and UDP on one port.
-func (n *ringNode) listen(addr string) (err error) {
+// listenTCPAndUDP opens TCP and UDP on one port.
+func (n *ringNode) listenTCPAndUDP(addr string) (err error) {
 	if n.tcp, err = Listen(addr); err != nil {
 		return err
 	}

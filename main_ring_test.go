@@ -462,15 +462,15 @@ func TestRingStranger(t *testing.T) {
 
 func TestMemberState(t *testing.T) {
 	dir := t.TempDir()
-	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
+	if st, err := LoadRestartState(DiskFS{}, dir); err != nil || st != (RestartState{}) {
 		t.Errorf("of nothing: %+v %v", st, err)
 	}
-	want := SwimState{Session: 7, Slot: 3, Lamport: 9, Provisional: true, MaxLamport: 11, Buckets: 5}
+	want := RestartState{Session: 7, Slot: 3, Lamport: 9, Provisional: true, MaxLamport: 11, Buckets: 5}
 	for range 2 {
-		if err := SaveMemberState(DiskFS{}, dir, want); err != nil {
+		if err := SaveRestartState(DiskFS{}, dir, want); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := LoadMemberState(DiskFS{}, dir); err != nil || got != want {
+		if got, err := LoadRestartState(DiskFS{}, dir); err != nil || got != want {
 			t.Errorf("got %+v %v", got, err)
 		}
 		want.Session++
@@ -479,22 +479,22 @@ func TestMemberState(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, memberFile), []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if st, err := LoadMemberState(DiskFS{}, dir); err != nil || st != (SwimState{}) {
+	if st, err := LoadRestartState(DiskFS{}, dir); err != nil || st != (RestartState{}) {
 		t.Errorf("of a damaged file: %+v %v", st, err)
 	}
 }
 
 // An error of reading is not a member without past.
 func TestMemberStateReadFails(t *testing.T) {
-	want := SwimState{Session: 7, Slot: 3, Lamport: 9}
+	want := RestartState{Session: 7, Slot: 3, Lamport: 9}
 	for _, f := range readFaults {
 		synctest.Test(t, func(t *testing.T) {
 			fsys := newStoreFS(1)
-			if err := SaveMemberState(fsys, "/s", want); err != nil {
+			if err := SaveRestartState(fsys, "/s", want); err != nil {
 				t.Fatal(err)
 			}
 			fsys.hook = f.hook("read", "")
-			got, err := LoadMemberState(fsys, "/s")
+			got, err := LoadRestartState(fsys, "/s")
 			if ok := err == nil && got == want; ok != (f.n > 0) || !ok && !errors.Is(err, f.err) {
 				t.Errorf("%v: got %+v, %v", f, got, err)
 			}
@@ -530,8 +530,8 @@ func TestMemberStartsOnFullDisk(t *testing.T) {
 	fsys.hook = nil
 	m.claimSlot(gossip.View())
 	waitFor(t, "with room a slot is claimed", func() bool { return gossip.View().Members[0].Slot == 0 })
-	want := gossip.State()
-	if got, err := LoadMemberState(fsys, "/s"); err != nil || got.Session != want.Session || got.Slot != 0 {
+	want := gossip.RestartState()
+	if got, err := LoadRestartState(fsys, "/s"); err != nil || got.Session != want.Session || got.Slot != 0 {
 		t.Errorf("kept %+v, want %+v: %v", got, want, err)
 	}
 }

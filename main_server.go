@@ -125,14 +125,14 @@ type serverProcess struct {
 
 // run builds the parts, each after those that it needs, and serves until ctx ends.
 func (p *serverProcess) run(ctx context.Context) (err error) {
-	RegisterProcess(p.metrics)
+	RegisterProcessMetrics(p.metrics)
 	if p.storageDir == "" {
 		p.log.Warn("no --storage-dir: samples are held in memory only, and a restart loses them")
 	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
 		return fmt.Errorf("storage directory: %w", err)
 	}
 	// Keys first: a mistake there should not leave a storage directory behind.
-	state, err := p.loadState()
+	state, err := p.loadConfigAndCertificate()
 	if err != nil {
 		return err
 	}
@@ -158,20 +158,20 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 	}
 	p.newServer(state)
 	defer p.closeListeners()
-	if err := p.listen(); err != nil {
+	if err := p.listenHTTP(); err != nil {
 		return err
 	}
 	return runWhile(ctx, p.store.Run, p.serve)
 }
 
 // newForwarder makes the forwarder, which owns nothing until there is a ring.
-func (p *serverProcess) newForwarder(keys Keys) error {
-	box, err := NewMessageSealer(keys, ringName)
+func (p *serverProcess) newForwarder(ringKeys Keys) error {
+	box, err := NewMessageSealer(ringKeys, ringName)
 	if err != nil {
 		return err
 	}
 	p.forwarder = NewForwarder(ForwarderConfig{
-		Name: p.ring.name, Box: box, Client: NewHTTPClient(nil, time.Minute, forwardDialTimeout), Log: p.log, Metrics: p.metrics,
+		Name: p.ring.name, Sealer: box, Client: NewHTTPClient(nil, time.Minute, forwardDialTimeout), Log: p.log, Metrics: p.metrics,
 	})
 	return nil
 }
@@ -181,7 +181,7 @@ func (p *serverProcess) openStore() (err error) {
 	cfg := StoreConfig{
 		FS: DiskFS{}, Dir: p.storageDir, Retention: p.retention, MaxSampleAge: p.maxSampleAge, LimitSeries: p.limitSeries,
 		LimitSites: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
-		NowInterval: newServerClock(p.now, p.metrics, p.log).Interval,
+		NowInterval: newServerClock(p.now, p.metrics, p.log).NowInterval,
 		OnError: func(err error) {
 			failures.Inc()
 			p.log.Error("store", "err", err)
@@ -189,7 +189,7 @@ func (p *serverProcess) openStore() (err error) {
 		OnWarning: func(err error) { p.log.Warn("store", "err", err) },
 	}
 	if p.forwarder != nil {
-		cfg.Owned = p.forwarder.Owns
+		cfg.Owned = p.forwarder.OwnsSite
 	}
 	if p.store, err = OpenStore(cfg); err != nil {
 		return fmt.Errorf("opening store: %w", err)
@@ -197,7 +197,7 @@ func (p *serverProcess) openStore() (err error) {
 	return nil
 }
 
-func (p *serverProcess) newServer(state ServerState) {
+func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	cfg := ServerConfig{
 		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now,
 		MaxSampleAge: p.maxSampleAge, LimitBytes: p.limitBytes, LimitScrape: p.limitScrape, RateInterval: p.rateInterval,
@@ -212,13 +212,13 @@ func (p *serverProcess) newServer(state ServerState) {
 	p.server.Reload(state)
 }
 
-// listen opens the external and the internal listener.
-func (p *serverProcess) listen() error {
+// listenHTTP opens the external and the internal listener.
+func (p *serverProcess) listenHTTP() error {
 	external, err := Listen(p.externalAddr)
 	if err != nil {
 		return err
 	}
-	p.external = HTTPServer{Name: "external", Listener: external, Handler: p.server.External(), Log: p.log}
+	p.external = HTTPServer{Name: "external", Listener: external, Handler: p.server.ExternalHandler(), Log: p.log}
 	if p.certificate.Load() != nil {
 		p.external.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			return p.certificate.Load(), nil
@@ -230,7 +230,7 @@ func (p *serverProcess) listen() error {
 	if err != nil {
 		return err
 	}
-	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.Internal(), TrackConns: true, Log: p.log}
+	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.InternalHandler(), TrackConns: true, Log: p.log}
 	version, _ := ProgramVersion()
 	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
 		"storage", p.storageDir, "sites", len(p.store.Stats().Sites))
@@ -247,28 +247,28 @@ func (p *serverProcess) closeListeners() {
 
 // serve answers clients and scrapers until ctx ends, and then logs unread samples.
 func (p *serverProcess) serve(ctx context.Context) error {
-	defer p.server.LogUnread()
+	defer p.server.LogUnreadSamples()
 	if p.node == nil {
 		p.server.SetReady(true)
-		return p.serveHTTP(ctx)
+		return p.serveListeners(ctx)
 	}
 	// Gossip ends after HTTP, so that requests in flight still find the owners.
-	return runWhile(ctx, p.node.run, p.serveHTTP)
+	return runWhile(ctx, p.node.run, p.serveListeners)
 }
 
-// serveHTTP runs the listeners until ctx ends.
-func (p *serverProcess) serveHTTP(ctx context.Context) error {
-	parts := []func(context.Context) error{p.external.Run, p.serveInternal}
+// serveListeners runs the listeners until ctx ends.
+func (p *serverProcess) serveListeners(ctx context.Context) error {
+	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead}
 	if p.node != nil {
-		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.Members(), Log: p.log}
-		parts = append(parts, members.Run, p.awaitRing)
+		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.ForwardHandler(), Log: p.log}
+		parts = append(parts, members.Run, p.setReadyOnceSettled)
 	}
-	return runParts(ctx, p.log, p.metrics, p.reload, p.beginStop, parts...)
+	return runWithReloads(ctx, p.log, p.metrics, p.reload, p.beginStop, parts...)
 }
 
-// serveInternal goes on after ctx has ended with SIGTERM, until consumers have read all samples,
+// serveInternalUntilRead goes on after ctx has ended with SIGTERM, until consumers have read all samples,
 // for a limited time, or until a second signal.
-func (p *serverProcess) serveInternal(ctx context.Context) error {
+func (p *serverProcess) serveInternalUntilRead(ctx context.Context) error {
 	serving, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	stop := context.AfterFunc(ctx, func() {
@@ -276,15 +276,15 @@ func (p *serverProcess) serveInternal(ctx context.Context) error {
 		if errors.Is(context.Cause(ctx), errTerminated) {
 			drain, stop := signal.NotifyContext(serving, os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			p.server.Drain(drain)
+			p.server.WaitUntilRead(drain)
 		}
 	})
 	defer stop()
 	return p.internal.Run(serving)
 }
 
-// awaitRing makes the server ready when there is a ring, and ends with ctx.
-func (p *serverProcess) awaitRing(ctx context.Context) error {
+// setReadyOnceSettled makes the server ready when there is a ring, and ends with ctx.
+func (p *serverProcess) setReadyOnceSettled(ctx context.Context) error {
 	select {
 	case <-p.node.member.Settled():
 		p.server.SetReady(true)
@@ -299,7 +299,7 @@ func (p *serverProcess) awaitRing(ctx context.Context) error {
 func (p *serverProcess) beginStop() {
 	p.server.SetReady(false)
 	if p.node != nil {
-		p.node.gossip.SetLeaving()
+		p.node.gossip.AnnounceLeaving()
 	}
 }
 
@@ -312,7 +312,7 @@ func (p *serverProcess) reload() error {
 			return err
 		}
 	}
-	state, err := p.loadState() // last: it replaces the certificate
+	state, err := p.loadConfigAndCertificate() // last: it replaces the certificate
 	if err != nil {
 		return err
 	}
@@ -326,8 +326,8 @@ func (p *serverProcess) reload() error {
 	return errors.Join(p.node.gossip.SetKeys(ringKeys), p.forwarder.SetKeys(ringKeys))
 }
 
-// loadState reads the files that a reload reads again. It replaces the certificate if all is well.
-func (p *serverProcess) loadState() (st ServerState, err error) {
+// loadConfigAndCertificate reads the files that a reload reads again. It replaces the certificate if all is well.
+func (p *serverProcess) loadConfigAndCertificate() (st ReloadableServerConfig, err error) {
 	if st.Keys, err = readKeys(p.keys, TokenKeyFile); err != nil {
 		return st, err
 	}
@@ -341,7 +341,7 @@ func (p *serverProcess) loadState() (st ServerState, err error) {
 	if err != nil {
 		return st, err
 	}
-	st.Normalizer = &Normalizer{Elide: p.elide, Labels: p.labels, Required: p.required, Allow: allow}
+	st.Normalizer = &ServerNormalizer{Elide: p.elide, Labels: p.labels, Required: p.required, Allow: allow}
 	return st, p.loadCertificate()
 }
 

@@ -656,7 +656,7 @@ func TestClientKilledInOutage(t *testing.T) {
 			t.Fatal(err)
 		}
 		spool.ApplyAnswer(SpoolAnswer{}) // no server has any
-		kept, err := spool.NextPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
+		kept, err := spool.BeginPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
 		if err != nil {
 			t.Fatal(err)
 		}

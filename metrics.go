@@ -2,7 +2,7 @@ package main
 
 // The process's own counters, gauges and histograms, and their exposition through expfmt. A
 // Prometheus accepts the output, whatever callers do: no duplicate series, no invalid UTF-8,
-// counters never fall. Memory is bounded by maxChildren series per family and maxValueLen
+// counters never fall. Memory is bounded by maxSeries series per family and maxValueLen
 // bytes per label value. This family must not know the meaning of any metric.
 
 import (
@@ -114,9 +114,9 @@ func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...
 	return h
 }
 
-func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricType, buckets []float64, labels []string) {
+func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricType, buckets []float64, labelNames []string) {
 	f.name, f.help, f.kind, f.buckets = name, help, kind, buckets
-	f.labels, f.series = slices.Clone(labels), map[seriesKey]*metricSeries{}
+	f.labels, f.series = slices.Clone(labelNames), map[seriesKey]*metricSeries{}
 	if !metricNamePattern.MatchString(name) || help == "" {
 		panic(fmt.Sprintf("metric %q: invalid name, or no help", name))
 	}
@@ -126,13 +126,13 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 	if componentSuffixPattern.MatchString(name) {
 		panic(fmt.Sprintf("metric %s: the suffix is kept for component lines", name))
 	}
-	for i, l := range labels {
-		if i == maxLabels || !metricNamePattern.MatchString(l) || l == "le" || slices.Contains(labels[:i], l) {
+	for i, l := range labelNames {
+		if i == maxLabels || !metricNamePattern.MatchString(l) || l == "le" || slices.Contains(labelNames[:i], l) {
 			panic(fmt.Sprintf("metric %s: label %q is invalid, repeated or one too many", name, l))
 		}
 	}
-	if len(labels) == 0 {
-		f.seriesFor(nil)
+	if len(labelNames) == 0 {
+		f.findOrAddSeries(nil)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -143,14 +143,14 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 	m.families = slices.Insert(m.families, i, f)
 }
 
-// seriesFor returns the series with these label values, which it adds if there is none. The panic
+// findOrAddSeries returns the series with these label values, which it adds if there is none. The panic
 // does not print the values: they would escape, and each call would allocate.
-func (f *metricFamily) seriesFor(values []string) *metricSeries {
-	if len(values) != len(f.labels) {
-		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(values), len(f.labels)))
+func (f *metricFamily) findOrAddSeries(labelValues []string) *metricSeries {
+	if len(labelValues) != len(f.labels) {
+		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(labelValues), len(f.labels)))
 	}
 	var key seriesKey
-	copy(key[:], values)
+	copy(key[:], labelValues)
 	f.mu.RLock()
 	s := f.series[key]
 	f.mu.RUnlock()
@@ -205,7 +205,7 @@ func (c *Counter) Inc(labelValues ...string) { c.Add(1, labelValues...) }
 // even if v is 0. A negative v, NaN or infinity is ignored: a counter that falls
 // reads as a restart, and the others would stay for ever.
 func (c *Counter) Add(v float64, labelValues ...string) {
-	s := c.seriesFor(labelValues)
+	s := c.findOrAddSeries(labelValues)
 	if v > 0 && !math.IsInf(v, 1) {
 		s.add(v)
 	}
@@ -214,7 +214,7 @@ func (c *Counter) Add(v float64, labelValues ...string) {
 // SetTotal raises the series to v, a total that its caller counts elsewhere. A lower v, or one
 // that Add would ignore, changes nothing.
 func (c *Counter) SetTotal(v float64, labelValues ...string) {
-	s := c.seriesFor(labelValues)
+	s := c.findOrAddSeries(labelValues)
 	for {
 		old := s.value.Load()
 		if !(v > math.Float64frombits(old)) || math.IsInf(v, 1) || s.value.CompareAndSwap(old, math.Float64bits(v)) {
@@ -237,11 +237,11 @@ func (c *Counter) Value(labelValues ...string) float64 {
 
 // Set sets the series with these label values to v.
 func (g *Gauge) Set(v float64, labelValues ...string) {
-	g.seriesFor(labelValues).value.Store(math.Float64bits(v))
+	g.findOrAddSeries(labelValues).value.Store(math.Float64bits(v))
 }
 
-// Replace replaces all series of the gauge by those that fill sets.
-func (g *Gauge) Replace(fill func(set func(v float64, labelValues ...string))) {
+// ReplaceSeries replaces all series of the gauge by those that fill sets.
+func (g *Gauge) ReplaceSeries(fill func(set func(v float64, labelValues ...string))) {
 	next := Gauge{metricFamily{name: g.name, kind: g.kind, labels: g.labels, series: map[seriesKey]*metricSeries{}}}
 	fill(next.Set)
 	g.mu.Lock()
@@ -250,11 +250,11 @@ func (g *Gauge) Replace(fill func(set func(v float64, labelValues ...string))) {
 }
 
 // Add adds v, which may be negative, to the series with these label values.
-func (g *Gauge) Add(v float64, labelValues ...string) { g.seriesFor(labelValues).add(v) }
+func (g *Gauge) Add(v float64, labelValues ...string) { g.findOrAddSeries(labelValues).add(v) }
 
 // Observe counts v. NaN is ignored: the sum would stay NaN for ever.
 func (h *Histogram) Observe(v float64, labelValues ...string) {
-	s := h.seriesFor(labelValues)
+	s := h.findOrAddSeries(labelValues)
 	if math.IsNaN(v) {
 		return
 	}

@@ -15,10 +15,10 @@ import (
 	"time"
 )
 
-// RegisterProcess adds the metrics of a process that Prometheus's own libraries have,
+// RegisterProcessMetrics adds the metrics of a process that Prometheus's own libraries have,
 // under the same names, and telemeter_build_info. Without /proc those read from it are
 // absent.
-func RegisterProcess(m *Metrics) {
+func RegisterProcessMetrics(m *Metrics) {
 	version, revision := ProgramVersion()
 	m.Gauge("telemeter_build_info", "Constant 1, labelled with what this binary was built from.",
 		"version", "revision", "goversion").Set(1, version, revision, runtime.Version())

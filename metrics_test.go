@@ -124,7 +124,7 @@ func TestMetricsReplace(t *testing.T) {
 	g := m.Gauge("g", "G.", "a")
 	g.Set(1, "gone")
 	for _, n := range []int{2, 1, 0, maxSeries + 5} {
-		g.Replace(func(set func(v float64, labelValues ...string)) {
+		g.ReplaceSeries(func(set func(v float64, labelValues ...string)) {
 			for i := range n {
 				set(float64(i), fmt.Sprint(i))
 			}
@@ -333,7 +333,7 @@ func BenchmarkMetricsInc(b *testing.B) {
 
 func TestRegisterProcess(t *testing.T) {
 	m := NewMetrics()
-	RegisterProcess(m)
+	RegisterProcessMetrics(m)
 	got := metricsParsed(t, m)
 	positive := []string{"telemeter_build_info", "process_cpu_seconds_total", "process_max_fds", "go_goroutines", "go_memstats_heap_alloc_bytes"}
 	if runtime.GOOS == "linux" {

@@ -28,8 +28,8 @@ const (
 	// one push names, because a server keeps them with each batch.
 	MaxRanges     = 4096
 	MaxPushRanges = 32
-	// MaxSpoolNumber bounds the number of a scrape.
-	MaxSpoolNumber = 1 << 53
+	// MaxScrapeNumber bounds the number of a scrape.
+	MaxScrapeNumber = 1 << 53
 	// MaxConsumers bounds the consumers that a server knows, those that a push or an answer lists,
 	// and those in the files of servers and clients, which refuse more.
 	MaxConsumers = 64
@@ -37,12 +37,12 @@ const (
 
 // ScrapeNames are the names of the scrapes in one push. ID 0 names nothing.
 type ScrapeNames struct {
-	ID      uint64
+	SpoolID uint64
 	Numbers Ranges
 }
 
 // String returns n as SpoolHeader has it.
-func (n ScrapeNames) String() string { return fmt.Sprintf("%016x %s", n.ID, n.Numbers) }
+func (n ScrapeNames) String() string { return fmt.Sprintf("%016x %s", n.SpoolID, n.Numbers) }
 
 // IsSingle reports whether n names one scrape.
 func (n ScrapeNames) IsSingle() bool {
@@ -56,7 +56,7 @@ func ParseScrapeNames(text string) (n ScrapeNames, err error) {
 	}
 	malformed := errors.New("malformed " + SpoolHeader)
 	id, numbers, _ := strings.Cut(text, " ")
-	if n.ID, err = strconv.ParseUint(id, 16, 64); err != nil || n.ID == 0 || len(id) != 16 {
+	if n.SpoolID, err = strconv.ParseUint(id, 16, 64); err != nil || n.SpoolID == 0 || len(id) != 16 {
 		return ScrapeNames{}, malformed
 	}
 	if n.Numbers, err = ParseRanges(numbers, MaxPushRanges); err != nil {

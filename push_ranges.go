@@ -32,9 +32,9 @@ func (r Ranges) Add(from, to uint64) Ranges {
 }
 
 // Has reports whether n is in r.
-func (r Ranges) Has(n uint64) bool {
-	i, _ := slices.BinarySearchFunc(r, n, func(a Range, n uint64) int { return cmp.Compare(a.To, n) })
-	return i < len(r) && r[i].From <= n
+func (r Ranges) Has(number uint64) bool {
+	i, _ := slices.BinarySearchFunc(r, number, func(a Range, n uint64) int { return cmp.Compare(a.To, n) })
+	return i < len(r) && r[i].From <= number
 }
 
 // Covers reports whether all numbers of a are in r.
@@ -75,9 +75,9 @@ func (r Ranges) Without(o Ranges) (left Ranges) {
 func ReadRanges(r *WireReader) (numbers Ranges) {
 	end := uint64(0)
 	for range r.Uvarint(MaxRanges) {
-		from := end + r.Uvarint(MaxSpoolNumber)
-		to := from + r.Uvarint(MaxSpoolNumber)
-		if r.Require(from > end && to <= MaxSpoolNumber); r.Err() != nil {
+		from := end + r.Uvarint(MaxScrapeNumber)
+		to := from + r.Uvarint(MaxScrapeNumber)
+		if r.Require(from > end && to <= MaxScrapeNumber); r.Err() != nil {
 			return nil
 		}
 		numbers = numbers.Add(from, to)
@@ -113,21 +113,21 @@ func (r Ranges) String() string {
 	return string(b)
 }
 
-// ParseRanges reads what String wrote, of at most limit ranges; "" is the empty set.
-func ParseRanges(text string, limit int) (Ranges, error) {
+// ParseRanges reads what String wrote, of at most maxRanges ranges; "" is the empty set.
+func ParseRanges(text string, maxRanges int) (Ranges, error) {
 	if text == "" {
 		return nil, nil
 	}
-	if strings.Count(text, ",") >= limit {
-		return nil, fmt.Errorf("more than %d ranges of numbers", limit)
+	if strings.Count(text, ",") >= maxRanges {
+		return nil, fmt.Errorf("more than %d ranges of numbers", maxRanges)
 	}
 	var r Ranges
 	for part := range strings.SplitSeq(text, ",") {
 		first, last, several := strings.Cut(part, "-")
-		from, ok := parseSpoolNumber(first)
+		from, ok := parseScrapeNumber(first)
 		to := from
 		if several && ok {
-			to, ok = parseSpoolNumber(last)
+			to, ok = parseScrapeNumber(last)
 		}
 		if !ok || to < from || len(r) > 0 && from <= r[len(r)-1].To {
 			return nil, fmt.Errorf("malformed range of numbers %.50q", part)
@@ -137,7 +137,7 @@ func ParseRanges(text string, limit int) (Ranges, error) {
 	return r, nil
 }
 
-func parseSpoolNumber(text string) (n uint64, ok bool) {
+func parseScrapeNumber(text string) (n uint64, ok bool) {
 	n, err := strconv.ParseUint(text, 10, 64)
-	return n, err == nil && n > 0 && n <= MaxSpoolNumber
+	return n, err == nil && n > 0 && n <= MaxScrapeNumber
 }

@@ -82,14 +82,14 @@ func TestPushHeaders(t *testing.T) {
 			t.Errorf("%q was taken as %v", bad, n)
 		}
 	}
-	names := ScrapeNames{ID: 0x1f, Numbers: Ranges{{118, 121}, {130, 130}}}
+	names := ScrapeNames{SpoolID: 0x1f, Numbers: Ranges{{118, 121}, {130, 130}}}
 	if got := names.String(); got != "000000000000001f 118-121,130" {
 		t.Errorf("names are written as %q", got)
 	}
-	if got, err := ParseScrapeNames(names.String()); err != nil || got.ID != names.ID || !slices.Equal(got.Numbers, names.Numbers) {
+	if got, err := ParseScrapeNames(names.String()); err != nil || got.SpoolID != names.SpoolID || !slices.Equal(got.Numbers, names.Numbers) {
 		t.Errorf("names came back as %v, %v", got, err)
 	}
-	if got, err := ParseScrapeNames("000000000000001f "); err != nil || got.ID != 0x1f || len(got.Numbers) != 0 {
+	if got, err := ParseScrapeNames("000000000000001f "); err != nil || got.SpoolID != 0x1f || len(got.Numbers) != 0 {
 		t.Errorf("a question came back as %v, %v", got, err)
 	}
 	consumers := []ConsumerAge{{1, 0}, {1 << 63, 90 * time.Minute}}
@@ -109,7 +109,7 @@ func TestPushHeaders(t *testing.T) {
 func FuzzPushHeaders(f *testing.F) {
 	f.Add("0123456789abcdef 118-121,130", "0123456789abcdef:7")
 	f.Fuzz(func(t *testing.T, spool, consumers string) {
-		if n, err := ParseScrapeNames(spool); err == nil && n.ID != 0 {
+		if n, err := ParseScrapeNames(spool); err == nil && n.SpoolID != 0 {
 			if again, err := ParseScrapeNames(n.String()); err != nil || !slices.Equal(again.Numbers, n.Numbers) {
 				t.Fatalf("%q: %v came back as %v, %v", spool, n, again, err)
 			}

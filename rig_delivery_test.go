@@ -2,7 +2,7 @@ package main
 
 // A model of delivery from end to end: two sites, three servers and three consumers in
 // virtual time, whose steps and faults a seed chooses. The rules are the real ones: the
-// plan and the record of a spool, Store, Site, SiteSamples, SiteSpools, Consumers and Scraper.
+// plan and the record of a spool, Store, Site, SiteSamples, SiteSpools, Consumers and ScrapeReader.
 // Only the disk and what lies between the parties is the model's, so that one run costs some
 // tens of microseconds. The model knows the truth, which is the samples that each consumer
 // received, and checks each answer and each scrape that leaves a spool against it.
@@ -105,7 +105,7 @@ type modelSite struct {
 	name            string
 	ring            uint64
 	lines           [2][]byte
-	plan            spoolPlan
+	plan            spoolIndex
 	meta, savedMeta spoolMeta
 	next            uint64
 	once            bool
@@ -116,8 +116,8 @@ type modelSite struct {
 	scrapes         map[uint64]*modelScrape // of this spool ID
 	last            *modelScrape
 	lo              [modelConsumers]int64
-	servers         failover
-	size            pushSize
+	servers         serverFailover
+	size            pushScrapeLimit
 	failing         bool // the last attempt had no answer
 
 	uncertain map[uint64]bool // sent or found, and no answer since
@@ -169,7 +169,7 @@ type modelServer struct {
 	ahead    int64 // ms, of its clock
 	untimely bool  // no sample of the last push was of its time, by that clock
 	store    *Store
-	scraper  *Scraper
+	scraper  *ScrapeReader
 	disk     *modelDisk
 	copy     *modelDisk
 	lo       [modelConsumers]int64              // newest scrape here that it knows of
@@ -207,7 +207,7 @@ func newDeliveryModel(seed uint64, tracing bool) *deliveryModel {
 	m.consumers[1].dies = m.rng.IntN(50)
 	m.consumers[2].comes = 5 + m.rng.IntN(40)
 	for i := range m.sites {
-		c := &modelSite{at: i, name: string(rune('a' + i)), servers: failover{servers: modelServers}, size: pushSize{max: maxPushScrapes}, age: []time.Duration{30 * time.Minute, 2 * time.Hour, 2 * time.Hour, 4 * time.Hour}[m.rng.IntN(4)]}
+		c := &modelSite{at: i, name: string(rune('a' + i)), servers: serverFailover{servers: modelServers}, size: pushScrapeLimit{max: maxPushScrapes}, age: []time.Duration{30 * time.Minute, 2 * time.Hour, 2 * time.Hour, 4 * time.Hour}[m.rng.IntN(4)]}
 		c.ring = SiteKey(c.name)
 		for k := range c.lines {
 			c.lines[k] = fmt.Appendf(nil, `s%d{_id="%s",instance="",job=""}`, k, c.name)
@@ -356,7 +356,7 @@ func (m *deliveryModel) moment(c *modelSite) Moment {
 
 // newSpool gives a site a spool without scrapes and without a record.
 func (m *deliveryModel) newSpool(c *modelSite) {
-	c.plan, c.meta = spoolPlan{}, spoolMeta{ID: m.rng.Uint64() | 1, At: m.moment(c)}
+	c.plan, c.meta = spoolIndex{}, spoolMeta{ID: m.rng.Uint64() | 1, At: m.moment(c)}
 	c.savedMeta, c.next, c.lo = c.meta, 1, [modelConsumers]int64{}
 	c.scrapes, c.uncertain, c.listed, c.last = map[uint64]*modelScrape{}, map[uint64]bool{}, nil, nil
 	c.copy = nil
@@ -365,7 +365,7 @@ func (m *deliveryModel) newSpool(c *modelSite) {
 
 func (m *deliveryModel) number(c *modelSite) {
 	spool := Spool{cfg: SpoolConfig{Now: func() Moment { return m.moment(c) }}, nextNumber: c.next, meta: c.meta}
-	spool.initNumbers()
+	spool.initIDAndNumber()
 	c.next = spool.nextNumber
 }
 
@@ -385,8 +385,8 @@ func (m *deliveryModel) reopen(c *modelSite, entries []spoolEntry, saved spoolMe
 	if m.chance(20) {
 		c.boot, c.bootID = m.now, fmt.Sprint("boot", m.now)
 	}
-	c.plan, c.meta, c.savedMeta, c.next, c.listed = spoolPlan{}, saved, saved, 1, nil
-	c.servers, c.size, c.elsewhere, c.failing = failover{servers: modelServers}, pushSize{max: maxPushScrapes}, 0, false
+	c.plan, c.meta, c.savedMeta, c.next, c.listed = spoolIndex{}, saved, saved, 1, nil
+	c.servers, c.size, c.elsewhere, c.failing = serverFailover{servers: modelServers}, pushScrapeLimit{max: maxPushScrapes}, 0, false
 	c.uncertain = map[uint64]bool{}
 	for _, e := range entries {
 		c.plan.add(spoolEntry{Scrape: e.Scrape, gzipSize: e.gzipSize, footprint: e.footprint, uncertain: true})
@@ -500,20 +500,20 @@ func (m *deliveryModel) dropOld(c *modelSite) {
 	m.dropped(c, append(held, lost...))
 }
 
-// drain is Pusher.Drain, for one round of servers that fail.
+// drain is Pusher.DrainSpool, for one round of servers that fail.
 func (m *deliveryModel) drain(c *modelSite) {
 	now := func() int64 { return m.moment(c).Boot }
 	unreadFor := time.Duration(0)
 	if since, ok := c.plan.unreadSince(); ok {
 		unreadFor = time.Duration(now()-since) * time.Millisecond
 	}
-	c.servers.begin(time.UnixMilli(m.now), unreadFor)
+	c.servers.beginDrain(time.UnixMilli(m.now), unreadFor)
 	m.dropOld(c)
 	for range m.requests {
 		step, wait := c.plan.nextStep(now())
 		var names ScrapeNames
 		var push []*modelScrape
-		c.servers.choose(time.UnixMilli(m.now))
+		c.servers.chooseServer(time.UnixMilli(m.now))
 		front := m.servers[c.servers.current]
 		switch step {
 		case StepDone:
@@ -531,7 +531,7 @@ func (m *deliveryModel) drain(c *modelSite) {
 				e := &c.plan.entries[i]
 				undelivered = undelivered || e.state == ScrapeUndelivered && !e.uncertain && !e.declined && now() >= e.retryAt
 			}
-			picked := c.plan.pickPush(now(), PushLimits{1 << 20, 1 << 20, min(c.size.max, 1+m.rng.IntN(8))}, func(*spoolEntry) bool { return true })
+			picked := c.plan.beginPush(now(), PushLimits{1 << 20, 1 << 20, min(c.size.max, 1+m.rng.IntN(8))}, func(*spoolEntry) bool { return true })
 			for i := range picked {
 				e := &picked[i]
 				sc := c.scrapes[e.Number]
@@ -558,21 +558,21 @@ func (m *deliveryModel) drain(c *modelSite) {
 				m.fail("%s has nothing to push, and is to push", c.name)
 			}
 		}
-		names.ID = c.meta.ID
+		names.SpoolID = c.meta.ID
 		a, ok := m.request(c, front, names, push)
 		if !ok {
 			for _, sc := range push {
 				c.uncertain[sc.number] = true
 			}
-			c.plan.pushFailed(false)
+			c.plan.notePushFailed(false)
 			c.failing = true
-			if !c.servers.fail(0) {
+			if !c.servers.noteFailure(0) {
 				return
 			}
 			continue
 		}
 		if len(push) > 0 {
-			c.servers.succeed(time.UnixMilli(m.now), time.Minute)
+			c.servers.noteAnswer(time.UnixMilli(m.now), time.Minute)
 		}
 		c.servers.last, c.failing = front.at, false
 		gone, out := c.plan.applyAnswer(now(), a)
@@ -604,8 +604,8 @@ func (m *deliveryModel) drain(c *modelSite) {
 		case len(push) == 0:
 		case n > 0 && len(push) > 1:
 			c.servers.declined = 0
-			c.size.single(len(push))
-		case n > 0 && c.servers.decline(time.UnixMilli(m.now), time.Minute):
+			c.size.limitToOne(len(push))
+		case n > 0 && c.servers.noteDecline(time.UnixMilli(m.now), time.Minute):
 			for i := range c.plan.entries {
 				if e := &c.plan.entries[i]; out.Declined.Has(e.Number) {
 					e.retryAt = 0
@@ -613,7 +613,7 @@ func (m *deliveryModel) drain(c *modelSite) {
 			}
 		default:
 			c.servers.declined = 0
-			c.size.settled(len(push))
+			c.size.growAfter(len(push))
 		}
 	}
 }
@@ -659,7 +659,7 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 	if err != nil || cerr != nil {
 		m.fail("%v %v", err, cerr)
 	}
-	s.store.Consumers.AddReported(c.ring, consumers, m.timeAt(s))
+	s.store.Consumers.AddReportedConsumers(c.ring, consumers, m.timeAt(s))
 	for i, at := range c.lo {
 		s.told[c.at][i] = max(s.told[c.at][i], at)
 	}
@@ -675,11 +675,11 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 		}
 		m.append(s, c, p, got)
 	}
-	st := s.store.SpoolStatus(c.name, names.ID)
+	st := s.store.RefreshSpoolStatus(c.name, names.SpoolID)
 	if m.tracing {
 		m.say("%s to %s: %s, consumers %q; held %v, read %v, settled %v", c.name, s.name, names, told, st.Held, st.Read, st.HasConsumers)
 	}
-	m.check(s, c, names.ID, &st)
+	m.check(s, c, names.SpoolID, &st)
 	a = SpoolAnswer{KnowsSpools: true, DoneWhenHeld: !st.HasConsumers}
 	a.Held, err = ParseRanges(st.Held.String(), MaxRanges)
 	if st.HasConsumers && err == nil {
@@ -699,7 +699,7 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, names ScrapeNames) {
 	series, seq := 0, uint64(0)
 	var known Ranges
-	if s.taken[c.at].ID == names.ID {
+	if s.taken[c.at].SpoolID == names.SpoolID {
 		known = s.taken[c.at].Numbers
 	}
 	look := func(f func(held *SiteSamples)) { s.store.ViewSite(c.name, f) }
@@ -721,18 +721,18 @@ func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, name
 		}
 		b := held.Batches[n-1]
 		if held.Table.Len() > series {
-			payload := EncodeSeries(nil, uint32(series), func(yield func([]byte) bool) {
+			payload := EncodeSeriesPayload(nil, uint32(series), func(yield func([]byte) bool) {
 				for id := series; id < held.Table.Len() && yield(held.Table.Line(uint32(id))); id++ {
 				}
 			})
 			s.disk.logs[c.at] = append(s.disk.logs[c.at], modelRecord{kind: RecordSeries, payload: payload})
 		}
-		r := modelRecord{kind: RecordBatch, payload: EncodeBatch(nil, b), samples: samplesOf(b)}
+		r := modelRecord{kind: RecordBatch, payload: EncodeBatchPayload(nil, b), samples: samplesOf(b)}
 		s.disk.logs[c.at] = append(s.disk.logs[c.at], r)
 		for _, part := range names.Numbers {
 			for n := part.From; n <= part.To; n++ {
 				if slices.ContainsFunc(m.named(c, n).samples, func(id int) bool { return slices.Contains(r.samples, id) }) {
-					delete(s.read[c.at], [2]uint64{names.ID, n})
+					delete(s.read[c.at], [2]uint64{names.SpoolID, n})
 				}
 			}
 		}
@@ -790,7 +790,7 @@ func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *Sp
 		m.fail("%s says that somebody reads, and nobody does", s.name)
 	}
 	lists := slices.Clone(st.Held).AddAll(st.Read)
-	if old := s.taken[c.at]; old.ID == spool && len(old.Numbers.Without(lists)) > 0 {
+	if old := s.taken[c.at]; old.SpoolID == spool && len(old.Numbers.Without(lists)) > 0 {
 		m.fail("%s no longer knows %v of %s", s.name, old.Numbers.Without(lists), c.name)
 	}
 	s.taken[c.at] = ScrapeNames{spool, lists}
@@ -862,7 +862,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	if err != nil {
 		m.fail("%v", err)
 	}
-	state := &StoreState{Consumers: s.disk.known, block: s.disk.block}
+	state := &StoreMeta{Consumers: s.disk.known, block: s.disk.block}
 	st.Consumers, _ = OpenConsumers(nil, "", state, deliveryRetention, m.timeAt(s))
 	s.lo, s.told = [modelConsumers]int64{}, [modelSites][modelConsumers]int64{}
 	for _, k := range s.disk.known {
@@ -888,7 +888,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 		if len(s.disk.logs[i]) == 0 {
 			continue
 		}
-		r := recoveredLog{store: st, path: st.path(c.name), data: NewSiteSamples("", st.seed)}
+		r := recoveredLog{store: st, path: st.logPathOf(c.name), data: NewSiteSamples("", st.seed)}
 		if hurt[i] {
 			r.decodeRecord(0, nil)
 		}
@@ -909,15 +909,15 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 	st.dropExpiredWhileDown()
 	highest := max(st.Consumers.HighestCursor(), st.totals.NewestSeq.Load())
-	st.dropPastCursors(damagedLogs{})
-	first := state.NewBlock(highest)
+	st.dropCursorsPastEnd(damagedLogs{})
+	first := state.TakeSeqBlock(highest)
 	for _, c := range st.sitesByID() {
 		c.raiseSeq(first)
 	}
 	st.totals.RaiseNewest(first)
 	s.disk.block = state.block
 	s.store, s.up = st, true
-	s.scraper = &Scraper{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
+	s.scraper = &ScrapeReader{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
 		return m.sites[0].ring == hash && m.owner[0] == s.at || m.sites[1].ring == hash && m.owner[1] == s.at
 	}}
 	st.Consumers.knownChanged.Store(true)
@@ -952,7 +952,7 @@ func (m *deliveryModel) rewrite(s *modelServer, c *modelSite) {
 	if site == nil {
 		return
 	}
-	if err := site.Rewrite(nil, s.store.KeptSince()); err != nil {
+	if err := site.RewriteLog(nil, s.store.KeptSince()); err != nil {
 		m.fail("%v", err)
 	}
 	var log []modelRecord
@@ -1093,7 +1093,7 @@ func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 				ids = samplesOf(held.Batches[0])
 			}
 		})
-		if _, ok := site.EvictOldest(shown); !ok {
+		if _, ok := site.TryEvictOldestBatch(shown); !ok {
 			return
 		}
 		if m.tracing {
@@ -1132,7 +1132,7 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if !m.calm && m.chance(30) {
 		limit = 1 + m.rng.IntN(3)
 	}
-	fams, _, _ := s.scraper.Unread(r, limit, !m.calm && m.chance(10), nil)
+	fams, _, _ := s.scraper.ServeUnreadSamples(r, limit, !m.calm && m.chance(10), nil)
 	lost := m.lost()
 	var got []int
 	for _, f := range fams {

@@ -52,7 +52,7 @@ type simNode struct {
 	name    string
 	addr    netip.AddrPort
 	swim    *Swim
-	state   SwimState
+	state   RestartState
 	up      bool
 	run     uint64
 	timer   time.Duration // when the earliest timer event comes
@@ -115,8 +115,8 @@ func (s *sim) start(i int, seeds ...int) *Swim {
 		s.tb.Fatal(err)
 	}
 	n.swim = NewSwim(SwimConfig{Name: n.name, Addr: n.addr.String(), URL: "http://" + n.addr.Addr().String() + ":9004",
-		Interval: s.interval, Random: random, Sealer: sealer, State: n.state})
-	n.state = n.swim.State()
+		Interval: s.interval, Random: random, Sealer: sealer, RestartState: n.state})
+	n.state = n.swim.RestartState()
 	n.up, n.origin = true, s.now-time.Duration(s.rng.Int64N(int64(time.Hour)))
 	n.run++
 	if seeds == nil && i != 0 {
@@ -152,7 +152,7 @@ func (s *sim) at(at time.Duration, do func()) { s.push(simEvent{at: at, do: do})
 // arm makes a timer event for when node i wants to be called next.
 func (s *sim) arm(i int) {
 	n := s.nodes[i]
-	at := max(n.swim.Next()+n.origin, s.now)
+	at := max(n.swim.NextTickAt()+n.origin, s.now)
 	if n.timer < 0 || at < n.timer {
 		n.timer = at
 		s.push(simEvent{at: at, node: i, run: n.run})
@@ -195,7 +195,7 @@ func (s *sim) step() {
 	for _, ev := range n.swim.Events {
 		s.events = append(s.events, simReport{ev, s.now, e.node})
 		if ev.What == EventSessionTaken {
-			n.state = n.swim.State()
+			n.state = n.swim.RestartState()
 		}
 	}
 	for _, d := range out {

@@ -156,14 +156,14 @@ func (v *stampedeServer) start() {
 		Name: v.name, Store: store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now, MaxSampleAge: 10 * time.Minute,
 		LimitBytes: 1 << 20, LimitScrape: 500_000 / stampedeScale, RateInterval: time.Second,
 	})
-	v.server.Reload(ServerState{Keys: s.keys, Normalizer: &Normalizer{}})
+	v.server.Reload(ReloadableServerConfig{Keys: s.keys, Normalizer: &ServerNormalizer{}})
 	v.server.SetReady(true)
 	v.server.federate.scraper.Owned = func(hash uint64) bool { return s.alone || s.owner(hash) == v }
 	ctx, stop := context.WithCancel(s.ctx)
 	s.running.Go(func() { store.Run(ctx) })
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v.store, v.external, v.internal, v.stop, v.up = store, v.server.External(), v.server.Internal(), stop, true
+	v.store, v.external, v.internal, v.stop, v.up = store, v.server.ExternalHandler(), v.server.InternalHandler(), stop, true
 	v.starts++
 }
 
@@ -209,7 +209,7 @@ func newStampedeSite(s *stampede, i int) *stampedeSite {
 		FromClient: &http.Client{Transport: roundTrip(c.source)},
 	})
 	token := authSign(s.t, s.keys, Token{Kind: KindClient, ClusterID: c.id, ID: NewTokenID()})
-	c.client.Reload(ClientState{Token: token, Match: all, NewCleaner: func() *Cleaner { return &Cleaner{} }})
+	c.client.Reload(ClientReloadConfig{Token: token, Match: all, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }})
 	if err := c.client.OpenSpool(SpoolConfig{Limit: 1 << 20, MaxAge: 2 * time.Hour}); err != nil {
 		s.t.Fatal(err)
 	}
@@ -395,7 +395,7 @@ func (v *stampedeServer) scrapes(wait time.Duration) {
 		if !present {
 			continue
 		}
-		r, _ := http.NewRequestWithContext(context.WithValue(s.ctx, connKey{}, conn), "GET", "http://x/federate?consumer=central", nil)
+		r, _ := http.NewRequestWithContext(context.WithValue(s.ctx, connTrackerKey{}, conn), "GET", "http://x/federate?consumer=central", nil)
 		r.RemoteAddr = "192.0.2.2:1"
 		r.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "10")
 		w := &stampedeReader{v: v, header: http.Header{}}
@@ -508,7 +508,7 @@ func (s *stampede) settle(from time.Time, most time.Duration) (empty, read time.
 		left := 0
 		for _, c := range s.sites {
 			c.client.spool.mu.Lock()
-			if e := c.client.spool.plan.entries; len(e) > 0 && e[0].At.Wall < begin.UnixMilli() {
+			if e := c.client.spool.index.entries; len(e) > 0 && e[0].At.Wall < begin.UnixMilli() {
 				left++
 			}
 			c.client.spool.mu.Unlock()

@@ -49,7 +49,7 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 		}
 		return d.buf, len(d.buf) > limit, nil
 	}
-	d.buf, err = appendSnappy(d.buf[:0], body, limit)
+	d.buf, err = decodeSnappy(d.buf[:0], body, limit)
 	if errors.Is(err, errDecodedTooLarge) {
 		return nil, true, nil
 	}
@@ -82,14 +82,14 @@ const (
 	maxSnappyChunk = 64 << 10 // bytes of a chunk uncompressed
 )
 
-// appendSnappy decodes the framing format of snappy 1.1 (framing_format.txt). The
+// decodeSnappy decodes the framing format of snappy 1.1 (framing_format.txt). The
 // format has no end: input cut off between two chunks is a shorter stream, which
 // only its content can tell.
-func appendSnappy(out, in []byte, limit int) ([]byte, error) {
+func decodeSnappy(out, in []byte, limit int) ([]byte, error) {
 	if !bytes.HasPrefix(in, []byte("\xff\x06\x00\x00"+snappyMagic)) {
 		return nil, errors.New("no stream identifier")
 	}
-	for r := ReadWire(in); r.Len() > 0; {
+	for r := NewWireReader(in); r.Len() > 0; {
 		head := r.Uint32() // a byte of kind, three of size
 		chunk := r.Bytes(int(head >> 8))
 		if r.Err() != nil {
@@ -98,7 +98,7 @@ func appendSnappy(out, in []byte, limit int) ([]byte, error) {
 		var err error
 		switch kind := byte(head); {
 		case kind <= 1:
-			out, err = appendSnappyChunk(out, chunk, kind == 0, limit)
+			out, err = decodeSnappyChunk(out, chunk, kind == 0, limit)
 		case kind == 0xff && string(chunk) != snappyMagic:
 			err = errors.New("bad stream identifier")
 		case kind < 0x80:
@@ -112,9 +112,9 @@ func appendSnappy(out, in []byte, limit int) ([]byte, error) {
 	return out, nil
 }
 
-// appendSnappyChunk decodes a chunk of data, which begins with its checksum.
-func appendSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, error) {
-	r := ReadWire(chunk)
+// decodeSnappyChunk decodes a chunk of data, which begins with its checksum.
+func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, error) {
+	r := NewWireReader(chunk)
 	sum := r.Uint32()
 	if r.Err() != nil {
 		return nil, errors.New("truncated chunk")
@@ -134,7 +134,7 @@ func appendSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, e
 	}
 	ok := true
 	if compressed {
-		out, ok = appendSnappyBlock(out, r, int(n))
+		out, ok = decodeSnappyBlock(out, r, int(n))
 	} else {
 		out = append(out, r.Rest()...)
 	}
@@ -148,10 +148,10 @@ func appendSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, e
 	return out, nil
 }
 
-// appendSnappyBlock decodes the elements of one block (format_description.txt),
+// decodeSnappyBlock decodes the elements of one block (format_description.txt),
 // which have to make n bytes.
-func appendSnappyBlock(out []byte, r WireReader, n int) (_ []byte, ok bool) {
-	from, end := len(out), len(out)+n
+func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
+	from, end := len(out), len(out)+size
 	for r.Len() > 0 {
 		tag := r.Byte()
 		length, offset := 1+int(tag>>2), 0

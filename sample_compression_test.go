@@ -372,7 +372,7 @@ func FuzzSnappy(f *testing.F) {
 		}
 		// Elements, without the checksums that keep a fuzzer out.
 		n := limit % (64<<10 + 1)
-		out, ok := appendSnappyBlock([]byte("before"), ReadWire(in), n)
+		out, ok := decodeSnappyBlock([]byte("before"), NewWireReader(in), n)
 		if len(out) > n+6 || ok && len(out) != n+6 || !bytes.HasPrefix(out, []byte("before")) {
 			t.Fatalf("a block of %d bytes within %d: %v", len(out), n, ok)
 		}

@@ -693,7 +693,7 @@ func TestDecodeAllocatesNothing(t *testing.T) {
 
 // fuzzPath takes a body from its form to what a scraper reads.
 func fuzzPath(t *testing.T, body []byte, f Format) {
-	n := Normalizer{Elide: []string{"elide"}, Labels: []Label{{[]byte("operator"), []byte("o")}}}
+	n := ServerNormalizer{Elide: []string{"elide"}, Labels: []Label{{[]byte("operator"), []byte("o")}}}
 	forced := n.ForcedLabels("site", map[string]string{"token": "t"})
 	p := SampleList{MaxBytes: 64<<10 + 16*len(body), MaxSamples: 1000}
 	var err error
@@ -719,7 +719,7 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 	var parser SeriesParser
 	for _, s := range p.Samples {
 		name, labels, err := parser.ParseLine(p.Line(s))
-		if err != nil || isReservedName(name) || string(labelValue(labels, ClusterLabel)) != "site" {
+		if err != nil || isReservedMetricName(name) || string(labelValue(labels, ClusterLabel)) != "site" {
 			t.Fatalf("accepted %q: %v", p.Line(s), err)
 		}
 	}

@@ -46,18 +46,18 @@ func (e Escaping) ContentType() string {
 // quotesNames reports whether names are shown as they are, quoted where necessary.
 func (e Escaping) quotesNames() bool { return e.scheme == model.NoEscaping }
 
-// Name returns a metric's name as e shows it. A legacy name stays as it is under
+// MetricName returns a metric's name as e shows it. A legacy name stays as it is under
 // every scheme (dots alone would double its underscores), as in expfmt.
-func (e Escaping) Name(name string) string {
+func (e Escaping) MetricName(name string) string {
 	if isLegacyMetricName(name) {
 		return name
 	}
 	return model.EscapeName(name, e.scheme)
 }
 
-// label returns a label's name as e shows it. model.EscapeName leaves colons,
+// labelName returns a label's name as e shows it. model.EscapeName leaves colons,
 // which only a metric's name may have: one fails the scrape of an old Prometheus.
-func (e Escaping) label(name []byte) []byte {
+func (e Escaping) labelName(name []byte) []byte {
 	if isLegacyLabelName(name) {
 		return name
 	}
@@ -68,9 +68,9 @@ func (e Escaping) label(name []byte) []byte {
 // name or became reserved: Prometheus fails a whole scrape over one label that
 // occurs twice.
 func (e Escaping) renderLine(name []byte, labels []Label) ([]byte, bool) {
-	r := RawSample{Name: []byte(e.Name(string(name)))}
+	r := RawSample{Name: []byte(e.MetricName(string(name)))}
 	for _, l := range labels {
-		r.Labels = append(r.Labels, Label{e.label(l.Name), l.Value})
+		r.Labels = append(r.Labels, Label{e.labelName(l.Name), l.Value})
 	}
 	var l SampleList
 	err := l.Add(&r)
@@ -119,9 +119,9 @@ func GroupByName(l *SampleList) []Family {
 // escaping makes their names equal, and a sample whose line escaping makes equal
 // to another series' is left out. It returns the numbers of samples written and left
 // out, and the error of w, which ends it.
-func WriteFamilies(w io.Writer, e Escaping, fams []Family) (written, hidden int, err error) {
+func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hiddenSamples int, err error) {
 	if !e.quotesNames() {
-		fams, hidden = escapeFamilies(e, fams)
+		fams, hiddenSamples = escapeFamilies(e, fams)
 	}
 	const chunk = 64 << 10
 	buf := make([]byte, 0, chunk+4<<10)
@@ -131,15 +131,15 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (written, hidden int,
 			buf = AppendSample(buf, l.Line, l.T, l.V)
 			if len(buf) >= chunk {
 				if _, err := w.Write(buf); err != nil {
-					return written, hidden, err
+					return writtenSamples, hiddenSamples, err
 				}
 				buf = buf[:0]
 			}
 		}
-		written += len(f.Samples)
+		writtenSamples += len(f.Samples)
 	}
 	_, err = w.Write(buf)
-	return written, hidden, err
+	return writtenSamples, hiddenSamples, err
 }
 
 func appendType(b, name []byte) []byte {
@@ -169,7 +169,7 @@ func AppendSample(b, line []byte, t int64, v float64) []byte {
 
 // escapeFamilies returns fams with the names that e shows, and how many samples are left out
 // because e shows their series as another's.
-func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
+func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int) {
 	if !slices.ContainsFunc(fams, func(f Family) bool {
 		return slices.ContainsFunc(f.Samples, func(l FamilySample) bool { return l.Quoted })
 	}) {
@@ -178,7 +178,7 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
 	merged := map[string]*escapedFamily{}
 	// Lines that need no escaping come first, so that no escaped line takes the place of one.
 	for _, f := range fams {
-		name := e.Name(f.Name)
+		name := e.MetricName(f.Name)
 		if merged[name] == nil {
 			merged[name] = &escapedFamily{Family: Family{Name: name}}
 		}
@@ -190,10 +190,10 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
 	}
 	var parser SeriesParser
 	for _, f := range fams {
-		m := merged[e.Name(f.Name)]
+		m := merged[e.MetricName(f.Name)]
 		for _, l := range f.Samples {
 			if l.Quoted && !m.addEscaped(e, &parser, l) {
-				hidden++
+				hiddenSamples++
 			}
 		}
 	}
@@ -202,7 +202,7 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hidden int) {
 			out = append(out, merged[name].Family)
 		}
 	}
-	return out, hidden
+	return out, hiddenSamples
 }
 
 // escapedFamily is a family under the name that an Escaping shows.

@@ -101,11 +101,11 @@ func appendQuoted(b, s []byte) []byte {
 
 // Excerpt returns the beginning of foreign text, quoted, as an error may show it: a sender may
 // see its own text, but a hostile one must not fill a log.
-func Excerpt(line []byte) string {
-	if len(line) > 200 {
-		line = append(bytes.Clone(line[:200]), "…"...)
+func Excerpt(text []byte) string {
+	if len(text) > 200 {
+		text = append(bytes.Clone(text[:200]), "…"...)
 	}
-	return strconv.QuoteToGraphic(string(bytes.ToValidUTF8(line, []byte("\ufffd"))))
+	return strconv.QuoteToGraphic(string(bytes.ToValidUTF8(text, []byte("\ufffd"))))
 }
 
 // IsLegacy reports whether all names of a series are of the charset that every Prometheus

@@ -15,7 +15,7 @@ import (
 type SeriesParser struct {
 	labels    []Label
 	unescaped []byte     // of the quoted strings of the current line
-	rendered  SampleList // of ParseRendered
+	rendered  SampleList // of ParseCanonicalLine
 }
 
 // parsePrefix parses the name and labels that line begins with and returns what
@@ -167,9 +167,9 @@ func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err 
 	return name, labels, nil
 }
 
-// ParseRendered is ParseLine for a line that has to be, byte for byte, as SampleList.Add
+// ParseCanonicalLine is ParseLine for a line that has to be, byte for byte, as SampleList.Add
 // renders it. Recovery checks so the lines of a damaged disk, which are served as they are.
-func (p *SeriesParser) ParseRendered(line []byte) (name []byte, labels []Label, err error) {
+func (p *SeriesParser) ParseCanonicalLine(line []byte) (name []byte, labels []Label, err error) {
 	if name, labels, err = p.ParseLine(line); err != nil {
 		return nil, nil, err
 	}

@@ -11,7 +11,7 @@ import (
 	"strconv"
 )
 
-// What the components of histograms and summaries may repeat, for each byte of
+// Bounds on how often components of histograms and summaries repeat, for each byte of
 // a body; a real one with 30 buckets and 1,000 bytes of labels repeats them 20
 // times. The costs are of what is not text, in bytes.
 const (
@@ -68,7 +68,7 @@ func (m *protoMessage) err() error {
 // decodeProto decodes a body. The numbers of fields here and below are of client_model's
 // io/prometheus/client/metrics.proto.
 func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
-	r := ReadWire(body)
+	r := NewWireReader(body)
 	for n := 1; r.Len() > 0; n++ {
 		left := r.Len()
 		family := r.Bytes(int(r.Uvarint(math.MaxInt)))
@@ -87,7 +87,7 @@ func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 	var name []byte
 	var kind uint64 // counter, unless stated
 	var f protoField
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:
@@ -102,7 +102,7 @@ func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 	if err := m.err(); err != nil {
 		return err
 	}
-	for m = (protoMessage{ReadWire(b)}); m.next(&f); {
+	for m = (protoMessage{NewWireReader(b)}); m.next(&f); {
 		if f.number == 4 {
 			if err := d.decodeMetric(f.data, name, kind, emit); err != nil {
 				return fmt.Errorf("series %s: %w", Excerpt(appendLine(nil, name, d.raw.Labels)), err)
@@ -132,7 +132,7 @@ func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample
 	}
 	d.raw.Name, d.raw.V = name, 0
 	var f protoField
-	m := protoMessage{ReadWire(value)}
+	m := protoMessage{NewWireReader(value)}
 	for m.next(&f) {
 		switch {
 		case f.number == 1:
@@ -161,7 +161,7 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	}
 	var f protoField
 	labelBytes := 0
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:
@@ -185,12 +185,12 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	return value, nil
 }
 
-// decodeLabel appends a LabelPair to d.raw.Labels unless it is metadata. used is how many bytes
+// decodeLabel appends a LabelPair to d.raw.Labels unless it is metadata. labelBytes is how many bytes
 // the labels before it have; the sum is returned, and bounded by 2*MaxLine.
-func (d *Decoder) decodeLabel(b []byte, used int) (int, error) {
+func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	var l Label
 	var f protoField
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:
@@ -200,38 +200,38 @@ func (d *Decoder) decodeLabel(b []byte, used int) (int, error) {
 		}
 	}
 	if err := m.err(); err != nil {
-		return used, err
+		return labelBytes, err
 	}
 	if isMetadataLabel(l.Name) {
 		d.skipped.Metadata++
-		return used, nil
+		return labelBytes, nil
 	}
 	if len(d.raw.Labels) >= MaxLabels {
-		return used, fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
+		return labelBytes, fmt.Errorf("%w: more than %d labels", ErrTooLarge, MaxLabels)
 	}
-	if used += len(b); used > 2*MaxLine {
-		return used, fmt.Errorf("%w: labels of more than %d bytes", ErrTooLarge, 2*MaxLine)
+	if labelBytes += len(b); labelBytes > 2*MaxLine {
+		return labelBytes, fmt.Errorf("%w: labels of more than %d bytes", ErrTooLarge, 2*MaxLine)
 	}
 	d.raw.Labels = append(d.raw.Labels, l)
-	return used, nil
+	return labelBytes, nil
 }
 
-// components makes the component samples of one histogram or summary. It does not hold emit,
+// componentEmitter makes the component samples of one histogram or summary. It does not hold emit,
 // which would then escape to the heap, with all that it captures.
-type components struct {
+type componentEmitter struct {
 	d          *Decoder
 	name       []byte
 	labels     []Label // of the metric: emit may change d.raw's, so that each component starts from these
 	boundLabel []byte  // le or quantile
 }
 
-func (d *Decoder) componentsOf(name []byte, boundLabel string) components {
-	return components{d, name, slices.Clone(d.raw.Labels), []byte(boundLabel)}
+func (d *Decoder) newComponentEmitter(name []byte, boundLabel string) componentEmitter {
+	return componentEmitter{d, name, slices.Clone(d.raw.Labels), []byte(boundLabel)}
 }
 
-// bound emits a bucket or quantile: a sample with one more label, whose value is the bound.
-func (c *components) bound(suffix string, bound, v float64, emit func(*RawSample) error) error {
-	if err := c.begin(suffix); err != nil {
+// emitBound emits a bucket or quantile: a sample with one more label, whose value is the bound.
+func (c *componentEmitter) emitBound(suffix string, bound, v float64, emit func(*RawSample) error) error {
+	if err := c.beginComponent(suffix); err != nil {
 		return err
 	}
 	d := c.d
@@ -244,19 +244,19 @@ func (c *components) bound(suffix string, bound, v float64, emit func(*RawSample
 	return emit(&d.raw)
 }
 
-// total emits the sum or the count.
-func (c *components) total(suffix string, v float64, emit func(*RawSample) error) error {
-	if err := c.begin(suffix); err != nil {
+// emitTotal emits the sum or the count.
+func (c *componentEmitter) emitTotal(suffix string, v float64, emit func(*RawSample) error) error {
+	if err := c.beginComponent(suffix); err != nil {
 		return err
 	}
 	c.d.raw.V = v
 	return emit(&c.d.raw)
 }
 
-// begin makes d.raw the series of the metric with a suffix to its name. Each component costs
+// beginComponent makes d.raw the series of the metric with a suffix to its name. Each component costs
 // its user the whole name and labels, also one that is dropped, while a bucket may be two
 // bytes of the body.
-func (c *components) begin(suffix string) error {
+func (c *componentEmitter) beginComponent(suffix string) error {
 	d := c.d
 	d.repeatable -= componentCost + len(c.name)
 	for _, l := range c.labels {
@@ -271,18 +271,18 @@ func (c *components) begin(suffix string) error {
 	return nil
 }
 
-func (c *components) sumAndCount(sum, count float64, emit func(*RawSample) error) error {
-	if err := c.total("_sum", sum, emit); err != nil {
+func (c *componentEmitter) emitSumAndCount(sum, count float64, emit func(*RawSample) error) error {
+	if err := c.emitTotal("_sum", sum, emit); err != nil {
 		return err
 	}
-	return c.total("_count", count, emit)
+	return c.emitTotal("_count", count, emit)
 }
 
 func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) error {
-	parts := d.componentsOf(name, "quantile")
+	parts := d.newComponentEmitter(name, "quantile")
 	var count, sum float64
 	var f protoField
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:
@@ -292,7 +292,7 @@ func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) err
 		case 3:
 			q, v, err := decodeQuantile(f.data)
 			if err == nil {
-				err = parts.bound("", q, v, emit)
+				err = parts.emitBound("", q, v, emit)
 			}
 			if err != nil {
 				return err
@@ -304,12 +304,12 @@ func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) err
 	if err := m.err(); err != nil {
 		return err
 	}
-	return parts.sumAndCount(sum, count, emit)
+	return parts.emitSumAndCount(sum, count, emit)
 }
 
 func decodeQuantile(b []byte) (quantile, v float64, err error) {
 	var f protoField
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:
@@ -322,11 +322,11 @@ func decodeQuantile(b []byte) (quantile, v float64, err error) {
 }
 
 func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) error {
-	parts := d.componentsOf(name, "le")
+	parts := d.newComponentEmitter(name, "le")
 	var count, countFloat, sum float64 // a float count replaces the count where it is above 0
 	var native, classic, hasInf bool
 	var f protoField
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:
@@ -337,7 +337,7 @@ func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) e
 			classic = true
 			bound, v, err := d.decodeBucket(f.data)
 			if err == nil {
-				err = parts.bound("_bucket", bound, v, emit)
+				err = parts.emitBound("_bucket", bound, v, emit)
 			}
 			if err != nil {
 				return err
@@ -363,17 +363,17 @@ func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) e
 		count = countFloat
 	}
 	if !hasInf {
-		if err := parts.bound("_bucket", math.Inf(+1), count, emit); err != nil {
+		if err := parts.emitBound("_bucket", math.Inf(+1), count, emit); err != nil {
 			return err
 		}
 	}
-	return parts.sumAndCount(sum, count, emit)
+	return parts.emitSumAndCount(sum, count, emit)
 }
 
 func (d *Decoder) decodeBucket(b []byte) (bound, v float64, err error) {
 	var float float64 // replaces the count where it is above 0
 	var f protoField
-	m := protoMessage{ReadWire(b)}
+	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
 		switch f.number {
 		case 1:

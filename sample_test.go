@@ -106,7 +106,7 @@ func TestPushAdd(t *testing.T) {
 		}
 	}
 	p := expoPush(t, expoRaw("a", 1, 2, many(MaxLabels)...)) // in falling order
-	if _, _, err := new(SeriesParser).ParseRendered(p.Arena); err != nil {
+	if _, _, err := new(SeriesParser).ParseCanonicalLine(p.Arena); err != nil {
 		t.Error(err)
 	}
 }
@@ -268,18 +268,18 @@ func TestParserCheckRefusesOtherForms(t *testing.T) {
 		`{"a"}`, `{"a",b="c"}`, `{"a.b","c"="d"}`, `{"a.b",}`, `a{"b"="c"}`, `a{b="\e"}`, "a{b=\"\n\"}", `a{b="1",b="1"}`,
 		`a{__b="1"}`, "a{b=\"\x00\"}", "a{b=\"\xff\"}", `a.b`, ``, `a{b="1"`, `{x="y","a.b"}`,
 	} {
-		if _, _, err := p.ParseRendered([]byte(line)); err == nil {
+		if _, _, err := p.ParseCanonicalLine([]byte(line)); err == nil {
 			t.Errorf("%q is taken for a rendered line", line)
 		}
 	}
 	// Every single byte changed, dropped or doubled gives another line's normal form or none.
 	for _, line := range []string{`a{b="c",d="\\e\n"}`, `{"a.b","c.d"="e",f=""}`} {
-		if _, _, err := p.ParseRendered([]byte(line)); err != nil {
+		if _, _, err := p.ParseCanonicalLine([]byte(line)); err != nil {
 			t.Error(err)
 		}
 		for i := range line {
 			for _, other := range []string{line[:i] + line[i+1:], line[:i] + " " + line[i:], line[:i] + line[i:i+1] + line[i:], line[:i] + "\"" + line[i+1:]} {
-				name, labels, err := p.ParseRendered([]byte(other))
+				name, labels, err := p.ParseCanonicalLine([]byte(other))
 				if err == nil && string(appendLine(nil, name, labels)) != other {
 					t.Errorf("%q is taken, and rendered otherwise", other)
 				}
@@ -370,7 +370,7 @@ func TestEscapedNames(t *testing.T) {
 		}
 	}
 	for _, e := range expoSchemes() {
-		if got := e.Name("a_b:c__d"); got != "a_b:c__d" {
+		if got := e.MetricName("a_b:c__d"); got != "a_b:c__d" {
 			t.Errorf("a legacy name is shown as %q under %s", got, e.ContentType())
 		}
 	}
@@ -450,7 +450,7 @@ func expoCheck(t testing.TB, p *SampleList) {
 	want := map[string][]string{}
 	for _, s := range p.Samples {
 		line := p.Line(s)
-		name, labels, err := parser.ParseRendered(line)
+		name, labels, err := parser.ParseCanonicalLine(line)
 		if err != nil {
 			t.Fatalf("what Add rendered is not in normal form: %v", err)
 		}

@@ -30,7 +30,7 @@ func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample
 			return nil
 		case line[0] == '#':
 			if family, ok := bytes.CutPrefix(line, []byte("# TYPE ")); ok && openMetrics {
-				created = d.createdName(created[:0], family)
+				created = d.appendCreatedName(created[:0], family)
 			}
 		default:
 			if err := d.decodeLine(line, openMetrics, created, emit); err != nil {
@@ -56,26 +56,26 @@ func (d *Decoder) decodeLine(line []byte, openMetrics bool, created []byte, emit
 	return emit(&d.raw)
 }
 
-// createdName appends to b the name of the _created samples of the family whose
+// appendCreatedName appends to b the name of the _created samples of the family whose
 // name and type follow # TYPE; nothing if it cannot have such.
-func (d *Decoder) createdName(b, family []byte) []byte {
-	i := bytes.LastIndexByte(family, ' ')
+func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
+	i := bytes.LastIndexByte(nameAndType, ' ')
 	if i <= 0 || i > MaxLine {
-		return b
+		return dst
 	}
-	switch string(family[i+1:]) {
+	switch string(nameAndType[i+1:]) {
 	case "counter", "histogram", "summary":
 	default:
-		return b
+		return dst
 	}
-	name := family[:i]
+	name := nameAndType[:i]
 	if name[0] == '"' { // alone in braces it is a series
 		var err error
 		if name, _, err = d.parser.ParseLine(slices.Concat([]byte("{"), name, []byte("}"))); err != nil {
-			return b
+			return dst
 		}
 	}
-	return append(append(b, name...), "_created"...)
+	return append(append(dst, name...), "_created"...)
 }
 
 // parseSample parses one line into d.raw.

@@ -1,8 +1,8 @@
 package main
 
 // The client's cleanup and anonymization, and the server's normal form. After the server's
-// Normalizer a sample carries the authenticated cluster ID and no name that the server itself
-// serves. After the client's Cleaner no anonymized label holds its value. This family must not
+// ServerNormalizer a sample carries the authenticated cluster ID and no name that the server itself
+// serves. After the client's ClientCleaner no anonymized label holds its value. This family must not
 // know of HTTP, files or stores, and keeps no state between samples.
 
 import (
@@ -40,10 +40,10 @@ const (
 	ClusterNamePrefix   = "telemeter_cluster_"
 )
 
-// isReservedName reports a metric name that is shown to some scraper as one of those.
-func isReservedName(name []byte) bool {
+// isReservedMetricName reports a metric name that is shown to some scraper as one of those.
+func isReservedMetricName(name []byte) bool {
 	if !IsLegacy(name, nil) { // push.time.seconds is shown as push_time_seconds
-		name = []byte(NegotiateEscaping("").Name(string(name)))
+		name = []byte(NegotiateEscaping("").MetricName(string(name)))
 	}
 	return string(name) == PushTimeName || string(name) == PushFailureTimeName ||
 		bytes.HasPrefix(name, []byte(ClusterNamePrefix))
@@ -82,8 +82,8 @@ func CheckLabel(name, value string) error {
 	return nil
 }
 
-// Reasons for which a sample is dropped, as metrics and answers name them. What the server drops
-// is also listed in serverDropReasons.
+// Reasons for which a sample is dropped, as metrics and answers name them. Those of the server
+// are also in serverDropReasons.
 const (
 	DropNotAllowed    = "not_allowed"    // by the server: --allow does not choose it
 	DropRequiredLabel = "required_label" // by the server: it lacks a --required-label
@@ -92,9 +92,9 @@ const (
 	DropInvalid       = "invalid"        // by either: SampleList.Add refuses it
 )
 
-// Normalizer brings samples into the server's normal form. It is immutable and
+// ServerNormalizer brings samples into the server's normal form. It is immutable and
 // safe for concurrent use.
-type Normalizer struct {
+type ServerNormalizer struct {
 	Elide    []string  // labels to remove
 	Labels   []Label   // the operator's
 	Required []Label   // a sample without one is dropped; an empty value stands for any
@@ -104,12 +104,12 @@ type Normalizer struct {
 // ForcedLabels returns the labels that every sample of a push gets: the cluster ID, the
 // token's, and the operator's. Of two with one name the cluster ID wins over the token's label,
 // which wins over the operator's, because a token says more of the site.
-func (n *Normalizer) ForcedLabels(clusterID string, token map[string]string) []Label {
+func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string]string) []Label {
 	m := map[string]string{}
 	for _, l := range n.Labels {
 		m[string(l.Name)] = string(l.Value)
 	}
-	maps.Copy(m, token)
+	maps.Copy(m, tokenLabels)
 	m[ClusterLabel] = clusterID
 	return sortedLabels(m)
 }
@@ -118,8 +118,8 @@ func (n *Normalizer) ForcedLabels(clusterID string, token map[string]string) []L
 // dropped, or "". An error refuses the whole push. The forced labels replace r's own, and job
 // and instance are added empty where they are missing: under honor_labels a series then keeps
 // its identity whichever server exposes it.
-func (n *Normalizer) Normalize(r *RawSample, forced []Label) (drop string, err error) {
-	if isReservedName(r.Name) {
+func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason string, err error) {
+	if isReservedMetricName(r.Name) {
 		return "", fmt.Errorf("the name %.100q is reserved for what the server itself serves", r.Name)
 	}
 	labels := r.Labels[:0]
@@ -145,9 +145,9 @@ func (n *Normalizer) Normalize(r *RawSample, forced []Label) (drop string, err e
 	return "", nil
 }
 
-// Cleaner cleans and anonymizes the samples that leave a site. It is not safe for
+// ClientCleaner cleans and anonymizes the samples that leave a site. It is not safe for
 // concurrent use.
-type Cleaner struct {
+type ClientCleaner struct {
 	Match     Selectors         // a sample that they do not choose, as scraped, is dropped
 	Rename    map[string]string // metric names, old to new
 	Labels    []Label           // put on every sample
@@ -156,20 +156,20 @@ type Cleaner struct {
 }
 
 // SetSalt sets the key under which values are anonymized.
-func (c *Cleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
+func (c *ClientCleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
 
 // Clean cleans r. It returns the reason for which the sample is to be dropped, or "".
 // SampleList.Add may still refuse r, as DropInvalid. Anonymized values are an HMAC and
 // not a salted hash, so that without the salt nobody can try guesses; equal
 // values stay equal, under every label.
-func (c *Cleaner) Clean(r *RawSample) (drop string) {
+func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 	if !c.Match.Match(r.Name, r.Labels) {
 		return DropNotMatched
 	}
 	if name, ok := c.Rename[string(r.Name)]; ok {
 		r.Name = []byte(name)
 	}
-	if isReservedName(r.Name) {
+	if isReservedMetricName(r.Name) {
 		return DropReserved
 	}
 	r.Labels = slices.DeleteFunc(r.Labels, func(l Label) bool {

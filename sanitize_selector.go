@@ -145,10 +145,10 @@ func (p *selectorParser) acceptOperator() string {
 }
 
 // acceptName consumes an unquoted name and returns it, or "". A metric's name may have colons.
-func (p *selectorParser) acceptName(metric bool) string {
+func (p *selectorParser) acceptName(isMetric bool) string {
 	p.skipBlanks()
 	var n int
-	if metric {
+	if isMetric {
 		n = LegacyMetricPrefix(p.rest)
 	} else {
 		n = LegacyLabelPrefix(p.rest)

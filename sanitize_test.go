@@ -196,7 +196,7 @@ func FuzzSelector(f *testing.F) {
 }
 
 func TestNormalizer(t *testing.T) {
-	n := &Normalizer{
+	n := &ServerNormalizer{
 		Elide:    []string{"replica", "instance"},
 		Labels:   []Label{{[]byte("region"), []byte("eu")}, {[]byte("tier"), []byte("operator")}},
 		Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("token")}},
@@ -244,7 +244,7 @@ func TestNormalizer(t *testing.T) {
 			t.Errorf("%.60s:\n got %s %s\nwant %s %s", shown, p.Arena, drop, c.line, c.drop)
 		}
 	}
-	var plain Normalizer
+	var plain ServerNormalizer
 	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
 	if drop, err := plain.Normalize(r, plain.ForcedLabels("site", nil)); drop != "" || err != nil {
 		t.Errorf("%s %v", drop, err)
@@ -258,7 +258,7 @@ func TestNormalizer(t *testing.T) {
 
 // Forced labels are shared by all samples of a push.
 func TestNormalizerLeavesForcedLabels(t *testing.T) {
-	var n Normalizer
+	var n ServerNormalizer
 	forced := slices.Grow(n.ForcedLabels("site", map[string]string{"z": "1"}), 10)
 	want := fmt.Sprintf("%q", forced)
 	for range 3 {
@@ -275,7 +275,7 @@ func TestNormalizerLeavesForcedLabels(t *testing.T) {
 	}
 }
 
-func cleaned(c *Cleaner, r *RawSample) (string, error) {
+func cleaned(c *ClientCleaner, r *RawSample) (string, error) {
 	if drop := c.Clean(r); drop != "" {
 		return drop, nil
 	}
@@ -285,7 +285,7 @@ func cleaned(c *Cleaner, r *RawSample) (string, error) {
 }
 
 func TestCleaner(t *testing.T) {
-	c := &Cleaner{
+	c := &ClientCleaner{
 		Match:  mustSelect(t, `{secret!="x",__name__!~"unwanted|"}`, "ALERTS", `{"rename.to.reserved"}`, "push_time_seconds"),
 		Rename: map[string]string{"ALERTS": "alerts", "rename.to.reserved": "push_time_seconds"},
 		Labels: []Label{{[]byte("site"), []byte("s")}, {[]byte("added"), []byte("a")}},
@@ -306,19 +306,19 @@ func TestCleaner(t *testing.T) {
 			t.Errorf("got %s (%v), want %s", got, err, k.want)
 		}
 	}
-	if _, err := cleaned(&Cleaner{}, expoRaw("a", 0, 0, "b", "1", "b", "2")); err == nil {
+	if _, err := cleaned(&ClientCleaner{}, expoRaw("a", 0, 0, "b", "1", "b", "2")); err == nil {
 		t.Error("a label that occurs twice is taken")
 	}
 }
 
 func TestCleanerAnonymizes(t *testing.T) {
 	const secret = "db-7.internal.example"
-	anonymizer := func(salt string) *Cleaner {
-		c := &Cleaner{Match: mustSelect(t, `{__name__=~".+"}`), Anonymize: []string{"instance", "a.b", "absent"}}
+	anonymizer := func(salt string) *ClientCleaner {
+		c := &ClientCleaner{Match: mustSelect(t, `{__name__=~".+"}`), Anonymize: []string{"instance", "a.b", "absent"}}
 		c.SetSalt([]byte(salt))
 		return c
 	}
-	value := func(c *Cleaner, label, v string) string {
+	value := func(c *ClientCleaner, label, v string) string {
 		t.Helper()
 		r := expoRaw("up", 0, 0, "job", "j", label, v)
 		before := slices.Clone(r.Labels[1].Value)
@@ -327,7 +327,7 @@ func TestCleanerAnonymizes(t *testing.T) {
 		if err != nil || strings.Contains(line, secret) || !bytes.Equal(source, before) {
 			t.Fatalf("%s %v (source is now %q)", line, err, source)
 		}
-		_, labels, err := new(SeriesParser).ParseRendered([]byte(line))
+		_, labels, err := new(SeriesParser).ParseCanonicalLine([]byte(line))
 		if err != nil || string(labelValue(labels, "job")) != "j" {
 			t.Fatalf("%s: %v", line, err)
 		}

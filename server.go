@@ -48,24 +48,24 @@ type ServerConfig struct {
 	ExternalAuthorizer *ExternalAuthorizer // asked instead of verifying client tokens; nil: verify
 }
 
-// ServerState has the keys and rules that a reload replaces, all at once.
-type ServerState struct {
+// ReloadableServerConfig has the keys and rules that a reload replaces, all at once.
+type ReloadableServerConfig struct {
 	Keys          Keys
 	Revoked       RevokedIDs
-	Normalizer    *Normalizer
+	Normalizer    *ServerNormalizer
 	FederateToken string // asked for on the internal listener; "" = open
 }
 
 // Server answers clients and scrapers. It is safe for concurrent use.
 type Server struct {
 	cfg        ServerConfig
-	state      atomic.Pointer[ServerState]
+	state      atomic.Pointer[ReloadableServerConfig]
 	ready      atomic.Bool
 	uploads    semaphore
 	decoding   semaphore
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
 	bodies     sync.Pool    // *[]byte
-	buffers    sync.Pool    // *pushBuffers
+	buffers    sync.Pool    // *decodeBuffers
 	sites      *SiteTracker
 	federate   *federateHandler
 	instrument func(string, http.Handler) http.Handler
@@ -80,12 +80,12 @@ func NewServer(cfg ServerConfig) *Server {
 		sites: NewSiteTracker(cfg.RateInterval), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
-		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.owned, Revoked: s.revoked, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.ownsSite, Revoked: s.isRevokedClusterID, Metrics: m, Log: cfg.Log, Now: cfg.Now,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
 	s.buffers.New = func() any { return &decodeBuffers{} }
-	s.state.Store(&ServerState{Normalizer: &Normalizer{}})
+	s.state.Store(&ReloadableServerConfig{Normalizer: &ServerNormalizer{}})
 	m.OnCollect(storeCollector(m, cfg.Store))
 	if cfg.Member != nil {
 		m.OnCollect(s.ringCollector(m))
@@ -166,15 +166,15 @@ func storeCollector(m *Metrics, store *Store) func() {
 }
 
 // Reload replaces keys, revocations, rules and the federate token.
-func (s *Server) Reload(st ServerState) { s.state.Store(&st) }
+func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
 
 // SetReady says whether /healthz/ready answers 200, and pushes are taken.
 func (s *Server) SetReady(ready bool) { s.ready.Store(ready) }
 
-// External returns the handler of the listener for clients.
-func (s *Server) External() http.Handler {
+// ExternalHandler returns the handler of the listener for clients.
+func (s *Server) ExternalHandler() http.Handler {
 	mux := http.NewServeMux()
-	HealthRoutes(mux, s.ready.Load)
+	AddHealthRoutes(mux, s.ready.Load)
 	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.handleAuthorize)))
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -186,31 +186,31 @@ func (s *Server) External() http.Handler {
 	})
 }
 
-// Internal returns the handler of the listener for scrapers and operators.
-func (s *Server) Internal() http.Handler {
+// InternalHandler returns the handler of the listener for scrapers and operators.
+func (s *Server) InternalHandler() http.Handler {
 	mux := http.NewServeMux()
-	HealthRoutes(mux, s.ready.Load)
-	mux.Handle("GET /federate", s.protect("federate", s.federate))
-	mux.Handle("GET /metrics", s.protect("metrics", s.cfg.Metrics))
+	AddHealthRoutes(mux, s.ready.Load)
+	mux.Handle("GET /federate", s.requireFederateToken("federate", s.federate))
+	mux.Handle("GET /metrics", s.requireFederateToken("metrics", s.cfg.Metrics))
 	paths := []string{"/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/"}
 	if s.cfg.Member != nil {
 		paths = append(paths, "/sd", "/debug/ring")
-		mux.Handle("GET /sd", s.protect("sd", http.HandlerFunc(s.serveSD)))
-		mux.Handle("GET /debug/ring", s.protect("ring", http.HandlerFunc(s.serveDebugRing)))
+		mux.Handle("GET /sd", s.requireFederateToken("sd", http.HandlerFunc(s.serveSD)))
+		mux.Handle("GET /debug/ring", s.requireFederateToken("ring", http.HandlerFunc(s.serveDebugRing)))
 	}
-	mux.Handle("GET /{$}", s.protect("index", IndexHandler(paths...)))
-	mux.Handle("/debug/pprof/", s.protect("pprof", pprofHandler()))
+	mux.Handle("GET /{$}", s.requireFederateToken("index", IndexHandler(paths...)))
+	mux.Handle("/debug/pprof/", s.requireFederateToken("pprof", pprofHandler()))
 	return mux
 }
 
-// Members returns the handler of the listener for the other members of the ring, which a server
+// ForwardHandler returns the handler of the listener for the other members of the ring, which a server
 // with a Forwarder has.
-func (s *Server) Members() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
+func (s *Server) ForwardHandler() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
 
-// protect counts the requests of a handler under a name, and asks for the federate token if
+// requireFederateToken counts the requests of a handler under a name, and asks for the federate token if
 // there is one.
-func (s *Server) protect(name string, h http.Handler) http.Handler {
-	return s.instrument(name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func (s *Server) requireFederateToken(handlerName string, h http.Handler) http.Handler {
+	return s.instrument(handlerName, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		token, _ := ParseBearer(r.Header.Get("Authorization"))
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
 			s.denyToken(w, "federate_token", "this listener needs the bearer token of --federate-token-file")
@@ -238,8 +238,8 @@ func pprofHandler() http.Handler {
 	})
 }
 
-// owned reports whether this server shows the newest samples of a site key's site: those of its
+// ownsSite reports whether this server shows the newest samples of a site key's site: those of its
 // own sites, once it is ready.
-func (s *Server) owned(key uint64) bool {
-	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.Owns(key)
+func (s *Server) ownsSite(siteKey uint64) bool {
+	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.OwnsSite(siteKey)
 }

@@ -27,8 +27,8 @@ func (s *Server) forbidClusterID(w http.ResponseWriter, text string) {
 	http.Error(w, text, http.StatusForbidden)
 }
 
-// bearer returns the token of a request, or answers.
-func (s *Server) bearer(w http.ResponseWriter, r *http.Request) (text string, ok bool) {
+// bearerOrDeny returns the token of a request, or answers.
+func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text string, ok bool) {
 	text, ok = ParseBearer(r.Header.Get("Authorization"))
 	if !ok {
 		s.denyToken(w, "missing", "no bearer token; send Authorization: Bearer <token>")
@@ -39,7 +39,7 @@ func (s *Server) bearer(w http.ResponseWriter, r *http.Request) (text string, ok
 // authenticate returns the token of a request if it is valid and of one of the kinds, or answers.
 // An id in the query has to be the token's cluster ID.
 func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (t Token, ok bool) {
-	text, ok := s.bearer(w, r)
+	text, ok := s.bearerOrDeny(w, r)
 	if !ok {
 		return t, false
 	}
@@ -65,11 +65,11 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	return t, false
 }
 
-// clientToken returns the client token of a request if it may push, or answers. The server
+// authenticateClient returns the client token of a request if it may push, or answers. The server
 // verifies the token, unless there is a URL to ask.
-func (s *Server) clientToken(w http.ResponseWriter, r *http.Request) (Token, bool) {
+func (s *Server) authenticateClient(w http.ResponseWriter, r *http.Request) (Token, bool) {
 	if s.cfg.ExternalAuthorizer != nil {
-		return s.authorizeByURL(w, r)
+		return s.authorizeExternally(w, r)
 	}
 	t, ok := s.authenticate(w, r, KindClient)
 	if ok {
@@ -80,7 +80,7 @@ func (s *Server) clientToken(w http.ResponseWriter, r *http.Request) (Token, boo
 
 // handleAuthorize answers POST /authorize: it exchanges a client token for an upload token.
 func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
-	t, ok := s.clientToken(w, r)
+	t, ok := s.authenticateClient(w, r)
 	if !ok {
 		return
 	}
@@ -110,10 +110,10 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// authorizeByURL has the --authorize URL judge a client token, instead of its signature.
-func (s *Server) authorizeByURL(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
+// authorizeExternally has the --authorize URL judge a client token, instead of its signature.
+func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
 	id := r.URL.Query().Get("id")
-	text, ok := s.bearer(w, r)
+	text, ok := s.bearerOrDeny(w, r)
 	if !ok {
 		return t, false
 	}
@@ -149,7 +149,7 @@ func (s *Server) authorizeByURL(w http.ResponseWriter, r *http.Request) (t Token
 	return t, true
 }
 
-// revoked reports whether a cluster ID was revoked.
-func (s *Server) revoked(id string) bool {
-	return s.state.Load().Revoked.IsRevoked(Token{ClusterID: id})
+// isRevokedClusterID reports whether a cluster ID was revoked.
+func (s *Server) isRevokedClusterID(clusterID string) bool {
+	return s.state.Load().Revoked.IsRevoked(Token{ClusterID: clusterID})
 }

@@ -15,15 +15,15 @@ const (
 	drainPoll         = 250 * time.Millisecond
 )
 
-// Drain returns when no push is being handled, and every consumer that scraped within the
+// WaitUntilRead returns when no push is being handled, and every consumer that scraped within the
 // last three minutes has read all that is held; after 75 seconds; or when ctx ends.
-func (s *Server) Drain(ctx context.Context) {
+func (s *Server) WaitUntilRead(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
 	tick := time.NewTicker(drainPoll)
 	defer tick.Stop()
 	since := s.cfg.Now().Add(-drainConsumerIdle)
-	unread := s.unread(since)
+	unread := s.consumerBacklogs(since)
 	if len(unread) > 0 {
 		s.cfg.Log.Info("serving consumers what they have not read, before the end", "consumers", len(unread), "at_most", drainTimeout)
 	}
@@ -33,17 +33,17 @@ func (s *Server) Drain(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		unread = s.unread(since)
+		unread = s.consumerBacklogs(since)
 	}
 }
 
-// LogUnread logs how much each consumer has not read. An operator looks for that before the
+// LogUnreadSamples logs how much each consumer has not read. An operator looks for that before the
 // storage directory is removed.
-func (s *Server) LogUnread() {
-	unread := s.unread(time.Time{})
+func (s *Server) LogUnreadSamples() {
+	unread := s.consumerBacklogs(time.Time{})
 	samples, consumers := int64(0), 0
 	for _, site := range s.cfg.Store.Stats().Sites {
-		samples, consumers = samples+site.Samples, max(consumers, len(site.Backlog))
+		samples, consumers = samples+site.Samples, max(consumers, len(site.Backlogs))
 	}
 	switch {
 	case samples > 0 && consumers == 0:
@@ -56,23 +56,23 @@ func (s *Server) LogUnread() {
 		outcome = "they are lost, but for those of clients with a spool, because there is no storage directory"
 	}
 	for _, u := range unread {
-		s.cfg.Log.Warn("samples are unread; "+outcome, "consumer", u.Name, "address", u.Address, "samples", u.Samples, "sites", u.sites)
+		s.cfg.Log.Warn("samples are unread; "+outcome, "consumer", u.Name, "address", u.Address, "samples", u.UnreadSamples, "sites", u.sites)
 	}
 }
 
-// consumerUnread has the samples of all sites that one consumer has not read.
-type consumerUnread struct {
-	Backlog
+// consumerBacklog has the samples of all sites that one consumer has not read.
+type consumerBacklog struct {
+	ConsumerBacklog
 	sites int
 }
 
-// unread returns the consumers that scraped at or after since and have not read all.
-func (s *Server) unread(since time.Time) (all []consumerUnread) {
+// consumerBacklogs returns the consumers that scraped at or after since and have not read all.
+func (s *Server) consumerBacklogs(scrapedSince time.Time) (all []consumerBacklog) {
 	index := map[[2]string]int{}
 	for _, site := range s.cfg.Store.Stats().Sites {
-		for _, b := range site.Backlog {
+		for _, b := range site.Backlogs {
 			// A consumer without an address has never scraped this server.
-			if b.Samples == 0 || b.LastScrape.Before(since) || b.Address == "" && !since.IsZero() {
+			if b.UnreadSamples == 0 || b.LastScrape.Before(scrapedSince) || b.Address == "" && !scrapedSince.IsZero() {
 				continue
 			}
 			consumer := [2]string{b.Name, b.Address}
@@ -80,9 +80,9 @@ func (s *Server) unread(since time.Time) (all []consumerUnread) {
 			if !ok {
 				i = len(all)
 				index[consumer] = i
-				all = append(all, consumerUnread{Backlog: Backlog{Name: b.Name, Address: b.Address}})
+				all = append(all, consumerBacklog{ConsumerBacklog: ConsumerBacklog{Name: b.Name, Address: b.Address}})
 			}
-			all[i].Samples += b.Samples
+			all[i].UnreadSamples += b.UnreadSamples
 			all[i].sites++
 		}
 	}

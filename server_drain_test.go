@@ -133,7 +133,7 @@ func TestDrain(t *testing.T) {
 					go c.during(r, x)
 				}
 				begin := time.Now()
-				r.server.Drain(ctx)
+				r.server.WaitUntilRead(ctx)
 				if took := time.Since(begin); took < c.want || took > c.want+within {
 					t.Errorf("it took %v, want %v", took, c.want)
 				}
@@ -143,7 +143,7 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// LogUnread says what is unread and for whom, or that nothing is.
+// LogUnreadSamples says what is unread and for whom, or that nothing is.
 func TestLogUnread(t *testing.T) {
 	const waits = `msg="samples are unread; they are lost, but for those of clients with a spool, because there is no storage directory" `
 	for _, c := range []struct {
@@ -172,7 +172,7 @@ func TestLogUnread(t *testing.T) {
 				r := newLeaveRig(t)
 				c.do(r, &ConnTracker{})
 				before := r.log.String()
-				r.server.LogUnread()
+				r.server.LogUnreadSamples()
 				log := strings.TrimPrefix(r.log.String(), before)
 				for _, want := range c.want {
 					if !strings.Contains(log, want) {

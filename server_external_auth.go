@@ -43,14 +43,14 @@ func NewExternalAuthorizer(u *url.URL, client *http.Client) *ExternalAuthorizer 
 // Authorize asks in the form of this program's own /authorize, with id in the query and the token
 // in the header. Any 2xx is a yes; if the body is a JSON object, its labels are returned. Any
 // error but the two above means that there is no answer.
-func (a *ExternalAuthorizer) Authorize(ctx context.Context, id, token string) (labels map[string]string, err error) {
+func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token string) (labels map[string]string, err error) {
 	if !a.requests.TryAcquire() {
 		return nil, errors.New("too many requests are being authorized")
 	}
 	defer a.requests.Release()
 	u := *a.url
 	q := u.Query()
-	q.Set("id", id)
+	q.Set("id", clusterID)
 	u.RawQuery = q.Encode()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), nil)
 	if err != nil {

@@ -27,7 +27,7 @@ var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.
 type federateConfig struct {
 	Store        *Store
 	Sites        *SiteTracker
-	Owned        func(hash uint64) bool // see Scraper
+	Owned        func(hash uint64) bool // see ScrapeReader
 	Revoked      func(id string) bool   // whether a cluster ID was revoked
 	Name         string                 // of this server
 	Metrics      *Metrics
@@ -40,7 +40,7 @@ type federateConfig struct {
 // federateHandler answers scrapes. It is safe for concurrent use.
 type federateHandler struct {
 	cfg     federateConfig
-	scraper *Scraper
+	scraper *ScrapeReader
 
 	seconds, bytes              *Histogram
 	samples                     *Gauge
@@ -53,12 +53,12 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	m := cfg.Metrics
 	unconfirmed := m.Gauge("telemeter_consumer_unconfirmed_scrapes", "Scrapes in a row that served a consumer samples that it had not had, and that its next scrape did not confirm.", "consumer", "address")
 	m.OnCollect(func() {
-		unconfirmed.Replace(func(set func(v float64, labelValues ...string)) {
-			cfg.Store.Consumers.ForEachUnconfirmed(func(name, address string, scrapes int) { set(float64(scrapes), name, address) })
+		unconfirmed.ReplaceSeries(func(set func(v float64, labelValues ...string)) {
+			cfg.Store.Consumers.ForEachUnconfirmedCount(func(name, address string, scrapes int) { set(float64(scrapes), name, address) })
 		})
 	})
 	return &federateHandler{
-		cfg: cfg, scraper: &Scraper{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
+		cfg: cfg, scraper: &ScrapeReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
@@ -84,24 +84,24 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var families []Family
-	var session *ScrapeSession // nil without a consumer
+	var session *ConsumerSession // nil without a consumer
 	// A consumer that asks by HEAD would confirm samples that it never saw.
 	if q.Has("consumer") && r.Method == http.MethodGet {
 		if session, err = h.beginScrape(r, q); err != nil {
 			refuseConsumer(w, err)
 			return
 		}
-		families = h.unreadSamples(session, r, q.Get("consumer"), match)
+		families = h.takeUnreadSamples(session, r, q.Get("consumer"), match)
 	} else {
 		families = h.newestSamples(match)
 	}
-	families = append(families, h.siteFamilies(match)...)
+	families = append(families, h.siteStatusFamilies(match)...)
 	slices.SortFunc(families, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
 	err = h.write(w, r, families)
 	took := time.Since(begin)
 	h.seconds.Observe(took.Seconds())
 	if session != nil {
-		session.Finish(took, scraperTimeout(r.Header)/2, err)
+		session.NoteWriteTime(took, scraperTimeout(r.Header)/2, err)
 	}
 	if err != nil {
 		h.endedEarly.Inc()
@@ -119,10 +119,10 @@ func refuseConsumer(w http.ResponseWriter, err error) {
 	http.Error(w, "consumer: "+err.Error(), status)
 }
 
-// unreadSamples returns the samples that a consumer has not read, as many as its scrape may have.
-func (h *federateHandler) unreadSamples(session *ScrapeSession, r *http.Request, consumer string, match Selectors) []Family {
+// takeUnreadSamples returns the samples that a consumer has not read, as many as its scrape may have.
+func (h *federateHandler) takeUnreadSamples(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
-	families, unread, more := h.scraper.Unread(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcher())
+	families, unread, more := h.scraper.ServeUnreadSamples(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcher())
 	if more {
 		h.truncated.Inc()
 		h.cfg.Log.Debug("scrape met a limit; the rest follows", "consumer", consumer, "samples", unread, "limit", limit)
@@ -132,7 +132,7 @@ func (h *federateHandler) unreadSamples(session *ScrapeSession, r *http.Request,
 
 // newestSamples returns the newest sample of each series.
 func (h *federateHandler) newestSamples(match Selectors) []Family {
-	families, truncated := h.scraper.Newest(h.cfg.LimitScrape, match.LineMatcher())
+	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcher())
 	if truncated {
 		h.truncated.Inc()
 		h.cfg.Log.Warn("scrape met the limit on samples; the next begins elsewhere", "limit", h.cfg.LimitScrape)
@@ -155,7 +155,7 @@ func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families
 }
 
 // beginScrape begins the scrape of a consumer, which is its name, address and selectors.
-func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ScrapeSession, error) {
+func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerSession, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
 		host = r.RemoteAddr
@@ -164,7 +164,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ScrapeSes
 	if err := CheckConsumerName(name); err != nil {
 		return nil, err
 	}
-	conn, viaProxy := TrackerOf(r), isProxied(r.Header)
+	conn, viaProxy := TrackerIfSequential(r), isProxied(r.Header)
 	if viaProxy {
 		conn = &ConnTracker{} // a connection of its own confirms nothing
 	}
@@ -179,7 +179,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ScrapeSes
 	if viaProxy && session.MarkProxied() {
 		log.Warn("consumer asks through a proxy, whose scrapes confirm nothing, so that it is served the same samples again; it has to scrape this server directly")
 	}
-	unconfirmed, warn := session.UnconfirmedScrapes(now)
+	unconfirmed, warn := session.TakeUnconfirmedWarning(now)
 	if repeated {
 		h.repeated.Inc()
 		level := slog.LevelInfo
@@ -214,9 +214,9 @@ func scraperTimeout(h http.Header) time.Duration {
 	return time.Duration(s * float64(time.Second))
 }
 
-// siteFamilies returns the series that this server makes of each site, with the server's name, so
+// siteStatusFamilies returns the series that this server makes of each site, with the server's name, so
 // that alerts can find a silent site.
-func (h *federateHandler) siteFamilies(match Selectors) []Family {
+func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {
 		if h.cfg.Revoked(id) { // it is silent on purpose
@@ -232,8 +232,8 @@ func (h *federateHandler) siteFamilies(match Selectors) []Family {
 		add(PushTimeName, site.ID, float64(site.LastPush)/1000)
 		add(ClusterNamePrefix+"series", site.ID, float64(site.Series))
 		add(ClusterNamePrefix+"samples", site.ID, float64(site.Samples))
-		for _, b := range site.Backlog {
-			add(ClusterNamePrefix+"backlog_samples", site.ID, float64(b.Samples),
+		for _, b := range site.Backlogs {
+			add(ClusterNamePrefix+"backlog_samples", site.ID, float64(b.UnreadSamples),
 				Label{[]byte("consumer"), []byte(b.Name)}, Label{[]byte("address"), []byte(b.Address)})
 		}
 	}

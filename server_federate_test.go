@@ -33,7 +33,7 @@ func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *
 		t.Fatal(err)
 	}
 	r := &consumerRig{srvRig: newSrvRig(t, change...), url: "http://" + ln.Addr().String()}
-	internal := r.server.Internal()
+	internal := r.server.InternalHandler()
 	web := HTTPServer{Name: "internal", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if internal.ServeHTTP(w, req); r.during != nil {
 			r.during(req)
@@ -215,7 +215,7 @@ func TestFederatePipelined(t *testing.T) {
 			eventually(t, "first request", func() bool { return len(first) == 1 })
 			r.pushUps(3)
 			send(test.during)
-			c := (<-first).Context().Value(connKey{}).(*ConnTracker)
+			c := (<-first).Context().Value(connTrackerKey{}).(*ConnTracker)
 			first <- nil // no other waits
 			eventually(t, "read what was sent", func() bool {
 				c.mu.Lock()
@@ -470,7 +470,7 @@ func TestFederateRevoked(t *testing.T) {
 	if n := lines(); n != 2 {
 		t.Errorf("%d series of pushes before it is revoked", n)
 	}
-	r.reload(func(st *ServerState) { st.Revoked = revoked })
+	r.reload(func(st *ReloadableServerConfig) { st.Revoked = revoked })
 	body := r.get(scraperOf(t), "GET", "", "").body
 	if n := lines(); n != 0 || !strings.Contains(body, `push_time_seconds{_id="stays"`) || !strings.Contains(body, `up{_id="gone"`) {
 		t.Errorf("%d series of pushes when it is revoked:\n%s", n, body)
@@ -484,7 +484,7 @@ func (r *srvRig) scrapeOn(conn *ConnTracker, query string) string {
 	req := httptest.NewRequest("GET", "/federate?"+query, nil)
 	req.RemoteAddr = "192.0.2.1:9"
 	rec := httptest.NewRecorder()
-	r.server.Internal().ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), connKey{}, conn)))
+	r.server.InternalHandler().ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), connTrackerKey{}, conn)))
 	if rec.Code != http.StatusOK {
 		r.t.Fatalf("%s: %d %s", query, rec.Code, rec.Body)
 	}

@@ -58,10 +58,10 @@ type pushResponse struct {
 	Untimely   bool `json:",omitempty"` // every sample was dropped for its time
 }
 
-// envelope has the addresses of a forwarded request, and all of the push but its body. It is
+// forwardEnvelope has the addresses of a forwarded request, and all of the push but its body. It is
 // sealed by itself, so that no body is read of a sender without the key. Sessions and the
 // sequence number reveal a replay, also across restarts of either side.
-type envelope struct {
+type forwardEnvelope struct {
 	Version                int `json:"v"`
 	From, To               string
 	FromSession, ToSession uint64
@@ -72,7 +72,7 @@ type envelope struct {
 // ForwarderConfig configures a Forwarder.
 type ForwarderConfig struct {
 	Name    string // of this server
-	Box     *MessageSealer
+	Sealer  *MessageSealer
 	Client  *http.Client
 	Log     *slog.Logger
 	Metrics *Metrics
@@ -128,7 +128,7 @@ func NewForwarder(cfg ForwarderConfig) *Forwarder {
 }
 
 // SetKeys replaces the keys that requests and answers are sealed with. On an error nothing changed.
-func (f *Forwarder) SetKeys(keys Keys) error { return f.cfg.Box.SetKeys(keys) }
+func (f *Forwarder) SetKeys(keys Keys) error { return f.cfg.Sealer.SetKeys(keys) }
 
 // SetView replaces the view of the ring. Requests to sessions that are live no more end.
 func (f *Forwarder) SetView(v *RingView) {
@@ -136,13 +136,13 @@ func (f *Forwarder) SetView(v *RingView) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for name, o := range f.owners {
-		if p, live := v.Peers[name]; !live || p.Session != o.session {
+		if p, live := v.Members[name]; !live || p.Session != o.session {
 			o.cancel()
 			delete(f.owners, name)
 		}
 	}
 	for name := range f.senders {
-		if _, live := v.Peers[name]; !live && len(f.senders) > MaxSlots {
+		if _, live := v.Members[name]; !live && len(f.senders) > MaxSlots {
 			delete(f.senders, name)
 		}
 	}
@@ -151,19 +151,19 @@ func (f *Forwarder) SetView(v *RingView) {
 // View returns the view that SetView set.
 func (f *Forwarder) View() *RingView { return f.view.Load() }
 
-// Owner returns the member that pushes for a site key go to, and whether it is this server. It
+// SiteOwner returns the member that pushes for a site key go to, and whether it is this server. It
 // is this server while no owner is known.
-func (f *Forwarder) Owner(key uint64) (p RingPeer, self bool) {
-	if p, ok := f.View().Owner(key); ok && p.Name != f.cfg.Name {
+func (f *Forwarder) SiteOwner(siteKey uint64) (owner RingMember, self bool) {
+	if p, ok := f.View().Owner(siteKey); ok && p.Name != f.cfg.Name {
 		return p, false
 	}
-	return RingPeer{Name: f.cfg.Name}, true
+	return RingMember{Name: f.cfg.Name}, true
 }
 
-// Owns reports whether the ring makes this server the owner of a site key. While there is no
+// OwnsSite reports whether the ring makes this server the owner of a site key. While there is no
 // ring, it owns nothing: whatever its disk has, another member may be the owner.
-func (f *Forwarder) Owns(key uint64) bool {
-	p, ok := f.View().Owner(key)
+func (f *Forwarder) OwnsSite(siteKey uint64) bool {
+	p, ok := f.View().Owner(siteKey)
 	return ok && p.Name == f.cfg.Name
 }
 
@@ -172,7 +172,7 @@ func (f *Forwarder) Owns(key uint64) bool {
 func (f *Forwarder) Forward(ctx context.Context, push *pushRequest, body []byte) *pushResponse {
 	key := SiteKey(push.ClusterID)
 	for {
-		owner, self := f.Owner(key)
+		owner, self := f.SiteOwner(key)
 		if self {
 			return nil
 		}
@@ -190,7 +190,7 @@ func (f *Forwarder) Forward(ctx context.Context, push *pushRequest, body []byte)
 		if ctx.Err() != nil {
 			return nil // the client has gone, or no time is left: it sends the push again
 		}
-		if now, _ := f.Owner(key); now != owner {
+		if now, _ := f.SiteOwner(key); now != owner {
 			continue // the ring has changed, and there is another owner
 		}
 		f.sentTotal.Inc("kept")
@@ -199,10 +199,10 @@ func (f *Forwarder) Forward(ctx context.Context, push *pushRequest, body []byte)
 	}
 }
 
-// acquireOwner takes one of the bounded number of requests to an owner: one that hangs must not
+// acquireOwnerSlot takes one of the bounded number of requests to an owner: one that hangs must not
 // gather all memory. The context returned ends after forwardTimeout, or when the owner's session
 // is live no more. release has to be called at the end.
-func (f *Forwarder) acquireOwner(ctx context.Context, to RingPeer) (_ context.Context, release func(), err error) {
+func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwardCtx context.Context, release func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	o := f.owners[to.Name]
@@ -227,30 +227,30 @@ func (f *Forwarder) acquireOwner(ctx context.Context, to RingPeer) (_ context.Co
 }
 
 // send sends one push to a member and returns the authenticated answer.
-func (f *Forwarder) send(ctx context.Context, to RingPeer, push *pushRequest, body []byte) (_ *pushResponse, err error) {
+func (f *Forwarder) send(ctx context.Context, to RingMember, push *pushRequest, body []byte) (_ *pushResponse, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("forwarding to %s: %w", to.Addr, err)
 		}
 	}()
-	ctx, release, err := f.acquireOwner(ctx, to)
+	ctx, release, err := f.acquireOwnerSlot(ctx, to)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	plain, err := json.Marshal(envelope{
-		Version: envelopeVersion, From: f.cfg.Name, FromSession: f.View().Peers[f.cfg.Name].Session,
+	plain, err := json.Marshal(forwardEnvelope{
+		Version: envelopeVersion, From: f.cfg.Name, FromSession: f.View().Members[f.cfg.Name].Session,
 		To: to.Name, ToSession: to.Session, Sequence: f.sequence.Add(1), Push: *push,
 	})
 	if err != nil {
 		return nil, err
 	}
-	sealed := f.cfg.Box.Seal(nil, plain, envelopeSeal, nil, to.KeyID)
+	sealed := f.cfg.Sealer.Seal(nil, plain, envelopeSeal, nil, to.KeyID)
 	if len(sealed) > maxEnvelope {
 		return nil, fmt.Errorf("labels and headers take %d bytes, which is more than %d", len(sealed), maxEnvelope)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+to.Addr+forwardPath,
-		bytes.NewReader(f.cfg.Box.Seal(nil, body, bodySeal, sealed, to.KeyID)))
+		bytes.NewReader(f.cfg.Sealer.Seal(nil, body, bodySeal, sealed, to.KeyID)))
 	if err != nil {
 		return nil, err
 	}
@@ -264,7 +264,7 @@ func (f *Forwarder) send(ctx context.Context, to RingPeer, push *pushRequest, bo
 }
 
 // readAnswer reads the answer to the request with a sealed envelope.
-func (f *Forwarder) readAnswer(resp *http.Response, sealed []byte) (*pushResponse, error) {
+func (f *Forwarder) readAnswer(resp *http.Response, sealedEnvelope []byte) (*pushResponse, error) {
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxForwardAnswer))
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer: %w", err)
@@ -272,7 +272,7 @@ func (f *Forwarder) readAnswer(resp *http.Response, sealed []byte) (*pushRespons
 	if resp.StatusCode != http.StatusOK { // such an answer is not authenticated
 		return nil, fmt.Errorf("answered %s: %q", resp.Status, bytes.TrimSpace(b[:min(len(b), maxForwardError)]))
 	}
-	plain, err := f.cfg.Box.Open(nil, b, answerSeal, sealed)
+	plain, err := f.cfg.Sealer.Open(nil, b, answerSeal, sealedEnvelope)
 	if err != nil {
 		return nil, fmt.Errorf("opening the answer: %w", err)
 	}
@@ -294,9 +294,9 @@ type storeForwardedFunc func(ctx context.Context, push *pushRequest, body []byte
 func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
-		answer, result, err := f.receive(w, r, store)
+		answer, result, err := f.receiveForwarded(w, r, store)
 		if err != nil {
-			refused := refusedForward(err)
+			refused := asForwardError(err)
 			f.receivedTotal.Inc(refused.result)
 			w.Header().Set("Connection", "close")
 			http.Error(w, refused.text, refused.status)
@@ -322,8 +322,8 @@ func errForward(status int, result string) error {
 	return &forwardError{status, result, http.StatusText(status)}
 }
 
-// refusedForward returns err as a forwardError.
-func refusedForward(err error) *forwardError {
+// asForwardError returns err as a forwardError.
+func asForwardError(err error) *forwardError {
 	var e *forwardError
 	if !errors.As(err, &e) {
 		e = &forwardError{http.StatusInternalServerError, "malformed", "the request could not be handled"}
@@ -331,15 +331,15 @@ func refusedForward(err error) *forwardError {
 	return e
 }
 
-// receive stores a push that another member forwards, and returns the sealed answer and its
+// receiveForwarded stores a push that another member forwards, and returns the sealed answer and its
 // result. The push is not forwarded again, whichever member owns its site by now: a push that
 // goes round is never answered.
-func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, err error) {
+func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, err error) {
 	env, sealed, err := f.openEnvelope(r.Header.Get(envelopeHeader))
 	if err != nil {
 		return nil, "", err
 	}
-	if env.To != f.cfg.Name || env.ToSession != f.View().Peers[f.cfg.Name].Session {
+	if env.To != f.cfg.Name || env.ToSession != f.View().Members[f.cfg.Name].Session {
 		return nil, "", errForward(http.StatusForbidden, "misrouted")
 	}
 	if !f.acceptSequence(env) {
@@ -351,7 +351,7 @@ func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeF
 	defer f.receiving.Release()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxForwardBody))
 	if err == nil {
-		body, err = f.cfg.Box.Open(nil, body, bodySeal, sealed)
+		body, err = f.cfg.Sealer.Open(nil, body, bodySeal, sealed)
 	}
 	if err != nil {
 		return nil, "", errForward(http.StatusForbidden, "forged")
@@ -369,17 +369,17 @@ func (f *Forwarder) receive(w http.ResponseWriter, r *http.Request, store storeF
 	if resp.Status != http.StatusOK {
 		result = "refused"
 	}
-	return f.cfg.Box.Seal(nil, b, answerSeal, sealed, f.cfg.Box.KeyID(sealed)), result, nil
+	return f.cfg.Sealer.Seal(nil, b, answerSeal, sealed, SealedKeyID(sealed)), result, nil
 }
 
 // openEnvelope opens an envelope in base64. It returns the sealed bytes too, which body and
 // answer are bound to. The error is a forwardError.
-func (f *Forwarder) openEnvelope(header string) (env envelope, sealed []byte, err error) {
-	sealed, err = base64.RawURLEncoding.DecodeString(header)
-	if err != nil || len(sealed) > maxEnvelope {
+func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnvelope []byte, err error) {
+	sealedEnvelope, err = base64.RawURLEncoding.DecodeString(header)
+	if err != nil || len(sealedEnvelope) > maxEnvelope {
 		return env, nil, errForward(http.StatusForbidden, "forged")
 	}
-	plain, err := f.cfg.Box.Open(nil, sealed, envelopeSeal, nil)
+	plain, err := f.cfg.Sealer.Open(nil, sealedEnvelope, envelopeSeal, nil)
 	if err == nil {
 		err = checkEnvelopeVersion(plain)
 	}
@@ -391,7 +391,7 @@ func (f *Forwarder) openEnvelope(header string) (env envelope, sealed []byte, er
 	case json.Unmarshal(plain, &env) != nil || CheckClusterID(env.Push.ClusterID) != nil:
 		return env, nil, errForward(http.StatusForbidden, "malformed")
 	}
-	return env, sealed, nil
+	return env, sealedEnvelope, nil
 }
 
 var errEnvelopeVersion = errors.New("envelope of another version")
@@ -409,7 +409,7 @@ func checkEnvelopeVersion(plain []byte) error {
 
 // acceptSequence reports whether a request is no replay, and makes any later one with its
 // sequence number one. Of each sender only its newest session counts.
-func (f *Forwarder) acceptSequence(env envelope) bool {
+func (f *Forwarder) acceptSequence(env forwardEnvelope) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s := f.senders[env.From]

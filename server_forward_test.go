@@ -96,7 +96,7 @@ func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 		t.Fatal(err)
 	}
 	n.Forwarder = NewForwarder(ForwarderConfig{
-		Name: name, Box: box, Client: NewHTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
+		Name: name, Sealer: box, Client: NewHTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
 		Log: slog.New(slog.DiscardHandler),
 	})
 	n.store = n.answerName
@@ -118,13 +118,13 @@ func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 // join gives all the same view: everyone is live, with the session given.
 func join(session uint64, nodes ...*forwardNode) {
 	var claims []Claim
-	peers := map[string]RingPeer{}
+	peers := map[string]RingMember{}
 	for i, n := range nodes {
 		claims = append(claims, Claim{Slot: i, Lamport: uint64(i + 1), Name: n.cfg.Name})
-		peers[n.cfg.Name] = RingPeer{Name: n.cfg.Name, Addr: strings.TrimPrefix(n.url, "http://"), Session: session}
+		peers[n.cfg.Name] = RingMember{Name: n.cfg.Name, Addr: strings.TrimPrefix(n.url, "http://"), Session: session}
 	}
 	for _, n := range nodes {
-		n.SetView(&RingView{Ring: NewRing(claims, 0), Peers: peers})
+		n.SetView(&RingView{Ring: NewRing(claims, 0), Members: peers})
 	}
 }
 
@@ -137,7 +137,7 @@ func ownedBy(t testing.TB, f *Forwarder, name string, nth ...int) string {
 	}
 	for i := range 10_000 {
 		id := fmt.Sprint("site", i)
-		if p, _ := f.Owner(SiteKey(id)); p.Name == name {
+		if p, _ := f.SiteOwner(SiteKey(id)); p.Name == name {
 			if skip == 0 {
 				return id
 			}
@@ -254,7 +254,7 @@ func TestForward(t *testing.T) {
 	counted(a.sentTotal, map[string]float64{"kept": 2})
 
 	// A push is forwarded once: b takes it, though a is the owner by b's view.
-	b.SetView(&RingView{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: b.View().Peers})
+	b.SetView(&RingView{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Members: b.View().Members})
 	if got := a.push(ctx, up.ClusterID, "once"); got != "b" || a.took() != 0 {
 		t.Errorf("taken by %q, and %d pushes came back", got, a.took())
 	}
@@ -265,9 +265,9 @@ func TestForwardLongHead(t *testing.T) {
 	keys := clusterKeys(t, testKey(1))
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
 	join(1, a, b)
-	names := ScrapeNames{ID: 1<<64 - 1}
+	names := ScrapeNames{SpoolID: 1<<64 - 1}
 	for i := range uint64(MaxPushRanges) {
-		names.Numbers = names.Numbers.Add(MaxSpoolNumber-1000+4*i, MaxSpoolNumber-998+4*i)
+		names.Numbers = names.Numbers.Add(MaxScrapeNumber-1000+4*i, MaxScrapeNumber-998+4*i)
 	}
 	var consumers []ConsumerAge
 	for i := range MaxConsumers {
@@ -301,8 +301,8 @@ func TestForwardHangingOwner(t *testing.T) {
 	}))
 	defer hang.Close()
 	v := *a.View()
-	v.Peers = maps.Clone(v.Peers)
-	v.Peers["b"] = RingPeer{Name: "b", Addr: strings.TrimPrefix(hang.URL, "http://"), Session: 1}
+	v.Members = maps.Clone(v.Members)
+	v.Members["b"] = RingMember{Name: "b", Addr: strings.TrimPrefix(hang.URL, "http://"), Session: 1}
 	a.SetView(&v)
 	id := ownedBy(t, a.Forwarder, "b")
 	took := make(chan string, maxForwards)
@@ -321,11 +321,11 @@ func TestForwardHangingOwner(t *testing.T) {
 	}
 	// The owner is known to be dead: those that wait go to the next one.
 	claims := []Claim{{Slot: 0, Lamport: 1, Name: "a"}, {Slot: 2, Lamport: 3, Name: "c"}}
-	next := &RingView{Ring: NewRing(claims, 3), Peers: map[string]RingPeer{"a": v.Peers["a"], "c": v.Peers["c"]}}
+	next := &RingView{Ring: NewRing(claims, 3), Members: map[string]RingMember{"a": v.Members["a"], "c": v.Members["c"]}}
 	a.SetView(next)
 	wg.Wait()
 	heir := "c"
-	if _, self := a.Owner(SiteKey(id)); self {
+	if _, self := a.SiteOwner(SiteKey(id)); self {
 		heir = ""
 	}
 	for range maxForwards {
@@ -351,8 +351,8 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	defer owner.Close()
 	defer close(hung)
 	f.SetView(&RingView{
-		Ring:  NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}, {Slot: 1, Lamport: 2, Name: "b"}}, 0),
-		Peers: map[string]RingPeer{"a": {Name: "a"}, "b": {Name: "b", Addr: strings.TrimPrefix(owner.URL, "http://")}},
+		Ring:    NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}, {Slot: 1, Lamport: 2, Name: "b"}}, 0),
+		Members: map[string]RingMember{"a": {Name: "a"}, "b": {Name: "b", Addr: strings.TrimPrefix(owner.URL, "http://")}},
 	})
 	r.server.cfg.Forwarder = f.Forwarder
 	r.server.decoding = newSemaphore(4) // as few as on the smallest machine
@@ -361,7 +361,7 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	waiting := 0
 	for i := 0; waiting < 4*cap(r.server.decoding); i++ {
 		id := fmt.Sprint("away", i)
-		if _, self := f.Owner(SiteKey(id)); self {
+		if _, self := f.SiteOwner(SiteKey(id)); self {
 			continue
 		}
 		waiting++
@@ -413,10 +413,10 @@ func TestForwardTrustsNobody(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return base64.RawURLEncoding.EncodeToString(b.cfg.Box.Seal(nil, plain, envelopeSeal, nil, 0))
+		return base64.RawURLEncoding.EncodeToString(b.cfg.Sealer.Seal(nil, plain, envelopeSeal, nil, 0))
 	}
-	valid := envelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 100, Push: pushRequest{ClusterID: id}}
-	change := func(f func(*envelope)) string {
+	valid := forwardEnvelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 100, Push: pushRequest{ClusterID: id}}
+	change := func(f func(*forwardEnvelope)) string {
 		h := valid
 		f(&h)
 		return seal(h)
@@ -441,14 +441,14 @@ func TestForwardTrustsNobody(t *testing.T) {
 		{"too long", "forged", nil, strings.Repeat("A", 2*maxEnvelope), body},
 		{"a head that is none", "malformed", nil, seal("x"), body},
 		{"of another version of seals", "version", nil, base64.RawURLEncoding.EncodeToString(append([]byte{2}, unsealed[1:]...)), body},
-		{"of another version of envelopes", "version", nil, change(func(h *envelope) { h.Version = 2 }), body},
+		{"of another version of envelopes", "version", nil, change(func(h *forwardEnvelope) { h.Version = 2 }), body},
 		{"of a version with other fields", "version", nil, seal(map[string]any{"v": 2, "To": 7}), body},
 		{"of no version", "version", nil, seal(map[string]any{"To": "b"}), body},
-		{"no site", "malformed", nil, change(func(h *envelope) { h.Push.ClusterID = "" }), body},
-		{"a site that is none", "malformed", nil, change(func(h *envelope) { h.Push.ClusterID = "a b" }), body},
-		{"for another member", "misrouted", nil, change(func(h *envelope) { h.To = "c" }), body},
-		{"for another session", "misrouted", nil, change(func(h *envelope) { h.ToSession = 2 }), body},
-		{"of an earlier session", "replayed", nil, change(func(h *envelope) { h.FromSession = 0 }), body},
+		{"no site", "malformed", nil, change(func(h *forwardEnvelope) { h.Push.ClusterID = "" }), body},
+		{"a site that is none", "malformed", nil, change(func(h *forwardEnvelope) { h.Push.ClusterID = "a b" }), body},
+		{"for another member", "misrouted", nil, change(func(h *forwardEnvelope) { h.To = "c" }), body},
+		{"for another session", "misrouted", nil, change(func(h *forwardEnvelope) { h.ToSession = 2 }), body},
+		{"of an earlier session", "replayed", nil, change(func(h *forwardEnvelope) { h.FromSession = 0 }), body},
 		{"another push's body", "forged", nil, seal(valid), body},
 		{"of another session of ours", "misrouted", func() { join(2, a, b, c) }, sealed, body},
 	}
@@ -473,21 +473,21 @@ func TestForwardTrustsNobody(t *testing.T) {
 	for name, impostor := range map[string]http.HandlerFunc{
 		"a bare 200": func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "{}") },
 		"another's seal": func(w http.ResponseWriter, r *http.Request) {
-			w.Write(c.cfg.Box.Seal(nil, []byte("{}"), answerSeal, nil, 0))
+			w.Write(c.cfg.Sealer.Seal(nil, []byte("{}"), answerSeal, nil, 0))
 		},
 		"the owner's own answer to an earlier request": func(w http.ResponseWriter, r *http.Request) { w.Write(earlier.body) },
 		"a reflection": func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) },
 		"an answer of no status": func(w http.ResponseWriter, r *http.Request) {
 			sealed, _ := base64.RawURLEncoding.DecodeString(r.Header.Get(envelopeHeader))
-			w.Write(b.cfg.Box.Seal(nil, []byte("{}"), answerSeal, sealed, 0))
+			w.Write(b.cfg.Sealer.Seal(nil, []byte("{}"), answerSeal, sealed, 0))
 		},
 		"an answer to another request": func(w http.ResponseWriter, r *http.Request) {
-			w.Write(b.cfg.Box.Seal(nil, []byte("{}"), answerSeal, []byte("other"), 0))
+			w.Write(b.cfg.Sealer.Seal(nil, []byte("{}"), answerSeal, []byte("other"), 0))
 		},
 	} {
 		srv := httptest.NewServer(impostor)
 		v := *a.View()
-		v.Peers = map[string]RingPeer{"a": v.Peers["a"], "b": {Name: "b", Addr: strings.TrimPrefix(srv.URL, "http://"), Session: 1}}
+		v.Members = map[string]RingMember{"a": v.Members["a"], "b": {Name: "b", Addr: strings.TrimPrefix(srv.URL, "http://"), Session: 1}}
 		a.SetView(&v)
 		before := a.sentTotal.Value("kept")
 		if got := a.Forward(t.Context(), &pushRequest{ClusterID: id}, nil); got != nil || a.sentTotal.Value("kept") != before+1 {
@@ -563,7 +563,7 @@ func TestForwardReplay(t *testing.T) {
 		{"b", 2, 1, true}, {"b", 2, 1, false}, {"b", 1, 2, false}, {"b", 2, 3, true}, {"b", 2, 2, true},
 		{"c", 1, 1, true}, {"b", 3, 1, true}, {"b", 2, 4, false}, {"b", 3, 2, true},
 	} {
-		if got := f.acceptSequence(envelope{From: c.from, FromSession: c.session, Sequence: c.count}); got != c.want {
+		if got := f.acceptSequence(forwardEnvelope{From: c.from, FromSession: c.session, Sequence: c.count}); got != c.want {
 			t.Errorf("request %d, %+v: accepted %v", i, c, got)
 		}
 	}
@@ -586,8 +586,8 @@ func TestForwardGivesUp(t *testing.T) {
 		f := newForwardNode(t, "a", clusterKeys(t, testKey(1))).Forwarder
 		f.cfg.Client = &http.Client{Transport: hangs{}}
 		synctest.Test(t, func(t *testing.T) {
-			owner := RingPeer{Name: "b", Addr: "b:1", Session: 1}
-			f.SetView(&RingView{Ring: NewRing(nil, 0), Peers: map[string]RingPeer{"b": owner}})
+			owner := RingMember{Name: "b", Addr: "b:1", Session: 1}
+			f.SetView(&RingView{Ring: NewRing(nil, 0), Members: map[string]RingMember{"b": owner}})
 			begin := time.Now()
 			answered := make(chan error, 1)
 			go func() {
@@ -595,11 +595,11 @@ func TestForwardGivesUp(t *testing.T) {
 				answered <- err
 			}()
 			synctest.Wait()
-			next := map[string]RingPeer{}
+			next := map[string]RingMember{}
 			if c.session > 0 {
-				next["b"] = RingPeer{Name: "b", Addr: "b:1", Session: c.session}
+				next["b"] = RingMember{Name: "b", Addr: "b:1", Session: c.session}
 			}
-			f.SetView(&RingView{Ring: NewRing(nil, 0), Peers: next})
+			f.SetView(&RingView{Ring: NewRing(nil, 0), Members: next})
 			if err := <-answered; err == nil || time.Since(begin) != c.want {
 				t.Errorf("%s: %v after %v, want an error after %v", name, err, time.Since(begin), c.want)
 			}
@@ -640,26 +640,26 @@ func TestForwardKeysRotate(t *testing.T) {
 	a, b := newForwardNode(t, "a", old), newForwardNode(t, "b", old)
 	join(1, a, b)
 	id := ownedBy(t, a.Forwarder, "b")
-	oldID := a.cfg.Box.KeyID(a.cfg.Box.Seal(nil, nil, "", nil, 0))
+	oldID := SealedKeyID(a.cfg.Sealer.Seal(nil, nil, "", nil, 0))
 	for _, step := range []struct {
 		name string
 		do   func() error
 	}{
 		{"before", func() error { return nil }},
-		{"the owner has the new key", func() error { return b.cfg.Box.SetKeys(both) }},
+		{"the owner has the new key", func() error { return b.cfg.Sealer.SetKeys(both) }},
 		{"the sender too, and knows what the owner holds", func() error {
 			v := *a.View()
-			v.Peers = map[string]RingPeer{"a": v.Peers["a"], "b": v.Peers["b"]}
-			p := v.Peers["b"]
+			v.Members = map[string]RingMember{"a": v.Members["a"], "b": v.Members["b"]}
+			p := v.Members["b"]
 			p.KeyID = oldID
-			v.Peers["b"] = p
+			v.Members["b"] = p
 			a.SetView(&v)
-			return errors.Join(a.cfg.Box.SetKeys(both), b.cfg.Box.SetKeys(old))
+			return errors.Join(a.cfg.Sealer.SetKeys(both), b.cfg.Sealer.SetKeys(old))
 		}},
-		{"both", func() error { return b.cfg.Box.SetKeys(both) }},
+		{"both", func() error { return b.cfg.Sealer.SetKeys(both) }},
 		{"the old one is gone", func() error {
 			fresh := clusterKeys(t, testKey(2))
-			return errors.Join(a.cfg.Box.SetKeys(fresh), b.cfg.Box.SetKeys(fresh))
+			return errors.Join(a.cfg.Sealer.SetKeys(fresh), b.cfg.Sealer.SetKeys(fresh))
 		}},
 	} {
 		if err := step.do(); err != nil {
@@ -784,7 +784,7 @@ func TestForwardedPushKept(t *testing.T) {
 		{"untimely for both, clocks differ", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) }, "m 1 5\n", "a", nil},
 		{"malformed, clocks differ", func(_, b *ringServer) { b.clock.Store(int64(3 * time.Hour)) }, "m{\n", "", nil},
 		{"each thinks that the other is the owner", func(a, b *ringServer) {
-			b.node.SetView(&RingView{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Peers: b.node.View().Peers})
+			b.node.SetView(&RingView{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Members: b.node.View().Members})
 		}, "m 1\n", "b", []int64{0}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -876,12 +876,12 @@ func TestForwardedPushOwnerDies(t *testing.T) {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
-		next := &RingView{Peers: map[string]RingPeer{}}
+		next := &RingView{Members: map[string]RingMember{}}
 		var claims []Claim
 		for i, r := range ring {
 			if name := r.node.cfg.Name; strings.Contains(left, name) {
 				claims = append(claims, Claim{Slot: i, Lamport: uint64(i + 1), Name: name})
-				next.Peers[name] = a.node.View().Peers[name]
+				next.Members[name] = a.node.View().Members[name]
 			}
 		}
 		next.Ring = NewRing(claims, 3)
@@ -921,14 +921,14 @@ func TestForwardedPushOwnerDies(t *testing.T) {
 // Nothing is taken but a whole push of a site, whatever a member seals or a stranger sends.
 func FuzzForwardReceive(f *testing.F) {
 	node := newForwardNode(f, "b", clusterKeys(f, testKey(1)))
-	node.SetView(&RingView{Ring: NewRing(nil, 0), Peers: map[string]RingPeer{"b": {Name: "b", Session: 1}}})
+	node.SetView(&RingView{Ring: NewRing(nil, 0), Members: map[string]RingMember{"b": {Name: "b", Session: 1}}})
 	var pushes []takenPush
 	node.store = func(_ context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 		pushes = append(pushes, takenPush{*push, string(body)})
 		return &pushResponse{Status: http.StatusOK}, nil
 	}
 	handler := node.receiver()
-	good, err := json.Marshal(envelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 1, Push: pushRequest{ClusterID: "x", Arrival: 5}})
+	good, err := json.Marshal(forwardEnvelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 1, Push: pushRequest{ClusterID: "x", Arrival: 5}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -939,8 +939,8 @@ func FuzzForwardReceive(f *testing.F) {
 	f.Fuzz(func(t *testing.T, plain, body []byte, sealed bool) {
 		header, sent := plain, body
 		if sealed {
-			header = node.cfg.Box.Seal(nil, plain, envelopeSeal, nil, 0)
-			sent = node.cfg.Box.Seal(nil, body, bodySeal, header, 0)
+			header = node.cfg.Sealer.Seal(nil, plain, envelopeSeal, nil, 0)
+			sent = node.cfg.Sealer.Seal(nil, body, bodySeal, header, 0)
 		}
 		clear(node.senders)
 		pushes = nil
@@ -951,7 +951,7 @@ func FuzzForwardReceive(f *testing.F) {
 		if (rec.Code == http.StatusOK) != (len(pushes) == 1) || len(pushes) > 1 {
 			t.Fatalf("answered %d, and %d pushes were taken", rec.Code, len(pushes))
 		}
-		var h envelope
+		var h forwardEnvelope
 		for _, p := range pushes {
 			if !sealed || p.body != string(body) || CheckClusterID(p.push.ClusterID) != nil || json.Unmarshal(plain, &h) != nil || h.To != "b" {
 				t.Errorf("%q was taken as %+v", plain, p)

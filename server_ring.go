@@ -31,7 +31,7 @@ func (s *Server) ringCollector(m *Metrics) func() {
 		sent.SetTotal(float64(st.Sent))
 		sentBytes.SetTotal(float64(st.SentBytes))
 		received.SetTotal(float64(st.Received))
-		for i, reason := range RefusedReasons() {
+		for i, reason := range RefusedReasonNames() {
 			refused.SetTotal(float64(st.Refused[i]), reason)
 		}
 	}
@@ -89,12 +89,12 @@ func (s *Server) serveDebugRing(w http.ResponseWriter, r *http.Request) {
 	}
 	st := s.cfg.Gossip.Stats()
 	refused := map[string]uint64{}
-	for i, reason := range RefusedReasons() {
+	for i, reason := range RefusedReasonNames() {
 		refused[reason] = st.Refused[i]
 	}
 	WriteJSON(w, map[string]any{
 		"name": s.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
-		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Version()), "buckets": ring.Buckets()},
+		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Digest()), "buckets": ring.Buckets()},
 		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "received_packets": st.Received, "refused": refused},
 	})
 }

@@ -8,8 +8,8 @@ import "context"
 // semaphore has as many slots as its capacity. It is safe for concurrent use.
 type semaphore chan struct{}
 
-// newSemaphore returns a semaphore with n free slots.
-func newSemaphore(n int) semaphore { return make(semaphore, n) }
+// newSemaphore returns a semaphore with slots free slots.
+func newSemaphore(slots int) semaphore { return make(semaphore, slots) }
 
 // TryAcquire takes a slot, and returns false if none is free.
 func (s semaphore) TryAcquire() bool {

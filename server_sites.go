@@ -54,9 +54,9 @@ func NewSiteTracker(interval time.Duration) *SiteTracker {
 	return &SiteTracker{interval: interval, sites: map[string]*trackedSite{}}
 }
 
-// track returns the site of id, and nil if no more can be tracked. t.mu is held.
-func (t *SiteTracker) track(id string, now time.Time) *trackedSite {
-	site := t.sites[id]
+// track returns the site of clusterID, and nil if no more can be tracked. t.mu is held.
+func (t *SiteTracker) track(clusterID string, now time.Time) *trackedSite {
+	site := t.sites[clusterID]
 	if site == nil {
 		if len(t.sites) >= maxTrackedSites {
 			maps.DeleteFunc(t.sites, func(_ string, site *trackedSite) bool {
@@ -67,7 +67,7 @@ func (t *SiteTracker) track(id string, now time.Time) *trackedSite {
 			return nil
 		}
 		site = &trackedSite{}
-		t.sites[id] = site
+		t.sites[clusterID] = site
 	}
 	site.seen = now
 	return site
@@ -75,10 +75,10 @@ func (t *SiteTracker) track(id string, now time.Time) *trackedSite {
 
 // AcquirePush counts a push as begun; ReleasePush ends it. An error says why the push must not
 // begin, and wait how long the client should wait before it tries again.
-func (t *SiteTracker) AcquirePush(id string, now time.Time) (wait time.Duration, err error) {
+func (t *SiteTracker) AcquirePush(clusterID string, now time.Time) (wait time.Duration, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	site := t.track(id, now)
+	site := t.track(clusterID, now)
 	if site == nil {
 		return time.Minute, errors.New("too many cluster IDs are pushing")
 	}
@@ -98,45 +98,45 @@ func (t *SiteTracker) AcquirePush(id string, now time.Time) (wait time.Duration,
 }
 
 // ReleasePush ends a push that AcquirePush began.
-func (t *SiteTracker) ReleasePush(id string) {
+func (t *SiteTracker) ReleasePush(clusterID string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.sites[id].inFlight--
+	t.sites[clusterID].inFlight--
 }
 
-// SetTokenExpiry notes when the client token of id expires, in Unix seconds or 0.
-func (t *SiteTracker) SetTokenExpiry(id string, expires int64, now time.Time) {
+// SetTokenExpiry notes when the client token of clusterID expires: in Unix seconds, 0 for never.
+func (t *SiteTracker) SetTokenExpiry(clusterID string, expiresUnix int64, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if site := t.track(id, now); site != nil {
-		site.activity.TokenExpiry = expires
+	if site := t.track(clusterID, now); site != nil {
+		site.activity.TokenExpiry = expiresUnix
 	}
 }
 
-// SetClockOffset notes by how much the clock of id's source is behind, as its client says.
-func (t *SiteTracker) SetClockOffset(id string, offset time.Duration, now time.Time) {
+// SetClockOffset notes by how much the clock of clusterID's source is behind, as its client says.
+func (t *SiteTracker) SetClockOffset(clusterID string, offset time.Duration, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if site := t.track(id, now); site != nil {
+	if site := t.track(clusterID, now); site != nil {
 		site.activity.ClockOffset, site.activity.ClockOffsetAt = offset, now
 	}
 }
 
-// SetFailed notes that a push was refused.
-func (t *SiteTracker) SetFailed(id string, now time.Time) {
+// SetPushFailed notes that a push was refused.
+func (t *SiteTracker) SetPushFailed(clusterID string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if site := t.track(id, now); site != nil {
+	if site := t.track(clusterID, now); site != nil {
 		site.activity.LastFailure = now
 	}
 }
 
-// ShouldLogUntimely reports whether to log that every sample of a push was dropped for its time:
+// NoteUntimelyPush reports whether to log that every sample of a push was dropped for its time:
 // once in untimelyLogEvery.
-func (t *SiteTracker) ShouldLogUntimely(id string, now time.Time) bool {
+func (t *SiteTracker) NoteUntimelyPush(clusterID string, now time.Time) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	site := t.track(id, now)
+	site := t.track(clusterID, now)
 	if site == nil || !site.loggedUntimely.IsZero() && now.Sub(site.loggedUntimely) < untimelyLogEvery {
 		return false
 	}

@@ -143,8 +143,8 @@ func TestSitesInFlight(t *testing.T) {
 func TestSitesActivity(t *testing.T) {
 	s := NewSiteTracker(time.Second)
 	s.SetTokenExpiry("a", 1234, rateNow)
-	s.SetFailed("b", rateNow.Add(time.Second))
-	s.SetFailed("a", rateNow.Add(2*time.Second))
+	s.SetPushFailed("b", rateNow.Add(time.Second))
+	s.SetPushFailed("a", rateNow.Add(2*time.Second))
 	s.SetTokenExpiry("a", 0, rateNow)
 	push(s, "c", rateNow)
 	s.SetClockOffset("c", time.Hour, rateNow)
@@ -170,7 +170,7 @@ func TestSitesUntimely(t *testing.T) {
 		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyLogEvery - 1, false}, {"a", untimelyLogEvery, true},
 		{"a", 2*untimelyLogEvery - 1, false}, {"b", 2*untimelyLogEvery - 1, true},
 	} {
-		if got := s.ShouldLogUntimely(c.id, rateNow.Add(c.after)); got != c.tell {
+		if got := s.NoteUntimelyPush(c.id, rateNow.Add(c.after)); got != c.tell {
 			t.Errorf("%d: %t", i, got)
 		}
 	}
@@ -196,7 +196,7 @@ func TestSitesBounded(t *testing.T) {
 	if wait, err := s.AcquirePush("new", later); wait != time.Minute || err == nil {
 		t.Errorf("one too many: %v, %v", wait, err)
 	}
-	s.SetFailed("new", later)
+	s.SetPushFailed("new", later)
 	s.SetTokenExpiry("new", 1, later)
 	s.SetClockOffset("new", time.Second, later)
 	if wait := push(s, "7", later); wait != 0 {
@@ -226,7 +226,7 @@ func TestSitesConcurrent(t *testing.T) {
 			for range 500 {
 				id := fmt.Sprint(i % 3)
 				push(s, id, rateNow)
-				s.SetFailed(id, rateNow)
+				s.SetPushFailed(id, rateNow)
 				s.SetTokenExpiry(id, 1, rateNow)
 				s.SetClockOffset(id, time.Second, rateNow)
 				s.ForEach(func(string, siteActivity) {})

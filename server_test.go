@@ -99,17 +99,17 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 	})
 	cfg.Store, r.store = store, store
 	r.server = NewServer(cfg)
-	r.server.Reload(ServerState{Keys: r.keys, Normalizer: &Normalizer{}})
+	r.server.Reload(ReloadableServerConfig{Keys: r.keys, Normalizer: &ServerNormalizer{}})
 	r.server.SetReady(true)
-	r.external, r.internal = httptest.NewServer(r.server.External()), httptest.NewServer(r.server.Internal())
+	r.external, r.internal = httptest.NewServer(r.server.ExternalHandler()), httptest.NewServer(r.server.InternalHandler())
 	t.Cleanup(r.external.Close)
 	t.Cleanup(r.internal.Close)
 	r.secrets = []string{authLine(1), "secretdir", "goroutine ", ".go:"}
 	return r
 }
 
-func (r *srvRig) reload(change func(*ServerState)) {
-	st := ServerState{Keys: r.keys, Normalizer: &Normalizer{}}
+func (r *srvRig) reload(change func(*ReloadableServerConfig)) {
+	st := ReloadableServerConfig{Keys: r.keys, Normalizer: &ServerNormalizer{}}
 	change(&st)
 	r.server.Reload(st)
 }
@@ -332,7 +332,7 @@ func TestAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.reload(func(st *ServerState) { st.Revoked = revoked })
+	r.reload(func(st *ReloadableServerConfig) { st.Revoked = revoked })
 	r.accepted(r.push("site-b", "topsecret{x=\"topsecret\"} 1\n"))
 	before := r.held("site-b", "")
 
@@ -468,12 +468,12 @@ func TestAnswers(t *testing.T) {
 // TestUploadCounts: the answer says what became of every sample.
 func TestUploadCounts(t *testing.T) {
 	r := newSrvRig(t)
-	r.reload(func(st *ServerState) {
+	r.reload(func(st *ReloadableServerConfig) {
 		allow, err := ParseSelectors([]string{`{__name__=~".+",__name__!="bad"}`})
 		if err != nil {
 			t.Fatal(err)
 		}
-		st.Normalizer = &Normalizer{Allow: allow}
+		st.Normalizer = &ServerNormalizer{Allow: allow}
 	})
 	ms := authNow.UnixMilli()
 	text := fmt.Sprintf("a 1 %d\na 2 %d\nold 1 %d\nnew 1 %d\nbad 1\nb 1\n", ms, ms+1, ms-3*3600_000, ms+120_000)
@@ -688,8 +688,8 @@ func TestOperatorRules(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.reload(func(st *ServerState) {
-		st.Normalizer = &Normalizer{Elide: []string{"pod"}, Labels: labels, Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("silver")}}, Allow: allow}
+	r.reload(func(st *ReloadableServerConfig) {
+		st.Normalizer = &ServerNormalizer{Elide: []string{"pod"}, Labels: labels, Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("silver")}}, Allow: allow}
 	})
 	token := r.token(KindUpload, "site-a", func(tok *Token) { tok.Labels = map[string]string{"tier": "silver", ClusterLabel: "site-b"} })
 	a := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: token, body: []byte(
@@ -755,12 +755,12 @@ func TestAuthorize(t *testing.T) {
 	}
 	// A new first key signs; tokens of the old one still work, until it is gone.
 	r.keys = authKeys(t, 2, 1)
-	r.reload(func(*ServerState) {})
-	if got, err := ParseToken(authorize(client).Token); err != nil || got.KeyID != r.keys.IDs()[0] {
+	r.reload(func(*ReloadableServerConfig) {})
+	if got, err := ParseUnverifiedToken(authorize(client).Token); err != nil || got.KeyID != r.keys.IDs()[0] {
 		t.Errorf("after a rotation key %s signs: %v", got.KeyID, err)
 	}
 	r.keys = authKeys(t, 2)
-	r.reload(func(*ServerState) {})
+	r.reload(func(*ReloadableServerConfig) {})
 	if got := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: a.Token}); got.status != 401 {
 		t.Errorf("signed by a key that is gone: %d", got.status)
 	}
@@ -816,7 +816,7 @@ func TestAuthorizeURL(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.reload(func(st *ServerState) { st.Revoked = revoked })
+	r.reload(func(st *ReloadableServerConfig) { st.Revoked = revoked })
 	ask := func(id string) srvAnswer {
 		t.Helper()
 		return r.do(srvRequest{method: "POST", url: r.external.URL + "/authorize?id=" + url.QueryEscape(id), token: "opaque~token"})
@@ -913,7 +913,7 @@ func TestTrackedSites(t *testing.T) {
 	if wait, err := s.AcquirePush("one more", authNow); err == nil || wait <= 0 {
 		t.Errorf("one more than the limit: %v, %v", wait, err)
 	}
-	s.SetFailed("one more", authNow)
+	s.SetPushFailed("one more", authNow)
 	s.SetTokenExpiry("one more", 7, authNow)
 	later := authNow.Add(siteIdle + time.Second)
 	if _, err := s.AcquirePush("one more", later); err != nil {
@@ -1007,9 +1007,9 @@ func TestVanishingClient(t *testing.T) {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(c, "POST /upload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n5\r\nup 1\n\r\n", r.token(KindUpload, "site-a"), length)
-		eventually(t, "the push is in flight", func() bool { return r.server.inFlight.seriesFor(nil).load() == 1 })
+		eventually(t, "the push is in flight", func() bool { return r.server.inFlight.findOrAddSeries(nil).load() == 1 })
 		c.Close()
-		eventually(t, "the push has ended", func() bool { return r.server.inFlight.seriesFor(nil).load() == 0 })
+		eventually(t, "the push has ended", func() bool { return r.server.inFlight.findOrAddSeries(nil).load() == 0 })
 	}
 	eventually(t, "nothing is left", func() bool {
 		r.server.sites.mu.Lock()
@@ -1057,7 +1057,7 @@ func TestConcurrentUploads(t *testing.T) {
 			resp.Body.Close()
 		})
 	}
-	eventually(t, "all are in flight", func() bool { return r.server.inFlight.seriesFor(nil).load() == maxPushesPerSite })
+	eventually(t, "all are in flight", func() bool { return r.server.inFlight.findOrAddSeries(nil).load() == maxPushesPerSite })
 	got := r.push("site-a", "up 1\n")
 	if got.status != 429 || got.header.Get("Retry-After") != "1" || !strings.Contains(got.body, "4 pushes of this cluster ID") {
 		t.Errorf("a fifth: %d %v %s", got.status, got.header, got.body)
@@ -1128,7 +1128,7 @@ func TestSlowBody(t *testing.T) {
 			}
 			s := NewServer(ServerConfig{Store: store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now, LimitBytes: 1 << 20})
 			keys := authKeys(t, 1)
-			s.Reload(ServerState{Keys: keys, Normalizer: &Normalizer{}})
+			s.Reload(ReloadableServerConfig{Keys: keys, Normalizer: &ServerNormalizer{}})
 			s.SetReady(true)
 			body, w := io.Pipe()
 			go func() {
@@ -1139,7 +1139,7 @@ func TestSlowBody(t *testing.T) {
 			req := httptest.NewRequest("POST", "/upload", body)
 			req.Header.Set("Authorization", "Bearer "+authSign(t, keys, Token{Kind: KindUpload, ClusterID: "far-away", ID: strings.Repeat("0", 32)}))
 			rec := httptest.NewRecorder()
-			s.External().ServeHTTP(rec, req)
+			s.ExternalHandler().ServeHTTP(rec, req)
 			if rec.Code != 200 {
 				t.Errorf("%d %s", rec.Code, rec.Body)
 			}
@@ -1288,7 +1288,7 @@ func TestInternal(t *testing.T) {
 	}
 	const secret = "s3cr3t-of-the-scraper"
 	r.secrets = append(r.secrets, secret)
-	r.reload(func(st *ServerState) { st.FederateToken = secret })
+	r.reload(func(st *ReloadableServerConfig) { st.FederateToken = secret })
 	for _, path := range []string{"/", "/federate", "/federate?match[]=up", "/metrics", "/debug/pprof/", "/debug/pprof/heap", "/debug/pprof/cmdline"} {
 		for _, token := range []string{"", "xyzzy", secret + "x", secret[1:], r.token(KindUpload, "site-a"), r.token(KindClient, "site-a")} {
 			if got := get(path, token); got.status != 401 || !strings.HasPrefix(got.header.Get("WWW-Authenticate"), "Bearer ") || !strings.Contains(got.body, "--federate-token-file") {
@@ -1324,7 +1324,7 @@ func TestInternal(t *testing.T) {
 		req.Header.Set("Authorization", "Bearer "+secret)
 		req.Header.Set("X-Forwarded-For", "127.0.0.1")
 		rec := httptest.NewRecorder()
-		r.server.Internal().ServeHTTP(rec, req)
+		r.server.InternalHandler().ServeHTTP(rec, req)
 		if rec.Code != want {
 			t.Errorf("profiles for %q: %d", remote, rec.Code)
 		}
@@ -1612,7 +1612,7 @@ func BenchmarkUpload(b *testing.B) {
 	}{{"text/identity", false, false}, {"text/gzip", false, true}, {"proto/identity", true, false}, {"proto/gzip", true, true}} {
 		b.Run(c.name, func(b *testing.B) {
 			r := benchRig(b)
-			handler, token := r.server.External(), r.token(KindUpload, "site-a")
+			handler, token := r.server.ExternalHandler(), r.token(KindUpload, "site-a")
 			bodies := make([][]byte, 256)
 			const step = 15_000
 			for i := range bodies {
@@ -1664,7 +1664,7 @@ func BenchmarkFederate(b *testing.B) {
 			b.Fatal(a)
 		}
 	}
-	handler := r.server.Internal()
+	handler := r.server.InternalHandler()
 	for _, c := range []struct{ name, query, encoding string }{
 		{"identity", "", ""}, {"gzip", "", "gzip"}, {"match", `?match[]={__name__=~"node_.*",job!=""}`, ""},
 	} {
@@ -1913,14 +1913,14 @@ func TestSpoolToldConsumers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	seq, _ := r.store.Consumers.ReadByAll(SiteKey("site-b"), r.now())
+	seq, _ := r.store.Consumers.SeqReadByAll(SiteKey("site-b"), r.now())
 	for range 2 {
 		reading, _, err := r.store.Consumers.BeginScrape(key, "y", "192.0.2.2", conn, r.now())
 		if err != nil {
 			t.Fatal(err)
 		}
-		reading.MarkServed(SiteKey("site-a"), Position{Seq: seq}, 1)
-		reading.MarkServed(SiteKey("site-b"), Position{Seq: seq}, 1)
+		reading.MarkServed(SiteKey("site-a"), ReadPosition{Seq: seq}, 1)
+		reading.MarkServed(SiteKey("site-b"), ReadPosition{Seq: seq}, 1)
 	}
 	site("site-a", "", "", "|1-2")
 }

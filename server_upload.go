@@ -67,9 +67,9 @@ func errUnsupported(text string) error {
 	return &uploadError{http.StatusUnsupportedMediaType, resultUnsupported, text, 0}
 }
 
-// refusedPush returns the response to a push that err refuses. Its text is cut: an error can quote
+// refusalResponse returns the response to a push that err refuses. Its text is cut: an error can quote
 // a whole body.
-func refusedPush(err error) *pushResponse {
+func refusalResponse(err error) *pushResponse {
 	var e *uploadError
 	if !errors.As(err, &e) {
 		e = &uploadError{http.StatusInternalServerError, resultFailed, "the push could not be handled", 0}
@@ -96,12 +96,12 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	}
 	resp, err := s.receivePush(w, r, t)
 	if err != nil {
-		resp = refusedPush(err)
+		resp = refusalResponse(err)
 	}
 	s.pushesTotal.Inc(resp.Result)
 	// A server that starts or ends is no fault of the push.
 	if resp.Untimely || resp.Status != http.StatusOK && s.ready.Load() {
-		s.sites.SetFailed(t.ClusterID, s.cfg.Now())
+		s.sites.SetPushFailed(t.ClusterID, s.cfg.Now())
 	}
 	if resp.Status == http.StatusOK {
 		w.Header().Del("Connection")
@@ -172,9 +172,9 @@ func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []b
 		return nil, errors.New("the server is not ready")
 	}
 	now := s.cfg.Now()
-	resp, err := s.storeAcquired(ctx, push, body)
+	resp, err := s.acquireAndStorePush(ctx, push, body)
 	if err != nil {
-		return refusedPush(err), nil
+		return refusalResponse(err), nil
 	}
 	if apart := now.Sub(time.UnixMilli(push.Arrival)).Abs(); resp.Untimely && apart > maxClockDifference {
 		return nil, fmt.Errorf("the time of every sample is out of bounds, and the clock differs from the receiver's by %v", apart.Round(time.Second))
@@ -182,8 +182,8 @@ func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []b
 	return resp, nil
 }
 
-// storeAcquired stores a forwarded push within the limits that hold for any push.
-func (s *Server) storeAcquired(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+// acquireAndStorePush stores a forwarded push within the limits that hold for any push.
+func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 	release, err := s.acquirePush(push.ClusterID)
 	if err != nil {
 		return nil, err
@@ -200,22 +200,22 @@ func (s *Server) storeAcquired(ctx context.Context, push *pushRequest, body []by
 
 // acquirePush lets a push of a site begin, within the rate limit and the number in flight.
 // release has to be called at its end.
-func (s *Server) acquirePush(id string) (release func(), err error) {
+func (s *Server) acquirePush(clusterID string) (release func(), err error) {
 	if !s.ready.Load() {
 		return nil, errOverloaded("the server is not ready")
 	}
-	if wait, err := s.sites.AcquirePush(id, s.cfg.Now()); err != nil {
+	if wait, err := s.sites.AcquirePush(clusterID, s.cfg.Now()); err != nil {
 		return nil, &uploadError{http.StatusTooManyRequests, resultRateLimited, err.Error(), wait}
 	}
 	if !s.uploads.TryAcquire() {
-		s.sites.ReleasePush(id)
+		s.sites.ReleasePush(clusterID)
 		return nil, errOverloaded("too many pushes are being handled")
 	}
 	s.inFlight.Add(1)
 	return func() {
 		s.inFlight.Add(-1)
 		s.uploads.Release()
-		s.sites.ReleasePush(id)
+		s.sites.ReleasePush(clusterID)
 	}, nil
 }
 
@@ -285,7 +285,7 @@ func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushPa
 	if err != nil {
 		return nil, err
 	}
-	return s.acceptedPush(push.ClusterID, params, &buf.samples, d, res)
+	return s.answerAcceptedPush(push.ClusterID, params, &buf.samples, d, res)
 }
 
 // decodeBuffers is the memory that decoding a push takes. It is reused unless it has grown: a push
@@ -303,8 +303,8 @@ func (s *Server) releaseBuffers(buf *decodeBuffers) {
 	}
 }
 
-// decodedPush has the counts of a push that is decoded.
-type decodedPush struct {
+// decodedCounts has the counts of a push that is decoded.
+type decodedCounts struct {
 	dropped map[string]int // by reason
 	skipped map[string]int // parts of samples, by kind
 	memory  int64          // bytes
@@ -313,38 +313,38 @@ type decodedPush struct {
 // decodePush decodes and normalizes a body into buf.samples. Samples without a time get that of
 // the push's arrival. It releases the caller's slot of s.decoding at its end, before the push is
 // stored: a disk that does not answer must not keep other sites waiting.
-func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format, sent []byte) (d decodedPush, err error) {
+func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format, sent []byte) (counts decodedCounts, err error) {
 	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
 	body, over, err := buf.decompressor.Decompress(sent, push.Encoding, limit)
 	defer func() { buf.size = cap(body) + cap(buf.samples.Arena) + cap(buf.samples.Samples)*sampleBytes }()
 	if err != nil {
-		return d, errMalformed(err.Error())
+		return counts, errMalformed(err.Error())
 	}
 	if over {
-		return d, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, MaxDecodedFactor))
+		return counts, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, MaxDecodedFactor))
 	}
 	buf.samples.Reset()
 	buf.samples.MaxBytes = 4 * limit
 	buf.samples.MaxSamples = limit / 16
 	n := s.newPushNormalizer(&buf.samples, push)
-	skipped, err := buf.decoder.Decode(body, format, n.add)
+	skipped, err := buf.decoder.Decode(body, format, n.normalizeAndAdd)
 	switch {
 	case errors.Is(err, ErrListTooLarge):
-		return d, errPushTooLarge(err.Error() + "; the server's --limit-bytes raises that")
+		return counts, errPushTooLarge(err.Error() + "; the server's --limit-bytes raises that")
 	case errors.Is(err, ErrTooLarge):
-		return d, errPushTooLarge(err.Error())
+		return counts, errPushTooLarge(err.Error())
 	case err != nil:
-		return d, errMalformed(err.Error())
+		return counts, errMalformed(err.Error())
 	}
 	s.samplesTotal.Add(float64(n.received))
 	memory := len(body) + len(buf.samples.Arena) + len(buf.samples.Samples)*sampleBytes
-	return decodedPush{dropped: n.dropped, skipped: nonZero(skipped.ByKind()), memory: int64(memory)}, nil
+	return decodedCounts{dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(memory)}, nil
 }
 
 // pushNormalizer normalizes the samples of one push by the operator's rules.
 type pushNormalizer struct {
-	rules    *Normalizer
+	rules    *ServerNormalizer
 	forced   []Label
 	arrival  int64 // ms
 	list     *SampleList
@@ -359,8 +359,8 @@ func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNor
 	}
 }
 
-// add adds a sample to the list, or counts why it is dropped. An error refuses the whole push.
-func (n *pushNormalizer) add(r *RawSample) error {
+// normalizeAndAdd adds a sample to the list, or counts why it is dropped. An error refuses the whole push.
+func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	n.received++
 	reason, err := n.rules.Normalize(r, n.forced)
 	if err != nil {
@@ -381,13 +381,13 @@ func (n *pushNormalizer) add(r *RawSample) error {
 }
 
 // appendPush appends the samples of a push, and the names of its scrapes, to the site's log.
-func (s *Server) appendPush(ctx context.Context, id string, params pushParams, p *SampleList) (res AppendResult, err error) {
+func (s *Server) appendPush(ctx context.Context, clusterID string, params pushParams, samples *SampleList) (res AppendResult, err error) {
 	// Before the samples are stored: they must not be evicted unread.
-	s.cfg.Store.Consumers.AddReported(SiteKey(id), params.consumers, s.cfg.Now())
-	if params.scrapes.ID != 0 && len(params.scrapes.Numbers) == 0 && len(p.Samples) == 0 {
+	s.cfg.Store.Consumers.AddReportedConsumers(SiteKey(clusterID), params.consumers, s.cfg.Now())
+	if params.scrapes.SpoolID != 0 && len(params.scrapes.Numbers) == 0 && len(samples.Samples) == 0 {
 		return res, nil // the push only asks which scrapes are held and read
 	}
-	res, err = s.cfg.Store.Append(ctx, id, p, params.scrapes)
+	res, err = s.cfg.Store.Append(ctx, clusterID, samples, params.scrapes)
 	switch {
 	case err == nil:
 		return res, nil
@@ -396,38 +396,38 @@ func (s *Server) appendPush(ctx context.Context, id string, params pushParams, p
 	case errors.Is(err, ErrTooLarge):
 		return res, errPushTooLarge(err.Error())
 	case errors.Is(err, ErrFull):
-		s.cfg.Log.Error("storing push", "cluster_id", id, "err", err)
+		s.cfg.Log.Error("storing push", "cluster_id", clusterID, "err", err)
 		return res, &uploadError{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
 	case errors.Is(err, ErrClockInDoubt):
 		return res, &uploadError{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
 	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
 		return res, errOverloaded("the server is too busy to store the push")
 	}
-	s.cfg.Log.Error("storing push", "cluster_id", id, "err", err)
+	s.cfg.Log.Error("storing push", "cluster_id", clusterID, "err", err)
 	return res, &uploadError{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
 }
 
-// acceptedPush counts a push that is stored, and returns its answer.
-func (s *Server) acceptedPush(id string, params pushParams, p *SampleList, d decodedPush, res AppendResult) (*pushResponse, error) {
+// answerAcceptedPush counts a push that is stored, and returns its answer.
+func (s *Server) answerAcceptedPush(clusterID string, params pushParams, samples *SampleList, counts decodedCounts, res AppendResult) (*pushResponse, error) {
 	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
 		if n > 0 {
-			d.dropped[reason] = n
+			counts.dropped[reason] = n
 		}
 	}
-	s.countAccepted(d, res)
+	s.countAcceptedPush(counts, res)
 	now := s.cfg.Now()
 	answer := &PushAnswer{
-		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: d.dropped, Skipped: d.skipped,
+		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped, Skipped: counts.skipped,
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
 	if res.IsUntimely() {
-		answer.Hint = timeHint(p, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
-		if s.sites.ShouldLogUntimely(id, now) {
-			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", id, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
+		answer.Hint = untimelyHint(samples, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
+		if s.sites.NoteUntimelyPush(clusterID, now) {
+			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", clusterID, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
 		}
 	}
-	if spool := params.scrapes.ID; spool != 0 {
-		st := s.cfg.Store.SpoolStatus(id, spool)
+	if spool := params.scrapes.SpoolID; spool != 0 {
+		st := s.cfg.Store.RefreshSpoolStatus(clusterID, spool)
 		held, read := st.Held.String(), st.Read.String()
 		answer.Held, answer.Consumers = &held, FormatConsumers(st.Consumers)
 		if st.HasConsumers {
@@ -441,23 +441,23 @@ func (s *Server) acceptedPush(id string, params pushParams, p *SampleList, d dec
 	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.IsUntimely()}, nil
 }
 
-// countAccepted counts a push that is stored.
-func (s *Server) countAccepted(d decodedPush, res AppendResult) {
+// countAcceptedPush counts a push that is stored.
+func (s *Server) countAcceptedPush(counts decodedCounts, res AppendResult) {
 	if res.WriteTime > 0 {
 		s.appendSeconds.Observe(res.WriteTime.Seconds())
 	}
 	s.acceptedTotal.Add(float64(res.Accepted))
 	s.duplicatesTotal.Add(float64(res.Duplicates))
-	for reason, n := range d.dropped {
+	for reason, n := range counts.dropped {
 		s.droppedTotal.Add(float64(n), reason)
 	}
-	for kind, n := range d.skipped {
+	for kind, n := range counts.skipped {
 		s.skippedTotal.Add(float64(n), kind)
 	}
 }
 
-// nonZero removes zeroes from counts, and returns nil if none is left.
-func nonZero(counts map[string]int) map[string]int {
+// deleteZeros removes zeroes from counts, and returns nil if none is left.
+func deleteZeros(counts map[string]int) map[string]int {
 	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
 	if len(counts) == 0 {
 		return nil
@@ -465,15 +465,15 @@ func nonZero(counts map[string]int) map[string]int {
 	return counts
 }
 
-// timeHint says what is wrong with the times of a push whose samples are all too old or in the
-// future. Such a push is answered 200, but counts as failed for the site's alerts. oldest is
+// untimelyHint says what is wrong with the times of a push whose samples are all too old or in the
+// future. Such a push is answered 200, but counts as failed for the site's alerts. oldestAccepted is
 // the least time that is accepted, and now the present, both in ms. A present time in seconds,
 // read as milliseconds, is in January 1970, and no sample is that old, so a single one tells. A
 // day more on either side allows for a wrong clock or time zone.
-func timeHint(p *SampleList, tooOld, future int, oldest, now int64) string {
+func untimelyHint(samples *SampleList, tooOld, future int, oldestAccepted, now int64) string {
 	const day = 24 * 60 * 60 // s
 	switch {
-	case slices.ContainsFunc(p.Samples, func(s Sample) bool { return s.T >= oldest/1000-day && s.T <= now/1000+day }):
+	case slices.ContainsFunc(samples.Samples, func(s Sample) bool { return s.T >= oldestAccepted/1000-day && s.T <= now/1000+day }):
 		return "the times look like seconds; they have to be milliseconds"
 	case future == 0:
 		return "all samples are older than --retention"

@@ -48,7 +48,7 @@ type StoreConfig struct {
 	// Owned reports whether this server owns a site; nil: it owns all. Samples of another
 	// server's site that expire unread are not counted as lost if their client has a spool.
 	Owned func(hash uint64) bool
-	// Span returns what the present time may be; samples expire by it. nil: Now.
+	// NowInterval returns what the present time may be; samples expire by it. nil: Now.
 	NowInterval func() TimeInterval
 	// OnError gets what failed in the background, or was found damaged at opening. OnWarning,
 	// if not nil, gets unfinished writes, as a crash leaves them. They are called without
@@ -112,23 +112,23 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 
 // newSite returns a site without samples. Its first batch has a number above all numbers used
 // so far: no cursor from before the site was last forgotten is past it.
-func (s *Store) newSite(id string) *Site {
-	data := NewSiteSamples(id, s.seed)
-	data.StartAfter(s.totals.NewestSeq.Load())
-	return NewSite(data, s.newLog(id), s)
+func (s *Store) newSite(clusterID string) *Site {
+	data := NewSiteSamples(clusterID, s.seed)
+	data.StartSeqAfter(s.totals.NewestSeq.Load())
+	return NewSite(data, s.newLog(clusterID), s)
 }
 
 // newLog returns the log of a site, not yet on disk; nil in memory-only mode.
-func (s *Store) newLog(id string) *Log {
+func (s *Store) newLog(clusterID string) *Log {
 	if s.cfg.Dir == "" {
 		return nil
 	}
-	return NewLog(s.cfg.FS, s.path(id), []byte(id))
+	return NewLog(s.cfg.FS, s.logPathOf(clusterID), []byte(clusterID))
 }
 
-// path returns where the log of a site lies.
-func (s *Store) path(id string) string {
-	h := ClusterIDHash(id)
+// logPathOf returns where the log of a site lies.
+func (s *Store) logPathOf(clusterID string) string {
+	h := ClusterIDHash(clusterID)
 	name := hex.EncodeToString(h[:16])
 	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
 }
@@ -137,13 +137,13 @@ func (s *Store) path(id string) string {
 func (s *Store) IsOnDisk() bool { return s.cfg.Dir != "" }
 
 // owns reports whether this server owns a site.
-func (s *Store) owns(hash uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(hash) }
+func (s *Store) owns(siteKey uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(siteKey) }
 
-// checkStorageLimit returns ErrFull if the logs cannot grow by size bytes. It then has Run
+// checkStorageLimit returns ErrFull if the logs cannot grow by growth bytes. It then has Run
 // compact them.
-func (s *Store) checkStorageLimit(size int) error {
+func (s *Store) checkStorageLimit(growth int) error {
 	limit := s.cfg.LimitStorage
-	if limit == 0 || s.totals.LogBytes.Load()+int64(size) <= limit {
+	if limit == 0 || s.totals.LogBytes.Load()+int64(growth) <= limit {
 		return nil
 	}
 	select {
@@ -153,7 +153,7 @@ func (s *Store) checkStorageLimit(size int) error {
 	return fmt.Errorf("%w: the logs reached the storage limit of %d bytes", ErrFull, limit)
 }
 
-func (s *Store) closed() bool {
+func (s *Store) isClosing() bool {
 	select {
 	case <-s.closing:
 		return true
@@ -162,17 +162,17 @@ func (s *Store) closed() bool {
 	}
 }
 
-// acquireSite returns the site of id with its lock, which releaseSite releases. It adds the
+// acquireSite returns the site of clusterID with its lock, which releaseSite releases. It adds the
 // site if need be. The error is ErrClosed, ErrFull, that of ctx, or that of removing another
 // site's log.
-func (s *Store) acquireSite(ctx context.Context, id string) (*Site, error) {
+func (s *Store) acquireSite(ctx context.Context, clusterID string) (*Site, error) {
 	for {
-		site, err := s.findOrAddSite(id)
+		site, err := s.findOrAddSite(clusterID)
 		if errors.Is(err, ErrFull) {
 			if err := s.forgetSilentSite(); err != nil {
 				return nil, err
 			}
-			site, err = s.findOrAddSite(id)
+			site, err = s.findOrAddSite(clusterID)
 		}
 		if err != nil {
 			return nil, err
@@ -187,23 +187,23 @@ func (s *Store) acquireSite(ctx context.Context, id string) (*Site, error) {
 	}
 }
 
-// findOrAddSite returns the site of id, which is new if none is known and LimitClusters allows
+// findOrAddSite returns the site of clusterID, which is new if none is known and LimitSites allows
 // one. The error is ErrClosed or ErrFull.
-func (s *Store) findOrAddSite(id string) (*Site, error) {
+func (s *Store) findOrAddSite(clusterID string) (*Site, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed() {
+	if s.isClosing() {
 		return nil, ErrClosed
 	}
-	site := s.sites[id]
+	site := s.sites[clusterID]
 	if site != nil {
 		return site, nil
 	}
 	if s.cfg.LimitSites > 0 && len(s.sites) >= s.cfg.LimitSites {
 		return nil, fmt.Errorf("%w: %d sites are known, which is the limit", ErrFull, s.cfg.LimitSites)
 	}
-	site = s.newSite(id)
-	s.sites[id] = site
+	site = s.newSite(clusterID)
+	s.sites[clusterID] = site
 	return site, nil
 }
 
@@ -213,7 +213,7 @@ func (s *Store) releaseSite(site *Site) {
 	isNew := false
 	site.View(func(data *SiteSamples) { isNew = data.IsNew() })
 	if isNew {
-		s.dropSite(site)
+		s.dropFromMemory(site)
 	}
 	site.Unlock()
 }
@@ -240,60 +240,60 @@ func (s *Store) forgetSilentSite() error {
 	if silent.removed || !empty {
 		return nil
 	}
-	return s.removeSite(silent)
+	return s.removeSiteAndLog(silent)
 }
 
-// removeSite removes a site without samples, and its log. Its cursors are removed first,
+// removeSiteAndLog removes a site without samples, and its log. Its cursors are removed first,
 // because after a crash in between a cursor without a log is reported as a loss. The caller
 // holds the site's lock.
-func (s *Store) removeSite(site *Site) error {
-	s.Consumers.DropSite(site.Hash)
+func (s *Store) removeSiteAndLog(site *Site) error {
+	s.Consumers.DropSiteCursors(site.Key)
 	if err := s.Consumers.Save(); err != nil {
 		return err
 	}
 	if err := site.RemoveLog(); err != nil {
 		return fmt.Errorf("removing the log of site %q: %w", site.ID, err)
 	}
-	s.dropSite(site)
+	s.dropFromMemory(site)
 	return nil
 }
 
-// dropSite drops a site without samples from memory. The caller holds its lock.
-func (s *Store) dropSite(site *Site) {
+// dropFromMemory drops a site without samples from memory. The caller holds its lock.
+func (s *Store) dropFromMemory(site *Site) {
 	site.markRemoved()
 	s.mu.Lock()
 	delete(s.sites, site.ID)
 	s.mu.Unlock()
-	s.Consumers.DropSite(site.Hash)
+	s.Consumers.DropSiteCursors(site.Key)
 }
 
-// Append holds the samples of p for the site with cluster ID id. When it returns nil, what it
+// Append holds the samples of p for the site of clusterID. When it returns nil, what it
 // counts as accepted is on disk; when not, nothing was accepted. Lines have to be those of
-// SampleList.Add and carry id's ClusterLabel; names are of the scrapes in p. If all of them are
+// SampleList.Add and carry clusterID's ClusterLabel; names are of the scrapes in p. If all of them are
 // held already, nothing is stored. Waiting for an earlier push of the site ends with ctx.
 // Errors: ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ctx's, or those of the
 // disk.
-func (s *Store) Append(ctx context.Context, id string, p *SampleList, names ScrapeNames) (AppendResult, error) {
-	site, err := s.acquireSite(ctx, id)
+func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
+	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
 		return AppendResult{}, err
 	}
 	defer s.releaseSite(site)
 	limits := AppendLimits{Now: s.cfg.NowInterval(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
-	prepared, err := site.StageBatch(p, names, limits)
-	if err != nil || prepared.Batch == nil {
-		return prepared.Result, err
+	staged, err := site.StageBatch(p, names, limits)
+	if err != nil || staged.Batch == nil {
+		return staged.Result, err
 	}
 	begin := time.Now()
-	if err = s.makeRoom(site, prepared.Result.Accepted); err == nil {
-		err = site.Commit(prepared, limits.times().keptSince)
+	if err = s.makeRoom(site, staged.Result.Accepted); err == nil {
+		err = site.Commit(staged, limits.timeBounds().keptSince)
 	}
 	if err != nil {
-		site.Rollback(prepared)
+		site.Rollback(staged)
 		return AppendResult{}, err
 	}
-	prepared.Result.WriteTime = time.Since(begin)
-	return prepared.Result, nil
+	staged.Result.WriteTime = time.Since(begin)
+	return staged.Result, nil
 }
 
 // SpoolStatus is what a server says of one spool of a site.
@@ -303,18 +303,18 @@ type SpoolStatus struct {
 	HasConsumers bool // a consumer is known; otherwise nothing counts as read
 }
 
-// SpoolStatus returns the status of a spool of the site with cluster ID id. It first marks the
+// RefreshSpoolStatus returns the status of a spool of the site of clusterID. It first marks the
 // scrapes that every consumer has read by now.
-func (s *Store) SpoolStatus(id string, spool uint64) (st SpoolStatus) {
-	hash, now := SiteKey(id), s.cfg.NowInterval().Earliest
+func (s *Store) RefreshSpoolStatus(clusterID string, spoolID uint64) (st SpoolStatus) {
+	hash, now := SiteKey(clusterID), s.cfg.NowInterval().Earliest
 	st.Consumers = s.Consumers.ConsumerAges(hash, now)
-	seq, known := s.Consumers.ReadByAll(hash, now)
+	seq, known := s.Consumers.SeqReadByAll(hash, now)
 	st.HasConsumers = known
-	s.ViewSite(id, func(data *SiteSamples) {
+	s.ViewSite(clusterID, func(data *SiteSamples) {
 		if known {
-			data.Spools.MarkRead(seq)
+			data.Spools.MarkReadUpTo(seq)
 		}
-		st.Held, st.Read = data.Spools.HeldAndRead(spool)
+		st.Held, st.Read = data.Spools.HeldAndRead(spoolID)
 	})
 	return st
 }
@@ -387,9 +387,9 @@ func (s *Store) maintainSite(site *Site, storageFull bool) error {
 		silent = len(data.Batches) == 0 && s.cfg.NowInterval().Earliest.UnixMilli()-data.LastPush > forgetAfter.Milliseconds()
 	})
 	if silent {
-		return s.removeSite(site)
+		return s.removeSiteAndLog(site)
 	}
-	return site.Compact(oldest, storageFull)
+	return site.CompactIfWorthwhile(oldest, storageFull)
 }
 
 // sitesByID returns the sites by ID.
@@ -403,24 +403,24 @@ func (s *Store) sitesByID() []*Site {
 // the fraction start, from 0 to 1, of the sites, and goes on from the first after the last. It
 // drops the site's expired samples before it calls f. f must neither keep data nor call the
 // store.
-func (s *Store) ForEachSite(start float64, f func(hash uint64, data *SiteSamples) bool) {
+func (s *Store) ForEachSite(startFraction float64, f func(hash uint64, data *SiteSamples) bool) {
 	sites, oldest := s.sitesByID(), s.KeptSince()
 	for i := range sites {
-		site := sites[(int(start*float64(len(sites)))+i)%len(sites)]
+		site := sites[(int(startFraction*float64(len(sites)))+i)%len(sites)]
 		site.DropExpired(oldest)
 		more := true
-		site.View(func(data *SiteSamples) { more = f(site.Hash, data) })
+		site.View(func(data *SiteSamples) { more = f(site.Key, data) })
 		if !more {
 			return
 		}
 	}
 }
 
-// ViewSite calls f with the data of the site with cluster ID id, and reports whether there is
+// ViewSite calls f with the data of the site of clusterID, and reports whether there is
 // one. f must neither keep data nor call the store.
-func (s *Store) ViewSite(id string, f func(data *SiteSamples)) bool {
+func (s *Store) ViewSite(clusterID string, f func(data *SiteSamples)) bool {
 	s.mu.RLock()
-	site := s.sites[id]
+	site := s.sites[clusterID]
 	s.mu.RUnlock()
 	if site != nil {
 		site.View(f)
@@ -435,7 +435,7 @@ func (s *Store) Close() error {
 		return nil
 	}
 	for _, site := range s.sitesByID() {
-		site.Close()
+		site.LockForever()
 	}
 	s.saveCursors()
 	return s.unlock()
@@ -445,7 +445,7 @@ func (s *Store) Close() error {
 func (s *Store) startClosing() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed() {
+	if s.isClosing() {
 		return false
 	}
 	close(s.closing)

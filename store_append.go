@@ -71,49 +71,49 @@ func (d *SiteSamples) StageBatch(p *SampleList, names ScrapeNames, limits Append
 	if len(p.Samples) > maxBatch {
 		return StagedBatch{}, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
 	}
-	prepared := StagedBatch{newSeries: d.Table.Len()}
-	res := &prepared.Result
-	samples, err := d.resolveSeries(p, limits, res)
+	staged := StagedBatch{newSeries: d.Table.Len()}
+	res := &staged.Result
+	samples, err := d.insertAcceptedSeries(p, limits, res)
 	if err != nil {
-		d.Rollback(prepared)
+		d.Rollback(staged)
 		return StagedBatch{}, err
 	}
 	samples = d.dropRepeatsOfNewest(samples, res)
 	samples = dedupeInPush(samples, res)
-	samples = d.dropHeldLate(samples, res)
+	samples = d.dropLateDuplicates(samples, res)
 	orderForBatch(samples)
 	res.Accepted = len(samples)
-	if !vouchesForScrapes(names, res) {
+	if !canMarkScrapesHeld(names, res) {
 		names = ScrapeNames{}
 	}
 	now := limits.Now.Earliest.UnixMilli()
-	if len(samples) == 0 && names.ID == 0 {
-		d.Rollback(prepared)
+	if len(samples) == 0 && names.SpoolID == 0 {
+		d.Rollback(staged)
 		d.LastPush = max(d.LastPush, now)
-		return prepared, nil
+		return staged, nil
 	}
-	prepared.Batch = newBatch(d.Seq+1, now, samples)
-	prepared.Batch.Names = names
-	return prepared, nil
+	staged.Batch = newBatch(d.Seq+1, now, samples)
+	staged.Batch.Names = names
+	return staged, nil
 }
 
-// Rollback takes back what Prepare inserted.
-func (d *SiteSamples) Rollback(p StagedBatch) { d.Table.Truncate(p.newSeries) }
+// Rollback takes back what StageBatch inserted.
+func (d *SiteSamples) Rollback(staged StagedBatch) { d.Table.Truncate(staged.newSeries) }
 
-// vouchesForScrapes reports whether the batch of a push counts as its scrapes. If all samples
+// canMarkScrapesHeld reports whether the batch of a push counts as its scrapes. If all samples
 // of a scrape are dropped for their time, this server's clock may be the wrong one; and of
 // several scrapes in a push nothing tells to which of them a sample belongs.
-func vouchesForScrapes(names ScrapeNames, res *AppendResult) bool {
+func canMarkScrapesHeld(names ScrapeNames, res *AppendResult) bool {
 	return len(names.Numbers) > 0 && !res.IsUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }
 
-// resolveSeries returns the samples of p whose time is accepted, with the IDs of their series,
+// insertAcceptedSeries returns the samples of p whose time is accepted, with the IDs of their series,
 // which it inserts under the limits. It counts the others.
-func (d *SiteSamples) resolveSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
-	times := limits.times()
+func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
+	times := limits.timeBounds()
 	samples := make([]seriesSample, 0, len(p.Samples))
 	for _, smp := range p.Samples {
-		if ok, err := times.accept(smp.T, res); err != nil {
+		if ok, err := times.acceptOrCount(smp.T, res); err != nil {
 			return nil, err
 		} else if !ok {
 			continue
@@ -131,13 +131,13 @@ func (d *SiteSamples) resolveSeries(p *SampleList, limits AppendLimits, res *App
 	return samples, nil
 }
 
-// checkSeriesLimits reports that one more series, with a line of size bytes, is beyond limit or
+// checkSeriesLimits reports that one more series, with a line of lineSize bytes, is beyond maxSeries or
 // what a table can take.
-func (d *SiteSamples) checkSeriesLimits(size, limit int) error {
-	if n := d.Table.Len(); limit > 0 && n >= limit || n > MaxSeriesID || !d.Table.HasRoom(size) {
-		return fmt.Errorf("%w: more than the %d that may be held for a site", ErrSeriesLimit, limit)
+func (d *SiteSamples) checkSeriesLimits(lineSize, maxSeries int) error {
+	if n := d.Table.Len(); maxSeries > 0 && n >= maxSeries || n > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
+		return fmt.Errorf("%w: more than the %d that may be held for a site", ErrSeriesLimit, maxSeries)
 	}
-	if textLimit := max(minTextLimit, seriesBytes*limit); limit > 0 && d.Table.TextBytes()+size > textLimit {
+	if textLimit := max(minTextLimit, seriesBytes*maxSeries); maxSeries > 0 && d.Table.TextBytes()+lineSize > textLimit {
 		return fmt.Errorf("%w: names and labels of more than the %d bytes that may be held for a site", ErrSeriesLimit, textLimit)
 	}
 	return nil
@@ -178,9 +178,9 @@ type sampleKey struct {
 	t  int64
 }
 
-// dropHeldLate drops and counts the samples that are older than the newest of their series and
+// dropLateDuplicates drops and counts the samples that are older than the newest of their series and
 // that an earlier batch has. Only for late samples are the batches searched.
-func (d *SiteSamples) dropHeldLate(samples []seriesSample, res *AppendResult) []seriesSample {
+func (d *SiteSamples) dropLateDuplicates(samples []seriesSample, res *AppendResult) []seriesSample {
 	late, times := map[sampleKey]float64{}, map[int64]bool{}
 	for _, s := range samples {
 		if t, _ := d.Table.Newest(s.id); s.t < t {
@@ -235,6 +235,6 @@ func newBatch(seq uint64, acceptedAt int64, samples []seriesSample) *Batch {
 	for i, s := range samples {
 		b.IDs[i], b.DT[i], b.V[i] = s.id, int32(s.t-b.T0), s.v
 	}
-	b.SetBounds()
+	b.ComputeTimeBounds()
 	return b
 }

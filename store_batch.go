@@ -34,22 +34,22 @@ type Batch struct {
 	timeIndex  []uint8  // nil, or for each sample the index of its time in DT
 	V          []float64
 	Names      ScrapeNames // of the scrapes whose samples are held up to this batch
-	Size       int         // bytes of the record's payload; set by EncodeBatch and DecodeBatch
+	Size       int         // bytes of the record's payload; set by EncodeBatchPayload and DecodeBatch
 }
 
-// Position is how far a reader is in a site's batches: past all of them up to Seq, and past the
+// ReadPosition is how far a reader is in a site's batches: past all of them up to Seq, and past the
 // first PartialRead of the PartialLen samples of batch PartialSeq, unless that is 0. Compaction
 // renames series but keeps the order of samples, so that a batch of as many samples is the
 // same; a batch that retention made shorter is read again from its beginning.
-type Position struct {
+type ReadPosition struct {
 	Seq         uint64
 	PartialSeq  uint64
 	PartialRead int
 	PartialLen  int
 }
 
-// ReadOf returns how many samples of b, a batch after Seq, the reader is past.
-func (p Position) ReadOf(b *Batch) int {
+// SamplesReadOf returns how many samples of b, a batch after Seq, the reader is past.
+func (p ReadPosition) SamplesReadOf(b *Batch) int {
 	if b.Seq != p.PartialSeq || len(b.V) != p.PartialLen {
 		return 0
 	}
@@ -91,8 +91,8 @@ func (b *Batch) PackTimes() {
 	b.DT, b.timeIndex = slices.Clip(times), timeIndex
 }
 
-// SetBounds sets MinT and MaxT, and drops DT if all samples have one time.
-func (b *Batch) SetBounds() {
+// ComputeTimeBounds sets MinT and MaxT, and drops DT if all samples have one time.
+func (b *Batch) ComputeTimeBounds() {
 	b.MinT, b.MaxT = b.T0, b.T0
 	for _, dt := range b.DT {
 		b.MinT, b.MaxT = min(b.MinT, b.T0+int64(dt)), max(b.MaxT, b.T0+int64(dt))
@@ -102,16 +102,16 @@ func (b *Batch) SetBounds() {
 	}
 }
 
-// CountBetween returns how many samples have a time from first on and before end, in ms.
-func (b *Batch) CountBetween(first, end int64) (n int64) {
-	if b.MinT >= first && b.MaxT < end {
+// CountBetween returns how many samples have a time t, in ms, with from <= t < before.
+func (b *Batch) CountBetween(from, before int64) (n int64) {
+	if b.MinT >= from && b.MaxT < before {
 		return int64(len(b.V))
 	}
-	if b.MinT >= end || b.MaxT < first {
+	if b.MinT >= before || b.MaxT < from {
 		return 0
 	}
 	for i := range b.V {
-		if t := b.Time(i); t >= first && t < end {
+		if t := b.Time(i); t >= from && t < before {
 			n++
 		}
 	}
@@ -134,6 +134,6 @@ func (b *Batch) Filter(keep func(i int) bool) *Batch {
 			k.IDs, k.V, k.DT = append(k.IDs, b.IDs[i]), append(k.V, b.V[i]), append(k.DT, int32(b.Time(i)-b.T0))
 		}
 	}
-	k.SetBounds()
+	k.ComputeTimeBounds()
 	return &k
 }

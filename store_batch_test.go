@@ -16,7 +16,7 @@ import (
 
 // sameBatch compares what a batch says; NaNs of equal bits are equal.
 func sameBatch(a, b *Batch) bool {
-	if a.Names.ID != b.Names.ID || !slices.Equal(a.Names.Numbers, b.Names.Numbers) {
+	if a.Names.SpoolID != b.Names.SpoolID || !slices.Equal(a.Names.Numbers, b.Names.Numbers) {
 		return false
 	}
 	if a.Seq != b.Seq || a.AcceptedAt != b.AcceptedAt || a.MinT != b.MinT || a.MaxT != b.MaxT || !slices.Equal(a.IDs, b.IDs) ||
@@ -37,9 +37,9 @@ func randomBatch(rng *rand.Rand) *Batch {
 	b := &Batch{Seq: rng.Uint64N(MaxSeq), AcceptedAt: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
 	b.IDs, b.V, b.DT = make([]uint32, n), make([]float64, n), make([]int32, n)
 	if rng.IntN(2) == 0 {
-		b.Names.ID = 1 + rng.Uint64N(math.MaxUint64)
+		b.Names.SpoolID = 1 + rng.Uint64N(math.MaxUint64)
 		for range rng.IntN(5) {
-			from := 1 + rng.Uint64N(MaxSpoolNumber-10)
+			from := 1 + rng.Uint64N(MaxScrapeNumber-10)
 			b.Names.Numbers = b.Names.Numbers.Add(from, from+rng.Uint64N(10))
 		}
 	}
@@ -56,14 +56,14 @@ func randomBatch(rng *rand.Rand) *Batch {
 		}
 		b.V[i] = math.Float64frombits(rng.Uint64())
 	}
-	b.SetBounds()
+	b.ComputeTimeBounds()
 	return b
 }
 
 func TestBatchRoundTrip(t *testing.T) {
 	for seed := range uint64(2000) {
 		b := randomBatch(rand.New(rand.NewPCG(seed, 0)))
-		payload := EncodeBatch([]byte("before"), b)[len("before"):]
+		payload := EncodeBatchPayload([]byte("before"), b)[len("before"):]
 		if b.Size != len(payload) || len(payload) > 20*len(b.V)+80+20*len(b.Names.Numbers) {
 			t.Fatalf("seed %d: %d bytes, said to be %d, for %d samples", seed, len(payload), b.Size, len(b.V))
 		}
@@ -71,7 +71,7 @@ func TestBatchRoundTrip(t *testing.T) {
 		if err != nil || !sameBatch(b, got) || got.Size != b.Size {
 			t.Fatalf("seed %d: %+v, %v\nwant %+v", seed, got, err, b)
 		}
-		if again := EncodeBatch(nil, got); string(again) != string(payload) {
+		if again := EncodeBatchPayload(nil, got); string(again) != string(payload) {
 			t.Fatalf("seed %d: encoded again it differs", seed)
 		}
 	}
@@ -87,7 +87,7 @@ func TestBatchFitsRecord(t *testing.T) {
 			b.DT[i] = math.MaxInt32
 		}
 	}
-	if size := len(EncodeBatch(nil, b)); size/n*maxBatch > MaxRecord*9/10 {
+	if size := len(EncodeBatchPayload(nil, b)); size/n*maxBatch > MaxRecord*9/10 {
 		t.Errorf("%d bytes a sample: %d samples would not fit", size/n, maxBatch)
 	}
 }
@@ -107,7 +107,7 @@ func TestBatchSetBounds(t *testing.T) {
 		{-1 << 60, []int32{math.MinInt32}, []int64{-1<<60 + math.MinInt32}, -1<<60 + math.MinInt32, -1 << 60, false},
 	} {
 		b := &Batch{T0: test.t0, DT: test.dt, V: make([]float64, len(test.t)), IDs: make([]uint32, len(test.t))}
-		b.SetBounds()
+		b.ComputeTimeBounds()
 		if b.MinT != test.min || b.MaxT != test.max || (b.DT == nil) != test.everywhere {
 			t.Errorf("%+v: got %+v", test, b)
 		}
@@ -157,7 +157,7 @@ func TestBatchFilter(t *testing.T) {
 }
 
 func TestBatchMalformed(t *testing.T) {
-	good := EncodeBatch(nil, &Batch{Seq: 3, AcceptedAt: 4, T0: 5, IDs: []uint32{7, 8, 2}, DT: []int32{0, 1, 2}, V: []float64{1, 2, 3}})
+	good := EncodeBatchPayload(nil, &Batch{Seq: 3, AcceptedAt: 4, T0: 5, IDs: []uint32{7, 8, 2}, DT: []int32{0, 1, 2}, V: []float64{1, 2, 3}})
 	if _, err := DecodeBatch(good); err != nil {
 		t.Fatal(err)
 	}
@@ -200,7 +200,7 @@ func TestBatchMalformed(t *testing.T) {
 
 func TestSeriesRecord(t *testing.T) {
 	lines := []string{"", "a", "b{x=\"y\"}", string(make([]byte, 300))}
-	payload := EncodeSeries(nil, 41, func(yield func([]byte) bool) {
+	payload := EncodeSeriesPayload(nil, 41, func(yield func([]byte) bool) {
 		for _, l := range lines {
 			yield([]byte(l))
 		}
@@ -239,7 +239,7 @@ func TestSeriesRecord(t *testing.T) {
 // more memory than their size warrants.
 func FuzzBatchRecord(f *testing.F) {
 	for seed := range uint64(8) {
-		f.Add(EncodeBatch(nil, randomBatch(rand.New(rand.NewPCG(seed, 0)))))
+		f.Add(EncodeBatchPayload(nil, randomBatch(rand.New(rand.NewPCG(seed, 0)))))
 	}
 	f.Add(binary.AppendUvarint(nil, 1<<63))
 	f.Fuzz(func(t *testing.T, payload []byte) {
@@ -259,7 +259,7 @@ func FuzzBatchRecord(f *testing.F) {
 					t.Fatalf("sample %d of series %d at %d, outside of %d to %d", i, id, b.Time(i), b.MinT, b.MaxT)
 				}
 			}
-			again, err := DecodeBatch(EncodeBatch(nil, b))
+			again, err := DecodeBatch(EncodeBatchPayload(nil, b))
 			if err != nil || !sameBatch(b, again) {
 				t.Fatalf("%+v, %v\nwas %+v", again, err, b)
 			}
@@ -275,7 +275,7 @@ func FuzzBatchRecord(f *testing.F) {
 		})
 		if err == nil && len(lines) > 0 {
 			var got [][]byte
-			again := EncodeSeries(nil, next-uint32(len(lines)), slices.Values(lines))
+			again := EncodeSeriesPayload(nil, next-uint32(len(lines)), slices.Values(lines))
 			err := DecodeSeries(again, func(_ uint32, line []byte) error {
 				got = append(got, line)
 				return nil

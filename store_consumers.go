@@ -32,7 +32,7 @@ var ErrConsumers = errors.New("too many consumers")
 type Consumers struct {
 	lock         ioLock      // its holder alone does I/O and touches log and state
 	log          *Log        // of cursors; nil in memory-only mode
-	state        *StoreState // has the consumers without their cursors
+	state        *StoreMeta  // has the consumers without their cursors
 	TornBytes    int64       // bytes of an unfinished write that OpenConsumers cut
 	Damage       error       // what OpenConsumers found damaged; nil: nothing
 	knownChanged atomic.Bool // the consumers on disk are not those of byKey
@@ -49,14 +49,14 @@ type consumer struct {
 	key           uint64
 	name, address string
 	lastScrape    time.Time
-	savedScrape   time.Time         // lastScrape on disk
-	cursors       map[uint64]uint64 // site → number of the newest batch confirmed
-	unsaved       map[uint64]uint64 // changes of cursors that are not on disk; 0 removes
-	sessions      []*ScrapeSession  // at most maxSessions, least recently used first
-	scrapeLimit   int               // samples in one scrape; 0: no limit of its own
-	unconfirmed   int               // scrapes in a row that served unread samples and were repeated
-	lastWarning   time.Time         // of these scrapes; zero: none yet
-	proxied       bool              // has scraped through a proxy
+	savedScrape   time.Time          // lastScrape on disk
+	cursors       map[uint64]uint64  // site → number of the newest batch confirmed
+	unsaved       map[uint64]uint64  // changes of cursors that are not on disk; 0 removes
+	sessions      []*ConsumerSession // at most maxSessions, least recently used first
+	scrapeLimit   int                // samples in one scrape; 0: no limit of its own
+	unconfirmed   int                // scrapes in a row that served unread samples and were repeated
+	lastWarning   time.Time          // of these scrapes; zero: none yet
+	proxied       bool               // has scraped through a proxy
 }
 
 // CheckConsumerName reports a name that no consumer can have.
@@ -73,30 +73,30 @@ func ConsumerKey(name, address, match string) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// PastCursor says that cursors are past the end of a site's log.
-type PastCursor struct {
+// CursorPastEnd says that cursors are past the end of a site's log.
+type CursorPastEnd struct {
 	Site, Seq uint64
 	Names     []string // of the consumers
 }
 
-// DropCursorsPast drops and returns the cursors that are past the end of their site's log, or
-// whose site has no log. ends has the number of the last batch in each log. The consumers are
+// DropCursorsPastEnd drops and returns the cursors that are past the end of their site's log, or
+// whose site has no log. logEnds has the number of the last batch in each log. The consumers are
 // served again all that such a log still holds.
-func (cs *Consumers) DropCursorsPast(ends map[uint64]uint64) []PastCursor {
+func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []CursorPastEnd {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	past := map[uint64]PastCursor{}
+	past := map[uint64]CursorPastEnd{}
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
 		for site, seq := range c.cursors {
-			if seq > ends[site] {
+			if seq > logEnds[site] {
 				p := past[site]
-				past[site] = PastCursor{site, max(p.Seq, seq), append(p.Names, c.name)}
+				past[site] = CursorPastEnd{site, max(p.Seq, seq), append(p.Names, c.name)}
 				c.setCursor(site, 0)
 			}
 		}
 	}
-	return slices.SortedFunc(maps.Values(past), func(a, b PastCursor) int { return cmp.Compare(a.Site, b.Site) })
+	return slices.SortedFunc(maps.Values(past), func(a, b CursorPastEnd) int { return cmp.Compare(a.Site, b.Site) })
 }
 
 // HighestCursor returns the highest cursor of all.
@@ -112,18 +112,18 @@ func (cs *Consumers) HighestCursor() (highest uint64) {
 }
 
 // setCursor sets a cursor, or removes it if seq is 0.
-func (c *consumer) setCursor(site, seq uint64) {
-	if c.unsaved[site] = seq; seq == 0 {
-		delete(c.cursors, site)
+func (c *consumer) setCursor(siteKey, seq uint64) {
+	if c.unsaved[siteKey] = seq; seq == 0 {
+		delete(c.cursors, siteKey)
 	} else {
-		c.cursors[site] = seq
+		c.cursors[siteKey] = seq
 	}
 }
 
-// addKnown returns the consumer, adding it if need be as if it had scraped now; nil if there
+// findOrAddConsumer returns the consumer, adding it if need be as if it had scraped now; nil if there
 // are more than MaxConsumers. Recovery calls it as well as a scrape: a consumer of the files
 // that is refused here would count as damage.
-func (cs *Consumers) addKnown(k KnownConsumer, now time.Time) *consumer {
+func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
 	if c == nil && len(cs.byKey) < MaxConsumers {
 		c = &consumer{key: k.Key, name: k.Name, address: k.Address, lastScrape: now, cursors: map[uint64]uint64{}, unsaved: map[uint64]uint64{}}
@@ -132,22 +132,22 @@ func (cs *Consumers) addKnown(k KnownConsumer, now time.Time) *consumer {
 	return c
 }
 
-// AddReported adds the consumers that a site's client knows from other servers, or from this
+// AddReportedConsumers adds the consumers that a site's client knows from other servers, or from this
 // one before it lost its disk. They matter for that site alone.
-func (cs *Consumers) AddReported(site uint64, consumers []ConsumerAge, now time.Time) {
+func (cs *Consumers) AddReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, c := range consumers {
 		if c.Age >= consumerIdle {
 			continue
 		}
-		scrapes := cs.reported[site]
+		scrapes := cs.reported[siteKey]
 		if scrapes == nil {
 			if len(cs.reported) >= maxReportingSites {
 				return
 			}
 			scrapes = map[uint64]time.Time{}
-			cs.reported[site] = scrapes
+			cs.reported[siteKey] = scrapes
 		}
 		at := now.Add(-c.Age)
 		if old, known := scrapes[c.Key]; at.After(old) && (known || len(scrapes) < MaxConsumers) {
@@ -158,10 +158,10 @@ func (cs *Consumers) AddReported(site uint64, consumers []ConsumerAge, now time.
 
 // ConsumerAges returns the consumers of the last day that matter for a site, by key: at most
 // MaxConsumers, the ones that scraped last.
-func (cs *Consumers) ConsumerAges(site uint64, now time.Time) (all []ConsumerAge) {
+func (cs *Consumers) ConsumerAges(siteKey uint64, now time.Time) (all []ConsumerAge) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	for key, at := range cs.lastScrapes(site, now) {
+	for key, at := range cs.lastScrapes(siteKey, now) {
 		all = append(all, ConsumerAge{key, max(0, now.Sub(at))})
 	}
 	slices.SortFunc(all, func(a, b ConsumerAge) int { return cmp.Or(cmp.Compare(a.Age, b.Age), cmp.Compare(a.Key, b.Key)) })
@@ -172,9 +172,9 @@ func (cs *Consumers) ConsumerAges(site uint64, now time.Time) (all []ConsumerAge
 
 // lastScrapes returns the newest scrape, of any server, of each consumer of the last day that
 // matters for a site. cs.mu is held.
-func (cs *Consumers) lastScrapes(site uint64, now time.Time) map[uint64]time.Time {
+func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.Time {
 	all := make(map[uint64]time.Time, len(cs.byKey))
-	for key, at := range cs.reported[site] {
+	for key, at := range cs.reported[siteKey] {
 		if now.Sub(at) < consumerIdle {
 			all[key] = at
 		}
@@ -187,19 +187,19 @@ func (cs *Consumers) lastScrapes(site uint64, now time.Time) map[uint64]time.Tim
 	return all
 }
 
-// ReadByAll returns up to which batch of a site every consumer that counts has read. A consumer
+// SeqReadByAll returns up to which batch of a site every consumer that counts has read. A consumer
 // that has not scraped for retention does not count, as long as another one has. A consumer
-// that only the site's client reported has read nothing here. If there is no consumer, known is
+// that only the site's client reported has read nothing here. If there is no consumer, hasConsumers is
 // false, and seq is MaxSeq because nothing waits for a consumer.
-func (cs *Consumers) ReadByAll(site uint64, now time.Time) (seq uint64, known bool) {
+func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, hasConsumers bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	scrapes := cs.lastScrapes(site, now)
+	scrapes := cs.lastScrapes(siteKey, now)
 	byRecent, byAll := uint64(MaxSeq), uint64(MaxSeq)
 	for key, at := range scrapes {
 		cursor := uint64(0)
 		if c := cs.byKey[key]; c != nil {
-			cursor = c.cursors[site]
+			cursor = c.cursors[siteKey]
 		}
 		byAll = min(byAll, cursor)
 		if now.Sub(at) <= cs.retention {
@@ -212,8 +212,8 @@ func (cs *Consumers) ReadByAll(site uint64, now time.Time) (seq uint64, known bo
 	return byRecent, true
 }
 
-// LastScrape returns the newest time of a scrape that is saved; zero if none is.
-func (cs *Consumers) LastScrape() (at time.Time) {
+// LastSavedScrape returns the newest time of a scrape that is saved; zero if none is.
+func (cs *Consumers) LastSavedScrape() (at time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, c := range cs.byKey {
@@ -235,14 +235,14 @@ type ConsumerCursor struct {
 // Cursors returns the cursors of all consumers that matter for a site, by name and address. A
 // consumer that only the site's client reported has its key for a name, no address, and has
 // read nothing.
-func (cs *Consumers) Cursors(site uint64) []ConsumerCursor {
+func (cs *Consumers) Cursors(siteKey uint64) []ConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	var all []ConsumerCursor
 	for _, c := range cs.byKey {
-		all = append(all, ConsumerCursor{c.key, c.name, c.address, c.cursors[site], c.lastScrape})
+		all = append(all, ConsumerCursor{c.key, c.name, c.address, c.cursors[siteKey], c.lastScrape})
 	}
-	for key, at := range cs.reported[site] {
+	for key, at := range cs.reported[siteKey] {
 		if cs.byKey[key] == nil {
 			all = append(all, ConsumerCursor{Key: key, Name: fmt.Sprintf("%016x", key), LastScrape: at})
 		}
@@ -253,9 +253,9 @@ func (cs *Consumers) Cursors(site uint64) []ConsumerCursor {
 	return all
 }
 
-// ForEachUnconfirmed calls f with the number of unconfirmed scrapes in a row of each consumer;
+// ForEachUnconfirmedCount calls f with the number of unconfirmed scrapes in a row of each consumer;
 // of consumers that differ only in what they ask for, with the highest.
-func (cs *Consumers) ForEachUnconfirmed(f func(name, address string, scrapes int)) {
+func (cs *Consumers) ForEachUnconfirmedCount(f func(name, address string, scrapes int)) {
 	highest := map[[2]string]int{}
 	cs.mu.Lock()
 	for _, c := range cs.byKey {
@@ -268,17 +268,17 @@ func (cs *Consumers) ForEachUnconfirmed(f func(name, address string, scrapes int
 	}
 }
 
-// DropSite drops all that is known of the reading of a site, which left the store.
-func (cs *Consumers) DropSite(site uint64) {
+// DropSiteCursors drops all that is known of the reading of a site, which left the store.
+func (cs *Consumers) DropSiteCursors(siteKey uint64) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, c := range cs.byKey {
-		if c.cursors[site] > 0 {
-			c.setCursor(site, 0)
+		if c.cursors[siteKey] > 0 {
+			c.setCursor(siteKey, 0)
 		}
 		for _, r := range c.sessions {
-			delete(r.confirmed, site)
-			delete(r.served, site)
+			delete(r.confirmed, siteKey)
+			delete(r.served, siteKey)
 		}
 	}
 }

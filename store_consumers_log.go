@@ -41,7 +41,7 @@ func encodeCursors(r cursorRecord) []byte {
 }
 
 func decodeCursors(payload []byte) (cursorRecord, error) {
-	r := ReadWire(payload)
+	r := NewWireReader(payload)
 	rec := cursorRecord{key: r.Uint64(), lastScrape: time.Unix(r.Varint(math.MinInt64, math.MaxInt64), 0), cursors: map[uint64]uint64{}}
 	for r.Len() > 0 {
 		site := r.Uint64()
@@ -53,10 +53,10 @@ func decodeCursors(payload []byte) (cursorRecord, error) {
 // OpenConsumers reads the cursors in dir of the consumers in state; dir "" is memory-only mode.
 // If the file is damaged, no consumer has a cursor, and Damage says so: a record that was lost
 // may have moved or removed each of them. The error is that of reading the file.
-func OpenConsumers(fsys FS, dir string, state *StoreState, retention time.Duration, now time.Time) (*Consumers, error) {
+func OpenConsumers(fsys FS, dir string, state *StoreMeta, retention time.Duration, now time.Time) (*Consumers, error) {
 	cs := &Consumers{lock: newIOLock(), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: state, retention: retention}
 	for _, k := range state.Consumers {
-		cs.addKnown(k, now)
+		cs.findOrAddConsumer(k, now)
 	}
 	if dir == "" {
 		return cs, nil
@@ -82,7 +82,7 @@ func OpenConsumers(fsys FS, dir string, state *StoreState, retention time.Durati
 		for _, c := range cs.byKey {
 			clear(c.cursors)
 		}
-		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.CopyNote())
+		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.KeptCopyNote())
 	}
 	return cs, nil
 }
@@ -96,7 +96,7 @@ func (cs *Consumers) decodeRecord(kind byte, payload []byte, now time.Time) erro
 	if err != nil {
 		return fmt.Errorf("record of cursors: %w", err)
 	}
-	c := cs.addKnown(KnownConsumer{Key: rec.key}, now)
+	c := cs.findOrAddConsumer(KnownConsumer{Key: rec.key}, now)
 	if c == nil {
 		return ErrConsumers
 	}
@@ -124,7 +124,7 @@ func (cs *Consumers) SaveIfConsumersChanged() error {
 }
 
 // Save writes all changes to disk: first the consumers, if they changed, then the cursors of
-// all sites in one write. What could not be written is written by the next call.
+// all sites in one write. After an error the next call writes the changes.
 func (cs *Consumers) Save() error {
 	_ = cs.lock.Lock(context.Background(), nil)
 	defer cs.lock.Unlock()
@@ -188,7 +188,7 @@ func (cs *Consumers) takeChanges() cursorChanges {
 			continue
 		}
 		changes.unsaved[key] = c.unsaved
-		changes.frames = c.appendRecord(changes.frames, c.unsaved)
+		changes.frames = c.appendCursorRecord(changes.frames, c.unsaved)
 		c.savedScrape, c.unsaved = c.lastScrape, map[uint64]uint64{}
 	}
 	return changes
@@ -217,11 +217,11 @@ func (cs *Consumers) encodeAll() (frames []byte) {
 	defer cs.mu.Unlock()
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
-		frames = c.appendRecord(frames, c.cursors)
+		frames = c.appendCursorRecord(frames, c.cursors)
 	}
 	return frames
 }
 
-func (c *consumer) appendRecord(frames []byte, cursors map[uint64]uint64) []byte {
+func (c *consumer) appendCursorRecord(frames []byte, cursors map[uint64]uint64) []byte {
 	return AppendRecord(frames, recordCursors, encodeCursors(cursorRecord{c.key, c.lastScrape, cursors}))
 }

@@ -1,8 +1,8 @@
 package main
 
-// Scrapes of one connection of a consumer. What was served on a connection counts as read when
+// Scrapes of one connection of a consumer. Samples served on a connection count as read when
 // the connection asks again, because the answer is then known to have arrived. On another
-// connection it is served again. Sessions are bounded for each consumer.
+// connection they are served again. Sessions are bounded for each consumer.
 
 import (
 	"fmt"
@@ -18,52 +18,52 @@ const (
 	unconfirmedWarn  = time.Hour // between warnings of unconfirmed scrapes
 )
 
-// ScrapeSession is how far one connection of one consumer has read. Requests of a connection
+// ConsumerSession is how far one connection of one consumer has read. Requests of a connection
 // come one after the other, and so must the calls of its methods. Consumers.mu guards its fields.
-type ScrapeSession struct {
+type ConsumerSession struct {
 	Key           uint64 // names the consumer
 	consumers     *Consumers
 	consumer      *consumer
 	conn          any
-	confirmed     map[uint64]Position // by site; on this connection, or before it began
-	served        map[uint64]Position // by site; in the last scrape
-	servedUnread  int                 // samples of the last scrape that were unread
-	late          bool                // the last scrape took longer than it may
-	writtenInTime bool                // the last scrape was written to its end, and was not slow
+	confirmed     map[uint64]ReadPosition // by site; on this connection, or before it began
+	served        map[uint64]ReadPosition // by site; in the last scrape
+	servedUnread  int                     // samples of the last scrape that were unread
+	late          bool                    // the last scrape took longer than it may
+	writtenInTime bool                    // the last scrape was written to its end, and was not slow
 }
 
 // BeginScrape begins a scrape of a consumer, over conn, which has to be comparable and
-// unlike that of any other connection ever. What was served on conn before has arrived, because
-// a consumer asks again only when it has read the answer. repeated reports that what was served
+// unlike that of any other connection ever. Samples served on conn before have arrived, because
+// a consumer asks again only when it has read the answer. repeats reports that what was served
 // last to this consumer, on another connection, is not known to have arrived, and comes again.
-func (cs *Consumers) BeginScrape(key uint64, name, address string, conn any, now time.Time) (r *ScrapeSession, repeated bool, err error) {
+func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn any, now time.Time) (session *ConsumerSession, repeats bool, err error) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	c, err := cs.noteScrape(KnownConsumer{key, name, address}, now)
+	c, err := cs.noteScrape(KnownConsumer{consumerKey, name, address}, now)
 	if err != nil {
 		return nil, false, err
 	}
-	i := slices.IndexFunc(c.sessions, func(r *ScrapeSession) bool { return r.conn == conn })
+	i := slices.IndexFunc(c.sessions, func(r *ConsumerSession) bool { return r.conn == conn })
 	if i >= 0 {
-		r = c.sessions[i]
+		session = c.sessions[i]
 		c.sessions = slices.Delete(c.sessions, i, i+1)
-		r.confirm()
+		session.confirmLastScrape()
 	} else {
-		r = c.newSession(cs, conn)
-		repeated = c.countUnconfirmed()
+		session = c.newSession(cs, conn)
+		repeats = c.noteUnconfirmedScrape()
 		if len(c.sessions) == maxSessions {
 			c.sessions = slices.Delete(c.sessions, 0, 1)
 		}
 	}
-	c.sessions = append(c.sessions, r)
-	r.served, r.servedUnread, r.late, r.writtenInTime = map[uint64]Position{}, 0, false, false
-	return r, repeated, nil
+	c.sessions = append(c.sessions, session)
+	session.served, session.servedUnread, session.late, session.writtenInTime = map[uint64]ReadPosition{}, 0, false, false
+	return session, repeats, nil
 }
 
 // noteScrape returns the consumer of a scrape, which it adds if need be.
 func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, error) {
 	known := cs.byKey[k.Key] != nil
-	c := cs.addKnown(k, now)
+	c := cs.findOrAddConsumer(k, now)
 	if c == nil {
 		return nil, fmt.Errorf("%w: %d are known; one is forgotten when it has not scraped for %v", ErrConsumers, MaxConsumers, consumerIdle)
 	}
@@ -77,19 +77,19 @@ func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, erro
 
 // newSession returns a session that begins at the consumer's cursors. Later, sessions of the
 // same consumer move on without each other.
-func (c *consumer) newSession(cs *Consumers, conn any) *ScrapeSession {
-	r := &ScrapeSession{Key: c.key, consumers: cs, consumer: c, conn: conn, confirmed: make(map[uint64]Position, len(c.cursors))}
+func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
+	r := &ConsumerSession{Key: c.key, consumers: cs, consumer: c, conn: conn, confirmed: make(map[uint64]ReadPosition, len(c.cursors))}
 	for site, seq := range c.cursors {
-		r.confirmed[site] = Position{Seq: seq}
+		r.confirmed[site] = ReadPosition{Seq: seq}
 	}
 	return r
 }
 
-// countUnconfirmed reports whether the consumer left connections whose last scrape served
+// noteUnconfirmedScrape reports whether the consumer left connections whose last scrape served
 // unread samples, and counts them as one scrape. The next scrape is half as long, in case it
 // was the length that failed. A scrape that was written whole and in time halves the limit
 // only among the first few in a row: more of them are not a matter of length.
-func (c *consumer) countUnconfirmed() (repeated bool) {
+func (c *consumer) noteUnconfirmedScrape() (repeated bool) {
 	for _, other := range c.sessions {
 		if other.servedUnread == 0 {
 			continue
@@ -106,9 +106,9 @@ func (c *consumer) countUnconfirmed() (repeated bool) {
 	return repeated
 }
 
-// confirm moves the cursors to what the session's last scrape served, and doubles the
+// confirmLastScrape moves the cursors to what the session's last scrape served, and doubles the
 // consumer's limit if that scrape was in time.
-func (s *ScrapeSession) confirm() {
+func (s *ConsumerSession) confirmLastScrape() {
 	c := s.consumer
 	if len(s.served) > 0 {
 		c.unconfirmed, c.lastWarning = 0, time.Time{}
@@ -125,39 +125,39 @@ func (s *ScrapeSession) confirm() {
 }
 
 // Position returns how far the connection has read a site. It begins at the consumer's cursor.
-func (s *ScrapeSession) Position(site uint64) Position {
+func (s *ConsumerSession) Position(siteKey uint64) ReadPosition {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
-	return s.confirmed[site]
+	return s.confirmed[siteKey]
 }
 
 // MarkServed notes that unread more samples of a site, up to a position, are being served.
-func (s *ScrapeSession) MarkServed(site uint64, to Position, unread int) {
+func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, unread int) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
-	s.served[site] = to
+	s.served[siteKey] = to
 	s.servedUnread += unread
 }
 
-// SampleLimit returns how many samples this scrape may have: limit, or less if the consumer's last
+// SampleLimit returns how many samples this scrape may have: configured, or less if the consumer's last
 // scrapes failed. 0 does not bound.
-func (s *ScrapeSession) SampleLimit(limit int) int {
+func (s *ConsumerSession) SampleLimit(configured int) int {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
-	if own := s.consumer.scrapeLimit; own > 0 && (limit == 0 || own < limit) {
+	if own := s.consumer.scrapeLimit; own > 0 && (configured == 0 || own < configured) {
 		return own
 	}
 	s.consumer.scrapeLimit = 0
-	return limit
+	return configured
 }
 
-// Finish ends a scrape whose answer took some time to write, or failed with err. If it took
+// NoteWriteTime ends a scrape whose answer took some time to write, or failed with writeErr. If it took
 // longer than allowed, the next scrape is shorter; allowed 0 does not bound.
-func (s *ScrapeSession) Finish(took, allowed time.Duration, err error) {
+func (s *ConsumerSession) NoteWriteTime(took, allowed time.Duration, writeErr error) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	late := took > allowed && allowed > 0
-	s.writtenInTime = !late && err == nil
+	s.writtenInTime = !late && writeErr == nil
 	if late && s.servedUnread > 0 {
 		s.late = true
 		s.consumer.lowerLimit(int(float64(s.servedUnread) * float64(allowed) / float64(took)))
@@ -166,7 +166,7 @@ func (s *ScrapeSession) Finish(took, allowed time.Duration, err error) {
 
 // MarkProxied notes that the scrape came through a proxy, and reports whether it is the
 // consumer's first that did.
-func (s *ScrapeSession) MarkProxied() (first bool) {
+func (s *ConsumerSession) MarkProxied() (first bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	first = !s.consumer.proxied
@@ -174,9 +174,9 @@ func (s *ScrapeSession) MarkProxied() (first bool) {
 	return first
 }
 
-// UnconfirmedScrapes returns how many scrapes in a row served unread samples and were not
+// TakeUnconfirmedWarning returns how many scrapes in a row served unread samples and were not
 // confirmed. warn reports that it is time for a warning, which counts as given.
-func (s *ScrapeSession) UnconfirmedScrapes(now time.Time) (scrapes int, warn bool) {
+func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmed int, warn bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	if warn = s.consumer.unconfirmed >= unconfirmedFew && now.Sub(s.consumer.lastWarning) >= unconfirmedWarn; warn {
@@ -185,9 +185,9 @@ func (s *ScrapeSession) UnconfirmedScrapes(now time.Time) (scrapes int, warn boo
 	return s.consumer.unconfirmed, warn
 }
 
-// lowerLimit lowers the limit to n, but not below minConsumerLimit.
-func (c *consumer) lowerLimit(n int) {
-	if n = max(minConsumerLimit, n); c.scrapeLimit == 0 || n < c.scrapeLimit {
-		c.scrapeLimit = n
+// lowerLimit lowers the limit to samples, but not below minConsumerLimit.
+func (c *consumer) lowerLimit(samples int) {
+	if samples = max(minConsumerLimit, samples); c.scrapeLimit == 0 || samples < c.scrapeLimit {
+		c.scrapeLimit = samples
 	}
 }

@@ -29,9 +29,9 @@ func openConsumers(t testing.TB, fsys FS, now time.Time, damage bool) *Consumers
 }
 
 // openStoreState reads the state that is kept in fsys.
-func openStoreState(t testing.TB, fsys FS) *StoreState {
+func openStoreState(t testing.TB, fsys FS) *StoreMeta {
 	t.Helper()
-	state, err := OpenStoreState(fsys, "/s")
+	state, err := OpenStoreMeta(fsys, "/s")
 	if err != nil || state.Damage != nil {
 		t.Fatal(err, state.Damage)
 	}
@@ -48,7 +48,7 @@ func confirm(t testing.TB, cs *Consumers, name string, now time.Time, places map
 			t.Fatal(err)
 		}
 		for site, seq := range places {
-			r.MarkServed(site, Position{Seq: seq}, 1)
+			r.MarkServed(site, ReadPosition{Seq: seq}, 1)
 		}
 	}
 }
@@ -228,7 +228,7 @@ func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[ui
 			confirm(t, cs, "second", consumersNow, map[uint64]uint64{i % 2: 20 + i})
 		}
 		if i == 4 {
-			cs.DropSite(1001)
+			cs.DropSiteCursors(1001)
 		}
 		saveConsumers(t, cs)
 	}
@@ -324,13 +324,13 @@ func FuzzConsumers(f *testing.F) {
 // In memory only, nothing is gathered for a file that is not written; nor is anything
 // for sites that are held no more, or for connections without end.
 func TestConsumersMemoryOnly(t *testing.T) {
-	cs, err := OpenConsumers(nil, "", &StoreState{}, time.Hour, consumersNow)
+	cs, err := OpenConsumers(nil, "", &StoreMeta{}, time.Hour, consumersNow)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for site := range uint64(100) {
 		confirm(t, cs, "c", consumersNow, map[uint64]uint64{site: 1})
-		cs.DropSite(site)
+		cs.DropSiteCursors(site)
 		saveConsumers(t, cs)
 	}
 	for _, c := range cs.byKey {
@@ -376,12 +376,12 @@ func TestConsumersLimit(t *testing.T) {
 		{"lost and slow", []step{{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 2 * most, true, 4000}, {4000, 2 * most, true, 2000}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			cs, err := OpenConsumers(nil, "", &StoreState{}, time.Hour, consumersNow)
+			cs, err := OpenConsumers(nil, "", &StoreMeta{}, time.Hour, consumersNow)
 			if err != nil {
 				t.Fatal(err)
 			}
 			conn := &ConnTracker{}
-			begin := func() *ScrapeSession {
+			begin := func() *ConsumerSession {
 				r, _, err := cs.BeginScrape(1, "c", "", conn, consumersNow)
 				if err != nil {
 					t.Fatal(err)
@@ -393,11 +393,11 @@ func TestConsumersLimit(t *testing.T) {
 				t.Fatalf("the first limit is %d", got)
 			}
 			for i, s := range test.steps {
-				r.MarkServed(1, Position{Seq: uint64(i + 1)}, s.served)
+				r.MarkServed(1, ReadPosition{Seq: uint64(i + 1)}, s.served)
 				if s.took == cut {
-					r.Finish(0, most, io.ErrClosedPipe)
+					r.NoteWriteTime(0, most, io.ErrClosedPipe)
 				} else {
-					r.Finish(s.took, most, nil)
+					r.NoteWriteTime(s.took, most, nil)
 				}
 				if s.lost {
 					conn = &ConnTracker{}
@@ -419,7 +419,7 @@ func TestConsumersSaveFails(t *testing.T) {
 	saveConsumers(t, cs)
 	confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 6, 2: 6})
 	confirm(t, cs, "b", consumersNow, map[uint64]uint64{1: 9})
-	cs.DropSite(3)
+	cs.DropSiteCursors(3)
 	failed := 0
 	fsys.hook = func(_ int, op, _ string) fault {
 		if op != "write" {
@@ -479,9 +479,9 @@ func TestConsumersRead(t *testing.T) {
 			confirm(t, cs, name, consumersNow.Add(-test.ago[name]), map[uint64]uint64{site: seq})
 		}
 		for _, told := range test.told {
-			cs.AddReported(told.site, told.all, consumersNow)
+			cs.AddReportedConsumers(told.site, told.all, consumersNow)
 		}
-		if seq, known := cs.ReadByAll(site, consumersNow); seq != test.seq || known != test.known {
+		if seq, known := cs.SeqReadByAll(site, consumersNow); seq != test.seq || known != test.known {
 			t.Errorf("%s: read up to %d, %t; want %d, %t", test.name, seq, known, test.seq, test.known)
 		}
 	}
@@ -492,18 +492,18 @@ func TestConsumersRead(t *testing.T) {
 func TestConsumersReportedIsBounded(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
 	for i := range uint64(3 * MaxConsumers) {
-		cs.AddReported(7, []ConsumerAge{{i + 1, time.Duration(i) * time.Second}}, consumersNow)
+		cs.AddReportedConsumers(7, []ConsumerAge{{i + 1, time.Duration(i) * time.Second}}, consumersNow)
 	}
 	if n := len(cs.ConsumerAges(7, consumersNow)); n != MaxConsumers {
 		t.Errorf("%d consumers are known for a site", n)
 	}
 	for i := range uint64(maxReportingSites + 10) {
-		cs.AddReported(i, []ConsumerAge{{1, 0}}, consumersNow)
+		cs.AddReportedConsumers(i, []ConsumerAge{{1, 0}}, consumersNow)
 	}
 	if n := len(cs.reported); n != maxReportingSites {
 		t.Errorf("%d sites tell of consumers", n)
 	}
-	cs.DropSite(7) // as after a first push of which nothing was taken
+	cs.DropSiteCursors(7) // as after a first push of which nothing was taken
 	if len(cs.ConsumerAges(7, consumersNow)) == 0 {
 		t.Error("a site that is not held tells nothing")
 	}
@@ -516,7 +516,7 @@ func TestConsumersReportedIsBounded(t *testing.T) {
 // Client and server tell each other the same consumer for ever; its age grows all the same.
 func TestConsumersAgeThroughEchoes(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
-	cs.AddReported(1, []ConsumerAge{{9, 0}}, consumersNow)
+	cs.AddReportedConsumers(1, []ConsumerAge{{9, 0}}, consumersNow)
 	now := consumersNow
 	for range 4000 { // more than an hour
 		now = now.Add(999 * time.Millisecond)
@@ -524,7 +524,7 @@ func TestConsumersAgeThroughEchoes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cs.AddReported(1, all, now)
+		cs.AddReportedConsumers(1, all, now)
 	}
 	if age := cs.ConsumerAges(1, now)[0].Age; age < now.Sub(consumersNow) {
 		t.Errorf("after %v a consumer is %v old", now.Sub(consumersNow), age)

@@ -19,7 +19,7 @@ type ReadLimits struct {
 }
 
 // batchesAfter returns the batches that a reader has not read to their end.
-func (d *SiteSamples) batchesAfter(pos Position) []*Batch {
+func (d *SiteSamples) batchesAfter(pos ReadPosition) []*Batch {
 	i, found := slices.BinarySearchFunc(d.Batches, pos.Seq, func(b *Batch, seq uint64) int { return cmp.Compare(b.Seq, seq) })
 	if found {
 		i++
@@ -27,11 +27,11 @@ func (d *SiteSamples) batchesAfter(pos Position) []*Batch {
 	return d.Batches[i:]
 }
 
-// UnreadCount returns how many samples a reader has not read.
-func (d *SiteSamples) UnreadCount(pos Position) int {
+// UnreadSampleCount returns how many samples a reader has not read.
+func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 	n := 0
 	for _, b := range d.batchesAfter(pos) {
-		read := pos.ReadOf(b)
+		read := pos.SamplesReadOf(b)
 		if b.MinT >= d.expiredBefore {
 			n += len(b.V) - read
 			continue
@@ -49,7 +49,7 @@ func (d *SiteSamples) UnreadCount(pos Position) int {
 // and if those are all, with the newest sample of each series that it has read. Samples come by
 // name, and those of a series in the order of time. It returns how far the reader is with
 // them, and how many were unread.
-func (d *SiteSamples) Read(pos Position, limits ReadLimits, emit func(name string, l FamilySample)) (to Position, unread int) {
+func (d *SiteSamples) Read(pos ReadPosition, limits ReadLimits, emit func(name string, l FamilySample)) (to ReadPosition, unread int) {
 	samples, to, all := d.unreadSamples(pos, limits)
 	repeat := all && d.Table.Len() <= limits.Repeats
 	if len(samples) == 0 && !repeat {
@@ -58,8 +58,8 @@ func (d *SiteSamples) Read(pos Position, limits ReadLimits, emit func(name strin
 	if !slices.IsSortedFunc(samples, compareSeriesTime) {
 		slices.SortFunc(samples, compareSeriesTime)
 	}
-	start := startOfEach(samples, d.Table.Len())
-	d.Table.ForEachSince(math.MinInt64, func(id uint32, name string, l FamilySample) {
+	start := startOfEachSeries(samples, d.Table.Len())
+	d.Table.ForEachNewestSince(math.MinInt64, func(id uint32, name string, l FamilySample) {
 		newestT, newestV := l.T, l.V
 		own := samples[start[id]:start[id+1]]
 		for _, s := range own {
@@ -75,8 +75,8 @@ func (d *SiteSamples) Read(pos Position, limits ReadLimits, emit func(name strin
 }
 
 // unreadSamples returns samples that a reader at pos has not read, in the order of the batches,
-// how far the reader is with them, and whether they are all.
-func (d *SiteSamples) unreadSamples(pos Position, limits ReadLimits) (samples []seriesSample, to Position, all bool) {
+// how far the reader is with them, and whether they are complete.
+func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (samples []seriesSample, to ReadPosition, complete bool) {
 	to = pos
 	batches := d.batchesAfter(pos)
 	n := 0
@@ -91,7 +91,7 @@ func (d *SiteSamples) unreadSamples(pos Position, limits ReadLimits) (samples []
 	}
 	samples = make([]seriesSample, 0, n)
 	for _, b := range batches {
-		for i := pos.ReadOf(b); i < len(b.V); i++ {
+		for i := pos.SamplesReadOf(b); i < len(b.V); i++ {
 			id, t := b.IDs[i], b.Time(i)
 			if t < d.expiredBefore {
 				continue
@@ -99,26 +99,26 @@ func (d *SiteSamples) unreadSamples(pos Position, limits ReadLimits) (samples []
 			// The samples of a batch come in rounds of one for each series: a series that comes
 			// again begins the next round.
 			if len(samples) == limits.Unread || limits.OnePerSeries && seen[id] || t < limits.ServedSince {
-				return samples, Position{Seq: to.Seq, PartialSeq: b.Seq, PartialRead: i, PartialLen: len(b.V)}, false
+				return samples, ReadPosition{Seq: to.Seq, PartialSeq: b.Seq, PartialRead: i, PartialLen: len(b.V)}, false
 			}
 			if limits.OnePerSeries {
 				seen[id] = true
 			}
 			samples = append(samples, seriesSample{id: id, t: t, v: b.V[i]})
 		}
-		to = Position{Seq: b.Seq}
+		to = ReadPosition{Seq: b.Seq}
 	}
 	return samples, to, true
 }
 
-// startOfEach returns the index of the first sample of each of n series in samples, which are
+// startOfEachSeries returns the index of the first sample of each of seriesCount series in samples, which are
 // sorted by series, and behind them the number of samples.
-func startOfEach(samples []seriesSample, n int) []uint32 {
-	start := make([]uint32, n+1)
+func startOfEachSeries(samples []seriesSample, seriesCount int) []uint32 {
+	start := make([]uint32, seriesCount+1)
 	for _, s := range samples {
 		start[s.id+1]++
 	}
-	for id := range n {
+	for id := range seriesCount {
 		start[id+1] += start[id]
 	}
 	return start

@@ -21,10 +21,10 @@ const (
 	seriesRecordSize = 1 << 20
 )
 
-// EncodeSeries appends the payload of a series record that gives the lines the
-// IDs first, first+1, …
-func EncodeSeries(buf []byte, first uint32, lines func(yield func([]byte) bool)) []byte {
-	buf = binary.AppendUvarint(buf, uint64(first))
+// EncodeSeriesPayload appends the payload of a series record that gives the lines the
+// IDs firstID, firstID+1, …
+func EncodeSeriesPayload(buf []byte, firstID uint32, lines func(yield func([]byte) bool)) []byte {
+	buf = binary.AppendUvarint(buf, uint64(firstID))
 	for line := range lines {
 		buf = append(binary.AppendUvarint(buf, uint64(len(line))), line...)
 	}
@@ -34,7 +34,7 @@ func EncodeSeries(buf []byte, first uint32, lines func(yield func([]byte) bool))
 // DecodeSeries calls emit for the lines of a series record; they share memory with payload. It
 // returns the first error of emit.
 func DecodeSeries(payload []byte, emit func(id uint32, line []byte) error) error {
-	r := ReadWire(payload)
+	r := NewWireReader(payload)
 	for id := r.Uvarint(MaxSeriesID); r.Len() > 0; id++ {
 		line := r.Bytes(r.Count(1))
 		if r.Require(id <= MaxSeriesID); r.Err() != nil {
@@ -50,11 +50,11 @@ func DecodeSeries(payload []byte, emit func(id uint32, line []byte) error) error
 	return nil
 }
 
-// AppendSeriesRecords appends framed records of the series of t from ID first on.
-func AppendSeriesRecords(frames []byte, t *SeriesTable, first int) []byte {
-	for first < t.Len() {
-		next, size := first, 0
-		payload := EncodeSeries(nil, uint32(first), func(yield func([]byte) bool) {
+// AppendSeriesRecords appends framed records of the series of t from ID firstID on.
+func AppendSeriesRecords(frames []byte, t *SeriesTable, firstID int) []byte {
+	for firstID < t.Len() {
+		next, size := firstID, 0
+		payload := EncodeSeriesPayload(nil, uint32(firstID), func(yield func([]byte) bool) {
 			for next < t.Len() && size < seriesRecordSize {
 				line := t.Line(uint32(next))
 				next, size = next+1, size+len(line)
@@ -64,7 +64,7 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, first int) []byte {
 			}
 		})
 		frames = AppendRecord(frames, RecordSeries, payload)
-		first = next
+		firstID = next
 	}
 	return frames
 }
@@ -76,10 +76,10 @@ const (
 	countShift = iota
 )
 
-// EncodeBatch appends the payload of b's record: sequence number, times, number of samples and
+// EncodeBatchPayload appends the payload of b's record: sequence number, times, number of samples and
 // parts; the names of scrapes, if there are any; IDs; times, if they differ; values. It sets
 // b.Size.
-func EncodeBatch(buf []byte, b *Batch) []byte {
+func EncodeBatchPayload(buf []byte, b *Batch) []byte {
 	start := len(buf)
 	buf = binary.AppendUvarint(buf, b.Seq)
 	buf = binary.AppendVarint(buf, b.AcceptedAt)
@@ -88,12 +88,12 @@ func EncodeBatch(buf []byte, b *Batch) []byte {
 	if b.DT != nil {
 		n |= withTimes
 	}
-	if b.Names.ID != 0 {
+	if b.Names.SpoolID != 0 {
 		n |= withNames
 	}
 	buf = binary.AppendUvarint(buf, n)
-	if b.Names.ID != 0 {
-		buf = AppendRanges(binary.LittleEndian.AppendUint64(buf, b.Names.ID), b.Names.Numbers)
+	if b.Names.SpoolID != 0 {
+		buf = AppendRanges(binary.LittleEndian.AppendUint64(buf, b.Names.SpoolID), b.Names.Numbers)
 	}
 	buf = appendIDs(buf, b.IDs)
 	if b.DT != nil {
@@ -136,7 +136,7 @@ func appendTimes(buf []byte, b *Batch) []byte {
 // DecodeBatch reads the payload of a batch record. It allocates no more than twice the
 // payload's size.
 func DecodeBatch(payload []byte) (*Batch, error) {
-	r := ReadWire(payload)
+	r := NewWireReader(payload)
 	b := &Batch{Size: len(payload)}
 	b.Seq, b.AcceptedAt, b.T0 = r.Uvarint(MaxSeq), r.Varint(math.MinInt64, math.MaxInt64), r.Varint(-maxBatchTime, maxBatchTime)
 	parts := r.Uvarint(math.MaxInt64)
@@ -146,7 +146,7 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	}
 	if parts&withNames != 0 {
 		b.Names = ScrapeNames{r.Uint64(), ReadRanges(&r)}
-		r.Require(b.Names.ID != 0)
+		r.Require(b.Names.SpoolID != 0)
 	}
 	b.IDs = readIDs(&r, n)
 	if parts&withTimes != 0 {
@@ -156,7 +156,7 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	if err := r.Done(); err != nil {
 		return nil, fmt.Errorf("record of a batch: %w", err)
 	}
-	b.SetBounds()
+	b.ComputeTimeBounds()
 	return b, nil
 }
 

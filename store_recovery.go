@@ -25,7 +25,7 @@ func (s *Store) recover() error {
 			return err
 		}
 	}
-	state, err := s.recoverConsumers()
+	state, err := s.recoverStateAndConsumers()
 	if err != nil || s.cfg.Dir == "" {
 		return err
 	}
@@ -33,21 +33,21 @@ func (s *Store) recover() error {
 	if err := s.recoverLogs(dirs, state, damaged); err != nil {
 		return err
 	}
-	if len(s.sites) > 0 && !state.Found() {
+	if len(s.sites) > 0 && !state.found {
 		s.cfg.OnError(fmt.Errorf("%s is missing: consumers that are not in the file of the cursors are not known", filepath.Join(s.cfg.Dir, stateFile)))
 	}
 	s.dropExpiredWhileDown()
 	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
-	s.dropPastCursors(damaged)
+	s.dropCursorsPastEnd(damaged)
 	s.damaged.Store(int64(len(damaged)))
-	s.startBlock(state, highest)
+	s.startSeqBlock(state, highest)
 	s.saveCursors() // with the state, before a batch gets a number
 	return nil
 }
 
-// recoverConsumers reads the server's state and the cursors.
-func (s *Store) recoverConsumers() (*StoreState, error) {
-	state, err := OpenStoreState(s.cfg.FS, s.cfg.Dir)
+// recoverStateAndConsumers reads the server's state and the cursors.
+func (s *Store) recoverStateAndConsumers() (*StoreMeta, error) {
+	state, err := OpenStoreMeta(s.cfg.FS, s.cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
@@ -68,9 +68,9 @@ func (s *Store) recoverConsumers() (*StoreState, error) {
 	return state, nil
 }
 
-// startBlock has the numbers of all later batches be of a new block, above highest.
-func (s *Store) startBlock(state *StoreState, highest uint64) {
-	first := state.NewBlock(highest)
+// startSeqBlock has the numbers of all later batches be of a new block, above highestSeq.
+func (s *Store) startSeqBlock(state *StoreMeta, highestSeq uint64) {
+	first := state.TakeSeqBlock(highestSeq)
 	for _, site := range s.sites {
 		site.raiseSeq(first)
 	}
@@ -80,7 +80,7 @@ func (s *Store) startBlock(state *StoreState, highest uint64) {
 // dropExpiredWhileDown drops and counts the samples that expired while no process ran. The
 // last process counted those that expired before its newest push or scrape.
 func (s *Store) dropExpiredWhileDown() {
-	ran := s.Consumers.LastScrape().UnixMilli()
+	ran := s.Consumers.LastSavedScrape().UnixMilli()
 	for _, site := range s.sites {
 		site.View(func(data *SiteSamples) { ran = max(ran, data.LastPush) })
 	}
@@ -101,29 +101,29 @@ func (d damagedLogs) add(path string) {
 	d[key] = true
 }
 
-// dropPastCursors drops cursors that are past the end of their log, and reports each such log.
-func (s *Store) dropPastCursors(damaged damagedLogs) {
+// dropCursorsPastEnd drops cursors that are past the end of their log, and reports each such log.
+func (s *Store) dropCursorsPastEnd(damaged damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
-		sites[site.Hash] = site
-		site.View(func(data *SiteSamples) { ends[site.Hash] = data.Seq })
+		sites[site.Key] = site
+		site.View(func(data *SiteSamples) { ends[site.Key] = data.Seq })
 	}
-	for _, past := range s.Consumers.DropCursorsPast(ends) {
-		s.cfg.OnError(s.describePast(past, sites[past.Site], ends[past.Site], damaged[past.Site]))
+	for _, past := range s.Consumers.DropCursorsPastEnd(ends) {
+		s.cfg.OnError(s.cursorPastEndError(past, sites[past.Site], ends[past.Site], damaged[past.Site]))
 		damaged[past.Site] = true
 	}
 }
 
-// describePast says whether a log that ends before a cursor was cut short, replaced by an older
+// cursorPastEndError says whether a log that ends before a cursor was cut short, replaced by an older
 // copy, unusable, or removed. site is nil if there is no log that can be used.
-func (s *Store) describePast(past PastCursor, site *Site, end uint64, damaged bool) error {
+func (s *Store) cursorPastEndError(past CursorPastEnd, site *Site, logEnd uint64, damaged bool) error {
 	lost := "an unknown number of pushes is lost"
-	if SameBlock(end, past.Seq) {
-		lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-end)
+	if IsSameSeqBlock(logEnd, past.Seq) {
+		lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-logEnd)
 	}
 	if site != nil {
 		return fmt.Errorf("%s ends before what consumers %q have read of site %q: it was cut short, or is an older copy; %s; what it holds is served again",
-			s.path(site.ID), past.Names, site.ID, lost)
+			s.logPathOf(site.ID), past.Names, site.ID, lost)
 	}
 	name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
 	path := filepath.Join(s.cfg.Dir, name[:2], name)
@@ -133,7 +133,7 @@ func (s *Store) describePast(past PastCursor, site *Site, end uint64, damaged bo
 	return fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost)
 }
 
-func (s *Store) recoverLogs(dirs []string, state *StoreState, damaged damagedLogs) error {
+func (s *Store) recoverLogs(dirs []string, state *StoreMeta, damaged damagedLogs) error {
 	for _, dir := range dirs {
 		if len(filepath.Base(dir)) != 2 {
 			continue
@@ -155,25 +155,25 @@ func (s *Store) recoverLogs(dirs []string, state *StoreState, damaged damagedLog
 
 // recoverLog reads the log at path, rewrites it if it is damaged, and adds its site. Samples
 // that had expired at the site's newest push are not counted: the last process did that.
-func (s *Store) recoverLog(path string, state *StoreState, damaged damagedLogs) error {
+func (s *Store) recoverLog(path string, state *StoreMeta, damaged damagedLogs) error {
 	r, err := s.openSiteLog(path, state)
 	if err != nil {
 		return err // the log may be good
 	}
-	if r.isDamaged() {
+	if r.found.IsDamaged() {
 		damaged.add(path)
 	}
-	if err := r.checkIdentity(); err != nil {
+	if err := r.checkUsable(); err != nil {
 		damaged.add(path)
 		return s.setLogAside(path, err)
 	}
 	oldest := s.KeptSince()
-	r.data.RestoreSpools(r.spools, r.isDamaged())
+	r.data.RestoreSpools(r.spools, r.found.IsDamaged())
 	r.data.DropExpiredUncounted(min(oldest, r.data.LastPush-s.cfg.Retention.Milliseconds()))
 	site := NewSite(r.data, r.log, s)
 	s.sites[site.ID] = site
 	s.reportDamage(r)
-	if err := site.RewriteIfBroken(oldest); err != nil {
+	if err := site.RewriteLogIfBroken(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
 	}
 	_ = s.makeRoom(nil, 0) // after each log: memory is bounded during recovery as well
@@ -185,7 +185,7 @@ type recoveredLog struct {
 	store       *Store
 	path        string
 	log         *Log
-	found       Recovery
+	found       LogRecovery
 	data        SiteSamples
 	spools      SiteSpools
 	parser      SeriesParser
@@ -196,13 +196,13 @@ type recoveredLog struct {
 
 // openSiteLog reads the log at path. The cluster ID is that of the header, or, if the header is
 // damaged, that of the records.
-func (s *Store) openSiteLog(path string, state *StoreState) (*recoveredLog, error) {
+func (s *Store) openSiteLog(path string, state *StoreMeta) (*recoveredLog, error) {
 	r := &recoveredLog{store: s, path: path, data: NewSiteSamples("", s.seed)}
 	var err error
 	if r.log, r.found, err = OpenLogWithGaps(s.cfg.FS, path, r.decodeRecord, func() { r.skipped = true }); err != nil {
 		return nil, err
 	}
-	if r.isDamaged() {
+	if r.found.IsDamaged() {
 		r.data.DropBatchesAbove(state.SeqBound(s.Consumers.HighestCursor()))
 	}
 	if r.found.HeaderDamaged {
@@ -213,14 +213,12 @@ func (s *Store) openSiteLog(path string, state *StoreState) (*recoveredLog, erro
 	return r, nil
 }
 
-func (r *recoveredLog) isDamaged() bool { return r.found.IsDamaged() }
-
-// checkIdentity reports why the log cannot be used.
-func (r *recoveredLog) checkIdentity() error {
+// checkUsable reports why the log cannot be used.
+func (r *recoveredLog) checkUsable() error {
 	switch {
 	case r.found.HeaderDamaged && r.found.Records == 0:
 		return errors.New("it has neither a header nor a record that can be read")
-	case r.store.path(r.data.ID) != r.path:
+	case r.store.logPathOf(r.data.ID) != r.path:
 		return errors.New("its name and its header are not of one site")
 	case r.data.Seq == 0:
 		return errors.New("it has no batch") // no log was ever written so
@@ -232,7 +230,7 @@ func (r *recoveredLog) checkIdentity() error {
 func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 	switch kind {
 	case RecordSeries:
-		isSite := func(id string) bool { return r.store.path(id) == r.path }
+		isSite := func(id string) bool { return r.store.logPathOf(id) == r.path }
 		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.data.RestoreSeries(&r.parser, isSite, id, line) })
 	case RecordBatch:
 		return r.decodeBatch(payload)
@@ -248,11 +246,11 @@ func (r *recoveredLog) decodeBatch(payload []byte) error {
 		return err
 	}
 	before := r.data.Seq
-	lost, err := r.data.AddRecovered(b)
+	lost, err := r.data.RestoreBatch(b)
 	if err != nil {
 		return err
 	}
-	if r.skipped && before > 0 && SameBlock(before, b.Seq) {
+	if r.skipped && before > 0 && IsSameSeqBlock(before, b.Seq) {
 		r.lostPushes += b.Seq - before - 1
 	}
 	r.skipped = false
@@ -277,9 +275,9 @@ func (s *Store) setLogAside(path string, reason error) error {
 func (s *Store) reportDamage(r *recoveredLog) {
 	s.torn.Add(r.found.TornBytes)
 	switch {
-	case r.isDamaged():
+	case r.found.IsDamaged():
 		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
-			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.CopyNote()))
+			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptCopyNote()))
 	case r.found.TornBytes > 0:
 		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", r.path, r.found.TornBytes))
 	}

@@ -29,7 +29,7 @@ func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]floa
 			t.Fatal(err)
 		}
 		var fams []Family
-		fams, unread, _ = scraper(s, -time.Second).Unread(r, 1000, false, nil)
+		fams, unread, _ = scraper(s, -time.Second).ServeUnreadSamples(r, 1000, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Samples {
 				got[heldSample{string(l.Line), l.T}] = l.V
@@ -60,8 +60,8 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 			t.Errorf("%s: %d samples expired, %d unread; want 3 and 3", consumer, st.Expired, st.ExpiredUnread)
 		}
 	}
-	for _, b := range s.Stats().Sites[0].Backlog {
-		if b.Samples != 0 {
+	for _, b := range s.Stats().Sites[0].Backlogs {
+		if b.UnreadSamples != 0 {
 			t.Errorf("backlog %+v", b)
 		}
 	}
@@ -189,25 +189,25 @@ func TestNumbersNeverFall(t *testing.T) {
 		spoil func(k *storeKit, fsys *crashFS, s *Store, old map[string]string)
 	}{
 		{"nothing", func(*storeKit, *crashFS, *Store, map[string]string) {}},
-		{"log removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) { fsys.Remove(s.path("a")) }},
+		{"log removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) { fsys.Remove(s.logPathOf("a")) }},
 		{"older log", func(k *storeKit, fsys *crashFS, s *Store, old map[string]string) {
-			fsys.put(s.path("a"), []byte(old[s.path("a")]))
+			fsys.put(s.logPathOf("a"), []byte(old[s.logPathOf("a")]))
 		}},
 		{"log and cursors removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
-			fsys.Remove(s.path("a"))
+			fsys.Remove(s.logPathOf("a"))
 			fsys.Remove(consumersPath)
 		}},
 		{"killed soon after its start, log and cursors removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
 			k.open() // takes a block, and is killed
 			fsys.restart()
-			fsys.Remove(s.path("a"))
+			fsys.Remove(s.logPathOf("a"))
 			fsys.Remove(consumersPath)
 			if state := openStoreState(k.t, fsys); state.block != 3 {
 				k.t.Errorf("the state has block %d after three starts", state.block)
 			}
 		}},
 		{"log and state removed", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
-			fsys.Remove(s.path("a"))
+			fsys.Remove(s.logPathOf("a"))
 			fsys.Remove(statePath)
 		}},
 		{"forgotten, and older cursors", func(k *storeKit, fsys *crashFS, s *Store, _ map[string]string) {
@@ -310,7 +310,7 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 			fsys := newStoreFS(1)
 			k := newStoreKit(t, fsys)
 			s := k.open()
-			path := s.path("a")
+			path := s.logPathOf("a")
 			var ends []int
 			mark := func() {
 				data, err := fsys.ReadFile(path)
@@ -389,7 +389,7 @@ func TestConsumerIsKnownBeforeItIsServed(t *testing.T) {
 		t.Errorf("served %q", got)
 	}
 	fsys := r.store.cfg.FS.(*crashFS)
-	state, err := OpenStoreState(fsys, "/secretdir")
+	state, err := OpenStoreMeta(fsys, "/secretdir")
 	if err != nil || state.Damage != nil || len(state.Consumers) != 1 || state.Consumers[0].Name != "new" {
 		t.Errorf("on disk: %+v, %v", state, err)
 	}
@@ -420,7 +420,7 @@ func TestClockStep(t *testing.T) {
 		var changes []WallClockStep
 		start := monotonic
 		clock := NewWallClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c WallClockStep) { changes = append(changes, c) })
-		k.cfg.NowInterval = clock.Interval
+		k.cfg.NowInterval = clock.NowInterval
 		s := k.open()
 		points := []point{{"m", 1, k.clock.ms(7000), 1}, {"m", 1, k.clock.ms(3600), 2}, {"m", 1, k.clock.ms(0), 3}}
 		k.push(s, "a", points...)

@@ -21,24 +21,24 @@ var ErrClockInDoubt = errors.New("this server's clock was set, and its new time 
 // window for late samples.
 const maxAhead = time.Minute
 
-// retentionTimes bound the times of samples, in ms. While the clock is in doubt there are two
+// sampleTimeBounds bound the times of samples, in ms. While the clock is in doubt there are two
 // ranges. Outside of the wider one, from keptSince to acceptedUntil, either setting of the clock
 // refuses a sample. Within the narrower one, from servedSince to surelyUntil, both accept it.
-type retentionTimes struct{ keptSince, servedSince, surelyUntil, acceptedUntil int64 }
+type sampleTimeBounds struct{ keptSince, servedSince, surelyUntil, acceptedUntil int64 }
 
-func newRetentionTimes(now TimeInterval, retention time.Duration) retentionTimes {
-	return retentionTimes{
+func newSampleTimeBounds(now TimeInterval, retention time.Duration) sampleTimeBounds {
+	return sampleTimeBounds{
 		keptSince: now.Earliest.Add(-retention).UnixMilli(), servedSince: now.Latest.Add(-retention).UnixMilli(),
 		surelyUntil: now.Earliest.Add(maxAhead).UnixMilli(), acceptedUntil: now.Latest.Add(maxAhead).UnixMilli(),
 	}
 }
 
-// times returns the bounds of the samples of a push.
-func (l *AppendLimits) times() retentionTimes { return newRetentionTimes(l.Now, l.Retention) }
+// timeBounds returns the bounds of the samples of a push.
+func (l *AppendLimits) timeBounds() sampleTimeBounds { return newSampleTimeBounds(l.Now, l.Retention) }
 
-// accept reports whether a sample of time t is accepted, and counts it otherwise. ErrClockInDoubt
+// acceptOrCount reports whether a sample of time t is accepted, and counts it otherwise. ErrClockInDoubt
 // says that it depends on the setting of the clock.
-func (r *retentionTimes) accept(t int64, res *AppendResult) (bool, error) {
+func (r *sampleTimeBounds) acceptOrCount(t int64, res *AppendResult) (bool, error) {
 	switch {
 	case t < r.keptSince:
 		res.TooOld++
@@ -54,21 +54,21 @@ func (r *retentionTimes) accept(t int64, res *AppendResult) (bool, error) {
 
 // KeptSince returns the time in ms before which samples have expired, and are not accepted.
 func (s *Store) KeptSince() int64 {
-	return newRetentionTimes(s.cfg.NowInterval(), s.cfg.Retention).keptSince
+	return newSampleTimeBounds(s.cfg.NowInterval(), s.cfg.Retention).keptSince
 }
 
 // ServedSince returns the time in ms before which samples are not served. A consumer may fail a
 // whole scrape for one sample that is older than retention. ServedSince is later than KeptSince
 // only while the clock is in doubt.
 func (s *Store) ServedSince() int64 {
-	return newRetentionTimes(s.cfg.NowInterval(), s.cfg.Retention).servedSince
+	return newSampleTimeBounds(s.cfg.NowInterval(), s.cfg.Retention).servedSince
 }
 
-// DropExpired drops and counts the samples older than oldest.
-func (s *Site) DropExpired(oldest int64) {
-	owned := s.store.owns(s.Hash)
+// DropExpired drops and counts the samples older than keptSince.
+func (s *Site) DropExpired(keptSince int64) {
+	owned := s.store.owns(s.Key)
 	s.mu.Lock()
-	expired, unread, freed := s.data.DropExpired(oldest, sync.OnceValue(s.readSeq), owned)
+	expired, unread, freed := s.data.DropExpired(keptSince, sync.OnceValue(s.seqReadByAll), owned)
 	s.mu.Unlock()
 	s.store.totals.Samples.Add(-freed)
 	s.store.totals.Expired.Add(expired)
@@ -84,37 +84,37 @@ func (s *Site) DropExpiredUncounted(oldest int64) {
 	s.store.totals.Samples.Add(s.data.SampleCount() - before)
 }
 
-// DropExpired has the samples older than oldest expire. A batch leaves memory when all of its
+// DropExpired has the samples older than keptSince expire. A batch leaves memory when all of its
 // samples have expired. It returns how many samples expired now, how many of them are lost
-// because not every consumer has read them, and how many left memory. readSeq returns the number
+// because not every consumer has read them, and how many left memory. seqReadByAll returns the number
 // of the newest batch that every consumer has read. owned is false if another server owns the
 // site: then a client with a spool has pushed to that server what was not read here, and nothing
 // of it is lost.
-func (d *SiteSamples) DropExpired(oldest int64, readSeq func() uint64, owned bool) (expired, unread, freed int64) {
+func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, owned bool) (expired, expiredUnread, freed int64) {
 	from := d.expiredBefore
-	d.expiredBefore = max(d.expiredBefore, oldest)
-	if d.minT >= oldest || from >= oldest {
+	d.expiredBefore = max(d.expiredBefore, keptSince)
+	if d.minT >= keptSince || from >= keptSince {
 		return 0, 0, 0
 	}
 	d.minT = math.MaxInt64
 	gone := false
 	for _, b := range d.Batches {
-		if n := b.CountBetween(from, oldest); n > 0 {
+		if n := b.CountBetween(from, keptSince); n > 0 {
 			expired += n
-			if (owned || b.Names.ID == 0) && b.Seq > readSeq() {
-				unread += n
+			if (owned || b.Names.SpoolID == 0) && b.Seq > seqReadByAll() {
+				expiredUnread += n
 			}
 		}
-		if b.MaxT < oldest {
+		if b.MaxT < keptSince {
 			freed, gone = freed+int64(len(b.V)), true
 		} else {
 			d.minT = min(d.minT, b.MinT)
 		}
 	}
 	if gone {
-		d.Batches = slices.DeleteFunc(slices.Clone(d.Batches), func(b *Batch) bool { return b.MaxT < oldest })
+		d.Batches = slices.DeleteFunc(slices.Clone(d.Batches), func(b *Batch) bool { return b.MaxT < keptSince })
 	}
-	return expired, unread, freed
+	return expired, expiredUnread, freed
 }
 
 // DropExpiredUncounted has the samples older than oldest expire, of which an earlier process

@@ -44,8 +44,8 @@ func NewSiteSamples(id string, seed maphash.Seed) SiteSamples {
 	return SiteSamples{ID: id, Table: NewSeriesTable(seed, 0), expiredBefore: math.MinInt64, minT: math.MaxInt64}
 }
 
-// StartAfter has the number of the first batch follow seq.
-func (d *SiteSamples) StartAfter(seq uint64) { d.startSeq, d.Seq = seq, seq }
+// StartSeqAfter has the number of the first batch follow seq.
+func (d *SiteSamples) StartSeqAfter(seq uint64) { d.startSeq, d.Seq = seq, seq }
 
 // IsNew reports whether no batch was ever committed.
 func (d *SiteSamples) IsNew() bool { return d.Seq == d.startSeq }
@@ -78,18 +78,18 @@ func (d *SiteSamples) Commit(b *Batch) {
 	}
 	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt) // Compact commits older batches
 	d.Batches = append(d.Batches, b)
-	d.Spools.AddHeld(b.Names, b.Seq)
+	d.Spools.AddHeldScrapes(b.Names, b.Seq)
 	d.minT = min(d.minT, b.MinT)
 	for i, id := range b.IDs {
-		d.Table.SetNewest(id, b.Time(i), b.V[i])
+		d.Table.UpdateNewestSample(id, b.Time(i), b.V[i])
 	}
 }
 
-// Compact returns a copy of the data that has the samples since oldest, and the batches of more.
+// CompactedCopy returns a copy of the data that has the samples since keptSince, and the batches of more.
 // Series without a sample there are left out, which renames the others. d may be read meanwhile,
 // and stays as it is.
-func (d *SiteSamples) Compact(more []*Batch, oldest int64) SiteSamples {
-	kept := append(d.batchesSince(max(oldest, d.expiredBefore)), more...)
+func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples {
+	kept := append(d.batchesSince(max(keptSince, d.expiredBefore)), more...)
 	table, newIDs := d.Table.Subset(usedSeries(kept, d.Table.Len()))
 	copied := SiteSamples{ID: d.ID, Table: table, Seq: d.Seq, LastPush: d.LastPush, expiredBefore: d.expiredBefore, minT: math.MaxInt64}
 	for _, b := range kept {
@@ -102,26 +102,26 @@ func (d *SiteSamples) Compact(more []*Batch, oldest int64) SiteSamples {
 	}
 	copied.Spools = d.Spools.Clone()
 	for _, b := range more {
-		copied.Spools.AddHeld(b.Names, b.Seq)
+		copied.Spools.AddHeldScrapes(b.Names, b.Seq)
 	}
 	return copied
 }
 
-// batchesSince returns the batches without their samples older than oldest. A batch without
+// batchesSince returns the batches without their samples older than keptSince. A batch without
 // samples stays if it names scrapes and is not older itself.
-func (d *SiteSamples) batchesSince(oldest int64) (kept []*Batch) {
+func (d *SiteSamples) batchesSince(keptSince int64) (kept []*Batch) {
 	for _, b := range d.Batches {
-		b = b.Filter(func(i int) bool { return b.Time(i) >= oldest })
-		if len(b.V) > 0 || b.Names.ID != 0 && b.MaxT >= oldest {
+		b = b.Filter(func(i int) bool { return b.Time(i) >= keptSince })
+		if len(b.V) > 0 || b.Names.SpoolID != 0 && b.MaxT >= keptSince {
 			kept = append(kept, b)
 		}
 	}
 	return kept
 }
 
-// usedSeries returns for each of n series whether it has a sample in batches.
-func usedSeries(batches []*Batch, n int) []bool {
-	used := make([]bool, n)
+// usedSeries returns for each of seriesCount series whether it has a sample in batches.
+func usedSeries(batches []*Batch, seriesCount int) []bool {
+	used := make([]bool, seriesCount)
 	for _, b := range batches {
 		for _, id := range b.IDs {
 			used[id] = true
@@ -142,7 +142,7 @@ func (d *SiteSamples) Records(yield func(frames []byte) bool) {
 	}
 	var frames, payload []byte
 	for _, b := range batches {
-		payload = EncodeBatch(payload[:0], b)
+		payload = EncodeBatchPayload(payload[:0], b)
 		frames = AppendRecord(frames[:0], RecordBatch, payload)
 		if !yield(frames) {
 			return
@@ -156,9 +156,9 @@ func (d *SiteSamples) Records(yield func(frames []byte) bool) {
 	}
 }
 
-// CatchUpWith drops from d, which is a compacted copy of source, what expired or was evicted in
+// DropMissingIn drops from d, which is a compacted copy of source, what expired or was evicted in
 // source since the copy was made.
-func (d *SiteSamples) CatchUpWith(source *SiteSamples) {
+func (d *SiteSamples) DropMissingIn(source *SiteSamples) {
 	d.DropExpiredUncounted(source.expiredBefore)
 	first := source.Seq + 1 // if source has no batch left, only those that came with the compaction stay
 	if len(source.Batches) > 0 {
@@ -176,11 +176,11 @@ func (d *SiteSamples) OldestAcceptedAt() int64 {
 	return d.Batches[0].AcceptedAt
 }
 
-// CanEvictOldest reports whether there is an oldest batch, every consumer has read it, and no
-// scrape shows one of its samples. readSeq is the number of the newest batch that every consumer
+// CanEvictOldestBatch reports whether there is an oldest batch, every consumer has read it, and no
+// scrape shows one of its samples. seqReadByAll is the number of the newest batch that every consumer
 // has read; scrapes show the newest sample of each series since shownSince.
-func (d *SiteSamples) CanEvictOldest(shownSince int64, readSeq uint64) bool {
-	if len(d.Batches) == 0 || d.Batches[0].Seq > readSeq {
+func (d *SiteSamples) CanEvictOldestBatch(shownSince int64, seqReadByAll uint64) bool {
+	if len(d.Batches) == 0 || d.Batches[0].Seq > seqReadByAll {
 		return false
 	}
 	b := d.Batches[0]
@@ -192,13 +192,13 @@ func (d *SiteSamples) CanEvictOldest(shownSince int64, readSeq uint64) bool {
 	return true
 }
 
-// EvictOldest drops the oldest batch and returns the number of its samples. The batch's memory
-// is free when ReleaseEvicted is called.
-func (d *SiteSamples) EvictOldest() int64 {
+// EvictOldestBatch drops the oldest batch and returns the number of its samples. The batch's memory
+// is free when ReleaseEvictedBatches is called.
+func (d *SiteSamples) EvictOldestBatch() int64 {
 	n := int64(len(d.Batches[0].V))
 	d.Batches = d.Batches[1:]
 	return n
 }
 
-// ReleaseEvicted frees the memory of the batches that EvictOldest dropped.
-func (d *SiteSamples) ReleaseEvicted() { d.Batches = slices.Clone(d.Batches) }
+// ReleaseEvictedBatches frees the memory of the batches that EvictOldestBatch dropped.
+func (d *SiteSamples) ReleaseEvictedBatches() { d.Batches = slices.Clone(d.Batches) }

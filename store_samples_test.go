@@ -118,7 +118,7 @@ func TestSiteDataSharesIDs(t *testing.T) {
 		pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
 		clock.Add(time.Second)
 	}
-	for _, c := range []SiteSamples{c, c.Compact(nil, 0)} {
+	for _, c := range []SiteSamples{c, c.CompactedCopy(nil, 0)} {
 		for _, b := range c.Batches[1:] {
 			if &b.IDs[0] != &c.Batches[0].IDs[0] {
 				t.Error("equal lists are held twice")
@@ -171,25 +171,25 @@ func TestSiteDataRefuses(t *testing.T) {
 func TestSiteDataCanEvictOldest(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
-	if c.CanEvictOldest(0, MaxSeq) || c.OldestAcceptedAt() != math.MaxInt64 {
+	if c.CanEvictOldestBatch(0, MaxSeq) || c.OldestAcceptedAt() != math.MaxInt64 {
 		t.Error("of nothing something goes")
 	}
 	start := clock.ms(0)
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0}, point{"m", 1, clock.ms(0), 0})
-	if c.CanEvictOldest(clock.ms(10), MaxSeq) || !c.CanEvictOldest(clock.ms(-1), MaxSeq) || c.OldestAcceptedAt() != start {
+	if c.CanEvictOldestBatch(clock.ms(10), MaxSeq) || !c.CanEvictOldestBatch(clock.ms(-1), MaxSeq) || c.OldestAcceptedAt() != start {
 		t.Error("what is shown must stay, what is shown no more may go")
 	}
 	clock.Add(time.Second)
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	if c.CanEvictOldest(clock.ms(10), MaxSeq) {
+	if c.CanEvictOldestBatch(clock.ms(10), MaxSeq) {
 		t.Error("series 1 is shown from the oldest batch")
 	}
 	clock.Add(time.Second)
 	pushPoints(&c, clock.Now(), point{"m", 1, clock.ms(0), 0})
-	if !c.CanEvictOldest(clock.ms(10), MaxSeq) {
+	if !c.CanEvictOldestBatch(clock.ms(10), MaxSeq) {
 		t.Error("newer samples of both series are held")
 	}
-	if n := c.EvictOldest(); n != 2 || len(c.Batches) != 2 || c.SampleCount() != 2 || c.CanEvictOldest(clock.ms(10), MaxSeq) {
+	if n := c.EvictOldestBatch(); n != 2 || len(c.Batches) != 2 || c.SampleCount() != 2 || c.CanEvictOldestBatch(clock.ms(10), MaxSeq) {
 		t.Errorf("%d evicted, %d batches left", n, len(c.Batches))
 	}
 }
@@ -230,7 +230,7 @@ func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 		if err != nil {
 			return err
 		}
-		lost, err := got.AddRecovered(b)
+		lost, err := got.RestoreBatch(b)
 		if lost > 0 {
 			t.Errorf("%d samples lost", lost)
 		}
@@ -264,19 +264,19 @@ func TestSiteDataModel(t *testing.T) {
 					t.Errorf("%d samples expired, want %d; %d unread; %d freed of %d, %d left", n, before-len(model), unread, freed, held, c.SampleCount())
 				}
 			case 1:
-				if !c.CanEvictOldest(clock.ms(600), MaxSeq) {
+				if !c.CanEvictOldestBatch(clock.ms(600), MaxSeq) {
 					continue
 				}
 				first := c.Batches[0]
 				for i, id := range first.IDs {
 					delete(model, heldSample{string(c.Table.Line(id)), first.Time(i)})
 				}
-				if n := c.EvictOldest(); n != int64(len(first.V)) {
+				if n := c.EvictOldestBatch(); n != int64(len(first.V)) {
 					t.Errorf("%d evicted of %d", n, len(first.V))
 				}
 			case 2:
 				before := contents(&c)
-				next := c.Compact(nil, oldest)
+				next := c.CompactedCopy(nil, oldest)
 				wantHeld(t, "compaction's source", contents(&c), before)
 				c = next
 				maps.DeleteFunc(model, func(k heldSample, _ float64) bool { return k.t < oldest })
@@ -324,7 +324,7 @@ func TestSiteDataModel(t *testing.T) {
 				}
 			}
 			wantHeld(t, fmt.Sprint("step ", step), contents(&c), model)
-			if n := c.UnreadCount(Position{}); n != len(model) || c.SampleCount() < int64(n) || c.Seq < seq {
+			if n := c.UnreadSampleCount(ReadPosition{}); n != len(model) || c.SampleCount() < int64(n) || c.Seq < seq {
 				t.Errorf("%d samples of %d, %d in memory, number %d after %d", n, len(model), c.SampleCount(), c.Seq, seq)
 			}
 			if seq = c.Seq; t.Failed() {
@@ -350,7 +350,7 @@ func TestSiteDataSeqNeverFalls(t *testing.T) {
 	c := NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(7000), 0})
-	next := c.Compact(nil, clock.ms(3600))
+	next := c.CompactedCopy(nil, clock.ms(3600))
 	got := recovered(t, &next)
 	if next.Seq != 2 || got.Seq != 2 || len(got.Batches) != 1 {
 		t.Errorf("number %d, recovered %d, %d batches", next.Seq, got.Seq, len(got.Batches))
@@ -385,7 +385,7 @@ func TestSiteDataRestores(t *testing.T) {
 	}
 	batch := func(seq uint64, t0 int64, ids ...uint32) *Batch {
 		b := &Batch{Seq: seq, AcceptedAt: 7, T0: t0, IDs: ids, V: make([]float64, len(ids))}
-		b.SetBounds()
+		b.ComputeTimeBounds()
 		return b
 	}
 	for _, test := range []struct {
@@ -402,7 +402,7 @@ func TestSiteDataRestores(t *testing.T) {
 		{"empty", batch(6, 0), true, 6, 2, 0},
 		{"only unknown series", batch(9, 103, 8), true, 9, 2, 1},
 	} {
-		if lost, err := c.AddRecovered(test.b); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.SampleCount() != test.samples {
+		if lost, err := c.RestoreBatch(test.b); (err == nil) != test.ok || lost != test.lost || c.Seq != test.seq || c.SampleCount() != test.samples {
 			t.Errorf("%s: %v, %d lost, number %d, %d samples", test.name, err, lost, c.Seq, c.SampleCount())
 		}
 	}
@@ -414,11 +414,11 @@ func TestSiteDataCompactsRemains(t *testing.T) {
 	_, hash, _ := c.Table.Find([]byte(`m{_id="a"}`))
 	c.Table.Insert(hash, []byte(`m{_id="a"}`), false)
 	b := &Batch{Seq: 1, T0: 200, IDs: []uint32{7, 0}, DT: []int32{0, -150}, V: []float64{1, 2}}
-	b.SetBounds()
-	if lost, err := c.AddRecovered(b); err != nil || lost != 1 || c.SampleCount() != 1 {
+	b.ComputeTimeBounds()
+	if lost, err := c.RestoreBatch(b); err != nil || lost != 1 || c.SampleCount() != 1 {
 		t.Errorf("%d samples, %d lost, %v", c.SampleCount(), lost, err)
 	}
-	if next := c.Compact(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {
+	if next := c.CompactedCopy(nil, 100); len(next.Batches) != 0 || next.Table.Len() != 0 || next.Seq != 1 {
 		t.Errorf("%d batches, %d series, number %d", len(next.Batches), next.Table.Len(), next.Seq)
 	}
 }

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// Scraper answers scrapes of a store. It is safe for concurrent use.
-type Scraper struct {
+// ScrapeReader answers scrapes of a store. It is safe for concurrent use.
+type ScrapeReader struct {
 	Store        *Store
 	MaxSampleAge time.Duration // how long the newest sample of a series is shown
 	Now          func() time.Time
@@ -26,18 +26,18 @@ type Scraper struct {
 	start float64    // where among the sites a scrape begins: 0 to 1
 }
 
-// familyCollector groups samples by name.
-type familyCollector struct {
+// familyGrouper groups samples by name.
+type familyGrouper struct {
 	match    func(line []byte) bool // nil: all
 	families map[string]*Family
 	last     *Family
 }
 
-func newFamilyCollector(match func(line []byte) bool) *familyCollector {
-	return &familyCollector{match: match, families: map[string]*Family{}}
+func newFamilyGrouper(match func(line []byte) bool) *familyGrouper {
+	return &familyGrouper{match: match, families: map[string]*Family{}}
 }
 
-func (c *familyCollector) add(name string, l FamilySample) {
+func (c *familyGrouper) add(name string, l FamilySample) {
 	if c.match != nil && !c.match(l.Line) {
 		return
 	}
@@ -51,7 +51,7 @@ func (c *familyCollector) add(name string, l FamilySample) {
 }
 
 // sorted returns the families by name.
-func (c *familyCollector) sorted() []Family {
+func (c *familyGrouper) sorted() []Family {
 	all := make([]Family, 0, len(c.families))
 	for _, name := range slices.Sorted(maps.Keys(c.families)) {
 		all = append(all, *c.families[name])
@@ -59,34 +59,34 @@ func (c *familyCollector) sorted() []Family {
 	return all
 }
 
-// startSite returns where among the sites a scrape begins.
-func (s *Scraper) startSite() float64 {
+// firstSiteFraction returns where among the sites a scrape begins.
+func (s *ScrapeReader) firstSiteFraction() float64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.start
 }
 
-// rotateStart moves the start of the next scrape by the golden ratio. If it began where this
+// rotateFirstSite moves the start of the next scrape by the golden ratio. If it began where this
 // one ended, each of several scrapers that alternate would always get the same sites first.
-func (s *Scraper) rotateStart() {
+func (s *ScrapeReader) rotateFirstSite() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, s.start = math.Modf(s.start + math.Phi)
 }
 
-// newestSince returns the time in ms before which the newest sample of a series is not shown.
-func (s *Scraper) newestSince() int64 {
+// newestShownSince returns the time in ms before which the newest sample of a series is not shown.
+func (s *ScrapeReader) newestShownSince() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// Newest returns the newest sample of each series that is at most MaxSampleAge old, one family a
+// NewestPerSeries returns the newest sample of each series that is at most MaxSampleAge old, one family a
 // name, sorted. match, if not nil, chooses lines. At most limit samples are returned, of whole
 // sites and of at least one; truncated says that some were left out. Lines stay valid for ever.
-func (s *Scraper) Newest(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
-	since := s.newestSince()
-	collected := newFamilyCollector(match)
+func (s *ScrapeReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
+	since := s.newestShownSince()
+	collected := newFamilyGrouper(match)
 	n := 0
-	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteSamples) bool {
+	s.Store.ForEachSite(s.firstSiteFraction(), func(hash uint64, data *SiteSamples) bool {
 		if !s.Owned(hash) {
 			return true
 		}
@@ -94,24 +94,24 @@ func (s *Scraper) Newest(limit int, match func(line []byte) bool) (families []Fa
 			truncated = true
 			return false
 		}
-		data.Table.ForEachSince(since, func(_ uint32, name string, l FamilySample) {
+		data.Table.ForEachNewestSince(since, func(_ uint32, name string, l FamilySample) {
 			collected.add(name, l)
 			n++
 		})
 		return true
 	})
 	if truncated {
-		s.rotateStart()
+		s.rotateFirstSite()
 	}
 	return collected.sorted(), truncated
 }
 
-// Unread returns samples that the session has not read, oldest first within each site and in
+// ServeUnreadSamples returns samples that the session has not read, oldest first within each site and in
 // fair shares; of sites without more of them, and as far as there is room left, also the newest
 // samples as Newest does. It marks them as served. With onePerSeries there is at most one unread
 // sample of each series. It returns how many of the samples were unread, and whether there are
 // more of those.
-func (s *Scraper) Unread(session *ScrapeSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unread int, more bool) {
+func (s *ScrapeReader) ServeUnreadSamples(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unread int, more bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
 	}
@@ -121,13 +121,13 @@ func (s *Scraper) Unread(session *ScrapeSession, limit int, onePerSeries bool, m
 	if total > limit {
 		share = fairShare(counts, limit)
 	}
-	limits.NewestSince = s.newestSince()
+	limits.NewestSince = s.newestShownSince()
 	left, repeatsLeft := limit, max(0, limit-total)
-	collected := newFamilyCollector(match)
+	collected := newFamilyGrouper(match)
 	leftOut := false
-	s.Store.ForEachSite(s.startSite(), func(hash uint64, data *SiteSamples) bool {
+	s.Store.ForEachSite(s.firstSiteFraction(), func(hash uint64, data *SiteSamples) bool {
 		pos := session.Position(hash)
-		limits.Unread = min(share, left, data.UnreadCount(pos)) // more than was counted, if pushes came
+		limits.Unread = min(share, left, data.UnreadSampleCount(pos)) // more than was counted, if pushes came
 		limits.Repeats = -1
 		if s.Owned(hash) {
 			limits.Repeats = min(repeatsLeft, left-limits.Unread)
@@ -143,35 +143,35 @@ func (s *Scraper) Unread(session *ScrapeSession, limit int, onePerSeries bool, m
 		if to != pos {
 			session.MarkServed(hash, to, n)
 		}
-		more = more || data.UnreadCount(to) > 0
+		more = more || data.UnreadSampleCount(to) > 0
 		leftOut = leftOut || more || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
 		return true
 	})
 	if leftOut {
-		s.rotateStart()
+		s.rotateFirstSite()
 	}
 	return collected.sorted(), unread, more
 }
 
 // countUnread returns how many samples the session has not read of each site that has some, and
 // in all.
-func (s *Scraper) countUnread(session *ScrapeSession) (counts []int, total int) {
+func (s *ScrapeReader) countUnread(session *ConsumerSession) (perSite []int, total int) {
 	s.Store.ForEachSite(0, func(hash uint64, data *SiteSamples) bool {
-		if n := data.UnreadCount(session.Position(hash)); n > 0 {
-			counts = append(counts, n)
+		if n := data.UnreadSampleCount(session.Position(hash)); n > 0 {
+			perSite = append(perSite, n)
 			total += n
 		}
 		return true
 	})
-	return counts, total
+	return perSite, total
 }
 
 // fairShare returns the most that each site may have so that all together have at most limit:
-// what a site with less leaves over is shared by the others. It is at least 1, and sorts counts.
-func fairShare(counts []int, limit int) int {
-	slices.Sort(counts)
-	for i, n := range counts {
-		if share := limit / (len(counts) - i); n > share {
+// what a site with less leaves over is shared by the others. It is at least 1, and sorts perSite.
+func fairShare(perSite []int, limit int) int {
+	slices.Sort(perSite)
+	for i, n := range perSite {
+		if share := limit / (len(perSite) - i); n > share {
 			return max(1, share)
 		}
 		limit -= n

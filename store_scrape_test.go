@@ -25,7 +25,7 @@ type modelConsumer struct {
 	may   map[heldSample]bool // of had, may come again
 	last  []heldSample        // of the last scrape, not confirmed
 	part  []heldSample        // may come again, once what is served is confirmed
-	place *ScrapeSession
+	place *ConsumerSession
 	other map[heldSample]bool // had by its twin when its connection began
 
 	drains bool // undisturbed
@@ -39,10 +39,10 @@ func (m *scrapeModel) again(c *modelConsumer) {
 	}
 	for _, site := range m.store.sitesByID() {
 		site.View(func(held *SiteSamples) {
-			for _, at := range []Position{c.place.confirmed[site.Hash], c.place.served[site.Hash]} {
+			for _, at := range []ReadPosition{c.place.confirmed[site.Key], c.place.served[site.Key]} {
 				for _, b := range held.Batches {
 					if b.Seq > at.Seq {
-						for i := range at.ReadOf(b) {
+						for i := range at.SamplesReadOf(b) {
 							c.part = append(c.part, heldSample{string(held.Table.Line(b.IDs[i])), b.Time(i)})
 						}
 					}
@@ -148,7 +148,7 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 	if !c.drains {
 		x.Owned = m.meanwhile
 	}
-	fams, unread, more := x.Unread(r, limit, single, nil)
+	fams, unread, more := x.ServeUnreadSamples(r, limit, single, nil)
 	newer := m.newest()
 	n, fresh := 0, 0
 	for _, f := range fams {
@@ -186,7 +186,7 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 func (m *scrapeModel) newest() map[string]int64 {
 	all := map[string]int64{}
 	m.store.ForEachSite(0, func(_ uint64, held *SiteSamples) bool {
-		held.Table.ForEachSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
+		held.Table.ForEachNewestSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
 		return true
 	})
 	return all
@@ -221,7 +221,7 @@ func (m *scrapeModel) rewrite(id string) {
 		m.t.Fatal(err)
 	}
 	defer s.Unlock()
-	if err := s.Rewrite(nil, m.store.KeptSince()); err != nil {
+	if err := s.RewriteLog(nil, m.store.KeptSince()); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -241,7 +241,7 @@ func (m *scrapeModel) evict(id string) {
 				}
 			}
 		})
-		if _, ok = s.EvictOldest(m.kit.clock.ms(5)); ok {
+		if _, ok = s.TryEvictOldestBatch(m.kit.clock.ms(5)); ok {
 			for _, c := range m.consumers {
 				for _, key := range oldest {
 					c.other[key] = c.other[key] || c.name == "twins"
@@ -382,7 +382,7 @@ func TestUnreadIsFair(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fams, unread, more := scraper(s, time.Hour).Unread(r, 100, false, nil)
+	fams, unread, more := scraper(s, time.Hour).ServeUnreadSamples(r, 100, false, nil)
 	count := map[bool]int{}
 	for _, f := range fams {
 		for _, l := range f.Samples {
@@ -412,7 +412,7 @@ func TestUnreadRotates(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fams, _, _ := x.Unread(r, limit, false, nil)
+		fams, _, _ := x.ServeUnreadSamples(r, limit, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Samples {
 				seen[string(l.Line)]++
@@ -467,7 +467,7 @@ func TestConsumerConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 		x := scraper(s, 0) // without the newest again
-		fams, _, _ := x.Unread(r, 0, false, nil)
+		fams, _, _ := x.ServeUnreadSamples(r, 0, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Samples {
 				got += fmt.Sprint(l.V, " ")
@@ -529,7 +529,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 		s := k.open()
 		points := []point{{"x", 100, k.clock.ms(7100), 100}} // of no batch below: IDs change
 		k.push(s, "a", points...)
-		s.sites["a"].EvictOldest(math.MaxInt64)
+		s.sites["a"].TryEvictOldestBatch(math.MaxInt64)
 		points = points[:0]
 		for i := range 10 {
 			ago := 10
@@ -546,7 +546,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			fams, _, _ := scraper(s, -time.Second).Unread(r, 4, false, nil)
+			fams, _, _ := scraper(s, -time.Second).ServeUnreadSamples(r, 4, false, nil)
 			got := ""
 			for _, f := range fams {
 				for _, l := range f.Samples {
@@ -560,7 +560,7 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 			if err := site.Lock(context.Background()); err != nil {
 				t.Fatal(err)
 			}
-			if err := site.Rewrite(nil, s.KeptSince()); err != nil {
+			if err := site.RewriteLog(nil, s.KeptSince()); err != nil {
 				t.Fatal(err)
 			}
 			site.Unlock()
@@ -583,7 +583,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				fams, _, _ := scraper(s, -time.Second).Unread(r, 0, false, nil)
+				fams, _, _ := scraper(s, -time.Second).ServeUnreadSamples(r, 0, false, nil)
 				for _, f := range fams {
 					for _, l := range f.Samples {
 						had[l.V] = true
@@ -594,7 +594,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 		for i := range 3 {
 			k.push(s, "a", point{"x", 1, k.clock.ms(100 - i), float64(i)})
 		}
-		path := s.path("a")
+		path := s.logPathOf("a")
 		scrape()
 		if err := s.Consumers.Save(); err != nil {
 			t.Fatal(err)
@@ -646,14 +646,14 @@ func TestUnreadBeforeNewest(t *testing.T) {
 		for _, unread := range []int{0, 1, 60, 99, 100, 101, 400} {
 			k.clock.Add(time.Minute / 2)
 			conn := &ConnTracker{}
-			begin := func() *ScrapeSession {
+			begin := func() *ConsumerSession {
 				r, _, err := s.Consumers.BeginScrape(1, "c", "", conn, k.clock.Now())
 				if err != nil {
 					t.Fatal(err)
 				}
 				return r
 			}
-			scraper(s, time.Hour).Unread(begin(), 0, false, nil)
+			scraper(s, time.Hour).ServeUnreadSamples(begin(), 0, false, nil)
 			if unread > 0 {
 				k.push(s, "new0", points((unread+1)/2)...)
 			}
@@ -662,7 +662,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			}
 			x := scraper(s, time.Hour)
 			x.start = float64(start) / 10
-			fams, n, more := x.Unread(begin(), limit, false, nil)
+			fams, n, more := x.ServeUnreadSamples(begin(), limit, false, nil)
 			lines := 0
 			for _, f := range fams {
 				lines += len(f.Samples)
@@ -673,8 +673,8 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			if unread == 0 && lines < limit/2 {
 				t.Errorf("start %d: %d of what was had, with room for %d", start, lines, limit)
 			}
-			scraper(s, time.Hour).Unread(begin(), 0, false, nil)
-			scraper(s, time.Hour).Unread(begin(), 0, false, nil)
+			scraper(s, time.Hour).ServeUnreadSamples(begin(), 0, false, nil)
+			scraper(s, time.Hour).ServeUnreadSamples(begin(), 0, false, nil)
 		}
 	}
 }
@@ -725,7 +725,7 @@ func BenchmarkUnread(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				fams, unread, more := scraper(s, 10*time.Minute).Unread(r, test.limit, false, nil)
+				fams, unread, more := scraper(s, 10*time.Minute).ServeUnreadSamples(r, test.limit, false, nil)
 				if unread != test.unread || more != (test.limit > 0) {
 					b.Fatalf("%d samples, more %t", unread, more)
 				}

@@ -41,11 +41,11 @@ type seriesFamily struct {
 	ids  []uint32
 }
 
-// NewSeriesTable returns an empty table with room for n series. The seed keeps
+// NewSeriesTable returns an empty table with room for seriesCount series. The seed keeps
 // senders from making lines that collide.
-func NewSeriesTable(seed maphash.Seed, n int) *SeriesTable {
+func NewSeriesTable(seed maphash.Seed, seriesCount int) *SeriesTable {
 	return &SeriesTable{
-		seed: seed, series: make([]series, 0, n), index: make(map[uint32]uint32, n), familyIndex: map[string]int{},
+		seed: seed, series: make([]series, 0, seriesCount), index: make(map[uint32]uint32, seriesCount), familyIndex: map[string]int{},
 	}
 }
 
@@ -80,35 +80,37 @@ func (s *SeriesTable) Find(line []byte) (id, hash uint32, ok bool) {
 	return 0, hash, false
 }
 
-// HasRoom reports whether n more bytes of text can be addressed.
-func (s *SeriesTable) HasRoom(n int) bool { return int64(len(s.text)+n) <= math.MaxUint32 }
+// HasTextRoom reports whether textBytes more bytes of text can be addressed.
+func (s *SeriesTable) HasTextRoom(textBytes int) bool {
+	return int64(len(s.text)+textBytes) <= math.MaxUint32
+}
 
 // Insert gives line, of at most MaxLine bytes and not in the table, the next ID.
-func (s *SeriesTable) Insert(hash uint32, line []byte, utf8 bool) uint32 {
+func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 	id := uint32(len(s.series))
 	next, ok := s.index[hash]
 	if !ok {
 		next = noSeries
 	}
 	s.series = append(s.series, series{
-		off: uint32(len(s.text)), len: uint16(len(line)), next: next, quoted: utf8, lastT: NoTime,
+		off: uint32(len(s.text)), len: uint16(len(line)), next: next, quoted: quoted, lastT: NoTime,
 	})
 	s.text = append(s.text, line...)
 	s.index[hash] = id
 	return id
 }
 
-// PadTo gives the IDs below id that are not yet given to series without a line, which damage
+// PadTo gives the IDs below firstID that are not yet given to series without a line, which damage
 // took.
-func (s *SeriesTable) PadTo(id uint32) {
-	for uint32(len(s.series)) < id {
+func (s *SeriesTable) PadTo(firstID uint32) {
+	for uint32(len(s.series)) < firstID {
 		s.series = append(s.series, series{next: noSeries, lastT: NoTime})
 	}
 }
 
-// Truncate takes back the IDs from n on, none of which has a sample.
-func (s *SeriesTable) Truncate(n int) {
-	for id := len(s.series) - 1; id >= n; id-- {
+// Truncate takes back the IDs from seriesCount on, none of which has a sample.
+func (s *SeriesTable) Truncate(seriesCount int) {
+	for id := len(s.series) - 1; id >= seriesCount; id-- {
 		sr := s.series[id]
 		if h := uint32(maphash.Bytes(s.seed, s.Line(uint32(id)))); sr.next == noSeries {
 			delete(s.index, h)
@@ -117,12 +119,12 @@ func (s *SeriesTable) Truncate(n int) {
 		}
 		s.text = s.text[:sr.off] // nobody was handed a line that is not listed
 	}
-	s.series = s.series[:n]
+	s.series = s.series[:seriesCount]
 }
 
-// SetNewest makes a durable sample the newest of its series if it is the newest, and lists the
+// UpdateNewestSample makes a durable sample the newest of its series if it is the newest, and lists the
 // series.
-func (s *SeriesTable) SetNewest(id uint32, t int64, v float64) {
+func (s *SeriesTable) UpdateNewestSample(id uint32, t int64, v float64) {
 	sr := &s.series[id]
 	if t > sr.lastT {
 		sr.lastT, sr.lastV = t, v
@@ -141,9 +143,9 @@ func (s *SeriesTable) SetNewest(id uint32, t int64, v float64) {
 	s.families[f].ids = append(s.families[f].ids, id)
 }
 
-// ForEachSince calls emit with the newest sample of every listed series if its time is at least
+// ForEachNewestSince calls emit with the newest sample of every listed series if its time is at least
 // minT, one name after the other.
-func (s *SeriesTable) ForEachSince(minT int64, emit func(id uint32, name string, l FamilySample)) {
+func (s *SeriesTable) ForEachNewestSince(minT int64, emit func(id uint32, name string, l FamilySample)) {
 	for _, f := range s.families {
 		for _, id := range f.ids {
 			if sr := &s.series[id]; sr.lastT >= minT {
@@ -153,11 +155,11 @@ func (s *SeriesTable) ForEachSince(minT int64, emit func(id uint32, name string,
 	}
 }
 
-// CountExpired returns how many series have no sample at or after oldest.
-func (s *SeriesTable) CountExpired(oldest int64) int {
+// CountExpired returns how many series have no sample at or after keptSince.
+func (s *SeriesTable) CountExpired(keptSince int64) int {
 	n := 0
 	for i := range s.series {
-		if s.series[i].lastT < oldest {
+		if s.series[i].lastT < keptSince {
 			n++
 		}
 	}

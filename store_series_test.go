@@ -59,7 +59,7 @@ func (k *tableKeeper) check() {
 		k.t.Errorf("%d bytes of text, want %d", k.table.TextBytes(), size)
 	}
 	got := map[string]int64{}
-	k.table.ForEachSince(50, func(_ uint32, name string, l FamilySample) {
+	k.table.ForEachNewestSince(50, func(_ uint32, name string, l FamilySample) {
 		if name != string(LineName(l.Line)) || l.V != float64(l.T) {
 			k.t.Errorf("%q shown as %q, %g", l.Line, name, l.V)
 		}
@@ -125,7 +125,7 @@ func TestSeriesTable(t *testing.T) {
 			for id := range k.lines {
 				if k.lines[id] != "" && (!k.shown[id] && k.lastT[id] == NoTime || rng.IntN(10) == 0) {
 					at := rng.Int64N(100)
-					k.table.SetNewest(uint32(id), at, float64(at))
+					k.table.UpdateNewestSample(uint32(id), at, float64(at))
 					k.lastT[id], k.shown[id] = max(k.lastT[id], at), true
 				}
 			}
@@ -165,7 +165,7 @@ func TestSeriesSetNewest(t *testing.T) {
 	_, hash, _ := table.Find([]byte(`{"a.b",x="1"}`))
 	id := table.Insert(hash, []byte(`{"a.b",x="1"}`), true)
 	show := func() (got []FamilySample) {
-		table.ForEachSince(NoTime+1, func(_ uint32, name string, l FamilySample) {
+		table.ForEachNewestSince(NoTime+1, func(_ uint32, name string, l FamilySample) {
 			if name != "a.b" || !l.Quoted {
 				t.Errorf("%q: %+v", name, l)
 			}
@@ -177,9 +177,9 @@ func TestSeriesSetNewest(t *testing.T) {
 		t.Error("a series without a durable sample is shown")
 	}
 	for _, at := range []int64{100, 90, 100, 110} { // late and equal ones change nothing
-		table.SetNewest(id, at, float64(at))
+		table.UpdateNewestSample(id, at, float64(at))
 	}
-	table.SetNewest(id, 110, 5)
+	table.UpdateNewestSample(id, 110, 5)
 	if got := show(); len(got) != 1 || got[0].T != 110 || got[0].V != 110 || cap(got[0].Line) != len(got[0].Line) {
 		t.Errorf("shown %+v", got)
 	}
@@ -188,7 +188,7 @@ func TestSeriesSetNewest(t *testing.T) {
 func TestSeriesHasRoom(t *testing.T) {
 	table := NewSeriesTable(maphash.MakeSeed(), 0)
 	for n, want := range map[int]bool{0: true, MaxLine: true, 1<<32 - 1: true, 1 << 32: false} {
-		if table.HasRoom(n) != want {
+		if table.HasTextRoom(n) != want {
 			t.Errorf("room for %d: %t", n, !want)
 		}
 	}

@@ -26,11 +26,11 @@ var (
 const compactSlack = 64 << 10 // bytes of garbage that are not worth a rewrite
 
 // ClusterIDHash is the SHA-256 of a cluster ID. It names the site in paths, and routes it.
-func ClusterIDHash(id string) [sha256.Size]byte { return sha256.Sum256([]byte(id)) }
+func ClusterIDHash(clusterID string) [sha256.Size]byte { return sha256.Sum256([]byte(clusterID)) }
 
 // SiteKey is where a site stands on the ring, and what cursors know it by.
-func SiteKey(id string) uint64 {
-	h := ClusterIDHash(id)
+func SiteKey(clusterID string) uint64 {
+	h := ClusterIDHash(clusterID)
 	return binary.BigEndian.Uint64(h[:8])
 }
 
@@ -51,7 +51,7 @@ func (t *StoreTotals) RaiseNewest(seq uint64) {
 // Site is one site of a store.
 type Site struct {
 	ID    string // cluster ID
-	Hash  uint64 // of ID, for the ring and for cursors
+	Key   uint64 // of ID, for the ring and for cursors
 	store *Store
 	// The holder of lock is the one writer. Only the holder does I/O, touches log and removed,
 	// and adds to data, taking mu for each change.
@@ -71,7 +71,7 @@ func NewSite(data SiteSamples, log *Log, store *Store) *Site {
 		store.totals.LogBytes.Add(log.Size())
 	}
 	store.totals.RaiseNewest(data.Seq)
-	return &Site{ID: data.ID, Hash: SiteKey(data.ID), store: store, lock: newIOLock(), log: log, data: data}
+	return &Site{ID: data.ID, Key: SiteKey(data.ID), store: store, lock: newIOLock(), log: log, data: data}
 }
 
 // View calls f with the site's data, under mu. f must not keep data, nor add samples to it.
@@ -92,10 +92,10 @@ func (s *Site) TryLock() bool { return s.lock.TryLock() }
 // Unlock releases the lock.
 func (s *Site) Unlock() { s.lock.Unlock() }
 
-// Close waits for the lock and keeps it, so that nobody writes any more.
-func (s *Site) Close() { _ = s.lock.Lock(context.Background(), nil) }
+// LockForever waits for the lock and keeps it, so that nobody writes any more.
+func (s *Site) LockForever() { _ = s.lock.Lock(context.Background(), nil) }
 
-// All that follows, except for DropExpired and EvictOldest, is for the holder of the lock.
+// All that follows, except for DropExpired and TryEvictOldestBatch, is for the holder of the lock.
 
 // markRemoved notes that the site is no longer in the store. If removing its log has failed,
 // the next log of the site replaces it.
@@ -106,36 +106,36 @@ func (s *Site) markRemoved() {
 	}
 }
 
-// StageBatch makes a batch of what is new in p, as SiteSamples.Prepare says. If there are too many
+// StageBatch makes a batch of what is new in p, as SiteSamples.StageBatch says. If there are too many
 // series, those without a sample in retention make room.
 func (s *Site) StageBatch(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	for compacted := false; ; compacted = true {
 		s.mu.Lock()
 		prepared, err := s.data.StageBatch(p, names, limits)
 		s.mu.Unlock()
-		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.times().keptSince) == 0 {
+		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.timeBounds().keptSince) == 0 {
 			return prepared, err
 		}
-		if err := s.Rewrite(nil, limits.times().keptSince); err != nil {
+		if err := s.RewriteLog(nil, limits.timeBounds().keptSince); err != nil {
 			return StagedBatch{}, err
 		}
 	}
 }
 
-// Rollback takes back what Prepare inserted.
+// Rollback takes back what StageBatch inserted.
 func (s *Site) Rollback(p StagedBatch) { s.View(func(data *SiteSamples) { data.Rollback(p) }) }
 
 // Commit makes a prepared batch and its new series durable, and then holds them. A log that is
-// broken is rewritten with them, without the samples older than oldest. On an error the
+// broken is rewritten with them, without the samples older than keptSince. On an error the
 // caller rolls back.
-func (s *Site) Commit(p StagedBatch, oldest int64) error {
+func (s *Site) Commit(p StagedBatch, keptSince int64) error {
 	if s.log != nil {
-		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatch(nil, p.Batch))
+		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatchPayload(nil, p.Batch))
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
 		if s.log.IsBroken() {
-			return s.Rewrite([]*Batch{p.Batch}, oldest)
+			return s.RewriteLog([]*Batch{p.Batch}, keptSince)
 		}
 		if err := s.changeLog(func() error { return s.log.Append(frames) }); err != nil {
 			return err
@@ -168,13 +168,13 @@ func (s *Site) raiseSeq(seq uint64) {
 	s.data.Seq = max(s.data.Seq, seq)
 }
 
-// Rewrite replaces the log by one of the samples since oldest and of more batches. The data in
+// RewriteLog replaces the log by one of the samples since keptSince and of more batches. The data in
 // memory follows when the new file is durable.
-func (s *Site) Rewrite(more []*Batch, oldest int64) error {
-	s.DropExpired(oldest)
-	old := s.markReadAndCopy()
+func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
+	s.DropExpired(keptSince)
+	old := s.noteReadScrapesAndCopy()
 	// Others may drop batches of s.data meanwhile, but they change nothing that old has.
-	compacted := old.Compact(more, oldest)
+	compacted := old.CompactedCopy(more, keptSince)
 	if s.log != nil {
 		err := s.changeLog(func() error {
 			return s.log.Rewrite(func(w io.Writer) error { return writeAll(w, compacted.Records) })
@@ -190,24 +190,24 @@ func (s *Site) Rewrite(more []*Batch, oldest int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.data.SampleCount()
-	compacted.CatchUpWith(&s.data)
+	compacted.DropMissingIn(&s.data)
 	s.data = compacted
 	s.store.totals.Samples.Add(s.data.SampleCount() - before)
 	return nil
 }
 
-// markReadAndCopy returns a copy of the data that can be read without mu. It first notes which scrapes
+// noteReadScrapesAndCopy returns a copy of the data that can be read without mu. It first notes which scrapes
 // are read: those in batches that every consumer has read, and those in batches that left
 // memory, which the new log will not have.
-func (s *Site) markReadAndCopy() SiteSamples {
-	read := s.readSeq()
+func (s *Site) noteReadScrapesAndCopy() SiteSamples {
+	read := s.seqReadByAll()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.data.Batches) > 0 {
 		read = min(read, s.data.Batches[0].Seq-1)
 	}
 	if read < MaxSeq {
-		s.data.Spools.MarkRead(read)
+		s.data.Spools.MarkReadUpTo(read)
 	}
 	old := s.data
 	old.Spools = s.data.Spools.Clone() // answers to clients mark those of s.data as read
@@ -224,33 +224,33 @@ func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 	return nil
 }
 
-// RewriteIfBroken rewrites a log that recovery found damaged.
-func (s *Site) RewriteIfBroken(oldest int64) error {
+// RewriteLogIfBroken rewrites a log that recovery found damaged.
+func (s *Site) RewriteLogIfBroken(keptSince int64) error {
 	if s.log == nil || !s.log.IsBroken() {
 		return nil
 	}
-	return s.Rewrite(nil, oldest)
+	return s.RewriteLog(nil, keptSince)
 }
 
-// readSeq returns the number of the newest batch that every consumer has read; MaxSeq if there
+// seqReadByAll returns the number of the newest batch that every consumer has read; MaxSeq if there
 // is no consumer.
-func (s *Site) readSeq() uint64 {
-	seq, _ := s.store.Consumers.ReadByAll(s.Hash, s.store.cfg.NowInterval().Earliest)
+func (s *Site) seqReadByAll() uint64 {
+	seq, _ := s.store.Consumers.SeqReadByAll(s.Key, s.store.cfg.NowInterval().Earliest)
 	return seq
 }
 
-// EvictOldest drops the oldest batch, if every consumer has read it and no scrape that shows
-// samples since shownSince shows one of it. ok is false otherwise; n is the number of samples
+// TryEvictOldestBatch drops the oldest batch, if every consumer has read it and no scrape that shows
+// samples since shownSince shows one of it. evicted is false otherwise; samples is the number of samples
 // dropped.
-func (s *Site) EvictOldest(shownSince int64) (n int64, ok bool) {
+func (s *Site) TryEvictOldestBatch(shownSince int64) (samples int64, evicted bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.data.CanEvictOldest(shownSince, s.readSeq()) {
+	if !s.data.CanEvictOldestBatch(shownSince, s.seqReadByAll()) {
 		return 0, false
 	}
-	n = s.data.EvictOldest()
-	s.store.totals.Samples.Add(-n)
-	return n, true
+	samples = s.data.EvictOldestBatch()
+	s.store.totals.Samples.Add(-samples)
+	return samples, true
 }
 
 // RemoveLog removes the log of a site of which nothing is held.
@@ -261,22 +261,22 @@ func (s *Site) RemoveLog() error {
 	return s.changeLog(s.log.Remove)
 }
 
-// Compact rewrites a log of which half is garbage, or an eighth when the storage is full.
-func (s *Site) Compact(oldest int64, storageFull bool) error {
+// CompactIfWorthwhile rewrites a log of which half is garbage, or an eighth when the storage is full.
+func (s *Site) CompactIfWorthwhile(keptSince int64, storageFull bool) error {
 	part, slack := int64(2), int64(compactSlack)
 	if storageFull {
 		part, slack = 8, 0
 	}
 	s.mu.Lock()
 	live := s.data.EstimatedLogSize()
-	worth := int64(s.data.Table.CountExpired(oldest))*part > int64(s.data.Table.Len())
+	worth := int64(s.data.Table.CountExpired(keptSince))*part > int64(s.data.Table.Len())
 	s.mu.Unlock()
 	if !worth && s.log != nil {
 		garbage := s.log.Size() - live
 		worth = s.log.IsBroken() || garbage > slack && garbage*part > s.log.Size()
 	}
 	if worth {
-		return s.Rewrite(nil, oldest)
+		return s.RewriteLog(nil, keptSince)
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ func names1(n uint64) ScrapeNames { return ScrapeNames{1, Ranges{{n, n}}} }
 
 // spoolLists returns what the store says of spool 1 of site x.
 func spoolLists(s *Store) string {
-	st := s.SpoolStatus("x", 1)
+	st := s.RefreshSpoolStatus("x", 1)
 	return fmt.Sprintf("held %v, read %v", st.Held, st.Read)
 }
 
@@ -51,7 +51,7 @@ func TestNamedPushCrashAnywhere(t *testing.T) {
 				if compact {
 					c := s.sites["x"]
 					if c.Lock(t.Context()) == nil {
-						c.Rewrite(nil, s.KeptSince()) // may fail
+						c.RewriteLog(nil, s.KeptSince()) // may fail
 						c.Unlock()
 					}
 				}
@@ -113,7 +113,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		scraper(s, time.Minute).Unread(r, 0, false, nil)
+		scraper(s, time.Minute).ServeUnreadSamples(r, 0, false, nil)
 	}
 	want := func(what, lists string) {
 		t.Helper()
@@ -136,7 +136,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Unlock()
-		if err := c.Rewrite(nil, s.KeptSince()); err != nil {
+		if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -159,7 +159,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 	scrape()
 	scrape()
 	want("read", "held , read 1-4")
-	if _, ok := s.sites["x"].EvictOldest(math.MaxInt64); !ok {
+	if _, ok := s.sites["x"].TryEvictOldestBatch(math.MaxInt64); !ok {
 		t.Fatal("nothing is evicted")
 	}
 	compact()
@@ -213,7 +213,7 @@ func TestSiteSpoolsUntimely(t *testing.T) {
 		if _, err := s.Append(t.Context(), "x", storePush("x", pts...), ScrapeNames{1, test.numbers}); err != nil {
 			t.Fatal(err)
 		}
-		if held := s.SpoolStatus("x", 1).Held.Has(test.numbers[0].From); held != test.held {
+		if held := s.RefreshSpoolStatus("x", 1).Held.Has(test.numbers[0].From); held != test.held {
 			t.Errorf("push %d, scrapes %v: held %t", i, test.numbers, held)
 		}
 	}
@@ -235,16 +235,16 @@ func TestSiteSpoolsReadIsKept(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		scraper(s, time.Minute).Unread(r, 0, false, nil)
+		scraper(s, time.Minute).ServeUnreadSamples(r, 0, false, nil)
 	}
 	c := s.sites["x"]
-	if _, ok := c.EvictOldest(math.MaxInt64); !ok {
+	if _, ok := c.TryEvictOldestBatch(math.MaxInt64); !ok {
 		t.Fatal("nothing is evicted")
 	}
 	if err := c.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, s.KeptSince()); err != nil {
+	if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
 		t.Fatal(err)
 	}
 	c.Unlock()
@@ -264,28 +264,28 @@ func TestSiteSpoolsReadIsKept(t *testing.T) {
 func TestSiteSpoolsAreBounded(t *testing.T) {
 	var s SiteSpools
 	for seq := range uint64(7200) {
-		s.AddHeld(names1(seq+1), seq+1)
+		s.AddHeldScrapes(names1(seq+1), seq+1)
 	}
 	if held, read := s.HeldAndRead(1); held.String() != "1-7200" || len(read) > 0 {
 		t.Errorf("held %v, read %v", held, read)
 	}
-	s.MarkRead(3600)
+	s.MarkReadUpTo(3600)
 	held, read := s.HeldAndRead(1)
 	if len(held) != 1 || len(read) != 1 || read[0].To > 3600 || read[0].To < 3600-8 || held[0].From != read[0].To+1 {
 		t.Errorf("half is read: held %v, read %v", held, read)
 	}
-	s.MarkRead(7200)
+	s.MarkReadUpTo(7200)
 	if held, read := s.HeldAndRead(1); len(held) > 0 || read.String() != "1-7200" {
 		t.Errorf("all is read: held %v, read %v", held, read)
 	}
 	for n := range uint64(3 * MaxRanges) { // nothing merges
-		s.AddHeld(ScrapeNames{2, Ranges{{2*n + 1, 2*n + 1}}}, n+1)
+		s.AddHeldScrapes(ScrapeNames{2, Ranges{{2*n + 1, 2*n + 1}}}, n+1)
 	}
 	if held, _ := s.HeldAndRead(2); len(held) > MaxRanges || !held.Has(6*MaxRanges-1) {
 		t.Errorf("%d ranges", len(held))
 	}
 	for id := range uint64(20) {
-		s.AddHeld(ScrapeNames{id + 10, Ranges{{1, 1}}}, 3*MaxRanges+id)
+		s.AddHeldScrapes(ScrapeNames{id + 10, Ranges{{1, 1}}}, 3*MaxRanges+id)
 	}
 	if n := len(s.spools); n != maxSpools {
 		t.Errorf("%d spools are known", n)
@@ -319,7 +319,7 @@ func TestSiteSpoolsDamage(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				scraper(s, time.Minute).Unread(r, 0, false, nil)
+				scraper(s, time.Minute).ServeUnreadSamples(r, 0, false, nil)
 			}
 		}
 		if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", 3, k.clock.ms(60) + 3, 1}), names1(7)); err != nil { // repeats scrape 4
@@ -333,12 +333,12 @@ func TestSiteSpoolsDamage(t *testing.T) {
 			if err := c.Lock(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if err := c.Rewrite(nil, s.KeptSince()); err != nil {
+			if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
 				t.Fatal(err)
 			}
 			c.Unlock()
 		}
-		path := s.path("x")
+		path := s.logPathOf("x")
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -353,7 +353,7 @@ func TestSiteSpoolsDamage(t *testing.T) {
 			for what, content := range map[string][]byte{"flipped": data, "cut": cut} {
 				fsys.put(path, content)
 				s := k.open()
-				st := s.SpoolStatus("x", 1)
+				st := s.RefreshSpoolStatus("x", 1)
 				got := allHeld(t, s)
 				for n := range uint64(6) {
 					if _, has := got[heldSample{string(storePush("x", point{"m", int(n), 0, 1}).Arena), k.clock.ms(60) + int64(n)}]; !has && st.Held.Has(n+1) {
@@ -378,7 +378,7 @@ func TestEvictedComesBack(t *testing.T) {
 	at := k.clock.ms(0)
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 2, at, 2})
 	k.push(s, "x", point{"m", 1, at + 1, 3})
-	if n, ok := s.sites["x"].EvictOldest(math.MaxInt64); !ok || n != 2 {
+	if n, ok := s.sites["x"].TryEvictOldestBatch(math.MaxInt64); !ok || n != 2 {
 		t.Fatal(n, ok)
 	}
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 1, at + 2, 4})
@@ -417,7 +417,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	evicted := int64(0)
 	fsys.hook = func(_ int, op, _ string) fault {
 		if op == "rename" {
-			n, _ := c.EvictOldest(k.clock.ms(0))
+			n, _ := c.TryEvictOldestBatch(k.clock.ms(0))
 			evicted += n
 		}
 		return fault{}
@@ -425,7 +425,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	if err := c.Lock(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, s.KeptSince()); err != nil || evicted != 1 {
+	if err := c.RewriteLog(nil, s.KeptSince()); err != nil || evicted != 1 {
 		t.Fatalf("%v, %d evicted", err, evicted)
 	}
 	c.Unlock()
@@ -460,7 +460,7 @@ func TestForgottenMeanwhile(t *testing.T) {
 				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)
 				}
-				s.dropSite(c)
+				s.dropFromMemory(c)
 				k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 				c.Unlock()
 				if err := <-done; err != nil {

@@ -17,9 +17,9 @@ const maxSpools = 4
 
 // SiteSpools is what is known of one site's spools. The zero value knows nothing. It is not
 // safe for concurrent use.
-type SiteSpools struct{ spools []spool } // most recently named last
+type SiteSpools struct{ spools []siteSpool } // most recently named last
 
-type spool struct {
+type siteSpool struct {
 	id   uint64
 	read Ranges
 	held []heldScrapes // ascending by seq
@@ -31,13 +31,13 @@ type heldScrapes struct {
 	numbers Ranges
 }
 
-func (s *SiteSpools) index(id uint64) int {
-	return slices.IndexFunc(s.spools, func(p spool) bool { return p.id == id })
+func (s *SiteSpools) index(spoolID uint64) int {
+	return slices.IndexFunc(s.spools, func(p siteSpool) bool { return p.id == spoolID })
 }
 
 // find returns the spool; nil if it is not known.
-func (s *SiteSpools) find(id uint64) *spool {
-	if i := s.index(id); i >= 0 {
+func (s *SiteSpools) find(spoolID uint64) *siteSpool {
+	if i := s.index(spoolID); i >= 0 {
 		return &s.spools[i]
 	}
 	return nil
@@ -45,9 +45,9 @@ func (s *SiteSpools) find(id uint64) *spool {
 
 // findOrAdd returns the spool, which counts as named now. If there are too many it forgets the
 // one that was named longest ago.
-func (s *SiteSpools) findOrAdd(id uint64) *spool {
-	p := spool{id: id}
-	if i := s.index(id); i >= 0 {
+func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
+	p := siteSpool{id: spoolID}
+	if i := s.index(spoolID); i >= 0 {
 		p = s.spools[i]
 		s.spools = slices.Delete(s.spools, i, i+1)
 	} else if len(s.spools) == maxSpools {
@@ -57,24 +57,24 @@ func (s *SiteSpools) findOrAdd(id uint64) *spool {
 	return &s.spools[len(s.spools)-1]
 }
 
-// AddHeld adds scrapes all of whose samples are in batches up to seq, which is not below that of
+// AddHeldScrapes adds scrapes all of whose samples are in batches up to seq, which is not below that of
 // an earlier call.
-func (s *SiteSpools) AddHeld(names ScrapeNames, seq uint64) {
-	if names.ID == 0 || len(names.Numbers) == 0 {
+func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, seq uint64) {
+	if names.SpoolID == 0 || len(names.Numbers) == 0 {
 		return
 	}
-	p := s.findOrAdd(names.ID)
+	p := s.findOrAdd(names.SpoolID)
 	p.held = append(p.held, heldScrapes{seq, names.Numbers})
-	if p.heldRanges() > MaxRanges {
+	if p.heldRangeCount() > MaxRanges {
 		p.mergeHeld()
 	}
-	for p.heldRanges() > MaxRanges && len(p.held) > 1 {
+	for p.heldRangeCount() > MaxRanges && len(p.held) > 1 {
 		p.held = slices.Delete(p.held, 0, 1)
 	}
 }
 
-// heldRanges returns how many ranges the held numbers have.
-func (p *spool) heldRanges() (n int) {
+// heldRangeCount returns how many ranges the held numbers have.
+func (p *siteSpool) heldRangeCount() (n int) {
 	for _, h := range p.held {
 		n += len(h.numbers)
 	}
@@ -83,7 +83,7 @@ func (p *spool) heldRanges() (n int) {
 
 // mergeHeld joins neighbours, whose numbers often make one range. The older one then counts
 // as read only with the newer one.
-func (p *spool) mergeHeld() {
+func (p *siteSpool) mergeHeld() {
 	merged := p.held[:0:0]
 	for pair := range slices.Chunk(p.held, 2) {
 		last := pair[len(pair)-1]
@@ -97,7 +97,7 @@ func (p *spool) mergeHeld() {
 
 // HasAll reports whether every named scrape is held or read.
 func (s *SiteSpools) HasAll(names ScrapeNames) bool {
-	p := s.find(names.ID)
+	p := s.find(names.SpoolID)
 	if p == nil || len(names.Numbers) == 0 {
 		return false
 	}
@@ -105,15 +105,15 @@ func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	return !slices.ContainsFunc(names.Numbers, func(r Range) bool { return !known.Covers(r) })
 }
 
-func (p *spool) heldNumbers() (held Ranges) {
+func (p *siteSpool) heldNumbers() (held Ranges) {
 	for _, h := range p.held {
 		held = held.AddAll(h.numbers)
 	}
 	return held
 }
 
-// MarkRead notes that every consumer that counts has read all batches up to seq.
-func (s *SiteSpools) MarkRead(seq uint64) {
+// MarkReadUpTo notes that every consumer that counts has read all batches up to seq.
+func (s *SiteSpools) MarkReadUpTo(seq uint64) {
 	for i := range s.spools {
 		p := &s.spools[i]
 		n := 0
@@ -126,8 +126,8 @@ func (s *SiteSpools) MarkRead(seq uint64) {
 }
 
 // HeldAndRead returns the numbers of a spool that are held and not read, and those that are read.
-func (s *SiteSpools) HeldAndRead(id uint64) (held, read Ranges) {
-	p := s.find(id)
+func (s *SiteSpools) HeldAndRead(spoolID uint64) (held, read Ranges) {
+	p := s.find(spoolID)
 	if p == nil {
 		return nil, nil
 	}
@@ -137,7 +137,7 @@ func (s *SiteSpools) HeldAndRead(id uint64) (held, read Ranges) {
 // Clone returns a copy that shares nothing that changes.
 func (s *SiteSpools) Clone() (k SiteSpools) {
 	for _, p := range s.spools {
-		k.spools = append(k.spools, spool{p.id, slices.Clone(p.read), slices.Clone(p.held)})
+		k.spools = append(k.spools, siteSpool{p.id, slices.Clone(p.read), slices.Clone(p.held)})
 	}
 	return k
 }
@@ -160,7 +160,7 @@ func (s *SiteSpools) EncodeRecords() (payloads [][]byte) {
 
 // DecodeRecord adds the spool of one payload of EncodeRecords.
 func (s *SiteSpools) DecodeRecord(payload []byte) error {
-	r := ReadWire(payload)
+	r := NewWireReader(payload)
 	decoded := SiteSpools{}
 	id := r.Uint64()
 	r.Require(id != 0)
@@ -169,7 +169,7 @@ func (s *SiteSpools) DecodeRecord(payload []byte) error {
 		if seq, numbers := r.Uvarint(MaxSeq), ReadRanges(&r); seq == 0 {
 			p.read = p.read.AddAll(numbers)
 		} else {
-			decoded.AddHeld(ScrapeNames{id, numbers}, seq)
+			decoded.AddHeldScrapes(ScrapeNames{id, numbers}, seq)
 			p = decoded.find(id)
 		}
 	}
@@ -180,9 +180,9 @@ func (s *SiteSpools) DecodeRecord(payload []byte) error {
 	return nil
 }
 
-// ForgetUnread forgets the numbers that are not read: after damage to the log their batches may
+// ForgetHeldScrapes forgets the numbers that are not read: after damage to the log their batches may
 // be lost.
-func (s *SiteSpools) ForgetUnread() {
+func (s *SiteSpools) ForgetHeldScrapes() {
 	for i := range s.spools {
 		s.spools[i].held = nil
 	}

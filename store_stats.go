@@ -11,14 +11,14 @@ import (
 type SiteStats struct {
 	ID                string
 	Series            int
-	Samples, LastPush int64     // LastPush: ms
-	Backlog           []Backlog // of every consumer
+	Samples, LastPush int64             // LastPush: ms
+	Backlogs          []ConsumerBacklog // of every consumer
 }
 
-// Backlog is what one consumer has not read of a site.
-type Backlog struct {
+// ConsumerBacklog is what one consumer has not read of a site.
+type ConsumerBacklog struct {
 	Name, Address string
-	Samples       int
+	UnreadSamples int
 	LastScrape    time.Time // of its newest scrape
 }
 
@@ -43,7 +43,7 @@ func (s *Store) Stats() StoreStats {
 			if data.LastPush > 0 {
 				st.Sites = append(st.Sites, SiteStats{
 					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), LastPush: data.LastPush,
-					Backlog: backlogs(data, s.Consumers.Cursors(site.Hash)),
+					Backlogs: backlogs(data, s.Consumers.Cursors(site.Key)),
 				})
 			}
 		})
@@ -53,16 +53,16 @@ func (s *Store) Stats() StoreStats {
 
 // backlogs returns the backlog of each consumer, by name and address. Of consumers that differ
 // only in what they ask for, which are neighbours in cursors, it returns the largest.
-func backlogs(data *SiteSamples, cursors []ConsumerCursor) (all []Backlog) {
+func backlogs(data *SiteSamples, cursors []ConsumerCursor) (all []ConsumerBacklog) {
 	for _, c := range cursors {
-		b := Backlog{c.Name, c.Address, data.UnreadCount(Position{Seq: c.Seq}), c.LastScrape}
+		b := ConsumerBacklog{c.Name, c.Address, data.UnreadSampleCount(ReadPosition{Seq: c.Seq}), c.LastScrape}
 		n := len(all)
 		if n == 0 || all[n-1].Name != b.Name || all[n-1].Address != b.Address {
 			all = append(all, b)
 			continue
 		}
 		last := &all[n-1]
-		last.Samples = max(last.Samples, b.Samples)
+		last.UnreadSamples = max(last.UnreadSamples, b.UnreadSamples)
 		if b.LastScrape.After(last.LastScrape) {
 			last.LastScrape = b.LastScrape
 		}

@@ -191,13 +191,13 @@ func wantHeld(t testing.TB, what string, got, want map[heldSample]float64) {
 }
 
 // shown returns what a scrape shows.
-func scraper(s *Store, maxAge time.Duration) *Scraper {
-	return &Scraper{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
+func scraper(s *Store, maxAge time.Duration) *ScrapeReader {
+	return &ScrapeReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
 }
 
 func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 	got := map[heldSample]float64{}
-	fams, _ := scraper(s, maxAge).Newest(0, nil)
+	fams, _ := scraper(s, maxAge).NewestPerSeries(0, nil)
 	for _, f := range fams {
 		for _, l := range f.Samples {
 			got[heldSample{string(l.Line), l.T}] = l.V
@@ -213,7 +213,7 @@ func newStoreFS(seed uint64) *crashFS { return newCrashFS(seed, "/s") }
 func putState(t testing.TB, fsys FS) {
 	t.Helper()
 	state := openStoreState(t, fsys)
-	state.NewBlock(0)
+	state.TakeSeqBlock(0)
 	if err := state.Write(nil); err != nil {
 		t.Fatal(err)
 	}
@@ -242,7 +242,7 @@ func newDamageKit(t *testing.T) *damageKit {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
 	s := k.open()
-	d := &damageKit{path: s.path("a"), other: s.path("b")}
+	d := &damageKit{path: s.logPathOf("a"), other: s.logPathOf("b")}
 	for i := range 4 {
 		var points []point
 		for n := range 2 + i { // each push brings a new series
@@ -383,7 +383,7 @@ func TestStoreFlippedAnywhere(t *testing.T) {
 // label's value as it is, because the length in its head has a zero byte, but a
 // disk may put anything anywhere.
 func seriesFrames(id uint32, line string) []byte {
-	return AppendRecord(nil, RecordSeries, EncodeSeries(nil, id, func(yield func([]byte) bool) { yield([]byte(line)) }))
+	return AppendRecord(nil, RecordSeries, EncodeSeriesPayload(nil, id, func(yield func([]byte) bool) { yield([]byte(line)) }))
 }
 
 // What lies in a log is shown as the site's whose name the file has, or not
@@ -391,14 +391,14 @@ func seriesFrames(id uint32, line string) []byte {
 func TestStoreForeignRecords(t *testing.T) {
 	clock := newStoreClock()
 	victim := storePush("victim", point{"up", 1, clock.ms(5), 666})
-	batch := AppendRecord(nil, RecordBatch, EncodeBatch(nil, &Batch{Seq: 9, AcceptedAt: clock.ms(0), T0: clock.ms(5), IDs: []uint32{7}, V: []float64{666}}))
+	batch := AppendRecord(nil, RecordBatch, EncodeBatchPayload(nil, &Batch{Seq: 9, AcceptedAt: clock.ms(0), T0: clock.ms(5), IDs: []uint32{7}, V: []float64{666}}))
 	foreign := seriesFrames(7, string(victim.Line(victim.Samples[0])))
 
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
 	s := k.open()
 	k.push(s, "evil", point{"m", 1, k.clock.ms(60), 1})
-	path := s.path("evil")
+	path := s.logPathOf("evil")
 	data, _ := fsys.ReadFile(path)
 	header := parseLogHeader(data).size
 	own := heldOf(t, s, "evil")
@@ -421,8 +421,8 @@ func TestStoreForeignRecords(t *testing.T) {
 		{"found behind a damaged head", path, cat(data[:header], []byte("garbage"), foreign, data[header:]), own},
 		{"behind its own damaged head", path, cat(badHead, foreign, batch), nil},
 		{"nothing but another's", path, cat(data[:header], foreign, batch), nil},
-		{"under the other's name", s.path("victim"), data, nil},
-		{"under the other's name, header damaged", s.path("victim"), badHeader, nil},
+		{"under the other's name", s.logPathOf("victim"), data, nil},
+		{"under the other's name, header damaged", s.logPathOf("victim"), badHeader, nil},
 		{"under no site's name", "/s/ab/x.log", data, nil},
 		{"unknown kind of record", path, cat(data, AppendRecord(nil, 77, []byte("x"))), own},
 		{"a line that is not in normal form", path, cat(data, seriesFrames(1, `up{n="1",_id="evil"}`)), own},
@@ -471,11 +471,11 @@ func TestStoreOpenFails(t *testing.T) {
 	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
 	k.push(s, "b", point{"m", 1, k.clock.ms(60), 1})
 	held := allHeld(t, s)
-	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{s.sites["a"].Hash: 1})
+	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{s.sites["a"].Key: 1})
 	saveConsumers(t, s.Consumers)
 	cursors := cursorsOf(s.Consumers)
 	before := fsys.contents()
-	path := s.path("a")
+	path := s.logPathOf("a")
 	type openFault struct {
 		name, op, path string
 		readFault
@@ -491,7 +491,7 @@ func TestStoreOpenFails(t *testing.T) {
 	}
 	for _, test := range tests {
 		synctest.Test(t, func(t *testing.T) {
-			fsys := newCrashFS(1, "/s", filepath.Dir(path), filepath.Dir(s.path("b")))
+			fsys := newCrashFS(1, "/s", filepath.Dir(path), filepath.Dir(s.logPathOf("b")))
 			for name, data := range before {
 				fsys.put(name, []byte(data))
 			}
@@ -698,7 +698,7 @@ func TestStoreCompacts(t *testing.T) {
 	}
 	s.maintain(context.Background(), false)
 	live, size := s.sites["a"].data.EstimatedLogSize(), s.Stats().LogBytes
-	data, _ := fsys.ReadFile(s.path("a"))
+	data, _ := fsys.ReadFile(s.logPathOf("a"))
 	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
 		t.Errorf("log of %d bytes (%d accounted) for %d of content", len(data), size, live)
 	}
@@ -746,10 +746,10 @@ func TestStoreCountsExpired(t *testing.T) {
 		drop func(s *Store, c *Site) error
 	}{
 		{"expiry", func(s *Store, c *Site) error { c.DropExpired(s.KeptSince()); return nil }},
-		{"compaction", func(s *Store, c *Site) error { return c.Rewrite(nil, s.KeptSince()) }},
+		{"compaction", func(s *Store, c *Site) error { return c.RewriteLog(nil, s.KeptSince()) }},
 		{"both", func(s *Store, c *Site) error {
 			c.DropExpired(s.KeptSince())
-			return c.Rewrite(nil, s.KeptSince())
+			return c.RewriteLog(nil, s.KeptSince())
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -1049,13 +1049,13 @@ func TestStoreForgedNumber(t *testing.T) {
 		s := k.open()
 		points := []point{{"m", 0, k.clock.ms(0), 1}}
 		k.push(s, "a", points...)
-		path := s.path("a")
+		path := s.logPathOf("a")
 		data, err := fsys.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
 		forged := &Batch{Seq: number, AcceptedAt: k.clock.ms(0), T0: k.clock.ms(1), IDs: []uint32{0}, V: []float64{2}}
-		fsys.put(path, AppendRecord(append(data, bytes.Repeat([]byte{7}, 20)...), RecordBatch, EncodeBatch(nil, forged)))
+		fsys.put(path, AppendRecord(append(data, bytes.Repeat([]byte{7}, 20)...), RecordBatch, EncodeBatchPayload(nil, forged)))
 		k.clock.Add(time.Second)
 		s = k.open()
 		k.push(s, "b", points...)
@@ -1154,7 +1154,7 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 	s.maintain(context.Background(), true)
 	c := s.sites["a"]
 	c.lock <- struct{}{}
-	if err := c.Rewrite(nil, s.KeptSince()); err != nil {
+	if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
 		t.Fatal(err)
 	}
 	<-c.lock
@@ -1185,7 +1185,7 @@ func TestStoreExpiryAndCompaction(t *testing.T) {
 	if err := c.Lock(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Rewrite(nil, before); err != nil || !expired {
+	if err := c.RewriteLog(nil, before); err != nil || !expired {
 		t.Fatal(err, expired)
 	}
 	c.Unlock()
@@ -1310,7 +1310,7 @@ func TestStoreForgets(t *testing.T) {
 		t.Errorf("known: %+v", st)
 	}
 	allHeld(t, s)
-	if fsys.entries[s.path("a")] != nil || fsys.durable[s.path("a")] != nil {
+	if fsys.entries[s.logPathOf("a")] != nil || fsys.durable[s.logPathOf("a")] != nil {
 		t.Errorf("files %v", fsys.names())
 	}
 	fsys.crash()
@@ -1329,7 +1329,7 @@ func TestStoreNewest(t *testing.T) {
 	k.push(s, "a", point{"x", 1, k.clock.ms(10), 3}, point{"x", 2, k.clock.ms(30), 4})
 	k.push(s, "a", point{"x", 1, k.clock.ms(25), 5}) // late: held, not shown
 	k.push(s, "b", point{"x", 1, k.clock.ms(5), 6}, point{"a.b", 1, k.clock.ms(5), math.NaN()})
-	fams, truncated := scraper(s, 10*time.Minute).Newest(0, nil)
+	fams, truncated := scraper(s, 10*time.Minute).NewestPerSeries(0, nil)
 	var got []string
 	for _, f := range fams {
 		for _, l := range f.Samples {
@@ -1345,7 +1345,7 @@ func TestStoreNewest(t *testing.T) {
 	if truncated || !slices.Equal(got, want) {
 		t.Errorf("got %q\nwant %q", got, want)
 	}
-	fams, _ = scraper(s, 10*time.Minute).Newest(0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
+	fams, _ = scraper(s, 10*time.Minute).NewestPerSeries(0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
 	if len(fams) != 1 || len(fams[0].Samples) != 1 || fams[0].Samples[0].V != 4 {
 		t.Errorf("chosen: %v", fams)
 	}
@@ -1365,7 +1365,7 @@ func TestStoreNewestStays(t *testing.T) {
 	k.cfg.LimitSeries = 50
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
-	fams, _ := scraper(s, time.Hour).Newest(0, nil)
+	fams, _ := scraper(s, time.Hour).NewestPerSeries(0, nil)
 	line := fams[0].Samples[0].Line
 	want := string(line)
 	for i := range 90 {
@@ -1405,7 +1405,7 @@ func TestStoreNewestRotates(t *testing.T) {
 			x := scraper(s, time.Hour)
 			seen := map[string]int{}
 			for scrape := range 40 * scrapers {
-				fams, truncated := x.Newest(limit, nil)
+				fams, truncated := x.NewestPerSeries(limit, nil)
 				n := 0
 				ids := map[string]bool{}
 				for _, f := range fams {
@@ -1712,7 +1712,7 @@ func TestStoreConcurrent(t *testing.T) {
 				for _, c := range s.sitesByID() { // rewrites that meet evictions
 					if c.Lock(ctx) == nil {
 						if !c.removed {
-							if err := c.Rewrite(nil, s.KeptSince()); err != nil {
+							if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
 								t.Errorf("rewrite: %v", err)
 							}
 						}
@@ -1723,7 +1723,7 @@ func TestStoreConcurrent(t *testing.T) {
 		})
 		background.Go(func() {
 			for ctx.Err() == nil {
-				fams, _ := scraper(s, time.Minute).Newest(100, nil)
+				fams, _ := scraper(s, time.Minute).NewestPerSeries(100, nil)
 				for _, f := range fams {
 					for _, l := range f.Samples {
 						if !bytes.HasPrefix(l.Line, []byte("m{_id=")) || l.Line[len(l.Line)-1] != '}' {
@@ -1893,14 +1893,14 @@ func TestStoreRun(t *testing.T) {
 func FuzzStoreLog(f *testing.F) {
 	line := func(s string) []byte { return []byte(s) }
 	series := func(id uint32, lines ...string) []byte {
-		return EncodeSeries(nil, id, func(yield func([]byte) bool) {
+		return EncodeSeriesPayload(nil, id, func(yield func([]byte) bool) {
 			for _, l := range lines {
 				yield(line(l))
 			}
 		})
 	}
 	now := newStoreClock().ms(0)
-	batch := EncodeBatch(nil, &Batch{Seq: 1, AcceptedAt: now, T0: now, IDs: []uint32{0, 1}, V: []float64{1, 2}})
+	batch := EncodeBatchPayload(nil, &Batch{Seq: 1, AcceptedAt: now, T0: now, IDs: []uint32{0, 1}, V: []float64{1, 2}})
 	f.Add([]byte{}, true)
 	f.Add(bytes.Join([][]byte{
 		AppendRecord(nil, RecordSeries, series(0, `m{_id="a"}`, `n{_id="a"}`)), AppendRecord(nil, RecordBatch, batch),
@@ -1922,7 +1922,7 @@ func FuzzStoreLog(f *testing.F) {
 			if header {
 				data = append(appendLogHeader(nil, []byte("a")), data...)
 			}
-			path := (&Store{cfg: StoreConfig{Dir: "/s"}}).path("a")
+			path := (&Store{cfg: StoreConfig{Dir: "/s"}}).logPathOf("a")
 			fsys := newCrashFS(1, "/s", filepath.Dir(path))
 			fsys.put(path, data)
 			k := newStoreKit(t, fsys)
@@ -1935,10 +1935,10 @@ func FuzzStoreLog(f *testing.F) {
 					}
 				}
 				var parser SeriesParser
-				fams, _ := scraper(s, time.Hour).Newest(0, nil)
+				fams, _ := scraper(s, time.Hour).NewestPerSeries(0, nil)
 				for _, f := range fams {
 					for _, l := range f.Samples {
-						_, labels, err := parser.ParseRendered(l.Line)
+						_, labels, err := parser.ParseCanonicalLine(l.Line)
 						i := slices.IndexFunc(labels, func(l Label) bool { return string(l.Name) == ClusterLabel })
 						if err != nil || i < 0 || string(labels[i].Value) != "a" {
 							t.Errorf("shown: %q, %v", l.Line, err)
@@ -2037,7 +2037,7 @@ func BenchmarkNewest(b *testing.B) {
 			b.ReportAllocs()
 			before := cpuTime(b)
 			for b.Loop() {
-				fams, _ := scraper(s, 10*time.Minute).Newest(0, nil)
+				fams, _ := scraper(s, 10*time.Minute).NewestPerSeries(0, nil)
 				if part == "render" {
 					if written, _, err := WriteFamilies(io.Discard, e, fams); err != nil || written != n {
 						b.Fatal(written, err)

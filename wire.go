@@ -23,8 +23,8 @@ type WireReader struct {
 	err  error
 }
 
-// ReadWire returns a reader of b, which it neither copies nor changes.
-func ReadWire(b []byte) WireReader { return WireReader{rest: b} }
+// NewWireReader returns a reader of b, which it neither copies nor changes.
+func NewWireReader(b []byte) WireReader { return WireReader{rest: b} }
 
 // Len returns the number of bytes that are left.
 func (r *WireReader) Len() int { return len(r.rest) }
@@ -54,13 +54,6 @@ func (r *WireReader) fail(err error) {
 	r.rest = nil
 }
 
-// Version reads a byte, which has to be want. The error says what has another version.
-func (r *WireReader) Version(want byte, what string) {
-	if got := r.Byte(); r.err == nil && got != want {
-		r.fail(fmt.Errorf("%s has version %d; this program knows version %d", what, got, want))
-	}
-}
-
 // Uvarint reads an unsigned varint of at most max.
 func (r *WireReader) Uvarint(max uint64) uint64 {
 	if len(r.rest) > 0 && r.rest[0] < 0x80 && uint64(r.rest[0]) <= max { // most have one byte
@@ -88,19 +81,19 @@ func (r *WireReader) Varint(min, max int64) int64 {
 	return v
 }
 
-func (r *WireReader) failVarint(n int) {
-	if n == 0 {
+func (r *WireReader) failVarint(decodedLen int) {
+	if decodedLen == 0 {
 		r.fail(errWireShort)
 	} else {
 		r.fail(errWireBound)
 	}
 }
 
-// Count reads the number of items that follow, each of at least size bytes: there cannot be
-// more than the bytes that are left hold. size is at least 1.
-func (r *WireReader) Count(size int) int {
+// Count reads the number of items that follow, each of at least minItemSize bytes: there cannot be
+// more than the bytes that are left hold. minItemSize is at least 1.
+func (r *WireReader) Count(minItemSize int) int {
 	n := r.Uvarint(1 << 62)
-	if n > uint64(len(r.rest)/size) {
+	if n > uint64(len(r.rest)/minItemSize) {
 		r.fail(errWireShort)
 		return 0
 	}
@@ -121,19 +114,19 @@ func (r *WireReader) Bytes(n int) []byte {
 // Rest reads all bytes that are left.
 func (r *WireReader) Rest() []byte { return r.Bytes(len(r.rest)) }
 
-// Short reads a string of at most max bytes behind a byte with its length, as AppendShort
+// ShortString reads a string of at most maxLen bytes behind a byte with its length, as AppendShortString
 // wrote it.
-func (r *WireReader) Short(max int) string {
+func (r *WireReader) ShortString(maxLen int) string {
 	n := int(r.Byte())
-	if n > max {
+	if n > maxLen {
 		r.fail(errWireBound)
 		return ""
 	}
 	return string(r.Bytes(n))
 }
 
-// AppendShort appends the length of s, at most 255, in a byte, and s.
-func AppendShort(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) }
+// AppendShortString appends the length of s, at most 255, in a byte, and s.
+func AppendShortString(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) }
 
 // Byte reads one byte.
 func (r *WireReader) Byte() byte {

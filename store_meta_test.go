@@ -71,21 +71,21 @@ func TestStoreStateRestore(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)
 			fsys.put(statePath, test.data)
-			s, err := OpenStoreState(fsys, "/s")
-			if err != nil || (s.Damage != nil) != test.damaged || !s.Found() || s.block != test.block || !slices.Equal(s.Consumers, test.consumers) {
+			s, err := OpenStoreMeta(fsys, "/s")
+			if err != nil || (s.Damage != nil) != test.damaged || !s.found || s.block != test.block || !slices.Equal(s.Consumers, test.consumers) {
 				t.Fatalf("read %+v, %v; want block %d, %v", s, err, test.block, test.consumers)
 			}
 			if err := s.Write(s.Consumers); err != nil {
 				t.Fatal(err)
 			}
-			if again, err := OpenStoreState(fsys, "/s"); err != nil || again.Damage != nil || again.block != test.block || !slices.Equal(again.Consumers, test.consumers) {
+			if again, err := OpenStoreMeta(fsys, "/s"); err != nil || again.Damage != nil || again.block != test.block || !slices.Equal(again.Consumers, test.consumers) {
 				t.Errorf("mended: %+v, %v", again, err)
 			}
 		})
 	}
 }
 
-// The numbers of each start are above all that is known, and SameBlock tells starts apart.
+// The numbers of each start are above all that is known, and IsSameSeqBlock tells starts apart.
 func TestStoreStateNumbers(t *testing.T) {
 	for _, test := range []struct{ block, highest, first, beyond uint64 }{
 		{0, 0, 1 << blockBits, maxBlock << blockBits},
@@ -96,12 +96,12 @@ func TestStoreStateNumbers(t *testing.T) {
 		{maxBlock, 5, maxBlock << blockBits, (maxBlock + 1) << blockBits},
 		{3, maxBlock<<blockBits + 9, maxBlock<<blockBits + 9, (maxBlock + 1) << blockBits},
 	} {
-		s := StoreState{block: test.block}
+		s := StoreMeta{block: test.block}
 		if beyond := s.SeqBound(test.highest); beyond != test.beyond {
 			t.Errorf("%+v: beyond %d", test, beyond)
 		}
-		first := s.NewBlock(test.highest)
-		if first != test.first || first < test.highest || test.highest>>blockBits < maxBlock && SameBlock(first, test.highest) {
+		first := s.TakeSeqBlock(test.highest)
+		if first != test.first || first < test.highest || test.highest>>blockBits < maxBlock && IsSameSeqBlock(first, test.highest) {
 			t.Errorf("%+v: first %d", test, first)
 		}
 	}
@@ -115,14 +115,14 @@ func FuzzStoreState(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		fsys := newStoreFS(1)
 		fsys.put(statePath, stateOf(b))
-		s, _ := OpenStoreState(fsys, "/s")
+		s, _ := OpenStoreMeta(fsys, "/s")
 		if s == nil || len(s.Consumers) > MaxConsumers || s.block > maxBlock {
 			t.Fatalf("read %+v", s)
 		}
 		if err := s.Write(s.Consumers); err != nil {
 			t.Fatal(err)
 		}
-		again, err := OpenStoreState(fsys, "/s")
+		again, err := OpenStoreMeta(fsys, "/s")
 		if err != nil || again.Damage != nil || again.block != s.block || !slices.Equal(again.Consumers, s.Consumers) {
 			t.Fatalf("read %+v, and mended %+v, %v", s, again, err)
 		}

@@ -52,9 +52,9 @@ func NewWallClock(wall func() time.Time, monotonic func() time.Duration, onStep 
 	return &WallClock{wall: wall, monotonic: monotonic, onStep: onStep, trusted: wall().Round(0), trustedAt: monotonic()}
 }
 
-// Interval returns the range that the present time lies in. A step is noticed by the first call
+// NowInterval returns the range that the present time lies in. A step is noticed by the first call
 // after it.
-func (c *WallClock) Interval() TimeInterval {
+func (c *WallClock) NowInterval() TimeInterval {
 	c.mu.Lock()
 	wall, now := c.wall().Round(0), c.monotonic() // Round(0), so that Sub compares wall clocks
 	expected := c.trusted.Add(now - c.trustedAt)
@@ -75,7 +75,7 @@ func (c *WallClock) Interval() TimeInterval {
 
 // StepInDoubt returns the size of the step that is in doubt; 0 if there is none.
 func (c *WallClock) StepInDoubt() time.Duration {
-	c.Interval()
+	c.NowInterval()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.doubted
@@ -83,8 +83,8 @@ func (c *WallClock) StepInDoubt() time.Duration {
 
 // observe compares the wall clock with the time that is expected of it, and returns the step
 // that begins or ends; the zero value if none does. The caller holds c.mu.
-func (c *WallClock) observe(wall, expected time.Time, now time.Duration) (step WallClockStep) {
-	elapsed := now - c.trustedAt
+func (c *WallClock) observe(wall, expected time.Time, monotonic time.Duration) (step WallClockStep) {
+	elapsed := monotonic - c.trustedAt
 	diff := wall.Sub(expected)
 	switch {
 	case diff.Abs() <= stepTolerance+elapsed/slewDivisor:
@@ -92,9 +92,9 @@ func (c *WallClock) observe(wall, expected time.Time, now time.Duration) (step W
 			step = WallClockStep{Size: c.doubted, Reverted: true}
 		}
 	case c.doubted == 0 || (diff-c.doubted).Abs() > stepTolerance:
-		c.doubted, c.doubtedAt = diff, now
+		c.doubted, c.doubtedAt = diff, monotonic
 		return WallClockStep{Size: diff}
-	case now-c.doubtedAt < stepDoubtTime:
+	case monotonic-c.doubtedAt < stepDoubtTime:
 		return WallClockStep{}
 	default:
 		step = WallClockStep{Size: c.doubted, Accepted: true}
@@ -104,6 +104,6 @@ func (c *WallClock) observe(wall, expected time.Time, now time.Duration) (step W
 		// Only slewing is followed, so that many small steps add up to one that is noticed.
 		diff = min(max(diff, -elapsed/slewDivisor), elapsed/slewDivisor)
 	}
-	c.trusted, c.trustedAt = expected.Add(diff), now
+	c.trusted, c.trustedAt = expected.Add(diff), monotonic
 	return step
 }

@@ -12,8 +12,8 @@ import (
 
 // planOf returns a plan of scrapes as text says, numbers from 1: u undelivered, h held,
 // e elsewhere, ? uncertain.
-func planOf(text string) *spoolPlan {
-	p := &spoolPlan{}
+func planOf(text string) *spoolIndex {
+	p := &spoolIndex{}
 	for i, b := range []byte(text) {
 		e := spoolEntry{Scrape: Scrape{Number: uint64(i + 1), Size: 10, Samples: 1}, gzipSize: 10, footprint: 1}
 		switch b {
@@ -30,7 +30,7 @@ func planOf(text string) *spoolPlan {
 }
 
 // states is the reverse of planOf, with the numbers of what is there, "-" for others.
-func (p *spoolPlan) states() string {
+func (p *spoolIndex) states() string {
 	b := []byte(strings.Repeat("-", 10))
 	for _, e := range p.entries {
 		b[e.Number-1] = "uhe"[e.state]
@@ -42,9 +42,9 @@ func (p *spoolPlan) states() string {
 }
 
 // pickNumbers returns the numbers that make the next push.
-func (p *spoolPlan) pickNumbers(now int64, l PushLimits) string {
+func (p *spoolIndex) pickNumbers(now int64, l PushLimits) string {
 	var r Ranges
-	for _, e := range p.pickPush(now, l, func(*spoolEntry) bool { return true }) {
+	for _, e := range p.beginPush(now, l, func(*spoolEntry) bool { return true }) {
 		r = r.Add(e.Number, e.Number)
 	}
 	return r.String()
@@ -62,8 +62,8 @@ func TestSpoolPlanStep(t *testing.T) {
 	const now = 1_000_000
 	for _, tt := range []struct {
 		have   string
-		change func(p *spoolPlan)
-		want   SpoolStep
+		change func(p *spoolIndex)
+		want   DrainStep
 		wait   time.Duration
 		picks  string
 	}{
@@ -72,19 +72,19 @@ func TestSpoolPlanStep(t *testing.T) {
 		{have: "u?u", want: StepAsk, picks: "1,3"}, // never what is uncertain
 		{have: "hue", want: StepPush, picks: "2"},
 		{have: "hehe", want: StepPush, picks: "2,4"},
-		{have: "he", change: func(p *spoolPlan) { p.elsewhereAt = now + 300 }, want: StepWait, wait: 300 * time.Millisecond},
-		{have: "he", change: func(p *spoolPlan) { p.failing = true }, want: StepAsk},
-		{have: "heu", change: func(p *spoolPlan) { p.failing = true }, want: StepPush, picks: "3"},
+		{have: "he", change: func(p *spoolIndex) { p.elsewhereAt = now + 300 }, want: StepWait, wait: 300 * time.Millisecond},
+		{have: "he", change: func(p *spoolIndex) { p.failing = true }, want: StepAsk},
+		{have: "heu", change: func(p *spoolIndex) { p.failing = true }, want: StepPush, picks: "3"},
 		{have: "hh", want: StepAsk},
-		{have: "hh", change: func(p *spoolPlan) { p.askAt = now + 1 }, want: StepDone},
-		{have: "uh", change: func(p *spoolPlan) { p.entries[0].retryAt, p.askAt = now+1, now+1 }, want: StepDone},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].retryAt = now + 1 }, want: StepPush, picks: "2"},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].retryAt = now }, want: StepPush, picks: "1"},
+		{have: "hh", change: func(p *spoolIndex) { p.askAt = now + 1 }, want: StepDone},
+		{have: "uh", change: func(p *spoolIndex) { p.entries[0].retryAt, p.askAt = now+1, now+1 }, want: StepDone},
+		{have: "ue", change: func(p *spoolIndex) { p.entries[0].retryAt = now + 1 }, want: StepPush, picks: "2"},
+		{have: "ue", change: func(p *spoolIndex) { p.entries[0].retryAt = now }, want: StepPush, picks: "1"},
 		// A scrape that no server takes holds up nothing else.
-		{have: "uuu", change: func(p *spoolPlan) { p.entries[0].declined = true }, want: StepPush, picks: "2-3"},
-		{have: "uee", change: func(p *spoolPlan) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "3"},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].declined, p.elsewhereAt = true, now+1 }, want: StepPush, picks: "1"},
-		{have: "ue", change: func(p *spoolPlan) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "1"},
+		{have: "uuu", change: func(p *spoolIndex) { p.entries[0].declined = true }, want: StepPush, picks: "2-3"},
+		{have: "uee", change: func(p *spoolIndex) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "3"},
+		{have: "ue", change: func(p *spoolIndex) { p.entries[0].declined, p.elsewhereAt = true, now+1 }, want: StepPush, picks: "1"},
+		{have: "ue", change: func(p *spoolIndex) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "1"},
 	} {
 		p := planOf(tt.have)
 		if tt.change != nil {
@@ -98,14 +98,14 @@ func TestSpoolPlanStep(t *testing.T) {
 }
 
 func TestSpoolPlanLimits(t *testing.T) {
-	sparse := &spoolPlan{}
+	sparse := &spoolIndex{}
 	for i := range uint64(MaxPushRanges + 5) {
 		sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 1}})
 		if i < 3 { // in one range with the one before
 			sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 2}})
 		}
 	}
-	if got := sparse.pickPush(0, noLimits, func(*spoolEntry) bool { return true }); len(got) != MaxPushRanges+6 {
+	if got := sparse.beginPush(0, noLimits, func(*spoolEntry) bool { return true }); len(got) != MaxPushRanges+6 {
 		t.Errorf("%d scrapes in one push", len(got))
 	}
 	for _, tt := range []struct {
@@ -188,7 +188,7 @@ func TestSpoolPlanFailed(t *testing.T) {
 	for have, want := range map[string]string{"uhu": "?h?", "he": "h?", "hh": "hh"} {
 		p := planOf(have)
 		p.pickNumbers(0, noLimits)
-		if p.pushFailed(false); p.states() != want {
+		if p.notePushFailed(false); p.states() != want {
 			t.Errorf("%s: %s", have, p.states())
 		}
 		// The next answer says what is so.
@@ -198,7 +198,7 @@ func TestSpoolPlanFailed(t *testing.T) {
 	}
 	p := planOf("e")
 	p.pickNumbers(0, noLimits)
-	p.pushFailed(false)
+	p.notePushFailed(false)
 	if p.applyAnswer(0, SpoolAnswer{KnowsSpools: true}); p.states() != "e" {
 		t.Errorf("what a server held is %s", p.states())
 	}
@@ -207,10 +207,10 @@ func TestSpoolPlanFailed(t *testing.T) {
 // An attempt that a server refused for now: all is as it was, but what is elsewhere waits
 // until a question is answered.
 func TestSpoolPlanRefused(t *testing.T) {
-	for have, want := range map[string]SpoolStep{"uhu": StepPush, "uhe": StepPush, "he": StepAsk} {
+	for have, want := range map[string]DrainStep{"uhu": StepPush, "uhe": StepPush, "he": StepAsk} {
 		p := planOf(have)
 		p.pickNumbers(0, noLimits)
-		p.pushFailed(true)
+		p.notePushFailed(true)
 		if step, _ := p.nextStep(time.Hour.Milliseconds()); p.states() != have || step != want {
 			t.Errorf("%s: %s, step %v, want %v", have, p.states(), step, want)
 		}
@@ -299,7 +299,7 @@ func TestSpoolMetaMerge(t *testing.T) {
 type planWorld struct {
 	t       *testing.T
 	rnd     *rand.Rand
-	plan    *spoolPlan
+	plan    *spoolIndex
 	now     int64
 	added   uint64
 	servers [2]planServer
@@ -319,7 +319,7 @@ func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 		luck = 9
 	}
 	if luck == 2 {
-		w.plan.pushFailed(true)
+		w.plan.notePushFailed(true)
 		w.to = w.rnd.IntN(2)
 		return
 	}
@@ -331,7 +331,7 @@ func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 		}
 	}
 	if luck <= 1 {
-		w.plan.pushFailed(false)
+		w.plan.notePushFailed(false)
 		w.to = w.rnd.IntN(2)
 		return
 	}
@@ -365,7 +365,7 @@ func (w *planWorld) drain(calm bool) {
 		case StepAsk:
 			w.exchange(nil, calm)
 		case StepPush:
-			batch := w.plan.pickPush(w.now, PushLimits{1 << 30, 1 << 30, 1 + w.rnd.IntN(5)}, func(*spoolEntry) bool { return true })
+			batch := w.plan.beginPush(w.now, PushLimits{1 << 30, 1 << 30, 1 + w.rnd.IntN(5)}, func(*spoolEntry) bool { return true })
 			if len(batch) == 0 {
 				w.t.Fatal("nothing to push")
 			}
@@ -394,7 +394,7 @@ func TestSpoolPlanLosesNothing(t *testing.T) {
 		runs = 1_000
 	}
 	for seed := range uint64(runs) {
-		w := &planWorld{t: t, rnd: rand.New(rand.NewPCG(seed, 1)), plan: &spoolPlan{}, got: map[uint64]bool{}, now: 1_000_000}
+		w := &planWorld{t: t, rnd: rand.New(rand.NewPCG(seed, 1)), plan: &spoolIndex{}, got: map[uint64]bool{}, now: 1_000_000}
 		for i := range w.servers {
 			w.servers[i] = planServer{map[uint64]bool{}, map[uint64]bool{}, map[uint64]bool{}, map[uint64]bool{}}
 		}
@@ -417,7 +417,7 @@ func TestSpoolPlanLosesNothing(t *testing.T) {
 				s.held, s.read = maps.Clone(s.oldHeld), maps.Clone(s.oldRead)
 			case 10: // the client starts again
 				old := w.plan.entries
-				w.plan = &spoolPlan{}
+				w.plan = &spoolIndex{}
 				for _, e := range old {
 					w.plan.add(spoolEntry{Scrape: e.Scrape, footprint: 1, uncertain: true})
 				}

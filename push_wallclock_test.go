@@ -64,7 +64,7 @@ func TestWallClock(t *testing.T) {
 				got = WallClockStep{}
 				monotonic += s.pass
 				wall = wall.Add(s.pass + s.set)
-				span := c.Interval()
+				span := c.NowInterval()
 				if want := (TimeInterval{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
 					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Earliest.Sub(start), span.Latest.Sub(start), got, s.early, s.late, s.change)
 				}

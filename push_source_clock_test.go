@@ -24,7 +24,7 @@ func TestSourceClockOffset(t *testing.T) {
 		{"of four the nearer of the middle", []int64{-3600_000, -5, 3, 3600_000}, at(1000, "a"), 3, true},
 		{"another boot", []int64{0}, at(999_000, "before"), 0, true},
 	} {
-		c := NewSourceClock(0)
+		c := NewSourceClockTracker(0)
 		for i, ahead := range tt.ahead {
 			boot := int64(1_000_000 + i*1000) // later
 			c.Observe(fmt.Sprint(i), server+boot+ahead, at(boot, "a"))
@@ -41,7 +41,7 @@ func TestSourceClockOffset(t *testing.T) {
 
 // A step of the client's wall clock between scrape and answer moves nothing within a boot.
 func TestSourceClockWall(t *testing.T) {
-	c := NewSourceClock(0)
+	c := NewSourceClockTracker(0)
 	c.Observe("a", 1_700_000_000_000, Moment{Wall: 77, Boot: 500_000, BootID: "a"})
 	if got, _ := c.Offset(Moment{Wall: 999_999_999, Boot: 400_000, BootID: "a"}, 1_700_000_000_000-100_000); got != 0 {
 		t.Errorf("got %d", got)
@@ -51,7 +51,7 @@ func TestSourceClockWall(t *testing.T) {
 // The newest of each server counts, of the 16 that answered last; a time that no clock shows is ignored.
 func TestSourceClockObserves(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
-	c := NewSourceClock(0)
+	c := NewSourceClockTracker(0)
 	for _, ms := range []int64{0, -1, maxServerTime + 1} {
 		c.Observe("x", ms, at)
 	}
@@ -73,8 +73,8 @@ func TestSourceClockObserves(t *testing.T) {
 
 func TestSourceClockShift(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
-	c := NewSourceClock(0)
-	if ms, known := c.Shift(at, 1); ms != 0 || known {
+	c := NewSourceClockTracker(0)
+	if ms, known := c.NextShift(at, 1); ms != 0 || known {
 		t.Errorf("before any server is observed: %d, %v", ms, known)
 	}
 	const now = 1_700_000_000_000
@@ -83,14 +83,14 @@ func TestSourceClockShift(t *testing.T) {
 		{0, 0}, {59_999, 0}, {-59_999, 0}, {60_000, 60_000}, {45_000, 60_000}, {90_000, 60_000}, {30_000, 60_000}, {29_999, 0},
 		{-3600_000, -3600_000}, {-3590_000, -3600_000}, {-3569_999, -3569_999}, {0, 0},
 	} {
-		if got, known := c.Shift(at, now-tt.off); got != tt.want || !known {
+		if got, known := c.NextShift(at, now-tt.off); got != tt.want || !known {
 			t.Errorf("%d: at an error of %d ms the shift is %d, want %d", i, tt.off, got, tt.want)
 		}
 	}
 	// One that was in use before goes on.
-	c = NewSourceClock(100_000)
+	c = NewSourceClockTracker(100_000)
 	c.Observe("a", now, at)
-	if got, _ := c.Shift(at, now-110_000); got != 100_000 {
+	if got, _ := c.NextShift(at, now-110_000); got != 100_000 {
 		t.Errorf("got %d", got)
 	}
 }
@@ -107,7 +107,7 @@ func TestShiftText(t *testing.T) {
 		"{\"a 1\",x=\"} 1\"} 4.5e+10 5\n": "{\"a 1\",x=\"} 1\"} 4.5e+10 1005\n",
 		"{\"a 1\"} 4\n":                   "{\"a 1\"} 4\n",
 	} {
-		if got := string(shiftText([]byte(text), 1000)); got != want {
+		if got := string(shiftTimes([]byte(text), 1000)); got != want {
 			t.Errorf("%q: got %q, want %q", text, got, want)
 		}
 	}

@@ -15,29 +15,29 @@ const (
 	askInterval       = time.Minute // after an answer, until a server is asked though nothing is to be pushed
 )
 
-// ScrapeState is the place of a scrape among servers, as far as it is known.
-type ScrapeState uint8
+// DeliveryState is the place of a scrape among servers, as far as it is known.
+type DeliveryState uint8
 
 const (
-	ScrapeUndelivered ScrapeState = iota // no server holds it
-	ScrapeHeld                           // the server that answered last holds it
-	ScrapeElsewhere                      // a server held it; the one that answered last does not
-	numSpoolStates
+	ScrapeUndelivered DeliveryState = iota // no server holds it
+	ScrapeHeld                             // the server that answered last holds it
+	ScrapeElsewhere                        // a server held it; the one that answered last does not
+	numDeliveryStates
 )
 
 // String returns the state as metrics name it.
-func (s ScrapeState) String() string {
-	return [numSpoolStates]string{"undelivered", "held", "elsewhere"}[s]
+func (s DeliveryState) String() string {
+	return [numDeliveryStates]string{"undelivered", "held", "elsewhere"}[s]
 }
 
-// SpoolStep is what to do next.
-type SpoolStep uint8
+// DrainStep is what to do next.
+type DrainStep uint8
 
 const (
-	StepDone SpoolStep = iota // nothing now
+	StepDone DrainStep = iota // nothing now
 	StepWait                  // nothing yet
 	StepAsk                   // ask the server what it holds, by a push without scrapes
-	StepPush                  // push what NextPush returns
+	StepPush                  // push what BeginPush returns
 )
 
 // PushLimits bound the scrapes of one push.
@@ -55,8 +55,8 @@ type SpoolAnswer struct {
 	Consumers    []ConsumerAge
 }
 
-// SpoolOutcome is what an answer means for the scrapes that were pushed.
-type SpoolOutcome struct {
+// PushOutcome is what an answer means for the scrapes that were pushed.
+type PushOutcome struct {
 	Declined     Ranges // the server neither holds them nor lists them as read
 	FirstDecline bool   // the push had one scrape, which was not declined alone before
 }
@@ -65,7 +65,7 @@ type SpoolOutcome struct {
 type SpoolStats struct {
 	Scrapes, InMemory int // InMemory: on no server, and on no disk
 	Bytes             int64
-	ByState           [numSpoolStates]SpoolStateStats
+	ByState           [numDeliveryStates]SpoolStateStats
 }
 
 // SpoolStateStats is what a spool holds in one state.
@@ -75,8 +75,8 @@ type SpoolStateStats struct {
 	OldestAge time.Duration // 0 if there is none
 }
 
-// Unread returns how many scrapes servers hold, or held.
-func (st *SpoolStats) Unread() int { return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes }
+// UnreadScrapes returns how many scrapes servers hold, or held.
+func (st *SpoolStats) UnreadScrapes() int { return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes }
 
 // spoolEntry is a scrape in the spool. Its Gzip is nil unless the scrape is in memory; even then
 // a file may exist, if writing it failed late.
@@ -86,7 +86,7 @@ type spoolEntry struct {
 	footprint int64 // bytes of disk, or of memory
 	inFlight  bool  // part of a push without an answer yet, and not to be dropped
 
-	state     ScrapeState
+	state     DeliveryState
 	uncertain bool  // an attempt had no answer: the state is not known until the next answer
 	heldSince int64 // ms; since when the server that answered last holds it
 	retryAt   int64 // ms; it is not pushed before
@@ -97,15 +97,15 @@ func (e *spoolEntry) inMemory() bool   { return e.Gzip != nil }
 func (e *spoolEntry) isInFlight() bool { return e.inFlight }
 
 // knownState returns the state that can be relied on.
-func (e *spoolEntry) knownState() ScrapeState {
+func (e *spoolEntry) knownState() DeliveryState {
 	if e.uncertain {
 		return ScrapeUndelivered
 	}
 	return e.state
 }
 
-// spoolPlan is the state of a spool without its files. It is not safe for concurrent use.
-type spoolPlan struct {
+// spoolIndex is the state of a spool without its files. It is not safe for concurrent use.
+type spoolIndex struct {
 	entries                []spoolEntry // by number
 	diskBytes, memoryBytes int64        // the sums of the footprints
 	server                 string       // the one that answered last
@@ -118,7 +118,7 @@ type spoolPlan struct {
 // nextStep returns the step to take at now, and for how long to wait first if that is StepWait.
 // With nothing to push a server is asked now and then, since it may have lost scrapes that it
 // held, or every consumer may have read them.
-func (p *spoolPlan) nextStep(now int64) (SpoolStep, time.Duration) {
+func (p *spoolIndex) nextStep(nowMs int64) (DrainStep, time.Duration) {
 	var undelivered, elsewhere, held bool
 	for i := range p.entries {
 		e := &p.entries[i]
@@ -126,7 +126,7 @@ func (p *spoolPlan) nextStep(now int64) (SpoolStep, time.Duration) {
 			return StepAsk, 0
 		}
 		held = held || e.state != ScrapeUndelivered
-		if now >= e.retryAt {
+		if nowMs >= e.retryAt {
 			undelivered = undelivered || e.state == ScrapeUndelivered
 			elsewhere = elsewhere || e.state == ScrapeElsewhere
 		}
@@ -134,29 +134,29 @@ func (p *spoolPlan) nextStep(now int64) (SpoolStep, time.Duration) {
 	switch {
 	case undelivered:
 		return StepPush, 0
-	case elsewhere && p.failing, held && !elsewhere && now >= p.askAt:
+	case elsewhere && p.failing, held && !elsewhere && nowMs >= p.askAt:
 		return StepAsk, 0
-	case elsewhere && now < p.elsewhereAt:
-		return StepWait, time.Duration(p.elsewhereAt-now) * time.Millisecond
+	case elsewhere && nowMs < p.elsewhereAt:
+		return StepWait, time.Duration(p.elsewhereAt-nowMs) * time.Millisecond
 	case elsewhere:
 		return StepPush, 0
 	}
 	return StepDone, 0
 }
 
-// pickPush marks the scrapes of the next push as in flight, of those that may allows, and returns
+// beginPush marks the scrapes of the next push as in flight, of those that allowed allows, and returns
 // them. It picks scrapes that no server holds, oldest first; if there are none, scrapes that are
 // elsewhere. Scrapes that a server declined come last and in pushes of their own, because they
 // would hold up the rest.
-func (p *spoolPlan) pickPush(now int64, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
+func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	for _, declined := range []bool{false, true} {
-		if picked = p.pickState(now, ScrapeUndelivered, declined, l, may); len(picked) > 0 {
+		if picked = p.markInFlight(now, ScrapeUndelivered, declined, l, allowed); len(picked) > 0 {
 			break
 		}
 		if p.failing || now < p.elsewhereAt {
 			continue
 		}
-		if picked = p.pickState(now, ScrapeElsewhere, declined, l, may); len(picked) > 0 {
+		if picked = p.markInFlight(now, ScrapeElsewhere, declined, l, allowed); len(picked) > 0 {
 			p.elsewhereAt = now + elsewhereInterval.Milliseconds()
 			break
 		}
@@ -164,14 +164,14 @@ func (p *spoolPlan) pickPush(now int64, l PushLimits, may func(*spoolEntry) bool
 	return picked
 }
 
-// pickState is pickPush for one kind of scrapes. It picks at least one, whatever the limits; the
+// markInFlight is beginPush for one kind of scrapes. It picks at least one, whatever the limits; the
 // header that names them bounds the ranges of their numbers.
-func (p *spoolPlan) pickState(now int64, state ScrapeState, declined bool, l PushLimits, may func(*spoolEntry) bool) (picked []spoolEntry) {
+func (p *spoolIndex) markInFlight(now int64, state DeliveryState, declined bool, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	var gzipBytes, textBytes int64
 	ranges := 0
 	for i := range p.entries {
 		e := &p.entries[i]
-		if e.uncertain || e.state != state || e.declined != declined || now < e.retryAt || !may(e) {
+		if e.uncertain || e.state != state || e.declined != declined || now < e.retryAt || !allowed(e) {
 			continue
 		}
 		gzipBytes, textBytes = gzipBytes+int64(e.gzipSize), textBytes+int64(e.Size)
@@ -189,7 +189,7 @@ func (p *spoolPlan) pickState(now int64, state ScrapeState, declined bool, l Pus
 
 // applyAnswer notes what a server answered to the push in flight, or to a question if there is
 // none. It removes and returns the scrapes that are done.
-func (p *spoolPlan) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, out SpoolOutcome) {
+func (p *spoolIndex) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, out PushOutcome) {
 	inFlight := 0
 	for i := range p.entries {
 		if p.entries[i].inFlight {
@@ -225,9 +225,9 @@ func (p *spoolPlan) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, ou
 	return done, out
 }
 
-// pushFailed notes an attempt that failed. Unless nothingStored, the server may have stored what
+// notePushFailed notes an attempt that failed. Unless nothingStored, the server may have stored what
 // was in flight.
-func (p *spoolPlan) pushFailed(nothingStored bool) {
+func (p *spoolIndex) notePushFailed(nothingStored bool) {
 	p.failing = true
 	for i := range p.entries {
 		e := &p.entries[i]
@@ -237,18 +237,18 @@ func (p *spoolPlan) pushFailed(nothingStored bool) {
 
 // unreadSince returns since when nothing was read of what the server that answered last holds; ok
 // is false if it holds nothing.
-func (p *spoolPlan) unreadSince() (since int64, ok bool) {
+func (p *spoolIndex) unreadSince() (sinceMs int64, ok bool) {
 	for i := range p.entries {
-		if e := &p.entries[i]; e.knownState() == ScrapeHeld && (!ok || e.heldSince < since) {
-			since, ok = e.heldSince, true
+		if e := &p.entries[i]; e.knownState() == ScrapeHeld && (!ok || e.heldSince < sinceMs) {
+			sinceMs, ok = e.heldSince, true
 		}
 	}
-	return max(since, p.lastRead), ok
+	return max(sinceMs, p.lastRead), ok
 }
 
 // drop removes the scrapes that match: first what a server holds or held, then the rest, each
 // oldest first. Scrapes in flight stay, because a server may have them already.
-func (p *spoolPlan) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry) {
+func (p *spoolIndex) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry) {
 	held = p.removeIf(func(e *spoolEntry) bool {
 		return !e.inFlight && e.knownState() != ScrapeUndelivered && match(e)
 	})
@@ -260,11 +260,11 @@ func (p *spoolPlan) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry)
 
 // removeIf removes the scrapes that match, and returns them. match is called in the order of
 // numbers.
-func (p *spoolPlan) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
+func (p *spoolIndex) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	kept := p.entries[:0]
 	for _, e := range p.entries {
 		if match(&e) {
-			p.account(&e, -1)
+			p.addFootprint(&e, -1)
 			removed = append(removed, e)
 		} else {
 			kept = append(kept, e)
@@ -276,13 +276,13 @@ func (p *spoolPlan) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry
 }
 
 // add adds the scrape of the highest number.
-func (p *spoolPlan) add(e spoolEntry) {
+func (p *spoolIndex) add(e spoolEntry) {
 	p.entries = append(p.entries, e)
-	p.account(&e, 1)
+	p.addFootprint(&e, 1)
 }
 
-// account adds an entry's footprint to the sums, or subtracts it if sign is -1.
-func (p *spoolPlan) account(e *spoolEntry, sign int64) {
+// addFootprint adds an entry's footprint to the sums, or subtracts it if sign is -1.
+func (p *spoolIndex) addFootprint(e *spoolEntry, sign int64) {
 	if e.inMemory() {
 		p.memoryBytes += sign * e.footprint
 	} else {
@@ -290,21 +290,20 @@ func (p *spoolPlan) account(e *spoolEntry, sign int64) {
 	}
 }
 
-// update replaces the content of the entry of e's number, and keeps its state. ok is false if
-// there is no such entry.
-func (p *spoolPlan) update(e *spoolEntry) (ok bool) {
+// updateStoredScrape replaces the content of the entry of e's number, if there is one, and keeps its
+// state.
+func (p *spoolIndex) updateStoredScrape(e *spoolEntry) {
 	old := p.find(e.Number)
 	if old == nil {
-		return false
+		return
 	}
-	p.account(old, -1)
+	p.addFootprint(old, -1)
 	old.Scrape, old.gzipSize, old.footprint = e.Scrape, e.gzipSize, e.footprint
-	p.account(old, 1)
-	return true
+	p.addFootprint(old, 1)
 }
 
 // find returns the entry of a number, or nil.
-func (p *spoolPlan) find(number uint64) *spoolEntry {
+func (p *spoolIndex) find(number uint64) *spoolEntry {
 	for i := range p.entries {
 		if p.entries[i].Number == number {
 			return &p.entries[i]
@@ -313,8 +312,8 @@ func (p *spoolPlan) find(number uint64) *spoolEntry {
 	return nil
 }
 
-// releaseFrom marks scrapes of this number and above as not in flight, and keeps their state.
-func (p *spoolPlan) releaseFrom(number uint64) {
+// releaseInFlightFrom marks scrapes of this number and above as not in flight, and keeps their state.
+func (p *spoolIndex) releaseInFlightFrom(number uint64) {
 	for i := range p.entries {
 		e := &p.entries[i]
 		e.inFlight = e.inFlight && e.Number < number

@@ -54,9 +54,9 @@ func IsBootID(s string) bool {
 	return len(s) > 0 && len(s) <= MaxBootID
 }
 
-// SourceClock tells by how much the clock of a source is off, from the times of the servers that
+// SourceClockTracker tells by how much the clock of a source is off, from the times of the servers that
 // answered. It is safe for concurrent use.
-type SourceClock struct {
+type SourceClockTracker struct {
 	mu      sync.Mutex // guards the rest
 	bootID  string
 	servers []serverReading // the newest last; all of the boot bootID
@@ -71,15 +71,17 @@ type serverReading struct {
 	aheadOfWall int64
 }
 
-// NewSourceClock returns a SourceClock that has observed no server. shift is the shift in use
+// NewSourceClockTracker returns a SourceClockTracker that has observed no server. shift is the shift in use
 // before, 0 if there was none.
-func NewSourceClock(shift int64) *SourceClock { return &SourceClock{shift: shift} }
+func NewSourceClockTracker(lastShiftMs int64) *SourceClockTracker {
+	return &SourceClockTracker{shift: lastShiftMs}
+}
 
 // Observe notes the time, in ms since the epoch, that a server stated in an answer, which
 // arrived at the moment at. A time that no clock can show is ignored. The readings of the
 // maxServersObserved servers that answered last are kept.
-func (c *SourceClock) Observe(server string, serverTime int64, at Moment) {
-	if serverTime <= 0 || serverTime > maxServerTime {
+func (c *SourceClockTracker) Observe(server string, serverMs int64, at Moment) {
+	if serverMs <= 0 || serverMs > maxServerTime {
 		return
 	}
 	c.mu.Lock()
@@ -88,22 +90,22 @@ func (c *SourceClock) Observe(server string, serverTime int64, at Moment) {
 		c.bootID, c.servers = at.BootID, nil
 	}
 	c.servers = slices.DeleteFunc(c.servers, func(r serverReading) bool { return r.name == server })
-	c.servers = append(c.servers, serverReading{server, serverTime - at.Boot, serverTime - at.Wall})
+	c.servers = append(c.servers, serverReading{server, serverMs - at.Boot, serverMs - at.Wall})
 	c.servers = c.servers[max(0, len(c.servers)-maxServersObserved):]
 }
 
-// Offset returns by how many ms the source's clock was behind when it showed sourceTime, by the
+// Offset returns by how many ms the source's clock was behind when it showed sourceMs, by the
 // median of the servers. known is false if no server was observed. The boot-time clock
 // connects the two times, because nobody sets it; the wall clock does only if the machine was
 // booted in between.
-func (c *SourceClock) Offset(at Moment, sourceTime int64) (ms int64, known bool) {
+func (c *SourceClockTracker) Offset(at Moment, sourceMs int64) (behindMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.offset(at, sourceTime)
+	return c.offset(at, sourceMs)
 }
 
 // offset is Offset for a caller that holds c.mu.
-func (c *SourceClock) offset(at Moment, sourceTime int64) (ms int64, known bool) {
+func (c *SourceClockTracker) offset(at Moment, sourceMs int64) (behindMs int64, known bool) {
 	if len(c.servers) == 0 {
 		return 0, false
 	}
@@ -113,7 +115,7 @@ func (c *SourceClock) offset(at Moment, sourceTime int64) (ms int64, known bool)
 		if at.BootID != c.bootID {
 			serverTime = r.aheadOfWall + at.Wall
 		}
-		offsets = append(offsets, serverTime-sourceTime)
+		offsets = append(offsets, serverTime-sourceMs)
 	}
 	slices.Sort(offsets)
 	// Of an even number of servers, the one of the middle two that is nearer to 0.
@@ -124,13 +126,13 @@ func (c *SourceClock) offset(at Moment, sourceTime int64) (ms int64, known bool)
 	return b, true
 }
 
-// Shift returns by how many ms the times of a scrape are to be shifted. known is false if no
+// NextShift returns by how many ms the times of a scrape are to be shifted. known is false if no
 // server was observed. A result depends on the one before: the caller asks once for each
 // scrape, in their order.
-func (c *SourceClock) Shift(at Moment, sourceTime int64) (ms int64, known bool) {
+func (c *SourceClockTracker) NextShift(at Moment, sourceMs int64) (shiftMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	off, known := c.offset(at, sourceTime)
+	off, known := c.offset(at, sourceMs)
 	if !known {
 		return 0, false
 	}

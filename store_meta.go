@@ -32,19 +32,19 @@ type KnownConsumer struct {
 	Name, Address string
 }
 
-// StoreState is the state, and its file. It is not safe for concurrent use.
-type StoreState struct {
+// StoreMeta is the state, and its file. It is not safe for concurrent use.
+type StoreMeta struct {
 	Consumers []KnownConsumer // as read; at most MaxConsumers
-	Damage    error           // what OpenStoreState found damaged; nil: nothing
+	Damage    error           // what OpenStoreMeta found damaged; nil: nothing
 	log       *Log            // nil in memory-only mode
 	block     uint64          // of the newest start; 0 if none is known
 	found     bool            // there was a file
 }
 
-// OpenStoreState reads the state in dir; dir "" is memory-only mode. If the file is damaged, it
+// OpenStoreMeta reads the state in dir; dir "" is memory-only mode. If the file is damaged, it
 // returns what could be read, and Damage says so. The error is that of reading the file.
-func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
-	s := &StoreState{}
+func OpenStoreMeta(fsys FS, dir string) (*StoreMeta, error) {
+	s := &StoreMeta{}
 	if dir == "" {
 		return s, nil
 	}
@@ -62,16 +62,13 @@ func OpenStoreState(fsys FS, dir string) (*StoreState, error) {
 	}
 	s.found, s.Damage = true, rec.Err
 	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 { // Write replaces the whole file, so that no crash tears it
-		s.Damage = fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.CopyNote())
+		s.Damage = fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.KeptCopyNote())
 	}
 	return s, nil
 }
 
-// Found reports whether there was a file.
-func (s *StoreState) Found() bool { return s.found }
-
-func (s *StoreState) decodeRecord(kind byte, payload []byte) error {
-	r := ReadWire(payload)
+func (s *StoreMeta) decodeRecord(kind byte, payload []byte) error {
+	r := NewWireReader(payload)
 	switch kind {
 	case recordConsumer:
 		k := decodeConsumer(&r)
@@ -96,39 +93,39 @@ func (s *StoreState) decodeRecord(kind byte, payload []byte) error {
 
 func appendConsumer(b []byte, k KnownConsumer) []byte {
 	b = binary.LittleEndian.AppendUint64(b, k.Key)
-	return AppendShort(AppendShort(b, k.Name), k.Address)
+	return AppendShortString(AppendShortString(b, k.Name), k.Address)
 }
 
 func decodeConsumer(r *WireReader) KnownConsumer {
-	k := KnownConsumer{r.Uint64(), r.Short(maxConsumerName), r.Short(maxAddress)}
+	k := KnownConsumer{r.Uint64(), r.ShortString(maxConsumerName), r.ShortString(maxAddress)}
 	r.Require(k.Name == "" || CheckConsumerName(k.Name) == nil)
 	r.Require(utf8.ValidString(k.Address))
 	return k
 }
 
-// NewBlock takes a block of numbers for this start, above highest and above the blocks of
+// TakeSeqBlock takes a block of numbers for this start, above highestSeq and above the blocks of
 // all earlier starts. It returns the number before the first of the block. Write makes the
 // block durable.
-func (s *StoreState) NewBlock(highest uint64) uint64 {
-	s.block = min(max(s.block, highest>>blockBits)+1, maxBlock)
-	return max(highest, s.block<<blockBits)
+func (s *StoreMeta) TakeSeqBlock(highestSeq uint64) uint64 {
+	s.block = min(max(s.block, highestSeq>>blockBits)+1, maxBlock)
+	return max(highestSeq, s.block<<blockBits)
 }
 
 // SeqBound returns a number that is above all numbers used so far. A higher number in a log
-// comes from damage. highest is the highest number found elsewhere.
-func (s *StoreState) SeqBound(highest uint64) uint64 {
+// comes from damage. highestSeq is the highest number found elsewhere.
+func (s *StoreMeta) SeqBound(highestSeq uint64) uint64 {
 	if s.block == 0 {
 		return maxBlock << blockBits
 	}
-	return (max(s.block, highest>>blockBits) + 1) << blockBits
+	return (max(s.block, highestSeq>>blockBits) + 1) << blockBits
 }
 
-// SameBlock reports whether two numbers were used by the same start. The difference of two
+// IsSameSeqBlock reports whether two numbers were used by the same start. The difference of two
 // such numbers of one site is a number of batches.
-func SameBlock(a, b uint64) bool { return a>>blockBits == b>>blockBits }
+func IsSameSeqBlock(seqA, seqB uint64) bool { return seqA>>blockBits == seqB>>blockBits }
 
 // Write replaces the file by the block of this start and these consumers, durably.
-func (s *StoreState) Write(consumers []KnownConsumer) error {
+func (s *StoreMeta) Write(consumers []KnownConsumer) error {
 	if s.log == nil {
 		return nil
 	}

@@ -22,28 +22,28 @@ import (
 
 const maxAnswer = 256 << 10 // bytes: two lists of MaxRanges, and one of MaxConsumers
 
-// pushReason is why a push failed; it decides what follows.
-type pushReason int
+// pushFailureReason is why a push failed; it decides what follows.
+type pushFailureReason int
 
 const (
-	pushNoAnswer    pushReason = iota // the server may have stored the push or not
-	pushUnavailable                   // the server stored nothing, but may accept the push later
-	pushInvalid                       // every server refuses these samples
-	pushTooLarge                      // every server refuses this push, but not a smaller one
+	pushNoAnswer    pushFailureReason = iota // the server may have stored the push or not
+	pushUnavailable                          // the server stored nothing, but may accept the push later
+	pushInvalid                              // every server refuses these samples
+	pushTooLarge                             // every server refuses this push, but not a smaller one
 )
 
 // pushError is an answer other than 200.
 type pushError struct {
 	err        error
-	reason     pushReason
+	reason     pushFailureReason
 	retryAfter time.Duration // the server asked not to be tried before
 }
 
 func (e *pushError) Error() string { return e.err.Error() }
 func (e *pushError) Unwrap() error { return e.err }
 
-// reasonOf returns the reason of a pushError, and pushNoAnswer for any other error.
-func reasonOf(err error) pushReason {
+// failureReasonOf returns the reason of a pushError, and pushNoAnswer for any other error.
+func failureReasonOf(err error) pushFailureReason {
 	if e := (*pushError)(nil); errors.As(err, &e) {
 		return e.reason
 	}
@@ -58,9 +58,9 @@ func retryAfterOf(err error) time.Duration {
 	return 0
 }
 
-// isFinal reports whether err says that the same push would fail at every attempt.
-func isFinal(err error) bool {
-	reason := reasonOf(err)
+// isFinalRefusal reports whether err says that the same push would fail at every attempt.
+func isFinalRefusal(err error) bool {
+	reason := failureReasonOf(err)
 	return reason == pushInvalid || reason == pushTooLarge
 }
 
@@ -77,8 +77,8 @@ type uploadAnswer struct {
 	spool SpoolAnswer
 }
 
-// server returns the URL of the current server.
-func (p *Pusher) server() string { return p.cfg.To[p.servers.current] }
+// currentServerURL returns the URL of the current server.
+func (p *Pusher) currentServerURL() string { return p.cfg.To[p.servers.current] }
 
 // upload pushes scrapes to the current server, under the spool's ID, or without names if id is
 // 0. Without scrapes it is a question. An upload token that is refused is renewed once, because
@@ -90,7 +90,7 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 	}
 	body := slices.Concat(gzips...) // gzips in a row are one gzip
 	for {
-		renewed, err := p.ensureToken(ctx)
+		renewed, err := p.ensureUploadToken(ctx)
 		if err != nil {
 			return answer, err
 		}
@@ -98,11 +98,11 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 		if err != nil {
 			return answer, fmt.Errorf("pushing: %w", err)
 		}
-		if err = checkResponse(resp, p.server()+"/upload", p.cfg.Now()); err == nil {
+		if err = checkResponse(resp, p.currentServerURL()+"/upload", p.cfg.Now()); err == nil {
 			answer, err = p.parseAnswer(resp.Body)
 		}
 		if err == nil {
-			p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.server()), answer.Time, p.cfg.Moment())
+			p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.currentServerURL()), answer.Time, p.cfg.Moment())
 		}
 		resp.Body.Close()
 		if resp.StatusCode == http.StatusUnauthorized && !renewed {
@@ -118,7 +118,7 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	h := http.Header{"Content-Type": {"text/plain; version=1.0.0; charset=utf-8"}}
 	if spoolID != 0 {
-		names := ScrapeNames{ID: spoolID}
+		names := ScrapeNames{SpoolID: spoolID}
 		for _, sc := range scrapes {
 			names.Numbers = names.Numbers.Add(sc.Number, sc.Number)
 		}
@@ -142,22 +142,22 @@ func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 // parseAnswer parses the body of a 200 to a push.
 func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
-		return answer, fmt.Errorf("pushing to %s: its answer is not JSON: %w", p.server(), err)
+		return answer, fmt.Errorf("pushing to %s: its answer is not JSON: %w", p.currentServerURL(), err)
 	}
 	if answer.Accepted == nil { // another program than a server answered 200, and stored nothing
-		return answer, fmt.Errorf("pushing to %s: its answer does not say what it accepted", p.server())
+		return answer, fmt.Errorf("pushing to %s: its answer does not say what it accepted", p.currentServerURL())
 	}
-	answer.spool = SpoolAnswer{Server: p.server(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}
+	answer.spool = SpoolAnswer{Server: p.currentServerURL(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}
 	if answer.Held != nil {
-		if err := answer.spool.parse(&answer.PushAnswer); err != nil {
-			return answer, fmt.Errorf("pushing to %s: its answer is malformed: %w", p.server(), err)
+		if err := answer.spool.parseLists(&answer.PushAnswer); err != nil {
+			return answer, fmt.Errorf("pushing to %s: its answer is malformed: %w", p.currentServerURL(), err)
 		}
 	}
 	return answer, nil
 }
 
-// parse reads the lists of an answer that has Held.
-func (a *SpoolAnswer) parse(from *PushAnswer) (err error) {
+// parseLists reads the lists of an answer that has Held.
+func (a *SpoolAnswer) parseLists(from *PushAnswer) (err error) {
 	if a.Held, err = ParseRanges(*from.Held, MaxRanges); err != nil {
 		return err
 	}
@@ -170,9 +170,9 @@ func (a *SpoolAnswer) parse(from *PushAnswer) (err error) {
 	return err
 }
 
-// ensureToken exchanges the client token for an upload token at the current server, unless there
+// ensureUploadToken exchanges the client token for an upload token at the current server, unless there
 // is a good one, which every server accepts. renewed reports that it did.
-func (p *Pusher) ensureToken(ctx context.Context) (renewed bool, err error) {
+func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error) {
 	clientToken := p.cfg.Token()
 	if p.token.value != "" && p.token.clientToken == clientToken && p.cfg.Now().Before(p.token.renewAt) {
 		return false, nil
@@ -182,8 +182,8 @@ func (p *Pusher) ensureToken(ctx context.Context) (renewed bool, err error) {
 		return false, fmt.Errorf("authorizing: %w", err)
 	}
 	defer resp.Body.Close()
-	if err := checkResponse(resp, p.server()+"/authorize", p.cfg.Now()); err != nil {
-		if isFinal(err) { // it is not about scrapes
+	if err := checkResponse(resp, p.currentServerURL()+"/authorize", p.cfg.Now()); err != nil {
+		if isFinalRefusal(err) { // it is not about scrapes
 			err = &pushError{err: err, retryAfter: retryAfterOf(err)}
 		}
 		return false, err
@@ -196,9 +196,9 @@ func (p *Pusher) ensureToken(ctx context.Context) (renewed bool, err error) {
 		Time             int64
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&answer); err != nil || answer.Version != 1 || answer.Token == "" {
-		return false, fmt.Errorf("authorizing at %s: its answer is not an upload token", p.server())
+		return false, fmt.Errorf("authorizing at %s: its answer is not an upload token", p.currentServerURL())
 	}
-	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.server()), answer.Time, p.cfg.Moment())
+	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.currentServerURL()), answer.Time, p.cfg.Moment())
 	// It is renewed well before it expires; both times are of this machine's clock.
 	lifetime := time.Duration(answer.ExpiresInSeconds) * time.Second
 	p.token = uploadToken{answer.Token, clientToken, p.cfg.Now().Add(lifetime * 4 / 5)}
@@ -207,7 +207,7 @@ func (p *Pusher) ensureToken(ctx context.Context) (renewed bool, err error) {
 
 // post sends a request to the current server.
 func (p *Pusher) post(ctx context.Context, path, token string, header http.Header, body []byte) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.server()+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.currentServerURL()+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -219,11 +219,11 @@ func (p *Pusher) post(ctx context.Context, path, token string, header http.Heade
 // checkResponse returns a pushError unless resp is a 200. A refusal of the samples is final. A
 // refusal of the sender, or of the form of the request, is not, because tokens, keys and servers
 // are replaced.
-func checkResponse(resp *http.Response, what string, now time.Time) error {
+func checkResponse(resp *http.Response, endpoint string, now time.Time) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	e := &pushError{err: fmt.Errorf("%s answered %s", what, describeResponse(resp))}
+	e := &pushError{err: fmt.Errorf("%s answered %s", endpoint, describeResponse(resp))}
 	switch resp.StatusCode {
 	case http.StatusRequestEntityTooLarge:
 		e.reason = pushTooLarge

@@ -46,9 +46,9 @@ func runWhile(ctx context.Context, background, serve func(context.Context) error
 	return errors.Join(err, <-ended)
 }
 
-// runParts runs the parts of a process until ctx ends or one of them does. On SIGHUP it calls
+// runWithReloads runs the parts of a process until ctx ends or one of them does. On SIGHUP it calls
 // reload. It calls stop when the parts begin to end.
-func runParts(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, stop func(), parts ...func(context.Context) error) error {
+func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, onStop func(), parts ...func(context.Context) error) error {
 	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules by result.", "result")
 	reloads.Add(0, "ok")
 	reloads.Add(0, "failed")
@@ -76,7 +76,7 @@ func runParts(ctx context.Context, log *slog.Logger, m *Metrics, reload func() e
 			}
 		case <-stopping:
 			log.Info("stopping")
-			stop()
+			onStop()
 			stopping = nil
 		case err := <-ended:
 			return err

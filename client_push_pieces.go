@@ -5,10 +5,8 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"fmt"
-	"io"
 )
 
 // maxOversizedLines is how many single lines of a scrape may be too large before no more of it is
@@ -17,10 +15,10 @@ const maxOversizedLines = 8
 
 // splitPush is the delivery of one scrape in pieces.
 type splitPush struct {
-	*delivery
+	*spoolDrain
 	firstServer int  // the one that accepted the first piece; -1 if none did
 	scattered   bool // another server accepted a piece, so none has the whole scrape
-	outcome     SpoolOutcome
+	outcome     PushOutcome
 	oversized   int   // single lines that were too large
 	rejected    int   // samples that no server accepts
 	cause       error // why they were rejected, or why the scrape is split
@@ -28,19 +26,19 @@ type splitPush struct {
 
 // pushInPieces pushes a scrape in flight that is too large for the servers, and acts on the
 // result. cause is the refusal. An error ends the drain.
-func (d *delivery) pushInPieces(ctx context.Context, sc Scrape, cause error) error {
-	s := splitPush{delivery: d, firstServer: -1, cause: cause}
+func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) error {
+	s := splitPush{spoolDrain: d, firstServer: -1, cause: cause}
 	err := s.pushHalves(ctx, sc, true)
 	switch {
 	case err != nil:
-		d.cfg.Spool.PushFailed(false)
+		d.cfg.Spool.NotePushFailed(false)
 		return err
 	case s.rejected > 0:
-		d.reject(s.rejected, s.cause)
+		d.setScrapeAside(s.rejected, s.cause)
 	case s.scattered:
-		d.cfg.Spool.PushFailed(false) // all pieces are pushed again, where the last one went
+		d.cfg.Spool.NotePushFailed(false) // all pieces are pushed again, where the last one went
 	default:
-		d.settle([]Scrape{sc}, s.outcome)
+		d.adaptAfterPush([]Scrape{sc}, s.outcome)
 	}
 	return nil
 }
@@ -49,50 +47,50 @@ func (d *delivery) pushInPieces(ctx context.Context, sc Scrape, cause error) err
 // piece names the scrape. A piece that fails is tried again by itself: with the whole scrape
 // anew, one of more pieces than the servers' rate limit allows would never arrive. An error ends
 // the drain.
-func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, named bool) error {
+func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) error {
 	if sc.Samples < 2 {
 		s.oversized++
-		s.rejectPiece(sc, fmt.Errorf("one series alone is too large: %w", s.cause))
+		s.noteRejectedPiece(sc, fmt.Errorf("one series alone is too large: %w", s.cause))
 		return nil
 	}
-	first, second, err := halve(sc)
+	first, second, err := halveScrape(sc)
 	if err != nil {
-		s.rejectPiece(sc, err)
+		s.noteRejectedPiece(sc, err)
 		return nil
 	}
 	if err := s.pushPiece(ctx, first, false); err != nil {
 		return err
 	}
-	return s.pushPiece(ctx, second, named)
+	return s.pushPiece(ctx, second, nameScrape)
 }
 
 // pushPiece pushes a piece, and its halves if it is too large, too. An error ends the drain.
-func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, named bool) error {
-	err := s.tryPiece(ctx, piece, named)
-	for err != nil && !isFinal(err) {
-		if err := s.retry(ctx, err); err != nil {
+func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool) error {
+	err := s.tryPiece(ctx, piece, nameScrape)
+	for err != nil && !isFinalRefusal(err) {
+		if err := s.nextServerOrPause(ctx, err); err != nil {
 			return err
 		}
-		err = s.tryPiece(ctx, piece, named)
+		err = s.tryPiece(ctx, piece, nameScrape)
 	}
 	s.backoff.reset()
 	switch {
 	case err == nil:
 		return nil
-	case reasonOf(err) == pushTooLarge && s.oversized < maxOversizedLines:
+	case failureReasonOf(err) == pushTooLarge && s.oversized < maxOversizedLines:
 		s.cause = err
-		return s.pushHalves(ctx, piece, named)
+		return s.pushHalves(ctx, piece, nameScrape)
 	}
-	s.rejectPiece(piece, err)
+	s.noteRejectedPiece(piece, err)
 	return nil
 }
 
 // tryPiece is one attempt to push a piece.
-func (s *splitPush) tryPiece(ctx context.Context, piece Scrape, named bool) (err error) {
-	s.servers.choose(s.cfg.Now())
+func (s *splitPush) tryPiece(ctx context.Context, piece Scrape, nameScrape bool) (err error) {
+	s.servers.chooseServer(s.cfg.Now())
 	scattered := s.scattered || s.firstServer >= 0 && s.firstServer != s.servers.current
 	// A scrape that is set aside in the end, or that no server has whole, is not named.
-	s.outcome, err = s.push(ctx, []Scrape{piece}, named && s.rejected == 0 && !scattered)
+	s.outcome, err = s.push(ctx, []Scrape{piece}, nameScrape && s.rejected == 0 && !scattered)
 	if err == nil {
 		s.scattered = scattered
 		if s.firstServer < 0 {
@@ -102,17 +100,13 @@ func (s *splitPush) tryPiece(ctx context.Context, piece Scrape, named bool) (err
 	return err
 }
 
-func (s *splitPush) rejectPiece(piece Scrape, why error) {
+func (s *splitPush) noteRejectedPiece(piece Scrape, why error) {
 	s.rejected, s.cause = s.rejected+max(1, piece.Samples), why
 }
 
-// halve cuts a scrape of at least two samples in two, between lines.
-func halve(sc Scrape) (first, second Scrape, err error) {
-	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
-	if err != nil {
-		return first, second, err
-	}
-	text, err := io.ReadAll(z)
+// halveScrape cuts a scrape of at least two samples in two, between lines.
+func halveScrape(sc Scrape) (first, second Scrape, err error) {
+	text, err := sc.Text()
 	if err != nil {
 		return first, second, err
 	}
