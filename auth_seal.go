@@ -29,7 +29,7 @@ import (
 const (
 	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes
 
-	sealVersion = 1
+	sealVersion = 2     // of the seal and of all that is sealed
 	sealHeader  = 1 + 4 // bytes of version and key ID
 	sealNonce   = chacha20poly1305.NonceSizeX
 

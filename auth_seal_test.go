@@ -71,8 +71,8 @@ func TestSealMessage(t *testing.T) {
 		{"purpose and context cut elsewhere", a, sealed, "pc", "ontext", ErrForged},
 		{"empty", a, nil, "p", "context", ErrNotSealed},
 		{"truncated", a, sealed[:len(sealed)-1], "p", "context", ErrForged},
-		{"of another version", a, otherVersion(sealed, 2), "p", "context", ErrSealVersion},
-		{"of another version, short", a, []byte{3}, "p", "context", ErrSealVersion},
+		{"of another version", a, otherVersion(sealed, sealVersion+1), "p", "context", ErrSealVersion},
+		{"of another version, short", a, []byte{sealVersion + 1}, "p", "context", ErrSealVersion},
 	} {
 		got, err := c.opener.Open(nil, c.message, c.purpose, []byte(c.context))
 		if !errors.Is(err, c.want) || err == nil && !bytes.Equal(got, plain) {
@@ -85,7 +85,7 @@ func TestSealMessage(t *testing.T) {
 func TestSealVersionInWords(t *testing.T) {
 	a := testSealer(t, 1, "c", 1)
 	_, _, err := a.Open(nil, otherVersion(a.Seal(nil, nil, 0), 7))
-	if want := "sealed by another version of telemeter: it has version 7; this program knows version 1"; err == nil || err.Error() != want {
+	if want := "sealed by another version of telemeter: it has version 7; this program knows version 2"; err == nil || err.Error() != want {
 		t.Errorf("the error is %v", err)
 	}
 }
@@ -115,9 +115,9 @@ func TestSeal(t *testing.T) {
 		{"foreign key", testSealer(t, 4, "c", 3), sealed, ErrUnknownKey},
 		{"another ring", testSealer(t, 5, "d", 1), sealed, ErrForged},
 		{"empty", a, nil, ErrNotSealed},
-		{"of another version", a, otherVersion(sealed, 2), ErrSealVersion},
+		{"of another version", a, otherVersion(sealed, sealVersion+1), ErrSealVersion},
 		{"of another version, under a foreign key", testSealer(t, 4, "c", 3), otherVersion(sealed, 0), ErrSealVersion},
-		{"of another version, short", a, []byte{2}, ErrSealVersion},
+		{"of another version, short", a, []byte{sealVersion + 1}, ErrSealVersion},
 		{"no room for a tag", a, sealed[:SealOverhead-1], ErrNotSealed},
 		{"truncated", a, sealed[:len(sealed)-1], ErrForged},
 		{"longer", a, append(slices.Clone(sealed), 0), ErrForged},

@@ -79,8 +79,8 @@ func TestSwimRefuses(t *testing.T) {
 		{"truncated", ping[:len(ping)-1], RefusedForged},
 		{"cut to nothing", ping[:10], RefusedUnsealed},
 		{"longer than a packet may be", a.swim.sealer.Seal(nil, make([]byte, MaxPacket), 0), RefusedUnsealed},
-		{"of another version", otherVersion(ping, 2), RefusedVersion},
-		{"of another version, of any length", []byte{2}, RefusedVersion},
+		{"of another version", otherVersion(ping, sealVersion+1), RefusedVersion},
+		{"of another version, of any length", []byte{sealVersion + 1}, RefusedVersion},
 		{"foreign key", foreign.Seal(nil, body, 0), RefusedKey},
 		{"another ring", elsewhere.Seal(nil, body, 0), RefusedForged},
 		{"nonsense", a.swim.sealer.Seal(nil, []byte("nonsense"), 0), RefusedMalformed},
@@ -139,7 +139,7 @@ func TestSwimReportsVersion(t *testing.T) {
 	s := joinedSim(t, 2, 1)
 	a, from := s.nodes[0].swim, s.nodes[1].addr
 	packet := otherVersion(s.seal(1, Packet{Kind: PacketGossip, To: a.name}), 9)
-	const want = EventVersion + ": sealed by another version of telemeter: it has version 9; this program knows version 1"
+	const want = EventVersion + ": sealed by another version of telemeter: it has version 9; this program knows version 2"
 	for _, c := range []struct {
 		after time.Duration
 		event bool

@@ -37,7 +37,7 @@ const (
 	MaxIdentity = 1024     // bytes
 
 	logMagic      = "tmlog-"
-	logVersion    = 1 // one digit
+	logVersion    = 2 // one digit; another kind of record, or another form of one, is another version
 	recordHead    = 12
 	logTempSuffix = ".tmp"
 )

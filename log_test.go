@@ -108,7 +108,7 @@ func sampleLog() (data []byte, records []logRec, ends []int) {
 
 func TestLogFormat(t *testing.T) {
 	got := append(appendLogHeader(nil, []byte("id")), logFrames(logRec{5, "123456789"})...)
-	const want = "746d6c6f672d310a" + "02000000" + "6964" + "0a76457c" +
+	const want = "746d6c6f672d320a" + "02000000" + "6964" + "63f101a7" +
 		"0a000000" + "69040553" + "baba6a8a" + "05" + "313233343536373839"
 	if hex.EncodeToString(got) != want {
 		t.Errorf("format changed:\n%x\n%s", got, want)
@@ -348,14 +348,14 @@ func ofVersion(log []byte, digit byte) []byte {
 func TestLogVersion(t *testing.T) {
 	data, _, _ := sampleLog()
 	c := newCrashFS(1, "/d")
-	c.put(logPath, ofVersion(data, '2'))
+	c.put(logPath, ofVersion(data, '7'))
 	before := c.contents()
 	l, _, err := OpenLog(c, logPath, func(byte, []byte) error { t.Error("a record is delivered"); return nil })
-	if l != nil || err == nil || err.Error() != logPath+" is a log of version 2; this program knows version 1" {
-		t.Errorf("version 2: %v", err)
+	if l != nil || err == nil || err.Error() != logPath+" is a log of version 7; this program knows version 2" {
+		t.Errorf("version 7: %v", err)
 	}
 	if !maps.Equal(c.contents(), before) {
-		t.Errorf("version 2: files %q", c.names())
+		t.Errorf("version 7: files %q", c.names())
 	}
 	for bit := range 8 {
 		flipped := bytes.Clone(data)
@@ -383,9 +383,9 @@ func TestLogVersionOfEveryFile(t *testing.T) {
 		}},
 	} {
 		fsys := newCrashFS(1, "/s", "/s/ab")
-		fsys.put(tt.path, append(ofVersion(appendLogHeader(nil, []byte("site")), '2'), "of whatever form"...))
+		fsys.put(tt.path, append(ofVersion(appendLogHeader(nil, []byte("site")), '7'), "of whatever form"...))
 		before := fsys.contents()
-		if err := tt.open(fsys); err == nil || !strings.Contains(err.Error(), tt.path+" is a log of version 2; this program knows version 1") {
+		if err := tt.open(fsys); err == nil || !strings.Contains(err.Error(), tt.path+" is a log of version 7; this program knows version 2") {
 			t.Errorf("%s: %v", tt.what, err)
 		}
 		if !maps.Equal(fsys.contents(), before) {
