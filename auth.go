@@ -138,8 +138,8 @@ func (ks Keys) IDs() []string {
 	return ids
 }
 
-// Subkeys derives from each key, in the order of IDs, 32 bytes for the purpose
-// that label names. No two purposes share a label.
+// Subkeys derives from each key, in the order of IDs, 32 bytes for
+// purpose. No two purposes have equal texts.
 func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	subkeys := make([][]byte, len(ks.keys))
 	for i, k := range ks.keys {
@@ -151,8 +151,8 @@ func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	return subkeys, nil
 }
 
-// CheckClusterID returns an error if clusterID is not a cluster ID. The error says the rule and does not
-// echo clusterID.
+// CheckClusterID returns an error if clusterID is not a cluster ID. The error says the rule and
+// does not echo clusterID.
 func CheckClusterID(clusterID string) error {
 	ok := 0 < len(clusterID) && len(clusterID) <= maxClusterID && isAlnum(clusterID[0])
 	for i := 1; ok && i < len(clusterID); i++ {
@@ -200,8 +200,8 @@ func EqualSecret(a, b string) bool {
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
-// ParseBearer returns the credential of an Authorization header's value (RFC 6750, 2.1; the scheme in
-// any case). It accepts any visible ASCII and not just the RFC's base64 set, because an
+// ParseBearer returns the credential of an Authorization header's value (RFC 6750, 2.1; the scheme
+// in any case). It accepts any visible ASCII and not just the RFC's base64 set, because an
 // operator's own secret may hold more.
 func ParseBearer(header string) (string, bool) {
 	scheme, credential, _ := strings.Cut(header, " ")

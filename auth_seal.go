@@ -29,7 +29,7 @@ import (
 const (
 	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes
 
-	sealVersion = 2     // of the seal and of all that is sealed
+	sealVersion = 2     // of the seal and of all that is sealed: gossip's packets and records, forwarded pushes
 	sealHeader  = 1 + 4 // bytes of version and key ID
 	sealNonce   = chacha20poly1305.NonceSizeX
 
@@ -173,10 +173,10 @@ func (s *PacketSealer) KeyIDs() []uint32 {
 
 // Seal appends plain, sealed, to dst. It uses the key with that ID, which the receiver is
 // known to hold, or the first if there is none.
-func (s *PacketSealer) Seal(dst, plain []byte, keyID uint32) []byte {
+func (s *PacketSealer) Seal(dst, plain []byte, preferredKeyID uint32) []byte {
 	s.counter++
 	binary.LittleEndian.PutUint64(s.nonce[sealRandom:], s.counter)
-	return s.keys.withIDOrFirst(keyID).seal(dst, s.nonce[:], plain, nil)
+	return s.keys.withIDOrFirst(preferredKeyID).seal(dst, s.nonce[:], plain, nil)
 }
 
 // Open appends what is in packet to dst and returns it with the sender's counter. dst and
@@ -196,7 +196,8 @@ type MessageSealer struct {
 	keys atomic.Pointer[sealKeys]
 }
 
-// NewMessageSealer returns a sealer of the messages of the named ring. It is an error if there is no key.
+// NewMessageSealer returns a sealer of the messages of the named ring. It is an error if there is
+// no key.
 func NewMessageSealer(keys Keys, ringName string) (*MessageSealer, error) {
 	s := &MessageSealer{ring: ringName}
 	return s, s.SetKeys(keys)
@@ -212,12 +213,12 @@ func (s *MessageSealer) SetKeys(keys Keys) error {
 }
 
 // Seal appends plain, sealed, to dst. Only an Open with the same purpose (at most 255 bytes)
-// and context opens it. It uses the key with that ID, which the receiver is known to hold, or
+// and boundTo opens it. It uses the key with that ID, which the receiver is known to hold, or
 // the first if there is none.
-func (s *MessageSealer) Seal(dst, plain []byte, purpose string, boundTo []byte, keyID uint32) []byte {
+func (s *MessageSealer) Seal(dst, plain []byte, purpose string, boundTo []byte, preferredKeyID uint32) []byte {
 	var nonce [sealNonce]byte
 	rand.Read(nonce[:]) // never fails since Go 1.24
-	return s.keys.Load().withIDOrFirst(keyID).seal(dst, nonce[:], plain, messageContext(purpose, boundTo))
+	return s.keys.Load().withIDOrFirst(preferredKeyID).seal(dst, nonce[:], plain, messageContext(purpose, boundTo))
 }
 
 // Open appends what is in message to dst. The errors are those of PacketSealer.Open.

@@ -104,8 +104,8 @@ func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 	return Token{}, ErrTokenForged
 }
 
-// ParseUnverifiedToken parses a token without checking its signature or expiry: for its holder, who has no
-// key. Space around it is ignored. The error is ErrTokenMalformed, wrapped.
+// ParseUnverifiedToken parses a token without checking its signature or expiry: for its holder, who
+// has no key. Space around it is ignored. The error is ErrTokenMalformed, wrapped.
 func ParseUnverifiedToken(text string) (Token, error) {
 	_, payload, _, err := splitToken(text)
 	if err != nil {
@@ -161,8 +161,8 @@ func malformedToken(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrTokenMalformed}, args...)...)
 }
 
-// checkFields returns an error if a field breaks the rules. Sign, Verify and ParseUnverifiedToken return only
-// tokens that pass.
+// checkFields returns an error if a field breaks the rules. Sign, Verify and ParseUnverifiedToken
+// return only tokens that pass.
 func (t Token) checkFields() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)

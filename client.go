@@ -60,7 +60,7 @@ type Client struct {
 	spoolFailing   bool      // the last scrape could not be put on disk
 	sourceFailures int       // scrapes that failed since the last good one
 	sourceLogged   time.Time // when such a failure was logged last
-	sourceSkew     int64     // ms; see skewByDate
+	sourceSkew     int64     // ms; see skewByDateOrZero
 
 	mu         sync.Mutex     // guards lost and held
 	lost, held dropLogLimiter // scrapes that the spool dropped, by whether a server holds them
@@ -99,10 +99,10 @@ func NewClient(cfg ClientConfig) *Client {
 	return c
 }
 
-// OpenSpool opens the spool, which Run and Once need. Of cfg the caller sets FS, Dir, Limit and
-// MaxAge.
+// OpenSpool opens the spool, which Run and ScrapeOnceAndDrain need. Of cfg the caller sets FS, Dir,
+// Limit and MaxAge.
 func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
-	cfg.ClusterID, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.ClusterID, c.moment, c.correctTimes, c.onSpoolError, c.onSpoolDrop
+	cfg.ClusterID, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.ClusterID, c.moment, c.correctToServerTime, c.onSpoolError, c.onSpoolDrop
 	if c.spool, err = OpenSpool(cfg); err != nil {
 		return err
 	}
@@ -138,15 +138,15 @@ func (c *Client) onSpoolError(err error) {
 	c.cfg.Log.Error("spool failed", "err", err)
 }
 
-// dropLogLimiter limits the log lines of dropped scrapes to one in dropLogInterval, because a full spool
-// drops at each scrape.
+// dropLogLimiter limits the log lines of dropped scrapes to one in dropLogInterval, because a full
+// spool drops at each scrape.
 type dropLogLimiter struct {
 	logged           time.Time
 	scrapes, samples int // dropped since
 }
 
-// addDrops adds scrapes that were dropped, and returns the sums. due reports that the sums are to be
-// logged now; later sums begin at 0.
+// addDrops adds scrapes that were dropped, and returns the sums. logNow reports that the sums are
+// to be logged now; later sums begin at 0.
 func (l *dropLogLimiter) addDrops(now time.Time, scrapes, samples int) (sum dropLogLimiter, logNow bool) {
 	l.scrapes, l.samples = l.scrapes+scrapes, l.samples+samples
 	sum = *l

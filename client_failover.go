@@ -35,19 +35,19 @@ type serverFailover struct {
 	declined   int           // servers in a row that declined the same scrape
 }
 
-// beginDrain begins a series of rounds. unreadFor is the time since a consumer read anything that the
-// last server holds. If that is too long, moved reports that the next server is preferred from
-// now on: perhaps the consumers cannot reach the last one.
-func (f *serverFailover) beginDrain(now time.Time, unreadFor time.Duration) (preferNext bool) {
+// beginDrain begins a series of rounds. unreadByConsumersFor is the time since a
+// consumer read anything that the last server holds. If that is too long, nextPreferred reports
+// that the next server is preferred from now on: perhaps the consumers cannot reach the last one.
+func (f *serverFailover) beginDrain(now time.Time, unreadByConsumersFor time.Duration) (nextPreferred bool) {
 	if f.servers > 1 && !now.Before(f.preferredUntil) {
 		f.preferred = 0
-		if preferNext = unreadFor > maxUnreadTime; preferNext {
+		if nextPreferred = unreadByConsumersFor > maxUnreadTime; nextPreferred {
 			f.preferred, f.preferredUntil = f.serverAfter(f.last), now.Add(maxUnreadTime)
 		}
 	}
 	f.start, f.startUntil = f.preferred, time.Time{}
 	f.failed, f.declined = 0, 0
-	return preferNext
+	return nextPreferred
 }
 
 func (f *serverFailover) serverAfter(server int) int { return (server + 1) % f.servers }
@@ -55,7 +55,7 @@ func (f *serverFailover) serverAfter(server int) int { return (server + 1) % f.s
 // chooseServer makes the server of the next attempt current.
 func (f *serverFailover) chooseServer(now time.Time) {
 	if f.failed > 0 {
-		return // fail chose it
+		return // advanceAfterFailure chose it
 	}
 	if !now.Before(f.startUntil) {
 		f.start = f.preferred
@@ -63,9 +63,10 @@ func (f *serverFailover) chooseServer(now time.Time) {
 	f.current = f.start
 }
 
-// noteFailure notes that the current server failed, and asked to wait for retryAfter. serverLeft reports that
-// another server is left in this round; it is then current. Otherwise the round is over.
-func (f *serverFailover) noteFailure(retryAfter time.Duration) (serverLeft bool) {
+// advanceAfterFailure notes that the current server failed, and asked to wait for retryAfter.
+// hasUntried reports that another server is left in this round; it is then current. Otherwise the
+// round is over.
+func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntried bool) {
 	if f.failed == 0 {
 		f.retryAfter = 0
 	}
@@ -84,24 +85,24 @@ func (f *serverFailover) noteFailure(retryAfter time.Duration) (serverLeft bool)
 // isLastOfRound reports whether a failure of the current server ends the round.
 func (f *serverFailover) isLastOfRound() bool { return f.failed+1 == f.servers }
 
-// noteAnswer notes that the current server answered a push. If rounds began with another server,
-// they begin with this one until now+startFor.
-func (f *serverFailover) noteAnswer(now time.Time, startFor time.Duration) {
+// stayAfterAnswer notes that the current server answered a push. If rounds began with another
+// server, they begin with this one until now+stayFor.
+func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 	if f.current != f.start {
-		f.start, f.startUntil = f.current, now.Add(startFor)
+		f.start, f.startUntil = f.current, now.Add(stayFor)
 	}
 	f.failed = 0
 }
 
-// noteDecline notes that the last server declined a scrape. serverLeft reports that a server is left that
-// has not declined it; rounds then begin with the next one until now+startFor.
-func (f *serverFailover) noteDecline(now time.Time, startFor time.Duration) (serverLeft bool) {
+// advanceAfterDecline notes that the last server declined a scrape. hasUntried reports that a server
+// is left that has not declined it; rounds then begin with the next one until now+stayFor.
+func (f *serverFailover) advanceAfterDecline(now time.Time, stayFor time.Duration) (hasUntried bool) {
 	if f.declined+1 >= f.servers {
 		f.declined = 0
 		return false
 	}
 	f.declined++
-	f.start, f.startUntil = f.serverAfter(f.last), now.Add(startFor)
+	f.start, f.startUntil = f.serverAfter(f.last), now.Add(stayFor)
 	return true
 }
 
@@ -119,8 +120,9 @@ func (b *roundBackoff) nextPause(retryAfter time.Duration) time.Duration {
 	return pause
 }
 
-// pushScrapeLimit bounds the scrapes of a push. After a push of several scrapes failed because of them,
-// pushes are smaller until as many scrapes are settled. Then the bound doubles with each push.
+// pushScrapeLimit bounds the scrapes of a push. After a push of several scrapes failed because of
+// them, pushes are smaller until as many scrapes are settled. Then the bound doubles with each
+// push.
 type pushScrapeLimit struct {
 	max     int
 	careful int // scrapes to settle before the bound doubles
@@ -129,10 +131,11 @@ type pushScrapeLimit struct {
 // limitToHalf is for a push of so many scrapes that was too large, or too slow.
 func (s *pushScrapeLimit) limitToHalf(pushed int) { s.max, s.careful = pushed/2, pushed }
 
-// limitToOne is for a push of so many scrapes of which one was refused; pushes of one scrape find it.
+// limitToOne is for a push of so many scrapes of which one was refused; pushes of one scrape find
+// it.
 func (s *pushScrapeLimit) limitToOne(pushed int) { s.max, s.careful = 1, pushed }
 
-// growAfter is for a push of n scrapes that need not be sent again.
+// growAfter is for a push of so many scrapes that need not be sent again.
 func (s *pushScrapeLimit) growAfter(settled int) {
 	if s.careful -= settled; s.careful <= 0 {
 		s.max, s.careful = min(2*s.max, maxPushScrapes), 0

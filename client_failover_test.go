@@ -43,15 +43,15 @@ func TestFailover(t *testing.T) {
 		switch tt.do {
 		case "fail":
 			isLast := f.isLastOfRound()
-			if got = f.noteFailure(tt.retry); got == isLast {
+			if got = f.advanceAfterFailure(tt.retry); got == isLast {
 				t.Errorf("row %d: the last try of a round: %v, and more: %v", i, isLast, got)
 			}
 		case "succeed":
-			f.noteAnswer(now, stay)
+			f.stayAfterAnswer(now, stay)
 			f.last = f.current
 		case "decline":
 			f.last = f.current
-			got = f.noteDecline(now, stay)
+			got = f.advanceAfterDecline(now, stay)
 		}
 		if f.chooseServer(now); got != tt.result || f.current != tt.server {
 			t.Errorf("row %d: %s: %v, then server %d, want %v, %d", i, tt.do, got, f.current, tt.result, tt.server)
@@ -86,7 +86,7 @@ func TestFailoverOfUnread(t *testing.T) {
 	begin(0, 2*maxUnreadTime, true, 0) // last is 1
 	f.last = 0
 	begin(maxUnreadTime, 2*maxUnreadTime, true, 1)
-	f.noteFailure(0)
+	f.advanceAfterFailure(0)
 	begin(time.Minute, 2*maxUnreadTime, false, 0)
 	alone := serverFailover{servers: 1}
 	if alone.beginDrain(now, 2*maxUnreadTime) {

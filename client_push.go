@@ -105,16 +105,16 @@ type pushProgress struct {
 	samples, scrapes, pushes int
 }
 
-// DrainSpool delivers until the servers hold all scrapes in the spool. While all servers fail, or the
-// spool cannot be read, it tries again after a pause, which doubles each time, has jitter, and is
-// at least as long as the servers asked for. It ends early with ctx, or when ctx's deadline comes
-// before the next attempt; the error is then the newest failure. A scrape that a server refuses
-// as invalid is set aside, and a scrape that all servers decline stays in the spool; the error is
-// the newest such refusal if nothing worse happens.
+// DrainSpool delivers until the servers hold all scrapes in the spool. While all servers fail, or
+// the spool cannot be read, it tries again after a pause, which doubles each time, has jitter, and
+// is at least as long as the servers asked for. It ends early with ctx, or when ctx's deadline
+// comes before the next attempt; the error is then the newest failure. A scrape that a server
+// refuses as invalid is set aside, and a scrape that all servers decline stays in the spool; the
+// error is the newest such refusal if nothing worse happens.
 func (p *Pusher) DrainSpool(ctx context.Context) error {
 	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
-	unreadFor := p.cfg.Spool.UnreadByConsumersFor()
+	unreadFor := p.cfg.Spool.NoReadProgressFor()
 	if p.servers.beginDrain(p.cfg.Now(), unreadFor) {
 		p.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", p.cfg.To[p.servers.last],
 			"unread_for", unreadFor.Round(time.Second), "next", p.cfg.To[p.servers.preferred])
@@ -128,7 +128,7 @@ func (p *Pusher) DrainSpool(ctx context.Context) error {
 			step = StepDone
 		}
 		if step == StepDone {
-			d.logProgress()
+			d.logAndResetProgress()
 			return d.rejected
 		}
 		if err := d.attempt(ctx, step); err != nil {
@@ -137,12 +137,12 @@ func (p *Pusher) DrainSpool(ctx context.Context) error {
 	}
 }
 
-func (d *spoolDrain) logProgress() {
+func (d *spoolDrain) logAndResetProgress() {
 	if d.progress.pushes > 0 {
 		st := d.cfg.Spool.Stats()
 		d.cfg.Log.Info("pushed", "samples", d.progress.samples, "scrapes", d.progress.scrapes, "pushes", d.progress.pushes,
 			"took", d.cfg.Now().Sub(d.progress.begin).Round(time.Millisecond),
-			"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.UnreadScrapes())
+			"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.DeliveredScrapes())
 	}
 	d.progress = pushProgress{begin: d.cfg.Now()}
 }
@@ -163,7 +163,7 @@ func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain err
 		err = d.askHeldScrapes(ctx)
 	}
 	if err != nil {
-		return d.handleFailedAttempt(ctx, err)
+		return d.markFailedAndFailOver(ctx, err)
 	}
 	return nil
 }
@@ -188,7 +188,7 @@ func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 }
 
 // pushNext pushes the next scrapes of the spool and acts on the result. An error ends the drain.
-func (d *spoolDrain) pushNext(ctx context.Context) error {
+func (d *spoolDrain) pushNext(ctx context.Context) (endsDrain error) {
 	scrapes, err := d.cfg.Spool.BeginPush(PushLimits{Bytes: d.cfg.LimitBytes, Text: MaxDecodedFactor * d.cfg.LimitBytes, Scrapes: d.size.max})
 	if err != nil {
 		d.cfg.SpoolErrors.Inc()
@@ -201,12 +201,12 @@ func (d *spoolDrain) pushNext(ctx context.Context) error {
 	outcome, err := d.push(ctx, scrapes, true)
 	switch {
 	case err == nil:
-		d.adaptAfterPush(scrapes, outcome)
+		d.adjustServerAndPushSize(scrapes, outcome)
 	case !isFinalRefusal(err):
 		if ctx.Err() == nil && isTimeout(err) && n > 1 && d.servers.isLastOfRound() {
 			d.size.limitToHalf(n)
 		}
-		return d.handleFailedAttempt(ctx, err)
+		return d.markFailedAndFailOver(ctx, err)
 	case n > 1:
 		d.cfg.Spool.ReleaseInFlight()
 		if failureReasonOf(err) == pushTooLarge {
@@ -222,9 +222,9 @@ func (d *spoolDrain) pushNext(ctx context.Context) error {
 	return nil
 }
 
-// push sends scrapes to the current server. If named, the push names them, and the answer goes to
-// the spool. After an error the scrapes can be pushed again, unless isFinalRefusal says that it is about
-// them.
+// push sends scrapes to the current server. If nameScrapes, the push names them, and the
+// answer goes to the spool. After an error the scrapes can be pushed again, unless isFinalRefusal
+// says that it is about them.
 func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes bool) (outcome PushOutcome, err error) {
 	bytes, samples := 0, 0
 	for _, sc := range scrapes {
@@ -238,7 +238,7 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 	answer, err := d.upload(ctx, id, scrapes)
 	d.pushSeconds.Observe(d.cfg.Now().Sub(begin).Seconds())
 	if err == nil || isFinalRefusal(err) {
-		d.servers.noteAnswer(d.cfg.Now(), d.cfg.MaxRetryAfter)
+		d.servers.stayAfterAnswer(d.cfg.Now(), d.cfg.MaxRetryAfter)
 	}
 	if err != nil {
 		d.pushes.Inc("failed")
@@ -253,13 +253,13 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 		d.servers.last = d.servers.current
 		outcome = d.cfg.Spool.ApplyAnswer(answer.spool)
 	}
-	d.logDropped(answer, outcome, samples)
+	d.logAndCountDropped(answer, outcome, samples)
 	return outcome, nil
 }
 
-// logDropped logs and counts the samples that the server dropped. Those of a declined scrape are
-// logged once and not counted, since the scrape stays in the spool.
-func (d *spoolDrain) logDropped(answer uploadAnswer, outcome PushOutcome, pushedSamples int) {
+// logAndCountDropped logs and counts the samples that the server dropped. Those of a declined
+// scrape are logged once and not counted, since the scrape stays in the spool.
+func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome, pushedSamples int) {
 	if len(outcome.Declined) > 0 {
 		if outcome.FirstDecline {
 			d.cfg.Log.Warn("the server took no sample of a scrape; it stays in the spool and is tried again",
@@ -277,14 +277,14 @@ func (d *spoolDrain) logDropped(answer uploadAnswer, outcome PushOutcome, pushed
 	}
 }
 
-// adaptAfterPush follows a push that a server answered with 200.
-func (d *spoolDrain) adaptAfterPush(scrapes []Scrape, outcome PushOutcome) {
+// adjustServerAndPushSize follows a push that a server answered with 200.
+func (d *spoolDrain) adjustServerAndPushSize(scrapes []Scrape, outcome PushOutcome) {
 	d.backoff.reset()
 	n, declined := len(scrapes), len(outcome.Declined) > 0
 	d.healthy.Store(!declined)
 	if declined && n == 1 {
 		// This server's clock may be wrong, and that of the next one right.
-		if d.servers.noteDecline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
+		if d.servers.advanceAfterDecline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
 			d.cfg.Spool.ClearRetryPause(outcome.Declined)
 			return
 		}
@@ -294,7 +294,7 @@ func (d *spoolDrain) adaptAfterPush(scrapes []Scrape, outcome PushOutcome) {
 	}
 	d.servers.declined = 0
 	delivered := slices.DeleteFunc(scrapes, func(sc Scrape) bool { return outcome.Declined.Has(sc.Number) })
-	d.keepLastDelivered(delivered)
+	d.keepLastDeliveredPieces(delivered)
 	d.progress.scrapes += len(delivered)
 	if declined {
 		d.size.limitToOne(n)
@@ -314,8 +314,8 @@ func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", refusedSamples, "err", why)
 }
 
-// keepLastDelivered keeps the pieces of the newest scrape for LastDeliveredPieces.
-func (p *Pusher) keepLastDelivered(scrapes []Scrape) {
+// keepLastDeliveredPieces keeps the pieces of the newest scrape for LastDeliveredPieces.
+func (p *Pusher) keepLastDeliveredPieces(scrapes []Scrape) {
 	pieces := p.LastDeliveredPieces()
 	for _, sc := range scrapes {
 		if len(pieces) > 0 && pieces[0].At != sc.At {
@@ -326,32 +326,32 @@ func (p *Pusher) keepLastDelivered(scrapes []Scrape) {
 	p.lastDelivered.Store(&pieces)
 }
 
-// handleFailedAttempt follows an attempt that failed and may be repeated. An error ends the drain.
-func (d *spoolDrain) handleFailedAttempt(ctx context.Context, err error) error {
-	d.cfg.Spool.NotePushFailed(failureReasonOf(err) == pushUnavailable)
+// markFailedAndFailOver follows an attempt that failed and may be repeated. An error ends the drain.
+func (d *spoolDrain) markFailedAndFailOver(ctx context.Context, err error) (endsDrain error) {
+	d.cfg.Spool.MarkPushFailed(failureReasonOf(err) == pushUnavailable)
 	return d.nextServerOrPause(ctx, err)
 }
 
-// nextServerOrPause makes the next server current, or pauses if all servers of this round have failed. An
-// error ends the drain.
-func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) error {
+// nextServerOrPause makes the next server current, or pauses if all servers of this round have
+// failed. An error ends the drain.
+func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrain error) {
 	failed := d.currentServerURL()
-	if d.servers.noteFailure(retryAfterOf(err)) && ctx.Err() == nil {
+	if d.servers.advanceAfterFailure(retryAfterOf(err)) && ctx.Err() == nil {
 		d.cfg.Log.Warn("destination failed; trying the next", "to", failed, "err", err)
 		return nil
 	}
 	return d.pauseBeforeRound(ctx, err, d.servers.retryAfter)
 }
 
-// pauseBeforeRound waits before the next round: at least retryAfter, and longer each time. An error ends
-// the drain: ctx has ended, or would before the pause does.
-func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) error {
+// pauseBeforeRound waits before the next round: at least retryAfter, and longer each time. An error
+// ends the drain: ctx has ended, or would before the pause does.
+func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) (endsDrain error) {
 	d.healthy.Store(false)
 	if ctx.Err() != nil {
 		return cmp.Or(d.lastErr, err) // err says only that the time is up
 	}
 	d.lastErr = err
-	d.logProgress()
+	d.logAndResetProgress()
 	pause := d.backoff.nextPause(min(retryAfter, d.cfg.MaxRetryAfter))
 	pause += rand.N(pause) // sites that were refused together come back apart
 	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"

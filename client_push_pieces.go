@@ -26,28 +26,28 @@ type splitPush struct {
 
 // pushInPieces pushes a scrape in flight that is too large for the servers, and acts on the
 // result. cause is the refusal. An error ends the drain.
-func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) error {
+func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (endsDrain error) {
 	s := splitPush{spoolDrain: d, firstServer: -1, cause: cause}
 	err := s.pushHalves(ctx, sc, true)
 	switch {
 	case err != nil:
-		d.cfg.Spool.NotePushFailed(false)
+		d.cfg.Spool.MarkPushFailed(false)
 		return err
 	case s.rejected > 0:
 		d.setScrapeAside(s.rejected, s.cause)
 	case s.scattered:
-		d.cfg.Spool.NotePushFailed(false) // all pieces are pushed again, where the last one went
+		d.cfg.Spool.MarkPushFailed(false) // all pieces are pushed again, where the last one went
 	default:
-		d.adaptAfterPush([]Scrape{sc}, s.outcome)
+		d.adjustServerAndPushSize([]Scrape{sc}, s.outcome)
 	}
 	return nil
 }
 
-// pushHalves pushes the halves of a scrape, and so on down to single lines. If named, the last
+// pushHalves pushes the halves of a scrape, and so on down to single lines. If nameScrape, the last
 // piece names the scrape. A piece that fails is tried again by itself: with the whole scrape
 // anew, one of more pieces than the servers' rate limit allows would never arrive. An error ends
 // the drain.
-func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) error {
+func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) (endsDrain error) {
 	if sc.Samples < 2 {
 		s.oversized++
 		s.noteRejectedPiece(sc, fmt.Errorf("one series alone is too large: %w", s.cause))
@@ -65,7 +65,7 @@ func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) 
 }
 
 // pushPiece pushes a piece, and its halves if it is too large, too. An error ends the drain.
-func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool) error {
+func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool) (endsDrain error) {
 	err := s.tryPiece(ctx, piece, nameScrape)
 	for err != nil && !isFinalRefusal(err) {
 		if err := s.nextServerOrPause(ctx, err); err != nil {

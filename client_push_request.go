@@ -80,7 +80,7 @@ type uploadAnswer struct {
 // currentServerURL returns the URL of the current server.
 func (p *Pusher) currentServerURL() string { return p.cfg.To[p.servers.current] }
 
-// upload pushes scrapes to the current server, under the spool's ID, or without names if id is
+// upload pushes scrapes to the current server, under the spool's ID, or without names if spoolID is
 // 0. Without scrapes it is a question. An upload token that is refused is renewed once, because
 // keys rotate and clocks differ.
 func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
@@ -170,8 +170,8 @@ func (a *SpoolAnswer) parseLists(from *PushAnswer) (err error) {
 	return err
 }
 
-// ensureUploadToken exchanges the client token for an upload token at the current server, unless there
-// is a good one, which every server accepts. renewed reports that it did.
+// ensureUploadToken exchanges the client token for an upload token at the current server, unless
+// there is a good one, which every server accepts. renewed reports that it did.
 func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error) {
 	clientToken := p.cfg.Token()
 	if p.token.value != "" && p.token.clientToken == clientToken && p.cfg.Now().Before(p.token.renewAt) {

@@ -820,7 +820,7 @@ func TestSpoolDropsHeldFirst(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 4 * fileBlock })
 	r.mustAdd(1, 2, 3, 4)
 	r.nextPush(noLimits)
-	r.spool.NotePushFailed(false)
+	r.spool.MarkPushFailed(false)
 	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{3, 3}}})
 	r.mustAdd(5)
 	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolHeld: 3})

@@ -342,7 +342,7 @@ func TestPusherRefusals(t *testing.T) {
 func TestPusherSplitsUnderRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
-		limiter := NewSiteTracker(time.Second)
+		limiter := NewSitePushLimiter(time.Second)
 		sizedHub(hub, 6)
 		answer := hub.answer
 		hub.answer = func(r *http.Request) *http.Response {
@@ -484,7 +484,7 @@ func TestPusherLogsHint(t *testing.T) {
 	} {
 		c, hub, log := newTestClient(t, "a 1\n", nil)
 		hub.answer = func(*http.Request) *http.Response { return respond(200, nil, tt.answer) }
-		if err := c.RunOnce(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
 			t.Errorf("%v, logged:\n%s\nwant %s", err, log, tt.want)
 		}
 		if text := metricsText(t, c.cfg.Metrics); !strings.Contains(text, `telemeter_samples_dropped_total{reason="by_server"} 1`) {
@@ -723,18 +723,18 @@ func TestClientOnce(t *testing.T) {
 		hub.answer = func(*http.Request) *http.Response { return respond(503, nil, "") }
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		err := c.RunOnce(ctx)
+		err := c.ScrapeOnceAndDrain(ctx)
 		if err == nil || !strings.Contains(err.Error(), "destination: ") || !strings.Contains(err.Error(), "scrapes kept in the spool: 1,") {
 			t.Errorf("got %v", err)
 		}
 		// The next delivers both; and one that cannot scrape delivers all the same.
 		hub.answer = nil
-		if err := c.RunOnce(t.Context()); err != nil || !slices.Equal(hub.received(), upTo(2)) {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil || !slices.Equal(hub.received(), upTo(2)) {
 			t.Errorf("%v, received %v", err, hub.received())
 		}
 		spoolAll(t, c, "n 3\n")
 		broken = true
-		if err := c.RunOnce(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "source: ") || !slices.Equal(hub.received(), upTo(3)) {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "source: ") || !slices.Equal(hub.received(), upTo(3)) {
 			t.Errorf("%v, received %v", err, hub.received())
 		}
 	})
@@ -756,7 +756,7 @@ func TestClientShowsWhatWasSent(t *testing.T) {
 	for _, want := range []string{"", text.String(), "z 1 7\n"} {
 		if want != "" {
 			from = want
-			if err := c.RunOnce(t.Context()); err != nil {
+			if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -42,10 +42,10 @@ func (c *Client) Run(ctx context.Context) error {
 	return nil
 }
 
-// RunOnce scrapes once, and delivers all that is spooled, retrying until ctx ends.
+// ScrapeOnceAndDrain scrapes once, and delivers all that is spooled, retrying until ctx ends.
 // Failures are logged and counted, and returned. Each begins with the name of the part that
 // failed: source, spool or destination.
-func (c *Client) RunOnce(ctx context.Context) error {
+func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	err := c.scrapeAndSpool(ctx)
 	if err != nil {
 		err = fmt.Errorf("source: %w", err)
@@ -90,10 +90,10 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	}
 }
 
-// scrapeStartsPush reports whether the scrape that began at begin starts a push, the next one of which
-// is due at nextPush, and returns when the one after is due. The first scrape starts a push at
+// scrapeStartsPush reports whether the scrape that began at scrapeBegin starts the push that
+// is due at nextPush, and returns when the push after it is due. The first scrape starts a push at
 // any time; after it, the scrape nearest to nextPush does.
-func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, pushAfter time.Time) {
+func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, newNextPush time.Time) {
 	half := scrapeBegin.Add(c.cfg.ScrapeInterval / 2)
 	switch {
 	case nextPush.IsZero():
@@ -132,7 +132,7 @@ func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Dura
 
 // scrapeAndSpool scrapes, and spools the samples. Failures are logged and counted. Only the
 // source's is returned, because a scrape that cannot be written is kept in memory.
-func (c *Client) scrapeAndSpool(ctx context.Context) error {
+func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
 	defer cancel()
 	got, err := c.Scrape(limited)

@@ -65,7 +65,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	}
 	defer resp.Body.Close()
 	got := &CleanedScrape{At: c.moment()}
-	c.sourceSkew = skewByDate(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
+	c.sourceSkew = skewByDateOrZero(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
 	got.SourceTime = max(0, got.At.Wall+c.sourceSkew)
 	body, format, err := readScrape(resp)
 	if err == nil {
@@ -158,11 +158,11 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 	return nil
 }
 
-// skewByDate returns by how many ms the source's clock is ahead of this machine's, by the Date of
-// its answer; 0 if there is none. It stays as before while Date differs from that by no more than
-// truncation to seconds and the way here explain, so that the times of samples that have none do
-// not jump to and fro.
-func skewByDate(date string, wallMs, oldSkew int64) int64 {
+// skewByDateOrZero returns by how many ms the source's clock is ahead of this machine's, by the
+// Date of its answer; 0 if there is none. It stays oldSkew while Date differs from that by no more
+// than truncation to seconds and the way here explain, so that the times of samples that have none
+// do not jump to and fro.
+func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {
 		return 0
@@ -174,9 +174,9 @@ func skewByDate(date string, wallMs, oldSkew int64) int64 {
 	return oldSkew
 }
 
-// correctTimes returns a scrape, which was spooled before any server was heard, with corrected
-// times. It keeps Number.
-func (c *Client) correctTimes(sc Scrape) Scrape {
+// correctToServerTime returns a scrape, which was spooled before any server was heard, with
+// corrected times. It keeps Number.
+func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	sc.Corrected = true
 	sc.Shift, _ = c.sourceClock.NextShift(sc.At, sc.SourceTime)
 	if sc.Shift == 0 {

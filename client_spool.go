@@ -67,7 +67,7 @@ type Spool struct {
 	meta, savedMeta spoolMeta // the spool's record, now and on disk
 	metaUnsaved     bool      // the last write of it failed
 
-	mu    sync.Mutex // guards plan; never held across I/O
+	mu    sync.Mutex // guards index; never held across I/O
 	index spoolIndex
 }
 
@@ -83,7 +83,7 @@ func (s *Spool) initIDAndNumber() {
 		s.nextNumber = max(s.nextNumber, ms)
 	}
 	if now.Wall < s.meta.At.Wall {
-		s.meta = s.meta.merge(now, nil)
+		s.meta = s.meta.mergedWith(now, nil)
 		s.meta.ID = 0
 	}
 	for s.meta.ID == 0 {
@@ -158,7 +158,7 @@ func (s *Spool) flushMemory() {
 		s.mu.Lock()
 		now := s.index.find(e.Number)
 		if now != nil && now.Corrected == e.Corrected { // else its times were corrected meanwhile
-			s.index.updateStoredScrape(&stored)
+			s.index.replaceScrape(&stored)
 		}
 		s.mu.Unlock()
 		if now == nil { // it was removed meanwhile
@@ -213,7 +213,7 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 }
 
 // NextStep returns what to do next, and for how long to wait first if that is StepWait.
-func (s *Spool) NextStep() (DrainStep, time.Duration) {
+func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 	s.dropExpired()
 	now := s.cfg.Now().Boot
 	s.mu.Lock()
@@ -224,7 +224,8 @@ func (s *Spool) NextStep() (DrainStep, time.Duration) {
 // BeginPush returns the scrapes of the next push: within limits, but at least one, with corrected
 // times. It returns none if nothing is to be pushed now. The error is ErrSpoolRead if there are
 // scrapes to push and none of them can be read; they stay for a later call. The scrapes are in
-// flight until ApplyAnswer, NotePushFailed, SetInFlightAside, ReleaseInFlight or the next call of this method.
+// flight until ApplyAnswer, MarkPushFailed, SetInFlightAside, ReleaseInFlight or the next call of
+// this method.
 func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 	s.ReleaseInFlight()
 	s.dropExpired()
@@ -270,7 +271,7 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 			lost = isScrapeLost(err)
 		}
 		if err == nil {
-			err = s.correctAndStore(&e)
+			err = s.correctTimesAndStore(&e)
 		}
 		switch {
 		case err == nil:
@@ -293,13 +294,13 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 // dropDamaged drops the scrape of a file that is damaged or gone.
 func (s *Spool) dropDamaged(number uint64) {
 	s.setFileAside(number, spoolDamaged)
-	s.reportDrop(DropSpoolDamaged, s.removeIf(func(e *spoolEntry) bool { return e.Number == number }))
+	s.reportDrop(DropSpoolDamaged, s.removeFromIndex(func(e *spoolEntry) bool { return e.Number == number }))
 }
 
-// correctAndStore corrects the times of a scrape that was loaded, durably: whenever it is sent
+// correctTimesAndStore corrects the times of a scrape that was loaded, durably: whenever it is sent
 // again, after a crash too, it has the same times. If the disk fails, the scrape is held in
 // memory; if there is no room for that, the error is the disk's and the scrape has to wait.
-func (s *Spool) correctAndStore(e *spoolEntry) error {
+func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	if e.Corrected || s.cfg.CorrectTimes == nil {
 		return nil
 	}
@@ -323,12 +324,12 @@ func (s *Spool) correctAndStore(e *spoolEntry) error {
 	if err != nil && s.index.memoryBytes+kept.footprint > maxSpoolMemory {
 		return err
 	}
-	s.index.updateStoredScrape(&kept)
+	s.index.replaceScrape(&kept)
 	return nil
 }
 
-// removeIf removes the scrapes that match, and returns them. match is called with s.mu held.
-func (s *Spool) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
+// removeFromIndex removes the scrapes that match, and returns them. match is called with s.mu held.
+func (s *Spool) removeFromIndex(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.index.removeIf(match)
@@ -343,8 +344,8 @@ func (s *Spool) ApplyAnswer(a SpoolAnswer) PushOutcome {
 	s.mu.Unlock()
 	s.removeFiles(done)
 	if a.KnowsSpools {
-		s.meta = s.meta.merge(now, a.Consumers)
-		s.saveMeta()
+		s.meta = s.meta.mergedWith(now, a.Consumers)
+		s.saveMetaIfChanged()
 	}
 	return out
 }
@@ -360,17 +361,18 @@ func (s *Spool) ClearRetryPause(numbers Ranges) {
 	}
 }
 
-// NotePushFailed notes an attempt that failed. Unless nothingStored, the server may have stored the
+// MarkPushFailed notes an attempt that failed. Unless knownNotStored, the server may have stored the
 // scrapes in flight; they are not pushed again until a server says what it holds.
-func (s *Spool) NotePushFailed(nothingStored bool) {
+func (s *Spool) MarkPushFailed(knownNotStored bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.index.notePushFailed(nothingStored)
+	s.index.markPushFailed(knownNotStored)
 }
 
-// SetInFlightAside removes the scrape in flight, one, because no server accepts it. Its file is set aside.
+// SetInFlightAside removes the scrape in flight, one, because no server accepts it. Its file
+// is set aside.
 func (s *Spool) SetInFlightAside() {
-	e := s.removeIf((*spoolEntry).isInFlight)[0]
+	e := s.removeFromIndex((*spoolEntry).isInFlight)[0]
 	if s.cfg.Dir != "" && !e.inMemory() {
 		s.setFileAside(e.Number, spoolRefused)
 	}
@@ -391,17 +393,17 @@ func (s *Spool) ID() uint64 { return s.meta.ID }
 
 // Consumers returns the consumers that are known, with their ages now.
 func (s *Spool) Consumers() []ConsumerAge {
-	m := s.meta.merge(s.cfg.Now(), nil)
+	m := s.meta.mergedWith(s.cfg.Now(), nil)
 	return m.Consumers
 }
 
-// UnreadByConsumersFor returns for how long nothing was read of what the server that answered last holds; 0
-// if it holds nothing.
-func (s *Spool) UnreadByConsumersFor() time.Duration {
+// NoReadProgressFor returns for how long nothing was read of what the server that answered last
+// holds; 0 if it holds nothing.
+func (s *Spool) NoReadProgressFor() time.Duration {
 	now := s.cfg.Now().Boot
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	since, ok := s.index.unreadSince()
+	since, ok := s.index.noReadProgressSince()
 	if !ok {
 		return 0
 	}
@@ -428,10 +430,10 @@ func (s *Spool) Stats() (st SpoolStats) {
 	st.Scrapes, st.Bytes = len(s.index.entries), s.index.diskBytes+s.index.memoryBytes
 	for i := range s.index.entries {
 		e := &s.index.entries[i]
-		if e.inMemory() && e.knownState() == ScrapeUndelivered {
+		if e.inMemory() && e.certainStateOrUndelivered() == ScrapeUndelivered {
 			st.InMemory++
 		}
-		part := &st.ByState[e.knownState()]
+		part := &st.ByState[e.certainStateOrUndelivered()]
 		part.Scrapes++
 		part.Bytes += e.footprint
 		part.OldestAge = max(part.OldestAge, now.Since(e.At))
@@ -456,7 +458,7 @@ func (s *Spool) Close() error {
 			}
 			errs = append(errs, err)
 		}
-		if e.knownState() == ScrapeUndelivered {
+		if e.certainStateOrUndelivered() == ScrapeUndelivered {
 			lost = append(lost, e)
 		} else {
 			held = append(held, e)

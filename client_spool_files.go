@@ -79,13 +79,13 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 		return nil, errors.Join(fmt.Errorf("opening spool: %w", err), s.unlock())
 	}
 	s.initIDAndNumber()
-	s.saveMeta()
+	s.saveMetaIfChanged()
 	return s, nil
 }
 
 // recover reads the directory.
 func (s *Spool) recover() error {
-	numbers, err := s.scanDir()
+	numbers, err := s.scanAndTidyDir()
 	if err != nil {
 		return err
 	}
@@ -111,9 +111,9 @@ func (s *Spool) recover() error {
 	return nil
 }
 
-// scanDir returns the numbers of the scrapes in the directory, in their order. It notes the
+// scanAndTidyDir returns the numbers of the scrapes in the directory, in their order. It notes the
 // highest number and the files set aside, and removes what a crash left of unfinished writes.
-func (s *Spool) scanDir() (numbers []uint64, err error) {
+func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
 	// ListLogs syncs the directory: what a killed process renamed is durable from here on.
 	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
 		return nil, err
@@ -145,11 +145,11 @@ func (s *Spool) scanDir() (numbers []uint64, err error) {
 	return numbers, nil
 }
 
-// loadScrape reads the file of a scrape. With withText it checks the text too, and the entry has the
+// loadScrape reads the file of a scrape. With checkText it checks the text too. The entry has the
 // gzip. isScrapeLost tells two kinds of its errors apart.
-func (s *Spool) loadScrape(number uint64, withText bool) (e spoolEntry, identity string, err error) {
+func (s *Spool) loadScrape(number uint64, checkText bool) (e spoolEntry, clusterID string, err error) {
 	log, err := s.readRecord(scrapeFileName(number), scrapeKind, func(payload []byte) error {
-		sc, err := decodeScrape(payload, withText)
+		sc, err := decodeScrape(payload, checkText)
 		sc.Number, sc.Gzip = number, bytes.Clone(sc.Gzip)
 		e = spoolEntry{Scrape: sc, gzipSize: len(sc.Gzip)}
 		return err
@@ -163,7 +163,7 @@ func (s *Spool) loadScrape(number uint64, withText bool) (e spoolEntry, identity
 
 // storeScrape writes the file of a scrape, and returns what it occupies.
 func (s *Spool) storeScrape(sc *Scrape) (footprint int64, err error) {
-	log, err := s.writeRecord(scrapeFileName(sc.Number), scrapeKind, appendScrape(nil, sc))
+	log, err := s.replaceWithRecord(scrapeFileName(sc.Number), scrapeKind, appendScrapePayload(nil, sc))
 	return roundToBlocks(log.Size()), err
 }
 
@@ -190,13 +190,13 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 	return nil
 }
 
-// saveMeta writes the spool's record if it changed. A write that fails is reported once, and
-// tried again at the next answer.
-func (s *Spool) saveMeta() {
-	if s.cfg.Dir == "" || !s.meta.changedSince(&s.savedMeta) {
+// saveMetaIfChanged writes the spool's record if it changed. A write that fails is reported once,
+// and tried again at the next answer.
+func (s *Spool) saveMetaIfChanged() {
+	if s.cfg.Dir == "" || !s.meta.needsSaving(&s.savedMeta) {
 		return
 	}
-	_, err := s.writeRecord(spoolMetaName, spoolMetaKind, appendSpoolMeta(nil, &s.meta))
+	_, err := s.replaceWithRecord(spoolMetaName, spoolMetaKind, appendSpoolMeta(nil, &s.meta))
 	switch {
 	case err == nil:
 		s.savedMeta = s.meta
@@ -242,8 +242,8 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 	return log, nil
 }
 
-// writeRecord replaces a file, durably, by one record.
-func (s *Spool) writeRecord(name string, kind byte, payload []byte) (*Log, error) {
+// replaceWithRecord replaces a file, durably, by one record.
+func (s *Spool) replaceWithRecord(name string, kind byte, payload []byte) (*Log, error) {
 	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.ClusterID))
 	return log, log.RewriteWith(AppendRecord(nil, kind, payload))
 }

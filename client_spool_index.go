@@ -75,8 +75,10 @@ type SpoolStateStats struct {
 	OldestAge time.Duration // 0 if there is none
 }
 
-// UnreadScrapes returns how many scrapes servers hold, or held.
-func (st *SpoolStats) UnreadScrapes() int { return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes }
+// DeliveredScrapes returns how many scrapes servers hold, or held.
+func (st *SpoolStats) DeliveredScrapes() int {
+	return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes
+}
 
 // spoolEntry is a scrape in the spool. Its Gzip is nil unless the scrape is in memory; even then
 // a file may exist, if writing it failed late.
@@ -96,8 +98,8 @@ type spoolEntry struct {
 func (e *spoolEntry) inMemory() bool   { return e.Gzip != nil }
 func (e *spoolEntry) isInFlight() bool { return e.inFlight }
 
-// knownState returns the state that can be relied on.
-func (e *spoolEntry) knownState() DeliveryState {
+// certainStateOrUndelivered returns the state that can be relied on.
+func (e *spoolEntry) certainStateOrUndelivered() DeliveryState {
 	if e.uncertain {
 		return ScrapeUndelivered
 	}
@@ -115,10 +117,10 @@ type spoolIndex struct {
 	askAt                  int64        // ms; no question before, unless something is uncertain
 }
 
-// nextStep returns the step to take at now, and for how long to wait first if that is StepWait.
+// nextStep returns the step to take at nowMs, and for how long to wait first if that is StepWait.
 // With nothing to push a server is asked now and then, since it may have lost scrapes that it
 // held, or every consumer may have read them.
-func (p *spoolIndex) nextStep(nowMs int64) (DrainStep, time.Duration) {
+func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) {
 	var undelivered, elsewhere, held bool
 	for i := range p.entries {
 		e := &p.entries[i]
@@ -144,10 +146,10 @@ func (p *spoolIndex) nextStep(nowMs int64) (DrainStep, time.Duration) {
 	return StepDone, 0
 }
 
-// beginPush marks the scrapes of the next push as in flight, of those that allowed allows, and returns
-// them. It picks scrapes that no server holds, oldest first; if there are none, scrapes that are
-// elsewhere. Scrapes that a server declined come last and in pushes of their own, because they
-// would hold up the rest.
+// beginPush marks the scrapes of the next push as in flight, of those that allowed allows, and
+// returns them. It picks scrapes that no server holds, oldest first; if there are none, scrapes
+// that are elsewhere. Scrapes that a server declined come last and in pushes of their own, because
+// they would hold up the rest.
 func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	for _, declined := range []bool{false, true} {
 		if picked = p.markInFlight(now, ScrapeUndelivered, declined, l, allowed); len(picked) > 0 {
@@ -225,21 +227,21 @@ func (p *spoolIndex) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, o
 	return done, out
 }
 
-// notePushFailed notes an attempt that failed. Unless nothingStored, the server may have stored what
-// was in flight.
-func (p *spoolIndex) notePushFailed(nothingStored bool) {
+// markPushFailed notes an attempt that failed. Unless knownNotStored, the server may have stored
+// what was in flight.
+func (p *spoolIndex) markPushFailed(knownNotStored bool) {
 	p.failing = true
 	for i := range p.entries {
 		e := &p.entries[i]
-		e.uncertain, e.inFlight = e.uncertain || e.inFlight && !nothingStored, false
+		e.uncertain, e.inFlight = e.uncertain || e.inFlight && !knownNotStored, false
 	}
 }
 
-// unreadSince returns since when nothing was read of what the server that answered last holds; ok
-// is false if it holds nothing.
-func (p *spoolIndex) unreadSince() (sinceMs int64, ok bool) {
+// noReadProgressSince returns since when nothing was read of what the server that answered last
+// holds; ok is false if it holds nothing.
+func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 	for i := range p.entries {
-		if e := &p.entries[i]; e.knownState() == ScrapeHeld && (!ok || e.heldSince < sinceMs) {
+		if e := &p.entries[i]; e.certainStateOrUndelivered() == ScrapeHeld && (!ok || e.heldSince < sinceMs) {
 			sinceMs, ok = e.heldSince, true
 		}
 	}
@@ -250,10 +252,10 @@ func (p *spoolIndex) unreadSince() (sinceMs int64, ok bool) {
 // oldest first. Scrapes in flight stay, because a server may have them already.
 func (p *spoolIndex) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry) {
 	held = p.removeIf(func(e *spoolEntry) bool {
-		return !e.inFlight && e.knownState() != ScrapeUndelivered && match(e)
+		return !e.inFlight && e.certainStateOrUndelivered() != ScrapeUndelivered && match(e)
 	})
 	lost = p.removeIf(func(e *spoolEntry) bool {
-		return !e.inFlight && e.knownState() == ScrapeUndelivered && match(e)
+		return !e.inFlight && e.certainStateOrUndelivered() == ScrapeUndelivered && match(e)
 	})
 	return held, lost
 }
@@ -290,9 +292,9 @@ func (p *spoolIndex) addFootprint(e *spoolEntry, sign int64) {
 	}
 }
 
-// updateStoredScrape replaces the content of the entry of e's number, if there is one, and keeps its
+// replaceScrape replaces the content of the entry of e's number, if there is one, and keeps its
 // state.
-func (p *spoolIndex) updateStoredScrape(e *spoolEntry) {
+func (p *spoolIndex) replaceScrape(e *spoolEntry) {
 	old := p.find(e.Number)
 	if old == nil {
 		return
@@ -312,7 +314,8 @@ func (p *spoolIndex) find(number uint64) *spoolEntry {
 	return nil
 }
 
-// releaseInFlightFrom marks scrapes of this number and above as not in flight, and keeps their state.
+// releaseInFlightFrom marks scrapes of this number and above as not in flight, and keeps their
+// state.
 func (p *spoolIndex) releaseInFlightFrom(number uint64) {
 	for i := range p.entries {
 		e := &p.entries[i]

@@ -188,7 +188,7 @@ func TestSpoolPlanFailed(t *testing.T) {
 	for have, want := range map[string]string{"uhu": "?h?", "he": "h?", "hh": "hh"} {
 		p := planOf(have)
 		p.pickNumbers(0, noLimits)
-		if p.notePushFailed(false); p.states() != want {
+		if p.markPushFailed(false); p.states() != want {
 			t.Errorf("%s: %s", have, p.states())
 		}
 		// The next answer says what is so.
@@ -198,7 +198,7 @@ func TestSpoolPlanFailed(t *testing.T) {
 	}
 	p := planOf("e")
 	p.pickNumbers(0, noLimits)
-	p.notePushFailed(false)
+	p.markPushFailed(false)
 	if p.applyAnswer(0, SpoolAnswer{KnowsSpools: true}); p.states() != "e" {
 		t.Errorf("what a server held is %s", p.states())
 	}
@@ -210,7 +210,7 @@ func TestSpoolPlanRefused(t *testing.T) {
 	for have, want := range map[string]DrainStep{"uhu": StepPush, "uhe": StepPush, "he": StepAsk} {
 		p := planOf(have)
 		p.pickNumbers(0, noLimits)
-		p.notePushFailed(true)
+		p.markPushFailed(true)
 		if step, _ := p.nextStep(time.Hour.Milliseconds()); p.states() != have || step != want {
 			t.Errorf("%s: %s, step %v, want %v", have, p.states(), step, want)
 		}
@@ -219,7 +219,7 @@ func TestSpoolPlanRefused(t *testing.T) {
 
 func TestSpoolPlanHeldSince(t *testing.T) {
 	p := planOf("uu")
-	if _, ok := p.unreadSince(); ok {
+	if _, ok := p.noReadProgressSince(); ok {
 		t.Error("nothing is held")
 	}
 	for _, tt := range []struct {
@@ -232,7 +232,7 @@ func TestSpoolPlanHeldSince(t *testing.T) {
 		{5, "a", "1", 5, true}, {7, "a", "1-2", 5, true}, {8, "b", "1-2", 8, true}, {9, "b", "2", 8, true}, {10, "b", "1", 10, true}, {11, "b", "", 0, false},
 	} {
 		p.applyAnswer(tt.now, SpoolAnswer{Server: tt.to, KnowsSpools: true, Held: mustRanges(tt.held)})
-		if since, ok := p.unreadSince(); since != tt.since || ok != tt.ok {
+		if since, ok := p.noReadProgressSince(); since != tt.since || ok != tt.ok {
 			t.Errorf("%+v: since %d, %v", tt, since, ok)
 		}
 	}
@@ -241,7 +241,7 @@ func TestSpoolPlanHeldSince(t *testing.T) {
 	p.applyAnswer(3, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("1-2")})
 	p.applyAnswer(20, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("2"), Read: mustRanges("1")})
 	p.applyAnswer(30, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("2"), Read: mustRanges("1")})
-	if since, ok := p.unreadSince(); since != 20 || !ok {
+	if since, ok := p.noReadProgressSince(); since != 20 || !ok {
 		t.Errorf("one of two was read at 20: since %d, %v", since, ok)
 	}
 }
@@ -287,7 +287,7 @@ func TestSpoolMetaMerge(t *testing.T) {
 		"no more than 64": {many, 0, []ConsumerAge{{1000, 0}}, FormatConsumers(append(slices.Clone(many[:MaxConsumers-1]), ConsumerAge{1000, 0}))},
 	} {
 		l := spoolMeta{ID: 1, At: at, Consumers: tt.have}
-		got := l.merge(later(tt.after), tt.told)
+		got := l.mergedWith(later(tt.after), tt.told)
 		if text := FormatConsumers(got.Consumers); text != tt.want || got.ID != 1 || got.At != later(tt.after) {
 			t.Errorf("%s: %s, want %s", name, text, tt.want)
 		}
@@ -319,7 +319,7 @@ func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 		luck = 9
 	}
 	if luck == 2 {
-		w.plan.notePushFailed(true)
+		w.plan.markPushFailed(true)
 		w.to = w.rnd.IntN(2)
 		return
 	}
@@ -331,7 +331,7 @@ func (w *planWorld) exchange(batch []spoolEntry, calm bool) {
 		}
 	}
 	if luck <= 1 {
-		w.plan.notePushFailed(false)
+		w.plan.markPushFailed(false)
 		w.to = w.rnd.IntN(2)
 		return
 	}

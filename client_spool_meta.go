@@ -58,10 +58,10 @@ func decodeSpoolMeta(payload []byte) (m spoolMeta, err error) {
 	return m, nil
 }
 
-// merge returns m as of now, with the consumers that a server reported. Of a consumer that both
+// mergedWith returns m as of now, with the consumers that a server reported. Of a consumer that both
 // know the smaller age counts. A consumer stays until it has not scraped for a day. Above
 // MaxConsumers the ones that scraped last stay.
-func (m *spoolMeta) merge(now Moment, reported []ConsumerAge) spoolMeta {
+func (m *spoolMeta) mergedWith(now Moment, reported []ConsumerAge) spoolMeta {
 	ages := map[uint64]time.Duration{}
 	add := func(key uint64, age time.Duration) {
 		if old, ok := ages[key]; age <= consumerMaxAge && (!ok || age < old) {
@@ -85,10 +85,10 @@ func (m *spoolMeta) merge(now Moment, reported []ConsumerAge) spoolMeta {
 	return out
 }
 
-// changedSince reports whether m has to be written, because saved does not say the same: another
+// needsSaving reports whether m has to be written, because saved does not say the same: another
 // ID, other consumers, or a consumer whose newest scrape is later by more than consumerLag. Not
 // every scrape is written, because each change costs the disk a write.
-func (m *spoolMeta) changedSince(saved *spoolMeta) bool {
+func (m *spoolMeta) needsSaving(saved *spoolMeta) bool {
 	if m.ID != saved.ID || len(m.Consumers) != len(saved.Consumers) {
 		return true
 	}

@@ -33,10 +33,10 @@ type Scrape struct {
 	Gzip       []byte // the text, compressed; immutable
 }
 
-// appendScrape appends the payload of a record of scrapeKind:
+// appendScrapePayload appends the payload of a record of scrapeKind:
 //
 //	byte corrected; int64 shift, source time; moment; uint32 samples, size; gzip
-func appendScrape(b []byte, sc *Scrape) []byte {
+func appendScrapePayload(b []byte, sc *Scrape) []byte {
 	corrected := byte(0)
 	if sc.Corrected {
 		corrected = 1
@@ -51,9 +51,9 @@ func appendScrape(b []byte, sc *Scrape) []byte {
 }
 
 // decodeScrape decodes a payload strictly, since a log that is damaged may deliver what only
-// looks like a record. With withText it decompresses the text too, as a server will. Gzip of
+// looks like a record. With checkText it decompresses the text too, as a server will. Gzip of
 // the result is part of payload.
-func decodeScrape(payload []byte, withText bool) (sc Scrape, err error) {
+func decodeScrape(payload []byte, checkText bool) (sc Scrape, err error) {
 	r := NewWireReader(payload)
 	corrected := r.Byte()
 	sc.Corrected = corrected == 1
@@ -65,10 +65,10 @@ func decodeScrape(payload []byte, withText bool) (sc Scrape, err error) {
 	if err := r.Done(); err != nil {
 		return sc, fmt.Errorf("malformed scrape: %w", err)
 	}
-	if err := sc.checkFields(); err != nil || !withText {
+	if err := sc.checkFields(); err != nil || !checkText {
 		return sc, err
 	}
-	return sc, sc.checkText()
+	return sc, sc.checkTextCounts()
 }
 
 // appendMoment appends int64 wall and boot, and the boot ID behind its length.
@@ -107,13 +107,13 @@ func (sc *Scrape) Text() ([]byte, error) {
 	return text, err
 }
 
-// checkText decompresses the text and compares it with Samples and Size.
-func (sc *Scrape) checkText() error {
+// checkTextCounts decompresses the text and compares it with Samples and Size.
+func (sc *Scrape) checkTextCounts() error {
 	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
 	if err != nil {
 		return fmt.Errorf("malformed scrape: %w", err)
 	}
-	var c lineCountWriter
+	var c lineCountSink
 	if _, err := io.Copy(&c, io.LimitReader(z, int64(sc.Size)+1)); err != nil {
 		return fmt.Errorf("malformed scrape: %w", err)
 	}
@@ -123,13 +123,13 @@ func (sc *Scrape) checkText() error {
 	return nil
 }
 
-// lineCountWriter counts the bytes and lines written to it.
-type lineCountWriter struct {
+// lineCountSink counts the bytes and lines written to it.
+type lineCountSink struct {
 	bytes, lines int
 	last         byte
 }
 
-func (c *lineCountWriter) Write(p []byte) (int, error) {
+func (c *lineCountSink) Write(p []byte) (int, error) {
 	if len(p) > 0 {
 		c.bytes += len(p)
 		c.lines += bytes.Count(p, []byte{'\n'})

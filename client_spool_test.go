@@ -211,7 +211,7 @@ func crashSpoolAnywhere(t *testing.T) {
 					case 5: // the server loses it
 						got, _ := r.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 3})
 						send(got)
-						r.spool.NotePushFailed(false)
+						r.spool.MarkPushFailed(false)
 						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true})
 					case 0, 1, 2:
 						n++
@@ -397,7 +397,7 @@ func TestSpoolWritesBack(t *testing.T) {
 	r.fs.hook = func(_ int, op, path string) fault {
 		if op == "rename" && strings.Contains(path, scrapeFileName(1)) && gone == 0 {
 			r.nextPush(PushLimits{1, 1, 1})
-			gone = len(r.spool.removeIf((*spoolEntry).isInFlight)) // as Remove does, which has then removed no file
+			gone = len(r.spool.removeFromIndex((*spoolEntry).isInFlight)) // as Remove does, which has then removed no file
 		}
 		return fault{}
 	}
@@ -564,7 +564,7 @@ func TestSpoolDamage(t *testing.T) {
 		sc = r.scrape(2, 3)
 		change()
 		r.errs = nil
-		r.fs.put(path, AppendRecord(appendLogHeader(nil, []byte("site")), scrapeKind, appendScrape(nil, &sc)))
+		r.fs.put(path, AppendRecord(appendLogHeader(nil, []byte("site")), scrapeKind, appendScrapePayload(nil, &sc)))
 		before := r.droppedSamples[DropSpoolDamaged]
 		r.open()
 		r.expect(what, numbers(t, r.nextPush(noLimits)), []int{1, 3})
@@ -743,11 +743,11 @@ func FuzzDecodeScrape(f *testing.F) {
 	r := spoolRig{now: Moment{1_700_000_000_000, 5, "boot-1"}}
 	for _, lines := range []int{0, 1, 20} {
 		sc := r.scrape(1, lines)
-		f.Add(appendScrape(nil, &sc))
+		f.Add(appendScrapePayload(nil, &sc))
 		sc.Corrected, sc.Shift = true, -77
-		f.Add(appendScrape(nil, &sc))
+		f.Add(appendScrapePayload(nil, &sc))
 		sc.Samples++
-		f.Add(appendScrape(nil, &sc))
+		f.Add(appendScrapePayload(nil, &sc))
 	}
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -762,7 +762,7 @@ func FuzzDecodeScrape(f *testing.F) {
 		if head.Samples > head.Size/shortestLine || head.Size > MaxPieceText || len(head.At.BootID) > MaxBootID {
 			t.Fatalf("%+v", head)
 		}
-		if again := appendScrape(nil, &sc); !bytes.Equal(again, data) {
+		if again := appendScrapePayload(nil, &sc); !bytes.Equal(again, data) {
 			t.Fatalf("%q, then %q", data, again)
 		}
 	})

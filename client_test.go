@@ -256,7 +256,7 @@ func TestClientRetries(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
-		if err := c.RunOnce(ctx); err != nil {
+		if err := c.ScrapeOnceAndDrain(ctx); err != nil {
 			t.Fatalf("%v\n%s", err, log)
 		}
 		want := minBackoff
@@ -275,7 +275,7 @@ func TestClientRetries(t *testing.T) {
 			}
 			return nil
 		}
-		if err := c.RunOnce(ctx); err != nil {
+		if err := c.ScrapeOnceAndDrain(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if gap := hub.at[len(hub.at)-1].Sub(hub.at[len(hub.at)-2]); gap < 37*time.Second {
@@ -284,7 +284,7 @@ func TestClientRetries(t *testing.T) {
 		hub.answer = func(*http.Request) *http.Response {
 			return respond(503, http.Header{"Retry-After": {"3600"}}, "disk full")
 		}
-		if err := c.RunOnce(ctx); err == nil || !strings.Contains(err.Error(), "disk full") {
+		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.Contains(err.Error(), "disk full") {
 			t.Errorf("got %v, want the server's reason", err)
 		}
 		if time.Since(start) > 2*time.Minute {
@@ -305,7 +305,7 @@ func TestClientFailsOver(t *testing.T) {
 			}
 			return nil
 		}
-		if err := c.RunOnce(t.Context()); err != nil {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if !slices.Equal(hub.hosts, []string{"a.example", "b.example"}) {
@@ -324,7 +324,7 @@ func TestClientRefusedPush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newTestClient(t, "a 1\n", nil)
 		hub.answer = func(*http.Request) *http.Response { return respond(400, nil, "line 1: no") }
-		err := c.RunOnce(t.Context())
+		err := c.ScrapeOnceAndDrain(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "line 1: no") || len(hub.at) != 1 {
 			t.Errorf("got %v after %d attempts; what is refused as invalid is not sent again", err, len(hub.at))
 		}
@@ -356,7 +356,7 @@ func TestClientToken(t *testing.T) {
 			}
 			return nil
 		}
-		if err := c.RunOnce(t.Context()); err != nil {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if len(hub.asked) != asked+1 || len(hub.at) != pushes+2 {
@@ -365,7 +365,7 @@ func TestClientToken(t *testing.T) {
 		hub.answer = func(*http.Request) *http.Response { return respond(401, nil, "revoked") }
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		if err := c.RunOnce(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
+		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
 			t.Errorf("got %v", err)
 		}
 		if n := len(hub.asked) - asked; n > 16 { // two servers, pauses of 1, 2, 4 s
@@ -388,7 +388,7 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		broken = true
-		if err := c.RunOnce(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
+		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.HasPrefix(err.Error(), "source: ") {
 			t.Errorf("got %v", err)
 		}
 		if c.scrapes.Value("failed") != 1 || c.pusher.pushes.Value("failed") != 0 || !strings.Contains(log.String(), "source failed") {
@@ -397,7 +397,7 @@ func TestClientTellsSourceFromDestination(t *testing.T) {
 		broken = false
 		log.Reset()
 		hub.answer = func(*http.Request) *http.Response { return respond(500, nil, "") }
-		if err := c.RunOnce(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
+		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.HasPrefix(err.Error(), "destination: ") {
 			t.Errorf("got %v", err)
 		}
 		if c.scrapes.Value("failed") != 1 || c.pusher.pushes.Value("failed") == 0 || !strings.Contains(log.String(), "destination failed") ||
@@ -462,7 +462,7 @@ empty{a="",b="c"} 3
 		cfg.Now = func() time.Time { return time.UnixMilli(1700000001234) }
 		st.NewCleaner = salted(st)
 	})
-	if err := c.RunOnce(t.Context()); err != nil {
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	// printf %s 10.1.2.3:9100 | openssl dgst -sha256 -hmac 0123456789abcdef -binary |
@@ -519,7 +519,7 @@ func TestClientChoosesSeries(t *testing.T) {
 			st.Match = sel
 			st.FromToken = "from-token"
 		})
-		if err := c.RunOnce(t.Context()); err != nil {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if got := asked.URL.Query()["match[]"]; !slices.Equal(got, wantQuery) {
@@ -554,7 +554,7 @@ func TestClientReadsProtobuf(t *testing.T) {
 			return respond(200, http.Header{"Content-Type": {string(expfmt.NewFormat(expfmt.TypeProtoDelim))}}, b.String()), nil
 		})
 	})
-	if err := c.RunOnce(t.Context()); err != nil {
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	want := "h_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
@@ -583,7 +583,7 @@ func TestMetadataLabelsEndToEnd(t *testing.T) {
 				cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
 				st.Token = r.token(KindClient, "site")
 			})
-			if err := c.RunOnce(t.Context()); err != nil {
+			if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			got := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "direct"),
@@ -639,7 +639,7 @@ func TestClientAsksForNamesAsTheyAre(t *testing.T) {
 				return respond(200, http.Header{"Content-Type": {string(chosen)}}, b.String()), nil
 			})
 		})
-		if err := c.RunOnce(t.Context()); err != nil {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		if got := hub.bodies[0]; got != text {
@@ -654,7 +654,7 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 		fmt.Fprintf(&text, "metric_%d{label=\"%x\"} %d 1\n", i, ClusterIDHash(fmt.Sprint(i)), i)
 	}
 	c, hub, _ := newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 16 << 10 })
-	if err := c.RunOnce(t.Context()); err != nil {
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.Join(hub.bodies, ""); got != text.String() {
@@ -668,7 +668,7 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 	// One series that cannot fit is dropped alone, without an endless split.
 	long := fmt.Sprintf("a 1 1\nlong{label=%q} 2 1\nz 3 1\n", strings.Repeat("x", 2000))
 	c, hub, log := newTestClient(t, long, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 100 })
-	if err := c.RunOnce(t.Context()); err != nil {
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.Join(hub.bodies, ""); got != "a 1 1\nz 3 1\n" || c.dropped.Value(DropInvalid) != 1 || !strings.Contains(log.String(), "--limit-bytes") {
@@ -706,7 +706,7 @@ func TestClientBadSource(t *testing.T) {
 			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
 			cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return tt.resp, nil })
 		})
-		if err := c.RunOnce(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
 		}
 		if len(hub.at) > 0 {
@@ -752,7 +752,7 @@ func TestSourceSkew(t *testing.T) {
 		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
 		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
 	} {
-		if got := skewByDate(date, wall, 0); got != want {
+		if got := skewByDateOrZero(date, wall, 0); got != want {
 			t.Errorf("%q: %d ms, want %d", date, got, want)
 		}
 	}
@@ -763,7 +763,7 @@ func TestSourceSkew(t *testing.T) {
 		for i := range int64(100) {
 			now := wall + i*1037
 			date := time.UnixMilli(now + offset).UTC().Format(http.TimeFormat)
-			got := skewByDate(date, now, skew)
+			got := skewByDateOrZero(date, now, skew)
 			if got != skew {
 				changes++
 			}
@@ -774,7 +774,7 @@ func TestSourceSkew(t *testing.T) {
 		if changes > 1 {
 			t.Errorf("%d ms ahead: changed %d times", offset, changes)
 		}
-		if got := skewByDate(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
+		if got := skewByDateOrZero(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
 			t.Errorf("%d ms ahead: a step of a minute is taken for %d", offset, got)
 		}
 	}

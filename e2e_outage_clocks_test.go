@@ -298,7 +298,7 @@ func (r *clockRig) settled(name string, begin time.Time) {
 func newClockRig(t *testing.T, sites int) *clockRig {
 	r := &clockRig{t: t, dir: t.TempDir()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
-	keys, err := readKeys(filepath.Join(r.dir, "keys"), TokenKeyFile)
+	keys, err := readKeyFile(filepath.Join(r.dir, "keys"), TokenKeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}

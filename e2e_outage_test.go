@@ -285,7 +285,7 @@ func outageServer(t *testing.T, args ...string) (dir, internal string, p *outage
 	dir = t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	server = startServer(t, dir, append([]string{"--ratelimit", "0"}, args...)...)
-	keys, err := readKeys(filepath.Join(dir, "keys"), TokenKeyFile)
+	keys, err := readKeyFile(filepath.Join(dir, "keys"), TokenKeyFile)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -71,10 +71,10 @@ type Gossip struct {
 
 // NewGossip checks c. State must be stored before Run is called.
 func NewGossip(c GossipConfig) (*Gossip, error) {
-	if err := errors.Join(CheckMemberName(c.Name), CheckMemberAddr(c.Addr)); err != nil {
+	if err := errors.Join(CheckMemberName(c.Name), CheckMemberAddrText(c.Addr)); err != nil {
 		return nil, err
 	}
-	if c.URL != "" && CheckMemberAddr(c.URL) != nil {
+	if c.URL != "" && CheckMemberAddrText(c.URL) != nil {
 		return nil, fmt.Errorf("URL to tell peers: want at most %d visible ASCII characters", MaxMemberAddr)
 	}
 	for _, addr := range append(slices.Clone(c.Seeds), c.Addr) {
@@ -107,7 +107,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	defer stop()
 	go func() {
 		defer close(done)
-		g.runHostLookups(resolving)
+		g.runHostRefresh(resolving)
 	}()
 	defer context.AfterFunc(ctx, g.interruptRead)()
 	buf := make([]byte, MaxPacket+1) // a longer packet is seen to be longer, and is refused
@@ -140,9 +140,9 @@ func (g *Gossip) Run(ctx context.Context) error {
 // errLeft ends Run without an error.
 var errLeft = errors.New("this member has left")
 
-// leaveOrSetReadDeadline returns how long Run may wait for a packet, and sets the read deadline to that. It
-// begins to leave when ctx has ended. Errors: errLeft, ErrNameTaken.
-func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (time.Duration, error) {
+// leaveOrSetReadDeadline returns how long Run may wait for a packet, and sets the read deadline to
+// that. It begins to leave when ctx has ended. Errors: errLeft, ErrNameTaken.
+func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Since(g.start)
@@ -264,8 +264,8 @@ func (g *Gossip) SetKeys(keys Keys) (err error) {
 	return err
 }
 
-// updateAndWakeRun changes the state machine, and wakes Run: it may have something to send, or another
-// time to wake up at.
+// updateAndWakeRun changes the state machine, and wakes Run: it may have something to send, or
+// another time to wake up at.
 func (g *Gossip) updateAndWakeRun(change func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

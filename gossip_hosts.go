@@ -24,9 +24,9 @@ type HostResolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// addrOrQueueLookup returns the address of an endpoint; not a valid one while its host is not looked up.
-// g.mu is held.
-func (g *Gossip) addrOrQueueLookup(to Endpoint) netip.AddrPort {
+// addrOrQueueLookup returns the address of an endpoint; not a valid one while its host is not
+// looked up. g.mu is held.
+func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort
 	}
@@ -41,9 +41,9 @@ func (g *Gossip) addrOrQueueLookup(to Endpoint) netip.AddrPort {
 	return addrs[0]
 }
 
-// runHostLookups looks up seeds, and members that gave a name for an address, until ctx ends: the
+// runHostRefresh looks up seeds, and members that gave a name for an address, until ctx ends: the
 // addresses of either may change.
-func (g *Gossip) runHostLookups(ctx context.Context) {
+func (g *Gossip) runHostRefresh(ctx context.Context) {
 	g.mu.Lock()
 	for _, s := range g.conf.Seeds {
 		g.hosts[s] = nil
@@ -66,8 +66,8 @@ func (g *Gossip) runHostLookups(ctx context.Context) {
 	}
 }
 
-// resolveAllHosts looks up all hosts. It returns false if one cannot be looked up; its addresses stay
-// as they were.
+// resolveAllHosts looks up all hosts. It returns false if one cannot be looked up; its addresses
+// stay as they were.
 func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	g.mu.Lock()
 	hosts := slices.Sorted(maps.Keys(g.hosts))

@@ -108,7 +108,7 @@ func TestPacketRefused(t *testing.T) {
 			t.Errorf("CheckMemberName(%q) is %v", name, err)
 		}
 	}
-	if CheckMemberAddr("host:1") != nil || CheckMemberAddr("") == nil || CheckMemberAddr(strings.Repeat("x", MaxMemberAddr+1)) == nil {
+	if CheckMemberAddrText("host:1") != nil || CheckMemberAddrText("") == nil || CheckMemberAddrText(strings.Repeat("x", MaxMemberAddr+1)) == nil {
 		t.Error("CheckMemberAddr")
 	}
 }

@@ -43,8 +43,8 @@ func (s *Swim) scaledByHealth(intervals float64) time.Duration {
 
 func (s *Swim) worsenOwnHealth() { s.Health = min(s.Health+1, maxHealth) }
 
-// handleOwnStall allows for a stall of our own. Answers that came meanwhile wait in the socket or were
-// lost with it, so silence says nothing about others.
+// handleOwnStall allows for a stall of our own. Answers that came meanwhile wait in the socket or
+// were lost with it, so silence says nothing about others.
 func (s *Swim) handleOwnStall(lateBy time.Duration) {
 	s.worsenOwnHealth()
 	s.addEvent(EventStalled, s.self.Name, s.self.Addr)
@@ -72,13 +72,13 @@ func (s *Swim) probe(m *Member) {
 func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	switch {
 	case r.purpose == requestProbe:
-		s.handleProbeTimeout(r)
+		s.escalateProbe(r)
 	case r.purpose == requestIndirect:
 		s.requests.remove(r)
 		s.sendTo(r.origin, Packet{Kind: PacketNack, ReplyTo: r.originID, Target: r.name})
 	case r.purpose == requestLeave && r.tries < maxTries:
 		r.tries, r.dueAt = r.tries+1, s.now+s.interval/4
-		s.send(r.member.Endpoint(), Packet{Kind: PacketPing, To: r.name, RequestID: r.id}, s.self)
+		s.send(r.member.PacketDestination(), Packet{Kind: PacketPing, To: r.name, RequestID: r.id}, s.self)
 	case r.purpose == requestNameCheck && r.tries < maxTries:
 		r.tries, r.dueAt = r.tries+1, s.now+s.interval/4
 		s.send(r.to, Packet{Kind: PacketHello, To: s.name, RequestID: r.id}, s.self)
@@ -93,8 +93,8 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	}
 }
 
-// handleProbeTimeout goes on with a probe that was not answered in time.
-func (s *Swim) handleProbeTimeout(r *pendingRequest) {
+// escalateProbe goes on with a probe that was not answered in time.
+func (s *Swim) escalateProbe(r *pendingRequest) {
 	m := r.member
 	switch {
 	case !m.State.IsLive() || r.tries == probeSuspected && m.State != StateSuspect:
@@ -138,7 +138,7 @@ func (s *Swim) probeIndirectly(r *pendingRequest) {
 func (s *Swim) suspect(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(s.name)}, 0
-	if s.mergeRecord(r) != nil {
+	if s.mergeRecordIfNewer(r) != nil {
 		s.table.QueueUpdate(m)
 	}
 }
@@ -147,7 +147,7 @@ func (s *Swim) suspect(m *Member) {
 func (s *Swim) declareDead(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateDead, nil, 0
-	s.mergeRecord(r)
+	s.mergeRecordIfNewer(r)
 	s.table.QueueUpdate(m)
 }
 
@@ -159,15 +159,15 @@ func (s *Swim) expireSuspicions() {
 		case m.State != StateSuspect:
 		case m.DeadAt <= s.now:
 			s.declareDead(m)
-		case s.nextFinalPingAt(m) <= s.now:
+		case s.nextPingOrDeathAt(m) <= s.now:
 			m.FinalPings++
 			s.ping(m, pendingRequest{purpose: requestReconnect, dueAt: s.now + s.interval})
 		}
 	}
 }
 
-// nextFinalPingAt returns when m, a suspect, is to be pinged or declared dead next.
-func (s *Swim) nextFinalPingAt(m *Member) time.Duration {
+// nextPingOrDeathAt returns when m, a suspect, is to be pinged or declared dead next.
+func (s *Swim) nextPingOrDeathAt(m *Member) time.Duration {
 	return m.DeadAt - s.intervalsToDuration(finalPingSpacing*float64(maxFinalPings-m.FinalPings))
 }
 
@@ -185,8 +185,8 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	return m.SuspectedAt + s.intervalsToDuration(max(shortest, longest-shared))
 }
 
-// contactDeadOrSeed asks whether a member that is dead, or one at a seed where no known member is, has
-// come back. While this member is alone, it asks all seeds.
+// contactDeadOrSeed asks whether a member that is dead, or one at a seed where no known member is,
+// has come back. While this member is alone, it asks all seeds.
 func (s *Swim) contactDeadOrSeed() {
 	s.reconnectAt = s.now + s.intervalsToDuration(reconnectEvery)
 	if s.table.Live == 1 && len(s.seeds) > 0 {
@@ -214,8 +214,8 @@ func (s *Swim) contactDeadOrSeed() {
 
 // sendHelloToSeed asks whoever is at a seed's address to answer.
 func (s *Swim) sendHelloToSeed(sd seed) {
-	to := Endpoint{AddrPort: sd.addr}
-	if r := s.addRequest(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.scaledByHealth(1)}); r != nil {
+	to := PacketDestination{AddrPort: sd.addr}
+	if r := s.addRequestIfRoom(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.scaledByHealth(1)}); r != nil {
 		s.send(to, Packet{Kind: PacketHello, RequestID: r.id}, s.self)
 	}
 }

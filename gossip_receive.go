@@ -12,25 +12,25 @@ import (
 
 // Receive takes a packet that came from an address, and returns what to send.
 func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Datagram {
-	s.beginStep(now)
+	s.beginReceiveOrTick(now)
 	if s.StoodDown {
 		return nil
 	}
 	if p, counter := s.openPacket(from, data); p != nil {
-		s.handleOrChallenge(from, p, counter)
+		s.handleOrChallengeUnproven(from, p, counter)
 	}
 	return s.endStep()
 }
 
-// handleOrChallenge handles p if its session has proven itself, or does so by p. It refuses p otherwise, and
-// makes the session prove itself.
-func (s *Swim) handleOrChallenge(from netip.AddrPort, p *Packet, counter uint64) {
+// handleOrChallengeUnproven handles p if its session has proven itself, or does so by p. It refuses
+// p otherwise, and makes the session prove itself.
+func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayCounter uint64) {
 	r := s.requests.answeredBy(p)
-	switch s.classifyAndMarkSeen(p, counter, r) {
+	switch s.classifyAndMarkSeen(p, replayCounter, r) {
 	case fromProven:
 		s.handlePacket(from, p, s.table.Get(p.From), r)
 	case fromProving:
-		if m := s.acceptSession(p, counter); m != nil {
+		if m := s.markSessionProven(p, replayCounter); m != nil {
 			s.handlePacket(from, p, m, r)
 		} else {
 			s.Refused[RefusedStranger]++
@@ -69,11 +69,11 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 	}
 	switch {
 	case p.Kind == PacketAck && answered != nil:
-		s.handleAnswer(sender, answered)
+		s.completeAnsweredRequest(sender, answered)
 	case p.Kind == PacketNack && answered != nil:
 		answered.relayNacked = true
 	case p.Kind == PacketPingReq:
-		s.pingTargetFor(p, sender)
+		s.pingOnBehalf(p, sender)
 	}
 	s.answer(from, p, sender, refuted)
 	if p.WantTable {
@@ -88,7 +88,7 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 // answer answers p if it has a request, and tells its sender what is wrong about its view: that
 // of us, which was just refuted, or that it is taken for dead.
 func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefuted bool) {
-	to := Endpoint{AddrPort: from}
+	to := PacketDestination{AddrPort: from}
 	switch {
 	case p.RequestID != 0 && p.Kind == PacketPing && !justRefuted:
 		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // it knows us
@@ -102,8 +102,8 @@ func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefute
 	}
 }
 
-// handleAnswer does what the answer of m to r calls for.
-func (s *Swim) handleAnswer(m *Member, r *pendingRequest) {
+// completeAnsweredRequest does what the answer of m to r calls for.
+func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	switch r.purpose {
 	case requestProbe:
 		if r.tries == probePinged {
@@ -128,8 +128,8 @@ func (s *Swim) handleAnswer(m *Member, r *pendingRequest) {
 	s.requests.remove(r)
 }
 
-// pingTargetFor pings the target of p, a PacketPingReq of requester.
-func (s *Swim) pingTargetFor(p *Packet, requester *Member) {
+// pingOnBehalf pings the target of p, a PacketPingReq of requester.
+func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	target := s.table.Get(p.Target)
 	if target != nil && target != s.self && p.RequestID != 0 {
 		s.ping(target, pendingRequest{purpose: requestIndirect, origin: requester, originID: p.RequestID, dueAt: s.now + s.intervalsToDuration(indirectAfter)})
@@ -157,7 +157,7 @@ func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 	if isSync && r.State == StateDead && known != nil && known.State.IsLive() && r.Session == known.Session {
 		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(sender.Name)}, 0
 	}
-	merged := s.mergeRecord(r)
+	merged := s.mergeRecordIfNewer(r)
 	// A member that has just joined need not pass on what all others know.
 	isNews := !isSync || known != nil || s.now-s.syncedAt > s.interval
 	if merged != nil && isNews {
@@ -165,9 +165,9 @@ func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 	}
 }
 
-// mergeRecord believes r, which is not about this member, if it is newer than what is known, and
-// then returns the member.
-func (s *Swim) mergeRecord(r MemberRecord) *Member {
+// mergeRecordIfNewer believes r, which is not about this member, if it is newer than what is known,
+// and then returns the member.
+func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	old := MemberRecord{State: StateDead}
 	if m := s.table.Get(r.Name); m != nil {
 		old = m.MemberRecord
@@ -176,7 +176,7 @@ func (s *Swim) mergeRecord(r MemberRecord) *Member {
 	if m == nil {
 		return nil
 	}
-	s.noteHighestClaim(&r)
+	s.raiseLamportAndBuckets(&r)
 	switch {
 	case m.State == StateLeft && old.State != StateLeft:
 		s.addEvent(EventLeft, m.Name, m.Addr)
@@ -188,16 +188,16 @@ func (s *Swim) mergeRecord(r MemberRecord) *Member {
 	}
 	if m.State == StateSuspect {
 		if old.State != StateSuspect || old.Session != m.Session || old.Incarnation != m.Incarnation {
-			s.startSuspicion(m)
+			s.onNewSuspicion(m)
 		}
 		m.DeadAt = s.suspicionEnd(m)
 	}
 	return m
 }
 
-// startSuspicion begins a suspicion of m. Some members probe it themselves, so that the truth is
+// onNewSuspicion begins a suspicion of m. Some members probe it themselves, so that the truth is
 // soon known.
-func (s *Swim) startSuspicion(m *Member) {
+func (s *Swim) onNewSuspicion(m *Member) {
 	m.SuspectedAt, m.FinalPings = s.now, 0
 	s.addEvent(EventSuspect, m.Name, m.Addr)
 	if s.rng.IntN(s.table.Live) < 2*MaxAccusers && s.requests.find(requestProbe, m.Name) == nil && s.self.State != StateLeft {
@@ -205,13 +205,13 @@ func (s *Swim) startSuspicion(m *Member) {
 	}
 }
 
-// refuteIfWrong tells whether r, a record of this member, is wrong, and announces a new incarnation if
-// others would believe it.
+// refuteIfWrong tells whether r, a record of this member, is wrong, and announces a new incarnation
+// if others would believe it.
 func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 	switch {
 	case r.Session > s.self.Session:
 		addr, _ := netip.ParseAddrPort(r.Addr)
-		s.startNameCheck(Endpoint{addr, r.Addr}, r.Session)
+		s.startNameCheck(PacketDestination{addr, r.Addr}, r.Session)
 		return false
 	case r.Session < s.self.Session:
 		return true
@@ -235,9 +235,9 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 }
 
 // startNameCheck asks whether a member of our name and a higher session is alive.
-func (s *Swim) startNameCheck(to Endpoint, rivalSession uint64) {
+func (s *Swim) startNameCheck(to PacketDestination, rivalSession uint64) {
 	if s.requests.find(requestNameCheck, s.name) == nil && s.self.State != StateLeft {
-		s.addRequest(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: rivalSession, to: to, dueAt: s.now})
+		s.addRequestIfRoom(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: rivalSession, to: to, dueAt: s.now})
 	}
 }
 
@@ -263,7 +263,7 @@ func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingR
 		// A seed may be this member itself, but whoever saw the packet can send it back.
 	case answered == nil && p.Kind == PacketHello && s.countUnprovenReply():
 		if p.Session > s.self.Session {
-			s.startNameCheck(Endpoint{AddrPort: from}, p.Session)
+			s.startNameCheck(PacketDestination{AddrPort: from}, p.Session)
 		} else {
 			answer.RequestID, _ = s.findOrAddChallenge(s.name) // it may be a replay
 		}

@@ -22,12 +22,12 @@ type pendingRequest struct {
 	dueAt   time.Duration // when to go on without an answer
 	tries   int           // that timed out; of a probe: probePinged and so on
 
-	relays       []string // of a probe: members asked to ping as well
-	relayNacked  bool     // of a probe: one of them answered that it had no answer
-	origin       *Member  // of requestIndirect: the member that asked for it
-	originID     uint64   // of requestIndirect: the RequestID under which it did
-	to           Endpoint // of requestJoin and requestNameCheck
-	rivalSession uint64   // of requestNameCheck
+	relays       []string          // of a probe: members asked to ping as well
+	relayNacked  bool              // of a probe: one of them answered that it had no answer
+	origin       *Member           // of requestIndirect: the member that asked for it
+	originID     uint64            // of requestIndirect: the RequestID under which it did
+	to           PacketDestination // of requestJoin and requestNameCheck
+	rivalSession uint64            // of requestNameCheck
 }
 
 // requestPurpose is what an answer shows.
@@ -46,8 +46,8 @@ const (
 // pendingRequests are in the order in which they were sent, at most maxPendingRequests.
 type pendingRequests []*pendingRequest
 
-// add gives r an ID and remembers it; nil if there are too many.
-func (p *pendingRequests) add(now time.Duration, rng *rand.Rand, r pendingRequest) *pendingRequest {
+// addIfRoom gives r an ID and remembers it; nil if there are too many.
+func (p *pendingRequests) addIfRoom(now time.Duration, rng *rand.Rand, r pendingRequest) *pendingRequest {
 	if len(*p) >= maxPendingRequests {
 		return nil
 	}

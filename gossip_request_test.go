@@ -12,8 +12,8 @@ import (
 func TestPendingRequests(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))
-	direct := p.add(1, rng, pendingRequest{purpose: requestProbe, name: "b", relays: []string{"c"}})
-	anyone := p.add(2, rng, pendingRequest{purpose: requestJoin})
+	direct := p.addIfRoom(1, rng, pendingRequest{purpose: requestProbe, name: "b", relays: []string{"c"}})
+	anyone := p.addIfRoom(2, rng, pendingRequest{purpose: requestJoin})
 	for about, c := range map[string]struct {
 		packet Packet
 		want   *pendingRequest
@@ -45,13 +45,13 @@ func TestPendingRequests(t *testing.T) {
 	}
 	ids := map[uint64]bool{0: true, anyone.id: true}
 	for i := range maxPendingRequests - 1 {
-		r := p.add(3, rng, pendingRequest{purpose: requestChallenge, name: fmt.Sprint(i)})
+		r := p.addIfRoom(3, rng, pendingRequest{purpose: requestChallenge, name: fmt.Sprint(i)})
 		if r == nil || r.sentAt != 3 || ids[r.id] {
 			t.Fatalf("request %d is %+v", i, r)
 		}
 		ids[r.id] = true
 	}
-	if p.add(3, rng, pendingRequest{}) != nil || len(p) != maxPendingRequests {
+	if p.addIfRoom(3, rng, pendingRequest{}) != nil || len(p) != maxPendingRequests {
 		t.Error("more requests than there may be")
 	}
 }

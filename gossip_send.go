@@ -11,43 +11,43 @@ const (
 	maxSyncPackets = 32 // of one table
 )
 
-// An Endpoint is where a packet goes: AddrPort, or if that is not valid Host, a host:port.
-type Endpoint struct {
+// An PacketDestination is where a packet goes: AddrPort, or if that is not valid Host, a host:port.
+type PacketDestination struct {
 	AddrPort netip.AddrPort
 	Host     string
 }
 
 // A Datagram is a sealed packet to send.
 type Datagram struct {
-	To   Endpoint
+	To   PacketDestination
 	Data []byte
 }
 
 // sendTo sends p to m, at the address in m's record.
 func (s *Swim) sendTo(m *Member, p Packet) {
 	p.To = m.Name
-	s.send(m.Endpoint(), p)
+	s.send(m.PacketDestination(), p)
 }
 
-// send sends p with the records of about, two at most, and as many updates as fit. If the
-// receiver may not know us, recordsOf has to be self.
-func (s *Swim) send(to Endpoint, p Packet, recordsOf ...*Member) {
+// send sends p with the records of recordsOf, two members at most, and as many updates as fit. If
+// the receiver may not know us, recordsOf has to be self.
+func (s *Swim) send(to PacketDestination, p Packet, recordsOf ...*Member) {
 	m := s.table.Get(p.To)
 	b := s.encodeWithRecords(&p, recordsOf)
 	s.plain = s.table.AppendUpdates(b, s.now, maxPlainPacket, p.To, m != nil && m.KnowsOurSession)
 	s.sealAndQueue(to, s.keyIDFor(m))
 }
 
-// replyToUnproven answers a sender that has proven nothing. It seals with the key of the packet that was
-// opened last, which that sender holds whatever its record says. It sends no updates: a replay
-// would make them count as passed on, and the answer much larger than the packet.
+// replyToUnproven answers a sender that has proven nothing. It seals with the key of the packet
+// that was opened last, which that sender holds whatever its record says. It sends no updates: a
+// replay would make them count as passed on, and the answer much larger than the packet.
 func (s *Swim) replyToUnproven(to netip.AddrPort, p Packet, recordsOf ...*Member) {
 	s.plain = s.encodeWithRecords(&p, recordsOf)
-	s.sealAndQueue(Endpoint{AddrPort: to}, s.openedKeyID)
+	s.sealAndQueue(PacketDestination{AddrPort: to}, s.openedKeyID)
 }
 
-// encodeWithRecords returns p with the records of about. If the receiver is suspected or dead, its
-// own record is added, so that it can refute that.
+// encodeWithRecords returns p with the records of recordsOf. If the receiver is suspected or dead,
+// its own record is added, so that it can refute that.
 func (s *Swim) encodeWithRecords(p *Packet, recordsOf []*Member) []byte {
 	s.fillHeader(p)
 	b := AppendPacketHeader(s.plain[:0], p)
@@ -82,14 +82,14 @@ func (s *Swim) keyIDFor(m *Member) uint32 {
 }
 
 // sealAndQueue seals s.plain and queues it.
-func (s *Swim) sealAndQueue(to Endpoint, keyID uint32) {
+func (s *Swim) sealAndQueue(to PacketDestination, keyID uint32) {
 	from := len(s.sealed)
 	s.sealed = s.sealer.Seal(s.sealed, s.plain, keyID)
 	s.datagrams = append(s.datagrams, Datagram{To: to, Data: s.sealed[from:len(s.sealed):len(s.sealed)]})
 }
 
-// sendTable sends the table to m, as full packets, and asks for m's table if wantTheirs; at most once per
-// interval. A table that needs more than maxSyncPackets is continued by the next call.
+// sendTable sends the table to m, as full packets, and asks for m's table if wantTheirs; at most
+// once per interval. A table that needs more than maxSyncPackets is continued by the next call.
 func (s *Swim) sendTable(m *Member, wantTheirs bool) {
 	if m.LastSync != 0 && s.now-m.LastSync < s.interval {
 		return
@@ -102,7 +102,7 @@ func (s *Swim) sendTable(m *Member, wantTheirs bool) {
 		b := AppendPacketHeader(s.plain[:0], &p)
 		for ; i < len(all); i++ {
 			o := all[(first+i)%len(all)]
-			if !o.IsSyncable(s.now) {
+			if !o.IsSentInSync(s.now) {
 				continue
 			}
 			longer := o.Append(b, s.now)
@@ -112,7 +112,7 @@ func (s *Swim) sendTable(m *Member, wantTheirs bool) {
 			b = longer
 		}
 		s.plain = b
-		s.sealAndQueue(m.Endpoint(), m.KeyID)
+		s.sealAndQueue(m.PacketDestination(), m.KeyID)
 		p.WantTable = false
 		s.syncFrom = (first + i) % len(all)
 	}

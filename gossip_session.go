@@ -83,21 +83,21 @@ func refusedReason(err error) int {
 	return RefusedUnsealed
 }
 
-// A packetOrigin says in which session a packet was sent.
-type packetOrigin uint8
+// A packetSenderKind says in which session a packet was sent.
+type packetSenderKind uint8
 
 const (
-	fromOwnName    packetOrigin = iota // its sender has our name
-	fromOldSession                     // an earlier session than the one known
-	fromReplay                         // a proven session, but its counter was seen before
-	fromProven                         // a proven session
-	fromProving                        // a session not proven yet; the packet answers our request
-	fromStranger                       // a session not proven yet
+	fromOwnName    packetSenderKind = iota // its sender has our name
+	fromOldSession                         // an earlier session than the one known
+	fromReplay                             // a proven session, but its counter was seen before
+	fromProven                             // a proven session
+	fromProving                            // a session not proven yet; the packet answers our request
+	fromStranger                           // a session not proven yet
 )
 
-// classifyAndMarkSeen returns the origin of p, where answered is the request that p answers, or nil. The counter of a packet
-// from a proven session is taken as seen.
-func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingRequest) packetOrigin {
+// classifyAndMarkSeen returns the origin of p, where answered is the request that p answers, or
+// nil. The counter of a packet from a proven session is taken as seen.
+func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingRequest) packetSenderKind {
 	m := s.table.Get(p.From)
 	switch {
 	case p.From == s.name:
@@ -115,17 +115,17 @@ func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingR
 	return fromStranger
 }
 
-// acceptSession begins the session of p, which answers a request of ours, and returns its member.
-// If the member's record of this session is not known, it has to be in p; otherwise the result
-// is nil.
-func (s *Swim) acceptSession(p *Packet, counter uint64) *Member {
+// markSessionProven begins the session of p, which answers a request of ours, and returns its
+// member. If the member's record of this session is not known, it has to be in p; otherwise the
+// result is nil.
+func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 	m := s.table.Get(p.From)
 	if m == nil || m.Session != p.Session {
 		i := slices.IndexFunc(p.Records, func(r MemberRecord) bool { return r.Name == p.From && r.Session == p.Session })
 		if i < 0 {
 			return nil
 		}
-		if m = s.mergeRecord(p.Records[i]); m == nil {
+		if m = s.mergeRecordIfNewer(p.Records[i]); m == nil {
 			return nil
 		}
 		s.table.QueueUpdate(m)
@@ -157,22 +157,22 @@ func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
 	}
 }
 
-// findOrAddChallenge returns the request ID that memberName has to answer with, and whether it is a new one:
-// however often a packet is replayed, it leads to one request. It is 0 if too many requests are
-// pending.
+// findOrAddChallenge returns the request ID that memberName has to answer with, and whether it is a
+// new one: however often a packet is replayed, it leads to one request. It is 0 if too many
+// requests are pending.
 func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bool) {
 	if r := s.requests.find(requestChallenge, memberName); r != nil {
 		return r.id, false
 	}
-	if r := s.addRequest(pendingRequest{purpose: requestChallenge, name: memberName, dueAt: s.now + s.interval}); r != nil {
+	if r := s.addRequestIfRoom(pendingRequest{purpose: requestChallenge, name: memberName, dueAt: s.now + s.interval}); r != nil {
 		return r.id, true
 	}
 	return 0, false
 }
 
-// countUnprovenReply counts the answers to senders that have proven nothing, and tells whether one more
-// is allowed in this interval.
-func (s *Swim) countUnprovenReply() bool {
+// countUnprovenReply counts the answers to senders that have proven nothing, and tells whether one
+// more is allowed in this interval.
+func (s *Swim) countUnprovenReply() (allowed bool) {
 	if s.now-s.repliesSince >= s.interval {
 		s.repliesSince, s.replies = s.now, 0
 	}

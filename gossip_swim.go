@@ -2,8 +2,8 @@ package main
 
 // SWIM with Lifeguard as a state machine: what a member announces, and what it does when time
 // passes. Sources: Das, Gupta, Motivala, "SWIM" (2002); Dadgar, Phillips, Currey, "Lifeguard"
-// (2017). All memory that a peer can make grow is bounded. Pure: time, randomness and packets come in, and
-// packets go out.
+// (2017). All memory that a peer can make grow is bounded. Pure: time, randomness and packets come
+// in, and packets go out.
 
 import (
 	"math/rand/v2"
@@ -114,8 +114,8 @@ type seed struct {
 	name string // of the member that answered there last
 }
 
-// NewSwim returns a member that is alone. Its session is a new one: State must be stored before
-// the first packet is sent, so that the next start's session is higher.
+// NewSwim returns a member that is alone. Its session is a new one: RestartState must be stored
+// before the first packet is sent, so that the next start's session is higher.
 func NewSwim(c SwimConfig) *Swim {
 	s := &Swim{
 		name: c.Name, interval: c.Interval, rng: rand.New(c.Random), sealer: c.Sealer,
@@ -157,12 +157,12 @@ func (s *Swim) View() GossipView {
 func (s *Swim) AnnounceClaim(slot uint16, claimNumber uint64, provisional bool) {
 	r := s.self.MemberRecord
 	r.Slot, r.Lamport, r.Provisional = slot, claimNumber, provisional
-	s.noteHighestClaim(&r)
+	s.raiseLamportAndBuckets(&r)
 	s.announceSelf(r)
 }
 
-// noteHighestClaim remembers the highest claim number and slot.
-func (s *Swim) noteHighestClaim(r *MemberRecord) {
+// raiseLamportAndBuckets remembers the highest claim number and slot.
+func (s *Swim) raiseLamportAndBuckets(r *MemberRecord) {
 	s.maxLamport = max(s.maxLamport, r.Lamport)
 	if r.Slot < MaxSlots {
 		s.buckets = max(s.buckets, r.Slot+1)
@@ -226,7 +226,7 @@ func (s *Swim) Leave() {
 	s.requests = nil
 	for range leaveTargets {
 		if m := s.randomMember(func(m *Member) bool { return m.State == StateAlive && s.requests.find(requestLeave, m.Name) == nil }); m != nil {
-			s.addRequest(pendingRequest{purpose: requestLeave, name: m.Name, member: m})
+			s.addRequestIfRoom(pendingRequest{purpose: requestLeave, name: m.Name, member: m})
 		}
 	}
 }
@@ -252,7 +252,7 @@ func (s *Swim) NextTickAt() time.Duration {
 	}
 	for _, m := range s.table.Members {
 		if m.State == StateSuspect {
-			next = min(next, s.nextFinalPingAt(m))
+			next = min(next, s.nextPingOrDeathAt(m))
 		}
 	}
 	return min(next, s.probeAt, s.reconnectAt)
@@ -260,7 +260,7 @@ func (s *Swim) NextTickAt() time.Duration {
 
 // Tick does what is due, and returns what to send.
 func (s *Swim) Tick(now time.Duration) []Datagram {
-	s.beginStep(now)
+	s.beginReceiveOrTick(now)
 	if s.StoodDown {
 		return nil
 	}
@@ -286,7 +286,7 @@ func (s *Swim) Tick(now time.Duration) []Datagram {
 	}
 	if s.expireAt <= s.now {
 		s.expireAt = s.now + expireEvery
-		s.table.DropExpired(s.now)
+		s.table.ForgetLeftMembers(s.now)
 	}
 	if s.gossipAt <= s.now && s.table.HasUpdates() {
 		s.gossipUpdates()
@@ -294,7 +294,8 @@ func (s *Swim) Tick(now time.Duration) []Datagram {
 	return s.endStep()
 }
 
-// gossipUpdates sends updates to a few live members, from a random place in the table on, none twice.
+// gossipUpdates sends updates to a few live members, from a random place in the table on, none
+// twice.
 func (s *Swim) gossipUpdates() {
 	s.gossipAt = s.now + s.intervalsToDuration(gossipEvery)
 	members := s.table.Members
@@ -308,8 +309,8 @@ func (s *Swim) gossipUpdates() {
 	}
 }
 
-// beginStep starts a Receive or Tick.
-func (s *Swim) beginStep(now time.Duration) {
+// beginReceiveOrTick starts a Receive or Tick.
+func (s *Swim) beginReceiveOrTick(now time.Duration) {
 	s.datagrams, s.sealed, s.Events = s.datagrams[:0], s.sealed[:0], s.Events[:0]
 	s.now = max(s.now, now)
 	if s.probeAt == 0 { // the first call
@@ -340,15 +341,17 @@ func (s *Swim) randomMember(isEligible func(*Member) bool) *Member {
 	return s.table.RandomMember(s.rng, s.self, isEligible)
 }
 
-// addRequest adds r to the pending requests, and returns it with its ID; nil if too many are
+// addRequestIfRoom adds r to the pending requests, and returns it with its ID; nil if too many are
 // pending.
-func (s *Swim) addRequest(r pendingRequest) *pendingRequest { return s.requests.add(s.now, s.rng, r) }
+func (s *Swim) addRequestIfRoom(r pendingRequest) *pendingRequest {
+	return s.requests.addIfRoom(s.now, s.rng, r)
+}
 
 // ping sends m a ping, and adds r to the pending requests. If too many are pending, it does
 // nothing.
 func (s *Swim) ping(m *Member, r pendingRequest) {
 	r.name, r.member = m.Name, m
-	if r := s.addRequest(r); r != nil {
+	if r := s.addRequestIfRoom(r); r != nil {
 		s.sendTo(m, Packet{Kind: PacketPing, RequestID: r.id})
 	}
 }

@@ -49,8 +49,8 @@ type Member struct {
 	transmits       int            // of its record as an update
 }
 
-// Endpoint returns where m is reached.
-func (m *Member) Endpoint() Endpoint { return Endpoint{m.AddrPort, m.Addr} }
+// PacketDestination returns where m is reached.
+func (m *Member) PacketDestination() PacketDestination { return PacketDestination{m.AddrPort, m.Addr} }
 
 // A MemberTable holds all members, this one included. It is not safe for concurrent use.
 type MemberTable struct {
@@ -68,11 +68,11 @@ func (t *MemberTable) Get(name string) *Member { return t.byName[name] }
 
 // Merge believes r if it is newer than the record of its name, and then returns the member;
 // nil if r is not newer or there is no room.
-func (t *MemberTable) Merge(now time.Duration, r MemberRecord) *Member {
+func (t *MemberTable) Merge(now time.Duration, r MemberRecord) (changed *Member) {
 	m := t.byName[r.Name]
 	switch {
 	case m == nil:
-		if m = t.addPlaceholder(&r); m == nil {
+		if m = t.addNameOnly(&r); m == nil {
 			return nil
 		}
 	case r.isSameSuspicion(&m.MemberRecord):
@@ -90,9 +90,9 @@ func (t *MemberTable) Merge(now time.Duration, r MemberRecord) *Member {
 	return m
 }
 
-// addPlaceholder makes a member of r's name without a record; nil if there is no room, or if the others
-// have begun to forget it.
-func (t *MemberTable) addPlaceholder(r *MemberRecord) *Member {
+// addNameOnly makes a member of r's name without a record; nil if there is no room, or if the
+// others have begun to forget it.
+func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 	if time.Duration(r.Age)*time.Second >= tombstoneLife/2 || !t.makeRoom() {
 		return nil
 	}
@@ -153,7 +153,7 @@ func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	}
 	m.MemberRecord = r
 	m.AddrPort, _ = netip.ParseAddrPort(r.Addr)
-	t.setDigestPart(now, m, r.digest())
+	t.setDigestPart(now, m, r.stableDigest())
 }
 
 func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
@@ -165,9 +165,9 @@ func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	}
 }
 
-// digest returns 64 bits of the SHA-256 of r's encoding, without what comes and goes: suspicions,
-// the incarnations that refute them, and ages.
-func (r *MemberRecord) digest() uint64 {
+// stableDigest returns 64 bits of the SHA-256 of r's encoding, without what comes and goes:
+// suspicions, the incarnations that refute them, and ages.
+func (r *MemberRecord) stableDigest() uint64 {
 	lasting := *r
 	lasting.Incarnation, lasting.Accusers, lasting.Age = 0, nil, 0
 	if r.State == StateSuspect {
@@ -178,18 +178,18 @@ func (r *MemberRecord) digest() uint64 {
 	return binary.LittleEndian.Uint64(sum[:])
 }
 
-// IsSyncable tells whether m belongs into the digest and into what is sent of the table: if it
+// IsSentInSync tells whether m belongs into the digest and into what is sent of the table: if it
 // is live, or has not been dead for long.
-func (m *Member) IsSyncable(now time.Duration) bool {
+func (m *Member) IsSentInSync(now time.Duration) bool {
 	return m.State.IsLive() || now-m.DiedAt < tombstoneLife/2
 }
 
-// DropExpired takes old tombstones out of the digest, and at last forgets members that left.
+// ForgetLeftMembers takes old tombstones out of the digest, and at last forgets members that left.
 // Dead members are remembered while there is room: they may be behind a partition that ends
 // some day.
-func (t *MemberTable) DropExpired(now time.Duration) {
+func (t *MemberTable) ForgetLeftMembers(now time.Duration) {
 	t.Members = slices.DeleteFunc(t.Members, func(m *Member) bool {
-		if !m.IsSyncable(now) {
+		if !m.IsSentInSync(now) {
 			t.setDigestPart(now, m, 0)
 		}
 		expired := m.State == StateLeft && now-m.DiedAt >= tombstoneLife
@@ -308,7 +308,8 @@ func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
 	return snapshots
 }
 
-// RandomMember returns a random member for which isEligible holds, but not self; nil if there is none.
+// RandomMember returns a random member for which isEligible holds, but not self; nil if there is
+// none.
 func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, isEligible func(*Member) bool) (chosen *Member) {
 	n := 0
 	for _, m := range t.Members {

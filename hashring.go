@@ -60,7 +60,7 @@ func NewRing(live []Claim, minBuckets int) *Ring {
 	return r
 }
 
-// Owner returns the member that owns key; false if there is no live member.
+// Owner returns the member that owns siteKey; false if there is no live member.
 func (r *Ring) Owner(siteKey uint64) (string, bool) {
 	slot := r.liveSlotFor(siteKey, maxJumpsPerBucket*len(r.holders))
 	if slot < 0 {
@@ -69,8 +69,8 @@ func (r *Ring) Owner(siteKey uint64) (string, bool) {
 	return r.holders[slot], true
 }
 
-// liveSlotFor returns the first live slot that siteKey is mapped to; the lowest live slot if maxJumps
-// find none; -1 if there is none.
+// liveSlotFor returns the first live slot that siteKey is mapped to; the lowest live slot if
+// maxJumps find none; -1 if there is none.
 func (r *Ring) liveSlotFor(siteKey uint64, maxJumps int) int {
 	if len(r.liveSlots) == 0 {
 		return -1
@@ -103,7 +103,7 @@ func (r *Ring) Buckets() int { return len(r.holders) }
 func (r *Ring) Digest() uint64 { return r.digest }
 
 // jumpHash is jump consistent hash (Lamping & Veach 2014, arXiv:1406.2294). From n to
-// n+1 buckets, a key either stays or goes to bucket n. n must be positive.
+// n+1 buckets, a key either stays or goes to bucket n. There has to be a bucket.
 func jumpHash(key uint64, buckets int) int {
 	b, j := int64(-1), int64(0)
 	for j < int64(buckets) {

@@ -67,13 +67,13 @@ func latestClaims(claims []Claim) map[string]Claim {
 // maxLamport+1. A provisional claim that stands once seeds are reached is made anew: late,
 // so that it still gives way to what was claimed before. Without a free slot the claim
 // is one of nothing.
-func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLamport uint64) (Claim, bool) {
+func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLamport uint64) (claim Claim, changed bool) {
 	next := nextLamport(maxLamport, live, reserved)
 	members, gone := latestClaims(live), latestClaims(reserved)
 	announced := members[self]
 	members[self] = announced
 
-	holders, waiting := assignSlots(rankClaims(members, gone))
+	holders, waiting := assignSlots(rankMemberClaims(members, gone))
 	for _, c := range holders {
 		if c.Name != self {
 			continue
@@ -109,15 +109,15 @@ func nextLamport(maxLamport uint64, live, reserved []Claim) uint64 {
 	return max(maxLamport, maxLamport+1)
 }
 
-// rankClaims returns one claim for each member, in the order in which slots are given: first
+// rankMemberClaims returns one claim for each member, in the order in which slots are given: first
 // announced claims, then reserved claims of members that announce none, then members without
 // any, whose claim is not valid.
-func rankClaims(members, gone map[string]Claim) []Claim {
+func rankMemberClaims(members, reservedClaims map[string]Claim) []Claim {
 	var announced, reserved, none []Claim
 	for name, c := range members {
 		if c.isValid() {
 			announced = append(announced, c)
-		} else if c = gone[name]; c.isValid() {
+		} else if c = reservedClaims[name]; c.isValid() {
 			reserved = append(reserved, c)
 		} else {
 			none = append(none, Claim{Name: name})

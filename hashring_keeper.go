@@ -148,15 +148,15 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 		}
 		alone := !m.cfg.HasSeeds && len(v.Members) == 1
 		quiet := time.Since(lastChange) >= quietIntervals*m.cfg.Interval && (v.Joined || !m.cfg.HasSeeds)
-		overdue := !m.isSettled() && time.Since(begin) >= settleIntervals*m.cfg.Interval
+		overdue := !m.hasFirstRing() && time.Since(begin) >= settleIntervals*m.cfg.Interval
 		if alone || quiet || overdue {
 			m.claimSlot(v)
 			v = m.cfg.Gossip.View()
-			if !m.isSettled() {
+			if !m.hasFirstRing() {
 				close(m.settled)
 			}
 		}
-		if m.isSettled() {
+		if m.hasFirstRing() {
 			m.publishView(v)
 		}
 		m.saveAndReport(m.cfg.Gossip.RestartState())
@@ -170,7 +170,7 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 	}
 }
 
-func (m *RingKeeper) isSettled() bool {
+func (m *RingKeeper) hasFirstRing() bool {
 	select {
 	case <-m.settled:
 		return true
@@ -208,13 +208,13 @@ func (m *RingKeeper) saveIfChanged(st RestartState) error {
 
 // saveAndReport saves st and reports a failure. It returns whether st is saved; if not, Run tries
 // again at the next change or tick.
-func (m *RingKeeper) saveAndReport(st RestartState) bool {
+func (m *RingKeeper) saveAndReport(st RestartState) (saved bool) {
 	err := m.saveIfChanged(st)
 	m.reportSaveResult(err)
 	return err == nil
 }
 
-// reportSaveResult reports an error of save, and logs the first in a row.
+// reportSaveResult reports an error of saveIfChanged, and logs the first in a row.
 func (m *RingKeeper) reportSaveResult(err error) {
 	if err != nil {
 		m.cfg.OnError(err)

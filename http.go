@@ -31,8 +31,9 @@ func Listen(addr string) (net.Listener, error) {
 	return ln, nil
 }
 
-// NewHTTPClient returns a client that follows no redirects, because requests carry tokens, and
-// uses no proxy of the environment. dialTimeout bounds the time to connect, and requestTimeout a whole request.
+// NewHTTPClient returns a client that follows no redirects, because requests carry tokens, and uses
+// no proxy of the environment. dialTimeout bounds the time to connect, and requestTimeout a whole
+// request.
 func NewHTTPClient(config *tls.Config, requestTimeout, dialTimeout time.Duration) *http.Client {
 	return &http.Client{
 		Timeout:       requestTimeout,
@@ -49,7 +50,7 @@ type HTTPServer struct {
 	Name       string // for logs
 	Listener   net.Listener
 	Handler    http.Handler
-	TrackConns bool        // TrackerIfSequential knows the connections of plain HTTP; costs a system call a write
+	TrackConns bool        // TrackerIfPreviousAnswerRead knows the connections of plain HTTP; costs a system call a write
 	TLS        *tls.Config // nil for plain HTTP
 	Log        *slog.Logger
 }
@@ -71,7 +72,7 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 		srv.ConnContext = trackConn
 	}
 	limited := newLimitListener(s.Listener, maxConnections)
-	srv.ConnState = limited.onState
+	srv.ConnState = limited.trackWaitingConn
 	ln := net.Listener(limited)
 	if s.TLS != nil {
 		// HTTP/1.1 only: the bounds count on one request at a time on each connection.
@@ -95,7 +96,8 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 	return nil
 }
 
-// errorLogWriter logs the errors of net/http: mostly mistakes of peers, at debug level, but also panics.
+// errorLogWriter logs the errors of net/http: mostly mistakes of peers, at debug level, but also
+// panics.
 type errorLogWriter struct{ log *slog.Logger }
 
 func (e errorLogWriter) Write(p []byte) (int, error) {

@@ -12,13 +12,13 @@ import (
 	"sync"
 )
 
-// ConnTracker is one connection. It knows whether a request on it was sequential: no byte of the
-// request was read before the last byte of the previous answer was written. It counts the empty
-// lines that end the headers of requests. A body makes it count too many, or leaves bytes after
-// the last end; then the next request counts as not sequential, which is the safe error. It does
-// not see bytes that the kernel has received and no Read has returned. The address of a
-// ConnTracker is unlike that of any other in use.
-type ConnTracker struct {
+// AnswerReadTracker is one connection. It knows whether a request on it was sequential: no byte of
+// the request was read before the last byte of the previous answer was written. It counts the empty
+// lines that end the headers of requests. A body makes it count too many, or leaves bytes after the
+// last end; then the next request counts as not sequential, which is the safe error. It does not
+// see bytes that the kernel has received and no Read has returned. The address of a
+// AnswerReadTracker is unlike that of any other in use.
+type AnswerReadTracker struct {
 	mu          sync.Mutex // guards the rest: net/http reads ahead while a handler runs
 	seen        requestHeadCounter
 	seenAtWrite requestHeadCounter // seen before the last byte that was written
@@ -47,22 +47,22 @@ func (h *requestHeadCounter) countHeadEnds(p []byte) {
 	}
 }
 
-// onRead takes bytes that were read.
-func (t *ConnTracker) onRead(p []byte) {
+// countRequestHeads takes bytes that were read.
+func (t *AnswerReadTracker) countRequestHeads(p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seen.countHeadEnds(p)
 }
 
-// onLastByte notes that the last byte of a write is about to be written.
-func (t *ConnTracker) onLastByte() {
+// snapshotHeadsAtWrite notes that the last byte of a write is about to be written.
+func (t *AnswerReadTracker) snapshotHeadsAtWrite() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seenAtWrite = t.seen
 }
 
-// onRequest counts a request whose headers net/http has read.
-func (t *ConnTracker) onRequest() {
+// countRequest counts a request whose headers net/http has read.
+func (t *AnswerReadTracker) countRequest() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.sequential = t.seenAtWrite.complete == t.requests && !t.seenAtWrite.partial
@@ -71,28 +71,28 @@ func (t *ConnTracker) onRequest() {
 
 type connTrackerKey struct{}
 
-// TrackerIfSequential returns the connection that a request came on, if the request is sequential. Any
-// other request gets a new ConnTracker, because its sender has not read the previous answer. So
-// does a request over TLS, where the end of an answer cannot be seen, and one to a server without
-// TrackConns.
-func TrackerIfSequential(r *http.Request) *ConnTracker {
-	if t, ok := r.Context().Value(connTrackerKey{}).(*ConnTracker); ok {
+// TrackerIfPreviousAnswerRead returns the connection that a request came on, if the request is
+// sequential. Any other request gets a new AnswerReadTracker, because its sender has not read the
+// previous answer. So does a request over TLS, where the end of an answer cannot be seen, and one
+// to a server without TrackConns.
+func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTracker) {
+	if t, ok := r.Context().Value(connTrackerKey{}).(*AnswerReadTracker); ok {
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		if t.sequential {
 			return t
 		}
 	}
-	return &ConnTracker{}
+	return &AnswerReadTracker{}
 }
 
-// trackConn is an http.Server's ConnContext, for TrackerIfSequential.
+// trackConn is an http.Server's ConnContext, for TrackerIfPreviousAnswerRead.
 func trackConn(ctx context.Context, c net.Conn) context.Context {
-	plain, ok := c.(*limitConn)
+	plain, ok := c.(*trackedConn)
 	if !ok {
 		return ctx
 	}
-	plain.tracker = &ConnTracker{}
+	plain.tracker = &AnswerReadTracker{}
 	return context.WithValue(ctx, connTrackerKey{}, plain.tracker)
 }
 
@@ -107,7 +107,7 @@ type limitListener struct {
 	mu      sync.Mutex // guards the rest
 	open    int
 	closed  bool
-	waiting list.List // of *limitConn whose next request has no complete header, the longest first
+	waiting list.List // of *trackedConn whose next request has no complete header, the longest first
 }
 
 func newLimitListener(l net.Listener, max int) *limitListener {
@@ -125,7 +125,7 @@ func (l *limitListener) Accept() (net.Conn, error) {
 	for l.open >= l.max && !l.closed {
 		if first := l.waiting.Front(); first != nil {
 			l.mu.Unlock()
-			first.Value.(*limitConn).Close()
+			first.Value.(*trackedConn).Close()
 			l.mu.Lock()
 		} else {
 			l.room.Wait()
@@ -137,7 +137,7 @@ func (l *limitListener) Accept() (net.Conn, error) {
 		return nil, net.ErrClosed
 	}
 	l.open++
-	return &limitConn{Conn: c, listener: l}, nil
+	return &trackedConn{Conn: c, listener: l}, nil
 }
 
 // Close closes the listener, and ends an Accept that waits for room.
@@ -149,15 +149,15 @@ func (l *limitListener) Close() error {
 	return l.Listener.Close()
 }
 
-// onState is an http.Server's ConnState: a connection is active from the end of a
+// trackWaitingConn is an http.Server's ConnState: a connection is active from the end of a
 // request's head to that of its answer.
-func (l *limitListener) onState(c net.Conn, st http.ConnState) {
+func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}
-	conn := c.(*limitConn) // all are of Accept
+	conn := c.(*trackedConn) // all are of Accept
 	if st == http.StateActive && conn.tracker != nil {
-		conn.tracker.onRequest() // once for each request, before its handler runs
+		conn.tracker.countRequest() // once for each request, before its handler runs
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -172,19 +172,19 @@ func (l *limitListener) onState(c net.Conn, st http.ConnState) {
 	}
 }
 
-// limitConn is a connection of a limitListener.
-type limitConn struct {
+// trackedConn is a connection of a limitListener.
+type trackedConn struct {
 	net.Conn
 	listener *limitListener
-	tracker  *ConnTracker  // nil over TLS
-	closed   bool          // the listener's mu guards it
-	waiting  *list.Element // and this: among those waiting, or nil
+	tracker  *AnswerReadTracker // nil over TLS
+	closed   bool               // the listener's mu guards it
+	waiting  *list.Element      // and this: among those waiting, or nil
 }
 
-func (c *limitConn) Read(p []byte) (int, error) {
+func (c *trackedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if c.tracker != nil {
-		c.tracker.onRead(p[:n])
+		c.tracker.countRequestHeads(p[:n])
 	}
 	return n, err
 }
@@ -192,14 +192,14 @@ func (c *limitConn) Read(p []byte) (int, error) {
 // Write writes the last byte of p by itself, if the connection is tracked. The peer cannot have
 // the whole answer before that byte, so every request that was read until then is not sequential,
 // even if the peer was slow to take the rest.
-func (c *limitConn) Write(p []byte) (n int, err error) {
+func (c *trackedConn) Write(p []byte) (n int, err error) {
 	if c.tracker != nil && len(p) > 0 {
 		if len(p) > 1 {
 			if n, err = c.Conn.Write(p[:len(p)-1]); err != nil {
 				return n, err
 			}
 		}
-		c.tracker.onLastByte()
+		c.tracker.snapshotHeadsAtWrite()
 	}
 	last, err := c.Conn.Write(p[n:])
 	return n + last, err
@@ -207,14 +207,14 @@ func (c *limitConn) Write(p []byte) (n int, err error) {
 
 // CloseWrite closes one direction. net/http calls it, so that a peer that still sends can read the
 // answer.
-func (c *limitConn) CloseWrite() error {
+func (c *trackedConn) CloseWrite() error {
 	if tcp, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return tcp.CloseWrite()
 	}
 	return nil
 }
 
-func (c *limitConn) Close() error {
+func (c *trackedConn) Close() error {
 	err := c.Conn.Close()
 	l := c.listener
 	l.mu.Lock()

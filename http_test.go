@@ -236,7 +236,7 @@ func TestTrackerOf(t *testing.T) {
 				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
-					a, b := TrackerIfSequential(r), TrackerIfSequential(r) // one of its own is another each time
+					a, b := TrackerIfPreviousAnswerRead(r), TrackerIfPreviousAnswerRead(r) // one of its own is another each time
 					got = append(got, a == b)
 					if r.URL.Path == "/large" {
 						w.Write(make([]byte, 1<<20))
@@ -305,7 +305,7 @@ func TestConnectionLimit(t *testing.T) {
 		finish := make(chan struct{})
 		l := newPipeListener()
 		limited := newLimitListener(l, max)
-		srv := http.Server{ConnState: limited.onState, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		srv := http.Server{ConnState: limited.trackWaitingConn, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.Path == "/slow" {
 				<-finish
 			}
@@ -414,7 +414,7 @@ func TestConnectionLimit(t *testing.T) {
 	}
 	c.Close()
 	c.Close()
-	limited.onState(c, http.StateIdle) // net/http may say so after
+	limited.trackWaitingConn(c, http.StateIdle) // net/http may say so after
 	if limited.open != 0 || limited.waiting.Len() != 0 {
 		t.Errorf("%d are open, %d wait", limited.open, limited.waiting.Len())
 	}
@@ -459,7 +459,7 @@ func TestHTTPServerTLS(t *testing.T) {
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				fmt.Fprint(w, r.Proto)
-				if a, b := TrackerIfSequential(r), TrackerIfSequential(r); a == b {
+				if a, b := TrackerIfPreviousAnswerRead(r), TrackerIfPreviousAnswerRead(r); a == b {
 					t.Error("a request over TLS is of its connection")
 				}
 			})}

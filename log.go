@@ -215,8 +215,8 @@ func (l *Log) Size() int64 { return l.size }
 // Identity returns the identity in the header; the caller must not change it.
 func (l *Log) Identity() []byte { return l.identity }
 
-// IsBroken reports whether Append would return ErrLogBroken.
-func (l *Log) IsBroken() bool { return l.needsRewrite }
+// MustBeRewritten reports whether Append would return ErrLogBroken.
+func (l *Log) MustBeRewritten() bool { return l.needsRewrite }
 
 // Remove deletes the file durably; it is no error if there is none. Copies set aside stay. The
 // log is then as NewLog made it. If only the directory could not be synced, the file is gone

@@ -108,13 +108,12 @@ func mkdirAllSynced(dir string) error {
 	return syncParent(DiskFS{}, dir, err == nil)
 }
 
-// syncParent makes dir's own entry durable; made says that this process made dir. The entry of
-// a directory that was there already may not be durable yet, because another process may have
-// been killed before it synced it. Without permission for the parent, dir was made by another
-// user, and is left alone.
-func syncParent(fsys FS, dir string, made bool) error {
+// syncParent makes dir's own entry durable. The entry of a directory that was there already may
+// not be durable yet, because another process may have been killed before it synced it. Unless
+// denialIsError, a missing permission for the parent is none: dir was made by another user.
+func syncParent(fsys FS, dir string, denialIsError bool) error {
 	err := fsys.SyncDir(filepath.Dir(dir))
-	if !made && errors.Is(err, fs.ErrPermission) {
+	if !denialIsError && errors.Is(err, fs.ErrPermission) {
 		return nil
 	}
 	return err
@@ -130,8 +129,9 @@ const maxAside = 3
 
 // SetAside renames the file at path, durably, to <path>.<reason>, or with -2 or -3 behind it
 // if another file has that name. It replaces a file of the same bytes, and if all names are
-// taken the last, so that the first files and the newest are kept. It returns the new name without its directory, which is "" if the
-// file was not renamed; with a name, an error is that of syncing the directory.
+// taken the last, so that the first files and the newest are kept. It returns the new name without
+// its directory, which is "" if the file was not renamed; with a name, an error is that of syncing
+// the directory.
 func SetAside(fsys FS, path, reason string) (asideName string, err error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
@@ -150,7 +150,7 @@ func SetAside(fsys FS, path, reason string) (asideName string, err error) {
 	return filepath.Base(aside), nil
 }
 
-// asidePath chooses the path of a file set aside. there reports that the same bytes lie there
+// asidePath chooses the path of a file set aside. sameThere reports that the same bytes lie there
 // already, as after a crash between the copy of a damaged log and its Rewrite.
 func asidePath(fsys FS, path, reason string, data []byte) (aside string, sameThere bool, err error) {
 	for n := 1; n <= maxAside; n++ {

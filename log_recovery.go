@@ -62,7 +62,7 @@ func (r *LogRecovery) KeptCopyNote() string {
 //
 // A log of another version is an error. So is a file that cannot be read after several tries
 // (fs.ErrNotExist if there is none), or a copy of it that was set aside before. Nothing was
-// changed then, and the file may be good. After a later failure, which is in Recovery.Err, the
+// changed then, and the file may be good. After a later failure, which is in LogRecovery.Err, the
 // log needs a Rewrite.
 func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, LogRecovery, error) {
 	return OpenLogWithGaps(fsys, path, each, func() {})
@@ -121,9 +121,9 @@ func (l *Log) truncateAndSync(tornBytes int64) error {
 	return f.Sync()
 }
 
-// copyAside writes the copy of a damaged log to the path aside, durably, unless it is there
-// already. It returns that path, or "" if there is no copy.
-func copyAside(fsys FS, aside string, sameThere bool, data []byte) (string, error) {
+// copyAside writes the copy of a damaged log to the path aside, durably, unless sameThere.
+// It returns that path, or "" if there is no copy.
+func copyAside(fsys FS, aside string, sameThere bool, data []byte) (copyPath string, err error) {
 	if sameThere {
 		return aside, fsys.SyncDir(filepath.Dir(aside))
 	}
@@ -149,7 +149,7 @@ type logScan struct {
 	checksLeft int
 }
 
-// run scans from offset start on, the end of the header; 0 says that the header is damaged.
+// run scans from offset headerEnd on; 0 says that the header is damaged.
 func (s *logScan) run(headerEnd int) {
 	// aligned: every record so far began where the one before it ends. So none can be a
 	// forgery in a payload, and a readable head's length can be trusted.
@@ -158,7 +158,7 @@ func (s *logScan) run(headerEnd int) {
 		rest := s.data[at:]
 		size, headOK := parseRecordHead(rest)
 		complete := headOK && size <= len(rest)
-		if complete && isRecordIntact(rest[:size]) {
+		if complete && isBodyIntact(rest[:size]) {
 			s.deliverRecord(rest[:size:size])
 			at += size
 			continue
@@ -197,15 +197,15 @@ func (s *logScan) deliverRecord(frame []byte) {
 	s.found.Records++
 }
 
-// findRecord returns the first offset from at on where a valid record lies, or the end of the
+// findRecord returns the first offset from from on where a valid record lies, or the end of the
 // file.
-func (s *logScan) findRecord(from int) int {
+func (s *logScan) findRecord(from int) (offset int) {
 	for ; from < len(s.data); from++ {
 		size, ok := parseRecordHead(s.data[from:])
 		if !ok || size > len(s.data)-from {
 			continue
 		}
-		if isRecordIntact(s.data[from : from+size]) {
+		if isBodyIntact(s.data[from : from+size]) {
 			return from
 		}
 		if s.checksLeft -= size; s.checksLeft < 0 {
@@ -218,7 +218,7 @@ func (s *logScan) findRecord(from int) int {
 
 // parseRecordHead returns the size of the frame that b begins with, which may be longer than
 // b. ok is false if b does not begin with a valid head.
-func parseRecordHead(b []byte) (size int, ok bool) {
+func parseRecordHead(b []byte) (frameSize int, ok bool) {
 	r := NewWireReader(b)
 	n := r.Uint32()
 	r.Uint32() // of the body
@@ -229,8 +229,8 @@ func parseRecordHead(b []byte) (size int, ok bool) {
 	return recordHead + int(n), true
 }
 
-// isRecordIntact checks the body of a complete frame.
-func isRecordIntact(frame []byte) bool {
+// isBodyIntact checks the body of a complete frame.
+func isBodyIntact(frame []byte) bool {
 	return frame[recordHead] != 0 && Checksum(frame[recordHead:]) == binary.LittleEndian.Uint32(frame[4:])
 }
 

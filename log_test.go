@@ -73,8 +73,8 @@ func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRe
 		t.Fatalf("%+v accounts for %d of %d bytes, %d records", r, sum, len(data), len(got))
 	}
 	damaged := r.HeaderDamaged || r.Damaged > 0
-	if l.IsBroken() != damaged || (r.CopyPath != "") != (damaged && len(data) > 0) {
-		t.Fatalf("%+v, broken %v", r, l.IsBroken())
+	if l.MustBeRewritten() != damaged || (r.CopyPath != "") != (damaged && len(data) > 0) {
+		t.Fatalf("%+v, broken %v", r, l.MustBeRewritten())
 	}
 	if damaged && len(data) > 0 {
 		if aside, _ := c.ReadFile(r.CopyPath); !bytes.Equal(aside, data) {
@@ -595,15 +595,15 @@ func TestLogAppendFails(t *testing.T) {
 			c, l := newTestLog(t)
 			size := l.Size()
 			c.hook = tt.hook
-			if err := l.Append(logFrames(b)); !errors.Is(err, tt.err) || l.IsBroken() != tt.broken || l.Size() != size {
-				t.Fatalf("append: %v, broken %v, size %d", err, l.IsBroken(), l.Size())
+			if err := l.Append(logFrames(b)); !errors.Is(err, tt.err) || l.MustBeRewritten() != tt.broken || l.Size() != size {
+				t.Fatalf("append: %v, broken %v, size %d", err, l.MustBeRewritten(), l.Size())
 			}
 			c.hook = nil
 			if tt.broken {
 				if err := l.Append(logFrames(d)); !errors.Is(err, ErrLogBroken) {
 					t.Fatalf("append to broken log: %v", err)
 				}
-				if err := l.Rewrite(writing(logFrames(a))); err != nil || l.IsBroken() {
+				if err := l.Rewrite(writing(logFrames(a))); err != nil || l.MustBeRewritten() {
 					t.Fatal(err)
 				}
 			}
@@ -640,7 +640,7 @@ func TestLogRewriteFails(t *testing.T) {
 		c.hook = nil
 		want := []logRec{a, b}
 		if strings.HasPrefix(failed, "syncdir") {
-			if !l.IsBroken() {
+			if !l.MustBeRewritten() {
 				t.Fatalf("%s: not broken", failed)
 			}
 			if err := l.Rewrite(writing(logFrames(n))); err != nil {
@@ -648,7 +648,7 @@ func TestLogRewriteFails(t *testing.T) {
 			}
 			want[0] = n
 		}
-		if !errors.Is(err, errFull) || l.IsBroken() || !slices.Equal(c.names(), []string{logPath}) {
+		if !errors.Is(err, errFull) || l.MustBeRewritten() || !slices.Equal(c.names(), []string{logPath}) {
 			t.Fatalf("%s: %v, %q", failed, err, c.names())
 		}
 		if err := l.Append(logFrames(b)); err != nil || c.open != 0 {
@@ -669,7 +669,7 @@ func TestLogRewrite(t *testing.T) {
 		}
 		return oops
 	})
-	if !errors.Is(err, oops) || l.IsBroken() || !slices.Equal(c.names(), []string{logPath}) {
+	if !errors.Is(err, oops) || l.MustBeRewritten() || !slices.Equal(c.names(), []string{logPath}) {
 		t.Errorf("failed fill: %v, %q", err, c.names())
 	}
 	if err := NewLog(c, logPath, make([]byte, MaxIdentity+1)).Rewrite(writing(nil)); err == nil {
@@ -698,11 +698,11 @@ func TestLogRewrite(t *testing.T) {
 func TestLogRemove(t *testing.T) {
 	c, l := newTestLog(t)
 	c.hook = failOn("remove", "", 1, errDisk)
-	if err := l.Remove(); !errors.Is(err, errDisk) || l.IsBroken() {
+	if err := l.Remove(); !errors.Is(err, errDisk) || l.MustBeRewritten() {
 		t.Errorf("failing remove: %v", err)
 	}
 	c.hook = failOn("syncdir", "/d", 1, errDisk)
-	if err := l.Remove(); !errors.Is(err, errDisk) || !l.IsBroken() {
+	if err := l.Remove(); !errors.Is(err, errDisk) || !l.MustBeRewritten() {
 		t.Errorf("remove that is not durable: %v", err)
 	}
 	for range 2 {
@@ -737,7 +737,7 @@ func TestLogOpenCannotSettle(t *testing.T) {
 		c.hook = failOn(op, "", 1, errDisk)
 		var got []logRec
 		l, r, err := OpenLog(c, logPath, collectLog(&got))
-		if err != nil || !errors.Is(r.Err, errDisk) || !l.IsBroken() || !slices.Equal(got, []logRec{{1, "a"}}) || c.open != 0 {
+		if err != nil || !errors.Is(r.Err, errDisk) || !l.MustBeRewritten() || !slices.Equal(got, []logRec{{1, "a"}}) || c.open != 0 {
 			t.Errorf("%s: %v, %+v, %v", op, got, r, err)
 		}
 	}
@@ -768,10 +768,10 @@ func (k *logKeeper) append() {
 		ids = append(ids, k.next)
 		k.next++
 	}
-	wasBroken := k.log.IsBroken()
+	wasBroken := k.log.MustBeRewritten()
 	if err := k.log.Append(buf); err == nil {
 		k.held = append(k.held, ids...)
-	} else if k.log.IsBroken() && !wasBroken {
+	} else if k.log.MustBeRewritten() && !wasBroken {
 		for _, n := range ids {
 			k.maybe[n] = true
 		}
@@ -842,7 +842,7 @@ func (k *logKeeper) reopen() error {
 	k.log = l
 	// What was delivered is held, and a log that is not broken promises that
 	// it is durable; one that is broken does when it is rewritten.
-	if !l.IsBroken() {
+	if !l.MustBeRewritten() {
 		k.held = got
 		clear(k.maybe)
 		return nil
@@ -850,7 +850,7 @@ func (k *logKeeper) reopen() error {
 	held := k.held
 	k.held = got
 	k.rewrite(0)
-	if l.IsBroken() {
+	if l.MustBeRewritten() {
 		for _, n := range got {
 			k.maybe[n] = true
 		}
@@ -861,7 +861,7 @@ func (k *logKeeper) reopen() error {
 
 func (k *logKeeper) step() {
 	switch {
-	case k.log.IsBroken():
+	case k.log.MustBeRewritten():
 		k.rewrite(0)
 	case k.rng.IntN(6) == 0:
 		k.rewrite(k.rng.IntN(len(k.held) + 1))
@@ -995,7 +995,7 @@ func TestLogOnDisk(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Append(torn); !errors.Is(err, fs.ErrNotExist) || !l.IsBroken() {
+	if err := l.Append(torn); !errors.Is(err, fs.ErrNotExist) || !l.MustBeRewritten() {
 		t.Errorf("append to vanished file: %v", err)
 	}
 	if err := l.Remove(); err != nil {
@@ -1025,9 +1025,13 @@ func FuzzOpenLog(f *testing.F) {
 	f.Add(append(bytes.Clone(data), make([]byte, 40)...))
 	f.Add([]byte{})
 	f.Add(append(appendLogHeader(nil, nil), "\xff\xff\xff\x03\x00\x00\x00\x00\x00\x00\x00\x00"...))
+	f.Add(ofVersion(data, '7'))
 	f.Fuzz(func(t *testing.T, data []byte) {
+		if h := parseLogHeader(data); h.size > 0 && h.version != logVersion {
+			return // refused in words, see TestLogVersion
+		}
 		c, l, r, got := recoverLog(t, data)
-		if l.IsBroken() {
+		if l.MustBeRewritten() {
 			l = NewLog(c, logPath, r.Identity)
 			if err := l.Rewrite(writing(logFrames(got...))); err != nil {
 				t.Fatal(err)
@@ -1042,7 +1046,7 @@ func FuzzOpenLog(f *testing.F) {
 			t.Fatal(err)
 		}
 		_, l, r, again := recoverLog(t, now)
-		if l.IsBroken() || r.TornBytes != 0 || !slices.Equal(again, append(got, logRec{1, "more"})) {
+		if l.MustBeRewritten() || r.TornBytes != 0 || !slices.Equal(again, append(got, logRec{1, "more"})) {
 			t.Fatalf("%v, then %v, %+v", got, again, r)
 		}
 	})
@@ -1068,7 +1072,7 @@ func FuzzAppendRecord(f *testing.F) {
 		bit := int(flip % uint(8*len(data)))
 		data[bit/8] ^= 1 << (bit % 8)
 		_, l, r, got := recoverLog(t, data)
-		if !l.IsBroken() || r.TornBytes != 0 {
+		if !l.MustBeRewritten() || r.TornBytes != 0 {
 			t.Fatalf("bit %d: %+v", bit, r)
 		}
 		missing := 0

@@ -81,7 +81,7 @@ func (f *clientFlags) define(c *command) {
 		c.selectorsFlag(&f.match, "match", "`SELECTOR` of series to push (none: all)")
 		c.StringVar(&f.matchFile, "match-file", "", "`FILE` of such selectors, one a line")
 		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` to set on every sample")
-		c.renamesFlag(&f.renames, "rename", []string{"ALERTS=alerts"}, "`OLD=NEW` for the name of a metric; ALERTS=alerts unless ALERTS is named")
+		c.metricRenamesFlag(&f.renames, "rename", []string{"ALERTS=alerts"}, "`OLD=NEW` for the name of a metric; ALERTS=alerts unless ALERTS is named")
 		c.labelNamesFlag(&f.anonymize, "anonymize-labels", "`NAMES` of labels whose values are replaced by keyed hashes, separated by commas", true)
 		c.StringVar(&f.saltFile, "anonymize-salt-file", "", "`FILE` with the key of these hashes, of 16 bytes or more")
 	})
@@ -117,16 +117,16 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	if f.scrapeInterval == 0 {
 		f.scrapeInterval = f.interval
 	}
-	c.require(f.fromTokenFile == "" || f.from.Scheme == "https" || isLoopback(f.from.Hostname()) || f.plainHTTP,
+	c.addProblemUnless(f.fromTokenFile == "" || f.from.Scheme == "https" || isLoopback(f.from.Hostname()) || f.plainHTTP,
 		"--from-token-file would go over plain HTTP to %s: use https://, or --plain-http if that is meant", f.from.Host)
-	c.require(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing; telemeter --mode token makes one on a server")
-	c.require(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file: without a secret, values could be guessed; make one with: head -c 32 /dev/urandom | base64 > salt")
-	c.require(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file does nothing without --anonymize-labels")
-	c.require((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key need each other")
-	c.require(f.scrapeInterval >= time.Second && f.scrapeInterval <= f.interval, "--scrape-interval is at least 1s, and at most --interval")
-	c.require(f.spoolLimit >= 2*f.limitBytes, "--spool-limit is at least twice --limit-bytes")
-	c.require(f.spoolAge >= f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
-	c.require(!f.once || !f.dryRun, "--once pushes and --dry-run does not: choose one")
+	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing; telemeter --mode token makes one on a server")
+	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file: without a secret, values could be guessed; make one with: head -c 32 /dev/urandom | base64 > salt")
+	c.addProblemUnless(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file does nothing without --anonymize-labels")
+	c.addProblemUnless((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key need each other")
+	c.addProblemUnless(f.scrapeInterval >= time.Second && f.scrapeInterval <= f.interval, "--scrape-interval is at least 1s, and at most --interval")
+	c.addProblemUnless(f.spoolLimit >= 2*f.limitBytes, "--spool-limit is at least twice --limit-bytes")
+	c.addProblemUnless(f.spoolAge >= f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
+	c.addProblemUnless(!f.once || !f.dryRun, "--once pushes and --dry-run does not: choose one")
 }
 
 // clientProcess is a client with all that it needs.
@@ -227,7 +227,7 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	if p.once {
 		ctx, cancel := context.WithTimeout(ctx, p.interval)
 		defer cancel()
-		return p.client.RunOnce(ctx)
+		return p.client.ScrapeOnceAndDrain(ctx)
 	}
 	parts := []func(context.Context) error{p.client.Run}
 	if p.listen != "" {
@@ -303,43 +303,37 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 	return from, to, nil
 }
 
-// loadConfigAndToken reads the files that a reload reads again. The token returned has the values of flags
-// that override its own.
-func (f *clientFlags) loadConfigAndToken() (st ClientReloadConfig, t Token, err error) {
-	if st.FromToken, err = f.loadSourceToken(); err != nil {
-		return st, t, err
+// loadConfigAndToken reads the files that a reload reads again. The token returned has the values
+// of flags that override its own.
+func (f *clientFlags) loadConfigAndToken() (config ClientReloadConfig, t Token, err error) {
+	if config.FromToken, err = f.loadSourceToken(); err != nil {
+		return config, t, err
 	}
-	if st.Match, err = f.loadSelectors(); err != nil {
-		return st, t, err
+	if config.Match, err = f.loadSelectors(); err != nil {
+		return config, t, err
 	}
 	salt, err := f.loadSalt()
 	if err != nil {
-		return st, t, err
+		return config, t, err
 	}
-	st.NewCleaner = func() *ClientCleaner {
+	config.NewCleaner = func() *ClientCleaner {
 		c := &ClientCleaner{Rename: f.renames, Labels: f.labels, Anonymize: f.anonymize}
 		c.SetSalt(salt)
 		return c
 	}
 	if f.dryRun {
-		return st, t, nil
+		return config, t, nil
 	}
-	if st.Token, t, err = f.loadToken(); err != nil {
-		return st, t, err
+	if config.Token, t, err = f.loadToken(); err != nil {
+		return config, t, err
 	}
-	st.TokenExpires = t.Expires
-	return st, t, nil
+	config.TokenExpires = t.Expires
+	return config, t, nil
 }
 
 func (f *clientFlags) loadSourceToken() (string, error) {
-	if f.fromTokenFile == "" {
-		return "", nil
-	}
-	b, err := ReadSecret(f.fromTokenFile, MaxToken)
-	if err != nil {
-		return "", fmt.Errorf("reading the source's token: %w", err)
-	}
-	return string(b), nil
+	b, err := readOptionalSecret(f.fromTokenFile, "the source's token")
+	return string(b), err
 }
 
 // loadSelectors returns the selectors to ask the source for: all series if neither flags nor the
@@ -353,12 +347,9 @@ func (f *clientFlags) loadSelectors() (Selectors, error) {
 }
 
 func (f *clientFlags) loadSalt() ([]byte, error) {
-	if f.saltFile == "" {
-		return nil, nil
-	}
-	salt, err := ReadSecret(f.saltFile, MaxToken)
-	if err != nil {
-		return nil, fmt.Errorf("reading salt: %w", err)
+	salt, err := readOptionalSecret(f.saltFile, "salt")
+	if err != nil || salt == nil {
+		return nil, err
 	}
 	if len(salt) < minSalt {
 		return nil, fmt.Errorf("%s holds %d bytes; a salt has %d or more", f.saltFile, len(salt), minSalt)

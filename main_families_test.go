@@ -57,7 +57,7 @@ var families = []fileFamily{
 // pureFiles use no network, no disk and no clock: time, randomness and bytes come in. They are
 // the state machines and formats, which tests drive in virtual time.
 var pureFiles = []string{
-	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go",
+	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go", "gossip_record.go",
 	"hashring.go", "hashring_claim.go",
 	"store_samples.go", "store_append.go", "store_read.go", "store_recovery_samples.go", "store_series.go", "store_batch.go", "store_record.go", "store_spools.go",
 	"client_failover.go", "client_spool_index.go", "client_spool_record.go", "client_spool_meta.go",

@@ -33,8 +33,8 @@ func readSmallFile(path string, max int) ([]byte, error) {
 	return b, err
 }
 
-// readKeys reads a key file in the directory of keys.
-func readKeys(dir, file string) (Keys, error) {
+// readKeyFile reads a key file in the directory of keys.
+func readKeyFile(dir, file string) (Keys, error) {
 	path := filepath.Join(dir, file)
 	b, err := readSmallFile(path, MaxKeyFile)
 	if errors.Is(err, os.ErrNotExist) {
@@ -48,6 +48,19 @@ func readKeys(dir, file string) (Keys, error) {
 		return Keys{}, fmt.Errorf("reading %s: %w", path, err)
 	}
 	return keys, nil
+}
+
+// readOptionalSecret reads a secret of at most MaxToken bytes; nil if no file is named. what says in
+// an error what the file has.
+func readOptionalSecret(path, what string) ([]byte, error) {
+	if path == "" {
+		return nil, nil
+	}
+	secret, err := ReadSecret(path, MaxToken)
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", what, err)
+	}
+	return secret, nil
 }
 
 // readSelectors returns the selectors given and those of a file with one a line, if it is named.

@@ -80,7 +80,7 @@ func TestFlagProblems(t *testing.T) {
 		c.labelsFlag(&v.labels, "labels", "")
 		c.labelNamesFlag(&v.names, "names", "", true)
 		c.selectorsFlag(&v.allow, "allow", "")
-		c.renamesFlag(&v.renames, "renames", []string{"x=y"}, "")
+		c.metricRenamesFlag(&v.renames, "renames", []string{"x=y"}, "")
 		got := ""
 		if c.parseArgs(); c.err() != nil {
 			got = c.err().Error()

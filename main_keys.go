@@ -1,7 +1,7 @@
 package main
 
-// The modes keygen and token, by which an operator makes keys and tokens. Only a token goes to stdout;
-// everything said about it goes to stderr. No secret is printed but the token asked for.
+// The modes keygen and token, by which an operator makes keys and tokens. Only a token goes to
+// stdout; everything said about it goes to stderr. No secret is printed but the token asked for.
 
 import (
 	"context"
@@ -32,9 +32,9 @@ func keygenMode(_ context.Context, c *command) error {
 	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	c.require(dir != "", "--keys DIR is missing")
-	c.require(slices.Contains([]string{"", "cluster", "token"}, rotate), "--rotate takes cluster or token")
-	c.require(rotate == "" || len(hosts) == 0, "--rotate and --host are two different things to do")
+	c.addProblemUnless(dir != "", "--keys DIR is missing")
+	c.addProblemUnless(slices.Contains([]string{"", "cluster", "token"}, rotate), "--rotate takes cluster or token")
+	c.addProblemUnless(rotate == "" || len(hosts) == 0, "--rotate and --host are two different things to do")
 	if err := c.err(); err != nil {
 		return err
 	}
@@ -84,11 +84,11 @@ func tokenMode(_ context.Context, c *command) error {
 	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	c.require(f.keys != "", "--keys DIR is missing")
+	c.addProblemUnless(f.keys != "", "--keys DIR is missing")
 	if f.inspect != "" {
-		c.require(f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0, "--inspect goes with --keys alone")
+		c.addProblemUnless(f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0, "--inspect goes with --keys alone")
 	} else {
-		c.require(c.isSet("id"), "--id ID is missing")
+		c.addProblemUnless(c.isSet("id"), "--id ID is missing")
 	}
 	if err := c.err(); err != nil {
 		return err
@@ -120,7 +120,7 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 		t.URLs = append(t.URLs, u.String())
 		secure = secure || u.Scheme == "https"
 	}
-	keys, err := readKeys(f.keys, TokenKeyFile)
+	keys, err := readKeyFile(f.keys, TokenKeyFile)
 	if err != nil {
 		return t, "", err
 	}
@@ -140,7 +140,7 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 	return t, signed, nil
 }
 
-// inspectToken writes the contents of a token, and whether it verifies under the keys in dir.
+// inspectToken writes the contents of a token, and whether it verifies under the keys in keysDir.
 func inspectToken(w io.Writer, keysDir, file string) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {
@@ -162,7 +162,7 @@ func inspectToken(w io.Writer, keysDir, file string) error {
 	}
 	fmt.Fprintf(w, "kind:       %s\ncluster ID: %s\ntoken ID:   %s\nkey ID:     %s\nissued:     %s\nexpires:    %s\nservers:    %s\npin:        %s\nlabels:     %s\n",
 		t.Kind, t.ClusterID, t.ID, t.KeyID, at(t.Issued), at(t.Expires), strings.Join(t.URLs, " "), t.Pin, strings.Join(labels, " "))
-	keys, err := readKeys(keysDir, TokenKeyFile)
+	keys, err := readKeyFile(keysDir, TokenKeyFile)
 	if err != nil {
 		fmt.Fprintf(w, "verifies:   not known: %v\n", err)
 		return nil

@@ -44,11 +44,11 @@ func (f *ringFlags) enabled() bool { return f.listen != "" }
 // check collects conflicts.
 func (f *ringFlags) check(c *command) {
 	if !f.enabled() {
-		c.require(len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster, usually :9006")
+		c.addProblemUnless(len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster, usually :9006")
 		return
 	}
 	err := CheckMemberName(f.name)
-	c.require(err == nil, "--name: %v", err)
+	c.addProblemUnless(err == nil, "--name: %v", err)
 }
 
 // ringNode is the part of a server that makes it a member of a ring.
@@ -70,7 +70,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	n = &ringNode{}
 	defer func() {
 		if err != nil {
-			n.close()
+			n.closeSockets()
 		}
 	}()
 	if err := n.listenTCPAndUDP(f.listen); err != nil {
@@ -131,11 +131,11 @@ func sdAddress(internal, advertise string) (addr string, reachable bool) {
 
 // run takes part in the ring until ctx ends, and leaves it then. It returns when that is done.
 func (n *ringNode) run(ctx context.Context) error {
-	return runTogether(ctx, n.gossip.Run, n.member.Run)
+	return runUntilOneEnds(ctx, n.gossip.Run, n.member.Run)
 }
 
-// close closes the port, the TCP listener once more if it has served.
-func (n *ringNode) close() {
+// closeSockets closes the port, the TCP listener once more if it has served.
+func (n *ringNode) closeSockets() {
 	if n.tcp != nil {
 		n.tcp.Close()
 	}

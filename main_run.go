@@ -12,8 +12,8 @@ import (
 	"syscall"
 )
 
-// runTogether runs parts until ctx ends or one of them does, and returns the errors of all.
-func runTogether(ctx context.Context, parts ...func(context.Context) error) error {
+// runUntilOneEnds runs parts until ctx ends or one of them does, and returns the errors of all.
+func runUntilOneEnds(ctx context.Context, parts ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	ended := make(chan error, len(parts))
@@ -47,7 +47,7 @@ func runWhile(ctx context.Context, background, serve func(context.Context) error
 }
 
 // runWithReloads runs the parts of a process until ctx ends or one of them does. On SIGHUP it calls
-// reload. It calls stop when the parts begin to end.
+// reload. It calls onStop when the parts begin to end.
 func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, onStop func(), parts ...func(context.Context) error) error {
 	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules by result.", "result")
 	reloads.Add(0, "ok")
@@ -59,7 +59,7 @@ func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload fu
 	defer cancel()
 	ended := make(chan error, 1)
 	go func() {
-		err := runTogether(ctx, parts...)
+		err := runUntilOneEnds(ctx, parts...)
 		cancel()
 		ended <- err
 	}()

@@ -88,7 +88,7 @@ func TestRunTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := errors.New("first"), errors.New("second")
 		begin := time.Now()
-		err := runTogether(t.Context(), func(context.Context) error {
+		err := runUntilOneEnds(t.Context(), func(context.Context) error {
 			time.Sleep(time.Second)
 			return first
 		}, func(ctx context.Context) error {

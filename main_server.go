@@ -99,11 +99,11 @@ func (f *serverFlags) define(c *command) {
 
 // check collects conflicts among flags.
 func (f *serverFlags) check(c *command) {
-	c.require(f.keys != "", "--keys DIR is missing; telemeter --mode keygen --keys keys makes the directory")
+	c.addProblemUnless(f.keys != "", "--keys DIR is missing; telemeter --mode keygen --keys keys makes the directory")
 	host, _, _ := net.SplitHostPort(f.internalAddr)
-	c.require(isLoopback(host) || f.federateTokenFile != "" || f.internalOpen,
+	c.addProblemUnless(isLoopback(host) || f.federateTokenFile != "" || f.internalOpen,
 		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or --internal-open if that is meant", f.internalAddr)
-	c.require(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file contradict each other")
+	c.addProblemUnless(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file contradict each other")
 	f.ring.check(c)
 }
 
@@ -132,13 +132,13 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 		return fmt.Errorf("storage directory: %w", err)
 	}
 	// Keys first: a mistake there should not leave a storage directory behind.
-	state, err := p.loadConfigAndCertificate()
+	state, err := p.loadConfigAndSetCertificate()
 	if err != nil {
 		return err
 	}
 	var ringKeys Keys
 	if p.ring.enabled() {
-		if ringKeys, err = readKeys(p.keys, ClusterKeyFile); err != nil {
+		if ringKeys, err = readKeyFile(p.keys, ClusterKeyFile); err != nil {
 			return err
 		}
 		if err := p.newForwarder(ringKeys); err != nil {
@@ -154,7 +154,7 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 		if p.node, err = p.openRingNode(ringKeys); err != nil {
 			return err
 		}
-		defer p.node.close()
+		defer p.node.closeSockets()
 	}
 	p.newServer(state)
 	defer p.closeListeners()
@@ -263,11 +263,11 @@ func (p *serverProcess) serveListeners(ctx context.Context) error {
 		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.ForwardHandler(), Log: p.log}
 		parts = append(parts, members.Run, p.setReadyOnceSettled)
 	}
-	return runWithReloads(ctx, p.log, p.metrics, p.reload, p.beginStop, parts...)
+	return runWithReloads(ctx, p.log, p.metrics, p.reload, p.announceStop, parts...)
 }
 
-// serveInternalUntilRead goes on after ctx has ended with SIGTERM, until consumers have read all samples,
-// for a limited time, or until a second signal.
+// serveInternalUntilRead goes on after ctx has ended with SIGTERM, until consumers have read all
+// samples, for a limited time, or until a second signal.
 func (p *serverProcess) serveInternalUntilRead(ctx context.Context) error {
 	serving, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
@@ -295,8 +295,8 @@ func (p *serverProcess) setReadyOnceSettled(ctx context.Context) error {
 	return nil
 }
 
-// beginStop has clients and the other members send nothing more here.
-func (p *serverProcess) beginStop() {
+// announceStop has clients and the other members send nothing more here.
+func (p *serverProcess) announceStop() {
 	p.server.SetReady(false)
 	if p.node != nil {
 		p.node.gossip.AnnounceLeaving()
@@ -308,11 +308,11 @@ func (p *serverProcess) reload() error {
 	var ringKeys Keys
 	if p.node != nil {
 		var err error
-		if ringKeys, err = readKeys(p.keys, ClusterKeyFile); err != nil {
+		if ringKeys, err = readKeyFile(p.keys, ClusterKeyFile); err != nil {
 			return err
 		}
 	}
-	state, err := p.loadConfigAndCertificate() // last: it replaces the certificate
+	state, err := p.loadConfigAndSetCertificate() // last: it replaces the certificate
 	if err != nil {
 		return err
 	}
@@ -326,23 +326,24 @@ func (p *serverProcess) reload() error {
 	return errors.Join(p.node.gossip.SetKeys(ringKeys), p.forwarder.SetKeys(ringKeys))
 }
 
-// loadConfigAndCertificate reads the files that a reload reads again. It replaces the certificate if all is well.
-func (p *serverProcess) loadConfigAndCertificate() (st ReloadableServerConfig, err error) {
-	if st.Keys, err = readKeys(p.keys, TokenKeyFile); err != nil {
-		return st, err
+// loadConfigAndSetCertificate reads the files that a reload reads again. It replaces the
+// certificate if all is well.
+func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerConfig, err error) {
+	if config.Keys, err = readKeyFile(p.keys, TokenKeyFile); err != nil {
+		return config, err
 	}
-	if st.Revoked, err = p.loadRevoked(); err != nil {
-		return st, err
+	if config.Revoked, err = p.loadRevoked(); err != nil {
+		return config, err
 	}
-	if st.FederateToken, err = p.loadFederateToken(); err != nil {
-		return st, err
+	if config.FederateToken, err = p.loadFederateToken(); err != nil {
+		return config, err
 	}
 	allow, err := readSelectors(p.allow, p.allowFile)
 	if err != nil {
-		return st, err
+		return config, err
 	}
-	st.Normalizer = &ServerNormalizer{Elide: p.elide, Labels: p.labels, Required: p.required, Allow: allow}
-	return st, p.loadCertificate()
+	config.Normalizer = &ServerNormalizer{Elide: p.elide, Labels: p.labels, Required: p.required, Allow: allow}
+	return config, p.loadAndSetCertificate()
 }
 
 func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
@@ -361,12 +362,9 @@ func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 }
 
 func (p *serverProcess) loadFederateToken() (string, error) {
-	if p.federateTokenFile == "" {
-		return "", nil
-	}
-	b, err := ReadSecret(p.federateTokenFile, MaxToken)
+	b, err := readOptionalSecret(p.federateTokenFile, "federate token")
 	if err != nil {
-		return "", fmt.Errorf("reading federate token: %w", err)
+		return "", err
 	}
 	token := string(b)
 	if strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
@@ -375,9 +373,9 @@ func (p *serverProcess) loadFederateToken() (string, error) {
 	return token, nil
 }
 
-// loadCertificate replaces the certificate. Without one the server serves plain HTTP; half a pair
-// is a mistake, and no reason to.
-func (p *serverProcess) loadCertificate() error {
+// loadAndSetCertificate replaces the certificate. Without one the server serves plain HTTP; half a
+// pair is a mistake, and no reason to.
+func (p *serverProcess) loadAndSetCertificate() error {
 	crt, key := filepath.Join(p.keys, TLSCertFile), filepath.Join(p.keys, TLSKeyFile)
 	_, crtErr := os.Stat(crt)
 	_, keyErr := os.Stat(key)
@@ -404,10 +402,10 @@ func (p *serverProcess) loadCertificate() error {
 
 // newServerClock returns the clock by which samples expire. It logs and counts the steps of the
 // wall clock.
-func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *WallClock {
+func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *CheckedWallClock {
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()
-	clock := NewWallClock(now, func() time.Duration { return time.Since(begin) }, func(c WallClockStep) {
+	clock := NewCheckedWallClock(now, func() time.Duration { return time.Since(begin) }, func(c WallClockStepEvent) {
 		step := c.Size.Round(time.Millisecond)
 		switch {
 		case c.Reverted:

@@ -65,11 +65,11 @@ type metricFamily struct {
 	buckets    []float64 // upper bounds without +Inf, ascending
 
 	mu     sync.RWMutex // guards series, but not a series' values
-	series map[seriesKey]*metricSeries
+	series map[seriesKey]*seriesValue
 }
 
-// metricSeries is one series of a family, or one histogram.
-type metricSeries struct {
+// seriesValue is one series of a family, or one histogram.
+type seriesValue struct {
 	value  atomic.Uint64   // float bits: counter, gauge, or a histogram's sum
 	counts []atomic.Uint64 // observations per bucket, not cumulative; the last is +Inf
 }
@@ -116,7 +116,7 @@ func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...
 
 func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricType, buckets []float64, labelNames []string) {
 	f.name, f.help, f.kind, f.buckets = name, help, kind, buckets
-	f.labels, f.series = slices.Clone(labelNames), map[seriesKey]*metricSeries{}
+	f.labels, f.series = slices.Clone(labelNames), map[seriesKey]*seriesValue{}
 	if !metricNamePattern.MatchString(name) || help == "" {
 		panic(fmt.Sprintf("metric %q: invalid name, or no help", name))
 	}
@@ -143,9 +143,9 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 	m.families = slices.Insert(m.families, i, f)
 }
 
-// findOrAddSeries returns the series with these label values, which it adds if there is none. The panic
-// does not print the values: they would escape, and each call would allocate.
-func (f *metricFamily) findOrAddSeries(labelValues []string) *metricSeries {
+// findOrAddSeries returns the series with these label values, which it adds if there is none. The
+// panic does not print the values: they would escape, and each call would allocate.
+func (f *metricFamily) findOrAddSeries(labelValues []string) *seriesValue {
 	if len(labelValues) != len(f.labels) {
 		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(labelValues), len(f.labels)))
 	}
@@ -162,8 +162,7 @@ func (f *metricFamily) findOrAddSeries(labelValues []string) *metricSeries {
 
 // addSeries adds a series, unless a concurrent call did. Beyond maxSeries it returns the one
 // whose label values are all "other".
-
-func (f *metricFamily) addSeries(key seriesKey) *metricSeries {
+func (f *metricFamily) addSeries(key seriesKey) *seriesValue {
 	for i, v := range key {
 		// Cloned: a short value must not keep alive the long text it was cut from.
 		key[i] = strings.Clone(strings.ToValidUTF8(v[:min(len(v), maxValueLen)], "\uFFFD"))
@@ -178,7 +177,7 @@ func (f *metricFamily) addSeries(key seriesKey) *metricSeries {
 	// The key may be new by now: two values may have become one by cutting or folding.
 	s := f.series[key]
 	if s == nil {
-		s = &metricSeries{}
+		s = &seriesValue{}
 		if f.kind == dto.MetricType_HISTOGRAM {
 			s.counts = make([]atomic.Uint64, len(f.buckets)+1)
 		}
@@ -187,9 +186,9 @@ func (f *metricFamily) addSeries(key seriesKey) *metricSeries {
 	return s
 }
 
-func (s *metricSeries) load() float64 { return math.Float64frombits(s.value.Load()) }
+func (s *seriesValue) load() float64 { return math.Float64frombits(s.value.Load()) }
 
-func (s *metricSeries) add(v float64) {
+func (s *seriesValue) add(v float64) {
 	for {
 		old := s.value.Load()
 		if s.value.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+v)) {
@@ -211,9 +210,9 @@ func (c *Counter) Add(v float64, labelValues ...string) {
 	}
 }
 
-// SetTotal raises the series to v, a total that its caller counts elsewhere. A lower v, or one
+// RaiseTo raises the series to v, a total that its caller counts elsewhere. A lower v, or one
 // that Add would ignore, changes nothing.
-func (c *Counter) SetTotal(v float64, labelValues ...string) {
+func (c *Counter) RaiseTo(v float64, labelValues ...string) {
 	s := c.findOrAddSeries(labelValues)
 	for {
 		old := s.value.Load()
@@ -242,7 +241,7 @@ func (g *Gauge) Set(v float64, labelValues ...string) {
 
 // ReplaceSeries replaces all series of the gauge by those that fill sets.
 func (g *Gauge) ReplaceSeries(fill func(set func(v float64, labelValues ...string))) {
-	next := Gauge{metricFamily{name: g.name, kind: g.kind, labels: g.labels, series: map[seriesKey]*metricSeries{}}}
+	next := Gauge{metricFamily{name: g.name, kind: g.kind, labels: g.labels, series: map[seriesKey]*seriesValue{}}}
 	fill(next.Set)
 	g.mu.Lock()
 	defer g.mu.Unlock()

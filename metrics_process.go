@@ -30,7 +30,7 @@ func RegisterProcessMetrics(m *Metrics) {
 	m.OnCollect(func() {
 		var usage syscall.Rusage
 		if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
-			cpu.SetTotal(time.Duration(usage.Utime.Nano() + usage.Stime.Nano()).Seconds())
+			cpu.RaiseTo(time.Duration(usage.Utime.Nano() + usage.Stime.Nano()).Seconds())
 		}
 		var limit syscall.Rlimit
 		if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil {
@@ -41,7 +41,7 @@ func RegisterProcessMetrics(m *Metrics) {
 		mem := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
 		metrics.Read(mem)
 		heap.Set(float64(mem[0].Value.Uint64()))
-		cycles.SetTotal(float64(mem[1].Value.Uint64()))
+		cycles.RaiseTo(float64(mem[1].Value.Uint64()))
 	})
 
 	if _, ok := readProc(); !ok {

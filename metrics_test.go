@@ -98,13 +98,13 @@ func TestMetricsValues(t *testing.T) {
 	}
 	for _, bad := range []float64{-1, math.NaN(), math.Inf(1), math.Inf(-1)} {
 		c.Add(bad, "a")
-		c.SetTotal(bad, "a")
+		c.RaiseTo(bad, "a")
 	}
 	if v := c.Value("a"); v != 0 {
 		t.Errorf("counter took what it must ignore: %v", v)
 	}
 	for _, step := range []struct{ total, want float64 }{{5, 5}, {3, 5}, {5, 5}, {9, 9}} {
-		if c.SetTotal(step.total, "a"); c.Value("a") != step.want {
+		if c.RaiseTo(step.total, "a"); c.Value("a") != step.want {
 			t.Errorf("after Total(%v): %v, want %v", step.total, c.Value("a"), step.want)
 		}
 	}
@@ -287,7 +287,7 @@ func TestMetricsConcurrent(t *testing.T) {
 			for i := range rounds {
 				l := fmt.Sprint(i % 7)
 				c.Inc(l)
-				c.SetTotal(1, l)
+				c.RaiseTo(1, l)
 				g.Add(1, l)
 				h.Observe(float64(i % 40))
 				if w == 0 && i%10 == 0 {

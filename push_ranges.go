@@ -31,7 +31,7 @@ func (r Ranges) Add(from, to uint64) Ranges {
 	return r[max(0, len(r)-MaxRanges):]
 }
 
-// Has reports whether n is in r.
+// Has reports whether number is in r.
 func (r Ranges) Has(number uint64) bool {
 	i, _ := slices.BinarySearchFunc(r, number, func(a Range, n uint64) int { return cmp.Compare(a.To, n) })
 	return i < len(r) && r[i].From <= number

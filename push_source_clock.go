@@ -54,25 +54,25 @@ func IsBootID(s string) bool {
 	return len(s) > 0 && len(s) <= MaxBootID
 }
 
-// SourceClockTracker tells by how much the clock of a source is off, from the times of the servers that
-// answered. It is safe for concurrent use.
+// SourceClockTracker tells by how much the clock of a source is off, from the times of the servers
+// that answered. It is safe for concurrent use.
 type SourceClockTracker struct {
 	mu      sync.Mutex // guards the rest
 	bootID  string
-	servers []serverReading // the newest last; all of the boot bootID
-	shift   int64           // ms; the newest result of Shift
+	servers []serverClockOffset // the newest last; all of the boot bootID
+	shift   int64               // ms; the newest result of NextShift
 }
 
-// serverReading is by how many ms a server's clock was ahead of the client's two clocks when
+// serverClockOffset is by how many ms a server's clock was ahead of the client's two clocks when
 // the server answered last.
-type serverReading struct {
+type serverClockOffset struct {
 	name        string
 	aheadOfBoot int64
 	aheadOfWall int64
 }
 
-// NewSourceClockTracker returns a SourceClockTracker that has observed no server. shift is the shift in use
-// before, 0 if there was none.
+// NewSourceClockTracker returns a SourceClockTracker that has observed no server. lastShiftMs is
+// the shift in use before, 0 if there was none.
 func NewSourceClockTracker(lastShiftMs int64) *SourceClockTracker {
 	return &SourceClockTracker{shift: lastShiftMs}
 }
@@ -89,8 +89,8 @@ func (c *SourceClockTracker) Observe(server string, serverMs int64, at Moment) {
 	if at.BootID != c.bootID {
 		c.bootID, c.servers = at.BootID, nil
 	}
-	c.servers = slices.DeleteFunc(c.servers, func(r serverReading) bool { return r.name == server })
-	c.servers = append(c.servers, serverReading{server, serverMs - at.Boot, serverMs - at.Wall})
+	c.servers = slices.DeleteFunc(c.servers, func(r serverClockOffset) bool { return r.name == server })
+	c.servers = append(c.servers, serverClockOffset{server, serverMs - at.Boot, serverMs - at.Wall})
 	c.servers = c.servers[max(0, len(c.servers)-maxServersObserved):]
 }
 

@@ -48,7 +48,8 @@ func TestSourceClockWall(t *testing.T) {
 	}
 }
 
-// The newest of each server counts, of the 16 that answered last; a time that no clock shows is ignored.
+// The newest of each server counts, of the 16 that answered last; a time that no clock shows is
+// ignored.
 func TestSourceClockObserves(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
 	c := NewSourceClockTracker(0)

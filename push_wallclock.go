@@ -16,20 +16,20 @@ const (
 	slewDivisor   = 1000             // slewing changes a clock by at most 1/slewDivisor of the time that passes
 )
 
-// TimeInterval is the range that the present time lies in. While a step of the wall clock is in doubt,
-// one end is the time by the old setting of the clock and the other by the new one. Otherwise
-// both ends are the wall clock's time.
-type TimeInterval struct{ Earliest, Latest time.Time }
+// PresentTimeRange is the range that the present time lies in. While a step of the wall clock is in
+// doubt, one end is the time by the old setting of the clock and the other by the new one.
+// Otherwise both ends are the wall clock's time.
+type PresentTimeRange struct{ Earliest, Latest time.Time }
 
-// IntervalAt returns the range of a clock that is not in doubt.
-func IntervalAt(t time.Time) TimeInterval { return TimeInterval{Earliest: t, Latest: t} }
+// ExactTimeRange returns the range of a clock that is not in doubt.
+func ExactTimeRange(t time.Time) PresentTimeRange { return PresentTimeRange{Earliest: t, Latest: t} }
 
-// WallClock compares this machine's wall clock with its monotonic one. It is safe for
+// CheckedWallClock compares this machine's wall clock with its monotonic one. It is safe for
 // concurrent use.
-type WallClock struct {
+type CheckedWallClock struct {
 	wall      func() time.Time
 	monotonic func() time.Duration
-	onStep    func(WallClockStep)
+	onStep    func(WallClockStepEvent)
 
 	mu        sync.Mutex    // guards the rest
 	trusted   time.Time     // the last time of the wall clock that was not in doubt
@@ -38,43 +38,43 @@ type WallClock struct {
 	doubtedAt time.Duration // the monotonic clock when that step was noticed
 }
 
-// WallClockStep is the beginning of a step of the wall clock, or one of its two ends.
-type WallClockStep struct {
+// WallClockStepEvent is the beginning of a step of the wall clock, or one of its two ends.
+type WallClockStepEvent struct {
 	Size     time.Duration // its size; negative if the clock was set back
 	Reverted bool          // the end: the clock was set to the old time again
 	Accepted bool          // the end: the new time has held and is used from here on
 }
 
-// NewWallClock returns a WallClock that starts from the present time of wall. monotonic returns
-// the time since some fixed instant. onStep is called, without locks held, when a step begins
-// or ends.
-func NewWallClock(wall func() time.Time, monotonic func() time.Duration, onStep func(WallClockStep)) *WallClock {
-	return &WallClock{wall: wall, monotonic: monotonic, onStep: onStep, trusted: wall().Round(0), trustedAt: monotonic()}
+// NewCheckedWallClock returns a CheckedWallClock that starts from the present time of wall.
+// monotonic returns the time since some fixed instant. onStep is called, without locks held, when a
+// step begins or ends.
+func NewCheckedWallClock(wall func() time.Time, monotonic func() time.Duration, onStep func(WallClockStepEvent)) *CheckedWallClock {
+	return &CheckedWallClock{wall: wall, monotonic: monotonic, onStep: onStep, trusted: wall().Round(0), trustedAt: monotonic()}
 }
 
 // NowInterval returns the range that the present time lies in. A step is noticed by the first call
 // after it.
-func (c *WallClock) NowInterval() TimeInterval {
+func (c *CheckedWallClock) NowInterval() PresentTimeRange {
 	c.mu.Lock()
 	wall, now := c.wall().Round(0), c.monotonic() // Round(0), so that Sub compares wall clocks
 	expected := c.trusted.Add(now - c.trustedAt)
 	step := c.observe(wall, expected, now)
 	inDoubt := c.doubted != 0
 	c.mu.Unlock()
-	if step != (WallClockStep{}) {
+	if step != (WallClockStepEvent{}) {
 		c.onStep(step)
 	}
 	switch {
 	case !inDoubt:
-		return IntervalAt(wall)
+		return ExactTimeRange(wall)
 	case wall.Before(expected):
-		return TimeInterval{Earliest: wall, Latest: expected}
+		return PresentTimeRange{Earliest: wall, Latest: expected}
 	}
-	return TimeInterval{Earliest: expected, Latest: wall}
+	return PresentTimeRange{Earliest: expected, Latest: wall}
 }
 
 // StepInDoubt returns the size of the step that is in doubt; 0 if there is none.
-func (c *WallClock) StepInDoubt() time.Duration {
+func (c *CheckedWallClock) StepInDoubt() time.Duration {
 	c.NowInterval()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -83,24 +83,24 @@ func (c *WallClock) StepInDoubt() time.Duration {
 
 // observe compares the wall clock with the time that is expected of it, and returns the step
 // that begins or ends; the zero value if none does. The caller holds c.mu.
-func (c *WallClock) observe(wall, expected time.Time, monotonic time.Duration) (step WallClockStep) {
+func (c *CheckedWallClock) observe(wall, expected time.Time, monotonic time.Duration) (step WallClockStepEvent) {
 	elapsed := monotonic - c.trustedAt
 	diff := wall.Sub(expected)
 	switch {
 	case diff.Abs() <= stepTolerance+elapsed/slewDivisor:
 		if c.doubted != 0 {
-			step = WallClockStep{Size: c.doubted, Reverted: true}
+			step = WallClockStepEvent{Size: c.doubted, Reverted: true}
 		}
 	case c.doubted == 0 || (diff-c.doubted).Abs() > stepTolerance:
 		c.doubted, c.doubtedAt = diff, monotonic
-		return WallClockStep{Size: diff}
+		return WallClockStepEvent{Size: diff}
 	case monotonic-c.doubtedAt < stepDoubtTime:
-		return WallClockStep{}
+		return WallClockStepEvent{}
 	default:
-		step = WallClockStep{Size: c.doubted, Accepted: true}
+		step = WallClockStepEvent{Size: c.doubted, Accepted: true}
 	}
 	c.doubted = 0
-	if step == (WallClockStep{}) {
+	if step == (WallClockStepEvent{}) {
 		// Only slewing is followed, so that many small steps add up to one that is noticed.
 		diff = min(max(diff, -elapsed/slewDivisor), elapsed/slewDivisor)
 	}

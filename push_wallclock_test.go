@@ -12,60 +12,60 @@ func TestWallClock(t *testing.T) {
 	type step struct {
 		pass, set   time.Duration // time that passes, and by how much the wall clock is set then
 		early, late time.Duration // since start, of the range
-		change      WallClockStep
+		change      WallClockStepEvent
 	}
 	const hour, minute, second = time.Hour, time.Minute, time.Second
 	for name, steps := range map[string][]step{
-		"time passes": {{hour, 0, hour, hour, WallClockStep{}}, {24 * hour, 0, 25 * hour, 25 * hour, WallClockStep{}}},
+		"time passes": {{hour, 0, hour, hour, WallClockStepEvent{}}, {24 * hour, 0, 25 * hour, 25 * hour, WallClockStepEvent{}}},
 		"slewed": {
-			{hour, 3 * second, hour + 3*second, hour + 3*second, WallClockStep{}},
-			{hour, 3 * second, 2*hour + 6*second, 2*hour + 6*second, WallClockStep{}},
-			{4 * hour, 12 * second, 6*hour + 18*second, 6*hour + 18*second, WallClockStep{}},
-			{hour, -3 * second, 7*hour + 15*second, 7*hour + 15*second, WallClockStep{}},
+			{hour, 3 * second, hour + 3*second, hour + 3*second, WallClockStepEvent{}},
+			{hour, 3 * second, 2*hour + 6*second, 2*hour + 6*second, WallClockStepEvent{}},
+			{4 * hour, 12 * second, 6*hour + 18*second, 6*hour + 18*second, WallClockStepEvent{}},
+			{hour, -3 * second, 7*hour + 15*second, 7*hour + 15*second, WallClockStepEvent{}},
 		},
 		"many small steps": {
-			{second, 8 * second, 9 * second, 9 * second, WallClockStep{}},
-			{second, 8 * second, 2*second + second/1000, 18 * second, WallClockStep{Size: 16*second - second/1000}},
-			{second, 8 * second, 3*second + second/1000, 27 * second, WallClockStep{}},
+			{second, 8 * second, 9 * second, 9 * second, WallClockStepEvent{}},
+			{second, 8 * second, 2*second + second/1000, 18 * second, WallClockStepEvent{Size: 16*second - second/1000}},
+			{second, 8 * second, 3*second + second/1000, 27 * second, WallClockStepEvent{}},
 		},
 		"ahead for 45 seconds": {
-			{minute, 3 * hour, minute, 3*hour + minute, WallClockStep{Size: 3 * hour}},
-			{45 * second, 0, 105 * second, 3*hour + 105*second, WallClockStep{}},
-			{0, -3 * hour, 105 * second, 105 * second, WallClockStep{Size: 3 * hour, Reverted: true}},
-			{10 * minute, 0, 705 * second, 705 * second, WallClockStep{}},
+			{minute, 3 * hour, minute, 3*hour + minute, WallClockStepEvent{Size: 3 * hour}},
+			{45 * second, 0, 105 * second, 3*hour + 105*second, WallClockStepEvent{}},
+			{0, -3 * hour, 105 * second, 105 * second, WallClockStepEvent{Size: 3 * hour, Reverted: true}},
+			{10 * minute, 0, 705 * second, 705 * second, WallClockStepEvent{}},
 		},
 		"ahead for good": {
-			{0, 3 * hour, 0, 3 * hour, WallClockStep{Size: 3 * hour}},
-			{4 * minute, second, 4 * minute, 3*hour + 4*minute + second, WallClockStep{}},
-			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, WallClockStep{Size: 3 * hour, Accepted: true}},
-			{minute, 0, 3*hour + 6*minute + second, 3*hour + 6*minute + second, WallClockStep{}},
+			{0, 3 * hour, 0, 3 * hour, WallClockStepEvent{Size: 3 * hour}},
+			{4 * minute, second, 4 * minute, 3*hour + 4*minute + second, WallClockStepEvent{}},
+			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, WallClockStepEvent{Size: 3 * hour, Accepted: true}},
+			{minute, 0, 3*hour + 6*minute + second, 3*hour + 6*minute + second, WallClockStepEvent{}},
 		},
 		"back for good": {
-			{hour, -time.Minute, hour - minute, hour, WallClockStep{Size: -minute}},
-			{5 * minute, 0, hour + 4*minute, hour + 4*minute, WallClockStep{Size: -minute, Accepted: true}},
+			{hour, -time.Minute, hour - minute, hour, WallClockStepEvent{Size: -minute}},
+			{5 * minute, 0, hour + 4*minute, hour + 4*minute, WallClockStepEvent{Size: -minute, Accepted: true}},
 		},
 		"another step is doubted anew": {
-			{0, 3 * hour, 0, 3 * hour, WallClockStep{Size: 3 * hour}},
-			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, WallClockStep{Size: 4 * hour}},
-			{2 * minute, 0, 6 * minute, 4*hour + 6*minute, WallClockStep{}},
-			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, WallClockStep{Size: 4 * hour, Accepted: true}},
+			{0, 3 * hour, 0, 3 * hour, WallClockStepEvent{Size: 3 * hour}},
+			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, WallClockStepEvent{Size: 4 * hour}},
+			{2 * minute, 0, 6 * minute, 4*hour + 6*minute, WallClockStepEvent{}},
+			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, WallClockStepEvent{Size: 4 * hour, Accepted: true}},
 		},
 		"back and ahead": {
-			{0, -hour, -hour, 0, WallClockStep{Size: -hour}},
-			{minute, 2 * hour, minute, hour + minute, WallClockStep{Size: hour}},
-			{minute, -hour, 2 * minute, 2 * minute, WallClockStep{Size: hour, Reverted: true}},
+			{0, -hour, -hour, 0, WallClockStepEvent{Size: -hour}},
+			{minute, 2 * hour, minute, hour + minute, WallClockStepEvent{Size: hour}},
+			{minute, -hour, 2 * minute, 2 * minute, WallClockStepEvent{Size: hour, Reverted: true}},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			wall, monotonic := start, time.Duration(0)
-			var got WallClockStep
-			c := NewWallClock(func() time.Time { return wall }, func() time.Duration { return monotonic }, func(ch WallClockStep) { got = ch })
+			var got WallClockStepEvent
+			c := NewCheckedWallClock(func() time.Time { return wall }, func() time.Duration { return monotonic }, func(ch WallClockStepEvent) { got = ch })
 			for i, s := range steps {
-				got = WallClockStep{}
+				got = WallClockStepEvent{}
 				monotonic += s.pass
 				wall = wall.Add(s.pass + s.set)
 				span := c.NowInterval()
-				if want := (TimeInterval{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
+				if want := (PresentTimeRange{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
 					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Earliest.Sub(start), span.Latest.Sub(start), got, s.early, s.late, s.change)
 				}
 			}

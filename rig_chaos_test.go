@@ -111,7 +111,7 @@ func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Du
 	r := &chaosRig{t: t, name: name, dir: t.TempDir(), interval: interval, seed: seed, rnd: rand.New(rand.NewPCG(seed, 0)), begin: time.Now()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
 	var err error
-	if r.keys, err = readKeys(filepath.Join(r.dir, "keys"), TokenKeyFile); err != nil {
+	if r.keys, err = readKeyFile(filepath.Join(r.dir, "keys"), TokenKeyFile); err != nil {
 		t.Fatal(err)
 	}
 	for i := range servers {

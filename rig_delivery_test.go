@@ -1,11 +1,11 @@
 package main
 
-// A model of delivery from end to end: two sites, three servers and three consumers in
-// virtual time, whose steps and faults a seed chooses. The rules are the real ones: the
-// plan and the record of a spool, Store, Site, SiteSamples, SiteSpools, Consumers and ScrapeReader.
-// Only the disk and what lies between the parties is the model's, so that one run costs some
-// tens of microseconds. The model knows the truth, which is the samples that each consumer
-// received, and checks each answer and each scrape that leaves a spool against it.
+// A model of delivery from end to end: two sites, three servers and three consumers in virtual
+// time, whose steps and faults a seed chooses. The rules are the real ones: the plan and the record
+// of a spool, Store, Site, SiteSamples, SiteSpools, Consumers and AllSitesReader. Only the disk and
+// what lies between the parties is the model's, so that one run costs some tens of microseconds.
+// The model knows the truth, which is the samples that each consumer received, and checks each
+// answer and each scrape that leaves a spool against it.
 
 import (
 	"context"
@@ -169,7 +169,7 @@ type modelServer struct {
 	ahead    int64 // ms, of its clock
 	untimely bool  // no sample of the last push was of its time, by that clock
 	store    *Store
-	scraper  *ScrapeReader
+	scraper  *AllSitesReader
 	disk     *modelDisk
 	copy     *modelDisk
 	lo       [modelConsumers]int64              // newest scrape here that it knows of
@@ -467,7 +467,7 @@ func (m *deliveryModel) scrapeSource(c *modelSite) {
 	for c.plan.diskBytes+1 > int64(c.limit) {
 		before := len(c.plan.entries)
 		held, lost := c.plan.drop(func(e *spoolEntry) bool { return c.plan.diskBytes+1 > int64(c.limit) })
-		if len(lost) > 0 && slices.ContainsFunc(c.plan.entries, func(e spoolEntry) bool { return e.knownState() != ScrapeUndelivered }) {
+		if len(lost) > 0 && slices.ContainsFunc(c.plan.entries, func(e spoolEntry) bool { return e.certainStateOrUndelivered() != ScrapeUndelivered }) {
 			m.fail("%s drops a scrape that no server holds, and keeps one that a server holds", c.name)
 		}
 		m.dropped(c, append(held, lost...))
@@ -504,7 +504,7 @@ func (m *deliveryModel) dropOld(c *modelSite) {
 func (m *deliveryModel) drain(c *modelSite) {
 	now := func() int64 { return m.moment(c).Boot }
 	unreadFor := time.Duration(0)
-	if since, ok := c.plan.unreadSince(); ok {
+	if since, ok := c.plan.noReadProgressSince(); ok {
 		unreadFor = time.Duration(now()-since) * time.Millisecond
 	}
 	c.servers.beginDrain(time.UnixMilli(m.now), unreadFor)
@@ -564,15 +564,15 @@ func (m *deliveryModel) drain(c *modelSite) {
 			for _, sc := range push {
 				c.uncertain[sc.number] = true
 			}
-			c.plan.notePushFailed(false)
+			c.plan.markPushFailed(false)
 			c.failing = true
-			if !c.servers.noteFailure(0) {
+			if !c.servers.advanceAfterFailure(0) {
 				return
 			}
 			continue
 		}
 		if len(push) > 0 {
-			c.servers.noteAnswer(time.UnixMilli(m.now), time.Minute)
+			c.servers.stayAfterAnswer(time.UnixMilli(m.now), time.Minute)
 		}
 		c.servers.last, c.failing = front.at, false
 		gone, out := c.plan.applyAnswer(now(), a)
@@ -596,8 +596,8 @@ func (m *deliveryModel) drain(c *modelSite) {
 		}
 		clear(c.uncertain)
 		c.listed = slices.Clone(a.Held).AddAll(a.Read)
-		c.meta = c.meta.merge(m.moment(c), a.Consumers)
-		if c.meta.changedSince(&c.savedMeta) {
+		c.meta = c.meta.mergedWith(m.moment(c), a.Consumers)
+		if c.meta.needsSaving(&c.savedMeta) {
 			c.savedMeta = c.meta
 		}
 		switch n := len(out.Declined); {
@@ -605,7 +605,7 @@ func (m *deliveryModel) drain(c *modelSite) {
 		case n > 0 && len(push) > 1:
 			c.servers.declined = 0
 			c.size.limitToOne(len(push))
-		case n > 0 && c.servers.noteDecline(time.UnixMilli(m.now), time.Minute):
+		case n > 0 && c.servers.advanceAfterDecline(time.UnixMilli(m.now), time.Minute):
 			for i := range c.plan.entries {
 				if e := &c.plan.entries[i]; out.Declined.Has(e.Number) {
 					e.retryAt = 0
@@ -626,7 +626,7 @@ func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNa
 		}
 		return a, false
 	}
-	told := FormatConsumers(c.meta.merge(m.moment(c), nil).Consumers)
+	told := FormatConsumers(c.meta.mergedWith(m.moment(c), nil).Consumers)
 	at := front
 	if owner := m.servers[m.owner[c.at]]; owner != front && owner.up && !m.lost() {
 		a = m.handle(owner, c, names, push, told)
@@ -659,7 +659,7 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 	if err != nil || cerr != nil {
 		m.fail("%v %v", err, cerr)
 	}
-	s.store.Consumers.AddReportedConsumers(c.ring, consumers, m.timeAt(s))
+	s.store.Consumers.AddClientReportedConsumers(c.ring, consumers, m.timeAt(s))
 	for i, at := range c.lo {
 		s.told[c.at][i] = max(s.told[c.at][i], at)
 	}
@@ -713,7 +713,7 @@ func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, name
 	if err != nil {
 		m.fail("%v", err)
 	}
-	s.untimely = res.IsUntimely() && s.ahead > 0
+	s.untimely = res.IsAllUntimely() && s.ahead > 0
 	look(func(held *SiteSamples) {
 		n := len(held.Batches)
 		if n == 0 || held.Batches[n-1].Seq == seq {
@@ -874,7 +874,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 	var recorded [modelConsumers]bool
 	for _, r := range s.disk.cursors {
-		if err := st.Consumers.decodeRecord(r.kind, r.payload, m.timeAt(s)); err != nil {
+		if err := st.Consumers.restoreRecord(r.kind, r.payload, m.timeAt(s)); err != nil {
 			m.fail("%v", err)
 		}
 		s.lo[r.consumer], recorded[r.consumer] = r.lo, true
@@ -917,7 +917,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	st.totals.RaiseNewest(first)
 	s.disk.block = state.block
 	s.store, s.up = st, true
-	s.scraper = &ScrapeReader{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
+	s.scraper = &AllSitesReader{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
 		return m.sites[0].ring == hash && m.owner[0] == s.at || m.sites[1].ring == hash && m.owner[1] == s.at
 	}}
 	st.Consumers.knownChanged.Store(true)
@@ -1132,7 +1132,7 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if !m.calm && m.chance(30) {
 		limit = 1 + m.rng.IntN(3)
 	}
-	fams, _, _ := s.scraper.ServeUnreadSamples(r, limit, !m.calm && m.chance(10), nil)
+	fams, _, _ := s.scraper.ServeUnreadAndNewest(r, limit, !m.calm && m.chance(10), nil)
 	lost := m.lost()
 	var got []int
 	for _, f := range fams {

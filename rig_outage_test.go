@@ -1,7 +1,7 @@
 package main
 
-// The rig of TestOutage: a source that remembers its answers, a network that can be cut anywhere, and
-// a Prometheus with a query for all its samples.
+// The rig of TestOutage: a source that remembers its answers, a network that can be cut anywhere,
+// and a Prometheus with a query for all its samples.
 
 import (
 	"bytes"

@@ -39,9 +39,9 @@ const (
 	stampedeInterval = 2 * time.Minute
 	stampedeScrape   = 30 * time.Second
 
-	// The cost of a request and of a sample in time of one core: BenchmarkUpload and BenchmarkFederate
-	// find 0.5 ms for a push of 230 samples and 0.43 µs for a sample that is scraped, both
-	// in gzip. A request has 0.3 ms for its TLS handshake.
+	// The cost of a request and of a sample in time of one core: BenchmarkUpload and
+	// BenchmarkFederate find 0.5 ms for a push of 230 samples and 0.43 µs for a sample that is
+	// scraped, both in gzip. A request has 0.3 ms for its TLS handshake.
 	stampedeCores   = 2
 	stampedeRequest = 300 * time.Microsecond
 	stampedePushed  = 2200 * time.Nanosecond
@@ -377,7 +377,7 @@ func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 // that is new before its second scrape.
 func (v *stampedeServer) scrapes(wait time.Duration) {
 	s := v.run
-	conn, starts, known := (*ConnTracker)(nil), 0, false
+	conn, starts, known := (*AnswerReadTracker)(nil), 0, false
 	for {
 		if _, ok := Sleep(s.ctx, wait, nil); !ok {
 			break
@@ -389,7 +389,7 @@ func (v *stampedeServer) scrapes(wait time.Duration) {
 		if !present {
 			conn = nil
 		} else if conn == nil || starts != v.starts {
-			conn, starts = &ConnTracker{sequential: true}, v.starts
+			conn, starts = &AnswerReadTracker{sequential: true}, v.starts
 		}
 		s.mu.Unlock()
 		if !present {

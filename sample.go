@@ -89,7 +89,7 @@ func (l *SampleList) Add(r *RawSample) error {
 		return fmt.Errorf("%w: %d labels; a series has at most %d", ErrTooLarge, len(r.Labels), MaxLabels)
 	}
 	slices.SortFunc(r.Labels, func(a, b Label) int { return bytes.Compare(a.Name, b.Name) })
-	if err := checkLabels(r.Labels); err != nil {
+	if err := checkSortedLabels(r.Labels); err != nil {
 		return err
 	}
 	if l.MaxSamples > 0 && len(l.Samples) >= l.MaxSamples {
@@ -115,13 +115,13 @@ func (l *SampleList) addLine(name []byte, labels []Label) error {
 		size += len(label.Name) + len(label.Value)
 	}
 	if size > MaxLine { // rendered it is longer still; the Arena must not grow for it
-		return lineTooLong(size)
+		return lineTooLongError(size)
 	}
 	off := len(l.Arena)
 	l.Arena = appendLine(l.Arena, name, labels)
 	if size = len(l.Arena) - off; size > MaxLine {
 		l.Arena = l.Arena[:off]
-		return lineTooLong(size)
+		return lineTooLongError(size)
 	}
 	if l.MaxBytes > 0 && len(l.Arena) > l.MaxBytes || int64(len(l.Arena)) > math.MaxUint32 {
 		l.Arena = l.Arena[:off]
@@ -130,7 +130,7 @@ func (l *SampleList) addLine(name []byte, labels []Label) error {
 	return nil
 }
 
-func lineTooLong(size int) error {
+func lineTooLongError(size int) error {
 	return fmt.Errorf("%w: a series of %d bytes; at most %d", ErrTooLarge, size, MaxLine)
 }
 
@@ -141,9 +141,9 @@ func checkMetricName(name []byte) error {
 	return checkName("metric name", name)
 }
 
-// checkLabels reports the first fault of sorted labels. A NUL byte in a value is reported
+// checkSortedLabels reports the first fault of sorted labels. A NUL byte in a value is reported
 // only if there is no other fault, see ErrNULValue.
-func checkLabels(labels []Label) error {
+func checkSortedLabels(labels []Label) error {
 	var nul error
 	for i, l := range labels {
 		switch {

@@ -49,7 +49,7 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 		}
 		return d.buf, len(d.buf) > limit, nil
 	}
-	d.buf, err = decodeSnappy(d.buf[:0], body, limit)
+	d.buf, err = decodeFramedSnappy(d.buf[:0], body, limit)
 	if errors.Is(err, errDecodedTooLarge) {
 		return nil, true, nil
 	}
@@ -82,10 +82,10 @@ const (
 	maxSnappyChunk = 64 << 10 // bytes of a chunk uncompressed
 )
 
-// decodeSnappy decodes the framing format of snappy 1.1 (framing_format.txt). The
+// decodeFramedSnappy decodes the framing format of snappy 1.1 (framing_format.txt). The
 // format has no end: input cut off between two chunks is a shorter stream, which
 // only its content can tell.
-func decodeSnappy(out, in []byte, limit int) ([]byte, error) {
+func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 	if !bytes.HasPrefix(in, []byte("\xff\x06\x00\x00"+snappyMagic)) {
 		return nil, errors.New("no stream identifier")
 	}
@@ -149,7 +149,7 @@ func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, e
 }
 
 // decodeSnappyBlock decodes the elements of one block (format_description.txt),
-// which have to make n bytes.
+// which have to make size bytes.
 func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 	from, end := len(out), len(out)+size
 	for r.Len() > 0 {

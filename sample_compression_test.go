@@ -1,7 +1,8 @@
 package main
 
-// Decompression of whole and damaged streams: incomplete input is refused, and no input makes
-// more than the limit. Streams are made by a small encoder here, after framing_format.txt and format_description.txt of snappy.
+// Decompression of whole and damaged streams: incomplete input is refused, and no input makes more
+// than the limit. Streams are made by a small encoder here, after framing_format.txt and
+// format_description.txt of snappy.
 
 import (
 	"bytes"

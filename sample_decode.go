@@ -59,9 +59,9 @@ func (s UnsupportedParts) ByKind() map[string]int {
 	}
 }
 
-// isMetadataLabel reports a label that Prometheus 3 puts on series under
+// isTypeOrUnitLabel reports a label that Prometheus 3 puts on series under
 // --enable-feature=type-and-unit-labels. It is reserved, and so would cost the series.
-func isMetadataLabel(name []byte) bool {
+func isTypeOrUnitLabel(name []byte) bool {
 	return string(name) == "__type__" || string(name) == "__unit__"
 }
 

@@ -67,7 +67,7 @@ func (e Escaping) labelName(name []byte) []byte {
 // renderLine renders a parsed series under e. It reports false if escaped labels have one
 // name or became reserved: Prometheus fails a whole scrape over one label that
 // occurs twice.
-func (e Escaping) renderLine(name []byte, labels []Label) ([]byte, bool) {
+func (e Escaping) renderLine(name []byte, labels []Label) (line []byte, ok bool) {
 	r := RawSample{Name: []byte(e.MetricName(string(name)))}
 	for _, l := range labels {
 		r.Labels = append(r.Labels, Label{e.labelName(l.Name), l.Value})
@@ -175,12 +175,12 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int)
 	}) {
 		return fams, 0
 	}
-	merged := map[string]*escapedFamily{}
+	merged := map[string]*nameEscapedFamily{}
 	// Lines that need no escaping come first, so that no escaped line takes the place of one.
 	for _, f := range fams {
 		name := e.MetricName(f.Name)
 		if merged[name] == nil {
-			merged[name] = &escapedFamily{Family: Family{Name: name}}
+			merged[name] = &nameEscapedFamily{Family: Family{Name: name}}
 		}
 		for _, l := range f.Samples {
 			if !l.Quoted {
@@ -205,8 +205,8 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int)
 	return out, hiddenSamples
 }
 
-// escapedFamily is a family under the name that an Escaping shows.
-type escapedFamily struct {
+// nameEscapedFamily is a family under the name that an Escaping shows.
+type nameEscapedFamily struct {
 	Family
 	shownBy map[string]string // line → the series that it shows; nil until a line is escaped
 }
@@ -214,7 +214,7 @@ type escapedFamily struct {
 // addEscaped adds a sample with the line that e shows. It reports false if there is no such
 // line, or if it shows another series already: a series has one line, so that its samples
 // ascend.
-func (f *escapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
+func (f *nameEscapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
 	if f.shownBy == nil {
 		f.shownBy = make(map[string]string, len(f.Samples))
 		for _, l := range f.Samples {

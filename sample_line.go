@@ -40,12 +40,12 @@ func LegacyLabelPrefix[T string | []byte](b T) int { return legacyPrefix(b, 0) }
 func isLegacyMetricName[T string | []byte](name T) bool { return LegacyMetricPrefix(name) == len(name) }
 func isLegacyLabelName[T string | []byte](name T) bool  { return LegacyLabelPrefix(name) == len(name) }
 
-func legacyPrefix[T string | []byte](b T, colon byte) int {
-	if len(b) == 0 || legacyByte[b[0]]&(nameFirst|colon) == 0 {
+func legacyPrefix[T string | []byte](b T, colonBit byte) int {
+	if len(b) == 0 || legacyByte[b[0]]&(nameFirst|colonBit) == 0 {
 		return 0
 	}
 	i := 1
-	for i < len(b) && legacyByte[b[i]]&(nameLater|colon) != 0 {
+	for i < len(b) && legacyByte[b[i]]&(nameLater|colonBit) != 0 {
 		i++
 	}
 	return i

@@ -185,8 +185,8 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	return value, nil
 }
 
-// decodeLabel appends a LabelPair to d.raw.Labels unless it is metadata. labelBytes is how many bytes
-// the labels before it have; the sum is returned, and bounded by 2*MaxLine.
+// decodeLabel appends a LabelPair to d.raw.Labels unless it is metadata. labelBytes is how many
+// bytes the labels before it have; the sum is returned, and bounded by 2*MaxLine.
 func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	var l Label
 	var f protoField
@@ -202,7 +202,7 @@ func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	if err := m.err(); err != nil {
 		return labelBytes, err
 	}
-	if isMetadataLabel(l.Name) {
+	if isTypeOrUnitLabel(l.Name) {
 		d.skipped.Metadata++
 		return labelBytes, nil
 	}
@@ -244,8 +244,8 @@ func (c *componentEmitter) emitBound(suffix string, bound, v float64, emit func(
 	return emit(&d.raw)
 }
 
-// emitTotal emits the sum or the count.
-func (c *componentEmitter) emitTotal(suffix string, v float64, emit func(*RawSample) error) error {
+// emitSumOrCount emits the sum or the count.
+func (c *componentEmitter) emitSumOrCount(suffix string, v float64, emit func(*RawSample) error) error {
 	if err := c.beginComponent(suffix); err != nil {
 		return err
 	}
@@ -253,8 +253,8 @@ func (c *componentEmitter) emitTotal(suffix string, v float64, emit func(*RawSam
 	return emit(&c.d.raw)
 }
 
-// beginComponent makes d.raw the series of the metric with a suffix to its name. Each component costs
-// its user the whole name and labels, also one that is dropped, while a bucket may be two
+// beginComponent makes d.raw the series of the metric with a suffix to its name. Each component
+// costs its user the whole name and labels, also one that is dropped, while a bucket may be two
 // bytes of the body.
 func (c *componentEmitter) beginComponent(suffix string) error {
 	d := c.d
@@ -272,10 +272,10 @@ func (c *componentEmitter) beginComponent(suffix string) error {
 }
 
 func (c *componentEmitter) emitSumAndCount(sum, count float64, emit func(*RawSample) error) error {
-	if err := c.emitTotal("_sum", sum, emit); err != nil {
+	if err := c.emitSumOrCount("_sum", sum, emit); err != nil {
 		return err
 	}
-	return c.emitTotal("_count", count, emit)
+	return c.emitSumOrCount("_count", count, emit)
 }
 
 func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) error {

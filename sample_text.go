@@ -33,7 +33,7 @@ func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample
 				created = d.appendCreatedName(created[:0], family)
 			}
 		default:
-			if err := d.decodeLine(line, openMetrics, created, emit); err != nil {
+			if err := d.decodeSampleLine(line, openMetrics, created, emit); err != nil {
 				return fmt.Errorf("line %d: series %s: %w", n, Excerpt(line), err)
 			}
 		}
@@ -44,20 +44,20 @@ func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample
 	return nil
 }
 
-// decodeLine decodes the line of one sample. Samples of the name created are skipped.
-func (d *Decoder) decodeLine(line []byte, openMetrics bool, created []byte, emit func(*RawSample) error) error {
+// decodeSampleLine decodes the line of one sample. Samples of the name createdName are skipped.
+func (d *Decoder) decodeSampleLine(line []byte, openMetrics bool, createdName []byte, emit func(*RawSample) error) error {
 	if err := d.parseSample(line, openMetrics); err != nil {
 		return err
 	}
-	if len(created) > 0 && bytes.Equal(d.raw.Name, created) {
+	if len(createdName) > 0 && bytes.Equal(d.raw.Name, createdName) {
 		d.skipped.Created++
 		return nil
 	}
 	return emit(&d.raw)
 }
 
-// appendCreatedName appends to b the name of the _created samples of the family whose
-// name and type follow # TYPE; nothing if it cannot have such.
+// appendCreatedName appends to dst the name of the _created samples of the family whose name
+// and type follow # TYPE; nothing if it cannot have such.
 func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 	i := bytes.LastIndexByte(nameAndType, ' ')
 	if i <= 0 || i > MaxLine {
@@ -86,7 +86,7 @@ func (d *Decoder) parseSample(line []byte, openMetrics bool) error {
 		return err
 	}
 	n := len(d.raw.Labels)
-	d.raw.Labels = slices.DeleteFunc(d.raw.Labels, func(l Label) bool { return isMetadataLabel(l.Name) })
+	d.raw.Labels = slices.DeleteFunc(d.raw.Labels, func(l Label) bool { return isTypeOrUnitLabel(l.Name) })
 	d.skipped.Metadata += n - len(d.raw.Labels)
 	value, rest := cutAtBlank(skipBlanks(rest))
 	if d.raw.V, err = parseFloat(value); err != nil {

@@ -58,8 +58,8 @@ func sortedLabels(m map[string]string) []Label {
 	return list
 }
 
-// CheckLabelName reports the name of a label that an operator must not set or remove.
-func CheckLabelName(name string) error {
+// CheckSettableLabelName reports the name of a label that an operator must not set or remove.
+func CheckSettableLabelName(name string) error {
 	switch {
 	case name == "" || !IsLegacy([]byte("a"), []Label{{Name: []byte(name)}}):
 		return fmt.Errorf("label name %q: use letters, digits and _, not a digit first", name)
@@ -72,7 +72,7 @@ func CheckLabelName(name string) error {
 // CheckLabel reports a label that an operator must not set: every sample with it
 // would be refused.
 func CheckLabel(name, value string) error {
-	if err := CheckLabelName(name); err != nil {
+	if err := CheckSettableLabelName(name); err != nil {
 		return err
 	}
 	var l SampleList
@@ -134,7 +134,7 @@ func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason s
 			return DropRequiredLabel, nil
 		}
 	}
-	if !n.Allow.Match(r.Name, r.Labels) {
+	if !n.Allow.MatchOrEmpty(r.Name, r.Labels) {
 		return DropNotAllowed, nil
 	}
 	for _, name := range [...]string{"instance", "job"} {
@@ -163,7 +163,7 @@ func (c *ClientCleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt
 // not a salted hash, so that without the salt nobody can try guesses; equal
 // values stay equal, under every label.
 func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
-	if !c.Match.Match(r.Name, r.Labels) {
+	if !c.Match.MatchOrEmpty(r.Name, r.Labels) {
 		return DropNotMatched
 	}
 	if name, ok := c.Rename[string(r.Name)]; ok {

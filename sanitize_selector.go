@@ -260,8 +260,8 @@ func ParseSelectors(texts []string) (Selectors, error) {
 	return s, nil
 }
 
-// Match reports whether a series is chosen.
-func (s Selectors) Match(name []byte, labels []Label) bool {
+// MatchOrEmpty reports whether a series is chosen.
+func (s Selectors) MatchOrEmpty(name []byte, labels []Label) bool {
 	for i := range s {
 		if s[i].matches(name, labels) {
 			return true
@@ -284,15 +284,15 @@ func (s *Selector) matches(name []byte, labels []Label) bool {
 	return true
 }
 
-// LineMatcher returns a function that matches rendered lines, or nil if s
+// LineMatcherOrNil returns a function that matches rendered lines, or nil if s
 // chooses all. It is not safe for concurrent use.
-func (s Selectors) LineMatcher() func(line []byte) bool {
+func (s Selectors) LineMatcherOrNil() func(line []byte) bool {
 	if len(s) == 0 {
 		return nil
 	}
 	var p SeriesParser
 	return func(line []byte) bool {
 		name, labels, err := p.ParseLine(line)
-		return err == nil && s.Match(name, labels)
+		return err == nil && s.MatchOrEmpty(name, labels)
 	}
 }

@@ -18,7 +18,7 @@ import (
 
 // selected says which of a fixed set of series a selector chooses.
 func selected(s Selectors) (got []string) {
-	match := s.LineMatcher()
+	match := s.LineMatcherOrNil()
 	for _, line := range []string{
 		`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}",
 		`down{job="a"}`, `a:b`, `{"a.b",job="a"}`, `{"a.b","c.d"="e"}`, `up{job="é"}`, `up{job="a\"b"}`,
@@ -157,13 +157,13 @@ func TestSelectorErrors(t *testing.T) {
 }
 
 func TestSelectors(t *testing.T) {
-	if s := mustSelect(t); s.LineMatcher() != nil || !s.Match([]byte("a"), nil) {
+	if s := mustSelect(t); s.LineMatcherOrNil() != nil || !s.MatchOrEmpty([]byte("a"), nil) {
 		t.Error("no selectors have to choose all")
 	}
 	if got := selected(mustSelect(t, "down", `{"c.d"!=""}`)); !slices.Equal(got, []string{`down{job="a"}`, `{"a.b","c.d"="e"}`}) {
 		t.Errorf("any of two: %q", got)
 	}
-	if mustSelect(t, "up").LineMatcher()([]byte("up{")) {
+	if mustSelect(t, "up").LineMatcherOrNil()([]byte("up{")) {
 		t.Error("what does not parse is chosen")
 	}
 }
@@ -183,10 +183,10 @@ func FuzzSelector(f *testing.F) {
 			}
 			return
 		}
-		if s := (Selectors{sel}); s.Match(nil, nil) {
+		if s := (Selectors{sel}); s.MatchOrEmpty(nil, nil) {
 			t.Fatalf("%q chooses a series of no name and labels", text)
 		} else {
-			s.LineMatcher()([]byte(line))
+			s.LineMatcherOrNil()([]byte(line))
 		}
 		again, err := parseSelector(sel.String())
 		if err != nil || again.String() != sel.String() {
@@ -388,7 +388,7 @@ func TestParseLabelsAndRenames(t *testing.T) {
 }
 
 func BenchmarkSelectors(b *testing.B) {
-	match := mustSelect(b, `up{job="a"}`, `{job=~"x.*",code!="5"}`, "down").LineMatcher()
+	match := mustSelect(b, `up{job="a"}`, `{job=~"x.*",code!="5"}`, "down").LineMatcherOrNil()
 	line := []byte(`a_total{code="7",instance="localhost:9090",job="x",method="get"}`)
 	b.ReportAllocs()
 	for b.Loop() {

@@ -66,7 +66,7 @@ type Server struct {
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
 	bodies     sync.Pool    // *[]byte
 	buffers    sync.Pool    // *decodeBuffers
-	sites      *SiteTracker
+	sites      *SitePushLimiter
 	federate   *federateHandler
 	instrument func(string, http.Handler) http.Handler
 	serverMetrics
@@ -77,10 +77,10 @@ func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
 		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newSemaphore(max(4, 2*runtime.GOMAXPROCS(0))),
-		sites: NewSiteTracker(cfg.RateInterval), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
+		sites: NewSitePushLimiter(cfg.RateInterval), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
-		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.ownsSite, Revoked: s.isRevokedClusterID, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Metrics: m, Log: cfg.Log, Now: cfg.Now,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
@@ -156,12 +156,12 @@ func storeCollector(m *Metrics, store *Store) func() {
 		}
 		series.Set(float64(heldSeries))
 		samples.Set(float64(heldSamples))
-		damaged.SetTotal(float64(st.DamagedLogs))
-		torn.SetTotal(float64(st.TornBytes))
-		evicted.SetTotal(float64(st.Evicted))
-		expired.SetTotal(float64(st.Expired))
-		unread.SetTotal(float64(st.ExpiredUnread))
-		compactions.SetTotal(float64(st.Compactions))
+		damaged.RaiseTo(float64(st.DamagedLogs))
+		torn.RaiseTo(float64(st.TornBytes))
+		evicted.RaiseTo(float64(st.Evicted))
+		expired.RaiseTo(float64(st.Expired))
+		unread.RaiseTo(float64(st.ExpiredUnread))
+		compactions.RaiseTo(float64(st.Compactions))
 	}
 }
 
@@ -190,26 +190,26 @@ func (s *Server) ExternalHandler() http.Handler {
 func (s *Server) InternalHandler() http.Handler {
 	mux := http.NewServeMux()
 	AddHealthRoutes(mux, s.ready.Load)
-	mux.Handle("GET /federate", s.requireFederateToken("federate", s.federate))
-	mux.Handle("GET /metrics", s.requireFederateToken("metrics", s.cfg.Metrics))
+	mux.Handle("GET /federate", s.requireFederateTokenIfSet("federate", s.federate))
+	mux.Handle("GET /metrics", s.requireFederateTokenIfSet("metrics", s.cfg.Metrics))
 	paths := []string{"/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/"}
 	if s.cfg.Member != nil {
 		paths = append(paths, "/sd", "/debug/ring")
-		mux.Handle("GET /sd", s.requireFederateToken("sd", http.HandlerFunc(s.serveSD)))
-		mux.Handle("GET /debug/ring", s.requireFederateToken("ring", http.HandlerFunc(s.serveDebugRing)))
+		mux.Handle("GET /sd", s.requireFederateTokenIfSet("sd", http.HandlerFunc(s.serveSD)))
+		mux.Handle("GET /debug/ring", s.requireFederateTokenIfSet("ring", http.HandlerFunc(s.serveDebugRing)))
 	}
-	mux.Handle("GET /{$}", s.requireFederateToken("index", IndexHandler(paths...)))
-	mux.Handle("/debug/pprof/", s.requireFederateToken("pprof", pprofHandler()))
+	mux.Handle("GET /{$}", s.requireFederateTokenIfSet("index", IndexHandler(paths...)))
+	mux.Handle("/debug/pprof/", s.requireFederateTokenIfSet("pprof", loopbackPprofHandler()))
 	return mux
 }
 
-// ForwardHandler returns the handler of the listener for the other members of the ring, which a server
-// with a Forwarder has.
+// ForwardHandler returns the handler of the listener for the other members of the ring, which a
+// server with a Forwarder has.
 func (s *Server) ForwardHandler() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
 
-// requireFederateToken counts the requests of a handler under a name, and asks for the federate token if
-// there is one.
-func (s *Server) requireFederateToken(handlerName string, h http.Handler) http.Handler {
+// requireFederateTokenIfSet counts the requests of a handler under a name, and asks for the federate
+// token if there is one.
+func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) http.Handler {
 	return s.instrument(handlerName, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		token, _ := ParseBearer(r.Header.Get("Authorization"))
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
@@ -220,8 +220,8 @@ func (s *Server) requireFederateToken(handlerName string, h http.Handler) http.H
 	}))
 }
 
-// pprofHandler serves profiles to loopback addresses.
-func pprofHandler() http.Handler {
+// loopbackPprofHandler serves profiles to loopback addresses.
+func loopbackPprofHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
@@ -238,8 +238,8 @@ func pprofHandler() http.Handler {
 	})
 }
 
-// ownsSite reports whether this server shows the newest samples of a site key's site: those of its
-// own sites, once it is ready.
-func (s *Server) ownsSite(siteKey uint64) bool {
+// servesNewestOfSite reports whether this server shows the newest samples of a site key's site:
+// those of its own sites, once it is ready.
+func (s *Server) servesNewestOfSite(siteKey uint64) bool {
 	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.OwnsSite(siteKey)
 }

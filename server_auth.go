@@ -21,8 +21,8 @@ func (s *Server) denyToken(w http.ResponseWriter, reason, text string) {
 	http.Error(w, text, http.StatusUnauthorized)
 }
 
-// forbidClusterID answers 403 to a token of another cluster ID.
-func (s *Server) forbidClusterID(w http.ResponseWriter, text string) {
+// denyOtherClusterID answers 403 to a token of another cluster ID.
+func (s *Server) denyOtherClusterID(w http.ResponseWriter, text string) {
 	s.unauthorizedTotal.Inc("other_cluster")
 	http.Error(w, text, http.StatusForbidden)
 }
@@ -58,7 +58,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	case !slices.Contains(kinds, t.Kind):
 		s.denyToken(w, "kind", fmt.Sprintf("this takes a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
 	case id != "" && id != t.ClusterID:
-		s.forbidClusterID(w, "the token is for another cluster ID")
+		s.denyOtherClusterID(w, "the token is for another cluster ID")
 	default:
 		return t, true
 	}
@@ -136,7 +136,7 @@ func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t 
 		s.denyToken(w, "forged", err.Error())
 		return t, false
 	case errors.Is(err, errOtherClusterID):
-		s.forbidClusterID(w, err.Error())
+		s.denyOtherClusterID(w, err.Error())
 		return t, false
 	case err != nil:
 		s.cfg.Log.Warn("asking --authorize URL", "cluster_id", id, "err", err)

@@ -62,11 +62,12 @@ func (s *Server) LogUnreadSamples() {
 
 // consumerBacklog has the samples of all sites that one consumer has not read.
 type consumerBacklog struct {
-	ConsumerBacklog
+	ConsumerSiteBacklog
 	sites int
 }
 
-// consumerBacklogs returns the consumers that scraped at or after since and have not read all.
+// consumerBacklogs returns the consumers that scraped at or after scrapedSince and have not read
+// all.
 func (s *Server) consumerBacklogs(scrapedSince time.Time) (all []consumerBacklog) {
 	index := map[[2]string]int{}
 	for _, site := range s.cfg.Store.Stats().Sites {
@@ -80,7 +81,7 @@ func (s *Server) consumerBacklogs(scrapedSince time.Time) (all []consumerBacklog
 			if !ok {
 				i = len(all)
 				index[consumer] = i
-				all = append(all, consumerBacklog{ConsumerBacklog: ConsumerBacklog{Name: b.Name, Address: b.Address}})
+				all = append(all, consumerBacklog{ConsumerSiteBacklog: ConsumerSiteBacklog{Name: b.Name, Address: b.Address}})
 			}
 			all[i].UnreadSamples += b.UnreadSamples
 			all[i].sites++

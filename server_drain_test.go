@@ -47,68 +47,68 @@ func TestDrain(t *testing.T) {
 	const within = drainPoll
 	for _, c := range []struct {
 		name   string
-		before func(r *srvRig, x *ConnTracker)
-		during func(r *srvRig, x *ConnTracker) // beside Drain
-		cancel time.Duration                   // after which it is told to end; 0: never
+		before func(r *srvRig, x *AnswerReadTracker)
+		during func(r *srvRig, x *AnswerReadTracker) // beside Drain
+		cancel time.Duration                         // after which it is told to end; 0: never
 		want   time.Duration
 	}{
 		{name: "nothing held"},
-		{name: "no consumer", before: func(r *srvRig, _ *ConnTracker) { r.hold("a", "up 1\n") }},
-		{name: "all is read", before: func(r *srvRig, x *ConnTracker) {
+		{name: "no consumer", before: func(r *srvRig, _ *AnswerReadTracker) { r.hold("a", "up 1\n") }},
+		{name: "all is read", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 		}},
-		{name: "nobody reads", before: func(r *srvRig, x *ConnTracker) {
+		{name: "nobody reads", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 		}, want: drainTimeout},
-		{name: "told to end", before: func(r *srvRig, x *ConnTracker) {
+		{name: "told to end", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 		}, cancel: 3 * time.Second, want: 3 * time.Second},
-		{name: "the consumer is away", before: func(r *srvRig, x *ConnTracker) {
+		{name: "the consumer is away", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 			time.Sleep(drainConsumerIdle + time.Second)
 		}},
-		{name: "the consumer may be about to come", before: func(r *srvRig, x *ConnTracker) {
+		{name: "the consumer may be about to come", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 			time.Sleep(drainConsumerIdle)
 		}, want: drainTimeout},
-		{name: "confirmed by the next scrape", before: func(r *srvRig, x *ConnTracker) {
+		{name: "confirmed by the next scrape", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
-		}, during: func(r *srvRig, x *ConnTracker) {
+		}, during: func(r *srvRig, x *AnswerReadTracker) {
 			time.Sleep(10*time.Second - time.Millisecond)
 			r.scrapeOn(x, "consumer=x")
 		}, want: 10 * time.Second},
-		{name: "served, not confirmed", before: func(r *srvRig, x *ConnTracker) {
+		{name: "served, not confirmed", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
-		}, during: func(r *srvRig, _ *ConnTracker) {
+		}, during: func(r *srvRig, _ *AnswerReadTracker) {
 			time.Sleep(10 * time.Second)
-			r.scrapeOn(&ConnTracker{}, "consumer=x")
+			r.scrapeOn(&AnswerReadTracker{}, "consumer=x")
 		}, want: drainTimeout},
-		{name: "one of two has read", before: func(r *srvRig, x *ConnTracker) {
+		{name: "one of two has read", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.hold("b", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=y")
-		}, during: func(r *srvRig, x *ConnTracker) {
+		}, during: func(r *srvRig, x *AnswerReadTracker) {
 			time.Sleep(20*time.Second - time.Millisecond)
 			r.scrapeOn(x, "consumer=y")
 		}, want: 20 * time.Second},
-		{name: "a push is being handled", before: func(r *srvRig, _ *ConnTracker) { r.server.uploads.TryAcquire() }, during: func(r *srvRig, _ *ConnTracker) {
+		{name: "a push is being handled", before: func(r *srvRig, _ *AnswerReadTracker) { r.server.uploads.TryAcquire() }, during: func(r *srvRig, _ *AnswerReadTracker) {
 			time.Sleep(5*time.Second - time.Millisecond)
 			r.server.uploads.Release()
 		}, want: 5 * time.Second},
-		{name: "a push comes to its end, and is read", before: func(r *srvRig, x *ConnTracker) {
+		{name: "a push comes to its end, and is read", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.scrapeOn(x, "consumer=x")
 			r.server.uploads.TryAcquire()
-		}, during: func(r *srvRig, x *ConnTracker) {
+		}, during: func(r *srvRig, x *AnswerReadTracker) {
 			time.Sleep(5*time.Second - time.Millisecond)
 			r.hold("a", "up 1\n")
 			r.server.uploads.Release()
@@ -120,7 +120,7 @@ func TestDrain(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r, x := newLeaveRig(t), &ConnTracker{}
+				r, x := newLeaveRig(t), &AnswerReadTracker{}
 				if c.before != nil {
 					c.before(r, x)
 				}
@@ -148,17 +148,17 @@ func TestLogUnread(t *testing.T) {
 	const waits = `msg="samples are unread; they are lost, but for those of clients with a spool, because there is no storage directory" `
 	for _, c := range []struct {
 		name string
-		do   func(r *srvRig, x *ConnTracker)
+		do   func(r *srvRig, x *AnswerReadTracker)
 		want []string
 	}{
-		{"nothing held", func(*srvRig, *ConnTracker) {}, []string{`msg="nothing unread"`}},
-		{"nobody is known", func(r *srvRig, _ *ConnTracker) { r.hold("a", "up 1\nn 1\n") }, []string{`msg="no consumer is known, so that nothing is read" samples=2`}},
-		{"all read", func(r *srvRig, x *ConnTracker) {
+		{"nothing held", func(*srvRig, *AnswerReadTracker) {}, []string{`msg="nothing unread"`}},
+		{"nobody is known", func(r *srvRig, _ *AnswerReadTracker) { r.hold("a", "up 1\nn 1\n") }, []string{`msg="no consumer is known, so that nothing is read" samples=2`}},
+		{"all read", func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 		}, []string{`msg="nothing unread"`}},
-		{"unread", func(r *srvRig, x *ConnTracker) {
+		{"unread", func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\nn 1\n")
 			r.scrapeOn(x, "consumer=y")
 			r.scrapeOn(x, "consumer=x")
@@ -170,7 +170,7 @@ func TestLogUnread(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := newLeaveRig(t)
-				c.do(r, &ConnTracker{})
+				c.do(r, &AnswerReadTracker{})
 				before := r.log.String()
 				r.server.LogUnreadSamples()
 				log := strings.TrimPrefix(r.log.String(), before)

@@ -34,8 +34,8 @@ type ExternalAuthorizer struct {
 	requests semaphore
 }
 
-// NewExternalAuthorizer returns an ExternalAuthorizer that asks u. The client has a timeout, and follows no
-// redirects.
+// NewExternalAuthorizer returns an ExternalAuthorizer that asks u. The client has a timeout, and
+// follows no redirects.
 func NewExternalAuthorizer(u *url.URL, client *http.Client) *ExternalAuthorizer {
 	return &ExternalAuthorizer{u, client, newSemaphore(maxAuthorizing)}
 }

@@ -26,8 +26,8 @@ var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.
 // federateConfig configures a federateHandler.
 type federateConfig struct {
 	Store        *Store
-	Sites        *SiteTracker
-	Owned        func(hash uint64) bool // see ScrapeReader
+	Sites        *SitePushLimiter
+	Owned        func(hash uint64) bool // see AllSitesReader
 	Revoked      func(id string) bool   // whether a cluster ID was revoked
 	Name         string                 // of this server
 	Metrics      *Metrics
@@ -40,7 +40,7 @@ type federateConfig struct {
 // federateHandler answers scrapes. It is safe for concurrent use.
 type federateHandler struct {
 	cfg     federateConfig
-	scraper *ScrapeReader
+	scraper *AllSitesReader
 
 	seconds, bytes              *Histogram
 	samples                     *Gauge
@@ -58,7 +58,7 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 		})
 	})
 	return &federateHandler{
-		cfg: cfg, scraper: &ScrapeReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
+		cfg: cfg, scraper: &AllSitesReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
@@ -91,7 +91,7 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			refuseConsumer(w, err)
 			return
 		}
-		families = h.takeUnreadSamples(session, r, q.Get("consumer"), match)
+		families = h.takeUnreadAndNewest(session, r, q.Get("consumer"), match)
 	} else {
 		families = h.newestSamples(match)
 	}
@@ -101,7 +101,7 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	took := time.Since(begin)
 	h.seconds.Observe(took.Seconds())
 	if session != nil {
-		session.NoteWriteTime(took, scraperTimeout(r.Header)/2, err)
+		session.EndScrapeAndLimitNext(took, scraperTimeout(r.Header)/2, err)
 	}
 	if err != nil {
 		h.endedEarly.Inc()
@@ -119,10 +119,11 @@ func refuseConsumer(w http.ResponseWriter, err error) {
 	http.Error(w, "consumer: "+err.Error(), status)
 }
 
-// takeUnreadSamples returns the samples that a consumer has not read, as many as its scrape may have.
-func (h *federateHandler) takeUnreadSamples(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
+// takeUnreadAndNewest returns the samples that a consumer has not read, as many as its scrape may
+// have.
+func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
-	families, unread, more := h.scraper.ServeUnreadSamples(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcher())
+	families, unread, more := h.scraper.ServeUnreadAndNewest(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcherOrNil())
 	if more {
 		h.truncated.Inc()
 		h.cfg.Log.Debug("scrape met a limit; the rest follows", "consumer", consumer, "samples", unread, "limit", limit)
@@ -132,7 +133,7 @@ func (h *federateHandler) takeUnreadSamples(session *ConsumerSession, r *http.Re
 
 // newestSamples returns the newest sample of each series.
 func (h *federateHandler) newestSamples(match Selectors) []Family {
-	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcher())
+	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcherOrNil())
 	if truncated {
 		h.truncated.Inc()
 		h.cfg.Log.Warn("scrape met the limit on samples; the next begins elsewhere", "limit", h.cfg.LimitScrape)
@@ -164,9 +165,9 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	if err := CheckConsumerName(name); err != nil {
 		return nil, err
 	}
-	conn, viaProxy := TrackerIfSequential(r), isProxied(r.Header)
+	conn, viaProxy := TrackerIfPreviousAnswerRead(r), isProxied(r.Header)
 	if viaProxy {
-		conn = &ConnTracker{} // a connection of its own confirms nothing
+		conn = &AnswerReadTracker{} // a connection of its own confirms nothing
 	}
 	selectors := slices.Sorted(slices.Values(q["match[]"]))
 	now, log := h.cfg.Now(), h.cfg.Log.With("consumer", name, "remote", r.RemoteAddr)
@@ -176,7 +177,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	}
 	// Before the consumer is served anything: a crash must not forget a consumer that has to read.
 	h.cfg.Store.SaveConsumers()
-	if viaProxy && session.MarkProxied() {
+	if viaProxy && session.MarkConsumerProxied() {
 		log.Warn("consumer asks through a proxy, whose scrapes confirm nothing, so that it is served the same samples again; it has to scrape this server directly")
 	}
 	unconfirmed, warn := session.TakeUnconfirmedWarning(now)
@@ -214,8 +215,8 @@ func scraperTimeout(h http.Header) time.Duration {
 	return time.Duration(s * float64(time.Second))
 }
 
-// siteStatusFamilies returns the series that this server makes of each site, with the server's name, so
-// that alerts can find a silent site.
+// siteStatusFamilies returns the series that this server makes of each site, with the server's
+// name, so that alerts can find a silent site.
 func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {
@@ -224,7 +225,7 @@ func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 		}
 		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(h.cfg.Name)},
 			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
-		if match.Match(r.Name, r.Labels) {
+		if match.MatchOrEmpty(r.Name, r.Labels) {
 			p.Add(&r) // these names and an ID that was authenticated are always valid
 		}
 	}
@@ -237,7 +238,7 @@ func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 				Label{[]byte("consumer"), []byte(b.Name)}, Label{[]byte("address"), []byte(b.Address)})
 		}
 	}
-	h.cfg.Sites.ForEach(func(id string, a siteActivity) {
+	h.cfg.Sites.ForEach(func(id string, a siteHealth) {
 		if !a.LastFailure.IsZero() {
 			add(PushFailureTimeName, id, float64(a.LastFailure.UnixMilli())/1000)
 		}

@@ -215,7 +215,7 @@ func TestFederatePipelined(t *testing.T) {
 			eventually(t, "first request", func() bool { return len(first) == 1 })
 			r.pushUps(3)
 			send(test.during)
-			c := (<-first).Context().Value(connTrackerKey{}).(*ConnTracker)
+			c := (<-first).Context().Value(connTrackerKey{}).(*AnswerReadTracker)
 			first <- nil // no other waits
 			eventually(t, "read what was sent", func() bool {
 				c.mu.Lock()
@@ -478,7 +478,7 @@ func TestFederateRevoked(t *testing.T) {
 }
 
 // scrapeOn asks for /federate on a connection whose earlier answers were all read.
-func (r *srvRig) scrapeOn(conn *ConnTracker, query string) string {
+func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
 	r.t.Helper()
 	conn.sequential = true
 	req := httptest.NewRequest("GET", "/federate?"+query, nil)
@@ -554,7 +554,7 @@ func TestFederateOfEachServer(t *testing.T) {
 		*ringServer
 		unread, newest string
 	}{{a, "2 ", ""}, {b, "1 ", "1 "}} {
-		conn := &ConnTracker{}
+		conn := &AnswerReadTracker{}
 		backlog := func(want int) {
 			t.Helper()
 			line := fmt.Sprintf(`telemeter_cluster_backlog_samples{_id="%s",address="192.0.2.1",consumer="x",instance="",job="",server="%s"} %d`, id, c.server.cfg.Name, want)

@@ -51,11 +51,11 @@ type pushRequest struct {
 
 // pushResponse is the answer to a push. The body is text, or JSON if the status is 200.
 type pushResponse struct {
-	Status     int
-	Result     string // as telemeter_pushes_total names it
-	Body       []byte
-	RetryAfter int  `json:",omitempty"` // s
-	Untimely   bool `json:",omitempty"` // every sample was dropped for its time
+	Status      int
+	Result      string // as telemeter_pushes_total names it
+	Body        []byte
+	RetryAfter  int  `json:",omitempty"` // s
+	AllUntimely bool `json:",omitempty"` // every sample was dropped for its time
 }
 
 // forwardEnvelope has the addresses of a forwarded request, and all of the push but its body. It is
@@ -86,9 +86,9 @@ type Forwarder struct {
 	sequence  atomic.Uint64 // of the last request sent in this session
 	receiving semaphore     // requests of other members
 
-	mu      sync.Mutex                // guards senders and owners
-	senders map[string]*senderSession // by member name
-	owners  map[string]*ownerSession  // by member name
+	mu      sync.Mutex                    // guards senders and owners
+	senders map[string]*senderSession     // by member name
+	owners  map[string]*ownerRequestSlots // by member name
 
 	sentTotal, receivedTotal *Counter
 	seconds                  *Histogram
@@ -100,8 +100,8 @@ type senderSession struct {
 	window  ReplayWindow // over its sequence numbers
 }
 
-// ownerSession has the requests that wait for one session of an owner.
-type ownerSession struct {
+// ownerRequestSlots has the requests that wait for one session of an owner.
+type ownerRequestSlots struct {
 	session  uint64
 	requests semaphore
 	ctx      context.Context // ends when that session is live no more
@@ -112,7 +112,7 @@ type ownerSession struct {
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	m := cfg.Metrics
 	f := &Forwarder{
-		cfg: cfg, receiving: newSemaphore(maxForwards), senders: map[string]*senderSession{}, owners: map[string]*ownerSession{},
+		cfg: cfg, receiving: newSemaphore(maxForwards), senders: map[string]*senderSession{}, owners: map[string]*ownerRequestSlots{},
 		sentTotal:     m.Counter("telemeter_forwards_sent_total", "Pushes for other owners by result: accepted, refused by the owner, or kept: held here because the owner could not take them.", "result"),
 		receivedTotal: m.Counter("telemeter_forwards_received_total", "Pushes forwarded by other members by result.", "result"),
 		seconds:       m.Histogram("telemeter_forward_duration_seconds", "Time until the owner answered.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
@@ -167,9 +167,9 @@ func (f *Forwarder) OwnsSite(siteKey uint64) bool {
 	return ok && p.Name == f.cfg.Name
 }
 
-// Forward passes a push to its owner and returns the owner's answer. It returns nil if this
+// TryForward passes a push to its owner and returns the owner's answer. It returns nil if this
 // server has to store the push, because it is the owner or because the owner cannot take it.
-func (f *Forwarder) Forward(ctx context.Context, push *pushRequest, body []byte) *pushResponse {
+func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []byte) (ownerAnswer *pushResponse) {
 	key := SiteKey(push.ClusterID)
 	for {
 		owner, self := f.SiteOwner(key)
@@ -210,7 +210,7 @@ func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwar
 		if o != nil {
 			o.cancel()
 		}
-		o = &ownerSession{session: to.Session, requests: newSemaphore(maxForwards)}
+		o = &ownerRequestSlots{session: to.Session, requests: newSemaphore(maxForwards)}
 		o.ctx, o.cancel = context.WithCancel(context.Background())
 		f.owners[to.Name] = o
 	}
@@ -296,7 +296,7 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
 		answer, result, err := f.receiveForwarded(w, r, store)
 		if err != nil {
-			refused := asForwardError(err)
+			refused := toForwardRefused(err)
 			f.receivedTotal.Inc(refused.result)
 			w.Header().Set("Connection", "close")
 			http.Error(w, refused.text, refused.status)
@@ -308,25 +308,25 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	return mux
 }
 
-// forwardError says why a forwarded request is refused. A sender without the key learns nothing
-// from its text but that, and the version.
-type forwardError struct {
+// forwardRefusedError says why a forwarded request is refused. A sender without the key learns
+// nothing from its text but that, and the version.
+type forwardRefusedError struct {
 	status int
 	result string // as telemeter_forwards_received_total names it
 	text   string
 }
 
-func (e *forwardError) Error() string { return e.text }
+func (e *forwardRefusedError) Error() string { return e.text }
 
-func errForward(status int, result string) error {
-	return &forwardError{status, result, http.StatusText(status)}
+func errForwardRefused(status int, result string) error {
+	return &forwardRefusedError{status, result, http.StatusText(status)}
 }
 
-// asForwardError returns err as a forwardError.
-func asForwardError(err error) *forwardError {
-	var e *forwardError
+// toForwardRefused returns err as a forwardRefusedError.
+func toForwardRefused(err error) *forwardRefusedError {
+	var e *forwardRefusedError
 	if !errors.As(err, &e) {
-		e = &forwardError{http.StatusInternalServerError, "malformed", "the request could not be handled"}
+		e = &forwardRefusedError{http.StatusInternalServerError, "malformed", "the request could not be handled"}
 	}
 	return e
 }
@@ -340,13 +340,13 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 		return nil, "", err
 	}
 	if env.To != f.cfg.Name || env.ToSession != f.View().Members[f.cfg.Name].Session {
-		return nil, "", errForward(http.StatusForbidden, "misrouted")
+		return nil, "", errForwardRefused(http.StatusForbidden, "misrouted")
 	}
 	if !f.acceptSequence(env) {
-		return nil, "", errForward(http.StatusForbidden, "replayed")
+		return nil, "", errForwardRefused(http.StatusForbidden, "replayed")
 	}
 	if !f.receiving.TryAcquire() {
-		return nil, "", errForward(http.StatusServiceUnavailable, "overloaded")
+		return nil, "", errForwardRefused(http.StatusServiceUnavailable, "overloaded")
 	}
 	defer f.receiving.Release()
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxForwardBody))
@@ -354,12 +354,12 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 		body, err = f.cfg.Sealer.Open(nil, body, bodySeal, sealed)
 	}
 	if err != nil {
-		return nil, "", errForward(http.StatusForbidden, "forged")
+		return nil, "", errForwardRefused(http.StatusForbidden, "forged")
 	}
 	resp, err := store(r.Context(), &env.Push, body)
 	if err != nil {
 		f.cfg.Log.Debug("forwarded push is handed back", "cluster_id", env.Push.ClusterID, "from", env.From, "err", err)
-		return nil, "", errForward(http.StatusServiceUnavailable, "returned")
+		return nil, "", errForwardRefused(http.StatusServiceUnavailable, "returned")
 	}
 	b, err := json.Marshal(resp)
 	if err != nil {
@@ -373,11 +373,11 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 }
 
 // openEnvelope opens an envelope in base64. It returns the sealed bytes too, which body and
-// answer are bound to. The error is a forwardError.
+// answer are bound to. The error is a forwardRefusedError.
 func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnvelope []byte, err error) {
 	sealedEnvelope, err = base64.RawURLEncoding.DecodeString(header)
 	if err != nil || len(sealedEnvelope) > maxEnvelope {
-		return env, nil, errForward(http.StatusForbidden, "forged")
+		return env, nil, errForwardRefused(http.StatusForbidden, "forged")
 	}
 	plain, err := f.cfg.Sealer.Open(nil, sealedEnvelope, envelopeSeal, nil)
 	if err == nil {
@@ -385,11 +385,11 @@ func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnve
 	}
 	switch {
 	case errors.Is(err, ErrSealVersion), errors.Is(err, errEnvelopeVersion):
-		return env, nil, &forwardError{http.StatusForbidden, "version", "forwarding needs servers of one version: " + err.Error()}
+		return env, nil, &forwardRefusedError{http.StatusForbidden, "version", "forwarding needs servers of one version: " + err.Error()}
 	case err != nil:
-		return env, nil, errForward(http.StatusForbidden, "forged")
+		return env, nil, errForwardRefused(http.StatusForbidden, "forged")
 	case json.Unmarshal(plain, &env) != nil || CheckClusterID(env.Push.ClusterID) != nil:
-		return env, nil, errForward(http.StatusForbidden, "malformed")
+		return env, nil, errForwardRefused(http.StatusForbidden, "malformed")
 	}
 	return env, sealedEnvelope, nil
 }

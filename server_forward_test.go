@@ -69,7 +69,7 @@ func (n *forwardNode) took() int {
 // push has n forward a push with the given body, and returns the body of the answer: the
 // name of the member that took the push, or "" if n has to take it itself.
 func (n *forwardNode) push(ctx context.Context, id, body string) string {
-	a := n.Forward(ctx, &pushRequest{ClusterID: id, Arrival: 5, Type: "text/plain"}, []byte(body))
+	a := n.TryForward(ctx, &pushRequest{ClusterID: id, Arrival: 5, Type: "text/plain"}, []byte(body))
 	if a == nil {
 		return ""
 	}
@@ -201,7 +201,7 @@ func TestForward(t *testing.T) {
 	bodies := []string{"", "a 1\n", "\x00\xff\x1f\x8b", strings.Repeat("z", 1<<20)}
 	answers := []*pushResponse{
 		{Status: 200, Result: resultAccepted, Body: []byte("{\"accepted\":1}\n")},
-		{Status: 200, Result: resultAccepted, Body: []byte("{}\n"), Untimely: true},
+		{Status: 200, Result: resultAccepted, Body: []byte("{}\n"), AllUntimely: true},
 		{Status: 400, Result: resultMalformed, Body: []byte("line 1: <html> \xff\n")},
 		{Status: 413, Result: resultTooLarge, Body: []byte("too large\n")},
 		{Status: 415, Result: resultUnsupported, Body: []byte("what?\n")},
@@ -212,7 +212,7 @@ func TestForward(t *testing.T) {
 	for i, answer := range answers {
 		body := bodies[i%len(bodies)]
 		b.answer = func() (*pushResponse, error) { return answer, nil }
-		got := a.Forward(ctx, &up, []byte(body))
+		got := a.TryForward(ctx, &up, []byte(body))
 		if !reflect.DeepEqual(got, answer) {
 			t.Errorf("the owner answered %+v, the receiver has %+v", answer, got)
 		}
@@ -277,12 +277,12 @@ func TestForwardLongHead(t *testing.T) {
 		ClusterID: ownedBy(t, a.Forwarder, "b"), Labels: map[string]string{"note": strings.Repeat("x", 1000)}, Arrival: 1_700_000_000_123,
 		Type: protoType, Encoding: "gzip", Spool: names.String(), Consumers: FormatConsumers(consumers),
 	}
-	if got := a.Forward(t.Context(), &up, []byte("x")); got == nil || !reflect.DeepEqual(b.pushes[0].push, up) {
+	if got := a.TryForward(t.Context(), &up, []byte("x")); got == nil || !reflect.DeepEqual(b.pushes[0].push, up) {
 		t.Errorf("a head with %d bytes of numbers and %d of consumers was answered %v", len(up.Spool), len(up.Consumers), got)
 	}
 	// A longer one is not sent: the owner would count it as forged.
 	up.Labels["note"] = strings.Repeat("x", maxEnvelope)
-	if got := a.Forward(t.Context(), &up, []byte("x")); got != nil || a.sentTotal.Value("kept") != 1 || b.receivedTotal.Value("forged") != 0 {
+	if got := a.TryForward(t.Context(), &up, []byte("x")); got != nil || a.sentTotal.Value("kept") != 1 || b.receivedTotal.Value("forged") != 0 {
 		t.Errorf("a head that is too long was answered %v, and %v were counted as forged", got, b.receivedTotal.Value("forged"))
 	}
 }
@@ -490,7 +490,7 @@ func TestForwardTrustsNobody(t *testing.T) {
 		v.Members = map[string]RingMember{"a": v.Members["a"], "b": {Name: "b", Addr: strings.TrimPrefix(srv.URL, "http://"), Session: 1}}
 		a.SetView(&v)
 		before := a.sentTotal.Value("kept")
-		if got := a.Forward(t.Context(), &pushRequest{ClusterID: id}, nil); got != nil || a.sentTotal.Value("kept") != before+1 {
+		if got := a.TryForward(t.Context(), &pushRequest{ClusterID: id}, nil); got != nil || a.sentTotal.Value("kept") != before+1 {
 			t.Errorf("%s was believed: %+v", name, got)
 		}
 		srv.Close()
@@ -707,7 +707,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		{"too large", func(b *ringServer) { b.server.cfg.LimitBytes = 1 << 10 }, big, nil, 413, "", 0},
 		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 413, "", 0},
 		{"too fast", func(b *ringServer) {
-			b.server.sites = NewSiteTracker(7 * time.Second)
+			b.server.sites = NewSitePushLimiter(7 * time.Second)
 			for n := range 2 {
 				for range rateBurst {
 					id := ownedBy(b.t, b.node.Forwarder, "b", n)
@@ -723,7 +723,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		}, "m 1\n", nil, 503, "5", 0},
 		{"full", func(b *ringServer) { b.store.cfg.LimitSamples = 1 }, "m 1\nn 1\n", nil, 503, "60", 0},
 		{"its clock in doubt", func(b *ringServer) {
-			b.store.cfg.NowInterval = func() TimeInterval { return TimeInterval{b.now(), b.now().Add(3 * time.Hour)} }
+			b.store.cfg.NowInterval = func() PresentTimeRange { return PresentTimeRange{b.now(), b.now().Add(3 * time.Hour)} }
 		}, "m 1\n", nil, 503, "30", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -28,11 +28,11 @@ func (s *Server) ringCollector(m *Metrics) func() {
 		share.Set(s.cfg.Member.View().Ring.Shares()[s.cfg.Name])
 		st := s.cfg.Gossip.Stats()
 		health.Set(float64(st.Health))
-		sent.SetTotal(float64(st.Sent))
-		sentBytes.SetTotal(float64(st.SentBytes))
-		received.SetTotal(float64(st.Received))
+		sent.RaiseTo(float64(st.Sent))
+		sentBytes.RaiseTo(float64(st.SentBytes))
+		received.RaiseTo(float64(st.Received))
 		for i, reason := range RefusedReasonNames() {
-			refused.SetTotal(float64(st.Refused[i]), reason)
+			refused.RaiseTo(float64(st.Refused[i]), reason)
 		}
 	}
 }

@@ -1,7 +1,7 @@
 package main
 
-// The promises of a server to clients, scrapers and attackers: the table of answers, the meaning of a
-// 200, that a refused push leaves nothing, and that one site cannot touch the samples of another.
+// The promises of a server to clients, scrapers and attackers: the table of answers, the meaning of
+// a 200, that a refused push leaves nothing, and that one site cannot touch the samples of another.
 // Requests go over a real listener on 127.0.0.1; the clock stands still unless a test moves it.
 
 import (
@@ -433,7 +433,7 @@ func TestAnswers(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := &srvRig{t: t, keys: r.keys, store: r.store, server: r.server, external: r.external, internal: r.internal, secrets: r.secrets}
-			r.server.sites = NewSiteTracker(0)
+			r.server.sites = NewSitePushLimiter(0)
 			samples := r.store.totals.Samples.Load()
 			q := c.q
 			q.url = r.external.URL + q.url
@@ -900,7 +900,7 @@ func TestRateLimit(t *testing.T) {
 
 // TestTrackedSites: their number is bounded, and forgetting one makes it no faster.
 func TestTrackedSites(t *testing.T) {
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	for i := range maxTrackedSites {
 		id := strconv.Itoa(i)
 		if _, err := s.AcquirePush(id, authNow); err != nil {
@@ -1719,7 +1719,7 @@ func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt := time.Duration(0)
 	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
 		now := sc.Now
-		sc.NowInterval = func() TimeInterval { return TimeInterval{now(), now().Add(doubt)} }
+		sc.NowInterval = func() PresentTimeRange { return PresentTimeRange{now(), now().Add(doubt)} }
 	})
 	r.accepted(r.push("site-a", "up 1\n"))
 	doubt = 3 * time.Hour
@@ -1761,7 +1761,7 @@ func TestSpoolAnswers(t *testing.T) {
 		other = "00000000000000cd"
 	)
 	r := newSrvRig(t)
-	conn := &ConnTracker{}
+	conn := &AnswerReadTracker{}
 	ms := func(n int) int64 { return authNow.UnixMilli() + int64(n) }
 	in, old := func(name string, n int) string { return fmt.Sprintf("%s %d %d\n", name, n, ms(n)) }, "old 1 5\n"
 	key := ConsumerKey("x", "192.0.2.1", "")
@@ -1840,7 +1840,7 @@ func TestSpoolAnswers(t *testing.T) {
 func TestSpoolQuestion(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
-	r.scrapeOn(&ConnTracker{}, "consumer=x")
+	r.scrapeOn(&AnswerReadTracker{}, "consumer=x")
 	if got := r.accepted(r.pushSpool("new", "", SpoolHeader, spool)); got.lists() != "|" {
 		t.Errorf("answered %+v", got)
 	}
@@ -1869,7 +1869,7 @@ func TestSpoolQuestion(t *testing.T) {
 func TestSpoolToldConsumers(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
-	conn := &ConnTracker{}
+	conn := &AnswerReadTracker{}
 	var told string
 	site := func(id, numbers, text, want string) {
 		t.Helper()
@@ -1983,7 +1983,7 @@ func TestUploadHeaders(t *testing.T) {
 			if st := r.store.Stats(); len(st.Sites) > 0 || r.server.pushesTotal.Value(resultMalformed) != 1 {
 				t.Errorf("it left %+v, and %v are counted", st, r.server.pushesTotal.Value(resultMalformed))
 			}
-			if all := r.store.Consumers.ConsumerAges(SiteKey("site-a"), r.now()); len(all) > 0 {
+			if all := r.store.Consumers.LastScrapeAges(SiteKey("site-a"), r.now()); len(all) > 0 {
 				t.Errorf("it told of %d consumers", len(all))
 			}
 		})

@@ -39,6 +39,7 @@ const (
 )
 
 // serverDropReasons are all reasons for which a server drops samples of a push that it accepts.
+// The alert TelemeterSamplesDropped of testdata/alerts.yml lists those that need an operator.
 var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture}
 
 // uploadError says why a push is refused, in words for the client.
@@ -67,8 +68,8 @@ func errUnsupported(text string) error {
 	return &uploadError{http.StatusUnsupportedMediaType, resultUnsupported, text, 0}
 }
 
-// refusalResponse returns the response to a push that err refuses. Its text is cut: an error can quote
-// a whole body.
+// refusalResponse returns the response to a push that err refuses. Its text is cut: an error can
+// quote a whole body.
 func refusalResponse(err error) *pushResponse {
 	var e *uploadError
 	if !errors.As(err, &e) {
@@ -100,7 +101,7 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	}
 	s.pushesTotal.Inc(resp.Result)
 	// A server that starts or ends is no fault of the push.
-	if resp.Untimely || resp.Status != http.StatusOK && s.ready.Load() {
+	if resp.AllUntimely || resp.Status != http.StatusOK && s.ready.Load() {
 		s.sites.SetPushFailed(t.ClusterID, s.cfg.Now())
 	}
 	if resp.Status == http.StatusOK {
@@ -158,16 +159,16 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	if s.cfg.Forwarder != nil {
-		if resp := s.cfg.Forwarder.Forward(ctx, push, *body); resp != nil {
+		if resp := s.cfg.Forwarder.TryForward(ctx, push, *body); resp != nil {
 			return resp, nil
 		}
 	}
-	return s.storePush(ctx, push, params, *body)
+	return s.decodeAndStorePush(ctx, push, params, *body)
 }
 
 // storeForwarded stores a push that another member received; see storeForwardedFunc. It hands back a
 // push of which it would drop every sample because the clocks of the two servers differ.
-func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []byte) (resp *pushResponse, handBack error) {
 	if !s.ready.Load() {
 		return nil, errors.New("the server is not ready")
 	}
@@ -176,7 +177,7 @@ func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []b
 	if err != nil {
 		return refusalResponse(err), nil
 	}
-	if apart := now.Sub(time.UnixMilli(push.Arrival)).Abs(); resp.Untimely && apart > maxClockDifference {
+	if apart := now.Sub(time.UnixMilli(push.Arrival)).Abs(); resp.AllUntimely && apart > maxClockDifference {
 		return nil, fmt.Errorf("the time of every sample is out of bounds, and the clock differs from the receiver's by %v", apart.Round(time.Second))
 	}
 	return resp, nil
@@ -195,7 +196,7 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 	}
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	return s.storePush(ctx, push, params, body)
+	return s.decodeAndStorePush(ctx, push, params, body)
 }
 
 // acquirePush lets a push of a site begin, within the rate limit and the number in flight.
@@ -262,8 +263,8 @@ func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]by
 	return nil
 }
 
-// storePush decodes a push, stores it on this server, and returns the answer.
-func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
+// decodeAndStorePush decodes a push, stores it on this server, and returns the answer.
+func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
 	if int64(len(body)) > s.cfg.LimitBytes {
 		return nil, s.errBodyTooLarge()
 	}
@@ -273,7 +274,7 @@ func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushPa
 	}
 	buf := s.buffers.Get().(*decodeBuffers)
 	defer s.releaseBuffers(buf)
-	d, err := s.decodePush(buf, push, params.format, body)
+	d, err := s.decodeAndReleaseSlot(buf, push, params.format, body)
 	if err != nil {
 		return nil, err
 	}
@@ -285,7 +286,7 @@ func (s *Server) storePush(ctx context.Context, push *pushRequest, params pushPa
 	if err != nil {
 		return nil, err
 	}
-	return s.answerAcceptedPush(push.ClusterID, params, &buf.samples, d, res)
+	return s.countAndAnswerAccepted(push.ClusterID, params, &buf.samples, d, res)
 }
 
 // decodeBuffers is the memory that decoding a push takes. It is reused unless it has grown: a push
@@ -303,20 +304,20 @@ func (s *Server) releaseBuffers(buf *decodeBuffers) {
 	}
 }
 
-// decodedCounts has the counts of a push that is decoded.
-type decodedCounts struct {
+// pushDropCounts has the counts of a push that is decoded.
+type pushDropCounts struct {
 	dropped map[string]int // by reason
 	skipped map[string]int // parts of samples, by kind
 	memory  int64          // bytes
 }
 
-// decodePush decodes and normalizes a body into buf.samples. Samples without a time get that of
-// the push's arrival. It releases the caller's slot of s.decoding at its end, before the push is
-// stored: a disk that does not answer must not keep other sites waiting.
-func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format, sent []byte) (counts decodedCounts, err error) {
+// decodeAndReleaseSlot decodes and normalizes a body into buf.samples. Samples without a time get
+// that of the push's arrival. It releases the caller's slot of s.decoding at its end, before the
+// push is stored: a disk that does not answer must not keep other sites waiting.
+func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte) (counts pushDropCounts, err error) {
 	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
-	body, over, err := buf.decompressor.Decompress(sent, push.Encoding, limit)
+	body, over, err := buf.decompressor.Decompress(sentBody, push.Encoding, limit)
 	defer func() { buf.size = cap(body) + cap(buf.samples.Arena) + cap(buf.samples.Samples)*sampleBytes }()
 	if err != nil {
 		return counts, errMalformed(err.Error())
@@ -339,7 +340,7 @@ func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format
 	}
 	s.samplesTotal.Add(float64(n.received))
 	memory := len(body) + len(buf.samples.Arena) + len(buf.samples.Samples)*sampleBytes
-	return decodedCounts{dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(memory)}, nil
+	return pushDropCounts{dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(memory)}, nil
 }
 
 // pushNormalizer normalizes the samples of one push by the operator's rules.
@@ -359,7 +360,8 @@ func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNor
 	}
 }
 
-// normalizeAndAdd adds a sample to the list, or counts why it is dropped. An error refuses the whole push.
+// normalizeAndAdd adds a sample to the list, or counts why it is dropped. An error refuses the
+// whole push.
 func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	n.received++
 	reason, err := n.rules.Normalize(r, n.forced)
@@ -383,7 +385,7 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 // appendPush appends the samples of a push, and the names of its scrapes, to the site's log.
 func (s *Server) appendPush(ctx context.Context, clusterID string, params pushParams, samples *SampleList) (res AppendResult, err error) {
 	// Before the samples are stored: they must not be evicted unread.
-	s.cfg.Store.Consumers.AddReportedConsumers(SiteKey(clusterID), params.consumers, s.cfg.Now())
+	s.cfg.Store.Consumers.AddClientReportedConsumers(SiteKey(clusterID), params.consumers, s.cfg.Now())
 	if params.scrapes.SpoolID != 0 && len(params.scrapes.Numbers) == 0 && len(samples.Samples) == 0 {
 		return res, nil // the push only asks which scrapes are held and read
 	}
@@ -407,8 +409,8 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 	return res, &uploadError{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
 }
 
-// answerAcceptedPush counts a push that is stored, and returns its answer.
-func (s *Server) answerAcceptedPush(clusterID string, params pushParams, samples *SampleList, counts decodedCounts, res AppendResult) (*pushResponse, error) {
+// countAndAnswerAccepted counts a push that is stored, and returns its answer.
+func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
 	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
 		if n > 0 {
 			counts.dropped[reason] = n
@@ -420,9 +422,9 @@ func (s *Server) answerAcceptedPush(clusterID string, params pushParams, samples
 		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped, Skipped: counts.skipped,
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
-	if res.IsUntimely() {
+	if res.IsAllUntimely() {
 		answer.Hint = untimelyHint(samples, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
-		if s.sites.NoteUntimelyPush(clusterID, now) {
+		if s.sites.TakeUntimelyWarning(clusterID, now) {
 			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", clusterID, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
 		}
 	}
@@ -438,11 +440,11 @@ func (s *Server) answerAcceptedPush(clusterID string, params pushParams, samples
 	if err != nil { // of numbers and strings: cannot be
 		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be made", 0}
 	}
-	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), Untimely: res.IsUntimely()}, nil
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: res.IsAllUntimely()}, nil
 }
 
 // countAcceptedPush counts a push that is stored.
-func (s *Server) countAcceptedPush(counts decodedCounts, res AppendResult) {
+func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	if res.WriteTime > 0 {
 		s.appendSeconds.Observe(res.WriteTime.Seconds())
 	}

@@ -49,7 +49,7 @@ type StoreConfig struct {
 	// server's site that expire unread are not counted as lost if their client has a spool.
 	Owned func(hash uint64) bool
 	// NowInterval returns what the present time may be; samples expire by it. nil: Now.
-	NowInterval func() TimeInterval
+	NowInterval func() PresentTimeRange
 	// OnError gets what failed in the background, or was found damaged at opening. OnWarning,
 	// if not nil, gets unfinished writes, as a crash leaves them. They are called without
 	// locks held.
@@ -88,7 +88,7 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		return nil, fmt.Errorf("retention %v is not above 0 and at most %v", cfg.Retention, MaxRetention)
 	}
 	if cfg.NowInterval == nil {
-		cfg.NowInterval = func() TimeInterval { return IntervalAt(cfg.Now()) }
+		cfg.NowInterval = func() PresentTimeRange { return ExactTimeRange(cfg.Now()) }
 	}
 	if cfg.OnWarning == nil {
 		cfg.OnWarning = func(error) {}
@@ -162,9 +162,9 @@ func (s *Store) isClosing() bool {
 	}
 }
 
-// acquireSite returns the site of clusterID with its lock, which releaseSite releases. It adds the
-// site if need be. The error is ErrClosed, ErrFull, that of ctx, or that of removing another
-// site's log.
+// acquireSite returns the site of clusterID with its lock, which releaseAndDropIfNew releases. It
+// adds the site if need be. The error is ErrClosed, ErrFull, that of ctx, or that of removing
+// another site's log.
 func (s *Store) acquireSite(ctx context.Context, clusterID string) (*Site, error) {
 	for {
 		site, err := s.findOrAddSite(clusterID)
@@ -207,13 +207,13 @@ func (s *Store) findOrAddSite(clusterID string) (*Site, error) {
 	return site, nil
 }
 
-// releaseSite releases the lock of a site. It drops a site that never had a batch, so that a
+// releaseAndDropIfNew releases the lock of a site. It drops a site that never had a batch, so that a
 // first push that fails leaves nothing behind.
-func (s *Store) releaseSite(site *Site) {
+func (s *Store) releaseAndDropIfNew(site *Site) {
 	isNew := false
 	site.View(func(data *SiteSamples) { isNew = data.IsNew() })
 	if isNew {
-		s.dropFromMemory(site)
+		s.dropEmptySite(site)
 	}
 	site.Unlock()
 }
@@ -254,12 +254,12 @@ func (s *Store) removeSiteAndLog(site *Site) error {
 	if err := site.RemoveLog(); err != nil {
 		return fmt.Errorf("removing the log of site %q: %w", site.ID, err)
 	}
-	s.dropFromMemory(site)
+	s.dropEmptySite(site)
 	return nil
 }
 
-// dropFromMemory drops a site without samples from memory. The caller holds its lock.
-func (s *Store) dropFromMemory(site *Site) {
+// dropEmptySite drops a site without samples from memory. The caller holds its lock.
+func (s *Store) dropEmptySite(site *Site) {
 	site.markRemoved()
 	s.mu.Lock()
 	delete(s.sites, site.ID)
@@ -267,20 +267,19 @@ func (s *Store) dropFromMemory(site *Site) {
 	s.Consumers.DropSiteCursors(site.Key)
 }
 
-// Append holds the samples of p for the site of clusterID. When it returns nil, what it
-// counts as accepted is on disk; when not, nothing was accepted. Lines have to be those of
-// SampleList.Add and carry clusterID's ClusterLabel; names are of the scrapes in p. If all of them are
-// held already, nothing is stored. Waiting for an earlier push of the site ends with ctx.
-// Errors: ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ctx's, or those of the
-// disk.
+// Append holds the samples of p for the site of clusterID. When it returns nil, what it counts as
+// accepted is on disk; when not, nothing was accepted. Lines have to be those of SampleList.Add and
+// carry clusterID's ClusterLabel; names are of the scrapes in p. If all of them are held already,
+// nothing is stored. Waiting for an earlier push of the site ends with ctx. Errors: ErrSeriesLimit,
+// ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ctx's, or those of the disk.
 func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
 		return AppendResult{}, err
 	}
-	defer s.releaseSite(site)
+	defer s.releaseAndDropIfNew(site)
 	limits := AppendLimits{Now: s.cfg.NowInterval(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
-	staged, err := site.StageBatch(p, names, limits)
+	staged, err := site.StageNewSamples(p, names, limits)
 	if err != nil || staged.Batch == nil {
 		return staged.Result, err
 	}
@@ -307,7 +306,7 @@ type SpoolStatus struct {
 // scrapes that every consumer has read by now.
 func (s *Store) RefreshSpoolStatus(clusterID string, spoolID uint64) (st SpoolStatus) {
 	hash, now := SiteKey(clusterID), s.cfg.NowInterval().Earliest
-	st.Consumers = s.Consumers.ConsumerAges(hash, now)
+	st.Consumers = s.Consumers.LastScrapeAges(hash, now)
 	seq, known := s.Consumers.SeqReadByAll(hash, now)
 	st.HasConsumers = known
 	s.ViewSite(clusterID, func(data *SiteSamples) {
@@ -327,7 +326,7 @@ func (s *Store) Run(ctx context.Context) error {
 	// costs a repetition.
 	saving.Go(func() { runEvery(ctx, saveEvery, nil, func(bool) { s.saveCursors() }) })
 	runEvery(ctx, maintainEvery, s.compactNow, func(storageFull bool) {
-		s.maintain(ctx, storageFull)
+		s.expireAndCompact(ctx, storageFull)
 		s.Consumers.DropIdle(s.cfg.NowInterval().Earliest)
 	})
 	return nil
@@ -363,15 +362,15 @@ func (s *Store) saveCursors() {
 	}
 }
 
-// maintain drops the expired samples of every site, compacts its log, and removes sites that
+// expireAndCompact drops the expired samples of every site, compacts its log, and removes sites that
 // have been silent for long.
-func (s *Store) maintain(ctx context.Context, storageFull bool) {
+func (s *Store) expireAndCompact(ctx context.Context, storageFull bool) {
 	for _, site := range s.sitesByID() {
 		if site.Lock(ctx) != nil {
 			return
 		}
 		if !site.removed {
-			if err := s.maintainSite(site, storageFull); err != nil {
+			if err := s.expireAndCompactSite(site, storageFull); err != nil {
 				s.cfg.OnError(fmt.Errorf("compacting the log of site %q: %w", site.ID, err))
 			}
 		}
@@ -379,7 +378,7 @@ func (s *Store) maintain(ctx context.Context, storageFull bool) {
 	}
 }
 
-func (s *Store) maintainSite(site *Site, storageFull bool) error {
+func (s *Store) expireAndCompactSite(site *Site, storageFull bool) error {
 	oldest := s.KeptSince()
 	site.DropExpired(oldest)
 	silent := false
@@ -400,7 +399,7 @@ func (s *Store) sitesByID() []*Site {
 }
 
 // ForEachSite calls f with the data of every site, by ID, until f returns false. It begins at
-// the fraction start, from 0 to 1, of the sites, and goes on from the first after the last. It
+// startFraction, from 0 to 1, of the sites, and goes on from the first after the last. It
 // drops the site's expired samples before it calls f. f must neither keep data nor call the
 // store.
 func (s *Store) ForEachSite(startFraction float64, f func(hash uint64, data *SiteSamples) bool) {

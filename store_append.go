@@ -19,8 +19,8 @@ type AppendResult struct {
 	WriteTime                 time.Duration // spent until the disk had it
 }
 
-// IsUntimely reports that samples were dropped for their time and none was accepted or held.
-func (r *AppendResult) IsUntimely() bool {
+// IsAllUntimely reports that samples were dropped for their time and none was accepted or held.
+func (r *AppendResult) IsAllUntimely() bool {
 	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
 }
 
@@ -36,7 +36,7 @@ func (r *AppendResult) countRepeat(v, first float64) {
 
 // AppendLimits are what a push is checked against.
 type AppendLimits struct {
-	Now       TimeInterval // what the present time may be
+	Now       PresentTimeRange // what the present time may be
 	Retention time.Duration
 	Series    int // held of the site; 0 does not bound
 }
@@ -60,11 +60,11 @@ func compareSeriesTime(a, b seriesSample) int {
 	return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t))
 }
 
-// StageBatch makes a batch of the samples of p that are neither held, nor older than retention,
+// StageNewSamples makes a batch of the samples of p that are neither held, nor older than retention,
 // nor of the future. It inserts their series, which Rollback takes back. The lines of p are
 // those of SampleList.Add; names are of the scrapes in p. On an error, which is ErrSeriesLimit,
 // ErrTooLarge or ErrClockInDoubt, nothing was inserted.
-func (d *SiteSamples) StageBatch(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
+func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	if d.Spools.HasAll(names) { // the answer to an earlier push was lost; its samples may be evicted by now
 		return StagedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}
@@ -97,18 +97,18 @@ func (d *SiteSamples) StageBatch(p *SampleList, names ScrapeNames, limits Append
 	return staged, nil
 }
 
-// Rollback takes back what StageBatch inserted.
+// Rollback takes back what StageNewSamples inserted.
 func (d *SiteSamples) Rollback(staged StagedBatch) { d.Table.Truncate(staged.newSeries) }
 
 // canMarkScrapesHeld reports whether the batch of a push counts as its scrapes. If all samples
 // of a scrape are dropped for their time, this server's clock may be the wrong one; and of
 // several scrapes in a push nothing tells to which of them a sample belongs.
 func canMarkScrapesHeld(names ScrapeNames, res *AppendResult) bool {
-	return len(names.Numbers) > 0 && !res.IsUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
+	return len(names.Numbers) > 0 && !res.IsAllUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }
 
-// insertAcceptedSeries returns the samples of p whose time is accepted, with the IDs of their series,
-// which it inserts under the limits. It counts the others.
+// insertAcceptedSeries returns the samples of p whose time is accepted, with the IDs of their
+// series, which it inserts under the limits. It counts the others.
 func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
 	times := limits.timeBounds()
 	samples := make([]seriesSample, 0, len(p.Samples))
@@ -121,7 +121,7 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 		line := p.Line(smp)
 		id, hash, ok := d.Table.Find(line)
 		if !ok {
-			if err := d.checkSeriesLimits(len(line), limits.Series); err != nil {
+			if err := d.checkNewSeriesFits(len(line), limits.Series); err != nil {
 				return nil, err
 			}
 			id = d.Table.Insert(hash, line, !IsLegacyLine(line))
@@ -131,9 +131,9 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 	return samples, nil
 }
 
-// checkSeriesLimits reports that one more series, with a line of lineSize bytes, is beyond maxSeries or
-// what a table can take.
-func (d *SiteSamples) checkSeriesLimits(lineSize, maxSeries int) error {
+// checkNewSeriesFits reports that one more series, with a line of lineSize bytes, is beyond
+// maxSeries or what a table can take.
+func (d *SiteSamples) checkNewSeriesFits(lineSize, maxSeries int) error {
 	if n := d.Table.Len(); maxSeries > 0 && n >= maxSeries || n > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
 		return fmt.Errorf("%w: more than the %d that may be held for a site", ErrSeriesLimit, maxSeries)
 	}

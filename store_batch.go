@@ -48,8 +48,8 @@ type ReadPosition struct {
 	PartialLen  int
 }
 
-// SamplesReadOf returns how many samples of b, a batch after Seq, the reader is past.
-func (p ReadPosition) SamplesReadOf(b *Batch) int {
+// PartialReadOf returns how many samples of b, a batch after Seq, the reader is past.
+func (p ReadPosition) PartialReadOf(b *Batch) int {
 	if b.Seq != p.PartialSeq || len(b.V) != p.PartialLen {
 		return 0
 	}

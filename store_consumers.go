@@ -73,8 +73,8 @@ func ConsumerKey(name, address, match string) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// CursorPastEnd says that cursors are past the end of a site's log.
-type CursorPastEnd struct {
+// SiteCursorsPastEnd says that cursors are past the end of a site's log.
+type SiteCursorsPastEnd struct {
 	Site, Seq uint64
 	Names     []string // of the consumers
 }
@@ -82,21 +82,21 @@ type CursorPastEnd struct {
 // DropCursorsPastEnd drops and returns the cursors that are past the end of their site's log, or
 // whose site has no log. logEnds has the number of the last batch in each log. The consumers are
 // served again all that such a log still holds.
-func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []CursorPastEnd {
+func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursorsPastEnd {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	past := map[uint64]CursorPastEnd{}
+	past := map[uint64]SiteCursorsPastEnd{}
 	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
 		c := cs.byKey[key]
 		for site, seq := range c.cursors {
 			if seq > logEnds[site] {
 				p := past[site]
-				past[site] = CursorPastEnd{site, max(p.Seq, seq), append(p.Names, c.name)}
+				past[site] = SiteCursorsPastEnd{site, max(p.Seq, seq), append(p.Names, c.name)}
 				c.setCursor(site, 0)
 			}
 		}
 	}
-	return slices.SortedFunc(maps.Values(past), func(a, b CursorPastEnd) int { return cmp.Compare(a.Site, b.Site) })
+	return slices.SortedFunc(maps.Values(past), func(a, b SiteCursorsPastEnd) int { return cmp.Compare(a.Site, b.Site) })
 }
 
 // HighestCursor returns the highest cursor of all.
@@ -120,8 +120,8 @@ func (c *consumer) setCursor(siteKey, seq uint64) {
 	}
 }
 
-// findOrAddConsumer returns the consumer, adding it if need be as if it had scraped now; nil if there
-// are more than MaxConsumers. Recovery calls it as well as a scrape: a consumer of the files
+// findOrAddConsumer returns the consumer, adding it if need be as if it had scraped now; nil if
+// there are more than MaxConsumers. Recovery calls it as well as a scrape: a consumer of the files
 // that is refused here would count as damage.
 func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
@@ -132,9 +132,9 @@ func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer
 	return c
 }
 
-// AddReportedConsumers adds the consumers that a site's client knows from other servers, or from this
-// one before it lost its disk. They matter for that site alone.
-func (cs *Consumers) AddReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
+// AddClientReportedConsumers adds the consumers that a site's client knows from other servers, or
+// from this one before it lost its disk. They matter for that site alone.
+func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, c := range consumers {
@@ -156,9 +156,9 @@ func (cs *Consumers) AddReportedConsumers(siteKey uint64, consumers []ConsumerAg
 	}
 }
 
-// ConsumerAges returns the consumers of the last day that matter for a site, by key: at most
+// LastScrapeAges returns the consumers of the last day that matter for a site, by key: at most
 // MaxConsumers, the ones that scraped last.
-func (cs *Consumers) ConsumerAges(siteKey uint64, now time.Time) (all []ConsumerAge) {
+func (cs *Consumers) LastScrapeAges(siteKey uint64, now time.Time) (all []ConsumerAge) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for key, at := range cs.lastScrapes(siteKey, now) {
@@ -188,9 +188,9 @@ func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.
 }
 
 // SeqReadByAll returns up to which batch of a site every consumer that counts has read. A consumer
-// that has not scraped for retention does not count, as long as another one has. A consumer
-// that only the site's client reported has read nothing here. If there is no consumer, hasConsumers is
-// false, and seq is MaxSeq because nothing waits for a consumer.
+// that has not scraped for retention does not count, as long as another one has. A consumer that
+// only the site's client reported has read nothing here. If there is no consumer, hasConsumers is
+// false, and the result is MaxSeq because nothing waits for a consumer.
 func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, hasConsumers bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -224,8 +224,8 @@ func (cs *Consumers) LastSavedScrape() (at time.Time) {
 	return at
 }
 
-// ConsumerCursor is one consumer's cursor.
-type ConsumerCursor struct {
+// SiteConsumerCursor is one consumer's cursor.
+type SiteConsumerCursor struct {
 	Key           uint64
 	Name, Address string
 	Seq           uint64
@@ -235,19 +235,19 @@ type ConsumerCursor struct {
 // Cursors returns the cursors of all consumers that matter for a site, by name and address. A
 // consumer that only the site's client reported has its key for a name, no address, and has
 // read nothing.
-func (cs *Consumers) Cursors(siteKey uint64) []ConsumerCursor {
+func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	var all []ConsumerCursor
+	var all []SiteConsumerCursor
 	for _, c := range cs.byKey {
-		all = append(all, ConsumerCursor{c.key, c.name, c.address, c.cursors[siteKey], c.lastScrape})
+		all = append(all, SiteConsumerCursor{c.key, c.name, c.address, c.cursors[siteKey], c.lastScrape})
 	}
 	for key, at := range cs.reported[siteKey] {
 		if cs.byKey[key] == nil {
-			all = append(all, ConsumerCursor{Key: key, Name: fmt.Sprintf("%016x", key), LastScrape: at})
+			all = append(all, SiteConsumerCursor{Key: key, Name: fmt.Sprintf("%016x", key), LastScrape: at})
 		}
 	}
-	slices.SortFunc(all, func(a, b ConsumerCursor) int {
+	slices.SortFunc(all, func(a, b SiteConsumerCursor) int {
 		return strings.Compare(a.Name+"\x00"+a.Address, b.Name+"\x00"+b.Address)
 	})
 	return all

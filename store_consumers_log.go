@@ -53,9 +53,9 @@ func decodeCursors(payload []byte) (cursorRecord, error) {
 // OpenConsumers reads the cursors in dir of the consumers in state; dir "" is memory-only mode.
 // If the file is damaged, no consumer has a cursor, and Damage says so: a record that was lost
 // may have moved or removed each of them. The error is that of reading the file.
-func OpenConsumers(fsys FS, dir string, state *StoreMeta, retention time.Duration, now time.Time) (*Consumers, error) {
-	cs := &Consumers{lock: newIOLock(), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: state, retention: retention}
-	for _, k := range state.Consumers {
+func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration, now time.Time) (*Consumers, error) {
+	cs := &Consumers{lock: newIOLock(), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: meta, retention: retention}
+	for _, k := range meta.Consumers {
 		cs.findOrAddConsumer(k, now)
 	}
 	if dir == "" {
@@ -64,7 +64,7 @@ func OpenConsumers(fsys FS, dir string, state *StoreMeta, retention time.Duratio
 	cs.knownChanged.Store(true)
 	path := filepath.Join(dir, ConsumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
-	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.decodeRecord(kind, payload, now) })
+	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restoreRecord(kind, payload, now) })
 	if errors.Is(err, fs.ErrNotExist) {
 		if len(cs.byKey) > 0 {
 			cs.Damage = fmt.Errorf("%s is missing: every consumer is served again all that is held", path)
@@ -87,8 +87,8 @@ func OpenConsumers(fsys FS, dir string, state *StoreMeta, retention time.Duratio
 	return cs, nil
 }
 
-// decodeRecord applies a record. A consumer that state does not have has lost its name.
-func (cs *Consumers) decodeRecord(kind byte, payload []byte, now time.Time) error {
+// restoreRecord applies a record. A consumer that state does not have has lost its name.
+func (cs *Consumers) restoreRecord(kind byte, payload []byte, now time.Time) error {
 	if kind != recordCursors {
 		return fmt.Errorf("unknown kind of record %d", kind)
 	}
@@ -144,7 +144,7 @@ func (cs *Consumers) Save() error {
 }
 
 func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
-	if len(changes.frames) == 0 && !knownChanged && !cs.log.IsBroken() {
+	if len(changes.frames) == 0 && !knownChanged && !cs.log.MustBeRewritten() {
 		return nil
 	}
 	if knownChanged {
@@ -152,7 +152,7 @@ func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
 			return err
 		}
 	}
-	if !knownChanged && !cs.log.IsBroken() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
+	if !knownChanged && !cs.log.MustBeRewritten() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
 		return cs.log.Append(changes.frames)
 	}
 	return cs.log.RewriteWith(cs.encodeAll())

@@ -50,7 +50,7 @@ func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn 
 		session.confirmLastScrape()
 	} else {
 		session = c.newSession(cs, conn)
-		repeats = c.noteUnconfirmedScrape()
+		repeats = c.countUnconfirmedAndLowerLimit()
 		if len(c.sessions) == maxSessions {
 			c.sessions = slices.Delete(c.sessions, 0, 1)
 		}
@@ -85,25 +85,25 @@ func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
 	return r
 }
 
-// noteUnconfirmedScrape reports whether the consumer left connections whose last scrape served
-// unread samples, and counts them as one scrape. The next scrape is half as long, in case it
-// was the length that failed. A scrape that was written whole and in time halves the limit
-// only among the first few in a row: more of them are not a matter of length.
-func (c *consumer) noteUnconfirmedScrape() (repeated bool) {
+// countUnconfirmedAndLowerLimit reports whether the consumer left connections whose last scrape
+// served unread samples, and counts them as one scrape. The next scrape is half as long, in case it
+// was the length that failed. A scrape that was written whole and in time halves the limit only
+// among the first few in a row: more of them are not a matter of length.
+func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 	for _, other := range c.sessions {
 		if other.servedUnread == 0 {
 			continue
 		}
-		repeated = true
+		found = true
 		if !other.writtenInTime || c.unconfirmed < unconfirmedFew {
-			c.lowerLimit(other.servedUnread / 2)
+			c.lowerScrapeLimitTo(other.servedUnread / 2)
 		}
 		other.servedUnread = 0 // halves once
 	}
-	if repeated {
+	if found {
 		c.unconfirmed++
 	}
-	return repeated
+	return found
 }
 
 // confirmLastScrape moves the cursors to what the session's last scrape served, and doubles the
@@ -131,16 +131,16 @@ func (s *ConsumerSession) Position(siteKey uint64) ReadPosition {
 	return s.confirmed[siteKey]
 }
 
-// MarkServed notes that unread more samples of a site, up to a position, are being served.
-func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, unread int) {
+// MarkServed notes that servedUnread more samples of a site, up to a position, are being served.
+func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, servedUnread int) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	s.served[siteKey] = to
-	s.servedUnread += unread
+	s.servedUnread += servedUnread
 }
 
-// SampleLimit returns how many samples this scrape may have: configured, or less if the consumer's last
-// scrapes failed. 0 does not bound.
+// SampleLimit returns how many samples this scrape may have: configured, or less if the consumer's
+// last scrapes failed. 0 does not bound.
 func (s *ConsumerSession) SampleLimit(configured int) int {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -151,22 +151,22 @@ func (s *ConsumerSession) SampleLimit(configured int) int {
 	return configured
 }
 
-// NoteWriteTime ends a scrape whose answer took some time to write, or failed with writeErr. If it took
-// longer than allowed, the next scrape is shorter; allowed 0 does not bound.
-func (s *ConsumerSession) NoteWriteTime(took, allowed time.Duration, writeErr error) {
+// EndScrapeAndLimitNext ends a scrape whose answer took some time to write, or failed with
+// writeErr. If it took longer than allowed, the next scrape is shorter; allowed 0 does not bound.
+func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, writeErr error) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	late := took > allowed && allowed > 0
 	s.writtenInTime = !late && writeErr == nil
 	if late && s.servedUnread > 0 {
 		s.late = true
-		s.consumer.lowerLimit(int(float64(s.servedUnread) * float64(allowed) / float64(took)))
+		s.consumer.lowerScrapeLimitTo(int(float64(s.servedUnread) * float64(allowed) / float64(took)))
 	}
 }
 
-// MarkProxied notes that the scrape came through a proxy, and reports whether it is the
+// MarkConsumerProxied notes that the scrape came through a proxy, and reports whether it is the
 // consumer's first that did.
-func (s *ConsumerSession) MarkProxied() (first bool) {
+func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	first = !s.consumer.proxied
@@ -176,7 +176,7 @@ func (s *ConsumerSession) MarkProxied() (first bool) {
 
 // TakeUnconfirmedWarning returns how many scrapes in a row served unread samples and were not
 // confirmed. warn reports that it is time for a warning, which counts as given.
-func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmed int, warn bool) {
+func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmedScrapes int, warn bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	if warn = s.consumer.unconfirmed >= unconfirmedFew && now.Sub(s.consumer.lastWarning) >= unconfirmedWarn; warn {
@@ -185,8 +185,8 @@ func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmed int
 	return s.consumer.unconfirmed, warn
 }
 
-// lowerLimit lowers the limit to samples, but not below minConsumerLimit.
-func (c *consumer) lowerLimit(samples int) {
+// lowerScrapeLimitTo lowers the limit to samples, but not below minConsumerLimit.
+func (c *consumer) lowerScrapeLimitTo(samples int) {
 	if samples = max(minConsumerLimit, samples); c.scrapeLimit == 0 || samples < c.scrapeLimit {
 		c.scrapeLimit = samples
 	}

@@ -41,7 +41,7 @@ func openStoreState(t testing.TB, fsys FS) *StoreMeta {
 // confirm has a consumer serve and confirm places, on a connection of its own.
 func confirm(t testing.TB, cs *Consumers, name string, now time.Time, places map[uint64]uint64) {
 	t.Helper()
-	conn := &ConnTracker{}
+	conn := &AnswerReadTracker{}
 	for range 2 {
 		r, _, err := cs.BeginScrape(ConsumerKey(name, "::1", ""), name, "::1", conn, now)
 		if err != nil {
@@ -150,10 +150,10 @@ func TestConsumersTooMany(t *testing.T) {
 	if n := len(cs.byKey); n != MaxConsumers {
 		t.Errorf("%d consumers", n)
 	}
-	if _, _, err := cs.BeginScrape(ConsumerKey("new", "", ""), "new", "", &ConnTracker{}, consumersNow); err == nil {
+	if _, _, err := cs.BeginScrape(ConsumerKey("new", "", ""), "new", "", &AnswerReadTracker{}, consumersNow); err == nil {
 		t.Error("another is taken")
 	}
-	if _, _, err := cs.BeginScrape(3, "c3", "::1", &ConnTracker{}, consumersNow); err != nil {
+	if _, _, err := cs.BeginScrape(3, "c3", "::1", &AnswerReadTracker{}, consumersNow); err != nil {
 		t.Error(err)
 	}
 	saveConsumers(t, cs)
@@ -380,7 +380,7 @@ func TestConsumersLimit(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			conn := &ConnTracker{}
+			conn := &AnswerReadTracker{}
 			begin := func() *ConsumerSession {
 				r, _, err := cs.BeginScrape(1, "c", "", conn, consumersNow)
 				if err != nil {
@@ -395,12 +395,12 @@ func TestConsumersLimit(t *testing.T) {
 			for i, s := range test.steps {
 				r.MarkServed(1, ReadPosition{Seq: uint64(i + 1)}, s.served)
 				if s.took == cut {
-					r.NoteWriteTime(0, most, io.ErrClosedPipe)
+					r.EndScrapeAndLimitNext(0, most, io.ErrClosedPipe)
 				} else {
-					r.NoteWriteTime(s.took, most, nil)
+					r.EndScrapeAndLimitNext(s.took, most, nil)
 				}
 				if s.lost {
-					conn = &ConnTracker{}
+					conn = &AnswerReadTracker{}
 				}
 				r = begin()
 				if got := r.SampleLimit(100_000); got != s.want {
@@ -429,7 +429,7 @@ func TestConsumersSaveFails(t *testing.T) {
 		confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 7})
 		return fault{Err: errDisk}
 	}
-	if err := cs.Save(); err == nil || failed != 1 || cs.log.IsBroken() {
+	if err := cs.Save(); err == nil || failed != 1 || cs.log.MustBeRewritten() {
 		t.Fatalf("saved, on a disk that fails: %v, %d writes", err, failed)
 	}
 	fsys.hook = nil
@@ -479,7 +479,7 @@ func TestConsumersRead(t *testing.T) {
 			confirm(t, cs, name, consumersNow.Add(-test.ago[name]), map[uint64]uint64{site: seq})
 		}
 		for _, told := range test.told {
-			cs.AddReportedConsumers(told.site, told.all, consumersNow)
+			cs.AddClientReportedConsumers(told.site, told.all, consumersNow)
 		}
 		if seq, known := cs.SeqReadByAll(site, consumersNow); seq != test.seq || known != test.known {
 			t.Errorf("%s: read up to %d, %t; want %d, %t", test.name, seq, known, test.seq, test.known)
@@ -492,19 +492,19 @@ func TestConsumersRead(t *testing.T) {
 func TestConsumersReportedIsBounded(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
 	for i := range uint64(3 * MaxConsumers) {
-		cs.AddReportedConsumers(7, []ConsumerAge{{i + 1, time.Duration(i) * time.Second}}, consumersNow)
+		cs.AddClientReportedConsumers(7, []ConsumerAge{{i + 1, time.Duration(i) * time.Second}}, consumersNow)
 	}
-	if n := len(cs.ConsumerAges(7, consumersNow)); n != MaxConsumers {
+	if n := len(cs.LastScrapeAges(7, consumersNow)); n != MaxConsumers {
 		t.Errorf("%d consumers are known for a site", n)
 	}
 	for i := range uint64(maxReportingSites + 10) {
-		cs.AddReportedConsumers(i, []ConsumerAge{{1, 0}}, consumersNow)
+		cs.AddClientReportedConsumers(i, []ConsumerAge{{1, 0}}, consumersNow)
 	}
 	if n := len(cs.reported); n != maxReportingSites {
 		t.Errorf("%d sites tell of consumers", n)
 	}
 	cs.DropSiteCursors(7) // as after a first push of which nothing was taken
-	if len(cs.ConsumerAges(7, consumersNow)) == 0 {
+	if len(cs.LastScrapeAges(7, consumersNow)) == 0 {
 		t.Error("a site that is not held tells nothing")
 	}
 	cs.DropIdle(consumersNow.Add(consumerIdle + time.Hour))
@@ -516,17 +516,17 @@ func TestConsumersReportedIsBounded(t *testing.T) {
 // Client and server tell each other the same consumer for ever; its age grows all the same.
 func TestConsumersAgeThroughEchoes(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
-	cs.AddReportedConsumers(1, []ConsumerAge{{9, 0}}, consumersNow)
+	cs.AddClientReportedConsumers(1, []ConsumerAge{{9, 0}}, consumersNow)
 	now := consumersNow
 	for range 4000 { // more than an hour
 		now = now.Add(999 * time.Millisecond)
-		all, err := ParseConsumers(FormatConsumers(cs.ConsumerAges(1, now)))
+		all, err := ParseConsumers(FormatConsumers(cs.LastScrapeAges(1, now)))
 		if err != nil {
 			t.Fatal(err)
 		}
-		cs.AddReportedConsumers(1, all, now)
+		cs.AddClientReportedConsumers(1, all, now)
 	}
-	if age := cs.ConsumerAges(1, now)[0].Age; age < now.Sub(consumersNow) {
+	if age := cs.LastScrapeAges(1, now)[0].Age; age < now.Sub(consumersNow) {
 		t.Errorf("after %v a consumer is %v old", now.Sub(consumersNow), age)
 	}
 }

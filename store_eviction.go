@@ -31,9 +31,9 @@ func (o *siteOldestBatch) reload() {
 	o.site.View(func(data *SiteSamples) { o.acceptedAt = data.OldestAcceptedAt() })
 }
 
-// totalSampleLimit returns how many samples may be held in all when site, if not nil, is to get added
-// more. A site with more than its share leaves an eighth to the others, whom it could else keep
-// out for as long as retention.
+// totalSampleLimit returns how many samples may be held in all when site, if not nil, is to get
+// added more. A site with more than its share leaves an eighth to the others, whom it could else
+// keep out for as long as retention.
 func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 	limit := int64(s.cfg.LimitSamples)
 	reserve := limit / 8

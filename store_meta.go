@@ -106,14 +106,14 @@ func decodeConsumer(r *WireReader) KnownConsumer {
 // TakeSeqBlock takes a block of numbers for this start, above highestSeq and above the blocks of
 // all earlier starts. It returns the number before the first of the block. Write makes the
 // block durable.
-func (s *StoreMeta) TakeSeqBlock(highestSeq uint64) uint64 {
+func (s *StoreMeta) TakeSeqBlock(highestSeq uint64) (startAfter uint64) {
 	s.block = min(max(s.block, highestSeq>>blockBits)+1, maxBlock)
 	return max(highestSeq, s.block<<blockBits)
 }
 
-// SeqBound returns a number that is above all numbers used so far. A higher number in a log
+// UsedSeqBound returns a number that is above all numbers used so far. A higher number in a log
 // comes from damage. highestSeq is the highest number found elsewhere.
-func (s *StoreMeta) SeqBound(highestSeq uint64) uint64 {
+func (s *StoreMeta) UsedSeqBound(highestSeq uint64) uint64 {
 	if s.block == 0 {
 		return maxBlock << blockBits
 	}

@@ -97,7 +97,7 @@ func TestStoreStateNumbers(t *testing.T) {
 		{3, maxBlock<<blockBits + 9, maxBlock<<blockBits + 9, (maxBlock + 1) << blockBits},
 	} {
 		s := StoreMeta{block: test.block}
-		if beyond := s.SeqBound(test.highest); beyond != test.beyond {
+		if beyond := s.UsedSeqBound(test.highest); beyond != test.beyond {
 			t.Errorf("%+v: beyond %d", test, beyond)
 		}
 		first := s.TakeSeqBlock(test.highest)

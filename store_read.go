@@ -31,7 +31,7 @@ func (d *SiteSamples) batchesAfter(pos ReadPosition) []*Batch {
 func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 	n := 0
 	for _, b := range d.batchesAfter(pos) {
-		read := pos.SamplesReadOf(b)
+		read := pos.PartialReadOf(b)
 		if b.MinT >= d.expiredBefore {
 			n += len(b.V) - read
 			continue
@@ -45,11 +45,11 @@ func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 	return n
 }
 
-// Read calls emit with samples that a reader at pos has not read, oldest batches first chosen,
-// and if those are all, with the newest sample of each series that it has read. Samples come by
-// name, and those of a series in the order of time. It returns how far the reader is with
-// them, and how many were unread.
-func (d *SiteSamples) Read(pos ReadPosition, limits ReadLimits, emit func(name string, l FamilySample)) (to ReadPosition, unread int) {
+// EmitUnreadAndNewest calls emit with samples that a reader at pos has not read, oldest batches
+// first chosen, and if those are all, with the newest sample of each series that it has read.
+// Samples come by name, and those of a series in the order of time. It returns how far the reader
+// is with them, and how many were unread.
+func (d *SiteSamples) EmitUnreadAndNewest(pos ReadPosition, limits ReadLimits, emit func(name string, l FamilySample)) (to ReadPosition, emittedUnread int) {
 	samples, to, all := d.unreadSamples(pos, limits)
 	repeat := all && d.Table.Len() <= limits.Repeats
 	if len(samples) == 0 && !repeat {
@@ -91,7 +91,7 @@ func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (sample
 	}
 	samples = make([]seriesSample, 0, n)
 	for _, b := range batches {
-		for i := pos.SamplesReadOf(b); i < len(b.V); i++ {
+		for i := pos.PartialReadOf(b); i < len(b.V); i++ {
 			id, t := b.IDs[i], b.Time(i)
 			if t < d.expiredBefore {
 				continue
@@ -111,8 +111,8 @@ func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (sample
 	return samples, to, true
 }
 
-// startOfEachSeries returns the index of the first sample of each of seriesCount series in samples, which are
-// sorted by series, and behind them the number of samples.
+// startOfEachSeries returns the index of the first sample of each of seriesCount series in samples,
+// which are sorted by series, and behind them the number of samples.
 func startOfEachSeries(samples []seriesSample, seriesCount int) []uint32 {
 	start := make([]uint32, seriesCount+1)
 	for _, s := range samples {

@@ -76,8 +76,8 @@ const (
 	countShift = iota
 )
 
-// EncodeBatchPayload appends the payload of b's record: sequence number, times, number of samples and
-// parts; the names of scrapes, if there are any; IDs; times, if they differ; values. It sets
+// EncodeBatchPayload appends the payload of b's record: sequence number, times, number of samples
+// and parts; the names of scrapes, if there are any; IDs; times, if they differ; values. It sets
 // b.Size.
 func EncodeBatchPayload(buf []byte, b *Batch) []byte {
 	start := len(buf)

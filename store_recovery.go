@@ -69,8 +69,8 @@ func (s *Store) recoverStateAndConsumers() (*StoreMeta, error) {
 }
 
 // startSeqBlock has the numbers of all later batches be of a new block, above highestSeq.
-func (s *Store) startSeqBlock(state *StoreMeta, highestSeq uint64) {
-	first := state.TakeSeqBlock(highestSeq)
+func (s *Store) startSeqBlock(meta *StoreMeta, highestSeq uint64) {
+	first := meta.TakeSeqBlock(highestSeq)
 	for _, site := range s.sites {
 		site.raiseSeq(first)
 	}
@@ -102,21 +102,21 @@ func (d damagedLogs) add(path string) {
 }
 
 // dropCursorsPastEnd drops cursors that are past the end of their log, and reports each such log.
-func (s *Store) dropCursorsPastEnd(damaged damagedLogs) {
+func (s *Store) dropCursorsPastEnd(damagedSoFar damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
 		sites[site.Key] = site
 		site.View(func(data *SiteSamples) { ends[site.Key] = data.Seq })
 	}
 	for _, past := range s.Consumers.DropCursorsPastEnd(ends) {
-		s.cfg.OnError(s.cursorPastEndError(past, sites[past.Site], ends[past.Site], damaged[past.Site]))
-		damaged[past.Site] = true
+		s.cfg.OnError(s.cursorPastEndError(past, sites[past.Site], ends[past.Site], damagedSoFar[past.Site]))
+		damagedSoFar[past.Site] = true
 	}
 }
 
-// cursorPastEndError says whether a log that ends before a cursor was cut short, replaced by an older
-// copy, unusable, or removed. site is nil if there is no log that can be used.
-func (s *Store) cursorPastEndError(past CursorPastEnd, site *Site, logEnd uint64, damaged bool) error {
+// cursorPastEndError says whether a log that ends before a cursor was cut short, replaced by an
+// older copy, unusable, or removed. site is nil if there is no log that can be used.
+func (s *Store) cursorPastEndError(past SiteCursorsPastEnd, site *Site, logEnd uint64, damaged bool) error {
 	lost := "an unknown number of pushes is lost"
 	if IsSameSeqBlock(logEnd, past.Seq) {
 		lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-logEnd)
@@ -133,7 +133,7 @@ func (s *Store) cursorPastEndError(past CursorPastEnd, site *Site, logEnd uint64
 	return fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost)
 }
 
-func (s *Store) recoverLogs(dirs []string, state *StoreMeta, damaged damagedLogs) error {
+func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs) error {
 	for _, dir := range dirs {
 		if len(filepath.Base(dir)) != 2 {
 			continue
@@ -143,7 +143,7 @@ func (s *Store) recoverLogs(dirs []string, state *StoreMeta, damaged damagedLogs
 			return err
 		}
 		for _, path := range logs {
-			if err := s.recoverLog(path, state, damaged); err != nil {
+			if err := s.recoverLog(path, meta, damaged); err != nil {
 				return err
 			}
 		}
@@ -155,8 +155,8 @@ func (s *Store) recoverLogs(dirs []string, state *StoreMeta, damaged damagedLogs
 
 // recoverLog reads the log at path, rewrites it if it is damaged, and adds its site. Samples
 // that had expired at the site's newest push are not counted: the last process did that.
-func (s *Store) recoverLog(path string, state *StoreMeta, damaged damagedLogs) error {
-	r, err := s.openSiteLog(path, state)
+func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) error {
+	r, err := s.openSiteLog(path, meta)
 	if err != nil {
 		return err // the log may be good
 	}
@@ -196,14 +196,14 @@ type recoveredLog struct {
 
 // openSiteLog reads the log at path. The cluster ID is that of the header, or, if the header is
 // damaged, that of the records.
-func (s *Store) openSiteLog(path string, state *StoreMeta) (*recoveredLog, error) {
+func (s *Store) openSiteLog(path string, meta *StoreMeta) (*recoveredLog, error) {
 	r := &recoveredLog{store: s, path: path, data: NewSiteSamples("", s.seed)}
 	var err error
 	if r.log, r.found, err = OpenLogWithGaps(s.cfg.FS, path, r.decodeRecord, func() { r.skipped = true }); err != nil {
 		return nil, err
 	}
 	if r.found.IsDamaged() {
-		r.data.DropBatchesAbove(state.SeqBound(s.Consumers.HighestCursor()))
+		r.data.DropBatchesAbove(meta.UsedSeqBound(s.Consumers.HighestCursor()))
 	}
 	if r.found.HeaderDamaged {
 		r.log = s.newLog(r.data.ID)
@@ -233,14 +233,14 @@ func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 		isSite := func(id string) bool { return r.store.logPathOf(id) == r.path }
 		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.data.RestoreSeries(&r.parser, isSite, id, line) })
 	case RecordBatch:
-		return r.decodeBatch(payload)
+		return r.decodeAndRestoreBatch(payload)
 	case RecordSpool:
 		return r.spools.DecodeRecord(payload)
 	}
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
-func (r *recoveredLog) decodeBatch(payload []byte) error {
+func (r *recoveredLog) decodeAndRestoreBatch(payload []byte) error {
 	b, err := DecodeBatch(payload)
 	if err != nil {
 		return err

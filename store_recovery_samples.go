@@ -15,8 +15,8 @@ const maxGap = 1 << 20
 
 // RestoreSeries puts a line at its ID. It is checked as strictly as a line from outside: after
 // damage, bytes that a site chose may have been taken for a record. All lines have to name the
-// same cluster ID, for which isSite returns true.
-func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isSite func(id string) bool, seriesID uint32, line []byte) error {
+// same cluster ID, for which isThisSite returns true.
+func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id string) bool, seriesID uint32, line []byte) error {
 	name, labels, err := parser.ParseCanonicalLine(line)
 	if err != nil {
 		return err
@@ -25,7 +25,7 @@ func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isSite func(id string)
 	if i < 0 {
 		return fmt.Errorf("series %s has no cluster ID", Excerpt(line))
 	}
-	if site := string(labels[i].Value); d.ID == "" && isSite(site) {
+	if site := string(labels[i].Value); d.ID == "" && isThisSite(site) {
 		d.ID = site
 	} else if site != d.ID {
 		return fmt.Errorf("series %s is of another site", Excerpt(line))
@@ -94,9 +94,9 @@ func (d *SiteSamples) dropSamplesRepeatedBy(b *Batch) {
 // RestoreSpools sets the spools: those of the log's own records, and the names in the batches.
 // After damage to the log no scrape counts as held, because a batch may name a scrape of which
 // another batch, which is lost, had a part.
-func (d *SiteSamples) RestoreSpools(spools SiteSpools, logDamaged bool) {
+func (d *SiteSamples) RestoreSpools(spools SiteSpools, forgetHeld bool) {
 	d.Spools = spools
-	if !logDamaged {
+	if !forgetHeld {
 		for _, b := range d.Batches {
 			if !d.Spools.HasAll(b.Names) {
 				d.Spools.AddHeldScrapes(b.Names, b.Seq)

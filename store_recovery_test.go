@@ -22,14 +22,14 @@ import (
 func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]float64 {
 	t.Helper()
 	got := map[heldSample]float64{}
-	conn := &ConnTracker{}
+	conn := &AnswerReadTracker{}
 	for unread := 1; unread > 0; {
 		r, _, err := s.Consumers.BeginScrape(ConsumerKey(name, "::1", ""), name, "::1", conn, k.clock.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
 		var fams []Family
-		fams, unread, _ = scraper(s, -time.Second).ServeUnreadSamples(r, 1000, false, nil)
+		fams, unread, _ = scraper(s, -time.Second).ServeUnreadAndNewest(r, 1000, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Samples {
 				got[heldSample{string(l.Line), l.T}] = l.V
@@ -65,7 +65,7 @@ func TestNeverServedBeyondRetention(t *testing.T) {
 			t.Errorf("backlog %+v", b)
 		}
 	}
-	s.maintain(context.Background(), false)
+	s.expireAndCompact(context.Background(), false)
 	if st := s.Stats(); st.Expired != 3 || st.ExpiredUnread != 3 {
 		t.Errorf("%d samples expired, %d unread after maintenance", st.Expired, st.ExpiredUnread)
 	}
@@ -214,7 +214,7 @@ func TestNumbersNeverFall(t *testing.T) {
 			cursors, _ := fsys.ReadFile(consumersPath)
 			k.clock.Add(forgetAfter + 3*time.Hour)
 			live := k.open()
-			live.maintain(context.Background(), false)
+			live.expireAndCompact(context.Background(), false)
 			if len(live.sites) != 0 {
 				k.t.Errorf("%d sites are known", len(live.sites))
 			}
@@ -224,7 +224,7 @@ func TestNumbersNeverFall(t *testing.T) {
 		{"forgotten, and all else older", func(k *storeKit, fsys *crashFS, s *Store, old map[string]string) {
 			k.clock.Add(forgetAfter + 3*time.Hour)
 			live := k.open()
-			live.maintain(context.Background(), false)
+			live.expireAndCompact(context.Background(), false)
 			live.Close()
 			fsys.put(consumersPath, []byte(old[consumersPath]))
 			fsys.put(statePath, []byte(old[statePath]))
@@ -417,9 +417,9 @@ func TestClockStep(t *testing.T) {
 		k := newStoreKit(t, fsys)
 		monotonic := k.clock.Now() // steps are of the wall clock alone
 		pass := func(d time.Duration) { k.clock.Add(d); monotonic = monotonic.Add(d) }
-		var changes []WallClockStep
+		var changes []WallClockStepEvent
 		start := monotonic
-		clock := NewWallClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c WallClockStep) { changes = append(changes, c) })
+		clock := NewCheckedWallClock(k.clock.Now, func() time.Duration { return monotonic.Sub(start) }, func(c WallClockStepEvent) { changes = append(changes, c) })
 		k.cfg.NowInterval = clock.NowInterval
 		s := k.open()
 		points := []point{{"m", 1, k.clock.ms(7000), 1}, {"m", 1, k.clock.ms(3600), 2}, {"m", 1, k.clock.ms(0), 3}}
@@ -429,7 +429,7 @@ func TestClockStep(t *testing.T) {
 		k.clock.Add(3 * time.Hour)
 		for range 45 {
 			pass(time.Second)
-			s.maintain(context.Background(), false)
+			s.expireAndCompact(context.Background(), false)
 			s.Consumers.DropIdle(s.cfg.NowInterval().Earliest)
 		}
 		for name, at := range map[string]int64{"right by the old time": right + 1000, "right by the new time": k.clock.ms(0)} {
@@ -454,7 +454,7 @@ func TestClockStep(t *testing.T) {
 		}
 		pass(5 * time.Minute)
 		k.push(s, "a", point{"m", 5, k.clock.ms(0), 1})
-		s.maintain(context.Background(), false)
+		s.expireAndCompact(context.Background(), false)
 		if st := s.Stats(); st.Expired != 3 || st.ExpiredUnread != 3 {
 			t.Errorf("%d expired, %d unread", st.Expired, st.ExpiredUnread)
 		}
@@ -469,7 +469,7 @@ func TestClockInDoubtForgetsNoConsumer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))
 		k.cfg.Now = func() time.Time { return time.Now().Add(25 * time.Hour) }
-		k.cfg.NowInterval = func() TimeInterval { return TimeInterval{time.Now(), k.cfg.Now()} }
+		k.cfg.NowInterval = func() PresentTimeRange { return PresentTimeRange{time.Now(), k.cfg.Now()} }
 		s := k.open()
 		confirm(t, s.Consumers, "central", time.Now(), nil)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*maintainEvery)
@@ -497,7 +497,7 @@ func TestSilentSiteGivesPlace(t *testing.T) {
 	}
 	k.clock.Add(2*time.Hour - time.Minute)
 	k.push(s, "c", point{"m", 1, k.clock.ms(0), 1})
-	s.maintain(context.Background(), false)
+	s.expireAndCompact(context.Background(), false)
 	k.push(s, "d", point{"m", 1, k.clock.ms(0), 1})
 	if ids() != "a c d" {
 		t.Errorf("known: %s", ids())

@@ -2,7 +2,9 @@ package main
 
 // Retention: which samples a store accepts, keeps and serves, by the samples' own time. A sample
 // that is too old to be accepted is the same as one that has expired; otherwise a push that comes
-// again could bring back an expired sample, and consumers would get it twice. Pure.
+// again could bring back an expired sample, and consumers would get it twice. Samples that have
+// expired stay in memory until their whole batch has: store_samples.go and store_read.go leave
+// them out, and store_series.go counts the series that have no other sample.
 
 import (
 	"errors"
@@ -26,7 +28,7 @@ const maxAhead = time.Minute
 // refuses a sample. Within the narrower one, from servedSince to surelyUntil, both accept it.
 type sampleTimeBounds struct{ keptSince, servedSince, surelyUntil, acceptedUntil int64 }
 
-func newSampleTimeBounds(now TimeInterval, retention time.Duration) sampleTimeBounds {
+func newSampleTimeBounds(now PresentTimeRange, retention time.Duration) sampleTimeBounds {
 	return sampleTimeBounds{
 		keptSince: now.Earliest.Add(-retention).UnixMilli(), servedSince: now.Latest.Add(-retention).UnixMilli(),
 		surelyUntil: now.Earliest.Add(maxAhead).UnixMilli(), acceptedUntil: now.Latest.Add(maxAhead).UnixMilli(),
@@ -36,9 +38,9 @@ func newSampleTimeBounds(now TimeInterval, retention time.Duration) sampleTimeBo
 // timeBounds returns the bounds of the samples of a push.
 func (l *AppendLimits) timeBounds() sampleTimeBounds { return newSampleTimeBounds(l.Now, l.Retention) }
 
-// acceptOrCount reports whether a sample of time t is accepted, and counts it otherwise. ErrClockInDoubt
-// says that it depends on the setting of the clock.
-func (r *sampleTimeBounds) acceptOrCount(t int64, res *AppendResult) (bool, error) {
+// acceptOrCount reports whether a sample of time t is accepted, and counts it otherwise.
+// ErrClockInDoubt says that it depends on the setting of the clock.
+func (r *sampleTimeBounds) acceptOrCount(t int64, res *AppendResult) (accepted bool, err error) {
 	switch {
 	case t < r.keptSince:
 		res.TooOld++
@@ -85,12 +87,12 @@ func (s *Site) DropExpiredUncounted(oldest int64) {
 }
 
 // DropExpired has the samples older than keptSince expire. A batch leaves memory when all of its
-// samples have expired. It returns how many samples expired now, how many of them are lost
-// because not every consumer has read them, and how many left memory. seqReadByAll returns the number
-// of the newest batch that every consumer has read. owned is false if another server owns the
-// site: then a client with a spool has pushed to that server what was not read here, and nothing
-// of it is lost.
-func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, owned bool) (expired, expiredUnread, freed int64) {
+// samples have expired. It returns how many samples expired now, how many of them are lost because
+// not every consumer has read them, and how many left memory. seqReadByAll returns the number of
+// the newest batch that every consumer has read. owned is false if another server owns the site:
+// then a client with a spool has pushed to that server what was not read here, and nothing of it is
+// lost.
+func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, owned bool) (samplesExpired, expiredUnread, samplesFreed int64) {
 	from := d.expiredBefore
 	d.expiredBefore = max(d.expiredBefore, keptSince)
 	if d.minT >= keptSince || from >= keptSince {
@@ -100,13 +102,13 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 	gone := false
 	for _, b := range d.Batches {
 		if n := b.CountBetween(from, keptSince); n > 0 {
-			expired += n
+			samplesExpired += n
 			if (owned || b.Names.SpoolID == 0) && b.Seq > seqReadByAll() {
 				expiredUnread += n
 			}
 		}
 		if b.MaxT < keptSince {
-			freed, gone = freed+int64(len(b.V)), true
+			samplesFreed, gone = samplesFreed+int64(len(b.V)), true
 		} else {
 			d.minT = min(d.minT, b.MinT)
 		}
@@ -114,7 +116,7 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 	if gone {
 		d.Batches = slices.DeleteFunc(slices.Clone(d.Batches), func(b *Batch) bool { return b.MaxT < keptSince })
 	}
-	return expired, expiredUnread, freed
+	return samplesExpired, expiredUnread, samplesFreed
 }
 
 // DropExpiredUncounted has the samples older than oldest expire, of which an earlier process

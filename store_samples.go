@@ -59,9 +59,9 @@ func (d *SiteSamples) SampleCount() int64 {
 	return int64(n)
 }
 
-// EstimatedLogSize estimates the size in bytes of a log of this data, rather too high than too
-// low.
-func (d *SiteSamples) EstimatedLogSize() int64 {
+// EstimatedRewrittenLogSize estimates the size in bytes of a log of this data, rather too high than
+// too low.
+func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
 	const frame = 16 // of a record; of a line it is 3 at most
 	n := 5*frame + len(d.ID) + 3*d.Table.Len() + d.Table.TextBytes()
 	for _, b := range d.Batches {
@@ -76,20 +76,20 @@ func (d *SiteSamples) Commit(b *Batch) {
 	if n := len(d.Batches); n > 0 && slices.Equal(d.Batches[n-1].IDs, b.IDs) {
 		b.IDs = d.Batches[n-1].IDs
 	}
-	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt) // Compact commits older batches
+	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt) // CompactedCopy commits older batches
 	d.Batches = append(d.Batches, b)
 	d.Spools.AddHeldScrapes(b.Names, b.Seq)
 	d.minT = min(d.minT, b.MinT)
 	for i, id := range b.IDs {
-		d.Table.UpdateNewestSample(id, b.Time(i), b.V[i])
+		d.Table.SetNewestIfLater(id, b.Time(i), b.V[i])
 	}
 }
 
-// CompactedCopy returns a copy of the data that has the samples since keptSince, and the batches of more.
-// Series without a sample there are left out, which renames the others. d may be read meanwhile,
-// and stays as it is.
+// CompactedCopy returns a copy of the data that has the samples since keptSince, and the batches of
+// more. Series without a sample there are left out, which renames the others. d may be read
+// meanwhile, and stays as it is.
 func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples {
-	kept := append(d.batchesSince(max(keptSince, d.expiredBefore)), more...)
+	kept := append(d.batchesWithoutExpiredSamples(max(keptSince, d.expiredBefore)), more...)
 	table, newIDs := d.Table.Subset(usedSeries(kept, d.Table.Len()))
 	copied := SiteSamples{ID: d.ID, Table: table, Seq: d.Seq, LastPush: d.LastPush, expiredBefore: d.expiredBefore, minT: math.MaxInt64}
 	for _, b := range kept {
@@ -107,9 +107,9 @@ func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples 
 	return copied
 }
 
-// batchesSince returns the batches without their samples older than keptSince. A batch without
-// samples stays if it names scrapes and is not older itself.
-func (d *SiteSamples) batchesSince(keptSince int64) (kept []*Batch) {
+// batchesWithoutExpiredSamples returns the batches without their samples older than keptSince. A
+// batch without samples stays if it names scrapes and is not older itself.
+func (d *SiteSamples) batchesWithoutExpiredSamples(keptSince int64) (kept []*Batch) {
 	for _, b := range d.Batches {
 		b = b.Filter(func(i int) bool { return b.Time(i) >= keptSince })
 		if len(b.V) > 0 || b.Names.SpoolID != 0 && b.MaxT >= keptSince {
@@ -156,9 +156,9 @@ func (d *SiteSamples) Records(yield func(frames []byte) bool) {
 	}
 }
 
-// DropMissingIn drops from d, which is a compacted copy of source, what expired or was evicted in
-// source since the copy was made.
-func (d *SiteSamples) DropMissingIn(source *SiteSamples) {
+// DropEvictedAndExpiredIn drops from d, which is a compacted copy of source, what expired or was
+// evicted in source since the copy was made.
+func (d *SiteSamples) DropEvictedAndExpiredIn(source *SiteSamples) {
 	d.DropExpiredUncounted(source.expiredBefore)
 	first := source.Seq + 1 // if source has no batch left, only those that came with the compaction stay
 	if len(source.Batches) > 0 {
@@ -177,15 +177,15 @@ func (d *SiteSamples) OldestAcceptedAt() int64 {
 }
 
 // CanEvictOldestBatch reports whether there is an oldest batch, every consumer has read it, and no
-// scrape shows one of its samples. seqReadByAll is the number of the newest batch that every consumer
-// has read; scrapes show the newest sample of each series since shownSince.
-func (d *SiteSamples) CanEvictOldestBatch(shownSince int64, seqReadByAll uint64) bool {
+// scrape shows one of its samples. seqReadByAll is the number of the newest batch that every
+// consumer has read; scrapes show the newest sample of each series since newestSampleCutoff.
+func (d *SiteSamples) CanEvictOldestBatch(newestSampleCutoff int64, seqReadByAll uint64) bool {
 	if len(d.Batches) == 0 || d.Batches[0].Seq > seqReadByAll {
 		return false
 	}
 	b := d.Batches[0]
 	for i, id := range b.IDs {
-		if t, _ := d.Table.Newest(id); t == b.Time(i) && t >= shownSince {
+		if t, _ := d.Table.Newest(id); t == b.Time(i) && t >= newestSampleCutoff {
 			return false
 		}
 	}

@@ -18,14 +18,14 @@ import (
 
 // testLimits are those of a push at now, with at most series of them; 0 does not bound.
 func testLimits(now time.Time, series int) AppendLimits {
-	return AppendLimits{Now: IntervalAt(now), Retention: 2 * time.Hour, Series: series}
+	return AppendLimits{Now: ExactTimeRange(now), Retention: 2 * time.Hour, Series: series}
 }
 
 // pushPoints prepares and commits points, at now. The batch is empty if they add nothing; no
 // log keeps the time of such a push.
 func pushPoints(c *SiteSamples, now time.Time, points ...point) (*Batch, AppendResult, error) {
 	lastPush := c.LastPush
-	prepared, err := c.StageBatch(storePush("a", points...), ScrapeNames{}, testLimits(now, 0))
+	prepared, err := c.StageNewSamples(storePush("a", points...), ScrapeNames{}, testLimits(now, 0))
 	if prepared.Batch == nil {
 		c.LastPush = lastPush
 		return &Batch{}, prepared.Result, err
@@ -131,14 +131,14 @@ func TestSiteDataRefuses(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	prepared, err := c.StageBatch(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
+	prepared, err := c.StageNewSamples(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
 	if prepared.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 {
 		t.Errorf("%+v, %v; %d series", prepared, err, c.Table.Len())
 	}
 	// Long lines count for several.
 	const limit = 2000
 	long := func(n int) (StagedBatch, error) {
-		return c.StageBatch(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), limit))
+		return c.StageNewSamples(storePush("a", point{strings.Repeat("m", 60_000), n, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), limit))
 	}
 	for n := range seriesBytes * limit / 60_100 {
 		prepared, err := long(n)
@@ -154,11 +154,11 @@ func TestSiteDataRefuses(t *testing.T) {
 	c = NewSiteSamples("a", maphash.MakeSeed())
 	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
 	many := &SampleList{Samples: make([]Sample, maxBatch+1)}
-	if _, err := c.StageBatch(many, ScrapeNames{}, testLimits(clock.Now(), 0)); !errors.Is(err, ErrTooLarge) {
+	if _, err := c.StageNewSamples(many, ScrapeNames{}, testLimits(clock.Now(), 0)); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
 	// What is prepared and not committed can be rolled back, series and all.
-	prepared, err = c.StageBatch(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
+	prepared, err = c.StageNewSamples(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
 	if err != nil || len(prepared.Batch.V) != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
 		t.Errorf("%+v, %v", prepared, err)
 	}
@@ -217,8 +217,8 @@ func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 	for frames := range c.Records {
 		data = append(data, frames...)
 	}
-	if int64(len(data)) > c.EstimatedLogSize() || int64(len(data)) < c.EstimatedLogSize()*2/3-200 {
-		t.Errorf("%d bytes, estimated as %d", len(data), c.EstimatedLogSize())
+	if int64(len(data)) > c.EstimatedRewrittenLogSize() || int64(len(data)) < c.EstimatedRewrittenLogSize()*2/3-200 {
+		t.Errorf("%d bytes, estimated as %d", len(data), c.EstimatedRewrittenLogSize())
 	}
 	fsys := newCrashFS(1, "/d")
 	fsys.put(logPath, append(appendLogHeader(nil, []byte(c.ID)), data...))

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// ScrapeReader answers scrapes of a store. It is safe for concurrent use.
-type ScrapeReader struct {
+// AllSitesReader answers scrapes of a store. It is safe for concurrent use.
+type AllSitesReader struct {
 	Store        *Store
 	MaxSampleAge time.Duration // how long the newest sample of a series is shown
 	Now          func() time.Time
@@ -37,7 +37,7 @@ func newFamilyGrouper(match func(line []byte) bool) *familyGrouper {
 	return &familyGrouper{match: match, families: map[string]*Family{}}
 }
 
-func (c *familyGrouper) add(name string, l FamilySample) {
+func (c *familyGrouper) addIfMatches(name string, l FamilySample) {
 	if c.match != nil && !c.match(l.Line) {
 		return
 	}
@@ -59,8 +59,8 @@ func (c *familyGrouper) sorted() []Family {
 	return all
 }
 
-// firstSiteFraction returns where among the sites a scrape begins.
-func (s *ScrapeReader) firstSiteFraction() float64 {
+// scrapeStartFraction returns where among the sites a scrape begins.
+func (s *AllSitesReader) scrapeStartFraction() float64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.start
@@ -68,25 +68,26 @@ func (s *ScrapeReader) firstSiteFraction() float64 {
 
 // rotateFirstSite moves the start of the next scrape by the golden ratio. If it began where this
 // one ended, each of several scrapers that alternate would always get the same sites first.
-func (s *ScrapeReader) rotateFirstSite() {
+func (s *AllSitesReader) rotateFirstSite() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, s.start = math.Modf(s.start + math.Phi)
 }
 
-// newestShownSince returns the time in ms before which the newest sample of a series is not shown.
-func (s *ScrapeReader) newestShownSince() int64 {
+// newestSampleCutoff returns the time in ms before which the newest sample of a series is not shown.
+func (s *AllSitesReader) newestSampleCutoff() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// NewestPerSeries returns the newest sample of each series that is at most MaxSampleAge old, one family a
-// name, sorted. match, if not nil, chooses lines. At most limit samples are returned, of whole
-// sites and of at least one; truncated says that some were left out. Lines stay valid for ever.
-func (s *ScrapeReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
-	since := s.newestShownSince()
+// NewestPerSeries returns the newest sample of each series that is at most MaxSampleAge old, one
+// family a name, sorted. match, if not nil, chooses lines. At most limit samples are returned, of
+// whole sites and of at least one; truncated says that some were left out. Lines stay valid for
+// ever.
+func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
+	since := s.newestSampleCutoff()
 	collected := newFamilyGrouper(match)
 	n := 0
-	s.Store.ForEachSite(s.firstSiteFraction(), func(hash uint64, data *SiteSamples) bool {
+	s.Store.ForEachSite(s.scrapeStartFraction(), func(hash uint64, data *SiteSamples) bool {
 		if !s.Owned(hash) {
 			return true
 		}
@@ -95,7 +96,7 @@ func (s *ScrapeReader) NewestPerSeries(limit int, match func(line []byte) bool) 
 			return false
 		}
 		data.Table.ForEachNewestSince(since, func(_ uint32, name string, l FamilySample) {
-			collected.add(name, l)
+			collected.addIfMatches(name, l)
 			n++
 		})
 		return true
@@ -106,12 +107,12 @@ func (s *ScrapeReader) NewestPerSeries(limit int, match func(line []byte) bool) 
 	return collected.sorted(), truncated
 }
 
-// ServeUnreadSamples returns samples that the session has not read, oldest first within each site and in
-// fair shares; of sites without more of them, and as far as there is room left, also the newest
-// samples as Newest does. It marks them as served. With onePerSeries there is at most one unread
-// sample of each series. It returns how many of the samples were unread, and whether there are
-// more of those.
-func (s *ScrapeReader) ServeUnreadSamples(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unread int, more bool) {
+// ServeUnreadAndNewest returns samples that the session has not read, oldest first within each
+// site and in fair shares; of sites without more of them, and as far as there is room left, also
+// the newest samples as NewestPerSeries does. It marks them as served. With onePerSeries there is
+// at most one unread sample of each series. It returns how many of the samples were unread, and
+// whether there are more unread samples.
+func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unreadServed int, moreUnread bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
 	}
@@ -121,11 +122,11 @@ func (s *ScrapeReader) ServeUnreadSamples(session *ConsumerSession, limit int, o
 	if total > limit {
 		share = fairShare(counts, limit)
 	}
-	limits.NewestSince = s.newestShownSince()
+	limits.NewestSince = s.newestSampleCutoff()
 	left, repeatsLeft := limit, max(0, limit-total)
 	collected := newFamilyGrouper(match)
 	leftOut := false
-	s.Store.ForEachSite(s.firstSiteFraction(), func(hash uint64, data *SiteSamples) bool {
+	s.Store.ForEachSite(s.scrapeStartFraction(), func(hash uint64, data *SiteSamples) bool {
 		pos := session.Position(hash)
 		limits.Unread = min(share, left, data.UnreadSampleCount(pos)) // more than was counted, if pushes came
 		limits.Repeats = -1
@@ -133,29 +134,29 @@ func (s *ScrapeReader) ServeUnreadSamples(session *ConsumerSession, limit int, o
 			limits.Repeats = min(repeatsLeft, left-limits.Unread)
 		}
 		served := 0
-		to, n := data.Read(pos, limits, func(name string, l FamilySample) {
-			collected.add(name, l)
+		to, n := data.EmitUnreadAndNewest(pos, limits, func(name string, l FamilySample) {
+			collected.addIfMatches(name, l)
 			served++
 		})
 		left -= served
 		repeatsLeft -= served - n
-		unread += n
+		unreadServed += n
 		if to != pos {
 			session.MarkServed(hash, to, n)
 		}
-		more = more || data.UnreadSampleCount(to) > 0
-		leftOut = leftOut || more || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
+		moreUnread = moreUnread || data.UnreadSampleCount(to) > 0
+		leftOut = leftOut || moreUnread || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
 		return true
 	})
 	if leftOut {
 		s.rotateFirstSite()
 	}
-	return collected.sorted(), unread, more
+	return collected.sorted(), unreadServed, moreUnread
 }
 
 // countUnread returns how many samples the session has not read of each site that has some, and
 // in all.
-func (s *ScrapeReader) countUnread(session *ConsumerSession) (perSite []int, total int) {
+func (s *AllSitesReader) countUnread(session *ConsumerSession) (perSite []int, total int) {
 	s.Store.ForEachSite(0, func(hash uint64, data *SiteSamples) bool {
 		if n := data.UnreadSampleCount(session.Position(hash)); n > 0 {
 			perSite = append(perSite, n)

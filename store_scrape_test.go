@@ -19,7 +19,7 @@ import (
 // modelConsumer is a scraper, and what it knows.
 type modelConsumer struct {
 	name  string
-	conn  *ConnTracker
+	conn  *AnswerReadTracker
 	had   map[heldSample]bool // read to the end, and confirmed
 	saved map[heldSample]bool // had when the cursors were last saved
 	may   map[heldSample]bool // of had, may come again
@@ -42,7 +42,7 @@ func (m *scrapeModel) again(c *modelConsumer) {
 			for _, at := range []ReadPosition{c.place.confirmed[site.Key], c.place.served[site.Key]} {
 				for _, b := range held.Batches {
 					if b.Seq > at.Seq {
-						for i := range at.SamplesReadOf(b) {
+						for i := range at.PartialReadOf(b) {
 							c.part = append(c.part, heldSample{string(held.Table.Line(b.IDs[i])), b.Time(i)})
 						}
 					}
@@ -119,7 +119,7 @@ func (m *scrapeModel) pushTo(id string) {
 func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (unread int, more bool) {
 	t := m.t
 	if c.conn == nil {
-		c.conn = &ConnTracker{}
+		c.conn = &AnswerReadTracker{}
 	}
 	r, _, err := m.store.Consumers.BeginScrape(ConsumerKey(c.name, "", ""), c.name, "", c.conn, m.kit.clock.Now())
 	if err != nil {
@@ -148,7 +148,7 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, single, lost bool) (un
 	if !c.drains {
 		x.Owned = m.meanwhile
 	}
-	fams, unread, more := x.ServeUnreadSamples(r, limit, single, nil)
+	fams, unread, more := x.ServeUnreadAndNewest(r, limit, single, nil)
 	newer := m.newest()
 	n, fresh := 0, 0
 	for _, f := range fams {
@@ -261,7 +261,7 @@ func (m *scrapeModel) step() {
 	case k < 80:
 		m.kit.clock.Add(time.Duration(m.rng.IntN(20)) * time.Second)
 	case k < 84:
-		m.store.maintain(context.Background(), m.rng.IntN(2) == 0)
+		m.store.expireAndCompact(context.Background(), m.rng.IntN(2) == 0)
 	case k < 90:
 		m.rewrite(fmt.Sprint("c", m.rng.IntN(4)))
 	case k < 92:
@@ -378,11 +378,11 @@ func TestUnreadIsFair(t *testing.T) {
 	for i := range 9 {
 		k.push(s, fmt.Sprint("small", i), point{"x", 1, k.clock.ms(1), 1}, point{"x", 2, k.clock.ms(1), 1})
 	}
-	r, _, err := s.Consumers.BeginScrape(1, "c", "", &ConnTracker{}, k.clock.Now())
+	r, _, err := s.Consumers.BeginScrape(1, "c", "", &AnswerReadTracker{}, k.clock.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
-	fams, unread, more := scraper(s, time.Hour).ServeUnreadSamples(r, 100, false, nil)
+	fams, unread, more := scraper(s, time.Hour).ServeUnreadAndNewest(r, 100, false, nil)
 	count := map[bool]int{}
 	for _, f := range fams {
 		for _, l := range f.Samples {
@@ -400,7 +400,7 @@ func TestUnreadRotates(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
 	x := scraper(s, time.Hour)
-	conn := &ConnTracker{}
+	conn := &AnswerReadTracker{}
 	push := func() {
 		k.clock.Add(time.Second)
 		for c := range 10 {
@@ -412,7 +412,7 @@ func TestUnreadRotates(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		fams, _, _ := x.ServeUnreadSamples(r, limit, false, nil)
+		fams, _, _ := x.ServeUnreadAndNewest(r, limit, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Samples {
 				seen[string(l.Line)]++
@@ -458,7 +458,7 @@ func TestFairShare(t *testing.T) {
 func TestConsumerConnections(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
-	conns := [3]*ConnTracker{{}, {}, {}}
+	conns := [3]*AnswerReadTracker{{}, {}, {}}
 	n := 0
 	scrape := func(conn int) (got string, repeated bool) {
 		t.Helper()
@@ -467,7 +467,7 @@ func TestConsumerConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 		x := scraper(s, 0) // without the newest again
-		fams, _, _ := x.ServeUnreadSamples(r, 0, false, nil)
+		fams, _, _ := x.ServeUnreadAndNewest(r, 0, false, nil)
 		for _, f := range fams {
 			for _, l := range f.Samples {
 				got += fmt.Sprint(l.V, " ")
@@ -540,13 +540,13 @@ func TestConsumerInMiddleOfBatch(t *testing.T) {
 		}
 		k.push(s, "a", points...)
 		k.clock.Add(20 * time.Second)
-		conn := &ConnTracker{}
+		conn := &AnswerReadTracker{}
 		for i, want := range test.want {
 			r, _, err := s.Consumers.BeginScrape(1, "c", "", conn, k.clock.Now())
 			if err != nil {
 				t.Fatal(err)
 			}
-			fams, _, _ := scraper(s, -time.Second).ServeUnreadSamples(r, 4, false, nil)
+			fams, _, _ := scraper(s, -time.Second).ServeUnreadAndNewest(r, 4, false, nil)
 			got := ""
 			for _, f := range fams {
 				for _, l := range f.Samples {
@@ -577,13 +577,13 @@ func TestConsumersStaleCursor(t *testing.T) {
 		s := k.open()
 		had := map[float64]bool{}
 		scrape := func() {
-			conn := &ConnTracker{}
+			conn := &AnswerReadTracker{}
 			for range 2 { // the second confirms the first
 				r, _, err := s.Consumers.BeginScrape(1, "c", "", conn, k.clock.Now())
 				if err != nil {
 					t.Fatal(err)
 				}
-				fams, _, _ := scraper(s, -time.Second).ServeUnreadSamples(r, 0, false, nil)
+				fams, _, _ := scraper(s, -time.Second).ServeUnreadAndNewest(r, 0, false, nil)
 				for _, f := range fams {
 					for _, l := range f.Samples {
 						had[l.V] = true
@@ -601,7 +601,7 @@ func TestConsumersStaleCursor(t *testing.T) {
 		}
 		if forgotten {
 			k.clock.Add(forgetAfter + time.Hour)
-			s.maintain(context.Background(), false)
+			s.expireAndCompact(context.Background(), false)
 			if len(s.sites) > 0 {
 				t.Fatal("not forgotten")
 			}
@@ -645,7 +645,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 	for start := range 10 {
 		for _, unread := range []int{0, 1, 60, 99, 100, 101, 400} {
 			k.clock.Add(time.Minute / 2)
-			conn := &ConnTracker{}
+			conn := &AnswerReadTracker{}
 			begin := func() *ConsumerSession {
 				r, _, err := s.Consumers.BeginScrape(1, "c", "", conn, k.clock.Now())
 				if err != nil {
@@ -653,7 +653,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 				}
 				return r
 			}
-			scraper(s, time.Hour).ServeUnreadSamples(begin(), 0, false, nil)
+			scraper(s, time.Hour).ServeUnreadAndNewest(begin(), 0, false, nil)
 			if unread > 0 {
 				k.push(s, "new0", points((unread+1)/2)...)
 			}
@@ -662,7 +662,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			}
 			x := scraper(s, time.Hour)
 			x.start = float64(start) / 10
-			fams, n, more := x.ServeUnreadSamples(begin(), limit, false, nil)
+			fams, n, more := x.ServeUnreadAndNewest(begin(), limit, false, nil)
 			lines := 0
 			for _, f := range fams {
 				lines += len(f.Samples)
@@ -673,8 +673,8 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			if unread == 0 && lines < limit/2 {
 				t.Errorf("start %d: %d of what was had, with room for %d", start, lines, limit)
 			}
-			scraper(s, time.Hour).ServeUnreadSamples(begin(), 0, false, nil)
-			scraper(s, time.Hour).ServeUnreadSamples(begin(), 0, false, nil)
+			scraper(s, time.Hour).ServeUnreadAndNewest(begin(), 0, false, nil)
+			scraper(s, time.Hour).ServeUnreadAndNewest(begin(), 0, false, nil)
 		}
 	}
 }
@@ -721,11 +721,11 @@ func BenchmarkUnread(b *testing.B) {
 			b.ReportAllocs()
 			before := cpuTime(b)
 			for b.Loop() {
-				r, _, err := s.Consumers.BeginScrape(ConsumerKey(test.name, "::1", ""), test.name, "::1", &ConnTracker{}, k.clock.Now())
+				r, _, err := s.Consumers.BeginScrape(ConsumerKey(test.name, "::1", ""), test.name, "::1", &AnswerReadTracker{}, k.clock.Now())
 				if err != nil {
 					b.Fatal(err)
 				}
-				fams, unread, more := scraper(s, 10*time.Minute).ServeUnreadSamples(r, test.limit, false, nil)
+				fams, unread, more := scraper(s, 10*time.Minute).ServeUnreadAndNewest(r, test.limit, false, nil)
 				if unread != test.unread || more != (test.limit > 0) {
 					b.Fatalf("%d samples, more %t", unread, more)
 				}

@@ -41,11 +41,11 @@ type seriesFamily struct {
 	ids  []uint32
 }
 
-// NewSeriesTable returns an empty table with room for seriesCount series. The seed keeps
+// NewSeriesTable returns an empty table with room for capacity series. The seed keeps
 // senders from making lines that collide.
-func NewSeriesTable(seed maphash.Seed, seriesCount int) *SeriesTable {
+func NewSeriesTable(seed maphash.Seed, capacity int) *SeriesTable {
 	return &SeriesTable{
-		seed: seed, series: make([]series, 0, seriesCount), index: make(map[uint32]uint32, seriesCount), familyIndex: map[string]int{},
+		seed: seed, series: make([]series, 0, capacity), index: make(map[uint32]uint32, capacity), familyIndex: map[string]int{},
 	}
 }
 
@@ -122,9 +122,9 @@ func (s *SeriesTable) Truncate(seriesCount int) {
 	s.series = s.series[:seriesCount]
 }
 
-// UpdateNewestSample makes a durable sample the newest of its series if it is the newest, and lists the
-// series.
-func (s *SeriesTable) UpdateNewestSample(id uint32, t int64, v float64) {
+// SetNewestIfLater makes a durable sample the newest of its series if it is the newest, and lists
+// the series.
+func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) {
 	sr := &s.series[id]
 	if t > sr.lastT {
 		sr.lastT, sr.lastV = t, v
@@ -143,8 +143,8 @@ func (s *SeriesTable) UpdateNewestSample(id uint32, t int64, v float64) {
 	s.families[f].ids = append(s.families[f].ids, id)
 }
 
-// ForEachNewestSince calls emit with the newest sample of every listed series if its time is at least
-// minT, one name after the other.
+// ForEachNewestSince calls emit with the newest sample of every listed series if its time is at
+// least minT, one name after the other.
 func (s *SeriesTable) ForEachNewestSince(minT int64, emit func(id uint32, name string, l FamilySample)) {
 	for _, f := range s.families {
 		for _, id := range f.ids {

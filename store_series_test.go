@@ -125,7 +125,7 @@ func TestSeriesTable(t *testing.T) {
 			for id := range k.lines {
 				if k.lines[id] != "" && (!k.shown[id] && k.lastT[id] == NoTime || rng.IntN(10) == 0) {
 					at := rng.Int64N(100)
-					k.table.UpdateNewestSample(uint32(id), at, float64(at))
+					k.table.SetNewestIfLater(uint32(id), at, float64(at))
 					k.lastT[id], k.shown[id] = max(k.lastT[id], at), true
 				}
 			}
@@ -177,9 +177,9 @@ func TestSeriesSetNewest(t *testing.T) {
 		t.Error("a series without a durable sample is shown")
 	}
 	for _, at := range []int64{100, 90, 100, 110} { // late and equal ones change nothing
-		table.UpdateNewestSample(id, at, float64(at))
+		table.SetNewestIfLater(id, at, float64(at))
 	}
-	table.UpdateNewestSample(id, 110, 5)
+	table.SetNewestIfLater(id, 110, 5)
 	if got := show(); len(got) != 1 || got[0].T != 110 || got[0].V != 110 || cap(got[0].Line) != len(got[0].Line) {
 		t.Errorf("shown %+v", got)
 	}

@@ -106,12 +106,12 @@ func (s *Site) markRemoved() {
 	}
 }
 
-// StageBatch makes a batch of what is new in p, as SiteSamples.StageBatch says. If there are too many
-// series, those without a sample in retention make room.
-func (s *Site) StageBatch(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
+// StageNewSamples makes a batch of what is new in p, as SiteSamples.StageNewSamples says. If there
+// are too many series, those without a sample in retention make room.
+func (s *Site) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	for compacted := false; ; compacted = true {
 		s.mu.Lock()
-		prepared, err := s.data.StageBatch(p, names, limits)
+		prepared, err := s.data.StageNewSamples(p, names, limits)
 		s.mu.Unlock()
 		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.timeBounds().keptSince) == 0 {
 			return prepared, err
@@ -122,8 +122,10 @@ func (s *Site) StageBatch(p *SampleList, names ScrapeNames, limits AppendLimits)
 	}
 }
 
-// Rollback takes back what StageBatch inserted.
-func (s *Site) Rollback(p StagedBatch) { s.View(func(data *SiteSamples) { data.Rollback(p) }) }
+// Rollback takes back what StageNewSamples inserted.
+func (s *Site) Rollback(staged StagedBatch) {
+	s.View(func(data *SiteSamples) { data.Rollback(staged) })
+}
 
 // Commit makes a prepared batch and its new series durable, and then holds them. A log that is
 // broken is rewritten with them, without the samples older than keptSince. On an error the
@@ -134,10 +136,10 @@ func (s *Site) Commit(p StagedBatch, keptSince int64) error {
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
-		if s.log.IsBroken() {
+		if s.log.MustBeRewritten() {
 			return s.RewriteLog([]*Batch{p.Batch}, keptSince)
 		}
-		if err := s.changeLog(func() error { return s.log.Append(frames) }); err != nil {
+		if err := s.changeLogAndTotals(func() error { return s.log.Append(frames) }); err != nil {
 			return err
 		}
 	}
@@ -149,10 +151,10 @@ func (s *Site) Commit(p StagedBatch, keptSince int64) error {
 	return nil
 }
 
-// changeLog calls change, which writes or removes the log, and accounts for the log's size.
-func (s *Site) changeLog(change func() error) error {
+// changeLogAndTotals calls change, which writes or removes the log, and accounts for the log's size.
+func (s *Site) changeLogAndTotals(changeLog func() error) error {
 	before := s.log.Size()
-	err := change()
+	err := changeLog()
 	s.store.totals.LogBytes.Add(s.log.Size() - before)
 	if IsDiskFull(err) {
 		return fmt.Errorf("%w: the disk is full: %w", ErrFull, err)
@@ -176,7 +178,7 @@ func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
 	// Others may drop batches of s.data meanwhile, but they change nothing that old has.
 	compacted := old.CompactedCopy(more, keptSince)
 	if s.log != nil {
-		err := s.changeLog(func() error {
+		err := s.changeLogAndTotals(func() error {
 			return s.log.Rewrite(func(w io.Writer) error { return writeAll(w, compacted.Records) })
 		})
 		if err != nil {
@@ -190,15 +192,15 @@ func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.data.SampleCount()
-	compacted.DropMissingIn(&s.data)
+	compacted.DropEvictedAndExpiredIn(&s.data)
 	s.data = compacted
 	s.store.totals.Samples.Add(s.data.SampleCount() - before)
 	return nil
 }
 
-// noteReadScrapesAndCopy returns a copy of the data that can be read without mu. It first notes which scrapes
-// are read: those in batches that every consumer has read, and those in batches that left
-// memory, which the new log will not have.
+// noteReadScrapesAndCopy returns a copy of the data that can be read without mu. It first notes
+// which scrapes are read: those in batches that every consumer has read, and those in batches that
+// left memory, which the new log will not have.
 func (s *Site) noteReadScrapesAndCopy() SiteSamples {
 	read := s.seqReadByAll()
 	s.mu.Lock()
@@ -226,7 +228,7 @@ func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 
 // RewriteLogIfBroken rewrites a log that recovery found damaged.
 func (s *Site) RewriteLogIfBroken(keptSince int64) error {
-	if s.log == nil || !s.log.IsBroken() {
+	if s.log == nil || !s.log.MustBeRewritten() {
 		return nil
 	}
 	return s.RewriteLog(nil, keptSince)
@@ -239,13 +241,13 @@ func (s *Site) seqReadByAll() uint64 {
 	return seq
 }
 
-// TryEvictOldestBatch drops the oldest batch, if every consumer has read it and no scrape that shows
-// samples since shownSince shows one of it. evicted is false otherwise; samples is the number of samples
-// dropped.
-func (s *Site) TryEvictOldestBatch(shownSince int64) (samples int64, evicted bool) {
+// TryEvictOldestBatch drops the oldest batch, if every consumer has read it and no scrape that
+// shows newest samples since newestSampleCutoff shows one of it. evicted is false otherwise; samples
+// is the number of samples dropped.
+func (s *Site) TryEvictOldestBatch(newestSampleCutoff int64) (samples int64, evicted bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.data.CanEvictOldestBatch(shownSince, s.seqReadByAll()) {
+	if !s.data.CanEvictOldestBatch(newestSampleCutoff, s.seqReadByAll()) {
 		return 0, false
 	}
 	samples = s.data.EvictOldestBatch()
@@ -258,22 +260,23 @@ func (s *Site) RemoveLog() error {
 	if s.log == nil {
 		return nil
 	}
-	return s.changeLog(s.log.Remove)
+	return s.changeLogAndTotals(s.log.Remove)
 }
 
-// CompactIfWorthwhile rewrites a log of which half is garbage, or an eighth when the storage is full.
+// CompactIfWorthwhile rewrites a log of which half is garbage, or an eighth when the storage is
+// full.
 func (s *Site) CompactIfWorthwhile(keptSince int64, storageFull bool) error {
 	part, slack := int64(2), int64(compactSlack)
 	if storageFull {
 		part, slack = 8, 0
 	}
 	s.mu.Lock()
-	live := s.data.EstimatedLogSize()
+	live := s.data.EstimatedRewrittenLogSize()
 	worth := int64(s.data.Table.CountExpired(keptSince))*part > int64(s.data.Table.Len())
 	s.mu.Unlock()
 	if !worth && s.log != nil {
 		garbage := s.log.Size() - live
-		worth = s.log.IsBroken() || garbage > slack && garbage*part > s.log.Size()
+		worth = s.log.MustBeRewritten() || garbage > slack && garbage*part > s.log.Size()
 	}
 	if worth {
 		return s.RewriteLog(nil, keptSince)

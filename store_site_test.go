@@ -106,14 +106,14 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 		}
 		return res
 	}
-	conn := &ConnTracker{}
+	conn := &AnswerReadTracker{}
 	scrape := func() {
 		t.Helper()
 		r, _, err := s.Consumers.BeginScrape(1, "p", "", conn, k.clock.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
-		scraper(s, time.Minute).ServeUnreadSamples(r, 0, false, nil)
+		scraper(s, time.Minute).ServeUnreadAndNewest(r, 0, false, nil)
 	}
 	want := func(what, lists string) {
 		t.Helper()
@@ -127,7 +127,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		s = k.open()
-		conn = &ConnTracker{}
+		conn = &AnswerReadTracker{}
 	}
 	compact := func() {
 		t.Helper()
@@ -169,7 +169,7 @@ func TestSiteSpoolsHeldAndRead(t *testing.T) {
 	if res := push(1, point{"m", 1, old, 1}); res.Accepted != 0 || res.Duplicates != 1 || len(allHeld(t, s)) != before {
 		t.Errorf("a scrape that was read came again: %+v", res)
 	}
-	s.Consumers.BeginScrape(2, "new", "", &ConnTracker{}, k.clock.Now())
+	s.Consumers.BeginScrape(2, "new", "", &AnswerReadTracker{}, k.clock.Now())
 	want("a new consumer comes", "held , read 1-4")
 	push(5, point{"m", 1, old + 2, 3})
 	scrape()
@@ -235,7 +235,7 @@ func TestSiteSpoolsReadIsKept(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		scraper(s, time.Minute).ServeUnreadSamples(r, 0, false, nil)
+		scraper(s, time.Minute).ServeUnreadAndNewest(r, 0, false, nil)
 	}
 	c := s.sites["x"]
 	if _, ok := c.TryEvictOldestBatch(math.MaxInt64); !ok {
@@ -319,7 +319,7 @@ func TestSiteSpoolsDamage(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				scraper(s, time.Minute).ServeUnreadSamples(r, 0, false, nil)
+				scraper(s, time.Minute).ServeUnreadAndNewest(r, 0, false, nil)
 			}
 		}
 		if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", 3, k.clock.ms(60) + 3, 1}), names1(7)); err != nil { // repeats scrape 4
@@ -435,7 +435,7 @@ func TestRewriteMeetsEviction(t *testing.T) {
 // Who waited for a site that was forgotten meanwhile leaves its next log alone.
 func TestForgottenMeanwhile(t *testing.T) {
 	for name, do := range map[string]func(s *Store) error{
-		"maintain": func(s *Store) error { s.maintain(context.Background(), true); return nil },
+		"maintain": func(s *Store) error { s.expireAndCompact(context.Background(), true); return nil },
 		"push": func(s *Store) error {
 			p := storePush("a", point{"m", 2, s.cfg.Now().UnixMilli(), 2})
 			_, err := s.Append(context.Background(), "a", p, ScrapeNames{})
@@ -460,7 +460,7 @@ func TestForgottenMeanwhile(t *testing.T) {
 				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)
 				}
-				s.dropFromMemory(c)
+				s.dropEmptySite(c)
 				k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 				c.Unlock()
 				if err := <-done; err != nil {

@@ -57,16 +57,16 @@ func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
 	return &s.spools[len(s.spools)-1]
 }
 
-// AddHeldScrapes adds scrapes all of whose samples are in batches up to seq, which is not below that of
-// an earlier call.
-func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, seq uint64) {
+// AddHeldScrapes adds scrapes all of whose samples are in batches up to seq, which is not below
+// that of an earlier call.
+func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
 	if names.SpoolID == 0 || len(names.Numbers) == 0 {
 		return
 	}
 	p := s.findOrAdd(names.SpoolID)
-	p.held = append(p.held, heldScrapes{seq, names.Numbers})
+	p.held = append(p.held, heldScrapes{upToSeq, names.Numbers})
 	if p.heldRangeCount() > MaxRanges {
-		p.mergeHeld()
+		p.mergeHeldInPairs()
 	}
 	for p.heldRangeCount() > MaxRanges && len(p.held) > 1 {
 		p.held = slices.Delete(p.held, 0, 1)
@@ -81,9 +81,9 @@ func (p *siteSpool) heldRangeCount() (n int) {
 	return n
 }
 
-// mergeHeld joins neighbours, whose numbers often make one range. The older one then counts
+// mergeHeldInPairs joins neighbours, whose numbers often make one range. The older one then counts
 // as read only with the newer one.
-func (p *siteSpool) mergeHeld() {
+func (p *siteSpool) mergeHeldInPairs() {
 	merged := p.held[:0:0]
 	for pair := range slices.Chunk(p.held, 2) {
 		last := pair[len(pair)-1]

@@ -11,12 +11,12 @@ import (
 type SiteStats struct {
 	ID                string
 	Series            int
-	Samples, LastPush int64             // LastPush: ms
-	Backlogs          []ConsumerBacklog // of every consumer
+	Samples, LastPush int64                 // LastPush: ms
+	Backlogs          []ConsumerSiteBacklog // of every consumer
 }
 
-// ConsumerBacklog is what one consumer has not read of a site.
-type ConsumerBacklog struct {
+// ConsumerSiteBacklog is what one consumer has not read of a site.
+type ConsumerSiteBacklog struct {
 	Name, Address string
 	UnreadSamples int
 	LastScrape    time.Time // of its newest scrape
@@ -43,7 +43,7 @@ func (s *Store) Stats() StoreStats {
 			if data.LastPush > 0 {
 				st.Sites = append(st.Sites, SiteStats{
 					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), LastPush: data.LastPush,
-					Backlogs: backlogs(data, s.Consumers.Cursors(site.Key)),
+					Backlogs: backlogsByConsumer(data, s.Consumers.Cursors(site.Key)),
 				})
 			}
 		})
@@ -51,11 +51,11 @@ func (s *Store) Stats() StoreStats {
 	return st
 }
 
-// backlogs returns the backlog of each consumer, by name and address. Of consumers that differ
-// only in what they ask for, which are neighbours in cursors, it returns the largest.
-func backlogs(data *SiteSamples, cursors []ConsumerCursor) (all []ConsumerBacklog) {
+// backlogsByConsumer returns the backlog of each consumer, by name and address. Of consumers that
+// differ only in what they ask for, which are neighbours in cursors, it returns the largest.
+func backlogsByConsumer(data *SiteSamples, cursors []SiteConsumerCursor) (all []ConsumerSiteBacklog) {
 	for _, c := range cursors {
-		b := ConsumerBacklog{c.Name, c.Address, data.UnreadSampleCount(ReadPosition{Seq: c.Seq}), c.LastScrape}
+		b := ConsumerSiteBacklog{c.Name, c.Address, data.UnreadSampleCount(ReadPosition{Seq: c.Seq}), c.LastScrape}
 		n := len(all)
 		if n == 0 || all[n-1].Name != b.Name || all[n-1].Address != b.Address {
 			all = append(all, b)

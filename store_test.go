@@ -191,8 +191,8 @@ func wantHeld(t testing.TB, what string, got, want map[heldSample]float64) {
 }
 
 // shown returns what a scrape shows.
-func scraper(s *Store, maxAge time.Duration) *ScrapeReader {
-	return &ScrapeReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
+func scraper(s *Store, maxAge time.Duration) *AllSitesReader {
+	return &AllSitesReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
 }
 
 func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
@@ -639,8 +639,8 @@ func TestStoreMaintainMends(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 	fsys.restart()
-	s.maintain(context.Background(), false)
-	if s.sites["a"].log.IsBroken() || len(k.errors) > 0 {
+	s.expireAndCompact(context.Background(), false)
+	if s.sites["a"].log.MustBeRewritten() || len(k.errors) > 0 {
 		t.Errorf("broken still: %v", k.errors)
 	}
 	fsys.crash()
@@ -657,7 +657,7 @@ func TestStoreRetention(t *testing.T) {
 	k.push(s, "a", point{"m", 3, k.clock.ms(7000), 3})
 	k.push(s, "b", point{"m", 4, k.clock.ms(7000), 4})
 	k.clock.Add(300 * time.Second)
-	s.maintain(context.Background(), false)
+	s.expireAndCompact(context.Background(), false)
 	if got := s.Stats(); got.Expired != 3 || s.totals.Samples.Load() != 1 {
 		t.Errorf("%d samples expired, want 3; %d take memory", got.Expired, s.totals.Samples.Load())
 	}
@@ -667,7 +667,7 @@ func TestStoreRetention(t *testing.T) {
 	}
 	seq := s.sites["b"].data.Seq
 	k.clock.Add(2 * time.Hour)
-	s.maintain(context.Background(), false)
+	s.expireAndCompact(context.Background(), false)
 	if len(allHeld(t, s)) != 0 {
 		t.Errorf("held beyond retention: %v", allHeld(t, s))
 	}
@@ -693,11 +693,11 @@ func TestStoreCompacts(t *testing.T) {
 		k.push(s, "a", point{"m", 1, k.clock.ms(0), float64(i)}, point{"n", 1, k.clock.ms(0), float64(i)})
 		k.clock.Add(15 * time.Second)
 		if i%20 == 0 {
-			s.maintain(context.Background(), false)
+			s.expireAndCompact(context.Background(), false)
 		}
 	}
-	s.maintain(context.Background(), false)
-	live, size := s.sites["a"].data.EstimatedLogSize(), s.Stats().LogBytes
+	s.expireAndCompact(context.Background(), false)
+	live, size := s.sites["a"].data.EstimatedRewrittenLogSize(), s.Stats().LogBytes
 	data, _ := fsys.ReadFile(s.logPathOf("a"))
 	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
 		t.Errorf("log of %d bytes (%d accounted) for %d of content", len(data), size, live)
@@ -1151,7 +1151,7 @@ func TestStoreEvictionAndCompaction(t *testing.T) {
 		k.clock.Add(time.Hour / 6)
 	}
 	held := allHeld(t, s)
-	s.maintain(context.Background(), true)
+	s.expireAndCompact(context.Background(), true)
 	c := s.sites["a"]
 	c.lock <- struct{}{}
 	if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
@@ -1211,9 +1211,9 @@ func TestStoreStorageLimit(t *testing.T) {
 	maintain := func() {
 		select {
 		case <-s.compactNow:
-			s.maintain(ctx, true)
+			s.expireAndCompact(ctx, true)
 		default:
-			s.maintain(ctx, false)
+			s.expireAndCompact(ctx, false)
 		}
 	}
 	var points []point
@@ -1292,7 +1292,7 @@ func TestStoreForgets(t *testing.T) {
 	saveConsumers(t, s.Consumers)
 	for range 30 {
 		k.clock.Add(24*time.Hour - time.Second)
-		s.maintain(context.Background(), false)
+		s.expireAndCompact(context.Background(), false)
 		s = k.open()
 	}
 	if n := len(s.Stats().Sites); n != 2 {
@@ -1301,11 +1301,11 @@ func TestStoreForgets(t *testing.T) {
 	k.push(s, "b", point{"m", 1, k.clock.ms(0), 2})
 	k.clock.Add(time.Minute)
 	fsys.hook = failOn("syncdir", "", 1, errDisk)
-	s.maintain(context.Background(), false) // fails, and is tried again
+	s.expireAndCompact(context.Background(), false) // fails, and is tried again
 	if len(k.errors) != 1 || len(s.sites) != 2 {
 		t.Errorf("errors %v, %d sites", k.errors, len(s.sites))
 	}
-	s.maintain(context.Background(), false)
+	s.expireAndCompact(context.Background(), false)
 	if st := s.Stats().Sites; len(st) != 1 || st[0].ID != "b" {
 		t.Errorf("known: %+v", st)
 	}
@@ -1352,7 +1352,7 @@ func TestStoreNewest(t *testing.T) {
 	// Age beyond retention shows nothing that retention dropped, compacted or not.
 	k.clock.Add(2*time.Hour - 20*time.Second)
 	before := shown(s, 24*time.Hour)
-	s.maintain(context.Background(), true)
+	s.expireAndCompact(context.Background(), true)
 	wantHeld(t, "older than retention", before, shown(s, 24*time.Hour))
 	if len(before) != 3 {
 		t.Errorf("shown: %v", before)
@@ -1605,7 +1605,7 @@ func (k *storeKeeper) step() {
 	case n < 9:
 		k.clock.Add(time.Duration(k.rng.IntN(3000)) * time.Second)
 	default:
-		k.s.maintain(context.Background(), n == 9)
+		k.s.expireAndCompact(context.Background(), n == 9)
 	}
 	k.clock.Add(time.Duration(k.rng.IntN(3000)) * time.Millisecond)
 }
@@ -1708,7 +1708,7 @@ func TestStoreConcurrent(t *testing.T) {
 		}
 		background.Go(func() {
 			for n := 0; ctx.Err() == nil; n++ {
-				s.maintain(ctx, n%2 == 0)
+				s.expireAndCompact(ctx, n%2 == 0)
 				for _, c := range s.sitesByID() { // rewrites that meet evictions
 					if c.Lock(ctx) == nil {
 						if !c.removed {
@@ -1800,7 +1800,7 @@ func TestStoreWaiting(t *testing.T) {
 	for range 2 {
 		go func() { waiting <- push(context.Background()) }()
 	}
-	s.releaseSite(c) // it failed: those who wait begin anew
+	s.releaseAndDropIfNew(c) // it failed: those who wait begin anew
 	for range 2 {
 		if err := <-waiting; err != nil {
 			t.Errorf("waiting: %v", err)
@@ -1829,7 +1829,7 @@ func TestStoreWaiting(t *testing.T) {
 		t.Error("closed during a push")
 	default:
 	}
-	s.releaseSite(c)
+	s.releaseAndDropIfNew(c)
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}
@@ -2011,7 +2011,7 @@ func BenchmarkStoreAppend(b *testing.B) {
 			b.Fatalf("%+v, %v", res, err)
 		}
 		if b.N%100 == 0 {
-			s.maintain(context.Background(), false)
+			s.expireAndCompact(context.Background(), false)
 		}
 	}
 	b.ReportMetric(float64(b.N*len(p.Samples))/(cpuTime(b)-before).Seconds(), "samples/cpu-s")

@@ -114,8 +114,8 @@ func (r *WireReader) Bytes(n int) []byte {
 // Rest reads all bytes that are left.
 func (r *WireReader) Rest() []byte { return r.Bytes(len(r.rest)) }
 
-// ShortString reads a string of at most maxLen bytes behind a byte with its length, as AppendShortString
-// wrote it.
+// ShortString reads a string of at most maxLen bytes behind a byte with its length, as
+// AppendShortString wrote it.
 func (r *WireReader) ShortString(maxLen int) string {
 	n := int(r.Byte())
 	if n > maxLen {
@@ -130,46 +130,34 @@ func AppendShortString(b []byte, s string) []byte { return append(append(b, byte
 
 // Byte reads one byte.
 func (r *WireReader) Byte() byte {
-	if len(r.rest) < 1 {
-		r.fail(errWireShort)
-		return 0
+	if b := r.Bytes(1); b != nil {
+		return b[0]
 	}
-	b := r.rest[0]
-	r.rest = r.rest[1:]
-	return b
+	return 0
 }
 
 // Uint16 reads 2 bytes.
 func (r *WireReader) Uint16() uint16 {
-	if len(r.rest) < 2 {
-		r.fail(errWireShort)
-		return 0
+	if b := r.Bytes(2); b != nil {
+		return binary.LittleEndian.Uint16(b)
 	}
-	v := binary.LittleEndian.Uint16(r.rest)
-	r.rest = r.rest[2:]
-	return v
+	return 0
 }
 
 // Uint32 reads 4 bytes.
 func (r *WireReader) Uint32() uint32 {
-	if len(r.rest) < 4 {
-		r.fail(errWireShort)
-		return 0
+	if b := r.Bytes(4); b != nil {
+		return binary.LittleEndian.Uint32(b)
 	}
-	v := binary.LittleEndian.Uint32(r.rest)
-	r.rest = r.rest[4:]
-	return v
+	return 0
 }
 
 // Uint64 reads 8 bytes.
 func (r *WireReader) Uint64() uint64 {
-	if len(r.rest) < 8 {
-		r.fail(errWireShort)
-		return 0
+	if b := r.Bytes(8); b != nil {
+		return binary.LittleEndian.Uint64(b)
 	}
-	v := binary.LittleEndian.Uint64(r.rest)
-	r.rest = r.rest[8:]
-	return v
+	return 0
 }
 
 // castagnoli is read-only.

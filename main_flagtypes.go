@@ -1,8 +1,9 @@
 package main
 
-// The flags of a mode. A value is checked when it is set, and conflicts are collected, so that one
-// message reports all of them. Help lists every flag in its group with its default. This file
-// must not know what any flag is for.
+// Types of flags, and the command line of a mode; the flags themselves are in main_server.go,
+// main_ring.go, main_client.go and main_keys.go. A value is checked when it is set, and conflicts
+// are collected, so that one message reports all of them. Help lists every flag in its group with
+// its default.
 
 import (
 	"errors"
@@ -98,7 +99,7 @@ func (c *command) writeHelp(w io.Writer) {
 // parseArgs parses the arguments, and goes on after one that is no flag, or not of this mode. It
 // collects problems for err. If a number or a switch does not parse, it returns them at once:
 // later checks would judge the default in its place.
-func (c *command) parseArgs() error {
+func (c *command) parseArgs() (helpOrMisread error) {
 	misread := false
 	for args := c.args; len(args) > 0; {
 		err := c.Parse(args)
@@ -108,7 +109,7 @@ func (c *command) parseArgs() error {
 		rest := c.Args()
 		switch {
 		case err != nil:
-			c.require(false, "%v", err)
+			c.addProblemUnless(false, "%v", err)
 			switch {
 			case strings.HasPrefix(err.Error(), "invalid "): // "value" or "boolean value"
 				misread = true
@@ -118,13 +119,13 @@ func (c *command) parseArgs() error {
 				rest = rest[1:] // the value of a flag that is not known
 			}
 		case len(rest) > 0:
-			c.require(false, "unexpected argument %q: every value belongs to a flag", rest[0])
+			c.addProblemUnless(false, "unexpected argument %q: every value belongs to a flag", rest[0])
 			rest = rest[1:]
 		}
 		args = rest
 	}
 	if mode := c.Lookup("mode").Value.String(); mode != c.mode {
-		c.require(false, "--mode %s and --mode %s are two different things to do", c.mode, mode)
+		c.addProblemUnless(false, "--mode %s and --mode %s are two different things to do", c.mode, mode)
 	}
 	if misread {
 		return c.err()
@@ -132,8 +133,8 @@ func (c *command) parseArgs() error {
 	return nil
 }
 
-// require adds a problem unless ok.
-func (c *command) require(ok bool, format string, args ...any) {
+// addProblemUnless adds a problem unless ok.
+func (c *command) addProblemUnless(ok bool, format string, args ...any) {
 	if !ok {
 		c.problems = append(c.problems, fmt.Sprintf(format, args...))
 	}
@@ -163,20 +164,21 @@ type funcFlag struct {
 func (f *funcFlag) String() string        { return f.def }
 func (f *funcFlag) Set(text string) error { return f.set(text) }
 
-// parsedFlag defines a flag whose text parse turns into *p; an error is a problem. def is not parsed.
+// parsedFlag defines a flag whose text parse turns into *p; an error is a problem. def is not
+// parsed.
 func parsedFlag[T any](c *command, p *T, name, def, usage string, parse func(text string) (T, error)) {
 	c.Var(&funcFlag{def, func(text string) error {
 		v, err := parse(text)
 		if err == nil {
 			*p = v
 		}
-		c.require(err == nil, "--%s: %v", name, err)
+		c.addProblemUnless(err == nil, "--%s: %v", name, err)
 		return nil
 	}}, name, usage)
 }
 
-// listFlag defines a flag that may be repeated. parse gets all of its texts, those included that came
-// before; one with an error is left out.
+// listFlag defines a flag that may be repeated. parse gets all of its texts, those included that
+// came before; one with an error is left out.
 func listFlag[T any](c *command, p *T, name, usage string, parse func(texts []string) (T, error)) {
 	var texts []string
 	parsedFlag(c, p, name, "", usage+"; may be repeated", func(text string) (T, error) {
@@ -198,7 +200,7 @@ func numberFlag[T ~int | ~int64](c *command, p *T, name string, def, min, max T,
 			return err
 		}
 		*p = v
-		c.require(v >= min && (max == 0 || v <= max), "--%s is %s", name, boundsText(min, max, format))
+		c.addProblemUnless(v >= min && (max == 0 || v <= max), "--%s is %s", name, boundsText(min, max, format))
 		return nil
 	}}, name, usage)
 }
@@ -236,10 +238,10 @@ func formatDuration(d time.Duration) string {
 
 // countFlag defines a flag for a number above 0.
 func (c *command) countFlag(p *int, name string, def int, usage string) {
-	numberFlag(c, p, name, def, 1, 0, usage, parseCount, strconv.Itoa)
+	numberFlag(c, p, name, def, 1, 0, usage, parseInt, strconv.Itoa)
 }
 
-func parseCount(text string) (int, error) {
+func parseInt(text string) (int, error) {
 	n, err := strconv.ParseInt(text, 0, strconv.IntSize)
 	if err != nil {
 		return 0, errors.New("not a number")
@@ -350,7 +352,7 @@ func (c *command) labelsFlag(p *[]Label, name, usage string) {
 }
 
 // labelNamesFlag defines a flag for a list of names of labels, each of them also several between
-// commas if separated.
+// commas if splitCommas.
 func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bool) {
 	listFlag(c, p, name, usage, func(texts []string) (names []string, err error) {
 		for _, text := range texts {
@@ -361,7 +363,7 @@ func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bo
 			}
 		}
 		for _, name := range names {
-			if err := CheckLabelName(name); err != nil {
+			if err := CheckSettableLabelName(name); err != nil {
 				return nil, err
 			}
 		}
@@ -374,8 +376,8 @@ func (c *command) selectorsFlag(p *Selectors, name, usage string) {
 	listFlag(c, p, name, usage, ParseSelectors)
 }
 
-// renamesFlag defines a flag for a list of OLD=NEW names of metrics, on top of def.
-func (c *command) renamesFlag(p *map[string]string, name string, def []string, usage string) {
+// metricRenamesFlag defines a flag for a list of OLD=NEW names of metrics, on top of def.
+func (c *command) metricRenamesFlag(p *map[string]string, name string, def []string, usage string) {
 	*p, _ = ParseRenames(def)
 	listFlag(c, p, name, usage, func(texts []string) (map[string]string, error) {
 		return ParseRenames(slices.Concat(def, texts))

@@ -22,51 +22,52 @@ const (
 	untimelyLogEvery = time.Hour // between log lines on a site whose samples' times are wrong
 )
 
-// SiteTracker tracks the sites that push. It is safe for concurrent use.
-type SiteTracker struct {
+// SitePushLimiter tracks the sites that push. It is safe for concurrent use.
+type SitePushLimiter struct {
 	interval time.Duration // of the rate limit; 0: none
 
 	mu    sync.Mutex              // guards sites
-	sites map[string]*trackedSite // by cluster ID
+	sites map[string]*limitedSite // by cluster ID
 }
 
-type trackedSite struct {
+type limitedSite struct {
 	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if the
 	// pushes before had kept the interval. In the past it says nothing, so an idle site can be
 	// forgotten.
 	tat            time.Time
 	inFlight       int // pushes
-	activity       siteActivity
+	health         siteHealth
 	seen           time.Time
 	loggedUntimely time.Time // when its samples' times were last logged
 }
 
-// siteActivity has the values that /federate shows of a site that pushes to this server.
-type siteActivity struct {
+// siteHealth has the values that /federate shows of a site that pushes to this server.
+type siteHealth struct {
 	LastFailure   time.Time     // of its newest refused push
 	TokenExpiry   int64         // s; of its client token, 0 = never
 	ClockOffset   time.Duration // by which the source's clock is behind, as the client says
 	ClockOffsetAt time.Time     // when it said so
 }
 
-// NewSiteTracker allows one push per site and interval, in bursts of 60; 0 does not limit the rate.
-func NewSiteTracker(interval time.Duration) *SiteTracker {
-	return &SiteTracker{interval: interval, sites: map[string]*trackedSite{}}
+// NewSitePushLimiter allows one push per site and interval, in bursts of 60; 0 does not limit the
+// rate.
+func NewSitePushLimiter(interval time.Duration) *SitePushLimiter {
+	return &SitePushLimiter{interval: interval, sites: map[string]*limitedSite{}}
 }
 
 // track returns the site of clusterID, and nil if no more can be tracked. t.mu is held.
-func (t *SiteTracker) track(clusterID string, now time.Time) *trackedSite {
+func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	site := t.sites[clusterID]
 	if site == nil {
 		if len(t.sites) >= maxTrackedSites {
-			maps.DeleteFunc(t.sites, func(_ string, site *trackedSite) bool {
+			maps.DeleteFunc(t.sites, func(_ string, site *limitedSite) bool {
 				return site.inFlight == 0 && now.Sub(site.seen) > siteIdle && site.tat.Before(now)
 			})
 		}
 		if len(t.sites) >= maxTrackedSites {
 			return nil
 		}
-		site = &trackedSite{}
+		site = &limitedSite{}
 		t.sites[clusterID] = site
 	}
 	site.seen = now
@@ -75,7 +76,7 @@ func (t *SiteTracker) track(clusterID string, now time.Time) *trackedSite {
 
 // AcquirePush counts a push as begun; ReleasePush ends it. An error says why the push must not
 // begin, and wait how long the client should wait before it tries again.
-func (t *SiteTracker) AcquirePush(clusterID string, now time.Time) (wait time.Duration, err error) {
+func (t *SitePushLimiter) AcquirePush(clusterID string, now time.Time) (wait time.Duration, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	site := t.track(clusterID, now)
@@ -98,42 +99,42 @@ func (t *SiteTracker) AcquirePush(clusterID string, now time.Time) (wait time.Du
 }
 
 // ReleasePush ends a push that AcquirePush began.
-func (t *SiteTracker) ReleasePush(clusterID string) {
+func (t *SitePushLimiter) ReleasePush(clusterID string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.sites[clusterID].inFlight--
 }
 
 // SetTokenExpiry notes when the client token of clusterID expires: in Unix seconds, 0 for never.
-func (t *SiteTracker) SetTokenExpiry(clusterID string, expiresUnix int64, now time.Time) {
+func (t *SitePushLimiter) SetTokenExpiry(clusterID string, expiresUnix int64, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(clusterID, now); site != nil {
-		site.activity.TokenExpiry = expiresUnix
+		site.health.TokenExpiry = expiresUnix
 	}
 }
 
 // SetClockOffset notes by how much the clock of clusterID's source is behind, as its client says.
-func (t *SiteTracker) SetClockOffset(clusterID string, offset time.Duration, now time.Time) {
+func (t *SitePushLimiter) SetClockOffset(clusterID string, offset time.Duration, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(clusterID, now); site != nil {
-		site.activity.ClockOffset, site.activity.ClockOffsetAt = offset, now
+		site.health.ClockOffset, site.health.ClockOffsetAt = offset, now
 	}
 }
 
 // SetPushFailed notes that a push was refused.
-func (t *SiteTracker) SetPushFailed(clusterID string, now time.Time) {
+func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(clusterID, now); site != nil {
-		site.activity.LastFailure = now
+		site.health.LastFailure = now
 	}
 }
 
-// NoteUntimelyPush reports whether to log that every sample of a push was dropped for its time:
+// TakeUntimelyWarning reports whether to log that every sample of a push was dropped for its time:
 // once in untimelyLogEvery.
-func (t *SiteTracker) NoteUntimelyPush(clusterID string, now time.Time) bool {
+func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (warn bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	site := t.track(clusterID, now)
@@ -145,10 +146,10 @@ func (t *SiteTracker) NoteUntimelyPush(clusterID string, now time.Time) bool {
 }
 
 // ForEach calls f with the activity of each site, by cluster ID. f must not call t.
-func (t *SiteTracker) ForEach(f func(id string, activity siteActivity)) {
+func (t *SitePushLimiter) ForEach(f func(id string, activity siteHealth)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, id := range slices.Sorted(maps.Keys(t.sites)) {
-		f(id, t.sites[id].activity)
+		f(id, t.sites[id].health)
 	}
 }

@@ -16,7 +16,7 @@ import (
 var rateNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // push begins and ends a push, and returns for how long it was put off.
-func push(s *SiteTracker, id string, now time.Time) time.Duration {
+func push(s *SitePushLimiter, id string, now time.Time) time.Duration {
 	wait, err := s.AcquirePush(id, now)
 	if err == nil {
 		s.ReleasePush(id)
@@ -26,7 +26,7 @@ func push(s *SiteTracker, id string, now time.Time) time.Duration {
 }
 
 func TestSitesRateLimit(t *testing.T) {
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	now := rateNow
 	for i := range rateBurst {
 		if wait := push(s, "a", now); wait != 0 {
@@ -75,7 +75,7 @@ func TestSitesRateLimit(t *testing.T) {
 func TestSitesRateLimitProperty(t *testing.T) {
 	seed := rand.Uint64()
 	rnd := rand.New(rand.NewPCG(seed, 0))
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	var taken []time.Time
 	now := rateNow
 	for range 5000 {
@@ -100,7 +100,7 @@ func TestSitesRateLimitProperty(t *testing.T) {
 }
 
 func TestSitesWithoutRateLimit(t *testing.T) {
-	s := NewSiteTracker(0)
+	s := NewSitePushLimiter(0)
 	for i := range 1000 {
 		if wait := push(s, "a", rateNow); wait != 0 {
 			t.Fatalf("push %d waits %v", i, wait)
@@ -109,7 +109,7 @@ func TestSitesWithoutRateLimit(t *testing.T) {
 }
 
 func TestSitesInFlight(t *testing.T) {
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	for range maxPushesPerSite {
 		if _, err := s.AcquirePush("a", rateNow); err != nil {
 			t.Fatal(err)
@@ -141,7 +141,7 @@ func TestSitesInFlight(t *testing.T) {
 }
 
 func TestSitesActivity(t *testing.T) {
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	s.SetTokenExpiry("a", 1234, rateNow)
 	s.SetPushFailed("b", rateNow.Add(time.Second))
 	s.SetPushFailed("a", rateNow.Add(2*time.Second))
@@ -151,7 +151,7 @@ func TestSitesActivity(t *testing.T) {
 	s.SetClockOffset("c", -90*time.Second, rateNow)
 	s.SetClockOffset("b", 0, rateNow)
 	var got []string
-	s.ForEach(func(id string, st siteActivity) {
+	s.ForEach(func(id string, st siteHealth) {
 		got = append(got, fmt.Sprint(id, " ", max(st.LastFailure.Unix()-rateNow.Unix(), -1), " ", st.TokenExpiry, " ", st.ClockOffsetAt.Equal(rateNow), " ", st.ClockOffset))
 	})
 	slices.Sort(got)
@@ -161,7 +161,7 @@ func TestSitesActivity(t *testing.T) {
 }
 
 func TestSitesUntimely(t *testing.T) {
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	for i, c := range []struct {
 		id    string
 		after time.Duration
@@ -170,16 +170,16 @@ func TestSitesUntimely(t *testing.T) {
 		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyLogEvery - 1, false}, {"a", untimelyLogEvery, true},
 		{"a", 2*untimelyLogEvery - 1, false}, {"b", 2*untimelyLogEvery - 1, true},
 	} {
-		if got := s.NoteUntimelyPush(c.id, rateNow.Add(c.after)); got != c.tell {
+		if got := s.TakeUntimelyWarning(c.id, rateNow.Add(c.after)); got != c.tell {
 			t.Errorf("%d: %t", i, got)
 		}
 	}
 }
 
 func TestSitesBounded(t *testing.T) {
-	s := NewSiteTracker(time.Hour)
+	s := NewSitePushLimiter(time.Hour)
 	count := func() (n int) {
-		s.ForEach(func(string, siteActivity) { n++ })
+		s.ForEach(func(string, siteHealth) { n++ })
 		return n
 	}
 	s.AcquirePush("in flight", rateNow)
@@ -219,7 +219,7 @@ func TestSitesBounded(t *testing.T) {
 }
 
 func TestSitesConcurrent(t *testing.T) {
-	s := NewSiteTracker(time.Second)
+	s := NewSitePushLimiter(time.Second)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
@@ -229,7 +229,7 @@ func TestSitesConcurrent(t *testing.T) {
 				s.SetPushFailed(id, rateNow)
 				s.SetTokenExpiry(id, 1, rateNow)
 				s.SetClockOffset(id, time.Second, rateNow)
-				s.ForEach(func(string, siteActivity) {})
+				s.ForEach(func(string, siteHealth) {})
 			}
 		})
 	}
