@@ -380,8 +380,8 @@ func TestSwimRotation(t *testing.T) {
 	}
 }
 
-// Who was away while keys rotated comes back with what keys it has, as long as it
-// shares one with the others: they go by those that it shows, not by its last ones.
+// A member that was away while keys rotated rejoins with any keys that share one with the
+// others, because the others try each of their keys on a member that is not live.
 func TestSwimRotationAway(t *testing.T) {
 	for about, c := range map[string]struct {
 		keys  Keys
@@ -608,7 +608,7 @@ func TestTableBounded(t *testing.T) {
 	}
 }
 
-// Which of two records is believed.
+// A table takes the newer of two records of a member and ignores the older one.
 func TestTableOrder(t *testing.T) {
 	at := func(session uint64, incarnation uint32, state MemberState) MemberRecord {
 		r := MemberRecord{Name: "a", Addr: "a:1", Session: session, Incarnation: incarnation, State: state}
@@ -655,8 +655,8 @@ func TestTableOrder(t *testing.T) {
 	}
 }
 
-// Whatever a sender that has the key says, no member panics, answers with many packets, or keeps
-// more than it may.
+// No packet of a sender that has the key makes a member panic, answer with many packets,
+// or keep more than its bounds.
 func FuzzSwim(f *testing.F) {
 	for _, p := range []Packet{longestPacket(), {Kind: PacketHello, From: "x", RequestID: 1}, {Kind: PacketPingReq, To: "node-001", Target: "node-002", RequestID: 1},
 		{Kind: PacketSync, WantTable: true, TableSettled: true, To: "node-001", Records: []MemberRecord{{Name: "node-001", Incarnation: 1<<32 - 1, State: StateDead, Addr: "x"}}},

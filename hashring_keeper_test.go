@@ -196,7 +196,7 @@ func TestMemberAtRestActsOnChanges(t *testing.T) {
 		limit("its claim is on the ring", took(t, "a has b on its ring", func() bool { return a.members() == 2 }), memInterval)
 		rest()
 
-		// What it was told is kept, though it was at rest.
+		// An idle member saves a claim's number too.
 		b.gossip.AnnounceClaim(1, 70, false)
 		limit("a claim's number is kept", took(t, "a keeps it", func() bool {
 			st, err := LoadRestartState(a.fs, "/s")
@@ -224,8 +224,8 @@ func TestMemberAtRestActsOnChanges(t *testing.T) {
 	})
 }
 
-// What could not be kept is tried again within an interval, at rest as well; and what
-// is not kept is not claimed.
+// A member retries a failed save within an interval, even when idle, and it claims
+// nothing that it has not saved.
 func TestMemberKeepsAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &memNet{conn: map[netip.AddrPort]*memConn{}}
@@ -251,8 +251,8 @@ func TestMemberKeepsAgain(t *testing.T) {
 	})
 }
 
-// Who reaches no seed claims for the time being when settleIntervals is over, and firmly
-// when it has heard another.
+// A member that reaches no seed makes a provisional claim after settleIntervals, and a firm
+// claim once it has heard another member.
 func TestMemberReachesNoSeed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &memNet{conn: map[netip.AddrPort]*memConn{}}

@@ -338,7 +338,7 @@ func TestForwardHangingOwner(t *testing.T) {
 	}
 }
 
-// Whatever number of pushes waits for an owner, other sites' pushes go on.
+// Pushes that wait for an owner, however many, don't block the pushes of other sites.
 func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	r := newSrvRig(t)
 	f := newForwardNode(t, "a", clusterKeys(t, testKey(1)))
@@ -383,8 +383,9 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	r.accepted(r.push(ownedBy(t, f.Forwarder, "a"), "up 1\n"))
 }
 
-// What is not from a member, or not for this one, is refused, counted, and tells
-// nothing; and whoever does not hold the key cannot say that a push is stored.
+// A server refuses and counts a forwarded push that is not from a member or not addressed
+// to this server, and its answer reveals nothing. A host without the key cannot forge the
+// answer that a push is stored.
 func TestForwardTrustsNobody(t *testing.T) {
 	keys := clusterKeys(t, testKey(1))
 	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", clusterKeys(t, testKey(2)))
@@ -576,8 +577,8 @@ func (hangs) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, r.Context().Err()
 }
 
-// Who waits for an owner that hangs waits until it is known to be dead, or has begun
-// anew, and no longer; and not for ever for one that lives.
+// A push that waits for a hung owner gives up once the owner is known to be dead or to have
+// restarted. It also gives up, after a limit, on an owner that stays alive.
 func TestForwardGivesUp(t *testing.T) {
 	for name, c := range map[string]struct {
 		session uint64 // of the owner, in the next view; 0: it is live no more

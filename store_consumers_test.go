@@ -1,7 +1,7 @@
 package main
 
-// What is kept of consumers, in memory and in their file: whatever
-// becomes of the file costs a repetition at most, and what is kept is bounded.
+// Tests of the consumers' cursors, in memory and in their file: a damaged file costs at
+// most samples that are served twice, and the number of cursors is bounded.
 
 import (
 	"fmt"
@@ -205,7 +205,7 @@ func TestConsumersExpire(t *testing.T) {
 	if data, err := fsys.ReadFile(statePath); err != nil || strings.Contains(string(data), "gone") {
 		t.Errorf("the state still names who is gone: %v", err)
 	}
-	// Who comes again before that is on disk begins anew too.
+	// A consumer that returns before its removal is on disk starts anew too.
 	confirm(t, cs, "back", consumersNow, map[uint64]uint64{1: 5, 2: 6})
 	saveConsumers(t, cs)
 	cs.DropIdle(later)
@@ -279,8 +279,8 @@ func TestConsumersDamage(t *testing.T) {
 	}
 }
 
-// Whatever the file holds, it is read without a panic, what is kept is bounded, and
-// saving mends it.
+// No content of the file makes reading panic or exceed the bound on cursors, and the next
+// save repairs the file.
 func FuzzConsumers(f *testing.F) {
 	data, _, _ := consumersHistory(f)
 	header := len(appendLogHeader(nil, []byte("consumers")))
@@ -411,7 +411,8 @@ func TestConsumersLimit(t *testing.T) {
 	}
 }
 
-// What could not be saved is saved by the next call, and not in place of what is newer.
+// The next call of Save retries a cursor whose save failed, and it does not overwrite a
+// newer cursor.
 func TestConsumersSaveFails(t *testing.T) {
 	fsys := newStoreFS(1)
 	cs := openConsumers(t, fsys, consumersNow, false)

@@ -1,6 +1,6 @@
 package main
 
-// What is read of a server's state, whatever its file holds.
+// Tests of reading a server's state from its file, damaged files included.
 
 import (
 	"bytes"

@@ -1,7 +1,7 @@
 package main
 
-// Which samples of a push are new, in which order they are held,
-// and what compaction, expiry and eviction leave, against a model.
+// Tests against a model: the samples of a push that are new, the order in which a site
+// holds them, and the samples that compaction, expiry and eviction leave.
 
 import (
 	"errors"
@@ -157,7 +157,7 @@ func TestSiteDataRefuses(t *testing.T) {
 	if _, err := c.StageNewSamples(many, ScrapeNames{}, testLimits(clock.Now(), 0)); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("a push that fits no record: %v", err)
 	}
-	// What is prepared and not committed can be rolled back, series and all.
+	// A staged batch that is not committed can be rolled back, its series included.
 	prepared, err = c.StageNewSamples(storePush("a", point{"m", 3, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
 	if err != nil || len(prepared.Batch.V) != 1 || c.Table.Len() != 2 || len(c.Batches) != 1 || c.Seq != 1 {
 		t.Errorf("%+v, %v", prepared, err)
@@ -357,7 +357,7 @@ func TestSiteDataSeqNeverFalls(t *testing.T) {
 	}
 }
 
-// What recovery is given is checked.
+// SiteSamples checks every record that recovery hands it.
 func TestSiteDataRestores(t *testing.T) {
 	var parser SeriesParser
 	owner := func(id string) bool { return id == "a" }

@@ -292,7 +292,7 @@ func (m *scrapeModel) restart(crash bool) {
 	if crash {
 		m.fsys.crash()
 		for _, c := range m.consumers {
-			// What the file did not say is served again, which is no fault.
+			// Samples above the saved cursor may be served again, which is no fault.
 			for s := range c.had {
 				if !c.saved[s] {
 					c.may[s] = true
@@ -330,7 +330,8 @@ func TestConsumersModel(t *testing.T) {
 					name: name, had: map[heldSample]bool{}, saved: map[heldSample]bool{}, may: map[heldSample]bool{}, other: map[heldSample]bool{},
 				})
 			}
-			// Who is not known cannot keep anything from being evicted.
+			// Every consumer scrapes once, because eviction spares samples only for
+			// consumers that are known.
 			for _, c := range m.consumers {
 				m.scrape(c, 1, false, true)
 			}

@@ -403,7 +403,7 @@ func TestEvictedComesBack(t *testing.T) {
 	}
 }
 
-// What is evicted while a log is rewritten does not come back with the new one.
+// Samples that are evicted during the rewrite of a log are not in the new log.
 func TestRewriteMeetsEviction(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
@@ -432,7 +432,8 @@ func TestRewriteMeetsEviction(t *testing.T) {
 	wantHeld(t, "rewritten", allHeld(t, s), pushed("a", points[1:]...))
 }
 
-// Who waited for a site that was forgotten meanwhile leaves its next log alone.
+// A call that waited for the lock of a site that was forgotten meanwhile leaves the site's
+// next log alone.
 func TestForgottenMeanwhile(t *testing.T) {
 	for name, do := range map[string]func(s *Store) error{
 		"maintain": func(s *Store) error { s.expireAndCompact(context.Background(), true); return nil },

@@ -1,8 +1,8 @@
 package main
 
-// What the store promises over a disk that tears, flips, fills,
-// fails and forgets, under its limits, and to many at once. crashFS, the disk, is
-// of log_test.go.
+// Tests of the store's promises: on a disk that tears, flips, fills, fails and forgets,
+// at its limits, and under concurrent use. rig_disk_test.go defines
+// crashFS, the disk.
 
 import (
 	"bytes"
