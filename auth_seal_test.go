@@ -5,26 +5,11 @@ package main
 
 import (
 	"bytes"
-	"encoding/base64"
 	"errors"
 	"math/rand/v2"
 	"slices"
 	"testing"
 )
-
-// testKeys returns keys made of the given bytes.
-func testKeys(tb testing.TB, secrets ...byte) Keys {
-	tb.Helper()
-	var file []byte
-	for _, b := range secrets {
-		file = append(base64.StdEncoding.AppendEncode(file, bytes.Repeat([]byte{b}, 32)), '\n')
-	}
-	keys, err := ParseKeys(file)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return keys
-}
 
 func testSealer(tb testing.TB, seed byte, ring string, secrets ...byte) *PacketSealer {
 	tb.Helper()

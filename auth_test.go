@@ -31,41 +31,12 @@ import (
 	"time"
 )
 
-var authNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-
-// authLine returns a valid key line that differs for each n.
-func authLine(n byte) string {
-	return base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{n}, keySize))
-}
-
-func authKeys(t testing.TB, ns ...byte) Keys {
-	t.Helper()
-	var file string
-	for _, n := range ns {
-		file += authLine(n) + "\n"
-	}
-	ks, err := ParseKeys([]byte(file))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ks
-}
-
 func authToken() Token {
 	return Token{
 		Kind: KindClient, ClusterID: "site-7", URLs: []string{"https://hub.example:9003", "https://b/?a=1&b=<2>"},
-		Pin: pinPrefix + authLine(9), Labels: map[string]string{"region": "süd", "a": "\u2028"},
-		Issued: authNow.Unix(), ID: strings.Repeat("0f", 16),
+		Pin: pinPrefix + keyLine(9), Labels: map[string]string{"region": "süd", "a": "\u2028"},
+		Issued: testNow.Unix(), ID: strings.Repeat("0f", 16),
 	}
-}
-
-func authSign(t testing.TB, ks Keys, tok Token) string {
-	t.Helper()
-	s, err := ks.Sign(tok)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
 }
 
 // authForge signs any payload with the first key, as only its holder can.
@@ -77,30 +48,30 @@ func authForge(ks Keys, payload string) string {
 func TestParseKeys(t *testing.T) {
 	var many string
 	for n := range byte(maxKeys + 1) {
-		many += authLine(n) + "\n"
+		many += keyLine(n) + "\n"
 	}
-	nonCanonical := strings.Replace(authLine(1), "E=", "F=", 1)
+	nonCanonical := strings.Replace(keyLine(1), "E=", "F=", 1)
 	for _, c := range []struct {
 		name, file string
 		keys       int
 		err        string
 	}{
-		{"one", authLine(1), 1, ""},
-		{"comments, blank lines, CRLF, space", "# a\r\n\r\n  " + authLine(1) + " \r\n\t# b\n" + authLine(2) + "\r\n", 2, ""},
+		{"one", keyLine(1), 1, ""},
+		{"comments, blank lines, CRLF, space", "# a\r\n\r\n  " + keyLine(1) + " \r\n\t# b\n" + keyLine(2) + "\r\n", 2, ""},
 		{"sixteen", many[:maxKeys*45], maxKeys, ""},
 		{"seventeen", many, 0, "line 17: more than 16 keys"},
 		{"empty", "", 0, "no key"},
-		{"only comments", "# " + authLine(1) + "\n\n", 0, "no key"},
-		{"short key", "\n" + authLine(1)[:40], 0, "line 2: not a key"},
+		{"only comments", "# " + keyLine(1) + "\n\n", 0, "no key"},
+		{"short key", "\n" + keyLine(1)[:40], 0, "line 2: not a key"},
 		{"33 bytes", base64.StdEncoding.EncodeToString(make([]byte, 33)), 0, "line 1: not a key"},
-		{"no padding", strings.TrimRight(authLine(1), "="), 0, "line 1: not a key"},
+		{"no padding", strings.TrimRight(keyLine(1), "="), 0, "line 1: not a key"},
 		{"trailing bits", nonCanonical, 0, "line 1: not a key"},
 		{"url alphabet", strings.Repeat("_", 42) + "8=", 0, "line 1: not a key"},
-		{"trailing comment", authLine(1) + " # mine", 0, "line 1: not a key"},
-		{"two on a line", authLine(1) + authLine(2), 0, "line 1: not a key"},
+		{"trailing comment", keyLine(1) + " # mine", 0, "line 1: not a key"},
+		{"two on a line", keyLine(1) + keyLine(2), 0, "line 1: not a key"},
 		{"hex", strings.Repeat("ab", 32), 0, "line 1: not a key"},
-		{"twice", authLine(1) + "\n" + authLine(2) + "\n" + authLine(1), 0, "line 3: the same key"},
-		{"too large", authLine(1) + strings.Repeat("\n", MaxKeyFile), 0, "larger than 65536"},
+		{"twice", keyLine(1) + "\n" + keyLine(2) + "\n" + keyLine(1), 0, "line 3: the same key"},
+		{"too large", keyLine(1) + strings.Repeat("\n", MaxKeyFile), 0, "larger than 65536"},
 	} {
 		ks, err := ParseKeys([]byte(c.file))
 		switch {
@@ -129,7 +100,7 @@ func TestSubkeys(t *testing.T) {
 	derive := func(label string) []byte {
 		return sum(sum(make([]byte, 32), string(secret)), label+"\x01")
 	}
-	ks := authKeys(t, 7, 8)
+	ks := testKeys(t, 7, 8)
 	if got, want := ks.IDs()[0], fmt.Sprintf("%x", derive("telemeter key id v1")[:4]); got != want {
 		t.Errorf("key ID %s, want %s", got, want)
 	}
@@ -154,37 +125,37 @@ func TestSubkeys(t *testing.T) {
 }
 
 func TestTokenRoundTrip(t *testing.T) {
-	ks := authKeys(t, 1)
+	ks := testKeys(t, 1)
 	for name, edit := range map[string]func(*Token){
 		"client":              func(*Token) {},
 		"upload":              func(k *Token) { k.Kind = KindUpload },
 		"bare":                func(k *Token) { k.URLs, k.Pin, k.Labels, k.Issued = nil, "", nil, 0 },
-		"issued in future":    func(k *Token) { k.Issued = authNow.AddDate(30, 0, 0).Unix() },
-		"not yet expired":     func(k *Token) { k.Expires = authNow.Unix() + 1 },
+		"issued in future":    func(k *Token) { k.Issued = testNow.AddDate(30, 0, 0).Unix() },
+		"not yet expired":     func(k *Token) { k.Expires = testNow.Unix() + 1 },
 		"key ID is filled in": func(k *Token) { k.KeyID = "whatever" },
 	} {
 		want := authToken()
 		edit(&want)
-		s := authSign(t, ks, want)
+		s := signToken(t, ks, want)
 		want.KeyID = ks.IDs()[0]
-		got, err := ks.Verify(" \t"+s+"\r\n", authNow)
+		got, err := ks.Verify(" \t"+s+"\r\n", testNow)
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: Verify = %+v, %v; want %+v", name, got, err, want)
 		}
 		if got, err = ParseUnverifiedToken(s + "\n"); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: ParseToken = %+v, %v; want %+v", name, got, err, want)
 		}
-		if again := authSign(t, ks, got); again != s {
+		if again := signToken(t, ks, got); again != s {
 			t.Errorf("%s: signed twice, two texts:\n%s\n%s", name, s, again)
 		}
-		if again := authSign(t, authKeys(t, 2), got); again == s {
+		if again := signToken(t, testKeys(t, 2), got); again == s {
 			t.Errorf("%s: two keys, one text", name)
 		}
 	}
 }
 
 func TestSignRefuses(t *testing.T) {
-	ks := authKeys(t, 1)
+	ks := testKeys(t, 1)
 	for name, c := range map[string]struct {
 		ks   Keys
 		edit func(*Token)
@@ -212,7 +183,7 @@ func TestSignRefuses(t *testing.T) {
 	for n := MaxToken; ; n-- {
 		tok.Labels = map[string]string{"a": strings.Repeat("x", n)}
 		if s, err := ks.Sign(tok); err == nil {
-			if _, err := ks.Verify(s+"\n", authNow); err != nil || len(s) < MaxToken-2 {
+			if _, err := ks.Verify(s+"\n", testNow); err != nil || len(s) < MaxToken-2 {
 				t.Errorf("longest token, %d bytes: %v", len(s), err)
 			}
 			break
@@ -221,8 +192,8 @@ func TestSignRefuses(t *testing.T) {
 }
 
 func TestVerifyRefuses(t *testing.T) {
-	ks := authKeys(t, 1, 2)
-	good := authSign(t, ks, authToken())
+	ks := testKeys(t, 1, 2)
+	good := signToken(t, ks, authToken())
 	parts := strings.Split(good, ".")
 	edited := func(from, to string) string {
 		payload, err := base64.RawURLEncoding.DecodeString(parts[1])
@@ -232,8 +203,8 @@ func TestVerifyRefuses(t *testing.T) {
 		return authForge(ks, strings.Replace(string(payload), from, to, 1))
 	}
 	expiring := authToken()
-	expiring.Expires = authNow.Unix()
-	other := authKeys(t, 3)
+	expiring.Expires = testNow.Unix()
+	other := testKeys(t, 3)
 	for name, c := range map[string]struct {
 		s      string
 		want   error
@@ -257,7 +228,7 @@ func TestVerifyRefuses(t *testing.T) {
 		"line end in signature":   {good[:len(good)-5] + "\r\n" + good[len(good)-5:], ErrTokenMalformed, false},
 		"space inside":            {"tm1. " + parts[1] + "." + parts[2], ErrTokenMalformed, false},
 		"too long":                {"tm1." + strings.Repeat("A", MaxToken) + "." + parts[2], ErrTokenMalformed, false},
-		"unknown key":             {authSign(t, other, authToken()), ErrTokenForged, true},
+		"unknown key":             {signToken(t, other, authToken()), ErrTokenForged, true},
 		"signature of another":    {"tm1." + strings.Split(edited("site-7", "site-8"), ".")[1] + "." + parts[2], ErrTokenForged, true},
 		"garbage, not signed":     {"tm1.AAAA." + parts[2], ErrTokenForged, false},
 		"garbage, signed":         {authForge(ks, "\x00"), ErrTokenMalformed, false},
@@ -270,10 +241,10 @@ func TestVerifyRefuses(t *testing.T) {
 		"bad cluster, signed":     {edited("site-7", "../site"), ErrTokenMalformed, false},
 		"bad token ID, signed":    {edited("0f0f", "0F0F"), ErrTokenMalformed, false},
 		"names a key of ours":     {edited(ks.IDs()[0], ks.IDs()[1]), ErrTokenMalformed, true},
-		"expired this second":     {authSign(t, ks, expiring), ErrTokenExpired, true},
+		"expired this second":     {signToken(t, ks, expiring), ErrTokenExpired, true},
 		"negative expiry, signed": {edited(`"issued"`, `"expires":-1,"issued"`), ErrTokenExpired, true},
 	} {
-		got, err := ks.Verify(c.s, authNow)
+		got, err := ks.Verify(c.s, testNow)
 		if name == "another version" && !strings.HasSuffix(fmt.Sprint(err), "it has version 2; this program knows version 1") {
 			t.Errorf("%s: the error does not say so: %v", name, err)
 		}
@@ -295,19 +266,19 @@ func TestVerifyRefuses(t *testing.T) {
 			}
 		}
 	}
-	if _, err := (Keys{}).Verify(good, authNow); !errors.Is(err, ErrTokenForged) {
+	if _, err := (Keys{}).Verify(good, testNow); !errors.Is(err, ErrTokenForged) {
 		t.Errorf("no key at all: %v", err)
 	}
 	// Fields that a later version adds do not break this one.
-	if _, err := ks.Verify(edited(`"kind"`, `"later":{"x":[1]},"kind"`), authNow); err != nil {
+	if _, err := ks.Verify(edited(`"kind"`, `"later":{"x":[1]},"kind"`), testNow); err != nil {
 		t.Errorf("unknown field: %v", err)
 	}
 }
 
 // No other byte at any place, and no spelling of the last bits, opens a token.
 func TestTokenTamper(t *testing.T) {
-	ks := authKeys(t, 1, 2)
-	good := authSign(t, ks, authToken())
+	ks := testKeys(t, 1, 2)
+	good := signToken(t, ks, authToken())
 	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.=+/ \n\x00\xff"
 	for i := range good {
 		for j := range len(alphabet) {
@@ -315,12 +286,12 @@ func TestTokenTamper(t *testing.T) {
 				continue
 			}
 			bad := good[:i] + alphabet[j:j+1] + good[i+1:]
-			if _, err := ks.Verify(bad, authNow); !errors.Is(err, ErrTokenForged) && !errors.Is(err, ErrTokenMalformed) {
+			if _, err := ks.Verify(bad, testNow); !errors.Is(err, ErrTokenForged) && !errors.Is(err, ErrTokenMalformed) {
 				t.Fatalf("byte %d as %q: %v", i, alphabet[j], err)
 			}
 		}
 		for _, bad := range []string{good[:i] + good[i+1:], good[:i], good[:i] + "\n" + good[i:]} {
-			if _, err := ks.Verify(bad, authNow); err == nil && strings.TrimSpace(bad) != good {
+			if _, err := ks.Verify(bad, testNow); err == nil && strings.TrimSpace(bad) != good {
 				t.Fatalf("cut or split at byte %d: accepted", i)
 			}
 		}
@@ -328,7 +299,7 @@ func TestTokenTamper(t *testing.T) {
 	// 43 digits carry 258 bits for 256: the last two must be zero.
 	last := strings.IndexByte(alphabet, good[len(good)-1])
 	for bits := 1; bits < 4; bits++ {
-		if _, err := ks.Verify(good[:len(good)-1]+alphabet[last+bits:last+bits+1], authNow); !errors.Is(err, ErrTokenMalformed) {
+		if _, err := ks.Verify(good[:len(good)-1]+alphabet[last+bits:last+bits+1], testNow); !errors.Is(err, ErrTokenMalformed) {
 			t.Errorf("trailing bits %02b: %v", bits, err)
 		}
 	}
@@ -377,7 +348,7 @@ func TestRevoked(t *testing.T) {
 		{"cluster IDs have a case", "Site-7\n" + strings.ToLower(hexCluster.ClusterID), nil, []Token{client, hexCluster}, ""},
 		{"no part of an ID", "site-\n" + id[:30], nil, []Token{client}, ""},
 		{"two on a line", "a\nb c", nil, nil, "line 2"},
-		{"a whole token", "\n" + authSign(t, authKeys(t, 1), authToken()), nil, nil, "line 2"},
+		{"a whole token", "\n" + signToken(t, testKeys(t, 1), authToken()), nil, nil, "line 2"},
 		{"too large", strings.Repeat("\n", MaxRevokedFile+1), nil, nil, "larger than 4194304"},
 	} {
 		r, err := ParseRevokedIDs([]byte(c.file))
@@ -430,7 +401,7 @@ func TestKeygen(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "deep", "keys")
 	gen := func(hosts []string, wantCreated, wantKept []string) map[string]string {
 		t.Helper()
-		created, kept, err := Keygen(dir, hosts, authNow)
+		created, kept, err := Keygen(dir, hosts, testNow)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -444,7 +415,7 @@ func TestKeygen(t *testing.T) {
 		}
 		return authTree(t, dir)
 	}
-	if _, _, err := Keygen(dir, []string{"https://x"}, authNow); err == nil {
+	if _, _, err := Keygen(dir, []string{"https://x"}, testNow); err == nil {
 		t.Error("bad host accepted")
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
@@ -488,7 +459,7 @@ func TestKeygenHalfPair(t *testing.T) {
 			if err := os.Symlink(filepath.Join(dir, "away", "x"), path); err != nil {
 				t.Fatal(err)
 			}
-			created, kept, err := Keygen(dir, hosts, authNow)
+			created, kept, err := Keygen(dir, hosts, testNow)
 			if err == nil || !strings.Contains(err.Error(), path) || created != nil || kept != nil {
 				t.Errorf("%s alone: %q, %q, %v", name, created, kept, err)
 			}
@@ -505,7 +476,7 @@ func TestKeygenFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, dir := range []string{file, filepath.Join(file, "sub")} {
-		if _, _, err := Keygen(dir, nil, authNow); err == nil {
+		if _, _, err := Keygen(dir, nil, testNow); err == nil {
 			t.Errorf("%s: no error", dir)
 		}
 	}
@@ -518,7 +489,7 @@ func TestKeygenRace(t *testing.T) {
 		created := make(chan []string)
 		for range 8 {
 			go func() {
-				names, _, _ := Keygen(dir, []string{"hub.example"}, authNow) // losers may fail
+				names, _, _ := Keygen(dir, []string{"hub.example"}, testNow) // losers may fail
 				created <- names
 			}()
 		}
@@ -560,12 +531,12 @@ func TestCreateKeyFileNeverReplaces(t *testing.T) {
 
 func TestRotateKey(t *testing.T) {
 	dir := t.TempDir()
-	if _, _, err := Keygen(dir, nil, authNow); err != nil {
+	if _, _, err := Keygen(dir, nil, testNow); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, TokenKeyFile)
 	// As an operator's editor leaves it, and owned by the server's user.
-	old := authLine(1) + "\n# from 2024\n" + authLine(2)
+	old := keyLine(1) + "\n# from 2024\n" + keyLine(2)
 	if err := os.WriteFile(path, []byte(old), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -576,8 +547,8 @@ func TestRotateKey(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	before := authKeys(t, 1, 2)
-	token := authSign(t, before, authToken())
+	before := testKeys(t, 1, 2)
+	token := signToken(t, before, authToken())
 	if err := RotateKey(dir, "token"); err != nil {
 		t.Fatal(err)
 	}
@@ -597,13 +568,13 @@ func TestRotateKey(t *testing.T) {
 		t.Fatalf("keys %v after %v: %v", after.IDs(), before.IDs(), err)
 	}
 	// The old token opens as long as its key is there; new ones are signed anew.
-	if tok, err := after.Verify(token, authNow); err != nil || tok.KeyID != before.IDs()[0] {
+	if tok, err := after.Verify(token, testNow); err != nil || tok.KeyID != before.IDs()[0] {
 		t.Errorf("old token after rotation: %+v, %v", tok, err)
 	}
-	if _, err := authKeys(t, 2).Verify(token, authNow); !errors.Is(err, ErrTokenForged) {
+	if _, err := testKeys(t, 2).Verify(token, testNow); !errors.Is(err, ErrTokenForged) {
 		t.Errorf("old token after its key is deleted: %v", err)
 	}
-	if tok, err := ParseUnverifiedToken(authSign(t, after, authToken())); err != nil || tok.KeyID != after.IDs()[0] {
+	if tok, err := ParseUnverifiedToken(signToken(t, after, authToken())); err != nil || tok.KeyID != after.IDs()[0] {
 		t.Errorf("new token: %+v, %v", tok, err)
 	}
 
@@ -650,7 +621,7 @@ func TestRotateKey(t *testing.T) {
 
 func TestSelfSigned(t *testing.T) {
 	hosts := []string{"Hub.Example", "localhost", "my_pod-1", "1.example", "192.0.2.7", "2001:db8::7", "::ffff:192.0.2.8"}
-	certPEM, keyPEM, err := SelfSignedCert(hosts, authNow)
+	certPEM, keyPEM, err := SelfSignedCert(hosts, testNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -665,7 +636,7 @@ func TestSelfSigned(t *testing.T) {
 	// Peers without the pin (curl --cacert) verify it the usual way.
 	roots := x509.NewCertPool()
 	roots.AddCert(cert)
-	for _, at := range []time.Time{authNow, authNow.Add(-23 * time.Hour), authNow.AddDate(19, 0, 0)} {
+	for _, at := range []time.Time{testNow, testNow.Add(-23 * time.Hour), testNow.AddDate(19, 0, 0)} {
 		for _, h := range []string{"hub.example", "localhost", "my_pod-1", "1.example", "192.0.2.7", "2001:db8::7", "192.0.2.8"} {
 			opts := x509.VerifyOptions{DNSName: h, Roots: roots, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 			if _, err := cert.Verify(opts); err != nil {
@@ -676,20 +647,20 @@ func TestSelfSigned(t *testing.T) {
 	if cert.IsCA || cert.SerialNumber.Sign() <= 0 {
 		t.Errorf("CA %v, serial number %v", cert.IsCA, cert.SerialNumber)
 	}
-	if _, _, err := SelfSignedCert(nil, authNow); err == nil {
+	if _, _, err := SelfSignedCert(nil, testNow); err == nil {
 		t.Error("no hosts: no error")
 	}
 	for _, h := range []string{"", " ", "hub.example:9003", "192.0.2.7:9003", "[::1]", "[::1]:9003", "https://hub.example",
 		"hub.example/", "a b", "a,b", "*.example", ".a", "a.", "a..b", "-a", "a-", "bücher.example", "192.0.2.999", "10", "0.0.0.0", "::",
 		"fe80::1%eth0", "a\n", strings.Repeat("a", 64), strings.Repeat("a.", 127) + "a"} {
-		if _, _, err := SelfSignedCert([]string{"ok.example", h}, authNow); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", h)) {
+		if _, _, err := SelfSignedCert([]string{"ok.example", h}, testNow); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", h)) {
 			t.Errorf("host %q: %v", h, err)
 		}
 	}
 }
 
 func TestPin(t *testing.T) {
-	certPEM, keyPEM, err := SelfSignedCert([]string{"a.example"}, authNow)
+	certPEM, keyPEM, err := SelfSignedCert([]string{"a.example"}, testNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -706,7 +677,7 @@ func TestPin(t *testing.T) {
 	if got := CertPin(pair.Leaf); got != want {
 		t.Errorf("CertPin = %s, want %s", got, want)
 	}
-	second, _, err := SelfSignedCert([]string{"b.example"}, authNow)
+	second, _, err := SelfSignedCert([]string{"b.example"}, testNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -795,7 +766,7 @@ func TestPinnedTLS(t *testing.T) {
 		if resumed, err := get(pin, nil); err != nil || resumed != c.resumes {
 			t.Fatalf("%s, right pin again: resumed %v, %v", c.name, resumed, err)
 		}
-		wrong := pinPrefix + authLine(1)
+		wrong := pinPrefix + keyLine(1)
 		resumed, err := get(wrong, nil)
 		if err == nil || resumed != c.resumes || !strings.Contains(err.Error(), pin) || !strings.Contains(err.Error(), wrong) {
 			t.Errorf("%s, wrong pin on a resumed session: resumed %v, %v", c.name, resumed, err)
@@ -805,7 +776,7 @@ func TestPinnedTLS(t *testing.T) {
 			t.Errorf("%s, wrong pin: resumed %v, %v", c.name, resumed, err)
 		}
 	}
-	cfg, err := PinnedTLS(pinPrefix + authLine(1))
+	cfg, err := PinnedTLS(pinPrefix + keyLine(1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -917,14 +888,14 @@ func TestBearer(t *testing.T) {
 // FuzzToken takes each input as a token's text and, signed, as its payload, so
 // that also what stands behind the signature is reached.
 func FuzzToken(f *testing.F) {
-	ks := authKeys(f, 1)
-	good := authSign(f, ks, authToken())
+	ks := testKeys(f, 1)
+	good := signToken(f, ks, authToken())
 	upload := authToken()
-	upload.Kind, upload.Expires = KindUpload, authNow.Unix()+60
+	upload.Kind, upload.Expires = KindUpload, testNow.Unix()+60
 	f.Add(good)
 	f.Add(good + "\n")
-	f.Add(authSign(f, ks, upload))
-	f.Add(authSign(f, authKeys(f, 2), authToken()))
+	f.Add(signToken(f, ks, upload))
+	f.Add(signToken(f, testKeys(f, 2), authToken()))
 	f.Add("tm1..")
 	for _, tok := range []Token{authToken(), upload} {
 		tok.KeyID = ks.IDs()[0]
@@ -935,10 +906,10 @@ func FuzzToken(f *testing.F) {
 		f.Add(string(payload))
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		tok, err := ks.Verify(s, authNow)
+		tok, err := ks.Verify(s, testNow)
 		parsed, perr := ParseUnverifiedToken(s)
 		if err == nil {
-			if again := authSign(t, ks, tok); again != strings.TrimSpace(s) {
+			if again := signToken(t, ks, tok); again != strings.TrimSpace(s) {
 				t.Errorf("verified %q, signs as %q", s, again)
 			}
 			if perr != nil || !reflect.DeepEqual(parsed, tok) {
@@ -948,7 +919,7 @@ func FuzzToken(f *testing.F) {
 			t.Errorf("%q: error of no kind: %v", s, err)
 		}
 
-		tok, err = ks.Verify(authForge(ks, s), authNow)
+		tok, err = ks.Verify(authForge(ks, s), testNow)
 		if err != nil {
 			return
 		}
@@ -963,17 +934,17 @@ func FuzzToken(f *testing.F) {
 			}
 			return
 		}
-		tok, err = ks.Verify(text, authNow)
-		if err != nil || authSign(t, ks, tok) != text {
+		tok, err = ks.Verify(text, testNow)
+		if err != nil || signToken(t, ks, tok) != text {
 			t.Errorf("payload %q: %q does not verify to itself: %v", s, text, err)
 		}
 	})
 }
 
 func FuzzKeys(f *testing.F) {
-	f.Add([]byte(authLine(1)))
-	f.Add([]byte("# a\r\n" + authLine(1) + "\n\n" + authLine(2) + "\n"))
-	f.Add([]byte(authLine(1) + "\n" + authLine(1)))
+	f.Add([]byte(keyLine(1)))
+	f.Add([]byte("# a\r\n" + keyLine(1) + "\n\n" + keyLine(2) + "\n"))
+	f.Add([]byte(keyLine(1) + "\n" + keyLine(1)))
 	f.Add([]byte("AAAA\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ks, err := ParseKeys(data)
@@ -991,8 +962,8 @@ func FuzzKeys(f *testing.F) {
 		if err == nil && !slices.Equal(more.IDs()[1:], ks.IDs()) {
 			t.Errorf("keys %v became %v", ks.IDs(), more.IDs())
 		}
-		if s := authSign(t, ks, authToken()); err == nil {
-			if _, err := more.Verify(s, authNow); err != nil {
+		if s := signToken(t, ks, authToken()); err == nil {
+			if _, err := more.Verify(s, testNow); err != nil {
 				t.Error(err)
 			}
 		}

@@ -639,7 +639,7 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 		shift := int64(1000)
 		r := newSpoolRig(t, func(c *SpoolConfig) {
 			c.CorrectTimes = func(sc Scrape) Scrape {
-				text := shiftTimes(gunzip(t, sc.Gzip), shift)
+				text := shiftTimes(gunzipped(t, sc.Gzip), shift)
 				sc.Corrected, sc.Shift, sc.Size, sc.Gzip = true, shift, len(text), Gzip(text)
 				return sc
 			}
@@ -649,8 +649,8 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 			r.fs.hook = failOn("write", "", 0, errFull)
 		}
 		first := r.nextPush(noLimits)
-		if want := fmt.Sprintf("s{n=\"1\",i=\"0\"} 1 %d\n", 1001); !bytes.HasPrefix(gunzip(t, first[0].Gzip), []byte(want)) {
-			t.Errorf("got %q, want %q first", gunzip(t, first[0].Gzip), want)
+		if want := fmt.Sprintf("s{n=\"1\",i=\"0\"} 1 %d\n", 1001); !bytes.HasPrefix(gunzipped(t, first[0].Gzip), []byte(want)) {
+			t.Errorf("got %q, want %q first", gunzipped(t, first[0].Gzip), want)
 		}
 		r.fs.hook = nil
 		shift = 5000
@@ -664,22 +664,12 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 		r.open()
 		again := r.nextPush(noLimits)
 		for i := range first {
-			if !bytes.Equal(gunzip(t, again[i].Gzip), gunzip(t, first[i].Gzip)) || !again[i].Corrected {
-				t.Errorf("fails %v: %q, then %q", fails, gunzip(t, first[i].Gzip), gunzip(t, again[i].Gzip))
+			if !bytes.Equal(gunzipped(t, again[i].Gzip), gunzipped(t, first[i].Gzip)) || !again[i].Corrected {
+				t.Errorf("fails %v: %q, then %q", fails, gunzipped(t, first[i].Gzip), gunzipped(t, again[i].Gzip))
 			}
 		}
 		r.expect("the newest shift", r.spool.LastTimeShift(), map[bool]int{false: 1000, true: 5000}[fails])
 	}
-}
-
-func gunzip(t *testing.T, z []byte) []byte {
-	t.Helper()
-	var d Decompressor
-	text, _, err := d.Decompress(z, "gzip", 1<<20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return bytes.Clone(text)
 }
 
 // The files beside the scrapes are not scrapes, and the spool's record is made anew if it

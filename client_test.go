@@ -39,30 +39,6 @@ func respond(status int, header http.Header, body string) *http.Response {
 	}
 }
 
-// logBuffer is a log that can be read while it is written.
-type logBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-func (l *logBuffer) Reset() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.buf.Reset()
-}
-
 // fakeHub is a server that writes down what it is sent.
 type fakeHub struct {
 	t         *testing.T
@@ -566,10 +542,10 @@ func TestClientReadsProtobuf(t *testing.T) {
 // A Prometheus that puts labels of type and unit on every series is carried like any
 // other, whether a client scrapes it or pushes what it has itself.
 func TestMetadataLabelsEndToEnd(t *testing.T) {
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	text := fmt.Appendf(nil, "up{__type__=\"gauge\",i=\"1\"} 1 %d\nup{__type__=\"unknown\",i=\"1\"} 1 %d\nsize{__type__=\"gauge\",__unit__=\"bytes\"} 2 %d\n", ms, ms, ms)
-	proto := srvProto(t, srvGauge("up", 1, &ms, "__type__", "gauge", "i", "1"), srvGauge("up", 1, &ms, "__type__", "unknown", "i", "1"),
-		srvGauge("size", 2, &ms, "__type__", "gauge", "__unit__", "bytes"))
+	proto := protoBody(t, gaugeFamily("up", 1, &ms, "__type__", "gauge", "i", "1"), gaugeFamily("up", 1, &ms, "__type__", "unknown", "i", "1"),
+		gaugeFamily("size", 2, &ms, "__type__", "gauge", "__unit__", "bytes"))
 	for _, tt := range []struct {
 		name, contentType string
 		body              []byte

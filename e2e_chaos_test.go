@@ -7,15 +7,13 @@ package main
 import (
 	"flag"
 	"fmt"
-	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
 )
 
 var (
-	chaosFlag     = flag.String("chaos", "", "run TestChaos: full or short")
-	chaosSeedFlag = flag.Uint64("seed", 0, "of TestChaos, 0: another each time; and the first of TestDeliveryModel")
+	chaosFlag = flag.String("chaos", "", "run TestChaos: full or short")
 )
 
 // chaosForm is how much of it.
@@ -42,10 +40,7 @@ func TestChaos(t *testing.T) {
 	default:
 		t.Skip("run by make test-chaos")
 	}
-	seed := *chaosSeedFlag
-	if seed == 0 {
-		seed = rand.Uint64N(1 << 32)
-	}
+	seed := testSeed(t, 0)
 	fmt.Printf("chaos: %d servers, %d sites of %d series that push every %v, scrapes every %v, SEED=%d\n", form.servers, form.sites, chaosSeries, form.every, form.scrape, seed)
 	chaosNetwork(t, max(form.servers, form.grow))
 	for _, row := range chaosRows() {

@@ -259,7 +259,7 @@ func (p *outagePusher) push(id string, text []byte) (dropped map[string]int) {
 		p.t.Error(err)
 		return nil
 	}
-	req, err := http.NewRequest(http.MethodPost, p.url+"/upload", bytes.NewReader(srvGzip(text)))
+	req, err := http.NewRequest(http.MethodPost, p.url+"/upload", bytes.NewReader(gzipped(text)))
 	if err != nil {
 		p.t.Error(err)
 		return nil

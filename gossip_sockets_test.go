@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -45,16 +44,8 @@ func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, not
 			return conn(i, u)
 		}))
 	}
-	waitFor(t, fmt.Sprint(n, " joined"), allLive(all, n))
+	eventually(t, fmt.Sprint(n, " joined"), allLive(all, n))
 	return all, time.Since(begin)
-}
-
-func processCPU(t testing.TB) time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // BenchmarkGossipSockets measures what a peer's table has, on its scenarios: all
@@ -90,12 +81,12 @@ func BenchmarkGossipSockets(t *testing.B) {
 			begin := time.Now()
 			all[size.n-1].kill()
 			all = all[:size.n-1]
-			waitFor(t, "death known", allLive(all, size.n-1))
+			eventually(t, "death known", allLive(all, size.n-1))
 			death = append(death, time.Since(begin))
 			begin = time.Now()
 			go all[size.n-2].stop()
 			all = all[:size.n-2]
-			waitFor(t, "leave known", allLive(all, size.n-2))
+			eventually(t, "leave known", allLive(all, size.n-2))
 			leave = append(leave, time.Since(begin))
 			for _, g := range all {
 				g.kill()
@@ -152,7 +143,7 @@ func BenchmarkGossipSockets(t *testing.B) {
 		apartLive := all[0].live()
 		apart.Store(false)
 		begin := time.Now()
-		waitFor(t, "merged", allLive(all, 10))
+		eventually(t, "merged", allLive(all, 10))
 		t.Logf("10 members apart for %v (each side saw %d): merged after %.1f s", cut, apartLive, time.Since(begin).Seconds())
 		for _, g := range all {
 			g.kill()

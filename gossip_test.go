@@ -94,22 +94,6 @@ func startGossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDP
 	return g
 }
 
-// waitFor polls until ok, which must be soon.
-func waitFor(tb testing.TB, about string, ok func() bool) {
-	tb.Helper()
-	deadline := time.NewTimer(30 * time.Second)
-	defer deadline.Stop()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for !ok() {
-		select {
-		case <-deadline.C:
-			tb.Fatalf("never: %s", about)
-		case <-tick.C:
-		}
-	}
-}
-
 // states returns what g thinks of the others.
 func (g *gossiper) states() map[string]MemberState {
 	all := map[string]MemberState{}
@@ -151,9 +135,9 @@ func TestGossipLoopback(t *testing.T) {
 		}
 		all = append(all, startGossip(t, c, "127.0.0.1:0"))
 	}
-	waitFor(t, "all joined", allLive(all, n))
+	eventually(t, "all joined", allLive(all, n))
 	all[7].AnnounceClaim(3, 9, true)
-	waitFor(t, "all know a claim", func() bool {
+	eventually(t, "all know a claim", func() bool {
 		for _, g := range all {
 			v := g.View()
 			ok := v.Buckets == 4 && v.MaxLamport == 9 && g.RestartState().MaxLamport == 9
@@ -170,13 +154,13 @@ func TestGossipLoopback(t *testing.T) {
 		t.Error(err)
 	}
 	all = all[:n-1]
-	waitFor(t, "all know who left", allLive(all, n-1))
+	eventually(t, "all know who left", allLive(all, n-1))
 	if s := all[0].states()[fmt.Sprint("n", n-1)]; s != StateLeft {
 		t.Errorf("who left is %v", s)
 	}
 	all[n-2].kill()
 	all = all[:n-2]
-	waitFor(t, "all know who died", allLive(all, n-2))
+	eventually(t, "all know who died", allLive(all, n-2))
 	st := all[0].Stats()
 	if st.Sent == 0 || st.SentBytes == 0 || st.Received == 0 || st.ReceivedBytes == 0 {
 		t.Errorf("stats are %+v", st)
@@ -193,10 +177,10 @@ func TestGossipAddresses(t *testing.T) {
 	dns.mu.Lock()
 	dns.hosts["a.example"] = []netip.Addr{netip.MustParseAddr("::1")}
 	dns.mu.Unlock()
-	waitFor(t, "joined by a name", allLive([]*gossiper{a, b}, 2))
+	eventually(t, "joined by a name", allLive([]*gossiper{a, b}, 2))
 	both := &fakeDNS{hosts: map[string][]netip.Addr{"b.example": {netip.MustParseAddr("::1")}}}
 	c := startGossip(t, GossipConfig{Name: "c", Seeds: []string{a.addr.String()}, Resolver: both}, "[::1]:0")
-	waitFor(t, "c reaches b by name", func() bool {
+	eventually(t, "c reaches b by name", func() bool {
 		for _, m := range c.View().Members {
 			if m.Name == "b" && m.RTT > 0 && m.Addr == "b.example:"+fmt.Sprint(b.addr.Port()) {
 				return true
@@ -207,7 +191,7 @@ func TestGossipAddresses(t *testing.T) {
 	// A socket for both families talks to IPv4.
 	d := startGossip(t, GossipConfig{Name: "d", Addr: "127.0.0.1:"}, "[::]:0")
 	e := startGossip(t, GossipConfig{Name: "e", Seeds: []string{fmt.Sprint("127.0.0.1:", d.addr.Port())}}, "127.0.0.1:0")
-	waitFor(t, "joined by IPv4", allLive([]*gossiper{d, e}, 2))
+	eventually(t, "joined by IPv4", allLive([]*gossiper{d, e}, 2))
 }
 
 func TestGossipNameTaken(t *testing.T) {
@@ -215,9 +199,9 @@ func TestGossipNameTaken(t *testing.T) {
 	seed := []string{a.addr.String()}
 	var events sync.Map
 	first := startGossip(t, GossipConfig{Name: "b", Seeds: seed, RestartState: RestartState{Session: 7 * sessionStep}, Notify: func(e GossipEvent) { events.Store(e.What, true) }}, "127.0.0.1:0")
-	waitFor(t, "joined", allLive([]*gossiper{a, first}, 2))
+	eventually(t, "joined", allLive([]*gossiper{a, first}, 2))
 	second := startGossip(t, GossipConfig{Name: "b", Seeds: seed}, "127.0.0.1:0")
-	waitFor(t, "the lower session stands down", func() bool {
+	eventually(t, "the lower session stands down", func() bool {
 		second.mu.Lock()
 		defer second.mu.Unlock()
 		return second.swim.StoodDown
@@ -225,7 +209,7 @@ func TestGossipNameTaken(t *testing.T) {
 	if err := second.stop(); err != ErrNameTaken {
 		t.Errorf("it ends with %v", err)
 	}
-	waitFor(t, "the other one says so", func() bool { _, ok := events.Load(EventNameConflict); return ok })
+	eventually(t, "the other one says so", func() bool { _, ok := events.Load(EventNameConflict); return ok })
 }
 
 func TestNewGossip(t *testing.T) {

@@ -529,7 +529,7 @@ func TestMemberStartsOnFullDisk(t *testing.T) {
 	}
 	fsys.hook = nil
 	m.claimSlot(gossip.View())
-	waitFor(t, "with room a slot is claimed", func() bool { return gossip.View().Members[0].Slot == 0 })
+	eventually(t, "with room a slot is claimed", func() bool { return gossip.View().Members[0].Slot == 0 })
 	want := gossip.RestartState()
 	if got, err := LoadRestartState(fsys, "/s"); err != nil || got.Session != want.Session || got.Slot != 0 {
 		t.Errorf("kept %+v, want %+v: %v", got, want, err)

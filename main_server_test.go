@@ -27,7 +27,7 @@ func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	var out, errs srvLog
+	var out, errs logBuffer
 	status = run(ctx, time.Now, args, &out, &errs)
 	if ctx.Err() != nil {
 		t.Errorf("%q did not end by itself: %s", args, errs.String())
@@ -206,7 +206,7 @@ func TestServerLife(t *testing.T) {
 	write(path("allow"), `{__name__!="secret",__name__!=""}`)
 	write(path("federate-token"), "first\n")
 
-	var stderr srvLog
+	var stderr logBuffer
 	start := func() (stop func()) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan int, 1)

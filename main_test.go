@@ -20,7 +20,6 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -45,131 +44,6 @@ func TestMain(m *testing.M) {
 		os.Exit(runProcess(func() time.Time { return time.Now().Add(ahead) }))
 	}
 	os.Exit(m.Run())
-}
-
-// process is a telemeter that runs.
-type process struct {
-	t   *testing.T
-	cmd *exec.Cmd
-
-	mu  sync.Mutex // guards log
-	log bytes.Buffer
-}
-
-func (p *process) Write(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.log.Write(b)
-}
-
-func (p *process) text() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.log.String()
-}
-
-func telemeterCommand(t *testing.T, dir string, args ...string) *exec.Cmd {
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(self, args...)
-	cmd.Dir = dir
-	// Under the race detector, a process otherwise sleeps a second when it exits.
-	cmd.Env = append(os.Environ(), asTelemeter+"=1", "GORACE=atexit_sleep_ms=0")
-	return cmd
-}
-
-// start starts telemeter in dir; it is killed at the end of the test.
-func start(t *testing.T, dir string, args ...string) *process {
-	t.Helper()
-	p := &process{t: t, cmd: telemeterCommand(t, dir, args...)}
-	p.cmd.Stdout, p.cmd.Stderr = p, p
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		p.cmd.Process.Kill()
-		p.cmd.Wait()
-		if t.Failed() {
-			t.Logf("%v said:\n%s", args, p.text())
-		}
-	})
-	return p
-}
-
-// await waits until the log matches a pattern, and returns its first group.
-func (p *process) await(pattern string) string {
-	p.t.Helper()
-	re := regexp.MustCompile(pattern)
-	deadline := time.Now().Add(30 * time.Second)
-	for time.Now().Before(deadline) {
-		if m := re.FindStringSubmatch(p.text()); m != nil {
-			return m[len(m)-1]
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
-	p.t.Fatalf("no %q within 30 s in:\n%s", pattern, p.text())
-	return ""
-}
-
-// end sends a signal and returns the exit status.
-func (p *process) end(sig syscall.Signal) int {
-	p.t.Helper()
-	p.cmd.Process.Signal(sig)
-	done := make(chan struct{})
-	go func() { p.cmd.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-time.After(30 * time.Second):
-		p.t.Fatalf("still there 30 s after %v:\n%s", sig, p.text())
-	}
-	return p.cmd.ProcessState.ExitCode()
-}
-
-// tool runs telemeter to its end.
-func tool(t *testing.T, dir string, args ...string) (stdout, stderr string, code int) {
-	t.Helper()
-	cmd := telemeterCommand(t, dir, args...)
-	var out, err bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &err
-	cmd.Run() // its status is the result
-	return out.String(), err.String(), cmd.ProcessState.ExitCode()
-}
-
-func mustTool(t *testing.T, dir string, args ...string) string {
-	t.Helper()
-	stdout, stderr, code := tool(t, dir, args...)
-	if code != 0 {
-		t.Fatalf("telemeter %v: exit %d:\n%s", args, code, stderr)
-	}
-	return stdout
-}
-
-func get(t *testing.T, url string) string {
-	t.Helper()
-	resp, err := http.Get(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s %v\n%s", url, resp.Status, err, b)
-	}
-	return string(b)
-}
-
-const (
-	externalAddr = `msg=serving .*external=(\S+)`
-	internalAddr = `msg=serving .*internal=(\S+)`
-)
-
-// startServer starts a server on free ports in dir, where keys are.
-func startServer(t *testing.T, dir string, args ...string) *process {
-	t.Helper()
-	return start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--listen", "127.0.0.1:0",
-		"--listen-internal", "127.0.0.1:0", "--storage-dir", "data"}, args...)...)
 }
 
 // The four commands of a set-up, as the README has them but for the addresses.

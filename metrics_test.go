@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"fmt"
 	"io"
 	"math"
@@ -219,19 +218,11 @@ func TestMetricsServeHTTP(t *testing.T) {
 			r.Header.Set("Accept-Encoding", c.encoding)
 			w := httptest.NewRecorder()
 			m.ServeHTTP(w, r)
-			var body io.Reader = w.Body
-			if gzipped := w.Header().Get("Content-Encoding") == "gzip"; gzipped != c.gzipped {
-				t.Fatalf("gzip is %v", gzipped)
-			} else if gzipped {
-				zr, err := gzip.NewReader(w.Body)
-				if err != nil {
-					t.Fatal(err)
-				}
-				body = zr
-			}
-			raw, err := io.ReadAll(body)
-			if err != nil {
-				t.Fatal(err)
+			raw := w.Body.Bytes()
+			if got := w.Header().Get("Content-Encoding") == "gzip"; got != c.gzipped {
+				t.Fatalf("gzip is %v, want %v", got, c.gzipped)
+			} else if got {
+				raw = gunzipped(t, raw)
 			}
 			format := expfmt.ResponseFormat(http.Header{"Content-Type": w.Header()["Content-Type"]})
 			if c.format == expfmt.TypeOpenMetrics { // which expfmt writes and does not read

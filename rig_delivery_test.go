@@ -40,11 +40,11 @@ func TestDeliveryModel(t *testing.T) {
 	for range runtime.GOMAXPROCS(0) {
 		all.Go(func() {
 			for i := next.Add(1) - 1; i < int64(*deliveryFlag) && failed.Load() == nil; i = next.Add(1) - 1 {
-				m := newDeliveryModel(*chaosSeedFlag+uint64(i), false)
+				m := newDeliveryModel(*seedFlag+uint64(i), false)
 				err := m.run()
 				steps.Add(int64(m.steps & (1<<20 - 1)))
 				if err != "" {
-					failed.CompareAndSwap(nil, &deliveryFailure{*chaosSeedFlag + uint64(i), err, i + 1})
+					failed.CompareAndSwap(nil, &deliveryFailure{*seedFlag + uint64(i), err, i + 1})
 				}
 			}
 		})

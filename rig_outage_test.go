@@ -233,15 +233,6 @@ func outageProgram(t *testing.T) string {
 	return path
 }
 
-func freeAddr(t *testing.T) string {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().String()
-}
-
 // newOutagePrometheus makes one that scrapes a target as a consumer, at intervals of
 // timeout. jobs are further scrape_configs, one a line.
 func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration, jobs ...string) *outagePrometheus {

@@ -109,7 +109,7 @@ type stampedeSite struct {
 
 // newStampede starts three of four servers, and a center that scrapes those that are up.
 func newStampede(t testing.TB, ctx context.Context, sites int, ring bool) *stampede {
-	s := &stampede{t: t, ctx: ctx, keys: authKeys(t, 1), alone: !ring, since: time.Now()}
+	s := &stampede{t: t, ctx: ctx, keys: testKeys(t, 1), alone: !ring, since: time.Now()}
 	for i := range 4 {
 		v := &stampedeServer{run: s, name: fmt.Sprint("s", i), cpu: make(chan struct{}, stampedeCores), disk: make(chan struct{}, stampedeDisk)}
 		s.servers = append(s.servers, v)
@@ -208,7 +208,7 @@ func newStampedeSite(s *stampede, i int) *stampedeSite {
 		ToClient:   &http.Client{Transport: roundTrip(c.send), Timeout: attemptTimeout},
 		FromClient: &http.Client{Transport: roundTrip(c.source)},
 	})
-	token := authSign(s.t, s.keys, Token{Kind: KindClient, ClusterID: c.id, ID: NewTokenID()})
+	token := signToken(s.t, s.keys, Token{Kind: KindClient, ClusterID: c.id, ID: NewTokenID()})
 	c.client.Reload(ClientReloadConfig{Token: token, Match: all, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }})
 	if err := c.client.OpenSpool(SpoolConfig{Limit: 1 << 20, MaxAge: 2 * time.Hour}); err != nil {
 		s.t.Fatal(err)

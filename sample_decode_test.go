@@ -244,18 +244,6 @@ func pbOne(name string, kind uint64, metric ...[]byte) []byte {
 	return pbFrame(pbBytes(1, []byte(name)), pbVarint(3, kind), pbBytes(4, metric...))
 }
 
-func protoBody(t testing.TB, fams ...*dto.MetricFamily) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	enc := expfmt.NewEncoder(&b, expfmt.FmtProtoDelim.WithEscapingScheme(model.NoEscaping))
-	for _, f := range fams {
-		if err := enc.Encode(f); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return b.Bytes()
-}
-
 // zeroOf makes a message of p's type; some types cannot be named here.
 func zeroOf[T any](*T) *T { return new(T) }
 

@@ -18,7 +18,7 @@ import (
 
 // newLeaveRig returns a server in virtual time, without listeners.
 func newLeaveRig(t *testing.T) *srvRig {
-	r := &srvRig{t: t, log: &srvLog{}}
+	r := &srvRig{t: t, log: &logBuffer{}}
 	store, err := OpenStore(StoreConfig{Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now, OnError: func(err error) { t.Error(err) }})
 	if err != nil {
 		t.Fatal(err)

@@ -4,12 +4,10 @@ package main
 // and the samples that old scrapers get.
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -179,20 +177,10 @@ func TestFederatePipelined(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			r := newConsumerRig(t)
-			conn, err := net.Dial("tcp", strings.TrimPrefix(r.url, "http://"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			send := func(text string) {
-				if _, err := io.WriteString(conn, text); err != nil {
-					t.Error(err)
-				}
-			}
-			answers := bufio.NewReader(conn)
+			conn := dialRaw(t, strings.TrimPrefix(r.url, "http://"))
 			ups := func() string {
 				t.Helper()
-				resp, err := http.ReadResponse(answers, nil)
+				resp, err := conn.readAnswer()
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -211,10 +199,10 @@ func TestFederatePipelined(t *testing.T) {
 				}
 			}
 			r.pushUps(1, 2)
-			send(test.first)
+			conn.send(test.first)
 			eventually(t, "first request", func() bool { return len(first) == 1 })
 			r.pushUps(3)
-			send(test.during)
+			conn.send(test.during)
 			c := (<-first).Context().Value(connTrackerKey{}).(*AnswerReadTracker)
 			first <- nil // no other waits
 			eventually(t, "read what was sent", func() bool {
@@ -226,11 +214,11 @@ func TestFederatePipelined(t *testing.T) {
 			if got := ups(); got != "1 2 " {
 				t.Fatalf("first: %q", got)
 			}
-			send(test.then)
+			conn.send(test.then)
 			if got := ups(); got != test.want {
 				t.Errorf("second: %q, want %q", got, test.want)
 			}
-			send(get)
+			conn.send(get)
 			if got := ups(); got != "3 " {
 				t.Errorf("third: %q", got)
 			}
@@ -498,7 +486,7 @@ func TestFederateOfEachServer(t *testing.T) {
 	ring := newRingServers(t, 2)
 	a, b := ring[0], ring[1]
 	id := ownedBy(t, a.node.Forwarder, "b")
-	token := a.token(KindClient, id, func(tok *Token) { tok.Expires = authNow.Unix() + 1000 })
+	token := a.token(KindClient, id, func(tok *Token) { tok.Expires = testNow.Unix() + 1000 })
 	push := func(text string) srvAnswer {
 		t.Helper()
 		return a.do(srvRequest{method: "POST", url: a.external.URL + "/upload", token: token, header: map[string]string{ClockOffsetHeader: "-1500"}, body: []byte(text)})
@@ -520,7 +508,7 @@ func TestFederateOfEachServer(t *testing.T) {
 		}
 	}
 	at := func(ms int64) string { return " " + strconv.FormatInt(ms, 10) + "\n" }
-	first := authNow.UnixMilli()
+	first := testNow.UnixMilli()
 
 	// A push that the owner took, and one that it refused.
 	a.accepted(push("up 1\n"))
@@ -528,7 +516,7 @@ func TestFederateOfEachServer(t *testing.T) {
 		t.Fatal(got)
 	}
 	seen := []string{
-		`telemeter_cluster_token_expiry_seconds{,server="a"} ` + strconv.FormatInt(authNow.Unix()+1000, 10) + "\n",
+		`telemeter_cluster_token_expiry_seconds{,server="a"} ` + strconv.FormatInt(testNow.Unix()+1000, 10) + "\n",
 		`telemeter_cluster_clock_offset_seconds{,server="a"} -1.5` + "\n",
 		`push_failure_time_seconds{,server="a"} ` + now(),
 	}

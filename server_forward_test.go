@@ -76,18 +76,6 @@ func (n *forwardNode) push(ctx context.Context, id, body string) string {
 	return string(a.Body)
 }
 
-func clusterKeys(t testing.TB, lines ...string) Keys {
-	t.Helper()
-	keys, err := ParseKeys([]byte(strings.Join(lines, "\n") + "\n"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return keys
-}
-
-// Keys of 32 equal bytes, in base64.
-func testKey(b byte) string { return base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{b}, 32)) }
-
 func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 	t.Helper()
 	n := &forwardNode{}
@@ -160,7 +148,7 @@ func newRingServers(t testing.TB, n int, change ...func(*StoreConfig, *ServerCon
 	var nodes []*forwardNode
 	for i := range n {
 		name := string(rune('a' + i))
-		node := newForwardNode(t, name, clusterKeys(t, testKey(1)))
+		node := newForwardNode(t, name, testKeys(t, 1))
 		r := newSrvRig(t, append([]func(*StoreConfig, *ServerConfig){func(_ *StoreConfig, c *ServerConfig) {
 			c.Name, c.Forwarder = name, node.Forwarder
 		}}, change...)...)
@@ -182,7 +170,7 @@ func (r *srvRig) samples(id string) int {
 }
 
 func TestForward(t *testing.T) {
-	keys := clusterKeys(t, testKey(1))
+	keys := testKeys(t, 1)
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
 	ctx := t.Context()
 	if got := a.push(ctx, "x", "alone"); got != "" {
@@ -262,7 +250,7 @@ func TestForward(t *testing.T) {
 
 // The longest head that the limits on headers allow still fits.
 func TestForwardLongHead(t *testing.T) {
-	keys := clusterKeys(t, testKey(1))
+	keys := testKeys(t, 1)
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
 	join(1, a, b)
 	names := ScrapeNames{SpoolID: 1<<64 - 1}
@@ -290,7 +278,7 @@ func TestForwardLongHead(t *testing.T) {
 // An owner that hangs keeps nobody waiting once it is known to be dead, and only
 // so many until then.
 func TestForwardHangingOwner(t *testing.T) {
-	keys := clusterKeys(t, testKey(1))
+	keys := testKeys(t, 1)
 	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", keys)
 	join(1, a, b, c)
 	asked := make(chan struct{}, 100)
@@ -341,7 +329,7 @@ func TestForwardHangingOwner(t *testing.T) {
 // Pushes that wait for an owner, however many, don't block the pushes of other sites.
 func TestForwardKeepsNobodyWaiting(t *testing.T) {
 	r := newSrvRig(t)
-	f := newForwardNode(t, "a", clusterKeys(t, testKey(1)))
+	f := newForwardNode(t, "a", testKeys(t, 1))
 	hung, asked := make(chan struct{}), make(chan struct{}, 100)
 	owner := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		io.Copy(io.Discard, req.Body)
@@ -387,8 +375,8 @@ func TestForwardKeepsNobodyWaiting(t *testing.T) {
 // to this server, and its answer reveals nothing. A host without the key cannot forge the
 // answer that a push is stored.
 func TestForwardTrustsNobody(t *testing.T) {
-	keys := clusterKeys(t, testKey(1))
-	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", clusterKeys(t, testKey(2)))
+	keys := testKeys(t, 1)
+	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", testKeys(t, 2))
 	join(1, a, b, c)
 	id := ownedBy(t, a.Forwarder, "b")
 	earlier := &recordAnswer{next: a.cfg.Client.Transport}
@@ -521,10 +509,10 @@ func (o changeSealVersion) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // A member of another version is told so, and the log of the server that keeps the push says it.
 func TestForwardOtherVersion(t *testing.T) {
-	keys := clusterKeys(t, testKey(1))
+	keys := testKeys(t, 1)
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
 	join(1, a, b)
-	log := &srvLog{}
+	log := &logBuffer{}
 	a.cfg.Log = slog.New(slog.NewTextHandler(log, nil))
 	a.cfg.Client.Transport = changeSealVersion{a.cfg.Client.Transport}
 	if got := a.push(t.Context(), ownedBy(t, a.Forwarder, "b"), "m 1\n"); got != "" || a.sentTotal.Value("kept") != 1 || b.receivedTotal.Value("version") != 1 {
@@ -537,7 +525,7 @@ func TestForwardOtherVersion(t *testing.T) {
 
 // A member takes no more at once than it has memory for; the receiver takes the rest.
 func TestForwardOverloaded(t *testing.T) {
-	keys := clusterKeys(t, testKey(1))
+	keys := testKeys(t, 1)
 	a, b := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
 	join(1, a, b)
 	id := ownedBy(t, a.Forwarder, "b")
@@ -555,7 +543,7 @@ func TestForwardOverloaded(t *testing.T) {
 
 // Of each sender every request counts once, and none of an earlier session.
 func TestForwardReplay(t *testing.T) {
-	f := newForwardNode(t, "a", clusterKeys(t, testKey(1))).Forwarder
+	f := newForwardNode(t, "a", testKeys(t, 1)).Forwarder
 	for i, c := range []struct {
 		from           string
 		session, count uint64
@@ -584,7 +572,7 @@ func TestForwardGivesUp(t *testing.T) {
 		session uint64 // of the owner, in the next view; 0: it is live no more
 		want    time.Duration
 	}{"dead": {0, 0}, "begun anew": {2, 0}, "alive": {1, forwardTimeout}} {
-		f := newForwardNode(t, "a", clusterKeys(t, testKey(1))).Forwarder
+		f := newForwardNode(t, "a", testKeys(t, 1)).Forwarder
 		f.cfg.Client = &http.Client{Transport: hangs{}}
 		synctest.Test(t, func(t *testing.T) {
 			owner := RingMember{Name: "b", Addr: "b:1", Session: 1}
@@ -637,7 +625,7 @@ func (s swapBody) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 func TestForwardKeysRotate(t *testing.T) {
-	old, both := clusterKeys(t, testKey(1)), clusterKeys(t, testKey(2), testKey(1))
+	old, both := testKeys(t, 1), testKeys(t, 2, 1)
 	a, b := newForwardNode(t, "a", old), newForwardNode(t, "b", old)
 	join(1, a, b)
 	id := ownedBy(t, a.Forwarder, "b")
@@ -659,7 +647,7 @@ func TestForwardKeysRotate(t *testing.T) {
 		}},
 		{"both", func() error { return b.cfg.Sealer.SetKeys(both) }},
 		{"the old one is gone", func() error {
-			fresh := clusterKeys(t, testKey(2))
+			fresh := testKeys(t, 2)
 			return errors.Join(a.cfg.Sealer.SetKeys(fresh), b.cfg.Sealer.SetKeys(fresh))
 		}},
 	} {
@@ -673,12 +661,12 @@ func TestForwardKeysRotate(t *testing.T) {
 }
 
 // times returns the times of the samples that the server holds of a site, in ms after
-// authNow.
+// testNow.
 func (r *srvRig) times(id string) (times []int64) {
 	r.store.ViewSite(id, func(held *SiteSamples) {
 		for _, b := range held.Batches {
 			for i := range b.V {
-				times = append(times, b.Time(i)-authNow.UnixMilli())
+				times = append(times, b.Time(i)-testNow.UnixMilli())
 			}
 		}
 	})
@@ -699,7 +687,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		samples int
 	}{
 		{"taken", nil, "m 1\nn 2\n", nil, 200, "", 2},
-		{"gzip", nil, string(srvGzip([]byte("m 1\n"))), map[string]string{"Content-Encoding": "gzip"}, 200, "", 1},
+		{"gzip", nil, string(gzipped([]byte("m 1\n"))), map[string]string{"Content-Encoding": "gzip"}, 200, "", 1},
 		{"OpenMetrics", nil, "# TYPE c counter\nc_total 1 # {t=\"x\"} 1\n# EOF\n", map[string]string{"Content-Type": omType}, 200, "", 1},
 		{"named", nil, "m 1\n", map[string]string{SpoolHeader: "00000000000000ab 7"}, 200, "", 1},
 		{"a question", nil, "", map[string]string{SpoolHeader: "00000000000000ab"}, 200, "", 0},
@@ -762,7 +750,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 // A push that its owner cannot take is the receiver's: with the time at which it arrived
 // there, and with an answer of the receiver. It is never forwarded twice.
 func TestForwardedPushKept(t *testing.T) {
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	timed := fmt.Sprintf("m 1 %d\n", ms)
 	for _, c := range []struct {
 		name  string
@@ -841,7 +829,7 @@ func (l loseAnswer) RoundTrip(r *http.Request) (*http.Response, error) {
 // same samples with the same times, which a consumer keeps once: samples with a time keep
 // it, others have the time of arrival at the receiver.
 func TestForwardedPushAnswerLost(t *testing.T) {
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	ring := newRingServers(t, 2)
 	a, b := ring[0], ring[1]
 	b.clock.Store(int64(20 * time.Second))
@@ -921,7 +909,7 @@ func TestForwardedPushOwnerDies(t *testing.T) {
 
 // Nothing is taken but a whole push of a site, whatever a member seals or a stranger sends.
 func FuzzForwardReceive(f *testing.F) {
-	node := newForwardNode(f, "b", clusterKeys(f, testKey(1)))
+	node := newForwardNode(f, "b", testKeys(f, 1))
 	node.SetView(&RingView{Ring: NewRing(nil, 0), Members: map[string]RingMember{"b": {Name: "b", Session: 1}}})
 	var pushes []takenPush
 	node.store = func(_ context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
@@ -962,7 +950,7 @@ func FuzzForwardReceive(f *testing.F) {
 }
 
 func FuzzBoxOpen(f *testing.F) {
-	box, err := NewMessageSealer(clusterKeys(f, testKey(1)), "c")
+	box, err := NewMessageSealer(testKeys(f, 1), "c")
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -995,9 +983,9 @@ func BenchmarkForwardedPush(b *testing.B) {
 		var text bytes.Buffer
 		for i := range series {
 			fmt.Fprintf(&text, "node_subsystem_%d_seconds_total{instance=\"10.1.2.3:9100\",job=\"node-exporter\",namespace=\"monitoring\",device=\"eth%d\",mode=\"idle\"} %v %d\n",
-				i/10, i, float64(i)*1.5+float64(n), authNow.UnixMilli()-int64(n)*15_000)
+				i/10, i, float64(i)*1.5+float64(n), testNow.UnixMilli()-int64(n)*15_000)
 		}
-		pushes[n] = srvGzip(text.Bytes())
+		pushes[n] = gzipped(text.Bytes())
 	}
 	client := NewHTTPClient(nil, time.Minute, time.Second)
 	site := 0
@@ -1006,7 +994,7 @@ func BenchmarkForwardedPush(b *testing.B) {
 		id := ownedBy(b, ring[0].node.Forwarder, "b", site)
 		site++
 		token := to.token(KindUpload, id)
-		begin := cpuSeconds(b)
+		begin := processCPU(b).Seconds()
 		for _, body := range pushes {
 			req, err := http.NewRequest("POST", to.external.URL+"/upload", bytes.NewReader(body))
 			if err != nil {
@@ -1024,7 +1012,7 @@ func BenchmarkForwardedPush(b *testing.B) {
 				b.Fatalf("%d %s %v", resp.StatusCode, text, err)
 			}
 		}
-		return cpuSeconds(b) - begin
+		return processCPU(b).Seconds() - begin
 	}
 	round(ring[0])
 	round(ring[1])

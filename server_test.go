@@ -5,9 +5,7 @@ package main
 // Requests go over a real listener on 127.0.0.1; the clock stands still unless a test moves it.
 
 import (
-	"bufio"
 	"bytes"
-	"compress/gzip"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -15,7 +13,6 @@ import (
 	"log/slog"
 	"maps"
 	"math"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -24,7 +21,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -42,39 +38,21 @@ const (
 // srvRig is a server with both its listeners.
 type srvRig struct {
 	t        testing.TB
-	clock    atomic.Int64 // ns after authNow
+	clock    atomic.Int64 // ns after testNow
 	keys     Keys
 	store    *Store
 	server   *Server
 	external *httptest.Server
 	internal *httptest.Server
-	log      *srvLog
+	log      *logBuffer
 	secrets  []string // that no answer may hold
 }
 
-// srvLog is a log that may be read while it is written.
-type srvLog struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *srvLog) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *srvLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-func (r *srvRig) now() time.Time { return authNow.Add(time.Duration(r.clock.Load())) }
+func (r *srvRig) now() time.Time { return testNow.Add(time.Duration(r.clock.Load())) }
 
 func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRig {
 	t.Helper()
-	r := &srvRig{t: t, keys: authKeys(t, 1), log: &srvLog{}}
+	r := &srvRig{t: t, keys: testKeys(t, 1), log: &logBuffer{}}
 	sc := StoreConfig{
 		FS: newCrashFS(1, "/secretdir"), Dir: "/secretdir", Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute,
 		LimitSeries: 100, LimitSites: 10, LimitSamples: 100_000, Now: r.now,
@@ -104,7 +82,7 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 	r.external, r.internal = httptest.NewServer(r.server.ExternalHandler()), httptest.NewServer(r.server.InternalHandler())
 	t.Cleanup(r.external.Close)
 	t.Cleanup(r.internal.Close)
-	r.secrets = []string{authLine(1), "secretdir", "goroutine ", ".go:"}
+	r.secrets = []string{keyLine(1), "secretdir", "goroutine ", ".go:"}
 	return r
 }
 
@@ -116,11 +94,11 @@ func (r *srvRig) reload(change func(*ReloadableServerConfig)) {
 
 // token signs a token for a cluster ID; its token ID is made of the cluster's.
 func (r *srvRig) token(kind, cluster string, change ...func(*Token)) string {
-	t := Token{Kind: kind, ClusterID: cluster, Issued: authNow.Unix(), ID: fmt.Sprintf("%032x", cluster)[:32]}
+	t := Token{Kind: kind, ClusterID: cluster, Issued: testNow.Unix(), ID: fmt.Sprintf("%032x", cluster)[:32]}
 	for _, f := range change {
 		f(&t)
 	}
-	return authSign(r.t, r.keys, t)
+	return signToken(r.t, r.keys, t)
 }
 
 type srvRequest struct {
@@ -282,51 +260,12 @@ func (r *srvRig) parsed(query string) map[string]*dto.MetricFamily {
 	return out
 }
 
-// eventually polls for what another goroutine is about to make true.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-	}
-}
-
-func srvGzip(b []byte) []byte {
-	var out bytes.Buffer
-	w := gzip.NewWriter(&out)
-	w.Write(b)
-	w.Close()
-	return out.Bytes()
-}
-
-func srvProto(t testing.TB, fams ...*dto.MetricFamily) []byte {
-	t.Helper()
-	var out bytes.Buffer
-	enc := expfmt.NewEncoder(&out, protoType)
-	for _, f := range fams {
-		if err := enc.Encode(f); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return out.Bytes()
-}
-
-// srvGauge makes a family of one gauge; labels are names and values in turn.
-func srvGauge(name string, v float64, ms *int64, labels ...string) *dto.MetricFamily {
-	m := &dto.Metric{Gauge: &dto.Gauge{Value: &v}, TimestampMs: ms}
-	for i := 0; i < len(labels); i += 2 {
-		m.Label = append(m.Label, &dto.LabelPair{Name: &labels[i], Value: &labels[i+1]})
-	}
-	return &dto.MetricFamily{Name: &name, Type: dto.MetricType_GAUGE.Enum(), Metric: []*dto.Metric{m}}
-}
-
 // TestAnswers is the table of answers, row by row as somebody with curl would
 // meet it. No row but those answered 200 may change anything.
 func TestAnswers(t *testing.T) {
 	r := newSrvRig(t)
 	r.secrets = append(r.secrets, "site-b", "topsecret")
-	other := authKeys(t, 7)
+	other := testKeys(t, 7)
 	revokedID := strings.Repeat("ab", 16)
 	revoked, err := ParseRevokedIDs([]byte("gone\n" + revokedID + "\n"))
 	if err != nil {
@@ -339,10 +278,10 @@ func TestAnswers(t *testing.T) {
 	upload, client := r.token(KindUpload, "site-a"), r.token(KindClient, "site-a")
 	byID := func(tok *Token) { tok.ID = revokedID }
 	forged := func(kind string) string {
-		return authSign(t, other, Token{Kind: kind, ClusterID: "site-a", ID: strings.Repeat("0", 32)})
+		return signToken(t, other, Token{Kind: kind, ClusterID: "site-a", ID: strings.Repeat("0", 32)})
 	}
 	ttl := func(d time.Duration) func(*Token) {
-		return func(tok *Token) { tok.Expires = authNow.Add(d).Unix() }
+		return func(tok *Token) { tok.Expires = testNow.Add(d).Unix() }
 	}
 	big := bytes.Repeat([]byte("# a comment is content too\n"), 200) // 5,400 bytes
 	many := func(n int) (b []byte) {
@@ -399,9 +338,9 @@ func TestAnswers(t *testing.T) {
 
 		{"large by its length", srvRequest{method: "POST", url: "/upload", token: upload, body: big}, 413, nil, []string{"4096 bytes", "--limit-bytes"}},
 		{"large in chunks", srvRequest{method: "POST", url: "/upload", token: upload, body: big, chunked: true}, 413, nil, []string{"4096 bytes", "--limit-bytes"}},
-		{"large in gzip", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: append(srvGzip([]byte("x 1\n")), make([]byte, 4096)...)}, 413, nil, []string{"--limit-bytes"}},
-		{"bomb", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: srvGzip(make([]byte, 1<<20))}, 413, nil, []string{"32768 bytes", "--limit-bytes"}},
-		{"too many samples", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: srvGzip([]byte(strings.Repeat("a 1\n", 2049)))}, 413, nil, []string{"2048 samples", "line 2049", "--limit-bytes"}},
+		{"large in gzip", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: append(gzipped([]byte("x 1\n")), make([]byte, 4096)...)}, 413, nil, []string{"--limit-bytes"}},
+		{"bomb", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: gzipped(make([]byte, 1<<20))}, 413, nil, []string{"32768 bytes", "--limit-bytes"}},
+		{"too many samples", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: gzipped([]byte(strings.Repeat("a 1\n", 2049)))}, 413, nil, []string{"2048 samples", "line 2049", "--limit-bytes"}},
 		{"too many series", srvRequest{method: "POST", url: "/upload", token: upload, body: many(101)}, 413, nil, []string{"too many series", "100", "--limit-series"}},
 		{"too many labels", srvRequest{method: "POST", url: "/upload", token: upload, body: []byte("m{" + strings.Repeat(`a="",`, 200) + "} 1\n")}, 413, nil, []string{"128 labels", "line 1"}},
 
@@ -416,13 +355,13 @@ func TestAnswers(t *testing.T) {
 		{"protobuf garbage", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Type": protoType}, body: []byte("\x04\xff\xff\xff\xff")}, 400, nil, []string{"family 1", "malformed protobuf"}},
 		{"protobuf frame of 1 GiB", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Type": protoType}, body: []byte("\x80\x80\x80\x80\x04")}, 400, nil, []string{"family 1", "truncated"}},
 		{"text as gzip", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: []byte("up 1\n")}, 400, nil, []string{"gzip"}},
-		{"cut gzip", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: srvGzip([]byte("up 1\n"))[:20]}, 400, nil, []string{"not whole gzip"}},
-		{"gzip and more", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: append(srvGzip([]byte("up 1\n")), "more"...)}, 400, nil, []string{"gzip"}},
+		{"cut gzip", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: gzipped([]byte("up 1\n"))[:20]}, 400, nil, []string{"not whole gzip"}},
+		{"gzip and more", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: append(gzipped([]byte("up 1\n")), "more"...)}, 400, nil, []string{"gzip"}},
 		{"snappy garbage", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "snappy"}, body: []byte("up 1\n")}, 400, nil, []string{"snappy"}},
 		{"the server's own names", srvRequest{method: "POST", url: "/upload", token: upload, body: []byte("push_time_seconds 9e9\n")}, 400, nil, []string{"line 1", `"push_time_seconds" is reserved`}},
 		{"the server's own prefix", srvRequest{method: "POST", url: "/upload", token: upload, body: []byte("telemeter_cluster_x 9\n")}, 400, nil, []string{`"telemeter_cluster_x" is reserved`}},
 		{"the server's own names, in UTF-8", srvRequest{method: "POST", url: "/upload", token: upload, body: []byte("{\"push.time.seconds\",a=\"b\"} 9e9\n")}, 400, nil, []string{"reserved"}},
-		{"long lines", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: srvGzip([]byte("up{a=\"" + strings.Repeat("\xff", 30_000) + "\"} 1\n"))}, 400, nil, []string{"line 1"}},
+		{"long lines", srvRequest{method: "POST", url: "/upload", token: upload, header: h{"Content-Encoding": "gzip"}, body: gzipped([]byte("up{a=\"" + strings.Repeat("\xff", 30_000) + "\"} 1\n"))}, 400, nil, []string{"line 1"}},
 
 		{"health", srvRequest{method: "GET", url: "/healthz"}, 200, nil, []string{"ok"}},
 		{"ready", srvRequest{method: "GET", url: "/healthz/ready"}, 200, nil, []string{"ready"}},
@@ -475,7 +414,7 @@ func TestUploadCounts(t *testing.T) {
 		}
 		st.Normalizer = &ServerNormalizer{Allow: allow}
 	})
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	text := fmt.Sprintf("a 1 %d\na 2 %d\nold 1 %d\nnew 1 %d\nbad 1\nb 1\n", ms, ms+1, ms-3*3600_000, ms+120_000)
 	if got := r.accepted(r.push("site-a", text)); got.Accepted != 3 || got.Duplicates != 0 ||
 		!maps.Equal(got.Dropped, map[string]int{"not_allowed": 1, "too_old": 1, "future": 1}) || got.Skipped != nil {
@@ -492,10 +431,10 @@ func TestUploadCounts(t *testing.T) {
 	}
 	one, inf := uint64(1), math.Inf(1)
 	name, kind := "h", dto.MetricType_HISTOGRAM
-	body := srvProto(t, &dto.MetricFamily{Name: &name, Type: &kind, Metric: []*dto.Metric{{Histogram: &dto.Histogram{
+	body := protoBody(t, &dto.MetricFamily{Name: &name, Type: &kind, Metric: []*dto.Metric{{Histogram: &dto.Histogram{
 		SampleCount: &one, SampleSum: new(float64), Bucket: []*dto.Bucket{{CumulativeCount: &one, UpperBound: &inf}}}}}})
 	a = r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindClient, "site-a"),
-		header: map[string]string{"Content-Type": protoType, "Content-Encoding": "gzip"}, body: srvGzip(body)})
+		header: map[string]string{"Content-Type": protoType, "Content-Encoding": "gzip"}, body: gzipped(body)})
 	if got := r.accepted(a); got.Accepted != 3 {
 		t.Errorf("histogram: %+v", got)
 	}
@@ -526,7 +465,7 @@ func TestUntimelyPush(t *testing.T) {
 		future  = "all samples are ahead of the server's clock"
 		both    = "all samples are older than --retention or ahead of the server's clock"
 	)
-	ms, day := authNow.UnixMilli(), int64(86400)
+	ms, day := testNow.UnixMilli(), int64(86400)
 	for _, c := range []struct {
 		name, text, hint string
 		failed           bool
@@ -642,7 +581,7 @@ func TestShownOnceReady(t *testing.T) {
 // TestNULByte: a NUL byte in a label's value costs its series, and nothing else of the
 // push; whatever else is wrong with a series costs the push.
 func TestNULByte(t *testing.T) {
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	proto := map[string]string{"Content-Type": protoType}
 	for _, c := range []struct {
 		name   string
@@ -651,7 +590,7 @@ func TestNULByte(t *testing.T) {
 		want   string // of the answer
 	}{
 		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2},`},
-		{"protobuf", srvProto(t, srvGauge("b", 1, &ms, "x", "\x00"), srvGauge("b", 1, &ms, "x", "y")), proto, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1},`},
+		{"protobuf", protoBody(t, gaugeFamily("b", 1, &ms, "x", "\x00"), gaugeFamily("b", 1, &ms, "x", "y")), proto, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1},`},
 		{"nothing else", []byte("b{x=\"\x00\"} 1\n"), nil, `200 {"accepted":0,"duplicates":0,"dropped":{"invalid":1},`},
 		{"in a label's name", []byte("a 1\nb{\"x\x00\"=\"y\"} 1\n"), nil, "400 line 2: series "},
 		{"in the metric's name", []byte("a 1\n{\"b\x00\"} 1\n"), nil, "400 line 2: series "},
@@ -697,7 +636,7 @@ func TestOperatorRules(t *testing.T) {
 	if got := r.accepted(a); got.Accepted != 2 || !maps.Equal(got.Dropped, map[string]int{"required_label": 1, "not_allowed": 1}) {
 		t.Errorf("push: %+v", got)
 	}
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	want := fmt.Sprintf("up{_id=\"site-a\",env=\"x\",instance=\"\",job=\"\",region=\"eu\",tier=\"silver\"} 1 %d\n"+
 		"{\"a.b\",_id=\"site-a\",env=\"y\",instance=\"i\",job=\"j\",region=\"eu\",tier=\"silver\"} 2 %d\n", ms, ms)
 	got := r.held("site-a", acceptUTF8)
@@ -728,7 +667,7 @@ func TestAuthorize(t *testing.T) {
 	if a.Version != 1 || a.ExpiresInSeconds != 3600 || !maps.Equal(a.Labels, map[string]string{"region": "eu", "_id": "site-a"}) {
 		t.Errorf("authorize: %+v", a)
 	}
-	if a.Server != "s1" || a.Time != authNow.UnixMilli() {
+	if a.Server != "s1" || a.Time != testNow.UnixMilli() {
 		t.Errorf("authorize: server %q, time %d", a.Server, a.Time)
 	}
 	tok, err := r.keys.Verify(a.Token, r.now())
@@ -742,7 +681,7 @@ func TestAuthorize(t *testing.T) {
 		t.Errorf("not served as authorized:\n%s", r.held("site-a", ""))
 	}
 	// No upload token outlives its client token.
-	short := r.token(KindClient, "site-a", func(tok *Token) { tok.Expires = authNow.Unix() + 90 })
+	short := r.token(KindClient, "site-a", func(tok *Token) { tok.Expires = testNow.Unix() + 90 })
 	if b := authorize(short); b.ExpiresInSeconds != 90 {
 		t.Errorf("upload token of a client token for 90 s is valid for %d s", b.ExpiresInSeconds)
 	} else {
@@ -754,12 +693,12 @@ func TestAuthorize(t *testing.T) {
 		}
 	}
 	// A new first key signs; tokens of the old one still work, until it is gone.
-	r.keys = authKeys(t, 2, 1)
+	r.keys = testKeys(t, 2, 1)
 	r.reload(func(*ReloadableServerConfig) {})
 	if got, err := ParseUnverifiedToken(authorize(client).Token); err != nil || got.KeyID != r.keys.IDs()[0] {
 		t.Errorf("after a rotation key %s signs: %v", got.KeyID, err)
 	}
-	r.keys = authKeys(t, 2)
+	r.keys = testKeys(t, 2)
 	r.reload(func(*ReloadableServerConfig) {})
 	if got := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: a.Token}); got.status != 401 {
 		t.Errorf("signed by a key that is gone: %d", got.status)
@@ -832,7 +771,7 @@ func TestAuthorizeURL(t *testing.T) {
 			Time             int64
 			Labels           map[string]string
 		}
-		if err := json.Unmarshal([]byte(got.body), &a); err != nil || got.status != 200 || a.ExpiresInSeconds != 3600 || a.Server != "s1" || a.Time != authNow.UnixMilli() || !maps.Equal(a.Labels, labels) {
+		if err := json.Unmarshal([]byte(got.body), &a); err != nil || got.status != 200 || a.ExpiresInSeconds != 3600 || a.Server != "s1" || a.Time != testNow.UnixMilli() || !maps.Equal(a.Labels, labels) {
 			t.Fatalf("%s: %d %s", id, got.status, got.body)
 		}
 		if n := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: a.Token, body: []byte("up 1\n")})).Accepted; n != 1 {
@@ -903,19 +842,19 @@ func TestTrackedSites(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	for i := range maxTrackedSites {
 		id := strconv.Itoa(i)
-		if _, err := s.AcquirePush(id, authNow); err != nil {
+		if _, err := s.AcquirePush(id, testNow); err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {
 			s.ReleasePush(id)
 		}
 	}
-	if wait, err := s.AcquirePush("one more", authNow); err == nil || wait <= 0 {
+	if wait, err := s.AcquirePush("one more", testNow); err == nil || wait <= 0 {
 		t.Errorf("one more than the limit: %v, %v", wait, err)
 	}
-	s.SetPushFailed("one more", authNow)
-	s.SetTokenExpiry("one more", 7, authNow)
-	later := authNow.Add(siteIdle + time.Second)
+	s.SetPushFailed("one more", testNow)
+	s.SetTokenExpiry("one more", 7, testNow)
+	later := testNow.Add(siteIdle + time.Second)
 	if _, err := s.AcquirePush("one more", later); err != nil {
 		t.Error(err)
 	}
@@ -1002,10 +941,7 @@ func TestRefusedLeavesNothing(t *testing.T) {
 func TestVanishingClient(t *testing.T) {
 	r := newSrvRig(t)
 	for _, length := range []string{"Content-Length: 1000\r\n", "Transfer-Encoding: chunked\r\n"} {
-		c, err := net.Dial("tcp", r.external.Listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := dialRaw(t, r.external.Listener.Addr().String())
 		fmt.Fprintf(c, "POST /upload HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n5\r\nup 1\n\r\n", r.token(KindUpload, "site-a"), length)
 		eventually(t, "the push is in flight", func() bool { return r.server.inFlight.findOrAddSeries(nil).load() == 1 })
 		c.Close()
@@ -1021,14 +957,9 @@ func TestVanishingClient(t *testing.T) {
 	}
 	// A client that says what it will send, and then waits to be asked for it, is
 	// not asked if its token is no good.
-	c, err := net.Dial("tcp", r.external.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	fmt.Fprint(c, "POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n")
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	if line, err := bufio.NewReader(c).ReadString('\n'); err != nil || !strings.Contains(line, "401") {
+	c := dialRaw(t, r.external.Listener.Addr().String())
+	c.send("POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n")
+	if line, err := c.answers.ReadString('\n'); err != nil || !strings.Contains(line, "401") {
 		t.Errorf("answered %q: %v", line, err)
 	}
 }
@@ -1101,13 +1032,9 @@ func TestAnswerWithoutBody(t *testing.T) {
 		{"/upload", r.token(KindUpload, "a"), "Transfer-Encoding: chunked", "5\r\nup 1\n\r\n0\r\n\r\n", 200, true},
 		{"/upload", r.token(KindUpload, "a"), "Content-Length: 3", "up\n", 400, false},
 	} {
-		conn, err := net.Dial("tcp", r.external.Listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		conn := dialRaw(t, r.external.Listener.Addr().String())
 		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n%s\r\n\r\n%s", c.path, c.token, c.header, c.body)
-		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		resp, err := conn.readAnswer()
 		if err != nil {
 			t.Errorf("%s %s: no answer: %v", c.path, c.header, err)
 		} else if resp.StatusCode != c.status || resp.Close == c.keeps {
@@ -1127,7 +1054,7 @@ func TestSlowBody(t *testing.T) {
 				t.Fatal(err)
 			}
 			s := NewServer(ServerConfig{Store: store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now, LimitBytes: 1 << 20})
-			keys := authKeys(t, 1)
+			keys := testKeys(t, 1)
 			s.Reload(ReloadableServerConfig{Keys: keys, Normalizer: &ServerNormalizer{}})
 			s.SetReady(true)
 			body, w := io.Pipe()
@@ -1137,7 +1064,7 @@ func TestSlowBody(t *testing.T) {
 				w.Close()
 			}()
 			req := httptest.NewRequest("POST", "/upload", body)
-			req.Header.Set("Authorization", "Bearer "+authSign(t, keys, Token{Kind: KindUpload, ClusterID: "far-away", ID: strings.Repeat("0", 32)}))
+			req.Header.Set("Authorization", "Bearer "+signToken(t, keys, Token{Kind: KindUpload, ClusterID: "far-away", ID: strings.Repeat("0", 32)}))
 			rec := httptest.NewRecorder()
 			s.ExternalHandler().ServeHTTP(rec, req)
 			if rec.Code != 200 {
@@ -1150,9 +1077,9 @@ func TestSlowBody(t *testing.T) {
 // TestFederate: what a scrape gets.
 func TestFederate(t *testing.T) {
 	r := newSrvRig(t)
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	r.accepted(r.push("site-a", fmt.Sprintf("up 1 %d\nup 2 %d\nold 1 %d\n{\"a.b\",\"c.d\"=\"e\"} 3\n", ms-1000, ms, ms-11*60_000)))
-	client := r.token(KindClient, "site-b", func(tok *Token) { tok.Expires = authNow.Unix() + 1000 })
+	client := r.token(KindClient, "site-b", func(tok *Token) { tok.Expires = testNow.Unix() + 1000 })
 	r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: client, body: []byte("up{job=\"node\"} NaN\n")}))
 	r.push("site-b", "broken")
 	s := strconv.FormatInt(ms/1000, 10)
@@ -1212,13 +1139,9 @@ func TestFederate(t *testing.T) {
 		{"text/html", "text/plain; version=0.0.4; charset=utf-8; escaping=underscores"},
 	} {
 		a := r.do(srvRequest{method: "GET", url: r.internal.URL + "/federate", header: map[string]string{"Accept": c.accept, "Accept-Encoding": "gzip"}})
-		z, err := gzip.NewReader(strings.NewReader(a.body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, err := io.ReadAll(z)
-		if err != nil || a.header.Get("Content-Type") != c.contentType || a.header.Get("Content-Encoding") != "gzip" || string(text) != r.federate("", c.accept) {
-			t.Errorf("Accept %q with gzip: %v %v", c.accept, a.header, err)
+		text := gunzipped(t, []byte(a.body))
+		if a.header.Get("Content-Type") != c.contentType || a.header.Get("Content-Encoding") != "gzip" || string(text) != r.federate("", c.accept) {
+			t.Errorf("Accept %q with gzip: %v", c.accept, a.header)
 		}
 	}
 	// What has not been pushed for --max-sample-age is shown no more, but for what
@@ -1336,7 +1259,7 @@ func TestInternal(t *testing.T) {
 // other, and every scrape still parses.
 func TestHostileSite(t *testing.T) {
 	r := newSrvRig(t, func(s *StoreConfig, c *ServerConfig) { c.RateInterval, c.LimitBytes = 0, 64<<10 })
-	ms := authNow.UnixMilli()
+	ms := testNow.UnixMilli()
 	honest := fmt.Sprintf("# TYPE up gauge\nup{job=\"node\",instance=\"i:1\"} 1 %d\n# TYPE http_total counter\nhttp_total{code=\"200\"} 7 %d\n"+
 		"# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 1\n{\"utf8.name\",\"l.l\"=\"v\"} 5 %d\n", ms, ms, ms)
 	r.accepted(r.push("site-b", honest))
@@ -1350,7 +1273,7 @@ func TestHostileSite(t *testing.T) {
 		t.Fatalf("site-b before:\n%s", before[0])
 	}
 	stale := math.Float64frombits(0x7ff0000000000002)
-	name := func(s string) *dto.MetricFamily { return srvGauge(s, 666, &ms) }
+	name := func(s string) *dto.MetricFamily { return gaugeFamily(s, 666, &ms) }
 	uint := func(n uint64) *uint64 { return &n }
 	str := func(s string) *string { return &s }
 	float := func(v float64) *float64 { return &v }
@@ -1360,7 +1283,7 @@ func TestHostileSite(t *testing.T) {
 	}
 	text := func(s string) push { return push{body: []byte(s)} }
 	proto := func(fams ...*dto.MetricFamily) push {
-		return push{srvProto(t, fams...), map[string]string{"Content-Type": protoType}}
+		return push{protoBody(t, fams...), map[string]string{"Content-Type": protoType}}
 	}
 	pushes := []push{
 		// As the other.
@@ -1368,13 +1291,13 @@ func TestHostileSite(t *testing.T) {
 		text(`up{_id="site-a",_id="site-b",job="node",instance="i:1"} 666` + "\n"),
 		text(`up{"_id"="site-b",job="node",instance="i:1"} 666` + "\n"),
 		text("{\"up\",_id=\"site-b\"} 666\n"),
-		proto(srvGauge("up", 666, &ms, "_id", "site-b", "_id", "site-b", "job", "node", "instance", "i:1")),
+		proto(gaugeFamily("up", 666, &ms, "_id", "site-b", "_id", "site-b", "job", "node", "instance", "i:1")),
 		// Out of a label value, name or line.
 		text("x{a=\"\\\"} 1\\nup{_id=\\\"site-b\\\"} 666\"} 1\n"),
 		text("x{a=\"\\\\\",b=\"\\n\"} 1\n"),
-		proto(srvGauge("x", 1, &ms, "a", "\"} 1\nup{_id=\"site-b\",instance=\"i:1\",job=\"node\"} 666 "+strconv.FormatInt(ms+1, 10)+"\n#")),
-		proto(srvGauge("x", 1, &ms, "a=\"\",_id=\"site-b\"} 666\n#", "v")),
-		proto(srvGauge("x", 1, &ms, "a", "\r\nup{_id=\"site-b\"} 666\r\n")),
+		proto(gaugeFamily("x", 1, &ms, "a", "\"} 1\nup{_id=\"site-b\",instance=\"i:1\",job=\"node\"} 666 "+strconv.FormatInt(ms+1, 10)+"\n#")),
+		proto(gaugeFamily("x", 1, &ms, "a=\"\",_id=\"site-b\"} 666\n#", "v")),
+		proto(gaugeFamily("x", 1, &ms, "a", "\r\nup{_id=\"site-b\"} 666\r\n")),
 		proto(name("up{_id=\"site-b\",instance=\"i:1\",job=\"node\"}")),
 		proto(name("up{_id=\"site-b\",instance=\"i:1\",job=\"node\"} 666\n")),
 		proto(name("x\n# TYPE up counter\nup")), proto(name("# EOF")), proto(name("#")), proto(name(" ")), proto(name("")), proto(name("\n")),
@@ -1384,7 +1307,7 @@ func TestHostileSite(t *testing.T) {
 		text("up{__name__=\"http_total\"} 1\n"), text("up{__address__=\"x\"} 1\n"), text("up{job=\"\",instance=\"\"} 1\n"),
 		text("up{job=\"node\",job=\"node\"} 1\n"), text("up{\"j.b\"=\"1\",j_b=\"2\"} 1\n"), text("up{\"j.b\"=\"1\",\"j-b\"=\"2\"} 1\n"),
 		text("up{\".id\"=\"site-b\"} 666\n"), text("up{\".id\"=\"site-b\",\"-id\"=\"site-b\"} 666\n"), text("up{\"..name..\"=\"x\"} 1\n"), text("up{le=\"x\",quantile=\"y\"} 1\n"),
-		proto(srvGauge("up", 1, &ms, "", "x")), proto(srvGauge("up", 1, &ms, "a", "\xc3\x28")), proto(srvGauge("up", 1, &ms, "\xc3\x28", "a")), proto(srvGauge("up", 1, &ms, "a", "\x00")),
+		proto(gaugeFamily("up", 1, &ms, "", "x")), proto(gaugeFamily("up", 1, &ms, "a", "\xc3\x28")), proto(gaugeFamily("up", 1, &ms, "\xc3\x28", "a")), proto(gaugeFamily("up", 1, &ms, "a", "\x00")),
 		// The other's names with other types, and components of them.
 		text("# TYPE up counter\n# TYPE up histogram\nup_bucket{le=\"1\"} 1\nup_total 1\nup_count 1\n# TYPE h gauge\nh 1\n# TYPE http_total summary\nhttp_total 1\n"),
 		text("# HELP up \\x\n# UNIT up s\n# TYPE up\n# TYPE\n#\nup 1\n"),
@@ -1394,33 +1317,33 @@ func TestHostileSite(t *testing.T) {
 		proto(&dto.MetricFamily{Name: str("up"), Type: dto.MetricType_HISTOGRAM.Enum(), Metric: []*dto.Metric{{Histogram: &dto.Histogram{Schema: new(int32), ZeroCount: uint(1)}}}}),
 		// Names that escaping makes into others'.
 		proto(name("http.total")), proto(name("http-total")), proto(name("utf8_name")), proto(name("utf8-name")), proto(name("U__utf8_2e_name")), proto(name("U__utf8_2e_name"), name("utf8.name")),
-		proto(srvGauge("utf8.name", 666, &ms, "l_l", "v")), proto(srvGauge("utf8.name", 666, &ms, "l.l", "v", "l-l", "v")),
+		proto(gaugeFamily("utf8.name", 666, &ms, "l_l", "v")), proto(gaugeFamily("utf8.name", 666, &ms, "l.l", "v", "l-l", "v")),
 		// The server's own.
 		text("push_time_seconds 9e9\n"), text("push_failure_time_seconds 0\n"), text("telemeter_cluster_token_expiry_seconds{_id=\"site-b\"} 0\n"),
-		proto(name("push.time.seconds")), proto(srvGauge("push-time.seconds", 9e9, &ms, "x", "y")), proto(name("telemeter.cluster.token.expiry.seconds")), proto(name("U__push_5f_time_5f_seconds")),
+		proto(name("push.time.seconds")), proto(gaugeFamily("push-time.seconds", 9e9, &ms, "x", "y")), proto(name("telemeter.cluster.token.expiry.seconds")), proto(name("U__push_5f_time_5f_seconds")),
 		// Values.
-		proto(srvGauge("http_total", stale, &ms, "code", "200")), proto(srvGauge("up", math.Float64frombits(0x7ff8000000000666), &ms)),
+		proto(gaugeFamily("http_total", stale, &ms, "code", "200")), proto(gaugeFamily("up", math.Float64frombits(0x7ff8000000000666), &ms)),
 		text("up NaN\nup{a=\"1\"} +Inf\nup{a=\"2\"} -Inf\nup{a=\"3\"} -0\nup{a=\"4\"} 1e308\nup{a=\"5\"} 5e-324\n"), text("up 0x1p-2\n"), text("up 1_0\n"), text("up nan\n"), text("up stale\n"),
 	}
 	for _, at := range []int64{0, 1, -1, 86400_000, 4102444800_000, math.MinInt64, math.MaxInt64, math.MinInt64 + 1, ms - 2*3600_000, ms + 60_000, ms + 60_001} {
-		pushes = append(pushes, text(fmt.Sprintf("up{job=\"node\",instance=\"i:1\"} 666 %d\n", at)), proto(srvGauge("http_total", 666, &at, "code", "200")),
+		pushes = append(pushes, text(fmt.Sprintf("up{job=\"node\",instance=\"i:1\"} 666 %d\n", at)), proto(gaugeFamily("http_total", 666, &at, "code", "200")),
 			push{fmt.Appendf(nil, "up{job=\"node\",instance=\"i:1\"} 667 %d\n# EOF\n", at), map[string]string{"Content-Type": omType}})
 	}
 	pushes = append(pushes,
 		text("up 1 99999999999999999999\n"), push{[]byte("up 1 NaN\n# EOF\n"), map[string]string{"Content-Type": omType}}, push{[]byte("up 1 1e300\n# EOF\n"), map[string]string{"Content-Type": omType}},
 		push{binary.AppendUvarint(nil, math.MaxUint64), map[string]string{"Content-Type": protoType}},
 		push{bytes.Repeat([]byte{0}, 1000), map[string]string{"Content-Type": protoType}},
-		push{srvGzip(bytes.Repeat([]byte("up 1\n"), 100_000)), map[string]string{"Content-Encoding": "gzip"}},
+		push{gzipped(bytes.Repeat([]byte("up 1\n"), 100_000)), map[string]string{"Content-Encoding": "gzip"}},
 		text(strings.Repeat("x{", 20_000)), text("x{a=\""+strings.Repeat("\\", 60_001)+"\"} 1\n"), text("x"+strings.Repeat("y", 60_000)+" 1\n"), text(strings.Repeat("\n", 60_000)),
-		proto(srvGauge("x", 1, &ms, "a", strings.Repeat("\xff", 60_000))), proto(srvGauge(strings.Repeat("\xff", 60_000), 1, &ms)),
-		proto(srvGauge("x", 1, &ms, strings.Repeat("\x80", 60_000), "v")), proto(srvGauge("x", 1, &ms, "__"+strings.Repeat("a", 60_000), "v")),
+		proto(gaugeFamily("x", 1, &ms, "a", strings.Repeat("\xff", 60_000))), proto(gaugeFamily(strings.Repeat("\xff", 60_000), 1, &ms)),
+		proto(gaugeFamily("x", 1, &ms, strings.Repeat("\x80", 60_000), "v")), proto(gaugeFamily("x", 1, &ms, "__"+strings.Repeat("a", 60_000), "v")),
 		text("x{"+strings.Repeat("a", 30_000)+"=\"1\","+strings.Repeat("a", 30_000)+"=\"1\"} 1\n"), text("x{\""+strings.Repeat("a", 60_000)+"\"} 1\n"),
 		text("x{"+strings.Repeat("a=\"b\",", 128)+"} 1\n"),
 	)
 	taken := 0
 	for i, p := range pushes {
 		for _, kind := range []string{KindUpload, KindClient} {
-			r.secrets = []string{authLine(1), "secretdir"}
+			r.secrets = []string{keyLine(1), "secretdir"}
 			a := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(kind, "site-a"), header: p.header, body: p.body})
 			switch a.status {
 			case 200:
@@ -1492,7 +1415,7 @@ func TestTwoSitesAtOnce(t *testing.T) {
 			for n := range 10 {
 				var text strings.Builder
 				for i := range 20 {
-					fmt.Fprintf(&text, "m{i=\"%d\",v=\"%d\"} %d %d\n", i, site, site*1000+i, authNow.UnixMilli()+int64(n))
+					fmt.Fprintf(&text, "m{i=\"%d\",v=\"%d\"} %d %d\n", i, site, site*1000+i, testNow.UnixMilli()+int64(n))
 				}
 				if a := r.push(fmt.Sprintf("site-%d", site), text.String()); a.status != 200 {
 					t.Errorf("%d %s", a.status, a.body)
@@ -1510,7 +1433,7 @@ func TestTwoSitesAtOnce(t *testing.T) {
 		}
 		i, _ := strconv.Atoi(l["i"])
 		site, _ := strconv.Atoi(l["v"])
-		if l[ClusterLabel] != "site-"+l["v"] || m.Untyped.GetValue() != float64(site*1000+i) || m.GetTimestampMs() != authNow.UnixMilli()+9 {
+		if l[ClusterLabel] != "site-"+l["v"] || m.Untyped.GetValue() != float64(site*1000+i) || m.GetTimestampMs() != testNow.UnixMilli()+9 {
 			t.Errorf("served: %v", m)
 		}
 		n++
@@ -1563,7 +1486,7 @@ func benchBody(b *testing.B, proto bool, ms int64) []byte {
 			name = fmt.Sprintf("node_rare_%d_bytes", i%2)
 		}
 		labels := []string{"instance", "10.1.2.3:9100", "job", "node-exporter", "namespace", "monitoring", "device", fmt.Sprintf("eth%d", i), "mode", "idle"}
-		fams = append(fams, srvGauge(name, float64(i)*1.5+float64(ms%1000), &ms, labels...))
+		fams = append(fams, gaugeFamily(name, float64(i)*1.5+float64(ms%1000), &ms, labels...))
 		fmt.Fprintf(&out, "%s{", name)
 		for j := 0; j < len(labels); j += 2 {
 			fmt.Fprintf(&out, "%s=%q,", labels[j], labels[j+1])
@@ -1583,15 +1506,7 @@ func benchBody(b *testing.B, proto bool, ms int64) []byte {
 			list = append(list, f)
 		}
 	}
-	return srvProto(b, list...)
-}
-
-func cpuSeconds(b *testing.B) float64 {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Seconds()
+	return protoBody(b, list...)
 }
 
 func benchRig(b *testing.B) *srvRig {
@@ -1616,9 +1531,9 @@ func BenchmarkUpload(b *testing.B) {
 			bodies := make([][]byte, 256)
 			const step = 15_000
 			for i := range bodies {
-				bodies[i] = benchBody(b, c.proto, authNow.UnixMilli()+int64(i)*step)
+				bodies[i] = benchBody(b, c.proto, testNow.UnixMilli()+int64(i)*step)
 				if c.gzip {
-					bodies[i] = srvGzip(bodies[i])
+					bodies[i] = gzipped(bodies[i])
 				}
 			}
 			run := func(i int) {
@@ -1644,12 +1559,12 @@ func BenchmarkUpload(b *testing.B) {
 			}
 			b.ReportAllocs()
 			b.SetBytes(int64(len(bodies[0])))
-			before, n := cpuSeconds(b), 0
+			before, n := processCPU(b).Seconds(), 0
 			for b.Loop() {
 				run(n)
 				n++
 			}
-			b.ReportMetric(float64(n)*230/(cpuSeconds(b)-before), "samples/cpu-s")
+			b.ReportMetric(float64(n)*230/(processCPU(b).Seconds()-before), "samples/cpu-s")
 		})
 	}
 }
@@ -1657,7 +1572,7 @@ func BenchmarkUpload(b *testing.B) {
 // BenchmarkFederate: a scrape of 100 sites with 230 series each.
 func BenchmarkFederate(b *testing.B) {
 	r := benchRig(b)
-	body := benchBody(b, false, authNow.UnixMilli())
+	body := benchBody(b, false, testNow.UnixMilli())
 	for i := range 100 {
 		a := r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, fmt.Sprintf("site-%d", i)), body: body})
 		if got := r.accepted(a); got.Accepted != 230 {
@@ -1670,7 +1585,7 @@ func BenchmarkFederate(b *testing.B) {
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			b.ReportAllocs()
-			before, n := cpuSeconds(b), 0
+			before, n := processCPU(b).Seconds(), 0
 			for b.Loop() {
 				req := httptest.NewRequest("GET", "/federate"+c.query, nil)
 				req.Header.Set("Accept", acceptUTF8)
@@ -1682,7 +1597,7 @@ func BenchmarkFederate(b *testing.B) {
 				}
 				n++
 			}
-			b.ReportMetric(float64(n)*23_000/(cpuSeconds(b)-before), "samples/cpu-s")
+			b.ReportMetric(float64(n)*23_000/(processCPU(b).Seconds()-before), "samples/cpu-s")
 		})
 	}
 }
@@ -1703,7 +1618,7 @@ func TestExpiryEnds(t *testing.T) {
 		token := r.token(KindClient, "site-a", change...)
 		r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: token, body: []byte("up 1\n")}))
 	}
-	push(func(tok *Token) { tok.Expires = authNow.Unix() + 1000 })
+	push(func(tok *Token) { tok.Expires = testNow.Unix() + 1000 })
 	if got := r.federate("", ""); !strings.Contains(got, "token_expiry_seconds{") {
 		t.Errorf("the expiry is not told:\n%s", got)
 	}
@@ -1762,7 +1677,7 @@ func TestSpoolAnswers(t *testing.T) {
 	)
 	r := newSrvRig(t)
 	conn := &AnswerReadTracker{}
-	ms := func(n int) int64 { return authNow.UnixMilli() + int64(n) }
+	ms := func(n int) int64 { return testNow.UnixMilli() + int64(n) }
 	in, old := func(name string, n int) string { return fmt.Sprintf("%s %d %d\n", name, n, ms(n)) }, "old 1 5\n"
 	key := ConsumerKey("x", "192.0.2.1", "")
 	consumer := func(age int) string { return fmt.Sprintf("%016x:%d", key, age) }

@@ -720,7 +720,7 @@ func BenchmarkUnread(b *testing.B) {
 			confirm(b, s.Consumers, test.name, k.clock.Now(), places(test.behind))
 			samples := 0
 			b.ReportAllocs()
-			before := cpuTime(b)
+			before := processCPU(b)
 			for b.Loop() {
 				r, _, err := s.Consumers.BeginScrape(ConsumerKey(test.name, "::1", ""), test.name, "::1", &AnswerReadTracker{}, k.clock.Now())
 				if err != nil {
@@ -734,7 +734,7 @@ func BenchmarkUnread(b *testing.B) {
 					samples += len(f.Samples)
 				}
 			}
-			b.ReportMetric(float64(samples)/(cpuTime(b)-before).Seconds(), "samples/cpu-s")
+			b.ReportMetric(float64(samples)/(processCPU(b)-before).Seconds(), "samples/cpu-s")
 		})
 	}
 }

@@ -1967,15 +1967,6 @@ func FuzzStoreLog(f *testing.F) {
 	})
 }
 
-// cpuTime is what this process has used.
-func cpuTime(b *testing.B) time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
 // sitePush is a push as a site makes it: 230 series of 25 names with 6 labels;
 // set gives it its times, which differ as targets do, and values.
 func sitePush(id string) (p *SampleList, set func(at int64)) {
@@ -2003,7 +1994,7 @@ func BenchmarkStoreAppend(b *testing.B) {
 	defer s.Close()
 	p, set := sitePush("site-7")
 	b.ReportAllocs()
-	before := cpuTime(b)
+	before := processCPU(b)
 	for b.Loop() {
 		k.clock.Add(15 * time.Second)
 		set(k.clock.ms(0))
@@ -2014,7 +2005,7 @@ func BenchmarkStoreAppend(b *testing.B) {
 			s.expireAndCompact(context.Background(), false)
 		}
 	}
-	b.ReportMetric(float64(b.N*len(p.Samples))/(cpuTime(b)-before).Seconds(), "samples/cpu-s")
+	b.ReportMetric(float64(b.N*len(p.Samples))/(processCPU(b)-before).Seconds(), "samples/cpu-s")
 }
 
 func BenchmarkNewest(b *testing.B) {
@@ -2035,7 +2026,7 @@ func BenchmarkNewest(b *testing.B) {
 	for _, part := range []string{"collect", "render"} {
 		b.Run(part, func(b *testing.B) {
 			b.ReportAllocs()
-			before := cpuTime(b)
+			before := processCPU(b)
 			for b.Loop() {
 				fams, _ := scraper(s, 10*time.Minute).NewestPerSeries(0, nil)
 				if part == "render" {
@@ -2044,7 +2035,7 @@ func BenchmarkNewest(b *testing.B) {
 					}
 				}
 			}
-			b.ReportMetric(float64(b.N*n)/(cpuTime(b)-before).Seconds(), "samples/cpu-s")
+			b.ReportMetric(float64(b.N*n)/(processCPU(b)-before).Seconds(), "samples/cpu-s")
 		})
 	}
 }
