@@ -7,7 +7,7 @@ OUTAGE     ?= full
 CHAOS      ?= full
 SEED       ?= 0
 SITES      ?= 10000
-FUZZTIME   ?= 5s
+FUZZTIME   ?= 3s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 # The race detector links with C: $(CC) (which may have arguments), or what else
@@ -22,7 +22,13 @@ all: telemeter ## build ./telemeter, one static binary (the default)
 telemeter: FORCE
 	CGO_ENABLED=0 $(GO) build -buildvcs=auto -trimpath -ldflags "-s -w" -o $@ .
 
-check: gofmt vet staticcheck test fuzz ## all checks that need nothing but Go
+CHECKS = gofmt vet staticcheck test sweeps fuzz
+
+check: ## all checks that need nothing but Go: three minutes on two cores
+	@set -e; n=0; for step in $(CHECKS); do \
+		n=$$((n + 1)); echo "check $$n of $(words $(CHECKS)): $$step"; \
+		$(MAKE) --no-print-directory $$step; \
+	done; echo "check: all passed"
 
 gofmt:
 	@out=$$("$$($(GO) env GOROOT)/bin/gofmt" -l .) && test -z "$$out" || \
@@ -37,13 +43,16 @@ staticcheck:
 test: ## unit tests, under the race detector where there is a C compiler
 ifeq ($(RACE_CC),)
 	@echo "no C compiler: the tests run without the race detector"
-	$(GO) test -timeout 30m ./...
+	@GO="$(GO)" ./test/unit.sh -timeout 30m
 else
-	CGO_ENABLED=1 CC="$(RACE_CC)" $(GO) test -race -timeout 30m ./...
+	@GO="$(GO)" CGO_ENABLED=1 CC="$(RACE_CC)" ./test/unit.sh -race -timeout 30m
 endif
 
-fuzz: ## every fuzz target for FUZZTIME (5s)
-	GO="$(GO)" ./test/fuzz.sh $(FUZZTIME)
+sweeps: ## tests of many states in one goroutine, which "test" leaves out under the race detector
+	$(GO) test -timeout 30m -run '^TestSweep' .
+
+fuzz: ## every fuzz target for FUZZTIME (3s)
+	@GO="$(GO)" ./test/fuzz.sh $(FUZZTIME)
 
 bench: ## benchmarks, but for gossip's on sockets
 	$(GO) test -run '^$$' -bench . -skip GossipSockets -benchmem ./...
@@ -52,7 +61,7 @@ sim: ## gossip of up to 300 members in virtual time: prints the table of figures
 	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim
 
 model: ## delivery, in 5,000,000 random interleavings in virtual time; SEED is the first
-	$(GO) test -count=1 -timeout 60m -run '^TestDeliveryModel$$' -v . -args -delivery 5000000 -seed $(SEED)
+	$(GO) test -count=1 -timeout 60m -run '^TestSweepDelivery$$' -v . -args -delivery 5000000 -seed $(SEED)
 
 stampede: ## SITES (10,000) after a server joins, a center was away, all disks are lost; in virtual time: 25 minutes, 4 GiB
 	$(GO) test -count=1 -timeout 90m -v -run '^TestStampede$$' . -args -stampede $(SITES)
@@ -91,6 +100,6 @@ help: ## this list
 
 FORCE:
 
-# What each target of check prints is read in its order.
+# The output of the targets must not mix.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test fuzz bench sim model stampede sockets test-integration test-outage test-alerts test-netns test-chaos test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-alerts test-netns test-chaos test-readme demo clean help FORCE

@@ -388,12 +388,9 @@ func (w *planWorld) drain(calm bool) {
 
 // The consumer gets every scrape, whatever happens to connections, servers and the client,
 // and then the spool is empty.
-func TestSpoolPlanLosesNothing(t *testing.T) {
-	runs := 4_000
-	if testing.Short() {
-		runs = 1_000
-	}
-	for seed := range uint64(runs) {
+func TestSweepSpoolIndex(t *testing.T) {
+	sweep(t)
+	for seed := range testSeeds(t, 4_000) {
 		w := &planWorld{t: t, rnd: rand.New(rand.NewPCG(seed, 1)), plan: &spoolIndex{}, got: map[uint64]bool{}, now: 1_000_000}
 		for i := range w.servers {
 			w.servers[i] = planServer{map[uint64]bool{}, map[uint64]bool{}, map[uint64]bool{}, map[uint64]bool{}}

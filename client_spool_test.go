@@ -161,7 +161,10 @@ func TestSpoolRestart(t *testing.T) {
 // Whatever operation fails, or the process is killed in, or the power goes in:
 // what Add acknowledged and nobody removed is returned once by the spool that
 // is opened next, whole and in order, and nothing else but what Add was given.
-func TestSpoolCrashAnywhere(t *testing.T) { synctest.Test(t, crashSpoolAnywhere) }
+func TestSweepSpoolCrashes(t *testing.T) {
+	sweep(t)
+	synctest.Test(t, crashSpoolAnywhere)
+}
 
 func crashSpoolAnywhere(t *testing.T) {
 	const steps = 12

@@ -184,7 +184,8 @@ func TestSwimReflected(t *testing.T) {
 
 // All that ever went over the wire is sent again after a member left, and after
 // another died, at once and for long: nobody comes back.
-func TestSwimNoGhosts(t *testing.T) {
+func TestSweepNoGhosts(t *testing.T) {
+	sweep(t)
 	s := newSim(t, 5, 1)
 	s.interval = 10 * time.Second // it is a matter of days
 	type packet struct {

@@ -69,7 +69,8 @@ func TestRingHashes(t *testing.T) {
 
 // The largest share is at most what counting a million random keys explains, and
 // at 16 members at most 1.02 of the mean. Holes cost nothing of it.
-func TestRingBalance(t *testing.T) {
+func TestSweepRingBalance(t *testing.T) {
+	sweep(t)
 	t.Parallel()
 	keys := ringKeys(1_000_000)
 	for n := 1; n <= 64; n++ {

@@ -156,7 +156,8 @@ func TestLogTruncatedAnywhere(t *testing.T) {
 	}
 }
 
-func TestLogFlippedAnywhere(t *testing.T) {
+func TestSweepLogFlips(t *testing.T) {
+	sweep(t)
 	data, records, ends := sampleLog()
 	for i := range data {
 		hit, found := slices.BinarySearch(ends, i) // index of the record, +1 if not at its start
@@ -875,7 +876,10 @@ func (k *logKeeper) step() {
 // A log is used at random; at each of its file operations in turn the process
 // is killed, or the operation fails. Then the process is restarted, or the
 // machine crashes, or one and later the other.
-func TestLogCrashAnywhere(t *testing.T) { synctest.Test(t, crashLogAnywhere) }
+func TestSweepLogCrashes(t *testing.T) {
+	sweep(t)
+	synctest.Test(t, crashLogAnywhere)
+}
 
 func crashLogAnywhere(t *testing.T) {
 	const seeds, steps = 12, 14

@@ -22,7 +22,7 @@ import (
 	"time"
 )
 
-var deliveryFlag = flag.Int("delivery", 8_000, "interleavings of TestDeliveryModel; run i has the seed of the first plus i")
+var deliveryFlag = flag.Int("delivery", 8_000, "interleavings of TestSweepDelivery; run i has the seed of the first plus i")
 
 const (
 	deliveryRetention = 2 * time.Hour
@@ -31,7 +31,8 @@ const (
 	modelSites, modelServers, modelConsumers = 2, 3, 3
 )
 
-func TestDeliveryModel(t *testing.T) {
+func TestSweepDelivery(t *testing.T) {
+	sweep(t)
 	t.Parallel()
 	var next, steps atomic.Int64
 	var failed atomic.Pointer[deliveryFailure]

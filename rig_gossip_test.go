@@ -2,7 +2,7 @@ package main
 
 // A simulation of whole rings in one goroutine under virtual time: every packet
 // and every timer is an event in one queue, every random choice comes from one
-// seed. TestSimulation holds the figures of a few runs to their limits;
+// seed. TestSweepGossip holds the figures of a few runs to their limits;
 // TestSimulationTable, with -sim, prints all that the README shows.
 
 import (
@@ -411,7 +411,7 @@ func simRest(s *sim, lasts time.Duration) (packets, bytes float64) {
 
 func TestSimulationTable(t *testing.T) {
 	if !*simFlag {
-		return // the figures that matter are TestSimulation's
+		return // the figures that matter are TestSweepGossip's
 	}
 	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
 	defer w.Flush()
@@ -454,7 +454,8 @@ func TestSimulationTable(t *testing.T) {
 }
 
 // The goals of the design, and a little more, in a few runs each.
-func TestSimulation(t *testing.T) {
+func TestSweepGossip(t *testing.T) {
+	sweep(t)
 	limit := func(about string, got, most time.Duration) {
 		t.Helper()
 		if got > most {
@@ -499,7 +500,8 @@ func TestSimulation(t *testing.T) {
 }
 
 // Loss, delay, duplicates and stalls of others cost nobody its life.
-func TestSimulationFalseDeaths(t *testing.T) {
+func TestSweepFalseDeaths(t *testing.T) {
+	sweep(t)
 	for _, c := range []struct {
 		n, runs              int
 		loss, stalled, twice float64

@@ -25,8 +25,11 @@ type process struct {
 // text returns everything that the process has written so far.
 func (p *process) text() string { return p.String() }
 
-// telemeterCommand returns a command that runs telemeter in dir.
+// telemeterCommand returns a command that runs telemeter in dir. It skips the test if -short is
+// set.
 func telemeterCommand(t *testing.T, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	skipProcesses(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

@@ -312,12 +312,9 @@ func (m *scrapeModel) restart(crash bool) {
 // Every sample that was accepted comes to every consumer, and once confirmed does not
 // come again but as the newest of its series. Two that look like one consumer each get
 // what neither had confirmed when their connections began.
-func TestConsumersModel(t *testing.T) {
-	seeds := 60
-	if testing.Short() {
-		seeds = 10
-	}
-	for seed := range uint64(seeds) {
+func TestSweepConsumers(t *testing.T) {
+	sweep(t)
+	for seed := range testSeeds(t, 60) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			fsys := newStoreFS(seed)
 			m := &scrapeModel{

@@ -353,7 +353,8 @@ func (d *damageKit) check(t *testing.T, what string, data []byte, want map[heldS
 }
 
 // A log cut anywhere yields every record that was whole.
-func TestStoreTruncatedAnywhere(t *testing.T) {
+func TestSweepStoreTruncations(t *testing.T) {
+	sweep(t)
 	d := newDamageKit(t)
 	for cut := range len(d.data) + 1 {
 		damaged := int64(0)
@@ -367,7 +368,8 @@ func TestStoreTruncatedAnywhere(t *testing.T) {
 
 // A flipped byte costs the record it lies in, and of later ones the samples whose
 // series it gave.
-func TestStoreFlippedAnywhere(t *testing.T) {
+func TestSweepStoreFlips(t *testing.T) {
+	sweep(t)
 	d := newDamageKit(t)
 	for at := range d.data {
 		for _, mask := range []byte{0x01, 0x80, 0xff} {
@@ -1613,7 +1615,8 @@ func (k *storeKeeper) step() {
 // A store is used at random, and at each of its file operations in turn the
 // process is killed or the operation fails. Then the process is restarted, or the
 // machine crashes, or one and later the other.
-func TestStoreCrashAnywhere(t *testing.T) {
+func TestSweepStoreCrashes(t *testing.T) {
+	sweep(t)
 	const seeds, steps = 8, 24
 	ops := map[string]int{}
 	for seed := range uint64(seeds) {
