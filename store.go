@@ -1,9 +1,10 @@
 package main
 
-// The sites of a server and their samples, in memory as on disk. Append returns nil only when
-// its samples are durable. Accepted samples leave by retention or by the sample limit alone.
-// Damage or flood of one site never touches another. This family must not know of tokens, HTTP
-// or own metrics: it returns counts and errors.
+// The store keeps the samples of all sites in memory and in one log on disk per site. Append
+// returns nil only when the samples are durable. An accepted sample leaves memory only when it
+// expires (retention) or is evicted (the limit on samples). Damage to one site's log, or a flood of
+// pushes from one site, never affects another site. This family must not know of tokens, HTTP or
+// the program's own metrics: it only returns counts and errors.
 
 import (
 	"cmp"
@@ -22,70 +23,79 @@ import (
 )
 
 const (
-	// MaxRetention keeps time differences within a batch in 31 bits of ms.
+	// MaxRetention is the longest retention that OpenStore accepts. It makes every difference of
+	// two times within a batch, in ms, fit into 31 bits.
 	MaxRetention = 20 * 24 * time.Hour
-	// forgetAfter is how long a silent site without samples is still known, so that an alert
-	// on its push time goes on.
+	// forgetAfter is how long the store still remembers a site that has no samples and sends no
+	// pushes. An alert on the site's push time can fire during that time.
 	forgetAfter = 30 * 24 * time.Hour
 
-	maintainEvery = 30 * time.Second
-	saveEvery     = 2 * time.Second // cursors; a scrape on disk costs less than a second of pushes
-	wakePause     = time.Second
-	roomPause     = time.Second // between searches that found too little to evict
+	maintainEvery = 30 * time.Second // interval at which Run expires samples and compacts logs
+	// saveEvery is the interval at which Run saves cursors. One save costs the disk less than the
+	// pushes of one second.
+	saveEvery = 2 * time.Second
+	// wakePause is the shortest pause between two calls of a background job, even if pushes wake
+	// it.
+	wakePause = time.Second
+	// roomPause is the pause between a search that found too few batches to evict and the next
+	// search.
+	roomPause = time.Second
 )
 
-// StoreConfig configures a Store. Limits of 0 do not bound.
+// StoreConfig configures a Store. A limit of 0 means no limit.
 type StoreConfig struct {
 	FS           FS
-	Dir          string // "" holds in memory only
+	Dir          string // storage directory; "" means memory-only mode
 	Retention    time.Duration
-	MaxSampleAge time.Duration // older samples are not shown again, and so may be evicted
-	LimitSeries  int           // held of each site
-	LimitSites   int           // sites known
-	LimitSamples int           // held in all
-	LimitStorage int64         // bytes of all logs
+	MaxSampleAge time.Duration // age from which a read sample is not shown again and may be evicted
+	LimitSeries  int           // maximum number of series per site
+	LimitSites   int           // maximum number of known sites
+	LimitSamples int           // maximum number of samples held, over all sites
+	LimitStorage int64         // maximum bytes of all logs together
 	Now          func() time.Time
-	// Owned reports whether this server owns a site; nil: it owns all. Samples of another
-	// server's site that expire unread are not counted as lost if their client has a spool.
+	// Owned reports whether this server owns the site with this SiteKey. nil means that it owns all
+	// sites. If another server owns a site and the site's client has a spool, samples that expire
+	// here unread are not counted as lost.
 	Owned func(hash uint64) bool
-	// NowInterval returns what the present time may be; samples expire by it. nil: Now.
+	// NowInterval returns the range that the present time lies in. Samples expire by this range.
+	// nil means that Now is exact.
 	NowInterval func() PresentTimeRange
-	// OnError gets what failed in the background, or was found damaged at opening. OnWarning,
-	// if not nil, gets unfinished writes, as a crash leaves them. They are called without
-	// locks held.
+	// OnError is called with every failure of a background job and with all damage that OpenStore
+	// finds. OnWarning, if not nil, is called with unfinished writes that a crash left in the
+	// files. Both are called without locks held.
 	OnError, OnWarning func(error)
 }
 
-// Store holds samples. It is safe for concurrent use.
+// Store holds the samples of all sites. It is safe for concurrent use.
 type Store struct {
 	cfg        StoreConfig
 	seed       maphash.Seed
-	unlock     func() error  // the directory
-	compactNow chan struct{} // wakes Run: the logs met LimitStorage
+	unlock     func() error  // releases the lock of the storage directory
+	compactNow chan struct{} // wakes Run when the logs have reached LimitStorage
 
 	totals           StoreTotals
-	damaged, evicted atomic.Int64 // logs; samples
-	torn             atomic.Int64 // bytes
+	damaged, evicted atomic.Int64 // number of damaged logs; number of evicted samples
+	torn             atomic.Int64 // bytes of unfinished writes that recovery removed
 
-	roomMu   sync.Mutex // its holder makes room; guards noRoomAt
-	noRoomAt time.Time  // when eviction last freed too little
+	roomMu   sync.Mutex // lets one caller at a time evict batches; guards noRoomAt
+	noRoomAt time.Time  // when an eviction last freed too few samples
 
 	closing chan struct{} // closed by Close
 
-	// Consumers are those that scrape the store.
+	// Consumers are the scrapers that read from this store, with their cursors.
 	Consumers *Consumers
 
-	mu    sync.RWMutex // guards the rest, and the closing of closing
-	sites map[string]*Site
+	mu    sync.RWMutex     // guards sites, and the act of closing the channel closing
+	sites map[string]*Site // by cluster ID
 }
 
-// OpenStore opens or creates the store in cfg.Dir, locks it against other processes and
-// recovers every log. A log without any usable record is set aside and reported. A file that
-// cannot be read, or cannot be set aside, is an error, because the next push of its site would
-// replace it.
+// OpenStore opens or creates the store in cfg.Dir, locks the directory against other processes and
+// recovers every log. A log without any usable record is renamed out of the way and reported to
+// OnError. A log that cannot be read, or cannot be renamed, is an error, because the next push of
+// its site would overwrite it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
 	if cfg.Retention <= 0 || cfg.Retention > MaxRetention {
-		return nil, fmt.Errorf("retention %v is not above 0 and at most %v", cfg.Retention, MaxRetention)
+		return nil, fmt.Errorf("retention is %v: it must be above 0 and at most %v", cfg.Retention, MaxRetention)
 	}
 	if cfg.NowInterval == nil {
 		cfg.NowInterval = func() PresentTimeRange { return ExactTimeRange(cfg.Now()) }
@@ -110,15 +120,17 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	return s, nil
 }
 
-// newSite returns a site without samples. Its first batch has a number above all numbers used
-// so far: no cursor from before the site was last forgotten is past it.
+// newSite returns a site without samples. Its first batch gets a sequence number above every number
+// that this store has used. If the store knew the site earlier and forgot it, a cursor from that
+// time is therefore never ahead of the site's new batches.
 func (s *Store) newSite(clusterID string) *Site {
 	data := NewSiteSamples(clusterID, s.seed)
 	data.StartSeqAfter(s.totals.NewestSeq.Load())
 	return NewSite(data, s.newLog(clusterID), s)
 }
 
-// newLog returns the log of a site, not yet on disk; nil in memory-only mode.
+// newLog returns an object for the log of a site, without creating the file. In memory-only mode it
+// returns nil.
 func (s *Store) newLog(clusterID string) *Log {
 	if s.cfg.Dir == "" {
 		return nil
@@ -126,21 +138,21 @@ func (s *Store) newLog(clusterID string) *Log {
 	return NewLog(s.cfg.FS, s.logPathOf(clusterID), []byte(clusterID))
 }
 
-// logPathOf returns where the log of a site lies.
+// logPathOf returns the path of a site's log.
 func (s *Store) logPathOf(clusterID string) string {
 	h := ClusterIDHash(clusterID)
 	name := hex.EncodeToString(h[:16])
 	return filepath.Join(s.cfg.Dir, name[:2], name+LogSuffix)
 }
 
-// IsOnDisk reports whether the samples outlive this process.
+// IsOnDisk reports whether the samples outlive this process. It is false in memory-only mode.
 func (s *Store) IsOnDisk() bool { return s.cfg.Dir != "" }
 
-// owns reports whether this server owns a site.
+// owns reports whether this server owns the site with this key.
 func (s *Store) owns(siteKey uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(siteKey) }
 
-// checkStorageLimit returns ErrFull if the logs cannot grow by growth bytes. It then has Run
-// compact them.
+// checkStorageLimit returns ErrFull if growth more bytes would make the logs exceed LimitStorage.
+// In that case it also wakes Run to compact the logs.
 func (s *Store) checkStorageLimit(growth int) error {
 	limit := s.cfg.LimitStorage
 	if limit == 0 || s.totals.LogBytes.Load()+int64(growth) <= limit {
@@ -148,7 +160,7 @@ func (s *Store) checkStorageLimit(growth int) error {
 	}
 	select {
 	case s.compactNow <- struct{}{}:
-	default: // Run is to wake already
+	default: // a wake-up is already pending
 	}
 	return fmt.Errorf("%w: the logs reached the storage limit of %d bytes", ErrFull, limit)
 }
@@ -162,9 +174,10 @@ func (s *Store) isClosing() bool {
 	}
 }
 
-// acquireSite returns the site of clusterID with its lock, which releaseAndDropIfNew releases. It
-// adds the site if need be. The error is ErrClosed, ErrFull, that of ctx, or that of removing
-// another site's log.
+// acquireSite returns the site of clusterID with its lock held. It adds the site if the store does
+// not know it. The caller must release the lock with releaseAndDropIfNew. If LimitSites is reached,
+// acquireSite first forgets a site without samples. The error is ErrClosed, ErrFull, the error of
+// ctx, or a failure to save cursors or to remove the log of the forgotten site.
 func (s *Store) acquireSite(ctx context.Context, clusterID string) (*Site, error) {
 	for {
 		site, err := s.findOrAddSite(clusterID)
@@ -187,8 +200,8 @@ func (s *Store) acquireSite(ctx context.Context, clusterID string) (*Site, error
 	}
 }
 
-// findOrAddSite returns the site of clusterID, which is new if none is known and LimitSites allows
-// one. The error is ErrClosed or ErrFull.
+// findOrAddSite returns the site of clusterID. It adds a new site if the store does not know the ID
+// and LimitSites allows another site. The error is ErrClosed or ErrFull.
 func (s *Store) findOrAddSite(clusterID string) (*Site, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -200,15 +213,15 @@ func (s *Store) findOrAddSite(clusterID string) (*Site, error) {
 		return site, nil
 	}
 	if s.cfg.LimitSites > 0 && len(s.sites) >= s.cfg.LimitSites {
-		return nil, fmt.Errorf("%w: %d sites are known, which is the limit", ErrFull, s.cfg.LimitSites)
+		return nil, fmt.Errorf("%w: the limit of %d sites is reached", ErrFull, s.cfg.LimitSites)
 	}
 	site = s.newSite(clusterID)
 	s.sites[clusterID] = site
 	return site, nil
 }
 
-// releaseAndDropIfNew releases the lock of a site. It drops a site that never had a batch, so that a
-// first push that fails leaves nothing behind.
+// releaseAndDropIfNew releases the lock of a site. If the site never had a batch, it first removes
+// the site from the store, so that a failed first push leaves nothing behind.
 func (s *Store) releaseAndDropIfNew(site *Site) {
 	isNew := false
 	site.View(func(data *SiteSamples) { isNew = data.IsNew() })
@@ -218,9 +231,9 @@ func (s *Store) releaseAndDropIfNew(site *Site) {
 	site.Unlock()
 }
 
-// forgetSilentSite removes the site that has been silent longest, of those without samples.
-// Such a site is known only for the alert on its silence. If it is in use, or there is none,
-// nothing happens.
+// forgetSilentSite removes, among the sites without samples, the site whose last push is oldest.
+// The store remembers such a site only for the alert on its silence. forgetSilentSite does nothing
+// if there is no such site, or if another goroutine holds the site's lock.
 func (s *Store) forgetSilentSite() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
@@ -243,9 +256,9 @@ func (s *Store) forgetSilentSite() error {
 	return s.removeSiteAndLog(silent)
 }
 
-// removeSiteAndLog removes a site without samples, and its log. Its cursors are removed first,
-// because after a crash in between a cursor without a log is reported as a loss. The caller
-// holds the site's lock.
+// removeSiteAndLog removes a site without samples, together with its log. It removes the site's
+// cursors first. Otherwise a crash between the two steps would leave cursors without a log, and
+// recovery would report them as data loss. The caller holds the site's lock.
 func (s *Store) removeSiteAndLog(site *Site) error {
 	s.Consumers.DropSiteCursors(site.Key)
 	if err := s.Consumers.Save(); err != nil {
@@ -258,7 +271,8 @@ func (s *Store) removeSiteAndLog(site *Site) error {
 	return nil
 }
 
-// dropEmptySite drops a site without samples from memory. The caller holds its lock.
+// dropEmptySite removes a site without samples from memory, with its cursors. The caller holds the
+// site's lock.
 func (s *Store) dropEmptySite(site *Site) {
 	site.markRemoved()
 	s.mu.Lock()
@@ -267,11 +281,13 @@ func (s *Store) dropEmptySite(site *Site) {
 	s.Consumers.DropSiteCursors(site.Key)
 }
 
-// Append holds the samples of p for the site of clusterID. When it returns nil, what it counts as
-// accepted is on disk; when not, nothing was accepted. Lines have to be those of SampleList.Add and
-// carry clusterID's ClusterLabel; names are of the scrapes in p. If all of them are held already,
-// nothing is stored. Waiting for an earlier push of the site ends with ctx. Errors: ErrSeriesLimit,
-// ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ctx's, or those of the disk.
+// Append stores the samples of p for the site of clusterID. If Append returns nil, all samples that
+// the result counts as accepted are durable (in memory-only mode: in memory). If it returns an
+// error, no sample was accepted. The lines of p must come from SampleList.Add and carry clusterID
+// in the label ClusterLabel. names are the names of the scrapes in p. If the store already has all
+// named scrapes, it stores nothing. Append waits for an earlier push of the same site until ctx
+// ends. The error is ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, the error of
+// ctx, or an error of the disk.
 func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
@@ -295,15 +311,17 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	return staged.Result, nil
 }
 
-// SpoolStatus is what a server says of one spool of a site.
+// SpoolStatus is what this server reports to a client about one spool of its site.
 type SpoolStatus struct {
-	Held, Read   Ranges // of scrapes: not read by every consumer, and read by every consumer
+	// Held has the scrapes that are stored but not yet read by every consumer. Read has the
+	// scrapes that every consumer has read.
+	Held, Read   Ranges
 	Consumers    []ConsumerAge
-	HasConsumers bool // a consumer is known; otherwise nothing counts as read
+	HasConsumers bool // whether any consumer is known; if not, no scrape counts as read
 }
 
-// RefreshSpoolStatus returns the status of a spool of the site of clusterID. It first marks the
-// scrapes that every consumer has read by now.
+// RefreshSpoolStatus returns the status of one spool of the site of clusterID. Before that it marks
+// as read the scrapes that every consumer has read by now.
 func (s *Store) RefreshSpoolStatus(clusterID string, spoolID uint64) (st SpoolStatus) {
 	hash, now := SiteKey(clusterID), s.cfg.NowInterval().Earliest
 	st.Consumers = s.Consumers.LastScrapeAges(hash, now)
@@ -318,12 +336,13 @@ func (s *Store) RefreshSpoolStatus(clusterID string, spoolID uint64) (st SpoolSt
 	return st
 }
 
-// Run drops what outlived retention, compacts logs and saves cursors, until ctx ends.
+// Run expires samples, compacts logs, forgets idle consumers and saves cursors at intervals until
+// ctx ends. It always returns nil.
 func (s *Store) Run(ctx context.Context) error {
 	var saving sync.WaitGroup
 	defer saving.Wait()
-	// Cursors are saved beside the rest, which may take long. A cursor that a crash takes
-	// costs a repetition.
+	// A separate goroutine saves the cursors, because the other jobs may take long. If a crash
+	// loses a cursor move, the consumer is only served some samples twice.
 	saving.Go(func() { runEvery(ctx, saveEvery, nil, func(bool) { s.saveCursors() }) })
 	runEvery(ctx, maintainEvery, s.compactNow, func(storageFull bool) {
 		s.expireAndCompact(ctx, storageFull)
@@ -332,9 +351,9 @@ func (s *Store) Run(ctx context.Context) error {
 	return nil
 }
 
-// runEvery calls do at intervals, and when wake receives, until ctx ends. do is told whether
-// wake received. Refused pushes wake as often as they come, so that there is a pause after
-// each call.
+// runEvery calls do once per interval, and earlier when wake receives, until ctx ends. The argument
+// of do reports whether wake caused the call. After each call runEvery pauses for wakePause,
+// because every refused push sends to wake.
 func runEvery(ctx context.Context, interval time.Duration, wake <-chan struct{}, do func(woken bool)) {
 	for {
 		if _, ok := Sleep(ctx, wakePause, nil); !ok {
@@ -348,8 +367,8 @@ func runEvery(ctx context.Context, interval time.Duration, wake <-chan struct{},
 	}
 }
 
-// SaveConsumers writes the consumers to disk if they changed. It returns when that is done
-// or has failed.
+// SaveConsumers writes the list of consumers to disk if the list changed. It returns after the
+// write has succeeded or failed; a failure goes to OnError.
 func (s *Store) SaveConsumers() {
 	if err := s.Consumers.SaveIfConsumersChanged(); err != nil {
 		s.cfg.OnError(err)
@@ -362,8 +381,8 @@ func (s *Store) saveCursors() {
 	}
 }
 
-// expireAndCompact drops the expired samples of every site, compacts its log, and removes sites that
-// have been silent for long.
+// expireAndCompact goes through all sites. It drops the expired samples of each site, compacts its
+// log if that is worthwhile, and removes the site if it has been silent for forgetAfter.
 func (s *Store) expireAndCompact(ctx context.Context, storageFull bool) {
 	for _, site := range s.sitesByID() {
 		if site.Lock(ctx) != nil {
@@ -391,17 +410,17 @@ func (s *Store) expireAndCompactSite(site *Site, storageFull bool) error {
 	return site.CompactIfWorthwhile(oldest, storageFull)
 }
 
-// sitesByID returns the sites by ID.
+// sitesByID returns all sites, sorted by cluster ID.
 func (s *Store) sitesByID() []*Site {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// ForEachSite calls f with the data of every site, by ID, until f returns false. It begins at
-// startFraction, from 0 to 1, of the sites, and goes on from the first after the last. It
-// drops the site's expired samples before it calls f. f must neither keep data nor call the
-// store.
+// ForEachSite drops the expired samples of each site and then calls f with the site's key and data,
+// until f returns false. The sites are sorted by ID. The first site is the one at startFraction,
+// from 0 to 1, of the sorted list; after the last site ForEachSite continues with the first of the
+// list. f must not keep data and must not call the store.
 func (s *Store) ForEachSite(startFraction float64, f func(hash uint64, data *SiteSamples) bool) {
 	sites, oldest := s.sitesByID(), s.KeptSince()
 	for i := range sites {
@@ -415,8 +434,8 @@ func (s *Store) ForEachSite(startFraction float64, f func(hash uint64, data *Sit
 	}
 }
 
-// ViewSite calls f with the data of the site of clusterID, and reports whether there is
-// one. f must neither keep data nor call the store.
+// ViewSite calls f with the data of the site of clusterID. It returns false, without calling f, if
+// the store does not know the site. f must not keep data and must not call the store.
 func (s *Store) ViewSite(clusterID string, f func(data *SiteSamples)) bool {
 	s.mu.RLock()
 	site := s.sites[clusterID]
@@ -427,8 +446,8 @@ func (s *Store) ViewSite(clusterID string, f func(data *SiteSamples)) bool {
 	return site != nil
 }
 
-// Close waits for writes under way, refuses later and waiting ones and unlocks the directory.
-// Everything accepted is on disk already. A second call does nothing.
+// Close waits for the writes in progress, refuses waiting and later writes, saves the cursors and
+// unlocks the directory. All accepted samples are already on disk. A second call does nothing.
 func (s *Store) Close() error {
 	if !s.startClosing() {
 		return nil
@@ -440,7 +459,8 @@ func (s *Store) Close() error {
 	return s.unlock()
 }
 
-// startClosing has all later writes refused. It reports false if an earlier call did.
+// startClosing makes the store refuse all later writes. It returns false if the store is already
+// closing.
 func (s *Store) startClosing() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

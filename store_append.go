@@ -1,8 +1,9 @@
 package main
 
-// A push becomes a batch. Its samples find or insert their series; duplicates and samples
-// outside of retention are dropped; the rest is ordered. Nothing is held before the batch is
-// committed, and until then all can be rolled back. Pure.
+// This file turns a push into a batch. Each sample finds its series in the table or inserts a new
+// series. Duplicates and samples outside the accepted time range are dropped and counted; the
+// remaining samples are ordered. A staged batch adds no sample to the site before Commit, and
+// Rollback removes the series that staging inserted. Pure: no I/O, no clock, no locks.
 
 import (
 	"cmp"
@@ -12,20 +13,25 @@ import (
 	"time"
 )
 
-// AppendResult says what became of a push's samples.
+// AppendResult counts what happened to the samples of a push.
 type AppendResult struct {
-	Accepted, Duplicates      int
-	Conflicts, TooOld, Future int           // dropped
-	WriteTime                 time.Duration // spent until the disk had it
+	Accepted   int           // stored
+	Duplicates int           // not stored again: same series, time and value as another sample
+	Conflicts  int           // dropped: same series and time as another sample, but another value
+	TooOld     int           // dropped: older than retention
+	Future     int           // dropped: too far ahead of this server's clock
+	WriteTime  time.Duration // time spent to make room and to write the log
 }
 
-// IsAllUntimely reports that samples were dropped for their time and none was accepted or held.
+// IsAllUntimely reports whether samples were dropped because of their time while no other sample of
+// the push was accepted or already stored.
 func (r *AppendResult) IsAllUntimely() bool {
 	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
 }
 
-// countRepeat counts a sample of value v that has the series and the time of a sample of value
-// first.
+// countRepeat counts a sample that repeats the series and time of an earlier sample. v is the value
+// of the repeated sample and first the value of the earlier one. Equal values count as a duplicate,
+// different values as a conflict.
 func (r *AppendResult) countRepeat(v, first float64) {
 	if math.Float64bits(v) == math.Float64bits(first) {
 		r.Duplicates++
@@ -34,42 +40,46 @@ func (r *AppendResult) countRepeat(v, first float64) {
 	}
 }
 
-// AppendLimits are what a push is checked against.
+// AppendLimits are the limits that a push is checked against.
 type AppendLimits struct {
-	Now       PresentTimeRange // what the present time may be
+	Now       PresentTimeRange // range that the present time lies in
 	Retention time.Duration
-	Series    int // held of the site; 0 does not bound
+	Series    int // maximum number of series of the site; 0 means no limit
 }
 
-// StagedBatch is a batch that is not committed, and what became of the push's samples.
+// StagedBatch is a batch that is prepared but not committed, with the counts of its push.
 type StagedBatch struct {
-	Batch     *Batch // nil if the push adds nothing that has to be written
+	Batch     *Batch // nil if the push adds nothing that must be written
 	Result    AppendResult
-	newSeries int // the first ID that the push inserted
+	newSeries int // ID of the first series that the push inserted
 }
 
-// seriesSample is a sample by the ID of its series.
+// seriesSample is a sample that names its series by ID.
 type seriesSample struct {
 	id    uint32
-	round uint32 // how many earlier samples of its series the push has
-	t     int64
+	round uint32 // number of earlier samples of the same series in this push
+	t     int64  // ms
 	v     float64
 }
 
+// compareSeriesTime orders samples by series ID, then by time.
 func compareSeriesTime(a, b seriesSample) int {
 	return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t))
 }
 
-// StageNewSamples makes a batch of the samples of p that are neither held, nor older than retention,
-// nor of the future. It inserts their series, which Rollback takes back. The lines of p are
-// those of SampleList.Add; names are of the scrapes in p. On an error, which is ErrSeriesLimit,
-// ErrTooLarge or ErrClockInDoubt, nothing was inserted.
+// StageNewSamples returns a batch of the samples of p that are new: not yet stored, not older than
+// retention, and not in the future. It inserts the series of these samples into the table; Rollback
+// removes them. The lines of p must come from SampleList.Add. names are the names of the scrapes in
+// p. The error is ErrSeriesLimit, ErrTooLarge or ErrClockInDoubt; after an error no series stays
+// inserted.
 func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
-	if d.Spools.HasAll(names) { // the answer to an earlier push was lost; its samples may be evicted by now
+	// The push is a repeat, because its sender missed the answer. The search for duplicates below
+	// could miss its samples, which may be evicted by now.
+	if d.Spools.HasAll(names) {
 		return StagedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}
 	if len(p.Samples) > maxBatch {
-		return StagedBatch{}, fmt.Errorf("%w: a push of %d samples; at most %d", ErrTooLarge, len(p.Samples), maxBatch)
+		return StagedBatch{}, fmt.Errorf("%w: the push has %d samples, the limit is %d", ErrTooLarge, len(p.Samples), maxBatch)
 	}
 	staged := StagedBatch{newSeries: d.Table.Len()}
 	res := &staged.Result
@@ -97,18 +107,20 @@ func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits A
 	return staged, nil
 }
 
-// Rollback takes back what StageNewSamples inserted.
+// Rollback removes the series that StageNewSamples inserted.
 func (d *SiteSamples) Rollback(staged StagedBatch) { d.Table.Truncate(staged.newSeries) }
 
-// canMarkScrapesHeld reports whether the batch of a push counts as its scrapes. If all samples
-// of a scrape are dropped for their time, this server's clock may be the wrong one; and of
-// several scrapes in a push nothing tells to which of them a sample belongs.
+// canMarkScrapesHeld reports whether the batch of a push may count as storing the scrapes that the
+// push names. It may not if every sample was dropped because of its time, because this server's
+// clock may be wrong. It may not either if some samples were dropped for their time and the push
+// has several scrapes, because a sample does not tell which scrape it belongs to.
 func canMarkScrapesHeld(names ScrapeNames, res *AppendResult) bool {
 	return len(names.Numbers) > 0 && !res.IsAllUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }
 
-// insertAcceptedSeries returns the samples of p whose time is accepted, with the IDs of their
-// series, which it inserts under the limits. It counts the others.
+// insertAcceptedSeries returns the samples of p whose time is accepted, with their series IDs. It
+// inserts series that are new, within the limits, and counts the samples whose time is not
+// accepted. The error is ErrSeriesLimit or ErrClockInDoubt.
 func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
 	times := limits.timeBounds()
 	samples := make([]seriesSample, 0, len(p.Samples))
@@ -131,20 +143,20 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 	return samples, nil
 }
 
-// checkNewSeriesFits reports that one more series, with a line of lineSize bytes, is beyond
-// maxSeries or what a table can take.
+// checkNewSeriesFits returns ErrSeriesLimit if one more series with a line of lineSize bytes would
+// exceed maxSeries, the text limit that follows from maxSeries, or the capacity of a table.
 func (d *SiteSamples) checkNewSeriesFits(lineSize, maxSeries int) error {
 	if n := d.Table.Len(); maxSeries > 0 && n >= maxSeries || n > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
-		return fmt.Errorf("%w: more than the %d that may be held for a site", ErrSeriesLimit, maxSeries)
+		return fmt.Errorf("%w: the site would exceed its limit of %d series", ErrSeriesLimit, maxSeries)
 	}
 	if textLimit := max(minTextLimit, seriesBytes*maxSeries); maxSeries > 0 && d.Table.TextBytes()+lineSize > textLimit {
-		return fmt.Errorf("%w: names and labels of more than the %d bytes that may be held for a site", ErrSeriesLimit, textLimit)
+		return fmt.Errorf("%w: the names and labels of the site's series would exceed %d bytes", ErrSeriesLimit, textLimit)
 	}
 	return nil
 }
 
-// dropRepeatsOfNewest drops and counts the samples that have the time of the newest sample of
-// their series, as a push that comes again has.
+// dropRepeatsOfNewest drops and counts each sample that has the same time as the newest stored
+// sample of its series. All samples of a repeated push usually do.
 func (d *SiteSamples) dropRepeatsOfNewest(samples []seriesSample, res *AppendResult) []seriesSample {
 	return slices.DeleteFunc(samples, func(s seriesSample) bool {
 		t, v := d.Table.Newest(s.id)
@@ -155,8 +167,8 @@ func (d *SiteSamples) dropRepeatsOfNewest(samples []seriesSample, res *AppendRes
 	})
 }
 
-// dedupeInPush sorts samples by series and time. Of several samples of one series and time it
-// keeps the first in the push, and counts the others.
+// dedupeInPush sorts samples by series and time. If several samples have the same series and time,
+// it keeps the sample that comes first in the push and counts the others.
 func dedupeInPush(samples []seriesSample, res *AppendResult) []seriesSample {
 	if !slices.IsSortedFunc(samples, compareSeriesTime) {
 		slices.SortStableFunc(samples, compareSeriesTime)
@@ -172,14 +184,15 @@ func dedupeInPush(samples []seriesSample, res *AppendResult) []seriesSample {
 	return kept
 }
 
-// sampleKey names a sample of a site.
+// sampleKey identifies a sample of a site.
 type sampleKey struct {
-	id uint32
-	t  int64
+	id uint32 // series ID
+	t  int64  // ms
 }
 
-// dropLateDuplicates drops and counts the samples that are older than the newest of their series and
-// that an earlier batch has. Only for late samples are the batches searched.
+// dropLateDuplicates drops and counts the samples that an earlier batch already contains. Only
+// samples older than the newest sample of their series can be such duplicates. The batches are
+// therefore searched only if the push has such late samples.
 func (d *SiteSamples) dropLateDuplicates(samples []seriesSample, res *AppendResult) []seriesSample {
 	late, times := map[sampleKey]float64{}, map[int64]bool{}
 	for _, s := range samples {
@@ -209,9 +222,9 @@ func (d *SiteSamples) dropLateDuplicates(samples []seriesSample, res *AppendResu
 	return slices.DeleteFunc(samples, func(s seriesSample) bool { return held[sampleKey{s.id, s.t}] })
 }
 
-// orderForBatch orders samples, which are sorted by series and time, for a batch: the first
-// sample of every series by ID, then the second of every series, and so on. The IDs of each
-// round then are runs, which take few bytes.
+// orderForBatch orders samples for a batch. The input must be sorted by series and time. The output
+// has rounds: the first sample of every series, sorted by ID, then the second sample of every
+// series, and so on. Within a round the IDs form runs, which take few bytes in the log.
 func orderForBatch(samples []seriesSample) {
 	several := false
 	for i := 1; i < len(samples); i++ {
@@ -225,7 +238,8 @@ func orderForBatch(samples []seriesSample) {
 	}
 }
 
-// newBatch returns a batch of samples, all of which are within MaxRetention.
+// newBatch returns a batch with the given samples. The times of all samples must lie within
+// MaxRetention of each other.
 func newBatch(seq uint64, acceptedAt int64, samples []seriesSample) *Batch {
 	b := &Batch{Seq: seq, AcceptedAt: acceptedAt, T0: acceptedAt}
 	b.IDs, b.DT, b.V = make([]uint32, len(samples)), make([]int32, len(samples)), make([]float64, len(samples))

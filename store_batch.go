@@ -1,7 +1,7 @@
 package main
 
-// A batch is what one push added to a site: series IDs, times and values. It is immutable once
-// it is held. Pure.
+// A batch is what one push added to a site: series IDs, times and values. A batch is immutable once
+// it is committed. Pure: no I/O, no clock, no locks.
 
 import (
 	"slices"
@@ -11,36 +11,39 @@ import (
 const (
 	RecordSeries byte = 1
 	RecordBatch  byte = 2
-	RecordSpool  byte = 3 // as SiteSpools.EncodeRecords makes them
+	RecordSpool  byte = 3 // payload written by SiteSpools.EncodeRecords
 )
 
-// MaxSeriesID bounds the IDs that a record may name, and so what a table of
-// them can take.
+// MaxSeriesID is the highest series ID that a record may contain. It also bounds the memory of a
+// SeriesTable.
 const MaxSeriesID = 1<<24 - 1
 
-// MaxSeq is beyond the number of any batch, so that a number that comes from damage cannot use
-// up the numbers of later batches.
+// MaxSeq is above the sequence number of every real batch. DecodeBatch refuses higher numbers, so
+// that a damaged record cannot use up the numbers of later batches.
 const MaxSeq = 1 << 62
 
-// Batch is what one push added to a site: sample i is value V[i] of series IDs[i] at Time(i). It
-// is immutable once it is committed.
+// Batch is what one push added to a site. Sample i has the series IDs[i], the time Time(i) and the
+// value V[i]. A batch is immutable once it is committed.
 type Batch struct {
-	Seq        uint64   // sequence number: ascends with each batch of the site
-	AcceptedAt int64    // ms, this server's clock
-	T0         int64    // ms
-	MinT, MaxT int64    // ms; no sample is outside, nor is T0
-	IDs        []uint32 // may be shared with other batches
-	DT         []int32  // ms after T0, one for each sample or as PackTimes makes them; nil: all are at T0
-	timeIndex  []uint8  // nil, or for each sample the index of its time in DT
-	V          []float64
-	Names      ScrapeNames // of the scrapes whose samples are held up to this batch
-	Size       int         // bytes of the record's payload; set by EncodeBatchPayload and DecodeBatch
+	Seq        uint64   // sequence number; increases with each batch of the site
+	AcceptedAt int64    // ms, by this server's clock
+	T0         int64    // ms, base of DT
+	MinT, MaxT int64    // ms; MinT <= T0 <= MaxT, and all samples lie between them
+	IDs        []uint32 // may share memory with other batches
+	// DT has the times in ms after T0: one per sample, or the distinct times if PackTimes filled
+	// timeIndex. If DT is nil, all samples are at T0.
+	DT        []int32
+	timeIndex []uint8 // if not nil, the index in DT for each sample
+	V         []float64
+	Names     ScrapeNames // scrapes whose samples are all stored in this batch and earlier ones
+	Size      int         // bytes of the record; set by EncodeBatchPayload and DecodeBatch
 }
 
-// ReadPosition is how far a reader is in a site's batches: past all of them up to Seq, and past the
-// first PartialRead of the PartialLen samples of batch PartialSeq, unless that is 0. Compaction
-// renames series but keeps the order of samples, so that a batch of as many samples is the
-// same; a batch that retention made shorter is read again from its beginning.
+// ReadPosition is how far a reader has read the batches of a site. The reader has read all batches
+// up to Seq. If PartialSeq is not 0, it has also read the first PartialRead of the PartialLen
+// samples of batch PartialSeq. Compaction changes series IDs but keeps the order of samples. A
+// batch that still has PartialLen samples is therefore the same batch. A batch that became shorter
+// because samples expired is read again from its beginning.
 type ReadPosition struct {
 	Seq         uint64
 	PartialSeq  uint64
@@ -48,7 +51,7 @@ type ReadPosition struct {
 	PartialLen  int
 }
 
-// PartialReadOf returns how many samples of b, a batch after Seq, the reader is past.
+// PartialReadOf returns how many samples of b the reader has read. b must have a number above Seq.
 func (p ReadPosition) PartialReadOf(b *Batch) int {
 	if b.Seq != p.PartialSeq || len(b.V) != p.PartialLen {
 		return 0
@@ -67,8 +70,9 @@ func (b *Batch) Time(i int) int64 {
 	return b.T0 + int64(b.DT[i])
 }
 
-// PackTimes has b take less memory if its samples have few distinct times, as those of a push
-// have, one for each target of its source. An index takes one byte where a time takes four.
+// PackTimes makes b use less memory if its samples have at most 256 distinct times. It replaces the
+// 4-byte time of each sample by a 1-byte index into the distinct times. A push usually has few
+// distinct times: one for each target of its source.
 func (b *Batch) PackTimes() {
 	if b.DT == nil || b.timeIndex != nil {
 		return
@@ -91,7 +95,8 @@ func (b *Batch) PackTimes() {
 	b.DT, b.timeIndex = slices.Clip(times), timeIndex
 }
 
-// ComputeTimeBounds sets MinT and MaxT, and drops DT if all samples have one time.
+// ComputeTimeBounds sets MinT and MaxT. If all samples have the same time, it also sets T0 to that
+// time and DT to nil.
 func (b *Batch) ComputeTimeBounds() {
 	b.MinT, b.MaxT = b.T0, b.T0
 	for _, dt := range b.DT {
@@ -102,7 +107,7 @@ func (b *Batch) ComputeTimeBounds() {
 	}
 }
 
-// CountBetween returns how many samples have a time t, in ms, with from <= t < before.
+// CountBetween returns the number of samples whose time t, in ms, satisfies from <= t < before.
 func (b *Batch) CountBetween(from, before int64) (n int64) {
 	if b.MinT >= from && b.MaxT < before {
 		return int64(len(b.V))
@@ -118,7 +123,8 @@ func (b *Batch) CountBetween(from, before int64) (n int64) {
 	return n
 }
 
-// Filter returns a batch of the samples for which keep is true: b itself if that is all.
+// Filter returns a batch with the samples for which keep returns true. It returns b itself if keep
+// returns true for all samples.
 func (b *Batch) Filter(keep func(i int) bool) *Batch {
 	first := 0
 	for first < len(b.V) && keep(first) {

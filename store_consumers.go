@@ -1,8 +1,9 @@
 package main
 
-// Consumers and their cursors. A cursor is, for each consumer and site, the number of the newest
-// batch that is known to have arrived. Consumers are bounded, and those that clients report as
-// well. This file must not know of samples.
+// Consumers holds the consumers of a store and their cursors. For each consumer and site, the
+// cursor is the sequence number of the newest batch that the consumer has confirmed. Both the
+// number of consumers and the number of consumers that clients report are bounded. This file must
+// not know of samples.
 
 import (
 	"cmp"
@@ -20,68 +21,76 @@ import (
 )
 
 const (
-	maxConsumerName   = 64 // bytes
-	consumerIdle      = 24 * time.Hour
-	maxReportingSites = 100_000 // whose clients report consumers
+	maxConsumerName   = 64             // bytes
+	consumerIdle      = 24 * time.Hour // a consumer without a scrape for this long is forgotten
+	maxReportingSites = 100_000        // sites whose clients may report consumers
 )
 
-// ErrConsumers: too many consumers are known to remember another.
+// ErrConsumers means that no further consumer can be added because MaxConsumers are known.
 var ErrConsumers = errors.New("too many consumers")
 
-// Consumers holds the cursors. It is safe for concurrent use.
+// Consumers holds the consumers and their cursors. It is safe for concurrent use.
 type Consumers struct {
-	lock         ioLock      // its holder alone does I/O and touches log and state
-	log          *Log        // of cursors; nil in memory-only mode
-	state        *StoreMeta  // has the consumers without their cursors
-	TornBytes    int64       // bytes of an unfinished write that OpenConsumers cut
-	Damage       error       // what OpenConsumers found damaged; nil: nothing
-	knownChanged atomic.Bool // the consumers on disk are not those of byKey
+	lock         ioLock      // only its holder does I/O and accesses log and state
+	log          *Log        // file of the cursors; nil in memory-only mode
+	state        *StoreMeta  // file of the consumers without their cursors
+	TornBytes    int64       // bytes of an unfinished write that OpenConsumers removed
+	Damage       error       // damage that OpenConsumers found in the cursors file, or nil
+	knownChanged atomic.Bool // the state file does not list the same consumers as byKey
 
+	// retention is the time without a scrape after which SeqReadByAll ignores a consumer, as long
+	// as another consumer has scraped within that time.
 	retention time.Duration
 
-	mu       sync.Mutex // guards the rest; never held across I/O
-	byKey    map[uint64]*consumer
-	reported map[uint64]map[uint64]time.Time // site → consumer → its newest scrape of any server, as the site's client says
+	mu    sync.Mutex           // guards the rest; never held across I/O
+	byKey map[uint64]*consumer // consumers that have scraped this server
+	// reported has, by site and consumer key, the time of the consumer's newest scrape of any
+	// server. The site's client reports these times.
+	reported map[uint64]map[uint64]time.Time
 }
 
-// consumer is guarded by Consumers.mu.
+// consumer is one consumer of this server. Consumers.mu guards its fields.
 type consumer struct {
 	key           uint64
 	name, address string
 	lastScrape    time.Time
-	savedScrape   time.Time          // lastScrape on disk
-	cursors       map[uint64]uint64  // site → number of the newest batch confirmed
-	unsaved       map[uint64]uint64  // changes of cursors that are not on disk; 0 removes
-	sessions      []*ConsumerSession // at most maxSessions, least recently used first
-	scrapeLimit   int                // samples in one scrape; 0: no limit of its own
-	unconfirmed   int                // scrapes in a row that served unread samples and were repeated
-	lastWarning   time.Time          // of these scrapes; zero: none yet
-	proxied       bool               // has scraped through a proxy
+	savedScrape   time.Time          // value of lastScrape in the cursors file
+	cursors       map[uint64]uint64  // site key → number of the newest confirmed batch
+	unsaved       map[uint64]uint64  // changes of cursors that are not yet on disk; 0 means removed
+	sessions      []*ConsumerSession // at most maxSessions; the least recently used is first
+	scrapeLimit   int                // own limit on samples of one scrape; 0 means none
+	unconfirmed   int                // consecutive unconfirmed scrapes of unread samples
+	lastWarning   time.Time          // last warning about unconfirmed scrapes, or zero
+	proxied       bool               // at least one scrape came through a proxy
 }
 
-// CheckConsumerName reports a name that no consumer can have.
+// CheckConsumerName returns an error if name is empty, is longer than maxConsumerName, is not valid
+// UTF-8 or contains a NUL byte.
 func CheckConsumerName(name string) error {
 	if len(name) == 0 || len(name) > maxConsumerName || !utf8.ValidString(name) || strings.ContainsRune(name, 0) {
-		return fmt.Errorf("a name has 1 to %d bytes of text", maxConsumerName)
+		return fmt.Errorf("a consumer name must have 1 to %d bytes of text in UTF-8 without NUL", maxConsumerName)
 	}
 	return nil
 }
 
-// ConsumerKey names a consumer: its name, where it is, and what it asks for.
+// ConsumerKey returns the key of a consumer: a hash of its name, its IP address and its match[]
+// selectors.
 func ConsumerKey(name, address, match string) uint64 {
 	h := sha256.Sum256([]byte(name + "\x00" + address + "\x00" + match))
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// SiteCursorsPastEnd says that cursors are past the end of a site's log.
+// SiteCursorsPastEnd reports that cursors of one site are higher than the last batch in the site's
+// log.
 type SiteCursorsPastEnd struct {
-	Site, Seq uint64
-	Names     []string // of the consumers
+	Site, Seq uint64   // site key; the highest of these cursors
+	Names     []string // names of the consumers with these cursors
 }
 
-// DropCursorsPastEnd drops and returns the cursors that are past the end of their site's log, or
-// whose site has no log. logEnds has the number of the last batch in each log. The consumers are
-// served again all that such a log still holds.
+// DropCursorsPastEnd removes the cursors that are higher than the last batch in their site's log,
+// or whose site has no log. It returns the removed cursors by site. logEnds has the number of the
+// last batch for each site key. A consumer without a cursor is served all samples that the log
+// still contains.
 func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursorsPastEnd {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -99,7 +108,7 @@ func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursors
 	return slices.SortedFunc(maps.Values(past), func(a, b SiteCursorsPastEnd) int { return cmp.Compare(a.Site, b.Site) })
 }
 
-// HighestCursor returns the highest cursor of all.
+// HighestCursor returns the highest cursor of all consumers and sites.
 func (cs *Consumers) HighestCursor() (highest uint64) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -111,7 +120,8 @@ func (cs *Consumers) HighestCursor() (highest uint64) {
 	return highest
 }
 
-// setCursor sets a cursor, or removes it if seq is 0.
+// setCursor sets the cursor of a site. If seq is 0, it removes the cursor. The caller holds
+// Consumers.mu.
 func (c *consumer) setCursor(siteKey, seq uint64) {
 	if c.unsaved[siteKey] = seq; seq == 0 {
 		delete(c.cursors, siteKey)
@@ -120,9 +130,10 @@ func (c *consumer) setCursor(siteKey, seq uint64) {
 	}
 }
 
-// findOrAddConsumer returns the consumer, adding it if need be as if it had scraped now; nil if
-// there are more than MaxConsumers. Recovery calls it as well as a scrape: a consumer of the files
-// that is refused here would count as damage.
+// findOrAddConsumer returns the consumer with k.Key. If it is not known, it is added with now as
+// the time of its last scrape. The result is nil if MaxConsumers are known already. Recovery and
+// scrapes both use this function. A consumer in the files that the function refuses therefore
+// counts as damage. The caller holds cs.mu, or is the only user of cs.
 func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
 	if c == nil && len(cs.byKey) < MaxConsumers {
@@ -132,8 +143,9 @@ func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer
 	return c
 }
 
-// AddClientReportedConsumers adds the consumers that a site's client knows from other servers, or
-// from this one before it lost its disk. They matter for that site alone.
+// AddClientReportedConsumers records the consumers that the client of a site reports. The client
+// knows them from other servers, or from this server before it lost its disk. Such a consumer
+// affects this site only.
 func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -156,8 +168,9 @@ func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []Cons
 	}
 }
 
-// LastScrapeAges returns the consumers of the last day that matter for a site, by key: at most
-// MaxConsumers, the ones that scraped last.
+// LastScrapeAges returns the consumers that matter for a site and have scraped within consumerIdle,
+// with the time since their newest scrape, sorted by key. If there are more than MaxConsumers, it
+// returns the consumers with the newest scrapes.
 func (cs *Consumers) LastScrapeAges(siteKey uint64, now time.Time) (all []ConsumerAge) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -170,8 +183,9 @@ func (cs *Consumers) LastScrapeAges(siteKey uint64, now time.Time) (all []Consum
 	return all
 }
 
-// lastScrapes returns the newest scrape, of any server, of each consumer of the last day that
-// matters for a site. cs.mu is held.
+// lastScrapes returns, by consumer key, the newest scrape of any server by each consumer that
+// matters for a site. It leaves out consumers without a scrape within consumerIdle. The caller
+// holds cs.mu.
 func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.Time {
 	all := make(map[uint64]time.Time, len(cs.byKey))
 	for key, at := range cs.reported[siteKey] {
@@ -187,10 +201,10 @@ func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.
 	return all
 }
 
-// SeqReadByAll returns up to which batch of a site every consumer that counts has read. A consumer
-// that has not scraped for retention does not count, as long as another one has. A consumer that
-// only the site's client reported has read nothing here. If there is no consumer, hasConsumers is
-// false, and the result is MaxSeq because nothing waits for a consumer.
+// SeqReadByAll returns the number of the newest batch of a site that every consumer has read. It
+// ignores consumers that have not scraped for retention, as long as another consumer has. A
+// consumer known only from the site's client has read nothing on this server. If there is no
+// consumer, hasConsumers is false and seq is MaxSeq, because no batch has to wait for a consumer.
 func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, hasConsumers bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -206,13 +220,14 @@ func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, ha
 			byRecent = min(byRecent, cursor)
 		}
 	}
-	if byRecent == MaxSeq { // none is recent
+	if byRecent == MaxSeq { // no consumer has scraped within retention
 		return byAll, len(scrapes) > 0
 	}
 	return byRecent, true
 }
 
-// LastSavedScrape returns the newest time of a scrape that is saved; zero if none is.
+// LastSavedScrape returns the time of the newest scrape that is recorded on disk. It returns the
+// zero time if there is none.
 func (cs *Consumers) LastSavedScrape() (at time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -224,17 +239,17 @@ func (cs *Consumers) LastSavedScrape() (at time.Time) {
 	return at
 }
 
-// SiteConsumerCursor is one consumer's cursor.
+// SiteConsumerCursor is the cursor of one consumer for one site.
 type SiteConsumerCursor struct {
 	Key           uint64
 	Name, Address string
 	Seq           uint64
-	LastScrape    time.Time // of its newest scrape
+	LastScrape    time.Time // time of the consumer's newest scrape
 }
 
-// Cursors returns the cursors of all consumers that matter for a site, by name and address. A
-// consumer that only the site's client reported has its key for a name, no address, and has
-// read nothing.
+// Cursors returns the cursors of all consumers that matter for a site, sorted by name and address.
+// A consumer known only from the site's client has its key as its name, no address, and the cursor
+// 0.
 func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -253,8 +268,9 @@ func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
 	return all
 }
 
-// ForEachUnconfirmedCount calls f with the number of unconfirmed scrapes in a row of each consumer;
-// of consumers that differ only in what they ask for, with the highest.
+// ForEachUnconfirmedCount calls f with the number of consecutive unconfirmed scrapes of each
+// consumer. If consumers differ only in their match[] selectors, it calls f once with their highest
+// number.
 func (cs *Consumers) ForEachUnconfirmedCount(f func(name, address string, scrapes int)) {
 	highest := map[[2]string]int{}
 	cs.mu.Lock()
@@ -268,7 +284,7 @@ func (cs *Consumers) ForEachUnconfirmedCount(f func(name, address string, scrape
 	}
 }
 
-// DropSiteCursors drops all that is known of the reading of a site, which left the store.
+// DropSiteCursors removes all cursors and read positions of a site that has left the store.
 func (cs *Consumers) DropSiteCursors(siteKey uint64) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -283,7 +299,8 @@ func (cs *Consumers) DropSiteCursors(siteKey uint64) {
 	}
 }
 
-// DropIdle forgets consumers that have not scraped for a day.
+// DropIdle forgets the consumers that have not scraped for consumerIdle: consumers of this server
+// as well as consumers that clients reported.
 func (cs *Consumers) DropIdle(now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()

@@ -1,7 +1,8 @@
 package main
 
-// Cursors on disk. The loss of their file costs a repetition, never a sample. Changes are
-// written together for all sites, beside the scrapes, so that no scrape waits for the disk.
+// This file saves the cursors to disk. If the file of cursors is lost, consumers are served samples
+// twice, but no sample is lost. The cursor changes of all sites are written together in the
+// background, so that no scrape waits for the disk.
 
 import (
 	"context"
@@ -17,20 +18,22 @@ import (
 )
 
 const (
+	// ConsumersFile is the name of the file of cursors in the storage directory.
 	ConsumersFile = "consumers" + LogSuffix
 	recordCursors = 1
 
-	saveScrapeEvery = time.Hour // of a consumer whose scrapes move no cursor
-	consumersSlack  = 64 << 10  // bytes of garbage that are not worth a rewrite
+	saveScrapeEvery = time.Hour // how often to save lastScrape if no cursor changes
+	consumersSlack  = 64 << 10  // bytes of garbage for which a rewrite is not worthwhile
 )
 
-// cursorRecord is a record of the file: changes of the cursors of one consumer.
+// cursorRecord is one record of the file of cursors: changes to the cursors of one consumer.
 type cursorRecord struct {
-	key        uint64
-	lastScrape time.Time         // in seconds
-	cursors    map[uint64]uint64 // site → number of a batch; 0 removes
+	key        uint64            // of the consumer
+	lastScrape time.Time         // stored with a precision of one second
+	cursors    map[uint64]uint64 // site key → batch number; 0 means that the cursor is removed
 }
 
+// encodeCursors returns the payload of a cursor record.
 func encodeCursors(r cursorRecord) []byte {
 	b := binary.LittleEndian.AppendUint64(nil, r.key)
 	b = binary.AppendVarint(b, r.lastScrape.Unix())
@@ -40,19 +43,22 @@ func encodeCursors(r cursorRecord) []byte {
 	return b
 }
 
+// decodeCursors reads a payload that encodeCursors wrote.
 func decodeCursors(payload []byte) (cursorRecord, error) {
 	r := NewWireReader(payload)
 	rec := cursorRecord{key: r.Uint64(), lastScrape: time.Unix(r.Varint(math.MinInt64, math.MaxInt64), 0), cursors: map[uint64]uint64{}}
 	for r.Len() > 0 {
 		site := r.Uint64()
-		rec.cursors[site] = r.Uvarint(MaxSeq / 2) // batches yet to come are beyond it
+		// Half of MaxSeq leaves sequence numbers for later batches even if the cursor is damaged.
+		rec.cursors[site] = r.Uvarint(MaxSeq / 2)
 	}
 	return rec, r.Done()
 }
 
-// OpenConsumers reads the cursors in dir of the consumers in state; dir "" is memory-only mode.
-// If the file is damaged, no consumer has a cursor, and Damage says so: a record that was lost
-// may have moved or removed each of them. The error is that of reading the file.
+// OpenConsumers returns the consumers in meta, with their cursors from the file in dir. dir ""
+// means memory-only mode. If the file is damaged, no consumer has a cursor and Damage is set,
+// because a lost record may have changed or removed any cursor. The error is a failure to read the
+// file.
 func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration, now time.Time) (*Consumers, error) {
 	cs := &Consumers{lock: newIOLock(), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: meta, retention: retention}
 	for _, k := range meta.Consumers {
@@ -61,13 +67,13 @@ func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration
 	if dir == "" {
 		return cs, nil
 	}
-	cs.knownChanged.Store(true)
+	cs.knownChanged.Store(true) // so that the first Save writes the block number of this start
 	path := filepath.Join(dir, ConsumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
 	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restoreRecord(kind, payload, now) })
 	if errors.Is(err, fs.ErrNotExist) {
 		if len(cs.byKey) > 0 {
-			cs.Damage = fmt.Errorf("%s is missing: every consumer is served again all that is held", path)
+			cs.Damage = fmt.Errorf("%s is missing: every consumer will be served all held samples again", path)
 		}
 		return cs, nil
 	}
@@ -82,26 +88,27 @@ func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration
 		for _, c := range cs.byKey {
 			clear(c.cursors)
 		}
-		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer is served again all that is held%s", path, rec.KeptCopyNote())
+		cs.TornBytes, cs.Damage = 0, fmt.Errorf("%s was damaged: every consumer will be served all held samples again%s", path, rec.KeptCopyNote())
 	}
 	return cs, nil
 }
 
-// restoreRecord applies a record. A consumer that state does not have has lost its name.
+// restoreRecord applies one record of the file of cursors. If the consumer is not in the state
+// file, it is added without a name.
 func (cs *Consumers) restoreRecord(kind byte, payload []byte, now time.Time) error {
 	if kind != recordCursors {
 		return fmt.Errorf("unknown kind of record %d", kind)
 	}
 	rec, err := decodeCursors(payload)
 	if err != nil {
-		return fmt.Errorf("record of cursors: %w", err)
+		return fmt.Errorf("decoding cursor record: %w", err)
 	}
 	c := cs.findOrAddConsumer(KnownConsumer{Key: rec.key}, now)
 	if c == nil {
 		return ErrConsumers
 	}
 	if c.lastScrape = rec.lastScrape; c.lastScrape.After(now) {
-		c.lastScrape = now // the clock was wrong then
+		c.lastScrape = now // this server's clock was ahead when the record was written
 	}
 	c.savedScrape = c.lastScrape
 	for site, seq := range rec.cursors {
@@ -114,8 +121,8 @@ func (cs *Consumers) restoreRecord(kind byte, payload []byte, now time.Time) err
 	return nil
 }
 
-// SaveIfConsumersChanged writes the consumers to disk if they changed, so that a crash does not
-// make this server forget one that it has served.
+// SaveIfConsumersChanged writes the consumers to disk if the list of consumers changed. After a
+// crash the server therefore still knows every consumer that it has served.
 func (cs *Consumers) SaveIfConsumersChanged() error {
 	if !cs.knownChanged.Load() {
 		return nil
@@ -123,12 +130,13 @@ func (cs *Consumers) SaveIfConsumersChanged() error {
 	return cs.Save()
 }
 
-// Save writes all changes to disk: first the consumers, if they changed, then the cursors of
-// all sites in one write. After an error the next call writes the changes.
+// Save writes all changes to disk: the list of consumers if it changed, and then the cursors of all
+// sites in one write. After an error the next call of Save tries the same changes again. In
+// memory-only mode Save writes nothing.
 func (cs *Consumers) Save() error {
 	_ = cs.lock.Lock(context.Background(), nil)
 	defer cs.lock.Unlock()
-	knownChanged := cs.knownChanged.Swap(false) // before the changes are taken
+	knownChanged := cs.knownChanged.Swap(false) // before takeChanges, to miss no change
 	changes := cs.takeChanges()
 	if cs.log == nil {
 		return nil
@@ -143,6 +151,9 @@ func (cs *Consumers) Save() error {
 	return nil
 }
 
+// write appends the changes to the file of cursors. It rewrites the whole file instead if the list
+// of consumers changed, if the file is damaged, or if it has grown far beyond fullSize. The caller
+// holds cs.lock.
 func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
 	if len(changes.frames) == 0 && !knownChanged && !cs.log.MustBeRewritten() {
 		return nil
@@ -158,7 +169,7 @@ func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
 	return cs.log.RewriteWith(cs.encodeAll())
 }
 
-// knownConsumers returns the consumers without their cursors.
+// knownConsumers returns all consumers without their cursors, sorted by key.
 func (cs *Consumers) knownConsumers() (all []KnownConsumer) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -169,14 +180,15 @@ func (cs *Consumers) knownConsumers() (all []KnownConsumer) {
 	return all
 }
 
-// cursorChanges are what has changed since the last save.
+// cursorChanges are the changes of cursors since the last save.
 type cursorChanges struct {
-	frames   []byte                       // records of it
-	unsaved  map[uint64]map[uint64]uint64 // by consumer: the changes of cursors
-	fullSize int                          // about what records of all cursors would take
+	frames   []byte                       // framed records of the changes
+	unsaved  map[uint64]map[uint64]uint64 // consumer key → changed cursors by site key
+	fullSize int                          // estimated bytes of a file with all cursors
 }
 
-// takeChanges returns the changes and counts them as saved.
+// takeChanges returns the unsaved changes and marks them as saved. If writing them fails, the
+// caller must call putBack.
 func (cs *Consumers) takeChanges() cursorChanges {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -194,7 +206,8 @@ func (cs *Consumers) takeChanges() cursorChanges {
 	return changes
 }
 
-// putBack undoes takeChanges, except where newer changes were made since.
+// putBack marks changes as unsaved again. It leaves out each cursor that has changed again since
+// takeChanges.
 func (cs *Consumers) putBack(changes cursorChanges) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -211,7 +224,7 @@ func (cs *Consumers) putBack(changes cursorChanges) {
 	}
 }
 
-// encodeAll returns records of all cursors.
+// encodeAll returns framed records of all cursors of all consumers.
 func (cs *Consumers) encodeAll() (frames []byte) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -222,6 +235,7 @@ func (cs *Consumers) encodeAll() (frames []byte) {
 	return frames
 }
 
+// appendCursorRecord appends a framed record of the given cursors of c.
 func (c *consumer) appendCursorRecord(frames []byte, cursors map[uint64]uint64) []byte {
 	return AppendRecord(frames, recordCursors, encodeCursors(cursorRecord{c.key, c.lastScrape, cursors}))
 }

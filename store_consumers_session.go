@@ -1,8 +1,9 @@
 package main
 
-// Scrapes of one connection of a consumer. Samples served on a connection count as read when
-// the connection asks again, because the answer is then known to have arrived. On another
-// connection they are served again. Sessions are bounded for each consumer.
+// ConsumerSession tracks the scrapes that one consumer makes over one TCP connection. The samples
+// of an answer count as read when the next request arrives on the same connection, because the
+// consumer must have read the answer before. On another connection the samples are served again.
+// The number of sessions is bounded for each consumer.
 
 import (
 	"fmt"
@@ -12,30 +13,33 @@ import (
 )
 
 const (
-	maxSessions      = 4         // of one consumer
-	minConsumerLimit = 1000      // samples; where a limit that was halved ends
-	unconfirmedFew   = 3         // scrapes in a row that may be an accident
-	unconfirmedWarn  = time.Hour // between warnings of unconfirmed scrapes
+	maxSessions      = 4         // sessions per consumer
+	minConsumerLimit = 1000      // samples; a consumer's own scrape limit is never lower
+	unconfirmedFew   = 3         // fewer consecutive unconfirmed scrapes may be an accident
+	unconfirmedWarn  = time.Hour // shortest time between warnings about unconfirmed scrapes
 )
 
-// ConsumerSession is how far one connection of one consumer has read. Requests of a connection
-// come one after the other, and so must the calls of its methods. Consumers.mu guards its fields.
+// ConsumerSession is the read position of one consumer on one connection. The requests of a
+// connection come one after the other, and a session must not be used for two requests at once.
+// Consumers.mu guards its fields.
 type ConsumerSession struct {
-	Key           uint64 // names the consumer
+	Key           uint64 // key of the consumer
 	consumers     *Consumers
 	consumer      *consumer
-	conn          any
-	confirmed     map[uint64]ReadPosition // by site; on this connection, or before it began
-	served        map[uint64]ReadPosition // by site; in the last scrape
-	servedUnread  int                     // samples of the last scrape that were unread
-	late          bool                    // the last scrape took longer than it may
-	writtenInTime bool                    // the last scrape was written to its end, and was not slow
+	conn          any                     // identifies the connection
+	confirmed     map[uint64]ReadPosition // by site key; read here, or before the session began
+	served        map[uint64]ReadPosition // by site key; end of what the last scrape served
+	servedUnread  int                     // number of unread samples that the last scrape served
+	late          bool                    // writing the last answer took longer than allowed
+	writtenInTime bool                    // the last answer was written completely and in time
 }
 
-// BeginScrape begins a scrape of a consumer, over conn, which has to be comparable and
-// unlike that of any other connection ever. Samples served on conn before have arrived, because
-// a consumer asks again only when it has read the answer. repeats reports that what was served
-// last to this consumer, on another connection, is not known to have arrived, and comes again.
+// BeginScrape begins a scrape of a consumer over the connection conn and returns the connection's
+// session. It adds the consumer if it is not known; the error is ErrConsumers if too many are
+// known. conn must be comparable and must differ from every other connection, past or future.
+// BeginScrape counts the samples of the previous scrape on conn as read, because a consumer sends
+// its next request only after it has read the answer. repeats is true if the consumer's last scrape
+// on another connection was not confirmed, so that its samples are served again.
 func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn any, now time.Time) (session *ConsumerSession, repeats bool, err error) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -60,14 +64,15 @@ func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn 
 	return session, repeats, nil
 }
 
-// noteScrape returns the consumer of a scrape, which it adds if need be.
+// noteScrape returns the consumer that scrapes now, and adds it if it is not known. It sets the
+// time of the consumer's last scrape. The caller holds cs.mu.
 func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, error) {
 	known := cs.byKey[k.Key] != nil
 	c := cs.findOrAddConsumer(k, now)
 	if c == nil {
-		return nil, fmt.Errorf("%w: %d are known; one is forgotten when it has not scraped for %v", ErrConsumers, MaxConsumers, consumerIdle)
+		return nil, fmt.Errorf("%w: %d are known; a consumer is forgotten after %v without a scrape", ErrConsumers, MaxConsumers, consumerIdle)
 	}
-	if !known || c.name != k.Name { // the name was lost
+	if !known || c.name != k.Name { // recovery may know only the key
 		c.name, c.address = k.Name, k.Address
 		cs.knownChanged.Store(true)
 	}
@@ -75,8 +80,8 @@ func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, erro
 	return c, nil
 }
 
-// newSession returns a session that begins at the consumer's cursors. Later, sessions of the
-// same consumer move on without each other.
+// newSession returns a session that begins at the consumer's cursors. Afterwards each session of a
+// consumer advances independently of the others.
 func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
 	r := &ConsumerSession{Key: c.key, consumers: cs, consumer: c, conn: conn, confirmed: make(map[uint64]ReadPosition, len(c.cursors))}
 	for site, seq := range c.cursors {
@@ -85,10 +90,12 @@ func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
 	return r
 }
 
-// countUnconfirmedAndLowerLimit reports whether the consumer left connections whose last scrape
-// served unread samples, and counts them as one scrape. The next scrape is half as long, in case it
-// was the length that failed. A scrape that was written whole and in time halves the limit only
-// among the first few in a row: more of them are not a matter of length.
+// countUnconfirmedAndLowerLimit looks for sessions on other connections whose last scrape served
+// unread samples and was never confirmed. If there are any, it returns true and counts them as one
+// unconfirmed scrape. It also halves the length of the next scrape, because the last one may have
+// failed for being too long. After unconfirmedFew consecutive unconfirmed scrapes, an answer that
+// was written completely and in time no longer halves the limit, because then its length is not the
+// cause.
 func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 	for _, other := range c.sessions {
 		if other.servedUnread == 0 {
@@ -98,7 +105,7 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 		if !other.writtenInTime || c.unconfirmed < unconfirmedFew {
 			c.lowerScrapeLimitTo(other.servedUnread / 2)
 		}
-		other.servedUnread = 0 // halves once
+		other.servedUnread = 0 // so that this scrape halves the limit only once
 	}
 	if found {
 		c.unconfirmed++
@@ -106,8 +113,9 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 	return found
 }
 
-// confirmLastScrape moves the cursors to what the session's last scrape served, and doubles the
-// consumer's limit if that scrape was in time.
+// confirmLastScrape moves the consumer's cursors to the end of what the session's last scrape
+// served. If that scrape served unread samples in time, it also doubles the consumer's scrape
+// limit.
 func (s *ConsumerSession) confirmLastScrape() {
 	c := s.consumer
 	if len(s.served) > 0 {
@@ -124,14 +132,16 @@ func (s *ConsumerSession) confirmLastScrape() {
 	}
 }
 
-// Position returns how far the connection has read a site. It begins at the consumer's cursor.
+// Position returns how far the samples of a site are read on this connection. A new session starts
+// at the consumer's cursor.
 func (s *ConsumerSession) Position(siteKey uint64) ReadPosition {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
 	return s.confirmed[siteKey]
 }
 
-// MarkServed notes that servedUnread more samples of a site, up to a position, are being served.
+// MarkServed records that the present scrape serves servedUnread unread samples of a site and ends
+// at position to.
 func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, servedUnread int) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -139,8 +149,8 @@ func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, servedUnre
 	s.servedUnread += servedUnread
 }
 
-// SampleLimit returns how many samples this scrape may have: configured, or less if the consumer's
-// last scrapes failed. 0 does not bound.
+// SampleLimit returns the maximum number of samples for this scrape. It is configured, or lower if
+// the consumer's last scrapes failed. 0 means no limit.
 func (s *ConsumerSession) SampleLimit(configured int) int {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -151,8 +161,9 @@ func (s *ConsumerSession) SampleLimit(configured int) int {
 	return configured
 }
 
-// EndScrapeAndLimitNext ends a scrape whose answer took some time to write, or failed with
-// writeErr. If it took longer than allowed, the next scrape is shorter; allowed 0 does not bound.
+// EndScrapeAndLimitNext ends a scrape. took is the time that writing the answer took, and writeErr
+// the error of writing. If the time exceeds allowed, the limit of the next scrape is lowered in
+// proportion. An allowed time of 0 means no limit.
 func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, writeErr error) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -164,8 +175,8 @@ func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, wri
 	}
 }
 
-// MarkConsumerProxied notes that the scrape came through a proxy, and reports whether it is the
-// consumer's first that did.
+// MarkConsumerProxied records that the consumer's scrape came through a proxy. first is true if no
+// earlier scrape of this consumer did.
 func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -174,8 +185,9 @@ func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
 	return first
 }
 
-// TakeUnconfirmedWarning returns how many scrapes in a row served unread samples and were not
-// confirmed. warn reports that it is time for a warning, which counts as given.
+// TakeUnconfirmedWarning returns the number of consecutive scrapes that served unread samples and
+// were not confirmed. If warn is true, the caller must log a warning; the next warning is then due
+// after unconfirmedWarn.
 func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmedScrapes int, warn bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -185,7 +197,8 @@ func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmedScra
 	return s.consumer.unconfirmed, warn
 }
 
-// lowerScrapeLimitTo lowers the limit to samples, but not below minConsumerLimit.
+// lowerScrapeLimitTo lowers the consumer's scrape limit to the given number of samples, but not
+// below minConsumerLimit. It never raises the limit.
 func (c *consumer) lowerScrapeLimitTo(samples int) {
 	if samples = max(minConsumerLimit, samples); c.scrapeLimit == 0 || samples < c.scrapeLimit {
 		c.scrapeLimit = samples

@@ -1,17 +1,20 @@
 package main
 
-// Room under the limit on samples. Batches that every consumer has read and no scrape shows
-// any more are evicted, oldest first; if they are not enough, the push is refused. A site with
-// more than its share leaves an eighth of the room to the others.
+// Eviction makes room under the limit on samples. It drops the oldest batches that every consumer
+// has read and that no scrape shows any more. If that does not free enough room, the push is
+// refused. A site that holds more than its share of the samples may not use the last eighth of the
+// limit.
 
 import (
 	"container/heap"
 	"fmt"
 )
 
-// oldestBatchHeap is a heap of the oldest batches of all sites, by when they were accepted.
+// oldestBatchHeap is a heap of sites, ordered by the time at which their oldest batch was accepted.
+// It implements heap.Interface.
 type oldestBatchHeap []siteOldestBatch
 
+// siteOldestBatch is a site with the acceptance time of its oldest batch.
 type siteOldestBatch struct {
 	site       *Site
 	acceptedAt int64 // ms; math.MaxInt64 if the site has no batch
@@ -27,13 +30,15 @@ func (h *oldestBatchHeap) Pop() any {
 	return last
 }
 
+// reload reads the acceptance time from the site again.
 func (o *siteOldestBatch) reload() {
 	o.site.View(func(data *SiteSamples) { o.acceptedAt = data.OldestAcceptedAt() })
 }
 
-// totalSampleLimit returns how many samples may be held in all when site, if not nil, is to get
-// added more. A site with more than its share leaves an eighth to the others, whom it could else
-// keep out for as long as retention.
+// totalSampleLimit returns the limit on samples of the whole store that applies when site adds more
+// samples. A site that would then hold more than its share gets a limit that is lower by an eighth.
+// Otherwise this site could keep all other sites out for as long as retention. A nil site gets the
+// full limit.
 func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 	limit := int64(s.cfg.LimitSamples)
 	reserve := limit / 8
@@ -51,15 +56,16 @@ func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 	return limit
 }
 
-// makeRoom makes room under the limit for so many samples of site, or for none. It evicts batches,
-// oldest first, that every consumer has read and no scrape shows any more. The error is ErrFull
-// if that is not enough.
+// makeRoom makes room for new samples of site under the limit on samples. It evicts batches that
+// every consumer has read and that no scrape shows any more, oldest first. It returns ErrFull if
+// that does not free enough room. With a nil site and 0 samples it only evicts batches until the
+// store is within the limit.
 func (s *Store) makeRoom(site *Site, samples int) error {
 	if s.cfg.LimitSamples == 0 {
 		return nil
 	}
-	if samples > s.cfg.LimitSamples { // which no eviction would help
-		return fmt.Errorf("%w: a push of %d samples, the limit is %d", ErrFull, samples, s.cfg.LimitSamples)
+	if samples > s.cfg.LimitSamples { // eviction cannot help
+		return fmt.Errorf("%w: the push has %d samples, the store's limit is %d", ErrFull, samples, s.cfg.LimitSamples)
 	}
 	limit := s.totalSampleLimit(site, samples)
 	fits := func() bool { return s.totals.Samples.Load()+int64(samples) <= limit }
@@ -69,22 +75,24 @@ func (s *Store) makeRoom(site *Site, samples int) error {
 	s.roomMu.Lock()
 	defer s.roomMu.Unlock()
 	now := s.cfg.Now()
-	// After a search that found too little, not every push searches again.
+	// After a search that freed too little, wait roomPause before the next search. Otherwise every
+	// refused push would search all sites.
 	if since := now.Sub(s.noRoomAt); !fits() && (since < 0 || since >= roomPause) {
-		s.evictDownTo(limit - int64(samples) - limit/64) // a little more, so that not every push has to evict
+		// Free 1/64 of the limit more than needed, so that not every push has to evict.
+		s.evictDownTo(limit - int64(samples) - limit/64)
 		if !fits() {
 			s.noRoomAt = now
 		}
 	}
 	if !fits() {
-		return fmt.Errorf("%w: %d samples are held; the limit is %d, and %d for a cluster ID that has more than its share",
+		return fmt.Errorf("%w: the store holds %d samples; the limit is %d, or %d for a site that has more than its share",
 			ErrFull, s.totals.Samples.Load(), s.cfg.LimitSamples, s.cfg.LimitSamples-s.cfg.LimitSamples/8)
 	}
 	return nil
 }
 
-// evictDownTo evicts batches until no more than maxSamples samples are held, or nothing else can be
-// evicted.
+// evictDownTo evicts batches, oldest first, until the store holds at most maxSamples samples or no
+// further batch can be evicted.
 func (s *Store) evictDownTo(maxSamples int64) {
 	shownSince := s.cfg.NowInterval().Earliest.Add(-s.cfg.MaxSampleAge).UnixMilli()
 	var oldest oldestBatchHeap

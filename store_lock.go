@@ -1,20 +1,24 @@
 package main
 
-// A lock for one writer at a time, who waits for the disk. It is no sync.Mutex, because waiting
-// for a slow disk has to end with the request that waits, or when the store is closed.
+// ioLock is the lock of a site's or a file's only writer, which holds it while it waits for the
+// disk. It is not a sync.Mutex, because waiting for the lock must end when the waiting request ends
+// or the store is closed.
 
 import (
 	"context"
 	"fmt"
 )
 
-// ioLock is held across I/O. Its one slot is full while it is held.
+// ioLock is a mutex that may be held across I/O. It is a channel of capacity 1: locked while the
+// channel is full.
 type ioLock chan struct{}
 
+// newIOLock returns an unlocked ioLock.
 func newIOLock() ioLock { return make(ioLock, 1) }
 
-// Lock waits for the lock. It returns ErrClosed when closing is closed first, and the error of
-// ctx when that ends first. A lock that is free is taken in either case.
+// Lock waits until it has the lock. It returns ErrClosed if closing is closed first, and an error
+// that wraps the error of ctx if ctx ends first. If the lock is free, Lock acquires it even if ctx
+// has ended or closing is closed.
 func (l ioLock) Lock(ctx context.Context, closing <-chan struct{}) error {
 	if l.TryLock() {
 		return nil
@@ -29,7 +33,7 @@ func (l ioLock) Lock(ctx context.Context, closing <-chan struct{}) error {
 	}
 }
 
-// TryLock takes the lock if it is free.
+// TryLock acquires the lock if it is free, and reports whether it did.
 func (l ioLock) TryLock() bool {
 	select {
 	case l <- struct{}{}:

@@ -1,9 +1,9 @@
 package main
 
-// State of the server that survives the loss of a log or of the cursors: where the numbers of
-// batches begin, and which consumers there are. No number is used twice, because each start
-// takes a new block of numbers. A consumer stays known when its cursors are lost, so that no
-// sample is evicted that it has not read.
+// StoreMeta is server state that must survive the loss of a log or of the cursors: the block of
+// sequence numbers in use, and the list of consumers. No sequence number is used twice, because
+// each start of the server uses a new block of numbers. A consumer stays known when its cursors are
+// lost, so that samples that it has not read are not evicted.
 
 import (
 	"encoding/binary"
@@ -16,33 +16,35 @@ import (
 
 const (
 	stateFile      = "state" + LogSuffix
-	recordConsumer = 1
-	recordBlock    = 2 // of the newest start
+	recordConsumer = 1 // kind of record: a consumer without its cursors
+	recordBlock    = 2 // kind of record: the block number of the newest start
 
-	maxAddress = 128 // bytes
+	maxAddress = 128 // bytes of a consumer's address
 
-	blockBits = 32      // of a batch's number within its block
-	maxBlock  = 1 << 24 // so that no block that comes from damage uses up the numbers
+	blockBits = 32 // low bits of a sequence number; the bits above are the block number
+	// maxBlock is the highest block number. It is so low that a damaged block number cannot use up
+	// all sequence numbers.
+	maxBlock = 1 << 24
 )
 
-// KnownConsumer is a consumer without its cursors. Name and Address are empty where only
-// its key is known.
+// KnownConsumer is a consumer without its cursors. Name and Address are empty if only the key is
+// known.
 type KnownConsumer struct {
 	Key           uint64
 	Name, Address string
 }
 
-// StoreMeta is the state, and its file. It is not safe for concurrent use.
+// StoreMeta is the server state and its file. It is not safe for concurrent use.
 type StoreMeta struct {
-	Consumers []KnownConsumer // as read; at most MaxConsumers
-	Damage    error           // what OpenStoreMeta found damaged; nil: nothing
+	Consumers []KnownConsumer // consumers in the file when it was opened; at most MaxConsumers
+	Damage    error           // damage that OpenStoreMeta found in the file, or nil
 	log       *Log            // nil in memory-only mode
-	block     uint64          // of the newest start; 0 if none is known
-	found     bool            // there was a file
+	block     uint64          // block of the newest start; 0 if none is known
+	found     bool            // the file existed
 }
 
-// OpenStoreMeta reads the state in dir; dir "" is memory-only mode. If the file is damaged, it
-// returns what could be read, and Damage says so. The error is that of reading the file.
+// OpenStoreMeta reads the state file in dir. dir "" means memory-only mode. If the file is damaged,
+// OpenStoreMeta returns the readable part and sets Damage. The error is a failure to read the file.
 func OpenStoreMeta(fsys FS, dir string) (*StoreMeta, error) {
 	s := &StoreMeta{}
 	if dir == "" {
@@ -61,19 +63,22 @@ func OpenStoreMeta(fsys FS, dir string) (*StoreMeta, error) {
 		s.log = log
 	}
 	s.found, s.Damage = true, rec.Err
-	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 { // Write replaces the whole file, so that no crash tears it
+	// An unfinished write counts as damage here, because Write replaces the whole file atomically
+	// and a crash therefore cannot leave one.
+	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 {
 		s.Damage = fmt.Errorf("%s was damaged: %d bytes are lost%s", path, rec.LostBytes+rec.TornBytes, rec.KeptCopyNote())
 	}
 	return s, nil
 }
 
+// decodeRecord adds one record of the file to s.
 func (s *StoreMeta) decodeRecord(kind byte, payload []byte) error {
 	r := NewWireReader(payload)
 	switch kind {
 	case recordConsumer:
 		k := decodeConsumer(&r)
 		if err := r.Done(); err != nil {
-			return fmt.Errorf("record of a consumer: %w", err)
+			return fmt.Errorf("decoding consumer record: %w", err)
 		}
 		if len(s.Consumers) >= MaxConsumers {
 			return ErrConsumers
@@ -83,7 +88,7 @@ func (s *StoreMeta) decodeRecord(kind byte, payload []byte) error {
 	case recordBlock:
 		block := r.Uvarint(maxBlock)
 		if err := r.Done(); err != nil {
-			return fmt.Errorf("record of a block: %w", err)
+			return fmt.Errorf("decoding record of the block number: %w", err)
 		}
 		s.block = max(s.block, block)
 		return nil
@@ -91,11 +96,14 @@ func (s *StoreMeta) decodeRecord(kind byte, payload []byte) error {
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
+// appendConsumer appends a consumer's key, name and address to b.
 func appendConsumer(b []byte, k KnownConsumer) []byte {
 	b = binary.LittleEndian.AppendUint64(b, k.Key)
 	return AppendShortString(AppendShortString(b, k.Name), k.Address)
 }
 
+// decodeConsumer reads a consumer that appendConsumer wrote. An invalid name or address makes r
+// fail.
 func decodeConsumer(r *WireReader) KnownConsumer {
 	k := KnownConsumer{r.Uint64(), r.ShortString(maxConsumerName), r.ShortString(maxAddress)}
 	r.Require(k.Name == "" || CheckConsumerName(k.Name) == nil)
@@ -103,16 +111,17 @@ func decodeConsumer(r *WireReader) KnownConsumer {
 	return k
 }
 
-// TakeSeqBlock takes a block of numbers for this start, above highestSeq and above the blocks of
-// all earlier starts. It returns the number before the first of the block. Write makes the
-// block durable.
+// TakeSeqBlock chooses the block of sequence numbers for this start of the server. The block lies
+// above highestSeq and above the blocks of all earlier starts. The result is the number before the
+// first number of the block. The block is durable only after Write.
 func (s *StoreMeta) TakeSeqBlock(highestSeq uint64) (startAfter uint64) {
 	s.block = min(max(s.block, highestSeq>>blockBits)+1, maxBlock)
 	return max(highestSeq, s.block<<blockBits)
 }
 
-// UsedSeqBound returns a number that is above all numbers used so far. A higher number in a log
-// comes from damage. highestSeq is the highest number found elsewhere.
+// UsedSeqBound returns a number above every sequence number that was used so far. A higher number
+// in a log is the result of damage. highestSeq is the highest number that recovery found in other
+// files.
 func (s *StoreMeta) UsedSeqBound(highestSeq uint64) uint64 {
 	if s.block == 0 {
 		return maxBlock << blockBits
@@ -120,11 +129,12 @@ func (s *StoreMeta) UsedSeqBound(highestSeq uint64) uint64 {
 	return (max(s.block, highestSeq>>blockBits) + 1) << blockBits
 }
 
-// IsSameSeqBlock reports whether two numbers were used by the same start. The difference of two
-// such numbers of one site is a number of batches.
+// IsSameSeqBlock reports whether two sequence numbers were used by the same start of the server. If
+// they were, and both belong to one site, their difference is a number of batches.
 func IsSameSeqBlock(seqA, seqB uint64) bool { return seqA>>blockBits == seqB>>blockBits }
 
-// Write replaces the file by the block of this start and these consumers, durably.
+// Write replaces the state file by one with the block of this start and the given consumers. If it
+// returns nil, the new file is durable.
 func (s *StoreMeta) Write(consumers []KnownConsumer) error {
 	if s.log == nil {
 		return nil

@@ -1,7 +1,8 @@
 package main
 
-// The samples of one site that a consumer has not read, and the newest of each series. In one
-// scrape the samples of a series ascend, and none comes twice. Pure.
+// This file selects the samples of one site for a scrape: the samples that a consumer has not read,
+// and the newest sample of each series. Within one scrape the samples of a series ascend in time,
+// and no sample occurs twice. Pure: no I/O, no clock, no locks.
 
 import (
 	"cmp"
@@ -9,16 +10,16 @@ import (
 	"slices"
 )
 
-// ReadLimits bound what one scrape gets of a site.
+// ReadLimits bound the samples of one site in one scrape.
 type ReadLimits struct {
-	Unread       int   // samples that are not read yet
-	Repeats      int   // newest samples that are read already: if the site has more series, none
-	OnePerSeries bool  // of the unread samples
-	ServedSince  int64 // ms; older samples end the unread ones, while the clock is in doubt
-	NewestSince  int64 // ms; older newest samples are not repeated
+	Unread       int   // maximum number of unread samples
+	Repeats      int   // newest samples are repeated only if the site has at most this many series
+	OnePerSeries bool  // serve at most one unread sample of each series
+	ServedSince  int64 // ms; the unread samples end before the first sample that is older
+	NewestSince  int64 // ms; a newest sample that is older is not repeated
 }
 
-// batchesAfter returns the batches that a reader has not read to their end.
+// batchesAfter returns the batches that a reader at pos has not read completely.
 func (d *SiteSamples) batchesAfter(pos ReadPosition) []*Batch {
 	i, found := slices.BinarySearchFunc(d.Batches, pos.Seq, func(b *Batch, seq uint64) int { return cmp.Compare(b.Seq, seq) })
 	if found {
@@ -27,7 +28,7 @@ func (d *SiteSamples) batchesAfter(pos ReadPosition) []*Batch {
 	return d.Batches[i:]
 }
 
-// UnreadSampleCount returns how many samples a reader has not read.
+// UnreadSampleCount returns the number of unexpired samples that a reader at pos has not read.
 func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 	n := 0
 	for _, b := range d.batchesAfter(pos) {
@@ -45,10 +46,11 @@ func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 	return n
 }
 
-// EmitUnreadAndNewest calls emit with samples that a reader at pos has not read, oldest batches
-// first chosen, and if those are all, with the newest sample of each series that it has read.
-// Samples come by name, and those of a series in the order of time. It returns how far the reader
-// is with them, and how many were unread.
+// EmitUnreadAndNewest calls emit with samples that a reader at pos has not read, from the oldest
+// batches first. If limits admit all of them, it also calls emit with the newest sample of each
+// series that the reader has read. All samples of one name follow each other, and the samples of a
+// series ascend in time. The results are the reader's new position and the number of emitted unread
+// samples.
 func (d *SiteSamples) EmitUnreadAndNewest(pos ReadPosition, limits ReadLimits, emit func(name string, l FamilySample)) (to ReadPosition, emittedUnread int) {
 	samples, to, all := d.unreadSamples(pos, limits)
 	repeat := all && d.Table.Len() <= limits.Repeats
@@ -74,8 +76,9 @@ func (d *SiteSamples) EmitUnreadAndNewest(pos ReadPosition, limits ReadLimits, e
 	return to, len(samples)
 }
 
-// unreadSamples returns samples that a reader at pos has not read, in the order of the batches,
-// how far the reader is with them, and whether they are complete.
+// unreadSamples returns samples that a reader at pos has not read, in the order of the batches and
+// within limits. to is the reader's position after these samples. complete reports whether they are
+// all unread samples of the site.
 func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (samples []seriesSample, to ReadPosition, complete bool) {
 	to = pos
 	batches := d.batchesAfter(pos)
@@ -96,8 +99,8 @@ func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (sample
 			if t < d.expiredBefore {
 				continue
 			}
-			// The samples of a batch come in rounds of one for each series: a series that comes
-			// again begins the next round.
+			// The samples of a batch are in rounds, each with at most one sample per series. A
+			// series that occurs again therefore begins the next round.
 			if len(samples) == limits.Unread || limits.OnePerSeries && seen[id] || t < limits.ServedSince {
 				return samples, ReadPosition{Seq: to.Seq, PartialSeq: b.Seq, PartialRead: i, PartialLen: len(b.V)}, false
 			}
@@ -111,8 +114,9 @@ func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (sample
 	return samples, to, true
 }
 
-// startOfEachSeries returns the index of the first sample of each of seriesCount series in samples,
-// which are sorted by series, and behind them the number of samples.
+// startOfEachSeries expects samples that are sorted by series. It returns, for each series ID, the
+// index of the series' first sample. The last element of the result is the number of samples, so
+// that the samples of series id are samples[start[id]:start[id+1]].
 func startOfEachSeries(samples []seriesSample, seriesCount int) []uint32 {
 	start := make([]uint32, seriesCount+1)
 	for _, s := range samples {

@@ -1,9 +1,10 @@
 package main
 
-// The records of a site's log: series, written once each, and batches, one for each push. Each
-// record stands alone, so that damage to one costs no other. (IDs are runs, and times are
-// differences within the batch. Differences to the batch before would save about two bytes a
-// sample, and lose every later batch with one.) Pure.
+// This file encodes the records of a site's log: series, each written once, and batches, one per
+// push. Each record can be decoded without the records before it, so that damage to one record does
+// not destroy another. IDs are stored as runs, and times as differences within the batch.
+// Differences to the previous batch would save about two bytes per sample, but the loss of one
+// batch would then destroy all later batches. Pure: no I/O.
 
 import (
 	"encoding/binary"
@@ -12,17 +13,18 @@ import (
 )
 
 const (
-	// maxBatchTime bounds the first time of a batch, in ms.
+	// maxBatchTime bounds the base time of a batch, in ms, before and after 1970.
 	maxBatchTime = 1 << 60
-	// maxBatch is the most samples that surely fit one record: in the worst case each takes
-	// 5 bytes of ID, 5 of time and 8 of value.
+	// maxBatch is the maximum number of samples in a batch. A batch of this size always fits into
+	// one record: a sample takes at most 5 bytes for its ID, 5 for its time and 8 for its value.
 	maxBatch = MaxRecord / 20
-	// seriesRecordSize is the size in bytes from which on a record of series takes no more.
+	// seriesRecordSize is the size in bytes at which a series record is full. The next series goes
+	// into a new record.
 	seriesRecordSize = 1 << 20
 )
 
-// EncodeSeriesPayload appends the payload of a series record that gives the lines the
-// IDs firstID, firstID+1, …
+// EncodeSeriesPayload appends the payload of a series record to buf. The record gives the lines the
+// IDs firstID, firstID+1 and so on.
 func EncodeSeriesPayload(buf []byte, firstID uint32, lines func(yield func([]byte) bool)) []byte {
 	buf = binary.AppendUvarint(buf, uint64(firstID))
 	for line := range lines {
@@ -31,8 +33,8 @@ func EncodeSeriesPayload(buf []byte, firstID uint32, lines func(yield func([]byt
 	return buf
 }
 
-// DecodeSeries calls emit for the lines of a series record; they share memory with payload. It
-// returns the first error of emit.
+// DecodeSeries calls emit with each line of a series record and its ID. The lines share memory with
+// payload. DecodeSeries stops at the first error of emit and returns it.
 func DecodeSeries(payload []byte, emit func(id uint32, line []byte) error) error {
 	r := NewWireReader(payload)
 	for id := r.Uvarint(MaxSeriesID); r.Len() > 0; id++ {
@@ -45,12 +47,12 @@ func DecodeSeries(payload []byte, emit func(id uint32, line []byte) error) error
 		}
 	}
 	if err := r.Done(); err != nil {
-		return fmt.Errorf("record of series: %w", err)
+		return fmt.Errorf("decoding series record: %w", err)
 	}
 	return nil
 }
 
-// AppendSeriesRecords appends framed records of the series of t from ID firstID on.
+// AppendSeriesRecords appends framed records of the series of t with IDs of firstID and above.
 func AppendSeriesRecords(frames []byte, t *SeriesTable, firstID int) []byte {
 	for firstID < t.Len() {
 		next, size := firstID, 0
@@ -69,15 +71,16 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, firstID int) []byte {
 	return frames
 }
 
-// Parts that the record of a batch may have, as low bits of the number of samples.
+// These low bits of the sample count tell which optional parts a batch record has.
 const (
 	withTimes = 1 << iota
 	withNames
 	countShift = iota
 )
 
-// EncodeBatchPayload appends the payload of b's record: sequence number, times, number of samples
-// and parts; the names of scrapes, if there are any; IDs; times, if they differ; values. It sets
+// EncodeBatchPayload appends the payload of the record of b to buf. The payload has these fields:
+// sequence number; acceptance time; base time; number of samples, with bits for the optional parts;
+// names of scrapes (optional); series IDs; times (optional, only if they differ); values. It sets
 // b.Size.
 func EncodeBatchPayload(buf []byte, b *Batch) []byte {
 	start := len(buf)
@@ -106,8 +109,8 @@ func EncodeBatchPayload(buf []byte, b *Batch) []byte {
 	return buf
 }
 
-// appendIDs appends series IDs as runs of consecutive ones: the start, less the end of the run
-// before, and the length.
+// appendIDs appends series IDs as runs of consecutive IDs. For each run it writes the first ID
+// minus the end of the previous run, and the length of the run.
 func appendIDs(buf []byte, ids []uint32) []byte {
 	end := int64(0)
 	for i := 0; i < len(ids); {
@@ -123,7 +126,8 @@ func appendIDs(buf []byte, ids []uint32) []byte {
 	return buf
 }
 
-// appendTimes appends the times of b's samples, each less the one before.
+// appendTimes appends the times of the samples of b, each as the difference to the previous time.
+// The first difference is to T0.
 func appendTimes(buf []byte, b *Batch) []byte {
 	prev := b.T0
 	for i := range b.V {
@@ -133,8 +137,8 @@ func appendTimes(buf []byte, b *Batch) []byte {
 	return buf
 }
 
-// DecodeBatch reads the payload of a batch record. It allocates no more than twice the
-// payload's size.
+// DecodeBatch decodes the payload of a batch record. It allocates at most twice the size of the
+// payload.
 func DecodeBatch(payload []byte) (*Batch, error) {
 	r := NewWireReader(payload)
 	b := &Batch{Size: len(payload)}
@@ -142,7 +146,7 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	parts := r.Uvarint(math.MaxInt64)
 	n := int(parts >> countShift)
 	if r.Require(n <= r.Len()/8); r.Err() != nil {
-		return nil, fmt.Errorf("record of a batch: %w", r.Err())
+		return nil, fmt.Errorf("decoding batch record: %w", r.Err())
 	}
 	if parts&withNames != 0 {
 		b.Names = ScrapeNames{r.Uint64(), ReadRanges(&r)}
@@ -154,7 +158,7 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	}
 	b.V = readValues(&r, n)
 	if err := r.Done(); err != nil {
-		return nil, fmt.Errorf("record of a batch: %w", err)
+		return nil, fmt.Errorf("decoding batch record: %w", err)
 	}
 	b.ComputeTimeBounds()
 	return b, nil
@@ -176,7 +180,7 @@ func readIDs(r *WireReader, n int) []uint32 {
 	return ids
 }
 
-// readTimes reads n times that appendTimes wrote, in ms after T0.
+// readTimes reads n times that appendTimes wrote. The results are in ms after T0.
 func readTimes(r *WireReader, n int) []int32 {
 	times := make([]int32, n)
 	t := int64(0)
@@ -190,7 +194,7 @@ func readTimes(r *WireReader, n int) []int32 {
 	return times
 }
 
-// readValues reads n floats.
+// readValues reads n values of 8 bytes each.
 func readValues(r *WireReader, n int) []float64 {
 	b := r.Bytes(8 * n)
 	if b == nil {

@@ -1,9 +1,9 @@
 package main
 
-// Recovery of a store: it reads all logs and the cursors of consumers, rewrites damaged logs,
-// and takes new numbers for batches. A damaged file does not keep another from being read.
-// Every known loss is reported, in pushes and samples where they are known and in bytes
-// otherwise. Samples that expired while no process ran are counted once.
+// Recovery opens a store: it reads all logs and the cursors of consumers, rewrites damaged logs,
+// and starts a new block of sequence numbers. A damaged file does not prevent recovery of the other
+// files. Recovery reports every loss that it can detect, as a number of pushes and samples if known
+// and in bytes otherwise. Samples that expired while no process ran are counted once.
 
 import (
 	"encoding/binary"
@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// recover reads all that lies in the storage directory. The error is that of a file that may
-// be good and cannot be read.
+// recover reads all files in the storage directory. It returns an error if it cannot read a file
+// that may be intact.
 func (s *Store) recover() error {
 	var dirs []string
 	if s.cfg.Dir != "" {
@@ -34,18 +34,18 @@ func (s *Store) recover() error {
 		return err
 	}
 	if len(s.sites) > 0 && !state.found {
-		s.cfg.OnError(fmt.Errorf("%s is missing: consumers that are not in the file of the cursors are not known", filepath.Join(s.cfg.Dir, stateFile)))
+		s.cfg.OnError(fmt.Errorf("%s is missing: the server knows only the consumers in its cursors file", filepath.Join(s.cfg.Dir, stateFile)))
 	}
 	s.dropExpiredWhileDown()
 	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
 	s.dropCursorsPastEnd(damaged)
 	s.damaged.Store(int64(len(damaged)))
 	s.startSeqBlock(state, highest)
-	s.saveCursors() // with the state, before a batch gets a number
+	s.saveCursors() // also writes the state file, before any batch gets a number
 	return nil
 }
 
-// recoverStateAndConsumers reads the server's state and the cursors.
+// recoverStateAndConsumers reads the state file and the cursors, and reports damage to them.
 func (s *Store) recoverStateAndConsumers() (*StoreMeta, error) {
 	state, err := OpenStoreMeta(s.cfg.FS, s.cfg.Dir)
 	if err != nil {
@@ -63,12 +63,12 @@ func (s *Store) recoverStateAndConsumers() (*StoreMeta, error) {
 	}
 	if n := s.Consumers.TornBytes; n > 0 {
 		s.torn.Add(n)
-		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut", filepath.Join(s.cfg.Dir, ConsumersFile), n))
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which were removed", filepath.Join(s.cfg.Dir, ConsumersFile), n))
 	}
 	return state, nil
 }
 
-// startSeqBlock has the numbers of all later batches be of a new block, above highestSeq.
+// startSeqBlock makes all later batches get numbers from a new block above highestSeq.
 func (s *Store) startSeqBlock(meta *StoreMeta, highestSeq uint64) {
 	first := meta.TakeSeqBlock(highestSeq)
 	for _, site := range s.sites {
@@ -77,8 +77,9 @@ func (s *Store) startSeqBlock(meta *StoreMeta, highestSeq uint64) {
 	s.totals.RaiseNewest(first)
 }
 
-// dropExpiredWhileDown drops and counts the samples that expired while no process ran. The
-// last process counted those that expired before its newest push or scrape.
+// dropExpiredWhileDown drops the expired samples of all sites. It counts only the samples that
+// expired while no process ran. The last process has already counted the samples that expired
+// before its newest push or scrape.
 func (s *Store) dropExpiredWhileDown() {
 	ran := s.Consumers.LastSavedScrape().UnixMilli()
 	for _, site := range s.sites {
@@ -91,17 +92,20 @@ func (s *Store) dropExpiredWhileDown() {
 	}
 }
 
-// damagedLogs are the logs that lost something, by the key of their site, which their name
-// begins with. Each is counted once, however much is reported of it.
+// damagedLogs is the set of logs that lost something. The key is the key of the log's site, which
+// is the first half of the file name. Each log is counted once, even if several losses are reported
+// for it.
 type damagedLogs map[uint64]bool
 
+// add adds the log at path to the set.
 func (d damagedLogs) add(path string) {
 	name := filepath.Base(path)
 	key, _ := strconv.ParseUint(name[:min(16, len(name))], 16, 64)
 	d[key] = true
 }
 
-// dropCursorsPastEnd drops cursors that are past the end of their log, and reports each such log.
+// dropCursorsPastEnd removes the cursors that are higher than the last batch in their site's log.
+// It reports each such log and adds it to damagedSoFar.
 func (s *Store) dropCursorsPastEnd(damagedSoFar damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
@@ -114,25 +118,28 @@ func (s *Store) dropCursorsPastEnd(damagedSoFar damagedLogs) {
 	}
 }
 
-// cursorPastEndError says whether a log that ends before a cursor was cut short, replaced by an
-// older copy, unusable, or removed. site is nil if there is no log that can be used.
+// cursorPastEndError returns an error that tells why a log ends before a cursor: the log was cut
+// short or replaced by an older copy, is unusable, or was removed. site is nil if there is no
+// usable log.
 func (s *Store) cursorPastEndError(past SiteCursorsPastEnd, site *Site, logEnd uint64, damaged bool) error {
 	lost := "an unknown number of pushes is lost"
 	if IsSameSeqBlock(logEnd, past.Seq) {
-		lost = fmt.Sprintf("%d pushes or more are lost, which these consumers have read", past.Seq-logEnd)
+		lost = fmt.Sprintf("%d pushes or more are lost (these consumers have read them)", past.Seq-logEnd)
 	}
 	if site != nil {
-		return fmt.Errorf("%s ends before what consumers %q have read of site %q: it was cut short, or is an older copy; %s; what it holds is served again",
+		return fmt.Errorf("%s ends before the newest batch that consumers %q have read of site %q: the log was cut short or is an older copy; %s; all samples in the log will be served again",
 			s.logPathOf(site.ID), past.Names, site.ID, lost)
 	}
 	name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
 	path := filepath.Join(s.cfg.Dir, name[:2], name)
 	if damaged {
-		return fmt.Errorf("consumers %q have read the log %s, of which nothing is left; %s", past.Names, path, lost)
+		return fmt.Errorf("consumers %q have read the log %s, but no usable part of it is left; %s", past.Names, path, lost)
 	}
 	return fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost)
 }
 
+// recoverLogs recovers the logs in the given directories, and then evicts batches if the store
+// exceeds the limit on samples. Log directories have names of two characters; it ignores others.
 func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs) error {
 	for _, dir := range dirs {
 		if len(filepath.Base(dir)) != 2 {
@@ -148,17 +155,20 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs)
 			}
 		}
 	}
+	// Reset noRoomAt, so that makeRoom searches at once. Its error is ignored, because samples that
+	// are unread, or that scrapes still show, stay even if the store exceeds its limit.
 	s.noRoomAt = time.Time{}
-	_ = s.makeRoom(nil, 0) // samples that are not read, or that scrapes show, stay even beyond the limit
+	_ = s.makeRoom(nil, 0)
 	return nil
 }
 
-// recoverLog reads the log at path, rewrites it if it is damaged, and adds its site. Samples
-// that had expired at the site's newest push are not counted: the last process did that.
+// recoverLog reads the log at path, rewrites the log if it is damaged, and adds its site to the
+// store. It does not count samples that were already expired at the site's newest push, because the
+// last process counted them.
 func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) error {
 	r, err := s.openSiteLog(path, meta)
 	if err != nil {
-		return err // the log may be good
+		return err // the log may be intact
 	}
 	if r.found.IsDamaged() {
 		damaged.add(path)
@@ -174,28 +184,28 @@ func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) er
 	s.sites[site.ID] = site
 	s.reportDamage(r)
 	if err := site.RewriteLogIfBroken(oldest); err != nil {
-		s.cfg.OnError(fmt.Errorf("mending %s: %w", path, err))
+		s.cfg.OnError(fmt.Errorf("rewriting the damaged log %s: %w", path, err))
 	}
-	_ = s.makeRoom(nil, 0) // after each log: memory is bounded during recovery as well
+	_ = s.makeRoom(nil, 0) // after each log, so that memory is bounded during recovery too
 	return nil
 }
 
-// recoveredLog is one log, and the data that its records give.
+// recoveredLog is one log and the data from its records.
 type recoveredLog struct {
 	store       *Store
 	path        string
 	log         *Log
 	found       LogRecovery
 	data        SiteSamples
-	spools      SiteSpools
+	spools      SiteSpools // from the log's own spool records
 	parser      SeriesParser
-	skipped     bool   // damaged bytes were skipped since the newest batch
-	lostPushes  uint64 // between two batches that were read
-	lostSamples int    // because damage took their series
+	skipped     bool   // damaged bytes were skipped after the last decoded batch
+	lostPushes  uint64 // batches missing between two decoded batches
+	lostSamples int    // samples whose series were destroyed by damage
 }
 
-// openSiteLog reads the log at path. The cluster ID is that of the header, or, if the header is
-// damaged, that of the records.
+// openSiteLog reads the log at path and decodes its records. The cluster ID comes from the header
+// of the log, or from its records if the header is damaged.
 func (s *Store) openSiteLog(path string, meta *StoreMeta) (*recoveredLog, error) {
 	r := &recoveredLog{store: s, path: path, data: NewSiteSamples("", s.seed)}
 	var err error
@@ -213,20 +223,20 @@ func (s *Store) openSiteLog(path string, meta *StoreMeta) (*recoveredLog, error)
 	return r, nil
 }
 
-// checkUsable reports why the log cannot be used.
+// checkUsable returns an error with the reason if the log cannot be used.
 func (r *recoveredLog) checkUsable() error {
 	switch {
 	case r.found.HeaderDamaged && r.found.Records == 0:
-		return errors.New("it has neither a header nor a record that can be read")
+		return errors.New("the log has neither a header nor a record that can be read")
 	case r.store.logPathOf(r.data.ID) != r.path:
-		return errors.New("its name and its header are not of one site")
+		return errors.New("the file name does not match the cluster ID in the log")
 	case r.data.Seq == 0:
-		return errors.New("it has no batch") // no log was ever written so
+		return errors.New("the log has no batch") // this program always writes at least one batch
 	}
 	return nil
 }
 
-// decodeRecord adds a record to the data. An error says that the record is damaged.
+// decodeRecord adds one record to the data. An error means that the record is damaged.
 func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 	switch kind {
 	case RecordSeries:
@@ -240,6 +250,8 @@ func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
+// decodeAndRestoreBatch adds the batch of one record to the data, and counts the pushes and samples
+// that damage destroyed. It returns an error if the record is damaged or samples of it are lost.
 func (r *recoveredLog) decodeAndRestoreBatch(payload []byte) error {
 	b, err := DecodeBatch(payload)
 	if err != nil {
@@ -256,22 +268,24 @@ func (r *recoveredLog) decodeAndRestoreBatch(payload []byte) error {
 	r.skipped = false
 	r.lostSamples += lost
 	if lost > 0 {
-		return fmt.Errorf("batch %d has %d samples of unknown series", b.Seq, lost)
+		return fmt.Errorf("batch %d has %d samples whose series are not in the log", b.Seq, lost)
 	}
 	return nil
 }
 
-// setLogAside renames a log that cannot be used, so that it is out of the way of a new one.
+// setLogAside renames a log that cannot be used, so that a new log of the same site does not
+// overwrite it, and reports that.
 func (s *Store) setLogAside(path string, reason error) error {
 	name, err := SetAside(s.cfg.FS, path, "unreadable")
 	if err != nil {
 		return errors.Join(reason, err)
 	}
-	s.cfg.OnError(fmt.Errorf("recovering %s: %w; it is set aside as %s", path, reason, name))
+	s.cfg.OnError(fmt.Errorf("recovering %s: %w; the file was renamed to %s", path, reason, name))
 	return nil
 }
 
-// reportDamage reports the damage to a log that is used, or its torn end.
+// reportDamage reports the damage to a log that is still used. It reports an unfinished write at
+// the end of an undamaged log as a warning.
 func (s *Store) reportDamage(r *recoveredLog) {
 	s.torn.Add(r.found.TornBytes)
 	switch {
@@ -279,14 +293,15 @@ func (s *Store) reportDamage(r *recoveredLog) {
 		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
 			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptCopyNote()))
 	case r.found.TornBytes > 0:
-		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which are cut: of a push that was not answered, unless the disk lost more", r.path, r.found.TornBytes))
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which were removed; they belong to a push that was not acknowledged, unless the disk lost data that it had confirmed", r.path, r.found.TornBytes))
 	}
 	if r.found.Err != nil {
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w", r.path, r.found.Err))
 	}
 }
 
-// describeLosses says which pushes and samples are known to be lost.
+// describeLosses returns text about the pushes and samples that are known to be lost, or "" if
+// there are none.
 func (r *recoveredLog) describeLosses() (text string) {
 	if r.lostPushes > 0 {
 		text += fmt.Sprintf(", at least %d pushes", r.lostPushes)

@@ -1,8 +1,8 @@
 package main
 
-// The records of a log become the data of a site again. After damage, bytes that a site chose
-// may look like a record, so that lines and numbers are checked as strictly as from outside.
-// Pure.
+// This file rebuilds the data of a site from the records of its log. After damage, recovery may
+// mistake bytes that a site chose, such as label values, for a record. Lines and numbers are
+// therefore checked as strictly as input from outside. Pure: no I/O, no clock, no locks.
 
 import (
 	"fmt"
@@ -10,12 +10,14 @@ import (
 	"slices"
 )
 
-// maxGap is the most IDs that damage can be believed to have taken at once.
+// maxGap is the maximum number of consecutive series IDs that damage is believed to have destroyed.
+// A series record with a larger gap before its ID is refused.
 const maxGap = 1 << 20
 
-// RestoreSeries puts a line at its ID. It is checked as strictly as a line from outside: after
-// damage, bytes that a site chose may have been taken for a record. All lines have to name the
-// same cluster ID, for which isThisSite returns true.
+// RestoreSeries adds a line from the log under its ID. It checks the line as strictly as a line
+// from outside, because after damage recovery may mistake bytes that a site chose for a record. All
+// lines must carry the same cluster ID. If d.ID is not set yet, isThisSite decides whether the
+// line's cluster ID belongs to this log.
 func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id string) bool, seriesID uint32, line []byte) error {
 	name, labels, err := parser.ParseCanonicalLine(line)
 	if err != nil {
@@ -28,10 +30,10 @@ func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id str
 	if site := string(labels[i].Value); d.ID == "" && isThisSite(site) {
 		d.ID = site
 	} else if site != d.ID {
-		return fmt.Errorf("series %s is of another site", Excerpt(line))
+		return fmt.Errorf("series %s belongs to another site", Excerpt(line))
 	}
 	if n := d.Table.Len(); int(seriesID) < n || int(seriesID) > n+maxGap {
-		return fmt.Errorf("series ID %d after %d", seriesID, n)
+		return fmt.Errorf("series ID %d is out of order: the next ID is %d", seriesID, n)
 	}
 	d.Table.PadTo(seriesID)
 	_, hash, _ := d.Table.Find(line)
@@ -39,11 +41,12 @@ func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id str
 	return nil
 }
 
-// RestoreBatch commits a batch of the log. It returns how many of its samples are lost because
-// damage took their series; the others are committed.
+// RestoreBatch commits a batch from the log. It leaves out the samples whose series damage has
+// destroyed and returns their number. It returns an error if the sequence number is not above
+// the number of the previous batch.
 func (d *SiteSamples) RestoreBatch(b *Batch) (lostSamples int, err error) {
 	if b.Seq <= d.Seq {
-		return 0, fmt.Errorf("batch %d after %d", b.Seq, d.Seq)
+		return 0, fmt.Errorf("batch %d is out of order: it follows batch %d", b.Seq, d.Seq)
 	}
 	d.Seq, d.LastPush = b.Seq, max(d.LastPush, b.AcceptedAt)
 	total := len(b.V)
@@ -55,9 +58,9 @@ func (d *SiteSamples) RestoreBatch(b *Batch) (lostSamples int, err error) {
 	return total - len(b.V), nil
 }
 
-// DropBatchesAbove drops batches whose number is above maxSeq, which no true batch has. After
-// damage, bytes that a site chose may have been taken for a record; its number would raise
-// the numbers of all sites until none is left.
+// DropBatchesAbove drops the batches with numbers above maxSeq, which no real batch has. After
+// damage, recovery may mistake bytes that a site chose for a batch record. The high number of
+// such a batch would otherwise raise the numbers of all sites until no number is left.
 func (d *SiteSamples) DropBatchesAbove(maxSeq uint64) {
 	if d.Seq <= maxSeq {
 		return
@@ -69,8 +72,9 @@ func (d *SiteSamples) DropBatchesAbove(maxSeq uint64) {
 	}
 }
 
-// dropSamplesRepeatedBy drops the samples of earlier batches that b has as well. They were evicted,
-// and then pushed again; the log was not rewritten in between.
+// dropSamplesRepeatedBy drops, from earlier batches, the samples that b contains as well. Such
+// samples occur if a batch was evicted from memory and then pushed again before the log was
+// rewritten.
 func (d *SiteSamples) dropSamplesRepeatedBy(b *Batch) {
 	repeated := map[sampleKey]bool{}
 	first := int64(math.MaxInt64)
@@ -91,9 +95,9 @@ func (d *SiteSamples) dropSamplesRepeatedBy(b *Batch) {
 	d.Batches = slices.DeleteFunc(d.Batches, func(old *Batch) bool { return len(old.V) == 0 && old.Names.SpoolID == 0 })
 }
 
-// RestoreSpools sets the spools: those of the log's own records, and the names in the batches.
-// After damage to the log no scrape counts as held, because a batch may name a scrape of which
-// another batch, which is lost, had a part.
+// RestoreSpools sets the spools of the site. They come from the log's spool records and from the
+// names in its batches. forgetHeld must be true if the log was damaged. Then no scrape counts as
+// held, because a batch may name a scrape that was partly in another, lost batch.
 func (d *SiteSamples) RestoreSpools(spools SiteSpools, forgetHeld bool) {
 	d.Spools = spools
 	if !forgetHeld {

@@ -286,12 +286,12 @@ func TestRecoverySaysWhatIsLost(t *testing.T) {
 		says          []string // in an error, or in a warning if nothing is damaged
 	}{
 		{"removed", func([]byte, []int) []byte { return nil }, 1, 0, []string{`consumers ["central"] have read the log /s/`, "which was removed", "unknown number of pushes"}},
-		{"emptied", func([]byte, []int) []byte { return []byte{} }, 1, 0, []string{"neither a header nor a record", "of which nothing is left", "unknown number of pushes"}},
-		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, 1, 0, []string{"neither a header nor a record", "of which nothing is left"}},
+		{"emptied", func([]byte, []int) []byte { return []byte{} }, 1, 0, []string{"neither a header nor a record", "no usable part of it is left", "unknown number of pushes"}},
+		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, 1, 0, []string{"neither a header nor a record", "no usable part of it is left"}},
 		{"cut between records", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-3]] }, 1, 0,
-			[]string{"ends before what consumers", `site "a"`, "2 pushes or more are lost"}},
+			[]string{"ends before the newest batch that consumers", `site "a"`, "2 pushes or more are lost"}},
 		{"cut in a record", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-2]-5] }, 1, -1,
-			[]string{"ends before what consumers", "2 pushes or more are lost"}},
+			[]string{"ends before the newest batch that consumers", "2 pushes or more are lost"}},
 		{"zeroed at the end", func(data []byte, ends []int) []byte {
 			at := ends[len(ends)-4] + 20
 			return slices.Concat(data[:at], make([]byte, len(data)-at))

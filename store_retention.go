@@ -1,10 +1,10 @@
 package main
 
-// Retention: which samples a store accepts, keeps and serves, by the samples' own time. A sample
-// that is too old to be accepted is the same as one that has expired; otherwise a push that comes
-// again could bring back an expired sample, and consumers would get it twice. Samples that have
-// expired stay in memory until their whole batch has: store_samples.go and store_read.go leave
-// them out, and store_series.go counts the series that have no other sample.
+// Retention decides by a sample's own time whether the store accepts, keeps and serves the sample.
+// A sample is too old to be accepted exactly when it would count as expired. Otherwise a repeated
+// push could bring back an expired sample, and consumers would get it twice. An expired sample
+// stays in memory until its whole batch has expired: store_samples.go and store_read.go leave it
+// out, and store_series.go counts series that have only expired samples.
 
 import (
 	"errors"
@@ -14,20 +14,21 @@ import (
 	"time"
 )
 
-// ErrClockInDoubt: this server's clock made a step, and a sample is within the limits of age by
-// the old time or by the new time, but not by both.
-var ErrClockInDoubt = errors.New("this server's clock was set, and its new time is still in doubt")
+// ErrClockInDoubt means that this server's wall clock was set, and that a sample of the push is
+// within the accepted times by only one of the old and the new clock setting.
+var ErrClockInDoubt = errors.New("this server's clock was set, and it is not yet known whether the new time is right")
 
-// maxAhead is how far a sample's time may be ahead of this server's clock. Every site pays for a
-// sample from the future: it moves the newest time of the central Prometheus, and with it the
+// maxAhead is how far the time of a sample may be ahead of this server's clock. A sample from the
+// future would harm all sites: it moves the newest time of the central Prometheus, and with it the
 // window for late samples.
 const maxAhead = time.Minute
 
-// sampleTimeBounds bound the times of samples, in ms. While the clock is in doubt there are two
-// ranges. Outside of the wider one, from keptSince to acceptedUntil, either setting of the clock
-// refuses a sample. Within the narrower one, from servedSince to surelyUntil, both accept it.
+// sampleTimeBounds bound the times of samples, in ms. While the clock is in doubt, the old and the
+// new clock setting give different bounds. Samples outside keptSince to acceptedUntil are refused
+// by both settings. Samples within servedSince to surelyUntil are accepted by both settings.
 type sampleTimeBounds struct{ keptSince, servedSince, surelyUntil, acceptedUntil int64 }
 
+// newSampleTimeBounds returns the bounds for samples when the present time is in the range now.
 func newSampleTimeBounds(now PresentTimeRange, retention time.Duration) sampleTimeBounds {
 	return sampleTimeBounds{
 		keptSince: now.Earliest.Add(-retention).UnixMilli(), servedSince: now.Latest.Add(-retention).UnixMilli(),
@@ -35,11 +36,12 @@ func newSampleTimeBounds(now PresentTimeRange, retention time.Duration) sampleTi
 	}
 }
 
-// timeBounds returns the bounds of the samples of a push.
+// timeBounds returns the bounds for the samples of a push.
 func (l *AppendLimits) timeBounds() sampleTimeBounds { return newSampleTimeBounds(l.Now, l.Retention) }
 
-// acceptOrCount reports whether a sample of time t is accepted, and counts it otherwise.
-// ErrClockInDoubt says that it depends on the setting of the clock.
+// acceptOrCount reports whether a sample with time t, in ms, is accepted. If not, it counts the
+// sample in res as too old or as from the future. It returns ErrClockInDoubt if the old and the new
+// clock setting disagree.
 func (r *sampleTimeBounds) acceptOrCount(t int64, res *AppendResult) (accepted bool, err error) {
 	switch {
 	case t < r.keptSince:
@@ -54,19 +56,20 @@ func (r *sampleTimeBounds) acceptOrCount(t int64, res *AppendResult) (accepted b
 	return true, nil
 }
 
-// KeptSince returns the time in ms before which samples have expired, and are not accepted.
+// KeptSince returns a time in ms. Samples older than that have expired and are not accepted.
 func (s *Store) KeptSince() int64 {
 	return newSampleTimeBounds(s.cfg.NowInterval(), s.cfg.Retention).keptSince
 }
 
-// ServedSince returns the time in ms before which samples are not served. A consumer may fail a
-// whole scrape for one sample that is older than retention. ServedSince is later than KeptSince
-// only while the clock is in doubt.
+// ServedSince returns a time in ms. Samples older than that are not served, because one sample
+// older than retention can make a consumer fail the whole scrape. ServedSince differs from
+// KeptSince, and is then later, only while the clock is in doubt.
 func (s *Store) ServedSince() int64 {
 	return newSampleTimeBounds(s.cfg.NowInterval(), s.cfg.Retention).servedSince
 }
 
-// DropExpired drops and counts the samples older than keptSince.
+// DropExpired drops the samples older than keptSince, in ms, and counts them as expired. The caller
+// need not hold the site's lock.
 func (s *Site) DropExpired(keptSince int64) {
 	owned := s.store.owns(s.Key)
 	s.mu.Lock()
@@ -77,7 +80,8 @@ func (s *Site) DropExpired(keptSince int64) {
 	s.store.totals.ExpiredUnread.Add(unread)
 }
 
-// DropExpiredUncounted drops the samples older than oldest without counting them as expired.
+// DropExpiredUncounted drops the samples older than oldest, in ms, without counting them as
+// expired.
 func (s *Site) DropExpiredUncounted(oldest int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,12 +90,14 @@ func (s *Site) DropExpiredUncounted(oldest int64) {
 	s.store.totals.Samples.Add(s.data.SampleCount() - before)
 }
 
-// DropExpired has the samples older than keptSince expire. A batch leaves memory when all of its
-// samples have expired. It returns how many samples expired now, how many of them are lost because
-// not every consumer has read them, and how many left memory. seqReadByAll returns the number of
-// the newest batch that every consumer has read. owned is false if another server owns the site:
-// then a client with a spool has pushed to that server what was not read here, and nothing of it is
-// lost.
+// DropExpired marks the samples older than keptSince, in ms, as expired. A batch leaves memory when
+// all of its samples have expired. The results are the number of samples that expired in this call,
+// the number among them that are lost because not every consumer has read them, and the number that
+// left memory.
+//
+// seqReadByAll returns the number of the newest batch that every consumer has read. owned is false
+// if another server owns the site. Then an unread sample from a client with a spool does not count
+// as lost, because the client has pushed it to the owner.
 func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, owned bool) (samplesExpired, expiredUnread, samplesFreed int64) {
 	from := d.expiredBefore
 	d.expiredBefore = max(d.expiredBefore, keptSince)
@@ -119,8 +125,9 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 	return samplesExpired, expiredUnread, samplesFreed
 }
 
-// DropExpiredUncounted has the samples older than oldest expire, of which an earlier process
-// has counted those that were not read.
+// DropExpiredUncounted marks the samples older than oldest, in ms, as expired, and drops the
+// batches that have no other sample. It does not count the samples, because an earlier process has
+// counted them or they were counted in the data that d is a copy of.
 func (d *SiteSamples) DropExpiredUncounted(oldest int64) {
 	d.expiredBefore = max(d.expiredBefore, oldest)
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.MaxT < d.expiredBefore })

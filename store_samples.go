@@ -1,8 +1,8 @@
 package main
 
-// The series and batches of one site, in memory. No series has two samples of one time. Within
-// a batch and from batch to batch the samples of a series ascend, late ones excepted. Pure: no
-// I/O and no locks.
+// SiteSamples has the series and batches of one site in memory. A series never has two samples with
+// the same time. The samples of a series ascend in time within a batch and from batch to batch,
+// except for samples that arrive late. Pure: no I/O, no clock, no locks.
 
 import (
 	"errors"
@@ -12,42 +12,43 @@ import (
 )
 
 var (
-	// ErrSeriesLimit: with the push its site would hold too many series, or too much text of
-	// them.
+	// ErrSeriesLimit means that after the push the site would have too many series, or series whose
+	// lines are too long in total.
 	ErrSeriesLimit = errors.New("too many series")
 )
 
 const (
-	// seriesBytes times the limit on series bounds the text of all series of a site, or one
-	// site's long lines would take gigabytes; real lines have a quarter of it. minTextLimit
-	// is what even a low limit on series leaves.
+	// The lines of all series of a site may have at most seriesBytes times the limit on series.
+	// Without this bound, one site with long lines could use gigabytes; the lines of real series
+	// typically have a quarter of seriesBytes. minTextLimit is the lowest bound, even if the limit
+	// on series is low.
 	seriesBytes  = 1 << 10
 	minTextLimit = 1 << 20
 )
 
-// SiteSamples is what a site's log holds, in memory. It is not safe for concurrent use; but a
-// committed batch never changes, nor does a line.
+// SiteSamples is the in-memory form of a site's log. It is not safe for concurrent use. A committed
+// batch and the line of a series never change, so that they may be read without a lock.
 type SiteSamples struct {
 	ID            string // cluster ID
 	Table         *SeriesTable
-	Batches       []*Batch // by sequence number
-	Seq           uint64   // of the newest batch ever
-	LastPush      int64    // ms; of the newest push
+	Batches       []*Batch // in order of sequence number
+	Seq           uint64   // number of the newest batch, even if it has left memory
+	LastPush      int64    // ms, time of the newest push
 	Spools        SiteSpools
-	startSeq      uint64 // Seq before the first batch
-	expiredBefore int64  // ms; older samples have expired, even while their batch is still in memory
-	minT          int64  // ms; no sample of Batches is older
+	startSeq      uint64 // value of Seq before the first batch
+	expiredBefore int64  // ms; older samples have expired, even if their batch is still in memory
+	minT          int64  // ms; no sample in Batches is older
 }
 
-// NewSiteSamples returns the data of a site without samples; for the seed see NewSeriesTable.
+// NewSiteSamples returns the data of a site without samples. NewSeriesTable describes the seed.
 func NewSiteSamples(id string, seed maphash.Seed) SiteSamples {
 	return SiteSamples{ID: id, Table: NewSeriesTable(seed, 0), expiredBefore: math.MinInt64, minT: math.MaxInt64}
 }
 
-// StartSeqAfter has the number of the first batch follow seq.
+// StartSeqAfter makes the first batch get a sequence number above seq.
 func (d *SiteSamples) StartSeqAfter(seq uint64) { d.startSeq, d.Seq = seq, seq }
 
-// IsNew reports whether no batch was ever committed.
+// IsNew reports whether no batch of the site was ever committed.
 func (d *SiteSamples) IsNew() bool { return d.Seq == d.startSeq }
 
 // SampleCount returns the number of samples in memory.
@@ -59,10 +60,10 @@ func (d *SiteSamples) SampleCount() int64 {
 	return int64(n)
 }
 
-// EstimatedRewrittenLogSize estimates the size in bytes of a log of this data, rather too high than
-// too low.
+// EstimatedRewrittenLogSize returns an estimate of the bytes that a rewritten log of this data
+// would have. The estimate is too high rather than too low.
 func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
-	const frame = 16 // of a record; of a line it is 3 at most
+	const frame = 16 // bytes of framing per record; a line has at most 3
 	n := 5*frame + len(d.ID) + 3*d.Table.Len() + d.Table.TextBytes()
 	for _, b := range d.Batches {
 		n += frame + b.Size
@@ -70,13 +71,15 @@ func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
 	return int64(n)
 }
 
-// Commit adds b, which is durable. From here on b is immutable and its samples are served.
+// Commit adds b, which must already be durable. From now on b is immutable and its samples are
+// served.
 func (d *SiteSamples) Commit(b *Batch) {
 	b.PackTimes()
 	if n := len(d.Batches); n > 0 && slices.Equal(d.Batches[n-1].IDs, b.IDs) {
 		b.IDs = d.Batches[n-1].IDs
 	}
-	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt) // CompactedCopy commits older batches
+	// CompactedCopy commits batches that are older than Seq and LastPush.
+	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt)
 	d.Batches = append(d.Batches, b)
 	d.Spools.AddHeldScrapes(b.Names, b.Seq)
 	d.minT = min(d.minT, b.MinT)
@@ -85,9 +88,9 @@ func (d *SiteSamples) Commit(b *Batch) {
 	}
 }
 
-// CompactedCopy returns a copy of the data that has the samples since keptSince, and the batches of
-// more. Series without a sample there are left out, which renames the others. d may be read
-// meanwhile, and stays as it is.
+// CompactedCopy returns a copy of the data with the samples since keptSince and the batches in
+// more. The copy leaves out series without a sample in these batches, so that the other series get
+// new IDs. CompactedCopy does not change d, and other goroutines may read d during the call.
 func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples {
 	kept := append(d.batchesWithoutExpiredSamples(max(keptSince, d.expiredBefore)), more...)
 	table, newIDs := d.Table.Subset(usedSeries(kept, d.Table.Len()))
@@ -98,7 +101,7 @@ func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples 
 		for i, id := range b.IDs {
 			renamed.IDs[i] = newIDs[id]
 		}
-		copied.Commit(&renamed) // shares equal lists of IDs again
+		copied.Commit(&renamed) // also shares memory between equal ID lists
 	}
 	copied.Spools = d.Spools.Clone()
 	for _, b := range more {
@@ -107,8 +110,9 @@ func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples 
 	return copied
 }
 
-// batchesWithoutExpiredSamples returns the batches without their samples older than keptSince. A
-// batch without samples stays if it names scrapes and is not older itself.
+// batchesWithoutExpiredSamples returns the batches without their samples older than keptSince. It
+// leaves out batches that have no samples left, except for a batch that names scrapes and whose
+// MaxT is not older than keptSince.
 func (d *SiteSamples) batchesWithoutExpiredSamples(keptSince int64) (kept []*Batch) {
 	for _, b := range d.Batches {
 		b = b.Filter(func(i int) bool { return b.Time(i) >= keptSince })
@@ -119,7 +123,7 @@ func (d *SiteSamples) batchesWithoutExpiredSamples(keptSince int64) (kept []*Bat
 	return kept
 }
 
-// usedSeries returns for each of seriesCount series whether it has a sample in batches.
+// usedSeries reports for each of the seriesCount series whether it has a sample in batches.
 func usedSeries(batches []*Batch, seriesCount int) []bool {
 	used := make([]bool, seriesCount)
 	for _, b := range batches {
@@ -130,14 +134,16 @@ func usedSeries(batches []*Batch, seriesCount int) []bool {
 	return used
 }
 
-// Records calls yield with framed records that make up the log of d.
+// Records calls yield with chunks of framed records. Together the chunks are the records of a log
+// with the data of d.
 func (d *SiteSamples) Records(yield func(frames []byte) bool) {
 	if !yield(AppendSeriesRecords(nil, d.Table, 0)) {
 		return
 	}
 	batches := d.Batches
 	if n := len(batches); n == 0 || batches[n-1].Seq < d.Seq {
-		// Sequence numbers never start again.
+		// An empty batch keeps the newest sequence number in the log, because no number may be used
+		// again.
 		batches = append(slices.Clip(batches), &Batch{Seq: d.Seq, AcceptedAt: d.LastPush})
 	}
 	var frames, payload []byte
@@ -148,7 +154,8 @@ func (d *SiteSamples) Records(yield func(frames []byte) bool) {
 			return
 		}
 	}
-	// Behind the batches: a log that is cut short must not claim scrapes that it lost.
+	// The spool records follow the batches. A log that was cut short therefore does not list
+	// scrapes whose batches it lost.
 	for _, payload := range d.Spools.EncodeRecords() {
 		if !yield(AppendRecord(nil, RecordSpool, payload)) {
 			return
@@ -156,19 +163,20 @@ func (d *SiteSamples) Records(yield func(frames []byte) bool) {
 	}
 }
 
-// DropEvictedAndExpiredIn drops from d, which is a compacted copy of source, what expired or was
-// evicted in source since the copy was made.
+// DropEvictedAndExpiredIn is called on a compacted copy of source. It drops the batches and samples
+// that were evicted from source, or expired in source, after the copy was made.
 func (d *SiteSamples) DropEvictedAndExpiredIn(source *SiteSamples) {
 	d.DropExpiredUncounted(source.expiredBefore)
-	first := source.Seq + 1 // if source has no batch left, only those that came with the compaction stay
+	// If source has no batches left, only batches that were added by the compaction stay.
+	first := source.Seq + 1
 	if len(source.Batches) > 0 {
 		first = source.Batches[0].Seq
 	}
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.Seq < first })
 }
 
-// OldestAcceptedAt returns when the oldest batch was accepted, in ms; math.MaxInt64 if there is
-// no batch.
+// OldestAcceptedAt returns the time in ms at which the oldest batch was accepted. It returns
+// math.MaxInt64 if there is no batch.
 func (d *SiteSamples) OldestAcceptedAt() int64 {
 	if len(d.Batches) == 0 {
 		return math.MaxInt64
@@ -176,9 +184,10 @@ func (d *SiteSamples) OldestAcceptedAt() int64 {
 	return d.Batches[0].AcceptedAt
 }
 
-// CanEvictOldestBatch reports whether there is an oldest batch, every consumer has read it, and no
-// scrape shows one of its samples. seqReadByAll is the number of the newest batch that every
-// consumer has read; scrapes show the newest sample of each series since newestSampleCutoff.
+// CanEvictOldestBatch reports whether the oldest batch may leave memory. There must be a batch,
+// every consumer must have read it, and no scrape may still show one of its samples. Scrapes show
+// the newest sample of each series if its time is at or after newestSampleCutoff. seqReadByAll is
+// the number of the newest batch that every consumer has read.
 func (d *SiteSamples) CanEvictOldestBatch(newestSampleCutoff int64, seqReadByAll uint64) bool {
 	if len(d.Batches) == 0 || d.Batches[0].Seq > seqReadByAll {
 		return false
@@ -192,13 +201,13 @@ func (d *SiteSamples) CanEvictOldestBatch(newestSampleCutoff int64, seqReadByAll
 	return true
 }
 
-// EvictOldestBatch drops the oldest batch and returns the number of its samples. The batch's memory
-// is free when ReleaseEvictedBatches is called.
+// EvictOldestBatch drops the oldest batch and returns the number of its samples. The memory of the
+// batch becomes free only when ReleaseEvictedBatches is called.
 func (d *SiteSamples) EvictOldestBatch() int64 {
 	n := int64(len(d.Batches[0].V))
 	d.Batches = d.Batches[1:]
 	return n
 }
 
-// ReleaseEvictedBatches frees the memory of the batches that EvictOldestBatch dropped.
+// ReleaseEvictedBatches makes the memory of evicted batches free for garbage collection.
 func (d *SiteSamples) ReleaseEvictedBatches() { d.Batches = slices.Clone(d.Batches) }

@@ -1,9 +1,10 @@
 package main
 
-// The samples of a scrape over all sites: the newest of every series, or those that a consumer
-// has not read. Each name comes once, a series' samples ascend, and a scrape has at most as many
-// samples as it may. When not all fit, the sites take turns. This file must not know of HTTP, or
-// of how cursors are kept.
+// AllSitesReader selects the samples of one scrape from all sites: the newest sample of every
+// series, or the samples that a consumer has not read. Each name occurs once, the samples of a
+// series ascend in time, and the number of samples is limited. If not all samples fit, the next
+// scrape begins with a different site. This file must not know of HTTP or of how cursors are
+// stored.
 
 import (
 	"maps"
@@ -13,30 +14,33 @@ import (
 	"time"
 )
 
-// AllSitesReader answers scrapes of a store. It is safe for concurrent use.
+// AllSitesReader selects samples for scrapes of a store. It is safe for concurrent use.
 type AllSitesReader struct {
 	Store        *Store
-	MaxSampleAge time.Duration // how long the newest sample of a series is shown
+	MaxSampleAge time.Duration // a newest sample that is older is not shown
 	Now          func() time.Time
-	// Owned reports whether this server owns a site. Of other sites it neither repeats samples
-	// that a consumer has read, nor shows samples to a scraper that gives no name.
+	// Owned reports whether this server owns the site with this key. For a site that it does not
+	// own, the server does not repeat samples that a consumer has read, and shows no samples to a
+	// scraper without a consumer name.
 	Owned func(hash uint64) bool
 
 	mu    sync.Mutex // guards start
-	start float64    // where among the sites a scrape begins: 0 to 1
+	start float64    // position from 0 to 1 among the sorted sites where the next scrape begins
 }
 
-// familyGrouper groups samples by name.
+// familyGrouper collects samples into families by name.
 type familyGrouper struct {
-	match    func(line []byte) bool // nil: all
+	match    func(line []byte) bool // selects lines; nil selects all
 	families map[string]*Family
-	last     *Family
+	last     *Family // family of the last added sample, to avoid a map lookup
 }
 
+// newFamilyGrouper returns an empty familyGrouper. match selects lines; nil selects all lines.
 func newFamilyGrouper(match func(line []byte) bool) *familyGrouper {
 	return &familyGrouper{match: match, families: map[string]*Family{}}
 }
 
+// addIfMatches adds the sample to the family called name if match selects its line.
 func (c *familyGrouper) addIfMatches(name string, l FamilySample) {
 	if c.match != nil && !c.match(l.Line) {
 		return
@@ -50,7 +54,7 @@ func (c *familyGrouper) addIfMatches(name string, l FamilySample) {
 	c.last.Samples = append(c.last.Samples, l)
 }
 
-// sorted returns the families by name.
+// sorted returns the families sorted by name.
 func (c *familyGrouper) sorted() []Family {
 	all := make([]Family, 0, len(c.families))
 	for _, name := range slices.Sorted(maps.Keys(c.families)) {
@@ -59,30 +63,33 @@ func (c *familyGrouper) sorted() []Family {
 	return all
 }
 
-// scrapeStartFraction returns where among the sites a scrape begins.
+// scrapeStartFraction returns the position, from 0 to 1, among the sorted sites at which a scrape
+// begins.
 func (s *AllSitesReader) scrapeStartFraction() float64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.start
 }
 
-// rotateFirstSite moves the start of the next scrape by the golden ratio. If it began where this
-// one ended, each of several scrapers that alternate would always get the same sites first.
+// rotateFirstSite moves the start of the next scrape by the golden ratio. The start is not where
+// the last scrape ended, because then several scrapers that alternate would each get the same sites
+// first every time.
 func (s *AllSitesReader) rotateFirstSite() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, s.start = math.Modf(s.start + math.Phi)
 }
 
-// newestSampleCutoff returns the time in ms before which the newest sample of a series is not shown.
+// newestSampleCutoff returns a time in ms. A newest sample of a series that is older is not shown.
 func (s *AllSitesReader) newestSampleCutoff() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// NewestPerSeries returns the newest sample of each series that is at most MaxSampleAge old, one
-// family a name, sorted. match, if not nil, chooses lines. At most limit samples are returned, of
-// whole sites and of at least one; truncated says that some were left out. Lines stay valid for
-// ever.
+// NewestPerSeries returns the newest sample of each series of the owned sites, if that sample is
+// not older than MaxSampleAge. The families are sorted by name, one per name. match, if not nil,
+// selects lines. Sites are included or left out as a whole. The result has at most limit samples,
+// unless the first site alone has more; a limit of 0 means no limit. truncated reports that sites
+// were left out. The lines remain valid for ever.
 func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
 	since := s.newestSampleCutoff()
 	collected := newFamilyGrouper(match)
@@ -107,18 +114,19 @@ func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool
 	return collected.sorted(), truncated
 }
 
-// ServeUnreadAndNewest returns samples that the session has not read, oldest first within each
-// site and in fair shares; of sites without more of them, and as far as there is room left, also
-// the newest samples as NewestPerSeries does. It marks them as served. With onePerSeries there is
-// at most one unread sample of each series. It returns how many of the samples were unread, and
-// whether there are more unread samples.
+// ServeUnreadAndNewest returns the next samples for the consumer of session and marks them as
+// served. It returns unread samples first, oldest first within each site. A limit of 0 means no
+// limit. If not all unread samples fit, the sites get fair shares. If room is left, it also returns
+// the newest samples, as NewestPerSeries does, of the owned sites without further unread samples.
+// With onePerSeries it returns at most one unread sample of each series. unreadServed is the number
+// of unread samples in the result; moreUnread reports whether unread samples are left.
 func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unreadServed int, moreUnread bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
 	}
 	limits := ReadLimits{OnePerSeries: onePerSeries, ServedSince: s.Store.ServedSince()}
 	counts, total := s.countUnread(session)
-	share := limit // of unread samples, for each site
+	share := limit // maximum unread samples per site
 	if total > limit {
 		share = fairShare(counts, limit)
 	}
@@ -128,7 +136,8 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 	leftOut := false
 	s.Store.ForEachSite(s.scrapeStartFraction(), func(hash uint64, data *SiteSamples) bool {
 		pos := session.Position(hash)
-		limits.Unread = min(share, left, data.UnreadSampleCount(pos)) // more than was counted, if pushes came
+		// Count again, because pushes may have arrived since countUnread.
+		limits.Unread = min(share, left, data.UnreadSampleCount(pos))
 		limits.Repeats = -1
 		if s.Owned(hash) {
 			limits.Repeats = min(repeatsLeft, left-limits.Unread)
@@ -154,8 +163,8 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 	return collected.sorted(), unreadServed, moreUnread
 }
 
-// countUnread returns how many samples the session has not read of each site that has some, and
-// in all.
+// countUnread counts the samples that the session has not read. perSite has the number for each
+// site with unread samples, total is their sum.
 func (s *AllSitesReader) countUnread(session *ConsumerSession) (perSite []int, total int) {
 	s.Store.ForEachSite(0, func(hash uint64, data *SiteSamples) bool {
 		if n := data.UnreadSampleCount(session.Position(hash)); n > 0 {
@@ -167,8 +176,9 @@ func (s *AllSitesReader) countUnread(session *ConsumerSession) (perSite []int, t
 	return perSite, total
 }
 
-// fairShare returns the most that each site may have so that all together have at most limit:
-// what a site with less leaves over is shared by the others. It is at least 1, and sorts perSite.
+// fairShare returns the maximum number of samples per site so that all sites together have at most
+// limit samples. A site with fewer samples leaves the rest of its share to the other sites. perSite
+// has the number of samples of each site; fairShare sorts it. The result is at least 1.
 func fairShare(perSite []int, limit int) int {
 	slices.Sort(perSite)
 	for i, n := range perSite {

@@ -1,9 +1,10 @@
 package main
 
-// The series of one site: each line once, its ID, its newest sample, and the lines grouped by
-// name as a scrape shows them. IDs are indexes and never move. Text only grows, so that a
-// line stays valid. A series without a durable sample is not listed. Pure. This file must not
-// know of batches, logs, limits or locks.
+// SeriesTable stores each series of one site once: its line, its ID and its newest sample. It also
+// groups the series by name, as a scrape shows them. An ID is an index and never changes. Text is
+// only appended, so that a line stays valid while others read it. A series is listed for scrapes
+// only after it has a durable sample. Pure: no I/O, no clock, no locks. This file must not know of
+// batches, logs, limits or locks.
 
 import (
 	"bytes"
@@ -11,64 +12,66 @@ import (
 	"math"
 )
 
-const noSeries = math.MaxUint32 // no ID
+const noSeries = math.MaxUint32 // ends a chain of series with the same hash; never an ID
 
-// SeriesTable holds the series of one site. It is not safe for concurrent
-// use. A series costs its line's bytes and about 110 more, of which allocation
-// sizes are a third.
+// SeriesTable holds the series of one site. It is not safe for concurrent use. A series uses about
+// 110 bytes besides its line; about a third of that is unused capacity of slices and maps.
 type SeriesTable struct {
 	seed        maphash.Seed
-	text        []byte
-	series      []series
-	index       map[uint32]uint32 // hash of a line → newest ID of that hash
+	text        []byte            // all lines, one after the other
+	series      []series          // by ID
+	index       map[uint32]uint32 // hash of a line → newest ID with that hash
 	families    []seriesFamily
 	familyIndex map[string]int // name → index in families
 }
 
+// series is one series of a SeriesTable.
 type series struct {
-	off    uint32
-	next   uint32 // next series of the same hash, or noSeries
-	len    uint16
-	quoted bool
-	listed bool    // in its family
-	lastT  int64   // ms, of the newest sample; NoTime: none
-	lastV  float64 // at lastT
+	off    uint32  // where the line begins in text
+	next   uint32  // next series with the same hash, or noSeries
+	len    uint16  // bytes of the line
+	quoted bool    // the line has names beyond the legacy character set
+	listed bool    // the series is in its seriesFamily
+	lastT  int64   // ms, time of the newest sample; NoTime if there is none
+	lastV  float64 // value at lastT
 }
 
-// seriesFamily has the listed series of one name.
+// seriesFamily has the IDs of the listed series with one name.
 type seriesFamily struct {
 	name string
 	ids  []uint32
 }
 
-// NewSeriesTable returns an empty table with room for capacity series. The seed keeps
-// senders from making lines that collide.
+// NewSeriesTable returns an empty table with room for capacity series. Lines are hashed with the
+// seed, which must be secret from senders, so that a sender cannot construct lines with equal
+// hashes.
 func NewSeriesTable(seed maphash.Seed, capacity int) *SeriesTable {
 	return &SeriesTable{
 		seed: seed, series: make([]series, 0, capacity), index: make(map[uint32]uint32, capacity), familyIndex: map[string]int{},
 	}
 }
 
-// Len returns the number of IDs given.
+// Len returns the number of series, which is also the next ID.
 func (s *SeriesTable) Len() int { return len(s.series) }
 
-// TextBytes returns the bytes of all lines.
+// TextBytes returns the number of bytes of all lines.
 func (s *SeriesTable) TextBytes() int { return len(s.text) }
 
-// Line returns the line of id; empty if damage took it.
+// Line returns the line of the series id. It is empty if damage to the log destroyed the line.
 func (s *SeriesTable) Line(id uint32) []byte {
 	sr := &s.series[id]
 	end := sr.off + uint32(sr.len)
 	return s.text[sr.off:end:end]
 }
 
-// Newest returns the time in ms and the value of the newest sample; the time is NoTime if there
-// is none.
+// Newest returns the time in ms and the value of the newest sample of a series. The time is NoTime
+// if the series has no sample.
 func (s *SeriesTable) Newest(id uint32) (t int64, v float64) {
 	return s.series[id].lastT, s.series[id].lastV
 }
 
-// Find returns the ID of line, and what Insert needs where there is none.
+// Find returns the ID of the series with this line. If there is none, ok is false. In both cases it
+// returns the hash of the line, which Insert needs.
 func (s *SeriesTable) Find(line []byte) (id, hash uint32, ok bool) {
 	hash = uint32(maphash.Bytes(s.seed, line))
 	id, ok = s.index[hash]
@@ -80,12 +83,14 @@ func (s *SeriesTable) Find(line []byte) (id, hash uint32, ok bool) {
 	return 0, hash, false
 }
 
-// HasTextRoom reports whether textBytes more bytes of text can be addressed.
+// HasTextRoom reports whether textBytes more bytes of lines fit into the table. Offsets have 32
+// bits.
 func (s *SeriesTable) HasTextRoom(textBytes int) bool {
 	return int64(len(s.text)+textBytes) <= math.MaxUint32
 }
 
-// Insert gives line, of at most MaxLine bytes and not in the table, the next ID.
+// Insert adds a series and returns its ID, the next free ID. The line must not be in the table and
+// must have at most MaxLine bytes. hash is the hash that Find returned for it.
 func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 	id := uint32(len(s.series))
 	next, ok := s.index[hash]
@@ -100,15 +105,15 @@ func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 	return id
 }
 
-// PadTo gives the IDs below firstID that are not yet given to series without a line, which damage
-// took.
+// PadTo adds series without a line until firstID is the next free ID. Recovery calls it when damage
+// to a log has destroyed the lines of these IDs.
 func (s *SeriesTable) PadTo(firstID uint32) {
 	for uint32(len(s.series)) < firstID {
 		s.series = append(s.series, series{next: noSeries, lastT: NoTime})
 	}
 }
 
-// Truncate takes back the IDs from seriesCount on, none of which has a sample.
+// Truncate removes the series with IDs of seriesCount and above. None of them may have a sample.
 func (s *SeriesTable) Truncate(seriesCount int) {
 	for id := len(s.series) - 1; id >= seriesCount; id-- {
 		sr := s.series[id]
@@ -117,13 +122,14 @@ func (s *SeriesTable) Truncate(seriesCount int) {
 		} else {
 			s.index[h] = sr.next
 		}
-		s.text = s.text[:sr.off] // nobody was handed a line that is not listed
+		s.text = s.text[:sr.off] // safe, because no reader ever gets the line of an unlisted series
 	}
 	s.series = s.series[:seriesCount]
 }
 
-// SetNewestIfLater makes a durable sample the newest of its series if it is the newest, and lists
-// the series.
+// SetNewestIfLater records a durable sample of a series. If the sample is later than the newest
+// sample of the series, it becomes the newest. The series is listed from now on, unless damage
+// destroyed its line.
 func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) {
 	sr := &s.series[id]
 	if t > sr.lastT {
@@ -143,8 +149,8 @@ func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) {
 	s.families[f].ids = append(s.families[f].ids, id)
 }
 
-// ForEachNewestSince calls emit with the newest sample of every listed series if its time is at
-// least minT, one name after the other.
+// ForEachNewestSince calls emit with the newest sample of each listed series whose newest sample
+// has a time of at least minT, in ms. All series of one name follow each other.
 func (s *SeriesTable) ForEachNewestSince(minT int64, emit func(id uint32, name string, l FamilySample)) {
 	for _, f := range s.families {
 		for _, id := range f.ids {
@@ -155,7 +161,8 @@ func (s *SeriesTable) ForEachNewestSince(minT int64, emit func(id uint32, name s
 	}
 }
 
-// CountExpired returns how many series have no sample at or after keptSince.
+// CountExpired returns the number of series whose newest sample is older than keptSince, in ms.
+// Series without a sample are included.
 func (s *SeriesTable) CountExpired(keptSince int64) int {
 	n := 0
 	for i := range s.series {
@@ -166,8 +173,9 @@ func (s *SeriesTable) CountExpired(keptSince int64) int {
 	return n
 }
 
-// Subset returns a table of the series for which used is true, in order, and the new ID of each
-// old one. Newest samples are kept, but no series is listed yet.
+// Subset returns a new table with only the series for which used is true, in the same order. newIDs
+// has the new ID for each old ID. The new table keeps the newest samples, but its series are not
+// listed until SetNewestIfLater is called.
 func (s *SeriesTable) Subset(used []bool) (*SeriesTable, []uint32) {
 	n, size := 0, 0
 	for id, u := range used {

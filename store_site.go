@@ -1,9 +1,9 @@
 package main
 
-// One site of the store: its lock, its log, and the order of disk and memory. Samples are
-// durable before they are in memory. There is one writer, and no mutex is held across I/O. Of
-// its store a site uses the totals, the limit on storage and the consumers; it must not know
-// of other sites.
+// A site combines its samples in memory with its log on disk. It writes samples to the log before
+// it adds them to memory. There is one writer at a time, and no mutex is held across I/O. Of its
+// store, a site uses only the totals, the limit on storage, the owner check, the clock and the
+// consumers. This file must not know of other sites.
 
 import (
 	"context"
@@ -17,18 +17,20 @@ import (
 )
 
 var (
-	// ErrFull: a limit of the whole store, or the disk, has no room for the push.
+	// ErrFull means that a limit of the whole store, or the disk, has no room for the push.
 	ErrFull = errors.New("no room")
-	// ErrClosed: the store is shutting down.
+	// ErrClosed means that the store is shutting down.
 	ErrClosed = errors.New("store is closed")
 )
 
-const compactSlack = 64 << 10 // bytes of garbage that are not worth a rewrite
+const compactSlack = 64 << 10 // bytes of garbage in a log for which a rewrite is not worthwhile
 
-// ClusterIDHash is the SHA-256 of a cluster ID. It names the site in paths, and routes it.
+// ClusterIDHash returns the SHA-256 of a cluster ID. Its first 16 bytes name the site's log, its
+// first 8 bytes are the SiteKey.
 func ClusterIDHash(clusterID string) [sha256.Size]byte { return sha256.Sum256([]byte(clusterID)) }
 
-// SiteKey is where a site stands on the ring, and what cursors know it by.
+// SiteKey returns the number by which the ring and the cursors identify a site: the first 8 bytes
+// of ClusterIDHash.
 func SiteKey(clusterID string) uint64 {
 	h := ClusterIDHash(clusterID)
 	return binary.BigEndian.Uint64(h[:8])
@@ -36,35 +38,38 @@ func SiteKey(clusterID string) uint64 {
 
 // StoreTotals are sums over all sites of a store. They are safe for concurrent use.
 type StoreTotals struct {
-	Samples, LogBytes      atomic.Int64  // held; of all logs
-	Expired, ExpiredUnread atomic.Int64  // samples
-	Compactions            atomic.Int64  // rewrites of logs
-	NewestSeq              atomic.Uint64 // the highest number that a batch ever had
+	Samples       atomic.Int64  // in memory
+	LogBytes      atomic.Int64  // bytes of all logs
+	Expired       atomic.Int64  // samples that expired
+	ExpiredUnread atomic.Int64  // samples that expired before every consumer had read them
+	Compactions   atomic.Int64  // rewrites of logs to remove garbage
+	NewestSeq     atomic.Uint64 // highest sequence number of all batches of all sites
 }
 
-// RaiseNewest makes seq the newest sequence number if it is higher.
+// RaiseNewest sets NewestSeq to seq if seq is higher.
 func (t *StoreTotals) RaiseNewest(seq uint64) {
 	for old := t.NewestSeq.Load(); seq > old && !t.NewestSeq.CompareAndSwap(old, seq); old = t.NewestSeq.Load() {
 	}
 }
 
-// Site is one site of a store.
+// Site is one site of a store. It is safe for concurrent use, apart from the methods that need its
+// lock.
 type Site struct {
 	ID    string // cluster ID
-	Key   uint64 // of ID, for the ring and for cursors
+	Key   uint64 // SiteKey(ID)
 	store *Store
-	// The holder of lock is the one writer. Only the holder does I/O, touches log and removed,
-	// and adds to data, taking mu for each change.
+	// lock admits one writer at a time. Only its holder does I/O, accesses log and removed, and
+	// adds samples to data. The holder takes mu for each change of data.
 	lock    ioLock
 	log     *Log // nil in memory-only mode
-	removed bool // no longer in the store
+	removed bool // the site is no longer in the store
 
 	mu   sync.Mutex // guards data; never held across I/O
 	data SiteSamples
 }
 
-// NewSite returns a site of store with data, and with its log; log nil is memory-only mode.
-// It adds both to the totals. The caller adds the site to the store.
+// NewSite returns a site of store with the given data and log. A nil log means memory-only mode.
+// NewSite adds the data and the log to the store's totals; the caller adds the site to the store.
 func NewSite(data SiteSamples, log *Log, store *Store) *Site {
 	store.totals.Samples.Add(data.SampleCount())
 	if log != nil {
@@ -74,31 +79,34 @@ func NewSite(data SiteSamples, log *Log, store *Store) *Site {
 	return &Site{ID: data.ID, Key: SiteKey(data.ID), store: store, lock: newIOLock(), log: log, data: data}
 }
 
-// View calls f with the site's data, under mu. f must not keep data, nor add samples to it.
+// View calls f with the site's data while it holds mu. f must not keep data and must not add
+// samples to it.
 func (s *Site) View(f func(data *SiteSamples)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f(&s.data)
 }
 
-// Lock waits for the lock, which Unlock releases. The error is ErrClosed or that of ctx. A lock
-// that is free is taken even if ctx has ended, so that a request that gave up can leave the
-// removal of a new site to the next holder.
+// Lock waits for the site's lock; Unlock releases it. The error is ErrClosed or the error of ctx.
+// Lock acquires a free lock even if ctx has ended. Lock therefore fails only while the lock has a
+// holder. If the site never had a batch, that holder removes it, so that a request that gave up
+// waiting leaves nothing behind.
 func (s *Site) Lock(ctx context.Context) error { return s.lock.Lock(ctx, s.store.closing) }
 
-// TryLock takes the lock if it is free.
+// TryLock acquires the lock if it is free, and reports whether it did.
 func (s *Site) TryLock() bool { return s.lock.TryLock() }
 
 // Unlock releases the lock.
 func (s *Site) Unlock() { s.lock.Unlock() }
 
-// LockForever waits for the lock and keeps it, so that nobody writes any more.
+// LockForever waits for the lock and never releases it, so that no later write can begin.
 func (s *Site) LockForever() { _ = s.lock.Lock(context.Background(), nil) }
 
-// All that follows, except for DropExpired and TryEvictOldestBatch, is for the holder of the lock.
+// The caller of each method below must hold the site's lock, except for TryEvictOldestBatch.
 
-// markRemoved notes that the site is no longer in the store. If removing its log has failed,
-// the next log of the site replaces it.
+// markRemoved records that the site is no longer in the store, and subtracts its log from the
+// totals. If a log file was not removed because of an error, the next log of the same site replaces
+// the file.
 func (s *Site) markRemoved() {
 	s.removed = true
 	if s.log != nil {
@@ -106,8 +114,9 @@ func (s *Site) markRemoved() {
 	}
 }
 
-// StageNewSamples makes a batch of what is new in p, as SiteSamples.StageNewSamples says. If there
-// are too many series, those without a sample in retention make room.
+// StageNewSamples returns a batch of the new samples in p; see SiteSamples.StageNewSamples. If the
+// limit on series is exceeded, it first rewrites the log to drop the series without an unexpired
+// sample, and then tries once more.
 func (s *Site) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	for compacted := false; ; compacted = true {
 		s.mu.Lock()
@@ -122,14 +131,14 @@ func (s *Site) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLi
 	}
 }
 
-// Rollback takes back what StageNewSamples inserted.
+// Rollback removes the series that StageNewSamples inserted.
 func (s *Site) Rollback(staged StagedBatch) {
 	s.View(func(data *SiteSamples) { data.Rollback(staged) })
 }
 
-// Commit makes a prepared batch and its new series durable, and then holds them. A log that is
-// broken is rewritten with them, without the samples older than keptSince. On an error the
-// caller rolls back.
+// Commit makes a staged batch and its new series durable and then adds the batch to memory. If the
+// log must be rewritten, Commit rewrites it with the batch and without the samples older than
+// keptSince. After an error the caller must call Rollback.
 func (s *Site) Commit(p StagedBatch, keptSince int64) error {
 	if s.log != nil {
 		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatchPayload(nil, p.Batch))
@@ -151,7 +160,8 @@ func (s *Site) Commit(p StagedBatch, keptSince int64) error {
 	return nil
 }
 
-// changeLogAndTotals calls change, which writes or removes the log, and accounts for the log's size.
+// changeLogAndTotals calls changeLog, which writes or removes the log, and adds the change of the
+// log's size to the totals. If the disk is full, the error wraps ErrFull.
 func (s *Site) changeLogAndTotals(changeLog func() error) error {
 	before := s.log.Size()
 	err := changeLog()
@@ -162,20 +172,22 @@ func (s *Site) changeLogAndTotals(changeLog func() error) error {
 	return err
 }
 
-// raiseSeq has the number of the next batch be above seq: damage may have taken the newest
-// batch, which a consumer had.
+// raiseSeq makes the next batch get a sequence number above seq. Recovery calls it because damage
+// may have destroyed the newest batch, and a consumer may have read that batch under its number.
 func (s *Site) raiseSeq(seq uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.data.Seq = max(s.data.Seq, seq)
 }
 
-// RewriteLog replaces the log by one of the samples since keptSince and of more batches. The data in
-// memory follows when the new file is durable.
+// RewriteLog replaces the log by a new file with the samples since keptSince and the batches in
+// more. It replaces the data in memory after the new file is durable. In memory-only mode it only
+// replaces the data.
 func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
 	s.DropExpired(keptSince)
 	old := s.noteReadScrapesAndCopy()
-	// Others may drop batches of s.data meanwhile, but they change nothing that old has.
+	// Meanwhile other goroutines may drop batches from s.data, but they change nothing that old
+	// refers to.
 	compacted := old.CompactedCopy(more, keptSince)
 	if s.log != nil {
 		err := s.changeLogAndTotals(func() error {
@@ -198,9 +210,10 @@ func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
 	return nil
 }
 
-// noteReadScrapesAndCopy returns a copy of the data that can be read without mu. It first notes
-// which scrapes are read: those in batches that every consumer has read, and those in batches that
-// left memory, which the new log will not have.
+// noteReadScrapesAndCopy returns a copy of the data that can be read without mu. Before that it
+// marks scrapes as read if their batch has left memory and every consumer has read that batch. The
+// new log does not contain such a batch, so that the log must record in another way that its
+// scrapes are read.
 func (s *Site) noteReadScrapesAndCopy() SiteSamples {
 	read := s.seqReadByAll()
 	s.mu.Lock()
@@ -212,11 +225,11 @@ func (s *Site) noteReadScrapesAndCopy() SiteSamples {
 		s.data.Spools.MarkReadUpTo(read)
 	}
 	old := s.data
-	old.Spools = s.data.Spools.Clone() // answers to clients mark those of s.data as read
+	old.Spools = s.data.Spools.Clone() // RefreshSpoolStatus may change s.data.Spools meanwhile
 	return old
 }
 
-// writeAll writes the chunks one after the other.
+// writeAll writes the chunks to w in order.
 func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 	for chunk := range chunks {
 		if _, err := w.Write(chunk); err != nil {
@@ -226,7 +239,7 @@ func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 	return nil
 }
 
-// RewriteLogIfBroken rewrites a log that recovery found damaged.
+// RewriteLogIfBroken rewrites the log if recovery found it damaged.
 func (s *Site) RewriteLogIfBroken(keptSince int64) error {
 	if s.log == nil || !s.log.MustBeRewritten() {
 		return nil
@@ -234,16 +247,17 @@ func (s *Site) RewriteLogIfBroken(keptSince int64) error {
 	return s.RewriteLog(nil, keptSince)
 }
 
-// seqReadByAll returns the number of the newest batch that every consumer has read; MaxSeq if there
-// is no consumer.
+// seqReadByAll returns the number of the newest batch that every consumer has read. It returns
+// MaxSeq if no consumer is known.
 func (s *Site) seqReadByAll() uint64 {
 	seq, _ := s.store.Consumers.SeqReadByAll(s.Key, s.store.cfg.NowInterval().Earliest)
 	return seq
 }
 
-// TryEvictOldestBatch drops the oldest batch, if every consumer has read it and no scrape that
-// shows newest samples since newestSampleCutoff shows one of it. evicted is false otherwise; samples
-// is the number of samples dropped.
+// TryEvictOldestBatch drops the oldest batch from memory and returns the number of its samples. It
+// drops the batch only if every consumer has read it and none of its samples is the newest of its
+// series with a time at or after newestSampleCutoff, because scrapes still show such a sample.
+// Otherwise evicted is false.
 func (s *Site) TryEvictOldestBatch(newestSampleCutoff int64) (samples int64, evicted bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -255,7 +269,7 @@ func (s *Site) TryEvictOldestBatch(newestSampleCutoff int64) (samples int64, evi
 	return samples, true
 }
 
-// RemoveLog removes the log of a site of which nothing is held.
+// RemoveLog removes the log of a site that has no samples.
 func (s *Site) RemoveLog() error {
 	if s.log == nil {
 		return nil
@@ -263,8 +277,10 @@ func (s *Site) RemoveLog() error {
 	return s.changeLogAndTotals(s.log.Remove)
 }
 
-// CompactIfWorthwhile rewrites a log of which half is garbage, or an eighth when the storage is
-// full.
+// CompactIfWorthwhile rewrites the log if it must be rewritten, if more than half of the log is
+// garbage, or if more than half of the series have expired. If storageFull is true, more than an
+// eighth is enough. A rewrite for garbage also needs more than compactSlack bytes of garbage,
+// unless storageFull is true.
 func (s *Site) CompactIfWorthwhile(keptSince int64, storageFull bool) error {
 	part, slack := int64(2), int64(compactSlack)
 	if storageFull {

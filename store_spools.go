@@ -1,9 +1,10 @@
 package main
 
-// The scrapes of a site's spools that a store has. A scrape is held when the batch of its push
-// is held, and read when every consumer that counts has read that batch. A number that was read
-// stays read, whatever becomes of its batch. Spools and numbers are bounded; a number that is
-// forgotten is only sent again. Pure.
+// SiteSpools records which scrapes of a site's client spools the store has. A scrape is held from
+// the commit of its push until every consumer has read the batch of that push. From then on the
+// scrape is read. A scrape number that was read stays read even if its batch leaves the store. The
+// number of spools and of scrape numbers is bounded; the client only sends a forgotten scrape
+// again. Pure: no I/O, no clock, no locks.
 
 import (
 	"encoding/binary"
@@ -11,31 +12,33 @@ import (
 	"slices"
 )
 
-// maxSpools bounds the spools that are remembered of a site. A client takes a new spool ID
-// only when its spool directory is new.
+// maxSpools is the maximum number of spools remembered per site. A client uses a new spool ID only
+// when its spool directory is new.
 const maxSpools = 4
 
-// SiteSpools is what is known of one site's spools. The zero value knows nothing. It is not
-// safe for concurrent use.
-type SiteSpools struct{ spools []siteSpool } // most recently named last
+// SiteSpools are the known spools of one site. The zero value is empty. It is not safe for
+// concurrent use.
+type SiteSpools struct{ spools []siteSpool } // the most recently named spool is last
 
+// siteSpool is one spool, with the numbers of its held and read scrapes.
 type siteSpool struct {
 	id   uint64
 	read Ranges
 	held []heldScrapes // ascending by seq
 }
 
-// heldScrapes are scrapes of which all samples are in batches up to seq.
+// heldScrapes are scrapes whose samples are all in batches up to seq.
 type heldScrapes struct {
 	seq     uint64
 	numbers Ranges
 }
 
+// index returns the index of a spool in spools, or -1 if the spool is not known.
 func (s *SiteSpools) index(spoolID uint64) int {
 	return slices.IndexFunc(s.spools, func(p siteSpool) bool { return p.id == spoolID })
 }
 
-// find returns the spool; nil if it is not known.
+// find returns a spool, or nil if the spool is not known.
 func (s *SiteSpools) find(spoolID uint64) *siteSpool {
 	if i := s.index(spoolID); i >= 0 {
 		return &s.spools[i]
@@ -43,8 +46,8 @@ func (s *SiteSpools) find(spoolID uint64) *siteSpool {
 	return nil
 }
 
-// findOrAdd returns the spool, which counts as named now. If there are too many it forgets the
-// one that was named longest ago.
+// findOrAdd returns a spool, adding it if it is not known, and makes it the most recently named
+// spool. If maxSpools spools are known, a new spool replaces the least recently named spool.
 func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
 	p := siteSpool{id: spoolID}
 	if i := s.index(spoolID); i >= 0 {
@@ -57,8 +60,9 @@ func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
 	return &s.spools[len(s.spools)-1]
 }
 
-// AddHeldScrapes adds scrapes all of whose samples are in batches up to seq, which is not below
-// that of an earlier call.
+// AddHeldScrapes records scrapes as held. All samples of these scrapes are in batches up to
+// upToSeq. upToSeq must not be lower than in an earlier call. If a spool then has more than
+// MaxRanges held ranges, AddHeldScrapes first merges entries and then forgets the oldest entries.
 func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
 	if names.SpoolID == 0 || len(names.Numbers) == 0 {
 		return
@@ -73,7 +77,7 @@ func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
 	}
 }
 
-// heldRangeCount returns how many ranges the held numbers have.
+// heldRangeCount returns the number of ranges in all held entries.
 func (p *siteSpool) heldRangeCount() (n int) {
 	for _, h := range p.held {
 		n += len(h.numbers)
@@ -81,8 +85,9 @@ func (p *siteSpool) heldRangeCount() (n int) {
 	return n
 }
 
-// mergeHeldInPairs joins neighbours, whose numbers often make one range. The older one then counts
-// as read only with the newer one.
+// mergeHeldInPairs merges pairs of adjacent entries, because their numbers often form one range. A
+// merged entry has the higher seq of the two. The scrapes of the older entry therefore count as
+// read only when the scrapes of the newer entry do.
 func (p *siteSpool) mergeHeldInPairs() {
 	merged := p.held[:0:0]
 	for pair := range slices.Chunk(p.held, 2) {
@@ -95,7 +100,7 @@ func (p *siteSpool) mergeHeldInPairs() {
 	p.held = merged
 }
 
-// HasAll reports whether every named scrape is held or read.
+// HasAll reports whether every named scrape is held or read. It returns false if names is empty.
 func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	p := s.find(names.SpoolID)
 	if p == nil || len(names.Numbers) == 0 {
@@ -105,6 +110,7 @@ func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	return !slices.ContainsFunc(names.Numbers, func(r Range) bool { return !known.Covers(r) })
 }
 
+// heldNumbers returns the numbers of all held entries.
 func (p *siteSpool) heldNumbers() (held Ranges) {
 	for _, h := range p.held {
 		held = held.AddAll(h.numbers)
@@ -112,7 +118,8 @@ func (p *siteSpool) heldNumbers() (held Ranges) {
 	return held
 }
 
-// MarkReadUpTo notes that every consumer that counts has read all batches up to seq.
+// MarkReadUpTo marks as read all scrapes whose samples are in batches up to seq. Every consumer
+// must have read these batches.
 func (s *SiteSpools) MarkReadUpTo(seq uint64) {
 	for i := range s.spools {
 		p := &s.spools[i]
@@ -125,7 +132,8 @@ func (s *SiteSpools) MarkReadUpTo(seq uint64) {
 	}
 }
 
-// HeldAndRead returns the numbers of a spool that are held and not read, and those that are read.
+// HeldAndRead returns the numbers of a spool that are held but not read, and the numbers that are
+// read.
 func (s *SiteSpools) HeldAndRead(spoolID uint64) (held, read Ranges) {
 	p := s.find(spoolID)
 	if p == nil {
@@ -134,7 +142,7 @@ func (s *SiteSpools) HeldAndRead(spoolID uint64) (held, read Ranges) {
 	return p.heldNumbers().Without(p.read), slices.Clone(p.read)
 }
 
-// Clone returns a copy that shares nothing that changes.
+// Clone returns a copy that stays unchanged when s changes.
 func (s *SiteSpools) Clone() (k SiteSpools) {
 	for _, p := range s.spools {
 		k.spools = append(k.spools, siteSpool{p.id, slices.Clone(p.read), slices.Clone(p.held)})
@@ -142,8 +150,9 @@ func (s *SiteSpools) Clone() (k SiteSpools) {
 	return k
 }
 
-// EncodeRecords returns the payloads of records of s, one for each spool: its ID, then the
-// numbers that are read, behind a 0, and those that are held, behind the number of their batch.
+// EncodeRecords returns the payloads of the log records for s, one per spool. A payload has the
+// spool ID, then a 0 followed by the read numbers, then for each held entry its seq followed by its
+// numbers.
 func (s *SiteSpools) EncodeRecords() (payloads [][]byte) {
 	for _, p := range s.spools {
 		b := binary.LittleEndian.AppendUint64(nil, p.id)
@@ -158,7 +167,8 @@ func (s *SiteSpools) EncodeRecords() (payloads [][]byte) {
 	return payloads
 }
 
-// DecodeRecord adds the spool of one payload of EncodeRecords.
+// DecodeRecord adds the spool in one payload that EncodeRecords returned. A known spool with the
+// same ID is replaced.
 func (s *SiteSpools) DecodeRecord(payload []byte) error {
 	r := NewWireReader(payload)
 	decoded := SiteSpools{}
@@ -174,14 +184,14 @@ func (s *SiteSpools) DecodeRecord(payload []byte) error {
 		}
 	}
 	if err := r.Done(); err != nil {
-		return fmt.Errorf("record of a spool: %w", err)
+		return fmt.Errorf("decoding spool record: %w", err)
 	}
 	*s.findOrAdd(id) = *p
 	return nil
 }
 
-// ForgetHeldScrapes forgets the numbers that are not read: after damage to the log their batches may
-// be lost.
+// ForgetHeldScrapes forgets all scrapes that are held but not read. Recovery calls it after damage
+// to the log, because the batches of these scrapes may be lost.
 func (s *SiteSpools) ForgetHeldScrapes() {
 	for i := range s.spools {
 		s.spools[i].held = nil

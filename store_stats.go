@@ -1,38 +1,39 @@
 package main
 
-// Numbers about the sites and consumers of a store, for metrics and /federate. They are copies,
-// so that no reader holds up a push.
+// StoreStats are numbers about the sites and consumers of a store, for metrics and /federate. They
+// are copies, so that reading them does not delay a push.
 
 import (
 	"time"
 )
 
-// SiteStats says what is held of one site.
+// SiteStats has the numbers of one site.
 type SiteStats struct {
 	ID                string
 	Series            int
-	Samples, LastPush int64                 // LastPush: ms
-	Backlogs          []ConsumerSiteBacklog // of every consumer
+	Samples, LastPush int64                 // samples in memory; time of the newest push in ms
+	Backlogs          []ConsumerSiteBacklog // one per consumer
 }
 
-// ConsumerSiteBacklog is what one consumer has not read of a site.
+// ConsumerSiteBacklog is the number of samples of a site that one consumer has not read.
 type ConsumerSiteBacklog struct {
 	Name, Address string
 	UnreadSamples int
-	LastScrape    time.Time // of its newest scrape
+	LastScrape    time.Time // time of the consumer's newest scrape
 }
 
-// StoreStats says what is held, and what happened since the store was opened.
+// StoreStats has the present numbers of a store, and counts of events since the store was opened.
 type StoreStats struct {
-	Sites                    []SiteStats // by ID
-	LogBytes                 int64       // of all logs
-	Evicted, Expired         int64       // samples
-	ExpiredUnread            int64       // samples that expired before every consumer had read them
-	DamagedLogs, Compactions int64       // logs, rewrites
-	TornBytes                int64       // bytes of unfinished writes, cut when the store was opened
+	Sites            []SiteStats // sorted by cluster ID
+	LogBytes         int64       // bytes of all logs
+	Evicted, Expired int64       // numbers of samples
+	ExpiredUnread    int64       // samples that expired before every consumer had read them
+	DamagedLogs      int64       // logs that were found damaged
+	Compactions      int64       // rewrites of logs to remove garbage
+	TornBytes        int64       // bytes of unfinished writes that OpenStore removed
 }
 
-// Stats returns what is held now.
+// Stats returns the present numbers of the store. It leaves out sites that never had a push.
 func (s *Store) Stats() StoreStats {
 	st := StoreStats{
 		LogBytes: s.totals.LogBytes.Load(), DamagedLogs: s.damaged.Load(), TornBytes: s.torn.Load(), Evicted: s.evicted.Load(),
@@ -51,8 +52,9 @@ func (s *Store) Stats() StoreStats {
 	return st
 }
 
-// backlogsByConsumer returns the backlog of each consumer, by name and address. Of consumers that
-// differ only in what they ask for, which are neighbours in cursors, it returns the largest.
+// backlogsByConsumer returns the backlog of each consumer, sorted by name and address. Several
+// consumers with the same name and address, but different match[] selectors, become one entry with
+// the largest backlog and the newest scrape. cursors must be sorted by name and address.
 func backlogsByConsumer(data *SiteSamples, cursors []SiteConsumerCursor) (all []ConsumerSiteBacklog) {
 	for _, c := range cursors {
 		b := ConsumerSiteBacklog{c.Name, c.Address, data.UnreadSampleCount(ReadPosition{Seq: c.Seq}), c.LastScrape}

@@ -1,9 +1,9 @@
 package main
 
-// One cursor over foreign bytes, which all formats of files and messages are read with. Its
-// error is sticky, so that a decoder checks it once, after several fields. Bounds are checked
-// before memory is taken. Numbers of fixed size are little endian. Pure. This file must not
-// know of any format.
+// WireReader reads fields from bytes that this program did not necessarily write. All file and
+// message formats are decoded with it. Its error is sticky, so that a decoder can read several
+// fields and then check for an error once. It checks lengths before it allocates memory. Fixed-size
+// integers are little endian. Pure: no I/O. This file must not know of any particular format.
 
 import (
 	"encoding/binary"
@@ -13,26 +13,28 @@ import (
 )
 
 var (
-	errWireShort = errors.New("it ends early")
+	errWireShort = errors.New("the data ends early")
 	errWireBound = errors.New("a field is out of bounds")
 )
 
-// WireReader reads fields from the front of bytes. After its first error every field is zero.
+// WireReader reads fields one after the other from a byte slice. After its first error every read
+// returns the zero value. It is not safe for concurrent use.
 type WireReader struct {
 	rest []byte
 	err  error
 }
 
-// NewWireReader returns a reader of b, which it neither copies nor changes.
+// NewWireReader returns a reader of b. The reader does not copy b and never changes it.
 func NewWireReader(b []byte) WireReader { return WireReader{rest: b} }
 
-// Len returns the number of bytes that are left.
+// Len returns the number of unread bytes.
 func (r *WireReader) Len() int { return len(r.rest) }
 
 // Err returns the first error.
 func (r *WireReader) Err() error { return r.err }
 
-// Done returns the first error, which is that bytes are left if nothing else failed.
+// Done returns the first error. If no read failed but unread bytes are left, Done returns an error
+// about the unread bytes.
 func (r *WireReader) Done() error {
 	if r.err == nil && len(r.rest) > 0 {
 		r.fail(fmt.Errorf("%d bytes are left over", len(r.rest)))
@@ -40,13 +42,14 @@ func (r *WireReader) Done() error {
 	return r.err
 }
 
-// Require fails the reader unless ok.
+// Require makes the reader fail if ok is false. Decoders use it to check the value of a field.
 func (r *WireReader) Require(ok bool) {
 	if !ok {
 		r.fail(errWireBound)
 	}
 }
 
+// fail records the first error and discards the unread bytes.
 func (r *WireReader) fail(err error) {
 	if r.err == nil {
 		r.err = err
@@ -54,9 +57,10 @@ func (r *WireReader) fail(err error) {
 	r.rest = nil
 }
 
-// Uvarint reads an unsigned varint of at most max.
+// Uvarint reads an unsigned varint. A value above max is an error.
 func (r *WireReader) Uvarint(max uint64) uint64 {
-	if len(r.rest) > 0 && r.rest[0] < 0x80 && uint64(r.rest[0]) <= max { // most have one byte
+	// Fast path, because most varints have one byte.
+	if len(r.rest) > 0 && r.rest[0] < 0x80 && uint64(r.rest[0]) <= max {
 		v := r.rest[0]
 		r.rest = r.rest[1:]
 		return uint64(v)
@@ -70,7 +74,7 @@ func (r *WireReader) Uvarint(max uint64) uint64 {
 	return v
 }
 
-// Varint reads a signed varint from min to max.
+// Varint reads a signed varint. A value below min or above max is an error.
 func (r *WireReader) Varint(min, max int64) int64 {
 	v, n := binary.Varint(r.rest)
 	if n <= 0 || v < min || v > max {
@@ -81,6 +85,8 @@ func (r *WireReader) Varint(min, max int64) int64 {
 	return v
 }
 
+// failVarint records the error of a varint. decodedLen is the length that encoding/binary returned:
+// 0 means that the bytes end within the varint.
 func (r *WireReader) failVarint(decodedLen int) {
 	if decodedLen == 0 {
 		r.fail(errWireShort)
@@ -89,8 +95,9 @@ func (r *WireReader) failVarint(decodedLen int) {
 	}
 }
 
-// Count reads the number of items that follow, each of at least minItemSize bytes: there cannot be
-// more than the bytes that are left hold. minItemSize is at least 1.
+// Count reads the number of items that follow. It is an error if that many items of minItemSize
+// bytes each do not fit into the unread bytes. The caller may therefore allocate memory for the
+// items. minItemSize must be at least 1.
 func (r *WireReader) Count(minItemSize int) int {
 	n := r.Uvarint(1 << 62)
 	if n > uint64(len(r.rest)/minItemSize) {
@@ -100,7 +107,8 @@ func (r *WireReader) Count(minItemSize int) int {
 	return int(n)
 }
 
-// Bytes reads n bytes, which are part of the bytes that are read; nil if there are fewer.
+// Bytes reads n bytes. The result shares memory with the input. It is nil if fewer than n bytes are
+// left.
 func (r *WireReader) Bytes(n int) []byte {
 	if n < 0 || n > len(r.rest) {
 		r.fail(errWireShort)
@@ -111,11 +119,11 @@ func (r *WireReader) Bytes(n int) []byte {
 	return b
 }
 
-// Rest reads all bytes that are left.
+// Rest reads all unread bytes.
 func (r *WireReader) Rest() []byte { return r.Bytes(len(r.rest)) }
 
-// ShortString reads a string of at most maxLen bytes behind a byte with its length, as
-// AppendShortString wrote it.
+// ShortString reads a string that AppendShortString wrote: one byte with the length, then the
+// bytes. A length above maxLen is an error.
 func (r *WireReader) ShortString(maxLen int) string {
 	n := int(r.Byte())
 	if n > maxLen {
@@ -125,7 +133,7 @@ func (r *WireReader) ShortString(maxLen int) string {
 	return string(r.Bytes(n))
 }
 
-// AppendShortString appends the length of s, at most 255, in a byte, and s.
+// AppendShortString appends one byte with the length of s, then s. s must have at most 255 bytes.
 func AppendShortString(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) }
 
 // Byte reads one byte.
@@ -136,7 +144,7 @@ func (r *WireReader) Byte() byte {
 	return 0
 }
 
-// Uint16 reads 2 bytes.
+// Uint16 reads 2 bytes, little endian.
 func (r *WireReader) Uint16() uint16 {
 	if b := r.Bytes(2); b != nil {
 		return binary.LittleEndian.Uint16(b)
@@ -144,7 +152,7 @@ func (r *WireReader) Uint16() uint16 {
 	return 0
 }
 
-// Uint32 reads 4 bytes.
+// Uint32 reads 4 bytes, little endian.
 func (r *WireReader) Uint32() uint32 {
 	if b := r.Bytes(4); b != nil {
 		return binary.LittleEndian.Uint32(b)
@@ -152,7 +160,7 @@ func (r *WireReader) Uint32() uint32 {
 	return 0
 }
 
-// Uint64 reads 8 bytes.
+// Uint64 reads 8 bytes, little endian.
 func (r *WireReader) Uint64() uint64 {
 	if b := r.Bytes(8); b != nil {
 		return binary.LittleEndian.Uint64(b)
@@ -160,8 +168,8 @@ func (r *WireReader) Uint64() uint64 {
 	return 0
 }
 
-// castagnoli is read-only.
+// castagnoli is the table of CRC32C. It is never changed.
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// Checksum returns the CRC32C of b.
+// Checksum returns the CRC32C (Castagnoli) of b.
 func Checksum(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
