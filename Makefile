@@ -1,5 +1,5 @@
-# Needs Go and make; a C compiler lets the tests look for data races.
-# Works from a release archive as well as from a git clone.
+# Building needs Go and make. With a C compiler, the tests run under the race detector.
+# The targets work in a git clone and in an unpacked release archive.
 
 GO         ?= go
 PROMTOOL   ?= promtool
@@ -10,15 +10,15 @@ SITES      ?= 10000
 FUZZTIME   ?= 3s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-# The race detector links with C: $(CC) (which may have arguments), or what else
-# is found.
+# The race detector needs a C compiler: $(CC), which may have arguments, or else the
+# first of gcc, cc and clang on PATH.
 found    = $(shell command -v $(firstword $(1)) 2>/dev/null)
 RACE_CC := $(or $(if $(call found,$(CC)),$(CC)),$(call found,gcc),$(call found,cc),$(call found,clang))
 
 all: telemeter ## build ./telemeter, one static binary (the default)
 
-# Always run: what to rebuild, Go knows better than make. -buildvcs is said
-# because a user's GOFLAGS may say otherwise, and the version comes from it.
+# This target always runs go build, because Go decides itself what to rebuild. The version
+# comes from -buildvcs, which is set here because GOFLAGS may disable it.
 telemeter: FORCE
 	CGO_ENABLED=0 $(GO) build -buildvcs=auto -trimpath -ldflags "-s -w" -o $@ .
 
@@ -54,48 +54,48 @@ sweeps: ## tests of many states in one goroutine, which "test" leaves out under 
 fuzz: ## every fuzz target for FUZZTIME (3s)
 	@GO="$(GO)" ./test/fuzz.sh $(FUZZTIME)
 
-bench: ## benchmarks, but for gossip's on sockets
+bench: ## run all benchmarks except the one of gossip on real sockets
 	$(GO) test -run '^$$' -bench . -skip GossipSockets -benchmem ./...
 
-sim: ## gossip of up to 300 members in virtual time: prints the table of figures
+sim: ## simulate gossip of up to 300 members in virtual time, and print the table of figures
 	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim
 
-model: ## delivery, in 5,000,000 random interleavings in virtual time; SEED is the first
+model: ## check delivery in 5,000,000 random interleavings in virtual time; SEED: the seed of the first
 	$(GO) test -count=1 -timeout 60m -run '^TestSweepDelivery$$' -v . -args -delivery 5000000 -seed $(SEED)
 
-stampede: ## SITES (10,000) after a server joins, a center was away, all disks are lost; in virtual time: 25 minutes, 4 GiB
+stampede: ## simulate SITES (10,000) sites after a join, an outage of the center and the loss of all disks; takes 25 minutes and 4 GiB
 	$(GO) test -count=1 -timeout 90m -v -run '^TestStampede$$' . -args -stampede $(SITES)
 
-sockets: ## gossip on real sockets, for seven minutes: prints the table of figures
+sockets: ## run gossip on real sockets for seven minutes, and print the table of figures
 	$(GO) test -timeout 30m -run '^$$' -bench '^BenchmarkGossipSockets$$' .
 
-test-integration: telemeter ## client, two servers and a real Prometheus, as source and as sink
+test-integration: telemeter ## test a client and two servers with a real Prometheus as source and sink
 	./test/integration.sh
 
-test-outage: ## every outage, with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: six minutes
+test-outage: ## test all kinds of outages with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: six minutes
 	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages|Clocks)$$' . -args -outage $(OUTAGE)
 
-test-alerts: ## the central Prometheus's configuration and alerts, by its promtool (PROMTOOL)
+test-alerts: ## check the central Prometheus's configuration and alerts with promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
 	$(PROMTOOL) check rules testdata/rules.yml testdata/alerts.yml
 	$(PROMTOOL) test rules testdata/alerts_test.yml
 
-test-netns: telemeter ## five servers in network namespaces, cut in two and healed; needs root and Linux
+test-netns: telemeter ## test five servers in a network that is cut in two and healed; needs root and Linux
 	./test/netns.sh
 
-test-chaos: ## servers restarted, killed, cut off, added, their disks lost, restored, damaged: 20 minutes; CHAOS=short: three; SEED; root and Linux
+test-chaos: ## test restarts, kills, network cuts, joins, and lost, restored or damaged disks of servers: 20 minutes; CHAOS=short: three minutes; SEED; needs root and Linux
 	$(GO) test -count=1 -timeout 60m -v -exec 'unshare --net --mount --propagation private' -run '^TestChaos$$' . -args -chaos $(CHAOS) -seed $(SEED)
 
-test-readme: telemeter ## the README's commands, as they are but for addresses
+test-readme: telemeter ## run the commands of the README, with the addresses replaced
 	./test/readme.sh
 
-demo: telemeter ## a server and a client that pushes the server's own metrics; Ctrl-C ends it
+demo: telemeter ## run a server, and a client that pushes the server's own metrics, until Ctrl-C
 	./test/demo.sh
 
-clean: ## remove what was built
+clean: ## remove the binary
 	rm -f telemeter
 
-help: ## this list
+help: ## print this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
 
 FORCE:

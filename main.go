@@ -1,34 +1,39 @@
 // Telemeter federates Prometheus samples from isolated sites by push.
 //
-// A client beside a Prometheus that nobody can reach scrapes it, cleans and anonymizes the
-// samples, keeps the scrapes in a spool on disk, and pushes them to a server. A server
-// authenticates the push, brings it into a normal form, stores it in the log of its site, and
-// serves it to the central Prometheus. Several servers form a ring, which gives every site one
-// owner. A site forgets a scrape only when every consumer has read it.
+// A client runs at an isolated site, beside a Prometheus that cannot be reached from outside. The
+// client scrapes this Prometheus, cleans and anonymizes the samples, keeps each scrape in a spool
+// on disk, and pushes the scrapes to a server. The server authenticates the push, converts the
+// samples to a normal form, appends them to the log of the site, and serves them to a central
+// Prometheus. Several servers form a ring, which gives every site one owner. The client removes a
+// scrape from its spool only when every consumer has read it. A consumer is a scraper, such as a
+// central Prometheus, that gives a name when it scrapes the servers.
 //
-// The package is flat. The name of a file begins with its family; the file that gives a family
-// its name is where to begin reading. A family uses only families below it, and its lower-case
-// names stay inside: TestFamilies holds both.
+// The package is flat, and its files are grouped into families. The part of a file's name before
+// the first underscore is its family: store.go and store_recovery.go belong to the family store.
+// Start reading a family at the file that has its name alone, such as store.go. A family may use
+// only families that are listed below it here. A family exports its upper-case names to the other
+// families; its lower-case names are private to it. TestFamilies enforces these rules.
 //
-//	main      modes, flags, the files they name, wiring, signals
-//	client    scrape, clean, spool, push; the client's own listener
-//	server    routes, authentication, upload, /federate, forwarding to owners, drain
-//	hashring  jump hash, slots and claims: which member owns a site
-//	gossip    who is a member: SWIM state machine, packets, UDP
-//	store     the sites: series, batches, cursors, recovery, retention, limits
-//	auth      keys, tokens, certificates, revocation, sealing, replay window
-//	sanitize  selectors, the client's cleanup, the server's normal form
-//	sample    the sample model; text and protobuf under limits; exposition
-//	push      messages between client and server: names of scrapes, clocks, answers
-//	log       append-only files of checksummed records; the seam to the disk
-//	http      listeners, connections and handlers that several share
-//	metrics   the process's own metrics
-//	wire      one cursor over foreign bytes
+//	main      command line: modes, flags, files that flags name, signals; wiring of the parts
+//	client    the client: scrape, clean, spool and push; the client's own HTTP listener
+//	server    the server: HTTP routes, authentication, upload, /federate, forwarding, drain
+//	hashring  which member of the ring owns a site: jump hash, slots, claims
+//	gossip    which servers are members of the ring: SWIM state machine, packets, UDP
+//	store     samples of all sites on disk: series, batches, cursors, recovery, retention, limits
+//	auth      keys, tokens, certificates, revocation, sealing of messages, replay window
+//	sanitize  series selectors, the client's cleaning, the server's normal form of samples
+//	sample    sample model; decoding of text and protobuf under limits; text exposition
+//	push      parts of a push and its answer that client and server share: scrape names, clocks
+//	log       append-only files of checksummed records; the interface to the file system
+//	http      HTTP listeners, connections and handlers that client and server share
+//	metrics   the metrics that the process exposes about itself
+//	wire      decoding of untrusted bytes: a cursor that remembers the first error
 package main
 
-// The process: modes, exit status and signals. Every conflict among flags is found before
-// anything is opened or sent. Secrets come from files, never from flags or the environment.
-// The family main wires the others, and decides nothing about samples, tokens or storage.
+// The file implements main: it selects the mode, handles signals and sets the exit status. A mode
+// reports all conflicts among flags before it opens a file or sends a request. Secrets come from
+// files, never from flag values or the environment. The family main wires the other families
+// together; it makes no decision about samples, tokens or storage.
 
 import (
 	"context"
@@ -51,10 +56,10 @@ const usage = `telemeter: Prometheus push federation for isolated sites.
 Usage: telemeter --mode MODE [flags]
 
 Modes:
-  server   take pushes of many sites, and serve them to a central Prometheus
-  client   scrape a Prometheus that nobody can reach, and push what it has
-  keygen   make the servers' keys and certificate, or rotate a key
-  token    make a site's token, or say what one holds
+  server   receive pushes from many sites, and serve the samples to a central Prometheus
+  client   scrape a Prometheus that cannot be reached from outside, and push its samples
+  keygen   create the servers' keys and certificate, or rotate a key
+  token    create a token for a site, or inspect a token
   version  print the version
 
 telemeter --mode MODE --help lists the flags of a mode.
@@ -71,17 +76,19 @@ const (
 	exitFailure = 1
 	exitUsage   = 2
 
-	secondSignalGrace = 2 * time.Second // to end in good order after a second signal
+	secondSignalGrace = 2 * time.Second // from the second signal to a forced exit
 )
 
-// errTerminated is the cause of a context that ended with SIGTERM: there is time to end in
-// good order.
+// errTerminated is the cancellation cause of the process's context after SIGTERM. A server then
+// waits for consumers to read its samples before it exits; see serveInternalUntilRead.
 var errTerminated = errors.New("terminated")
 
 func main() { os.Exit(runProcess(time.Now)) }
 
-// runProcess is run with the arguments and signals of this process. The first signal ends the
-// context. The second ends the process after a short time, whatever is in flight.
+// runProcess calls run with the arguments, streams and signals of this process, and returns the
+// exit status. The first SIGINT or SIGTERM cancels the context of run, with the cause
+// errTerminated for SIGTERM. A second signal makes the process exit after secondSignalGrace, even
+// if requests are still in flight. now is the wall clock.
 func runProcess(now func() time.Time) int {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
@@ -95,13 +102,14 @@ func runProcess(now func() time.Time) int {
 		time.Sleep(secondSignalGrace)
 		os.Exit(exitFailure)
 	}()
-	// Later SIGHUP means reload. Until then the files are about to be read anyway.
+	// runWithReloads makes SIGHUP a reload once the files are read. Before that, SIGHUP must not
+	// end the process, and needs no action because the files are about to be read anyway.
 	signal.Ignore(syscall.SIGHUP)
 	return run(ctx, now, os.Args[1:], os.Stdout, os.Stderr)
 }
 
-// run runs the mode that args name until it is done or ctx ends, and returns the exit status. now
-// is the wall clock.
+// run runs the mode that --mode in args selects until the mode is done or ctx ends. It returns
+// exitOK, exitFailure, or exitUsage for a faulty command line. now is the wall clock.
 func run(ctx context.Context, now func() time.Time, args []string, stdout, stderr io.Writer) int {
 	modes := map[string]func(context.Context, *command) error{
 		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "version": versionMode,
@@ -117,7 +125,7 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 	}
 	f := modes[mode]
 	if f == nil {
-		fmt.Fprintf(stderr, "telemeter: there is no mode %q; modes: %s\n", mode, strings.Join(slices.Sorted(maps.Keys(modes)), ", "))
+		fmt.Fprintf(stderr, "telemeter: unknown mode %q; modes: %s\n", mode, strings.Join(slices.Sorted(maps.Keys(modes)), ", "))
 		return exitUsage
 	}
 	c := newCommand(mode, args, stdout, stderr)
@@ -131,7 +139,7 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 		c.writeHelp(stdout)
 		return exitOK
 	case errors.As(err, &bad):
-		fmt.Fprintf(stderr, "telemeter: the command line needs a change:\n  %s\ntelemeter --mode %s --help lists the flags\n",
+		fmt.Fprintf(stderr, "telemeter: invalid command line:\n  %s\ntelemeter --mode %s --help lists the flags\n",
 			strings.Join(bad, "\n  "), mode)
 		return exitUsage
 	}
@@ -139,7 +147,8 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 	return exitFailure
 }
 
-// modeArg returns the value of --mode, wherever it stands: the other flags depend on it.
+// modeArg returns the value of --mode, or "" if args have none. It accepts --mode at any position,
+// and runs before the flags are parsed, because the mode determines which flags exist.
 func modeArg(args []string) string {
 	for i, a := range args {
 		name, value, has := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(a, "-"), "-"), "=")
@@ -155,7 +164,7 @@ func modeArg(args []string) string {
 
 // versionMode runs --mode version.
 func versionMode(_ context.Context, c *command) error {
-	c.about = "prints the version."
+	c.about = "prints the version, the revision and the Go version of this program."
 	c.example = "telemeter --mode version"
 	if err := c.parseArgs(); err != nil {
 		return err

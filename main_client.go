@@ -1,7 +1,8 @@
 package main
 
-// The mode client: its flags, its files and token, and the wiring of a client. Flags win over
-// the token. A token goes out over plain HTTP only to loopback, or when a flag allows it.
+// The file implements the mode client: its flags, the loading of the files that they name, and the
+// wiring of a Client. Flags take precedence over the contents of the token. The client sends a
+// token over plain HTTP only to a loopback address, unless --plain-http is set.
 
 import (
 	"context"
@@ -21,13 +22,13 @@ import (
 )
 
 const (
-	attemptTimeout = 40 * time.Second // more than a server waits for its disk
-	scrapeTimeout  = time.Minute      // at most; a client may have less patience
-	dialTimeout    = 10 * time.Second
-	minSalt        = 16 // bytes
+	attemptTimeout = 40 * time.Second // of one push request; longer than a server waits for its disk
+	scrapeTimeout  = time.Minute      // upper bound; Client may set a shorter timeout for a scrape
+	dialTimeout    = 10 * time.Second // for connecting to the source or to a server
+	minSalt        = 16               // smallest salt for anonymization, in bytes
 )
 
-// clientFlags are the flags of --mode client.
+// clientFlags has the values of the flags of --mode client.
 type clientFlags struct {
 	from                            *url.URL
 	fromTokenFile, fromCAFile       string
@@ -55,7 +56,7 @@ type clientFlags struct {
 
 // clientMode runs --mode client.
 func clientMode(ctx context.Context, c *command) error {
-	c.about = "scrapes a Prometheus that nobody can reach, and pushes what it has."
+	c.about = "scrapes a Prometheus that cannot be reached from outside, and pushes its samples."
 	c.example = "telemeter --mode client --from http://localhost:9090 --token-file site-7.token"
 	var f clientFlags
 	f.define(c)
@@ -70,46 +71,48 @@ func clientMode(ctx context.Context, c *command) error {
 	return p.run(ctx, c.stdout)
 }
 
+// define defines the flags of --mode client in c.
 func (f *clientFlags) define(c *command) {
 	c.defineGroup("Source", func() {
-		c.urlFlag(&f.from, "from", "http://localhost:9090", "`URL` of a Prometheus, or with a path of any endpoint, such as an exporter's /metrics")
-		c.StringVar(&f.fromTokenFile, "from-token-file", "", "`FILE` with a bearer token for the source")
-		c.StringVar(&f.fromCAFile, "from-ca-file", "", "`FILE` of CA certificates that vouch for the source")
-		c.durationFlag(&f.scrapeInterval, "scrape-interval", 0, 0, 0, "`TIME` between scrapes, if shorter than --interval")
+		c.urlFlag(&f.from, "from", "http://localhost:9090", "`URL` URL of the Prometheus to scrape; a URL with a path can be any exposition endpoint, such as an exporter's /metrics")
+		c.StringVar(&f.fromTokenFile, "from-token-file", "", "`FILE` file with a bearer token to send to the source")
+		c.StringVar(&f.fromCAFile, "from-ca-file", "", "`FILE` file with CA certificates to verify the source's certificate")
+		c.durationFlag(&f.scrapeInterval, "scrape-interval", 0, 0, 0, "`TIME` time between scrapes, if shorter than --interval")
 	})
 	c.defineGroup("Which samples", func() {
-		c.selectorsFlag(&f.match, "match", "`SELECTOR` of series to push (none: all)")
-		c.StringVar(&f.matchFile, "match-file", "", "`FILE` of such selectors, one a line")
-		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` to set on every sample")
-		c.metricRenamesFlag(&f.renames, "rename", []string{"ALERTS=alerts"}, "`OLD=NEW` for the name of a metric; ALERTS=alerts unless ALERTS is named")
-		c.labelNamesFlag(&f.anonymize, "anonymize-labels", "`NAMES` of labels whose values are replaced by keyed hashes, separated by commas", true)
-		c.StringVar(&f.saltFile, "anonymize-salt-file", "", "`FILE` with the key of these hashes, of 16 bytes or more")
+		c.selectorsFlag(&f.match, "match", "`SELECTOR` selector of series to push; without any selector, all series are pushed")
+		c.StringVar(&f.matchFile, "match-file", "", "`FILE` file with selectors of series to push, one per line")
+		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` label to set on every sample")
+		c.metricRenamesFlag(&f.renames, "rename", []string{"ALERTS=alerts"}, "`OLD=NEW` new name for a metric; ALERTS is renamed to alerts unless a --rename names ALERTS")
+		c.labelNamesFlag(&f.anonymize, "anonymize-labels", "`NAMES` names of labels whose values are replaced by keyed hashes, separated by commas", true)
+		c.StringVar(&f.saltFile, "anonymize-salt-file", "", "`FILE` file with the secret key for --anonymize-labels, at least 16 bytes")
 	})
 	c.defineGroup("Destination", func() {
-		c.StringVar(&f.tokenFile, "token-file", "", "`FILE` with the token; it says ID, servers and certificate (needed to push)")
-		c.serverURLsFlag(&f.to, "to", "`URL` of a server, instead of the token's; tried in order")
-		c.clusterIDFlag(&f.id, "id", "`ID` of the cluster, instead of the token's")
-		c.StringVar(&f.toCAFile, "to-ca-file", "", "`FILE` of CA certificates that vouch for the servers, instead of the token's pin")
-		c.StringVar(&f.toCertFile, "to-crt", "", "`FILE` with a client certificate")
-		c.StringVar(&f.toKeyFile, "to-key", "", "`FILE` with its key")
-		c.durationFlag(&f.interval, "interval", 2*time.Minute, time.Second, 0, "`TIME` between pushes, each of all scrapes since the one before")
-		c.BoolVar(&f.plainHTTP, "plain-http", false, "send the token over http:// to other hosts too, readable by whoever sees the network")
-		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` of a push's body, as the servers limit it; more becomes several pushes")
+		c.StringVar(&f.tokenFile, "token-file", "", "`FILE` file with the site's token, which contains the cluster ID, the servers' URLs and the pin of their certificate (required to push)")
+		c.serverURLsFlag(&f.to, "to", "`URL` URL of a server to push to, instead of the token's servers; several are tried in order")
+		c.clusterIDFlag(&f.id, "id", "`ID` cluster ID of the site, instead of the token's")
+		c.StringVar(&f.toCAFile, "to-ca-file", "", "`FILE` file with CA certificates to verify the servers' certificates, instead of the token's pin")
+		c.StringVar(&f.toCertFile, "to-crt", "", "`FILE` file with a client certificate to present to the servers")
+		c.StringVar(&f.toKeyFile, "to-key", "", "`FILE` file with the private key of --to-crt")
+		c.durationFlag(&f.interval, "interval", 2*time.Minute, time.Second, 0, "`TIME` time between pushes; each push sends all scrapes since the previous push")
+		c.BoolVar(&f.plainHTTP, "plain-http", false, "allow tokens to be sent to other hosts over http://, where anybody on the network can read them")
+		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` largest body of one push, at most the servers' --limit-bytes; larger scrapes are split into several pushes")
 	})
 	c.defineGroup("Spool", func() {
-		c.StringVar(&f.spoolDir, "spool-dir", "telemeter-spool", "`DIR` of the scrapes that not every consumer has read; empty to hold them in memory only")
-		c.sizeFlag(&f.spoolLimit, "spool-limit", 1<<30, 1<<20, 0, "`SIZE` of the spool on disk; then the oldest scrapes are dropped, first those that a server holds")
-		c.durationFlag(&f.spoolAge, "spool-age", 2*time.Hour, 0, 0, "`TIME` that a scrape is kept at most for consumers to read; servers refuse what is older than their --retention")
+		c.StringVar(&f.spoolDir, "spool-dir", "telemeter-spool", "`DIR` directory for scrapes that not every consumer has read yet; empty: keep them in memory only")
+		c.sizeFlag(&f.spoolLimit, "spool-limit", 1<<30, 1<<20, 0, "`SIZE` largest size of the spool on disk; when it is full, the oldest scrapes are dropped, starting with scrapes that a server holds")
+		c.durationFlag(&f.spoolAge, "spool-age", 2*time.Hour, 0, 0, "`TIME` how long a scrape is kept until all consumers have read it; servers refuse samples older than their --retention")
 	})
 	c.defineGroup("Other", func() {
-		c.optionalAddressFlag(&f.listen, "listen", "localhost:9002", "`ADDRESS` for health, own metrics and /federate of the last set sent; empty for none")
-		c.BoolVar(&f.once, "once", false, "scrape once, push all that is spooled, and exit")
-		c.BoolVar(&f.dryRun, "dry-run", false, "print what would leave the site, and push nothing")
+		c.optionalAddressFlag(&f.listen, "listen", "localhost:9002", "`ADDRESS` address for health checks, the client's own metrics, and /federate with the samples sent last; empty: do not listen")
+		c.BoolVar(&f.once, "once", false, "scrape once, push all scrapes in the spool, and exit")
+		c.BoolVar(&f.dryRun, "dry-run", false, "print the samples that would leave the site, without pushing them")
 		c.logLevelFlag(&f.logLevel)
 	})
 }
 
-// fillAndCheck collects conflicts among flags, and fills in defaults that depend on others.
+// fillAndCheck fills in defaults that depend on other flags, and adds conflicts among flags to c's
+// problems.
 func (f *clientFlags) fillAndCheck(c *command) {
 	if strings.Trim(f.from.Path, "/") == "" {
 		f.from.Path = "/federate"
@@ -118,29 +121,30 @@ func (f *clientFlags) fillAndCheck(c *command) {
 		f.scrapeInterval = f.interval
 	}
 	c.addProblemUnless(f.fromTokenFile == "" || f.from.Scheme == "https" || isLoopback(f.from.Hostname()) || f.plainHTTP,
-		"--from-token-file would go over plain HTTP to %s: use https://, or --plain-http if that is meant", f.from.Host)
-	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing; telemeter --mode token makes one on a server")
-	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file: without a secret, values could be guessed; make one with: head -c 32 /dev/urandom | base64 > salt")
-	c.addProblemUnless(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file does nothing without --anonymize-labels")
-	c.addProblemUnless((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key need each other")
-	c.addProblemUnless(f.scrapeInterval >= time.Second && f.scrapeInterval <= f.interval, "--scrape-interval is at least 1s, and at most --interval")
-	c.addProblemUnless(f.spoolLimit >= 2*f.limitBytes, "--spool-limit is at least twice --limit-bytes")
-	c.addProblemUnless(f.spoolAge >= f.interval, "--spool-age is at least --interval: a scrape waits that long for its push")
-	c.addProblemUnless(!f.once || !f.dryRun, "--once pushes and --dry-run does not: choose one")
+		"--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
+	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing: create a token on a server with telemeter --mode token")
+	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file, because without a secret key the values could be guessed; create one with: head -c 32 /dev/urandom | base64 > salt")
+	c.addProblemUnless(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file has no effect without --anonymize-labels: add --anonymize-labels, or remove it")
+	c.addProblemUnless((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key must be given together")
+	c.addProblemUnless(f.scrapeInterval >= time.Second && f.scrapeInterval <= f.interval, "--scrape-interval must be at least 1s, and at most --interval")
+	c.addProblemUnless(f.spoolLimit >= 2*f.limitBytes, "--spool-limit must be at least twice --limit-bytes")
+	c.addProblemUnless(f.spoolAge >= f.interval, "--spool-age must be at least --interval, because a scrape can wait that long for its push")
+	c.addProblemUnless(!f.once || !f.dryRun, "--once and --dry-run exclude each other, because --dry-run does not push: choose one")
 }
 
-// clientProcess is a client with all that it needs.
+// clientProcess is one run of --mode client: a Client with its flags, log, metrics, token and HTTP
+// transports.
 type clientProcess struct {
 	clientFlags
 	log     *slog.Logger
 	metrics *Metrics
 
-	token          Token // of the start
+	token          Token // loaded at the start; a reload must not change its cluster ID, URLs or pin
 	fromTLS, toTLS *renewableTransport
 	client         *Client
 }
 
-// run makes the client, and runs it until ctx ends or its work is done.
+// run builds the client and runs it until ctx ends or, with --once or --dry-run, until it is done.
 func (p *clientProcess) run(ctx context.Context, stdout io.Writer) error {
 	RegisterProcessMetrics(p.metrics)
 	if err := p.newClient(); err != nil {
@@ -155,7 +159,7 @@ func (p *clientProcess) run(ctx context.Context, stdout io.Writer) error {
 	return errors.Join(p.runOnceOrUntilEnd(ctx), p.client.Close())
 }
 
-// newClient makes a client from flags and files.
+// newClient sets p.client to a Client built from the flags and the files that they name.
 func (p *clientProcess) newClient() error {
 	state, token, err := p.loadConfigAndToken()
 	if err != nil {
@@ -175,14 +179,16 @@ func (p *clientProcess) newClient() error {
 	return nil
 }
 
-// reload reads all files before it replaces anything.
+// reload reads all files again and makes the client use them. It reads everything before it
+// replaces anything, so that a reload that fails changes nothing. A token for other servers or
+// another cluster ID is an error, because only a restart can change these.
 func (p *clientProcess) reload() error {
 	state, token, err := p.loadConfigAndToken()
 	if err != nil {
 		return err
 	}
 	if token.ClusterID != p.token.ClusterID || !slices.Equal(token.URLs, p.token.URLs) || token.Pin != p.token.Pin {
-		return errors.New("the new token is for other servers or another cluster ID: restart to use it")
+		return errors.New("the token in --token-file is for other servers or another cluster ID: restart the client to use it")
 	}
 	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pin)
 	if err != nil {
@@ -194,19 +200,20 @@ func (p *clientProcess) reload() error {
 	return nil
 }
 
-// printScrape writes the samples of one scrape as they would leave the site.
+// printScrape scrapes the source once and writes to w the samples that would leave the site, in the
+// text format.
 func (p *clientProcess) printScrape(ctx context.Context, w io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, p.interval)
 	defer cancel()
 	got, err := p.client.Scrape(ctx)
 	if err != nil {
-		return fmt.Errorf("source: %w", err)
+		return fmt.Errorf("scraping source: %w", err)
 	}
 	_, err = w.Write(got.AppendText(nil, got.List.Samples))
 	return err
 }
 
-// openSpool opens the client's spool.
+// openSpool opens the client's spool in --spool-dir, or in memory if --spool-dir is empty.
 func (p *clientProcess) openSpool() error {
 	spool := SpoolConfig{FS: DiskFS{}, Limit: p.spoolLimit, MaxAge: p.spoolAge}
 	if p.spoolDir != "" {
@@ -217,12 +224,13 @@ func (p *clientProcess) openSpool() error {
 		spool.Dir = dir
 	}
 	if err := p.client.OpenSpool(spool); err != nil {
-		return fmt.Errorf("%w (--spool-dir DIR puts the spool elsewhere)", err)
+		return fmt.Errorf("%w (use --spool-dir DIR for another directory)", err)
 	}
 	return nil
 }
 
-// runOnceOrUntilEnd scrapes and pushes: once, or until ctx ends.
+// runOnceOrUntilEnd runs the client and its HTTP listener until ctx ends, and reloads on SIGHUP.
+// With --once it only scrapes once and pushes the whole spool, for at most --interval.
 func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	if p.once {
 		ctx, cancel := context.WithTimeout(ctx, p.interval)
@@ -243,33 +251,38 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	return runWithReloads(ctx, p.log, p.metrics, p.reload, func() {}, parts...)
 }
 
-// renewableTransport is a transport that a reload replaces, with its certificates.
-type renewableTransport struct{ current atomic.Pointer[http.Client] } // for its transport
+// renewableTransport is an http.RoundTripper whose TLS configuration a reload can replace. Only the
+// Transport of the current client is used. It is safe for concurrent use.
+type renewableTransport struct{ current atomic.Pointer[http.Client] }
 
+// newRenewableTransport returns a transport that connects with the TLS configuration config.
 func newRenewableTransport(config *tls.Config) *renewableTransport {
 	t := &renewableTransport{}
 	t.current.Store(NewHTTPClient(config, 0, dialTimeout))
 	return t
 }
 
+// RoundTrip sends req over the current transport.
 func (t *renewableTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return t.current.Load().Transport.RoundTrip(req)
 }
 
-// httpClient returns an HTTP client over t.
+// httpClient returns an HTTP client that sends its requests over t. timeout bounds each request.
 func (t *renewableTransport) httpClient(timeout time.Duration) *http.Client {
 	c := NewHTTPClient(nil, timeout, dialTimeout)
 	c.Transport = t
 	return c
 }
 
-// renew takes effect with the next request: no connection of before is used again.
+// renew makes t use the TLS configuration config from the next request on. Connections that were
+// opened before are not used again.
 func (t *renewableTransport) renew(config *tls.Config) {
 	t.current.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
 }
 
-// loadTLSConfigs reads the certificates that vouch for the source, for the servers and for this
-// client.
+// loadTLSConfigs reads the certificate files that the flags name. It returns the TLS configurations
+// for connections to the source and to the servers. Without --to-ca-file, servers must have the key
+// with the given pin; if pin is empty too, the system's CAs verify them.
 func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.fromCAFile != "" {
@@ -284,7 +297,7 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 		}
 	} else if pin != "" {
 		if to, err = PinnedTLS(pin); err != nil {
-			return nil, nil, fmt.Errorf("token: %w", err)
+			return nil, nil, fmt.Errorf("using the pin in the token: %w", err)
 		}
 	}
 	if f.toCertFile != "" {
@@ -292,7 +305,8 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 		if err != nil {
 			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
 		}
-		// Asked for at each handshake, so that a renewed one is used.
+		// Every handshake reads the files again, so that a renewed client certificate is used
+		// without a reload. If the files cannot be read then, pair is presented.
 		to.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			if renewed, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile); err == nil {
 				return &renewed, nil
@@ -303,8 +317,9 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 	return from, to, nil
 }
 
-// loadConfigAndToken reads the files that a reload reads again. The token returned has the values
-// of flags that override its own.
+// loadConfigAndToken reads the files that a reload reads again: the source's token, selectors, salt
+// and the client's token. In the returned token, cluster ID and URLs are replaced by the flags --id
+// and --to where these are set. With --dry-run, the client's token is not read.
 func (f *clientFlags) loadConfigAndToken() (config ClientReloadConfig, t Token, err error) {
 	if config.FromToken, err = f.loadSourceToken(); err != nil {
 		return config, t, err
@@ -331,13 +346,15 @@ func (f *clientFlags) loadConfigAndToken() (config ClientReloadConfig, t Token, 
 	return config, t, nil
 }
 
+// loadSourceToken returns the token in --from-token-file, or "" without that flag.
 func (f *clientFlags) loadSourceToken() (string, error) {
 	b, err := readOptionalSecret(f.fromTokenFile, "the source's token")
 	return string(b), err
 }
 
-// loadSelectors returns the selectors to ask the source for: all series if neither flags nor the
-// source's URL have one, because Prometheus's /federate refuses to be asked for nothing.
+// loadSelectors returns the selectors of --match and --match-file. If neither these flags nor the
+// query of --from has a selector, it returns a selector of all series, because Prometheus's
+// /federate refuses a request without match[].
 func (f *clientFlags) loadSelectors() (Selectors, error) {
 	match, err := readSelectors(f.match, f.matchFile)
 	if err == nil && len(match) == 0 && !f.from.Query().Has("match[]") {
@@ -346,35 +363,39 @@ func (f *clientFlags) loadSelectors() (Selectors, error) {
 	return match, err
 }
 
+// loadSalt returns the salt in --anonymize-salt-file, or nil without that flag. A salt of fewer
+// than minSalt bytes is an error.
 func (f *clientFlags) loadSalt() ([]byte, error) {
 	salt, err := readOptionalSecret(f.saltFile, "salt")
 	if err != nil || salt == nil {
 		return nil, err
 	}
 	if len(salt) < minSalt {
-		return nil, fmt.Errorf("%s holds %d bytes; a salt has %d or more", f.saltFile, len(salt), minSalt)
+		return nil, fmt.Errorf("salt %s has %d bytes: it must have at least %d", f.saltFile, len(salt), minSalt)
 	}
 	return salt, nil
 }
 
-// loadToken returns the text of the client's token, and its contents, where flags override cluster
-// ID and servers.
+// loadToken reads --token-file. It returns the token's text and its contents, with the cluster ID
+// and the URLs replaced by --id and --to where these are set. It is a usageError if a cluster ID or
+// a server's URL is missing, or if the token would be sent over plain HTTP without --plain-http.
 func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	b, err := ReadSecret(f.tokenFile, MaxToken)
 	if err != nil {
 		return "", t, fmt.Errorf("reading token: %w", err)
 	}
-	// A token in another format is as good if the servers --authorize it; it names nothing.
+	// A token that does not parse is not an error yet. Servers with --authorize accept tokens in
+	// any format; --id and --to must then supply the cluster ID and the servers.
 	t, parseErr := ParseUnverifiedToken(string(b))
 	if parseErr == nil && t.Kind != KindClient {
-		return "", t, fmt.Errorf("%s holds an %s token, not a client's", f.tokenFile, t.Kind)
+		return "", t, fmt.Errorf("token file %s contains a token of kind %q, not a client's token: create one with telemeter --mode token", f.tokenFile, t.Kind)
 	}
 	if f.id != "" {
 		t.ClusterID = f.id
 	}
 	var bad usageError
 	if t.ClusterID == "" {
-		bad = append(bad, fmt.Sprintf("%s says no cluster ID (%v): add --id", f.tokenFile, parseErr))
+		bad = append(bad, fmt.Sprintf("token file %s contains no cluster ID (%v): add --id ID", f.tokenFile, parseErr))
 	}
 	servers, problems := f.chooseServerURLs(t.URLs)
 	if bad = append(bad, problems...); len(bad) > 0 {
@@ -384,25 +405,27 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	return string(b), t, nil
 }
 
-// chooseServerURLs returns the servers to push to: those of --to, else those of the token.
+// chooseServerURLs returns the URLs of the servers to push to: the URLs of --to if there are any,
+// else tokenURLs. problems lists invalid URLs, the lack of any URL, and URLs that would send the
+// token over plain HTTP to another host without --plain-http.
 func (f *clientFlags) chooseServerURLs(tokenURLs []string) (urls []string, problems usageError) {
 	servers := f.to
 	if len(servers) == 0 {
 		for _, s := range tokenURLs {
 			u, err := parseServerURL(s)
 			if err != nil {
-				problems = append(problems, fmt.Sprintf("server: %v", err))
+				problems = append(problems, fmt.Sprintf("token file %s: server URL %v", f.tokenFile, err))
 				continue
 			}
 			servers = append(servers, u)
 		}
 		if len(tokenURLs) == 0 {
-			problems = append(problems, fmt.Sprintf("%s names no server: add --to URL", f.tokenFile))
+			problems = append(problems, fmt.Sprintf("token file %s contains no server: add --to URL", f.tokenFile))
 		}
 	}
 	for _, u := range servers {
 		if u.Scheme == "http" && !isLoopback(u.Hostname()) && !f.plainHTTP {
-			problems = append(problems, fmt.Sprintf("%s is plain HTTP: whoever sees the network could read the token; use https://, or --plain-http if that is meant", u))
+			problems = append(problems, fmt.Sprintf("the token would be sent to %s over plain HTTP, where anybody on the network can read it: use https://, or add --plain-http to allow it", u))
 		}
 		urls = append(urls, u.String())
 	}

@@ -1,53 +1,38 @@
 package main
 
+// Tests of the mode client.
+
 import (
-	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 )
 
-// SIGHUP rereads what vouches for the servers and for this client; what cannot be read
-// is told, and changes nothing.
+// SIGHUP makes a client read its CA certificates and its client certificate again. If one of the
+// files is bad, the client logs that and changes nothing.
 func TestClientRereadsCertificates(t *testing.T) {
 	dir := t.TempDir()
-	path := func(name ...string) string { return filepath.Join(dir, filepath.Join(name...)) }
-	put := func(name, text string) {
-		t.Helper()
-		if err := os.WriteFile(path(name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	copied := func(from ...string) string {
-		t.Helper()
-		b, err := os.ReadFile(path(from...))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	}
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "127.0.0.1")
 	mustTool(t, dir, "--mode", "keygen", "--keys", "others", "--host", "127.0.0.1")
 	server := startServer(t, dir)
-	put("token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://"+server.await(externalAddr)))
-	put("ca", copied("others", TLSCertFile))
-	put("crt", copied("keys", TLSCertFile))
-	put("key", copied("keys", TLSKeyFile))
+	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://"+server.await(externalAddr)))
+	writeIn(t, dir, "ca", readIn(t, dir, "others/"+TLSCertFile))
+	writeIn(t, dir, "crt", readIn(t, dir, "keys/"+TLSCertFile))
+	writeIn(t, dir, "key", readIn(t, dir, "keys/"+TLSKeyFile))
 	client := start(t, dir, "--mode", "client", "--token-file", "token", "--from", "http://"+server.await(internalAddr)+"/metrics",
 		"--to-ca-file", "ca", "--to-crt", "crt", "--to-key", "key", "--interval", "1s", "--listen", "127.0.0.1:0")
 	client.await("destination failed.*certificate")
 	for i, bad := range []string{"ca", "crt"} {
-		good := copied(bad)
-		put(bad, "nonsense")
+		good := readIn(t, dir, bad)
+		writeIn(t, dir, bad, "nonsense")
 		client.cmd.Process.Signal(syscall.SIGHUP)
-		eventually(t, "a bad "+bad+" is told", func() bool { return strings.Count(client.text(), "reload failed") == i+1 })
-		put(bad, good)
+		eventually(t, "the client reports the bad file "+bad, func() bool { return strings.Count(client.text(), "reload failed") == i+1 })
+		writeIn(t, dir, bad, good)
 	}
 	if strings.Contains(client.text(), "msg=pushed") {
-		t.Error("pushed to a server that nobody vouches for")
+		t.Error("the client pushed to a server whose certificate no CA of --to-ca-file had signed")
 	}
-	put("ca", copied("keys", TLSCertFile))
+	writeIn(t, dir, "ca", readIn(t, dir, "keys/"+TLSCertFile))
 	client.cmd.Process.Signal(syscall.SIGHUP)
 	client.await("msg=pushed")
 }

@@ -1,10 +1,10 @@
 package main
 
-// The architecture of a flat package. Every file belongs to a family, which its name begins
-// with: store.go and store_recovery.go are of the family store. Upper-case names are what a
-// family offers to others; lower-case names stay in it. TestFamilies holds the package to the
-// levels of the families and to the rules that keep a file readable by itself.
-// TestFamiliesChecker breaks each rule in a small package and proves that the check reports it.
+// The file checks the architecture of the flat package. Every file belongs to a family, which is
+// the part of the file's name before the first underscore: store.go and store_recovery.go belong to
+// the family store. A family exports its upper-case names to other families; its lower-case names
+// are private to it. TestFamilies checks that the package follows the rules in this file.
+// TestFamiliesChecker breaks each rule in a small package, and checks that the fault is reported.
 
 import (
 	"encoding/json"
@@ -29,16 +29,17 @@ import (
 	"unicode/utf8"
 )
 
+// fileFamily is a family of files, and the families whose upper-case names it may use.
 type fileFamily struct {
 	name   string
 	mayUse []string
 }
 
-// families are all families from the top level to the bottom, each with the families whose
-// upper-case names it may use. A row is a ceiling, not a duty, and names lower families only.
+// families has all families from the top level to the bottom. A family may use only families that
+// are below it, and only those in mayUse. It need not use all of them.
 var families = []fileFamily{
 	{"main", []string{"client", "server", "hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "log", "http", "metrics", "wire"}},
-	// The records of the spool are foreign bytes, so that client reads them with wire.
+	// The client uses wire because the records of its spool are untrusted bytes.
 	{"client", []string{"auth", "sanitize", "sample", "log", "push", "http", "metrics", "wire"}},
 	{"server", []string{"hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "http", "metrics", "wire"}},
 	{"hashring", []string{"gossip", "log"}},
@@ -54,8 +55,9 @@ var families = []fileFamily{
 	{"wire", nil},
 }
 
-// pureFiles use no network, no disk and no clock: time, randomness and bytes come in. They are
-// the state machines and formats, which tests drive in virtual time.
+// pureFiles has the files that must not use the network, the disk or a clock. They implement state
+// machines and formats, which get time, randomness and bytes from their callers, so that tests can
+// run them in virtual time.
 var pureFiles = []string{
 	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go", "gossip_record.go",
 	"hashring.go", "hashring_claim.go",
@@ -66,29 +68,31 @@ var pureFiles = []string{
 	"sanitize.go", "sanitize_selector.go", "auth_replay.go", "wire.go",
 }
 
-// upcalls are the function-typed fields through which a family calls one above it, as
-// "family.Field". A field Now is a clock and needs no entry.
+// upcalls has the function-typed fields through which a family calls a family above it, as
+// "family.Field". A field with the name Now is a clock and needs no entry.
 var upcalls = []string{
-	"client.Boot",       // the clock that goes on while the machine sleeps
-	"client.NewCleaner", // the cleaner of this moment: a reload replaces it
-	"gossip.Notify",     // events for the program's log
-	"hashring.OnError",  // for the program's log
-	"hashring.OnView",   // the forwarder goes by it
-	"store.OnError",     // for the program's log
-	"store.OnWarning",   // for the program's log
-	"store.Owned",       // whether the ring puts a site on this member
-	"store.NowInterval", // the bounds of the wall clock
+	"client.Boot",       // reads a clock that runs on while the machine sleeps
+	"client.NewCleaner", // returns a cleaner with the salt that was loaded last
+	"gossip.Notify",     // logs events
+	"hashring.OnError",  // counts errors
+	"hashring.OnView",   // gives the forwarder a new view of the ring
+	"store.OnError",     // logs and counts errors
+	"store.OnWarning",   // logs warnings
+	"store.Owned",       // reports whether this server owns a site
+	"store.NowInterval", // returns the range of the present time by the checked wall clock
 }
 
+// allowedModules has the modules that the package may import.
 var allowedModules = []string{
 	"github.com/prometheus/common", "github.com/prometheus/client_model", "golang.org/x/crypto",
 }
 
 const (
-	maxFileLines           = 700
+	maxFileLines           = 700  // of a file that is not a test
 	minOpening, maxOpening = 2, 8 // lines of a file's opening comment
 )
 
+// The package and the files below its directory break none of the rules that checkFamilies checks.
 func TestFamilies(t *testing.T) {
 	tree := map[string]string{}
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
@@ -112,14 +116,14 @@ func TestFamilies(t *testing.T) {
 	for i, f := range families {
 		for _, name := range f.mayUse {
 			if familyLevel(name) <= i {
-				t.Errorf("family %s may use %s, which is no lower family", f.name, name)
+				t.Errorf("the family %s may use %s, which is not a family below it", f.name, name)
 			}
 		}
 	}
 }
 
-// familyImporter imports what the package depends on from the compiler's own
-// export data.
+// familyImporter returns an importer of the package's dependencies, which reads the export data
+// that the compiler has written, and the file set that goes with the importer.
 func familyImporter(t *testing.T) (*token.FileSet, types.Importer) {
 	t.Helper()
 	list := exec.Command("go", "list", "-deps", "-export", "-json=ImportPath,Export", ".")
@@ -145,18 +149,19 @@ func familyImporter(t *testing.T) (*token.FileSet, types.Importer) {
 	})
 }
 
+// familyCheck is one run of checkFamilies. set has the upcalls that some file sets.
 type familyCheck struct {
 	fset     *token.FileSet
 	pkg      *types.Package
 	info     *types.Info
 	pure     []string
 	upcalls  []string
-	set      map[string]bool // the upcalls that are set
+	set      map[string]bool
 	problems []string
 }
 
-// checkFamilies returns the faults of a tree (path → content), each as "file:line: name: what".
-// pure and upcalls are as pureFiles and upcalls.
+// checkFamilies returns the faults in a tree of files, each as "file:line: name: fault", sorted.
+// tree maps paths to contents. pure and upcalls are lists like pureFiles and the variable upcalls.
 func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.FileSet, imp types.Importer) []string {
 	c := &familyCheck{fset: fset, pure: pure, upcalls: upcalls, set: map[string]bool{}, info: &types.Info{
 		Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{},
@@ -187,7 +192,7 @@ func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.F
 	for _, name := range c.pkg.Scope().Names() {
 		if v, ok := c.pkg.Scope().Lookup(name).(*types.Var); ok {
 			if what := sharedState(v.Type(), map[types.Type]bool{}); what != "" {
-				c.report(v.Pos(), name, "package variable holds a "+what)
+				c.report(v.Pos(), name, "package variable contains a "+what)
 			}
 		}
 	}
@@ -203,8 +208,10 @@ func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.F
 	return c.problems
 }
 
+// line returns the line of pos in its file.
 func (c *familyCheck) line(pos token.Pos) int { return c.fset.Position(pos).Line }
 
+// report adds a fault of name at pos.
 func (c *familyCheck) report(pos token.Pos, name, what string) {
 	p := c.fset.Position(pos)
 	c.problems = append(c.problems, fmt.Sprintf("%s:%d: %s: %s", p.Filename, p.Line, name, what))
@@ -212,13 +219,15 @@ func (c *familyCheck) report(pos token.Pos, name, what string) {
 
 var (
 	impureImport = regexp.MustCompile(`^(net|net/http.*|os|os/.*|syscall|io/ioutil|crypto/rand|crypto/tls)$`)
-	leftover     = regexp.MustCompile(`\b(TO` + `DO|FIX` + `ME)\b`) // in two parts: this file must not match
+	leftover     = regexp.MustCompile(`\b(TO` + `DO|FIX` + `ME)\b`) // split, so that this file does not match
 	moduleLine   = regexp.MustCompile(`^\s*(?:require\s+)?(\S+)\s+v\d\S*\s*(// indirect)?`)
 )
 
+// checkText checks a text file for marks of unfinished work, and go.mod for modules that are not
+// allowed. Binary files pass.
 func (c *familyCheck) checkText(path, text string) {
 	if !utf8.ValidString(text) || strings.Contains(text, "\x00") {
-		return // binary
+		return
 	}
 	for i, line := range strings.Split(text, "\n") {
 		if word := leftover.FindString(line); word != "" {
@@ -231,8 +240,8 @@ func (c *familyCheck) checkText(path, text string) {
 	}
 }
 
-// checkName checks the name of a file with tests: it begins with the name of the file that the
-// tests are of. Rigs, and tests that start processes, have names of their own.
+// checkName checks that the name of a test file begins with the name of the file that it tests. The
+// names of rigs (rig_*) and of tests that start many processes (e2e_*) are free.
 func (c *familyCheck) checkName(path string, tree map[string]string) {
 	name, ok := strings.CutSuffix(path, "_test.go")
 	if !ok || strings.Contains(path, "/") || strings.HasPrefix(name, "rig_") || strings.HasPrefix(name, "e2e_") {
@@ -243,21 +252,23 @@ func (c *familyCheck) checkName(path string, tree map[string]string) {
 			return
 		}
 	}
-	c.problems = append(c.problems, path+":1: "+path+": begins with the name of no file")
+	c.problems = append(c.problems, path+":1: "+path+": name does not begin with the name of a tested file")
 }
 
-// checkFile checks what shows without types.
+// checkFile checks the rules that need no type information: the family, comments, length, init
+// functions and imports of a file.
 func (c *familyCheck) checkFile(path string, f *ast.File) {
 	if familyLevel(familyOf(path)) < 0 {
 		c.report(f.Package, path, "file belongs to no family")
 	}
 	if path != "main.go" && len(f.Comments) > 0 && f.Comments[0].Pos() < f.Package {
-		c.report(f.Package, path, "comment above the package clause: only main.go has the package's")
+		c.report(f.Package, path, "comment above the package clause: only main.go has the package comment")
 	}
 	if lines := c.line(f.FileEnd); lines > maxFileLines {
-		c.report(f.FileEnd, path, fmt.Sprintf("%d lines, more than %d", lines, maxFileLines))
+		c.report(f.FileEnd, path, fmt.Sprintf("%d lines, the limit is %d", lines, maxFileLines))
 	}
-	// A comment below the package clause opens the file unless it is of the first declaration.
+	// A comment below the package clause is the opening comment, unless it belongs to the first
+	// declaration because no blank line separates them.
 	first := f.FileEnd
 	if len(f.Decls) > 0 {
 		first = f.Decls[0].Pos()
@@ -271,14 +282,14 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 	}
 	for _, d := range f.Decls {
 		if d, ok := d.(*ast.FuncDecl); ok && d.Recv == nil && d.Name.Name == "init" {
-			c.report(d.Pos(), "init", "work at start that no caller asked for")
+			c.report(d.Pos(), "init", "init function: callers must start all work")
 		}
 	}
-	// go.mod alone does not bound imports: an indirect module can be imported all the same.
+	// Checking go.mod is not enough, because a file can also import an indirect module.
 	for _, spec := range f.Imports {
 		imported, _ := strconv.Unquote(spec.Path.Value)
 		if slices.Contains(c.pure, path) && impureImport.MatchString(imported) {
-			c.report(spec.Pos(), imported, "imported by a file that is listed as pure")
+			c.report(spec.Pos(), imported, "imported by a file in pureFiles")
 		}
 		host, _, _ := strings.Cut(imported, "/")
 		if strings.Contains(host, ".") && !slices.ContainsFunc(allowedModules, func(m string) bool { return strings.HasPrefix(imported, m+"/") }) {
@@ -287,34 +298,34 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 	}
 }
 
-// checkUse checks the use of a name across files; there, it is always one
-// declared at package level, a field or a method.
+// checkUse checks the use at pos of obj, if obj is declared in a file of another family. Then obj
+// is always a package-level name, a field or a method.
 func (c *familyCheck) checkUse(pos token.Pos, obj types.Object) {
 	from, to := c.fset.Position(pos).Filename, c.fset.Position(obj.Pos()).Filename
 	if obj.Pkg() != c.pkg || familyOf(from) == familyOf(to) {
 		return
 	}
 	if !obj.Exported() {
-		c.report(pos, obj.Name(), "private to "+to)
+		c.report(pos, obj.Name(), "private to the family of "+to)
 	}
 	if level := familyLevel(familyOf(from)); level >= 0 && !slices.Contains(families[level].mayUse, familyOf(to)) {
-		c.report(pos, obj.Name(), fmt.Sprintf("offered by %s, which the family %s may not use", to, familyOf(from)))
+		c.report(pos, obj.Name(), fmt.Sprintf("declared in %s, which the family %s may not use", to, familyOf(from)))
 	}
 }
 
-// checkClock reports the use of a clock in a file that is listed as pure.
+// checkClock reports the use of a clock in a file of c.pure.
 func (c *familyCheck) checkClock(id *ast.Ident, obj types.Object) {
 	file := c.fset.Position(id.Pos()).Filename
 	if obj.Pkg() != nil && obj.Pkg().Path() == "time" && slices.Contains(c.pure, file) &&
 		slices.Contains([]string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}, obj.Name()) {
 		if f, ok := obj.(*types.Func); ok && f.Signature().Recv() == nil {
-			c.report(id.Pos(), "time."+obj.Name(), "used by a file that is listed as pure")
+			c.report(id.Pos(), "time."+obj.Name(), "used by a file in pureFiles")
 		}
 	}
 }
 
-// checkUpcall reports a function-typed field of another family that is set, unless it is one
-// of c.upcalls or a clock.
+// checkUpcall reports that the code at pos sets obj, if obj is a function-typed field of another
+// family. It does not report clocks (Now) and fields in c.upcalls, but records the latter in c.set.
 func (c *familyCheck) checkUpcall(pos token.Pos, obj types.Object) {
 	v, ok := obj.(*types.Var)
 	if !ok || !v.IsField() || v.Pkg() != c.pkg {
@@ -330,11 +341,11 @@ func (c *familyCheck) checkUpcall(pos token.Pos, obj types.Object) {
 	name := familyOf(to) + "." + v.Name()
 	c.set[name] = true
 	if !slices.Contains(c.upcalls, name) {
-		c.report(pos, v.Name(), "lets the family "+familyOf(to)+" call "+familyOf(from)+", and is not one of upcalls")
+		c.report(pos, v.Name(), "lets the family "+familyOf(to)+" call "+familyOf(from)+", but is not in upcalls")
 	}
 }
 
-// familyOf returns the family of a file: its name up to the first underscore.
+// familyOf returns the family of a file: the part of its name before the first underscore.
 func familyOf(file string) string {
 	family, _, _ := strings.Cut(strings.TrimSuffix(file, ".go"), "_")
 	return family
@@ -345,13 +356,14 @@ func familyLevel(name string) int {
 	return slices.IndexFunc(families, func(f fileFamily) bool { return f.name == name })
 }
 
-// checkNode looks for uses without an identifier (unkeyed struct literals) and
-// for whatever could change a package variable.
+// checkNode checks the syntax that c.info.Uses does not cover: fields in unkeyed struct literals,
+// assignments to function-typed fields, and every way to change a package variable. It returns
+// true, so that ast.Inspect visits the children.
 func (c *familyCheck) checkNode(n ast.Node) bool {
 	switch n := n.(type) {
 	case *ast.CompositeLit:
 		typ := c.info.TypeOf(n).Underlying()
-		if p, ok := typ.(*types.Pointer); ok { // of []*T{{…}}
+		if p, ok := typ.(*types.Pointer); ok { // the inner literal in []*T{{…}}
 			typ = p.Elem().Underlying()
 		}
 		if s, ok := typ.(*types.Struct); ok {
@@ -383,13 +395,13 @@ func (c *familyCheck) checkNode(n ast.Node) bool {
 		c.checkChange(n.X, "assigned")
 	case *ast.UnaryExpr:
 		if n.Op == token.AND {
-			c.checkChange(n.X, "its address taken")
+			c.checkChange(n.X, "used by address")
 		}
 	case *ast.SelectorExpr:
-		// A pointer method called on a variable takes its address, unseen.
+		// Calling a pointer method on a variable takes the variable's address implicitly.
 		if sel := c.info.Selections[n]; sel != nil && sel.Kind() == types.MethodVal && !sel.Indirect() {
 			if _, ok := sel.Obj().(*types.Func).Signature().Recv().Type().(*types.Pointer); ok {
-				c.checkChange(n.X, "its address taken by "+n.Sel.Name)
+				c.checkChange(n.X, "used by address in a call of "+n.Sel.Name)
 			}
 		}
 	case *ast.CallExpr:
@@ -401,7 +413,8 @@ func (c *familyCheck) checkNode(n ast.Node) bool {
 	return true
 }
 
-// checkChange reports a change of e when e is a package variable or part of one.
+// checkChange reports that e is changed, if e is a package variable or a part of one. how says in
+// which way.
 func (c *familyCheck) checkChange(e ast.Expr, how string) {
 	switch e := e.(type) {
 	case *ast.ParenExpr:
@@ -416,14 +429,14 @@ func (c *familyCheck) checkChange(e ast.Expr, how string) {
 		c.checkChange(e.X, how)
 	case *ast.Ident:
 		if v, ok := c.info.Uses[e].(*types.Var); ok && v.Parent() == c.pkg.Scope() {
-			c.report(e.Pos(), e.Name, "package variable has "+how)
+			c.report(e.Pos(), e.Name, "package variable is "+how)
 		}
 	}
 }
 
-// sharedState names what in t, at any depth, makes a variable of that type
-// mutable or shared however it is used, or "". Interfaces pass: error sentinels
-// are such.
+// sharedState returns the name of a part of t, at any depth, that makes every variable of type t
+// mutable or shared: a lock, an atomic, a channel or a function. It returns "" if there is none.
+// Interfaces pass, because error sentinels are interfaces. seen has the types that were visited.
 func sharedState(t types.Type, seen map[types.Type]bool) string {
 	if seen[t] {
 		return ""
@@ -457,8 +470,8 @@ func sharedState(t types.Type, seen map[types.Type]bool) string {
 	return ""
 }
 
-// The package that each case of TestFamiliesChecker changes breaks no rule, though it comes
-// close to several.
+// cleanTree is a package that breaks no rule, although several of its lines are close to a fault.
+// Each case of TestFamiliesChecker adds text to one of its files.
 var cleanTree = map[string]string{
 	"go.mod": "module m\n\ngo 1.26\n\nrequire golang.org/x/crypto v0.1.0\n\nrequire (\n\tgithub.com/prometheus/common v0.72.1\n\ta.example/b v1.0.0 // indirect\n)\n",
 	"main.go": "// one\n// two\n// three\npackage main\n\n" + `import "sync"
@@ -487,22 +500,27 @@ func (l *Log) Append() error { l.off += int64(table[0] + len(kinds["a"])); if na
 	"README.md":         "A todo list, mastodon" + "TO" + "DOS.\n",
 }
 
-const opening = "package main\n\n// one\n// two\n\n" // code starts on line 6
+// opening is the beginning of a file with an opening comment. Code after it starts on line 6.
+const opening = "package main\n\n// one\n// two\n\n"
 
+// checkFamilies reports every broken rule once, at the right line, and nothing else.
 func TestFamiliesChecker(t *testing.T) {
 	fset, imp := familyImporter(t)
-	for _, c := range []struct{ file, add, want string }{ // add goes to the end of file; want: what each problem starts with
+	for _, c := range []struct {
+		file, add string // add is appended to file
+		want      string // the beginnings of all reported faults, separated by |
+	}{
 		{"log.go", "", ""},
 
 		// Families and their levels.
 		{"util.go", opening, "util.go:1: util.go: file belongs to no family"},
 		{"store_clock.go", opening + "func f(s *Store) { s.n = size(s.n) }", ""},
 		{"store_clock.go", opening + "var _ = NewLog()", ""},
-		{"log.go", "var _ = Store{}", "log.go:13: Store: offered"},
-		{"log.go", "func f(s *Store) { s.Put() }", "log.go:13: Store: offered|log.go:13: Put: offered"},
-		{"auth.go", opening + "func f() { NewLog().Append() }", "auth.go:6: NewLog: offered|auth.go:6: Append: offered"},
-		{"auth.go", opening + "type a struct { *Log }", "auth.go:6: Log: offered"},
-		{"hashring.go", opening + "func f() { main() }", "hashring.go:6: main: private|hashring.go:6: main: offered"},
+		{"log.go", "var _ = Store{}", "log.go:13: Store: declared"},
+		{"log.go", "func f(s *Store) { s.Put() }", "log.go:13: Store: declared|log.go:13: Put: declared"},
+		{"auth.go", opening + "func f() { NewLog().Append() }", "auth.go:6: NewLog: declared|auth.go:6: Append: declared"},
+		{"auth.go", opening + "type a struct { *Log }", "auth.go:6: Log: declared"},
+		{"hashring.go", opening + "func f() { main() }", "hashring.go:6: main: private|hashring.go:6: main: declared"},
 
 		// Lower-case names stay in their family.
 		{"store.go", "func (s *Store) f() { _ = s.Log.off; _ = s.off }", "store.go:9: off: private|store.go:9: off: private"},
@@ -513,26 +531,26 @@ func TestFamiliesChecker(t *testing.T) {
 		{"log.go", "func (l *Log) close() {}", ""},
 		{"main.go", "func f(c interface{ close() }) { c.close() }", ""},
 
-		// Calls upward.
+		// Calls from a family to a family above it.
 		{"log.go", "func f(c *Calls) { c.OnDrop = nil; _ = Calls{nil, nil, nil} }", ""},
 		{"store.go", "func (s *Store) f() { s.hooks.now = nil; s.Now = nil; s.OnTorn = nil }", ""},
 		{"store.go", "func (s *Store) f() { s.OnDrop = func() {} }", "store.go:9: OnDrop: lets the family log call store"},
 		{"store.go", "var _ = &Calls{OnTorn: nil, OnDrop: nil}", "store.go:9: OnDrop: lets"},
 		{"store.go", "func f() { _ = []Calls{{nil, nil, nil}} }", "store.go:9: OnDrop: lets"},
 
-		// Files that are listed as pure.
-		{"sample.go", "func f() { _ = time.Now() }", "sample.go:8: time.Now: used by a file that is listed as pure"},
+		// Pure files.
+		{"sample.go", "func f() { _ = time.Now() }", "sample.go:8: time.Now: used by a file in pureFiles"},
 		{"sample.go", "var f = 0; func g() { <-time.After(0) }", "sample.go:8: time.After: used"},
-		{"sample_line.go", opening + "import _ \"os\"", "sample_line.go:6: os: imported by a file that is listed as pure"},
+		{"sample_line.go", opening + "import _ \"os\"", "sample_line.go:6: os: imported by a file in pureFiles"},
 		{"sample_line.go", opening + "import _ \"net/http\"", "sample_line.go:6: net/http: imported"},
 		{"sample_disk.go", opening + "import _ \"os\"", ""},
 
-		// Hidden state.
+		// Hidden or mutable package state.
 		{"log.go", "func init() {}", "log.go:13: init"},
 		{"log.go", "var x sync.Mutex", "log.go:13:7: undefined"},
-		{"main.go", "var x struct { m map[int]*sync.Mutex }", "main.go:9: x: package variable holds a sync.Mutex"},
-		{"log.go", "var x []chan int", "log.go:13: x: package variable holds a channel"},
-		{"log.go", "var x = map[string]struct { f func() }{}", "log.go:13: x: package variable holds a function"},
+		{"main.go", "var x struct { m map[int]*sync.Mutex }", "main.go:9: x: package variable contains a sync.Mutex"},
+		{"log.go", "var x []chan int", "log.go:13: x: package variable contains a channel"},
+		{"log.go", "var x = map[string]struct { f func() }{}", "log.go:13: x: package variable contains a function"},
 		{"log.go", "func f() { table = [2]int{} }", "log.go:13: table"},
 		{"log.go", "func f() { table[0] = 1 }", "log.go:13: table"},
 		{"log.go", "func f() { table[1]++ }", "log.go:13: table"},
@@ -558,7 +576,7 @@ func TestFamiliesChecker(t *testing.T) {
 		{"log.go", strings.Repeat("\n", 688), ""},
 		{"log.go", strings.Repeat("\n", 689), "log.go:701: log.go: 701 lines"},
 		{"log_a_b_test.go", "package main\n", ""},
-		{"logs_test.go", "package main\n", "logs_test.go:1: logs_test.go: begins with the name of no file"},
+		{"logs_test.go", "package main\n", "logs_test.go:1: logs_test.go: name does not begin"},
 		{"test/run.sh", "#!/bin/sh\n# FIX" + "ME: x\n", "test/run.sh:2: FIX" + "ME"},
 	} {
 		tree := maps.Clone(cleanTree)
@@ -568,17 +586,17 @@ func TestFamiliesChecker(t *testing.T) {
 		for _, w := range want {
 			i := slices.IndexFunc(got, func(g string) bool { return strings.HasPrefix(g, w) })
 			if i < 0 {
-				t.Errorf("%s with %q: got %q, want %q", c.file, c.add, got, c.want)
+				t.Errorf("%s with %q: the faults are %q, want %q", c.file, c.add, got, c.want)
 				break
 			}
 			got = slices.Delete(got, i, i+1)
 		}
 		if len(got) > 0 {
-			t.Errorf("%s with %q: too much: %q", c.file, c.add, got)
+			t.Errorf("%s with %q: unexpected faults %q", c.file, c.add, got)
 		}
 	}
 	want := []string{"upcalls: log.Other: set by no other family"}
 	if got := checkFamilies(cleanTree, nil, []string{"log.OnTorn", "log.Other"}, fset, imp); !slices.Equal(got, want) {
-		t.Errorf("an upcall that is none: got %q, want %q", got, want)
+		t.Errorf("with an entry in upcalls that no file sets: the faults are %q, want %q", got, want)
 	}
 }

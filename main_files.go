@@ -1,7 +1,8 @@
 package main
 
-// The files and addresses that flags name: keys, selectors, certificates, URLs. Sizes are
-// bounded, because an operator may name the wrong file.
+// The file reads the files that flags name (keys, secrets, selectors, certificates) and parses the
+// addresses and URLs that flags contain. Every read is bounded, because an operator can name the
+// wrong file.
 
 import (
 	"crypto/x509"
@@ -19,7 +20,8 @@ import (
 // maxRulesFile bounds a file of selectors or certificates, in bytes.
 const maxRulesFile = 4 << 20
 
-// readSmallFile reads a file of at most max bytes.
+// readSmallFile returns the contents of the file at path. A file of more than max bytes is an
+// error.
 func readSmallFile(path string, max int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -33,12 +35,12 @@ func readSmallFile(path string, max int) ([]byte, error) {
 	return b, err
 }
 
-// readKeyFile reads a key file in the directory of keys.
+// readKeyFile reads the key file named file in dir, the directory of --keys.
 func readKeyFile(dir, file string) (Keys, error) {
 	path := filepath.Join(dir, file)
 	b, err := readSmallFile(path, MaxKeyFile)
 	if errors.Is(err, os.ErrNotExist) {
-		return Keys{}, fmt.Errorf("%w; telemeter --mode keygen --keys %s makes it", err, dir)
+		return Keys{}, fmt.Errorf("%w: create it with telemeter --mode keygen --keys %s", err, dir)
 	}
 	if err != nil {
 		return Keys{}, fmt.Errorf("reading key file: %w", err)
@@ -50,8 +52,8 @@ func readKeyFile(dir, file string) (Keys, error) {
 	return keys, nil
 }
 
-// readOptionalSecret reads a secret of at most MaxToken bytes; nil if no file is named. what says in
-// an error what the file has.
+// readOptionalSecret returns the secret in the file at path, or nil if path is empty. A secret of
+// more than MaxToken bytes is an error. Errors use what to name the kind of secret.
 func readOptionalSecret(path, what string) ([]byte, error) {
 	if path == "" {
 		return nil, nil
@@ -63,7 +65,8 @@ func readOptionalSecret(path, what string) ([]byte, error) {
 	return secret, nil
 }
 
-// readSelectors returns the selectors given and those of a file with one a line, if it is named.
+// readSelectors returns given followed by the selectors in file, which has one selector per line.
+// If file is empty it returns given. A file without any selector is an error.
 func readSelectors(given Selectors, file string) (Selectors, error) {
 	if file == "" {
 		return given, nil
@@ -77,13 +80,13 @@ func readSelectors(given Selectors, file string) (Selectors, error) {
 		lines = append(lines, line)
 	}
 	if len(lines) == 0 {
-		return nil, fmt.Errorf("%s holds no selector", file)
+		return nil, fmt.Errorf("selector file %s contains no selector", file)
 	}
 	more, err := ParseSelectors(lines)
 	return slices.Concat(given, more), err
 }
 
-// readCAs reads a file of CA certificates.
+// readCAs returns a pool of the CA certificates in the PEM file at path.
 func readCAs(path string) (*x509.CertPool, error) {
 	b, err := readSmallFile(path, maxRulesFile)
 	if err != nil {
@@ -91,18 +94,18 @@ func readCAs(path string) (*x509.CertPool, error) {
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(b) {
-		return nil, fmt.Errorf("%s holds no PEM certificate", path)
+		return nil, fmt.Errorf("CA file %s contains no PEM certificate", path)
 	}
 	return pool, nil
 }
 
-// isLoopback reports whether a host is this one, as far as its name says.
+// isLoopback reports whether host is "localhost" or a loopback IP address. It looks up no names.
 func isLoopback(host string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// parseHTTPURL parses an http:// or https:// URL with a host.
+// parseHTTPURL parses s, which must be an http:// or https:// URL with a host.
 func parseHTTPURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
@@ -111,7 +114,8 @@ func parseHTTPURL(s string) (*url.URL, error) {
 	return u, nil
 }
 
-// parseServerURL parses the URL of a server: it has no path and no credentials.
+// parseServerURL parses the URL of a server, which has a scheme, a host and an optional port. A
+// path, a query or credentials are an error.
 func parseServerURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	switch {
@@ -120,7 +124,7 @@ func parseServerURL(s string) (*url.URL, error) {
 	case u.Scheme != "http" && u.Scheme != "https" || u.Host == "":
 		return nil, fmt.Errorf("%q is not an http:// or https:// URL with a host", s)
 	case u.User != nil || u.RawQuery != "" || strings.Trim(u.Path, "/") != "":
-		return nil, fmt.Errorf("%q has more than scheme, host and port", s)
+		return nil, fmt.Errorf("%q must have only a scheme, a host and a port", s)
 	}
 	u.Path = ""
 	return u, nil

@@ -1,9 +1,9 @@
 package main
 
-// Types of flags, and the command line of a mode; the flags themselves are in main_server.go,
-// main_ring.go, main_client.go and main_keys.go. A value is checked when it is set, and conflicts
-// are collected, so that one message reports all of them. Help lists every flag in its group with
-// its default.
+// The file implements the types of flags, the parsing of a mode's command line, and --help. The
+// flags themselves are defined in main_server.go, main_ring.go, main_client.go and main_keys.go. A
+// flag checks its value when it is set. Problems are collected, so that one message reports all of
+// them. Help lists every flag in its group with its default.
 
 import (
 	"errors"
@@ -20,31 +20,32 @@ import (
 	"time"
 )
 
-const helpIndent, helpWidth = 29, 96 // columns
+const helpIndent, helpWidth = 29, 96 // column where flag texts begin in --help; columns of a line
 
-// usageError is everything that is wrong with a command line.
+// usageError lists all problems of a command line, one per element. It leads to exitUsage.
 type usageError []string
 
 func (e usageError) Error() string { return strings.Join(e, "; ") }
 
-// command is one mode with its flags, in groups for --help.
+// command is the command line of one mode: its flags in groups, its arguments and its output.
 type command struct {
 	*flag.FlagSet
 	mode           string
 	args           []string
 	stdout, stderr io.Writer
 	now            func() time.Time // the wall clock
-	about, example string
-	groups         []flagGroup
-	problems       usageError
+	about, example string           // for --help: what the mode does, and a command line
+	groups         []flagGroup      // in the order of --help
+	problems       usageError       // found so far
 }
 
+// flagGroup is a titled group of flags in --help.
 type flagGroup struct {
 	title string
 	names []string
 }
 
-// newCommand returns a command that has no flag but --mode.
+// newCommand returns a command for mode with the flag --mode only. The mode adds its own flags.
 func newCommand(mode string, args []string, stdout, stderr io.Writer) *command {
 	c := &command{mode: mode, stdout: stdout, stderr: stderr, now: time.Now, args: args}
 	c.FlagSet = flag.NewFlagSet(mode, flag.ContinueOnError)
@@ -53,7 +54,7 @@ func newCommand(mode string, args []string, stdout, stderr io.Writer) *command {
 	return c
 }
 
-// defineGroup defines a group of flags: those that define defines.
+// defineGroup calls define, and adds a group with the flags that define defined.
 func (c *command) defineGroup(title string, define func()) {
 	before := map[string]bool{}
 	c.VisitAll(func(f *flag.Flag) { before[f.Name] = true })
@@ -67,7 +68,9 @@ func (c *command) defineGroup(title string, define func()) {
 	c.groups = append(c.groups, g)
 }
 
-// writeHelp writes what the mode does, its flags and an example.
+// writeHelp writes the --help of the mode to w: what the mode does, its flags by group, and an
+// example. The usage text of a flag may begin with the name of its argument in back quotes.
+// writeHelp prints the name beside the flag and removes it from the text.
 func (c *command) writeHelp(w io.Writer) {
 	fmt.Fprintf(w, "telemeter --mode %s: %s\n", c.mode, c.about)
 	for _, g := range c.groups {
@@ -75,7 +78,7 @@ func (c *command) writeHelp(w io.Writer) {
 		for _, name := range g.names {
 			f := c.Lookup(name)
 			arg, text := flag.UnquoteUsage(f)
-			text = strings.TrimPrefix(text, arg+" ") // they read on from the argument
+			text = strings.TrimPrefix(text, arg+" ")
 			switch f.DefValue {
 			case "", "false", "0", "0s":
 			default:
@@ -96,9 +99,11 @@ func (c *command) writeHelp(w io.Writer) {
 	fmt.Fprintf(w, "\nExample:\n  %s\n", c.example)
 }
 
-// parseArgs parses the arguments, and goes on after one that is no flag, or not of this mode. It
-// collects problems for err. If a number or a switch does not parse, it returns them at once:
-// later checks would judge the default in its place.
+// parseArgs parses all arguments and adds problems to c. It continues after an argument that is not
+// a flag of this mode, so that all problems are found. If the value of a number, a duration, a size
+// or a switch does not parse, parseArgs returns the problems as an error, because later checks
+// would see the default instead of that value. It returns flag.ErrHelp for --help. In all other
+// cases it returns nil, and err reports the problems.
 func (c *command) parseArgs() (helpOrMisread error) {
 	misread := false
 	for args := c.args; len(args) > 0; {
@@ -111,21 +116,21 @@ func (c *command) parseArgs() (helpOrMisread error) {
 		case err != nil:
 			c.addProblemUnless(false, "%v", err)
 			switch {
-			case strings.HasPrefix(err.Error(), "invalid "): // "value" or "boolean value"
+			case strings.HasPrefix(err.Error(), "invalid "): // "invalid value" or "invalid boolean value"
 				misread = true
-			case len(rest) == len(args): // bad syntax is not passed over
+			case len(rest) == len(args): // package flag does not consume an argument with bad syntax
 				rest = rest[1:]
 			case len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.Contains(args[len(args)-len(rest)-1], "="):
-				rest = rest[1:] // the value of a flag that is not known
+				rest = rest[1:] // the value of an unknown flag
 			}
 		case len(rest) > 0:
-			c.addProblemUnless(false, "unexpected argument %q: every value belongs to a flag", rest[0])
+			c.addProblemUnless(false, "unexpected argument %q: every value must follow its flag", rest[0])
 			rest = rest[1:]
 		}
 		args = rest
 	}
 	if mode := c.Lookup("mode").Value.String(); mode != c.mode {
-		c.addProblemUnless(false, "--mode %s and --mode %s are two different things to do", c.mode, mode)
+		c.addProblemUnless(false, "--mode %s and --mode %s cannot be combined: choose one mode", c.mode, mode)
 	}
 	if misread {
 		return c.err()
@@ -133,14 +138,14 @@ func (c *command) parseArgs() (helpOrMisread error) {
 	return nil
 }
 
-// addProblemUnless adds a problem unless ok.
+// addProblemUnless adds a problem, formatted like fmt.Sprintf, if ok is false.
 func (c *command) addProblemUnless(ok bool, format string, args ...any) {
 	if !ok {
 		c.problems = append(c.problems, fmt.Sprintf(format, args...))
 	}
 }
 
-// err returns a usageError of all problems, or nil.
+// err returns all problems found so far as a usageError, or nil if there are none.
 func (c *command) err() error {
 	if len(c.problems) > 0 {
 		return c.problems
@@ -148,14 +153,15 @@ func (c *command) err() error {
 	return nil
 }
 
-// isSet reports whether the arguments have a flag.
+// isSet reports whether the parsed arguments contain the flag --name.
 func (c *command) isSet(name string) bool {
 	set := false
 	c.Visit(func(f *flag.Flag) { set = set || f.Name == name })
 	return set
 }
 
-// funcFlag is a flag.Value that a function sets.
+// funcFlag is a flag.Value. Its Set calls the function set. Its String returns the default, because
+// only help asks for it.
 type funcFlag struct {
 	def string
 	set func(text string) error
@@ -164,8 +170,9 @@ type funcFlag struct {
 func (f *funcFlag) String() string        { return f.def }
 func (f *funcFlag) Set(text string) error { return f.set(text) }
 
-// parsedFlag defines a flag whose text parse turns into *p; an error is a problem. def is not
-// parsed.
+// parsedFlag defines the flag --name. Setting it stores the result of parse in *p. If parse returns
+// an error, *p stays unchanged and the error becomes a problem of c. def is only shown in help: the
+// caller must store the default in *p.
 func parsedFlag[T any](c *command, p *T, name, def, usage string, parse func(text string) (T, error)) {
 	c.Var(&funcFlag{def, func(text string) error {
 		v, err := parse(text)
@@ -177,8 +184,9 @@ func parsedFlag[T any](c *command, p *T, name, def, usage string, parse func(tex
 	}}, name, usage)
 }
 
-// listFlag defines a flag that may be repeated. parse gets all of its texts, those included that
-// came before; one with an error is left out.
+// listFlag defines the flag --name, which may be repeated. Each time it is set, parse gets the
+// texts of all its occurrences so far and returns the whole list. A text that makes parse fail
+// becomes a problem of c and is left out of later calls.
 func listFlag[T any](c *command, p *T, name, usage string, parse func(texts []string) (T, error)) {
 	var texts []string
 	parsedFlag(c, p, name, "", usage+"; may be repeated", func(text string) (T, error) {
@@ -191,7 +199,9 @@ func listFlag[T any](c *command, p *T, name, usage string, parse func(texts []st
 	})
 }
 
-// numberFlag defines a flag that has to be from min to max, where a max of 0 is no bound.
+// numberFlag defines the flag --name with the default def. A value below min or above max is a
+// problem of c; a max of 0 means no upper bound. A text that parse refuses is an error of
+// flag.FlagSet.Parse.
 func numberFlag[T ~int | ~int64](c *command, p *T, name string, def, min, max T, usage string, parse func(string) (T, error), format func(T) string) {
 	*p = def
 	c.Var(&funcFlag{format(def), func(text string) error {
@@ -200,11 +210,12 @@ func numberFlag[T ~int | ~int64](c *command, p *T, name string, def, min, max T,
 			return err
 		}
 		*p = v
-		c.addProblemUnless(v >= min && (max == 0 || v <= max), "--%s is %s", name, boundsText(min, max, format))
+		c.addProblemUnless(v >= min && (max == 0 || v <= max), "--%s must be %s", name, boundsText(min, max, format))
 		return nil
 	}}, name, usage)
 }
 
+// boundsText describes the range from min to max, as in "--interval must be at least 1s".
 func boundsText[T ~int | ~int64](min, max T, format func(T) string) string {
 	switch {
 	case max > 0 && min > 1:
@@ -212,19 +223,19 @@ func boundsText[T ~int | ~int64](min, max T, format func(T) string) string {
 	case max > 0:
 		return "above 0 and at most " + format(max)
 	case min == 0:
-		return "not below 0"
+		return "0 or more"
 	case min == 1:
 		return "above 0"
 	}
 	return "at least " + format(min)
 }
 
-// durationFlag defines a flag for a time from min to max; a max of 0 is no bound.
+// durationFlag defines a flag for a duration from min to max. A max of 0 means no upper bound.
 func (c *command) durationFlag(p *time.Duration, name string, def, min, max time.Duration, usage string) {
 	numberFlag(c, p, name, def, min, max, usage, time.ParseDuration, formatDuration)
 }
 
-// formatDuration writes 10m0s as 10m.
+// formatDuration formats d like Duration.String, but without zero units at the end: 10m for 10m0s.
 func formatDuration(d time.Duration) string {
 	s := d.String()
 	if t, ok := strings.CutSuffix(s, "m0s"); ok {
@@ -236,11 +247,12 @@ func formatDuration(d time.Duration) string {
 	return s
 }
 
-// countFlag defines a flag for a number above 0.
+// countFlag defines a flag for an integer above 0.
 func (c *command) countFlag(p *int, name string, def int, usage string) {
 	numberFlag(c, p, name, def, 1, 0, usage, parseInt, strconv.Itoa)
 }
 
+// parseInt parses an integer, in decimal or with the prefix of another base, such as 0x.
 func parseInt(text string) (int, error) {
 	n, err := strconv.ParseInt(text, 0, strconv.IntSize)
 	if err != nil {
@@ -249,17 +261,19 @@ func parseInt(text string) (int, error) {
 	return int(n), nil
 }
 
-// sizeFlag defines a flag for bytes, with a binary unit if need be, from min to max; a max of 0 is
-// no bound.
+// sizeFlag defines a flag for a number of bytes from min to max, such as 1048576 or 1MiB. A max of
+// 0 means no upper bound.
 func (c *command) sizeFlag(p *int64, name string, def, min, max int64, usage string) {
 	numberFlag(c, p, name, def, min, max, usage, parseSize, formatSize)
 }
 
+// sizeUnits are the suffixes of sizes, the largest first.
 var sizeUnits = []struct {
 	suffix string
 	bytes  int64
 }{{"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"", 1}}
 
+// formatSize formats n bytes in the largest unit that divides n.
 func formatSize(n int64) string {
 	for _, u := range sizeUnits {
 		if n != 0 && n%u.bytes == 0 {
@@ -269,6 +283,7 @@ func formatSize(n int64) string {
 	return "0"
 }
 
+// parseSize parses a decimal number of bytes with an optional suffix of sizeUnits.
 func parseSize(text string) (int64, error) {
 	for _, u := range sizeUnits {
 		if digits, ok := strings.CutSuffix(text, u.suffix); ok {
@@ -282,13 +297,13 @@ func parseSize(text string) (int64, error) {
 	return 0, errors.New("not a number of bytes, such as 1048576 or 1MiB")
 }
 
-// addressFlag defines a flag for host:port.
+// addressFlag defines a flag for an address host:port. The host may be empty.
 func (c *command) addressFlag(p *string, name, def, usage string) {
 	*p = def
 	parsedFlag(c, p, name, def, usage, parseAddress)
 }
 
-// optionalAddressFlag defines a flag for host:port or nothing.
+// optionalAddressFlag defines a flag for an address host:port or the empty string.
 func (c *command) optionalAddressFlag(p *string, name, def, usage string) {
 	*p = def
 	parsedFlag(c, p, name, def, usage, func(text string) (string, error) {
@@ -299,22 +314,25 @@ func (c *command) optionalAddressFlag(p *string, name, def, usage string) {
 	})
 }
 
-// stringsFlag defines a flag for a list of anything.
+// stringsFlag defines a repeatable flag for a list of strings, which are not checked.
 func (c *command) stringsFlag(p *[]string, name, usage string) {
 	listFlag(c, p, name, usage, func(texts []string) ([]string, error) { return texts, nil })
 }
 
-// addressesFlag defines a flag for a list of host:port.
+// addressesFlag defines a repeatable flag for a list of addresses host:port.
 func (c *command) addressesFlag(p *[]string, name, usage string) {
 	listFlag(c, p, name, usage, parseEach(parseAddress))
 }
 
+// parseAddress returns text unchanged. It is an error if text is not host:port.
 func parseAddress(text string) (string, error) {
-	_, _, err := net.SplitHostPort(text)
-	return text, err
+	if _, _, err := net.SplitHostPort(text); err != nil {
+		return "", fmt.Errorf("%q is not HOST:PORT, such as localhost:9000 or :9000", text)
+	}
+	return text, nil
 }
 
-// parseEach returns a function that parses each text by itself.
+// parseEach returns a function that applies parse to each text and returns the list of results.
 func parseEach[T any](parse func(string) (T, error)) func([]string) ([]T, error) {
 	return func(texts []string) (all []T, err error) {
 		for _, text := range texts {
@@ -328,7 +346,8 @@ func parseEach[T any](parse func(string) (T, error)) func([]string) ([]T, error)
 	}
 }
 
-// urlFlag defines a flag for an http:// or https:// URL. Without a default, *p may stay nil.
+// urlFlag defines a flag for an http:// or https:// URL. If def is empty and the flag is not set,
+// *p stays nil.
 func (c *command) urlFlag(p **url.URL, name, def, usage string) {
 	if def != "" {
 		*p, _ = parseHTTPURL(def)
@@ -336,23 +355,24 @@ func (c *command) urlFlag(p **url.URL, name, def, usage string) {
 	parsedFlag(c, p, name, def, usage, parseHTTPURL)
 }
 
-// serverURLsFlag defines a flag for a list of URLs of servers.
+// serverURLsFlag defines a repeatable flag for a list of URLs of servers; see parseServerURL.
 func (c *command) serverURLsFlag(p *[]*url.URL, name, usage string) {
 	listFlag(c, p, name, usage, parseEach(parseServerURL))
 }
 
-// clusterIDFlag defines a flag for a cluster ID.
+// clusterIDFlag defines a flag for a valid cluster ID.
 func (c *command) clusterIDFlag(p *string, name, usage string) {
 	parsedFlag(c, p, name, "", usage, func(id string) (string, error) { return id, CheckClusterID(id) })
 }
 
-// labelsFlag defines a flag for a list of NAME=VALUE, later ones winning.
+// labelsFlag defines a repeatable flag for a list of labels NAME=VALUE. The last value of a name
+// wins.
 func (c *command) labelsFlag(p *[]Label, name, usage string) {
 	listFlag(c, p, name, usage, ParseLabels)
 }
 
-// labelNamesFlag defines a flag for a list of names of labels, each of them also several between
-// commas if splitCommas.
+// labelNamesFlag defines a repeatable flag for a list of label names. If splitCommas is set, one
+// value may contain several names separated by commas.
 func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bool) {
 	listFlag(c, p, name, usage, func(texts []string) (names []string, err error) {
 		for _, text := range texts {
@@ -371,12 +391,13 @@ func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bo
 	})
 }
 
-// selectorsFlag defines a flag for a list of selectors of series.
+// selectorsFlag defines a repeatable flag for a list of series selectors.
 func (c *command) selectorsFlag(p *Selectors, name, usage string) {
 	listFlag(c, p, name, usage, ParseSelectors)
 }
 
-// metricRenamesFlag defines a flag for a list of OLD=NEW names of metrics, on top of def.
+// metricRenamesFlag defines a repeatable flag for a list of renames OLD=NEW of metrics. The renames
+// in def apply too, unless the flag renames the same OLD.
 func (c *command) metricRenamesFlag(p *map[string]string, name string, def []string, usage string) {
 	*p, _ = ParseRenames(def)
 	listFlag(c, p, name, usage, func(texts []string) (map[string]string, error) {
@@ -384,13 +405,13 @@ func (c *command) metricRenamesFlag(p *map[string]string, name string, def []str
 	})
 }
 
-// logLevelFlag defines --log-level.
+// logLevelFlag defines --log-level, with the default INFO.
 func (c *command) logLevelFlag(p *slog.Level) {
 	*p = slog.LevelInfo
-	c.TextVar(p, "log-level", *p, "`LEVEL` of what is logged: DEBUG, INFO, WARN or ERROR")
+	c.TextVar(p, "log-level", *p, "`LEVEL` lowest level of messages to log: DEBUG, INFO, WARN or ERROR")
 }
 
-// logger returns a logger to Stderr.
+// logger returns a logger that writes text lines of at least level to c.stderr.
 func (c *command) logger(level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: level}))
 }

@@ -1,7 +1,8 @@
 package main
 
-// The modes keygen and token, by which an operator makes keys and tokens. Only a token goes to
-// stdout; everything said about it goes to stderr. No secret is printed but the token asked for.
+// The file implements the modes keygen and token, with which an operator creates keys and tokens.
+// When a token is created, stdout gets the token and nothing else, so that it can be redirected to
+// a file. Messages go to stderr. The modes print no secret except a new token.
 
 import (
 	"context"
@@ -20,21 +21,21 @@ import (
 
 // keygenMode runs --mode keygen.
 func keygenMode(_ context.Context, c *command) error {
-	c.about = "makes the servers' keys and certificate, or rotates a key. It never overwrites one."
+	c.about = "creates the servers' keys and certificate, or rotates a key. Existing keys are never overwritten."
 	c.example = "telemeter --mode keygen --keys keys --host hub.example"
 	var dir, rotate string
 	var hosts []string
 	c.defineGroup("Flags", func() {
-		c.StringVar(&dir, "keys", "keys", "`DIR` of the keys: cluster.key, token.key, tls.crt, tls.key")
-		c.stringsFlag(&hosts, "host", "`NAME` or address by which clients reach the servers; without any no certificate is made")
-		c.StringVar(&rotate, "rotate", "", "`KEY` to renew, cluster or token: a new one comes first, old ones stay valid")
+		c.StringVar(&dir, "keys", "keys", "`DIR` directory of the keys: cluster.key, token.key, tls.crt, tls.key")
+		c.stringsFlag(&hosts, "host", "`NAME` host name or IP address of the servers, for their certificate; without --host, no certificate is created")
+		c.StringVar(&rotate, "rotate", "", "`KEY` key to rotate, cluster or token: a new key is put first in its file, and the old keys stay valid")
 	})
 	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	c.addProblemUnless(dir != "", "--keys DIR is missing")
-	c.addProblemUnless(slices.Contains([]string{"", "cluster", "token"}, rotate), "--rotate takes cluster or token")
-	c.addProblemUnless(rotate == "" || len(hosts) == 0, "--rotate and --host are two different things to do")
+	c.addProblemUnless(dir != "", "--keys DIR is empty: name the directory of the keys")
+	c.addProblemUnless(slices.Contains([]string{"", "cluster", "token"}, rotate), "--rotate must be cluster or token")
+	c.addProblemUnless(rotate == "" || len(hosts) == 0, "--rotate and --host cannot be combined: rotating a key creates no certificate")
 	if err := c.err(); err != nil {
 		return err
 	}
@@ -42,23 +43,23 @@ func keygenMode(_ context.Context, c *command) error {
 		if err := RotateKey(dir, rotate); err != nil {
 			return fmt.Errorf("rotating key: %w", err)
 		}
-		fmt.Fprintf(c.stderr, "%s.key has a new first key; copy it to every server, send them SIGHUP, and delete its old lines later\n", filepath.Join(dir, rotate))
+		fmt.Fprintf(c.stderr, "%s.key has a new first key: copy the file to every server, send every server SIGHUP, and delete the old lines later\n", filepath.Join(dir, rotate))
 		return nil
 	}
 	created, kept, err := Keygen(dir, hosts, time.Now())
 	for _, path := range created {
-		fmt.Fprintln(c.stderr, "made", path)
+		fmt.Fprintln(c.stderr, "created", path)
 	}
 	for _, path := range kept {
 		fmt.Fprintln(c.stderr, "kept", path)
 	}
 	if err != nil {
-		return fmt.Errorf("making keys: %w", err)
+		return fmt.Errorf("creating keys: %w", err)
 	}
 	return nil
 }
 
-// tokenFlags are the flags of --mode token.
+// tokenFlags has the values of the flags of --mode token.
 type tokenFlags struct {
 	keys, id, inspect string
 	to                []*url.URL
@@ -68,27 +69,27 @@ type tokenFlags struct {
 
 // tokenMode runs --mode token.
 func tokenMode(_ context.Context, c *command) error {
-	c.about = "makes a site's token, on stdout, or says what one holds."
+	c.about = "creates a token for a site and prints it to stdout, or inspects a token."
 	c.example = "telemeter --mode token --keys keys --id site-7 --to https://hub.example:9003 > site-7.token"
 	var f tokenFlags
 	c.defineGroup("Make a token", func() {
-		c.StringVar(&f.keys, "keys", "keys", "`DIR` of the keys")
-		c.clusterIDFlag(&f.id, "id", "`ID` of the cluster that the token is for")
-		c.serverURLsFlag(&f.to, "to", "`URL` of a server, for the client; of an https one the certificate among the keys is pinned")
-		c.durationFlag(&f.ttl, "ttl", 0, 0, 0, "`TIME` after which it expires and the site goes silent; 0 for until it is revoked")
-		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` to set on every sample of this site")
+		c.StringVar(&f.keys, "keys", "keys", "`DIR` directory of the keys")
+		c.clusterIDFlag(&f.id, "id", "`ID` cluster ID of the site that the token is for")
+		c.serverURLsFlag(&f.to, "to", "`URL` URL of a server that the client pushes to; for an https URL, the certificate in --keys is pinned")
+		c.durationFlag(&f.ttl, "ttl", 0, 0, 0, "`TIME` how long the token is valid, after which the site can no longer push; 0: until it is revoked")
+		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` label to set on every sample of this site")
 	})
-	c.defineGroup("Look at one", func() {
-		c.StringVar(&f.inspect, "inspect", "", "`FILE` with a token: say what it holds, and whether it verifies")
+	c.defineGroup("Inspect a token", func() {
+		c.StringVar(&f.inspect, "inspect", "", "`FILE` file with a token: print its contents, and whether the keys in --keys verify it")
 	})
 	if err := c.parseArgs(); err != nil {
 		return err
 	}
-	c.addProblemUnless(f.keys != "", "--keys DIR is missing")
+	c.addProblemUnless(f.keys != "", "--keys DIR is empty: name the directory of the keys")
 	if f.inspect != "" {
-		c.addProblemUnless(f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0, "--inspect goes with --keys alone")
+		c.addProblemUnless(f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0, "--inspect can be combined only with --keys: remove the other flags")
 	} else {
-		c.addProblemUnless(c.isSet("id"), "--id ID is missing")
+		c.addProblemUnless(c.isSet("id"), "--id ID is missing: name the site with a cluster ID, or use --inspect FILE")
 	}
 	if err := c.err(); err != nil {
 		return err
@@ -105,8 +106,9 @@ func tokenMode(_ context.Context, c *command) error {
 	return err
 }
 
-// makeToken makes and signs a client token. It pins the certificate among the keys if one of the
-// servers is an https one.
+// makeToken creates a client token from the flags and signs it with the first token key. If one of
+// the servers has an https URL and --keys has a certificate, the token contains the certificate's
+// pin. now is the issue time.
 func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error) {
 	t = Token{Kind: KindClient, ClusterID: f.id, Labels: map[string]string{}, Issued: now.Unix(), ID: NewTokenID()}
 	for _, l := range f.labels {
@@ -140,7 +142,9 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 	return t, signed, nil
 }
 
-// inspectToken writes the contents of a token, and whether it verifies under the keys in keysDir.
+// inspectToken writes to w the contents of the token in file, and whether the keys in keysDir
+// verify it. A token that does not verify is an error. If the keys cannot be read, inspectToken
+// writes that and returns nil.
 func inspectToken(w io.Writer, keysDir, file string) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {
@@ -148,7 +152,7 @@ func inspectToken(w io.Writer, keysDir, file string) error {
 	}
 	t, err := ParseUnverifiedToken(string(b))
 	if err != nil {
-		return fmt.Errorf("%s: %w", file, err)
+		return fmt.Errorf("parsing token %s: %w", file, err)
 	}
 	at := func(s int64) string {
 		if s == 0 {
@@ -164,12 +168,12 @@ func inspectToken(w io.Writer, keysDir, file string) error {
 		t.Kind, t.ClusterID, t.ID, t.KeyID, at(t.Issued), at(t.Expires), strings.Join(t.URLs, " "), t.Pin, strings.Join(labels, " "))
 	keys, err := readKeyFile(keysDir, TokenKeyFile)
 	if err != nil {
-		fmt.Fprintf(w, "verifies:   not known: %v\n", err)
+		fmt.Fprintf(w, "verifies:   unknown: %v\n", err)
 		return nil
 	}
 	if _, err := keys.Verify(string(b), time.Now()); err != nil {
 		fmt.Fprintf(w, "verifies:   no: %v\n", err)
-		return fmt.Errorf("%s does not verify: %w", file, err)
+		return fmt.Errorf("verifying token %s: %w", file, err)
 	}
 	fmt.Fprintf(w, "verifies:   yes, under the keys in %s\n", keysDir)
 	return nil

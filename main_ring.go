@@ -1,8 +1,8 @@
 package main
 
-// A server with --listen-cluster: the wiring of a member of the ring. The number of a new session
-// is durable before the first packet. UDP and TCP have one port. Gossip ends after HTTP and
-// before the store is closed.
+// The file wires the parts that make a server with --listen-cluster a member of the ring. Gossip
+// (UDP) and forwarding (TCP) use the same port number. The number of a new gossip session is saved
+// before the first packet is sent. Gossip ends after the HTTP listeners and before the store.
 
 import (
 	"context"
@@ -13,45 +13,48 @@ import (
 	"time"
 )
 
-// ringName is authenticated with all messages between members.
+// ringName is authenticated with every message between members, so that messages of a ring with
+// another name are refused.
 const ringName = "telemeter"
 
-// forwardDialTimeout is short: gossip needs some three seconds to find a dead member.
+// forwardDialTimeout bounds connecting to an owner. It is short because gossip needs about three
+// seconds to detect a dead member, and until then pushes are still forwarded to it.
 const forwardDialTimeout = 2 * time.Second
 
-// ringFlags are the flags of --mode server that make it a member of a ring.
+// ringFlags has the values of the flags of --mode server that make a server a member of a ring.
 type ringFlags struct {
 	listen, advertise, name string
 	join                    []string
 	interval                time.Duration
 }
 
+// define defines the flags of the ring in c.
 func (f *ringFlags) define(c *command) {
-	c.defineGroup("Cluster of servers", func() {
-		c.optionalAddressFlag(&f.listen, "listen-cluster", "", "`ADDRESS` for other servers, UDP and TCP, usually :9006; empty: this server is alone")
-		c.addressesFlag(&f.join, "join", "`ADDRESS` of a server to join at, tried for ever; a name stands for all its addresses")
-		c.optionalAddressFlag(&f.advertise, "advertise", "", "`ADDRESS` by which other servers and /sd reach this one; empty: found out")
-		hostname, _ := os.Hostname() // without one, check asks for --name
-		c.StringVar(&f.name, "name", hostname, "`NAME` of this server, unique among them")
-		c.durationFlag(&f.interval, "gossip-interval", DefaultGossipInterval, 100*time.Millisecond, 0, "`TIME` that scales all timing among servers; more for slow links")
-		c.Lookup("name").DefValue = "this host's"
+	c.defineGroup("Ring of servers", func() {
+		c.optionalAddressFlag(&f.listen, "listen-cluster", "", "`ADDRESS` address for other servers, for UDP and TCP, usually :9006; empty: run without a ring")
+		c.addressesFlag(&f.join, "join", "`ADDRESS` address of a server of the ring to join, retried forever; a host name stands for all its IP addresses")
+		c.optionalAddressFlag(&f.advertise, "advertise", "", "`ADDRESS` address where other servers reach this server; /sd uses its host; empty: detected automatically")
+		hostname, _ := os.Hostname() // if this fails, check reports that --name is invalid
+		c.StringVar(&f.name, "name", hostname, "`NAME` name of this server, unique in the ring")
+		c.durationFlag(&f.interval, "gossip-interval", DefaultGossipInterval, 100*time.Millisecond, 0, "`TIME` interval of gossip, with which all its timeouts scale; raise it for slow links")
+		c.Lookup("name").DefValue = "the host name"
 	})
 }
 
-// enabled reports whether the server is to be a member of a ring.
+// enabled reports whether the flags make the server a member of a ring.
 func (f *ringFlags) enabled() bool { return f.listen != "" }
 
-// check collects conflicts.
+// check adds conflicts among the flags of the ring to c's problems.
 func (f *ringFlags) check(c *command) {
 	if !f.enabled() {
-		c.addProblemUnless(len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster, usually :9006")
+		c.addProblemUnless(len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster ADDRESS, usually :9006")
 		return
 	}
 	err := CheckMemberName(f.name)
 	c.addProblemUnless(err == nil, "--name: %v", err)
 }
 
-// ringNode is the part of a server that makes it a member of a ring.
+// ringNode has the parts of a server that make it a member of a ring, and its sockets.
 type ringNode struct {
 	gossip *Gossip
 	member *RingKeeper
@@ -59,8 +62,9 @@ type ringNode struct {
 	udp    *net.UDPConn
 }
 
-// openRingNode opens the port for other members, and makes a member that goes on from the state
-// that its last start left. The forwarder gets every view of the ring.
+// openRingNode opens the port for other members and builds the member, which continues from the
+// restart state in the storage directory. Every new view of the ring goes to p.forwarder. After an
+// error the sockets are closed. The caller must run the node, and close its sockets at the end.
 func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	f := &p.ring
 	state, err := LoadRestartState(DiskFS{}, p.storageDir)
@@ -85,7 +89,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	}
 	sd, reachable := sdAddress(p.internalAddr, advertise)
 	if !reachable {
-		p.log.Warn("the internal listener is on loopback, and so is what /sd tells of it: give --listen-internal an address that the Prometheus reaches", "address", sd)
+		p.log.Warn("/sd lists a loopback address for this server, because the internal listener is on loopback: set --listen-internal to an address that Prometheus can reach", "address", sd)
 	}
 	if n.gossip, err = NewGossip(GossipConfig{
 		Name: f.name, Addr: advertise, URL: sd, RingName: ringName, Keys: ringKeys, Seeds: f.join, Interval: f.interval,
@@ -94,32 +98,32 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	}); err != nil {
 		return n, fmt.Errorf("starting gossip: %w", err)
 	}
-	failures := p.metrics.Counter("telemeter_member_state_errors_total", "Failures to keep the state of this member, logged.")
+	failures := p.metrics.Counter("telemeter_member_state_errors_total", "Failures to save the restart state of this ring member; each is logged.")
 	if n.member, err = NewRingKeeper(RingKeeperConfig{
 		Name: f.name, Gossip: n.gossip, FS: DiskFS{}, Dir: p.storageDir, HasSeeds: len(f.join) > 0, Interval: f.interval, Log: p.log,
 		OnView: p.forwarder.SetView, OnError: func(error) { failures.Inc() },
 	}); err != nil {
 		return n, err
 	}
-	p.log.Info("member", "name", f.name, "listen", n.tcp.Addr(), "advertise", advertise, "join", f.join)
+	p.log.Info("started as member of the ring", "name", f.name, "listen", n.tcp.Addr(), "advertise", advertise, "join", f.join)
 	return n, nil
 }
 
-// listenTCPAndUDP opens TCP and UDP on one port.
+// listenTCPAndUDP listens on addr for TCP, and for UDP on the same IP address and port.
 func (n *ringNode) listenTCPAndUDP(addr string) (err error) {
 	if n.tcp, err = Listen(addr); err != nil {
 		return err
 	}
 	tcp := n.tcp.Addr().(*net.TCPAddr)
 	if n.udp, err = net.ListenUDP("udp", &net.UDPAddr{IP: tcp.IP, Port: tcp.Port, Zone: tcp.Zone}); err != nil {
-		return fmt.Errorf("listening: %w", err)
+		return fmt.Errorf("listening for gossip on UDP: %w", err)
 	}
 	return nil
 }
 
-// sdAddress returns the address of the internal listener that /sd shows: its own, with the
-// advertised host if it has none of its own. reachable is false if it is on loopback and the
-// advertised address is not.
+// sdAddress returns the address of the internal listener that /sd lists. internal is the listener's
+// address. If internal has no host, or an unspecified one such as 0.0.0.0, the host of advertise
+// takes its place. reachable is false if the result is a loopback address and advertise is not.
 func sdAddress(internal, advertise string) (addr string, reachable bool) {
 	host, port, _ := net.SplitHostPort(internal)
 	advertised, _, _ := net.SplitHostPort(advertise)
@@ -129,12 +133,13 @@ func sdAddress(internal, advertise string) (addr string, reachable bool) {
 	return internal, !isLoopback(host) || isLoopback(advertised)
 }
 
-// run takes part in the ring until ctx ends, and leaves it then. It returns when that is done.
+// run takes part in the ring until ctx ends. Then it leaves the ring, and returns.
 func (n *ringNode) run(ctx context.Context) error {
 	return runUntilOneEnds(ctx, n.gossip.Run, n.member.Run)
 }
 
-// closeSockets closes the port, the TCP listener once more if it has served.
+// closeSockets closes the sockets that are open. The TCP listener may be closed already, because
+// its HTTP server closes it.
 func (n *ringNode) closeSockets() {
 	if n.tcp != nil {
 		n.tcp.Close()

@@ -1,7 +1,7 @@
 package main
 
-// The parts of a process run together and end together. One that others need may outlive them.
-// SIGHUP reloads; a reload that fails changes nothing.
+// The file runs the parts of a process concurrently and ends them together. A part that others need
+// ends after them. SIGHUP starts a reload. A reload must change nothing if it fails.
 
 import (
 	"context"
@@ -12,7 +12,8 @@ import (
 	"syscall"
 )
 
-// runUntilOneEnds runs parts until ctx ends or one of them does, and returns the errors of all.
+// runUntilOneEnds runs parts concurrently. When ctx ends or one part returns, it cancels the
+// context of all parts. It returns when all parts have returned, with their errors joined.
 func runUntilOneEnds(ctx context.Context, parts ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -28,8 +29,9 @@ func runUntilOneEnds(ctx context.Context, parts ...func(context.Context) error) 
 	return errors.Join(errs...)
 }
 
-// runWhile runs serve, and background until serve has returned. If background ends first, the
-// context of serve ends. It returns the errors of both.
+// runWhile runs serve and background concurrently. When ctx ends, it cancels the context of serve.
+// It cancels the context of background only after serve has returned. If background returns first,
+// the context of serve is canceled. runWhile returns the errors of both, joined.
 func runWhile(ctx context.Context, background, serve func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -46,10 +48,11 @@ func runWhile(ctx context.Context, background, serve func(context.Context) error
 	return errors.Join(err, <-ended)
 }
 
-// runWithReloads runs the parts of a process until ctx ends or one of them does. On SIGHUP it calls
-// reload. It calls onStop when the parts begin to end.
+// runWithReloads runs parts like runUntilOneEnds. On every SIGHUP it calls reload, and it logs and
+// counts the result. When ctx ends or a part returns, it calls onStop once, while the other parts
+// are still ending. If all parts return at the same moment, onStop may not be called.
 func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, onStop func(), parts ...func(context.Context) error) error {
-	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules by result.", "result")
+	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules, by result.", "result")
 	reloads.Add(0, "ok")
 	reloads.Add(0, "failed")
 	hup := make(chan os.Signal, 1)
@@ -69,7 +72,7 @@ func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload fu
 		case <-hup:
 			if err := reload(); err != nil {
 				reloads.Inc("failed")
-				log.Error("reload failed; what was loaded before stays in use", "err", err)
+				log.Error("reload failed; the files loaded before stay in use", "err", err)
 			} else {
 				reloads.Inc("ok")
 				log.Info("reloaded")

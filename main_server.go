@@ -1,8 +1,9 @@
 package main
 
-// The mode server: its flags, and the wiring of a server. All conflicts among flags are found
-// before anything is opened. The parts are built in the order in which they need each other, and
-// end in the opposite order: the store is the last. A reload that fails changes nothing.
+// The file implements the mode server: its flags and the wiring of a server. Conflicts among flags
+// are reported before any file or socket is opened. Each part is built after the parts that it
+// needs, and the parts end in the opposite order, the store last. A reload that fails changes
+// nothing.
 
 import (
 	"context"
@@ -21,7 +22,7 @@ import (
 	"time"
 )
 
-// serverFlags are the flags of --mode server.
+// serverFlags has the values of the flags of --mode server.
 type serverFlags struct {
 	externalAddr, internalAddr      string
 	federateTokenFile, clientCAFile string
@@ -44,7 +45,7 @@ type serverFlags struct {
 
 // serverMode runs --mode server.
 func serverMode(ctx context.Context, c *command) error {
-	c.about = "takes pushes of many sites, and serves them to a central Prometheus."
+	c.about = "receives pushes from many sites, and serves the samples to a central Prometheus."
 	c.example = "telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter"
 	var f serverFlags
 	f.define(c)
@@ -59,79 +60,82 @@ func serverMode(ctx context.Context, c *command) error {
 	return p.run(ctx)
 }
 
+// define defines the flags of --mode server in c.
 func (f *serverFlags) define(c *command) {
 	c.defineGroup("Listeners", func() {
-		c.addressFlag(&f.externalAddr, "listen", ":9003", "`ADDRESS` for clients: /authorize, /upload; TLS if the keys have tls.crt and tls.key")
-		c.addressFlag(&f.internalAddr, "listen-internal", "localhost:9004", "`ADDRESS` for scrapers and operators: /federate, /metrics")
-		c.StringVar(&f.federateTokenFile, "federate-token-file", "", "`FILE` with the bearer token that the internal listener asks for")
-		c.BoolVar(&f.internalOpen, "internal-open", false, "let the internal listener be reached from other hosts without a token")
-		c.StringVar(&f.clientCAFile, "tls-client-ca", "", "`FILE` of CA certificates: clients need a certificate of one of them as well")
+		c.addressFlag(&f.externalAddr, "listen", ":9003", "`ADDRESS` address for clients: /authorize and /upload; uses TLS if --keys has tls.crt and tls.key")
+		c.addressFlag(&f.internalAddr, "listen-internal", "localhost:9004", "`ADDRESS` address for scrapers and operators: /federate, /metrics")
+		c.StringVar(&f.federateTokenFile, "federate-token-file", "", "`FILE` file with the bearer token that scrapers must send to the internal listener")
+		c.BoolVar(&f.internalOpen, "internal-open", false, "allow other hosts to use the internal listener without a token")
+		c.StringVar(&f.clientCAFile, "tls-client-ca", "", "`FILE` file with CA certificates; clients must also present a certificate signed by one of the CAs")
 	})
 	c.defineGroup("Who may push", func() {
-		c.StringVar(&f.keys, "keys", "", "`DIR` with the keys that keygen made (needed)")
-		c.StringVar(&f.revokedFile, "revoked-file", "", "`FILE` of revoked token IDs and cluster IDs, one a line")
-		c.urlFlag(&f.authorize, "authorize", "", "`URL` that is asked instead about client tokens, as /authorize is")
-		c.durationFlag(&f.rateInterval, "ratelimit", time.Second, 0, 0, "`TIME` between pushes of one cluster ID, in bursts of 60; 0 for no limit")
+		c.StringVar(&f.keys, "keys", "", "`DIR` directory of the keys that --mode keygen created (required)")
+		c.StringVar(&f.revokedFile, "revoked-file", "", "`FILE` file with revoked token IDs and cluster IDs, one per line")
+		c.urlFlag(&f.authorize, "authorize", "", "`URL` URL of a service that checks client tokens instead of this server; it is called like /authorize")
+		c.durationFlag(&f.rateInterval, "ratelimit", time.Second, 0, 0, "`TIME` shortest average time between pushes of one cluster ID; bursts of 60 pushes are allowed; 0: no limit")
 	})
 	c.defineGroup("Which samples", func() {
-		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` to set on every sample")
-		c.selectorsFlag(&f.allow, "allow", "`SELECTOR` of series that are taken (none: all)")
-		c.StringVar(&f.allowFile, "allow-file", "", "`FILE` of such selectors, one a line")
-		c.labelNamesFlag(&f.elide, "elide-label", "`NAME` of a label to remove", false)
-		c.labelsFlag(&f.required, "required-label", "`NAME=VALUE` that a sample must have; an empty VALUE asks for any")
+		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` label to set on every sample")
+		c.selectorsFlag(&f.allow, "allow", "`SELECTOR` selector of series to accept; without any selector, all series are accepted")
+		c.StringVar(&f.allowFile, "allow-file", "", "`FILE` file with selectors of series to accept, one per line")
+		c.labelNamesFlag(&f.elide, "elide-label", "`NAME` name of a label to remove from every sample", false)
+		c.labelsFlag(&f.required, "required-label", "`NAME=VALUE` label without which a sample is dropped; an empty VALUE accepts any value of the label")
 	})
 	c.defineGroup("Storage", func() {
-		c.StringVar(&f.storageDir, "storage-dir", "telemeter-data", "`DIR` of the logs; empty to hold samples in memory only")
-		c.durationFlag(&f.retention, "retention", 2*time.Hour, 1, MaxRetention, "`TIME` that samples are held, by their own time; a consumer's out_of_order_time_window has to be an hour longer")
-		c.durationFlag(&f.maxSampleAge, "max-sample-age", 10*time.Minute, 1, 0, "`TIME` that the newest sample of a series is shown")
+		c.StringVar(&f.storageDir, "storage-dir", "telemeter-data", "`DIR` directory of the logs with the samples; empty: keep samples in memory only")
+		c.durationFlag(&f.retention, "retention", 2*time.Hour, 1, MaxRetention, "`TIME` how long samples are kept, by their own timestamps; a consumer's out_of_order_time_window must be an hour longer")
+		c.durationFlag(&f.maxSampleAge, "max-sample-age", 10*time.Minute, 1, 0, "`TIME` how long the newest sample of a series is served again in every scrape")
 	})
 	c.defineGroup("Limits", func() {
-		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` of a push's body; decompressed, 8 times as much")
-		c.countFlag(&f.limitSeries, "limit-series", 20_000, "`N` series held for each cluster ID, of 1KiB on average")
-		c.countFlag(&f.limitSites, "limit-clusters", 10_000, "`N` cluster IDs known")
-		c.countFlag(&f.limitSamples, "limit-samples", 50_000_000, "`N` samples held in all, at about 12 bytes each")
-		c.sizeFlag(&f.limitStorage, "limit-storage", 0, 0, 0, "`SIZE` of all logs; 0 for what the disk has")
-		c.countFlag(&f.limitScrape, "limit-scrape", 500_000, "`N` samples in one scrape")
+		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` largest body of a push; after decompression, 8 times this size")
+		c.countFlag(&f.limitSeries, "limit-series", 20_000, "`N` largest number of series kept per cluster ID, with 1KiB of text each on average")
+		c.countFlag(&f.limitSites, "limit-clusters", 10_000, "`N` largest number of cluster IDs that the server keeps")
+		c.countFlag(&f.limitSamples, "limit-samples", 50_000_000, "`N` largest number of samples kept of all cluster IDs together, about 12 bytes each")
+		c.sizeFlag(&f.limitStorage, "limit-storage", 0, 0, 0, "`SIZE` largest size of all logs together; 0: limited by the disk only")
+		c.countFlag(&f.limitScrape, "limit-scrape", 500_000, "`N` largest number of samples in one scrape")
 	})
 	f.ring.define(c)
 	c.defineGroup("Other", func() { c.logLevelFlag(&f.logLevel) })
 }
 
-// check collects conflicts among flags.
+// check adds conflicts among flags to c's problems.
 func (f *serverFlags) check(c *command) {
-	c.addProblemUnless(f.keys != "", "--keys DIR is missing; telemeter --mode keygen --keys keys makes the directory")
+	c.addProblemUnless(f.keys != "", "--keys DIR is missing: create the keys with telemeter --mode keygen --keys keys")
 	host, _, _ := net.SplitHostPort(f.internalAddr)
 	c.addProblemUnless(isLoopback(host) || f.federateTokenFile != "" || f.internalOpen,
-		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or --internal-open if that is meant", f.internalAddr)
-	c.addProblemUnless(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file contradict each other")
+		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or add --internal-open to allow access without a token", f.internalAddr)
+	c.addProblemUnless(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file exclude each other: choose one")
 	f.ring.check(c)
 }
 
-// serverProcess is a server with all that it needs, from flags to listeners.
+// serverProcess is one run of --mode server: a Server with its flags, log, metrics, store, ring and
+// listeners.
 type serverProcess struct {
 	serverFlags
 	log     *slog.Logger
 	metrics *Metrics
 	now     func() time.Time
 
-	certificate atomic.Pointer[tls.Config] // for the external listener; nil: plain HTTP
-	forwarder   *Forwarder                 // this and node are nil for a server alone
-	node        *ringNode
+	certificate atomic.Pointer[tls.Config] // of the external listener; nil: plain HTTP
+	forwarder   *Forwarder                 // nil for a server without a ring
+	node        *ringNode                  // nil for a server without a ring
 	store       *Store
 	server      *Server
 
 	external, internal HTTPServer
 }
 
-// run builds the parts, each after those that it needs, and serves until ctx ends.
+// run builds the parts of the server and serves until ctx ends. Then it closes the parts in the
+// opposite order.
 func (p *serverProcess) run(ctx context.Context) (err error) {
 	RegisterProcessMetrics(p.metrics)
 	if p.storageDir == "" {
-		p.log.Warn("no --storage-dir: samples are held in memory only, and a restart loses them")
+		p.log.Warn("--storage-dir is empty: samples are kept in memory only, and a restart loses them")
 	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
-		return fmt.Errorf("storage directory: %w", err)
+		return fmt.Errorf("finding storage directory: %w", err)
 	}
-	// Keys first: a mistake there should not leave a storage directory behind.
+	// Load the keys before the store, so that faulty keys do not leave a new storage directory.
 	state, err := p.loadConfigAndSetCertificate()
 	if err != nil {
 		return err
@@ -145,7 +149,8 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	// The store locks the directory, which also has the state of the ring's member.
+	// Open the store before the ring node, because the store locks the storage directory, which
+	// also contains the ring node's restart state.
 	if err := p.openStore(); err != nil {
 		return err
 	}
@@ -164,7 +169,8 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 	return runWhile(ctx, p.store.Run, p.serve)
 }
 
-// newForwarder makes the forwarder, which owns nothing until there is a ring.
+// newForwarder sets p.forwarder to a new Forwarder. Until the forwarder gets its first view of the
+// ring, it reports this server as the owner of no site.
 func (p *serverProcess) newForwarder(ringKeys Keys) error {
 	box, err := NewMessageSealer(ringKeys, ringName)
 	if err != nil {
@@ -176,17 +182,18 @@ func (p *serverProcess) newForwarder(ringKeys Keys) error {
 	return nil
 }
 
+// openStore opens the store with the limits of the flags. It logs and counts the store's errors.
 func (p *serverProcess) openStore() (err error) {
-	failures := p.metrics.Counter("telemeter_store_errors_total", "Failures of the store that were logged.")
+	failures := p.metrics.Counter("telemeter_store_errors_total", "Errors of the store; each is logged.")
 	cfg := StoreConfig{
 		FS: DiskFS{}, Dir: p.storageDir, Retention: p.retention, MaxSampleAge: p.maxSampleAge, LimitSeries: p.limitSeries,
 		LimitSites: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
 		NowInterval: newServerClock(p.now, p.metrics, p.log).NowInterval,
 		OnError: func(err error) {
 			failures.Inc()
-			p.log.Error("store", "err", err)
+			p.log.Error("store error", "err", err)
 		},
-		OnWarning: func(err error) { p.log.Warn("store", "err", err) },
+		OnWarning: func(err error) { p.log.Warn("store warning", "err", err) },
 	}
 	if p.forwarder != nil {
 		cfg.Owned = p.forwarder.OwnsSite
@@ -197,6 +204,7 @@ func (p *serverProcess) openStore() (err error) {
 	return nil
 }
 
+// newServer sets p.server to a new Server, which is not ready yet and uses the configuration state.
 func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	cfg := ServerConfig{
 		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now,
@@ -212,7 +220,8 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	p.server.Reload(state)
 }
 
-// listenHTTP opens the external and the internal listener.
+// listenHTTP opens the external listener, with TLS if there is a certificate, and the internal
+// listener. serveListeners serves them.
 func (p *serverProcess) listenHTTP() error {
 	external, err := Listen(p.externalAddr)
 	if err != nil {
@@ -224,7 +233,7 @@ func (p *serverProcess) listenHTTP() error {
 			return p.certificate.Load(), nil
 		}}
 	} else if host, _, _ := net.SplitHostPort(external.Addr().String()); !isLoopback(host) {
-		p.log.Warn("the keys have no tls.crt: clients are served plain HTTP, and whoever sees the network can read tokens and samples")
+		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples")
 	}
 	internal, err := Listen(p.internalAddr)
 	if err != nil {
@@ -237,26 +246,29 @@ func (p *serverProcess) listenHTTP() error {
 	return nil
 }
 
+// closeListeners closes the listeners that were opened. Some may be closed already, which is
+// harmless.
 func (p *serverProcess) closeListeners() {
 	for _, s := range []HTTPServer{p.external, p.internal} {
 		if s.Listener != nil {
-			s.Listener.Close() // once more, if it has served
+			s.Listener.Close()
 		}
 	}
 }
 
-// serve answers clients and scrapers until ctx ends, and then logs unread samples.
+// serve answers clients, scrapers and other members until ctx ends. At the end it logs how many
+// samples consumers have not read.
 func (p *serverProcess) serve(ctx context.Context) error {
 	defer p.server.LogUnreadSamples()
 	if p.node == nil {
 		p.server.SetReady(true)
 		return p.serveListeners(ctx)
 	}
-	// Gossip ends after HTTP, so that requests in flight still find the owners.
+	// Gossip ends after the listeners, so that pushes in flight can still be forwarded.
 	return runWhile(ctx, p.node.run, p.serveListeners)
 }
 
-// serveListeners runs the listeners until ctx ends.
+// serveListeners serves all listeners until ctx ends, and reloads on SIGHUP.
 func (p *serverProcess) serveListeners(ctx context.Context) error {
 	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead}
 	if p.node != nil {
@@ -266,8 +278,9 @@ func (p *serverProcess) serveListeners(ctx context.Context) error {
 	return runWithReloads(ctx, p.log, p.metrics, p.reload, p.announceStop, parts...)
 }
 
-// serveInternalUntilRead goes on after ctx has ended with SIGTERM, until consumers have read all
-// samples, for a limited time, or until a second signal.
+// serveInternalUntilRead serves the internal listener until ctx ends. If ctx ends because of
+// SIGTERM, it goes on serving until every recent consumer has read all samples, a time limit has
+// passed, or a second signal arrives; see Server.WaitUntilRead.
 func (p *serverProcess) serveInternalUntilRead(ctx context.Context) error {
 	serving, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
@@ -283,19 +296,21 @@ func (p *serverProcess) serveInternalUntilRead(ctx context.Context) error {
 	return p.internal.Run(serving)
 }
 
-// setReadyOnceSettled makes the server ready when there is a ring, and ends with ctx.
+// setReadyOnceSettled makes the server ready when the member has built its first ring. It returns
+// when ctx ends.
 func (p *serverProcess) setReadyOnceSettled(ctx context.Context) error {
 	select {
 	case <-p.node.member.Settled():
 		p.server.SetReady(true)
-		p.log.Info("ready: there is a ring to go by")
+		p.log.Info("ready: the owners of sites are known")
 		<-ctx.Done()
 	case <-ctx.Done():
 	}
 	return nil
 }
 
-// announceStop has clients and the other members send nothing more here.
+// announceStop makes the server not ready, so that it refuses new pushes, and announces to the
+// other members that it is about to leave the ring, so that they stop forwarding pushes to it.
 func (p *serverProcess) announceStop() {
 	p.server.SetReady(false)
 	if p.node != nil {
@@ -303,7 +318,8 @@ func (p *serverProcess) announceStop() {
 	}
 }
 
-// reload reads all files before it replaces anything.
+// reload reads keys, certificate, revocations, federate token and selectors again, and replaces
+// them only if all could be read. A server that started without TLS stays without TLS.
 func (p *serverProcess) reload() error {
 	var ringKeys Keys
 	if p.node != nil {
@@ -312,13 +328,14 @@ func (p *serverProcess) reload() error {
 			return err
 		}
 	}
-	state, err := p.loadConfigAndSetCertificate() // last: it replaces the certificate
+	// This must come after every other read, because it replaces the certificate.
+	state, err := p.loadConfigAndSetCertificate()
 	if err != nil {
 		return err
 	}
 	p.server.Reload(state)
 	if p.external.TLS == nil && p.certificate.Load() != nil {
-		p.log.Warn("the keys have a tls.crt now: clients are served plain HTTP until this server is restarted")
+		p.log.Warn("--keys has a tls.crt now, but clients connect over plain HTTP until this server is restarted")
 	}
 	if p.node == nil {
 		return nil
@@ -326,8 +343,8 @@ func (p *serverProcess) reload() error {
 	return errors.Join(p.node.gossip.SetKeys(ringKeys), p.forwarder.SetKeys(ringKeys))
 }
 
-// loadConfigAndSetCertificate reads the files that a reload reads again. It replaces the
-// certificate if all is well.
+// loadConfigAndSetCertificate reads the files that a reload reads again, except cluster.key. If all
+// can be read, it replaces the certificate of the external listener, and returns the rest.
 func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerConfig, err error) {
 	if config.Keys, err = readKeyFile(p.keys, TokenKeyFile); err != nil {
 		return config, err
@@ -346,6 +363,7 @@ func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerCo
 	return config, p.loadAndSetCertificate()
 }
 
+// loadRevoked returns the IDs in --revoked-file, or none without that flag.
 func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 	if p.revokedFile == "" {
 		return RevokedIDs{}, nil
@@ -361,6 +379,8 @@ func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 	return revoked, nil
 }
 
+// loadFederateToken returns the token in --federate-token-file, or "" without that flag. A token
+// that an Authorization header cannot contain is an error.
 func (p *serverProcess) loadFederateToken() (string, error) {
 	b, err := readOptionalSecret(p.federateTokenFile, "federate token")
 	if err != nil {
@@ -368,20 +388,22 @@ func (p *serverProcess) loadFederateToken() (string, error) {
 	}
 	token := string(b)
 	if strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return "", fmt.Errorf("%s holds more than a token: no Authorization header could carry it", p.federateTokenFile)
+		return "", fmt.Errorf("federate token file %s contains more than a token: it must be one word of visible ASCII characters", p.federateTokenFile)
 	}
 	return token, nil
 }
 
-// loadAndSetCertificate replaces the certificate. Without one the server serves plain HTTP; half a
-// pair is a mistake, and no reason to.
+// loadAndSetCertificate reads tls.crt and tls.key in --keys and replaces the certificate of the
+// external listener. If both files are missing and there was no certificate before, the listener
+// stays plain HTTP. In all other cases a missing file is an error, because the server must not fall
+// back to plain HTTP.
 func (p *serverProcess) loadAndSetCertificate() error {
 	crt, key := filepath.Join(p.keys, TLSCertFile), filepath.Join(p.keys, TLSKeyFile)
 	_, crtErr := os.Stat(crt)
 	_, keyErr := os.Stat(key)
 	if errors.Is(crtErr, os.ErrNotExist) && errors.Is(keyErr, os.ErrNotExist) && p.certificate.Load() == nil {
 		if p.clientCAFile != "" {
-			return fmt.Errorf("--tls-client-ca needs tls.crt and tls.key in %s: keygen --host NAME makes them", p.keys)
+			return fmt.Errorf("--tls-client-ca needs tls.crt and tls.key in %s: create them with telemeter --mode keygen --host NAME", p.keys)
 		}
 		return nil
 	}
@@ -400,8 +422,9 @@ func (p *serverProcess) loadAndSetCertificate() error {
 	return nil
 }
 
-// newServerClock returns the clock by which samples expire. It logs and counts the steps of the
-// wall clock.
+// newServerClock returns the checked wall clock that the store uses to judge the age of samples. It
+// logs and counts steps of the wall clock, and registers metrics for the clock. now is the wall
+// clock.
 func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *CheckedWallClock {
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()
@@ -409,16 +432,16 @@ func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *C
 		step := c.Size.Round(time.Millisecond)
 		switch {
 		case c.Reverted:
-			log.Info("the wall clock was set back to the old time", "step", step)
+			log.Info("the wall clock was set back to the old time; no sample expired because of the step", "step", step)
 		case c.Accepted:
-			log.Warn("the wall clock's new time has held for five minutes: samples expire by it from now on", "step", step)
+			log.Warn("the wall clock has kept its new time for five minutes: samples expire by the new time from now on", "step", step)
 		default:
 			steps.Inc()
-			log.Error("the wall clock was set: for five minutes no sample expires, and a push gets 503 if its samples are right by the old time or the new time only; make sure that this host keeps time (NTP)", "step", step)
+			log.Error("the wall clock was set: for five minutes only samples that are too old by both the old and the new time expire, and a push gets 503 if its samples are acceptable by only one of the two times; make sure that this host keeps time (NTP)", "step", step)
 		}
 	})
 	wall := metrics.Gauge("telemeter_time_seconds", "This host's wall clock.")
-	doubt := metrics.Gauge("telemeter_clock_step_seconds", "By how much the wall clock was set, while that is in doubt; 0 otherwise.")
+	doubt := metrics.Gauge("telemeter_clock_step_seconds", "Size of the last step of the wall clock while the new time is not trusted yet; 0 otherwise.")
 	metrics.OnCollect(func() {
 		doubt.Set(clock.StepInDoubt().Seconds())
 		wall.Set(float64(now().UnixMilli()) / 1000)

@@ -1,7 +1,7 @@
 package main
 
-// The server's command line as an operator meets it: conflicts in one message, help that lists
-// everything, and one server from keygen to SIGTERM with all that SIGHUP rereads in between.
+// Tests of the mode server: its command line, its start, and what a reload replaces. The server
+// runs in the test process.
 
 import (
 	"context"
@@ -9,20 +9,19 @@ import (
 	"encoding/json"
 	"flag"
 	"io"
-	"maps"
 	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// runMode runs telemeter in this process until it ends.
+// runMode runs telemeter with args in this process, and returns its exit status and output. It must
+// end by itself within 20 s.
 func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -35,18 +34,20 @@ func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	return status, out.String(), errs.String()
 }
 
+// All conflicts among the server's flags are reported in one message with hints. The exit status is
+// 2, and no file is created.
 func TestServerConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct {
 		args string
-		want []string // all in one message
+		want []string // all are in the message
 	}{
 		{"", []string{"--keys DIR is missing", "keygen"}},
 		{"--keys k --listen 9003", []string{"--listen: ", "9003"}},
 		{"--keys k --listen-internal localhost", []string{"--listen-internal: "}},
 		{"--keys k --listen-internal :9004", []string{"--listen-internal :9004 can be reached from other hosts", "--federate-token-file", "--internal-open"}},
 		{"--keys k --listen-internal 0.0.0.0:1", []string{"can be reached"}},
-		{"--keys k --internal-open --federate-token-file f", []string{"contradict"}},
+		{"--keys k --internal-open --federate-token-file f", []string{"exclude each other"}},
 		{"--keys k --label a --label __x=1", []string{`"a" is not NAME=VALUE`}},
 		{"--keys k --label _id=x", []string{`--label: label name "_id" is reserved`}},
 		{"--keys k --elide-label _id", []string{`--elide-label: label name "_id" is reserved`}},
@@ -56,8 +57,8 @@ func TestServerConflicts(t *testing.T) {
 		{"--keys k --authorize https://", []string{"--authorize"}},
 		{"--retention 0s --max-sample-age -1s --ratelimit -1s --limit-bytes 1 --limit-series 0 --limit-clusters 0 --limit-samples -1 --limit-scrape 0 more",
 			[]string{"--keys", "--retention", "--max-sample-age", "--ratelimit", "--limit-bytes", "--limit-series", "--limit-clusters", "--limit-samples", "--limit-scrape", `"more"`}},
-		{"--retention 1000h", []string{"--retention is above 0 and at most 480h"}},
-		{"--limit-bytes 65MiB --keys k", []string{"--limit-bytes is from 1KiB to 64MiB"}},
+		{"--retention 1000h", []string{"--retention must be above 0 and at most 480h"}},
+		{"--limit-bytes 65MiB --keys k", []string{"--limit-bytes must be from 1KiB to 64MiB"}},
 		{"--limit-bytes 1MB", []string{"limit-bytes", "not a number of bytes, such as 1048576 or 1MiB"}},
 		{"--limit-storage -1", []string{"limit-storage"}},
 		{"--log-level loud", []string{"log-level"}},
@@ -65,33 +66,33 @@ func TestServerConflicts(t *testing.T) {
 		{"--no-such-flag", []string{"no-such-flag"}},
 		{"--key k --lisen=:1 --listen-internal :9004 more ---x --internal-open=maybe --retention 2d",
 			[]string{"-key\n", "-lisen\n", `"more"`, "---x", `"maybe"`, `"2d"`}},
-		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"-key\n", "--keys DIR is missing", "--federate-token-file", `"more"`, "--limit-bytes is from"}},
-		{"--keys k --mode client", []string{"--mode server and --mode client are two"}},
+		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"-key\n", "--keys DIR is missing", "--federate-token-file", `"more"`, "--limit-bytes must be from"}},
+		{"--keys k --mode client", []string{"--mode server and --mode client cannot be combined"}},
 	} {
 		args := append([]string{"--mode", "server", "--storage-dir", filepath.Join(dir, "storage")}, strings.Fields(c.args)...)
 		status, stdout, stderr := runMode(t, args...)
 		if status != exitUsage || stdout != "" {
-			t.Errorf("%s: exit status %d, stdout %q, stderr %q", c.args, status, stdout, stderr)
+			t.Errorf("%s: exit status %d, want %d; stdout %q, stderr %q", c.args, status, exitUsage, stdout, stderr)
 		}
 		for _, want := range append(c.want, "telemeter --mode server --help") {
 			if !strings.Contains(stderr, want) {
-				t.Errorf("%s: %q is not in:\n%s", c.args, want, stderr)
+				t.Errorf("%s: the message has no %q:\n%s", c.args, want, stderr)
 			}
 		}
 		if strings.Contains(stderr, `argument "k"`) {
-			t.Errorf("%s: the value of a flag that is not known is told as well:\n%s", c.args, stderr)
+			t.Errorf("%s: the value of an unknown flag is reported as an unexpected argument:\n%s", c.args, stderr)
 		}
-		if strings.Count(stderr, "needs a change") != 1 {
-			t.Errorf("%s: not one message:\n%s", c.args, stderr)
+		if strings.Count(stderr, "invalid command line") != 1 {
+			t.Errorf("%s: want one message, got:\n%s", c.args, stderr)
 		}
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-		t.Errorf("a conflict left %v %v", left, err)
+		t.Errorf("conflicts left files: %v (%v)", left, err)
 	}
 }
 
-// TestServerStartFails: what only files can tell is an exit status of 1, names
-// what was wrong, and leaves no storage directory.
+// A server that cannot use a file that a flag names exits with 1, reports the cause without a
+// secret, and creates no storage directory.
 func TestServerStartFails(t *testing.T) {
 	dir := t.TempDir()
 	keys, storage := filepath.Join(dir, "keys"), filepath.Join(dir, "storage")
@@ -119,24 +120,25 @@ func TestServerStartFails(t *testing.T) {
 	for _, c := range []struct{ args, want string }{
 		{"--keys " + filepath.Join(dir, "none"), "keygen --keys"},
 		{"--keys " + bad, "line 1"},
-		{"--keys " + half, "tls.crt"}, // and not plain HTTP
+		{"--keys " + half, "tls.crt"}, // the server must not fall back to plain HTTP
 		{"--keys " + keys + " --revoked-file " + filepath.Join(dir, "none"), "revocations"},
 		{"--keys " + keys + " --revoked-file " + file("revoked", "ok\nno such id\n"), "line 2"},
-		{"--keys " + keys + " --allow-file " + file("allow", "# nothing\n"), "holds no selector"},
+		{"--keys " + keys + " --allow-file " + file("allow", "# nothing\n"), "contains no selector"},
 		{"--keys " + keys + " --federate-token-file " + file("empty", "\n"), "is empty"},
 		{"--keys " + keys + " --federate-token-file " + file("two", "a\nb\n"), "more than a token"},
 		{"--keys " + keys + " --tls-client-ca " + file("ca", "no PEM"), "no PEM certificate"},
 	} {
 		status, _, stderr := runMode(t, append([]string{"--mode", "server", "--storage-dir", storage}, strings.Fields(c.args)...)...)
 		if status != exitFailure || !strings.Contains(stderr, c.want) || strings.Contains(stderr, secret) {
-			t.Errorf("%s: exit status %d:\n%s", c.args, status, stderr)
+			t.Errorf("%s: exit status %d, want %d and %q without the secret:\n%s", c.args, status, exitFailure, c.want, stderr)
 		}
 	}
 	if _, err := os.Stat(storage); !os.IsNotExist(err) {
-		t.Errorf("a start that failed left a storage directory: %v", err)
+		t.Errorf("a failed start created the storage directory: %v", err)
 	}
 }
 
+// --help lists every flag of the server with its default, and an example.
 func TestServerHelp(t *testing.T) {
 	for _, args := range [][]string{{"--mode", "server", "--help"}, {"-h", "--mode=server"}} {
 		status, help, stderr := runMode(t, args...)
@@ -153,11 +155,11 @@ func TestServerHelp(t *testing.T) {
 				return
 			}
 			if n++; !regexp.MustCompile(`(?m)^  --` + f.Name + `\b`).MatchString(help) {
-				t.Errorf("help does not list --%s", f.Name)
+				t.Errorf("--help does not list --%s", f.Name)
 			}
 		})
 		if n < 24 {
-			t.Errorf("%d flags", n)
+			t.Errorf("the server has %d flags, want at least 24", n)
 		}
 		text := strings.Join(strings.Fields(help), " ")
 		for _, want := range []string{
@@ -165,224 +167,316 @@ func TestServerHelp(t *testing.T) {
 			"(default 20000)", "(default 500000)", "(default INFO)", "Example: telemeter --mode server",
 		} {
 			if !strings.Contains(text, want) {
-				t.Errorf("help does not say %s", want)
+				t.Errorf("--help has no %s", want)
 			}
 		}
 		for line := range strings.Lines(help) {
 			if len(strings.TrimRight(line, "\n")) > 110 {
-				t.Errorf("a line of %d columns: %s", len(line), line)
+				t.Errorf("--help has a line of %d columns, want at most 110: %s", len(line), line)
 			}
 		}
 	}
 }
 
-// TestServerLife: from keygen to SIGTERM, with everything that SIGHUP rereads.
-func TestServerLife(t *testing.T) {
-	// What is sent before the server listens for it must not end the tests.
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
+// modeServer is a server that run serves in this process. Every file that a reload reads is named
+// by a flag.
+type modeServer struct {
+	t      *testing.T
+	dir    string // has keys, revoked, allow, federate-token and, from the start on, storage
+	token  string // of site-7, with the label region="eu"
+	log    logBuffer
+	starts int // how often the server was started
 
-	dir := t.TempDir()
-	keys := filepath.Join(dir, "keys")
-	path := func(name string) string { return filepath.Join(dir, name) }
-	write := func(path, text string) {
-		t.Helper()
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	must := func(args ...string) string {
-		t.Helper()
-		status, out, stderr := runMode(t, args...)
-		if status != exitOK {
-			t.Fatalf("%q: %d %s", args, status, stderr)
-		}
-		return strings.TrimSpace(out)
-	}
-	must("--mode", "keygen", "--keys", keys, "--host", "127.0.0.1")
-	token := must("--mode", "token", "--keys", keys, "--id", "site-7", "--ttl", "1h", "--label", "region=eu", "--to", "https://127.0.0.1:1")
-	write(path("revoked"), "")
-	write(path("allow"), `{__name__!="secret",__name__!=""}`)
-	write(path("federate-token"), "first\n")
+	secrets []string // must not be in the log at the end of the test
 
-	var stderr logBuffer
-	start := func() (stop func()) {
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan int, 1)
-		go func() {
-			ended <- run(ctx, time.Now, []string{"--mode", "server", "--keys", keys, "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0", "--storage-dir", path("storage"),
-				"--revoked-file", path("revoked"), "--allow-file", path("allow"), "--federate-token-file", path("federate-token"), "--label", "hub=h1"}, io.Discard, &stderr)
-		}()
-		return func() {
-			t.Helper()
-			cancel()
-			if status := <-ended; status != exitOK {
-				t.Errorf("exit status %d:\n%s", status, stderr.String())
+	external, internal string       // addresses of the running server
+	client             *http.Client // trusts the certificate that the server started with
+}
+
+// newModeServer creates the files of a server that refuses series with the name "secret" and
+// asks scrapers for the token "first". The test fails if a secret is in the log at its end.
+func newModeServer(t *testing.T) *modeServer {
+	t.Helper()
+	s := &modeServer{t: t, dir: t.TempDir()}
+	s.mustRun("--mode", "keygen", "--keys", s.path("keys"), "--host", "127.0.0.1")
+	s.token = s.newToken("site-7", "--ttl", "1h", "--label", "region=eu")
+	writeIn(t, s.dir, "revoked", "")
+	writeIn(t, s.dir, "allow", `{__name__!="secret",__name__!=""}`)
+	writeIn(t, s.dir, "federate-token", "first\n")
+	s.secrets = []string{s.token, "first", "second"}
+	t.Cleanup(func() {
+		for _, secret := range s.secrets {
+			if strings.Contains(s.log.String(), secret) {
+				t.Errorf("the log contains the secret %q:\n%s", secret, s.log.String())
 			}
 		}
-	}
-	serving := regexp.MustCompile(`msg=serving .*external=(\S+) tls=true internal=(\S+) storage=(/\S+)`)
-	addresses := func(n int) []string {
-		t.Helper()
-		eventually(t, "the server serves", func() bool { return len(serving.FindAllString(stderr.String(), -1)) == n })
-		return serving.FindAllStringSubmatch(stderr.String(), -1)[n-1]
-	}
-	stop := start()
-	at := addresses(1)
-	client := func() *http.Client {
-		t.Helper()
-		b, err := os.ReadFile(filepath.Join(keys, TLSCertFile))
-		if err != nil {
-			t.Fatal(err)
-		}
-		pin, err := PinFromPEM(b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		config, err := PinnedTLS(pin)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return NewHTTPClient(config, 10*time.Second, 10*time.Second)
-	}
-	do := func(c *http.Client, method, url, token, body string) (int, string, error) {
-		req, err := http.NewRequest(method, url, strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Authorization", "Bearer "+token)
-		req.Close = true
-		resp, err := c.Do(req)
-		if err != nil {
-			return 0, "", err
-		}
-		defer resp.Body.Close()
-		b, err := io.ReadAll(resp.Body)
-		return resp.StatusCode, string(b), err
-	}
-	push := func(c *http.Client, token, body string) (int, string) {
-		t.Helper()
-		status, answer, err := do(c, "POST", "https://"+at[1]+"/upload", token, body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return status, answer
-	}
-	federate := func(token string) (int, string) {
-		t.Helper()
-		status, answer, err := do(http.DefaultClient, "GET", "http://"+at[2]+"/federate", token, "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return status, answer
-	}
-	reload := func(message string) {
-		t.Helper()
-		n := strings.Count(stderr.String(), message)
-		syscall.Kill(os.Getpid(), syscall.SIGHUP)
-		eventually(t, message, func() bool { return strings.Count(stderr.String(), message) == n+1 })
-	}
+	})
+	return s
+}
 
-	c := client()
-	if status, answer := push(c, token, "up 1\nsecret 1\n"); status != 200 || !strings.Contains(answer, `"dropped":{"not_allowed":1}`) {
-		t.Fatalf("%d %s", status, answer)
+// path returns the path of the file name in the server's directory.
+func (s *modeServer) path(name string) string { return filepath.Join(s.dir, name) }
+
+// mustRun runs a mode that must exit with 0, and returns its output.
+func (s *modeServer) mustRun(args ...string) string {
+	s.t.Helper()
+	status, out, stderr := runMode(s.t, args...)
+	if status != exitOK {
+		s.t.Fatalf("%q: exit status %d: %s", args, status, stderr)
+	}
+	return strings.TrimSpace(out)
+}
+
+// newToken returns a token of the cluster ID, signed with the first key in the key file.
+func (s *modeServer) newToken(id string, args ...string) string {
+	s.t.Helper()
+	return s.mustRun(append([]string{"--mode", "token", "--keys", s.path("keys"), "--id", id, "--to", "https://127.0.0.1:1"}, args...)...)
+}
+
+// start starts the server and waits until it serves. stop ends it; it must exit with 0.
+func (s *modeServer) start() (stop func()) {
+	s.t.Helper()
+	// Without this, a SIGHUP that arrives before the server handles it would end the test process.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	ctx, cancel := context.WithCancel(s.t.Context())
+	ended := make(chan int, 1)
+	go func() {
+		ended <- run(ctx, time.Now, []string{
+			"--mode", "server", "--keys", s.path("keys"), "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0", "--storage-dir", s.path("storage"),
+			"--revoked-file", s.path("revoked"), "--allow-file", s.path("allow"), "--federate-token-file", s.path("federate-token"), "--label", "hub=h1",
+		}, io.Discard, &s.log)
+	}()
+	s.starts++
+	serving := regexp.MustCompile(`msg=serving .*external=(\S+) tls=true internal=(\S+) storage=/\S+`)
+	var lines [][]string
+	eventually(s.t, "the server serves", func() bool {
+		lines = serving.FindAllStringSubmatch(s.log.String(), -1)
+		return len(lines) == s.starts
+	})
+	s.external, s.internal = lines[s.starts-1][1], lines[s.starts-1][2]
+	s.client = s.pinnedClient()
+	stopped := false
+	stop = func() {
+		s.t.Helper()
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if status := <-ended; status != exitOK {
+			s.t.Errorf("the server exited with %d, want %d:\n%s", status, exitOK, s.log.String())
+		}
+		signal.Stop(hup)
+	}
+	s.t.Cleanup(stop)
+	return stop
+}
+
+// pinnedClient returns an HTTP client that trusts only the certificate in the directory of keys.
+func (s *modeServer) pinnedClient() *http.Client {
+	s.t.Helper()
+	pin, err := PinFromPEM([]byte(readIn(s.t, s.path("keys"), TLSCertFile)))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	config, err := PinnedTLS(pin)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return NewHTTPClient(config, 10*time.Second, 10*time.Second)
+}
+
+// request sends a request on a connection of its own, and returns the status and the body of the
+// answer.
+func (s *modeServer) request(c *http.Client, method, url, token, body string) (status int, answer string, err error) {
+	s.t.Helper()
+	req, err := http.NewRequest(method, url, strings.NewReader(body))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	req.Close = true
+	resp, err := c.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(b), err
+}
+
+// mustRequest is request for requests that must be answered.
+func (s *modeServer) mustRequest(c *http.Client, method, url, token, body string) (status int, answer string) {
+	s.t.Helper()
+	status, answer, err := s.request(c, method, url, token, body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return status, answer
+}
+
+// push pushes samples, and returns the status and the body of the answer.
+func (s *modeServer) push(token, samples string) (status int, answer string) {
+	s.t.Helper()
+	return s.mustRequest(s.client, "POST", "https://"+s.external+"/upload", token, samples)
+}
+
+// federate scrapes /federate, and returns the status and the body of the answer.
+func (s *modeServer) federate(token string) (status int, answer string) {
+	s.t.Helper()
+	return s.mustRequest(http.DefaultClient, "GET", "http://"+s.internal+"/federate", token, "")
+}
+
+// reload sends SIGHUP and waits until the server logs message once more.
+func (s *modeServer) reload(message string) {
+	s.t.Helper()
+	n := strings.Count(s.log.String(), message)
+	syscall.Kill(os.Getpid(), syscall.SIGHUP)
+	eventually(s.t, "the server logs "+message, func() bool { return strings.Count(s.log.String(), message) == n+1 })
+}
+
+// mustCountReloads checks the server's metrics of reloads.
+func (s *modeServer) mustCountReloads(federateToken, ok, failed string) {
+	s.t.Helper()
+	_, text := s.mustRequest(http.DefaultClient, "GET", "http://"+s.internal+"/metrics", federateToken, "")
+	for _, want := range []string{`telemeter_reloads_total{result="ok"} ` + ok + "\n", `telemeter_reloads_total{result="failed"} ` + failed + "\n"} {
+		if !strings.Contains(text, want) {
+			s.t.Errorf("/metrics has no %s:\n%s", want, text)
+		}
+	}
+}
+
+// The server applies --allow-file, --label and the token's labels to a push, and serves the push to
+// a scraper that sends the federate token.
+func TestServerServesPush(t *testing.T) {
+	s := newModeServer(t)
+	s.start()
+	if status, answer := s.push(s.token, "up 1\nsecret 1\n"); status != 200 || !strings.Contains(answer, `"dropped":{"not_allowed":1}`) {
+		t.Fatalf("the push got %d %s", status, answer)
 	}
 	const line = `up{_id="site-7",hub="h1",instance="",job="",region="eu"} 1 `
-	if status, text := federate("first"); status != 200 || !strings.Contains(text, line) || !strings.Contains(text, "telemeter_cluster_token_expiry_seconds{") {
-		t.Fatalf("%d %s", status, text)
+	if status, text := s.federate("first"); status != 200 || !strings.Contains(text, line) || !strings.Contains(text, "telemeter_cluster_token_expiry_seconds{") {
+		t.Errorf("/federate answered %d, want 200 and %s and the token's expiry:\n%s", status, line, text)
 	}
-	if status, _ := federate("second"); status != 401 {
-		t.Errorf("another federate token: %d", status)
+	if status, _ := s.federate("second"); status != 401 {
+		t.Errorf("/federate with a wrong token answered %d, want 401", status)
 	}
+}
 
-	// Each file that is broken keeps all that was loaded before.
-	broken := map[string]string{
-		filepath.Join(keys, TokenKeyFile): "garbage\n", path("revoked"): "a b c\n", path("allow"): "{", path("federate-token"): "",
-		filepath.Join(keys, TLSCertFile): "garbage", filepath.Join(keys, TLSKeyFile): "",
+// If one file is bad, a reload changes nothing, not even the state from good files.
+func TestReloadWithBadFile(t *testing.T) {
+	s := newModeServer(t)
+	s.start()
+	for _, bad := range []struct{ file, text string }{
+		{"keys/" + TokenKeyFile, "garbage\n"},
+		{"keys/" + TLSCertFile, "garbage"},
+		{"keys/" + TLSKeyFile, ""},
+		{"revoked", "a b c\n"},
+		{"allow", "{"},
+		{"federate-token", ""},
+	} {
+		good := readIn(t, s.dir, bad.file)
+		// The federate token changes too, unless its own file is the bad one.
+		if bad.file != "federate-token" {
+			writeIn(t, s.dir, "federate-token", "second")
+		}
+		writeIn(t, s.dir, bad.file, bad.text)
+		s.reload("reload failed")
+		if status, answer := s.push(s.token, "up 2\n"); status != 200 {
+			t.Errorf("after a reload with a bad %s: a push got %d %s, want 200", bad.file, status, answer)
+		}
+		if status, _ := s.federate("first"); status != 200 {
+			t.Errorf("after a reload with a bad %s: /federate with the old token answered %d, want 200", bad.file, status)
+		}
+		writeIn(t, s.dir, bad.file, good)
+		writeIn(t, s.dir, "federate-token", "first")
 	}
-	for _, file := range slices.Sorted(maps.Keys(broken)) {
-		good, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		// A good change beside the bad one is not taken either.
-		if file != path("federate-token") {
-			write(path("federate-token"), "second")
-		}
-		write(file, broken[file])
-		reload("reload failed")
-		if status, answer := push(c, token, "up 2\n"); status != 200 {
-			t.Errorf("after a bad %s: %d %s", filepath.Base(file), status, answer)
-		}
-		if status, _ := federate("first"); status != 200 {
-			t.Errorf("after a bad %s: federate %d", filepath.Base(file), status)
-		}
-		write(file, string(good))
-		write(path("federate-token"), "first")
-	}
+	s.mustCountReloads("first", "0", "6")
+}
 
-	// Everything changes.
-	must("--mode", "keygen", "--keys", keys, "--rotate", "token")
-	gone := must("--mode", "token", "--keys", keys, "--id", "site-8", "--to", "https://127.0.0.1:1")
-	write(path("revoked"), "site-8\n")
-	write(path("allow"), "{__name__!=\"\"}")
-	write(path("federate-token"), "second")
+// A reload replaces the token keys, the certificate, the revocations, the selectors and the
+// federate token.
+func TestReloadReplacesAll(t *testing.T) {
+	s := newModeServer(t)
+	s.start()
+	s.mustRun("--mode", "keygen", "--keys", s.path("keys"), "--rotate", "token")
+	revoked := s.newToken("site-8")
+	s.secrets = append(s.secrets, revoked)
+	writeIn(t, s.dir, "revoked", "site-8\n")
+	writeIn(t, s.dir, "allow", `{__name__!=""}`)
+	writeIn(t, s.dir, "federate-token", "second")
 	for _, name := range []string{TLSCertFile, TLSKeyFile} {
-		if err := os.Remove(filepath.Join(keys, name)); err != nil {
+		if err := os.Remove(filepath.Join(s.path("keys"), name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	must("--mode", "keygen", "--keys", keys, "--host", "127.0.0.1")
-	reload("msg=reloaded")
-	if _, _, err := do(c, "POST", "https://"+at[1]+"/upload", token, ""); err == nil {
-		t.Error("the old certificate is still shown")
-	}
-	c = client()
-	if status, answer := push(c, token, "secret 1\n"); status != 200 || !strings.Contains(answer, `"accepted":1`) {
-		t.Errorf("a token of the old key: %d %s", status, answer)
-	}
-	if status, _ := push(c, gone, "up 1\n"); status != 401 {
-		t.Errorf("a revoked cluster: %d", status)
-	}
-	if status, _ := federate("first"); status != 401 {
-		t.Errorf("the old federate token: %d", status)
-	}
-	if status, text := federate("second"); status != 200 || !strings.Contains(text, "secret{") {
-		t.Errorf("the new federate token: %d %s", status, text)
-	}
-	// An upload token is signed by the new key.
-	status, answer, err := do(c, "POST", "https://"+at[1]+"/authorize?id=site-7", token, "")
-	var a struct{ Token string }
-	if err != nil || status != 200 || json.Unmarshal([]byte(answer), &a) != nil {
-		t.Fatalf("%d %s %v", status, answer, err)
-	}
-	old, _ := ParseUnverifiedToken(token)
-	if now, err := ParseUnverifiedToken(a.Token); err != nil || now.KeyID == old.KeyID {
-		t.Errorf("after the rotation key %s signs: %v", now.KeyID, err)
-	}
-	if _, text, _ := do(http.DefaultClient, "GET", "http://"+at[2]+"/metrics", "second", ""); !strings.Contains(text, `telemeter_reloads_total{result="failed"} 6`) || !strings.Contains(text, `telemeter_reloads_total{result="ok"} 1`) {
-		t.Errorf("reloads are not counted:\n%s", text)
-	}
+	s.mustRun("--mode", "keygen", "--keys", s.path("keys"), "--host", "127.0.0.1")
+	s.reload("msg=reloaded")
 
-	// A second server may not have the same storage.
-	if status, _, errs := runMode(t, "--mode", "server", "--keys", keys, "--storage-dir", path("storage"), "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0"); status != exitFailure || !strings.Contains(errs, "in use") {
-		t.Errorf("a second server on the same storage: %d %s", status, errs)
+	if _, _, err := s.request(s.client, "POST", "https://"+s.external+"/upload", s.token, ""); err == nil {
+		t.Error("the server still presents the old certificate")
+	}
+	s.client = s.pinnedClient()
+	if status, answer := s.push(s.token, "secret 1\n"); status != 200 || !strings.Contains(answer, `"accepted":1`) {
+		t.Errorf("a push with a token of the old key, of a series that is allowed now, got %d %s, want 200", status, answer)
+	}
+	if status, _ := s.push(revoked, "up 1\n"); status != 401 {
+		t.Errorf("a push of a revoked cluster ID got %d, want 401", status)
+	}
+	if status, _ := s.federate("first"); status != 401 {
+		t.Errorf("/federate with the old token answered %d, want 401", status)
+	}
+	if status, text := s.federate("second"); status != 200 || !strings.Contains(text, "secret{") {
+		t.Errorf("/federate with the new token answered %d, want 200 and the series secret:\n%s", status, text)
+	}
+	s.mustCountReloads("second", "1", "0")
+}
+
+// After a rotation, upload tokens are signed with the new token key.
+func TestReloadSigningKey(t *testing.T) {
+	s := newModeServer(t)
+	s.start()
+	s.mustRun("--mode", "keygen", "--keys", s.path("keys"), "--rotate", "token")
+	s.reload("msg=reloaded")
+	status, answer := s.mustRequest(s.client, "POST", "https://"+s.external+"/authorize?id=site-7", s.token, "")
+	var a struct{ Token string }
+	if err := json.Unmarshal([]byte(answer), &a); status != 200 || err != nil {
+		t.Fatalf("/authorize answered %d %s: %v", status, answer, err)
+	}
+	s.secrets = append(s.secrets, a.Token)
+	old, err := ParseUnverifiedToken(s.token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if upload, err := ParseUnverifiedToken(a.Token); err != nil || upload.KeyID == old.KeyID {
+		t.Errorf("the upload token is signed with key %s, want another key than the old %s: %v", upload.KeyID, old.KeyID, err)
+	}
+}
+
+// A second server cannot use the storage directory of a running server.
+func TestStorageInUse(t *testing.T) {
+	s := newModeServer(t)
+	s.start()
+	status, _, stderr := runMode(t, "--mode", "server", "--keys", s.path("keys"), "--storage-dir", s.path("storage"), "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0")
+	if status != exitFailure || !strings.Contains(stderr, "in use") {
+		t.Errorf("a second server with the same storage directory: exit status %d, want %d: %s", status, exitFailure, stderr)
+	}
+}
+
+// A stopped server does not listen. After a restart it serves the samples that it had accepted.
+func TestServerRestart(t *testing.T) {
+	s := newModeServer(t)
+	stop := s.start()
+	if status, answer := s.push(s.token, "up 1\nother 1\n"); status != 200 {
+		t.Fatalf("the push got %d %s", status, answer)
 	}
 	stop()
-	if _, err := tls.Dial("tcp", at[1], &tls.Config{InsecureSkipVerify: true}); err == nil {
-		t.Error("still listening")
+	if _, err := tls.Dial("tcp", s.external, &tls.Config{InsecureSkipVerify: true}); err == nil {
+		t.Error("the stopped server still listens")
 	}
-	// What was accepted is there after a restart.
-	stop = start()
-	at = addresses(2)
-	if status, text := federate("second"); status != 200 || !strings.Contains(text, `up{_id="site-7",`) || !strings.Contains(text, "secret{") {
-		t.Errorf("after a restart: %d %s", status, text)
-	}
-	stop()
-	for _, secret := range []string{token, gone, a.Token, "first", "second"} {
-		if strings.Contains(stderr.String(), secret) {
-			t.Errorf("the log holds %q", secret)
-		}
+	s.start()
+	if status, text := s.federate("first"); status != 200 || !strings.Contains(text, `up{_id="site-7",`) || !strings.Contains(text, "other{") {
+		t.Errorf("after a restart /federate answered %d, want 200 and the samples pushed before:\n%s", status, text)
 	}
 }

@@ -1,5 +1,9 @@
 package main
 
+// Tests of whole processes: the commands of a set-up, exit statuses, reloads at SIGHUP, the end at
+// SIGTERM, and servers and clients that are killed while they work. The processes are copies of
+// the test binary; see TestMain.
+
 import (
 	"bytes"
 	"context"
@@ -31,13 +35,13 @@ import (
 	"time"
 )
 
-// The test binary is telemeter itself when this is set, so that processes can be
-// started, signalled and killed without building anything.
+// Environment variables of the test binary.
 const (
-	asTelemeter = "TELEMETER_TEST_AS_MAIN"
-	clockAhead  = "TELEMETER_TEST_CLOCK_AHEAD" // a duration
+	asTelemeter = "TELEMETER_TEST_AS_MAIN"     // if set, the binary runs as telemeter
+	clockAhead  = "TELEMETER_TEST_CLOCK_AHEAD" // a duration by which telemeter's wall clock is ahead
 )
 
+// TestMain runs the tests, or telemeter if asTelemeter is set.
 func TestMain(m *testing.M) {
 	if os.Getenv(asTelemeter) != "" {
 		ahead, _ := time.ParseDuration(os.Getenv(clockAhead))
@@ -46,57 +50,119 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// The four commands of a set-up, as the README has them but for the addresses.
-func TestFourCommands(t *testing.T) {
-	dir := t.TempDir()
-	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
-	server := startServer(t, dir)
-	url := "https://" + server.await(externalAddr)
-	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", url)
-	if strings.Count(token, "\n") != 1 || !strings.HasPrefix(token, "tm1.") {
-		t.Errorf("on stdout there is more than a token: %q", token)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "site-7.token"), []byte(token), 0o600); err != nil {
+// writeIn writes text to the file name in dir.
+func writeIn(t *testing.T, dir, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	internal := "http://" + server.await(internalAddr)
-	// The host is not in the certificate, and needs not be: its key is pinned.
-	client := start(t, dir, "--mode", "client", "--from", internal+"/metrics", "--token-file", "site-7.token", "--listen", "127.0.0.1:0")
-	client.await("msg=pushed")
-	body := get(t, internal+"/federate")
+}
+
+// readIn returns the text of the file name in dir.
+func readIn(t *testing.T, dir, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// uploadStatus pushes body to the URL of a server with a token, and returns the status of the
+// answer.
+func uploadStatus(t *testing.T, serverURL, token, body string) int {
+	t.Helper()
+	req, err := http.NewRequest("POST", serverURL+"/upload", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// setUp is a site and a server that the four commands of the README have set up.
+type setUp struct {
+	dir            string // has keys and site-7.token
+	token          string
+	internal       string // URL of the server's internal listener
+	server, client *process
+}
+
+// startFourCommands runs the four commands of the README, with other addresses, and returns when
+// the client has pushed. The client scrapes the server's own metrics.
+func startFourCommands(t *testing.T) setUp {
+	t.Helper()
+	s := setUp{dir: t.TempDir()}
+	mustTool(t, s.dir, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
+	s.server = startServer(t, s.dir)
+	s.internal = "http://" + s.server.await(internalAddr)
+	s.token = mustTool(t, s.dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "https://"+s.server.await(externalAddr))
+	writeIn(t, s.dir, "site-7.token", s.token)
+	// The server's address is not in the certificate. The client accepts the certificate
+	// nevertheless, because the token contains the pin of its key.
+	s.client = start(t, s.dir, "--mode", "client", "--from", s.internal+"/metrics", "--token-file", "site-7.token", "--listen", "127.0.0.1:0")
+	s.client.await("msg=pushed")
+	return s
+}
+
+// The four commands of the README set up a server and a client whose samples the server serves.
+func TestFourCommands(t *testing.T) {
+	s := startFourCommands(t)
+	if strings.Count(s.token, "\n") != 1 || !strings.HasPrefix(s.token, "tm1.") {
+		t.Errorf("--mode token printed more than a token to stdout: %q", s.token)
+	}
+	body := get(t, s.internal+"/federate")
 	for _, want := range []string{
 		"# TYPE telemeter_build_info untyped\n", `telemeter_build_info{_id="site-7",`, `push_time_seconds{_id="site-7",instance="",job="",server="`,
 	} {
 		if !strings.Contains(body, want) {
-			t.Errorf("/federate lacks %s:\n%s", want, body)
+			t.Errorf("the server's /federate has no %s:\n%s", want, body)
 		}
 	}
-	own := get(t, "http://"+client.await(`msg=listening address=(\S+)`)+"/federate")
-	if !strings.Contains(own, "telemeter_build_info{") || strings.Contains(own, "_id=") {
-		t.Errorf("the client's /federate is not what it sent:\n%s", own)
+	sent := get(t, "http://"+s.client.await(`msg=listening address=(\S+)`)+"/federate")
+	if !strings.Contains(sent, "telemeter_build_info{") || strings.Contains(sent, "_id=") {
+		t.Errorf("the client's /federate does not have the samples that it sent:\n%s", sent)
 	}
-	if out := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--inspect", "site-7.token"); !strings.Contains(out, "cluster ID: site-7") || !strings.Contains(out, "verifies:   yes") {
-		t.Errorf("--inspect says:\n%s", out)
-	}
-	// Another server cannot pass for this one.
-	impostor := t.TempDir()
-	mustTool(t, impostor, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
-	other := startServer(t, impostor)
-	stdout, stderr, code := tool(t, dir, "--mode", "client", "--from", internal+"/metrics", "--token-file", "site-7.token",
-		"--to", "https://"+other.await(externalAddr), "--once", "--interval", "2s", "--spool-dir", "other-spool")
-	if code != exitFailure || stdout != "" || !strings.Contains(stderr, "pin") || !strings.Contains(stderr, "scrapes kept in the spool: 1,") {
-		t.Errorf("pushing to an impostor: exit %d\n%s", code, stderr)
-	}
-	for name, p := range map[string]*process{"client": client, "server": server} {
+	for name, p := range map[string]*process{"client": s.client, "server": s.server} {
 		if code := p.end(syscall.SIGTERM); code != exitOK {
-			t.Errorf("%s: exit %d at SIGTERM", name, code)
+			t.Errorf("the %s exited with %d after SIGTERM, want %d", name, code, exitOK)
 		}
 	}
 }
 
-// With --tls-client-ca a token alone is not enough.
-func TestClientCertificates(t *testing.T) {
+// --inspect prints the cluster ID of a token, and that the keys verify it.
+func TestInspectToken(t *testing.T) {
 	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	writeIn(t, dir, "site-7.token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7"))
+	out := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--inspect", "site-7.token")
+	if !strings.Contains(out, "cluster ID: site-7") || !strings.Contains(out, "verifies:   yes") {
+		t.Errorf("--inspect printed:\n%s", out)
+	}
+}
+
+// A client does not push to a server whose certificate has another key than its token names.
+func TestImpostor(t *testing.T) {
+	s := startFourCommands(t)
+	impostor := t.TempDir()
+	mustTool(t, impostor, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
+	other := startServer(t, impostor)
+	stdout, stderr, code := tool(t, s.dir, "--mode", "client", "--from", s.internal+"/metrics", "--token-file", "site-7.token",
+		"--to", "https://"+other.await(externalAddr), "--once", "--interval", "2s", "--spool-dir", "other-spool")
+	if code != exitFailure || stdout != "" || !strings.Contains(stderr, "pin") || !strings.Contains(stderr, "scrapes kept in the spool: 1,") {
+		t.Errorf("pushing to an impostor: exit %d, stdout %q, stderr:\n%s", code, stdout, stderr)
+	}
+}
+
+// writeSelfSigned writes a self-signed client certificate and its key to site.crt and site.key in
+// dir. The certificate is its own CA.
+func writeSelfSigned(t *testing.T, dir string) {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -113,44 +179,44 @@ func TestClientCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, block := range map[string]*pem.Block{
-		"site.crt": {Type: "CERTIFICATE", Bytes: der}, "site.key": {Type: "PRIVATE KEY", Bytes: pkcs8},
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	writeIn(t, dir, "site.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	writeIn(t, dir, "site.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})))
+}
+
+// A server with --tls-client-ca refuses a client that has a token but no client certificate.
+func TestClientCertificates(t *testing.T) {
+	dir := t.TempDir()
+	writeSelfSigned(t, dir)
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "hub.example")
 	server := startServer(t, dir, "--tls-client-ca", "site.crt")
-	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://"+server.await(externalAddr))
-	if err := os.WriteFile(filepath.Join(dir, "a.token"), []byte(token), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeIn(t, dir, "a.token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://"+server.await(externalAddr)))
 	push := []string{"--mode", "client", "--from", "http://" + server.await(internalAddr) + "/metrics", "--token-file", "a.token", "--once", "--interval", "2s"}
 	if _, stderr, code := tool(t, dir, push...); code != exitFailure || !strings.Contains(stderr, "certificate") {
-		t.Errorf("without a certificate: exit %d\n%s", code, stderr)
+		t.Errorf("pushing without a client certificate: exit %d\n%s", code, stderr)
 	}
 	mustTool(t, dir, append(push, "--to-crt", "site.crt", "--to-key", "site.key")...)
 }
 
+// --dry-run prints the samples that match, pushes nothing, and creates no spool.
 func TestDryRunPushesNothing(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	server := startServer(t, dir)
-	from := "http://" + server.await(internalAddr) + "/metrics"
-	out := mustTool(t, dir, "--mode", "client", "--from", from, "--dry-run", "--match", `{__name__=~"telemeter_build_info|go_goroutines"}`)
+	internal := "http://" + server.await(internalAddr)
+	out := mustTool(t, dir, "--mode", "client", "--from", internal+"/metrics", "--dry-run", "--match", `{__name__=~"telemeter_build_info|go_goroutines"}`)
 	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 2 || !regexp.MustCompile(`go_goroutines \d+ \d{13}`).MatchString(out) {
-		t.Errorf("a dry run printed:\n%s", out)
+		t.Errorf("--dry-run printed:\n%s", out)
 	}
-	if body := get(t, strings.TrimSuffix(from, "/metrics")+"/federate"); body != "" {
-		t.Errorf("something was pushed:\n%s", body)
+	if body := get(t, internal+"/federate"); body != "" {
+		t.Errorf("--dry-run pushed samples:\n%s", body)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "telemeter-spool")); err == nil {
-		t.Error("a dry run left a spool")
+		t.Error("--dry-run created a spool directory")
 	}
 }
 
-// Who chooses by the URL does not get all the rest as well.
+// The client asks the source for the selectors of the URL and of --match. It asks for all series
+// only if neither has a selector.
 func TestMatchOfURL(t *testing.T) {
 	dir := t.TempDir()
 	asked := make(chan []string, 1)
@@ -173,31 +239,33 @@ func TestMatchOfURL(t *testing.T) {
 	} {
 		mustTool(t, dir, append([]string{"--mode", "client", "--dry-run", "--from", source.URL + "/federate" + tt.query}, tt.match...)...)
 		if got := <-asked; !slices.Equal(got, tt.want) {
-			t.Errorf("%s with %v: asked for %q, want %q", tt.query, tt.match, got, tt.want)
+			t.Errorf("--from …/federate%s %q: the client asked for %q, want %q", tt.query, tt.match, got, tt.want)
 		}
 	}
 }
 
+// Every mode exits with 0 for success, 1 for a failure and 2 for a faulty command line. A start
+// that fails leaves no file.
 func TestExitStatus(t *testing.T) {
 	dir := t.TempDir()
 	tests := []struct {
 		args []string
 		code int
-		want []string // in stdout if the code is 0, else in stderr
+		want []string // all in stdout if code is 0, else all in stderr
 	}{
 		{nil, exitUsage, []string{"--mode is missing", "Usage:"}},
 		{[]string{"--help"}, exitOK, []string{"Modes:", "Set-up in four commands"}},
-		{[]string{"--mode", "nope"}, exitUsage, []string{`no mode "nope"`, "client, keygen, server, token, version"}},
+		{[]string{"--mode", "nope"}, exitUsage, []string{`unknown mode "nope"`, "client, keygen, server, token, version"}},
 		{[]string{"--mode=version"}, exitOK, []string{"telemeter "}},
 		{[]string{"--mode", "server", "--help"}, exitOK, []string{"--listen ADDRESS", "(default :9003)", "Example:"}},
 		{[]string{"--mode", "server", "--nope"}, exitUsage, []string{"-nope", "--help lists the flags"}},
 		{[]string{"--mode", "server", "--listen-internal", ":9004", "--limit-bytes", "1"}, exitUsage,
-			[]string{"--keys DIR is missing", "--federate-token-file", "--limit-bytes is from"}},
+			[]string{"--keys DIR is missing", "--federate-token-file", "--limit-bytes must be from"}},
 		{[]string{"--mode", "client", "--anonymize-labels", "instance", "--to-crt", "x", "extra"}, exitUsage,
 			[]string{"--token-file FILE is missing", "--anonymize-salt-file", "--to-key", `"extra"`}},
 		{[]string{"--mode", "client", "--token-file", "missing", "--listen", "9002"}, exitUsage, []string{"--listen: "}},
 		{[]string{"--mode", "client", "--interval", "2s", "--scrape-interval", "3s", "--spool-age", "1s", "--spool-limit", "1KiB"}, exitUsage,
-			[]string{"--scrape-interval is at least", "--spool-limit is at least", "--spool-age is at least"}},
+			[]string{"--scrape-interval must be at least", "--spool-limit must be at least", "--spool-age must be at least"}},
 		{[]string{"--mode", "client", "--token-file", "missing"}, exitFailure, []string{"missing"}},
 		{[]string{"--mode", "server", "--keys", "missing"}, exitFailure, []string{"token.key", "keygen"}},
 		{[]string{"--mode", "token", "--id", "a b"}, exitUsage, []string{"--id"}},
@@ -214,104 +282,85 @@ func TestExitStatus(t *testing.T) {
 		}
 		for _, want := range tt.want {
 			if !strings.Contains(text, want) {
-				t.Errorf("%v: no %q in:\n%s", tt.args, want, text)
+				t.Errorf("%v: the output has no %q:\n%s", tt.args, want, text)
 			}
 		}
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
-		t.Errorf("a failed start left %v behind (%v)", entries, err)
+		t.Errorf("failed starts left files: %v (%v)", entries, err)
 	}
 }
 
-// A plain-HTTP token to another host has to be asked for.
+// A client sends its token to another host over plain HTTP only if --plain-http allows it.
 func TestPlainHTTP(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
-	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "http://192.0.2.1:9003")
-	if err := os.WriteFile(filepath.Join(dir, "a.token"), []byte(token), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeIn(t, dir, "a.token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "http://192.0.2.1:9003"))
 	_, stderr, code := tool(t, dir, "--mode", "client", "--token-file", "a.token", "--once")
 	if code != exitUsage || !strings.Contains(stderr, "--plain-http") {
-		t.Errorf("exit %d:\n%s", code, stderr)
+		t.Errorf("exit %d, want %d and a hint at --plain-http:\n%s", code, exitUsage, stderr)
 	}
 }
 
+// SIGHUP makes a server use new token keys and revocations. A reload that fails changes nothing, is
+// counted, and does not log the contents of the bad file.
 func TestReload(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
-	if err := os.WriteFile(filepath.Join(dir, "revoked"), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeIn(t, dir, "revoked", "")
 	server := startServer(t, dir, "--revoked-file", "revoked")
 	url := "http://" + server.await(externalAddr)
-	push := func(token string) int {
-		req, err := http.NewRequest("POST", url+"/upload", strings.NewReader("a 1\n"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		return resp.StatusCode
-	}
-	old := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
-	gone := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "b")
+	oldKey := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
+	revoked := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "b")
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--rotate", "token")
-	fresh := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
-	if got := []int{push(old), push(gone), push(fresh)}; got[0] != 200 || got[1] != 200 || got[2] != 401 {
-		t.Fatalf("before the reload: %v, want 200 200 401", got)
+	newKey := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
+	check := func(when string, want ...int) {
+		t.Helper()
+		var got []int
+		for _, token := range []string{oldKey, revoked, newKey} {
+			got = append(got, uploadStatus(t, url, token, "a 1\n"))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: pushes with a token of the old key, of a revoked site and of the new key got %v, want %v", when, got, want)
+		}
 	}
-	if err := os.WriteFile(filepath.Join(dir, "revoked"), []byte("b\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check("before the reload", 200, 200, 401)
+	writeIn(t, dir, "revoked", "b\n")
 	server.cmd.Process.Signal(syscall.SIGHUP)
 	server.await("msg=reloaded")
-	if got := []int{push(old), push(gone), push(fresh)}; got[0] != 200 || got[1] != 401 || got[2] != 200 {
-		t.Errorf("after the reload: %v, want 200 401 200", got)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "keys", "token.key"), []byte("nonsense\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check("after the reload", 200, 401, 200)
+	writeIn(t, dir, "keys/token.key", "nonsense\n")
 	server.cmd.Process.Signal(syscall.SIGHUP)
 	server.await("reload failed")
-	if got := []int{push(old), push(gone), push(fresh)}; got[0] != 200 || got[1] != 401 || got[2] != 200 {
-		t.Errorf("after a reload that failed: %v, want 200 401 200", got)
-	}
+	check("after the failed reload", 200, 401, 200)
 	if strings.Contains(server.text(), "nonsense") {
-		t.Error("the log shows what is in a key file")
+		t.Error("the log contains the contents of a key file")
 	}
 	if body := get(t, "http://"+server.await(internalAddr)+"/metrics"); !strings.Contains(body, `telemeter_reloads_total{result="failed"} 1`) {
-		t.Error("the failed reload is not counted")
+		t.Error("telemeter_reloads_total does not count the failed reload")
 	}
 }
 
-// A first certificate takes a restart, which is said; all else is reloaded.
+// A server that started without a certificate needs a restart to use a new one. The reload succeeds
+// and logs that.
 func TestReloadFirstCertificate(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	server := startServer(t, dir)
-	get(t, "http://"+server.await(internalAddr)+"/healthz") // it listens to signals from then on
+	get(t, "http://"+server.await(internalAddr)+"/healthz") // the server handles SIGHUP when it answers
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
 	server.cmd.Process.Signal(syscall.SIGHUP)
 	server.await("msg=reloaded")
 	if text := server.text(); !strings.Contains(text, "until this server is restarted") || strings.Contains(text, "reload failed") {
-		t.Errorf("it says:\n%s", text)
+		t.Errorf("the log does not ask for a restart:\n%s", text)
 	}
 }
 
-var update = flag.Bool("update", false, "write the README's lists of flags anew")
+var update = flag.Bool("update", false, "update the lists of flags in README.md")
 
-// The README's lists of flags are what --help prints, but for its example.
+// The README's list of the flags of each mode is the output of --help, without the example.
 func TestREADMEFlags(t *testing.T) {
-	text, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	readme := string(text)
+	readme := readIn(t, ".", "README.md")
 	for _, mode := range []string{"server", "client", "keygen", "token"} {
 		var out, stderr bytes.Buffer
 		if code := run(t.Context(), time.Now, []string{"--mode", mode, "--help"}, &out, &stderr); code != exitOK {
@@ -321,7 +370,7 @@ func TestREADMEFlags(t *testing.T) {
 		want = "```\n" + want + "```\n"
 		have := regexp.MustCompile("(?s)```\ntelemeter --mode " + mode + ": .*?```\n").FindString(readme)
 		if have != want {
-			t.Errorf("the README's flags of --mode %s are not those of --help; write them by: go test -run README -update", mode)
+			t.Errorf("the README's flags of --mode %s differ from --help; update them with: go test -run README . -args -update", mode)
 		}
 		readme = strings.Replace(readme, have, want, 1)
 	}
@@ -332,7 +381,7 @@ func TestREADMEFlags(t *testing.T) {
 	}
 }
 
-// A request in flight at SIGTERM is answered.
+// A server answers a push that is in flight at SIGTERM, and exits with 0.
 func TestGracefulStop(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
@@ -356,124 +405,160 @@ func TestGracefulStop(t *testing.T) {
 		resp.Body.Close()
 		status <- resp.Status
 	}()
-	if _, err := io.WriteString(w, "a 1\n"); err != nil { // returns when the request is under way
+	if _, err := io.WriteString(w, "a 1\n"); err != nil { // returns when the client sends the body
 		t.Fatal(err)
 	}
 	internal := "http://" + server.await(internalAddr)
-	deadline := time.Now().Add(30 * time.Second)
-	for !strings.Contains(get(t, internal+"/metrics"), "telemeter_pushes_in_flight 1") {
-		if time.Now().After(deadline) {
-			t.Fatal("the push did not begin")
-		}
-	}
+	eventually(t, "the push is in flight", func() bool {
+		return strings.Contains(get(t, internal+"/metrics"), "telemeter_pushes_in_flight 1")
+	})
 	server.cmd.Process.Signal(syscall.SIGTERM)
 	server.await("msg=stopping")
 	w.Close()
 	if got := <-status; got != "200 OK" {
-		t.Errorf("the push in flight got %s", got)
+		t.Errorf("the push in flight got %s, want 200 OK", got)
 	}
 	if code := server.end(syscall.SIGTERM); code != exitOK {
-		t.Errorf("exit %d", code)
+		t.Errorf("the server exited with %d, want %d", code, exitOK)
 	}
 }
 
-// Fifty times a server is killed while four sites push: every sample that was
-// acknowledged is on disk at the end.
+// loadedSite is a site that pushes to a server until the server is killed.
+type loadedSite struct {
+	token string
+	next  int64   // number of the next push
+	acked []int64 // times of the samples of acknowledged pushes, in ms
+}
+
+// pushUntilKilled pushes to url, one push after the other, until ctx ends or a push gets no answer.
+// Each push has two samples with a time that no other push has, counted from begin. count counts
+// the acknowledged pushes.
+func (s *loadedSite) pushUntilKilled(ctx context.Context, t *testing.T, url string, begin int64, count *atomic.Int64) {
+	for ctx.Err() == nil {
+		s.next++
+		at := begin - 60_000 + s.next
+		// Every third push has a new series, so that kills also cut off series records.
+		body := fmt.Sprintf("steady{n=\"1\"} %d %d\nchurn{n=\"%d\"} %d %d\n", s.next, at, s.next/3, s.next, at)
+		req, err := http.NewRequestWithContext(ctx, "POST", url, strings.NewReader(body))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		req.Header.Set("Authorization", "Bearer "+s.token)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return // the server was killed
+		}
+		if resp.StatusCode == http.StatusOK {
+			s.acked = append(s.acked, at)
+			count.Add(1)
+		}
+		resp.Body.Close()
+	}
+}
+
+// openServerStore opens the store that a server left in dir. Every error that the store reports
+// fails the test.
+func openServerStore(t *testing.T, dir string) *Store {
+	t.Helper()
+	store, err := OpenStore(StoreConfig{
+		FS: DiskFS{}, Dir: filepath.Join(dir, "data"), Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now,
+		OnError: func(err error) { t.Errorf("the store reported: %v", err) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+// A server that is killed 50 times while four sites push has every acknowledged sample on disk at
+// the end, and reports no damage.
 func TestKilledUnderLoad(t *testing.T) {
-	const kills, sites = 50, 4
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rnd := rand.New(rand.NewPCG(seed, 0))
+	const kills = 50
+	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
-	tokens := make([]string, sites)
-	for i := range tokens {
-		tokens[i] = strings.TrimSpace(mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", fmt.Sprint("site", i)))
+	sites := map[string]*loadedSite{}
+	for i := range 4 {
+		id := fmt.Sprint("site", i)
+		sites[id] = &loadedSite{token: strings.TrimSpace(mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", id))}
 	}
 	begin := time.Now().UnixMilli()
-	acked := make([][]int64, sites) // the times of the samples acknowledged, by site
-	next := make([]int64, sites)
-	total := 0
+	total := int64(0)
 	for kill := range kills {
 		server := startServer(t, dir, "--ratelimit", "0", "--limit-series", "100000")
 		url := "http://" + server.await(externalAddr) + "/upload"
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		var count atomic.Int64
-		for i := range sites {
-			wg.Go(func() {
-				for ctx.Err() == nil {
-					next[i]++
-					at := begin - 60_000 + next[i]
-					// A new series now and then, so that series records are cut too.
-					body := fmt.Sprintf("steady{n=\"1\"} %d %d\nchurn{n=\"%d\"} %d %d\n", next[i], at, next[i]/3, next[i], at)
-					req, err := http.NewRequestWithContext(ctx, "POST", url, strings.NewReader(body))
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					req.Header.Set("Authorization", "Bearer "+tokens[i])
-					resp, err := http.DefaultClient.Do(req)
-					if err != nil {
-						return // killed
-					}
-					if resp.StatusCode == http.StatusOK {
-						acked[i] = append(acked[i], at)
-						count.Add(1)
-					}
-					resp.Body.Close()
-				}
-			})
+		for _, site := range sites {
+			wg.Go(func() { site.pushUntilKilled(ctx, t, url, begin, &count) })
 		}
-		// Killed after so many answers, not after a time: on a slow machine as well.
+		// The kill comes after a number of answers instead of a time, so that the test does not
+		// depend on the speed of the machine.
 		want := int64(1 + rnd.IntN(40))
-		deadline := time.Now().Add(30 * time.Second)
-		for count.Load() < want && time.Now().Before(deadline) {
-			time.Sleep(100 * time.Microsecond)
-		}
+		eventuallyWithin(t, 30*time.Second, 100*time.Microsecond, fmt.Sprintf("run %d: %d pushes are acknowledged", kill, want), func() bool {
+			return count.Load() >= want
+		})
 		server.end(syscall.SIGKILL)
 		cancel()
 		wg.Wait()
 		http.DefaultClient.CloseIdleConnections()
-		if count.Load() < want {
-			t.Fatalf("run %d: %d pushes accepted in 30 s:\n%s", kill, count.Load(), server.text())
-		}
-		total += int(count.Load())
+		total += count.Load()
 	}
-	var complaints []error
-	store, err := OpenStore(StoreConfig{
-		FS: DiskFS{}, Dir: filepath.Join(dir, "data"), Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now,
-		OnError: func(err error) { complaints = append(complaints, err) },
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	for _, err := range complaints {
-		t.Errorf("a kill left damage: %v", err)
-	}
-	for i := range sites {
-		held := map[int64]int{} // samples by time
-		for _, b := range store.sites[fmt.Sprint("site", i)].data.Batches {
+	store := openServerStore(t, dir)
+	for id, site := range sites {
+		held := map[int64]int{} // number of samples by time
+		for _, b := range store.sites[id].data.Batches {
 			for k := range b.V {
 				held[b.Time(k)]++
 			}
 		}
-		for _, at := range acked[i] {
+		for _, at := range site.acked {
 			if held[at] != 2 {
-				t.Errorf("site %d: %d of 2 samples held that were acknowledged at %d", i, held[at], at)
+				t.Errorf("%s: the store has %d of the 2 samples that were acknowledged at %d", id, held[at], at)
 			}
 		}
 	}
-	t.Logf("%d pushes acknowledged in %d runs", total, kills)
+	t.Logf("%d pushes were acknowledged in %d runs", total, kills)
 }
 
-// A client is killed again and again while its server is away: whatever its spool
-// held at any of these moments is with the server in the end.
+// spooledScrapes returns the values of all samples in the spool that a killed client left in dir.
+// Each scrape has one sample. Damage in the spool fails the test.
+func spooledScrapes(t *testing.T, dir string) (values []float64) {
+	t.Helper()
+	spool, err := OpenSpool(SpoolConfig{
+		FS: DiskFS{}, Dir: filepath.Join(dir, "spool"), ClusterID: "a", Limit: 1 << 30, MaxAge: time.Hour, Now: func() Moment { return Moment{BootID: "test"} },
+		OnError: func(err error) { t.Errorf("a kill damaged the spool: %v", err) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spool.ApplyAnswer(SpoolAnswer{}) // the server holds no scrape, so all are to be pushed
+	scrapes, err := spool.BeginPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sc := range scrapes {
+		var d Decompressor
+		text, _, err := d.Decompress(sc.Gzip, "gzip", 1000)
+		n := 0.0
+		if _, e := fmt.Sscanf(string(text), "n %g ", &n); err != nil || e != nil {
+			t.Fatalf("spooled scrape %q: %v, %v", text, err, e)
+		}
+		values = append(values, n)
+	}
+	if err := spool.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return values
+}
+
+// A client is killed several times while its server cannot be reached. When the server returns, the
+// backlog is pushed at once, and every scrape that was in the spool at a kill arrives.
 func TestClientKilledInOutage(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rnd := rand.New(rand.NewPCG(seed, 0))
+	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	server := startServer(t, dir)
@@ -488,7 +573,7 @@ func TestClientKilledInOutage(t *testing.T) {
 			proxy.ServeHTTP(w, r)
 			return
 		}
-		http.Error(w, "away", http.StatusBadGateway)
+		http.Error(w, "the server is down", http.StatusBadGateway)
 	}))
 	defer front.Close()
 	var scrapes atomic.Int64
@@ -496,87 +581,53 @@ func TestClientKilledInOutage(t *testing.T) {
 		fmt.Fprintf(w, "n %d\n", scrapes.Add(1))
 	}))
 	defer source.Close()
-	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", front.URL)
-	if err := os.WriteFile(filepath.Join(dir, "a.token"), []byte(token), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeIn(t, dir, "a.token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", front.URL))
 	args := []string{"--mode", "client", "--from", source.URL + "/metrics", "--token-file", "a.token",
 		"--listen", "", "--interval", "1s", "--spool-dir", "spool"}
-	spooled, backlog := map[float64]bool{}, 0
+
+	spooled := map[float64]bool{} // values that were in the spool at any kill
+	backlog := 0                  // scrapes in the spool at the last kill
 	for kill := 0; kill < 6 || len(spooled) < 3; kill++ {
 		if kill == 60 {
 			t.Fatalf("only %d scrapes were spooled in %d runs", len(spooled), kill)
 		}
 		client := start(t, dir, args...)
-		before := scrapes.Load()
-		want := before + 1 + int64(rnd.IntN(2))
-		for deadline := time.Now().Add(30 * time.Second); scrapes.Load() < want; {
-			if time.Now().After(deadline) {
-				t.Fatalf("run %d: no scrape in 30 s:\n%s", kill, client.text())
-			}
-			time.Sleep(time.Millisecond)
-		}
-		if kill%2 == 0 { // to be anywhere in what follows a scrape
+		want := scrapes.Load() + 1 + int64(rnd.IntN(2))
+		eventuallyWithin(t, 30*time.Second, time.Millisecond, fmt.Sprintf("run %d: the client scrapes", kill), func() bool { return scrapes.Load() >= want })
+		if kill%2 == 0 { // kill the client at a random moment after the scrape
 			time.Sleep(time.Duration(rnd.IntN(20)) * time.Millisecond)
 		} else {
 			client.await("(scrapes are kept)")
 		}
 		client.end(syscall.SIGKILL)
-		spool, err := OpenSpool(SpoolConfig{
-			FS: DiskFS{}, Dir: filepath.Join(dir, "spool"), ClusterID: "a", Limit: 1 << 30, MaxAge: time.Hour, Now: func() Moment { return Moment{BootID: "test"} },
-			OnError: func(err error) { t.Errorf("a kill left damage: %v", err) },
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		spool.ApplyAnswer(SpoolAnswer{}) // no server has any
-		kept, err := spool.BeginPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
-		if err != nil {
-			t.Fatal(err)
-		}
-		backlog = len(kept)
-		for _, sc := range kept {
-			var d Decompressor
-			text, _, err := d.Decompress(sc.Gzip, "gzip", 1000)
-			n := 0.0
-			if _, e := fmt.Sscanf(string(text), "n %g ", &n); err != nil || e != nil {
-				t.Fatalf("%q: %v, %v", text, err, e)
-			}
+		values := spooledScrapes(t, dir)
+		backlog = len(values)
+		for _, n := range values {
 			spooled[n] = true
 		}
-		if err := spool.Close(); err != nil {
-			t.Fatal(err)
-		}
 	}
+
 	up.Store(true)
 	client := start(t, dir, args...)
-	// Scrapes of this run may come while the backlog is on its way, each with a push of its
-	// own at most.
-	scraped, pushes := 0, 0
-	said := client.await(`msg=pushed samples=\d+ (scrapes=\d+ pushes=\d+) `)
-	if _, err := fmt.Sscanf(said, "scrapes=%d pushes=%d", &scraped, &pushes); err != nil || scraped-(pushes-1) < backlog {
-		t.Errorf("the backlog of %d did not travel in one push: %s, %v", backlog, said, err)
+	// The first push must contain the whole backlog. The client may scrape again before it logs the
+	// push, and each such scrape adds at most one push.
+	sent, pushes := 0, 0
+	line := client.await(`msg=pushed samples=\d+ (scrapes=\d+ pushes=\d+) `)
+	if _, err := fmt.Sscanf(line, "scrapes=%d pushes=%d", &sent, &pushes); err != nil || sent-(pushes-1) < backlog {
+		t.Errorf("the backlog of %d scrapes was not sent in one push: %s, %v", backlog, line, err)
 	}
 	client.end(syscall.SIGTERM)
 	server.end(syscall.SIGTERM)
-	store, err := OpenStore(StoreConfig{
-		FS: DiskFS{}, Dir: filepath.Join(dir, "data"), Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now,
-		OnError: func(err error) { t.Error(err) },
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
 	held := map[float64]bool{}
-	for _, b := range store.sites["a"].data.Batches {
+	for _, b := range openServerStore(t, dir).sites["a"].data.Batches {
 		for _, v := range b.V {
 			held[v] = true
 		}
 	}
 	for n := range spooled {
 		if !held[n] {
-			t.Errorf("scrape %v was spooled, and is nowhere", n)
+			t.Errorf("scrape %v was in the spool at a kill, but the server does not have it", n)
 		}
 	}
-	t.Logf("%d of %d scrapes were spooled, %d are held", len(spooled), scrapes.Load(), len(held))
+	t.Logf("%d of %d scrapes were spooled, the server has %d", len(spooled), scrapes.Load(), len(held))
 }

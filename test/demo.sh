@@ -1,13 +1,14 @@
 #!/bin/sh
-# demo.sh: the set-up in four commands, on this machine. The client's source is the
-# server's own /metrics, so that no Prometheus is needed. Ctrl-C ends it; nothing
-# is left behind.
+# demo.sh runs the set-up in four commands on this machine. The client scrapes the
+# server's own /metrics, so that no Prometheus is needed. Ctrl-C ends the demo, which
+# then removes all its files.
 set -eu
 cd "$(dirname "$0")/.."
 
 dir='' server='' client=''
 
-# Both are waited for: only then may the directory go.
+# finish ends client and server, shows the ends of their logs after a failure, and removes
+# the directory. It waits for both processes first, because they write to the directory.
 finish() {
 	status=$?
 	set +e
@@ -17,7 +18,7 @@ finish() {
 	if [ "$status" != 0 ] && [ -n "$dir" ]; then
 		for log in "$dir"/*.log; do
 			[ ! -e "$log" ] || {
-				echo "--- ${log##*/}, the end"
+				echo "--- the end of ${log##*/}"
 				tail -n 20 "$log"
 			}
 		done
@@ -26,26 +27,28 @@ finish() {
 	exit "$status"
 }
 trap finish EXIT
-# TERM as well: SIGINT is ignored where a shell started this in the background.
+# TERM ends the demo too, because a shell that starts a script in the background makes the
+# script ignore SIGINT.
 trap 'echo; echo stopping; exit 0' INT TERM HUP PIPE
-# After the traps, so that it never stays behind. Nobody else can look into it, so
-# keys and tokens are safe there.
+# The traps are set before the directory is created, so that it is always removed. Only this
+# user can read the directory, so keys and tokens are safe there.
 dir=$(mktemp -d)
 
-# saw TEXT PID LOG: waits until the process has logged it; false if it never does.
+# saw TEXT PID LOG waits until TEXT appears in the file LOG. It returns false if process PID
+# ends before that, or after 30 seconds.
 saw() {
-	tries=300 # of 0.1 s
+	tries=300 # with 0.1 s between two tries
 	until grep -qs "$1" "$3"; do
 		tries=$((tries - 1))
 		if [ "$tries" = 0 ] || ! kill -0 "$2" 2>/dev/null; then
-			echo "demo.sh: this did not start, or took too long (are ports 9002 to 9004 in use?)" >&2
+			echo "demo.sh: no $1 in ${3##*/}: the process ended, or took over 30 s (are ports 9002 to 9004 in use?)" >&2
 			return 1
 		fi
 		sleep 0.1
 	done
 }
 
-if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # started by make, it is built already
+if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # make demo has built it already
 
 ./telemeter --mode keygen --keys "$dir/keys"
 
@@ -59,7 +62,7 @@ saw msg=serving "$server" "$dir/server.log"
 ./telemeter --mode client --from http://localhost:9004/metrics --token-file "$dir/demo.token" \
 	--spool-dir "$dir/spool" --interval 5s >"$dir/client.log" 2>&1 &
 client=$!
-# A push that was answered is held by the server, so it is also served.
+# The client logs a push after the server has stored it, so /federate serves its samples now.
 saw msg=pushed "$client" "$dir/client.log"
 
 cat <<END
@@ -77,9 +80,9 @@ Curl:
   echo 'room_celsius 21.5' | curl -H "Authorization: Bearer \$(cat $dir/demo.token)" \\
     -H 'Content-Type: text/plain' --data-binary @- http://localhost:9003/upload
 
-Logs are in $dir. Ctrl-C ends it.
+The logs are in $dir. Ctrl-C ends the demo.
 END
-# Returns when one of them ends by itself, which neither should.
+# Neither process should end by itself. If one does, the demo fails.
 while kill -0 "$server" 2>/dev/null && kill -0 "$client" 2>/dev/null; do sleep 1; done
 echo "demo.sh: the server or the client has ended" >&2
 exit 1

@@ -1,47 +1,51 @@
 #!/usr/bin/env bash
-# integration.sh [FROM [TOKEN]]: a real Prometheus, two servers and a client, as
-# processes on loopback. The Prometheus is both source and sink: the client
-# federates from it, and it scrapes what the servers then hold. The client pushes
-# to server A what server B owns.
+# integration.sh [FROM [TOKEN]] runs a real Prometheus, two servers and a client as
+# processes on loopback. The Prometheus is both source and sink: the client scrapes its
+# /federate, and the Prometheus scrapes the servers. The client pushes to server A, and
+# server B owns the cluster ID of the client.
 #
-# Without arguments: checks what comes out at the end, kills B, checks that it still
-# serves the same, kills it again, checks that A goes on, and that B takes over when it
-# returns, restarts A, and exits 0 if all was right and the Prometheus has no gap.
-# With arguments: the client scrapes FROM (a URL, such as http://localhost:9005)
-# instead, with the bearer token TOKEN, and all stays up until Ctrl-C.
+# Without arguments, the script checks the samples that arrive at the Prometheus. Then it
+# kills B, and checks that B serves the same samples after a restart. It kills B again, and
+# checks that A takes over, and that B takes over again when it returns. At last it restarts
+# A, and checks that the Prometheus has no gap. It exits 0 if all checks pass.
 #
-# PROMETHEUS names the program; else it is looked for on PATH, else installed. PROMTOOL
-# names its promtool, which is beside it otherwise.
+# With arguments, the client scrapes the URL FROM, such as http://localhost:9005, with the
+# bearer token TOKEN. All processes run until Ctrl-C.
+#
+# PROMETHEUS is the Prometheus program. The default is the one on PATH; if there is none,
+# the script installs it. PROMTOOL is the promtool program. The default is the one in the
+# directory of the Prometheus program.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 from=${1:-http://localhost:9005}
 token=${2:-}
-keep=$# # with arguments, everything stays up
+keep=$# # not 0: run until Ctrl-C
 
-patience=120    # seconds for what takes some ten on an idle machine
-export LC_ALL=C # sort and comm have to agree
+patience=120    # seconds for steps that take about ten on an idle machine
+export LC_ALL=C # sort and comm must use the same order
 passed=0 failed=0
-names=() pids=() # of the processes that have to be running
+names=() pids=() # the processes that must be running
 
 work=
 trap finish EXIT
 if ((keep)); then
-	trap 'exit 0' INT TERM HUP PIPE # the way to end it
+	trap 'exit 0' INT TERM HUP PIPE # Ctrl-C is the regular end
 else
 	trap 'exit 130' INT TERM HUP PIPE
 fi
-# After the traps, so that it never stays behind. Nobody else can look into it, so
-# keys and tokens are safe there.
+# The traps are set before the directory is created, so that it is always removed. Only this
+# user can read the directory, so keys and tokens are safe there.
 work=$(mktemp -d)
 
-# finish ends what was started, shows why if something failed, and leaves nothing.
+# finish ends all processes, shows the ends of their logs after a failure, and removes the
+# directory.
 finish() {
 	local status=$?
 	trap '' INT TERM HUP PIPE # a second Ctrl-C must not leave processes behind
 	set +e
-	# Of the job table, so that one is found even if a signal came before its
-	# process ID was noted.
+	# The job table has every process, even if a signal arrived before its process ID was
+	# stored in pids.
 	# shellcheck disable=SC2046
 	[ -z "$(jobs -rp)" ] || kill $(jobs -rp) 2>/dev/null
 	local limit=$((SECONDS + 30))
@@ -62,21 +66,22 @@ finish() {
 	exit "$status"
 }
 
+# die MESSAGE... prints a message and fails the test.
 die() {
 	failed=$((failed + 1))
 	printf 'integration.sh: %s\n' "$*" >&2
 	exit 1
 }
 
-# debian PACKAGE...: installs them, where that is possible.
+# debian PACKAGE... installs Debian packages. It fails without apt-get or without root.
 debian() {
 	if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
 		return 1
 	fi
 	echo "installing $*"
-	# Wanted is the program, not Debian's service of it, which would hold port 9090.
-	# RUNLEVEL=1 is what keeps invoke-rc.d from starting it; it may start all the
-	# same under systemd, hence the stop.
+	# The Debian package would also start a Prometheus service, which would use port 9090.
+	# RUNLEVEL=1 keeps invoke-rc.d from starting the service. Under systemd the service
+	# starts nevertheless, so it is stopped below.
 	(
 		export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1
 		apt-get update -q || exit 1
@@ -85,7 +90,8 @@ debian() {
 	) >"$work/apt.log" 2>&1
 }
 
-# find_prometheus sets prometheus, or says what to do.
+# find_prometheus sets prometheus and promtool, installing Prometheus if there is none. If
+# that fails, it ends the test with a hint.
 find_prometheus() {
 	if [ -n "${PROMETHEUS:-}" ]; then
 		prometheus=$PROMETHEUS
@@ -95,14 +101,14 @@ find_prometheus() {
 		type -P prometheus >/dev/null || debian prometheus ||
 			die "there is no prometheus on PATH, and it could not be installed: install it, or run PROMETHEUS=/path/to/prometheus $0"
 	fi
-	# The one that came with it, if there is no other.
+	# By default, use the promtool in the directory of the Prometheus program.
 	promtool=${PROMTOOL:-$(dirname "$(type -P "$prometheus")")/promtool}
 	"$prometheus" --version >"$work/version" 2>&1 || die "$prometheus --version failed: $(cat "$work/version")"
 	sed -n '1s/ (.*//p' "$work/version"
 }
 
-# free PORT...: nobody else answers there. Otherwise an earlier run's process could
-# be taken for one of this run.
+# free PORT... fails the test if a process listens on one of the ports. Otherwise the test
+# could mistake a process of an earlier run for one of its own.
 free() {
 	local port
 	for port; do
@@ -112,7 +118,7 @@ free() {
 	done
 }
 
-# start NAME COMMAND...: in the background, with its output in NAME.log.
+# start NAME COMMAND... runs the command in the background, with its output in NAME.log.
 start() {
 	local name=$1
 	shift
@@ -120,20 +126,21 @@ start() {
 	names+=("$name") pids+=($!)
 }
 
-# stop SIGNAL NAME: ends one process, and returns when it has ended.
+# stop SIGNAL NAME ends one process, and returns when it has ended. Unless SIGNAL is KILL, the
+# process must exit with status 0.
 stop() {
 	local i status=0
 	for i in "${!names[@]}"; do
 		[ "${names[i]}" = "$2" ] || continue
 		kill "-$1" "${pids[i]}"
-		# Not to be reported by the shell; and what is asked to end ends well.
+		# The redirection hides the shell's report of a killed process.
 		wait "${pids[i]}" 2>/dev/null || status=$?
 		[ "$1" = KILL ] || [ "$status" = 0 ] || die "$2 ended with status $status after SIG$1"
 		unset "names[i]" "pids[i]"
 	done
 }
 
-# alive is false, and says who in seen, when a process has ended by itself.
+# alive fails if a process has ended by itself, and stores the name of the process in seen.
 alive() {
 	local i
 	for i in "${!pids[@]}"; do
@@ -143,8 +150,9 @@ alive() {
 	done
 }
 
-# check WHAT COMMAND...: tries until the command succeeds, a process ends, or the
-# patience of this part of the test is over. The command leaves in seen what it saw.
+# check WHAT COMMAND... repeats the command until it succeeds, a process ends, or SECONDS
+# reaches deadline, and prints and counts the result. The command describes in seen what it
+# has found.
 check() {
 	local what=$1
 	shift
@@ -152,7 +160,7 @@ check() {
 	until "$@"; do
 		if ! alive || ((SECONDS >= deadline)); then
 			failed=$((failed + 1))
-			printf 'FAIL %s: %s\n' "$what" "${seen:-nothing seen}"
+			printf 'FAIL %s: %s\n' "$what" "${seen:-nothing found}"
 			return
 		fi
 		sleep 0.2
@@ -161,11 +169,13 @@ check() {
 	printf 'ok   %s: %s\n' "$what" "$seen"
 }
 
-# get URL [CURL'S ARGUMENT...]: without the user's settings, and without a proxy.
+# get URL [ARGUMENT...] gets a URL with curl and further arguments for curl. It ignores the
+# user's settings and uses no proxy.
 get() {
 	curl -q --silent --fail --noproxy '*' --max-time 10 "$@"
 }
 
+# ready URL succeeds if the health check at the URL does.
 ready() {
 	seen=$(get "$1") || {
 		seen="no answer from $1"
@@ -173,28 +183,28 @@ ready() {
 	}
 }
 
-# query PROMQL: the JSON of the answer.
+# query PROMQL prints the JSON answer to a query, and fails if the query fails.
 query() {
 	get http://localhost:9005/api/v1/query --get --data-urlencode "query=$1" | grep -F '"status":"success"'
 }
 
-# value PROMQL: the value of a vector's one element; empty if it has none.
+# value PROMQL prints the value of a vector with one element, and nothing if it has none.
 value() {
 	query "$1" | sed -n 's/.*"value":\[[^,]*,"\([^"]*\)"\].*/\1/p'
 }
 
-# samples PROMQL: of a range, one [time,"value"] a line, sorted. The regular
-# expression fits nothing else of the answer.
+# samples PROMQL prints the samples of a range vector, sorted, as one [time,"value"] per
+# line. The regular expression matches nothing else in the answer.
 samples() {
 	query "$1" | grep -o '\[[0-9.]*,"[^"]*"\]' | sort
 }
 
-# found PROMQL: it has a value, above 0.
+# found PROMQL succeeds if the query has a value above 0.
 found() {
 	seen=$(value "$1") && [ -n "$seen" ] && [ "$seen" != 0 ]
 }
 
-# lint_free: own metrics of client and servers are as promtool wants them.
+# lint_free succeeds if promtool accepts the own metrics of client and servers.
 lint_free() {
 	local port
 	seen=
@@ -211,9 +221,9 @@ lint_free() {
 	done
 }
 
-# no_original: only pseudonyms, and two, since there are two originals: the targets
-# of this Prometheus. More would come of a client that pushes the servers' own series
-# back to them.
+# no_original succeeds if no series of "test" has an original value of instance, and there
+# are exactly two pseudonyms, because the Prometheus has two target addresses. There would
+# be more if the client pushed the servers' series back to them.
 no_original() {
 	local originals pseudonyms
 	originals=$(value 'count({_id="test",instance=~"localhost:.*|127[.].*|.*:90[01][0-9]"})') &&
@@ -222,8 +232,9 @@ no_original() {
 	[ -z "$originals" ] && [ "$pseudonyms" = 2 ]
 }
 
-# same_samples JOB: every sample that came through is, to the millisecond, one that
-# the source has. The source may be ahead: only what came through is compared.
+# same_samples JOB succeeds if every pushed sample of the job equals a sample of the source,
+# with the same time in milliseconds. The source may have newer samples, so samples that
+# have not arrived yet are not compared.
 same_samples() {
 	local strange
 	samples "scraped{_id=\"test\",job=\"$1\"}[10m]" >"$work/pushed" || return 1
@@ -231,17 +242,17 @@ same_samples() {
 	strange=$(comm -23 "$work/pushed" "$work/source")
 	seen="$(grep -c . "$work/pushed") of the source's $(grep -c . "$work/source")"
 	if [ -n "$strange" ]; then
-		seen="$seen; not the source's: $(echo "$strange" | tr '\n' ' ')"
+		seen="$seen; not in the source: $(echo "$strange" | tr '\n' ' ')"
 		return 1
 	fi
-	# One could be chance, and would say nothing of how time goes on.
+	# One sample could match by chance, and would not prove that later times are right too.
 	[ "$(grep -c . "$work/pushed")" -ge 2 ]
 }
 
-# own_up: the targets of this Prometheus, two of each job as /sd told it, have one up
-# each, and it is 1. Served samples with a wrong job or instance would take its place,
-# or stand beside it; and so would a target that both servers tell of, if it counted
-# twice.
+# own_up succeeds if each of the Prometheus's four targets, two per job from /sd, has exactly
+# one series "up", with the value 1. Served samples with a wrong job or instance would
+# replace this series or add another one. So would a target that both servers list, if
+# Prometheus used it twice.
 own_up() {
 	local all good
 	all=$(value 'count(up{_id=""})') && good=$(value 'count(up{_id="",job=~"federate|telemeter",instance=~"localhost:90[01]4"} == 1)') || return 1
@@ -249,8 +260,8 @@ own_up() {
 	[ "$all" = 4 ] && [ "$good" = 4 ]
 }
 
-# members PORT: what the server there takes for the cluster: the ring's version, and
-# of each member a line of name, state, slot and session.
+# members PORT prints the ring as the server at the port sees it: the ring's version, then
+# one line per member with name, state, slot and session.
 members() {
 	get "http://localhost:$1/debug/ring" >"$work/cluster" || return 1
 	grep -o '"version":"[^"]*"' "$work/cluster" &&
@@ -258,7 +269,8 @@ members() {
 		sed -n 's/^{"name":"\([^"]*\)","state":"\([^"]*\)",.*"slot":\([^,]*\),.*"session":\([0-9]*\),.*/\1 \2 slot \3 session \4/p'
 }
 
-# b_owns: both servers take both for alive, of the same sessions, and B for the owner.
+# b_owns succeeds if both servers see both members alive with the same sessions, and B has
+# the slot that owns "test".
 b_owns() {
 	local a b
 	if ! a=$(members 9004) || ! b=$(members 9014); then
@@ -267,15 +279,15 @@ b_owns() {
 	fi
 	seen=$(echo "$a" | sed -n 's/ session.*//p' | sort | paste -sd,)
 	if [ "$a" != "$b" ]; then
-		seen="$seen to A, but $(echo "$b" | sed -n 's/ session.*//p' | sort | paste -sd,) to B"
+		seen="A sees $seen, but B sees $(echo "$b" | sed -n 's/ session.*//p' | sort | paste -sd,)"
 		return 1
 	fi
-	# Of two slots it is the first that the ID "test" falls to.
+	# In a ring of two slots, the cluster ID "test" belongs to slot 0.
 	[ "$seen" = "A alive slot 1,B alive slot 0" ]
 }
 
-# on_b_alone: the owner shows samples, and no other server does. Each server says with its
-# own name what it saw of a site itself, whichever server owns the site.
+# on_b_alone succeeds if B serves samples of "test" and A does not. The metrics that each
+# server adds for a site, with its own name in the label server, are not counted.
 on_b_alone() {
 	get http://localhost:9004/federate >"$work/on-a" && get http://localhost:9014/federate >"$work/on-b" || return 1
 	local a b
@@ -285,32 +297,33 @@ on_b_alone() {
 	[ "$a" = 0 ] && [ "$b" != 0 ]
 }
 
-# after MS: reads an exposition, and prints how many samples of "test" are of a time
-# after that.
+# after MS reads an exposition from stdin, and prints how many series "scraped" of "test"
+# have a sample later than the time MS.
 after() {
 	awk -v t="$1" '/^#/ || !/_id="test"/ || !/^scraped/ { next } $NF > t { n++ } END { print n + 0 }'
 }
 
-# on_b_since MS: what was sent after that time has come to B.
+# on_b_since MS succeeds if B serves samples of "test" later than the time MS.
 on_b_since() {
 	get http://localhost:9014/federate >"$work/on-b" || return 1
-	seen="$(after "$1" <"$work/on-b") series go on"
-	[ "$seen" != "0 series go on" ]
+	seen="$(after "$1" <"$work/on-b") series have newer samples"
+	[ "$seen" != "0 series have newer samples" ]
 }
 
-# goes_on MS: samples of a time after that are on A, and have come to the Prometheus.
-# What B held when it was killed is older.
+# goes_on MS succeeds if both A and the Prometheus have samples of "test" later than the time
+# MS. All samples that B held when it was killed are older.
 goes_on() {
 	local here there
 	get http://localhost:9004/federate >"$work/on-a" || return 1
 	here=$(after "$1" <"$work/on-a")
 	there=$(value "count(timestamp(scraped{_id=\"test\"}) > $1 / 1000)") || return 1
-	seen="$here series go on at A, ${there:-0} at the Prometheus"
+	seen="$here series have newer samples at A, ${there:-0} at the Prometheus"
 	[ "$here" != 0 ] && [ -n "$there" ]
 }
 
-# no_gap FROM TO: of the alert that this Prometheus evaluates all the time, every
-# sample of a time between, in ms, came through, and so did one from after that.
+# no_gap FROM TO succeeds if every sample of the alert AlwaysFiring between the times FROM and
+# TO, in ms, has arrived through the servers, and also at least one later sample. The
+# Prometheus evaluates the alert continuously.
 no_gap() {
 	local alert='alertname="AlwaysFiring",alertstate="firing"' missing
 	samples "ALERTS{_id=\"\",$alert}[30m]" >"$work/source" && samples "alerts{_id=\"test\",$alert}[30m]" >"$work/pushed" || return 1
@@ -319,11 +332,11 @@ no_gap() {
 	[ "$missing" = 0 ] && awk -F'[][,]' -v to="$2" '$2 * 1000 > to { later = 1 } END { exit !later }' "$work/pushed"
 }
 
-# shows PORT: the server there shows samples of "test".
+# shows PORT succeeds if the server at the port serves samples of "test".
 shows() { get "http://localhost:$1/federate?match[]=scraped" --globoff | grep -q '_id="test"'; }
 
-# watch: looks all the time whether both servers show "test" at once. One that shows it
-# before and after the other did has shown it meanwhile.
+# watch runs until it is killed, and notes whether both servers serve "test" at the same time.
+# It asks A, then B, then A again: if A serves "test" both times, it also did when B was asked.
 watch() {
 	while true; do
 		if shows 9004 && shows 9014 && shows 9004; then echo twice; else echo once; fi
@@ -331,33 +344,37 @@ watch() {
 	done >"$work/watched" 2>/dev/null
 }
 
+# one_exposer succeeds if watch never found both servers serving "test".
 one_exposer() {
 	local twice
 	twice=$(grep -c twice "$work/watched" || true)
-	seen="both showed it $twice times of $(grep -c . "$work/watched")"
+	seen="both served it in $twice of $(grep -c . "$work/watched") tries"
 	[ "$twice" = 0 ] && grep -q once "$work/watched"
 }
 
-# quiet_log: this Prometheus never met samples that it could not take.
+# quiet_log succeeds if the Prometheus has logged no sample that it could not store.
 quiet_log() {
 	seen=$(grep -Eic 'append failed|parse error|same timestamp|duplicate sample|commit failed' "$work/prometheus.log" || true)
 	[ "$seen" = 0 ]
 }
 
+# now_ms prints the time in milliseconds.
 now_ms() { date +%s%3N; }
 
-# served: the samples of B's /federate, without what it says itself of pushes.
+# served prints the samples of B's /federate, without the metrics that B adds for each site.
 served() {
 	get http://localhost:9014/federate >"$work/answer" || return 1
 	grep -Ev '^(# TYPE )?(push_time_seconds|push_failure_time_seconds|telemeter_cluster_)' "$work/answer" | sort
 }
 
+# served_before stores the samples that B serves, for served_again.
 served_before() {
 	served >"$work/before" || return 1
 	seen="$(grep -c '_id="test"' "$work/before") samples"
 	[ "$seen" != "0 samples" ]
 }
 
+# served_again succeeds if B serves the same samples as at served_before.
 served_again() {
 	local differing
 	served >"$work/after" || {
@@ -372,7 +389,7 @@ served_again() {
 	}
 }
 
-if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # started by make, it is built already
+if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # make has built it already
 find_prometheus
 type -P curl >/dev/null || debian curl || die "there is no curl, and it could not be installed"
 free 9002 9003 9004 9005 9006 9013 9014 9016
@@ -383,9 +400,9 @@ a=(./telemeter --mode server --name A --keys "$work/keys" --storage-dir "$work/a
 b=(./telemeter --mode server --name B --keys "$work/keys" --storage-dir "$work/b"
 	--listen localhost:9013 --listen-internal localhost:9014
 	--listen-cluster localhost:9016)
-join_a=(--join localhost:9006) # for B, once there is an A
-# _id="" leaves out what came from the servers: this Prometheus would otherwise push
-# its own copies of copies, without end.
+join_a=(--join localhost:9006) # for B, when A runs already
+# The matcher _id="" excludes series that came from the servers. Otherwise the client would
+# push copies of its own pushes without end.
 client=(./telemeter --mode client --from "$from" --token-file "$work/token"
 	--spool-dir "$work/spool" --interval 5s --scrape-interval 1s --match '{__name__=~".+",_id=""}'
 	--anonymize-labels instance --anonymize-salt-file "$work/salt"
@@ -400,12 +417,12 @@ head -c 32 /dev/urandom | base64 >"$work/salt"
 ./telemeter --mode token --keys "$work/keys" --id test --to http://localhost:9003 >"$work/token" 2>>"$work/keys.log"
 
 deadline=$((SECONDS + patience))
-# B is the first, and has its slot before A chooses one: so it is B that owns "test".
+# B starts first and claims slot 0 before A claims a slot, so B owns "test".
 start B "${b[@]}"
 check "server B is ready" ready http://localhost:9014/healthz/ready
 start A "${a[@]}"
 check "server A is ready" ready http://localhost:9004/healthz/ready
-check "both agree, and B owns the cluster ID" b_owns
+check "both servers agree, and B owns the cluster ID" b_owns
 ((failed == 0)) || exit 1
 start prometheus "$prometheus" --config.file=testdata/prometheus.yml \
 	--storage.tsdb.path="$work/prometheus" --web.listen-address=localhost:9005
@@ -417,16 +434,16 @@ deadline=$((SECONDS + patience))
 check 'count({_id="test"})' found 'count({_id="test"})'
 if ((keep)); then
 	alive || die "$seen"
-	((failed == 0)) || tail -n 1 "$work/client.log" # FROM may come back: all stays up
+	((failed == 0)) || tail -n 1 "$work/client.log" # FROM may become reachable later, so everything stays up
 	cat <<-END
 
-		What the central Prometheus has of $from:
+		The samples of $from in the central Prometheus:
 		  http://localhost:9005/graph?g0.expr=count%20by%20(__name__)({_id%3D%22test%22})&g0.tab=1
-		What it scrapes, and what the client sent last:
+		The samples that it scrapes, and the samples that the client sent last:
 		  http://localhost:9014/federate  http://localhost:9002/federate
-		What server A, to which it pushes, and server B, which holds it, know of each other:
+		The ring as server A (to which the client pushes) and server B (the owner) see it:
 		  http://localhost:9004/debug/ring  http://localhost:9014/debug/ring
-		Logs are in $work. Ctrl-C ends it.
+		The logs are in $work. Ctrl-C ends all processes.
 	END
 	while alive; do sleep 1; done
 	die "$seen"
@@ -434,56 +451,56 @@ fi
 
 check 'scraped{_id="test"}' found 'count(scraped{_id="test"})'
 check 'alerts{_id="test"}' found 'count(alerts{_id="test",alertname="AlwaysFiring",alertstate="firing"})'
-check "times and values of job federate are the source's" same_samples federate
-check "times and values of job telemeter are the source's" same_samples telemeter
-check "own metrics are lint-free by promtool" lint_free
+check "job federate has the source's times and values" same_samples federate
+check "job telemeter has the source's times and values" same_samples telemeter
+check "promtool accepts all own metrics" lint_free
 check "instance is anonymized" no_original
-check "up of the servers' own targets" own_up
-check "B alone shows what was pushed to A" on_b_alone
+check "each target of the Prometheus has one up" own_up
+check "only B serves the samples that were pushed to A" on_b_alone
 
-# The client goes first, so that nothing new comes between the two answers.
+# The client is stopped first, so that no new samples arrive between the two answers.
 stop TERM client
 deadline=$((SECONDS + patience))
-check "served before SIGKILL" served_before
+check "B serves samples before SIGKILL" served_before
 stop KILL B
 start B "${b[@]}" "${join_a[@]}"
 check "server B is ready after SIGKILL" ready http://localhost:9014/healthz/ready
-check "the same is served after SIGKILL" served_again
-check "both agree again" b_owns
+check "B serves the same samples after SIGKILL" served_again
+check "both servers agree again" b_owns
 
-# Now the client is in the middle of its pushes when their owner goes, for good.
+# B is killed while the client pushes, and stays away.
 deadline=$((SECONDS + patience))
 restarted=$(now_ms)
 start client "${client[@]}"
-check "B holds what is pushed next" on_b_since "$restarted"
-check "B alone shows it" on_b_alone
+check "B gets the next pushes" on_b_since "$restarted"
+check "only B serves them" on_b_alone
 stop KILL B
-later=$(($(now_ms) + 10000)) # two pushes: more than what was under way
+later=$(($(now_ms) + 10000)) # two pushes later, when no push that was in flight at the kill is left
 deadline=$((SECONDS + patience))
-check "A goes on when B is killed" goes_on "$later"
-check "times and values are still the source's" same_samples telemeter
-check "A still takes pushes, and is ready" ready http://localhost:9004/healthz/ready
+check "A takes over when B is killed" goes_on "$later"
+check "job telemeter still has the source's times and values" same_samples telemeter
+check "server A is still ready" ready http://localhost:9004/healthz/ready
 
-# B returns, with the slot that it had.
+# B returns with its old slot.
 watch &
 start B "${b[@]}" "${join_a[@]}"
 deadline=$((SECONDS + patience))
-check "B returns: both agree, and B owns the cluster ID" b_owns
-check "what A held meanwhile it shows no more" on_b_alone
+check "B returns: both servers agree, and B owns the cluster ID" b_owns
+check "A no longer serves the samples that it held meanwhile" on_b_alone
 later=$(now_ms)
-check "B holds what is pushed next" on_b_since "$later"
+check "B gets the next pushes" on_b_since "$later"
 
-# A is restarted as for an update. The client has no other server, and waits.
+# A is restarted, as for an update. The client has no other server, so it waits for A.
 stop TERM A
 start A "${a[@]}"
 deadline=$((SECONDS + patience))
 check "server A is ready after SIGTERM" ready http://localhost:9004/healthz/ready
-check "both agree after it" b_owns
+check "both servers agree after that" b_owns
 later=$(now_ms)
-check "B holds what is pushed next" on_b_since "$later"
-check "B alone shows what was pushed to A, still" on_b_alone
-check "no gap since the client was started" no_gap $((restarted + 10000)) "$later"
-check "one server at a time showed it" one_exposer
-deadline=0 check "no parse error, no duplicate sample in the Prometheus's log" quiet_log
+check "B gets the next pushes" on_b_since "$later"
+check "only B serves the samples that were pushed to A, still" on_b_alone
+check "the Prometheus has no gap since the client was started" no_gap $((restarted + 10000)) "$later"
+check "only one server at a time served the samples" one_exposer
+deadline=0 check "the Prometheus logged no parse error and no duplicate sample" quiet_log
 
 ((failed == 0))

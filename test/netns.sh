@@ -1,32 +1,33 @@
 #!/usr/bin/env bash
-# netns.sh [--possible]: five servers in five network namespaces, joined by a bridge
-# in a sixth. The network is cut into two and three servers, and healed: both sides
-# go on meanwhile, and find each other again by themselves. How many seconds each
-# step took is printed, not checked: this machine may be busy.
+# netns.sh [--possible] runs five servers in five network namespaces, which a bridge in a
+# sixth namespace connects. It cuts the network into two and three servers, and heals it.
+# It checks that both sides keep working during the cut, and that they merge by themselves.
+# The duration of each step is printed but not checked, because the machine may be busy.
 #
-# --possible only tells whether it can run here: it needs root and network
-# namespaces. Nothing outside of namespaces of its own is touched.
+# With --possible, the script only exits 0 if the test can run here, and 1 if not. The test
+# needs root and network namespaces. It changes nothing outside its own namespaces.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 quiet=0
 [ "${1:-}" != --possible ] || quiet=1
 
-patience=60 # seconds for each step; they take some five on an idle machine
+patience=60 # seconds for each step; a step takes about five on an idle machine
 export LC_ALL=C
 passed=0 failed=0
-id=tm$$           # what the names of this run's namespaces begin with
-spaces=()         # all that were made
-cluster=10.99.0   # the network
-majority="1 2 3"  # stay on the first bridge
-minority="4 5"    # are cut off
+id=tm$$           # prefix of the names of this run's namespaces
+spaces=()         # the namespaces that were created
+cluster=10.99.0   # prefix of the servers' IP addresses
+majority="1 2 3"  # servers that stay on the first bridge
+minority="4 5"    # servers that are cut off
 servers="$majority $minority"
 
 work=
 trap finish EXIT
 trap 'exit 130' INT TERM HUP PIPE
 
-# finish ends what was started, shows why if something failed, and leaves nothing.
+# finish ends all processes, shows the ends of their logs after a failure, and removes the
+# namespaces and the directory.
 finish() {
 	local status=$? space log
 	trap '' INT TERM HUP PIPE
@@ -34,7 +35,8 @@ finish() {
 	# shellcheck disable=SC2046
 	[ -z "$(jobs -rp)" ] || kill -KILL $(jobs -rp) 2>/dev/null
 	wait 2>/dev/null
-	# With a namespace go its devices, once nothing runs in it: a curl may.
+	# Deleting a namespace deletes its devices, but only when no process is left in it. A
+	# curl may still run there, so all processes are killed first.
 	for space in "${spaces[@]}"; do
 		# shellcheck disable=SC2046
 		kill -KILL $(ip netns pids "$space" 2>/dev/null) 2>/dev/null
@@ -52,20 +54,21 @@ finish() {
 	exit "$status"
 }
 
+# die MESSAGE... prints a message and fails the test.
 die() {
 	failed=$((failed + 1))
 	printf 'netns.sh: %s\n' "$*" >&2
 	exit 1
 }
 
-# space NAME: makes a namespace.
+# space NAME creates a network namespace.
 space() {
-	spaces+=("$1") # first, so that it never stays behind
+	spaces+=("$1") # noted before it exists, so that finish always deletes it
 	ip netns add "$1"
 }
 
-# possible: ip and curl are there or could be installed, and devices can be made in
-# namespaces.
+# possible succeeds if the test can run here. It needs root, ip and curl, which it installs if
+# they are missing, and the right to create devices in network namespaces.
 possible() {
 	[ "$(id -u)" = 0 ] || return 1
 	local missing=()
@@ -92,16 +95,18 @@ if ! possible; then
 fi
 ((quiet)) && exit 0
 
-if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # started by make, it is built already
+if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # make has built it already
 
-# get N PATH [CURL'S ARGUMENT...]: from server N, asked in its own namespace.
+# get N PATH [ARGUMENT...] gets http://SERVER:PATH from server N with curl and further
+# arguments for curl. PATH begins with the port. curl runs in the server's namespace.
 get() {
 	local n=$1 path=$2
 	shift 2
 	ip netns exec "$id-$n" curl -q --silent --noproxy '*' --max-time 40 "$@" "http://$cluster.$n:$path"
 }
 
-# view N: how server N sees all of them, as "1=alive 2=dead …", and its ring's version.
+# view N prints two lines: the state of all members as server N sees them, such as
+# "1=alive 2=dead …", and the version of its ring.
 view() {
 	get "$1" 9004/debug/ring --fail --max-time 5 >"$work/view" || return 1
 	grep -o '{"name":"n[0-9]*","state":"[a-z]*"' "$work/view" |
@@ -109,8 +114,8 @@ view() {
 	grep -o '"version":"[^"]*"' "$work/view"
 }
 
-# all_see WANT N...: every server N is ready, so has claimed its slot, and sees WANT,
-# and all of them have one ring.
+# all_see WANT N... succeeds if every server N is ready, which means that it has claimed a
+# slot, sees the members as in WANT, and has the same ring as the others.
 all_see() {
 	local want=$1 n got ring='' this
 	shift
@@ -137,12 +142,13 @@ all_see() {
 	seen="$want, ring ${ring#*:}"
 }
 
+# one_whole succeeds if all five servers see all five alive, and each has its own slot.
 whole="1=alive 2=alive 3=alive 4=alive 5=alive"
 one_whole() {
 	local claimed
 	# shellcheck disable=SC2086
 	all_see "$whole" $servers || return 1
-	# Each with a slot of its own: two that claimed the same are not yet at rest.
+	# If two servers have claimed the same slot, they have not settled yet.
 	get 1 9004/debug/ring --fail --max-time 5 >"$work/view" || return 1
 	claimed=$(grep -o '"slot":[0-9]*,"claim"' "$work/view" | sort -u | wc -l)
 	if [ "$claimed" != 5 ]; then
@@ -151,21 +157,22 @@ one_whole() {
 	fi
 }
 
-# parted: each side sees itself, and nobody of the other.
+# parted succeeds if each side sees its own servers alive and the others dead.
 parted() {
 	# shellcheck disable=SC2086
 	all_see "1=alive 2=alive 3=alive 4=dead 5=dead" $majority && local of_three=$seen &&
 		all_see "1=dead 2=dead 3=dead 4=alive 5=alive" $minority && seen="$of_three; $seen"
 }
 
-# told: the last server tells Prometheus of all five.
+# told succeeds if /sd of the last server lists all five.
 told() {
 	seen=$(get 5 9004/sd --fail | grep -o "$cluster"'[.][0-9]:9004' | sort | paste -sd' ')
 	[ "$seen" = "$cluster.1:9004 $cluster.2:9004 $cluster.3:9004 $cluster.4:9004 $cluster.5:9004" ]
 }
 
-# check WHAT COMMAND...: tries until the command succeeds, a server ends, or the
-# patience with this step is over. The command leaves in seen what it saw.
+# check WHAT COMMAND... repeats the command until it succeeds, a server ends, or patience
+# seconds have passed, and prints and counts the result. The command describes in seen what
+# it has found.
 check() {
 	local what=$1 begin limit=$((SECONDS + patience)) n
 	begin=$(date +%s%N)
@@ -177,7 +184,7 @@ check() {
 		done
 		if ((SECONDS >= limit)); then
 			failed=$((failed + 1))
-			printf 'FAIL %s: %s\n' "$what" "${seen:-nothing seen}"
+			printf 'FAIL %s: %s\n' "$what" "${seen:-nothing found}"
 			return
 		fi
 		sleep 0.1
@@ -187,23 +194,24 @@ check() {
 	printf 'ok   %s: %d.%d s: %s\n' "$what" $((took / 10)) $((took % 10)) "$seen"
 }
 
-# plug BRIDGE N...: connects servers to a bridge, and to no other.
+# plug BRIDGE N... connects the servers to the bridge, and disconnects them from any other.
 plug() {
 	local bridge=$1 n
 	shift
 	for n; do ip -n "$id-0" link set "to$n" master "$bridge"; done
 }
 
-# push N ID: one sample to server N; the answer's status into the file ID, and how
-# long it took.
+# push N ID pushes one sample of the cluster ID to server N. It writes the status of the
+# answer and the duration in seconds to ID.code, and the answer to ID.answer.
 push() {
 	get "$1" 9003/upload --output "$work/$2.answer" --write-out '%{http_code} %{time_total}' \
 		--header "Authorization: Bearer $(cat "$work/$2.token")" --header 'Content-Type: text/plain' \
 		--data-binary @"$work/sample" >"$work/$2.code" || true
 }
 
-# pushed KIND: of the IDs KIND-1 to KIND-8, all were answered 200, and the minority
-# serves them: each server what it holds, whoever owns the ID.
+# pushed KIND succeeds if the pushes of all IDs from KIND-1 to KIND-8 were answered 200, and
+# the minority serves their samples. Each server serves the samples that it holds, even if
+# another server owns the ID.
 pushed() {
 	local i code slowest=0 held=0
 	: >"$work/federate"
@@ -219,7 +227,7 @@ pushed() {
 		slowest=$(printf '%s\n%s\n' "$slowest" "${code#* }" | sort -n | sed -n '$p')
 		if grep -q "^up{_id=\"$1-$i\"," "$work/federate"; then held=$((held + 1)); fi
 	done
-	seen="8 answered 200, $held served here, the slowest after $slowest s"
+	seen="8 answered 200, the slowest after $slowest s; the minority serves $held"
 	[ "$held" = 8 ]
 }
 
@@ -252,15 +260,15 @@ for n in $servers; do
 		--listen-cluster "$cluster.$n:9006" "${join[@]}" >"$work/n$n.log" 2>&1 &
 	pids[n]=$!
 done
-check "all five are one" one_whole
+check "all five servers form one ring" one_whole
 ring=$seen
-check "the fifth tells of all" told
+check "/sd of the fifth server lists all five" told
 ((failed == 0)) || exit 1
 
 # shellcheck disable=SC2086
 plug two $minority
-# The minority still takes the others for alive: what they own is sent to them in
-# vain, and then held here, or by the next owner.
+# The minority still sees the majority alive. Pushes for owners in the majority are
+# forwarded in vain, and then held by the receiver or by the next owner.
 pushes=()
 for i in 1 2 3 4 5 6 7 8; do
 	push 4 "cut-$i" &
@@ -268,18 +276,19 @@ for i in 1 2 3 4 5 6 7 8; do
 done
 check "cut: each side sees only itself alive" parted
 for i in 1 2 3 4 5 6 7 8; do push 4 "parted-$i"; done
-check "pushes to the minority" pushed parted
+check "pushes to the minority succeed" pushed parted
 wait "${pushes[@]}"
-check "pushes to the minority that came with the cut" pushed cut
+check "pushes to the minority right after the cut succeed" pushed cut
 
 # shellcheck disable=SC2086
 plug one $minority
-check "healed: all five are one again" one_whole
+check "healed: all five servers form one ring again" one_whole
 healed=$seen
+# same_ring succeeds if the ring after the cut is the ring before it.
 same_ring() {
 	seen=${healed##* }
 	[ "$healed" = "$ring" ]
 }
-patience=0 check "the ring is what it was before the cut" same_ring
+patience=0 check "the ring is the same as before the cut" same_ring
 
 ((failed == 0))

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs every command of the README's sh blocks, in their order, as they are but
-# for addresses: hub.example is this machine, the site's Prometheus is the server's
-# own /metrics, and paths are below a temporary directory. A server or client goes
-# on in the background until the end, once it says that it serves or has pushed.
+# readme.sh runs every command of the README's sh blocks in order. It changes only the
+# addresses: hub.example becomes localhost, the site's Prometheus becomes the server's own
+# /metrics, and paths are below a temporary directory. Servers and clients run in the
+# background until the end. The next command runs when a server has logged that it serves,
+# or a client that it has pushed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 top=$PWD
@@ -18,10 +19,11 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT TERM
 
-await() { # await FILE TEXT: until a log says it
+# await FILE TEXT waits until TEXT appears in FILE. After 30 s it fails the test.
+await() {
 	for _ in $(seq 600); do
 		if grep -q "$2" "$1" 2>/dev/null; then return; fi
-		sleep 0.05 # between looks; the deadline is 30 s
+		sleep 0.05
 	done
 	echo "FAIL: no '$2' in $1 within 30 s"
 	exit 1
@@ -53,7 +55,8 @@ while IFS= read -r command; do
 	esac
 	passed=$((passed + 1))
 done <<<"$commands"
-# To files first: a grep that has found what it looks for stops reading.
+# The answers go to files first, because grep -q stops reading at its first match, and curl
+# would then fail to write to the pipe.
 curl -sS --fail --cacert keys/tls.crt -H "Authorization: Bearer $(cat site-7.token)" \
 	-H 'Content-Type: text/plain' --data-binary 'readme_done 1
 ' https://localhost:9003/upload >answer.txt

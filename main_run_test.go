@@ -1,6 +1,6 @@
 package main
 
-// The order in which parts of a process end.
+// Tests of the order in which the parts of a process end, in virtual time.
 
 import (
 	"context"
@@ -12,16 +12,19 @@ import (
 	"time"
 )
 
-// TestRunWhile: the background ends after serve, and if it ends first, serve ends with it.
+// runWhile ends background only after serve has returned. If background returns first, serve ends
+// too. The errors of both are returned.
 func TestRunWhile(t *testing.T) {
 	bad, worse := errors.New("bad"), errors.New("worse")
 	for name, c := range map[string]struct {
-		stop, fail, end time.Duration // after which the context ends, the background fails and serve ends; 0: not by itself
-		serveErr        error
-		want            []string
-		took            time.Duration
+		// Units of time after which the context ends, background fails and serve returns by
+		// itself. With 0 it does not happen.
+		stop, fail, end time.Duration
+		serveErr        error         // returned by serve when it returns by itself
+		want            []string      // the parts in the order in which they end
+		took            time.Duration // units of time until runWhile returns
 	}{
-		"told to end":      {stop: 3, want: []string{"serve terminated", "background"}, took: 3 + 5 + 7},
+		"context ends":     {stop: 3, want: []string{"serve terminated", "background"}, took: 3 + 5 + 7},
 		"background fails": {fail: 2, want: []string{"background", "serve"}, took: 2 + 5},
 		"serve ends":       {end: 4, want: []string{"serve", "background"}, took: 4 + 7},
 		"serve fails":      {end: 4, serveErr: worse, want: []string{"serve", "background"}, took: 4 + 7},
@@ -54,7 +57,7 @@ func TestRunWhile(t *testing.T) {
 					case <-after(c.fail):
 						return bad
 					case <-ctx.Done():
-						time.Sleep(7 * unit) // leaving takes time
+						time.Sleep(7 * unit) // background takes this long to end
 						return nil
 					}
 				}, func(ctx context.Context) error {
@@ -63,7 +66,7 @@ func TestRunWhile(t *testing.T) {
 						note("serve")
 						return c.serveErr
 					case <-ctx.Done():
-						time.Sleep(5 * unit) // requests in flight
+						time.Sleep(5 * unit) // serve takes this long to end
 						if errors.Is(context.Cause(ctx), errTerminated) {
 							note("serve terminated")
 						} else {
@@ -73,18 +76,18 @@ func TestRunWhile(t *testing.T) {
 					}
 				})
 				if errors.Is(err, bad) != (c.fail > 0) || errors.Is(err, worse) != (c.serveErr != nil) {
-					t.Errorf("error %v", err)
+					t.Errorf("runWhile returned %v; want the error of background: %v, of serve: %v", err, c.fail > 0, c.serveErr != nil)
 				}
 				if took := time.Since(begin); took != c.took*unit || !slices.Equal(ended, c.want) {
-					t.Errorf("ended %q after %v, want %q after %v", ended, took, c.want, c.took*unit)
+					t.Errorf("the parts ended as %q, all after %v; want %q after %v", ended, took, c.want, c.took*unit)
 				}
 			})
 		})
 	}
 }
 
-// TestRunTogether: the first part that ends ends all, and all errors are returned.
-func TestRunTogether(t *testing.T) {
+// When one part returns, runUntilOneEnds ends the others, waits for them, and returns all errors.
+func TestRunUntilOneEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := errors.New("first"), errors.New("second")
 		begin := time.Now()
@@ -97,7 +100,7 @@ func TestRunTogether(t *testing.T) {
 			return second
 		})
 		if !errors.Is(err, first) || !errors.Is(err, second) || time.Since(begin) != 2*time.Second {
-			t.Errorf("%v after %v", err, time.Since(begin))
+			t.Errorf("runUntilOneEnds returned %v after %v, want both errors after 2s", err, time.Since(begin))
 		}
 	})
 }
