@@ -1,9 +1,10 @@
 package main
 
-// The client: it scrapes the source, cleans and spools the samples, and pushes them to servers, at
-// the site's own phase of the interval. Every scrape is spooled before it is pushed. Neither a
-// bad source nor a bad destination delays the other, and logs and metrics tell the two apart.
-// This family must not know of flags or TLS.
+// The client scrapes the source, cleans the samples, writes them to the spool and pushes them to
+// the servers. It pushes at the site's own phase of the interval. Every scrape enters the spool
+// before it is pushed. A failing source does not delay pushes, and a failing destination does not
+// delay scrapes. Logs and metrics name the part that failed. This family must not know of flags or
+// TLS.
 
 import (
 	"context"
@@ -17,37 +18,38 @@ import (
 )
 
 const (
-	expiryWarning   = 30 * 24 * time.Hour // before the token expires
-	dropLogInterval = time.Minute         // between log lines of scrapes that are dropped
+	expiryWarning   = 30 * 24 * time.Hour // how long before the token expires the client begins to warn
+	dropLogInterval = time.Minute         // least time between two log lines about dropped scrapes
 )
 
 // ClientConfig configures a Client.
 type ClientConfig struct {
-	From           *url.URL     // of the source, without match[]
-	FromClient     *http.Client // follows no redirects
-	To             []string     // servers, in the order in which they are tried
-	ToClient       *http.Client // with a timeout; follows no redirects
-	ClusterID      string       // the cluster ID
-	Interval       time.Duration
-	ScrapeInterval time.Duration // at most Interval
-	LimitBytes     int64         // of a push's body; decompressed, MaxDecodedFactor times
+	From           *url.URL      // URL of the source, without match[]
+	FromClient     *http.Client  // for requests to the source; must not follow redirects
+	To             []string      // URLs of the servers, tried in this order
+	ToClient       *http.Client  // for requests to the servers; has a timeout and must not follow redirects
+	ClusterID      string        // names this site
+	Interval       time.Duration // between pushes
+	ScrapeInterval time.Duration // between scrapes; at most Interval
+	LimitBytes     int64         // of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
 	Metrics        *Metrics
 	Log            *slog.Logger
-	Now            func() time.Time
-	Boot           func() (ms int64, id string) // the boot-time clock, and the boot's ID
+	Now            func() time.Time             // the wall clock
+	Boot           func() (ms int64, id string) // reads the boot-time clock and the ID of this boot
 }
 
-// ClientReloadConfig is what a reload replaces, all at once.
+// ClientReloadConfig is the part of the configuration that a reload replaces, all of it at once.
 type ClientReloadConfig struct {
-	Token        string
-	FromToken    string // "" = none
-	Match        Selectors
-	NewCleaner   func() *ClientCleaner // a new one, without Match
-	TokenExpires int64                 // of Token in Unix seconds; 0 = never, or not known
+	Token        string                // the client token
+	FromToken    string                // bearer token for the source; "" means none
+	Match        Selectors             // the series to push
+	NewCleaner   func() *ClientCleaner // returns a new cleaner whose Match is not set
+	TokenExpires int64                 // when Token expires, in Unix seconds; 0 means never or unknown
 }
 
-// Client pushes from one source to the servers of one ring. Handler may be used while other
-// methods run; of the others, one runs at a time.
+// Client pushes the samples of one source to the servers of one ring. Reload and the handler that
+// Handler returns are safe for concurrent use with the other methods. Of the other methods, only
+// one may run at a time.
 type Client struct {
 	cfg         ClientConfig
 	state       atomic.Pointer[ClientReloadConfig]
@@ -56,14 +58,14 @@ type Client struct {
 	sourceClock *SourceClockTracker
 	scrapedOK   atomic.Bool // the last scrape succeeded
 
-	// For the scraping goroutine.
-	spoolFailing   bool      // the last scrape could not be put on disk
-	sourceFailures int       // scrapes that failed since the last good one
-	sourceLogged   time.Time // when such a failure was logged last
-	sourceSkew     int64     // ms; see skewByDateOrZero
+	// Used only by the goroutine that scrapes.
+	spoolFailing   bool      // the last scrape could not be written to disk
+	sourceFailures int       // failed scrapes since the last successful scrape
+	sourceLogged   time.Time // when a failed scrape was last logged at level Error
+	sourceSkew     int64     // ms by which the source's clock is ahead of this machine's; see skewByDateOrZero
 
 	mu         sync.Mutex     // guards lost and held
-	lost, held dropLogLimiter // scrapes that the spool dropped, by whether a server holds them
+	lost, held dropLogLimiter // for scrapes that no server is known to hold, and for scrapes that a server holds or held
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
 	scrapeSeconds                                   *Histogram
@@ -71,22 +73,23 @@ type Client struct {
 	spoolScrapes, spoolBytes, spoolAge              *Gauge
 }
 
-// NewClient returns a Client, which needs a call of Reload and, to push, of OpenSpool.
+// NewClient returns a Client. The caller must call Reload before scrapes and pushes. All methods
+// but Reload and Scrape need OpenSpool first.
 func NewClient(cfg ClientConfig) *Client {
 	m := cfg.Metrics
 	c := &Client{
 		cfg:           cfg,
 		scrapes:       m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),
-		scrapeSeconds: m.Histogram("telemeter_source_scrape_duration_seconds", "Time to scrape the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
-		lastScrape:    m.Gauge("telemeter_source_last_success_timestamp_seconds", "When the source was last scraped; 0 if never."),
-		scraped:       m.Counter("telemeter_samples_scraped_total", "Samples that the source gave."),
-		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples that did not leave the site, or that the server dropped, by reason.", "reason"),
-		skipped:       m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
-		spoolErrors:   m.Counter("telemeter_spool_errors_total", "Reads and writes of the spool that failed, and damaged files."),
-		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes, or pieces of large ones, in the spool, by whether a server holds them.", "state"),
-		spoolBytes:    m.Gauge("telemeter_spool_bytes", "Size of the scrapes in the spool.", "state"),
-		spoolAge:      m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape in the spool; 0 if there is none.", "state"),
-		expiry:        m.Gauge("telemeter_token_expiry_timestamp_seconds", "When the client token expires; 0 if never, or not known."),
+		scrapeSeconds: m.Histogram("telemeter_source_scrape_duration_seconds", "Duration of scrapes of the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
+		lastScrape:    m.Gauge("telemeter_source_last_success_timestamp_seconds", "Unix time of the last successful scrape of the source; 0 if none succeeded yet."),
+		scraped:       m.Counter("telemeter_samples_scraped_total", "Samples in successful scrapes of the source, before cleaning."),
+		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples dropped by the client or by a server, by reason.", "reason"),
+		skipped:       m.Counter("telemeter_parts_skipped_total", "Parts of scraped samples that cannot be pushed, such as exemplars, by kind.", "kind"),
+		spoolErrors:   m.Counter("telemeter_spool_errors_total", "Failed reads and writes of the spool, and damaged spool files."),
+		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes in the spool, by delivery state; a large scrape counts once for each of its pieces.", "state"),
+		spoolBytes:    m.Gauge("telemeter_spool_bytes", "Bytes that the scrapes in the spool occupy, by delivery state.", "state"),
+		spoolAge:      m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape in the spool, by delivery state; 0 if there is none.", "state"),
+		expiry:        m.Gauge("telemeter_token_expiry_timestamp_seconds", "Unix time at which the client token expires; 0 if it never does or if the expiry is unknown."),
 	}
 	for _, result := range []string{"ok", "failed"} {
 		c.scrapes.Add(0, result)
@@ -99,8 +102,8 @@ func NewClient(cfg ClientConfig) *Client {
 	return c
 }
 
-// OpenSpool opens the spool, which Run and ScrapeOnceAndDrain need. Of cfg the caller sets FS, Dir,
-// Limit and MaxAge.
+// OpenSpool opens the spool and creates the Pusher, which Run and ScrapeOnceAndDrain use. The
+// caller sets FS, Dir, Limit and MaxAge in cfg; OpenSpool sets the other fields.
 func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
 	cfg.ClusterID, cfg.Now, cfg.CorrectTimes, cfg.OnError, cfg.OnDrop = c.cfg.ClusterID, c.moment, c.correctToServerTime, c.onSpoolError, c.onSpoolDrop
 	if c.spool, err = OpenSpool(cfg); err != nil {
@@ -123,9 +126,9 @@ func (c *Client) OpenSpool(cfg SpoolConfig) (err error) {
 	})
 	st := c.spool.Stats()
 	if cfg.Dir == "" {
-		c.cfg.Log.Warn("no --spool-dir: scrapes are held in memory only; when this process ends nothing is sent again, and what no server has is lost")
+		c.cfg.Log.Warn("no --spool-dir: scrapes are kept in memory only; scrapes that no server holds are lost when this process ends")
 	} else {
-		c.cfg.Log.Info("spool is open", "dir", cfg.Dir, "scrapes", st.Scrapes, "bytes", st.Bytes)
+		c.cfg.Log.Info("spool opened", "dir", cfg.Dir, "scrapes", st.Scrapes, "bytes", st.Bytes)
 	}
 	return nil
 }
@@ -138,15 +141,15 @@ func (c *Client) onSpoolError(err error) {
 	c.cfg.Log.Error("spool failed", "err", err)
 }
 
-// dropLogLimiter limits the log lines of dropped scrapes to one in dropLogInterval, because a full
-// spool drops at each scrape.
+// dropLogLimiter limits the log lines about dropped scrapes to one in dropLogInterval, because a
+// full spool drops scrapes at every Add.
 type dropLogLimiter struct {
-	logged           time.Time
-	scrapes, samples int // dropped since
+	logged           time.Time // when the last line was logged
+	scrapes, samples int       // dropped since the last line
 }
 
-// addDrops adds scrapes that were dropped, and returns the sums. logNow reports that the sums are
-// to be logged now; later sums begin at 0.
+// addDrops adds dropped scrapes and samples to the sums and returns the new sums. If logNow is
+// true, the caller must log the returned sums; the limiter's own sums then start again at 0.
 func (l *dropLogLimiter) addDrops(now time.Time, scrapes, samples int) (sum dropLogLimiter, logNow bool) {
 	l.scrapes, l.samples = l.scrapes+scrapes, l.samples+samples
 	sum = *l
@@ -156,12 +159,13 @@ func (l *dropLogLimiter) addDrops(now time.Time, scrapes, samples int) (sum drop
 	return sum, logNow
 }
 
-// onSpoolDrop counts and logs scrapes that the spool drops. Those that a server holds are no loss.
+// onSpoolDrop counts and logs scrapes that the spool dropped. Scrapes that a server holds are not
+// lost, so they are logged at level Info instead of Error.
 func (c *Client) onSpoolDrop(reason string, scrapes, samples int) {
 	c.dropped.Add(float64(samples), reason)
-	log, level, text := &c.lost, slog.LevelError, "scrapes are dropped from the spool"
+	log, level, text := &c.lost, slog.LevelError, "scrapes dropped from the spool"
 	if reason == DropSpoolHeld {
-		log, level, text = &c.held, slog.LevelInfo, "scrapes that a server holds are dropped from the spool, though not every consumer has read them"
+		log, level, text = &c.held, slog.LevelInfo, "scrapes dropped from the spool before every consumer read them; a server holds or held them"
 	}
 	now := c.cfg.Now()
 	c.mu.Lock()
@@ -172,13 +176,13 @@ func (c *Client) onSpoolDrop(reason string, scrapes, samples int) {
 	}
 }
 
-// moment returns the present moment.
+// moment reads the wall clock and the boot-time clock.
 func (c *Client) moment() Moment {
 	boot, id := c.cfg.Boot()
 	return Moment{Wall: c.cfg.Now().UnixMilli(), Boot: boot, BootID: id}
 }
 
-// Reload replaces tokens and rules.
+// Reload replaces the tokens, the selectors and the cleaning rules.
 func (c *Client) Reload(st ClientReloadConfig) {
 	c.state.Store(&st)
 	c.expiry.Set(float64(st.TokenExpires))
@@ -195,12 +199,12 @@ func (c *Client) Handler() http.Handler {
 	return mux
 }
 
-// serveLastDelivered answers with the scrape that was delivered last.
+// serveLastDelivered answers with the samples of the newest delivered scrape.
 func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 	samples, err := c.lastDeliveredSamples()
 	if err != nil {
-		c.cfg.Log.Error("what was sent last cannot be shown", "err", err)
-		http.Error(w, "cannot be shown", http.StatusInternalServerError)
+		c.cfg.Log.Error("cannot decode the last delivered scrape for /federate", "err", err)
+		http.Error(w, "cannot decode the last delivered scrape", http.StatusInternalServerError)
 		return
 	}
 	escaping := NegotiateEscaping(r.Header.Get("Accept"))
@@ -212,7 +216,8 @@ func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// lastDeliveredSamples returns the samples of the scrape that was delivered last.
+// lastDeliveredSamples returns the samples of the newest delivered scrape. The list is empty if
+// none was delivered yet.
 func (c *Client) lastDeliveredSamples() (*SampleList, error) {
 	list := &SampleList{}
 	for _, sc := range c.pusher.LastDeliveredPieces() {

@@ -1,8 +1,8 @@
 package main
 
-// The boot-time clock: it counts since this machine booted, so that no operator, NTP or dead
-// battery steps it. It never goes back while the boot ID is the same. It counts suspended time
-// where the system does. Two readings with different boot IDs cannot be compared.
+// The boot-time clock counts the time since this machine booted. No operator, NTP daemon or dead
+// battery can step it. Its readings never decrease while the boot ID stays the same. It includes
+// suspended time where the system reports it. Readings with different boot IDs cannot be compared.
 
 import (
 	"bytes"
@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	// uptimeFile counts suspended time, as CLOCK_MONOTONIC, which package time uses, does not.
+	// uptimeFile includes suspended time. CLOCK_MONOTONIC, which package time uses, does not.
 	uptimeFile = "/proc/uptime"
 	bootIDFile = "/proc/sys/kernel/random/boot_id"
 )
@@ -22,13 +22,13 @@ const (
 type BootClock struct {
 	readFile func(name string) ([]byte, error)
 	id       string
-	hasFile  bool      // uptimeFile can be read; else the clock counts from the start of this process
-	base     int64     // ms since boot at start
-	start    time.Time // its monotonic part counts
+	hasFile  bool      // uptimeFile can be read; otherwise the clock counts from the start of this process
+	base     int64     // ms between the boot and start
+	start    time.Time // when the clock was created; its monotonic reading is used
 }
 
-// NewBootClock returns a clock that reads Linux's by readFile. Elsewhere it counts from the start
-// of this process, under an ID of its own.
+// NewBootClock returns a clock that reads Linux's uptime and boot ID through readFile. If either is
+// missing or malformed, the clock counts from the start of this process, under a random ID.
 func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 	c := &BootClock{readFile: readFile, start: time.Now()}
 	id, err := readFile(bootIDFile)
@@ -46,7 +46,8 @@ func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 func (c *BootClock) Now() (ms int64, bootID string) {
 	counted := c.base + time.Since(c.start).Milliseconds()
 	if c.hasFile {
-		// An uptime below the time that this process counted is not of this boot.
+		// Ignore an uptime below the time that this process has counted, because it cannot be of
+		// this boot. The tolerance of one second covers rounding.
 		if ms, ok := c.uptime(); ok && ms+1000 >= counted {
 			return ms, c.id
 		}
@@ -54,7 +55,8 @@ func (c *BootClock) Now() (ms int64, bootID string) {
 	return counted, c.id
 }
 
-// uptime reads the first field of uptimeFile, seconds with hundredths.
+// uptime returns the first field of uptimeFile in milliseconds. The file has seconds with two
+// decimals.
 func (c *BootClock) uptime() (ms int64, ok bool) {
 	b, err := c.readFile(uptimeFile)
 	text, _, found := strings.Cut(string(b), " ")

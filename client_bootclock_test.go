@@ -8,6 +8,8 @@ import (
 	"time"
 )
 
+// On Linux the boot-time clock includes suspended time. If the uptime is missing or malformed, the
+// clock continues with the time that the process counted.
 func TestBootClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		files := map[string]string{uptimeFile: "100.25 7.00\n", bootIDFile: "4789e580-6b9d-41f7-b180-bcdd10d7b67b\n"}
@@ -15,33 +17,35 @@ func TestBootClock(t *testing.T) {
 			if s, ok := files[name]; ok {
 				return []byte(s), nil
 			}
-			return nil, errors.New("not there")
+			return nil, errors.New("no such file")
 		}
 		c := NewBootClock(read)
 		check := func(what string, want int64) {
 			t.Helper()
 			if ms, id := c.Now(); ms != want || id != "4789e580-6b9d-41f7-b180-bcdd10d7b67b" {
-				t.Errorf("%s: %d of %q, want %d", what, ms, id, want)
+				t.Errorf("%s: got %d ms and boot ID %q, want %d ms and the ID of the file", what, ms, id, want)
 			}
 		}
 		check("at the start", 100_250)
-		// An hour of suspend, which the monotonic clock of a process does not count.
+		// The machine was suspended for an hour, which the process's monotonic clock does not
+		// count.
 		files[uptimeFile] = "3700.25 7.00\n"
 		check("after a suspend", 3_700_250)
 		time.Sleep(4000 * time.Second)
 		for _, bad := range []string{"", "nonsense", "-5 1", "NaN 1", "1e300 1", "7.5 1"} {
 			files[uptimeFile] = bad
-			check("uptime "+bad, 4_100_250)
+			check("with uptime "+bad, 4_100_250)
 		}
 		delete(files, uptimeFile)
 		check("without uptime", 4_100_250)
 	})
 }
 
-// Where the system has no such clock, two processes never compare theirs.
+// Without a valid boot ID, each process uses its own random ID, so that the clocks of two processes
+// are never compared.
 func TestBootClockOfProcess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for name, id := range map[string]string{"no file": "", "empty": "\n", "not printable": "abc\x00defghijk", "long": string(make([]byte, 100))} {
+		for name, id := range map[string]string{"missing": "", "empty": "\n", "not printable": "abc\x00defghijk", "long": string(make([]byte, 100))} {
 			read := func(file string) ([]byte, error) {
 				if file == uptimeFile {
 					return []byte("5.00 1.00\n"), nil
@@ -55,11 +59,11 @@ func TestBootClockOfProcess(t *testing.T) {
 			before, mine := c.Now()
 			_, others := other.Now()
 			if mine == others || !IsBootID(mine) {
-				t.Errorf("%s: IDs %q and %q", name, mine, others)
+				t.Errorf("boot ID file %s: two clocks have the IDs %q and %q, want two different valid IDs", name, mine, others)
 			}
 			time.Sleep(90 * time.Second)
 			if after, same := c.Now(); after-before != 90_000 || same != mine {
-				t.Errorf("%s: %d ms in 90 s, ID %q after %q", name, after-before, same, mine)
+				t.Errorf("boot ID file %s: the clock counted %d ms in 90 s, and its ID is %q after %q", name, after-before, same, mine)
 			}
 		}
 	})

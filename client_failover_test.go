@@ -5,7 +5,9 @@ import (
 	"time"
 )
 
-// A walk of attempts at three servers; each row begins where the one before ended.
+// Failover chooses the server of each attempt: it tries the other servers of a round after a
+// failure, stays for a time with a server that answered, and then returns to the first server. Each
+// row continues where the previous row ended.
 func TestFailover(t *testing.T) {
 	const stay = time.Minute
 	now := time.Unix(0, 0)
@@ -13,28 +15,28 @@ func TestFailover(t *testing.T) {
 	f.beginDrain(now, 0)
 	for i, tt := range []struct {
 		do     string
-		after  time.Duration // that passes before
-		retry  time.Duration // asked for by the server that fails
-		result bool
-		server int // of the attempt that follows
+		after  time.Duration // how much time passes first
+		retry  time.Duration // Retry-After of a server that fails
+		result bool          // for a failure or decline: whether an untried server is left
+		server int           // of the next attempt
 	}{
 		{"fail", 0, time.Second, true, 1},
 		{"succeed", 0, 0, true, 1},
 		{"succeed", stay - 1, 0, true, 1},
-		{"succeed", 1, 0, true, 0}, // the first again
+		{"succeed", 1, 0, true, 0}, // back to the first server
 		{"fail", 0, 5 * time.Second, true, 1},
 		{"fail", 0, 9 * time.Second, true, 2},
 		{"fail", 0, 7 * time.Second, false, 0}, // the round is over
 		{"fail", 0, time.Second, true, 1},
 		{"fail", 0, 0, true, 2},
 		{"succeed", 0, 0, true, 2},
-		{"fail", 0, 0, true, 0}, // a round begins with the one that worked
+		{"fail", 0, 0, true, 0}, // the round begins with the server that answered last
 		{"fail", 0, 0, true, 1},
 		{"fail", 0, 0, false, 2},
 		{"succeed", stay, 0, true, 0},
 		{"decline", 0, 0, true, 1},
 		{"decline", 0, 0, true, 2},
-		{"decline", 0, 0, false, 2}, // all have declined
+		{"decline", 0, 0, false, 2}, // all servers have declined
 		{"decline", 0, 0, true, 0},
 		{"succeed", stay, 0, true, 0},
 	} {
@@ -44,7 +46,7 @@ func TestFailover(t *testing.T) {
 		case "fail":
 			isLast := f.isLastOfRound()
 			if got = f.advanceAfterFailure(tt.retry); got == isLast {
-				t.Errorf("row %d: the last try of a round: %v, and more: %v", i, isLast, got)
+				t.Errorf("row %d: isLastOfRound is %v, but whether a server is untried is %v", i, isLast, got)
 			}
 		case "succeed":
 			f.stayAfterAnswer(now, stay)
@@ -54,20 +56,20 @@ func TestFailover(t *testing.T) {
 			got = f.advanceAfterDecline(now, stay)
 		}
 		if f.chooseServer(now); got != tt.result || f.current != tt.server {
-			t.Errorf("row %d: %s: %v, then server %d, want %v, %d", i, tt.do, got, f.current, tt.result, tt.server)
+			t.Errorf("row %d: %s: got %v and then server %d, want %v and server %d", i, tt.do, got, f.current, tt.result, tt.server)
 		}
 		if i == 6 && f.retryAfter != 9*time.Second {
-			t.Errorf("a round of 5, 9 and 7 seconds: retry after %v", f.retryAfter)
+			t.Errorf("after Retry-After of 5, 9 and 7 seconds: got %v, want 9 s", f.retryAfter)
 		}
 	}
 	if f.retryAfter != 0 {
-		t.Errorf("a round in which no server asked: retry after %v", f.retryAfter)
+		t.Errorf("after a round without Retry-After: got %v, want 0", f.retryAfter)
 	}
 }
 
-// Where nobody reads, the next server is preferred for as long; one that fails meanwhile is left
-// for that time.
-func TestFailoverOfUnread(t *testing.T) {
+// If scrapes stay unread on a server, failover prefers the next server for maxUnreadTime. If that
+// server fails meanwhile, it is no longer preferred.
+func TestFailoverAfterUnreadScrapes(t *testing.T) {
 	now := time.Unix(0, 0)
 	f := serverFailover{servers: 2}
 	begin := func(after, unreadFor time.Duration, wantMoved bool, want int) {
@@ -75,7 +77,7 @@ func TestFailoverOfUnread(t *testing.T) {
 		now = now.Add(after)
 		moved := f.beginDrain(now, unreadFor)
 		if f.chooseServer(now); moved != wantMoved || f.current != want {
-			t.Errorf("at %v: moved %v, server %d, want %v, %d", now.Unix(), moved, f.current, wantMoved, want)
+			t.Errorf("at %v s: next server preferred: %v, server %d; want %v, server %d", now.Unix(), moved, f.current, wantMoved, want)
 		}
 	}
 	begin(0, maxUnreadTime, false, 0)
@@ -83,17 +85,19 @@ func TestFailoverOfUnread(t *testing.T) {
 	f.last = f.current
 	begin(maxUnreadTime-1, 0, false, 1)
 	begin(1, 0, false, 0)
-	begin(0, 2*maxUnreadTime, true, 0) // last is 1
+	begin(0, 2*maxUnreadTime, true, 0) // the last server is 1, so the next is 0
 	f.last = 0
 	begin(maxUnreadTime, 2*maxUnreadTime, true, 1)
 	f.advanceAfterFailure(0)
 	begin(time.Minute, 2*maxUnreadTime, false, 0)
 	alone := serverFailover{servers: 1}
 	if alone.beginDrain(now, 2*maxUnreadTime) {
-		t.Error("one server has no next")
+		t.Error("a single server was replaced by another one")
 	}
 }
 
+// The pause between rounds doubles up to half of maxBackoff, and is at least as long as the servers
+// asked for.
 func TestBackoff(t *testing.T) {
 	var b roundBackoff
 	b.reset()
@@ -102,15 +106,17 @@ func TestBackoff(t *testing.T) {
 		{0, 8 * time.Second}, {0, 16 * time.Second}, {0, 30 * time.Second}, {0, 30 * time.Second}, {time.Hour, time.Hour},
 	} {
 		if got := b.nextPause(tt.retryAfter); got != tt.want {
-			t.Errorf("pause %d: %v, want %v", i, got, tt.want)
+			t.Errorf("pause %d: got %v, want %v", i, got, tt.want)
 		}
 	}
 	if b.reset(); b.nextPause(0) != minBackoff/2 {
-		t.Error("it goes on after a reset")
+		t.Error("after a reset the pause is not the shortest")
 	}
 }
 
-func TestPushSize(t *testing.T) {
+// The bound on the scrapes of a push shrinks after a failure, stays until as many scrapes are
+// settled, and then doubles.
+func TestPushScrapeLimit(t *testing.T) {
 	s := pushScrapeLimit{max: maxPushScrapes}
 	for i, tt := range []struct {
 		change func(n int)
@@ -121,7 +127,7 @@ func TestPushSize(t *testing.T) {
 		{s.limitToHalf, 9, 4},
 		{s.growAfter, 4, 4},
 		{s.growAfter, 4, 4},
-		{s.growAfter, 1, 8}, // nine are settled
+		{s.growAfter, 1, 8}, // nine scrapes are settled
 		{s.growAfter, 1, 16},
 		{s.limitToOne, 3, 1},
 		{s.growAfter, 1, 1},
@@ -129,7 +135,7 @@ func TestPushSize(t *testing.T) {
 		{s.growAfter, 1, 2},
 	} {
 		if tt.change(tt.n); s.max != tt.want {
-			t.Errorf("row %d: at most %d scrapes, want %d", i, s.max, tt.want)
+			t.Errorf("row %d: a push may have %d scrapes, want %d", i, s.max, tt.want)
 		}
 	}
 }

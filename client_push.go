@@ -1,9 +1,10 @@
 package main
 
-// Delivery: scrapes go from the spool to the first server that accepts them, several to a push.
-// A scrape leaves the spool only when an answer says that it is done, or refuses it as
-// invalid. After an attempt without an answer the server is asked first. A token goes to no
-// other address than the ones it was given for. This file must not know of the source.
+// The Pusher delivers scrapes from the spool to the first server that accepts them, several in a
+// push. It removes a scrape from the spool only when an answer lists the scrape as done or refuses
+// it as invalid. After an attempt without an answer, the Pusher first asks the server which scrapes
+// it holds. Tokens are sent only to the URLs in To, because redirects are not followed. This file
+// must not know of the source.
 
 import (
 	"cmp"
@@ -18,40 +19,40 @@ import (
 	"time"
 )
 
-// Reasons for which samples of a push are dropped.
+// Reasons for which samples of a push are dropped, as metrics name them.
 const (
-	DropRefused  = "refused"   // no server accepts them
-	DropByServer = "by_server" // the server accepted the push without them
+	DropRefused  = "refused"   // no server accepts the samples
+	DropByServer = "by_server" // the server accepted the push but dropped these samples
 )
 
-var errDeclined = errors.New("the server took no sample of a scrape; it stays in the spool")
+var errDeclined = errors.New("the server dropped all samples of a scrape; the scrape stays in the spool")
 
 // PusherConfig configures a Pusher.
 type PusherConfig struct {
-	To            []string      // servers, in the order in which they are tried
-	ToClient      *http.Client  // with a timeout; follows no redirects
-	ClusterID     string        // the cluster ID
-	Token         func() string // the client token
-	LimitBytes    int64         // of a push's body; decompressed, MaxDecodedFactor times
-	MaxRetryAfter time.Duration // that a server may ask for between attempts
+	To            []string      // URLs of the servers, tried in this order
+	ToClient      *http.Client  // has a timeout and must not follow redirects
+	ClusterID     string        // names this site
+	Token         func() string // returns the client token
+	LimitBytes    int64         // of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
+	MaxRetryAfter time.Duration // longest Retry-After that is obeyed, and how long pushes stay with a server after a failover
 	Spool         *Spool
 	SourceClock   *SourceClockTracker
-	Moment        func() Moment
-	Now           func() time.Time
+	Moment        func() Moment    // reads the wall clock and the boot-time clock
+	Now           func() time.Time // the wall clock
 	Metrics       *Metrics
-	Dropped       *Counter // of samples by reason
-	SpoolErrors   *Counter // of failures to read the spool, beside those it reports itself
+	Dropped       *Counter // dropped samples, by reason
+	SpoolErrors   *Counter // failures of Spool.BeginPush; other spool failures go to SpoolConfig.OnError
 	Log           *slog.Logger
 }
 
-// Pusher delivers what a spool holds. Drain is for one goroutine at a time;
-// the other methods may be called concurrently.
+// Pusher delivers the scrapes of a spool. Only one goroutine at a time may call DrainSpool. The
+// other exported methods are safe for concurrent use.
 type Pusher struct {
 	cfg           PusherConfig
-	lastDelivered atomic.Pointer[[]Scrape] // see LastDeliveredPieces
+	lastDelivered atomic.Pointer[[]Scrape] // pieces of the newest delivered scrape
 	healthy       atomic.Bool              // the last push was delivered
 
-	// For DrainSpool's goroutine.
+	// Used only by the goroutine that calls DrainSpool.
 	token   uploadToken
 	servers serverFailover
 	size    pushScrapeLimit
@@ -61,17 +62,17 @@ type Pusher struct {
 	lastPush, bodyBytes, offset *Gauge
 }
 
-// NewPusher returns a Pusher.
+// NewPusher returns a Pusher. It needs at least one server in cfg.To.
 func NewPusher(cfg PusherConfig) *Pusher {
 	m := cfg.Metrics
 	p := &Pusher{
 		cfg: cfg, servers: serverFailover{servers: len(cfg.To)}, size: pushScrapeLimit{max: maxPushScrapes},
-		pushes:      m.Counter("telemeter_destination_pushes_total", "Attempts to push by result.", "result"),
-		pushSeconds: m.Histogram("telemeter_destination_push_duration_seconds", "Time of an attempt to push.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
-		lastPush:    m.Gauge("telemeter_destination_last_success_timestamp_seconds", "When a push was last accepted; 0 if never."),
-		bodyBytes:   m.Gauge("telemeter_destination_push_bytes", "Compressed size of the last push accepted."),
-		pushed:      m.Counter("telemeter_samples_pushed_total", "Samples in pushes that were accepted."),
-		offset:      m.Gauge("telemeter_source_clock_offset_seconds", "By how much the source's clock was behind the servers' at the newest scrape pushed; 0 if not known."),
+		pushes:      m.Counter("telemeter_destination_pushes_total", "Attempts to push, by result.", "result"),
+		pushSeconds: m.Histogram("telemeter_destination_push_duration_seconds", "Duration of attempts to push.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
+		lastPush:    m.Gauge("telemeter_destination_last_success_timestamp_seconds", "Unix time at which a push was last accepted; 0 if never."),
+		bodyBytes:   m.Gauge("telemeter_destination_push_bytes", "Compressed size of the last accepted push."),
+		pushed:      m.Counter("telemeter_samples_pushed_total", "Samples in accepted pushes."),
+		offset:      m.Gauge("telemeter_source_clock_offset_seconds", "How far the source's clock was behind the servers' clocks at the newest pushed scrape; 0 if unknown."),
 	}
 	p.pushes.Add(0, "ok")
 	p.pushes.Add(0, "failed")
@@ -81,8 +82,8 @@ func NewPusher(cfg PusherConfig) *Pusher {
 // IsHealthy reports whether the last push was delivered.
 func (p *Pusher) IsHealthy() bool { return p.healthy.Load() }
 
-// LastDeliveredPieces returns the pieces of the scrape that was delivered last. The caller must not
-// change them.
+// LastDeliveredPieces returns the delivered pieces of the newest delivered scrape. The caller must
+// not change them.
 func (p *Pusher) LastDeliveredPieces() []Scrape {
 	if pieces := p.lastDelivered.Load(); pieces != nil {
 		return *pieces
@@ -90,33 +91,35 @@ func (p *Pusher) LastDeliveredPieces() []Scrape {
 	return nil
 }
 
-// spoolDrain is the state of one call of Drain.
+// spoolDrain is the state of one call of DrainSpool.
 type spoolDrain struct {
 	*Pusher
 	backoff  roundBackoff
-	lastErr  error // why the last round failed
-	rejected error // of the last scrape that was refused as invalid, or that all servers declined
+	lastErr  error // the error of the last failed round
+	rejected error // the newest error of a scrape that was refused as invalid or declined by all servers
 	progress pushProgress
 }
 
-// pushProgress counts what was pushed since the last log line.
+// pushProgress counts what was pushed since the last log line about pushes.
 type pushProgress struct {
-	begin                    time.Time
+	begin                    time.Time // when counting began
 	samples, scrapes, pushes int
 }
 
-// DrainSpool delivers until the servers hold all scrapes in the spool. While all servers fail, or
-// the spool cannot be read, it tries again after a pause, which doubles each time, has jitter, and
-// is at least as long as the servers asked for. It ends early with ctx, or when ctx's deadline
-// comes before the next attempt; the error is then the newest failure. A scrape that a server
-// refuses as invalid is set aside, and a scrape that all servers decline stays in the spool; the
-// error is the newest such refusal if nothing worse happens.
+// DrainSpool pushes until the servers hold all scrapes in the spool. If all servers fail, or if the
+// spool cannot be read, it pauses and tries again. The pause doubles each time, has jitter, and is
+// at least as long as the servers asked for.
+//
+// DrainSpool returns early if ctx ends or if the next attempt would come after ctx's deadline. The
+// error is then the newest failure. A scrape that a server refuses as invalid is set aside. A
+// scrape that all servers decline stays in the spool. If nothing worse happens, the error is the
+// newest of these refusals.
 func (p *Pusher) DrainSpool(ctx context.Context) error {
 	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
 	unreadFor := p.cfg.Spool.NoReadProgressFor()
 	if p.servers.beginDrain(p.cfg.Now(), unreadFor) {
-		p.cfg.Log.Warn("scrapes stay unread on a server; trying the next", "server", p.cfg.To[p.servers.last],
+		p.cfg.Log.Warn("no consumer reads scrapes on a server; trying the next server", "server", p.cfg.To[p.servers.last],
 			"unread_for", unreadFor.Round(time.Second), "next", p.cfg.To[p.servers.preferred])
 	}
 	for {
@@ -147,12 +150,12 @@ func (d *spoolDrain) logAndResetProgress() {
 	d.progress = pushProgress{begin: d.cfg.Now()}
 }
 
-// attempt asks the current server what it holds, or sends the next push to it. It returns nil if
-// another step may follow, even if the attempt failed; an error ends the drain.
+// attempt asks the current server which scrapes it holds, or sends the next push to it. It returns
+// nil if another step may follow, even after a failed attempt. An error ends the drain.
 func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain error) {
 	d.servers.chooseServer(d.cfg.Now())
-	// The token comes before the next push, because the answer to its request states the time by
-	// which the spool corrects the times of scrapes.
+	// Get the token before the next push is built: the answer to the token request states the
+	// server's time, which the spool needs to correct the times of scrapes.
 	_, err := d.ensureUploadToken(ctx)
 	switch {
 	case err != nil:
@@ -168,8 +171,8 @@ func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain err
 	return nil
 }
 
-// askHeldScrapes asks the current server what it holds, by a push without scrapes. A server
-// that refuses that does not know what a spool is.
+// askHeldScrapes asks the current server which scrapes it holds, by a push without scrapes. A
+// server that refuses such a push as invalid does not support spools.
 func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 	answer, err := d.upload(ctx, d.cfg.Spool.ID(), nil)
 	if isFinalRefusal(err) {
@@ -182,7 +185,7 @@ func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 	d.servers.last = d.servers.current
 	d.cfg.Spool.ApplyAnswer(answer.spool)
 	if st := d.cfg.Spool.Stats(); st.ByState[ScrapeUndelivered].Scrapes == 0 {
-		d.healthy.Store(true) // the push before was delivered, and its answer lost
+		d.healthy.Store(true) // an earlier push was delivered, but its answer was lost
 	}
 	return nil
 }
@@ -217,14 +220,14 @@ func (d *spoolDrain) pushNext(ctx context.Context) (endsDrain error) {
 	case failureReasonOf(err) == pushTooLarge:
 		return d.pushInPieces(ctx, scrapes[0], err)
 	default:
-		d.setScrapeAside(max(1, scrapes[0].Samples), err) // an empty one is refused as well
+		d.setScrapeAside(max(1, scrapes[0].Samples), err) // an empty scrape that is refused counts as one sample
 	}
 	return nil
 }
 
-// push sends scrapes to the current server. If nameScrapes, the push names them, and the
-// answer goes to the spool. After an error the scrapes can be pushed again, unless isFinalRefusal
-// says that it is about them.
+// push sends scrapes to the current server. If nameScrapes is true, the request names the scrapes
+// and the answer is applied to the spool. After an error for which isFinalRefusal is false, the
+// caller may push the scrapes again. After any other error, every server would refuse them.
 func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes bool) (outcome PushOutcome, err error) {
 	bytes, samples := 0, 0
 	for _, sc := range scrapes {
@@ -257,12 +260,12 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 	return outcome, nil
 }
 
-// logAndCountDropped logs and counts the samples that the server dropped. Those of a declined
-// scrape are logged once and not counted, since the scrape stays in the spool.
+// logAndCountDropped logs and counts the samples that the server dropped. The samples of a declined
+// scrape are logged once and not counted, because the scrape stays in the spool.
 func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome, pushedSamples int) {
 	if len(outcome.Declined) > 0 {
 		if outcome.FirstDecline {
-			d.cfg.Log.Warn("the server took no sample of a scrape; it stays in the spool and is tried again",
+			d.cfg.Log.Warn("the server dropped all samples of a scrape; the scrape stays in the spool and is tried again",
 				"server", cmp.Or(answer.Server, d.currentServerURL()), "samples", pushedSamples, "dropped", answer.Dropped, "hint", answer.Hint)
 		}
 		return
@@ -277,13 +280,15 @@ func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome
 	}
 }
 
-// adjustServerAndPushSize follows a push that a server answered with 200.
+// adjustServerAndPushSize acts on a push that a server answered with 200. It chooses the server and
+// the size of the next pushes and updates the health, the progress and the last delivered pieces.
 func (d *spoolDrain) adjustServerAndPushSize(scrapes []Scrape, outcome PushOutcome) {
 	d.backoff.reset()
 	n, declined := len(scrapes), len(outcome.Declined) > 0
 	d.healthy.Store(!declined)
 	if declined && n == 1 {
-		// This server's clock may be wrong, and that of the next one right.
+		// This server's clock may be wrong and the next server's clock right, so try the next
+		// server.
 		if d.servers.advanceAfterDecline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
 			d.cfg.Spool.ClearRetryPause(outcome.Declined)
 			return
@@ -303,7 +308,8 @@ func (d *spoolDrain) adjustServerAndPushSize(scrapes []Scrape, outcome PushOutco
 	}
 }
 
-// setScrapeAside sets the scrape in flight aside, because no server accepts some of its samples.
+// setScrapeAside removes the scrape in flight from the spool and keeps its file aside, because no
+// server accepts refusedSamples of its samples.
 func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.backoff.reset()
 	d.healthy.Store(false)
@@ -311,7 +317,7 @@ func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.size.growAfter(1)
 	d.cfg.Spool.SetInFlightAside()
 	d.cfg.Dropped.Add(float64(refusedSamples), DropRefused)
-	d.cfg.Log.Error("destination refused a scrape; it is set aside", "samples", refusedSamples, "err", why)
+	d.cfg.Log.Error("destination refused a scrape as invalid; its file is set aside", "samples", refusedSamples, "err", why)
 }
 
 // keepLastDeliveredPieces keeps the pieces of the newest scrape for LastDeliveredPieces.
@@ -326,34 +332,35 @@ func (p *Pusher) keepLastDeliveredPieces(scrapes []Scrape) {
 	p.lastDelivered.Store(&pieces)
 }
 
-// markFailedAndFailOver follows an attempt that failed and may be repeated. An error ends the drain.
+// markFailedAndFailOver records an attempt that failed and may be repeated, then continues with the
+// next server or pauses. An error ends the drain.
 func (d *spoolDrain) markFailedAndFailOver(ctx context.Context, err error) (endsDrain error) {
 	d.cfg.Spool.MarkPushFailed(failureReasonOf(err) == pushUnavailable)
 	return d.nextServerOrPause(ctx, err)
 }
 
-// nextServerOrPause makes the next server current, or pauses if all servers of this round have
-// failed. An error ends the drain.
+// nextServerOrPause makes the next server current. If all servers of this round have failed, it
+// pauses instead. An error ends the drain.
 func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrain error) {
 	failed := d.currentServerURL()
 	if d.servers.advanceAfterFailure(retryAfterOf(err)) && ctx.Err() == nil {
-		d.cfg.Log.Warn("destination failed; trying the next", "to", failed, "err", err)
+		d.cfg.Log.Warn("destination failed; trying the next server", "to", failed, "err", err)
 		return nil
 	}
 	return d.pauseBeforeRound(ctx, err, d.servers.retryAfter)
 }
 
-// pauseBeforeRound waits before the next round: at least retryAfter, and longer each time. An error
-// ends the drain: ctx has ended, or would before the pause does.
+// pauseBeforeRound waits before the next round, for at least retryAfter and longer each time. It
+// returns an error, which ends the drain, if ctx has ended or would end before the pause does.
 func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) (endsDrain error) {
 	d.healthy.Store(false)
 	if ctx.Err() != nil {
-		return cmp.Or(d.lastErr, err) // err says only that the time is up
+		return cmp.Or(d.lastErr, err) // err only reports that ctx has ended; lastErr has the reason
 	}
 	d.lastErr = err
 	d.logAndResetProgress()
 	pause := d.backoff.nextPause(min(retryAfter, d.cfg.MaxRetryAfter))
-	pause += rand.N(pause) // sites that were refused together come back apart
+	pause += rand.N(pause) // jitter, so that sites that were refused together do not return together
 	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"
 	if errors.Is(err, ErrSpoolRead) {
 		part = "spool"

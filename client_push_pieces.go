@@ -1,7 +1,7 @@
 package main
 
-// A scrape that is too large for the servers is pushed in pieces. The last piece names the
-// scrape, because only then a server has all of it.
+// This file pushes a scrape that is too large for the servers in pieces. Only the last piece names
+// the scrape, because a server has the whole scrape only after that piece.
 
 import (
 	"bytes"
@@ -9,23 +9,24 @@ import (
 	"fmt"
 )
 
-// maxOversizedLines is how many single lines of a scrape may be too large before no more of it is
-// split: then the number of series is too large, and no piece is small enough.
+// maxOversizedLines is the number of single lines refused as too large after which the rest of a
+// scrape is no longer split. So many refusals mean that the server limits the number of series, and
+// then no piece is small enough.
 const maxOversizedLines = 8
 
-// splitPush is the delivery of one scrape in pieces.
+// splitPush is the state of pushing one scrape in pieces.
 type splitPush struct {
 	*spoolDrain
-	firstServer int  // the one that accepted the first piece; -1 if none did
-	scattered   bool // another server accepted a piece, so none has the whole scrape
-	outcome     PushOutcome
-	oversized   int   // single lines that were too large
-	rejected    int   // samples that no server accepts
-	cause       error // why they were rejected, or why the scrape is split
+	firstServer int         // the server that accepted the first piece; -1 if none did yet
+	scattered   bool        // a second server accepted a piece, so no server has the whole scrape
+	outcome     PushOutcome // of the last piece
+	oversized   int         // single lines refused as too large
+	rejected    int         // samples that no server accepts
+	cause       error       // why samples were rejected, or why the scrape is split
 }
 
-// pushInPieces pushes a scrape in flight that is too large for the servers, and acts on the
-// result. cause is the refusal. An error ends the drain.
+// pushInPieces pushes the scrape in flight, which is too large for the servers, in pieces and acts
+// on the result. cause is the refusal of the whole scrape. An error ends the drain.
 func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (endsDrain error) {
 	s := splitPush{spoolDrain: d, firstServer: -1, cause: cause}
 	err := s.pushHalves(ctx, sc, true)
@@ -36,17 +37,17 @@ func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (
 	case s.rejected > 0:
 		d.setScrapeAside(s.rejected, s.cause)
 	case s.scattered:
-		d.cfg.Spool.MarkPushFailed(false) // all pieces are pushed again, where the last one went
+		d.cfg.Spool.MarkPushFailed(false) // all pieces are pushed again, to the server that accepted the last piece
 	default:
 		d.adjustServerAndPushSize([]Scrape{sc}, s.outcome)
 	}
 	return nil
 }
 
-// pushHalves pushes the halves of a scrape, and so on down to single lines. If nameScrape, the last
-// piece names the scrape. A piece that fails is tried again by itself: with the whole scrape
-// anew, one of more pieces than the servers' rate limit allows would never arrive. An error ends
-// the drain.
+// pushHalves pushes the two halves of a scrape, splitting them further down to single lines if need
+// be. If nameScrape is true, the last piece names the scrape. A piece that fails is retried alone.
+// If the whole scrape started again instead, a scrape with more pieces than the servers' rate limit
+// allows would never be delivered. An error ends the drain.
 func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) (endsDrain error) {
 	if sc.Samples < 2 {
 		s.oversized++
@@ -64,7 +65,8 @@ func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) 
 	return s.pushPiece(ctx, second, nameScrape)
 }
 
-// pushPiece pushes a piece, and its halves if it is too large, too. An error ends the drain.
+// pushPiece pushes a piece, retrying it until a server accepts or finally refuses it. A piece that
+// is too large is split again. An error ends the drain.
 func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool) (endsDrain error) {
 	err := s.tryPiece(ctx, piece, nameScrape)
 	for err != nil && !isFinalRefusal(err) {
@@ -85,11 +87,11 @@ func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool
 	return nil
 }
 
-// tryPiece is one attempt to push a piece.
+// tryPiece makes one attempt to push a piece.
 func (s *splitPush) tryPiece(ctx context.Context, piece Scrape, nameScrape bool) (err error) {
 	s.servers.chooseServer(s.cfg.Now())
 	scattered := s.scattered || s.firstServer >= 0 && s.firstServer != s.servers.current
-	// A scrape that is set aside in the end, or that no server has whole, is not named.
+	// Do not name a scrape that will be set aside or that no server has as a whole.
 	s.outcome, err = s.push(ctx, []Scrape{piece}, nameScrape && s.rejected == 0 && !scattered)
 	if err == nil {
 		s.scattered = scattered
@@ -104,7 +106,7 @@ func (s *splitPush) noteRejectedPiece(piece Scrape, why error) {
 	s.rejected, s.cause = s.rejected+max(1, piece.Samples), why
 }
 
-// halveScrape cuts a scrape of at least two samples in two, between lines.
+// halveScrape cuts a scrape of at least two samples into two, between lines.
 func halveScrape(sc Scrape) (first, second Scrape, err error) {
 	text, err := sc.Text()
 	if err != nil {

@@ -1,8 +1,9 @@
 package main
 
-// One request of a delivery: the headers of a push and of a question, the exchange of tokens,
-// and the meaning of their answers. An answer that is not a server's counts as none. A refusal
-// is final only if it is about the samples. This file does not choose what is sent next.
+// This file sends one request to a server: a push, a question (a push without scrapes) or the
+// exchange of tokens. It builds the headers and interprets the answer. A 200 whose body is not a
+// server's answer counts as no answer. A refusal is final only if it is about the samples. This
+// file does not choose what is sent next.
 
 import (
 	"bytes"
@@ -20,29 +21,29 @@ import (
 	"time"
 )
 
-const maxAnswer = 256 << 10 // bytes: two lists of MaxRanges, and one of MaxConsumers
+const maxAnswer = 256 << 10 // bytes; enough for two lists of MaxRanges ranges and one of MaxConsumers consumers
 
-// pushFailureReason is why a push failed; it decides what follows.
+// pushFailureReason is the reason why a push failed. It decides what the Pusher does next.
 type pushFailureReason int
 
 const (
-	pushNoAnswer    pushFailureReason = iota // the server may have stored the push or not
-	pushUnavailable                          // the server stored nothing, but may accept the push later
-	pushInvalid                              // every server refuses these samples
-	pushTooLarge                             // every server refuses this push, but not a smaller one
+	pushNoAnswer    pushFailureReason = iota // the server may or may not have stored the push
+	pushUnavailable                          // the server stored nothing but may accept the push later
+	pushInvalid                              // every server would refuse these samples
+	pushTooLarge                             // every server would refuse this push but may accept a smaller one
 )
 
-// pushError is an answer other than 200.
+// pushError reports an answer with a status other than 200.
 type pushError struct {
 	err        error
 	reason     pushFailureReason
-	retryAfter time.Duration // the server asked not to be tried before
+	retryAfter time.Duration // how long the server asked to wait; 0 if it did not ask
 }
 
 func (e *pushError) Error() string { return e.err.Error() }
 func (e *pushError) Unwrap() error { return e.err }
 
-// failureReasonOf returns the reason of a pushError, and pushNoAnswer for any other error.
+// failureReasonOf returns the reason of a pushError. It returns pushNoAnswer for any other error.
 func failureReasonOf(err error) pushFailureReason {
 	if e := (*pushError)(nil); errors.As(err, &e) {
 		return e.reason
@@ -50,7 +51,7 @@ func failureReasonOf(err error) pushFailureReason {
 	return pushNoAnswer
 }
 
-// retryAfterOf returns for how long the server asked to wait; 0 if it did not ask.
+// retryAfterOf returns how long the server asked to wait, or 0 if it did not ask.
 func retryAfterOf(err error) time.Duration {
 	if e := (*pushError)(nil); errors.As(err, &e) {
 		return e.retryAfter
@@ -58,20 +59,21 @@ func retryAfterOf(err error) time.Duration {
 	return 0
 }
 
-// isFinalRefusal reports whether err says that the same push would fail at every attempt.
+// isFinalRefusal reports whether err means that the same push would fail at every attempt.
 func isFinalRefusal(err error) bool {
 	reason := failureReasonOf(err)
 	return reason == pushInvalid || reason == pushTooLarge
 }
 
-// uploadToken is what a client token was exchanged for; "" if nothing yet.
+// uploadToken is an upload token with the client token that was exchanged for it. value is "" if
+// there is none.
 type uploadToken struct {
 	value       string
 	clientToken string
 	renewAt     time.Time
 }
 
-// uploadAnswer is the answer to a push or a question.
+// uploadAnswer is the answer to a push or to a question.
 type uploadAnswer struct {
 	PushAnswer
 	spool SpoolAnswer
@@ -80,15 +82,15 @@ type uploadAnswer struct {
 // currentServerURL returns the URL of the current server.
 func (p *Pusher) currentServerURL() string { return p.cfg.To[p.servers.current] }
 
-// upload pushes scrapes to the current server, under the spool's ID, or without names if spoolID is
-// 0. Without scrapes it is a question. An upload token that is refused is renewed once, because
-// keys rotate and clocks differ.
+// upload pushes scrapes to the current server. It names them under spoolID, unless spoolID is 0.
+// Without scrapes, the request is a question. If the server answers 401 to an upload token that is
+// not new, upload renews the token once and tries again, because keys rotate and clocks differ.
 func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
 	gzips := make([][]byte, len(scrapes))
 	for i, sc := range scrapes {
 		gzips[i] = sc.Gzip
 	}
-	body := slices.Concat(gzips...) // gzips in a row are one gzip
+	body := slices.Concat(gzips...) // concatenated gzip members form one gzip stream
 	for {
 		renewed, err := p.ensureUploadToken(ctx)
 		if err != nil {
@@ -113,8 +115,9 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 	}
 }
 
-// uploadHeader returns the header of a push: names of the scrapes and consumers known if id is
-// not 0, and by how much the source's clock was behind at the last scrape.
+// uploadHeader returns the header of a push. If spoolID is not 0, the header names the scrapes and
+// lists the known consumers. If there are scrapes and the offset is known, the header states by how
+// much the source's clock was behind at the newest scrape.
 func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	h := http.Header{"Content-Type": {"text/plain; version=1.0.0; charset=utf-8"}}
 	if spoolID != 0 {
@@ -139,24 +142,24 @@ func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	return h
 }
 
-// parseAnswer parses the body of a 200 to a push.
+// parseAnswer parses the body of a 200 answer to a push.
 func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
-		return answer, fmt.Errorf("pushing to %s: its answer is not JSON: %w", p.currentServerURL(), err)
+		return answer, fmt.Errorf("pushing to %s: the answer is not JSON: %w", p.currentServerURL(), err)
 	}
-	if answer.Accepted == nil { // another program than a server answered 200, and stored nothing
-		return answer, fmt.Errorf("pushing to %s: its answer does not say what it accepted", p.currentServerURL())
+	if answer.Accepted == nil { // the answer comes from another program, which stored nothing
+		return answer, fmt.Errorf("pushing to %s: the answer has no field accepted, so it is not a telemeter server's", p.currentServerURL())
 	}
 	answer.spool = SpoolAnswer{Server: p.currentServerURL(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}
 	if answer.Held != nil {
 		if err := answer.spool.parseLists(&answer.PushAnswer); err != nil {
-			return answer, fmt.Errorf("pushing to %s: its answer is malformed: %w", p.currentServerURL(), err)
+			return answer, fmt.Errorf("pushing to %s: the answer is malformed: %w", p.currentServerURL(), err)
 		}
 	}
 	return answer, nil
 }
 
-// parseLists reads the lists of an answer that has Held.
+// parseLists parses the lists of an answer. from.Held must not be nil.
 func (a *SpoolAnswer) parseLists(from *PushAnswer) (err error) {
 	if a.Held, err = ParseRanges(*from.Held, MaxRanges); err != nil {
 		return err
@@ -170,8 +173,9 @@ func (a *SpoolAnswer) parseLists(from *PushAnswer) (err error) {
 	return err
 }
 
-// ensureUploadToken exchanges the client token for an upload token at the current server, unless
-// there is a good one, which every server accepts. renewed reports that it did.
+// ensureUploadToken exchanges the client token for an upload token at the current server, unless it
+// has a valid one. Every server accepts the upload token of any other. renewed reports whether an
+// exchange took place.
 func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error) {
 	clientToken := p.cfg.Token()
 	if p.token.value != "" && p.token.clientToken == clientToken && p.cfg.Now().Before(p.token.renewAt) {
@@ -183,7 +187,7 @@ func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error
 	}
 	defer resp.Body.Close()
 	if err := checkResponse(resp, p.currentServerURL()+"/authorize", p.cfg.Now()); err != nil {
-		if isFinalRefusal(err) { // it is not about scrapes
+		if isFinalRefusal(err) { // the refusal is not about scrapes, so it is not final for them
 			err = &pushError{err: err, retryAfter: retryAfterOf(err)}
 		}
 		return false, err
@@ -196,16 +200,17 @@ func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error
 		Time             int64
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&answer); err != nil || answer.Version != 1 || answer.Token == "" {
-		return false, fmt.Errorf("authorizing at %s: its answer is not an upload token", p.currentServerURL())
+		return false, fmt.Errorf("authorizing at %s: the answer is not an upload token", p.currentServerURL())
 	}
 	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.currentServerURL()), answer.Time, p.cfg.Moment())
-	// It is renewed well before it expires; both times are of this machine's clock.
+	// Renew the token when 4/5 of its lifetime have passed. The lifetime is relative, so only this
+	// machine's clock counts.
 	lifetime := time.Duration(answer.ExpiresInSeconds) * time.Second
 	p.token = uploadToken{answer.Token, clientToken, p.cfg.Now().Add(lifetime * 4 / 5)}
 	return true, nil
 }
 
-// post sends a request to the current server.
+// post sends a request to the current server, with token as the bearer token.
 func (p *Pusher) post(ctx context.Context, path, token string, header http.Header, body []byte) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.currentServerURL()+path, bytes.NewReader(body))
 	if err != nil {
@@ -216,9 +221,9 @@ func (p *Pusher) post(ctx context.Context, path, token string, header http.Heade
 	return p.cfg.ToClient.Do(req)
 }
 
-// checkResponse returns a pushError unless resp is a 200. A refusal of the samples is final. A
-// refusal of the sender, or of the form of the request, is not, because tokens, keys and servers
-// are replaced.
+// checkResponse returns nil if resp has status 200, and a pushError otherwise. A refusal of the
+// samples (400 or 413) is final. A refusal of the sender or of the request's form is not final,
+// because tokens, keys and servers are replaced over time.
 func checkResponse(resp *http.Response, endpoint string, now time.Time) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
@@ -236,8 +241,9 @@ func checkResponse(resp *http.Response, endpoint string, now time.Time) error {
 	return e
 }
 
-// parseRetryAfter returns for how long a response asks to wait; 0 if it does not ask. Servers
-// state seconds. Proxies state a date, by the same clock as the response's own Date.
+// parseRetryAfter returns how long a response asks to wait. The result is 0 if the response does
+// not ask, and may be negative for a date in the past. Servers send seconds. Proxies may send a
+// date, which is relative to the response's own Date header, or to now if that is missing.
 func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	text := h.Get("Retry-After")
 	if s, err := strconv.ParseUint(text, 10, 31); err == nil {
@@ -253,7 +259,8 @@ func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	return at.Sub(now)
 }
 
-// describeResponse returns the status of a failed response and the start of its body.
+// describeResponse returns the status of a failed response and the first 500 bytes of its body, or
+// the target of a redirect.
 func describeResponse(resp *http.Response) string {
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
 	if text := strings.TrimSpace(string(b)); text != "" {

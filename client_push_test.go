@@ -1,315 +1,150 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// counting is a source that gives a sample n 1, 2, 3… and notes when it did.
-type counting struct {
-	hang  atomic.Bool
-	extra time.Duration // by which its clock is ahead
-	date  bool
-	mu    sync.Mutex // guards at while a client runs
-	at    []time.Time
-}
-
-func (s *counting) count() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.at)
-}
-
-func (s *counting) RoundTrip(r *http.Request) (*http.Response, error) {
-	if s.hang.Load() {
-		<-r.Context().Done()
-		return nil, r.Context().Err()
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.at = append(s.at, time.Now())
-	header := http.Header{}
-	if s.date {
-		header.Set("Date", time.Now().Add(s.extra).UTC().Format(http.TimeFormat))
-	}
-	return respond(200, header, fmt.Sprintf("n %d\n", len(s.at))), nil
-}
-
-// received returns the values of n in all pushes, in their order.
-func (h *fakeHub) received() (ns []int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for line := range strings.Lines(strings.Join(h.bodies, "")) {
-		f := strings.Fields(line)
-		n, err := strconv.Atoi(f[1])
-		if err != nil || f[0] != "n" {
-			h.t.Errorf("received %q", line)
-		}
-		ns = append(ns, n)
-	}
-	return ns
-}
-
-func (h *fakeHub) pushes() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.bodies)
-}
-
-func upTo(n int) (ns []int) {
-	for i := range n {
-		ns = append(ns, i+1)
-	}
-	return ns
-}
-
-func diskSpool() SpoolConfig { return SpoolConfig{FS: newCrashFS(1, "/s"), Dir: "/s"} }
-
-// An outage of the destination, of whichever kind: scrapes go on at their
-// interval, and when it is over all of them arrive at once, several to a push.
-func TestClientOutage(t *testing.T) {
-	for name, fail := range map[string]func(r *http.Request) (*http.Response, error){
-		"unreachable": func(*http.Request) (*http.Response, error) { return nil, fmt.Errorf("no route to host") },
-		"hanging":     func(r *http.Request) (*http.Response, error) { <-r.Context().Done(); return nil, r.Context().Err() },
-		"refusing":    func(*http.Request) (*http.Response, error) { return respond(503, nil, "disk full"), nil },
-		"forgetful":   func(*http.Request) (*http.Response, error) { return respond(404, nil, "no such path"), nil },
-		"bad gateway": func(*http.Request) (*http.Response, error) { return respond(400, nil, "captive portal"), nil },
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			var down atomic.Bool
-			source := &counting{}
-			var hub *fakeHub
-			c, hub, log := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
-				cfg.FromClient.Transport = source
-				cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-					if down.Load() && (name != "bad gateway" || r.URL.Path == "/authorize") {
-						return fail(r)
-					}
-					return hub.RoundTrip(r)
-				})}
-			})
-			hub.expires = 60 // so that a token is asked for
-			ctx, cancel := context.WithCancel(t.Context())
-			ended := make(chan error)
-			go func() { ended <- c.Run(ctx) }()
-			time.Sleep(10 * time.Minute)
-			synctest.Wait()
-			before := hub.pushes()
-			down.Store(true)
-			log.Reset()
-			time.Sleep(time.Hour)
-			synctest.Wait()
-			if rec := httptest.NewRecorder(); true {
-				c.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/healthz/ready", nil))
-				if rec.Code != 503 {
-					t.Errorf("%s: ready says %d in an outage", name, rec.Code)
-				}
-			}
-			if n := strings.Count(log.String(), "\n"); n > 260 { // two for each attempt, and not above two attempts a minute
-				t.Errorf("%s: %d lines in an hour of outage", name, n)
-			}
-			if n := c.spool.Stats().Scrapes; n != source.count()-before {
-				t.Errorf("%s: %d scrapes in the spool, of %d with %d delivered", name, n, source.count(), before)
-			}
-			down.Store(false)
-			// The longest pause between attempts, and the longest of two.
-			time.Sleep(maxBackoff + 80*time.Second)
-			synctest.Wait()
-			if got := hub.received(); !slices.Equal(got, upTo(source.count())) {
-				t.Errorf("%s: after the outage there is %v, of %d", name, got, source.count())
-			}
-			if n := hub.pushes() - before; n > 12 {
-				t.Errorf("%s: a backlog of an hour took %d pushes", name, n)
-			}
-			cancel()
-			if err := <-ended; err != nil {
-				t.Error(err)
-			}
-			for i := 2; i < len(source.at); i++ {
-				if gap := source.at[i].Sub(source.at[i-1]); gap != 2*time.Minute {
-					t.Errorf("%s: scrape %d came %v after the one before", name, i, gap)
-				}
-			}
-		})
-	}
-}
-
-func TestClientHangingSource(t *testing.T) {
+// While the only server answers 503 without Retry-After, the pause between attempts doubles.
+func TestPusherBacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		source := &counting{}
-		var down atomic.Bool
-		down.Store(true)
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
-			cfg.FromClient = &http.Client{Transport: source}
-			cfg.ScrapeInterval = 10 * time.Second
-		})
+		n := 0
+		c, hub, log := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientReloadConfig) { c.To = c.To[:1] })
 		hub.answer = func(*http.Request) *http.Response {
-			if down.Load() {
-				return respond(503, nil, "")
+			if n++; n <= 4 {
+				return respond(503, nil, "busy")
 			}
 			return nil
 		}
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan error)
-		go func() { ended <- c.Run(ctx) }()
-		time.Sleep(5 * time.Minute)
-		synctest.Wait()
-		source.hang.Store(true)
-		down.Store(false)
-		time.Sleep(maxBackoff + time.Second)
-		synctest.Wait()
-		if got := hub.received(); !slices.Equal(got, upTo(source.count())) || len(got) < 30 {
-			t.Errorf("while the source hangs there is %v, of %d", got, source.count())
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		if err := c.ScrapeOnceAndDrain(ctx); err != nil {
+			t.Fatalf("%v\n%s", err, log)
 		}
-		if c.scrapes.Value("failed") < 5 {
-			t.Errorf("%v scrapes counted as failed", c.scrapes.Value("failed"))
-		}
-		// The next scrape begins when the source lets it, at its phase.
-		source.hang.Store(false)
-		n := source.count()
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		if got := source.count() - n; got < 5 {
-			t.Errorf("%d scrapes in the minute after", got)
-		}
-		cancel()
-		<-ended
-		for i := 2; i < len(source.at); i++ {
-			if gap := source.at[i].Sub(source.at[i-1]); gap%(10*time.Second) != 0 {
-				t.Errorf("scrape %d came %v after the one before", i, gap)
+		want := minBackoff
+		for i := 1; i < len(hub.at); i++ {
+			if gap := hub.at[i].Sub(hub.at[i-1]); gap < want/2 || gap > want {
+				t.Errorf("attempt %d came %v after the previous attempt, want %v to %v", i, gap, want/2, want)
 			}
+			want *= 2
 		}
 	})
 }
 
-// A push that is due does not wait long for a source that hangs since.
-func TestClientPushesWithoutSource(t *testing.T) {
+// The client waits at least as long as the server asks for.
+func TestPusherObeysRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		source := &counting{}
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
-			cfg.FromClient.Transport = source
-			cfg.ScrapeInterval = 10 * time.Second
-		})
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan error)
-		go func() { ended <- c.Run(ctx) }()
-		time.Sleep(2*time.Second + c.untilNextPhase(time.Now().Add(2*time.Second), 2*time.Minute) + time.Minute)
-		synctest.Wait()
-		source.hang.Store(true)
-		if n := c.spool.Stats().Scrapes; n < 5 {
-			t.Fatalf("%d scrapes wait for the next push", n)
-		}
-		time.Sleep(time.Minute + pushGrace)
-		synctest.Wait()
-		if got := hub.received(); !slices.Equal(got, upTo(source.count())) {
-			t.Errorf("received %v, of %d", got, source.count())
-		}
-		cancel()
-		<-ended
-	})
-}
-
-// Scrapes more frequent than pushes travel together, and the last of them is
-// that of the push's own time.
-func TestClientScrapeInterval(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		source := &counting{}
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
-			cfg.FromClient.Transport = source
-			cfg.ScrapeInterval = 15 * time.Second
-		})
-		runFor(t, c, 20*time.Minute)
-		for i := 3; i < len(hub.at); i++ {
-			if gap := hub.at[i].Sub(hub.at[i-1]); gap != 2*time.Minute {
-				t.Errorf("push %d came %v after the one before", i, gap)
+		n := 0
+		c, hub, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientReloadConfig) { c.To = c.To[:1] })
+		hub.answer = func(*http.Request) *http.Response {
+			if n++; n == 1 {
+				return respond(429, http.Header{"Retry-After": {"37"}}, "slow down")
 			}
-			if n := strings.Count(hub.bodies[i], "\n"); n != 8 {
-				t.Errorf("push %d has %d scrapes, want 8", i, n)
-			}
-			if !slices.Contains(source.at, hub.at[i]) {
-				t.Errorf("push %d does not have the scrape of its own time", i)
-			}
+			return nil
 		}
-		if len(hub.at) < 9 || hub.at[0] != source.at[0] || !slices.Equal(hub.received(), upTo(len(hub.received()))) {
-			t.Errorf("pushes at %v of %v", hub.at, hub.received())
-		}
-	})
-}
-
-// spoolAll puts scrapes with these texts into the client's spool, a minute apart.
-func spoolAll(t *testing.T, c *Client, texts ...string) {
-	t.Helper()
-	for _, text := range texts {
-		at := c.moment()
-		if err := c.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: strings.Count(text, "\n"), Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Minute)
-	}
-}
-
-// answerByText has the hub answer a push by its text: nil accepts it.
-func (h *fakeHub) answerByText(by func(text string) *http.Response) {
-	h.answer = func(r *http.Request) *http.Response {
-		var b bytes.Buffer
-		b.ReadFrom(r.Body)
-		r.Body = respond(200, nil, b.String()).Body
-		var d Decompressor
-		text, _, err := d.Decompress(b.Bytes(), "gzip", 1<<20)
-		if err != nil {
-			return respond(400, nil, err.Error())
+		if len(hub.at) != 2 || hub.at[1].Sub(hub.at[0]) < 37*time.Second {
+			t.Errorf("got attempts at %v, want two at least 37 s apart", hub.at)
 		}
-		return by(string(text))
-	}
-}
-
-// sizedHub answers 413 to what is longer than limit, and 400 to what holds "bad".
-func sizedHub(hub *fakeHub, limit int) {
-	hub.answerByText(func(text string) *http.Response {
-		switch {
-		case len(text) > limit:
-			return respond(413, nil, "too long")
-		case strings.Contains(text, "bad"):
-			return respond(400, nil, "bad line")
-		}
-		return nil
 	})
 }
 
+// If the server asks for a pause beyond the deadline of the context, the drain ends at once with
+// the server's error, and the scrape stays in the spool.
+func TestPusherEndsBeforeDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		c, hub, _ := newTestClient(t, "a 1\n", func(c *ClientConfig, _ *ClientReloadConfig) { c.To = c.To[:1] })
+		hub.answer = func(*http.Request) *http.Response {
+			return respond(503, http.Header{"Retry-After": {"3600"}}, "disk full")
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.Contains(err.Error(), "disk full") {
+			t.Errorf("got the error %v, want the server's error", err)
+		}
+		if took := time.Since(start); took > 2*time.Minute {
+			t.Errorf("the drain took %v, want less than the deadline of 2 minutes", took)
+		}
+		if n := c.spool.Stats().Scrapes; n != 1 {
+			t.Errorf("%d scrapes in the spool, want the undelivered one", n)
+		}
+	})
+}
+
+// If a server fails, the client pushes to the next one with the same upload token, and logs that.
+func TestPusherFailsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, log := newTestClient(t, "a 1\n", nil)
+		hub.answer = func(r *http.Request) *http.Response {
+			if r.URL.Host == "a.example" {
+				return respond(502, nil, "")
+			}
+			return nil
+		}
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(hub.hosts, []string{"a.example", "b.example"}) {
+			t.Errorf("tried the servers %v, want a.example and then b.example", hub.hosts)
+		}
+		if len(hub.asked) != 1 {
+			t.Errorf("requested %d upload tokens, want 1, because every server accepts it", len(hub.asked))
+		}
+		if !strings.Contains(log.String(), "trying the next") {
+			t.Errorf("the failover is not logged; log:\n%s", log)
+		}
+	})
+}
+
+// A push that is refused as invalid is not sent again. Its samples are counted as refused.
+func TestPusherRefusedPush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		hub.answer = func(*http.Request) *http.Response { return respond(400, nil, "line 1: no") }
+		err := c.ScrapeOnceAndDrain(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "line 1: no") || len(hub.at) != 1 {
+			t.Errorf("got the error %v after %d attempts, want the server's error after one attempt", err, len(hub.at))
+		}
+		if got := c.dropped.Value(DropRefused); got != 1 || c.spool.Stats().Scrapes != 0 {
+			t.Errorf("%v samples counted as refused, want 1; spool: %+v, want it empty", got, c.spool.Stats())
+		}
+	})
+}
+
+// A scrape that is refused as invalid is set aside, and a scrape that is too large is pushed in
+// pieces. All other samples are delivered, in a bounded number of requests.
 func TestPusherRefusals(t *testing.T) {
 	a, b, bad, z := "a 1\na 2\n", "b 1\nb 2\n", "bad 1\nb 3\n", "z 1\n"
 	long := "l " + strings.Repeat("1", 100) + "\n"
 	for _, tt := range []struct {
 		name    string
-		limit   int
-		texts   []string
-		want    string // delivered
-		refused float64
-		aside   int
-		most    int // requests
+		limit   int      // bytes of text above which the server answers 413
+		texts   []string // one for each scrape
+		want    string   // texts delivered
+		refused float64  // samples counted as refused
+		aside   int      // files set aside
+		most    int      // most requests
 	}{
-		{"all is well", 1000, []string{a, b, z}, a + b + z, 0, 0, 1},
-		{"one of several", 1000, []string{a, b, bad, z}, a + b + z, 2, 1, 5},
-		{"one alone", 1000, []string{bad}, "", 2, 1, 1},
-		{"the last", 1000, []string{a, bad}, a, 2, 1, 3},
+		{"nothing refused", 1000, []string{a, b, z}, a + b + z, 0, 0, 1},
+		{"one of several invalid", 1000, []string{a, b, bad, z}, a + b + z, 2, 1, 5},
+		{"the only one invalid", 1000, []string{bad}, "", 2, 1, 1},
+		{"the last one invalid", 1000, []string{a, bad}, a, 2, 1, 3},
 		{"several too large", 16, []string{a, b, a, b, a}, a + b + a + b + a, 0, 0, 6},
 		{"one too large", 8, []string{a + b}, a + b, 0, 0, 3},
-		{"down to lines", 4, []string{a + b + a}, a + b + a, 0, 0, 11},
+		{"too large down to single lines", 4, []string{a + b + a}, a + b + a, 0, 0, 11},
 		{"one line too large", 10, []string{a + long + b, z}, a + b + z, 1, 1, 10},
-		{"too large and bad", 10, []string{a + bad + b, z}, "a 1\nb 3\n" + b + z, 2, 1, 12}, // a 2 travels with bad
+		{"too large and invalid", 10, []string{a + bad + b, z}, "a 1\nb 3\n" + b + z, 2, 1, 12}, // a 2 is in the same piece as the bad line
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			spool := diskSpool()
@@ -318,118 +153,28 @@ func TestPusherRefusals(t *testing.T) {
 			spoolAll(t, c, tt.texts...)
 			err := c.pusher.DrainSpool(t.Context())
 			if (err != nil) != (tt.refused > 0) || c.dropped.Value(DropRefused) != tt.refused {
-				t.Errorf("%s: %v; %v samples counted as refused", tt.name, err, c.dropped.Value(DropRefused))
+				t.Errorf("%s: got the error %v and %v samples counted as refused", tt.name, err, c.dropped.Value(DropRefused))
 			}
 			if got := strings.Join(hub.bodies, ""); got != tt.want {
 				t.Errorf("%s: delivered %q, want %q", tt.name, got, tt.want)
 			}
 			names := spoolFiles(spool.FS.(*crashFS))
 			if len(names) != tt.aside || tt.aside > 0 && !strings.HasSuffix(names[0], ".log.refused") || c.spool.Stats().Scrapes != 0 {
-				t.Errorf("%s: files %v", tt.name, names)
+				t.Errorf("%s: the files are %v, want %d set aside and an empty spool", tt.name, names, tt.aside)
 			}
 			if len(hub.at) > tt.most {
-				t.Errorf("%s: %d requests, want %d at most", tt.name, len(hub.at), tt.most)
+				t.Errorf("%s: got %d requests, want at most %d", tt.name, len(hub.at), tt.most)
 			}
 			if got := strings.Contains(log.String(), "refused a scrape"); got != (tt.refused > 0) {
-				t.Errorf("%s: log:\n%s", tt.name, log)
+				t.Errorf("%s: logged that a scrape was refused: %v; log:\n%s", tt.name, got, log)
 			}
 		})
 	}
 }
 
-// A scrape in more pieces than the server's rate limit allows at once arrives all the same,
-// each piece once: what was delivered is not sent again.
-func TestPusherSplitsUnderRateLimit(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
-		limiter := NewSitePushLimiter(time.Second)
-		sizedHub(hub, 6)
-		answer := hub.answer
-		hub.answer = func(r *http.Request) *http.Response {
-			if wait, err := limiter.AcquirePush("site", time.Now()); err != nil {
-				return respond(429, http.Header{"Retry-After": {strconv.Itoa(int(wait/time.Second) + 1)}}, err.Error())
-			}
-			defer limiter.ReleasePush("site")
-			return answer(r)
-		}
-		var text strings.Builder
-		for i := range 256 {
-			fmt.Fprintf(&text, "n %03d\n", i)
-		}
-		spoolAll(t, c, text.String())
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
-		defer cancel()
-		if err := c.pusher.DrainSpool(ctx); err != nil || strings.Join(hub.bodies, "") != text.String() {
-			t.Errorf("%v; %d pushes arrived of 256", err, len(hub.bodies))
-		}
-	})
-}
-
-// A site with more series than the server holds of it: what fits goes on arriving, and
-// what does not is not tried line by line.
-func TestPusherTooManySeries(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
-		held := map[string]bool{}
-		hub.answerByText(func(text string) *http.Response {
-			more := map[string]bool{}
-			for line := range strings.Lines(text) {
-				if name, _, _ := strings.Cut(line, " "); !held[name] {
-					more[name] = true
-				}
-			}
-			if len(held)+len(more) > 1000 {
-				return respond(413, nil, "more than 1000 series")
-			}
-			for name := range more {
-				held[name] = true
-			}
-			return nil
-		})
-		for round := range 3 {
-			var text strings.Builder
-			for i := range 1500 {
-				fmt.Fprintf(&text, "m%d %d\n", i, round)
-			}
-			spoolAll(t, c, text.String())
-			before := len(hub.at)
-			hub.bodies = nil
-			if err := c.pusher.DrainSpool(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 1000 series") {
-				t.Errorf("round %d: %v", round, err)
-			}
-			if n := strings.Count(strings.Join(hub.bodies, ""), "\n"); n != 1000 || len(hub.at)-before > 60 {
-				t.Errorf("round %d: %d samples arrived in %d requests", round, n, len(hub.at)-before)
-			}
-		}
-		if n := c.dropped.Value(DropRefused); n != 1500 || c.spool.Stats().Scrapes != 0 {
-			t.Errorf("%v samples counted as refused, %+v\n%s", n, c.spool.Stats(), log)
-		}
-	})
-}
-
-// Only 400 and 413 are about what is sent: nothing else costs a scrape.
-func TestPusherRetriesWhatIsNotFinal(t *testing.T) {
-	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
-		synctest.Test(t, func(t *testing.T) {
-			c, hub, _ := newSpoolClient(t, "", diskSpool(), nil)
-			hub.answer = func(*http.Request) *http.Response { return respond(status, nil, "") }
-			spoolAll(t, c, "a 1\n", "b 1\n")
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
-			defer cancel()
-			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 2 || len(hub.at) < 10 {
-				t.Errorf("%d: %v after %d attempts; in the spool: %+v", status, err, len(hub.at), c.spool.Stats())
-			}
-			hub.answer = nil
-			if err := c.pusher.DrainSpool(t.Context()); err != nil || strings.Join(hub.bodies, "") != "a 1\nb 1\n" {
-				t.Errorf("%d: then %v, %q", status, err, hub.bodies)
-			}
-		})
-	}
-}
-
-// A server that hangs costs its timeout once in a while, not at each push of a backlog;
-// and when it is back it is the first again.
-func TestPusherFailsOverInABacklog(t *testing.T) {
+// In a backlog, a server that hangs costs its timeout only now and then, not at each push. When it
+// answers again, the client returns to it.
+func TestPusherFailsOverInBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var hanging atomic.Bool
 		hanging.Store(true)
@@ -452,15 +197,15 @@ func TestPusherFailsOverInABacklog(t *testing.T) {
 		}
 		begin := time.Now()
 		if err := c.pusher.DrainSpool(t.Context()); err != nil || hub.pushes() != n {
-			t.Errorf("%v, %d pushes", err, hub.pushes())
+			t.Errorf("got the error %v and %d pushes, want %d", err, hub.pushes(), n)
 		}
 		if took := time.Since(begin); took > 15*time.Minute {
-			t.Errorf("%d pushes of 3 s took %v", n, took)
+			t.Errorf("%d pushes of 3 s each took %v, want at most 15 minutes", n, took)
 		}
 		if slices.Contains(hub.hosts, "c.example") {
-			t.Error("it went on from one that worked")
+			t.Error("the client tried c.example although b.example answered")
 		}
-		// In a backlog that does not end, too.
+		// The client returns to the first server within the same drain, too.
 		for i := range n {
 			spoolAll(t, c, fmt.Sprintf("n %03d\n", i))
 		}
@@ -471,12 +216,12 @@ func TestPusherFailsOverInABacklog(t *testing.T) {
 		}
 		back := slices.Index(hub.hosts, "a.example")
 		if back < 0 || back > n/2+20 || slices.Contains(hub.hosts[back:], "b.example") {
-			t.Errorf("back at the first after %d pushes of %d", back, len(hub.hosts))
+			t.Errorf("the client returned to a.example after %d of %d pushes, want soon and for good", back, len(hub.hosts))
 		}
 	})
 }
 
-// The client logs what the server answers about dropped samples.
+// The client logs and counts the samples that a server dropped, with the server's hint.
 func TestPusherLogsHint(t *testing.T) {
 	for _, tt := range []struct{ answer, want string }{
 		{`{"accepted":0,"dropped":{"too_old":1},"hint":"the times are wrong"}`, `"the server dropped samples" reason=too_old samples=1 hint="the times are wrong"` + "\n"},
@@ -485,87 +230,17 @@ func TestPusherLogsHint(t *testing.T) {
 		c, hub, log := newTestClient(t, "a 1\n", nil)
 		hub.answer = func(*http.Request) *http.Response { return respond(200, nil, tt.answer) }
 		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil || !strings.Contains(log.String(), tt.want) {
-			t.Errorf("%v, logged:\n%s\nwant %s", err, log, tt.want)
+			t.Errorf("got the error %v and the log:\n%s\nwant %s", err, log, tt.want)
 		}
 		if text := metricsText(t, c.cfg.Metrics); !strings.Contains(text, `telemeter_samples_dropped_total{reason="by_server"} 1`) {
-			t.Errorf("not counted:\n%s", text)
+			t.Errorf("the dropped sample is not counted; metrics:\n%s", text)
 		}
 	}
 }
 
-// A 200 that is not a server's, but a proxy's or a login page's, costs no scrape.
-func TestPusherBelievesNoOther200(t *testing.T) {
-	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {
-		synctest.Test(t, func(t *testing.T) {
-			c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
-			hub.answer = func(*http.Request) *http.Response { return respond(200, nil, body) }
-			spoolAll(t, c, "a 1\n")
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 1 || !strings.Contains(log.String(), "its answer") {
-				t.Errorf("%q: %v, in the spool: %+v", body, err, c.spool.Stats())
-			}
-		})
-	}
-}
-
-// What a server asks for counts in either form, whatever its clock shows; nonsense asks
-// for nothing.
-func TestPusherRetryAfter(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
-		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
-		for _, tt := range []struct {
-			after string
-			until time.Duration // or as a date, of a clock that is so much ahead
-			ahead time.Duration // 0: the server states no date
-			want  time.Duration // 0 for the pause of a first failure
-		}{
-			{after: "37", want: 37 * time.Second},
-			{until: 38 * time.Second, want: 38 * time.Second},
-			{until: 39 * time.Second, ahead: time.Hour, want: 39 * time.Second},
-			{until: 40 * time.Second, ahead: -time.Hour, want: 40 * time.Second},
-			{after: "99999", want: 2 * time.Minute}, // no longer than --interval
-			{until: 1000 * time.Hour, want: 2 * time.Minute},
-			{until: -time.Minute}, {after: "-5"}, {after: "99999999999999999999"}, {after: "1.5"}, {after: "soon"},
-		} {
-			refused := false
-			hub.answer = func(*http.Request) *http.Response {
-				if refused {
-					return nil
-				}
-				refused = true
-				h := http.Header{"Retry-After": {tt.after}}
-				if tt.until != 0 {
-					h.Set("Retry-After", date(tt.ahead+tt.until))
-				}
-				if tt.ahead != 0 {
-					h.Set("Date", date(tt.ahead))
-				}
-				return respond(503, h, "busy")
-			}
-			spoolAll(t, c, "a 1\n")
-			begin := time.Now()
-			if err := c.pusher.DrainSpool(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			least, most := tt.want, 2*tt.want // sites that were refused together come back apart
-			if tt.want == 0 {
-				least, most = minBackoff/2, minBackoff
-			} else if tt.until > 0 && tt.ahead == 0 { // a date has no fraction
-				least -= time.Second
-			}
-			if took := time.Since(begin); took < least || took > most {
-				t.Errorf("%+v: it waited %v", tt, took)
-			} else if took%time.Second == 0 {
-				t.Errorf("%+v: it waited %v, as would all that are told so", tt, took)
-			}
-		}
-	})
-}
-
-// A line that is too slow for a large push within a timeout gets smaller ones.
-func TestPusherSlowLine(t *testing.T) {
+// If the connection is too slow for a large push within the timeout, the client sends smaller
+// pushes.
+func TestPusherSlowConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
 		one := len(Gzip([]byte("n 10\n")))
@@ -584,98 +259,19 @@ func TestPusherSlowLine(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		if err := c.pusher.DrainSpool(ctx); err != nil || !slices.Equal(hub.received(), upTo(60)) {
-			t.Errorf("%v after %v: received %v", err, time.Since(start), hub.received())
+			t.Errorf("got the error %v after %v, and the hub has the scrapes %v, want 1 to 60", err, time.Since(start), hub.received())
 		}
 	})
 }
 
-// A wall clock that is slewed reaches the phase after the timer: no second scrape.
-func TestClientPhaseOfSlewedClock(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		source := &counting{}
-		start := time.Now()
-		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
-			cfg.FromClient.Transport = source
-			cfg.Now = func() time.Time { now := time.Now(); return now.Add(-now.Sub(start) / 2000) }
-		})
-		runFor(t, c, 2*time.Hour)
-		if len(source.at) > 61 || len(source.at) < 59 || len(hub.at) > 61 {
-			t.Errorf("%d scrapes, %d pushes in 2 hours at an interval of 2 minutes", len(source.at), len(hub.at))
-		}
-	})
-}
-
-// A disk that is full costs nothing while memory allows, and is told of once.
-func TestClientDiskFull(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		spool := diskSpool()
-		disk := spool.FS.(*crashFS)
-		source := &counting{}
-		c, hub, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.FromClient.Transport = source })
-		hub.tellsTime = true // so that times are final from the second scrape on
-		var down atomic.Bool
-		down.Store(true)
-		hub.answer = func(*http.Request) *http.Response {
-			if down.Load() {
-				return respond(503, nil, "")
-			}
-			return nil
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan error)
-		go func() { ended <- c.Run(ctx) }()
-		time.Sleep(10 * time.Minute)
-		synctest.Wait()
-		disk.mu.Lock()
-		disk.hook = failOn("write", "", 0, errFull)
-		disk.mu.Unlock()
-		time.Sleep(10 * time.Minute)
-		synctest.Wait()
-		if n := c.spool.Stats().InMemory; n != 5 || c.spoolErrors.Value() != 5 {
-			t.Errorf("%d scrapes in memory, %v errors counted", n, c.spoolErrors.Value())
-		}
-		disk.mu.Lock()
-		disk.hook = nil
-		disk.mu.Unlock()
-		time.Sleep(10 * time.Minute)
-		synctest.Wait()
-		if strings.Count(log.String(), "spool failed") != 1 || strings.Count(log.String(), "spool works again") != 1 {
-			t.Errorf("log:\n%s", log)
-		}
-		if n := c.spool.Stats().InMemory; n != 0 {
-			t.Errorf("%d scrapes still in memory when the disk works", n)
-		}
-		// At the end, what is in memory only gets one more attempt.
-		disk.mu.Lock()
-		disk.hook = failOn("write", "", 0, errFull)
-		disk.mu.Unlock()
-		time.Sleep(4 * time.Minute)
-		synctest.Wait()
-		disk.mu.Lock()
-		disk.hook = nil
-		disk.mu.Unlock()
-		down.Store(false)
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-		if got := hub.received(); !slices.Equal(got, upTo(len(source.at))) || len(got) < 15 {
-			t.Errorf("received %v, of %d", got, len(source.at))
-		}
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// While the spool cannot be read the pusher waits, and what is there is delivered when
-// it can be. For a single file that cannot be read nothing else waits.
+// While no file of the spool can be read, the pusher waits, and delivers the scrapes when they can
+// be read. A single file that cannot be read does not hold up the other scrapes.
 func TestPusherWaitsForSpool(t *testing.T) {
 	for _, tt := range []struct {
-		name, unread string
-		meanwhile    []int
+		name, unread string // the suffix of the files that cannot be read
+		meanwhile    []int  // scrapes delivered while reads fail
 	}{
-		{"all", ".log", nil}, {"one", scrapeFileName(946684800_000), []int{2, 3}}, // numbers begin at the clock's milliseconds
+		{"all files", ".log", nil}, {"one file", scrapeFileName(946684800_000), []int{2, 3}}, // numbers start at the clock's milliseconds
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			spool := diskSpool()
@@ -686,96 +282,23 @@ func TestPusherWaitsForSpool(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 			defer cancel()
 			if err := c.pusher.DrainSpool(ctx); !errors.Is(err, errDisk) {
-				t.Errorf("%s: ended with %v", tt.name, err)
+				t.Errorf("%s: the drain ended with the error %v, want %v", tt.name, err, errDisk)
 			}
 			if got := hub.received(); !slices.Equal(got, tt.meanwhile) || c.pusher.IsHealthy() {
-				t.Errorf("%s: received %v meanwhile", tt.name, got)
+				t.Errorf("%s: while reads fail the hub has the scrapes %v, want %v, and the pusher must not be healthy", tt.name, got, tt.meanwhile)
 			}
 			if n := c.spoolErrors.Value(); n < 15 || n > 50 || strings.Count(log.String(), "\n") > 50 || !strings.Contains(log.String(), "spool failed; scrapes are kept") {
-				t.Errorf("%s: %v errors counted, log:\n%s", tt.name, n, log)
+				t.Errorf("%s: %v spool errors counted, want 15 to 50 and at most 50 log lines; log:\n%s", tt.name, n, log)
 			}
 			disk.hook = readFault{2, errDisk}.hook("read", tt.unread)
 			if err := c.pusher.DrainSpool(t.Context()); err != nil {
-				t.Errorf("%s: %v", tt.name, err)
+				t.Errorf("%s: then the drain failed: %v", tt.name, err)
 			}
 			got := hub.received()
 			slices.Sort(got)
 			if !slices.Equal(got, upTo(3)) || !c.pusher.IsHealthy() || c.dropped.Value(DropSpoolDamaged) > 0 || len(spoolFiles(disk)) > 0 {
-				t.Errorf("%s: received %v, %v samples counted as dropped, files %q", tt.name, got, c.dropped.Value(DropSpoolDamaged), spoolFiles(disk))
+				t.Errorf("%s: finally the hub has the scrapes %v, want 1 to 3; %v samples dropped as damaged and files %q, want none", tt.name, got, c.dropped.Value(DropSpoolDamaged), spoolFiles(disk))
 			}
 		})
-	}
-}
-
-func TestClientOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		spool := diskSpool()
-		broken := false
-		c, hub, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) {
-			source := &counting{}
-			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
-				if broken {
-					return nil, fmt.Errorf("connection refused")
-				}
-				return source.RoundTrip(r)
-			})
-		})
-		hub.answer = func(*http.Request) *http.Response { return respond(503, nil, "") }
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		err := c.ScrapeOnceAndDrain(ctx)
-		if err == nil || !strings.Contains(err.Error(), "destination: ") || !strings.Contains(err.Error(), "scrapes kept in the spool: 1,") {
-			t.Errorf("got %v", err)
-		}
-		// The next delivers both; and one that cannot scrape delivers all the same.
-		hub.answer = nil
-		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil || !slices.Equal(hub.received(), upTo(2)) {
-			t.Errorf("%v, received %v", err, hub.received())
-		}
-		spoolAll(t, c, "n 3\n")
-		broken = true
-		if err := c.ScrapeOnceAndDrain(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "source: ") || !slices.Equal(hub.received(), upTo(3)) {
-			t.Errorf("%v, received %v", err, hub.received())
-		}
-	})
-}
-
-// What the listener shows is what was delivered last, in all its pieces.
-func TestClientShowsWhatWasSent(t *testing.T) {
-	var text strings.Builder
-	for i := range 300 {
-		fmt.Fprintf(&text, "m%d{x=\"%x\"} 1 5\n", i, ClusterIDHash(fmt.Sprint(i)))
-	}
-	from := text.String()
-	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
-		cfg.LimitBytes = 4 << 10
-		cfg.From, _ = url.Parse("http://source.example/metrics")
-		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return respond(200, nil, from), nil })
-	})
-	handler := c.Handler()
-	for _, want := range []string{"", text.String(), "z 1 7\n"} {
-		if want != "" {
-			from = want
-			if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-		}
-		rec := httptest.NewRecorder()
-		handler.ServeHTTP(rec, httptest.NewRequest("GET", "/federate", nil))
-		lines := 0
-		for line := range strings.Lines(rec.Body.String()) {
-			if !strings.HasPrefix(line, "#") {
-				lines++
-				if !strings.Contains(want, line) {
-					t.Errorf("shows %q", line)
-				}
-			}
-		}
-		if lines != strings.Count(want, "\n") {
-			t.Errorf("shows %d lines of %d", lines, strings.Count(want, "\n"))
-		}
-	}
-	if len(hub.bodies) < 3 {
-		t.Errorf("%d pushes: the first scrape was not in pieces", len(hub.bodies))
 	}
 }

@@ -1,8 +1,8 @@
 package main
 
-// The client's loops: when it scrapes, and when it delivers. Both go on at the site's phase of
-// their interval, whatever becomes of the other. Failures of source, spool and destination are
-// logged apart, a source that goes on failing at most once in ten minutes.
+// The client has two loops: one scrapes, the other pushes. Each runs at the site's phase of its
+// interval, and neither waits for the other. Failures of the source, the spool and the destination
+// are logged separately. A source that keeps failing is logged at most once in ten minutes.
 
 import (
 	"context"
@@ -17,19 +17,20 @@ import (
 )
 
 const (
-	firstJitter       = time.Second
-	minScrapeTimeout  = 10 * time.Second
-	maxScrapeTimeout  = time.Minute
-	pushGrace         = 2 * time.Second  // how long a push that is due waits for a scrape under way
-	finalPushTimeout  = 5 * time.Second  // at the end, for scrapes in memory only
-	sourceLogInterval = 10 * time.Minute // between log lines of a source that goes on failing
+	firstJitter       = time.Second      // most random delay before the first scrape
+	minScrapeTimeout  = 10 * time.Second // shortest timeout of a scrape, even if ScrapeInterval is shorter
+	maxScrapeTimeout  = time.Minute      // longest timeout of a scrape, even if ScrapeInterval is longer
+	pushGrace         = 2 * time.Second  // how long a due push waits for a scrape in progress
+	finalPushTimeout  = 5 * time.Second  // for the last push at shutdown, which is made only for scrapes that are in memory only
+	sourceLogInterval = 10 * time.Minute // least time between two log lines at level Error about a failing source
 )
 
-// Run scrapes and delivers until ctx ends: first at once, then whenever the clock
-// is at this site's phase of the interval, so that the pushes of many sites
-// that start together spread. A backlog is delivered without waiting for that.
+// Run scrapes and pushes until ctx ends. It starts at once and then works at this site's phase of
+// the interval, so that the pushes of many sites that start together spread. A backlog is pushed
+// without waiting for the phase. When ctx has ended, Run tries once more to push if scrapes are in
+// memory only. It always returns nil.
 func (c *Client) Run(ctx context.Context) error {
-	due := make(chan struct{}, 1) // the scrape that a push waits for is spooled
+	due := make(chan struct{}, 1) // receives when the scrape that starts a push is in the spool
 	var wg sync.WaitGroup
 	wg.Go(func() { c.scrapeLoop(ctx, due) })
 	c.deliverLoop(ctx, due)
@@ -37,14 +38,14 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.spool.Stats().InMemory > 0 {
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), finalPushTimeout)
 		defer cancel()
-		c.pusher.DrainSpool(last) // logs what fails
+		c.pusher.DrainSpool(last) // logs its failures
 	}
 	return nil
 }
 
-// ScrapeOnceAndDrain scrapes once, and delivers all that is spooled, retrying until ctx ends.
-// Failures are logged and counted, and returned. Each begins with the name of the part that
-// failed: source, spool or destination.
+// ScrapeOnceAndDrain scrapes once and pushes all scrapes in the spool, retrying until ctx ends. It
+// pushes even if the scrape fails. Failures are logged, counted and returned. Each returned error
+// begins with the part that failed: source, spool or destination.
 func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	err := c.scrapeAndSpool(ctx)
 	if err != nil {
@@ -60,7 +61,7 @@ func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	return err
 }
 
-// scrapeLoop scrapes at its phase, and sends to pushDue when a scrape starts a push.
+// scrapeLoop scrapes at its phase until ctx ends. It sends to pushDue when a scrape starts a push.
 func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	var warned, nextPush time.Time
 	wait := rand.N(firstJitter)
@@ -70,7 +71,7 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 		}
 		begin := c.cfg.Now()
 		if at := c.state.Load().TokenExpires; at != 0 && begin.Add(expiryWarning).Unix() > at && begin.Sub(warned) > 24*time.Hour {
-			c.cfg.Log.Warn("the token expires soon; this site is silent afterwards", "at", time.Unix(at, 0).UTC())
+			c.cfg.Log.Warn("the client token expires soon; servers will refuse this site afterwards", "at", time.Unix(at, 0).UTC())
 			warned = begin
 		}
 		if c.scrapeAndSpool(ctx) == nil {
@@ -83,16 +84,16 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 			}
 		}
 		next := begin.Add(c.untilNextPhase(begin, c.cfg.ScrapeInterval))
-		for next.Before(c.cfg.Now()) { // a slow source costs scrapes, not their phase
+		for next.Before(c.cfg.Now()) { // a slow source skips scrapes but keeps the phase
 			next = next.Add(c.cfg.ScrapeInterval)
 		}
 		wait = next.Sub(c.cfg.Now())
 	}
 }
 
-// scrapeStartsPush reports whether the scrape that began at scrapeBegin starts the push that
-// is due at nextPush, and returns when the push after it is due. The first scrape starts a push at
-// any time; after it, the scrape nearest to nextPush does.
+// scrapeStartsPush reports whether the scrape that began at scrapeBegin starts the push that is due
+// at nextPush. It also returns when the following push is due. The first scrape starts a push at
+// any time. After that, the scrape nearest to nextPush starts it.
 func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, newNextPush time.Time) {
 	half := scrapeBegin.Add(c.cfg.ScrapeInterval / 2)
 	switch {
@@ -104,21 +105,21 @@ func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool,
 	return true, half.Add(c.untilNextPhase(half, c.cfg.Interval))
 }
 
-// deliverLoop delivers when pushDue receives. It also delivers at the phase of pushes by itself, so
-// that a source that hangs does not delay the scrapes in the spool.
+// deliverLoop pushes when pushDue receives. It also pushes by itself pushGrace after each phase of
+// the push interval, so that a hanging source does not delay the scrapes in the spool.
 func (c *Client) deliverLoop(ctx context.Context, pushDue <-chan struct{}) {
 	for {
 		wait := c.untilNextPhase(c.cfg.Now().Add(-pushGrace), c.cfg.Interval)
 		if _, ok := Sleep(ctx, wait, pushDue); !ok {
 			return
 		}
-		c.pusher.DrainSpool(ctx) // logs what fails
+		c.pusher.DrainSpool(ctx) // logs its failures
 	}
 }
 
-// untilNextPhase returns the time until this site's phase of an interval comes
-// next. One that is about to come counts as reached: a wall clock that is slewed
-// lags behind the timer that was to wait for it.
+// untilNextPhase returns the time from now until the next instant of this site's phase of interval.
+// An instant less than a tenth of the interval ahead counts as reached and is skipped, because a
+// slewed wall clock lags behind the timer that waited for that instant.
 func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Duration {
 	h := fnv.New64a()
 	io.WriteString(h, c.cfg.ClusterID)
@@ -130,8 +131,9 @@ func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Dura
 	return wait
 }
 
-// scrapeAndSpool scrapes, and spools the samples. Failures are logged and counted. Only the
-// source's is returned, because a scrape that cannot be written is kept in memory.
+// scrapeAndSpool scrapes the source and puts the samples into the spool. Failures are logged and
+// counted. Only a failure of the source is returned, because a scrape that cannot be written to
+// disk stays in memory.
 func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
 	defer cancel()
@@ -162,8 +164,8 @@ func (c *Client) logSourceFailure(ctx context.Context, err error) {
 	c.cfg.Log.Log(ctx, level, "source failed", "from", c.cfg.From.Redacted(), "err", err)
 }
 
-// addToSpool spools a scrape, in pieces if limits need it, and logs when the spool begins or ends
-// to fail.
+// addToSpool puts a scrape into the spool, in pieces if the limits require it. It logs when the
+// spool begins and stops failing.
 func (c *Client) addToSpool(got *CleanedScrape) {
 	var err error
 	for _, piece := range c.renderPieces(got, got.List.Samples) {
@@ -173,7 +175,7 @@ func (c *Client) addToSpool(got *CleanedScrape) {
 	case err != nil:
 		c.spoolErrors.Inc()
 		if !c.spoolFailing {
-			c.cfg.Log.Error("spool failed; scrapes are held in memory, as far as it allows", "err", err)
+			c.cfg.Log.Error("spool failed; scrapes are kept in memory, up to its limit", "err", err)
 		}
 	case c.spoolFailing:
 		c.cfg.Log.Info("spool works again")

@@ -1,7 +1,8 @@
 package main
 
-// One scrape of the source: request, decoding, cleaning, and the text that is pushed. Nothing
-// leaves that the ClientCleaner did not pass. Times are of the source's clock.
+// This file makes one scrape of the source: the request, the decoding, the cleaning and the text
+// that is pushed. No sample passes that the ClientCleaner drops. Sample times are times of the
+// source's clock until AppendText shifts them.
 
 import (
 	"bytes"
@@ -16,22 +17,22 @@ import (
 
 const (
 	maxScrape     = 256 << 20       // bytes of a scrape, uncompressed
-	skewTolerance = 2 * time.Second // a source's Date that differs by less says nothing
+	skewTolerance = 2 * time.Second // a smaller difference between the source's Date and the expected time is ignored
 	scrapeAccept  = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
 )
 
-// CleanedScrape has the samples of a scrape, cleaned.
+// CleanedScrape has the cleaned samples of a scrape.
 type CleanedScrape struct {
 	List       SampleList
-	At         Moment // when the source answered
-	SourceTime int64  // what its clock showed then, in ms since the epoch
-	Shift      int64  // ms, by which AppendText shifts the times in List
-	ShiftKnown bool
+	At         Moment // when the answer of the source arrived
+	SourceTime int64  // what the source's clock showed then, in ms since the epoch
+	Shift      int64  // ms that AppendText adds to the times in List
+	ShiftKnown bool   // a server's time is known, so Shift is final
 }
 
-// AppendText appends the text exposition of samples of the scrape, as it is pushed.
+// AppendText appends samples of the scrape in the text exposition format, as they are pushed.
 func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
 	for _, s := range samples {
 		b = AppendSample(b, sr.List.Line(s), s.T+sr.Shift, s.V)
@@ -39,8 +40,8 @@ func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
 	return b
 }
 
-// Scrape gets and cleans the samples of the source. Samples without a time get that
-// of the scrape's begin, by the source's clock as all others.
+// Scrape gets and cleans the samples of the source. Samples without a time get the time at which
+// the scrape began, by the source's clock like all other times.
 func (c *Client) Scrape(ctx context.Context) (*CleanedScrape, error) {
 	begin := c.cfg.Now()
 	got, err := c.scrape(ctx, begin)
@@ -77,8 +78,9 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	return got, nil
 }
 
-// scrapeRequest returns the request of a scrape, and the ClientCleaner for its samples. A /federate
-// selects series itself, which saves it the rest; otherwise the ClientCleaner does.
+// scrapeRequest returns the request of a scrape and the ClientCleaner for its samples. A source
+// whose path ends in /federate selects the series itself, which saves it the other series. For any
+// other source the ClientCleaner selects them.
 func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*http.Request, *ClientCleaner, error) {
 	cleaner := st.NewCleaner()
 	u := *c.cfg.From
@@ -102,15 +104,16 @@ func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*ht
 	return req, cleaner, nil
 }
 
-// readScrape checks the source's answer and reads its body.
+// readScrape checks the source's answer and returns its body and format.
 func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 	if resp.StatusCode != http.StatusOK {
-		return nil, format, fmt.Errorf("it answered %s", describeResponse(resp))
+		return nil, format, fmt.Errorf("the source answered %s", describeResponse(resp))
 	}
 	if format, err = ParseFormat(resp.Header.Get("Content-Type")); err != nil {
 		return nil, format, err
 	}
-	// Gzip was asked for, undone and taken from the header by net/http.
+	// net/http asks for gzip, decompresses such a body and removes the header. Any header left here
+	// names an encoding that net/http did not undo.
 	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return nil, format, fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
 	}
@@ -123,8 +126,8 @@ func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 	return body, format, nil
 }
 
-// decodeAndClean adds the samples in body to list, as far as cleaner lets them pass, and counts.
-// Samples without a time get defaultMs.
+// decodeAndClean decodes body, adds the samples that cleaner lets pass to list, and counts all
+// samples. Samples without a time get defaultMs.
 func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *ClientCleaner, defaultMs int64) error {
 	var d Decoder
 	n := 0
@@ -149,7 +152,7 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 		return err
 	}
 	if invalid != nil {
-		c.cfg.Log.Warn("invalid samples were dropped", "last", invalid)
+		c.cfg.Log.Warn("invalid samples dropped", "last", invalid)
 	}
 	c.scraped.Add(float64(n))
 	for kind, n := range skipped.ByKind() {
@@ -158,10 +161,11 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 	return nil
 }
 
-// skewByDateOrZero returns by how many ms the source's clock is ahead of this machine's, by the
-// Date of its answer; 0 if there is none. It stays oldSkew while Date differs from that by no more
-// than truncation to seconds and the way here explain, so that the times of samples that have none
-// do not jump to and fro.
+// skewByDateOrZero returns by how many ms the source's clock is ahead of this machine's clock,
+// according to the Date header of the source's answer. It returns 0 if the header is missing or
+// malformed. It returns oldSkew while the difference from oldSkew is explained by the truncation of
+// Date to seconds and the time in transit. So the times of samples without a timestamp do not jump
+// back and forth.
 func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {
@@ -174,8 +178,8 @@ func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 	return oldSkew
 }
 
-// correctToServerTime returns a scrape, which was spooled before any server was heard, with
-// corrected times. It keeps Number.
+// correctToServerTime returns sc with corrected times. sc was put into the spool before any
+// server's time was known. Its Number stays.
 func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	sc.Corrected = true
 	sc.Shift, _ = c.sourceClock.NextShift(sc.At, sc.SourceTime)
@@ -183,7 +187,7 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 		return sc
 	}
 	text, err := sc.Text()
-	if err != nil { // never: the spool has checked it
+	if err != nil { // cannot happen, because the spool has checked the text
 		sc.Shift = 0
 		return sc
 	}
@@ -192,8 +196,8 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	return sc
 }
 
-// renderPieces renders samples of a scrape as one piece, or as several if the limits
-// need it. A series that alone is over them is dropped.
+// renderPieces renders samples of a scrape as one piece, or as several if the limits require it. A
+// single series that exceeds the limits is dropped.
 func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
 	text := got.AppendText(nil, samples)
@@ -204,14 +208,14 @@ func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	}
 	if len(samples) <= 1 {
 		c.dropped.Inc(DropInvalid)
-		c.cfg.Log.Warn("a series that does not fit --limit-bytes was dropped", "bytes", len(text))
+		c.cfg.Log.Warn("series dropped because it alone exceeds --limit-bytes", "bytes", len(text))
 		return nil
 	}
 	return append(c.renderPieces(got, samples[:len(samples)/2]), c.renderPieces(got, samples[len(samples)/2:])...)
 }
 
-// shiftTimes returns text exposition, as AppendText renders it, with all times shifted. A line
-// without a time stays as it is.
+// shiftTimes adds ms to all times in text, which must be as AppendText renders it. A line without a
+// time stays unchanged.
 func shiftTimes(text []byte, ms int64) []byte {
 	out := make([]byte, 0, len(text)+len(text)/16)
 	for line := range bytes.Lines(text) {
@@ -219,7 +223,8 @@ func shiftTimes(text []byte, ms int64) []byte {
 		value := bytes.LastIndexByte(line[:max(0, end)], ' ')
 		if value >= 0 {
 			t, err := strconv.ParseInt(string(bytes.TrimSuffix(line[end+1:], []byte("\n"))), 10, 64)
-			// Else the blank before is in a label's value.
+			// If the field between the last two blanks is no number, the first of these blanks is
+			// inside a label value and the line has no time.
 			if _, bad := strconv.ParseFloat(string(line[value+1:end]), 64); err == nil && bad == nil {
 				out = append(strconv.AppendInt(append(out, line[:end+1]...), t+ms, 10), '\n')
 				continue

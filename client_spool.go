@@ -1,9 +1,9 @@
 package main
 
-// The client's spool: scrapes wait here, on disk and oldest first, until every consumer has
-// read them. A scrape that Add put on disk survives a crash at any moment and stays until it
-// is read, set aside or counted as dropped. No other scrape waits for one that is damaged. A
-// failing disk costs durability, not scrapes, as long as memory allows.
+// The client's spool keeps scrapes on disk, in the order in which they were added, until every
+// consumer has read them. A scrape that Add has put on disk survives a crash at any moment. It
+// stays until it is read, set aside, or dropped and counted. A damaged scrape does not hold up the
+// other scrapes. If the disk fails, scrapes are kept in memory, up to a limit.
 
 import (
 	"cmp"
@@ -17,66 +17,70 @@ import (
 )
 
 const (
-	maxSpoolMemory  = 16 << 20 // bytes kept in memory while the disk fails
-	maxMemoryOnly   = 64 << 20 // bytes kept in memory without a directory
-	entryOverhead   = 256      // bytes of memory of a scrape beside its gzip
-	maxFlush        = 8        // scrapes in memory that are written with each that follows
-	maxReadFailures = 2        // files that fail in one BeginPush, because each takes long
+	maxSpoolMemory  = 16 << 20 // bytes of scrapes kept in memory while the disk fails
+	maxMemoryOnly   = 64 << 20 // bytes of scrapes kept in memory if the spool has no directory
+	entryOverhead   = 256      // bytes of memory that a scrape needs besides its gzip
+	maxFlush        = 8        // most scrapes in memory that one Add writes to disk
+	maxReadFailures = 2        // failed reads after which one BeginPush reads no more files, because each failing read is slow
 )
 
-// Reasons for which a spool drops scrapes.
+// Reasons for which a spool drops scrapes, as metrics name them.
 const (
-	DropSpoolFull    = "spool_full"
-	DropSpoolOld     = "spool_old"
-	DropSpoolDamaged = "spool_damaged"
-	DropSpoolClosed  = "spool_closed" // in memory only when the process ended
-	DropSpoolHeld    = "held"         // a server holds it, or did: no loss
+	DropSpoolFull    = "spool_full"    // the size limit is reached
+	DropSpoolOld     = "spool_old"     // older than MaxAge
+	DropSpoolDamaged = "spool_damaged" // the file is damaged or missing, or the scrape is malformed
+	DropSpoolClosed  = "spool_closed"  // still in memory only when the process ended
+	DropSpoolHeld    = "held"          // a server holds or held the scrape, so it is not lost
 )
 
-// ErrSpoolRead is returned if the spool has scrapes and none of them can be read.
+// ErrSpoolRead is wrapped by the errors of scrapes that cannot be read. BeginPush returns it if
+// there are scrapes to push and none of them can be read.
 var ErrSpoolRead = errors.New("reading spool")
 
 // SpoolConfig configures a Spool.
 type SpoolConfig struct {
-	FS        FS
-	Dir       string // "" holds scrapes in memory only
-	ClusterID string // the cluster ID whose scrapes are held
-	Limit     int64  // bytes on disk
-	MaxAge    time.Duration
-	Now       func() Moment
-	// CorrectTimes returns a scrape, which was spooled as not Corrected, with corrected times;
-	// nil leaves all times as they are.
+	FS        FS            // the disk
+	Dir       string        // directory of the files; "" keeps scrapes in memory only
+	ClusterID string        // names the site whose scrapes the spool has
+	Limit     int64         // bytes on disk, or in memory if Dir is ""
+	MaxAge    time.Duration // older scrapes are dropped
+	Now       func() Moment // reads the wall clock and the boot-time clock
+	// CorrectTimes returns a scrape that is not Corrected with corrected times. If it is nil, all
+	// times stay as they are.
 	CorrectTimes func(Scrape) Scrape
-	// OnError is called with what failed, or was found damaged; OnDrop with the scrapes that
-	// were dropped, once for each occasion. Both are called without locks held, by whoever
-	// calls the spool.
+	// OnError is called with each failure and each damaged file. OnDrop is called once for each
+	// occasion on which scrapes are dropped. Both are called without locks held, in the goroutine
+	// that calls the spool.
 	OnError func(error)
 	OnDrop  func(reason string, scrapes, samples int)
 }
 
-// Spool holds scrapes. One goroutine may call Add while another calls the rest; Stats may
-// be called by any. OpenSpool and Close are called alone.
+// Spool keeps scrapes until every consumer has read them. One goroutine may call Add while another
+// calls the other methods. Stats is safe for concurrent use. OpenSpool and Close must not run at
+// the same time as any method.
 type Spool struct {
 	cfg        SpoolConfig
 	unlock     func() error
-	nextNumber uint64 // of the next scrape; for Add's goroutine
+	nextNumber uint64 // number of the next scrape; used only by Add's goroutine
 
-	// For BeginPush's goroutine.
-	asideFiles      []string  // names of files set aside, oldest first
-	readFrom        uint64    // BeginPush reads no file of a lower number, because reading it failed
-	meta, savedMeta spoolMeta // the spool's record, now and on disk
-	metaUnsaved     bool      // the last write of it failed
+	// Used only by BeginPush's goroutine.
+	asideFiles      []string  // names of the files set aside, oldest first
+	readFrom        uint64    // BeginPush reads only files with this number or a higher one, because reading a lower one failed
+	meta, savedMeta spoolMeta // the spool's record, as it is now and as it is on disk
+	metaUnsaved     bool      // the last write of the record failed
 
 	mu    sync.Mutex // guards index; never held across I/O
 	index spoolIndex
 }
 
-// initIDAndNumber chooses the next number, and an ID if there is none. Servers know scrapes by
-// them, so a number must not come twice under one ID, not even if the spool is empty or its
-// directory was restored from an old copy. Numbers follow the wall clock in ms, which is
-// ahead of all numbers as long as there are fewer scrapes than milliseconds. A clock that is
-// behind the spool's record was reset and says nothing of the numbers used: then the spool
-// gets a new ID, under which nothing was sent yet.
+// initIDAndNumber chooses the number of the next scrape, and an ID if the spool has none. Servers
+// identify a scrape by spool ID and number. So a number must not be used twice under one ID, even
+// if the spool is empty or its directory was restored from an old copy.
+//
+// Numbers start at the wall clock's milliseconds. That is above all numbers used before, because
+// the spool adds fewer scrapes than milliseconds pass. If the clock is behind the time in the
+// spool's record, it was set back, and then it does not tell which numbers were used. The spool
+// then gets a new ID, under which nothing was sent yet.
 func (s *Spool) initIDAndNumber() {
 	now := s.cfg.Now()
 	if ms := uint64(max(0, now.Wall)); ms < MaxScrapeNumber {
@@ -88,14 +92,16 @@ func (s *Spool) initIDAndNumber() {
 	}
 	for s.meta.ID == 0 {
 		var id [8]byte
-		rand.Read(id[:]) // does not fail
+		rand.Read(id[:]) // never returns an error
 		s.meta.ID, s.meta.At = binary.LittleEndian.Uint64(id[:]), now
 	}
 }
 
-// Add holds a scrape. Unless it returns an error the scrape is durable. After an error of the
-// disk the scrape is held in memory until the disk works again. The oldest scrapes are dropped
-// as the limits require.
+// Add puts a scrape into the spool and drops the oldest scrapes as the limits require. If Add
+// returns nil, the scrape is durable, unless Dir is "" or the scrape alone exceeds the limit. In
+// the latter case it is dropped and reported to OnDrop. If the disk fails, Add returns its error
+// and keeps the scrape in memory until the disk works again. A malformed scrape is dropped and
+// reported to OnDrop, and Add returns an error.
 func (s *Spool) Add(sc Scrape) error {
 	if err := sc.checkFields(); err != nil {
 		s.cfg.OnDrop(DropSpoolDamaged, 1, sc.Samples)
@@ -133,9 +139,9 @@ func (s *Spool) Add(sc Scrape) error {
 
 func memoryFootprint(sc *Scrape) int64 { return int64(len(sc.Gzip)) + entryOverhead }
 
-// flushMemory writes the scrapes that are in memory because the disk failed, oldest first, but
-// at most maxFlush, so that a scrape does not wait for all. A scrape that cannot be written
-// stays in memory.
+// flushMemory writes scrapes that are in memory because the disk failed, oldest first. It writes at
+// most maxFlush scrapes, so that one Add does not take long. A scrape that cannot be written stays
+// in memory.
 func (s *Spool) flushMemory() {
 	for range maxFlush {
 		s.mu.Lock()
@@ -146,30 +152,30 @@ func (s *Spool) flushMemory() {
 		}
 		e, room := s.index.entries[i], s.cfg.Limit-s.index.diskBytes
 		s.mu.Unlock()
-		if s.maxFileSize(&e.Scrape) > room { // nothing newer is dropped for it
+		if s.maxFileSize(&e.Scrape) > room { // newer scrapes are not dropped to make room for an older one
 			return
 		}
 		footprint, err := s.storeScrape(&e.Scrape)
 		if err != nil {
-			return // the next Add returns the error
+			return // the next Add that fails returns the error
 		}
 		stored := e
 		stored.Gzip, stored.footprint = nil, footprint
 		s.mu.Lock()
 		now := s.index.find(e.Number)
-		if now != nil && now.Corrected == e.Corrected { // else its times were corrected meanwhile
+		if now != nil && now.Corrected == e.Corrected { // otherwise BeginPush corrected its times meanwhile
 			s.index.replaceScrape(&stored)
 		}
 		s.mu.Unlock()
-		if now == nil { // it was removed meanwhile
+		if now == nil { // the scrape was removed meanwhile
 			s.removeFiles([]spoolEntry{e})
 			return
 		}
 	}
 }
 
-// makeRoom drops scrapes until size more bytes fit into memory, or on disk, and reports whether
-// they can fit at all.
+// makeRoom drops scrapes until size more bytes fit into memory or on disk. It returns false, and
+// drops nothing, if size alone exceeds the limit.
 func (s *Spool) makeRoom(size int64, inMemory bool) bool {
 	limit, used := s.cfg.Limit, &s.index.diskBytes
 	if inMemory {
@@ -191,8 +197,9 @@ func (s *Spool) dropExpired() {
 	s.drop(DropSpoolOld, func(e *spoolEntry) bool { return now.Since(e.At) > s.cfg.MaxAge })
 }
 
-// drop drops the scrapes that match, see spoolIndex.drop. Only those that no server holds are
-// reported under this reason; the rest is no loss.
+// drop drops the scrapes that match, in the order of spoolIndex.drop. Scrapes that a server holds
+// or held are not lost, so they are reported as DropSpoolHeld. The others are reported under
+// reason.
 func (s *Spool) drop(reason string, match func(*spoolEntry) bool) {
 	s.mu.Lock()
 	held, lost := s.index.drop(match)
@@ -212,7 +219,7 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 	}
 }
 
-// NextStep returns what to do next, and for how long to wait first if that is StepWait.
+// NextStep returns what to do next. If that is StepWait, wait is how long to wait first.
 func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 	s.dropExpired()
 	now := s.cfg.Now().Boot
@@ -221,11 +228,11 @@ func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 	return s.index.nextStep(now)
 }
 
-// BeginPush returns the scrapes of the next push: within limits, but at least one, with corrected
-// times. It returns none if nothing is to be pushed now. The error is ErrSpoolRead if there are
-// scrapes to push and none of them can be read; they stay for a later call. The scrapes are in
-// flight until ApplyAnswer, MarkPushFailed, SetInFlightAside, ReleaseInFlight or the next call of
-// this method.
+// BeginPush returns the scrapes of the next push, with corrected times. It returns as many as l
+// allows but at least one, or none if nothing is to be pushed now. If there are scrapes to push and
+// none can be read, the error is ErrSpoolRead, and the scrapes stay for a later call. The returned
+// scrapes are in flight until ApplyAnswer, MarkPushFailed, SetInFlightAside, ReleaseInFlight or the
+// next BeginPush.
 func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 	s.ReleaseInFlight()
 	s.dropExpired()
@@ -241,12 +248,12 @@ func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 			if firstErr != nil || s.readFrom == 0 {
 				return nil, firstErr
 			}
-			s.readFrom = 0 // nothing is left but what could not be read
+			s.readFrom = 0 // only scrapes that could not be read before are left; try them again
 			continue
 		}
 		scrapes, err := s.loadPicked(picked)
 		switch {
-		case len(scrapes) > 0: // the next call meets err again
+		case len(scrapes) > 0: // if err is not nil, the next call fails with it again
 			if firstErr != nil {
 				s.cfg.OnError(firstErr)
 			}
@@ -257,9 +264,10 @@ func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 	}
 }
 
-// loadPicked reads the picked scrapes. A scrape that is lost is dropped, and is no error. At the
-// first other error it returns the scrapes before it, and releases the rest. If there are none
-// before it, later reads begin behind it.
+// loadPicked reads the picked scrapes and corrects their times. A scrape whose file is damaged or
+// missing is dropped, without an error. At the first other error, loadPicked returns the scrapes
+// before that one and releases the rest. If there are none before it, BeginPush reads only files
+// with higher numbers from then on, until no other scrapes are left.
 func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 	for _, e := range picked {
 		lost := false
@@ -291,15 +299,16 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 	return scrapes, nil
 }
 
-// dropDamaged drops the scrape of a file that is damaged or gone.
+// dropDamaged drops the scrape of a file that is damaged or missing.
 func (s *Spool) dropDamaged(number uint64) {
 	s.setFileAside(number, spoolDamaged)
 	s.reportDrop(DropSpoolDamaged, s.removeFromIndex(func(e *spoolEntry) bool { return e.Number == number }))
 }
 
-// correctTimesAndStore corrects the times of a scrape that was loaded, durably: whenever it is sent
-// again, after a crash too, it has the same times. If the disk fails, the scrape is held in
-// memory; if there is no room for that, the error is the disk's and the scrape has to wait.
+// correctTimesAndStore corrects the times of a loaded scrape and stores the result on disk, so that
+// the scrape has the same times whenever it is sent again, even after a crash. If the disk fails,
+// the corrected scrape is kept in memory. If memory has no room for it, the disk's error is
+// returned and the scrape has to wait.
 func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	if e.Corrected || s.cfg.CorrectTimes == nil {
 		return nil
@@ -313,7 +322,8 @@ func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	s.mu.Unlock()
 	var err error
 	if onDisk {
-		// Nobody else writes this file: flushMemory writes what is in memory.
+		// No other goroutine writes this file, because flushMemory writes only scrapes that are in
+		// memory.
 		var footprint int64
 		if footprint, err = s.storeScrape(&e.Scrape); err == nil {
 			kept.Gzip, kept.footprint = nil, footprint
@@ -328,15 +338,15 @@ func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	return nil
 }
 
-// removeFromIndex removes the scrapes that match, and returns them. match is called with s.mu held.
+// removeFromIndex removes the scrapes that match and returns them. It calls match with s.mu held.
 func (s *Spool) removeFromIndex(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.index.removeIf(match)
 }
 
-// ApplyAnswer notes what a server answered to the push in flight, or to a question, and removes the
-// scrapes that are done.
+// ApplyAnswer applies a server's answer to the push in flight or to a question. It removes the
+// scrapes that are done and merges the consumers that the server lists.
 func (s *Spool) ApplyAnswer(a SpoolAnswer) PushOutcome {
 	now := s.cfg.Now()
 	s.mu.Lock()
@@ -350,7 +360,8 @@ func (s *Spool) ApplyAnswer(a SpoolAnswer) PushOutcome {
 	return out
 }
 
-// ClearRetryPause ends the pause after which scrapes that a server declined are pushed again.
+// ClearRetryPause lets scrapes that a server declined be pushed again at once, instead of after
+// declinedPause.
 func (s *Spool) ClearRetryPause(numbers Ranges) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -361,16 +372,16 @@ func (s *Spool) ClearRetryPause(numbers Ranges) {
 	}
 }
 
-// MarkPushFailed notes an attempt that failed. Unless knownNotStored, the server may have stored the
-// scrapes in flight; they are not pushed again until a server says what it holds.
+// MarkPushFailed records a failed attempt. If knownNotStored is false, the server may have stored
+// the scrapes in flight. Then they are not pushed again until a server has listed what it holds.
 func (s *Spool) MarkPushFailed(knownNotStored bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.index.markPushFailed(knownNotStored)
 }
 
-// SetInFlightAside removes the scrape in flight, one, because no server accepts it. Its file
-// is set aside.
+// SetInFlightAside removes the one scrape in flight from the spool, because no server accepts it,
+// and sets its file aside.
 func (s *Spool) SetInFlightAside() {
 	e := s.removeFromIndex((*spoolEntry).isInFlight)[0]
 	if s.cfg.Dir != "" && !e.inMemory() {
@@ -378,27 +389,27 @@ func (s *Spool) SetInFlightAside() {
 	}
 }
 
-// ReleaseInFlight ends a push that was not sent: its scrapes stay as they were.
+// ReleaseInFlight ends a push that was not sent. The state of its scrapes does not change.
 func (s *Spool) ReleaseInFlight() { s.releaseInFlightFrom(0) }
 
-// releaseInFlightFrom releases the scrapes of this number and above.
+// releaseInFlightFrom ends the push for the scrapes with this number or a higher one.
 func (s *Spool) releaseInFlightFrom(number uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.index.releaseInFlightFrom(number)
 }
 
-// ID returns the ID by which servers know the spool, which is not 0.
+// ID returns the ID under which servers know the spool. It is never 0.
 func (s *Spool) ID() uint64 { return s.meta.ID }
 
-// Consumers returns the consumers that are known, with their ages now.
+// Consumers returns the known consumers with their present ages.
 func (s *Spool) Consumers() []ConsumerAge {
 	m := s.meta.mergedWith(s.cfg.Now(), nil)
 	return m.Consumers
 }
 
-// NoReadProgressFor returns for how long nothing was read of what the server that answered last
-// holds; 0 if it holds nothing.
+// NoReadProgressFor returns how long no consumer has read any scrape that the last answering server
+// holds. It returns 0 if that server holds no scrape of this spool.
 func (s *Spool) NoReadProgressFor() time.Duration {
 	now := s.cfg.Now().Boot
 	s.mu.Lock()
@@ -410,7 +421,7 @@ func (s *Spool) NoReadProgressFor() time.Duration {
 	return time.Duration(now-since) * time.Millisecond
 }
 
-// LastTimeShift returns by how many ms the times of the newest corrected scrape were shifted.
+// LastTimeShift returns the shift, in ms, of the newest corrected scrape; 0 if there is none.
 func (s *Spool) LastTimeShift() (ms int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -422,7 +433,7 @@ func (s *Spool) LastTimeShift() (ms int64) {
 	return ms
 }
 
-// Stats returns what the spool holds.
+// Stats returns the number, size and age of the scrapes in the spool.
 func (s *Spool) Stats() (st SpoolStats) {
 	now := s.cfg.Now()
 	s.mu.Lock()
@@ -441,8 +452,8 @@ func (s *Spool) Stats() (st SpoolStats) {
 	return st
 }
 
-// Close writes the scrapes in memory to the disk, if that works again, and unlocks the directory.
-// It reports the scrapes that go to OnDrop; those that no server holds are lost.
+// Close writes the scrapes in memory to disk and unlocks the directory. It reports to OnDrop the
+// scrapes that cannot be written. Such a scrape is lost unless a server is known to hold it.
 func (s *Spool) Close() error {
 	s.ReleaseInFlight()
 	var errs []error

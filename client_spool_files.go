@@ -1,8 +1,9 @@
 package main
 
-// The files of a spool. Every scrape is a file of its own, and so is the spool's record. Each is
-// written whole or not at all. A damaged file is set aside, never sent. A file of another
-// version, or of another cluster ID, stops the opening and stays as it is.
+// This file reads and writes the files of a spool. Each scrape has its own file, and the spool has
+// one record in another file. A file is always replaced as a whole and durably. A damaged file is
+// set aside and never sent. A file of another version, or a scrape of another cluster ID, makes
+// OpenSpool fail and stays unchanged.
 
 import (
 	"bytes"
@@ -16,24 +17,25 @@ import (
 	"strings"
 )
 
-// A scrape's file is a log of one record of scrapeKind. Its name is the scrape's number, its
-// identity the cluster ID. Beside it may lie files that SetAside renamed, for one of two
-// reasons; they are never sent, and renaming one back makes the next OpenSpool read it again.
+// A scrape's file is a log with one record of scrapeKind. The file name is the scrape's number, and
+// the log's identity is the cluster ID. The directory may also have files that SetAside renamed,
+// with the reason in their names. These files are never sent. Renaming such a file back makes the
+// next OpenSpool read it again.
 const (
-	spoolDigits    = 16        // of a name
-	spoolRefused   = "refused" // a server refused the scrape as invalid
-	spoolDamaged   = "damaged"
-	spoolTemp      = ".tmp"
-	maxAsideFiles  = 16   // files set aside that are kept
-	fileBlock      = 4096 // a file occupies a multiple of it
-	maxFileHeaders = 128  // bytes of a file beside gzip, boot ID and cluster ID, at most
+	spoolDigits    = 16        // digits of a file name
+	spoolRefused   = "refused" // reason: a server refused the scrape as invalid
+	spoolDamaged   = "damaged" // reason: the file has no single good record
+	spoolTemp      = ".tmp"    // suffix of an unfinished write
+	maxAsideFiles  = 16        // only the newest files set aside are kept
+	fileBlock      = 4096      // bytes; a file occupies a multiple of this on disk
+	maxFileHeaders = 128       // most bytes of a file besides the gzip, boot ID and cluster ID
 )
 
-// errSpoolFileDamaged is returned for a file that does not hold one good record.
+// errSpoolFileDamaged is returned for a file that does not have exactly one good record.
 var errSpoolFileDamaged = errors.New("damaged spool file")
 
-// isScrapeLost reports an error by which a scrape's file is gone or damaged. After any other
-// error the file may be good.
+// isScrapeLost reports whether err means that a scrape's file is missing or damaged. After any
+// other error the file may be good.
 func isScrapeLost(err error) bool {
 	return errors.Is(err, errSpoolFileDamaged) || errors.Is(err, fs.ErrNotExist)
 }
@@ -42,7 +44,8 @@ func scrapeFileName(number uint64) string {
 	return fmt.Sprintf("%0*d%s", spoolDigits, number, LogSuffix)
 }
 
-// parseScrapeFileName returns the number in a name and what follows LogSuffix.
+// parseScrapeFileName returns the scrape number in a file name and the part of the name that
+// follows LogSuffix.
 func parseScrapeFileName(name string) (number uint64, rest string, ok bool) {
 	digits, rest, found := strings.Cut(name, LogSuffix)
 	number, err := strconv.ParseUint(digits, 10, 64)
@@ -51,17 +54,18 @@ func parseScrapeFileName(name string) (number uint64, rest string, ok bool) {
 
 func (s *Spool) path(name string) string { return filepath.Join(s.cfg.Dir, name) }
 
-// roundToBlocks returns what a file of size bytes occupies.
+// roundToBlocks returns the bytes of disk that a file of size bytes occupies.
 func roundToBlocks(size int64) int64 { return (size + fileBlock - 1) / fileBlock * fileBlock }
 
-// maxFileSize returns what the file of a scrape occupies, at most.
+// maxFileSize returns the most bytes of disk that the file of a scrape can occupy.
 func (s *Spool) maxFileSize(sc *Scrape) int64 {
 	return roundToBlocks(int64(len(sc.Gzip) + len(sc.At.BootID) + len(s.cfg.ClusterID) + maxFileHeaders))
 }
 
-// OpenSpool opens the spool in cfg.Dir, and makes the directory if need be. A damaged file is
-// set aside and reported to OnError. A file that cannot be read is an error, and so are files
-// of another version, and scrapes of another cluster ID: they must not be sent under this one.
+// OpenSpool opens the spool in cfg.Dir, creating the directory if needed. A damaged file is set
+// aside and reported to OnError. OpenSpool fails if a file cannot be read, if a file is of another
+// version, or if a scrape is of another cluster ID, because such a scrape must not be sent under
+// this ID.
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{cfg: cfg, nextNumber: 1, unlock: func() error { return nil }}
 	if cfg.Dir == "" {
@@ -83,7 +87,8 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	return s, nil
 }
 
-// recover reads the directory.
+// recover reads the directory and adds its scrapes to the index. Whether a server holds them is
+// uncertain.
 func (s *Spool) recover() error {
 	numbers, err := s.scanAndTidyDir()
 	if err != nil {
@@ -101,7 +106,7 @@ func (s *Spool) recover() error {
 		case err != nil:
 			return err
 		case identity != s.cfg.ClusterID:
-			return fmt.Errorf("%s holds scrapes of cluster ID %q, not of %q: give each its own --spool-dir, or move the scrapes away",
+			return fmt.Errorf("%s has scrapes of cluster ID %q, not of %q: give each cluster ID its own --spool-dir, or move the files away",
 				s.cfg.Dir, identity, s.cfg.ClusterID)
 		default:
 			e.Gzip, e.uncertain = nil, true
@@ -111,10 +116,12 @@ func (s *Spool) recover() error {
 	return nil
 }
 
-// scanAndTidyDir returns the numbers of the scrapes in the directory, in their order. It notes the
-// highest number and the files set aside, and removes what a crash left of unfinished writes.
+// scanAndTidyDir returns the numbers of the scrapes in the directory, in ascending order. It also
+// notes the highest number used and the files set aside, and removes the unfinished writes of a
+// crash.
 func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
-	// ListLogs syncs the directory: what a killed process renamed is durable from here on.
+	// ListLogs syncs the directory, so that files which a killed process renamed are durable from
+	// here on.
 	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
 		return nil, err
 	}
@@ -134,7 +141,7 @@ func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
 			numbers = append(numbers, number)
 		case strings.HasSuffix(rest, spoolTemp):
 			if err := s.cfg.FS.Remove(s.path(name)); err != nil {
-				s.cfg.OnError(fmt.Errorf("removing leftover: %w", err))
+				s.cfg.OnError(fmt.Errorf("removing an unfinished spool file: %w", err))
 			}
 		case strings.HasPrefix(rest, "."+spoolRefused), strings.HasPrefix(rest, "."+spoolDamaged):
 			s.asideFiles = append(s.asideFiles, name)
@@ -145,8 +152,9 @@ func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
 	return numbers, nil
 }
 
-// loadScrape reads the file of a scrape. With checkText it checks the text too. The entry has the
-// gzip. isScrapeLost tells two kinds of its errors apart.
+// loadScrape reads the file of a scrape. The returned entry includes the gzip. If checkText is
+// true, it also checks the decompressed text. If isScrapeLost is true for the error, the file is
+// damaged or missing.
 func (s *Spool) loadScrape(number uint64, checkText bool) (e spoolEntry, clusterID string, err error) {
 	log, err := s.readRecord(scrapeFileName(number), scrapeKind, func(payload []byte) error {
 		sc, err := decodeScrape(payload, checkText)
@@ -161,14 +169,16 @@ func (s *Spool) loadScrape(number uint64, checkText bool) (e spoolEntry, cluster
 	return e, string(log.Identity()), nil
 }
 
-// storeScrape writes the file of a scrape, and returns what it occupies.
+// storeScrape writes the file of a scrape, durably, and returns the bytes of disk that the file
+// occupies.
 func (s *Spool) storeScrape(sc *Scrape) (footprint int64, err error) {
 	log, err := s.replaceWithRecord(scrapeFileName(sc.Number), scrapeKind, appendScrapePayload(nil, sc))
 	return roundToBlocks(log.Size()), err
 }
 
-// loadMeta reads the spool's record. Without one, or when it is damaged or of another cluster
-// ID, the spool gets a new ID, under which nothing was sent yet.
+// loadMeta reads the spool's record. If the record is missing, damaged or of another cluster ID,
+// the spool gets a new ID later, under which nothing was sent yet. hasScrapes tells whether a
+// missing record is to be reported.
 func (s *Spool) loadMeta(hasScrapes bool) error {
 	var meta spoolMeta
 	log, err := s.readRecord(spoolMetaName, spoolMetaKind, func(payload []byte) (err error) {
@@ -178,7 +188,7 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		if hasScrapes {
-			s.cfg.OnError(fmt.Errorf("%s is missing: servers are sent all scrapes again, and which consumers have to read is not known", s.path(spoolMetaName)))
+			s.cfg.OnError(fmt.Errorf("%s is missing: all scrapes are sent to the servers again, and the known consumers are lost", s.path(spoolMetaName)))
 		}
 	case errors.Is(err, errSpoolFileDamaged):
 		s.cfg.OnError(err)
@@ -190,8 +200,8 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 	return nil
 }
 
-// saveMetaIfChanged writes the spool's record if it changed. A write that fails is reported once,
-// and tried again at the next answer.
+// saveMetaIfChanged writes the spool's record if it changed. The first failure of a series is
+// reported to OnError. Each later answer of a server tries again.
 func (s *Spool) saveMetaIfChanged() {
 	if s.cfg.Dir == "" || !s.meta.needsSaving(&s.savedMeta) {
 		return
@@ -206,15 +216,15 @@ func (s *Spool) saveMetaIfChanged() {
 	s.metaUnsaved = err != nil
 }
 
-// readRecord reads a file and calls decode with the payload of its one record. The error is
-// errSpoolFileDamaged if there is not exactly one good record, since a file is written whole or
-// not at all. A record of another kind is an error too, but no damage.
+// readRecord reads a file and calls decode with the payload of its only record. A file is always
+// written as a whole, so the error is errSpoolFileDamaged unless the file has exactly one good
+// record. A record of another kind is an error too, but does not count as damage.
 func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) error) (*Log, error) {
 	path := s.path(name)
 	var cause, other error
 	log, rec, err := OpenLog(s.cfg.FS, path, func(k byte, payload []byte) error {
 		switch {
-		case k == 0: // a part that is damaged
+		case k == 0: // a damaged part of the file
 		case k != kind:
 			other = fmt.Errorf("%s has a record of version %d; this program knows version %d: use the program that wrote it, or move the file away", path, k, kind)
 		default:
@@ -237,18 +247,19 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 		return nil, other
 	}
 	if rec.Err != nil {
-		s.cfg.OnError(rec.Err) // the record is good all the same
+		s.cfg.OnError(rec.Err) // the record itself is good
 	}
 	return log, nil
 }
 
-// replaceWithRecord replaces a file, durably, by one record.
+// replaceWithRecord durably replaces a file by one that has this record only.
 func (s *Spool) replaceWithRecord(name string, kind byte, payload []byte) (*Log, error) {
 	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.ClusterID))
 	return log, log.RewriteWith(AppendRecord(nil, kind, payload))
 }
 
-// setFileAside sets the file of a scrape aside. Only the newest maxAsideFiles are kept.
+// setFileAside renames the file of a scrape, so that it is never sent. It keeps only the newest
+// maxAsideFiles such files.
 func (s *Spool) setFileAside(number uint64, reason string) {
 	name, err := SetAside(s.cfg.FS, s.path(scrapeFileName(number)), reason)
 	if name != "" && !slices.Contains(s.asideFiles, name) {
@@ -263,8 +274,8 @@ func (s *Spool) setFileAside(number uint64, reason string) {
 	}
 }
 
-// removeFiles deletes the files of scrapes. A file that stays behind, or comes back after a
-// crash, is sent again, and the server recognizes it.
+// removeFiles deletes the files of scrapes. If a file stays or reappears after a crash, its scrape
+// is sent again, and the server recognizes it.
 func (s *Spool) removeFiles(removed []spoolEntry) {
 	if s.cfg.Dir == "" || len(removed) == 0 {
 		return

@@ -1,104 +1,104 @@
 package main
 
-// The state of each scrape in a spool, and what follows from it: whether to ask the server
-// first, which scrapes make the next push, what an answer changes, and which scrapes go when a
-// limit is met. A scrape leaves only when an answer says so or a limit asks for it. Pure: now
-// is in ms of the boot-time clock.
+// The index has the delivery state of each scrape in a spool. It decides whether to ask the server
+// first, which scrapes make up the next push, what an answer changes, and which scrapes are dropped
+// when a limit is reached. A scrape leaves the index only because of an answer or a limit. Pure:
+// callers pass the time, in ms of the boot-time clock.
 
 import (
 	"time"
 )
 
 const (
-	elsewhereInterval = time.Second // between pushes of scrapes that a server held before
-	declinedPause     = time.Minute // until a scrape that the server declined is sent again
-	askInterval       = time.Minute // after an answer, until a server is asked though nothing is to be pushed
+	elsewhereInterval = time.Second // least time between pushes of scrapes in state ScrapeElsewhere
+	declinedPause     = time.Minute // until a scrape that a server declined is pushed again
+	askInterval       = time.Minute // from an answer until a server is asked again although nothing is to be pushed
 )
 
-// DeliveryState is the place of a scrape among servers, as far as it is known.
+// DeliveryState states whether a server holds a scrape, as far as the client knows.
 type DeliveryState uint8
 
 const (
-	ScrapeUndelivered DeliveryState = iota // no server holds it
-	ScrapeHeld                             // the server that answered last holds it
-	ScrapeElsewhere                        // a server held it; the one that answered last does not
+	ScrapeUndelivered DeliveryState = iota // no server holds the scrape
+	ScrapeHeld                             // the server that answered last holds the scrape
+	ScrapeElsewhere                        // a server held the scrape, but the server that answered last does not
 	numDeliveryStates
 )
 
-// String returns the state as metrics name it.
+// String returns the state as the value of the metrics' label state.
 func (s DeliveryState) String() string {
 	return [numDeliveryStates]string{"undelivered", "held", "elsewhere"}[s]
 }
 
-// DrainStep is what to do next.
+// DrainStep is what DrainSpool does next.
 type DrainStep uint8
 
 const (
-	StepDone DrainStep = iota // nothing now
-	StepWait                  // nothing yet
-	StepAsk                   // ask the server what it holds, by a push without scrapes
-	StepPush                  // push what BeginPush returns
+	StepDone DrainStep = iota // nothing to do now
+	StepWait                  // wait, then ask for the next step again
+	StepAsk                   // ask the server which scrapes it holds, by a push without scrapes
+	StepPush                  // push the scrapes that BeginPush returns
 )
 
 // PushLimits bound the scrapes of one push.
 type PushLimits struct {
-	Bytes, Text int64 // compressed, and not
-	Scrapes     int
+	Bytes, Text int64 // compressed and uncompressed bytes
+	Scrapes     int   // number of scrapes
 }
 
-// SpoolAnswer is what a server answered to a push that named scrapes, or to a question.
+// SpoolAnswer is a server's answer to a push that names scrapes, or to a question.
 type SpoolAnswer struct {
-	Server       string
-	KnowsSpools  bool   // if false, 200 is the end for the scrapes of the push
-	Held, Read   Ranges // numbers that this server holds, and that every consumer has read
-	DoneWhenHeld bool   // neither server nor site knows a consumer, so nobody will read
-	Consumers    []ConsumerAge
+	Server       string        // URL of the server
+	KnowsSpools  bool          // if false, the server has no lists, and its 200 means that the scrapes of the push are done
+	Held, Read   Ranges        // numbers of the scrapes that this server holds, and of the scrapes that every consumer has read
+	DoneWhenHeld bool          // neither the server nor the site knows a consumer, so scrapes are done once they are held
+	Consumers    []ConsumerAge // the consumers that the server knows
 }
 
-// PushOutcome is what an answer means for the scrapes that were pushed.
+// PushOutcome is what an answer means for the scrapes of the push.
 type PushOutcome struct {
-	Declined     Ranges // the server neither holds them nor lists them as read
-	FirstDecline bool   // the push had one scrape, which was not declined alone before
+	Declined     Ranges // scrapes that the server neither holds nor lists as read
+	FirstDecline bool   // the push had a single scrape, which was declined in such a push for the first time
 }
 
-// SpoolStats is what a spool holds.
+// SpoolStats describes the scrapes in a spool.
 type SpoolStats struct {
-	Scrapes, InMemory int // InMemory: on no server, and on no disk
-	Bytes             int64
+	Scrapes, InMemory int   // InMemory counts scrapes that are on no disk and that no server is known to hold
+	Bytes             int64 // on disk and in memory
 	ByState           [numDeliveryStates]SpoolStateStats
 }
 
-// SpoolStateStats is what a spool holds in one state.
+// SpoolStateStats describes the scrapes of one delivery state.
 type SpoolStateStats struct {
 	Scrapes   int
 	Bytes     int64
-	OldestAge time.Duration // 0 if there is none
+	OldestAge time.Duration // 0 if there is no scrape
 }
 
-// DeliveredScrapes returns how many scrapes servers hold, or held.
+// DeliveredScrapes returns the number of scrapes that a server holds or held.
 func (st *SpoolStats) DeliveredScrapes() int {
 	return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes
 }
 
-// spoolEntry is a scrape in the spool. Its Gzip is nil unless the scrape is in memory; even then
-// a file may exist, if writing it failed late.
+// spoolEntry is a scrape in the spool. Gzip is nil unless the scrape is in memory. A scrape in
+// memory may have a file too, if writing the file failed late.
 type spoolEntry struct {
 	Scrape
-	gzipSize  int   // bytes
-	footprint int64 // bytes of disk, or of memory
-	inFlight  bool  // part of a push without an answer yet, and not to be dropped
+	gzipSize  int   // bytes of the compressed text
+	footprint int64 // bytes of disk, or of memory for a scrape in memory
+	inFlight  bool  // part of a push that has no answer yet; must not be dropped
 
 	state     DeliveryState
-	uncertain bool  // an attempt had no answer: the state is not known until the next answer
-	heldSince int64 // ms; since when the server that answered last holds it
-	retryAt   int64 // ms; it is not pushed before
-	declined  bool  // a server declined it in a push of its own
+	uncertain bool  // an attempt had no answer, so the state is unknown until the next answer
+	heldSince int64 // ms; when the server that answered last was first seen to hold the scrape
+	retryAt   int64 // ms; the scrape is not pushed before
+	declined  bool  // a server declined the scrape in a push of its own
 }
 
 func (e *spoolEntry) inMemory() bool   { return e.Gzip != nil }
 func (e *spoolEntry) isInFlight() bool { return e.inFlight }
 
-// certainStateOrUndelivered returns the state that can be relied on.
+// certainStateOrUndelivered returns the state, or ScrapeUndelivered if the state is uncertain.
 func (e *spoolEntry) certainStateOrUndelivered() DeliveryState {
 	if e.uncertain {
 		return ScrapeUndelivered
@@ -108,18 +108,18 @@ func (e *spoolEntry) certainStateOrUndelivered() DeliveryState {
 
 // spoolIndex is the state of a spool without its files. It is not safe for concurrent use.
 type spoolIndex struct {
-	entries                []spoolEntry // by number
-	diskBytes, memoryBytes int64        // the sums of the footprints
-	server                 string       // the one that answered last
+	entries                []spoolEntry // in ascending order of their numbers
+	diskBytes, memoryBytes int64        // sums of the footprints on disk and in memory
+	server                 string       // URL of the server that answered last
 	failing                bool         // the last attempt failed
-	lastRead               int64        // ms; when an answer last listed scrapes as read that were in the spool
-	elsewhereAt            int64        // ms; no push of scrapes that are elsewhere before
-	askAt                  int64        // ms; no question before, unless something is uncertain
+	lastRead               int64        // ms; when an answer last removed scrapes from the spool
+	elsewhereAt            int64        // ms; scrapes that are elsewhere are not pushed before
+	askAt                  int64        // ms; no server is asked before, unless the state of a scrape is uncertain
 }
 
-// nextStep returns the step to take at nowMs, and for how long to wait first if that is StepWait.
-// With nothing to push a server is asked now and then, since it may have lost scrapes that it
-// held, or every consumer may have read them.
+// nextStep returns the step to take at nowMs. If that is StepWait, wait is how long to wait first.
+// If nothing is to be pushed, a server is still asked now and then, because it may have lost
+// scrapes, or every consumer may have read them.
 func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) {
 	var undelivered, elsewhere, held bool
 	for i := range p.entries {
@@ -146,10 +146,10 @@ func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) 
 	return StepDone, 0
 }
 
-// beginPush marks the scrapes of the next push as in flight, of those that allowed allows, and
-// returns them. It picks scrapes that no server holds, oldest first; if there are none, scrapes
-// that are elsewhere. Scrapes that a server declined come last and in pushes of their own, because
-// they would hold up the rest.
+// beginPush marks the scrapes of the next push as in flight and returns them. It picks only scrapes
+// for which allowed returns true. It picks scrapes that no server holds, oldest first. If there are
+// none, it picks scrapes that are elsewhere. Scrapes that a server declined come last and in
+// separate pushes, because they would hold up the others.
 func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	for _, declined := range []bool{false, true} {
 		if picked = p.markInFlight(now, ScrapeUndelivered, declined, l, allowed); len(picked) > 0 {
@@ -166,8 +166,9 @@ func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry
 	return picked
 }
 
-// markInFlight is beginPush for one kind of scrapes. It picks at least one, whatever the limits; the
-// header that names them bounds the ranges of their numbers.
+// markInFlight does the work of beginPush for scrapes of one state. It picks at least one scrape,
+// whatever the limits. MaxPushRanges bounds the ranges of numbers, because the header of a push
+// names the scrapes.
 func (p *spoolIndex) markInFlight(now int64, state DeliveryState, declined bool, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	var gzipBytes, textBytes int64
 	ranges := 0
@@ -189,8 +190,8 @@ func (p *spoolIndex) markInFlight(now int64, state DeliveryState, declined bool,
 	return picked
 }
 
-// applyAnswer notes what a server answered to the push in flight, or to a question if there is
-// none. It removes and returns the scrapes that are done.
+// applyAnswer applies a server's answer to the push in flight, or to a question if there is none.
+// It removes and returns the scrapes that are done.
 func (p *spoolIndex) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, out PushOutcome) {
 	inFlight := 0
 	for i := range p.entries {
@@ -227,8 +228,8 @@ func (p *spoolIndex) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, o
 	return done, out
 }
 
-// markPushFailed notes an attempt that failed. Unless knownNotStored, the server may have stored
-// what was in flight.
+// markPushFailed records a failed attempt. If knownNotStored is false, the server may have stored
+// the scrapes in flight, so their state becomes uncertain.
 func (p *spoolIndex) markPushFailed(knownNotStored bool) {
 	p.failing = true
 	for i := range p.entries {
@@ -237,8 +238,8 @@ func (p *spoolIndex) markPushFailed(knownNotStored bool) {
 	}
 }
 
-// noReadProgressSince returns since when nothing was read of what the server that answered last
-// holds; ok is false if it holds nothing.
+// noReadProgressSince returns since when no consumer has read any scrape that the last answering
+// server holds. ok is false if that server holds no scrape.
 func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 	for i := range p.entries {
 		if e := &p.entries[i]; e.certainStateOrUndelivered() == ScrapeHeld && (!ok || e.heldSince < sinceMs) {
@@ -248,8 +249,9 @@ func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 	return max(sinceMs, p.lastRead), ok
 }
 
-// drop removes the scrapes that match: first what a server holds or held, then the rest, each
-// oldest first. Scrapes in flight stay, because a server may have them already.
+// drop removes the scrapes that match: first the scrapes that a server holds or held, then the
+// others, each oldest first. It keeps scrapes in flight, because a server may already have stored
+// them.
 func (p *spoolIndex) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry) {
 	held = p.removeIf(func(e *spoolEntry) bool {
 		return !e.inFlight && e.certainStateOrUndelivered() != ScrapeUndelivered && match(e)
@@ -260,8 +262,8 @@ func (p *spoolIndex) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry
 	return held, lost
 }
 
-// removeIf removes the scrapes that match, and returns them. match is called in the order of
-// numbers.
+// removeIf removes the scrapes that match and returns them. It calls match in ascending order of
+// the numbers.
 func (p *spoolIndex) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	kept := p.entries[:0]
 	for _, e := range p.entries {
@@ -277,13 +279,13 @@ func (p *spoolIndex) removeIf(match func(*spoolEntry) bool) (removed []spoolEntr
 	return removed
 }
 
-// add adds the scrape of the highest number.
+// add adds a scrape, whose number must be higher than all others.
 func (p *spoolIndex) add(e spoolEntry) {
 	p.entries = append(p.entries, e)
 	p.addFootprint(&e, 1)
 }
 
-// addFootprint adds an entry's footprint to the sums, or subtracts it if sign is -1.
+// addFootprint adds an entry's footprint to the sums if sign is 1, or subtracts it if sign is -1.
 func (p *spoolIndex) addFootprint(e *spoolEntry, sign int64) {
 	if e.inMemory() {
 		p.memoryBytes += sign * e.footprint
@@ -292,8 +294,8 @@ func (p *spoolIndex) addFootprint(e *spoolEntry, sign int64) {
 	}
 }
 
-// replaceScrape replaces the content of the entry of e's number, if there is one, and keeps its
-// state.
+// replaceScrape replaces the scrape that has the number of e with the scrape of e, and keeps its
+// delivery state. It does nothing if there is no such scrape.
 func (p *spoolIndex) replaceScrape(e *spoolEntry) {
 	old := p.find(e.Number)
 	if old == nil {
@@ -304,7 +306,7 @@ func (p *spoolIndex) replaceScrape(e *spoolEntry) {
 	p.addFootprint(old, 1)
 }
 
-// find returns the entry of a number, or nil.
+// find returns the entry with this number, or nil.
 func (p *spoolIndex) find(number uint64) *spoolEntry {
 	for i := range p.entries {
 		if p.entries[i].Number == number {
@@ -314,8 +316,8 @@ func (p *spoolIndex) find(number uint64) *spoolEntry {
 	return nil
 }
 
-// releaseInFlightFrom marks scrapes of this number and above as not in flight, and keeps their
-// state.
+// releaseInFlightFrom marks the scrapes with this number or a higher one as not in flight. Their
+// state does not change.
 func (p *spoolIndex) releaseInFlightFrom(number uint64) {
 	for i := range p.entries {
 		e := &p.entries[i]

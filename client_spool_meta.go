@@ -1,8 +1,9 @@
 package main
 
-// The spool's own record, beside the scrapes: the ID by which servers know the spool, and the
-// consumers, so that a server that lost its disk learns which of them have to read. The list
-// is bounded, and has no consumer that has not scraped for a day. Pure.
+// The spool's own record has the ID under which servers know the spool, and the known consumers.
+// The client sends the consumers with each push, so that a server that lost its disk learns which
+// consumers have to read. The list is bounded and omits consumers that have not scraped for a day.
+// Pure.
 
 import (
 	"cmp"
@@ -14,22 +15,22 @@ import (
 
 const (
 	spoolMetaName  = "spool" + LogSuffix
-	spoolMetaKind  = 1     // kind of the record, and version of its payload
-	consumerSize   = 2 * 8 // bytes of a consumer
-	consumerMaxAge = 24 * time.Hour
-	consumerLag    = time.Hour // by which a consumer's newest scrape moves before it is written again
+	spoolMetaKind  = 1              // kind of the record, which is also the version of its payload
+	consumerSize   = 2 * 8          // bytes of a consumer in the record
+	consumerMaxAge = 24 * time.Hour // a consumer that has not scraped for longer is forgotten
+	consumerLag    = time.Hour      // how far a consumer's newest scrape may move before the record is written again
 )
 
 // spoolMeta is the content of the spool's own record.
 type spoolMeta struct {
 	ID        uint64        // not 0
-	At        Moment        // when the ages were as in Consumers
-	Consumers []ConsumerAge // by key
+	At        Moment        // when the ages in Consumers were current
+	Consumers []ConsumerAge // in ascending order of their keys
 }
 
 // appendSpoolMeta appends the payload of a record of spoolMetaKind:
 //
-//	uint64 ID; moment; then for each consumer uint64 key, age in ms
+//	uint64 ID; moment; then for each consumer uint64 key, uint64 age in ms
 func appendSpoolMeta(b []byte, m *spoolMeta) []byte {
 	b = binary.LittleEndian.AppendUint64(b, m.ID)
 	b = appendMoment(b, m.At)
@@ -40,7 +41,8 @@ func appendSpoolMeta(b []byte, m *spoolMeta) []byte {
 	return b
 }
 
-// decodeSpoolMeta is as strict as decodeScrape.
+// decodeSpoolMeta decodes a payload strictly: every payload that it accepts is one that
+// appendSpoolMeta can write.
 func decodeSpoolMeta(payload []byte) (m spoolMeta, err error) {
 	r := NewWireReader(payload)
 	m.ID = r.Uint64()
@@ -53,14 +55,14 @@ func decodeSpoolMeta(payload []byte) (m spoolMeta, err error) {
 		m.Consumers = append(m.Consumers, ConsumerAge{key, time.Duration(ms) * time.Millisecond})
 	}
 	if err := r.Done(); err != nil {
-		return spoolMeta{}, fmt.Errorf("malformed record of a spool: %w", err)
+		return spoolMeta{}, fmt.Errorf("malformed spool record: %w", err)
 	}
 	return m, nil
 }
 
-// mergedWith returns m as of now, with the consumers that a server reported. Of a consumer that both
-// know the smaller age counts. A consumer stays until it has not scraped for a day. Above
-// MaxConsumers the ones that scraped last stay.
+// mergedWith returns m with the ages as of now, merged with the consumers that a server reported.
+// If both list a consumer, the smaller age wins. A consumer is removed when it has not scraped for
+// a day. Above MaxConsumers, the consumers that scraped last stay.
 func (m *spoolMeta) mergedWith(now Moment, reported []ConsumerAge) spoolMeta {
 	ages := map[uint64]time.Duration{}
 	add := func(key uint64, age time.Duration) {
@@ -85,9 +87,9 @@ func (m *spoolMeta) mergedWith(now Moment, reported []ConsumerAge) spoolMeta {
 	return out
 }
 
-// needsSaving reports whether m has to be written, because saved does not say the same: another
-// ID, other consumers, or a consumer whose newest scrape is later by more than consumerLag. Not
-// every scrape is written, because each change costs the disk a write.
+// needsSaving reports whether m must be written because it differs from saved: in the ID, in the
+// set of consumers, or because a consumer's newest scrape moved by more than consumerLag. Smaller
+// changes are not written, because each write costs the disk.
 func (m *spoolMeta) needsSaving(saved *spoolMeta) bool {
 	if m.ID != saved.ID || len(m.Consumers) != len(saved.Consumers) {
 		return true

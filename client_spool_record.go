@@ -1,7 +1,8 @@
 package main
 
-// The record of one spooled scrape. A record that decodes with its text can be sent. The sizes
-// that a record states are bounded before the text is decompressed. Pure.
+// This file encodes and decodes the record of one scrape in the spool. A record whose text decodes
+// can be sent. The sizes that a record states are checked against limits before the text is
+// decompressed. Pure.
 
 import (
 	"bytes"
@@ -12,25 +13,25 @@ import (
 )
 
 const (
-	// MaxPiece and MaxPieceText bound one scrape in the spool: the bytes of its
-	// gzip and of its text.
+	// MaxPiece and MaxPieceText bound one scrape in the spool: MaxPiece the bytes of its gzip,
+	// MaxPieceText the bytes of its text.
 	MaxPiece     = 32 << 20
 	MaxPieceText = 8 * MaxPiece
 
-	scrapeKind   = 3 // kind of the record, and version of its payload
-	shortestLine = 4 // bytes of "a 0\n"
+	scrapeKind   = 3 // kind of the record, which is also the version of its payload
+	shortestLine = 4 // bytes of the shortest line, "a 0\n"
 )
 
 // Scrape is a cleaned scrape, or a piece of one.
 type Scrape struct {
-	Number     uint64 // names it to servers; the spool assigns it
-	At         Moment // when the source answered
+	Number     uint64 // identifies the scrape to servers; the spool assigns it
+	At         Moment // when the answer of the source arrived
 	SourceTime int64  // what the source's clock showed then, in ms since the epoch
-	Corrected  bool   // the times in the text are corrected, and never change again
-	Shift      int64  // ms by which they were shifted; 0 unless Corrected
-	Samples    int
-	Size       int    // bytes of the text exposition of the samples
-	Gzip       []byte // the text, compressed; immutable
+	Corrected  bool   // the times in the text are corrected and must not change again
+	Shift      int64  // ms by which the times were shifted; 0 unless Corrected
+	Samples    int    // number of lines in the text
+	Size       int    // bytes of the text, in the text exposition format
+	Gzip       []byte // the compressed text; immutable
 }
 
 // appendScrapePayload appends the payload of a record of scrapeKind:
@@ -50,9 +51,9 @@ func appendScrapePayload(b []byte, sc *Scrape) []byte {
 	return append(b, sc.Gzip...)
 }
 
-// decodeScrape decodes a payload strictly, since a log that is damaged may deliver what only
-// looks like a record. With checkText it decompresses the text too, as a server will. Gzip of
-// the result is part of payload.
+// decodeScrape decodes a payload strictly, because a damaged log may contain bytes that only look
+// like a record. If checkText is true, it also decompresses and checks the text, as a server will.
+// Gzip of the result is a part of payload.
 func decodeScrape(payload []byte, checkText bool) (sc Scrape, err error) {
 	r := NewWireReader(payload)
 	corrected := r.Byte()
@@ -71,14 +72,15 @@ func decodeScrape(payload []byte, checkText bool) (sc Scrape, err error) {
 	return sc, sc.checkTextCounts()
 }
 
-// appendMoment appends int64 wall and boot, and the boot ID behind its length.
+// appendMoment appends the int64 wall and boot times, then the length of the boot ID and the boot
+// ID.
 func appendMoment(b []byte, m Moment) []byte {
 	b = binary.LittleEndian.AppendUint64(b, uint64(m.Wall))
 	b = binary.LittleEndian.AppendUint64(b, uint64(m.Boot))
 	return AppendShortString(b, m.BootID)
 }
 
-// readMoment reads a valid moment, as appendMoment wrote it.
+// readMoment reads a moment that appendMoment wrote and requires it to be valid.
 func readMoment(r *WireReader) (m Moment) {
 	m.Wall, m.Boot = int64(r.Uint64()), int64(r.Uint64())
 	m.BootID = r.ShortString(MaxBootID)
@@ -86,11 +88,11 @@ func readMoment(r *WireReader) (m Moment) {
 	return m
 }
 
-// checkFields checks all but the text.
+// checkFields checks all fields except the compressed text.
 func (sc *Scrape) checkFields() error {
 	switch {
 	case !sc.At.IsValid() || sc.SourceTime < 0 || sc.SourceTime > MaxMoment:
-		return fmt.Errorf("malformed scrape: clocks at %+v, the source's at %d ms", sc.At, sc.SourceTime)
+		return fmt.Errorf("malformed scrape: clocks at %+v, the source's clock at %d ms", sc.At, sc.SourceTime)
 	case sc.Shift < -MaxMoment || sc.Shift > MaxMoment || sc.Shift != 0 && !sc.Corrected:
 		return fmt.Errorf("malformed scrape: shifted by %d ms", sc.Shift)
 	case min(sc.Samples, sc.Size) < 0 || sc.Size > MaxPieceText || sc.Samples > sc.Size/shortestLine || sc.Samples == 0 && sc.Size > 0:
@@ -101,13 +103,13 @@ func (sc *Scrape) checkFields() error {
 	return nil
 }
 
-// Text returns the text exposition of the samples.
+// Text returns the samples in the text exposition format.
 func (sc *Scrape) Text() ([]byte, error) {
 	text, _, err := new(Decompressor).Decompress(sc.Gzip, "gzip", sc.Size)
 	return text, err
 }
 
-// checkTextCounts decompresses the text and compares it with Samples and Size.
+// checkTextCounts decompresses the text and checks that it has Samples lines and Size bytes.
 func (sc *Scrape) checkTextCounts() error {
 	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
 	if err != nil {
@@ -118,7 +120,7 @@ func (sc *Scrape) checkTextCounts() error {
 		return fmt.Errorf("malformed scrape: %w", err)
 	}
 	if c.bytes != sc.Size || c.lines != sc.Samples || c.bytes > 0 && c.last != '\n' {
-		return fmt.Errorf("malformed scrape: %d lines in %d bytes, instead of %d in %d", c.lines, c.bytes, sc.Samples, sc.Size)
+		return fmt.Errorf("malformed scrape: its text has %d lines in %d bytes, want %d lines in %d bytes", c.lines, c.bytes, sc.Samples, sc.Size)
 	}
 	return nil
 }

@@ -2,13 +2,8 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,436 +11,182 @@ import (
 	"time"
 )
 
-// spoolRig is a spool on a crashFS, with clocks that a test sets and notes of what
-// the spool told.
-type spoolRig struct {
-	t              *testing.T
-	fs             *crashFS
-	cfg            SpoolConfig
-	spool          *Spool
-	now            Moment
-	errs           []error
-	droppedSamples map[string]int // samples
-	dropCalls      int            // occasions
-}
-
-func newSpoolRig(t *testing.T, change func(*SpoolConfig)) *spoolRig {
-	r := &spoolRig{t: t, fs: newCrashFS(1, "/s"), now: Moment{Wall: 1, Boot: 5_000_000, BootID: "boot-1"}, droppedSamples: map[string]int{}}
-	r.cfg = SpoolConfig{FS: r.fs, Dir: "/s", ClusterID: "site", Limit: 1 << 30, MaxAge: 2 * time.Hour}
-	if change != nil {
-		change(&r.cfg)
-	}
-	r.cfg.Now = func() Moment { return r.now }
-	r.cfg.OnError = func(err error) { r.errs = append(r.errs, err) }
-	r.cfg.OnDrop = func(reason string, _, samples int) { r.droppedSamples[reason] += samples; r.dropCalls++ }
-	r.open()
-	return r
-}
-
-func (r *spoolRig) open() {
-	r.t.Helper()
-	s, err := OpenSpool(r.cfg)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.spool = s
-}
-
-func (r *spoolRig) later(d time.Duration) {
-	r.now.Wall += d.Milliseconds()
-	r.now.Boot += d.Milliseconds()
-}
-
-func (r *spoolRig) files() []string { return spoolFiles(r.fs) }
-
-// spoolFiles returns the names of all files but the spool's record.
-func spoolFiles(c *crashFS) []string {
-	return slices.DeleteFunc(c.names(), func(name string) bool { return name == "/s/"+spoolMetaName })
-}
-
-// scrape returns one that says n, of lines samples.
-func (r *spoolRig) scrape(n, lines int) Scrape {
-	var text []byte
-	for i := range lines {
-		text = fmt.Appendf(text, "s{n=\"%d\",i=\"%d\"} 1 %d\n", n, i, r.now.Wall)
-	}
-	return Scrape{At: r.now, SourceTime: r.now.Wall + 77, Samples: lines, Size: len(text), Gzip: Gzip(text)}
-}
-
-func (r *spoolRig) add(n int) error { return r.spool.Add(r.scrape(n, 3)) }
-
-func (r *spoolRig) mustAdd(ns ...int) {
-	r.t.Helper()
-	for _, n := range ns {
-		if err := r.add(n); err != nil {
-			r.t.Fatal(err)
-		}
-	}
-}
-
-var noLimits = PushLimits{Bytes: 1 << 40, Text: 1 << 40, Scrapes: 1 << 30}
-
-// numbers tells which scrapes these are, by their text.
-func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
-	t.Helper()
-	for _, sc := range scrapes {
-		var d Decompressor
-		text, _, err := d.Decompress(sc.Gzip, "gzip", 1<<20)
-		if err != nil || len(text) != sc.Size || bytes.Count(text, []byte("\n")) != sc.Samples {
-			t.Errorf("a scrape of %d samples, %d bytes has the text %q, %v", sc.Samples, sc.Size, text, err)
-		}
-		n := -1
-		fmt.Sscanf(string(text), "s{n=\"%d\"", &n)
-		ns = append(ns, n)
-	}
-	return ns
-}
-
-// nextPush returns the scrapes of the next push; the spool can be read.
-func (r *spoolRig) nextPush(l PushLimits) []Scrape {
-	r.t.Helper()
-	if step, _ := r.spool.NextStep(); step == StepAsk {
-		r.spool.ApplyAnswer(SpoolAnswer{})
-	}
-	got, err := r.spool.BeginPush(l)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return got
-}
-
-// drain returns all scrapes, one push after the other.
-func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
-	r.t.Helper()
-	for {
-		got := r.nextPush(l)
-		if len(got) == 0 {
-			return pushes
-		}
-		pushes = append(pushes, numbers(r.t, got))
-		r.spool.ApplyAnswer(SpoolAnswer{})
-	}
-}
-
-func (r *spoolRig) expect(what string, got any, want any) {
-	r.t.Helper()
-	g, _ := json.Marshal(got)
-	w, _ := json.Marshal(want)
-	if !bytes.Equal(g, w) {
-		r.t.Errorf("%s: got %s, want %s", what, g, w)
-	}
-}
-
+// A scrape stays in the spool until it is delivered. After a crash the spool has the same scrapes,
+// with their clocks and counts, and new scrapes follow them.
 func TestSpoolRestart(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	first := r.scrape(1, 3)
 	r.mustAdd(1, 2, 3)
-	r.expect("one by one", numbers(t, r.nextPush(PushLimits{1, 1, 1})), []int{1})
+	r.expect("a push limited to one scrape", numbers(t, r.nextPush(PushLimits{1, 1, 1})), []int{1})
 	r.spool.ApplyAnswer(SpoolAnswer{})
-	r.expect("again until removed", numbers(t, r.nextPush(noLimits)), []int{2, 3})
+	r.expect("the next push", numbers(t, r.nextPush(noLimits)), []int{2, 3})
 	r.fs.crash()
 	r.open()
 	r.mustAdd(4)
 	got := r.nextPush(noLimits)
-	r.expect("after a crash", numbers(t, got), []int{2, 3, 4})
+	r.expect("the push after a crash", numbers(t, got), []int{2, 3, 4})
 	if got[0].At != first.At || got[0].SourceTime != first.SourceTime || got[0].Samples != 3 {
-		t.Errorf("clocks or counts changed: %+v", got[0])
+		t.Errorf("after a crash scrape 2 is %+v, want the clocks and counts of %+v", got[0], first)
 	}
 	r.spool.ApplyAnswer(SpoolAnswer{})
-	r.expect("at the end", r.files(), []string{})
+	r.expect("the files at the end", r.files(), []string{})
 	if st := r.spool.Stats(); st != (SpoolStats{}) || len(r.errs) > 0 || r.dropCalls > 0 {
-		t.Errorf("left: %+v, errors %v, drops %v", st, r.errs, r.droppedSamples)
+		t.Errorf("the empty spool has %+v; errors %v and drops %v, want none", st, r.errs, r.droppedSamples)
 	}
 }
 
-// Whatever operation fails, or the process is killed in, or the power goes in:
-// what Add acknowledged and nobody removed is returned once by the spool that
-// is opened next, whole and in order, and nothing else but what Add was given.
-func TestSweepSpoolCrashes(t *testing.T) {
-	sweep(t)
-	synctest.Test(t, crashSpoolAnywhere)
-}
-
-func crashSpoolAnywhere(t *testing.T) {
-	const steps = 12
-	var made []Scrape // once: compressing is what takes time
-	for r, n := newSpoolRig(t, nil), 0; n <= steps; n++ {
-		made = append(made, r.scrape(n, 3))
-		r.later(time.Minute)
-	}
-	for seed := range uint64(8) {
-		for at, reached := 0, true; reached; at++ {
-			for _, mode := range []string{"error", "kill", "power"} {
-				// Each shift differs, and must not differ again for a scrape that was sent.
-				shift := int64(0)
-				r := newSpoolRig(t, func(c *SpoolConfig) {
-					c.CorrectTimes = func(sc Scrape) Scrape {
-						shift++
-						sc.Corrected, sc.Shift = true, shift
-						return sc
-					}
-				})
-				sent := map[uint64]int64{}
-				send := func(scrapes []Scrape) {
-					for _, sc := range scrapes {
-						if old, ok := sent[sc.Number]; ok && old != sc.Shift {
-							t.Errorf("%d is sent with times shifted by %d, then by %d", sc.Number, old, sc.Shift)
-						}
-						if !r.fs.killed {
-							sent[sc.Number] = sc.Shift
-						}
-					}
-				}
-				r.fs.rng = rand.New(rand.NewPCG(seed, uint64(at)))
-				rnd := rand.New(rand.NewPCG(seed, 7))
-				reached = false
-				r.fs.hook = func(n int, _, _ string) fault {
-					if n != at {
-						return fault{}
-					}
-					reached = true
-					return map[string]fault{"error": {Err: errFull}, "kill": {Kill: true}, "power": {Kill: true}}[mode]
-				}
-				id := r.spool.ID()
-				acked, maybe, gone := map[int]bool{}, map[int]bool{}, map[int]bool{}
-				n := 0
-				for range steps {
-					switch rnd.IntN(6) {
-					case 5: // the server loses it
-						got, _ := r.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 3})
-						send(got)
-						r.spool.MarkPushFailed(false)
-						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true})
-					case 0, 1, 2:
-						n++
-						maybe[n] = true
-						if r.spool.Add(made[n]) == nil {
-							acked[n] = true
-						}
-						r.later(time.Minute)
-					case 3:
-						got, _ := r.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 2}) // a killed process reads nothing
-						send(got)
-						for _, k := range numbers(t, got) {
-							gone[k] = true
-						}
-						// An answer with a list of consumers that changes: the record is written.
-						var read Ranges
-						for _, sc := range got {
-							read = read.Add(sc.Number, sc.Number)
-						}
-						r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: read, Consumers: []ConsumerAge{{uint64(n), 0}}})
-					case 4:
-						if got, _ := r.spool.BeginPush(PushLimits{1, 1, 1}); len(got) > 0 {
-							gone[numbers(t, got)[0]] = true
-							r.spool.SetInFlightAside()
-						}
-					}
-				}
-				if mode == "error" {
-					// A failed operation costs a running process nothing at all.
-					if !reached {
-						break
-					}
-					for _, k := range slices.Concat(r.drain(noLimits)...) {
-						acked[k] = false
-						if gone[k] {
-							t.Errorf("%d is returned again", k)
-						}
-					}
-					for k := range maybe {
-						if acked[k] && !gone[k] {
-							t.Errorf("%d is missing", k)
-						}
-					}
-					if r.dropCalls > 0 {
-						t.Errorf("%v counted as dropped", r.droppedSamples)
-					}
-				} else {
-					r.fs.restart()
-					if mode == "power" {
-						r.fs.crash()
-					}
-					r.errs = nil
-					r.open()
-					for range 2 { // what survived once survives again
-						r.fs.crash()
-						r.open()
-					}
-					all := r.nextPush(noLimits)
-					send(all)
-					got := numbers(t, all)
-					if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) {
-						t.Errorf("out of order, or twice: %v", got)
-					}
-					for _, k := range got {
-						if !maybe[k] {
-							t.Errorf("%d was never added", k)
-						}
-						delete(acked, k)
-					}
-					for k := range acked {
-						if !gone[k] {
-							t.Errorf("%d is lost", k)
-						}
-					}
-					if len(r.errs) > 0 || r.spool.ID() != id {
-						t.Errorf("opening complains of %v, the ID is %x after %x", r.errs, r.spool.ID(), id)
-					}
-				}
-				if r.fs.open != 0 {
-					t.Errorf("%d files left open", r.fs.open)
-				}
-				if t.Failed() {
-					t.Fatalf("seed %d, operation %d, mode %s", seed, at, mode)
-				}
-			}
-		}
-	}
-}
-
+// While the disk is full, Add returns the disk's error and keeps scrapes in memory. They are pushed
+// in order with the scrapes on disk, and Close writes them when the disk works again.
 func TestSpoolDiskFull(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
 	r.fs.hook = failOn("write", "", 0, errFull)
 	for _, n := range []int{2, 3} {
 		if err := r.add(n); !errors.Is(err, errFull) {
-			t.Errorf("got %v, want that the disk is full", err)
+			t.Errorf("adding scrape %d: got the error %v, want %v", n, err, errFull)
 		}
 	}
 	r.fs.hook = nil
 	if st := r.spool.Stats(); st.Scrapes != 3 || st.InMemory != 2 {
-		t.Errorf("got %+v", st)
+		t.Errorf("got %+v, want 3 scrapes, 2 of them in memory", st)
 	}
-	r.expect("in order, from disk and memory", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
+	r.expect("the next push", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
 	r.spool.ReleaseInFlight()
 	if err := r.spool.Close(); err != nil {
 		t.Error(err)
 	}
 	r.fs.crash()
 	r.open()
-	r.expect("Close wrote what was in memory", r.drain(noLimits), [][]int{{1, 2, 3}})
+	r.expect("the pushes after Close and a crash", r.drain(noLimits), [][]int{{1, 2, 3}})
+}
 
-	// Memory is bounded while the disk is full: the oldest of it go.
-	r = newSpoolRig(t, nil)
+// While the disk is full, memory is bounded: the oldest scrapes in memory are dropped. Close
+// returns the disk's error and reports the scrapes that it cannot write.
+func TestSpoolMemoryBound(t *testing.T) {
+	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
 	r.fs.hook = failOn("open", spoolTemp, 0, errFull)
 	big := r.scrape(0, 1)
-	big.Gzip = append(big.Gzip, make([]byte, 3<<20)...) // nobody looks into it here
+	big.Gzip = append(big.Gzip, make([]byte, 3<<20)...) // this test does not decompress it
 	for range 8 {
-		if err := r.spool.Add(big); err == nil {
-			t.Error("no error")
+		if err := r.spool.Add(big); !errors.Is(err, errFull) {
+			t.Errorf("adding a scrape: got the error %v, want %v", err, errFull)
 		}
 	}
 	fit := maxSpoolMemory / (len(big.Gzip) + entryOverhead)
 	if st := r.spool.Stats(); st.InMemory != fit || st.Scrapes != 1+fit || r.droppedSamples[DropSpoolFull] != 8-fit {
-		t.Errorf("got %+v, dropped %v, want %d in memory", st, r.droppedSamples, fit)
+		t.Errorf("got %+v and dropped %v, want %d scrapes in memory", st, r.droppedSamples, fit)
 	}
 	if err := r.spool.Close(); !errors.Is(err, errFull) || r.droppedSamples[DropSpoolClosed] != fit {
-		t.Errorf("closing: %v, dropped %v", err, r.droppedSamples)
+		t.Errorf("closing: got the error %v and dropped %v, want %v and %d samples", err, r.droppedSamples, errFull, fit)
 	}
 }
 
-// When the disk works again, what was held in memory meanwhile is written: some of it
-// with each scrape, and never at the cost of what is newer. What a server gets in the
-// middle of that is not left behind.
-func TestSpoolWritesBack(t *testing.T) {
+// addInMemory adds scrapes while the disk is full, so that they stay in memory.
+func (r *spoolRig) addInMemory(ns ...int) {
+	r.t.Helper()
+	r.fs.hook = failOn("write", "", 0, errFull)
+	for _, n := range ns {
+		if err := r.add(n); !errors.Is(err, errFull) {
+			r.t.Errorf("adding scrape %d: got the error %v, want %v", n, err, errFull)
+		}
+	}
+	r.fs.hook = nil
+}
+
+// expectStats compares the number of scrapes in the spool and of those in memory only.
+func (r *spoolRig) expectStats(scrapes, inMemory int) {
+	r.t.Helper()
+	if st := r.spool.Stats(); st.Scrapes != scrapes || st.InMemory != inMemory {
+		r.t.Errorf("got %+v, want %d scrapes, %d of them in memory", st, scrapes, inMemory)
+	}
+}
+
+// When the disk works again, each Add writes up to maxFlush scrapes from memory to disk.
+func TestSpoolWritesMemoryToDisk(t *testing.T) {
 	r := newSpoolRig(t, nil)
-	n := 0
-	fail := func(scrapes int) {
-		r.fs.hook = failOn("write", "", 0, errFull)
-		for range scrapes {
-			if n++; r.add(n) == nil {
-				t.Error("no error")
-			}
-		}
-		r.fs.hook = nil
-	}
-	inMemory := func(want int) {
-		t.Helper()
-		if st := r.spool.Stats(); st.InMemory != want || st.Scrapes != n {
-			t.Errorf("%+v, want %d in memory of %d", st, want, n)
-		}
-	}
-	fail(maxFlush + 2)
-	inMemory(n)
-	for _, left := range []int{2, 0} {
-		n++
-		r.mustAdd(n)
-		inMemory(left)
-	}
-	var want []int
-	for i := range n {
-		want = append(want, i+1)
-	}
+	const failed = maxFlush + 2
+	r.addInMemory(upTo(failed)...)
+	r.expectStats(failed, failed)
+	r.mustAdd(failed + 1)
+	r.expectStats(failed+1, 2)
+	r.mustAdd(failed + 2)
+	r.expectStats(failed+2, 0)
 	r.fs.crash()
 	r.open()
-	r.expect("after a crash", r.drain(noLimits), [][]int{want})
+	r.expect("the pushes after a crash", r.drain(noLimits), [][]int{upTo(failed + 2)})
 	if st := r.spool.Stats(); st.Bytes != 0 {
-		t.Errorf("accounts: %+v", st)
+		t.Errorf("the empty spool accounts for %d bytes, want 0", st.Bytes)
 	}
+}
 
-	r = newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 2 * fileBlock })
-	n = 0
-	fail(2)
-	n++
-	r.mustAdd(n)
-	inMemory(1) // no room on disk for another
-	r.expect("all", r.drain(noLimits), [][]int{{1, 2, 3}})
+// A scrape stays in memory if the disk has no room for it: newer scrapes are not dropped for it.
+func TestSpoolWritesMemoryIfItFits(t *testing.T) {
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 2 * fileBlock })
+	r.addInMemory(1, 2)
+	r.mustAdd(3)
+	r.expectStats(3, 1)
+	r.expect("the pushes", r.drain(noLimits), [][]int{{1, 2, 3}})
+}
 
-	r = newSpoolRig(t, nil)
-	n = 0
-	fail(1)
-	gone := 0
+// A scrape that is delivered while it is written from memory to disk leaves no file.
+func TestSpoolDeliveredDuringWrite(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	r.addInMemory(1)
+	removed := 0
 	r.fs.hook = func(_ int, op, path string) fault {
-		if op == "rename" && strings.Contains(path, scrapeFileName(1)) && gone == 0 {
+		if op == "rename" && strings.Contains(path, scrapeFileName(1)) && removed == 0 {
 			r.nextPush(PushLimits{1, 1, 1})
-			gone = len(r.spool.removeFromIndex((*spoolEntry).isInFlight)) // as Remove does, which has then removed no file
+			removed = len(r.spool.removeFromIndex((*spoolEntry).isInFlight)) // as ApplyAnswer does; there is no file to remove yet
 		}
 		return fault{}
 	}
 	r.mustAdd(2)
 	r.fs.hook = nil
-	if gone != 1 {
-		t.Fatal("nothing was written back")
+	if removed != 1 {
+		t.Fatal("scrape 1 was not written to disk")
 	}
 	r.fs.crash()
 	r.open()
-	r.expect("what went meanwhile does not come back", r.drain(noLimits), [][]int{{2}})
+	r.expect("the pushes after a crash", r.drain(noLimits), [][]int{{2}})
 }
 
+// Without a directory the spool keeps scrapes in memory, up to its limit, and makes no files.
 func TestSpoolInMemory(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Dir = ""; c.Limit = 750 })
 	r.mustAdd(1, 2, 3, 4)
 	if len(r.files()) > 0 || r.droppedSamples[DropSpoolFull] != 6 {
-		t.Errorf("files %v, dropped %v", r.files(), r.droppedSamples)
+		t.Errorf("files %v, dropped %v, want no file and 6 samples", r.files(), r.droppedSamples)
 	}
 	r.nextPush(PushLimits{1, 1, 1})
 	r.spool.SetInFlightAside()
-	r.expect("kept", r.drain(noLimits), [][]int{{4}})
+	r.expect("the pushes", r.drain(noLimits), [][]int{{4}})
 }
 
+// Above the limit the oldest scrapes are dropped, but not scrapes in flight. A scrape that alone
+// exceeds the limit is dropped.
 func TestSpoolLimit(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 3*fileBlock + 100 })
 	r.mustAdd(1, 2, 3)
-	r.nextPush(PushLimits{1, 1, 1}) // the first is on its way: it is not dropped
+	r.nextPush(PushLimits{1, 1, 1}) // scrape 1 is in flight
 	r.mustAdd(4, 5)
 	if r.droppedSamples[DropSpoolFull] != 6 || r.dropCalls != 2 {
-		t.Errorf("dropped %v in %d calls", r.droppedSamples, r.dropCalls)
+		t.Errorf("dropped %v in %d calls, want 6 samples in 2 calls", r.droppedSamples, r.dropCalls)
 	}
 	r.spool.ReleaseInFlight()
 	if st := r.spool.Stats(); st.Scrapes != 3 || st.Bytes != 3*fileBlock || len(r.files()) != 3 {
-		t.Errorf("%+v, files %v", st, r.files())
+		t.Errorf("got %+v and the files %v, want 3 scrapes in 3 files", st, r.files())
 	}
-	r.expect("kept", r.drain(noLimits), [][]int{{1, 4, 5}})
+	r.expect("the pushes", r.drain(noLimits), [][]int{{1, 4, 5}})
 	r.cfg.Limit = fileBlock - 1
 	r.open()
 	r.mustAdd(6)
 	if r.droppedSamples[DropSpoolFull] != 9 || r.spool.Stats().Scrapes != 0 {
-		t.Errorf("what can never fit: dropped %v", r.droppedSamples)
+		t.Errorf("a scrape above the limit: dropped %v, want 9 samples and an empty spool", r.droppedSamples)
 	}
 }
 
+// Scrapes older than MaxAge are dropped. A step of the wall clock does not change their age.
 func TestSpoolAge(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1, 2)
@@ -453,45 +194,53 @@ func TestSpoolAge(t *testing.T) {
 	r.mustAdd(3)
 	r.later(time.Hour)
 	if got := r.spool.Stats().ByState[ScrapeUndelivered].OldestAge; got != 2*time.Hour {
-		t.Errorf("the oldest is %v old", got)
+		t.Errorf("the age of the oldest scrape is %v, want 2 h", got)
 	}
-	// A wall clock that is stepped says nothing about age.
 	r.now.Wall += 1e12
-	r.expect("at the limit", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
+	r.expect("the next push at MaxAge, after a step of the wall clock", numbers(t, r.nextPush(noLimits)), []int{1, 2, 3})
 	r.now.Wall -= 1e12
 	r.spool.ReleaseInFlight()
 	r.later(time.Second)
 	r.mustAdd(4)
 	if r.droppedSamples[DropSpoolOld] != 6 || r.dropCalls != 1 || len(r.files()) != 2 {
-		t.Errorf("dropped %v in %d calls, files %v", r.droppedSamples, r.dropCalls, r.files())
+		t.Errorf("dropped %v in %d calls and kept the files %v, want 6 samples in 1 call and 2 files", r.droppedSamples, r.dropCalls, r.files())
 	}
-	// After a reboot age is the wall clock's.
+}
+
+// After a reboot the age of a scrape is measured with the wall clock.
+func TestSpoolAgeAfterReboot(t *testing.T) {
+	r := newSpoolRig(t, nil)
+	r.mustAdd(3)
+	r.later(time.Hour + time.Second)
+	r.mustAdd(4)
 	r.now.BootID, r.now.Boot, r.now.Wall = "boot-2", 10, r.now.Wall+90*60_000
 	r.open()
-	r.expect("after a reboot", r.drain(noLimits), [][]int{{4}})
+	r.expect("the pushes after a reboot", r.drain(noLimits), [][]int{{4}})
 }
 
-func TestMomentSince(t *testing.T) {
-	then := Moment{Wall: 1000_000, Boot: 500_000, BootID: "a"}
-	for _, tt := range []struct {
-		now  Moment
-		want time.Duration
-	}{
-		{Moment{1060_000, 560_000, "a"}, time.Minute},
-		{Moment{9999_000, 560_000, "a"}, time.Minute},
-		{Moment{0, 560_000, "a"}, time.Minute},
-		{Moment{1090_000, 560_000, "b"}, 90 * time.Second},
-		{Moment{900_000, 560_000, "b"}, 0},
-		{Moment{1090_000, 5, "a"}, 90 * time.Second}, // the clock began anew, whatever its ID says
-	} {
-		if got := tt.now.Since(then); got != tt.want {
-			t.Errorf("%+v: %v, want %v", tt.now, got, tt.want)
-		}
-	}
+// Above the limit, scrapes that a server holds are dropped before scrapes that none holds, oldest
+// first. A held scrape that is dropped does not count as lost.
+func TestSpoolDropsHeldFirst(t *testing.T) {
+	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 4 * fileBlock })
+	r.mustAdd(1, 2, 3, 4)
+	r.nextPush(noLimits)
+	r.spool.MarkPushFailed(false)
+	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{3, 3}}})
+	r.mustAdd(5)
+	r.expect("the samples dropped by the limit", r.droppedSamples, map[string]int{DropSpoolHeld: 3})
+	r.mustAdd(6)
+	r.expect("the samples dropped by the limit, with no held scrape left", r.droppedSamples, map[string]int{DropSpoolHeld: 3, DropSpoolFull: 3})
+	r.expect("the pushes", r.drain(noLimits), [][]int{{2, 4, 5, 6}})
+	r.mustAdd(7)
+	r.nextPush(noLimits)
+	r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Held: Ranges{{7, 7}}})
+	r.later(3 * time.Hour)
+	r.mustAdd(8)
+	r.expect("the samples dropped by age", r.droppedSamples, map[string]int{DropSpoolHeld: 6, DropSpoolFull: 3})
 }
 
-// One push takes the scrapes that are within the limits, whatever the clocks did.
-func TestSpoolGroups(t *testing.T) {
+// A push has as many scrapes as the limits allow, but at least one, whatever steps the clocks made.
+func TestSpoolPushLimits(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	one := r.scrape(0, 3)
 	for _, tt := range []struct {
@@ -500,12 +249,12 @@ func TestSpoolGroups(t *testing.T) {
 		change func(i int, sc *Scrape)
 		want   [][]int
 	}{
-		{"all", noLimits, nil, [][]int{{0, 1, 2, 3, 4, 5}}},
-		{"scrapes", PushLimits{1 << 30, 1 << 30, 4}, nil, [][]int{{0, 1, 2, 3}, {4, 5}}},
-		{"compressed", PushLimits{int64(2*len(one.Gzip) + 9), 1 << 30, 99}, nil, [][]int{{0, 1}, {2, 3}, {4, 5}}},
-		{"text", PushLimits{1 << 30, int64(3 * one.Size), 99}, nil, [][]int{{0, 1, 2}, {3, 4, 5}}},
-		{"one at least", PushLimits{1, 1, 0}, nil, [][]int{{0}, {1}, {2}, {3}, {4}, {5}}},
-		{"reboots, and clocks that are stepped", noLimits, func(i int, sc *Scrape) {
+		{"no limits", noLimits, nil, [][]int{{0, 1, 2, 3, 4, 5}}},
+		{"number of scrapes", PushLimits{1 << 30, 1 << 30, 4}, nil, [][]int{{0, 1, 2, 3}, {4, 5}}},
+		{"compressed bytes", PushLimits{int64(2*len(one.Gzip) + 9), 1 << 30, 99}, nil, [][]int{{0, 1}, {2, 3}, {4, 5}}},
+		{"uncompressed bytes", PushLimits{1 << 30, int64(3 * one.Size), 99}, nil, [][]int{{0, 1, 2}, {3, 4, 5}}},
+		{"limits below one scrape", PushLimits{1, 1, 0}, nil, [][]int{{0}, {1}, {2}, {3}, {4}, {5}}},
+		{"reboots and steps of the clocks", noLimits, func(i int, sc *Scrape) {
 			sc.At.BootID = fmt.Sprint("boot-", i)
 			sc.SourceTime += int64(i%2) * 1e9
 			sc.At.Wall += int64(i) * 1e6
@@ -524,103 +273,24 @@ func TestSpoolGroups(t *testing.T) {
 	}
 }
 
-// A file cut off or changed anywhere stops nothing, is kept beside, and is counted.
-func TestSpoolDamage(t *testing.T) {
-	r := newSpoolRig(t, nil)
-	r.mustAdd(1, 2, 3)
-	path := r.files()[1]
-	good := r.fs.entries[path].data
-	damage := func(what string, data []byte) {
-		r.errs = nil
-		for _, name := range r.files() {
-			if strings.Contains(name, spoolDamaged) {
-				r.fs.Remove(name)
-			}
-		}
-		r.fs.put(path, data)
-		r.open()
-		r.expect(what, numbers(t, r.nextPush(noLimits)), []int{1, 3})
-		kept := false
-		for _, name := range r.files() {
-			if strings.HasPrefix(name, path+"."+spoolDamaged) {
-				kept = kept || bytes.Equal(r.fs.entries[name].data, data)
-			}
-			if name == path {
-				t.Errorf("%s: the file is still there", what)
-			}
-		}
-		if len(r.errs) != 1 || !kept && len(data) > 0 && !strings.HasPrefix(what, "cut") {
-			t.Errorf("%s: errors %v, kept %v", what, r.errs, kept)
-		}
-	}
-	for i := range good {
-		damage(fmt.Sprint("cut at ", i), good[:i])
-		flipped := bytes.Clone(good)
-		flipped[i] ^= 0x40
-		damage(fmt.Sprint("flipped at ", i), flipped)
-	}
-	// Well-formed, but not what it says.
-	sc := r.scrape(2, 3)
-	for what, change := range map[string]func(){
-		"samples": func() { sc.Samples = 2 }, "size": func() { sc.Size-- }, "gzip": func() { sc.Gzip = sc.Gzip[:len(sc.Gzip)-1] },
-	} {
-		sc = r.scrape(2, 3)
-		change()
-		r.errs = nil
-		r.fs.put(path, AppendRecord(appendLogHeader(nil, []byte("site")), scrapeKind, appendScrapePayload(nil, &sc)))
-		before := r.droppedSamples[DropSpoolDamaged]
-		r.open()
-		r.expect(what, numbers(t, r.nextPush(noLimits)), []int{1, 3})
-		if len(r.errs) != 1 || r.droppedSamples[DropSpoolDamaged] != before+sc.Samples {
-			t.Errorf("%s: errors %v, dropped %v", what, r.errs, r.droppedSamples)
-		}
-	}
-}
-
-// A spool whose reads fail for a moment opens whole. A read that fails for good stops the
-// opening, and all files stay as they were.
-func TestSpoolOpenFails(t *testing.T) {
-	for _, tt := range []struct{ op, path string }{{"read", "/s/0000000000000002.log"}, {"readdir", "/s"}} {
-		for _, f := range readFaults {
-			synctest.Test(t, func(t *testing.T) {
-				r := newSpoolRig(t, nil)
-				r.mustAdd(1, 2, 3)
-				before := r.fs.contents()
-				r.fs.hook = f.hook(tt.op, tt.path)
-				if f.n == 0 {
-					_, err := OpenSpool(r.cfg)
-					if text := fmt.Sprint(err); !errors.Is(err, f.err) || !strings.HasPrefix(text, "opening spool: ") || !strings.Contains(text, tt.path+": ") {
-						t.Errorf("%v, %v: got %v", tt, f, err)
-					}
-					r.fs.hook = nil
-				}
-				r.open()
-				if !maps.Equal(r.fs.contents(), before) || len(r.errs) > 0 || r.dropCalls > 0 {
-					t.Errorf("%v, %v: files %q; errors %v, dropped %v", tt, f, r.files(), r.errs, r.droppedSamples)
-				}
-				r.expect("all", r.drain(noLimits), [][]int{{1, 2, 3}})
-			})
-		}
-	}
-}
-
-// A scrape that cannot be read stays until it can be. The others do not wait for it.
-func TestSpoolNextFails(t *testing.T) {
+// A scrape that cannot be read stays in the spool until it can be read. The other scrapes do not
+// wait for it. If none can be read, BeginPush returns an error.
+func TestSpoolReadFails(t *testing.T) {
 	file := func(n int) string { return fmt.Sprintf("/s/%016d.log", n) }
 	for _, tt := range []struct {
 		name   string
-		unread []string
-		memory bool    // a fifth scrape is in memory
-		first  [][]int // pushes until none is left but what cannot be read
-		told   int     // errors
-		waits  int     // errors returned meanwhile
-		then   [][]int // when all can be read
+		unread []string // suffixes of the files that cannot be read
+		memory bool     // a fifth scrape is in memory
+		first  [][]int  // the pushes until only scrapes that cannot be read are left
+		told   int      // errors reported to OnError
+		waits  int      // errors returned by BeginPush meanwhile
+		then   [][]int  // the scrapes pushed when all files can be read
 	}{
-		{"the first", []string{file(1)}, false, [][]int{{2, 3, 4}}, 1, 0, [][]int{{1}}},
-		{"one between", []string{file(2)}, false, [][]int{{1}, {3, 4}}, 1, 0, [][]int{{2}}},
-		{"the last", []string{file(4)}, false, [][]int{{1, 2, 3}}, 0, 0, [][]int{{4}}},
-		{"several", []string{file(1), file(2), file(3)}, false, [][]int{{4}}, 1, 1, [][]int{{1, 2, 3}}},
-		{"all but what is in memory", []string{".log"}, true, [][]int{{5}}, 1, 0, [][]int{{1, 2, 3, 4}}},
+		{"the first file", []string{file(1)}, false, [][]int{{2, 3, 4}}, 1, 0, [][]int{{1}}},
+		{"a file in the middle", []string{file(2)}, false, [][]int{{1}, {3, 4}}, 1, 0, [][]int{{2}}},
+		{"the last file", []string{file(4)}, false, [][]int{{1, 2, 3}}, 0, 0, [][]int{{4}}},
+		{"several files", []string{file(1), file(2), file(3)}, false, [][]int{{4}}, 1, 1, [][]int{{1, 2, 3}}},
+		{"all files, and one scrape in memory", []string{".log"}, true, [][]int{{5}}, 1, 0, [][]int{{1, 2, 3, 4}}},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			r := newSpoolRig(t, nil)
@@ -645,128 +315,127 @@ func TestSpoolNextFails(t *testing.T) {
 					continue
 				}
 				if len(got) > 0 || !errors.Is(err, errDisk) || !errors.Is(err, ErrSpoolRead) || !strings.Contains(err.Error(), "/s/00") {
-					t.Fatalf("%s: %d scrapes, and %v", tt.name, len(got), err)
+					t.Fatalf("%s: got %d scrapes and the error %v, want an error that names the file", tt.name, len(got), err)
 				}
 				if r.spool.Stats().Scrapes == len(slices.Concat(tt.then...)) {
 					break
 				}
 				waits++
 			}
-			r.expect(tt.name, pushes, tt.first)
+			r.expect(tt.name+": the pushes", pushes, tt.first)
 			if len(r.errs) != tt.told || waits != tt.waits || r.dropCalls > 0 {
-				t.Errorf("%s: told %v, waited %d times, dropped %v", tt.name, r.errs, waits, r.droppedSamples)
+				t.Errorf("%s: reported %v, BeginPush failed %d times, dropped %v", tt.name, r.errs, waits, r.droppedSamples)
 			}
-			r.expect(tt.name+": files", len(r.files()), len(slices.Concat(tt.then...)))
+			r.expect(tt.name+": the number of files", len(r.files()), len(slices.Concat(tt.then...)))
 			r.fs.hook = nil
 			got := r.drain(noLimits)
 			slices.SortFunc(got, slices.Compare)
-			r.expect(tt.name+": then", [][]int{slices.Concat(got...)}, tt.then)
+			r.expect(tt.name+": the pushes when all files can be read", [][]int{slices.Concat(got...)}, tt.then)
 		})
 	}
-	// The scrape of a file that has vanished is lost.
+}
+
+// A scrape whose file has vanished is dropped and counted as damaged.
+func TestSpoolVanishedFile(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1, 2, 3)
-	r.fs.Remove(file(2))
-	r.expect("one has vanished", r.drain(noLimits), [][]int{{1, 3}})
-	r.expect("dropped", r.droppedSamples, map[string]int{DropSpoolDamaged: 3})
+	r.fs.Remove("/s/" + scrapeFileName(2))
+	r.expect("the pushes", r.drain(noLimits), [][]int{{1, 3}})
+	r.expect("the dropped samples", r.droppedSamples, map[string]int{DropSpoolDamaged: 3})
 }
 
-func TestSpoolSetsAside(t *testing.T) {
+// A scrape that was added before any server's time was known is corrected before it is sent,
+// durably. If the disk fails then, the corrected scrape is kept in memory.
+func TestSpoolCorrectsTimes(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		shift := int64(1000)
+		r := newSpoolRig(t, func(c *SpoolConfig) {
+			c.CorrectTimes = func(sc Scrape) Scrape {
+				text := shiftTimes(gunzipped(t, sc.Gzip), shift)
+				sc.Corrected, sc.Shift, sc.Size, sc.Gzip = true, shift, len(text), Gzip(text)
+				return sc
+			}
+		})
+		r.mustAdd(1, 2)
+		if fails {
+			r.fs.hook = failOn("write", "", 0, errFull)
+		}
+		first := r.nextPush(noLimits)
+		if want := fmt.Sprintf("s{n=\"1\",i=\"0\"} 1 %d\n", 1001); !bytes.HasPrefix(gunzipped(t, first[0].Gzip), []byte(want)) {
+			t.Errorf("the corrected text is %q, want it to begin with %q", gunzipped(t, first[0].Gzip), want)
+		}
+		r.fs.hook = nil
+		shift = 5000
+		r.spool.ReleaseInFlight()
+		if fails {
+			r.expect("the scrapes in memory", r.spool.Stats().InMemory, 2)
+			r.mustAdd(3) // also writes the scrapes in memory to disk
+		}
+		r.expect("the scrapes in memory when the disk works", r.spool.Stats().InMemory, 0)
+		r.fs.crash()
+		r.open()
+		again := r.nextPush(noLimits)
+		for i := range first {
+			if !bytes.Equal(gunzipped(t, again[i].Gzip), gunzipped(t, first[i].Gzip)) || !again[i].Corrected {
+				t.Errorf("disk fails %v: after a crash the corrected text changed from %q to %q", fails, gunzipped(t, first[i].Gzip), gunzipped(t, again[i].Gzip))
+			}
+		}
+		r.expect("the last shift", r.spool.LastTimeShift(), map[bool]int{false: 1000, true: 5000}[fails])
+	}
+}
+
+// The number of the first scrape of a process is the wall clock's milliseconds if that is above the
+// numbers used before, and the next number otherwise.
+func TestSpoolNumbers(t *testing.T) {
 	r := newSpoolRig(t, nil)
-	for n := range 20 {
-		r.mustAdd(n)
-		r.nextPush(noLimits)
-		r.spool.SetInFlightAside()
-	}
-	r.mustAdd(20)
-	names := r.files()
-	if len(names) != maxAsideFiles+1 || names[0] != "/s/0000000000000005.log.refused" || r.spool.Stats().Scrapes != 1 {
-		t.Errorf("files %v", names)
-	}
-	// By another name it is sent again, before what came later.
-	if err := r.fs.Rename(names[3], strings.TrimSuffix(names[3], "."+spoolRefused)); err != nil {
-		t.Fatal(err)
-	}
-	r.open()
-	r.expect("renamed back", r.drain(noLimits), [][]int{{7, 20}})
-	r.mustAdd(21)
-	if names := r.files(); names[len(names)-1] != "/s/0000000000000022.log" {
-		t.Errorf("files %v", names)
+	for _, tt := range []struct {
+		wall int64 // the wall clock in ms
+		want uint64
+	}{
+		{1000, 1000}, {0, 1001}, {1_700_000_000, 1_700_000_000}, {1, 1_700_000_001}, {MaxScrapeNumber, 1_700_000_002}, {1_700_000_003, 1_700_000_003},
+	} {
+		r.now.Wall = tt.wall
+		r.open()
+		r.now.Wall = 0
+		r.mustAdd(1)
+		names := r.files()
+		if got := names[len(names)-1]; got != "/s/"+scrapeFileName(tt.want) {
+			t.Errorf("at %d ms: the newest file is %s, want number %d", tt.wall, got, tt.want)
+		}
 	}
 }
 
-func TestSpoolOfAnotherCluster(t *testing.T) {
-	r := newSpoolRig(t, nil)
-	r.mustAdd(1)
-	r.cfg.ClusterID = "other"
-	if _, err := OpenSpool(r.cfg); err == nil || !strings.Contains(err.Error(), `"site"`) || !strings.Contains(err.Error(), "--spool-dir") {
-		t.Errorf("got %v", err)
+// A number is not used twice under one spool ID, even if the spool is empty. If the clock is behind
+// the time in the spool's record, the spool gets a new ID.
+func TestSpoolNumberOfNextProcess(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		later  time.Duration // wall time until the next process
+		wantID bool          // the next process has the same ID
+	}{
+		{"the next process starts in the same second", 5 * time.Millisecond, true},
+		{"the next process starts an hour later", time.Hour, true},
+		{"the clock is set back", -time.Minute, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newSpoolRig(t, nil)
+			r.later(time.Hour)
+			r.open()
+			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}}) // this writes the record
+			r.mustAdd(1)
+			first, id := r.nextPush(noLimits)[0].Number, r.spool.ID()
+			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: Ranges{{first, first}}})
+			r.now.BootID = "boot-2"
+			r.now.Wall += tt.later.Milliseconds()
+			r.open()
+			r.mustAdd(2)
+			second := r.nextPush(noLimits)[0].Number
+			if same := r.spool.ID() == id; same != tt.wantID || same && second <= first {
+				t.Errorf("got number %d and then %d, the same ID: %v; want a higher number or a new ID", first, second, same)
+			}
+			if all := r.spool.Consumers(); len(all) != 1 || all[0].Key != 7 || all[0].Age < time.Minute {
+				t.Errorf("the next process knows the consumers %v, want consumer 7", all)
+			}
+		})
 	}
-	r.cfg.ClusterID = "site"
-	r.open()
-	r.drain(noLimits)
-	r.cfg.ClusterID = "other"
-	r.open() // an empty one is anybody's
-}
-
-func TestSpoolOnDisk(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "a", "spool")
-	r := newSpoolRig(t, func(c *SpoolConfig) { c.FS, c.Dir = DiskFS{}, dir })
-	r.mustAdd(1, 2)
-	if _, err := OpenSpool(r.cfg); err == nil || !strings.Contains(err.Error(), "in use") {
-		t.Errorf("opened twice: %v", err)
-	}
-	if err := r.spool.Close(); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"0000000000000009.log.tmp", "0000000000000002.log.damaged.tmp", "notes.txt", "1.log", "x.log.tmp"} {
-		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	r.open()
-	r.expect("opened again", r.drain(noLimits), [][]int{{1, 2}})
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	r.expect("only what is not the spool's is left", names, []string{"1.log", "lock", "notes.txt", "spool.log", "x.log.tmp"})
-	if err := r.spool.Close(); err != nil || len(r.errs) > 0 {
-		t.Errorf("%v, %v", err, r.errs)
-	}
-}
-
-// Whatever is decoded with its text can be spooled, and is then the same; what
-// the header alone says is bounded.
-func FuzzDecodeScrape(f *testing.F) {
-	r := spoolRig{now: Moment{1_700_000_000_000, 5, "boot-1"}}
-	for _, lines := range []int{0, 1, 20} {
-		sc := r.scrape(1, lines)
-		f.Add(appendScrapePayload(nil, &sc))
-		sc.Corrected, sc.Shift = true, -77
-		f.Add(appendScrapePayload(nil, &sc))
-		sc.Samples++
-		f.Add(appendScrapePayload(nil, &sc))
-	}
-	f.Add([]byte{})
-	f.Fuzz(func(t *testing.T, data []byte) {
-		head, headErr := decodeScrape(data, false)
-		sc, err := decodeScrape(data, true)
-		if err == nil && headErr != nil {
-			t.Fatalf("good with its text, but without: %v", headErr)
-		}
-		if err != nil {
-			return
-		}
-		if head.Samples > head.Size/shortestLine || head.Size > MaxPieceText || len(head.At.BootID) > MaxBootID {
-			t.Fatalf("%+v", head)
-		}
-		if again := appendScrapePayload(nil, &sc); !bytes.Equal(again, data) {
-			t.Fatalf("%q, then %q", data, again)
-		}
-	})
 }

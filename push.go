@@ -1,9 +1,9 @@
 package main
 
-// The headers and the answer by which a client with a spool and a server speak of scrapes. A push
-// names its scrapes by spool ID and number; the answer says which numbers the server holds and
-// which every consumer has read. Each side reports the consumers that it knows. All lists are
-// bounded. Pure.
+// This file defines the headers and the answer with which a client with a spool and a server
+// exchange information about scrapes. A push names its scrapes by spool ID and number. The answer
+// lists the numbers that the server holds and the numbers that every consumer has read. Each side
+// lists the consumers that it knows. All lists are bounded. Pure.
 
 import (
 	"errors"
@@ -14,42 +14,43 @@ import (
 	"time"
 )
 
-// Headers of a push. A push that names no number and has no samples is a question: the
-// server stores nothing and answers as to any other push.
+// Headers of a push. A push that names a spool but no numbers, and has no samples, is a question.
+// The server stores nothing for a question and answers it like any other push.
 const (
 	SpoolHeader       = "Telemeter-Spool"        // spool ID in 16 hex digits, a space, ranges of numbers
-	ConsumersHeader   = "Telemeter-Consumers"    // as FormatConsumers writes them
+	ConsumersHeader   = "Telemeter-Consumers"    // in the format of FormatConsumers
 	ClockOffsetHeader = "Telemeter-Clock-Offset" // ms by which the source's clock was behind at the newest scrape
 )
 
 const (
-	// MaxRanges bounds the ranges that a server keeps of one spool: a scrape every two seconds,
-	// each by a process of its own, makes 3,600 in two hours. MaxPushRanges bounds those that
-	// one push names, because a server keeps them with each batch.
+	// MaxRanges is the most ranges of scrape numbers that a server keeps for one spool. A scrape
+	// every two seconds, each by its own process, makes 3,600 ranges in two hours. MaxPushRanges is
+	// the most ranges that one push may name, because a server keeps them with each batch.
 	MaxRanges     = 4096
 	MaxPushRanges = 32
-	// MaxScrapeNumber bounds the number of a scrape.
+	// MaxScrapeNumber is the highest number of a scrape.
 	MaxScrapeNumber = 1 << 53
-	// MaxConsumers bounds the consumers that a server knows, those that a push or an answer lists,
-	// and those in the files of servers and clients, which refuse more.
+	// MaxConsumers is the most consumers that a server knows and that a push, an answer, or a file
+	// of a server or client may list. Longer lists are refused.
 	MaxConsumers = 64
 )
 
-// ScrapeNames are the names of the scrapes in one push. ID 0 names nothing.
+// ScrapeNames are the names of the scrapes in one push. SpoolID 0 means that the push names no
+// scrapes.
 type ScrapeNames struct {
 	SpoolID uint64
 	Numbers Ranges
 }
 
-// String returns n as SpoolHeader has it.
+// String returns n in the format of SpoolHeader.
 func (n ScrapeNames) String() string { return fmt.Sprintf("%016x %s", n.SpoolID, n.Numbers) }
 
-// IsSingle reports whether n names one scrape.
+// IsSingle reports whether n names exactly one scrape.
 func (n ScrapeNames) IsSingle() bool {
 	return len(n.Numbers) == 1 && n.Numbers[0].From == n.Numbers[0].To
 }
 
-// ParseScrapeNames reads the value of a SpoolHeader; "" is the zero value.
+// ParseScrapeNames parses the value of a SpoolHeader. It returns the zero value for "".
 func ParseScrapeNames(text string) (n ScrapeNames, err error) {
 	if text == "" {
 		return n, nil
@@ -65,16 +66,16 @@ func ParseScrapeNames(text string) (n ScrapeNames, err error) {
 	return n, nil
 }
 
-// ConsumerAge is a consumer by its key, and the time since its newest scrape that the sender
-// knows of.
+// ConsumerAge is a consumer, identified by its key, and the time since the newest scrape by this
+// consumer that the sender knows of.
 type ConsumerAge struct {
 	Key uint64
 	Age time.Duration
 }
 
-// FormatConsumers returns consumers as headers and answers have them: key in 16 hex digits,
-// colon, age in seconds; separated by commas. Ages are rounded up, or they would never grow
-// while client and servers report to each other.
+// FormatConsumers returns consumers in the format of headers and answers: the key in 16 hex digits,
+// a colon, and the age in seconds, separated by commas. Ages are rounded up; otherwise they would
+// never grow while a client and servers report them to each other.
 func FormatConsumers(all []ConsumerAge) string {
 	var parts []string
 	for _, c := range all {
@@ -83,7 +84,7 @@ func FormatConsumers(all []ConsumerAge) string {
 	return strings.Join(parts, ",")
 }
 
-// ParseConsumers reads what FormatConsumers wrote, of at most MaxConsumers.
+// ParseConsumers parses the format of FormatConsumers. It refuses more than MaxConsumers consumers.
 func ParseConsumers(text string) ([]ConsumerAge, error) {
 	if text == "" {
 		return nil, nil
@@ -104,20 +105,21 @@ func ParseConsumers(text string) ([]ConsumerAge, error) {
 	return all, nil
 }
 
-// PushAnswer is the body of a 200 to a push.
+// PushAnswer is the body of a 200 answer to a push.
 type PushAnswer struct {
-	Accepted   *int           `json:"accepted"` // nil only in what another program answers
-	Duplicates int            `json:"duplicates"`
-	Dropped    map[string]int `json:"dropped"`
-	Skipped    map[string]int `json:"skipped,omitempty"`
-	Hint       string         `json:"hint,omitempty"` // what is wrong with the times of the samples, if none is taken
-	Server     string         `json:"server"`         // name of the server that answers
-	Time       int64          `json:"time"`           // ms; the server's clock
+	Accepted   *int           `json:"accepted"`          // samples stored; nil only in the answer of another program
+	Duplicates int            `json:"duplicates"`        // samples that the server already held
+	Dropped    map[string]int `json:"dropped"`           // samples dropped, by reason
+	Skipped    map[string]int `json:"skipped,omitempty"` // parts of samples that are not stored, by kind
+	Hint       string         `json:"hint,omitempty"`    // why no sample was stored, if their times are wrong
+	Server     string         `json:"server"`            // name of the answering server
+	Time       int64          `json:"time"`              // the server's clock, in ms since the epoch
 
-	// For a push that names a spool. Held has the numbers that this server holds and not
-	// every consumer has read, Read the numbers that every consumer has read. Read is nil
-	// if neither the server nor the site knows a consumer: then 200 is the end. A number
-	// that the push names and neither list has was not taken.
+	// Held, Read and Consumers are set only for a push that names a spool. Held lists the numbers
+	// that this server holds and that not every consumer has read. Read lists the numbers that
+	// every consumer has read. Read is nil if neither the server nor the site knows a consumer;
+	// then a scrape in Held is done. A number that the push names and that neither list has was
+	// declined. Consumers is in the format of FormatConsumers.
 	Held      *string `json:"held,omitempty"`
 	Read      *string `json:"read,omitempty"`
 	Consumers string  `json:"consumers,omitempty"`

@@ -1,7 +1,7 @@
 package main
 
-// Sets of scrape numbers as ranges, in memory, in headers and in records. Their size is
-// bounded, because each can come from a client. Pure.
+// This file has sets of scrape numbers as ranges, for memory, headers and records. The size of a
+// set is bounded, because it can come from a client. Pure.
 
 import (
 	"cmp"
@@ -12,14 +12,15 @@ import (
 	"strings"
 )
 
-// Range is the numbers from From to To, both included.
+// Range is the numbers from From to To, inclusive.
 type Range struct{ From, To uint64 }
 
-// Ranges is a set of numbers. Its ranges ascend, and there is a gap between each two.
+// Ranges is a set of numbers. Its ranges are in ascending order, and at least one number is missing
+// between any two of them.
 type Ranges []Range
 
-// Add returns r with the numbers from from to to. It may change r. Above MaxRanges it
-// forgets the lowest numbers.
+// Add returns r with the numbers from through to added. It may change r. If the set then has more
+// than MaxRanges ranges, the lowest ranges are removed.
 func (r Ranges) Add(from, to uint64) Ranges {
 	i, _ := slices.BinarySearchFunc(r, from, func(a Range, n uint64) int { return cmp.Compare(a.To+1, n) })
 	j := i
@@ -43,7 +44,7 @@ func (r Ranges) Covers(a Range) bool {
 	return i < len(r) && r[i].From <= a.From && r[i].To >= a.To
 }
 
-// AddAll returns the numbers of r and of o. It may change r.
+// AddAll returns the union of r and o. It may change r.
 func (r Ranges) AddAll(o Ranges) Ranges {
 	for _, a := range o {
 		r = r.Add(a.From, a.To)
@@ -71,7 +72,7 @@ func (r Ranges) Without(o Ranges) (left Ranges) {
 	return left
 }
 
-// ReadRanges reads what AppendRanges wrote.
+// ReadRanges reads a set that AppendRanges wrote. A malformed set is an error of the reader.
 func ReadRanges(r *WireReader) (numbers Ranges) {
 	end := uint64(0)
 	for range r.Uvarint(MaxRanges) {
@@ -86,8 +87,8 @@ func ReadRanges(r *WireReader) (numbers Ranges) {
 	return numbers
 }
 
-// AppendRanges appends the number of ranges, and each as its distance from the end of the
-// one before and its length less one.
+// AppendRanges appends the number of ranges and then each range as two uvarints: the distance of
+// From from the previous range's To (or from 0), and To minus From.
 func AppendRanges(b []byte, numbers Ranges) []byte {
 	b = binary.AppendUvarint(b, uint64(len(numbers)))
 	end := uint64(0)
@@ -98,7 +99,7 @@ func AppendRanges(b []byte, numbers Ranges) []byte {
 	return b
 }
 
-// String returns r as headers and answers have it, such as "118-121,130".
+// String returns r in the format of headers and answers, such as "118-121,130".
 func (r Ranges) String() string {
 	var b []byte
 	for i, a := range r {
@@ -113,7 +114,8 @@ func (r Ranges) String() string {
 	return string(b)
 }
 
-// ParseRanges reads what String wrote, of at most maxRanges ranges; "" is the empty set.
+// ParseRanges parses the format of String. It refuses more than maxRanges ranges. The text "" is
+// the empty set.
 func ParseRanges(text string, maxRanges int) (Ranges, error) {
 	if text == "" {
 		return nil, nil

@@ -1,9 +1,10 @@
 package main
 
-// How far the clock of a client's source is off, by the times that servers answer with, and by
-// how much the times of a scrape are shifted for it. One server whose clock is wrong moves
-// nothing while others answer. Below one minute nothing is shifted. A shift stays until the
-// error leaves it by more than half a minute. Pure: all times come in.
+// This file estimates how far the clock of a client's source is off, from the times that servers
+// state in their answers. It also chooses by how much the times of a scrape are shifted to correct
+// that. The median of the servers is used, so that one server with a wrong clock has no effect
+// while others answer. Errors below one minute are not corrected. A shift stays the same until the
+// error differs from it by more than half a minute. Pure: callers pass all times.
 
 import (
 	"slices"
@@ -12,25 +13,25 @@ import (
 )
 
 const (
-	MaxMoment = 1 << 50 // ms; some 35,000 years
+	MaxMoment = 1 << 50 // ms; about 35,000 years
 	MaxBootID = 64      // bytes
 
-	maxServersObserved = 16
-	maxServerTime      = 1 << 53 // ms; a server that shows a later time is ignored
-	minShift           = 60_000  // ms; a source's clock that is off by less is right
-	shiftTolerance     = 30_000  // ms; a shift stays while the error is this close to it
+	maxServersObserved = 16      // only the servers that answered last are kept
+	maxServerTime      = 1 << 53 // ms; later times are ignored
+	minShift           = 60_000  // ms; a smaller error of the source's clock is not corrected
+	shiftTolerance     = 30_000  // ms; a shift stays the same while the error is this close to it
 )
 
-// Moment is an instant by the client's clocks, in ms. Boot counts since the machine was booted;
-// two of them can be compared only if their boot IDs are the same.
+// Moment is an instant by the client's two clocks, in ms. Wall is the wall clock. Boot counts since
+// the machine booted; two Boot values can be compared only if their boot IDs are the same.
 type Moment struct {
 	Wall, Boot int64
 	BootID     string
 }
 
-// Since returns the time that passed since an earlier moment; it is never negative. The
-// boot-time clock counts. The wall clock counts only if the machine was booted in between, or
-// if the boot-time clock went back under the same ID, as in a container that was restarted.
+// Since returns the time that passed since an earlier moment. It is never negative. Since uses the
+// boot-time clock. It uses the wall clock only if the machine rebooted in between, or if the
+// boot-time clock went back under the same ID, as in a restarted container.
 func (m Moment) Since(then Moment) time.Duration {
 	ms := m.Wall - then.Wall
 	if m.BootID == then.BootID && m.Boot >= then.Boot {
@@ -39,12 +40,12 @@ func (m Moment) Since(then Moment) time.Duration {
 	return time.Duration(max(0, ms)) * time.Millisecond
 }
 
-// IsValid reports whether clocks can show m.
+// IsValid reports whether real clocks can show m.
 func (m Moment) IsValid() bool {
 	return min(m.Wall, m.Boot) >= 0 && max(m.Wall, m.Boot) <= MaxMoment && IsBootID(m.BootID)
 }
 
-// IsBootID reports whether s can name a boot: 1 to MaxBootID visible ASCII characters.
+// IsBootID reports whether s is a well-formed boot ID: 1 to MaxBootID visible ASCII characters.
 func IsBootID(s string) bool {
 	for _, b := range []byte(s) {
 		if b <= ' ' || b > '~' {
@@ -54,32 +55,32 @@ func IsBootID(s string) bool {
 	return len(s) > 0 && len(s) <= MaxBootID
 }
 
-// SourceClockTracker tells by how much the clock of a source is off, from the times of the servers
-// that answered. It is safe for concurrent use.
+// SourceClockTracker estimates by how much the clock of a source is off, from the times in the
+// answers of servers. It is safe for concurrent use.
 type SourceClockTracker struct {
-	mu      sync.Mutex // guards the rest
-	bootID  string
-	servers []serverClockOffset // the newest last; all of the boot bootID
-	shift   int64               // ms; the newest result of NextShift
+	mu      sync.Mutex          // guards the fields below
+	bootID  string              // the boot of all observations in servers
+	servers []serverClockOffset // in the order of their last answers, newest last
+	shift   int64               // ms; the last result of NextShift
 }
 
-// serverClockOffset is by how many ms a server's clock was ahead of the client's two clocks when
-// the server answered last.
+// serverClockOffset has the ms by which a server's clock was ahead of the client's two clocks when
+// the server last answered.
 type serverClockOffset struct {
 	name        string
 	aheadOfBoot int64
 	aheadOfWall int64
 }
 
-// NewSourceClockTracker returns a SourceClockTracker that has observed no server. lastShiftMs is
-// the shift in use before, 0 if there was none.
+// NewSourceClockTracker returns a SourceClockTracker without observations. lastShiftMs is the last
+// shift of the previous process, or 0.
 func NewSourceClockTracker(lastShiftMs int64) *SourceClockTracker {
 	return &SourceClockTracker{shift: lastShiftMs}
 }
 
-// Observe notes the time, in ms since the epoch, that a server stated in an answer, which
-// arrived at the moment at. A time that no clock can show is ignored. The readings of the
-// maxServersObserved servers that answered last are kept.
+// Observe records the time, in ms since the epoch, that a server stated in an answer, which arrived
+// at the moment at. A time that is not positive or is above maxServerTime is ignored. Only the last
+// maxServersObserved servers are kept. A new boot ID discards all earlier observations.
 func (c *SourceClockTracker) Observe(server string, serverMs int64, at Moment) {
 	if serverMs <= 0 || serverMs > maxServerTime {
 		return
@@ -94,17 +95,17 @@ func (c *SourceClockTracker) Observe(server string, serverMs int64, at Moment) {
 	c.servers = c.servers[max(0, len(c.servers)-maxServersObserved):]
 }
 
-// Offset returns by how many ms the source's clock was behind when it showed sourceMs, by the
-// median of the servers. known is false if no server was observed. The boot-time clock
-// connects the two times, because nobody sets it; the wall clock does only if the machine was
-// booted in between.
+// Offset returns by how many ms the source's clock was behind the servers' clocks when it showed
+// sourceMs. at is the client's time at that moment. The result is the median over the observed
+// servers; known is false if there are none. The boot-time clock connects at with the observations,
+// because it cannot be set. The wall clock is used only if the machine rebooted in between.
 func (c *SourceClockTracker) Offset(at Moment, sourceMs int64) (behindMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.offset(at, sourceMs)
 }
 
-// offset is Offset for a caller that holds c.mu.
+// offset does the work of Offset. The caller must hold c.mu.
 func (c *SourceClockTracker) offset(at Moment, sourceMs int64) (behindMs int64, known bool) {
 	if len(c.servers) == 0 {
 		return 0, false
@@ -118,7 +119,7 @@ func (c *SourceClockTracker) offset(at Moment, sourceMs int64) (behindMs int64, 
 		offsets = append(offsets, serverTime-sourceMs)
 	}
 	slices.Sort(offsets)
-	// Of an even number of servers, the one of the middle two that is nearer to 0.
+	// For an even number of servers, use the middle offset that is nearer to 0.
 	a, b := offsets[(len(offsets)-1)/2], offsets[len(offsets)/2]
 	if max(a, -a) <= max(b, -b) {
 		return a, true
@@ -126,9 +127,9 @@ func (c *SourceClockTracker) offset(at Moment, sourceMs int64) (behindMs int64, 
 	return b, true
 }
 
-// NextShift returns by how many ms the times of a scrape are to be shifted. known is false if no
-// server was observed. A result depends on the one before: the caller asks once for each
-// scrape, in their order.
+// NextShift returns the ms to add to the times of a scrape. known is false if no server was
+// observed. The result depends on the previous result, so the caller must call it once for each
+// scrape, in the order of the scrapes.
 func (c *SourceClockTracker) NextShift(at Moment, sourceMs int64) (shiftMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,9 +1,9 @@
 package main
 
-// The server's wall clock. A step of it makes no sample expire until the new time has held for
-// five minutes, because the step may be a mistake that somebody is about to correct. The
-// monotonic clock, which cannot be set, tells a step from time that has passed. Pure: both
-// clocks come in. This file must not know of samples.
+// This file watches the server's wall clock for steps. After a step, no sample expires until the
+// new time has lasted for five minutes, because the step may be a mistake that is soon corrected.
+// The monotonic clock, which cannot be set, distinguishes a step from time that has passed. Pure:
+// both clocks are parameters. This file must not know of samples.
 
 import (
 	"sync"
@@ -11,52 +11,53 @@ import (
 )
 
 const (
-	stepTolerance = 10 * time.Second // smaller changes of the wall clock are not a step
-	stepDoubtTime = 5 * time.Minute  // until the new time is accepted
+	stepTolerance = 10 * time.Second // a smaller change of the wall clock is not a step
+	stepDoubtTime = 5 * time.Minute  // how long the new time must last before it is accepted
 	slewDivisor   = 1000             // slewing changes a clock by at most 1/slewDivisor of the time that passes
 )
 
-// PresentTimeRange is the range that the present time lies in. While a step of the wall clock is in
-// doubt, one end is the time by the old setting of the clock and the other by the new one.
-// Otherwise both ends are the wall clock's time.
+// PresentTimeRange is a range that contains the present time. While a step of the wall clock is in
+// doubt, one end is the time by the old setting of the clock and the other end is the time by the
+// new setting. Otherwise both ends are the wall clock's time.
 type PresentTimeRange struct{ Earliest, Latest time.Time }
 
-// ExactTimeRange returns the range of a clock that is not in doubt.
+// ExactTimeRange returns the range whose two ends are t, for a clock that is not in doubt.
 func ExactTimeRange(t time.Time) PresentTimeRange { return PresentTimeRange{Earliest: t, Latest: t} }
 
-// CheckedWallClock compares this machine's wall clock with its monotonic one. It is safe for
+// CheckedWallClock compares this machine's wall clock with its monotonic clock. It is safe for
 // concurrent use.
 type CheckedWallClock struct {
 	wall      func() time.Time
 	monotonic func() time.Duration
 	onStep    func(WallClockStepEvent)
 
-	mu        sync.Mutex    // guards the rest
-	trusted   time.Time     // the last time of the wall clock that was not in doubt
+	mu        sync.Mutex    // guards the fields below
+	trusted   time.Time     // the last time that was not in doubt
 	trustedAt time.Duration // the monotonic clock at that time
-	doubted   time.Duration // the size of the step in doubt; 0 if there is none
+	doubted   time.Duration // size of the step in doubt; 0 if there is none
 	doubtedAt time.Duration // the monotonic clock when that step was noticed
 }
 
-// WallClockStepEvent is the beginning of a step of the wall clock, or one of its two ends.
+// WallClockStepEvent reports that a step of the wall clock began, or that it ended in one of two
+// ways.
 type WallClockStepEvent struct {
-	Size     time.Duration // its size; negative if the clock was set back
-	Reverted bool          // the end: the clock was set to the old time again
-	Accepted bool          // the end: the new time has held and is used from here on
+	Size     time.Duration // size of the step; negative if the clock was set back
+	Reverted bool          // the step ended because the clock was set to the old time again
+	Accepted bool          // the step ended because the new time has lasted; it is used from now on
 }
 
-// NewCheckedWallClock returns a CheckedWallClock that starts from the present time of wall.
-// monotonic returns the time since some fixed instant. onStep is called, without locks held, when a
-// step begins or ends.
+// NewCheckedWallClock returns a CheckedWallClock that trusts the present time of wall. monotonic
+// returns the time since some fixed instant. onStep is called without locks held when a step begins
+// or ends.
 func NewCheckedWallClock(wall func() time.Time, monotonic func() time.Duration, onStep func(WallClockStepEvent)) *CheckedWallClock {
 	return &CheckedWallClock{wall: wall, monotonic: monotonic, onStep: onStep, trusted: wall().Round(0), trustedAt: monotonic()}
 }
 
-// NowInterval returns the range that the present time lies in. A step is noticed by the first call
+// NowInterval returns the range that contains the present time. A step is noticed by the first call
 // after it.
 func (c *CheckedWallClock) NowInterval() PresentTimeRange {
 	c.mu.Lock()
-	wall, now := c.wall().Round(0), c.monotonic() // Round(0), so that Sub compares wall clocks
+	wall, now := c.wall().Round(0), c.monotonic() // Round(0) strips the monotonic reading, so that Sub compares wall clocks
 	expected := c.trusted.Add(now - c.trustedAt)
 	step := c.observe(wall, expected, now)
 	inDoubt := c.doubted != 0
@@ -73,7 +74,7 @@ func (c *CheckedWallClock) NowInterval() PresentTimeRange {
 	return PresentTimeRange{Earliest: expected, Latest: wall}
 }
 
-// StepInDoubt returns the size of the step that is in doubt; 0 if there is none.
+// StepInDoubt returns the size of the step that is in doubt, or 0 if there is none.
 func (c *CheckedWallClock) StepInDoubt() time.Duration {
 	c.NowInterval()
 	c.mu.Lock()
@@ -81,8 +82,8 @@ func (c *CheckedWallClock) StepInDoubt() time.Duration {
 	return c.doubted
 }
 
-// observe compares the wall clock with the time that is expected of it, and returns the step
-// that begins or ends; the zero value if none does. The caller holds c.mu.
+// observe compares the wall clock with its expected time. It returns the event of a step that
+// begins or ends, or the zero value. The caller must hold c.mu.
 func (c *CheckedWallClock) observe(wall, expected time.Time, monotonic time.Duration) (step WallClockStepEvent) {
 	elapsed := monotonic - c.trustedAt
 	diff := wall.Sub(expected)
@@ -101,7 +102,8 @@ func (c *CheckedWallClock) observe(wall, expected time.Time, monotonic time.Dura
 	}
 	c.doubted = 0
 	if step == (WallClockStepEvent{}) {
-		// Only slewing is followed, so that many small steps add up to one that is noticed.
+		// Follow the wall clock only as fast as slewing can change it. Many small steps then add up
+		// to a difference that is noticed.
 		diff = min(max(diff, -elapsed/slewDivisor), elapsed/slewDivisor)
 	}
 	c.trusted, c.trustedAt = expected.Add(diff), monotonic

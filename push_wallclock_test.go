@@ -5,14 +5,14 @@ import (
 	"time"
 )
 
-// A step of the wall clock is noticed, doubted for five minutes and then believed; one
-// that is corrected meanwhile leaves nothing behind; slewing and small steps are none.
+// A step of the wall clock is noticed at once, is in doubt for five minutes, and is then accepted.
+// A step that is reverted before has no effect. Slewing and small changes are not steps.
 func TestWallClock(t *testing.T) {
 	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	type step struct {
-		pass, set   time.Duration // time that passes, and by how much the wall clock is set then
-		early, late time.Duration // since start, of the range
-		change      WallClockStepEvent
+		pass, set   time.Duration      // time that passes, and how far the wall clock is set ahead after it
+		early, late time.Duration      // the wanted range, relative to start
+		change      WallClockStepEvent // the event that is reported; zero if none
 	}
 	const hour, minute, second = time.Hour, time.Minute, time.Second
 	for name, steps := range map[string][]step{
@@ -28,29 +28,29 @@ func TestWallClock(t *testing.T) {
 			{second, 8 * second, 2*second + second/1000, 18 * second, WallClockStepEvent{Size: 16*second - second/1000}},
 			{second, 8 * second, 3*second + second/1000, 27 * second, WallClockStepEvent{}},
 		},
-		"ahead for 45 seconds": {
+		"a step ahead, reverted after 45 seconds": {
 			{minute, 3 * hour, minute, 3*hour + minute, WallClockStepEvent{Size: 3 * hour}},
 			{45 * second, 0, 105 * second, 3*hour + 105*second, WallClockStepEvent{}},
 			{0, -3 * hour, 105 * second, 105 * second, WallClockStepEvent{Size: 3 * hour, Reverted: true}},
 			{10 * minute, 0, 705 * second, 705 * second, WallClockStepEvent{}},
 		},
-		"ahead for good": {
+		"a step ahead, accepted": {
 			{0, 3 * hour, 0, 3 * hour, WallClockStepEvent{Size: 3 * hour}},
 			{4 * minute, second, 4 * minute, 3*hour + 4*minute + second, WallClockStepEvent{}},
 			{minute, 0, 3*hour + 5*minute + second, 3*hour + 5*minute + second, WallClockStepEvent{Size: 3 * hour, Accepted: true}},
 			{minute, 0, 3*hour + 6*minute + second, 3*hour + 6*minute + second, WallClockStepEvent{}},
 		},
-		"back for good": {
+		"a step back, accepted": {
 			{hour, -time.Minute, hour - minute, hour, WallClockStepEvent{Size: -minute}},
 			{5 * minute, 0, hour + 4*minute, hour + 4*minute, WallClockStepEvent{Size: -minute, Accepted: true}},
 		},
-		"another step is doubted anew": {
+		"a second step begins a new doubt": {
 			{0, 3 * hour, 0, 3 * hour, WallClockStepEvent{Size: 3 * hour}},
 			{4 * minute, hour, 4 * minute, 4*hour + 4*minute, WallClockStepEvent{Size: 4 * hour}},
 			{2 * minute, 0, 6 * minute, 4*hour + 6*minute, WallClockStepEvent{}},
 			{3 * minute, 0, 4*hour + 9*minute, 4*hour + 9*minute, WallClockStepEvent{Size: 4 * hour, Accepted: true}},
 		},
-		"back and ahead": {
+		"steps back and ahead, reverted": {
 			{0, -hour, -hour, 0, WallClockStepEvent{Size: -hour}},
 			{minute, 2 * hour, minute, hour + minute, WallClockStepEvent{Size: hour}},
 			{minute, -hour, 2 * minute, 2 * minute, WallClockStepEvent{Size: hour, Reverted: true}},
@@ -66,7 +66,7 @@ func TestWallClock(t *testing.T) {
 				wall = wall.Add(s.pass + s.set)
 				span := c.NowInterval()
 				if want := (PresentTimeRange{start.Add(s.early), start.Add(s.late)}); span != want || got != s.change {
-					t.Errorf("step %d: %v to %v and %+v, want %v to %v and %+v", i, span.Earliest.Sub(start), span.Latest.Sub(start), got, s.early, s.late, s.change)
+					t.Errorf("row %d: got the range %v to %v and the event %+v, want %v to %v and %+v", i, span.Earliest.Sub(start), span.Latest.Sub(start), got, s.early, s.late, s.change)
 				}
 			}
 		})

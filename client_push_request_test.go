@@ -1,0 +1,218 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The client renews its upload token well before the token expires.
+func TestClientRenewsUploadToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		runFor(t, c, 3*time.Hour)
+		for i := 1; i < len(hub.asked); i++ {
+			if age := hub.asked[i].Sub(hub.asked[i-1]); age >= time.Hour || age < 40*time.Minute {
+				t.Errorf("an upload token that is valid for an hour was renewed after %v, want 40 to 60 minutes", age)
+			}
+		}
+		if len(hub.asked) < 3 {
+			t.Errorf("requested %d upload tokens in three hours, want at least 3", len(hub.asked))
+		}
+	})
+}
+
+// The client answers a 401 by requesting one new upload token and repeating the push.
+func TestPusherRenewsRefusedToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		asked, pushes := len(hub.asked), len(hub.at)
+		refused := false
+		hub.answer = func(r *http.Request) *http.Response {
+			if !refused {
+				refused = true
+				return respond(401, nil, "expired")
+			}
+			return nil
+		}
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if len(hub.asked) != asked+1 || len(hub.at) != pushes+2 {
+			t.Errorf("after a 401 the client requested %d upload tokens and pushed %d times, want 1 and 2", len(hub.asked)-asked, len(hub.at)-pushes)
+		}
+	})
+}
+
+// A client whose new upload tokens are refused too returns the server's error. It does not request
+// tokens in a tight loop.
+func TestPusherRevokedToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		hub.answer = func(*http.Request) *http.Response { return respond(401, nil, "revoked") }
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
+			t.Errorf("got the error %v, want the server's error", err)
+		}
+		if n := len(hub.asked); n > 16 { // two servers, and pauses of 1, 2 and 4 s
+			t.Errorf("requested %d upload tokens in 10 s, want at most 16", n)
+		}
+	})
+}
+
+// Only 400 and 413 are final refusals. After any other status the client keeps its scrapes and
+// pushes them again.
+func TestPusherRetriesOtherStatuses(t *testing.T) {
+	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
+		synctest.Test(t, func(t *testing.T) {
+			c, hub, _ := newSpoolClient(t, "", diskSpool(), nil)
+			hub.answer = func(*http.Request) *http.Response { return respond(status, nil, "") }
+			spoolAll(t, c, "a 1\n", "b 1\n")
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+			defer cancel()
+			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 2 || len(hub.at) < 10 {
+				t.Errorf("status %d: got the error %v after %d attempts, want an error after at least 10 attempts; spool: %+v, want 2 scrapes", status, err, len(hub.at), c.spool.Stats())
+			}
+			hub.answer = nil
+			if err := c.pusher.DrainSpool(t.Context()); err != nil || strings.Join(hub.bodies, "") != "a 1\nb 1\n" {
+				t.Errorf("status %d: then got the error %v and the pushes %q, want both scrapes", status, err, hub.bodies)
+			}
+		})
+	}
+}
+
+// A 200 whose body is not a server's answer, but that of a proxy or a login page, does not remove a
+// scrape from the spool.
+func TestPusherIgnoresForeign200(t *testing.T) {
+	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {
+		synctest.Test(t, func(t *testing.T) {
+			c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
+			hub.answer = func(*http.Request) *http.Response { return respond(200, nil, body) }
+			spoolAll(t, c, "a 1\n")
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 1 || !strings.Contains(log.String(), "the answer") {
+				t.Errorf("answer %q: got the error %v, want one about the answer; spool: %+v, want one scrape", body, err, c.spool.Stats())
+			}
+		})
+	}
+}
+
+// The client obeys a Retry-After in seconds and one with a date, whatever the server's clock shows.
+// It ignores a malformed Retry-After, and reduces a longer one to MaxRetryAfter.
+func TestPusherRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
+		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
+		for _, tt := range []struct {
+			after string        // the header in seconds, unless until is set
+			until time.Duration // if not 0, the header is a date so far in the future
+			ahead time.Duration // how far the server's clock is ahead; 0 means that the answer has no Date header
+			want  time.Duration // shortest pause; 0 means the pause after a first failure
+		}{
+			{after: "37", want: 37 * time.Second},
+			{until: 38 * time.Second, want: 38 * time.Second},
+			{until: 39 * time.Second, ahead: time.Hour, want: 39 * time.Second},
+			{until: 40 * time.Second, ahead: -time.Hour, want: 40 * time.Second},
+			{after: "99999", want: 2 * time.Minute}, // MaxRetryAfter
+			{until: 1000 * time.Hour, want: 2 * time.Minute},
+			{until: -time.Minute}, {after: "-5"}, {after: "99999999999999999999"}, {after: "1.5"}, {after: "soon"},
+		} {
+			refused := false
+			hub.answer = func(*http.Request) *http.Response {
+				if refused {
+					return nil
+				}
+				refused = true
+				h := http.Header{"Retry-After": {tt.after}}
+				if tt.until != 0 {
+					h.Set("Retry-After", date(tt.ahead+tt.until))
+				}
+				if tt.ahead != 0 {
+					h.Set("Date", date(tt.ahead))
+				}
+				return respond(503, h, "busy")
+			}
+			spoolAll(t, c, "a 1\n")
+			begin := time.Now()
+			if err := c.pusher.DrainSpool(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			least, most := tt.want, 2*tt.want // jitter at most doubles the pause
+			if tt.want == 0 {
+				least, most = minBackoff/2, minBackoff
+			} else if tt.until > 0 && tt.ahead == 0 { // a date has whole seconds
+				least -= time.Second
+			}
+			if took := time.Since(begin); took < least || took > most {
+				t.Errorf("%+v: the client waited %v, want %v to %v", tt, took, least, most)
+			} else if took%time.Second == 0 {
+				t.Errorf("%+v: the client waited %v, without jitter", tt, took)
+			}
+		}
+	})
+}
+
+// A client with a real server asks it after a restart, and then delivers the scrape in its spool.
+func TestPusherAsksServer(t *testing.T) {
+	r := newSrvRig(t)
+	spool := diskSpool()
+	start := func() *Client {
+		c, _, _ := newSpoolClient(t, "", spool, func(cfg *ClientConfig, st *ClientReloadConfig) {
+			cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
+			st.Token = r.token(KindClient, "site")
+		})
+		return c
+	}
+	c := start()
+	text := fmt.Sprintf("n 1 %d\n", r.now().UnixMilli())
+	at := c.moment()
+	if err := c.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: 1, Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
+		t.Fatal(err)
+	}
+	c = start()
+	mustDrain(t, c)
+	if held := r.held("site", ""); !strings.Contains(held, text[1:]) || c.pusher.pushes.Value("failed") != 0 {
+		t.Errorf("the server holds %q, want %q; failed pushes: %v", held, text, c.pusher.pushes.Value("failed"))
+	}
+}
+
+// The client sends the consumers that a server listed with each later push, also after a restart.
+// It omits a consumer that has not scraped for a day.
+func TestPusherSendsConsumers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &queueServer{consumers: []ConsumerAge{{1, 10 * time.Second}, {2, 23 * time.Hour}}}
+		spool, boot := diskSpool(), testBoot()
+		start := func() *Client {
+			c, _ := newQueueClient(t, spool, []*queueServer{a}, func(cfg *ClientConfig) { cfg.Boot = boot })
+			return c
+		}
+		c := start()
+		sends := func(want string) {
+			t.Helper()
+			spoolOnes(t, c, 1)
+			mustDrain(t, c)
+			if got := a.headers[len(a.headers)-1].Get(ConsumersHeader); got != want {
+				t.Errorf("the push lists the consumers %q, want %q", got, want)
+			}
+		}
+		sends("")
+		a.consumers = nil // the server lost its disk
+		sends("0000000000000001:70,0000000000000002:82860")
+		c = start()
+		time.Sleep(50 * time.Minute)
+		sends("0000000000000001:3130,0000000000000002:85920")
+		a.consumers = []ConsumerAge{{1, 5 * time.Second}}
+		time.Sleep(10 * time.Minute)
+		sends("0000000000000001:3790") // consumer 2 has not scraped for a day
+		sends("0000000000000001:65")
+	})
+}

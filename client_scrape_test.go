@@ -1,0 +1,326 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+// A source whose path ends in /federate selects the series itself. For any other source the client
+// selects them.
+func TestClientSelectsSeries(t *testing.T) {
+	sel, err := ParseSelectors([]string{`up`, `{job=~"a.*"}`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, wantQuery := range map[string][]string{
+		"http://source.example/federate":      {`up`, `{job=~"a.*"}`},
+		"http://source.example/prom/federate": {`up`, `{job=~"a.*"}`},
+		"http://source.example/metrics":       nil,
+	} {
+		var asked *http.Request
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, st *ClientReloadConfig) {
+			cfg.From, _ = url.Parse(path)
+			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				asked = r
+				if r.Header.Get("Authorization") != "Bearer from-token" {
+					t.Errorf("the scrape has Authorization %q, want the source's token", r.Header.Get("Authorization"))
+				}
+				return respond(200, nil, "up 1 5\nx{job=\"ab\"} 2 5\ny{job=\"b\"} 3 5\n"), nil
+			})
+			st.Match = sel
+			st.FromToken = "from-token"
+		})
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := asked.URL.Query()["match[]"]; !slices.Equal(got, wantQuery) {
+			t.Errorf("%s: the scrape has match[] %q, want %q", path, got, wantQuery)
+		}
+		want := "up 1 5\nx{job=\"ab\"} 2 5\n"
+		if wantQuery != nil {
+			want += "y{job=\"b\"} 3 5\n" // the source's choice stays
+		}
+		if hub.bodies[0] != want {
+			t.Errorf("%s: pushed %q, want %q", path, hub.bodies[0], want)
+		}
+	}
+}
+
+// The client decodes delimited protobuf, and pushes a histogram as its component series.
+func TestClientReadsProtobuf(t *testing.T) {
+	text := "# TYPE h histogram\nh_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	fams, err := parser.TextToMetricFamilies(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	enc := expfmt.NewEncoder(&b, expfmt.NewFormat(expfmt.TypeProtoDelim))
+	for _, f := range []*dto.MetricFamily{fams["h"]} {
+		if err := enc.Encode(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
+		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+			return respond(200, http.Header{"Content-Type": {string(expfmt.NewFormat(expfmt.TypeProtoDelim))}}, b.String()), nil
+		})
+	})
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want := "h_bucket{le=\"1\"} 1 7\nh_bucket{le=\"+Inf\"} 2 7\nh_sum 1.5 7\nh_count 2 7\n"
+	if hub.bodies[0] != want {
+		t.Errorf("pushed %q, want %q", hub.bodies[0], want)
+	}
+}
+
+// The metadata labels __type__ and __unit__ are removed and counted, and the samples are stored.
+// That holds for a scrape by the client and for a push of the same body without a client.
+func TestMetadataLabelsEndToEnd(t *testing.T) {
+	ms := testNow.UnixMilli()
+	text := fmt.Appendf(nil, "up{__type__=\"gauge\",i=\"1\"} 1 %d\nup{__type__=\"unknown\",i=\"1\"} 1 %d\nsize{__type__=\"gauge\",__unit__=\"bytes\"} 2 %d\n", ms, ms, ms)
+	proto := protoBody(t, gaugeFamily("up", 1, &ms, "__type__", "gauge", "i", "1"), gaugeFamily("up", 1, &ms, "__type__", "unknown", "i", "1"),
+		gaugeFamily("size", 2, &ms, "__type__", "gauge", "__unit__", "bytes"))
+	for _, tt := range []struct {
+		name, contentType string
+		body              []byte
+	}{{"text", "text/plain; version=0.0.4", text}, {"protobuf", protoType, proto}} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			c, _, log := newTestClient(t, "", func(cfg *ClientConfig, st *ClientReloadConfig) {
+				cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+					return respond(200, http.Header{"Content-Type": {tt.contentType}}, string(tt.body)), nil
+				})
+				cfg.To, cfg.ToClient, cfg.Now = []string{r.external.URL}, http.DefaultClient, r.now
+				st.Token = r.token(KindClient, "site")
+			})
+			if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			got := r.accepted(r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "direct"),
+				header: map[string]string{"Content-Type": tt.contentType}, body: tt.body}))
+			if got.Accepted != 2 || got.Duplicates != 1 || len(got.Dropped) > 0 || !maps.Equal(got.Skipped, map[string]int{"metadata_label": 4}) {
+				t.Errorf("the server answered %+v, want 2 accepted, 1 duplicate and 4 skipped metadata labels", got)
+			}
+			for _, id := range []string{"site", "direct"} {
+				held := r.held(id, "")
+				for _, want := range []string{
+					fmt.Sprintf("up{_id=%q,i=\"1\",instance=\"\",job=\"\"} 1 %d\n", id, ms), fmt.Sprintf("size{_id=%q,instance=\"\",job=\"\"} 2 %d\n", id, ms),
+				} {
+					if strings.Count(held, want) != 1 || strings.Contains(held, "__") {
+						t.Errorf("site %s: want the line %s once and no metadata label in:\n%s", id, want, held)
+					}
+				}
+			}
+			for side, counted := range map[string]float64{"client": c.skipped.Value("metadata_label"), "server": r.server.skippedTotal.Value("metadata_label")} {
+				if counted != 4 {
+					t.Errorf("the %s counts %v skipped metadata labels, want 4", side, counted)
+				}
+			}
+			if n := c.dropped.Value(DropInvalid) + c.dropped.Value(DropRefused); n > 0 || strings.Contains(log.String(), "dropped samples") {
+				t.Errorf("the client dropped %v samples, want 0; log:\n%s", n, log)
+			}
+		})
+	}
+}
+
+// Names reach the server unescaped in every format that the source may choose. So a.b and a_b stay
+// two series.
+func TestClientRequestsUnescapedNames(t *testing.T) {
+	text := "a_b 1 7\n{\"a.b\"} 2 7\n"
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	fams, err := parser.TextToMetricFamilies(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, format := range []expfmt.FormatType{expfmt.TypeProtoDelim, expfmt.TypeTextPlain, expfmt.TypeOpenMetrics} {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
+			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				chosen := expfmt.NegotiateAccept(r.Header, expfmt.NewFormat(format))
+				var b bytes.Buffer
+				enc := expfmt.NewEncoder(&b, chosen)
+				for _, name := range []string{"a_b", "a.b"} {
+					if err := enc.Encode(fams[name]); err != nil {
+						t.Error(err)
+					}
+				}
+				if err := enc.(expfmt.Closer).Close(); err != nil {
+					t.Error(err)
+				}
+				return respond(200, http.Header{"Content-Type": {string(chosen)}}, b.String()), nil
+			})
+		})
+		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := hub.bodies[0]; got != text {
+			t.Errorf("format %v: pushed %q, want %q", format, got, text)
+		}
+	}
+}
+
+// A scrape that exceeds the limits is pushed in pieces, which together have all its samples in
+// order.
+func TestClientSplitsLargeScrapes(t *testing.T) {
+	var text strings.Builder
+	for i := range 5000 {
+		fmt.Fprintf(&text, "metric_%d{label=\"%x\"} %d 1\n", i, ClusterIDHash(fmt.Sprint(i)), i)
+	}
+	c, hub, _ := newTestClient(t, text.String(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 16 << 10 })
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(hub.bodies, ""); got != text.String() {
+		t.Errorf("%d pushes with %d bytes differ from the scrape of %d bytes", len(hub.bodies), len(got), text.Len())
+	}
+	for _, b := range hub.bodies {
+		if len(b) > MaxDecodedFactor*16<<10 {
+			t.Errorf("a push has %d bytes, want at most %d", len(b), MaxDecodedFactor*16<<10)
+		}
+	}
+}
+
+// A single series that exceeds the limits is dropped and logged. The other series of the scrape are
+// pushed.
+func TestClientDropsTooLargeSeries(t *testing.T) {
+	long := fmt.Sprintf("a 1 1\nlong{label=%q} 2 1\nz 3 1\n", strings.Repeat("x", 2000))
+	c, hub, log := newTestClient(t, long, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 100 })
+	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(hub.bodies, ""); got != "a 1 1\nz 3 1\n" || c.dropped.Value(DropInvalid) != 1 || !strings.Contains(log.String(), "--limit-bytes") {
+		t.Errorf("pushed %q and dropped %v series as invalid, want the two short series pushed and one dropped; log:\n%s", got, c.dropped.Value(DropInvalid), log)
+	}
+}
+
+// A scrape whose answer has a bad status, type or encoding, or is truncated, fails with a plain
+// error, and nothing is pushed.
+func TestClientBadSource(t *testing.T) {
+	tests := []struct {
+		name, want string
+		resp       *http.Response
+	}{
+		{"status", `500 Internal Server Error: "oops"`, respond(500, nil, "oops\n")},
+		{"redirect", "redirects are not followed", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
+		{"type", "not supported", respond(200, http.Header{"Content-Type": {"text/html"}}, "<html>")},
+		{"truncated", "truncated", respond(200, nil, "a 1\nb 2")},
+		{"encoding", `content encoding "zstd" is not supported; supported: identity, gzip`, respond(200, http.Header{"Content-Encoding": {"zstd"}}, "a 1\n")},
+		{"encodings", `content encoding "br, gzip" is not supported`, respond(200, http.Header{"Content-Encoding": {"br", "gzip"}}, "a 1\n")},
+	}
+	for _, tt := range tests {
+		c, hub, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
+			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
+			cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return tt.resp, nil })
+		})
+		if err := c.ScrapeOnceAndDrain(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got the error %v, want %q", tt.name, err, tt.want)
+		}
+		if len(hub.at) > 0 {
+			t.Errorf("%s: the client pushed samples of a failed scrape", tt.name)
+		}
+	}
+}
+
+// The client reads answers of a source that are not encoded or are compressed with gzip.
+func TestClientEncodings(t *testing.T) {
+	for _, encoding := range []string{"", "identity", "Identity", "gzip"} {
+		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			body := []byte("a 1\n")
+			if encoding == "gzip" {
+				body = Gzip(body)
+			}
+			if encoding != "" {
+				w.Header().Set("Content-Encoding", encoding)
+			}
+			w.Write(body)
+		}))
+		defer source.Close()
+		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
+			cfg.From, _ = url.Parse(source.URL + "/metrics")
+			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
+		})
+		if got, err := c.Scrape(t.Context()); err != nil || len(got.List.Samples) != 1 {
+			t.Errorf("content encoding %q: got the error %v, want one sample", encoding, err)
+		}
+	}
+}
+
+// The skew of the source's clock is 0 if the Date header is missing or malformed, or differs from
+// this machine's clock by at most skewTolerance.
+func TestSourceSkew(t *testing.T) {
+	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
+	for date, want := range map[string]int64{
+		"":                              0,
+		"yesterday":                     0,
+		"Thu, 01 Jan 1960 00:00:00 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:20 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:19 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:22 GMT": 0,
+		"Tue, 14 Nov 2023 22:13:18 GMT": -2500,
+		"Tue, 14 Nov 2023 22:13:23 GMT": 2500,
+		"Tue, 14 Nov 2023 23:13:20 GMT": 3599_500,
+	} {
+		if got := skewByDateOrZero(date, wall, 0); got != want {
+			t.Errorf("Date %q: got a skew of %d ms, want %d", date, got, want)
+		}
+	}
+}
+
+// The skew of a source whose clock runs at the same rate changes at most once, at whatever fraction
+// of a second the source answers. A step of the source's clock changes the skew.
+func TestSourceSkewIsStable(t *testing.T) {
+	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
+	for _, offset := range []int64{0, 1999, 2000, 2500, -1500, 3600_000, -3600_000} {
+		skew, changes := int64(0), 0
+		for i := range int64(100) {
+			now := wall + i*1037
+			date := time.UnixMilli(now + offset).UTC().Format(http.TimeFormat)
+			got := skewByDateOrZero(date, now, skew)
+			if got != skew {
+				changes++
+			}
+			if skew = got; skew < offset-3000 || skew > offset+3000 {
+				t.Errorf("a source %d ms ahead: got a skew of %d ms, want at most 3 s difference", offset, skew)
+			}
+		}
+		if changes > 1 {
+			t.Errorf("a source %d ms ahead: the skew changed %d times, want at most once", offset, changes)
+		}
+		if got := skewByDateOrZero(time.UnixMilli(wall+offset+60_000).UTC().Format(http.TimeFormat), wall, skew); got < offset+59_000 {
+			t.Errorf("a source %d ms ahead: after a step of a minute got a skew of %d ms", offset, got)
+		}
+	}
+}
+
+// shiftTimes shifts the times of all lines that have one, and leaves other lines unchanged, even if
+// their label values look like times.
+func TestShiftTimes(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                                "",
+		"a 1 5\n":                         "a 1 1005\n",
+		"a 1 -5\n":                        "a 1 995\n",
+		"a 1\n":                           "a 1\n",
+		"a 1000 5\nb NaN 6\nc -Inf 7\n":   "a 1000 1005\nb NaN 1006\nc -Inf 1007\n",
+		"a{x=\"b 3\"} 4\n":                "a{x=\"b 3\"} 4\n",
+		"a{x=\"1 2 3\"} 4 5\n":            "a{x=\"1 2 3\"} 4 1005\n",
+		"{\"a 1\",x=\"} 1\"} 4.5e+10 5\n": "{\"a 1\",x=\"} 1\"} 4.5e+10 1005\n",
+		"{\"a 1\"} 4\n":                   "{\"a 1\"} 4\n",
+	} {
+		if got := string(shiftTimes([]byte(text), 1000)); got != want {
+			t.Errorf("%q: got %q, want %q", text, got, want)
+		}
+	}
+}

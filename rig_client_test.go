@@ -1,0 +1,586 @@
+package main
+
+// Rigs of the client's tests: servers that record what a client sends, a source, clients in virtual
+// time, and a spool on a disk in memory.
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// roundTrip is an http.RoundTripper made of one function, so that clients run in virtual time
+// without a network.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// respond returns an HTTP response. A nil header means an empty header.
+func respond(status int, header http.Header, body string) *http.Response {
+	if header == nil {
+		header = http.Header{}
+	}
+	return &http.Response{
+		StatusCode: status, Status: fmt.Sprintf("%d %s", status, http.StatusText(status)), Header: header,
+		Body: io.NopCloser(strings.NewReader(body)), ProtoMajor: 1, ProtoMinor: 1,
+	}
+}
+
+// fakeHub is a server that records the requests that it receives. It accepts every push unless
+// answer decides otherwise. It does not know spools.
+type fakeHub struct {
+	t         *testing.T
+	mu        sync.Mutex                           // guards asked, asks, bodies, at, hosts and headers while a client runs
+	asked     []time.Time                          // when /authorize was requested
+	bodies    []string                             // decompressed bodies of the accepted pushes
+	at        []time.Time                          // when each push arrived
+	hosts     []string                             // the host of each push
+	headers   []http.Header                        // the header of each push
+	asks      []time.Time                          // when questions (pushes without scrapes) arrived
+	expires   int                                  // lifetime of upload tokens, in seconds
+	tellsTime bool                                 // answers state the server's time and name
+	answer    func(r *http.Request) *http.Response // returns nil to accept the push; may be nil
+}
+
+func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := r.Context().Err(); err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch r.URL.Path {
+	case "/authorize":
+		h.asked = append(h.asked, time.Now())
+		if got := r.Header.Get("Authorization"); got != "Bearer client-token" || r.URL.Query().Get("id") != "site" {
+			h.t.Errorf("/authorize with Authorization %q and query %q", got, r.URL.RawQuery)
+		}
+		return respond(200, nil, fmt.Sprintf(`{"version":1,"token":"upload-%d","expiresInSeconds":%d,"labels":{"_id":"site"}%s}`, len(h.asked), h.expires, h.clock(r))), nil
+	case "/upload":
+		if names, err := ParseScrapeNames(r.Header.Get(SpoolHeader)); err != nil || names.SpoolID == 0 || len(names.Numbers) == 0 && r.ContentLength != 0 {
+			if r.Header.Get(SpoolHeader) != "" {
+				h.t.Errorf("a push has the scrape names %q: %v", r.Header.Get(SpoolHeader), err)
+			}
+		} else if len(names.Numbers) == 0 {
+			h.asks = append(h.asks, time.Now())
+			return respond(200, nil, `{"accepted":0,"duplicates":0,"dropped":{}`+h.clock(r)+`}`), nil
+		}
+		h.hosts = append(h.hosts, r.URL.Host)
+		h.at = append(h.at, time.Now())
+		h.headers = append(h.headers, r.Header)
+		if h.answer != nil {
+			if resp := h.answer(r); resp != nil {
+				return resp, nil
+			}
+		}
+		z, err := gzip.NewReader(r.Body)
+		if err != nil {
+			return nil, err
+		}
+		b, err := io.ReadAll(z)
+		if err != nil {
+			return nil, err
+		}
+		h.bodies = append(h.bodies, string(b))
+		return respond(200, nil, `{"accepted":1,"duplicates":0,"dropped":{}`+h.clock(r)+`}`), nil
+	}
+	h.t.Errorf("unexpected request for %s", r.URL)
+	return respond(404, nil, ""), nil
+}
+
+// clock returns the fields of an answer that state the server's name and time, or "" unless
+// tellsTime is true.
+func (h *fakeHub) clock(r *http.Request) string {
+	if !h.tellsTime {
+		return ""
+	}
+	return fmt.Sprintf(`,"server":%q,"time":%d`, r.URL.Host, time.Now().UnixMilli())
+}
+
+// testBoot returns a boot-time clock that reads 1000 s now and has the boot ID boot-1.
+func testBoot() func() (int64, string) {
+	start := time.Now()
+	return func() (int64, string) { return time.Since(start).Milliseconds() + 1_000_000, "boot-1" }
+}
+
+// newTestClient returns a client whose source is an exporter with this text, the hub that the
+// client pushes to, and the client's log. The spool is in memory. change, which may be nil, changes
+// the configuration first.
+func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
+	t.Helper()
+	return newSpoolClient(t, text, SpoolConfig{}, change)
+}
+
+// newSpoolClient is newTestClient with a spool that the caller configures.
+func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
+	t.Helper()
+	hub := &fakeHub{t: t, expires: 3600}
+	var log logBuffer
+	from, _ := url.Parse("http://source.example/metrics")
+	all, err := ParseSelectors([]string{`{__name__=~".+"}`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := ClientConfig{
+		From: from, To: []string{"https://a.example", "https://b.example"}, ClusterID: "site", Interval: 2 * time.Minute,
+		LimitBytes: 1 << 20, Metrics: NewMetrics(), Now: time.Now, Boot: testBoot(),
+		Log:        slog.New(slog.NewTextHandler(&log, nil)),
+		ToClient:   &http.Client{Transport: hub},
+		FromClient: &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) { return respond(200, nil, text), nil })},
+	}
+	st := ClientReloadConfig{Token: "client-token", Match: all, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }}
+	if change != nil {
+		change(&cfg, &st)
+	}
+	if cfg.ScrapeInterval == 0 {
+		cfg.ScrapeInterval = cfg.Interval
+	}
+	c := NewClient(cfg)
+	c.Reload(st)
+	spool.Limit, spool.MaxAge = 1<<30, 2*time.Hour
+	if err := c.OpenSpool(spool); err != nil {
+		t.Fatal(err)
+	}
+	return c, hub, &log
+}
+
+// runFor runs c for a time.
+func runFor(t *testing.T, c *Client, d time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	defer cancel()
+	if err := c.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// startClient runs c in the background. The returned function ends it and waits for its end.
+func startClient(t *testing.T, c *Client) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(ctx) }()
+	return func() {
+		t.Helper()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// counting is a source whose n-th scrape has the sample n with the value n, starting at 1. It
+// records the time of each scrape.
+type counting struct {
+	hang  atomic.Bool   // scrapes do not return
+	extra time.Duration // by which the clock of its Date header is ahead
+	date  bool          // answers have a Date header
+	mu    sync.Mutex    // guards at while a client runs
+	at    []time.Time   // when each scrape was answered
+}
+
+// count returns the number of scrapes so far.
+func (s *counting) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.at)
+}
+
+func (s *counting) RoundTrip(r *http.Request) (*http.Response, error) {
+	if s.hang.Load() {
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.at = append(s.at, time.Now())
+	header := http.Header{}
+	if s.date {
+		header.Set("Date", time.Now().Add(s.extra).UTC().Format(http.TimeFormat))
+	}
+	return respond(200, header, fmt.Sprintf("n %d\n", len(s.at))), nil
+}
+
+// received returns the values of the sample n in all accepted pushes, in the order of their
+// arrival.
+func (h *fakeHub) received() (ns []int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for line := range strings.Lines(strings.Join(h.bodies, "")) {
+		f := strings.Fields(line)
+		n, err := strconv.Atoi(f[1])
+		if err != nil || f[0] != "n" {
+			h.t.Errorf("received the line %q, want a sample of n", line)
+		}
+		ns = append(ns, n)
+	}
+	return ns
+}
+
+// pushes returns the number of accepted pushes.
+func (h *fakeHub) pushes() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.bodies)
+}
+
+// upTo returns the numbers from 1 to n.
+func upTo(n int) (ns []int) {
+	for i := range n {
+		ns = append(ns, i+1)
+	}
+	return ns
+}
+
+// diskSpool returns the configuration of a spool in the directory /s of a crashFS.
+func diskSpool() SpoolConfig { return SpoolConfig{FS: newCrashFS(1, "/s"), Dir: "/s"} }
+
+// spoolAll adds a scrape with each of these texts to the client's spool, and waits a minute after
+// each.
+func spoolAll(t *testing.T, c *Client, texts ...string) {
+	t.Helper()
+	for _, text := range texts {
+		at := c.moment()
+		if err := c.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: strings.Count(text, "\n"), Size: len(text), Gzip: Gzip([]byte(text))}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+	}
+}
+
+// answerByText makes the hub answer a push by its decompressed text. If by returns nil, the hub
+// accepts the push.
+func (h *fakeHub) answerByText(by func(text string) *http.Response) {
+	h.answer = func(r *http.Request) *http.Response {
+		var b bytes.Buffer
+		b.ReadFrom(r.Body)
+		r.Body = respond(200, nil, b.String()).Body
+		var d Decompressor
+		text, _, err := d.Decompress(b.Bytes(), "gzip", 1<<20)
+		if err != nil {
+			return respond(400, nil, err.Error())
+		}
+		return by(string(text))
+	}
+}
+
+// sizedHub makes the hub answer 413 to texts longer than limit bytes and 400 to texts that contain
+// "bad".
+func sizedHub(hub *fakeHub, limit int) {
+	hub.answerByText(func(text string) *http.Response {
+		switch {
+		case len(text) > limit:
+			return respond(413, nil, "too long")
+		case strings.Contains(text, "bad"):
+			return respond(400, nil, "bad line")
+		}
+		return nil
+	})
+}
+
+// queueServer is a server that knows spools: it holds the scrapes that a push names until consume
+// makes them read. It records each request as an event: "ask" for a question, or the values of the
+// pushed samples, such as "1 2".
+type queueServer struct {
+	t           *testing.T
+	ahead       time.Duration      // how far its clock is ahead
+	limit       int                // bytes of a push's text above which it answers 413; 0 means no limit
+	noSpools    bool               // it does not know spools
+	noConsumers bool               // it knows no consumer
+	down        atomic.Bool        // it cannot be reached
+	lostAnswers int                // number of next answers that are lost after the server has acted on the request
+	declines    func(string) bool  // whether it drops the samples of a scrape with this text; nil means never
+	consumers   []ConsumerAge      // the consumers that its answers list
+	unavailable int                // number of next pushes that it answers with 503
+	onRequest   func(event string) // called before each answer to /upload; may be nil
+
+	mu         sync.Mutex    // guards the fields below
+	held, read Ranges        // scrapes that it holds, and scrapes that every consumer has read
+	names      Ranges        // all scrapes that were ever named
+	events     []string      // one for each request to /upload
+	at         []time.Time   // of each event
+	headers    []http.Header // of each event
+	texts      []string      // of each event, decompressed; "" for a question
+}
+
+// serve answers one request.
+func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.down.Load() {
+		return nil, errors.New("no route to host")
+	}
+	clock := fmt.Sprintf(`"server":%q,"time":%d`, r.URL.Host, time.Now().Add(q.ahead).UnixMilli())
+	if r.URL.Path == "/authorize" {
+		return respond(200, nil, `{"version":1,"token":"t","expiresInSeconds":600000,`+clock+`}`), nil
+	}
+	names, err := ParseScrapeNames(r.Header.Get(SpoolHeader))
+	body, readErr := io.ReadAll(r.Body)
+	if err != nil || readErr != nil {
+		q.t.Errorf("reading a push: scrape names: %v; body: %v", err, readErr)
+	}
+	if len(body) == 0 && (len(names.Numbers) > 0 || names.SpoolID == 0 || r.Header.Get("Content-Encoding") != "") {
+		q.t.Errorf("a question must name a spool without numbers and have no encoding; its header is %v", r.Header)
+	}
+	event, text := "ask", ""
+	if len(body) > 0 {
+		var unpack Decompressor
+		b, _, err := unpack.Decompress(body, "gzip", 1<<20)
+		if err != nil {
+			q.t.Error(err)
+		}
+		text = string(b)
+		var ns []string
+		for line := range strings.Lines(text) {
+			ns = append(ns, strings.Fields(line)[1])
+		}
+		event = strings.Join(ns, " ")
+	}
+	q.events, q.at = append(q.events, event), append(q.at, time.Now())
+	q.headers, q.texts = append(q.headers, r.Header), append(q.texts, text)
+	if q.limit > 0 && len(text) > q.limit {
+		return respond(413, nil, "too large"), nil
+	}
+	if q.unavailable > 0 {
+		q.unavailable--
+		return respond(503, http.Header{"Retry-After": {"5"}}, "overloaded"), nil
+	}
+	lines := slices.Collect(strings.Lines(text))
+	for _, a := range names.Numbers {
+		q.names = q.names.Add(a.From, a.To)
+		for n := a.From; n <= a.To; n++ {
+			var line string
+			if len(lines) > 0 {
+				line, lines = lines[0], lines[1:] // if declines is used, each scrape has one sample
+			}
+			if !q.read.Has(n) && (q.declines == nil || !q.declines(line)) {
+				q.held = q.held.Add(n, n)
+			}
+		}
+	}
+	if q.onRequest != nil {
+		q.onRequest(event)
+	}
+	if q.lostAnswers > 0 {
+		q.lostAnswers--
+		return nil, errors.New("connection reset")
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, `{"accepted":1,"duplicates":0,"dropped":{},%s`, clock)
+	if !q.noSpools && names.SpoolID != 0 {
+		fmt.Fprintf(&b, `,"held":%q`, q.held)
+		if !q.noConsumers {
+			fmt.Fprintf(&b, `,"read":%q,"consumers":%q`, q.read, FormatConsumers(q.consumers))
+		}
+	}
+	return respond(200, nil, b.String()+"}"), nil
+}
+
+// consume makes every scrape that the server holds read by every consumer.
+func (q *queueServer) consume() {
+	for _, a := range q.held {
+		q.read = q.read.Add(a.From, a.To)
+	}
+	q.held = nil
+}
+
+// expect compares the events since the previous call of expect with want, and forgets them. what
+// names the situation.
+func (q *queueServer) expect(what string, want ...string) {
+	q.t.Helper()
+	if !slices.Equal(q.events, want) {
+		q.t.Errorf("%s: got the requests %q, want %q", what, q.events, want)
+	}
+	q.events, q.at, q.headers, q.texts = nil, nil, nil, nil
+}
+
+// newQueueClient returns a client of the servers https://a.example, https://b.example and so on, in
+// this order, and the client's log.
+func newQueueClient(t *testing.T, spool SpoolConfig, servers []*queueServer, change func(*ClientConfig)) (*Client, *logBuffer) {
+	t.Helper()
+	c, _, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) {
+		cfg.To = nil
+		hosts := map[string]*queueServer{}
+		for i, q := range servers {
+			host := string(rune('a'+i)) + ".example"
+			q.t, hosts[host] = t, q
+			cfg.To = append(cfg.To, "https://"+host)
+		}
+		cfg.ToClient = &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) { return hosts[r.URL.Host].serve(r) })}
+		if change != nil {
+			change(cfg)
+		}
+	})
+	return c, log
+}
+
+// spoolOnes adds a scrape with the single sample n to the spool for each number, and waits a minute
+// after each.
+func spoolOnes(t *testing.T, c *Client, ns ...int) {
+	t.Helper()
+	for _, n := range ns {
+		spoolAll(t, c, fmt.Sprintf("n %d\n", n))
+	}
+}
+
+// mustDrain pushes all scrapes in the spool, and fails the test if that fails.
+func mustDrain(t *testing.T, c *Client) {
+	t.Helper()
+	if err := c.pusher.DrainSpool(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// expectSpool compares the numbers of scrapes in the spool by delivery state with the wanted
+// numbers.
+func expectSpool(t *testing.T, what string, c *Client, undelivered, held, elsewhere int) {
+	t.Helper()
+	st := c.spool.Stats()
+	if got, want := [...]int{st.ByState[0].Scrapes, st.ByState[1].Scrapes, st.ByState[2].Scrapes}, [...]int{undelivered, held, elsewhere}; got != want {
+		t.Errorf("%s: the spool has %v undelivered, held and elsewhere scrapes, want %v", what, got, want)
+	}
+}
+
+// spoolRig is a spool on a crashFS. The test sets its clocks. The rig records what the spool
+// reports.
+type spoolRig struct {
+	t              *testing.T
+	fs             *crashFS
+	cfg            SpoolConfig
+	spool          *Spool
+	now            Moment         // what the clocks of the spool show
+	errs           []error        // reported to OnError
+	droppedSamples map[string]int // samples reported to OnDrop, by reason
+	dropCalls      int            // calls of OnDrop
+}
+
+// newSpoolRig returns a rig with an open spool. change, which may be nil, changes the configuration
+// first.
+func newSpoolRig(t *testing.T, change func(*SpoolConfig)) *spoolRig {
+	r := &spoolRig{t: t, fs: newCrashFS(1, "/s"), now: Moment{Wall: 1, Boot: 5_000_000, BootID: "boot-1"}, droppedSamples: map[string]int{}}
+	r.cfg = SpoolConfig{FS: r.fs, Dir: "/s", ClusterID: "site", Limit: 1 << 30, MaxAge: 2 * time.Hour}
+	if change != nil {
+		change(&r.cfg)
+	}
+	r.cfg.Now = func() Moment { return r.now }
+	r.cfg.OnError = func(err error) { r.errs = append(r.errs, err) }
+	r.cfg.OnDrop = func(reason string, _, samples int) { r.droppedSamples[reason] += samples; r.dropCalls++ }
+	r.open()
+	return r
+}
+
+// open opens the spool, again if it was open.
+func (r *spoolRig) open() {
+	r.t.Helper()
+	s, err := OpenSpool(r.cfg)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.spool = s
+}
+
+// later moves both clocks ahead.
+func (r *spoolRig) later(d time.Duration) {
+	r.now.Wall += d.Milliseconds()
+	r.now.Boot += d.Milliseconds()
+}
+
+// files returns the names of all files but the spool's record.
+func (r *spoolRig) files() []string { return spoolFiles(r.fs) }
+
+// spoolFiles returns the names of all files in the file system but the spool's record.
+func spoolFiles(c *crashFS) []string {
+	return slices.DeleteFunc(c.names(), func(name string) bool { return name == "/s/"+spoolMetaName })
+}
+
+// scrape returns a scrape whose samples have the label n with this number. It has this many lines.
+func (r *spoolRig) scrape(n, lines int) Scrape {
+	var text []byte
+	for i := range lines {
+		text = fmt.Appendf(text, "s{n=\"%d\",i=\"%d\"} 1 %d\n", n, i, r.now.Wall)
+	}
+	return Scrape{At: r.now, SourceTime: r.now.Wall + 77, Samples: lines, Size: len(text), Gzip: Gzip(text)}
+}
+
+// add adds scrape n, which has three samples, to the spool.
+func (r *spoolRig) add(n int) error { return r.spool.Add(r.scrape(n, 3)) }
+
+// mustAdd adds scrapes to the spool, and fails the test if that fails.
+func (r *spoolRig) mustAdd(ns ...int) {
+	r.t.Helper()
+	for _, n := range ns {
+		if err := r.add(n); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+}
+
+// noLimits allows every scrape in one push.
+var noLimits = PushLimits{Bytes: 1 << 40, Text: 1 << 40, Scrapes: 1 << 30}
+
+// numbers returns the values of the label n in the scrapes, one for each scrape. It checks that the
+// texts fit Samples and Size.
+func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
+	t.Helper()
+	for _, sc := range scrapes {
+		text := gunzipped(t, sc.Gzip)
+		if len(text) != sc.Size || bytes.Count(text, []byte("\n")) != sc.Samples {
+			t.Errorf("a scrape of %d samples and %d bytes has the text %q", sc.Samples, sc.Size, text)
+		}
+		n := -1
+		fmt.Sscanf(string(text), "s{n=\"%d\"", &n)
+		ns = append(ns, n)
+	}
+	return ns
+}
+
+// nextPush returns the scrapes of the next push. If the spool wants to ask the server first, the
+// server answers that it does not know spools. Reading the spool must not fail.
+func (r *spoolRig) nextPush(l PushLimits) []Scrape {
+	r.t.Helper()
+	if step, _ := r.spool.NextStep(); step == StepAsk {
+		r.spool.ApplyAnswer(SpoolAnswer{})
+	}
+	got, err := r.spool.BeginPush(l)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return got
+}
+
+// drain pushes all scrapes and returns the numbers in each push. The server answers 200 and does
+// not know spools, so each push is done.
+func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
+	r.t.Helper()
+	for {
+		got := r.nextPush(l)
+		if len(got) == 0 {
+			return pushes
+		}
+		pushes = append(pushes, numbers(r.t, got))
+		r.spool.ApplyAnswer(SpoolAnswer{})
+	}
+}
+
+// expect compares two values by their JSON encoding. what names the value.
+func (r *spoolRig) expect(what string, got any, want any) {
+	r.t.Helper()
+	g, _ := json.Marshal(got)
+	w, _ := json.Marshal(want)
+	if !bytes.Equal(g, w) {
+		r.t.Errorf("%s: got %s, want %s", what, g, w)
+	}
+}
