@@ -86,8 +86,8 @@ test-netns: telemeter ## test five servers in a network that is cut in two and h
 test-chaos: ## test restarts, kills, network cuts, joins, and lost, restored or damaged disks of servers: 20 minutes; CHAOS=short: three minutes; SEED; needs root and Linux
 	$(GO) test -count=1 -timeout 60m -v -exec 'unshare --net --mount --propagation private' -run '^TestChaos$$' . -args -chaos $(CHAOS) -seed $(SEED)
 
-test-readme: telemeter ## run the commands of the README, with the addresses replaced
-	./test/readme.sh
+test-docs: telemeter ## run the commands of README.md and docs/operating.md, with the addresses replaced
+	./test/docs.sh
 
 demo: telemeter ## run a server, and a client that pushes the server's own metrics, until Ctrl-C
 	./test/demo.sh
@@ -102,4 +102,4 @@ FORCE:
 
 # The output of the targets must not mix.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-alerts test-netns test-chaos test-readme demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-alerts test-netns test-chaos test-docs demo clean help FORCE

@@ -5,7 +5,6 @@ package main
 // the test binary; see TestMain.
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -14,7 +13,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"flag"
 	"fmt"
 	"io"
 	"math/big"
@@ -353,31 +351,6 @@ func TestReloadFirstCertificate(t *testing.T) {
 	server.await("msg=reloaded")
 	if text := server.text(); !strings.Contains(text, "until this server is restarted") || strings.Contains(text, "reload failed") {
 		t.Errorf("the log does not ask for a restart:\n%s", text)
-	}
-}
-
-var update = flag.Bool("update", false, "update the lists of flags in README.md")
-
-// The README's list of the flags of each mode is the output of --help, without the example.
-func TestREADMEFlags(t *testing.T) {
-	readme := readIn(t, ".", "README.md")
-	for _, mode := range []string{"server", "client", "keygen", "token"} {
-		var out, stderr bytes.Buffer
-		if code := run(t.Context(), time.Now, []string{"--mode", mode, "--help"}, &out, &stderr); code != exitOK {
-			t.Fatalf("--mode %s --help: exit %d: %s", mode, code, &stderr)
-		}
-		want, _, _ := strings.Cut(out.String(), "\nExample:")
-		want = "```\n" + want + "```\n"
-		have := regexp.MustCompile("(?s)```\ntelemeter --mode " + mode + ": .*?```\n").FindString(readme)
-		if have != want {
-			t.Errorf("the README's flags of --mode %s differ from --help; update them with: go test -run README . -args -update", mode)
-		}
-		readme = strings.Replace(readme, have, want, 1)
-	}
-	if *update {
-		if err := os.WriteFile("README.md", []byte(readme), 0o644); err != nil {
-			t.Fatal(err)
-		}
 	}
 }
 

@@ -414,13 +414,13 @@ func TestOutageWindow(t *testing.T) {
 			t.Errorf("%s: the window is %v, want %s", file, m, outageWindow)
 		}
 	}
-	readme, err := os.ReadFile("README.md")
+	reference, err := os.ReadFile(referencePage)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := regexp.MustCompile(`--retention TIME[^(]*\(default (.*)\)`).FindSubmatch(readme)
+	m := regexp.MustCompile(`--retention TIME[^(]*\(default (.*)\)`).FindSubmatch(reference)
 	if m == nil {
-		t.Fatal("README.md does not say the default --retention")
+		t.Fatal(referencePage + " does not say the default --retention")
 	}
 	retention, err := time.ParseDuration(string(m[1]))
 	longest, err2 := time.ParseDuration(outageWindow)

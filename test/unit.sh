@@ -10,14 +10,15 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill "$job" 2>/dev/null; exit 1' INT TERM
 
-# Examples and fuzz targets run as tests too; TestMain is none.
-all=$(cat ./*_test.go | grep -c '^func \(Test\|Fuzz\|Example\)[A-Z][A-Za-z0-9_]*(t\|^func Fuzz')
+# Fuzz targets run their seeds as tests.
+all=$(cat ./*_test.go | grep -c '^func \(Test\|Fuzz\).*\*testing\.[TF])')
 begin=$(date +%s)
 # -v says which test is running. The command is not in a pipe, because its status counts.
 $go test -v "$@" . >"$log" 2>&1 &
 job=$!
 (
-	while sleep 15; do
+	# sleep must not hold the output open when the loop is killed.
+	while sleep 15 >/dev/null 2>&1; do
 		ended=$(grep -c '^--- ' "$log" || true)
 		now=$(sed -n 's/^=== RUN  *\([^/]*\)$/\1/p' "$log" | tail -n 1)
 		echo "  $ended of $all tests have ended after $(($(date +%s) - begin)) s; ${now:-compiling}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# readme.sh runs every command of the README's sh blocks in order. It changes only the
-# addresses: hub.example becomes localhost, the site's Prometheus becomes the server's own
+# docs.sh runs every command of the sh blocks in README.md and docs/operating.md, in order. It
+# changes only the addresses: hub.example becomes localhost, the site's Prometheus becomes the server's own
 # /metrics, and paths are below a temporary directory. Servers and clients run in the
 # background until the end. The next command runs when a server has logged that it serves,
 # or a client that it has pushed.
@@ -31,7 +31,7 @@ await() {
 
 ln -s "$top/telemeter" "$dir/telemeter"
 PATH=$dir:$PATH
-commands=$(sed -n '/^ *```sh$/,/^ *```$/p' README.md | grep -v '```' | sed -e 's/^ *//' \
+commands=$(cat README.md docs/operating.md | sed -n '/^ *```sh$/,/^ *```$/p' | grep -v '```' | sed -e 's/^ *//' \
 	-e 's/hub\.example/localhost/g' -e 's/\(--listen[a-z-]*\) :/\1 localhost:/g' \
 	-e 's#http://localhost:9090#http://localhost:9004/metrics#' -e "s#/var/lib/telemeter#data#")
 cd "$dir"
@@ -58,9 +58,9 @@ done <<<"$commands"
 # The answers go to files first, because grep -q stops reading at its first match, and curl
 # would then fail to write to the pipe.
 curl -sS --fail --cacert keys/tls.crt -H "Authorization: Bearer $(cat site-7.token)" \
-	-H 'Content-Type: text/plain' --data-binary 'readme_done 1
+	-H 'Content-Type: text/plain' --data-binary 'docs_done 1
 ' https://localhost:9003/upload >answer.txt
 grep -q '"accepted":1,' answer.txt
 curl -sS --fail http://localhost:9004/federate >federate.txt
-grep -q '^readme_done{_id="site-7",instance="",job=""} 1 ' federate.txt
+grep -q '^docs_done{_id="site-7",instance="",job=""} 1 ' federate.txt
 echo "$passed passed, 0 failed"
