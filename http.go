@@ -1,7 +1,8 @@
 package main
 
-// Listeners and clients that server and client share. Every connection has deadlines, and
-// their number is bounded. This family must not know the content of requests and answers.
+// Listeners and HTTP clients that the server and the client modes share. Every connection has
+// deadlines, and the number of connections is bounded. This family must not know the content of
+// requests and answers.
 
 import (
 	"bytes"
@@ -17,12 +18,12 @@ import (
 )
 
 const (
-	maxConnections = 4096 // per listener
+	maxConnections = 4096 // open at a time on one listener
 	maxHeaderBytes = 16 << 10
-	shutdownWait   = 20 * time.Second // for requests in flight
+	shutdownWait   = 20 * time.Second // how long Run waits for requests in flight before it cuts them off
 )
 
-// Listen opens a TCP listener.
+// Listen opens a TCP listener on addr, which is host:port.
 func Listen(addr string) (net.Listener, error) {
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -31,9 +32,9 @@ func Listen(addr string) (net.Listener, error) {
 	return ln, nil
 }
 
-// NewHTTPClient returns a client that follows no redirects, because requests carry tokens, and uses
-// no proxy of the environment. dialTimeout bounds the time to connect, and requestTimeout a whole
-// request.
+// NewHTTPClient returns an HTTP client that follows no redirects, because requests carry tokens. It
+// ignores the proxies of the environment. dialTimeout bounds the TCP connect and the TLS handshake,
+// each by itself. requestTimeout bounds a whole request, including the read of its answer.
 func NewHTTPClient(config *tls.Config, requestTimeout, dialTimeout time.Duration) *http.Client {
 	return &http.Client{
 		Timeout:       requestTimeout,
@@ -45,25 +46,29 @@ func NewHTTPClient(config *tls.Config, requestTimeout, dialTimeout time.Duration
 	}
 }
 
-// HTTPServer is one listener with its handler.
+// HTTPServer serves one listener with one handler.
 type HTTPServer struct {
-	Name       string // for logs
-	Listener   net.Listener
-	Handler    http.Handler
-	TrackConns bool        // TrackerIfPreviousAnswerRead knows the connections of plain HTTP; costs a system call a write
-	TLS        *tls.Config // nil for plain HTTP
+	Name     string // names the listener in logs and errors
+	Listener net.Listener
+	Handler  http.Handler
+	// TrackConns lets TrackerIfPreviousAnswerRead track the connections of plain HTTP. It costs one
+	// more system call for each write.
+	TrackConns bool
+	TLS        *tls.Config // nil for plain HTTP; Run limits it to HTTP/1.1
 	Log        *slog.Logger
 }
 
-// Run serves until ctx ends, then waits 20 seconds at most for requests in flight. A peer
-// that does not end its request must not make the process fail.
+// Run serves until ctx ends. It then waits up to shutdownWait for requests in flight, and cuts off
+// the rest. A request that has to be cut off is logged but is not an error, because a peer that
+// never ends its request must not make the process fail. Run returns an error only if the listener
+// fails.
 func (s *HTTPServer) Run(ctx context.Context) error {
 	srv := &http.Server{
 		Handler:           s.Handler,
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       time.Minute,
 		WriteTimeout:      2 * time.Minute,
-		IdleTimeout:       6 * time.Minute, // longer than common intervals: connections are kept
+		IdleTimeout:       6 * time.Minute, // longer than common scrape and push intervals
 		MaxHeaderBytes:    maxHeaderBytes,
 		TLSConfig:         s.TLS,
 		ErrorLog:          log.New(errorLogWriter{s.Log.With("listener", s.Name)}, "", 0),
@@ -75,7 +80,8 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 	srv.ConnState = limited.trackWaitingConn
 	ln := net.Listener(limited)
 	if s.TLS != nil {
-		// HTTP/1.1 only: the bounds count on one request at a time on each connection.
+		// Allow HTTP/1.1 only, because the limits on requests in flight assume that each connection
+		// has one request at a time.
 		s.TLS.NextProtos = []string{"http/1.1"}
 		ln = tls.NewListener(ln, s.TLS)
 	}
@@ -89,15 +95,15 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 	wait, cancel := context.WithTimeout(context.Background(), shutdownWait)
 	defer cancel()
 	if err := srv.Shutdown(wait); err != nil {
-		s.Log.Warn("requests in flight are cut off", "listener", s.Name, "after", shutdownWait, "err", err)
+		s.Log.Warn("closing connections whose requests are still in flight", "listener", s.Name, "after", shutdownWait, "err", err)
 		srv.Close()
 	}
 	<-failed
 	return nil
 }
 
-// errorLogWriter logs the errors of net/http: mostly mistakes of peers, at debug level, but also
-// panics.
+// errorLogWriter receives the error log of net/http. It logs panics of handlers at error level, and
+// all other messages at debug level, because most of them report mistakes of peers.
 type errorLogWriter struct{ log *slog.Logger }
 
 func (e errorLogWriter) Write(p []byte) (int, error) {
@@ -105,6 +111,6 @@ func (e errorLogWriter) Write(p []byte) (int, error) {
 	if bytes.Contains(p, []byte("panic serving")) {
 		level = slog.LevelError
 	}
-	e.log.Log(context.Background(), level, "http", "err", strings.TrimSpace(string(p)))
+	e.log.Log(context.Background(), level, "net/http reports an error", "err", strings.TrimSpace(string(p)))
 	return len(p), nil
 }

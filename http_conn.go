@@ -1,7 +1,8 @@
 package main
 
-// Connections of a listener: their number is bounded, those that only wait make room, and it is
-// known of a request whether it came after its sender had read the previous answer.
+// The connections of a listener. Their number is bounded, and a connection that only waits for a
+// request is closed when a new one needs its place. Each plain HTTP connection can be tracked, to
+// find out whether a peer had read the previous answer before it sent its next request.
 
 import (
 	"container/list"
@@ -12,31 +13,33 @@ import (
 	"sync"
 )
 
-// AnswerReadTracker is one connection. It knows whether a request on it was sequential: no byte of
-// the request was read before the last byte of the previous answer was written. It counts the empty
-// lines that end the headers of requests. A body makes it count too many, or leaves bytes after the
-// last end; then the next request counts as not sequential, which is the safe error. It does not
-// see bytes that the kernel has received and no Read has returned. The address of a
-// AnswerReadTracker is unlike that of any other in use.
+// AnswerReadTracker tracks one connection. It finds out whether a request is sequential. A request
+// is sequential if the server read no byte of it before the server wrote the last byte of the
+// previous answer, or if it is the first on the connection. The tracker recognizes requests by the
+// empty line that ends their headers. A request body makes it count too many headers, or leaves
+// bytes after the last counted header. The next request then counts as not sequential, which is the
+// safe error. Bytes in the kernel's receive buffer that no Read has returned are not seen. Each
+// tracker in use has its own address, so a pointer to it identifies the connection. Safe for
+// concurrent use.
 type AnswerReadTracker struct {
-	mu          sync.Mutex // guards the rest: net/http reads ahead while a handler runs
+	mu          sync.Mutex // guards the fields below, because net/http reads ahead while a handler runs
 	seen        requestHeadCounter
-	seenAtWrite requestHeadCounter // seen before the last byte that was written
-	requests    int
-	sequential  bool // the last request was
+	seenAtWrite requestHeadCounter // value of seen just before the last byte was written
+	requests    int                // requests whose headers net/http has read
+	sequential  bool               // whether the newest request is sequential
 }
 
-// requestHeadCounter counts the headers of requests in the bytes of a connection.
+// requestHeadCounter counts the request headers in the bytes read from a connection.
 type requestHeadCounter struct {
 	complete int  // headers that have ended
-	partial  bool // bytes stand after the last end
-	inLine   bool // bytes stand in the last line
+	partial  bool // there are bytes after the end of the last complete header
+	inLine   bool // the current line is not empty
 }
 
 func (h *requestHeadCounter) countHeadEnds(p []byte) {
 	for _, b := range p {
 		switch {
-		case b == '\n' && !h.inLine: // net/http takes an end without carriage returns too
+		case b == '\n' && !h.inLine: // net/http also accepts lines that end without a carriage return
 			h.complete, h.partial = h.complete+1, false
 		case b == '\n':
 			h.inLine = false
@@ -47,21 +50,23 @@ func (h *requestHeadCounter) countHeadEnds(p []byte) {
 	}
 }
 
-// countRequestHeads takes bytes that were read.
+// countRequestHeads counts the headers in p, the bytes that a Read returned.
 func (t *AnswerReadTracker) countRequestHeads(p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seen.countHeadEnds(p)
 }
 
-// snapshotHeadsAtWrite notes that the last byte of a write is about to be written.
+// snapshotHeadsAtWrite records what has been read so far. The connection calls it just before it
+// writes the last byte of each Write.
 func (t *AnswerReadTracker) snapshotHeadsAtWrite() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seenAtWrite = t.seen
 }
 
-// countRequest counts a request whose headers net/http has read.
+// countRequest counts a request when net/http has read its headers, and decides whether the request
+// is sequential.
 func (t *AnswerReadTracker) countRequest() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -71,10 +76,11 @@ func (t *AnswerReadTracker) countRequest() {
 
 type connTrackerKey struct{}
 
-// TrackerIfPreviousAnswerRead returns the connection that a request came on, if the request is
-// sequential. Any other request gets a new AnswerReadTracker, because its sender has not read the
-// previous answer. So does a request over TLS, where the end of an answer cannot be seen, and one
-// to a server without TrackConns.
+// TrackerIfPreviousAnswerRead returns the tracker of the connection that r came on, if r is
+// sequential: its sender then had read the previous answer on that connection. Otherwise it returns
+// a new tracker, which equals that of no other connection. A request over TLS always gets a new
+// tracker, because the end of an answer cannot be seen inside TLS. So does a request to an
+// HTTPServer without TrackConns.
 func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTracker) {
 	if t, ok := r.Context().Value(connTrackerKey{}).(*AnswerReadTracker); ok {
 		t.mu.Lock()
@@ -86,7 +92,8 @@ func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTrack
 	return &AnswerReadTracker{}
 }
 
-// trackConn is an http.Server's ConnContext, for TrackerIfPreviousAnswerRead.
+// trackConn is the ConnContext of an http.Server. It puts the connection's tracker into the context
+// of its requests, for TrackerIfPreviousAnswerRead.
 func trackConn(ctx context.Context, c net.Conn) context.Context {
 	plain, ok := c.(*trackedConn)
 	if !ok {
@@ -96,18 +103,19 @@ func trackConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connTrackerKey{}, plain.tracker)
 }
 
-// limitListener bounds connections. When there are max, the one that has waited longest for a
-// request is closed for the new one, so that a peer that opens many and asks nothing keeps no
-// other out. If all are busy, the new one waits.
+// limitListener bounds the number of open connections. When max connections are open, a new one
+// replaces the connection that has waited longest for a request. So a peer that opens many
+// connections without sending requests cannot keep others out. If every open connection has a
+// request in flight, the new one waits.
 type limitListener struct {
 	net.Listener
 	max  int
-	room *sync.Cond // on mu: signalled when there may be room
+	room *sync.Cond // uses mu; signalled when a connection may be accepted
 
-	mu      sync.Mutex // guards the rest
+	mu      sync.Mutex // guards the fields below
 	open    int
 	closed  bool
-	waiting list.List // of *trackedConn whose next request has no complete header, the longest first
+	waiting list.List // of *trackedConn without a complete request header, the longest waiting first
 }
 
 func newLimitListener(l net.Listener, max int) *limitListener {
@@ -140,7 +148,7 @@ func (l *limitListener) Accept() (net.Conn, error) {
 	return &trackedConn{Conn: c, listener: l}, nil
 }
 
-// Close closes the listener, and ends an Accept that waits for room.
+// Close closes the listener. An Accept that waits for room returns net.ErrClosed.
 func (l *limitListener) Close() error {
 	l.mu.Lock()
 	l.closed = true
@@ -149,15 +157,16 @@ func (l *limitListener) Close() error {
 	return l.Listener.Close()
 }
 
-// trackWaitingConn is an http.Server's ConnState: a connection is active from the end of a
-// request's head to that of its answer.
+// trackWaitingConn is the ConnState of an http.Server. It keeps the list of waiting connections.
+// net/http reports StateActive when it has read the headers of a request, and StateIdle when it has
+// written the answer.
 func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}
-	conn := c.(*trackedConn) // all are of Accept
+	conn := c.(*trackedConn) // Accept returns no other type
 	if st == http.StateActive && conn.tracker != nil {
-		conn.tracker.countRequest() // once for each request, before its handler runs
+		conn.tracker.countRequest() // StateActive comes once for each request, before its handler runs
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -172,13 +181,13 @@ func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {
 	}
 }
 
-// trackedConn is a connection of a limitListener.
+// trackedConn is a connection that limitListener.Accept returned.
 type trackedConn struct {
 	net.Conn
 	listener *limitListener
-	tracker  *AnswerReadTracker // nil over TLS
-	closed   bool               // the listener's mu guards it
-	waiting  *list.Element      // and this: among those waiting, or nil
+	tracker  *AnswerReadTracker // nil over TLS and without TrackConns
+	closed   bool               // guarded by the listener's mu
+	waiting  *list.Element      // element of the listener's waiting list, or nil; guarded by its mu
 }
 
 func (c *trackedConn) Read(p []byte) (int, error) {
@@ -189,9 +198,9 @@ func (c *trackedConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes the last byte of p by itself, if the connection is tracked. The peer cannot have
-// the whole answer before that byte, so every request that was read until then is not sequential,
-// even if the peer was slow to take the rest.
+// Write writes the last byte of p by itself if the connection is tracked. The peer cannot have the
+// whole answer before that byte is sent. So every request read until then is not sequential, even
+// if the peer was slow to read the first part of the answer.
 func (c *trackedConn) Write(p []byte) (n int, err error) {
 	if c.tracker != nil && len(p) > 0 {
 		if len(p) > 1 {
@@ -205,8 +214,8 @@ func (c *trackedConn) Write(p []byte) (n int, err error) {
 	return n + last, err
 }
 
-// CloseWrite closes one direction. net/http calls it, so that a peer that still sends can read the
-// answer.
+// CloseWrite closes the sending direction only. net/http calls it before it closes a connection, so
+// that a peer that is still sending can read the answer.
 func (c *trackedConn) CloseWrite() error {
 	if tcp, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return tcp.CloseWrite()

@@ -1,7 +1,8 @@
 package main
 
-// Handlers that server and client share: counted requests, health, compressed answers, the
-// list of paths. Counts are by handler and status, so that their number is bounded.
+// HTTP handlers and helpers that server and client share: request metrics, health checks,
+// compressed answers and the list of paths. The number of metric series is bounded, because they
+// have no labels but the handler's name and the status code.
 
 import (
 	"compress/gzip"
@@ -13,11 +14,11 @@ import (
 	"time"
 )
 
-// NewInstrument registers metrics of HTTP requests, and returns a function that counts and times
-// the requests of a handler under a name.
+// NewInstrument registers the metrics of HTTP requests. It returns a function that wraps a handler,
+// so that its requests are counted and timed under the given name.
 func NewInstrument(m *Metrics) func(name string, h http.Handler) http.Handler {
 	requests := m.Counter("telemeter_http_requests_total", "HTTP requests by handler and status code.", "handler", "code")
-	seconds := m.Histogram("telemeter_http_request_duration_seconds", "Time to answer HTTP requests, by handler and status code.",
+	seconds := m.Histogram("telemeter_http_request_duration_seconds", "Seconds to answer an HTTP request, by handler and status code.",
 		[]float64{.001, .005, .01, .05, .1, .25, .5, 1, 5, 10, 30}, "handler", "code")
 	return func(name string, h http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -34,7 +35,7 @@ func NewInstrument(m *Metrics) func(name string, h http.Handler) http.Handler {
 	}
 }
 
-// statusWriter remembers the status that a handler wrote.
+// statusWriter remembers the status code that a handler wrote.
 type statusWriter struct {
 	http.ResponseWriter
 	code    int
@@ -53,10 +54,10 @@ func (w *statusWriter) Write(p []byte) (int, error) {
 	return w.ResponseWriter.Write(p)
 }
 
-// Unwrap lets http.ResponseController reach the connection.
+// Unwrap returns the wrapped writer. http.ResponseController uses it to reach the connection.
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// CountWriter counts the bytes written to W.
+// CountWriter passes writes on to W and counts the bytes in N.
 type CountWriter struct {
 	W io.Writer
 	N int64
@@ -68,32 +69,33 @@ func (c *CountWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// CompressResponse returns a writer for the body, which compresses if the request accepts gzip.
-// finish has to be called at the end of the body; its error is the connection's.
+// CompressResponse returns a writer for the body of an answer. If the request accepts gzip, the
+// writer compresses, and CompressResponse sets Content-Encoding. The caller must call finish at the
+// end of the body. An error of finish means that the connection failed.
 func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func() error) {
 	if !AcceptsGzip(r.Header) {
 		return w, func() error { return nil }
 	}
 	w.Header().Set("Content-Encoding", "gzip")
-	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
+	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // fails only for an invalid level
 	return z, z.Close
 }
 
-// WriteJSON answers with v in JSON.
+// WriteJSON answers with v encoded as JSON.
 func WriteJSON(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(v) // an error is the connection's
+	json.NewEncoder(w).Encode(v) // fails only if the connection does
 }
 
-// IndexHandler answers with a list of paths.
+// IndexHandler returns a handler that answers with paths as a JSON list.
 func IndexHandler(paths ...string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		WriteJSON(w, map[string][]string{"paths": paths})
 	})
 }
 
-// AddHealthRoutes adds /healthz, which answers 200 while the process lives, and /healthz/ready,
-// which answers 200 while ready returns true.
+// AddHealthRoutes adds two routes to mux. /healthz always answers 200. /healthz/ready answers 200
+// while ready returns true, and 503 otherwise.
 func AddHealthRoutes(mux *http.ServeMux, ready func() bool) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, r *http.Request) {

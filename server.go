@@ -1,8 +1,9 @@
 package main
 
-// The server's HTTP side: its routes, configuration and state. Handlers read no byte of a body
-// before its client is authenticated. An answer to one site has nothing of another, no secret
-// and no path. This family must not know of sockets, TLS, files or signals: main wires them.
+// The HTTP side of a server: routes, configuration and state. A handler reads no byte of a body
+// before it has authenticated the client. An answer to one site contains no secret, no file path,
+// and no data of another site. This family must not know of sockets, TLS, files or signals, which
+// main wires up.
 
 import (
 	"log/slog"
@@ -16,63 +17,64 @@ import (
 )
 
 const (
-	// uploadTokenTTL is how long an upload token is valid: short, because it is
-	// the one that is sent often, long against an interval.
+	// uploadTokenTTL is how long an upload token is valid. The time is short, because each push sends
+	// the token over the network. It is still much longer than a push interval.
 	uploadTokenTTL = time.Hour
 
-	maxUploads       = 256              // in flight, each holding a body
-	sampleBytes      = 24               // of a Sample
-	maxPending       = 512 << 20        // bytes of decoded pushes that wait to be stored
-	maxPooledBuffers = 1 << 20          // bytes of buffers that are kept for the next push
-	storeTimeout     = 30 * time.Second // of a push that waits for its owner, an earlier push or a busy disk
-	maxErrorText     = 1 << 10          // bytes of the answer to a refused push
+	maxUploads       = 256              // pushes in flight, each with its body in memory
+	sampleBytes      = 24               // bytes of memory that one Sample takes
+	maxPending       = 512 << 20        // bytes of all decoded pushes that wait to be stored
+	maxPooledBuffers = 1 << 20          // bytes; a larger decodeBuffers is not reused
+	storeTimeout     = 30 * time.Second // to forward, decode and store a push whose body has arrived
+	maxErrorText     = 1 << 10          // bytes; a longer text of a refusal is cut
 
-	maxClockOffset     = 1 << 53     // ms, of a source's clock
-	maxClockDifference = time.Minute // between two servers; see storeForwarded
+	maxClockOffset     = 1 << 53     // ms; a push's clock offset beyond this is ignored
+	maxClockDifference = time.Minute // between the clocks of two servers; used by storeForwarded
 )
 
 // ServerConfig configures a Server.
 type ServerConfig struct {
-	Name               string // of this server
+	Name               string // name of this server
 	Store              *Store
-	Forwarder          *Forwarder  // to the owners of sites; nil: this server is alone and owns all
-	Member             *RingKeeper // for /debug/ring and metrics; nil: none
-	Gossip             *Gossip     // for /sd, /debug/ring and metrics; nil if Member is
+	Forwarder          *Forwarder  // nil if this server has no ring: it then owns all sites
+	Member             *RingKeeper // source of /debug/ring and ring metrics; nil if this server has no ring
+	Gossip             *Gossip     // source of /sd, /debug/ring and ring metrics; nil if Member is nil
 	Metrics            *Metrics
 	Log                *slog.Logger
 	Now                func() time.Time
-	MaxSampleAge       time.Duration       // how long the newest sample of a series is shown
-	LimitBytes         int64               // of a body as sent
-	LimitScrape        int                 // samples in one scrape
-	RateInterval       time.Duration       // one push per site and this, in bursts of 60; 0 = no limit
-	ExternalAuthorizer *ExternalAuthorizer // asked instead of verifying client tokens; nil: verify
+	MaxSampleAge       time.Duration       // how long the newest sample of a series is shown again
+	LimitBytes         int64               // bytes of a push's body as sent
+	LimitScrape        int                 // samples in one answer to /federate; 0 = no limit
+	RateInterval       time.Duration       // per push of a site, in bursts of 60; 0 = no limit
+	ExternalAuthorizer *ExternalAuthorizer // decides about client tokens; nil = the server verifies them
 }
 
-// ReloadableServerConfig has the keys and rules that a reload replaces, all at once.
+// ReloadableServerConfig has the keys and rules that Reload replaces together.
 type ReloadableServerConfig struct {
 	Keys          Keys
 	Revoked       RevokedIDs
 	Normalizer    *ServerNormalizer
-	FederateToken string // asked for on the internal listener; "" = open
+	FederateToken string // bearer token that requests to the internal listener must send; "" = none needed
 }
 
-// Server answers clients and scrapers. It is safe for concurrent use.
+// Server answers clients, scrapers and other members. It is safe for concurrent use.
 type Server struct {
 	cfg        ServerConfig
 	state      atomic.Pointer[ReloadableServerConfig]
 	ready      atomic.Bool
-	uploads    semaphore
-	decoding   semaphore
+	uploads    semaphore    // pushes in flight
+	decoding   semaphore    // pushes being decoded
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
-	bodies     sync.Pool    // *[]byte
-	buffers    sync.Pool    // *decodeBuffers
+	bodies     sync.Pool    // of *[]byte
+	buffers    sync.Pool    // of *decodeBuffers
 	sites      *SitePushLimiter
 	federate   *federateHandler
 	instrument func(string, http.Handler) http.Handler
 	serverMetrics
 }
 
-// NewServer returns a Server that is not ready and has no keys: see Reload.
+// NewServer returns a Server that has no keys and is not ready. The caller must call Reload, then
+// SetReady.
 func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
@@ -93,7 +95,7 @@ func NewServer(cfg ServerConfig) *Server {
 	return s
 }
 
-// serverMetrics counts pushes.
+// serverMetrics has the metrics of pushes and of authentication.
 type serverMetrics struct {
 	pushesTotal, samplesTotal, acceptedTotal, duplicatesTotal, droppedTotal, skippedTotal, receivedBytes *Counter
 	unauthorizedTotal                                                                                    *Counter
@@ -101,19 +103,20 @@ type serverMetrics struct {
 	inFlight                                                                                             *Gauge
 }
 
-// newServerMetrics registers the metrics, with a 0 for each value of their labels.
+// newServerMetrics registers the metrics of serverMetrics. It sets each counter to 0 for every
+// value of its label, so that all its series exist from the start.
 func newServerMetrics(m *Metrics) serverMetrics {
 	sm := serverMetrics{
-		pushesTotal:       m.Counter("telemeter_pushes_total", "Pushes by result.", "result"),
-		receivedBytes:     m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received, as sent."),
-		samplesTotal:      m.Counter("telemeter_samples_received_total", "Samples in pushes that could be decoded."),
-		acceptedTotal:     m.Counter("telemeter_samples_accepted_total", "Samples that were new and are durable."),
-		duplicatesTotal:   m.Counter("telemeter_samples_duplicate_total", "Samples that were held already with the same value."),
+		pushesTotal:       m.Counter("telemeter_pushes_total", "Pushes received from clients, by result.", "result"),
+		receivedBytes:     m.Counter("telemeter_received_bytes_total", "Bytes of push bodies received from clients, before decompression."),
+		samplesTotal:      m.Counter("telemeter_samples_received_total", "Samples in the pushes that this server decoded."),
+		acceptedTotal:     m.Counter("telemeter_samples_accepted_total", "New samples that were stored."),
+		duplicatesTotal:   m.Counter("telemeter_samples_duplicate_total", "Samples that this server already held with the same value."),
 		droppedTotal:      m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
-		skippedTotal:      m.Counter("telemeter_parts_skipped_total", "Parts of samples that are not carried, by kind.", "kind"),
-		unauthorizedTotal: m.Counter("telemeter_unauthorized_total", "Requests without a valid token, by reason.", "reason"),
-		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Time to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
-		inFlight:          m.Gauge("telemeter_pushes_in_flight", "Pushes being handled."),
+		skippedTotal:      m.Counter("telemeter_parts_skipped_total", "Unsupported parts of samples that were dropped, such as exemplars, by kind.", "kind"),
+		unauthorizedTotal: m.Counter("telemeter_unauthorized_total", "Requests that could not be authorized, by reason.", "reason"),
+		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Seconds to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
+		inFlight:          m.Gauge("telemeter_pushes_in_flight", "Pushes in flight."),
 	}
 	for _, reason := range serverDropReasons {
 		sm.droppedTotal.Add(0, reason)
@@ -134,18 +137,19 @@ func newServerMetrics(m *Metrics) serverMetrics {
 	return sm
 }
 
-// storeCollector returns a function that sets metrics from the store's stats.
+// storeCollector registers the metrics of the store. It returns a function that updates them from
+// the store's stats.
 func storeCollector(m *Metrics, store *Store) func() {
 	bytes := m.Gauge("telemeter_store_bytes", "Bytes of all logs on disk.")
-	sites := m.Gauge("telemeter_store_clusters", "Sites known.")
+	sites := m.Gauge("telemeter_store_clusters", "Sites that this server knows.")
 	series := m.Gauge("telemeter_store_series", "Series held.")
 	samples := m.Gauge("telemeter_store_samples", "Samples held.")
-	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs found damaged, cut short or missing at start; of damaged ones copies are kept.")
-	torn := m.Counter("telemeter_store_torn_bytes_total", "Bytes of unfinished writes that were cut from the ends of logs at start.")
-	evicted := m.Counter("telemeter_store_samples_evicted_total", "Samples dropped to stay within the limit on samples: every consumer has read them, or there was none so far.")
-	expired := m.Counter("telemeter_store_samples_expired_total", "Samples dropped because they outlived retention.")
-	unread := m.Counter("telemeter_store_samples_unread_dropped_total", "Samples dropped because they outlived retention before every consumer had them.")
-	compactions := m.Counter("telemeter_store_compactions_total", "Logs rewritten.")
+	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs that were damaged, cut short or missing when the server started. The server keeps a copy of each damaged log.")
+	torn := m.Counter("telemeter_store_torn_bytes_total", "Bytes of unfinished writes that were cut from the ends of logs when the server started.")
+	evicted := m.Counter("telemeter_store_samples_evicted_total", "Samples evicted to stay within the limit on samples, after every consumer had read them or while no consumer was known.")
+	expired := m.Counter("telemeter_store_samples_expired_total", "Samples dropped because they were older than retention.")
+	unread := m.Counter("telemeter_store_samples_unread_dropped_total", "Samples dropped because they were older than retention, before every consumer had read them.")
+	compactions := m.Counter("telemeter_store_compactions_total", "Compactions of logs.")
 	return func() {
 		st := store.Stats()
 		bytes.Set(float64(st.LogBytes))
@@ -165,10 +169,12 @@ func storeCollector(m *Metrics, store *Store) func() {
 	}
 }
 
-// Reload replaces keys, revocations, rules and the federate token.
+// Reload replaces the keys, the revoked IDs, the normalizer's rules and the federate token
+// together.
 func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
 
-// SetReady says whether /healthz/ready answers 200, and pushes are taken.
+// SetReady sets whether the server is ready. Until it is ready, /healthz/ready answers 503 and
+// pushes are refused.
 func (s *Server) SetReady(ready bool) { s.ready.Store(ready) }
 
 // ExternalHandler returns the handler of the listener for clients.
@@ -178,9 +184,9 @@ func (s *Server) ExternalHandler() http.Handler {
 	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.handleAuthorize)))
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Handlers remove this when they have read the whole body. Otherwise net/http would
-		// read the rest of it before it answers, past all limits, and an idle connection would
-		// take one of a bounded number.
+		// Close the connection unless the handler has read the whole body and removes this header.
+		// On a kept connection net/http would read the rest of the body before it answers,
+		// outside our limits. An idle connection would also hold a place under maxConnections.
 		w.Header().Set("Connection", "close")
 		mux.ServeHTTP(w, r)
 	})
@@ -203,24 +209,24 @@ func (s *Server) InternalHandler() http.Handler {
 	return mux
 }
 
-// ForwardHandler returns the handler of the listener for the other members of the ring, which a
-// server with a Forwarder has.
+// ForwardHandler returns the handler of the listener for other members. It must be called only if
+// the server has a Forwarder.
 func (s *Server) ForwardHandler() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
 
-// requireFederateTokenIfSet counts the requests of a handler under a name, and asks for the federate
-// token if there is one.
+// requireFederateTokenIfSet wraps h. It counts and times requests under handlerName, and refuses
+// requests without the federate token if one is configured.
 func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) http.Handler {
 	return s.instrument(handlerName, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		token, _ := ParseBearer(r.Header.Get("Authorization"))
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
-			s.denyToken(w, "federate_token", "this listener needs the bearer token of --federate-token-file")
+			s.denyToken(w, "federate_token", "this listener requires the bearer token in the file of --federate-token-file")
 			return
 		}
 		h.ServeHTTP(w, r)
 	}))
 }
 
-// loopbackPprofHandler serves profiles to loopback addresses.
+// loopbackPprofHandler serves profiles to peers with a loopback address, and refuses others.
 func loopbackPprofHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
@@ -238,8 +244,9 @@ func loopbackPprofHandler() http.Handler {
 	})
 }
 
-// servesNewestOfSite reports whether this server shows the newest samples of a site key's site:
-// those of its own sites, once it is ready.
+// servesNewestOfSite reports whether this server shows the newest samples of a site to every
+// scrape. A server without a ring does so for all sites. A member does so once it is ready, for the
+// sites that it owns.
 func (s *Server) servesNewestOfSite(siteKey uint64) bool {
 	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.OwnsSite(siteKey)
 }

@@ -1,8 +1,9 @@
 package main
 
-// Authentication of requests: the server verifies tokens, or asks the --authorize URL, and
-// exchanges client tokens for upload tokens. An answer says nothing that an attacker does not
-// know. A revoked token is refused from the reload on. This file must not know of samples.
+// Authentication of requests. The server verifies tokens itself or asks the --authorize URL, and it
+// exchanges client tokens for upload tokens. An answer reveals nothing that an attacker does not
+// already know. A revoked token is refused from the next reload on. This file must not know of
+// samples.
 
 import (
 	"errors"
@@ -13,21 +14,21 @@ import (
 	"strings"
 )
 
-// denyToken answers 401. The text is for the client, and says nothing that an attacker does not
-// know.
+// denyToken answers 401 and counts reason. text goes to the client, so it must not reveal anything
+// that an attacker does not already know.
 func (s *Server) denyToken(w http.ResponseWriter, reason, text string) {
 	s.unauthorizedTotal.Inc(reason)
 	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", text))
 	http.Error(w, text, http.StatusUnauthorized)
 }
 
-// denyOtherClusterID answers 403 to a token of another cluster ID.
+// denyOtherClusterID answers 403 to a token that is for another cluster ID.
 func (s *Server) denyOtherClusterID(w http.ResponseWriter, text string) {
 	s.unauthorizedTotal.Inc("other_cluster")
 	http.Error(w, text, http.StatusForbidden)
 }
 
-// bearerOrDeny returns the token of a request, or answers.
+// bearerOrDeny returns the bearer token of a request. Without one it answers 401 and returns false.
 func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text string, ok bool) {
 	text, ok = ParseBearer(r.Header.Get("Authorization"))
 	if !ok {
@@ -36,8 +37,9 @@ func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text stri
 	return text, ok
 }
 
-// authenticate returns the token of a request if it is valid and of one of the kinds, or answers.
-// An id in the query has to be the token's cluster ID.
+// authenticate returns the token of a request if it is valid and its kind is one of kinds.
+// Otherwise it answers 401 or 403 and returns false. If the query has an id, it must be the token's
+// cluster ID.
 func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (t Token, ok bool) {
 	text, ok := s.bearerOrDeny(w, r)
 	if !ok {
@@ -56,7 +58,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	case st.Revoked.IsRevoked(t):
 		s.denyToken(w, "revoked", "the token has been revoked")
 	case !slices.Contains(kinds, t.Kind):
-		s.denyToken(w, "kind", fmt.Sprintf("this takes a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
+		s.denyToken(w, "kind", fmt.Sprintf("this request needs a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
 	case id != "" && id != t.ClusterID:
 		s.denyOtherClusterID(w, "the token is for another cluster ID")
 	default:
@@ -65,8 +67,9 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	return t, false
 }
 
-// authenticateClient returns the client token of a request if it may push, or answers. The server
-// verifies the token, unless there is a URL to ask.
+// authenticateClient returns the client token of a request if it is valid. Otherwise it answers
+// with an error and returns false. The --authorize URL judges the token if one is configured; else
+// the server verifies it.
 func (s *Server) authenticateClient(w http.ResponseWriter, r *http.Request) (Token, bool) {
 	if s.cfg.ExternalAuthorizer != nil {
 		return s.authorizeExternally(w, r)
@@ -78,7 +81,8 @@ func (s *Server) authenticateClient(w http.ResponseWriter, r *http.Request) (Tok
 	return t, ok
 }
 
-// handleAuthorize answers POST /authorize: it exchanges a client token for an upload token.
+// handleAuthorize answers POST /authorize. It exchanges a client token for an upload token, which
+// is valid for uploadTokenTTL but not longer than the client token.
 func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	t, ok := s.authenticateClient(w, r)
 	if !ok {
@@ -93,7 +97,7 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 		Kind: KindUpload, ClusterID: t.ClusterID, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
 	})
 	if err != nil {
-		s.cfg.Log.Error("signing upload token", "cluster_id", t.ClusterID, "err", err)
+		s.cfg.Log.Error("cannot sign upload token", "cluster_id", t.ClusterID, "err", err)
 		s.unauthorizedTotal.Inc("signing")
 		http.Error(w, "the token could not be signed", http.StatusInternalServerError)
 		return
@@ -110,7 +114,9 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// authorizeExternally has the --authorize URL judge a client token, instead of its signature.
+// authorizeExternally asks the --authorize URL about the client token of a request. The returned
+// Token has the cluster ID of the query, the labels of the answer and a new token ID. If the push
+// is not permitted, it answers with an error and returns false.
 func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
 	id := r.URL.Query().Get("id")
 	text, ok := s.bearerOrDeny(w, r)
@@ -139,17 +145,17 @@ func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t 
 		s.denyOtherClusterID(w, err.Error())
 		return t, false
 	case err != nil:
-		s.cfg.Log.Warn("asking --authorize URL", "cluster_id", id, "err", err)
+		s.cfg.Log.Warn("the --authorize URL gave no valid answer", "cluster_id", id, "err", err)
 		s.unauthorizedTotal.Inc("unavailable")
 		w.Header().Set("Retry-After", "5")
-		http.Error(w, "the authorization service cannot be reached", http.StatusServiceUnavailable)
+		http.Error(w, "the authorization service gave no valid answer", http.StatusServiceUnavailable)
 		return t, false
 	}
 	t.Labels = labels
 	return t, true
 }
 
-// isRevokedClusterID reports whether a cluster ID was revoked.
+// isRevokedClusterID reports whether the cluster ID itself is revoked.
 func (s *Server) isRevokedClusterID(clusterID string) bool {
 	return s.state.Load().Revoked.IsRevoked(Token{ClusterID: clusterID})
 }

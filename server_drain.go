@@ -1,8 +1,8 @@
 package main
 
-// The end of a server: it goes on serving scrapes until its consumers have read all samples,
-// and logs the samples that stay unread. The end is bounded in time. This file must not know
-// of signals, listeners or members.
+// The end of a server. A stopping server keeps serving scrapes until its consumers have read all
+// samples, but only for a bounded time. It then logs the samples that are still unread. This file
+// must not know of signals, listeners or members.
 
 import (
 	"context"
@@ -10,13 +10,14 @@ import (
 )
 
 const (
-	drainTimeout      = 75 * time.Second // less than the 90 s that systemd waits before it kills
-	drainConsumerIdle = 3 * time.Minute  // without a scrape, after which a consumer is not waited for
+	drainTimeout      = 75 * time.Second // less than the 90 s after which systemd kills a stopping service
+	drainConsumerIdle = 3 * time.Minute  // the drain does not wait for a consumer whose last scrape is older
 	drainPoll         = 250 * time.Millisecond
 )
 
-// WaitUntilRead returns when no push is being handled, and every consumer that scraped within the
-// last three minutes has read all that is held; after 75 seconds; or when ctx ends.
+// WaitUntilRead returns when no push is in flight and every consumer that scraped within the last
+// three minutes has read all samples that this server holds. It also returns after drainTimeout, or
+// when ctx ends.
 func (s *Server) WaitUntilRead(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
@@ -25,7 +26,7 @@ func (s *Server) WaitUntilRead(ctx context.Context) {
 	since := s.cfg.Now().Add(-drainConsumerIdle)
 	unread := s.consumerBacklogs(since)
 	if len(unread) > 0 {
-		s.cfg.Log.Info("serving consumers what they have not read, before the end", "consumers", len(unread), "at_most", drainTimeout)
+		s.cfg.Log.Info("waiting until consumers have read their samples, before stopping", "consumers", len(unread), "at_most", drainTimeout)
 	}
 	for len(unread) > 0 || s.uploads.InUse() > 0 {
 		select {
@@ -37,8 +38,8 @@ func (s *Server) WaitUntilRead(ctx context.Context) {
 	}
 }
 
-// LogUnreadSamples logs how much each consumer has not read. An operator looks for that before the
-// storage directory is removed.
+// LogUnreadSamples logs how many samples each consumer has not read. An operator checks this log
+// before removing the storage directory.
 func (s *Server) LogUnreadSamples() {
 	unread := s.consumerBacklogs(time.Time{})
 	samples, consumers := int64(0), 0
@@ -47,32 +48,33 @@ func (s *Server) LogUnreadSamples() {
 	}
 	switch {
 	case samples > 0 && consumers == 0:
-		s.cfg.Log.Warn("no consumer is known, so that nothing is read", "samples", samples)
+		s.cfg.Log.Warn("no consumer is known, so no sample has been read", "samples", samples)
 	case len(unread) == 0:
-		s.cfg.Log.Info("nothing unread")
+		s.cfg.Log.Info("no sample is unread")
 	}
-	outcome := "they are served when this server starts again"
+	outcome := "they will be served when this server starts again"
 	if !s.cfg.Store.IsOnDisk() {
-		outcome = "they are lost, but for those of clients with a spool, because there is no storage directory"
+		outcome = "without a storage directory they are lost, except samples that a client still has in its spool"
 	}
 	for _, u := range unread {
 		s.cfg.Log.Warn("samples are unread; "+outcome, "consumer", u.Name, "address", u.Address, "samples", u.UnreadSamples, "sites", u.sites)
 	}
 }
 
-// consumerBacklog has the samples of all sites that one consumer has not read.
+// consumerBacklog counts the samples of all sites that one consumer has not read.
 type consumerBacklog struct {
 	ConsumerSiteBacklog
 	sites int
 }
 
-// consumerBacklogs returns the consumers that scraped at or after scrapedSince and have not read
-// all.
+// consumerBacklogs returns one entry for each consumer that has unread samples and scraped at or
+// after scrapedSince. A consumer is identified by its name and address. The zero scrapedSince also
+// includes consumers that have never scraped this server.
 func (s *Server) consumerBacklogs(scrapedSince time.Time) (all []consumerBacklog) {
 	index := map[[2]string]int{}
 	for _, site := range s.cfg.Store.Stats().Sites {
 		for _, b := range site.Backlogs {
-			// A consumer without an address has never scraped this server.
+			// A consumer without an address is known from clients only and never scraped this server.
 			if b.UnreadSamples == 0 || b.LastScrape.Before(scrapedSince) || b.Address == "" && !scrapedSince.IsZero() {
 				continue
 			}

@@ -1,13 +1,12 @@
 package main
 
-// The end of a server: how long it goes on serving, in virtual time, what it logs of unread
-// samples, and what signals do to a real process.
+// The end of a server: how long it keeps serving, in virtual time; what it logs about unread
+// samples; and what signals do to real processes.
 
 import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"strings"
 	"syscall"
@@ -16,82 +15,45 @@ import (
 	"time"
 )
 
-// newLeaveRig returns a server in virtual time, without listeners.
-func newLeaveRig(t *testing.T) *srvRig {
-	r := &srvRig{t: t, log: &logBuffer{}}
-	store, err := OpenStore(StoreConfig{Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now, OnError: func(err error) { t.Error(err) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.store = store
-	r.server = NewServer(ServerConfig{
-		Name: "s1", Store: store, Metrics: NewMetrics(), Log: slog.New(slog.NewTextHandler(r.log, nil)), Now: time.Now,
-		MaxSampleAge: time.Hour, LimitBytes: 1 << 20, LimitScrape: 1000,
-	})
-	r.server.SetReady(true)
-	return r
-}
-
-// hold has the server hold a push.
-func (r *srvRig) hold(id, text string) {
-	r.t.Helper()
-	push := &pushRequest{ClusterID: id, Arrival: time.Now().UnixMilli()}
-	if a, err := r.server.storeForwarded(r.t.Context(), push, []byte(text)); err != nil || a.Status != 200 {
-		r.t.Fatal(a, err)
-	}
-}
-
-// Drain ends when all is read that somebody waits for, when no push is handled any more,
-// after 75 seconds, or when it is told to.
+// WaitUntilRead returns when every consumer that scraped lately has read all samples and no push is
+// in flight. It also returns after drainTimeout, and when its context ends.
 func TestDrain(t *testing.T) {
-	const within = drainPoll
+	scraped := func(r *srvRig, x *AnswerReadTracker) { // the consumer x was served, but has not confirmed
+		r.hold("a", "up 1\n")
+		r.scrapeOn(x, "consumer=x")
+	}
 	for _, c := range []struct {
 		name   string
-		before func(r *srvRig, x *AnswerReadTracker)
-		during func(r *srvRig, x *AnswerReadTracker) // beside Drain
-		cancel time.Duration                         // after which it is told to end; 0: never
+		before func(r *srvRig, x *AnswerReadTracker) // if not nil
+		during func(r *srvRig, x *AnswerReadTracker) // runs beside WaitUntilRead, if not nil
+		cancel time.Duration                         // when the context ends; 0: never
 		want   time.Duration
 	}{
-		{name: "nothing held"},
+		{name: "no samples"},
 		{name: "no consumer", before: func(r *srvRig, _ *AnswerReadTracker) { r.hold("a", "up 1\n") }},
-		{name: "all is read", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
+		{name: "all samples are read", before: func(r *srvRig, x *AnswerReadTracker) {
+			scraped(r, x)
 			r.scrapeOn(x, "consumer=x")
 		}},
-		{name: "nobody reads", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
-		}, want: drainTimeout},
-		{name: "told to end", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
-		}, cancel: 3 * time.Second, want: 3 * time.Second},
-		{name: "the consumer is away", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
+		{name: "the consumer does not come back", before: scraped, want: drainTimeout},
+		{name: "the context ends", before: scraped, cancel: 3 * time.Second, want: 3 * time.Second},
+		{name: "the consumer scraped more than three minutes ago", before: func(r *srvRig, x *AnswerReadTracker) {
+			scraped(r, x)
 			time.Sleep(drainConsumerIdle + time.Second)
 		}},
-		{name: "the consumer may be about to come", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
+		{name: "the consumer scraped three minutes ago", before: func(r *srvRig, x *AnswerReadTracker) {
+			scraped(r, x)
 			time.Sleep(drainConsumerIdle)
 		}, want: drainTimeout},
-		{name: "confirmed by the next scrape", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
-		}, during: func(r *srvRig, x *AnswerReadTracker) {
+		{name: "the next scrape confirms", before: scraped, during: func(r *srvRig, x *AnswerReadTracker) {
 			time.Sleep(10*time.Second - time.Millisecond)
 			r.scrapeOn(x, "consumer=x")
 		}, want: 10 * time.Second},
-		{name: "served, not confirmed", before: func(r *srvRig, x *AnswerReadTracker) {
-			r.hold("a", "up 1\n")
-			r.scrapeOn(x, "consumer=x")
-		}, during: func(r *srvRig, _ *AnswerReadTracker) {
+		{name: "a scrape on another connection does not confirm", before: scraped, during: func(r *srvRig, _ *AnswerReadTracker) {
 			time.Sleep(10 * time.Second)
 			r.scrapeOn(&AnswerReadTracker{}, "consumer=x")
 		}, want: drainTimeout},
-		{name: "one of two has read", before: func(r *srvRig, x *AnswerReadTracker) {
+		{name: "one of two consumers has read all", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.hold("b", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
@@ -101,11 +63,11 @@ func TestDrain(t *testing.T) {
 			time.Sleep(20*time.Second - time.Millisecond)
 			r.scrapeOn(x, "consumer=y")
 		}, want: 20 * time.Second},
-		{name: "a push is being handled", before: func(r *srvRig, _ *AnswerReadTracker) { r.server.uploads.TryAcquire() }, during: func(r *srvRig, _ *AnswerReadTracker) {
+		{name: "a push is in flight", before: func(r *srvRig, _ *AnswerReadTracker) { r.server.uploads.TryAcquire() }, during: func(r *srvRig, _ *AnswerReadTracker) {
 			time.Sleep(5*time.Second - time.Millisecond)
 			r.server.uploads.Release()
 		}, want: 5 * time.Second},
-		{name: "a push comes to its end, and is read", before: func(r *srvRig, x *AnswerReadTracker) {
+		{name: "a push ends and is then read", before: func(r *srvRig, x *AnswerReadTracker) {
 			r.scrapeOn(x, "consumer=x")
 			r.server.uploads.TryAcquire()
 		}, during: func(r *srvRig, x *AnswerReadTracker) {
@@ -120,7 +82,7 @@ func TestDrain(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r, x := newLeaveRig(t), &AnswerReadTracker{}
+				r, x := newVirtualRig(t), &AnswerReadTracker{}
 				if c.before != nil {
 					c.before(r, x)
 				}
@@ -134,8 +96,8 @@ func TestDrain(t *testing.T) {
 				}
 				begin := time.Now()
 				r.server.WaitUntilRead(ctx)
-				if took := time.Since(begin); took < c.want || took > c.want+within {
-					t.Errorf("it took %v, want %v", took, c.want)
+				if took := time.Since(begin); took < c.want || took > c.want+drainPoll {
+					t.Errorf("WaitUntilRead took %v, want %v", took, c.want)
 				}
 				cancel()
 			})
@@ -143,80 +105,136 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// LogUnreadSamples says what is unread and for whom, or that nothing is.
+// LogUnreadSamples logs one line for each consumer with unread samples, or one line that no sample
+// is unread or no consumer is known.
 func TestLogUnread(t *testing.T) {
-	const waits = `msg="samples are unread; they are lost, but for those of clients with a spool, because there is no storage directory" `
+	const unread = `msg="samples are unread; without a storage directory they are lost, except samples that a client still has in its spool" `
 	for _, c := range []struct {
 		name string
 		do   func(r *srvRig, x *AnswerReadTracker)
 		want []string
 	}{
-		{"nothing held", func(*srvRig, *AnswerReadTracker) {}, []string{`msg="nothing unread"`}},
-		{"nobody is known", func(r *srvRig, _ *AnswerReadTracker) { r.hold("a", "up 1\nn 1\n") }, []string{`msg="no consumer is known, so that nothing is read" samples=2`}},
-		{"all read", func(r *srvRig, x *AnswerReadTracker) {
+		{"no samples", func(*srvRig, *AnswerReadTracker) {}, []string{`msg="no sample is unread"`}},
+		{"no consumer", func(r *srvRig, _ *AnswerReadTracker) { r.hold("a", "up 1\nn 1\n") }, []string{`msg="no consumer is known, so no sample has been read" samples=2`}},
+		{"all samples are read", func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\n")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
-		}, []string{`msg="nothing unread"`}},
-		{"unread", func(r *srvRig, x *AnswerReadTracker) {
+		}, []string{`msg="no sample is unread"`}},
+		{"two consumers, one of them idle", func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\nn 1\n")
 			r.scrapeOn(x, "consumer=y")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 			r.hold("b", "up 1\n")
-			time.Sleep(drainConsumerIdle + time.Second) // it says so of those that are not waited for too
-		}, []string{waits + "consumer=x address=192.0.2.1 samples=1 sites=1", waits + "consumer=y address=192.0.2.1 samples=3 sites=2"}},
+			time.Sleep(drainConsumerIdle + time.Second) // so long that WaitUntilRead would not wait
+		}, []string{unread + "consumer=x address=192.0.2.1 samples=1 sites=1", unread + "consumer=y address=192.0.2.1 samples=3 sites=2"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newLeaveRig(t)
+				r := newVirtualRig(t)
 				c.do(r, &AnswerReadTracker{})
 				before := r.log.String()
 				r.server.LogUnreadSamples()
 				log := strings.TrimPrefix(r.log.String(), before)
 				for _, want := range c.want {
 					if !strings.Contains(log, want) {
-						t.Errorf("it does not log %s:\n%s", want, log)
+						t.Errorf("the log does not have %s:\n%s", want, log)
 					}
 				}
 				if n := strings.Count(log, "\n"); n != len(c.want) {
-					t.Errorf("%d lines:\n%s", n, log)
+					t.Errorf("the log has %d lines, want %d:\n%s", n, len(c.want), log)
 				}
 			})
 		})
 	}
 }
 
-// still reports whether a process runs.
+// still reports whether the process runs.
 func (p *process) still() bool {
 	p.t.Helper()
 	return p.cmd.Process.Signal(syscall.Signal(0)) == nil
 }
 
-// ended waits until a process has ended by itself, and returns the exit status.
+// ended waits until the process has ended by itself, and returns the exit status.
 func (p *process) ended() int {
 	p.t.Helper()
 	return p.end(syscall.Signal(0))
 }
 
-// TestServerLeaves: at SIGTERM a process takes no pushes any more, and serves its consumers
-// until they have read all.
+// uploadStatus pushes to the member on a new connection. It returns the status code, or 0 if the
+// member cannot be reached.
+func (m *memberProcess) uploadStatus(token, text string) int {
+	m.t.Helper()
+	http.DefaultClient.CloseIdleConnections()
+	req, err := http.NewRequest("POST", m.external+"/upload", strings.NewReader(text))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0
+	}
+	resp.Body.Close()
+	return resp.StatusCode
+}
+
+// scrape scrapes the member as the consumer central, and returns the values of the series up.
+func (m *memberProcess) scrape(scraper *http.Client) string {
+	m.t.Helper()
+	resp, err := scraper.Get(m.internal + "/federate?consumer=central")
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		m.t.Fatalf("/federate was answered %s: %v", resp.Status, err)
+	}
+	return upsOf(string(b))
+}
+
+const drainingMessage = "waiting until consumers have read their samples, before stopping"
+
+// checkDraining waits until the member drains. It then checks that the member refuses pushes, is
+// still listed in /sd, and runs.
+func (m *memberProcess) checkDraining(t *testing.T, token string) {
+	t.Helper()
+	m.await(drainingMessage)
+	eventually(t, "the member refuses pushes", func() bool {
+		status := m.uploadStatus(token, "up 2\n")
+		return status == 0 || status == http.StatusServiceUnavailable
+	})
+	if sd := get(t, m.internal+"/sd"); !strings.Contains(sd, "127.0.0.1:") {
+		t.Errorf("/sd does not list the draining server: %s", sd)
+	}
+	if !m.still() {
+		t.Fatal("the process ended before its samples were read")
+	}
+}
+
+// At SIGTERM a server stops accepting pushes and serves its consumers until they have read all
+// samples. SIGINT, or a second signal, ends it at once. It exits with 0, logs which samples are
+// unread, and serves these when it starts again.
 func TestServerLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--ttl", "1h")
-	const draining = "serving consumers what they have not read, before the end"
-	const unread = `samples are unread; they are served when this server starts again" consumer=central address=127.0.0.1 samples=1 sites=1`
+	const (
+		unread = `samples are unread; they will be served when this server starts again" consumer=central address=127.0.0.1 samples=1 sites=1`
+		read   = `msg="no sample is unread"`
+	)
 	for _, c := range []struct {
 		name    string
-		consume int // scrapes before the signal
-		signals []syscall.Signal
-		reads   bool // there is one more scrape then
-		want    string
+		scrapes int              // before the first signal
+		signals []syscall.Signal // one or two
+		reads   bool             // the consumer scrapes once more while the server drains
+		want    string           // in the log
 	}{
-		{"no consumer", 0, []syscall.Signal{syscall.SIGTERM}, false, `msg="no consumer is known, so that nothing is read" samples=1`},
-		{"all read", 2, []syscall.Signal{syscall.SIGTERM}, false, `msg="nothing unread"`},
-		{"reads then", 1, []syscall.Signal{syscall.SIGTERM}, true, `msg="nothing unread"`},
+		{"no consumer", 0, []syscall.Signal{syscall.SIGTERM}, false, `msg="no consumer is known, so no sample has been read" samples=1`},
+		{"all read", 2, []syscall.Signal{syscall.SIGTERM}, false, read},
+		{"read while draining", 1, []syscall.Signal{syscall.SIGTERM}, true, read},
 		{"SIGTERM twice", 1, []syscall.Signal{syscall.SIGTERM, syscall.SIGTERM}, false, unread},
 		{"SIGTERM, SIGINT", 1, []syscall.Signal{syscall.SIGTERM, syscall.SIGINT}, false, unread},
 		{"SIGINT", 1, []syscall.Signal{syscall.SIGINT}, false, unread},
@@ -225,69 +243,35 @@ func TestServerLeaves(t *testing.T) {
 			storage := strings.ReplaceAll(c.name, " ", "-")
 			m := startMember(t, dir, "a", "--storage-dir", storage)
 			agree(t, 1, m)
-			if code := m.push(token, "up 1\n"); code != http.StatusOK {
-				t.Fatalf("a push: %d", code)
+			if code := m.uploadStatus(token, "up 1\n"); code != http.StatusOK {
+				t.Fatalf("a push was answered %d, want 200", code)
 			}
-			http.DefaultClient.CloseIdleConnections() // the next push needs the listener
 			scraper := scraperOf(t)
-			scrape := func() string {
-				t.Helper()
-				resp, err := scraper.Get(m.internal + "/federate?consumer=central")
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer resp.Body.Close()
-				b, err := io.ReadAll(resp.Body)
-				if err != nil || resp.StatusCode != http.StatusOK {
-					t.Fatalf("%s %v", resp.Status, err)
-				}
-				return upsOf(string(b))
-			}
-			for range c.consume {
-				if got := scrape(); got != "1 " {
-					t.Errorf("before the end: %q", got)
+			for range c.scrapes {
+				if got := m.scrape(scraper); got != "1 " {
+					t.Errorf("before the signal a scrape gets %q, want 1", got)
 				}
 			}
 			m.cmd.Process.Signal(c.signals[0])
 			if c.reads || len(c.signals) > 1 {
-				m.await(draining)
-				eventually(t, "no push is taken", func() bool {
-					req, err := http.NewRequest("POST", m.external+"/upload", strings.NewReader("up 2\n"))
-					if err != nil {
-						t.Fatal(err)
-					}
-					req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(token))
-					resp, err := http.DefaultClient.Do(req)
-					if err != nil {
-						return true
-					}
-					resp.Body.Close()
-					return resp.StatusCode == http.StatusServiceUnavailable
-				})
-				if sd := get(t, m.internal+"/sd"); !strings.Contains(sd, "127.0.0.1:") {
-					t.Errorf("/sd says %s", sd)
-				}
-				if !m.still() {
-					t.Fatal("it ended before all was read")
-				}
+				m.checkDraining(t, token)
 			}
 			if c.reads {
-				scrape()
+				m.scrape(scraper)
 			}
 			if len(c.signals) > 1 {
 				m.cmd.Process.Signal(c.signals[1])
 			}
 			if code := m.ended(); code != exitOK {
-				t.Errorf("exit %d", code)
+				t.Errorf("exit status %d, want %d", code, exitOK)
 			}
-			log := m.text()
-			if !strings.Contains(log, c.want) || strings.Contains(log, "nothing unread") != strings.Contains(c.want, "nothing unread") {
-				t.Errorf("it does not say %s", c.want)
+			if log := m.text(); !strings.Contains(log, c.want) || strings.Contains(log, read) != (c.want == read) {
+				t.Errorf("the log does not have %s, or wrongly has %s", c.want, read)
 			}
-			if c.want == unread { // and so it is
+			if c.want == unread {
 				again := startMember(t, dir, "a", "--storage-dir", storage)
-				if got := upsOf(get(t, again.internal+"/federate?consumer=central")); got != "1 " {
-					t.Errorf("after a restart: %q", got)
+				if got := again.scrape(scraperOf(t)); got != "1 " {
+					t.Errorf("after a restart a scrape gets %q, want 1", got)
 				}
 				again.end(syscall.SIGINT)
 			}
@@ -295,39 +279,36 @@ func TestServerLeaves(t *testing.T) {
 	}
 }
 
-// A member that leaves stays in /sd of all and off the ring until its consumer has read what
-// it holds; the others take its sites at once.
+// tokenOfSiteOf finds a site that owner owns, and returns a token of that site. It sends owner a
+// push of one site after the other, until owner shows the sample.
+func tokenOfSiteOf(t *testing.T, dir string, owner *memberProcess, members ...*memberProcess) string {
+	t.Helper()
+	for i := 0; ; i++ {
+		id := fmt.Sprint("site", i)
+		token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", id)
+		if code := owner.push(token, "m 1\n"); code != http.StatusOK {
+			t.Fatalf("a push was answered %d, want 200", code)
+		}
+		if _, got := shows(t, id, members...); got == owner {
+			return token
+		}
+	}
+}
+
+// A member that leaves hands its sites to the other members at once. Until its consumers have read
+// its samples, it stays in /sd of all members and serves scrapes. Then it exits and counts as left.
 func TestMemberLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	a := startMember(t, dir, "a")
 	b := startMember(t, dir, "b", "--join", a.ringAddr)
 	agree(t, 2, a, b)
-	token := ""
-	for i := 0; ; i++ { // of a site that b owns
-		id := fmt.Sprint("site", i)
-		token = mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", id)
-		if code := b.push(token, "m 1\n"); code != http.StatusOK {
-			t.Fatalf("a push: %d", code)
-		}
-		if _, owner := shows(t, id, a, b); owner == b {
-			break
-		}
-	}
+	token := tokenOfSiteOf(t, dir, b, a, b)
 	scraper := scraperOf(t)
-	scrape := func() {
-		t.Helper()
-		resp, err := scraper.Get(b.internal + "/federate?consumer=central")
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.Copy(io.Discard, resp.Body)
-		resp.Body.Close()
-	}
-	scrape()
+	b.scrape(scraper)
 	b.cmd.Process.Signal(syscall.SIGTERM)
-	b.await("serving consumers what they have not read")
-	eventually(t, "a is alone on its ring", func() bool {
+	b.await(drainingMessage)
+	eventually(t, "a owns all sites", func() bool {
 		shares := map[string]float64{}
 		for _, m := range a.debug().Members {
 			shares[m.Name] = m.Share
@@ -336,25 +317,25 @@ func TestMemberLeaves(t *testing.T) {
 	})
 	for range 3 {
 		if code := a.push(token, "m 2\n"); code != http.StatusOK {
-			t.Errorf("a push to the other: %d", code)
+			t.Errorf("a push to the other member was answered %d, want 200", code)
 		}
 	}
 	for _, m := range []*memberProcess{a, b} {
 		if sd := get(t, m.internal+"/sd"); strings.Count(sd, "127.0.0.1:") != 2 {
-			t.Errorf("/sd of %s says %s", m.name, sd)
+			t.Errorf("/sd of %s does not list both members: %s", m.name, sd)
 		}
 	}
-	if n := strings.Count(get(t, a.internal+"/metrics"), `telemeter_forwards_sent_total{result="kept"} 0`); n != 1 {
-		t.Error("a push waited for the one that leaves")
+	if !strings.Contains(get(t, a.internal+"/metrics"), `telemeter_forwards_sent_total{result="kept"} 0`) {
+		t.Error("a tried to forward a push to the member that leaves")
 	}
 	if !b.still() {
-		t.Fatal("it ended before all was read")
+		t.Fatal("b ended before its samples were read")
 	}
-	scrape()
-	if code := b.ended(); code != exitOK || !strings.Contains(b.text(), `msg="nothing unread"`) {
-		t.Errorf("exit %d", code)
+	b.scrape(scraper)
+	if code := b.ended(); code != exitOK || !strings.Contains(b.text(), `msg="no sample is unread"`) {
+		t.Errorf("exit status %d, want %d and a log that no sample is unread", code, exitOK)
 	}
-	eventually(t, "the leave is known", func() bool {
+	eventually(t, "a knows that b has left", func() bool {
 		for _, m := range a.debug().Members {
 			if m.Name == "b" {
 				return m.State == "left"

@@ -1,8 +1,9 @@
 package main
 
-// Another service, the --authorize URL, is asked whether a client token may push for a cluster
-// ID. Only a complete answer that is understood counts as a yes. Requests in flight and answers are
-// bounded. The token goes to that URL and nowhere else.
+// External authorization: the service at the --authorize URL decides whether a client token may
+// push for a cluster ID. Only a complete and valid answer counts as permission. The number of
+// requests in flight and the size of answers are bounded. The token is sent to that URL and nowhere
+// else.
 
 import (
 	"bytes"
@@ -21,31 +22,33 @@ const (
 )
 
 var (
-	// errNotAuthorized: the service refused the token (401).
+	// errNotAuthorized means that the service answered 401: it refuses the token.
 	errNotAuthorized = errors.New("the token was refused by the authorization service")
-	// errOtherClusterID: the service refused it for this cluster ID (403).
+	// errOtherClusterID means that the service answered 403: it refuses the token for this cluster ID.
 	errOtherClusterID = errors.New("the authorization service refused this token for this cluster ID")
 )
 
-// ExternalAuthorizer asks one URL. It is safe for concurrent use.
+// ExternalAuthorizer asks the service at one URL. It is safe for concurrent use.
 type ExternalAuthorizer struct {
 	url      *url.URL
 	client   *http.Client
 	requests semaphore
 }
 
-// NewExternalAuthorizer returns an ExternalAuthorizer that asks u. The client has a timeout, and
-// follows no redirects.
+// NewExternalAuthorizer returns an ExternalAuthorizer that sends requests to u. client must have a
+// timeout and must not follow redirects.
 func NewExternalAuthorizer(u *url.URL, client *http.Client) *ExternalAuthorizer {
 	return &ExternalAuthorizer{u, client, newSemaphore(maxAuthorizing)}
 }
 
-// Authorize asks in the form of this program's own /authorize, with id in the query and the token
-// in the header. Any 2xx is a yes; if the body is a JSON object, its labels are returned. Any
-// error but the two above means that there is no answer.
+// Authorize asks the service whether token may push for clusterID. The request has the form of this
+// program's own /authorize: the cluster ID in the query and the token in the header. Any 2xx status
+// permits the push; if the body is a JSON object, its labels are returned. The error wraps
+// errNotAuthorized or errOtherClusterID if the service refused. Any other error means that there is
+// no valid answer.
 func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token string) (labels map[string]string, err error) {
 	if !a.requests.TryAcquire() {
-		return nil, errors.New("too many requests are being authorized")
+		return nil, errors.New("too many requests to the authorization service are in flight")
 	}
 	defer a.requests.Release()
 	u := *a.url
@@ -68,25 +71,26 @@ func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token str
 	case resp.StatusCode == http.StatusForbidden:
 		return nil, errOtherClusterID
 	case resp.StatusCode/100 != 2:
-		return nil, fmt.Errorf("it answered %s", resp.Status)
+		return nil, fmt.Errorf("the authorization service answered %s", resp.Status)
 	}
 	return readAuthorizedLabels(resp.Body)
 }
 
-// readAuthorizedLabels reads the body of a yes. If it is no JSON object, the yes adds no labels. A
-// body that cannot be read is no yes: its labels may keep tenants apart.
+// readAuthorizedLabels reads the labels from the body of a 2xx answer. A body that is not a JSON
+// object adds no labels. A body that cannot be read whole is an error, and permits nothing, because
+// its labels may be what separates tenants.
 func readAuthorizedLabels(r io.Reader) (map[string]string, error) {
 	body, err := io.ReadAll(io.LimitReader(r, maxAuthorizeAnswer+1))
 	if err != nil {
-		return nil, fmt.Errorf("reading its answer: %w", err)
+		return nil, fmt.Errorf("reading the answer of the authorization service: %w", err)
 	}
 	if len(body) > maxAuthorizeAnswer {
-		return nil, fmt.Errorf("its answer is larger than %d bytes", maxAuthorizeAnswer)
+		return nil, fmt.Errorf("the answer of the authorization service is larger than %d bytes", maxAuthorizeAnswer)
 	}
 	var answer struct{ Labels map[string]string }
 	if bytes.HasPrefix(bytes.TrimSpace(body), []byte("{")) {
 		if err := json.Unmarshal(body, &answer); err != nil {
-			return nil, fmt.Errorf("reading its answer: %w", err)
+			return nil, fmt.Errorf("reading the answer of the authorization service: %w", err)
 		}
 	}
 	return answer.Labels, nil

@@ -1,9 +1,9 @@
 package main
 
-// The server's /federate: scrapes with and without a consumer's name, and the server's own
-// view of each site. A scrape never fails because of one site's samples. Samples of which
-// nothing proves that they arrived are served again. This file must not know of pushes, or of
-// how samples are held.
+// GET /federate of a server: scrapes with and without a consumer's name, and the server's own
+// series about each site. A scrape never fails because of one site's samples. Samples are served
+// again until something proves that the consumer received them. This file must not know of pushes
+// or of how samples are stored.
 
 import (
 	"errors"
@@ -18,26 +18,27 @@ import (
 	"time"
 )
 
-// keepsOnlyFirst matches the scrapers that get one sample of each series in a scrape. Prometheus
-// 2.52.0 to 2.53.2, and 2.54.0, keep only the first of several. VictoriaMetrics and
-// vmagent mark a series stale when one scrape has two samples of it and the next has one.
+// keepsOnlyFirst matches the User-Agent of scrapers that must not get several samples of a series
+// in one scrape. Prometheus 2.52.0 to 2.53.2 and 2.54.0 keep only the first of several samples.
+// VictoriaMetrics and vmagent mark a series as stale if one scrape has two samples of the series
+// and the next scrape has one.
 var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)|vm_promscrape)\b`)
 
 // federateConfig configures a federateHandler.
 type federateConfig struct {
 	Store        *Store
 	Sites        *SitePushLimiter
-	Owned        func(hash uint64) bool // see AllSitesReader
-	Revoked      func(id string) bool   // whether a cluster ID was revoked
-	Name         string                 // of this server
+	Owned        func(hash uint64) bool // reports whether to show the newest samples of a site; see AllSitesReader
+	Revoked      func(id string) bool   // reports whether a cluster ID is revoked
+	Name         string                 // name of this server
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
-	MaxSampleAge time.Duration // how long the newest sample of a series, or a site's clock offset, is shown
-	LimitScrape  int           // samples in one scrape
+	MaxSampleAge time.Duration // how long the newest sample of a series, and a site's clock offset, are shown
+	LimitScrape  int           // samples in one scrape; 0 = no limit
 }
 
-// federateHandler answers scrapes. It is safe for concurrent use.
+// federateHandler answers GET /federate. It is safe for concurrent use.
 type federateHandler struct {
 	cfg     federateConfig
 	scraper *AllSitesReader
@@ -48,10 +49,10 @@ type federateHandler struct {
 	endedEarly                  *Counter
 }
 
-// newFederateHandler returns a handler for /federate.
+// newFederateHandler returns a handler for /federate and registers its metrics.
 func newFederateHandler(cfg federateConfig) *federateHandler {
 	m := cfg.Metrics
-	unconfirmed := m.Gauge("telemeter_consumer_unconfirmed_scrapes", "Scrapes in a row that served a consumer samples that it had not had, and that its next scrape did not confirm.", "consumer", "address")
+	unconfirmed := m.Gauge("telemeter_consumer_unconfirmed_scrapes", "Consecutive scrapes of a consumer that served it unread samples and that its next scrape did not confirm.", "consumer", "address")
 	m.OnCollect(func() {
 		unconfirmed.ReplaceSeries(func(set func(v float64, labelValues ...string)) {
 			cfg.Store.Consumers.ForEachUnconfirmedCount(func(name, address string, scrapes int) { set(float64(scrapes), name, address) })
@@ -59,18 +60,19 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	})
 	return &federateHandler{
 		cfg: cfg, scraper: &AllSitesReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
-		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Time to answer /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
-		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Size of answers to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
+		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Seconds to answer a request to /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
+		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Bytes of an answer to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
-		truncated:  m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that left unread samples, or sites, for the next scrape."),
-		hidden:     m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers because escaping made their series equal to another."),
-		endedEarly: m.Counter("telemeter_scrapes_cut_total", "Answers to /federate that ended early, because their connection did."),
-		repeated:   m.Counter("telemeter_scrapes_repeated_total", "Scrapes of a consumer on a new connection, when what it was served last is not known to have arrived and is served again."),
+		truncated:  m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met a limit and left samples for later scrapes."),
+		hidden:     m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers to /federate because escaping made their series equal to another series."),
+		endedEarly: m.Counter("telemeter_scrapes_cut_total", "Answers to /federate that were cut off because their connection failed."),
+		repeated:   m.Counter("telemeter_scrapes_repeated_total", "Scrapes that served a consumer the same samples again, because its previous scrape on another connection was not confirmed."),
 	}
 }
 
-// ServeHTTP answers a scrape: a consumer's with its unread samples, any other with the newest of
-// each series.
+// ServeHTTP answers a scrape. A scrape with a consumer's name gets the samples that the consumer
+// has not read, and the newest samples if there is room. Any other scrape gets only the newest
+// sample of each series. Both get the server's own series about each site.
 func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	q, err := url.ParseQuery(r.URL.RawQuery)
@@ -84,8 +86,8 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var families []Family
-	var session *ConsumerSession // nil without a consumer
-	// A consumer that asks by HEAD would confirm samples that it never saw.
+	var session *ConsumerSession // nil if the scrape has no consumer's name
+	// A HEAD request must not move a cursor, because its sender never sees the samples.
 	if q.Has("consumer") && r.Method == http.MethodGet {
 		if session, err = h.beginScrape(r, q); err != nil {
 			refuseConsumer(w, err)
@@ -105,11 +107,12 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if err != nil {
 		h.endedEarly.Inc()
-		h.cfg.Log.Info("scrape ended early", "remote", r.RemoteAddr, "err", err)
+		h.cfg.Log.Info("answer to scrape was cut off", "remote", r.RemoteAddr, "err", err)
 	}
 }
 
-// refuseConsumer answers a consumer whose scrape cannot begin.
+// refuseConsumer answers a scrape whose consumer's name is invalid, or whose consumer cannot be
+// added because too many are known.
 func refuseConsumer(w http.ResponseWriter, err error) {
 	status := http.StatusBadRequest
 	if errors.Is(err, ErrConsumers) {
@@ -119,29 +122,31 @@ func refuseConsumer(w http.ResponseWriter, err error) {
 	http.Error(w, "consumer: "+err.Error(), status)
 }
 
-// takeUnreadAndNewest returns the samples that a consumer has not read, as many as its scrape may
-// have.
+// takeUnreadAndNewest returns the samples that a consumer has not read, up to the limit on its
+// scrape, and marks them as served. If there is room, it adds the newest sample of each series of
+// the sites that this server owns.
 func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
 	families, unread, more := h.scraper.ServeUnreadAndNewest(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcherOrNil())
 	if more {
 		h.truncated.Inc()
-		h.cfg.Log.Debug("scrape met a limit; the rest follows", "consumer", consumer, "samples", unread, "limit", limit)
+		h.cfg.Log.Debug("scrape met a limit; later scrapes get the other samples", "consumer", consumer, "samples", unread, "limit", limit)
 	}
 	return families
 }
 
-// newestSamples returns the newest sample of each series.
+// newestSamples returns the newest sample of each series, up to the limit on a scrape.
 func (h *federateHandler) newestSamples(match Selectors) []Family {
 	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcherOrNil())
 	if truncated {
 		h.truncated.Inc()
-		h.cfg.Log.Warn("scrape met the limit on samples; the next begins elsewhere", "limit", h.cfg.LimitScrape)
+		h.cfg.Log.Warn("scrape met the limit on samples; the next scrape begins with other sites", "limit", h.cfg.LimitScrape)
 	}
 	return families
 }
 
-// write writes families as the scraper wants them. Its error is the connection's.
+// write writes families in the escaping and compression that the scraper asks for. An error means
+// that the connection failed.
 func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families []Family) error {
 	escaping := NegotiateEscaping(r.Header.Get("Accept"))
 	w.Header().Set("Content-Type", escaping.ContentType())
@@ -155,7 +160,9 @@ func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families
 	return err
 }
 
-// beginScrape begins the scrape of a consumer, which is its name, address and selectors.
+// beginScrape begins the scrape of a consumer. A consumer is identified by its name, its IP address
+// and its selectors, in any order. beginScrape also logs when the consumer's previous scrape was
+// not confirmed. The error is for the scraper.
 func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerSession, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
@@ -167,7 +174,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	}
 	conn, viaProxy := TrackerIfPreviousAnswerRead(r), isProxied(r.Header)
 	if viaProxy {
-		conn = &AnswerReadTracker{} // a connection of its own confirms nothing
+		conn = &AnswerReadTracker{} // equals no other connection, so the scrape confirms nothing
 	}
 	selectors := slices.Sorted(slices.Values(q["match[]"]))
 	now, log := h.cfg.Now(), h.cfg.Log.With("consumer", name, "remote", r.RemoteAddr)
@@ -175,28 +182,29 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	if err != nil {
 		return nil, err
 	}
-	// Before the consumer is served anything: a crash must not forget a consumer that has to read.
+	// Save the consumer before it is served anything, so that a crash cannot forget that this
+	// consumer still has to read.
 	h.cfg.Store.SaveConsumers()
 	if viaProxy && session.MarkConsumerProxied() {
-		log.Warn("consumer asks through a proxy, whose scrapes confirm nothing, so that it is served the same samples again; it has to scrape this server directly")
+		log.Warn("the consumer scrapes through a proxy, which cannot confirm that samples arrived, so the same samples are served again; make the consumer scrape this server directly")
 	}
 	unconfirmed, warn := session.TakeUnconfirmedWarning(now)
 	if repeated {
 		h.repeated.Inc()
 		level := slog.LevelInfo
 		if unconfirmed > 1 {
-			level = slog.LevelDebug // the warning counts them
+			level = slog.LevelDebug // the warning below reports their number
 		}
-		log.Log(r.Context(), level, "the consumer's last scrape is not known to have arrived, and is served again")
+		log.Log(r.Context(), level, "the consumer's previous scrape is not confirmed, so its samples are served again")
 	}
 	if warn {
-		log.Warn("nothing confirms the consumer's scrapes, so that it is served the same samples again and again; look for a proxy that closes, pools or buffers connections, for a scrape_interval of five minutes or more, and for a scraper that is no Prometheus", "scrapes", unconfirmed)
+		log.Warn("the consumer's scrapes are never confirmed, so the same samples are served again and again; look for a proxy that closes, pools or buffers connections, a scrape_interval of five minutes or more, or a scraper other than Prometheus", "scrapes", unconfirmed)
 	}
 	return session, nil
 }
 
-// isProxied reports whether a request says that it came through a proxy. A proxy that has
-// read an answer to its end may not have passed it on.
+// isProxied reports whether headers show that a request came through a proxy. Such a request proves
+// nothing, because a proxy can read an answer to its end without passing it on.
 func isProxied(h http.Header) bool {
 	for _, name := range []string{"Via", "Forwarded", "X-Forwarded-For"} {
 		if _, ok := h[name]; ok {
@@ -206,27 +214,28 @@ func isProxied(h http.Header) bool {
 	return false
 }
 
-// scraperTimeout returns how long a scraper says that it waits; 0 if it does not say.
+// scraperTimeout returns the timeout that a scraper announces in its headers. It returns 0 if there
+// is none, if it is invalid, or if it is longer than an hour.
 func scraperTimeout(h http.Header) time.Duration {
 	s, err := strconv.ParseFloat(h.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64)
-	if err != nil || !(s > 0 && s <= 3600) { // NaN is neither
+	if err != nil || !(s > 0 && s <= 3600) { // this form also refuses NaN
 		return 0
 	}
 	return time.Duration(s * float64(time.Second))
 }
 
-// siteStatusFamilies returns the series that this server makes of each site, with the server's
-// name, so that alerts can find a silent site.
+// siteStatusFamilies returns the series that this server itself makes for each site, so that alerts
+// can find a silent site. Their label "server" is this server's name.
 func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {
-		if h.cfg.Revoked(id) { // it is silent on purpose
+		if h.cfg.Revoked(id) { // a revoked site is silent on purpose
 			return
 		}
 		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(h.cfg.Name)},
 			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
 		if match.MatchOrEmpty(r.Name, r.Labels) {
-			p.Add(&r) // these names and an ID that was authenticated are always valid
+			p.Add(&r) // cannot fail: these names and the ID of an authenticated site are valid
 		}
 	}
 	for _, site := range h.cfg.Store.Stats().Sites {
@@ -245,7 +254,7 @@ func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 		if a.TokenExpiry > 0 {
 			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(a.TokenExpiry))
 		}
-		if h.cfg.Now().Sub(a.ClockOffsetAt) <= h.cfg.MaxSampleAge { // the site may push to another server by now
+		if h.cfg.Now().Sub(a.ClockOffsetAt) <= h.cfg.MaxSampleAge { // later the site may push to another server
 			add(ClusterNamePrefix+"clock_offset_seconds", id, a.ClockOffset.Seconds())
 		}
 	})

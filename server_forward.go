@@ -1,9 +1,9 @@
 package main
 
-// Forwarding between the members of the ring: a push that reaches one server is passed unchanged
-// to the server that owns its site, at most once. If the owner cannot take it, the server that
-// received it stores it. Requests and answers are sealed with the cluster key, and an answer is
-// bound to its request. Of a sender without the key nothing is read but a header.
+// Forwarding between the members of the ring. A server passes a push unchanged to the owner of its
+// site. A forwarded push is never forwarded again. If the owner cannot take the push, the server
+// that received it stores it. Requests and answers are sealed with the cluster key, and an answer
+// is bound to its request. A server reads only the request's headers if the sender lacks the key.
 
 import (
 	"bytes"
@@ -24,43 +24,44 @@ const (
 	forwardPath      = "/forward"
 	envelopeHeader   = "Telemeter-Forward"
 	envelopeVersion  = 1
-	forwardTimeout   = 20 * time.Second // less than a client waits
-	maxEnvelope      = 12 << 10         // bytes, sealed: in base64 they fit the headers of a request
-	maxForwards      = 32               // in flight: received in all, each with a body; sent to one owner
-	maxForwardBody   = 64<<20 + 1<<10   // the most that --limit-bytes can be, sealed
+	forwardTimeout   = 20 * time.Second // shorter than the time that a client waits for its answer
+	maxEnvelope      = 12 << 10         // bytes when sealed; in base64 it still fits maxHeaderBytes
+	maxForwards      = 32               // requests in flight: received in all, and sent to one owner
+	maxForwardBody   = 64<<20 + 1<<10   // bytes: the highest --limit-bytes, and room for the seal
 	maxForwardAnswer = 256 << 10        // bytes
-	maxForwardError  = 200              // bytes of a plain error that are logged
+	maxForwardError  = 200              // bytes of an unsealed error text that are logged
 )
 
-// The purposes of seals, so that none can stand for another.
+// The purposes of seals. Each differs, so that a message sealed for one purpose cannot be used for
+// another.
 const (
 	envelopeSeal = "forward envelope"
 	bodySeal     = "forward body"
 	answerSeal   = "forward answer"
 )
 
-// pushRequest is a push without its body: the site and labels of its token, when its headers
-// arrived at the server that the client pushed to, and those of its headers that matter.
+// pushRequest is a push without its body: the cluster ID and labels of the client's token, the time
+// at which the receiving server got the push's headers, and the headers that describe the body.
 type pushRequest struct {
 	ClusterID        string
 	Labels           map[string]string `json:",omitempty"`
-	Arrival          int64             // ms
+	Arrival          int64             // ms; by the clock of the server that the client pushed to
 	Type, Encoding   string
 	Spool, Consumers string `json:",omitempty"`
 }
 
-// pushResponse is the answer to a push. The body is text, or JSON if the status is 200.
+// pushResponse is the answer to a push. The body is JSON if the status is 200, else plain text.
 type pushResponse struct {
 	Status      int
-	Result      string // as telemeter_pushes_total names it
+	Result      string // value of the label result in telemeter_pushes_total
 	Body        []byte
-	RetryAfter  int  `json:",omitempty"` // s
-	AllUntimely bool `json:",omitempty"` // every sample was dropped for its time
+	RetryAfter  int  `json:",omitempty"` // seconds; 0 = no Retry-After header
+	AllUntimely bool `json:",omitempty"` // all samples were dropped because of their timestamps
 }
 
-// forwardEnvelope has the addresses of a forwarded request, and all of the push but its body. It is
-// sealed by itself, so that no body is read of a sender without the key. Sessions and the
-// sequence number reveal a replay, also across restarts of either side.
+// forwardEnvelope has the sender and recipient of a forwarded request, and the push without its
+// body. It is sealed separately, so that a server need not read the body of a sender without the
+// key. The sessions and the sequence number reveal a replay, even after either side has restarted.
 type forwardEnvelope struct {
 	Version                int `json:"v"`
 	From, To               string
@@ -71,20 +72,20 @@ type forwardEnvelope struct {
 
 // ForwarderConfig configures a Forwarder.
 type ForwarderConfig struct {
-	Name    string // of this server
+	Name    string // name of this server
 	Sealer  *MessageSealer
 	Client  *http.Client
 	Log     *slog.Logger
 	Metrics *Metrics
 }
 
-// Forwarder sends pushes to their owners and receives those of other members. It is safe for
-// concurrent use.
+// Forwarder sends pushes to their owners, and receives pushes that other members forward. It is
+// safe for concurrent use.
 type Forwarder struct {
 	cfg       ForwarderConfig
 	view      atomic.Pointer[RingView]
-	sequence  atomic.Uint64 // of the last request sent in this session
-	receiving semaphore     // requests of other members
+	sequence  atomic.Uint64 // number of the last request sent since this process started
+	receiving semaphore     // bounds the requests of other members that are in flight
 
 	mu      sync.Mutex                    // guards senders and owners
 	senders map[string]*senderSession     // by member name
@@ -94,28 +95,28 @@ type Forwarder struct {
 	seconds                  *Histogram
 }
 
-// senderSession is the newest known session of a member that forwards to this server.
+// senderSession is the newest known session of a member that forwards pushes to this server.
 type senderSession struct {
 	session uint64
-	window  ReplayWindow // over its sequence numbers
+	window  ReplayWindow // of the sequence numbers in that session
 }
 
-// ownerRequestSlots has the requests that wait for one session of an owner.
+// ownerRequestSlots bounds the requests in flight to one session of an owner.
 type ownerRequestSlots struct {
 	session  uint64
 	requests semaphore
-	ctx      context.Context // ends when that session is live no more
+	ctx      context.Context // ends when the session is no longer live
 	cancel   context.CancelFunc
 }
 
-// NewForwarder returns a Forwarder that knows no members: see SetView.
+// NewForwarder returns a Forwarder that knows no members. The caller must set a view with SetView.
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	m := cfg.Metrics
 	f := &Forwarder{
 		cfg: cfg, receiving: newSemaphore(maxForwards), senders: map[string]*senderSession{}, owners: map[string]*ownerRequestSlots{},
-		sentTotal:     m.Counter("telemeter_forwards_sent_total", "Pushes for other owners by result: accepted, refused by the owner, or kept: held here because the owner could not take them.", "result"),
-		receivedTotal: m.Counter("telemeter_forwards_received_total", "Pushes forwarded by other members by result.", "result"),
-		seconds:       m.Histogram("telemeter_forward_duration_seconds", "Time until the owner answered.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
+		sentTotal:     m.Counter("telemeter_forwards_sent_total", "Pushes for sites of other owners, by result: accepted by the owner, refused by the owner, or kept here because the owner could not take them.", "result"),
+		receivedTotal: m.Counter("telemeter_forwards_received_total", "Pushes received from other members of the ring, by result.", "result"),
+		seconds:       m.Histogram("telemeter_forward_duration_seconds", "Seconds to forward a push, until the owner answers or the attempt fails.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
 	}
 	for _, result := range []string{"accepted", "refused", "kept"} {
 		f.sentTotal.Add(0, result)
@@ -127,10 +128,11 @@ func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	return f
 }
 
-// SetKeys replaces the keys that requests and answers are sealed with. On an error nothing changed.
+// SetKeys replaces the keys that seal requests and answers. If it returns an error, nothing has
+// changed.
 func (f *Forwarder) SetKeys(keys Keys) error { return f.cfg.Sealer.SetKeys(keys) }
 
-// SetView replaces the view of the ring. Requests to sessions that are live no more end.
+// SetView replaces the view of the ring. It cancels requests to sessions that are no longer live.
 func (f *Forwarder) SetView(v *RingView) {
 	f.view.Store(v)
 	f.mu.Lock()
@@ -148,11 +150,11 @@ func (f *Forwarder) SetView(v *RingView) {
 	}
 }
 
-// View returns the view that SetView set.
+// View returns the current view of the ring.
 func (f *Forwarder) View() *RingView { return f.view.Load() }
 
-// SiteOwner returns the member that pushes for a site key go to, and whether it is this server. It
-// is this server while no owner is known.
+// SiteOwner returns the member that owns a site, and whether that member is this server. If no
+// owner is known, it returns this server.
 func (f *Forwarder) SiteOwner(siteKey uint64) (owner RingMember, self bool) {
 	if p, ok := f.View().Owner(siteKey); ok && p.Name != f.cfg.Name {
 		return p, false
@@ -160,15 +162,17 @@ func (f *Forwarder) SiteOwner(siteKey uint64) (owner RingMember, self bool) {
 	return RingMember{Name: f.cfg.Name}, true
 }
 
-// OwnsSite reports whether the ring makes this server the owner of a site key. While there is no
-// ring, it owns nothing: whatever its disk has, another member may be the owner.
+// OwnsSite reports whether the ring makes this server the owner of a site. It returns false while
+// no owner is known, because another member may own a site whose samples are on this server's disk.
 func (f *Forwarder) OwnsSite(siteKey uint64) bool {
 	p, ok := f.View().Owner(siteKey)
 	return ok && p.Name == f.cfg.Name
 }
 
-// TryForward passes a push to its owner and returns the owner's answer. It returns nil if this
-// server has to store the push, because it is the owner or because the owner cannot take it.
+// TryForward forwards a push to the owner of its site and returns the owner's answer. It returns
+// nil if this server has to store the push, because it is the owner or because the owner cannot
+// take the push. If the ring names another owner after a failure, TryForward tries that owner. It
+// also returns nil when ctx ends.
 func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []byte) (ownerAnswer *pushResponse) {
 	key := SiteKey(push.ClusterID)
 	for {
@@ -188,20 +192,20 @@ func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []by
 			return resp
 		}
 		if ctx.Err() != nil {
-			return nil // the client has gone, or no time is left: it sends the push again
+			return nil // the client has gone or the time is over, so the client will push again
 		}
 		if now, _ := f.SiteOwner(key); now != owner {
-			continue // the ring has changed, and there is another owner
+			continue // the ring has changed and names another owner
 		}
 		f.sentTotal.Inc("kept")
-		f.cfg.Log.Warn("owner cannot take the push; it is held here", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
+		f.cfg.Log.Warn("owner cannot take the push, so this server stores it", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
 		return nil
 	}
 }
 
-// acquireOwnerSlot takes one of the bounded number of requests to an owner: one that hangs must not
-// gather all memory. The context returned ends after forwardTimeout, or when the owner's session
-// is live no more. release has to be called at the end.
+// acquireOwnerSlot reserves one of the maxForwards requests to an owner, so that an owner that
+// hangs cannot tie up all memory. The returned context ends after forwardTimeout, or when the
+// owner's session is no longer live. The caller must call release.
 func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwardCtx context.Context, release func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -215,7 +219,7 @@ func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwar
 		f.owners[to.Name] = o
 	}
 	if !o.requests.TryAcquire() {
-		return nil, nil, fmt.Errorf("%d pushes wait for it", o.requests.InUse())
+		return nil, nil, fmt.Errorf("%d pushes to this owner are already in flight", o.requests.InUse())
 	}
 	ctx, cancel := context.WithTimeout(ctx, forwardTimeout)
 	stop := context.AfterFunc(o.ctx, cancel)
@@ -226,7 +230,7 @@ func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwar
 	}, nil
 }
 
-// send sends one push to a member and returns the authenticated answer.
+// send sends one push to a member and returns its authenticated answer.
 func (f *Forwarder) send(ctx context.Context, to RingMember, push *pushRequest, body []byte) (_ *pushResponse, err error) {
 	defer func() {
 		if err != nil {
@@ -247,7 +251,7 @@ func (f *Forwarder) send(ctx context.Context, to RingMember, push *pushRequest, 
 	}
 	sealed := f.cfg.Sealer.Seal(nil, plain, envelopeSeal, nil, to.KeyID)
 	if len(sealed) > maxEnvelope {
-		return nil, fmt.Errorf("labels and headers take %d bytes, which is more than %d", len(sealed), maxEnvelope)
+		return nil, fmt.Errorf("the labels and headers of the push take %d bytes, more than the limit of %d", len(sealed), maxEnvelope)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+to.Addr+forwardPath,
 		bytes.NewReader(f.cfg.Sealer.Seal(nil, body, bodySeal, sealed, to.KeyID)))
@@ -263,34 +267,36 @@ func (f *Forwarder) send(ctx context.Context, to RingMember, push *pushRequest, 
 	return f.readAnswer(resp, sealed)
 }
 
-// readAnswer reads the answer to the request with a sealed envelope.
+// readAnswer reads the answer to the request whose sealed envelope is given. It returns an error
+// unless the answer is sealed with the cluster key for this very request.
 func (f *Forwarder) readAnswer(resp *http.Response, sealedEnvelope []byte) (*pushResponse, error) {
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxForwardAnswer))
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer: %w", err)
 	}
-	if resp.StatusCode != http.StatusOK { // such an answer is not authenticated
+	if resp.StatusCode != http.StatusOK { // such an answer is not sealed, so it is only reported
 		return nil, fmt.Errorf("answered %s: %q", resp.Status, bytes.TrimSpace(b[:min(len(b), maxForwardError)]))
 	}
 	plain, err := f.cfg.Sealer.Open(nil, b, answerSeal, sealedEnvelope)
 	if err != nil {
-		return nil, fmt.Errorf("opening the answer: %w", err)
+		return nil, fmt.Errorf("opening the sealed answer: %w", err)
 	}
 	var push pushResponse
 	if err := json.Unmarshal(plain, &push); err != nil {
-		return nil, fmt.Errorf("the answer is malformed: %w", err)
+		return nil, fmt.Errorf("decoding the answer: %w", err)
 	}
 	if push.Status < 200 || push.Status > 599 {
-		return nil, fmt.Errorf("the answer has status %d", push.Status)
+		return nil, fmt.Errorf("the answer has the invalid status %d", push.Status)
 	}
 	return &push, nil
 }
 
-// storeForwardedFunc stores a push that another member received. An error hands the push back to
-// that member, which then stores it.
+// storeForwardedFunc stores a push that another member forwarded, and returns the answer for the
+// client. An error hands the push back to that member, which then stores the push itself.
 type storeForwardedFunc func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error)
 
-// Handler returns the handler of the listener for members.
+// Handler returns the handler of the listener for other members. It passes each authentic push to
+// store.
 func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
@@ -303,26 +309,28 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 			return
 		}
 		f.receivedTotal.Inc(result)
-		w.Write(answer) // an error is the connection's
+		w.Write(answer) // fails only if the connection does
 	})
 	return mux
 }
 
-// forwardRefusedError says why a forwarded request is refused. A sender without the key learns
-// nothing from its text but that, and the version.
+// forwardRefusedError says why a forwarded request is refused. Its text goes to a sender that may
+// not have the key, so it reveals nothing else but the versions that do not match.
 type forwardRefusedError struct {
 	status int
-	result string // as telemeter_forwards_received_total names it
+	result string // value of the label result in telemeter_forwards_received_total
 	text   string
 }
 
 func (e *forwardRefusedError) Error() string { return e.text }
 
+// errForwardRefused returns a forwardRefusedError with the standard text of the HTTP status.
 func errForwardRefused(status int, result string) error {
 	return &forwardRefusedError{status, result, http.StatusText(status)}
 }
 
-// toForwardRefused returns err as a forwardRefusedError.
+// toForwardRefused returns the forwardRefusedError in err's chain, or one for an internal error if
+// there is none.
 func toForwardRefused(err error) *forwardRefusedError {
 	var e *forwardRefusedError
 	if !errors.As(err, &e) {
@@ -331,9 +339,9 @@ func toForwardRefused(err error) *forwardRefusedError {
 	return e
 }
 
-// receiveForwarded stores a push that another member forwards, and returns the sealed answer and its
-// result. The push is not forwarded again, whichever member owns its site by now: a push that
-// goes round is never answered.
+// receiveForwarded stores a push that another member forwarded, and returns the sealed answer and
+// the result to count. It never forwards the push again, even if another member owns the site by
+// now, because a push that went in a circle would never be answered.
 func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, err error) {
 	env, sealed, err := f.openEnvelope(r.Header.Get(envelopeHeader))
 	if err != nil {
@@ -372,8 +380,8 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 	return f.cfg.Sealer.Seal(nil, b, answerSeal, sealed, SealedKeyID(sealed)), result, nil
 }
 
-// openEnvelope opens an envelope in base64. It returns the sealed bytes too, which body and
-// answer are bound to. The error is a forwardRefusedError.
+// openEnvelope decodes and opens a sealed envelope in base64. It also returns the sealed bytes, to
+// which the body and the answer are bound. The error is a forwardRefusedError.
 func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnvelope []byte, err error) {
 	sealedEnvelope, err = base64.RawURLEncoding.DecodeString(header)
 	if err != nil || len(sealedEnvelope) > maxEnvelope {
@@ -385,7 +393,7 @@ func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnve
 	}
 	switch {
 	case errors.Is(err, ErrSealVersion), errors.Is(err, errEnvelopeVersion):
-		return env, nil, &forwardRefusedError{http.StatusForbidden, "version", "forwarding needs servers of one version: " + err.Error()}
+		return env, nil, &forwardRefusedError{http.StatusForbidden, "version", "forwarding needs servers of the same version: " + err.Error()}
 	case err != nil:
 		return env, nil, errForwardRefused(http.StatusForbidden, "forged")
 	case json.Unmarshal(plain, &env) != nil || CheckClusterID(env.Push.ClusterID) != nil:
@@ -394,21 +402,23 @@ func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnve
 	return env, sealedEnvelope, nil
 }
 
-var errEnvelopeVersion = errors.New("envelope of another version")
+var errEnvelopeVersion = errors.New("the envelope has another version")
 
-// checkEnvelopeVersion looks at nothing but the version: the fields of another one may not fit.
+// checkEnvelopeVersion returns an error if the envelope has another version. It decodes no other
+// field, because the fields of another version may differ.
 func checkEnvelopeVersion(plain []byte) error {
 	env := struct {
 		Version int `json:"v"`
 	}{}
 	if json.Unmarshal(plain, &env) == nil && env.Version != envelopeVersion {
-		return fmt.Errorf("%w: it has version %d, and this server knows version %d", errEnvelopeVersion, env.Version, envelopeVersion)
+		return fmt.Errorf("%w: it has version %d, and this server supports version %d", errEnvelopeVersion, env.Version, envelopeVersion)
 	}
 	return nil
 }
 
-// acceptSequence reports whether a request is no replay, and makes any later one with its
-// sequence number one. Of each sender only its newest session counts.
+// acceptSequence reports whether a request is new and not a replay. It records the request's
+// sequence number, so that a repetition is refused. Only the newest known session of each sender is
+// accepted.
 func (f *Forwarder) acceptSequence(env forwardEnvelope) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

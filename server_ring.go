@@ -1,22 +1,23 @@
 package main
 
-// The ring as a server shows it: /sd for Prometheus's HTTP service discovery, /debug/ring for
-// operators, and metrics. This file decides nothing about members.
+// The ring as seen by others: /sd for Prometheus's HTTP service discovery, /debug/ring for
+// operators, and metrics. This file only reports members; it decides nothing about them.
 
 import (
 	"fmt"
 	"net/http"
 )
 
-// ringCollector returns a function that sets metrics from the state of the ring and of gossip.
+// ringCollector registers the metrics of the ring and of gossip. It returns a function that updates
+// them from the current state. The server must have Gossip and Member.
 func (s *Server) ringCollector(m *Metrics) func() {
-	members := m.Gauge("telemeter_members", "Members of the ring by state, this server included.", "state")
-	share := m.Gauge("telemeter_ring_share_ratio", "Share of the sites that this server owns.")
-	health := m.Gauge("telemeter_gossip_local_health", "0 is good; each point slows this server's judgement of others.")
+	members := m.Gauge("telemeter_members", "Members of the ring, including this server, by state.", "state")
+	share := m.Gauge("telemeter_ring_share_ratio", "Share of all sites that this server owns, from 0 to 1.")
+	health := m.Gauge("telemeter_gossip_local_health", "Local health score of gossip. 0 is healthy; each point makes this server wait longer before it suspects others.")
 	sent := m.Counter("telemeter_gossip_sent_packets_total", "Gossip packets sent.")
-	sentBytes := m.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip sent.")
+	sentBytes := m.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip packets sent.")
 	received := m.Counter("telemeter_gossip_received_packets_total", "Gossip packets received.")
-	refused := m.Counter("telemeter_gossip_refused_packets_total", "Gossip packets that were dropped unanswered, by reason.", "reason")
+	refused := m.Counter("telemeter_gossip_refused_packets_total", "Gossip packets dropped without an answer, by reason.", "reason")
 	return func() {
 		count := map[MemberState]int{StateAlive: 0, StateSuspect: 0, StateDead: 0, StateLeft: 0}
 		for _, mv := range s.cfg.Gossip.View().Members {
@@ -37,8 +38,8 @@ func (s *Server) ringCollector(m *Metrics) func() {
 	}
 }
 
-// serveSD answers in the form of Prometheus's HTTP service discovery, with every
-// live server: each exposes what it holds.
+// serveSD answers GET /sd in the format of Prometheus's HTTP service discovery. It lists every live
+// server that announces a URL, because each server exposes the samples that it holds.
 func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
 	targets := []string{}
 	for _, mv := range s.cfg.Gossip.View().Members {
@@ -49,7 +50,7 @@ func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
 	WriteJSON(w, []map[string][]string{{"targets": targets}})
 }
 
-// memberStatus is a member in /debug/ring.
+// memberStatus is one member in the answer of /debug/ring.
 type memberStatus struct {
 	Name        string  `json:"name"`
 	State       string  `json:"state"`
@@ -78,7 +79,8 @@ func newMemberStatus(mv MemberSnapshot, share float64) memberStatus {
 	return st
 }
 
-// serveDebugRing answers GET /debug/ring with the members that this server knows, and its counts.
+// serveDebugRing answers GET /debug/ring with the members that this server knows, the state of the
+// ring, and the packet counts of gossip.
 func (s *Server) serveDebugRing(w http.ResponseWriter, r *http.Request) {
 	v := s.cfg.Gossip.View()
 	ring := s.cfg.Member.View().Ring

@@ -1,17 +1,18 @@
 package main
 
-// A semaphore bounds how many goroutines do one thing at a time: uploads in flight, pushes being
-// decoded, forwarded pushes, questions to the --authorize URL.
+// A semaphore bounds how many goroutines do one kind of work at a time: uploads in flight,
+// decoding, forwarded pushes and requests to the --authorize URL.
 
 import "context"
 
-// semaphore has as many slots as its capacity. It is safe for concurrent use.
+// semaphore is a counting semaphore; its capacity is the number of slots. It is safe for concurrent
+// use.
 type semaphore chan struct{}
 
-// newSemaphore returns a semaphore with slots free slots.
+// newSemaphore returns a semaphore whose slots are all free.
 func newSemaphore(slots int) semaphore { return make(semaphore, slots) }
 
-// TryAcquire takes a slot, and returns false if none is free.
+// TryAcquire takes a slot and returns true, or returns false if no slot is free.
 func (s semaphore) TryAcquire() bool {
 	select {
 	case s <- struct{}{}:
@@ -21,7 +22,7 @@ func (s semaphore) TryAcquire() bool {
 	}
 }
 
-// Acquire waits for a slot and takes it. The error is that ctx has ended.
+// Acquire waits for a free slot and takes it. It returns ctx.Err() if ctx ends first.
 func (s semaphore) Acquire(ctx context.Context) error {
 	select {
 	case s <- struct{}{}:
@@ -31,8 +32,8 @@ func (s semaphore) Acquire(ctx context.Context) error {
 	}
 }
 
-// Release gives a slot back.
+// Release frees a slot that TryAcquire or Acquire took.
 func (s semaphore) Release() { <-s }
 
-// InUse returns the number of slots taken.
+// InUse returns the number of slots that are taken.
 func (s semaphore) InUse() int { return len(s) }

@@ -1,8 +1,8 @@
 package main
 
-// State of each site that authenticated: rate limit, pushes in flight, last failure, token expiry,
-// clock offset. Memory is bounded, and forgetting an idle site never lets it push faster. Time
-// comes in with each call. This file must not know of HTTP or stores.
+// State of each site that has authenticated: rate limit, pushes in flight, last failure, token
+// expiry and clock offset. Memory is bounded. Forgetting an idle site never lets it push faster.
+// The current time comes in with each call. This file must not know of HTTP or stores.
 
 import (
 	"errors"
@@ -14,48 +14,49 @@ import (
 )
 
 const (
-	rateBurst        = 60
-	maxPushesPerSite = 4 // in flight
-	maxTrackedSites  = 100_000
-	siteIdle         = 24 * time.Hour
+	rateBurst        = 60             // pushes that a site may send at once after a pause
+	maxPushesPerSite = 4              // pushes in flight
+	maxTrackedSites  = 100_000        // sites in memory
+	siteIdle         = 24 * time.Hour // a site idle for longer may be forgotten when there are too many
 
-	untimelyLogEvery = time.Hour // between log lines on a site whose samples' times are wrong
+	untimelyLogEvery = time.Hour // between warnings about the timestamps of one site's samples
 )
 
-// SitePushLimiter tracks the sites that push. It is safe for concurrent use.
+// SitePushLimiter limits and tracks the pushes of each site. It is safe for concurrent use.
 type SitePushLimiter struct {
-	interval time.Duration // of the rate limit; 0: none
+	interval time.Duration // of the rate limit; 0 = no rate limit
 
 	mu    sync.Mutex              // guards sites
 	sites map[string]*limitedSite // by cluster ID
 }
 
 type limitedSite struct {
-	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if the
-	// pushes before had kept the interval. In the past it says nothing, so an idle site can be
-	// forgotten.
+	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if all
+	// earlier pushes had been exactly one interval apart. A tat in the past has no effect, so an idle
+	// site can be forgotten.
 	tat            time.Time
-	inFlight       int // pushes
+	inFlight       int // pushes in flight
 	health         siteHealth
-	seen           time.Time
-	loggedUntimely time.Time // when its samples' times were last logged
+	seen           time.Time // of the last call for this site
+	loggedUntimely time.Time // of the last warning about the timestamps of its samples
 }
 
-// siteHealth has the values that /federate shows of a site that pushes to this server.
+// siteHealth has the values that /federate shows for a site that pushes to this server.
 type siteHealth struct {
-	LastFailure   time.Time     // of its newest refused push
-	TokenExpiry   int64         // s; of its client token, 0 = never
-	ClockOffset   time.Duration // by which the source's clock is behind, as the client says
-	ClockOffsetAt time.Time     // when it said so
+	LastFailure   time.Time     // when a push of the site last failed; zero if none did
+	TokenExpiry   int64         // Unix seconds; of the site's client token; 0 = never or not known
+	ClockOffset   time.Duration // how far the source's clock is behind, as the client reports it
+	ClockOffsetAt time.Time     // when the client reported ClockOffset
 }
 
-// NewSitePushLimiter allows one push per site and interval, in bursts of 60; 0 does not limit the
-// rate.
+// NewSitePushLimiter returns a SitePushLimiter that allows each site one push per interval, in
+// bursts of 60. With interval 0 the rate is not limited.
 func NewSitePushLimiter(interval time.Duration) *SitePushLimiter {
 	return &SitePushLimiter{interval: interval, sites: map[string]*limitedSite{}}
 }
 
-// track returns the site of clusterID, and nil if no more can be tracked. t.mu is held.
+// track returns the state of a site, which it creates if needed. It returns nil if maxTrackedSites
+// are tracked and none of them is idle. The caller must hold t.mu.
 func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	site := t.sites[clusterID]
 	if site == nil {
@@ -74,8 +75,8 @@ func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	return site
 }
 
-// AcquirePush counts a push as begun; ReleasePush ends it. An error says why the push must not
-// begin, and wait how long the client should wait before it tries again.
+// AcquirePush begins a push of a site. The caller must call ReleasePush at its end. If the push
+// must not begin, the error says why, and wait is the time after which the client should try again.
 func (t *SitePushLimiter) AcquirePush(clusterID string, now time.Time) (wait time.Duration, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -98,14 +99,14 @@ func (t *SitePushLimiter) AcquirePush(clusterID string, now time.Time) (wait tim
 	return 0, nil
 }
 
-// ReleasePush ends a push that AcquirePush began.
+// ReleasePush ends a push that AcquirePush let begin.
 func (t *SitePushLimiter) ReleasePush(clusterID string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.sites[clusterID].inFlight--
 }
 
-// SetTokenExpiry notes when the client token of clusterID expires: in Unix seconds, 0 for never.
+// SetTokenExpiry records when the client token of a site expires, in Unix seconds; 0 means never.
 func (t *SitePushLimiter) SetTokenExpiry(clusterID string, expiresUnix int64, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -114,7 +115,7 @@ func (t *SitePushLimiter) SetTokenExpiry(clusterID string, expiresUnix int64, no
 	}
 }
 
-// SetClockOffset notes by how much the clock of clusterID's source is behind, as its client says.
+// SetClockOffset records how far the clock of a site's source is behind, as its client reports it.
 func (t *SitePushLimiter) SetClockOffset(clusterID string, offset time.Duration, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -123,7 +124,7 @@ func (t *SitePushLimiter) SetClockOffset(clusterID string, offset time.Duration,
 	}
 }
 
-// SetPushFailed notes that a push was refused.
+// SetPushFailed records that a push of a site failed now.
 func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -132,8 +133,8 @@ func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
 	}
 }
 
-// TakeUntimelyWarning reports whether to log that every sample of a push was dropped for its time:
-// once in untimelyLogEvery.
+// TakeUntimelyWarning reports whether to log that all samples of a push were dropped because of
+// their timestamps. For each site it returns true at most once in untimelyLogEvery.
 func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (warn bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -145,7 +146,7 @@ func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (
 	return true
 }
 
-// ForEach calls f with the activity of each site, by cluster ID. f must not call t.
+// ForEach calls f with the health of each tracked site, ordered by cluster ID. f must not call t.
 func (t *SitePushLimiter) ForEach(f func(id string, activity siteHealth)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

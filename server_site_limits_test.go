@@ -1,21 +1,23 @@
 package main
 
-// The rate limit of a site and its pushes in flight, on a clock of the test's own, and the bound on
-// the sites that are tracked.
+// The rate limit and the pushes in flight of a site, and the bound on tracked sites. Most tests
+// pass the current time with each call.
 
 import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 )
 
+// rateNow is the time at which these tests begin.
 var rateNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
-// push begins and ends a push, and returns for how long it was put off.
+// push begins and ends a push. It returns 0, or how long the client of a refused push should wait.
 func push(s *SitePushLimiter, id string, now time.Time) time.Duration {
 	wait, err := s.AcquirePush(id, now)
 	if err == nil {
@@ -25,122 +27,155 @@ func push(s *SitePushLimiter, id string, now time.Time) time.Duration {
 	return wait
 }
 
-func TestSitesRateLimit(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
-	now := rateNow
-	for i := range rateBurst {
+// checkBurst checks that exactly n pushes of site a are allowed at once.
+func checkBurst(t *testing.T, s *SitePushLimiter, now time.Time, n int) {
+	t.Helper()
+	for i := range n {
 		if wait := push(s, "a", now); wait != 0 {
-			t.Fatalf("push %d of a burst of %d waits %v", i+1, rateBurst, wait)
-		}
-	}
-	wait, err := s.AcquirePush("a", now)
-	if wait != time.Second || err == nil || !strings.Contains(err.Error(), "one every 1s, after a burst of 60") {
-		t.Fatalf("after a burst: %v, %v", wait, err)
-	}
-	if wait := push(s, "a", now.Add(wait-1)); wait != 1 {
-		t.Errorf("a nanosecond early: %v", wait)
-	}
-	for range 5 { // refusals cost nothing
-		now = now.Add(time.Second)
-		if wait := push(s, "a", now); wait != 0 {
-			t.Errorf("at the rate: waits %v", wait)
-		}
-		if wait := push(s, "a", now); wait != time.Second {
-			t.Errorf("twice at the rate: waits %v", wait)
-		}
-	}
-	if wait := push(s, "b", now); wait != 0 {
-		t.Errorf("another site waits %v", wait)
-	}
-	now = now.Add(10 * time.Second) // some of the burst is there again
-	for i := range 10 {
-		if wait := push(s, "a", now); wait != 0 {
-			t.Errorf("push %d after 10 s of rest waits %v", i+1, wait)
+			t.Fatalf("push %d of %d has to wait %v", i+1, n, wait)
 		}
 	}
 	if wait := push(s, "a", now); wait != time.Second {
-		t.Errorf("push 11 after 10 s of rest waits %v", wait)
-	}
-	now = now.Add(1000 * time.Hour) // but never more than all of it
-	for range rateBurst {
-		push(s, "a", now)
-	}
-	if wait := push(s, "a", now); wait != time.Second {
-		t.Errorf("after a long rest and a burst: %v", wait)
+		t.Fatalf("push %d has to wait %v, want 1s", n+1, wait)
 	}
 }
 
-// However pushes come, none that is accepted breaks: in any span no more than a
-// burst and one for each interval.
-func TestSitesRateLimitProperty(t *testing.T) {
-	seed := rand.Uint64()
-	rnd := rand.New(rand.NewPCG(seed, 0))
+// A site may push 60 times at once. The next push has to wait one interval, and is allowed exactly
+// when that time is over. Other sites are not affected.
+func TestRateLimitBurst(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
-	var taken []time.Time
+	checkBurst(t, s, rateNow, rateBurst)
+	wait, err := s.AcquirePush("a", rateNow)
+	if wait != time.Second || err == nil || !strings.Contains(err.Error(), "one every 1s, after a burst of 60") {
+		t.Fatalf("after a burst: wait %v, %v", wait, err)
+	}
+	if wait := push(s, "a", rateNow.Add(wait-1)); wait != 1 {
+		t.Errorf("a nanosecond too early: wait %v, want 1ns", wait)
+	}
+	if wait := push(s, "a", rateNow.Add(wait)); wait != 0 {
+		t.Errorf("after the time to wait: wait %v, want 0", wait)
+	}
+	if wait := push(s, "b", rateNow); wait != 0 {
+		t.Errorf("another site has to wait %v, want 0", wait)
+	}
+}
+
+// After a burst a site may push once per interval. Refused pushes do not count.
+func TestRateLimitInterval(t *testing.T) {
+	s, now := NewSitePushLimiter(time.Second), rateNow
+	checkBurst(t, s, now, rateBurst)
+	for range 5 {
+		now = now.Add(time.Second)
+		checkBurst(t, s, now, 1)
+	}
+}
+
+// A pause of n intervals allows a burst of n pushes, but never more than 60.
+func TestRateLimitAfterPause(t *testing.T) {
+	s, now := NewSitePushLimiter(time.Second), rateNow
+	checkBurst(t, s, now, rateBurst)
+	now = now.Add(10 * time.Second)
+	checkBurst(t, s, now, 10)
+	checkBurst(t, s, now.Add(1000*time.Hour), rateBurst)
+}
+
+// For random arrivals, no time span has more accepted pushes than a burst and one per interval. A
+// client that waits as long as it is told is accepted then.
+func TestRateLimitRandom(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
+	s := NewSitePushLimiter(time.Second)
+	var accepted []time.Time
 	now := rateNow
 	for range 5000 {
 		now = now.Add(time.Duration(rnd.ExpFloat64() * float64(400*time.Millisecond)))
-		wait := push(s, "a", now)
-		if wait == 0 {
-			taken = append(taken, now)
-		} else if again := push(s, "a", now.Add(wait)); again != 0 {
-			t.Fatalf("seed %d: told to wait %v, and then %v more", seed, wait, again)
-		} else {
+		if wait := push(s, "a", now); wait > 0 {
 			now = now.Add(wait)
-			taken = append(taken, now)
+			if again := push(s, "a", now); again != 0 {
+				t.Fatalf("a push was told to wait %v, and then %v more", wait, again)
+			}
 		}
+		accepted = append(accepted, now)
 	}
-	for i := range taken {
-		for j := i + rateBurst; j < len(taken); j += 7 {
-			if span := taken[j].Sub(taken[i]); j-i > rateBurst+int(span/time.Second) {
-				t.Fatalf("seed %d: %d pushes in %v", seed, j-i+1, span)
+	for i := range accepted {
+		for j := i + rateBurst; j < len(accepted); j += 7 {
+			if span := accepted[j].Sub(accepted[i]); j-i > rateBurst+int(span/time.Second) {
+				t.Fatalf("%d pushes were accepted in %v", j-i+1, span)
 			}
 		}
 	}
 }
 
-func TestSitesWithoutRateLimit(t *testing.T) {
+// With the interval 0 there is no rate limit.
+func TestNoRateLimit(t *testing.T) {
 	s := NewSitePushLimiter(0)
 	for i := range 1000 {
 		if wait := push(s, "a", rateNow); wait != 0 {
-			t.Fatalf("push %d waits %v", i, wait)
+			t.Fatalf("push %d has to wait %v, want 0", i, wait)
 		}
 	}
 }
 
-func TestSitesInFlight(t *testing.T) {
+// The server answers 429 with Retry-After to a push over the rate limit. Client and upload tokens
+// of a site share its limit, other sites are not affected, and the refusals do not fill the log.
+func TestUploadRateLimit(t *testing.T) {
+	r := newSrvRig(t)
+	pushOverLimit := func() {
+		t.Helper()
+		got := r.push("site-a", "up 1\n")
+		if wait, _ := strconv.Atoi(got.header.Get("Retry-After")); got.status != 429 || wait != 1 || !strings.Contains(got.body, "1s") || !strings.Contains(got.body, "60") {
+			t.Fatalf("a push over the limit was answered %d %v %s", got.status, got.header, got.body)
+		}
+	}
+	for range rateBurst {
+		r.accepted(r.push("site-a", "up 1\n"))
+	}
+	pushOverLimit()
+	r.accepted(r.push("site-b", "up 1\n"))
+	if got := r.upload(r.token(KindClient, "site-a"), nil); got.status != 429 {
+		t.Errorf("with the client token: answered %d, want 429", got.status)
+	}
+	r.clock.Store(int64(time.Second)) // as Retry-After said
+	r.accepted(r.push("site-a", "up 1\n"))
+	pushOverLimit()
+	r.clock.Store(int64(time.Minute + time.Second))
+	for range rateBurst {
+		r.accepted(r.push("site-a", "up 1\n"))
+	}
+	pushOverLimit()
+	if n := strings.Count(r.log.String(), "\n"); n > 5 {
+		t.Errorf("the log has %d lines, want at most 5", n)
+	}
+}
+
+// A site may have four pushes in flight. A refused push does not count for the rate limit, but a
+// push in flight does.
+func TestPushesInFlight(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	for range maxPushesPerSite {
 		if _, err := s.AcquirePush("a", rateNow); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for range 100 { // these do not count for the rate
+	for range 100 {
 		if wait, err := s.AcquirePush("a", rateNow); wait != time.Second || err == nil || !strings.Contains(err.Error(), "4 pushes of this cluster ID") {
-			t.Fatalf("one more in flight: %v, %v", wait, err)
+			t.Fatalf("a fifth push in flight: wait %v, %v", wait, err)
 		}
 	}
 	if _, err := s.AcquirePush("b", rateNow); err != nil {
-		t.Errorf("another site: %v", err)
+		t.Errorf("a push of another site: %v", err)
 	}
 	s.ReleasePush("a")
 	if _, err := s.AcquirePush("a", rateNow); err != nil {
-		t.Errorf("after one ended: %v", err)
+		t.Errorf("after one push ended: %v", err)
 	}
 	for range maxPushesPerSite {
 		s.ReleasePush("a")
 	}
-	for i := range rateBurst - maxPushesPerSite - 1 {
-		if wait := push(s, "a", rateNow); wait != 0 {
-			t.Fatalf("push %d waits %v", i, wait)
-		}
-	}
-	if push(s, "a", rateNow) == 0 {
-		t.Error("pushes in flight do not count for the rate")
-	}
+	checkBurst(t, s, rateNow, rateBurst-maxPushesPerSite-1)
 }
 
-func TestSitesActivity(t *testing.T) {
+// ForEach reports the last values that were set for each site.
+func TestSiteHealth(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	s.SetTokenExpiry("a", 1234, rateNow)
 	s.SetPushFailed("b", rateNow.Add(time.Second))
@@ -160,23 +195,27 @@ func TestSitesActivity(t *testing.T) {
 	}
 }
 
-func TestSitesUntimely(t *testing.T) {
+// TakeUntimelyWarning returns true for a site once in untimelyLogEvery.
+func TestTakeUntimelyWarning(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	for i, c := range []struct {
 		id    string
-		after time.Duration
-		tell  bool
+		after time.Duration // since rateNow
+		want  bool
 	}{
 		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyLogEvery - 1, false}, {"a", untimelyLogEvery, true},
 		{"a", 2*untimelyLogEvery - 1, false}, {"b", 2*untimelyLogEvery - 1, true},
 	} {
-		if got := s.TakeUntimelyWarning(c.id, rateNow.Add(c.after)); got != c.tell {
-			t.Errorf("%d: %t", i, got)
+		if got := s.TakeUntimelyWarning(c.id, rateNow.Add(c.after)); got != c.want {
+			t.Errorf("call %d, site %s after %v: got %t, want %t", i, c.id, c.after, got, c.want)
 		}
 	}
 }
 
-func TestSitesBounded(t *testing.T) {
+// When the limit on tracked sites is met, sites that have been idle for more than a day are
+// forgotten. A site is kept if it has a push in flight, was seen lately, or has used up its rate
+// limit, because forgetting it would let it push faster.
+func TestTrackedSitesAreBounded(t *testing.T) {
 	s := NewSitePushLimiter(time.Hour)
 	count := func() (n int) {
 		s.ForEach(func(string, siteHealth) { n++ })
@@ -184,9 +223,9 @@ func TestSitesBounded(t *testing.T) {
 	}
 	s.AcquirePush("in flight", rateNow)
 	later := rateNow.Add(siteIdle)
-	for i := range rateBurst {
-		if wait := push(s, "due", rateNow); wait != 0 { // is owed no push for 60 hours
-			t.Fatal(i, wait)
+	for i := range rateBurst { // has used up its rate limit for 60 hours
+		if wait := push(s, "limited", rateNow); wait != 0 {
+			t.Fatalf("push %d has to wait %v", i, wait)
 		}
 	}
 	for i := count(); i < maxTrackedSites; i++ {
@@ -194,31 +233,58 @@ func TestSitesBounded(t *testing.T) {
 	}
 	s.SetTokenExpiry("5", 2, later) // seen lately
 	if wait, err := s.AcquirePush("new", later); wait != time.Minute || err == nil {
-		t.Errorf("one too many: %v, %v", wait, err)
+		t.Errorf("a new site over the limit: wait %v, %v", wait, err)
 	}
 	s.SetPushFailed("new", later)
 	s.SetTokenExpiry("new", 1, later)
 	s.SetClockOffset("new", time.Second, later)
 	if wait := push(s, "7", later); wait != 0 {
-		t.Errorf("a known site is put off for %v", wait)
+		t.Errorf("a tracked site has to wait %v, want 0", wait)
 	}
-	if count() != maxTrackedSites {
-		t.Errorf("%d sites are tracked", count())
+	if n := count(); n != maxTrackedSites {
+		t.Errorf("%d sites are tracked, want %d", n, maxTrackedSites)
 	}
-	// Those seen a day ago go, but for what would let them push faster.
 	if wait := push(s, "new", later.Add(1)); wait != 0 {
-		t.Errorf("put off for %v though many were idle", wait)
+		t.Errorf("a new site has to wait %v although others are idle", wait)
 	}
 	if n := count(); n != 5 {
-		t.Errorf("%d sites are tracked, not those in flight, due, 5, 7 and new", n)
+		t.Errorf("%d sites are tracked, want 5: in flight, limited, 5, 7 and new", n)
 	}
-	if push(s, "due", rateNow.Add(30*time.Minute)) == 0 {
-		t.Error("a site was forgotten that had used up its burst")
+	if push(s, "limited", rateNow.Add(30*time.Minute)) == 0 {
+		t.Error("a site that has used up its rate limit was forgotten")
 	}
 	s.ReleasePush("in flight")
 }
 
-func TestSitesConcurrent(t *testing.T) {
+// A new site pushes as soon as the tracked sites are idle, even if all of them have pushed before.
+func TestTrackedSitesMakeRoom(t *testing.T) {
+	s := NewSitePushLimiter(time.Second)
+	for i := range maxTrackedSites {
+		id := strconv.Itoa(i)
+		if _, err := s.AcquirePush(id, testNow); err != nil {
+			t.Fatal(err)
+		}
+		if i > 0 {
+			s.ReleasePush(id)
+		}
+	}
+	if wait, err := s.AcquirePush("one more", testNow); err == nil || wait <= 0 {
+		t.Errorf("a site over the limit: wait %v, %v", wait, err)
+	}
+	s.SetPushFailed("one more", testNow)
+	s.SetTokenExpiry("one more", 7, testNow)
+	later := testNow.Add(siteIdle + time.Second)
+	if _, err := s.AcquirePush("one more", later); err != nil {
+		t.Errorf("a new site after the others were idle for a day: %v", err)
+	}
+	if len(s.sites) != 2 {
+		t.Errorf("%d sites are tracked, want 2: the new one and the one with a push in flight", len(s.sites))
+	}
+	s.ReleasePush("0")
+}
+
+// Concurrent calls lose no count: afterwards every site has its whole burst again.
+func TestSiteLimitsConcurrent(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	var wg sync.WaitGroup
 	for i := range 8 {
@@ -234,13 +300,13 @@ func TestSitesConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	taken := 0
+	accepted := 0
 	for i := range 3 {
 		for push(s, fmt.Sprint(i), rateNow.Add(rateBurst*time.Second)) == 0 {
-			taken++
+			accepted++
 		}
 	}
-	if taken != 3*rateBurst {
-		t.Errorf("%d pushes after a rest, want %d", taken, 3*rateBurst)
+	if accepted != 3*rateBurst {
+		t.Errorf("%d pushes were accepted after a pause, want %d", accepted, 3*rateBurst)
 	}
 }

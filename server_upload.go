@@ -1,8 +1,8 @@
 package main
 
-// A push on its way from the request to the store: its headers and body are read, its owner is
-// found, it is decoded, appended and answered. A 200 means durable. All memory that remote input
-// can claim is bounded, for each site and in all.
+// Carries a push from the HTTP request to the store: reads its headers and body, forwards it to its
+// owner or decodes and appends it, and answers. The answer 200 means that the samples are durable.
+// All memory that remote input can claim is bounded, both per site and in total.
 
 import (
 	"context"
@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// Results of a push, as telemeter_pushes_total names them.
+// Results of a push: values of the label result in telemeter_pushes_total.
 const (
 	resultAccepted    = "accepted"
 	resultRateLimited = "rate_limited"
@@ -31,23 +31,23 @@ const (
 	resultMalformed   = "malformed"
 )
 
-// Reasons for which the store drops samples; Normalize has the others.
+// Reasons for which the store drops samples. ServerNormalizer.Normalize has its own reasons.
 const (
 	dropConflict = "conflicting_value"
 	dropTooOld   = "too_old"
 	dropFuture   = "future"
 )
 
-// serverDropReasons are all reasons for which a server drops samples of a push that it accepts.
-// The alert TelemeterSamplesDropped of testdata/alerts.yml lists those that need an operator.
+// serverDropReasons lists all reasons for which a server drops samples of an accepted push. The
+// alert TelemeterSamplesDropped in testdata/alerts.yml names the reasons that need an operator.
 var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture}
 
-// uploadError says why a push is refused, in words for the client.
+// uploadError says why a push is refused. Its text goes to the client.
 type uploadError struct {
 	status     int
 	result     string
 	text       string
-	retryAfter time.Duration // 0: not said
+	retryAfter time.Duration // 0 = no Retry-After header
 }
 
 func (e *uploadError) Error() string { return e.text }
@@ -68,8 +68,8 @@ func errUnsupported(text string) error {
 	return &uploadError{http.StatusUnsupportedMediaType, resultUnsupported, text, 0}
 }
 
-// refusalResponse returns the response to a push that err refuses. Its text is cut: an error can
-// quote a whole body.
+// refusalResponse returns the response to a push that failed with err. It cuts the text to
+// maxErrorText bytes, because an error can quote a whole body.
 func refusalResponse(err error) *pushResponse {
 	var e *uploadError
 	if !errors.As(err, &e) {
@@ -82,7 +82,8 @@ func refusalResponse(err error) *pushResponse {
 	return &pushResponse{Status: e.status, Result: e.result, Body: []byte(text + "\n"), RetryAfter: int(math.Ceil(e.retryAfter.Seconds()))}
 }
 
-// handleUpload answers POST /upload.
+// handleUpload answers POST /upload: it authenticates the client, stores the push or forwards it,
+// and answers with the counts of its samples or with a refusal.
 func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	kinds := []string{KindUpload}
 	if s.cfg.ExternalAuthorizer == nil {
@@ -100,14 +101,14 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		resp = refusalResponse(err)
 	}
 	s.pushesTotal.Inc(resp.Result)
-	// A server that starts or ends is no fault of the push.
+	// A push that is refused because this server starts or stops is not a failure of the site.
 	if resp.AllUntimely || resp.Status != http.StatusOK && s.ready.Load() {
 		s.sites.SetPushFailed(t.ClusterID, s.cfg.Now())
 	}
 	if resp.Status == http.StatusOK {
 		w.Header().Del("Connection")
 		w.Header().Set("Content-Type", "application/json")
-		w.Write(resp.Body) // an error is the connection's: the client sends the push again
+		w.Write(resp.Body) // fails only if the connection does; the client then pushes again
 		return
 	}
 	text := strings.TrimSpace(string(resp.Body))
@@ -119,21 +120,22 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	http.Error(w, text, resp.Status)
 }
 
-// refusalLevel returns the level at which a refused push is logged.
+// refusalLevel returns the level at which a refused push with that result is logged.
 func refusalLevel(result string) slog.Level {
 	switch result {
-	case resultFailed, resultFull: // logged with the cause
+	case resultFailed, resultFull: // the server that stores the push has logged the cause at a higher level
 		return slog.LevelDebug
-	case resultRateLimited: // the limit holds for the log too
+	case resultRateLimited: // otherwise a site that pushes too fast would flood the log
 		return slog.LevelDebug
 	}
 	return slog.LevelInfo
 }
 
-// receivePush reads an authenticated push and has its owner store it; this server stores it if
-// it is the owner or the owner cannot be reached. Limits are checked before the body is read.
+// receivePush reads an authenticated push and has it stored by the owner of its site. This server
+// stores the push itself if it is the owner or if the owner cannot take the push. Limits are
+// checked before the body is read.
 func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*pushResponse, error) {
-	arrival := s.cfg.Now() // of the headers: the body may take long
+	arrival := s.cfg.Now() // taken before the body is read, because that may take long
 	release, err := s.acquirePush(t.ClusterID)
 	if err != nil {
 		return nil, err
@@ -155,7 +157,8 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	if err := s.readPushBody(w, r, body); err != nil {
 		return nil, err
 	}
-	// From here on only: over a slow link the body alone may take longer.
+	// storeTimeout begins only after the body is read, because over a slow link the body alone may
+	// take longer.
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	if s.cfg.Forwarder != nil {
@@ -166,8 +169,9 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	return s.decodeAndStorePush(ctx, push, params, *body)
 }
 
-// storeForwarded stores a push that another member received; see storeForwardedFunc. It hands back a
-// push of which it would drop every sample because the clocks of the two servers differ.
+// storeForwarded stores a push that another member forwarded; see storeForwardedFunc. It hands the
+// push back if this server is not ready. It also does so if all samples were dropped because of
+// their timestamps and the clocks of the two servers differ by more than maxClockDifference.
 func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []byte) (resp *pushResponse, handBack error) {
 	if !s.ready.Load() {
 		return nil, errors.New("the server is not ready")
@@ -178,12 +182,12 @@ func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []b
 		return refusalResponse(err), nil
 	}
 	if apart := now.Sub(time.UnixMilli(push.Arrival)).Abs(); resp.AllUntimely && apart > maxClockDifference {
-		return nil, fmt.Errorf("the time of every sample is out of bounds, and the clock differs from the receiver's by %v", apart.Round(time.Second))
+		return nil, fmt.Errorf("all samples are too old or in the future, and the clocks of the two servers differ by %v", apart.Round(time.Second))
 	}
 	return resp, nil
 }
 
-// acquireAndStorePush stores a forwarded push within the limits that hold for any push.
+// acquireAndStorePush stores a forwarded push. The same limits apply as to a push from a client.
 func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 	release, err := s.acquirePush(push.ClusterID)
 	if err != nil {
@@ -199,8 +203,8 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 	return s.decodeAndStorePush(ctx, push, params, body)
 }
 
-// acquirePush lets a push of a site begin, within the rate limit and the number in flight.
-// release has to be called at its end.
+// acquirePush lets a push of a site begin if the server is ready and if the rate limit and the
+// limits on pushes in flight allow it. The caller must call release at the end of the push.
 func (s *Server) acquirePush(clusterID string) (release func(), err error) {
 	if !s.ready.Load() {
 		return nil, errOverloaded("the server is not ready")
@@ -210,7 +214,7 @@ func (s *Server) acquirePush(clusterID string) (release func(), err error) {
 	}
 	if !s.uploads.TryAcquire() {
 		s.sites.ReleasePush(clusterID)
-		return nil, errOverloaded("too many pushes are being handled")
+		return nil, errOverloaded("too many pushes are in flight")
 	}
 	s.inFlight.Add(1)
 	return func() {
@@ -220,7 +224,7 @@ func (s *Server) acquirePush(clusterID string) (release func(), err error) {
 	}, nil
 }
 
-// pushParams has the headers of a push, parsed.
+// pushParams has the parsed headers of a push.
 type pushParams struct {
 	format    Format
 	scrapes   ScrapeNames
@@ -244,10 +248,10 @@ func parsePushParams(push *pushRequest) (p pushParams, err error) {
 }
 
 func (s *Server) errBodyTooLarge() error {
-	return errPushTooLarge(fmt.Sprintf("the body is larger than %d bytes; the server's --limit-bytes raises that", s.cfg.LimitBytes))
+	return errPushTooLarge(fmt.Sprintf("the body is larger than %d bytes; raise the server's --limit-bytes to accept larger bodies", s.cfg.LimitBytes))
 }
 
-// readPushBody reads a body into body's memory.
+// readPushBody reads the body of a push into the memory of *body, up to LimitBytes.
 func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]byte) (err error) {
 	if r.ContentLength > s.cfg.LimitBytes {
 		return s.errBodyTooLarge()
@@ -258,17 +262,18 @@ func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]by
 		return s.errBodyTooLarge()
 	}
 	if err != nil {
-		return &uploadError{http.StatusRequestTimeout, resultMalformed, "the body ended early, or came too slowly", 0}
+		return &uploadError{http.StatusRequestTimeout, resultMalformed, "the body ended early or arrived too slowly", 0}
 	}
 	return nil
 }
 
-// decodeAndStorePush decodes a push, stores it on this server, and returns the answer.
+// decodeAndStorePush decodes a push, stores it on this server, and returns the answer. It limits
+// how many pushes are decoded at a time, and the memory of decoded pushes that wait to be stored.
 func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
 	if int64(len(body)) > s.cfg.LimitBytes {
 		return nil, s.errBodyTooLarge()
 	}
-	// Bodies wait here in the bounded form in which they came.
+	// While it waits for a slot, a push only takes the bounded memory of its body as sent.
 	if s.decoding.Acquire(ctx) != nil {
 		return nil, errOverloaded("the server is too busy to decode the push")
 	}
@@ -289,31 +294,34 @@ func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, para
 	return s.countAndAnswerAccepted(push.ClusterID, params, &buf.samples, d, res)
 }
 
-// decodeBuffers is the memory that decoding a push takes. It is reused unless it has grown: a push
-// that waits to be stored keeps it, and only the part that the push fills counts as pending.
+// decodeBuffers is the memory that decoding a push needs. A push keeps its buffers while it waits
+// to be stored, but only the bytes that the push fills count as pending. So buffers that have grown
+// beyond maxPooledBuffers are not reused.
 type decodeBuffers struct {
 	decompressor Decompressor
 	decoder      Decoder
 	samples      SampleList
-	size         int // bytes, of the parts that can grow
+	size         int // bytes; capacity of the parts that can grow
 }
 
+// releaseBuffers returns buf to the pool unless it has grown too large.
 func (s *Server) releaseBuffers(buf *decodeBuffers) {
 	if buf.size <= maxPooledBuffers {
 		s.buffers.Put(buf)
 	}
 }
 
-// pushDropCounts has the counts of a push that is decoded.
+// pushDropCounts has the counts of a decoded push, and the memory that it takes.
 type pushDropCounts struct {
-	dropped map[string]int // by reason
-	skipped map[string]int // parts of samples, by kind
-	memory  int64          // bytes
+	dropped map[string]int // samples dropped, by reason
+	skipped map[string]int // unsupported parts of samples, by kind
+	memory  int64          // bytes that the decoded push fills
 }
 
-// decodeAndReleaseSlot decodes and normalizes a body into buf.samples. Samples without a time get
-// that of the push's arrival. It releases the caller's slot of s.decoding at its end, before the
-// push is stored: a disk that does not answer must not keep other sites waiting.
+// decodeAndReleaseSlot decodes and normalizes a body into buf.samples. A sample without a timestamp
+// gets the arrival time of the push. The caller must hold a slot of s.decoding, which
+// decodeAndReleaseSlot releases. So a push no longer holds the slot while it waits for the disk,
+// and a disk that hangs does not keep other sites from decoding.
 func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte) (counts pushDropCounts, err error) {
 	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
@@ -323,7 +331,7 @@ func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, for
 		return counts, errMalformed(err.Error())
 	}
 	if over {
-		return counts, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, %d times --limit-bytes", limit, MaxDecodedFactor))
+		return counts, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
 	}
 	buf.samples.Reset()
 	buf.samples.MaxBytes = 4 * limit
@@ -332,7 +340,7 @@ func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, for
 	skipped, err := buf.decoder.Decode(body, format, n.normalizeAndAdd)
 	switch {
 	case errors.Is(err, ErrListTooLarge):
-		return counts, errPushTooLarge(err.Error() + "; the server's --limit-bytes raises that")
+		return counts, errPushTooLarge(err.Error() + "; raise the server's --limit-bytes to accept more")
 	case errors.Is(err, ErrTooLarge):
 		return counts, errPushTooLarge(err.Error())
 	case err != nil:
@@ -343,14 +351,14 @@ func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, for
 	return pushDropCounts{dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(memory)}, nil
 }
 
-// pushNormalizer normalizes the samples of one push by the operator's rules.
+// pushNormalizer applies the operator's rules to the samples of one push.
 type pushNormalizer struct {
 	rules    *ServerNormalizer
 	forced   []Label
-	arrival  int64 // ms
+	arrival  int64 // ms; timestamp for samples that have none
 	list     *SampleList
 	received int
-	dropped  map[string]int // by reason
+	dropped  map[string]int // samples dropped, by reason
 }
 
 func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
@@ -360,8 +368,8 @@ func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNor
 	}
 }
 
-// normalizeAndAdd adds a sample to the list, or counts why it is dropped. An error refuses the
-// whole push.
+// normalizeAndAdd normalizes a sample and adds it to the list, or counts the reason why it is
+// dropped. An error refuses the whole push.
 func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	n.received++
 	reason, err := n.rules.Normalize(r, n.forced)
@@ -382,34 +390,37 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	return err
 }
 
-// appendPush appends the samples of a push, and the names of its scrapes, to the site's log.
+// appendPush appends the samples of a push and the names of its scrapes to the site's log. It
+// returns an uploadError if the store refuses the push.
 func (s *Server) appendPush(ctx context.Context, clusterID string, params pushParams, samples *SampleList) (res AppendResult, err error) {
-	// Before the samples are stored: they must not be evicted unread.
+	// Add the consumers before the samples are stored. Otherwise the samples could be evicted before
+	// these consumers have read them.
 	s.cfg.Store.Consumers.AddClientReportedConsumers(SiteKey(clusterID), params.consumers, s.cfg.Now())
 	if params.scrapes.SpoolID != 0 && len(params.scrapes.Numbers) == 0 && len(samples.Samples) == 0 {
-		return res, nil // the push only asks which scrapes are held and read
+		return res, nil // this push only asks which scrapes are held and read
 	}
 	res, err = s.cfg.Store.Append(ctx, clusterID, samples, params.scrapes)
 	switch {
 	case err == nil:
 		return res, nil
 	case errors.Is(err, ErrSeriesLimit):
-		return res, errPushTooLarge(err.Error() + "; the server's --limit-series raises that")
+		return res, errPushTooLarge(err.Error() + "; raise the server's --limit-series to accept more")
 	case errors.Is(err, ErrTooLarge):
 		return res, errPushTooLarge(err.Error())
 	case errors.Is(err, ErrFull):
-		s.cfg.Log.Error("storing push", "cluster_id", clusterID, "err", err)
+		s.cfg.Log.Error("cannot store push", "cluster_id", clusterID, "err", err)
 		return res, &uploadError{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
 	case errors.Is(err, ErrClockInDoubt):
 		return res, &uploadError{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
 	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
 		return res, errOverloaded("the server is too busy to store the push")
 	}
-	s.cfg.Log.Error("storing push", "cluster_id", clusterID, "err", err)
+	s.cfg.Log.Error("cannot store push", "cluster_id", clusterID, "err", err)
 	return res, &uploadError{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
 }
 
-// countAndAnswerAccepted counts a push that is stored, and returns its answer.
+// countAndAnswerAccepted counts a stored push and returns its answer. If all samples were dropped
+// because of their timestamps, the answer has a hint, which is also logged from time to time.
 func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
 	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
 		if n > 0 {
@@ -425,7 +436,7 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 	if res.IsAllUntimely() {
 		answer.Hint = untimelyHint(samples, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
 		if s.sites.TakeUntimelyWarning(clusterID, now) {
-			s.cfg.Log.Warn("every sample of a push was dropped for its time", "cluster_id", clusterID, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
+			s.cfg.Log.Warn("all samples of a push were dropped because of their timestamps", "cluster_id", clusterID, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
 		}
 	}
 	if spool := params.scrapes.SpoolID; spool != 0 {
@@ -437,13 +448,13 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 		}
 	}
 	b, err := json.Marshal(answer)
-	if err != nil { // of numbers and strings: cannot be
-		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be made", 0}
+	if err != nil { // cannot happen: the answer has only numbers and strings
+		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be encoded", 0}
 	}
 	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: res.IsAllUntimely()}, nil
 }
 
-// countAcceptedPush counts a push that is stored.
+// countAcceptedPush adds the counts of a stored push to the metrics.
 func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	if res.WriteTime > 0 {
 		s.appendSeconds.Observe(res.WriteTime.Seconds())
@@ -458,7 +469,7 @@ func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	}
 }
 
-// deleteZeros removes zeroes from counts, and returns nil if none is left.
+// deleteZeros removes zeros from counts. It returns nil if nothing is left.
 func deleteZeros(counts map[string]int) map[string]int {
 	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
 	if len(counts) == 0 {
@@ -467,16 +478,18 @@ func deleteZeros(counts map[string]int) map[string]int {
 	return counts
 }
 
-// untimelyHint says what is wrong with the times of a push whose samples are all too old or in the
-// future. Such a push is answered 200, but counts as failed for the site's alerts. oldestAccepted is
-// the least time that is accepted, and now the present, both in ms. A present time in seconds,
-// read as milliseconds, is in January 1970, and no sample is that old, so a single one tells. A
-// day more on either side allows for a wrong clock or time zone.
+// untimelyHint says what is wrong with the timestamps of a push whose samples are all too old or in
+// the future. Such a push is answered with 200, but for the site's alerts it counts as failed.
+// oldestAccepted is the oldest timestamp that is accepted, and now is the current time, both in ms.
+//
+// A client may send seconds in place of milliseconds. A current time in seconds, read as
+// milliseconds, lies in January 1970. No real sample is that old, so one such sample is enough to
+// recognize the mistake. One day of tolerance on either side allows for a wrong clock or time zone.
 func untimelyHint(samples *SampleList, tooOld, future int, oldestAccepted, now int64) string {
-	const day = 24 * 60 * 60 // s
+	const day = 24 * 60 * 60 // seconds
 	switch {
 	case slices.ContainsFunc(samples.Samples, func(s Sample) bool { return s.T >= oldestAccepted/1000-day && s.T <= now/1000+day }):
-		return "the times look like seconds; they have to be milliseconds"
+		return "the timestamps look like seconds, but must be milliseconds"
 	case future == 0:
 		return "all samples are older than --retention"
 	case tooOld == 0:

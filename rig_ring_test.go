@@ -1,0 +1,257 @@
+package main
+
+// The rig of forwarding tests: members of a ring with real listeners on 127.0.0.1, and HTTP
+// transports that tamper with requests and answers. The ring is set by hand, without gossip.
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// forwardNode is a member of a ring that forwards pushes. By default it accepts every forwarded
+// push and answers with its own name. It records what it receives.
+type forwardNode struct {
+	*Forwarder
+	url   string
+	store storeForwardedFunc           // stores the pushes that other members forward
+	down  atomic.Bool                  // the node aborts every request
+	last  atomic.Pointer[http.Request] // the last request received, and its body
+	body  atomic.Pointer[[]byte]
+
+	mu     sync.Mutex // guards pushes and answer
+	pushes []takenPush
+	answer func() (*pushResponse, error) // answer of answerName; nil: 200
+}
+
+// takenPush is a push that a forwardNode received from another member.
+type takenPush struct {
+	push pushRequest
+	body string
+}
+
+// receiver returns the handler for requests of other members.
+func (n *forwardNode) receiver() http.Handler {
+	return n.Handler(func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+		return n.store(ctx, push, body)
+	})
+}
+
+// answerName is the default store. It records a push and returns n.answer, or 200 and n's name.
+func (n *forwardNode) answerName(_ context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.pushes = append(n.pushes, takenPush{*push, string(body)})
+	if n.answer != nil {
+		return n.answer()
+	}
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: []byte(n.cfg.Name)}, nil
+}
+
+// took returns how many pushes n has received from other members.
+func (n *forwardNode) took() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.pushes)
+}
+
+// push calls TryForward with a push, and returns the body of the answer: the name of the member
+// that accepted the push. It returns "" if n has to store the push itself.
+func (n *forwardNode) push(ctx context.Context, id, body string) string {
+	a := n.TryForward(ctx, &pushRequest{ClusterID: id, Arrival: 5, Type: "text/plain"}, []byte(body))
+	if a == nil {
+		return ""
+	}
+	return string(a.Body)
+}
+
+// newForwardNode starts a node that knows no other members yet.
+func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
+	t.Helper()
+	n := &forwardNode{}
+	sealer, err := NewMessageSealer(keys, "telemeter")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Forwarder = NewForwarder(ForwarderConfig{
+		Name: name, Sealer: sealer, Client: NewHTTPClient(nil, time.Minute, 10*time.Second), Metrics: NewMetrics(),
+		Log: slog.New(slog.DiscardHandler),
+	})
+	n.store = n.answerName
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if n.down.Load() {
+			panic(http.ErrAbortHandler)
+		}
+		b, _ := io.ReadAll(r.Body)
+		n.body.Store(&b)
+		n.last.Store(r)
+		r.Body = io.NopCloser(bytes.NewReader(b))
+		n.receiver().ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	n.url = srv.URL
+	return n
+}
+
+// newForwardPair starts the nodes a and b with the same key, joins them, and returns a cluster ID
+// that b owns.
+func newForwardPair(t testing.TB) (a, b *forwardNode, id string) {
+	t.Helper()
+	keys := testKeys(t, 1)
+	a, b = newForwardNode(t, "a", keys), newForwardNode(t, "b", keys)
+	join(1, a, b)
+	return a, b, ownedBy(t, a.Forwarder, "b")
+}
+
+// join gives all nodes the same view, in which every node is live with the given session.
+func join(session uint64, nodes ...*forwardNode) {
+	var claims []Claim
+	members := map[string]RingMember{}
+	for i, n := range nodes {
+		claims = append(claims, Claim{Slot: i, Lamport: uint64(i + 1), Name: n.cfg.Name})
+		members[n.cfg.Name] = RingMember{Name: n.cfg.Name, Addr: strings.TrimPrefix(n.url, "http://"), Session: session}
+	}
+	for _, n := range nodes {
+		n.SetView(&RingView{Ring: NewRing(claims, 0), Members: members})
+	}
+}
+
+// setAddress gives n a view in which a member has another address.
+func (n *forwardNode) setAddress(member, url string) {
+	v := *n.View()
+	v.Members = maps.Clone(v.Members)
+	v.Members[member] = RingMember{Name: member, Addr: strings.TrimPrefix(url, "http://"), Session: v.Members[member].Session}
+	n.SetView(&v)
+}
+
+// checkCounts checks the values of a counter for some of its label's values.
+func checkCounts(t testing.TB, name string, c *Counter, want map[string]float64) {
+	t.Helper()
+	for result, n := range want {
+		if got := c.Value(result); got != n {
+			t.Errorf("%s: %v counted as %s, want %v", name, got, result, n)
+		}
+	}
+}
+
+// ownedBy returns the nth cluster ID, from 0, that the member owns.
+func ownedBy(t testing.TB, f *Forwarder, name string, nth ...int) string {
+	t.Helper()
+	skip := 0
+	for _, n := range nth {
+		skip = n
+	}
+	for i := range 10_000 {
+		id := fmt.Sprint("site", i)
+		if p, _ := f.SiteOwner(SiteKey(id)); p.Name == name {
+			if skip == 0 {
+				return id
+			}
+			skip--
+		}
+	}
+	t.Fatalf("%s owns too few of 10,000 sites", name)
+	return ""
+}
+
+// ringServer is a server that is a member of a ring.
+type ringServer struct {
+	*srvRig
+	node *forwardNode
+}
+
+// newRingServers starts n servers named "a", "b" and so on, which forward pushes to each other.
+func newRingServers(t testing.TB, n int, change ...func(*StoreConfig, *ServerConfig)) (all []*ringServer) {
+	t.Helper()
+	var nodes []*forwardNode
+	for i := range n {
+		name := string(rune('a' + i))
+		node := newForwardNode(t, name, testKeys(t, 1))
+		r := newSrvRig(t, append([]func(*StoreConfig, *ServerConfig){func(_ *StoreConfig, c *ServerConfig) {
+			c.Name, c.Forwarder = name, node.Forwarder
+		}}, change...)...)
+		node.store = r.server.storeForwarded
+		all, nodes = append(all, &ringServer{r, node}), append(nodes, node)
+	}
+	join(1, nodes...)
+	return all
+}
+
+// changeSealVersion is a transport that changes the version of the envelope's seal.
+type changeSealVersion struct{ next http.RoundTripper }
+
+func (o changeSealVersion) RoundTrip(r *http.Request) (*http.Response, error) {
+	sealed, err := base64.RawURLEncoding.DecodeString(r.Header.Get(envelopeHeader))
+	if err != nil {
+		return nil, err
+	}
+	sealed[0]++
+	r = r.Clone(r.Context())
+	r.Header.Set(envelopeHeader, base64.RawURLEncoding.EncodeToString(sealed))
+	return o.next.RoundTrip(r)
+}
+
+// hangs is a transport without answers. A request ends when its context ends.
+type hangs struct{}
+
+func (hangs) RoundTrip(r *http.Request) (*http.Response, error) {
+	<-r.Context().Done()
+	return nil, r.Context().Err()
+}
+
+// recordAnswer is a transport that keeps the body of the last answer.
+type recordAnswer struct {
+	next http.RoundTripper
+	body []byte
+}
+
+func (s *recordAnswer) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := s.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	s.body, err = io.ReadAll(resp.Body)
+	resp.Body.Close()
+	resp.Body = io.NopCloser(bytes.NewReader(s.body))
+	return resp, err
+}
+
+// swapBody is a transport that replaces the body of every request.
+type swapBody struct {
+	body []byte
+	next http.RoundTripper
+}
+
+func (s swapBody) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(s.body)), int64(len(s.body))
+	return s.next.RoundTrip(r)
+}
+
+// loseAnswer is a transport that loses every answer after the request has been answered.
+type loseAnswer struct {
+	next http.RoundTripper
+	lost func() // called for each lost answer
+}
+
+func (l loseAnswer) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := l.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	resp.Body.Close()
+	l.lost()
+	return nil, errors.New("the answer is lost")
+}

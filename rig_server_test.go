@@ -1,0 +1,560 @@
+package main
+
+// The rig of server tests: a server whose two listeners are real HTTP listeners on 127.0.0.1, and
+// helpers that push, scrape and check answers. The clock stands still unless a test moves it.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+const (
+	protoType  = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
+	omType     = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+	acceptUTF8 = "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
+)
+
+// srvRig is a server named s1 with its store and both its listeners.
+type srvRig struct {
+	t        testing.TB
+	clock    atomic.Int64 // the server's time, in ns after testNow
+	keys     Keys
+	store    *Store
+	server   *Server
+	external *httptest.Server
+	internal *httptest.Server
+	log      *logBuffer
+	secrets  []string // texts that no error answer may contain
+}
+
+// now returns the server's current time.
+func (r *srvRig) now() time.Time { return testNow.Add(time.Duration(r.clock.Load())) }
+
+// newSrvRig returns a ready server with small limits and a disk in memory. change edits the
+// configuration before the store is opened. The server is closed at the end of the test.
+func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRig {
+	t.Helper()
+	r := &srvRig{t: t, keys: testKeys(t, 1), log: &logBuffer{}}
+	sc := StoreConfig{
+		FS: newCrashFS(1, "/secretdir"), Dir: "/secretdir", Retention: 2 * time.Hour, MaxSampleAge: 10 * time.Minute,
+		LimitSeries: 100, LimitSites: 10, LimitSamples: 100_000, Now: r.now,
+		OnError: func(err error) { fmt.Fprintln(r.log, err) },
+	}
+	cfg := ServerConfig{
+		Name: "s1", Metrics: NewMetrics(), Now: r.now, MaxSampleAge: 10 * time.Minute,
+		Log:        slog.New(slog.NewTextHandler(r.log, nil)),
+		LimitBytes: 4 << 10, LimitScrape: 1000, RateInterval: time.Second,
+	}
+	for _, f := range change {
+		f(&sc, &cfg)
+	}
+	store, err := OpenStore(sc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := store.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	cfg.Store, r.store = store, store
+	r.server = NewServer(cfg)
+	r.server.Reload(ReloadableServerConfig{Keys: r.keys, Normalizer: &ServerNormalizer{}})
+	r.server.SetReady(true)
+	r.external, r.internal = httptest.NewServer(r.server.ExternalHandler()), httptest.NewServer(r.server.InternalHandler())
+	t.Cleanup(r.external.Close)
+	t.Cleanup(r.internal.Close)
+	r.secrets = []string{keyLine(1), "secretdir", "goroutine ", ".go:"}
+	return r
+}
+
+// newVirtualRig returns a server without listeners, for tests in virtual time. It holds samples in
+// memory only.
+func newVirtualRig(t *testing.T) *srvRig {
+	r := &srvRig{t: t, log: &logBuffer{}}
+	store, err := OpenStore(StoreConfig{Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now, OnError: func(err error) { t.Error(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.store = store
+	r.server = NewServer(ServerConfig{
+		Name: "s1", Store: store, Metrics: NewMetrics(), Log: slog.New(slog.NewTextHandler(r.log, nil)), Now: time.Now,
+		MaxSampleAge: time.Hour, LimitBytes: 1 << 20, LimitScrape: 1000,
+	})
+	r.server.SetReady(true)
+	return r
+}
+
+// reload reloads the server with the rig's keys and the changed rules.
+func (r *srvRig) reload(change func(*ReloadableServerConfig)) {
+	st := ReloadableServerConfig{Keys: r.keys, Normalizer: &ServerNormalizer{}}
+	change(&st)
+	r.server.Reload(st)
+}
+
+// token returns a signed token for a cluster ID. The token ID is derived from the cluster ID.
+func (r *srvRig) token(kind, cluster string, change ...func(*Token)) string {
+	t := Token{Kind: kind, ClusterID: cluster, Issued: testNow.Unix(), ID: fmt.Sprintf("%032x", cluster)[:32]}
+	for _, f := range change {
+		f(&t)
+	}
+	return signToken(r.t, r.keys, t)
+}
+
+// srvRequest is a request to a server.
+type srvRequest struct {
+	method, url, token string
+	header             map[string]string
+	body               []byte
+	chunked            bool // send the body without a Content-Length
+}
+
+// srvAnswer is the answer to a srvRequest.
+type srvAnswer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// do sends a request and returns the answer. It checks that an error answer leaks nothing.
+func (r *srvRig) do(q srvRequest) srvAnswer {
+	r.t.Helper()
+	var body io.Reader = bytes.NewReader(q.body)
+	if q.chunked {
+		body = struct{ io.Reader }{body}
+	}
+	req, err := http.NewRequest(q.method, q.url, body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if q.token != "" {
+		req.Header.Set("Authorization", "Bearer "+q.token)
+	}
+	for k, v := range q.header {
+		if k == "Host" {
+			req.Host = v
+		}
+		req.Header.Set(k, v)
+	}
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		r.t.Fatalf("%s %s: %v", q.method, q.url, err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		r.t.Fatalf("%s %s: %v", q.method, q.url, err)
+	}
+	a := srvAnswer{resp.StatusCode, resp.Header, string(b)}
+	if a.status >= 300 {
+		r.harmless(q, a)
+	}
+	return a
+}
+
+// harmless checks that an error answer contains no secret, does not repeat the token, and is short.
+func (r *srvRig) harmless(q srvRequest, a srvAnswer) {
+	r.t.Helper()
+	all := a.body + fmt.Sprint(a.header)
+	for _, secret := range append(r.secrets, q.token) {
+		if secret != "" && strings.Contains(all, secret) {
+			r.t.Errorf("%s %s: answer %d leaks %q: %s", q.method, q.url, a.status, secret, all)
+		}
+	}
+	if len(all) > 8<<10 {
+		r.t.Errorf("%s %s: the error answer has %d bytes: %.200s…", q.method, q.url, len(all), all)
+	}
+}
+
+// upload sends a push with the given token. headers alternates names and values.
+func (r *srvRig) upload(token string, body []byte, headers ...string) srvAnswer {
+	r.t.Helper()
+	h := map[string]string{}
+	for i := 0; i < len(headers); i += 2 {
+		h[headers[i]] = headers[i+1]
+	}
+	return r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: token, header: h, body: body})
+}
+
+// push uploads text for a cluster with its upload token.
+func (r *srvRig) push(cluster, text string) srvAnswer {
+	r.t.Helper()
+	return r.upload(r.token(KindUpload, cluster), []byte(text))
+}
+
+// pushSpool is push with headers, which alternate names and values.
+func (r *srvRig) pushSpool(cluster, text string, headers ...string) srvAnswer {
+	r.t.Helper()
+	return r.upload(r.token(KindUpload, cluster), []byte(text), headers...)
+}
+
+// hold stores a push on the server without a request.
+func (r *srvRig) hold(id, text string) {
+	r.t.Helper()
+	push := &pushRequest{ClusterID: id, Arrival: time.Now().UnixMilli()}
+	if a, err := r.server.storeForwarded(r.t.Context(), push, []byte(text)); err != nil || a.Status != 200 {
+		r.t.Fatal(a, err)
+	}
+}
+
+// srvCounts is the body of the answer to an accepted push.
+type srvCounts struct {
+	Accepted, Duplicates int
+	Dropped, Skipped     map[string]int
+	Hint, Server         string
+	Time                 int64
+	Held, Read           *string
+	Consumers            string
+}
+
+// accepted decodes the answer to a push, which must have status 200.
+func (r *srvRig) accepted(a srvAnswer) (c srvCounts) {
+	r.t.Helper()
+	if a.status != 200 || a.header.Get("Content-Type") != "application/json" {
+		r.t.Fatalf("the push was answered %d %v %s", a.status, a.header, a.body)
+	}
+	dec := json.NewDecoder(strings.NewReader(a.body))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&c); err != nil || c.Dropped == nil {
+		r.t.Fatalf("decoding the answer %s: %v", a.body, err)
+	}
+	return c
+}
+
+// lists returns the held and read lists of an answer as "held|read". A missing list is "-".
+func (c srvCounts) lists() string {
+	text := func(s *string) string {
+		if s == nil {
+			return "-"
+		}
+		return *s
+	}
+	return text(c.Held) + "|" + text(c.Read)
+}
+
+// federate returns the answer of /federate to a query, which must have status 200.
+func (r *srvRig) federate(query, accept string) string {
+	r.t.Helper()
+	a := r.do(srvRequest{method: "GET", url: r.internal.URL + "/federate?" + query, header: map[string]string{"Accept": accept}})
+	if a.status != 200 {
+		r.t.Fatalf("/federate?%s was answered %d %s", query, a.status, a.body)
+	}
+	return a.body
+}
+
+// held returns the sorted lines of /federate that have a cluster's ID.
+func (r *srvRig) held(cluster, accept string) string {
+	r.t.Helper()
+	var lines []string
+	for line := range strings.Lines(r.federate("", accept)) {
+		if strings.Contains(line, `{_id="`+cluster+`"`) || strings.Contains(line, `,_id="`+cluster+`"`) {
+			lines = append(lines, line)
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "")
+}
+
+// parsed fetches /federate in every escaping and parses it with expfmt. It checks that every family
+// is untyped and that no series occurs twice. It returns the families with UTF-8 names.
+func (r *srvRig) parsed(query string) map[string]*dto.MetricFamily {
+	r.t.Helper()
+	var out map[string]*dto.MetricFamily
+	for _, c := range []struct {
+		accept string
+		scheme model.ValidationScheme
+	}{
+		{"", model.LegacyValidation},
+		{"text/plain;version=0.0.4;escaping=underscores", model.LegacyValidation},
+		{"text/plain;version=0.0.4;escaping=values", model.LegacyValidation},
+		{"text/plain;version=0.0.4;escaping=dots", model.LegacyValidation},
+		{acceptUTF8, model.UTF8Validation},
+	} {
+		text := r.federate(query, c.accept)
+		parser := expfmt.NewTextParser(c.scheme)
+		fams, err := parser.TextToMetricFamilies(strings.NewReader(text))
+		if err != nil {
+			r.t.Fatalf("Accept %q: parsing /federate: %v in:\n%s", c.accept, err, text)
+		}
+		seen := map[string]bool{}
+		for name, f := range fams {
+			if f.GetType() != dto.MetricType_UNTYPED {
+				r.t.Errorf("Accept %q: %s has type %v, want untyped", c.accept, name, f.GetType())
+			}
+			for _, m := range f.Metric {
+				key := name
+				for _, l := range m.Label {
+					key += fmt.Sprintf("\xff%s\xff%s", l.GetName(), l.GetValue())
+				}
+				if seen[key] {
+					r.t.Errorf("Accept %q: series %q occurs twice in:\n%s", c.accept, key, text)
+				}
+				seen[key] = true
+			}
+		}
+		out = fams
+	}
+	return out
+}
+
+// scrapeOn scrapes /federate on a connection whose previous answers were all read, and returns the
+// body.
+func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
+	r.t.Helper()
+	conn.sequential = true
+	req := httptest.NewRequest("GET", "/federate?"+query, nil)
+	req.RemoteAddr = "192.0.2.1:9"
+	rec := httptest.NewRecorder()
+	r.server.InternalHandler().ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), connTrackerKey{}, conn)))
+	if rec.Code != http.StatusOK {
+		r.t.Fatalf("/federate?%s was answered %d %s", query, rec.Code, rec.Body)
+	}
+	return rec.Body.String()
+}
+
+// samples returns how many samples of a site the server holds.
+func (r *srvRig) samples(id string) int {
+	for _, c := range r.store.Stats().Sites {
+		if c.ID == id {
+			return int(c.Samples)
+		}
+	}
+	return 0
+}
+
+// times returns the timestamps of the samples that the server holds of a site, in ms after testNow.
+func (r *srvRig) times(id string) (times []int64) {
+	r.store.ViewSite(id, func(held *SiteSamples) {
+		for _, b := range held.Batches {
+			for i := range b.V {
+				times = append(times, b.Time(i)-testNow.UnixMilli())
+			}
+		}
+	})
+	return times
+}
+
+// pushesInFlight returns the value of the gauge of pushes in flight.
+func (r *srvRig) pushesInFlight() float64 { return r.server.inFlight.findOrAddSeries(nil).load() }
+
+// upsOf returns the values of the series up in an exposition, each followed by a space.
+func upsOf(body string) (values string) {
+	for line := range strings.Lines(body) {
+		if _, rest, ok := strings.Cut(line, "} "); ok && strings.HasPrefix(line, "up{") {
+			v, _, _ := strings.Cut(rest, " ")
+			values += v + " "
+		}
+	}
+	return values
+}
+
+// answerRig is a server that holds samples of site-b, which must stay as they are. Every client of
+// the rig is site-a.
+type answerRig struct {
+	*srvRig
+	uploadToken, clientToken string // of site-a
+	siteB                    string // lines of site-b before the requests
+}
+
+func newAnswerRig(t testing.TB) *answerRig {
+	r := &answerRig{srvRig: newSrvRig(t)}
+	r.secrets = append(r.secrets, "site-b", "topsecret")
+	r.accepted(r.push("site-b", "topsecret{x=\"topsecret\"} 1\n"))
+	r.siteB = r.held("site-b", "")
+	r.uploadToken, r.clientToken = r.token(KindUpload, "site-a"), r.token(KindClient, "site-a")
+	return r
+}
+
+// answerCase is a request and the answer that the server must give.
+type answerCase struct {
+	name    string
+	q       srvRequest // its url is a path of the external listener
+	status  int
+	header  map[string]string // prefixes of the answer's headers
+	reasons []string          // texts that the answer's body contains
+}
+
+// uploadCase returns a case in which site-a uploads a body. The reasons are separated by bars.
+func (r *answerRig) uploadCase(name string, status int, header map[string]string, body, reasons string) answerCase {
+	q := srvRequest{method: "POST", url: "/upload", token: r.uploadToken, header: header, body: []byte(body)}
+	return answerCase{name: name, q: q, status: status, reasons: strings.Split(reasons, "|")}
+}
+
+// check sends the requests and compares the answers. A request that is not answered 200 must leave
+// no sample. No request may change site-b, break a scrape, or write a token to the log.
+func (r *answerRig) check(t *testing.T, cases []answerCase) {
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			r := &srvRig{t: t, keys: r.keys, store: r.store, server: r.server, external: r.external, internal: r.internal, secrets: r.secrets}
+			r.server.sites = NewSitePushLimiter(0)
+			samples := r.store.totals.Samples.Load()
+			q := c.q
+			q.url = r.external.URL + q.url
+			a := r.do(q)
+			if a.status != c.status {
+				t.Fatalf("status %d, want %d: %s", a.status, c.status, a.body)
+			}
+			for name, prefix := range c.header {
+				if !strings.HasPrefix(a.header.Get(name), prefix) {
+					t.Errorf("header %s is %q, want the prefix %q", name, a.header.Get(name), prefix)
+				}
+			}
+			for _, reason := range c.reasons {
+				if !strings.Contains(a.body, reason) {
+					t.Errorf("the body %q does not contain %q", a.body, reason)
+				}
+			}
+			if a.status != 200 && r.store.totals.Samples.Load() != samples {
+				t.Errorf("the push was refused with %d, but left samples", a.status)
+			}
+		})
+		if got := r.held("site-b", ""); got != r.siteB {
+			t.Errorf("%s: site-b has changed to:\n%s\nfrom:\n%s", c.name, got, r.siteB)
+		}
+	}
+	r.parsed("")
+	if log := r.log.String(); strings.Contains(log, r.uploadToken) || strings.Contains(log, r.clientToken) || len(log) > 64<<10 {
+		t.Errorf("the log of %d bytes contains a token or is too long", len(log))
+	}
+}
+
+// scraperOf returns an HTTP client with its own connection pool. Requests that follow each other
+// use the same connection.
+func scraperOf(t testing.TB) *http.Client {
+	transport := &http.Transport{}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// consumerRig is a server whose internal listener tracks connections, as in production.
+type consumerRig struct {
+	*srvRig
+	url    string              // of the internal listener
+	during func(*http.Request) // called before an answer is written to its end, if not nil
+}
+
+func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
+	ln, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &consumerRig{srvRig: newSrvRig(t, change...), url: "http://" + ln.Addr().String()}
+	internal := r.server.InternalHandler()
+	web := HTTPServer{Name: "internal", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if internal.ServeHTTP(w, req); r.during != nil {
+			r.during(req)
+		}
+	})}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- web.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// get sends a request to /federate with the User-Agent agent. headers alternates names and values.
+func (r *consumerRig) get(client *http.Client, method, query, agent string, headers ...string) srvAnswer {
+	r.t.Helper()
+	req, err := http.NewRequest(method, r.url+"/federate?"+strings.ReplaceAll(query, `"`, "%22"), nil)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	req.Header.Set("User-Agent", agent)
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return srvAnswer{resp.StatusCode, resp.Header, string(b)}
+}
+
+// ups scrapes /federate and returns the values of the series up, each followed by a space.
+func (r *consumerRig) ups(client *http.Client, query, agent string, headers ...string) (values string) {
+	r.t.Helper()
+	a := r.get(client, "GET", query, agent, headers...)
+	if a.status != 200 {
+		r.t.Fatalf("/federate?%s was answered %d %s", query, a.status, a.body)
+	}
+	return upsOf(a.body)
+}
+
+// pushUps pushes values of the series up, one second apart. The last value has the current time.
+// Then the clock advances by 10 s.
+func (r *consumerRig) pushUps(values ...int) {
+	r.t.Helper()
+	var text strings.Builder
+	for i, v := range values {
+		fmt.Fprintf(&text, "up %d %d\n", v, r.now().UnixMilli()-int64(len(values)-1-i)*1000)
+	}
+	r.accepted(r.push("site-a", text.String()))
+	r.clock.Add(int64(10 * time.Second))
+}
+
+// benchBody returns a push of 230 samples in 25 families with timestamp ms, as a client sends it.
+func benchBody(b *testing.B, proto bool, ms int64) []byte {
+	var out bytes.Buffer
+	var fams []*dto.MetricFamily
+	for i := range 230 {
+		name := fmt.Sprintf("node_subsystem_%d_seconds_total", i/10)
+		if i >= 220 {
+			name = fmt.Sprintf("node_rare_%d_bytes", i%2)
+		}
+		labels := []string{"instance", "10.1.2.3:9100", "job", "node-exporter", "namespace", "monitoring", "device", fmt.Sprintf("eth%d", i), "mode", "idle"}
+		fams = append(fams, gaugeFamily(name, float64(i)*1.5+float64(ms%1000), &ms, labels...))
+		fmt.Fprintf(&out, "%s{", name)
+		for j := 0; j < len(labels); j += 2 {
+			fmt.Fprintf(&out, "%s=%q,", labels[j], labels[j+1])
+		}
+		fmt.Fprintf(&out, "} %v %d\n", float64(i)*1.5+float64(ms%1000), ms)
+	}
+	if !proto {
+		return out.Bytes()
+	}
+	merged := map[string]*dto.MetricFamily{}
+	var list []*dto.MetricFamily
+	for _, f := range fams {
+		if m := merged[f.GetName()]; m != nil {
+			m.Metric = append(m.Metric, f.Metric...)
+		} else {
+			merged[f.GetName()] = f
+			list = append(list, f)
+		}
+	}
+	return protoBody(b, list...)
+}
+
+// benchRig returns a server on the real disk with limits that benchmarks do not reach.
+func benchRig(b *testing.B) *srvRig {
+	return newSrvRig(b, func(s *StoreConfig, c *ServerConfig) {
+		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitSites = DiskFS{}, b.TempDir(), 20_000, 500_000_000, 1000
+		s.Retention = 10 * 24 * time.Hour
+		c.LimitBytes, c.LimitScrape, c.RateInterval = 1<<20, 500_000, 0
+	})
+}

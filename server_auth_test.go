@@ -1,0 +1,153 @@
+package main
+
+// Authentication of requests: which tokens are refused and how, the exchange of a client token for
+// an upload token, and the series of a token's expiry.
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A request without a valid token is answered 401 with WWW-Authenticate and the reason. A valid
+// token for another cluster ID is answered 403.
+func TestTokenRefused(t *testing.T) {
+	r := newAnswerRig(t)
+	revokedID := strings.Repeat("ab", 16)
+	revoked, err := ParseRevokedIDs([]byte("gone\n" + revokedID + "\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.reload(func(st *ReloadableServerConfig) { st.Revoked = revoked })
+	foreign := testKeys(t, 7)
+	forged := func(kind string) string {
+		return signToken(t, foreign, Token{Kind: kind, ClusterID: "site-a", ID: strings.Repeat("0", 32)})
+	}
+	expires := func(d time.Duration) func(*Token) {
+		return func(tok *Token) { tok.Expires = testNow.Add(d).Unix() }
+	}
+	withRevokedID := func(tok *Token) { tok.ID = revokedID }
+	const authorize, upload = "/authorize", "/upload"
+	unauthorized := map[string]string{"WWW-Authenticate": `Bearer realm="telemeter", error="invalid_token", error_description=`}
+	var cases []answerCase
+	for _, c := range []struct{ name, path, token, reason string }{
+		{"no token", upload, "", "Authorization: Bearer <token>"},
+		{"no token, authorize", authorize + "?id=site-a", "", "Bearer"},
+		{"garbage", upload, "garbage", "malformed"},
+		{"long garbage", upload, strings.Repeat("x", 9<<10), "malformed"},
+		{"truncated", upload, r.uploadToken[:len(r.uploadToken)-3], "malformed"},
+		{"forged upload token", upload, forged(KindUpload), "not signed by a key of this server"},
+		{"forged client token", authorize, forged(KindClient), "not signed"},
+		{"changed payload", upload, strings.Replace(r.uploadToken, "tm1.e", "tm1.f", 1), "not signed"},
+		{"expired client token", authorize, r.token(KindClient, "site-a", expires(-time.Second)), "expired"},
+		{"upload token that expires now", upload, r.token(KindUpload, "site-a", expires(0)), "expired"},
+		{"revoked token ID, client token", authorize, r.token(KindClient, "site-a", withRevokedID), "revoked"},
+		{"revoked token ID, upload token", upload, r.token(KindUpload, "site-a", withRevokedID), "revoked"},
+		{"revoked cluster ID, client token", authorize, r.token(KindClient, "gone"), "revoked"},
+		{"revoked cluster ID, upload token", upload, r.token(KindUpload, "gone"), "revoked"},
+		{"upload token at authorize", authorize, r.uploadToken, "kind client, not upload"},
+	} {
+		cases = append(cases, answerCase{c.name, srvRequest{method: "POST", url: c.path, token: c.token}, 401, unauthorized, []string{c.reason}})
+	}
+	r.check(t, append(cases,
+		answerCase{"another scheme", srvRequest{method: "POST", url: upload, header: map[string]string{"Authorization": "Basic eDp5"}}, 401, unauthorized, []string{"no bearer token"}},
+		answerCase{"another cluster ID at authorize", srvRequest{method: "POST", url: authorize + "?id=site-x", token: r.clientToken}, 403, nil, []string{"the token is for another cluster ID"}},
+		answerCase{"another cluster ID at upload", srvRequest{method: "POST", url: upload + "?id=site-x", token: r.uploadToken}, 403, nil, []string{"another cluster ID"}},
+	))
+}
+
+// authorizeAnswer is the body of the answer of /authorize.
+type authorizeAnswer struct {
+	Version, ExpiresInSeconds int
+	Token, Server             string
+	Time                      int64 // ms
+	Labels                    map[string]string
+}
+
+// authorize exchanges a client token for site-a, and returns the answer, which must have status
+// 200.
+func (r *srvRig) authorize(token string) (a authorizeAnswer) {
+	r.t.Helper()
+	got := r.do(srvRequest{method: "POST", url: r.external.URL + "/authorize?id=site-a", token: token})
+	if err := json.Unmarshal([]byte(got.body), &a); err != nil || got.status != 200 || got.header.Get("Content-Type") != "application/json" {
+		r.t.Fatalf("/authorize was answered %d %s", got.status, got.body)
+	}
+	return a
+}
+
+// /authorize answers with an upload token that is valid for an hour and has the cluster ID, labels
+// and token ID of the client token. The answer lists the labels that samples get.
+func TestAuthorize(t *testing.T) {
+	r := newSrvRig(t)
+	client := r.token(KindClient, "site-a", func(tok *Token) { tok.Labels = map[string]string{"region": "eu", "_id": "site-b"} })
+	a := r.authorize(client)
+	if a.Version != 1 || a.ExpiresInSeconds != 3600 || !maps.Equal(a.Labels, map[string]string{"region": "eu", "_id": "site-a"}) {
+		t.Errorf("/authorize answered %+v", a)
+	}
+	if a.Server != "s1" || a.Time != testNow.UnixMilli() {
+		t.Errorf("/authorize answered server %q and time %d", a.Server, a.Time)
+	}
+	tok, err := r.keys.Verify(a.Token, r.now())
+	if err != nil || tok.Kind != KindUpload || tok.ClusterID != "site-a" || tok.ID != fmt.Sprintf("%032x", "site-a") {
+		t.Errorf("upload token %+v: %v", tok, err)
+	}
+	if n := r.accepted(r.upload(a.Token, []byte("up 1\n"))).Accepted; n != 1 {
+		t.Errorf("%d samples accepted, want 1", n)
+	}
+	if !strings.Contains(r.held("site-a", ""), `up{_id="site-a",instance="",job="",region="eu"} 1`) {
+		t.Errorf("the sample does not have the labels of the token:\n%s", r.held("site-a", ""))
+	}
+}
+
+// An upload token expires no later than its client token. From that time on both are refused.
+func TestUploadTokenExpiry(t *testing.T) {
+	r := newSrvRig(t)
+	client := r.token(KindClient, "site-a", func(tok *Token) { tok.Expires = testNow.Unix() + 90 })
+	a := r.authorize(client)
+	if a.ExpiresInSeconds != 90 {
+		t.Fatalf("the upload token is valid for %d s, but its client token for 90 s", a.ExpiresInSeconds)
+	}
+	r.clock.Store(int64(90 * time.Second))
+	for _, token := range []string{a.Token, client} {
+		if got := r.upload(token, []byte("up 2\n")); got.status != 401 {
+			t.Errorf("an expired token was answered %d, want 401", got.status)
+		}
+	}
+}
+
+// The first key of the server signs upload tokens. Tokens of an older key stay valid until the key
+// is removed.
+func TestAuthorizeAfterKeyRotation(t *testing.T) {
+	r := newSrvRig(t)
+	client := r.token(KindClient, "site-a")
+	old := r.authorize(client).Token
+	r.keys = testKeys(t, 2, 1)
+	r.reload(func(*ReloadableServerConfig) {})
+	if got, err := ParseUnverifiedToken(r.authorize(client).Token); err != nil || got.KeyID != r.keys.IDs()[0] {
+		t.Errorf("key %s signs, want %s: %v", got.KeyID, r.keys.IDs()[0], err)
+	}
+	r.keys = testKeys(t, 2)
+	r.reload(func(*ReloadableServerConfig) {})
+	if got := r.upload(old, nil); got.status != 401 {
+		t.Errorf("a token of a removed key was answered %d, want 401", got.status)
+	}
+}
+
+// A client token that never expires ends the expiry series of the site's earlier token.
+func TestExpiryEnds(t *testing.T) {
+	r := newSrvRig(t)
+	push := func(change ...func(*Token)) {
+		r.accepted(r.upload(r.token(KindClient, "site-a", change...), []byte("up 1\n")))
+	}
+	push(func(tok *Token) { tok.Expires = testNow.Unix() + 1000 })
+	if got := r.federate("", ""); !strings.Contains(got, "token_expiry_seconds{") {
+		t.Errorf("the expiry is missing:\n%s", got)
+	}
+	push()
+	if got := r.federate("", ""); strings.Contains(got, "token_expiry_seconds{") {
+		t.Errorf("the expiry of the earlier token is still served:\n%s", got)
+	}
+}

@@ -1,0 +1,326 @@
+package main
+
+// /federate with a consumer's name: which requests are refused, which requests confirm the previous
+// scrape, what is logged about scrapes that nothing confirms, and what old scrapers get.
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A scrape is confirmed only by the next GET of the same consumer on the same connection. A
+// consumer is its name and its match[]. HEAD requests, refused requests and requests on other
+// connections confirm nothing.
+func TestFederateConfirms(t *testing.T) {
+	r := newConsumerRig(t)
+	a, b := scraperOf(t), scraperOf(t)
+	r.pushUps(1, 2)
+	for i, step := range []struct {
+		client *http.Client
+		query  string
+		want   string
+	}{
+		{a, "consumer=x", "1 2 "},
+		{b, "consumer=x", "1 2 "},            // another connection
+		{a, "consumer=y", "1 2 "},            // another consumer on the same connection
+		{b, "consumer=x&match[]=up", "1 2 "}, // another match[] is another consumer
+		{a, "", "2 "},
+		{a, "consumer=x", "2 "}, // confirms the first step: only the newest sample is served again
+	} {
+		if got := r.ups(step.client, step.query, ""); got != step.want {
+			t.Errorf("step %d, %s: got %q, want %q", i, step.query, got, step.want)
+		}
+	}
+	r.pushUps(3, 4)
+	if got := r.ups(a, "consumer=x", ""); got != "3 4 " {
+		t.Errorf("new samples: got %q, want 3 and 4", got)
+	}
+	for _, query := range []string{"consumer=x", "consumer=", "consumer=new"} {
+		if got := r.get(a, "HEAD", query, ""); got.status != 200 || got.body != "" {
+			t.Errorf("HEAD %s was answered %d %s", query, got.status, got.body)
+		}
+	}
+	for _, query := range []string{"consumer=x&match[]=up{", "consumer=x&match[]=%zz"} {
+		if got := r.get(a, "GET", query, ""); got.status != 400 {
+			t.Errorf("%s was answered %d %s, want 400", query, got.status, got.body)
+		}
+	}
+	if got := r.ups(scraperOf(t), "consumer=x", ""); got != "3 4 " {
+		t.Errorf("on a new connection: got %q, want 3 and 4 again", got)
+	}
+	if got := r.ups(a, "consumer=x", ""); got != "4 " {
+		t.Errorf("on the connection of the scrape: got %q, want only the newest sample", got)
+	}
+	if n := len(cursorsOf(r.store.Consumers)); n != 2 {
+		t.Errorf("%d names of consumers are known, want 2", n)
+	}
+}
+
+// A request confirms nothing if a part of it arrived before the previous answer was written to its
+// end. The next request after a complete answer confirms as usual.
+func TestFederatePipelined(t *testing.T) {
+	const get = "GET /federate?consumer=x HTTP/1.1\r\nHost: x\r\n\r\n"
+	for _, test := range []struct {
+		name   string
+		first  string // sent at the beginning
+		during string // sent before the end of the first answer is written
+		then   string // sent after the first answer has been read
+		want   string // values in the second answer
+	}{
+		{"after the answer", get, "", get, "3 "},
+		{"both at once", get + get, "", "", "1 2 3 "},
+		{"during the answer", get, get, "", "1 2 3 "},
+		{"half at once", get + get[:30], "", get[30:], "1 2 3 "},
+		{"a byte during the answer", get, "G", get[1:], "1 2 3 "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newConsumerRig(t)
+			conn := dialRaw(t, strings.TrimPrefix(r.url, "http://"))
+			ups := func() string {
+				t.Helper()
+				resp, err := conn.readAnswer()
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, err := io.ReadAll(resp.Body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return upsOf(string(body))
+			}
+			first, finish := make(chan *http.Request, 1), make(chan struct{})
+			r.during = func(req *http.Request) {
+				select {
+				case first <- req:
+					<-finish
+				default:
+				}
+			}
+			r.pushUps(1, 2)
+			conn.send(test.first)
+			eventually(t, "the first request is being answered", func() bool { return len(first) == 1 })
+			r.pushUps(3)
+			conn.send(test.during)
+			c := (<-first).Context().Value(connTrackerKey{}).(*AnswerReadTracker)
+			first <- nil // fills the channel again, so that later requests do not wait
+			eventually(t, "the server has read what was sent during the answer", func() bool {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				return test.during == "" || c.seen.complete > 1 || c.seen.partial
+			})
+			close(finish)
+			if got := ups(); got != "1 2 " {
+				t.Fatalf("first answer: %q, want 1 and 2", got)
+			}
+			conn.send(test.then)
+			if got := ups(); got != test.want {
+				t.Errorf("second answer: %q, want %q", got, test.want)
+			}
+			conn.send(get)
+			if got := ups(); got != "3 " {
+				t.Errorf("third answer: %q, want only the newest sample", got)
+			}
+		})
+	}
+}
+
+// A request through a proxy confirms nothing, and no request confirms its answer, because a proxy
+// can read an answer without passing it on. Each such consumer is logged once.
+func TestFederateProxied(t *testing.T) {
+	for _, header := range [][]string{{"Via", "1.1 proxy"}, {"Forwarded", "for=10.0.0.1"}, {"X-Forwarded-For", "10.0.0.1"}, {"x-forwarded-for", ""}} {
+		r := newConsumerRig(t)
+		client := scraperOf(t)
+		r.pushUps(1, 2)
+		for i, step := range []struct {
+			headers []string
+			want    string
+		}{
+			{header, "1 2 "}, {header, "1 2 "}, {nil, "1 2 "}, {header, "1 2 "}, {nil, "2 "},
+		} {
+			if got := r.ups(client, "consumer=x", "", step.headers...); got != step.want {
+				t.Errorf("%v, step %d: got %q, want %q", header, i, got, step.want)
+			}
+		}
+		r.ups(client, "consumer=y", "", header...)
+		if n := strings.Count(r.log.String(), "make the consumer scrape this server directly"); n != 2 {
+			t.Errorf("%d warnings about proxies, want one for each of 2 consumers:\n%s", n, r.log)
+		}
+	}
+}
+
+// checkUnconfirmed checks the gauge of unconfirmed scrapes. Each of want is a quoted consumer's
+// name and a value.
+func (r *consumerRig) checkUnconfirmed(t *testing.T, want ...string) {
+	t.Helper()
+	var got []string
+	for line := range strings.Lines(metricsText(t, r.server.cfg.Metrics)) {
+		if rest, ok := strings.CutPrefix(line, "telemeter_consumer_unconfirmed_scrapes{consumer="); ok {
+			got = append(got, strings.TrimSpace(strings.Replace(rest, `,address="127.0.0.1"}`, "", 1)))
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("unconfirmed scrapes: %q, want %q", got, want)
+	}
+}
+
+// checkWarnings checks how many warnings the server has logged so far.
+func (r *consumerRig) checkWarnings(want int) {
+	r.t.Helper()
+	if n := strings.Count(r.log.String(), "level=WARN"); n != want {
+		r.t.Errorf("%d warnings so far, want %d", n, want)
+	}
+}
+
+// After three consecutive scrapes that nothing confirmed, a warning is logged, and then one an
+// hour. Confirmed scrapes end that, and later unconfirmed scrapes are warned about again.
+func TestUnconfirmedWarnings(t *testing.T) {
+	r := newConsumerRig(t)
+	r.pushUps(1)
+	for range 4 {
+		r.checkWarnings(0)
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	r.checkWarnings(1)
+	for range 7 {
+		r.clock.Add(int64(10 * time.Minute))
+		r.pushUps(2)
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	r.checkWarnings(2)
+	client := scraperOf(t)
+	r.ups(client, "consumer=x", "")
+	r.ups(client, "consumer=x", "") // confirms the scrape
+	for range 5 {
+		r.pushUps(1)
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	r.checkWarnings(3)
+}
+
+// A gauge counts the consecutive unconfirmed scrapes of each consumer. A confirmed scrape resets
+// it. Consumers that differ only in match[] share one series with the highest of their counts. The
+// series ends when the consumer is forgotten.
+func TestUnconfirmedGauge(t *testing.T) {
+	r := newConsumerRig(t)
+	r.checkUnconfirmed(t)
+	r.pushUps(1)
+	for range 4 {
+		r.ups(scraperOf(t), "consumer=x", "")
+	}
+	r.checkUnconfirmed(t, `"x" 3`)
+	r.ups(scraperOf(t), "consumer=x&match[]=up", "")
+	r.ups(scraperOf(t), "consumer=y", "")
+	r.ups(scraperOf(t), "consumer=y", "")
+	r.checkUnconfirmed(t, `"x" 3`, `"y" 1`)
+	client := scraperOf(t)
+	r.ups(client, "consumer=x", "")
+	r.checkUnconfirmed(t, `"x" 4`, `"y" 1`)
+	r.ups(client, "consumer=x", "") // confirms the scrape
+	r.checkUnconfirmed(t, `"x" 0`, `"y" 1`)
+	r.clock.Add(int64(consumerIdle + time.Minute))
+	r.store.Consumers.DropIdle(r.now())
+	r.checkUnconfirmed(t)
+}
+
+// A scrape with an invalid consumer's name or match[] is answered 400, and no consumer is added.
+func TestFederateBadConsumer(t *testing.T) {
+	r := newConsumerRig(t)
+	client := scraperOf(t)
+	for query, reason := range map[string]string{
+		"consumer=": "1 to 64 bytes", "consumer=" + strings.Repeat("x", maxConsumerName+1): "1 to 64 bytes",
+		"consumer=%ff": "of text", "consumer=a%00b": "of text",
+		"consumer=x&match[]=up{": "match[]", "consumer=x&match[]={}": "empty string", "consumer=x&match[]=": "match[]",
+	} {
+		if got := r.get(client, "GET", query, ""); got.status != 400 || !strings.Contains(got.body, reason) {
+			t.Errorf("%.40s was answered %d %s, want 400 and %q", query, got.status, got.body, reason)
+		}
+	}
+	if n := len(r.store.Consumers.byKey); n != 0 {
+		t.Errorf("%d refused consumers are known, want 0", n)
+	}
+}
+
+// A new consumer beyond the limit is answered 503 with Retry-After. Known consumers are still
+// served. A consumer that has not scraped for a day makes room.
+func TestFederateTooManyConsumers(t *testing.T) {
+	r := newConsumerRig(t)
+	client := scraperOf(t)
+	for i := range MaxConsumers {
+		if got := r.get(client, "GET", fmt.Sprint("consumer=", i), ""); got.status != 200 {
+			t.Fatalf("consumer %d was answered %d %s", i, got.status, got.body)
+		}
+	}
+	for _, query := range []string{"consumer=more", "consumer=0&match[]=up"} {
+		got := r.get(client, "GET", query, "")
+		if got.status != 503 || got.header.Get("Retry-After") != "60" || !strings.Contains(got.body, "too many consumers") {
+			t.Errorf("%s was answered %d %v %s", query, got.status, got.header, got.body)
+		}
+	}
+	if got := r.get(client, "GET", "consumer=0", ""); got.status != 200 {
+		t.Errorf("a known consumer was answered %d, want 200", got.status)
+	}
+	r.clock.Add(int64(consumerIdle + time.Second))
+	r.store.Consumers.DropIdle(r.now())
+	if got := r.get(client, "GET", "consumer=more", ""); got.status != 200 {
+		t.Errorf("a new consumer a day later was answered %d, want 200", got.status)
+	}
+}
+
+// Versions of Prometheus that keep only the first of several samples of a series get one sample of
+// each series in a scrape, and so get all samples over time. The same holds for scrapers of
+// VictoriaMetrics, which would mark the series as stale.
+func TestFederateOldScrapers(t *testing.T) {
+	for agent, single := range map[string]bool{
+		"Prometheus/2.42.0": false, "Prometheus/2.51.2": false,
+		"Prometheus/2.52.0": true, "Prometheus/2.52.1+ds1-1": true, "Prometheus/2.53.0": true, "Prometheus/2.53.2": true,
+		"Prometheus/2.53.3": false, "Prometheus/2.53.10": false, "Prometheus/2.54.0": true, "Prometheus/2.54.0-rc.1": true,
+		"vm_promscrape": true, "vm_promscrape/v1.93.0": true, "vm_promscraper": false, "x vm_promscrape": false,
+		"Prometheus/2.54.1": false, "Prometheus/2.540.0": false, "Prometheus/3.10.0": false, "Prometheus/3.2.52.0": false, "": false, "x Prometheus/2.52.0": false,
+	} {
+		r := newConsumerRig(t)
+		client := scraperOf(t)
+		r.pushUps(1, 2, 3)
+		want := []string{"1 2 3 ", "3 ", "3 "}
+		if single {
+			want = []string{"1 ", "2 ", "3 ", "3 "}
+		}
+		for i, want := range want {
+			if got := r.ups(client, "consumer=x", agent); got != want {
+				t.Errorf("%s, scrape %d: got %q, want %q", agent, i, got, want)
+			}
+		}
+	}
+}
+
+// A consumer whose match[] selects few of the samples gets every selected sample, once and in
+// order. The limit on a scrape counts samples before selection, so that some answers may be empty.
+func TestFederateSelective(t *testing.T) {
+	r := newConsumerRig(t, func(_ *StoreConfig, c *ServerConfig) { c.LimitScrape = 7 })
+	client := scraperOf(t)
+	want := ""
+	for i := range 20 {
+		var text strings.Builder
+		for k := range 10 {
+			fmt.Fprintf(&text, "other{k=\"%d\"} %d\n", k, i)
+		}
+		fmt.Fprintf(&text, "up %d\n", i)
+		r.accepted(r.push("site-a", text.String()))
+		r.clock.Add(int64(time.Second))
+		want += fmt.Sprint(i, " ")
+	}
+	got := ""
+	for n := 0; !strings.HasSuffix(got, " 19 "); n++ {
+		if n > 40 {
+			t.Fatalf("after %d scrapes only %q were served", n, got)
+		}
+		got += r.ups(client, "consumer=x&match[]=up", "")
+	}
+	if got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}

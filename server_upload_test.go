@@ -1,0 +1,405 @@
+package main
+
+// Pushes that are accepted: the counts in the answer, the operator's rules, timestamps that are out
+// of bounds, and what is stored.
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"math"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+)
+
+// A valid push is answered 200 with counts in JSON. An upload token and a client token both work,
+// and the scheme of the Authorization header may be in lower case.
+func TestUploadAccepted(t *testing.T) {
+	r := newAnswerRig(t)
+	withClientToken := r.uploadCase("client token and the content type of curl", 200, map[string]string{"Content-Type": "application/x-www-form-urlencoded"}, "ok2 1\n", `"accepted":1`)
+	withClientToken.q.token, withClientToken.q.url = r.clientToken, "/upload?id=site-a"
+	lowerCase := r.uploadCase("scheme in lower case", 200, map[string]string{"Authorization": "bearer " + r.uploadToken}, "ok3 1\n", `"accepted":1`)
+	lowerCase.q.token = ""
+	withUploadToken := r.uploadCase("upload token", 200, nil, "ok 1\n", `"accepted":1`)
+	withUploadToken.header = map[string]string{"Content-Type": "application/json"}
+	r.check(t, []answerCase{withUploadToken, withClientToken, lowerCase, r.uploadCase("empty body", 200, nil, "", `"accepted":0`)})
+}
+
+// The answer counts every sample of a push as accepted, duplicate or dropped, and lists parts of
+// samples that are not supported. The metrics add up these counts.
+func TestUploadCounts(t *testing.T) {
+	r := newSrvRig(t)
+	r.reload(func(st *ReloadableServerConfig) {
+		allow, err := ParseSelectors([]string{`{__name__=~".+",__name__!="bad"}`})
+		if err != nil {
+			t.Fatal(err)
+		}
+		st.Normalizer = &ServerNormalizer{Allow: allow}
+	})
+	ms := testNow.UnixMilli()
+	text := fmt.Sprintf("a 1 %d\na 2 %d\nold 1 %d\nnew 1 %d\nbad 1\nb 1\n", ms, ms+1, ms-3*3600_000, ms+120_000)
+	if got := r.accepted(r.push("site-a", text)); got.Accepted != 3 || got.Duplicates != 0 ||
+		!maps.Equal(got.Dropped, map[string]int{"not_allowed": 1, "too_old": 1, "future": 1}) || got.Skipped != nil {
+		t.Errorf("first push: %+v", got)
+	}
+	if got := r.accepted(r.push("site-a", fmt.Sprintf("a 1 %d\na 3 %d\n", ms, ms+1))); got.Accepted != 0 || got.Duplicates != 1 ||
+		!maps.Equal(got.Dropped, map[string]int{"conflicting_value": 1}) {
+		t.Errorf("push with a duplicate and a conflicting value: %+v", got)
+	}
+	om := "# TYPE c counter\nc_total 1 # {t=\"x\"} 1\nc_created 1\n# EOF\n"
+	if got := r.accepted(r.upload(r.token(KindUpload, "site-a"), []byte(om), "Content-Type", omType)); got.Accepted != 1 || !maps.Equal(got.Skipped, map[string]int{"exemplar": 1, "created": 1}) {
+		t.Errorf("push in OpenMetrics: %+v", got)
+	}
+	one, inf := uint64(1), math.Inf(1)
+	name, kind := "h", dto.MetricType_HISTOGRAM
+	body := protoBody(t, &dto.MetricFamily{Name: &name, Type: &kind, Metric: []*dto.Metric{{Histogram: &dto.Histogram{
+		SampleCount: &one, SampleSum: new(float64), Bucket: []*dto.Bucket{{CumulativeCount: &one, UpperBound: &inf}}}}}})
+	if got := r.accepted(r.upload(r.token(KindClient, "site-a"), gzipped(body), "Content-Type", protoType, "Content-Encoding", "gzip")); got.Accepted != 3 {
+		t.Errorf("push of a histogram in protobuf: %+v", got)
+	}
+	fams := r.parsed("")
+	for _, name := range []string{"a", "b", "c_total", "h_bucket", "h_sum", "h_count"} {
+		if n := len(fams[name].GetMetric()); n != 1 {
+			t.Errorf("%s is served %d times, want once", name, n)
+		}
+	}
+	text = metricsText(t, r.server.cfg.Metrics)
+	for _, want := range []string{
+		`telemeter_pushes_total{result="accepted"} 4`, "telemeter_samples_accepted_total 7", "telemeter_samples_duplicate_total 1",
+		`telemeter_samples_dropped_total{reason="too_old"} 1`, `telemeter_parts_skipped_total{kind="exemplar"} 1`,
+		"telemeter_store_samples 7", "telemeter_pushes_in_flight 0", `telemeter_http_requests_total{handler="upload",code="200"} 4`,
+	} {
+		if !strings.Contains(text, want+"\n") {
+			t.Errorf("/metrics does not have the line %s", want)
+		}
+	}
+}
+
+// A push whose samples are all too old or in the future is answered 200 with a hint. It counts as
+// failed, and a warning with the hint is logged.
+func TestUntimelyPush(t *testing.T) {
+	const (
+		seconds = "the timestamps look like seconds, but must be milliseconds"
+		old     = "all samples are older than --retention"
+		future  = "all samples are ahead of the server's clock"
+		both    = "all samples are older than --retention or ahead of the server's clock"
+	)
+	ms, day := testNow.UnixMilli(), int64(86400)
+	for _, c := range []struct {
+		name, text, hint string
+		failed           bool
+	}{
+		{"in time", fmt.Sprintf("a 1 %d\n", ms), "", false},
+		{"no timestamp", "a 1\n", "", false},
+		{"no sample", "", "", false},
+		{"too old", fmt.Sprintf("a 1 %d\n", ms-3*3600_000), old, true},
+		{"in the future", fmt.Sprintf("a 1 %d\n", ms+61_000), future, true},
+		{"too old and in the future", fmt.Sprintf("a 1 %d\nb 1 %d\n", ms+61_000, ms-3*3600_000), both, true},
+		{"seconds", fmt.Sprintf("a 1 %d\nb 1 %d\n", ms/1000, ms/1000), seconds, true},
+		{"seconds, and an older sample", fmt.Sprintf("a 1 0\nb 1 %d\n", ms/1000-7200), seconds, true},
+		{"seconds, a day ahead", fmt.Sprintf("a 1 %d\n", ms/1000+day), seconds, true},
+		{"seconds, more than a day too old", fmt.Sprintf("a 1 %d\n", ms/1000-7200-day-1), old, true},
+		{"seconds, more than a day ahead", fmt.Sprintf("a 1 %d\n", ms/1000+day+1), old, true},
+		{"lowest and highest timestamp", fmt.Sprintf("a 1 %d\nb 1 %d\n", int64(math.MinInt64), int64(math.MaxInt64)), both, true},
+		{"microseconds", fmt.Sprintf("a 1 %d\n", ms*1000), future, true},
+		{"one sample in time", fmt.Sprintf("a 1 %d\nb 1 %d\n", ms, ms/1000), "", false},
+		{"one duplicate", fmt.Sprintf("known 1 %d\nb 1 %d\n", ms, ms/1000), "", false},
+		{"one conflicting value", fmt.Sprintf("known 2 %d\nb 1 %d\n", ms, ms/1000), "", false},
+		{"the other sample invalid", fmt.Sprintf("a{b=\"\x00\"} 1\nb 1 %d\n", ms/1000), seconds, true},
+		{"all samples invalid", "a{b=\"\x00\"} 1\n", "", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			r.accepted(r.push("site-a", fmt.Sprintf("known 1 %d\n", ms)))
+			a := r.push("site-a", c.text)
+			if got := r.accepted(a).Hint; got != c.hint || strings.Contains(a.body, "hint") != (c.hint != "") {
+				t.Errorf("answered %s, want the hint %q", a.body, c.hint)
+			}
+			if failed := strings.Contains(r.held("site-a", ""), PushFailureTimeName+"{"); failed != c.failed {
+				t.Errorf("%s is shown: %t, want %t", PushFailureTimeName, failed, c.failed)
+			}
+			log := r.log.String()
+			if n := strings.Count(log, "level=WARN"); n != map[bool]int{true: 1}[c.failed] {
+				t.Errorf("%d warnings, and the push has failed: %t:\n%s", n, c.failed, log)
+			}
+			if c.failed && !(strings.Contains(log, "cluster_id=site-a") && strings.Contains(log, c.hint)) {
+				t.Errorf("the log does not have the cluster ID and the hint:\n%s", log)
+			}
+		})
+	}
+}
+
+// The warning about untimely pushes is logged at most once an hour for each site.
+func TestUntimelyWarnings(t *testing.T) {
+	r := newSrvRig(t)
+	warnings := 0
+	for i, c := range []struct {
+		cluster          string
+		after            time.Duration // since the previous push
+		untimely, warned bool
+	}{
+		{"a", 0, true, true}, {"a", time.Minute, true, false}, {"b", 0, true, true}, {"a", 58 * time.Minute, true, false},
+		{"a", time.Minute, true, true}, {"a", time.Minute, false, false}, {"a", 0, true, false}, {"b", 0, true, true}, {"a", time.Minute, true, false},
+	} {
+		r.clock.Add(int64(c.after))
+		text := "up 1\n"
+		if c.untimely {
+			text = "up 1 5\n"
+		}
+		r.accepted(r.push(c.cluster, text))
+		if c.warned {
+			warnings++
+		}
+		if got := strings.Count(r.log.String(), "level=WARN"); got != warnings {
+			t.Errorf("push %d: %d warnings so far, want %d", i, got, warnings)
+			warnings = got
+		}
+	}
+}
+
+// A sample with a NUL byte in a label value is dropped, and the rest of the push is stored. Any
+// other fault in a series refuses the whole push, and its samples are not counted as dropped.
+func TestNULByte(t *testing.T) {
+	ms := testNow.UnixMilli()
+	for _, c := range []struct {
+		name   string
+		body   []byte
+		header []string
+		want   string // beginning of the status and body of the answer
+	}{
+		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2},`},
+		{"protobuf", protoBody(t, gaugeFamily("b", 1, &ms, "x", "\x00"), gaugeFamily("b", 1, &ms, "x", "y")), []string{"Content-Type", protoType}, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1},`},
+		{"no other sample", []byte("b{x=\"\x00\"} 1\n"), nil, `200 {"accepted":0,"duplicates":0,"dropped":{"invalid":1},`},
+		{"in a label name", []byte("a 1\nb{\"x\x00\"=\"y\"} 1\n"), nil, "400 line 2: series "},
+		{"in the metric name", []byte("a 1\n{\"b\x00\"} 1\n"), nil, "400 line 2: series "},
+		{"in a value that is not UTF-8", []byte("b{x=\"\x00\xff\"} 1\n"), nil, "400 line 1: series "},
+		{"beside a reserved label", []byte("b{a=\"\x00\",__x=\"y\"} 1\n"), nil, "400 line 1: series "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newSrvRig(t)
+			a := r.upload(r.token(KindUpload, "site-a"), c.body, c.header...)
+			if got := fmt.Sprint(a.status, " ", a.body); !strings.HasPrefix(got, c.want) {
+				t.Errorf("answered %s\nwant %s", got, c.want)
+			}
+			want := 0
+			if a.status == 200 {
+				want = r.accepted(a).Dropped["invalid"]
+			}
+			if n := r.server.droppedTotal.Value("invalid"); n != float64(want) {
+				t.Errorf("%v samples are counted as dropped, want %d", n, want)
+			}
+			r.parsed("")
+		})
+	}
+}
+
+// The server removes elided labels, adds the operator's labels and those of the token, and drops
+// samples that lack a required label or are not allowed. A token's label wins over the operator's.
+func TestOperatorRules(t *testing.T) {
+	r := newSrvRig(t)
+	labels, err := ParseLabels([]string{"region=eu", "tier=gold"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	allow, err := ParseSelectors([]string{`{__name__=~"up|a.b",region!=""}`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.reload(func(st *ReloadableServerConfig) {
+		st.Normalizer = &ServerNormalizer{Elide: []string{"pod"}, Labels: labels, Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("silver")}}, Allow: allow}
+	})
+	token := r.token(KindUpload, "site-a", func(tok *Token) { tok.Labels = map[string]string{"tier": "silver", ClusterLabel: "site-b"} })
+	a := r.upload(token, []byte("up{pod=\"p\",env=\"x\",region=\"us\",tier=\"none\"} 1\nup{pod=\"p\"} 1\ndown{env=\"x\"} 1\n{\"a.b\",env=\"y\",job=\"j\",instance=\"i\"} 2\n"))
+	if got := r.accepted(a); got.Accepted != 2 || !maps.Equal(got.Dropped, map[string]int{"required_label": 1, "not_allowed": 1}) {
+		t.Errorf("answered %+v", got)
+	}
+	ms := testNow.UnixMilli()
+	want := fmt.Sprintf("up{_id=\"site-a\",env=\"x\",instance=\"\",job=\"\",region=\"eu\",tier=\"silver\"} 1 %d\n"+
+		"{\"a.b\",_id=\"site-a\",env=\"y\",instance=\"i\",job=\"j\",region=\"eu\",tier=\"silver\"} 2 %d\n", ms, ms)
+	got := r.held("site-a", acceptUTF8)
+	got = got[strings.Index(got, "up{"):]
+	if got != want {
+		t.Errorf("served:\n%s\nwant:\n%s", got, want)
+	}
+}
+
+// The clock offset that a client reports is shown for --max-sample-age and changes no timestamp. A
+// value that is not a number of milliseconds is ignored, and the push is stored all the same.
+func TestClockOffset(t *testing.T) {
+	r := newSrvRig(t)
+	for _, c := range []struct{ value, want string }{
+		{"1500", "1.5"}, {"-90000", "-90"}, {"", "-90"}, {"0", "0"}, {"x", "0"}, {"1.5", "0"}, {"NaN", "0"}, {"9007199254740993", "0"}, {"-9007199254740993", "0"},
+		{"99999999999999999999", "0"}, {"60000", "60"},
+	} {
+		a := r.accepted(r.pushSpool("site-a", "up 1\n", ClockOffsetHeader, c.value))
+		if a.Accepted+a.Duplicates != 1 {
+			t.Errorf("offset %q: answered %+v", c.value, a)
+		}
+		shown := "none"
+		for line := range strings.Lines(r.held("site-a", "")) {
+			if rest, ok := strings.CutPrefix(line, `telemeter_cluster_clock_offset_seconds{_id="site-a",instance="",job="",server="s1"} `); ok {
+				shown = strings.TrimSpace(rest)
+			}
+		}
+		if shown != c.want {
+			t.Errorf("offset %q: %s is shown, want %s", c.value, shown, c.want)
+		}
+	}
+	if times := r.times("site-a"); !slices.Equal(times, []int64{0}) {
+		t.Errorf("the samples have the times %v ms, want 0", times)
+	}
+	for after, want := range map[time.Duration]bool{10 * time.Minute: true, 10*time.Minute + time.Second: false} {
+		r.clock.Store(int64(after))
+		if got := r.held("site-a", ""); strings.Contains(got, "clock_offset_seconds") != want {
+			t.Errorf("the clock offset is shown %v after the push: %t, want %t", after, !want, want)
+		}
+	}
+}
+
+// While a step of the server's clock is in doubt, a push that is timely by only one of the two
+// possible times is answered 503 with Retry-After. Later it is accepted.
+func TestUploadWhileClockIsInDoubt(t *testing.T) {
+	doubt := time.Duration(0)
+	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
+		now := sc.Now
+		sc.NowInterval = func() PresentTimeRange { return PresentTimeRange{now(), now().Add(doubt)} }
+	})
+	r.accepted(r.push("site-a", "up 1\n"))
+	doubt = 3 * time.Hour
+	r.clock.Add(int64(time.Second))
+	got := r.push("site-a", "up 2\n")
+	if got.status != 503 || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "clock was set") {
+		t.Errorf("answered %d %v %s", got.status, got.header, got.body)
+	}
+	doubt = 0
+	r.accepted(r.push("site-a", "up 2\n"))
+}
+
+// Samples that several sites push concurrently under the same names keep their own cluster IDs and
+// values.
+func TestConcurrentSites(t *testing.T) {
+	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.RateInterval = 0 })
+	var wg sync.WaitGroup
+	for site := range 4 {
+		wg.Go(func() {
+			for n := range 10 {
+				var text strings.Builder
+				for i := range 20 {
+					fmt.Fprintf(&text, "m{i=\"%d\",v=\"%d\"} %d %d\n", i, site, site*1000+i, testNow.UnixMilli()+int64(n))
+				}
+				if a := r.push(fmt.Sprintf("site-%d", site), text.String()); a.status != 200 {
+					t.Errorf("site-%d was answered %d %s", site, a.status, a.body)
+				}
+				r.federate("", "")
+			}
+		})
+	}
+	wg.Wait()
+	n := 0
+	for _, m := range r.parsed("match[]=m")["m"].Metric {
+		l := map[string]string{}
+		for _, p := range m.Label {
+			l[p.GetName()] = p.GetValue()
+		}
+		i, _ := strconv.Atoi(l["i"])
+		site, _ := strconv.Atoi(l["v"])
+		if l[ClusterLabel] != "site-"+l["v"] || m.Untyped.GetValue() != float64(site*1000+i) || m.GetTimestampMs() != testNow.UnixMilli()+9 {
+			t.Errorf("served: %v", m)
+		}
+		n++
+	}
+	if n != 80 {
+		t.Errorf("%d series are served, want 80", n)
+	}
+}
+
+// A sample that was answered 200 is served after a crash. Failed fsyncs and refused pushes between
+// the accepted pushes do not change that.
+func TestAcceptedSurvivesCrash(t *testing.T) {
+	disk := newCrashFS(3, "/secretdir")
+	r := newSrvRig(t, func(s *StoreConfig, _ *ServerConfig) { s.FS = disk })
+	accepted := 0
+	for i := range 20 {
+		switch i % 5 {
+		case 1:
+			disk.mu.Lock()
+			disk.hook = failOn("sync", LogSuffix, 0, errDisk)
+			disk.mu.Unlock()
+		case 3:
+			disk.restart()
+			r.push("site-a", "broken{\n")
+		}
+		if a := r.push("site-a", fmt.Sprintf("m{i=\"%d\"} %d\n", i, i)); a.status == 200 {
+			accepted++
+		} else if a.status != 503 {
+			t.Errorf("push %d was answered %d %s", i, a.status, a.body)
+		}
+	}
+	before := r.federate("match[]=m", "")
+	if strings.Count(before, "\nm{") != accepted || accepted < 8 || accepted == 20 {
+		t.Fatalf("%d pushes were accepted, and served are:\n%s", accepted, before)
+	}
+	disk.crash()
+	again := newSrvRig(t, func(s *StoreConfig, _ *ServerConfig) { s.FS = disk })
+	if got := again.federate("match[]=m", ""); got != before {
+		t.Errorf("after the crash:\n%s\nbefore the crash:\n%s", got, before)
+	}
+}
+
+// BenchmarkUpload measures the server's part of a push over a kept connection, on a real disk with
+// fsync. The bodies are made beforehand, so that the client's work is not included.
+func BenchmarkUpload(b *testing.B) {
+	for _, c := range []struct {
+		name        string
+		proto, gzip bool
+	}{{"text/identity", false, false}, {"text/gzip", false, true}, {"proto/identity", true, false}, {"proto/gzip", true, true}} {
+		b.Run(c.name, func(b *testing.B) {
+			r := benchRig(b)
+			handler, token := r.server.ExternalHandler(), r.token(KindUpload, "site-a")
+			bodies := make([][]byte, 256)
+			const step = 15_000 // ms
+			for i := range bodies {
+				bodies[i] = benchBody(b, c.proto, testNow.UnixMilli()+int64(i)*step)
+				if c.gzip {
+					bodies[i] = gzipped(bodies[i])
+				}
+			}
+			run := func(i int) {
+				// The clock follows the timestamps of the bodies. When all bodies are used up, they
+				// come from another site, so that every sample is new.
+				r.clock.Store(int64(i%len(bodies)) * step * 1e6)
+				if i%len(bodies) == 0 {
+					token = r.token(KindUpload, fmt.Sprintf("site-%d", i))
+				}
+				req := httptest.NewRequest("POST", "/upload", bytes.NewReader(bodies[i%len(bodies)]))
+				req.Header.Set("Authorization", "Bearer "+token)
+				if c.proto {
+					req.Header.Set("Content-Type", protoType)
+				}
+				if c.gzip {
+					req.Header.Set("Content-Encoding", "gzip")
+				}
+				rec := httptest.NewRecorder()
+				handler.ServeHTTP(rec, req)
+				if rec.Code != 200 || !bytes.Contains(rec.Body.Bytes(), []byte(`"accepted":230`)) {
+					b.Fatalf("push %d was answered %d %s", i, rec.Code, rec.Body)
+				}
+			}
+			b.ReportAllocs()
+			b.SetBytes(int64(len(bodies[0])))
+			before, n := processCPU(b).Seconds(), 0
+			for b.Loop() {
+				run(n)
+				n++
+			}
+			b.ReportMetric(float64(n)*230/(processCPU(b).Seconds()-before), "samples/cpu-s")
+		})
+	}
+}
