@@ -1,8 +1,8 @@
 package main
 
-// Key files, the subkeys derived from them, cluster IDs, and small secret files. No secret and no
-// token appears in an error. This family proves who may push; it must not know of HTTP handlers,
-// flags, or the meaning of labels.
+// This file parses key files, derives subkeys from their keys, checks cluster IDs, and reads small
+// secret files. No error of the auth family contains a secret or a token. The family proves who may
+// push. It must not know of HTTP handlers, flags, or the meaning of labels.
 
 import (
 	"bytes"
@@ -28,41 +28,41 @@ const (
 	TLSKeyFile     = "tls.key"
 )
 
-// Limits, in bytes but for maxKeys.
+// Limits.
 const (
-	MaxToken       = 8 << 10
-	MaxKeyFile     = 64 << 10
-	MaxRevokedFile = 4 << 20
+	MaxToken       = 8 << 10  // bytes of a token's text form
+	MaxKeyFile     = 64 << 10 // bytes
+	MaxRevokedFile = 4 << 20  // bytes
 
-	maxKeys      = 16 // one rotation a month keeps over a year of old keys
-	maxClusterID = 128
-	keySize      = 32
+	maxKeys      = 16  // keys in a file; with monthly rotation, old keys stay valid for over a year
+	maxClusterID = 128 // bytes
+	keySize      = 32  // bytes, before base64
 )
 
-// HKDF info labels. Each purpose has its own, so that one subkey (a key ID is public) says
-// nothing about another.
+// HKDF info labels (RFC 5869). Each purpose has its own label, so that no subkey reveals anything
+// about another. In particular, the public key ID reveals nothing about the token subkey.
 const (
 	labelToken = "telemeter token v1"
 	labelKeyID = "telemeter key id v1"
 )
 
-// Keys are the keys of one key file. The first signs, every one verifies. The
-// zero value has no key: it signs nothing and verifies nothing. Immutable, safe
-// for concurrent use.
+// Keys holds the keys of one key file. The first key signs, and every key verifies. The zero value
+// has no key: it signs nothing and verifies nothing. Keys is immutable and safe for concurrent use.
 type Keys struct {
 	keys []key
 }
 
-// A key holds its secret in closures, which fmt prints as addresses whatever the verb: a Keys
-// that is logged by mistake shows nothing but IDs.
+// A key keeps its secret inside closures. fmt prints a closure as an address with every verb, so
+// that logging a Keys value by mistake shows only key IDs.
 type key struct {
-	id     string
-	mac    func(signed string) []byte         // HMAC-SHA256 under the token subkey
-	derive func(label string) ([]byte, error) // another subkey
+	id     string                             // public: 8 hex digits
+	mac    func(signed string) []byte         // returns the HMAC-SHA256 of signed under the token subkey
+	derive func(label string) ([]byte, error) // returns the 32-byte subkey for an HKDF label
 }
 
-// NonCommentLines yields the lines of an operator's file that are neither blank nor begin with #,
-// without the blanks around them, and their numbers from 1.
+// NonCommentLines yields the lines of a file that an operator wrote, each with its line number,
+// counted from 1. It trims the space around each line, and skips blank lines and lines that begin
+// with #.
 func NonCommentLines(data []byte) iter.Seq2[int, string] {
 	return func(yield func(n int, line string) bool) {
 		n := 0
@@ -75,10 +75,9 @@ func NonCommentLines(data []byte) iter.Seq2[int, string] {
 	}
 }
 
-// ParseKeys reads a key file: one key a line, standard base64 of exactly 32
-// random bytes; blank lines and lines beginning with # are ignored. It takes
-// 1 to 16 different keys and at most MaxKeyFile bytes. An error names the line
-// and never echoes it.
+// ParseKeys parses a key file. Each line holds one key: the standard base64 of exactly 32 random
+// bytes. Blank lines and lines beginning with # are ignored. The file must hold 1 to 16 keys, all
+// different, in at most MaxKeyFile bytes. An error names the line and never quotes it.
 func ParseKeys(data []byte) (Keys, error) {
 	if len(data) > MaxKeyFile {
 		return Keys{}, fmt.Errorf("key file is larger than %d bytes", MaxKeyFile)
@@ -86,7 +85,7 @@ func ParseKeys(data []byte) (Keys, error) {
 	var ks Keys
 	for n, line := range NonCommentLines(data) {
 		if len(ks.keys) == maxKeys {
-			return Keys{}, fmt.Errorf("line %d: more than %d keys: delete old ones, which are the lowest", n, maxKeys)
+			return Keys{}, fmt.Errorf("line %d: more than %d keys: delete the oldest keys, which are the lowest lines", n, maxKeys)
 		}
 		secret, err := base64.StdEncoding.Strict().DecodeString(line)
 		if err != nil || len(secret) != keySize {
@@ -97,19 +96,20 @@ func ParseKeys(data []byte) (Keys, error) {
 			return Keys{}, fmt.Errorf("line %d: deriving subkeys: %w", n, err)
 		}
 		for _, o := range ks.keys {
-			// A second copy would stay valid when the first is deleted.
+			// Refuse a duplicate: it would stay valid after the operator deletes the first copy.
 			if hmac.Equal(o.mac(""), k.mac("")) {
-				return Keys{}, fmt.Errorf("line %d: the same key stands above", n)
+				return Keys{}, fmt.Errorf("line %d: duplicate of a key above", n)
 			}
 		}
 		ks.keys = append(ks.keys, k)
 	}
 	if len(ks.keys) == 0 {
-		return Keys{}, errors.New("no key in the key file")
+		return Keys{}, errors.New("key file contains no key")
 	}
 	return ks, nil
 }
 
+// newKey derives the key ID and the token subkey from secret.
 func newKey(secret []byte) (key, error) {
 	id, err := hkdf.Key(sha256.New, secret, nil, labelKeyID, 4)
 	if err != nil {
@@ -128,8 +128,8 @@ func newKey(secret []byte) (key, error) {
 	}}, nil
 }
 
-// IDs returns the public names of the keys, 8 hex digits each, the signing key's
-// first.
+// IDs returns the public ID of each key, 8 hex digits, in the order of the key file. The signing
+// key comes first.
 func (ks Keys) IDs() []string {
 	ids := make([]string, len(ks.keys))
 	for i, k := range ks.keys {
@@ -138,8 +138,8 @@ func (ks Keys) IDs() []string {
 	return ids
 }
 
-// Subkeys derives from each key, in the order of IDs, 32 bytes for
-// purpose. No two purposes have equal texts.
+// Subkeys derives a 32-byte subkey for purpose from each key, in the order of IDs. Each purpose
+// must have its own text, which no other purpose uses.
 func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	subkeys := make([][]byte, len(ks.keys))
 	for i, k := range ks.keys {
@@ -151,8 +151,8 @@ func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	return subkeys, nil
 }
 
-// CheckClusterID returns an error if clusterID is not a cluster ID. The error says the rule and
-// does not echo clusterID.
+// CheckClusterID returns an error if clusterID is not a valid cluster ID. The error states the rule
+// and does not quote clusterID.
 func CheckClusterID(clusterID string) error {
 	ok := 0 < len(clusterID) && len(clusterID) <= maxClusterID && isAlnum(clusterID[0])
 	for i := 1; ok && i < len(clusterID); i++ {
@@ -168,22 +168,23 @@ func isAlnum(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
-// ReadSecret reads the small file at path (a token, a salt, a key file) without the space and
-// line ends after it. It is an error if nothing is left, or more than maxBytes. Errors name the
-// path.
+// ReadSecret returns the content of the small file at path (a token, a salt, a key file) without
+// trailing spaces, tabs and line ends. It returns an error if the remaining content is empty or
+// longer than maxBytes. Errors name the path.
 func ReadSecret(path string, maxBytes int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	const lineEnd = 2 // CR LF after a secret of just max bytes
+	const lineEnd = 2 // bytes of CR LF after a secret of exactly maxBytes
 	raw, err := io.ReadAll(io.LimitReader(f, int64(maxBytes)+lineEnd+1))
 	if err != nil {
 		return nil, err
 	}
 	secret := bytes.TrimRight(raw, " \t\r\n")
-	// The untrimmed length counts as well: the file may go on after the space.
+	// Check the untrimmed length too. The reader stops at its limit, so more text may follow the
+	// white space that TrimRight removed.
 	if len(secret) > maxBytes || len(raw) > maxBytes+lineEnd {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBytes)
 	}
@@ -193,16 +194,17 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 	return secret, nil
 }
 
-// EqualSecret tells whether a and b are equal. The time that it takes does not show where they
-// differ, nor whether their lengths do.
+// EqualSecret reports whether a and b are equal. It compares their hashes in constant time, so that
+// the time it takes does not reveal where a and b differ, or whether their lengths differ.
 func EqualSecret(a, b string) bool {
 	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
-// ParseBearer returns the credential of an Authorization header's value (RFC 6750, 2.1; the scheme
-// in any case). It accepts any visible ASCII and not just the RFC's base64 set, because an
-// operator's own secret may hold more.
+// ParseBearer returns the credential in the value of an Authorization header with the scheme
+// Bearer, in any letter case (RFC 6750, section 2.1). It returns false for any other value. It
+// accepts all visible ASCII characters, not only the RFC's base64 set, because an operator's own
+// secret may contain others.
 func ParseBearer(header string) (string, bool) {
 	scheme, credential, _ := strings.Cut(header, " ")
 	credential = strings.Trim(credential, " ")

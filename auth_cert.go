@@ -1,7 +1,7 @@
 package main
 
-// The servers' certificate, and the pin by which clients know it. A pin covers the public key,
-// so that a renewed certificate keeps its pin.
+// This file makes the servers' TLS certificate, and the pin by which clients recognize it. A pin is
+// a hash of the public key, so that a renewed certificate for the same key keeps its pin.
 
 import (
 	"crypto/ecdsa"
@@ -21,15 +21,15 @@ import (
 	"time"
 )
 
-// SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a server certificate for
-// hosts: DNS names and IP addresses, without scheme, port or brackets. It is
-// valid from a day before now, for peers whose clocks lag, and for 20 years:
-// clients pin the key and look at no date.
+// SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a self-signed server certificate for hosts,
+// both PEM-encoded. Each host is a DNS name or an IP address, without scheme, port or brackets. The
+// certificate is valid from one day before now, because peers' clocks may lag. It is valid for 20
+// years, because clients pin the key and ignore the dates.
 func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
 	if len(hosts) == 0 {
 		return nil, nil, errors.New("a certificate needs at least one host")
 	}
-	tmpl := &x509.Certificate{ // no serial number: a random one is filled in
+	tmpl := &x509.Certificate{ // CreateCertificate fills in a random serial number
 		Subject:               pkix.Name{CommonName: "telemeter"},
 		NotBefore:             now.Add(-24 * time.Hour),
 		NotAfter:              now.AddDate(20, 0, 0),
@@ -62,8 +62,9 @@ func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err 
 		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
 }
 
-// isHostname applies RFC 1123, but also allows underscores, which container
-// names have. A last label of digits alone is a mistyped address.
+// isHostname reports whether h is a valid host name by RFC 1123. Unlike the RFC it allows
+// underscores, because container names have them. It refuses a name whose last label is all digits,
+// because such a name is a mistyped IP address.
 func isHostname(h string) bool {
 	if len(h) > 253 {
 		return false
@@ -84,16 +85,16 @@ func isHostname(h string) bool {
 
 const pinPrefix = "sha256/"
 
-// CertPin returns the certificate's public key pin: "sha256/" and the standard
-// base64 of SHA-256 over SubjectPublicKeyInfo (RFC 7469, 2.4). A renewed
-// certificate for the same key has the same pin.
+// CertPin returns the pin of cert's public key: "sha256/" followed by the standard base64 of the
+// SHA-256 of SubjectPublicKeyInfo (RFC 7469, section 2.4). A renewed certificate for the same key
+// has the same pin.
 func CertPin(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
 	return pinPrefix + base64.StdEncoding.EncodeToString(sum[:])
 }
 
-// PinFromPEM returns the pin of the first certificate, which in a server's
-// chain is its own.
+// PinFromPEM returns the pin of the first certificate in certPEM. In a server's certificate chain
+// the first certificate is the server's own.
 func PinFromPEM(certPEM []byte) (string, error) {
 	for {
 		var b *pem.Block
@@ -111,6 +112,7 @@ func PinFromPEM(certPEM []byte) (string, error) {
 	}
 }
 
+// checkPinFormat returns an error unless pin has the form that CertPin returns.
 func checkPinFormat(pin string) error {
 	b64, ok := strings.CutPrefix(pin, pinPrefix)
 	sum, err := base64.StdEncoding.Strict().DecodeString(b64)
@@ -120,8 +122,8 @@ func checkPinFormat(pin string) error {
 	return nil
 }
 
-// PinnedTLS returns a client configuration, TLS 1.2 or newer, that accepts any
-// server that holds the key with this pin and no other. The caller owns it and
+// PinnedTLS returns a TLS client configuration that accepts exactly the servers that hold the
+// private key with this pin. It requires TLS 1.2 or newer. The caller owns the configuration and
 // may set ServerName, a session cache or client certificates.
 func PinnedTLS(pin string) (*tls.Config, error) {
 	if err := checkPinFormat(pin); err != nil {
@@ -129,18 +131,20 @@ func PinnedTLS(pin string) (*tls.Config, error) {
 	}
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
-		// This skips the chain to a trusted root and the host name; the pin says more than
-		// either. The handshake still proves that the peer holds the certificate's key.
+		// InsecureSkipVerify disables the checks of the certificate chain and the host name.
+		// VerifyConnection checks the pin instead, which proves more than both. The handshake still
+		// proves that the peer holds the certificate's private key.
 		InsecureSkipVerify: true,
-		// VerifyPeerCertificate is not called when a session is resumed, so a cached session
-		// would stay valid after a change of the pin.
+		// VerifyConnection is used because crypto/tls does not call VerifyPeerCertificate when it
+		// resumes a session. With VerifyPeerCertificate, a cached session would stay valid after a
+		// change of the pin.
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 {
-				return errors.New("server shows no certificate")
+				return errors.New("server sent no certificate")
 			}
 			got := CertPin(cs.PeerCertificates[0])
 			if subtle.ConstantTimeCompare([]byte(got), []byte(pin)) != 1 {
-				return fmt.Errorf("server's certificate has pin %s, not %s: not the expected server, or its TLS key was replaced", got, pin)
+				return fmt.Errorf("server's certificate has pin %s, want %s: this is not the expected server, or its TLS key was replaced", got, pin)
 			}
 			return nil
 		},

@@ -1,7 +1,8 @@
 package main
 
-// Key files are made and rotated here. No existing key is overwritten, and none is left half
-// written, because a file gets its name only when it is complete and synced.
+// This file creates and rotates key files. It never loses an existing key and never leaves a partly
+// written file under a key file's name, because a file gets its name only when it is complete and
+// synced.
 
 import (
 	"cmp"
@@ -16,10 +17,11 @@ import (
 	"time"
 )
 
-// Keygen creates the key files that dir lacks, and if hosts are given a TLS key and a certificate
-// for them. dir is created with mode 0700 if it is missing. No file is overwritten: created and
-// kept list the new files and the old ones, also after an error. If one of tls.crt and tls.key
-// exists without the other, that is an error, and nothing is written.
+// Keygen creates the cluster and token key files that dir lacks. If hosts is not empty, Keygen also
+// creates a TLS key and a certificate for hosts, unless dir already has both. It creates dir with
+// mode 0700 if dir does not exist. It never overwrites a file. created lists the files that Keygen
+// created, and kept lists the files that it found; both are valid after an error too. If only one
+// of tls.crt and tls.key exists, Keygen writes nothing and returns an error.
 func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
 	pair, err := existingTLSPair(crt, tlsKey)
@@ -28,7 +30,7 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	}
 	var crtPEM, keyPEM []byte
 	if len(hosts) > 0 {
-		// Also when there is a pair, so that a bad host is always an error.
+		// Make the certificate even if dir already has one, so that a bad host is always an error.
 		if crtPEM, keyPEM, err = SelfSignedCert(hosts, now); err != nil {
 			return nil, nil, err
 		}
@@ -53,24 +55,24 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	if pair != nil {
 		return created, append(kept, pair...), nil
 	}
-	// The key comes first: of two runs at once, only the one that created the key goes on to
-	// create the certificate, so the pair always matches.
+	// Create the key first. If two runs race, only the run that created the key goes on to create
+	// the certificate, so that key and certificate always match.
 	if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
 		return created, kept, err
 	}
 	if err := createKeyFile(crt, crtPEM, 0o644); err != nil {
-		os.Remove(tlsKey) // useless alone, and the next run would refuse it
+		os.Remove(tlsKey) // the key is useless alone, and the next run would report it as an error
 		return created, kept, err
 	}
 	return append(created, crt, tlsKey), kept, nil
 }
 
-// existingTLSPair returns the paths of a certificate and its key if both exist, and nil if neither
-// does. It is an error if one exists without the other.
+// existingTLSPair returns certPath and keyPath if both files exist, and nil if neither file exists.
+// It returns an error if only one of them exists.
 func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
 	var pair []string
 	for _, path := range []string{certPath, keyPath} {
-		// Lstat, because a dangling link is a file too.
+		// Use Lstat, because a dangling symbolic link counts as an existing file.
 		if _, err := os.Lstat(path); err == nil {
 			pair = append(pair, path)
 		} else if !errors.Is(err, fs.ErrNotExist) {
@@ -78,15 +80,16 @@ func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
 		}
 	}
 	if len(pair) == 1 {
-		return nil, fmt.Errorf("%s is half of a pair: restore the other half, or delete it", pair[0])
+		return nil, fmt.Errorf("%s exists without the other file of the TLS pair: restore the other file, or delete this one", pair[0])
 	}
 	return pair, nil
 }
 
-// RotateKey puts a new key first into dir's "cluster" or "token" key file; the old keys stay below
-// it and still verify. The file is replaced atomically and keeps its mode and owner, so that root
-// may rotate the key of a server that does not run as root. Of two rotations at once one may be
-// lost, but no old key.
+// RotateKey adds a new key as the first line of dir's cluster.key or token.key. keyName is
+// "cluster" or "token". The old keys stay below the new key and still verify. The file is replaced
+// atomically and keeps its mode and owner, so that root can rotate the keys of a server that does
+// not run as root. If two rotations run at once, one of the two new keys may be lost, but no old
+// key is lost.
 func RotateKey(dir, keyName string) error {
 	if keyName != "cluster" && keyName != "token" {
 		return fmt.Errorf("cannot rotate %q: want cluster or token", keyName)
@@ -106,28 +109,30 @@ func RotateKey(dir, keyName string) error {
 	}
 	data := append(append(generateKeyLine(), old...), '\n')
 	if len(ks.keys) == maxKeys || len(data) > MaxKeyFile {
-		return fmt.Errorf("%s is full (%d keys, %d bytes): delete old keys, which are the lowest lines, and rotate again", path, maxKeys, MaxKeyFile)
+		return fmt.Errorf("%s is full (the limits are %d keys and %d bytes): delete the oldest keys, which are the lowest lines, and rotate again", path, maxKeys, MaxKeyFile)
 	}
 	return writeKeyFile(path, data, info.Mode().Perm(), info, os.Rename)
 }
 
+// generateKeyLine returns a new random key as a line of a key file.
 func generateKeyLine() []byte {
 	secret := make([]byte, keySize)
 	rand.Read(secret) // never fails since Go 1.24
 	return append(base64.StdEncoding.AppendEncode(nil, secret), '\n')
 }
 
-// createKeyFile makes a file with data. It never replaces one: the error is then fs.ErrExist.
+// createKeyFile creates the file path with data. If path exists, createKeyFile leaves it unchanged
+// and returns an error that wraps fs.ErrExist.
 func createKeyFile(path string, data []byte, mode fs.FileMode) error {
 	return writeKeyFile(path, data, mode, nil, os.Link)
 }
 
-// writeKeyFile writes data to a temporary file beside path, syncs it, and names it path by
-// linkOrRename. The name never stands for a part of the data. Unless ownerFrom is nil, the
-// file gets its owner.
+// writeKeyFile writes data to a temporary file in path's directory, syncs the file, and names it
+// path with linkOrRename. So path never names a partly written file. The new file gets the owner of
+// ownerFrom, unless ownerFrom is nil.
 func writeKeyFile(path string, data []byte, mode fs.FileMode, ownerFrom fs.FileInfo, linkOrRename func(from, to string) error) error {
 	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // 0600 from the start
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // CreateTemp sets mode 0600
 	if err != nil {
 		return err
 	}
@@ -137,8 +142,9 @@ func writeKeyFile(path string, data []byte, mode fs.FileMode, ownerFrom fs.FileI
 			err = f.Chown(int(st.Uid), int(st.Gid))
 		}
 	}
-	// Chmod, because the umask may take more away. All of these run, so that the file is
-	// always closed. The first error is returned.
+	// Chmod sets the mode exactly, because the umask may have removed bits at creation. All calls
+	// below run even after a failure, so that the file is always closed. cmp.Or returns the first
+	// error.
 	_, werr := f.Write(data)
 	if err := cmp.Or(err, werr, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err

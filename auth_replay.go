@@ -1,19 +1,19 @@
 package main
 
-// The replay window tells a packet from its repetition: it accepts a counter at most once. Pure.
-// This file must not know where counters come from.
+// The replay window detects repeated packets: it accepts each packet counter at most once. Pure: no
+// I/O and no clock. This file must not know where the counters come from.
 
-// A ReplayWindow remembers which counters of one sender and session were seen, as in RFC 6479: a
-// ring of words, of which whole words are cleared when the window moves on. A counter that is
-// more than windowSize below the highest one is taken for a replay. (A sender has one counter
-// for all receivers, so a receiver sees only a part of its values.)
+// A ReplayWindow records which packet counters of one sender's session were seen, as in RFC 6479: a
+// circular array of words, in which whole words are cleared when the window advances. A counter
+// that is more than windowSize below the highest counter is treated as a replay. (A sender uses one
+// counter for all receivers, so that each receiver sees only some of its values.)
 type ReplayWindow struct {
-	highest uint64 // counter seen
-	seen    [windowWords]uint64
+	highest uint64              // highest counter seen
+	seen    [windowWords]uint64 // one bit per counter
 }
 
 const (
-	windowWords = 16 // a power of 2; one word is always partly unused
+	windowWords = 16 // a power of 2; windowSize excludes one word, because the newest word is only partly used
 	windowSize  = (windowWords - 1) * 64
 )
 
@@ -23,11 +23,11 @@ func (w *ReplayWindow) StartAfter(counter uint64) {
 	for i := range w.seen {
 		w.seen[i] = ^uint64(0)
 	}
-	// In the last word, only the bits up to counter's are set.
+	// In counter's own word, set only the bits up to counter's.
 	w.seen[counter/64%windowWords] = 1<<(counter%64+1) - 1
 }
 
-// Accept tells whether counter is new, and remembers it.
+// Accept reports whether counter is new, and records it as seen.
 func (w *ReplayWindow) Accept(counter uint64) bool {
 	if counter < w.highest && w.highest-counter > windowSize {
 		return false

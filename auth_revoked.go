@@ -1,23 +1,25 @@
 package main
 
-// Revocation: a set of token IDs and cluster IDs that a file lists. A revoked token is refused
-// however long it is valid. The set is immutable, so that a reload replaces it whole.
+// Revocation: a file lists token IDs and cluster IDs, and every token with a listed ID is refused,
+// even if it has not expired. The set of listed IDs is immutable, so that a reload replaces the
+// whole set.
 
 import (
 	"fmt"
 	"strings"
 )
 
-// RevokedIDs is a set of token IDs and cluster IDs. The zero value revokes nothing.
-// Immutable, safe for concurrent use.
+// RevokedIDs is a set of token IDs and cluster IDs. The zero value revokes nothing. RevokedIDs is
+// immutable and safe for concurrent use.
 type RevokedIDs struct {
 	tokenIDs   map[string]struct{}
 	clusterIDs map[string]struct{}
 }
 
-// ParseRevokedIDs reads a revocation file of at most MaxRevokedFile bytes: a token
-// ID or a cluster ID a line, # begins a comment. 32 hex digits, in either case, count as both:
-// a token ID of 128 random bits equals no cluster ID by accident. An error names the line.
+// ParseRevokedIDs parses a revocation file of at most MaxRevokedFile bytes. Each line holds a token
+// ID or a cluster ID, and # begins a comment. A line of 32 hex digits, in either case, counts as
+// both. That is safe, because a token ID has 128 random bits and equals no cluster ID by accident.
+// An error names the line.
 func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 	if len(data) > MaxRevokedFile {
 		return RevokedIDs{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
@@ -37,8 +39,8 @@ func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 	return r, nil
 }
 
-// IsRevoked tells whether t is revoked by its ID (an upload token has its client token's) or by
-// its cluster ID.
+// IsRevoked reports whether t's token ID or cluster ID is revoked. An upload token has the token ID
+// of its client token, so that revoking a client token also revokes its upload tokens.
 func (s RevokedIDs) IsRevoked(t Token) bool {
 	_, byToken := s.tokenIDs[t.ID]
 	_, byCluster := s.clusterIDs[t.ClusterID]

@@ -1,9 +1,9 @@
 package main
 
-// Packets and messages between servers are sealed with XChaCha20-Poly1305 under subkeys of the
-// cluster keys. No nonce is used twice under one key. The header and the name of the ring are
-// authenticated with everything that is sealed. Sealing and opening a packet allocate nothing.
-// This file must not know the meaning of a message or its sender.
+// Sealing encrypts and authenticates gossip packets and the messages between servers, with
+// XChaCha20-Poly1305 under subkeys of the cluster keys. No nonce is used twice under one key. The
+// header and the ring's name are authenticated with everything that is sealed. Sealing and opening
+// a packet allocate no memory. This file must not know the meaning of a message or its sender.
 
 import (
 	"crypto/cipher"
@@ -18,45 +18,47 @@ import (
 	"golang.org/x/crypto/chacha20poly1305"
 )
 
-// A sealed packet or message is
+// A sealed packet or message has these parts:
 //
 //	byte      version
-//	4 bytes   key ID: the first of Keys.IDs
+//	4 bytes   ID of the key that seals; see Keys.IDs
 //	24 bytes  nonce
-//	the rest  ciphertext and tag; additional data: version, key ID, ring name, context
+//	the rest  ciphertext and tag
 //
-// Numbers are little endian.
+// The additional data is the version, the key ID, the ring's name and, for a message, its purpose
+// and boundTo. Numbers are little endian.
 const (
-	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes
+	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes that sealing adds
 
-	sealVersion = 2     // of the seal and of all that is sealed: gossip's packets and records, forwarded pushes
-	sealHeader  = 1 + 4 // bytes of version and key ID
-	sealNonce   = chacha20poly1305.NonceSizeX
+	sealVersion = 2                           // of the seal and of everything sealed: gossip packets, member records, forwarded pushes
+	sealHeader  = 1 + 4                       // bytes of the version and the key ID
+	sealNonce   = chacha20poly1305.NonceSizeX // bytes
 
-	labelPacket  = "telemeter packet seal v1"
-	labelMessage = "telemeter message seal v1"
+	labelPacket  = "telemeter packet seal v1"  // purpose for Keys.Subkeys
+	labelMessage = "telemeter message seal v1" // purpose for Keys.Subkeys
 )
 
-// Reasons for which Open refuses.
+// Errors of the Open methods.
 var (
-	ErrNotSealed   = errors.New("shorter than anything sealed")
+	ErrNotSealed   = errors.New("too short to be sealed")
 	ErrSealVersion = errors.New("sealed by another version of telemeter")
-	ErrUnknownKey  = errors.New("sealed under an unknown key")
-	ErrForged      = errors.New("sealed under another key or for another ring, or damaged")
+	ErrUnknownKey  = errors.New("sealed with an unknown key")
+	ErrForged      = errors.New("sealed with another key or for another ring, or damaged")
 )
 
-// sealKeys seal with the first key, and open with any. Immutable.
+// sealKeys are the sealing keys of one purpose and one ring, in the order of the key file. Every
+// key opens. The first key seals, unless the caller prefers another. sealKeys are immutable.
 type sealKeys []sealKey
 
 type sealKey struct {
-	id     uint32
+	id     uint32 // the key ID in the header
 	aead   cipher.AEAD
-	header []byte // version and key ID
-	bound  []byte // additional data: the header and the name of the ring
+	header []byte // the version and the key ID
+	bound  []byte // start of the additional data: the header and the ring's name
 }
 
-// newSealKeys derives the keys for a purpose, in the order of keys. It is an error if there is
-// none.
+// newSealKeys derives the sealing keys for purpose from keys, in the same order. It returns an
+// error if keys is empty.
 func newSealKeys(keys Keys, purpose, ringName string) (sealKeys, error) {
 	subkeys, err := keys.Subkeys(purpose)
 	if err != nil {
@@ -81,7 +83,7 @@ func newSealKeys(keys Keys, purpose, ringName string) (sealKeys, error) {
 	return ks, nil
 }
 
-// withIDOrFirst returns the key with that ID, or the first if there is none.
+// withIDOrFirst returns the key whose ID is keyID, or the first key if no key has that ID.
 func (ks sealKeys) withIDOrFirst(keyID uint32) *sealKey {
 	for i := range ks {
 		if ks[i].id == keyID {
@@ -91,8 +93,9 @@ func (ks sealKeys) withIDOrFirst(keyID uint32) *sealKey {
 	return &ks[0]
 }
 
-// open appends what is in sealed to dst. dst and sealed must not overlap. The errors are
-// ErrNotSealed, ErrUnknownKey and ErrForged, bare, and ErrSealVersion, wrapped.
+// open decrypts and verifies sealed, and appends the plaintext to dst. dst and sealed must not
+// overlap. ErrNotSealed, ErrUnknownKey and ErrForged are returned bare, and ErrSealVersion is
+// returned wrapped.
 func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	if len(sealed) > 0 && sealed[0] != sealVersion {
 		return nil, fmt.Errorf("%w: it has version %d; this program knows version %d", ErrSealVersion, sealed[0], sealVersion)
@@ -102,7 +105,7 @@ func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	}
 	id, nonce, ciphertext := SealedKeyID(sealed), sealed[sealHeader:sealHeader+sealNonce], sealed[sealHeader+sealNonce:]
 	err := ErrUnknownKey
-	for i := range ks { // two keys may share an ID
+	for i := range ks { // two keys may have the same 32-bit ID
 		if k := &ks[i]; k.id == id {
 			plain, openErr := k.aead.Open(dst, nonce, ciphertext, k.additionalData(boundTo))
 			if openErr == nil {
@@ -114,46 +117,48 @@ func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	return nil, err
 }
 
-// seal appends plain, sealed, to dst.
+// seal encrypts plain and appends header, nonce and ciphertext to dst.
 func (k *sealKey) seal(dst, nonce, plain, boundTo []byte) []byte {
 	dst = append(append(dst, k.header...), nonce...)
 	return k.aead.Seal(dst, nonce, plain, k.additionalData(boundTo))
 }
 
-// additionalData returns what is authenticated beside the plaintext.
+// additionalData returns the data that is authenticated beside the plaintext: the header, the
+// ring's name and boundTo.
 func (k *sealKey) additionalData(boundTo []byte) []byte {
-	return append(k.bound[:len(k.bound):len(k.bound)], boundTo...) // copies bound, unless context is empty
+	return append(k.bound[:len(k.bound):len(k.bound)], boundTo...) // the capacity limit makes append copy bound, unless boundTo is empty
 }
 
-// SealedKeyID returns the ID of the key in the header of sealed.
+// SealedKeyID returns the key ID in the header of sealed, which must have at least 5 bytes.
 func SealedKeyID(sealed []byte) uint32 { return binary.LittleEndian.Uint32(sealed[1:]) }
 
-// A PacketSealer seals and opens packets of one ring. It is not safe for concurrent use.
+// A PacketSealer seals and opens the gossip packets of one ring. It is not safe for concurrent use.
 //
-// Its nonces are 16 random bytes of the sealer and a uint64 that counts its packets. The
-// counter is also what a ReplayWindow goes by. XChaCha20's long nonce lets every member choose
-// its 16 bytes by itself: two sealers share them as rarely as a key of 128 bits is guessed.
+// A nonce consists of 16 random bytes, chosen once per PacketSealer, and a uint64 that counts its
+// packets. The receiver's ReplayWindow checks this counter. XChaCha20's nonce is so long that every
+// member can choose its 16 bytes on its own: two sealers have the same bytes only with the
+// probability of guessing a 128-bit key.
 type PacketSealer struct {
-	ring    string
-	nonce   [sealNonce]byte // counter is its last 8 bytes
-	counter uint64
+	ring    string          // name of the ring
+	nonce   [sealNonce]byte // of the last sealed packet; ends with counter
+	counter uint64          // packets sealed
 	keys    sealKeys
 }
 
-const sealRandom = 16 // bytes of a packet's nonce before the counter
+const sealRandom = 16 // random bytes at the start of a packet's nonce; the counter follows
 
-// NewPacketSealer reads 16 bytes of random, which must be unpredictable. Errors: no key, or
-// random's.
+// NewPacketSealer returns a PacketSealer for the ring ringName. It reads 16 bytes from random,
+// which must be unpredictable. It returns an error if keys is empty or if reading random fails.
 func NewPacketSealer(keys Keys, ringName string, random io.Reader) (*PacketSealer, error) {
 	s := &PacketSealer{ring: ringName}
 	if _, err := io.ReadFull(random, s.nonce[:sealRandom]); err != nil {
-		return nil, fmt.Errorf("starting the nonce: %w", err)
+		return nil, fmt.Errorf("reading random bytes for the nonce: %w", err)
 	}
 	return s, s.SetKeys(keys)
 }
 
-// SetKeys replaces the keys. The counter goes on, so that a key which comes back never sees a
-// nonce twice. After an error the old keys stay.
+// SetKeys replaces the keys. The counter is not reset, so that a key that is removed and later
+// added again never sees a nonce twice. After an error the old keys stay in use.
 func (s *PacketSealer) SetKeys(keys Keys) error {
 	ks, err := newSealKeys(keys, labelPacket, s.ring)
 	if err == nil {
@@ -162,7 +167,7 @@ func (s *PacketSealer) SetKeys(keys Keys) error {
 	return err
 }
 
-// KeyIDs returns the IDs of the keys. The first key is the one that seals.
+// KeyIDs returns the IDs of the keys. The first key is the one that Seal uses by default.
 func (s *PacketSealer) KeyIDs() []uint32 {
 	ids := make([]uint32, len(s.keys))
 	for i, k := range s.keys {
@@ -171,17 +176,17 @@ func (s *PacketSealer) KeyIDs() []uint32 {
 	return ids
 }
 
-// Seal appends plain, sealed, to dst. It uses the key with that ID, which the receiver is
-// known to hold, or the first if there is none.
+// Seal encrypts plain and appends the sealed packet to dst. It uses the key with the ID
+// preferredKeyID, which the receiver is known to hold. It uses the first key if no key has that ID.
 func (s *PacketSealer) Seal(dst, plain []byte, preferredKeyID uint32) []byte {
 	s.counter++
 	binary.LittleEndian.PutUint64(s.nonce[sealRandom:], s.counter)
 	return s.keys.withIDOrFirst(preferredKeyID).seal(dst, s.nonce[:], plain, nil)
 }
 
-// Open appends what is in packet to dst and returns it with the sender's counter. dst and
-// packet must not overlap. The errors are ErrNotSealed, ErrUnknownKey and ErrForged, bare, and
-// ErrSealVersion, wrapped.
+// Open decrypts and verifies packet. It appends the plaintext to dst, and returns it with the
+// sender's packet counter. dst and packet must not overlap. ErrNotSealed, ErrUnknownKey and
+// ErrForged are returned bare, and ErrSealVersion is returned wrapped.
 func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, err error) {
 	if plain, err = s.keys.open(dst, packet, nil); err != nil {
 		return nil, 0, err
@@ -189,21 +194,21 @@ func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, e
 	return plain, binary.LittleEndian.Uint64(packet[sealHeader+sealRandom:]), nil
 }
 
-// A MessageSealer seals messages of any size, each under a random nonce of 24 bytes, of which
-// some 2^80 may be used with one key. It is safe for concurrent use.
+// A MessageSealer seals messages of any size, each with a random nonce of 24 bytes. One key is safe
+// for about 2^80 messages. A MessageSealer is safe for concurrent use.
 type MessageSealer struct {
-	ring string
+	ring string // name of the ring
 	keys atomic.Pointer[sealKeys]
 }
 
-// NewMessageSealer returns a sealer of the messages of the named ring. It is an error if there is
-// no key.
+// NewMessageSealer returns a MessageSealer for the ring ringName. It returns an error if keys is
+// empty.
 func NewMessageSealer(keys Keys, ringName string) (*MessageSealer, error) {
 	s := &MessageSealer{ring: ringName}
 	return s, s.SetKeys(keys)
 }
 
-// SetKeys replaces the keys. After an error the old keys stay.
+// SetKeys replaces the keys. After an error the old keys stay in use.
 func (s *MessageSealer) SetKeys(keys Keys) error {
 	ks, err := newSealKeys(keys, labelMessage, s.ring)
 	if err == nil {
@@ -212,21 +217,22 @@ func (s *MessageSealer) SetKeys(keys Keys) error {
 	return err
 }
 
-// Seal appends plain, sealed, to dst. Only an Open with the same purpose (at most 255 bytes)
-// and boundTo opens it. It uses the key with that ID, which the receiver is known to hold, or
-// the first if there is none.
+// Seal encrypts plain and appends the sealed message to dst. Only an Open with the same purpose and
+// boundTo opens the message. purpose has at most 255 bytes. Seal uses the key with the ID
+// preferredKeyID, which the receiver is known to hold. It uses the first key if no key has that ID.
 func (s *MessageSealer) Seal(dst, plain []byte, purpose string, boundTo []byte, preferredKeyID uint32) []byte {
 	var nonce [sealNonce]byte
 	rand.Read(nonce[:]) // never fails since Go 1.24
 	return s.keys.Load().withIDOrFirst(preferredKeyID).seal(dst, nonce[:], plain, messageContext(purpose, boundTo))
 }
 
-// Open appends what is in message to dst. The errors are those of PacketSealer.Open.
+// Open decrypts and verifies message, and appends the plaintext to dst. It returns the same errors
+// as PacketSealer.Open.
 func (s *MessageSealer) Open(dst, message []byte, purpose string, boundTo []byte) ([]byte, error) {
 	return s.keys.Load().open(dst, message, messageContext(purpose, boundTo))
 }
 
-// messageContext binds a message to its purpose, and to what it belongs to.
+// messageContext returns the additional data that binds a message to its purpose and to boundTo.
 func messageContext(purpose string, boundTo []byte) []byte {
 	return append(AppendShortString(nil, purpose), boundTo...)
 }

@@ -1,7 +1,8 @@
 package main
 
-// Signed tokens. Verify parses nothing that a token says before it has checked the signature;
-// ParseUnverifiedToken, for a token's own holder, is the exception. One token has one spelling.
+// Tokens are signed text credentials. Verify checks the signature of a token before it parses the
+// payload. Only ParseUnverifiedToken, which is for a token's own holder, parses an unverified
+// payload. Every token has exactly one valid spelling.
 
 import (
 	"crypto/hmac"
@@ -17,13 +18,13 @@ import (
 	"time"
 )
 
-// Kinds of token: what an operator gives a site, and what /authorize answers.
+// Kinds of token.
 const (
-	KindClient = "client"
-	KindUpload = "upload"
+	KindClient = "client" // an operator gives it to a site
+	KindUpload = "upload" // the answer of /authorize
 )
 
-// Reasons for which Verify refuses.
+// Verify returns these errors, wrapped.
 var (
 	ErrTokenMalformed = errors.New("malformed token")
 	ErrTokenForged    = errors.New("token is not signed by a known key")
@@ -32,27 +33,29 @@ var (
 
 const tokenPrefix = "tm1."
 
-// A Token says which site may push, and where to. Its text form is
+// A Token states which site may push, and to which servers. Its text form, in base64url without
+// padding, is
 //
 //	tm1.<base64url(JSON)>.<base64url(HMAC-SHA256 over all before this dot)>
 //
-// without padding. Its holder can read it; the signature makes it a credential. Fields added
-// later are ignored, and kinds added later are refused. URLs and labels are bounded by the
-// token's length alone; whoever signs a token has to check them.
+// A token's holder can read the payload; the signature makes the token a credential. Unknown JSON
+// fields are ignored, so that later versions can add fields. Unknown kinds are refused. Only the
+// token's length limits the URLs and labels; the signer must check their content.
 type Token struct {
-	KeyID     string            `json:"key"`     // of the key that signed
+	KeyID     string            `json:"key"`     // ID of the key that signed
 	Kind      string            `json:"kind"`    // KindClient or KindUpload
 	ClusterID string            `json:"cluster"` // a valid cluster ID
 	URLs      []string          `json:"urls,omitempty"`
-	Pin       string            `json:"pin,omitempty"` // of the servers' certificate; see CertPin
+	Pin       string            `json:"pin,omitempty"` // pin of the servers' certificate; see CertPin
 	Labels    map[string]string `json:"labels,omitempty"`
-	Issued    int64             `json:"issued"`            // Unix seconds; shown, never checked
-	Expires   int64             `json:"expires,omitempty"` // Unix seconds; 0 = until revoked
-	ID        string            `json:"id"`                // NewTokenID; an upload token has its client token's
+	Issued    int64             `json:"issued"`            // Unix seconds; only displayed, never checked
+	Expires   int64             `json:"expires,omitempty"` // Unix seconds; 0 = valid until revoked
+	ID        string            `json:"id"`                // from NewTokenID; an upload token has the ID of its client token
 }
 
-// Sign returns t's text form, signed by the first key, whose ID becomes t.KeyID. Errors: no key,
-// a field that breaks the rules, a text longer than MaxToken.
+// Sign returns t's text form, signed with the first key. The KeyID in the text is the ID of that
+// key, whatever t.KeyID is. Sign returns an error if there is no key, if a field of t is invalid,
+// or if the text is longer than MaxToken.
 func (ks Keys) Sign(t Token) (string, error) {
 	if len(ks.keys) == 0 {
 		return "", errors.New("signing a token: no key")
@@ -62,29 +65,28 @@ func (ks Keys) Sign(t Token) (string, error) {
 	if err := t.checkFields(); err != nil {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
-	payload, err := json.Marshal(t) // sorts labels: equal tokens have equal text
+	payload, err := json.Marshal(t) // Marshal sorts the labels, so that equal tokens have equal text
 	if err != nil {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
 	signed := tokenPrefix + base64.RawURLEncoding.EncodeToString(payload)
 	s := signed + "." + base64.RawURLEncoding.EncodeToString(k.mac(signed))
 	if len(s) > MaxToken {
-		return "", fmt.Errorf("signing a token: longer than %d bytes: give it fewer URLs or labels", MaxToken)
+		return "", fmt.Errorf("signing a token: the token is longer than %d bytes: use fewer URLs or labels", MaxToken)
 	}
 	return s, nil
 }
 
-// Verify parses a token that one of the keys signed and that has not expired at now. Space around
-// it is ignored. The errors are ErrTokenMalformed, ErrTokenForged and ErrTokenExpired, wrapped.
-// The caller has to check revocation, the kind and the cluster ID.
+// Verify returns the token in text if one of the keys signed it and it has not expired at now. It
+// ignores space around text. The errors are ErrTokenMalformed, ErrTokenForged and ErrTokenExpired,
+// wrapped. The caller must check revocation, the kind and the cluster ID.
 func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 	signed, payload, mac, err := splitToken(text)
 	if err != nil {
 		return Token{}, err
 	}
-	// Every key is tried and not just the one that the payload names, so that nothing unsigned
-	// is ever parsed. At most 16 HMACs over 8 KiB cost far less than the TLS handshake before
-	// them.
+	// Try every key, not only the key that the payload names, so that no unsigned payload is ever
+	// parsed. At most 16 HMACs over 8 KiB cost far less than the TLS handshake before them.
 	for _, k := range ks.keys {
 		if !hmac.Equal(mac, k.mac(signed)) {
 			continue
@@ -94,7 +96,7 @@ func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 			return Token{}, err
 		}
 		if t.KeyID != k.id {
-			return Token{}, malformedToken("it names another key than the one that signed it")
+			return Token{}, malformedToken("the key ID in it is not the ID of the key that signed it")
 		}
 		if t.Expires != 0 && now.Unix() >= t.Expires {
 			return Token{}, fmt.Errorf("%w on %s", ErrTokenExpired, time.Unix(t.Expires, 0).UTC().Format(time.RFC3339))
@@ -104,8 +106,9 @@ func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 	return Token{}, ErrTokenForged
 }
 
-// ParseUnverifiedToken parses a token without checking its signature or expiry: for its holder, who
-// has no key. Space around it is ignored. The error is ErrTokenMalformed, wrapped.
+// ParseUnverifiedToken returns the token in text without checking its signature or expiry. It is
+// for the token's holder, who has no key. It ignores space around text. The error is
+// ErrTokenMalformed, wrapped.
 func ParseUnverifiedToken(text string) (Token, error) {
 	_, payload, _, err := splitToken(text)
 	if err != nil {
@@ -114,8 +117,8 @@ func ParseUnverifiedToken(text string) (Token, error) {
 	return decodeToken(payload)
 }
 
-// splitToken splits a token's text into what is signed, the payload and the signature. It checks
-// none of them.
+// splitToken splits a token's text into the signed part, the decoded payload and the decoded
+// signature. It verifies neither the payload nor the signature.
 func splitToken(s string) (signed string, payload, mac []byte, err error) {
 	s = strings.TrimSpace(s)
 	if len(s) > MaxToken {
@@ -130,10 +133,10 @@ func splitToken(s string) (signed string, payload, mac []byte, err error) {
 		return "", nil, nil, malformedToken("does not begin with %s", tokenPrefix)
 	}
 	p, m, ok := strings.Cut(body, ".")
-	// Strict refuses stray trailing bits, but every decoder of encoding/base64
-	// skips line ends: either would give one token several spellings.
+	// A token must have only one spelling. Strict below refuses stray trailing bits, but every
+	// decoder of encoding/base64 skips line ends, so that line ends must be refused here.
 	if !ok || strings.ContainsAny(s, "\r\n") {
-		return "", nil, nil, malformedToken("want three parts between dots, on one line")
+		return "", nil, nil, malformedToken("want three parts separated by dots, on one line")
 	}
 	enc := base64.RawURLEncoding.Strict()
 	if payload, err = enc.DecodeString(p); err != nil {
@@ -145,9 +148,11 @@ func splitToken(s string) (signed string, payload, mac []byte, err error) {
 	return s[:len(s)-len(m)-1], payload, mac, nil
 }
 
+// decodeToken parses a token's payload and checks its fields. The error is ErrTokenMalformed,
+// wrapped.
 func decodeToken(payload []byte) (Token, error) {
 	var t Token
-	if json.Unmarshal(payload, &t) != nil { // its error can quote the payload
+	if json.Unmarshal(payload, &t) != nil { // drop the error, because it can quote the payload
 		return Token{}, malformedToken("payload is not the JSON of a token")
 	}
 	if err := t.checkFields(); err != nil {
@@ -156,13 +161,14 @@ func decodeToken(payload []byte) (Token, error) {
 	return t, nil
 }
 
-// malformedToken returns ErrTokenMalformed with a reason, which must not quote the token.
+// malformedToken returns ErrTokenMalformed wrapped with a reason. The reason must not quote the
+// token.
 func malformedToken(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrTokenMalformed}, args...)...)
 }
 
-// checkFields returns an error if a field breaks the rules. Sign, Verify and ParseUnverifiedToken
-// return only tokens that pass.
+// checkFields returns an error if a field of t is invalid. Sign, Verify and ParseUnverifiedToken
+// return only tokens with valid fields.
 func (t Token) checkFields() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)

@@ -1,9 +1,10 @@
 package main
 
-// The UDP driver of the membership: it gives the state machine its packets and its time, and sends
-// the packets that it returns. One goroutine reads, ticks and sends. The mutex guards the state
-// machine and the read deadline, and is held across no I/O. Time is monotonic since NewGossip.
-// This file must not know the meaning of packets.
+// Gossip drives the SWIM state machine over UDP: it passes received packets and the time to the
+// state machine, and sends the packets that the state machine returns. One goroutine, Run, reads,
+// ticks and sends. The mutex guards the state machine and the read deadline, and is never held
+// across I/O. Time is monotonic and counts from NewGossip. This file must not know the meaning of
+// packets.
 
 import (
 	"context"
@@ -18,11 +19,11 @@ import (
 	"time"
 )
 
-// DefaultGossipInterval suits round trips up to 200 ms.
+// DefaultGossipInterval is long enough for round trips of up to 200 ms.
 const DefaultGossipInterval = time.Second
 
-// ErrNameTaken says that another member has our name and a higher session.
-var ErrNameTaken = errors.New("another member of the ring has this name: give one of them another --name")
+// ErrNameTaken is returned by Run if another member has this member's name and a higher session.
+var ErrNameTaken = errors.New("another member of the ring has the same name: give one of the two another --name")
 
 // UDPConn is the part of a *net.UDPConn that gossip needs.
 type UDPConn interface {
@@ -31,59 +32,63 @@ type UDPConn interface {
 	SetReadDeadline(t time.Time) error
 }
 
-// A GossipConfig says who a member is and where it finds others.
+// A GossipConfig configures a Gossip.
 type GossipConfig struct {
-	Name         string // unique in the ring; see CheckMemberName
-	Addr         string // host:port where peers reach this member; see AdvertisedAddr
-	URL          string // of the internal listener, for /sd; may be empty
-	RingName     string // the ring's name; packets of another ring or under other keys are refused
-	Keys         Keys
-	Seeds        []string      // host:port; a name stands for all its addresses
-	Interval     time.Duration // scales all timing
-	RestartState RestartState  // of the last start
-	Conn         UDPConn       // closed by the caller, after Run
-	Resolver     HostResolver
+	Name         string            // unique in the ring; see CheckMemberName
+	Addr         string            // host:port where peers reach this member; see AdvertisedAddr
+	URL          string            // of the internal listener, for /sd; may be empty
+	RingName     string            // packets of another ring, or sealed with unknown keys, are refused
+	Keys         Keys              // cluster keys
+	Seeds        []string          // host:port; a host name stands for all its addresses
+	Interval     time.Duration     // between probes; scales all other times
+	RestartState RestartState      // saved by the previous run; zero at the first start
+	Conn         UDPConn           // the caller closes it after Run
+	Resolver     HostResolver      // for seeds and members with a host name
 	Notify       func(GossipEvent) // called from Run; must not block
 }
 
-// GossipStats counts since the start.
+// GossipStats holds counters, which start at 0 in NewGossip, and the current local health.
 type GossipStats struct {
-	Sent, SentBytes, SendErrors uint64 // datagrams and bytes of payload
-	Received, ReceivedBytes     uint64
-	Refused                     RefusedPackets
-	Health                      int // 0 is good
+	Sent          uint64 // datagrams, failed sends included
+	SentBytes     uint64 // of UDP payload, failed sends included
+	SendErrors    uint64 // failed sends
+	Received      uint64 // datagrams
+	ReceivedBytes uint64 // of UDP payload
+	Refused       RefusedPackets
+	Health        int // Lifeguard's local health: 0 is good
 }
 
 // Gossip is one member of a ring. Its methods are safe for concurrent use.
 type Gossip struct {
 	conf    GossipConfig
-	start   time.Time // its monotonic reading
-	changed chan struct{}
-	lookup  chan struct{} // receives when there is a new host to look up
+	start   time.Time     // when NewGossip ran; only its monotonic reading is used
+	changed chan struct{} // see Changed; has a buffer of 1
+	lookup  chan struct{} // receives when hosts has a new host to look up; has a buffer of 1
 
-	mu         sync.Mutex // guards the rest
+	mu         sync.Mutex // guards the fields below
 	swim       *Swim
-	version    uint64 // of the view that changed was signalled for
+	version    uint64 // of the view when changed was last signalled
 	stats      GossipStats
-	hosts      map[string][]netip.AddrPort // by host:port, as looked up; bounded
-	leaveUntil time.Duration               // 0 until Run's context ends
+	hosts      map[string][]netip.AddrPort // resolved addresses by host:port; its size is bounded
+	leaveUntil time.Duration               // when Run stops waiting for confirmations; 0 until Run's context ends
 }
 
-// NewGossip checks c. State must be stored before Run is called.
+// NewGossip checks c and returns a member that does not send or receive yet. The caller must store
+// RestartState() before it calls Run, so that the next start uses a higher session.
 func NewGossip(c GossipConfig) (*Gossip, error) {
 	if err := errors.Join(CheckMemberName(c.Name), CheckMemberAddrText(c.Addr)); err != nil {
 		return nil, err
 	}
 	if c.URL != "" && CheckMemberAddrText(c.URL) != nil {
-		return nil, fmt.Errorf("URL to tell peers: want at most %d visible ASCII characters", MaxMemberAddr)
+		return nil, fmt.Errorf("URL announced to peers: want at most %d visible ASCII characters", MaxMemberAddr)
 	}
 	for _, addr := range append(slices.Clone(c.Seeds), c.Addr) {
 		if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {
-			return nil, fmt.Errorf("%q: want host:port", addr)
+			return nil, fmt.Errorf("bad address %q: want host:port", addr)
 		}
 	}
 	if c.Interval <= 0 {
-		return nil, errors.New("gossip needs an interval above 0")
+		return nil, errors.New("gossip interval must be above 0")
 	}
 	sealer, err := NewPacketSealer(c.Keys, c.RingName, crand.Reader)
 	if err != nil {
@@ -98,8 +103,9 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 	}, nil
 }
 
-// Run takes part until ctx ends, and then leaves, which takes two intervals at
-// most. Errors: ErrNameTaken, and what makes the socket unusable.
+// Run takes part in gossip until ctx ends. It then announces that this member leaves, which takes
+// at most two intervals, and returns nil. The errors are ErrNameTaken, and net.ErrClosed, wrapped,
+// if the socket is closed.
 func (g *Gossip) Run(ctx context.Context) error {
 	done := make(chan struct{})
 	defer func() { <-done }()
@@ -110,7 +116,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		g.runHostRefresh(resolving)
 	}()
 	defer context.AfterFunc(ctx, g.interruptRead)()
-	buf := make([]byte, MaxPacket+1) // a longer packet is seen to be longer, and is refused
+	buf := make([]byte, MaxPacket+1) // one byte more, so that an overlong packet is recognized and refused
 	for {
 		switch wait, err := g.leaveOrSetReadDeadline(ctx); {
 		case errors.Is(err, errLeft):
@@ -133,15 +139,17 @@ func (g *Gossip) Run(ctx context.Context) error {
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("reading gossip: %w", err)
 		}
-		// Any other error passes: the deadline, or an ICMP answer to a packet sent earlier.
+		// Ignore any other error. Either the read deadline has passed, or an ICMP message has
+		// answered a packet sent earlier.
 	}
 }
 
-// errLeft ends Run without an error.
+// errLeft makes Run return nil; leaveOrSetReadDeadline returns it.
 var errLeft = errors.New("this member has left")
 
 // leaveOrSetReadDeadline returns how long Run may wait for a packet, and sets the read deadline to
-// that. It begins to leave when ctx has ended. Errors: errLeft, ErrNameTaken.
+// match. If ctx has ended, it makes this member leave. It returns errLeft when leaving is complete
+// or has taken too long. It returns ErrNameTaken if this member has stood down; see Swim.StoodDown.
 func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -161,18 +169,20 @@ func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Durat
 		wait = min(wait, g.leaveUntil-now+1)
 	}
 	if wait > 0 {
-		// The mutex is held, so that this deadline never replaces interruptRead's. If it cannot
-		// be set, reading fails too.
+		// Set the deadline while holding the mutex, so that it never replaces a deadline that
+		// interruptRead has set meanwhile. An error needs no handling, because reading then fails
+		// too.
 		g.conf.Conn.SetReadDeadline(time.Now().Add(wait))
 	}
 	return wait, nil
 }
 
-// stepAndSend has the state machine do one step, and sends and reports what comes of it.
+// stepAndSend makes the state machine do one step. It sends the datagrams that the step returns,
+// and passes the events of the step to Notify.
 func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	g.mu.Lock()
 	out := step(time.Since(g.start))
-	events := g.swim.Events // both are Run's until the next step
+	events := g.swim.Events // out and events stay valid until the next step, which only Run makes
 	to := make([]netip.AddrPort, len(out))
 	for i, d := range out {
 		to[i] = g.addrOrQueueLookup(d.To)
@@ -192,8 +202,8 @@ func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	}
 }
 
-// send sends each datagram to its address, if that is valid, and returns the counts. A datagram
-// that cannot be sent is as good as lost on the way.
+// send sends each datagram to its address in to, skipping invalid addresses, and returns the
+// counts. A failed send is treated like a packet that is lost on the way.
 func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipStats) {
 	for i, d := range datagrams {
 		if !to[i].IsValid() {
@@ -208,7 +218,8 @@ func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipSta
 	return sent
 }
 
-// signalIfViewChanged has Changed receive if there is something new in View. g.mu is held.
+// signalIfViewChanged makes Changed receive if View has changed since the last signal. The caller
+// must hold g.mu.
 func (g *Gossip) signalIfViewChanged() {
 	if v := g.swim.ViewVersion(); v != g.version {
 		g.version = v
@@ -216,7 +227,7 @@ func (g *Gossip) signalIfViewChanged() {
 	}
 }
 
-// signalChan has c, which has room for one, receive. It does not block.
+// signalChan sends to c, which has a buffer of 1. If the buffer is full, signalChan does nothing.
 func signalChan(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -224,24 +235,25 @@ func signalChan(c chan struct{}) {
 	}
 }
 
-// View returns the ring as this member sees it.
+// View returns the ring as this member sees it now.
 func (g *Gossip) View() GossipView {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.swim.View()
 }
 
-// Changed receives after View().Version or State has changed.
+// Changed returns a channel that receives after View().Version or the result of RestartState has
+// changed.
 func (g *Gossip) Changed() <-chan struct{} { return g.changed }
 
-// RestartState returns what to keep for the next start.
+// RestartState returns the state to store for the next start.
 func (g *Gossip) RestartState() RestartState {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.swim.RestartState()
 }
 
-// Stats returns the counts.
+// Stats returns the current counters.
 func (g *Gossip) Stats() GossipStats {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -250,29 +262,29 @@ func (g *Gossip) Stats() GossipStats {
 	return st
 }
 
-// AnnounceClaim announces that this member claims a slot; see Swim.AnnounceClaim.
+// AnnounceClaim announces that this member claims slot; see Swim.AnnounceClaim.
 func (g *Gossip) AnnounceClaim(slot uint16, claimNumber uint64, provisional bool) {
 	g.updateAndWakeRun(func() { g.swim.AnnounceClaim(slot, claimNumber, provisional) })
 }
 
-// AnnounceLeaving announces that this member is about to leave.
+// AnnounceLeaving announces that this member is about to leave; see Swim.AnnounceLeaving.
 func (g *Gossip) AnnounceLeaving() { g.updateAndWakeRun(g.swim.AnnounceLeaving) }
 
-// SetKeys replaces the keys. After an error the old keys stay.
+// SetKeys replaces the cluster keys. After an error the old keys stay in use.
 func (g *Gossip) SetKeys(keys Keys) (err error) {
 	g.updateAndWakeRun(func() { err = g.swim.SetKeys(keys) })
 	return err
 }
 
-// updateAndWakeRun changes the state machine, and wakes Run: it may have something to send, or
-// another time to wake up at.
+// updateAndWakeRun calls change, which changes the state machine, and wakes Run. After a change,
+// Run may have something to send, or may have to tick at another time.
 func (g *Gossip) updateAndWakeRun(change func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	change()
 	g.signalIfViewChanged()
-	g.conf.Conn.SetReadDeadline(g.start) // in the past
+	g.conf.Conn.SetReadDeadline(g.start) // a deadline in the past interrupts a read
 }
 
-// interruptRead wakes Run.
+// interruptRead makes a read of Run return.
 func (g *Gossip) interruptRead() { g.updateAndWakeRun(func() {}) }

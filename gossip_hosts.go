@@ -1,8 +1,8 @@
 package main
 
-// The addresses of hosts: seeds, and members that gave a name for an address, are looked up again
-// and again, because their addresses may change. The number of hosts is bounded. No lookup holds
-// the mutex.
+// This file resolves host names: the names of seeds, and the names that members announce instead of
+// an IP address. It looks each name up again and again, because its addresses may change. The
+// number of names is bounded. The mutex is never held during a lookup.
 
 import (
 	"context"
@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	lookupTimeout = 2 * time.Second
-	lookupEvery   = 30 * time.Second
+	lookupTimeout = 2 * time.Second  // for one host
+	lookupEvery   = 30 * time.Second // between lookups, once all hosts are resolved
 )
 
 // HostResolver is the part of a *net.Resolver that gossip needs.
@@ -24,8 +24,9 @@ type HostResolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// addrOrQueueLookup returns the address of an endpoint; not a valid one while its host is not
-// looked up. g.mu is held.
+// addrOrQueueLookup returns the UDP address of to. If to has only a host, it returns the first
+// address that the host resolved to, or an invalid address if the host is not resolved yet. It
+// queues a new host for lookup, unless the limit on hosts is reached. The caller must hold g.mu.
 func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort
@@ -41,8 +42,9 @@ func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	return addrs[0]
 }
 
-// runHostRefresh looks up seeds, and members that gave a name for an address, until ctx ends: the
-// addresses of either may change.
+// runHostRefresh looks up the seeds and all queued hosts, again and again until ctx ends. After a
+// failure it tries again after two intervals, then after twice that time, and so on up to
+// lookupEvery.
 func (g *Gossip) runHostRefresh(ctx context.Context) {
 	g.mu.Lock()
 	for _, s := range g.conf.Seeds {
@@ -66,8 +68,8 @@ func (g *Gossip) runHostRefresh(ctx context.Context) {
 	}
 }
 
-// resolveAllHosts looks up all hosts. It returns false if one cannot be looked up; its addresses
-// stay as they were.
+// resolveAllHosts looks up all hosts and passes the addresses of the seeds to the state machine. It
+// returns false if a host cannot be resolved. That host keeps its old addresses.
 func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	g.mu.Lock()
 	hosts := slices.Sorted(maps.Keys(g.hosts))
@@ -91,7 +93,7 @@ func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	return allResolved
 }
 
-// resolve returns all addresses of a host:port.
+// resolve returns all addresses of hostport. A lookup takes at most lookupTimeout.
 func (g *Gossip) resolve(ctx context.Context, hostport string) ([]netip.AddrPort, error) {
 	if addr, err := netip.ParseAddrPort(hostport); err == nil {
 		return []netip.AddrPort{addr}, nil
@@ -117,24 +119,25 @@ func (g *Gossip) resolve(ctx context.Context, hostport string) ([]netip.AddrPort
 	return addrs, nil
 }
 
-// AdvertisedAddr returns the host:port where peers reach this member. It is the address of the
-// listener if that is of one host. Otherwise its host is the one from which this machine reaches
-// the first of peers (each a host:port) that can be looked up; or if there is none, from which
-// it reaches any other host: a name that is not known yet must not keep a server from starting.
-// Nothing is sent for that but questions for names.
+// AdvertisedAddr returns the host:port at which peers reach this member. If listener has a specific
+// IP address, the result is listener itself. Otherwise listener is 0.0.0.0 or ::, and the result
+// has listener's port and the local address from which this machine reaches a peer. That peer is
+// the first of peers (each a host:port) that can be resolved. If none can be resolved,
+// AdvertisedAddr uses the default route, because an unknown name must not keep a server from
+// starting. AdvertisedAddr sends DNS queries, but nothing else.
 func AdvertisedAddr(listener netip.AddrPort, peers []string) (string, error) {
 	if !listener.Addr().IsUnspecified() {
 		return listener.String(), nil
 	}
 	var conn net.Conn
 	var err error
-	for _, peer := range append(slices.Clone(peers), "192.0.2.1:9") { // of TEST-NET-1 (RFC 5737): only a default route leads there
+	for _, peer := range append(slices.Clone(peers), "192.0.2.1:9") { // in TEST-NET-1 (RFC 5737), to which only a default route leads
 		if conn, err = net.DialTimeout("udp", peer, lookupTimeout); err == nil {
 			break
 		}
 	}
 	if err != nil {
-		return "", fmt.Errorf("cannot tell which address peers reach this host at (--advertise says it): %w", err)
+		return "", fmt.Errorf("cannot determine the address at which peers reach this host (set it with --advertise): %w", err)
 	}
 	defer conn.Close()
 	local, err := netip.ParseAddrPort(conn.LocalAddr().String())

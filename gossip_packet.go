@@ -1,39 +1,41 @@
 package main
 
-// The wire format of gossip: packets, before they are sealed and after they are opened. A packet
-// that decodes encodes to the same bytes. Every length has a limit, which is checked before
-// anything is kept. Pure.
+// The wire format of gossip packets, before they are sealed and after they are opened. If a packet
+// decodes, encoding it again gives the same bytes. Every length is checked against its limit before
+// memory is allocated. Pure: no I/O and no clock.
 
 import "encoding/binary"
 
-// Limits of packets. A packet of MaxPacket bytes fits the MTU of a WireGuard tunnel over IPv6
-// (1280 − 20 − 8 and some to spare).
+// Limits of packets. A packet of MaxPacket bytes fits the MTU of a WireGuard tunnel over IPv6: 1280
+// bytes, minus 20 for IP and 8 for UDP, with some bytes to spare.
 const (
-	MaxPacket     = 1200 // bytes of UDP payload, sealed
+	MaxPacket     = 1200 // bytes of UDP payload, after sealing
 	MaxMemberName = 64   // bytes
-	MaxMemberAddr = 128  // bytes of an address, and of a URL
-	MaxAccusers   = 4    // that a suspicion lists: more shorten it no further
+	MaxMemberAddr = 128  // bytes of an address or URL
+	MaxAccusers   = 4    // accusers in one suspicion; more accusers would not shorten it further
 
-	// MaxSlots bounds the slots and the buckets, and with them what one broken claim can cost
-	// all members for ever, because buckets never fall. A claim to a slot beyond is no claim.
+	// MaxSlots limits slots and buckets. The number of buckets never falls, so that MaxSlots also
+	// limits the permanent cost of one faulty claim to all members. A claim to a slot of MaxSlots
+	// or above is invalid.
 	MaxSlots = 4096
-	NoSlot   = 1<<16 - 1
+	NoSlot   = 1<<16 - 1 // value of MemberRecord.Slot if the member claims no slot
 )
 
-// PacketKind says what the sender of a packet wants. A packet of any kind may carry records.
+// A PacketKind is the purpose of a packet. A packet of any kind may carry member records.
 type PacketKind uint8
 
 // The kinds of packets.
 const (
-	// PacketHello asks whoever is at an address (To may be empty) to answer and so to prove
-	// its session. It is answered whatever its sender's session.
+	// PacketHello asks the member at an address to answer, and so to prove its session. To may be
+	// empty, because the sender may not know that member's name. The receiver answers whatever the
+	// session of the sender is.
 	PacketHello   PacketKind = 1 + iota
-	PacketPing               // asks the member To to answer
-	PacketAck                // answers; with Target, the sender passes on that Target answered
-	PacketPingReq            // asks To to ping Target and to pass its answer on
-	PacketNack               // answers a PacketPingReq: Target did not answer
-	PacketGossip             // only carries records
-	PacketSync               // carries a part of the sender's table, and no updates
+	PacketPing               // asks the receiver to answer
+	PacketAck                // answers a request; if Target is set, relays the answer of Target
+	PacketPingReq            // asks the receiver to ping Target and to relay its answer
+	PacketNack               // answers a PacketPingReq to say that Target did not answer
+	PacketGossip             // carries records, without a request or an answer
+	PacketSync               // carries a part of the sender's table, and no queued updates
 	packetKindEnd
 )
 
@@ -42,25 +44,25 @@ type Packet struct {
 	Kind         PacketKind
 	WantTable    bool   // the sender asks for the receiver's table
 	TableSettled bool   // the sender's table has not changed for two intervals
-	To           string // the receiver's name
+	To           string // the receiver's name; may be empty in a PacketHello
 	From         string // the sender's name
-	Target       string // of PacketPingReq, PacketNack, and a PacketAck that is passed on
-	Session      uint64 // the sender's
-	Digest       uint64 // of the sender's table
-	RequestID    uint64 // random; if not 0, the receiver answers with it in ReplyTo
-	ReplyTo      uint64 // if not 0, the RequestID that this answers
-	Buckets      uint16 // the most that the sender has heard of; see MemberRecord.Slot
+	Target       string // the member to ping; in PacketPingReq, PacketNack and a relayed PacketAck
+	Session      uint64 // the sender's session
+	Digest       uint64 // digest of the sender's table
+	RequestID    uint64 // random; if not 0, the receiver answers, and repeats it in ReplyTo
+	ReplyTo      uint64 // if not 0, the RequestID of the packet that this packet answers
+	Buckets      uint16 // highest slot that the sender has ever heard of, plus one
 	Records      []MemberRecord
 }
 
-// Flags of a packet.
+// Flags in the second byte of a packet.
 const (
 	flagWantTable = 1
 	flagSettled   = 2
 )
 
-// AppendPacketHeader appends all of p but its records. They follow by AppendMember, up to the
-// packet's end.
+// AppendPacketHeader appends the encoding of p, without p.Records, to b. The caller appends the
+// records with AppendMember; they follow until the end of the packet.
 func AppendPacketHeader(b []byte, p *Packet) []byte {
 	var flags byte
 	if p.WantTable {
@@ -80,8 +82,8 @@ func AppendPacketHeader(b []byte, p *Packet) []byte {
 	return binary.LittleEndian.AppendUint16(b, p.Buckets)
 }
 
-// DecodePacket reads an opened packet into p, and reuses p.Records. After an error p holds
-// nothing to be used. b is not kept.
+// DecodePacket decodes the opened packet b into p, and reuses the memory of p.Records. After an
+// error the content of p must not be used. p does not refer to the memory of b.
 func DecodePacket(b []byte, p *Packet) error {
 	r := NewWireReader(b)
 	kind, flags := PacketKind(r.Byte()), r.Byte()

@@ -1,8 +1,9 @@
 package main
 
-// Probes, and what becomes of members that do not answer: they are suspected, then declared
-// dead, and looked for ever after. No member is suspected because of a stall of our own. A
-// member whose own health is bad waits longer for others (Lifeguard). Pure.
+// Failure detection. This member probes the other members. A member that does not answer is
+// suspected, then declared dead, and then contacted again and again for ever. This member suspects
+// no member because of a stall of its own. While its own health is bad, it waits longer for answers
+// (Lifeguard). Pure: no I/O and no clock.
 
 import (
 	"math"
@@ -10,41 +11,45 @@ import (
 	"time"
 )
 
-// Times, in units of the interval.
+// Times, in gossip intervals.
 const (
-	indirectAfter    = 0.2  // after the ping of a probe: another ping, and indirect ones
-	suspectAfter     = 0.4  // after these: a suspicion
-	suspicionMin     = 1.1  // a suspicion that others confirm, up to ten members
-	suspicionMax     = 5    // one that others could confirm and none does, as a multiple of that
-	finalPingSpacing = 0.2  // between the last pings, and from the last one until the death
-	pairPingSpacing  = 0.1  // between pings to a suspect that no other member can ping
-	reconnectEvery   = 3    // between attempts to reach dead members and seeds
-	joinBackoffMax   = 4    // between attempts to join
-	stallAfter       = 0.25 // lateness that counts as a stall
+	indirectAfter    = 0.2  // from the first ping of a probe to a second ping and the indirect pings
+	suspectAfter     = 0.4  // from the second ping of a probe to the suspicion
+	suspicionMin     = 1.1  // duration of a suspicion that others confirm, in rings of up to ten members
+	suspicionMax     = 5    // duration of a suspicion that no other member confirms, as a multiple of the confirmed one
+	finalPingSpacing = 0.2  // between the final pings to a suspect, and from the last ping to its death
+	pairPingSpacing  = 0.1  // between pings to a suspect while no third member is live
+	reconnectEvery   = 3    // between attempts to reach a dead member or a seed
+	joinBackoffMax   = 4    // longest backoff between attempts to join, before random jitter
+	stallAfter       = 0.25 // a call of Receive or Tick that is this late shows a stall
 )
 
 const (
-	indirectChecks = 4 // members asked to ping one that does not answer
-	maxFinalPings  = 6 // to a suspect before it is declared dead
-	maxHealth      = 8 // Lifeguard's S
+	indirectChecks = 4 // relays that are asked to ping a member that does not answer
+	maxFinalPings  = 6 // pings to a suspect shortly before it is declared dead
+	maxHealth      = 8 // highest value of Swim.Health (Lifeguard's S)
 )
 
-// The tries of a probe that have timed out.
+// Stages of a probe. pendingRequest.tries of a probe holds its stage.
 const (
-	probePinged    = iota // one ping
-	probeIndirect         // a second ping, and indirect ones
-	probeSuspected        // the member is suspected; pings go on until that ends
+	probePinged    = iota // one ping was sent
+	probeIndirect         // a second ping and indirect pings were sent
+	probeSuspected        // the member is suspected; pings go on until the suspicion ends
 )
 
-// scaledByHealth is a number of intervals, more while our own health is bad (Lifeguard, LHA-Probe).
+// scaledByHealth returns the duration of a number of intervals, multiplied by Health+1, so that
+// this member waits longer while its own health is bad (Lifeguard, LHA-Probe).
 func (s *Swim) scaledByHealth(intervals float64) time.Duration {
 	return s.intervalsToDuration(intervals * float64(s.Health+1))
 }
 
+// worsenOwnHealth adds a point to Health, up to maxHealth.
 func (s *Swim) worsenOwnHealth() { s.Health = min(s.Health+1, maxHealth) }
 
-// handleOwnStall allows for a stall of our own. Answers that came meanwhile wait in the socket or
-// were lost with it, so silence says nothing about others.
+// handleOwnStall makes allowance for a stall of this process, which lasted about lateBy. The
+// answers that arrived during the stall wait in the socket, or the socket lost them. So silence
+// says nothing about other members. handleOwnStall cancels all probes and postpones all deaths and
+// the next probe.
 func (s *Swim) handleOwnStall(lateBy time.Duration) {
 	s.worsenOwnHealth()
 	s.addEvent(EventStalled, s.self.Name, s.self.Addr)
@@ -55,7 +60,7 @@ func (s *Swim) handleOwnStall(lateBy time.Duration) {
 	s.probeAt = max(s.probeAt, s.now+s.interval/2)
 }
 
-// probeNext probes the next member.
+// probeNext probes the next member of the probe order.
 func (s *Swim) probeNext() {
 	s.probeAt = s.now + s.scaledByHealth(1)
 	m := s.probeOrder.Next(&s.table, s.rng, func(m *Member) bool { return m != s.self && s.requests.find(requestProbe, m.Name) == nil })
@@ -64,11 +69,13 @@ func (s *Swim) probeNext() {
 	}
 }
 
+// probe starts a probe of m with a ping.
 func (s *Swim) probe(m *Member) {
 	s.ping(m, pendingRequest{purpose: requestProbe, dueAt: s.now + s.scaledByHealth(indirectAfter)})
 }
 
-// handleRequestTimeout goes on with a request that was not answered in time.
+// handleRequestTimeout handles r, which was not answered in time: it asks again, continues a probe,
+// or gives the request up.
 func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	switch {
 	case r.purpose == requestProbe:
@@ -83,7 +90,8 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 		r.tries, r.dueAt = r.tries+1, s.now+s.interval/4
 		s.send(r.to, Packet{Kind: PacketHello, To: s.name, RequestID: r.id}, s.self)
 	case r.purpose == requestNameCheck:
-		// The session was our own, from before the state was lost.
+		// Nobody answered, so the higher session was this member's own, from before it lost its
+		// state.
 		s.requests.remove(r)
 		if r.rivalSession > s.self.Session {
 			s.renewSession(r.rivalSession)
@@ -93,7 +101,8 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	}
 }
 
-// escalateProbe goes on with a probe that was not answered in time.
+// escalateProbe moves a probe that was not answered in time to its next stage. It ends the probe if
+// the member is no longer live, or if the suspicion that the probe caused has ended.
 func (s *Swim) escalateProbe(r *pendingRequest) {
 	m := r.member
 	switch {
@@ -104,7 +113,8 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 		s.probeIndirectly(r)
 		return
 	case r.tries == probeIndirect:
-		// Relays answer in any case: if none did, the fault may be ours.
+		// A relay answers even if it cannot reach the member. If no relay answered, the fault may
+		// be this member's own.
 		if len(r.relays) > 0 && !r.relayNacked {
 			s.worsenOwnHealth()
 		}
@@ -114,11 +124,13 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 	if s.table.Live <= 2 {
 		r.dueAt = s.now + s.intervalsToDuration(pairPingSpacing)
 	}
-	// The member learns from this that it is suspected, and its answer refutes that.
+	// The ping carries the member's own record. So the member learns that it is suspected, and its
+	// answer refutes the suspicion.
 	s.sendTo(m, Packet{Kind: PacketPing, RequestID: r.id})
 }
 
-// probeIndirectly pings once more, and asks other members to ping.
+// probeIndirectly pings the member once more, and asks up to indirectChecks other members, the
+// relays, to ping it too.
 func (s *Swim) probeIndirectly(r *pendingRequest) {
 	r.tries, r.dueAt = probeIndirect, s.now+s.scaledByHealth(suspectAfter)
 	s.sendTo(r.member, Packet{Kind: PacketPing, RequestID: r.id})
@@ -134,7 +146,7 @@ func (s *Swim) probeIndirectly(r *pendingRequest) {
 	}
 }
 
-// suspect tells all that m is suspected.
+// suspect records that this member suspects m, and queues that as an update for all members.
 func (s *Swim) suspect(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(s.name)}, 0
@@ -143,7 +155,7 @@ func (s *Swim) suspect(m *Member) {
 	}
 }
 
-// declareDead tells all that m, a suspect, is dead.
+// declareDead records that m, a suspect, is dead, and queues that as an update for all members.
 func (s *Swim) declareDead(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateDead, nil, 0
@@ -151,8 +163,9 @@ func (s *Swim) declareDead(m *Member) {
 	s.table.QueueUpdate(m)
 }
 
-// expireSuspicions declares suspects dead when their time is over. Shortly before, every member
-// pings them a few times more: all who suspect one may be wrong, and its refutation lost.
+// expireSuspicions declares suspects dead when their suspicion ends. Shortly before that, every
+// member pings the suspect a few more times: all accusers may be wrong, and the refutation may be
+// lost.
 func (s *Swim) expireSuspicions() {
 	for _, m := range s.table.Members {
 		switch {
@@ -166,13 +179,14 @@ func (s *Swim) expireSuspicions() {
 	}
 }
 
-// nextPingOrDeathAt returns when m, a suspect, is to be pinged or declared dead next.
+// nextPingOrDeathAt returns when m, a suspect, must next be pinged, or must be declared dead.
 func (s *Swim) nextPingOrDeathAt(m *Member) time.Duration {
 	return m.DeadAt - s.intervalsToDuration(finalPingSpacing*float64(maxFinalPings-m.FinalPings))
 }
 
-// suspicionEnd returns when m, a suspect, is to be declared dead: the sooner, the more members
-// share the suspicion (Lifeguard, LHA-Suspicion); as soon as can be, if no other member could.
+// suspicionEnd returns when m, a suspect, must be declared dead. The more members share the
+// suspicion, the sooner it ends (Lifeguard, LHA-Suspicion). If no other member could share it, it
+// ends after the shortest time.
 func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	n := float64(s.table.Live)
 	shortest := suspicionMin * max(1, (3+math.Log10(n))/4)
@@ -180,13 +194,13 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	if n <= 2 {
 		longest = shortest
 	}
-	others := min(max(n-2, 1), MaxAccusers-1) // that can confirm it
+	others := min(max(n-2, 1), MaxAccusers-1) // members that could confirm the suspicion, at most as many as can shorten it
 	shared := (longest - shortest) * math.Log(float64(len(m.Accusers))) / math.Log(others+1)
 	return m.SuspectedAt + s.intervalsToDuration(max(shortest, longest-shared))
 }
 
-// contactDeadOrSeed asks whether a member that is dead, or one at a seed where no known member is,
-// has come back. While this member is alone, it asks all seeds.
+// contactDeadOrSeed contacts a random dead member, or a random seed at whose address no live member
+// is known, because either may have come back. While this member is alone, it contacts all seeds.
 func (s *Swim) contactDeadOrSeed() {
 	s.reconnectAt = s.now + s.intervalsToDuration(reconnectEvery)
 	if s.table.Live == 1 && len(s.seeds) > 0 {
@@ -212,7 +226,7 @@ func (s *Swim) contactDeadOrSeed() {
 	}
 }
 
-// sendHelloToSeed asks whoever is at a seed's address to answer.
+// sendHelloToSeed asks the member at a seed's address, whatever its name, to answer.
 func (s *Swim) sendHelloToSeed(sd seed) {
 	to := PacketDestination{AddrPort: sd.addr}
 	if r := s.addRequestIfRoom(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.scaledByHealth(1)}); r != nil {

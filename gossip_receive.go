@@ -1,8 +1,8 @@
 package main
 
-// Handling of packets: a member merges the records, answers requests, and refutes what is
-// wrong about itself. It believes nothing that a session says before the session has answered a
-// challenge. Pure.
+// This file handles received packets: it merges their records, answers their requests, and refutes
+// wrong records about this member. It believes nothing that a session sends before the session has
+// answered a challenge. Pure: no I/O and no clock.
 
 import (
 	"math"
@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// Receive takes a packet that came from an address, and returns what to send.
+// Receive handles a packet that arrived from an address, and returns the datagrams to send.
 func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Datagram {
 	s.beginReceiveOrTick(now)
 	if s.StoodDown {
@@ -22,8 +22,8 @@ func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Da
 	return s.endStep()
 }
 
-// handleOrChallengeUnproven handles p if its session has proven itself, or does so by p. It refuses
-// p otherwise, and makes the session prove itself.
+// handleOrChallengeUnproven handles p if the sender's session has proven itself, or proves itself
+// with p. Otherwise it refuses p, and challenges the sender where that makes sense.
 func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayCounter uint64) {
 	r := s.requests.answeredBy(p)
 	switch s.classifyAndMarkSeen(p, replayCounter, r) {
@@ -49,23 +49,24 @@ func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayC
 	}
 }
 
-// handlePacket does what p asks for. The session of sender has proven itself. answered is the
-// request that p answers, or nil.
+// handlePacket merges the records of p and does what p asks for. The session of sender must have
+// proven itself. answered is the request that p answers, or nil.
 func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answered *pendingRequest) {
 	if answered == nil && p.ReplyTo != 0 && p.Kind != PacketNack {
-		s.Refused[RefusedUnasked]++ // most likely it is late; the rest of it may still be news
+		s.Refused[RefusedUnasked]++ // most likely a late answer; its records may still be news
 	}
 	s.buckets = max(s.buckets, p.Buckets)
 	if p.Kind == PacketSync && s.syncedAt == 0 {
-		// A member that answers many newcomers at once soon knows more than it sent.
+		// Ask for a table again after an interval: a member that many new members contact at once
+		// soon knows more than it has just sent.
 		s.syncedAt, s.resyncAt, s.wantTable = s.now, s.now+s.interval, false
 	}
 	if p.Kind == PacketAck {
-		sender.KnowsOurSession = p.RequestID == 0 // otherwise it challenges us
+		sender.KnowsOurSession = p.RequestID == 0 // an answer with a RequestID challenges this member's session
 	}
 	refuted := s.mergeRecords(p, sender)
 	if sender.Session != p.Session {
-		return // a record in p says that a later session has begun
+		return // a record in p shows that the sender has begun a later session
 	}
 	switch {
 	case p.Kind == PacketAck && answered != nil:
@@ -79,21 +80,22 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 	if p.WantTable {
 		s.sendTable(sender, false)
 	} else if p.Digest != s.table.Digest && p.TableSettled && s.isTableSettled() {
-		// Neither table has changed for two intervals: no update is under way that would make
+		// Neither table has changed for two intervals, so no update is under way that would make
 		// them equal.
 		s.sendTable(sender, true)
 	}
 }
 
-// answer answers p if it has a request, and tells its sender what is wrong about its view: that
-// of us, which was just refuted, or that it is taken for dead.
+// answer answers the request in p, if there is one, and corrects the sender's view if it is wrong.
+// It sends this member's record if a record in p about this member was just refuted. It sends the
+// sender's own record if this member considers the sender dead.
 func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefuted bool) {
 	to := PacketDestination{AddrPort: from}
 	switch {
 	case p.RequestID != 0 && p.Kind == PacketPing && !justRefuted:
-		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // it knows us
+		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // the sender knows this member's record
 	case p.RequestID != 0 && p.Kind != PacketPingReq:
-		sender.KnowsOurSession = true // by this proof
+		sender.KnowsOurSession = true // the answer proves this member's session
 		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}, s.self)
 	case justRefuted:
 		s.send(to, Packet{Kind: PacketGossip, To: sender.Name}, s.self)
@@ -102,7 +104,7 @@ func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefute
 	}
 }
 
-// completeAnsweredRequest does what the answer of m to r calls for.
+// completeAnsweredRequest handles the answer of m to r, and removes r from the pending requests.
 func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	switch r.purpose {
 	case requestProbe:
@@ -128,7 +130,7 @@ func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	s.requests.remove(r)
 }
 
-// pingOnBehalf pings the target of p, a PacketPingReq of requester.
+// pingOnBehalf pings the target of p, a PacketPingReq that requester sent.
 func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	target := s.table.Get(p.Target)
 	if target != nil && target != s.self && p.RequestID != 0 {
@@ -136,8 +138,8 @@ func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	}
 }
 
-// mergeRecords merges the records of p, a packet of sender, and tells whether one of them is wrong
-// about this member.
+// mergeRecords merges the records of p, a packet from sender. It returns whether a record about
+// this member was wrong; see refuteIfWrong.
 func (s *Swim) mergeRecords(p *Packet, sender *Member) (refuted bool) {
 	for _, r := range p.Records {
 		if r.Name == s.name {
@@ -149,24 +151,28 @@ func (s *Swim) mergeRecords(p *Packet, sender *Member) (refuted bool) {
 	return refuted
 }
 
-// mergeRecordFrom merges what sender says of another member, as an update or in a sync of its table.
+// mergeRecordFrom merges r, a record about another member that sender sent. isSync means that r
+// came in a sync of sender's table, and not as an update.
 func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 	known := s.table.Get(r.Name)
-	// When the halves of a ring meet, each takes the other for dead. A member can refute only
-	// what it hears of, so in a sync the dead are suspects.
+	// When a partition ends, each side considers the other side dead. A member can only refute a
+	// record that it hears of. So a sync makes a live member that sender considers dead a suspect,
+	// and the suspect hears of the suspicion.
 	if isSync && r.State == StateDead && known != nil && known.State.IsLive() && r.Session == known.Session {
 		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(sender.Name)}, 0
 	}
 	merged := s.mergeRecordIfNewer(r)
-	// A member that has just joined need not pass on what all others know.
+	// A member that has just joined need not pass on the new members in its first sync, because all
+	// other members know them.
 	isNews := !isSync || known != nil || s.now-s.syncedAt > s.interval
 	if merged != nil && isNews {
 		s.table.QueueUpdate(merged)
 	}
 }
 
-// mergeRecordIfNewer believes r, which is not about this member, if it is newer than what is known,
-// and then returns the member.
+// mergeRecordIfNewer merges r, which is about another member, into the table. It returns the member
+// if r changed its record, and nil otherwise. It reports events, and begins a suspicion if r is
+// one.
 func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	old := MemberRecord{State: StateDead}
 	if m := s.table.Get(r.Name); m != nil {
@@ -195,8 +201,8 @@ func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	return m
 }
 
-// onNewSuspicion begins a suspicion of m. Some members probe it themselves, so that the truth is
-// soon known.
+// onNewSuspicion begins a suspicion of m. A few random members probe m themselves at once, so that
+// they soon know the truth.
 func (s *Swim) onNewSuspicion(m *Member) {
 	m.SuspectedAt, m.FinalPings = s.now, 0
 	s.addEvent(EventSuspect, m.Name, m.Addr)
@@ -205,8 +211,9 @@ func (s *Swim) onNewSuspicion(m *Member) {
 	}
 }
 
-// refuteIfWrong tells whether r, a record of this member, is wrong, and announces a new incarnation
-// if others would believe it.
+// refuteIfWrong returns whether r, a received record about this member, is wrong. If other members
+// would believe a wrong r, it announces a new incarnation or a new session. If r has a higher
+// session, it first checks whether another member uses this name, and returns false.
 func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 	switch {
 	case r.Session > s.self.Session:
@@ -217,7 +224,7 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 		return true
 	case s.self.State == StateLeft:
 		return false
-	case r.State == StateLeft || r.Incarnation == math.MaxUint32: // no member in good order says so
+	case r.State == StateLeft || r.Incarnation == math.MaxUint32: // no correct member sends such a record
 		s.renewSession(r.Session)
 		return true
 	case r.State == StateAlive && r.Incarnation <= s.self.Incarnation:
@@ -228,20 +235,22 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 		own.Incarnation = r.Incarnation
 		s.announceSelf(own)
 		if r.State == StateSuspect {
-			s.worsenOwnHealth() // we may have been too slow to answer
+			s.worsenOwnHealth() // this member may have been too slow to answer
 		}
 	}
 	return true
 }
 
-// startNameCheck asks whether a member of our name and a higher session is alive.
+// startNameCheck asks the member at the address to whether it has this member's name and a higher
+// session, rivalSession.
 func (s *Swim) startNameCheck(to PacketDestination, rivalSession uint64) {
 	if s.requests.find(requestNameCheck, s.name) == nil && s.self.State != StateLeft {
 		s.addRequestIfRoom(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: rivalSession, to: to, dueAt: s.now})
 	}
 }
 
-// renewSession begins the session after one that others know of, and joins again.
+// renewSession begins the session after afterSession, a session of this member's name that others
+// know. It then joins the ring again.
 func (s *Swim) renewSession(afterSession uint64) {
 	r := s.self.MemberRecord
 	r.Session = s.nextSession(afterSession)
@@ -253,19 +262,20 @@ func (s *Swim) renewSession(afterSession uint64) {
 	}
 }
 
-// handleNamesake takes a packet whose sender has our name: one of our own that came back, or one
-// of an earlier session of ours, or of another member with our name. It proves nothing unless it
-// answers a request.
+// handleNamesake handles p, whose sender has this member's name. p may be a packet of this member
+// that came back, a packet of an earlier session of this member, or a packet of another member with
+// the same name. p proves nothing unless it answers a request.
 func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingRequest) {
 	answer := Packet{Kind: PacketAck, To: s.name, ReplyTo: p.RequestID}
 	switch {
 	case p.Session == s.self.Session:
-		// A seed may be this member itself, but whoever saw the packet can send it back.
+		// p is from this member's current session. It came back because a seed is this member
+		// itself, or because an attacker who saw p sent it back. Ignore it.
 	case answered == nil && p.Kind == PacketHello && s.countUnprovenReply():
 		if p.Session > s.self.Session {
 			s.startNameCheck(PacketDestination{AddrPort: from}, p.Session)
 		} else {
-			answer.RequestID, _ = s.findOrAddChallenge(s.name) // it may be a replay
+			answer.RequestID, _ = s.findOrAddChallenge(s.name) // challenge the sender, because p may be a replay
 		}
 		s.replyToUnproven(from, answer)
 	case answered == nil:

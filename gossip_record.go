@@ -1,16 +1,17 @@
 package main
 
-// The record of a member, which packets carry: its fields, and their form on the wire. A record
-// that decodes encodes to the same bytes. A new field is set where a member makes its own record
-// (NewSwim, announceSelf), and shown by server_ring.go. Pure.
+// Member records: the fields of the record that packets carry about a member, and their wire
+// format. If a record decodes, encoding it again gives the same bytes. A new field must be set
+// where a member makes its own record (NewSwim, announceSelf), and must be shown by server_ring.go.
+// Pure: no I/O and no clock.
 
 import (
 	"encoding/binary"
 	"fmt"
 )
 
-// MemberState is the state of a member as another sees it. Of two states in one incarnation the
-// higher one is believed.
+// A MemberState is the state of a member in another member's view. If two records have the same
+// incarnation, the record with the higher state is believed.
 type MemberState uint8
 
 // The states. Alive and suspect members are live: they take part in the ring.
@@ -26,43 +27,46 @@ func (s MemberState) String() string {
 	return [...]string{"alive", "suspect", "dead", "left"}[s]
 }
 
-// IsLive tells whether a member in this state takes part in the ring.
+// IsLive reports whether a member in this state takes part in the ring.
 func (s MemberState) IsLive() bool { return s <= StateSuspect }
 
-// A MemberRecord is the state of one member as it is passed on. Of two records of one member the
-// one with the higher (Session, Incarnation, State) is believed; see supersedes. Addr, URL and
-// the fields below them come from the member itself: they change only together with its
-// incarnation. A record has no version of its own: whoever adds a field raises sealVersion, and
-// members of different versions then refuse each other in words.
+// A MemberRecord is the state of one member, in the form in which members exchange it. Of two
+// records of a member, the record with the higher (Session, Incarnation, State) is believed; see
+// supersedes. Only the member itself sets Addr, URL and the fields below them. It raises its
+// incarnation when it changes them.
+//
+// A record has no version of its own. Anyone who adds a field must raise sealVersion. Then members
+// of different versions refuse each other's packets and log the reason.
 type MemberRecord struct {
 	Name        string
-	Session     uint64 // grows whenever the member starts
-	Incarnation uint32 // grows whenever the member refutes a suspicion or changes its record
+	Session     uint64 // higher after each start of the member
+	Incarnation uint32 // higher after each refutation and each change of the record by the member
 	State       MemberState
-	Accusers    []uint64 // hashes of the names of the members that suspect it; only if suspect
-	Age         uint32   // seconds since it died or left; only if dead or left
+	Accusers    []uint64 // accuserIDs of the members that suspect it; only if State is StateSuspect
+	Age         uint32   // seconds since it died or left; only if State is StateDead or StateLeft
 
-	Addr        string // host:port, UDP and TCP
+	Addr        string // host:port, for both UDP and TCP
 	URL         string // of its internal listener, for /sd; may be empty
-	Slot        uint16 // on the ring, or NoSlot
-	Lamport     uint64 // number of its claim to the slot
-	Provisional bool   // the slot was claimed while the seeds were out of reach
-	Leaving     bool   // it keeps its slot, but wants no keys any more
-	KeyID       uint32 // of the key it seals with
+	Slot        uint16 // claimed slot of the ring, or NoSlot
+	Lamport     uint64 // number of the claim to the slot
+	Provisional bool   // the claim was made before any seed was reached
+	Leaving     bool   // the member is about to leave: it keeps its slot, but must own no sites
+	KeyID       uint32 // ID of the cluster key that the member seals with
 }
 
-// CheckMemberName tells whether name may name a member; the error says the rule.
+// CheckMemberName returns an error if name is not a valid member name. The error states the rule.
 func CheckMemberName(name string) error {
 	if !isVisibleASCII(name) || name == "" || len(name) > MaxMemberName {
-		return fmt.Errorf("not a member's name: want 1 to %d visible ASCII characters", MaxMemberName)
+		return fmt.Errorf("not a valid member name: want 1 to %d visible ASCII characters", MaxMemberName)
 	}
 	return nil
 }
 
-// CheckMemberAddrText does the same for an address or URL.
+// CheckMemberAddrText returns an error if addr has the wrong characters or length for the address
+// or URL of a member. The error states the rule.
 func CheckMemberAddrText(addr string) error {
 	if !isVisibleASCII(addr) || addr == "" || len(addr) > MaxMemberAddr {
-		return fmt.Errorf("not an address to tell peers: want 1 to %d visible ASCII characters", MaxMemberAddr)
+		return fmt.Errorf("not a valid member address: want 1 to %d visible ASCII characters", MaxMemberAddr)
 	}
 	return nil
 }
@@ -76,13 +80,13 @@ func isVisibleASCII(s string) bool {
 	return true
 }
 
-// Flags of a record.
+// Flags in the second byte of a record.
 const (
 	flagProvisional = 1
 	flagLeaving     = 2
 )
 
-// AppendMember appends m, at most maxRecord bytes.
+// AppendMember appends the encoding of m to b. The encoding has at most maxRecord bytes.
 func AppendMember(b []byte, m *MemberRecord) []byte {
 	var flags byte
 	if m.Provisional {
@@ -111,11 +115,11 @@ func AppendMember(b []byte, m *MemberRecord) []byte {
 	return binary.LittleEndian.AppendUint32(b, m.KeyID)
 }
 
-// maxRecord is the size of the longest record: two bytes, five fields of fixed size, three
-// strings and the accusers, each behind its length.
+// maxRecord is the size of the longest record, in bytes: state and flags, five fields of fixed
+// size, three strings with a length byte each, and the accusers with a length byte.
 const maxRecord = 2 + (8 + 4 + 2 + 8 + 4) + (1 + MaxMemberName) + 2*(1+MaxMemberAddr) + (1 + 8*MaxAccusers)
 
-// readMember reads what AppendMember appended.
+// readMember decodes a record that AppendMember encoded. If the record is invalid, r fails.
 func readMember(r *WireReader) MemberRecord {
 	state, flags := MemberState(r.Byte()), r.Byte()
 	m := MemberRecord{
@@ -139,7 +143,7 @@ func readMember(r *WireReader) MemberRecord {
 	return m
 }
 
-// readVisibleASCII reads a string of at most maxLen bytes, which has to be of visible ASCII.
+// readVisibleASCII reads a string of at most maxLen bytes. If a byte is not visible ASCII, r fails.
 func readVisibleASCII(r *WireReader, maxLen int) string {
 	s := r.ShortString(maxLen)
 	r.Require(isVisibleASCII(s))

@@ -1,8 +1,9 @@
 package main
 
-// Requests that wait for an answer. A request has a random ID, and counts as answered only when
-// the member that it was sent to, or one of its relays, repeats that ID. Their number is
-// bounded. Pure. This file must not know what an answer leads to.
+// Pending requests: the requests of this member that wait for an answer. A request has a random ID.
+// It counts as answered only when the member that it was sent to, or one of its relays, repeats
+// that ID. The number of pending requests is bounded. Pure: no I/O and no clock. This file must not
+// know what an answer leads to.
 
 import (
 	"math/rand/v2"
@@ -10,43 +11,44 @@ import (
 	"time"
 )
 
-const maxPendingRequests = 1024 // challenges above all, when many members join
+const maxPendingRequests = 1024 // most of them challenges, when many members join at once
 
-// A pendingRequest is one that is not answered yet.
+// A pendingRequest is a request that has not been answered yet.
 type pendingRequest struct {
 	id      uint64 // the packet's RequestID
 	purpose requestPurpose
-	name    string  // of the member that may answer; "": any may
-	member  *Member // with that name; nil if it is not in the table
+	name    string  // of the member that may answer; "" if any member may answer
+	member  *Member // the member called name; nil if it is not in the table
 	sentAt  time.Duration
-	dueAt   time.Duration // when to go on without an answer
-	tries   int           // that timed out; of a probe: probePinged and so on
+	dueAt   time.Duration // when to act if there is no answer
+	tries   int           // of a probe: its stage, probePinged and so on; of requestLeave and requestNameCheck: packets sent
 
-	relays       []string          // of a probe: members asked to ping as well
-	relayNacked  bool              // of a probe: one of them answered that it had no answer
-	origin       *Member           // of requestIndirect: the member that asked for it
-	originID     uint64            // of requestIndirect: the RequestID under which it did
-	to           PacketDestination // of requestJoin and requestNameCheck
-	rivalSession uint64            // of requestNameCheck
+	relays       []string          // of a probe: members that were asked to ping too
+	relayNacked  bool              // of a probe: a relay reported that it got no answer
+	origin       *Member           // of requestIndirect: the member that asked for the ping
+	originID     uint64            // of requestIndirect: the RequestID of origin's PacketPingReq
+	to           PacketDestination // of requestJoin and requestNameCheck: where the request was sent
+	rivalSession uint64            // of requestNameCheck: the higher session with this member's name
 }
 
-// requestPurpose is what an answer shows.
+// A requestPurpose is the purpose of a request. The comments state what an answer shows.
 type requestPurpose uint8
 
 const (
-	requestProbe     requestPurpose = iota // the member is alive, and not to be suspected
-	requestIndirect                        // the same, to the member that asked for a ping
+	requestProbe     requestPurpose = iota // the member is alive, so that it must not be suspected
+	requestIndirect                        // the member is alive, which origin wants to know
 	requestReconnect                       // a member that is dead or suspected is alive
-	requestChallenge                       // the member's packet was no replay
-	requestJoin                            // which member is at the address of a seed
-	requestNameCheck                       // a member of our name and a higher session is alive
-	requestLeave                           // the member has heard that we leave
+	requestChallenge                       // the member's packet was not a replay
+	requestJoin                            // which member uses the address of a seed
+	requestNameCheck                       // another member with this member's name and a higher session is alive
+	requestLeave                           // the member knows that this member leaves
 )
 
-// pendingRequests are in the order in which they were sent, at most maxPendingRequests.
+// pendingRequests are in the order in which they were added. There are at most maxPendingRequests.
 type pendingRequests []*pendingRequest
 
-// addIfRoom gives r an ID and remembers it; nil if there are too many.
+// addIfRoom gives r a random ID, adds it, and returns it. It returns nil if maxPendingRequests are
+// pending.
 func (p *pendingRequests) addIfRoom(now time.Duration, rng *rand.Rand, r pendingRequest) *pendingRequest {
 	if len(*p) >= maxPendingRequests {
 		return nil
@@ -59,12 +61,12 @@ func (p *pendingRequests) addIfRoom(now time.Duration, rng *rand.Rand, r pending
 	return &r
 }
 
-// remove forgets r.
+// remove removes r. It does nothing if r is not pending.
 func (p *pendingRequests) remove(r *pendingRequest) {
 	*p = slices.DeleteFunc(*p, func(o *pendingRequest) bool { return o == r })
 }
 
-// find returns the request to the named member with that purpose, or nil.
+// find returns a pending request to the named member with that purpose, or nil.
 func (p pendingRequests) find(purpose requestPurpose, name string) *pendingRequest {
 	for _, r := range p {
 		if r.purpose == purpose && r.name == name {
@@ -74,8 +76,8 @@ func (p pendingRequests) find(purpose requestPurpose, name string) *pendingReque
 	return nil
 }
 
-// answeredBy returns the request that pkt answers, or nil: its sender has to be the member that
-// was asked, or one of the relays, which name the member as the target.
+// answeredBy returns the request that pkt answers, or nil. The sender of pkt must be the member
+// that was asked, or one of the relays. A relay's packet names the asked member as its Target.
 func (p pendingRequests) answeredBy(pkt *Packet) *pendingRequest {
 	if pkt.ReplyTo == 0 {
 		return nil

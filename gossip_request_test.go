@@ -1,7 +1,6 @@
 package main
 
-// Tests of requests that wait for an answer: which packets answer one, and that their number is
-// bounded.
+// Tests of pending requests: which packets answer a request, and that their number is bounded.
 
 import (
 	"fmt"
@@ -9,7 +8,9 @@ import (
 	"testing"
 )
 
-func TestPendingRequests(t *testing.T) {
+// A request is answered only by a packet with its ID. That packet must be an answer of the asked
+// member, or of a relay that names the member.
+func TestAnsweredBy(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))
 	direct := p.addIfRoom(1, rng, pendingRequest{purpose: requestProbe, name: "b", relays: []string{"c"}})
@@ -18,40 +19,55 @@ func TestPendingRequests(t *testing.T) {
 		packet Packet
 		want   *pendingRequest
 	}{
-		"the member that was asked":     {Packet{Kind: PacketAck, From: "b", ReplyTo: direct.id}, direct},
-		"another member":                {Packet{Kind: PacketAck, From: "c", ReplyTo: direct.id}, nil},
-		"a relay":                       {Packet{Kind: PacketAck, From: "c", Target: "b", ReplyTo: direct.id}, direct},
-		"a relay, for another target":   {Packet{Kind: PacketAck, From: "c", Target: "d", ReplyTo: direct.id}, nil},
-		"a member that is no relay":     {Packet{Kind: PacketAck, From: "d", Target: "b", ReplyTo: direct.id}, nil},
-		"a relay without an answer":     {Packet{Kind: PacketNack, From: "c", Target: "b", ReplyTo: direct.id}, direct},
-		"a nack of the member itself":   {Packet{Kind: PacketNack, From: "b", ReplyTo: direct.id}, nil},
-		"not an answer":                 {Packet{Kind: PacketPing, From: "b", ReplyTo: direct.id}, nil},
-		"not an answer, of a relay":     {Packet{Kind: PacketGossip, From: "c", Target: "b", ReplyTo: direct.id}, nil},
-		"any member, if any was asked":  {Packet{Kind: PacketAck, From: "x", ReplyTo: anyone.id}, anyone},
-		"a relay, though any was asked": {Packet{Kind: PacketAck, From: "c", Target: "b", ReplyTo: anyone.id}, nil},
-		"nothing":                       {Packet{Kind: PacketAck, From: "b"}, nil},
-		"an ID that was never given":    {Packet{Kind: PacketAck, From: "b", ReplyTo: direct.id + 1}, nil},
+		"ack of the asked member":                  {Packet{Kind: PacketAck, From: "b", ReplyTo: direct.id}, direct},
+		"ack of another member":                    {Packet{Kind: PacketAck, From: "c", ReplyTo: direct.id}, nil},
+		"ack of a relay":                           {Packet{Kind: PacketAck, From: "c", Target: "b", ReplyTo: direct.id}, direct},
+		"ack of a relay for another member":        {Packet{Kind: PacketAck, From: "c", Target: "d", ReplyTo: direct.id}, nil},
+		"relayed ack of a member that is no relay": {Packet{Kind: PacketAck, From: "d", Target: "b", ReplyTo: direct.id}, nil},
+		"nack of a relay":                          {Packet{Kind: PacketNack, From: "c", Target: "b", ReplyTo: direct.id}, direct},
+		"nack of the asked member":                 {Packet{Kind: PacketNack, From: "b", ReplyTo: direct.id}, nil},
+		"ping of the asked member":                 {Packet{Kind: PacketPing, From: "b", ReplyTo: direct.id}, nil},
+		"gossip of a relay":                        {Packet{Kind: PacketGossip, From: "c", Target: "b", ReplyTo: direct.id}, nil},
+		"ack to a request that any may answer":     {Packet{Kind: PacketAck, From: "x", ReplyTo: anyone.id}, anyone},
+		"relayed ack to that request":              {Packet{Kind: PacketAck, From: "c", Target: "b", ReplyTo: anyone.id}, nil},
+		"ack without an ID":                        {Packet{Kind: PacketAck, From: "b"}, nil},
+		"ack with an unknown ID":                   {Packet{Kind: PacketAck, From: "b", ReplyTo: direct.id + 1}, nil},
 	} {
 		if got := p.answeredBy(&c.packet); got != c.want {
 			t.Errorf("%s: answers %+v, want %+v", about, got, c.want)
 		}
 	}
-	if p.find(requestProbe, "b") != direct || p.find(requestIndirect, "b") != nil || p.find(requestProbe, "c") != nil {
-		t.Error("a request is not found by its purpose and name, or another one is")
+}
+
+// A pending request is found by its purpose and name until it is removed.
+func TestPendingRequests(t *testing.T) {
+	var p pendingRequests
+	rng := rand.New(rand.NewPCG(1, 0))
+	r := p.addIfRoom(1, rng, pendingRequest{purpose: requestProbe, name: "b"})
+	p.addIfRoom(2, rng, pendingRequest{purpose: requestJoin})
+	if p.find(requestProbe, "b") != r || p.find(requestIndirect, "b") != nil || p.find(requestProbe, "c") != nil {
+		t.Error("find does not return exactly the request with the purpose and the name")
 	}
-	p.remove(direct)
-	if p.find(requestProbe, "b") != nil || p.answeredBy(&Packet{Kind: PacketAck, From: "b", ReplyTo: direct.id}) != nil || len(p) != 1 {
-		t.Error("a request that was removed is pending")
+	p.remove(r)
+	if p.find(requestProbe, "b") != nil || p.answeredBy(&Packet{Kind: PacketAck, From: "b", ReplyTo: r.id}) != nil || len(p) != 1 {
+		t.Error("a removed request is still pending, or another request was removed")
 	}
-	ids := map[uint64]bool{0: true, anyone.id: true}
-	for i := range maxPendingRequests - 1 {
+}
+
+// Each pending request has its own ID, which is not 0. No request is added when maxPendingRequests
+// are pending.
+func TestPendingRequestsBounded(t *testing.T) {
+	var p pendingRequests
+	rng := rand.New(rand.NewPCG(1, 0))
+	ids := map[uint64]bool{0: true}
+	for i := range maxPendingRequests {
 		r := p.addIfRoom(3, rng, pendingRequest{purpose: requestChallenge, name: fmt.Sprint(i)})
 		if r == nil || r.sentAt != 3 || ids[r.id] {
-			t.Fatalf("request %d is %+v", i, r)
+			t.Fatalf("request %d is %+v, want a new ID and sentAt 3", i, r)
 		}
 		ids[r.id] = true
 	}
 	if p.addIfRoom(3, rng, pendingRequest{}) != nil || len(p) != maxPendingRequests {
-		t.Error("more requests than there may be")
+		t.Errorf("got %d pending requests, want at most %d", len(p), maxPendingRequests)
 	}
 }

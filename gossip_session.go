@@ -1,9 +1,9 @@
 package main
 
-// Sessions of other members: how a packet is opened, and whether it may be believed. A session
-// has to answer a challenge before anything is believed that it says, because its packets could
-// be replays. Answers to senders that have proven nothing are bounded. Pure. This file must not
-// know when to probe, or whom to suspect.
+// This file opens packets and decides whether their sender's session may be believed. A session
+// must answer a challenge before any of its packets is believed, because the packets could be
+// replays. The number of answers to sessions that have proven nothing is bounded. Pure: no I/O and
+// no clock. This file must not know when to probe, or whom to suspect.
 
 import (
 	"errors"
@@ -13,37 +13,39 @@ import (
 )
 
 const (
-	maxUnprovenReplies = 2048      // per interval
-	versionEventEvery  = time.Hour // at most
+	maxUnprovenReplies = 2048      // answers to unproven sessions per interval
+	versionEventEvery  = time.Hour // shortest time between two events EventVersion
 )
 
-// RefusedPackets counts packets that were dropped, by reason.
+// RefusedPackets counts refused packets, by reason.
 type RefusedPackets [refusedReasonCount]uint64
 
-// The reasons. No refused packet is believed, but of one that answers no request
-// (RefusedUnasked) only the answer is ignored. No refused packet is answered, but its sender may
-// be challenged (RefusedStranger) or told of its later session (RefusedSession).
+// The reasons to refuse a packet. A refused packet is not believed and not answered, with these
+// exceptions. If a packet answers no pending request (RefusedUnasked), only the answer is ignored,
+// and the rest is believed. A sender may be challenged (RefusedStranger), be informed of its later
+// session (RefusedSession), or be checked for having this member's name (RefusedMisrouted).
 const (
-	RefusedUnsealed  = iota // too short or too long for a packet
+	RefusedUnsealed  = iota // too short or too long for a sealed packet
 	RefusedVersion          // sealed by another version of telemeter
-	RefusedKey              // sealed under a key not held
-	RefusedForged           // does not open
-	RefusedMalformed        // opens, but does not decode
-	RefusedMisrouted        // for another member, or with our name as its sender
-	RefusedSession          // of an earlier session of its sender
-	RefusedReplay           // received before, or too old to tell
-	RefusedStranger         // its sender had to be challenged first
-	RefusedUnasked          // answers no request to its sender
+	RefusedKey              // sealed with a key that this member does not hold
+	RefusedForged           // cannot be opened with the key that it names
+	RefusedMalformed        // opens but does not decode
+	RefusedMisrouted        // addressed to another member, or sent under this member's name
+	RefusedSession          // from an earlier session of its sender
+	RefusedReplay           // received before, or too old to know
+	RefusedStranger         // from a session that has not proven itself
+	RefusedUnasked          // answers no pending request to its sender
 	refusedReasonCount
 )
 
-// RefusedReasonNames returns the names of the reasons.
+// RefusedReasonNames returns the names of the reasons, for metrics and /debug/ring.
 func RefusedReasonNames() [refusedReasonCount]string {
 	return [...]string{"unsealed", "version", "key", "forged", "malformed", "misrouted", "session", "replay", "stranger", "unasked"}
 }
 
-// openPacket opens and decodes a packet, and returns it with its sender's counter. A packet that is
-// refused is counted, and p is nil. p is valid until the next open.
+// openPacket opens and decodes a packet, and returns it with its sender's packet counter. If it
+// refuses the packet, it counts the refusal and returns nil. p is valid until the next call of
+// openPacket.
 func (s *Swim) openPacket(from netip.AddrPort, data []byte) (p *Packet, counter uint64) {
 	if len(data) > MaxPacket {
 		s.Refused[RefusedUnsealed]++
@@ -70,7 +72,7 @@ func (s *Swim) openPacket(from netip.AddrPort, data []byte) (p *Packet, counter 
 	return p, counter
 }
 
-// refusedReason returns the reason for an error of PacketSealer.Open.
+// refusedReason returns the reason to refuse a packet for which PacketSealer.Open returned err.
 func refusedReason(err error) int {
 	switch {
 	case errors.Is(err, ErrSealVersion):
@@ -83,20 +85,20 @@ func refusedReason(err error) int {
 	return RefusedUnsealed
 }
 
-// A packetSenderKind says in which session a packet was sent.
+// A packetSenderKind classifies the session in which a packet was sent.
 type packetSenderKind uint8
 
 const (
-	fromOwnName    packetSenderKind = iota // its sender has our name
-	fromOldSession                         // an earlier session than the one known
-	fromReplay                             // a proven session, but its counter was seen before
-	fromProven                             // a proven session
-	fromProving                            // a session not proven yet; the packet answers our request
-	fromStranger                           // a session not proven yet
+	fromOwnName    packetSenderKind = iota // the sender has this member's name
+	fromOldSession                         // earlier than the latest known session of the sender
+	fromReplay                             // proven, but the packet counter was seen before
+	fromProven                             // proven
+	fromProving                            // not proven yet, but the packet answers a request of this member
+	fromStranger                           // not proven yet
 )
 
-// classifyAndMarkSeen returns the origin of p, where answered is the request that p answers, or
-// nil. The counter of a packet from a proven session is taken as seen.
+// classifyAndMarkSeen returns the kind of p's sender. answered is the request that p answers, or
+// nil. If the session is proven, classifyAndMarkSeen marks counter, p's packet counter, as seen.
 func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingRequest) packetSenderKind {
 	m := s.table.Get(p.From)
 	switch {
@@ -115,9 +117,9 @@ func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingR
 	return fromStranger
 }
 
-// markSessionProven begins the session of p, which answers a request of ours, and returns its
-// member. If the member's record of this session is not known, it has to be in p; otherwise the
-// result is nil.
+// markSessionProven marks the session of p as proven, because p answers a request of this member,
+// and returns the sender. If the table has no record of this session, it takes the record from p.
+// It returns nil if p has no such record either, or if the table has no room.
 func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 	m := s.table.Get(p.From)
 	if m == nil || m.Session != p.Session {
@@ -135,16 +137,17 @@ func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 	return m
 }
 
-// answerOldSession tells the sender of p of its later session, if p asks or answers: it may have
-// lost its state. (A replay gets one packet for one packet by this.)
+// answerOldSession informs the sender of p, which used an earlier session, of its latest known
+// session. It does so only if p is a PacketHello or answers a request: the sender may have lost its
+// state. (A replay of such a packet gets one packet in return.)
 func (s *Swim) answerOldSession(from netip.AddrPort, p *Packet, answered *pendingRequest) {
 	if (p.Kind == PacketHello || answered != nil) && s.countUnprovenReply() {
 		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID}, s.self, s.table.Get(p.From))
 	}
 }
 
-// challenge asks the sender of p to prove that p is no replay, and answers p if it asks for
-// that, because the answer tells only of us.
+// challenge asks the sender of p to prove that p is not a replay. If p has a request of its own,
+// challenge also answers it, because the answer reveals only this member's record.
 func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
 	if !s.countUnprovenReply() {
 		return
@@ -157,9 +160,9 @@ func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
 	}
 }
 
-// findOrAddChallenge returns the request ID that memberName has to answer with, and whether it is a
-// new one: however often a packet is replayed, it leads to one request. It is 0 if too many
-// requests are pending.
+// findOrAddChallenge returns the request ID with which memberName has to answer, and whether that
+// ID is new. Each name has at most one pending challenge, however often a packet is replayed. The
+// ID is 0 if too many requests are pending.
 func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bool) {
 	if r := s.requests.find(requestChallenge, memberName); r != nil {
 		return r.id, false
@@ -170,8 +173,8 @@ func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bo
 	return 0, false
 }
 
-// countUnprovenReply counts the answers to senders that have proven nothing, and tells whether one
-// more is allowed in this interval.
+// countUnprovenReply counts an answer to a session that has proven nothing. It returns whether this
+// interval still allows the answer.
 func (s *Swim) countUnprovenReply() (allowed bool) {
 	if s.now-s.repliesSince >= s.interval {
 		s.repliesSince, s.replies = s.now, 0

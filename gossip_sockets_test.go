@@ -1,5 +1,9 @@
 package main
 
+// Benchmarks of gossip over real sockets. All members are in this process, on loopback. Members are
+// observed while they rest, lose packets or are separated, so that the benchmarks have to sleep. No
+// benchmark checks a time.
+
 import (
 	"fmt"
 	"math/rand/v2"
@@ -12,22 +16,21 @@ import (
 	"time"
 )
 
-// lossyConn loses datagrams at random, and all to or from the other side while
-// there is a partition.
+// A lossyConn loses the datagrams for which lost returns true.
 type lossyConn struct {
 	UDPConn
-	loss  float64
-	apart func(to netip.AddrPort) bool
+	lost func(to netip.AddrPort) bool
 }
 
 func (c *lossyConn) WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error) {
-	if rand.Float64() < c.loss || c.apart != nil && c.apart(to) {
+	if c.lost(to) {
 		return len(b), nil
 	}
 	return c.UDPConn.WriteToUDPAddrPort(b, to)
 }
 
-// joined starts n members at the default interval and waits until all know all.
+// joinedSockets starts n members at the default interval, waits until all know each other, and
+// returns how long that took. conn, if not nil, wraps the socket of member i.
 func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, notify func(GossipEvent)) ([]*gossiper, time.Duration) {
 	t.Helper()
 	begin := time.Now()
@@ -48,14 +51,23 @@ func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, not
 	return all, time.Since(begin)
 }
 
-// BenchmarkGossipSockets measures what a peer's table has, on its scenarios: all
-// members in one process, on loopback, for seven minutes. The pauses are what is
-// measured: members at rest, under loss, apart. It asserts nothing about time.
+// medianAndWorst formats the median and the longest of times, in seconds.
+func medianAndWorst(times []time.Duration) string {
+	slices.Sort(times)
+	return fmt.Sprintf("%.2f/%.2f", times[len(times)/2].Seconds(), times[len(times)-1].Seconds())
+}
+
+// BenchmarkGossipSockets logs figures of rings on real sockets: at rest and when members join, leave
+// or die, with packet loss, and after a partition. It takes about seven minutes.
 func BenchmarkGossipSockets(t *testing.B) {
-	row := func(times []time.Duration) string {
-		slices.Sort(times)
-		return fmt.Sprintf("%.2f/%.2f", times[len(times)/2].Seconds(), times[len(times)-1].Seconds())
-	}
+	measureSockets(t)
+	measureSocketsLoss(t)
+	measureSocketsPartition(t)
+}
+
+// measureSockets measures how soon all members know of joins, a death and a leave, and what
+// a member sends while nothing changes.
+func measureSockets(t *testing.B) {
 	t.Log("members | all join | sudden death known | graceful leave known | packets/s, bytes/s per member at rest | CPU s per member-minute")
 	for _, size := range []struct{ n, runs int }{{3, 7}, {10, 7}, {50, 5}, {100, 5}} {
 		var join, death, leave []time.Duration
@@ -63,48 +75,59 @@ func BenchmarkGossipSockets(t *testing.B) {
 		for run := range size.runs {
 			all, took := joinedSockets(t, size.n, nil, nil)
 			join = append(join, took)
-			time.Sleep(5 * time.Second) // to rest
+			time.Sleep(5 * time.Second) // until the members have nothing left to gossip
 			if run == 0 {
-				before, c0 := make([]GossipStats, size.n), processCPU(t)
-				for i, g := range all {
-					before[i] = g.Stats()
-				}
-				const rest = 20
-				time.Sleep(rest * time.Second)
-				cpu = (processCPU(t) - c0).Seconds() * 60 / rest / float64(size.n)
-				for i, g := range all {
-					st := g.Stats()
-					packets += float64(st.Sent-before[i].Sent) / rest / float64(size.n)
-					bytes += float64(st.SentBytes-before[i].SentBytes) / rest / float64(size.n)
-				}
+				packets, bytes, cpu = socketsAtRest(t, all)
 			}
 			begin := time.Now()
 			all[size.n-1].kill()
 			all = all[:size.n-1]
-			eventually(t, "death known", allLive(all, size.n-1))
+			eventually(t, "all know of the death", allLive(all, size.n-1))
 			death = append(death, time.Since(begin))
 			begin = time.Now()
 			go all[size.n-2].stop()
 			all = all[:size.n-2]
-			eventually(t, "leave known", allLive(all, size.n-2))
+			eventually(t, "all know of the leave", allLive(all, size.n-2))
 			leave = append(leave, time.Since(begin))
 			for _, g := range all {
 				g.kill()
 			}
 		}
-		t.Logf("%d | %s | %s | %s | %.1f, %.0f | %.3f", size.n, row(join), row(death), row(leave), packets, bytes, cpu)
+		t.Logf("%d | %s | %s | %s | %.1f, %.0f | %.3f", size.n, medianAndWorst(join), medianAndWorst(death), medianAndWorst(leave), packets, bytes, cpu)
 	}
+}
 
-	// 20 % of all datagrams are lost for a minute, in all runs at the same time.
+// socketsAtRest returns the packets and bytes that a member sends per second, and the CPU seconds
+// that a member uses per minute, measured over 20 s.
+func socketsAtRest(t *testing.B, all []*gossiper) (packets, bytes, cpu float64) {
+	const rest = 20
+	n := float64(len(all))
+	before, c0 := make([]GossipStats, len(all)), processCPU(t)
+	for i, g := range all {
+		before[i] = g.Stats()
+	}
+	time.Sleep(rest * time.Second)
+	cpu = (processCPU(t) - c0).Seconds() * 60 / rest / n
+	for i, g := range all {
+		st := g.Stats()
+		packets += float64(st.Sent-before[i].Sent) / rest / n
+		bytes += float64(st.SentBytes-before[i].SentBytes) / rest / n
+	}
+	return packets, bytes, cpu
+}
+
+// measureSocketsLoss counts false deaths in rings that lose 20 % of all datagrams for a
+// minute. All rings run at the same time.
+func measureSocketsLoss(t *testing.B) {
 	var wg sync.WaitGroup
-	var mu sync.Mutex
+	var mu sync.Mutex // guards lines
 	var lines []string
 	for _, size := range []struct{ n, runs int }{{10, 5}, {50, 4}} {
 		for range size.runs {
 			var lossy atomic.Bool
 			var deaths atomic.Int64
 			all, _ := joinedSockets(t, size.n, func(_ int, u UDPConn) UDPConn {
-				return &lossyConn{UDPConn: u, apart: func(netip.AddrPort) bool { return lossy.Load() && rand.Float64() < .2 }}
+				return &lossyConn{UDPConn: u, lost: func(netip.AddrPort) bool { return lossy.Load() && rand.Float64() < .2 }}
 			}, func(e GossipEvent) {
 				if e.What == EventDown {
 					deaths.Add(1)
@@ -125,12 +148,16 @@ func BenchmarkGossipSockets(t *testing.B) {
 	}
 	wg.Wait()
 	t.Log("false deaths in 60 s of 20 % loss, by members: ", strings.Join(lines, ", "))
+}
 
-	for _, cut := range []time.Duration{20 * time.Second, time.Minute} {
+// measureSocketsPartition measures how long ten members need to know each other again after
+// a partition into two halves.
+func measureSocketsPartition(t *testing.B) {
+	for _, lasts := range []time.Duration{20 * time.Second, time.Minute} {
 		var apart atomic.Bool
 		side := sync.Map{} // address → 0 or 1
 		all, _ := joinedSockets(t, 10, func(i int, u UDPConn) UDPConn {
-			return &lossyConn{UDPConn: u, apart: func(to netip.AddrPort) bool {
+			return &lossyConn{UDPConn: u, lost: func(to netip.AddrPort) bool {
 				s, ok := side.Load(to)
 				return apart.Load() && ok && s != i%2
 			}}
@@ -139,12 +166,12 @@ func BenchmarkGossipSockets(t *testing.B) {
 			side.Store(g.addr, i%2)
 		}
 		apart.Store(true)
-		time.Sleep(cut)
+		time.Sleep(lasts)
 		apartLive := all[0].live()
 		apart.Store(false)
 		begin := time.Now()
-		eventually(t, "merged", allLive(all, 10))
-		t.Logf("10 members apart for %v (each side saw %d): merged after %.1f s", cut, apartLive, time.Since(begin).Seconds())
+		eventually(t, "the halves have merged", allLive(all, 10))
+		t.Logf("10 members, partition of %v (each half saw %d live members): merged after %.1f s", lasts, apartLive, time.Since(begin).Seconds())
 		for _, g := range all {
 			g.kill()
 		}

@@ -1,9 +1,9 @@
 package main
 
-// The table of members: which of two records is the newer, the digest of all records, the
-// updates to pass on, how long dead members are remembered. Only a newer record replaces an
-// older one of the same name. The table is bounded. Pure. This file must not know packets,
-// probes or the timing of suspicions.
+// The table of members. It decides which of two records is newer, computes a digest of all records,
+// queues updates to pass on, and remembers dead members for a limited time. Only a newer record
+// replaces a record of the same name. The table is bounded. Pure: no I/O and no clock. This file
+// must not know of packets, probes or the timing of suspicions.
 
 import (
 	"cmp"
@@ -20,54 +20,56 @@ import (
 )
 
 const (
-	// MaxMembers bounds the table, the dead included.
+	// MaxMembers limits the table, dead members included.
 	MaxMembers = 1024
-	// tombstoneLife is how long it is remembered that a member left. The tombstone is synced
-	// through the first half of it: so no member syncs it any more when the first one forgets
-	// it, and none can learn it again.
+	// tombstoneLife is how long the table remembers that a member has left. Syncs contain this
+	// tombstone only during the first half of that time. So when the first member forgets the
+	// tombstone, no member sends it in a sync any more, and no member can learn it again.
 	tombstoneLife = 48 * time.Hour
-	// retransmitMult times log10 of the members is how often a member passes on an update
-	// (λ of the SWIM paper, 4.1).
+	// A member passes on an update retransmitMult·log10(live members + 1) times (retransmitMult is
+	// λ of the SWIM paper, section 4.1).
 	retransmitMult = 5
 )
 
-// A Member is what this member knows of one member. Times are those of the caller's monotonic
+// A Member is what this member knows of one member of the ring. Times are on the caller's monotonic
 // clock.
 type Member struct {
 	MemberRecord
-	Proven          bool           // this session has answered a challenge
-	Window          ReplayWindow   // of this session's packets since then
-	KnowsOurSession bool           // our session has proven itself to it, as far as we know
-	AddrPort        netip.AddrPort // of Addr; not valid if that is a host name
-	RTT             time.Duration  // smoothed; 0 is not known
-	SuspectedAt     time.Duration  // if suspect: since when
-	DeadAt          time.Duration  // if suspect: when it is declared dead
-	FinalPings      int            // sent before it is declared dead
-	DiedAt          time.Duration  // when it died or left; may be negative
-	LastSync        time.Duration  // when the table was last sent to it
-	digestPart      uint64         // of the table's digest
-	transmits       int            // of its record as an update
+	Proven          bool           // the session in the record has answered a challenge
+	Window          ReplayWindow   // packet counters of the proven session
+	KnowsOurSession bool           // as far as this member knows, its own session has proven itself to the other
+	AddrPort        netip.AddrPort // Addr parsed; not valid if Addr has a host name
+	RTT             time.Duration  // smoothed round-trip time; 0 = unknown
+	SuspectedAt     time.Duration  // if suspect: when the suspicion began
+	DeadAt          time.Duration  // if suspect: when the member will be declared dead
+	FinalPings      int            // if suspect: pings sent shortly before DeadAt
+	DiedAt          time.Duration  // when the member died or left; may be negative
+	LastSync        time.Duration  // when the table was last sent to the member; 0 = never
+	digestPart      uint64         // contribution to the table's Digest; 0 = none
+	transmits       int            // how often the record was passed on as an update
 }
 
-// PacketDestination returns where m is reached.
+// PacketDestination returns the address at which m is reached.
 func (m *Member) PacketDestination() PacketDestination { return PacketDestination{m.AddrPort, m.Addr} }
 
-// A MemberTable holds all members, this one included. It is not safe for concurrent use.
+// A MemberTable holds all known members, this member included. It is not safe for concurrent use.
 type MemberTable struct {
-	Members   []*Member     // by time of arrival
+	Members   []*Member     // in the order in which they became known
 	Live      int           // members that are alive or suspect
-	Digest    uint64        // XOR of the digests of the records that are synced
-	ChangedAt time.Duration // when the digest last changed
-	Version   uint64        // counts changes of the digest
+	Digest    uint64        // XOR of the digests of all records that syncs contain
+	ChangedAt time.Duration // when Digest last changed
+	Version   uint64        // number of changes of Digest
 	byName    map[string]*Member
-	updates   []*Member // whose records are still to be passed on
+	updates   []*Member // members whose records are queued as updates
 }
 
 // Get returns the member with that name, or nil.
 func (t *MemberTable) Get(name string) *Member { return t.byName[name] }
 
-// Merge believes r if it is newer than the record of its name, and then returns the member;
-// nil if r is not newer or there is no room.
+// Merge makes r the record of the member r.Name if r is newer than its record, and then returns the
+// member. It adds an unknown member. If r and the record suspect the same incarnation, it merges
+// their accusers. It returns nil if it has changed nothing: r is not newer, adds no accuser, or
+// finds no room in the table.
 func (t *MemberTable) Merge(now time.Duration, r MemberRecord) (changed *Member) {
 	m := t.byName[r.Name]
 	switch {
@@ -90,8 +92,8 @@ func (t *MemberTable) Merge(now time.Duration, r MemberRecord) (changed *Member)
 	return m
 }
 
-// addNameOnly makes a member of r's name without a record; nil if there is no room, or if the
-// others have begun to forget it.
+// addNameOnly adds a member with r's name but without a record. It returns nil if the table has no
+// room, or if the other members have begun to forget the member.
 func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 	if time.Duration(r.Age)*time.Second >= tombstoneLife/2 || !t.makeRoom() {
 		return nil
@@ -105,8 +107,8 @@ func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 	return m
 }
 
-// supersedes tells whether r is to be believed rather than old, which is of the same name.
-// StateLeft is final in its session.
+// supersedes reports whether r is believed rather than old, a record of the same name. StateLeft is
+// final for its session.
 func (r *MemberRecord) supersedes(old *MemberRecord) bool {
 	switch {
 	case r.Session != old.Session:
@@ -119,12 +121,13 @@ func (r *MemberRecord) supersedes(old *MemberRecord) bool {
 	return r.State > old.State
 }
 
-// isSameSuspicion tells whether r and old suspect the same incarnation.
+// isSameSuspicion reports whether r and old are suspicions of the same incarnation.
 func (r *MemberRecord) isSameSuspicion(old *MemberRecord) bool {
 	return r.State == StateSuspect && old.State == StateSuspect && r.Session == old.Session && r.Incarnation == old.Incarnation
 }
 
-// mergeAccusers appends what is in more and not in accusers, up to MaxAccusers.
+// mergeAccusers appends to accusers all of more that are not in accusers yet. It stops at
+// MaxAccusers.
 func mergeAccusers(accusers, more []uint64) []uint64 {
 	for _, a := range more {
 		if !slices.Contains(accusers, a) && len(accusers) < MaxAccusers {
@@ -134,14 +137,15 @@ func mergeAccusers(accusers, more []uint64) []uint64 {
 	return accusers
 }
 
-// accuserID returns what stands for the name of a member among accusers.
+// accuserID returns a hash of a member's name, which identifies the member in
+// MemberRecord.Accusers.
 func accuserID(name string) uint64 {
 	h := fnv.New64a()
 	io.WriteString(h, name)
 	return h.Sum64()
 }
 
-// SetRecord replaces the record of m by r, which has m's name.
+// SetRecord makes r the record of m. r.Name must be the name of m.
 func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	if m.State.IsLive() {
 		t.Live--
@@ -156,6 +160,8 @@ func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	t.setDigestPart(now, m, r.stableDigest())
 }
 
+// setDigestPart makes part the contribution of m to Digest. If that changes Digest, it also updates
+// ChangedAt and Version.
 func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	if part != m.digestPart {
 		t.Digest ^= m.digestPart ^ part
@@ -165,8 +171,8 @@ func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	}
 }
 
-// stableDigest returns 64 bits of the SHA-256 of r's encoding, without what comes and goes:
-// suspicions, the incarnations that refute them, and ages.
+// stableDigest returns 64 bits of the SHA-256 of r's encoding. It leaves out the parts that change
+// often without effect on the ring: suspicions, the incarnations that refute them, and ages.
 func (r *MemberRecord) stableDigest() uint64 {
 	lasting := *r
 	lasting.Incarnation, lasting.Accusers, lasting.Age = 0, nil, 0
@@ -178,15 +184,16 @@ func (r *MemberRecord) stableDigest() uint64 {
 	return binary.LittleEndian.Uint64(sum[:])
 }
 
-// IsSentInSync tells whether m belongs into the digest and into what is sent of the table: if it
-// is live, or has not been dead for long.
+// IsSentInSync reports whether the table's digest and syncs contain the record of m. They do if m
+// is live, or has been dead for less than half of tombstoneLife.
 func (m *Member) IsSentInSync(now time.Duration) bool {
 	return m.State.IsLive() || now-m.DiedAt < tombstoneLife/2
 }
 
-// ForgetLeftMembers takes old tombstones out of the digest, and at last forgets members that left.
-// Dead members are remembered while there is room: they may be behind a partition that ends
-// some day.
+// ForgetLeftMembers takes the records of members that left or died at least half of tombstoneLife
+// ago out of the digest. It removes members that left at least tombstoneLife ago. A member that
+// died stays in the table while there is room, because it may be behind a partition that ends some
+// day.
 func (t *MemberTable) ForgetLeftMembers(now time.Duration) {
 	t.Members = slices.DeleteFunc(t.Members, func(m *Member) bool {
 		if !m.IsSentInSync(now) {
@@ -200,14 +207,14 @@ func (t *MemberTable) ForgetLeftMembers(now time.Duration) {
 	})
 }
 
-// unindexMember removes all of m but its place in Members.
+// unindexMember removes m from byName and updates, but not from Members.
 func (t *MemberTable) unindexMember(m *Member) {
 	delete(t.byName, m.Name)
 	t.updates = slices.DeleteFunc(t.updates, func(o *Member) bool { return o == m })
 }
 
-// makeRoom makes room for one member more: it evicts the member that has been dead for longest.
-// It returns false if the table is full of live members.
+// makeRoom makes room for one more member. If the table is full, it evicts the member that has been
+// dead for longest. It returns false if the table is full of live members.
 func (t *MemberTable) makeRoom() bool {
 	if len(t.Members) < MaxMembers {
 		return true
@@ -228,7 +235,7 @@ func (t *MemberTable) makeRoom() bool {
 	return true
 }
 
-// QueueUpdate has m's record passed on, as an update.
+// QueueUpdate queues m's record to be passed on as an update.
 func (t *MemberTable) QueueUpdate(m *Member) {
 	m.transmits = 0
 	if !slices.Contains(t.updates, m) {
@@ -236,12 +243,13 @@ func (t *MemberTable) QueueUpdate(m *Member) {
 	}
 }
 
-// HasUpdates tells whether there is anything to pass on.
+// HasUpdates reports whether any update is queued.
 func (t *MemberTable) HasUpdates() bool { return len(t.updates) > 0 }
 
-// AppendUpdates appends to b, a packet to receiver, the updates that were passed on least, while b
-// stays within maxLen bytes; not receiver's own record, which it knows. They count as passed on
-// only if markSent, that is if receiver is going to believe them.
+// AppendUpdates appends queued updates to b, a packet to receiver, while b stays within maxLen
+// bytes. Updates that were passed on least often come first. It omits receiver's own record, which
+// receiver knows. The updates count as passed on only if markSent is true; markSent must be false
+// if receiver is not going to believe them.
 func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, maxLen int, receiver string, markSent bool) []byte {
 	if len(t.updates) == 0 {
 		return b
@@ -264,14 +272,14 @@ func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, maxLen int, rec
 	return b
 }
 
-// Append appends m's record to a packet.
+// Append appends m's record, with its current age, to a packet.
 func (m *Member) Append(b []byte, now time.Duration) []byte {
 	r := m.MemberRecord
 	r.Age = m.secondsDead(now)
 	return AppendMember(b, &r)
 }
 
-// secondsDead returns the seconds since m died or left.
+// secondsDead returns the number of seconds since m died or left, and 0 if m is live.
 func (m *Member) secondsDead(now time.Duration) uint32 {
 	if m.State.IsLive() {
 		return 0
@@ -281,21 +289,21 @@ func (m *Member) secondsDead(now time.Duration) uint32 {
 
 // A GossipView is the ring as one member sees it.
 type GossipView struct {
-	Version    uint64 // changes with live members, claims and Buckets; not with suspicions
-	Self       string
-	Buckets    uint16           // the most that any member ever saw
-	MaxLamport uint64           // the highest claim number seen
-	Joined     bool             // has ever received another member's table
-	Members    []MemberSnapshot // by name
+	Version    uint64           // changes with the records in Members and with Buckets, but not with suspicions, incarnations or ages
+	Self       string           // name of the member whose view it is
+	Buckets    uint16           // most buckets that any member ever saw
+	MaxLamport uint64           // highest claim number seen
+	Joined     bool             // another member's table has come since this session began
+	Members    []MemberSnapshot // sorted by name
 }
 
 // A MemberSnapshot is one member in a GossipView.
 type MemberSnapshot struct {
-	MemberRecord               // Age is now
-	RTT          time.Duration // 0 is not known
+	MemberRecord               // Age is at the time of the snapshot
+	RTT          time.Duration // smoothed round-trip time; 0 = unknown
 }
 
-// Snapshots returns copies of all records.
+// Snapshots returns copies of all records, sorted by name.
 func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
 	snapshots := make([]MemberSnapshot, len(t.Members))
 	for i, m := range t.Members {
@@ -308,8 +316,8 @@ func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
 	return snapshots
 }
 
-// RandomMember returns a random member for which isEligible holds, but not self; nil if there is
-// none.
+// RandomMember returns a random member, other than self, for which isEligible is true. It returns
+// nil if there is no such member.
 func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, isEligible func(*Member) bool) (chosen *Member) {
 	n := 0
 	for _, m := range t.Members {
@@ -322,14 +330,14 @@ func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, isEligible func
 	return chosen
 }
 
-// A ProbeOrder goes through all live members in random order, then again in another: so each is
-// probed within two rounds at the latest (SWIM, 4.3).
+// A ProbeOrder goes through all live members in random order, and then again in another random
+// order. So each member is probed within two rounds at the latest (SWIM, section 4.3).
 type ProbeOrder struct {
 	round []*Member
-	next  int // index in round
+	next  int // index in round of the next member
 }
 
-// Next returns the next live member for which isEligible holds, or nil.
+// Next returns the next live member for which isEligible is true, or nil if there is none.
 func (o *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, isEligible func(*Member) bool) *Member {
 	for range 2 {
 		for o.next < len(o.round) {
@@ -345,7 +353,7 @@ func (o *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, isEligible func(*Membe
 	return nil
 }
 
-// Insert gives m, which is new, a random place in what is left of the round.
+// Insert puts m, a new member, at a random place in the rest of the round.
 func (o *ProbeOrder) Insert(m *Member, rng *rand.Rand) {
 	o.round = slices.Insert(o.round, o.next+rng.IntN(len(o.round)-o.next+1), m)
 }

@@ -1,9 +1,9 @@
 package main
 
-// The ring says which member owns a site. It is a function of the claims that a member has
-// heard and of nothing else, not of their order, of clocks or of suspicion, so that members
-// that have heard the same agree. Rings are immutable. Pure. This family must not know how
-// claims travel, or what a key stands for.
+// The ring maps each site to the member that owns it. The ring depends only on the claims that a
+// member has heard, and not on their order, on clocks or on suspicions. So members that have heard
+// the same claims agree on every owner. Rings are immutable. Pure: no I/O and no clock. The
+// hashring family must not know how claims travel. This file must not know what a key stands for.
 
 import (
 	"crypto/sha256"
@@ -12,28 +12,34 @@ import (
 	"slices"
 )
 
-// maxJumpsPerBucket bounds the search for a live slot. With one live slot among B buckets,
-// 64·B jumps miss it once in e^64.
+// maxJumpsPerBucket limits the search for a live slot. If one of B buckets is live, 64·B jumps fail
+// to find it with probability e^-64.
 const maxJumpsPerBucket = 64
 
-// Ring says which member owns a key. It depends on nothing but which member holds which slot,
-// and on the number of buckets. A key is the first 8 bytes of the SHA-256 of a cluster ID, big
-// endian. A key is mapped to a slot by jump consistent hash. While no live member holds that
-// slot, the key is hashed and mapped again. So the sequence of slots that a key visits does not
-// depend on who is live. A member that joins, in a hole or in the next bucket, takes keys from
-// all others alike and moves none between them; the loss of a member moves only its own keys,
-// to all others alike. (Buckets that grow past slots whose members have not been heard of yet
-// also move keys between others, but only keys that those members will own.)
+// A Ring maps site keys to the members that own them. It depends only on which live member holds
+// which slot, and on the number of buckets. A site key is the first 8 bytes of the SHA-256 of a
+// cluster ID, big endian.
+//
+// Owner maps a key to a bucket by jump consistent hash; bucket i is slot i. While no live member
+// holds that slot, Owner rehashes the key and maps it again. So the sequence of slots that a key
+// visits does not depend on which members are live. This has two consequences:
+//
+//   - A member that joins, in an empty slot or in a new bucket, takes the same share of keys from
+//     each other member. No key moves between two other members.
+//   - A lost member loses only its own keys, and all other members get the same share of them.
+//
+// There is one exception. Buckets can grow past slots whose members have not been heard of yet.
+// Then keys also move between other members, but only keys that the missing members will own.
 type Ring struct {
-	holders   []string // by slot; "" if no live member holds the slot
+	holders   []string // member names by slot; "" if no live member holds the slot
 	liveSlots []int    // slots with a holder, ascending
-	digest    uint64
+	digest    uint64   // see Digest
 }
 
-// NewRing makes the ring of the claims of all live members. Buckets is the highest slot that
-// any member ever claimed, plus one; it is raised to cover the claims given and cut at
-// MaxSlots. Of several claims to a slot one wins, as in ChooseClaim. A member whose claim loses
-// owns nothing until it has claimed another slot.
+// NewRing returns the ring of live, the claims of all live members. minBuckets is the highest slot
+// that any member ever claimed, plus one. NewRing raises it to cover the claims in live, and limits
+// it to MaxSlots. If several members claim one slot, the first claim by Claim.compare wins, as in
+// ChooseClaim. A member whose claim loses owns nothing until it claims another slot.
 func NewRing(live []Claim, minBuckets int) *Ring {
 	claims := slices.DeleteFunc(slices.Collect(maps.Values(latestClaims(live))), func(c Claim) bool { return !c.isValid() })
 	slices.SortFunc(claims, Claim.compare)
@@ -60,7 +66,7 @@ func NewRing(live []Claim, minBuckets int) *Ring {
 	return r
 }
 
-// Owner returns the member that owns siteKey; false if there is no live member.
+// Owner returns the member that owns siteKey. It returns false if there is no live member.
 func (r *Ring) Owner(siteKey uint64) (string, bool) {
 	slot := r.liveSlotFor(siteKey, maxJumpsPerBucket*len(r.holders))
 	if slot < 0 {
@@ -69,8 +75,9 @@ func (r *Ring) Owner(siteKey uint64) (string, bool) {
 	return r.holders[slot], true
 }
 
-// liveSlotFor returns the first live slot that siteKey is mapped to; the lowest live slot if
-// maxJumps find none; -1 if there is none.
+// liveSlotFor returns the first live slot in the sequence that siteKey visits. If the first
+// maxJumps slots of the sequence are not live, it returns the lowest live slot. It returns -1 if no
+// slot is live.
 func (r *Ring) liveSlotFor(siteKey uint64, maxJumps int) int {
 	if len(r.liveSlots) == 0 {
 		return -1
@@ -84,9 +91,9 @@ func (r *Ring) liveSlotFor(siteKey uint64, maxJumps int) int {
 	return r.liveSlots[0]
 }
 
-// Shares returns the share of all keys that each member owns. It is exact: keys are mapped
-// uniformly to the buckets, and so to the live slots among them. (A sample would show its own
-// noise as imbalance.)
+// Shares returns the share of all keys that each member owns. The shares are exact: keys map
+// uniformly to the buckets, and so to the live slots among them. (Shares counted from a sample of
+// keys would contain noise that looks like imbalance.)
 func (r *Ring) Shares() map[string]float64 {
 	shares := make(map[string]float64, len(r.liveSlots))
 	for _, slot := range r.liveSlots {
@@ -95,15 +102,16 @@ func (r *Ring) Shares() map[string]float64 {
 	return shares
 }
 
-// Buckets returns the number of buckets. The next ring must not have fewer.
+// Buckets returns the number of buckets. Later rings must not have fewer buckets.
 func (r *Ring) Buckets() int { return len(r.holders) }
 
-// Digest is a digest of who holds which slot and of the number of buckets.
-// Members of equal versions agree on the owner of every key.
+// Digest returns a hash of the number of buckets and the holder of each slot. Members whose rings
+// have equal digests agree on the owner of every key.
 func (r *Ring) Digest() uint64 { return r.digest }
 
-// jumpHash is jump consistent hash (Lamping & Veach 2014, arXiv:1406.2294). From n to
-// n+1 buckets, a key either stays or goes to bucket n. There has to be a bucket.
+// jumpHash maps key to a bucket from 0 to buckets-1, by jump consistent hash (Lamping & Veach 2014,
+// arXiv:1406.2294). When the number of buckets grows from n to n+1, a key either stays in its
+// bucket or moves to bucket n. buckets must be at least 1.
 func jumpHash(key uint64, buckets int) int {
 	b, j := int64(-1), int64(0)
 	for j < int64(buckets) {
@@ -114,9 +122,9 @@ func jumpHash(key uint64, buckets int) int {
 	return int(b)
 }
 
-// splitmix64 is the step of the generator of Steele, Lea & Flood (OOPSLA 2014). Keys are hashed
-// again by it and not by jump's own generator, because that one's next states lead to buckets
-// that depend too much on the ones before.
+// splitmix64 is one step of the generator of Steele, Lea & Flood (OOPSLA 2014). liveSlotFor
+// rehashes keys with it. The generator inside jumpHash would not do, because its next states lead
+// to buckets that depend too much on the buckets before.
 func splitmix64(x uint64) uint64 {
 	x += 0x9e3779b97f4a7c15
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9

@@ -1,7 +1,8 @@
 package main
 
-// Claims to the slots of the ring, and the choice of one. Members that have heard the same
-// claims choose different slots at once. Work and memory are bounded by MaxSlots. Pure.
+// This file chooses which slot of the ring a member claims. Members that have heard the same claims
+// choose different slots, without asking each other. MaxSlots bounds work and memory. Pure: no I/O
+// and no clock.
 
 import (
 	"cmp"
@@ -9,21 +10,23 @@ import (
 	"strings"
 )
 
-// Claim is one member's announcement that it holds a slot. A member's later claims have higher
-// numbers, so of two claims of one member the one with the higher number counts.
+// A Claim is one member's announcement that it holds a slot. A member's later claims have higher
+// Lamport numbers. So of two claims of one member, only the claim with the higher number counts.
 type Claim struct {
 	Slot        int
-	Lamport     uint64 // 0: nothing is claimed, whatever Slot says
-	Name        string
-	Provisional bool // made while seeds were configured and none was reached
+	Lamport     uint64 // number of the claim; 0 = no slot is claimed, and Slot is ignored
+	Name        string // of the member
+	Provisional bool   // made while seeds were configured but none had been reached
 }
 
+// isValid reports whether c names a member and claims a slot below MaxSlots.
 func (c Claim) isValid() bool {
 	return c.Name != "" && c.Lamport > 0 && c.Slot >= 0 && c.Slot < MaxSlots
 }
 
-// compare orders claims to one slot; the first keeps it. A claim that was made without having
-// heard the others gives way; otherwise the earlier claim stays.
+// compare orders claims to one slot; the first claim in this order wins the slot. A provisional
+// claim comes after all others, because its member had not heard the other members' claims.
+// Otherwise the earlier claim comes first: the lower Lamport number, then the lower name.
 func (c Claim) compare(d Claim) int {
 	if c.Provisional != d.Provisional {
 		if d.Provisional {
@@ -34,8 +37,8 @@ func (c Claim) compare(d Claim) int {
 	return cmp.Or(cmp.Compare(c.Lamport, d.Lamport), strings.Compare(c.Name, d.Name), cmp.Compare(c.Slot, d.Slot))
 }
 
-// latestClaims returns the valid claim with the highest number of each member; the zero Claim
-// for a member that has none.
+// latestClaims returns, for each member, its valid claim with the highest Lamport number. It
+// returns the zero Claim for a member without a valid claim.
 func latestClaims(claims []Claim) map[string]Claim {
 	latest := make(map[string]Claim, len(claims))
 	for _, c := range claims {
@@ -50,23 +53,28 @@ func latestClaims(claims []Claim) map[string]Claim {
 	return latest
 }
 
-// ChooseClaim returns what self is to claim, and whether that differs from what it
-// has in live; then it must be stored before it is announced.
+// ChooseClaim returns the claim that self has to make, and whether that claim differs from self's
+// claim in live. The caller must store a changed claim before it announces it.
 //
-// live are the claims of all live members, self included (in live without a valid
-// claim: a member that has yet to claim). reserved are those of members gone for
-// less than a day and, while self starts, its own stored one. maxLamport is the
-// highest Lamport number ever heard or used. provisional says that seeds are
-// configured and none has yet sent its table.
+// live holds the claims of all live members, self included. A member without a valid claim in live
+// has yet to claim a slot. reserved holds the claims of members that left or died less than a day
+// ago. It may also hold self's own stored claim while self starts. maxLamport is the highest
+// Lamport number ever heard or used. provisional means that seeds are configured and no seed has
+// sent its table yet.
 //
-// The winner of a slot keeps it. A member that starts gets back what is reserved in
-// its name, even when it brings nothing of its own, unless a live member holds it.
-// All others, losers in order and then newcomers by name, take one free slot each,
-// the first the lowest. Because every member ranks all of them, and not only itself,
-// members that have heard the same choose differently at once. New claims have number
-// maxLamport+1. A provisional claim that stands once seeds are reached is made anew: late,
-// so that it still gives way to what was claimed before. Without a free slot the claim
-// is one of nothing.
+// The rules are:
+//
+//   - The winner of a slot keeps the slot.
+//   - A member that starts gets back the slot that is reserved in its name, even if it announces no
+//     claim, unless a live member holds that slot.
+//   - All other members wait for a free slot: first the members that lost a slot, in the order of
+//     their claims, then new members by name. The first waiting member takes the lowest free slot,
+//     the second member the next free slot, and so on. Every member ranks all waiting members, and
+//     not only itself. So members that have heard the same claims choose different slots at once.
+//   - A new claim has the number maxLamport+1.
+//   - Once a seed has been reached, self renews a provisional claim that still wins its slot. The
+//     renewed claim is not provisional, but its number is new. So it still loses to earlier claims.
+//   - If no slot is free, the returned claim has Lamport 0 and claims no slot.
 func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLamport uint64) (claim Claim, changed bool) {
 	next := nextLamport(maxLamport, live, reserved)
 	members, gone := latestClaims(live), latestClaims(reserved)
@@ -100,8 +108,8 @@ func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLampo
 	return Claim{Slot: slot, Lamport: next, Name: self, Provisional: provisional}, true
 }
 
-// nextLamport returns the number of a new claim. After the last number it is the last number
-// again; then only names decide.
+// nextLamport returns the number of a new claim, which is one above the highest known number. The
+// highest uint64 has no successor, so it is used again. Then compare decides by name.
 func nextLamport(maxLamport uint64, live, reserved []Claim) uint64 {
 	for _, c := range slices.Concat(live, reserved) {
 		maxLamport = max(maxLamport, c.Lamport)
@@ -109,9 +117,9 @@ func nextLamport(maxLamport uint64, live, reserved []Claim) uint64 {
 	return max(maxLamport, maxLamport+1)
 }
 
-// rankMemberClaims returns one claim for each member, in the order in which slots are given: first
-// announced claims, then reserved claims of members that announce none, then members without
-// any, whose claim is not valid.
+// rankMemberClaims returns one claim per member, in the order in which members get slots. Members
+// with an announced claim come first. Then come members that announce no claim but have a reserved
+// claim. Members with neither come last, each with an invalid claim that only has its name.
 func rankMemberClaims(members, reservedClaims map[string]Claim) []Claim {
 	var announced, reserved, none []Claim
 	for name, c := range members {
@@ -129,8 +137,8 @@ func rankMemberClaims(members, reservedClaims map[string]Claim) []Claim {
 	return slices.Concat(announced, reserved, none)
 }
 
-// assignSlots gives each slot to the first valid claim to it, and returns these claims, and the
-// members that got no slot, in order.
+// assignSlots gives each slot to the first valid claim to it in ranked. It returns the claims that
+// got their slot, and the names of the members that got none, both in the order of ranked.
 func assignSlots(ranked []Claim) (holders []Claim, waiting []string) {
 	var taken [MaxSlots]bool
 	for _, c := range ranked {
@@ -144,7 +152,8 @@ func assignSlots(ranked []Claim) (holders []Claim, waiting []string) {
 	return holders, waiting
 }
 
-// nthFreeSlot returns the free slot that has n free slots below it; false if there is none.
+// nthFreeSlot returns the free slot that has exactly n free slots below it. It returns false if
+// there is no such slot.
 func nthFreeSlot(taken *[MaxSlots]bool, n int) (int, bool) {
 	for slot := range taken {
 		if taken[slot] {

@@ -1,9 +1,10 @@
 package main
 
-// This server as a member of the ring: it turns the members that gossip hears of into a claim to
-// a slot, and into a ring. State that the next start needs is durable before it is announced,
-// except for a session that a full disk has no room for. The ring changes only when members
-// come, go or claim. This family must not know of pushes, metrics or HTTP.
+// The ring keeper makes this server a member of the ring. From the members that gossip reports, it
+// computes which slot to claim, and builds the ring. It saves the state that the next start needs
+// before gossip announces that state; the only exception is a new session while the disk is full.
+// The ring changes only when members join, leave, die or claim a slot. The hashring family must not
+// know of pushes, metrics or HTTP.
 
 import (
 	"context"
@@ -20,45 +21,48 @@ import (
 
 const (
 	memberFile       = "member" + LogSuffix
-	memberRecordKind = 1 // of the only record in that file
+	memberRecordKind = 1 // kind of the only record in the file
 
-	// A slot is claimed when no member came or went for quietIntervals, and at the latest after
-	// settleIntervals: a member that claims before it has heard of the others chooses badly.
+	// The keeper claims a slot when no member has joined, left or died for quietIntervals. It makes
+	// its first claim at the latest settleIntervals after the start. A member that claims before it
+	// has heard of the others chooses a bad slot. Both constants are in gossip intervals.
 	quietIntervals  = 3
 	settleIntervals = 10
 
-	// slotReserved is how long a dead member's slot stays reserved, so that it gets its sites
-	// back when it returns.
+	// slotReserved is how long the slot of a dead or departed member stays reserved, so that the
+	// member gets its sites back if it returns.
 	slotReserved = 24 * time.Hour
 
-	// idleCheck is how often a member at rest looks for something to do. It acts on changes at
-	// once; more wake-ups would cost several times what gossip does.
+	// idleCheck is how often Run wakes up while nothing changes. Run acts on changes at once.
+	// Waking up more often would cost several times as much CPU time as gossip itself.
 	idleCheck = time.Minute
 )
 
-// RingMember is a live member of the ring.
+// A RingMember is a live member of the ring.
 type RingMember struct {
 	Name    string
-	Addr    string // host:port of its UDP and TCP port
+	Addr    string // host:port, for both UDP and TCP
 	Session uint64
-	KeyID   uint32 // of the key that it seals with, and so holds
+	KeyID   uint32 // ID of the cluster key that the member seals with, and therefore holds
 }
 
-// RingView says which members are live and which of them owns what. It is immutable.
+// A RingView holds the live members and the ring that assigns sites to them. It is immutable.
 type RingView struct {
 	Ring    *Ring
 	Members map[string]RingMember // by name, this server included
 }
 
-// Owner returns the live member that owns a site key; false if the view knows none.
+// Owner returns the live member that owns siteKey. It returns false if the view has no such member.
 func (v *RingView) Owner(siteKey uint64) (RingMember, bool) {
 	name, ok := v.Ring.Owner(siteKey)
 	p, live := v.Members[name]
 	return p, ok && live
 }
 
-// LoadRestartState reads what SaveRestartState wrote. It returns the zero state if nothing is
-// there, if dir is "", or if the file is damaged: the other members have the rest.
+// LoadRestartState returns the state that SaveRestartState stored in dir. It returns the zero state
+// if dir is "" or holds no state. It also returns the zero state if the file is damaged, because
+// the other members know this member's session and claim. It returns an error if the file cannot be
+// read.
 func LoadRestartState(fsys FS, dir string) (RestartState, error) {
 	var st RestartState
 	if dir == "" {
@@ -76,7 +80,7 @@ func LoadRestartState(fsys FS, dir string) (RestartState, error) {
 	return st, nil
 }
 
-// SaveRestartState stores st durably; with dir "" it does nothing.
+// SaveRestartState stores st durably in dir. It does nothing if dir is "".
 func SaveRestartState(fsys FS, dir string, st RestartState) error {
 	if dir == "" {
 		return nil
@@ -96,28 +100,29 @@ type RingKeeperConfig struct {
 	Name     string
 	Gossip   *Gossip
 	FS       FS
-	Dir      string // "" saves nothing
-	HasSeeds bool   // addresses to join at are configured
-	Interval time.Duration
+	Dir      string        // where to save the state of this member; "" saves nothing
+	HasSeeds bool          // seed addresses are configured
+	Interval time.Duration // of gossip
 	Log      *slog.Logger
-	OnView   func(*RingView) // gets every new view, in order; must not block
-	OnError  func(error)     // gets every failure to save the state of this member
+	OnView   func(*RingView) // receives every new view, in order; must not block
+	OnError  func(error)     // receives every failure to save the state of this member
 }
 
-// RingKeeper keeps this server's place in the ring.
+// A RingKeeper keeps this server's place in the ring. View and Settled are safe for concurrent use.
 type RingKeeper struct {
 	cfg     RingKeeperConfig
 	view    atomic.Pointer[RingView]
-	settled chan struct{} // closed when the first ring is made
+	settled chan struct{} // closed when Run is about to make the first ring
 
-	saved      RestartState // on disk; this and the next are Run's
-	saveFailed bool         // the last time
+	saved      RestartState // the state on disk; after NewRingKeeper only Run uses saved and saveFailed
+	saveFailed bool         // the latest save failed
 }
 
-// NewRingKeeper saves the number of the new session, so that gossip may begin. On a full disk it
-// goes on without: the samples held there have to be served, the random half of a session makes
-// it unlike any other, and the next start hears from the others which session was the highest. No
-// slot is claimed until there is room.
+// NewRingKeeper saves the number of the new session, so that gossip may begin. It returns an error
+// if that fails, except on a full disk. On a full disk it goes on without saving, because the
+// server must still serve the samples that the disk holds. This is safe: the random half of a
+// session makes the session unique, and at the next start the other members report the highest
+// session. While the state cannot be saved, Run claims no slot.
 func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	m := &RingKeeper{cfg: cfg, settled: make(chan struct{})}
 	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
@@ -129,20 +134,21 @@ func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	return m, nil
 }
 
-// Settled is closed when there is a ring to go by.
+// Settled returns a channel that is closed when the server has its first ring.
 func (m *RingKeeper) Settled() <-chan struct{} { return m.settled }
 
-// View returns the newest view. It is empty until Settled.
+// View returns the newest view. The view is empty before the first ring.
 func (m *RingKeeper) View() *RingView { return m.view.Load() }
 
-// Run claims a slot and keeps the ring up to date until ctx ends.
+// Run claims a slot and keeps the ring up to date until ctx ends. It returns nil.
 func (m *RingKeeper) Run(ctx context.Context) error {
 	begin := time.Now()
-	lastChange := begin // of the members
+	lastChange := begin // when a member last joined or left
 	var starts []memberSession
 	for {
 		v := m.cfg.Gossip.View()
-		// Claims alone are no reason to wait longer: each would delay all others.
+		// A new claim does not restart the quiet period, because each claim would then delay all
+		// other members' claims.
 		if now := memberSessions(v); !slices.Equal(now, starts) {
 			starts, lastChange = now, time.Now()
 		}
@@ -170,6 +176,7 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 	}
 }
 
+// hasFirstRing reports whether settled is closed.
 func (m *RingKeeper) hasFirstRing() bool {
 	select {
 	case <-m.settled:
@@ -179,13 +186,14 @@ func (m *RingKeeper) hasFirstRing() bool {
 	}
 }
 
-// memberSession is one start of one member.
+// A memberSession is one session of one member, and whether the member is live.
 type memberSession struct {
 	name    string
 	session uint64
 	live    bool
 }
 
+// memberSessions returns the sessions of all members in v, in the order of v.
 func memberSessions(v GossipView) []memberSession {
 	var starts []memberSession
 	for _, mv := range v.Members {
@@ -194,7 +202,7 @@ func memberSessions(v GossipView) []memberSession {
 	return starts
 }
 
-// saveIfChanged stores st durably, unless the last saved state is equal.
+// saveIfChanged stores st durably, unless st equals the last saved state.
 func (m *RingKeeper) saveIfChanged(st RestartState) error {
 	if st == m.saved {
 		return nil
@@ -206,25 +214,27 @@ func (m *RingKeeper) saveIfChanged(st RestartState) error {
 	return err
 }
 
-// saveAndReport saves st and reports a failure. It returns whether st is saved; if not, Run tries
-// again at the next change or tick.
+// saveAndReport saves st if it has changed, reports any failure, and returns whether st is saved.
+// After a failure, Run tries again at the next change or after a quarter of an interval.
 func (m *RingKeeper) saveAndReport(st RestartState) (saved bool) {
 	err := m.saveIfChanged(st)
 	m.reportSaveResult(err)
 	return err == nil
 }
 
-// reportSaveResult reports an error of saveIfChanged, and logs the first in a row.
+// reportSaveResult passes a failure of saveIfChanged to OnError. It logs only the first of several
+// failures in a row.
 func (m *RingKeeper) reportSaveResult(err error) {
 	if err != nil {
 		m.cfg.OnError(err)
 		if !m.saveFailed {
-			m.cfg.Log.Error("state of this member not saved", "err", err)
+			m.cfg.Log.Error("cannot save the state of this member", "err", err)
 		}
 	}
 	m.saveFailed = err != nil
 }
 
+// claimOf returns the claim in r. The claim has Lamport 0 if r claims no slot.
 func claimOf(r MemberRecord) Claim {
 	c := Claim{Name: r.Name, Provisional: r.Provisional}
 	if r.Lamport > 0 && r.Slot != NoSlot {
@@ -233,7 +243,8 @@ func claimOf(r MemberRecord) Claim {
 	return c
 }
 
-// claimSlot claims the slot that the claims heard so far leave to this server.
+// claimSlot saves and announces the claim that this server has to make, given the members in v. It
+// does nothing if that claim is announced already, or if the claim cannot be saved.
 func (m *RingKeeper) claimSlot(v GossipView) {
 	var live, reserved []Claim
 	for _, mv := range v.Members {
@@ -252,7 +263,8 @@ func (m *RingKeeper) claimSlot(v GossipView) {
 	if c.Lamport > 0 {
 		slot = uint16(c.Slot)
 	}
-	// The claim is durable before it is announced: otherwise a restart could claim another's slot.
+	// Save the claim before announcing it. Otherwise a restart could bring back an older claim, to
+	// a slot that belongs to another member by then.
 	st := m.cfg.Gossip.RestartState()
 	st.Slot, st.Lamport, st.Provisional = slot, c.Lamport, c.Provisional
 	if m.saveAndReport(st) {
@@ -261,7 +273,7 @@ func (m *RingKeeper) claimSlot(v GossipView) {
 	}
 }
 
-// publishView replaces the view with that of the members that gossip knows.
+// publishView replaces the view with the view of the members in v, and passes it to OnView.
 func (m *RingKeeper) publishView(v GossipView) {
 	next := newRingView(v)
 	if next.Ring.Digest() != m.View().Ring.Digest() {
@@ -271,7 +283,8 @@ func (m *RingKeeper) publishView(v GossipView) {
 	m.cfg.OnView(next)
 }
 
-// newRingView returns the view of all live members. A member that is leaving owns nothing.
+// newRingView returns the view of all live members in v. A member that is leaving is in the view,
+// but not in its ring, so that it owns no sites.
 func newRingView(v GossipView) *RingView {
 	view := &RingView{Members: map[string]RingMember{}}
 	var claims []Claim

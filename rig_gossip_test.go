@@ -1,45 +1,44 @@
 package main
 
-// A simulation of whole rings in one goroutine under virtual time: every packet
-// and every timer is an event in one queue, every random choice comes from one
-// seed. TestSweepGossip holds the figures of a few runs to their limits;
-// TestSimulationTable, with -sim, prints all that the README shows.
+// A simulation of whole rings in one goroutine under virtual time. Every packet and every timer is
+// an event in one queue, and every random choice comes from one seed, so that a run can be
+// repeated.
 
 import (
-	"cmp"
 	"container/heap"
 	"encoding/binary"
-	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"os"
 	"slices"
 	"testing"
-	"text/tabwriter"
 	"time"
 )
 
-var simFlag = flag.Bool("sim", false, "simulate gossip at length and print the table of figures")
-
+// A simEvent is a packet that arrives at a node, a timer of a node, or a function call.
 type simEvent struct {
 	at   time.Duration
-	seq  uint64 // events of one time happen in the order in which they were made
+	seq  uint64 // orders events with the same time
 	node int
-	run  uint64 // of the node; what was for an earlier one is lost
+	run  uint64 // of the node; a timer of an earlier run is ignored
 	from netip.AddrPort
-	data []byte // nil: a timer
-	do   func()
+	data []byte // of a packet; nil for a timer
+	do   func() // not nil: the event is a call of do
 }
 
+// A simQueue is a heap of events, by time; see container/heap.
 type simQueue []simEvent
 
 func (q simQueue) Len() int { return len(q) }
+
 func (q simQueue) Less(i, j int) bool {
 	return q[i].at < q[j].at || q[i].at == q[j].at && q[i].seq < q[j].seq
 }
+
 func (q simQueue) Swap(i, j int) { q[i], q[j] = q[j], q[i] }
-func (q *simQueue) Push(x any)   { *q = append(*q, x.(simEvent)) }
+
+func (q *simQueue) Push(x any) { *q = append(*q, x.(simEvent)) }
+
 func (q *simQueue) Pop() any {
 	old := *q
 	e := old[len(old)-1]
@@ -48,21 +47,22 @@ func (q *simQueue) Pop() any {
 	return e
 }
 
+// A simNode is one host of a sim, with the member that runs on it.
 type simNode struct {
 	name    string
 	addr    netip.AddrPort
 	swim    *Swim
-	state   RestartState
+	state   RestartState // that the next start uses
 	up      bool
-	run     uint64
-	timer   time.Duration // when the earliest timer event comes
-	group   int           // packets pass within one
-	stalled time.Duration // until then; what comes waits
-	origin  time.Duration // of its clock
-	waiting []simEvent
+	run     uint64        // number of starts
+	timer   time.Duration // time of the earliest timer event; -1 if there is none
+	group   int           // packets reach only nodes of the same group
+	stalled time.Duration // the node handles no event before this time
+	origin  time.Duration // time of the sim at which the clock of the node shows 0
+	waiting []simEvent    // packets that wait until the stall ends
 }
 
-// A sim is a network of members. Its fields may be changed as it runs.
+// A sim is a network of members. A test may change its fields while it runs.
 type sim struct {
 	tb       testing.TB
 	rng      *rand.Rand
@@ -73,22 +73,26 @@ type sim struct {
 	byAddr   map[netip.AddrPort]int
 	keys     Keys
 	interval time.Duration
-	loss     float64
-	double   float64 // part of the packets that come twice
-	min, max time.Duration
-	sent     int // packets
-	bytes    int
+	loss     float64       // share of the packets that are lost
+	double   float64       // share of the packets that arrive twice
+	min, max time.Duration // delay of a packet
+	sent     int           // packets
+	bytes    int           // of the packets sent
 	events   []simReport
-	tap      func(from, to int, data []byte)
-	cut      func(from, to int) bool // what is lost for certain; may be nil
+	tap      func(from, to int, data []byte) // is called for every packet sent; may be nil
+	cut      func(from, to int) bool         // reports packets that are always lost; may be nil
 }
 
+// A simReport is an event that node reported at a time of the sim.
 type simReport struct {
 	GossipEvent
 	at   time.Duration
 	node int
 }
 
+const simInterval = time.Second
+
+// newSim returns a network of n nodes, on which no member runs yet.
 func newSim(tb testing.TB, n int, seed uint64) *sim {
 	s := &sim{tb: tb, rng: rand.New(rand.NewPCG(seed, 0)), byAddr: map[netip.AddrPort]int{}, interval: simInterval,
 		keys: testKeys(tb, 1), min: 50 * time.Microsecond, max: time.Millisecond}
@@ -100,9 +104,17 @@ func newSim(tb testing.TB, n int, seed uint64) *sim {
 	return s
 }
 
-const simInterval = time.Second
+// joinedSim returns a ring of n members that know each other and have nothing left to gossip.
+func joinedSim(tb testing.TB, n int, seed uint64) *sim {
+	s := newSim(tb, n, seed)
+	s.startAll()
+	s.until(10*time.Second, "all join", s.agree)
+	s.run(5 * time.Second)
+	return s
+}
 
-// start starts node i, anew if need be. Its seed is node 0 or what is given.
+// start starts a member on node i, and ends the member that runs there. The seeds of the member are
+// the nodes seeds, or node 0 if seeds is nil.
 func (s *sim) start(i int, seeds ...int) *Swim {
 	n := s.nodes[i]
 	var seed [32]byte
@@ -132,26 +144,45 @@ func (s *sim) start(i int, seeds ...int) *Swim {
 	return n.swim
 }
 
+// startAll starts a member on every node.
 func (s *sim) startAll() {
 	for i := range s.nodes {
 		s.start(i)
 	}
 }
 
+// kill ends the member on node i without a leave.
 func (s *sim) kill(i int) { s.nodes[i].up = false }
 
+// restart kills the member on node i and starts a member from its saved state.
+func (s *sim) restart(i int, seeds ...int) {
+	s.kill(i)
+	s.start(i, seeds...)
+}
+
+// move gives node i another address, an IPv6 address.
+func (s *sim) move(i int) {
+	n := s.nodes[i]
+	n.addr = netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprint("fd00::", i+1)), 9006)
+	s.byAddr[n.addr] = i
+}
+
+// push adds e to the queue.
 func (s *sim) push(e simEvent) {
 	s.seq++
 	e.seq = s.seq
 	heap.Push(&s.queue, e)
 }
 
-// at has do called at a time.
+// at makes the sim call do at a time.
 func (s *sim) at(at time.Duration, do func()) { s.push(simEvent{at: at, do: do}) }
 
-// arm makes a timer event for when node i wants to be called next.
+// arm adds a timer event for the next tick of node i, unless an earlier one is queued.
 func (s *sim) arm(i int) {
 	n := s.nodes[i]
+	if n.swim.StoodDown { // Gossip.Run ends, and Tick does nothing
+		return
+	}
 	at := max(n.swim.NextTickAt()+n.origin, s.now)
 	if n.timer < 0 || at < n.timer {
 		n.timer = at
@@ -159,6 +190,7 @@ func (s *sim) arm(i int) {
 	}
 }
 
+// step handles the next event of the queue.
 func (s *sim) step() {
 	e := heap.Pop(&s.queue).(simEvent)
 	s.now = max(s.now, e.at)
@@ -171,7 +203,7 @@ func (s *sim) step() {
 		return
 	}
 	if n.stalled > s.now {
-		// What comes while it stalls waits in its socket's buffer, as far as that goes.
+		// Packets that arrive during a stall wait in the socket's buffer, which holds 300.
 		if e.data == nil || len(n.waiting) < 300 {
 			if e.data != nil {
 				n.waiting = append(n.waiting, e)
@@ -186,7 +218,7 @@ func (s *sim) step() {
 	if e.data != nil {
 		out = n.swim.Receive(s.now-n.origin, e.from, e.data)
 	} else {
-		if e.at < n.timer { // an older one
+		if e.at < n.timer { // an outdated timer: the next tick of the node is later
 			return
 		}
 		n.timer = -1
@@ -204,9 +236,10 @@ func (s *sim) step() {
 	s.arm(e.node)
 }
 
+// send sends d from node from, unless it is lost.
 func (s *sim) send(from int, d Datagram) {
 	if len(d.Data) > MaxPacket {
-		s.tb.Errorf("a packet of %d bytes", len(d.Data))
+		s.tb.Errorf("node %d sends a packet of %d bytes, more than %d", from, len(d.Data), MaxPacket)
 	}
 	s.sent++
 	s.bytes += len(d.Data)
@@ -226,7 +259,7 @@ func (s *sim) send(from int, d Datagram) {
 	}
 }
 
-// run lets time pass.
+// run lets d of virtual time pass.
 func (s *sim) run(d time.Duration) {
 	end := s.now + d
 	for len(s.queue) > 0 && s.queue[0].at <= end {
@@ -235,14 +268,14 @@ func (s *sim) run(d time.Duration) {
 	s.now = end
 }
 
-// until lets time pass until ok holds, which is looked at every 10 ms, and
-// returns how long that took. After limit it fails the test.
+// until lets time pass until ok returns true, and returns how much time has passed. It calls ok
+// every 10 ms. After limit it fails the test.
 func (s *sim) until(limit time.Duration, about string, ok func() bool) time.Duration {
 	s.tb.Helper()
 	from := s.now
 	for !ok() {
 		if s.now-from > limit {
-			s.tb.Errorf("%d members: %s: not within %v", len(s.nodes), about, limit)
+			s.tb.Errorf("ring of %d members: not within %v: %s", len(s.nodes), limit, about)
 			return limit
 		}
 		s.run(10 * time.Millisecond)
@@ -250,8 +283,7 @@ func (s *sim) until(limit time.Duration, about string, ok func() bool) time.Dura
 	return s.now - from
 }
 
-// agree tells whether every member that is up, of those given or of all, thinks
-// that exactly these are live.
+// agree reports whether every running member considers exactly the running members live.
 func (s *sim) agree() bool {
 	live := 0
 	for _, n := range s.nodes {
@@ -277,7 +309,7 @@ func (s *sim) agree() bool {
 	return true
 }
 
-// knowGone tells whether nobody thinks that node i is live.
+// knowGone reports whether no other running member considers node i live.
 func (s *sim) knowGone(i int) bool {
 	for _, n := range s.nodes {
 		if n.up && n != s.nodes[i] {
@@ -289,7 +321,8 @@ func (s *sim) knowGone(i int) bool {
 	return true
 }
 
-// downs counts, since a time, how often a member took another for dead.
+// downs returns how often a member has declared another member dead since a time. If count is not
+// nil, it counts only reports for which count returns true.
 func (s *sim) downs(since time.Duration, count func(e simReport) bool) (n int) {
 	for _, e := range s.events {
 		if e.at >= since && e.What == EventDown && (count == nil || count(e)) {
@@ -299,242 +332,79 @@ func (s *sim) downs(since time.Duration, count func(e simReport) bool) (n int) {
 	return n
 }
 
-// joinedSim returns a ring of n members at rest.
-func joinedSim(tb testing.TB, n int, seed uint64) *sim {
-	s := newSim(tb, n, seed)
-	s.startAll()
-	s.until(10*time.Second, "all join", s.agree)
-	s.run(5 * time.Second)
-	return s
-}
-
-// figures of one scenario, over several runs
-type figures struct {
-	times []time.Duration
-	sent  []int // packets per member
-}
-
-func (f *figures) add(s *sim, t time.Duration, packets int) {
-	f.times = append(f.times, t)
-	f.sent = append(f.sent, packets/len(s.nodes))
-}
-
-func (f *figures) median() time.Duration { return quantile(f.times, .5) }
-func (f *figures) worst() time.Duration  { return slices.Max(f.times) }
-
-func (f *figures) String() string {
-	return fmt.Sprintf("%.2f / %.2f s, %d packets", f.median().Seconds(), f.worst().Seconds(), quantile(f.sent, .5))
-}
-
-func quantile[T cmp.Ordered](all []T, q float64) T {
-	all = slices.Sorted(slices.Values(all))
-	return all[int(q*float64(len(all)-1)+.5)]
-}
-
-func simJoin(tb testing.TB, n int, seed uint64, f *figures) *sim {
-	s := newSim(tb, n, seed)
-	s.startAll()
-	f.add(s, s.until(20*time.Second, "all join", s.agree), s.sent)
-	return s
-}
-
-func simKill(s *sim, f *figures) {
-	victim := len(s.nodes) - 1
-	sent := s.sent
-	s.run(time.Duration(s.rng.Int64N(int64(s.interval))))
-	s.kill(victim)
-	f.add(s, s.until(60*time.Second, "a death is known", s.agree), s.sent-sent)
-}
-
-func simLeave(s *sim, f *figures) {
-	leaver := len(s.nodes) / 2
-	sent := s.sent
-	s.nodes[leaver].swim.Leave()
-	s.arm(leaver)
-	f.add(s, s.until(60*time.Second, "a leave is known", func() bool { return s.knowGone(leaver) }), s.sent-sent)
-	s.until(5*time.Second, "the leaver is gone", func() bool { return s.nodes[leaver].swim.HasLeft() })
-	s.kill(leaver)
-}
-
-func simPartition(s *sim, lasts time.Duration, f *figures) {
-	for i, n := range s.nodes {
-		n.group = i % 2
-	}
-	s.run(lasts)
-	for _, n := range s.nodes {
-		n.group = 0
-	}
-	sent := s.sent
-	f.add(s, s.until(60*time.Second, fmt.Sprintf("a partition of %v heals", lasts), s.agree), s.sent-sent)
-}
-
-// simFalse returns how often, in a time, a member that ran took another that
-// ran for dead; stalled ones are neither.
-func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
-	s.loss = loss
-	since := s.now
-	ran := make([]time.Duration, len(s.nodes)) // since when it runs undisturbed
-	if stalled > 0 {
-		var next func()
-		next = func() {
-			if s.now >= since+lasts {
-				return
-			}
-			for range max(1, int(stalled*float64(len(s.nodes)))) {
-				i := s.rng.IntN(len(s.nodes))
-				s.nodes[i].stalled = s.now + 10*time.Second
-				ran[i] = s.now + 11*time.Second
-			}
-			s.at(s.now+10*time.Second, next)
-		}
-		next()
-	}
-	wrong := 0
-	for end := s.now + lasts; s.now < end; {
-		s.run(100 * time.Millisecond)
-		wrong += s.downs(since, func(e simReport) bool {
-			var victim int
-			fmt.Sscanf(e.Name, "node-%d", &victim)
-			return ran[victim] <= e.at && s.nodes[victim].up
-		})
-		s.events = s.events[:0]
-	}
-	return wrong
-}
-
-func simRest(s *sim, lasts time.Duration) (packets, bytes float64) {
-	sent, size := s.sent, s.bytes
-	s.run(lasts)
-	per := lasts.Seconds() * float64(len(s.nodes))
-	return float64(s.sent-sent) / per, float64(s.bytes-size) / per
-}
-
-func TestSimulationTable(t *testing.T) {
-	if !*simFlag {
-		return // the figures that matter are TestSweepGossip's
-	}
-	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
-	defer w.Flush()
-	fmt.Fprintln(w, "members\tall join\tsudden death\tleave\tpartition 20 s\tpartition 1 h\tat rest: packets/s\tbytes/s\tfalse deaths in 1 h: 10 % loss\t30 % loss\t5 % stalled")
-	for _, n := range []int{2, 3, 10, 100, 300} {
-		began := time.Now()
-		var join, kill, leave, short, long figures
-		var packets, bytes float64
-		for seed := range uint64(5) {
-			s := simJoin(t, n, seed, &join)
-			s.run(30 * time.Second)
-			packets, bytes = simRest(s, time.Minute)
-			simKill(s, &kill)
-			s.run(30 * time.Second)
-			if n == 2 { // nobody else could be told of a leave
-				s.start(1)
-				s.run(30 * time.Second)
-			}
-			simLeave(s, &leave)
-			if n == 300 && seed > 1 {
-				continue
-			}
-			s = joinedSim(t, n, seed+100)
-			simPartition(s, 20*time.Second, &short)
-			if n == 300 {
-				continue
-			}
-			s.run(time.Minute)
-			simPartition(s, time.Hour, &long)
-		}
-		fmt.Fprintf(w, "%d\t%v\t%v\t%v\t%v\t", n, &join, &kill, &leave, &short)
-		if n == 300 {
-			fmt.Fprintf(w, "\t%.2f\t%.0f\n", packets, bytes)
-		} else {
-			fmt.Fprintf(w, "%v\t%.2f\t%.0f\t%d\t%d\t%d\n", &long, packets, bytes,
-				simFalse(joinedSim(t, n, 1), time.Hour, .1, 0), simFalse(joinedSim(t, n, 2), time.Hour, .3, 0), simFalse(joinedSim(t, n, 3), time.Hour, 0, .05))
-		}
-		t.Logf("%d members: %v", n, time.Since(began))
-	}
-}
-
-// The goals of the design, and a little more, in a few runs each.
-func TestSweepGossip(t *testing.T) {
-	sweep(t)
-	limit := func(about string, got, most time.Duration) {
-		t.Helper()
-		if got > most {
-			t.Errorf("%s takes %v, more than %v", about, got, most)
+// eventCount returns how many events have the text what.
+func (s *sim) eventCount(what string) (n int) {
+	for _, e := range s.events {
+		if e.What == what {
+			n++
 		}
 	}
-	for _, c := range []struct {
-		n, runs int
-		death   time.Duration
-		heal    bool
-	}{
-		{3, 5, 4 * time.Second, true},
-		{10, 7, 3 * time.Second, true},
-		{100, 2, 4 * time.Second, false},
-	} {
-		var join, kill, leave, heal figures
-		for seed := range uint64(c.runs) {
-			s := simJoin(t, c.n, seed, &join)
-			s.run(10 * time.Second)
-			if packets, bytes := simRest(s, 10*time.Second); packets > 3 || bytes > 400 {
-				t.Errorf("%d members at rest send %.2f packets/s, %.0f bytes/s each", c.n, packets, bytes)
-			}
-			simKill(s, &kill)
-			s.run(5 * time.Second)
-			simLeave(s, &leave)
-			if c.heal {
-				simPartition(joinedSim(t, c.n, seed+100), 20*time.Second, &heal)
-			}
-		}
-		about := fmt.Sprintf("%d members: ", c.n)
-		limit(about+"to join, median", join.median(), 2*time.Second)
-		limit(about+"to join, worst", join.worst(), 5*time.Second)
-		limit(about+"a death, median", kill.median(), c.death)
-		limit(about+"a leave, median", leave.median(), time.Second)
-		if c.heal {
-			limit(about+"a partition", heal.worst(), 10*time.Second)
-		}
-	}
-	var long figures
-	simPartition(joinedSim(t, 10, 7), time.Hour, &long)
-	limit("a partition of an hour", long.worst(), 10*time.Second)
+	return n
 }
 
-// Loss, delay, duplicates and stalls of others cost nobody its life.
-func TestSweepFalseDeaths(t *testing.T) {
-	sweep(t)
-	for _, c := range []struct {
-		n, runs              int
-		loss, stalled, twice float64
-		delay, lasts         time.Duration
-	}{
-		{10, 5, .2, 0, 0, time.Millisecond, time.Minute},
-		{50, 4, .2, 0, 0, time.Millisecond, time.Minute},
-		{10, 2, .1, 0, .2, 300 * time.Millisecond, time.Minute},
-		{2, 4, .2, 0, 0, time.Millisecond, time.Hour},
-		{2, 20, .35, 0, 0, time.Millisecond, 10 * time.Minute},
-		{20, 2, 0, .05, 0, time.Millisecond, 2 * time.Minute},
-	} {
-		for seed := range uint64(c.runs) {
-			s := joinedSim(t, c.n, seed)
-			s.double, s.max = c.twice, c.delay
-			if n := simFalse(s, c.lasts, c.loss, c.stalled); n > 0 {
-				t.Errorf("%+v, seed %d: %d false deaths", c, seed, n)
-			}
-			s.loss = 0
-			s.until(15*time.Second, "all are back", s.agree)
+// hasEvent reports whether the latest call of Receive or Tick reported the event what.
+func hasEvent(s *Swim, what string) bool {
+	return slices.ContainsFunc(s.Events, func(e GossipEvent) bool { return e.What == what })
+}
+
+// lastTo stores each packet of a kind from one node to another in last, so that last is the latest
+// of them. Kind 0 stands for every kind.
+func (s *sim) lastTo(from, to int, kind PacketKind, last *[]byte) {
+	next := s.tap
+	s.tap = func(f, t int, data []byte) {
+		if next != nil {
+			next(f, t, data)
+		}
+		if f == from && t == to && (kind == 0 || s.decode(f, data).Kind == kind) {
+			*last = data
 		}
 	}
 }
 
-// The same seed gives the same run, to the last packet.
-func TestSimulationRepeats(t *testing.T) {
-	run := func() (int, int, int) {
-		s := joinedSim(t, 20, 5)
-		simFalse(s, 20*time.Second, .2, .1)
-		return s.sent, s.bytes, s.rng.IntN(1 << 30)
+// decode opens and decodes a packet with the keys of node i.
+func (s *sim) decode(i int, data []byte) (p Packet) {
+	plain, _, err := s.nodes[i].swim.sealer.Open(nil, data)
+	if err == nil {
+		err = DecodePacket(plain, &p)
 	}
-	a, b, c := run()
-	if d, e, f := run(); a != d || b != e || c != f {
-		t.Errorf("%d packets of %d bytes, then %d of %d", a, b, d, e)
+	if err != nil {
+		s.tb.Fatal(err)
 	}
+	return p
+}
+
+// seal seals p as the member of node from would. It fills in the name and session of that member
+// unless p has others.
+func (s *sim) seal(from int, p Packet) []byte {
+	sw := s.nodes[from].swim
+	if p.Session == 0 {
+		p.Session = sw.self.Session
+	}
+	if p.From == "" {
+		p.From = sw.name
+	}
+	return sw.sealer.Seal(nil, encodePacket(p), 0)
+}
+
+// deliver makes node i receive data from an address now, and returns its answers without sending
+// them.
+func (s *sim) deliver(i int, from netip.AddrPort, data []byte) []Datagram {
+	n := s.nodes[i]
+	return n.swim.Receive(s.now-n.origin, from, data)
+}
+
+// tick calls Tick of node i at a time of the node's clock, without handling any event. It returns
+// the packets without sending them.
+func (s *sim) tick(i int, at time.Duration) []Datagram {
+	n := s.nodes[i]
+	s.now = max(s.now, at+n.origin)
+	return n.swim.Tick(at)
+}
+
+// suspicionOf returns a record in which node 2 suspects node o, from the record of o that node i
+// has.
+func (s *sim) suspicionOf(i, o int) MemberRecord {
+	r := s.nodes[i].swim.table.Get(s.nodes[o].name).MemberRecord
+	r.State, r.Accusers = StateSuspect, []uint64{accuserID(s.nodes[2].name)}
+	return r
 }

@@ -1,0 +1,308 @@
+package main
+
+// Tests of key generation and rotation: no run overwrites or loses a key, and runs that race leave
+// one complete set of files.
+
+import (
+	"crypto/tls"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// authTree returns the content of each file in dir by its name. It fails the test if the mode of a
+// file is not 0644 for the certificate or 0600 for every other file.
+func authTree(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{}
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := fs.FileMode(0o600)
+		if e.Name() == TLSCertFile {
+			want = 0o644
+		}
+		if info.Mode() != want {
+			t.Errorf("file %s has mode %v, want %v", e.Name(), info.Mode(), want)
+		}
+		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[e.Name()] = string(data)
+	}
+	return files
+}
+
+// checkKeygen runs Keygen in dir and returns authTree(dir). It fails the test unless Keygen reports
+// the files wantCreated and wantKept.
+func checkKeygen(t *testing.T, dir string, hosts, wantCreated, wantKept []string) map[string]string {
+	t.Helper()
+	created, kept, err := Keygen(dir, hosts, testNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		about     string
+		got, want []string
+	}{{"created", created, wantCreated}, {"kept", kept, wantKept}} {
+		var want []string
+		for _, name := range c.want {
+			want = append(want, filepath.Join(dir, name))
+		}
+		if !slices.Equal(c.got, want) {
+			t.Errorf("files reported as %s: got %q, want %q", c.about, c.got, want)
+		}
+	}
+	return authTree(t, dir)
+}
+
+// Keygen creates dir with mode 0700, and two different key files in it. Without hosts it creates no
+// certificate.
+func TestKeygen(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "deep", "keys")
+	files := checkKeygen(t, dir, nil, []string{ClusterKeyFile, TokenKeyFile}, nil)
+	if info, err := os.Stat(dir); err != nil || info.Mode() != fs.ModeDir|0o700 {
+		t.Errorf("directory: got mode %v and error %v, want mode 0700", info.Mode(), err)
+	}
+	for _, name := range []string{ClusterKeyFile, TokenKeyFile} {
+		if _, err := ParseKeys([]byte(files[name])); err != nil {
+			t.Errorf("parsing %s: %v", name, err)
+		}
+	}
+	if len(files) != 2 || files[ClusterKeyFile] == files[TokenKeyFile] {
+		t.Errorf("got files %q, want two different key files", files)
+	}
+}
+
+// Later runs of Keygen create only the missing files and leave all others unchanged. The
+// certificate that they create matches its key.
+func TestKeygenAgain(t *testing.T) {
+	dir := t.TempDir()
+	first := checkKeygen(t, dir, nil, []string{ClusterKeyFile, TokenKeyFile}, nil)
+	second := checkKeygen(t, dir, []string{"hub.example"}, []string{TLSCertFile, TLSKeyFile}, []string{ClusterKeyFile, TokenKeyFile})
+	third := checkKeygen(t, dir, []string{"other.example"}, nil, []string{ClusterKeyFile, TokenKeyFile, TLSCertFile, TLSKeyFile})
+	if len(second) != 4 || !reflect.DeepEqual(second, third) ||
+		second[ClusterKeyFile] != first[ClusterKeyFile] || second[TokenKeyFile] != first[TokenKeyFile] {
+		t.Errorf("a later run changed files:\n%q\n%q\n%q", first, second, third)
+	}
+	if _, err := tls.X509KeyPair([]byte(second[TLSCertFile]), []byte(second[TLSKeyFile])); err != nil {
+		t.Errorf("certificate and key: %v", err)
+	}
+	if err := os.Remove(filepath.Join(dir, TokenKeyFile)); err != nil {
+		t.Fatal(err)
+	}
+	checkKeygen(t, dir, nil, []string{TokenKeyFile}, []string{ClusterKeyFile})
+}
+
+// Keygen refuses a bad host before it creates anything.
+func TestKeygenBadHost(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "keys")
+	if _, _, err := Keygen(dir, []string{"https://x"}, testNow); err == nil {
+		t.Error("Keygen accepts a URL as a host")
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Keygen with a bad host left a directory behind: %v", err)
+	}
+}
+
+// Keygen refuses to run, and writes nothing, if only one of tls.crt and tls.key exists.
+func TestKeygenHalfPair(t *testing.T) {
+	for _, name := range []string{TLSCertFile, TLSKeyFile} {
+		for _, hosts := range [][]string{nil, {"hub.example"}} {
+			dir := t.TempDir()
+			path := filepath.Join(dir, name)
+			// A dangling link counts as an existing file, because it may point to a disk that is
+			// not mounted.
+			if err := os.Symlink(filepath.Join(dir, "away", "x"), path); err != nil {
+				t.Fatal(err)
+			}
+			created, kept, err := Keygen(dir, hosts, testNow)
+			if err == nil || !strings.Contains(err.Error(), path) || created != nil || kept != nil {
+				t.Errorf("only %s exists: created %q, kept %q, error %v; want an error with the path", name, created, kept, err)
+			}
+			if entries, _ := os.ReadDir(dir); len(entries) != 1 {
+				t.Errorf("only %s exists: Keygen failed, but left %v", name, entries)
+			}
+		}
+	}
+}
+
+// Keygen returns an error if dir or its parent is a regular file.
+func TestKeygenFails(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{file, filepath.Join(file, "sub")} {
+		if _, _, err := Keygen(dir, nil, testNow); err == nil {
+			t.Errorf("Keygen in %s: got no error", dir)
+		}
+	}
+}
+
+// If several runs of Keygen race, they leave one complete set of files, and certificate and key
+// match.
+func TestKeygenRace(t *testing.T) {
+	for range 5 {
+		dir := t.TempDir()
+		created := make(chan []string)
+		for range 8 {
+			go func() {
+				names, _, _ := Keygen(dir, []string{"hub.example"}, testNow) // a run that loses the race may fail
+				created <- names
+			}()
+		}
+		var all []string
+		for range 8 {
+			all = append(all, <-created...)
+		}
+		if files := authTree(t, dir); len(files) != 4 || len(all) != 4 {
+			t.Errorf("the runs left %d files and reported %q as created, want 4 files, each reported once", len(files), all)
+		}
+		if _, err := tls.LoadX509KeyPair(filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)); err != nil {
+			t.Errorf("certificate and key: %v", err)
+		}
+	}
+}
+
+// If several calls of createKeyFile create the same file, one call succeeds and the others return
+// fs.ErrExist. No temporary file stays behind.
+func TestCreateKeyFileNeverReplaces(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.key")
+	errs := make(chan error)
+	for n := range 8 {
+		go func() { errs <- createKeyFile(path, []byte{byte(n)}, 0o600) }()
+	}
+	won := 0
+	for range 8 {
+		if err := <-errs; err == nil {
+			won++
+		} else if !errors.Is(err, fs.ErrExist) {
+			t.Errorf("got error %v, want %v", err, fs.ErrExist)
+		}
+	}
+	if won != 1 {
+		t.Errorf("%d of 8 calls succeeded, want 1", won)
+	}
+	if files := authTree(t, filepath.Dir(path)); len(files) != 1 {
+		t.Errorf("the calls left %q, want one file", files)
+	}
+}
+
+// handWrittenTokenKeys creates the key files in a new directory, and replaces the token keys by
+// keys 1 and 2 in the form in which an operator's editor leaves them. It returns the directory, the
+// path of the token keys and their content.
+func handWrittenTokenKeys(t *testing.T) (dir, path, content string) {
+	t.Helper()
+	dir = t.TempDir()
+	if _, _, err := Keygen(dir, nil, testNow); err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(dir, TokenKeyFile)
+	content = keyLine(1) + "\n# from 2024\n" + keyLine(2)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir, path, content
+}
+
+// A rotation adds a key above the old keys and comments. New tokens are signed with the new key. A
+// token of an old key stays valid until that key is deleted.
+func TestRotateKey(t *testing.T) {
+	dir, _, old := handWrittenTokenKeys(t)
+	before := testKeys(t, 1, 2)
+	token := signToken(t, before, authToken())
+	if err := RotateKey(dir, "token"); err != nil {
+		t.Fatal(err)
+	}
+	text := authTree(t, dir)[TokenKeyFile]
+	if !strings.HasSuffix(text, "\n"+old+"\n") {
+		t.Errorf("the rotation changed the old lines: %q", text)
+	}
+	after, err := ParseKeys([]byte(text))
+	if err != nil || len(after.IDs()) != 3 || !slices.Equal(after.IDs()[1:], before.IDs()) {
+		t.Fatalf("got keys %v and error %v, want a new key and then %v", after.IDs(), err, before.IDs())
+	}
+	if tok, err := after.Verify(token, testNow); err != nil || tok.KeyID != before.IDs()[0] {
+		t.Errorf("old token after the rotation: got %+v, %v", tok, err)
+	}
+	if _, err := testKeys(t, 2).Verify(token, testNow); !errors.Is(err, ErrTokenForged) {
+		t.Errorf("old token after its key is deleted: got error %v, want %v", err, ErrTokenForged)
+	}
+	if tok, err := ParseUnverifiedToken(signToken(t, after, authToken())); err != nil || tok.KeyID != after.IDs()[0] {
+		t.Errorf("new token: got %+v, %v; want key ID %s", tok, err, after.IDs()[0])
+	}
+}
+
+// A rotation keeps the mode and the owner of the key file. As root, the test uses a file of another
+// user.
+func TestRotateKeyKeepsModeAndOwner(t *testing.T) {
+	dir, path, _ := handWrittenTokenKeys(t)
+	uid := os.Getuid()
+	if uid == 0 {
+		uid = 12345
+		if err := os.Chown(path, uid, uid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, mode := range []fs.FileMode{0o600, 0o640} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := RotateKey(dir, "token"); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); !ok || int(st.Uid) != uid || info.Mode() != mode {
+			t.Errorf("after the rotation: mode %v, %+v; want mode %v and user %d", info.Mode(), info.Sys(), mode, uid)
+		}
+	}
+}
+
+// RotateKey refuses a full key file, an unknown name, and a file that is invalid or missing. It
+// then changes no file.
+func TestRotateKeyRefuses(t *testing.T) {
+	dir, path, _ := handWrittenTokenKeys(t)
+	for n := 1; n < maxKeys; n++ {
+		if err := RotateKey(dir, "cluster"); err != nil {
+			t.Fatalf("rotation %d: %v", n, err)
+		}
+	}
+	if err := os.WriteFile(path, []byte("# none\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := authTree(t, dir)
+	for _, c := range []struct{ about, name, want string }{
+		{"file with 16 keys", "cluster", "delete the oldest keys"},
+		{"file without a key", "token", "contains no key"},
+		{"empty name", "", "want cluster or token"},
+		{"name of another file", "tls", "want cluster or token"},
+		{"path as a name", "../token", "want cluster or token"},
+	} {
+		if err := RotateKey(dir, c.name); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got error %v, want an error with %q", c.about, err, c.want)
+		}
+	}
+	if after := authTree(t, dir); !reflect.DeepEqual(after, before) {
+		t.Errorf("refused rotations changed files:\n%q\n%q", before, after)
+	}
+	if err := RotateKey(t.TempDir(), "token"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("missing file: got error %v, want %v", err, fs.ErrNotExist)
+	}
+}

@@ -1,0 +1,207 @@
+package main
+
+// Tests of sessions: a member refuses packets that it must not believe, and challenges a session
+// that has not proven itself.
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+)
+
+// A member refuses a packet that is a replay, damaged, foreign, misaddressed, from an old session
+// or an answer to nothing. It counts the refusal, does not answer, and believes no record of the
+// packet.
+func TestSwimRefuses(t *testing.T) {
+	s := newSim(t, 3, testSeed(t, 1))
+	var ping []byte
+	s.lastTo(0, 1, PacketPing, &ping)
+	s.startAll()
+	s.until(10*time.Second, "all join", s.agree)
+	s.until(10*time.Second, "node 0 pings node 1", func() bool { return ping != nil })
+	s.run(time.Second)
+	a, b := s.nodes[0], s.nodes[1]
+	foreign := testSealer(t, 9, "sim", 7)
+	elsewhere := testSealer(t, 9, "not sim", 1)
+	dead := s.deathOf(2)
+	body := encodePacket(Packet{Kind: PacketPing, To: b.name, From: a.name, Session: a.swim.self.Session, RequestID: 5, Records: []MemberRecord{dead}})
+	asked := b.swim.addRequestIfRoom(pendingRequest{purpose: requestReconnect, name: dead.Name, dueAt: s.now - b.origin + time.Hour}).id
+	for _, c := range []struct {
+		about  string
+		packet []byte
+		want   int // the count that rises
+	}{
+		{"replay of a ping", ping, RefusedReplay},
+		{"packet without its last byte", ping[:len(ping)-1], RefusedForged},
+		{"packet of 10 bytes", ping[:10], RefusedUnsealed},
+		{"packet longer than MaxPacket", a.swim.sealer.Seal(nil, make([]byte, MaxPacket), 0), RefusedUnsealed},
+		{"another version", otherVersion(ping, sealVersion+1), RefusedVersion},
+		{"another version, one byte", []byte{sealVersion + 1}, RefusedVersion},
+		{"another key", foreign.Seal(nil, body, 0), RefusedKey},
+		{"another ring", elsewhere.Seal(nil, body, 0), RefusedForged},
+		{"not a packet", a.swim.sealer.Seal(nil, []byte("nonsense"), 0), RefusedMalformed},
+		{"addressed to another member", s.seal(0, Packet{Kind: PacketPing, To: dead.Name, RequestID: 5, Records: []MemberRecord{dead}}), RefusedMisrouted},
+		{"old session", s.seal(0, Packet{Kind: PacketPing, To: b.name, Session: a.swim.self.Session - 1, RequestID: 5, Records: []MemberRecord{dead}}), RefusedSession},
+		{"session below those of both members", s.seal(0, Packet{Kind: PacketGossip, To: b.name, Session: min(a.swim.self.Session, b.swim.self.Session) - 1, Records: []MemberRecord{dead}}), RefusedSession},
+		{"name and session of the receiver", s.seal(0, Packet{Kind: PacketGossip, To: b.name, From: b.name, Session: b.swim.self.Session, Records: []MemberRecord{dead}}), RefusedMisrouted},
+		{"answer to a request to another member", s.seal(0, Packet{Kind: PacketAck, To: b.name, ReplyTo: asked}), RefusedUnasked},
+		{"answer to no request", s.seal(0, Packet{Kind: PacketAck, To: b.name, ReplyTo: 12345}), RefusedUnasked},
+		{"relayed answer of a member that is no relay", s.seal(0, Packet{Kind: PacketAck, To: b.name, Target: dead.Name, ReplyTo: asked}), RefusedUnasked},
+	} {
+		want := b.swim.Refused
+		want[c.want]++
+		out := s.deliver(1, strangerAddr, c.packet)
+		if b.swim.Refused != want || len(out) > 0 {
+			t.Errorf("%s: got counts %v and %d answers, want counts %v and no answer", c.about, b.swim.Refused, len(out), want)
+		}
+		if c.want != RefusedUnasked && b.swim.table.Get(dead.Name).State != StateAlive {
+			t.Errorf("%s: the receiver believes the packet's record", c.about)
+		}
+	}
+	if b.swim.requests.find(requestReconnect, dead.Name) == nil {
+		t.Error("a request counts as answered, although the asked member did not answer")
+	}
+}
+
+// strangerAddr is an address at which no node of a sim is.
+var strangerAddr = netip.MustParseAddrPort("192.0.2.7:1")
+
+// deathOf returns a record with a high incarnation that declares node i dead.
+func (s *sim) deathOf(i int) MemberRecord {
+	return MemberRecord{Name: s.nodes[i].name, Session: s.nodes[i].swim.self.Session, Incarnation: 99, State: StateDead, Addr: "x:1", Slot: NoSlot}
+}
+
+// A member challenges the sender of a packet whose session it does not know, or knows only from
+// other members. It believes no record of the packet.
+func TestSwimChallenges(t *testing.T) {
+	s := joinedSim(t, 3, testSeed(t, 1))
+	a, b, dead := s.nodes[0], s.nodes[1], s.deathOf(2)
+	rumour := MemberRecord{Name: "rumour", Session: 1, Addr: "x:1", Slot: NoSlot}
+	s.deliver(1, strangerAddr, s.seal(0, Packet{Kind: PacketGossip, To: b.name, Records: []MemberRecord{rumour}}))
+	for _, c := range []struct {
+		about  string
+		packet Packet
+	}{
+		{"member known from others", Packet{From: "rumour", Session: 1, Records: []MemberRecord{dead}}},
+		{"later session of a known member", Packet{Session: a.swim.self.Session + sessionStep, Records: []MemberRecord{dead}}},
+		{"unknown member", Packet{From: "new", Session: 1, Records: []MemberRecord{dead, {Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}}}},
+	} {
+		c.packet.Kind, c.packet.To, c.packet.RequestID = PacketPing, b.name, 5
+		want := b.swim.Refused[RefusedStranger] + 1
+		out := s.deliver(1, strangerAddr, s.seal(0, c.packet))
+		if len(out) != 1 || b.swim.Refused[RefusedStranger] != want || b.swim.table.Get(dead.Name).State != StateAlive || b.swim.table.Get("new") != nil {
+			t.Errorf("%s: the packet is believed or not challenged; got %d answers", c.about, len(out))
+		} else if p := s.decode(1, out[0].Data); p.RequestID == 0 || p.ReplyTo != 5 || out[0].To.AddrPort != strangerAddr {
+			t.Errorf("%s: got the answer %+v, want a challenge that answers request 5", c.about, p)
+		}
+	}
+}
+
+// A member accepts the answer to its challenge as proof of the session. The replay window starts at
+// the counter of that answer, so that the answer is accepted only once.
+func TestSwimAcceptsProof(t *testing.T) {
+	s := joinedSim(t, 3, testSeed(t, 1))
+	b := s.nodes[1].swim
+	record := MemberRecord{Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}
+	ping := Packet{Kind: PacketPing, To: b.name, From: "new", Session: 1, RequestID: 5, Records: []MemberRecord{record}}
+	out := s.deliver(1, strangerAddr, s.seal(0, ping))
+	if len(out) != 1 {
+		t.Fatalf("got %d answers to a ping, want a challenge", len(out))
+	}
+	proof := s.seal(0, Packet{Kind: PacketAck, To: b.name, From: "new", Session: 1, ReplyTo: s.decode(1, out[0].Data).RequestID, Records: []MemberRecord{record}})
+	s.deliver(1, strangerAddr, proof)
+	if m := b.table.Get("new"); m == nil || !m.Proven {
+		t.Fatal("the answer to the challenge is not accepted as proof")
+	}
+	replays := b.Refused[RefusedReplay]
+	if out := s.deliver(1, strangerAddr, proof); len(out) > 0 || !b.table.Get("new").Proven || b.Refused[RefusedReplay] != replays+1 {
+		t.Errorf("repeated proof: got %d answers and %d refused replays after %d, want one replay more", len(out), b.Refused[RefusedReplay], replays)
+	}
+}
+
+// A member counts every packet of another version, and reports the first one. It reports at most
+// one such packet per hour.
+func TestSwimReportsVersion(t *testing.T) {
+	s := joinedSim(t, 2, testSeed(t, 1))
+	a, from := s.nodes[0].swim, s.nodes[1].addr
+	packet := otherVersion(s.seal(1, Packet{Kind: PacketGossip, To: a.name}), 9)
+	const want = EventVersion + ": sealed by another version of telemeter: it has version 9; this program knows version 2"
+	for _, c := range []struct {
+		after time.Duration
+		event bool
+	}{{0, true}, {0, false}, {versionEventEvery - 2*time.Second, false}, {2 * time.Second, true}, {0, false}} {
+		s.now += c.after
+		refused := a.Refused[RefusedVersion]
+		out := s.deliver(0, from, packet)
+		got := slices.Contains(a.Events, GossipEvent{What: want, Addr: from.String()})
+		if got != c.event || a.Refused[RefusedVersion] != refused+1 || len(out) > 0 {
+			t.Errorf("%v later: got events %v, %d answers and %d refused packets after %d; want reported: %v", c.after, a.Events, len(out), a.Refused[RefusedVersion], refused, c.event)
+		}
+	}
+	if names := RefusedReasonNames(); names[RefusedVersion] != "version" || names[RefusedUnasked] != "unasked" {
+		t.Errorf("the names of the reasons are out of order: %v", names)
+	}
+}
+
+// A member ignores a packet of its own that comes back: it does not take the sender's address for
+// another member, and still joins through a seed at that address.
+func TestSwimReflected(t *testing.T) {
+	s := newSim(t, 2, testSeed(t, 1))
+	var hello []byte
+	s.tap = func(from, to int, data []byte) { hello = data }
+	s.start(1) // the seed, node 0, does not run yet
+	s.until(time.Second, "node 1 contacts the seed", func() bool { return hello != nil })
+	if out := s.deliver(1, s.nodes[0].addr, hello); len(out) > 0 {
+		t.Errorf("got %d answers to a packet of its own, want none", len(out))
+	}
+	s.tap = nil
+	s.run(10 * time.Second)
+	s.start(0, 0)
+	s.until(10*time.Second, "node 1 joins through the seed that reflected a packet", s.agree)
+}
+
+// A packet of an earlier session of the receiver leads to at most one request, however often it
+// comes back.
+func TestSwimReflectedOften(t *testing.T) {
+	s := newSim(t, 2, testSeed(t, 1))
+	var hello []byte
+	s.lastTo(1, 0, PacketHello, &hello)
+	s.startAll()
+	s.until(10*time.Second, "all join", func() bool { return hello != nil && s.agree() })
+	s.tap = nil
+	s.restart(1)
+	pending := len(s.nodes[1].swim.requests)
+	for range maxPendingRequests {
+		s.deliver(1, s.nodes[0].addr, hello)
+	}
+	if n := len(s.nodes[1].swim.requests); n > pending+1 {
+		t.Errorf("one packet, repeated, led to %d requests, want at most 1", n-pending)
+	}
+}
+
+// A member sends at most maxUnprovenReplies answers per interval to senders that have proven
+// nothing.
+func TestSwimBoundedAnswers(t *testing.T) {
+	s := joinedSim(t, 2, testSeed(t, 1))
+	hello := s.seal(1, Packet{Kind: PacketHello, From: "x", Session: 1, RequestID: 5})
+	answers := 0
+	for range maxUnprovenReplies + 100 {
+		answers += len(s.deliver(0, s.nodes[1].addr, hello))
+	}
+	if answers == 0 || answers > maxUnprovenReplies {
+		t.Errorf("got %d answers in one interval, want 1 to %d", answers, maxUnprovenReplies)
+	}
+}
+
+// The number of pending requests stays bounded, however many unknown members send packets.
+func TestSwimBoundedRequests(t *testing.T) {
+	s := joinedSim(t, 2, testSeed(t, 1))
+	for i := range maxUnprovenReplies {
+		s.deliver(0, s.nodes[1].addr, s.seal(1, Packet{Kind: PacketHello, From: fmt.Sprint("x", i), Session: 1, RequestID: 5}))
+	}
+	if n := len(s.nodes[0].swim.requests); n > maxPendingRequests {
+		t.Errorf("got %d pending requests, want at most %d", n, maxPendingRequests)
+	}
+}
