@@ -1,8 +1,8 @@
 package main
 
-// Sites that run the real client, with a spool each, while the servers' disks are removed, replaced
-// by an old copy, cut short, damaged or swapped. In the end the central Prometheus has every
-// sample that a source ever gave, and nothing else.
+// The scenarios of TestChaos, and sites that run the real client with a spool. In some scenarios
+// the servers' disks are removed, replaced by an old copy, cut short, damaged or swapped. At the
+// end, the central Prometheus must have every sample that a source ever returned, and nothing else.
 
 import (
 	"bytes"
@@ -25,26 +25,20 @@ import (
 	"time"
 )
 
-// chaosClient is a site with a client, and the source that it scrapes.
+// chaosClient is a site with a client. It is also the source that the client scrapes, as the
+// http.RoundTripper of the client's scrapes.
 type chaosClient struct {
-	n       int
+	n       int // number of the site
 	metrics *Metrics
 	client  *Client
-	dry     atomic.Bool // the source gives no samples any more
+	log     logBuffer
+	dry     atomic.Bool // the source returns no samples any more
 
-	mu   sync.Mutex // guards the rest
-	gave map[int64]bool
-	log  bytes.Buffer
+	mu   sync.Mutex     // guards gave
+	gave map[int64]bool // times in ms of the samples that the source returned
 }
 
-// Write takes the client's log.
-func (c *chaosClient) Write(b []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.log.Write(b)
-}
-
-// RoundTrip answers a scrape, as the source.
+// RoundTrip returns the answer of the source to a scrape.
 func (c *chaosClient) RoundTrip(req *http.Request) (*http.Response, error) {
 	now := time.Now().UnixMilli()
 	var body []byte
@@ -62,15 +56,15 @@ func (c *chaosClient) RoundTrip(req *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// keeps reports whether the spool has a sample.
+// keeps reports whether the spool has a scrape with samples.
 func (c *chaosClient) keeps() bool {
 	c.client.spool.mu.Lock()
 	defer c.client.spool.mu.Unlock()
 	return slices.ContainsFunc(c.client.spool.index.entries, func(e spoolEntry) bool { return e.Samples > 0 })
 }
 
-// clients makes a client for each site and runs it. Each tries the servers from another one
-// on.
+// clients starts a client for each site. The clients list the servers in rotated order, so that
+// they begin with different servers.
 func (r *chaosRig) clients(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
@@ -86,7 +80,7 @@ func (r *chaosRig) clients(every time.Duration) {
 		}
 		c.client = NewClient(ClientConfig{
 			From: from, FromClient: &http.Client{Transport: c}, To: to, ToClient: r.pushClient, ClusterID: fmt.Sprint("site-", n),
-			Interval: every, ScrapeInterval: every, LimitBytes: 1 << 20, Metrics: c.metrics, Log: slog.New(slog.NewTextHandler(c, nil)),
+			Interval: every, ScrapeInterval: every, LimitBytes: 1 << 20, Metrics: c.metrics, Log: slog.New(slog.NewTextHandler(&c.log, nil)),
 			Now: time.Now, Boot: NewBootClock(os.ReadFile).Now,
 		})
 		c.client.Reload(ClientReloadConfig{Token: r.sites[n].token, NewCleaner: func() *ClientCleaner { return &ClientCleaner{} }})
@@ -95,7 +89,7 @@ func (r *chaosRig) clients(every time.Duration) {
 		}
 		r.clientele = append(r.clientele, c)
 		r.pushing.Go(func() {
-			c.client.Run(ctx) // an error is the spool's, and is in its metrics
+			c.client.Run(ctx) // returns an error only for the spool, which the client's metrics count
 			c.client.Close()
 		})
 	}
@@ -111,16 +105,16 @@ func (r *chaosRig) prometheus(every time.Duration) {
 	r.central.start()
 }
 
-// came waits until the central Prometheus has a sample of every site.
+// came waits until the central Prometheus has a sample from every site.
 func (r *chaosRig) came() {
 	r.t.Helper()
-	r.wait("first scrapes", func() bool {
+	r.wait("Prometheus has a sample from every site", func() bool {
 		got, _, err := r.central.query(`chaos_total{k="0"}`, "_id")
 		return err == nil && len(got) == len(r.sites)
 	})
 }
 
-// clientSum adds up a metric of all clients.
+// clientSum returns the sum of a metric over all clients.
 func (r *chaosRig) clientSum(metric string) (sum float64) {
 	for _, c := range r.clientele {
 		var b bytes.Buffer
@@ -130,14 +124,18 @@ func (r *chaosRig) clientSum(metric string) (sum float64) {
 	return sum
 }
 
-// chaosResult is what the central Prometheus has of what the sources gave.
+// chaosResult compares the samples in the central Prometheus with the samples that the sources
+// returned.
 type chaosResult struct {
-	samples, missing, strange, twice int
-	site                             int // one with missing samples
+	samples int // samples in Prometheus
+	missing int // samples of the sources that Prometheus does not have
+	strange int // samples in Prometheus that no source returned
+	twice   int // samples that Prometheus has twice
+	site    int // a site with missing samples, if there is one
 }
 
-// compare asks the central Prometheus for everything. given has the times at which each
-// site's source gave samples.
+// compare queries the central Prometheus for all samples. given returns the times in ms at which a
+// site's source returned samples.
 func (r *chaosRig) compare(given func(site int) map[int64]bool) (d chaosResult, err error) {
 	for k := range chaosSeries {
 		got, twice, err := r.central.query(fmt.Sprintf(`chaos_total{k="%d"}[3h]`, k), "_id")
@@ -163,8 +161,10 @@ func (r *chaosRig) compare(given func(site int) map[int64]bool) (d chaosResult, 
 	return d, nil
 }
 
-// drained ends the sources, waits until no spool has a sample, which is when the clients
-// know that every consumer has read everything, and compares what the central Prometheus has.
+// drained stops the sources, waits until all spools are empty, and compares the central Prometheus
+// with the sources. A client's spool is empty once the client knows that every consumer has read
+// all its samples. drained prints the result, and fails the test unless every sample is there
+// exactly once.
 func (r *chaosRig) drained() {
 	t := r.t
 	t.Helper()
@@ -204,11 +204,11 @@ func (r *chaosRig) drained() {
 	if err != nil || gave == 0 || d.missing+d.strange+d.twice > 0 || lost > 0 || len(bad) > 0 {
 		for _, s := range r.running() {
 			text := s.p.text()
-			t.Logf("%s said:\n%s", s.name, text[max(0, len(text)-6000):])
+			t.Logf("end of the log of server %s:\n%s", s.name, text[max(0, len(text)-6000):])
 		}
-		log := r.clientele[d.site].log.Bytes()
-		t.Logf("the client of site %d said:\n%s", d.site, log[max(0, len(log)-6000):])
-		t.Errorf("%s (SEED=%d): %+v, %v; clients dropped %v; Prometheus said %s", r.name, r.seed, d, err, lost, strings.Join(bad, ""))
+		log := r.clientele[d.site].log.String()
+		t.Logf("end of the log of the client of site %d:\n%s", d.site, log[max(0, len(log)-6000):])
+		t.Errorf("%s (SEED=%d): %+v, %v; samples dropped by clients %v; faults in the log of Prometheus: %s", r.name, r.seed, d, err, lost, strings.Join(bad, ""))
 	}
 }
 
@@ -221,7 +221,8 @@ func (r *chaosRig) wipe(servers ...*chaosServer) {
 	})
 }
 
-// each kills servers, does something to the disk of each, and starts them again.
+// each kills the servers, calls do for each of them, starts them again and waits until they are
+// ready.
 func (r *chaosRig) each(servers []*chaosServer, do func(s *chaosServer)) {
 	for _, s := range servers {
 		r.kill(s)
@@ -237,11 +238,12 @@ func (r *chaosRig) each(servers []*chaosServer, do func(s *chaosServer)) {
 	}
 }
 
-// restore replaces a server's storage directory by a copy that was taken a while ago.
+// restore copies a server's storage directory, waits for age, and replaces the directory by the
+// copy.
 func (r *chaosRig) restore(s *chaosServer, age time.Duration) {
 	copied := filepath.Join(r.dir, "copy")
 	if err := os.CopyFS(copied, liveFS{os.DirFS(filepath.Join(s.dir, "data"))}); err != nil {
-		r.failf("copying: %v", err)
+		r.failf("copying the storage directory of %s: %v", s.name, err)
 	}
 	r.sleep(age)
 	r.each([]*chaosServer{s}, func(s *chaosServer) {
@@ -249,14 +251,14 @@ func (r *chaosRig) restore(s *chaosServer, age time.Duration) {
 			r.failf("%v", err)
 		}
 		if err := os.CopyFS(filepath.Join(s.dir, "data"), os.DirFS(copied)); err != nil {
-			r.failf("restoring: %v", err)
+			r.failf("restoring the storage directory of %s: %v", s.name, err)
 		}
 	})
 	os.RemoveAll(copied)
 }
 
-// liveFS is a directory that a process writes to. A file that goes while it is read is left
-// out, as a copy of a live directory leaves it out.
+// liveFS is a directory to which a process writes while it is copied. ReadDir leaves out temporary
+// files, because they can disappear before they are read.
 type liveFS struct{ fs.FS }
 
 func (l liveFS) ReadDir(name string) ([]fs.DirEntry, error) {
@@ -270,12 +272,12 @@ func (l liveFS) ReadDir(name string) ([]fs.DirEntry, error) {
 	return there, err
 }
 
-// hurt cuts every other log of a server short at a random place, and zeroes a page of the
-// others.
+// hurt damages every log of a server. It cuts every second log at a random byte, and zeroes a
+// random page of 4 KiB in each of the others.
 func (r *chaosRig) hurt(s *chaosServer) {
 	logs, err := filepath.Glob(filepath.Join(s.dir, "data", "??", "*"+LogSuffix))
 	if err != nil || len(logs) == 0 {
-		r.failf("%s has no logs: %v", s.name, err)
+		r.failf("server %s has no logs to damage: %v", s.name, err)
 	}
 	for i, path := range logs {
 		b, err := os.ReadFile(path)
@@ -303,7 +305,7 @@ func (r *chaosRig) swap(a, b *chaosServer) {
 		}
 		moved = true
 		dirs := []string{filepath.Join(a.dir, "data"), filepath.Join(b.dir, "data")}
-		for i, dir := range dirs { // on different disks, so copied
+		for i, dir := range dirs { // copy, because a rename cannot move files between disks
 			if err := os.CopyFS(filepath.Join(r.dir, fmt.Sprint("swap", 1-i)), os.DirFS(dir)); err != nil {
 				r.failf("%v", err)
 			}
@@ -317,10 +319,11 @@ func (r *chaosRig) swap(a, b *chaosServer) {
 	})
 }
 
-// sleep lets the load go on for a while.
+// sleep waits while the load continues.
 func (r *chaosRig) sleep(d time.Duration) { time.Sleep(d) }
 
-// away runs while the central Prometheus is away, and backlogs grow.
+// away stops the central Prometheus, waits for d so that backlogs grow, calls while, and starts
+// Prometheus again.
 func (r *chaosRig) away(d time.Duration, while func()) {
 	r.central.stop(syscall.SIGTERM)
 	r.sleep(d)
@@ -328,19 +331,22 @@ func (r *chaosRig) away(d time.Duration, while func()) {
 	r.central.start()
 }
 
-// chaosRow is one thing that is done to servers while sites push.
+// chaosRow is one scenario: faults that happen while sites push.
 type chaosRow struct {
 	name    string
-	servers int  // that run at first; 0: all
-	long    bool // for the full form alone
+	servers int  // servers at the beginning; 0: all; negative: all but so many
+	long    bool // left out of the short form, because a shorter scenario has the same faults
 	do      func(r *chaosRig, form chaosForm)
 }
 
+// chaosRows returns all scenarios.
 func chaosRows() []chaosRow {
+	// repeat returns a scenario that causes the faults in turn for form.lasts, and then heals the
+	// network and frees all disks.
 	repeat := func(breaks ...func(r *chaosRig)) func(r *chaosRig, form chaosForm) {
 		return func(r *chaosRig, form chaosForm) {
 			for i, begin := 0, time.Now(); time.Since(begin) < form.lasts; i++ {
-				if breaks[i%len(breaks)](r); r.rnd.IntN(3) == 0 { // else the next comes on top
+				if breaks[i%len(breaks)](r); r.rnd.IntN(3) == 0 { // otherwise the next fault follows without a pause
 					r.pause(5 * time.Second)
 				}
 			}
@@ -402,7 +408,8 @@ func chaosRows() []chaosRow {
 	}
 }
 
-// run does the row to servers while load pushes to them and a Prometheus scrapes them.
+// run starts the servers, the load and the central Prometheus, and then runs the scenario. It
+// returns the rig, with everything still running.
 func (row chaosRow) run(t *testing.T, form chaosForm, seed uint64, load func(r *chaosRig, every time.Duration)) *chaosRig {
 	servers := form.servers
 	if row.name == "growth" {
@@ -426,7 +433,7 @@ func (row chaosRow) run(t *testing.T, form chaosForm, seed uint64, load func(r *
 	return r
 }
 
-// chaosWithClients does one row to servers whose sites run the real client.
+// chaosWithClients runs one scenario with sites that run the real client.
 func chaosWithClients(t *testing.T, form chaosForm, row chaosRow, seed uint64) {
 	row.run(t, form, seed, (*chaosRig).clients).drained()
 }

@@ -1,8 +1,8 @@
 package main
 
-// No sample that a site pushes, of whatever age, makes a scrape of the central Prometheus fail, and
-// with it the samples of other sites. With a real server and a real Prometheus; run by make
-// test-outage.
+// A test with samples of every age. Prometheus fails a whole scrape for one sample that is too old
+// or too new, which would cost the samples of other sites. So no sample that a site pushes may
+// cause that. The test needs a real Prometheus, and "make test-outage" runs it.
 
 import (
 	"fmt"
@@ -15,11 +15,12 @@ import (
 	"time"
 )
 
-// agesTight is the shortest window that goes with the default --retention of 2h: longer
-// by a minute that samples may be ahead, and 40 s to scrape and append.
+// agesTight is the shortest out_of_order_time_window that suffices for the default --retention of
+// 2h. It is longer by one minute, by which samples may be ahead, and by 40 s to scrape and append.
 const agesTight = "2h1m40s"
 
-// ages are of all kinds around the limits. A negative one is ahead of now.
+// ages returns ages of samples around all limits: one minute ahead (a negative age), the 50 minutes
+// that Prometheus accepts without a window, --retention, and older ones back to the Unix epoch.
 func ages(now time.Time) []time.Duration {
 	seconds := []int{-61, -60, -59, 0, 7000, 7100, 7150, 7190, 7195, 7198, 7199, 7200, 7201, 3 * 3600, 25 * 3600, int(now.Unix())}
 	for m := 49; m <= 61; m++ {
@@ -35,25 +36,26 @@ func ages(now time.Time) []time.Duration {
 
 // agedSample is a sample that the bad site pushed.
 type agedSample struct {
-	name, k string
-	t       int64
-	age     time.Duration // when it was pushed
+	name, k string        // metric name and label k
+	t       int64         // ms since the epoch
+	age     time.Duration // age of the sample when it was pushed
 }
 
-// v is the sample's value. It follows from the time, so that another of the same time
-// is no conflict.
+// v returns the value of the sample. It depends only on the time, so that two samples of one series
+// with the same time do not conflict.
 func (s agedSample) v() float64 { return float64(s.t % 1000003) }
 
-// agesSite pushes samples of all ages.
+// agesSite is the badly behaved site: it pushes samples of all ages.
 type agesSite struct {
 	pusher *outagePusher
 
-	mu     sync.Mutex // guards the rest
+	mu     sync.Mutex // guards pushed
 	pushed []agedSample
 }
 
-// push pushes samples of some ages at once: of series that are new, of a series for each
-// age, and of one series for all ages.
+// push pushes three samples of each age in one push. The sample of bad_new belongs to a new series
+// in every round, the sample of bad_age to one series for each age, and the sample of bad_all to
+// one series for all ages. how distinguishes the series of different kinds of pushes.
 func (s *agesSite) push(how string, round int, ages func(now time.Time) []time.Duration) {
 	now := time.Now()
 	var samples []agedSample
@@ -74,7 +76,7 @@ func (s *agesSite) push(how string, round int, ages func(now time.Time) []time.D
 	s.pushed = append(s.pushed, samples...)
 }
 
-// round pushes all ages in one push, and each in its own.
+// round pushes all ages in one push, and then each age in its own push.
 func (s *agesSite) round(n int) {
 	s.push("together", n, ages)
 	for i := range ages(time.Now()) {
@@ -82,22 +84,25 @@ func (s *agesSite) round(n int) {
 	}
 }
 
+// all returns all samples that the site has pushed.
 func (s *agesSite) all() []agedSample {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.pushed)
 }
 
-// agesDiff compares what a Prometheus has with what the bad site pushed.
+// agesDiff compares the samples in one Prometheus with the samples that the bad site pushed.
 type agesDiff struct {
-	samples, missing int // that it must have
-	more             int // that it may have
-	never            int // that it has and that no server may serve
-	twice            int
+	samples int // samples that Prometheus must have and has
+	missing int // samples that Prometheus must have and does not have
+	more    int // samples that Prometheus may have and has
+	never   int // samples that Prometheus has although no server may serve them
+	twice   int // samples that Prometheus has twice
 }
 
-// compareAges compares by series and time: two ages are of one time if they were pushed
-// at different times.
+// compareAges compares the pushed samples with the samples in Prometheus p. must selects the samples
+// that p must have, and may selects the samples that p may have. Pushed samples with the same series
+// and time count as one sample with several ages, because they were pushed at different times.
 func compareAges(p *outagePrometheus, pushed []agedSample, must, may func(agedSample) bool) (d agesDiff, err error) {
 	type key struct {
 		name, k string
@@ -131,31 +136,31 @@ func compareAges(p *outagePrometheus, pushed []agedSample, must, may func(agedSa
 	return d, nil
 }
 
-// Samples of every age that a site can push cost no other site a sample, with the window
-// and without one, and none that is held in an outage until it outlived --retention.
-func TestOutageAges(t *testing.T) {
-	outage, more := 45*time.Second, 5*time.Second
-	if outageForm(t) {
-		more = time.Minute
-	}
-	_, internal, pusher, _ := outageServer(t)
-	// The head's newest time is a minute ahead, as far as samples of the server may take it.
+// agesConsumer is a Prometheus that reads from the server.
+type agesConsumer struct {
+	*outagePrometheus
+	must func(agedSample) bool // the samples of the bad site that this Prometheus must have
+}
+
+// agedBetween returns a function that reports whether the age of a sample is from least to most.
+func agedBetween(least, most time.Duration) func(agedSample) bool {
+	return func(s agedSample) bool { return s.age >= least && s.age <= most }
+}
+
+// newAgesConsumers starts three Prometheus: with the recommended window, without a window, and with
+// the shortest window. The last one scrapes through the proxy. Each also scrapes a target whose
+// samples are one minute ahead, so that the newest time in Prometheus is as far ahead as the server
+// allows.
+func newAgesConsumers(t *testing.T, internal string, proxy *outageProxy) []agesConsumer {
 	ahead := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(w, "ahead 1 %d\n", time.Now().Add(time.Minute).UnixMilli())
 	}))
-	defer ahead.Close()
+	t.Cleanup(ahead.Close)
 	job := "- {job_name: ahead, scrape_interval: 1s, scrape_timeout: 1s, static_configs: [{targets: ['" + ahead.Listener.Addr().String() + "']}]}"
-	proxy := newOutageProxy(t, internal)
-	within := func(least, most time.Duration) func(agedSample) bool {
-		return func(s agedSample) bool { return s.age >= least && s.age <= most }
-	}
-	inOrder := within(-time.Minute, 50*time.Minute)
-	// Older ones may outlive --retention before they are served.
-	inWindow := within(-time.Minute, 7100*time.Second)
-	consumers := []struct {
-		*outagePrometheus
-		must func(agedSample) bool // that this one has of the bad site
-	}{
+	inOrder := agedBetween(-time.Minute, 50*time.Minute)
+	// The limit is below --retention, because a sample must still be younger when it is served.
+	inWindow := agedBetween(-time.Minute, 7100*time.Second)
+	consumers := []agesConsumer{
 		{newOutagePrometheus(t, internal, "with", outageWindow, outageTimeout, job), inWindow},
 		{newOutagePrometheus(t, internal, "without", "", outageTimeout, job), func(s agedSample) bool { return s.name != "bad_all" && inOrder(s) }},
 		{newOutagePrometheus(t, proxy.addr(), "tight", agesTight, outageTimeout, job), inWindow},
@@ -164,19 +169,30 @@ func TestOutageAges(t *testing.T) {
 		p.start()
 	}
 	for _, p := range consumers {
-		eventually(t, "the head's newest time", func() bool {
+		eventually(t, "Prometheus has a sample that is one minute ahead", func() bool {
 			got, _, err := p.query("ahead[5m]", "")
 			return err == nil && len(got[""]) > 0
 		})
 	}
+	return consumers
+}
 
-	const series = 20
-	bad := &agesSite{pusher: pusher}
-	var good []outageScrape
+// agesLoad is a good site, which pushes current samples every second, and a bad site, which pushes
+// a round of all ages every second.
+type agesLoad struct {
+	series int            // series of the good site
+	good   []outageScrape // pushes of the good site; must not be read before end returns
+	bad    *agesSite
+	end    func() // stops both sites and waits until they have ended
+}
+
+// startAgesLoad starts both sites.
+func startAgesLoad(t *testing.T, pusher *outagePusher) *agesLoad {
+	l := &agesLoad{series: 20, bad: &agesSite{pusher: pusher}}
 	stop := make(chan struct{})
 	var sites sync.WaitGroup
-	end := sync.OnceFunc(func() { close(stop); sites.Wait() })
-	defer end()
+	l.end = sync.OnceFunc(func() { close(stop); sites.Wait() })
+	t.Cleanup(l.end)
 	everySecond := func(do func(n int)) {
 		sites.Go(func() {
 			tick := time.NewTicker(time.Second)
@@ -194,15 +210,77 @@ func TestOutageAges(t *testing.T) {
 	everySecond(func(n int) {
 		s := outageScrape{t: time.Now().UnixMilli(), v: float64(n)}
 		var text []byte
-		for k := range series {
+		for k := range l.series {
 			text = fmt.Appendf(text, "good_total{k=\"%d\"} %v %d\n", k, s.v, s.t)
 		}
 		pusher.push("good", text)
-		good = append(good, s)
+		l.good = append(l.good, s)
 	})
-	everySecond(bad.round)
+	everySecond(l.bad.round)
+	return l
+}
+
+// check waits until Prometheus p has all samples of the good site and the samples that it must have
+// of the bad one. It prints the result, and reports an error if samples are missing, duplicate or
+// too old, or if a scrape failed outside the outage from cut to healed.
+func (p agesConsumer) check(load *agesLoad, cut, healed time.Time) {
+	pushed := load.bad.all()
+	// Whether a sample exactly at a limit is served depends on the duration of its push.
+	may := agedBetween(-61*time.Second, 2*time.Hour)
+	var d outageDiff
+	var aged agesDiff
+	for deadline := time.Now().Add(outagePatience / 4); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
+		got, n, err := p.query(`good_total{_id="good"}[3h]`, "k")
+		if err != nil {
+			continue
+		}
+		d = compareOutage(load.good, load.series, got, n)
+		if aged, err = compareAges(p.outagePrometheus, pushed, p.must, may); err == nil && d.whole() && aged.missing == 0 {
+			break
+		}
+	}
+	failed, scrapes := 0, 0
+	up, _, err := p.query(`up{job="federate"}[3h]`, "job")
+	if err != nil {
+		p.t.Errorf("querying the scrapes of Prometheus %s: %v", p.consumer, err)
+	}
+	for at, v := range up["federate"] {
+		// Scrapes through the proxy may fail during the outage, or if the cut interrupted them.
+		if p.consumer == "tight" && at > cut.Add(-outageTimeout).UnixMilli() && at <= healed.UnixMilli() {
+			continue
+		}
+		if scrapes++; v != 1 {
+			failed++
+		}
+	}
+	_, lines := p.log()
+	if p.consumer == "without" { // without a window, Prometheus logs the number of samples that it drops
+		lines = slices.DeleteFunc(lines, func(line string) bool { return strings.Contains(line, "too old or are too far") })
+	}
+	fmt.Printf("ages: %-8s scrapes %d, failed %d; well-behaved site: samples %d, missing %d, duplicate %d, wrong %d; bad site: samples %d, missing %d, duplicate %d, wrong (older than --retention) %d, and %d more\n",
+		p.consumer+",", scrapes, failed, d.samples, d.missing, d.twice, d.wrong, aged.samples, aged.missing, aged.twice, aged.never, aged.more)
+	if failed > 0 || scrapes == 0 || !d.whole() || aged.samples == 0 || aged.missing+aged.twice+aged.never > 0 {
+		p.t.Errorf("Prometheus %s: %d of %d scrapes failed; well-behaved site %+v, bad site %+v", p.consumer, failed, scrapes, d, aged)
+	}
+	if len(lines) > 0 {
+		p.t.Errorf("Prometheus %s: faults in its log:\n%s", p.consumer, strings.Join(lines, ""))
+	}
+}
+
+// Samples of every age that a site can push make no scrape fail and cost no other site a sample,
+// with an out-of-order window and without one. This also holds after an outage in which samples
+// have become older than --retention.
+func TestOutageAges(t *testing.T) {
+	outage, more := 45*time.Second, 5*time.Second
+	if outageForm(t) {
+		more = time.Minute
+	}
+	_, internal, pusher, _ := outageServer(t)
+	proxy := newOutageProxy(t, internal)
+	consumers := newAgesConsumers(t, internal, proxy)
+	load := startAgesLoad(t, pusher)
 	for _, p := range consumers {
-		eventually(t, "the first scrapes", func() bool {
+		eventually(t, "the first scrapes of the server", func() bool {
 			got, _, err := p.query(`up{job="federate"}[5m]`, "job")
 			return err == nil && len(got["federate"]) > 1
 		})
@@ -216,49 +294,8 @@ func TestOutageAges(t *testing.T) {
 	proxy.set("")
 	healed := time.Now()
 	time.Sleep(more)
-	end()
-
-	pushed := bad.all()
-	// At the limits themselves it depends on how long a push takes.
-	may := within(-61*time.Second, 2*time.Hour)
+	load.end()
 	for _, p := range consumers {
-		var d outageDiff
-		var aged agesDiff
-		for deadline := time.Now().Add(outagePatience / 4); time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
-			got, n, err := p.query(`good_total{_id="good"}[3h]`, "k")
-			if err != nil {
-				continue
-			}
-			d = compareOutage(good, series, got, n)
-			if aged, err = compareAges(p.outagePrometheus, pushed, p.must, may); err == nil && d.whole() && aged.missing == 0 {
-				break
-			}
-		}
-		failed, scrapes := 0, 0
-		up, _, err := p.query(`up{job="federate"}[3h]`, "job")
-		if err != nil {
-			t.Error(err)
-		}
-		for at, v := range up["federate"] {
-			// A scrape that began before the cut may have been cut in the middle.
-			if p.consumer == "tight" && at > cut.Add(-outageTimeout).UnixMilli() && at <= healed.UnixMilli() {
-				continue
-			}
-			if scrapes++; v != 1 {
-				failed++
-			}
-		}
-		_, lines := p.log()
-		if p.consumer == "without" { // it says how many it drops, and that is all
-			lines = slices.DeleteFunc(lines, func(line string) bool { return strings.Contains(line, "too old or are too far") })
-		}
-		fmt.Printf("ages: %-8s scrapes %d, failed %d; well-behaved site: samples %d, missing %d, duplicate %d, wrong %d; bad site: samples %d, missing %d, duplicate %d, wrong (older than --retention) %d, and %d more\n",
-			p.consumer+",", scrapes, failed, d.samples, d.missing, d.twice, d.wrong, aged.samples, aged.missing, aged.twice, aged.never, aged.more)
-		if failed > 0 || scrapes == 0 || !d.whole() || aged.samples == 0 || aged.missing+aged.twice+aged.never > 0 {
-			t.Errorf("%s: %d of %d scrapes failed; well-behaved site %+v, bad site %+v", p.consumer, failed, scrapes, d, aged)
-		}
-		if len(lines) > 0 {
-			t.Errorf("%s: Prometheus said\n%s", p.consumer, strings.Join(lines, ""))
-		}
+		p.check(load, cut, healed)
 	}
 }

@@ -1,9 +1,9 @@
 package main
 
-// Sites whose clocks are wrong, are set and start anew with their machines, while the owner of each
-// site changes and answers are lost. The central Prometheus has each scrape once, at the time at
-// which it was made. The clients run in this process, where their clocks can be set, against real
-// servers and a real Prometheus; run by make test-outage.
+// A test with sites whose clocks are wrong, are set, and lose their time at a reboot, while the
+// owners of sites change and answers are lost. The central Prometheus must have each scrape once,
+// at the time at which it was made. The clients run in this process, where the test can set their
+// clocks. The servers and Prometheus are real. "make test-outage" runs the test.
 
 import (
 	"bytes"
@@ -24,34 +24,35 @@ import (
 )
 
 const (
-	clockSeries = 5                // of a site
-	clockExact  = 3 * time.Second  // by which a time may be off: Date has whole seconds
-	clockQuiet  = time.Second / 4  // after a scrape, and before the next, in which a clock may be set
-	clockUptime = 10 * time.Second // of a machine when its client starts
+	clockSeries = 5                // series of each site
+	clockExact  = 3 * time.Second  // allowed error of a corrected time, as Date headers have whole seconds
+	clockQuiet  = time.Second / 4  // least time between a scrape and setting a clock
+	clockUptime = 10 * time.Second // uptime of a machine when its client starts
 )
 
-// clockSite is a site whose source's clock is off. Its client runs in this process.
+// clockSite is a site whose source has a wrong clock. Its client runs in this process. The site is
+// also the source, as the http.RoundTripper of the client's scrapes.
 type clockSite struct {
 	t    *testing.T
-	id   string
-	dir  string // of the spool
+	id   string // cluster ID
+	dir  string // directory of the spool
 	cfg  ClientConfig
 	st   ClientReloadConfig
-	log  process // takes the client's log
-	host bool    // the source is on the client's machine; else it tells of a clock of its own
+	log  logBuffer // log of the client
+	host bool      // source and client share one clock; otherwise the source sends its clock as Date
 
 	client *Client
-	end    func() // of the client
+	end    func() // stops the client and waits until it has ended
 
-	mu     sync.Mutex    // guards the rest
-	off    time.Duration // of the source's clock
-	booted time.Time
-	boots  int
-	dry    bool        // the source gives no samples any more
-	said   []time.Time // when each scrape was made; its values are 1, 2, …
+	mu     sync.Mutex    // guards the fields below
+	off    time.Duration // error of the source's clock
+	booted time.Time     // when the client's machine was booted
+	boots  int           // number of boots
+	dry    bool          // the source returns no samples any more
+	said   []time.Time   // true time of each scrape; the samples of scrape i have the value i+1
 }
 
-// RoundTrip answers a scrape, as the source.
+// RoundTrip returns the answer of the source to a scrape.
 func (s *clockSite) RoundTrip(req *http.Request) (*http.Response, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -74,7 +75,7 @@ func (s *clockSite) RoundTrip(req *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// now is the client's wall clock.
+// now returns the time of the client's wall clock.
 func (s *clockSite) now() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,22 +85,23 @@ func (s *clockSite) now() time.Time {
 	return time.Now()
 }
 
-// boot is the client's boot-time clock.
+// boot returns the time since boot of the client's machine, and the ID of the boot.
 func (s *clockSite) boot() (ms int64, id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return (time.Since(s.booted) + clockUptime).Milliseconds(), fmt.Sprint("boot-", s.boots)
 }
 
+// all returns the true times of all scrapes so far.
 func (s *clockSite) all() []time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.said)
 }
 
-// step sets the source's clock. The client's own, if that is the same, must not be set in
-// the middle of a scrape: a Time that is made up cannot tell the client that the time which
-// passed is another one.
+// step changes the source's clock by a duration. It waits for a moment without a scrape: if the
+// client shares the clock, it would measure a wrong duration for a scrape during the step, because
+// the faked time has no monotonic clock.
 func (s *clockSite) step(by time.Duration) {
 	for deadline := time.Now().Add(outagePatience); ; time.Sleep(10 * time.Millisecond) {
 		s.mu.Lock()
@@ -113,13 +115,13 @@ func (s *clockSite) step(by time.Duration) {
 			return
 		}
 		if time.Now().After(deadline) {
-			s.t.Errorf("%s: no time without a scrape", s.id)
+			s.t.Errorf("site %s: no moment without a scrape within %v", s.id, outagePatience)
 			return
 		}
 	}
 }
 
-// start starts the client, on a machine that was just booted.
+// start boots the client's machine and starts the client.
 func (s *clockSite) start() {
 	s.mu.Lock()
 	s.boots++
@@ -136,30 +138,34 @@ func (s *clockSite) start() {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		s.client.Run(ctx) // an error is the spool's, and is in its metrics
+		s.client.Run(ctx) // returns an error only for the spool, which the client's metrics count
 		s.client.Close()
 	}()
 	s.end = sync.OnceFunc(func() { cancel(); <-ended })
 }
 
-// clockRig is some sites, two servers that may come and go, and a Prometheus.
+// clockRig has some sites, two servers that can join and leave, and a central Prometheus.
 type clockRig struct {
 	t          *testing.T
 	dir        string
 	sites      []*clockSite
 	servers    []*clockServer
 	prometheus *outagePrometheus
-	outOfOrder int // samples that were refused as such before this row
+	scrapes    int // scrapes of each site in one phase of the test
+	outOfOrder int // samples that Prometheus refused as out of order in earlier phases
 }
 
-// clockServer is a server, and the network between it and the clients.
+// clockServer is a server, with a proxy between it and the clients.
 type clockServer struct {
-	name, listen, internal, ring string
-	push                         *outageProxy
-	p                            *process
+	name     string
+	listen   string // address for the proxy
+	internal string // address for scrapers
+	ring     string // address for gossip and forwarding
+	push     *outageProxy
+	p        *process // nil until the server is first started
 }
 
-// start starts a server that joins those that were started before.
+// start starts a server. It joins the servers that were started before.
 func (r *clockRig) start(s *clockServer) {
 	args := []string{"--mode", "server", "--name", s.name, "--keys", "keys", "--storage-dir", s.name, "--ratelimit", "0",
 		"--listen", s.listen, "--listen-internal", s.internal, "--listen-cluster", s.ring, "--gossip-interval", "300ms"}
@@ -171,10 +177,10 @@ func (r *clockRig) start(s *clockServer) {
 	s.p = start(r.t, r.dir, args...)
 }
 
-// agree waits until so many servers have one ring.
+// agree waits until each of the servers has a ring with that many servers.
 func (r *clockRig) agree(servers ...*clockServer) {
 	r.t.Helper()
-	eventually(r.t, "servers agree", func() bool {
+	eventually(r.t, "the servers agree on the ring", func() bool {
 		for _, s := range servers {
 			resp, err := http.Get("http://" + s.internal + "/debug/ring")
 			if err != nil {
@@ -190,7 +196,7 @@ func (r *clockRig) agree(servers ...*clockServer) {
 	})
 }
 
-// each does something to every site at once, as the time that it takes is that of a scrape.
+// each calls do for all sites concurrently, because do may wait for a scrape.
 func (r *clockRig) each(do func(s *clockSite)) {
 	var all sync.WaitGroup
 	for _, s := range r.sites {
@@ -199,7 +205,7 @@ func (r *clockRig) each(do func(s *clockSite)) {
 	all.Wait()
 }
 
-// more waits until every source has been scraped some more times.
+// more waits until every source has been scraped n more times.
 func (r *clockRig) more(n int) {
 	r.t.Helper()
 	r.each(func(s *clockSite) {
@@ -209,24 +215,29 @@ func (r *clockRig) more(n int) {
 			time.Sleep(10 * time.Millisecond)
 		}
 		if len(s.all()) < want {
-			r.t.Errorf("%s: not %d more scrapes within %v", s.id, n, outagePatience)
+			r.t.Errorf("site %s: not %d more scrapes within %v", s.id, n, outagePatience)
 		}
 	})
 }
 
-// clockDiff is what the central Prometheus has of what the sources said. duplicate counts
-// samples of a scrape that are there at another time as well, wrong those that are not of
-// the time of their scrape.
-type clockDiff struct{ samples, missing, duplicate, wrong int }
+// clockDiff compares the samples in Prometheus with the scrapes of the sources.
+type clockDiff struct {
+	samples   int // samples that belong to a scrape
+	missing   int // scrapes without a sample
+	duplicate int // additional samples of one scrape, at other times
+	wrong     int // samples that belong to no scrape or whose time is not the time of their scrape
+}
 
+// whole reports whether Prometheus has every scrape exactly once, at the right time.
 func (d clockDiff) whole() bool { return d.samples > 0 && d.missing+d.duplicate+d.wrong == 0 }
 
-// compareClocks compares the samples of one series with the times of the scrapes.
+// compareClocks compares the samples of one series with the true times of the scrapes. The value of
+// a sample is the number of its scrape, beginning with 1.
 func compareClocks(said []time.Time, got map[int64]float64) (d clockDiff) {
 	times := make([]int, len(said))
 	for ms, v := range got {
 		n := int(v)
-		if n > len(said) { // said since
+		if n > len(said) { // a scrape that was made after said was copied
 			continue
 		}
 		if n < 1 || time.UnixMilli(ms).Sub(said[n-1]).Abs() > clockExact {
@@ -248,7 +259,7 @@ func compareClocks(said []time.Time, got map[int64]float64) (d clockDiff) {
 	return d
 }
 
-// compare compares all series with the times of the scrapes by site.
+// compare compares all series with the true times of the scrapes of each site.
 func (r *clockRig) compare(said map[string][]time.Time) (d clockDiff, err error) {
 	for k := range clockSeries {
 		got, twice, err := r.prometheus.query(fmt.Sprintf("clock_total{k=\"%d\"}[3h]", k), "_id")
@@ -264,8 +275,8 @@ func (r *clockRig) compare(said map[string][]time.Time) (d clockDiff, err error)
 	return d, nil
 }
 
-// settled waits until the central Prometheus has all that was said so far, and says how it
-// was.
+// settled waits until Prometheus has all scrapes that were made so far. It prints the result of the
+// phase name, which began at begin, and reports an error unless every scrape is there exactly once.
 func (r *clockRig) settled(name string, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -286,15 +297,15 @@ func (r *clockRig) settled(name string, begin time.Time) {
 		name+",", up.Sub(begin).Seconds(), time.Since(up).Seconds(), d.samples, d.missing, d.duplicate, d.wrong, outOfOrder-r.outOfOrder)
 	r.outOfOrder = outOfOrder
 	if err != nil || !d.whole() {
-		t.Errorf("%s: %+v %v", name, d, err)
+		t.Errorf("%s: Prometheus has %+v, %v", name, d, err)
 	}
 	if len(bad) > 0 {
-		t.Errorf("%s: Prometheus said\n%s", name, strings.Join(bad, ""))
+		t.Errorf("%s: faults in the log of Prometheus:\n%s", name, strings.Join(bad, ""))
 	}
 }
 
-// newClockRig makes sites of both kinds, of which each server owns half once both are
-// there. Nothing runs yet.
+// newClockRig returns a rig in which nothing runs yet. Half of the sites share the clock of their
+// source. When both servers run, each owns half of the sites.
 func newClockRig(t *testing.T, sites int) *clockRig {
 	r := &clockRig{t: t, dir: t.TempDir()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
@@ -335,66 +346,81 @@ func newClockRig(t *testing.T, sites int) *clockRig {
 	}
 	t.Cleanup(func() {
 		r.each(func(s *clockSite) { s.end() })
-		if text := r.sites[0].log.text(); t.Failed() {
-			t.Logf("the client of %s said at the end:\n%s", r.sites[0].id, text[max(0, len(text)-4000):])
+		if text := r.sites[0].log.String(); t.Failed() {
+			t.Logf("end of the log of the client of %s:\n%s", r.sites[0].id, text[max(0, len(text)-4000):])
 		}
 	})
 	r.prometheus = newOutagePrometheus(t, r.servers[0].internal+"', '"+r.servers[1].internal, "central", outageWindow, outageTimeout)
 	return r
 }
 
-// Clocks of sources and clients that are wrong, are set, and start anew move no sample and
-// make none come twice, though servers come, go and lose answers meanwhile.
-func TestOutageClocks(t *testing.T) {
-	sites, scrapes := 8, 3
-	if outageForm(t) {
-		sites, scrapes = 16, 20
-	}
-	r := newClockRig(t, sites)
-	a, b := r.servers[0], r.servers[1]
-	loseAnswers := func() {
-		for range 2 {
-			for _, s := range []*clockServer{a, b} {
-				s.push.cut(0, 1)
-			}
-			r.more(scrapes)
+// loseAnswers lets the answers to pushes be lost twice at each server.
+func (r *clockRig) loseAnswers() {
+	r.t.Helper()
+	for range 2 {
+		for _, s := range r.servers {
+			s.push.cut(0, 1)
 		}
+		r.more(r.scrapes)
 	}
+}
+
+// scrapedBeforeServer starts the sites, whose clocks are ten minutes behind, while the first server
+// does not accept pushes. So the clients make scrapes before they know the time of a server.
+func (r *clockRig) scrapedBeforeServer() {
+	r.t.Helper()
+	a := r.servers[0]
 	r.start(a)
 	r.agree(a)
 	r.prometheus.start()
 	a.push.set("refuse")
 	begin := time.Now()
 	r.each((*clockSite).start)
-	r.more(scrapes)
+	r.more(r.scrapes)
 	a.push.set("")
 	r.settled("ten minutes behind, scraped before a server is heard", begin)
+}
 
-	begin = time.Now()
+// setBack sets all clocks back while the second server joins and leaves.
+func (r *clockRig) setBack() {
+	r.t.Helper()
+	a, b := r.servers[0], r.servers[1]
+	begin := time.Now()
 	r.start(b)
 	r.agree(a, b)
 	r.each(func(s *clockSite) { s.step(-7 * time.Minute) })
-	loseAnswers()
+	r.loseAnswers()
 	b.p.end(syscall.SIGTERM)
-	r.more(scrapes)
+	r.more(r.scrapes)
 	r.settled("set back by 7 minutes, a server joins and leaves", begin)
+}
 
-	begin = time.Now()
+// setForward sets all clocks forward while the second server joins.
+func (r *clockRig) setForward() {
+	r.t.Helper()
+	a, b := r.servers[0], r.servers[1]
+	begin := time.Now()
 	r.start(b)
-	loseAnswers()
+	r.loseAnswers()
 	r.each(func(s *clockSite) { s.step(25 * time.Minute) })
 	r.agree(a, b)
-	loseAnswers()
+	r.loseAnswers()
 	r.settled("set forward by 25 minutes, a server joins", begin)
+}
 
-	// At the first boot the clock has lost its time. Nobody hears a server until the second.
-	begin = time.Now()
+// bootTwice boots every machine twice while no server can be reached. The clocks lose their time at
+// the first boot, so the clients learn the error of scrapes only after the second boot. Meanwhile
+// Prometheus is stopped and the first server is killed.
+func (r *clockRig) bootTwice() {
+	r.t.Helper()
+	a, b := r.servers[0], r.servers[1]
+	begin := time.Now()
 	r.prometheus.stop(syscall.SIGTERM)
-	loseAnswers()
+	r.loseAnswers()
 	for _, s := range r.servers {
 		s.push.set("refuse")
 	}
-	r.more(scrapes)
+	r.more(r.scrapes)
 	r.each(func(s *clockSite) {
 		s.end()
 		s.mu.Lock()
@@ -402,47 +428,76 @@ func TestOutageClocks(t *testing.T) {
 		s.mu.Unlock()
 		s.start()
 	})
-	r.more(scrapes)
+	r.more(r.scrapes)
 	a.p.end(syscall.SIGKILL)
 	r.each(func(s *clockSite) { s.end(); s.start() })
 	b.push.set("")
-	r.more(scrapes)
+	r.more(r.scrapes)
 	r.start(a)
 	a.push.set("")
 	r.prometheus.start()
-	r.more(scrapes)
+	r.more(r.scrapes)
 	r.settled("booted twice while cut off, a server and Prometheus gone", begin)
+}
 
-	begin = time.Now()
+// drained stops the sources and waits until every spool is empty.
+func (r *clockRig) drained() {
+	r.t.Helper()
+	begin := time.Now()
 	r.each(func(s *clockSite) {
 		s.mu.Lock()
 		s.dry = true
 		s.mu.Unlock()
 	})
 	for _, s := range r.sites {
-		eventually(t, "the spool of "+s.id+" is empty", func() bool {
+		eventually(r.t, "the spool of "+s.id+" is empty", func() bool {
 			s.client.spool.mu.Lock()
 			defer s.client.spool.mu.Unlock()
 			return !slices.ContainsFunc(s.client.spool.index.entries, func(e spoolEntry) bool { return e.Samples > 0 })
 		})
 	}
 	r.settled("every spool is empty", begin)
+}
+
+// checkMetrics checks that no client dropped samples, that each client knows the error of its
+// source's clock, and that both servers stored samples.
+func (r *clockRig) checkMetrics() {
+	t := r.t
+	t.Helper()
 	for _, s := range r.sites {
 		var m bytes.Buffer
 		s.cfg.Metrics.WriteText(&m)
 		dropped, off := metricSum(m.Bytes(), "telemeter_samples_dropped_total"), metricSum(m.Bytes(), "telemeter_source_clock_offset_seconds")
 		if want := -s.off.Seconds(); dropped > 0 || off < want-clockExact.Seconds() || off > want+clockExact.Seconds() {
-			t.Errorf("%s: %v samples were dropped; the source's clock is said to be behind by %v s, want %v", s.id, dropped, off, want)
+			t.Errorf("site %s: %v samples were dropped, want 0; the client measures that the source's clock is behind by %v s, want %v s", s.id, dropped, off, want)
 		}
 	}
 	for _, s := range r.servers {
 		if n := metricSum([]byte(get(t, "http://"+s.internal+"/metrics")), "telemeter_samples_accepted_total"); n == 0 {
-			t.Errorf("server %s took no samples", s.name)
+			t.Errorf("server %s stored no samples", s.name)
 		}
 	}
 }
 
-// The comparison sees what is missing, what is there at two times, and what is at a wrong one.
+// Wrong clocks of sources and clients move no sample and cause no duplicate. They may be set and
+// may lose their time at a reboot, while servers join, leave and lose answers.
+func TestOutageClocks(t *testing.T) {
+	sites, scrapes := 8, 3
+	if outageForm(t) {
+		sites, scrapes = 16, 20
+	}
+	r := newClockRig(t, sites)
+	r.scrapes = scrapes
+	r.scrapedBeforeServer()
+	r.setBack()
+	r.setForward()
+	r.bootTwice()
+	r.drained()
+	r.checkMetrics()
+}
+
+// compareClocks counts scrapes that are missing, that are there at two times, and that are there at
+// a wrong time. It ignores scrapes that were made later.
 func TestOutageClocksComparison(t *testing.T) {
 	begin := time.UnixMilli(1_700_000_000_000)
 	said := []time.Time{begin, begin.Add(time.Second), begin.Add(2 * time.Second)}
@@ -451,16 +506,16 @@ func TestOutageClocksComparison(t *testing.T) {
 		got  map[int64]float64
 		want clockDiff
 	}{
-		"whole":       {map[int64]float64{at(0): 1, at(time.Second): 2, at(2 * time.Second): 3}, clockDiff{samples: 3}},
-		"said since":  {map[int64]float64{at(0): 1, at(time.Second): 2, at(2 * time.Second): 3, at(3 * time.Second): 4}, clockDiff{samples: 3}},
-		"missing":     {map[int64]float64{at(0): 1, at(2 * time.Second): 3}, clockDiff{samples: 2, missing: 1}},
-		"no series":   {nil, clockDiff{missing: 3}},
-		"two times":   {map[int64]float64{at(0): 1, at(time.Millisecond): 1, at(time.Second): 2, at(2 * time.Second): 3}, clockDiff{samples: 4, duplicate: 1}},
-		"wrong time":  {map[int64]float64{at(0): 1, at(time.Second): 2, at(2*time.Second - 10*time.Minute): 3}, clockDiff{samples: 3, wrong: 1}},
-		"wrong value": {map[int64]float64{at(0): 1, at(time.Second): 2, at(2 * time.Second): 3, at(3 * time.Second): 0}, clockDiff{samples: 3, wrong: 1}},
+		"whole":        {map[int64]float64{at(0): 1, at(time.Second): 2, at(2 * time.Second): 3}, clockDiff{samples: 3}},
+		"later scrape": {map[int64]float64{at(0): 1, at(time.Second): 2, at(2 * time.Second): 3, at(3 * time.Second): 4}, clockDiff{samples: 3}},
+		"missing":      {map[int64]float64{at(0): 1, at(2 * time.Second): 3}, clockDiff{samples: 2, missing: 1}},
+		"no samples":   {nil, clockDiff{missing: 3}},
+		"two times":    {map[int64]float64{at(0): 1, at(time.Millisecond): 1, at(time.Second): 2, at(2 * time.Second): 3}, clockDiff{samples: 4, duplicate: 1}},
+		"wrong time":   {map[int64]float64{at(0): 1, at(time.Second): 2, at(2*time.Second - 10*time.Minute): 3}, clockDiff{samples: 3, wrong: 1}},
+		"wrong value":  {map[int64]float64{at(0): 1, at(time.Second): 2, at(2 * time.Second): 3, at(3 * time.Second): 0}, clockDiff{samples: 3, wrong: 1}},
 	} {
 		if d := compareClocks(said, test.got); d != test.want || d.whole() != (d.missing+d.duplicate+d.wrong == 0) {
-			t.Errorf("%s: %+v, want %+v", name, d, test.want)
+			t.Errorf("%s: got %+v, whole %v; want %+v", name, d, d.whole(), test.want)
 		}
 	}
 }

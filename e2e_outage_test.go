@@ -1,8 +1,8 @@
 package main
 
-// An outage of the uplink, of the server, of the client or of the central Prometheus leaves no gap
-// in the samples of Prometheus, and no duplicate. With real processes, a real Prometheus and a
-// network that is cut; run by make test-outage.
+// Tests of outages with real processes, a real Prometheus and a network that is cut. An outage of
+// the uplink, of the server, of the client or of the central Prometheus must leave no gap and no
+// duplicate in Prometheus. "make test-outage" runs them.
 
 import (
 	"bytes"
@@ -24,32 +24,37 @@ import (
 
 var outageFlag = flag.String("outage", "", "run TestOutage and its like: full or short")
 
-const outagePatience = 2 * time.Minute // for what takes seconds on an idle machine
+const outagePatience = 2 * time.Minute // limit for steps that take seconds on an idle machine
 
-// outageRig is a site, a server and a Prometheus, with a network between each.
+// outageRig is a source with a client, a server, and a central Prometheus. Proxies can interrupt
+// the pushes and the scrapes.
 type outageRig struct {
-	t                *testing.T
-	dir              string
-	source           *outageSource
-	listen, internal string // of the server
-	push, scrape     *outageProxy
-	server, client   *process
-	prometheus       *outagePrometheus
-	outage           time.Duration
-	seenOutOfOrder   int
+	t              *testing.T
+	dir            string
+	source         *outageSource
+	listen         string // the server's address for clients
+	internal       string // the server's address for scrapers
+	push, scrape   *outageProxy
+	server, client *process
+	prometheus     *outagePrometheus
+	outage         time.Duration // length of an outage
+	seenOutOfOrder int           // samples that Prometheus refused as out of order in earlier steps
 }
 
+// startServer starts the server and waits until it serves.
 func (r *outageRig) startServer() {
 	r.server = start(r.t, r.dir, "--mode", "server", "--keys", "keys", "--listen", r.listen, "--listen-internal", r.internal,
 		"--storage-dir", "data", "--ratelimit", "0")
 	r.server.await("msg=serving")
 }
 
+// startClient starts the client, which scrapes every second and pushes every two seconds.
 func (r *outageRig) startClient() {
 	r.client = start(r.t, r.dir, "--mode", "client", "--from", "http://"+r.source.addr+"/metrics", "--token-file", "token",
 		"--scrape-interval", "1s", "--interval", "2s", "--spool-dir", "spool", "--listen", "")
 }
 
+// newOutageRig starts everything. Each outage will last for the time outage.
 func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 	r := &outageRig{t: t, dir: t.TempDir(), listen: freeAddr(t), internal: freeAddr(t), outage: outage}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -73,8 +78,9 @@ func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 	return r
 }
 
-// settled waits until a Prometheus has all that the source said so far, and says how
-// it was.
+// settled waits until Prometheus p has all samples that the source has returned so far. It prints
+// the result of the step name, which began at begin, and reports an error unless every sample is
+// there exactly once.
 func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -88,7 +94,7 @@ func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 		if got, twice, err = p.query(`outage_total{_id="x"}[3h]`, "k"); err != nil {
 			continue
 		}
-		for _, series := range got { // what was said since is not compared
+		for _, series := range got { // leave out samples that the source has returned since
 			for at := range series {
 				if at > said[len(said)-1].t {
 					delete(series, at)
@@ -104,22 +110,24 @@ func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 		name, up.Sub(begin).Seconds(), time.Since(up).Seconds(), d.samples, d.missing, d.twice, d.wrong, d.maybe, outOfOrder-r.seenOutOfOrder)
 	r.seenOutOfOrder = outOfOrder
 	if err != nil || !d.whole() || d.maybe > 2*r.source.series {
-		t.Errorf("%s: %+v %v", name, d, err)
+		t.Errorf("%s: Prometheus has %+v, %v", name, d, err)
 	}
 	if len(bad) > 0 {
-		t.Errorf("%s: Prometheus said\n%s", name, strings.Join(bad, ""))
+		t.Errorf("%s: faults in the log of Prometheus:\n%s", name, strings.Join(bad, ""))
 	}
 }
 
+// cuts resets three connections through a proxy, one after another.
 func (r *outageRig) cuts(p *outageProxy, up, down int) {
 	for range 3 {
 		before := p.cutsDone()
 		p.cut(up, down)
-		eventually(r.t, "a cut", func() bool { return p.cutsDone() > before })
+		eventually(r.t, "a connection is reset", func() bool { return p.cutsDone() > before })
 		time.Sleep(r.outage / 10)
 	}
 }
 
+// linkDown interrupts the path of pushes: first without an error, then with refused connections.
 func (r *outageRig) linkDown() {
 	r.push.set("hold")
 	time.Sleep(r.outage / 2)
@@ -128,22 +136,28 @@ func (r *outageRig) linkDown() {
 	r.push.set("")
 }
 
+// pushCut, answerCut and scrapeCut reset connections in the middle of a push, of the answer to a
+// push, and of the answer to a scrape.
 func (r *outageRig) pushCut()   { r.cuts(r.push, 1, 0) }
 func (r *outageRig) answerCut() { r.cuts(r.push, 0, 1) }
 func (r *outageRig) scrapeCut() { r.cuts(r.scrape, 0, 1) }
+
+// prometheusStop ends Prometheus with a signal and starts it again after the outage.
 func (r *outageRig) prometheusStop(sig syscall.Signal) {
 	r.prometheus.stop(sig)
 	time.Sleep(r.outage)
 	r.prometheus.start()
 }
 
+// serverKill kills the server and starts it again after the outage.
 func (r *outageRig) serverKill() {
 	r.server.end(syscall.SIGKILL)
 	time.Sleep(r.outage)
 	r.startServer()
 }
 
-// storageLost removes what the server holds while nobody scrapes it.
+// storageLost stops each Prometheus in all, kills the server and removes its storage directory.
+// Then it starts the server again and, after the outage, each Prometheus.
 func (r *outageRig) storageLost(all ...*outagePrometheus) {
 	for _, p := range all {
 		p.stop(syscall.SIGTERM)
@@ -160,6 +174,8 @@ func (r *outageRig) storageLost(all ...*outagePrometheus) {
 	}
 }
 
+// clientKill kills the client and starts it again after the outage. Scrapes of the last half second
+// may be lost, because the client may not have written them to its spool.
 func (r *outageRig) clientKill() {
 	r.source.unsure(time.Now().Add(-500 * time.Millisecond))
 	r.client.end(syscall.SIGKILL)
@@ -167,12 +183,15 @@ func (r *outageRig) clientKill() {
 	r.startClient()
 }
 
+// scrapeSlow delays the answers to scrapes, so that scrapes time out during the outage.
 func (r *outageRig) scrapeSlow() {
 	r.scrape.set("delay")
 	time.Sleep(r.outage)
 	r.scrape.set("")
 }
 
+// outageForm reports whether the flag -outage asks for the full form of the tests or for the short
+// one. It skips the test if the flag is not set.
 func outageForm(t *testing.T) (full bool) {
 	switch *outageFlag {
 	case "full":
@@ -184,15 +203,25 @@ func outageForm(t *testing.T) (full bool) {
 	return false
 }
 
-// No outage leaves a gap or a duplicate.
+// No outage leaves a gap or a duplicate in Prometheus, neither alone nor in a quick sequence. This
+// also holds for a second Prometheus and for a server that loses its storage directory.
 func TestOutage(t *testing.T) {
 	outage := 4 * time.Second
 	if outageForm(t) {
 		outage = time.Minute
 	}
 	r := newOutageRig(t, outage)
-	eventually(t, "first scrapes", func() bool { return len(r.source.all()) > 3 })
+	eventually(t, "the first scrapes", func() bool { return len(r.source.all()) > 3 })
 	r.settled("no outage", r.prometheus, time.Now())
+	r.outages()
+	first := r.prometheus
+	r.secondPrometheus()
+	r.lostStorage(first)
+}
+
+// outages runs every outage alone, and then all of them, shorter, without waiting in between.
+func (r *outageRig) outages() {
+	r.t.Helper()
 	steps := []struct {
 		name string
 		do   func()
@@ -219,11 +248,16 @@ func TestOutage(t *testing.T) {
 	}
 	r.settled("all of it, one after another", r.prometheus, begin)
 	r.outage *= 4
+}
 
-	// The second of a pair comes late, and gets all that is held.
-	begin = time.Now()
+// secondPrometheus starts a second Prometheus, which becomes r.prometheus. It must get all samples
+// that the server holds. Then the second one is stopped for a while, which must not affect the
+// first.
+func (r *outageRig) secondPrometheus() {
+	r.t.Helper()
+	begin := time.Now()
 	first := r.prometheus
-	r.prometheus = newOutagePrometheus(t, r.internal, "central-b", outageWindow, outageTimeout)
+	r.prometheus = newOutagePrometheus(r.t, r.internal, "central-b", outageWindow, outageTimeout)
 	r.seenOutOfOrder = 0
 	r.prometheus.start()
 	r.settled("a second Prometheus", r.prometheus, begin)
@@ -232,9 +266,14 @@ func TestOutage(t *testing.T) {
 	r.settled("of two Prometheus, one is stopped", r.prometheus, begin)
 	r.seenOutOfOrder, _ = first.log()
 	r.settled("of two Prometheus, the other", first, begin)
+}
 
-	// Last: a Prometheus that came only now would not get what was read before.
-	begin = time.Now()
+// lostStorage removes the server's storage directory while both Prometheus are stopped, and again
+// while only the second one is. It must be the last step: afterwards the server does not hold old
+// samples any more, so a new Prometheus would not get them.
+func (r *outageRig) lostStorage(first *outagePrometheus) {
+	r.t.Helper()
+	begin := time.Now()
 	r.storageLost(first, r.prometheus)
 	r.seenOutOfOrder, _ = first.log()
 	r.settled("storage directory removed while both are away", first, begin)
@@ -246,13 +285,15 @@ func TestOutage(t *testing.T) {
 	r.settled("storage directory removed while one is away", r.prometheus, begin)
 }
 
-// outagePusher pushes text for many cluster IDs.
+// outagePusher pushes text exposition for any cluster ID, without a client.
 type outagePusher struct {
 	t    *testing.T
-	url  string
-	keys Keys
+	url  string // URL of the server
+	keys Keys   // keys to sign the tokens with
 }
 
+// push pushes text for a site. It returns the numbers of dropped samples by reason, and reports an
+// error unless the answer is 200.
 func (p *outagePusher) push(id string, text []byte) (dropped map[string]int) {
 	token, err := p.keys.Sign(Token{Kind: KindClient, ClusterID: id, ID: NewTokenID()})
 	if err != nil {
@@ -275,12 +316,13 @@ func (p *outagePusher) push(id string, text []byte) (dropped map[string]int) {
 	defer resp.Body.Close()
 	var answer struct{ Dropped map[string]int }
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || resp.StatusCode != http.StatusOK {
-		p.t.Errorf("%s: %s %v", id, resp.Status, err)
+		p.t.Errorf("push for site %s: got %s, %v; want 200", id, resp.Status, err)
 	}
 	return answer.Dropped
 }
 
-// outageServer starts a server alone.
+// outageServer starts a server without a client. It returns the server's directory, its address for
+// scrapers, a pusher and the process.
 func outageServer(t *testing.T, args ...string) (dir, internal string, p *outagePusher, server *process) {
 	dir = t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -292,11 +334,11 @@ func outageServer(t *testing.T, args ...string) (dir, internal string, p *outage
 	return dir, server.await(internalAddr), &outagePusher{t, "http://" + server.await(externalAddr), keys}, server
 }
 
-// outageMemory is what a process has of memory that is in use, in bytes.
+// outageMemory returns the resident memory of a process in bytes, or 0 if the system is not Linux.
 func outageMemory(t *testing.T, server *process) int64 {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", server.cmd.Process.Pid))
 	if err != nil {
-		return 0 // not Linux
+		return 0
 	}
 	for line := range strings.Lines(string(b)) {
 		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
@@ -307,24 +349,30 @@ func outageMemory(t *testing.T, server *process) int64 {
 	return 0
 }
 
-// A Prometheus that comes late drains all that is held, at its default timeout.
-func TestOutageDrain(t *testing.T) {
-	clusters, series, pushes := 50, 50, 10
-	if outageForm(t) {
-		clusters, series, pushes = 1000, 230, 30
-	}
-	dir, internal, pusher, server := outageServer(t)
-	before := outageMemory(t, server)
+// drainLoad is the load of TestOutageDrain: sites that have pushed for 50 minutes.
+type drainLoad struct{ sites, series, pushes int }
+
+// samples returns the number of samples of all sites.
+func (l drainLoad) samples() int { return l.sites * l.series * l.pushes }
+
+// sum returns the sum of the values of all samples.
+func (l drainLoad) sum() int {
+	return l.sites * (1000*l.series*l.pushes*(l.pushes-1)/2 + l.pushes*l.series*(l.series-1)/2)
+}
+
+// push pushes all samples. Sample k of series i has the value 1000k+i. The oldest samples are 55
+// minutes old.
+func (l drainLoad) push(pusher *outagePusher) {
 	begin := time.Now().Add(-55 * time.Minute)
-	var ids = make(chan int)
+	ids := make(chan int)
 	var workers sync.WaitGroup
 	for range 4 {
 		workers.Go(func() {
 			for c := range ids {
-				for k := range pushes {
-					at := begin.Add(time.Duration(k) * 50 * time.Minute / time.Duration(pushes)).UnixMilli()
+				for k := range l.pushes {
+					at := begin.Add(time.Duration(k) * 50 * time.Minute / time.Duration(l.pushes)).UnixMilli()
 					var b []byte
-					for i := range series {
+					for i := range l.series {
 						b = fmt.Appendf(b, "drain_metric_%d_total{n=\"%d\",instance=\"10.0.0.%d:9100\",job=\"node-exporter\"} %d %d\n", i/10, i, i%5, k*1000+i, at-int64(i%5))
 					}
 					pusher.push(fmt.Sprint("site-", c), b)
@@ -332,26 +380,44 @@ func TestOutageDrain(t *testing.T) {
 			}
 		})
 	}
-	for c := range clusters {
+	for c := range l.sites {
 		ids <- c
 	}
 	close(ids)
 	workers.Wait()
-	samples := clusters * series * pushes
-	var disk int64
-	filepath.WalkDir(filepath.Join(dir, "data"), func(path string, d fs.DirEntry, err error) error {
+}
+
+// logBytes returns the size of all logs in a directory in bytes.
+func logBytes(dir string) (size int64) {
+	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && strings.HasSuffix(path, LogSuffix) {
 			info, _ := d.Info()
-			disk += info.Size()
+			size += info.Size()
 		}
 		return err
 	})
+	return size
+}
+
+// A Prometheus that starts late reads all samples that the server holds, with the default scrape
+// timeout of 10 s. The test also prints the disk space and memory that a sample needs.
+func TestOutageDrain(t *testing.T) {
+	load := drainLoad{sites: 50, series: 50, pushes: 10}
+	if outageForm(t) {
+		load = drainLoad{sites: 1000, series: 230, pushes: 30}
+	}
+	dir, internal, pusher, server := outageServer(t)
+	before := outageMemory(t, server)
+	load.push(pusher)
+	samples := load.samples()
+	disk := logBytes(filepath.Join(dir, "data"))
 	memory := outageMemory(t, server) - before
 
 	proxy := newOutageProxy(t, internal)
 	p := newOutagePrometheus(t, proxy.addr(), "central", outageWindow, 10*time.Second)
 	start := time.Now()
 	p.start()
+	// one returns the only value of a query's result, or 0 if there is none.
 	one := func(promql string) (v float64) {
 		answer, _, _ := p.query(promql, "")
 		for _, v = range answer[""] {
@@ -364,22 +430,22 @@ func TestOutageDrain(t *testing.T) {
 	}
 	took := time.Since(start)
 	missing, twice, wrong := max(0, samples-int(got)), max(0, int(got)-samples), 0
-	sum, want := one(`sum(sum_over_time({__name__=~"drain_.*"}[3h]))`), clusters*(1000*series*pushes*(pushes-1)/2+pushes*series*(series-1)/2)
-	if sum != float64(want) { // at least
+	sum, want := one(`sum(sum_over_time({__name__=~"drain_.*"}[3h]))`), load.sum()
+	if sum != float64(want) { // then at least one sample has a wrong value
 		wrong = 1
 	}
 	largest := outageLargest(get(t, "http://"+internal+"/metrics"))
 	outOfOrder, bad := p.log()
-	fmt.Printf("drain: %d clusters x %d series x %d pushes: samples %.0f, missing %d, duplicate %d, wrong %d, whole after %.0f s; scrapes of at most %s bytes before compression, refused as out of order %d\n",
-		clusters, series, pushes, got, missing, twice, wrong, took.Seconds(), largest, outOfOrder)
-	fmt.Printf("drain: %.1f bytes a sample on disk and %.1f of resident memory, series and all that is free again included\n", float64(disk)/float64(samples), float64(memory)/float64(samples))
+	fmt.Printf("drain: %d sites x %d series x %d pushes: samples %.0f, missing %d, duplicate %d, wrong %d, whole after %.0f s; scrapes of at most %s bytes before compression, refused as out of order %d\n",
+		load.sites, load.series, load.pushes, got, missing, twice, wrong, took.Seconds(), largest, outOfOrder)
+	fmt.Printf("drain: %.1f bytes a sample on disk and %.1f of resident memory, including the memory of series and freed memory\n", float64(disk)/float64(samples), float64(memory)/float64(samples))
 	if missing+twice+wrong > 0 || len(bad) > 0 {
-		t.Errorf("%v of %d samples, whose sum is %v and not %d; Prometheus said %s", got, samples, sum, want, strings.Join(bad, ""))
+		t.Errorf("Prometheus has %v of %d samples with the sum %v, want %d; faults in its log: %s", got, samples, sum, want, strings.Join(bad, ""))
 	}
 }
 
-// outageLargest returns the least bound of telemeter_scrape_size_bytes that no scrape
-// was above.
+// outageLargest returns the bound of the lowest bucket of telemeter_scrape_size_bytes that counts
+// all scrapes. The size of every scrape was at most this bound.
 func outageLargest(metrics string) string {
 	all, bound := "", "?"
 	for line := range strings.Lines(metrics) {
@@ -397,8 +463,9 @@ func outageLargest(metrics string) string {
 	return bound
 }
 
-// Samples come late by nearly two hours with the recommended configuration, and by
-// nearly one without its window; what is older than retention is counted.
+// With the recommended configuration, Prometheus accepts samples that arrive 110 minutes late.
+// Without an out-of-order window it accepts samples that arrive 50 minutes late. The server refuses
+// and counts samples that are older than its --retention.
 func TestOutageLate(t *testing.T) {
 	outageForm(t)
 	_, internal, pusher, _ := outageServer(t)
@@ -409,7 +476,7 @@ func TestOutageLate(t *testing.T) {
 	now := time.Now()
 	at := func(ago time.Duration) int64 { return now.Add(-ago).UnixMilli() }
 	d := outageDiff{}
-	// had waits until a Prometheus has a sample, and nothing else of its series.
+	// had waits until a Prometheus has the sample of a metric, and no other sample of its series.
 	had := func(p *outagePrometheus, name string, ago time.Duration) {
 		var one outageDiff
 		for deadline := time.Now().Add(outagePatience); !one.whole() && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
@@ -419,7 +486,7 @@ func TestOutageLate(t *testing.T) {
 		}
 		d.samples, d.missing, d.twice, d.wrong = d.samples+one.samples, d.missing+one.missing, d.twice+one.twice, d.wrong+one.wrong
 		if !one.whole() {
-			t.Errorf("consumer %s, %s: %+v", p.consumer, name, one)
+			t.Errorf("sample %s in Prometheus %s: got %+v", name, p.consumer, one)
 		}
 	}
 	push := func(name string, ago time.Duration) (dropped map[string]int) {
@@ -436,7 +503,7 @@ func TestOutageLate(t *testing.T) {
 	had(without, "late_50m", 50*time.Minute)
 	lost := get(t, "http://"+internal+"/metrics")
 	if dropped[dropTooOld] != 1 || !strings.Contains(lost, `telemeter_samples_dropped_total{reason="too_old"} 1`) {
-		t.Errorf("what is too old is not counted: %v\n%s", dropped, lost)
+		t.Errorf("a sample older than --retention: the answer counts %v, want 1 too_old; metrics:\n%s", dropped, lost)
 	}
 	got, _, err := without.query(`late_110m{_id="late"}[3h]`, "k")
 	fmt.Printf("late: 50 and 110 minutes with the window, 50 without it: samples %d, missing %d, duplicate %d, wrong %d; without it 110 are kept: %t; 121 are refused and counted\n",

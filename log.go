@@ -1,8 +1,8 @@
 package main
 
-// Append-only files of framed, checksummed records: append, sync, rewrite. Records that Append
-// acknowledged survive any crash. One writer per log is the caller's duty. This family must
-// not know the meaning of a record.
+// This file implements logs: append-only files of framed, checksummed records. Records survive any
+// crash once Append has returned without an error. The caller must ensure that each log has only
+// one writer. This family must not know the meaning of a record.
 
 import (
 	"bytes"
@@ -16,42 +16,47 @@ import (
 	"strings"
 )
 
-// A file is a header (magic, digit of the version, line feed, uint32 length of the identity,
-// identity, CRC) and records; integers are little endian, every CRC is CRC32C (Castagnoli):
+// A log consists of a header and records. The header is the magic, one digit for the version, a
+// line feed, the length of the identity as a uint32, the identity, and a CRC. Integers are little
+// endian. Every CRC is a CRC32C (Castagnoli). A record is:
 //
-//	uint32 n      length of kind and payload, 1 to MaxRecord
+//	uint32 n      length of kind and payload together, 1 to MaxRecord
 //	uint32 body   CRC of kind and payload
 //	uint32 head   CRC of the eight bytes before it
-//	kind, payload kind is never 0
+//	kind, payload kind is one byte and never 0
 //
-// The head has a CRC of its own, so that its length can be trusted. A trusted length
-// distinguishes a torn record (the file is shorter than it says) from a damaged one, even at
-// the end of the file. It also lets recovery skip a damaged body whatever its bytes are, and
-// makes the search for the next record cheap. It costs 4 bytes beside an fsync.
+// The first 12 bytes are the record's head, the rest is its body. The head has a CRC of its own so
+// that recovery can trust the length. With a trusted length, recovery can distinguish a torn
+// record, which is longer than the rest of the file, from a damaged record at the end of the file.
+// It can also skip a damaged body without looking at its bytes, and it finds the next record
+// faster. The price is 4 bytes for each record, which is little compared to an fsync.
 //
-// The name of a log ends in LogSuffix. Beside it may be <name>.tmp, a Rewrite that a crash cut
-// short and that the next overwrites, and files that SetAside or recovery named.
+// The name of a log ends in LogSuffix. In the same directory there may be a file <name>.tmp, left
+// by a Rewrite that a crash interrupted. The next Rewrite overwrites it. There may also be files
+// that SetAside or recovery created.
 const (
-	LogSuffix   = ".log"   // every name given to NewLog ends so, and no name of another file
+	LogSuffix   = ".log"   // suffix of every path given to NewLog, and of no other file's name
 	MaxRecord   = 64 << 20 // bytes of kind and payload of one record
 	MaxIdentity = 1024     // bytes
 
 	logMagic      = "tmlog-"
-	logVersion    = 2 // one digit; another kind of record, or another form of one, is another version
-	recordHead    = 12
+	logVersion    = 2  // one digit; must change when a kind of record is added or changes its format
+	recordHead    = 12 // bytes
 	logTempSuffix = ".tmp"
 )
 
-// ErrLogBroken is returned by Append while the file must not be appended to: it
-// was never written, or is damaged, or its content on disk is unknown. A Rewrite that
-// succeeds ends that.
+// ErrLogBroken is returned by Append while the file must not be appended to: the file was never
+// written, is damaged, or its content on disk is unknown. A successful Rewrite ends this state.
 var ErrLogBroken = errors.New("log must be rewritten before it is appended to")
 
-// ListLogs returns the paths of the logs in dir and of its subdirectories. It
-// syncs dir first: a file that a killed process renamed into place, but did not
-// see synced, is durable from here on, so that an Append to it is durable.
-// A symbolic link, a pipe or the like is an error, and so is a directory with a
-// log's name, because a Rewrite would put a file in its place.
+// ListLogs returns the paths of the logs in dir and the paths of dir's subdirectories.
+//
+// ListLogs syncs dir first. A process may have been killed after it renamed a log into place and
+// before it synced dir. Syncing makes the rename durable, without which a later Append would not be
+// durable either.
+//
+// ListLogs fails if dir contains a symbolic link, a pipe or another special file, or a directory
+// with the name of a log, because a Rewrite could replace it by a regular file.
 func ListLogs(fsys FS, dir string) (logs, subdirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
@@ -65,7 +70,7 @@ func ListLogs(fsys FS, dir string) (logs, subdirs []string, err error) {
 		log := strings.HasSuffix(path, LogSuffix)
 		switch {
 		case !e.Type().IsRegular() && (log || !e.IsDir()):
-			return nil, nil, fmt.Errorf("listing logs: %s is not a regular file: move it away, or put what it stands for in its place", path)
+			return nil, nil, fmt.Errorf("listing logs: %s is not a regular file: move it away, or replace a link by its target", path)
 		case e.IsDir():
 			subdirs = append(subdirs, path)
 		case log:
@@ -75,11 +80,11 @@ func ListLogs(fsys FS, dir string) (logs, subdirs []string, err error) {
 	return logs, subdirs, nil
 }
 
-// AppendRecord appends one framed record to buf. It panics at kind 0 and at more than
-// MaxRecord-1 bytes of payload, because recovery would take either for damage.
+// AppendRecord appends one framed record to buf. It panics if kind is 0 or if payload has more
+// than MaxRecord-1 bytes, because recovery would treat such a record as damage.
 func AppendRecord(buf []byte, kind byte, payload []byte) []byte {
 	if kind == 0 || len(payload) >= MaxRecord {
-		panic(fmt.Sprintf("log record of kind %d with %d bytes", kind, len(payload)))
+		panic(fmt.Sprintf("invalid log record: kind %d, payload of %d bytes", kind, len(payload)))
 	}
 	at := len(buf)
 	buf = binary.LittleEndian.AppendUint32(buf, uint32(1+len(payload)))
@@ -91,24 +96,25 @@ func AppendRecord(buf []byte, kind byte, payload []byte) []byte {
 	return buf
 }
 
-// Log is one file. It is not safe for concurrent use: one writer per log is the
-// caller's duty. It holds no file open between calls, so that thousands of logs
-// cost no descriptors.
+// Log is one log file. It is not safe for concurrent use, and the caller must ensure that only one
+// Log writes to a path. A Log keeps no file open between calls, so thousands of logs need no file
+// descriptors.
 type Log struct {
 	fsys         FS
 	path         string
 	identity     []byte
-	size         int64
-	needsRewrite bool
+	size         int64 // bytes of the file
+	needsRewrite bool  // Append returns ErrLogBroken until a Rewrite succeeds
 }
 
-// NewLog returns a log that is not on disk, and cannot be appended to, until its first
-// Rewrite, which replaces any file at path. The identity says whose log it is; it may be
-// empty. NewLog does no I/O.
+// NewLog returns a log that does not exist on disk yet. The first Rewrite creates its file and
+// replaces any existing file at path. Until then, Append fails. The identity names the owner of the
+// log, for example a site's cluster ID, and may be empty. NewLog does no I/O.
 func NewLog(fsys FS, path string, identity []byte) *Log {
 	return &Log{fsys: fsys, path: path, identity: bytes.Clone(identity), needsRewrite: true}
 }
 
+// appendLogHeader appends the header of a log with this identity to buf.
 func appendLogHeader(buf, identity []byte) []byte {
 	start := len(buf)
 	buf = fmt.Appendf(buf, "%s%d\n", logMagic, logVersion)
@@ -117,13 +123,15 @@ func appendLogHeader(buf, identity []byte) []byte {
 	return binary.LittleEndian.AppendUint32(buf, Checksum(buf[start:]))
 }
 
-// logHeader is the header of a file; its size in bytes is 0 if it is damaged.
+// logHeader is the header of a log.
 type logHeader struct {
 	version  int
 	identity []byte
-	size     int
+	size     int // bytes; 0 means that the header is damaged
 }
 
+// parseLogHeader parses the header with which a log begins. It returns a zero logHeader if the
+// header is damaged. It accepts every version, which the caller must check.
 func parseLogHeader(data []byte) logHeader {
 	r := NewWireReader(data)
 	r.Require(string(r.Bytes(len(logMagic))) == logMagic)
@@ -139,14 +147,15 @@ func parseLogHeader(data []byte) logHeader {
 	return logHeader{version, identity, len(data) - r.Len()}
 }
 
-// Append writes frames, whole records made by AppendRecord, and syncs them: if
-// it returns nil they are durable. A failed write, for a full disk say, is undone
-// and the log stays usable. If it cannot be undone, or the file has vanished,
-// the log needs a Rewrite. So it does after a failed fsync: the kernel may then
-// have dropped the data and call it clean, so that a second fsync would prove
-// nothing (Rebello et al., "Can Applications Recover from fsync Failures?",
-// 2020). If the log needs a Rewrite after an error, the records of that Append may
-// or may not be found after a crash.
+// Append writes frames to the end of the file and syncs them. frames must consist of whole records
+// made by AppendRecord. If Append returns nil, the records are durable.
+//
+// If a write fails, for example because the disk is full, Append cuts the file to its old size and
+// the log stays usable. The log needs a Rewrite if the cut fails, if the file has vanished, or if
+// the fsync fails. After a failed fsync the kernel may have dropped the data and marked it as
+// clean, so a second fsync would prove nothing (Rebello et al., "Can Applications Recover from
+// fsync Failures?", 2020). If the log needs a Rewrite after an error, recovery after a crash may or
+// may not find the records of this Append.
 func (l *Log) Append(frames []byte) error {
 	if l.needsRewrite {
 		return fmt.Errorf("appending to %s: %w", l.path, ErrLogBroken)
@@ -156,7 +165,7 @@ func (l *Log) Append(frames []byte) error {
 		l.needsRewrite = errors.Is(err, fs.ErrNotExist)
 		return fmt.Errorf("appending to log: %w", err)
 	}
-	defer f.Close() // its error says nothing about data already synced
+	defer f.Close() // its error can be ignored, because the data is already synced
 	n, err := f.Write(frames)
 	if err == nil && n < len(frames) {
 		err = io.ErrShortWrite
@@ -177,11 +186,13 @@ func (l *Log) Append(frames []byte) error {
 	return nil
 }
 
-// Rewrite replaces the file by a header and the whole records, made by AppendRecord, that
-// fill writes. It makes the parent directory if that is missing. If it returns nil the new
-// file is durable and can be appended to. If it fails the old file is untouched and the log is
-// as usable as before, unless only the directory could not be synced: then either file may
-// be found after a crash, and the log needs another Rewrite.
+// Rewrite replaces the file by a new file with a header and the records that fill writes. fill must
+// write whole records made by AppendRecord. Rewrite creates the parent directory if necessary.
+//
+// If Rewrite returns nil, the new file is durable and can be appended to. If Rewrite fails before
+// it renames the new file into place, the old file is unchanged and the log is as usable as before.
+// If Rewrite fails later, while syncing directories, either file may be found after a crash, and
+// the log needs another Rewrite.
 func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 	if len(l.identity) > MaxIdentity {
 		return fmt.Errorf("rewriting %s: identity of %d bytes, limit %d", l.path, len(l.identity), MaxIdentity)
@@ -201,7 +212,8 @@ func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 	return nil
 }
 
-// RewriteWith is Rewrite by frames, whole records made by AppendRecord.
+// RewriteWith does the same as Rewrite with the records in frames, which must consist of whole
+// records made by AppendRecord.
 func (l *Log) RewriteWith(frames []byte) error {
 	return l.Rewrite(func(w io.Writer) error {
 		_, err := w.Write(frames)
@@ -209,18 +221,19 @@ func (l *Log) RewriteWith(frames []byte) error {
 	})
 }
 
-// Size returns the bytes of the file; 0 if it was never written or is removed.
+// Size returns the size of the file in bytes. It returns 0 if the log was never written or was
+// removed.
 func (l *Log) Size() int64 { return l.size }
 
-// Identity returns the identity in the header; the caller must not change it.
+// Identity returns the identity in the header. The caller must not change it.
 func (l *Log) Identity() []byte { return l.identity }
 
 // MustBeRewritten reports whether Append would return ErrLogBroken.
 func (l *Log) MustBeRewritten() bool { return l.needsRewrite }
 
-// Remove deletes the file durably; it is no error if there is none. Copies set aside stay. The
-// log is then as NewLog made it. If only the directory could not be synced, the file is gone
-// but a crash may bring it back.
+// Remove deletes the file durably. A missing file is not an error. Copies that were set aside
+// remain. Afterwards the log is in the same state as after NewLog. If Remove fails while syncing
+// the directory, the file is deleted, but a crash may restore it.
 func (l *Log) Remove() error {
 	err := l.fsys.Remove(l.path)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {

@@ -1,7 +1,8 @@
 package main
 
-// The seam to the disk: the part of a file system that logs need, directories that are synced
-// and locked, and files that are replaced as a whole.
+// This file is the interface to the disk. It defines the file system operations that logs need,
+// which tests replace by fakes. It also creates, syncs and locks directories, sets files aside and
+// replaces whole files durably.
 
 import (
 	"bufio"
@@ -20,8 +21,8 @@ func IsDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// FS is the part of a file system that a log needs. Names are as for package
-// os; SyncDir makes the entries of a directory durable.
+// FS is the part of a file system that logs need. The methods behave like the functions of package
+// os with the same names. SyncDir makes the entries of a directory durable.
 type FS interface {
 	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
 	ReadFile(name string) ([]byte, error)
@@ -46,7 +47,7 @@ type DiskFS struct{}
 func (DiskFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
 	f, err := os.OpenFile(name, flag, perm)
 	if err != nil {
-		return nil, err // not f: a nil *os.File is not a nil File
+		return nil, err // not f: a nil *os.File in a File is not a nil File
 	}
 	return f, nil
 }
@@ -57,8 +58,8 @@ func (DiskFS) Mkdir(name string, perm fs.FileMode) error  { return os.Mkdir(name
 func (DiskFS) Rename(old, new string) error               { return os.Rename(old, new) }
 func (DiskFS) Remove(name string) error                   { return os.Remove(name) }
 
-// SyncDir takes EINVAL for success, because file systems that cannot sync a directory return
-// it (PostgreSQL's fsync_fname does the same).
+// SyncDir syncs a directory. It treats EINVAL as success, because file systems that cannot sync a
+// directory return it (PostgreSQL's fsync_fname does the same).
 func (DiskFS) SyncDir(name string) error {
 	d, err := os.Open(name)
 	if err != nil {
@@ -71,10 +72,13 @@ func (DiskFS) SyncDir(name string) error {
 	return nil
 }
 
-// LockDir creates dir if need be, durably, and takes an exclusive lock on the
-// file "lock" in it, so that no two processes write the same logs. The lock
-// lasts until release, which must be kept reachable, or the end of the process.
-// The file stays behind: removing it would let two processes lock two files.
+// LockDir locks dir, so that no two processes write the same logs. It creates dir durably if
+// necessary, creates the file "lock" in it and takes an exclusive lock on this file. LockDir fails
+// if another process holds the lock.
+//
+// The lock is held until release is called or the process ends. The caller must keep release
+// reachable, because garbage collection would close the file and so release the lock. The file is
+// never removed, because otherwise two processes could lock two different files.
 func LockDir(dir string) (release func() error, err error) {
 	if err := mkdirAllSynced(dir); err != nil {
 		return nil, fmt.Errorf("creating directory: %w", err)
@@ -93,7 +97,8 @@ func LockDir(dir string) (release func() error, err error) {
 	return f.Close, nil
 }
 
-// mkdirAllSynced is os.MkdirAll that syncs each parent whose entry it made.
+// mkdirAllSynced creates dir and missing parents, as os.MkdirAll does. It also makes their entries
+// durable.
 func mkdirAllSynced(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if errors.Is(err, fs.ErrNotExist) && filepath.Dir(dir) != dir {
@@ -108,9 +113,10 @@ func mkdirAllSynced(dir string) error {
 	return syncParent(DiskFS{}, dir, err == nil)
 }
 
-// syncParent makes dir's own entry durable. The entry of a directory that was there already may
-// not be durable yet, because another process may have been killed before it synced it. Unless
-// denialIsError, a missing permission for the parent is none: dir was made by another user.
+// syncParent makes the entry of dir in its parent directory durable. This is also necessary if dir
+// existed before, because the process that created dir may have been killed before it synced the
+// parent. Unless denialIsError, a missing permission to open the parent is not an error, because
+// another user may have created dir.
 func syncParent(fsys FS, dir string, denialIsError bool) error {
 	err := fsys.SyncDir(filepath.Dir(dir))
 	if !denialIsError && errors.Is(err, fs.ErrPermission) {
@@ -119,19 +125,22 @@ func syncParent(fsys FS, dir string, denialIsError bool) error {
 	return err
 }
 
-// readFileRetrying is FS.ReadFile under RetryRead.
+// readFileRetrying reads a file, and retries a failed read as RetryRead does.
 func readFileRetrying(fsys FS, name string) ([]byte, error) {
 	return RetryRead(func() ([]byte, error) { return fsys.ReadFile(name) })
 }
 
-// maxAside is how many files of one path are kept aside for one reason.
+// maxAside is the largest number of files that are kept aside for one path and reason.
 const maxAside = 3
 
-// SetAside renames the file at path, durably, to <path>.<reason>, or with -2 or -3 behind it
-// if another file has that name. It replaces a file of the same bytes, and if all names are
-// taken the last, so that the first files and the newest are kept. It returns the new name without
-// its directory, which is "" if the file was not renamed; with a name, an error is that of syncing
-// the directory.
+// SetAside renames the file at path durably. The new path is <path>.<reason>, or this path with
+// the suffix -2 or -3 if another file has the name already. A file with the same content is
+// replaced. If all three names are taken, the last file is replaced, so that the oldest files and
+// the newest file are kept.
+//
+// SetAside returns the new name without its directory. The name is empty if the file was not
+// renamed. If both a name and an error are returned, the file was renamed, but its directory could
+// not be synced.
 func SetAside(fsys FS, path, reason string) (asideName string, err error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
@@ -150,8 +159,9 @@ func SetAside(fsys FS, path, reason string) (asideName string, err error) {
 	return filepath.Base(aside), nil
 }
 
-// asidePath chooses the path of a file set aside. sameThere reports that the same bytes lie there
-// already, as after a crash between the copy of a damaged log and its Rewrite.
+// asidePath chooses the path for setting aside a file with content data, by the rules of SetAside.
+// sameThere reports that a file with the same content exists at this path. This happens if a
+// process crashed after it copied a damaged log and before it rewrote the log.
 func asidePath(fsys FS, path, reason string, data []byte) (aside string, sameThere bool, err error) {
 	for n := 1; n <= maxAside; n++ {
 		aside = path + "." + reason
@@ -169,9 +179,10 @@ func asidePath(fsys FS, path, reason string, data []byte) (aside string, sameThe
 	return aside, false, nil
 }
 
-// replaceFile writes by fill to a temporary file and renames it to path, durably. It makes the
-// directory if that is missing, and returns the size of the file. If renamed, an error is that
-// of syncing directories.
+// replaceFile calls fill to write a temporary file, syncs that file and renames it to path. Then it
+// syncs the directory of path and the parent of that directory. It creates the directory if it is
+// missing. It returns the size of the new file in bytes. If renamed is true, an error means that a
+// directory could not be synced.
 func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, renamed bool, err error) {
 	dir, temp := filepath.Dir(path), path+logTempSuffix
 	f, madeDir, err := createFile(fsys, temp)
@@ -182,7 +193,7 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 		err = fsys.Rename(temp, path)
 	}
 	if err != nil {
-		fsys.Remove(temp) // if that fails too, the next rewrite overwrites it
+		fsys.Remove(temp) // an error can be ignored, because the next call overwrites the file
 		return 0, false, err
 	}
 	if err = fsys.SyncDir(dir); err == nil {
@@ -191,7 +202,8 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 	return size, true, err
 }
 
-// createFile opens an empty file at path, and makes its directory if that is missing.
+// createFile opens an empty file at path for writing. It creates the directory of path if it is
+// missing, but no further parents. madeDir reports that it created the directory.
 func createFile(fsys FS, path string) (f File, madeDir bool, err error) {
 	const flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
 	if f, err = fsys.OpenFile(path, flags, 0o600); !errors.Is(err, fs.ErrNotExist) {
@@ -205,7 +217,8 @@ func createFile(fsys FS, path string) (f File, madeDir bool, err error) {
 	return f, madeDir, err
 }
 
-// writeSyncClose writes by fill to f, syncs and closes it, and returns its size.
+// writeSyncClose calls fill to write to f, then syncs and closes f. It returns the number of bytes
+// written.
 func writeSyncClose(f File, fill func(io.Writer) error) (size int64, err error) {
 	out := &countingWriter{w: f}
 	buf := bufio.NewWriterSize(out, 64<<10)
@@ -221,6 +234,7 @@ func writeSyncClose(f File, fill func(io.Writer) error) (size int64, err error) 
 	return out.n, err
 }
 
+// countingWriter counts the bytes that it writes to w.
 type countingWriter struct {
 	w io.Writer
 	n int64

@@ -1,14 +1,51 @@
 package main
 
-// Files set aside: their names, that a crash keeps them, and what errors leave.
+// Tests of the interface to the disk: locking a directory, and setting files aside under free
+// names, durably, and with each operation failing.
 
 import (
 	"errors"
 	"maps"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 )
 
+// LockDir creates the directory. A second lock fails until the first is released.
+func TestLockDir(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "a", "b")
+	release, err := LockDir(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LockDir(root); err == nil || !strings.Contains(err.Error(), root+" is in use by another process") {
+		t.Errorf("locking a locked directory: got error %v", err)
+	}
+	if err := release(); err != nil {
+		t.Errorf("releasing the lock: %v", err)
+	}
+	if release, err = LockDir(root); err != nil {
+		t.Fatalf("locking a released directory: %v", err)
+	}
+	if err := release(); err != nil {
+		t.Errorf("releasing the second lock: %v", err)
+	}
+	file := filepath.Join(root, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LockDir(file); err == nil {
+		t.Error("locking a path that is a regular file succeeded")
+	}
+	if _, err := LockDir(filepath.Join(root, "lock")); err == nil {
+		t.Error("locking the lock file itself as a directory succeeded")
+	}
+}
+
+// Files are set aside under the reason, with -2 and -3 if another file has the name. The same
+// content is kept once, the last name is reused, and every renamed file survives a crash.
 func TestSetAside(t *testing.T) {
 	const path = "/d/x.log"
 	c := newCrashFS(1, "/d")
@@ -16,33 +53,35 @@ func TestSetAside(t *testing.T) {
 		{"one", "refused", "x.log.refused"},
 		{"one", "damaged", "x.log.damaged"},
 		{"two", "refused", "x.log.refused-2"},
-		{"one", "refused", "x.log.refused"}, // the same bytes lie there already
+		{"one", "refused", "x.log.refused"}, // x.log.refused has the same content
 		{"three", "refused", "x.log.refused-3"},
 		{"four", "refused", "x.log.refused-3"},
 		{"two", "refused", "x.log.refused-2"},
 	} {
 		c.put(path, []byte(tt.data))
 		if name, err := SetAside(c, path, tt.reason); name != tt.want || err != nil {
-			t.Errorf("%s, %s: set aside as %q, %v; want %q", tt.data, tt.reason, name, err, tt.want)
+			t.Errorf("setting aside %q, reason %s: got name %q, %v; want %q", tt.data, tt.reason, name, err, tt.want)
 		}
 		c.crash()
 		if data, err := c.ReadFile("/d/" + tt.want); string(data) != tt.data || err != nil {
-			t.Errorf("%s, %s: after a crash %q, %v", tt.data, tt.reason, data, err)
+			t.Errorf("setting aside %q, reason %s: after a crash the file has %q, %v", tt.data, tt.reason, data, err)
 		}
 	}
 	want := map[string]string{path + ".refused": "one", path + ".refused-2": "two", path + ".refused-3": "four", path + ".damaged": "one"}
 	if got := c.contents(); !maps.Equal(got, want) {
-		t.Errorf("files %q, want %q", got, want)
+		t.Errorf("files at the end: got %q, want %q", got, want)
 	}
 }
 
+// A SetAside that fails before the rename changes no file. If only the directory cannot be synced,
+// the new name is returned with the error.
 func TestSetAsideFails(t *testing.T) {
 	const path = "/d/x.log"
 	for _, tt := range []struct{ op, file, want string }{
 		{"read", path, ""},
 		{"read", path + ".refused", ""},
 		{"rename", path, ""},
-		{"syncdir", "/d", "x.log.refused-2"}, // renamed, but a crash may undo it
+		{"syncdir", "/d", "x.log.refused-2"}, // renamed, but a crash may undo the rename
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			c := newCrashFS(1, "/d")
@@ -51,10 +90,10 @@ func TestSetAsideFails(t *testing.T) {
 			before := c.contents()
 			c.hook = failOn(tt.op, tt.file, 0, errDisk)
 			if name, err := SetAside(c, path, "refused"); name != tt.want || !errors.Is(err, errDisk) {
-				t.Errorf("%s of %s fails: %q, %v; want %q", tt.op, tt.file, name, err, tt.want)
+				t.Errorf("%s of %s fails: got name %q, error %v; want name %q", tt.op, tt.file, name, err, tt.want)
 			}
 			if tt.want == "" && !maps.Equal(c.contents(), before) {
-				t.Errorf("%s of %s fails: files %q", tt.op, tt.file, c.contents())
+				t.Errorf("%s of %s fails: files are now %q, want %q", tt.op, tt.file, c.contents(), before)
 			}
 		})
 	}

@@ -1,8 +1,8 @@
 package main
 
-// Reading a log after a crash or damage. Records on either side of the damage are delivered,
-// the damage is counted, and a copy of the file is kept. Work is linear in the file's size,
-// whatever bytes it holds.
+// This file reads logs at start, also after a crash or damage. Recovery delivers the valid records
+// before and after damaged bytes, counts the damage and keeps a copy of the damaged file. The time
+// is linear in the size of the file, even for hostile content.
 
 import (
 	"bytes"
@@ -13,23 +13,25 @@ import (
 	"path/filepath"
 )
 
-// LogRecovery is what OpenLog found. Header, delivered records, LostBytes and
-// TornBytes together make up the file.
+// LogRecovery is the result of recovering one log. The sizes of the header (if it is intact), of
+// the accepted records, LostBytes and TornBytes add up to the size of the file.
 type LogRecovery struct {
 	Identity      []byte // nil if HeaderDamaged
 	HeaderDamaged bool
-	Records       int    // delivered, and accepted by the caller
-	Damaged       int    // regions behind the header that were skipped, and records the caller refused
-	LostBytes     int64  // of a damaged header, damaged regions and refused records
-	TornBytes     int64  // of an unfinished append at the end
-	CopyPath      string // path of the copy of a damaged file
-	Err           error  // why that copy was not written, or the file not made ready to append to
+	Records       int    // records that were delivered and that the caller accepted
+	Damaged       int    // damaged regions after the header, plus records that the caller refused
+	LostBytes     int64  // bytes of a damaged header, of damaged regions and of refused records
+	TornBytes     int64  // bytes of an unfinished append at the end
+	CopyPath      string // path of the copy of a damaged file; empty if there is no copy
+	Err           error  // error while copying a damaged file, or while cutting and syncing an intact one
 }
 
-// IsDamaged reports damage of the header or behind it. A torn end is not damage.
+// IsDamaged reports whether the header or any bytes after it are damaged, or the caller refused a
+// record. A torn end is not damage.
 func (r *LogRecovery) IsDamaged() bool { return r.HeaderDamaged || r.Damaged > 0 }
 
-// KeptCopyNote returns the end of a message about damage: the name of the copy, or "" without one.
+// KeptCopyNote returns text to append to a message about damage. The text names the copy of the
+// damaged file. It is empty if there is no copy.
 func (r *LogRecovery) KeptCopyNote() string {
 	if r.CopyPath == "" {
 		return ""
@@ -37,39 +39,40 @@ func (r *LogRecovery) KeptCopyNote() string {
 	return fmt.Sprintf("; the damaged file is kept as %q", filepath.Base(r.CopyPath))
 }
 
-// OpenLog reads a whole log into memory and calls each for every valid record
-// in order. The payload is part of that memory: it must be neither kept nor
-// changed. If each returns an error the record counts as damaged.
+// OpenLog reads a whole log into memory and calls each for every valid record, in order. The
+// payload is part of that memory, so each must neither keep nor change it. If each returns an
+// error, the record counts as damaged.
 //
-// A torn tail, as a crash during Append leaves it, is not damage: it is cut.
-// A tail is torn if the file ends before its record does, or if it is all zeros
-// (its length was written, its data was not). Anything else that is not a valid
-// record is damage, a complete last record with a wrong CRC included: a crash
-// can leave one, when sectors are written out of order, but so can a flipped
-// byte, and a needless copy harms nobody.
+// Torn: a crash during Append leaves a torn tail. A tail is torn if the file ends before the last
+// record is complete, or if the tail is all zeros because the file's new size was written and its
+// data was not. A torn tail is not damage. OpenLog cuts it off.
 //
-// A damaged file is copied aside and left as it was. The log then needs a Rewrite, with
-// what the caller recovered. If HeaderDamaged, the log has no identity: the caller learns it
-// from the records or the name, and rewrites a NewLog at the same path.
+// Damaged: all other bytes that are not a valid record are damage. This includes a complete last
+// record with a wrong CRC. A crash can leave such a record if sectors are written out of order, but
+// a flipped bit looks the same, and an unnecessary copy does no harm. OpenLog copies a damaged file
+// aside and does not change the file. The log then needs a Rewrite with the records that the caller
+// recovered. If HeaderDamaged, the log has no identity. The caller must then find the identity by
+// other means, such as the records or the file's name, and rewrite a NewLog at the same path.
 //
-// After a head that cannot be read records are searched for at every following
-// byte, and bytes in a payload that look like a record are then taken for one.
-// So the caller must check the records of a damaged log as strictly as foreign input.
+// Forged records: after an unreadable head, recovery searches for a record at every byte. Bytes in
+// a payload that look like a record are then delivered as a record. Therefore the caller must check
+// the records of a damaged log as strictly as foreign input.
 //
-// Unless the log needs a Rewrite, the delivered records are durable: the file is synced even
-// if nothing was cut, because the process that wrote it may have been killed before
-// its fsync. ListLogs makes the file's directory entry durable.
+// Durability: unless the log needs a Rewrite, the delivered records are durable. OpenLog syncs the
+// file even if nothing was cut, because the process that wrote the file may have been killed before
+// its fsync. ListLogs makes the directory entry of the file durable.
 //
-// A log of another version is an error. So is a file that cannot be read after several tries
-// (fs.ErrNotExist if there is none), or a copy of it that was set aside before. Nothing was
-// changed then, and the file may be good. After a later failure, which is in LogRecovery.Err, the
-// log needs a Rewrite.
+// Errors: OpenLog returns an error if the log has another version, or if the file or a copy that
+// was set aside earlier cannot be read after several attempts. The error wraps fs.ErrNotExist if
+// the log does not exist. In these cases nothing was changed, and the file may be intact. Later
+// failures are returned in LogRecovery.Err, and the log then needs a Rewrite.
 func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, LogRecovery, error) {
 	return OpenLogWithGaps(fsys, path, each, func() {})
 }
 
-// OpenLogWithGaps is OpenLog, and calls gap at each place behind the header where damaged bytes
-// are skipped, between the records before and after it.
+// OpenLogWithGaps does the same as OpenLog. It also calls gap for each region of damaged bytes
+// after the header, after it delivered the records before the region and before it delivers the
+// records after the region.
 func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) error, gap func()) (*Log, LogRecovery, error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
@@ -93,7 +96,7 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 	}
 	l.needsRewrite = true
 	if len(data) == 0 {
-		return l, rec, nil // there is nothing to keep
+		return l, rec, nil // an empty file needs no copy
 	}
 	aside, there, err := asidePath(fsys, path, "damaged", data)
 	if err != nil {
@@ -105,7 +108,7 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 	return l, rec, nil
 }
 
-// truncateAndSync cuts torn bytes from the end of the file and makes the rest durable.
+// truncateAndSync cuts tornBytes from the end of the file and makes the rest durable.
 func (l *Log) truncateAndSync(tornBytes int64) error {
 	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY, 0)
 	if err != nil {
@@ -121,8 +124,9 @@ func (l *Log) truncateAndSync(tornBytes int64) error {
 	return f.Sync()
 }
 
-// copyAside writes the copy of a damaged log to the path aside, durably, unless sameThere.
-// It returns that path, or "" if there is no copy.
+// copyAside durably writes the copy of a damaged log to the path aside. If sameThere, the copy
+// exists already and only its directory is synced. copyAside returns the path of the copy, or "" if
+// the copy could not be written.
 func copyAside(fsys FS, aside string, sameThere bool, data []byte) (copyPath string, err error) {
 	if sameThere {
 		return aside, fsys.SyncDir(filepath.Dir(aside))
@@ -137,22 +141,23 @@ func copyAside(fsys FS, aside string, sameThere bool, data []byte) (copyPath str
 	return aside, err
 }
 
-// logScan delivers the records of a file, and counts the rest.
+// logScan delivers the records of a file and counts the bytes that are not records.
 type logScan struct {
 	data  []byte
 	each  func(kind byte, payload []byte) error
 	gap   func()
 	found LogRecovery
-	// checksLeft is how many bytes of bodies a search may still check in vain; -1 says that
-	// it gave up. The bodies of true records do not overlap, so damage alone never uses it
-	// up. Crafted payloads do, and must not make recovery quadratic.
+	// checksLeft is the number of bytes that searches may still read to compute CRCs that turn out
+	// wrong. -1 means that the limit was reached and the search gave up. The limit prevents crafted
+	// payloads from making recovery quadratic. Damage alone never reaches it, because the bodies of
+	// real records do not overlap.
 	checksLeft int
 }
 
-// run scans from offset headerEnd on; 0 says that the header is damaged.
+// run scans the file from offset headerEnd. headerEnd is 0 if the header is damaged.
 func (s *logScan) run(headerEnd int) {
-	// aligned: every record so far began where the one before it ends. So none can be a
-	// forgery in a payload, and a readable head's length can be trusted.
+	// aligned means that every record so far began at the end of the previous record. Then no
+	// record can be forged inside a payload, and the length in a readable head can be trusted.
 	aligned := headerEnd > 0
 	for at := headerEnd; at < len(s.data); {
 		rest := s.data[at:]
@@ -163,10 +168,10 @@ func (s *logScan) run(headerEnd int) {
 			at += size
 			continue
 		}
-		next := len(s.data) // where the damage ends
+		next := len(s.data) // end of the damaged region
 		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || isAllZero(rest))
 		switch {
-		case torn && aligned: // nothing follows an unfinished append
+		case torn && aligned: // an unfinished append extends to the end of the file
 		case complete && aligned && mayFollowRecord(rest[size:]):
 			next = at + size
 		default:
@@ -180,7 +185,7 @@ func (s *logScan) run(headerEnd int) {
 			return
 		}
 		s.found.LostBytes += int64(next - at)
-		if at > 0 { // else they are the header's
+		if at > 0 { // at offset 0 the lost bytes are the header's, which HeaderDamaged reports
 			s.found.Damaged++
 			s.gap()
 		}
@@ -188,6 +193,7 @@ func (s *logScan) run(headerEnd int) {
 	}
 }
 
+// deliverRecord passes the record in frame to the caller and counts it.
 func (s *logScan) deliverRecord(frame []byte) {
 	if err := s.each(frame[recordHead], frame[recordHead+1:]); err != nil {
 		s.found.Damaged++
@@ -197,8 +203,8 @@ func (s *logScan) deliverRecord(frame []byte) {
 	s.found.Records++
 }
 
-// findRecord returns the first offset from from on where a valid record lies, or the end of the
-// file.
+// findRecord returns the offset of the first valid record that begins at offset from or later. It
+// returns the size of the file if there is none or if checksLeft is used up.
 func (s *logScan) findRecord(from int) (offset int) {
 	for ; from < len(s.data); from++ {
 		size, ok := parseRecordHead(s.data[from:])
@@ -216,12 +222,12 @@ func (s *logScan) findRecord(from int) (offset int) {
 	return len(s.data)
 }
 
-// parseRecordHead returns the size of the frame that b begins with, which may be longer than
-// b. ok is false if b does not begin with a valid head.
+// parseRecordHead parses the head of the record with which b begins. It returns the size of the
+// whole frame, which may exceed len(b). ok is false if b does not begin with a valid head.
 func parseRecordHead(b []byte) (frameSize int, ok bool) {
 	r := NewWireReader(b)
 	n := r.Uint32()
-	r.Uint32() // of the body
+	r.Uint32() // CRC of the body
 	sum := r.Uint32()
 	if r.Err() != nil || n == 0 || n > MaxRecord || sum != Checksum(b[:8]) {
 		return 0, false
@@ -229,13 +235,14 @@ func parseRecordHead(b []byte) (frameSize int, ok bool) {
 	return recordHead + int(n), true
 }
 
-// isBodyIntact checks the body of a complete frame.
+// isBodyIntact reports whether the body of a complete frame has a valid kind and matches its CRC.
 func isBodyIntact(frame []byte) bool {
 	return frame[recordHead] != 0 && Checksum(frame[recordHead:]) == binary.LittleEndian.Uint32(frame[4:])
 }
 
-// mayFollowRecord reports whether b, which lies where a damaged record's head says that it ends,
-// confirms that: another record, or a torn one, begins there.
+// mayFollowRecord reports whether b can be the content of the file after a record: another
+// record's head, or a torn tail. run calls it with the bytes after a record with a damaged body,
+// to confirm the length in that record's head.
 func mayFollowRecord(b []byte) bool {
 	_, ok := parseRecordHead(b)
 	return ok || len(b) < recordHead || isAllZero(b)

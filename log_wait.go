@@ -1,7 +1,7 @@
 package main
 
-// Waiting that ends with a context: for loops that do something now and then, and for reads
-// that a disk may answer later.
+// This file implements waiting. Sleep is for loops that run periodically and end with a context.
+// RetryRead repeats reads that fail temporarily.
 
 import (
 	"context"
@@ -11,12 +11,12 @@ import (
 )
 
 const (
-	firstReadPause = 50 * time.Millisecond // between tries to read; it doubles
-	lastReadPause  = 800 * time.Millisecond
+	firstReadPause = 50 * time.Millisecond  // before the first retry; each later pause is twice as long
+	lastReadPause  = 800 * time.Millisecond // before the last retry
 )
 
-// Sleep returns after d, or when wake receives, which may be nil. ctxAlive is false if ctx ended
-// first; woken reports that wake received.
+// Sleep returns after d, when a value is received from wake, or when ctx ends. woken reports that a
+// value was received. ctxAlive is false if Sleep returned because ctx ended. wake may be nil.
 func Sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) (woken, ctxAlive bool) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -30,9 +30,10 @@ func Sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) (woken, c
 	}
 }
 
-// RetryRead calls read until it returns no error, with pauses of about 1.5 s in all. A read
-// error may pass, and says nothing about the content of a file. fs.ErrNotExist is returned
-// at once.
+// RetryRead calls read until it succeeds, and returns its result. After six failed calls, with
+// pauses of about 1.5 s in total, it returns the last error. Retrying matters because a read error
+// may be temporary and does not prove that the file is damaged. fs.ErrNotExist is returned without
+// a retry.
 func RetryRead[T any](read func() (T, error)) (T, error) {
 	for pause := firstReadPause; ; pause *= 2 {
 		got, err := read()

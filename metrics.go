@@ -1,9 +1,9 @@
 package main
 
-// The process's own counters, gauges and histograms, and their exposition through expfmt. A
-// Prometheus accepts the output, whatever callers do: no duplicate series, no invalid UTF-8,
-// counters never fall. Memory is bounded by maxSeries series per family and maxValueLen
-// bytes per label value. This family must not know the meaning of any metric.
+// This file holds the process's own counters, gauges and histograms and writes them through expfmt.
+// Prometheus accepts the output regardless of what callers do: there are no duplicate series and no
+// invalid UTF-8, and counters never decrease. Memory is bounded by maxSeries series per family and
+// maxValueLen bytes per label value. This family must not know the meaning of any metric.
 
 import (
 	"bytes"
@@ -28,85 +28,86 @@ import (
 )
 
 const (
-	maxLabels   = 4    // per family: label values are an array key, so that finding a series allocates nothing
-	maxSeries   = 1000 // per family; what comes after them counts under "other", one more
-	maxValueLen = 128  // bytes of a label value; longer ones are cut
+	maxLabels   = 4    // labels per family; series are found by an array of this size, without allocating
+	maxSeries   = 1000 // series per family; further ones are counted together in one series named "other"
+	maxValueLen = 128  // bytes of a label value; longer values are cut
 )
 
-// Stricter than Prometheus is: its naming guide asks for snake_case.
+// Names must be in snake_case, as Prometheus's naming guide recommends. Prometheus itself accepts
+// more. The suffixes are reserved for the lines of histograms and summaries.
 var (
 	metricNamePattern      = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
 	componentSuffixPattern = regexp.MustCompile(`_(bucket|count|sum|created)$`)
 )
 
-// Metrics is a registry of metric families and the http.Handler that exposes
-// them. All its methods, and those of the families it hands out, may be called
-// concurrently.
+// Metrics is a registry of metric families and the http.Handler that exposes them. All its methods
+// and all methods of its families are safe for concurrent use.
 //
-// Registering panics when a name or label is invalid or taken, or help is
-// missing: the caller's mistake, found at start. So does a wrong number of label
-// values later. Names follow the convention that promtool checks: counters end
-// in _total, and no other family in a suffix that a component line could have;
-// so unique names make unique lines.
+// Registering a family panics if a name or label is invalid or already used, or if the help text is
+// missing. These are programming errors, which show at start. Using a family with a wrong number of
+// label values also panics. Names follow the conventions that promtool checks: names of counters,
+// and no other names, end in _total. No name may end in a suffix that a line of a histogram or
+// summary can have, such as _sum. Therefore different families never produce the same line.
 type Metrics struct {
-	mu        sync.Mutex      // guards the slices
+	mu        sync.Mutex      // guards the slices below
 	families  []*metricFamily // sorted by name
 	onCollect []func()
 }
 
-// seriesKey is the values of a family's labels.
+// seriesKey identifies a series of a family by the values of its labels.
 type seriesKey [maxLabels]string
 
-// metricFamily is the common part of a Counter, a Gauge and a Histogram.
+// metricFamily is the common part of Counter, Gauge and Histogram.
 type metricFamily struct {
 	name, help string
 	kind       dto.MetricType
 	labels     []string
-	buckets    []float64 // upper bounds without +Inf, ascending
+	buckets    []float64 // upper bounds of a histogram's buckets without +Inf, ascending
 
-	mu     sync.RWMutex // guards series, but not a series' values
+	mu     sync.RWMutex // guards the map; the values in it are atomic
 	series map[seriesKey]*seriesValue
 }
 
-// seriesValue is one series of a family, or one histogram.
+// seriesValue is the state of one counter, one gauge or one histogram.
 type seriesValue struct {
-	value  atomic.Uint64   // float bits: counter, gauge, or a histogram's sum
-	counts []atomic.Uint64 // observations per bucket, not cumulative; the last is +Inf
+	value  atomic.Uint64   // bits of a float64: the counter, the gauge, or the sum of the histogram
+	counts []atomic.Uint64 // observations per bucket of a histogram, not cumulative; the last is +Inf
 }
 
-// Counter is a total that only grows.
+// Counter is a family of totals that never decrease.
 type Counter struct{ metricFamily }
 
-// Gauge is a value that goes up and down.
+// Gauge is a family of values that can increase and decrease.
 type Gauge struct{ metricFamily }
 
-// Histogram counts observations in buckets.
+// Histogram is a family of histograms, which count observations in buckets.
 type Histogram struct{ metricFamily }
 
 // NewMetrics returns an empty registry.
 func NewMetrics() *Metrics { return &Metrics{} }
 
-// Counter registers a counter; its name ends in _total. Without labels it is
-// exposed as 0 from the start; a labelled series is, after Add(0, values...).
+// Counter registers a counter. Its name must end in _total. A counter without labels is exposed
+// with the value 0 from the start. A series with labels is exposed after the first call for its
+// label values. Call Add(0, values...) to expose it with the value 0.
 func (m *Metrics) Counter(name, help string, labelNames ...string) *Counter {
 	c := &Counter{}
 	m.register(&c.metricFamily, name, help, dto.MetricType_COUNTER, nil, labelNames)
 	return c
 }
 
-// Gauge registers a gauge, exposed as Counter's series are.
+// Gauge registers a gauge. Its series are exposed under the same conditions as those of a Counter.
 func (m *Metrics) Gauge(name, help string, labelNames ...string) *Gauge {
 	g := &Gauge{}
 	m.register(&g.metricFamily, name, help, dto.MetricType_GAUGE, nil, labelNames)
 	return g
 }
 
-// Histogram registers a histogram. Buckets are inclusive upper bounds, finite
-// and ascending, in the unit that name ends in; +Inf is added.
+// Histogram registers a histogram. buckets are the inclusive upper bounds of its buckets, finite
+// and ascending, in the unit that the name ends in. The bucket +Inf is added.
 func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...string) *Histogram {
 	for i, le := range buckets {
 		if math.IsNaN(le) || math.IsInf(le, 0) || i > 0 && le <= buckets[i-1] {
-			panic(fmt.Sprintf("metric %s: buckets are not finite and ascending", name))
+			panic(fmt.Sprintf("metric %s: bucket bounds must be finite and ascending", name))
 		}
 	}
 	h := &Histogram{}
@@ -114,21 +115,22 @@ func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...
 	return h
 }
 
+// register initializes f and adds it to m. It panics as described at Metrics.
 func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricType, buckets []float64, labelNames []string) {
 	f.name, f.help, f.kind, f.buckets = name, help, kind, buckets
 	f.labels, f.series = slices.Clone(labelNames), map[seriesKey]*seriesValue{}
 	if !metricNamePattern.MatchString(name) || help == "" {
-		panic(fmt.Sprintf("metric %q: invalid name, or no help", name))
+		panic(fmt.Sprintf("metric %q: the name is invalid, or the help text is missing", name))
 	}
 	if strings.HasSuffix(name, "_total") != (kind == dto.MetricType_COUNTER) {
-		panic(fmt.Sprintf("metric %s: counters, and only they, end in _total", name))
+		panic(fmt.Sprintf("metric %s: names of counters, and no other names, must end in _total", name))
 	}
 	if componentSuffixPattern.MatchString(name) {
-		panic(fmt.Sprintf("metric %s: the suffix is kept for component lines", name))
+		panic(fmt.Sprintf("metric %s: the suffix is reserved for the lines of histograms and summaries", name))
 	}
 	for i, l := range labelNames {
 		if i == maxLabels || !metricNamePattern.MatchString(l) || l == "le" || slices.Contains(labelNames[:i], l) {
-			panic(fmt.Sprintf("metric %s: label %q is invalid, repeated or one too many", name, l))
+			panic(fmt.Sprintf("metric %s: label %q is invalid or repeated, or there are more than %d labels", name, l, maxLabels))
 		}
 	}
 	if len(labelNames) == 0 {
@@ -143,8 +145,9 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 	m.families = slices.Insert(m.families, i, f)
 }
 
-// findOrAddSeries returns the series with these label values, which it adds if there is none. The
-// panic does not print the values: they would escape, and each call would allocate.
+// findOrAddSeries returns the series with these label values. It adds the series if it does not
+// exist. The panic message does not contain the values: they would escape to the heap, so that
+// every call would allocate.
 func (f *metricFamily) findOrAddSeries(labelValues []string) *seriesValue {
 	if len(labelValues) != len(f.labels) {
 		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(labelValues), len(f.labels)))
@@ -160,11 +163,12 @@ func (f *metricFamily) findOrAddSeries(labelValues []string) *seriesValue {
 	return s
 }
 
-// addSeries adds a series, unless a concurrent call did. Beyond maxSeries it returns the one
-// whose label values are all "other".
+// addSeries adds a series and returns it. If a concurrent call added the same series, addSeries
+// returns that series. If the family is full, it returns the series whose label values are all
+// "other".
 func (f *metricFamily) addSeries(key seriesKey) *seriesValue {
 	for i, v := range key {
-		// Cloned: a short value must not keep alive the long text it was cut from.
+		// Clone the value, so that a short value does not keep a long text alive that contains it.
 		key[i] = strings.Clone(strings.ToValidUTF8(v[:min(len(v), maxValueLen)], "\uFFFD"))
 	}
 	f.mu.Lock()
@@ -174,7 +178,7 @@ func (f *metricFamily) addSeries(key seriesKey) *seriesValue {
 			key[i] = "other"
 		}
 	}
-	// The key may be new by now: two values may have become one by cutting or folding.
+	// Look the key up again: cutting or "other" may have made it the key of an existing series.
 	s := f.series[key]
 	if s == nil {
 		s = &seriesValue{}
@@ -200,9 +204,9 @@ func (s *seriesValue) add(v float64) {
 // Inc adds 1 to the series with these label values.
 func (c *Counter) Inc(labelValues ...string) { c.Add(1, labelValues...) }
 
-// Add adds v to the series with these label values, which exists from then on,
-// even if v is 0. A negative v, NaN or infinity is ignored: a counter that falls
-// reads as a restart, and the others would stay for ever.
+// Add adds v to the series with these label values. The series exists from then on, even if v is 0.
+// A negative v is ignored, because Prometheus interprets a decreasing counter as a restart. NaN and
+// infinity are ignored, because the counter would keep that value for ever.
 func (c *Counter) Add(v float64, labelValues ...string) {
 	s := c.findOrAddSeries(labelValues)
 	if v > 0 && !math.IsInf(v, 1) {
@@ -210,8 +214,8 @@ func (c *Counter) Add(v float64, labelValues ...string) {
 	}
 }
 
-// RaiseTo raises the series to v, a total that its caller counts elsewhere. A lower v, or one
-// that Add would ignore, changes nothing.
+// RaiseTo sets the series to v if v is higher than its value. It is for totals that the caller
+// counts elsewhere. NaN and infinity are ignored.
 func (c *Counter) RaiseTo(v float64, labelValues ...string) {
 	s := c.findOrAddSeries(labelValues)
 	for {
@@ -222,7 +226,8 @@ func (c *Counter) RaiseTo(v float64, labelValues ...string) {
 	}
 }
 
-// Value returns the value of the series, or 0 if there is none; it adds none.
+// Value returns the value of the series. It returns 0 and adds no series if the series does not
+// exist.
 func (c *Counter) Value(labelValues ...string) float64 {
 	var key seriesKey
 	copy(key[:], labelValues)
@@ -239,7 +244,7 @@ func (g *Gauge) Set(v float64, labelValues ...string) {
 	g.findOrAddSeries(labelValues).value.Store(math.Float64bits(v))
 }
 
-// ReplaceSeries replaces all series of the gauge by those that fill sets.
+// ReplaceSeries replaces all series of the gauge by the series that fill sets through its argument.
 func (g *Gauge) ReplaceSeries(fill func(set func(v float64, labelValues ...string))) {
 	next := Gauge{metricFamily{name: g.name, kind: g.kind, labels: g.labels, series: map[seriesKey]*seriesValue{}}}
 	fill(next.Set)
@@ -248,10 +253,10 @@ func (g *Gauge) ReplaceSeries(fill func(set func(v float64, labelValues ...strin
 	g.series = next.series
 }
 
-// Add adds v, which may be negative, to the series with these label values.
+// Add adds v to the series with these label values. v may be negative.
 func (g *Gauge) Add(v float64, labelValues ...string) { g.findOrAddSeries(labelValues).add(v) }
 
-// Observe counts v. NaN is ignored: the sum would stay NaN for ever.
+// Observe counts the observation v. NaN is ignored, because the sum would remain NaN for ever.
 func (h *Histogram) Observe(v float64, labelValues ...string) {
 	s := h.findOrAddSeries(labelValues)
 	if math.IsNaN(v) {
@@ -261,8 +266,8 @@ func (h *Histogram) Observe(v float64, labelValues ...string) {
 	s.add(v)
 }
 
-// OnCollect has f called before each exposition, to refresh gauges and totals.
-// Expositions may overlap, so f must be safe for concurrent use; it runs without
+// OnCollect registers f to be called before each exposition, to update gauges and totals. Several
+// expositions can run at the same time, so f must be safe for concurrent use. f is called without
 // any lock of the registry.
 func (m *Metrics) OnCollect(f func()) {
 	m.mu.Lock()
@@ -270,8 +275,8 @@ func (m *Metrics) OnCollect(f func()) {
 	m.onCollect = append(m.onCollect, f)
 }
 
-// gather returns the families that have series, by name, their series by label
-// values.
+// gather calls the OnCollect functions and returns the families that have series. The families are
+// sorted by name and their series by label values.
 func (m *Metrics) gather() []*dto.MetricFamily {
 	m.mu.Lock()
 	onCollect, families := slices.Clone(m.onCollect), slices.Clone(m.families)
@@ -281,13 +286,14 @@ func (m *Metrics) gather() []*dto.MetricFamily {
 	}
 	var out []*dto.MetricFamily
 	for _, f := range families {
-		if mf := f.collect(); len(mf.Metric) > 0 { // expfmt refuses a family without any
+		if mf := f.collect(); len(mf.Metric) > 0 { // expfmt refuses a family without series
 			out = append(out, mf)
 		}
 	}
 	return out
 }
 
+// collect returns the current state of a family.
 func (f *metricFamily) collect() *dto.MetricFamily {
 	f.mu.RLock()
 	series := maps.Clone(f.series)
@@ -306,8 +312,8 @@ func (f *metricFamily) collect() *dto.MetricFamily {
 		case dto.MetricType_GAUGE:
 			out.Gauge = &dto.Gauge{Value: new(s.load())}
 		case dto.MetricType_HISTOGRAM:
-			// The count is the sum of the buckets as read, never a number of its own
-			// that could disagree with them; only the sum may be a moment ahead.
+			// Compute the total count from the buckets just read, so that it agrees with them.
+			// The sum is read later and may include observations that the buckets do not.
 			h, n := &dto.Histogram{}, uint64(0)
 			for i := range f.buckets {
 				n += s.counts[i].Load()
@@ -329,18 +335,18 @@ func (m *Metrics) write(w io.Writer, format expfmt.Format) error {
 			return fmt.Errorf("writing metric %s: %w", mf.GetName(), err)
 		}
 	}
-	if c, ok := enc.(expfmt.Closer); ok { // OpenMetrics ends with a line of its own
+	if c, ok := enc.(expfmt.Closer); ok { // Close writes the "# EOF" of OpenMetrics
 		if err := c.Close(); err != nil {
-			return fmt.Errorf("ending the metrics: %w", err)
+			return fmt.Errorf("writing the end of the metrics: %w", err)
 		}
 	}
 	return nil
 }
 
-// ServeHTTP answers with all metrics in the format that the scraper prefers among
-// delimited protobuf, OpenMetrics and text, compressed if it accepts gzip. The
-// whole body is rendered first (its size is bounded), so that no error cuts short an answer of
-// status 200.
+// ServeHTTP answers with all metrics. The format is the one that the scraper prefers among
+// delimited protobuf, OpenMetrics and text. The body is compressed if the scraper accepts gzip.
+// ServeHTTP renders the whole body, whose size is bounded, before it writes the status. So an error
+// while rendering results in status 500, never in an incomplete body with status 200.
 func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	format := expfmt.NegotiateAccept(r.Header, expfmt.DefaultOpenMetricsAcceptedFormats()...)
 	var body bytes.Buffer
@@ -350,7 +356,7 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", string(format))
 	if !AcceptsGzip(r.Header) {
-		w.Write(body.Bytes()) // an error here is the scraper's hanging up
+		w.Write(body.Bytes()) // fails only if the scraper closed the connection
 		return
 	}
 	w.Header().Set("Content-Encoding", "gzip")
@@ -359,8 +365,8 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	zw.Close()
 }
 
-// AcceptsGzip reports whether Accept-Encoding names gzip without refusing it by
-// q=0 (RFC 9110, 12.5.3). "*" does not name it.
+// AcceptsGzip reports whether the header Accept-Encoding contains gzip, unless with q=0, which
+// means that gzip is not acceptable (RFC 9110, 12.5.3). "*" does not count as gzip.
 func AcceptsGzip(h http.Header) bool {
 	for part := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
 		coding, params, err := mime.ParseMediaType(part)

@@ -1,7 +1,7 @@
 package main
 
-// The version of this binary, as the build recorded it.
-// It needs no variable that a build script sets.
+// This file reports the version of this binary. The Go toolchain records the version during the
+// build, so no build script has to set a variable.
 
 import (
 	"cmp"
@@ -9,9 +9,9 @@ import (
 	"strings"
 )
 
-// ProgramVersion returns the module version and the commit that the binary was built
-// from: "devel" and "unknown" when the build did not record them, and "-dirty"
-// behind a commit with uncommitted changes.
+// ProgramVersion returns the module version and the commit from which the binary was built. If the
+// build did not record them, they are "devel" and "unknown". The commit has the suffix "-dirty" if
+// there were uncommitted changes.
 func ProgramVersion() (version, revision string) {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -1,7 +1,8 @@
 package main
 
-// Metrics that every process has, under the names of Prometheus's own libraries, and the
-// version of this binary. Most of them are read from /proc.
+// This file registers metrics about the process, such as memory and CPU time, and about the version
+// of this binary. Metrics of the process have the names that Prometheus's client libraries use.
+// Some of them are read from /proc.
 
 import (
 	"bytes"
@@ -15,18 +16,18 @@ import (
 	"time"
 )
 
-// RegisterProcessMetrics adds the metrics of a process that Prometheus's own libraries have,
-// under the same names, and telemeter_build_info. Without /proc those read from it are
-// absent.
+// RegisterProcessMetrics registers the process metrics of Prometheus's client libraries under the
+// same names, and telemeter_build_info. On systems without /proc, the metrics read from /proc are
+// not registered.
 func RegisterProcessMetrics(m *Metrics) {
 	version, revision := ProgramVersion()
-	m.Gauge("telemeter_build_info", "Constant 1, labelled with what this binary was built from.",
+	m.Gauge("telemeter_build_info", "Always 1; the labels are the version, the commit and the Go version of this binary.",
 		"version", "revision", "goversion").Set(1, version, revision, runtime.Version())
-	cpu := m.Counter("process_cpu_seconds_total", "User and system CPU time spent in seconds.")
-	maxFDs := m.Gauge("process_max_fds", "Maximum number of open file descriptors.")
-	goroutines := m.Gauge("go_goroutines", "Number of goroutines.")
-	heap := m.Gauge("go_memstats_heap_alloc_bytes", "Bytes of heap objects, live or not yet collected.")
-	cycles := m.Counter("go_gc_cycles_total", "Completed garbage collections.")
+	cpu := m.Counter("process_cpu_seconds_total", "User and system CPU time of this process, in seconds.")
+	maxFDs := m.Gauge("process_max_fds", "Limit on open file descriptors of this process.")
+	goroutines := m.Gauge("go_goroutines", "Number of goroutines that currently exist.")
+	heap := m.Gauge("go_memstats_heap_alloc_bytes", "Bytes of heap objects that the garbage collector has not freed.")
+	cycles := m.Counter("go_gc_cycles_total", "Garbage collection cycles completed since the process started.")
 	m.OnCollect(func() {
 		var usage syscall.Rusage
 		if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
@@ -37,7 +38,7 @@ func RegisterProcessMetrics(m *Metrics) {
 			maxFDs.Set(float64(limit.Cur))
 		}
 		goroutines.Set(float64(runtime.NumGoroutine()))
-		// Unlike runtime.ReadMemStats, this does not stop the world.
+		// metrics.Read is used because runtime.ReadMemStats would pause all goroutines.
 		mem := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
 		metrics.Read(mem)
 		heap.Set(float64(mem[0].Value.Uint64()))
@@ -47,9 +48,9 @@ func RegisterProcessMetrics(m *Metrics) {
 	if _, ok := readProc(); !ok {
 		return
 	}
-	resident := m.Gauge("process_resident_memory_bytes", "Resident memory size in bytes.")
-	start := m.Gauge("process_start_time_seconds", "Start time of the process since unix epoch in seconds.")
-	openFDs := m.Gauge("process_open_fds", "Number of open file descriptors.")
+	resident := m.Gauge("process_resident_memory_bytes", "Resident memory of this process, in bytes.")
+	start := m.Gauge("process_start_time_seconds", "Start time of this process, in seconds since the Unix epoch.")
+	openFDs := m.Gauge("process_open_fds", "Number of file descriptors that this process has open.")
 	m.OnCollect(func() {
 		if p, ok := readProc(); ok {
 			resident.Set(p.resident)
@@ -59,16 +60,23 @@ func RegisterProcessMetrics(m *Metrics) {
 	})
 }
 
-type procStats struct{ resident, start, openFDs float64 } // bytes, Unix seconds, number
+// procStats is what readProc found in /proc.
+type procStats struct {
+	resident float64 // bytes of resident memory
+	start    float64 // start of the process, in Unix seconds
+	openFDs  float64 // number of open file descriptors
+}
 
-// readProc reads /proc as proc(5) describes it. The kernel's boot time follows
-// the wall clock's corrections, and so does the start time told.
+// readProc reads the files in /proc that proc(5) describes. ok is false if they cannot be read or
+// parsed. The kernel adjusts its boot time when the wall clock is set, so the start time changes
+// with the wall clock.
 func readProc() (p procStats, ok bool) {
-	const ticks = 100 // USER_HZ, the same on every architecture Go has on Linux
+	const ticks = 100 // clock ticks per second (USER_HZ), the same on every Linux architecture of Go
 	stat, err1 := os.ReadFile("/proc/self/stat")
 	system, err2 := os.ReadFile("/proc/stat")
 	fds, err3 := os.ReadDir("/proc/self/fd")
-	// The second field, the command, may hold spaces and parentheses itself.
+	// Split after the last parenthesis, because the second field, the command in parentheses, can
+	// contain spaces and parentheses. So fields[0] is field 3 of proc(5).
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	if cmp.Or(err1, err2, err3) != nil || len(fields) <= 24-3 {
 		return p, false
@@ -79,6 +87,6 @@ func readProc() (p procStats, ok bool) {
 	started, err2 := strconv.ParseFloat(fields[22-3], 64)
 	pages, err3 := strconv.ParseFloat(fields[24-3], 64)
 	p.resident, p.start = pages*float64(os.Getpagesize()), booted+started/ticks
-	p.openFDs = float64(len(fds) - 1) // one of them is the listing's own
+	p.openFDs = float64(len(fds) - 1) // minus the descriptor that ReadDir used
 	return p, cmp.Or(err1, err2, err3) == nil
 }

@@ -1,6 +1,7 @@
 package main
 
-// The exposition of metrics, its bounds, and its use by many goroutines.
+// Tests of the registry: the exposition in each format, bounds on series and label values, invalid
+// registrations, and use by many goroutines.
 
 import (
 	"bytes"
@@ -9,8 +10,6 @@ import (
 	"math"
 	"net/http"
 	"net/http/httptest"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -21,11 +20,12 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// WriteText writes all metrics in the text format 0.0.4.
+// WriteText writes all metrics as text exposition 0.0.4.
 func (m *Metrics) WriteText(w io.Writer) error {
 	return m.write(w, expfmt.NewFormat(expfmt.TypeTextPlain))
 }
 
+// metricsText returns all metrics as text exposition.
 func metricsText(t *testing.T, m *Metrics) string {
 	t.Helper()
 	var b strings.Builder
@@ -35,18 +35,19 @@ func metricsText(t *testing.T, m *Metrics) string {
 	return b.String()
 }
 
+// metricsParsed returns the families that expfmt parses from the text exposition, by name.
 func metricsParsed(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	t.Helper()
 	parser := expfmt.NewTextParser(model.LegacyValidation)
 	families, err := parser.TextToMetricFamilies(strings.NewReader(metricsText(t, m)))
 	if err != nil {
-		t.Fatalf("the output does not parse: %v", err)
+		t.Fatalf("expfmt cannot parse the exposition: %v", err)
 	}
 	return families
 }
 
-// The text is promised to the byte: families by name, series by label values,
-// a family without series absent, one without labels there from the start.
+// The text exposition has families sorted by name and series sorted by label values. A family
+// without series is left out, and a family without labels is there from the start.
 func TestMetricsText(t *testing.T) {
 	m := NewMetrics()
 	pushes := m.Counter("pushes_total", "Pushes.", "code", "reason")
@@ -82,43 +83,47 @@ pushes_total{code="200",reason="` + "\uFFFD" + `"} 1
 pushes_total{code="400",reason="a \"b\"\n\\"} 0
 `
 	if got := metricsText(t, m); got != want {
-		t.Errorf("got\n%s\nwant\n%s", got, want)
+		t.Errorf("exposition: got\n%s\nwant\n%s", got, want)
 	}
 	if n := len(metricsParsed(t, m)); n != 4 {
-		t.Errorf("parsed back %d families, want 4", n)
+		t.Errorf("expfmt reads %d families, want 4", n)
 	}
 }
 
-func TestMetricsValues(t *testing.T) {
+// A counter ignores negative values, NaN, infinity and lower totals. Value adds no series.
+func TestCounterValues(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "l")
 	if v := c.Value("never"); v != 0 || strings.Contains(metricsText(t, m), "never") {
-		t.Errorf("asking made a series, or one of %v", v)
+		t.Errorf("Value of a series that does not exist: got %v, want 0 and no new series", v)
 	}
 	for _, bad := range []float64{-1, math.NaN(), math.Inf(1), math.Inf(-1)} {
 		c.Add(bad, "a")
 		c.RaiseTo(bad, "a")
 	}
 	if v := c.Value("a"); v != 0 {
-		t.Errorf("counter took what it must ignore: %v", v)
+		t.Errorf("counter after values that it must ignore: got %v, want 0", v)
 	}
 	for _, step := range []struct{ total, want float64 }{{5, 5}, {3, 5}, {5, 5}, {9, 9}} {
 		if c.RaiseTo(step.total, "a"); c.Value("a") != step.want {
-			t.Errorf("after Total(%v): %v, want %v", step.total, c.Value("a"), step.want)
+			t.Errorf("counter after RaiseTo(%v): got %v, want %v", step.total, c.Value("a"), step.want)
 		}
 	}
+}
+
+// A gauge can be set and can be decreased below zero.
+func TestGaugeValues(t *testing.T) {
+	m := NewMetrics()
 	g := m.Gauge("g", "G.")
 	g.Set(2)
 	g.Add(-5)
 	if v := metricsParsed(t, m)["g"].Metric[0].Gauge.GetValue(); v != -3 {
-		t.Errorf("gauge is %v, want -3", v)
+		t.Errorf("gauge: got %v, want -3", v)
 	}
 }
 
-// A caller that puts remote input into a label costs a bounded amount of memory
-// and no observation, and the output stays one that parses, without duplicates.
-// A gauge shows only the series that Replace set, and their number is bounded as ever.
-func TestMetricsReplace(t *testing.T) {
+// After ReplaceSeries a gauge has only the new series, and their number is bounded by maxSeries.
+func TestGaugeReplaceSeries(t *testing.T) {
 	m := NewMetrics()
 	g := m.Gauge("g", "G.", "a")
 	g.Set(1, "gone")
@@ -130,12 +135,14 @@ func TestMetricsReplace(t *testing.T) {
 		})
 		text := metricsText(t, m)
 		if got, want := strings.Count(text, "\ng{"), min(n, maxSeries+1); got != want || strings.Contains(text, "gone") {
-			t.Errorf("%d series, want %d", got, want)
+			t.Errorf("after replacing by %d series: got %d series, want %d and no old one:\n%.300s", n, got, want, text)
 		}
 	}
 }
 
-func TestMetricsChildrenBounded(t *testing.T) {
+// Remote input in a label costs a bounded amount of memory: label values are cut, and series beyond
+// maxSeries are counted together as "other". No count is lost, and the exposition can be parsed.
+func TestMetricsSeriesBounded(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "site", "code")
 	long := strings.Repeat("x", 10*maxValueLen)
@@ -148,18 +155,20 @@ func TestMetricsChildrenBounded(t *testing.T) {
 		sum += s.Counter.GetValue()
 		for _, l := range s.Label {
 			if len(l.GetValue()) > maxValueLen {
-				t.Errorf("label value of %d bytes", len(l.GetValue()))
+				t.Errorf("a label value has %d bytes, want at most %d", len(l.GetValue()), maxValueLen)
 			}
 		}
 	}
 	if len(series) != maxSeries+1 || sum != 6*maxSeries {
-		t.Errorf("%d series summing up to %v, want %d and %d", len(series), sum, maxSeries+1, 6*maxSeries)
+		t.Errorf("got %d series with the sum %v, want %d with the sum %d", len(series), sum, maxSeries+1, 6*maxSeries)
 	}
 	if v := c.Value("other", "other"); v < maxSeries {
-		t.Errorf("other is %v", v)
+		t.Errorf("series other: got %v, want at least %d", v, maxSeries)
 	}
 }
 
+// Registering a family with an invalid name, label, help text or bucket panics. So does using a
+// family with a wrong number of label values.
 func TestMetricsRegistrationPanics(t *testing.T) {
 	for name, register := range map[string]func(*Metrics){
 		"duplicate":             func(m *Metrics) { m.Gauge("a", "A."); m.Histogram("a", "A.", nil) },
@@ -171,18 +180,18 @@ func TestMetricsRegistrationPanics(t *testing.T) {
 		"gauge with total":      func(m *Metrics) { m.Gauge("a_total", "A.") },
 		"component suffix":      func(m *Metrics) { m.Gauge("a_bucket", "A.") },
 		"reserved label":        func(m *Metrics) { m.Gauge("a", "A.", "__x") },
-		"le":                    func(m *Metrics) { m.Histogram("a", "A.", nil, "le") },
+		"label le":              func(m *Metrics) { m.Histogram("a", "A.", nil, "le") },
 		"repeated label":        func(m *Metrics) { m.Gauge("a", "A.", "x", "x") },
 		"too many labels":       func(m *Metrics) { m.Gauge("a", "A.", "v", "w", "x", "y", "z") },
 		"buckets descend":       func(m *Metrics) { m.Histogram("a", "A.", []float64{2, 1}) },
 		"infinite bucket":       func(m *Metrics) { m.Histogram("a", "A.", []float64{1, math.Inf(1)}) },
-		"values missing":        func(m *Metrics) { m.Gauge("a", "A.", "x").Set(1) },
-		"values to spare":       func(m *Metrics) { m.Gauge("a", "A.").Set(1, "x") },
+		"missing label value":   func(m *Metrics) { m.Gauge("a", "A.", "x").Set(1) },
+		"extra label value":     func(m *Metrics) { m.Gauge("a", "A.").Set(1, "x") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			defer func() {
 				if recover() == nil {
-					t.Error("no panic")
+					t.Error("registering or using the metric did not panic")
 				}
 			}()
 			register(NewMetrics())
@@ -190,9 +199,8 @@ func TestMetricsRegistrationPanics(t *testing.T) {
 	}
 }
 
-// Each kind of scraper gets its format, and gets everything in it; of a
-// histogram scraped while it is observed, the buckets are cumulative and end in
-// the count.
+// Each kind of scraper gets all families in the format that it prefers, and gzip only if it accepts
+// gzip.
 func TestMetricsServeHTTP(t *testing.T) {
 	m := NewMetrics()
 	m.Counter("a_total", "A.").Inc()
@@ -225,15 +233,15 @@ func TestMetricsServeHTTP(t *testing.T) {
 				raw = gunzipped(t, raw)
 			}
 			format := expfmt.ResponseFormat(http.Header{"Content-Type": w.Header()["Content-Type"]})
-			if c.format == expfmt.TypeOpenMetrics { // which expfmt writes and does not read
+			if c.format == expfmt.TypeOpenMetrics { // expfmt can write OpenMetrics but cannot read it
 				if !strings.HasPrefix(w.Header().Get("Content-Type"), expfmt.OpenMetricsType) ||
 					!bytes.Contains(raw, []byte("# TYPE a counter\na_total 1.0\n")) || !bytes.HasSuffix(raw, []byte("# EOF\n")) {
-					t.Errorf("%s is not OpenMetrics:\n%s", w.Header().Get("Content-Type"), raw)
+					t.Errorf("body of type %s is not OpenMetrics:\n%s", w.Header().Get("Content-Type"), raw)
 				}
 				return
 			}
 			if format.FormatType() != c.format {
-				t.Fatalf("format is %s", w.Header().Get("Content-Type"))
+				t.Fatalf("content type: got %s, want format %v", w.Header().Get("Content-Type"), c.format)
 			}
 			var names []string
 			for dec := expfmt.NewDecoder(bytes.NewReader(raw), format); ; {
@@ -245,14 +253,16 @@ func TestMetricsServeHTTP(t *testing.T) {
 				}
 				names = append(names, mf.GetName())
 			}
-			slices.Sort(names) // the text decoder goes through a map
+			slices.Sort(names) // expfmt's text decoder returns families in random order
 			if !slices.Equal(names, []string{"a_total", "b_seconds"}) {
-				t.Errorf("families are %v", names)
+				t.Errorf("families: got %v, want a_total and b_seconds", names)
 			}
 		})
 	}
 }
 
+// Concurrent updates lose no count. In a histogram that is scraped while it is updated, the buckets
+// are cumulative and the last one equals the count.
 func TestMetricsConcurrent(t *testing.T) {
 	const workers, rounds = 8, 300
 	m := NewMetrics()
@@ -264,12 +274,12 @@ func TestMetricsConcurrent(t *testing.T) {
 		hist := metricsParsed(t, m)["h_seconds"].Metric[0].Histogram
 		for _, b := range hist.Bucket {
 			if b.GetCumulativeCount() < below {
-				t.Error("buckets are not cumulative")
+				t.Errorf("buckets are not cumulative: %d after %d", b.GetCumulativeCount(), below)
 			}
 			below = b.GetCumulativeCount()
 		}
 		if below != hist.GetSampleCount() {
-			t.Errorf("last bucket is %d, count %d", below, hist.GetSampleCount())
+			t.Errorf("histogram: the last bucket is %d, but the count is %d", below, hist.GetSampleCount())
 		}
 	}
 	var wg sync.WaitGroup
@@ -294,24 +304,25 @@ func TestMetricsConcurrent(t *testing.T) {
 	for i := range 7 {
 		sum += c.Value(fmt.Sprint(i))
 	}
-	if sum != workers*rounds { // no Total(1) comes before an Inc
-		t.Errorf("counted %v, want %d", sum, workers*rounds)
+	if sum != workers*rounds { // RaiseTo(1) never adds, because every goroutine calls Inc first
+		t.Errorf("sum of the counters: got %v, want %d", sum, workers*rounds)
 	}
 	if n := metricsParsed(t, m)["h_seconds"].Metric[0].Histogram.GetSampleCount(); n != workers*rounds {
-		t.Errorf("observed %d, want %d", n, workers*rounds)
+		t.Errorf("count of the histogram: got %d, want %d", n, workers*rounds)
 	}
 }
 
-// Counting is on the path of every push.
+// Counting and observing do not allocate, because every push does both.
 func TestMetricsCountingAllocatesNothing(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "a", "b", "c")
 	h := m.Histogram("h_seconds", "H.", []float64{1, 2}, "a")
 	if n := testing.AllocsPerRun(100, func() { c.Inc("x", "y", "z"); h.Observe(1.5, "x") }); n != 0 {
-		t.Errorf("%v allocations", n)
+		t.Errorf("incrementing a counter and observing a histogram: %v allocations, want 0", n)
 	}
 }
 
+// BenchmarkMetricsInc increments one counter from many goroutines.
 func BenchmarkMetricsInc(b *testing.B) {
 	c := NewMetrics().Counter("c_total", "C.", "a", "b", "c")
 	b.ReportAllocs()
@@ -320,51 +331,4 @@ func BenchmarkMetricsInc(b *testing.B) {
 			c.Inc("upload", "200", "accepted")
 		}
 	})
-}
-
-func TestRegisterProcess(t *testing.T) {
-	m := NewMetrics()
-	RegisterProcessMetrics(m)
-	got := metricsParsed(t, m)
-	positive := []string{"telemeter_build_info", "process_cpu_seconds_total", "process_max_fds", "go_goroutines", "go_memstats_heap_alloc_bytes"}
-	if runtime.GOOS == "linux" {
-		positive = append(positive, "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds")
-	}
-	for _, name := range positive {
-		mf := got[name]
-		if mf == nil || mf.Metric[0].GetGauge().GetValue()+mf.Metric[0].GetCounter().GetValue() <= 0 {
-			t.Errorf("%s is %v, want something above 0", name, mf)
-		}
-	}
-	if got["go_gc_cycles_total"] == nil {
-		t.Error("go_gc_cycles_total is missing")
-	}
-}
-
-func TestVersion(t *testing.T) {
-	set := func(kv ...string) (s []debug.BuildSetting) {
-		for i := 0; i < len(kv); i += 2 {
-			s = append(s, debug.BuildSetting{Key: kv[i], Value: kv[i+1]})
-		}
-		return s
-	}
-	for _, c := range []struct {
-		main              string
-		settings          []debug.BuildSetting
-		version, revision string
-	}{
-		{"", nil, "devel", "unknown"},
-		{"(devel)", set("GOOS", "linux"), "devel", "unknown"},
-		{"v1.2.3", set("vcs", "git", "vcs.revision", "abc", "vcs.modified", "false"), "v1.2.3", "abc"},
-		{"v1.2.3+dirty", set("vcs.modified", "true", "vcs.revision", "abc"), "v1.2.3+dirty", "abc-dirty"},
-	} {
-		info := &debug.BuildInfo{Settings: c.settings}
-		info.Main.Version = c.main
-		if v, r := buildVersion(info); v != c.version || r != c.revision {
-			t.Errorf("%q %v: %s %s, want %s %s", c.main, c.settings, v, r, c.version, c.revision)
-		}
-	}
-	if v, r := ProgramVersion(); v == "" || r == "" {
-		t.Errorf("this binary: %q %q", v, r)
-	}
 }

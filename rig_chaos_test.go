@@ -1,7 +1,8 @@
 package main
 
-// The rig of TestChaos: servers in network namespaces of their own, on disks of their own, whose
-// network can be cut into any parts; and sites that push without a client, and try again.
+// The rig of TestChaos. Each server runs in its own network namespace and on its own disk, a tmpfs.
+// The network between servers can be cut into any parts. The sites of this file push without the
+// telemeter client, as curl does, and retry failed pushes.
 
 import (
 	"bytes"
@@ -25,47 +26,52 @@ import (
 )
 
 const (
-	chaosSeries   = 5 // of a site
-	chaosDisk     = 32 << 20
-	chaosPatience = 90 * time.Second // for what takes some ten on an idle machine
+	chaosSeries   = 5                // series of each site
+	chaosDisk     = 32 << 20         // bytes of each server's disk
+	chaosPatience = 90 * time.Second // limit for steps that take about ten seconds on an idle machine
 )
 
-// chaosServer is a server with a network and a disk of its own.
+// chaosServer is a server with its own network namespace and its own disk.
 type chaosServer struct {
-	name, space, addr, dir string
-	p                      *process      // nil: not running
-	full                   bool          // its disk
-	ahead                  time.Duration // of its clock
+	name  string
+	space string        // name of the network namespace
+	addr  string        // IP address for sites and scrapers
+	dir   string        // mount point of the disk
+	p     *process      // nil while the server does not run
+	full  bool          // fill has filled the disk
+	ahead time.Duration // by which the server's clock is ahead
 }
 
+// url returns the URL of a path on the server.
 func (s *chaosServer) url(port int, path string) string {
 	return fmt.Sprintf("http://%s:%d%s", s.addr, port, path)
 }
 
-// chaosRig is a cluster of servers under load.
+// chaosRig is a ring of servers under load, with a central Prometheus that scrapes it.
 type chaosRig struct {
 	t        *testing.T
-	name     string // of the scenario, for what is printed
+	name     string // name of the scenario in the output
 	dir      string
-	interval time.Duration // of gossip
+	interval time.Duration // gossip interval of the servers
 	seed     uint64
 	rnd      *rand.Rand
 	keys     Keys
 	servers  []*chaosServer
-	parted   bool // since the network was last whole
-	begin    time.Time
+	parted   bool      // the network between servers is cut
+	begin    time.Time // when the scenario began
 
-	push       context.CancelFunc // ends new pushes
-	halt       context.CancelFunc // ends all
+	push       context.CancelFunc // ends new pushes; retries of failed pushes continue
+	halt       context.CancelFunc // ends all pushes
 	haltCtx    context.Context
-	pushing    sync.WaitGroup
+	pushing    sync.WaitGroup // goroutines that push
 	pushClient *http.Client
 	sites      []*chaosSite
-	clientele  []*chaosClient
+	clientele  []*chaosClient // clients of the sites, if the scenario runs with clients
 	central    *outagePrometheus
-	counted    []byte // metrics of servers that ended
+	counted    []byte // metrics of servers that have ended
 }
 
+// chaosRun runs a command and fails the test if the command fails.
 func chaosRun(t *testing.T, name string, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
@@ -73,15 +79,16 @@ func chaosRun(t *testing.T, name string, args ...string) {
 	}
 }
 
-// chaosNetwork makes the network of n servers: in this process's namespace are two
-// ends of each server's, "m…" on a bridge that nothing cuts, by which it is pushed to
-// and scraped, and "c…" on one of the bridges "part…", for what is between servers.
+// chaosNetwork creates the network of n servers. Each server has two links. Its eth1 leads to the
+// bridge "hub", which is never cut, for pushes and scrapes. Its eth0 leads to one of the bridges
+// "part…", for traffic between servers. The other ends of the links, "m…" and "c…", are in the
+// namespace of this process, which must be new and empty.
 func chaosNetwork(t *testing.T, n int) {
 	if links, err := net.Interfaces(); err != nil || len(links) != 1 {
-		t.Fatalf("run by make test-chaos, which starts this in a network namespace of its own: %v %v", links, err)
+		t.Fatalf("this test needs a new network namespace: run make test-chaos (links found: %v, %v)", links, err)
 	}
 	ip := func(args ...string) { t.Helper(); chaosRun(t, "ip", args...) }
-	chaosRun(t, "mount", "-t", "tmpfs", "tmpfs", "/run") // for the names of namespaces
+	chaosRun(t, "mount", "-t", "tmpfs", "tmpfs", "/run") // "ip netns" keeps names of namespaces in /run
 	ip("link", "set", "lo", "up")
 	for part := range n {
 		ip("link", "add", fmt.Sprint("part", part), "type", "bridge")
@@ -106,7 +113,7 @@ func chaosNetwork(t *testing.T, n int) {
 	}
 }
 
-// newChaosRig makes servers that do not run yet, and sites that do not push yet.
+// newChaosRig returns a rig whose servers do not run yet and whose sites do not push yet.
 func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Duration, seed uint64) *chaosRig {
 	r := &chaosRig{t: t, name: name, dir: t.TempDir(), interval: interval, seed: seed, rnd: rand.New(rand.NewPCG(seed, 0)), begin: time.Now()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
@@ -145,13 +152,14 @@ func newChaosRig(t *testing.T, name string, servers, sites int, interval time.Du
 	return r
 }
 
-// failf ends the test, and says how to repeat it.
+// failf fails the test with a message that names the scenario and the seed.
 func (r *chaosRig) failf(format string, args ...any) {
 	r.t.Helper()
 	r.t.Fatalf("%s (SEED=%d): %s", r.name, r.seed, fmt.Sprintf(format, args...))
 }
 
-// wait polls until ok is, as long as patience has it.
+// wait polls until ok returns true. After chaosPatience it logs the state of all servers and fails
+// the test.
 func (r *chaosRig) wait(what string, ok func() bool) {
 	r.t.Helper()
 	for deadline := time.Now().Add(chaosPatience); !ok(); time.Sleep(50 * time.Millisecond) {
@@ -162,13 +170,14 @@ func (r *chaosRig) wait(what string, ok func() bool) {
 				}
 				b, err := r.get(s, 9004, "/debug/ring")
 				text := s.p.text()
-				r.t.Logf("%s: %v %s\n%s", s.name, err, b, text[max(0, len(text)-3000):])
+				r.t.Logf("server %s: ring %s (%v), end of its log:\n%s", s.name, b, err, text[max(0, len(text)-3000):])
 			}
 			r.failf("not within %v: %s", chaosPatience, what)
 		}
 	}
 }
 
+// start starts a server in its network namespace. It does not wait until the server is ready.
 func (r *chaosRig) start(s *chaosServer) {
 	args := []string{"--mode", "server", "--name", s.name, "--keys", "keys", "--storage-dir", filepath.Join(s.dir, "data"), "--ratelimit", "0",
 		"--listen", s.addr + ":9003", "--listen-internal", s.addr + ":9004", "--internal-open", "--gossip-interval", r.interval.String(),
@@ -194,7 +203,7 @@ func (r *chaosRig) start(s *chaosServer) {
 	}
 }
 
-// ready waits until a server says that it is.
+// ready waits until a server reports that it is ready.
 func (r *chaosRig) ready(s *chaosServer) {
 	r.t.Helper()
 	r.wait(s.name+" is ready", func() bool {
@@ -203,12 +212,13 @@ func (r *chaosRig) ready(s *chaosServer) {
 	})
 }
 
-// count keeps the metrics of a server that is about to end.
+// count saves the metrics of a server that is about to end, for sum.
 func (r *chaosRig) count(s *chaosServer) {
-	b, _ := r.get(s, 9004, "/metrics") // one that does not answer has counted nothing
+	b, _ := r.get(s, 9004, "/metrics") // a server that does not answer yet has counted nothing
 	r.counted = append(append(r.counted, b...), '\n')
 }
 
+// kill ends a server with SIGKILL.
 func (r *chaosRig) kill(s *chaosServer) {
 	if s.p != nil {
 		r.count(s)
@@ -218,7 +228,8 @@ func (r *chaosRig) kill(s *chaosServer) {
 	}
 }
 
-// stop ends a server with SIGTERM: it serves consumers what they have not read, and ends.
+// stop ends a server with SIGTERM. The server first serves the samples that consumers have not
+// read.
 func (r *chaosRig) stop(s *chaosServer) {
 	r.t.Helper()
 	r.count(s)
@@ -228,15 +239,16 @@ func (r *chaosRig) stop(s *chaosServer) {
 	select {
 	case err := <-ended:
 		if err != nil {
-			r.failf("%s ended with %v:\n%s", s.name, err, s.p.text())
+			r.failf("server %s ended with %v after SIGTERM:\n%s", s.name, err, s.p.text())
 		}
 		s.p = nil
 	case <-time.After(chaosPatience):
-		r.failf("%s does not end:\n%s", s.name, s.p.text())
+		r.failf("server %s still runs %v after SIGTERM:\n%s", s.name, chaosPatience, s.p.text())
 	}
 }
 
-// part cuts the network among servers: each is in one part.
+// part cuts the network between servers. parts has the number of the part for each server. Servers
+// reach each other only within a part.
 func (r *chaosRig) part(parts []int) {
 	for i, part := range parts {
 		chaosRun(r.t, "ip", "link", "set", fmt.Sprint("c", i), "master", fmt.Sprint("part", part))
@@ -244,12 +256,13 @@ func (r *chaosRig) part(parts []int) {
 	}
 }
 
+// heal connects all servers again.
 func (r *chaosRig) heal() {
 	r.part(make([]int, len(r.servers)))
 	r.parted = false
 }
 
-// fill leaves a server's disk no room, or gives it back.
+// fill fills a server's disk to the last byte or, if full is false, frees the space again.
 func (r *chaosRig) fill(s *chaosServer, full bool) {
 	path := filepath.Join(s.dir, "ballast")
 	s.full = full
@@ -270,10 +283,11 @@ func (r *chaosRig) fill(s *chaosServer, full bool) {
 		}
 	}
 	if !errors.Is(err, syscall.ENOSPC) {
-		r.failf("filling a disk: %v", err)
+		r.failf("filling a disk: got error %v, want %v", err, syscall.ENOSPC)
 	}
 }
 
+// get returns the body of a path on a server. A status other than 200 is an error.
 func (r *chaosRig) get(s *chaosServer, port int, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -303,12 +317,12 @@ func (r *chaosRig) running() (up []*chaosServer) {
 	return up
 }
 
-// settled waits until all that run have one ring, and returns how long that took.
+// settled waits until all running servers have the same ring, and returns how long that took.
 func (r *chaosRig) settled() time.Duration {
 	r.t.Helper()
 	begin := time.Now()
 	up := r.running()
-	r.wait("servers agree", func() bool {
+	r.wait("all servers have the same ring", func() bool {
 		version := ""
 		for _, s := range up {
 			b, err := r.get(s, 9004, "/debug/ring")
@@ -328,7 +342,7 @@ func (r *chaosRig) settled() time.Duration {
 	return time.Since(begin)
 }
 
-// sum adds a metric up over all servers, also those that ended.
+// sum returns the sum of a metric over all servers, including servers that have ended.
 func (r *chaosRig) sum(metric string) float64 {
 	sum := metricSum(r.counted, metric)
 	for _, s := range r.running() {
@@ -341,7 +355,7 @@ func (r *chaosRig) sum(metric string) float64 {
 	return sum
 }
 
-// metricSum adds up the series of a metric in an exposition.
+// metricSum returns the sum of all series of a metric in text exposition.
 func metricSum(text []byte, metric string) (sum float64) {
 	for line := range strings.Lines(string(text)) {
 		if rest, ok := strings.CutPrefix(line, metric); ok && (rest[0] == ' ' || rest[0] == '{') {
@@ -353,7 +367,7 @@ func metricSum(text []byte, metric string) (sum float64) {
 	return sum
 }
 
-// load begins to push every so often, without clients.
+// load starts all sites without clients. Each site pushes at this interval, at its own phase of it.
 func (r *chaosRig) load(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
@@ -363,13 +377,14 @@ func (r *chaosRig) load(every time.Duration) {
 	}
 }
 
-// acked ends pushing. The samples that were answered 200 do not change any more.
+// acked stops new pushes and waits for the retries of earlier ones. Afterwards the sets of
+// acknowledged samples do not change any more.
 func (r *chaosRig) acked() {
 	r.t.Helper()
 	r.push()
 	ended := make(chan struct{})
 	go func() { r.pushing.Wait(); close(ended) }()
-	r.wait("the last pushes", func() bool {
+	r.wait("the last pushes have ended", func() bool {
 		select {
 		case <-ended:
 			return true
@@ -379,20 +394,20 @@ func (r *chaosRig) acked() {
 	})
 }
 
-// chaosSite pushes one sample of each of its series at a time, and tries again, at one
-// server after the other, as the client does.
+// chaosSite is a site without a client. Each push has one sample of each series. After a failure
+// the site retries the push at the next server, as the client does.
 type chaosSite struct {
 	r     *chaosRig
-	n     int
+	n     int // number of the site
 	token string
 
-	// Until the site has ended these are its own.
-	acked   map[int64]bool // times of samples answered 200
-	again   int            // tries that failed
-	refused []string       // pushes that will never be taken
-	slowest time.Duration
+	// The goroutine of run owns the fields below until it ends.
+	acked   map[int64]bool // times in ms of the samples that were answered with 200
+	refused []string       // errors of pushes that no retry can help
 }
 
+// run pushes every interval, beginning after phase, until ctx ends. A push that has begun is
+// retried until it succeeds or the rig halts.
 func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 	timer := time.NewTimer(phase)
 	defer timer.Stop()
@@ -411,7 +426,7 @@ func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 				s.acked[at.UnixMilli()] = true
 				break
 			}
-			if s.again++; !again {
+			if !again {
 				s.refused = append(s.refused, err.Error())
 				break
 			}
@@ -422,7 +437,6 @@ func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 			case <-time.After(100 * time.Millisecond):
 			}
 		}
-		s.slowest = max(s.slowest, time.Since(at))
 		for !next.After(time.Now()) {
 			next = next.Add(every)
 		}
@@ -430,7 +444,7 @@ func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 	}
 }
 
-// try pushes once; again says that another try may do.
+// try pushes the samples of time t to one server, once. again reports whether a retry may succeed.
 func (s *chaosSite) try(server int, t int64) (again bool, err error) {
 	var body []byte
 	for k := range chaosSeries {

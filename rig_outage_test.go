@@ -1,7 +1,8 @@
 package main
 
-// The rig of TestOutage: a source that remembers its answers, a network that can be cut anywhere,
-// and a Prometheus with a query for all its samples.
+// The rig of TestOutage and its relatives: a source that remembers its answers, a TCP proxy that
+// can interrupt connections at any byte, and a central Prometheus whose samples can be queried. Two
+// tests check the rig itself.
 
 import (
 	"bytes"
@@ -24,25 +25,27 @@ import (
 	"time"
 )
 
-// outageSource is a scrape target whose every scrape has new values at a new time.
+// outageSource is a scrape target. Each scrape returns all series with a new value and a new time.
 type outageSource struct {
 	*http.Server
 	addr   string
-	series int
+	series int // number of series
 
-	mu   sync.Mutex // guards the rest
-	n    int
-	said []outageScrape // that were written whole
+	mu   sync.Mutex // guards the fields below
+	n    int        // scrapes so far
+	said []outageScrape
 }
 
-// outageScrape is one scrape of all series: all have one time and one value.
+// outageScrape is one scrape that a source answered. All its samples have the same time and value.
 type outageScrape struct {
-	t int64
+	t int64 // ms since the epoch
 	v float64
-	// maybe: the client was killed while it may have had it in its hands only.
+	// maybe means that the samples may be lost: the client was killed shortly after the scrape and
+	// may not have written it to its spool yet.
 	maybe bool
 }
 
+// ServeHTTP answers a scrape. It remembers the scrape if the answer was written completely.
 func (s *outageSource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.n++
@@ -60,7 +63,7 @@ func (s *outageSource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// unsure notes that what was said lately may not have been kept.
+// unsure marks all scrapes since a time as possibly lost.
 func (s *outageSource) unsure(since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -71,26 +74,28 @@ func (s *outageSource) unsure(since time.Time) {
 	}
 }
 
+// all returns the scrapes that the source has answered.
 func (s *outageSource) all() []outageScrape {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.said)
 }
 
-// outageProxy is a network between two processes.
+// outageProxy is a TCP proxy between two processes that simulates a faulty network.
 type outageProxy struct {
 	ln  net.Listener
-	to  string
-	mu  sync.Mutex // guards the rest
-	ok  *sync.Cond
-	how string // "", "refuse", "hold", "delay"
-	// once, when positive, is after how many bytes of one direction a connection is
-	// reset; that is done once.
+	to  string     // the address to which connections are forwarded
+	mu  sync.Mutex // guards the fields below
+	ok  *sync.Cond // signals a change of how
+	how string     // see set
+	// If cutUp is positive, the next connection on which the client has sent that many bytes is
+	// reset, and cutUp becomes 0. cutDown does the same for bytes that the server has sent.
 	cutUp, cutDown int
-	cuts           int
+	cuts           int // connections that were reset in this way
 	conns          map[net.Conn]bool
 }
 
+// newOutageProxy starts a proxy to an address. It ends with the test.
 func newOutageProxy(t *testing.T, to string) *outageProxy {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -111,9 +116,12 @@ func newOutageProxy(t *testing.T, to string) *outageProxy {
 	return p
 }
 
+// addr returns the address on which the proxy listens.
 func (p *outageProxy) addr() string { return p.ln.Addr().String() }
 
-// set changes what the network does; "refuse" also resets what there is.
+// set changes the behavior of the network. "" forwards everything. "refuse" resets all connections,
+// also new ones. "hold" forwards nothing but keeps connections open. "delay" forwards every piece
+// of data later than the timeout of a scrape.
 func (p *outageProxy) set(how string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -126,19 +134,22 @@ func (p *outageProxy) set(how string) {
 	p.ok.Broadcast()
 }
 
-// cut has one connection reset after some bytes.
+// cut resets one connection after the client has sent up bytes, and one after the server has sent
+// down bytes. 0 resets none.
 func (p *outageProxy) cut(up, down int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.cutUp, p.cutDown = up, down
 }
 
+// cutsDone returns how many connections cut has reset so far.
 func (p *outageProxy) cutsDone() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.cuts
 }
 
+// outageReset closes a connection with a TCP reset.
 func outageReset(c net.Conn) {
 	if tcp, ok := c.(*net.TCPConn); ok {
 		tcp.SetLinger(0)
@@ -146,6 +157,7 @@ func outageReset(c net.Conn) {
 	c.Close()
 }
 
+// serve forwards one connection until it ends.
 func (p *outageProxy) serve(c net.Conn) {
 	p.mu.Lock()
 	refused := p.how == "refuse"
@@ -171,7 +183,8 @@ func (p *outageProxy) serve(c net.Conn) {
 	p.mu.Unlock()
 }
 
-// pump copies one direction until its end, and then ends both.
+// pump forwards one direction of a connection until it ends, and then closes both ends. cut points
+// to cutUp or cutDown.
 func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 	defer to.Close()
 	defer from.Close()
@@ -190,13 +203,13 @@ func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 			p.cuts++
 		}
 		p.mu.Unlock()
-		if over { // in the middle of what is said
+		if over { // reset the connection in the middle of the data
 			to.Write(buf[:n/2])
 			outageReset(from)
 			outageReset(to)
 			return
 		}
-		if delayed { // longer than the scrape's timeout
+		if delayed { // longer than the timeout of a scrape
 			time.Sleep(outageTimeout + outageTimeout/2)
 		}
 		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
@@ -206,21 +219,23 @@ func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 }
 
 const (
-	outageTimeout = 2 * time.Second // of a scrape
+	outageTimeout = 2 * time.Second // interval and timeout of the central Prometheus's scrapes
 	outageWindow  = "3h"            // the recommended out_of_order_time_window
 )
 
-// outagePrometheus is a central Prometheus.
+// outagePrometheus is a process of Prometheus that scrapes telemeter servers.
 type outagePrometheus struct {
-	t              *testing.T
-	dir, program   string
-	addr, consumer string
-	logs           *os.File
-	cmd            *exec.Cmd
-	ended          chan struct{}
+	t        *testing.T
+	dir      string
+	program  string
+	addr     string // address of its HTTP API
+	consumer string // name of the consumer in its scrapes
+	logs     *os.File
+	cmd      *exec.Cmd     // nil while it does not run
+	ended    chan struct{} // closed when cmd has ended
 }
 
-// outageProgram returns the Prometheus to test with.
+// outageProgram returns the path of Prometheus: $PROMETHEUS, or prometheus in $PATH.
 func outageProgram(t *testing.T) string {
 	program := os.Getenv("PROMETHEUS")
 	if program == "" {
@@ -228,13 +243,14 @@ func outageProgram(t *testing.T) string {
 	}
 	path, err := exec.LookPath(program)
 	if err != nil {
-		t.Fatalf("there is no Prometheus: install it, or say where it is by PROMETHEUS=: %v", err)
+		t.Fatalf("Prometheus is missing: install it, or set PROMETHEUS to its path: %v", err)
 	}
 	return path
 }
 
-// newOutagePrometheus makes one that scrapes a target as a consumer, at intervals of
-// timeout. jobs are further scrape_configs, one a line.
+// newOutagePrometheus writes the configuration of a Prometheus, which start then starts. It scrapes
+// target as the named consumer. timeout is the interval and the timeout of its scrapes. window is
+// its out_of_order_time_window; "" means none. jobs are further scrape_configs, one on each line.
 func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration, jobs ...string) *outagePrometheus {
 	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
 	storage := ""
@@ -261,16 +277,18 @@ func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout 
 		p.stop(syscall.SIGKILL)
 		p.logs.Close()
 		if b, _ := os.ReadFile(p.logs.Name()); t.Failed() {
-			t.Logf("Prometheus %s said at the end:\n%s", consumer, b[max(0, len(b)-4000):])
+			t.Logf("end of the log of Prometheus %s:\n%s", consumer, b[max(0, len(b)-4000):])
 		}
 	})
 	return p
 }
 
+// start starts Prometheus on its data of earlier runs. It logs at level debug, because otherwise
+// Prometheus does not log that a scrape failed because of its content.
 func (p *outagePrometheus) start() {
 	p.t.Helper()
 	p.cmd = exec.Command(p.program, "--config.file="+filepath.Join(p.dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(p.dir, "data"),
-		"--web.listen-address="+p.addr, "--log.level=debug") // else it does not say that a scrape failed for its content
+		"--web.listen-address="+p.addr, "--log.level=debug")
 	p.cmd.Stdout, p.cmd.Stderr = p.logs, p.logs
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
@@ -279,6 +297,8 @@ func (p *outagePrometheus) start() {
 	go func(cmd *exec.Cmd, ended chan struct{}) { cmd.Wait(); close(ended) }(p.cmd, p.ended)
 }
 
+// stop ends Prometheus with a signal, and kills it if it does not end within a minute. It does
+// nothing if Prometheus does not run.
 func (p *outagePrometheus) stop(sig syscall.Signal) {
 	if p.cmd == nil {
 		return
@@ -293,8 +313,8 @@ func (p *outagePrometheus) stop(sig syscall.Signal) {
 	p.cmd = nil
 }
 
-// query returns a range of samples: by series' label, time to value, and how many
-// times one came twice.
+// query returns the result of a query: for each value of the label, the values by time in ms. twice
+// counts the samples whose label value and time occurred before.
 func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64]float64, twice int, err error) {
 	at := strconv.FormatInt(time.Now().Add(time.Minute).Unix(), 10)
 	resp, err := http.Get("http://" + p.addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(promql))
@@ -313,7 +333,7 @@ func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64
 		}
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.Status != "success" {
-		return nil, 0, fmt.Errorf("%s: %s %v", promql, resp.Status, err)
+		return nil, 0, fmt.Errorf("query %s: status %s, %v", promql, resp.Status, err)
 	}
 	got = map[string]map[int64]float64{}
 	for _, r := range answer.Data.Result {
@@ -340,13 +360,21 @@ func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64
 	return got, twice, nil
 }
 
-// outageDiff compares what one Prometheus has with what the source said.
-type outageDiff struct{ samples, missing, wrong, twice, maybe int }
+// outageDiff compares the samples in one Prometheus with the answers of the source.
+type outageDiff struct {
+	samples int // samples of the source that Prometheus has
+	missing int // samples of the source that Prometheus does not have
+	wrong   int // samples in Prometheus with a time or value that the source did not return
+	twice   int // samples that Prometheus has twice
+	maybe   int // missing samples of scrapes that may be lost
+}
 
+// whole reports whether Prometheus has all samples exactly once.
 func (d outageDiff) whole() bool {
 	return d.missing == 0 && d.wrong == 0 && d.twice == 0 && d.samples > 0
 }
 
+// compareOutage compares the answers of a source with so many series with the result of a query.
 func compareOutage(said []outageScrape, series int, got map[string]map[int64]float64, twice int) outageDiff {
 	d := outageDiff{twice: twice}
 	want := map[int64]outageScrape{}
@@ -373,13 +401,15 @@ func compareOutage(said []outageScrape, series int, got map[string]map[int64]flo
 	return d
 }
 
+// outageDropped matches a log line of Prometheus about samples that it dropped as out of order, and
+// outageFatal a line that must never occur.
 var (
 	outageDropped = regexp.MustCompile(`(?i)out.of.order samples.*num_dropped=(\d+)`)
 	outageFatal   = regexp.MustCompile(`(?i)append failed|parse error|same timestamp|commit failed|too old or are too far|duplicate sample`)
 )
 
-// log returns how many samples Prometheus refused as out of order, and lines that must
-// never be there.
+// log returns the number of samples that Prometheus refused as out of order, and the lines of its
+// log that match outageFatal.
 func (p *outagePrometheus) log() (outOfOrder int, bad []string) {
 	f, err := os.Open(p.logs.Name())
 	if err != nil {
@@ -401,8 +431,8 @@ func (p *outagePrometheus) log() (outOfOrder int, bad []string) {
 	return outOfOrder, bad
 }
 
-// The window that is recommended is the one that is tested, and an hour longer than the
-// default --retention.
+// The README and testdata/prometheus.yml recommend the out_of_order_time_window that these tests
+// use. It is at least an hour longer than the default --retention.
 func TestOutageWindow(t *testing.T) {
 	window := regexp.MustCompile(`(?m)^ *out_of_order_time_window: (.*)$`)
 	for _, file := range []string{"README.md", filepath.Join("testdata", "prometheus.yml")} {
@@ -411,25 +441,26 @@ func TestOutageWindow(t *testing.T) {
 			t.Fatal(err)
 		}
 		if m := window.FindAllStringSubmatch(string(b), -1); len(m) != 1 || m[0][1] != outageWindow {
-			t.Errorf("%s: the window is %v, want %s", file, m, outageWindow)
+			t.Errorf("out_of_order_time_window in %s: got %v, want %s once", file, m, outageWindow)
 		}
 	}
 	reference, err := os.ReadFile(referencePage)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := regexp.MustCompile(`--retention TIME[^(]*\(default (.*)\)`).FindSubmatch(reference)
+	m := regexp.MustCompile(`--retention TIME[^(]*\(default ([^)]*)\)`).FindSubmatch(reference)
 	if m == nil {
-		t.Fatal(referencePage + " does not say the default --retention")
+		t.Fatal(referencePage + " does not list the default of --retention")
 	}
 	retention, err := time.ParseDuration(string(m[1]))
 	longest, err2 := time.ParseDuration(outageWindow)
 	if err != nil || err2 != nil || longest < retention+time.Hour {
-		t.Errorf("a window of %v does not go with a --retention of %v: %v %v", longest, retention, err, err2)
+		t.Errorf("out_of_order_time_window: got %v, want at least an hour more than the --retention of %v (%v, %v)", longest, retention, err, err2)
 	}
 }
 
-// The comparison sees what is missing, what is not the source's, and what is not sure.
+// compareOutage counts missing samples, wrong samples, duplicates, and missing samples of scrapes
+// that may be lost.
 func TestOutageComparison(t *testing.T) {
 	said := []outageScrape{{t: 1, v: 1}, {t: 2, v: 2}, {t: 3, v: 3, maybe: true}}
 	whole := func() map[string]map[int64]float64 {
@@ -440,17 +471,17 @@ func TestOutageComparison(t *testing.T) {
 		twice  int
 		want   outageDiff
 	}{
-		"whole":       {func(map[string]map[int64]float64) {}, 0, outageDiff{samples: 5, maybe: 1}},
-		"missing":     {func(got map[string]map[int64]float64) { delete(got["1"], 2) }, 0, outageDiff{samples: 4, missing: 1, maybe: 1}},
-		"no series":   {func(got map[string]map[int64]float64) { delete(got, "1") }, 0, outageDiff{samples: 3, missing: 2, maybe: 1}},
-		"other value": {func(got map[string]map[int64]float64) { got["0"][1] = 7 }, 0, outageDiff{samples: 4, missing: 1, wrong: 1, maybe: 1}},
-		"wrong":       {func(got map[string]map[int64]float64) { got["0"][9] = 9 }, 0, outageDiff{samples: 5, wrong: 1, maybe: 1}},
-		"twice":       {func(map[string]map[int64]float64) {}, 1, outageDiff{samples: 5, maybe: 1, twice: 1}},
+		"whole":                  {func(map[string]map[int64]float64) {}, 0, outageDiff{samples: 5, maybe: 1}},
+		"missing":                {func(got map[string]map[int64]float64) { delete(got["1"], 2) }, 0, outageDiff{samples: 4, missing: 1, maybe: 1}},
+		"no samples of a series": {func(got map[string]map[int64]float64) { delete(got, "1") }, 0, outageDiff{samples: 3, missing: 2, maybe: 1}},
+		"other value":            {func(got map[string]map[int64]float64) { got["0"][1] = 7 }, 0, outageDiff{samples: 4, missing: 1, wrong: 1, maybe: 1}},
+		"wrong":                  {func(got map[string]map[int64]float64) { got["0"][9] = 9 }, 0, outageDiff{samples: 5, wrong: 1, maybe: 1}},
+		"twice":                  {func(map[string]map[int64]float64) {}, 1, outageDiff{samples: 5, maybe: 1, twice: 1}},
 	} {
 		got := whole()
 		test.change(got)
 		if d := compareOutage(said, 2, got, test.twice); d != test.want || d.whole() != (name == "whole") {
-			t.Errorf("%s: %+v, want %+v", name, d, test.want)
+			t.Errorf("%s: got %+v, whole %v; want %+v", name, d, d.whole(), test.want)
 		}
 	}
 }

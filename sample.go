@@ -1,9 +1,10 @@
 package main
 
-// The sample model: one series is one rendered line, which is its name and its sorted labels,
-// whatever form it came in. Every list of samples can be written so that no reader of the
-// exposition format fails. This family must not know of sites, tokens, HTTP or disks, and it
-// does not choose samples: that is the task of sanitize.
+// This file holds the sample model. A series is kept as one rendered line: its metric name and
+// its sorted labels. The line does not depend on the format in which the series was received.
+// SampleList.Add rejects every series that would make a reader of the exposition format fail.
+// This family must not know of sites, tokens, HTTP or disks. It does not select samples: the
+// sanitize family does.
 
 import (
 	"bytes"
@@ -15,34 +16,36 @@ import (
 )
 
 const (
-	// MaxLine bounds a rendered series in bytes; a series' length fits 16 bits.
+	// MaxLine is the largest size of a rendered line in bytes. A line's length fits in 16 bits.
 	MaxLine = 64<<10 - 1
-	// MaxLabels bounds the labels of one series, which are searched one by one.
+	// MaxLabels is the largest number of labels of one series. The limit is low because labels are
+	// searched one by one.
 	MaxLabels = 128
-	// NoTime as a sample's time has it written without one.
+	// NoTime is the time of a sample that AppendSample writes without a timestamp.
 	NoTime = math.MinInt64
-	// ClusterLabel is the label with the authenticated cluster ID, which every held line has.
+	// ClusterLabel is the label with the authenticated cluster ID. Every line that a server holds
+	// has this label.
 	ClusterLabel = "_id"
 )
 
-// ErrTooLarge is wrapped by errors about content that is well-formed but larger
-// than a limit.
+// ErrTooLarge is wrapped by errors about content that is well-formed but exceeds a limit.
 var ErrTooLarge = errors.New("too large")
 
-// ErrListTooLarge is the ErrTooLarge of a list as a whole: its MaxSamples or MaxBytes.
+// ErrListTooLarge is wrapped by Add's error if the list is full: the sample would exceed the
+// list's MaxSamples or MaxBytes. It wraps ErrTooLarge.
 var ErrListTooLarge = fmt.Errorf("%w", ErrTooLarge)
 
-// ErrNULValue is wrapped by Add's error about a NUL byte in a label's value, when no
-// label has another fault: Prometheus accepts such a series.
+// ErrNULValue is wrapped by Add's error if a label value has a NUL byte and the labels have no
+// other fault. Callers can tell this case apart because Prometheus accepts such a series.
 var ErrNULValue = errors.New("has a NUL byte")
 
 var errNoMetricName = errors.New("no metric name")
 
-// Label is a name and its unescaped value.
+// Label is one label of a series: its name and its unescaped value.
 type Label struct{ Name, Value []byte }
 
-// RawSample is one sample as a decoder found it. Its slices are valid only
-// until the decoder goes on. Labels may be changed, also in number.
+// RawSample is one sample as a decoder found it in a body. Its slices are valid only until the
+// decoder continues. The receiver may change, add and remove Labels.
 type RawSample struct {
 	Name   []byte
 	Labels []Label
@@ -51,42 +54,45 @@ type RawSample struct {
 	V      float64
 }
 
-// Sample is one sample of a SampleList: its line is Arena[Off : Off+Len].
+// Sample is one sample of a SampleList. Its line is Arena[Off : Off+Len] of that list.
 type Sample struct {
 	Off, Len uint32
 	T        int64 // ms since the epoch
 	V        float64
 }
 
-// SampleList is a list of samples, each with its rendered line: a name, then sorted
-// labels. It is not safe for concurrent use; Reset keeps its memory for reuse.
+// SampleList is a list of samples with their rendered lines. It is not safe for concurrent use.
+// Reset keeps its memory for reuse.
 type SampleList struct {
-	Arena   []byte // the lines
+	Arena   []byte // the rendered lines, one after another
 	Samples []Sample
-	// MaxSamples and MaxBytes bound the samples and the Arena; 0 is no bound. They are
-	// needed beside the limit on a body, because a small body can state a
-	// histogram whose every bucket repeats long labels.
+	// MaxSamples limits the number of samples. MaxBytes limits the bytes of Arena. 0 means no
+	// limit. The limit on a body's size does not suffice, because a small body can contain a
+	// histogram with long labels, which are repeated in the line of every bucket.
 	MaxSamples, MaxBytes int
 }
 
-// Line returns the rendered name and labels of a sample of l.
+// Line returns the rendered line of s, which must be a sample of l.
 func (l *SampleList) Line(s Sample) []byte { return l.Arena[s.Off : s.Off+s.Len] }
 
-// Reset empties l and keeps its memory and limits.
+// Reset removes all samples from l. It keeps the memory and the limits.
 func (l *SampleList) Reset() {
 	l.Arena, l.Samples = l.Arena[:0], l.Samples[:0]
 }
 
-// Add sorts the labels of r, validates its series and appends the sample. Names have to be
-// valid UTF-8, label names must not be reserved ("__…") nor occur twice, and no byte may be
-// NUL. All NaNs become one: a stale marker (a NaN of a certain bit pattern) cannot be said in
-// text and must not come in by protobuf. After an error l is unchanged.
+// Add sorts the labels of r, validates the series and appends the sample to l. Names and label
+// values must be valid UTF-8 without NUL bytes. Label names must not be reserved ("__…") and must
+// not occur twice. The series must not exceed MaxLabels or MaxLine, and l must not be full. After
+// an error, l is unchanged.
+//
+// Add stores every NaN with the same bit pattern. Text exposition cannot express a stale marker,
+// which is a NaN with a certain bit pattern, so protobuf must not introduce one either.
 func (l *SampleList) Add(r *RawSample) error {
 	if err := checkMetricName(r.Name); err != nil {
 		return err
 	}
 	if len(r.Labels) > MaxLabels {
-		return fmt.Errorf("%w: %d labels; a series has at most %d", ErrTooLarge, len(r.Labels), MaxLabels)
+		return fmt.Errorf("%w: the series has %d labels, limit %d", ErrTooLarge, len(r.Labels), MaxLabels)
 	}
 	slices.SortFunc(r.Labels, func(a, b Label) int { return bytes.Compare(a.Name, b.Name) })
 	if err := checkSortedLabels(r.Labels); err != nil {
@@ -107,14 +113,14 @@ func (l *SampleList) Add(r *RawSample) error {
 	return nil
 }
 
-// addLine appends the rendered series to the Arena, unless it or the Arena would be too
-// long.
+// addLine appends the rendered series to the Arena. It fails and changes nothing if the line or
+// the Arena would exceed its limit.
 func (l *SampleList) addLine(name []byte, labels []Label) error {
 	size := len(name)
 	for _, label := range labels {
 		size += len(label.Name) + len(label.Value)
 	}
-	if size > MaxLine { // rendered it is longer still; the Arena must not grow for it
+	if size > MaxLine { // check before rendering, which only adds bytes, so that the Arena does not grow
 		return lineTooLongError(size)
 	}
 	off := len(l.Arena)
@@ -131,7 +137,7 @@ func (l *SampleList) addLine(name []byte, labels []Label) error {
 }
 
 func lineTooLongError(size int) error {
-	return fmt.Errorf("%w: a series of %d bytes; at most %d", ErrTooLarge, size, MaxLine)
+	return fmt.Errorf("%w: the series has %d bytes, limit %d", ErrTooLarge, size, MaxLine)
 }
 
 func checkMetricName(name []byte) error {
@@ -141,8 +147,9 @@ func checkMetricName(name []byte) error {
 	return checkName("metric name", name)
 }
 
-// checkSortedLabels reports the first fault of sorted labels. A NUL byte in a value is reported
-// only if there is no other fault, see ErrNULValue.
+// checkSortedLabels returns an error for the first invalid label, or nil. The labels must be
+// sorted by name. A NUL byte in a value is returned as an error only if the labels have no other
+// fault: see ErrNULValue.
 func checkSortedLabels(labels []Label) error {
 	var nul error
 	for i, l := range labels {

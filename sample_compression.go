@@ -1,8 +1,9 @@
 package main
 
-// Bounded decompression of bodies: gzip and framed snappy, which clients and Prometheus send.
-// No more is written than the limit allows, whatever sizes the input states, and incomplete
-// input is an error. This file must not know of HTTP or of the content of a body.
+// This file decompresses bodies: gzip and framed snappy, the encodings that clients send. The
+// caller's limit bounds the output and the memory used. Sizes that the input states are checked
+// against the limit before memory is allocated. Incomplete gzip and cut-off snappy chunks are
+// errors. This file must not know of HTTP or of the content of a body.
 
 import (
 	"bytes"
@@ -14,28 +15,30 @@ import (
 	"slices"
 )
 
-// MaxDecodedFactor times the limit on a body bounds it decompressed.
+// MaxDecodedFactor times the limit on a compressed body is the limit on the decompressed body.
 const MaxDecodedFactor = 8
 
-// SupportedEncodings names for people what SupportsEncoding.
+// SupportedEncodings lists the supported content encodings for error messages.
 const SupportedEncodings = "identity, gzip, snappy (framed)"
 
-// SupportsEncoding reports whether Decompress knows a content encoding, in lower case.
+// SupportsEncoding reports whether Decompress supports a content encoding. The encoding must be in
+// lower case. An empty encoding means identity.
 func SupportsEncoding(encoding string) bool {
 	return slices.Contains([]string{"", "identity", "gzip", "snappy", "x-snappy-framed"}, encoding)
 }
 
 var errDecodedTooLarge = errors.New("larger than the limit")
 
-// Decompressor decompresses bodies. It keeps scratch memory between calls and is
-// not safe for concurrent use. The zero value is ready.
+// Decompressor decompresses bodies. It keeps scratch memory between calls, so it is not safe for
+// concurrent use. The zero value is ready for use.
 type Decompressor struct {
 	gzip gzip.Reader
 	buf  []byte
 }
 
-// Decompress returns body decompressed; tooLarge reports that it is longer than
-// limit. The result is valid until the next call, and may be body itself.
+// Decompress returns the decompressed body. SupportsEncoding(encoding) must be true. tooLarge
+// reports that the decompressed body exceeds limit bytes; decoded is then not the whole body. The
+// result is valid until the next call. With the identity encoding the result is body itself.
 func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (decoded []byte, tooLarge bool, err error) {
 	switch encoding {
 	case "", "identity":
@@ -59,7 +62,8 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 	return d.buf, false, nil
 }
 
-// ReadAllInto reads all of r into buf's memory, which grows as the bytes arrive.
+// ReadAllInto reads r to its end and returns the bytes read. It overwrites buf and allocates more
+// memory only as bytes arrive. If r fails, ReadAllInto returns the bytes read so far and r's error.
 func ReadAllInto(buf []byte, r io.Reader) ([]byte, error) {
 	buf = buf[:0]
 	for {
@@ -79,18 +83,20 @@ func ReadAllInto(buf []byte, r io.Reader) ([]byte, error) {
 
 const (
 	snappyMagic    = "sNaPpY"
-	maxSnappyChunk = 64 << 10 // bytes of a chunk uncompressed
+	maxSnappyChunk = 64 << 10 // bytes of uncompressed data in one chunk, by the format
 )
 
-// decodeFramedSnappy decodes the framing format of snappy 1.1 (framing_format.txt). The
-// format has no end: input cut off between two chunks is a shorter stream, which
-// only its content can tell.
+// decodeFramedSnappy appends the decoded input to out. It decodes the framing format of snappy
+// (framing_format.txt in google/snappy). It returns errDecodedTooLarge if the output exceeds limit.
+//
+// The format has no end marker. Input that is cut off between two chunks is therefore a valid
+// shorter stream. Only a decoder of the content can detect the loss.
 func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 	if !bytes.HasPrefix(in, []byte("\xff\x06\x00\x00"+snappyMagic)) {
 		return nil, errors.New("no stream identifier")
 	}
 	for r := NewWireReader(in); r.Len() > 0; {
-		head := r.Uint32() // a byte of kind, three of size
+		head := r.Uint32() // lowest byte: kind of chunk; upper three bytes: size
 		chunk := r.Bytes(int(head >> 8))
 		if r.Err() != nil {
 			return nil, errors.New("truncated")
@@ -103,7 +109,7 @@ func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 			err = errors.New("bad stream identifier")
 		case kind < 0x80:
 			err = fmt.Errorf("unknown chunk type %d", kind)
-		default: // a stream identifier, padding and skippable chunks
+		default: // skip repeated stream identifiers, padding and skippable chunks
 		}
 		if err != nil {
 			return nil, err
@@ -112,7 +118,8 @@ func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 	return out, nil
 }
 
-// decodeSnappyChunk decodes a chunk of data, which begins with its checksum.
+// decodeSnappyChunk appends the data of one chunk to out and verifies the checksum with which the
+// chunk begins.
 func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, error) {
 	r := NewWireReader(chunk)
 	sum := r.Uint32()
@@ -122,12 +129,12 @@ func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, e
 	n := uint64(r.Len())
 	if compressed {
 		if n = r.Uvarint(math.MaxUint64); r.Err() != nil {
-			return nil, errors.New("no length")
+			return nil, errors.New("malformed length of a block")
 		}
 	}
 	from := len(out)
 	if n > maxSnappyChunk {
-		return nil, fmt.Errorf("a chunk of %d bytes", n)
+		return nil, fmt.Errorf("a chunk has %d bytes uncompressed, limit %d", n, maxSnappyChunk)
 	}
 	if n > uint64(limit-from) {
 		return nil, errDecodedTooLarge
@@ -139,17 +146,18 @@ func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, e
 		out = append(out, r.Rest()...)
 	}
 	if !ok {
-		return nil, errors.New("bad block")
+		return nil, errors.New("malformed block")
 	}
 	crc := Checksum(out[from:])
-	if (crc>>15|crc<<17)+0xa282ead8 != sum { // masked, as the format says
+	if (crc>>15|crc<<17)+0xa282ead8 != sum { // the format masks its checksums in this way
 		return nil, errors.New("wrong checksum")
 	}
 	return out, nil
 }
 
-// decodeSnappyBlock decodes the elements of one block (format_description.txt),
-// which have to make size bytes.
+// decodeSnappyBlock appends the decoded elements of one block to out. r is positioned after the
+// block's length (format_description.txt in google/snappy). ok is false if the elements are
+// malformed or do not decode to exactly size bytes.
 func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 	from, end := len(out), len(out)+size
 	for r.Len() > 0 {
@@ -157,7 +165,7 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 		length, offset := 1+int(tag>>2), 0
 		switch tag & 3 {
 		case 0: // a literal
-			if extra := length - 60; extra > 0 { // its length less 1 follows in 1 to 4 bytes
+			if extra := length - 60; extra > 0 { // the literal's length minus 1 follows in 1 to 4 bytes
 				length = 1
 				for i, b := range r.Bytes(extra) {
 					length += int(b) << (8 * i)
@@ -178,18 +186,18 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 		if r.Err() != nil || offset == 0 || offset > len(out)-from || length > end-len(out) {
 			return out, false
 		}
-		for range length { // byte by byte: a copy may overlap what it writes
+		for range length { // copy byte by byte, because source and destination may overlap
 			out = append(out, out[len(out)-offset])
 		}
 	}
 	return out, r.Err() == nil && len(out) == end
 }
 
-// Gzip returns text compressed.
+// Gzip returns the gzip-compressed text.
 func Gzip(text []byte) []byte {
 	var z bytes.Buffer
 	w := gzip.NewWriter(&z)
-	w.Write(text) // to memory: does not fail
+	w.Write(text) // cannot fail: a bytes.Buffer accepts everything
 	w.Close()
 	return z.Bytes()
 }

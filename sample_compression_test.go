@@ -1,8 +1,8 @@
 package main
 
-// Decompression of whole and damaged streams: incomplete input is refused, and no input makes more
-// than the limit. Streams are made by a small encoder here, after framing_format.txt and
-// format_description.txt of snappy.
+// Tests of decompression: intact streams, incomplete and damaged streams, and streams that expand
+// beyond the limit. Snappy streams come from a small encoder in this file, which follows
+// framing_format.txt and format_description.txt of google/snappy.
 
 import (
 	"bytes"
@@ -17,24 +17,31 @@ import (
 	"testing"
 )
 
+// The identity encoding returns the body itself and reports a body over the limit.
 func TestDecompressIdentity(t *testing.T) {
 	var d Decompressor
 	for _, encoding := range []string{"", "identity"} {
 		if got, over, err := d.Decompress([]byte("abc"), encoding, 3); string(got) != "abc" || over || err != nil {
-			t.Errorf("%q: %q %v %v", encoding, got, over, err)
+			t.Errorf("encoding %q: got %q, over the limit %v, %v", encoding, got, over, err)
 		}
 		if _, over, err := d.Decompress([]byte("abcd"), encoding, 3); !over || err != nil {
-			t.Errorf("%q over the limit: %v %v", encoding, over, err)
-		}
-	}
-	for encoding, want := range map[string]bool{"": true, "identity": true, "gzip": true, "snappy": true, "x-snappy-framed": true,
-		"deflate": false, "br": false, "zstd": false, "GZIP": false, "gzip, gzip": false, " ": false} {
-		if SupportsEncoding(encoding) != want {
-			t.Errorf("%q: supported %v", encoding, !want)
+			t.Errorf("encoding %q, 4 bytes with a limit of 3: over the limit %v, %v", encoding, over, err)
 		}
 	}
 }
 
+// Identity, gzip and framed snappy are supported under their names in lower case, nothing else.
+func TestSupportsEncoding(t *testing.T) {
+	for encoding, want := range map[string]bool{"": true, "identity": true, "gzip": true, "snappy": true, "x-snappy-framed": true,
+		"deflate": false, "br": false, "zstd": false, "GZIP": false, "gzip, gzip": false, " ": false} {
+		if got := SupportsEncoding(encoding); got != want {
+			t.Errorf("encoding %q supported: got %v, want %v", encoding, got, want)
+		}
+	}
+}
+
+// Decompress accepts only complete gzip streams, reports streams that expand beyond the limit, and
+// still works after errors.
 func TestDecompressGzip(t *testing.T) {
 	data := []byte(strings.Repeat("up{job=\"a\"} 1\n", 5000))
 	whole := gzipped(data)
@@ -47,35 +54,37 @@ func TestDecompressGzip(t *testing.T) {
 		limit int
 		want  string // "ok", "over", "error"
 	}{
-		{"whole", whole, len(data), "ok"},
+		{"complete stream", whole, len(data), "ok"},
 		{"several members", two, len(data), "ok"},
-		{"over by a byte", whole, len(data) - 1, "over"},
-		{"several members, over by a byte", two, len(data) - 1, "over"},
-		{"a limit of nothing", whole, 0, "over"},
+		{"one byte over the limit", whole, len(data) - 1, "over"},
+		{"several members, one byte over the limit", two, len(data) - 1, "over"},
+		{"limit of 0", whole, 0, "over"},
 		{"empty", nil, len(data), "error"},
 		{"not gzip", data, len(data), "error"},
 		{"snappy", snappyIdentifier, len(data), "error"},
-		{"garbage behind it", append(slices.Clip(whole), "garbage"...), len(data), "error"},
-		{"zeroes behind it", append(slices.Clip(whole), make([]byte, 20)...), len(data), "error"},
-		{"a wrong checksum", flipped, len(data), "error"},
+		{"followed by garbage", append(slices.Clip(whole), "garbage"...), len(data), "error"},
+		{"followed by zeros", append(slices.Clip(whole), make([]byte, 20)...), len(data), "error"},
+		{"wrong checksum", flipped, len(data), "error"},
 	} {
 		var d Decompressor
 		got, over, err := d.Decompress(c.in, "gzip", c.limit)
 		if (err != nil) != (c.want == "error") || over != (c.want == "over") || c.want == "ok" && !bytes.Equal(got, data) {
-			t.Errorf("%s: %d bytes, over %v, %v", c.name, len(got), over, err)
+			t.Errorf("%s: got %d bytes, over the limit %v, error %v; want %s", c.name, len(got), over, err, c.want)
 		}
 	}
-	var d Decompressor // one for all: an error must not spoil the next
+	var d Decompressor // shared, because an error must not affect later calls
 	for i := range whole {
 		if _, over, err := d.Decompress(whole[:i], "gzip", len(data)); err == nil || over {
-			t.Errorf("%d of %d bytes: over %v, %v", i, len(whole), over, err)
+			t.Errorf("first %d of %d bytes: over the limit %v, error %v", i, len(whole), over, err)
 		}
 	}
 	if got, over, err := d.Decompress(whole, "gzip", len(data)); !bytes.Equal(got, data) || over || err != nil {
-		t.Errorf("after errors: %d bytes, over %v, %v", len(got), over, err)
+		t.Errorf("complete stream after errors: %d bytes, over the limit %v, %v", len(got), over, err)
 	}
 }
 
+// A small stream that expands to many megabytes is reported as too large, and decompressing it
+// allocates only a few times the limit.
 func TestDecompressBombs(t *testing.T) {
 	const limit = 128 << 10
 	bomb := gzipped(make([]byte, 16<<20))
@@ -91,14 +100,14 @@ func TestDecompressBombs(t *testing.T) {
 			var d Decompressor
 			_, over, err = d.Decompress(in, encoding, limit)
 		})
-		// Growing by steps allocates a few times the limit, freed in between.
+		// The output buffer grows in steps, so all its versions together are a few times the limit.
 		if !over || err != nil || used > 8*limit {
-			t.Errorf("%s: over %v, %v; %d bytes allocated for a limit of %d", encoding, over, err, used, limit)
+			t.Errorf("%s: over the limit %v, %v; %d bytes allocated with a limit of %d", encoding, over, err, used, limit)
 		}
 	}
 }
 
-// One byte at a time, and an error after the end.
+// dribble is a reader that returns one byte at a time, and err after its data.
 type dribble struct {
 	data string
 	err  error
@@ -113,36 +122,41 @@ func (d *dribble) Read(p []byte) (int, error) {
 	return 1, nil
 }
 
-func TestReadInto(t *testing.T) {
+// ReadAllInto reads a reader to its end, reuses the buffer's memory, and returns the bytes before
+// an error with the error.
+func TestReadAllInto(t *testing.T) {
 	buf := []byte("old contents")
 	got, err := ReadAllInto(buf, &dribble{strings.Repeat("abc", 1000), io.EOF})
 	if err != nil || string(got) != strings.Repeat("abc", 1000) {
-		t.Errorf("%d bytes, %v", len(got), err)
+		t.Errorf("reading 3,000 bytes one by one: got %d bytes, %v", len(got), err)
 	}
 	again, err := ReadAllInto(got, strings.NewReader("xy"))
 	if err != nil || string(again) != "xy" || &again[0] != &got[0] {
-		t.Errorf("%q, %v: memory is to be reused", again, err)
+		t.Errorf("reading into a buffer again: %q, %v, memory reused %v", again, err, &again[0] == &got[0])
 	}
 	if got, err := ReadAllInto(nil, &dribble{"abc", io.ErrUnexpectedEOF}); !errors.Is(err, io.ErrUnexpectedEOF) || string(got) != "abc" {
-		t.Errorf("%q %v", got, err)
+		t.Errorf("reading abc and then an error: got %q, %v", got, err)
 	}
 }
 
+// snappyIdentifier is the chunk with which every framed snappy stream begins.
 var snappyIdentifier = []byte("\xff\x06\x00\x00sNaPpY")
 
-// snappyChunk frames payload, whose content is data, with data's checksum.
+// snappyChunk returns a chunk with this payload. data is the decoded content, whose checksum the
+// chunk contains.
 func snappyChunk(kind byte, data, payload []byte) []byte {
 	crc := crc32.Checksum(data, crc32.MakeTable(crc32.Castagnoli))
 	b := binary.LittleEndian.AppendUint32(nil, uint32(4+len(payload))<<8|uint32(kind))
 	return append(binary.LittleEndian.AppendUint32(b, (crc>>15|crc<<17)+0xa282ead8), payload...)
 }
 
-// snappyBlock puts the length of n bytes before the elements that make them.
+// snappyBlock returns a block of these elements. n is the length in bytes that the block claims to
+// decode to.
 func snappyBlock(n int, elements ...[]byte) []byte {
 	return append(binary.AppendUvarint(nil, uint64(n)), bytes.Join(elements, nil)...)
 }
 
-// snappyLiteral is a literal whose length takes extra bytes (0 to 4) of its own.
+// snappyLiteral returns a literal element. Its length is encoded in 0 to 4 extra bytes.
 func snappyLiteral(s string, extra int) []byte {
 	n := len(s) - 1
 	if extra == 0 {
@@ -152,7 +166,8 @@ func snappyLiteral(s string, extra int) []byte {
 	return append(b[:1+extra], s...)
 }
 
-// snappyCopy is a copy with an offset of 1, 2 or 4 bytes.
+// snappyCopy returns a copy element of kind 1, 2 or 3, which encode the offset in 11, 16 and 32
+// bits.
 func snappyCopy(kind, offset, length int) []byte {
 	switch kind {
 	case 1:
@@ -163,7 +178,7 @@ func snappyCopy(kind, offset, length int) []byte {
 	return binary.LittleEndian.AppendUint32([]byte{byte((length-1)<<2 | 3)}, uint32(offset))
 }
 
-// snappyCopies is a block of n zeroes, n a multiple of 64.
+// snappyCopies returns a block that decodes to n zero bytes. n must be a multiple of 64.
 func snappyCopies(n int) []byte {
 	b := snappyBlock(n, snappyLiteral("\x00", 0), snappyCopy(2, 1, 63))
 	for range n/64 - 1 {
@@ -172,7 +187,8 @@ func snappyCopies(n int) []byte {
 	return b
 }
 
-// snappyEncode compresses greedily; it need not be good, only use every element.
+// snappyEncode returns data as a framed snappy stream. It chooses chunks and elements at random, so
+// that every kind of them occurs. It does not try to compress well.
 func snappyEncode(data []byte, rnd *rand.Rand) []byte {
 	out := slices.Clone(snappyIdentifier)
 	for len(data) > 0 {
@@ -217,6 +233,8 @@ func snappyEncode(data []byte, rnd *rand.Rand) []byte {
 	return out
 }
 
+// Every kind of element and chunk of framed snappy is decoded, also if the limit equals the decoded
+// size. Every malformed stream is an error.
 func TestSnappyElements(t *testing.T) {
 	long := strings.Repeat("0123456789abcdef", 4000) // 64,000
 	whole := func(want string, elements ...[]byte) []byte {
@@ -228,74 +246,74 @@ func TestSnappyElements(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		in   []byte
-		want string // "\xff" is an error
+		want string // the decoded data; "\xff" means an error
 	}{
-		{"nothing", snappyIdentifier, ""},
+		{"only the identifier", snappyIdentifier, ""},
 		{"an empty block", whole(""), ""},
 		{"an empty uncompressed chunk", uncompressed(""), ""},
 		{"uncompressed", uncompressed("abc"), "abc"},
 		{"a literal", whole("abc", snappyLiteral("abc", 0)), "abc"},
-		{"a literal of 60", whole(long[:60], snappyLiteral(long[:60], 0)), long[:60]},
+		{"a literal of 60 bytes", whole(long[:60], snappyLiteral(long[:60], 0)), long[:60]},
 		{"literals with lengths of 1 to 4 bytes", whole(long[:61]+long[:300]+"ab"+"c", snappyLiteral(long[:61], 1), snappyLiteral(long[:300], 2),
 			snappyLiteral("ab", 3), snappyLiteral("c", 4)), long[:61] + long[:300] + "abc"},
 		{"a copy of kind 1", whole("abcdabcd", snappyLiteral("abcd", 0), snappyCopy(1, 4, 4)), "abcdabcd"},
-		{"a copy of kind 1 from 2047", whole(long[:2047]+long[:11], snappyLiteral(long[:2047], 2), snappyCopy(1, 2047, 11)), long[:2047] + long[:11]},
+		{"a copy of kind 1 with offset 2047", whole(long[:2047]+long[:11], snappyLiteral(long[:2047], 2), snappyCopy(1, 2047, 11)), long[:2047] + long[:11]},
 		{"a copy of kind 2", whole("abcb", snappyLiteral("abc", 0), snappyCopy(2, 2, 1)), "abcb"},
-		{"a copy of kind 2 from 64,000", whole(long+long[:64], snappyLiteral(long, 2), snappyCopy(2, 64000, 64)), long + long[:64]},
+		{"a copy of kind 2 with offset 64,000", whole(long+long[:64], snappyLiteral(long, 2), snappyCopy(2, 64000, 64)), long + long[:64]},
 		{"a copy of kind 3", whole("abcabc", snappyLiteral("abc", 0), snappyCopy(3, 3, 3)), "abcabc"},
 		{"copies that overlap", whole("ababababaaaaa", snappyLiteral("ab", 0), snappyCopy(1, 2, 7), snappyCopy(2, 1, 3), snappyCopy(3, 1, 1)), "ababababaaaaa"},
 		{"two chunks", append(whole("a", snappyLiteral("a", 0)), snappyChunk(1, []byte("b"), []byte("b"))...), "ab"},
-		{"the identifier again", append(uncompressed("a"), uncompressed("b")...), "ab"},
+		{"the identifier repeated", append(uncompressed("a"), uncompressed("b")...), "ab"},
 		{"padding and skippable chunks", slices.Concat(uncompressed("a"), []byte{0xfe, 2, 0, 0, 1, 2}, []byte{0x80, 0, 0, 0}, []byte{0xfd, 1, 0, 0, 9}, uncompressed("b")), "ab"},
-		{"64 KiB", uncompressed(long + long[:1536]), long + long[:1536]},
+		{"an uncompressed chunk of 64 KiB", uncompressed(long + long[:1536]), long + long[:1536]},
 
 		{"no bytes", nil, "\xff"},
 		{"no identifier", snappyChunk(1, []byte("a"), []byte("a")), "\xff"},
-		{"plain snappy", snappyBlock(3, snappyLiteral("abc", 0)), "\xff"},
-		{"another identifier later", append(uncompressed("a"), "\xff\x06\x00\x00sNaPpX"...), "\xff"},
+		{"snappy without framing", snappyBlock(3, snappyLiteral("abc", 0)), "\xff"},
+		{"a wrong identifier later", append(uncompressed("a"), "\xff\x06\x00\x00sNaPpX"...), "\xff"},
 		{"a short identifier later", append(uncompressed("a"), "\xff\x05\x00\x00sNaPp"...), "\xff"},
 		{"an unskippable chunk", append(uncompressed("a"), 0x02, 0, 0, 0), "\xff"},
-		{"the last unskippable kind", append(uncompressed("a"), 0x7f, 0, 0, 0), "\xff"},
+		{"an unskippable chunk of the highest kind", append(uncompressed("a"), 0x7f, 0, 0, 0), "\xff"},
 		{"a wrong checksum", append(slices.Clip(snappyIdentifier), snappyChunk(1, []byte("a"), []byte("b"))...), "\xff"},
 		{"a wrong checksum of a block", append(slices.Clip(snappyIdentifier), snappyChunk(0, []byte("a"), snappyBlock(1, snappyLiteral("b", 0)))...), "\xff"},
-		{"no room for a checksum", append(slices.Clip(snappyIdentifier), 1, 3, 0, 0, 1, 2, 3), "\xff"},
-		{"a checksum and no block", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, nil)...), "\xff"},
+		{"a chunk too short for a checksum", append(slices.Clip(snappyIdentifier), 1, 3, 0, 0, 1, 2, 3), "\xff"},
+		{"a chunk with a checksum only", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, nil)...), "\xff"},
 		{"a chunk longer than the input", append(slices.Clip(snappyIdentifier), 1, 0xff, 0xff, 0xff), "\xff"},
 		{"a block longer than stated", whole("ab", snappyLiteral("abc", 0)), "\xff"},
 		{"a block shorter than stated", whole("abcd", snappyLiteral("abc", 0)), "\xff"},
 		{"a copy past the stated length", whole("aaaa", snappyLiteral("a", 0), snappyCopy(1, 1, 11)), "\xff"},
 		{"a copy from before the block", append(uncompressed("abc"), snappyChunk(0, []byte("abca"), snappyBlock(4, snappyLiteral("abc", 0), snappyCopy(2, 6, 1)))...), "\xff"},
-		{"a copy from nowhere", whole("abcd", snappyCopy(1, 1, 4)), "\xff"},
+		{"a copy at the beginning of a block", whole("abcd", snappyCopy(1, 1, 4)), "\xff"},
 		{"a copy with offset 0", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(1, 0, 4)), "\xff"},
 		{"a copy with offset 1<<31", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(3, 1<<31, 4)), "\xff"},
-		{"a cut copy", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(3, 1, 4)[:4]), "\xff"},
-		{"a cut literal", whole("abc", snappyLiteral("abc", 0)[:3]), "\xff"},
-		{"a cut length", whole("abc", snappyLiteral("abc", 4)[:3]), "\xff"},
+		{"a truncated copy", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(3, 1, 4)[:4]), "\xff"},
+		{"a truncated literal", whole("abc", snappyLiteral("abc", 0)[:3]), "\xff"},
+		{"a truncated length of a literal", whole("abc", snappyLiteral("abc", 4)[:3]), "\xff"},
 		{"a literal of 4 GiB", whole("abc", []byte{63 << 2, 0xff, 0xff, 0xff, 0xff, 'a'}), "\xff"},
-		{"a length that is no varint", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, bytes.Repeat([]byte{0xff}, 11))...), "\xff"},
-		{"a block that states 64 KiB and 1", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, snappyBlock(64<<10+1))...), "\xff"},
-		{"a block that states 2 GiB", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, snappyBlock(1<<31))...), "\xff"},
-		{"an uncompressed chunk of 64 KiB and 1", uncompressed(long + long[:1537]), "\xff"},
+		{"a block whose length is no varint", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, bytes.Repeat([]byte{0xff}, 11))...), "\xff"},
+		{"a block that claims 64 KiB and 1 byte", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, snappyBlock(64<<10+1))...), "\xff"},
+		{"a block that claims 2 GiB", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, snappyBlock(1<<31))...), "\xff"},
+		{"an uncompressed chunk of 64 KiB and 1 byte", uncompressed(long + long[:1537]), "\xff"},
 	} {
 		var d Decompressor
 		got, over, err := d.Decompress(c.in, "snappy", 1<<20)
 		if over || (err != nil) != (c.want == "\xff") || err == nil && string(got) != c.want || err != nil && !strings.HasPrefix(err.Error(), "malformed framed snappy: ") {
-			t.Errorf("%s: %.60q, over %v, %v", c.name, got, over, err)
+			t.Errorf("%s: got %.60q, over the limit %v, error %v; want %.60q", c.name, got, over, err, c.want)
 		}
 		if err == nil && len(c.want) > 0 {
 			if got, over, err := d.Decompress(c.in, "x-snappy-framed", len(c.want)); string(got) != c.want || over || err != nil {
-				t.Errorf("%s, the limit met: over %v, %v", c.name, over, err)
+				t.Errorf("%s, limit equal to the length: over the limit %v, %v", c.name, over, err)
 			}
 			if _, over, err := d.Decompress(c.in, "snappy", len(c.want)-1); !over || err != nil {
-				t.Errorf("%s, over the limit by a byte: %v, %v", c.name, over, err)
+				t.Errorf("%s, one byte over the limit: over the limit %v, %v", c.name, over, err)
 			}
 		}
 	}
 }
 
+// Random data that is encoded as framed snappy decodes to the same data.
 func TestSnappyRoundTrip(t *testing.T) {
-	seed := rand.Uint64()
-	rnd := rand.New(rand.NewPCG(seed, 0))
+	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	var d Decompressor
 	for range 200 {
 		var data []byte
@@ -304,18 +322,16 @@ func TestSnappyRoundTrip(t *testing.T) {
 		}
 		got, over, err := d.Decompress(snappyEncode(data, rnd), "snappy", len(data))
 		if over || err != nil || !bytes.Equal(got, data) {
-			t.Fatalf("seed %d: %d bytes of %d, over %v, %v", seed, len(got), len(data), over, err)
+			t.Fatalf("got %d bytes of %d, over the limit %v, %v", len(got), len(data), over, err)
 		}
 	}
 }
 
-// The framing format has no end. Cut off between two chunks a stream is a shorter
-// one, which a content with an end of its own notices; cut off elsewhere it is an
-// error.
-func TestSnappyTruncatedAnywhere(t *testing.T) {
-	in := slices.Clone(snappyIdentifier)
-	want := ""
-	borders := map[int]string{len(in): ""}
+// snappyStream returns a stream of several chunks and the data that it decodes to. borders maps
+// each offset between two chunks to the data of the chunks before it.
+func snappyStream() (in []byte, want string, borders map[int]string) {
+	in = slices.Clone(snappyIdentifier)
+	borders = map[int]string{len(in): ""}
 	for _, s := range []string{"abcabcabc", "defdef"} {
 		in = append(in, snappyChunk(0, []byte(s), snappyBlock(len(s), snappyLiteral(s[:3], 0), snappyCopy(2, 3, len(s)-3)))...)
 		want += s
@@ -326,26 +342,40 @@ func TestSnappyTruncatedAnywhere(t *testing.T) {
 		want += "x"
 		borders[len(in)] = want
 	}
+	return in, want, borders
+}
+
+// A framed snappy stream that is cut off inside a chunk is an error. Cut off between two chunks it
+// is a valid shorter stream, because the framing format has no end marker.
+func TestSnappyTruncatedAnywhere(t *testing.T) {
+	in, _, borders := snappyStream()
 	var d Decompressor
 	for i := range len(in) + 1 {
 		got, over, err := d.Decompress(in[:i], "snappy", 100)
 		want, border := borders[i]
 		if over || (err == nil) != border || err == nil && string(got) != want {
-			t.Errorf("%d of %d bytes: %q, over %v, %v", i, len(in), got, over, err)
+			t.Errorf("first %d of %d bytes: got %q, over the limit %v, error %v; want %q, error %v", i, len(in), got, over, err, want, !border)
 		}
 	}
-	// Flipped anywhere it is never other content, though a kind that is flipped
-	// makes its chunk skippable: checksums do not cover kinds.
+}
+
+// A flipped bit never changes the decoded data, except that a chunk may be left out: checksums do
+// not cover the kind of a chunk, and a flipped bit can make a chunk skippable.
+func TestSnappyFlippedAnywhere(t *testing.T) {
+	in, want, _ := snappyStream()
+	var d Decompressor
 	for i := range len(in) * 8 {
 		bad := slices.Clone(in)
 		bad[i/8] ^= 1 << (i % 8)
 		got, over, err := d.Decompress(bad, "snappy", 100)
 		if err == nil && !over && !slices.Contains([]string{want, "xdefdefx", "abcabcabcdefdefx", "abcabcabcxx", "abcabcabcxdefdef"}, string(got)) {
-			t.Errorf("bit %d flipped: %q", i, got)
+			t.Errorf("bit %d flipped: got %q", i, got)
 		}
 	}
 }
 
+// No input makes the decoder exceed its limit or change earlier output, and any data survives
+// encoding and decoding.
 func FuzzSnappy(f *testing.F) {
 	rnd := rand.New(rand.NewPCG(1, 0))
 	f.Add(snappyEncode([]byte(strings.Repeat("up{job=\"a\"} 1\n", 20)), rnd), 1000)
@@ -355,21 +385,22 @@ func FuzzSnappy(f *testing.F) {
 		var d Decompressor
 		got, over, err := d.Decompress(in, "snappy", limit)
 		if len(got) > limit || cap(got) > 2*limit+1024 || (over || err != nil) && got != nil {
-			t.Fatalf("%d bytes (of %d) within %d, over %v, %v", len(got), cap(got), limit, over, err)
+			t.Fatalf("limit %d: got %d bytes in a buffer of %d, over the limit %v, %v", limit, len(got), cap(got), over, err)
 		}
-		// Elements, without the checksums that keep a fuzzer out.
+		// Decode the input as a block without a checksum, because a fuzzer cannot guess checksums.
 		n := limit % (64<<10 + 1)
 		out, ok := decodeSnappyBlock([]byte("before"), NewWireReader(in), n)
 		if len(out) > n+6 || ok && len(out) != n+6 || !bytes.HasPrefix(out, []byte("before")) {
-			t.Fatalf("a block of %d bytes within %d: %v", len(out), n, ok)
+			t.Fatalf("block of %d bytes: output of %d bytes with the 6 before it, ok %v", n, len(out), ok)
 		}
-		// Whatever bytes, framed they come back.
+		// Encode the input and decode it again.
 		if got, over, err := d.Decompress(snappyEncode(in, rand.New(rand.NewPCG(uint64(limit), 0))), "snappy", len(in)); over || err != nil || !bytes.Equal(got, in) {
-			t.Fatalf("round trip: over %v, %v", over, err)
+			t.Fatalf("round trip of %d bytes: got %d bytes, over the limit %v, %v", len(in), len(got), over, err)
 		}
 	})
 }
 
+// No gzip input makes Decompress return more than one byte over its limit.
 func FuzzGzip(f *testing.F) {
 	f.Add(gzipped([]byte(strings.Repeat("up 1\n", 100))), 1000)
 	f.Fuzz(func(t *testing.T, in []byte, limit int) {
@@ -377,7 +408,7 @@ func FuzzGzip(f *testing.F) {
 		var d Decompressor
 		got, over, err := d.Decompress(in, "gzip", limit)
 		if over != (len(got) > limit) || len(got) > limit+1 || err != nil && got != nil {
-			t.Fatalf("%d bytes within %d, over %v, %v", len(got), limit, over, err)
+			t.Fatalf("limit %d: got %d bytes, over the limit %v, %v", limit, len(got), over, err)
 		}
 	})
 }

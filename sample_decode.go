@@ -1,9 +1,9 @@
 package main
 
-// Decoding of bodies: text exposition, OpenMetrics and delimited protobuf become RawSamples,
-// each handed to a callback. Only syntax is judged here, so that names and values of every
-// form are held to the same rules by the sample model. This file must not know of sites,
-// HTTP or compression.
+// This file decodes bodies. Text exposition, OpenMetrics and delimited protobuf become RawSamples,
+// which are passed to a callback one by one. The decoders check syntax only. SampleList.Add checks
+// names and values, so that the same rules apply to every format. This file must not know of
+// sites, HTTP or compression.
 
 import (
 	"fmt"
@@ -11,7 +11,7 @@ import (
 	"slices"
 )
 
-// Format is a form that samples travel in.
+// Format is a format of bodies with samples.
 type Format int
 
 const (
@@ -20,12 +20,13 @@ const (
 	FormatProto                     // delimited protobuf io.prometheus.client.MetricFamily
 )
 
-// supportedFormats says to people what ParseFormat takes.
+// supportedFormats lists, for error messages, the content types that ParseFormat accepts.
 const supportedFormats = "text/plain (version 0.0.4 or 1.0.0), application/openmetrics-text (version 1.0.0), " +
 	"application/vnd.google.protobuf (proto=io.prometheus.client.MetricFamily; encoding=delimited)"
 
-// ParseFormat reads a Content-Type. None at all, and the form type that curl
-// states unasked, are taken as text: content that is not fails to parse.
+// ParseFormat returns the format that a Content-Type header names, or an error that lists the
+// supported ones. An empty header means text exposition. So does the type for web forms, because
+// curl sends that type by default. If the body is not text exposition after all, Decode fails.
 func ParseFormat(contentType string) (Format, error) {
 	media, params, err := mime.ParseMediaType(contentType)
 	if contentType == "" || err == nil && media == "application/x-www-form-urlencoded" {
@@ -48,37 +49,38 @@ func ParseFormat(contentType string) (Format, error) {
 	return 0, fmt.Errorf("content type %.100q is not supported; supported: %s", contentType, supportedFormats)
 }
 
-// UnsupportedParts counts what a body held and the sample model does not carry. Metadata is
-// labels that say a metric's type or unit.
+// UnsupportedParts counts the parts of a body that were skipped because the sample model cannot
+// hold them. Metadata counts labels with the type or the unit of a metric.
 type UnsupportedParts struct{ Exemplars, Created, NativeHistograms, Metadata int }
 
-// ByKind returns the counts as metrics and answers name them, zeros as well.
+// ByKind returns the counts, including zeros. The keys are the names used in metrics and answers.
 func (s UnsupportedParts) ByKind() map[string]int {
 	return map[string]int{
 		"exemplar": s.Exemplars, "created": s.Created, "native_histogram": s.NativeHistograms, "metadata_label": s.Metadata,
 	}
 }
 
-// isTypeOrUnitLabel reports a label that Prometheus 3 puts on series under
-// --enable-feature=type-and-unit-labels. It is reserved, and so would cost the series.
+// isTypeOrUnitLabel reports whether name is a label that Prometheus 3 adds to series with
+// --enable-feature=type-and-unit-labels. The decoders remove these labels. Their names are
+// reserved, so SampleList.Add would otherwise reject the series.
 func isTypeOrUnitLabel(name []byte) bool {
 	return string(name) == "__type__" || string(name) == "__unit__"
 }
 
-// Decoder decodes bodies. It keeps scratch memory between calls and is not safe
-// for concurrent use. The zero value is ready.
+// Decoder decodes bodies. It keeps scratch memory between calls, so it is not safe for concurrent
+// use. The zero value is ready for use.
 type Decoder struct {
 	parser     SeriesParser
-	raw        RawSample
-	name       []byte // a name with a suffix
-	bound      []byte // a rendered le or quantile
-	repeatable int    // bytes of names and labels that components may still repeat
+	raw        RawSample // the sample that is passed to emit
+	name       []byte    // scratch: a metric name with a suffix, such as _bucket
+	bound      []byte    // scratch: the rendered value of an le or quantile label
+	repeatable int       // bytes of names and labels that the remaining components may repeat
 	skipped    UnsupportedParts
 }
 
-// Decode calls emit for every sample of body, in its order. The first error,
-// also one of emit's, ends it and is returned with the place and the series
-// named. Memory used beyond body is bounded by MaxLine and MaxLabels.
+// Decode calls emit for every sample of body, in the order of the body. It stops at the first
+// error, including an error from emit. The returned error names the line or family and the series.
+// Memory used beyond body is bounded by MaxLine and MaxLabels.
 func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
 	d.skipped = UnsupportedParts{}
 	d.repeatable = 1<<20 + maxRepeat*len(body)

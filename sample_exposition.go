@@ -1,8 +1,9 @@
 package main
 
-// Samples are written as text exposition. Families are untyped, because types that differ
-// between sites would fail a whole scrape. Names beyond the legacy charset are quoted for a
-// scraper that asks for them, and escaped for all others.
+// This file writes samples as text exposition. Every family is untyped, because types that differ
+// between sites would make the whole scrape fail. Names outside the legacy charset, which is
+// [a-zA-Z_:][a-zA-Z0-9_:]* for metrics, are quoted if the scraper asks for that in its Accept
+// header. For all other scrapers they are escaped.
 
 import (
 	"bytes"
@@ -17,11 +18,14 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// Escaping is how names beyond the legacy charset are shown to a scraper.
+// Escaping is the way in which names outside the legacy charset are written for a scraper. The
+// scheme is one of Prometheus's: underscores, dots, values, or allow-utf-8, which quotes names
+// instead of escaping them.
 type Escaping struct{ scheme model.EscapingScheme }
 
-// NegotiateEscaping returns the escaping that a scraper's Accept header asks for: names are
-// quoted only if it says escaping=allow-utf-8. Without a known scheme it is underscores.
+// NegotiateEscaping returns the escaping that a scraper's Accept header asks for. Names are quoted
+// only if the header contains escaping=allow-utf-8. If the header names no known scheme, the result
+// is underscores.
 func NegotiateEscaping(accept string) Escaping {
 	for part := range strings.SplitSeq(accept, ",") {
 		_, params, err := mime.ParseMediaType(part)
@@ -35,7 +39,7 @@ func NegotiateEscaping(accept string) Escaping {
 	return Escaping{model.UnderscoreEscaping}
 }
 
-// ContentType returns the content type of a response that is written under e.
+// ContentType returns the Content-Type header of a response that is written with e.
 func (e Escaping) ContentType() string {
 	if e.scheme == model.NoEscaping {
 		return "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
@@ -43,11 +47,11 @@ func (e Escaping) ContentType() string {
 	return "text/plain; version=0.0.4; charset=utf-8; escaping=" + e.scheme.String()
 }
 
-// quotesNames reports whether names are shown as they are, quoted where necessary.
+// quotesNames reports whether e leaves names unescaped and quotes them where necessary.
 func (e Escaping) quotesNames() bool { return e.scheme == model.NoEscaping }
 
-// MetricName returns a metric's name as e shows it. A legacy name stays as it is under
-// every scheme (dots alone would double its underscores), as in expfmt.
+// MetricName returns a metric's name escaped by e. A name of the legacy charset is never changed,
+// as in expfmt, although the scheme "dots" would double its underscores.
 func (e Escaping) MetricName(name string) string {
 	if isLegacyMetricName(name) {
 		return name
@@ -55,8 +59,9 @@ func (e Escaping) MetricName(name string) string {
 	return model.EscapeName(name, e.scheme)
 }
 
-// labelName returns a label's name as e shows it. model.EscapeName leaves colons,
-// which only a metric's name may have: one fails the scrape of an old Prometheus.
+// labelName returns a label's name escaped by e. It also replaces colons by underscores, because
+// model.EscapeName keeps them. Only metric names may contain colons: a colon in a label name makes
+// the whole scrape of an old Prometheus fail.
 func (e Escaping) labelName(name []byte) []byte {
 	if isLegacyLabelName(name) {
 		return name
@@ -64,9 +69,9 @@ func (e Escaping) labelName(name []byte) []byte {
 	return bytes.ReplaceAll([]byte(model.EscapeName(string(name), e.scheme)), []byte(":"), []byte("_"))
 }
 
-// renderLine renders a parsed series under e. It reports false if escaped labels have one
-// name or became reserved: Prometheus fails a whole scrape over one label that
-// occurs twice.
+// renderLine returns the line of a parsed series with its names escaped by e. ok is false if
+// escaping made two labels' names equal, made a label's name reserved, or made the line too long.
+// Such a line must not be served: Prometheus fails the whole scrape if a label occurs twice.
 func (e Escaping) renderLine(name []byte, labels []Label) (line []byte, ok bool) {
 	r := RawSample{Name: []byte(e.MetricName(string(name)))}
 	for _, l := range labels {
@@ -79,19 +84,20 @@ func (e Escaping) renderLine(name []byte, labels []Label) (line []byte, ok bool)
 
 // FamilySample is one sample of a Family.
 type FamilySample struct {
-	Line   []byte // of its series
+	Line   []byte // the rendered line of the sample's series
 	T      int64  // ms since the epoch
 	V      float64
-	Quoted bool // has a name beyond the legacy charset
+	Quoted bool // the line has a name outside the legacy charset
 }
 
-// Family is the samples of one metric name, over all sites.
+// Family holds the samples of one metric name, across all sites.
 type Family struct {
 	Name    string
 	Samples []FamilySample
 }
 
-// GroupByName returns the samples of l as families, sorted by name. They share l's memory.
+// GroupByName returns the samples of l grouped into families, sorted by name. The result shares
+// memory with l.
 func GroupByName(l *SampleList) []Family {
 	var parser SeriesParser
 	index := map[string]int{}
@@ -99,7 +105,7 @@ func GroupByName(l *SampleList) []Family {
 	for _, s := range l.Samples {
 		name, labels, err := parser.ParseLine(l.Line(s))
 		if err != nil {
-			continue // Add renders only what parses
+			continue // cannot happen: every line that Add renders can be parsed
 		}
 		i, ok := index[string(name)]
 		if !ok {
@@ -113,12 +119,13 @@ func GroupByName(l *SampleList) []Family {
 	return fams
 }
 
-// WriteFamilies writes fams as text exposition: "# TYPE <name> untyped" once per
-// name, as Prometheus's own /federate does, because types that differ between
-// sites would fail the whole scrape; then the samples. Families are merged where
-// escaping makes their names equal, and a sample whose line escaping makes equal
-// to another series' is left out. It returns the numbers of samples written and left
-// out, and the error of w, which ends it.
+// WriteFamilies writes fams to w as text exposition. For each family it writes the line
+// "# TYPE <name> untyped", as Prometheus's own /federate does, and then the samples. If escaping
+// makes the names of two families equal, the families are merged. If escaping makes a series' line
+// invalid or equal to another series' line, the samples of the series are left out.
+//
+// writtenSamples and hiddenSamples count the samples that were written and left out. WriteFamilies
+// stops at the first error of w and returns it.
 func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hiddenSamples int, err error) {
 	if !e.quotesNames() {
 		fams, hiddenSamples = escapeFamilies(e, fams)
@@ -142,6 +149,7 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hidd
 	return writtenSamples, hiddenSamples, err
 }
 
+// appendType appends the TYPE line of an untyped family to b.
 func appendType(b, name []byte) []byte {
 	b = append(b, "# TYPE "...)
 	if isLegacyMetricName(name) {
@@ -152,12 +160,12 @@ func appendType(b, name []byte) []byte {
 	return append(b, " untyped\n"...)
 }
 
-// AppendSample appends one sample of text exposition; line is of its series, and t is in ms, or
-// NoTime.
+// AppendSample appends one sample to b as a line of text exposition. line is the rendered line of
+// the sample's series. t is in ms since the epoch. If t is NoTime, the timestamp is omitted.
 func AppendSample(b, line []byte, t int64, v float64) []byte {
 	b = append(append(b, line...), ' ')
 	if i := int64(v); float64(i) == v && i > -1e15 && i < 1e15 && (i != 0 || !math.Signbit(v)) {
-		b = strconv.AppendInt(b, i, 10) // most samples are whole numbers
+		b = strconv.AppendInt(b, i, 10) // faster than AppendFloat, and most values are whole numbers
 	} else {
 		b = strconv.AppendFloat(b, v, 'g', -1, 64)
 	}
@@ -167,8 +175,9 @@ func AppendSample(b, line []byte, t int64, v float64) []byte {
 	return append(b, '\n')
 }
 
-// escapeFamilies returns fams with the names that e shows, and how many samples are left out
-// because e shows their series as another's.
+// escapeFamilies returns fams with all names escaped by e, merged and sorted by name.
+// hiddenSamples counts the samples that are left out because their escaped line cannot be served or
+// is already used by another series.
 func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int) {
 	if !slices.ContainsFunc(fams, func(f Family) bool {
 		return slices.ContainsFunc(f.Samples, func(l FamilySample) bool { return l.Quoted })
@@ -176,7 +185,7 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int)
 		return fams, 0
 	}
 	merged := map[string]*nameEscapedFamily{}
-	// Lines that need no escaping come first, so that no escaped line takes the place of one.
+	// Add the lines that need no escaping first, so that an escaped line never displaces them.
 	for _, f := range fams {
 		name := e.MetricName(f.Name)
 		if merged[name] == nil {
@@ -205,15 +214,16 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int)
 	return out, hiddenSamples
 }
 
-// nameEscapedFamily is a family under the name that an Escaping shows.
+// nameEscapedFamily is a family with an escaped name. It collects the samples of all families
+// that have this name after escaping.
 type nameEscapedFamily struct {
 	Family
-	shownBy map[string]string // line → the series that it shows; nil until a line is escaped
+	shownBy map[string]string // line as written → line of its series before escaping; nil until needed
 }
 
-// addEscaped adds a sample with the line that e shows. It reports false if there is no such
-// line, or if it shows another series already: a series has one line, so that its samples
-// ascend.
+// addEscaped adds a sample with its line escaped by e. It returns false and adds nothing if the
+// escaped line cannot be served, or if another series already uses this line. Only one series may
+// use a line, because the samples of a line must be in ascending order of time.
 func (f *nameEscapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
 	if f.shownBy == nil {
 		f.shownBy = make(map[string]string, len(f.Samples))

@@ -1,7 +1,8 @@
 package main
 
-// A line is the rendered form of a series: name, then labels, quoted as in the text
-// exposition format. Names of the legacy charset stand without quotes.
+// This file renders lines. A line is the rendered form of a series: the metric name and then the
+// labels, with the quoting of the text exposition format. Names of the legacy charset, which every
+// version of Prometheus can read, are not quoted.
 
 import (
 	"bytes"
@@ -9,13 +10,14 @@ import (
 	"strconv"
 )
 
-// Where a byte may stand in a name of the legacy charset.
+// Flags for the positions at which a byte may occur in a name of the legacy charset.
 const (
-	nameFirst byte = 1 << iota // the first byte of a metric's or a label's name
-	nameLater                  // a later byte of one
-	nameColon                  // any byte of a metric's name only
+	nameFirst byte = 1 << iota // allowed as the first byte of a metric name or label name
+	nameLater                  // allowed after the first byte of a metric name or label name
+	nameColon                  // allowed at any position of a metric name, but not in a label name
 )
 
+// legacyByte maps every byte to its flags. It is read-only.
 var legacyByte = func() (t [256]byte) {
 	for c := range t {
 		switch {
@@ -30,16 +32,18 @@ var legacyByte = func() (t [256]byte) {
 	return t
 }()
 
-// LegacyMetricPrefix returns how many leading bytes of b form a metric's name of the legacy
-// charset.
+// LegacyMetricPrefix returns the number of leading bytes of b that form a metric name of the
+// legacy charset. It returns 0 if b does not begin with such a name.
 func LegacyMetricPrefix[T string | []byte](b T) int { return legacyPrefix(b, nameColon) }
 
-// LegacyLabelPrefix is LegacyMetricPrefix for the name of a label.
+// LegacyLabelPrefix does the same as LegacyMetricPrefix for the name of a label.
 func LegacyLabelPrefix[T string | []byte](b T) int { return legacyPrefix(b, 0) }
 
 func isLegacyMetricName[T string | []byte](name T) bool { return LegacyMetricPrefix(name) == len(name) }
 func isLegacyLabelName[T string | []byte](name T) bool  { return LegacyLabelPrefix(name) == len(name) }
 
+// legacyPrefix does the work of LegacyMetricPrefix and LegacyLabelPrefix. colonBit is nameColon if
+// colons are allowed, and 0 otherwise.
 func legacyPrefix[T string | []byte](b T, colonBit byte) int {
 	if len(b) == 0 || legacyByte[b[0]]&(nameFirst|colonBit) == 0 {
 		return 0
@@ -51,7 +55,7 @@ func legacyPrefix[T string | []byte](b T, colonBit byte) int {
 	return i
 }
 
-// appendLine appends the line of a series, whose labels are sorted.
+// appendLine appends the rendered line of a series to b. The labels must be sorted by name.
 func appendLine(b, name []byte, labels []Label) []byte {
 	legacy := isLegacyMetricName(name)
 	if legacy {
@@ -79,7 +83,7 @@ func appendLine(b, name []byte, labels []Label) []byte {
 	return append(b, '}')
 }
 
-// appendQuoted appends s as a quoted string of the text exposition format.
+// appendQuoted appends s to b as a quoted string of the text exposition format.
 func appendQuoted(b, s []byte) []byte {
 	b = append(b, '"')
 	from := 0
@@ -99,8 +103,8 @@ func appendQuoted(b, s []byte) []byte {
 	return append(append(b, s[from:]...), '"')
 }
 
-// Excerpt returns the beginning of foreign text, quoted, as an error may show it: a sender may
-// see its own text, but a hostile one must not fill a log.
+// Excerpt returns the first 200 bytes of text, quoted and without control characters, for use in
+// an error message. The length is bounded so that a hostile sender cannot fill a log.
 func Excerpt(text []byte) string {
 	if len(text) > 200 {
 		text = append(bytes.Clone(text[:200]), "…"...)
@@ -108,17 +112,17 @@ func Excerpt(text []byte) string {
 	return strconv.QuoteToGraphic(string(bytes.ToValidUTF8(text, []byte("\ufffd"))))
 }
 
-// IsLegacy reports whether all names of a series are of the charset that every Prometheus
-// reads unquoted.
+// IsLegacy reports whether the metric name and all label names of a series are in the legacy
+// charset.
 func IsLegacy(name []byte, labels []Label) bool {
 	return isLegacyMetricName(name) &&
 		!slices.ContainsFunc(labels, func(l Label) bool { return !isLegacyLabelName(l.Name) })
 }
 
-// IsLegacyLine is IsLegacy for a rendered line.
+// IsLegacyLine does the same as IsLegacy for a rendered line.
 func IsLegacyLine(line []byte) bool {
-	// Only a quoted name puts a quote behind a brace or comma outside of a value. Most lines
-	// have neither sequence, so that they need not be parsed.
+	// Outside of values, a quote follows a brace or a comma only if a name is quoted. Most lines
+	// contain neither {" nor ,", so they need not be parsed.
 	if len(line) > 0 && line[0] != '{' && !bytes.Contains(line, []byte(`{"`)) && !bytes.Contains(line, []byte(`,"`)) {
 		return true
 	}

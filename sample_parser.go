@@ -1,7 +1,8 @@
 package main
 
-// The parser of series: name and labels of a line of text, foreign or rendered by this
-// program. Results share memory with the line. Lengths are bounded before memory is taken.
+// This file parses series: the metric name and the labels at the beginning of a line of text. The
+// text may come from a body or may be a line that this program rendered. Results share memory with
+// the text. Lengths are checked before memory is allocated.
 
 import (
 	"bytes"
@@ -10,25 +11,25 @@ import (
 	"slices"
 )
 
-// SeriesParser parses series. It keeps scratch memory between calls and is not safe
-// for concurrent use. The zero value is ready.
+// SeriesParser parses series. It keeps scratch memory between calls, so it is not safe for
+// concurrent use. The zero value is ready for use.
 type SeriesParser struct {
 	labels    []Label
-	unescaped []byte     // of the quoted strings of the current line
-	rendered  SampleList // of ParseCanonicalLine
+	unescaped []byte     // the current line's quoted strings that contain escapes, unescaped
+	rendered  SampleList // scratch of ParseCanonicalLine
 }
 
-// parsePrefix parses the name and labels that line begins with and returns what
-// follows them. The results share memory with line, which stays as it is, and
-// with p; they are valid until p's next use.
+// parsePrefix parses the name and the labels with which line begins. rest is the text after them.
+// The results share memory with line and with p and are valid until p is used again. parsePrefix
+// does not change line.
 func (p *SeriesParser) parsePrefix(line []byte) (name []byte, labels []Label, rest []byte, err error) {
-	if len(line) > 2*MaxLine { // room for blanks; SampleList.Add bounds the series itself
-		return nil, nil, nil, fmt.Errorf("%w: a line of %d bytes", ErrTooLarge, len(line))
+	if len(line) > 2*MaxLine { // twice, to allow for blanks and a value; SampleList.Add checks the series
+		return nil, nil, nil, fmt.Errorf("%w: the line has %d bytes, limit %d", ErrTooLarge, len(line), 2*MaxLine)
 	}
-	// The unescaped strings of one line share this buffer. With room for the whole
-	// line it never moves, so that earlier strings stay valid.
+	// The unescaped strings of one line share this buffer. It has room for the whole line, so
+	// appending never reallocates it, and the strings that were returned before stay valid.
 	p.unescaped = slices.Grow(p.unescaped[:0], len(line))
-	p.labels = slices.Grow(p.labels[:0], 32) // room for labels that are added later
+	p.labels = slices.Grow(p.labels[:0], 32) // includes room for labels that the caller adds
 	n := LegacyMetricPrefix(line)
 	name = line[:n]
 	b := skipBlanks(line[n:])
@@ -45,8 +46,9 @@ func (p *SeriesParser) parsePrefix(line []byte) (name []byte, labels []Label, re
 	return name, p.labels, b, nil
 }
 
-// parseLabels parses what follows {, to p.labels, and returns what follows }. A name that is
-// not legacy stands quoted among the labels, and is returned if name is empty.
+// parseLabels parses the labels into p.labels. b begins after the opening brace. rest begins
+// after the closing brace. If name is empty, the metric name must be among the labels, as a
+// quoted string without a value, and is returned.
 func (p *SeriesParser) parseLabels(name, b []byte) (_, rest []byte, err error) {
 	for b = skipBlanks(b); ; {
 		if len(b) == 0 {
@@ -83,8 +85,8 @@ func (p *SeriesParser) parseLabels(name, b []byte) (_, rest []byte, err error) {
 	}
 }
 
-// parseLabel parses the label that b begins with, and returns what follows it. A quoted string
-// has no value if it is the metric's name.
+// parseLabel parses the label with which b begins. rest is the text after the label. hasValue is
+// false for a quoted string without a value, which is the metric name.
 func (p *SeriesParser) parseLabel(b []byte, label *Label) (rest []byte, hasValue bool, err error) {
 	quoted := b[0] == '"'
 	if quoted {
@@ -120,7 +122,8 @@ func skipBlanks(b []byte) []byte {
 	return b
 }
 
-// parseQuoted parses the quoted string that b begins with, and returns what follows it.
+// parseQuoted parses the quoted string with which b begins. It returns the unescaped string and
+// the text after the closing quote.
 func (p *SeriesParser) parseQuoted(b []byte) (s, rest []byte, err error) {
 	b = b[1:]
 	end := bytes.IndexByte(b, '"')
@@ -130,8 +133,9 @@ func (p *SeriesParser) parseQuoted(b []byte) (s, rest []byte, err error) {
 	return p.unescape(b)
 }
 
-// unescape is parseQuoted behind the first quote. As in Prometheus's parser a backslash before
-// any other byte than a backslash, a quote or n stands for itself.
+// unescape does the work of parseQuoted for a string with escapes. b begins after the opening
+// quote. A backslash before any byte other than a backslash, a quote or n is kept, as in
+// Prometheus's parser.
 func (p *SeriesParser) unescape(b []byte) (s, rest []byte, err error) {
 	from := len(p.unescaped)
 	for i := 0; i < len(b); i++ {
@@ -155,11 +159,12 @@ func (p *SeriesParser) unescape(b []byte) (s, rest []byte, err error) {
 	return nil, nil, errors.New("a quoted string does not end")
 }
 
-// ParseLine parses a line that holds a series and nothing else.
+// ParseLine parses a line that must contain a series and nothing else. The results share memory
+// with line and with p and are valid until p is used again.
 func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err error) {
 	name, labels, rest, err := p.parsePrefix(line)
 	if err == nil && len(rest) > 0 {
-		err = errors.New("bytes after the series")
+		err = errors.New("unexpected bytes after the series")
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("series %s: %w", Excerpt(line), err)
@@ -167,8 +172,9 @@ func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err 
 	return name, labels, nil
 }
 
-// ParseCanonicalLine is ParseLine for a line that has to be, byte for byte, as SampleList.Add
-// renders it. Recovery checks so the lines of a damaged disk, which are served as they are.
+// ParseCanonicalLine does the same as ParseLine. It also fails if SampleList.Add would not render
+// the series as exactly these bytes. Recovery uses it to check lines that were read from disk,
+// because lines are served unchanged.
 func (p *SeriesParser) ParseCanonicalLine(line []byte) (name []byte, labels []Label, err error) {
 	if name, labels, err = p.ParseLine(line); err != nil {
 		return nil, nil, err

@@ -1,8 +1,9 @@
 package main
 
-// Decoding of delimited protobuf. Every length that a body states is checked
-// against the bytes that are there. Histograms and summaries become their component
-// lines; how often they may repeat their labels is bounded.
+// This file decodes delimited protobuf. Every length in a body is checked against the bytes that
+// are left. A histogram or a summary becomes its component samples: buckets or quantiles, sum and
+// count. The components repeat the metric's labels, so their total size is limited in proportion
+// to the body.
 
 import (
 	"fmt"
@@ -11,31 +12,31 @@ import (
 	"strconv"
 )
 
-// Bounds on how often components of histograms and summaries repeat, for each byte of
-// a body; a real one with 30 buckets and 1,000 bytes of labels repeats them 20
-// times. The costs are of what is not text, in bytes.
+// Limits on the names and labels that components of histograms and summaries repeat. A real
+// histogram with 30 buckets and 1,000 bytes of labels repeats about 20 times its size.
 const (
-	maxRepeat     = 64
-	componentCost = 32
-	labelCost     = 16
+	maxRepeat     = 64 // bytes that components may repeat for each byte of the body
+	componentCost = 32 // bytes charged for each component besides its name and labels
+	labelCost     = 16 // bytes charged for each label besides its name and value
 )
 
-// protoField is one field of a protobuf message, as the wire format has it
-// (protobuf.dev/programming-guides/encoding). A walk over the bytes replaces
-// generated code here because unmarshalling allocates some fifty bytes for each
-// two of an empty message, which a hostile body can consist of.
+// protoField is one field of a protobuf message in the wire format
+// (protobuf.dev/programming-guides/encoding). This file walks over the fields instead of using
+// generated code. Generated code allocates about fifty bytes for an empty message, which has two
+// bytes in the body, and a hostile body can consist of empty messages.
 type protoField struct {
 	number uint64
-	value  uint64 // varint, fixed32 or fixed64
-	data   []byte // of a length-delimited field, else nil
+	value  uint64 // of a varint, fixed32 or fixed64 field
+	data   []byte // of a length-delimited field; nil for other fields
 }
 
 func (f protoField) float() float64 { return math.Float64frombits(f.value) }
 
-// protoMessage walks over the fields of a message.
+// protoMessage iterates over the fields of a message.
 type protoMessage struct{ WireReader }
 
-// next reads the next field; false says that there is none, or that err has an error.
+// next reads the next field into f. It returns false at the end of the message and after an error,
+// which err returns.
 func (m *protoMessage) next(f *protoField) bool {
 	if m.Len() == 0 {
 		return false
@@ -53,11 +54,12 @@ func (m *protoMessage) next(f *protoField) bool {
 	case 5:
 		f.value = uint64(m.Uint32())
 	default:
-		m.Require(false) // groups are not in the schema
+		m.Require(false) // fail: the schema has no groups, and other wire types do not exist
 	}
 	return m.Err() == nil
 }
 
+// err returns the first error of next, or nil.
 func (m *protoMessage) err() error {
 	if err := m.Err(); err != nil {
 		return fmt.Errorf("malformed protobuf: %w", err)
@@ -65,15 +67,15 @@ func (m *protoMessage) err() error {
 	return nil
 }
 
-// decodeProto decodes a body. The numbers of fields here and below are of client_model's
-// io/prometheus/client/metrics.proto.
+// decodeProto decodes a body of delimited MetricFamily messages. The field numbers here and below
+// are from io/prometheus/client/metrics.proto in the module client_model.
 func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
 	r := NewWireReader(body)
 	for n := 1; r.Len() > 0; n++ {
 		left := r.Len()
 		family := r.Bytes(int(r.Uvarint(math.MaxInt)))
 		if r.Err() != nil {
-			return fmt.Errorf("family %d: truncated: %d bytes left of a longer frame", n, left)
+			return fmt.Errorf("family %d: truncated: its frame is longer than the %d bytes left", n, left)
 		}
 		if err := d.decodeFamily(family, emit); err != nil {
 			return fmt.Errorf("family %d: %w", n, err)
@@ -82,10 +84,11 @@ func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
 	return nil
 }
 
-// decodeFamily decodes a MetricFamily. Its name and type may come behind its metrics.
+// decodeFamily decodes a MetricFamily message. It iterates over the fields twice, because the
+// name and the type may follow the metrics.
 func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 	var name []byte
-	var kind uint64 // counter, unless stated
+	var kind uint64 // MetricType; the default is 0, a counter
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
@@ -97,7 +100,7 @@ func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 		}
 	}
 	if len(name) > MaxLine {
-		return fmt.Errorf("%w: a name of %d bytes; at most %d", ErrTooLarge, len(name), MaxLine)
+		return fmt.Errorf("%w: the name has %d bytes, limit %d", ErrTooLarge, len(name), MaxLine)
 	}
 	if err := m.err(); err != nil {
 		return err
@@ -119,6 +122,8 @@ const (
 	protoGaugeHistogram        = 5
 )
 
+// decodeMetric decodes a Metric message of a family with this name and MetricType, and emits its
+// samples.
 func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample) error) error {
 	value, err := d.decodeMetricFields(b, kind)
 	if err != nil {
@@ -149,12 +154,13 @@ func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample
 	return emit(&d.raw)
 }
 
-// decodeMetricFields decodes a Metric: its labels and time into d.raw, and the message with
-// the value of its type, which it returns.
+// decodeMetricFields decodes the labels and the timestamp of a Metric message into d.raw. It
+// returns the embedded message with the value, such as a Counter or a Histogram.
 func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err error) {
 	r := &d.raw
 	r.Labels, r.HasT = r.Labels[:0], false
-	// Fields by MetricType: counter 3, gauge 2, summary 4, untyped 5, both histograms 7.
+	// The field with the value, by MetricType: counter, gauge, summary, untyped, and both kinds of
+	// histograms.
 	valueFields := [...]uint64{3, 2, 4, 5, 7, 7}
 	if kind >= uint64(len(valueFields)) {
 		return nil, fmt.Errorf("unknown metric type %d", kind)
@@ -165,7 +171,7 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	for m.next(&f) {
 		switch f.number {
 		case 1:
-			// SampleList.Add bounds a series more strictly, but not labels that are dropped before it.
+			// SampleList.Add has stricter limits, but emit may remove labels before it calls Add.
 			if labelBytes, err = d.decodeLabel(f.data, labelBytes); err != nil {
 				return nil, err
 			}
@@ -185,8 +191,9 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	return value, nil
 }
 
-// decodeLabel appends a LabelPair to d.raw.Labels unless it is metadata. labelBytes is how many
-// bytes the labels before it have; the sum is returned, and bounded by 2*MaxLine.
+// decodeLabel decodes a LabelPair message and appends it to d.raw.Labels. A label with the type or
+// unit of the metric is skipped and counted. labelBytes is the size of the metric's labels so far.
+// decodeLabel returns the size including this label and fails if it exceeds 2*MaxLine.
 func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	var l Label
 	var f protoField
@@ -216,20 +223,22 @@ func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	return labelBytes, nil
 }
 
-// componentEmitter makes the component samples of one histogram or summary. It does not hold emit,
-// which would then escape to the heap, with all that it captures.
+// componentEmitter emits the component samples of one histogram or summary. The function emit is
+// a parameter of its methods and not a field, because a field would make emit and everything that
+// emit captures escape to the heap.
 type componentEmitter struct {
 	d          *Decoder
 	name       []byte
-	labels     []Label // of the metric: emit may change d.raw's, so that each component starts from these
-	boundLabel []byte  // le or quantile
+	labels     []Label // copy of the metric's labels, because emit may change d.raw.Labels
+	boundLabel []byte  // name of the extra label: le or quantile
 }
 
+// newComponentEmitter returns an emitter for the metric whose labels are in d.raw.
 func (d *Decoder) newComponentEmitter(name []byte, boundLabel string) componentEmitter {
 	return componentEmitter{d, name, slices.Clone(d.raw.Labels), []byte(boundLabel)}
 }
 
-// emitBound emits a bucket or quantile: a sample with one more label, whose value is the bound.
+// emitBound emits a bucket or a quantile. Its sample has one extra label, whose value is bound.
 func (c *componentEmitter) emitBound(suffix string, bound, v float64, emit func(*RawSample) error) error {
 	if err := c.beginComponent(suffix); err != nil {
 		return err
@@ -244,7 +253,7 @@ func (c *componentEmitter) emitBound(suffix string, bound, v float64, emit func(
 	return emit(&d.raw)
 }
 
-// emitSumOrCount emits the sum or the count.
+// emitSumOrCount emits the sample of the sum or the count. It has no extra label.
 func (c *componentEmitter) emitSumOrCount(suffix string, v float64, emit func(*RawSample) error) error {
 	if err := c.beginComponent(suffix); err != nil {
 		return err
@@ -253,9 +262,9 @@ func (c *componentEmitter) emitSumOrCount(suffix string, v float64, emit func(*R
 	return emit(&c.d.raw)
 }
 
-// beginComponent makes d.raw the series of the metric with a suffix to its name. Each component
-// costs its user the whole name and labels, also one that is dropped, while a bucket may be two
-// bytes of the body.
+// beginComponent sets the name in d.raw to the metric's name plus suffix, and restores the labels.
+// It fails if the components of the body together repeat too many bytes. A bucket can be two bytes
+// of the body, but the receiver has to process its full name and labels, even to drop the sample.
 func (c *componentEmitter) beginComponent(suffix string) error {
 	d := c.d
 	d.repeatable -= componentCost + len(c.name)
@@ -278,6 +287,7 @@ func (c *componentEmitter) emitSumAndCount(sum, count float64, emit func(*RawSam
 	return c.emitSumOrCount("_count", count, emit)
 }
 
+// decodeSummary decodes a Summary message and emits its quantiles, its sum and its count.
 func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) error {
 	parts := d.newComponentEmitter(name, "quantile")
 	var count, sum float64
@@ -307,6 +317,7 @@ func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) err
 	return parts.emitSumAndCount(sum, count, emit)
 }
 
+// decodeQuantile decodes a Quantile message of a summary.
 func decodeQuantile(b []byte) (quantile, v float64, err error) {
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
@@ -321,9 +332,12 @@ func decodeQuantile(b []byte) (quantile, v float64, err error) {
 	return quantile, v, m.err()
 }
 
+// decodeHistogram decodes a Histogram message and emits its buckets, its sum and its count. It adds
+// the +Inf bucket if the message has none. A native histogram is counted as skipped. If the message
+// has no classic buckets beside the native ones, nothing is emitted.
 func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) error {
 	parts := d.newComponentEmitter(name, "le")
-	var count, countFloat, sum float64 // a float count replaces the count where it is above 0
+	var count, countFloat, sum float64 // countFloat replaces count if it is above 0
 	var native, classic, hasInf bool
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
@@ -345,7 +359,7 @@ func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) e
 			hasInf = hasInf || math.IsInf(bound, +1)
 		case 4:
 			countFloat = f.float()
-		case 5, 6, 7, 8, 9, 12: // schema, zero bucket, negative and positive spans
+		case 5, 6, 7, 8, 9, 12: // schema, zero bucket, negative spans and positive spans
 			native = true
 		case 15:
 			d.skipped.Created++
@@ -370,8 +384,10 @@ func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) e
 	return parts.emitSumAndCount(sum, count, emit)
 }
 
+// decodeBucket decodes a Bucket message of a histogram. It returns the upper bound and the
+// cumulative count, and counts a skipped exemplar.
 func (d *Decoder) decodeBucket(b []byte) (bound, v float64, err error) {
-	var float float64 // replaces the count where it is above 0
+	var float float64 // the bucket's count as a float; it replaces the integer count if above 0
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {

@@ -1,7 +1,7 @@
 package main
 
-// Decoding of text exposition and OpenMetrics, line by line. Memory used beyond the body is
-// bounded by the longest line.
+// This file decodes text exposition and OpenMetrics text, line by line. Memory used beyond the
+// body is bounded by the longest line that SeriesParser accepts.
 
 import (
 	"bytes"
@@ -12,9 +12,10 @@ import (
 	"strconv"
 )
 
-// decodeText decodes a body of text exposition, or of OpenMetrics, which has to end in # EOF.
+// decodeText decodes a body of text exposition or, if openMetrics, of OpenMetrics. Text exposition
+// must end in a newline and OpenMetrics in "# EOF", so that truncated bodies are detected.
 func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample) error) error {
-	var created []byte // the name of the current family's _created samples
+	var created []byte // name of the current family's _created samples; empty if it has none
 	for n := 1; len(body) > 0; n++ {
 		line, rest, ended := bytes.Cut(body, []byte("\n"))
 		if !ended && !(openMetrics && string(body) == "# EOF") {
@@ -44,7 +45,8 @@ func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample
 	return nil
 }
 
-// decodeSampleLine decodes the line of one sample. Samples of the name createdName are skipped.
+// decodeSampleLine decodes the line of one sample and emits the sample. A sample named createdName
+// is skipped and counted, unless createdName is empty.
 func (d *Decoder) decodeSampleLine(line []byte, openMetrics bool, createdName []byte, emit func(*RawSample) error) error {
 	if err := d.parseSample(line, openMetrics); err != nil {
 		return err
@@ -56,8 +58,9 @@ func (d *Decoder) decodeSampleLine(line []byte, openMetrics bool, createdName []
 	return emit(&d.raw)
 }
 
-// appendCreatedName appends to dst the name of the _created samples of the family whose name
-// and type follow # TYPE; nothing if it cannot have such.
+// appendCreatedName appends to dst the name of a family's _created samples. nameAndType is the
+// text after "# TYPE ". It appends nothing if the family's type has no _created samples, or if
+// the text is malformed.
 func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 	i := bytes.LastIndexByte(nameAndType, ' ')
 	if i <= 0 || i > MaxLine {
@@ -69,7 +72,7 @@ func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 		return dst
 	}
 	name := nameAndType[:i]
-	if name[0] == '"' { // alone in braces it is a series
+	if name[0] == '"' { // in braces, a quoted name is a series, which the parser can unquote
 		var err error
 		if name, _, err = d.parser.ParseLine(slices.Concat([]byte("{"), name, []byte("}"))); err != nil {
 			return dst
@@ -78,7 +81,8 @@ func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 	return append(append(dst, name...), "_created"...)
 }
 
-// parseSample parses one line into d.raw.
+// parseSample parses the line of one sample into d.raw. It removes and counts labels with the type
+// or unit of the metric, and counts exemplars.
 func (d *Decoder) parseSample(line []byte, openMetrics bool) error {
 	var rest []byte
 	var err error
@@ -108,8 +112,8 @@ func (d *Decoder) parseSample(line []byte, openMetrics bool) error {
 	return nil
 }
 
-// cutAtBlank returns the bytes before the first blank, and those from the next byte on that
-// is none.
+// cutAtBlank splits b at its first blanks, which are spaces or tabs. token is the part before the
+// blanks. rest is the part after them.
 func cutAtBlank(b []byte) (token, rest []byte) {
 	i := 0
 	for i < len(b) && b[i] != ' ' && b[i] != '\t' {
@@ -118,7 +122,8 @@ func cutAtBlank(b []byte) (token, rest []byte) {
 	return b[:i], skipBlanks(b[i:])
 }
 
-// parseTimestamp returns ms: OpenMetrics has seconds, text exposition milliseconds.
+// parseTimestamp parses a timestamp and returns it in ms since the epoch. Timestamps are seconds
+// in OpenMetrics and milliseconds in text exposition.
 func parseTimestamp(b []byte, openMetrics bool) (int64, error) {
 	if openMetrics {
 		sec, err := parseFloat(b)
@@ -134,8 +139,8 @@ func parseTimestamp(b []byte, openMetrics bool) (int64, error) {
 	return ms, nil
 }
 
-// parseFloat accepts the floats that Prometheus accepts (model/textparse): none that are
-// hexadecimal or have underscores.
+// parseFloat parses a value. It accepts the floats that Prometheus accepts (model/textparse), so
+// it rejects hexadecimal floats and underscores.
 func parseFloat(b []byte) (float64, error) {
 	if len(b) == 0 {
 		return 0, errors.New("no value")

@@ -1,9 +1,10 @@
 package main
 
-// The client's cleanup and anonymization, and the server's normal form. After the server's
-// ServerNormalizer a sample carries the authenticated cluster ID and no name that the server itself
-// serves. After the client's ClientCleaner no anonymized label holds its value. This family must not
-// know of HTTP, files or stores, and keeps no state between samples.
+// This file cleans samples on the client and normalizes them on the server. After
+// ServerNormalizer.Normalize, a sample has the authenticated cluster ID as a label, and its name is
+// not one that the server itself serves. After ClientCleaner.Clean, no label in Anonymize has its
+// original value. This family must not know of HTTP, files or stores. It keeps no state between
+// samples.
 
 import (
 	"bytes"
@@ -17,8 +18,8 @@ import (
 	"strings"
 )
 
-// labelValue returns the value of a label, empty if there is none: to Prometheus
-// an empty label and a missing one are the same.
+// labelValue returns the value of the named label. It returns an empty value if there is no such
+// label, because Prometheus treats an empty label and a missing label as the same.
 func labelValue[T string | []byte](labels []Label, name T) []byte {
 	for i := range labels {
 		if string(labels[i].Name) == string(name) {
@@ -32,17 +33,19 @@ func hasLabel[T string | []byte](labels []Label, name T) bool {
 	return slices.ContainsFunc(labels, func(l Label) bool { return string(l.Name) == string(name) })
 }
 
-// Names that the server adds for each site. A push must not have them, or a
-// site could deny its own silence, and a scrape hold one series twice.
+// Names and name prefix of the metrics that the server itself serves about each site. A push must
+// not contain them. Otherwise a site could hide from alerts that it no longer pushes, and a scrape
+// could contain a series twice.
 const (
 	PushTimeName        = "push_time_seconds"
 	PushFailureTimeName = "push_failure_time_seconds"
 	ClusterNamePrefix   = "telemeter_cluster_"
 )
 
-// isReservedMetricName reports a metric name that is shown to some scraper as one of those.
+// isReservedMetricName reports whether name is a name that the server itself serves. It also
+// reports true for a name that becomes such a name by escaping with underscores.
 func isReservedMetricName(name []byte) bool {
-	if !IsLegacy(name, nil) { // push.time.seconds is shown as push_time_seconds
+	if !IsLegacy(name, nil) { // for example, push.time.seconds is escaped to push_time_seconds
 		name = []byte(NegotiateEscaping("").MetricName(string(name)))
 	}
 	return string(name) == PushTimeName || string(name) == PushFailureTimeName ||
@@ -58,19 +61,20 @@ func sortedLabels(m map[string]string) []Label {
 	return list
 }
 
-// CheckSettableLabelName reports the name of a label that an operator must not set or remove.
+// CheckSettableLabelName returns an error if an operator must not set or remove labels with this
+// name.
 func CheckSettableLabelName(name string) error {
 	switch {
 	case name == "" || !IsLegacy([]byte("a"), []Label{{Name: []byte(name)}}):
-		return fmt.Errorf("label name %q: use letters, digits and _, not a digit first", name)
+		return fmt.Errorf("label name %q is invalid: use letters, digits and _, and do not begin with a digit", name)
 	case strings.HasPrefix(name, "__") || name == ClusterLabel:
 		return fmt.Errorf("label name %q is reserved", name)
 	}
 	return nil
 }
 
-// CheckLabel reports a label that an operator must not set: every sample with it
-// would be refused.
+// CheckLabel returns an error if an operator must not set this label, because SampleList.Add would
+// refuse every sample that has it.
 func CheckLabel(name, value string) error {
 	if err := CheckSettableLabelName(name); err != nil {
 		return err
@@ -82,28 +86,29 @@ func CheckLabel(name, value string) error {
 	return nil
 }
 
-// Reasons for which a sample is dropped, as metrics and answers name them. Those of the server
-// are also in serverDropReasons.
+// Reasons for dropping a sample, as they appear in metrics and answers. The server's reasons are
+// also listed in serverDropReasons.
 const (
-	DropNotAllowed    = "not_allowed"    // by the server: --allow does not choose it
-	DropRequiredLabel = "required_label" // by the server: it lacks a --required-label
-	DropReserved      = "reserved_name"  // by the client
-	DropNotMatched    = "not_matched"    // by the client: --match does not choose it
-	DropInvalid       = "invalid"        // by either: SampleList.Add refuses it
+	DropNotAllowed    = "not_allowed"    // server: no --allow selector matches the sample
+	DropRequiredLabel = "required_label" // server: the sample lacks a --required-label
+	DropReserved      = "reserved_name"  // client: the server itself serves this metric name
+	DropNotMatched    = "not_matched"    // client: no --match selector matches the sample
+	DropInvalid       = "invalid"        // server and client: SampleList.Add refuses the sample
 )
 
-// ServerNormalizer brings samples into the server's normal form. It is immutable and
-// safe for concurrent use.
+// ServerNormalizer brings samples into the server's normal form. It is immutable after
+// construction, so it is safe for concurrent use.
 type ServerNormalizer struct {
-	Elide    []string  // labels to remove
-	Labels   []Label   // the operator's
-	Required []Label   // a sample without one is dropped; an empty value stands for any
-	Allow    Selectors // a sample that they do not choose, in normal form, is dropped
+	Elide    []string  // names of the labels to remove
+	Labels   []Label   // the operator's labels, added to every sample
+	Required []Label   // labels that every sample must have; an empty value here allows any value
+	Allow    Selectors // every sample must match this list after normalization
 }
 
-// ForcedLabels returns the labels that every sample of a push gets: the cluster ID, the
-// token's, and the operator's. Of two with one name the cluster ID wins over the token's label,
-// which wins over the operator's, because a token says more of the site.
+// ForcedLabels returns the labels that every sample of a push gets, sorted by name: the cluster
+// ID, the labels of the token and the labels of the operator. If names are equal, the cluster ID
+// replaces the token's label, and the token's label replaces the operator's, because the token is
+// specific to the site.
 func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string]string) []Label {
 	m := map[string]string{}
 	for _, l := range n.Labels {
@@ -114,13 +119,16 @@ func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string
 	return sortedLabels(m)
 }
 
-// Normalize brings r into normal form. It returns the reason for which the sample is to be
-// dropped, or "". An error refuses the whole push. The forced labels replace r's own, and job
-// and instance are added empty where they are missing: under honor_labels a series then keeps
-// its identity whichever server exposes it.
+// Normalize brings r into normal form. If the sample must be dropped, Normalize returns the reason.
+// Otherwise dropReason is empty. After an error, the whole push must be refused.
+//
+// Normalize removes empty labels and the labels in Elide. The forced labels replace r's labels of
+// the same name. If job or instance is missing, Normalize adds it with an empty value. A Prometheus
+// that scrapes with honor_labels then does not add its own job and instance, so the series has the
+// same identity whichever server it is scraped from.
 func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason string, err error) {
 	if isReservedMetricName(r.Name) {
-		return "", fmt.Errorf("the name %.100q is reserved for what the server itself serves", r.Name)
+		return "", fmt.Errorf("the name %.100q is reserved for the server's own metrics", r.Name)
 	}
 	labels := r.Labels[:0]
 	for _, l := range r.Labels {
@@ -148,20 +156,22 @@ func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason s
 // ClientCleaner cleans and anonymizes the samples that leave a site. It is not safe for
 // concurrent use.
 type ClientCleaner struct {
-	Match     Selectors         // a sample that they do not choose, as scraped, is dropped
-	Rename    map[string]string // metric names, old to new
-	Labels    []Label           // put on every sample
-	Anonymize []string          // labels whose values are replaced; they need a salt
-	mac       hash.Hash         // HMAC-SHA256 under the salt
+	Match     Selectors         // every sample must match this list, as it was scraped
+	Rename    map[string]string // old metric name → new metric name
+	Labels    []Label           // added to every sample
+	Anonymize []string          // names of the labels to anonymize; SetSalt must be called before Clean
+	mac       hash.Hash         // HMAC-SHA256 keyed with the salt
 }
 
-// SetSalt sets the key under which values are anonymized.
+// SetSalt sets the key for anonymized values.
 func (c *ClientCleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
 
-// Clean cleans r. It returns the reason for which the sample is to be dropped, or "".
-// SampleList.Add may still refuse r, as DropInvalid. Anonymized values are an HMAC and
-// not a salted hash, so that without the salt nobody can try guesses; equal
-// values stay equal, under every label.
+// Clean cleans r. If the sample must be dropped, Clean returns the reason. Otherwise it returns "".
+// SampleList.Add may still refuse the cleaned sample, with the reason DropInvalid.
+//
+// Clean replaces each value to anonymize by its HMAC, truncated to 16 bytes and base64-encoded. An
+// HMAC is used instead of a salted hash, so that nobody can test guesses without the salt. Equal
+// values get equal replacements, even under different labels.
 func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 	if !c.Match.MatchOrEmpty(r.Name, r.Labels) {
 		return DropNotMatched
@@ -186,7 +196,8 @@ func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 	return ""
 }
 
-// ParseLabels parses NAME=VALUE pairs, later ones winning.
+// ParseLabels parses NAME=VALUE pairs into labels sorted by name. If a name is repeated, the last
+// pair is used.
 func ParseLabels(pairs []string) ([]Label, error) {
 	m := map[string]string{}
 	for _, pair := range pairs {
@@ -202,7 +213,8 @@ func ParseLabels(pairs []string) ([]Label, error) {
 	return sortedLabels(m), nil
 }
 
-// ParseRenames parses OLD=NEW pairs of metric names, later ones winning.
+// ParseRenames parses OLD=NEW pairs of metric names. If an old name is repeated, the last pair is
+// used. A pair with OLD equal to NEW cancels earlier pairs for that name.
 func ParseRenames(pairs []string) (map[string]string, error) {
 	m := map[string]string{}
 	for _, pair := range pairs {

@@ -1,7 +1,8 @@
 package main
 
-// Series selectors as in PromQL. Selectors come from operators and from scrapers, so that
-// their length, their number and the cost of their patterns are bounded.
+// This file parses and matches series selectors with the syntax of PromQL. Selectors come from
+// operators and from scrapers, so their length, their number and the cost of their patterns are
+// limited.
 
 import (
 	"errors"
@@ -14,13 +15,13 @@ import (
 )
 
 const (
-	maxSelector  = 8 << 10 // bytes
-	maxSelectors = 1000
-	maxPattern   = 20_000 // steps of a pattern; each costs 40 bytes and more, and time for each byte matched
+	maxSelector  = 8 << 10 // bytes of one selector
+	maxSelectors = 1000    // selectors in one list
+	maxPattern   = 20_000  // steps of one pattern; each costs at least 40 bytes, and time per matched byte
 )
 
-// Selector is a series selector as Prometheus writes them, up{job="x",a!~"b|c"}: it chooses the
-// series that every matcher matches.
+// Selector is a series selector of PromQL, such as up{job="x",a!~"b|c"}. A series matches the
+// selector if it satisfies every matcher.
 type Selector struct {
 	text     string
 	matchers []matcher
@@ -29,22 +30,23 @@ type Selector struct {
 // String returns the selector as it was written.
 func (s Selector) String() string { return s.text }
 
+// matcher is one condition of a selector on the value of a label.
 type matcher struct {
-	label  string // nameLabel is the metric's name
-	negate bool
+	label  string // nameLabel stands for the metric name
+	negate bool   // the operator is != or !~
 	value  string
-	re     *regexp.Regexp // anchored; nil compares with value
+	re     *regexp.Regexp // anchored pattern of =~ and !~; nil for = and !=, which compare with value
 }
 
 const nameLabel = "__name__"
 
-// parseSelector parses one selector of at most maxSelector bytes. As in Prometheus's
-// /federate at least one matcher must refuse the empty string, or the selector
-// would match everything by mistake.
+// parseSelector parses one selector of at most maxSelector bytes. At least one matcher must not
+// match the empty string, as in Prometheus's /federate. This prevents selectors that match every
+// series by mistake.
 func parseSelector(text string) (Selector, error) {
 	text = strings.TrimSpace(text)
 	if len(text) > maxSelector {
-		return Selector{}, fmt.Errorf("selector of %d bytes: %w: at most %d", len(text), ErrTooLarge, maxSelector)
+		return Selector{}, fmt.Errorf("%w: the selector has %d bytes, limit %d", ErrTooLarge, len(text), maxSelector)
 	}
 	p := selectorParser{rest: text}
 	err := p.parse()
@@ -57,12 +59,13 @@ func parseSelector(text string) (Selector, error) {
 	return Selector{text, p.matchers}, nil
 }
 
-// selectorParser holds the text that is left, and the matchers before it.
+// selectorParser is the state of parsing one selector.
 type selectorParser struct {
-	rest     string
-	matchers []matcher
+	rest     string    // text that is not parsed yet
+	matchers []matcher // matchers parsed so far
 }
 
+// parse parses p.rest as one selector into p.matchers.
 func (p *selectorParser) parse() error {
 	if name := p.acceptName(true); name != "" {
 		p.matchers = append(p.matchers, matcher{label: nameLabel, value: name})
@@ -89,7 +92,7 @@ func (p *selectorParser) parse() error {
 	return nil
 }
 
-// parseMatcher parses label, operator and value, or a quoted metric name alone.
+// parseMatcher parses one matcher: a label, an operator and a value, or only a quoted metric name.
 func (p *selectorParser) parseMatcher() (m matcher, err error) {
 	quoted := p.atQuote()
 	if quoted {
@@ -127,14 +130,15 @@ func (p *selectorParser) parseMatcher() (m matcher, err error) {
 
 func (p *selectorParser) skipBlanks() { p.rest = strings.TrimLeft(p.rest, " \t\r\n") }
 
-// accept consumes prefix if it comes next.
+// accept skips blanks. If the remaining text then begins with prefix, accept consumes prefix and
+// returns true.
 func (p *selectorParser) accept(prefix string) (ok bool) {
 	p.skipBlanks()
 	p.rest, ok = strings.CutPrefix(p.rest, prefix)
 	return ok
 }
 
-// acceptOperator consumes an operator and returns it, or "".
+// acceptOperator consumes a matcher's operator and returns it. It returns "" if there is none.
 func (p *selectorParser) acceptOperator() string {
 	for _, operator := range [...]string{"=~", "!~", "!=", "="} {
 		if p.accept(operator) {
@@ -144,7 +148,8 @@ func (p *selectorParser) acceptOperator() string {
 	return ""
 }
 
-// acceptName consumes an unquoted name and returns it, or "". A metric's name may have colons.
+// acceptName consumes an unquoted name and returns it. It returns "" if there is none. Only metric
+// names may contain colons.
 func (p *selectorParser) acceptName(isMetric bool) string {
 	p.skipBlanks()
 	var n int
@@ -158,13 +163,14 @@ func (p *selectorParser) acceptName(isMetric bool) string {
 	return name
 }
 
-// atQuote reports whether a quoted string comes next.
+// atQuote skips blanks and reports whether the remaining text begins with a quote.
 func (p *selectorParser) atQuote() bool {
 	p.skipBlanks()
 	return p.rest != "" && strings.ContainsRune("\"'`", rune(p.rest[0]))
 }
 
-// parseQuoted parses a string in ", ' or `, with the escapes of Go, as PromQL has it.
+// parseQuoted parses a string in ", ' or ` and returns it unescaped. As in PromQL, the escapes are
+// those of Go, and a string in ` has no escapes.
 func (p *selectorParser) parseQuoted() (string, error) {
 	if !p.atQuote() {
 		return "", fmt.Errorf("expected a quoted string at %s", Excerpt([]byte(p.rest)))
@@ -198,8 +204,8 @@ func (p *selectorParser) parseQuoted() (string, error) {
 	}
 }
 
-// compilePattern compiles a pattern that has to match a whole value. It is checked without
-// the anchors first, because "a)|(b" is a pattern only between them.
+// compilePattern compiles a pattern that must match a whole value. It checks the pattern before it
+// adds the anchors, because "a)|(b" is invalid alone but becomes valid inside "^(?s:…)$".
 func compilePattern(pattern string) (*regexp.Regexp, error) {
 	if err := checkPattern(pattern); err != nil {
 		return nil, err
@@ -207,19 +213,20 @@ func compilePattern(pattern string) (*regexp.Regexp, error) {
 	return regexp.Compile("^(?s:" + pattern + ")$")
 }
 
-// checkPattern reports text that is no pattern, or a pattern of more than maxPattern steps. A
-// few bytes, .{1000} several times, would otherwise cost much time and memory.
+// checkPattern returns an error if the pattern is malformed or has more than maxPattern steps. A
+// few bytes, such as .{1000} several times, would otherwise cost much time and memory.
 func checkPattern(pattern string) error {
 	re, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
 		return err
 	}
 	if n := patternSteps(re); n > maxPattern {
-		return fmt.Errorf("%w: it has %d steps; at most %d", ErrTooLarge, n, maxPattern)
+		return fmt.Errorf("%w: the pattern has %d steps, limit %d", ErrTooLarge, n, maxPattern)
 	}
 	return nil
 }
 
+// patternSteps estimates the size of the compiled pattern.
 func patternSteps(re *syntax.Regexp) int {
 	n := 1
 	if re.Op == syntax.OpLiteral {
@@ -234,6 +241,8 @@ func patternSteps(re *syntax.Regexp) int {
 	return n
 }
 
+// matches reports whether a label's value v satisfies the condition. v is empty if the series does
+// not have the label.
 func (m *matcher) matches(v []byte) bool {
 	if m.re != nil {
 		return m.re.Match(v) != m.negate
@@ -241,13 +250,14 @@ func (m *matcher) matches(v []byte) bool {
 	return (string(v) == m.value) != m.negate
 }
 
-// Selectors choose the series that any of them matches. Without any they choose all.
+// Selectors is a list of selectors. A series matches the list if it matches at least one selector,
+// or if the list is empty.
 type Selectors []Selector
 
-// ParseSelectors parses at most maxSelectors selectors.
+// ParseSelectors parses a list of selectors. It fails if there are more than maxSelectors.
 func ParseSelectors(texts []string) (Selectors, error) {
 	if len(texts) > maxSelectors {
-		return nil, fmt.Errorf("%d selectors: %w: at most %d", len(texts), ErrTooLarge, maxSelectors)
+		return nil, fmt.Errorf("%w: there are %d selectors, at most %d are allowed", ErrTooLarge, len(texts), maxSelectors)
 	}
 	var s Selectors
 	for _, text := range texts {
@@ -260,7 +270,7 @@ func ParseSelectors(texts []string) (Selectors, error) {
 	return s, nil
 }
 
-// MatchOrEmpty reports whether a series is chosen.
+// MatchOrEmpty reports whether the series matches a selector of s. It returns true if s is empty.
 func (s Selectors) MatchOrEmpty(name []byte, labels []Label) bool {
 	for i := range s {
 		if s[i].matches(name, labels) {
@@ -270,6 +280,7 @@ func (s Selectors) MatchOrEmpty(name []byte, labels []Label) bool {
 	return len(s) == 0
 }
 
+// matches reports whether a series satisfies every matcher of s.
 func (s *Selector) matches(name []byte, labels []Label) bool {
 	for i := range s.matchers {
 		m := &s.matchers[i]
@@ -284,8 +295,9 @@ func (s *Selector) matches(name []byte, labels []Label) bool {
 	return true
 }
 
-// LineMatcherOrNil returns a function that matches rendered lines, or nil if s
-// chooses all. It is not safe for concurrent use.
+// LineMatcherOrNil returns a function that reports whether a rendered line matches s. It returns
+// nil if s is empty, because every line matches then. The returned function is not safe for
+// concurrent use.
 func (s Selectors) LineMatcherOrNil() func(line []byte) bool {
 	if len(s) == 0 {
 		return nil

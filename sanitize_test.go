@@ -1,14 +1,12 @@
 package main
 
-// The grammar of selectors and the series that they choose; the server's normal form of any
-// push; and that no value that is to be anonymized leaves the client.
+// Tests of the server's normal form and of the client's cleanup: forced labels, dropped samples,
+// reserved names, and anonymized values that must never leave the client.
 
 import (
-	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -16,185 +14,9 @@ import (
 	"testing"
 )
 
-// selected says which of a fixed set of series a selector chooses.
-func selected(s Selectors) (got []string) {
-	match := s.LineMatcherOrNil()
-	for _, line := range []string{
-		`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}",
-		`down{job="a"}`, `a:b`, `{"a.b",job="a"}`, `{"a.b","c.d"="e"}`, `up{job="é"}`, `up{job="a\"b"}`,
-	} {
-		if match == nil || match([]byte(line)) {
-			got = append(got, line)
-		}
-	}
-	return got
-}
-
-func TestSelector(t *testing.T) {
-	for _, c := range []struct {
-		text string
-		want []string // the series chosen
-	}{
-		{`up`, []string{`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
-		{" up { } \n", selected(mustSelect(t, "up"))},
-		{`up{job="a"}`, []string{`up{job="a"}`}},
-		{"\tup\n{ job\t= \"a\" , }", []string{`up{job="a"}`}},
-		{`{job="a"}`, []string{`up{job="a"}`, `down{job="a"}`, `{"a.b",job="a"}`}},
-		{`up{job='a'}`, []string{`up{job="a"}`}},
-		{"up{job=`a`}", []string{`up{job="a"}`}},
-		{`up{job="\x61"}`, []string{`up{job="a"}`}},
-		{`up{job="a\nb"}`, []string{"up{job=\"a\\nb\"}"}},
-		{"up{job=`a\nb`}", []string{"up{job=\"a\\nb\"}"}},
-		{`up{job=~"a.b"}`, []string{"up{job=\"a\\nb\"}", `up{job="a\"b"}`}}, // . is any byte
-		{`up{job="\u00e9"}`, []string{`up{job="é"}`}},
-		{`up{job="\303\251"}`, []string{`up{job="é"}`}},
-		{`up{job="a\"b"}`, []string{`up{job="a\"b"}`}},
-		{`up{job='a"b'}`, []string{`up{job="a\"b"}`}},
-		{"up{job=`a\"b`}", []string{`up{job="a\"b"}`}},
-		{`up{job=""}`, []string{`up`, `up{job=""}`}}, // empty and missing are one
-		{`up{job!="a"}`, []string{`up`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
-		{`up{job!=""}`, []string{`up{job="a"}`, `up{job="ab"}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
-		{`up{job=~"a"}`, []string{`up{job="a"}`}}, // anchored
-		{`up{job=~"a|b"}`, []string{`up{job="a"}`, `up{env="x",job="b"}`}},
-		{`up{job=~"a?b"}`, []string{`up{job="ab"}`, `up{env="x",job="b"}`}},
-		{`up{job=~"a*"}`, []string{`up`, `up{job="a"}`, `up{job=""}`}},
-		{`up{job=~"(?i)A"}`, []string{`up{job="a"}`}},
-		{`up{job!~"a.*|"}`, []string{`up{env="x",job="b"}`, `up{job="é"}`}},
-		{`up{job!~".+"}`, []string{`up`, `up{job=""}`}},
-		{`{job=~".*",env="x"}`, []string{`up{env="x",job="b"}`}},
-		{`{__name__="down"}`, []string{`down{job="a"}`}},
-		{`{__name__=~"d.*|a:.",job!="x"}`, []string{`down{job="a"}`, `a:b`}},
-		{`a:b`, []string{`a:b`}},
-		{`{"a.b"}`, []string{`{"a.b",job="a"}`, `{"a.b","c.d"="e"}`}},
-		{`{ 'a.b' , job="a" }`, []string{`{"a.b",job="a"}`}},
-		{"{job=\"a\",`a.b`}", []string{`{"a.b",job="a"}`}},
-		{`{"c.d"="e"}`, []string{`{"a.b","c.d"="e"}`}},
-		{`{"c.d"=~"e|f","a.b"}`, []string{`{"a.b","c.d"="e"}`}},
-		{`{"up",job=~"a"}`, []string{`up{job="a"}`}},
-	} {
-		sel, err := parseSelector(c.text)
-		if err != nil {
-			t.Errorf("%s: %v", c.text, err)
-			continue
-		}
-		if got := selected(Selectors{sel}); !slices.Equal(got, c.want) {
-			t.Errorf("%s:\n got %q\nwant %q", c.text, got, c.want)
-		}
-		if sel.String() != strings.TrimSpace(c.text) {
-			t.Errorf("%s: shown as %s", c.text, sel)
-		}
-	}
-}
-
-func mustSelect(t testing.TB, texts ...string) Selectors {
-	t.Helper()
-	s, err := ParseSelectors(texts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func TestSelectorErrors(t *testing.T) {
-	const empty = "at least one matcher must not match the empty string"
-	for _, c := range []struct{ text, want string }{
-		{``, "expected a metric name or {"},
-		{`1up`, "expected a metric name or {"},
-		{`up{`, "expected a label name"},
-		{`up}`, "expected a metric name or {"},
-		{`up{job}`, `expected =, !=, =~ or !~ after "job" at "}"`},
-		{`up{job=}`, `expected a quoted string at "}"`},
-		{`up{job=a}`, `expected a quoted string at "a}"`},
-		{`up{job=="a"}`, `expected a quoted string at "=\"a\"}"`},
-		{`up{job>"a"}`, `after "job" at ">`},
-		{`up{job="a}`, "a quoted string does not end"},
-		{"up{job=`a}", "a quoted string does not end"},
-		{`up{job="a"`, "expected , or } at"},
-		{`up{job="a",`, "expected a label name"},
-		{`up{job="a" env="b"}`, `expected , or } at "env=`},
-		{`up{job="a",,}`, `expected a label name at ",}"`},
-		{`up{,}`, `expected a label name at ",}"`},
-		{`up{1b="a"}`, `expected a label name at "1b`},
-		{`up{a:b="a"}`, `after "a" at ":b`},
-		{`up{""="a"}`, "expected a label name"},
-		{`up{job="\q"}`, `bad escape at "\\q`},
-		{`up{job="\'"}`, "bad escape"},
-		{`up{job="a"} 5`, `unexpected "5" after }`},
-		{`up{job="a"}[5m]`, `unexpected "[5m]" after }`},
-		{`up offset 5m`, "expected a metric name or {"},
-		{`up{job=~"("}`, `pattern of "job"`},
-		{`up{job=~"a)|(b"}`, `pattern of "job"`}, // anchors are not to be broken out of
-		{`up{job=~"a{1001}"}`, `pattern of "job"`},
-		{`{"a.b" job="x"}`, `expected , or } at "job=`},
-		{`{"a.b","c.d"}`, `a second metric name "c.d"`},
-		{`{job="x","a.b","c.d"}`, `a second metric name "c.d"`},
-		{`up{"a.b"}`, `a second metric name "a.b"`},
-		{`{}`, empty},
-		{`{job=""}`, empty},
-		{`{job=~".*"}`, empty},
-		{`{job!="a"}`, empty},
-		{`{job!~"a",env=~"x|"}`, empty},
-		{strings.Repeat("x", maxSelector+1), "too large"},
-		{"{" + strings.Repeat("x", maxSelector-1), "expected =,"},
-		{`{x=~"` + strings.Repeat("(", 8000) + `"}`, "pattern of"},
-		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: it has "}, // else a million steps
-		{`{x=~"a` + strings.Repeat("(b.{10}){100}", 30) + `"}`, "too large: it has "},
-	} {
-		_, err := parseSelector(c.text)
-		if err == nil || !strings.Contains(err.Error(), c.want) || len(err.Error()) > 2*maxSelector {
-			t.Errorf("%.60s: %.300v, want %s", c.text, err, c.want)
-		}
-	}
-	if _, err := parseSelector(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
-		t.Errorf("a long pattern: %v", err)
-	}
-	if _, err := ParseSelectors(make([]string, maxSelectors+1)); !errors.Is(err, ErrTooLarge) {
-		t.Errorf("too many: %v", err)
-	}
-	if _, err := ParseSelectors([]string{"up", "{"}); err == nil || !strings.Contains(err.Error(), `"{"`) {
-		t.Errorf("the second of two: %v", err)
-	}
-}
-
-func TestSelectors(t *testing.T) {
-	if s := mustSelect(t); s.LineMatcherOrNil() != nil || !s.MatchOrEmpty([]byte("a"), nil) {
-		t.Error("no selectors have to choose all")
-	}
-	if got := selected(mustSelect(t, "down", `{"c.d"!=""}`)); !slices.Equal(got, []string{`down{job="a"}`, `{"a.b","c.d"="e"}`}) {
-		t.Errorf("any of two: %q", got)
-	}
-	if mustSelect(t, "up").LineMatcherOrNil()([]byte("up{")) {
-		t.Error("what does not parse is chosen")
-	}
-}
-
-func FuzzSelector(f *testing.F) {
-	for _, s := range []string{`up{job="a",env!~"b|c"}`, `{"a.b",'c'=~"d"}`, "{a=`b`}", `{a="\x61\u00e9"}`} {
-		f.Add(s, `up{job="a"}`)
-	}
-	f.Fuzz(func(t *testing.T, text, line string) {
-		if len(text) > 500 {
-			return // patterns may be slow to compile, as they are in Prometheus
-		}
-		sel, err := parseSelector(text)
-		if err != nil {
-			if len(err.Error()) > 4000 {
-				t.Fatalf("an error of %d bytes", len(err.Error()))
-			}
-			return
-		}
-		if s := (Selectors{sel}); s.MatchOrEmpty(nil, nil) {
-			t.Fatalf("%q chooses a series of no name and labels", text)
-		} else {
-			s.LineMatcherOrNil()([]byte(line))
-		}
-		again, err := parseSelector(sel.String())
-		if err != nil || again.String() != sel.String() {
-			t.Fatalf("%q is not parsed again: %v", sel, err)
-		}
-	})
-}
-
+// Normalize gives every sample the forced labels, job and instance, and removes empty and elided
+// labels. It drops samples that lack a required label or are not allowed, and refuses the server's
+// own metric names.
 func TestNormalizer(t *testing.T) {
 	n := &ServerNormalizer{
 		Elide:    []string{"replica", "instance"},
@@ -204,8 +26,9 @@ func TestNormalizer(t *testing.T) {
 	}
 	forced := n.ForcedLabels("site", map[string]string{"tier": "token", "_id": "forged", "note": ""})
 	for _, c := range []struct {
-		r          *RawSample
-		line, drop string
+		r    *RawSample
+		line string // the line of the normalized sample
+		drop string // the reason for dropping it, or "error" if Normalize returns an error
 	}{
 		{expoRaw("up", 0, 0, "env", "p"), `up{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
 		{expoRaw("up", 0, 0, "_id", "other", "env", "p", "region", "us", "tier", "x", "note", "secret"), `up{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
@@ -220,7 +43,7 @@ func TestNormalizer(t *testing.T) {
 		{expoRaw("push_failure_time_seconds", 0, 0), "", "error"},
 		{expoRaw("telemeter_cluster_token_expiry_seconds", 0, 0), "", "error"},
 		{expoRaw("telemeter_cluster_", 0, 0), "", "error"},
-		{expoRaw("push.time.seconds", 0, 0, "env", "p"), "", "error"}, // is shown as push_time_seconds
+		{expoRaw("push.time.seconds", 0, 0, "env", "p"), "", "error"}, // is escaped to push_time_seconds
 		{expoRaw("telemeter_cluster.x", 0, 0), "", "error"},
 		{expoRaw("telemeter.cluster\n"+strings.Repeat("x", 5000), 0, 0), "", "error"},
 		{expoRaw("telemeter_cluster", 0, 0, "env", "p"), `telemeter_cluster{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
@@ -231,38 +54,45 @@ func TestNormalizer(t *testing.T) {
 		if err != nil {
 			drop = "error"
 			if len(err.Error()) > 500 || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), "reserved") {
-				t.Errorf("%.60s: %.600q", shown, err)
+				t.Errorf("normalizing %.60s: got error %.600q, want a short one that says the name is reserved", shown, err)
 			}
 		}
 		var p SampleList
 		if drop == "" {
 			if err := p.Add(c.r); err != nil {
-				t.Errorf("%s: %v", shown, err)
+				t.Errorf("adding the normalized %s: %v", shown, err)
 			}
 		}
 		if drop != c.drop || string(p.Arena) != c.line {
-			t.Errorf("%.60s:\n got %s %s\nwant %s %s", shown, p.Arena, drop, c.line, c.drop)
+			t.Errorf("normalizing %.60s:\n got line %s, drop reason %q\nwant line %s, drop reason %q", shown, p.Arena, drop, c.line, c.drop)
 		}
 	}
-	var plain ServerNormalizer
-	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
-	if drop, err := plain.Normalize(r, plain.ForcedLabels("site", nil)); drop != "" || err != nil {
-		t.Errorf("%s %v", drop, err)
-	} else if err := new(SampleList).Add(r); err == nil {
-		t.Error("a label that occurs twice is taken")
-	}
 	if string(forced[0].Name) != ClusterLabel || string(forced[0].Value) != "site" || len(n.Labels) != 2 {
-		t.Errorf("forced: %q", forced)
+		t.Errorf("forced labels: got %q, want %s=site first", forced, ClusterLabel)
 	}
 }
 
-// Forced labels are shared by all samples of a push.
+// Normalize and Clean leave a label that occurs twice to SampleList.Add, which refuses the sample.
+func TestDuplicateLabelsAreRefused(t *testing.T) {
+	var n ServerNormalizer
+	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
+	if drop, err := n.Normalize(r, n.ForcedLabels("site", nil)); drop != "" || err != nil {
+		t.Errorf("normalizing a sample with a duplicate label: drop reason %q, %v", drop, err)
+	} else if err := new(SampleList).Add(r); err == nil {
+		t.Error("Add accepts a normalized sample with a duplicate label")
+	}
+	if _, err := cleaned(&ClientCleaner{}, expoRaw("a", 0, 0, "b", "1", "b", "2")); err == nil {
+		t.Error("Add accepts a cleaned sample with a duplicate label")
+	}
+}
+
+// Normalize does not change the forced labels, because all samples of a push share them.
 func TestNormalizerLeavesForcedLabels(t *testing.T) {
 	var n ServerNormalizer
 	forced := slices.Grow(n.ForcedLabels("site", map[string]string{"z": "1"}), 10)
 	want := fmt.Sprintf("%q", forced)
 	for range 3 {
-		r := &RawSample{Name: []byte("a")} // no labels, so that append could keep forced itself
+		r := &RawSample{Name: []byte("a")} // without labels, append could return the memory of forced
 		if _, err := n.Normalize(r, forced); err != nil {
 			t.Fatal(err)
 		}
@@ -270,11 +100,12 @@ func TestNormalizerLeavesForcedLabels(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := fmt.Sprintf("%q", forced); got != want || fmt.Sprintf("%q", forced[:cap(forced)][len(forced)]) != `{"" ""}` {
-			t.Fatalf("forced labels became %s", got)
+			t.Fatalf("forced labels after normalizing a sample: got %s, want %s", got, want)
 		}
 	}
 }
 
+// cleaned cleans a sample and returns its line or the reason for dropping it.
 func cleaned(c *ClientCleaner, r *RawSample) (string, error) {
 	if drop := c.Clean(r); drop != "" {
 		return drop, nil
@@ -284,6 +115,8 @@ func cleaned(c *ClientCleaner, r *RawSample) (string, error) {
 	return string(p.Arena), err
 }
 
+// Clean drops samples that --match does not select and samples with the server's own names, renames
+// metrics, removes empty labels and adds the operator's labels.
 func TestCleaner(t *testing.T) {
 	c := &ClientCleaner{
 		Match:  mustSelect(t, `{secret!="x",__name__!~"unwanted|"}`, "ALERTS", `{"rename.to.reserved"}`, "push_time_seconds"),
@@ -292,7 +125,7 @@ func TestCleaner(t *testing.T) {
 	}
 	for _, k := range []struct {
 		r    *RawSample
-		want string
+		want string // the line, or the reason for dropping the sample
 	}{
 		{expoRaw("up", 0, 0, "b", "1"), `up{added="a",b="1",site="s"}`},
 		{expoRaw("up", 0, 0, "site", "theirs", "empty", ""), `up{added="a",site="s"}`},
@@ -302,98 +135,99 @@ func TestCleaner(t *testing.T) {
 		{expoRaw("push-time-seconds", 0, 0, "a", "b"), DropReserved},
 		{expoRaw("rename.to.reserved", 0, 0), DropReserved},
 	} {
+		shown := string(appendLine(nil, k.r.Name, k.r.Labels))
 		if got, err := cleaned(c, k.r); err != nil || got != k.want {
-			t.Errorf("got %s (%v), want %s", got, err, k.want)
+			t.Errorf("cleaning %s: got %s (%v), want %s", shown, got, err, k.want)
 		}
-	}
-	if _, err := cleaned(&ClientCleaner{}, expoRaw("a", 0, 0, "b", "1", "b", "2")); err == nil {
-		t.Error("a label that occurs twice is taken")
 	}
 }
 
+const cleanerSalt = "salt one, of 32 bytes or so....."
+
+// testAnonymizer returns a cleaner that anonymizes the labels instance and a.b with this salt.
+func testAnonymizer(t *testing.T, salt string) *ClientCleaner {
+	t.Helper()
+	c := &ClientCleaner{Match: mustSelect(t, `{__name__=~".+"}`), Anonymize: []string{"instance", "a.b", "absent"}}
+	c.SetSalt([]byte(salt))
+	return c
+}
+
+// anonymized cleans a sample with one label of this value, and returns the value afterwards. It
+// fails the test if the line contains the old value, if another label changed, or if the memory of
+// the old value was overwritten.
+func anonymized(t *testing.T, c *ClientCleaner, label, v string) string {
+	t.Helper()
+	r := expoRaw("up", 0, 0, "job", "j", label, v)
+	source := r.Labels[1].Value
+	line, err := cleaned(c, r)
+	if err != nil || v != "" && strings.Contains(line, v) || string(source) != v {
+		t.Fatalf("anonymizing label %s of value %q: got %s, %v; the memory of the value is now %q", label, v, line, err, source)
+	}
+	_, labels, err := new(SeriesParser).ParseCanonicalLine([]byte(line))
+	if err != nil || string(labelValue(labels, "job")) != "j" {
+		t.Fatalf("anonymizing label %s changed label job: %s, %v", label, line, err)
+	}
+	return string(labelValue(labels, label))
+}
+
+// An anonymized value is the first 16 bytes of its HMAC under the salt, in base64. This must not
+// change between releases, because it would change the identity of every series.
 func TestCleanerAnonymizes(t *testing.T) {
 	const secret = "db-7.internal.example"
-	anonymizer := func(salt string) *ClientCleaner {
-		c := &ClientCleaner{Match: mustSelect(t, `{__name__=~".+"}`), Anonymize: []string{"instance", "a.b", "absent"}}
-		c.SetSalt([]byte(salt))
-		return c
-	}
-	value := func(c *ClientCleaner, label, v string) string {
-		t.Helper()
-		r := expoRaw("up", 0, 0, "job", "j", label, v)
-		before := slices.Clone(r.Labels[1].Value)
-		source := r.Labels[1].Value
-		line, err := cleaned(c, r)
-		if err != nil || strings.Contains(line, secret) || !bytes.Equal(source, before) {
-			t.Fatalf("%s %v (source is now %q)", line, err, source)
-		}
-		_, labels, err := new(SeriesParser).ParseCanonicalLine([]byte(line))
-		if err != nil || string(labelValue(labels, "job")) != "j" {
-			t.Fatalf("%s: %v", line, err)
-		}
-		return string(labelValue(labels, label))
-	}
-	c := anonymizer("salt one, of 32 bytes or so.....")
-	a := value(c, "instance", secret)
-	if len(a) != 22 {
-		t.Errorf("a value of %q; want 16 bytes in base64", a)
-	}
-	mac := hmac.New(sha256.New, []byte("salt one, of 32 bytes or so....."))
+	mac := hmac.New(sha256.New, []byte(cleanerSalt))
 	mac.Write([]byte(secret))
-	if want := base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:16]); a != want { // values must stay the same through releases
-		t.Errorf("got %s, want %s", a, want)
+	want := base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:16])
+	c := testAnonymizer(t, cleanerSalt)
+	for _, label := range []string{"instance", "a.b", "instance"} {
+		if got := anonymized(t, c, label, secret); got != want || len(got) != 22 {
+			t.Errorf("anonymized value of label %s: got %s, want %s", label, got, want)
+		}
 	}
-	if b := value(c, "a.b", secret); b != a {
-		t.Error("equal values differ under two labels")
+	if got := anonymized(t, c, "instance", secret+"0"); got == want {
+		t.Error("two different values are anonymized to the same value")
 	}
-	if b := value(c, "instance", secret); b != a {
-		t.Error("the second time the value differs")
+	if got := anonymized(t, testAnonymizer(t, "salt two"), "instance", secret); got == want {
+		t.Error("a value is anonymized to the same value under two salts")
 	}
-	if b := value(c, "instance", secret+"0"); b == a {
-		t.Error("two values became one")
+	if got := anonymized(t, c, "instance", ""); got != "" {
+		t.Errorf("anonymized value of an empty label: got %q, want an empty one", got)
 	}
-	if b := value(anonymizer("salt two"), "instance", secret); b == a {
-		t.Error("another salt gives the same value")
-	}
-	if b := value(c, "instance", ""); b != "" {
-		t.Errorf("an empty label became %q", b)
-	}
-	// No value stays, also with many labels and strange bytes.
+}
+
+// Values of any bytes and any length are replaced in all labels to anonymize.
+func TestCleanerAnonymizesAnyValue(t *testing.T) {
+	c := testAnonymizer(t, cleanerSalt)
 	for _, v := range []string{"\xff", "\x00", "\n", strings.Repeat("x", 1<<20), "q"} {
 		if line, err := cleaned(c, expoRaw("up", 0, 0, "instance", v, "a.b", v)); err != nil || strings.Contains(line, `"`+v) {
-			t.Errorf("%.20q: %.200s %v", v, line, err)
+			t.Errorf("anonymizing value %.20q: got %.200s, %v", v, line, err)
 		}
 	}
 }
 
-func TestParseLabelsAndRenames(t *testing.T) {
+// ParseLabels sorts labels and uses the last value of a name. It refuses labels that an operator
+// must not set.
+func TestParseLabels(t *testing.T) {
 	labels, err := ParseLabels([]string{"b=1", "a=x=y", "b=2", "c="})
 	if err != nil || string(appendLine(nil, []byte("m"), labels)) != `m{a="x=y",b="2",c=""}` {
-		t.Errorf("%q %v", labels, err)
+		t.Errorf("parsed labels: got %q, %v", labels, err)
 	}
 	for _, bad := range []string{"", "a", "=x", "1a=x", "a.b=x", "a:b=x", "__a=x", "_id=x", "é=x"} {
 		if _, err := ParseLabels([]string{bad}); err == nil {
-			t.Errorf("label %q is taken", bad)
-		}
-	}
-	renames, err := ParseRenames([]string{"ALERTS=alerts", "a.b=c", "x=y", "x=x", "x:y=z:w"})
-	if err != nil || !maps.Equal(renames, map[string]string{"ALERTS": "alerts", "a.b": "c", "x:y": "z:w"}) {
-		t.Errorf("%q %v", renames, err)
-	}
-	for _, bad := range []string{"", "a", "=x", "a=", "a=b.c", "a=1", "a=b=c"} {
-		if _, err := ParseRenames([]string{bad}); err == nil {
-			t.Errorf("rename %q is taken", bad)
+			t.Errorf("label %q is accepted", bad)
 		}
 	}
 }
 
-func BenchmarkSelectors(b *testing.B) {
-	match := mustSelect(b, `up{job="a"}`, `{job=~"x.*",code!="5"}`, "down").LineMatcherOrNil()
-	line := []byte(`a_total{code="7",instance="localhost:9090",job="x",method="get"}`)
-	b.ReportAllocs()
-	for b.Loop() {
-		if !match(line) {
-			b.Fatal("the line is not chosen")
+// ParseRenames uses the last new name of a metric, ignores renames to the same name, and refuses
+// new names outside the legacy charset.
+func TestParseRenames(t *testing.T) {
+	renames, err := ParseRenames([]string{"ALERTS=alerts", "a.b=c", "x=y", "x=x", "x:y=z:w"})
+	if err != nil || !maps.Equal(renames, map[string]string{"ALERTS": "alerts", "a.b": "c", "x:y": "z:w"}) {
+		t.Errorf("parsed renames: got %q, %v", renames, err)
+	}
+	for _, bad := range []string{"", "a", "=x", "a=", "a=b.c", "a=1", "a=b=c"} {
+		if _, err := ParseRenames([]string{bad}); err == nil {
+			t.Errorf("rename %q is accepted", bad)
 		}
 	}
 }

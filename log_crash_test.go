@@ -1,0 +1,212 @@
+package main
+
+// A sweep over crashes: a log is used at random while the process is killed at each file operation
+// in turn, or the operation fails. Acknowledged records must survive.
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"testing/synctest"
+)
+
+// logKeeper uses a log as a store or a spool does: it keeps the records in memory, appends records,
+// drops the oldest ones, and rewrites the log. Records are numbered in the order of their creation.
+type logKeeper struct {
+	t     *testing.T
+	fs    *crashFS
+	rng   *rand.Rand
+	log   *Log
+	next  uint32          // number of the next record
+	held  []uint32        // records that recovery must find
+	maybe map[uint32]bool // records that recovery may find
+}
+
+// frame appends record n to buf. The content of a record follows from its number.
+func (k *logKeeper) frame(buf []byte, n uint32) []byte {
+	p := binary.LittleEndian.AppendUint32(nil, n)
+	return AppendRecord(buf, 1+byte(n), append(p, bytes.Repeat([]byte{byte(n)}, int(n*37)%97)...))
+}
+
+// append appends one to three records. The records of a failed append may be found if the log must
+// be rewritten.
+func (k *logKeeper) append() {
+	var buf []byte
+	var ids []uint32
+	for range 1 + k.rng.IntN(3) {
+		buf = k.frame(buf, k.next)
+		ids = append(ids, k.next)
+		k.next++
+	}
+	wasBroken := k.log.MustBeRewritten()
+	if err := k.log.Append(buf); err == nil {
+		k.held = append(k.held, ids...)
+	} else if k.log.MustBeRewritten() && !wasBroken {
+		for _, n := range ids {
+			k.maybe[n] = true
+		}
+	}
+}
+
+// rewrite drops the oldest records and rewrites the log with the others. The dropped records may be
+// found unless the rewrite succeeds.
+func (k *logKeeper) rewrite(drop int) {
+	for _, n := range k.held[:drop] {
+		k.maybe[n] = true
+	}
+	k.held = slices.Clone(k.held[drop:])
+	err := k.log.Rewrite(func(w io.Writer) error {
+		for _, n := range k.held {
+			if _, err := w.Write(k.frame(nil, n)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		clear(k.maybe)
+	}
+}
+
+// reopen reads the log as a new process does. It checks that the log has all records of held, and
+// otherwise only records of maybe, in order. It returns an error if a file operation failed.
+func (k *logKeeper) reopen() error {
+	for _, dir := range []string{"/", "/d"} {
+		if _, _, err := ListLogs(k.fs, dir); err != nil && (dir == "/" || !errors.Is(err, fs.ErrNotExist)) {
+			return err
+		}
+	}
+	var got []uint32
+	l, r, err := OpenLog(k.fs, logPath, func(kind byte, p []byte) error {
+		n := binary.LittleEndian.Uint32(p)
+		if !bytes.Equal(k.frame(nil, n), AppendRecord(nil, kind, p)) {
+			k.t.Errorf("record %d has another content than when it was written", n)
+		}
+		got = append(got, n)
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		if len(k.held) > 0 {
+			k.t.Errorf("the file is gone, with the records %v", k.held)
+		}
+		k.log = NewLog(k.fs, logPath, []byte("me"))
+		k.held = nil
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) {
+		k.t.Errorf("records are out of order: %v", got)
+	}
+	for _, n := range k.held {
+		if !slices.Contains(got, n) {
+			k.t.Errorf("record %d is lost: got %v, %+v", n, got, r)
+		}
+	}
+	for _, n := range got {
+		if !slices.Contains(k.held, n) && !k.maybe[n] {
+			k.t.Errorf("record %d was dropped or never appended: got %v, %+v", n, got, r)
+		}
+	}
+	if r.HeaderDamaged {
+		k.t.Errorf("the crash damaged the header: %+v", r)
+	}
+	k.log = l
+	// The delivered records are durable, unless the log must be rewritten. Then they are durable
+	// once the rewrite succeeds.
+	if !l.MustBeRewritten() {
+		k.held = got
+		clear(k.maybe)
+		return nil
+	}
+	held := k.held
+	k.held = got
+	k.rewrite(0)
+	if l.MustBeRewritten() {
+		for _, n := range got {
+			k.maybe[n] = true
+		}
+		k.held = held
+	}
+	return nil
+}
+
+// step does one random thing: append, rewrite or reopen. It rewrites a broken log.
+func (k *logKeeper) step() {
+	switch {
+	case k.log.MustBeRewritten():
+		k.rewrite(0)
+	case k.rng.IntN(6) == 0:
+		k.rewrite(k.rng.IntN(len(k.held) + 1))
+	case k.rng.IntN(8) == 0:
+		_ = k.reopen() // an error is ignored, because a later step reopens the log again
+	default:
+		k.append()
+	}
+}
+
+// Recovery finds every acknowledged record, and no record that was not written, if the process is
+// killed at any file operation or the operation fails. Afterwards the machine crashes, or the
+// process is first restarted and continues.
+func TestSweepLogCrashes(t *testing.T) {
+	sweep(t)
+	synctest.Test(t, crashLogAnywhere)
+}
+
+// crashLogAnywhere runs the sweep, in four modes for each seed and operation. In mode 0 the
+// operation fails and the machine crashes later. In the other modes the process is killed in the
+// operation. In mode 1 the machine crashes then. In modes 2 and 3 the process is first restarted,
+// and in mode 3 it takes another step before the crash.
+func crashLogAnywhere(t *testing.T) {
+	const seeds, steps = 12, 14
+	for seed := range testSeeds(t, seeds) {
+		for at, reached := 0, true; reached; at++ {
+			for mode := range 4 {
+				k := &logKeeper{t: t, fs: newCrashFS(seed<<32 | uint64(at)<<2 | uint64(mode)), maybe: map[uint32]bool{},
+					rng: rand.New(rand.NewPCG(seed, 1)), next: 1}
+				k.log = NewLog(k.fs, logPath, []byte("me"))
+				reached = false
+				k.fs.hook = func(n int, op, _ string) fault {
+					if n != at {
+						return fault{}
+					}
+					reached = true
+					if mode == 0 {
+						return fault{Err: errFull}
+					}
+					return fault{Kill: true}
+				}
+				for range steps {
+					k.step()
+				}
+				if mode >= 2 { // restart the process without a crash of the machine
+					k.fs.restart()
+					if err := k.reopen(); err != nil {
+						t.Errorf("opening the log after a restart: %v", err)
+					}
+					for range mode - 2 {
+						k.step()
+					}
+				}
+				for range 2 { // records that survived one crash must survive the next
+					k.fs.crash()
+					if err := k.reopen(); err != nil {
+						t.Errorf("opening the log after a crash: %v", err)
+					}
+				}
+				if k.fs.open != 0 {
+					t.Errorf("%d files are still open", k.fs.open)
+				}
+				if t.Failed() {
+					t.Fatalf("the faults are in operation %d of seed %d, mode %d", at, seed, mode)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,140 @@
+package main
+
+// Helpers for tests of logs: records, a sample log, and recoverLog, which checks the rules that
+// hold for the recovery of every file. The file system is the crashFS of rig_disk_test.go.
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+)
+
+// logPath is the path of the log in most tests.
+const logPath = "/d/x.log"
+
+// logRec is one record of a log.
+type logRec struct {
+	kind    byte
+	payload string
+}
+
+func (r logRec) String() string { return fmt.Sprintf("%d:%.20q", r.kind, r.payload) }
+
+// logFrames returns the records framed, one after another.
+func logFrames(records ...logRec) (buf []byte) {
+	for _, r := range records {
+		buf = AppendRecord(buf, r.kind, []byte(r.payload))
+	}
+	return buf
+}
+
+// writing returns a function for Log.Rewrite that writes frames.
+func writing(frames []byte) func(io.Writer) error {
+	return func(w io.Writer) error {
+		_, err := w.Write(frames)
+		return err
+	}
+}
+
+// collectLog returns a function for OpenLog that appends every record to into.
+func collectLog(into *[]logRec) func(byte, []byte) error {
+	return func(kind byte, payload []byte) error {
+		*into = append(*into, logRec{kind, string(payload)})
+		return nil
+	}
+}
+
+// sampleLog returns a log, its records, and the offset of each record followed by the size of the
+// log. The records are chosen to provoke mistakes: an empty one, one full of zeros, one that ends
+// in zeros, and one whose payload is itself a record.
+func sampleLog() (data []byte, records []logRec, ends []int) {
+	records = []logRec{
+		{1, "first"}, {2, ""}, {3, strings.Repeat("\x00", 20)}, {255, string(logFrames(logRec{9, "inner"}))},
+		{1, strings.Repeat("x", 256-1)}, {7, "tail\x00\x00\x00"},
+	}
+	data = appendLogHeader(nil, []byte("site-7"))
+	ends = append(ends, len(data))
+	for _, r := range records {
+		data = append(data, logFrames(r)...)
+		ends = append(ends, len(data))
+	}
+	return data, records, ends
+}
+
+// recoverLog opens a log with this content and returns the result and the delivered records. It
+// fails the test if a rule for every file is broken: the recovery accounts for every byte, a
+// damaged file is copied aside and not changed, only a damaged log must be rewritten, and no file
+// is left open.
+func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRec) {
+	t.Helper()
+	c := newCrashFS(1, "/d")
+	c.put(logPath, data)
+	var got []logRec
+	l, r, err := OpenLog(c, logPath, collectLog(&got))
+	if err != nil || r.Err != nil {
+		t.Fatalf("opening the log: %v, %v", err, r.Err)
+	}
+	sum := r.LostBytes + r.TornBytes + int64(len(logFrames(got...)))
+	if !r.HeaderDamaged {
+		sum += int64(len(appendLogHeader(nil, r.Identity)))
+	}
+	if sum != int64(len(data)) || r.Records != len(got) {
+		t.Fatalf("recovery %+v accounts for %d bytes of %d, and %d records were delivered", r, sum, len(data), len(got))
+	}
+	damaged := r.HeaderDamaged || r.Damaged > 0
+	if l.MustBeRewritten() != damaged || (r.CopyPath != "") != (damaged && len(data) > 0) {
+		t.Fatalf("recovery %+v of a log with damage %v: must be rewritten %v, copy %q", r, damaged, l.MustBeRewritten(), r.CopyPath)
+	}
+	if damaged && len(data) > 0 {
+		if aside, _ := c.ReadFile(r.CopyPath); !bytes.Equal(aside, data) {
+			t.Fatal("the copy set aside differs from the damaged file")
+		}
+		if now, _ := c.ReadFile(logPath); !bytes.Equal(now, data) {
+			t.Fatal("the damaged file was changed")
+		}
+	}
+	if c.open != 0 {
+		t.Fatalf("%d files are still open", c.open)
+	}
+	return c, l, r, got
+}
+
+// newTestLog returns a log with the record a, written by Rewrite, on a file system without faults.
+// It also checks that Append fails before the first Rewrite.
+func newTestLog(t *testing.T) (*crashFS, *Log) {
+	t.Helper()
+	c := newCrashFS(1)
+	l := NewLog(c, logPath, []byte("me"))
+	if err := l.Append(logFrames(logRec{1, "a"})); !errors.Is(err, ErrLogBroken) || len(c.names()) != 0 {
+		t.Fatalf("appending to a log that was never written: got %v, want ErrLogBroken and no file", err)
+	}
+	if err := l.Rewrite(writing(logFrames(logRec{1, "a"}))); err != nil {
+		t.Fatal(err)
+	}
+	return c, l
+}
+
+// reopenLog crashes the machine and returns the records that recovery finds afterwards. It fails
+// the test if the log is damaged.
+func reopenLog(t *testing.T, c *crashFS) (got []logRec) {
+	t.Helper()
+	c.crash()
+	l, r, err := OpenLog(c, logPath, collectLog(&got))
+	if err != nil || r.Damaged > 0 || r.Err != nil || string(l.Identity()) != "me" {
+		t.Fatalf("opening the log after a crash: %+v, %v", r, err)
+	}
+	return got
+}
+
+// ofVersion returns a copy of the log with another version digit and a header CRC to match.
+func ofVersion(log []byte, digit byte) []byte {
+	h := parseLogHeader(log)
+	log = bytes.Clone(log)
+	log[len(logMagic)] = digit
+	binary.LittleEndian.PutUint32(log[h.size-4:], Checksum(log[:h.size-4]))
+	return log
+}

@@ -1,0 +1,209 @@
+package main
+
+// Tests of selectors: the series that a selector chooses, and the text that is refused as malformed
+// or too costly.
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// selected returns the series that s matches, out of a fixed set.
+func selected(s Selectors) (got []string) {
+	match := s.LineMatcherOrNil()
+	for _, line := range []string{
+		`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}",
+		`down{job="a"}`, `a:b`, `{"a.b",job="a"}`, `{"a.b","c.d"="e"}`, `up{job="é"}`, `up{job="a\"b"}`,
+	} {
+		if match == nil || match([]byte(line)) {
+			got = append(got, line)
+		}
+	}
+	return got
+}
+
+// A selector chooses the same series as in PromQL, and String returns it as it was written.
+func TestSelector(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		want []string // the series that the selector matches
+	}{
+		{`up`, []string{`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
+		{" up { } \n", selected(mustSelect(t, "up"))},
+		{`up{job="a"}`, []string{`up{job="a"}`}},
+		{"\tup\n{ job\t= \"a\" , }", []string{`up{job="a"}`}},
+		{`{job="a"}`, []string{`up{job="a"}`, `down{job="a"}`, `{"a.b",job="a"}`}},
+		{`up{job='a'}`, []string{`up{job="a"}`}},
+		{"up{job=`a`}", []string{`up{job="a"}`}},
+		{`up{job="\x61"}`, []string{`up{job="a"}`}},
+		{`up{job="a\nb"}`, []string{"up{job=\"a\\nb\"}"}},
+		{"up{job=`a\nb`}", []string{"up{job=\"a\\nb\"}"}},
+		{`up{job=~"a.b"}`, []string{"up{job=\"a\\nb\"}", `up{job="a\"b"}`}}, // . matches any byte, also a newline
+		{`up{job="\u00e9"}`, []string{`up{job="é"}`}},
+		{`up{job="\303\251"}`, []string{`up{job="é"}`}},
+		{`up{job="a\"b"}`, []string{`up{job="a\"b"}`}},
+		{`up{job='a"b'}`, []string{`up{job="a\"b"}`}},
+		{"up{job=`a\"b`}", []string{`up{job="a\"b"}`}},
+		{`up{job=""}`, []string{`up`, `up{job=""}`}}, // an empty label and a missing label are equal
+		{`up{job!="a"}`, []string{`up`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
+		{`up{job!=""}`, []string{`up{job="a"}`, `up{job="ab"}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
+		{`up{job=~"a"}`, []string{`up{job="a"}`}}, // patterns are anchored
+		{`up{job=~"a|b"}`, []string{`up{job="a"}`, `up{env="x",job="b"}`}},
+		{`up{job=~"a?b"}`, []string{`up{job="ab"}`, `up{env="x",job="b"}`}},
+		{`up{job=~"a*"}`, []string{`up`, `up{job="a"}`, `up{job=""}`}},
+		{`up{job=~"(?i)A"}`, []string{`up{job="a"}`}},
+		{`up{job!~"a.*|"}`, []string{`up{env="x",job="b"}`, `up{job="é"}`}},
+		{`up{job!~".+"}`, []string{`up`, `up{job=""}`}},
+		{`{job=~".*",env="x"}`, []string{`up{env="x",job="b"}`}},
+		{`{__name__="down"}`, []string{`down{job="a"}`}},
+		{`{__name__=~"d.*|a:.",job!="x"}`, []string{`down{job="a"}`, `a:b`}},
+		{`a:b`, []string{`a:b`}},
+		{`{"a.b"}`, []string{`{"a.b",job="a"}`, `{"a.b","c.d"="e"}`}},
+		{`{ 'a.b' , job="a" }`, []string{`{"a.b",job="a"}`}},
+		{"{job=\"a\",`a.b`}", []string{`{"a.b",job="a"}`}},
+		{`{"c.d"="e"}`, []string{`{"a.b","c.d"="e"}`}},
+		{`{"c.d"=~"e|f","a.b"}`, []string{`{"a.b","c.d"="e"}`}},
+		{`{"up",job=~"a"}`, []string{`up{job="a"}`}},
+	} {
+		sel, err := parseSelector(c.text)
+		if err != nil {
+			t.Errorf("parsing selector %s: %v", c.text, err)
+			continue
+		}
+		if got := selected(Selectors{sel}); !slices.Equal(got, c.want) {
+			t.Errorf("series that selector %s matches:\n got %q\nwant %q", c.text, got, c.want)
+		}
+		if sel.String() != strings.TrimSpace(c.text) {
+			t.Errorf("String of selector %s: got %s", c.text, sel)
+		}
+	}
+}
+
+// mustSelect parses a list of selectors and fails the test if one is malformed.
+func mustSelect(t testing.TB, texts ...string) Selectors {
+	t.Helper()
+	s, err := ParseSelectors(texts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// Malformed selectors, selectors that match the empty series, and selectors that are too long or
+// too costly are refused with a short error.
+func TestSelectorErrors(t *testing.T) {
+	const empty = "at least one matcher must not match the empty string"
+	for _, c := range []struct{ text, want string }{
+		{``, "expected a metric name or {"},
+		{`1up`, "expected a metric name or {"},
+		{`up{`, "expected a label name"},
+		{`up}`, "expected a metric name or {"},
+		{`up{job}`, `expected =, !=, =~ or !~ after "job" at "}"`},
+		{`up{job=}`, `expected a quoted string at "}"`},
+		{`up{job=a}`, `expected a quoted string at "a}"`},
+		{`up{job=="a"}`, `expected a quoted string at "=\"a\"}"`},
+		{`up{job>"a"}`, `after "job" at ">`},
+		{`up{job="a}`, "a quoted string does not end"},
+		{"up{job=`a}", "a quoted string does not end"},
+		{`up{job="a"`, "expected , or } at"},
+		{`up{job="a",`, "expected a label name"},
+		{`up{job="a" env="b"}`, `expected , or } at "env=`},
+		{`up{job="a",,}`, `expected a label name at ",}"`},
+		{`up{,}`, `expected a label name at ",}"`},
+		{`up{1b="a"}`, `expected a label name at "1b`},
+		{`up{a:b="a"}`, `after "a" at ":b`},
+		{`up{""="a"}`, "expected a label name"},
+		{`up{job="\q"}`, `bad escape at "\\q`},
+		{`up{job="\'"}`, "bad escape"},
+		{`up{job="a"} 5`, `unexpected "5" after }`},
+		{`up{job="a"}[5m]`, `unexpected "[5m]" after }`},
+		{`up offset 5m`, "expected a metric name or {"},
+		{`up{job=~"("}`, `pattern of "job"`},
+		{`up{job=~"a)|(b"}`, `pattern of "job"`}, // would otherwise escape from the anchors
+		{`up{job=~"a{1001}"}`, `pattern of "job"`},
+		{`{"a.b" job="x"}`, `expected , or } at "job=`},
+		{`{"a.b","c.d"}`, `a second metric name "c.d"`},
+		{`{job="x","a.b","c.d"}`, `a second metric name "c.d"`},
+		{`up{"a.b"}`, `a second metric name "a.b"`},
+		{`{}`, empty},
+		{`{job=""}`, empty},
+		{`{job=~".*"}`, empty},
+		{`{job!="a"}`, empty},
+		{`{job!~"a",env=~"x|"}`, empty},
+		{strings.Repeat("x", maxSelector+1), "too large"},
+		{"{" + strings.Repeat("x", maxSelector-1), "expected =,"},
+		{`{x=~"` + strings.Repeat("(", 8000) + `"}`, "pattern of"},
+		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: the pattern has "}, // a million steps
+		{`{x=~"a` + strings.Repeat("(b.{10}){100}", 30) + `"}`, "too large: the pattern has "},
+	} {
+		_, err := parseSelector(c.text)
+		if err == nil || !strings.Contains(err.Error(), c.want) || len(err.Error()) > 2*maxSelector {
+			t.Errorf("parsing selector %.60s: got error %.300v, want one with %q", c.text, err, c.want)
+		}
+	}
+	if _, err := parseSelector(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
+		t.Errorf("parsing a long pattern of few steps: %v", err)
+	}
+	if _, err := ParseSelectors(make([]string, maxSelectors+1)); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("parsing %d selectors: got error %v, want ErrTooLarge", maxSelectors+1, err)
+	}
+	if _, err := ParseSelectors([]string{"up", "{"}); err == nil || !strings.Contains(err.Error(), `"{"`) {
+		t.Errorf("parsing a list whose second selector is malformed: got error %v, want one with %q", err, `"{"`)
+	}
+}
+
+// A list of selectors matches a series if any of them does. An empty list matches every series.
+func TestSelectors(t *testing.T) {
+	if s := mustSelect(t); s.LineMatcherOrNil() != nil || !s.MatchOrEmpty([]byte("a"), nil) {
+		t.Error("an empty list does not match every series")
+	}
+	if got := selected(mustSelect(t, "down", `{"c.d"!=""}`)); !slices.Equal(got, []string{`down{job="a"}`, `{"a.b","c.d"="e"}`}) {
+		t.Errorf("series that a list of two selectors matches: got %q", got)
+	}
+	if mustSelect(t, "up").LineMatcherOrNil()([]byte("up{")) {
+		t.Error("a malformed line matches a selector")
+	}
+}
+
+// Any text is refused with a bounded error, or is a selector that does not match the empty series
+// and that can be parsed again from its String.
+func FuzzSelector(f *testing.F) {
+	for _, s := range []string{`up{job="a",env!~"b|c"}`, `{"a.b",'c'=~"d"}`, "{a=`b`}", `{a="\x61\u00e9"}`} {
+		f.Add(s, `up{job="a"}`)
+	}
+	f.Fuzz(func(t *testing.T, text, line string) {
+		if len(text) > 500 {
+			return // compiling long patterns is slow, which would slow down the fuzzer
+		}
+		sel, err := parseSelector(text)
+		if err != nil {
+			if len(err.Error()) > 4000 {
+				t.Fatalf("the error has %d bytes, want at most 4,000", len(err.Error()))
+			}
+			return
+		}
+		if s := (Selectors{sel}); s.MatchOrEmpty(nil, nil) {
+			t.Fatalf("selector %q matches a series without a name and labels", text)
+		} else {
+			s.LineMatcherOrNil()([]byte(line))
+		}
+		again, err := parseSelector(sel.String())
+		if err != nil || again.String() != sel.String() {
+			t.Fatalf("parsing the String %q of a selector: got %q, %v", sel, again, err)
+		}
+	})
+}
+
+// BenchmarkSelectors matches one line against three selectors.
+func BenchmarkSelectors(b *testing.B) {
+	match := mustSelect(b, `up{job="a"}`, `{job=~"x.*",code!="5"}`, "down").LineMatcherOrNil()
+	line := []byte(`a_total{code="7",instance="localhost:9090",job="x",method="get"}`)
+	b.ReportAllocs()
+	for b.Loop() {
+		if !match(line) {
+			b.Fatal("the line does not match")
+		}
+	}
+}
