@@ -1,11 +1,12 @@
 package main
 
-// A file system in memory that loses at a crash what was not synced, and whose operations
-// fail or kill the process where a test says so.
+// A file system in memory. A crash may lose everything that was not synced. A hook of the test
+// makes chosen operations fail, or kills the process in them.
 
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -18,43 +19,42 @@ import (
 )
 
 var (
-	errKilled = errors.New("process is killed")
+	errKilled = errors.New("the process is killed")
 	errDisk   = error(syscall.EIO)
 	errFull   = error(syscall.ENOSPC)
 )
 
-// fault is what the hook of a crashFS makes of one operation. With Err it fails
-// (a write after a part of it; a sync as Linux's does, leaving pages marked
-// clean that are not on disk). With Kill the process dies in it: the operation
-// takes effect wholly, partly or not, and all later ones fail until crash or
-// restart.
+// fault is what the hook of a crashFS does to one operation. The zero value does nothing. With Err
+// the operation fails: a write may write a part first, and a sync leaves pages marked clean that
+// are not on disk, as Linux does. With Kill the process dies in the operation, which may take
+// effect wholly, partly or not at all. All later operations fail until crash or restart.
 type fault struct {
 	Err  error
 	Kill bool
 }
 
-// crashFS is an FS in memory that knows what is durable. Bytes are from their
-// file's Sync on, directory entries from their directory's SyncDir on. It is
-// safe for concurrent use.
+// crashFS is an FS in memory that tracks what is durable. The bytes of a file are durable from its
+// Sync on, and the entries of a directory from its SyncDir on. It is safe for concurrent use.
 type crashFS struct {
-	mu      sync.Mutex
+	mu      sync.Mutex // guards the rest
 	rng     *rand.Rand
-	hook    func(n int, op, name string) fault // nil: no faults; n counts from 0; must not use the FS
-	ops     int
-	killed  bool
-	open    int                   // file handles
-	entries map[string]*crashNode // as running processes see them
-	durable map[string]*crashNode // as a crash may leave them
+	hook    func(n int, op, name string) fault // called for operation n, from 0, with mu held; must not use the FS; nil: no faults
+	ops     int                                // operations since the start, while there is a hook
+	killed  bool                               // all operations fail
+	open    int                                // open file handles
+	entries map[string]*crashNode              // path → file or directory, as running processes see it
+	durable map[string]*crashNode              // path → file or directory whose entry is durable
 }
 
+// crashNode is a file or a directory.
 type crashNode struct {
 	dir          bool
-	data, synced []byte
-	lost         bool // a Sync has failed: later ones claim success and do nothing
+	data, synced []byte // content as processes see it, and the durable content
+	lost         bool   // a Sync has failed; later Syncs report success and do nothing
 }
 
-// newCrashFS returns an FS with these directories, durable; all their parents
-// must be listed or be "/".
+// newCrashFS returns an FS with durable directories. The parent of each must be listed too, or be
+// "/".
 func newCrashFS(seed uint64, dirs ...string) *crashFS {
 	c := &crashFS{rng: rand.New(rand.NewPCG(seed, 0)), entries: map[string]*crashNode{"/": {dir: true}}}
 	for _, d := range dirs {
@@ -64,7 +64,7 @@ func newCrashFS(seed uint64, dirs ...string) *crashFS {
 	return c
 }
 
-// put makes a durable file.
+// put creates or replaces a file, durably.
 func (c *crashFS) put(name string, data []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -72,7 +72,7 @@ func (c *crashFS) put(name string, data []byte) {
 	c.entries[name], c.durable[name] = n, n
 }
 
-// names lists every file, sorted.
+// names returns the paths of all files, sorted.
 func (c *crashFS) names() (names []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -84,7 +84,7 @@ func (c *crashFS) names() (names []string) {
 	return names
 }
 
-// contents returns every file's bytes by name.
+// contents returns the content of all files by path.
 func (c *crashFS) contents() map[string]string {
 	all := map[string]string{}
 	c.mu.Lock()
@@ -97,16 +97,16 @@ func (c *crashFS) contents() map[string]string {
 	return all
 }
 
-// restart lets a new process run on the same machine.
+// restart removes the hook, so that a new process can run on the same machine. Nothing is lost.
 func (c *crashFS) restart() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.killed, c.hook = false, nil
 }
 
-// crash takes the power away and gives it back. Of each entry and file that was
-// not synced either state survives, of a file also a part of what was added,
-// with zeros for any of it.
+// crash cuts the power and restores it. Each entry that was not synced survives in its old or its
+// new state. A file that was not synced keeps its old content, or a part of the new content, with
+// zeros in place of some of the added bytes.
 func (c *crashFS) crash() {
 	c.restart()
 	c.mu.Lock()
@@ -114,7 +114,7 @@ func (c *crashFS) crash() {
 	all := maps.Clone(c.durable)
 	maps.Copy(all, c.entries)
 	left := map[string]*crashNode{}
-	for _, name := range slices.Sorted(maps.Keys(all)) { // parents first
+	for _, name := range slices.Sorted(maps.Keys(all)) { // a directory sorts before its entries
 		n := c.durable[name]
 		if c.rng.IntN(2) == 0 {
 			n = c.entries[name]
@@ -132,6 +132,8 @@ func (c *crashFS) crash() {
 	c.entries, c.durable = left, maps.Clone(left)
 }
 
+// survivor returns the content of a file after a crash. Before the crash the file has the content
+// data, and the content synced is durable.
 func (c *crashFS) survivor(synced, data []byte) []byte {
 	same := 0
 	for same < min(len(synced), len(data)) && synced[same] == data[same] {
@@ -145,15 +147,15 @@ func (c *crashFS) survivor(synced, data []byte) []byte {
 	case 1:
 		return out[:cut]
 	case 2:
-		clear(out[cut:]) // the size was written, the data not
+		clear(out[cut:]) // the new size reached the disk, the last bytes did not
 	case 3:
-		clear(out[same:cut]) // sectors out of order
+		clear(out[same:cut]) // later sectors reached the disk, earlier sectors did not
 	}
 	return out
 }
 
-// begin counts an operation and asks what becomes of it: do tells whether it
-// takes effect, err what it returns. c.mu is held.
+// begin counts an operation and calls the hook. do reports whether the operation takes effect, and
+// err is the error that it returns. The caller holds c.mu.
 func (c *crashFS) begin(op, name string) (do bool, err error) {
 	if c.killed {
 		return false, errKilled
@@ -170,6 +172,7 @@ func (c *crashFS) begin(op, name string) (do bool, err error) {
 	return f.Err == nil, f.Err
 }
 
+// parent returns an error if the parent of a path is no directory.
 func (c *crashFS) parent(op, name string) error {
 	if p := c.entries[filepath.Dir(name)]; p == nil || !p.dir {
 		return &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
@@ -296,6 +299,7 @@ func (c *crashFS) SyncDir(name string) error {
 	return err
 }
 
+// crashEntry is a directory entry. It has no Info.
 type crashEntry struct {
 	name string
 	dir  bool
@@ -311,7 +315,7 @@ func (e crashEntry) Type() fs.FileMode {
 	return 0
 }
 
-// crashFile only appends, as all files of a log do.
+// crashFile is an open file. Write always appends, as logs do.
 type crashFile struct {
 	fs   *crashFS
 	n    *crashNode
@@ -365,8 +369,8 @@ func (f *crashFile) Close() error {
 	return err
 }
 
-// failOn returns a hook that fails the n-th operation op on a name ending so,
-// counting from 1, and every one if n is 0.
+// failOn returns a hook that fails operations op on paths that end with suffix: the n-th of them,
+// counted from 1, or all of them if n is 0.
 func failOn(op, suffix string, n int, err error) func(int, string, string) fault {
 	seen := 0
 	return func(_ int, o, name string) fault {
@@ -380,15 +384,24 @@ func failOn(op, suffix string, n int, err error) func(int, string, string) fault
 	}
 }
 
-// readFault is a way in which reading fails: n times, or for good if n is 0.
+// readFault is how reads fail: the first n reads with err, or all reads if n is 0.
 type readFault struct {
 	n   int
 	err error
 }
 
+// times returns how often reads fail, in words.
+func (f readFault) times() string {
+	if f.n == 0 {
+		return "always"
+	}
+	return fmt.Sprintf("%d times", f.n)
+}
+
 var readFaults = []readFault{{1, syscall.EIO}, {2, syscall.EIO}, {2, syscall.EMFILE}, {0, syscall.EIO}, {0, syscall.EMFILE}}
 
-// hook is failOn for the first n operations, or for all.
+// hook returns a hook that fails the first n operations op on paths that end with suffix, or all of
+// them if n is 0.
 func (f readFault) hook(op, suffix string) func(int, string, string) fault {
 	seen := 0
 	return func(_ int, o, name string) fault {

@@ -1,11 +1,11 @@
 package main
 
-// Thousands of sites in virtual time, after a server joins, after the
-// center was away, and after all servers lost their disks: what is sent again, how long it
-// takes until the center has read all, and how long fresh scrapes wait meanwhile. Clients,
-// servers, stores, consumers and the ring are the real ones; requests are calls. The owner
-// of a site gets its pushes without the step in between. Modelled are a server's processors
-// and its disk, see stampedeServer.
+// Thousands of sites in virtual time, after a server joins, after the center (the central
+// Prometheus) was away, or after all servers lost their disks. The run measures which scrapes are
+// sent again, how long it takes until the center has read everything, and how long new scrapes
+// wait meanwhile. Clients, servers, stores, consumers and the ring are real. Requests are function
+// calls, and go straight to the owner of the site. The processors and the disk of a server are
+// simulated by channels and pauses.
 
 import (
 	"bytes"
@@ -29,28 +29,28 @@ import (
 	"time"
 )
 
-var stampedeFlag = flag.Int("stampede", 0, "run TestStampede at length, with so many sites")
+var stampedeFlag = flag.Int("stampede", 0, "run TestStampede at full length, with this number of sites; 0: a short run")
 
-// A site pushes stampedeSeries series, which stand for stampedeScale as many: costs, and
-// the servers' limits on samples, are scaled.
+// Each site pushes stampedeSeries series, which stand for stampedeScale times as many. The costs
+// and the servers' limits on samples are scaled by that factor.
 const (
 	stampedeSeries   = 5
 	stampedeScale    = 40
 	stampedeInterval = 2 * time.Minute
 	stampedeScrape   = 30 * time.Second
 
-	// The cost of a request and of a sample in time of one core: BenchmarkUpload and
-	// BenchmarkFederate find 0.5 ms for a push of 230 samples and 0.43 µs for a sample that is
-	// scraped, both in gzip. A request has 0.3 ms for its TLS handshake.
+	// Costs in CPU time of one core. BenchmarkUpload measures 0.5 ms for a push of 230 samples, and
+	// BenchmarkFederate 0.43 µs for each scraped sample, both compressed with gzip. The TLS
+	// handshake of a request takes 0.3 ms.
 	stampedeCores   = 2
-	stampedeRequest = 300 * time.Microsecond
-	stampedePushed  = 2200 * time.Nanosecond
-	stampedeScraped = 430 * time.Nanosecond
-	stampedeSync    = 5 * time.Millisecond // of a disk, for which as many pushes as it has slots wait together
-	stampedeDisk    = 16
+	stampedeRequest = 300 * time.Microsecond // CPU time of a request
+	stampedePushed  = 2200 * time.Nanosecond // CPU time of a pushed sample
+	stampedeScraped = 430 * time.Nanosecond  // CPU time of a scraped sample
+	stampedeSync    = 5 * time.Millisecond   // duration of a disk's sync
+	stampedeDisk    = 16                     // pushes that one sync of the disk serves
 )
 
-// stampede is a run: sites, servers and a center.
+// stampede is one run, with its sites, servers and center.
 type stampede struct {
 	t       testing.TB
 	ctx     context.Context
@@ -58,26 +58,31 @@ type stampede struct {
 	keys    Keys
 	servers []*stampedeServer
 	sites   []*stampedeSite
-	alone   bool // no ring: each server keeps what it is sent
+	alone   bool // no ring: each server stores the pushes that it receives
 
-	mu    sync.Mutex // guards the rest, and what servers and sites have beside
+	mu    sync.Mutex // guards the fields below, and the changing fields of servers and sites
 	ring  *Ring
-	away  bool // the center
-	since time.Time
+	away  bool      // the center is away
+	since time.Time // last call of mark
 	stampedeFigures
 }
 
-// stampedeFigures are what is counted since the last call of mark.
+// stampedeFigures are the counts since the last call of mark.
 type stampedeFigures struct {
-	pushes, questions, exchanges, limited, overloaded, failed int
-	again, samplesAgain                                       int
-	firstAgain, lastAgain                                     time.Time
-	waits                                                     []time.Duration // of scrapes since then, until they are stored the first time
-	late                                                      time.Duration   // until the last scrape from before is stored the first time
-	most                                                      int             // requests at one server in a second
-	held                                                      int64           // samples in one store
+	pushes, questions, exchanges int // requests: with scrapes, without scrapes, and exchanges of tokens
+	limited, overloaded, failed  int // requests answered 429, answered 503, or not answered
+
+	again, samplesAgain   int // pushes with a scrape that was stored before, and the samples of such scrapes
+	firstAgain, lastAgain time.Time
+
+	waits []time.Duration // of each new scrape: time until a server stores it for the first time
+	late  time.Duration   // from the last mark until the last of the older scrapes is stored for the first time
+	most  int             // most requests at one server in a second
+	held  int64           // most samples in one store
 }
 
+// stampedeServer is a server. A request takes a slot of cpu while it costs CPU time, and a push
+// takes a slot of disk while it is synced.
 type stampedeServer struct {
 	run       *stampede
 	name      string
@@ -90,10 +95,11 @@ type stampedeServer struct {
 
 	up       bool
 	starts   int
-	second   int64
-	inSecond int
+	second   int64 // present second
+	inSecond int   // requests in this second
 }
 
+// stampedeSite is a site with its client. Slices are indexed by scrape.
 type stampedeSite struct {
 	run    *stampede
 	id     string
@@ -102,12 +108,13 @@ type stampedeSite struct {
 
 	first   uint64 // number of its first scrape
 	scraped []time.Time
-	stored  []bool
-	read    []bool // by the center
-	unread  int    // of these, the first that is not
+	stored  []bool // a server stored the scrape
+	read    []bool // the center read the scrape
+	unread  int    // all scrapes before this index are read
 }
 
-// newStampede starts three of four servers, and a center that scrapes those that are up.
+// newStampede returns a run with four servers and a center that scrapes the servers that are up.
+// Three servers are up. The sites do not run yet.
 func newStampede(t testing.TB, ctx context.Context, sites int, ring bool) *stampede {
 	s := &stampede{t: t, ctx: ctx, keys: testKeys(t, 1), alone: !ring, since: time.Now()}
 	for i := range 4 {
@@ -124,14 +131,14 @@ func newStampede(t testing.TB, ctx context.Context, sites int, ring bool) *stamp
 	return s
 }
 
-// each does something to the first n servers.
+// each calls do with the first n servers.
 func (s *stampede) each(n int, do func(v *stampedeServer)) {
 	for _, v := range s.servers[:n] {
 		do(v)
 	}
 }
 
-// join makes the ring be that of the first n servers.
+// join makes a ring of the first n servers.
 func (s *stampede) join(n int) {
 	var claims []Claim
 	for i, v := range s.servers[:n] {
@@ -167,7 +174,7 @@ func (v *stampedeServer) start() {
 	v.starts++
 }
 
-// kill ends a server, with its disk.
+// kill stops a server. Its disk is lost.
 func (v *stampedeServer) kill() {
 	v.run.mu.Lock()
 	defer v.run.mu.Unlock()
@@ -175,6 +182,7 @@ func (v *stampedeServer) kill() {
 	v.up = false
 }
 
+// owner returns the server that owns the site with the given key.
 func (s *stampede) owner(hash uint64) *stampedeServer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -183,13 +191,14 @@ func (s *stampede) owner(hash uint64) *stampedeServer {
 	return s.servers[i]
 }
 
-// work takes a core for some time.
+// work uses a core for some time, after waiting for one.
 func (v *stampedeServer) work(d time.Duration) {
 	v.cpu <- struct{}{}
 	time.Sleep(d)
 	<-v.cpu
 }
 
+// newStampedeSite returns site i, whose client pushes to three servers.
 func newStampedeSite(s *stampede, i int) *stampedeSite {
 	c := &stampedeSite{run: s, id: fmt.Sprintf("site-%05d", i)}
 	c.key = SiteKey(c.id)
@@ -217,7 +226,7 @@ func newStampedeSite(s *stampede, i int) *stampedeSite {
 	return c
 }
 
-// source answers the client's scrape. The value of each sample is the scrape's index.
+// source answers a scrape of the client. The value of each sample is the index of the scrape.
 func (c *stampedeSite) source(*http.Request) (*http.Response, error) {
 	c.run.mu.Lock()
 	n := len(c.scraped)
@@ -230,8 +239,8 @@ func (c *stampedeSite) source(*http.Request) (*http.Response, error) {
 	return respond(200, nil, text.String()), nil
 }
 
-// costlyBody costs something before its end is read: the request has its place among those
-// in flight by then.
+// costlyBody calls cost once, before the end of the body is read. By then the request counts among
+// the server's requests in flight.
 type costlyBody struct {
 	io.ReadCloser
 	cost func()
@@ -246,7 +255,7 @@ func (b *costlyBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// stampedeAnswer is an http.ResponseWriter.
+// stampedeAnswer is an http.ResponseWriter that keeps the answer.
 type stampedeAnswer struct {
 	header http.Header
 	code   int
@@ -259,7 +268,8 @@ func (a *stampedeAnswer) WriteHeader(code int)        { a.code = code }
 
 var errStampede = errors.New("connection refused")
 
-// send has a request answered by the site's owner.
+// send answers a request of the client by the site's owner, or without a ring by the server in the
+// URL. It counts the request, and simulates its cost.
 func (c *stampedeSite) send(r *http.Request) (*http.Response, error) {
 	s := c.run
 	v := s.owner(c.key)
@@ -325,12 +335,13 @@ func (c *stampedeSite) send(r *http.Request) (*http.Response, error) {
 	case a.code == 200 && scrapes > 0:
 		c.stores(names.Numbers, a.body.Bytes())
 	case a.code != 200:
-		s.t.Errorf("%s: %d %s", r.URL.Path, a.code, a.body.Bytes())
+		s.t.Errorf("a request for %s is answered %d: %s", r.URL.Path, a.code, a.body.Bytes())
 	}
 	return respond(a.code, a.header, a.body.String()), nil
 }
 
-// stores notes what a push stored. The run's mu is held.
+// stores notes which of the pushed scrapes are stored, by the answer to the push. The caller holds
+// the run's mu.
 func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 	s := c.run
 	var answer PushAnswer
@@ -343,7 +354,7 @@ func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 		read, err = ParseRanges(*answer.Read, MaxRanges)
 	}
 	if err != nil {
-		s.t.Errorf("a push is answered %s: %v", body, err)
+		s.t.Errorf("the answer %s to a push cannot be parsed: %v", body, err)
 		return
 	}
 	now, again := time.Now(), 0
@@ -373,8 +384,8 @@ func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 	}
 }
 
-// scrapes is the center, for one server, first after some time. It does not know a server
-// that is new before its second scrape.
+// scrapes is the center's loop for one server. It begins after wait. It leaves out the first scrape
+// after a new server is up, as a center does that has not discovered the server yet.
 func (v *stampedeServer) scrapes(wait time.Duration) {
 	s := v.run
 	conn, starts, known := (*AnswerReadTracker)(nil), 0, false
@@ -406,12 +417,12 @@ func (v *stampedeServer) scrapes(wait time.Duration) {
 	}
 }
 
-// stampedeReader is an http.ResponseWriter that notes what the center reads.
+// stampedeReader is an http.ResponseWriter that notes which scrapes the center reads.
 type stampedeReader struct {
 	v      *stampedeServer
 	header http.Header
-	rest   []byte
-	cost   time.Duration
+	rest   []byte        // last line, while it is incomplete
+	cost   time.Duration // CPU time not yet spent
 }
 
 func (w *stampedeReader) Header() http.Header { return w.header }
@@ -445,7 +456,7 @@ func (w *stampedeReader) Write(p []byte) (int, error) {
 		i, err := strconv.Atoi(string(id[:5]))
 		n, err2 := strconv.Atoi(string(value))
 		if err = errors.Join(err, err2); err != nil {
-			s.t.Errorf("the center reads %q: %v", line, err)
+			s.t.Errorf("the line %q of a scrape cannot be parsed: %v", line, err)
 			continue
 		}
 		s.sites[i].read[n] = true
@@ -458,7 +469,7 @@ func (w *stampedeReader) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// watch notes how much the stores hold.
+// watch notes the highest number of samples in a store, every 5 seconds.
 func (s *stampede) watch() {
 	for {
 		if _, ok := Sleep(s.ctx, 5*time.Second, nil); !ok {
@@ -474,21 +485,21 @@ func (s *stampede) watch() {
 	}
 }
 
-// setAway has the center be away, or be back.
+// setAway lets the center leave or come back.
 func (s *stampede) setAway(away bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.away = away
 }
 
-// begin has all sites start at the same time.
+// begin starts all sites at once.
 func (s *stampede) begin() {
 	for _, c := range s.sites {
 		s.running.Go(func() { c.client.Run(s.ctx) })
 	}
 }
 
-// mark returns what was counted since the last call.
+// mark returns the counts since the last call, and starts counting anew.
 func (s *stampede) mark() stampedeFigures {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -499,11 +510,12 @@ func (s *stampede) mark() stampedeFigures {
 	return f
 }
 
-// settle waits until no spool has a scrape from before now, at most for so long, and returns
-// the time until then, and the time until the center had all of these since from.
-func (s *stampede) settle(from time.Time, most time.Duration) (empty, read time.Duration) {
+// settle waits until no spool has a scrape from before the call, at most for limit. empty is the
+// time until then. read is the time until the center had read all scrapes made after from and
+// before the call.
+func (s *stampede) settle(from time.Time, limit time.Duration) (empty, read time.Duration) {
 	begin := time.Now()
-	for time.Since(begin) < most {
+	for time.Since(begin) < limit {
 		time.Sleep(15 * time.Second)
 		left := 0
 		for _, c := range s.sites {
@@ -520,11 +532,11 @@ func (s *stampede) settle(from time.Time, most time.Duration) (empty, read time.
 			return time.Since(begin), read
 		}
 	}
-	s.t.Errorf("after %v there are spools with scrapes from before", most)
-	return most, read
+	s.t.Errorf("after %v a spool still has scrapes from before the call of settle", limit)
+	return limit, read
 }
 
-// gaps returns how many scrapes between two times the center does not have.
+// gaps returns the number of scrapes between two times that the center has not read.
 func (s *stampede) gaps(from, before time.Time) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -541,7 +553,7 @@ func (s *stampede) gaps(from, before time.Time) (n int) {
 	return n
 }
 
-// unstored returns how many scrapes from before a time no server stored.
+// unstored returns the number of scrapes before a time that no server has stored.
 func (s *stampede) unstored(before time.Time) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -555,6 +567,7 @@ func (s *stampede) unstored(before time.Time) (n int) {
 	return n
 }
 
+// stampedeWait returns the quantile q of sorted waits.
 func stampedeWait(waits []time.Duration, q float64) time.Duration {
 	if len(waits) == 0 {
 		return 0
@@ -562,26 +575,46 @@ func stampedeWait(waits []time.Duration, q float64) time.Duration {
 	return waits[min(len(waits)-1, int(q*float64(len(waits))))].Round(time.Millisecond)
 }
 
+// stampedeTable prints the figures of the phases of a run, one row a phase.
+type stampedeTable struct{ *tabwriter.Writer }
+
+func newStampedeTable() stampedeTable {
+	return stampedeTable{tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)}
+}
+
+// head prints the heads of the columns.
+func (w stampedeTable) head() {
+	fmt.Fprintln(w, "\tpushes\tquestions\texchanges\t429\t503\tfailed\tsent again\tsamples\tover\twait p50\tp99\tmax\tolder\tmost a second\tmost held\t")
+}
+
+// row prints the figures of a phase.
+func (w stampedeTable) row(phase string, f stampedeFigures, remark string) {
+	fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%v\t%v\t%v\t%v\t%v\t%d\t%d\t%s\n", phase, f.pushes, f.questions, f.exchanges, f.limited, f.overloaded,
+		f.failed, f.again, f.samplesAgain, f.lastAgain.Sub(f.firstAgain).Round(time.Second), stampedeWait(f.waits, .5), stampedeWait(f.waits, .99),
+		stampedeWait(f.waits, 1), f.late.Round(time.Millisecond), f.most, f.held, remark)
+}
+
+// stampedeCase is what happens before the sites and the center catch up.
+type stampedeCase struct {
+	name string
+	away time.Duration // the center is away that long
+	lost time.Duration // then all servers are down that long, and lose their disks; 0: they stay up
+	join bool          // then a fourth server joins
+	ring bool
+	long bool // only in runs at full length
+}
+
+// After a server joins, or the center or all servers were away, every scrape is stored, the center
+// reads every scrape within retention, new scrapes wait for little more than maxBackoff, and with a
+// ring few pushes send scrapes again. A short run has 100 sites and a tenth of the times.
 func TestStampede(t *testing.T) {
-	defer debug.SetGCPercent(debug.SetGCPercent(200)) // each gzip.Writer is large
+	defer debug.SetGCPercent(debug.SetGCPercent(200)) // each site has a gzip.Writer, which is large
 	sites, long := 100, *stampedeFlag > 0
 	if long {
 		sites = *stampedeFlag
 	}
-	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	row := func(name string, f stampedeFigures, rest string) {
-		fmt.Fprintf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%v\t%v\t%v\t%v\t%v\t%d\t%d\t%s\n", name, f.pushes, f.questions, f.exchanges, f.limited, f.overloaded,
-			f.failed, f.again, f.samplesAgain, f.lastAgain.Sub(f.firstAgain).Round(time.Second), stampedeWait(f.waits, .5), stampedeWait(f.waits, .99),
-			stampedeWait(f.waits, 1), f.late.Round(time.Millisecond), f.most, f.held, rest)
-	}
-	for _, c := range []struct {
-		name string
-		away time.Duration // the center
-		lost time.Duration // all servers, with their disks; 0: none
-		join bool          // of a fourth server
-		ring bool
-		long bool // not in the normal test run
-	}{
+	table := newStampedeTable()
+	for _, c := range []stampedeCase{
 		{name: "a server joins", ring: true, join: true},
 		{name: "center away for 2h", ring: true, away: 2 * time.Hour, long: true},
 		{name: "center away for 30m, disks lost", ring: true, away: 30 * time.Minute, lost: 5 * time.Minute},
@@ -595,61 +628,65 @@ func TestStampede(t *testing.T) {
 		}
 		t.Run(c.name, func(t *testing.T) {
 			begin := time.Now()
-			fmt.Fprintln(out, "\tpushes\tquestions\texchanges\t429\t503\tfailed\tsent again\tsamples\tover\twait p50\tp99\tmax\tolder\tmost a second\tmost held\t")
-			synctest.Test(t, func(t *testing.T) {
-				ctx, cancel := context.WithCancel(t.Context())
-				defer cancel()
-				s := newStampede(t, ctx, sites, c.ring)
-				s.begin()
-				time.Sleep(3 * time.Second)
-				row("all start: 3 s", s.mark(), "")
-				time.Sleep(time.Minute)
-				row("then", s.mark(), "")
-				time.Sleep(3*stampedeInterval + 10*time.Second)
-				row("before", s.mark(), "")
-				if c.away > 0 {
-					s.setAway(true)
-					time.Sleep(c.away)
-					row("center away", s.mark(), "")
-				}
-				if c.lost > 0 {
-					s.each(3, (*stampedeServer).kill)
-					time.Sleep(c.lost)
-					row("servers lost", s.mark(), "")
-					s.each(3, (*stampedeServer).start)
-				}
-				if c.join {
-					s.servers[3].start()
-					s.join(4)
-				}
-				s.setAway(false)
-				at := time.Now()
-				// Older scrapes reach --retention before the center's next scrape.
-				oldest := at.Add(-2*time.Hour + 2*stampedeInterval)
-				empty, read := s.settle(oldest, 3*time.Hour)
-				f := s.mark()
-				row(c.name, f, fmt.Sprintf("spools empty after %v, all read after %v, too old for the center: %d", empty, read, s.gaps(time.Time{}, oldest)))
-				if n := s.unstored(at); n > 0 {
-					t.Errorf("%d scrapes are not stored", n)
-				}
-				if n := s.gaps(oldest, at); n > 0 {
-					t.Errorf("the center does not have %d scrapes", n)
-				}
-				if c.ring && (f.again > sites || f.questions > 2*sites) {
-					t.Errorf("of %d sites %d pushes send something again, with %d questions", sites, f.again, f.questions)
-				}
-				if wait := stampedeWait(f.waits, 1); wait > maxBackoff+time.Second {
-					t.Errorf("a fresh scrape waits %v", wait)
-				}
-				cancel()
-				s.running.Wait()
-			})
+			table.head()
+			synctest.Test(t, func(t *testing.T) { c.run(t, table, sites) })
 			if long {
-				fmt.Fprintf(out, "in %v\n", time.Since(begin).Round(time.Second))
+				fmt.Fprintf(table, "took %v\n", time.Since(begin).Round(time.Second))
 			}
 			if long || testing.Verbose() {
-				out.Flush()
+				table.Flush()
 			}
 		})
 	}
+}
+
+// run lets the sites push for some minutes, does what the case says, waits until all have caught
+// up, and checks the figures.
+func (c stampedeCase) run(t *testing.T, table stampedeTable, sites int) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	s := newStampede(t, ctx, sites, c.ring)
+	s.begin()
+	time.Sleep(3 * time.Second)
+	table.row("first 3 s", s.mark(), "")
+	time.Sleep(time.Minute)
+	table.row("next minute", s.mark(), "")
+	time.Sleep(3*stampedeInterval + 10*time.Second)
+	table.row("steady state", s.mark(), "")
+	if c.away > 0 {
+		s.setAway(true)
+		time.Sleep(c.away)
+		table.row("center away", s.mark(), "")
+	}
+	if c.lost > 0 {
+		s.each(3, (*stampedeServer).kill)
+		time.Sleep(c.lost)
+		table.row("servers down", s.mark(), "")
+		s.each(3, (*stampedeServer).start)
+	}
+	if c.join {
+		s.servers[3].start()
+		s.join(4)
+	}
+	s.setAway(false)
+	at := time.Now()
+	// Scrapes before oldest may expire before the next scrape of the center.
+	oldest := at.Add(-2*time.Hour + 2*stampedeInterval)
+	empty, read := s.settle(oldest, 3*time.Hour)
+	f := s.mark()
+	table.row(c.name, f, fmt.Sprintf("spools empty after %v, all read after %v, too old for the center: %d", empty, read, s.gaps(time.Time{}, oldest)))
+	if n := s.unstored(at); n > 0 {
+		t.Errorf("no server has stored %d scrapes", n)
+	}
+	if n := s.gaps(oldest, at); n > 0 {
+		t.Errorf("the center has not read %d scrapes", n)
+	}
+	if c.ring && (f.again > sites || f.questions > 2*sites) {
+		t.Errorf("%d sites made %d pushes of scrapes that were stored before, and asked %d questions", sites, f.again, f.questions)
+	}
+	if wait := stampedeWait(f.waits, 1); wait > maxBackoff+time.Second {
+		t.Errorf("a new scrape waited %v until a server stored it", wait)
+	}
+	cancel()
+	s.running.Wait()
 }

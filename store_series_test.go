@@ -1,7 +1,7 @@
 package main
 
-// The table against a map, under insertion, undoing, compaction
-// and equal hashes; and what it shows.
+// The table of series beside a model, under insertion, rollback, compaction and equal hashes;
+// and the newest samples that it lists.
 
 import (
 	"fmt"
@@ -11,185 +11,213 @@ import (
 	"testing"
 )
 
-// tableKeeper is a table and what it should hold.
-type tableKeeper struct {
-	t     *testing.T
-	table *SeriesTable
-	lines []string // by ID
-	lastT []int64
-	shown []bool
+// tableModel is a table, and the series that it must have.
+type tableModel struct {
+	t      *testing.T
+	table  *SeriesTable
+	lines  []string // by ID; "" is a padded series
+	lastT  []int64  // time of the newest sample by ID
+	listed []bool   // by ID: the series has a committed sample
 }
 
-func (k *tableKeeper) insert(line string) {
-	id, hash, ok := k.table.Find([]byte(line))
-	if known := slices.Index(k.lines, line); ok != (known >= 0) || ok && int(id) != known {
-		k.t.Errorf("%q found as %d, %t; want %d", line, id, ok, known)
+// tableCutoff is the time before which a series counts as expired and is not listed.
+const tableCutoff = 50
+
+// add appends a series without a sample to the model.
+func (m *tableModel) add(line string) {
+	m.lines, m.lastT, m.listed = append(m.lines, line), append(m.lastT, NoTime), append(m.listed, false)
+}
+
+// insert finds a line, or inserts it.
+func (m *tableModel) insert(line string) {
+	id, hash, ok := m.table.Find([]byte(line))
+	if known := slices.Index(m.lines, line); ok != (known >= 0) || ok && int(id) != known {
+		m.t.Errorf("%q is found as series %d, found %t; want %d", line, id, ok, known)
 	}
 	if !ok {
-		if id := k.table.Insert(hash, []byte(line), false); int(id) != len(k.lines) {
-			k.t.Errorf("%q is inserted as %d, want %d", line, id, len(k.lines))
+		if id := m.table.Insert(hash, []byte(line), false); int(id) != len(m.lines) {
+			m.t.Errorf("%q is inserted as series %d, want %d", line, id, len(m.lines))
 		}
-		k.lines, k.lastT, k.shown = append(k.lines, line), append(k.lastT, NoTime), append(k.shown, false)
+		m.add(line)
 	}
 }
 
-func (k *tableKeeper) truncate(n int) {
-	k.table.Truncate(n)
-	k.lines, k.lastT, k.shown = k.lines[:n], k.lastT[:n], k.shown[:n]
+func (m *tableModel) truncate(n int) {
+	m.table.Truncate(n)
+	m.lines, m.lastT, m.listed = m.lines[:n], m.lastT[:n], m.listed[:n]
 }
 
-func (k *tableKeeper) check() {
-	if k.table.Len() != len(k.lines) {
-		k.t.Fatalf("%d series, want %d", k.table.Len(), len(k.lines))
+func (m *tableModel) padTo(n int) {
+	m.table.PadTo(uint32(n))
+	for len(m.lines) < n {
+		m.add("")
 	}
-	size := 0
+}
+
+// subset returns the model of a table with the series that keep chooses among the listed series.
+// The series get new IDs without gaps, in the same order, and m stays unchanged.
+func (m *tableModel) subset(keep func() bool) *tableModel {
+	used := make([]bool, m.table.Len())
+	kept := &tableModel{t: m.t}
+	for i := range used {
+		if used[i] = m.listed[i] && keep(); used[i] {
+			kept.add(m.lines[i])
+			kept.lastT[len(kept.lastT)-1] = m.lastT[i]
+		}
+	}
+	var ids []uint32
+	kept.table, ids = m.table.Subset(used)
+	for i, n := 0, uint32(0); i < len(used); i++ {
+		if want := n; used[i] {
+			if n++; ids[i] != want {
+				m.t.Errorf("series %d gets the new ID %d, want %d", i, ids[i], want)
+			}
+		} else if ids[i] != noSeries {
+			m.t.Errorf("the dropped series %d gets the new ID %d, want noSeries", i, ids[i])
+		}
+	}
+	m.check()
+	return kept
+}
+
+// setNewest sets the newest sample of a series to a sample at the given time, if that is later. The
+// value of each sample is its time.
+func (m *tableModel) setNewest(id int, at int64) {
+	m.table.SetNewestIfLater(uint32(id), at, float64(at))
+	m.lastT[id], m.listed[id] = max(m.lastT[id], at), true
+}
+
+// check compares the table with the model.
+func (m *tableModel) check() {
+	if m.table.Len() != len(m.lines) {
+		m.t.Fatalf("the table has %d series, want %d", m.table.Len(), len(m.lines))
+	}
+	size, expired := 0, 0
 	want := map[string]int64{}
-	for i, line := range k.lines {
+	for i, line := range m.lines {
 		size += len(line)
-		id, _, ok := k.table.Find([]byte(line))
-		last, _ := k.table.Newest(uint32(i))
-		if string(k.table.Line(uint32(i))) != line || line != "" && (!ok || int(id) != i) || last != k.lastT[i] {
-			k.t.Errorf("series %d is %q at %d, found as %d, %t; want %q at %d", i, k.table.Line(uint32(i)), last, id, ok, line, k.lastT[i])
+		id, _, ok := m.table.Find([]byte(line))
+		last, _ := m.table.Newest(uint32(i))
+		if string(m.table.Line(uint32(i))) != line || line != "" && (!ok || int(id) != i) || last != m.lastT[i] {
+			m.t.Errorf("series %d is %q with its newest sample at %d, found as %d, %t; want %q at %d",
+				i, m.table.Line(uint32(i)), last, id, ok, line, m.lastT[i])
 		}
-		if k.shown[i] && k.lastT[i] >= 50 {
-			want[line] = k.lastT[i]
+		if m.listed[i] && m.lastT[i] >= tableCutoff {
+			want[line] = m.lastT[i]
+		}
+		if m.lastT[i] < tableCutoff {
+			expired++
 		}
 	}
-	if k.table.TextBytes() != size {
-		k.t.Errorf("%d bytes of text, want %d", k.table.TextBytes(), size)
+	if m.table.TextBytes() != size {
+		m.t.Errorf("the table counts %d bytes of text, want %d", m.table.TextBytes(), size)
+	}
+	if got := m.table.CountExpired(tableCutoff); got != expired {
+		m.t.Errorf("the table counts %d expired series, want %d", got, expired)
 	}
 	got := map[string]int64{}
-	k.table.ForEachNewestSince(50, func(_ uint32, name string, l FamilySample) {
+	m.table.ForEachNewestSince(tableCutoff, func(_ uint32, name string, l FamilySample) {
 		if name != string(LineName(l.Line)) || l.V != float64(l.T) {
-			k.t.Errorf("%q shown as %q, %g", l.Line, name, l.V)
+			m.t.Errorf("%q is listed with the name %q and the value %g, at %d", l.Line, name, l.V, l.T)
 		}
 		if _, twice := got[string(l.Line)]; twice {
-			k.t.Errorf("%q is shown twice", l.Line)
+			m.t.Errorf("%q is listed twice", l.Line)
 		}
 		got[string(l.Line)] = l.T
 	})
 	if fmt.Sprint(got) != fmt.Sprint(want) {
-		k.t.Errorf("shown %v\nwant  %v", got, want)
-	}
-	dead := 0
-	for _, last := range k.lastT {
-		if last < 50 {
-			dead++
-		}
-	}
-	if k.table.CountExpired(50) != dead {
-		k.t.Errorf("%d dead, want %d", k.table.CountExpired(50), dead)
+		m.t.Errorf("listed %v\nwant   %v", got, want)
 	}
 }
 
-func TestSeriesTable(t *testing.T) {
-	for seed := range uint64(40) {
+// The table finds every inserted series, lists the newest sample of each, and counts text and
+// expired series, under random insertions, truncations, paddings and subsets.
+func TestSeriesTableModel(t *testing.T) {
+	for seed := range testSeeds(t, 40) {
 		rng := rand.New(rand.NewPCG(seed, 0))
-		k := &tableKeeper{t: t, table: NewSeriesTable(maphash.MakeSeed(), 0)}
+		m := &tableModel{t: t, table: NewSeriesTable(maphash.MakeSeed(), 0)}
 		for range 60 {
-			durable := k.table.Len() // as a push: insert, then show or undo
+			committed := m.table.Len()
 			for range rng.IntN(8) {
-				k.insert(fmt.Sprintf("m%d{n=\"%d\"}", rng.IntN(5), rng.IntN(40)))
+				m.insert(fmt.Sprintf("m%d{n=\"%d\"}", rng.IntN(5), rng.IntN(40)))
 			}
 			switch rng.IntN(5) {
-			case 0:
-				k.truncate(durable)
-			case 1:
-				used := make([]bool, k.table.Len())
-				kept := tableKeeper{t: t}
-				for i := range used {
-					if used[i] = k.shown[i] && rng.IntN(4) > 0; used[i] {
-						kept.lines, kept.lastT, kept.shown = append(kept.lines, k.lines[i]), append(kept.lastT, k.lastT[i]), append(kept.shown, false)
-					}
-				}
-				var ids []uint32
-				kept.table, ids = k.table.Subset(used)
-				for i, n := 0, uint32(0); i < len(used); i++ {
-					if want := n; used[i] {
-						if n++; ids[i] != want {
-							t.Errorf("series %d becomes %d, want %d", i, ids[i], want)
-						}
-					} else if ids[i] != noSeries {
-						t.Errorf("dropped series %d becomes %d", i, ids[i])
-					}
-				}
-				k.check() // stays as it is
-				k = &kept
-			case 2:
-				n := uint32(k.table.Len() + rng.IntN(3))
-				k.table.PadTo(n)
-				for len(k.lines) < int(n) {
-					k.lines, k.lastT, k.shown = append(k.lines, ""), append(k.lastT, NoTime), append(k.shown, false)
+			case 0: // as the rollback of a push
+				m.truncate(committed)
+			case 1: // as a compaction
+				m = m.subset(func() bool { return rng.IntN(4) > 0 })
+			case 2: // as recovery from a log with a gap
+				m.padTo(m.table.Len() + rng.IntN(3))
+			}
+			for id := range m.lines { // as the commit of a push
+				if m.lines[id] != "" && (!m.listed[id] && m.lastT[id] == NoTime || rng.IntN(10) == 0) {
+					m.setNewest(id, rng.Int64N(100))
 				}
 			}
-			for id := range k.lines {
-				if k.lines[id] != "" && (!k.shown[id] && k.lastT[id] == NoTime || rng.IntN(10) == 0) {
-					at := rng.Int64N(100)
-					k.table.SetNewestIfLater(uint32(id), at, float64(at))
-					k.lastT[id], k.shown[id] = max(k.lastT[id], at), true
-				}
-			}
-			if k.check(); t.Failed() {
+			if m.check(); t.Failed() {
 				t.Fatalf("seed %d", seed)
 			}
 		}
 	}
 }
 
-// Among 200,000 lines some have equal 32-bit hashes; each is found nevertheless,
-// and undone nevertheless.
-func TestSeriesEqualHashes(t *testing.T) {
+// The table finds each of 200,000 lines although some have equal 32-bit hashes. After Truncate it
+// finds only the lines that are left.
+func TestSeriesTableEqualHashes(t *testing.T) {
 	const n = 200_000
 	table := NewSeriesTable(maphash.MakeSeed(), 0)
 	line := func(i int) []byte { return fmt.Appendf(nil, "m{n=\"%d\"}", i) }
 	for i := range n {
 		id, hash, ok := table.Find(line(i))
 		if ok {
-			t.Fatalf("line %d found as %d before it is there", i, id)
+			t.Fatalf("line %d is found as series %d before it is inserted", i, id)
 		}
 		table.Insert(hash, line(i), false)
 	}
 	if len(table.index) == n {
-		t.Log("no hashes are equal this time, which is rare")
+		t.Log("no hashes are equal in this run, which is rare")
 	}
 	table.Truncate(n / 2)
 	for i := range n {
 		if id, _, ok := table.Find(line(i)); ok != (i < n/2) || ok && int(id) != i {
-			t.Fatalf("line %d found as %d, %t", i, id, ok)
+			t.Fatalf("line %d is found as series %d, found %t", i, id, ok)
 		}
 	}
 }
 
-func TestSeriesSetNewest(t *testing.T) {
+// A series is listed once it has a sample. A sample of an earlier or the same time does not
+// replace the newest sample.
+func TestSetNewestIfLater(t *testing.T) {
 	table := NewSeriesTable(maphash.MakeSeed(), 0)
 	_, hash, _ := table.Find([]byte(`{"a.b",x="1"}`))
 	id := table.Insert(hash, []byte(`{"a.b",x="1"}`), true)
-	show := func() (got []FamilySample) {
+	list := func() (got []FamilySample) {
 		table.ForEachNewestSince(NoTime+1, func(_ uint32, name string, l FamilySample) {
 			if name != "a.b" || !l.Quoted {
-				t.Errorf("%q: %+v", name, l)
+				t.Errorf("listed with the name %q, quoted %t; want a.b, true", name, l.Quoted)
 			}
 			got = append(got, l)
 		})
 		return got
 	}
-	if len(show()) != 0 {
-		t.Error("a series without a durable sample is shown")
+	if got := list(); len(got) != 0 {
+		t.Errorf("a series without a sample is listed: %+v", got)
 	}
-	for _, at := range []int64{100, 90, 100, 110} { // late and equal ones change nothing
+	for _, at := range []int64{100, 90, 100, 110} {
 		table.SetNewestIfLater(id, at, float64(at))
 	}
 	table.SetNewestIfLater(id, 110, 5)
-	if got := show(); len(got) != 1 || got[0].T != 110 || got[0].V != 110 || cap(got[0].Line) != len(got[0].Line) {
-		t.Errorf("shown %+v", got)
+	if got := list(); len(got) != 1 || got[0].T != 110 || got[0].V != 110 || cap(got[0].Line) != len(got[0].Line) {
+		t.Errorf("listed %+v, want one sample of value 110 at 110", got)
 	}
 }
 
-func TestSeriesHasRoom(t *testing.T) {
+// A table has room for text of less than 4 GiB.
+func TestSeriesTableTextRoom(t *testing.T) {
 	table := NewSeriesTable(maphash.MakeSeed(), 0)
 	for n, want := range map[int]bool{0: true, MaxLine: true, 1<<32 - 1: true, 1 << 32: false} {
-		if table.HasTextRoom(n) != want {
-			t.Errorf("room for %d: %t", n, !want)
+		if got := table.HasTextRoom(n); got != want {
+			t.Errorf("room for %d bytes: got %t, want %t", n, got, want)
 		}
 	}
 }

@@ -1,386 +1,120 @@
 package main
 
-// The scrapes that a store holds and those that are read, over a disk that
-// fails and forgets; and a log that is rewritten while batches come and go.
+// Rewrites of a site's log: when they happen, and which samples they keep while samples are evicted
+// or the site itself is forgotten. Under the limit on storage, rewrites make room.
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"maps"
-	"math"
-	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// names1 names scrape n of spool 1.
-func names1(n uint64) ScrapeNames { return ScrapeNames{1, Ranges{{n, n}}} }
-
-// spoolLists returns what the store says of spool 1 of site x.
-func spoolLists(s *Store) string {
-	st := s.RefreshSpoolStatus("x", 1)
-	return fmt.Sprintf("held %v, read %v", st.Held, st.Read)
-}
-
-// At each file operation of a named push the process is killed or the disk fails: the
-// scrape is held if and only if its samples are, and it is if the push was acknowledged.
-// Sent again, it is held once.
-func TestNamedPushCrashAnywhere(t *testing.T) {
-	for _, compact := range []bool{false, true} {
-		for at, reached := 0, true; reached; at++ {
-			for mode, f := range []fault{{Err: errDisk}, {Err: errFull}, {Kill: true}, {Kill: true}} {
-				what := fmt.Sprintf("compact %t, operation %d, mode %d", compact, at, mode)
-				fsys := newStoreFS(uint64(at)<<2 | uint64(mode))
-				k := newStoreKit(t, fsys)
-				s := k.open()
-				old, pts := point{"m", 0, k.clock.ms(9), 7}, []point{{"m", 1, k.clock.ms(5), 1}, {"n", 1, k.clock.ms(5), 2}}
-				if _, err := s.Append(t.Context(), "x", storePush("x", old), names1(1)); err != nil {
-					t.Fatal(err)
-				}
-				reached = false
-				seen := 0
-				fsys.hook = func(int, string, string) fault {
-					if seen++; seen-1 != at {
-						return fault{}
-					}
-					reached = true
-					return f
-				}
-				res, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3))
-				if compact {
-					c := s.sites["x"]
-					if c.Lock(t.Context()) == nil {
-						c.RewriteLog(nil, s.KeptSince()) // may fail
-						c.Unlock()
-					}
-				}
-				fsys.hook = nil
-				if mode == 2 {
-					fsys.restart()
-				} else {
-					fsys.crash()
-				}
-				s = k.open()
-				got := allHeld(t, s)
-				want, wantSpool := pushed("x", old), "held 1, read "
-				if len(got) == 3 {
-					want, wantSpool = pushed("x", append(pts, old)...), "held 1,3, read "
-				} else if err == nil {
-					t.Errorf("%s: acknowledged and lost", what)
-				}
-				wantHeld(t, what, got, want)
-				damaged := len(k.errors) > 0 // the disk has a later part of the write and not an earlier one
-				if lists := spoolLists(s); lists != wantSpool && !(damaged && lists == "held , read ") {
-					t.Errorf("%s: %+v, %v; %d samples, %s", what, res, err, len(got), lists)
-				}
-				again, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3))
-				if err != nil || again.Accepted != 3-len(got) || again.Duplicates != len(got)-1 {
-					t.Errorf("%s: again: %+v, %v", what, again, err)
-				}
-				fsys.crash()
-				s = k.open()
-				wantHeld(t, what+", again", allHeld(t, s), pushed("x", append(pts, old)...))
-				if lists := spoolLists(s); lists != "held 1,3, read " && !(damaged && lists == "held 3, read ") {
-					t.Errorf("%s: again: %s", what, lists)
-				}
-				if t.Failed() {
-					t.FailNow()
-				}
-			}
-		}
-	}
-}
-
-// A scrape is held once its samples are, whichever push brought them, and read once every
-// consumer has read them; it stays read through compaction, eviction, expiry and restarts.
-func TestSiteSpoolsHeldAndRead(t *testing.T) {
+// Maintenance rewrites a log that a failed sync left unfit for appending.
+func TestStoreMaintenanceRewritesBrokenLog(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
 	s := k.open()
-	push := func(n uint64, pts ...point) AppendResult {
-		t.Helper()
-		res, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(n))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return res
+	k.push(s, "a", point{"m", 1, k.clock.ms(60), 1})
+	fsys.hook = failOn("sync", ".log", 1, errDisk)
+	if _, err := k.tryPush(s, "a", point{"m", 1, k.clock.ms(50), 2}); !errors.Is(err, errDisk) {
+		t.Fatalf("push while the sync fails: got %v, want %v", err, errDisk)
 	}
-	conn := &AnswerReadTracker{}
-	scrape := func() {
-		t.Helper()
-		r, _, err := s.Consumers.BeginScrape(1, "p", "", conn, k.clock.Now())
-		if err != nil {
-			t.Fatal(err)
-		}
-		scraper(s, time.Minute).ServeUnreadAndNewest(r, 0, false, nil)
+	fsys.restart()
+	s.expireAndCompact(context.Background(), false)
+	if s.sites["a"].log.MustBeRewritten() {
+		t.Error("after maintenance the log still has to be rewritten")
 	}
-	want := func(what, lists string) {
-		t.Helper()
-		if got := spoolLists(s); got != lists {
-			t.Errorf("%s: %s, want %s", what, got, lists)
-		}
-	}
-	reopen := func() {
-		t.Helper()
-		if err := s.Close(); err != nil {
-			t.Fatal(err)
-		}
-		s = k.open()
-		conn = &AnswerReadTracker{}
-	}
-	compact := func() {
-		t.Helper()
-		c := s.sites["x"]
-		if err := c.Lock(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		defer c.Unlock()
-		if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	old := k.clock.ms(60)
-	push(1, point{"m", 1, old, 1})
-	want("nobody has scraped", "held 1, read ")
-	push(2, point{"m", 1, old, 1}) // repeats
-	push(3)                        // a source that gave nothing
-	want("a scrape without a new sample", "held 1-3, read ")
-	scrape()
-	want("served, not confirmed", "held 1-3, read ")
-	scrape()
-	want("confirmed", "held , read 1-3")
-	push(4, point{"m", 1, old + 1, 2})
-	want("another", "held 4, read 1-3")
-	compact()
-	want("compacted", "held 4, read 1-3")
-	reopen()
-	want("restarted", "held 4, read 1-3")
-	scrape()
-	scrape()
-	want("read", "held , read 1-4")
-	if _, ok := s.sites["x"].TryEvictOldestBatch(math.MaxInt64); !ok {
-		t.Fatal("nothing is evicted")
-	}
-	compact()
-	reopen()
-	want("evicted", "held , read 1-4")
-	before := len(allHeld(t, s))
-	if res := push(1, point{"m", 1, old, 1}); res.Accepted != 0 || res.Duplicates != 1 || len(allHeld(t, s)) != before {
-		t.Errorf("a scrape that was read came again: %+v", res)
-	}
-	s.Consumers.BeginScrape(2, "new", "", &AnswerReadTracker{}, k.clock.Now())
-	want("a new consumer comes", "held , read 1-4")
-	push(5, point{"m", 1, old + 2, 3})
-	scrape()
-	scrape()
-	want("the new consumer has not read", "held 5, read 1-4")
-	k.clock.Add(3 * time.Hour)
-	scrape() // the other one is dead by now
-	compact()
-	reopen()
-	want("expired", "held , read 1-5")
-	if len(k.errors) > 0 {
-		t.Error(k.errors)
-	}
+	k.wantNoErrors("maintenance")
+	fsys.crash()
+	wantHeld(t, "after a crash", allHeld(t, k.open()), pushed("a", point{"m", 1, k.clock.ms(60), 1}))
 }
 
-// A store vouches for a scrape only if its clock does: one whose samples are all dropped
-// for their time, and several of which some samples are, are not held.
-func TestSiteSpoolsUntimely(t *testing.T) {
-	k := newStoreKit(t, newStoreFS(1))
-	s := k.open()
-	good, old, ahead := k.clock.ms(5), k.clock.ms(7201), k.clock.ms(-61)
-	for i, test := range []struct {
-		times   []int64
-		numbers Ranges
-		held    bool
-	}{
-		{[]int64{good}, Ranges{{1, 1}}, true},
-		{[]int64{old}, Ranges{{2, 2}}, false},
-		{[]int64{ahead}, Ranges{{3, 3}}, false},
-		{[]int64{good + 1, old}, Ranges{{4, 4}}, true}, // a source with an old sample
-		{[]int64{good + 1, old}, Ranges{{5, 5}}, true}, // again: nothing new
-		{[]int64{good + 2, old}, Ranges{{6, 7}}, false},
-		{[]int64{good + 3, ahead}, Ranges{{8, 8}, {10, 10}}, false},
-		{[]int64{good + 3}, Ranges{{11, 12}}, true},
-		{nil, Ranges{{13, 13}}, true},
-	} {
-		var pts []point
-		for _, at := range test.times {
-			pts = append(pts, point{"m", 1, at, 1})
-		}
-		if _, err := s.Append(t.Context(), "x", storePush("x", pts...), ScrapeNames{1, test.numbers}); err != nil {
-			t.Fatal(err)
-		}
-		if held := s.RefreshSpoolStatus("x", 1).Held.Has(test.numbers[0].From); held != test.held {
-			t.Errorf("push %d, scrapes %v: held %t", i, test.numbers, held)
-		}
-	}
-}
-
-// A scrape whose batch was evicted is still read after a compaction, also when the cursors
-// are lost: nothing else says any more that it was.
-func TestSiteSpoolsReadIsKept(t *testing.T) {
+// Maintenance rewrites a log once about half of it has expired. The rewrite loses no sample
+// within retention, and LogBytes is the size of the file.
+func TestStoreMaintenanceCompactsLog(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
 	s := k.open()
-	for n := range uint64(2) {
-		if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", 1, k.clock.ms(60) + int64(n), 1}), names1(n+1)); err != nil {
-			t.Fatal(err)
+	for i := range 4000 {
+		k.push(s, "a", point{"m", 1, k.clock.ms(0), float64(i)}, point{"n", 1, k.clock.ms(0), float64(i)})
+		k.clock.Add(15 * time.Second)
+		if i%20 == 0 {
+			s.expireAndCompact(context.Background(), false)
 		}
 	}
-	for range 2 {
-		r, _, err := s.Consumers.BeginScrape(1, "p", "", "conn", k.clock.Now())
-		if err != nil {
+	s.expireAndCompact(context.Background(), false)
+	live, size := s.sites["a"].data.EstimatedRewrittenLogSize(), s.Stats().LogBytes
+	data, _ := fsys.ReadFile(s.logPathOf("a"))
+	if size != int64(len(data)) || size > 2*live+compactSlack+4096 {
+		t.Errorf("the log has %d bytes, the store counts %d, and a rewritten log would have %d", len(data), size, live)
+	}
+	if n := s.Stats().Compactions; n < 2 || n > 20 {
+		t.Errorf("%d rewrites, want 2 to 20", n)
+	}
+	want := allHeld(t, s)
+	if len(want) < 2*480 {
+		t.Errorf("%d samples are held; two hours have %d", len(want), 2*480)
+	}
+	if n := s.Stats().Expired; n != 8000-int64(len(want)) {
+		t.Errorf("%d samples of 8000 are held, and %d are counted as expired", len(want), n)
+	}
+	wantHeld(t, "after a restart", allHeld(t, k.open()), want)
+}
+
+// At the limit on storage, pushes are refused with ErrFull and the logs stay within the limit. Once
+// samples expire, rewrites make room and pushes are accepted again.
+func TestStoreStorageLimit(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	k.cfg.LimitStorage = 64 << 10
+	s := k.open()
+	maintain := func() { // as Run does, without its intervals
+		select {
+		case <-s.compactNow:
+			s.expireAndCompact(t.Context(), true)
+		default:
+			s.expireAndCompact(t.Context(), false)
+		}
+	}
+	accepted, refused := 0, 0
+	for range 1500 {
+		var points []point
+		for n := range 100 {
+			points = append(points, point{"m", n, k.clock.ms(0), 1})
+		}
+		switch _, err := k.tryPush(s, "a", points...); {
+		case err == nil:
+			accepted++
+		case errors.Is(err, ErrFull):
+			refused++
+		default:
 			t.Fatal(err)
 		}
-		scraper(s, time.Minute).ServeUnreadAndNewest(r, 0, false, nil)
+		if n := s.Stats().LogBytes; n > k.cfg.LimitStorage {
+			t.Fatalf("the logs have %d bytes; the limit is %d", n, k.cfg.LimitStorage)
+		}
+		maintain()
+		k.clock.Add(30 * time.Second)
 	}
-	c := s.sites["x"]
-	if _, ok := c.TryEvictOldestBatch(math.MaxInt64); !ok {
-		t.Fatal("nothing is evicted")
-	}
-	if err := c.Lock(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
-		t.Fatal(err)
-	}
-	c.Unlock()
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := fsys.Remove(consumersPath); err != nil {
-		t.Fatal(err)
-	}
-	if lists := spoolLists(k.open()); lists != "held 2, read 1" {
-		t.Error(lists)
+	allHeld(t, s)
+	// 64 KiB have room for about 70 pushes of 100 samples. Retention spans 240 pushes.
+	if held := s.totals.Samples.Load(); refused == 0 || accepted < 350 || held < 50*100 {
+		t.Errorf("%d pushes were accepted and %d refused; %d samples are held in the end", accepted, refused, held)
 	}
 }
 
-// The numbers known of a site's spools are bounded, and a client that pushes every second while
-// no consumer scrapes for two hours is not asked for a scrape again.
-func TestSiteSpoolsAreBounded(t *testing.T) {
-	var s SiteSpools
-	for seq := range uint64(7200) {
-		s.AddHeldScrapes(names1(seq+1), seq+1)
-	}
-	if held, read := s.HeldAndRead(1); held.String() != "1-7200" || len(read) > 0 {
-		t.Errorf("held %v, read %v", held, read)
-	}
-	s.MarkReadUpTo(3600)
-	held, read := s.HeldAndRead(1)
-	if len(held) != 1 || len(read) != 1 || read[0].To > 3600 || read[0].To < 3600-8 || held[0].From != read[0].To+1 {
-		t.Errorf("half is read: held %v, read %v", held, read)
-	}
-	s.MarkReadUpTo(7200)
-	if held, read := s.HeldAndRead(1); len(held) > 0 || read.String() != "1-7200" {
-		t.Errorf("all is read: held %v, read %v", held, read)
-	}
-	for n := range uint64(3 * MaxRanges) { // nothing merges
-		s.AddHeldScrapes(ScrapeNames{2, Ranges{{2*n + 1, 2*n + 1}}}, n+1)
-	}
-	if held, _ := s.HeldAndRead(2); len(held) > MaxRanges || !held.Has(6*MaxRanges-1) {
-		t.Errorf("%d ranges", len(held))
-	}
-	for id := range uint64(20) {
-		s.AddHeldScrapes(ScrapeNames{id + 10, Ranges{{1, 1}}}, 3*MaxRanges+id)
-	}
-	if n := len(s.spools); n != maxSpools {
-		t.Errorf("%d spools are known", n)
-	}
-	var back SiteSpools
-	for _, payload := range s.EncodeRecords() {
-		if err := back.DecodeRecord(payload); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if held, _ := back.HeldAndRead(29); !held.Has(1) {
-		t.Errorf("kept: %v", held)
-	}
-}
-
-// A log that is damaged or cut short claims no scrape of which it may have lost samples.
-func TestSiteSpoolsDamage(t *testing.T) {
-	for _, compacted := range []bool{false, true} {
-		fsys := newStoreFS(1)
-		k := newStoreKit(t, fsys)
-		s := k.open()
-		for n := range uint64(6) {
-			if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", int(n), k.clock.ms(60) + int64(n), 1}), names1(n+1)); err != nil {
-				t.Fatal(err)
-			}
-			for range 2 {
-				if n > 1 { // the first two are read
-					break
-				}
-				r, _, err := s.Consumers.BeginScrape(1, "p", "", "conn", k.clock.Now())
-				if err != nil {
-					t.Fatal(err)
-				}
-				scraper(s, time.Minute).ServeUnreadAndNewest(r, 0, false, nil)
-			}
-		}
-		if _, err := s.Append(t.Context(), "x", storePush("x", point{"m", 3, k.clock.ms(60) + 3, 1}), names1(7)); err != nil { // repeats scrape 4
-			t.Fatal(err)
-		}
-		if lists := spoolLists(s); lists != "held 3-7, read 1-2" {
-			t.Fatal(lists)
-		}
-		if compacted {
-			c := s.sites["x"]
-			if err := c.Lock(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			if err := c.RewriteLog(nil, s.KeptSince()); err != nil {
-				t.Fatal(err)
-			}
-			c.Unlock()
-		}
-		path := s.logPathOf("x")
-		if err := s.Close(); err != nil {
-			t.Fatal(err)
-		}
-		whole, err := fsys.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for at := range whole {
-			data := slices.Clone(whole)
-			data[at] ^= 0x55
-			cut := slices.Clone(whole[:at])
-			for what, content := range map[string][]byte{"flipped": data, "cut": cut} {
-				fsys.put(path, content)
-				s := k.open()
-				st := s.RefreshSpoolStatus("x", 1)
-				got := allHeld(t, s)
-				for n := range uint64(6) {
-					if _, has := got[heldSample{string(storePush("x", point{"m", int(n), 0, 1}).Arena), k.clock.ms(60) + int64(n)}]; !has && st.Held.Has(n+1) {
-						t.Fatalf("compacted %t, %s at %d: scrape %d is held without its sample: %v", compacted, what, at, n+1, st.Held)
-					}
-				}
-				if st.Held.Has(7) && len(got) < 4 {
-					t.Fatalf("compacted %t, %s at %d: scrape 7 is held without the sample that it repeats", compacted, what, at)
-				}
-				s.Close()
-				fsys.put(path, whole)
-			}
-		}
-	}
-}
-
-// A batch that was evicted, and came back before its log was rewritten, stands there twice. It
-// is held once when the log is read again, as it came last.
-func TestEvictedComesBack(t *testing.T) {
+// A sample that was evicted can be pushed again, and is in the log twice until a rewrite. Recovery
+// holds it once.
+func TestEvictedSampleComesBack(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
 	at := k.clock.ms(0)
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 2, at, 2})
 	k.push(s, "x", point{"m", 1, at + 1, 3})
-	if n, ok := s.sites["x"].TryEvictOldestBatch(math.MaxInt64); !ok || n != 2 {
-		t.Fatal(n, ok)
-	}
+	evictOldest(t, s, "x")
 	k.push(s, "x", point{"m", 1, at, 1}, point{"m", 1, at + 2, 4})
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -399,12 +133,12 @@ func TestEvictedComesBack(t *testing.T) {
 		}
 	})
 	if !maps.Equal(got, want) || n != len(want) {
-		t.Errorf("%d samples are held: %v, want %v", n, got, want)
+		t.Errorf("after recovery %d samples are held: %v; want %v", n, got, want)
 	}
 }
 
-// Samples that are evicted during the rewrite of a log are not in the new log.
-func TestRewriteMeetsEviction(t *testing.T) {
+// Samples that are evicted during a rewrite of the log are not in the new log.
+func TestEvictionDuringRewrite(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
 	s := k.open()
@@ -413,33 +147,28 @@ func TestRewriteMeetsEviction(t *testing.T) {
 		points = append(points, point{"m", 1, k.clock.ms(100 - i), float64(i)})
 		k.push(s, "a", points[i])
 	}
-	c := s.sites["a"]
 	evicted := int64(0)
 	fsys.hook = func(_ int, op, _ string) fault {
 		if op == "rename" {
-			n, _ := c.TryEvictOldestBatch(k.clock.ms(0))
+			n, _ := s.sites["a"].TryEvictOldestBatch(k.clock.ms(0))
 			evicted += n
 		}
 		return fault{}
 	}
-	if err := c.Lock(t.Context()); err != nil {
-		t.Fatal(err)
+	rewriteLog(t, s, "a")
+	if evicted != 1 {
+		t.Fatalf("%d samples were evicted during the rewrite, want 1", evicted)
 	}
-	if err := c.RewriteLog(nil, s.KeptSince()); err != nil || evicted != 1 {
-		t.Fatalf("%v, %d evicted", err, evicted)
-	}
-	c.Unlock()
-	wantHeld(t, "rewritten", allHeld(t, s), pushed("a", points[1:]...))
+	wantHeld(t, "after the rewrite", allHeld(t, s), pushed("a", points[1:]...))
 }
 
-// A call that waited for the lock of a site that was forgotten meanwhile leaves the site's
-// next log alone.
-func TestForgottenMeanwhile(t *testing.T) {
-	for name, do := range map[string]func(s *Store) error{
-		"maintain": func(s *Store) error { s.expireAndCompact(context.Background(), true); return nil },
-		"push": func(s *Store) error {
-			p := storePush("a", point{"m", 2, s.cfg.Now().UnixMilli(), 2})
-			_, err := s.Append(context.Background(), "a", p, ScrapeNames{})
+// A site can be forgotten, and created again by a push, while a caller waits for its lock. The
+// caller then leaves the old site alone, and the log of the new site loses nothing.
+func TestForgottenWhileWaiting(t *testing.T) {
+	for name, do := range map[string]func(k *storeKit, s *Store) error{
+		"maintenance": func(_ *storeKit, s *Store) error { s.expireAndCompact(context.Background(), true); return nil },
+		"push": func(k *storeKit, s *Store) error {
+			_, err := k.tryPush(s, "a", point{"m", 2, s.cfg.Now().UnixMilli(), 2})
 			return err
 		},
 	} {
@@ -455,8 +184,8 @@ func TestForgottenMeanwhile(t *testing.T) {
 					t.Fatal(err)
 				}
 				done := make(chan error)
-				go func() { done <- do(s) }()
-				synctest.Wait() // it waits
+				go func() { done <- do(k, s) }()
+				synctest.Wait() // do waits for the lock
 				c.DropExpired(s.KeptSince())
 				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)
@@ -471,7 +200,7 @@ func TestForgottenMeanwhile(t *testing.T) {
 				if name == "push" {
 					maps.Copy(want, pushed("a", point{"m", 2, k.clock.ms(0), 2}))
 				}
-				wantHeld(t, "held", allHeld(t, s), want)
+				wantHeld(t, "after the wait", allHeld(t, s), want)
 				fsys.crash()
 				wantHeld(t, "after a crash", allHeld(t, k.open()), want)
 			})

@@ -1,0 +1,536 @@
+package main
+
+// The servers of the delivery model. Each server has a real Store in memory and a simulated disk,
+// which crashes, damage, loss and old copies change. The checks: a server lists as held only
+// scrapes that it stored, and as read only scrapes that all consumers that count have received.
+
+import (
+	"context"
+	"encoding/binary"
+	"slices"
+	"time"
+)
+
+// modelServer is a server with its disk.
+type modelServer struct {
+	at       int // number of the server
+	name     string
+	up       bool
+	ahead    int64 // how far its clock is ahead, in ms
+	untimely bool  // all samples of the last push were dropped for their time, and the clock is wrong
+	store    *Store
+	scraper  *AllSitesReader
+	disk     *modelDisk
+	copy     *modelDisk                         // earlier copy of disk; nil: none
+	lo       [modelConsumers]int64              // of the consumers' scrapes of this server
+	reported [modelSites][modelConsumers]int64  // lo of scrapes of any server, as the site reported since the start
+	read     [modelSites]map[[2]uint64]struct{} // spool ID and scrape number: listed as read since the scrape was stored
+	taken    [modelSites]ScrapeNames            // held or read by the last answer, and not lost since
+	evicted  map[int]bool                       // IDs of evicted samples, which all consumers that counted had received
+}
+
+// modelRecord is a record of a log on a disk.
+type modelRecord struct {
+	kind     byte
+	payload  []byte
+	samples  []int // IDs of the samples of a batch
+	consumer int   // number of the consumer, in a record of cursors
+	lo       int64 // the server's lo of the consumer when the record was written
+}
+
+// modelDisk is the content of a server's disk.
+type modelDisk struct {
+	logs    [modelSites][]modelRecord
+	known   []KnownConsumer       // consumers in the state file
+	seen    [modelConsumers]int64 // the server's lo when the state file was written
+	cursors []modelRecord
+	block   uint64 // block of batch numbers in the state file
+	stored  []bool // by sample ID: the sample was stored, and not lost since
+}
+
+// clone returns a copy that shares nothing that changes.
+func (d *modelDisk) clone() *modelDisk {
+	k := *d
+	for i := range k.logs {
+		k.logs[i] = slices.Clone(k.logs[i])
+	}
+	k.known, k.cursors, k.stored = slices.Clone(k.known), slices.Clone(k.cursors), slices.Clone(k.stored)
+	return &k
+}
+
+// handle stores a push as the server's upload handler does, checks the answer, and returns the
+// answer as the client reads it. A question has no scrapes. reported has the consumers that the
+// site knows.
+func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, push []*modelScrape, reported string) (a SpoolAnswer) {
+	got, err := ParseScrapeNames(names.String())
+	consumers, cerr := ParseConsumers(reported)
+	if err != nil || cerr != nil {
+		m.fail("a request cannot be parsed: %v, %v", err, cerr)
+	}
+	s.store.Consumers.AddClientReportedConsumers(c.ring, consumers, m.timeAt(s))
+	for i, at := range c.lo {
+		s.reported[c.at][i] = max(s.reported[c.at][i], at)
+	}
+	s.untimely = false
+	if len(push) > 0 {
+		p := &SampleList{}
+		for _, sc := range push {
+			for _, id := range sc.samples {
+				line := c.lines[m.samples[id].series]
+				p.Samples = append(p.Samples, Sample{Off: uint32(len(p.Arena)), Len: uint32(len(line)), T: m.samples[id].t, V: float64(id)})
+				p.Arena = append(p.Arena, line...)
+			}
+		}
+		m.append(s, c, p, got)
+	}
+	st := s.store.RefreshSpoolStatus(c.name, names.SpoolID)
+	if m.tracing {
+		m.say("%s to %s: scrapes %s, consumers %q; answer: held %v, read %v, has consumers %t", c.name, s.name, names, reported, st.Held, st.Read, st.HasConsumers)
+	}
+	m.check(s, c, names.SpoolID, &st)
+	a = SpoolAnswer{KnowsSpools: true, DoneWhenHeld: !st.HasConsumers}
+	a.Held, err = ParseRanges(st.Held.String(), MaxRanges)
+	if st.HasConsumers && err == nil {
+		a.Read, err = ParseRanges(st.Read.String(), MaxRanges)
+	}
+	if err == nil {
+		a.Consumers, err = ParseConsumers(FormatConsumers(st.Consumers))
+	}
+	if err != nil {
+		m.fail("an answer cannot be parsed: %v", err)
+	}
+	return a
+}
+
+// append stores a push on the server and its disk, and checks that no sample is stored twice. An
+// evicted sample may be stored twice, unless the server knows all scrapes of the push by their
+// numbers.
+func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, names ScrapeNames) {
+	series, seq := 0, uint64(0)
+	var known Ranges
+	if s.taken[c.at].SpoolID == names.SpoolID {
+		known = s.taken[c.at].Numbers
+	}
+	s.store.ViewSite(c.name, func(held *SiteSamples) {
+		series = held.Table.Len()
+		if n := len(held.Batches); n > 0 {
+			seq = held.Batches[n-1].Seq
+		}
+	})
+	res, err := s.store.Append(context.Background(), c.name, p, names)
+	if err != nil {
+		m.fail("a push fails: %v", err)
+	}
+	s.untimely = res.IsAllUntimely() && s.ahead > 0
+	s.store.ViewSite(c.name, func(held *SiteSamples) {
+		n := len(held.Batches)
+		if n == 0 || held.Batches[n-1].Seq == seq {
+			return
+		}
+		b := held.Batches[n-1]
+		if held.Table.Len() > series {
+			payload := EncodeSeriesPayload(nil, uint32(series), func(yield func([]byte) bool) {
+				for id := series; id < held.Table.Len() && yield(held.Table.Line(uint32(id))); id++ {
+				}
+			})
+			s.disk.logs[c.at] = append(s.disk.logs[c.at], modelRecord{kind: RecordSeries, payload: payload})
+		}
+		r := modelRecord{kind: RecordBatch, payload: EncodeBatchPayload(nil, b), samples: samplesOf(b)}
+		s.disk.logs[c.at] = append(s.disk.logs[c.at], r)
+		for _, part := range names.Numbers {
+			for n := part.From; n <= part.To; n++ {
+				if slices.ContainsFunc(m.named(c, n).samples, func(id int) bool { return slices.Contains(r.samples, id) }) {
+					delete(s.read[c.at], [2]uint64{names.SpoolID, n})
+				}
+			}
+		}
+		for _, id := range r.samples {
+			if s.disk.stored[id] && (!s.evicted[id] || len(names.Numbers.Without(known)) == 0) {
+				m.fail("%s stores sample %d twice", s.name, id)
+			}
+			s.disk.stored[id] = true
+		}
+	})
+}
+
+// samplesOf returns the IDs of the samples of a batch.
+func samplesOf(b *Batch) (ids []int) {
+	for _, v := range b.V {
+		ids = append(ids, int(v))
+	}
+	return ids
+}
+
+// counts returns the consumers that must have received a sample before s may call its scrape read.
+// c is the site in question; with nil, reports of clients do not count. anyKnown reports that s
+// must know of a consumer. A consumer is left out if a few seconds, or times that a restart may
+// have lost, decide whether it counts.
+func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumers]bool, anyKnown bool) {
+	recent, maybe := false, false // a consumer has scraped, or may have scraped, within retention
+	retention, slack := deliveryRetention.Milliseconds(), deliverySlack.Milliseconds()
+	var lo [modelConsumers]int64
+	for i := range lo {
+		lo[i] = s.lo[i]
+		if c != nil {
+			lo[i] = max(lo[i], s.reported[c.at][i])
+		}
+		recent = recent || lo[i] > 0 && m.now-lo[i] <= retention-slack
+		maybe = maybe || m.hi[i] > 0 && m.now-m.hi[i] <= retention+slack
+	}
+	for i := range lo {
+		switch {
+		case lo[i] == 0:
+		case recent:
+			all[i] = m.now-lo[i] <= retention-slack
+		case !maybe:
+			all[i] = m.now-lo[i] < consumerIdle.Milliseconds()-slack
+		}
+		anyKnown = anyKnown || lo[i] > 0 && m.now-lo[i] < consumerIdle.Milliseconds()-slack
+	}
+	return all, anyKnown
+}
+
+// check checks what s answers about a spool.
+func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *SpoolStatus) {
+	all, anyKnown := m.counts(s, c)
+	if anyKnown && !st.HasConsumers {
+		m.fail("%s knows no consumer, and should know one", s.name)
+	}
+	if st.HasConsumers && !slices.ContainsFunc(m.hi[:], func(at int64) bool { return at > 0 && m.now-at <= (consumerIdle+deliverySlack).Milliseconds() }) {
+		m.fail("%s knows a consumer, and none has scraped for a day", s.name)
+	}
+	lists := slices.Clone(st.Held).AddAll(st.Read)
+	if old := s.taken[c.at]; old.SpoolID == spool && len(old.Numbers.Without(lists)) > 0 {
+		m.fail("%s no longer lists scrapes %v of %s as held or read", s.name, old.Numbers.Without(lists), c.name)
+	}
+	s.taken[c.at] = ScrapeNames{spool, lists}
+	m.checkHeld(s, c, st.Held)
+	if st.HasConsumers {
+		m.checkRead(s, c, spool, st.Read, all)
+	}
+}
+
+// checkHeld checks that s has stored the samples of all scrapes that it lists as held, except for
+// expired samples.
+func (m *deliveryModel) checkHeld(s *modelServer, c *modelSite, held Ranges) {
+	for _, r := range held {
+		for n := r.From; n <= r.To; n++ {
+			ids := m.named(c, n).samples
+			// A server whose clock is ahead may drop some samples of a held scrape as too old, but
+			// not all.
+			partly := s.ahead > 0 && slices.ContainsFunc(ids, func(id int) bool { return s.disk.stored[id] })
+			for _, id := range ids {
+				if !s.disk.stored[id] && !partly && m.samples[id].t >= m.now-deliveryRetention.Milliseconds() {
+					m.fail("%s lists scrape %d of %s as held, and has not stored sample %d", s.name, n, c.name, id)
+				}
+			}
+		}
+	}
+}
+
+// checkRead checks that the consumers that count have received the samples of all scrapes that s
+// now lists as read for the first time, except for expired and evicted samples.
+func (m *deliveryModel) checkRead(s *modelServer, c *modelSite, spool uint64, read Ranges, all [modelConsumers]bool) {
+	for _, r := range read {
+		for n := r.From; n <= r.To; n++ {
+			key := [2]uint64{spool, n}
+			if _, old := s.read[c.at][key]; old {
+				continue
+			}
+			s.read[c.at][key] = struct{}{}
+			for _, id := range m.named(c, n).samples {
+				for x, counts := range all {
+					if counts && !m.consumers[x].received[id] && !s.evicted[id] && m.samples[id].t >= m.now+s.ahead-deliveryRetention.Milliseconds() {
+						m.fail("%s lists scrape %d of %s as read, and %s has not received sample %d", s.name, n, c.name, m.consumers[x].name, id)
+					}
+				}
+			}
+		}
+	}
+}
+
+// saveConsumers saves the consumers to the model's disk, as Consumers.Save does.
+func (m *deliveryModel) saveConsumers(s *modelServer) {
+	cs := s.store.Consumers
+	stale := cs.knownChanged.Swap(false)
+	frames := cs.takeChanges().frames
+	if stale {
+		s.disk.known, s.disk.seen, s.disk.cursors, frames = cs.knownConsumers(), s.lo, nil, cs.encodeAll()
+	}
+	for len(frames) > 0 {
+		end := recordHead + int(binary.LittleEndian.Uint32(frames))
+		r := modelRecord{kind: frames[recordHead], payload: frames[recordHead+1 : end]}
+		for _, x := range m.consumers {
+			if x.key == binary.LittleEndian.Uint64(r.payload) {
+				r.consumer, r.lo = x.at, s.lo[x.at]
+			}
+		}
+		s.disk.cursors, frames = append(s.disk.cursors, r), frames[end:]
+	}
+}
+
+// open opens a server's store from the model's disk, as Store.recover does. hurt tells for each
+// site whether its log is damaged.
+func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
+	cfg := StoreConfig{Retention: deliveryRetention, MaxSampleAge: 10 * time.Minute, Now: func() time.Time { return m.timeAt(s) }, OnError: func(error) {}}
+	st, err := OpenStore(cfg)
+	if err != nil {
+		m.fail("opening a store: %v", err)
+	}
+	state := &StoreMeta{Consumers: s.disk.known, block: s.disk.block}
+	st.Consumers, _ = OpenConsumers(nil, "", state, deliveryRetention, m.timeAt(s))
+	s.lo, s.reported = [modelConsumers]int64{}, [modelSites][modelConsumers]int64{}
+	for _, k := range s.disk.known {
+		for _, x := range m.consumers {
+			if x.key == k.Key {
+				s.lo[x.at] = s.disk.seen[x.at]
+			}
+		}
+	}
+	var recorded [modelConsumers]bool
+	for _, r := range s.disk.cursors {
+		if err := st.Consumers.restoreRecord(r.kind, r.payload, m.timeAt(s)); err != nil {
+			m.fail("restoring cursors: %v", err)
+		}
+		s.lo[r.consumer], recorded[r.consumer] = r.lo, true
+	}
+	for i := range s.lo {
+		if s.lo[i] > 0 && !recorded[i] {
+			m.hi[i] = m.now // the store treats the start as the consumer's last scrape
+		}
+	}
+	for i, c := range m.sites {
+		if len(s.disk.logs[i]) == 0 {
+			continue
+		}
+		r := recoveredLog{store: st, path: st.logPathOf(c.name), data: NewSiteSamples("", st.seed)}
+		if hurt[i] {
+			r.decodeRecord(0, nil)
+		}
+		for _, rec := range s.disk.logs[i] {
+			err := r.decodeRecord(rec.kind, rec.payload)
+			if err != nil && !hurt[i] {
+				m.fail("restoring an undamaged log: %v", err)
+			}
+		}
+		if r.data.Seq == 0 {
+			s.disk.logs[i] = nil
+			continue
+		}
+		r.data.ID = c.name
+		r.data.RestoreSpools(r.spools, hurt[i])
+		r.data.DropExpiredUncounted(min(st.KeptSince(), r.data.LastPush-deliveryRetention.Milliseconds()))
+		st.sites[c.name] = NewSite(r.data, nil, st)
+	}
+	st.dropExpiredWhileDown()
+	highest := max(st.Consumers.HighestCursor(), st.totals.NewestSeq.Load())
+	st.dropCursorsPastEnd(damagedLogs{})
+	first := state.TakeSeqBlock(highest)
+	for _, c := range st.sitesByID() {
+		c.raiseSeq(first)
+	}
+	st.totals.RaiseNewest(first)
+	s.disk.block = state.block
+	s.store, s.up = st, true
+	s.scraper = &AllSitesReader{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
+		return m.sites[0].ring == hash && m.owner[0] == s.at || m.sites[1].ring == hash && m.owner[1] == s.at
+	}}
+	st.Consumers.knownChanged.Store(true)
+	m.saveConsumers(s)
+	for i, c := range m.sites {
+		if hurt[i] {
+			m.mended(s, c)
+		}
+	}
+}
+
+// mended rewrites a damaged log. The samples that the store does not hold, which include the
+// expired samples, no longer count as stored.
+func (m *deliveryModel) mended(s *modelServer, c *modelSite) {
+	kept := map[int]bool{}
+	s.store.ViewSite(c.name, func(held *SiteSamples) {
+		for _, b := range held.Batches {
+			for _, id := range samplesOf(b) {
+				kept[id] = true
+			}
+		}
+	})
+	for id := range s.disk.stored {
+		if m.samples[id].site == c.at && !kept[id] {
+			s.disk.stored[id] = false
+		}
+	}
+	m.rewrite(s, c)
+}
+
+// rewrite rewrites the log of a site in memory and on the model's disk.
+func (m *deliveryModel) rewrite(s *modelServer, c *modelSite) {
+	site := s.store.sites[c.name]
+	if site == nil {
+		return
+	}
+	if err := site.RewriteLog(nil, s.store.KeptSince()); err != nil {
+		m.fail("rewriting a log: %v", err)
+	}
+	var log []modelRecord
+	site.View(func(held *SiteSamples) {
+		for frames := range held.Records {
+			for len(frames) > 0 {
+				end := recordHead + int(binary.LittleEndian.Uint32(frames))
+				r := modelRecord{kind: frames[recordHead], payload: slices.Clone(frames[recordHead+1 : end])}
+				if r.kind == RecordBatch {
+					b, err := DecodeBatch(r.payload)
+					if err != nil {
+						m.fail("decoding a batch of a rewritten log: %v", err)
+					}
+					r.samples = samplesOf(b)
+				}
+				log, frames = append(log, r), frames[end:]
+			}
+		}
+	})
+	s.disk.logs[c.at] = log
+}
+
+// down ends a server's process, sometimes with a fault of its disk. Sometimes the server starts
+// again at once.
+func (m *deliveryModel) down(s *modelServer) {
+	var hurt [modelSites]bool
+	s.up = false
+	what, logsChange := "killed", false
+	d := s.disk
+	switch n := m.rng.IntN(20); {
+	case n < 3:
+		what = "stopped"
+		m.saveConsumers(s)
+	case n < 8:
+	case n < 11:
+		what, logsChange = "killed, and the ends of its files are cut", true
+		for i := range d.logs {
+			m.lose(d, i, max(0, len(d.logs[i])-m.rng.IntN(4)), len(d.logs[i]))
+		}
+		d.cursors = d.cursors[:max(0, len(d.cursors)-m.rng.IntN(3))]
+	case n < 13:
+		what, logsChange = "killed, and its logs are damaged", true
+		for i := range d.logs {
+			if n := len(d.logs[i]); n > 1 {
+				at := m.rng.IntN(n - 1)
+				m.lose(d, i, at, min(n-1, at+1+m.rng.IntN(2)))
+				hurt[i] = true
+			}
+		}
+	case n < 14:
+		what, logsChange = "killed, and its disk is lost", true
+		s.disk = &modelDisk{stored: make([]bool, len(m.samples))}
+	case n < 15:
+		what = "killed, and its cursors are lost"
+		d.cursors = nil
+	case n < 16:
+		what, logsChange = "killed, and a log is lost", true
+		i := m.rng.IntN(modelSites)
+		m.lose(d, i, 0, len(d.logs[i]))
+	default:
+		if s.copy == nil {
+			break
+		}
+		old := s.copy.clone()
+		old.stored = append(old.stored, make([]bool, len(m.samples)-len(old.stored))...)
+		switch m.rng.IntN(3) {
+		case 0:
+			what = "killed, and its disk is replaced by its copy"
+		case 1:
+			what = "killed, and its disk is replaced by its copy without the cursors"
+			old.cursors = nil
+		case 2:
+			what = "killed, and its logs are replaced by their copies"
+			old.known, old.seen, old.cursors, old.block = d.known, d.seen, d.cursors, d.block
+		}
+		s.disk, logsChange = old, true
+	}
+	if m.tracing {
+		m.say("%s is down: %s", s.name, what)
+	}
+	if logsChange { // the logs may have lost scrapes
+		s.taken = [modelSites]ScrapeNames{}
+	}
+	for _, x := range m.consumers {
+		x.conns[s.at] = new(int)
+	}
+	if slices.Contains(hurt[:], true) || m.chance(40) {
+		m.reopenServer(s, hurt)
+	}
+}
+
+// up starts a server whose logs are not damaged.
+func (m *deliveryModel) up(s *modelServer) { m.reopenServer(s, [modelSites]bool{}) }
+
+// reopenServer starts a server. hurt tells for each site whether its log is damaged.
+func (m *deliveryModel) reopenServer(s *modelServer, hurt [modelSites]bool) {
+	m.open(s, hurt)
+	if m.tracing {
+		m.say("%s is up; damaged logs by site: %v", s.name, hurt)
+	}
+}
+
+// lose removes records from a log. Their samples no longer count as stored, unless another record
+// of the log has them.
+func (m *deliveryModel) lose(d *modelDisk, site, from, to int) {
+	for _, r := range d.logs[site][from:to] {
+		for _, id := range r.samples {
+			d.stored[id] = false
+		}
+	}
+	d.logs[site] = slices.Delete(slices.Clone(d.logs[site]), from, to)
+	for _, r := range d.logs[site] {
+		for _, id := range r.samples {
+			d.stored[id] = true
+		}
+	}
+}
+
+// maintain rewrites all logs and forgets idle consumers, as Store.Run does.
+func (m *deliveryModel) maintain(s *modelServer) {
+	if m.tracing {
+		m.say("%s rewrites its logs", s.name)
+	}
+	for _, c := range m.sites {
+		m.rewrite(s, c)
+	}
+	s.store.Consumers.DropIdle(m.timeAt(s))
+}
+
+// evict evicts all batches of a site that may be evicted. It checks that every consumer that counts
+// has received their samples.
+func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
+	site := s.store.sites[c.name]
+	if site == nil {
+		return
+	}
+	shown := m.now + s.ahead - (10 * time.Minute).Milliseconds()
+	all, _ := m.counts(s, nil)
+	for {
+		var ids []int
+		site.View(func(held *SiteSamples) {
+			if len(held.Batches) > 0 {
+				ids = samplesOf(held.Batches[0])
+			}
+		})
+		if _, ok := site.TryEvictOldestBatch(shown); !ok {
+			return
+		}
+		if m.tracing {
+			m.say("%s evicts samples %v of %s", s.name, ids, c.name)
+		}
+		for _, id := range ids {
+			if s.evicted[id] { // a restart brought the sample back, and cursors are past it
+				continue
+			}
+			s.evicted[id] = true
+			for x, counts := range all {
+				if counts && !m.consumers[x].received[id] && m.samples[id].t >= m.now+s.ahead-deliveryRetention.Milliseconds() {
+					m.fail("%s evicts sample %d, which %s has not received", s.name, id, m.consumers[x].name)
+				}
+			}
+		}
+	}
+}
