@@ -3,7 +3,8 @@ package main
 // The ring maps each site to the member that owns it. The ring depends only on the claims that a
 // member has heard, and not on their order, on clocks or on suspicions. So members that have heard
 // the same claims agree on every owner. Rings are immutable. Pure: no I/O and no clock. The
-// hashring family must not know how claims travel. This file must not know what a key stands for.
+// hashring family must not know how claims travel. The code of this file treats a site key only as
+// a number.
 
 import (
 	"crypto/sha256"
@@ -12,8 +13,8 @@ import (
 	"slices"
 )
 
-// maxJumpsPerBucket limits the search for a live slot. If one of B buckets is live, 64·B jumps fail
-// to find it with probability e^-64.
+// maxJumpsPerBucket limits the search for a slot that a live member holds. If only one of B slots
+// has a live holder, the probability that 64·B jumps do not find this slot is about e^-64.
 const maxJumpsPerBucket = 64
 
 // A Ring maps site keys to the members that own them. It depends only on which live member holds
@@ -33,13 +34,14 @@ const maxJumpsPerBucket = 64
 type Ring struct {
 	holders   []string // member names by slot; "" if no live member holds the slot
 	liveSlots []int    // slots with a holder, ascending
-	digest    uint64   // see Digest
+	digest    uint64   // hash of the number of buckets and of holders; Digest returns it
 }
 
 // NewRing returns the ring of live, the claims of all live members. minBuckets is the highest slot
-// that any member ever claimed, plus one. NewRing raises it to cover the claims in live, and limits
-// it to MaxSlots. If several members claim one slot, the first claim by Claim.compare wins, as in
-// ChooseClaim. A member whose claim loses owns nothing until it claims another slot.
+// that any member ever claimed, plus one. NewRing raises minBuckets to cover the claims in live,
+// and limits minBuckets to MaxSlots. If several members claim one slot, the first claim by
+// Claim.compare wins, as in ChooseClaim. A member whose claim loses owns nothing until it claims
+// another slot.
 func NewRing(live []Claim, minBuckets int) *Ring {
 	claims := slices.DeleteFunc(slices.Collect(maps.Values(latestClaims(live))), func(c Claim) bool { return !c.isValid() })
 	slices.SortFunc(claims, Claim.compare)
@@ -102,7 +104,8 @@ func (r *Ring) Shares() map[string]float64 {
 	return shares
 }
 
-// Buckets returns the number of buckets. Later rings must not have fewer buckets.
+// Buckets returns the number of buckets. Later rings must not have fewer buckets, because keys
+// would then move between members.
 func (r *Ring) Buckets() int { return len(r.holders) }
 
 // Digest returns a hash of the number of buckets and the holder of each slot. Members whose rings
@@ -123,8 +126,8 @@ func jumpHash(key uint64, buckets int) int {
 }
 
 // splitmix64 is one step of the generator of Steele, Lea & Flood (OOPSLA 2014). liveSlotFor
-// rehashes keys with it. The generator inside jumpHash would not do, because its next states lead
-// to buckets that depend too much on the buckets before.
+// rehashes keys with it. The generator inside jumpHash is not used for that, because the bucket of
+// its next state depends too much on the bucket of the state before.
 func splitmix64(x uint64) uint64 {
 	x += 0x9e3779b97f4a7c15
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9

@@ -15,7 +15,7 @@ import (
 type Claim struct {
 	Slot        int
 	Lamport     uint64 // number of the claim; 0 = no slot is claimed, and Slot is ignored
-	Name        string // of the member
+	Name        string // name of the member
 	Provisional bool   // made while seeds were configured but none had been reached
 }
 
@@ -54,11 +54,11 @@ func latestClaims(claims []Claim) map[string]Claim {
 }
 
 // ChooseClaim returns the claim that self has to make, and whether that claim differs from self's
-// claim in live. The caller must store a changed claim before it announces it.
+// claim in live. The caller must store a changed claim on disk before it announces the claim.
 //
-// live holds the claims of all live members, self included. A member without a valid claim in live
-// has yet to claim a slot. reserved holds the claims of members that left or died less than a day
-// ago. It may also hold self's own stored claim while self starts. maxLamport is the highest
+// live holds the claims of all live members, self included. A member that has no valid claim in
+// live has not claimed a slot yet. reserved holds the claims of members that left or died less than
+// a day ago. It may also hold self's own stored claim while self starts. maxLamport is the highest
 // Lamport number ever heard or used. provisional means that seeds are configured and no seed has
 // sent its table yet.
 //
@@ -138,7 +138,7 @@ func rankMemberClaims(members, reservedClaims map[string]Claim) []Claim {
 }
 
 // assignSlots gives each slot to the first valid claim to it in ranked. It returns the claims that
-// got their slot, and the names of the members that got none, both in the order of ranked.
+// got their slot, and the names of the members that got no slot, both in the order of ranked.
 func assignSlots(ranked []Claim) (holders []Claim, waiting []string) {
 	var taken [MaxSlots]bool
 	for _, c := range ranked {

@@ -14,8 +14,8 @@ import (
 	"testing"
 )
 
-// ChooseClaim follows each of its rules, and reports whether the claim differs from the announced
-// claim.
+// ChooseClaim follows each of the rules in its documentation, and reports whether the returned
+// claim differs from the claim that the member has announced.
 func TestChooseClaim(t *testing.T) {
 	c := func(name string, slot int, lamport uint64) Claim {
 		return Claim{Slot: slot, Lamport: lamport, Name: name}
@@ -82,9 +82,9 @@ func TestChooseClaim(t *testing.T) {
 	}
 }
 
-// Members that have heard the same claims, in any order, agree on the claim of each member. No two
-// members claim one slot, and the winner of a slot keeps it. Once all have made these claims, no
-// claim changes.
+// Members that have heard the same claims, in any order, agree on the claim that each member has to
+// make. No two members claim one slot, and the winner of a slot keeps it. Once all have made these
+// claims, no claim changes.
 func TestChooseClaimAgrees(t *testing.T) {
 	first := testSeed(t, 1)
 	for seed := first; seed < first+150; seed++ {
@@ -153,7 +153,8 @@ type ringMember struct {
 	dirty   bool             // a new claim was heard since the last resolve
 }
 
-// hear records c if it is newer than the latest claim of another member.
+// hear records c, a claim of another member, if c is newer than the latest claim of that member
+// that m has heard. It ignores claims of m itself.
 func (m *ringMember) hear(c Claim) {
 	m.highest = max(m.highest, c.Lamport)
 	if was, had := m.heard[c.Name]; c.Name != m.name && (!had || c.Lamport > was.Lamport) {
@@ -175,10 +176,11 @@ func (m *ringMember) resolve() {
 	}
 }
 
-// settleRing makes members send each other all claims that they have heard, in random pairs, until
-// all have heard the same claims and no claim changes. A member resolves once it has heard no new
-// claim in quiet exchanges. settleRing returns the number of exchanges per member, or -1 after
-// 1000.
+// settleRing simulates gossip: in each exchange a random member hears all claims that another
+// random member has heard. It ends when all members have heard the same claims and no claim
+// changes. A member that heard a new claim calls resolve once it has heard no further new claim in
+// quiet exchanges. settleRing returns the number of exchanges per member, or -1 if the members do
+// not settle within 1000.
 func settleRing(rng *rand.Rand, members []*ringMember, quiet int) int {
 	n := len(members)
 	for round := 1; round <= 1000; round++ {
@@ -199,9 +201,10 @@ func settleRing(rng *rand.Rand, members []*ringMember, quiet int) int {
 	return -1
 }
 
-// A hundred members that start at once come to hold the hundred lowest slots, whatever each claimed
-// before it heard of the others. If each member waits for three exchanges without news, hardly any
-// slot changes more often than it must. The members settle even if no member waits.
+// A hundred members that start at once come to hold the hundred lowest slots, whatever slot each
+// member claimed before it heard of the others. If each member waits for three exchanges without a
+// new claim before it changes its slot, hardly any member changes its slot more often than it must.
+// The members settle even if no member waits.
 func TestRingManyStartAtOnce(t *testing.T) {
 	t.Parallel()
 	const n = 100
@@ -210,8 +213,8 @@ func TestRingManyStartAtOnce(t *testing.T) {
 		name    string
 		claim   Claim
 		quiet   int
-		mean    float64 // highest mean number of changes of slot per member
-		highest int     // highest number of changes of one member
+		mean    float64 // limit of the mean number of changes of slot per member
+		highest int     // limit of the number of changes of slot of one member
 	}{
 		{"no claim, waiting", Claim{}, 3, 0.1, 2},
 		{"all claim slot 0, waiting", Claim{Lamport: 1}, 3, 1.1, 3},
@@ -255,7 +258,7 @@ func TestRingHalvesJoin(t *testing.T) {
 	first := testSeed(t, 1)
 	for _, tt := range []struct {
 		name string
-		a, b []Claim // of the first ring, of the second ring
+		a, b []Claim // claims of the members of the first ring, and of the second ring
 		keep string  // names of the members that keep their slots
 	}{
 		{"lower number", []Claim{{Lamport: 2, Name: "a"}}, []Claim{{Lamport: 1, Name: "b"}}, "b"},

@@ -1,10 +1,11 @@
 package main
 
 // The ring keeper makes this server a member of the ring. From the members that gossip reports, it
-// computes which slot to claim, and builds the ring. It saves the state that the next start needs
-// before gossip announces that state; the only exception is a new session while the disk is full.
-// The ring changes only when members join, leave, die or claim a slot. The hashring family must not
-// know of pushes, metrics or HTTP.
+// computes which slot to claim, and builds the ring. It saves a claim before gossip announces the
+// claim. It saves the session number of this start before gossip begins, unless the disk is full.
+// If gossip later begins a new session by itself, the keeper saves that session's number soon
+// afterwards. The ring changes only when members join, leave, die or claim a slot. The hashring
+// family must not know of pushes, metrics or HTTP.
 
 import (
 	"context"
@@ -21,7 +22,7 @@ import (
 
 const (
 	memberFile       = "member" + LogSuffix
-	memberRecordKind = 1 // kind of the only record in the file
+	memberRecordKind = 1 // kind of the only record in memberFile
 
 	// The keeper claims a slot when no member has joined, left or died for quietIntervals. It makes
 	// its first claim at the latest settleIntervals after the start. A member that claims before it
@@ -102,13 +103,14 @@ type RingKeeperConfig struct {
 	FS       FS
 	Dir      string        // where to save the state of this member; "" saves nothing
 	HasSeeds bool          // seed addresses are configured
-	Interval time.Duration // of gossip
+	Interval time.Duration // the gossip interval
 	Log      *slog.Logger
 	OnView   func(*RingView) // receives every new view, in order; must not block
 	OnError  func(error)     // receives every failure to save the state of this member
 }
 
-// A RingKeeper keeps this server's place in the ring. View and Settled are safe for concurrent use.
+// A RingKeeper claims a slot of the ring for this server, and keeps this server's view of the ring
+// up to date. View and Settled are safe for concurrent use.
 type RingKeeper struct {
 	cfg     RingKeeperConfig
 	view    atomic.Pointer[RingView]
@@ -120,9 +122,9 @@ type RingKeeper struct {
 
 // NewRingKeeper saves the number of the new session, so that gossip may begin. It returns an error
 // if that fails, except on a full disk. On a full disk it goes on without saving, because the
-// server must still serve the samples that the disk holds. This is safe: the random half of a
-// session makes the session unique, and at the next start the other members report the highest
-// session. While the state cannot be saved, Run claims no slot.
+// server must still serve the samples that the disk holds. This cannot make two starts use the same
+// session: the random half of a session makes the session unique, and at the next start the other
+// members report the highest session. While the state cannot be saved, Run claims no slot.
 func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	m := &RingKeeper{cfg: cfg, settled: make(chan struct{})}
 	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
@@ -134,7 +136,8 @@ func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	return m, nil
 }
 
-// Settled returns a channel that is closed when the server has its first ring.
+// Settled returns a channel that is closed when Run is about to make the first ring. View may still
+// return the empty view for a moment.
 func (m *RingKeeper) Settled() <-chan struct{} { return m.settled }
 
 // View returns the newest view. The view is empty before the first ring.
@@ -143,7 +146,7 @@ func (m *RingKeeper) View() *RingView { return m.view.Load() }
 // Run claims a slot and keeps the ring up to date until ctx ends. It returns nil.
 func (m *RingKeeper) Run(ctx context.Context) error {
 	begin := time.Now()
-	lastChange := begin // when a member last joined or left
+	lastChange := begin // when a member last joined, restarted, left or died
 	var starts []memberSession
 	for {
 		v := m.cfg.Gossip.View()

@@ -39,8 +39,8 @@ func TestMemberState(t *testing.T) {
 	}
 }
 
-// A read error that does not go away is an error, not the zero state. A read error that goes away
-// is retried.
+// LoadRestartState returns a lasting read error, and not the zero state. It retries after a read
+// error, so that it returns the state if the error does not last.
 func TestMemberStateReadFails(t *testing.T) {
 	want := RestartState{Session: 7, Slot: 3, Lamport: 9}
 	for _, f := range readFaults {
@@ -58,7 +58,7 @@ func TestMemberStateReadFails(t *testing.T) {
 	}
 }
 
-// A member on a full disk starts. It claims a slot only when it can save its state. A member whose
+// A member on a full disk starts. It claims a slot only once it can save its state. A member whose
 // directory cannot be written does not start.
 func TestMemberStartsOnFullDisk(t *testing.T) {
 	gossip := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip

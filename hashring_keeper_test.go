@@ -10,7 +10,8 @@ import (
 )
 
 // A member that is alone claims a slot within an interval. A second member claims its slot only
-// after quietIntervals without a change, and soon is on the ring of the first.
+// after quietIntervals in which no member joined or left. The first member then has the second
+// member on its ring within an interval.
 func TestKeeperClaims(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newMemNet()
@@ -29,7 +30,8 @@ func TestKeeperClaims(t *testing.T) {
 	})
 }
 
-// A member at rest saves a new claim number within an interval.
+// When nothing has changed for long, a member's keeper wakes up only once per idleCheck.
+// Nevertheless it saves a claim number that another member announces within an interval.
 func TestKeeperAtRestSavesClaimNumber(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := startPair(t)
@@ -43,7 +45,9 @@ func TestKeeperAtRestSavesClaimNumber(t *testing.T) {
 	})
 }
 
-// A member at rest that loses its slot to an earlier claim claims another slot within an interval.
+// When nothing has changed for long, a member's keeper wakes up only once per idleCheck.
+// Nevertheless, if the member loses its slot to an earlier claim, it claims another slot within an
+// interval.
 func TestKeeperAtRestReplacesLostSlot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := startPair(t)
@@ -57,8 +61,10 @@ func TestKeeperAtRestReplacesLostSlot(t *testing.T) {
 	})
 }
 
-// A member at rest takes a member off its ring within an interval when that member announces that
-// it is about to leave, and removes a dead member from its view. OnView receives the newest view.
+// When nothing has changed for long, a member's keeper wakes up only once per idleCheck.
+// Nevertheless it takes another member off its ring within an interval after that member announces
+// that it is about to leave, and removes a dead member from its view within ten intervals. OnView
+// receives the newest view.
 func TestKeeperAtRestActsOnLeaveAndDeath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := startPair(t)
@@ -74,8 +80,8 @@ func TestKeeperAtRestActsOnLeaveAndDeath(t *testing.T) {
 	})
 }
 
-// A member at rest that could not save its state saves it within an interval after the disk has
-// room again.
+// A member that could not save its state because the disk was full saves it within an interval
+// after the disk has room again, even if nothing else changes.
 func TestKeeperSavesAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newMemNet()

@@ -24,7 +24,8 @@ func ringKeys(n int) []uint64 {
 	return keys
 }
 
-// ringOf returns a ring of at least the given buckets, in which member m<slot> holds each of slots.
+// ringOf returns a ring with at least the given number of buckets. Each slot in slots is held by a
+// member of its own, whose name is m and the number of the slot.
 func ringOf(buckets int, slots ...int) *Ring {
 	var claims []Claim
 	for _, s := range slots {
@@ -46,7 +47,7 @@ func everyNth(n, step int) []int {
 func owner(r *Ring, key uint64) string { name, _ := r.Owner(key); return name }
 
 // jumpHash returns the published test vectors, and splitmix64 returns the first outputs of its
-// generator for the seed 0. Each output is computed from the state before.
+// generator for the seed 0. Each output is computed from the generator's state before it.
 func TestRingHashes(t *testing.T) {
 	for _, c := range []struct {
 		key     uint64
@@ -66,15 +67,15 @@ func TestRingHashes(t *testing.T) {
 	}
 }
 
-// The largest share of keys is not larger than the noise of counting a million keys explains, and
-// with 16 members at most 1.02 of the mean. Empty slots do not change this. Shares returns the
-// shares that are counted.
+// All members own equal shares of the keys. Counts of the keys of each member differ only by the
+// noise of counting, and with 16 members the largest count is at most 1.02 of the mean. Empty slots
+// do not change this. The result of Shares agrees with the counts.
 func TestSweepRingBalance(t *testing.T) {
 	sweep(t)
 	t.Parallel()
 	keys := ringKeys(1_000_000)
 	for n := 1; n <= 64; n++ {
-		for _, step := range []int{1, 2} { // all buckets live; every other bucket live
+		for _, step := range []int{1, 2} { // step 1: every bucket is live; step 2: every second bucket
 			keys := keys
 			if full := n == 16 || step == 1 && (n == 3 || n == 64); !full {
 				keys = keys[:50_000]
@@ -115,8 +116,8 @@ func TestSweepRingBalance(t *testing.T) {
 
 // A member that joins takes keys, but no key moves between other members. A lost member loses its
 // keys, and no other key moves. Members join in empty slots and in new buckets, return and are lost
-// in a random order. About as many keys move as must move. The ring does not depend on the order of
-// the claims.
+// in a random order. The number of keys that move is within 2 % of the least number that must move.
+// The ring does not depend on the order of the claims.
 func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 	keys := ringKeys(1000)
 	changes, moved, least := 0, 0, 0.0
@@ -142,7 +143,7 @@ func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 			}
 			var newcomer, lost string
 			join := func(s int) {
-				if rng.IntN(3) > 0 || names[s] == "" { // otherwise the member that had the slot returns
+				if rng.IntN(3) > 0 || names[s] == "" { // otherwise the member that last had slot s returns
 					names[s] = fmt.Sprintf("m%d", next)
 					next++
 				}
@@ -208,8 +209,9 @@ func TestRingLossSpreads(t *testing.T) {
 	}
 }
 
-// When several members join in new buckets and are heard of one by one, in any order, no key moves
-// that has the same owner before and after all of them joined.
+// When several members join in new buckets and are heard of one by one, in any order, a key keeps
+// its owner all the time if it has the same owner before the first member joins and after the last
+// member has joined.
 func TestRingGrowthHeardOutOfOrder(t *testing.T) {
 	keys := ringKeys(2000)
 	seed0 := testSeed(t, 1)
@@ -267,8 +269,8 @@ func TestRingWithoutMembers(t *testing.T) {
 	}
 }
 
-// The only live slot is found among any number of buckets. If no jump finds a live slot, the lowest
-// live slot is used.
+// Owner finds the only live slot among any number of buckets. If no jump finds a live slot, the
+// owner is the member that holds the lowest live slot.
 func TestRingFindsLiveSlot(t *testing.T) {
 	if name, ok := ringOf(9, 4).Owner(1); !ok || name != "m4" {
 		t.Errorf("one member in 9 buckets: got owner %q, want m4", name)
@@ -282,7 +284,7 @@ func TestRingFindsLiveSlot(t *testing.T) {
 }
 
 // Claims to slots outside 0 to MaxSlots-1 are ignored and do not raise the number of buckets. The
-// buckets cover the highest valid claim, and there are at most MaxSlots.
+// ring has a bucket for the slot of each valid claim, and at most MaxSlots buckets.
 func TestRingBuckets(t *testing.T) {
 	beyond := NewRing([]Claim{{Slot: MaxSlots, Lamport: 1, Name: "a"}, {Slot: -1, Lamport: 1, Name: "b"}, {Slot: 2, Lamport: 1, Name: "c"}}, 1<<40)
 	if beyond.Buckets() != MaxSlots || len(beyond.liveSlots) != 1 || owner(beyond, 5) != "c" {
@@ -301,8 +303,8 @@ func TestRingTwoClaimsToOneSlot(t *testing.T) {
 	}
 }
 
-// Two rings have equal digests if and only if they have the same buckets and the same holder of
-// each slot.
+// Two rings have equal digests if and only if they have the same number of buckets and the same
+// holder of each slot.
 func TestRingDigest(t *testing.T) {
 	claims := func(names ...string) (c []Claim) {
 		for i, name := range names {
@@ -328,7 +330,7 @@ func TestRingDigest(t *testing.T) {
 		again := slices.Clone(c.claims)
 		slices.Reverse(again)
 		for i := range again {
-			again[i].Lamport += 5 // the same slot with a later claim
+			again[i].Lamport += 5 // the same claim to the same slot, but with a higher number
 		}
 		if NewRing(again, c.buckets).Digest() != v {
 			t.Errorf("ring %v: the digest depends on the order or the numbers of the claims", c)
@@ -352,7 +354,7 @@ func BenchmarkRingOwner(b *testing.B) {
 			r := ringOf(c.members*c.step, everyNth(c.members, c.step)...)
 			b.ReportAllocs()
 			for key := uint64(0); b.Loop(); key++ {
-				r.Owner(splitmix64(key)) // new keys each time: the branch predictor would learn a short list
+				r.Owner(splitmix64(key)) // a new key each time, because the branch predictor would learn a short list of keys
 			}
 		})
 	}

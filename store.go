@@ -2,9 +2,9 @@ package main
 
 // The store keeps the samples of all sites in memory and in one log on disk per site. Append
 // returns nil only when the samples are durable. An accepted sample leaves memory only when it
-// expires (retention) or is evicted (the limit on samples). Damage to one site's log, or a flood of
-// pushes from one site, never affects another site. This family must not know of tokens, HTTP or
-// the program's own metrics: it only returns counts and errors.
+// expires (retention) or is evicted (the limit on samples). Damage to one site's log does not
+// affect another site. Pushes of one site alone cannot use up the limit on samples. This family
+// must not know of tokens, HTTP or the program's own metrics: it only returns counts and errors.
 
 import (
 	"cmp"
@@ -27,7 +27,7 @@ const (
 	// two times within a batch, in ms, fit into 31 bits.
 	MaxRetention = 20 * 24 * time.Hour
 	// forgetAfter is how long the store still remembers a site that has no samples and sends no
-	// pushes. An alert on the site's push time can fire during that time.
+	// pushes. During that time an alert on the age of the site's last push can fire.
 	forgetAfter = 30 * 24 * time.Hour
 
 	maintainEvery = 30 * time.Second // interval at which Run expires samples and compacts logs
@@ -35,7 +35,7 @@ const (
 	// pushes of one second.
 	saveEvery = 2 * time.Second
 	// wakePause is the shortest pause between two calls of a background job, even if pushes wake
-	// it.
+	// the job.
 	wakePause = time.Second
 	// roomPause is the pause between a search that found too few batches to evict and the next
 	// search.
@@ -44,25 +44,27 @@ const (
 
 // StoreConfig configures a Store. A limit of 0 means no limit.
 type StoreConfig struct {
-	FS           FS
-	Dir          string // storage directory; "" means memory-only mode
-	Retention    time.Duration
-	MaxSampleAge time.Duration // age from which a read sample is not shown again and may be evicted
-	LimitSeries  int           // maximum number of series per site
-	LimitSites   int           // maximum number of known sites
-	LimitSamples int           // maximum number of samples held, over all sites
-	LimitStorage int64         // maximum bytes of all logs together
+	FS        FS
+	Dir       string // storage directory; "" means memory-only mode
+	Retention time.Duration
+	// MaxSampleAge is the age, by a sample's own time, from which the newest sample of a series is
+	// no longer shown to consumers that have read it, and no longer keeps its batch from eviction.
+	MaxSampleAge time.Duration
+	LimitSeries  int   // maximum number of series per site
+	LimitSites   int   // maximum number of known sites
+	LimitSamples int   // maximum number of samples held, over all sites
+	LimitStorage int64 // maximum bytes of all logs together
 	Now          func() time.Time
 	// Owned reports whether this server owns the site with this SiteKey. nil means that it owns all
 	// sites. If another server owns a site and the site's client has a spool, samples that expire
 	// here unread are not counted as lost.
 	Owned func(hash uint64) bool
-	// NowInterval returns the range that the present time lies in. Samples expire by this range.
-	// nil means that Now is exact.
+	// NowInterval returns the range that the present time lies in. A sample expires when it is
+	// older than Retention at the earliest time of the range. nil means that Now is exact.
 	NowInterval func() PresentTimeRange
 	// OnError is called with every failure of a background job and with all damage that OpenStore
-	// finds. OnWarning, if not nil, is called with unfinished writes that a crash left in the
-	// files. Both are called without locks held.
+	// finds. OnWarning, if not nil, is called once for each file that ended in an unfinished write,
+	// which a crash left there. Both are called without locks held.
 	OnError, OnWarning func(error)
 }
 
@@ -90,9 +92,9 @@ type Store struct {
 }
 
 // OpenStore opens or creates the store in cfg.Dir, locks the directory against other processes and
-// recovers every log. A log without any usable record is renamed out of the way and reported to
-// OnError. A log that cannot be read, or cannot be renamed, is an error, because the next push of
-// its site would overwrite it.
+// recovers every log. A log that cannot be used, for example because none of its records is intact,
+// is renamed out of the way and reported to OnError. A log that cannot be read, or cannot be
+// renamed, is an error, because the next push of its site would overwrite it.
 func OpenStore(cfg StoreConfig) (*Store, error) {
 	if cfg.Retention <= 0 || cfg.Retention > MaxRetention {
 		return nil, fmt.Errorf("retention is %v: it must be above 0 and at most %v", cfg.Retention, MaxRetention)
@@ -175,9 +177,10 @@ func (s *Store) isClosing() bool {
 }
 
 // acquireSite returns the site of clusterID with its lock held. It adds the site if the store does
-// not know it. The caller must release the lock with releaseAndDropIfNew. If LimitSites is reached,
-// acquireSite first forgets a site without samples. The error is ErrClosed, ErrFull, the error of
-// ctx, or a failure to save cursors or to remove the log of the forgotten site.
+// not know it. The caller must release the lock with releaseAndDropIfNew. If LimitSites leaves no
+// room for a new site, acquireSite first forgets a site without samples. The error is ErrClosed,
+// ErrFull, the error of ctx, or a failure to save cursors or to remove the log of the forgotten
+// site.
 func (s *Store) acquireSite(ctx context.Context, clusterID string) (*Site, error) {
 	for {
 		site, err := s.findOrAddSite(clusterID)
@@ -231,9 +234,10 @@ func (s *Store) releaseAndDropIfNew(site *Site) {
 	site.Unlock()
 }
 
-// forgetSilentSite removes, among the sites without samples, the site whose last push is oldest.
-// The store remembers such a site only for the alert on its silence. forgetSilentSite does nothing
-// if there is no such site, or if another goroutine holds the site's lock.
+// forgetSilentSite removes a site without samples: the one whose last push is oldest. The store
+// remembers a site without samples only so that an alert on the age of the site's last push can
+// fire. forgetSilentSite does nothing if there is no such site, or if another goroutine holds the
+// site's lock.
 func (s *Store) forgetSilentSite() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
@@ -256,9 +260,10 @@ func (s *Store) forgetSilentSite() error {
 	return s.removeSiteAndLog(silent)
 }
 
-// removeSiteAndLog removes a site without samples, together with its log. It removes the site's
-// cursors first. Otherwise a crash between the two steps would leave cursors without a log, and
-// recovery would report them as data loss. The caller holds the site's lock.
+// removeSiteAndLog removes a site without samples, together with its log. It first removes the
+// site's cursors from memory and from disk. Otherwise a crash between the removal of the log and
+// the removal of the cursors would leave cursors without a log, and recovery would report them as
+// data loss. The caller holds the site's lock.
 func (s *Store) removeSiteAndLog(site *Site) error {
 	s.Consumers.DropSiteCursors(site.Key)
 	if err := s.Consumers.Save(); err != nil {
@@ -311,7 +316,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	return staged.Result, nil
 }
 
-// SpoolStatus is what this server reports to a client about one spool of its site.
+// SpoolStatus is what this server reports to a site's client about one spool of the site.
 type SpoolStatus struct {
 	// Held has the scrapes that are stored but not yet read by every consumer. Read has the
 	// scrapes that every consumer has read.
@@ -342,7 +347,7 @@ func (s *Store) Run(ctx context.Context) error {
 	var saving sync.WaitGroup
 	defer saving.Wait()
 	// A separate goroutine saves the cursors, because the other jobs may take long. If a crash
-	// loses a cursor move, the consumer is only served some samples twice.
+	// loses the newest change of a cursor, the consumer is only served some samples twice.
 	saving.Go(func() { runEvery(ctx, saveEvery, nil, func(bool) { s.saveCursors() }) })
 	runEvery(ctx, maintainEvery, s.compactNow, func(storageFull bool) {
 		s.expireAndCompact(ctx, storageFull)
@@ -351,9 +356,10 @@ func (s *Store) Run(ctx context.Context) error {
 	return nil
 }
 
-// runEvery calls do once per interval, and earlier when wake receives, until ctx ends. The argument
-// of do reports whether wake caused the call. After each call runEvery pauses for wakePause,
-// because every refused push sends to wake.
+// runEvery calls do once per interval until ctx ends. It calls do earlier if a value arrives on
+// wake. The argument of do reports whether such a value caused the call. Before runEvery listens to
+// wake again, it pauses for wakePause, because every push that is refused for the storage limit
+// sends to wake.
 func runEvery(ctx context.Context, interval time.Duration, wake <-chan struct{}, do func(woken bool)) {
 	for {
 		if _, ok := Sleep(ctx, wakePause, nil); !ok {
@@ -382,7 +388,8 @@ func (s *Store) saveCursors() {
 }
 
 // expireAndCompact goes through all sites. It drops the expired samples of each site, compacts its
-// log if that is worthwhile, and removes the site if it has been silent for forgetAfter.
+// log if that is worthwhile, and removes a site that has no samples and has sent no push for
+// forgetAfter. storageFull means that the logs have reached LimitStorage.
 func (s *Store) expireAndCompact(ctx context.Context, storageFull bool) {
 	for _, site := range s.sitesByID() {
 		if site.Lock(ctx) != nil {
@@ -447,7 +454,8 @@ func (s *Store) ViewSite(clusterID string, f func(data *SiteSamples)) bool {
 }
 
 // Close waits for the writes in progress, refuses waiting and later writes, saves the cursors and
-// unlocks the directory. All accepted samples are already on disk. A second call does nothing.
+// unlocks the directory. All accepted samples are already on disk, except in memory-only mode. A
+// second call does nothing.
 func (s *Store) Close() error {
 	if !s.startClosing() {
 		return nil

@@ -2,8 +2,8 @@ package main
 
 // This file turns a push into a batch. Each sample finds its series in the table or inserts a new
 // series. Duplicates and samples outside the accepted time range are dropped and counted; the
-// remaining samples are ordered. A staged batch adds no sample to the site before Commit, and
-// Rollback removes the series that staging inserted. Pure: no I/O, no clock, no locks.
+// remaining samples are sorted for the log. A staged batch adds no sample to the site before
+// Commit, and Rollback removes the series that staging inserted. Pure: no I/O, no clock, no locks.
 
 import (
 	"cmp"
@@ -16,22 +16,22 @@ import (
 // AppendResult counts what happened to the samples of a push.
 type AppendResult struct {
 	Accepted   int           // stored
-	Duplicates int           // not stored again: same series, time and value as another sample
-	Conflicts  int           // dropped: same series and time as another sample, but another value
+	Duplicates int           // not stored again: same series, time and value as a stored sample or another sample of the push
+	Conflicts  int           // dropped: same series and time as a stored sample or another sample of the push, but another value
 	TooOld     int           // dropped: older than retention
 	Future     int           // dropped: too far ahead of this server's clock
 	WriteTime  time.Duration // time spent to make room and to write the log
 }
 
-// IsAllUntimely reports whether samples were dropped because of their time while no other sample of
-// the push was accepted or already stored.
+// IsAllUntimely reports whether the push had samples and every one of them was dropped because of
+// its time.
 func (r *AppendResult) IsAllUntimely() bool {
 	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
 }
 
-// countRepeat counts a sample that repeats the series and time of an earlier sample. v is the value
-// of the repeated sample and first the value of the earlier one. Equal values count as a duplicate,
-// different values as a conflict.
+// countRepeat counts a sample whose series and time are those of a sample that arrived before. v is
+// the value of the counted sample, and first is the value of the sample that arrived before. Equal
+// values count as a duplicate, different values as a conflict.
 func (r *AppendResult) countRepeat(v, first float64) {
 	if math.Float64bits(v) == math.Float64bits(first) {
 		r.Duplicates++
@@ -51,13 +51,13 @@ type AppendLimits struct {
 type StagedBatch struct {
 	Batch     *Batch // nil if the push adds nothing that must be written
 	Result    AppendResult
-	newSeries int // ID of the first series that the push inserted
+	newSeries int // the push inserted the series with this ID and above; the table's length if it inserted none
 }
 
 // seriesSample is a sample that names its series by ID.
 type seriesSample struct {
 	id    uint32
-	round uint32 // number of earlier samples of the same series in this push
+	round uint32 // number of samples in this push of the same series with a lower time
 	t     int64  // ms
 	v     float64
 }
@@ -68,13 +68,14 @@ func compareSeriesTime(a, b seriesSample) int {
 }
 
 // StageNewSamples returns a batch of the samples of p that are new: not yet stored, not older than
-// retention, and not in the future. It inserts the series of these samples into the table; Rollback
-// removes them. The lines of p must come from SampleList.Add. names are the names of the scrapes in
-// p. The error is ErrSeriesLimit, ErrTooLarge or ErrClockInDoubt; after an error no series stays
-// inserted.
+// retention, and not more than maxAhead in the future. It inserts the series of these samples into
+// the table; Rollback removes them. The lines of p must come from SampleList.Add. names are the
+// names of the scrapes in p. The error is ErrSeriesLimit, ErrTooLarge or ErrClockInDoubt; after an
+// error no series stays inserted.
 func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
-	// The push is a repeat, because its sender missed the answer. The search for duplicates below
-	// could miss its samples, which may be evicted by now.
+	// The store has all scrapes that the push names, so its sender repeats it after missing the
+	// answer. All of its samples count as duplicates. The search for duplicates below could not
+	// find samples that were evicted since.
 	if d.Spools.HasAll(names) {
 		return StagedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}
@@ -107,7 +108,7 @@ func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits A
 	return staged, nil
 }
 
-// Rollback removes the series that StageNewSamples inserted.
+// Rollback removes the series that StageNewSamples inserted for staged.
 func (d *SiteSamples) Rollback(staged StagedBatch) { d.Table.Truncate(staged.newSeries) }
 
 // canMarkScrapesHeld reports whether the batch of a push may count as storing the scrapes that the
@@ -144,7 +145,8 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 }
 
 // checkNewSeriesFits returns ErrSeriesLimit if one more series with a line of lineSize bytes would
-// exceed maxSeries, the text limit that follows from maxSeries, or the capacity of a table.
+// exceed maxSeries, the text limit that follows from maxSeries, or the capacity of a table. A
+// maxSeries of 0 means that only the capacity limits the series.
 func (d *SiteSamples) checkNewSeriesFits(lineSize, maxSeries int) error {
 	if n := d.Table.Len(); maxSeries > 0 && n >= maxSeries || n > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
 		return fmt.Errorf("%w: the site would exceed its limit of %d series", ErrSeriesLimit, maxSeries)
@@ -156,7 +158,7 @@ func (d *SiteSamples) checkNewSeriesFits(lineSize, maxSeries int) error {
 }
 
 // dropRepeatsOfNewest drops and counts each sample that has the same time as the newest stored
-// sample of its series. All samples of a repeated push usually do.
+// sample of its series. If a push is repeated, this usually drops all of its samples.
 func (d *SiteSamples) dropRepeatsOfNewest(samples []seriesSample, res *AppendResult) []seriesSample {
 	return slices.DeleteFunc(samples, func(s seriesSample) bool {
 		t, v := d.Table.Newest(s.id)

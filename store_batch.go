@@ -26,24 +26,25 @@ const MaxSeq = 1 << 62
 // value V[i]. A batch is immutable once it is committed.
 type Batch struct {
 	Seq        uint64   // sequence number; increases with each batch of the site
-	AcceptedAt int64    // ms, by this server's clock
+	AcceptedAt int64    // ms; when this server accepted the push, by its own clock
 	T0         int64    // ms, base of DT
-	MinT, MaxT int64    // ms; MinT <= T0 <= MaxT, and all samples lie between them
+	MinT, MaxT int64    // ms; T0 and the times of all samples lie between MinT and MaxT, both inclusive
 	IDs        []uint32 // may share memory with other batches
 	// DT has the times in ms after T0: one per sample, or the distinct times if PackTimes filled
 	// timeIndex. If DT is nil, all samples are at T0.
 	DT        []int32
 	timeIndex []uint8 // if not nil, the index in DT for each sample
 	V         []float64
-	Names     ScrapeNames // scrapes whose samples are all stored in this batch and earlier ones
-	Size      int         // bytes of the record; set by EncodeBatchPayload and DecodeBatch
+	Names     ScrapeNames // scrapes whose samples are all stored in this batch and earlier batches
+	Size      int         // bytes of the payload of the batch's record; set by EncodeBatchPayload and DecodeBatch
 }
 
 // ReadPosition is how far a reader has read the batches of a site. The reader has read all batches
 // up to Seq. If PartialSeq is not 0, it has also read the first PartialRead of the PartialLen
-// samples of batch PartialSeq. Compaction changes series IDs but keeps the order of samples. A
-// batch that still has PartialLen samples is therefore the same batch. A batch that became shorter
-// because samples expired is read again from its beginning.
+// samples of batch PartialSeq. Compaction changes the series IDs in a batch, but keeps the order of
+// its samples. If batch PartialSeq still has PartialLen samples, its first PartialRead samples are
+// therefore still the samples that were read. If the batch is shorter, because compaction removed
+// expired samples, the reader reads it again from its beginning.
 type ReadPosition struct {
 	Seq         uint64
 	PartialSeq  uint64
@@ -51,7 +52,8 @@ type ReadPosition struct {
 	PartialLen  int
 }
 
-// PartialReadOf returns how many samples of b the reader has read. b must have a number above Seq.
+// PartialReadOf returns how many samples of b the reader has read. The sequence number of b must be
+// above p.Seq.
 func (p ReadPosition) PartialReadOf(b *Batch) int {
 	if b.Seq != p.PartialSeq || len(b.V) != p.PartialLen {
 		return 0
@@ -72,7 +74,7 @@ func (b *Batch) Time(i int) int64 {
 
 // PackTimes makes b use less memory if its samples have at most 256 distinct times. It replaces the
 // 4-byte time of each sample by a 1-byte index into the distinct times. A push usually has few
-// distinct times: one for each target of its source.
+// distinct times: one for each target of the Prometheus that the client scrapes.
 func (b *Batch) PackTimes() {
 	if b.DT == nil || b.timeIndex != nil {
 		return

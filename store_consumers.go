@@ -21,9 +21,9 @@ import (
 )
 
 const (
-	maxConsumerName   = 64             // bytes
+	maxConsumerName   = 64             // maximum bytes of a consumer's name
 	consumerIdle      = 24 * time.Hour // a consumer without a scrape for this long is forgotten
-	maxReportingSites = 100_000        // sites whose clients may report consumers
+	maxReportingSites = 100_000        // maximum number of sites for which consumers that the site's client reported are kept
 )
 
 // ErrConsumers means that no further consumer can be added because MaxConsumers are known.
@@ -36,7 +36,7 @@ type Consumers struct {
 	state        *StoreMeta  // file of the consumers without their cursors
 	TornBytes    int64       // bytes of an unfinished write that OpenConsumers removed
 	Damage       error       // damage that OpenConsumers found in the cursors file, or nil
-	knownChanged atomic.Bool // the state file does not list the same consumers as byKey
+	knownChanged atomic.Bool // the state file must be written again, because byKey lists other consumers or the server has just started
 
 	// retention is the time without a scrape after which SeqReadByAll ignores a consumer, as long
 	// as another consumer has scraped within that time.
@@ -56,16 +56,16 @@ type consumer struct {
 	lastScrape    time.Time
 	savedScrape   time.Time          // value of lastScrape in the cursors file
 	cursors       map[uint64]uint64  // site key → number of the newest confirmed batch
-	unsaved       map[uint64]uint64  // changes of cursors that are not yet on disk; 0 means removed
+	unsaved       map[uint64]uint64  // changes of cursors that are not yet on disk, by site key; 0 means removed
 	sessions      []*ConsumerSession // at most maxSessions; the least recently used is first
-	scrapeLimit   int                // own limit on samples of one scrape; 0 means none
-	unconfirmed   int                // consecutive unconfirmed scrapes of unread samples
+	scrapeLimit   int                // this consumer's own limit on the samples of one scrape; 0 means none
+	unconfirmed   int                // number of consecutive scrapes that served unread samples and were not confirmed
 	lastWarning   time.Time          // last warning about unconfirmed scrapes, or zero
 	proxied       bool               // at least one scrape came through a proxy
 }
 
-// CheckConsumerName returns an error if name is empty, is longer than maxConsumerName, is not valid
-// UTF-8 or contains a NUL byte.
+// CheckConsumerName returns an error if name is empty, is longer than maxConsumerName bytes, is not
+// valid UTF-8 or contains a NUL byte.
 func CheckConsumerName(name string) error {
 	if len(name) == 0 || len(name) > maxConsumerName || !utf8.ValidString(name) || strings.ContainsRune(name, 0) {
 		return fmt.Errorf("a consumer name must have 1 to %d bytes of text in UTF-8 without NUL", maxConsumerName)
@@ -80,17 +80,17 @@ func ConsumerKey(name, address, match string) uint64 {
 	return binary.BigEndian.Uint64(h[:])
 }
 
-// SiteCursorsPastEnd reports that cursors of one site are higher than the last batch in the site's
-// log.
+// SiteCursorsPastEnd reports that cursors of one site are higher than the number of the last batch
+// in the site's log.
 type SiteCursorsPastEnd struct {
 	Site, Seq uint64   // site key; the highest of these cursors
 	Names     []string // names of the consumers with these cursors
 }
 
-// DropCursorsPastEnd removes the cursors that are higher than the last batch in their site's log,
-// or whose site has no log. It returns the removed cursors by site. logEnds has the number of the
-// last batch for each site key. A consumer without a cursor is served all samples that the log
-// still contains.
+// DropCursorsPastEnd removes the cursors that are higher than the number of the last batch in their
+// site's log, and the cursors of sites without a log. It returns the removed cursors by site.
+// logEnds has the number of the last batch for each site key. A consumer without a cursor is served
+// all samples that the log still contains.
 func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursorsPastEnd {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -120,8 +120,8 @@ func (cs *Consumers) HighestCursor() (highest uint64) {
 	return highest
 }
 
-// setCursor sets the cursor of a site. If seq is 0, it removes the cursor. The caller holds
-// Consumers.mu.
+// setCursor sets the cursor of c for a site, and records the change as unsaved. If seq is 0, it
+// removes the cursor. The caller holds Consumers.mu.
 func (c *consumer) setCursor(siteKey, seq uint64) {
 	if c.unsaved[siteKey] = seq; seq == 0 {
 		delete(c.cursors, siteKey)
@@ -131,9 +131,9 @@ func (c *consumer) setCursor(siteKey, seq uint64) {
 }
 
 // findOrAddConsumer returns the consumer with k.Key. If it is not known, it is added with now as
-// the time of its last scrape. The result is nil if MaxConsumers are known already. Recovery and
-// scrapes both use this function. A consumer in the files that the function refuses therefore
-// counts as damage. The caller holds cs.mu, or is the only user of cs.
+// the time of its last scrape. The result is nil if MaxConsumers are known already. Recovery uses
+// this function too, and treats a cursor record as damaged if the result for its consumer is nil.
+// The caller holds cs.mu, or is the only user of cs.
 func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer {
 	c := cs.byKey[k.Key]
 	if c == nil && len(cs.byKey) < MaxConsumers {
@@ -144,8 +144,9 @@ func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer
 }
 
 // AddClientReportedConsumers records the consumers that the client of a site reports. The client
-// knows them from other servers, or from this server before it lost its disk. Such a consumer
-// affects this site only.
+// knows them from other servers, or from this server before it lost its disk. Such a consumer is
+// considered for this site only. Consumers whose last scrape is older than consumerIdle, consumers
+// beyond MaxConsumers for a site, and sites beyond maxReportingSites are ignored.
 func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -168,9 +169,10 @@ func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []Cons
 	}
 }
 
-// LastScrapeAges returns the consumers that matter for a site and have scraped within consumerIdle,
-// with the time since their newest scrape, sorted by key. If there are more than MaxConsumers, it
-// returns the consumers with the newest scrapes.
+// LastScrapeAges returns the consumers that scraped this server or that the site's client reported,
+// if they have scraped within consumerIdle. Each has the time since its newest scrape. The result
+// is sorted by key. If there are more than MaxConsumers, it returns the consumers with the newest
+// scrapes.
 func (cs *Consumers) LastScrapeAges(siteKey uint64, now time.Time) (all []ConsumerAge) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -183,9 +185,9 @@ func (cs *Consumers) LastScrapeAges(siteKey uint64, now time.Time) (all []Consum
 	return all
 }
 
-// lastScrapes returns, by consumer key, the newest scrape of any server by each consumer that
-// matters for a site. It leaves out consumers without a scrape within consumerIdle. The caller
-// holds cs.mu.
+// lastScrapes returns, by consumer key, the time of each consumer's newest scrape of any server.
+// The consumers are those that scraped this server and those that the site's client reported.
+// Consumers without a scrape within consumerIdle are left out. The caller holds cs.mu.
 func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.Time {
 	all := make(map[uint64]time.Time, len(cs.byKey))
 	for key, at := range cs.reported[siteKey] {
@@ -203,8 +205,9 @@ func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.
 
 // SeqReadByAll returns the number of the newest batch of a site that every consumer has read. It
 // ignores consumers that have not scraped for retention, as long as another consumer has. A
-// consumer known only from the site's client has read nothing on this server. If there is no
-// consumer, hasConsumers is false and seq is MaxSeq, because no batch has to wait for a consumer.
+// consumer that is known only because the site's client reported it has read nothing on this
+// server. If there is no consumer, hasConsumers is false and seq is MaxSeq, because no batch has to
+// wait for a consumer.
 func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, hasConsumers bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -226,8 +229,8 @@ func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, ha
 	return byRecent, true
 }
 
-// LastSavedScrape returns the time of the newest scrape that is recorded on disk. It returns the
-// zero time if there is none.
+// LastSavedScrape returns the time of the newest scrape by any consumer that is recorded on disk.
+// It returns the zero time if the file of cursors records no scrape.
 func (cs *Consumers) LastSavedScrape() (at time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -247,9 +250,10 @@ type SiteConsumerCursor struct {
 	LastScrape    time.Time // time of the consumer's newest scrape
 }
 
-// Cursors returns the cursors of all consumers that matter for a site, sorted by name and address.
-// A consumer known only from the site's client has its key as its name, no address, and the cursor
-// 0.
+// Cursors returns the cursors for one site, sorted by the name and address of the consumer: one for
+// each consumer that scraped this server, and one for each other consumer that the site's client
+// reported. A cursor of the second kind has the consumer's key as the name, no address, and the
+// number 0.
 func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()

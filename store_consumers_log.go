@@ -22,13 +22,13 @@ const (
 	ConsumersFile = "consumers" + LogSuffix
 	recordCursors = 1
 
-	saveScrapeEvery = time.Hour // how often to save lastScrape if no cursor changes
-	consumersSlack  = 64 << 10  // bytes of garbage for which a rewrite is not worthwhile
+	saveScrapeEvery = time.Hour // how often to save a consumer's lastScrape if none of its cursors changes
+	consumersSlack  = 64 << 10  // bytes of garbage in the file of cursors for which a rewrite is not worthwhile
 )
 
 // cursorRecord is one record of the file of cursors: changes to the cursors of one consumer.
 type cursorRecord struct {
-	key        uint64            // of the consumer
+	key        uint64            // key of the consumer
 	lastScrape time.Time         // stored with a precision of one second
 	cursors    map[uint64]uint64 // site key → batch number; 0 means that the cursor is removed
 }
@@ -56,9 +56,9 @@ func decodeCursors(payload []byte) (cursorRecord, error) {
 }
 
 // OpenConsumers returns the consumers in meta, with their cursors from the file in dir. dir ""
-// means memory-only mode. If the file is damaged, no consumer has a cursor and Damage is set,
-// because a lost record may have changed or removed any cursor. The error is a failure to read the
-// file.
+// means memory-only mode. If the file is damaged, Damage is set and no consumer has a cursor,
+// because a lost record may have changed or removed any cursor. If the file is missing although
+// meta lists consumers, Damage is set too. The error is a failure to read the file.
 func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration, now time.Time) (*Consumers, error) {
 	cs := &Consumers{lock: newIOLock(), byKey: map[uint64]*consumer{}, reported: map[uint64]map[uint64]time.Time{}, state: meta, retention: retention}
 	for _, k := range meta.Consumers {
@@ -136,7 +136,7 @@ func (cs *Consumers) SaveIfConsumersChanged() error {
 func (cs *Consumers) Save() error {
 	_ = cs.lock.Lock(context.Background(), nil)
 	defer cs.lock.Unlock()
-	knownChanged := cs.knownChanged.Swap(false) // before takeChanges, to miss no change
+	knownChanged := cs.knownChanged.Swap(false) // before takeChanges, so that a consumer that is added in between is saved by the next Save
 	changes := cs.takeChanges()
 	if cs.log == nil {
 		return nil
@@ -152,8 +152,8 @@ func (cs *Consumers) Save() error {
 }
 
 // write appends the changes to the file of cursors. It rewrites the whole file instead if the list
-// of consumers changed, if the file is damaged, or if it has grown far beyond fullSize. The caller
-// holds cs.lock.
+// of consumers changed, if the file is damaged, or if the file would grow beyond consumersSlack
+// plus four times fullSize. The caller holds cs.lock.
 func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
 	if len(changes.frames) == 0 && !knownChanged && !cs.log.MustBeRewritten() {
 		return nil
@@ -184,7 +184,7 @@ func (cs *Consumers) knownConsumers() (all []KnownConsumer) {
 type cursorChanges struct {
 	frames   []byte                       // framed records of the changes
 	unsaved  map[uint64]map[uint64]uint64 // consumer key → changed cursors by site key
-	fullSize int                          // estimated bytes of a file with all cursors
+	fullSize int                          // estimated bytes of a file that has each present cursor once
 }
 
 // takeChanges returns the unsaved changes and marks them as saved. If writing them fails, the

@@ -15,7 +15,7 @@ import (
 const (
 	maxSessions      = 4         // sessions per consumer
 	minConsumerLimit = 1000      // samples; a consumer's own scrape limit is never lower
-	unconfirmedFew   = 3         // fewer consecutive unconfirmed scrapes may be an accident
+	unconfirmedFew   = 3         // fewer consecutive unconfirmed scrapes than this may be an accident
 	unconfirmedWarn  = time.Hour // shortest time between warnings about unconfirmed scrapes
 )
 
@@ -27,8 +27,8 @@ type ConsumerSession struct {
 	consumers     *Consumers
 	consumer      *consumer
 	conn          any                     // identifies the connection
-	confirmed     map[uint64]ReadPosition // by site key; read here, or before the session began
-	served        map[uint64]ReadPosition // by site key; end of what the last scrape served
+	confirmed     map[uint64]ReadPosition // by site key; how far the consumer has read, on this connection or before the session began
+	served        map[uint64]ReadPosition // by site key; position after the samples that the last scrape served
 	servedUnread  int                     // number of unread samples that the last scrape served
 	late          bool                    // writing the last answer took longer than allowed
 	writtenInTime bool                    // the last answer was written completely and in time
@@ -38,8 +38,9 @@ type ConsumerSession struct {
 // session. It adds the consumer if it is not known; the error is ErrConsumers if too many are
 // known. conn must be comparable and must differ from every other connection, past or future.
 // BeginScrape counts the samples of the previous scrape on conn as read, because a consumer sends
-// its next request only after it has read the answer. repeats is true if the consumer's last scrape
-// on another connection was not confirmed, so that its samples are served again.
+// its next request only after it has read the answer. repeats is true if conn is new and a scrape
+// of this consumer on another connection served unread samples but was not confirmed. Those samples
+// are then served again.
 func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn any, now time.Time) (session *ConsumerSession, repeats bool, err error) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -72,7 +73,7 @@ func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, erro
 	if c == nil {
 		return nil, fmt.Errorf("%w: %d are known; a consumer is forgotten after %v without a scrape", ErrConsumers, MaxConsumers, consumerIdle)
 	}
-	if !known || c.name != k.Name { // recovery may know only the key
+	if !known || c.name != k.Name { // recovery adds a consumer without its name if only its cursors are left on disk
 		c.name, c.address = k.Name, k.Address
 		cs.knownChanged.Store(true)
 	}
@@ -92,10 +93,10 @@ func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
 
 // countUnconfirmedAndLowerLimit looks for sessions on other connections whose last scrape served
 // unread samples and was never confirmed. If there are any, it returns true and counts them as one
-// unconfirmed scrape. It also halves the length of the next scrape, because the last one may have
-// failed for being too long. After unconfirmedFew consecutive unconfirmed scrapes, an answer that
-// was written completely and in time no longer halves the limit, because then its length is not the
-// cause.
+// unconfirmed scrape. It also limits the next scrape to half as many unread samples as the
+// unconfirmed scrape served, because that scrape may have failed for being too long. After
+// unconfirmedFew consecutive unconfirmed scrapes, an unconfirmed answer that was written completely
+// and in time no longer lowers the limit, because its length is then not the cause.
 func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 	for _, other := range c.sessions {
 		if other.servedUnread == 0 {
@@ -105,7 +106,7 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 		if !other.writtenInTime || c.unconfirmed < unconfirmedFew {
 			c.lowerScrapeLimitTo(other.servedUnread / 2)
 		}
-		other.servedUnread = 0 // so that this scrape halves the limit only once
+		other.servedUnread = 0 // so that the unconfirmed scrape lowers the limit only once
 	}
 	if found {
 		c.unconfirmed++
@@ -113,9 +114,9 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 	return found
 }
 
-// confirmLastScrape moves the consumer's cursors to the end of what the session's last scrape
-// served. If that scrape served unread samples in time, it also doubles the consumer's scrape
-// limit.
+// confirmLastScrape moves the consumer's cursors forward to the newest batches that the session's
+// last scrape served completely. If that scrape served unread samples in time, it also doubles the
+// consumer's scrape limit.
 func (s *ConsumerSession) confirmLastScrape() {
 	c := s.consumer
 	if len(s.served) > 0 {
@@ -149,8 +150,9 @@ func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, servedUnre
 	s.servedUnread += servedUnread
 }
 
-// SampleLimit returns the maximum number of samples for this scrape. It is configured, or lower if
-// the consumer's last scrapes failed. 0 means no limit.
+// SampleLimit returns the maximum number of samples for this scrape. The result is the parameter
+// configured, or a lower number if the consumer's last scrapes failed or were late. 0 means no
+// limit.
 func (s *ConsumerSession) SampleLimit(configured int) int {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -185,9 +187,9 @@ func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
 	return first
 }
 
-// TakeUnconfirmedWarning returns the number of consecutive scrapes that served unread samples and
-// were not confirmed. If warn is true, the caller must log a warning; the next warning is then due
-// after unconfirmedWarn.
+// TakeUnconfirmedWarning returns the number of the consumer's consecutive scrapes that served
+// unread samples and were not confirmed. If warn is true, the caller must log a warning; the next
+// warning is then due after unconfirmedWarn.
 func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmedScrapes int, warn bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()

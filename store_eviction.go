@@ -1,9 +1,9 @@
 package main
 
-// Eviction makes room under the limit on samples. It drops the oldest batches that every consumer
-// has read and that no scrape shows any more. If that does not free enough room, the push is
-// refused. A site that holds more than its share of the samples may not use the last eighth of the
-// limit.
+// Eviction makes room under the limit on samples. It drops from memory the oldest batches that
+// every consumer has read and whose samples no scrape shows any more. If that does not free enough
+// room, the push is refused. A site that holds more than its share, which is the limit divided by
+// the number of sites, may not use the last eighth of the limit.
 
 import (
 	"container/heap"
@@ -36,9 +36,9 @@ func (o *siteOldestBatch) reload() {
 }
 
 // totalSampleLimit returns the limit on samples of the whole store that applies when site adds more
-// samples. A site that would then hold more than its share gets a limit that is lower by an eighth.
-// Otherwise this site could keep all other sites out for as long as retention. A nil site gets the
-// full limit.
+// samples. If the site would then hold more than its share, which is the limit divided by the
+// number of sites, the result is lower by an eighth. Otherwise this site could keep all other sites
+// out for as long as retention. A nil site gets the full limit.
 func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 	limit := int64(s.cfg.LimitSamples)
 	reserve := limit / 8
@@ -57,14 +57,14 @@ func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 }
 
 // makeRoom makes room for new samples of site under the limit on samples. It evicts batches that
-// every consumer has read and that no scrape shows any more, oldest first. It returns ErrFull if
-// that does not free enough room. With a nil site and 0 samples it only evicts batches until the
-// store is within the limit.
+// every consumer has read and whose samples no scrape shows any more, oldest first. It returns
+// ErrFull if eviction does not free enough room. With a nil site and 0 samples it only evicts
+// batches until the store is within the limit.
 func (s *Store) makeRoom(site *Site, samples int) error {
 	if s.cfg.LimitSamples == 0 {
 		return nil
 	}
-	if samples > s.cfg.LimitSamples { // eviction cannot help
+	if samples > s.cfg.LimitSamples { // the push would not fit into an empty store either
 		return fmt.Errorf("%w: the push has %d samples, the store's limit is %d", ErrFull, samples, s.cfg.LimitSamples)
 	}
 	limit := s.totalSampleLimit(site, samples)

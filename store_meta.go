@@ -2,8 +2,8 @@ package main
 
 // StoreMeta is server state that must survive the loss of a log or of the cursors: the block of
 // sequence numbers in use, and the list of consumers. No sequence number is used twice, because
-// each start of the server uses a new block of numbers. A consumer stays known when its cursors are
-// lost, so that samples that it has not read are not evicted.
+// each start of the server uses a new block of numbers. A consumer stays known even if its cursors
+// are lost, so that the store does not evict samples that the consumer has not read.
 
 import (
 	"encoding/binary"
@@ -19,9 +19,9 @@ const (
 	recordConsumer = 1 // kind of record: a consumer without its cursors
 	recordBlock    = 2 // kind of record: the block number of the newest start
 
-	maxAddress = 128 // bytes of a consumer's address
+	maxAddress = 128 // maximum bytes of a consumer's address
 
-	blockBits = 32 // low bits of a sequence number; the bits above are the block number
+	blockBits = 32 // number of low bits of a sequence number that count batches; the bits above are the block number
 	// maxBlock is the highest block number. It is so low that a damaged block number cannot use up
 	// all sequence numbers.
 	maxBlock = 1 << 24
@@ -40,7 +40,7 @@ type StoreMeta struct {
 	Damage    error           // damage that OpenStoreMeta found in the file, or nil
 	log       *Log            // nil in memory-only mode
 	block     uint64          // block of the newest start; 0 if none is known
-	found     bool            // the file existed
+	found     bool            // OpenStoreMeta found the state file
 }
 
 // OpenStoreMeta reads the state file in dir. dir "" means memory-only mode. If the file is damaged,
@@ -130,11 +130,12 @@ func (s *StoreMeta) UsedSeqBound(highestSeq uint64) uint64 {
 }
 
 // IsSameSeqBlock reports whether two sequence numbers were used by the same start of the server. If
-// they were, and both belong to one site, their difference is a number of batches.
+// they were, and both belong to one site, their difference is the number of the site's batches
+// between them, the later batch included.
 func IsSameSeqBlock(seqA, seqB uint64) bool { return seqA>>blockBits == seqB>>blockBits }
 
-// Write replaces the state file by one with the block of this start and the given consumers. If it
-// returns nil, the new file is durable.
+// Write replaces the state file by a new file with the block number of this start and the given
+// consumers. If it returns nil, the new file is durable.
 func (s *StoreMeta) Write(consumers []KnownConsumer) error {
 	if s.log == nil {
 		return nil

@@ -13,10 +13,10 @@ import (
 // ReadLimits bound the samples of one site in one scrape.
 type ReadLimits struct {
 	Unread       int   // maximum number of unread samples
-	Repeats      int   // newest samples are repeated only if the site has at most this many series
-	OnePerSeries bool  // serve at most one unread sample of each series
-	ServedSince  int64 // ms; the unread samples end before the first sample that is older
-	NewestSince  int64 // ms; a newest sample that is older is not repeated
+	Repeats      int   // newest samples that the reader has read are emitted again only if the site has at most this many series
+	OnePerSeries bool  // emit at most one unread sample of each series
+	ServedSince  int64 // ms; emitting unread samples stops before the first sample that is older
+	NewestSince  int64 // ms; a newest sample that the reader has read is not emitted again if it is older
 }
 
 // batchesAfter returns the batches that a reader at pos has not read completely.
@@ -47,10 +47,10 @@ func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 }
 
 // EmitUnreadAndNewest calls emit with samples that a reader at pos has not read, from the oldest
-// batches first. If limits admit all of them, it also calls emit with the newest sample of each
-// series that the reader has read. All samples of one name follow each other, and the samples of a
-// series ascend in time. The results are the reader's new position and the number of emitted unread
-// samples.
+// batches first. If limits admit all unread samples, it then also emits, for each series, the
+// newest sample if the reader has read it. limits.Repeats and limits.NewestSince bound these
+// repeated samples. All samples of one name follow each other, and the samples of a series ascend
+// in time. The results are the reader's new position and the number of emitted unread samples.
 func (d *SiteSamples) EmitUnreadAndNewest(pos ReadPosition, limits ReadLimits, emit func(name string, l FamilySample)) (to ReadPosition, emittedUnread int) {
 	samples, to, all := d.unreadSamples(pos, limits)
 	repeat := all && d.Table.Len() <= limits.Repeats

@@ -71,7 +71,8 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, firstID int) []byte {
 	return frames
 }
 
-// These low bits of the sample count tell which optional parts a batch record has.
+// The field of a batch record with the number of samples also has these low bits. They say which
+// optional parts the record has.
 const (
 	withTimes = 1 << iota
 	withNames
@@ -109,8 +110,9 @@ func EncodeBatchPayload(buf []byte, b *Batch) []byte {
 	return buf
 }
 
-// appendIDs appends series IDs as runs of consecutive IDs. For each run it writes the first ID
-// minus the end of the previous run, and the length of the run.
+// appendIDs appends series IDs as runs of consecutive IDs. For each run it writes two numbers: the
+// distance from the end of the previous run, which is the ID after its last ID, to the first ID of
+// the run; and the length of the run.
 func appendIDs(buf []byte, ids []uint32) []byte {
 	end := int64(0)
 	for i := 0; i < len(ids); {

@@ -3,7 +3,7 @@ package main
 // Recovery opens a store: it reads all logs and the cursors of consumers, rewrites damaged logs,
 // and starts a new block of sequence numbers. A damaged file does not prevent recovery of the other
 // files. Recovery reports every loss that it can detect, as a number of pushes and samples if known
-// and in bytes otherwise. Samples that expired while no process ran are counted once.
+// and in bytes otherwise. Samples that expired while no process ran are counted as expired once.
 
 import (
 	"encoding/binary"
@@ -92,9 +92,9 @@ func (s *Store) dropExpiredWhileDown() {
 	}
 }
 
-// damagedLogs is the set of logs that lost something. The key is the key of the log's site, which
-// is the first half of the file name. Each log is counted once, even if several losses are reported
-// for it.
+// damagedLogs is the set of logs that lost something. The map key is the site key of the log's
+// site, which is the first half of the file name in hex. Each log is counted once, even if several
+// losses are reported for it.
 type damagedLogs map[uint64]bool
 
 // add adds the log at path to the set.
@@ -104,8 +104,9 @@ func (d damagedLogs) add(path string) {
 	d[key] = true
 }
 
-// dropCursorsPastEnd removes the cursors that are higher than the last batch in their site's log.
-// It reports each such log and adds it to damagedSoFar.
+// dropCursorsPastEnd removes the cursors that are higher than the number of the last batch in their
+// site's log, and the cursors of sites without a usable log. It reports each such log and adds it
+// to damagedSoFar.
 func (s *Store) dropCursorsPastEnd(damagedSoFar damagedLogs) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
@@ -139,7 +140,8 @@ func (s *Store) cursorPastEndError(past SiteCursorsPastEnd, site *Site, logEnd u
 }
 
 // recoverLogs recovers the logs in the given directories, and then evicts batches if the store
-// exceeds the limit on samples. Log directories have names of two characters; it ignores others.
+// exceeds the limit on samples. Directories of logs have names of two characters; recoverLogs
+// ignores other directories.
 func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs) error {
 	for _, dir := range dirs {
 		if len(filepath.Base(dir)) != 2 {
@@ -155,8 +157,9 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs)
 			}
 		}
 	}
-	// Reset noRoomAt, so that makeRoom searches at once. Its error is ignored, because samples that
-	// are unread, or that scrapes still show, stay even if the store exceeds its limit.
+	// Reset noRoomAt, so that makeRoom searches at once. The error of makeRoom is ignored, because
+	// samples that are unread, or that scrapes still show, stay even if the store exceeds its
+	// limit.
 	s.noRoomAt = time.Time{}
 	_ = s.makeRoom(nil, 0)
 	return nil
@@ -168,7 +171,7 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs)
 func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) error {
 	r, err := s.openSiteLog(path, meta)
 	if err != nil {
-		return err // the log may be intact
+		return err // the log could not be read, but its content may be intact
 	}
 	if r.found.IsDamaged() {
 		damaged.add(path)
@@ -186,7 +189,7 @@ func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) er
 	if err := site.RewriteLogIfBroken(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("rewriting the damaged log %s: %w", path, err))
 	}
-	_ = s.makeRoom(nil, 0) // after each log, so that memory is bounded during recovery too
+	_ = s.makeRoom(nil, 0) // evict after each log, so that memory is bounded during recovery too
 	return nil
 }
 
@@ -274,7 +277,7 @@ func (r *recoveredLog) decodeAndRestoreBatch(payload []byte) error {
 }
 
 // setLogAside renames a log that cannot be used, so that a new log of the same site does not
-// overwrite it, and reports that.
+// overwrite it. It reports reason and the new name to OnError.
 func (s *Store) setLogAside(path string, reason error) error {
 	name, err := SetAside(s.cfg.FS, path, "unreadable")
 	if err != nil {

@@ -3,8 +3,9 @@ package main
 // Retention decides by a sample's own time whether the store accepts, keeps and serves the sample.
 // A sample is too old to be accepted exactly when it would count as expired. Otherwise a repeated
 // push could bring back an expired sample, and consumers would get it twice. An expired sample
-// stays in memory until its whole batch has expired: store_samples.go and store_read.go leave it
-// out, and store_series.go counts series that have only expired samples.
+// stays in memory until its whole batch has expired or the site's log is rewritten. Until then
+// store_samples.go and store_read.go leave the sample out, and store_series.go counts series that
+// have only expired samples.
 
 import (
 	"errors"
@@ -56,12 +57,12 @@ func (r *sampleTimeBounds) acceptOrCount(t int64, res *AppendResult) (accepted b
 	return true, nil
 }
 
-// KeptSince returns a time in ms. Samples older than that have expired and are not accepted.
+// KeptSince returns a time in ms. Samples older than this time have expired and are not accepted.
 func (s *Store) KeptSince() int64 {
 	return newSampleTimeBounds(s.cfg.NowInterval(), s.cfg.Retention).keptSince
 }
 
-// ServedSince returns a time in ms. Samples older than that are not served, because one sample
+// ServedSince returns a time in ms. Samples older than this time are not served, because one sample
 // older than retention can make a consumer fail the whole scrape. ServedSince differs from
 // KeptSince, and is then later, only while the clock is in doubt.
 func (s *Store) ServedSince() int64 {
@@ -126,8 +127,8 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 }
 
 // DropExpiredUncounted marks the samples older than oldest, in ms, as expired, and drops the
-// batches that have no other sample. It does not count the samples, because an earlier process has
-// counted them or they were counted in the data that d is a copy of.
+// batches whose samples have all expired. It does not count the samples, because an earlier process
+// has counted them or they were counted in the data that d is a copy of.
 func (d *SiteSamples) DropExpiredUncounted(oldest int64) {
 	d.expiredBefore = max(d.expiredBefore, oldest)
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.MaxT < d.expiredBefore })

@@ -18,10 +18,10 @@ var (
 )
 
 const (
-	// The lines of all series of a site may have at most seriesBytes times the limit on series.
-	// Without this bound, one site with long lines could use gigabytes; the lines of real series
-	// typically have a quarter of seriesBytes. minTextLimit is the lowest bound, even if the limit
-	// on series is low.
+	// The lines of all series of a site may together have at most seriesBytes bytes for each series
+	// that the limit on series allows. Without this bound, one site with long lines could use
+	// gigabytes; a line of a real series typically has a quarter of seriesBytes. minTextLimit is
+	// the lowest bound, even if the limit on series is low.
 	seriesBytes  = 1 << 10
 	minTextLimit = 1 << 20
 )
@@ -32,7 +32,7 @@ type SiteSamples struct {
 	ID            string // cluster ID
 	Table         *SeriesTable
 	Batches       []*Batch // in order of sequence number
-	Seq           uint64   // number of the newest batch, even if it has left memory
+	Seq           uint64   // number of the newest batch, even if it has left memory; each start of the server raises it
 	LastPush      int64    // ms, time of the newest push
 	Spools        SiteSpools
 	startSeq      uint64 // value of Seq before the first batch
@@ -40,7 +40,8 @@ type SiteSamples struct {
 	minT          int64  // ms; no sample in Batches is older
 }
 
-// NewSiteSamples returns the data of a site without samples. NewSeriesTable describes the seed.
+// NewSiteSamples returns the data of a site without samples. The documentation of NewSeriesTable
+// describes the seed.
 func NewSiteSamples(id string, seed maphash.Seed) SiteSamples {
 	return SiteSamples{ID: id, Table: NewSeriesTable(seed, 0), expiredBefore: math.MinInt64, minT: math.MaxInt64}
 }
@@ -63,7 +64,7 @@ func (d *SiteSamples) SampleCount() int64 {
 // EstimatedRewrittenLogSize returns an estimate of the bytes that a rewritten log of this data
 // would have. The estimate is too high rather than too low.
 func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
-	const frame = 16 // bytes of framing per record; a line has at most 3
+	const frame = 16 // bytes of framing per record; the length before a line takes at most 3 bytes
 	n := 5*frame + len(d.ID) + 3*d.Table.Len() + d.Table.TextBytes()
 	for _, b := range d.Batches {
 		n += frame + b.Size
@@ -78,7 +79,8 @@ func (d *SiteSamples) Commit(b *Batch) {
 	if n := len(d.Batches); n > 0 && slices.Equal(d.Batches[n-1].IDs, b.IDs) {
 		b.IDs = d.Batches[n-1].IDs
 	}
-	// CompactedCopy commits batches that are older than Seq and LastPush.
+	// The maximum is needed because CompactedCopy commits batches that are older than Seq and
+	// LastPush.
 	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt)
 	d.Batches = append(d.Batches, b)
 	d.Spools.AddHeldScrapes(b.Names, b.Seq)
@@ -101,7 +103,7 @@ func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples 
 		for i, id := range b.IDs {
 			renamed.IDs[i] = newIDs[id]
 		}
-		copied.Commit(&renamed) // also shares memory between equal ID lists
+		copied.Commit(&renamed) // Commit also shares memory between equal ID lists
 	}
 	copied.Spools = d.Spools.Clone()
 	for _, b := range more {

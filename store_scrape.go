@@ -17,7 +17,7 @@ import (
 // AllSitesReader selects samples for scrapes of a store. It is safe for concurrent use.
 type AllSitesReader struct {
 	Store        *Store
-	MaxSampleAge time.Duration // a newest sample that is older is not shown
+	MaxSampleAge time.Duration // the newest sample of a series is not shown if it is older, unless the consumer has not read it
 	Now          func() time.Time
 	// Owned reports whether this server owns the site with this key. For a site that it does not
 	// own, the server does not repeat samples that a consumer has read, and shows no samples to a
@@ -80,7 +80,9 @@ func (s *AllSitesReader) rotateFirstSite() {
 	_, s.start = math.Modf(s.start + math.Phi)
 }
 
-// newestSampleCutoff returns a time in ms. A newest sample of a series that is older is not shown.
+// newestSampleCutoff returns a time in ms. The newest sample of a series is not shown if it is
+// older than this time. Whether a scrape shows samples that its consumer has not read does not
+// depend on this time.
 func (s *AllSitesReader) newestSampleCutoff() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }

@@ -1,10 +1,10 @@
 package main
 
 // SeriesTable stores each series of one site once: its line, its ID and its newest sample. It also
-// groups the series by name, as a scrape shows them. An ID is an index and never changes. Text is
-// only appended, so that a line stays valid while others read it. A series is listed for scrapes
-// only after it has a durable sample. Pure: no I/O, no clock, no locks. This file must not know of
-// batches, logs, limits or locks.
+// groups the series by name, because the answer to a consumer's scrape does. An ID is an index and
+// never changes. Text is only appended, so that a line stays valid while others read it. A series
+// is listed for scrapes only after it has a durable sample. Pure: no I/O, no clock, no locks. This
+// file must not know of batches, logs, limits or locks.
 
 import (
 	"bytes"
@@ -30,7 +30,7 @@ type series struct {
 	off    uint32  // where the line begins in text
 	next   uint32  // next series with the same hash, or noSeries
 	len    uint16  // bytes of the line
-	quoted bool    // the line has names beyond the legacy character set
+	quoted bool    // the line has a metric or label name beyond the legacy character set
 	listed bool    // the series is in its seriesFamily
 	lastT  int64   // ms, time of the newest sample; NoTime if there is none
 	lastV  float64 // value at lastT
@@ -122,7 +122,7 @@ func (s *SeriesTable) Truncate(seriesCount int) {
 		} else {
 			s.index[h] = sr.next
 		}
-		s.text = s.text[:sr.off] // safe, because no reader ever gets the line of an unlisted series
+		s.text = s.text[:sr.off] // the bytes may be overwritten later: no reader ever gets the line of an unlisted series
 	}
 	s.series = s.series[:seriesCount]
 }

@@ -17,7 +17,8 @@ import (
 )
 
 var (
-	// ErrFull means that a limit of the whole store, or the disk, has no room for the push.
+	// ErrFull means that there is no room for the push within the limits of the whole store, or on
+	// the disk.
 	ErrFull = errors.New("no room")
 	// ErrClosed means that the store is shutting down.
 	ErrClosed = errors.New("store is closed")
@@ -102,7 +103,8 @@ func (s *Site) Unlock() { s.lock.Unlock() }
 // LockForever waits for the lock and never releases it, so that no later write can begin.
 func (s *Site) LockForever() { _ = s.lock.Lock(context.Background(), nil) }
 
-// The caller of each method below must hold the site's lock, except for TryEvictOldestBatch.
+// The caller of each method of Site below must hold the site's lock, except for seqReadByAll and
+// TryEvictOldestBatch.
 
 // markRemoved records that the site is no longer in the store, and subtracts its log from the
 // totals. If a log file was not removed because of an error, the next log of the same site replaces
@@ -212,8 +214,8 @@ func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
 
 // noteReadScrapesAndCopy returns a copy of the data that can be read without mu. Before that it
 // marks scrapes as read if their batch has left memory and every consumer has read that batch. The
-// new log does not contain such a batch, so that the log must record in another way that its
-// scrapes are read.
+// new log will not contain such a batch. Its spool records must therefore list the scrapes of the
+// batch as read.
 func (s *Site) noteReadScrapesAndCopy() SiteSamples {
 	read := s.seqReadByAll()
 	s.mu.Lock()
@@ -279,8 +281,8 @@ func (s *Site) RemoveLog() error {
 
 // CompactIfWorthwhile rewrites the log if it must be rewritten, if more than half of the log is
 // garbage, or if more than half of the series have expired. If storageFull is true, more than an
-// eighth is enough. A rewrite for garbage also needs more than compactSlack bytes of garbage,
-// unless storageFull is true.
+// eighth is enough in both cases. A rewrite for garbage also needs more than compactSlack bytes of
+// garbage, unless storageFull is true.
 func (s *Site) CompactIfWorthwhile(keptSince int64, storageFull bool) error {
 	part, slack := int64(2), int64(compactSlack)
 	if storageFull {

@@ -2,9 +2,9 @@ package main
 
 // SiteSpools records which scrapes of a site's client spools the store has. A scrape is held from
 // the commit of its push until every consumer has read the batch of that push. From then on the
-// scrape is read. A scrape number that was read stays read even if its batch leaves the store. The
-// number of spools and of scrape numbers is bounded; the client only sends a forgotten scrape
-// again. Pure: no I/O, no clock, no locks.
+// scrape is read. A read scrape stays read even if its batch leaves the store. The number of spools
+// and of scrape numbers is bounded. If the store forgets a scrape because of these bounds, the
+// client only sends the scrape again. Pure: no I/O, no clock, no locks.
 
 import (
 	"encoding/binary"
@@ -18,7 +18,7 @@ const maxSpools = 4
 
 // SiteSpools are the known spools of one site. The zero value is empty. It is not safe for
 // concurrent use.
-type SiteSpools struct{ spools []siteSpool } // the most recently named spool is last
+type SiteSpools struct{ spools []siteSpool } // the spool that a push named most recently is last
 
 // siteSpool is one spool, with the numbers of its held and read scrapes.
 type siteSpool struct {
@@ -46,8 +46,9 @@ func (s *SiteSpools) find(spoolID uint64) *siteSpool {
 	return nil
 }
 
-// findOrAdd returns a spool, adding it if it is not known, and makes it the most recently named
-// spool. If maxSpools spools are known, a new spool replaces the least recently named spool.
+// findOrAdd returns the spool with this ID, adding the spool if it is not known. It moves the spool
+// to the end of spools. If maxSpools spools are known, a new spool replaces the first one, whose
+// last use is the longest ago.
 func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
 	p := siteSpool{id: spoolID}
 	if i := s.index(spoolID); i >= 0 {
@@ -61,8 +62,9 @@ func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
 }
 
 // AddHeldScrapes records scrapes as held. All samples of these scrapes are in batches up to
-// upToSeq. upToSeq must not be lower than in an earlier call. If a spool then has more than
-// MaxRanges held ranges, AddHeldScrapes first merges entries and then forgets the oldest entries.
+// upToSeq. upToSeq must not be lower than in an earlier call. If the spool then has more than
+// MaxRanges ranges of held numbers, AddHeldScrapes merges pairs of held entries. If that does not
+// suffice, it forgets the oldest held entries.
 func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
 	if names.SpoolID == 0 || len(names.Numbers) == 0 {
 		return
@@ -118,8 +120,8 @@ func (p *siteSpool) heldNumbers() (held Ranges) {
 	return held
 }
 
-// MarkReadUpTo marks as read all scrapes whose samples are in batches up to seq. Every consumer
-// must have read these batches.
+// MarkReadUpTo marks as read all held scrapes whose samples are all in batches up to seq. Every
+// consumer must have read these batches.
 func (s *SiteSpools) MarkReadUpTo(seq uint64) {
 	for i := range s.spools {
 		p := &s.spools[i]

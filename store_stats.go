@@ -12,7 +12,7 @@ type SiteStats struct {
 	ID                string
 	Series            int
 	Samples, LastPush int64                 // samples in memory; time of the newest push in ms
-	Backlogs          []ConsumerSiteBacklog // one per consumer
+	Backlogs          []ConsumerSiteBacklog // one for each name and address of a consumer, sorted
 }
 
 // ConsumerSiteBacklog is the number of samples of a site that one consumer has not read.

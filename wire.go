@@ -57,7 +57,7 @@ func (r *WireReader) fail(err error) {
 	r.rest = nil
 }
 
-// Uvarint reads an unsigned varint. A value above max is an error.
+// Uvarint reads an unsigned varint. If the value is above max, the reader fails.
 func (r *WireReader) Uvarint(max uint64) uint64 {
 	// Fast path, because most varints have one byte.
 	if len(r.rest) > 0 && r.rest[0] < 0x80 && uint64(r.rest[0]) <= max {
@@ -74,7 +74,7 @@ func (r *WireReader) Uvarint(max uint64) uint64 {
 	return v
 }
 
-// Varint reads a signed varint. A value below min or above max is an error.
+// Varint reads a signed varint. If the value is below min or above max, the reader fails.
 func (r *WireReader) Varint(min, max int64) int64 {
 	v, n := binary.Varint(r.rest)
 	if n <= 0 || v < min || v > max {
@@ -95,9 +95,9 @@ func (r *WireReader) failVarint(decodedLen int) {
 	}
 }
 
-// Count reads the number of items that follow. It is an error if that many items of minItemSize
+// Count reads the number of items that follow. The reader fails if that many items of minItemSize
 // bytes each do not fit into the unread bytes. The caller may therefore allocate memory for the
-// items. minItemSize must be at least 1.
+// items without checking the number. minItemSize must be at least 1.
 func (r *WireReader) Count(minItemSize int) int {
 	n := r.Uvarint(1 << 62)
 	if n > uint64(len(r.rest)/minItemSize) {
@@ -107,8 +107,8 @@ func (r *WireReader) Count(minItemSize int) int {
 	return int(n)
 }
 
-// Bytes reads n bytes. The result shares memory with the input. It is nil if fewer than n bytes are
-// left.
+// Bytes reads n bytes. The result shares memory with the input. If fewer than n bytes are left, the
+// reader fails and the result is nil.
 func (r *WireReader) Bytes(n int) []byte {
 	if n < 0 || n > len(r.rest) {
 		r.fail(errWireShort)
@@ -123,7 +123,7 @@ func (r *WireReader) Bytes(n int) []byte {
 func (r *WireReader) Rest() []byte { return r.Bytes(len(r.rest)) }
 
 // ShortString reads a string that AppendShortString wrote: one byte with the length, then the
-// bytes. A length above maxLen is an error.
+// bytes. If the length is above maxLen, the reader fails.
 func (r *WireReader) ShortString(maxLen int) string {
 	n := int(r.Byte())
 	if n > maxLen {
