@@ -114,7 +114,7 @@ type RingKeeperConfig struct {
 type RingKeeper struct {
 	cfg     RingKeeperConfig
 	view    atomic.Pointer[RingView]
-	settled chan struct{} // closed when Run is about to make the first ring
+	settled chan struct{} // closed when Run has published the first ring
 
 	saved      RestartState // the state on disk; after NewRingKeeper only Run uses saved and saveFailed
 	saveFailed bool         // the latest save failed
@@ -136,8 +136,7 @@ func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	return m, nil
 }
 
-// Settled returns a channel that is closed when Run is about to make the first ring. View may still
-// return the empty view for a moment.
+// Settled returns a channel that is closed when View has the first ring.
 func (m *RingKeeper) Settled() <-chan struct{} { return m.settled }
 
 // View returns the newest view. The view is empty before the first ring.
@@ -158,15 +157,17 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 		alone := !m.cfg.HasSeeds && len(v.Members) == 1
 		quiet := time.Since(lastChange) >= quietIntervals*m.cfg.Interval && (v.Joined || !m.cfg.HasSeeds)
 		overdue := !m.hasFirstRing() && time.Since(begin) >= settleIntervals*m.cfg.Interval
-		if alone || quiet || overdue {
+		settle := alone || quiet || overdue
+		if settle {
 			m.claimSlot(v)
 			v = m.cfg.Gossip.View()
-			if !m.hasFirstRing() {
-				close(m.settled)
-			}
 		}
-		if m.hasFirstRing() {
+		hadRing := m.hasFirstRing()
+		if hadRing || settle {
 			m.publishView(v)
+		}
+		if !hadRing && settle {
+			close(m.settled)
 		}
 		m.saveAndReport(m.cfg.Gossip.RestartState())
 		wait := m.cfg.Interval / 4

@@ -3,6 +3,7 @@ package main
 // Tests of the ring keeper: how soon a server acts on changes that gossip reports, in virtual time.
 
 import (
+	"context"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,31 @@ func TestKeeperClaims(t *testing.T) {
 		checkWithin(t, "the first member's new ring", took(t, "a has b on its ring", func() bool { return a.members() == 2 }), memInterval)
 		a.kill()
 		b.kill()
+	})
+}
+
+// Settled is closed only after View has the first ring: a server that is ready knows the owners.
+func TestKeeperSettledHasRing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemNet().add(t, "a", "10.0.0.1:1", newStoreFS(1))
+		views := 0
+		m.cfg.OnView = func(*RingView) {
+			if views++; views == 1 && m.hasFirstRing() {
+				t.Error("Settled is closed before the first view is published")
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- m.Run(ctx) }()
+		<-m.Settled()
+		if n := m.members(); n != 1 {
+			t.Errorf("the ring has %d members when Settled is closed, want 1", n)
+		}
+		cancel()
+		if err := <-ended; err != nil || views == 0 {
+			t.Errorf("Run returned %v after %d views", err, views)
+		}
+		m.conn.close()
 	})
 }
 
