@@ -1,8 +1,9 @@
 package main
 
-// This file parses key files, derives subkeys from their keys, checks cluster IDs, and reads small
-// secret files. No error of the auth family contains a secret or a token. The family proves who may
-// push. It must not know of HTTP handlers, flags, or the meaning of labels.
+// This file parses key files, derives subkeys from the keys, checks cluster IDs, and reads small
+// secret files. No error of the auth family contains a secret or a token. The auth family proves
+// which site may push. It must not know of HTTP handlers, flags, or the meaning of a token's
+// labels.
 
 import (
 	"bytes"
@@ -28,41 +29,42 @@ const (
 	TLSKeyFile     = "tls.key"
 )
 
-// Limits.
+// Limits of tokens, key files, revocation files and cluster IDs.
 const (
 	MaxToken       = 8 << 10  // bytes of a token's text form
-	MaxKeyFile     = 64 << 10 // bytes
-	MaxRevokedFile = 4 << 20  // bytes
+	MaxKeyFile     = 64 << 10 // bytes of a key file
+	MaxRevokedFile = 4 << 20  // bytes of a revocation file
 
-	maxKeys      = 16  // keys in a file; with monthly rotation, old keys stay valid for over a year
-	maxClusterID = 128 // bytes
-	keySize      = 32  // bytes, before base64
+	maxKeys      = 16  // keys in a key file; with monthly rotation, an old key stays valid for over a year
+	maxClusterID = 128 // bytes of a cluster ID
+	keySize      = 32  // bytes of a key, before base64
 )
 
-// HKDF info labels (RFC 5869). Each purpose has its own label, so that no subkey reveals anything
-// about another. In particular, the public key ID reveals nothing about the token subkey.
+// Labels for the info parameter of HKDF (RFC 5869). Each purpose of a subkey has its own label, so
+// that no subkey reveals anything about another. In particular, a key's ID, which is public,
+// reveals nothing about its token subkey.
 const (
 	labelToken = "telemeter token v1"
 	labelKeyID = "telemeter key id v1"
 )
 
-// Keys holds the keys of one key file. The first key signs, and every key verifies. The zero value
-// has no key: it signs nothing and verifies nothing. Keys is immutable and safe for concurrent use.
+// Keys holds the keys of one key file. New tokens, packets and messages are signed or sealed with
+// the first key by default. Every key can verify or open them. The zero value has no key: it signs
+// nothing and verifies nothing. Keys is immutable and safe for concurrent use.
 type Keys struct {
 	keys []key
 }
 
-// A key keeps its secret inside closures. fmt prints a closure as an address with every verb, so
-// that logging a Keys value by mistake shows only key IDs.
+// A key keeps its secret inside closures. Every verb of fmt prints a closure as an address. So a
+// Keys value that is logged by mistake shows only key IDs.
 type key struct {
-	id     string                             // public: 8 hex digits
+	id     string                             // public ID of the key: 8 hex digits
 	mac    func(signed string) []byte         // returns the HMAC-SHA256 of signed under the token subkey
 	derive func(label string) ([]byte, error) // returns the 32-byte subkey for an HKDF label
 }
 
-// NonCommentLines yields the lines of a file that an operator wrote, each with its line number,
-// counted from 1. It trims the space around each line, and skips blank lines and lines that begin
-// with #.
+// NonCommentLines yields the trimmed lines of a file that an operator wrote. It yields each line
+// with its number in the file, counted from 1. It skips blank lines and lines that begin with #.
 func NonCommentLines(data []byte) iter.Seq2[int, string] {
 	return func(yield func(n int, line string) bool) {
 		n := 0
@@ -76,8 +78,9 @@ func NonCommentLines(data []byte) iter.Seq2[int, string] {
 }
 
 // ParseKeys parses a key file. Each line holds one key: the standard base64 of exactly 32 random
-// bytes. Blank lines and lines beginning with # are ignored. The file must hold 1 to 16 keys, all
-// different, in at most MaxKeyFile bytes. An error names the line and never quotes it.
+// bytes. Blank lines and lines that begin with # are ignored. The file must hold 1 to 16 keys, all
+// different, in at most MaxKeyFile bytes. An error about a line gives its number and never quotes
+// it.
 func ParseKeys(data []byte) (Keys, error) {
 	if len(data) > MaxKeyFile {
 		return Keys{}, fmt.Errorf("key file is larger than %d bytes", MaxKeyFile)
@@ -96,7 +99,8 @@ func ParseKeys(data []byte) (Keys, error) {
 			return Keys{}, fmt.Errorf("line %d: deriving subkeys: %w", n, err)
 		}
 		for _, o := range ks.keys {
-			// Refuse a duplicate: it would stay valid after the operator deletes the first copy.
+			// Refuse a duplicate key: it would stay valid after the operator deletes one of its two
+			// lines.
 			if hmac.Equal(o.mac(""), k.mac("")) {
 				return Keys{}, fmt.Errorf("line %d: duplicate of a key above", n)
 			}
@@ -109,7 +113,7 @@ func ParseKeys(data []byte) (Keys, error) {
 	return ks, nil
 }
 
-// newKey derives the key ID and the token subkey from secret.
+// newKey returns the key with this secret. It derives the key's ID and token subkey from secret.
 func newKey(secret []byte) (key, error) {
 	id, err := hkdf.Key(sha256.New, secret, nil, labelKeyID, 4)
 	if err != nil {
@@ -128,8 +132,8 @@ func newKey(secret []byte) (key, error) {
 	}}, nil
 }
 
-// IDs returns the public ID of each key, 8 hex digits, in the order of the key file. The signing
-// key comes first.
+// IDs returns the public ID of each key, 8 hex digits, in the order of the key file. The ID of the
+// signing key comes first.
 func (ks Keys) IDs() []string {
 	ids := make([]string, len(ks.keys))
 	for i, k := range ks.keys {
@@ -138,8 +142,8 @@ func (ks Keys) IDs() []string {
 	return ids
 }
 
-// Subkeys derives a 32-byte subkey for purpose from each key, in the order of IDs. Each purpose
-// must have its own text, which no other purpose uses.
+// Subkeys derives a 32-byte subkey from each key, in the order of IDs. purpose is the HKDF label of
+// these subkeys. Each purpose must have its own text, which no other purpose uses.
 func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	subkeys := make([][]byte, len(ks.keys))
 	for i, k := range ks.keys {
@@ -151,8 +155,8 @@ func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	return subkeys, nil
 }
 
-// CheckClusterID returns an error if clusterID is not a valid cluster ID. The error states the rule
-// and does not quote clusterID.
+// CheckClusterID returns an error if clusterID is not a valid cluster ID. The error states what a
+// valid cluster ID looks like and does not quote clusterID.
 func CheckClusterID(clusterID string) error {
 	ok := 0 < len(clusterID) && len(clusterID) <= maxClusterID && isAlnum(clusterID[0])
 	for i := 1; ok && i < len(clusterID); i++ {
@@ -177,14 +181,14 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	const lineEnd = 2 // bytes of CR LF after a secret of exactly maxBytes
+	const lineEnd = 2 // bytes of CR LF, which may follow a secret of exactly maxBytes
 	raw, err := io.ReadAll(io.LimitReader(f, int64(maxBytes)+lineEnd+1))
 	if err != nil {
 		return nil, err
 	}
 	secret := bytes.TrimRight(raw, " \t\r\n")
-	// Check the untrimmed length too. The reader stops at its limit, so more text may follow the
-	// white space that TrimRight removed.
+	// Check the untrimmed length too. The limit of the reader may have cut the file within white
+	// space. TrimRight then removed that white space, but more text may follow it in the file.
 	if len(secret) > maxBytes || len(raw) > maxBytes+lineEnd {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBytes)
 	}
@@ -194,17 +198,18 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 	return secret, nil
 }
 
-// EqualSecret reports whether a and b are equal. It compares their hashes in constant time, so that
-// the time it takes does not reveal where a and b differ, or whether their lengths differ.
+// EqualSecret reports whether a and b are equal. It compares the hashes of a and b in constant
+// time. So its running time does not reveal at which byte a and b differ, or whether their lengths
+// differ.
 func EqualSecret(a, b string) bool {
 	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
 // ParseBearer returns the credential in the value of an Authorization header with the scheme
-// Bearer, in any letter case (RFC 6750, section 2.1). It returns false for any other value. It
-// accepts all visible ASCII characters, not only the RFC's base64 set, because an operator's own
-// secret may contain others.
+// "Bearer" (RFC 6750, section 2.1). The scheme may be in any letter case. ParseBearer returns false
+// for any other value. The credential may hold all visible ASCII characters, not only the RFC's
+// base64 set, because a secret that the operator chose may contain others.
 func ParseBearer(header string) (string, bool) {
 	scheme, credential, _ := strings.Cut(header, " ")
 	credential = strings.Trim(credential, " ")

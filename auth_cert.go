@@ -23,13 +23,14 @@ import (
 
 // SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a self-signed server certificate for hosts,
 // both PEM-encoded. Each host is a DNS name or an IP address, without scheme, port or brackets. The
-// certificate is valid from one day before now, because peers' clocks may lag. It is valid for 20
-// years, because clients pin the key and ignore the dates.
+// certificate is valid from one day before now, so that programs whose clocks lag and that check
+// the dates (curl --cacert) accept it at once. It is valid for 20 years, because telemeter's own
+// clients ignore the dates: they check only the pin of the key.
 func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
 	if len(hosts) == 0 {
 		return nil, nil, errors.New("a certificate needs at least one host")
 	}
-	tmpl := &x509.Certificate{ // CreateCertificate fills in a random serial number
+	tmpl := &x509.Certificate{ // x509.CreateCertificate chooses a random serial number, because SerialNumber is nil
 		Subject:               pkix.Name{CommonName: "telemeter"},
 		NotBefore:             now.Add(-24 * time.Hour),
 		NotAfter:              now.AddDate(20, 0, 0),
@@ -122,9 +123,10 @@ func checkPinFormat(pin string) error {
 	return nil
 }
 
-// PinnedTLS returns a TLS client configuration that accepts exactly the servers that hold the
-// private key with this pin. It requires TLS 1.2 or newer. The caller owns the configuration and
-// may set ServerName, a session cache or client certificates.
+// PinnedTLS returns a TLS client configuration that accepts a server only if it holds the private
+// key of the public key with this pin. The configuration requires TLS 1.2 or newer. The caller owns
+// it and may set ServerName, a session cache or client certificates. An error means that pin is not
+// in the form of a pin.
 func PinnedTLS(pin string) (*tls.Config, error) {
 	if err := checkPinFormat(pin); err != nil {
 		return nil, err
@@ -132,8 +134,8 @@ func PinnedTLS(pin string) (*tls.Config, error) {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		// InsecureSkipVerify disables the checks of the certificate chain and the host name.
-		// VerifyConnection checks the pin instead, which proves more than both. The handshake still
-		// proves that the peer holds the certificate's private key.
+		// VerifyConnection checks the pin instead, which identifies the server's key itself. The
+		// handshake still proves that the server holds the certificate's private key.
 		InsecureSkipVerify: true,
 		// VerifyConnection is used because crypto/tls does not call VerifyPeerCertificate when it
 		// resumes a session. With VerifyPeerCertificate, a cached session would stay valid after a

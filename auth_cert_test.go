@@ -21,8 +21,9 @@ import (
 	"time"
 )
 
-// A self-signed certificate matches its key. A client without the pin (curl --cacert) can verify it
-// in the usual way, for every host and for the whole time.
+// A self-signed certificate matches its key. A client that has the certificate instead of its pin
+// (curl --cacert) can verify it in the usual way, for each of its hosts and during its whole
+// validity.
 func TestSelfSignedCert(t *testing.T) {
 	hosts := []string{"Hub.Example", "localhost", "my_pod-1", "1.example", "192.0.2.7", "2001:db8::7", "::ffff:192.0.2.8"}
 	certPEM, keyPEM, err := SelfSignedCert(hosts, testNow)
@@ -66,7 +67,8 @@ func TestSelfSignedCertRefusesHosts(t *testing.T) {
 	}
 }
 
-// selfSigned returns a new certificate for host and its key, in PEM and parsed, and its pin.
+// selfSigned makes a certificate for host with SelfSignedCert at the time issued. It returns the
+// certificate and its key as PEM and as a pair for crypto/tls, and the certificate's pin.
 func selfSigned(t *testing.T, host string, issued time.Time) (certPEM, keyPEM []byte, pair tls.Certificate, pin string) {
 	t.Helper()
 	certPEM, keyPEM, err := SelfSignedCert([]string{host}, issued)
@@ -110,7 +112,7 @@ func TestPin(t *testing.T) {
 	}
 }
 
-// PinnedTLS refuses a text that is not exactly in the form of a pin.
+// PinnedTLS refuses a pin that does not have exactly the form of a pin.
 func TestPinnedTLSRefusesBadPins(t *testing.T) {
 	_, _, _, pin := selfSigned(t, "a.example", testNow)
 	for _, bad := range []string{"", "sha256/", pin[7:], pin + "=", pin[:len(pin)-1], "sha1" + pin[6:], " " + pin, pin + "\n",
@@ -121,7 +123,8 @@ func TestPinnedTLSRefusesBadPins(t *testing.T) {
 	}
 }
 
-// startTLS starts an HTTPS server with the certificate pair, until the test ends. It answers "ok".
+// startTLS starts an HTTPS server with the certificate and key in pair. The server answers "ok" to
+// every request and is closed at the end of the test.
 func startTLS(t *testing.T, pair tls.Certificate, maxVersion uint16) *httptest.Server {
 	t.Helper()
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok") }))
@@ -132,8 +135,9 @@ func startTLS(t *testing.T, pair tls.Certificate, maxVersion uint16) *httptest.S
 	return srv
 }
 
-// getPinned sends a GET request to url on a new connection, with the TLS configuration of pin and
-// the session cache. It returns whether the connection has resumed a session.
+// getPinned sends a GET request to url on a new connection, with the configuration of
+// PinnedTLS(pin) and the session cache. It reports whether the connection resumed a TLS session of
+// the cache.
 func getPinned(t *testing.T, url, pin string, cache tls.ClientSessionCache) (resumed bool, err error) {
 	t.Helper()
 	cfg, err := PinnedTLS(pin)
@@ -156,14 +160,14 @@ func getPinned(t *testing.T, url, pin string, cache tls.ClientSessionCache) (res
 	return resumed, errors.Join(err, resp.Body.Close())
 }
 
-// A client accepts a server by its pin alone, whatever the certificate's host and dates. It checks
-// the pin on a new session and on a resumed session.
+// A client with a pin accepts exactly the servers with this pin, whatever the host and the dates of
+// their certificates. It checks the pin on a new TLS session and on a resumed TLS session.
 func TestPinnedTLS(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		version uint16
 		issued  time.Time
-		resumes bool // crypto/tls does not resume a session if the certificate has expired
+		resumes bool // whether the second connection resumes; crypto/tls does not resume a session with an expired certificate
 	}{
 		{"TLS 1.2", tls.VersionTLS12, time.Now(), true},
 		{"TLS 1.3", tls.VersionTLS13, time.Now(), true},
@@ -205,8 +209,8 @@ func TestPinnedTLSConfig(t *testing.T) {
 	}
 }
 
-// A server that has only a copy of the pinned certificate, without its private key, is refused. The
-// handshake proves possession of the key even though the chain is not verified.
+// A server that has a copy of the pinned certificate, but not the certificate's private key, is
+// refused. The handshake proves possession of the private key, although the chain is not verified.
 func TestPinnedTLSNeedsKey(t *testing.T) {
 	_, _, thief, _ := selfSigned(t, "x", time.Now())
 	_, _, victim, pin := selfSigned(t, "x", time.Now())

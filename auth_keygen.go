@@ -20,8 +20,9 @@ import (
 // Keygen creates the cluster and token key files that dir lacks. If hosts is not empty, Keygen also
 // creates a TLS key and a certificate for hosts, unless dir already has both. It creates dir with
 // mode 0700 if dir does not exist. It never overwrites a file. created lists the files that Keygen
-// created, and kept lists the files that it found; both are valid after an error too. If only one
-// of tls.crt and tls.key exists, Keygen writes nothing and returns an error.
+// created, and kept lists the files that it would have created but found in dir. After an error,
+// both lists show what Keygen did before the error. If only one of tls.crt and tls.key exists,
+// Keygen writes nothing and returns an error.
 func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
 	pair, err := existingTLSPair(crt, tlsKey)
@@ -30,7 +31,8 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	}
 	var crtPEM, keyPEM []byte
 	if len(hosts) > 0 {
-		// Make the certificate even if dir already has one, so that a bad host is always an error.
+		// Make the certificate even if dir already has a certificate, so that a bad host is always
+		// an error.
 		if crtPEM, keyPEM, err = SelfSignedCert(hosts, now); err != nil {
 			return nil, nil, err
 		}
@@ -55,8 +57,9 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 	if pair != nil {
 		return created, append(kept, pair...), nil
 	}
-	// Create the key first. If two runs race, only the run that created the key goes on to create
-	// the certificate, so that key and certificate always match.
+	// Create the TLS key before the certificate. If two runs of Keygen race, only the run that
+	// created the key goes on to create the certificate. So the key and the certificate always
+	// match.
 	if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
 		return created, kept, err
 	}
@@ -72,7 +75,7 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
 	var pair []string
 	for _, path := range []string{certPath, keyPath} {
-		// Use Lstat, because a dangling symbolic link counts as an existing file.
+		// Lstat does not follow links, so that a dangling symbolic link counts as an existing file.
 		if _, err := os.Lstat(path); err == nil {
 			pair = append(pair, path)
 		} else if !errors.Is(err, fs.ErrNotExist) {
@@ -117,7 +120,7 @@ func RotateKey(dir, keyName string) error {
 // generateKeyLine returns a new random key as a line of a key file.
 func generateKeyLine() []byte {
 	secret := make([]byte, keySize)
-	rand.Read(secret) // never fails since Go 1.24
+	rand.Read(secret) // crypto/rand.Read never returns an error since Go 1.24
 	return append(base64.StdEncoding.AppendEncode(nil, secret), '\n')
 }
 
@@ -127,12 +130,13 @@ func createKeyFile(path string, data []byte, mode fs.FileMode) error {
 	return writeKeyFile(path, data, mode, nil, os.Link)
 }
 
-// writeKeyFile writes data to a temporary file in path's directory, syncs the file, and names it
-// path with linkOrRename. So path never names a partly written file. The new file gets the owner of
-// ownerFrom, unless ownerFrom is nil.
+// writeKeyFile writes data to a temporary file in path's directory and syncs it. Then it gives the
+// file the name path by calling linkOrRename, which is os.Link or os.Rename. So path never names a
+// partly written file. If ownerFrom is not nil, the new file gets the owner and group of the file
+// that ownerFrom describes.
 func writeKeyFile(path string, data []byte, mode fs.FileMode, ownerFrom fs.FileInfo, linkOrRename func(from, to string) error) error {
 	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // CreateTemp sets mode 0600
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // CreateTemp sets mode 0600; Chmod below sets the mode that the caller wants
 	if err != nil {
 		return err
 	}
@@ -142,9 +146,9 @@ func writeKeyFile(path string, data []byte, mode fs.FileMode, ownerFrom fs.FileI
 			err = f.Chown(int(st.Uid), int(st.Gid))
 		}
 	}
-	// Chmod sets the mode exactly, because the umask may have removed bits at creation. All calls
-	// below run even after a failure, so that the file is always closed. cmp.Or returns the first
-	// error.
+	// Chmod sets exactly the mode that the caller wants, whatever the umask is. Go evaluates all
+	// arguments of cmp.Or, even if one of the calls fails. So the file is always closed. cmp.Or
+	// returns the first error.
 	_, werr := f.Write(data)
 	if err := cmp.Or(err, werr, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err

@@ -1,7 +1,7 @@
 package main
 
-// Tests of key generation and rotation: no run overwrites or loses a key, and runs that race leave
-// one complete set of files.
+// Tests of key generation and rotation: no run overwrites or loses a key, and runs of Keygen that
+// race leave one complete set of files.
 
 import (
 	"crypto/tls"
@@ -16,8 +16,8 @@ import (
 	"testing"
 )
 
-// authTree returns the content of each file in dir by its name. It fails the test if the mode of a
-// file is not 0644 for the certificate or 0600 for every other file.
+// authTree returns the content of each file in dir, by the file's name. It fails the test if the
+// certificate does not have mode 0644 or another file does not have mode 0600.
 func authTree(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -46,8 +46,8 @@ func authTree(t *testing.T, dir string) map[string]string {
 	return files
 }
 
-// checkKeygen runs Keygen in dir and returns authTree(dir). It fails the test unless Keygen reports
-// the files wantCreated and wantKept.
+// checkKeygen runs Keygen in dir and returns the files in dir as authTree does. It fails the test
+// unless Keygen reports wantCreated as created and wantKept as kept.
 func checkKeygen(t *testing.T, dir string, hosts, wantCreated, wantKept []string) map[string]string {
 	t.Helper()
 	created, kept, err := Keygen(dir, hosts, testNow)
@@ -87,8 +87,8 @@ func TestKeygen(t *testing.T) {
 	}
 }
 
-// Later runs of Keygen create only the missing files and leave all others unchanged. The
-// certificate that they create matches its key.
+// A later run of Keygen creates only the missing files and leaves all others unchanged. The
+// certificate that it creates matches the key that it creates.
 func TestKeygenAgain(t *testing.T) {
 	dir := t.TempDir()
 	first := checkKeygen(t, dir, nil, []string{ClusterKeyFile, TokenKeyFile}, nil)
@@ -153,15 +153,15 @@ func TestKeygenFails(t *testing.T) {
 	}
 }
 
-// If several runs of Keygen race, they leave one complete set of files, and certificate and key
-// match.
+// If several runs of Keygen race, they leave one complete set of files, in which the certificate
+// and the TLS key match.
 func TestKeygenRace(t *testing.T) {
 	for range 5 {
 		dir := t.TempDir()
 		created := make(chan []string)
 		for range 8 {
 			go func() {
-				names, _, _ := Keygen(dir, []string{"hub.example"}, testNow) // a run that loses the race may fail
+				names, _, _ := Keygen(dir, []string{"hub.example"}, testNow) // the error is ignored, because a run that loses the race may fail
 				created <- names
 			}()
 		}
@@ -179,7 +179,7 @@ func TestKeygenRace(t *testing.T) {
 }
 
 // If several calls of createKeyFile create the same file, one call succeeds and the others return
-// fs.ErrExist. No temporary file stays behind.
+// fs.ErrExist. No temporary file remains in the directory.
 func TestCreateKeyFileNeverReplaces(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.key")
 	errs := make(chan error)
@@ -202,9 +202,9 @@ func TestCreateKeyFileNeverReplaces(t *testing.T) {
 	}
 }
 
-// handWrittenTokenKeys creates the key files in a new directory, and replaces the token keys by
-// keys 1 and 2 in the form in which an operator's editor leaves them. It returns the directory, the
-// path of the token keys and their content.
+// handWrittenTokenKeys creates the key files in a new directory. It replaces token.key by keys 1
+// and 2 of keyLine, as an operator's editor may leave them: with a comment between them and no line
+// end after the last line. It returns the directory, and the path and content of token.key.
 func handWrittenTokenKeys(t *testing.T) (dir, path, content string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -220,7 +220,7 @@ func handWrittenTokenKeys(t *testing.T) (dir, path, content string) {
 }
 
 // A rotation adds a key above the old keys and comments. New tokens are signed with the new key. A
-// token of an old key stays valid until that key is deleted.
+// token that an old key signed stays valid until that key is deleted.
 func TestRotateKey(t *testing.T) {
 	dir, _, old := handWrittenTokenKeys(t)
 	before := testKeys(t, 1, 2)
@@ -247,8 +247,8 @@ func TestRotateKey(t *testing.T) {
 	}
 }
 
-// A rotation keeps the mode and the owner of the key file. As root, the test uses a file of another
-// user.
+// A rotation keeps the mode and the owner of the key file. If the test runs as root, it gives the
+// file to another user first.
 func TestRotateKeyKeepsModeAndOwner(t *testing.T) {
 	dir, path, _ := handWrittenTokenKeys(t)
 	uid := os.Getuid()
@@ -275,8 +275,8 @@ func TestRotateKeyKeepsModeAndOwner(t *testing.T) {
 	}
 }
 
-// RotateKey refuses a full key file, an unknown name, and a file that is invalid or missing. It
-// then changes no file.
+// RotateKey refuses a key file with 16 keys, an unknown key name, and a key file that is invalid or
+// missing. A refused rotation changes no file.
 func TestRotateKeyRefuses(t *testing.T) {
 	dir, path, _ := handWrittenTokenKeys(t)
 	for n := 1; n < maxKeys; n++ {

@@ -1,33 +1,38 @@
 package main
 
-// The replay window detects repeated packets: it accepts each packet counter at most once. Pure: no
-// I/O and no clock. This file must not know where the counters come from.
+// A replay window detects repeated gossip packets: it accepts the counter of each packet at most
+// once. This file does no I/O and reads no clock. It must not know where the counters come from.
 
-// A ReplayWindow records which packet counters of one sender's session were seen, as in RFC 6479: a
-// circular array of words, in which whole words are cleared when the window advances. A counter
-// that is more than windowSize below the highest counter is treated as a replay. (A sender uses one
-// counter for all receivers, so that each receiver sees only some of its values.)
+// A ReplayWindow records which packet counters of one sender's session were seen, as in RFC 6479.
+// The record is a circular array of words. When the highest counter advances into new words, the
+// window clears them. A counter that is more than windowSize below the highest counter is treated
+// as a replay. A sender uses one counter for all its receivers, so that each receiver sees only
+// some of the sender's counters.
 type ReplayWindow struct {
 	highest uint64              // highest counter seen
-	seen    [windowWords]uint64 // one bit per counter
+	seen    [windowWords]uint64 // one bit for each counter that the window covers
 }
 
 const (
-	windowWords = 16 // a power of 2; windowSize excludes one word, because the newest word is only partly used
+	// windowWords is a power of 2, which makes a division by it cheap. windowSize counts one word
+	// less, because the word of the highest counter may be only partly used.
+	windowWords = 16
 	windowSize  = (windowWords - 1) * 64
 )
 
-// StartAfter makes the window refuse counter and all counters below it.
+// StartAfter makes the window treat counter and all lower counters as replays.
 func (w *ReplayWindow) StartAfter(counter uint64) {
 	w.highest = counter
 	for i := range w.seen {
 		w.seen[i] = ^uint64(0)
 	}
-	// In counter's own word, set only the bits up to counter's.
+	// In the word that holds counter, set only the bits of counter and of lower counters. The bits
+	// of higher counters stay 0, because these counters are new.
 	w.seen[counter/64%windowWords] = 1<<(counter%64+1) - 1
 }
 
-// Accept reports whether counter is new, and records it as seen.
+// Accept reports whether counter is new, and records it as seen. It returns false for a counter
+// that was seen before or is more than windowSize below the highest counter.
 func (w *ReplayWindow) Accept(counter uint64) bool {
 	if counter < w.highest && w.highest-counter > windowSize {
 		return false

@@ -1,15 +1,16 @@
 package main
 
-// Tests of the replay window.
+// Tests of the replay window, which must accept each packet counter at most once.
 
 import (
 	"math/rand/v2"
 	"testing"
 )
 
-// A replay window accepts the same counters as a set of all counters seen, as long as they are
-// above the start and not more than windowSize below the highest counter. It never accepts a
-// counter twice.
+// A replay window that starts after a random counter accepts a counter exactly if three conditions
+// hold: the counter is above the start, it was not accepted before, and it is not more than
+// windowSize below the highest accepted counter. The test compares the window with a set of all
+// accepted counters.
 func TestReplayWindow(t *testing.T) {
 	seed := testSeed(t, 0)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -31,7 +32,7 @@ func TestReplayWindow(t *testing.T) {
 			case 2:
 				count = start - rng.Uint64N(2000)
 			}
-			if count > start && count-start > 1<<62 { // no sender counts that far
+			if count > start && count-start > 1<<62 { // no sender sends so many packets
 				continue
 			}
 			want := count > start && !seen[count] && (count >= top || top-count <= windowSize)

@@ -1,8 +1,8 @@
 package main
 
-// Revocation: a file lists token IDs and cluster IDs, and every token with a listed ID is refused,
-// even if it has not expired. The set of listed IDs is immutable, so that a reload replaces the
-// whole set.
+// This file decides which tokens are revoked. A revocation file lists token IDs and cluster IDs. A
+// token with a listed ID is refused, even if it has not expired. The set of listed IDs is
+// immutable. When the file changes, a new set replaces the old set.
 
 import (
 	"fmt"
@@ -17,9 +17,9 @@ type RevokedIDs struct {
 }
 
 // ParseRevokedIDs parses a revocation file of at most MaxRevokedFile bytes. Each line holds a token
-// ID or a cluster ID, and # begins a comment. A line of 32 hex digits, in either case, counts as
-// both. That is safe, because a token ID has 128 random bits and equals no cluster ID by accident.
-// An error names the line.
+// ID or a cluster ID, and # begins a comment. A line of 32 hex digits, in upper or lower case,
+// revokes both the token ID and the cluster ID with these digits. That is safe, because a token ID
+// has 128 random bits and equals no cluster ID by accident. An error gives the number of the line.
 func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 	if len(data) > MaxRevokedFile {
 		return RevokedIDs{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)

@@ -1,6 +1,6 @@
 package main
 
-// Tests of revocation files.
+// Tests of revocation files, and of the tokens that they revoke.
 
 import (
 	"strings"
@@ -48,7 +48,8 @@ func TestRevoked(t *testing.T) {
 	}
 }
 
-// A file that parses revokes the ID on each of its lines, and never the zero token.
+// A revocation file that ParseRevokedIDs accepts revokes the ID on each of its lines. No file
+// revokes the zero Token.
 func FuzzRevoked(f *testing.F) {
 	f.Add([]byte("site-7 # stolen\r\n\n#x\n" + strings.Repeat("0F", 16)))
 	f.Add([]byte("a b"))

@@ -1,9 +1,10 @@
 package main
 
-// Sealing encrypts and authenticates gossip packets and the messages between servers, with
-// XChaCha20-Poly1305 under subkeys of the cluster keys. No nonce is used twice under one key. The
-// header and the ring's name are authenticated with everything that is sealed. Sealing and opening
-// a packet allocate no memory. This file must not know the meaning of a message or its sender.
+// This file seals gossip packets and the messages between servers: it encrypts and authenticates
+// them with XChaCha20-Poly1305 under subkeys of the cluster keys. No nonce is used twice under one
+// key. The authentication also covers the header and the ring's name. Sealing and opening a packet
+// allocate no memory if the caller's buffer is large enough. This file must not know the meaning of
+// a message or its sender.
 
 import (
 	"crypto/cipher"
@@ -23,22 +24,24 @@ import (
 //	byte      version
 //	4 bytes   ID of the key that seals; see Keys.IDs
 //	24 bytes  nonce
-//	the rest  ciphertext and tag
+//	the rest  ciphertext and authentication tag
 //
-// The additional data is the version, the key ID, the ring's name and, for a message, its purpose
-// and boundTo. Numbers are little endian.
+// The additional data, which is authenticated but not sent, is the version, the key ID, the ring's
+// name and, for a message, its purpose and boundTo. Numbers are little endian.
 const (
-	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes that sealing adds
+	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes that sealing adds to the plaintext
 
-	sealVersion = 2                           // of the seal and of everything sealed: gossip packets, member records, forwarded pushes
+	// sealVersion is the version of the sealed form and of all content that is sealed: gossip
+	// packets, member records and forwarded pushes.
+	sealVersion = 2
 	sealHeader  = 1 + 4                       // bytes of the version and the key ID
-	sealNonce   = chacha20poly1305.NonceSizeX // bytes
+	sealNonce   = chacha20poly1305.NonceSizeX // bytes of a nonce
 
-	labelPacket  = "telemeter packet seal v1"  // purpose for Keys.Subkeys
-	labelMessage = "telemeter message seal v1" // purpose for Keys.Subkeys
+	labelPacket  = "telemeter packet seal v1"  // the purpose for Keys.Subkeys when sealing packets
+	labelMessage = "telemeter message seal v1" // the purpose for Keys.Subkeys when sealing messages
 )
 
-// Errors of the Open methods.
+// Errors of PacketSealer.Open and MessageSealer.Open.
 var (
 	ErrNotSealed   = errors.New("too short to be sealed")
 	ErrSealVersion = errors.New("sealed by another version of telemeter")
@@ -47,13 +50,14 @@ var (
 )
 
 // sealKeys are the sealing keys of one purpose and one ring, in the order of the key file. Every
-// key opens. The first key seals, unless the caller prefers another. sealKeys are immutable.
+// key opens. By default the first key seals; the caller may prefer another key by its ID. sealKeys
+// are immutable.
 type sealKeys []sealKey
 
 type sealKey struct {
-	id     uint32 // the key ID in the header
+	id     uint32 // ID of the key; the header of a sealed packet or message holds it
 	aead   cipher.AEAD
-	header []byte // the version and the key ID
+	header []byte // header of everything that this key seals: the version and the key ID
 	bound  []byte // start of the additional data: the header and the ring's name
 }
 
@@ -94,8 +98,8 @@ func (ks sealKeys) withIDOrFirst(keyID uint32) *sealKey {
 }
 
 // open decrypts and verifies sealed, and appends the plaintext to dst. dst and sealed must not
-// overlap. ErrNotSealed, ErrUnknownKey and ErrForged are returned bare, and ErrSealVersion is
-// returned wrapped.
+// overlap. The errors ErrNotSealed, ErrUnknownKey and ErrForged are returned as they are.
+// ErrSealVersion is wrapped in an error that names both versions.
 func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	if len(sealed) > 0 && sealed[0] != sealVersion {
 		return nil, fmt.Errorf("%w: it has version %d; this program knows version %d", ErrSealVersion, sealed[0], sealVersion)
@@ -105,7 +109,7 @@ func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	}
 	id, nonce, ciphertext := SealedKeyID(sealed), sealed[sealHeader:sealHeader+sealNonce], sealed[sealHeader+sealNonce:]
 	err := ErrUnknownKey
-	for i := range ks { // two keys may have the same 32-bit ID
+	for i := range ks { // try each key with this ID, because two keys may have the same 32-bit ID
 		if k := &ks[i]; k.id == id {
 			plain, openErr := k.aead.Open(dst, nonce, ciphertext, k.additionalData(boundTo))
 			if openErr == nil {
@@ -117,35 +121,39 @@ func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	return nil, err
 }
 
-// seal encrypts plain and appends header, nonce and ciphertext to dst.
+// seal encrypts plain and appends the header, the nonce, the ciphertext and the tag to dst.
 func (k *sealKey) seal(dst, nonce, plain, boundTo []byte) []byte {
 	dst = append(append(dst, k.header...), nonce...)
 	return k.aead.Seal(dst, nonce, plain, k.additionalData(boundTo))
 }
 
-// additionalData returns the data that is authenticated beside the plaintext: the header, the
-// ring's name and boundTo.
+// additionalData returns the data that is authenticated in addition to the plaintext: the header,
+// the ring's name and boundTo.
 func (k *sealKey) additionalData(boundTo []byte) []byte {
-	return append(k.bound[:len(k.bound):len(k.bound)], boundTo...) // the capacity limit makes append copy bound, unless boundTo is empty
+	// The limit on the capacity makes append copy k.bound instead of writing behind it. If boundTo
+	// is empty, append copies and allocates nothing.
+	return append(k.bound[:len(k.bound):len(k.bound)], boundTo...)
 }
 
-// SealedKeyID returns the key ID in the header of sealed, which must have at least 5 bytes.
+// SealedKeyID returns the key ID in the header of sealed. It panics if sealed has fewer than 5
+// bytes.
 func SealedKeyID(sealed []byte) uint32 { return binary.LittleEndian.Uint32(sealed[1:]) }
 
 // A PacketSealer seals and opens the gossip packets of one ring. It is not safe for concurrent use.
 //
-// A nonce consists of 16 random bytes, chosen once per PacketSealer, and a uint64 that counts its
-// packets. The receiver's ReplayWindow checks this counter. XChaCha20's nonce is so long that every
-// member can choose its 16 bytes on its own: two sealers have the same bytes only with the
-// probability of guessing a 128-bit key.
+// A packet's nonce consists of 16 random bytes, chosen once per PacketSealer, and the packet
+// counter, a uint64 that counts the packets of this PacketSealer. The receiver's ReplayWindow
+// checks the packet counter. The nonce of XChaCha20 is so long that each member can choose its
+// random bytes alone: two PacketSealers have the same 16 bytes only with the probability of
+// guessing a 128-bit key.
 type PacketSealer struct {
 	ring    string          // name of the ring
-	nonce   [sealNonce]byte // of the last sealed packet; ends with counter
-	counter uint64          // packets sealed
+	nonce   [sealNonce]byte // nonce of the last sealed packet; its last 8 bytes are counter
+	counter uint64          // number of packets sealed
 	keys    sealKeys
 }
 
-const sealRandom = 16 // random bytes at the start of a packet's nonce; the counter follows
+const sealRandom = 16 // random bytes at the start of a packet's nonce; the packet counter follows them
 
 // NewPacketSealer returns a PacketSealer for the ring ringName. It reads 16 bytes from random,
 // which must be unpredictable. It returns an error if keys is empty or if reading random fails.
@@ -157,8 +165,9 @@ func NewPacketSealer(keys Keys, ringName string, random io.Reader) (*PacketSeale
 	return s, s.SetKeys(keys)
 }
 
-// SetKeys replaces the keys. The counter is not reset, so that a key that is removed and later
-// added again never sees a nonce twice. After an error the old keys stay in use.
+// SetKeys replaces the keys. It does not reset the packet counter. So even a key that is removed
+// and later added again never seals two packets with the same nonce. After an error the old keys
+// stay in use.
 func (s *PacketSealer) SetKeys(keys Keys) error {
 	ks, err := newSealKeys(keys, labelPacket, s.ring)
 	if err == nil {
@@ -167,7 +176,8 @@ func (s *PacketSealer) SetKeys(keys Keys) error {
 	return err
 }
 
-// KeyIDs returns the IDs of the keys. The first key is the one that Seal uses by default.
+// KeyIDs returns the IDs of the keys, in the order of the key file. Seal uses the first key by
+// default.
 func (s *PacketSealer) KeyIDs() []uint32 {
 	ids := make([]uint32, len(s.keys))
 	for i, k := range s.keys {
@@ -176,17 +186,19 @@ func (s *PacketSealer) KeyIDs() []uint32 {
 	return ids
 }
 
-// Seal encrypts plain and appends the sealed packet to dst. It uses the key with the ID
-// preferredKeyID, which the receiver is known to hold. It uses the first key if no key has that ID.
+// Seal encrypts plain and appends the sealed packet to dst. It seals with the key whose ID is
+// preferredKeyID: the caller passes the ID of a key that the receiver is known to hold. If this
+// PacketSealer has no such key, Seal uses its first key.
 func (s *PacketSealer) Seal(dst, plain []byte, preferredKeyID uint32) []byte {
 	s.counter++
 	binary.LittleEndian.PutUint64(s.nonce[sealRandom:], s.counter)
 	return s.keys.withIDOrFirst(preferredKeyID).seal(dst, s.nonce[:], plain, nil)
 }
 
-// Open decrypts and verifies packet. It appends the plaintext to dst, and returns it with the
-// sender's packet counter. dst and packet must not overlap. ErrNotSealed, ErrUnknownKey and
-// ErrForged are returned bare, and ErrSealVersion is returned wrapped.
+// Open decrypts and verifies packet. It appends the plaintext to dst, and returns the extended dst
+// with the packet counter that the sender put into the nonce. dst and packet must not overlap. The
+// errors ErrNotSealed, ErrUnknownKey and ErrForged are returned as they are. ErrSealVersion is
+// wrapped in an error that names both versions.
 func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, err error) {
 	if plain, err = s.keys.open(dst, packet, nil); err != nil {
 		return nil, 0, err
@@ -194,8 +206,9 @@ func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, e
 	return plain, binary.LittleEndian.Uint64(packet[sealHeader+sealRandom:]), nil
 }
 
-// A MessageSealer seals messages of any size, each with a random nonce of 24 bytes. One key is safe
-// for about 2^80 messages. A MessageSealer is safe for concurrent use.
+// A MessageSealer seals and opens messages of any size between the servers of one ring. Each
+// message has a random nonce of 24 bytes, so that one key is safe for about 2^80 messages. A
+// MessageSealer is safe for concurrent use.
 type MessageSealer struct {
 	ring string // name of the ring
 	keys atomic.Pointer[sealKeys]
@@ -217,12 +230,13 @@ func (s *MessageSealer) SetKeys(keys Keys) error {
 	return err
 }
 
-// Seal encrypts plain and appends the sealed message to dst. Only an Open with the same purpose and
-// boundTo opens the message. purpose has at most 255 bytes. Seal uses the key with the ID
-// preferredKeyID, which the receiver is known to hold. It uses the first key if no key has that ID.
+// Seal encrypts plain and appends the sealed message to dst. The message can be opened only by
+// calling Open with the same purpose and boundTo. purpose may have at most 255 bytes. Seal uses the
+// key whose ID is preferredKeyID: the caller passes the ID of a key that the receiver is known to
+// hold. If this MessageSealer has no such key, Seal uses its first key.
 func (s *MessageSealer) Seal(dst, plain []byte, purpose string, boundTo []byte, preferredKeyID uint32) []byte {
 	var nonce [sealNonce]byte
-	rand.Read(nonce[:]) // never fails since Go 1.24
+	rand.Read(nonce[:]) // crypto/rand.Read never returns an error since Go 1.24
 	return s.keys.Load().withIDOrFirst(preferredKeyID).seal(dst, nonce[:], plain, messageContext(purpose, boundTo))
 }
 
@@ -232,7 +246,9 @@ func (s *MessageSealer) Open(dst, message []byte, purpose string, boundTo []byte
 	return s.keys.Load().open(dst, message, messageContext(purpose, boundTo))
 }
 
-// messageContext returns the additional data that binds a message to its purpose and to boundTo.
+// messageContext returns purpose, preceded by its length, and boundTo as one text. It is part of
+// the additional data of a message, so that the message opens only with the same purpose and
+// boundTo.
 func messageContext(purpose string, boundTo []byte) []byte {
 	return append(AppendShortString(nil, purpose), boundTo...)
 }

@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// testSealer returns a sealer for the named ring with a key for each of secrets; see testKeys.
+// testSealer returns a PacketSealer for the named ring. Its keys are those that testKeys makes of
+// secrets. seed determines the random bytes of its nonces.
 func testSealer(tb testing.TB, seed byte, ring string, secrets ...byte) *PacketSealer {
 	tb.Helper()
 	s, err := NewPacketSealer(testKeys(tb, secrets...), ring, rand.NewChaCha8([32]byte{seed}))
@@ -26,8 +27,8 @@ func otherVersion(sealed []byte, version byte) []byte {
 	return append([]byte{version}, sealed[1:]...)
 }
 
-// A message opens only with its purpose and context, with a key of its ring, and if it has the
-// version of this program.
+// A message opens only with the purpose and context for which it was sealed, in its own ring, with
+// the key that sealed it, and if it has this program's version.
 func TestSealMessage(t *testing.T) {
 	box := func(ring string, secrets ...byte) *MessageSealer {
 		s, err := NewMessageSealer(testKeys(t, secrets...), ring)
@@ -67,7 +68,8 @@ func TestSealMessage(t *testing.T) {
 	}
 }
 
-// The error for another version names that version and the version that this program knows.
+// The error for a packet of another version names both that version and the version that this
+// program knows.
 func TestSealVersionInWords(t *testing.T) {
 	a := testSealer(t, 1, "c", 1)
 	_, _, err := a.Open(nil, otherVersion(a.Seal(nil, nil, 0), 7))
@@ -76,8 +78,8 @@ func TestSealVersionInWords(t *testing.T) {
 	}
 }
 
-// A packet opens only if it is complete and unchanged, sealed with a key that the opener holds, for
-// the same ring, by the same version.
+// A packet opens only if it is complete and unchanged. Its opener must belong to the same ring,
+// hold the key that sealed it, and have the same version of the sealed form.
 func TestOpenPacket(t *testing.T) {
 	a := testSealer(t, 1, "c", 1)
 	plain := bytes.Repeat([]byte("x"), 100)
@@ -117,7 +119,8 @@ func TestOpenPacket(t *testing.T) {
 	}
 }
 
-// Sealing adds SealOverhead bytes, and sealing the same bytes again gives other bytes.
+// Sealing adds SealOverhead bytes to a packet. Sealing the same packet twice gives different bytes,
+// because the nonce differs.
 func TestSealPacket(t *testing.T) {
 	a := testSealer(t, 1, "c", 1)
 	plain := bytes.Repeat([]byte("x"), 100)
@@ -130,7 +133,8 @@ func TestSealPacket(t *testing.T) {
 	}
 }
 
-// A sealer needs a key and random bytes. It keeps its keys if SetKeys fails.
+// NewPacketSealer returns an error if it can read no random bytes. SetKeys returns an error for
+// Keys without a key, and the PacketSealer keeps its old keys.
 func TestPacketSealerRefuses(t *testing.T) {
 	a := testSealer(t, 1, "c", 1)
 	if a.SetKeys(Keys{}) == nil || a.KeyIDs()[0] == 0 {
@@ -141,7 +145,7 @@ func TestPacketSealerRefuses(t *testing.T) {
 	}
 }
 
-// Sealing and opening a packet allocate no memory.
+// Sealing and opening a packet into buffers that are large enough allocate no memory.
 func TestSealAllocates(t *testing.T) {
 	s := testSealer(t, 1, "telemeter", 1)
 	plain, sealed, opened := make([]byte, 100), make([]byte, 0, MaxPacket), make([]byte, 0, MaxPacket)
@@ -155,7 +159,7 @@ func TestSealAllocates(t *testing.T) {
 	}
 }
 
-// No packet opens except the packet that was sealed.
+// A PacketSealer opens no bytes except the one packet that was sealed with its keys.
 func FuzzOpenPacket(f *testing.F) {
 	s := testSealer(f, 1, "c", 1, 2)
 	sealed := s.Seal(nil, []byte("hello"), 0)

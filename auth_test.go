@@ -63,9 +63,9 @@ func TestParseKeys(t *testing.T) {
 	}
 }
 
-// Key IDs and the token subkey are HKDF-SHA256 (RFC 5869) of the key and a label. They must never
-// change, because running servers have them on disk and on the wire. The test computes HKDF by
-// hand.
+// Key IDs and token subkeys are HKDF-SHA256 (RFC 5869) of a key and a label. This derivation must
+// never change, because existing tokens contain key IDs and are signed with token subkeys. The test
+// computes HKDF by itself.
 func TestKeyDerivation(t *testing.T) {
 	secret := bytes.Repeat([]byte{7}, keySize)
 	ks := testKeys(t, 7, 8)
@@ -86,12 +86,13 @@ func hmacSHA256(key []byte, msg string) []byte {
 	return h.Sum(nil)
 }
 
-// hkdfByHand returns the first 32 bytes of HKDF-SHA256 (RFC 5869) of secret, without a salt.
+// hkdfByHand returns the first 32 bytes of HKDF-SHA256 (RFC 5869) of secret, without a salt and
+// with label as the info parameter.
 func hkdfByHand(secret []byte, label string) []byte {
 	return hmacSHA256(hmacSHA256(make([]byte, 32), string(secret)), label+"\x01")
 }
 
-// fmt prints no byte of a secret, whatever the verb, even if the Keys value is in a private field
+// fmt prints no byte of a secret key, with any verb, even if the Keys value is in a private field
 // of another value.
 func TestKeysPrintNoSecret(t *testing.T) {
 	secret := bytes.Repeat([]byte{7}, keySize)
@@ -108,7 +109,8 @@ func TestKeysPrintNoSecret(t *testing.T) {
 	}
 }
 
-// Each key gives a different 32-byte subkey for each purpose.
+// Subkeys returns a 32-byte subkey for each key. All subkeys of different keys or different
+// purposes differ.
 func TestSubkeys(t *testing.T) {
 	keys := testKeys(t, 1, 2)
 	a, err := keys.Subkeys("a")
@@ -141,7 +143,8 @@ func TestClusterID(t *testing.T) {
 	}
 }
 
-// ReadSecret removes trailing white space only, limits the size, and names the path in its errors.
+// ReadSecret removes white space only at the end of the file, limits the size, and names the path
+// in its errors.
 func TestReadSecret(t *testing.T) {
 	for _, c := range []struct {
 		name, content, want, err string
@@ -174,7 +177,7 @@ func TestReadSecret(t *testing.T) {
 	}
 }
 
-// EqualSecret compares two strings exactly.
+// EqualSecret reports whether two strings are exactly equal.
 func TestEqualSecret(t *testing.T) {
 	for _, c := range []struct {
 		a, b string
@@ -200,7 +203,8 @@ func TestBearer(t *testing.T) {
 	}
 }
 
-// NonCommentLines skips blank lines and comments, trims the others, and counts every line.
+// NonCommentLines skips blank lines and comments, and trims the other lines. The line numbers count
+// the skipped lines too.
 func TestNonCommentLines(t *testing.T) {
 	file := "\n# all\n up \n\t{job=\"#\"}\r\n  # no\nlast{a=\"b\"}"
 	got := maps.Collect(NonCommentLines([]byte(file)))
@@ -209,8 +213,8 @@ func TestNonCommentLines(t *testing.T) {
 	}
 }
 
-// A key file that parses has 1 to 16 keys. A new key in the first line, as a rotation adds it,
-// leaves the other keys unchanged and old tokens valid.
+// A key file that ParseKeys accepts has 1 to 16 keys. If a new key is added as the first line, as
+// RotateKey does, the other keys stay unchanged and their tokens stay valid.
 func FuzzKeys(f *testing.F) {
 	f.Add([]byte(keyLine(1)))
 	f.Add([]byte("# a\r\n" + keyLine(1) + "\n\n" + keyLine(2) + "\n"))

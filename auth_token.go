@@ -1,8 +1,9 @@
 package main
 
-// Tokens are signed text credentials. Verify checks the signature of a token before it parses the
-// payload. Only ParseUnverifiedToken, which is for a token's own holder, parses an unverified
-// payload. Every token has exactly one valid spelling.
+// This file signs and verifies tokens, which are text credentials. Verify checks the signature of a
+// token before it parses the payload. Only ParseUnverifiedToken parses an unverified payload; it is
+// for the holder of the token. No change of a token's text leaves the token valid, apart from white
+// space around it.
 
 import (
 	"crypto/hmac"
@@ -18,13 +19,14 @@ import (
 	"time"
 )
 
-// Kinds of token.
+// Kinds of token. An operator gives a client token to a site. A server's /authorize returns an
+// upload token in exchange for a client token.
 const (
-	KindClient = "client" // an operator gives it to a site
-	KindUpload = "upload" // the answer of /authorize
+	KindClient = "client"
+	KindUpload = "upload"
 )
 
-// Verify returns these errors, wrapped.
+// Errors of Verify. Test for them with errors.Is, because Verify wraps some of them.
 var (
 	ErrTokenMalformed = errors.New("malformed token")
 	ErrTokenForged    = errors.New("token is not signed by a known key")
@@ -36,13 +38,14 @@ const tokenPrefix = "tm1."
 // A Token states which site may push, and to which servers. Its text form, in base64url without
 // padding, is
 //
-//	tm1.<base64url(JSON)>.<base64url(HMAC-SHA256 over all before this dot)>
+//	tm1.<base64url(JSON)>.<base64url(HMAC-SHA256 over all text before this dot)>
 //
-// A token's holder can read the payload; the signature makes the token a credential. Unknown JSON
-// fields are ignored, so that later versions can add fields. Unknown kinds are refused. Only the
-// token's length limits the URLs and labels; the signer must check their content.
+// A token's holder can read the payload, because it is not encrypted. The signature makes the token
+// a credential. Unknown JSON fields are ignored, so that later versions can add fields. A token of
+// an unknown kind is refused. URLs and labels have no limits but the token's length, and their
+// content is not checked here; the program that signs must check it.
 type Token struct {
-	KeyID     string            `json:"key"`     // ID of the key that signed
+	KeyID     string            `json:"key"`     // ID of the key that signed the token
 	Kind      string            `json:"kind"`    // KindClient or KindUpload
 	ClusterID string            `json:"cluster"` // a valid cluster ID
 	URLs      []string          `json:"urls,omitempty"`
@@ -50,7 +53,7 @@ type Token struct {
 	Labels    map[string]string `json:"labels,omitempty"`
 	Issued    int64             `json:"issued"`            // Unix seconds; only displayed, never checked
 	Expires   int64             `json:"expires,omitempty"` // Unix seconds; 0 = valid until revoked
-	ID        string            `json:"id"`                // from NewTokenID; an upload token has the ID of its client token
+	ID        string            `json:"id"`                // 32 hex digits from NewTokenID; an upload token has the ID of its client token
 }
 
 // Sign returns t's text form, signed with the first key. The KeyID in the text is the ID of that
@@ -65,7 +68,7 @@ func (ks Keys) Sign(t Token) (string, error) {
 	if err := t.checkFields(); err != nil {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
-	payload, err := json.Marshal(t) // Marshal sorts the labels, so that equal tokens have equal text
+	payload, err := json.Marshal(t) // Marshal sorts the labels, so that equal tokens have the same text
 	if err != nil {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
@@ -77,16 +80,18 @@ func (ks Keys) Sign(t Token) (string, error) {
 	return s, nil
 }
 
-// Verify returns the token in text if one of the keys signed it and it has not expired at now. It
-// ignores space around text. The errors are ErrTokenMalformed, ErrTokenForged and ErrTokenExpired,
-// wrapped. The caller must check revocation, the kind and the cluster ID.
+// Verify returns the token in text if one of the keys signed the token and it has not expired at
+// the time now. It ignores white space around text. The errors are ErrTokenMalformed,
+// ErrTokenForged and ErrTokenExpired, wrapped or bare. The caller must check the token's
+// revocation, kind and cluster ID.
 func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 	signed, payload, mac, err := splitToken(text)
 	if err != nil {
 		return Token{}, err
 	}
-	// Try every key, not only the key that the payload names, so that no unsigned payload is ever
-	// parsed. At most 16 HMACs over 8 KiB cost far less than the TLS handshake before them.
+	// Try every key, not only the key that the payload names, because the payload must not be
+	// parsed before its signature is verified. This costs at most 16 HMACs over 8 KiB, far less
+	// than a TLS handshake.
 	for _, k := range ks.keys {
 		if !hmac.Equal(mac, k.mac(signed)) {
 			continue
@@ -107,8 +112,8 @@ func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 }
 
 // ParseUnverifiedToken returns the token in text without checking its signature or expiry. It is
-// for the token's holder, who has no key. It ignores space around text. The error is
-// ErrTokenMalformed, wrapped.
+// for the token's holder, which has no key to verify the signature. It ignores white space around
+// text. Every error wraps ErrTokenMalformed.
 func ParseUnverifiedToken(text string) (Token, error) {
 	_, payload, _, err := splitToken(text)
 	if err != nil {
@@ -117,8 +122,9 @@ func ParseUnverifiedToken(text string) (Token, error) {
 	return decodeToken(payload)
 }
 
-// splitToken splits a token's text into the signed part, the decoded payload and the decoded
-// signature. It verifies neither the payload nor the signature.
+// splitToken splits a token's text into the signed part (the prefix and the encoded payload), the
+// decoded payload and the decoded signature. It does not verify the signature or check the fields
+// of the payload.
 func splitToken(s string) (signed string, payload, mac []byte, err error) {
 	s = strings.TrimSpace(s)
 	if len(s) > MaxToken {
@@ -133,8 +139,9 @@ func splitToken(s string) (signed string, payload, mac []byte, err error) {
 		return "", nil, nil, malformedToken("does not begin with %s", tokenPrefix)
 	}
 	p, m, ok := strings.Cut(body, ".")
-	// A token must have only one spelling. Strict below refuses stray trailing bits, but every
-	// decoder of encoding/base64 skips line ends, so that line ends must be refused here.
+	// A token must have only one valid text. Strict below makes the base64 decoder refuse stray
+	// bits in the last digit. But the decoders of encoding/base64 skip line ends, so this check
+	// must refuse them.
 	if !ok || strings.ContainsAny(s, "\r\n") {
 		return "", nil, nil, malformedToken("want three parts separated by dots, on one line")
 	}
@@ -148,11 +155,10 @@ func splitToken(s string) (signed string, payload, mac []byte, err error) {
 	return s[:len(s)-len(m)-1], payload, mac, nil
 }
 
-// decodeToken parses a token's payload and checks its fields. The error is ErrTokenMalformed,
-// wrapped.
+// decodeToken parses a token's payload and checks its fields. Every error wraps ErrTokenMalformed.
 func decodeToken(payload []byte) (Token, error) {
 	var t Token
-	if json.Unmarshal(payload, &t) != nil { // drop the error, because it can quote the payload
+	if json.Unmarshal(payload, &t) != nil { // the error is dropped, because it can quote the payload
 		return Token{}, malformedToken("payload is not the JSON of a token")
 	}
 	if err := t.checkFields(); err != nil {
@@ -161,14 +167,14 @@ func decodeToken(payload []byte) (Token, error) {
 	return t, nil
 }
 
-// malformedToken returns ErrTokenMalformed wrapped with a reason. The reason must not quote the
-// token.
+// malformedToken returns an error that wraps ErrTokenMalformed and adds a reason. The reason must
+// not quote the token.
 func malformedToken(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrTokenMalformed}, args...)...)
 }
 
-// checkFields returns an error if a field of t is invalid. Sign, Verify and ParseUnverifiedToken
-// return only tokens with valid fields.
+// checkFields returns an error if a field of t is invalid. It checks the kind, the cluster ID, the
+// token ID and the pin. Sign, Verify and ParseUnverifiedToken refuse a token with an invalid field.
 func (t Token) checkFields() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)
@@ -188,7 +194,7 @@ func (t Token) checkFields() error {
 // NewTokenID returns 128 random bits as 32 lower-case hex digits.
 func NewTokenID() string {
 	var b [16]byte
-	rand.Read(b[:]) // never fails since Go 1.24
+	rand.Read(b[:]) // crypto/rand.Read never returns an error since Go 1.24
 	return hex.EncodeToString(b[:])
 }
 

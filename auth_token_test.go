@@ -1,7 +1,7 @@
 package main
 
-// Tests of tokens: a token has exactly one text, it is valid only if a known key has signed it, and
-// no error contains a part of a token.
+// Tests of tokens: equal tokens have the same text, a token is valid only if a known key signed it,
+// and no error contains a part of a token.
 
 import (
 	"bytes"
@@ -22,15 +22,15 @@ func authToken() Token {
 	}
 }
 
-// authForge signs payload, which may be no token, with the first key of ks. Only an holder of that
-// key can do that.
+// authForge signs any payload, even an invalid one, with the first key of ks, and returns the text
+// of a token. Only a holder of that key can make such a text.
 func authForge(ks Keys, payload string) string {
 	signed := tokenPrefix + base64.RawURLEncoding.EncodeToString([]byte(payload))
 	return signed + "." + base64.RawURLEncoding.EncodeToString(ks.keys[0].mac(signed))
 }
 
-// Verify and ParseUnverifiedToken return the token that was signed, and equal tokens have equal
-// texts.
+// Verify and ParseUnverifiedToken return the token that was signed. Signing the returned token
+// again gives the same text.
 func TestTokenRoundTrip(t *testing.T) {
 	ks := testKeys(t, 1)
 	for name, edit := range map[string]func(*Token){
@@ -88,7 +88,8 @@ func TestSignRefuses(t *testing.T) {
 	}
 }
 
-// Verify accepts the longest token that Sign makes, and that token has about MaxToken bytes.
+// Verify accepts the longest token that Sign makes. The text of that token has almost MaxToken
+// bytes.
 func TestLongestToken(t *testing.T) {
 	ks := testKeys(t, 1)
 	tok := authToken()
@@ -105,16 +106,17 @@ func TestLongestToken(t *testing.T) {
 	}
 }
 
-// verifyCase is a text that Verify refuses with the error want. parses is true if
-// ParseUnverifiedToken accepts the text, because it checks neither the signature nor the expiry.
+// A verifyCase is a text that Verify refuses with the error want. parses is true if
+// ParseUnverifiedToken accepts the text nevertheless, because it checks neither the signature nor
+// the expiry.
 type verifyCase struct {
 	name, text string
 	want       error
 	parses     bool
 }
 
-// check fails the test unless Verify and ParseUnverifiedToken do what c wants, with errors that
-// contain none of secrets.
+// check fails the test unless Verify and ParseUnverifiedToken treat c.text as c states. It also
+// fails the test if an error of theirs contains one of the texts in secrets.
 func (c verifyCase) check(t *testing.T, ks Keys, secrets []string) {
 	t.Helper()
 	got, err := ks.Verify(c.text, testNow)
@@ -134,9 +136,9 @@ func (c verifyCase) check(t *testing.T, ks Keys, secrets []string) {
 	}
 }
 
-// Verify refuses a text that does not have the form of a token, a signature of another key or
-// payload, a signed payload with invalid fields, and an expired token. No error quotes a part of
-// the token.
+// Verify refuses a text that does not have the form of a token, a signature that belongs to another
+// key or another payload, a signed payload with invalid fields, and an expired token. No error
+// quotes a part of the token.
 func TestVerifyRefuses(t *testing.T) {
 	ks := testKeys(t, 1, 2)
 	good := signToken(t, ks, authToken())
@@ -186,8 +188,8 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 }
 
-// editedToken replaces from in the base64url payload by to, and signs the result with the first key
-// of ks.
+// editedToken replaces the first occurrence of from by to in the JSON of payload, which is in
+// base64url. It returns a token with the result as payload, signed with the first key of ks.
 func editedToken(t *testing.T, ks Keys, payload, from, to string) string {
 	t.Helper()
 	text, err := base64.RawURLEncoding.DecodeString(payload)
@@ -197,8 +199,8 @@ func editedToken(t *testing.T, ks Keys, payload, from, to string) string {
 	return authForge(ks, strings.Replace(string(text), from, to, 1))
 }
 
-// The error for a token of another version names that version and the known version. A field that a
-// later version adds to the payload does not matter.
+// The error for a token of another version names that version and the version that this program
+// knows. A token with an unknown JSON field, as a later version may add it, is valid.
 func TestTokenOfAnotherVersion(t *testing.T) {
 	ks := testKeys(t, 1, 2)
 	good := signToken(t, ks, authToken())
@@ -212,8 +214,9 @@ func TestTokenOfAnotherVersion(t *testing.T) {
 	}
 }
 
-// A token does not verify if any byte is replaced, removed or preceded by a line end, or if the
-// last digit of the signature has stray bits.
+// A token is invalid after any of its bytes is replaced or removed, after it is cut at any byte, or
+// if a line end is inserted within it. It is also invalid if the last digit of its signature has
+// stray bits.
 func TestTokenTamper(t *testing.T) {
 	ks := testKeys(t, 1, 2)
 	good := signToken(t, ks, authToken())
@@ -234,7 +237,8 @@ func TestTokenTamper(t *testing.T) {
 			}
 		}
 	}
-	// The 43 digits of a signature carry 258 bits, but a signature has 256: the last two are zero.
+	// A signature has 256 bits and 43 base64url digits, which can hold 258 bits. The last two bits
+	// must be zero.
 	last := strings.IndexByte(alphabet, good[len(good)-1])
 	for bits := 1; bits < 4; bits++ {
 		if _, err := ks.Verify(good[:len(good)-1]+alphabet[last+bits:last+bits+1], testNow); !errors.Is(err, ErrTokenMalformed) {
@@ -251,8 +255,8 @@ func TestNewTokenID(t *testing.T) {
 	}
 }
 
-// Every text that Verify accepts is exactly the text that Sign makes of its token. The test uses
-// each input both as a token and as the payload of a signed token, so that it also reaches the code
+// If Verify accepts the fuzzed text itself, Sign makes exactly this text of its token. The test
+// also uses the fuzzed text as the payload of a correctly signed token, so that it reaches the code
 // behind the signature check.
 func FuzzToken(f *testing.F) {
 	ks := testKeys(f, 1)
@@ -295,7 +299,8 @@ func FuzzToken(f *testing.F) {
 		}
 		text, err := ks.Sign(tok)
 		if err != nil {
-			// The only permitted reason is that JSON escapes make the same content longer.
+			// Sign may fail only because the token is too long: it writes some characters as longer
+			// JSON escapes than the fuzzed payload has.
 			if !strings.Contains(err.Error(), "longer than") || len(s) < MaxToken/16 {
 				t.Errorf("payload %q verifies but does not sign: %v", s, err)
 			}

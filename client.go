@@ -1,10 +1,11 @@
 package main
 
 // The client scrapes the source, cleans the samples, writes them to the spool and pushes them to
-// the servers. It pushes at the site's own phase of the interval. Every scrape enters the spool
+// the destination, which is the list of servers. Its scrapes and pushes are timed at the site's
+// phase, an offset in the interval that depends on the cluster ID. Every scrape enters the spool
 // before it is pushed. A failing source does not delay pushes, and a failing destination does not
-// delay scrapes. Logs and metrics name the part that failed. This family must not know of flags or
-// TLS.
+// delay scrapes. Logs and metrics name the part that failed: source, spool or destination. This
+// family must not know of flags or TLS.
 
 import (
 	"context"
@@ -18,37 +19,37 @@ import (
 )
 
 const (
-	expiryWarning   = 30 * 24 * time.Hour // how long before the token expires the client begins to warn
-	dropLogInterval = time.Minute         // least time between two log lines about dropped scrapes
+	expiryWarning   = 30 * 24 * time.Hour // the client logs a warning if its token expires within this time
+	dropLogInterval = time.Minute         // least time between two log lines of one dropLogLimiter
 )
 
 // ClientConfig configures a Client.
 type ClientConfig struct {
-	From           *url.URL      // URL of the source, without match[]
+	From           *url.URL      // URL of the source; the client adds match[] parameters if the path ends in /federate
 	FromClient     *http.Client  // for requests to the source; must not follow redirects
 	To             []string      // URLs of the servers, tried in this order
 	ToClient       *http.Client  // for requests to the servers; has a timeout and must not follow redirects
 	ClusterID      string        // names this site
-	Interval       time.Duration // between pushes
-	ScrapeInterval time.Duration // between scrapes; at most Interval
-	LimitBytes     int64         // of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
+	Interval       time.Duration // time between two pushes
+	ScrapeInterval time.Duration // time between two scrapes; at most Interval
+	LimitBytes     int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
 	Metrics        *Metrics
 	Log            *slog.Logger
-	Now            func() time.Time             // the wall clock
+	Now            func() time.Time             // reads the wall clock
 	Boot           func() (ms int64, id string) // reads the boot-time clock and the ID of this boot
 }
 
-// ClientReloadConfig is the part of the configuration that a reload replaces, all of it at once.
+// ClientReloadConfig is the part of the configuration that Reload replaces as a whole.
 type ClientReloadConfig struct {
 	Token        string                // the client token
 	FromToken    string                // bearer token for the source; "" means none
-	Match        Selectors             // the series to push
-	NewCleaner   func() *ClientCleaner // returns a new cleaner whose Match is not set
+	Match        Selectors             // selects the series to push
+	NewCleaner   func() *ClientCleaner // returns a new cleaner whose Match is not set; the client sets Match if the source does not select the series itself
 	TokenExpires int64                 // when Token expires, in Unix seconds; 0 means never or unknown
 }
 
 // Client pushes the samples of one source to the servers of one ring. Reload and the handler that
-// Handler returns are safe for concurrent use with the other methods. Of the other methods, only
+// Handler returns are safe for concurrent use with all methods. Of the other exported methods, only
 // one may run at a time.
 type Client struct {
 	cfg         ClientConfig
@@ -56,16 +57,18 @@ type Client struct {
 	spool       *Spool
 	pusher      *Pusher
 	sourceClock *SourceClockTracker
-	scrapedOK   atomic.Bool // the last scrape succeeded
+	scrapedOK   atomic.Bool // the last scrape of the source succeeded
 
-	// Used only by the goroutine that scrapes.
-	spoolFailing   bool      // the last scrape could not be written to disk
+	// The next four fields are used only by the goroutine that scrapes.
+	spoolFailing   bool      // Spool.Add returned an error for the last scrape
 	sourceFailures int       // failed scrapes since the last successful scrape
 	sourceLogged   time.Time // when a failed scrape was last logged at level Error
-	sourceSkew     int64     // ms by which the source's clock is ahead of this machine's; see skewByDateOrZero
+	sourceSkew     int64     // ms by which the source's clock is ahead of this machine's clock; see skewByDateOrZero
 
-	mu         sync.Mutex     // guards lost and held
-	lost, held dropLogLimiter // for scrapes that no server is known to hold, and for scrapes that a server holds or held
+	mu sync.Mutex // guards lost and held
+	// lost limits the log lines about dropped scrapes that no server is known to hold. held limits
+	// the log lines about dropped scrapes that a server holds or held.
+	lost, held dropLogLimiter
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
 	scrapeSeconds                                   *Histogram
@@ -73,8 +76,8 @@ type Client struct {
 	spoolScrapes, spoolBytes, spoolAge              *Gauge
 }
 
-// NewClient returns a Client. The caller must call Reload before scrapes and pushes. All methods
-// but Reload and Scrape need OpenSpool first.
+// NewClient returns a Client. The caller must call Reload before any scrape or push, and OpenSpool
+// before any method other than Reload and Scrape.
 func NewClient(cfg ClientConfig) *Client {
 	m := cfg.Metrics
 	c := &Client{
@@ -144,8 +147,8 @@ func (c *Client) onSpoolError(err error) {
 // dropLogLimiter limits the log lines about dropped scrapes to one in dropLogInterval, because a
 // full spool drops scrapes at every Add.
 type dropLogLimiter struct {
-	logged           time.Time // when the last line was logged
-	scrapes, samples int       // dropped since the last line
+	logged           time.Time // when the last log line was written
+	scrapes, samples int       // scrapes and samples dropped since the last log line
 }
 
 // addDrops adds dropped scrapes and samples to the sums and returns the new sums. If logNow is
@@ -159,8 +162,9 @@ func (l *dropLogLimiter) addDrops(now time.Time, scrapes, samples int) (sum drop
 	return sum, logNow
 }
 
-// onSpoolDrop counts and logs scrapes that the spool dropped. Scrapes that a server holds are not
-// lost, so they are logged at level Info instead of Error.
+// onSpoolDrop counts and logs scrapes that the spool dropped. If the reason is DropSpoolHeld, a
+// server holds or held the scrapes. Such scrapes are not lost, so they are logged at level Info
+// instead of Error.
 func (c *Client) onSpoolDrop(reason string, scrapes, samples int) {
 	c.dropped.Add(float64(samples), reason)
 	log, level, text := &c.lost, slog.LevelError, "scrapes dropped from the spool"
@@ -188,7 +192,8 @@ func (c *Client) Reload(st ClientReloadConfig) {
 	c.expiry.Set(float64(st.TokenExpires))
 }
 
-// Handler returns the handler of the client's listener.
+// Handler returns the handler of the client's own HTTP listener: health, metrics, and /federate
+// with the newest delivered scrape.
 func (c *Client) Handler() http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
@@ -199,7 +204,7 @@ func (c *Client) Handler() http.Handler {
 	return mux
 }
 
-// serveLastDelivered answers with the samples of the newest delivered scrape.
+// serveLastDelivered answers with the samples of the newest scrape that was delivered to a server.
 func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 	samples, err := c.lastDeliveredSamples()
 	if err != nil {
@@ -216,8 +221,8 @@ func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// lastDeliveredSamples returns the samples of the newest delivered scrape. The list is empty if
-// none was delivered yet.
+// lastDeliveredSamples returns the samples of the newest scrape that was delivered to a server. The
+// list is empty if no scrape was delivered yet.
 func (c *Client) lastDeliveredSamples() (*SampleList, error) {
 	list := &SampleList{}
 	for _, sc := range c.pusher.LastDeliveredPieces() {

@@ -1,8 +1,10 @@
 package main
 
 // The boot-time clock counts the time since this machine booted. No operator, NTP daemon or dead
-// battery can step it. Its readings never decrease while the boot ID stays the same. It includes
-// suspended time where the system reports it. Readings with different boot IDs cannot be compared.
+// battery can step it. Where the system reports it, the clock includes the time during which the
+// machine was suspended. Readings with different boot IDs cannot be compared. Readings with the
+// same boot ID normally do not decrease, but they may, for example when a container restarts;
+// Moment.Since allows for that.
 
 import (
 	"bytes"
@@ -13,7 +15,8 @@ import (
 )
 
 const (
-	// uptimeFile includes suspended time. CLOCK_MONOTONIC, which package time uses, does not.
+	// The seconds in uptimeFile include the time during which the machine was suspended.
+	// CLOCK_MONOTONIC, which package time uses, does not include it.
 	uptimeFile = "/proc/uptime"
 	bootIDFile = "/proc/sys/kernel/random/boot_id"
 )
@@ -23,12 +26,13 @@ type BootClock struct {
 	readFile func(name string) ([]byte, error)
 	id       string
 	hasFile  bool      // uptimeFile can be read; otherwise the clock counts from the start of this process
-	base     int64     // ms between the boot and start
+	base     int64     // ms from the boot to start; 0 if hasFile is false
 	start    time.Time // when the clock was created; its monotonic reading is used
 }
 
-// NewBootClock returns a clock that reads Linux's uptime and boot ID through readFile. If either is
-// missing or malformed, the clock counts from the start of this process, under a random ID.
+// NewBootClock returns a clock that reads Linux's uptime and boot ID through readFile. If the
+// uptime or the boot ID is missing or malformed, the clock counts from the start of this process,
+// under a random ID.
 func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 	c := &BootClock{readFile: readFile, start: time.Now()}
 	id, err := readFile(bootIDFile)
@@ -46,8 +50,8 @@ func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 func (c *BootClock) Now() (ms int64, bootID string) {
 	counted := c.base + time.Since(c.start).Milliseconds()
 	if c.hasFile {
-		// Ignore an uptime below the time that this process has counted, because it cannot be of
-		// this boot. The tolerance of one second covers rounding.
+		// counted is the uptime according to this process. An uptime in the file that is lower
+		// cannot be of this boot, so ignore it. The tolerance of one second covers rounding.
 		if ms, ok := c.uptime(); ok && ms+1000 >= counted {
 			return ms, c.id
 		}
@@ -55,8 +59,8 @@ func (c *BootClock) Now() (ms int64, bootID string) {
 	return counted, c.id
 }
 
-// uptime returns the first field of uptimeFile in milliseconds. The file has seconds with two
-// decimals.
+// uptime returns the first field of uptimeFile, which is in seconds with two decimals, as
+// milliseconds. ok is false if the file cannot be read or is malformed.
 func (c *BootClock) uptime() (ms int64, ok bool) {
 	b, err := c.readFile(uptimeFile)
 	text, _, found := strings.Cut(string(b), " ")

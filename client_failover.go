@@ -1,7 +1,7 @@
 package main
 
-// The state of failover is the server of the next attempt, the pause after all servers have failed,
-// and the maximum number of scrapes in a push. Pure: callers pass the time.
+// This file chooses the server of the next attempt to push, the pause after all servers have
+// failed, and the maximum number of scrapes in a push. Pure: no I/O, and callers pass the time.
 
 import "time"
 
@@ -9,38 +9,41 @@ const (
 	minBackoff = time.Second
 	maxBackoff = time.Minute
 
-	maxUnreadTime = 30 * time.Minute // how long scrapes may stay unread on one server before the next server is tried, and how long that server is then preferred
+	// maxUnreadTime is how long scrapes may stay unread on one server before the client prefers the
+	// next server. It is also how long the client then prefers that next server.
+	maxUnreadTime = 30 * time.Minute
 
-	maxPushScrapes = 1 << 20 // so high that only the byte limits bound a push
+	maxPushScrapes = 1 << 20 // highest limit on the scrapes in a push; so high that a push reaches its other limits first
 )
 
-// serverFailover chooses the server of each attempt, by its index in PusherConfig.To. A round is a
-// series of attempts, one at each server, which ends when a server answers or when all servers have
+// serverFailover chooses the server of each attempt, by its index in PusherConfig.To. A round of
+// attempts tries each server at most once. It ends when a server answers or when all servers have
 // failed.
 type serverFailover struct {
 	servers int // number of servers
 	current int // the server of this attempt
-	last    int // the server that last answered a push that names scrapes, or a question
+	last    int // the server that last answered a push that names scrapes, or a question (a push without scrapes)
 
-	// Rounds begin with preferred, which is normally 0. After scrapes stayed unread on one server,
-	// preferred is the next server until preferredUntil.
+	// Rounds begin with the server preferred, which is normally 0. If scrapes stay unread on one
+	// server for maxUnreadTime, preferred is the next server until preferredUntil, or until that
+	// server fails.
 	preferred      int
 	preferredUntil time.Time
-	// Until startUntil, rounds begin with start instead of preferred. start is a server that
-	// answered after others failed. Without it, every push of a backlog would first wait for a
-	// server that hangs.
+	// Until startUntil, rounds begin with the server start instead of preferred. start is a server
+	// that answered after others failed, or the next server after a server that declined a scrape.
+	// Without start, every push of a backlog would first wait for a server that hangs.
 	start      int
 	startUntil time.Time
 
-	failed     int           // failed attempts in this round
+	failed     int           // number of failed attempts in this round
 	retryAfter time.Duration // longest Retry-After that a server of this round sent
-	declined   int           // consecutive servers that declined the same scrape
+	declined   int           // number of consecutive servers that declined the same scrape
 }
 
-// beginDrain starts a series of rounds. unreadByConsumersFor is how long no consumer has read any
-// scrape that the last server holds. If that is longer than maxUnreadTime, the consumers may be
-// unable to reach the last server. Then beginDrain prefers the next server for maxUnreadTime and
-// returns true.
+// beginDrain starts the rounds of one call of DrainSpool. unreadByConsumersFor is how long no
+// consumer has read any scrape that the server f.last holds. If that is longer than maxUnreadTime,
+// the consumers may be unable to reach that server. If there is another server and preferredUntil
+// has passed, beginDrain then prefers the server after f.last for maxUnreadTime and returns true.
 func (f *serverFailover) beginDrain(now time.Time, unreadByConsumersFor time.Duration) (nextPreferred bool) {
 	if f.servers > 1 && !now.Before(f.preferredUntil) {
 		f.preferred = 0
@@ -55,7 +58,7 @@ func (f *serverFailover) beginDrain(now time.Time, unreadByConsumersFor time.Dur
 
 func (f *serverFailover) serverAfter(server int) int { return (server + 1) % f.servers }
 
-// chooseServer sets current for the next attempt.
+// chooseServer sets current to the server of the next attempt.
 func (f *serverFailover) chooseServer(now time.Time) {
 	if f.failed > 0 {
 		return // inside a round, advanceAfterFailure has set current
@@ -66,9 +69,9 @@ func (f *serverFailover) chooseServer(now time.Time) {
 	f.current = f.start
 }
 
-// advanceAfterFailure records that the current server failed and sent this Retry-After. If the
-// round has a server that was not tried yet, that server becomes current and hasUntried is true.
-// Otherwise the round is over. A preferred server that fails is no longer preferred.
+// advanceAfterFailure records that the current server failed and sent this Retry-After (0 if none).
+// If the round has a server that was not tried yet, that server becomes current and hasUntried is
+// true. Otherwise the round is over. A preferred server that fails is no longer preferred.
 func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntried bool) {
 	if f.failed == 0 {
 		f.retryAfter = 0
@@ -88,8 +91,8 @@ func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntri
 // isLastOfRound reports whether a failure of the current server would end the round.
 func (f *serverFailover) isLastOfRound() bool { return f.failed+1 == f.servers }
 
-// stayAfterAnswer records that the current server answered a push, which ends the round. If rounds
-// have begun with another server, they begin with the current one until now+stayFor.
+// stayAfterAnswer records that the current server answered a push, which ends the round. If the
+// current server is not the server with which rounds begin, rounds begin with it until now+stayFor.
 func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 	if f.current != f.start {
 		f.start, f.startUntil = f.current, now.Add(stayFor)
@@ -97,8 +100,9 @@ func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 	f.failed = 0
 }
 
-// advanceAfterDecline records that the last server declined a scrape. If a server remains that has
-// not declined it, hasUntried is true and rounds begin with the next server until now+stayFor.
+// advanceAfterDecline records that the server f.last declined a scrape: it accepted the push but
+// stored no sample of the scrape. If a server remains that has not declined the scrape, hasUntried
+// is true and rounds begin with the next server until now+stayFor.
 func (f *serverFailover) advanceAfterDecline(now time.Time, stayFor time.Duration) (hasUntried bool) {
 	if f.declined+1 >= f.servers {
 		f.declined = 0
@@ -112,34 +116,35 @@ func (f *serverFailover) advanceAfterDecline(now time.Time, stayFor time.Duratio
 // roundBackoff computes the pauses between rounds.
 type roundBackoff struct{ next time.Duration }
 
-// reset returns to the shortest pause.
+// reset makes the next pause the shortest one again.
 func (b *roundBackoff) reset() { b.next = minBackoff }
 
-// nextPause returns how long to wait, which is at least retryAfter. The base of the pause doubles
-// with each call, up to maxBackoff.
+// nextPause returns how long to wait before the next round, without jitter. The result is half of
+// b.next, but at least retryAfter. Each call doubles b.next, up to maxBackoff.
 func (b *roundBackoff) nextPause(retryAfter time.Duration) time.Duration {
 	pause := max(retryAfter, b.next/2)
 	b.next = min(2*b.next, maxBackoff)
 	return pause
 }
 
-// pushScrapeLimit bounds the number of scrapes in a push. When a push of several scrapes fails
-// because of its scrapes, the bound shrinks. It stays small until as many scrapes as that push had
-// are delivered or set aside. After that, it doubles with each push.
+// pushScrapeLimit limits the number of scrapes in a push. When a push of several scrapes fails
+// because of its scrapes, the limit shrinks. The limit stays small until as many scrapes as that
+// push had are settled: delivered, set aside or declined by all servers. After that, the limit
+// doubles with each push that settles its scrapes.
 type pushScrapeLimit struct {
-	max     int // most scrapes in a push
+	max     int // the limit: most scrapes in a push
 	careful int // scrapes that must be settled before max doubles
 }
 
-// limitToHalf lowers the bound after a push of this many scrapes was too large or too slow.
+// limitToHalf lowers the limit to half after a push of this many scrapes was too large or too slow.
 func (s *pushScrapeLimit) limitToHalf(pushed int) { s.max, s.careful = pushed/2, pushed }
 
-// limitToOne lowers the bound to one after a push of this many scrapes was refused because of one
-// of its scrapes. Pushes of a single scrape then find the bad one.
+// limitToOne lowers the limit to one after a push of this many scrapes failed because of one of its
+// scrapes. Pushes of a single scrape then find the bad one.
 func (s *pushScrapeLimit) limitToOne(pushed int) { s.max, s.careful = 1, pushed }
 
 // growAfter records that this many scrapes are settled, so that they need not be sent again now.
-// The bound may then grow.
+// The limit may then grow.
 func (s *pushScrapeLimit) growAfter(settled int) {
 	if s.careful -= settled; s.careful <= 0 {
 		s.max, s.careful = min(2*s.max, maxPushScrapes), 0

@@ -1,10 +1,10 @@
 package main
 
-// The Pusher delivers scrapes from the spool to the first server that accepts them, several in a
-// push. It removes a scrape from the spool only when an answer lists the scrape as done or refuses
-// it as invalid. After an attempt without an answer, the Pusher first asks the server which scrapes
-// it holds. Tokens are sent only to the URLs in To, because redirects are not followed. This file
-// must not know of the source.
+// The Pusher delivers scrapes from the spool to the first server that accepts them, several scrapes
+// in one push. It removes a scrape from the spool only when a server answers that the scrape is
+// done or refuses it as invalid. After an attempt without an answer, the Pusher first asks the
+// server which scrapes the server holds. Tokens are sent only to the URLs in To, because redirects
+// are not followed. This file must not know how the source is scraped.
 
 import (
 	"cmp"
@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// Reasons for which samples of a push are dropped, as metrics name them.
+// Reasons for which samples of a push are dropped, as values of the label reason in metrics.
 const (
 	DropRefused  = "refused"   // no server accepts the samples
 	DropByServer = "by_server" // the server accepted the push but dropped these samples
@@ -33,15 +33,15 @@ type PusherConfig struct {
 	ToClient      *http.Client  // has a timeout and must not follow redirects
 	ClusterID     string        // names this site
 	Token         func() string // returns the client token
-	LimitBytes    int64         // of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
-	MaxRetryAfter time.Duration // longest Retry-After that is obeyed, and how long pushes stay with a server after a failover
+	LimitBytes    int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
+	MaxRetryAfter time.Duration // longest Retry-After that is obeyed; also how long pushes stay with a server after a failover to it
 	Spool         *Spool
 	SourceClock   *SourceClockTracker
 	Moment        func() Moment    // reads the wall clock and the boot-time clock
-	Now           func() time.Time // the wall clock
+	Now           func() time.Time // reads the wall clock
 	Metrics       *Metrics
-	Dropped       *Counter // dropped samples, by reason
-	SpoolErrors   *Counter // failures of Spool.BeginPush; other spool failures go to SpoolConfig.OnError
+	Dropped       *Counter // counts dropped samples, by reason
+	SpoolErrors   *Counter // counts errors that Spool.BeginPush returns; other spool failures go to SpoolConfig.OnError
 	Log           *slog.Logger
 }
 
@@ -49,10 +49,10 @@ type PusherConfig struct {
 // other exported methods are safe for concurrent use.
 type Pusher struct {
 	cfg           PusherConfig
-	lastDelivered atomic.Pointer[[]Scrape] // pieces of the newest delivered scrape
-	healthy       atomic.Bool              // the last push was delivered
+	lastDelivered atomic.Pointer[[]Scrape] // delivered pieces of the newest delivered scrape
+	healthy       atomic.Bool              // see IsHealthy
 
-	// Used only by the goroutine that calls DrainSpool.
+	// The next three fields are used only by the goroutine that calls DrainSpool.
 	token   uploadToken
 	servers serverFailover
 	size    pushScrapeLimit
@@ -79,11 +79,13 @@ func NewPusher(cfg PusherConfig) *Pusher {
 	return p
 }
 
-// IsHealthy reports whether the last push was delivered.
+// IsHealthy reports whether the last push was delivered, by any server. It returns false before the
+// first push. It also returns false after all servers failed, a scrape was refused or declined, or
+// the spool could not be read, until a push is delivered again.
 func (p *Pusher) IsHealthy() bool { return p.healthy.Load() }
 
-// LastDeliveredPieces returns the delivered pieces of the newest delivered scrape. The caller must
-// not change them.
+// LastDeliveredPieces returns the delivered pieces of the newest delivered scrape. A scrape within
+// the limits has one piece. The caller must not change the pieces.
 func (p *Pusher) LastDeliveredPieces() []Scrape {
 	if pieces := p.lastDelivered.Load(); pieces != nil {
 		return *pieces
@@ -100,20 +102,21 @@ type spoolDrain struct {
 	progress pushProgress
 }
 
-// pushProgress counts what was pushed since the last log line about pushes.
+// pushProgress counts the samples, scrapes and pushes that were sent since the last log line
+// "pushed".
 type pushProgress struct {
 	begin                    time.Time // when counting began
 	samples, scrapes, pushes int
 }
 
 // DrainSpool pushes until the servers hold all scrapes in the spool. If all servers fail, or if the
-// spool cannot be read, it pauses and tries again. The pause doubles each time, has jitter, and is
-// at least as long as the servers asked for.
+// spool cannot be read, DrainSpool pauses and tries again. The pause doubles each time, has jitter,
+// and is at least the Retry-After that the servers sent, up to MaxRetryAfter.
 //
-// DrainSpool returns early if ctx ends or if the next attempt would come after ctx's deadline. The
-// error is then the newest failure. A scrape that a server refuses as invalid is set aside. A
-// scrape that all servers decline stays in the spool. If nothing worse happens, the error is the
-// newest of these refusals.
+// DrainSpool returns early if ctx ends or if the next attempt would come after the deadline of ctx.
+// The error is then the newest failure. A scrape that a server refuses as invalid is set aside. A
+// scrape that all servers decline stays in the spool. If DrainSpool does not return early, its
+// error is the newest such refusal or decline, or nil.
 func (p *Pusher) DrainSpool(ctx context.Context) error {
 	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
@@ -185,7 +188,7 @@ func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 	d.servers.last = d.servers.current
 	d.cfg.Spool.ApplyAnswer(answer.spool)
 	if st := d.cfg.Spool.Stats(); st.ByState[ScrapeUndelivered].Scrapes == 0 {
-		d.healthy.Store(true) // an earlier push was delivered, but its answer was lost
+		d.healthy.Store(true) // no scrape is undelivered; the answer to an earlier push may have been lost
 	}
 	return nil
 }
@@ -220,7 +223,7 @@ func (d *spoolDrain) pushNext(ctx context.Context) (endsDrain error) {
 	case failureReasonOf(err) == pushTooLarge:
 		return d.pushInPieces(ctx, scrapes[0], err)
 	default:
-		d.setScrapeAside(max(1, scrapes[0].Samples), err) // an empty scrape that is refused counts as one sample
+		d.setScrapeAside(max(1, scrapes[0].Samples), err) // a refused scrape without samples counts as one sample
 	}
 	return nil
 }
@@ -260,8 +263,10 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 	return outcome, nil
 }
 
-// logAndCountDropped logs and counts the samples that the server dropped. The samples of a declined
-// scrape are logged once and not counted, because the scrape stays in the spool.
+// logAndCountDropped logs and counts the samples that the server dropped. If a scrape of the push
+// was declined, which means that the server dropped all of its samples, nothing is counted, because
+// the scrape stays in the spool. The first decline of a scrape in a push without other scrapes is
+// logged.
 func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome, pushedSamples int) {
 	if len(outcome.Declined) > 0 {
 		if outcome.FirstDecline {
@@ -287,8 +292,8 @@ func (d *spoolDrain) adjustServerAndPushSize(scrapes []Scrape, outcome PushOutco
 	n, declined := len(scrapes), len(outcome.Declined) > 0
 	d.healthy.Store(!declined)
 	if declined && n == 1 {
-		// This server's clock may be wrong and the next server's clock right, so try the next
-		// server.
+		// A server drops samples whose times are wrong by its own clock. The clock of the next
+		// server may be right, so try the next server.
 		if d.servers.advanceAfterDecline(d.cfg.Now(), d.cfg.MaxRetryAfter) {
 			d.cfg.Spool.ClearRetryPause(outcome.Declined)
 			return
@@ -308,8 +313,8 @@ func (d *spoolDrain) adjustServerAndPushSize(scrapes []Scrape, outcome PushOutco
 	}
 }
 
-// setScrapeAside removes the scrape in flight from the spool and keeps its file aside, because no
-// server accepts refusedSamples of its samples.
+// setScrapeAside removes the scrape in flight from the spool, because no server accepts
+// refusedSamples of its samples. Its file, if any, is set aside, which means renamed and kept.
 func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.backoff.reset()
 	d.healthy.Store(false)
@@ -320,7 +325,8 @@ func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.cfg.Log.Error("destination refused a scrape as invalid; its file is set aside", "samples", refusedSamples, "err", why)
 }
 
-// keepLastDeliveredPieces keeps the pieces of the newest scrape for LastDeliveredPieces.
+// keepLastDeliveredPieces stores the pieces of the newest scrape among the delivered scrapes, for
+// LastDeliveredPieces. Pieces of one scrape have the same time At.
 func (p *Pusher) keepLastDeliveredPieces(scrapes []Scrape) {
 	pieces := p.LastDeliveredPieces()
 	for _, sc := range scrapes {
@@ -351,16 +357,17 @@ func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrai
 }
 
 // pauseBeforeRound waits before the next round, for at least retryAfter and longer each time. It
-// returns an error, which ends the drain, if ctx has ended or would end before the pause does.
+// returns an error, which ends the drain, if ctx has ended, ends during the pause, or has a
+// deadline before the end of the pause.
 func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) (endsDrain error) {
 	d.healthy.Store(false)
 	if ctx.Err() != nil {
-		return cmp.Or(d.lastErr, err) // err only reports that ctx has ended; lastErr has the reason
+		return cmp.Or(d.lastErr, err) // err only reports that ctx has ended; lastErr is why the previous round failed
 	}
 	d.lastErr = err
 	d.logAndResetProgress()
 	pause := d.backoff.nextPause(min(retryAfter, d.cfg.MaxRetryAfter))
-	pause += rand.N(pause) // jitter, so that sites that were refused together do not return together
+	pause += rand.N(pause) // jitter, so that sites whose pushes failed at the same time do not retry at the same time
 	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"
 	if errors.Is(err, ErrSpoolRead) {
 		part = "spool"

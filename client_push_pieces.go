@@ -1,7 +1,7 @@
 package main
 
-// This file pushes a scrape that is too large for the servers in pieces. Only the last piece names
-// the scrape, because a server has the whole scrape only after that piece.
+// This file pushes a scrape in pieces if the scrape is too large for the servers. Only the last
+// piece names the scrape, because a server has the whole scrape only after the last piece.
 
 import (
 	"bytes"
@@ -9,7 +9,7 @@ import (
 	"fmt"
 )
 
-// maxOversizedLines is the number of single lines refused as too large after which the rest of a
+// After maxOversizedLines single lines of a scrape were refused as too large, the rest of the
 // scrape is no longer split. So many refusals mean that the server limits the number of series, and
 // then no piece is small enough.
 const maxOversizedLines = 8
@@ -19,9 +19,9 @@ type splitPush struct {
 	*spoolDrain
 	firstServer int         // the server that accepted the first piece; -1 if none did yet
 	scattered   bool        // a second server accepted a piece, so no server has the whole scrape
-	outcome     PushOutcome // of the last piece
-	oversized   int         // single lines refused as too large
-	rejected    int         // samples that no server accepts
+	outcome     PushOutcome // outcome of the push of the last piece
+	oversized   int         // number of single lines refused as too large
+	rejected    int         // number of samples that no server accepts
 	cause       error       // why samples were rejected, or why the scrape is split
 }
 
@@ -37,7 +37,7 @@ func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (
 	case s.rejected > 0:
 		d.setScrapeAside(s.rejected, s.cause)
 	case s.scattered:
-		d.cfg.Spool.MarkPushFailed(false) // all pieces are pushed again, to the server that accepted the last piece
+		d.cfg.Spool.MarkPushFailed(false) // the whole scrape is pushed again, first to the server that accepted the last piece
 	default:
 		d.adjustServerAndPushSize([]Scrape{sc}, s.outcome)
 	}
@@ -45,9 +45,9 @@ func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (
 }
 
 // pushHalves pushes the two halves of a scrape, splitting them further down to single lines if need
-// be. If nameScrape is true, the last piece names the scrape. A piece that fails is retried alone.
-// If the whole scrape started again instead, a scrape with more pieces than the servers' rate limit
-// allows would never be delivered. An error ends the drain.
+// be. If nameScrape is true, the last piece names the scrape. A piece whose push fails is retried
+// alone. If a failure made the whole scrape start again, a scrape with more pieces than the rate
+// limit of the servers allows would never be delivered. An error ends the drain.
 func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) (endsDrain error) {
 	if sc.Samples < 2 {
 		s.oversized++
@@ -91,7 +91,8 @@ func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool
 func (s *splitPush) tryPiece(ctx context.Context, piece Scrape, nameScrape bool) (err error) {
 	s.servers.chooseServer(s.cfg.Now())
 	scattered := s.scattered || s.firstServer >= 0 && s.firstServer != s.servers.current
-	// Do not name a scrape that will be set aside or that no server has as a whole.
+	// Do not name the scrape if a piece was rejected, because the scrape will be set aside, or if
+	// two servers have pieces, because then no server has the whole scrape.
 	s.outcome, err = s.push(ctx, []Scrape{piece}, nameScrape && s.rejected == 0 && !scattered)
 	if err == nil {
 		s.scattered = scattered
@@ -106,7 +107,8 @@ func (s *splitPush) noteRejectedPiece(piece Scrape, why error) {
 	s.rejected, s.cause = s.rejected+max(1, piece.Samples), why
 }
 
-// halveScrape cuts a scrape of at least two samples into two, between lines.
+// halveScrape cuts a scrape of at least two samples into two scrapes, between two lines of its
+// text.
 func halveScrape(sc Scrape) (first, second Scrape, err error) {
 	text, err := sc.Text()
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-const maxAnswer = 256 << 10 // bytes; enough for two lists of MaxRanges ranges and one of MaxConsumers consumers
+const maxAnswer = 256 << 10 // most bytes of an answer that are read; enough for two lists of MaxRanges ranges of 13-digit numbers and a list of MaxConsumers consumers
 
 // pushFailureReason is the reason why a push failed. It decides what the Pusher does next.
 type pushFailureReason int
@@ -33,7 +33,7 @@ const (
 	pushTooLarge                             // every server would refuse this push but may accept a smaller one
 )
 
-// pushError reports an answer with a status other than 200.
+// pushError is the error for an answer with a status other than 200.
 type pushError struct {
 	err        error
 	reason     pushFailureReason
@@ -43,7 +43,8 @@ type pushError struct {
 func (e *pushError) Error() string { return e.err.Error() }
 func (e *pushError) Unwrap() error { return e.err }
 
-// failureReasonOf returns the reason of a pushError. It returns pushNoAnswer for any other error.
+// failureReasonOf returns the reason of err if err is a pushError, and pushNoAnswer for any other
+// error.
 func failureReasonOf(err error) pushFailureReason {
 	if e := (*pushError)(nil); errors.As(err, &e) {
 		return e.reason
@@ -59,14 +60,15 @@ func retryAfterOf(err error) time.Duration {
 	return 0
 }
 
-// isFinalRefusal reports whether err means that the same push would fail at every attempt.
+// isFinalRefusal reports whether err means that the same push would be refused at every attempt, by
+// any server.
 func isFinalRefusal(err error) bool {
 	reason := failureReasonOf(err)
 	return reason == pushInvalid || reason == pushTooLarge
 }
 
-// uploadToken is an upload token with the client token that was exchanged for it. value is "" if
-// there is none.
+// uploadToken is a short-lived upload token with the client token that was exchanged for it. value
+// is "" if there is no upload token.
 type uploadToken struct {
 	value       string
 	clientToken string
@@ -79,12 +81,12 @@ type uploadAnswer struct {
 	spool SpoolAnswer
 }
 
-// currentServerURL returns the URL of the current server.
 func (p *Pusher) currentServerURL() string { return p.cfg.To[p.servers.current] }
 
-// upload pushes scrapes to the current server. It names them under spoolID, unless spoolID is 0.
-// Without scrapes, the request is a question. If the server answers 401 to an upload token that is
-// not new, upload renews the token once and tries again, because keys rotate and clocks differ.
+// upload pushes scrapes to the current server. Unless spoolID is 0, the push names the scrapes by
+// spoolID and their numbers. Without scrapes, the push is a question. If the server answers 401 to
+// an upload token that this call did not renew, upload renews the token once and tries again,
+// because keys rotate and clocks differ.
 func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
 	gzips := make([][]byte, len(scrapes))
 	for i, sc := range scrapes {
@@ -116,8 +118,8 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 }
 
 // uploadHeader returns the header of a push. If spoolID is not 0, the header names the scrapes and
-// lists the known consumers. If there are scrapes and the offset is known, the header states by how
-// much the source's clock was behind at the newest scrape.
+// lists the known consumers. If there are scrapes and a server's time is known, the header also
+// states how many ms the source's clock was behind the servers' clocks at the newest scrape.
 func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	h := http.Header{"Content-Type": {"text/plain; version=1.0.0; charset=utf-8"}}
 	if spoolID != 0 {
@@ -147,7 +149,7 @@ func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
 		return answer, fmt.Errorf("pushing to %s: the answer is not JSON: %w", p.currentServerURL(), err)
 	}
-	if answer.Accepted == nil { // the answer comes from another program, which stored nothing
+	if answer.Accepted == nil { // the answer comes from another program than telemeter, which stored nothing
 		return answer, fmt.Errorf("pushing to %s: the answer has no field accepted, so it is not a telemeter server's", p.currentServerURL())
 	}
 	answer.spool = SpoolAnswer{Server: p.currentServerURL(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}
@@ -159,7 +161,8 @@ func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	return answer, nil
 }
 
-// parseLists parses the lists of an answer. from.Held must not be nil.
+// parseLists parses the lists of scrape numbers and consumers in an answer. from.Held must not be
+// nil.
 func (a *SpoolAnswer) parseLists(from *PushAnswer) (err error) {
 	if a.Held, err = ParseRanges(*from.Held, MaxRanges); err != nil {
 		return err
@@ -173,8 +176,9 @@ func (a *SpoolAnswer) parseLists(from *PushAnswer) (err error) {
 	return err
 }
 
-// ensureUploadToken exchanges the client token for an upload token at the current server, unless it
-// has a valid one. Every server accepts the upload token of any other. renewed reports whether an
+// ensureUploadToken exchanges the client token for an upload token at the current server. It does
+// nothing if the Pusher has an upload token for the present client token that is not due for
+// renewal. Every server accepts the upload tokens of the other servers. renewed reports whether an
 // exchange took place.
 func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error) {
 	clientToken := p.cfg.Token()
@@ -187,7 +191,7 @@ func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error
 	}
 	defer resp.Body.Close()
 	if err := checkResponse(resp, p.currentServerURL()+"/authorize", p.cfg.Now()); err != nil {
-		if isFinalRefusal(err) { // the refusal is not about scrapes, so it is not final for them
+		if isFinalRefusal(err) { // this refusal is not about scrapes, so it must not count as a final refusal of scrapes
 			err = &pushError{err: err, retryAfter: retryAfterOf(err)}
 		}
 		return false, err
@@ -196,15 +200,16 @@ func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error
 		Version          int
 		Token            string
 		ExpiresInSeconds int64
-		Server           string // as in PushAnswer
+		Server           string // name of the answering server, as in PushAnswer
 		Time             int64
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&answer); err != nil || answer.Version != 1 || answer.Token == "" {
 		return false, fmt.Errorf("authorizing at %s: the answer is not an upload token", p.currentServerURL())
 	}
 	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.currentServerURL()), answer.Time, p.cfg.Moment())
-	// Renew the token when 4/5 of its lifetime have passed. The lifetime is relative, so only this
-	// machine's clock counts.
+	// Renew the token when 4/5 of its lifetime have passed. The answer states the lifetime as a
+	// duration, so a difference between the clocks of the server and of this machine does not
+	// matter.
 	lifetime := time.Duration(answer.ExpiresInSeconds) * time.Second
 	p.token = uploadToken{answer.Token, clientToken, p.cfg.Now().Add(lifetime * 4 / 5)}
 	return true, nil
@@ -241,9 +246,10 @@ func checkResponse(resp *http.Response, endpoint string, now time.Time) error {
 	return e
 }
 
-// parseRetryAfter returns how long a response asks to wait. The result is 0 if the response does
-// not ask, and may be negative for a date in the past. Servers send seconds. Proxies may send a
-// date, which is relative to the response's own Date header, or to now if that is missing.
+// parseRetryAfter returns how long a response asks the client to wait. The result is 0 if the
+// response does not ask, and may be negative for a date in the past. Servers send seconds. Proxies
+// may send a date. The wait is then counted from the response's own Date header, or from now if
+// that header is missing.
 func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	text := h.Get("Retry-After")
 	if s, err := strconv.ParseUint(text, 10, 31); err == nil {

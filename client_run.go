@@ -1,8 +1,9 @@
 package main
 
-// The client has two loops: one scrapes, the other pushes. Each runs at the site's phase of its
-// interval, and neither waits for the other. Failures of the source, the spool and the destination
-// are logged separately. A source that keeps failing is logged at most once in ten minutes.
+// The client has two loops: one scrapes, the other pushes. Each works at the site's phase of its
+// interval. A push waits at most pushGrace for a scrape, and a scrape never waits for a push.
+// Failures of the source, the spool and the destination are logged separately. A source that keeps
+// failing is logged at level Error at most once in ten minutes.
 
 import (
 	"context"
@@ -17,20 +18,20 @@ import (
 )
 
 const (
-	firstJitter       = time.Second      // most random delay before the first scrape
+	firstJitter       = time.Second      // the first scrape is delayed by a random time below this
 	minScrapeTimeout  = 10 * time.Second // shortest timeout of a scrape, even if ScrapeInterval is shorter
 	maxScrapeTimeout  = time.Minute      // longest timeout of a scrape, even if ScrapeInterval is longer
 	pushGrace         = 2 * time.Second  // how long a due push waits for a scrape in progress
-	finalPushTimeout  = 5 * time.Second  // for the last push at shutdown, which is made only for scrapes that are in memory only
+	finalPushTimeout  = 5 * time.Second  // timeout of the last push at shutdown, which is made only if scrapes are in memory only
 	sourceLogInterval = 10 * time.Minute // least time between two log lines at level Error about a failing source
 )
 
-// Run scrapes and pushes until ctx ends. It starts at once and then works at this site's phase of
-// the interval, so that the pushes of many sites that start together spread. A backlog is pushed
+// Run scrapes and pushes until ctx ends. It starts at once. Then it works at this site's phase of
+// the interval, so that many sites that start together do not push together. A backlog is pushed
 // without waiting for the phase. When ctx has ended, Run tries once more to push if scrapes are in
 // memory only. It always returns nil.
 func (c *Client) Run(ctx context.Context) error {
-	due := make(chan struct{}, 1) // receives when the scrape that starts a push is in the spool
+	due := make(chan struct{}, 1) // a value is sent when the scrape that starts a push is in the spool
 	var wg sync.WaitGroup
 	wg.Go(func() { c.scrapeLoop(ctx, due) })
 	c.deliverLoop(ctx, due)
@@ -38,7 +39,7 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.spool.Stats().InMemory > 0 {
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), finalPushTimeout)
 		defer cancel()
-		c.pusher.DrainSpool(last) // logs its failures
+		c.pusher.DrainSpool(last) // the error can be ignored, because DrainSpool logs its failures
 	}
 	return nil
 }
@@ -61,7 +62,8 @@ func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	return err
 }
 
-// scrapeLoop scrapes at its phase until ctx ends. It sends to pushDue when a scrape starts a push.
+// scrapeLoop scrapes at the site's phase of ScrapeInterval until ctx ends. After a scrape that
+// starts a push, it sends a value to pushDue.
 func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	var warned, nextPush time.Time
 	wait := rand.N(firstJitter)
@@ -84,7 +86,7 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 			}
 		}
 		next := begin.Add(c.untilNextPhase(begin, c.cfg.ScrapeInterval))
-		for next.Before(c.cfg.Now()) { // a slow source skips scrapes but keeps the phase
+		for next.Before(c.cfg.Now()) { // after a slow scrape, skip the scrapes whose time has passed, to keep the phase
 			next = next.Add(c.cfg.ScrapeInterval)
 		}
 		wait = next.Sub(c.cfg.Now())
@@ -92,8 +94,8 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 }
 
 // scrapeStartsPush reports whether the scrape that began at scrapeBegin starts the push that is due
-// at nextPush. It also returns when the following push is due. The first scrape starts a push at
-// any time. After that, the scrape nearest to nextPush starts it.
+// at nextPush. It also returns when the next push after this scrape is due. The first scrape starts
+// a push at once. After that, the scrape nearest to nextPush starts the push.
 func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, newNextPush time.Time) {
 	half := scrapeBegin.Add(c.cfg.ScrapeInterval / 2)
 	switch {
@@ -105,21 +107,23 @@ func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool,
 	return true, half.Add(c.untilNextPhase(half, c.cfg.Interval))
 }
 
-// deliverLoop pushes when pushDue receives. It also pushes by itself pushGrace after each phase of
-// the push interval, so that a hanging source does not delay the scrapes in the spool.
+// deliverLoop pushes when a value is received from pushDue. Without such a value, it pushes
+// pushGrace after each instant of the site's phase of Interval, so that a hanging source does not
+// delay the scrapes in the spool.
 func (c *Client) deliverLoop(ctx context.Context, pushDue <-chan struct{}) {
 	for {
 		wait := c.untilNextPhase(c.cfg.Now().Add(-pushGrace), c.cfg.Interval)
 		if _, ok := Sleep(ctx, wait, pushDue); !ok {
 			return
 		}
-		c.pusher.DrainSpool(ctx) // logs its failures
+		c.pusher.DrainSpool(ctx) // the error can be ignored, because DrainSpool logs its failures
 	}
 }
 
 // untilNextPhase returns the time from now until the next instant of this site's phase of interval.
-// An instant less than a tenth of the interval ahead counts as reached and is skipped, because a
-// slewed wall clock lags behind the timer that waited for that instant.
+// The phase is an offset in the interval that is a hash of the cluster ID. An instant that is less
+// than a tenth of the interval ahead is skipped. It was probably reached already: a slewed wall
+// clock can lag behind the timer that waited for the instant.
 func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Duration {
 	h := fnv.New64a()
 	io.WriteString(h, c.cfg.ClusterID)
@@ -131,9 +135,9 @@ func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Dura
 	return wait
 }
 
-// scrapeAndSpool scrapes the source and puts the samples into the spool. Failures are logged and
-// counted. Only a failure of the source is returned, because a scrape that cannot be written to
-// disk stays in memory.
+// scrapeAndSpool scrapes the source and puts the samples into the spool. Failures are counted, and
+// logged unless ctx was canceled. Only a failure of the source is returned, because a scrape that
+// cannot be written to disk stays in memory.
 func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
 	defer cancel()
@@ -164,8 +168,8 @@ func (c *Client) logSourceFailure(ctx context.Context, err error) {
 	c.cfg.Log.Log(ctx, level, "source failed", "from", c.cfg.From.Redacted(), "err", err)
 }
 
-// addToSpool puts a scrape into the spool, in pieces if the limits require it. It logs when the
-// spool begins and stops failing.
+// addToSpool puts a scrape into the spool, in pieces if the limits require it. It logs when
+// Spool.Add begins to fail and when it succeeds again.
 func (c *Client) addToSpool(got *CleanedScrape) {
 	var err error
 	for _, piece := range c.renderPieces(got, got.List.Samples) {

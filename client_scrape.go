@@ -1,8 +1,8 @@
 package main
 
 // This file makes one scrape of the source: the request, the decoding, the cleaning and the text
-// that is pushed. No sample passes that the ClientCleaner drops. Sample times are times of the
-// source's clock until AppendText shifts them.
+// that is pushed. Samples that the ClientCleaner drops are never pushed. Sample times are times of
+// the source's clock until AppendText shifts them to the servers' clock.
 
 import (
 	"bytes"
@@ -16,8 +16,8 @@ import (
 )
 
 const (
-	maxScrape     = 256 << 20       // bytes of a scrape, uncompressed
-	skewTolerance = 2 * time.Second // a smaller difference between the source's Date and the expected time is ignored
+	maxScrape     = 256 << 20       // most bytes of a scrape, uncompressed
+	skewTolerance = 2 * time.Second // a smaller difference between the source's Date header and the time expected for the source is ignored
 	scrapeAccept  = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
@@ -27,12 +27,13 @@ const (
 type CleanedScrape struct {
 	List       SampleList
 	At         Moment // when the answer of the source arrived
-	SourceTime int64  // what the source's clock showed then, in ms since the epoch
+	SourceTime int64  // time of the source's clock at At, in ms since the epoch
 	Shift      int64  // ms that AppendText adds to the times in List
-	ShiftKnown bool   // a server's time is known, so Shift is final
+	ShiftKnown bool   // a server's time is known, so Shift is final; otherwise Shift is 0
 }
 
-// AppendText appends samples of the scrape in the text exposition format, as they are pushed.
+// AppendText appends samples of the scrape to b in the text exposition format, with shifted times,
+// as they are pushed.
 func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
 	for _, s := range samples {
 		b = AppendSample(b, sr.List.Line(s), s.T+sr.Shift, s.V)
@@ -40,8 +41,8 @@ func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
 	return b
 }
 
-// Scrape gets and cleans the samples of the source. Samples without a time get the time at which
-// the scrape began, by the source's clock like all other times.
+// Scrape scrapes the source and cleans the samples. A sample without a timestamp gets the time at
+// which the scrape began. This time is by the source's clock, as all other times are.
 func (c *Client) Scrape(ctx context.Context) (*CleanedScrape, error) {
 	begin := c.cfg.Now()
 	got, err := c.scrape(ctx, begin)
@@ -78,9 +79,9 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	return got, nil
 }
 
-// scrapeRequest returns the request of a scrape and the ClientCleaner for its samples. A source
-// whose path ends in /federate selects the series itself, which saves it the other series. For any
-// other source the ClientCleaner selects them.
+// scrapeRequest returns the request of a scrape and the ClientCleaner for its samples. If the
+// source's path ends in /federate, the request has match[] parameters, and the source sends only
+// the selected series. From any other source, the ClientCleaner selects the series.
 func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*http.Request, *ClientCleaner, error) {
 	cleaner := st.NewCleaner()
 	u := *c.cfg.From
@@ -112,8 +113,8 @@ func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 	if format, err = ParseFormat(resp.Header.Get("Content-Type")); err != nil {
 		return nil, format, err
 	}
-	// net/http asks for gzip, decompresses such a body and removes the header. Any header left here
-	// names an encoding that net/http did not undo.
+	// net/http asks for gzip, decompresses a gzip body and removes the header Content-Encoding. If
+	// the header is still there, it names an encoding that net/http did not decode.
 	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return nil, format, fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
 	}
@@ -126,8 +127,8 @@ func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 	return body, format, nil
 }
 
-// decodeAndClean decodes body, adds the samples that cleaner lets pass to list, and counts all
-// samples. Samples without a time get defaultMs.
+// decodeAndClean decodes body, adds the samples that cleaner does not drop to list, and counts the
+// scraped and the dropped samples. Samples without a timestamp get defaultMs.
 func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *ClientCleaner, defaultMs int64) error {
 	var d Decoder
 	n := 0
@@ -163,9 +164,9 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 
 // skewByDateOrZero returns by how many ms the source's clock is ahead of this machine's clock,
 // according to the Date header of the source's answer. It returns 0 if the header is missing or
-// malformed. It returns oldSkew while the difference from oldSkew is explained by the truncation of
-// Date to seconds and the time in transit. So the times of samples without a timestamp do not jump
-// back and forth.
+// malformed. It returns oldSkew if the new skew differs from oldSkew by at most skewTolerance,
+// because Date is truncated to seconds and the answer takes time to arrive. Otherwise the times
+// that are given to samples without a timestamp would jump back and forth.
 func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {
@@ -178,8 +179,9 @@ func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 	return oldSkew
 }
 
-// correctToServerTime returns sc with corrected times. sc was put into the spool before any
-// server's time was known. Its Number stays.
+// correctToServerTime returns sc with its sample times shifted to the servers' clock. It is called
+// for a scrape that was put into the spool before any server's time was known. The Number of sc
+// does not change.
 func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	sc.Corrected = true
 	sc.Shift, _ = c.sourceClock.NextShift(sc.At, sc.SourceTime)
@@ -187,7 +189,7 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 		return sc
 	}
 	text, err := sc.Text()
-	if err != nil { // cannot happen, because the spool has checked the text
+	if err != nil { // cannot happen, because this process made the text or the spool has checked it
 		sc.Shift = 0
 		return sc
 	}
@@ -196,8 +198,8 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	return sc
 }
 
-// renderPieces renders samples of a scrape as one piece, or as several if the limits require it. A
-// single series that exceeds the limits is dropped.
+// renderPieces renders samples of a scrape as one piece, or as several if one would exceed
+// LimitBytes or MaxPiece. A single sample that exceeds these limits is dropped.
 func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
 	text := got.AppendText(nil, samples)
@@ -214,8 +216,8 @@ func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	return append(c.renderPieces(got, samples[:len(samples)/2]), c.renderPieces(got, samples[len(samples)/2:])...)
 }
 
-// shiftTimes adds ms to all times in text, which must be as AppendText renders it. A line without a
-// time stays unchanged.
+// shiftTimes adds ms to all sample times in text, which must have the form that AppendText renders.
+// A line without a time stays unchanged.
 func shiftTimes(text []byte, ms int64) []byte {
 	out := make([]byte, 0, len(text)+len(text)/16)
 	for line := range bytes.Lines(text) {
@@ -223,8 +225,8 @@ func shiftTimes(text []byte, ms int64) []byte {
 		value := bytes.LastIndexByte(line[:max(0, end)], ' ')
 		if value >= 0 {
 			t, err := strconv.ParseInt(string(bytes.TrimSuffix(line[end+1:], []byte("\n"))), 10, 64)
-			// If the field between the last two blanks is no number, the first of these blanks is
-			// inside a label value and the line has no time.
+			// If the field between the last two blanks is not a number, the first of these two
+			// blanks is inside a label value, and the line has no time.
 			if _, bad := strconv.ParseFloat(string(line[value+1:end]), 64); err == nil && bad == nil {
 				out = append(strconv.AppendInt(append(out, line[:end+1]...), t+ms, 10), '\n')
 				continue

@@ -17,24 +17,24 @@ import (
 )
 
 const (
-	maxSpoolMemory  = 16 << 20 // bytes of scrapes kept in memory while the disk fails
-	maxMemoryOnly   = 64 << 20 // bytes of scrapes kept in memory if the spool has no directory
+	maxSpoolMemory  = 16 << 20 // most bytes of scrapes kept in memory while the disk fails
+	maxMemoryOnly   = 64 << 20 // most bytes of scrapes kept in memory if the spool has no directory
 	entryOverhead   = 256      // bytes of memory that a scrape needs besides its gzip
-	maxFlush        = 8        // most scrapes in memory that one Add writes to disk
-	maxReadFailures = 2        // failed reads after which one BeginPush reads no more files, because each failing read is slow
+	maxFlush        = 8        // most scrapes that one Add moves from memory to disk
+	maxReadFailures = 2        // after this many failed reads, one BeginPush reads no more files, because each failing read is slow
 )
 
-// Reasons for which a spool drops scrapes, as metrics name them.
+// Reasons for which a spool drops scrapes, as values of the label reason in metrics.
 const (
-	DropSpoolFull    = "spool_full"    // the size limit is reached
-	DropSpoolOld     = "spool_old"     // older than MaxAge
+	DropSpoolFull    = "spool_full"    // SpoolConfig.Limit or the limit on memory is reached
+	DropSpoolOld     = "spool_old"     // the scrape is older than MaxAge
 	DropSpoolDamaged = "spool_damaged" // the file is damaged or missing, or the scrape is malformed
-	DropSpoolClosed  = "spool_closed"  // still in memory only when the process ended
+	DropSpoolClosed  = "spool_closed"  // the scrape was in memory only when the spool was closed
 	DropSpoolHeld    = "held"          // a server holds or held the scrape, so it is not lost
 )
 
-// ErrSpoolRead is wrapped by the errors of scrapes that cannot be read. BeginPush returns it if
-// there are scrapes to push and none of them can be read.
+// ErrSpoolRead is wrapped by errors about scrapes that cannot be read. BeginPush returns such an
+// error if there are scrapes to push and none of them can be read.
 var ErrSpoolRead = errors.New("reading spool")
 
 // SpoolConfig configures a Spool.
@@ -42,15 +42,16 @@ type SpoolConfig struct {
 	FS        FS            // the disk
 	Dir       string        // directory of the files; "" keeps scrapes in memory only
 	ClusterID string        // names the site whose scrapes the spool has
-	Limit     int64         // bytes on disk, or in memory if Dir is ""
+	Limit     int64         // most bytes on disk, or in memory if Dir is ""
 	MaxAge    time.Duration // older scrapes are dropped
 	Now       func() Moment // reads the wall clock and the boot-time clock
-	// CorrectTimes returns a scrape that is not Corrected with corrected times. If it is nil, all
-	// times stay as they are.
+	// CorrectTimes is called with a scrape whose field Corrected is false. It returns the scrape
+	// with its sample times corrected and Corrected set. If CorrectTimes is nil, sample times never
+	// change.
 	CorrectTimes func(Scrape) Scrape
-	// OnError is called with each failure and each damaged file. OnDrop is called once for each
-	// occasion on which scrapes are dropped. Both are called without locks held, in the goroutine
-	// that calls the spool.
+	// OnError is called with each damaged file, and with failures that no method returns. OnDrop is
+	// called each time scrapes are dropped, with the reason and the numbers of scrapes and samples.
+	// Both are called without locks held, in the goroutine that calls the spool.
 	OnError func(error)
 	OnDrop  func(reason string, scrapes, samples int)
 }
@@ -63,9 +64,10 @@ type Spool struct {
 	unlock     func() error
 	nextNumber uint64 // number of the next scrape; used only by Add's goroutine
 
-	// Used only by BeginPush's goroutine.
-	asideFiles      []string  // names of the files set aside, oldest first
-	readFrom        uint64    // BeginPush reads only files with this number or a higher one, because reading a lower one failed
+	// The fields from asideFiles to metaUnsaved are used only by the goroutine that calls
+	// BeginPush.
+	asideFiles      []string  // names of the files set aside, in the order in which they are deleted
+	readFrom        uint64    // BeginPush reads only the files of scrapes with this number or a higher number, because a file with a lower number could not be read
 	meta, savedMeta spoolMeta // the spool's record, as it is now and as it is on disk
 	metaUnsaved     bool      // the last write of the record failed
 
@@ -73,14 +75,14 @@ type Spool struct {
 	index spoolIndex
 }
 
-// initIDAndNumber chooses the number of the next scrape, and an ID if the spool has none. Servers
-// identify a scrape by spool ID and number. So a number must not be used twice under one ID, even
-// if the spool is empty or its directory was restored from an old copy.
+// initIDAndNumber chooses the number of the next scrape, and the spool ID if the spool has none.
+// Servers identify a scrape by spool ID and number. So a number must not be used twice under one
+// spool ID, even if the spool is empty or its directory was restored from an old copy.
 //
 // Numbers start at the wall clock's milliseconds. That is above all numbers used before, because
-// the spool adds fewer scrapes than milliseconds pass. If the clock is behind the time in the
-// spool's record, it was set back, and then it does not tell which numbers were used. The spool
-// then gets a new ID, under which nothing was sent yet.
+// the spool adds fewer scrapes than milliseconds pass. If the wall clock is behind the time in the
+// spool's record, the clock was set back, and its milliseconds may have been used as numbers. The
+// spool then gets a new ID, under which no scrape was sent yet.
 func (s *Spool) initIDAndNumber() {
 	now := s.cfg.Now()
 	if ms := uint64(max(0, now.Wall)); ms < MaxScrapeNumber {
@@ -98,10 +100,10 @@ func (s *Spool) initIDAndNumber() {
 }
 
 // Add puts a scrape into the spool and drops the oldest scrapes as the limits require. If Add
-// returns nil, the scrape is durable, unless Dir is "" or the scrape alone exceeds the limit. In
-// the latter case it is dropped and reported to OnDrop. If the disk fails, Add returns its error
-// and keeps the scrape in memory until the disk works again. A malformed scrape is dropped and
-// reported to OnDrop, and Add returns an error.
+// returns nil, the scrape is durable, with two exceptions: if Dir is "", the scrape is in memory
+// only, and a scrape that alone exceeds the limit is dropped and reported to OnDrop. If the disk
+// fails, Add returns the error and keeps the scrape in memory until the disk works again. A
+// malformed scrape is dropped and reported to OnDrop, and Add returns an error.
 func (s *Spool) Add(sc Scrape) error {
 	if err := sc.checkFields(); err != nil {
 		s.cfg.OnDrop(DropSpoolDamaged, 1, sc.Samples)
@@ -152,30 +154,30 @@ func (s *Spool) flushMemory() {
 		}
 		e, room := s.index.entries[i], s.cfg.Limit-s.index.diskBytes
 		s.mu.Unlock()
-		if s.maxFileSize(&e.Scrape) > room { // newer scrapes are not dropped to make room for an older one
+		if s.maxFileSize(&e.Scrape) > room { // do not drop newer scrapes from the disk to make room for this older scrape
 			return
 		}
 		footprint, err := s.storeScrape(&e.Scrape)
 		if err != nil {
-			return // the next Add that fails returns the error
+			return // the error can be ignored, because while the disk fails, the next Add fails too and returns its error
 		}
 		stored := e
 		stored.Gzip, stored.footprint = nil, footprint
 		s.mu.Lock()
 		now := s.index.find(e.Number)
-		if now != nil && now.Corrected == e.Corrected { // otherwise BeginPush corrected its times meanwhile
+		if now != nil && now.Corrected == e.Corrected { // if Corrected differs, BeginPush has corrected the times meanwhile, and the file has the old times
 			s.index.replaceScrape(&stored)
 		}
 		s.mu.Unlock()
-		if now == nil { // the scrape was removed meanwhile
+		if now == nil { // the scrape left the spool meanwhile, so its new file must be removed
 			s.removeFiles([]spoolEntry{e})
 			return
 		}
 	}
 }
 
-// makeRoom drops scrapes until size more bytes fit into memory or on disk. It returns false, and
-// drops nothing, if size alone exceeds the limit.
+// makeRoom drops scrapes until size more bytes fit into memory (if inMemory) or onto the disk
+// (otherwise). It returns false, and drops nothing, if size alone exceeds the limit.
 func (s *Spool) makeRoom(size int64, inMemory bool) bool {
 	limit, used := s.cfg.Limit, &s.index.diskBytes
 	if inMemory {
@@ -219,7 +221,8 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 	}
 }
 
-// NextStep returns what to do next. If that is StepWait, wait is how long to wait first.
+// NextStep drops expired scrapes and returns what DrainSpool must do next. If that is StepWait,
+// wait is how long to wait first.
 func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 	s.dropExpired()
 	now := s.cfg.Now().Boot
@@ -230,9 +233,9 @@ func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 
 // BeginPush returns the scrapes of the next push, with corrected times. It returns as many as l
 // allows but at least one, or none if nothing is to be pushed now. If there are scrapes to push and
-// none can be read, the error is ErrSpoolRead, and the scrapes stay for a later call. The returned
-// scrapes are in flight until ApplyAnswer, MarkPushFailed, SetInFlightAside, ReleaseInFlight or the
-// next BeginPush.
+// none can be read, the error wraps ErrSpoolRead, and the scrapes stay for a later call. The
+// returned scrapes are in flight until ApplyAnswer, MarkPushFailed, SetInFlightAside,
+// ReleaseInFlight or the next BeginPush.
 func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 	s.ReleaseInFlight()
 	s.dropExpired()
@@ -253,7 +256,7 @@ func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 		}
 		scrapes, err := s.loadPicked(picked)
 		switch {
-		case len(scrapes) > 0: // if err is not nil, the next call fails with it again
+		case len(scrapes) > 0: // err need not be reported here, because a later call meets it again
 			if firstErr != nil {
 				s.cfg.OnError(firstErr)
 			}
@@ -265,9 +268,10 @@ func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 }
 
 // loadPicked reads the picked scrapes and corrects their times. A scrape whose file is damaged or
-// missing is dropped, without an error. At the first other error, loadPicked returns the scrapes
-// before that one and releases the rest. If there are none before it, BeginPush reads only files
-// with higher numbers from then on, until no other scrapes are left.
+// missing is dropped and reported to OnError. At the first other error, loadPicked stops and
+// returns the scrapes that it has already read. The scrapes that it has not read are no longer in
+// flight. If it has read none, BeginPush reads only files with numbers higher than the failed file
+// until nothing else is left to push.
 func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 	for _, e := range picked {
 		lost := false
@@ -299,7 +303,8 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 	return scrapes, nil
 }
 
-// dropDamaged drops the scrape of a file that is damaged or missing.
+// dropDamaged drops the scrape with this number, whose file is damaged or missing, and sets the
+// file aside.
 func (s *Spool) dropDamaged(number uint64) {
 	s.setFileAside(number, spoolDamaged)
 	s.reportDrop(DropSpoolDamaged, s.removeFromIndex(func(e *spoolEntry) bool { return e.Number == number }))
@@ -308,7 +313,7 @@ func (s *Spool) dropDamaged(number uint64) {
 // correctTimesAndStore corrects the times of a loaded scrape and stores the result on disk, so that
 // the scrape has the same times whenever it is sent again, even after a crash. If the disk fails,
 // the corrected scrape is kept in memory. If memory has no room for it, the disk's error is
-// returned and the scrape has to wait.
+// returned. The spool then keeps the uncorrected scrape for a later push.
 func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	if e.Corrected || s.cfg.CorrectTimes == nil {
 		return nil
@@ -322,8 +327,8 @@ func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	s.mu.Unlock()
 	var err error
 	if onDisk {
-		// No other goroutine writes this file, because flushMemory writes only scrapes that are in
-		// memory.
+		// Add's goroutine does not write this file, because flushMemory writes only scrapes that
+		// are in memory.
 		var footprint int64
 		if footprint, err = s.storeScrape(&e.Scrape); err == nil {
 			kept.Gzip, kept.footprint = nil, footprint
@@ -346,7 +351,8 @@ func (s *Spool) removeFromIndex(match func(*spoolEntry) bool) (removed []spoolEn
 }
 
 // ApplyAnswer applies a server's answer to the push in flight or to a question. It removes the
-// scrapes that are done and merges the consumers that the server lists.
+// scrapes that are done (see spoolIndex.applyAnswer) and merges the server's list of consumers into
+// the spool's record.
 func (s *Spool) ApplyAnswer(a SpoolAnswer) PushOutcome {
 	now := s.cfg.Now()
 	s.mu.Lock()
@@ -373,7 +379,8 @@ func (s *Spool) ClearRetryPause(numbers Ranges) {
 }
 
 // MarkPushFailed records a failed attempt. If knownNotStored is false, the server may have stored
-// the scrapes in flight. Then they are not pushed again until a server has listed what it holds.
+// the scrapes in flight. These scrapes are then not pushed again until a server has listed the
+// scrapes that it holds.
 func (s *Spool) MarkPushFailed(knownNotStored bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -389,10 +396,12 @@ func (s *Spool) SetInFlightAside() {
 	}
 }
 
-// ReleaseInFlight ends a push that was not sent. The state of its scrapes does not change.
+// ReleaseInFlight ends a push of which no server stored anything, because it was not sent or was
+// refused. The delivery state of its scrapes does not change.
 func (s *Spool) ReleaseInFlight() { s.releaseInFlightFrom(0) }
 
-// releaseInFlightFrom ends the push for the scrapes with this number or a higher one.
+// releaseInFlightFrom does the same as ReleaseInFlight, but only for the scrapes of the push with
+// this number or a higher number.
 func (s *Spool) releaseInFlightFrom(number uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -402,7 +411,7 @@ func (s *Spool) releaseInFlightFrom(number uint64) {
 // ID returns the ID under which servers know the spool. It is never 0.
 func (s *Spool) ID() uint64 { return s.meta.ID }
 
-// Consumers returns the known consumers with their present ages.
+// Consumers returns the known consumers with their ages as of now.
 func (s *Spool) Consumers() []ConsumerAge {
 	m := s.meta.mergedWith(s.cfg.Now(), nil)
 	return m.Consumers
@@ -421,7 +430,8 @@ func (s *Spool) NoReadProgressFor() time.Duration {
 	return time.Duration(now-since) * time.Millisecond
 }
 
-// LastTimeShift returns the shift, in ms, of the newest corrected scrape; 0 if there is none.
+// LastTimeShift returns the Shift, in ms, of the newest scrape in the spool whose times are
+// corrected. It returns 0 if there is none.
 func (s *Spool) LastTimeShift() (ms int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -433,7 +443,7 @@ func (s *Spool) LastTimeShift() (ms int64) {
 	return ms
 }
 
-// Stats returns the number, size and age of the scrapes in the spool.
+// Stats returns the number, the bytes and the ages of the scrapes in the spool, by delivery state.
 func (s *Spool) Stats() (st SpoolStats) {
 	now := s.cfg.Now()
 	s.mu.Lock()

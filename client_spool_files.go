@@ -19,13 +19,13 @@ import (
 
 // A scrape's file is a log with one record of scrapeKind. The file name is the scrape's number, and
 // the log's identity is the cluster ID. The directory may also have files that SetAside renamed,
-// with the reason in their names. These files are never sent. Renaming such a file back makes the
-// next OpenSpool read it again.
+// with the reason in their names. The scrapes in files set aside are never sent. If an operator
+// renames such a file back, the next OpenSpool reads it again.
 const (
-	spoolDigits    = 16        // digits of a file name
-	spoolRefused   = "refused" // reason: a server refused the scrape as invalid
-	spoolDamaged   = "damaged" // reason: the file has no single good record
-	spoolTemp      = ".tmp"    // suffix of an unfinished write
+	spoolDigits    = 16        // digits of the number in a file name
+	spoolRefused   = "refused" // reason for setting a file aside: a server refused the scrape as invalid or too large
+	spoolDamaged   = "damaged" // reason for setting a file aside: the file does not have exactly one good record
+	spoolTemp      = ".tmp"    // suffix of the temporary file of an unfinished write
 	maxAsideFiles  = 16        // only the newest files set aside are kept
 	fileBlock      = 4096      // bytes; a file occupies a multiple of this on disk
 	maxFileHeaders = 128       // most bytes of a file besides the gzip, boot ID and cluster ID
@@ -45,7 +45,8 @@ func scrapeFileName(number uint64) string {
 }
 
 // parseScrapeFileName returns the scrape number in a file name and the part of the name that
-// follows LogSuffix.
+// follows LogSuffix. ok is false if the name does not begin with a number of spoolDigits digits and
+// LogSuffix.
 func parseScrapeFileName(name string) (number uint64, rest string, ok bool) {
 	digits, rest, found := strings.Cut(name, LogSuffix)
 	number, err := strconv.ParseUint(digits, 10, 64)
@@ -63,9 +64,9 @@ func (s *Spool) maxFileSize(sc *Scrape) int64 {
 }
 
 // OpenSpool opens the spool in cfg.Dir, creating the directory if needed. A damaged file is set
-// aside and reported to OnError. OpenSpool fails if a file cannot be read, if a file is of another
-// version, or if a scrape is of another cluster ID, because such a scrape must not be sent under
-// this ID.
+// aside and reported to OnError. OpenSpool fails if a file cannot be read or is of another version.
+// It also fails if a scrape is of another cluster ID, because the scrape must not be sent under
+// cfg.ClusterID.
 func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	s := &Spool{cfg: cfg, nextNumber: 1, unlock: func() error { return nil }}
 	if cfg.Dir == "" {
@@ -87,8 +88,8 @@ func OpenSpool(cfg SpoolConfig) (*Spool, error) {
 	return s, nil
 }
 
-// recover reads the directory and adds its scrapes to the index. Whether a server holds them is
-// uncertain.
+// recover reads the directory and adds its scrapes to the index. They are marked as uncertain,
+// because a server may hold them.
 func (s *Spool) recover() error {
 	numbers, err := s.scanAndTidyDir()
 	if err != nil {
@@ -117,11 +118,11 @@ func (s *Spool) recover() error {
 }
 
 // scanAndTidyDir returns the numbers of the scrapes in the directory, in ascending order. It also
-// notes the highest number used and the files set aside, and removes the unfinished writes of a
-// crash.
+// sets nextNumber above all numbers in file names, lists the files set aside, and removes the
+// temporary files of writes that a crash interrupted.
 func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
-	// ListLogs syncs the directory, so that files which a killed process renamed are durable from
-	// here on.
+	// ListLogs syncs the directory. If a process was killed after it renamed a file and before it
+	// synced the directory, the rename is durable from here on.
 	if _, _, err := ListLogs(s.cfg.FS, s.cfg.Dir); err != nil {
 		return nil, err
 	}
@@ -153,7 +154,7 @@ func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
 }
 
 // loadScrape reads the file of a scrape. The returned entry includes the gzip. If checkText is
-// true, it also checks the decompressed text. If isScrapeLost is true for the error, the file is
+// true, loadScrape also checks the decompressed text. If isScrapeLost(err) is true, the file is
 // damaged or missing.
 func (s *Spool) loadScrape(number uint64, checkText bool) (e spoolEntry, clusterID string, err error) {
 	log, err := s.readRecord(scrapeFileName(number), scrapeKind, func(payload []byte) error {
@@ -177,8 +178,9 @@ func (s *Spool) storeScrape(sc *Scrape) (footprint int64, err error) {
 }
 
 // loadMeta reads the spool's record. If the record is missing, damaged or of another cluster ID,
-// the spool gets a new ID later, under which nothing was sent yet. hasScrapes tells whether a
-// missing record is to be reported.
+// s.meta.ID stays 0, and initIDAndNumber chooses a new ID, under which no scrape was sent yet. A
+// missing record is reported to OnError only if hasScrapes is true, because a new spool has
+// neither.
 func (s *Spool) loadMeta(hasScrapes bool) error {
 	var meta spoolMeta
 	log, err := s.readRecord(spoolMetaName, spoolMetaKind, func(payload []byte) (err error) {
@@ -200,8 +202,9 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 	return nil
 }
 
-// saveMetaIfChanged writes the spool's record if it changed. The first failure of a series is
-// reported to OnError. Each later answer of a server tries again.
+// saveMetaIfChanged writes the spool's record if needsSaving. If several writes fail in a row, only
+// the first failure is reported to OnError. The write is tried again after each later answer of a
+// server.
 func (s *Spool) saveMetaIfChanged() {
 	if s.cfg.Dir == "" || !s.meta.needsSaving(&s.savedMeta) {
 		return
@@ -216,15 +219,15 @@ func (s *Spool) saveMetaIfChanged() {
 	s.metaUnsaved = err != nil
 }
 
-// readRecord reads a file and calls decode with the payload of its only record. A file is always
+// readRecord reads a file and calls decode with the payload of its only record. Files are always
 // written as a whole, so the error is errSpoolFileDamaged unless the file has exactly one good
-// record. A record of another kind is an error too, but does not count as damage.
+// record and nothing else. A record of another kind is an error too, but does not count as damage.
 func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) error) (*Log, error) {
 	path := s.path(name)
 	var cause, other error
 	log, rec, err := OpenLog(s.cfg.FS, path, func(k byte, payload []byte) error {
 		switch {
-		case k == 0: // a damaged part of the file
+		case k == 0: // never happens, because OpenLog delivers no record of kind 0
 		case k != kind:
 			other = fmt.Errorf("%s has a record of version %d; this program knows version %d: use the program that wrote it, or move the file away", path, k, kind)
 		default:
@@ -247,19 +250,19 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 		return nil, other
 	}
 	if rec.Err != nil {
-		s.cfg.OnError(rec.Err) // the record itself is good
+		s.cfg.OnError(rec.Err) // the record is good, but the file could not be synced
 	}
 	return log, nil
 }
 
-// replaceWithRecord durably replaces a file by one that has this record only.
+// replaceWithRecord durably replaces a file by a file that has only the given record.
 func (s *Spool) replaceWithRecord(name string, kind byte, payload []byte) (*Log, error) {
 	log := NewLog(s.cfg.FS, s.path(name), []byte(s.cfg.ClusterID))
 	return log, log.RewriteWith(AppendRecord(nil, kind, payload))
 }
 
-// setFileAside renames the file of a scrape, so that it is never sent. It keeps only the newest
-// maxAsideFiles such files.
+// setFileAside renames the file of a scrape, so that the scrape is never sent. Of the files set
+// aside, it keeps the last maxAsideFiles and deletes the others.
 func (s *Spool) setFileAside(number uint64, reason string) {
 	name, err := SetAside(s.cfg.FS, s.path(scrapeFileName(number)), reason)
 	if name != "" && !slices.Contains(s.asideFiles, name) {
@@ -274,8 +277,8 @@ func (s *Spool) setFileAside(number uint64, reason string) {
 	}
 }
 
-// removeFiles deletes the files of scrapes. If a file stays or reappears after a crash, its scrape
-// is sent again, and the server recognizes it.
+// removeFiles deletes the files of scrapes. If a file cannot be deleted, or reappears after a
+// crash, its scrape is sent again, and the server recognizes the scrape by its number.
 func (s *Spool) removeFiles(removed []spoolEntry) {
 	if s.cfg.Dir == "" || len(removed) == 0 {
 		return

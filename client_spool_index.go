@@ -2,8 +2,8 @@ package main
 
 // The index has the delivery state of each scrape in a spool. It decides whether to ask the server
 // first, which scrapes make up the next push, what an answer changes, and which scrapes are dropped
-// when a limit is reached. A scrape leaves the index only because of an answer or a limit. Pure:
-// callers pass the time, in ms of the boot-time clock.
+// when a limit is reached. A scrape leaves the index only because of an answer, a limit or a
+// damaged file. Pure: no I/O, and callers pass the time, in ms of the boot-time clock.
 
 import (
 	"time"
@@ -11,8 +11,8 @@ import (
 
 const (
 	elsewhereInterval = time.Second // least time between pushes of scrapes in state ScrapeElsewhere
-	declinedPause     = time.Minute // until a scrape that a server declined is pushed again
-	askInterval       = time.Minute // from an answer until a server is asked again although nothing is to be pushed
+	declinedPause     = time.Minute // how long a scrape that a server declined is not pushed again
+	askInterval       = time.Minute // how long after an answer a server is asked again which scrapes it holds, if there is nothing to push
 )
 
 // DeliveryState states whether a server holds a scrape, as far as the client knows.
@@ -25,7 +25,7 @@ const (
 	numDeliveryStates
 )
 
-// String returns the state as the value of the metrics' label state.
+// String returns the state as a value of the label state in metrics.
 func (s DeliveryState) String() string {
 	return [numDeliveryStates]string{"undelivered", "held", "elsewhere"}[s]
 }
@@ -49,16 +49,16 @@ type PushLimits struct {
 // SpoolAnswer is a server's answer to a push that names scrapes, or to a question.
 type SpoolAnswer struct {
 	Server       string        // URL of the server
-	KnowsSpools  bool          // if false, the server has no lists, and its 200 means that the scrapes of the push are done
+	KnowsSpools  bool          // if false, the answer lists neither held nor read scrapes, and its status 200 means that the spool can remove the scrapes of the push
 	Held, Read   Ranges        // numbers of the scrapes that this server holds, and of the scrapes that every consumer has read
-	DoneWhenHeld bool          // neither the server nor the site knows a consumer, so scrapes are done once they are held
+	DoneWhenHeld bool          // neither the server nor the site knows a consumer, so the spool removes scrapes of the push that are in Held
 	Consumers    []ConsumerAge // the consumers that the server knows
 }
 
 // PushOutcome is what an answer means for the scrapes of the push.
 type PushOutcome struct {
 	Declined     Ranges // scrapes that the server neither holds nor lists as read
-	FirstDecline bool   // the push had a single scrape, which was declined in such a push for the first time
+	FirstDecline bool   // the push had a single scrape, and no push of this scrape alone was declined before
 }
 
 // SpoolStats describes the scrapes in a spool.
@@ -72,27 +72,27 @@ type SpoolStats struct {
 type SpoolStateStats struct {
 	Scrapes   int
 	Bytes     int64
-	OldestAge time.Duration // 0 if there is no scrape
+	OldestAge time.Duration // age of the oldest scrape; 0 if there is no scrape
 }
 
-// DeliveredScrapes returns the number of scrapes that a server holds or held.
+// DeliveredScrapes returns the number of scrapes that a server is known to hold or to have held.
 func (st *SpoolStats) DeliveredScrapes() int {
 	return st.Scrapes - st.ByState[ScrapeUndelivered].Scrapes
 }
 
 // spoolEntry is a scrape in the spool. Gzip is nil unless the scrape is in memory. A scrape in
-// memory may have a file too, if writing the file failed late.
+// memory may have a file too, if writing the file failed after the file was renamed into place.
 type spoolEntry struct {
 	Scrape
 	gzipSize  int   // bytes of the compressed text
-	footprint int64 // bytes of disk, or of memory for a scrape in memory
+	footprint int64 // bytes that the scrape occupies on disk, or in memory if it is in memory
 	inFlight  bool  // part of a push that has no answer yet; must not be dropped
 
 	state     DeliveryState
 	uncertain bool  // an attempt had no answer, so the state is unknown until the next answer
 	heldSince int64 // ms; when the server that answered last was first seen to hold the scrape
-	retryAt   int64 // ms; the scrape is not pushed before
-	declined  bool  // a server declined the scrape in a push of its own
+	retryAt   int64 // ms; the scrape is not pushed before this time
+	declined  bool  // a server declined the scrape in a push that had no other scrape
 }
 
 func (e *spoolEntry) inMemory() bool   { return e.Gzip != nil }
@@ -111,15 +111,15 @@ type spoolIndex struct {
 	entries                []spoolEntry // in ascending order of their numbers
 	diskBytes, memoryBytes int64        // sums of the footprints on disk and in memory
 	server                 string       // URL of the server that answered last
-	failing                bool         // the last attempt failed
+	failing                bool         // the last attempt to push or to ask failed
 	lastRead               int64        // ms; when an answer last removed scrapes from the spool
-	elsewhereAt            int64        // ms; scrapes that are elsewhere are not pushed before
-	askAt                  int64        // ms; no server is asked before, unless the state of a scrape is uncertain
+	elsewhereAt            int64        // ms; scrapes in state ScrapeElsewhere are not pushed before this time
+	askAt                  int64        // ms; while the delivery state of all scrapes is certain and nothing is to be pushed, no server is asked before this time
 }
 
 // nextStep returns the step to take at nowMs. If that is StepWait, wait is how long to wait first.
-// If nothing is to be pushed, a server is still asked now and then, because it may have lost
-// scrapes, or every consumer may have read them.
+// If nothing is to be pushed but a server holds scrapes, a server is still asked every askInterval,
+// because the server may have lost scrapes, or every consumer may have read them.
 func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) {
 	var undelivered, elsewhere, held bool
 	for i := range p.entries {
@@ -148,8 +148,9 @@ func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) 
 
 // beginPush marks the scrapes of the next push as in flight and returns them. It picks only scrapes
 // for which allowed returns true. It picks scrapes that no server holds, oldest first. If there are
-// none, it picks scrapes that are elsewhere. Scrapes that a server declined come last and in
-// separate pushes, because they would hold up the others.
+// none, it picks scrapes in state ScrapeElsewhere, unless the last attempt failed or
+// elsewhereInterval has not passed. Scrapes that a server declined come last and in separate
+// pushes, because they would hold up the others.
 func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	for _, declined := range []bool{false, true} {
 		if picked = p.markInFlight(now, ScrapeUndelivered, declined, l, allowed); len(picked) > 0 {
@@ -166,9 +167,10 @@ func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry
 	return picked
 }
 
-// markInFlight does the work of beginPush for scrapes of one state. It picks at least one scrape,
-// whatever the limits. MaxPushRanges bounds the ranges of numbers, because the header of a push
-// names the scrapes.
+// markInFlight does the work of beginPush for the scrapes in one state. If declined is true, it
+// picks only scrapes that a server declined, and otherwise only scrapes that no server declined. It
+// picks at least one scrape, even if that scrape exceeds the limits. MaxPushRanges limits the
+// ranges of scrape numbers, because the header of a push names the scrapes.
 func (p *spoolIndex) markInFlight(now int64, state DeliveryState, declined bool, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	var gzipBytes, textBytes int64
 	ranges := 0
@@ -190,8 +192,10 @@ func (p *spoolIndex) markInFlight(now int64, state DeliveryState, declined bool,
 	return picked
 }
 
-// applyAnswer applies a server's answer to the push in flight, or to a question if there is none.
-// It removes and returns the scrapes that are done.
+// applyAnswer applies a server's answer to the push in flight, or to a question if no push is in
+// flight. It removes and returns the scrapes that are done. A scrape is done if every consumer has
+// read it. A scrape in flight is also done if no consumer is known and the server holds it, or if
+// the server does not know spools.
 func (p *spoolIndex) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, out PushOutcome) {
 	inFlight := 0
 	for i := range p.entries {
@@ -238,8 +242,8 @@ func (p *spoolIndex) markPushFailed(knownNotStored bool) {
 	}
 }
 
-// noReadProgressSince returns since when no consumer has read any scrape that the last answering
-// server holds. ok is false if that server holds no scrape.
+// noReadProgressSince returns the time, in ms, since which no consumer has read any scrape that the
+// last answering server holds. ok is false if that server holds no scrape.
 func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 	for i := range p.entries {
 		if e := &p.entries[i]; e.certainStateOrUndelivered() == ScrapeHeld && (!ok || e.heldSince < sinceMs) {
@@ -262,8 +266,8 @@ func (p *spoolIndex) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry
 	return held, lost
 }
 
-// removeIf removes the scrapes that match and returns them. It calls match in ascending order of
-// the numbers.
+// removeIf removes the scrapes that match and returns them. It calls match once for each scrape, in
+// ascending order of the numbers.
 func (p *spoolIndex) removeIf(match func(*spoolEntry) bool) (removed []spoolEntry) {
 	kept := p.entries[:0]
 	for _, e := range p.entries {
@@ -279,7 +283,7 @@ func (p *spoolIndex) removeIf(match func(*spoolEntry) bool) (removed []spoolEntr
 	return removed
 }
 
-// add adds a scrape, whose number must be higher than all others.
+// add adds a scrape, whose number must be higher than the numbers of all scrapes in the index.
 func (p *spoolIndex) add(e spoolEntry) {
 	p.entries = append(p.entries, e)
 	p.addFootprint(&e, 1)
@@ -316,8 +320,8 @@ func (p *spoolIndex) find(number uint64) *spoolEntry {
 	return nil
 }
 
-// releaseInFlightFrom marks the scrapes with this number or a higher one as not in flight. Their
-// state does not change.
+// releaseInFlightFrom marks the scrapes with this number or a higher number as not in flight. Their
+// delivery state does not change.
 func (p *spoolIndex) releaseInFlightFrom(number uint64) {
 	for i := range p.entries {
 		e := &p.entries[i]

@@ -1,9 +1,9 @@
 package main
 
 // The spool's own record has the ID under which servers know the spool, and the known consumers.
-// The client sends the consumers with each push, so that a server that lost its disk learns which
-// consumers have to read. The list is bounded and omits consumers that have not scraped for a day.
-// Pure.
+// The client sends the list of consumers with each push, so that a server that lost its disk learns
+// which consumers must read the scrapes. The list is limited to MaxConsumers and omits consumers
+// that have not scraped for a day. Pure: no I/O, and callers pass the time.
 
 import (
 	"cmp"
@@ -18,13 +18,13 @@ const (
 	spoolMetaKind  = 1              // kind of the record, which is also the version of its payload
 	consumerSize   = 2 * 8          // bytes of a consumer in the record
 	consumerMaxAge = 24 * time.Hour // a consumer that has not scraped for longer is forgotten
-	consumerLag    = time.Hour      // how far a consumer's newest scrape may move before the record is written again
+	consumerLag    = time.Hour      // the record is written again when the time of a consumer's newest scrape has moved by more than this
 )
 
 // spoolMeta is the content of the spool's own record.
 type spoolMeta struct {
 	ID        uint64        // not 0
-	At        Moment        // when the ages in Consumers were current
+	At        Moment        // the moment to which the ages in Consumers refer
 	Consumers []ConsumerAge // in ascending order of their keys
 }
 
@@ -61,8 +61,9 @@ func decodeSpoolMeta(payload []byte) (m spoolMeta, err error) {
 }
 
 // mergedWith returns m with the ages as of now, merged with the consumers that a server reported.
-// If both list a consumer, the smaller age wins. A consumer is removed when it has not scraped for
-// a day. Above MaxConsumers, the consumers that scraped last stay.
+// If both m and the server list a consumer, the smaller age wins. A consumer that has not scraped
+// for a day is omitted. If there are more than MaxConsumers consumers, the consumers that scraped
+// last stay.
 func (m *spoolMeta) mergedWith(now Moment, reported []ConsumerAge) spoolMeta {
 	ages := map[uint64]time.Duration{}
 	add := func(key uint64, age time.Duration) {
@@ -88,8 +89,8 @@ func (m *spoolMeta) mergedWith(now Moment, reported []ConsumerAge) spoolMeta {
 }
 
 // needsSaving reports whether m must be written because it differs from saved: in the ID, in the
-// set of consumers, or because a consumer's newest scrape moved by more than consumerLag. Smaller
-// changes are not written, because each write costs the disk.
+// set of consumers, or because the time of a consumer's newest scrape moved by more than
+// consumerLag. Smaller changes are not written, because each write needs several syncs of the disk.
 func (m *spoolMeta) needsSaving(saved *spoolMeta) bool {
 	if m.ID != saved.ID || len(m.Consumers) != len(saved.Consumers) {
 		return true

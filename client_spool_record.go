@@ -1,8 +1,8 @@
 package main
 
-// This file encodes and decodes the record of one scrape in the spool. A record whose text decodes
-// can be sent. The sizes that a record states are checked against limits before the text is
-// decompressed. Pure.
+// This file encodes and decodes the record of one scrape in the spool. A scrape is sent from its
+// record only if its text decompresses to the bytes and lines that the record states. The sizes in
+// a record are checked against limits before the text is decompressed. Pure: no I/O, no clock.
 
 import (
 	"bytes"
@@ -26,9 +26,9 @@ const (
 type Scrape struct {
 	Number     uint64 // identifies the scrape to servers; the spool assigns it
 	At         Moment // when the answer of the source arrived
-	SourceTime int64  // what the source's clock showed then, in ms since the epoch
-	Corrected  bool   // the times in the text are corrected and must not change again
-	Shift      int64  // ms by which the times were shifted; 0 unless Corrected
+	SourceTime int64  // time of the source's clock at At, in ms since the epoch
+	Corrected  bool   // the sample times in the text are corrected to the servers' clock and must not change again
+	Shift      int64  // ms by which the sample times were shifted; 0 unless Corrected
 	Samples    int    // number of lines in the text
 	Size       int    // bytes of the text, in the text exposition format
 	Gzip       []byte // the compressed text; immutable
@@ -52,8 +52,8 @@ func appendScrapePayload(b []byte, sc *Scrape) []byte {
 }
 
 // decodeScrape decodes a payload strictly, because a damaged log may contain bytes that only look
-// like a record. If checkText is true, it also decompresses and checks the text, as a server will.
-// Gzip of the result is a part of payload.
+// like a record. If checkText is true, it also decompresses the text and checks its numbers of
+// bytes and lines. The Gzip of the result shares memory with payload.
 func decodeScrape(payload []byte, checkText bool) (sc Scrape, err error) {
 	r := NewWireReader(payload)
 	corrected := r.Byte()
@@ -72,15 +72,15 @@ func decodeScrape(payload []byte, checkText bool) (sc Scrape, err error) {
 	return sc, sc.checkTextCounts()
 }
 
-// appendMoment appends the int64 wall and boot times, then the length of the boot ID and the boot
-// ID.
+// appendMoment appends the wall time and the boot time as int64, one byte with the length of the
+// boot ID, and the boot ID.
 func appendMoment(b []byte, m Moment) []byte {
 	b = binary.LittleEndian.AppendUint64(b, uint64(m.Wall))
 	b = binary.LittleEndian.AppendUint64(b, uint64(m.Boot))
 	return AppendShortString(b, m.BootID)
 }
 
-// readMoment reads a moment that appendMoment wrote and requires it to be valid.
+// readMoment reads a moment that appendMoment wrote. The reader fails if the moment is not valid.
 func readMoment(r *WireReader) (m Moment) {
 	m.Wall, m.Boot = int64(r.Uint64()), int64(r.Uint64())
 	m.BootID = r.ShortString(MaxBootID)
@@ -103,7 +103,7 @@ func (sc *Scrape) checkFields() error {
 	return nil
 }
 
-// Text returns the samples in the text exposition format.
+// Text decompresses and returns the samples in the text exposition format.
 func (sc *Scrape) Text() ([]byte, error) {
 	text, _, err := new(Decompressor).Decompress(sc.Gzip, "gzip", sc.Size)
 	return text, err

@@ -1,8 +1,8 @@
 package main
 
-// Listeners and HTTP clients that the server and the client modes share. Every connection has
-// deadlines, and the number of connections is bounded. This family must not know the content of
-// requests and answers.
+// This file has the listeners and HTTP clients that the modes server and client share. Every
+// connection has deadlines, and the number of connections of a listener is bounded. The family http
+// must not know the content of requests and answers.
 
 import (
 	"bytes"
@@ -18,9 +18,9 @@ import (
 )
 
 const (
-	maxConnections = 4096 // open at a time on one listener
+	maxConnections = 4096 // connections open at a time on one listener
 	maxHeaderBytes = 16 << 10
-	shutdownWait   = 20 * time.Second // how long Run waits for requests in flight before it cuts them off
+	shutdownWait   = 20 * time.Second // how long HTTPServer.Run waits for requests in flight before it cuts them off
 )
 
 // Listen opens a TCP listener on addr, which is host:port.
@@ -33,8 +33,9 @@ func Listen(addr string) (net.Listener, error) {
 }
 
 // NewHTTPClient returns an HTTP client that follows no redirects, because requests carry tokens. It
-// ignores the proxies of the environment. dialTimeout bounds the TCP connect and the TLS handshake,
-// each by itself. requestTimeout bounds a whole request, including the read of its answer.
+// ignores the proxy settings in the environment. dialTimeout bounds the TCP connect, and also, on
+// its own, the TLS handshake. requestTimeout bounds a whole request, including reading the answer;
+// 0 means no limit.
 func NewHTTPClient(config *tls.Config, requestTimeout, dialTimeout time.Duration) *http.Client {
 	return &http.Client{
 		Timeout:       requestTimeout,
@@ -51,15 +52,15 @@ type HTTPServer struct {
 	Name     string // names the listener in logs and errors
 	Listener net.Listener
 	Handler  http.Handler
-	// TrackConns lets TrackerIfPreviousAnswerRead track the connections of plain HTTP. It costs one
-	// more system call for each write.
+	// TrackConns makes TrackerIfPreviousAnswerRead work for plain HTTP connections of this
+	// listener. It costs one more system call for each write to a connection.
 	TrackConns bool
-	TLS        *tls.Config // nil for plain HTTP; Run limits it to HTTP/1.1
+	TLS        *tls.Config // nil for plain HTTP; Run sets its NextProtos to HTTP/1.1 only
 	Log        *slog.Logger
 }
 
-// Run serves until ctx ends. It then waits up to shutdownWait for requests in flight, and cuts off
-// the rest. A request that has to be cut off is logged but is not an error, because a peer that
+// Run serves until ctx ends. Then it waits up to shutdownWait for requests in flight, and cuts off
+// the requests that are still not done. It logs that but returns no error, because a peer that
 // never ends its request must not make the process fail. Run returns an error only if the listener
 // fails.
 func (s *HTTPServer) Run(ctx context.Context) error {
@@ -102,8 +103,9 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 	return nil
 }
 
-// errorLogWriter receives the error log of net/http. It logs panics of handlers at error level, and
-// all other messages at debug level, because most of them report mistakes of peers.
+// errorLogWriter receives the error log of net/http and writes it to log. It logs panics of
+// handlers at error level. It logs all other messages at debug level, because most of them report
+// mistakes of peers.
 type errorLogWriter struct{ log *slog.Logger }
 
 func (e errorLogWriter) Write(p []byte) (int, error) {

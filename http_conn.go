@@ -1,8 +1,9 @@
 package main
 
-// The connections of a listener. Their number is bounded, and a connection that only waits for a
-// request is closed when a new one needs its place. Each plain HTTP connection can be tracked, to
-// find out whether a peer had read the previous answer before it sent its next request.
+// This file manages the connections of a listener. Their number is bounded. When a new connection
+// needs room, a connection that only waits for a request is closed. A plain HTTP connection can be
+// tracked, to find out whether the peer had read the previous answer before it sent its next
+// request.
 
 import (
 	"container/list"
@@ -13,33 +14,36 @@ import (
 	"sync"
 )
 
-// AnswerReadTracker tracks one connection. It finds out whether a request is sequential. A request
-// is sequential if the server read no byte of it before the server wrote the last byte of the
-// previous answer, or if it is the first on the connection. The tracker recognizes requests by the
-// empty line that ends their headers. A request body makes it count too many headers, or leaves
-// bytes after the last counted header. The next request then counts as not sequential, which is the
-// safe error. Bytes in the kernel's receive buffer that no Read has returned are not seen. Each
-// tracker in use has its own address, so a pointer to it identifies the connection. Safe for
-// concurrent use.
+// AnswerReadTracker tracks one connection, and finds out whether a request is sequential. A request
+// is sequential if it is the first on the connection. It is also sequential if the server wrote the
+// last byte of the previous answer before it read the first byte of the request.
+//
+// The tracker recognizes the end of a request's headers by the empty line. A request with a body
+// makes the tracker count too many headers, or leaves bytes after the counted headers. The next
+// request then counts as not sequential. This error is safe, because then no caller assumes that
+// the peer has read the previous answer. Bytes that are in the kernel's receive buffer but that no
+// Read has returned are not seen. No two trackers in use have the same address, so a pointer to a
+// tracker identifies the connection. Safe for concurrent use.
 type AnswerReadTracker struct {
 	mu          sync.Mutex // guards the fields below, because net/http reads ahead while a handler runs
 	seen        requestHeadCounter
-	seenAtWrite requestHeadCounter // value of seen just before the last byte was written
-	requests    int                // requests whose headers net/http has read
+	seenAtWrite requestHeadCounter // value of seen just before the last byte of the latest Write was written
+	requests    int                // number of requests whose headers net/http has read
 	sequential  bool               // whether the newest request is sequential
 }
 
-// requestHeadCounter counts the request headers in the bytes read from a connection.
+// requestHeadCounter counts request heads in the bytes read from a connection. A head is the
+// request line and the headers of one request, up to the empty line after them.
 type requestHeadCounter struct {
-	complete int  // headers that have ended
-	partial  bool // there are bytes after the end of the last complete header
-	inLine   bool // the current line is not empty
+	complete int  // number of heads that have ended
+	partial  bool // whether bytes have followed the end of the last complete head
+	inLine   bool // whether the current line has bytes other than carriage returns
 }
 
 func (h *requestHeadCounter) countHeadEnds(p []byte) {
 	for _, b := range p {
 		switch {
-		case b == '\n' && !h.inLine: // net/http also accepts lines that end without a carriage return
+		case b == '\n' && !h.inLine: // an empty line; like net/http, accept a line that ends without a carriage return
 			h.complete, h.partial = h.complete+1, false
 		case b == '\n':
 			h.inLine = false
@@ -50,23 +54,23 @@ func (h *requestHeadCounter) countHeadEnds(p []byte) {
 	}
 }
 
-// countRequestHeads counts the headers in p, the bytes that a Read returned.
+// countRequestHeads counts the request heads in p, which has the bytes that one Read returned.
 func (t *AnswerReadTracker) countRequestHeads(p []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seen.countHeadEnds(p)
 }
 
-// snapshotHeadsAtWrite records what has been read so far. The connection calls it just before it
-// writes the last byte of each Write.
+// snapshotHeadsAtWrite records the request heads counted so far. The connection calls it in each
+// Write, just before it writes the last byte.
 func (t *AnswerReadTracker) snapshotHeadsAtWrite() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.seenAtWrite = t.seen
 }
 
-// countRequest counts a request when net/http has read its headers, and decides whether the request
-// is sequential.
+// countRequest counts a request and decides whether the request is sequential. It must be called
+// each time that net/http has read the headers of a request.
 func (t *AnswerReadTracker) countRequest() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -76,11 +80,11 @@ func (t *AnswerReadTracker) countRequest() {
 
 type connTrackerKey struct{}
 
-// TrackerIfPreviousAnswerRead returns the tracker of the connection that r came on, if r is
-// sequential: its sender then had read the previous answer on that connection. Otherwise it returns
-// a new tracker, which equals that of no other connection. A request over TLS always gets a new
-// tracker, because the end of an answer cannot be seen inside TLS. So does a request to an
-// HTTPServer without TrackConns.
+// TrackerIfPreviousAnswerRead returns the tracker of r's connection if r is sequential, because
+// then the sender of r had read the previous answer on that connection. Otherwise it returns a new
+// tracker, which differs from the tracker of every connection. The result is always a new tracker
+// for a request over TLS, because the end of an answer cannot be seen inside TLS, and for a request
+// to an HTTPServer without TrackConns.
 func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTracker) {
 	if t, ok := r.Context().Value(connTrackerKey{}).(*AnswerReadTracker); ok {
 		t.mu.Lock()
@@ -92,8 +96,9 @@ func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTrack
 	return &AnswerReadTracker{}
 }
 
-// trackConn is the ConnContext of an http.Server. It puts the connection's tracker into the context
-// of its requests, for TrackerIfPreviousAnswerRead.
+// trackConn is the ConnContext of an http.Server. It creates a tracker for each plain HTTP
+// connection. It puts the tracker into the context of the connection's requests, where
+// TrackerIfPreviousAnswerRead finds it.
 func trackConn(ctx context.Context, c net.Conn) context.Context {
 	plain, ok := c.(*trackedConn)
 	if !ok {
@@ -103,19 +108,19 @@ func trackConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connTrackerKey{}, plain.tracker)
 }
 
-// limitListener bounds the number of open connections. When max connections are open, a new one
-// replaces the connection that has waited longest for a request. So a peer that opens many
-// connections without sending requests cannot keep others out. If every open connection has a
-// request in flight, the new one waits.
+// limitListener bounds the number of open connections. When max connections are open, a new
+// connection replaces the connection that has waited longest for a request. So a peer that opens
+// many connections without sending requests cannot keep others out. If every open connection has a
+// request in flight, the new connection waits.
 type limitListener struct {
 	net.Listener
 	max  int
-	room *sync.Cond // uses mu; signalled when a connection may be accepted
+	room *sync.Cond // uses mu; signalled when a waiting Accept should check again whether there is room
 
 	mu      sync.Mutex // guards the fields below
 	open    int
 	closed  bool
-	waiting list.List // of *trackedConn without a complete request header, the longest waiting first
+	waiting list.List // of each *trackedConn that waits for a complete request header, the longest waiting first
 }
 
 func newLimitListener(l net.Listener, max int) *limitListener {
@@ -148,7 +153,8 @@ func (l *limitListener) Accept() (net.Conn, error) {
 	return &trackedConn{Conn: c, listener: l}, nil
 }
 
-// Close closes the listener. An Accept that waits for room returns net.ErrClosed.
+// Close closes the listener. A call of Accept that waits until fewer connections are open returns
+// net.ErrClosed.
 func (l *limitListener) Close() error {
 	l.mu.Lock()
 	l.closed = true
@@ -157,16 +163,16 @@ func (l *limitListener) Close() error {
 	return l.Listener.Close()
 }
 
-// trackWaitingConn is the ConnState of an http.Server. It keeps the list of waiting connections.
-// net/http reports StateActive when it has read the headers of a request, and StateIdle when it has
-// written the answer.
+// trackWaitingConn is the ConnState of an http.Server. It keeps l.waiting up to date, the list of
+// connections that wait for a request. net/http reports StateActive when it has read the headers of
+// a request, and StateIdle when it has written the answer.
 func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}
-	conn := c.(*trackedConn) // Accept returns no other type
+	conn := c.(*trackedConn) // limitListener.Accept returns no other type of connection
 	if st == http.StateActive && conn.tracker != nil {
-		conn.tracker.countRequest() // StateActive comes once for each request, before its handler runs
+		conn.tracker.countRequest() // net/http reports StateActive once for each request, before it calls the handler
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -185,9 +191,9 @@ func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {
 type trackedConn struct {
 	net.Conn
 	listener *limitListener
-	tracker  *AnswerReadTracker // nil over TLS and without TrackConns
-	closed   bool               // guarded by the listener's mu
-	waiting  *list.Element      // element of the listener's waiting list, or nil; guarded by its mu
+	tracker  *AnswerReadTracker // nil for TLS, and for an HTTPServer without TrackConns
+	closed   bool               // whether Close was called; guarded by the listener's mu
+	waiting  *list.Element      // this connection in the listener's waiting list, or nil; guarded by the listener's mu
 }
 
 func (c *trackedConn) Read(p []byte) (int, error) {
@@ -198,9 +204,9 @@ func (c *trackedConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write writes the last byte of p by itself if the connection is tracked. The peer cannot have the
-// whole answer before that byte is sent. So every request read until then is not sequential, even
-// if the peer was slow to read the first part of the answer.
+// Write writes the last byte of p by itself if the connection is tracked. Before that byte is sent,
+// the peer cannot have read the whole answer. So every request that was read before that byte was
+// sent is not sequential, even if the peer was slow to read the first part of the answer.
 func (c *trackedConn) Write(p []byte) (n int, err error) {
 	if c.tracker != nil && len(p) > 0 {
 		if len(p) > 1 {

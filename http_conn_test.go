@@ -1,7 +1,8 @@
 package main
 
-// The connections of a listener: the bound on their number, and the tracker that finds sequential
-// requests. The tests run in virtual time, over pipes.
+// Tests of the connections of a listener: the bound on their number, and AnswerReadTracker, which
+// finds out whether a peer sent a request only after it had the previous answer. The tests run in
+// virtual time, over pipes in memory.
 
 import (
 	"bufio"
@@ -18,8 +19,9 @@ import (
 	"time"
 )
 
-// A request is sequential only if no byte of it was read before the previous answer was written to
-// its end. A request that is not sequential gets a tracker of its own.
+// A request is sequential only if the server read no byte of it before it wrote the last byte of
+// the previous answer. For a sequential request, TrackerIfPreviousAnswerRead returns the tracker of
+// the connection. For any other request, each call returns a new tracker.
 func TestTrackerOfRequest(t *testing.T) {
 	const get = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 	const large = "GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -27,11 +29,11 @@ func TestTrackerOfRequest(t *testing.T) {
 	post := func(body string) string {
 		return fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 	}
-	const begins = 0 // wait for the first byte of an answer
+	const begins = 0 // this step waits until the first byte of an answer has arrived
 	for _, c := range []struct {
 		name  string
-		steps []any  // a text to send, or the number of whole answers to read
-		want  []bool // which requests are sequential
+		steps []any  // each step is a text to send, the number of whole answers to read, or begins
+		want  []bool // whether each request is sequential, in the order of the requests
 	}{
 		{"each after the answer", []any{get, 1, large, 1, get, 1, get, 1}, []bool{true, true, true, true}},
 		{"without carriage returns", []any{bare, 1, bare, 1}, []bool{true, true}},
@@ -54,7 +56,7 @@ func TestTrackerOfRequest(t *testing.T) {
 				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
-					// A request that is not sequential gets another new tracker from each call.
+					// The two calls return the same tracker only if the request is sequential.
 					a, b := TrackerIfPreviousAnswerRead(r), TrackerIfPreviousAnswerRead(r)
 					got = append(got, a == b)
 					if r.URL.Path == "/large" {
@@ -73,7 +75,9 @@ func TestTrackerOfRequest(t *testing.T) {
 						io.WriteString(conn, text)
 					}
 				}()
-				answers := bufio.NewReaderSize(conn, 16) // small, so that the server cannot write ahead
+				// The buffer is small, so that the server cannot write the rest of an answer before
+				// the test reads it.
+				answers := bufio.NewReaderSize(conn, 16)
 				for _, step := range c.steps {
 					switch step := step.(type) {
 					case string:
@@ -109,18 +113,19 @@ const (
 	slowRequest = "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
 )
 
-// limitRig is an HTTP server behind a limitListener. It answers a slowRequest after finish is
-// closed, and other requests at once.
+// limitRig is an HTTP server behind a limitListener, with its client connections. It answers a
+// slowRequest only when the channel finish is closed. It answers any other request at once.
 type limitRig struct {
 	t       *testing.T
 	pipes   *pipeListener
 	finish  chan struct{}
 	conns   []net.Conn
-	closed  chan int // numbers of the connections that the server has closed
-	answers chan int // numbers of the connections on which an answer arrived
+	closed  chan int // numbers of the connections, in conns, that the server has closed
+	answers chan int // numbers of the connections, in conns, on which an answer arrived
 }
 
-// newLimitRig starts the server. It must run in a synctest bubble.
+// newLimitRig starts the server with at most max open connections. It must be called in a synctest
+// bubble.
 func newLimitRig(t *testing.T, max int) *limitRig {
 	r := &limitRig{t: t, pipes: newPipeListener(), finish: make(chan struct{}), closed: make(chan int, 100), answers: make(chan int, 100)}
 	limited := newLimitListener(r.pipes, max)
@@ -139,7 +144,8 @@ func newLimitRig(t *testing.T, max int) *limitRig {
 	return r
 }
 
-// open opens a connection, sends text on it, and waits until the server has done what it can.
+// open opens a connection, sends text on it, and waits until every goroutine of the test is
+// blocked, so that the server has done all that it can do by now.
 func (r *limitRig) open(text string) {
 	r.t.Helper()
 	c, ok := r.pipes.dial()
@@ -160,7 +166,8 @@ func (r *limitRig) open(text string) {
 	r.send(n, text)
 }
 
-// send sends text on a connection, and waits until the server has done what it can.
+// send sends text on the connection with number n, and waits until every goroutine of the test is
+// blocked, so that the server has done all that it can do by now.
 func (r *limitRig) send(n int, text string) {
 	if text != "" {
 		go io.WriteString(r.conns[n], text)
@@ -168,7 +175,8 @@ func (r *limitRig) send(n int, text string) {
 	synctest.Wait()
 }
 
-// checkClosed checks that the server has closed one connection, with number want.
+// checkClosed takes the next closed connection from r.closed, and checks that its number is want.
+// The test fails if no connection has been closed.
 func (r *limitRig) checkClosed(want int) {
 	r.t.Helper()
 	select {
@@ -181,8 +189,8 @@ func (r *limitRig) checkClosed(want int) {
 	}
 }
 
-// checkTotals checks how many connections were closed and how many answers arrived, since the last
-// check of them.
+// checkTotals checks how many connections were closed, except those that checkClosed has taken, and
+// how many answers arrived since the start.
 func (r *limitRig) checkTotals(closed, answers int) {
 	r.t.Helper()
 	if len(r.closed) != closed || len(r.answers) != answers {
@@ -190,9 +198,10 @@ func (r *limitRig) checkTotals(closed, answers int) {
 	}
 }
 
-// At the limit, a new connection replaces the connection that has waited longest for a request. A
-// connection waits if its peer has sent nothing or an incomplete header, or has got an answer and
-// sent no further request. A connection with a request in flight is never closed.
+// When the limit on open connections is reached, a new connection replaces the connection that has
+// waited longest for a request. A connection waits if its peer has sent no complete request header
+// since the connection was opened or since the last answer. A connection with a request in flight
+// is never closed for a new one.
 func TestConnectionLimitClosesLongestWaiting(t *testing.T) {
 	const max = 8
 	synctest.Test(t, func(t *testing.T) {
@@ -200,7 +209,7 @@ func TestConnectionLimitClosesLongestWaiting(t *testing.T) {
 		for _, text := range []string{"", "GET / HTTP/1.1\r\nX: ", slowRequest, fastRequest, fastRequest} {
 			r.open(text)
 		}
-		r.send(3, fastRequest) // from now on connection 4 has waited longer than connection 3
+		r.send(3, fastRequest) // after this request, connection 4 has waited longer than connection 3
 		for range max - len(r.conns) {
 			r.open(slowRequest)
 		}
@@ -214,8 +223,9 @@ func TestConnectionLimitClosesLongestWaiting(t *testing.T) {
 	})
 }
 
-// If every open connection has a request in flight, a new connection waits until one of them has
-// been answered, and replaces it.
+// If the limit on open connections is reached and all of them have a request in flight, a new
+// connection waits. When a request has been answered, the new connection replaces the connection of
+// that request.
 func TestConnectionLimitAllBusy(t *testing.T) {
 	const max = 8
 	synctest.Test(t, func(t *testing.T) {
@@ -232,7 +242,8 @@ func TestConnectionLimitAllBusy(t *testing.T) {
 	})
 }
 
-// An HTTPServer at its limit closes its first idle connection at once when another one is opened.
+// If an HTTPServer has maxConnections idle connections, one more connection makes it close the
+// connection that was opened first. It does so at once, not at the end of a timeout.
 func TestConnectionLimitOfServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begin := time.Now()
@@ -257,7 +268,8 @@ func TestConnectionLimitOfServer(t *testing.T) {
 	})
 }
 
-// A connection that is closed twice, and that net/http reports as idle afterwards, counts once.
+// If a connection is closed twice, and net/http reports it as idle after that, a limitListener
+// counts it as closed once and does not add it to the waiting connections.
 func TestLimitListenerCountsCloseOnce(t *testing.T) {
 	inner := newPipeListener()
 	limited := newLimitListener(inner, 1)
@@ -274,7 +286,8 @@ func TestLimitListenerCountsCloseOnce(t *testing.T) {
 	}
 }
 
-// Close ends an Accept that waits for room.
+// If an Accept of a limitListener waits because the limit on connections is reached, Close makes it
+// return net.ErrClosed.
 func TestLimitListenerCloseEndsAccept(t *testing.T) {
 	inner := newPipeListener()
 	limited := newLimitListener(inner, 1)
@@ -287,7 +300,9 @@ func TestLimitListenerCloseEndsAccept(t *testing.T) {
 		_, err := limited.Accept()
 		refused <- err
 	}()
-	inner.dial() // Accept has this connection, but no room for it
+	// Accept gets this connection from the inner listener, but waits because the first connection
+	// uses up the limit of 1.
+	inner.dial()
 	limited.Close()
 	if err := <-refused; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Accept after Close: %v, want net.ErrClosed", err)

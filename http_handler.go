@@ -1,8 +1,8 @@
 package main
 
-// HTTP handlers and helpers that server and client share: request metrics, health checks,
-// compressed answers and the list of paths. The number of metric series is bounded, because they
-// have no labels but the handler's name and the status code.
+// This file has HTTP handlers and helpers that server and client share: request metrics, health
+// checks, compressed answers and the list of paths. The request metrics have only two labels, the
+// handler's name and the status code, so the number of their series is bounded.
 
 import (
 	"compress/gzip"
@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// NewInstrument registers the metrics of HTTP requests. It returns a function that wraps a handler,
-// so that its requests are counted and timed under the given name.
+// NewInstrument registers the metrics of HTTP requests. It returns a function that wraps a handler:
+// the wrapped handler counts and times its requests under the given name.
 func NewInstrument(m *Metrics) func(name string, h http.Handler) http.Handler {
 	requests := m.Counter("telemeter_http_requests_total", "HTTP requests by handler and status code.", "handler", "code")
 	seconds := m.Histogram("telemeter_http_request_duration_seconds", "Seconds to answer an HTTP request, by handler and status code.",
@@ -57,7 +57,7 @@ func (w *statusWriter) Write(p []byte) (int, error) {
 // Unwrap returns the wrapped writer. http.ResponseController uses it to reach the connection.
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// CountWriter passes writes on to W and counts the bytes in N.
+// CountWriter writes to W, and counts in N the bytes that W accepted.
 type CountWriter struct {
 	W io.Writer
 	N int64
@@ -70,24 +70,26 @@ func (c *CountWriter) Write(p []byte) (int, error) {
 }
 
 // CompressResponse returns a writer for the body of an answer. If the request accepts gzip, the
-// writer compresses, and CompressResponse sets Content-Encoding. The caller must call finish at the
-// end of the body. An error of finish means that the connection failed.
+// writer compresses, and CompressResponse sets Content-Encoding. Otherwise the writer is w. The
+// caller must call finish at the end of the body. An error of finish means that the connection
+// failed.
 func CompressResponse(w http.ResponseWriter, r *http.Request) (body io.Writer, finish func() error) {
 	if !AcceptsGzip(r.Header) {
 		return w, func() error { return nil }
 	}
 	w.Header().Set("Content-Encoding", "gzip")
-	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // fails only for an invalid level
+	z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // NewWriterLevel fails only for an invalid level
 	return z, z.Close
 }
 
 // WriteJSON answers with v encoded as JSON.
 func WriteJSON(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(v) // fails only if the connection does
+	json.NewEncoder(w).Encode(v) // every caller passes a v that can be encoded, so an error means only that the connection failed
 }
 
-// IndexHandler returns a handler that answers with paths as a JSON list.
+// IndexHandler returns a handler that answers with a JSON object, which lists paths under the key
+// "paths".
 func IndexHandler(paths ...string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		WriteJSON(w, map[string][]string{"paths": paths})

@@ -1,6 +1,7 @@
 package main
 
-// The metrics of HTTP requests.
+// Tests of NewInstrument, which wraps HTTP handlers to count their requests in
+// telemeter_http_requests_total.
 
 import (
 	"fmt"
@@ -11,8 +12,9 @@ import (
 	"testing"
 )
 
-// Requests are counted by handler and by the first status that the handler wrote. A handler that
-// writes no status counts as 200, and http.ResponseController works through the wrapper.
+// An instrumented handler counts its requests by the handler's name and by the first status that
+// the handler writes. If the handler writes no status, the request counts as 200.
+// http.ResponseController can flush through the wrapped ResponseWriter.
 func TestInstrument(t *testing.T) {
 	m := NewMetrics()
 	wrap := NewInstrument(m)

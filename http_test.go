@@ -1,7 +1,7 @@
 package main
 
-// HTTP servers and clients: deadlines, shutdown, TLS, redirects and proxies. Tests of deadlines run
-// in virtual time, over pipes.
+// Tests of HTTPServer and NewHTTPClient: deadlines, shutdown, TLS, redirects and proxies. Tests of
+// deadlines and of shutdown run in virtual time, over pipes in memory.
 
 import (
 	"context"
@@ -24,7 +24,7 @@ import (
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}
-	once   sync.Once // closes closed
+	once   sync.Once // so that only the first Close closes the channel closed
 }
 
 func newPipeListener() *pipeListener {
@@ -44,7 +44,8 @@ func (l *pipeListener) Close() error { l.once.Do(func() { close(l.closed) }); re
 
 func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// dial opens a connection. It reports whether the server accepted the connection within a second.
+// dial opens a connection to the listener and returns its client side, and whether the server
+// accepted the connection within a second.
 func (l *pipeListener) dial() (net.Conn, bool) {
 	mine, its := net.Pipe()
 	select {
@@ -56,8 +57,8 @@ func (l *pipeListener) dial() (net.Conn, bool) {
 	return mine, false
 }
 
-// runHTTPServer runs an HTTPServer over pipes. end stops the server, and returns how long that took
-// and the error of Run.
+// runHTTPServer runs an HTTPServer with the handler h over pipes. end stops the server, and returns
+// how long the stop took and the error of Run.
 func runHTTPServer(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, error)) {
 	l = newPipeListener()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -74,10 +75,10 @@ func runHTTPServer(h http.HandlerFunc) (l *pipeListener, end func() (time.Durati
 	}
 }
 
-// tenBytePost is a request with a body of ten bytes, without the body.
+// tenBytePost is the header of a POST request with a body of ten bytes. A test adds the body.
 const tenBytePost = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 
-// answerMegabyte reads the whole body of a request and answers with 1 MiB.
+// answerMegabyte is a handler that reads the whole body of a request and then answers with 1 MiB.
 func answerMegabyte(w http.ResponseWriter, r *http.Request) {
 	if _, err := io.ReadAll(r.Body); err != nil {
 		http.Error(w, "late", http.StatusBadRequest)
@@ -86,13 +87,13 @@ func answerMegabyte(w http.ResponseWriter, r *http.Request) {
 	w.Write(make([]byte, 1<<20))
 }
 
-// The server closes a connection whose peer does not send the header or the body of a request in
-// time, or is idle for too long.
+// An HTTPServer closes a connection if the peer does not send the whole header or the whole body of
+// a request in time, or if the peer sends no further request for too long.
 func TestHTTPServerReadDeadlines(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		send []string      // each 90 s after the previous text
-		want time.Duration // after which the connection is closed
+		send []string      // texts that the peer sends, each 90 s after the previous one
+		want time.Duration // time from the opening of the connection until the server closes it
 	}{
 		{"sends nothing", nil, 10 * time.Second},
 		{"never ends its header", []string{"GET / HTTP/1.1\r\nX: "}, 10 * time.Second},
@@ -116,7 +117,7 @@ func TestHTTPServerReadDeadlines(t *testing.T) {
 						io.WriteString(conn, s)
 					}
 				}()
-				io.Copy(io.Discard, conn) // until the server closes the connection
+				io.Copy(io.Discard, conn) // returns when the server closes the connection
 				if got := time.Since(begin); got < c.want || got > c.want+2*time.Second {
 					t.Errorf("the connection was closed after %v, want %v", got, c.want)
 				}
@@ -129,7 +130,7 @@ func TestHTTPServerReadDeadlines(t *testing.T) {
 	}
 }
 
-// The server closes a connection whose peer does not read the answer within two minutes.
+// An HTTPServer closes a connection if the peer does not read the whole answer within two minutes.
 func TestHTTPServerWriteDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, end := runHTTPServer(answerMegabyte)
@@ -149,12 +150,15 @@ func TestHTTPServerWriteDeadline(t *testing.T) {
 	})
 }
 
-// When the server stops, it accepts no new connection and answers requests in flight. It cuts off a
-// request that takes longer than shutdownWait, and Run returns no error.
+// An HTTPServer that stops accepts no new connections and still answers requests in flight. It cuts
+// off a request that takes longer than shutdownWait. Run returns no error, even if a request was
+// cut off.
 func TestHTTPServerShutdown(t *testing.T) {
 	for _, c := range []struct {
-		name        string
-		takes, want time.Duration // of the request, and of the stop
+		name string
+		// takes is how long the handler works on the request. want is how long the stop of the
+		// server takes.
+		takes, want time.Duration
 		answered    bool
 	}{
 		{"short request", 15 * time.Second, 15 * time.Second, true},
@@ -203,7 +207,8 @@ func TestHTTPServerShutdown(t *testing.T) {
 	}
 }
 
-// If the listener fails, Run returns an error that names the listener.
+// If the listener fails, Run of an HTTPServer returns an error that contains the name of the
+// listener.
 func TestHTTPServerFails(t *testing.T) {
 	l := newPipeListener()
 	l.Close()
@@ -213,8 +218,9 @@ func TestHTTPServerFails(t *testing.T) {
 	}
 }
 
-// An HTTPServer with TLS speaks TLS 1.2 or newer and HTTP/1.1 only, even if the peer prefers
-// HTTP/2. Its connections are not tracked.
+// An HTTPServer with TLS accepts only TLS 1.2 or newer and only HTTP/1.1, even if the peer prefers
+// HTTP/2. It does not track TLS connections, so TrackerIfPreviousAnswerRead returns a new tracker
+// for each call.
 func TestHTTPServerTLS(t *testing.T) {
 	crt, key, err := SelfSignedCert([]string{"127.0.0.1"}, time.Now())
 	if err != nil {
@@ -279,8 +285,9 @@ func TestHTTPServerTLS(t *testing.T) {
 	}
 }
 
-// An HTTP client sends tokens only to the URL it was given: it follows no redirect and uses no
-// proxy of the environment. Its request timeout and the size of answer headers are bounded.
+// An HTTP client of NewHTTPClient sends a token only to the URL that the caller gives: it follows
+// no redirect and ignores the proxy variables of the environment. The time of a request and the
+// size of the answer's headers are bounded.
 func TestHTTPClient(t *testing.T) {
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { t.Error("the client contacted another server") }))
 	defer other.Close()

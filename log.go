@@ -1,8 +1,8 @@
 package main
 
-// This file implements logs: append-only files of framed, checksummed records. Records survive any
-// crash once Append has returned without an error. The caller must ensure that each log has only
-// one writer. This family must not know the meaning of a record.
+// This file implements logs: append-only files of framed, checksummed records. Once Append has
+// returned without an error, its records survive any crash. The caller must ensure that each log
+// has only one writer. This family must not know the meaning of a record.
 
 import (
 	"bytes"
@@ -35,28 +35,29 @@ import (
 // by a Rewrite that a crash interrupted. The next Rewrite overwrites it. There may also be files
 // that SetAside or recovery created.
 const (
-	LogSuffix   = ".log"   // suffix of every path given to NewLog, and of no other file's name
-	MaxRecord   = 64 << 20 // bytes of kind and payload of one record
-	MaxIdentity = 1024     // bytes
+	LogSuffix   = ".log"   // suffix of every path given to NewLog, and of no file that is not a log
+	MaxRecord   = 64 << 20 // most bytes of kind and payload of one record
+	MaxIdentity = 1024     // most bytes of an identity
 
 	logMagic      = "tmlog-"
-	logVersion    = 2  // one digit; must change when a kind of record is added or changes its format
-	recordHead    = 12 // bytes
+	logVersion    = 2  // one digit; must change when a new kind of record is added or the format of a kind changes
+	recordHead    = 12 // bytes of a record's head
 	logTempSuffix = ".tmp"
 )
 
-// ErrLogBroken is returned by Append while the file must not be appended to: the file was never
-// written, is damaged, or its content on disk is unknown. A successful Rewrite ends this state.
+// ErrLogBroken is returned by Append while the log file must not be appended to. This is the case
+// if the file was never written or is damaged, or if its content on disk is unknown. A successful
+// Rewrite ends this state.
 var ErrLogBroken = errors.New("log must be rewritten before it is appended to")
 
 // ListLogs returns the paths of the logs in dir and the paths of dir's subdirectories.
 //
 // ListLogs syncs dir first. A process may have been killed after it renamed a log into place and
-// before it synced dir. Syncing makes the rename durable, without which a later Append would not be
-// durable either.
+// before it synced dir. Syncing makes that rename durable. Otherwise records that a later Append
+// syncs could be lost with the rename.
 //
-// ListLogs fails if dir contains a symbolic link, a pipe or another special file, or a directory
-// with the name of a log, because a Rewrite could replace it by a regular file.
+// ListLogs fails if dir contains a symbolic link, a pipe or another special file, because a Rewrite
+// could replace it by a regular file. It also fails if a directory has the name of a log.
 func ListLogs(fsys FS, dir string) (logs, subdirs []string, err error) {
 	if err := fsys.SyncDir(dir); err != nil {
 		return nil, nil, fmt.Errorf("syncing directory of logs: %w", err)
@@ -165,7 +166,7 @@ func (l *Log) Append(frames []byte) error {
 		l.needsRewrite = errors.Is(err, fs.ErrNotExist)
 		return fmt.Errorf("appending to log: %w", err)
 	}
-	defer f.Close() // its error can be ignored, because the data is already synced
+	defer f.Close() // its error can be ignored, because success is only returned after Sync
 	n, err := f.Write(frames)
 	if err == nil && n < len(frames) {
 		err = io.ErrShortWrite

@@ -1,7 +1,8 @@
 package main
 
-// A sweep over crashes: a log is used at random while the process is killed at each file operation
-// in turn, or the operation fails. Acknowledged records must survive.
+// Tests of crashes: random operations use a log, while at each file operation in turn the process
+// is killed or the operation fails. Acknowledged records, which are records whose Append or Rewrite
+// returned nil, must survive.
 
 import (
 	"bytes"
@@ -16,25 +17,26 @@ import (
 )
 
 // logKeeper uses a log as a store or a spool does: it keeps the records in memory, appends records,
-// drops the oldest ones, and rewrites the log. Records are numbered in the order of their creation.
+// drops the oldest records, and rewrites the log. Records are numbered in the order of their
+// creation.
 type logKeeper struct {
 	t     *testing.T
 	fs    *crashFS
 	rng   *rand.Rand
 	log   *Log
 	next  uint32          // number of the next record
-	held  []uint32        // records that recovery must find
-	maybe map[uint32]bool // records that recovery may find
+	held  []uint32        // numbers of the records that recovery must find
+	maybe map[uint32]bool // numbers of further records that recovery may find
 }
 
-// frame appends record n to buf. The content of a record follows from its number.
+// frame appends record n to buf. The kind and the payload of a record follow from its number.
 func (k *logKeeper) frame(buf []byte, n uint32) []byte {
 	p := binary.LittleEndian.AppendUint32(nil, n)
 	return AppendRecord(buf, 1+byte(n), append(p, bytes.Repeat([]byte{byte(n)}, int(n*37)%97)...))
 }
 
-// append appends one to three records. The records of a failed append may be found if the log must
-// be rewritten.
+// append appends one to three records. If the Append fails and the log must be rewritten, recovery
+// may or may not find these records.
 func (k *logKeeper) append() {
 	var buf []byte
 	var ids []uint32
@@ -53,8 +55,8 @@ func (k *logKeeper) append() {
 	}
 }
 
-// rewrite drops the oldest records and rewrites the log with the others. The dropped records may be
-// found unless the rewrite succeeds.
+// rewrite drops the oldest records and rewrites the log with the others. Unless the rewrite
+// succeeds, recovery may still find the dropped records.
 func (k *logKeeper) rewrite(drop int) {
 	for _, n := range k.held[:drop] {
 		k.maybe[n] = true
@@ -73,8 +75,9 @@ func (k *logKeeper) rewrite(drop int) {
 	}
 }
 
-// reopen reads the log as a new process does. It checks that the log has all records of held, and
-// otherwise only records of maybe, in order. It returns an error if a file operation failed.
+// reopen reads the log as a new process does. It checks that recovery finds all records of held, no
+// other records than those of held and maybe, and all in order. It returns an error if a file
+// operation failed.
 func (k *logKeeper) reopen() error {
 	for _, dir := range []string{"/", "/d"} {
 		if _, _, err := ListLogs(k.fs, dir); err != nil && (dir == "/" || !errors.Is(err, fs.ErrNotExist)) {
@@ -118,8 +121,8 @@ func (k *logKeeper) reopen() error {
 		k.t.Errorf("the crash damaged the header: %+v", r)
 	}
 	k.log = l
-	// The delivered records are durable, unless the log must be rewritten. Then they are durable
-	// once the rewrite succeeds.
+	// If the log need not be rewritten, the delivered records are durable now. Otherwise they are
+	// durable after the rewrite succeeds.
 	if !l.MustBeRewritten() {
 		k.held = got
 		clear(k.maybe)
@@ -137,7 +140,8 @@ func (k *logKeeper) reopen() error {
 	return nil
 }
 
-// step does one random thing: append, rewrite or reopen. It rewrites a broken log.
+// step does one random thing: append, rewrite or reopen. If the log must be rewritten, step
+// rewrites it instead.
 func (k *logKeeper) step() {
 	switch {
 	case k.log.MustBeRewritten():
@@ -145,24 +149,25 @@ func (k *logKeeper) step() {
 	case k.rng.IntN(6) == 0:
 		k.rewrite(k.rng.IntN(len(k.held) + 1))
 	case k.rng.IntN(8) == 0:
-		_ = k.reopen() // an error is ignored, because a later step reopens the log again
+		_ = k.reopen() // an error can be ignored, because the log is opened again after the last step
 	default:
 		k.append()
 	}
 }
 
 // Recovery finds every acknowledged record, and no record that was not written, if the process is
-// killed at any file operation or the operation fails. Afterwards the machine crashes, or the
-// process is first restarted and continues.
+// killed at any file operation or the operation fails. The machine crashes afterwards, in some runs
+// only after the process was restarted and continued.
 func TestSweepLogCrashes(t *testing.T) {
 	sweep(t)
 	synctest.Test(t, crashLogAnywhere)
 }
 
-// crashLogAnywhere runs the sweep, in four modes for each seed and operation. In mode 0 the
-// operation fails and the machine crashes later. In the other modes the process is killed in the
-// operation. In mode 1 the machine crashes then. In modes 2 and 3 the process is first restarted,
-// and in mode 3 it takes another step before the crash.
+// crashLogAnywhere tries four modes for each seed and each file operation. In mode 0, the file
+// operation fails, and the machine crashes after further steps. In modes 1 to 3, the process is
+// killed during the file operation. In mode 1, the machine crashes with the process. In mode 2, the
+// process is restarted before the machine crashes. In mode 3, the process is restarted and takes
+// another step before the machine crashes.
 func crashLogAnywhere(t *testing.T) {
 	const seeds, steps = 12, 14
 	for seed := range testSeeds(t, seeds) {

@@ -16,7 +16,7 @@ import (
 	"syscall"
 )
 
-// IsDiskFull reports whether an operation failed because the disk, or a quota, is full.
+// IsDiskFull reports whether err says that the disk, or a quota, is full.
 func IsDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
@@ -47,7 +47,7 @@ type DiskFS struct{}
 func (DiskFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
 	f, err := os.OpenFile(name, flag, perm)
 	if err != nil {
-		return nil, err // not f: a nil *os.File in a File is not a nil File
+		return nil, err // do not return f, because a File that holds a nil *os.File is not equal to nil
 	}
 	return f, nil
 }
@@ -76,9 +76,9 @@ func (DiskFS) SyncDir(name string) error {
 // necessary, creates the file "lock" in it and takes an exclusive lock on this file. LockDir fails
 // if another process holds the lock.
 //
-// The lock is held until release is called or the process ends. The caller must keep release
-// reachable, because garbage collection would close the file and so release the lock. The file is
-// never removed, because otherwise two processes could lock two different files.
+// The lock is held until release is called or the process ends. The caller must keep a reference to
+// release. Otherwise garbage collection would close the lock file and so release the lock. The lock
+// file is never removed, because after a removal two processes could lock two different files.
 func LockDir(dir string) (release func() error, err error) {
 	if err := mkdirAllSynced(dir); err != nil {
 		return nil, fmt.Errorf("creating directory: %w", err)
@@ -115,8 +115,8 @@ func mkdirAllSynced(dir string) error {
 
 // syncParent makes the entry of dir in its parent directory durable. This is also necessary if dir
 // existed before, because the process that created dir may have been killed before it synced the
-// parent. Unless denialIsError, a missing permission to open the parent is not an error, because
-// another user may have created dir.
+// parent. If the parent cannot be opened for lack of permission, this is an error only if
+// denialIsError is true. Another user may have created dir, and the parent is then that user's.
 func syncParent(fsys FS, dir string, denialIsError bool) error {
 	err := fsys.SyncDir(filepath.Dir(dir))
 	if !denialIsError && errors.Is(err, fs.ErrPermission) {
@@ -130,13 +130,13 @@ func readFileRetrying(fsys FS, name string) ([]byte, error) {
 	return RetryRead(func() ([]byte, error) { return fsys.ReadFile(name) })
 }
 
-// maxAside is the largest number of files that are kept aside for one path and reason.
+// maxAside is the most files set aside that are kept for one path and one reason.
 const maxAside = 3
 
-// SetAside renames the file at path durably. The new path is <path>.<reason>, or this path with
-// the suffix -2 or -3 if another file has the name already. A file with the same content is
-// replaced. If all three names are taken, the last file is replaced, so that the oldest files and
-// the newest file are kept.
+// SetAside durably renames the file at path. The new path is <path>.<reason>, or this path with the
+// suffix -2 or -3 if another file has the name already. If one of these files has the same content,
+// it is replaced. If all three names are taken by other content, the last file is replaced, so that
+// the two oldest files and the newest file are kept.
 //
 // SetAside returns the new name without its directory. The name is empty if the file was not
 // renamed. If both a name and an error are returned, the file was renamed, but its directory could
@@ -160,8 +160,8 @@ func SetAside(fsys FS, path, reason string) (asideName string, err error) {
 }
 
 // asidePath chooses the path for setting aside a file with content data, by the rules of SetAside.
-// sameThere reports that a file with the same content exists at this path. This happens if a
-// process crashed after it copied a damaged log and before it rewrote the log.
+// sameThere reports that a file with the same content already exists at this path. This happens if
+// a process crashed after it copied a damaged log and before it rewrote the log.
 func asidePath(fsys FS, path, reason string, data []byte) (aside string, sameThere bool, err error) {
 	for n := 1; n <= maxAside; n++ {
 		aside = path + "." + reason
@@ -180,9 +180,9 @@ func asidePath(fsys FS, path, reason string, data []byte) (aside string, sameThe
 }
 
 // replaceFile calls fill to write a temporary file, syncs that file and renames it to path. Then it
-// syncs the directory of path and the parent of that directory. It creates the directory if it is
-// missing. It returns the size of the new file in bytes. If renamed is true, an error means that a
-// directory could not be synced.
+// syncs the directory of path and the parent of that directory. It creates the directory of path if
+// it is missing. It returns the size of the new file in bytes. If renamed is true, an error means
+// that a directory could not be synced.
 func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, renamed bool, err error) {
 	dir, temp := filepath.Dir(path), path+logTempSuffix
 	f, madeDir, err := createFile(fsys, temp)
@@ -193,7 +193,7 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 		err = fsys.Rename(temp, path)
 	}
 	if err != nil {
-		fsys.Remove(temp) // an error can be ignored, because the next call overwrites the file
+		fsys.Remove(temp) // an error can be ignored, because the next replaceFile overwrites the temporary file
 		return 0, false, err
 	}
 	if err = fsys.SyncDir(dir); err == nil {

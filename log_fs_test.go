@@ -1,7 +1,7 @@
 package main
 
-// Tests of the interface to the disk: locking a directory, and setting files aside under free
-// names, durably, and with each operation failing.
+// Tests of the interface to the disk: locking a directory, and setting files aside durably, under a
+// free name, and with each file operation failing.
 
 import (
 	"errors"
@@ -44,8 +44,9 @@ func TestLockDir(t *testing.T) {
 	}
 }
 
-// Files are set aside under the reason, with -2 and -3 if another file has the name. The same
-// content is kept once, the last name is reused, and every renamed file survives a crash.
+// SetAside appends the reason to the name of a file, and -2 or -3 if a file with other content has
+// that name. Files with the same content are kept once. When all three names are taken, the last
+// name is reused. Every renamed file survives a crash.
 func TestSetAside(t *testing.T) {
 	const path = "/d/x.log"
 	c := newCrashFS(1, "/d")
@@ -53,7 +54,7 @@ func TestSetAside(t *testing.T) {
 		{"one", "refused", "x.log.refused"},
 		{"one", "damaged", "x.log.damaged"},
 		{"two", "refused", "x.log.refused-2"},
-		{"one", "refused", "x.log.refused"}, // x.log.refused has the same content
+		{"one", "refused", "x.log.refused"}, // x.log.refused has the same content, so it is replaced
 		{"three", "refused", "x.log.refused-3"},
 		{"four", "refused", "x.log.refused-3"},
 		{"two", "refused", "x.log.refused-2"},
@@ -73,8 +74,8 @@ func TestSetAside(t *testing.T) {
 	}
 }
 
-// A SetAside that fails before the rename changes no file. If only the directory cannot be synced,
-// the new name is returned with the error.
+// A SetAside that fails before the rename changes no file. If the rename succeeds but the directory
+// cannot be synced, SetAside returns both the new name and an error.
 func TestSetAsideFails(t *testing.T) {
 	const path = "/d/x.log"
 	for _, tt := range []struct{ op, file, want string }{

@@ -1,8 +1,8 @@
 package main
 
 // This file reads logs at start, also after a crash or damage. Recovery delivers the valid records
-// before and after damaged bytes, counts the damage and keeps a copy of the damaged file. The time
-// is linear in the size of the file, even for hostile content.
+// before and after damaged bytes, counts the damage and keeps a copy of the damaged file. Recovery
+// takes time linear in the size of the file, even for hostile content.
 
 import (
 	"bytes"
@@ -23,14 +23,14 @@ type LogRecovery struct {
 	LostBytes     int64  // bytes of a damaged header, of damaged regions and of refused records
 	TornBytes     int64  // bytes of an unfinished append at the end
 	CopyPath      string // path of the copy of a damaged file; empty if there is no copy
-	Err           error  // error while copying a damaged file, or while cutting and syncing an intact one
+	Err           error  // error while copying a damaged file, or while cutting the torn end off an intact file and syncing the file
 }
 
-// IsDamaged reports whether the header or any bytes after it are damaged, or the caller refused a
-// record. A torn end is not damage.
+// IsDamaged reports whether the header or any bytes after the header are damaged, or the caller
+// refused a record. A torn end does not count as damage.
 func (r *LogRecovery) IsDamaged() bool { return r.HeaderDamaged || r.Damaged > 0 }
 
-// KeptCopyNote returns text to append to a message about damage. The text names the copy of the
+// KeptCopyNote returns text to append to a log message about damage. The text names the copy of the
 // damaged file. It is empty if there is no copy.
 func (r *LogRecovery) KeptCopyNote() string {
 	if r.CopyPath == "" {
@@ -39,9 +39,9 @@ func (r *LogRecovery) KeptCopyNote() string {
 	return fmt.Sprintf("; the damaged file is kept as %q", filepath.Base(r.CopyPath))
 }
 
-// OpenLog reads a whole log into memory and calls each for every valid record, in order. The
-// payload is part of that memory, so each must neither keep nor change it. If each returns an
-// error, the record counts as damaged.
+// OpenLog reads a whole log into memory and calls the function each for every valid record, in
+// order. The payload is part of that memory, so each must neither keep nor change the payload. If
+// each returns an error, the record counts as damaged.
 //
 // Torn: a crash during Append leaves a torn tail. A tail is torn if the file ends before the last
 // record is complete, or if the tail is all zeros because the file's new size was written and its
@@ -54,25 +54,25 @@ func (r *LogRecovery) KeptCopyNote() string {
 // recovered. If HeaderDamaged, the log has no identity. The caller must then find the identity by
 // other means, such as the records or the file's name, and rewrite a NewLog at the same path.
 //
-// Forged records: after an unreadable head, recovery searches for a record at every byte. Bytes in
-// a payload that look like a record are then delivered as a record. Therefore the caller must check
-// the records of a damaged log as strictly as foreign input.
+// Forged records: after an unreadable head, recovery searches for a record at every byte. If bytes
+// inside a payload look like a record, recovery then delivers them as a record. Therefore the
+// caller must check the records of a damaged log as strictly as foreign input.
 //
 // Durability: unless the log needs a Rewrite, the delivered records are durable. OpenLog syncs the
 // file even if nothing was cut, because the process that wrote the file may have been killed before
 // its fsync. ListLogs makes the directory entry of the file durable.
 //
-// Errors: OpenLog returns an error if the log has another version, or if the file or a copy that
-// was set aside earlier cannot be read after several attempts. The error wraps fs.ErrNotExist if
-// the log does not exist. In these cases nothing was changed, and the file may be intact. Later
+// Errors: OpenLog returns an error if the log has another version, or if the log or a copy that was
+// set aside earlier cannot be read after several attempts. The error wraps fs.ErrNotExist if the
+// log does not exist. In all these cases OpenLog changed nothing, and the log may be intact. Later
 // failures are returned in LogRecovery.Err, and the log then needs a Rewrite.
 func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (*Log, LogRecovery, error) {
 	return OpenLogWithGaps(fsys, path, each, func() {})
 }
 
-// OpenLogWithGaps does the same as OpenLog. It also calls gap for each region of damaged bytes
-// after the header, after it delivered the records before the region and before it delivers the
-// records after the region.
+// OpenLogWithGaps does the same as OpenLog. It also calls gap once for each region of damaged bytes
+// after the header. This call comes after the records before the region and before the records
+// after the region are delivered.
 func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) error, gap func()) (*Log, LogRecovery, error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
@@ -108,7 +108,7 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 	return l, rec, nil
 }
 
-// truncateAndSync cuts tornBytes from the end of the file and makes the rest durable.
+// truncateAndSync cuts tornBytes from the end of the file and makes the rest of the file durable.
 func (l *Log) truncateAndSync(tornBytes int64) error {
 	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY, 0)
 	if err != nil {
@@ -124,9 +124,9 @@ func (l *Log) truncateAndSync(tornBytes int64) error {
 	return f.Sync()
 }
 
-// copyAside durably writes the copy of a damaged log to the path aside. If sameThere, the copy
-// exists already and only its directory is synced. copyAside returns the path of the copy, or "" if
-// the copy could not be written.
+// copyAside durably writes the copy of a damaged log to the path aside. If sameThere is true, the
+// copy exists already and only its directory is synced. copyAside returns the path of the copy, or
+// "" if the copy could not be written.
 func copyAside(fsys FS, aside string, sameThere bool, data []byte) (copyPath string, err error) {
 	if sameThere {
 		return aside, fsys.SyncDir(filepath.Dir(aside))
@@ -168,10 +168,10 @@ func (s *logScan) run(headerEnd int) {
 			at += size
 			continue
 		}
-		next := len(s.data) // end of the damaged region
+		next := len(s.data) // end of the damaged or torn region that begins at offset at
 		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || isAllZero(rest))
 		switch {
-		case torn && aligned: // an unfinished append extends to the end of the file
+		case torn && aligned: // next stays at the end of the file, because an unfinished append extends to it
 		case complete && aligned && mayFollowRecord(rest[size:]):
 			next = at + size
 		default:
@@ -223,7 +223,8 @@ func (s *logScan) findRecord(from int) (offset int) {
 }
 
 // parseRecordHead parses the head of the record with which b begins. It returns the size of the
-// whole frame, which may exceed len(b). ok is false if b does not begin with a valid head.
+// whole record, head and body, which may exceed len(b). ok is false if b does not begin with a
+// valid head.
 func parseRecordHead(b []byte) (frameSize int, ok bool) {
 	r := NewWireReader(b)
 	n := r.Uint32()
@@ -235,14 +236,15 @@ func parseRecordHead(b []byte) (frameSize int, ok bool) {
 	return recordHead + int(n), true
 }
 
-// isBodyIntact reports whether the body of a complete frame has a valid kind and matches its CRC.
+// isBodyIntact reports whether frame, a complete record, has a valid kind and a body that matches
+// the CRC in its head.
 func isBodyIntact(frame []byte) bool {
 	return frame[recordHead] != 0 && Checksum(frame[recordHead:]) == binary.LittleEndian.Uint32(frame[4:])
 }
 
-// mayFollowRecord reports whether b can be the content of the file after a record: another
-// record's head, or a torn tail. run calls it with the bytes after a record with a damaged body,
-// to confirm the length in that record's head.
+// mayFollowRecord reports whether b can be the rest of the file after a record: another record's
+// head and more, a torn tail, or nothing. run calls it with the bytes after a record with a damaged
+// body, to confirm the length in that record's head.
 func mayFollowRecord(b []byte) bool {
 	_, ok := parseRecordHead(b)
 	return ok || len(b) < recordHead || isAllZero(b)

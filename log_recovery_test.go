@@ -1,7 +1,7 @@
 package main
 
-// Tests of recovery: logs that are truncated at every byte, logs with every byte flipped, damaged
-// regions, payloads made to deceive recovery, and copies of damaged files.
+// Tests of recovery: logs that are truncated at every byte, logs with a flipped byte at every
+// position, damaged regions, payloads made to deceive recovery, and copies of damaged files.
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ func TestLogTruncatedAnywhere(t *testing.T) {
 		if r.Damaged != 0 || r.HeaderDamaged != (cut < ends[0]) {
 			t.Fatalf("log cut at byte %d counts as damaged: %+v", cut, r)
 		}
-		if whole < 0 { // the header is cut
+		if whole < 0 { // the cut is inside the header
 			continue
 		}
 		if !slices.Equal(got, records[:whole]) || r.TornBytes != int64(cut-ends[whole]) || string(r.Identity) != "site-7" {
@@ -44,17 +44,18 @@ func TestLogTruncatedAnywhere(t *testing.T) {
 	}
 }
 
-// A flipped byte costs at most the record in which it is, and a Rewrite mends the log. If the head
-// of a record is hit, a record inside its payload is delivered as well.
+// A flipped byte costs at most the record that contains the byte, and a Rewrite mends the log. If
+// the byte is in a record's head and the payload of this record is itself a record, recovery
+// delivers the inner record in place of the outer record.
 func TestSweepLogFlips(t *testing.T) {
 	sweep(t)
 	data, records, ends := sampleLog()
 	for i := range data {
 		hit, found := slices.BinarySearch(ends, i) // index of the record that has byte i
 		if !found {
-			hit-- // byte i is not the record's first; -1 stands for the header
+			hit-- // byte i is not the first byte of a record, so it is in the record before; -1 stands for the header
 		}
-		for _, mask := range []byte{1, 2, 4, 8, 16, 32, 64, 128, 0x55, 0xff, data[i]} { // data[i] makes the byte 0
+		for _, mask := range []byte{1, 2, 4, 8, 16, 32, 64, 128, 0x55, 0xff, data[i]} { // xor with data[i] makes the byte 0
 			if mask == 0 {
 				continue
 			}
@@ -98,7 +99,7 @@ func TestSweepLogFlips(t *testing.T) {
 	}
 }
 
-// Damage of every kind costs only the records that it hits. Recovery counts the damaged regions and
+// Damage of every kind costs only the records that are hit. Recovery counts the damaged regions and
 // distinguishes damaged bytes from the torn bytes of an unfinished append.
 func TestLogDamage(t *testing.T) {
 	a, b, c, d := logRec{1, strings.Repeat("a", 50)}, logRec{2, strings.Repeat("b", 50)}, logRec{3, strings.Repeat("c", 50)}, logRec{4, strings.Repeat("d", 50)}
@@ -110,10 +111,10 @@ func TestLogDamage(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		change  func([]byte) []byte
-		want    []logRec // the records delivered
-		damaged int      // damaged regions
-		lost    int      // bytes in damaged regions
-		torn    int      // bytes of an unfinished append
+		want    []logRec // the records that recovery delivers
+		damaged int      // number of damaged regions
+		lost    int      // number of bytes in damaged regions
+		torn    int      // number of bytes of an unfinished append at the end
 	}{
 		{"intact", func(p []byte) []byte { return p }, []logRec{a, b, c, d}, 0, 0, 0},
 		{"zeros over two heads", zero(head+size-20, head+2*size+5), []logRec{d}, 1, 3 * size, 0},
@@ -166,8 +167,8 @@ func TestLogRefusedRecord(t *testing.T) {
 	}
 }
 
-// A payload that contains a forged record deceives recovery only if the head of its own record is
-// unreadable. Payloads come from clients, which may be hostile.
+// A payload that contains a forged record deceives recovery only if the head of the record with
+// this payload is unreadable. Payloads come from clients, which may be hostile.
 func TestLogForgedRecord(t *testing.T) {
 	const header = 16 // bytes of the header of a log with an empty identity
 	forged, after := logRec{9, "forged"}, logRec{2, "after"}
@@ -195,13 +196,13 @@ func TestLogForgedRecord(t *testing.T) {
 	}
 }
 
-// Recovery does not trust the length in a head after a forged record, even if the length leads to
-// a real record, because it would skip the real record between them.
+// Recovery does not trust the length in a head that follows a forged record, even if a real record
+// begins where that length ends. Otherwise recovery would skip another real record in between.
 func TestLogForgedHead(t *testing.T) {
 	forged, end := logRec{9, "forged"}, logRec{4, "end"}
 	span := logFrames(logRec{3, strings.Repeat("z", 100)})[:recordHead]
 	evil := logRec{1, string(logFrames(forged)) + string(span)}
-	between := logRec{2, strings.Repeat("t", 101-recordHead-1)} // ends where span's length leads to
+	between := logRec{2, strings.Repeat("t", 101-recordHead-1)} // ends where a record with the head span would end
 	header := appendLogHeader(nil, nil)
 	bad := append(bytes.Clone(header), logFrames(evil, between, end)...)
 	bad[len(header)] ^= 1
@@ -210,8 +211,8 @@ func TestLogForgedHead(t *testing.T) {
 	}
 }
 
-// A payload full of heads that each claim half of the file does not make recovery slow. Checking
-// every claimed body would mean CRCs over a terabyte.
+// A payload full of forged heads, which each claim a record of half of the payload, does not make
+// recovery slow. To check every claimed record, recovery would have to read more than a terabyte.
 func TestLogForgedHeadsAreFast(t *testing.T) {
 	const total = 8 << 20 // bytes of the payload
 	endless := logFrames(logRec{1, strings.Repeat("e", 2*total)})[:recordHead]
@@ -241,20 +242,20 @@ func TestLogForgedHeadsAreFast(t *testing.T) {
 		if len(got) == 0 || r.Damaged == 0 || r.TornBytes != 0 {
 			t.Errorf("%s: got %d records, %+v; want records, damage and no torn bytes", tt.name, len(got), r)
 		}
-		if d := time.Since(start); d > 10*time.Second { // about 50 ms with the limit on checks, minutes without it
+		if d := time.Since(start); d > 10*time.Second { // recovery takes about 50 ms with the limit checksLeft, and minutes without the limit
 			t.Errorf("%s: recovery took %v, want at most 10 s", tt.name, d)
 		}
 	}
 }
 
-// OpenLogWithGaps calls gap between the records before and after the damage. It does not call gap
-// for a torn end or a damaged header.
+// OpenLogWithGaps calls gap after it delivers the records before the damage and before it delivers
+// the records after the damage. It does not call gap for a torn end or a damaged header.
 func TestLogGaps(t *testing.T) {
 	data, records, ends := sampleLog()
 	for _, tt := range []struct {
 		what string
 		data func([]byte) []byte
-		want int // number of records before the gap; -1: gap is not called
+		want int // number of records delivered before the call of gap; -1 if gap must not be called
 	}{
 		{"intact", func(b []byte) []byte { return b }, -1},
 		{"torn", func(b []byte) []byte { return b[:len(b)-1] }, -1},
@@ -272,7 +273,7 @@ func TestLogGaps(t *testing.T) {
 	}
 }
 
-// openFlipped puts a sample log with one flipped bit in byte i at logPath, and opens it.
+// openFlipped writes a sample log whose byte i has one flipped bit to logPath, and opens it.
 func openFlipped(t *testing.T, c *crashFS, i int) LogRecovery {
 	t.Helper()
 	bad, _, _ := sampleLog()
@@ -285,13 +286,14 @@ func openFlipped(t *testing.T, c *crashFS, i int) LogRecovery {
 	return r
 }
 
-// OpenLog durably copies a damaged log aside. It keeps at most three copies: equal files share one,
-// and a fourth different file replaces the last. ListLogs does not list copies as logs.
+// OpenLog durably copies a damaged log aside. It keeps at most three copies: files with the same
+// content share one copy, and a fourth different file replaces the last copy. ListLogs does not
+// list the copies as logs.
 func TestLogSetAside(t *testing.T) {
 	c := newCrashFS(1, "/d")
 	for _, tt := range []struct {
-		flip int    // the byte that is damaged; equal bytes mean equal files
-		want string // the suffix of the copy's name
+		flip int    // index of the byte that is damaged; the same index gives a file with the same content
+		want string // suffix of the name of the copy
 	}{
 		{30, ".damaged"}, {30, ".damaged"}, {40, ".damaged-2"}, {50, ".damaged-3"}, {40, ".damaged-2"},
 		{60, ".damaged-3"}, {70, ".damaged-3"}, {30, ".damaged"},
@@ -316,7 +318,8 @@ func TestLogSetAside(t *testing.T) {
 	}
 }
 
-// If the disk is full, the damaged log is recovered all the same, and the missing copy is reported.
+// If the disk is full, OpenLog still recovers a damaged log and reports in LogRecovery.Err that the
+// copy could not be written.
 func TestLogSetAsideDiskFull(t *testing.T) {
 	c := newCrashFS(1, "/d")
 	c.hook = failOn("write", "", 0, errFull)
@@ -349,7 +352,7 @@ func TestLogOpenCannotSettle(t *testing.T) {
 }
 
 // Recovery accounts for every byte of any file. If the recovered records are rewritten and another
-// one is appended, all of them can be read back.
+// record is appended, all of these records can be read back.
 func FuzzOpenLog(f *testing.F) {
 	data, _, ends := sampleLog()
 	f.Add(data)
@@ -361,7 +364,7 @@ func FuzzOpenLog(f *testing.F) {
 	f.Add(ofVersion(data, '7'))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if h := parseLogHeader(data); h.size > 0 && h.version != logVersion {
-			return // OpenLog refuses another version, which TestLogVersion tests
+			return // OpenLog refuses a log of another version; TestLogVersion tests this
 		}
 		c, l, r, got := recoverLog(t, data)
 		if l.MustBeRewritten() {

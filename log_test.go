@@ -1,7 +1,7 @@
 package main
 
-// Tests of appending to logs, rewriting and removing them: the format on disk, and each operation
-// failing at every point. Further tests are in log_recovery_test.go and log_crash_test.go.
+// Tests of appending to logs, rewriting and removing logs: the format on disk, and failures of each
+// file operation. Further tests are in log_recovery_test.go and log_crash_test.go.
 
 import (
 	"encoding/hex"
@@ -16,7 +16,7 @@ import (
 	"testing"
 )
 
-// The bytes of a log do not change between releases of one version.
+// The format of a log does not change between releases that use the same log version.
 func TestLogFormat(t *testing.T) {
 	got := append(appendLogHeader(nil, []byte("id")), logFrames(logRec{5, "123456789"})...)
 	const want = "746d6c6f672d320a" + "02000000" + "6964" + "63f101a7" +
@@ -43,8 +43,9 @@ func TestAppendRecordPanics(t *testing.T) {
 	}
 }
 
-// If an operation of Append fails, the record is not in the log. The log stays usable if the failed
-// write could be undone. Otherwise it can be appended to again after a Rewrite.
+// If a file operation of Append fails, the appended record is not found later. The log stays usable
+// if the failed write could be undone. Otherwise the log must be rewritten before it can be
+// appended to again.
 func TestLogAppendFails(t *testing.T) {
 	a, b, d := logRec{1, "a"}, logRec{2, "b"}, logRec{4, "d"}
 	for _, tt := range []struct {
@@ -103,8 +104,9 @@ func TestLogAppendFails(t *testing.T) {
 	}
 }
 
-// Each file operation of a Rewrite fails in turn. The old log then stays usable, except after a
-// failed sync of a directory, when the log must be rewritten again.
+// A Rewrite is tried with each of its file operations failing in turn. The old log then stays
+// usable. The exception is a failed sync of a directory, after which the log must be rewritten
+// again.
 func TestLogRewriteFails(t *testing.T) {
 	a, b, n := logRec{1, "a"}, logRec{2, "b"}, logRec{3, strings.Repeat("new", 50000)}
 	for i := 0; ; i++ {
@@ -168,8 +170,8 @@ func TestLogRewriteKeepsOldLog(t *testing.T) {
 	}
 }
 
-// Rewrite creates a missing directory, but no further parents. A missing permission to sync the
-// parent is an error only if the directory is new.
+// Rewrite creates a missing directory of the log, but no further parents. If the process has no
+// permission to sync the parent directory, this is an error only if the directory is new.
 func TestLogRewriteDirectories(t *testing.T) {
 	c, l := newTestLog(t)
 	c.hook = failOn("syncdir", "/", 1, fs.ErrPermission)
@@ -188,7 +190,8 @@ func TestLogRewriteDirectories(t *testing.T) {
 	}
 }
 
-// Remove deletes the file durably, and can be repeated. Afterwards the log must be rewritten.
+// Remove deletes the file durably, and a second Remove returns no error. Afterwards the log must be
+// rewritten before it can be appended to.
 func TestLogRemove(t *testing.T) {
 	c, l := newTestLog(t)
 	for range 2 {
@@ -211,8 +214,8 @@ func TestLogRemove(t *testing.T) {
 	}
 }
 
-// A Remove that cannot delete the file leaves the log usable. If only the directory cannot be
-// synced, the log must be rewritten, and Remove can be tried again.
+// A Remove that cannot delete the file leaves the log usable. If the file is deleted but the
+// directory cannot be synced, the log must be rewritten, and Remove can be tried again.
 func TestLogRemoveFails(t *testing.T) {
 	c, l := newTestLog(t)
 	c.hook = failOn("remove", "", 1, errDisk)
@@ -246,8 +249,8 @@ func diskLog(t *testing.T) (l *Log, path string) {
 	return l, path
 }
 
-// On the real file system, a torn log is recovered, appended to and removed as on the one in
-// memory.
+// On the real file system, a torn log is recovered, appended to and removed as on the file system
+// in memory.
 func TestLogOnDisk(t *testing.T) {
 	_, path := diskLog(t)
 	record := logFrames(logRec{3, "c"})
@@ -281,8 +284,8 @@ func TestLogOnDisk(t *testing.T) {
 	}
 }
 
-// ListLogs returns the logs and the subdirectories of a directory. It fails if there is a special
-// file, because a Rewrite could put a regular file in its place.
+// ListLogs returns the logs and the subdirectories of a directory. It fails if the directory
+// contains a special file, because a Rewrite could replace the special file by a regular file.
 func TestListLogs(t *testing.T) {
 	_, path := diskLog(t)
 	dir := filepath.Dir(path)
@@ -312,9 +315,9 @@ func TestListLogs(t *testing.T) {
 	}
 }
 
-// With any payloads, all records that were written are read back, and a cut file is torn but not
-// damaged. After a flipped bit, at most one record is missing, although payloads may forge
-// additional ones.
+// With any payloads, all records that were written are read back, and a file whose end is cut off
+// is torn but not damaged. After a flipped bit, at most one written record is missing, although
+// recovery may deliver records that payloads forge.
 func FuzzAppendRecord(f *testing.F) {
 	f.Add(byte(1), []byte("a"), []byte("b"), uint(3), uint(200))
 	f.Add(byte(0), []byte{}, logFrames(logRec{1, "x"}), uint(0), uint(0))

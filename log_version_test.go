@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
-// OpenLog refuses a log of another version with an error that names both versions, and changes
-// nothing. A flipped bit in the version digit is damage, because the header's CRC is wrong then.
+// OpenLog refuses a log of another version with an error that names both versions, and changes no
+// file. A flipped bit in the version digit is damage instead, because the CRC of the header is then
+// wrong.
 func TestLogVersion(t *testing.T) {
 	data, _, _ := sampleLog()
 	c := newCrashFS(1, "/d")
@@ -34,8 +35,8 @@ func TestLogVersion(t *testing.T) {
 	}
 }
 
-// For every kind of file that is a log, a file of another version is refused at start and not
-// changed.
+// A store, a spool and a member that start refuse each of their files that is a log of another
+// version, and do not change any file.
 func TestLogVersionOfEveryFile(t *testing.T) {
 	for _, tt := range []struct {
 		what, path string

@@ -1,7 +1,7 @@
 package main
 
-// This file implements waiting. Sleep is for loops that run periodically and end with a context.
-// RetryRead repeats reads that fail temporarily.
+// This file has two helpers for waiting. Sleep is for loops that run periodically and end with a
+// context. RetryRead repeats reads of files that fail temporarily.
 
 import (
 	"context"
@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	firstReadPause = 50 * time.Millisecond  // before the first retry; each later pause is twice as long
-	lastReadPause  = 800 * time.Millisecond // before the last retry
+	firstReadPause = 50 * time.Millisecond  // pause before the first retry; each later pause is twice the previous one
+	lastReadPause  = 800 * time.Millisecond // pause before the last retry
 )
 
 // Sleep returns after d, when a value is received from wake, or when ctx ends. woken reports that a
@@ -30,10 +30,10 @@ func Sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) (woken, c
 	}
 }
 
-// RetryRead calls read until it succeeds, and returns its result. After six failed calls, with
-// pauses of about 1.5 s in total, it returns the last error. Retrying matters because a read error
-// may be temporary and does not prove that the file is damaged. fs.ErrNotExist is returned without
-// a retry.
+// RetryRead calls read until it succeeds, and returns its result. If the first call and five
+// retries fail, with pauses of about 1.5 s in total, RetryRead returns the last error. It retries
+// because a read error may be temporary and does not prove that the file is damaged. fs.ErrNotExist
+// is returned without a retry.
 func RetryRead[T any](read func() (T, error)) (T, error) {
 	for pause := firstReadPause; ; pause *= 2 {
 		got, err := read()

@@ -1,6 +1,7 @@
 package main
 
-// Tests of RetryRead through OpenLog and ListLogs: reads that fail once, twice, or always.
+// Tests of RetryRead through OpenLog and ListLogs: reads of files and directories that fail once,
+// twice, or always.
 
 import (
 	"bytes"
@@ -14,9 +15,9 @@ import (
 	"time"
 )
 
-// A failing read of a log, of a copy set aside or of the directory is repeated for one to three
-// seconds. If it succeeds then, the log is opened as usual. If it does not, the error is returned.
-// In both cases no file is changed.
+// If the read of a log, of a copy set aside or of the directory fails, it is retried for one to
+// three seconds. If a retry succeeds, the log is opened as usual. If all retries fail, the last
+// error is returned. In both cases no file is changed.
 func TestLogReadsAgain(t *testing.T) {
 	good, records, _ := sampleLog()
 	other := bytes.Clone(good)

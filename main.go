@@ -5,14 +5,15 @@
 // on disk, and pushes the scrapes to a server. The server authenticates the push, converts the
 // samples to a normal form, appends them to the log of the site, and serves them to a central
 // Prometheus. Several servers form a ring, which gives every site one owner. The client removes a
-// scrape from its spool only when every consumer has read it. A consumer is a scraper, such as a
-// central Prometheus, that gives a name when it scrapes the servers.
+// scrape from its spool when every known consumer has read it, or when the spool reaches its limit
+// of size or age. A consumer is a scraper, such as a central Prometheus, that gives a name when it
+// scrapes the servers.
 //
 // The package is flat, and its files are grouped into families. The part of a file's name before
 // the first underscore is its family: store.go and store_recovery.go belong to the family store.
-// Start reading a family at the file that has its name alone, such as store.go. A family may use
-// only families that are listed below it here. A family exports its upper-case names to the other
-// families; its lower-case names are private to it. TestFamilies enforces these rules.
+// Start reading a family at the file that has no underscore in its name, such as store.go. A family
+// may use only the families below it in the list here. Other families may use the upper-case names
+// of a family, but not its lower-case names. TestFamilies enforces these rules.
 //
 //	main      command line: modes, flags, files that flags name, signals; wiring of the parts
 //	client    the client: scrape, clean, spool and push; the client's own HTTP listener
@@ -30,9 +31,9 @@
 //	wire      decoding of untrusted bytes: a cursor that remembers the first error
 package main
 
-// The file implements main: it selects the mode, handles signals and sets the exit status. A mode
-// reports all conflicts among flags before it opens a file or sends a request. Secrets come from
-// files, never from flag values or the environment. The family main wires the other families
+// This file implements main: it selects the mode, handles signals and sets the exit status. A mode
+// reports all conflicts among its flags before it opens a file or sends a request. Secrets come
+// from files, never from flag values or the environment. The family main wires the other families
 // together; it makes no decision about samples, tokens or storage.
 
 import (
@@ -76,7 +77,7 @@ const (
 	exitFailure = 1
 	exitUsage   = 2
 
-	secondSignalGrace = 2 * time.Second // from the second signal to a forced exit
+	secondSignalGrace = 2 * time.Second // time from the second signal to a forced exit
 )
 
 // errTerminated is the cancellation cause of the process's context after SIGTERM. A server then
@@ -86,9 +87,9 @@ var errTerminated = errors.New("terminated")
 func main() { os.Exit(runProcess(time.Now)) }
 
 // runProcess calls run with the arguments, streams and signals of this process, and returns the
-// exit status. The first SIGINT or SIGTERM cancels the context of run, with the cause
-// errTerminated for SIGTERM. A second signal makes the process exit after secondSignalGrace, even
-// if requests are still in flight. now is the wall clock.
+// exit status. The first SIGINT or SIGTERM cancels the context of run; after SIGTERM, the cause is
+// errTerminated. The second signal makes the process exit after secondSignalGrace, even if requests
+// are still in flight. now is the wall clock.
 func runProcess(now func() time.Time) int {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
@@ -102,8 +103,9 @@ func runProcess(now func() time.Time) int {
 		time.Sleep(secondSignalGrace)
 		os.Exit(exitFailure)
 	}()
-	// runWithReloads makes SIGHUP a reload once the files are read. Before that, SIGHUP must not
-	// end the process, and needs no action because the files are about to be read anyway.
+	// Ignore SIGHUP until runWithReloads makes SIGHUP start a reload. Until then, SIGHUP must not
+	// end the process. It needs no other action, because the process has yet to read the files that
+	// a reload reads.
 	signal.Ignore(syscall.SIGHUP)
 	return run(ctx, now, os.Args[1:], os.Stdout, os.Stderr)
 }
@@ -147,8 +149,8 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 	return exitFailure
 }
 
-// modeArg returns the value of --mode, or "" if args have none. It accepts --mode at any position,
-// and runs before the flags are parsed, because the mode determines which flags exist.
+// modeArg returns the value of --mode in args, or "" if --mode is missing. It accepts --mode at any
+// position. It runs before the flags are parsed, because the mode determines which flags exist.
 func modeArg(args []string) string {
 	for i, a := range args {
 		name, value, has := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(a, "-"), "-"), "=")

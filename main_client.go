@@ -1,8 +1,9 @@
 package main
 
-// The file implements the mode client: its flags, the loading of the files that they name, and the
-// wiring of a Client. Flags take precedence over the contents of the token. The client sends a
-// token over plain HTTP only to a loopback address, unless --plain-http is set.
+// This file implements the mode client: its flags, the loading of the files that the flags name,
+// and the wiring of a Client. The flags --id, --to and --to-ca-file take precedence over the
+// contents of the token. The client sends a token over plain HTTP only to a loopback address,
+// unless --plain-http is set.
 
 import (
 	"context"
@@ -22,9 +23,9 @@ import (
 )
 
 const (
-	attemptTimeout = 40 * time.Second // of one push request; longer than a server waits for its disk
-	scrapeTimeout  = time.Minute      // upper bound; Client may set a shorter timeout for a scrape
-	dialTimeout    = 10 * time.Second // for connecting to the source or to a server
+	attemptTimeout = 40 * time.Second // limit of one push request; longer than the 30 s that a server may take to forward or store a push
+	scrapeTimeout  = time.Minute      // upper bound of one scrape of the source; Client may set a shorter timeout
+	dialTimeout    = 10 * time.Second // limit for connecting to the source or to a server
 	minSalt        = 16               // smallest salt for anonymization, in bytes
 )
 
@@ -111,8 +112,8 @@ func (f *clientFlags) define(c *command) {
 	})
 }
 
-// fillAndCheck fills in defaults that depend on other flags, and adds conflicts among flags to c's
-// problems.
+// fillAndCheck fills in the defaults that depend on other flags. It adds each conflict among the
+// flags to the problems of c.
 func (f *clientFlags) fillAndCheck(c *command) {
 	if strings.Trim(f.from.Path, "/") == "" {
 		f.from.Path = "/federate"
@@ -139,12 +140,13 @@ type clientProcess struct {
 	log     *slog.Logger
 	metrics *Metrics
 
-	token          Token // loaded at the start; a reload must not change its cluster ID, URLs or pin
+	token          Token // as loaded at the start; a reload must not change its cluster ID, URLs or pin
 	fromTLS, toTLS *renewableTransport
 	client         *Client
 }
 
-// run builds the client and runs it until ctx ends or, with --once or --dry-run, until it is done.
+// run builds the client and runs it until ctx ends. With --once, it returns after one scrape and
+// after pushing the spool. With --dry-run, it returns after it has printed one scrape.
 func (p *clientProcess) run(ctx context.Context, stdout io.Writer) error {
 	RegisterProcessMetrics(p.metrics)
 	if err := p.newClient(); err != nil {
@@ -179,9 +181,10 @@ func (p *clientProcess) newClient() error {
 	return nil
 }
 
-// reload reads all files again and makes the client use them. It reads everything before it
-// replaces anything, so that a reload that fails changes nothing. A token for other servers or
-// another cluster ID is an error, because only a restart can change these.
+// reload reads again all files that the flags name, and makes the client use their new contents. It
+// reads all of them before it replaces anything, so that a reload that fails changes nothing. A
+// token for other servers or another cluster ID is an error, because only a restart can change
+// these.
 func (p *clientProcess) reload() error {
 	state, token, err := p.loadConfigAndToken()
 	if err != nil {
@@ -230,7 +233,8 @@ func (p *clientProcess) openSpool() error {
 }
 
 // runOnceOrUntilEnd runs the client and its HTTP listener until ctx ends, and reloads on SIGHUP.
-// With --once it only scrapes once and pushes the whole spool, for at most --interval.
+// With --once it scrapes once, pushes all scrapes in the spool, and returns; it gives up after
+// --interval.
 func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	if p.once {
 		ctx, cancel := context.WithTimeout(ctx, p.interval)
@@ -251,8 +255,9 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	return runWithReloads(ctx, p.log, p.metrics, p.reload, func() {}, parts...)
 }
 
-// renewableTransport is an http.RoundTripper whose TLS configuration a reload can replace. Only the
-// Transport of the current client is used. It is safe for concurrent use.
+// renewableTransport is an http.RoundTripper whose TLS configuration a reload can replace. current
+// is an http.Client, of which only the field Transport is used. A renewableTransport is safe for
+// concurrent use.
 type renewableTransport struct{ current atomic.Pointer[http.Client] }
 
 // newRenewableTransport returns a transport that connects with the TLS configuration config.
@@ -274,15 +279,16 @@ func (t *renewableTransport) httpClient(timeout time.Duration) *http.Client {
 	return c
 }
 
-// renew makes t use the TLS configuration config from the next request on. Connections that were
-// opened before are not used again.
+// renew makes t use the TLS configuration config from the next request on. That request and later
+// ones do not use the connections that were opened before.
 func (t *renewableTransport) renew(config *tls.Config) {
 	t.current.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
 }
 
 // loadTLSConfigs reads the certificate files that the flags name. It returns the TLS configurations
-// for connections to the source and to the servers. Without --to-ca-file, servers must have the key
-// with the given pin; if pin is empty too, the system's CAs verify them.
+// from, for connections to the source, and to, for connections to the servers. If --to-ca-file is
+// set, its CAs verify the servers. Otherwise the servers must have the key with the given pin. If
+// pin is empty too, the system's CAs verify the servers.
 func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.fromCAFile != "" {
@@ -306,7 +312,8 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
 		}
 		// Every handshake reads the files again, so that a renewed client certificate is used
-		// without a reload. If the files cannot be read then, pair is presented.
+		// without a reload. If a handshake cannot read the files, the client presents pair, which
+		// was read above.
 		to.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			if renewed, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile); err == nil {
 				return &renewed, nil
@@ -317,9 +324,10 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 	return from, to, nil
 }
 
-// loadConfigAndToken reads the files that a reload reads again: the source's token, selectors, salt
-// and the client's token. In the returned token, cluster ID and URLs are replaced by the flags --id
-// and --to where these are set. With --dry-run, the client's token is not read.
+// loadConfigAndToken reads all files that a reload reads, except the certificates: the source's
+// token, the selectors, the salt and the client's token. The flags --id and --to, if set, replace
+// the cluster ID and the URLs in the returned token. With --dry-run, the client's token is not
+// read.
 func (f *clientFlags) loadConfigAndToken() (config ClientReloadConfig, t Token, err error) {
 	if config.FromToken, err = f.loadSourceToken(); err != nil {
 		return config, t, err
@@ -346,15 +354,15 @@ func (f *clientFlags) loadConfigAndToken() (config ClientReloadConfig, t Token, 
 	return config, t, nil
 }
 
-// loadSourceToken returns the token in --from-token-file, or "" without that flag.
+// loadSourceToken returns the token in the file of --from-token-file, or "" without that flag.
 func (f *clientFlags) loadSourceToken() (string, error) {
 	b, err := readOptionalSecret(f.fromTokenFile, "the source's token")
 	return string(b), err
 }
 
 // loadSelectors returns the selectors of --match and --match-file. If neither these flags nor the
-// query of --from has a selector, it returns a selector of all series, because Prometheus's
-// /federate refuses a request without match[].
+// query of the URL in --from has a selector, it returns one selector that matches all series,
+// because Prometheus's /federate refuses a request without match[].
 func (f *clientFlags) loadSelectors() (Selectors, error) {
 	match, err := readSelectors(f.match, f.matchFile)
 	if err == nil && len(match) == 0 && !f.from.Query().Has("match[]") {
@@ -363,8 +371,8 @@ func (f *clientFlags) loadSelectors() (Selectors, error) {
 	return match, err
 }
 
-// loadSalt returns the salt in --anonymize-salt-file, or nil without that flag. A salt of fewer
-// than minSalt bytes is an error.
+// loadSalt returns the salt in the file of --anonymize-salt-file, or nil without that flag. A salt
+// of fewer than minSalt bytes is an error.
 func (f *clientFlags) loadSalt() ([]byte, error) {
 	salt, err := readOptionalSecret(f.saltFile, "salt")
 	if err != nil || salt == nil {
@@ -376,16 +384,17 @@ func (f *clientFlags) loadSalt() ([]byte, error) {
 	return salt, nil
 }
 
-// loadToken reads --token-file. It returns the token's text and its contents, with the cluster ID
-// and the URLs replaced by --id and --to where these are set. It is a usageError if a cluster ID or
-// a server's URL is missing, or if the token would be sent over plain HTTP without --plain-http.
+// loadToken reads the file of --token-file. It returns the token's text and its contents. The flags
+// --id and --to, if set, replace the cluster ID and the URLs in t. The error is a usageError if no
+// cluster ID or no server's URL is known, or if the token would be sent over plain HTTP without
+// --plain-http.
 func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	b, err := ReadSecret(f.tokenFile, MaxToken)
 	if err != nil {
 		return "", t, fmt.Errorf("reading token: %w", err)
 	}
-	// A token that does not parse is not an error yet. Servers with --authorize accept tokens in
-	// any format; --id and --to must then supply the cluster ID and the servers.
+	// A token that does not parse is not an error yet, because servers with --authorize accept
+	// tokens in any format. --id and --to must then supply the cluster ID and the servers.
 	t, parseErr := ParseUnverifiedToken(string(b))
 	if parseErr == nil && t.Kind != KindClient {
 		return "", t, fmt.Errorf("token file %s contains a token of kind %q, not a client's token: create one with telemeter --mode token", f.tokenFile, t.Kind)

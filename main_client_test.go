@@ -1,6 +1,7 @@
 package main
 
-// Tests of the mode client.
+// Tests of the mode client, in which telemeter scrapes a Prometheus and pushes to a server. The
+// client and the server run as processes of their own.
 
 import (
 	"strings"
@@ -8,8 +9,9 @@ import (
 	"testing"
 )
 
-// SIGHUP makes a client read its CA certificates and its client certificate again. If one of the
-// files is bad, the client logs that and changes nothing.
+// On SIGHUP a client reads the file of CA certificates for its server, its client certificate and
+// the key of this certificate again. If one of the files is bad, the client logs that the reload
+// failed and changes nothing.
 func TestClientRereadsCertificates(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "127.0.0.1")

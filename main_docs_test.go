@@ -1,7 +1,8 @@
 package main
 
-// The documents agree with the program: flags, metrics, log messages, files and links that they
-// name exist. go test -run Reference . -args -update writes the generated parts of docs/reference.md.
+// Tests that the documents agree with the program: each flag, metric, log message, file and link
+// that the documents name exists. go test -run Reference . -args -update writes the parts of
+// docs/reference.md that are generated from the program.
 
 import (
 	"bytes"
@@ -21,7 +22,8 @@ const referencePage = "docs/reference.md"
 
 var updateFlag = flag.Bool("update", false, "write the generated parts of "+referencePage+" anew")
 
-// documents returns the pages for users, by path from the top of the repository.
+// documents returns the text of README.md and of each page in docs, by path from the top of the
+// repository.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	paths, err := filepath.Glob("docs/*.md")
@@ -35,7 +37,9 @@ func documents(t *testing.T) map[string]string {
 	return pages
 }
 
-// updateReference compares a part of the reference page, and writes it with -update.
+// updateReference compares have, a generated part of the reference page, with want, the text that
+// the program generates. If they differ, the test fails, or with -update replaces have by want in
+// the page. what names the part in messages.
 func updateReference(t *testing.T, what, have, want string) {
 	t.Helper()
 	if have == want {
@@ -54,7 +58,7 @@ func updateReference(t *testing.T, what, have, want string) {
 	}
 }
 
-// helpOf returns what --help prints for a mode.
+// helpOf returns the text that telemeter prints for --help in the given mode.
 func helpOf(t *testing.T, mode string) string {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
@@ -66,7 +70,7 @@ func helpOf(t *testing.T, mode string) string {
 
 var modesWithFlags = []string{"server", "client", "keygen", "token"}
 
-// The flags in the reference are those that --help prints.
+// The reference page lists for each mode exactly the flags that --help of this mode prints.
 func TestReferenceFlags(t *testing.T) {
 	for _, mode := range modesWithFlags {
 		list, _, _ := strings.Cut(helpOf(t, mode), "\nExample:")
@@ -75,7 +79,7 @@ func TestReferenceFlags(t *testing.T) {
 	}
 }
 
-// README.md has at most 250 lines, and every other page at most 400.
+// README.md has at most 250 lines, and every page in docs at most 400.
 func TestDocumentsAreShort(t *testing.T) {
 	for path, text := range documents(t) {
 		limit := 400
@@ -88,7 +92,8 @@ func TestDocumentsAreShort(t *testing.T) {
 	}
 }
 
-// Every link in the documents leads to a file, and to a heading of it.
+// Every link in the documents leads to an existing file of the repository. If the link has a
+// fragment, the file has a heading with that anchor. Links to web sites are faults.
 func TestDocumentsLinks(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)#]*)(?:#([^)]*))?\)`)
 	heading := regexp.MustCompile(`(?m)^#+ (.*)$`)
@@ -119,8 +124,8 @@ func TestDocumentsLinks(t *testing.T) {
 	}
 }
 
-// Every flag that the documents and the alerts name is a flag of telemeter, or of the program
-// whose command they show.
+// Every flag that the documents, the alerts or the example configuration of Prometheus name is a
+// flag of telemeter, or one of three known flags of curl and Prometheus.
 func TestDocumentsFlags(t *testing.T) {
 	known := map[string]bool{"--mode": true, "--help": true}
 	name := regexp.MustCompile(`--[a-z][a-z-]+`)
@@ -129,7 +134,7 @@ func TestDocumentsFlags(t *testing.T) {
 			known[m[1]] = true
 		}
 	}
-	for _, foreign := range []string{"--cacert", "--data-binary", "--log"} { // of curl and Prometheus
+	for _, foreign := range []string{"--cacert", "--data-binary", "--log"} { // flags of curl and Prometheus in commands that the documents show
 		known[foreign] = true
 	}
 	pages := documents(t)
@@ -144,8 +149,8 @@ func TestDocumentsFlags(t *testing.T) {
 	}
 }
 
-// Every message in a table with the column "log message" is a message of the program, and every
-// Go file that the documents name exists.
+// Every message that the documents explain in a table with the column "log message" occurs in the
+// source of the program. Every Go file that the documents name exists.
 func TestDocumentsMessages(t *testing.T) {
 	var sources strings.Builder
 	files, err := filepath.Glob("*.go")
@@ -181,8 +186,9 @@ func TestDocumentsMessages(t *testing.T) {
 	}
 }
 
-// metricsOfAll starts a server in a ring and a client, and returns what each shows: the metrics of
-// the server, its /federate for a consumer, and the metrics of the client.
+// metricsOfAll starts a server that is the only member of a ring, and a client that pushes to it.
+// It returns three texts: the answer of the server's /metrics, the answer of the server's /federate
+// to a consumer, and the answer of the client's /metrics.
 func metricsOfAll(t *testing.T) (server, federate, client string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -197,17 +203,20 @@ func metricsOfAll(t *testing.T) (server, federate, client string) {
 	c := start(t, dir, "--mode", "client", "--token-file", "token", "--from", a.internal+"/metrics", "--listen", "127.0.0.1:0")
 	address := c.await(`msg=listening address=(\S+)`)
 	c.await("msg=pushed")
-	get(t, a.internal+"/federate?consumer=central") // makes the consumer known, so that it has a backlog
+	// This scrape makes the consumer known to the server, so that the next scrape shows the
+	// consumer's backlog.
+	get(t, a.internal+"/federate?consumer=central")
 	return get(t, a.internal+"/metrics"), get(t, a.internal+"/federate?consumer=central"), get(t, "http://"+address+"/metrics")
 }
 
-// metricsTable returns the metrics in text, which is in the text exposition format, as rows of a
-// table: name, type, labels with the values that are fixed, help.
+// metricsTable returns a Markdown table of the telemeter_ metrics in text, which is in the text
+// exposition format. Each row has the name, type, labels and help of a metric. For the labels in
+// fixed it also lists the values.
 func metricsTable(text string) string {
 	help := map[string]string{}
 	kind := map[string]string{}
-	labels := map[string][]string{}            // names, in order
-	values := map[string]map[string][]string{} // metric → label → values
+	labels := map[string][]string{}            // metric → names of its labels, in the order of the exposition
+	values := map[string]map[string][]string{} // metric → label → values of this label, for the labels in fixed
 	fixed := []string{"reason", "result", "state", "kind"}
 	label := regexp.MustCompile(`([a-z_]+)="([^"]*)"`)
 	for line := range strings.SplitSeq(text, "\n") {
@@ -262,8 +271,9 @@ func metricsTable(text string) string {
 	return b.String()
 }
 
-// The reference lists every metric of a server and of a client, and the documents and alerts name
-// no metric, label or value that does not exist: an alert on such a name would never fire.
+// The reference page lists every metric of a server and of a client. The documents and the alerts
+// name no metric, label or label value that neither server nor client exposes, because an alert on
+// such a name would never fire.
 func TestReferenceMetrics(t *testing.T) {
 	server, federate, client := metricsOfAll(t)
 	const begin, end = "<!-- metrics -->\n", "<!-- end of metrics -->\n"
@@ -294,21 +304,24 @@ func TestReferenceMetrics(t *testing.T) {
 	}
 }
 
-// metricMention is a metric that a document mentions, with the matchers in its braces.
+// metricMention is a metric that a document mentions, such as telemeter_members{state="dead"}, with
+// its label matchers.
 type metricMention struct {
-	text string // as in the document
+	text string // the mention as the document writes it, with the braces
 	name string
-	// matchers has the beginnings that labels must have, such as state=" for any value and
-	// state="dead" for one value.
+	// matchers has one text for each label matcher in the braces. state=" matches any value of the
+	// label state, and state="dead" matches one value.
 	matchers []string
 }
 
-// mentionedMetrics returns the metrics of telemeter that text mentions. A matcher with alternatives
-// separated by | has one entry in matchers for each. The matcher _id="" is left out, because the
-// servers' own metrics have no such label.
+// mentionedMetrics returns the metrics of telemeter that text mentions. A matcher with
+// alternatives, such as state=~"a|b", becomes one matcher for each alternative. The matcher _id=""
+// is left out, because it selects the servers' own metrics, which have no label _id.
 func mentionedMetrics(text string) (all []metricMention) {
 	metric := regexp.MustCompile(`\b((?:telemeter|push|process)_[a-z_]+)(?:\{([^}]*)\})?`)
-	sourceFile := regexp.MustCompile(`\b\w+\.go\b`) // names of source files look like metrics
+	// The name of a source file, such as push_ranges.go, looks like the name of a metric, so it is
+	// removed from the text.
+	sourceFile := regexp.MustCompile(`\b\w+\.go\b`)
 	label := regexp.MustCompile(`([a-z_]+)(?:=~?"([^"]*)")?`)
 	for _, m := range metric.FindAllStringSubmatch(sourceFile.ReplaceAllString(text, ""), -1) {
 		mention := metricMention{text: m[0], name: m[1]}
@@ -329,12 +342,12 @@ func mentionedMetrics(text string) (all []metricMention) {
 	return all
 }
 
-// exposes reports whether a line of the exposition text has the metric name and, unless matcher is
-// empty, a label that begins with matcher.
+// exposes reports whether the exposition text has a line of the metric name. If matcher is not
+// empty, the line must also have a label that begins with matcher, such as state="dead".
 func exposes(text, name, matcher string) bool {
 	for line := range strings.SplitSeq(text, "\n") {
 		rest, ok := strings.CutPrefix(line, name)
-		if ok && matcher == "" && strings.HasPrefix(rest, "_bucket{") { // a histogram
+		if ok && matcher == "" && strings.HasPrefix(rest, "_bucket{") { // a histogram has no line with its bare name
 			return true
 		}
 		if ok && (rest[0] == '{' || rest[0] == ' ') && (matcher == "" || strings.Contains(rest, "{"+matcher) || strings.Contains(rest, ","+matcher)) {

@@ -1,10 +1,10 @@
 package main
 
-// The file checks the architecture of the flat package. Every file belongs to a family, which is
-// the part of the file's name before the first underscore: store.go and store_recovery.go belong to
-// the family store. A family exports its upper-case names to other families; its lower-case names
-// are private to it. TestFamilies checks that the package follows the rules in this file.
-// TestFamiliesChecker breaks each rule in a small package, and checks that the fault is reported.
+// TestFamilies checks the architecture of the flat package. Every file belongs to a family, which
+// is the part of the file's name before the first underscore: store.go and store_recovery.go belong
+// to the family store. Names that begin with an upper-case letter may be used by other families;
+// all other names are private to their family. TestFamiliesChecker breaks each rule of this file in
+// a small package, and checks that the fault is reported.
 
 import (
 	"encoding/json"
@@ -29,17 +29,20 @@ import (
 	"unicode/utf8"
 )
 
-// fileFamily is a family of files, and the families whose upper-case names it may use.
+// fileFamily is a family of files: its name, and the names of the other families whose exported
+// names it may use.
 type fileFamily struct {
 	name   string
 	mayUse []string
 }
 
-// families has all families from the top level to the bottom. A family may use only families that
-// are below it, and only those in mayUse. It need not use all of them.
+// families lists all families from the top layer to the bottom layer. A family may use only
+// families that follow it in this list, and of these only the ones in its mayUse. It need not use
+// all of them.
 var families = []fileFamily{
 	{"main", []string{"client", "server", "hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "log", "http", "metrics", "wire"}},
-	// The client uses wire because the records of its spool are untrusted bytes.
+	// The family client may use wire because the records of the client's spool are untrusted bytes,
+	// which wire can decode safely.
 	{"client", []string{"auth", "sanitize", "sample", "log", "push", "http", "metrics", "wire"}},
 	{"server", []string{"hashring", "gossip", "store", "auth", "sanitize", "sample", "push", "http", "metrics", "wire"}},
 	{"hashring", []string{"gossip", "log"}},
@@ -55,9 +58,9 @@ var families = []fileFamily{
 	{"wire", nil},
 }
 
-// pureFiles has the files that must not use the network, the disk or a clock. They implement state
-// machines and formats, which get time, randomness and bytes from their callers, so that tests can
-// run them in virtual time.
+// pureFiles lists the files that must not use the network, the disk or a clock. These files
+// implement state machines and formats. They get time, randomness and bytes from their callers, so
+// that tests can run them in virtual time.
 var pureFiles = []string{
 	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go", "gossip_record.go",
 	"hashring.go", "hashring_claim.go",
@@ -68,31 +71,35 @@ var pureFiles = []string{
 	"sanitize.go", "sanitize_selector.go", "auth_replay.go", "wire.go",
 }
 
-// upcalls has the function-typed fields through which a family calls a family above it, as
-// "family.Field". A field with the name Now is a clock and needs no entry.
+// upcalls lists function-typed fields, as "family.Field". A family may call code of a family above
+// it only through such a field, which the family above sets to a function. A field with the name
+// Now is a clock and needs no entry.
 var upcalls = []string{
-	"client.Boot",       // reads a clock that runs on while the machine sleeps
-	"client.NewCleaner", // returns a cleaner with the salt that was loaded last
-	"gossip.Notify",     // logs events
-	"hashring.OnError",  // counts errors
-	"hashring.OnView",   // gives the forwarder a new view of the ring
-	"store.OnError",     // logs and counts errors
-	"store.OnWarning",   // logs warnings
+	"client.Boot",       // returns the time of a clock that also runs while the machine is suspended
+	"client.NewCleaner", // returns a Cleaner of samples that anonymizes with the salt loaded last
+	"gossip.Notify",     // logs an event of the gossip, such as a dead member
+	"hashring.OnError",  // counts failures to save this member's state of the ring
+	"hashring.OnView",   // gives a new view of the ring to the Forwarder
+	"store.OnError",     // logs and counts errors of the store
+	"store.OnWarning",   // logs warnings of the store
 	"store.Owned",       // reports whether this server owns a site
-	"store.NowInterval", // returns the range of the present time by the checked wall clock
+	"store.NowInterval", // returns the earliest and latest time that may be the present, by the checked wall clock
 }
 
-// allowedModules has the modules that the package may import.
+// allowedModules lists the only Go modules whose packages the program may import, besides the
+// standard library.
 var allowedModules = []string{
 	"github.com/prometheus/common", "github.com/prometheus/client_model", "golang.org/x/crypto",
 }
 
 const (
-	maxFileLines           = 700  // of a file that is not a test
-	minOpening, maxOpening = 2, 8 // lines of a file's opening comment
+	maxFileLines           = 700  // most lines of a .go file that is not a test file
+	minOpening, maxOpening = 2, 8 // fewest and most lines of the opening comment of a file
 )
 
-// The package and the files below its directory break none of the rules that checkFamilies checks.
+// The package of this directory, and the files in the directories below it, break none of the rules
+// that checkFamilies checks. Every family in the list families may use only families that follow
+// it.
 func TestFamilies(t *testing.T) {
 	tree := map[string]string{}
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
@@ -122,8 +129,9 @@ func TestFamilies(t *testing.T) {
 	}
 }
 
-// familyImporter returns an importer of the package's dependencies, which reads the export data
-// that the compiler has written, and the file set that goes with the importer.
+// familyImporter returns a go/types importer for the packages that this package depends on, and the
+// FileSet that must be used with it. The importer reads the export data that go list -export makes
+// the compiler write.
 func familyImporter(t *testing.T) (*token.FileSet, types.Importer) {
 	t.Helper()
 	list := exec.Command("go", "list", "-deps", "-export", "-json=ImportPath,Export", ".")
@@ -149,7 +157,8 @@ func familyImporter(t *testing.T) (*token.FileSet, types.Importer) {
 	})
 }
 
-// familyCheck is one run of checkFamilies. set has the upcalls that some file sets.
+// familyCheck is the state of one call of checkFamilies. The map set has the entries of upcalls,
+// and other fields like them, that a file of another family sets.
 type familyCheck struct {
 	fset     *token.FileSet
 	pkg      *types.Package
@@ -160,8 +169,9 @@ type familyCheck struct {
 	problems []string
 }
 
-// checkFamilies returns the faults in a tree of files, each as "file:line: name: fault", sorted.
-// tree maps paths to contents. pure and upcalls are lists like pureFiles and the variable upcalls.
+// checkFamilies returns the faults in a tree of files, sorted, each in the form "file:line: name:
+// fault". tree maps paths to the contents of the files. pure and upcalls are used instead of the
+// variables pureFiles and upcalls.
 func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.FileSet, imp types.Importer) []string {
 	c := &familyCheck{fset: fset, pure: pure, upcalls: upcalls, set: map[string]bool{}, info: &types.Info{
 		Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{},
@@ -208,10 +218,10 @@ func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.F
 	return c.problems
 }
 
-// line returns the line of pos in its file.
+// line returns the line number of pos in its file.
 func (c *familyCheck) line(pos token.Pos) int { return c.fset.Position(pos).Line }
 
-// report adds a fault of name at pos.
+// report adds the fault what of the identifier or file name, which is at pos, to c.problems.
 func (c *familyCheck) report(pos token.Pos, name, what string) {
 	p := c.fset.Position(pos)
 	c.problems = append(c.problems, fmt.Sprintf("%s:%d: %s: %s", p.Filename, p.Line, name, what))
@@ -219,12 +229,12 @@ func (c *familyCheck) report(pos token.Pos, name, what string) {
 
 var (
 	impureImport = regexp.MustCompile(`^(net|net/http.*|os|os/.*|syscall|io/ioutil|crypto/rand|crypto/tls)$`)
-	leftover     = regexp.MustCompile(`\b(TO` + `DO|FIX` + `ME)\b`) // split, so that this file does not match
+	leftover     = regexp.MustCompile(`\b(TO` + `DO|FIX` + `ME)\b`) // the words are split, so that this file does not match the pattern itself
 	moduleLine   = regexp.MustCompile(`^\s*(?:require\s+)?(\S+)\s+v\d\S*\s*(// indirect)?`)
 )
 
-// checkText checks a text file for marks of unfinished work, and go.mod for modules that are not
-// allowed. Binary files pass.
+// checkText reports each line of a text file that has a mark of unfinished work. In go.mod it also
+// reports each direct dependency that is not in allowedModules. It does not check binary files.
 func (c *familyCheck) checkText(path, text string) {
 	if !utf8.ValidString(text) || strings.Contains(text, "\x00") {
 		return
@@ -240,8 +250,8 @@ func (c *familyCheck) checkText(path, text string) {
 	}
 }
 
-// checkName checks that the name of a test file begins with the name of the file that it tests. The
-// names of rigs (rig_*) and of tests that start many processes (e2e_*) are free.
+// checkName reports a test file unless its name begins with the name of an existing file, as
+// log_crash_test.go does for log.go. Files rig_*_test.go and e2e_*_test.go may have any name.
 func (c *familyCheck) checkName(path string, tree map[string]string) {
 	name, ok := strings.CutSuffix(path, "_test.go")
 	if !ok || strings.Contains(path, "/") || strings.HasPrefix(name, "rig_") || strings.HasPrefix(name, "e2e_") {
@@ -255,8 +265,8 @@ func (c *familyCheck) checkName(path string, tree map[string]string) {
 	c.problems = append(c.problems, path+":1: "+path+": name does not begin with the name of a tested file")
 }
 
-// checkFile checks the rules that need no type information: the family, comments, length, init
-// functions and imports of a file.
+// checkFile checks the rules for a file that need no type information: its family, its opening
+// comment, its length, its imports, and that it has no init function.
 func (c *familyCheck) checkFile(path string, f *ast.File) {
 	if familyLevel(familyOf(path)) < 0 {
 		c.report(f.Package, path, "file belongs to no family")
@@ -267,8 +277,9 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 	if lines := c.line(f.FileEnd); lines > maxFileLines {
 		c.report(f.FileEnd, path, fmt.Sprintf("%d lines, the limit is %d", lines, maxFileLines))
 	}
-	// A comment below the package clause is the opening comment, unless it belongs to the first
-	// declaration because no blank line separates them.
+	// A comment between the package clause and the first declaration is the opening comment. If no
+	// blank line separates the comment from the declaration, it is the comment of the declaration
+	// instead.
 	first := f.FileEnd
 	if len(f.Decls) > 0 {
 		first = f.Decls[0].Pos()
@@ -285,7 +296,8 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 			c.report(d.Pos(), "init", "init function: callers must start all work")
 		}
 	}
-	// Checking go.mod is not enough, because a file can also import an indirect module.
+	// checkText has checked the direct dependencies in go.mod. The imports are checked here as
+	// well, because a file can also import a package of an indirect dependency.
 	for _, spec := range f.Imports {
 		imported, _ := strconv.Unquote(spec.Path.Value)
 		if slices.Contains(c.pure, path) && impureImport.MatchString(imported) {
@@ -298,8 +310,9 @@ func (c *familyCheck) checkFile(path string, f *ast.File) {
 	}
 }
 
-// checkUse checks the use at pos of obj, if obj is declared in a file of another family. Then obj
-// is always a package-level name, a field or a method.
+// checkUse reports a use of obj at pos if obj is declared in a file of another family and the
+// family of pos may not use it. An obj of another file is always a package-level name, a field or a
+// method.
 func (c *familyCheck) checkUse(pos token.Pos, obj types.Object) {
 	from, to := c.fset.Position(pos).Filename, c.fset.Position(obj.Pos()).Filename
 	if obj.Pkg() != c.pkg || familyOf(from) == familyOf(to) {
@@ -313,7 +326,8 @@ func (c *familyCheck) checkUse(pos token.Pos, obj types.Object) {
 	}
 }
 
-// checkClock reports the use of a clock in a file of c.pure.
+// checkClock reports the use id of a function of package time that reads a clock or starts a timer,
+// if the file of id is in c.pure. obj is the object that id denotes.
 func (c *familyCheck) checkClock(id *ast.Ident, obj types.Object) {
 	file := c.fset.Position(id.Pos()).Filename
 	if obj.Pkg() != nil && obj.Pkg().Path() == "time" && slices.Contains(c.pure, file) &&
@@ -324,8 +338,9 @@ func (c *familyCheck) checkClock(id *ast.Ident, obj types.Object) {
 	}
 }
 
-// checkUpcall reports that the code at pos sets obj, if obj is a function-typed field of another
-// family. It does not report clocks (Now) and fields in c.upcalls, but records the latter in c.set.
+// checkUpcall is called when the code at pos sets obj. If obj is a function-typed field of another
+// family, checkUpcall records the field in c.set. It reports a fault if the field is not in
+// c.upcalls. It ignores fields with the name Now, which are clocks.
 func (c *familyCheck) checkUpcall(pos token.Pos, obj types.Object) {
 	v, ok := obj.(*types.Var)
 	if !ok || !v.IsField() || v.Pkg() != c.pkg {
@@ -345,25 +360,26 @@ func (c *familyCheck) checkUpcall(pos token.Pos, obj types.Object) {
 	}
 }
 
-// familyOf returns the family of a file: the part of its name before the first underscore.
+// familyOf returns the family of the file: the part of its name before the first underscore or
+// before ".go".
 func familyOf(file string) string {
 	family, _, _ := strings.Cut(strings.TrimSuffix(file, ".go"), "_")
 	return family
 }
 
-// familyLevel returns the index of a family in families, or -1.
+// familyLevel returns the index of the named family in families, or -1 if there is no such family.
 func familyLevel(name string) int {
 	return slices.IndexFunc(families, func(f fileFamily) bool { return f.name == name })
 }
 
-// checkNode checks the syntax that c.info.Uses does not cover: fields in unkeyed struct literals,
-// assignments to function-typed fields, and every way to change a package variable. It returns
-// true, so that ast.Inspect visits the children.
+// checkNode checks what the uses of identifiers in c.info.Uses do not show: fields in unkeyed
+// struct literals, assignments to function-typed fields, and each way to change a package variable.
+// It always returns true, so that ast.Inspect also visits the children of n.
 func (c *familyCheck) checkNode(n ast.Node) bool {
 	switch n := n.(type) {
 	case *ast.CompositeLit:
 		typ := c.info.TypeOf(n).Underlying()
-		if p, ok := typ.(*types.Pointer); ok { // the inner literal in []*T{{…}}
+		if p, ok := typ.(*types.Pointer); ok { // the inner literal in []*T{{…}} has the type *T
 			typ = p.Elem().Underlying()
 		}
 		if s, ok := typ.(*types.Struct); ok {
@@ -398,7 +414,8 @@ func (c *familyCheck) checkNode(n ast.Node) bool {
 			c.checkChange(n.X, "used by address")
 		}
 	case *ast.SelectorExpr:
-		// Calling a pointer method on a variable takes the variable's address implicitly.
+		// A call of a method with a pointer receiver on a variable takes the variable's address
+		// implicitly, so the method can change the variable.
 		if sel := c.info.Selections[n]; sel != nil && sel.Kind() == types.MethodVal && !sel.Indirect() {
 			if _, ok := sel.Obj().(*types.Func).Signature().Recv().Type().(*types.Pointer); ok {
 				c.checkChange(n.X, "used by address in a call of "+n.Sel.Name)
@@ -413,8 +430,8 @@ func (c *familyCheck) checkNode(n ast.Node) bool {
 	return true
 }
 
-// checkChange reports that e is changed, if e is a package variable or a part of one. how says in
-// which way.
+// checkChange reports a fault if e, which the code changes or may change, is a package variable or
+// a part of a package variable. how is the kind of change in the report, such as "assigned".
 func (c *familyCheck) checkChange(e ast.Expr, how string) {
 	switch e := e.(type) {
 	case *ast.ParenExpr:
@@ -434,9 +451,10 @@ func (c *familyCheck) checkChange(e ast.Expr, how string) {
 	}
 }
 
-// sharedState returns the name of a part of t, at any depth, that makes every variable of type t
-// mutable or shared: a lock, an atomic, a channel or a function. It returns "" if there is none.
-// Interfaces pass, because error sentinels are interfaces. seen has the types that were visited.
+// sharedState looks in the type t, at any depth, for a part that makes every variable of type t
+// mutable or shared: a lock, an atomic, a channel or a function. It returns the name of that part,
+// or "" if there is none. It ignores interfaces, because error sentinels are interfaces. seen has
+// the types that were visited already.
 func sharedState(t types.Type, seen map[types.Type]bool) string {
 	if seen[t] {
 		return ""
@@ -455,7 +473,7 @@ func sharedState(t types.Type, seen map[types.Type]bool) string {
 		return "function"
 	case *types.Map:
 		parts = []types.Type{u.Key(), u.Elem()}
-	case interface{ Elem() types.Type }: // pointer, slice, array
+	case interface{ Elem() types.Type }: // a pointer, slice or array
 		parts = []types.Type{u.Elem()}
 	case *types.Struct:
 		for f := range u.Fields() {
@@ -470,8 +488,9 @@ func sharedState(t types.Type, seen map[types.Type]bool) string {
 	return ""
 }
 
-// cleanTree is a package that breaks no rule, although several of its lines are close to a fault.
-// Each case of TestFamiliesChecker adds text to one of its files.
+// cleanTree is the small package that TestFamiliesChecker checks, as a map from paths to contents.
+// It breaks no rule, but several of its lines are close to a fault. Each case of the test appends
+// text to one of its files.
 var cleanTree = map[string]string{
 	"go.mod": "module m\n\ngo 1.26\n\nrequire golang.org/x/crypto v0.1.0\n\nrequire (\n\tgithub.com/prometheus/common v0.72.1\n\ta.example/b v1.0.0 // indirect\n)\n",
 	"main.go": "// one\n// two\n// three\npackage main\n\n" + `import "sync"
@@ -500,19 +519,21 @@ func (l *Log) Append() error { l.off += int64(table[0] + len(kinds["a"])); if na
 	"README.md":         "A todo list, mastodon" + "TO" + "DOS.\n",
 }
 
-// opening is the beginning of a file with an opening comment. Code after it starts on line 6.
+// opening is the text at the beginning of a file of cleanTree: the package clause and a valid
+// opening comment. Code after it starts on line 6.
 const opening = "package main\n\n// one\n// two\n\n"
 
-// checkFamilies reports every broken rule once, at the right line, and nothing else.
+// checkFamilies reports each broken rule once, at the right line, and reports nothing else.
 func TestFamiliesChecker(t *testing.T) {
 	fset, imp := familyImporter(t)
 	for _, c := range []struct {
-		file, add string // add is appended to file
-		want      string // the beginnings of all reported faults, separated by |
+		file, add string // the case appends the text add to this file of cleanTree
+		want      string // beginnings of all faults that must be reported, separated by |; "": no fault
 	}{
 		{"log.go", "", ""},
 
-		// Families and their levels.
+		// Each file must belong to a family, and may use only names of the families that its own
+		// family may use.
 		{"util.go", opening, "util.go:1: util.go: file belongs to no family"},
 		{"store_clock.go", opening + "func f(s *Store) { s.n = size(s.n) }", ""},
 		{"store_clock.go", opening + "var _ = NewLog()", ""},
@@ -522,7 +543,7 @@ func TestFamiliesChecker(t *testing.T) {
 		{"auth.go", opening + "type a struct { *Log }", "auth.go:6: Log: declared"},
 		{"hashring.go", opening + "func f() { main() }", "hashring.go:6: main: private|hashring.go:6: main: declared"},
 
-		// Lower-case names stay in their family.
+		// Names that begin with a lower-case letter may be used only by files of their own family.
 		{"store.go", "func (s *Store) f() { _ = s.Log.off; _ = s.off }", "store.go:9: off: private|store.go:9: off: private"},
 		{"store.go", "func f() { _ = Log{1, 2, Calls{}} }", "store.go:9: off: private"},
 		{"store.go", "func f() { _ = []*Log{{Len: 1, off: 2}} }", "store.go:9: off: private"},
@@ -531,21 +552,24 @@ func TestFamiliesChecker(t *testing.T) {
 		{"log.go", "func (l *Log) close() {}", ""},
 		{"main.go", "func f(c interface{ close() }) { c.close() }", ""},
 
-		// Calls from a family to a family above it.
+		// A function-typed field may be set in a file of another family only if the field is in
+		// upcalls or has the name Now.
 		{"log.go", "func f(c *Calls) { c.OnDrop = nil; _ = Calls{nil, nil, nil} }", ""},
 		{"store.go", "func (s *Store) f() { s.hooks.now = nil; s.Now = nil; s.OnTorn = nil }", ""},
 		{"store.go", "func (s *Store) f() { s.OnDrop = func() {} }", "store.go:9: OnDrop: lets the family log call store"},
 		{"store.go", "var _ = &Calls{OnTorn: nil, OnDrop: nil}", "store.go:9: OnDrop: lets"},
 		{"store.go", "func f() { _ = []Calls{{nil, nil, nil}} }", "store.go:9: OnDrop: lets"},
 
-		// Pure files.
+		// Files in pureFiles must not read a clock, start a timer, or import packages for the
+		// network or the disk.
 		{"sample.go", "func f() { _ = time.Now() }", "sample.go:8: time.Now: used by a file in pureFiles"},
 		{"sample.go", "var f = 0; func g() { <-time.After(0) }", "sample.go:8: time.After: used"},
 		{"sample_line.go", opening + "import _ \"os\"", "sample_line.go:6: os: imported by a file in pureFiles"},
 		{"sample_line.go", opening + "import _ \"net/http\"", "sample_line.go:6: net/http: imported"},
 		{"sample_disk.go", opening + "import _ \"os\"", ""},
 
-		// Hidden or mutable package state.
+		// Init functions, and package variables that are changed or contain shared state, are
+		// faults.
 		{"log.go", "func init() {}", "log.go:13: init"},
 		{"log.go", "var x sync.Mutex", "log.go:13:7: undefined"},
 		{"main.go", "var x struct { m map[int]*sync.Mutex }", "main.go:9: x: package variable contains a sync.Mutex"},
@@ -561,11 +585,14 @@ func TestFamiliesChecker(t *testing.T) {
 		{"log.go", "func f() { *names = regexp.Regexp{} }", "log.go:13: names"},
 		{"log.go", "type n int; func (n *n) set() {}; var x n; func f() { x.set() }", "log.go:13: x"},
 
-		// Modules.
+		// Modules that are not in allowedModules must not be direct dependencies, and their
+		// packages must not be imported.
 		{"go.mod", "require a.example/c v1.2.3\n", "go.mod:11: a.example/c"},
 		{"auth.go", opening + "import _ \"a.example/b\"\n", "auth.go:6: a.example/b|auth.go:6:10: could not import"},
 
-		// The opening comment, the length of a file, and the names of test files.
+		// A file needs an opening comment of 2 to 8 lines below its package clause, and has at most
+		// 700 lines. A test file is named after a tested file. No file has a mark of unfinished
+		// work.
 		{"auth.go", "package main\n", "auth.go:1: auth.go: no opening"},
 		{"auth.go", "package main\n\n// One\n// two.\n", ""},
 		{"auth.go", "package main\n\n// Of\n// the\n// type.\ntype a int", "auth.go:1: auth.go: no opening"},

@@ -1,8 +1,8 @@
 package main
 
-// The file reads the files that flags name (keys, secrets, selectors, certificates) and parses the
-// addresses and URLs that flags contain. Every read is bounded, because an operator can name the
-// wrong file.
+// This file reads the files that flags name (keys, secrets, selectors, certificates) and parses the
+// addresses and URLs that flags contain. Every read is bounded, because an operator can name a
+// wrong file that is huge.
 
 import (
 	"crypto/x509"
@@ -53,7 +53,7 @@ func readKeyFile(dir, file string) (Keys, error) {
 }
 
 // readOptionalSecret returns the secret in the file at path, or nil if path is empty. A secret of
-// more than MaxToken bytes is an error. Errors use what to name the kind of secret.
+// more than MaxToken bytes is an error. what describes the secret in the text of errors.
 func readOptionalSecret(path, what string) ([]byte, error) {
 	if path == "" {
 		return nil, nil
@@ -65,8 +65,9 @@ func readOptionalSecret(path, what string) ([]byte, error) {
 	return secret, nil
 }
 
-// readSelectors returns given followed by the selectors in file, which has one selector per line.
-// If file is empty it returns given. A file without any selector is an error.
+// readSelectors returns the selectors in given, followed by the selectors in the file named file,
+// which has one selector per line. If file is "", it returns given. A file without any selector is
+// an error.
 func readSelectors(given Selectors, file string) (Selectors, error) {
 	if file == "" {
 		return given, nil
@@ -99,7 +100,8 @@ func readCAs(path string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// isLoopback reports whether host is "localhost" or a loopback IP address. It looks up no names.
+// isLoopback reports whether host is "localhost" or a loopback IP address. It does not resolve host
+// names.
 func isLoopback(host string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()

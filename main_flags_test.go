@@ -1,7 +1,7 @@
 package main
 
-// Tests of the types of flags: how values are parsed and formatted, and which problems are
-// reported.
+// Tests of the types of command-line flags: how values of each type are parsed and formatted, and
+// which problems of a command line are reported.
 
 import (
 	"io"
@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// A size is a decimal number of bytes with an optional binary unit. formatSize prints a text that
-// parseSize reads back.
+// The value of a size flag is a decimal number of bytes, or of KiB, MiB or GiB if it ends in that
+// unit. parseSize reads the text that formatSize returns back to the same number.
 func TestSize(t *testing.T) {
 	for text, want := range map[string]int64{
 		"0": 0, "1": 1, "1024": 1 << 10, "1KiB": 1 << 10, "1MiB": 1 << 20, "3GiB": 3 << 30, "10000000000": 10_000_000_000, "8589934591GiB": 8589934591 << 30,
@@ -31,7 +31,8 @@ func TestSize(t *testing.T) {
 	}
 }
 
-// formatDuration omits zero units at the end, and time.ParseDuration reads the text back.
+// formatDuration omits zero minutes and seconds at the end of a duration, such as "0s" in "10m0s".
+// time.ParseDuration reads the text back to the same duration.
 func TestFormatDuration(t *testing.T) {
 	for _, d := range []time.Duration{time.Second, 10 * time.Second, 10 * time.Minute, 90 * time.Second, 2 * time.Hour, 20 * time.Hour, 90 * time.Minute, 36610 * time.Second} {
 		short := formatDuration(d)
@@ -41,7 +42,7 @@ func TestFormatDuration(t *testing.T) {
 	}
 }
 
-// flagValues has one value of each type of flag.
+// flagValues has one field for each type of flag, which stores the value of the flag of this type.
 type flagValues struct {
 	d       time.Duration
 	n       int
@@ -55,8 +56,8 @@ type flagValues struct {
 	renames map[string]string
 }
 
-// parseFlagValues parses args, which are separated by spaces, and returns the values and the
-// problems.
+// parseFlagValues parses args, which has command-line arguments separated by spaces. It returns the
+// values of the flags, and the reported problems in one text, or "" if there are none.
 func parseFlagValues(args string) (v flagValues, problems string) {
 	c := newCommand("test", strings.Fields(args), io.Discard, io.Discard)
 	c.durationFlag(&v.d, "d", time.Minute, time.Second, time.Hour, "")
@@ -76,7 +77,7 @@ func parseFlagValues(args string) (v flagValues, problems string) {
 	return v, problems
 }
 
-// Flags that are not set have their defaults.
+// A flag that the command line does not set has its default value.
 func TestFlagDefaults(t *testing.T) {
 	v, problems := parseFlagValues("")
 	if problems != "" || v.d != time.Minute || v.n != 3 || v.size != 1<<20 || v.addr != ":9" || v.opt != "h:1" || len(v.renames) != 1 {
@@ -84,7 +85,8 @@ func TestFlagDefaults(t *testing.T) {
 	}
 }
 
-// A flag of each type stores its value. Repeatable flags collect their values.
+// A flag of each type stores its value. A flag that may be repeated, such as --labels, collects its
+// values in a list.
 func TestFlagValues(t *testing.T) {
 	const args = "--d 2s --n 5 --size 2KiB --addr :1 --opt= --id a --labels b=1 --labels a=2 --names a,b --allow {a=\"b\"} --renames c=d"
 	v, problems := parseFlagValues(args)
@@ -94,8 +96,8 @@ func TestFlagValues(t *testing.T) {
 	}
 }
 
-// One message has all problems of a command line. A list or an address with a problem is not
-// stored.
+// All problems of a command line are reported in one message. If the value of a list flag or an
+// address flag has a problem, the flag keeps its default.
 func TestFlagProblems(t *testing.T) {
 	for args, want := range map[string]string{
 		"--d 999ms":           "--d must be from 1s to 1h",

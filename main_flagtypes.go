@@ -1,9 +1,9 @@
 package main
 
-// The file implements the types of flags, the parsing of a mode's command line, and --help. The
+// This file implements the types of flags, the parsing of a mode's command line, and --help. The
 // flags themselves are defined in main_server.go, main_ring.go, main_client.go and main_keys.go. A
 // flag checks its value when it is set. Problems are collected, so that one message reports all of
-// them. Help lists every flag in its group with its default.
+// them. --help lists every flag in its group with its default.
 
 import (
 	"errors"
@@ -20,9 +20,10 @@ import (
 	"time"
 )
 
-const helpIndent, helpWidth = 29, 96 // column where flag texts begin in --help; columns of a line
+const helpIndent, helpWidth = 29, 96 // column at which flag texts begin in --help, and maximum number of columns of a line
 
-// usageError lists all problems of a command line, one per element. It leads to exitUsage.
+// usageError lists all problems of a command line, one per element. A process that gets a
+// usageError exits with the status exitUsage.
 type usageError []string
 
 func (e usageError) Error() string { return strings.Join(e, "; ") }
@@ -35,8 +36,8 @@ type command struct {
 	stdout, stderr io.Writer
 	now            func() time.Time // the wall clock
 	about, example string           // for --help: what the mode does, and a command line
-	groups         []flagGroup      // in the order of --help
-	problems       usageError       // found so far
+	groups         []flagGroup      // in the order in which --help lists them
+	problems       usageError       // problems of the command line found so far
 }
 
 // flagGroup is a titled group of flags in --help.
@@ -45,7 +46,8 @@ type flagGroup struct {
 	names []string
 }
 
-// newCommand returns a command for mode with the flag --mode only. The mode adds its own flags.
+// newCommand returns a command for mode that has only the flag --mode. The function that implements
+// the mode adds the other flags.
 func newCommand(mode string, args []string, stdout, stderr io.Writer) *command {
 	c := &command{mode: mode, stdout: stdout, stderr: stderr, now: time.Now, args: args}
 	c.FlagSet = flag.NewFlagSet(mode, flag.ContinueOnError)
@@ -54,7 +56,8 @@ func newCommand(mode string, args []string, stdout, stderr io.Writer) *command {
 	return c
 }
 
-// defineGroup calls define, and adds a group with the flags that define defined.
+// defineGroup calls define, which defines flags in c. It then adds a group with these flags to
+// c.groups.
 func (c *command) defineGroup(title string, define func()) {
 	before := map[string]bool{}
 	c.VisitAll(func(f *flag.Flag) { before[f.Name] = true })
@@ -69,8 +72,8 @@ func (c *command) defineGroup(title string, define func()) {
 }
 
 // writeHelp writes the --help of the mode to w: what the mode does, its flags by group, and an
-// example. The usage text of a flag may begin with the name of its argument in back quotes.
-// writeHelp prints the name beside the flag and removes it from the text.
+// example. The usage text of a flag may begin with the name of the flag's argument in back quotes.
+// writeHelp prints that name beside the flag and removes it from the text.
 func (c *command) writeHelp(w io.Writer) {
 	fmt.Fprintf(w, "telemeter --mode %s: %s\n", c.mode, c.about)
 	for _, g := range c.groups {
@@ -99,11 +102,11 @@ func (c *command) writeHelp(w io.Writer) {
 	fmt.Fprintf(w, "\nExample:\n  %s\n", c.example)
 }
 
-// parseArgs parses all arguments and adds problems to c. It continues after an argument that is not
-// a flag of this mode, so that all problems are found. If the value of a number, a duration, a size
-// or a switch does not parse, parseArgs returns the problems as an error, because later checks
-// would see the default instead of that value. It returns flag.ErrHelp for --help. In all other
-// cases it returns nil, and err reports the problems.
+// parseArgs parses all arguments and adds each problem to c.problems. It continues after an
+// argument that is not a flag of this mode, so that it finds all problems. It returns flag.ErrHelp
+// for --help. If the value of a number, a duration, a size, a switch or --log-level does not parse,
+// it returns all problems as an error, because later checks would see the flag's default in place
+// of that value. In all other cases it returns nil, and the method err returns the problems.
 func (c *command) parseArgs() (helpOrMisread error) {
 	misread := false
 	for args := c.args; len(args) > 0; {
@@ -116,12 +119,12 @@ func (c *command) parseArgs() (helpOrMisread error) {
 		case err != nil:
 			c.addProblemUnless(false, "%v", err)
 			switch {
-			case strings.HasPrefix(err.Error(), "invalid "): // "invalid value" or "invalid boolean value"
+			case strings.HasPrefix(err.Error(), "invalid "): // package flag reports a value that does not parse as "invalid value" or "invalid boolean value"
 				misread = true
-			case len(rest) == len(args): // package flag does not consume an argument with bad syntax
+			case len(rest) == len(args): // package flag does not consume an argument with bad syntax, so skip it
 				rest = rest[1:]
 			case len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.Contains(args[len(args)-len(rest)-1], "="):
-				rest = rest[1:] // the value of an unknown flag
+				rest = rest[1:] // skip the value of an unknown flag
 			}
 		case len(rest) > 0:
 			c.addProblemUnless(false, "unexpected argument %q: every value must follow its flag", rest[0])
@@ -160,8 +163,8 @@ func (c *command) isSet(name string) bool {
 	return set
 }
 
-// funcFlag is a flag.Value. Its Set calls the function set. Its String returns the default, because
-// only help asks for it.
+// funcFlag is a flag.Value. Its method Set calls the function set. Its method String returns def,
+// the default, because package flag asks for the text only to show the default in --help.
 type funcFlag struct {
 	def string
 	set func(text string) error
@@ -170,9 +173,9 @@ type funcFlag struct {
 func (f *funcFlag) String() string        { return f.def }
 func (f *funcFlag) Set(text string) error { return f.set(text) }
 
-// parsedFlag defines the flag --name. Setting it stores the result of parse in *p. If parse returns
-// an error, *p stays unchanged and the error becomes a problem of c. def is only shown in help: the
-// caller must store the default in *p.
+// parsedFlag defines the flag --name. Setting the flag stores the result of parse in *p. If parse
+// returns an error, *p stays unchanged and the error becomes a problem of c. def is only shown in
+// --help: the caller must store the default in *p.
 func parsedFlag[T any](c *command, p *T, name, def, usage string, parse func(text string) (T, error)) {
 	c.Var(&funcFlag{def, func(text string) error {
 		v, err := parse(text)
@@ -184,9 +187,9 @@ func parsedFlag[T any](c *command, p *T, name, def, usage string, parse func(tex
 	}}, name, usage)
 }
 
-// listFlag defines the flag --name, which may be repeated. Each time it is set, parse gets the
-// texts of all its occurrences so far and returns the whole list. A text that makes parse fail
-// becomes a problem of c and is left out of later calls.
+// listFlag defines the flag --name, which may be repeated. Each time the flag is set, parse gets
+// the texts of all its occurrences so far and returns the whole list for *p. If parse fails because
+// of a new text, the error becomes a problem of c, and later calls of parse do not get that text.
 func listFlag[T any](c *command, p *T, name, usage string, parse func(texts []string) (T, error)) {
 	var texts []string
 	parsedFlag(c, p, name, "", usage+"; may be repeated", func(text string) (T, error) {
@@ -199,9 +202,9 @@ func listFlag[T any](c *command, p *T, name, usage string, parse func(texts []st
 	})
 }
 
-// numberFlag defines the flag --name with the default def. A value below min or above max is a
-// problem of c; a max of 0 means no upper bound. A text that parse refuses is an error of
-// flag.FlagSet.Parse.
+// numberFlag defines the flag --name with the default def. A value below min or above max becomes a
+// problem of c; a max of 0 means no upper bound. If parse refuses a text, flag.FlagSet.Parse
+// returns the error.
 func numberFlag[T ~int | ~int64](c *command, p *T, name string, def, min, max T, usage string, parse func(string) (T, error), format func(T) string) {
 	*p = def
 	c.Var(&funcFlag{format(def), func(text string) error {
@@ -365,8 +368,8 @@ func (c *command) clusterIDFlag(p *string, name, usage string) {
 	parsedFlag(c, p, name, "", usage, func(id string) (string, error) { return id, CheckClusterID(id) })
 }
 
-// labelsFlag defines a repeatable flag for a list of labels NAME=VALUE. The last value of a name
-// wins.
+// labelsFlag defines a repeatable flag for a list of labels NAME=VALUE. If several labels have the
+// same name, the last value is used.
 func (c *command) labelsFlag(p *[]Label, name, usage string) {
 	listFlag(c, p, name, usage, ParseLabels)
 }
@@ -396,8 +399,8 @@ func (c *command) selectorsFlag(p *Selectors, name, usage string) {
 	listFlag(c, p, name, usage, ParseSelectors)
 }
 
-// metricRenamesFlag defines a repeatable flag for a list of renames OLD=NEW of metrics. The renames
-// in def apply too, unless the flag renames the same OLD.
+// metricRenamesFlag defines a repeatable flag for a list of renames OLD=NEW of metrics. def has the
+// default renames. A default rename stays in effect unless the flag renames the same OLD.
 func (c *command) metricRenamesFlag(p *map[string]string, name string, def []string, usage string) {
 	*p, _ = ParseRenames(def)
 	listFlag(c, p, name, usage, func(texts []string) (map[string]string, error) {

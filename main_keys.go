@@ -1,8 +1,8 @@
 package main
 
-// The file implements the modes keygen and token, with which an operator creates keys and tokens.
-// When a token is created, stdout gets the token and nothing else, so that it can be redirected to
-// a file. Messages go to stderr. The modes print no secret except a new token.
+// This file implements the modes keygen and token, with which an operator creates keys and tokens.
+// When the mode token creates a token, stdout gets the token and nothing else, so that it can be
+// redirected to a file. Messages go to stderr. The modes print no secret except a new token.
 
 import (
 	"context"
@@ -106,9 +106,9 @@ func tokenMode(_ context.Context, c *command) error {
 	return err
 }
 
-// makeToken creates a client token from the flags and signs it with the first token key. If one of
-// the servers has an https URL and --keys has a certificate, the token contains the certificate's
-// pin. now is the issue time.
+// makeToken creates a client token from the flags and signs it with the first key in token.key. If
+// one of the servers has an https URL and the directory --keys has a certificate, the token
+// contains the certificate's pin. now is the issue time.
 func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error) {
 	t = Token{Kind: KindClient, ClusterID: f.id, Labels: map[string]string{}, Issued: now.Unix(), ID: NewTokenID()}
 	for _, l := range f.labels {
@@ -143,8 +143,8 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 }
 
 // inspectToken writes to w the contents of the token in file, and whether the keys in keysDir
-// verify it. A token that does not verify is an error. If the keys cannot be read, inspectToken
-// writes that and returns nil.
+// verify the token. It returns an error if the keys do not verify the token. If the keys cannot be
+// read, it writes that the answer is unknown, and returns nil.
 func inspectToken(w io.Writer, keysDir, file string) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {

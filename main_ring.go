@@ -1,8 +1,9 @@
 package main
 
-// The file wires the parts that make a server with --listen-cluster a member of the ring. Gossip
-// (UDP) and forwarding (TCP) use the same port number. The number of a new gossip session is saved
-// before the first packet is sent. Gossip ends after the HTTP listeners and before the store.
+// This file wires the parts that make a server with --listen-cluster a member of the ring. Gossip
+// (UDP) and forwarding (TCP) use the same port number. Unless the disk is full, the number of a new
+// gossip session is saved before the first packet is sent. Gossip ends after the HTTP listeners and
+// before the store.
 
 import (
 	"context"
@@ -13,12 +14,13 @@ import (
 	"time"
 )
 
-// ringName is authenticated with every message between members, so that messages of a ring with
-// another name are refused.
+// ringName is the name of the ring. Members authenticate it with every message to each other, and
+// refuse messages of a ring with another name.
 const ringName = "telemeter"
 
-// forwardDialTimeout bounds connecting to an owner. It is short because gossip needs about three
-// seconds to detect a dead member, and until then pushes are still forwarded to it.
+// forwardDialTimeout bounds connecting to the owner of a site. It is short because gossip needs
+// about three seconds to detect a dead member. Until then, pushes are still forwarded to the dead
+// member, and each of them waits for this timeout.
 const forwardDialTimeout = 2 * time.Second
 
 // ringFlags has the values of the flags of --mode server that make a server a member of a ring.
@@ -34,7 +36,7 @@ func (f *ringFlags) define(c *command) {
 		c.optionalAddressFlag(&f.listen, "listen-cluster", "", "`ADDRESS` address for other servers, for UDP and TCP, usually :9006; empty: run without a ring")
 		c.addressesFlag(&f.join, "join", "`ADDRESS` address of a server of the ring to join, retried forever; a host name stands for all its IP addresses")
 		c.optionalAddressFlag(&f.advertise, "advertise", "", "`ADDRESS` address where other servers reach this server; /sd uses its host; empty: detected automatically")
-		hostname, _ := os.Hostname() // if this fails, check reports that --name is invalid
+		hostname, _ := os.Hostname() // if this fails, the default is empty, and check reports that --name is invalid
 		c.StringVar(&f.name, "name", hostname, "`NAME` name of this server, unique in the ring")
 		c.durationFlag(&f.interval, "gossip-interval", DefaultGossipInterval, 100*time.Millisecond, 0, "`TIME` interval of gossip, with which all its timeouts scale; raise it for slow links")
 		c.Lookup("name").DefValue = "the host name"
@@ -44,7 +46,7 @@ func (f *ringFlags) define(c *command) {
 // enabled reports whether the flags make the server a member of a ring.
 func (f *ringFlags) enabled() bool { return f.listen != "" }
 
-// check adds conflicts among the flags of the ring to c's problems.
+// check adds each conflict among the flags of the ring to the problems of c.
 func (f *ringFlags) check(c *command) {
 	if !f.enabled() {
 		c.addProblemUnless(len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster ADDRESS, usually :9006")
@@ -62,9 +64,10 @@ type ringNode struct {
 	udp    *net.UDPConn
 }
 
-// openRingNode opens the port for other members and builds the member, which continues from the
-// restart state in the storage directory. Every new view of the ring goes to p.forwarder. After an
-// error the sockets are closed. The caller must run the node, and close its sockets at the end.
+// openRingNode opens the sockets for other members and builds this server's ring node. The node
+// continues from the restart state in the storage directory. It passes every new view of the ring
+// to p.forwarder. After an error the sockets are closed. Otherwise the caller must run the node,
+// and close its sockets at the end.
 func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	f := &p.ring
 	state, err := LoadRestartState(DiskFS{}, p.storageDir)
@@ -121,9 +124,10 @@ func (n *ringNode) listenTCPAndUDP(addr string) (err error) {
 	return nil
 }
 
-// sdAddress returns the address of the internal listener that /sd lists. internal is the listener's
-// address. If internal has no host, or an unspecified one such as 0.0.0.0, the host of advertise
-// takes its place. reachable is false if the result is a loopback address and advertise is not.
+// sdAddress returns the address that /sd lists for this server. internal is the address of the
+// internal listener. If internal has no host, or an unspecified one such as 0.0.0.0, the result has
+// the host of advertise in its place. reachable is false if the result is a loopback address and
+// advertise is not.
 func sdAddress(internal, advertise string) (addr string, reachable bool) {
 	host, port, _ := net.SplitHostPort(internal)
 	advertised, _, _ := net.SplitHostPort(advertise)
@@ -138,8 +142,8 @@ func (n *ringNode) run(ctx context.Context) error {
 	return runUntilOneEnds(ctx, n.gossip.Run, n.member.Run)
 }
 
-// closeSockets closes the sockets that are open. The TCP listener may be closed already, because
-// its HTTP server closes it.
+// closeSockets closes the sockets that were opened. The TCP listener may be closed already by its
+// HTTPServer, which is harmless.
 func (n *ringNode) closeSockets() {
 	if n.tcp != nil {
 		n.tcp.Close()

@@ -1,7 +1,7 @@
 package main
 
-// Tests of rings of server processes: one owner per site, death, return and leave of members,
-// cluster keys.
+// Tests of rings whose members are server processes: each site has one owner; members die, return
+// and leave; cluster keys are rotated or bad; flags of the ring are faulty.
 
 import (
 	"encoding/json"
@@ -17,8 +17,9 @@ import (
 	"testing"
 )
 
-// memberProcess is one server process of a ring, with the URLs of its listeners and the address
-// where other members reach it.
+// memberProcess is a server process that is a member of a ring. external and internal are the base
+// URLs of its two listeners. ringAddr is the address of its listener for other members, which
+// --join takes.
 type memberProcess struct {
 	*process
 	name, external, internal, ringAddr string
@@ -26,7 +27,9 @@ type memberProcess struct {
 
 const memberAddr = `msg="started as member of the ring" .*listen=(\S+)`
 
-// startMember starts a server as a member of a ring. dir must have the directory keys.
+// startMember starts a server process with the given member name in dir, and waits until it is a
+// member of a ring. Without --join in args it is the first member. dir must contain the directory
+// keys.
 func startMember(t *testing.T, dir, name string, args ...string) *memberProcess {
 	t.Helper()
 	p := start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--name", name, "--listen", "127.0.0.1:0",
@@ -35,7 +38,7 @@ func startMember(t *testing.T, dir, name string, args ...string) *memberProcess 
 	return &memberProcess{p, name, "http://" + p.await(externalAddr), "http://" + p.await(internalAddr), p.await(memberAddr)}
 }
 
-// debugRing has the fields of /debug/ring that the tests use.
+// debugRing is a decoded answer of /debug/ring, with only the fields that the tests use.
 type debugRing struct {
 	Members []struct {
 		Name, State, Internal string
@@ -46,7 +49,7 @@ type debugRing struct {
 	Ring struct{ Version string }
 }
 
-// debug returns the answer of m's /debug/ring.
+// debug fetches m's /debug/ring and returns the decoded answer.
 func (m *memberProcess) debug() (d debugRing) {
 	m.t.Helper()
 	if err := json.Unmarshal([]byte(get(m.t, m.internal+"/debug/ring")), &d); err != nil {
@@ -55,7 +58,8 @@ func (m *memberProcess) debug() (d debugRing) {
 	return d
 }
 
-// slots returns the slots of the live members, by name.
+// slots returns the slot of each live member that has a slot, by member name. Suspected members
+// count as live.
 func (d debugRing) slots() map[string]int {
 	s := map[string]int{}
 	for _, m := range d.Members {
@@ -66,7 +70,7 @@ func (d debugRing) slots() map[string]int {
 	return s
 }
 
-// session returns the session of the member name, or 0 if it is unknown.
+// session returns the session of the named member, or 0 if /debug/ring does not list the member.
 func (d debugRing) session(name string) uint64 {
 	for _, m := range d.Members {
 		if m.Name == name {
@@ -76,7 +80,8 @@ func (d debugRing) session(name string) uint64 {
 	return 0
 }
 
-// state returns the state of the member name, or "" if it is unknown.
+// state returns the state of the named member, such as "left", or "" if /debug/ring does not list
+// the member.
 func (d debugRing) state(name string) string {
 	for _, m := range d.Members {
 		if m.Name == name {
@@ -86,8 +91,8 @@ func (d debugRing) state(name string) string {
 	return ""
 }
 
-// agree waits until every one of members is ready, sees n live members with slots, and has the same
-// ring.
+// agree waits until each of members is ready, sees n live members with slots, and has the same
+// version of the ring as the others.
 func agree(t *testing.T, n int, members ...*memberProcess) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d members agree", n), func() bool {
@@ -109,7 +114,8 @@ func agree(t *testing.T, n int, members ...*memberProcess) {
 	})
 }
 
-// push pushes body to m and returns the status of the answer. header alternates names and values.
+// push pushes body to the external listener of m, and returns the status code of the answer. header
+// alternates names and values of headers.
 func (m *memberProcess) push(token, body string, header ...string) int {
 	m.t.Helper()
 	req, err := http.NewRequest("POST", m.external+"/upload", strings.NewReader(body))
@@ -128,8 +134,8 @@ func (m *memberProcess) push(token, body string, header ...string) int {
 	return resp.StatusCode
 }
 
-// shows returns how many members serve the metric m of a cluster ID to a scraper without a name,
-// and the last of these members.
+// shows scrapes the metric m from each of members without a consumer's name. It returns how many of
+// the members serve a series of the metric with the cluster ID id, and the last of these members.
 func shows(t *testing.T, id string, members ...*memberProcess) (n int, last *memberProcess) {
 	t.Helper()
 	for _, m := range members {
@@ -140,16 +146,16 @@ func shows(t *testing.T, id string, members ...*memberProcess) (n int, last *mem
 	return n, last
 }
 
-// ringOfThree is a ring of the members a, b and c, to which 12 sites have pushed.
+// ringOfThree is a ring of the three member processes a, b and c, to which 12 sites have pushed.
 type ringOfThree struct {
 	t      *testing.T
 	dir    string
 	all    []*memberProcess
-	tokens map[string]string // by cluster ID
+	tokens map[string]string // client tokens of the sites, by cluster ID
 }
 
-// startRingOfThree starts the members and waits until they agree. Then each of 12 sites pushes once
-// to each member.
+// startRingOfThree starts the three members and waits until they have the same ring. Then it pushes
+// once to each member for each of 12 sites.
 func startRingOfThree(t *testing.T) *ringOfThree {
 	t.Helper()
 	r := &ringOfThree{t: t, dir: t.TempDir(), tokens: map[string]string{}}
@@ -169,7 +175,7 @@ func startRingOfThree(t *testing.T) *ringOfThree {
 	return r
 }
 
-// siteNotOwnedBy returns a site whose owner is not m, and its owner.
+// siteNotOwnedBy returns the cluster ID of a site that m does not own, and the owner of this site.
 func (r *ringOfThree) siteNotOwnedBy(m *memberProcess) (id string, owner *memberProcess) {
 	r.t.Helper()
 	for _, id := range slices.Sorted(maps.Keys(r.tokens)) {
@@ -181,12 +187,13 @@ func (r *ringOfThree) siteNotOwnedBy(m *memberProcess) (id string, owner *member
 	return "", nil
 }
 
-// without returns the members other than m.
+// without returns all members of the ring except m.
 func (r *ringOfThree) without(m *memberProcess) []*memberProcess {
 	return slices.DeleteFunc(slices.Clone(r.all), func(other *memberProcess) bool { return other == m })
 }
 
-// /sd of every member lists all members, and every path that / lists exists.
+// /sd of each member lists all members of the ring. The internal listener answers 200 at each path
+// that it lists at /.
 func TestRingLists(t *testing.T) {
 	r := startRingOfThree(t)
 	for _, m := range r.all {
@@ -204,8 +211,8 @@ func TestRingLists(t *testing.T) {
 	}
 }
 
-// Exactly one server serves a site to a scraper without a name, although the site pushed to all
-// three servers. Each server owns some of the twelve sites.
+// Exactly one server, the owner, serves a site to a scraper without a consumer's name, although the
+// site has pushed to all three servers. Each server owns some of the 12 sites.
 func TestRingOneOwner(t *testing.T) {
 	r := startRingOfThree(t)
 	owners := map[*memberProcess]bool{}
@@ -221,8 +228,9 @@ func TestRingOneOwner(t *testing.T) {
 	}
 }
 
-// The metrics that a server adds for a site have the server's own name. Every server exposes the
-// token expiry, because it has authenticated the site; only the owner exposes the push time.
+// The series that a server makes for a site have the server's own name in the label server. Each
+// server to which a site has pushed shows the site's token expiry, because it has authenticated the
+// site. Only the owner shows push_time_seconds.
 func TestRingSiteMetrics(t *testing.T) {
 	r := startRingOfThree(t)
 	for name, want := range map[string]int{"telemeter_cluster_token_expiry_seconds": 36, "push_time_seconds": 12} {
@@ -240,9 +248,10 @@ func TestRingSiteMetrics(t *testing.T) {
 	}
 }
 
-// When an owner dies, pushes of its sites are answered 200 at once, a consumer gets all their
-// samples, and another server becomes the owner. When the owner returns, all members have their old
-// slots, so it owns the sites again.
+// When the owner of a site dies, pushes of the site to other servers are still answered 200 right
+// after its death. A consumer gets all samples of these pushes, and another server becomes the
+// owner. When the dead server returns with a new address, all members have their old slots again,
+// so the server owns its sites again.
 func TestRingOwnerDies(t *testing.T) {
 	r := startRingOfThree(t)
 	a := r.all[0]
@@ -270,7 +279,7 @@ func TestRingOwnerDies(t *testing.T) {
 		t.Errorf("%d servers serve %s after its owner died, want 1", n, id)
 	}
 
-	back := startMember(t, r.dir, victim.name, "--join", a.ringAddr) // on other ports
+	back := startMember(t, r.dir, victim.name, "--join", a.ringAddr) // the same member as before, but with other ports
 	agree(t, 3, append(left, back)...)
 	if n, owner := shows(t, id, append(left, back)...); n != 1 || owner != back {
 		t.Errorf("%d servers serve %s after its owner returned, want only the owner", n, id)
@@ -285,8 +294,8 @@ func TestRingOwnerDies(t *testing.T) {
 	}
 }
 
-// A member that is stopped with SIGTERM leaves the ring. The sites of the member have new owners at
-// once, and the other members show it as left, not as dead.
+// A member that is stopped with SIGTERM leaves the ring. Its sites have new owners as soon as it
+// has left, and the other members show its state as "left", not as "dead".
 func TestRingMemberLeaves(t *testing.T) {
 	r := startRingOfThree(t)
 	a := r.all[0]
@@ -307,8 +316,8 @@ func TestRingMemberLeaves(t *testing.T) {
 	eventually(t, leaver.name+" is shown as left", func() bool { return a.debug().state(leaver.name) == "left" })
 }
 
-// Cluster keys can be rotated on one server after the other. Servers with the old and the new key
-// forward pushes to each other all the time.
+// An operator can rotate the cluster key on one server after the other. While only some servers
+// have the new key, all servers still forward pushes to each other.
 func TestClusterKeyRotation(t *testing.T) {
 	dirs := []string{t.TempDir(), t.TempDir()}
 	mustTool(t, dirs[0], "--mode", "keygen", "--keys", "keys")
@@ -326,7 +335,8 @@ func TestClusterKeyRotation(t *testing.T) {
 	b := startMember(t, dirs[1], "b", "--join", a.ringAddr)
 	agree(t, 2, a, b)
 	token := ""
-	for i := 0; ; i++ { // find a site that a owns; it pushes to b
+	// This loop pushes to b for one new site after the other, until it finds a site that a owns.
+	for i := 0; ; i++ {
 		id := fmt.Sprint("site", i)
 		token = mustTool(t, dirs[0], "--mode", "token", "--keys", "keys", "--id", id)
 		if b.push(token, "m 1\n") != http.StatusOK {
@@ -360,7 +370,8 @@ func TestClusterKeyRotation(t *testing.T) {
 	}
 }
 
-// If cluster.key is bad, a reload changes nothing else either: a new revocation is not in force.
+// If the file cluster.key is bad, a reload changes nothing: a site whose cluster ID was added to
+// the file of revoked IDs can still push.
 func TestClusterKeyBad(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -384,7 +395,8 @@ func TestClusterKeyBad(t *testing.T) {
 	}
 }
 
-// Of two servers with one name, one exits with 1 and reports the reason once.
+// If two servers with the same name are in one ring, one of them exits with 1 and reports once that
+// the name is taken.
 func TestRingNameTaken(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -405,8 +417,8 @@ func TestRingNameTaken(t *testing.T) {
 	}
 }
 
-// A server with other keys cannot join a ring. The members count its packets as refused, and
-// neither side learns of the other.
+// A server with other keys cannot join a ring. The ring's member counts the packets of this server
+// as refused. Neither server lists the other one in /debug/ring.
 func TestRingStranger(t *testing.T) {
 	dir, other := t.TempDir(), t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -422,7 +434,8 @@ func TestRingStranger(t *testing.T) {
 	}
 }
 
-// Faulty flags of the ring are reported with the name of the flag, with the exit status 2.
+// If a flag of the ring has a faulty value, or a flag that it needs is missing, the server exits
+// with 2 and names the flag in the message.
 func TestRingFlagConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for args, want := range map[string]string{

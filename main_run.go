@@ -1,7 +1,7 @@
 package main
 
-// The file runs the parts of a process concurrently and ends them together. A part that others need
-// ends after them. SIGHUP starts a reload. A reload must change nothing if it fails.
+// This file runs the parts of a process concurrently and ends them together. A part that other
+// parts need ends after them. SIGHUP starts a reload. A reload must change nothing if it fails.
 
 import (
 	"context"
@@ -29,9 +29,9 @@ func runUntilOneEnds(ctx context.Context, parts ...func(context.Context) error) 
 	return errors.Join(errs...)
 }
 
-// runWhile runs serve and background concurrently. When ctx ends, it cancels the context of serve.
-// It cancels the context of background only after serve has returned. If background returns first,
-// the context of serve is canceled. runWhile returns the errors of both, joined.
+// runWhile runs serve and background concurrently. When ctx ends, runWhile cancels the context of
+// serve. It cancels the context of background only after serve has returned. If background returns
+// first, runWhile cancels the context of serve. It returns the errors of both, joined.
 func runWhile(ctx context.Context, background, serve func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -49,8 +49,8 @@ func runWhile(ctx context.Context, background, serve func(context.Context) error
 }
 
 // runWithReloads runs parts like runUntilOneEnds. On every SIGHUP it calls reload, and it logs and
-// counts the result. When ctx ends or a part returns, it calls onStop once, while the other parts
-// are still ending. If all parts return at the same moment, onStop may not be called.
+// counts the result. When ctx ends or one part returns, it calls onStop once, while the other parts
+// are still ending. If all parts return at the same moment, the call of onStop can be missing.
 func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, onStop func(), parts ...func(context.Context) error) error {
 	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules, by result.", "result")
 	reloads.Add(0, "ok")

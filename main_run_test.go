@@ -1,6 +1,7 @@
 package main
 
-// Tests of the order in which the parts of a process end, in virtual time.
+// Tests of runWhile and runUntilOneEnds: the order in which they end the concurrent parts of a
+// process. The tests run in virtual time.
 
 import (
 	"context"
@@ -12,17 +13,18 @@ import (
 	"time"
 )
 
-// runWhile ends background only after serve has returned. If background returns first, serve ends
-// too. The errors of both are returned.
+// runWhile runs the functions serve and background concurrently. When its context ends, it ends
+// serve. When serve has returned, it ends background. If background returns first, runWhile ends
+// serve. It returns the errors of both functions.
 func TestRunWhile(t *testing.T) {
 	bad, worse := errors.New("bad"), errors.New("worse")
 	for name, c := range map[string]struct {
-		// Units of time after which the context ends, background fails and serve returns by
-		// itself. With 0 it does not happen.
+		// Times in seconds after the start: when the context ends (stop), when background fails
+		// (fail), and when serve returns by itself (end). 0 means never.
 		stop, fail, end time.Duration
-		serveErr        error         // returned by serve when it returns by itself
-		want            []string      // the parts in the order in which they end
-		took            time.Duration // units of time until runWhile returns
+		serveErr        error         // error that serve returns at the time end
+		want            []string      // names of the two functions in the order in which they must end; "serve terminated" if serve got the cause errTerminated
+		took            time.Duration // time in seconds until runWhile must return
 	}{
 		"context ends":     {stop: 3, want: []string{"serve terminated", "background"}, took: 3 + 5 + 7},
 		"background fails": {fail: 2, want: []string{"background", "serve"}, took: 2 + 5},
@@ -57,7 +59,7 @@ func TestRunWhile(t *testing.T) {
 					case <-after(c.fail):
 						return bad
 					case <-ctx.Done():
-						time.Sleep(7 * unit) // background takes this long to end
+						time.Sleep(7 * unit) // background needs 7 s to end after its context has ended
 						return nil
 					}
 				}, func(ctx context.Context) error {
@@ -66,7 +68,7 @@ func TestRunWhile(t *testing.T) {
 						note("serve")
 						return c.serveErr
 					case <-ctx.Done():
-						time.Sleep(5 * unit) // serve takes this long to end
+						time.Sleep(5 * unit) // serve needs 5 s to end after its context has ended
 						if errors.Is(context.Cause(ctx), errTerminated) {
 							note("serve terminated")
 						} else {
@@ -86,7 +88,8 @@ func TestRunWhile(t *testing.T) {
 	}
 }
 
-// When one part returns, runUntilOneEnds ends the others, waits for them, and returns all errors.
+// When one of the functions that runUntilOneEnds runs returns, runUntilOneEnds ends the contexts of
+// the others, waits until they have returned, and returns the errors of all.
 func TestRunUntilOneEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := errors.New("first"), errors.New("second")

@@ -1,9 +1,8 @@
 package main
 
-// The file implements the mode server: its flags and the wiring of a server. Conflicts among flags
+// This file implements the mode server: its flags and the wiring of a server. Conflicts among flags
 // are reported before any file or socket is opened. Each part is built after the parts that it
-// needs, and the parts end in the opposite order, the store last. A reload that fails changes
-// nothing.
+// needs. The parts end in the opposite order, the store last. A reload that fails changes nothing.
 
 import (
 	"context"
@@ -99,7 +98,7 @@ func (f *serverFlags) define(c *command) {
 	c.defineGroup("Other", func() { c.logLevelFlag(&f.logLevel) })
 }
 
-// check adds conflicts among flags to c's problems.
+// check adds each conflict among the flags to the problems of c.
 func (f *serverFlags) check(c *command) {
 	c.addProblemUnless(f.keys != "", "--keys DIR is missing: create the keys with telemeter --mode keygen --keys keys")
 	host, _, _ := net.SplitHostPort(f.internalAddr)
@@ -117,7 +116,7 @@ type serverProcess struct {
 	metrics *Metrics
 	now     func() time.Time
 
-	certificate atomic.Pointer[tls.Config] // of the external listener; nil: plain HTTP
+	certificate atomic.Pointer[tls.Config] // TLS configuration of the external listener; nil if --keys has no certificate
 	forwarder   *Forwarder                 // nil for a server without a ring
 	node        *ringNode                  // nil for a server without a ring
 	store       *Store
@@ -135,7 +134,8 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
 		return fmt.Errorf("finding storage directory: %w", err)
 	}
-	// Load the keys before the store, so that faulty keys do not leave a new storage directory.
+	// Load the keys before the store is opened, so that a server with faulty keys does not create a
+	// storage directory.
 	state, err := p.loadConfigAndSetCertificate()
 	if err != nil {
 		return err
@@ -149,8 +149,8 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	// Open the store before the ring node, because the store locks the storage directory, which
-	// also contains the ring node's restart state.
+	// Open the store before the ring node. The store locks the storage directory, and the ring node
+	// keeps its restart state in that directory.
 	if err := p.openStore(); err != nil {
 		return err
 	}
@@ -182,7 +182,8 @@ func (p *serverProcess) newForwarder(ringKeys Keys) error {
 	return nil
 }
 
-// openStore opens the store with the limits of the flags. It logs and counts the store's errors.
+// openStore opens the store with the limits in the flags. It makes the store's later errors be
+// logged and counted.
 func (p *serverProcess) openStore() (err error) {
 	failures := p.metrics.Counter("telemeter_store_errors_total", "Errors of the store; each is logged.")
 	cfg := StoreConfig{
@@ -204,7 +205,8 @@ func (p *serverProcess) openStore() (err error) {
 	return nil
 }
 
-// newServer sets p.server to a new Server, which is not ready yet and uses the configuration state.
+// newServer sets p.server to a new Server that uses the keys and rules in state. The Server is not
+// ready yet.
 func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	cfg := ServerConfig{
 		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now,
@@ -221,7 +223,7 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 }
 
 // listenHTTP opens the external listener, with TLS if there is a certificate, and the internal
-// listener. serveListeners serves them.
+// listener. It accepts no connections; serveListeners does.
 func (p *serverProcess) listenHTTP() error {
 	external, err := Listen(p.externalAddr)
 	if err != nil {
@@ -246,8 +248,8 @@ func (p *serverProcess) listenHTTP() error {
 	return nil
 }
 
-// closeListeners closes the listeners that were opened. Some may be closed already, which is
-// harmless.
+// closeListeners closes the external and the internal listener if they were opened. They may be
+// closed already, which is harmless.
 func (p *serverProcess) closeListeners() {
 	for _, s := range []HTTPServer{p.external, p.internal} {
 		if s.Listener != nil {
@@ -257,14 +259,15 @@ func (p *serverProcess) closeListeners() {
 }
 
 // serve answers clients, scrapers and other members until ctx ends. At the end it logs how many
-// samples consumers have not read.
+// samples the consumers have not read.
 func (p *serverProcess) serve(ctx context.Context) error {
 	defer p.server.LogUnreadSamples()
 	if p.node == nil {
 		p.server.SetReady(true)
 		return p.serveListeners(ctx)
 	}
-	// Gossip ends after the listeners, so that pushes in flight can still be forwarded.
+	// Gossip ends after the listeners, so that this server can still forward the pushes that are in
+	// flight.
 	return runWhile(ctx, p.node.run, p.serveListeners)
 }
 
@@ -296,8 +299,8 @@ func (p *serverProcess) serveInternalUntilRead(ctx context.Context) error {
 	return p.internal.Run(serving)
 }
 
-// setReadyOnceSettled makes the server ready when the member has built its first ring. It returns
-// when ctx ends.
+// setReadyOnceSettled makes the server ready when the RingKeeper builds its first ring, from which
+// the owners of sites are known. It returns when ctx ends.
 func (p *serverProcess) setReadyOnceSettled(ctx context.Context) error {
 	select {
 	case <-p.node.member.Settled():
@@ -309,8 +312,9 @@ func (p *serverProcess) setReadyOnceSettled(ctx context.Context) error {
 	return nil
 }
 
-// announceStop makes the server not ready, so that it refuses new pushes, and announces to the
-// other members that it is about to leave the ring, so that they stop forwarding pushes to it.
+// announceStop makes the server not ready, so that it refuses new pushes. A member of a ring also
+// announces to the other members that it is about to leave, so that they stop forwarding pushes to
+// it.
 func (p *serverProcess) announceStop() {
 	p.server.SetReady(false)
 	if p.node != nil {
@@ -318,8 +322,9 @@ func (p *serverProcess) announceStop() {
 	}
 }
 
-// reload reads keys, certificate, revocations, federate token and selectors again, and replaces
-// them only if all could be read. A server that started without TLS stays without TLS.
+// reload reads keys, certificate, revocations, federate token and selectors again. It replaces them
+// only if all of them could be read. A server that started without TLS stays without TLS until a
+// restart.
 func (p *serverProcess) reload() error {
 	var ringKeys Keys
 	if p.node != nil {
@@ -328,7 +333,8 @@ func (p *serverProcess) reload() error {
 			return err
 		}
 	}
-	// This must come after every other read, because it replaces the certificate.
+	// loadConfigAndSetCertificate must come after every other read, because it replaces the
+	// certificate at once.
 	state, err := p.loadConfigAndSetCertificate()
 	if err != nil {
 		return err
@@ -343,8 +349,9 @@ func (p *serverProcess) reload() error {
 	return errors.Join(p.node.gossip.SetKeys(ringKeys), p.forwarder.SetKeys(ringKeys))
 }
 
-// loadConfigAndSetCertificate reads the files that a reload reads again, except cluster.key. If all
-// can be read, it replaces the certificate of the external listener, and returns the rest.
+// loadConfigAndSetCertificate reads all files that a reload reads, except cluster.key. If all of
+// them can be read, it replaces the certificate of the external listener, and returns the contents
+// of the other files.
 func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerConfig, err error) {
 	if config.Keys, err = readKeyFile(p.keys, TokenKeyFile); err != nil {
 		return config, err
@@ -363,7 +370,7 @@ func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerCo
 	return config, p.loadAndSetCertificate()
 }
 
-// loadRevoked returns the IDs in --revoked-file, or none without that flag.
+// loadRevoked returns the IDs in the file of --revoked-file, or no IDs without that flag.
 func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 	if p.revokedFile == "" {
 		return RevokedIDs{}, nil
@@ -379,8 +386,8 @@ func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 	return revoked, nil
 }
 
-// loadFederateToken returns the token in --federate-token-file, or "" without that flag. A token
-// that an Authorization header cannot contain is an error.
+// loadFederateToken returns the token in the file of --federate-token-file, or "" without that
+// flag. A token that an Authorization header cannot contain is an error.
 func (p *serverProcess) loadFederateToken() (string, error) {
 	b, err := readOptionalSecret(p.federateTokenFile, "federate token")
 	if err != nil {
@@ -393,10 +400,10 @@ func (p *serverProcess) loadFederateToken() (string, error) {
 	return token, nil
 }
 
-// loadAndSetCertificate reads tls.crt and tls.key in --keys and replaces the certificate of the
-// external listener. If both files are missing and there was no certificate before, the listener
-// stays plain HTTP. In all other cases a missing file is an error, because the server must not fall
-// back to plain HTTP.
+// loadAndSetCertificate reads tls.crt and tls.key in the directory --keys and replaces the
+// certificate of the external listener. If both files are missing and the server has no certificate
+// yet, the listener stays plain HTTP. In all other cases a missing file is an error, because the
+// server must not fall back to plain HTTP.
 func (p *serverProcess) loadAndSetCertificate() error {
 	crt, key := filepath.Join(p.keys, TLSCertFile), filepath.Join(p.keys, TLSKeyFile)
 	_, crtErr := os.Stat(crt)
@@ -422,9 +429,9 @@ func (p *serverProcess) loadAndSetCertificate() error {
 	return nil
 }
 
-// newServerClock returns the checked wall clock that the store uses to judge the age of samples. It
-// logs and counts steps of the wall clock, and registers metrics for the clock. now is the wall
-// clock.
+// newServerClock returns a CheckedWallClock, by which the store judges the age of samples. The
+// parameter now is the wall clock. The CheckedWallClock logs and counts the steps of the wall
+// clock. newServerClock also registers metrics for the clock.
 func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *CheckedWallClock {
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()

@@ -1,7 +1,7 @@
 package main
 
-// Tests of the mode server: its command line, its start, and what a reload replaces. The server
-// runs in the test process.
+// Tests of the mode server, which run the server in the test process: conflicts on its command
+// line, failures to start, --help, and which files a reload reads anew.
 
 import (
 	"context"
@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// runMode runs telemeter with args in this process, and returns its exit status and output. It must
-// end by itself within 20 s.
+// runMode runs telemeter with args in the test process, and returns its exit status and output. The
+// test fails if telemeter is still running after 20 s.
 func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -34,13 +34,13 @@ func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	return status, out.String(), errs.String()
 }
 
-// All conflicts among the server's flags are reported in one message with hints. The exit status is
-// 2, and no file is created.
+// The server reports all problems of its flags in one message, with hints how to correct them, and
+// exits with 2. It creates no file.
 func TestServerConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct {
 		args string
-		want []string // all are in the message
+		want []string // texts that the message must contain, all of them
 	}{
 		{"", []string{"--keys DIR is missing", "keygen"}},
 		{"--keys k --listen 9003", []string{"--listen: ", "9003"}},
@@ -91,8 +91,8 @@ func TestServerConflicts(t *testing.T) {
 	}
 }
 
-// A server that cannot use a file that a flag names exits with 1, reports the cause without a
-// secret, and creates no storage directory.
+// If the server cannot use a file that a flag names, it exits with 1 and reports the cause. The
+// message does not contain the secret in the file, and the server creates no storage directory.
 func TestServerStartFails(t *testing.T) {
 	dir := t.TempDir()
 	keys, storage := filepath.Join(dir, "keys"), filepath.Join(dir, "storage")
@@ -120,7 +120,7 @@ func TestServerStartFails(t *testing.T) {
 	for _, c := range []struct{ args, want string }{
 		{"--keys " + filepath.Join(dir, "none"), "keygen --keys"},
 		{"--keys " + bad, "line 1"},
-		{"--keys " + half, "tls.crt"}, // the server must not fall back to plain HTTP
+		{"--keys " + half, "tls.crt"}, // tls.crt is missing beside tls.key; the server must not serve plain HTTP instead
 		{"--keys " + keys + " --revoked-file " + filepath.Join(dir, "none"), "revocations"},
 		{"--keys " + keys + " --revoked-file " + file("revoked", "ok\nno such id\n"), "line 2"},
 		{"--keys " + keys + " --allow-file " + file("allow", "# nothing\n"), "contains no selector"},
@@ -138,7 +138,8 @@ func TestServerStartFails(t *testing.T) {
 	}
 }
 
-// --help lists every flag of the server with its default, and an example.
+// --help of the mode server lists each flag of the server, default values, and an example. No line
+// has more than 110 columns.
 func TestServerHelp(t *testing.T) {
 	for _, args := range [][]string{{"--mode", "server", "--help"}, {"-h", "--mode=server"}} {
 		status, help, stderr := runMode(t, args...)
@@ -178,23 +179,24 @@ func TestServerHelp(t *testing.T) {
 	}
 }
 
-// modeServer is a server that run serves in this process. Every file that a reload reads is named
-// by a flag.
+// modeServer is a server that runs in the test process. Its flags name each file that a reload
+// reads: keys, certificate, revocations, selectors and the federate token.
 type modeServer struct {
 	t      *testing.T
-	dir    string // has keys, revoked, allow, federate-token and, from the start on, storage
-	token  string // of site-7, with the label region="eu"
+	dir    string // directory with keys, revoked, allow and federate-token; the server adds storage
+	token  string // client token of site-7, with the label region="eu"
 	log    logBuffer
 	starts int // how often the server was started
 
-	secrets []string // must not be in the log at the end of the test
+	secrets []string // texts that the process log must not contain at the end of the test
 
-	external, internal string       // addresses of the running server
-	client             *http.Client // trusts the certificate that the server started with
+	external, internal string       // host:port of the server's two listeners
+	client             *http.Client // trusts only the key of the certificate that the server started with
 }
 
-// newModeServer creates the files of a server that refuses series with the name "secret" and
-// asks scrapers for the token "first". The test fails if a secret is in the log at its end.
+// newModeServer creates the files of a server, but does not start it. The server drops samples of
+// the metric "secret" and requires the federate token "first". The test fails if the process log
+// contains one of s.secrets at the end.
 func newModeServer(t *testing.T) *modeServer {
 	t.Helper()
 	s := &modeServer{t: t, dir: t.TempDir()}
@@ -214,10 +216,11 @@ func newModeServer(t *testing.T) *modeServer {
 	return s
 }
 
-// path returns the path of the file name in the server's directory.
+// path returns the path of the named file in the server's directory.
 func (s *modeServer) path(name string) string { return filepath.Join(s.dir, name) }
 
-// mustRun runs a mode that must exit with 0, and returns its output.
+// mustRun runs telemeter with args, such as --mode keygen, and returns its output without white
+// space at the ends. The test fails at once if the exit status is not 0.
 func (s *modeServer) mustRun(args ...string) string {
 	s.t.Helper()
 	status, out, stderr := runMode(s.t, args...)
@@ -227,16 +230,19 @@ func (s *modeServer) mustRun(args ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// newToken returns a token of the cluster ID, signed with the first key in the key file.
+// newToken returns a client token for the cluster ID id, signed with the first key in the server's
+// key file.
 func (s *modeServer) newToken(id string, args ...string) string {
 	s.t.Helper()
 	return s.mustRun(append([]string{"--mode", "token", "--keys", s.path("keys"), "--id", id, "--to", "https://127.0.0.1:1"}, args...)...)
 }
 
-// start starts the server and waits until it serves. stop ends it; it must exit with 0.
+// start starts the server and waits until it serves requests. The function stop stops the server;
+// the test fails if the exit status is not 0.
 func (s *modeServer) start() (stop func()) {
 	s.t.Helper()
-	// Without this, a SIGHUP that arrives before the server handles it would end the test process.
+	// The test process catches SIGHUP here, because a SIGHUP that arrives before the server handles
+	// the signal would end the test process.
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	ctx, cancel := context.WithCancel(s.t.Context())
@@ -273,7 +279,8 @@ func (s *modeServer) start() (stop func()) {
 	return stop
 }
 
-// pinnedClient returns an HTTP client that trusts only the certificate in the directory of keys.
+// pinnedClient returns an HTTP client that trusts only the key of the certificate that is now in
+// the server's directory keys.
 func (s *modeServer) pinnedClient() *http.Client {
 	s.t.Helper()
 	pin, err := PinFromPEM([]byte(readIn(s.t, s.path("keys"), TLSCertFile)))
@@ -287,7 +294,7 @@ func (s *modeServer) pinnedClient() *http.Client {
 	return NewHTTPClient(config, 10*time.Second, 10*time.Second)
 }
 
-// request sends a request on a connection of its own, and returns the status and the body of the
+// request sends a request on a new connection, and returns the status code and the body of the
 // answer.
 func (s *modeServer) request(c *http.Client, method, url, token, body string) (status int, answer string, err error) {
 	s.t.Helper()
@@ -306,7 +313,7 @@ func (s *modeServer) request(c *http.Client, method, url, token, body string) (s
 	return resp.StatusCode, string(b), err
 }
 
-// mustRequest is request for requests that must be answered.
+// mustRequest does the same as request, but the test fails at once if there is no answer.
 func (s *modeServer) mustRequest(c *http.Client, method, url, token, body string) (status int, answer string) {
 	s.t.Helper()
 	status, answer, err := s.request(c, method, url, token, body)
@@ -316,19 +323,22 @@ func (s *modeServer) mustRequest(c *http.Client, method, url, token, body string
 	return status, answer
 }
 
-// push pushes samples, and returns the status and the body of the answer.
+// push pushes samples, a text exposition, to /upload. It returns the status code and the body of
+// the answer.
 func (s *modeServer) push(token, samples string) (status int, answer string) {
 	s.t.Helper()
 	return s.mustRequest(s.client, "POST", "https://"+s.external+"/upload", token, samples)
 }
 
-// federate scrapes /federate, and returns the status and the body of the answer.
+// federate scrapes /federate with a federate token, and returns the status code and the body of the
+// answer.
 func (s *modeServer) federate(token string) (status int, answer string) {
 	s.t.Helper()
 	return s.mustRequest(http.DefaultClient, "GET", "http://"+s.internal+"/federate", token, "")
 }
 
-// reload sends SIGHUP and waits until the server logs message once more.
+// reload makes the server reload its files with SIGHUP, and waits until the server has logged
+// message once more than before.
 func (s *modeServer) reload(message string) {
 	s.t.Helper()
 	n := strings.Count(s.log.String(), message)
@@ -336,7 +346,8 @@ func (s *modeServer) reload(message string) {
 	eventually(s.t, "the server logs "+message, func() bool { return strings.Count(s.log.String(), message) == n+1 })
 }
 
-// mustCountReloads checks the server's metrics of reloads.
+// mustCountReloads checks how many successful and how many failed reloads the metric
+// telemeter_reloads_total counts.
 func (s *modeServer) mustCountReloads(federateToken, ok, failed string) {
 	s.t.Helper()
 	_, text := s.mustRequest(http.DefaultClient, "GET", "http://"+s.internal+"/metrics", federateToken, "")
@@ -347,8 +358,9 @@ func (s *modeServer) mustCountReloads(federateToken, ok, failed string) {
 	}
 }
 
-// The server applies --allow-file, --label and the token's labels to a push, and serves the push to
-// a scraper that sends the federate token.
+// The server drops the samples of a push that --allow-file does not select, and adds the labels of
+// --label and of the token to the others. It serves them to a scraper that sends the federate
+// token, and answers 401 to another token.
 func TestServerServesPush(t *testing.T) {
 	s := newModeServer(t)
 	s.start()
@@ -364,7 +376,8 @@ func TestServerServesPush(t *testing.T) {
 	}
 }
 
-// If one file is bad, a reload changes nothing, not even the state from good files.
+// If one of the files that a reload reads is bad, the reload changes nothing. The server does not
+// use the new content of the good files either.
 func TestReloadWithBadFile(t *testing.T) {
 	s := newModeServer(t)
 	s.start()
@@ -377,7 +390,8 @@ func TestReloadWithBadFile(t *testing.T) {
 		{"federate-token", ""},
 	} {
 		good := readIn(t, s.dir, bad.file)
-		// The federate token changes too, unless its own file is the bad one.
+		// Another file has a new and valid content at the same time: the federate token, unless its
+		// file is the bad one.
 		if bad.file != "federate-token" {
 			writeIn(t, s.dir, "federate-token", "second")
 		}
@@ -395,8 +409,8 @@ func TestReloadWithBadFile(t *testing.T) {
 	s.mustCountReloads("first", "0", "6")
 }
 
-// A reload replaces the token keys, the certificate, the revocations, the selectors and the
-// federate token.
+// After a reload the server uses the new token keys, certificate, revocations, selectors of
+// --allow-file and federate token.
 func TestReloadReplacesAll(t *testing.T) {
 	s := newModeServer(t)
 	s.start()
@@ -433,7 +447,8 @@ func TestReloadReplacesAll(t *testing.T) {
 	s.mustCountReloads("second", "1", "0")
 }
 
-// After a rotation, upload tokens are signed with the new token key.
+// After the token key was rotated and the server has reloaded, the server signs upload tokens with
+// the new key.
 func TestReloadSigningKey(t *testing.T) {
 	s := newModeServer(t)
 	s.start()
@@ -454,7 +469,8 @@ func TestReloadSigningKey(t *testing.T) {
 	}
 }
 
-// A second server cannot use the storage directory of a running server.
+// A second server with the storage directory of a running server exits with 1 and reports that the
+// directory is in use.
 func TestStorageInUse(t *testing.T) {
 	s := newModeServer(t)
 	s.start()
@@ -464,7 +480,8 @@ func TestStorageInUse(t *testing.T) {
 	}
 }
 
-// A stopped server does not listen. After a restart it serves the samples that it had accepted.
+// A stopped server no longer listens. After a restart the server serves the samples that it
+// accepted before.
 func TestServerRestart(t *testing.T) {
 	s := newModeServer(t)
 	stop := s.start()

@@ -1,8 +1,8 @@
 package main
 
-// Tests of whole processes: the commands of a set-up, exit statuses, reloads at SIGHUP, the end at
-// SIGTERM, and servers and clients that are killed while they work. The processes are copies of
-// the test binary; see TestMain.
+// Tests of telemeter in processes of its own: the commands of a set-up, exit statuses, reloads at
+// SIGHUP, the exit at SIGTERM, and servers and clients that are killed while they work. Each
+// process is the test binary, which TestMain lets run as telemeter.
 
 import (
 	"context"
@@ -33,13 +33,13 @@ import (
 	"time"
 )
 
-// Environment variables of the test binary.
+// Environment variables that the test binary reads in TestMain.
 const (
-	asTelemeter = "TELEMETER_TEST_AS_MAIN"     // if set, the binary runs as telemeter
-	clockAhead  = "TELEMETER_TEST_CLOCK_AHEAD" // a duration by which telemeter's wall clock is ahead
+	asTelemeter = "TELEMETER_TEST_AS_MAIN"     // if set, the test binary runs telemeter instead of the tests
+	clockAhead  = "TELEMETER_TEST_CLOCK_AHEAD" // a duration, such as 2h, that is added to telemeter's wall clock
 )
 
-// TestMain runs the tests, or telemeter if asTelemeter is set.
+// TestMain runs telemeter if the environment variable asTelemeter is set, and the tests otherwise.
 func TestMain(m *testing.M) {
 	if os.Getenv(asTelemeter) != "" {
 		ahead, _ := time.ParseDuration(os.Getenv(clockAhead))
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// writeIn writes text to the file name in dir.
+// writeIn writes text to the named file in dir, with the permissions 0600.
 func writeIn(t *testing.T, dir, name, text string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -56,7 +56,7 @@ func writeIn(t *testing.T, dir, name, text string) {
 	}
 }
 
-// readIn returns the text of the file name in dir.
+// readIn returns the content of the named file in dir.
 func readIn(t *testing.T, dir, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(dir, name))
@@ -66,8 +66,8 @@ func readIn(t *testing.T, dir, name string) string {
 	return string(text)
 }
 
-// uploadStatus pushes body to the URL of a server with a token, and returns the status of the
-// answer.
+// uploadStatus pushes body to /upload of the server at serverURL with the given token, and returns
+// the status code of the answer.
 func uploadStatus(t *testing.T, serverURL, token, body string) int {
 	t.Helper()
 	req, err := http.NewRequest("POST", serverURL+"/upload", strings.NewReader(body))
@@ -83,16 +83,17 @@ func uploadStatus(t *testing.T, serverURL, token, body string) int {
 	return resp.StatusCode
 }
 
-// setUp is a site and a server that the four commands of the README have set up.
+// setUp is a server and the client of site-7, which the four commands of the README have set up.
 type setUp struct {
-	dir            string // has keys and site-7.token
+	dir            string // directory in which the commands ran, with keys and site-7.token
 	token          string
-	internal       string // URL of the server's internal listener
+	internal       string // base URL of the server's internal listener
 	server, client *process
 }
 
-// startFourCommands runs the four commands of the README, with other addresses, and returns when
-// the client has pushed. The client scrapes the server's own metrics.
+// startFourCommands runs the four commands of the README that set up a server and a client, with
+// other addresses. It returns when the client has logged a push. The client scrapes the server's
+// own /metrics.
 func startFourCommands(t *testing.T) setUp {
 	t.Helper()
 	s := setUp{dir: t.TempDir()}
@@ -101,14 +102,15 @@ func startFourCommands(t *testing.T) setUp {
 	s.internal = "http://" + s.server.await(internalAddr)
 	s.token = mustTool(t, s.dir, "--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "https://"+s.server.await(externalAddr))
 	writeIn(t, s.dir, "site-7.token", s.token)
-	// The server's address is not in the certificate. The client accepts the certificate
-	// nevertheless, because the token contains the pin of its key.
+	// The host in the server's URL is not in the server's certificate. The client accepts the
+	// certificate nevertheless, because the token contains the pin of the certificate's key.
 	s.client = start(t, s.dir, "--mode", "client", "--from", s.internal+"/metrics", "--token-file", "site-7.token", "--listen", "127.0.0.1:0")
 	s.client.await("msg=pushed")
 	return s
 }
 
-// The four commands of the README set up a server and a client whose samples the server serves.
+// The four commands of the README set up a server and a client. The client pushes its samples to
+// the server, which serves them at /federate. Both processes exit with 0 at SIGTERM.
 func TestFourCommands(t *testing.T) {
 	s := startFourCommands(t)
 	if strings.Count(s.token, "\n") != 1 || !strings.HasPrefix(s.token, "tm1.") {
@@ -133,7 +135,8 @@ func TestFourCommands(t *testing.T) {
 	}
 }
 
-// --inspect prints the cluster ID of a token, and that the keys verify it.
+// telemeter --mode token --inspect prints the cluster ID of the token in a file, and whether a key
+// in --keys verifies the token.
 func TestInspectToken(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -144,7 +147,8 @@ func TestInspectToken(t *testing.T) {
 	}
 }
 
-// A client does not push to a server whose certificate has another key than its token names.
+// A client does not push to a server whose certificate has another key than the one whose pin is in
+// the client's token. It keeps the scrape in its spool.
 func TestImpostor(t *testing.T) {
 	s := startFourCommands(t)
 	impostor := t.TempDir()
@@ -157,8 +161,8 @@ func TestImpostor(t *testing.T) {
 	}
 }
 
-// writeSelfSigned writes a self-signed client certificate and its key to site.crt and site.key in
-// dir. The certificate is its own CA.
+// writeSelfSigned writes a self-signed client certificate to dir/site.crt and its key to
+// dir/site.key. The certificate can also be used as the CA that verifies it.
 func writeSelfSigned(t *testing.T, dir string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
@@ -181,7 +185,8 @@ func writeSelfSigned(t *testing.T, dir string) {
 	writeIn(t, dir, "site.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})))
 }
 
-// A server with --tls-client-ca refuses a client that has a token but no client certificate.
+// A server with --tls-client-ca refuses a client that has a valid token but no client certificate,
+// and accepts the client with a certificate of that CA.
 func TestClientCertificates(t *testing.T) {
 	dir := t.TempDir()
 	writeSelfSigned(t, dir)
@@ -195,7 +200,8 @@ func TestClientCertificates(t *testing.T) {
 	mustTool(t, dir, append(push, "--to-crt", "site.crt", "--to-key", "site.key")...)
 }
 
-// --dry-run prints the samples that match, pushes nothing, and creates no spool.
+// telemeter --mode client --dry-run prints the samples that --match selects, pushes nothing, and
+// creates no spool directory.
 func TestDryRunPushesNothing(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -213,8 +219,8 @@ func TestDryRunPushesNothing(t *testing.T) {
 	}
 }
 
-// The client asks the source for the selectors of the URL and of --match. It asks for all series
-// only if neither has a selector.
+// A client asks its source for the series of the match[] selectors in the URL of --from and of the
+// selectors of --match. If neither has a selector, it asks for all series.
 func TestMatchOfURL(t *testing.T) {
 	dir := t.TempDir()
 	asked := make(chan []string, 1)
@@ -242,14 +248,14 @@ func TestMatchOfURL(t *testing.T) {
 	}
 }
 
-// Every mode exits with 0 for success, 1 for a failure and 2 for a faulty command line. A start
-// that fails leaves no file.
+// Each mode exits with 0 on success, with 1 on a failure, and with 2 on a faulty command line. A
+// mode that fails to start leaves no file behind.
 func TestExitStatus(t *testing.T) {
 	dir := t.TempDir()
 	tests := []struct {
 		args []string
 		code int
-		want []string // all in stdout if code is 0, else all in stderr
+		want []string // texts that stdout (if code is 0) or stderr (otherwise) must contain
 	}{
 		{nil, exitUsage, []string{"--mode is missing", "Usage:"}},
 		{[]string{"--help"}, exitOK, []string{"Modes:", "Set-up in four commands"}},
@@ -289,7 +295,8 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
-// A client sends its token to another host over plain HTTP only if --plain-http allows it.
+// A client refuses to send its token to another host over plain HTTP unless --plain-http allows it.
+// It exits with 2 and names the flag.
 func TestPlainHTTP(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -300,8 +307,9 @@ func TestPlainHTTP(t *testing.T) {
 	}
 }
 
-// SIGHUP makes a server use new token keys and revocations. A reload that fails changes nothing, is
-// counted, and does not log the contents of the bad file.
+// On SIGHUP a server uses the new token keys and revocations. If a file is bad, the reload changes
+// nothing and is counted as failed, and the content of the bad file does not get into the process
+// log.
 func TestReload(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -339,13 +347,13 @@ func TestReload(t *testing.T) {
 	}
 }
 
-// A server that started without a certificate needs a restart to use a new one. The reload succeeds
-// and logs that.
+// A server that started without a certificate cannot use a new certificate after a reload, only
+// after a restart. The reload succeeds and logs that a restart is needed.
 func TestReloadFirstCertificate(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
 	server := startServer(t, dir)
-	get(t, "http://"+server.await(internalAddr)+"/healthz") // the server handles SIGHUP when it answers
+	get(t, "http://"+server.await(internalAddr)+"/healthz") // when the server answers, it already handles SIGHUP
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
 	server.cmd.Process.Signal(syscall.SIGHUP)
 	server.await("msg=reloaded")
@@ -354,7 +362,7 @@ func TestReloadFirstCertificate(t *testing.T) {
 	}
 }
 
-// A server answers a push that is in flight at SIGTERM, and exits with 0.
+// At SIGTERM a server still answers a push that is in flight. Then it exits with 0.
 func TestGracefulStop(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
@@ -378,7 +386,7 @@ func TestGracefulStop(t *testing.T) {
 		resp.Body.Close()
 		status <- resp.Status
 	}()
-	if _, err := io.WriteString(w, "a 1\n"); err != nil { // returns when the client sends the body
+	if _, err := io.WriteString(w, "a 1\n"); err != nil { // WriteString returns when the HTTP client has read the text for the body
 		t.Fatal(err)
 	}
 	internal := "http://" + server.await(internalAddr)
@@ -396,21 +404,24 @@ func TestGracefulStop(t *testing.T) {
 	}
 }
 
-// loadedSite is a site that pushes to a server until the server is killed.
+// loadedSite is a site that pushes to a server until the server is killed, and records which pushes
+// the server acknowledged.
 type loadedSite struct {
 	token string
-	next  int64   // number of the next push
-	acked []int64 // times of the samples of acknowledged pushes, in ms
+	next  int64   // number of the last push; pushes are numbered from 1
+	acked []int64 // timestamps, in ms, of the pushes that the server answered with 200
 }
 
-// pushUntilKilled pushes to url, one push after the other, until ctx ends or a push gets no answer.
-// Each push has two samples with a time that no other push has, counted from begin. count counts
-// the acknowledged pushes.
+// pushUntilKilled sends pushes to url, one after the other, until ctx ends or a push gets no
+// answer. Each push has two samples with the same timestamp, which no other push of the site has:
+// begin - 60 s, in ms, plus the number of the push. count counts the pushes that were answered 200,
+// of all sites together.
 func (s *loadedSite) pushUntilKilled(ctx context.Context, t *testing.T, url string, begin int64, count *atomic.Int64) {
 	for ctx.Err() == nil {
 		s.next++
 		at := begin - 60_000 + s.next
-		// Every third push has a new series, so that kills also cut off series records.
+		// Every third push has a new series, so that a kill can also cut off the record of a series
+		// in the site log.
 		body := fmt.Sprintf("steady{n=\"1\"} %d %d\nchurn{n=\"%d\"} %d %d\n", s.next, at, s.next/3, s.next, at)
 		req, err := http.NewRequestWithContext(ctx, "POST", url, strings.NewReader(body))
 		if err != nil {
@@ -430,8 +441,8 @@ func (s *loadedSite) pushUntilKilled(ctx context.Context, t *testing.T, url stri
 	}
 }
 
-// openServerStore opens the store that a server left in dir. Every error that the store reports
-// fails the test.
+// openServerStore opens the store that a server process with --storage-dir data left in dir. The
+// test fails if the store reports an error.
 func openServerStore(t *testing.T, dir string) *Store {
 	t.Helper()
 	store, err := OpenStore(StoreConfig{
@@ -445,8 +456,9 @@ func openServerStore(t *testing.T, dir string) *Store {
 	return store
 }
 
-// A server that is killed 50 times while four sites push has every acknowledged sample on disk at
-// the end, and reports no damage.
+// A server is killed 50 times while four sites push to it, and started again after each kill except
+// the last. At the end all samples of acknowledged pushes are in the store on disk, and the store
+// reports no damage.
 func TestKilledUnderLoad(t *testing.T) {
 	const kills = 50
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
@@ -468,8 +480,8 @@ func TestKilledUnderLoad(t *testing.T) {
 		for _, site := range sites {
 			wg.Go(func() { site.pushUntilKilled(ctx, t, url, begin, &count) })
 		}
-		// The kill comes after a number of answers instead of a time, so that the test does not
-		// depend on the speed of the machine.
+		// The test kills the server after a random number of acknowledged pushes instead of a
+		// random time, so that the test does not depend on the speed of the machine.
 		want := int64(1 + rnd.IntN(40))
 		eventuallyWithin(t, 30*time.Second, 100*time.Microsecond, fmt.Sprintf("run %d: %d pushes are acknowledged", kill, want), func() bool {
 			return count.Load() >= want
@@ -482,7 +494,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 	store := openServerStore(t, dir)
 	for id, site := range sites {
-		held := map[int64]int{} // number of samples by time
+		held := map[int64]int{} // number of stored samples of the site by timestamp in ms
 		for _, b := range store.sites[id].data.Batches {
 			for k := range b.V {
 				held[b.Time(k)]++
@@ -497,8 +509,8 @@ func TestKilledUnderLoad(t *testing.T) {
 	t.Logf("%d pushes were acknowledged in %d runs", total, kills)
 }
 
-// spooledScrapes returns the values of all samples in the spool that a killed client left in dir.
-// Each scrape has one sample. Damage in the spool fails the test.
+// spooledScrapes opens the spool that a killed client left in dir, and returns the value of the
+// only sample of each spooled scrape. The test fails if the spool reports damage.
 func spooledScrapes(t *testing.T, dir string) (values []float64) {
 	t.Helper()
 	spool, err := OpenSpool(SpoolConfig{
@@ -508,7 +520,8 @@ func spooledScrapes(t *testing.T, dir string) (values []float64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spool.ApplyAnswer(SpoolAnswer{}) // the server holds no scrape, so all are to be pushed
+	// With this answer of a server that holds no scrape, BeginPush returns all spooled scrapes.
+	spool.ApplyAnswer(SpoolAnswer{})
 	scrapes, err := spool.BeginPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
 	if err != nil {
 		t.Fatal(err)
@@ -528,8 +541,9 @@ func spooledScrapes(t *testing.T, dir string) (values []float64) {
 	return values
 }
 
-// A client is killed several times while its server cannot be reached. When the server returns, the
-// backlog is pushed at once, and every scrape that was in the spool at a kill arrives.
+// A client is killed several times while it cannot reach its server. When the server can be reached
+// again, the next start of the client pushes all spooled scrapes in its first push. Every scrape
+// that was in the spool at any kill arrives at the server.
 func TestClientKilledInOutage(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	dir := t.TempDir()
@@ -558,8 +572,8 @@ func TestClientKilledInOutage(t *testing.T) {
 	args := []string{"--mode", "client", "--from", source.URL + "/metrics", "--token-file", "a.token",
 		"--listen", "", "--interval", "1s", "--spool-dir", "spool"}
 
-	spooled := map[float64]bool{} // values that were in the spool at any kill
-	backlog := 0                  // scrapes in the spool at the last kill
+	spooled := map[float64]bool{} // values of the scrapes that were in the spool after any of the kills
+	backlog := 0                  // number of scrapes in the spool after the last kill
 	for kill := 0; kill < 6 || len(spooled) < 3; kill++ {
 		if kill == 60 {
 			t.Fatalf("only %d scrapes were spooled in %d runs", len(spooled), kill)
@@ -567,7 +581,7 @@ func TestClientKilledInOutage(t *testing.T) {
 		client := start(t, dir, args...)
 		want := scrapes.Load() + 1 + int64(rnd.IntN(2))
 		eventuallyWithin(t, 30*time.Second, time.Millisecond, fmt.Sprintf("run %d: the client scrapes", kill), func() bool { return scrapes.Load() >= want })
-		if kill%2 == 0 { // kill the client at a random moment after the scrape
+		if kill%2 == 0 { // in every second run, kill the client up to 20 ms after its scrape
 			time.Sleep(time.Duration(rnd.IntN(20)) * time.Millisecond)
 		} else {
 			client.await("(scrapes are kept)")
@@ -582,8 +596,8 @@ func TestClientKilledInOutage(t *testing.T) {
 
 	up.Store(true)
 	client := start(t, dir, args...)
-	// The first push must contain the whole backlog. The client may scrape again before it logs the
-	// push, and each such scrape adds at most one push.
+	// The first push must contain all spooled scrapes. The client may scrape again before it logs
+	// the push, and each such scrape adds at most one push to the pushes in that log line.
 	sent, pushes := 0, 0
 	line := client.await(`msg=pushed samples=\d+ (scrapes=\d+ pushes=\d+) `)
 	if _, err := fmt.Sscanf(line, "scrapes=%d pushes=%d", &sent, &pushes); err != nil || sent-(pushes-1) < backlog {

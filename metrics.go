@@ -1,9 +1,10 @@
 package main
 
-// This file holds the process's own counters, gauges and histograms and writes them through expfmt.
-// Prometheus accepts the output regardless of what callers do: there are no duplicate series and no
-// invalid UTF-8, and counters never decrease. Memory is bounded by maxSeries series per family and
-// maxValueLen bytes per label value. This family must not know the meaning of any metric.
+// This file holds the process's own counters, gauges and histograms and writes them with
+// Prometheus's package expfmt. Prometheus accepts the output regardless of what callers do: there
+// are no duplicate series and no invalid UTF-8, and counters never decrease. Memory is bounded by
+// maxSeries series per family and maxValueLen bytes per label value. The metrics family must not
+// know the meaning of any metric.
 
 import (
 	"bytes"
@@ -28,13 +29,14 @@ import (
 )
 
 const (
-	maxLabels   = 4    // labels per family; series are found by an array of this size, without allocating
-	maxSeries   = 1000 // series per family; further ones are counted together in one series named "other"
-	maxValueLen = 128  // bytes of a label value; longer values are cut
+	maxLabels   = 4    // labels per family; seriesKey is an array of this size, so that finding a series allocates no memory
+	maxSeries   = 1000 // series per family; updates of further series are counted in one series whose label values are all "other"
+	maxValueLen = 128  // bytes of a label value; longer values are cut to this length
 )
 
-// Names must be in snake_case, as Prometheus's naming guide recommends. Prometheus itself accepts
-// more. The suffixes are reserved for the lines of histograms and summaries.
+// Names of metrics and labels must match metricNamePattern: snake_case, as Prometheus's naming
+// guide recommends. Prometheus itself accepts more names. The suffixes in componentSuffixPattern
+// are reserved for the lines of histograms and summaries.
 var (
 	metricNamePattern      = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
 	componentSuffixPattern = regexp.MustCompile(`_(bucket|count|sum|created)$`)
@@ -44,12 +46,13 @@ var (
 // and all methods of its families are safe for concurrent use.
 //
 // Registering a family panics if a name or label is invalid or already used, or if the help text is
-// missing. These are programming errors, which show at start. Using a family with a wrong number of
-// label values also panics. Names follow the conventions that promtool checks: names of counters,
-// and no other names, end in _total. No name may end in a suffix that a line of a histogram or
-// summary can have, such as _sum. Therefore different families never produce the same line.
+// missing. These are programming errors, which show when the program starts. Using a family with a
+// wrong number of label values also panics. Names follow the conventions that promtool checks: the
+// name of every counter ends in _total, and no other name does. No name may end in a suffix that a
+// line of a histogram or summary can have, such as _sum. Therefore two families never produce the
+// same line.
 type Metrics struct {
-	mu        sync.Mutex      // guards the slices below
+	mu        sync.Mutex      // guards families and onCollect
 	families  []*metricFamily // sorted by name
 	onCollect []func()
 }
@@ -64,46 +67,48 @@ type metricFamily struct {
 	labels     []string
 	buckets    []float64 // upper bounds of a histogram's buckets without +Inf, ascending
 
-	mu     sync.RWMutex // guards the map; the values in it are atomic
+	mu     sync.RWMutex // guards the map series; the values in the map are atomic
 	series map[seriesKey]*seriesValue
 }
 
-// seriesValue is the state of one counter, one gauge or one histogram.
+// seriesValue is the current state of one series: a counter, a gauge or a histogram.
 type seriesValue struct {
-	value  atomic.Uint64   // bits of a float64: the counter, the gauge, or the sum of the histogram
-	counts []atomic.Uint64 // observations per bucket of a histogram, not cumulative; the last is +Inf
+	value  atomic.Uint64   // bits of a float64: the value of the counter or gauge, or the sum of the histogram
+	counts []atomic.Uint64 // number of observations in each bucket of a histogram, not cumulative; the last bucket is +Inf
 }
 
-// Counter is a family of totals that never decrease.
+// Counter is a metric family of counters: values that never decrease.
 type Counter struct{ metricFamily }
 
-// Gauge is a family of values that can increase and decrease.
+// Gauge is a metric family of gauges: values that can increase and decrease.
 type Gauge struct{ metricFamily }
 
-// Histogram is a family of histograms, which count observations in buckets.
+// Histogram is a metric family of histograms, which count observations in buckets.
 type Histogram struct{ metricFamily }
 
-// NewMetrics returns an empty registry.
+// NewMetrics returns a registry without metric families.
 func NewMetrics() *Metrics { return &Metrics{} }
 
-// Counter registers a counter. Its name must end in _total. A counter without labels is exposed
-// with the value 0 from the start. A series with labels is exposed after the first call for its
-// label values. Call Add(0, values...) to expose it with the value 0.
+// Counter registers a family of counters. Its name must end in _total. A counter without labels is
+// exposed with the value 0 from the start. A series with labels is exposed after the first call of
+// a method with its label values; Add(0, values...) exposes it with the value 0.
 func (m *Metrics) Counter(name, help string, labelNames ...string) *Counter {
 	c := &Counter{}
 	m.register(&c.metricFamily, name, help, dto.MetricType_COUNTER, nil, labelNames)
 	return c
 }
 
-// Gauge registers a gauge. Its series are exposed under the same conditions as those of a Counter.
+// Gauge registers a family of gauges. A gauge without labels is exposed with the value 0 from the
+// start. A series with labels is exposed after the first call of a method with its label values.
 func (m *Metrics) Gauge(name, help string, labelNames ...string) *Gauge {
 	g := &Gauge{}
 	m.register(&g.metricFamily, name, help, dto.MetricType_GAUGE, nil, labelNames)
 	return g
 }
 
-// Histogram registers a histogram. buckets are the inclusive upper bounds of its buckets, finite
-// and ascending, in the unit that the name ends in. The bucket +Inf is added.
+// Histogram registers a family of histograms. buckets are the inclusive upper bounds of the
+// buckets, finite and ascending, in the unit with which the name ends (such as seconds). Histogram
+// adds the bucket +Inf.
 func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...string) *Histogram {
 	for i, le := range buckets {
 		if math.IsNaN(le) || math.IsInf(le, 0) || i > 0 && le <= buckets[i-1] {
@@ -115,7 +120,7 @@ func (m *Metrics) Histogram(name, help string, buckets []float64, labelNames ...
 	return h
 }
 
-// register initializes f and adds it to m. It panics as described at Metrics.
+// register initializes f and adds it to m. It panics if an argument is invalid; see Metrics.
 func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricType, buckets []float64, labelNames []string) {
 	f.name, f.help, f.kind, f.buckets = name, help, kind, buckets
 	f.labels, f.series = slices.Clone(labelNames), map[seriesKey]*seriesValue{}
@@ -146,8 +151,8 @@ func (m *Metrics) register(f *metricFamily, name, help string, kind dto.MetricTy
 }
 
 // findOrAddSeries returns the series with these label values. It adds the series if it does not
-// exist. The panic message does not contain the values: they would escape to the heap, so that
-// every call would allocate.
+// exist. The message of the panic leaves out the label values: otherwise they would escape to the
+// heap, and every call would allocate memory.
 func (f *metricFamily) findOrAddSeries(labelValues []string) *seriesValue {
 	if len(labelValues) != len(f.labels) {
 		panic(fmt.Sprintf("metric %s: %d label values for %d labels", f.name, len(labelValues), len(f.labels)))
@@ -163,12 +168,13 @@ func (f *metricFamily) findOrAddSeries(labelValues []string) *seriesValue {
 	return s
 }
 
-// addSeries adds a series and returns it. If a concurrent call added the same series, addSeries
-// returns that series. If the family is full, it returns the series whose label values are all
-// "other".
+// addSeries adds a series and returns it. If another goroutine has added the same series meanwhile,
+// addSeries returns that series. If the family has maxSeries series, addSeries returns the series
+// whose label values are all "other".
 func (f *metricFamily) addSeries(key seriesKey) *seriesValue {
 	for i, v := range key {
-		// Clone the value, so that a short value does not keep a long text alive that contains it.
+		// Clone the value, because it may be a part of a long text, which the series would keep in
+		// memory.
 		key[i] = strings.Clone(strings.ToValidUTF8(v[:min(len(v), maxValueLen)], "\uFFFD"))
 	}
 	f.mu.Lock()
@@ -178,7 +184,8 @@ func (f *metricFamily) addSeries(key seriesKey) *seriesValue {
 			key[i] = "other"
 		}
 	}
-	// Look the key up again: cutting or "other" may have made it the key of an existing series.
+	// Look up the key in any case. Its values were cut or replaced by "other", or another goroutine
+	// added the series meanwhile, so that the series may exist already.
 	s := f.series[key]
 	if s == nil {
 		s = &seriesValue{}
@@ -214,8 +221,8 @@ func (c *Counter) Add(v float64, labelValues ...string) {
 	}
 }
 
-// RaiseTo sets the series to v if v is higher than its value. It is for totals that the caller
-// counts elsewhere. NaN and infinity are ignored.
+// RaiseTo sets the counter with these label values to v if v is higher than its value. It is for
+// totals that are counted elsewhere, for example by the kernel. NaN and infinity are ignored.
 func (c *Counter) RaiseTo(v float64, labelValues ...string) {
 	s := c.findOrAddSeries(labelValues)
 	for {
@@ -226,8 +233,8 @@ func (c *Counter) RaiseTo(v float64, labelValues ...string) {
 	}
 }
 
-// Value returns the value of the series. It returns 0 and adds no series if the series does not
-// exist.
+// Value returns the value of the counter with these label values. If the series does not exist,
+// Value returns 0 and does not add it.
 func (c *Counter) Value(labelValues ...string) float64 {
 	var key seriesKey
 	copy(key[:], labelValues)
@@ -244,7 +251,8 @@ func (g *Gauge) Set(v float64, labelValues ...string) {
 	g.findOrAddSeries(labelValues).value.Store(math.Float64bits(v))
 }
 
-// ReplaceSeries replaces all series of the gauge by the series that fill sets through its argument.
+// ReplaceSeries replaces all series of the gauge at once. It calls fill, and fill calls set for
+// each new series. A concurrent scrape sees all old series or all new series.
 func (g *Gauge) ReplaceSeries(fill func(set func(v float64, labelValues ...string))) {
 	next := Gauge{metricFamily{name: g.name, kind: g.kind, labels: g.labels, series: map[seriesKey]*seriesValue{}}}
 	fill(next.Set)
@@ -256,7 +264,8 @@ func (g *Gauge) ReplaceSeries(fill func(set func(v float64, labelValues ...strin
 // Add adds v to the series with these label values. v may be negative.
 func (g *Gauge) Add(v float64, labelValues ...string) { g.findOrAddSeries(labelValues).add(v) }
 
-// Observe counts the observation v. NaN is ignored, because the sum would remain NaN for ever.
+// Observe adds the observation v to the histogram with these label values. NaN is ignored, because
+// it would make the sum NaN for ever.
 func (h *Histogram) Observe(v float64, labelValues ...string) {
 	s := h.findOrAddSeries(labelValues)
 	if math.IsNaN(v) {
@@ -266,17 +275,17 @@ func (h *Histogram) Observe(v float64, labelValues ...string) {
 	s.add(v)
 }
 
-// OnCollect registers f to be called before each exposition, to update gauges and totals. Several
-// expositions can run at the same time, so f must be safe for concurrent use. f is called without
-// any lock of the registry.
+// OnCollect registers f to be called before each exposition of the metrics, so that f can update
+// gauges and totals. f must be safe for concurrent use, because several expositions can run at the
+// same time. The registry holds no lock while it calls f.
 func (m *Metrics) OnCollect(f func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.onCollect = append(m.onCollect, f)
 }
 
-// gather calls the OnCollect functions and returns the families that have series. The families are
-// sorted by name and their series by label values.
+// gather calls the functions registered with OnCollect and returns the families that have series.
+// The families are sorted by name, and their series by label values.
 func (m *Metrics) gather() []*dto.MetricFamily {
 	m.mu.Lock()
 	onCollect, families := slices.Clone(m.onCollect), slices.Clone(m.families)
@@ -286,14 +295,14 @@ func (m *Metrics) gather() []*dto.MetricFamily {
 	}
 	var out []*dto.MetricFamily
 	for _, f := range families {
-		if mf := f.collect(); len(mf.Metric) > 0 { // expfmt refuses a family without series
+		if mf := f.collect(); len(mf.Metric) > 0 { // leave out a family without series, because expfmt refuses it
 			out = append(out, mf)
 		}
 	}
 	return out
 }
 
-// collect returns the current state of a family.
+// collect returns the current state of the family f in the form that expfmt writes.
 func (f *metricFamily) collect() *dto.MetricFamily {
 	f.mu.RLock()
 	series := maps.Clone(f.series)
@@ -312,8 +321,9 @@ func (f *metricFamily) collect() *dto.MetricFamily {
 		case dto.MetricType_GAUGE:
 			out.Gauge = &dto.Gauge{Value: new(s.load())}
 		case dto.MetricType_HISTOGRAM:
-			// Compute the total count from the buckets just read, so that it agrees with them.
-			// The sum is read later and may include observations that the buckets do not.
+			// Compute the total count from the bucket counts that were just read, so that they
+			// agree. The sum is read later and may include observations that the bucket counts do
+			// not include.
 			h, n := &dto.Histogram{}, uint64(0)
 			for i := range f.buckets {
 				n += s.counts[i].Load()
@@ -345,8 +355,8 @@ func (m *Metrics) write(w io.Writer, format expfmt.Format) error {
 
 // ServeHTTP answers with all metrics. The format is the one that the scraper prefers among
 // delimited protobuf, OpenMetrics and text. The body is compressed if the scraper accepts gzip.
-// ServeHTTP renders the whole body, whose size is bounded, before it writes the status. So an error
-// while rendering results in status 500, never in an incomplete body with status 200.
+// ServeHTTP renders the whole body, whose size is bounded, before it sends the status. So an error
+// during rendering leads to status 500, never to an incomplete body with status 200.
 func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	format := expfmt.NegotiateAccept(r.Header, expfmt.DefaultOpenMetricsAcceptedFormats()...)
 	var body bytes.Buffer
@@ -365,8 +375,8 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	zw.Close()
 }
 
-// AcceptsGzip reports whether the header Accept-Encoding contains gzip, unless with q=0, which
-// means that gzip is not acceptable (RFC 9110, 12.5.3). "*" does not count as gzip.
+// AcceptsGzip reports whether the header Accept-Encoding contains gzip without q=0, which means
+// that gzip is not acceptable (RFC 9110, 12.5.3). "*" does not count as gzip.
 func AcceptsGzip(h http.Header) bool {
 	for part := range strings.SplitSeq(strings.Join(h.Values("Accept-Encoding"), ","), ",") {
 		coding, params, err := mime.ParseMediaType(part)

@@ -1,7 +1,7 @@
 package main
 
-// This file reports the version of this binary. The Go toolchain records the version during the
-// build, so no build script has to set a variable.
+// This file reports the version of this binary. The Go toolchain records the version in the binary
+// during the build, so no build script has to set a variable.
 
 import (
 	"cmp"
@@ -10,8 +10,8 @@ import (
 )
 
 // ProgramVersion returns the module version and the commit from which the binary was built. If the
-// build did not record them, they are "devel" and "unknown". The commit has the suffix "-dirty" if
-// there were uncommitted changes.
+// build did not record the version, it is "devel"; if the build did not record the commit, it is
+// "unknown". The commit has the suffix "-dirty" if the source had uncommitted changes.
 func ProgramVersion() (version, revision string) {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -1,15 +1,15 @@
 package main
 
-// A test of the version and the commit that are derived from the build information.
-// The build information of each case is made by the test.
+// Tests of the version and the commit that buildVersion finds in the build information. The test
+// makes the build information of each case.
 
 import (
 	"runtime/debug"
 	"testing"
 )
 
-// The version and the commit come from the build information. They are "devel" and "unknown" if the
-// build did not record them, and a modified work tree is marked as dirty.
+// buildVersion returns the version and the commit in the build information. If they are missing, it
+// returns "devel" and "unknown". It adds "-dirty" to the commit if the work tree was modified.
 func TestVersion(t *testing.T) {
 	set := func(kv ...string) (s []debug.BuildSetting) {
 		for i := 0; i < len(kv); i += 2 {

@@ -1,8 +1,8 @@
 package main
 
 // This file registers metrics about the process, such as memory and CPU time, and about the version
-// of this binary. Metrics of the process have the names that Prometheus's client libraries use.
-// Some of them are read from /proc.
+// of this binary. The metrics about the process have the same names as in Prometheus's client
+// libraries. Some of them are read from /proc.
 
 import (
 	"bytes"
@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// RegisterProcessMetrics registers the process metrics of Prometheus's client libraries under the
-// same names, and telemeter_build_info. On systems without /proc, the metrics read from /proc are
-// not registered.
+// RegisterProcessMetrics registers telemeter_build_info and the metrics about the process, which
+// have the same names as in Prometheus's client libraries. On systems without /proc, it does not
+// register the metrics that are read from /proc.
 func RegisterProcessMetrics(m *Metrics) {
 	version, revision := ProgramVersion()
 	m.Gauge("telemeter_build_info", "Always 1; the labels are the version, the commit and the Go version of this binary.",
@@ -38,7 +38,7 @@ func RegisterProcessMetrics(m *Metrics) {
 			maxFDs.Set(float64(limit.Cur))
 		}
 		goroutines.Set(float64(runtime.NumGoroutine()))
-		// metrics.Read is used because runtime.ReadMemStats would pause all goroutines.
+		// Use metrics.Read, because runtime.ReadMemStats would pause all goroutines.
 		mem := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}}
 		metrics.Read(mem)
 		heap.Set(float64(mem[0].Value.Uint64()))
@@ -60,22 +60,22 @@ func RegisterProcessMetrics(m *Metrics) {
 	})
 }
 
-// procStats is what readProc found in /proc.
+// procStats holds the statistics of this process that readProc reads from /proc.
 type procStats struct {
-	resident float64 // bytes of resident memory
+	resident float64 // bytes of resident memory of the process
 	start    float64 // start of the process, in Unix seconds
 	openFDs  float64 // number of open file descriptors
 }
 
-// readProc reads the files in /proc that proc(5) describes. ok is false if they cannot be read or
-// parsed. The kernel adjusts its boot time when the wall clock is set, so the start time changes
-// with the wall clock.
+// readProc reads statistics of this process from the files in /proc that proc(5) describes. ok is
+// false if a file cannot be read or parsed. The kernel adjusts its boot time when the wall clock is
+// set, so that the start time changes with the wall clock.
 func readProc() (p procStats, ok bool) {
 	const ticks = 100 // clock ticks per second (USER_HZ), the same on every Linux architecture of Go
 	stat, err1 := os.ReadFile("/proc/self/stat")
 	system, err2 := os.ReadFile("/proc/stat")
 	fds, err3 := os.ReadDir("/proc/self/fd")
-	// Split after the last parenthesis, because the second field, the command in parentheses, can
+	// Split the text after its last parenthesis, because field 2, the command in parentheses, can
 	// contain spaces and parentheses. So fields[0] is field 3 of proc(5).
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	if cmp.Or(err1, err2, err3) != nil || len(fields) <= 24-3 {
@@ -87,6 +87,6 @@ func readProc() (p procStats, ok bool) {
 	started, err2 := strconv.ParseFloat(fields[22-3], 64)
 	pages, err3 := strconv.ParseFloat(fields[24-3], 64)
 	p.resident, p.start = pages*float64(os.Getpagesize()), booted+started/ticks
-	p.openFDs = float64(len(fds) - 1) // minus the descriptor that ReadDir used
+	p.openFDs = float64(len(fds) - 1) // without the descriptor that ReadDir itself used
 	return p, cmp.Or(err1, err2, err3) == nil
 }

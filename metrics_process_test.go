@@ -1,14 +1,15 @@
 package main
 
-// A test that the process metrics have plausible values.
-// It reads the values of this process.
+// Tests of the metrics about the process: they must have plausible values. The test reads the
+// values of its own process.
 
 import (
 	"runtime"
 	"testing"
 )
 
-// All process metrics are registered and positive. Those from /proc are expected on Linux only.
+// RegisterProcessMetrics registers all its metrics, and their values are positive (but the garbage
+// collector may not have run yet). The metrics from /proc are expected on Linux only.
 func TestRegisterProcess(t *testing.T) {
 	m := NewMetrics()
 	RegisterProcessMetrics(m)

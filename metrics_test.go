@@ -1,7 +1,7 @@
 package main
 
-// Tests of the registry: the exposition in each format, bounds on series and label values, invalid
-// registrations, and use by many goroutines.
+// Tests of the registry of metrics: the exposition in each format, bounds on series and label
+// values, invalid registrations, and use by many goroutines.
 
 import (
 	"bytes"
@@ -25,7 +25,7 @@ func (m *Metrics) WriteText(w io.Writer) error {
 	return m.write(w, expfmt.NewFormat(expfmt.TypeTextPlain))
 }
 
-// metricsText returns all metrics as text exposition.
+// metricsText returns all metrics of m as text exposition.
 func metricsText(t *testing.T, m *Metrics) string {
 	t.Helper()
 	var b strings.Builder
@@ -35,7 +35,8 @@ func metricsText(t *testing.T, m *Metrics) string {
 	return b.String()
 }
 
-// metricsParsed returns the families that expfmt parses from the text exposition, by name.
+// metricsParsed writes the metrics of m as text exposition and parses the text with expfmt's
+// parser. It returns the parsed families by name.
 func metricsParsed(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	t.Helper()
 	parser := expfmt.NewTextParser(model.LegacyValidation)
@@ -46,8 +47,8 @@ func metricsParsed(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	return families
 }
 
-// The text exposition has families sorted by name and series sorted by label values. A family
-// without series is left out, and a family without labels is there from the start.
+// The text exposition has families sorted by name and series sorted by label values. A family with
+// labels is left out until it has a series. A family without labels is exposed from the start.
 func TestMetricsText(t *testing.T) {
 	m := NewMetrics()
 	pushes := m.Counter("pushes_total", "Pushes.", "code", "reason")
@@ -90,7 +91,8 @@ pushes_total{code="400",reason="a \"b\"\n\\"} 0
 	}
 }
 
-// A counter ignores negative values, NaN, infinity and lower totals. Value adds no series.
+// Add and RaiseTo ignore negative values, NaN and infinity. RaiseTo also ignores a value below the
+// counter's value. Value adds no series.
 func TestCounterValues(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "l")
@@ -111,7 +113,7 @@ func TestCounterValues(t *testing.T) {
 	}
 }
 
-// A gauge can be set and can be decreased below zero.
+// A gauge can be set, and Add can decrease it below zero.
 func TestGaugeValues(t *testing.T) {
 	m := NewMetrics()
 	g := m.Gauge("g", "G.")
@@ -122,7 +124,8 @@ func TestGaugeValues(t *testing.T) {
 	}
 }
 
-// After ReplaceSeries a gauge has only the new series, and their number is bounded by maxSeries.
+// After ReplaceSeries a gauge has only the new series. Their number is at most maxSeries, and one
+// more for "other".
 func TestGaugeReplaceSeries(t *testing.T) {
 	m := NewMetrics()
 	g := m.Gauge("g", "G.", "a")
@@ -140,8 +143,9 @@ func TestGaugeReplaceSeries(t *testing.T) {
 	}
 }
 
-// Remote input in a label costs a bounded amount of memory: label values are cut, and series beyond
-// maxSeries are counted together as "other". No count is lost, and the exposition can be parsed.
+// Label values from untrusted input cost a bounded amount of memory: long values are cut, and
+// series beyond maxSeries are counted together in one series "other". No count is lost, and the
+// exposition can be parsed.
 func TestMetricsSeriesBounded(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "site", "code")
@@ -199,8 +203,8 @@ func TestMetricsRegistrationPanics(t *testing.T) {
 	}
 }
 
-// Each kind of scraper gets all families in the format that it prefers, and gzip only if it accepts
-// gzip.
+// Each kind of scraper gets all families in the format that it prefers. The body is compressed only
+// if the scraper accepts gzip.
 func TestMetricsServeHTTP(t *testing.T) {
 	m := NewMetrics()
 	m.Counter("a_total", "A.").Inc()
@@ -233,7 +237,7 @@ func TestMetricsServeHTTP(t *testing.T) {
 				raw = gunzipped(t, raw)
 			}
 			format := expfmt.ResponseFormat(http.Header{"Content-Type": w.Header()["Content-Type"]})
-			if c.format == expfmt.TypeOpenMetrics { // expfmt can write OpenMetrics but cannot read it
+			if c.format == expfmt.TypeOpenMetrics { // expfmt can write OpenMetrics but cannot read it, so compare the text
 				if !strings.HasPrefix(w.Header().Get("Content-Type"), expfmt.OpenMetricsType) ||
 					!bytes.Contains(raw, []byte("# TYPE a counter\na_total 1.0\n")) || !bytes.HasSuffix(raw, []byte("# EOF\n")) {
 					t.Errorf("body of type %s is not OpenMetrics:\n%s", w.Header().Get("Content-Type"), raw)
@@ -261,8 +265,8 @@ func TestMetricsServeHTTP(t *testing.T) {
 	}
 }
 
-// Concurrent updates lose no count. In a histogram that is scraped while it is updated, the buckets
-// are cumulative and the last one equals the count.
+// Concurrent updates lose no count. If a histogram is scraped while it is updated, its buckets are
+// still cumulative, and the bucket +Inf equals the count.
 func TestMetricsConcurrent(t *testing.T) {
 	const workers, rounds = 8, 300
 	m := NewMetrics()
@@ -304,7 +308,7 @@ func TestMetricsConcurrent(t *testing.T) {
 	for i := range 7 {
 		sum += c.Value(fmt.Sprint(i))
 	}
-	if sum != workers*rounds { // RaiseTo(1) never adds, because every goroutine calls Inc first
+	if sum != workers*rounds { // every goroutine calls Inc before RaiseTo(1), so that RaiseTo adds nothing
 		t.Errorf("sum of the counters: got %v, want %d", sum, workers*rounds)
 	}
 	if n := metricsParsed(t, m)["h_seconds"].Metric[0].Histogram.GetSampleCount(); n != workers*rounds {
@@ -312,7 +316,8 @@ func TestMetricsConcurrent(t *testing.T) {
 	}
 }
 
-// Counting and observing do not allocate, because every push does both.
+// Incrementing a counter and observing a value in a histogram allocate no memory, because every
+// push does both.
 func TestMetricsCountingAllocatesNothing(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "a", "b", "c")

@@ -2,8 +2,9 @@ package main
 
 // This file defines the headers and the answer with which a client with a spool and a server
 // exchange information about scrapes. A push names its scrapes by spool ID and number. The answer
-// lists the numbers that the server holds and the numbers that every consumer has read. Each side
-// lists the consumers that it knows. All lists are bounded. Pure.
+// lists the numbers of the scrapes that the server holds, and the numbers of the scrapes that every
+// consumer has read. Client and server each send a list of the consumers that they know. All lists
+// are limited. Pure: no I/O, no clock.
 
 import (
 	"errors"
@@ -19,13 +20,15 @@ import (
 const (
 	SpoolHeader       = "Telemeter-Spool"        // spool ID in 16 hex digits, a space, ranges of numbers
 	ConsumersHeader   = "Telemeter-Consumers"    // in the format of FormatConsumers
-	ClockOffsetHeader = "Telemeter-Clock-Offset" // ms by which the source's clock was behind at the newest scrape
+	ClockOffsetHeader = "Telemeter-Clock-Offset" // ms by which the source's clock was behind the servers' clocks at the newest scrape of the push
 )
 
 const (
-	// MaxRanges is the most ranges of scrape numbers that a server keeps for one spool. A scrape
-	// every two seconds, each by its own process, makes 3,600 ranges in two hours. MaxPushRanges is
-	// the most ranges that one push may name, because a server keeps them with each batch.
+	// MaxRanges is the most ranges of scrape numbers that a server keeps for one spool. If each
+	// scrape is made by a process of its own, each number is a range of its own, because a process
+	// starts its numbers at the wall clock. Such a scrape every two seconds makes 3,600 ranges in
+	// two hours. MaxPushRanges is the most ranges that one push may name, because a server keeps
+	// these ranges with each batch.
 	MaxRanges     = 4096
 	MaxPushRanges = 32
 	// MaxScrapeNumber is the highest number of a scrape.
@@ -35,8 +38,8 @@ const (
 	MaxConsumers = 64
 )
 
-// ScrapeNames are the names of the scrapes in one push. SpoolID 0 means that the push names no
-// scrapes.
+// ScrapeNames names the scrapes in one push, by spool ID and numbers. SpoolID 0 means that the push
+// names no scrapes.
 type ScrapeNames struct {
 	SpoolID uint64
 	Numbers Ranges
@@ -66,16 +69,17 @@ func ParseScrapeNames(text string) (n ScrapeNames, err error) {
 	return n, nil
 }
 
-// ConsumerAge is a consumer, identified by its key, and the time since the newest scrape by this
-// consumer that the sender knows of.
+// ConsumerAge is a consumer, identified by its key, and its age: the time since the newest scrape
+// by this consumer that the sender of the ConsumerAge knows of.
 type ConsumerAge struct {
 	Key uint64
 	Age time.Duration
 }
 
 // FormatConsumers returns consumers in the format of headers and answers: the key in 16 hex digits,
-// a colon, and the age in seconds, separated by commas. Ages are rounded up; otherwise they would
-// never grow while a client and servers report them to each other.
+// a colon, and the age in seconds, separated by commas. Ages are rounded up. If they were rounded
+// down, an age that a client and servers report to each other more than once a second would never
+// grow.
 func FormatConsumers(all []ConsumerAge) string {
 	var parts []string
 	for _, c := range all {
@@ -84,7 +88,8 @@ func FormatConsumers(all []ConsumerAge) string {
 	return strings.Join(parts, ",")
 }
 
-// ParseConsumers parses the format of FormatConsumers. It refuses more than MaxConsumers consumers.
+// ParseConsumers parses consumers in the format of FormatConsumers. It returns an error for more
+// than MaxConsumers consumers.
 func ParseConsumers(text string) ([]ConsumerAge, error) {
 	if text == "" {
 		return nil, nil
@@ -110,16 +115,17 @@ type PushAnswer struct {
 	Accepted   *int           `json:"accepted"`          // samples stored; nil only in the answer of another program
 	Duplicates int            `json:"duplicates"`        // samples that the server already held
 	Dropped    map[string]int `json:"dropped"`           // samples dropped, by reason
-	Skipped    map[string]int `json:"skipped,omitempty"` // parts of samples that are not stored, by kind
+	Skipped    map[string]int `json:"skipped,omitempty"` // parts of samples, such as exemplars, that are not stored, by kind
 	Hint       string         `json:"hint,omitempty"`    // why no sample was stored, if their times are wrong
 	Server     string         `json:"server"`            // name of the answering server
 	Time       int64          `json:"time"`              // the server's clock, in ms since the epoch
 
 	// Held, Read and Consumers are set only for a push that names a spool. Held lists the numbers
-	// that this server holds and that not every consumer has read. Read lists the numbers that
-	// every consumer has read. Read is nil if neither the server nor the site knows a consumer;
-	// then a scrape in Held is done. A number that the push names and that neither list has was
-	// declined. Consumers is in the format of FormatConsumers.
+	// of the scrapes that this server holds and that not every consumer has read. Read lists the
+	// numbers of the scrapes that every consumer has read. Read is nil if neither the server nor
+	// the site knows a consumer; the client then removes a scrape from its spool once Held lists
+	// it. A scrape that the push names and that is neither in Held nor in Read was declined.
+	// Consumers is in the format of FormatConsumers.
 	Held      *string `json:"held,omitempty"`
 	Read      *string `json:"read,omitempty"`
 	Consumers string  `json:"consumers,omitempty"`

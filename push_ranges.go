@@ -1,7 +1,8 @@
 package main
 
-// This file has sets of scrape numbers as ranges, for memory, headers and records. The size of a
-// set is bounded, because it can come from a client. Pure.
+// This file implements sets of scrape numbers, stored as ranges. Sets are kept in memory and
+// written to headers and records. The size of a set is limited, because a set can come from a
+// client. Pure: no I/O, no clock.
 
 import (
 	"cmp"
@@ -12,15 +13,15 @@ import (
 	"strings"
 )
 
-// Range is the numbers from From to To, inclusive.
+// Range holds the numbers from From to To, both included.
 type Range struct{ From, To uint64 }
 
-// Ranges is a set of numbers. Its ranges are in ascending order, and at least one number is missing
-// between any two of them.
+// Ranges is a set of scrape numbers. Its ranges are in ascending order, and at least one number is
+// missing between any two of them.
 type Ranges []Range
 
-// Add returns r with the numbers from through to added. It may change r. If the set then has more
-// than MaxRanges ranges, the lowest ranges are removed.
+// Add returns the union of r and the Range{from, to}. It may change r. If the set then has more
+// than MaxRanges ranges, the ranges with the lowest numbers are removed.
 func (r Ranges) Add(from, to uint64) Ranges {
 	i, _ := slices.BinarySearchFunc(r, from, func(a Range, n uint64) int { return cmp.Compare(a.To+1, n) })
 	j := i
@@ -44,7 +45,7 @@ func (r Ranges) Covers(a Range) bool {
 	return i < len(r) && r[i].From <= a.From && r[i].To >= a.To
 }
 
-// AddAll returns the union of r and o. It may change r.
+// AddAll returns the union of r and o, limited to MaxRanges ranges as in Add. It may change r.
 func (r Ranges) AddAll(o Ranges) Ranges {
 	for _, a := range o {
 		r = r.Add(a.From, a.To)
@@ -72,7 +73,8 @@ func (r Ranges) Without(o Ranges) (left Ranges) {
 	return left
 }
 
-// ReadRanges reads a set that AppendRanges wrote. A malformed set is an error of the reader.
+// ReadRanges reads a set that AppendRanges wrote. If the set is malformed, the reader fails and the
+// result is nil.
 func ReadRanges(r *WireReader) (numbers Ranges) {
 	end := uint64(0)
 	for range r.Uvarint(MaxRanges) {
@@ -114,8 +116,8 @@ func (r Ranges) String() string {
 	return string(b)
 }
 
-// ParseRanges parses the format of String. It refuses more than maxRanges ranges. The text "" is
-// the empty set.
+// ParseRanges parses a set in the format of String. It returns an error for more than maxRanges
+// ranges. The text "" is the empty set.
 func ParseRanges(text string, maxRanges int) (Ranges, error) {
 	if text == "" {
 		return nil, nil

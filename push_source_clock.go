@@ -1,10 +1,11 @@
 package main
 
 // This file estimates how far the clock of a client's source is off, from the times that servers
-// state in their answers. It also chooses by how much the times of a scrape are shifted to correct
-// that. The median of the servers is used, so that one server with a wrong clock has no effect
-// while others answer. Errors below one minute are not corrected. A shift stays the same until the
-// error differs from it by more than half a minute. Pure: callers pass all times.
+// state in their answers. It also chooses by how many ms the times of a scrape are shifted to
+// correct that error. The median of the servers is used, so that one server with a wrong clock has
+// no effect while others answer. Errors below one minute are not corrected. A shift stays the same
+// until the error differs from the shift by more than half a minute. Pure: no I/O, and callers pass
+// all times.
 
 import (
 	"slices"
@@ -13,13 +14,13 @@ import (
 )
 
 const (
-	MaxMoment = 1 << 50 // ms; about 35,000 years
-	MaxBootID = 64      // bytes
+	MaxMoment = 1 << 50 // ms; highest valid reading of a clock in a Moment; about 35,000 years
+	MaxBootID = 64      // most bytes of a boot ID
 
-	maxServersObserved = 16      // only the servers that answered last are kept
-	maxServerTime      = 1 << 53 // ms; later times are ignored
+	maxServersObserved = 16      // number of servers kept in SourceClockTracker.servers: the servers that answered last
+	maxServerTime      = 1 << 53 // ms; later times in answers of servers are ignored
 	minShift           = 60_000  // ms; a smaller error of the source's clock is not corrected
-	shiftTolerance     = 30_000  // ms; a shift stays the same while the error is this close to it
+	shiftTolerance     = 30_000  // ms; a shift stays the same while the error differs from it by at most this
 )
 
 // Moment is an instant by the client's two clocks, in ms. Wall is the wall clock. Boot counts since
@@ -29,9 +30,9 @@ type Moment struct {
 	BootID     string
 }
 
-// Since returns the time that passed since an earlier moment. It is never negative. Since uses the
-// boot-time clock. It uses the wall clock only if the machine rebooted in between, or if the
-// boot-time clock went back under the same ID, as in a restarted container.
+// Since returns the time that passed from an earlier moment, then, to m. It is never negative.
+// Since uses the boot-time clock. It uses the wall clock only if the machine rebooted in between,
+// or if the boot-time clock went back under the same boot ID, as in a restarted container.
 func (m Moment) Since(then Moment) time.Duration {
 	ms := m.Wall - then.Wall
 	if m.BootID == then.BootID && m.Boot >= then.Boot {
@@ -40,7 +41,8 @@ func (m Moment) Since(then Moment) time.Duration {
 	return time.Duration(max(0, ms)) * time.Millisecond
 }
 
-// IsValid reports whether real clocks can show m.
+// IsValid reports whether both clocks of m are between 0 and MaxMoment and its boot ID is
+// well-formed.
 func (m Moment) IsValid() bool {
 	return min(m.Wall, m.Boot) >= 0 && max(m.Wall, m.Boot) <= MaxMoment && IsBootID(m.BootID)
 }
@@ -59,9 +61,9 @@ func IsBootID(s string) bool {
 // answers of servers. It is safe for concurrent use.
 type SourceClockTracker struct {
 	mu      sync.Mutex          // guards the fields below
-	bootID  string              // the boot of all observations in servers
+	bootID  string              // ID of the boot in which all observations in servers were made
 	servers []serverClockOffset // in the order of their last answers, newest last
-	shift   int64               // ms; the last result of NextShift
+	shift   int64               // ms; the shift that NextShift chose last, or the last shift of the previous process
 }
 
 // serverClockOffset has the ms by which a server's clock was ahead of the client's two clocks when
@@ -73,7 +75,7 @@ type serverClockOffset struct {
 }
 
 // NewSourceClockTracker returns a SourceClockTracker without observations. lastShiftMs is the last
-// shift of the previous process, or 0.
+// shift that the previous process of the client used, or 0.
 func NewSourceClockTracker(lastShiftMs int64) *SourceClockTracker {
 	return &SourceClockTracker{shift: lastShiftMs}
 }
@@ -95,10 +97,11 @@ func (c *SourceClockTracker) Observe(server string, serverMs int64, at Moment) {
 	c.servers = c.servers[max(0, len(c.servers)-maxServersObserved):]
 }
 
-// Offset returns by how many ms the source's clock was behind the servers' clocks when it showed
-// sourceMs. at is the client's time at that moment. The result is the median over the observed
-// servers; known is false if there are none. The boot-time clock connects at with the observations,
-// because it cannot be set. The wall clock is used only if the machine rebooted in between.
+// Offset returns by how many ms the source's clock was behind the servers' clocks when the source's
+// clock showed sourceMs. at is the same instant by the client's clocks. The result is the median
+// over the observed servers; known is false if no server was observed. The servers' times at this
+// instant are computed with the boot-time clock, because that clock cannot be set. The wall clock
+// is used only if the machine rebooted between at and the observations.
 func (c *SourceClockTracker) Offset(at Moment, sourceMs int64) (behindMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -119,7 +122,7 @@ func (c *SourceClockTracker) offset(at Moment, sourceMs int64) (behindMs int64, 
 		offsets = append(offsets, serverTime-sourceMs)
 	}
 	slices.Sort(offsets)
-	// For an even number of servers, use the middle offset that is nearer to 0.
+	// For an even number of servers, use the one of the two middle offsets that is nearer to 0.
 	a, b := offsets[(len(offsets)-1)/2], offsets[len(offsets)/2]
 	if max(a, -a) <= max(b, -b) {
 		return a, true
@@ -128,8 +131,9 @@ func (c *SourceClockTracker) offset(at Moment, sourceMs int64) (behindMs int64, 
 }
 
 // NextShift returns the ms to add to the times of a scrape. known is false if no server was
-// observed. The result depends on the previous result, so the caller must call it once for each
-// scrape, in the order of the scrapes.
+// observed. While the error stays close to the previous shift, the result is the previous shift, so
+// that the times of successive scrapes do not jump. Callers should therefore pass the scrapes in
+// their order.
 func (c *SourceClockTracker) NextShift(at Moment, sourceMs int64) (shiftMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

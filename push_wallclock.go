@@ -1,9 +1,9 @@
 package main
 
-// This file watches the server's wall clock for steps. After a step, no sample expires until the
-// new time has lasted for five minutes, because the step may be a mistake that is soon corrected.
-// The monotonic clock, which cannot be set, distinguishes a step from time that has passed. Pure:
-// both clocks are parameters. This file must not know of samples.
+// This file watches the server's wall clock for steps. After a step, the server expires no sample
+// until the new time has lasted for five minutes, because the step may be a mistake that is soon
+// corrected. The monotonic clock, which cannot be set, distinguishes a step from time that has
+// passed. Pure: no I/O, and callers pass both clocks. This file must not know of samples.
 
 import (
 	"sync"
@@ -32,10 +32,10 @@ type CheckedWallClock struct {
 	onStep    func(WallClockStepEvent)
 
 	mu        sync.Mutex    // guards the fields below
-	trusted   time.Time     // the last time that was not in doubt
-	trustedAt time.Duration // the monotonic clock at that time
+	trusted   time.Time     // the wall clock when it was last not in doubt
+	trustedAt time.Duration // the monotonic clock at the instant of trusted
 	doubted   time.Duration // size of the step in doubt; 0 if there is none
-	doubtedAt time.Duration // the monotonic clock when that step was noticed
+	doubtedAt time.Duration // the monotonic clock when the step in doubt was noticed
 }
 
 // WallClockStepEvent reports that a step of the wall clock began, or that it ended in one of two
@@ -43,7 +43,7 @@ type CheckedWallClock struct {
 type WallClockStepEvent struct {
 	Size     time.Duration // size of the step; negative if the clock was set back
 	Reverted bool          // the step ended because the clock was set to the old time again
-	Accepted bool          // the step ended because the new time has lasted; it is used from now on
+	Accepted bool          // the step ended because the new time has lasted for stepDoubtTime; the new time is used from now on
 }
 
 // NewCheckedWallClock returns a CheckedWallClock that trusts the present time of wall. monotonic
@@ -82,8 +82,9 @@ func (c *CheckedWallClock) StepInDoubt() time.Duration {
 	return c.doubted
 }
 
-// observe compares the wall clock with its expected time. It returns the event of a step that
-// begins or ends, or the zero value. The caller must hold c.mu.
+// observe compares the wall clock with the time that is expected from the monotonic clock. It
+// returns the event if a step begins or ends, and the zero value otherwise. The caller must hold
+// c.mu.
 func (c *CheckedWallClock) observe(wall, expected time.Time, monotonic time.Duration) (step WallClockStepEvent) {
 	elapsed := monotonic - c.trustedAt
 	diff := wall.Sub(expected)
@@ -102,8 +103,8 @@ func (c *CheckedWallClock) observe(wall, expected time.Time, monotonic time.Dura
 	}
 	c.doubted = 0
 	if step == (WallClockStepEvent{}) {
-		// Follow the wall clock only as fast as slewing can change it. Many small steps then add up
-		// to a difference that is noticed.
+		// Let trusted follow the wall clock only as fast as slewing can change a clock. Many small
+		// steps then add up to a difference that is noticed.
 		diff = min(max(diff, -elapsed/slewDivisor), elapsed/slewDivisor)
 	}
 	c.trusted, c.trustedAt = expected.Add(diff), monotonic

@@ -1,8 +1,9 @@
 package main
 
-// The sites of the delivery model. Each site has a spool on a simulated disk and pushes as the real
-// client does. The checks: a site does not send a scrape again without need, and a scrape leaves
-// its spool only if an answer or a limit allows it.
+// The sites of the delivery model. Each site has a simulated spool directory, and pushes with the
+// real client's spool index and choice of server. The checks: a site pushes no scrape while it must
+// first ask whether a server holds the scrape, and a scrape leaves the spool only if an answer of a
+// server or a limit of the spool allows it.
 
 import (
 	"fmt"
@@ -10,41 +11,42 @@ import (
 	"time"
 )
 
-// modelScrape is a scrape of a site's source, with its fate.
+// modelScrape is one scrape that a site's client made of its source (the site's Prometheus), and
+// what became of the scrape.
 type modelScrape struct {
 	number  uint64
 	at      int64
-	samples []int // IDs of its samples
-	gone    bool  // it left its spool
-	excused bool  // the site's disk lost it or a limit dropped it, so that it need not be delivered
+	samples []int // IDs of the scrape's samples
+	gone    bool  // the scrape has left the site's spool
+	excused bool  // the scrape need not be delivered, because the site's disk lost it or a limit of the spool dropped it
 }
 
 // modelSite is a site with its client.
 type modelSite struct {
 	at              int // number of the site
 	name            string
-	ring            uint64    // key of the site, by which the ring finds its owner
-	lines           [2][]byte // lines of its two series
+	ring            uint64    // key of the site (SiteKey), from which the ring computes the site's owner
+	lines           [2][]byte // rendered lines of the site's two series
 	plan            spoolIndex
-	meta, savedMeta spoolMeta     // in memory and on disk
-	next            uint64        // number of the next scrape
-	once            bool          // runs with --once: restarts before each scrape
-	limit           int           // most scrapes in the spool
-	age             time.Duration // highest age of a scrape in the spool
-	boot            int64         // right time of the last boot
+	meta, savedMeta spoolMeta     // metadata of the spool: in memory, and as saved on disk
+	next            uint64        // number of the site's next scrape
+	once            bool          // the client runs with --once, so that it restarts before each scrape
+	limit           int           // maximum number of scrapes in the spool
+	age             time.Duration // maximum age of a scrape in the spool
+	boot            int64         // right time in ms (deliveryModel.now) of the last boot of the site's machine
 	bootID          string
-	scrapes         map[uint64]*modelScrape // by number, of the present spool ID
-	last            *modelScrape            // newest scrape
+	scrapes         map[uint64]*modelScrape // by number: all scrapes that were made under the present spool ID
+	last            *modelScrape            // newest scrape of the source
 	lo              [modelConsumers]int64
 	servers         serverFailover
 	size            pushScrapeLimit
-	failing         bool // the last attempt had no answer
+	failing         bool // the last request of the site got no answer
 
-	uncertain map[uint64]bool // numbers that were sent, or found at a restart, without an answer since
-	listed    Ranges          // numbers that the last answer listed as held or read
-	elsewhere int64           // time of the last push of scrapes that another server held
+	uncertain map[uint64]bool // scrapes that a server may hold: their push got no answer, or a restart found them on disk, and no answer has come since
+	listed    Ranges          // numbers of the scrapes that the last answer listed as held or read
+	elsewhere int64           // ms; time of the last push with a scrape that another server held
 
-	copy *modelSpoolCopy // nil: none
+	copy *modelSpoolCopy // earlier copy of the spool; nil: there is no copy
 }
 
 // modelSpoolCopy is a copy of a spool's directory.
@@ -54,7 +56,7 @@ type modelSpoolCopy struct {
 	lo      [modelConsumers]int64
 }
 
-// moment returns the site's clocks.
+// moment returns the present time on the site's wall clock and boot clock.
 func (m *deliveryModel) moment(c *modelSite) Moment {
 	return Moment{Wall: m.now, Boot: m.now - c.boot, BootID: c.bootID}
 }
@@ -68,26 +70,28 @@ func (m *deliveryModel) newSpool(c *modelSite) {
 	m.number(c)
 }
 
-// number sets the number of the next scrape, as a client does when it opens its spool.
+// number sets the number of the site's next scrape, as a client does when it opens its spool.
 func (m *deliveryModel) number(c *modelSite) {
 	spool := Spool{cfg: SpoolConfig{Now: func() Moment { return m.moment(c) }}, nextNumber: c.next, meta: c.meta}
 	spool.initIDAndNumber()
 	c.next = spool.nextNumber
 }
 
-// restartSite starts a new client process on the site's disk.
+// restartSite starts a new client process on the spool that the site has on disk.
 func (m *deliveryModel) restartSite(c *modelSite) {
 	if m.tracing {
 		m.say("restart %s", c.name)
 	}
 	m.reopen(c, slices.Clone(c.plan.entries), c.savedMeta)
 	for i := range c.lo {
-		// The times of scrapes on disk may be older than in memory by up to consumerLag.
+		// The metadata on disk may have times of the consumers' scrapes that are up to consumerLag
+		// older than the times that the last process had in memory.
 		c.lo[i] = max(0, c.lo[i]-consumerLag.Milliseconds())
 	}
 }
 
-// reopen opens a spool with the given scrapes and metadata on disk, sometimes after a reboot.
+// reopen starts a client process on a spool directory with the given scrapes and metadata. In 20%
+// of the calls the site's machine has rebooted before.
 func (m *deliveryModel) reopen(c *modelSite, entries []spoolEntry, saved spoolMeta) {
 	if m.chance(20) {
 		c.boot, c.bootID = m.now, fmt.Sprint("boot", m.now)
@@ -102,7 +106,8 @@ func (m *deliveryModel) reopen(c *modelSite, entries []spoolEntry, saved spoolMe
 	m.number(c)
 }
 
-// spoolFault copies the spool's directory, restores the copy, or loses it.
+// spoolFault copies the site's spool, replaces the spool by its copy, loses the spool, or does
+// nothing, at random.
 func (m *deliveryModel) spoolFault(c *modelSite) {
 	switch n := m.rng.IntN(10); {
 	case n < 5:
@@ -142,8 +147,9 @@ func (m *deliveryModel) spoolFault(c *modelSite) {
 	}
 }
 
-// scrapeSource adds a scrape to the spool. The scrape has new samples, the samples of the previous
-// scrape again, or one sample of each kind. Scrapes over the limits leave the spool.
+// scrapeSource scrapes the site's source and adds the scrape to the spool. The new scrape has new
+// samples, the samples of the previous scrape again, or one sample of each kind. Scrapes over the
+// spool's limits on age and number leave the spool.
 func (m *deliveryModel) scrapeSource(c *modelSite) {
 	m.dropOld(c)
 	sc := &modelScrape{number: c.next, at: m.now}
@@ -188,7 +194,7 @@ func (m *deliveryModel) scrapeSource(c *modelSite) {
 	}
 }
 
-// dropped notes that scrapes left the spool because of a limit.
+// dropped marks scrapes that a limit of the spool has removed as gone and excused.
 func (m *deliveryModel) dropped(c *modelSite, gone []spoolEntry) {
 	for _, e := range gone {
 		sc := c.scrapes[e.Number]
@@ -199,7 +205,7 @@ func (m *deliveryModel) dropped(c *modelSite, gone []spoolEntry) {
 	}
 }
 
-// dropOld drops the scrapes that are older than the site's limit.
+// dropOld drops the scrapes that are older than the spool's limit on age.
 func (m *deliveryModel) dropOld(c *modelSite) {
 	now := m.moment(c)
 	if len(c.plan.entries) == 0 || now.Since(c.plan.entries[0].At) <= c.age {
@@ -209,7 +215,7 @@ func (m *deliveryModel) dropOld(c *modelSite) {
 	m.dropped(c, append(held, lost...))
 }
 
-// named returns scrape n of a site, which must exist.
+// named returns the site's scrape with number n. The run fails if the site never made that scrape.
 func (m *deliveryModel) named(c *modelSite, n uint64) *modelScrape {
 	sc := c.scrapes[n]
 	if sc == nil {
@@ -218,8 +224,9 @@ func (m *deliveryModel) named(c *modelSite, n uint64) *modelScrape {
 	return sc
 }
 
-// drain pushes and asks as Pusher.DrainSpool does, until nothing is left to do, all servers have
-// failed in a row, or m.requests requests were made. It checks each push and each answer.
+// drain lets the site push scrapes and ask servers which scrapes are held and read, as
+// Pusher.DrainSpool does. It ends when nothing is left to do, when all servers have failed in a
+// row, or after m.requests requests and waits. It checks each push and each answer.
 func (m *deliveryModel) drain(c *modelSite) {
 	now := func() int64 { return m.moment(c).Boot }
 	unreadFor := time.Duration(0)
@@ -268,9 +275,10 @@ func (m *deliveryModel) drain(c *modelSite) {
 	}
 }
 
-// pickPush begins a push and returns its scrapes. It checks that the push sends no scrape whose
-// state is uncertain or that the server has, and that scrapes that another server holds come after
-// the others, at most one push a second, and not after an attempt that failed.
+// pickPush begins a push, and returns its scrapes and their numbers. It checks that no scrape of
+// the push is in c.uncertain or was listed by the last answer. A scrape that another server holds
+// must come after the scrapes that no server holds, in at most one push per elsewhereInterval, and
+// not after a request that got no answer.
 func (m *deliveryModel) pickPush(c *modelSite, now int64) (push []*modelScrape, numbers Ranges) {
 	undelivered := false
 	for i := range c.plan.entries {
@@ -305,9 +313,9 @@ func (m *deliveryModel) pickPush(c *modelSite, now int64) (push []*modelScrape, 
 	return push, numbers
 }
 
-// applyAnswer changes the spool as an answer says, and the limits of later pushes. It checks that a
-// scrape leaves the spool only if the answer allows it, and that a scrape that the server did not
-// take counts as declined.
+// applyAnswer applies an answer to the site's spool, to its choice of server and to its limit on
+// scrapes per push. It checks that a scrape leaves the spool only if the answer allows it, and that
+// a pushed scrape that the server did not store counts as declined.
 func (m *deliveryModel) applyAnswer(c *modelSite, now int64, a SpoolAnswer, names ScrapeNames, push []*modelScrape) {
 	gone, out := c.plan.applyAnswer(now, a)
 	for _, e := range gone {
@@ -350,8 +358,9 @@ func (m *deliveryModel) applyAnswer(c *modelSite, now int64, a SpoolAnswer, name
 	}
 }
 
-// request sends a push or a question to the server front, which forwards it to the site's owner if
-// it reaches the owner. ok is false if no answer arrives.
+// request sends a push or a question of the site to the server front. front forwards the request to
+// the site's owner, or handles the request itself if it cannot reach the owner. ok is false if the
+// site gets no answer.
 func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNames, push []*modelScrape) (a SpoolAnswer, ok bool) {
 	if !front.up || m.lost() {
 		if m.tracing {
@@ -363,8 +372,8 @@ func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNa
 	at := front
 	if owner := m.servers[m.owner[c.at]]; owner != front && owner.up && !m.lost() {
 		a = m.handle(owner, c, names, push, reported)
-		// If front gets no answer, or one of an owner whose clock is wrong, it stores the push
-		// itself.
+		// front stores the push itself if the owner's answer is lost, or if the owner dropped all
+		// samples of the push because the owner's clock is wrong.
 		if at = owner; m.lost() || owner.untimely {
 			a = m.handle(front, c, names, push, reported)
 			at = front

@@ -1,8 +1,9 @@
 package main
 
-// The servers of the delivery model. Each server has a real Store in memory and a simulated disk,
-// which crashes, damage, loss and old copies change. The checks: a server lists as held only
-// scrapes that it stored, and as read only scrapes that all consumers that count have received.
+// The servers of the delivery model. Each server has a real Store in memory and a simulated disk.
+// Faults cut or damage the logs on the disk, lose the disk, or replace it by an older copy. The
+// checks: a server lists as held only scrapes that it stored, and as read only scrapes that every
+// consumer that counts has received (see counts).
 
 import (
 	"context"
@@ -11,44 +12,44 @@ import (
 	"time"
 )
 
-// modelServer is a server with its disk.
+// modelServer is a server of the model with its disk.
 type modelServer struct {
 	at       int // number of the server
 	name     string
 	up       bool
-	ahead    int64 // how far its clock is ahead, in ms
-	untimely bool  // all samples of the last push were dropped for their time, and the clock is wrong
+	ahead    int64 // how far the server's clock is ahead of the right time, in ms
+	untimely bool  // the server's clock is wrong, and the server dropped all samples of the last push because of their times
 	store    *Store
 	scraper  *AllSitesReader
 	disk     *modelDisk
-	copy     *modelDisk                         // earlier copy of disk; nil: none
-	lo       [modelConsumers]int64              // of the consumers' scrapes of this server
-	reported [modelSites][modelConsumers]int64  // lo of scrapes of any server, as the site reported since the start
-	read     [modelSites]map[[2]uint64]struct{} // spool ID and scrape number: listed as read since the scrape was stored
-	taken    [modelSites]ScrapeNames            // held or read by the last answer, and not lost since
-	evicted  map[int]bool                       // IDs of evicted samples, which all consumers that counted had received
+	copy     *modelDisk                         // earlier copy of the disk; nil: there is no copy
+	lo       [modelConsumers]int64              // by consumer: ms; the server knows that the consumer scraped it at this time or later; 0: no known scrape
+	reported [modelSites][modelConsumers]int64  // by site and consumer: ms; since this server's start the site reported that the consumer scraped a server at this time or later; 0: no report
+	read     [modelSites]map[[2]uint64]struct{} // by site: spool ID and number of each scrape that was listed as read and not stored again since
+	taken    [modelSites]ScrapeNames            // by site: scrapes that the last answer to the site listed as held or read; empty after a fault that may lose scrapes
+	evicted  map[int]bool                       // IDs of the samples that this server evicted
 }
 
-// modelRecord is a record of a log on a disk.
+// modelRecord is one record of a site log or of the file of cursors on a simulated disk.
 type modelRecord struct {
 	kind     byte
 	payload  []byte
-	samples  []int // IDs of the samples of a batch
+	samples  []int // IDs of the samples, in a record of a batch
 	consumer int   // number of the consumer, in a record of cursors
-	lo       int64 // the server's lo of the consumer when the record was written
+	lo       int64 // modelServer.lo of the consumer when the record was written, in a record of cursors
 }
 
 // modelDisk is the content of a server's disk.
 type modelDisk struct {
 	logs    [modelSites][]modelRecord
 	known   []KnownConsumer       // consumers in the state file
-	seen    [modelConsumers]int64 // the server's lo when the state file was written
+	seen    [modelConsumers]int64 // modelServer.lo when the state file was written
 	cursors []modelRecord
-	block   uint64 // block of batch numbers in the state file
-	stored  []bool // by sample ID: the sample was stored, and not lost since
+	block   uint64 // block of batch numbers that the newest start uses, in the state file
+	stored  []bool // by sample ID: the sample was stored on this disk, and no fault has lost it since
 }
 
-// clone returns a copy that shares nothing that changes.
+// clone returns a copy of the disk. Later changes of the disk do not change the copy.
 func (d *modelDisk) clone() *modelDisk {
 	k := *d
 	for i := range k.logs {
@@ -58,9 +59,9 @@ func (d *modelDisk) clone() *modelDisk {
 	return &k
 }
 
-// handle stores a push as the server's upload handler does, checks the answer, and returns the
-// answer as the client reads it. A question has no scrapes. reported has the consumers that the
-// site knows.
+// handle has server s process a request of site c as the upload handler does, and stores the
+// scrapes in push. A question has no scrapes. reported is the header that lists the consumers that
+// the site knows. handle checks the answer and returns it as the client parses it.
 func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, push []*modelScrape, reported string) (a SpoolAnswer) {
 	got, err := ParseScrapeNames(names.String())
 	consumers, cerr := ParseConsumers(reported)
@@ -102,9 +103,9 @@ func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, 
 	return a
 }
 
-// append stores a push on the server and its disk, and checks that no sample is stored twice. An
-// evicted sample may be stored twice, unless the server knows all scrapes of the push by their
-// numbers.
+// append stores a push in the server's store and on its simulated disk. It checks that no sample is
+// stored twice. An evicted sample may be stored again if the push has a scrape that the server's
+// last answer did not list as held or read.
 func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, names ScrapeNames) {
 	series, seq := 0, uint64(0)
 	var known Ranges
@@ -161,12 +162,12 @@ func samplesOf(b *Batch) (ids []int) {
 	return ids
 }
 
-// counts returns the consumers that must have received a sample before s may call its scrape read.
-// c is the site in question; with nil, reports of clients do not count. anyKnown reports that s
-// must know of a consumer. A consumer is left out if a few seconds, or times that a restart may
-// have lost, decide whether it counts.
+// counts returns the consumers that must have received a sample before s may list its scrape as
+// read, or evict it. These are consumers that scraped s, and consumers that site c reported; with a
+// nil c, reports do not count. anyKnown means that s must know a consumer. A consumer is left out
+// if a few seconds, or times that a restart may have lost, decide whether it counts.
 func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumers]bool, anyKnown bool) {
-	recent, maybe := false, false // a consumer has scraped, or may have scraped, within retention
+	recent, maybe := false, false // recent: a consumer surely scraped within retention; maybe: a consumer may have
 	retention, slack := deliveryRetention.Milliseconds(), deliverySlack.Milliseconds()
 	var lo [modelConsumers]int64
 	for i := range lo {
@@ -190,7 +191,8 @@ func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumer
 	return all, anyKnown
 }
 
-// check checks what s answers about a spool.
+// check checks a spool's status as s answers it: whether s knows consumers, whether s still lists
+// every scrape that its last answer listed, and whether the held and the read scrapes are right.
 func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *SpoolStatus) {
 	all, anyKnown := m.counts(s, c)
 	if anyKnown && !st.HasConsumers {
@@ -210,14 +212,14 @@ func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *Sp
 	}
 }
 
-// checkHeld checks that s has stored the samples of all scrapes that it lists as held, except for
+// checkHeld checks that s has stored all samples of each scrape that it lists as held, except for
 // expired samples.
 func (m *deliveryModel) checkHeld(s *modelServer, c *modelSite, held Ranges) {
 	for _, r := range held {
 		for n := r.From; n <= r.To; n++ {
 			ids := m.named(c, n).samples
-			// A server whose clock is ahead may drop some samples of a held scrape as too old, but
-			// not all.
+			// A server whose clock is ahead may have dropped some samples of a held scrape as too
+			// old, but not all of them.
 			partly := s.ahead > 0 && slices.ContainsFunc(ids, func(id int) bool { return s.disk.stored[id] })
 			for _, id := range ids {
 				if !s.disk.stored[id] && !partly && m.samples[id].t >= m.now-deliveryRetention.Milliseconds() {
@@ -228,8 +230,8 @@ func (m *deliveryModel) checkHeld(s *modelServer, c *modelSite, held Ranges) {
 	}
 }
 
-// checkRead checks that the consumers that count have received the samples of all scrapes that s
-// now lists as read for the first time, except for expired and evicted samples.
+// checkRead checks the scrapes that s lists as read for the first time. Every consumer in all must
+// have received their samples, except for expired and evicted samples.
 func (m *deliveryModel) checkRead(s *modelServer, c *modelSite, spool uint64, read Ranges, all [modelConsumers]bool) {
 	for _, r := range read {
 		for n := r.From; n <= r.To; n++ {
@@ -249,7 +251,8 @@ func (m *deliveryModel) checkRead(s *modelServer, c *modelSite, spool uint64, re
 	}
 }
 
-// saveConsumers saves the consumers to the model's disk, as Consumers.Save does.
+// saveConsumers saves the consumers and their cursors to the server's simulated disk, as
+// Consumers.Save does.
 func (m *deliveryModel) saveConsumers(s *modelServer) {
 	cs := s.store.Consumers
 	stale := cs.knownChanged.Swap(false)
@@ -269,8 +272,8 @@ func (m *deliveryModel) saveConsumers(s *modelServer) {
 	}
 }
 
-// open opens a server's store from the model's disk, as Store.recover does. hurt tells for each
-// site whether its log is damaged.
+// open opens a server's store from its simulated disk, as Store.recover does. hurt says for each
+// site whether the site's log is damaged.
 func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	cfg := StoreConfig{Retention: deliveryRetention, MaxSampleAge: 10 * time.Minute, Now: func() time.Time { return m.timeAt(s) }, OnError: func(error) {}}
 	st, err := OpenStore(cfg)
@@ -296,7 +299,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 	for i := range s.lo {
 		if s.lo[i] > 0 && !recorded[i] {
-			m.hi[i] = m.now // the store treats the start as the consumer's last scrape
+			m.hi[i] = m.now // a consumer without a record of its last scrape counts as having scraped at the server's start
 		}
 	}
 	for i, c := range m.sites {
@@ -344,8 +347,8 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 }
 
-// mended rewrites a damaged log. The samples that the store does not hold, which include the
-// expired samples, no longer count as stored.
+// mended rewrites a damaged log after its recovery. Samples of the site that the recovered store
+// does not hold no longer count as stored. They include the expired samples.
 func (m *deliveryModel) mended(s *modelServer, c *modelSite) {
 	kept := map[int]bool{}
 	s.store.ViewSite(c.name, func(held *SiteSamples) {
@@ -363,7 +366,8 @@ func (m *deliveryModel) mended(s *modelServer, c *modelSite) {
 	m.rewrite(s, c)
 }
 
-// rewrite rewrites the log of a site in memory and on the model's disk.
+// rewrite rewrites the log of a site without expired samples, in the store and on the simulated
+// disk.
 func (m *deliveryModel) rewrite(s *modelServer, c *modelSite) {
 	site := s.store.sites[c.name]
 	if site == nil {
@@ -392,8 +396,8 @@ func (m *deliveryModel) rewrite(s *modelServer, c *modelSite) {
 	s.disk.logs[c.at] = log
 }
 
-// down ends a server's process, sometimes with a fault of its disk. Sometimes the server starts
-// again at once.
+// down ends a server's process, sometimes with a fault of its disk. The server starts again at once
+// if a log is damaged, and otherwise with a chance of 40%.
 func (m *deliveryModel) down(s *modelServer) {
 	var hurt [modelSites]bool
 	s.up = false
@@ -450,7 +454,7 @@ func (m *deliveryModel) down(s *modelServer) {
 	if m.tracing {
 		m.say("%s is down: %s", s.name, what)
 	}
-	if logsChange { // the logs may have lost scrapes
+	if logsChange { // the server need no longer list the scrapes that it listed before
 		s.taken = [modelSites]ScrapeNames{}
 	}
 	for _, x := range m.consumers {
@@ -464,7 +468,8 @@ func (m *deliveryModel) down(s *modelServer) {
 // up starts a server whose logs are not damaged.
 func (m *deliveryModel) up(s *modelServer) { m.reopenServer(s, [modelSites]bool{}) }
 
-// reopenServer starts a server. hurt tells for each site whether its log is damaged.
+// reopenServer starts a server from its simulated disk. hurt says for each site whether the site's
+// log is damaged.
 func (m *deliveryModel) reopenServer(s *modelServer, hurt [modelSites]bool) {
 	m.open(s, hurt)
 	if m.tracing {
@@ -472,8 +477,8 @@ func (m *deliveryModel) reopenServer(s *modelServer, hurt [modelSites]bool) {
 	}
 }
 
-// lose removes records from a log. Their samples no longer count as stored, unless another record
-// of the log has them.
+// lose removes the records from, …, to-1 from a site's log. Their samples no longer count as
+// stored, unless another record of the log has them.
 func (m *deliveryModel) lose(d *modelDisk, site, from, to int) {
 	for _, r := range d.logs[site][from:to] {
 		for _, id := range r.samples {
@@ -488,7 +493,7 @@ func (m *deliveryModel) lose(d *modelDisk, site, from, to int) {
 	}
 }
 
-// maintain rewrites all logs and forgets idle consumers, as Store.Run does.
+// maintain rewrites the logs of all sites and forgets idle consumers, as Store.Run does.
 func (m *deliveryModel) maintain(s *modelServer) {
 	if m.tracing {
 		m.say("%s rewrites its logs", s.name)
@@ -499,8 +504,8 @@ func (m *deliveryModel) maintain(s *modelServer) {
 	s.store.Consumers.DropIdle(m.timeAt(s))
 }
 
-// evict evicts all batches of a site that may be evicted. It checks that every consumer that counts
-// has received their samples.
+// evict evicts batches of a site, oldest first, until the store refuses to. It checks that every
+// consumer that counts has received the evicted samples, except for expired samples.
 func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 	site := s.store.sites[c.name]
 	if site == nil {
@@ -522,7 +527,7 @@ func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 			m.say("%s evicts samples %v of %s", s.name, ids, c.name)
 		}
 		for _, id := range ids {
-			if s.evicted[id] { // a restart brought the sample back, and cursors are past it
+			if s.evicted[id] { // the sample was evicted before a restart brought it back, and the consumers' cursors are past it
 				continue
 			}
 			s.evicted[id] = true

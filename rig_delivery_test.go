@@ -24,15 +24,15 @@ var deliveryFlag = flag.Int("delivery", 8_000, "number of runs of TestSweepDeliv
 
 const (
 	deliveryRetention = 2 * time.Hour
-	deliverySlack     = 5 * time.Second // tolerance for ages of consumers, which requests give in whole seconds
+	deliverySlack     = 5 * time.Second // tolerance for the age of a consumer's last scrape, because requests carry ages in whole seconds
 
 	modelSites, modelServers, modelConsumers = 2, 3, 3
 )
 
 // Random faults of servers, disks and connections lose no sample. A server lists a scrape as held
-// only if it stored the scrape, and as read only if the consumers received it. No scrape leaves a
-// spool too early. After the last fault every living consumer gets every sample that is still in a
-// spool.
+// only if it stored the scrape, and as read only if every consumer that counts received it. A
+// scrape leaves a spool only if an answer or a limit allows it. After the last fault every living
+// consumer gets every unexpired sample that is still in a spool, if all clocks are right.
 func TestSweepDelivery(t *testing.T) {
 	sweep(t)
 	t.Parallel()
@@ -61,34 +61,35 @@ func TestSweepDelivery(t *testing.T) {
 	t.Logf("%d runs with %d steps took %v", *deliveryFlag, steps.Load(), time.Since(begin).Round(time.Millisecond))
 }
 
-// deliveryFailure is the first run that failed.
+// deliveryFailure describes the first run that was found to fail.
 type deliveryFailure struct {
 	seed uint64
 	why  string
-	run  int64 // counted from 1
+	run  int64 // number of the run, counted from 1
 }
 
-// allHere is added to deliveryModel.steps in the last phase, so that every consumer has come and
-// every consumer that dies is dead.
+// allHere is added to deliveryModel.steps in the last phase. Then steps is past the step at which
+// each consumer begins to scrape, and past the step at which consumer 1 dies.
 const allHere = 1 << 20
 
-// deliveryModel is one run. Times are in ms. A site, a server or a consumer is known by its number.
-// Fields named lo have a time for each consumer: their owner knows of a scrape of the consumer at
-// that time or later. Nobody can know of a scrape later than hi. 0 means no scrape.
+// deliveryModel is one run. Times are in ms. Sites, servers and consumers are numbered from 0. A
+// field named lo has a time for each consumer: the site or server with the field knows that the
+// consumer scraped at that time or later. No site and no server can know of a scrape later than hi.
+// A time of 0 means no scrape.
 type deliveryModel struct {
 	rng       *rand.Rand
-	now       int64 // right time
-	steps     int   // so far; plus allHere in the last phase
+	now       int64 // the right time; a server's clock may differ
+	steps     int   // number of steps so far; plus allHere in the last phase
 	sites     [modelSites]*modelSite
 	servers   [modelServers]*modelServer
 	consumers [modelConsumers]*modelReader
-	owner     [modelSites]int       // server that owns the site
-	samples   []modelSample         // by ID; the value of a sample is its ID
+	owner     [modelSites]int       // by site: number of the server that owns the site
+	samples   []modelSample         // by sample ID; the value of a sample is its ID
 	skewed    bool                  // the clock of server 0 is wrong
-	calm      bool                  // the last phase: no more faults
-	requests  int                   // most requests in one drain
+	calm      bool                  // the run is in its last phase, which has no faults
+	requests  int                   // maximum number of requests and waits in one call of drain
 	loss      int                   // percent of requests and of answers that are lost
-	hi        [modelConsumers]int64 // latest scrape that a server can know of
+	hi        [modelConsumers]int64 // by consumer: latest time of a scrape that a site or server can know of
 	tracing   bool
 	trace     []string
 }
@@ -102,8 +103,8 @@ type modelSample struct {
 // modelFailure is the panic value of deliveryModel.fail.
 type modelFailure string
 
-// newDeliveryModel returns the model of one run. tracing records what happens, for a failure
-// message.
+// newDeliveryModel returns the model of one run. If tracing is true, the model records what
+// happens, so that a failure message can show it.
 func newDeliveryModel(seed uint64, tracing bool) *deliveryModel {
 	m := &deliveryModel{rng: rand.New(rand.NewPCG(seed, 1)), now: 1_700_000_000_000, requests: 6, tracing: tracing}
 	m.skewed = m.chance(20)
@@ -147,13 +148,13 @@ func newDeliveryModel(seed uint64, tracing bool) *deliveryModel {
 	return m
 }
 
-// chance returns true with the given probability.
+// chance returns true with a probability of percent in 100.
 func (m *deliveryModel) chance(percent int) bool { return m.rng.IntN(100) < percent }
 
-// lost reports whether the next message is lost.
+// lost reports whether the network loses the next request or answer.
 func (m *deliveryModel) lost() bool { return !m.calm && m.chance(m.loss) }
 
-// timeAt returns the time by a server's clock.
+// timeAt returns the present time on a server's clock.
 func (m *deliveryModel) timeAt(s *modelServer) time.Time { return time.UnixMilli(m.now + s.ahead) }
 
 // say adds a line to the trace.
@@ -161,13 +162,13 @@ func (m *deliveryModel) say(format string, args ...any) {
 	m.trace = append(m.trace, time.UnixMilli(m.now).UTC().Format("02 15:04:05 ")+fmt.Sprintf(format, args...))
 }
 
-// fail ends the run with a failure.
+// fail ends the run with the formatted text as its failure. It does not return.
 func (m *deliveryModel) fail(format string, args ...any) {
 	panic(modelFailure(fmt.Sprintf(format, args...)))
 }
 
-// run makes 25 to 74 random steps and then the last phase. It returns the failure; "" if there is
-// none.
+// run makes 25 to 74 random steps and then the last phase. It returns the text of the failure, or
+// "" if the run succeeded.
 func (m *deliveryModel) run() (why string) {
 	defer func() {
 		switch r := recover().(type) {
@@ -206,7 +207,8 @@ func (m *deliveryModel) pass() {
 	}
 }
 
-// step does one thing at random.
+// step makes one random event happen: for example a scrape, a restart, a change of a site's owner,
+// or a fault.
 func (m *deliveryModel) step() {
 	c, s := m.sites[m.rng.IntN(modelSites)], m.servers[m.rng.IntN(modelServers)]
 	switch n := m.rng.IntN(100); {
@@ -268,19 +270,19 @@ func (m *deliveryModel) step() {
 	}
 }
 
-// modelReader is a consumer.
+// modelReader is a consumer of the model.
 type modelReader struct {
 	at       int // number of the consumer
 	name     string
 	key      uint64
-	comes    int                // step from which on it scrapes
-	dies     int                // step from which on it no longer scrapes
-	conns    [modelServers]*int // identity of its connection to each server
+	comes    int                // number of the step from which on the consumer scrapes
+	dies     int                // number of the step from which on the consumer no longer scrapes
+	conns    [modelServers]*int // by server: identity of the consumer's connection; a new pointer is a new connection
 	received []bool             // by sample ID: the consumer received the sample
 }
 
-// scrape makes one scrape of a server. It reports whether the scrape moved the session's position
-// at any site, which the next scrape confirms.
+// scrape has consumer x scrape server s once. It returns true if the answer moved the position of
+// x's session at some site. The next scrape on the connection then confirms that position.
 func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if !s.up || m.steps < x.comes || m.steps >= x.dies {
 		return false
@@ -315,8 +317,9 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	return len(r.served) > 0
 }
 
-// end is the last phase, without faults. It checks that consumers 0 and 2 receive every sample of
-// the scrapes in the spools, and that then the spools become empty. Consumer 1 is dead.
+// end is the last phase, without faults. It checks that consumers 0 and 2 receive every unexpired
+// sample of the scrapes in the spools, and that these scrapes then leave the spools. Consumer 1 is
+// dead.
 func (m *deliveryModel) end() {
 	m.calm = true
 	if m.tracing {
@@ -328,7 +331,8 @@ func (m *deliveryModel) end() {
 		}
 	}
 	m.steps |= allHere
-	// The first rounds take less than 30 minutes. So samples since oldest do not expire in them.
+	// The first call of rounds takes less than 30 minutes. So samples that are not older than
+	// oldest do not expire during the call.
 	oldest := m.now - (deliveryRetention - 30*time.Minute).Milliseconds()
 	var due []*modelScrape
 	for _, c := range m.sites {
@@ -349,13 +353,13 @@ func (m *deliveryModel) end() {
 			}
 		}
 	}
-	// Consumer 1 has not scraped for retention by now, so that it no longer counts. A new scrape
-	// moves the cursors of the others past batches that expired unread.
+	// Consumer 1 no longer counts after the retention time without a scrape. A new scrape of each
+	// source moves the cursors of consumers 0 and 2 past batches that expired unread.
 	m.now += deliveryRetention.Milliseconds() + 60_000
 	m.requests = 10
 	for _, c := range m.sites {
 		if len(c.plan.entries) > 0 {
-			c.last = nil // the new scrape repeats no samples
+			c.last = nil // so that the new scrape repeats no samples of an earlier scrape
 			m.scrapeSource(c)
 		}
 	}
@@ -369,8 +373,9 @@ func (m *deliveryModel) end() {
 	}
 }
 
-// rounds lets three push intervals pass, or fewer if the spools become empty. In each interval, the
-// sites push, consumers 0 and 2 scrape, and the sites ask what was read.
+// rounds lets three push intervals pass, or fewer if the spools become empty before. In each
+// interval the sites push, consumers 0 and 2 scrape all servers, and the sites ask which scrapes
+// were read.
 func (m *deliveryModel) rounds() {
 	for n := 0; n < 3 && len(m.sites[0].plan.entries)+len(m.sites[1].plan.entries) > 0; n++ {
 		m.now += 2 * 60_000

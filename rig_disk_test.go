@@ -25,9 +25,9 @@ var (
 )
 
 // fault is what the hook of a crashFS does to one operation. The zero value does nothing. With Err
-// the operation fails: a write may write a part first, and a sync leaves pages marked clean that
-// are not on disk, as Linux does. With Kill the process dies in the operation, which may take
-// effect wholly, partly or not at all. All later operations fail until crash or restart.
+// the operation fails: a write may first write a part, and a failed sync makes later syncs of the
+// file useless, as on Linux. With Kill the process dies in the operation, which may take effect
+// wholly, partly or not at all. After a Kill all operations fail until crash or restart is called.
 type fault struct {
 	Err  error
 	Kill bool
@@ -36,25 +36,25 @@ type fault struct {
 // crashFS is an FS in memory that tracks what is durable. The bytes of a file are durable from its
 // Sync on, and the entries of a directory from its SyncDir on. It is safe for concurrent use.
 type crashFS struct {
-	mu      sync.Mutex // guards the rest
+	mu      sync.Mutex // guards the other fields and all crashNodes
 	rng     *rand.Rand
-	hook    func(n int, op, name string) fault // called for operation n, from 0, with mu held; must not use the FS; nil: no faults
-	ops     int                                // operations since the start, while there is a hook
-	killed  bool                               // all operations fail
-	open    int                                // open file handles
+	hook    func(n int, op, name string) fault // called before operation n, counted from 0, with mu held; must not use the FS; nil: no faults
+	ops     int                                // number of operations so far that called hook
+	killed  bool                               // the process was killed; all operations fail until crash or restart
+	open    int                                // number of open file handles
 	entries map[string]*crashNode              // path → file or directory, as running processes see it
-	durable map[string]*crashNode              // path → file or directory whose entry is durable
+	durable map[string]*crashNode              // path → file or directory whose entry in its parent is durable
 }
 
 // crashNode is a file or a directory.
 type crashNode struct {
 	dir          bool
 	data, synced []byte // content as processes see it, and the durable content
-	lost         bool   // a Sync has failed; later Syncs report success and do nothing
+	lost         bool   // a Sync has failed; until a crash, later Syncs report success and make nothing durable
 }
 
-// newCrashFS returns an FS with durable directories. The parent of each must be listed too, or be
-// "/".
+// newCrashFS returns an FS that has the directories dirs, all of them durable. The parent of each
+// directory must be in dirs too, or be "/".
 func newCrashFS(seed uint64, dirs ...string) *crashFS {
 	c := &crashFS{rng: rand.New(rand.NewPCG(seed, 0)), entries: map[string]*crashNode{"/": {dir: true}}}
 	for _, d := range dirs {
@@ -64,7 +64,7 @@ func newCrashFS(seed uint64, dirs ...string) *crashFS {
 	return c
 }
 
-// put creates or replaces a file, durably.
+// put creates or replaces a file. The new content and the entry are durable at once.
 func (c *crashFS) put(name string, data []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -84,7 +84,7 @@ func (c *crashFS) names() (names []string) {
 	return names
 }
 
-// contents returns the content of all files by path.
+// contents returns the contents of all files by path, as running processes see them.
 func (c *crashFS) contents() map[string]string {
 	all := map[string]string{}
 	c.mu.Lock()
@@ -97,16 +97,17 @@ func (c *crashFS) contents() map[string]string {
 	return all
 }
 
-// restart removes the hook, so that a new process can run on the same machine. Nothing is lost.
+// restart makes operations succeed again after a Kill, as for a new process on the same machine,
+// and removes the hook. No content is lost.
 func (c *crashFS) restart() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.killed, c.hook = false, nil
 }
 
-// crash cuts the power and restores it. Each entry that was not synced survives in its old or its
-// new state. A file that was not synced keeps its old content, or a part of the new content, with
-// zeros in place of some of the added bytes.
+// crash cuts the power and restores it. Each directory entry that was not synced survives in its
+// old or its new state. A file that was not synced keeps its old content, or gets a part of the new
+// content, with zeros in place of some of the added bytes.
 func (c *crashFS) crash() {
 	c.restart()
 	c.mu.Lock()
@@ -132,8 +133,8 @@ func (c *crashFS) crash() {
 	c.entries, c.durable = left, maps.Clone(left)
 }
 
-// survivor returns the content of a file after a crash. Before the crash the file has the content
-// data, and the content synced is durable.
+// survivor returns a random content that a file may have after a crash. data is the content before
+// the crash, and synced is the durable content.
 func (c *crashFS) survivor(synced, data []byte) []byte {
 	same := 0
 	for same < min(len(synced), len(data)) && synced[same] == data[same] {
@@ -147,15 +148,15 @@ func (c *crashFS) survivor(synced, data []byte) []byte {
 	case 1:
 		return out[:cut]
 	case 2:
-		clear(out[cut:]) // the new size reached the disk, the last bytes did not
+		clear(out[cut:]) // the new file size reached the disk, but the last bytes did not
 	case 3:
-		clear(out[same:cut]) // later sectors reached the disk, earlier sectors did not
+		clear(out[same:cut]) // later sectors of the file reached the disk, but earlier sectors did not
 	}
 	return out
 }
 
 // begin counts an operation and calls the hook. do reports whether the operation takes effect, and
-// err is the error that it returns. The caller holds c.mu.
+// err is the error that the operation returns. The caller must hold c.mu.
 func (c *crashFS) begin(op, name string) (do bool, err error) {
 	if c.killed {
 		return false, errKilled
@@ -172,7 +173,7 @@ func (c *crashFS) begin(op, name string) (do bool, err error) {
 	return f.Err == nil, f.Err
 }
 
-// parent returns an error if the parent of a path is no directory.
+// parent returns an error if the parent of the path is not an existing directory.
 func (c *crashFS) parent(op, name string) error {
 	if p := c.entries[filepath.Dir(name)]; p == nil || !p.dir {
 		return &fs.PathError{Op: op, Path: name, Err: fs.ErrNotExist}
@@ -299,7 +300,7 @@ func (c *crashFS) SyncDir(name string) error {
 	return err
 }
 
-// crashEntry is a directory entry. It has no Info.
+// crashEntry is the fs.DirEntry of a crashFS. Its Info always fails.
 type crashEntry struct {
 	name string
 	dir  bool
@@ -315,7 +316,7 @@ func (e crashEntry) Type() fs.FileMode {
 	return 0
 }
 
-// crashFile is an open file. Write always appends, as logs do.
+// crashFile is an open file. Write always appends, as the writes of logs do.
 type crashFile struct {
 	fs   *crashFS
 	n    *crashNode
@@ -369,8 +370,8 @@ func (f *crashFile) Close() error {
 	return err
 }
 
-// failOn returns a hook that fails operations op on paths that end with suffix: the n-th of them,
-// counted from 1, or all of them if n is 0.
+// failOn returns a hook that makes operations named op fail with err if their path ends with
+// suffix. Only the n-th such operation fails, counted from 1, or every one if n is 0.
 func failOn(op, suffix string, n int, err error) func(int, string, string) fault {
 	seen := 0
 	return func(_ int, o, name string) fault {
@@ -384,13 +385,13 @@ func failOn(op, suffix string, n int, err error) func(int, string, string) fault
 	}
 }
 
-// readFault is how reads fail: the first n reads with err, or all reads if n is 0.
+// readFault says how reads fail: the first n reads fail with err, or all reads if n is 0.
 type readFault struct {
 	n   int
 	err error
 }
 
-// times returns how often reads fail, in words.
+// times returns how often reads fail, in words for a test name.
 func (f readFault) times() string {
 	if f.n == 0 {
 		return "always"
@@ -400,8 +401,8 @@ func (f readFault) times() string {
 
 var readFaults = []readFault{{1, syscall.EIO}, {2, syscall.EIO}, {2, syscall.EMFILE}, {0, syscall.EIO}, {0, syscall.EMFILE}}
 
-// hook returns a hook that fails the first n operations op on paths that end with suffix, or all of
-// them if n is 0.
+// hook returns a hook that makes operations named op fail with f.err if their path ends with
+// suffix. The first f.n such operations fail, or all of them if f.n is 0.
 func (f readFault) hook(op, suffix string) func(int, string, string) fault {
 	seen := 0
 	return func(_ int, o, name string) fault {

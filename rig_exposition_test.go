@@ -1,8 +1,9 @@
 package main
 
-// Helpers to make samples and to check text exposition. expoCheck is the central property of the
-// sample model: expfmt's parser, which shares no code with this program, reads back every sample
-// that SampleList.Add accepts, under every escaping. Fuzz targets use it too.
+// Helpers to make samples and to check text exposition. expoCheck checks the central property of
+// the sample model: under every escaping, expfmt's parser can read the text that WriteFamilies
+// writes for samples that SampleList.Add accepts. That parser shares no code with this program.
+// Fuzz targets use expoCheck too.
 
 import (
 	"bytes"
@@ -17,7 +18,8 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// expoRaw returns a sample. pairs alternates the names and the values of its labels.
+// expoRaw returns a sample with this metric name, timestamp and value. pairs alternates the names
+// and the values of its labels.
 func expoRaw(name string, t int64, v float64, pairs ...string) *RawSample {
 	r := &RawSample{Name: []byte(name), T: t, HasT: true, V: v}
 	for i := 0; i < len(pairs); i += 2 {
@@ -26,7 +28,7 @@ func expoRaw(name string, t int64, v float64, pairs ...string) *RawSample {
 	return r
 }
 
-// expoPush returns a list with the samples. It fails the test if Add refuses one of them.
+// expoPush returns a SampleList with the samples. It fails the test if Add refuses one of them.
 func expoPush(t testing.TB, samples ...*RawSample) *SampleList {
 	t.Helper()
 	p := &SampleList{}
@@ -47,11 +49,11 @@ func expoSchemes() (list []Escaping) {
 	return list
 }
 
-// expoCheck fails the test unless expfmt's parser can read what WriteFamilies writes for p. If the
-// escaping quotes names, the parser must read back exactly the samples of p. Under the other
-// escapings, the text must use the legacy charset only, must contain no series and no TYPE line
-// twice, and must contain every series that needs no escaping. No two samples of p may have the
-// same line.
+// expoCheck fails the test unless expfmt's parser can read the text that WriteFamilies writes for
+// p, under every escaping. If the escaping quotes names, the parser must read back exactly the
+// samples of p. Under the other escapings, the text must use the legacy charset only, must contain
+// no series and no TYPE line twice, and must contain every series that needs no escaping. No two
+// samples of p may have the same line.
 func expoCheck(t testing.TB, p *SampleList) {
 	t.Helper()
 	var parser SeriesParser
@@ -114,7 +116,7 @@ func expoCheck(t testing.TB, p *SampleList) {
 		if lines != written {
 			t.Fatalf("under %s: the text has %d samples, WriteFamilies reported %d", e.ContentType(), lines, written)
 		}
-		// A series that needs no escaping is never hidden by one that needs it.
+		// A series that needs no escaping must never be hidden by a series that needs escaping.
 		for _, s := range p.Samples {
 			if line := p.Line(s); IsLegacyLine(line) && !seen[string(line)] && !seen[string(line)+" "] {
 				t.Fatalf("under %s: series %q is hidden", e.ContentType(), line)
@@ -123,14 +125,14 @@ func expoCheck(t testing.TB, p *SampleList) {
 	}
 }
 
-// expoShow returns a sample as text that two decoders can be compared by: line, bits of the value
-// and time.
+// expoShow formats a sample as text: its line, the bits of its value, and its time. Two decoders
+// return the same sample if the texts are equal.
 func expoShow(line string, t int64, v float64) string {
 	return fmt.Sprintf("%s %x %d", line, math.Float64bits(v), t)
 }
 
-// expoRead parses text with expfmt's parser. It returns the samples of each metric name in the
-// order of the text, each formatted by expoShow.
+// expoRead parses text with expfmt's parser. It returns the samples by metric name, in the order of
+// the text, each formatted by expoShow.
 func expoRead(t testing.TB, e Escaping, text []byte) map[string][]string {
 	t.Helper()
 	scheme := model.LegacyValidation
@@ -159,8 +161,8 @@ func expoRead(t testing.TB, e Escaping, text []byte) map[string][]string {
 	return got
 }
 
-// expoRandom returns a random sample. Its names are chosen so that many of them become equal by
-// escaping.
+// expoRandom returns a random sample. Its names are chosen so that escaping often makes names of
+// several samples equal.
 func expoRandom(rnd *rand.Rand) *RawSample {
 	pick := func(from ...string) string { return from[rnd.IntN(len(from))] }
 	word := func() string {
@@ -184,8 +186,8 @@ func expoRandom(rnd *rand.Rand) *RawSample {
 	return r
 }
 
-// expoUnique removes all samples of p but the first of each line, because expoCheck needs unique
-// lines.
+// expoUnique removes each sample of p whose line equals the line of an earlier sample, because
+// expoCheck needs unique lines.
 func expoUnique(p *SampleList) {
 	seen := map[string]bool{}
 	p.Samples = slices.DeleteFunc(p.Samples, func(s Sample) bool {

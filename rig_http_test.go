@@ -1,7 +1,7 @@
 package main
 
-// Bodies and connections for tests of HTTP: compressed bodies, protobuf bodies, and connections on
-// which a test writes its own bytes.
+// Helpers for tests of HTTP: compressed bodies, protobuf bodies, and connections on which a test
+// writes bytes of its own.
 
 import (
 	"bufio"
@@ -18,16 +18,16 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// gzipped returns data as one gzip member.
+// gzipped returns data compressed as one gzip member.
 func gzipped(data []byte) []byte {
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
-	w.Write(data) // a bytes.Buffer never fails
+	w.Write(data) // cannot fail, because a bytes.Buffer accepts everything
 	w.Close()
 	return b.Bytes()
 }
 
-// gunzipped returns what the gzip data expands to.
+// gunzipped returns the decompressed content of the gzip stream data.
 func gunzipped(t testing.TB, data []byte) []byte {
 	t.Helper()
 	z, err := gzip.NewReader(bytes.NewReader(data))
@@ -41,7 +41,7 @@ func gunzipped(t testing.TB, data []byte) []byte {
 	return text
 }
 
-// protoBody returns families as a delimited protobuf exposition. Names are not escaped.
+// protoBody returns the families as a body of delimited protobuf. It does not escape names.
 func protoBody(t testing.TB, fams ...*dto.MetricFamily) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -54,8 +54,8 @@ func protoBody(t testing.TB, fams ...*dto.MetricFamily) []byte {
 	return b.Bytes()
 }
 
-// gaugeFamily returns a family of one gauge. ms is its timestamp, or nil. labels alternates names
-// and values.
+// gaugeFamily returns a metric family with one gauge of value v. ms is the gauge's timestamp, or
+// nil for none. labels alternates the names and the values of its labels.
 func gaugeFamily(name string, v float64, ms *int64, labels ...string) *dto.MetricFamily {
 	m := &dto.Metric{Gauge: &dto.Gauge{Value: &v}, TimestampMs: ms}
 	for i := 0; i < len(labels); i += 2 {
@@ -71,8 +71,8 @@ type rawConn struct {
 	answers *bufio.Reader
 }
 
-// dialRaw connects to address. The connection fails after 20 s, and is closed at the end of the
-// test.
+// dialRaw connects to address. Reads and writes on the connection fail from 20 s after that. The
+// connection is closed at the end of the test.
 func dialRaw(t testing.TB, address string) *rawConn {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
@@ -92,7 +92,7 @@ func (c *rawConn) send(text string) {
 	}
 }
 
-// readAnswer reads the header of the next HTTP response.
+// readAnswer reads the next HTTP response up to its body.
 func (c *rawConn) readAnswer() (*http.Response, error) {
 	return http.ReadResponse(c.answers, nil)
 }

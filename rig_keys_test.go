@@ -1,6 +1,6 @@
 package main
 
-// Keys and tokens for tests.
+// Helpers for tests that need keys and signed tokens.
 
 import (
 	"bytes"
@@ -9,15 +9,15 @@ import (
 	"time"
 )
 
-// testNow is the time at which the tokens of tests are issued.
+// testNow is the current time in tests of tokens: tokens are issued and verified at this time.
 var testNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
-// keyLine returns a line of a key file: a key that consists of 32 bytes b, in base64.
+// keyLine returns a line of a key file: the base64 of a key that consists of 32 times the byte b.
 func keyLine(b byte) string {
 	return base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{b}, 32))
 }
 
-// testKeys returns the keys of a file with a keyLine for each of bs.
+// testKeys returns the keys of a key file that has the line keyLine(b) for each b of bs.
 func testKeys(t testing.TB, bs ...byte) Keys {
 	t.Helper()
 	var file string
@@ -31,7 +31,8 @@ func testKeys(t testing.TB, bs ...byte) Keys {
 	return keys
 }
 
-// signToken returns the token, signed with the first of keys.
+// signToken returns the text of token, signed with the first key of keys. It fails the test if Sign
+// fails.
 func signToken(t testing.TB, keys Keys, token Token) string {
 	t.Helper()
 	s, err := keys.Sign(token)

@@ -1,7 +1,7 @@
 package main
 
-// Lanes: which tests run when. "go test -short" leaves out sweeps and tests that start processes.
-// "make check" runs sweeps without the race detector, and everything else with it.
+// This file decides which tests run when. "go test -short" leaves out sweeps and tests that start
+// processes. "make check" runs sweeps without the race detector, and all other tests with it.
 
 import (
 	"runtime/debug"
@@ -10,10 +10,11 @@ import (
 	"testing"
 )
 
-// sweep marks a test that goes through many states in one goroutine: a crash sweep, a model, or a
-// simulation. The name of such a test begins with TestSweep, by which "make sweeps" finds it. The
-// race detector finds nothing in one goroutine, and slows it down ten times, so sweep skips the
-// test under the detector. It also skips it with -short.
+// sweep marks the test t as a sweep: a test that goes through many states in one goroutine, such as
+// a crash sweep, a model or a simulation. The name of a sweep must begin with TestSweep, so that
+// "make sweeps" finds it. sweep skips the test under the race detector, because the detector finds
+// nothing in one goroutine and slows the test down ten times. sweep also skips the test with
+// -short.
 func sweep(t *testing.T) {
 	t.Helper()
 	if !strings.HasPrefix(t.Name(), "TestSweep") {

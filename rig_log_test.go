@@ -1,13 +1,14 @@
 package main
 
-// A log that a test reads while the program writes it.
+// A buffer for the process log, which a test reads while the program writes the log.
 
 import (
 	"bytes"
 	"sync"
 )
 
-// logBuffer keeps everything that is written to it. It is safe for concurrent use.
+// logBuffer is a buffer for the process log. It keeps everything that is written to it until Reset.
+// It is safe for concurrent use.
 type logBuffer struct {
 	mu  sync.Mutex // guards buf
 	buf bytes.Buffer

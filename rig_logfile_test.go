@@ -1,7 +1,7 @@
 package main
 
-// Helpers for tests of logs: records, a sample log, and recoverLog, which checks the rules that
-// hold for the recovery of every file. The file system is the crashFS of rig_disk_test.go.
+// Helpers for tests of append-only log files: records, a sample log, and recoverLog, which checks
+// the rules for the recovery of any file. The file system is the crashFS of rig_disk_test.go.
 
 import (
 	"bytes"
@@ -13,10 +13,10 @@ import (
 	"testing"
 )
 
-// logPath is the path of the log in most tests.
+// logPath is the path of the log file in most tests.
 const logPath = "/d/x.log"
 
-// logRec is one record of a log.
+// logRec is one record of a log file.
 type logRec struct {
 	kind    byte
 	payload string
@@ -24,7 +24,7 @@ type logRec struct {
 
 func (r logRec) String() string { return fmt.Sprintf("%d:%.20q", r.kind, r.payload) }
 
-// logFrames returns the records framed, one after another.
+// logFrames returns the framed records, one after another, as they are in a log file.
 func logFrames(records ...logRec) (buf []byte) {
 	for _, r := range records {
 		buf = AppendRecord(buf, r.kind, []byte(r.payload))
@@ -32,7 +32,8 @@ func logFrames(records ...logRec) (buf []byte) {
 	return buf
 }
 
-// writing returns a function for Log.Rewrite that writes frames.
+// writing returns a function for Log.Rewrite that writes frames, the framed records of the new log
+// file.
 func writing(frames []byte) func(io.Writer) error {
 	return func(w io.Writer) error {
 		_, err := w.Write(frames)
@@ -40,7 +41,8 @@ func writing(frames []byte) func(io.Writer) error {
 	}
 }
 
-// collectLog returns a function for OpenLog that appends every record to into.
+// collectLog returns a function for OpenLog. The function appends every record that OpenLog
+// delivers to into.
 func collectLog(into *[]logRec) func(byte, []byte) error {
 	return func(kind byte, payload []byte) error {
 		*into = append(*into, logRec{kind, string(payload)})
@@ -48,9 +50,9 @@ func collectLog(into *[]logRec) func(byte, []byte) error {
 	}
 }
 
-// sampleLog returns a log, its records, and the offset of each record followed by the size of the
-// log. The records are chosen to provoke mistakes: an empty one, one full of zeros, one that ends
-// in zeros, and one whose payload is itself a record.
+// sampleLog returns the content of a log file and its records. ends holds the offset of each
+// record, followed by the size of the file. The records are chosen to provoke mistakes: one is
+// empty, one is full of zeros, one ends in zeros, and one has a record as its payload.
 func sampleLog() (data []byte, records []logRec, ends []int) {
 	records = []logRec{
 		{1, "first"}, {2, ""}, {3, strings.Repeat("\x00", 20)}, {255, string(logFrames(logRec{9, "inner"}))},
@@ -65,9 +67,10 @@ func sampleLog() (data []byte, records []logRec, ends []int) {
 	return data, records, ends
 }
 
-// recoverLog opens a log with this content and returns the result and the delivered records. It
-// fails the test if a rule for every file is broken: the recovery accounts for every byte, a
-// damaged file is copied aside and not changed, only a damaged log must be rewritten, and no file
+// recoverLog opens a log file with the content data. It returns the file system, the log, the
+// result of the recovery and the records that OpenLog delivered. It fails the test if the recovery
+// breaks one of these rules. The recovery accounts for every byte. A damaged file is copied to
+// another path and is not changed. A log must be rewritten if it is damaged, and only then. No file
 // is left open.
 func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRec) {
 	t.Helper()
@@ -103,8 +106,8 @@ func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRe
 	return c, l, r, got
 }
 
-// newTestLog returns a log with the record a, written by Rewrite, on a file system without faults.
-// It also checks that Append fails before the first Rewrite.
+// newTestLog returns a log with the record "a" on a file system without faults. Rewrite wrote the
+// record. newTestLog also checks that Append fails before the first Rewrite.
 func newTestLog(t *testing.T) (*crashFS, *Log) {
 	t.Helper()
 	c := newCrashFS(1)
@@ -118,8 +121,8 @@ func newTestLog(t *testing.T) (*crashFS, *Log) {
 	return c, l
 }
 
-// reopenLog crashes the machine and returns the records that recovery finds afterwards. It fails
-// the test if the log is damaged.
+// reopenLog simulates a crash of the machine and returns the records that recovery then finds in
+// the log file. It fails the test if the file is damaged.
 func reopenLog(t *testing.T, c *crashFS) (got []logRec) {
 	t.Helper()
 	c.crash()
@@ -130,7 +133,8 @@ func reopenLog(t *testing.T, c *crashFS) (got []logRec) {
 	return got
 }
 
-// ofVersion returns a copy of the log with another version digit and a header CRC to match.
+// ofVersion returns a copy of a log file with another version digit in its header, and with the
+// header CRC that matches the digit.
 func ofVersion(log []byte, digit byte) []byte {
 	h := parseLogHeader(log)
 	log = bytes.Clone(log)

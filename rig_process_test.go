@@ -12,21 +12,24 @@ import (
 	"time"
 )
 
-// Processes of telemeter. The test binary runs as telemeter when asTelemeter is set in its
-// environment (TestMain), so tests can start, signal and kill processes without building a program.
+// Helpers for tests that run processes of telemeter. If the environment variable that asTelemeter
+// names is set, TestMain makes the test binary run as telemeter. So tests can start, signal and
+// kill processes without building a program.
 
-// process is a running telemeter. Its log has everything that it writes.
+// process is a running telemeter process. Its logBuffer holds everything that the process has
+// written to standard output and standard error.
 type process struct {
 	logBuffer
 	t   *testing.T
 	cmd *exec.Cmd
 }
 
-// text returns everything that the process has written so far.
+// text returns everything that the process has written so far to standard output and standard
+// error.
 func (p *process) text() string { return p.String() }
 
-// telemeterCommand returns a command that runs telemeter in dir. It skips the test if -short is
-// set.
+// telemeterCommand returns a command that runs telemeter with args in the directory dir. It skips
+// the test if -short is set.
 func telemeterCommand(t *testing.T, dir string, args ...string) *exec.Cmd {
 	t.Helper()
 	skipProcesses(t)
@@ -36,12 +39,13 @@ func telemeterCommand(t *testing.T, dir string, args ...string) *exec.Cmd {
 	}
 	cmd := exec.Command(self, args...)
 	cmd.Dir = dir
-	// Under the race detector, a process otherwise sleeps a second when it exits.
+	// Without GORACE, a process under the race detector would sleep for a second when it exits.
 	cmd.Env = append(os.Environ(), asTelemeter+"=1", "GORACE=atexit_sleep_ms=0")
 	return cmd
 }
 
-// start starts telemeter in dir, and kills it at the end of the test.
+// start starts telemeter with args in the directory dir. The process is killed at the end of the
+// test.
 func start(t *testing.T, dir string, args ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: telemeterCommand(t, dir, args...)}
@@ -59,8 +63,8 @@ func start(t *testing.T, dir string, args ...string) *process {
 	return p
 }
 
-// await waits until the log matches pattern, for at most 30 s, and returns the last group of the
-// match.
+// await waits until the output of the process matches pattern, for at most 30 s. It returns the
+// text of the last group of the match. It fails the test if there is no match in time.
 func (p *process) await(pattern string) string {
 	p.t.Helper()
 	re := regexp.MustCompile(pattern)
@@ -73,7 +77,8 @@ func (p *process) await(pattern string) string {
 	return ""
 }
 
-// end sends a signal and returns the exit status.
+// end sends the signal sig to the process, waits up to 30 s for its exit, and returns its exit
+// status.
 func (p *process) end(sig syscall.Signal) int {
 	p.t.Helper()
 	p.cmd.Process.Signal(sig)
@@ -87,17 +92,19 @@ func (p *process) end(sig syscall.Signal) int {
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// tool runs telemeter in dir until it exits.
+// tool runs telemeter with args in the directory dir and waits for its exit. It returns the output
+// and the exit status.
 func tool(t *testing.T, dir string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	cmd := telemeterCommand(t, dir, args...)
 	var out, err bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &err
-	cmd.Run() // its status is the result
+	cmd.Run() // the error is not needed, because the result has the exit status
 	return out.String(), err.String(), cmd.ProcessState.ExitCode()
 }
 
-// mustTool is tool for commands that must exit with 0; it returns their standard output.
+// mustTool does the same as tool, but fails the test unless the exit status is 0. It returns the
+// standard output.
 func mustTool(t *testing.T, dir string, args ...string) string {
 	t.Helper()
 	stdout, stderr, code := tool(t, dir, args...)
@@ -107,7 +114,8 @@ func mustTool(t *testing.T, dir string, args ...string) string {
 	return stdout
 }
 
-// get returns the body of url, which must answer 200.
+// get sends a GET request to url and returns the body of the response. It fails the test unless the
+// status is 200.
 func get(t *testing.T, url string) string {
 	t.Helper()
 	resp, err := http.Get(url)
@@ -127,7 +135,8 @@ const (
 	internalAddr = `msg=serving .*internal=(\S+)`
 )
 
-// startServer starts a server in dir on free ports. dir must have the directory keys.
+// startServer starts a telemeter server in the directory dir, with free ports of the loopback
+// address. dir must contain the key directory "keys".
 func startServer(t *testing.T, dir string, args ...string) *process {
 	t.Helper()
 	return start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--listen", "127.0.0.1:0",

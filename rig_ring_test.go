@@ -1,7 +1,8 @@
 package main
 
 // The rig of forwarding tests: members of a ring with real listeners on 127.0.0.1, and HTTP
-// transports that tamper with requests and answers. The ring is set by hand, without gossip.
+// transports that change or lose requests and answers. The tests give each member its view of the
+// ring; there is no gossip.
 
 import (
 	"bytes"
@@ -21,35 +22,38 @@ import (
 	"time"
 )
 
-// forwardNode is a member of a ring that forwards pushes. By default it accepts every forwarded
-// push and answers with its own name. It records what it receives.
+// forwardNode is a member of a ring that can forward pushes and receive forwarded pushes. By
+// default it accepts every forwarded push, and the body of its answer is its own name. It records
+// the forwarded pushes that it receives.
 type forwardNode struct {
 	*Forwarder
 	url   string
-	store storeForwardedFunc           // stores the pushes that other members forward
-	down  atomic.Bool                  // the node aborts every request
-	last  atomic.Pointer[http.Request] // the last request received, and its body
+	store storeForwardedFunc           // called for each authentic push that another member forwards to this node
+	down  atomic.Bool                  // if true, the node aborts every request, as if it were unreachable
+	last  atomic.Pointer[http.Request] // last request from another member that this node received; body has its body
 	body  atomic.Pointer[[]byte]
 
-	mu     sync.Mutex // guards pushes and answer
+	mu     sync.Mutex // guards the fields pushes and answer
 	pushes []takenPush
-	answer func() (*pushResponse, error) // answer of answerName; nil: 200
+	answer func() (*pushResponse, error) // returns the answer that answerName gives; nil: answerName answers 200
 }
 
-// takenPush is a push that a forwardNode received from another member.
+// takenPush is a push that another member forwarded to a forwardNode.
 type takenPush struct {
 	push pushRequest
 	body string
 }
 
-// receiver returns the handler for requests of other members.
+// receiver returns the node's HTTP handler for requests of other members. It passes each authentic
+// push to n.store.
 func (n *forwardNode) receiver() http.Handler {
 	return n.Handler(func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 		return n.store(ctx, push, body)
 	})
 }
 
-// answerName is the default store. It records a push and returns n.answer, or 200 and n's name.
+// answerName is the default value of the field store. It records the push in n.pushes. It returns
+// the result of n.answer, or status 200 with the node's name as body if n.answer is nil.
 func (n *forwardNode) answerName(_ context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -60,15 +64,16 @@ func (n *forwardNode) answerName(_ context.Context, push *pushRequest, body []by
 	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: []byte(n.cfg.Name)}, nil
 }
 
-// took returns how many pushes n has received from other members.
+// took returns how many pushes of other members answerName has recorded in n.pushes.
 func (n *forwardNode) took() int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return len(n.pushes)
 }
 
-// push calls TryForward with a push, and returns the body of the answer: the name of the member
-// that accepted the push. It returns "" if n has to store the push itself.
+// push calls TryForward with a push of the site id. It returns the body of the answer, which by
+// default is the name of the member that accepted the push. It returns "" if TryForward returns
+// nil, because then the node has to store the push itself.
 func (n *forwardNode) push(ctx context.Context, id, body string) string {
 	a := n.TryForward(ctx, &pushRequest{ClusterID: id, Arrival: 5, Type: "text/plain"}, []byte(body))
 	if a == nil {
@@ -77,7 +82,7 @@ func (n *forwardNode) push(ctx context.Context, id, body string) string {
 	return string(a.Body)
 }
 
-// newForwardNode starts a node that knows no other members yet.
+// newForwardNode starts a forwardNode whose view of the ring has no members yet.
 func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 	t.Helper()
 	n := &forwardNode{}
@@ -105,8 +110,8 @@ func newForwardNode(t testing.TB, name string, keys Keys) *forwardNode {
 	return n
 }
 
-// newForwardPair starts the nodes a and b with the same key, joins them, and returns a cluster ID
-// that b owns.
+// newForwardPair starts two nodes with the names a and b and the same cluster key. It joins them to
+// a ring and returns them, and the cluster ID of a site that b owns.
 func newForwardPair(t testing.TB) (a, b *forwardNode, id string) {
 	t.Helper()
 	keys := testKeys(t, 1)
@@ -115,7 +120,8 @@ func newForwardPair(t testing.TB) (a, b *forwardNode, id string) {
 	return a, b, ownedBy(t, a.Forwarder, "b")
 }
 
-// join gives all nodes the same view, in which every node is live with the given session.
+// join gives all nodes the same view of the ring, in which each node is live, has the given
+// session, and has claimed the slot with its index in nodes.
 func join(session uint64, nodes ...*forwardNode) {
 	var claims []Claim
 	members := map[string]RingMember{}
@@ -128,7 +134,8 @@ func join(session uint64, nodes ...*forwardNode) {
 	}
 }
 
-// setAddress gives n a view in which a member has another address.
+// setAddress replaces the address of the given member in n's view of the ring by the address in
+// url.
 func (n *forwardNode) setAddress(member, url string) {
 	v := *n.View()
 	v.Members = maps.Clone(v.Members)
@@ -136,7 +143,8 @@ func (n *forwardNode) setAddress(member, url string) {
 	n.SetView(&v)
 }
 
-// checkCounts checks the values of a counter for some of its label's values.
+// checkCounts checks a counter with one label. want maps values of this label to the counts that
+// they must have. name is the counter's name in failure messages.
 func checkCounts(t testing.TB, name string, c *Counter, want map[string]float64) {
 	t.Helper()
 	for result, n := range want {
@@ -146,7 +154,8 @@ func checkCounts(t testing.TB, name string, c *Counter, want map[string]float64)
 	}
 }
 
-// ownedBy returns the nth cluster ID, from 0, that the member owns.
+// ownedBy returns the nth of the cluster IDs "site0", "site1" and so on that the member with the
+// given name owns in the view of f. nth counts from 0 and is 0 if it is left out.
 func ownedBy(t testing.TB, f *Forwarder, name string, nth ...int) string {
 	t.Helper()
 	skip := 0
@@ -166,13 +175,14 @@ func ownedBy(t testing.TB, f *Forwarder, name string, nth ...int) string {
 	return ""
 }
 
-// ringServer is a server that is a member of a ring.
+// ringServer is a whole server and the forwardNode through which it is a member of a ring.
 type ringServer struct {
 	*srvRig
 	node *forwardNode
 }
 
-// newRingServers starts n servers named "a", "b" and so on, which forward pushes to each other.
+// newRingServers starts n servers named "a", "b" and so on. They form a ring and forward pushes to
+// each other. The functions in change edit the configuration of each server.
 func newRingServers(t testing.TB, n int, change ...func(*StoreConfig, *ServerConfig)) (all []*ringServer) {
 	t.Helper()
 	var nodes []*forwardNode
@@ -189,7 +199,8 @@ func newRingServers(t testing.TB, n int, change ...func(*StoreConfig, *ServerCon
 	return all
 }
 
-// changeSealVersion is a transport that changes the version of the envelope's seal.
+// changeSealVersion is an HTTP transport that raises the version of the seal in the envelope of
+// each forwarded push by one.
 type changeSealVersion struct{ next http.RoundTripper }
 
 func (o changeSealVersion) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -203,7 +214,8 @@ func (o changeSealVersion) RoundTrip(r *http.Request) (*http.Response, error) {
 	return o.next.RoundTrip(r)
 }
 
-// hangs is a transport without answers. A request ends when its context ends.
+// hangs is an HTTP transport that never returns an answer. Each request fails when its context
+// ends.
 type hangs struct{}
 
 func (hangs) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -211,7 +223,8 @@ func (hangs) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, r.Context().Err()
 }
 
-// recordAnswer is a transport that keeps the body of the last answer.
+// recordAnswer is an HTTP transport that keeps a copy of the body of the last answer in the field
+// body.
 type recordAnswer struct {
 	next http.RoundTripper
 	body []byte
@@ -228,7 +241,7 @@ func (s *recordAnswer) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// swapBody is a transport that replaces the body of every request.
+// swapBody is an HTTP transport that replaces the body of every request by the field body.
 type swapBody struct {
 	body []byte
 	next http.RoundTripper
@@ -240,10 +253,11 @@ func (s swapBody) RoundTrip(r *http.Request) (*http.Response, error) {
 	return s.next.RoundTrip(r)
 }
 
-// loseAnswer is a transport that loses every answer after the request has been answered.
+// loseAnswer is an HTTP transport that sends each request and waits for its answer, but then
+// returns an error instead of the answer.
 type loseAnswer struct {
 	next http.RoundTripper
-	lost func() // called for each lost answer
+	lost func() // called after the answer to a request was dropped
 }
 
 func (l loseAnswer) RoundTrip(r *http.Request) (*http.Response, error) {

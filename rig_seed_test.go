@@ -1,6 +1,7 @@
 package main
 
-// The seed of random tests.
+// Seeds of random tests. The flag -seed sets the seed, so that a failed test can be run again with
+// the same random choices.
 
 import (
 	"flag"
@@ -12,8 +13,9 @@ import (
 
 var seedFlag = flag.Uint64("seed", 0, "seed of random tests; 0: each test's own, or a new one each time")
 
-// testSeed returns the value of -seed if it is set, else own; if both are 0 it returns a random
-// seed. If the test fails, its log says how to run it again with the same seed.
+// testSeed returns the seed of a random test: the value of -seed if it is not 0, else own if it is
+// not 0, else a random seed. If the test fails, its log shows how to run it again with the same
+// seed.
 func testSeed(t testing.TB, own uint64) uint64 {
 	t.Helper()
 	seed := own
@@ -27,8 +29,9 @@ func testSeed(t testing.TB, own uint64) uint64 {
 	return seed
 }
 
-// testSeeds returns n consecutive seeds that begin with the value of -seed, or with 0. If the test
-// fails, its log says how to begin with the seed that failed.
+// testSeeds returns n consecutive seeds. The first seed is the value of -seed, which is 0 by
+// default. If the test fails, its log shows how to run it again beginning with the seed that
+// failed.
 func testSeeds(t testing.TB, n int) iter.Seq[uint64] {
 	t.Helper()
 	return func(yield func(uint64) bool) {
@@ -46,7 +49,7 @@ func testSeeds(t testing.TB, n int) iter.Seq[uint64] {
 	}
 }
 
-// logSeed says how to repeat a test that failed.
+// logSeed logs the command that runs the test again with this seed, if the test has failed.
 func logSeed(t testing.TB, seed uint64) {
 	if t.Failed() {
 		name, _, _ := strings.Cut(t.Name(), "/")

@@ -1,7 +1,8 @@
 package main
 
 // The rig of server tests: a server whose two listeners are real HTTP listeners on 127.0.0.1, and
-// helpers that push, scrape and check answers. The clock stands still unless a test moves it.
+// helpers that push, scrape and check answers. The clock of the server stands still unless a test
+// moves it. newVirtualRig makes a server without listeners whose clock is time.Now.
 
 import (
 	"bytes"
@@ -29,24 +30,25 @@ const (
 	acceptUTF8 = "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
 )
 
-// srvRig is a server named s1 with its store and both its listeners.
+// srvRig is a server named s1, its store and its two listeners.
 type srvRig struct {
 	t        testing.TB
-	clock    atomic.Int64 // the server's time, in ns after testNow
+	clock    atomic.Int64 // the server's current time, in ns after testNow
 	keys     Keys
 	store    *Store
 	server   *Server
 	external *httptest.Server
 	internal *httptest.Server
 	log      *logBuffer
-	secrets  []string // texts that no error answer may contain
+	secrets  []string // texts that no error answer of the server may contain
 }
 
-// now returns the server's current time.
+// now returns the server's current time according to r.clock.
 func (r *srvRig) now() time.Time { return testNow.Add(time.Duration(r.clock.Load())) }
 
-// newSrvRig returns a ready server with small limits and a disk in memory. change edits the
-// configuration before the store is opened. The server is closed at the end of the test.
+// newSrvRig returns a server that is ready, with small limits and a store on a simulated disk in
+// memory. Each function in change edits the configuration before the store is opened. The server is
+// closed at the end of the test.
 func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRig {
 	t.Helper()
 	r := &srvRig{t: t, keys: testKeys(t, 1), log: &logBuffer{}}
@@ -83,8 +85,8 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 	return r
 }
 
-// newVirtualRig returns a server without listeners, for tests in virtual time. It holds samples in
-// memory only.
+// newVirtualRig returns a server without listeners, for tests in virtual time. Its clock is
+// time.Now, and its store keeps samples in memory only.
 func newVirtualRig(t *testing.T) *srvRig {
 	r := &srvRig{t: t, log: &logBuffer{}}
 	store, err := OpenStore(StoreConfig{Retention: 2 * time.Hour, MaxSampleAge: time.Hour, Now: time.Now, OnError: func(err error) { t.Error(err) }})
@@ -100,14 +102,17 @@ func newVirtualRig(t *testing.T) *srvRig {
 	return r
 }
 
-// reload reloads the server with the rig's keys and the changed rules.
+// reload reloads the server with the rig's token keys and no rules. change can edit this
+// configuration before the reload.
 func (r *srvRig) reload(change func(*ReloadableServerConfig)) {
 	st := ReloadableServerConfig{Keys: r.keys, Normalizer: &ServerNormalizer{}}
 	change(&st)
 	r.server.Reload(st)
 }
 
-// token returns a signed token for a cluster ID. The token ID is derived from the cluster ID.
+// token returns a token for the cluster ID cluster, signed with the first of the rig's keys. Its
+// token ID is derived from the cluster ID. The functions in change edit the token before it is
+// signed.
 func (r *srvRig) token(kind, cluster string, change ...func(*Token)) string {
 	t := Token{Kind: kind, ClusterID: cluster, Issued: testNow.Unix(), ID: fmt.Sprintf("%032x", cluster)[:32]}
 	for _, f := range change {
@@ -116,12 +121,13 @@ func (r *srvRig) token(kind, cluster string, change ...func(*Token)) string {
 	return signToken(r.t, r.keys, t)
 }
 
-// srvRequest is a request to a server.
+// srvRequest is an HTTP request to a server under test. An empty token means no Authorization
+// header.
 type srvRequest struct {
 	method, url, token string
 	header             map[string]string
 	body               []byte
-	chunked            bool // send the body without a Content-Length
+	chunked            bool // whether to send the body in chunks, without a Content-Length
 }
 
 // srvAnswer is the answer to a srvRequest.
@@ -131,7 +137,8 @@ type srvAnswer struct {
 	body   string
 }
 
-// do sends a request and returns the answer. It checks that an error answer leaks nothing.
+// do sends a request and returns the answer. If the status is 300 or higher, it checks the answer
+// with harmless.
 func (r *srvRig) do(q srvRequest) srvAnswer {
 	r.t.Helper()
 	var body io.Reader = bytes.NewReader(q.body)
@@ -167,7 +174,8 @@ func (r *srvRig) do(q srvRequest) srvAnswer {
 	return a
 }
 
-// harmless checks that an error answer contains no secret, does not repeat the token, and is short.
+// harmless checks that an error answer contains none of r.secrets, does not repeat the token of the
+// request, and has at most 8 KiB.
 func (r *srvRig) harmless(q srvRequest, a srvAnswer) {
 	r.t.Helper()
 	all := a.body + fmt.Sprint(a.header)
@@ -181,7 +189,8 @@ func (r *srvRig) harmless(q srvRequest, a srvAnswer) {
 	}
 }
 
-// upload sends a push with the given token. headers alternates names and values.
+// upload pushes body to /upload with the given token. headers alternates names and values of
+// headers.
 func (r *srvRig) upload(token string, body []byte, headers ...string) srvAnswer {
 	r.t.Helper()
 	h := map[string]string{}
@@ -191,19 +200,20 @@ func (r *srvRig) upload(token string, body []byte, headers ...string) srvAnswer 
 	return r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: token, header: h, body: body})
 }
 
-// push uploads text for a cluster with its upload token.
+// push pushes text to /upload with an upload token for the cluster ID cluster.
 func (r *srvRig) push(cluster, text string) srvAnswer {
 	r.t.Helper()
 	return r.upload(r.token(KindUpload, cluster), []byte(text))
 }
 
-// pushSpool is push with headers, which alternate names and values.
+// pushSpool does the same as push, but adds headers, such as Telemeter-Spool, to the request.
+// headers alternates names and values.
 func (r *srvRig) pushSpool(cluster, text string, headers ...string) srvAnswer {
 	r.t.Helper()
 	return r.upload(r.token(KindUpload, cluster), []byte(text), headers...)
 }
 
-// hold stores a push on the server without a request.
+// hold stores text as a push of the site id in the server's store, without an HTTP request.
 func (r *srvRig) hold(id, text string) {
 	r.t.Helper()
 	push := &pushRequest{ClusterID: id, Arrival: time.Now().UnixMilli()}
@@ -212,7 +222,7 @@ func (r *srvRig) hold(id, text string) {
 	}
 }
 
-// srvCounts is the body of the answer to an accepted push.
+// srvCounts is the decoded JSON body of the answer to an accepted push.
 type srvCounts struct {
 	Accepted, Duplicates int
 	Dropped, Skipped     map[string]int
@@ -222,7 +232,7 @@ type srvCounts struct {
 	Consumers            string
 }
 
-// accepted decodes the answer to a push, which must have status 200.
+// accepted decodes the answer to a push. The test fails at once if the status is not 200.
 func (r *srvRig) accepted(a srvAnswer) (c srvCounts) {
 	r.t.Helper()
 	if a.status != 200 || a.header.Get("Content-Type") != "application/json" {
@@ -236,7 +246,8 @@ func (r *srvRig) accepted(a srvAnswer) (c srvCounts) {
 	return c
 }
 
-// lists returns the held and read lists of an answer as "held|read". A missing list is "-".
+// lists returns the scrape numbers that the answer to a push lists as held and as read, in the form
+// "held|read". A list that the answer does not have is shown as "-".
 func (c srvCounts) lists() string {
 	text := func(s *string) string {
 		if s == nil {
@@ -247,7 +258,8 @@ func (c srvCounts) lists() string {
 	return text(c.Held) + "|" + text(c.Read)
 }
 
-// federate returns the answer of /federate to a query, which must have status 200.
+// federate scrapes /federate with a query and an Accept header, and returns the body of the answer.
+// The test fails at once if the status is not 200.
 func (r *srvRig) federate(query, accept string) string {
 	r.t.Helper()
 	a := r.do(srvRequest{method: "GET", url: r.internal.URL + "/federate?" + query, header: map[string]string{"Accept": accept}})
@@ -257,7 +269,8 @@ func (r *srvRig) federate(query, accept string) string {
 	return a.body
 }
 
-// held returns the sorted lines of /federate that have a cluster's ID.
+// held scrapes /federate without a consumer's name, and returns the sorted lines whose label _id is
+// the given cluster ID.
 func (r *srvRig) held(cluster, accept string) string {
 	r.t.Helper()
 	var lines []string
@@ -270,8 +283,9 @@ func (r *srvRig) held(cluster, accept string) string {
 	return strings.Join(lines, "")
 }
 
-// parsed fetches /federate in every escaping and parses it with expfmt. It checks that every family
-// is untyped and that no series occurs twice. It returns the families with UTF-8 names.
+// parsed scrapes /federate once in each escaping and parses each answer with expfmt. It checks that
+// every metric family is untyped and that no series occurs twice. It returns the families of the
+// scrape that allows UTF-8 names.
 func (r *srvRig) parsed(query string) map[string]*dto.MetricFamily {
 	r.t.Helper()
 	var out map[string]*dto.MetricFamily
@@ -312,8 +326,9 @@ func (r *srvRig) parsed(query string) map[string]*dto.MetricFamily {
 	return out
 }
 
-// scrapeOn scrapes /federate on a connection whose previous answers were all read, and returns the
-// body.
+// scrapeOn scrapes /federate from 192.0.2.1 on the connection that conn stands for, and returns the
+// body of the answer. The scrape counts as sent after its sender has read all previous answers on
+// this connection.
 func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
 	r.t.Helper()
 	conn.sequential = true
@@ -327,7 +342,7 @@ func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
 	return rec.Body.String()
 }
 
-// samples returns how many samples of a site the server holds.
+// samples returns how many samples of the site id the server stores.
 func (r *srvRig) samples(id string) int {
 	for _, c := range r.store.Stats().Sites {
 		if c.ID == id {
@@ -337,7 +352,8 @@ func (r *srvRig) samples(id string) int {
 	return 0
 }
 
-// times returns the timestamps of the samples that the server holds of a site, in ms after testNow.
+// times returns the timestamps of all samples of the site id that the server stores, in ms after
+// testNow.
 func (r *srvRig) times(id string) (times []int64) {
 	r.store.ViewSite(id, func(held *SiteSamples) {
 		for _, b := range held.Batches {
@@ -349,10 +365,11 @@ func (r *srvRig) times(id string) (times []int64) {
 	return times
 }
 
-// pushesInFlight returns the value of the gauge of pushes in flight.
+// pushesInFlight returns the value of the server's gauge telemeter_pushes_in_flight.
 func (r *srvRig) pushesInFlight() float64 { return r.server.inFlight.findOrAddSeries(nil).load() }
 
-// upsOf returns the values of the series up in an exposition, each followed by a space.
+// upsOf returns the values of the lines of the metric up in an exposition, in order, each followed
+// by a space.
 func upsOf(body string) (values string) {
 	for line := range strings.Lines(body) {
 		if _, rest, ok := strings.Cut(line, "} "); ok && strings.HasPrefix(line, "up{") {
@@ -363,12 +380,12 @@ func upsOf(body string) (values string) {
 	return values
 }
 
-// answerRig is a server that holds samples of site-b, which must stay as they are. Every client of
-// the rig is site-a.
+// answerRig is a server that stores samples of site-b. Each test of this rig sends requests of
+// site-a, which must not change the samples of site-b.
 type answerRig struct {
 	*srvRig
-	uploadToken, clientToken string // of site-a
-	siteB                    string // lines of site-b before the requests
+	uploadToken, clientToken string // upload token and client token of site-a
+	siteB                    string // lines of site-b in /federate before the requests of the test
 }
 
 func newAnswerRig(t testing.TB) *answerRig {
@@ -380,23 +397,25 @@ func newAnswerRig(t testing.TB) *answerRig {
 	return r
 }
 
-// answerCase is a request and the answer that the server must give.
+// answerCase is a request to the external listener and the answer that the server must give.
 type answerCase struct {
 	name    string
-	q       srvRequest // its url is a path of the external listener
+	q       srvRequest // the request; its url has only the path and query
 	status  int
-	header  map[string]string // prefixes of the answer's headers
-	reasons []string          // texts that the answer's body contains
+	header  map[string]string // headers that the answer must have; each value is a prefix of the header's value
+	reasons []string          // texts that the body of the answer must contain
 }
 
-// uploadCase returns a case in which site-a uploads a body. The reasons are separated by bars.
+// uploadCase returns an answerCase in which site-a pushes body with an upload token. reasons has
+// the texts that the body of the answer must contain, separated by |.
 func (r *answerRig) uploadCase(name string, status int, header map[string]string, body, reasons string) answerCase {
 	q := srvRequest{method: "POST", url: "/upload", token: r.uploadToken, header: header, body: []byte(body)}
 	return answerCase{name: name, q: q, status: status, reasons: strings.Split(reasons, "|")}
 }
 
-// check sends the requests and compares the answers. A request that is not answered 200 must leave
-// no sample. No request may change site-b, break a scrape, or write a token to the log.
+// check sends the request of each case and compares the answer. A request that is not answered 200
+// must leave no sample in the store. No request may change the samples of site-b, make a scrape of
+// /federate fail, or get a token of site-a into the process log.
 func (r *answerRig) check(t *testing.T, cases []answerCase) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -433,19 +452,21 @@ func (r *answerRig) check(t *testing.T, cases []answerCase) {
 	}
 }
 
-// scraperOf returns an HTTP client with its own connection pool. Requests that follow each other
-// use the same connection.
+// scraperOf returns an HTTP client with a connection pool of its own. Consecutive requests of this
+// client to one server use the same connection.
 func scraperOf(t testing.TB) *http.Client {
 	transport := &http.Transport{}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
 }
 
-// consumerRig is a server whose internal listener tracks connections, as in production.
+// consumerRig is a server whose internal listener also tracks whether the peer of a connection had
+// received the previous answer before it sent a request, as the internal listener of a real server
+// does.
 type consumerRig struct {
 	*srvRig
-	url    string              // of the internal listener
-	during func(*http.Request) // called before an answer is written to its end, if not nil
+	url    string              // base URL of the internal listener that tracks connections
+	during func(*http.Request) // called for each request before the end of its answer is written; nil: nothing is called
 }
 
 func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
@@ -472,7 +493,8 @@ func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *
 	return r
 }
 
-// get sends a request to /federate with the User-Agent agent. headers alternates names and values.
+// get sends a request to /federate with the given method, query and User-Agent. headers alternates
+// names and values of further headers.
 func (r *consumerRig) get(client *http.Client, method, query, agent string, headers ...string) srvAnswer {
 	r.t.Helper()
 	req, err := http.NewRequest(method, r.url+"/federate?"+strings.ReplaceAll(query, `"`, "%22"), nil)
@@ -495,7 +517,8 @@ func (r *consumerRig) get(client *http.Client, method, query, agent string, head
 	return srvAnswer{resp.StatusCode, resp.Header, string(b)}
 }
 
-// ups scrapes /federate and returns the values of the series up, each followed by a space.
+// ups scrapes /federate and returns the values of the metric up in the answer, each followed by a
+// space. The test fails at once if the status is not 200.
 func (r *consumerRig) ups(client *http.Client, query, agent string, headers ...string) (values string) {
 	r.t.Helper()
 	a := r.get(client, "GET", query, agent, headers...)
@@ -505,8 +528,9 @@ func (r *consumerRig) ups(client *http.Client, query, agent string, headers ...s
 	return upsOf(a.body)
 }
 
-// pushUps pushes values of the series up, one second apart. The last value has the current time.
-// Then the clock advances by 10 s.
+// pushUps pushes one sample of the series up of site-a for each of values. The timestamps are one
+// second apart, and the last timestamp is the server's current time. Then pushUps advances the
+// server's clock by 10 s.
 func (r *consumerRig) pushUps(values ...int) {
 	r.t.Helper()
 	var text strings.Builder
@@ -517,7 +541,9 @@ func (r *consumerRig) pushUps(values ...int) {
 	r.clock.Add(int64(10 * time.Second))
 }
 
-// benchBody returns a push of 230 samples in 25 families with timestamp ms, as a client sends it.
+// benchBody returns the body of a push of 230 samples in 24 metric families, like the body of a
+// client's push. All samples have the timestamp ms. With proto true the format is protobuf, else
+// text.
 func benchBody(b *testing.B, proto bool, ms int64) []byte {
 	var out bytes.Buffer
 	var fams []*dto.MetricFamily
@@ -550,7 +576,8 @@ func benchBody(b *testing.B, proto bool, ms int64) []byte {
 	return protoBody(b, list...)
 }
 
-// benchRig returns a server on the real disk with limits that benchmarks do not reach.
+// benchRig returns a server with its store on the real disk. Its limits are so high that benchmarks
+// do not reach them.
 func benchRig(b *testing.B) *srvRig {
 	return newSrvRig(b, func(s *StoreConfig, c *ServerConfig) {
 		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitSites = DiskFS{}, b.TempDir(), 20_000, 500_000_000, 1000

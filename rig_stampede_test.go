@@ -2,10 +2,10 @@ package main
 
 // Thousands of sites in virtual time, after a server joins, after the center (the central
 // Prometheus) was away, or after all servers lost their disks. The run measures which scrapes are
-// sent again, how long it takes until the center has read everything, and how long new scrapes
-// wait meanwhile. Clients, servers, stores, consumers and the ring are real. Requests are function
-// calls, and go straight to the owner of the site. The processors and the disk of a server are
-// simulated by channels and pauses.
+// sent again, how long it takes until the center has read everything, and how long new scrapes wait
+// meanwhile. Clients, servers, stores, consumers and the ring are real. A request is a function
+// call to the site's owner, or without a ring to the server in the URL. The processors and the disk
+// of a server are simulated by channels and pauses.
 
 import (
 	"bytes"
@@ -31,26 +31,27 @@ import (
 
 var stampedeFlag = flag.Int("stampede", 0, "run TestStampede at full length, with this number of sites; 0: a short run")
 
-// Each site pushes stampedeSeries series, which stand for stampedeScale times as many. The costs
-// and the servers' limits on samples are scaled by that factor.
+// Each site pushes stampedeSeries series, each of which stands for stampedeScale series. So the
+// costs of samples are multiplied by stampedeScale, and the servers' limits on samples are divided
+// by it.
 const (
 	stampedeSeries   = 5
 	stampedeScale    = 40
 	stampedeInterval = 2 * time.Minute
 	stampedeScrape   = 30 * time.Second
 
-	// Costs in CPU time of one core. BenchmarkUpload measures 0.5 ms for a push of 230 samples, and
-	// BenchmarkFederate 0.43 µs for each scraped sample, both compressed with gzip. The TLS
-	// handshake of a request takes 0.3 ms.
+	// The costs are CPU time of one core. BenchmarkUpload measures 0.5 ms for a push of 230
+	// samples, and BenchmarkFederate 0.43 µs for each scraped sample, both compressed with gzip.
+	// The TLS handshake of a request takes 0.3 ms.
 	stampedeCores   = 2
-	stampedeRequest = 300 * time.Microsecond // CPU time of a request
+	stampedeRequest = 300 * time.Microsecond // CPU time of a request without its samples
 	stampedePushed  = 2200 * time.Nanosecond // CPU time of a pushed sample
 	stampedeScraped = 430 * time.Nanosecond  // CPU time of a scraped sample
-	stampedeSync    = 5 * time.Millisecond   // duration of a disk's sync
-	stampedeDisk    = 16                     // pushes that one sync of the disk serves
+	stampedeSync    = 5 * time.Millisecond   // duration of a sync of a server's disk
+	stampedeDisk    = 16                     // maximum number of pushes that a server's disk syncs at the same time
 )
 
-// stampede is one run, with its sites, servers and center.
+// stampede is one run of the test, with its sites, servers and center.
 type stampede struct {
 	t       testing.TB
 	ctx     context.Context
@@ -63,26 +64,26 @@ type stampede struct {
 	mu    sync.Mutex // guards the fields below, and the changing fields of servers and sites
 	ring  *Ring
 	away  bool      // the center is away
-	since time.Time // last call of mark
+	since time.Time // time of the last call of mark
 	stampedeFigures
 }
 
 // stampedeFigures are the counts since the last call of mark.
 type stampedeFigures struct {
 	pushes, questions, exchanges int // requests: with scrapes, without scrapes, and exchanges of tokens
-	limited, overloaded, failed  int // requests answered 429, answered 503, or not answered
+	limited, overloaded, failed  int // requests that were answered 429, answered 503, or not answered
 
-	again, samplesAgain   int // pushes with a scrape that was stored before, and the samples of such scrapes
+	again, samplesAgain   int // pushes with a scrape that a server had stored before, and the samples of such scrapes
 	firstAgain, lastAgain time.Time
 
-	waits []time.Duration // of each new scrape: time until a server stores it for the first time
-	late  time.Duration   // from the last mark until the last of the older scrapes is stored for the first time
-	most  int             // most requests at one server in a second
-	held  int64           // most samples in one store
+	waits []time.Duration // for each scrape made since the last mark: time until a server stored it for the first time
+	late  time.Duration   // time from the last mark until the last of the scrapes made before that mark was stored for the first time
+	most  int             // highest number of requests to one server in a second
+	held  int64           // highest number of samples in the store of one server
 }
 
-// stampedeServer is a server. A request takes a slot of cpu while it costs CPU time, and a push
-// takes a slot of disk while it is synced.
+// stampedeServer is a server of the run. A request occupies a slot of cpu while it uses CPU time,
+// and a push occupies a slot of disk while it is synced.
 type stampedeServer struct {
 	run       *stampede
 	name      string
@@ -95,26 +96,27 @@ type stampedeServer struct {
 
 	up       bool
 	starts   int
-	second   int64 // present second
-	inSecond int   // requests in this second
+	second   int64 // Unix time of the newest request, in s
+	inSecond int   // number of requests in that second
 }
 
-// stampedeSite is a site with its client. Slices are indexed by scrape.
+// stampedeSite is a site with its client. Slices are indexed by the scrapes of the source, counted
+// from 0.
 type stampedeSite struct {
 	run    *stampede
 	id     string
 	key    uint64
 	client *Client
 
-	first   uint64 // number of its first scrape
+	first   uint64 // number in the spool of the site's first scrape
 	scraped []time.Time
-	stored  []bool // a server stored the scrape
-	read    []bool // the center read the scrape
-	unread  int    // all scrapes before this index are read
+	stored  []bool // a server has stored the scrape
+	read    []bool // the center has read the scrape
+	unread  int    // the center has read all scrapes before this index
 }
 
-// newStampede returns a run with four servers and a center that scrapes the servers that are up.
-// Three servers are up. The sites do not run yet.
+// newStampede returns a run with four servers, and a center that scrapes the servers that are up.
+// The first three servers are up; if ring is true, they form the ring. The sites do not run yet.
 func newStampede(t testing.TB, ctx context.Context, sites int, ring bool) *stampede {
 	s := &stampede{t: t, ctx: ctx, keys: testKeys(t, 1), alone: !ring, since: time.Now()}
 	for i := range 4 {
@@ -138,7 +140,7 @@ func (s *stampede) each(n int, do func(v *stampedeServer)) {
 	}
 }
 
-// join makes a ring of the first n servers.
+// join makes the first n servers the members of the ring.
 func (s *stampede) join(n int) {
 	var claims []Claim
 	for i, v := range s.servers[:n] {
@@ -191,7 +193,7 @@ func (s *stampede) owner(hash uint64) *stampedeServer {
 	return s.servers[i]
 }
 
-// work uses a core for some time, after waiting for one.
+// work uses one of the server's cores for the time d, after it has waited for a free core.
 func (v *stampedeServer) work(d time.Duration) {
 	v.cpu <- struct{}{}
 	time.Sleep(d)
@@ -226,7 +228,8 @@ func newStampedeSite(s *stampede, i int) *stampedeSite {
 	return c
 }
 
-// source answers a scrape of the client. The value of each sample is the index of the scrape.
+// source answers as the site's Prometheus when the client scrapes it. The value of each sample is
+// the index of the scrape.
 func (c *stampedeSite) source(*http.Request) (*http.Response, error) {
 	c.run.mu.Lock()
 	n := len(c.scraped)
@@ -239,8 +242,8 @@ func (c *stampedeSite) source(*http.Request) (*http.Response, error) {
 	return respond(200, nil, text.String()), nil
 }
 
-// costlyBody calls cost once, before the end of the body is read. By then the request counts among
-// the server's requests in flight.
+// costlyBody is a request body that calls cost once, before Read returns the end of the body. By
+// then the server counts the request among its requests in flight.
 type costlyBody struct {
 	io.ReadCloser
 	cost func()
@@ -255,7 +258,7 @@ func (b *costlyBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// stampedeAnswer is an http.ResponseWriter that keeps the answer.
+// stampedeAnswer is an http.ResponseWriter that records the answer.
 type stampedeAnswer struct {
 	header http.Header
 	code   int
@@ -268,8 +271,8 @@ func (a *stampedeAnswer) WriteHeader(code int)        { a.code = code }
 
 var errStampede = errors.New("connection refused")
 
-// send answers a request of the client by the site's owner, or without a ring by the server in the
-// URL. It counts the request, and simulates its cost.
+// send passes a request of the client to the site's owner, or without a ring to the server in the
+// URL, and returns the answer. It counts the request and simulates its cost.
 func (c *stampedeSite) send(r *http.Request) (*http.Response, error) {
 	s := c.run
 	v := s.owner(c.key)
@@ -340,8 +343,8 @@ func (c *stampedeSite) send(r *http.Request) (*http.Response, error) {
 	return respond(a.code, a.header, a.body.String()), nil
 }
 
-// stores notes which of the pushed scrapes are stored, by the answer to the push. The caller holds
-// the run's mu.
+// stores records which of the pushed scrapes a server has stored, according to the answer to the
+// push. The caller holds the run's mu.
 func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 	s := c.run
 	var answer PushAnswer
@@ -384,8 +387,9 @@ func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 	}
 }
 
-// scrapes is the center's loop for one server. It begins after wait. It leaves out the first scrape
-// after a new server is up, as a center does that has not discovered the server yet.
+// scrapes is the loop in which the center scrapes one server. The first scrape is due after wait.
+// The loop leaves out the first scrape that is due after the server is up for the first time,
+// because the center has not discovered the server yet.
 func (v *stampedeServer) scrapes(wait time.Duration) {
 	s := v.run
 	conn, starts, known := (*AnswerReadTracker)(nil), 0, false
@@ -417,12 +421,12 @@ func (v *stampedeServer) scrapes(wait time.Duration) {
 	}
 }
 
-// stampedeReader is an http.ResponseWriter that notes which scrapes the center reads.
+// stampedeReader is an http.ResponseWriter that records which scrapes the center reads.
 type stampedeReader struct {
 	v      *stampedeServer
 	header http.Header
-	rest   []byte        // last line, while it is incomplete
-	cost   time.Duration // CPU time not yet spent
+	rest   []byte        // last line of the answer so far, while the line is incomplete
+	cost   time.Duration // CPU time of the answer that work has not spent yet
 }
 
 func (w *stampedeReader) Header() http.Header { return w.header }
@@ -469,7 +473,8 @@ func (w *stampedeReader) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// watch notes the highest number of samples in a store, every 5 seconds.
+// watch looks at the number of samples in each store every 5 seconds, and records the highest in
+// held.
 func (s *stampede) watch() {
 	for {
 		if _, ok := Sleep(s.ctx, 5*time.Second, nil); !ok {
@@ -485,14 +490,14 @@ func (s *stampede) watch() {
 	}
 }
 
-// setAway lets the center leave or come back.
+// setAway makes the center stop all its scrapes, or resume them.
 func (s *stampede) setAway(away bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.away = away
 }
 
-// begin starts all sites at once.
+// begin starts the clients of all sites at once.
 func (s *stampede) begin() {
 	for _, c := range s.sites {
 		s.running.Go(func() { c.client.Run(s.ctx) })
@@ -510,9 +515,9 @@ func (s *stampede) mark() stampedeFigures {
 	return f
 }
 
-// settle waits until no spool has a scrape from before the call, at most for limit. empty is the
-// time until then. read is the time until the center had read all scrapes made after from and
-// before the call.
+// settle waits until no spool has a scrape from before the call of settle. The test fails if this
+// takes longer than limit. empty is the time that this took. read is the time until the center had
+// read all scrapes made between from and the call.
 func (s *stampede) settle(from time.Time, limit time.Duration) (empty, read time.Duration) {
 	begin := time.Now()
 	for time.Since(begin) < limit {
@@ -536,7 +541,7 @@ func (s *stampede) settle(from time.Time, limit time.Duration) (empty, read time
 	return limit, read
 }
 
-// gaps returns the number of scrapes between two times that the center has not read.
+// gaps returns the number of scrapes made between two times that the center has not read.
 func (s *stampede) gaps(from, before time.Time) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -553,7 +558,7 @@ func (s *stampede) gaps(from, before time.Time) (n int) {
 	return n
 }
 
-// unstored returns the number of scrapes before a time that no server has stored.
+// unstored returns the number of scrapes made before a time that no server has stored.
 func (s *stampede) unstored(before time.Time) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -567,7 +572,7 @@ func (s *stampede) unstored(before time.Time) (n int) {
 	return n
 }
 
-// stampedeWait returns the quantile q of sorted waits.
+// stampedeWait returns the quantile q of the waits, which must be sorted.
 func stampedeWait(waits []time.Duration, q float64) time.Duration {
 	if len(waits) == 0 {
 		return 0
@@ -594,21 +599,22 @@ func (w stampedeTable) row(phase string, f stampedeFigures, remark string) {
 		stampedeWait(f.waits, 1), f.late.Round(time.Millisecond), f.most, f.held, remark)
 }
 
-// stampedeCase is what happens before the sites and the center catch up.
+// stampedeCase is a disturbance of the run: the center or the servers are away, or a server joins.
 type stampedeCase struct {
 	name string
-	away time.Duration // the center is away that long
-	lost time.Duration // then all servers are down that long, and lose their disks; 0: they stay up
-	join bool          // then a fourth server joins
+	away time.Duration // how long the center is away; 0: it is not away
+	lost time.Duration // how long all servers are down after that, and they lose their disks; 0: they stay up
+	join bool          // a fourth server joins after that
 	ring bool
-	long bool // only in runs at full length
+	long bool // the case needs a run at full length
 }
 
-// After a server joins, or the center or all servers were away, every scrape is stored, the center
-// reads every scrape within retention, new scrapes wait for little more than maxBackoff, and with a
-// ring few pushes send scrapes again. A short run has 100 sites and a tenth of the times.
+// After a server joins, or after the center or all servers were away, the servers store every
+// scrape, and the center reads every scrape within retention. A new scrape is stored after
+// maxBackoff and a second at the latest. With a ring, the pushes that send a stored scrape again
+// are not more than the sites. A short run has 100 sites and a tenth of the times away.
 func TestStampede(t *testing.T) {
-	defer debug.SetGCPercent(debug.SetGCPercent(200)) // each site has a gzip.Writer, which is large
+	defer debug.SetGCPercent(debug.SetGCPercent(200)) // fewer garbage collections, because each site has a large gzip.Writer
 	sites, long := 100, *stampedeFlag > 0
 	if long {
 		sites = *stampedeFlag
@@ -640,8 +646,8 @@ func TestStampede(t *testing.T) {
 	}
 }
 
-// run lets the sites push for some minutes, does what the case says, waits until all have caught
-// up, and checks the figures.
+// run lets the sites push for some minutes, makes the disturbance of the case, waits until all
+// sites and the center have caught up, and checks the figures.
 func (c stampedeCase) run(t *testing.T, table stampedeTable, sites int) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -670,7 +676,7 @@ func (c stampedeCase) run(t *testing.T, table stampedeTable, sites int) {
 	}
 	s.setAway(false)
 	at := time.Now()
-	// Scrapes before oldest may expire before the next scrape of the center.
+	// Scrapes made before oldest may expire before the center scrapes again.
 	oldest := at.Add(-2*time.Hour + 2*stampedeInterval)
 	empty, read := s.settle(oldest, 3*time.Hour)
 	f := s.mark()

@@ -48,7 +48,7 @@ type point struct {
 	v    float64
 }
 
-// storePush returns a push of the points for site id, in the form that Store.Append takes.
+// storePush returns a push of the points for site id, as Store.Append accepts it.
 func storePush(id string, points ...point) *SampleList {
 	p := &SampleList{}
 	for _, pt := range points {
@@ -87,7 +87,7 @@ func newStoreKit(t testing.TB, fsys FS) *storeKit {
 	return k
 }
 
-// open opens the store.
+// open opens a store with the kit's configuration. The test fails if OpenStore returns an error.
 func (k *storeKit) open() *Store {
 	k.t.Helper()
 	s, err := OpenStore(k.cfg)
@@ -118,7 +118,8 @@ func (k *storeKit) push(s *Store, id string, points ...point) {
 	}
 }
 
-// pushNamed appends the points to site id of s, as a push of the named scrapes.
+// pushNamed appends the points to site id of s, as a push of the scrapes in names. The test fails
+// if s refuses the push.
 func (k *storeKit) pushNamed(s *Store, id string, names ScrapeNames, points ...point) AppendResult {
 	k.t.Helper()
 	res, err := s.Append(context.Background(), id, storePush(id, points...), names)
@@ -200,8 +201,8 @@ func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 	return got
 }
 
-// allHeld returns the samples of all sites that are in the memory of s. It also checks what heldOf
-// checks, and the totals of samples and of log bytes.
+// allHeld returns the samples of all sites that are in the memory of s. It checks each site as
+// heldOf does, and checks the store's totals of samples and of log bytes.
 func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
 	t.Helper()
 	all := map[heldSample]float64{}
@@ -219,7 +220,7 @@ func allHeld(t testing.TB, s *Store) map[heldSample]float64 {
 	return all
 }
 
-// contents returns the samples of c that have not expired.
+// contents returns the samples of the site c that have not expired.
 func contents(c *SiteSamples) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	for _, b := range c.Batches {
@@ -242,8 +243,8 @@ func pushed(id string, points ...point) map[heldSample]float64 {
 	return want
 }
 
-// wantHeld reports every sample of want that got lacks or has with other bits, and every
-// sample of got that want lacks.
+// wantHeld fails the test for every sample of want that is missing in got or has a value with other
+// bits in got, and for every sample of got that is not in want.
 func wantHeld(t testing.TB, when string, got, want map[heldSample]float64) {
 	t.Helper()
 	for k, v := range want {
@@ -260,13 +261,13 @@ func wantHeld(t testing.TB, when string, got, want map[heldSample]float64) {
 	}
 }
 
-// scraper returns a reader for scrapes of s that owns all sites and shows newest samples up to
-// maxAge old. With a negative maxAge it shows unread samples only.
+// scraper returns a reader for scrapes of s, on a server that owns all sites. The reader shows
+// newest samples up to maxAge old. With a negative maxAge it shows unread samples only.
 func scraper(s *Store, maxAge time.Duration) *AllSitesReader {
 	return &AllSitesReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
 }
 
-// shown returns the samples that a scrape without a consumer's name gets.
+// shown returns the samples that s serves to a scrape without a consumer's name.
 func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 	fams, _ := scraper(s, maxAge).NewestPerSeries(0, nil)
 	return samplesIn(fams)
@@ -302,7 +303,7 @@ const (
 	consumersPath = "/s/" + ConsumersFile
 )
 
-// putState writes the state file of a server that started once.
+// putState writes the state file that a server writes at its first start.
 func putState(t testing.TB, fsys FS) {
 	t.Helper()
 	state := openStoreState(t, fsys)
@@ -325,8 +326,8 @@ func openStoreState(t testing.TB, fsys FS) *StoreMeta {
 // consumersNow is the present time in tests of Consumers without a store.
 var consumersNow = time.UnixMilli(1_700_000_000_000)
 
-// openConsumers opens the consumers in fsys with a retention of one hour. The test fails unless
-// their file is damaged exactly if wantDamage says so.
+// openConsumers opens the consumers in fsys with a retention of one hour. The test fails if the
+// file of their cursors is damaged and wantDamage is false, or the reverse.
 func openConsumers(t testing.TB, fsys FS, now time.Time, wantDamage bool) *Consumers {
 	t.Helper()
 	cs, err := OpenConsumers(fsys, "/s", openStoreState(t, fsys), time.Hour, now)
@@ -346,8 +347,8 @@ func beginScrape(t testing.TB, cs *Consumers, name string, conn *AnswerReadTrack
 	return r
 }
 
-// confirm serves a consumer all batches up to the given number of each site, and confirms them
-// with a second scrape on the same, new connection.
+// confirm has the consumer name scrape twice on a new connection. The first scrape serves the
+// batches of each site up to the number in seqBySite. The second scrape confirms them.
 func confirm(t testing.TB, cs *Consumers, name string, now time.Time, seqBySite map[uint64]uint64) {
 	t.Helper()
 	conn := &AnswerReadTracker{}
@@ -366,8 +367,8 @@ func saveConsumers(t testing.TB, cs *Consumers) {
 	}
 }
 
-// cursorsOf returns the cursors of each consumer by its name. A consumer whose name is lost has
-// "#" and its key instead.
+// cursorsOf returns the cursors of each consumer by the consumer's name. A consumer whose name is
+// lost has "#" and its key as its name.
 func cursorsOf(cs *Consumers) map[string]map[uint64]uint64 {
 	all := map[string]map[uint64]uint64{}
 	for _, c := range cs.byKey {
@@ -382,8 +383,8 @@ func cursorsOf(cs *Consumers) map[string]map[uint64]uint64 {
 
 func sameCursors(a, b map[string]map[uint64]uint64) bool { return maps.EqualFunc(a, b, maps.Equal) }
 
-// drain returns the samples that a consumer has not read. The consumer scrapes on a new connection
-// until a scrape has no unread sample, so that every sample is confirmed.
+// drain returns the samples that the named consumer had not read. The consumer scrapes on a new
+// connection until a scrape serves no unread sample, so that every sample is confirmed.
 func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]float64 {
 	t.Helper()
 	got := map[heldSample]float64{}
@@ -396,14 +397,15 @@ func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]floa
 	return got
 }
 
-// testLimits returns the limits for a push at now: retention of two hours, and at most series
-// series of the site. 0 series means no limit.
+// testLimits returns the limits for a push at the time now: a retention of two hours, and at most
+// series series for the site. 0 series means no limit.
 func testLimits(now time.Time, series int) AppendLimits {
 	return AppendLimits{Now: ExactTimeRange(now), Retention: 2 * time.Hour, Series: series}
 }
 
-// pushPoints stages points at now and commits them. If they add nothing, the returned batch is
-// empty and LastPush stays unchanged, as it does in a log.
+// pushPoints stages the points as a push at the time now, and commits them. If the push adds
+// nothing, the returned batch is empty, and LastPush stays unchanged because no log records such a
+// push.
 func pushPoints(c *SiteSamples, now time.Time, points ...point) (*Batch, AppendResult, error) {
 	lastPush := c.LastPush
 	staged, err := c.StageNewSamples(storePush("a", points...), ScrapeNames{}, testLimits(now, 0))
@@ -415,7 +417,8 @@ func pushPoints(c *SiteSamples, now time.Time, points ...point) (*Batch, AppendR
 	return staged.Batch, staged.Result, err
 }
 
-// recovered returns the site that recovery makes of the records of c.
+// recovered returns the site that recovery builds from the records of c. It also checks the
+// estimated size of the log.
 func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 	t.Helper()
 	got := NewSiteSamples("", maphash.MakeSeed())
@@ -450,7 +453,8 @@ func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 	return got
 }
 
-// mustFind returns the ID of a line, and inserts the line if it is unknown.
+// mustFind returns the ID of a line in the table of series of c. It inserts the line if the table
+// does not have it.
 func mustFind(c *SiteSamples, line string) uint32 {
 	id, hash, ok := c.Table.Find([]byte(line))
 	if !ok {

@@ -1,7 +1,7 @@
 package main
 
-// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process, and
-// an address that is free. Tests in virtual time use testing/synctest instead.
+// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process, and a
+// free address. Tests in virtual time use testing/synctest instead.
 
 import (
 	"net"
@@ -10,14 +10,15 @@ import (
 	"time"
 )
 
-// eventually polls ok every few milliseconds, and fails the test if ok is not true within a
-// minute. what names the condition in the failure message.
+// eventually calls ok every 2 ms until it returns true. It fails the test if that takes more than a
+// minute. what describes the condition in the failure message.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	eventuallyWithin(t, time.Minute, 2*time.Millisecond, what, ok)
 }
 
-// eventuallyWithin is eventually with a time limit and a polling interval.
+// eventuallyWithin does the same as eventually, with the time limit limit and the interval poll
+// between calls.
 func eventuallyWithin(t testing.TB, limit, poll time.Duration, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(limit); !ok(); time.Sleep(poll) {
@@ -37,7 +38,8 @@ func processCPU(t testing.TB) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// freeAddr returns a loopback address whose TCP port was free a moment ago.
+// freeAddr returns a loopback address with a TCP port that was free when freeAddr looked. Another
+// program may take the port before the test uses it.
 func freeAddr(t testing.TB) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

@@ -1,9 +1,9 @@
 package main
 
-// This file holds the sample model. A series is kept as one rendered line: its metric name and
-// its sorted labels. The line does not depend on the format in which the series was received.
-// SampleList.Add rejects every series that would make a reader of the exposition format fail.
-// This family must not know of sites, tokens, HTTP or disks. It does not select samples: the
+// This file holds the sample model. A series is kept as one rendered line: its metric name and its
+// sorted labels. The line does not depend on the format in which the series was received.
+// SampleList.Add rejects every series that would make a reader of the exposition format fail. The
+// sample family must not know of sites, tokens, HTTP or disks. It does not select samples: the
 // sanitize family does.
 
 import (
@@ -16,27 +16,29 @@ import (
 )
 
 const (
-	// MaxLine is the largest size of a rendered line in bytes. A line's length fits in 16 bits.
+	// MaxLine is the largest size of a rendered line in bytes. It makes the length of a line fit in
+	// 16 bits.
 	MaxLine = 64<<10 - 1
 	// MaxLabels is the largest number of labels of one series. The limit is low because labels are
 	// searched one by one.
 	MaxLabels = 128
-	// NoTime is the time of a sample that AppendSample writes without a timestamp.
+	// NoTime is the time to pass to AppendSample for a sample without a timestamp.
 	NoTime = math.MinInt64
-	// ClusterLabel is the label with the authenticated cluster ID. Every line that a server holds
-	// has this label.
+	// ClusterLabel is the name of the label that holds a site's authenticated cluster ID. Every
+	// line that a server holds has this label.
 	ClusterLabel = "_id"
 )
 
 // ErrTooLarge is wrapped by errors about content that is well-formed but exceeds a limit.
 var ErrTooLarge = errors.New("too large")
 
-// ErrListTooLarge is wrapped by Add's error if the list is full: the sample would exceed the
-// list's MaxSamples or MaxBytes. It wraps ErrTooLarge.
+// ErrListTooLarge is wrapped by the error of SampleList.Add if the list is full: the sample would
+// exceed the list's MaxSamples or MaxBytes. It wraps ErrTooLarge.
 var ErrListTooLarge = fmt.Errorf("%w", ErrTooLarge)
 
-// ErrNULValue is wrapped by Add's error if a label value has a NUL byte and the labels have no
-// other fault. Callers can tell this case apart because Prometheus accepts such a series.
+// ErrNULValue is wrapped by the error of SampleList.Add if a label value has a NUL byte and the
+// labels have no other fault. This case has its own error because Prometheus accepts such a series,
+// so that callers may treat it in another way than malformed labels.
 var ErrNULValue = errors.New("has a NUL byte")
 
 var errNoMetricName = errors.New("no metric name")
@@ -44,17 +46,18 @@ var errNoMetricName = errors.New("no metric name")
 // Label is one label of a series: its name and its unescaped value.
 type Label struct{ Name, Value []byte }
 
-// RawSample is one sample as a decoder found it in a body. Its slices are valid only until the
-// decoder continues. The receiver may change, add and remove Labels.
+// RawSample is one sample as a decoder found it in a body. A decoder passes it to a callback. Its
+// slices are valid only until the callback returns. The callback may change, add and remove Labels.
 type RawSample struct {
 	Name   []byte
 	Labels []Label
-	T      int64 // ms since the epoch; meaningless unless HasT
+	T      int64 // ms since the epoch; meaningless if HasT is false
 	HasT   bool
 	V      float64
 }
 
-// Sample is one sample of a SampleList. Its line is Arena[Off : Off+Len] of that list.
+// Sample is one sample of a SampleList. The rendered line of its series is Arena[Off : Off+Len] of
+// that list.
 type Sample struct {
 	Off, Len uint32
 	T        int64 // ms since the epoch
@@ -85,8 +88,9 @@ func (l *SampleList) Reset() {
 // not occur twice. The series must not exceed MaxLabels or MaxLine, and l must not be full. After
 // an error, l is unchanged.
 //
-// Add stores every NaN with the same bit pattern. Text exposition cannot express a stale marker,
-// which is a NaN with a certain bit pattern, so protobuf must not introduce one either.
+// Add stores every NaN with the same bit pattern, so that no sample is a stale marker. A stale
+// marker is a NaN with a certain bit pattern. Text exposition cannot express it, so protobuf must
+// not introduce it either.
 func (l *SampleList) Add(r *RawSample) error {
 	if err := checkMetricName(r.Name); err != nil {
 		return err
@@ -113,14 +117,16 @@ func (l *SampleList) Add(r *RawSample) error {
 	return nil
 }
 
-// addLine appends the rendered series to the Arena. It fails and changes nothing if the line or
-// the Arena would exceed its limit.
+// addLine appends the rendered line of a series to l.Arena. It returns an error and changes no line
+// if the line would exceed MaxLine, or if the Arena would exceed MaxBytes or 4 GiB.
 func (l *SampleList) addLine(name []byte, labels []Label) error {
 	size := len(name)
 	for _, label := range labels {
 		size += len(label.Name) + len(label.Value)
 	}
-	if size > MaxLine { // check before rendering, which only adds bytes, so that the Arena does not grow
+	// The line is at least as long as its names and values. Check their size before rendering, so
+	// that a line that is too long does not make the Arena grow.
+	if size > MaxLine {
 		return lineTooLongError(size)
 	}
 	off := len(l.Arena)
@@ -147,9 +153,9 @@ func checkMetricName(name []byte) error {
 	return checkName("metric name", name)
 }
 
-// checkSortedLabels returns an error for the first invalid label, or nil. The labels must be
-// sorted by name. A NUL byte in a value is returned as an error only if the labels have no other
-// fault: see ErrNULValue.
+// checkSortedLabels returns an error for the first invalid label, or nil. The labels must be sorted
+// by name. A NUL byte in a value is reported only if the labels have no other fault; see
+// ErrNULValue.
 func checkSortedLabels(labels []Label) error {
 	var nul error
 	for i, l := range labels {

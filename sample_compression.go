@@ -1,8 +1,8 @@
 package main
 
-// This file decompresses bodies: gzip and framed snappy, the encodings that clients send. The
-// caller's limit bounds the output and the memory used. Sizes that the input states are checked
-// against the limit before memory is allocated. Incomplete gzip and cut-off snappy chunks are
+// This file decompresses the bodies of pushes and scrapes: gzip and framed snappy. The caller's
+// limit bounds the output and the memory used. A size that the input states is checked against the
+// limit before memory is allocated. Incomplete gzip and snappy that is cut off within a chunk are
 // errors. This file must not know of HTTP or of the content of a body.
 
 import (
@@ -15,14 +15,15 @@ import (
 	"slices"
 )
 
-// MaxDecodedFactor times the limit on a compressed body is the limit on the decompressed body.
+// MaxDecodedFactor times the limit on a compressed body, --limit-bytes, is the limit on the
+// decompressed body.
 const MaxDecodedFactor = 8
 
 // SupportedEncodings lists the supported content encodings for error messages.
 const SupportedEncodings = "identity, gzip, snappy (framed)"
 
-// SupportsEncoding reports whether Decompress supports a content encoding. The encoding must be in
-// lower case. An empty encoding means identity.
+// SupportsEncoding reports whether Decompress supports a value of the header Content-Encoding. The
+// value must be in lower case. An empty value means identity.
 func SupportsEncoding(encoding string) bool {
 	return slices.Contains([]string{"", "identity", "gzip", "snappy", "x-snappy-framed"}, encoding)
 }
@@ -36,9 +37,10 @@ type Decompressor struct {
 	buf  []byte
 }
 
-// Decompress returns the decompressed body. SupportsEncoding(encoding) must be true. tooLarge
-// reports that the decompressed body exceeds limit bytes; decoded is then not the whole body. The
-// result is valid until the next call. With the identity encoding the result is body itself.
+// Decompress returns the decompressed body. encoding must be a value that SupportsEncoding accepts.
+// tooLarge is true if the decompressed body exceeds limit bytes; decoded is then not the whole
+// body. The result is valid until the next call. With the encoding identity, the result is body
+// itself.
 func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (decoded []byte, tooLarge bool, err error) {
 	switch encoding {
 	case "", "identity":
@@ -62,8 +64,9 @@ func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (deco
 	return d.buf, false, nil
 }
 
-// ReadAllInto reads r to its end and returns the bytes read. It overwrites buf and allocates more
-// memory only as bytes arrive. If r fails, ReadAllInto returns the bytes read so far and r's error.
+// ReadAllInto reads r to its end and returns the bytes read. It overwrites buf and reuses its
+// memory. It allocates more memory only as bytes arrive. If r fails, ReadAllInto returns the bytes
+// read so far and r's error.
 func ReadAllInto(buf []byte, r io.Reader) ([]byte, error) {
 	buf = buf[:0]
 	for {
@@ -83,11 +86,12 @@ func ReadAllInto(buf []byte, r io.Reader) ([]byte, error) {
 
 const (
 	snappyMagic    = "sNaPpY"
-	maxSnappyChunk = 64 << 10 // bytes of uncompressed data in one chunk, by the format
+	maxSnappyChunk = 64 << 10 // bytes of uncompressed data in one chunk; the framing format sets this limit
 )
 
-// decodeFramedSnappy appends the decoded input to out. It decodes the framing format of snappy
-// (framing_format.txt in google/snappy). It returns errDecodedTooLarge if the output exceeds limit.
+// decodeFramedSnappy appends the decoded input to out. The input is in snappy's framing format
+// (framing_format.txt in google/snappy). decodeFramedSnappy returns errDecodedTooLarge if the
+// output exceeds limit bytes.
 //
 // The format has no end marker. Input that is cut off between two chunks is therefore a valid
 // shorter stream. Only a decoder of the content can detect the loss.
@@ -96,7 +100,7 @@ func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 		return nil, errors.New("no stream identifier")
 	}
 	for r := NewWireReader(in); r.Len() > 0; {
-		head := r.Uint32() // lowest byte: kind of chunk; upper three bytes: size
+		head := r.Uint32() // lowest byte: the kind of the chunk; upper three bytes: its size
 		chunk := r.Bytes(int(head >> 8))
 		if r.Err() != nil {
 			return nil, errors.New("truncated")
@@ -109,7 +113,7 @@ func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 			err = errors.New("bad stream identifier")
 		case kind < 0x80:
 			err = fmt.Errorf("unknown chunk type %d", kind)
-		default: // skip repeated stream identifiers, padding and skippable chunks
+		default: // skip repeated stream identifiers, padding and the chunks that the format allows to skip
 		}
 		if err != nil {
 			return nil, err
@@ -118,8 +122,8 @@ func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 	return out, nil
 }
 
-// decodeSnappyChunk appends the data of one chunk to out and verifies the checksum with which the
-// chunk begins.
+// decodeSnappyChunk appends the data of one chunk to out. It verifies the data with the checksum at
+// the beginning of the chunk.
 func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, error) {
 	r := NewWireReader(chunk)
 	sum := r.Uint32()
@@ -149,22 +153,22 @@ func decodeSnappyChunk(out, chunk []byte, compressed bool, limit int) ([]byte, e
 		return nil, errors.New("malformed block")
 	}
 	crc := Checksum(out[from:])
-	if (crc>>15|crc<<17)+0xa282ead8 != sum { // the format masks its checksums in this way
+	if (crc>>15|crc<<17)+0xa282ead8 != sum { // the framing format masks checksums by this rotation and addition
 		return nil, errors.New("wrong checksum")
 	}
 	return out, nil
 }
 
-// decodeSnappyBlock appends the decoded elements of one block to out. r is positioned after the
-// block's length (format_description.txt in google/snappy). ok is false if the elements are
-// malformed or do not decode to exactly size bytes.
+// decodeSnappyBlock appends the decoded elements of one block (literals and copies) to out. r must
+// be positioned after the block's length (format_description.txt in google/snappy). ok is false if
+// the elements are malformed or do not decode to exactly size bytes.
 func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 	from, end := len(out), len(out)+size
 	for r.Len() > 0 {
 		tag := r.Byte()
 		length, offset := 1+int(tag>>2), 0
 		switch tag & 3 {
-		case 0: // a literal
+		case 0: // a literal: bytes that are not compressed
 			if extra := length - 60; extra > 0 { // the literal's length minus 1 follows in 1 to 4 bytes
 				length = 1
 				for i, b := range r.Bytes(extra) {
@@ -193,11 +197,11 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 	return out, r.Err() == nil && len(out) == end
 }
 
-// Gzip returns the gzip-compressed text.
+// Gzip returns text compressed with gzip.
 func Gzip(text []byte) []byte {
 	var z bytes.Buffer
 	w := gzip.NewWriter(&z)
-	w.Write(text) // cannot fail: a bytes.Buffer accepts everything
+	w.Write(text) // cannot fail, because a bytes.Buffer accepts everything
 	w.Close()
 	return z.Bytes()
 }

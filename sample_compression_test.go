@@ -30,7 +30,8 @@ func TestDecompressIdentity(t *testing.T) {
 	}
 }
 
-// Identity, gzip and framed snappy are supported under their names in lower case, nothing else.
+// SupportsEncoding accepts the names of identity, gzip and framed snappy in lower case, and no
+// other name.
 func TestSupportsEncoding(t *testing.T) {
 	for encoding, want := range map[string]bool{"": true, "identity": true, "gzip": true, "snappy": true, "x-snappy-framed": true,
 		"deflate": false, "br": false, "zstd": false, "GZIP": false, "gzip, gzip": false, " ": false} {
@@ -40,8 +41,8 @@ func TestSupportsEncoding(t *testing.T) {
 	}
 }
 
-// Decompress accepts only complete gzip streams, reports streams that expand beyond the limit, and
-// still works after errors.
+// Decompress accepts only complete gzip streams and reports streams that expand beyond the limit.
+// It works after an error as before.
 func TestDecompressGzip(t *testing.T) {
 	data := []byte(strings.Repeat("up{job=\"a\"} 1\n", 5000))
 	whole := gzipped(data)
@@ -52,7 +53,7 @@ func TestDecompressGzip(t *testing.T) {
 		name  string
 		in    []byte
 		limit int
-		want  string // "ok", "over", "error"
+		want  string // "ok" for the decoded data, "over" for a result over the limit, or "error"
 	}{
 		{"complete stream", whole, len(data), "ok"},
 		{"several members", two, len(data), "ok"},
@@ -72,7 +73,7 @@ func TestDecompressGzip(t *testing.T) {
 			t.Errorf("%s: got %d bytes, over the limit %v, error %v; want %s", c.name, len(got), over, err, c.want)
 		}
 	}
-	var d Decompressor // shared, because an error must not affect later calls
+	var d Decompressor // used for all calls, because an error must not affect later calls
 	for i := range whole {
 		if _, over, err := d.Decompress(whole[:i], "gzip", len(data)); err == nil || over {
 			t.Errorf("first %d of %d bytes: over the limit %v, error %v", i, len(whole), over, err)
@@ -83,7 +84,7 @@ func TestDecompressGzip(t *testing.T) {
 	}
 }
 
-// A small stream that expands to many megabytes is reported as too large, and decompressing it
+// Decompress reports a small stream that expands to many megabytes as too large. Meanwhile it
 // allocates only a few times the limit.
 func TestDecompressBombs(t *testing.T) {
 	const limit = 128 << 10
@@ -100,14 +101,14 @@ func TestDecompressBombs(t *testing.T) {
 			var d Decompressor
 			_, over, err = d.Decompress(in, encoding, limit)
 		})
-		// The output buffer grows in steps, so all its versions together are a few times the limit.
+		// The output buffer grows in steps. All buffers together have a few times the limit.
 		if !over || err != nil || used > 8*limit {
 			t.Errorf("%s: over the limit %v, %v; %d bytes allocated with a limit of %d", encoding, over, err, used, limit)
 		}
 	}
 }
 
-// dribble is a reader that returns one byte at a time, and err after its data.
+// dribble is a reader that returns its data one byte at a time, and then err.
 type dribble struct {
 	data string
 	err  error
@@ -122,8 +123,8 @@ func (d *dribble) Read(p []byte) (int, error) {
 	return 1, nil
 }
 
-// ReadAllInto reads a reader to its end, reuses the buffer's memory, and returns the bytes before
-// an error with the error.
+// ReadAllInto reads a reader to its end and reuses the buffer's memory. If the reader fails,
+// ReadAllInto returns the bytes read before the error, and the error.
 func TestReadAllInto(t *testing.T) {
 	buf := []byte("old contents")
 	got, err := ReadAllInto(buf, &dribble{strings.Repeat("abc", 1000), io.EOF})
@@ -142,21 +143,22 @@ func TestReadAllInto(t *testing.T) {
 // snappyIdentifier is the chunk with which every framed snappy stream begins.
 var snappyIdentifier = []byte("\xff\x06\x00\x00sNaPpY")
 
-// snappyChunk returns a chunk with this payload. data is the decoded content, whose checksum the
-// chunk contains.
+// snappyChunk returns a chunk of framed snappy with this payload. data is what the payload decodes
+// to; the chunk contains its checksum.
 func snappyChunk(kind byte, data, payload []byte) []byte {
 	crc := crc32.Checksum(data, crc32.MakeTable(crc32.Castagnoli))
 	b := binary.LittleEndian.AppendUint32(nil, uint32(4+len(payload))<<8|uint32(kind))
 	return append(binary.LittleEndian.AppendUint32(b, (crc>>15|crc<<17)+0xa282ead8), payload...)
 }
 
-// snappyBlock returns a block of these elements. n is the length in bytes that the block claims to
-// decode to.
+// snappyBlock returns a snappy block of these elements. n is the decoded length in bytes that the
+// block states.
 func snappyBlock(n int, elements ...[]byte) []byte {
 	return append(binary.AppendUvarint(nil, uint64(n)), bytes.Join(elements, nil)...)
 }
 
-// snappyLiteral returns a literal element. Its length is encoded in 0 to 4 extra bytes.
+// snappyLiteral returns a literal element with the bytes of s. extra is the number of bytes after
+// the tag that encode the length, 0 to 4.
 func snappyLiteral(s string, extra int) []byte {
 	n := len(s) - 1
 	if extra == 0 {
@@ -166,8 +168,8 @@ func snappyLiteral(s string, extra int) []byte {
 	return append(b[:1+extra], s...)
 }
 
-// snappyCopy returns a copy element of kind 1, 2 or 3, which encode the offset in 11, 16 and 32
-// bits.
+// snappyCopy returns a copy element, which repeats length decoded bytes that begin offset bytes
+// back. The kinds 1, 2 and 3 encode the offset in 11, 16 and 32 bits.
 func snappyCopy(kind, offset, length int) []byte {
 	switch kind {
 	case 1:
@@ -188,7 +190,7 @@ func snappyCopies(n int) []byte {
 }
 
 // snappyEncode returns data as a framed snappy stream. It chooses chunks and elements at random, so
-// that every kind of them occurs. It does not try to compress well.
+// that every kind of chunk and element occurs. It does not try to compress well.
 func snappyEncode(data []byte, rnd *rand.Rand) []byte {
 	out := slices.Clone(snappyIdentifier)
 	for len(data) > 0 {
@@ -233,10 +235,10 @@ func snappyEncode(data []byte, rnd *rand.Rand) []byte {
 	return out
 }
 
-// Every kind of element and chunk of framed snappy is decoded, also if the limit equals the decoded
-// size. Every malformed stream is an error.
+// Decompress decodes every kind of element and chunk of framed snappy, even if the decoded size
+// equals the limit. It returns an error for every malformed stream.
 func TestSnappyElements(t *testing.T) {
-	long := strings.Repeat("0123456789abcdef", 4000) // 64,000
+	long := strings.Repeat("0123456789abcdef", 4000) // 64,000 bytes
 	whole := func(want string, elements ...[]byte) []byte {
 		return append(slices.Clip(snappyIdentifier), snappyChunk(0, []byte(want), snappyBlock(len(want), elements...))...)
 	}
@@ -311,7 +313,7 @@ func TestSnappyElements(t *testing.T) {
 	}
 }
 
-// Random data that is encoded as framed snappy decodes to the same data.
+// Random data that is encoded as framed snappy is decoded to the same data.
 func TestSnappyRoundTrip(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	var d Decompressor
@@ -327,8 +329,8 @@ func TestSnappyRoundTrip(t *testing.T) {
 	}
 }
 
-// snappyStream returns a stream of several chunks and the data that it decodes to. borders maps
-// each offset between two chunks to the data of the chunks before it.
+// snappyStream returns a framed snappy stream of several chunks, and the data that it decodes to.
+// borders maps each offset between two chunks to the decoded data of the chunks before it.
 func snappyStream() (in []byte, want string, borders map[int]string) {
 	in = slices.Clone(snappyIdentifier)
 	borders = map[int]string{len(in): ""}
@@ -345,8 +347,8 @@ func snappyStream() (in []byte, want string, borders map[int]string) {
 	return in, want, borders
 }
 
-// A framed snappy stream that is cut off inside a chunk is an error. Cut off between two chunks it
-// is a valid shorter stream, because the framing format has no end marker.
+// A framed snappy stream that is cut off within a chunk is an error. If it is cut off between two
+// chunks, it is a valid shorter stream, because the framing format has no end marker.
 func TestSnappyTruncatedAnywhere(t *testing.T) {
 	in, _, borders := snappyStream()
 	var d Decompressor
@@ -359,8 +361,9 @@ func TestSnappyTruncatedAnywhere(t *testing.T) {
 	}
 }
 
-// A flipped bit never changes the decoded data, except that a chunk may be left out: checksums do
-// not cover the kind of a chunk, and a flipped bit can make a chunk skippable.
+// Decompress never returns wrong data after one bit of a framed snappy stream is flipped. But one
+// chunk may be missing in the result: the checksums do not cover the kinds of chunks, and a flipped
+// bit can make a chunk skippable.
 func TestSnappyFlippedAnywhere(t *testing.T) {
 	in, want, _ := snappyStream()
 	var d Decompressor
@@ -374,8 +377,8 @@ func TestSnappyFlippedAnywhere(t *testing.T) {
 	}
 }
 
-// No input makes the decoder exceed its limit or change earlier output, and any data survives
-// encoding and decoding.
+// No input makes the snappy decoder exceed its limit or change bytes that it appended before. Any
+// data is unchanged after encoding and decoding.
 func FuzzSnappy(f *testing.F) {
 	rnd := rand.New(rand.NewPCG(1, 0))
 	f.Add(snappyEncode([]byte(strings.Repeat("up{job=\"a\"} 1\n", 20)), rnd), 1000)
@@ -387,13 +390,14 @@ func FuzzSnappy(f *testing.F) {
 		if len(got) > limit || cap(got) > 2*limit+1024 || (over || err != nil) && got != nil {
 			t.Fatalf("limit %d: got %d bytes in a buffer of %d, over the limit %v, %v", limit, len(got), cap(got), over, err)
 		}
-		// Decode the input as a block without a checksum, because a fuzzer cannot guess checksums.
+		// Decode the fuzzed input as a snappy block, which has no checksum, because a fuzzer cannot
+		// guess checksums.
 		n := limit % (64<<10 + 1)
 		out, ok := decodeSnappyBlock([]byte("before"), NewWireReader(in), n)
 		if len(out) > n+6 || ok && len(out) != n+6 || !bytes.HasPrefix(out, []byte("before")) {
 			t.Fatalf("block of %d bytes: output of %d bytes with the 6 before it, ok %v", n, len(out), ok)
 		}
-		// Encode the input and decode it again.
+		// Encode the fuzzed input as framed snappy and decode it again.
 		if got, over, err := d.Decompress(snappyEncode(in, rand.New(rand.NewPCG(uint64(limit), 0))), "snappy", len(in)); over || err != nil || !bytes.Equal(got, in) {
 			t.Fatalf("round trip of %d bytes: got %d bytes, over the limit %v, %v", len(in), len(got), over, err)
 		}

@@ -1,9 +1,9 @@
 package main
 
-// This file decodes bodies. Text exposition, OpenMetrics and delimited protobuf become RawSamples,
-// which are passed to a callback one by one. The decoders check syntax only. SampleList.Add checks
-// names and values, so that the same rules apply to every format. This file must not know of
-// sites, HTTP or compression.
+// This file decodes bodies of samples. It turns text exposition, OpenMetrics and delimited protobuf
+// into RawSamples and passes them to a callback one by one. The decoders check syntax only.
+// SampleList.Add checks names and values, so that the same rules apply to every format. This file
+// must not know of sites, HTTP or compression.
 
 import (
 	"fmt"
@@ -16,17 +16,18 @@ type Format int
 
 const (
 	FormatText        Format = iota // text exposition 0.0.4, and 1.0.0 with quoted names
-	FormatOpenMetrics               // OpenMetrics 1.0.0
+	FormatOpenMetrics               // OpenMetrics 0.0.1 and 1.0.0
 	FormatProto                     // delimited protobuf io.prometheus.client.MetricFamily
 )
 
-// supportedFormats lists, for error messages, the content types that ParseFormat accepts.
+// supportedFormats lists content types that ParseFormat accepts, for its error message.
 const supportedFormats = "text/plain (version 0.0.4 or 1.0.0), application/openmetrics-text (version 1.0.0), " +
 	"application/vnd.google.protobuf (proto=io.prometheus.client.MetricFamily; encoding=delimited)"
 
-// ParseFormat returns the format that a Content-Type header names, or an error that lists the
-// supported ones. An empty header means text exposition. So does the type for web forms, because
-// curl sends that type by default. If the body is not text exposition after all, Decode fails.
+// ParseFormat returns the format that a Content-Type header names. For any other header it returns
+// an error that lists the supported formats. An empty header means text exposition. The content
+// type for web forms also means text exposition, because curl sends it by default. If such a body
+// is not text exposition after all, Decode fails.
 func ParseFormat(contentType string) (Format, error) {
 	media, params, err := mime.ParseMediaType(contentType)
 	if contentType == "" || err == nil && media == "application/x-www-form-urlencoded" {
@@ -49,11 +50,13 @@ func ParseFormat(contentType string) (Format, error) {
 	return 0, fmt.Errorf("content type %.100q is not supported; supported: %s", contentType, supportedFormats)
 }
 
-// UnsupportedParts counts the parts of a body that were skipped because the sample model cannot
-// hold them. Metadata counts labels with the type or the unit of a metric.
+// UnsupportedParts counts the parts of a body that a decoder skipped because the sample model
+// cannot hold them. Metadata counts the labels __type__ and __unit__, which hold the type or the
+// unit of a metric.
 type UnsupportedParts struct{ Exemplars, Created, NativeHistograms, Metadata int }
 
-// ByKind returns the counts, including zeros. The keys are the names used in metrics and answers.
+// ByKind returns the counts by the kind of part, including zeros. The keys are the names that
+// metrics and answers use for the kinds.
 func (s UnsupportedParts) ByKind() map[string]int {
 	return map[string]int{
 		"exemplar": s.Exemplars, "created": s.Created, "native_histogram": s.NativeHistograms, "metadata_label": s.Metadata,
@@ -71,16 +74,18 @@ func isTypeOrUnitLabel(name []byte) bool {
 // use. The zero value is ready for use.
 type Decoder struct {
 	parser     SeriesParser
-	raw        RawSample // the sample that is passed to emit
+	raw        RawSample // the sample that the decoder passes to the callback emit
 	name       []byte    // scratch: a metric name with a suffix, such as _bucket
 	bound      []byte    // scratch: the rendered value of an le or quantile label
-	repeatable int       // bytes of names and labels that the remaining components may repeat
+	repeatable int       // bytes of names and labels that the samples of histograms and summaries in the rest of the body may repeat; see maxRepeat
 	skipped    UnsupportedParts
 }
 
 // Decode calls emit for every sample of body, in the order of the body. It stops at the first
-// error, including an error from emit. The returned error names the line or family and the series.
-// Memory used beyond body is bounded by MaxLine and MaxLabels.
+// error, including an error from emit, and returns the error. The error names the line (of text) or
+// the family (of protobuf) by its number, and the series if it is known. Decode returns the counts
+// of the skipped parts even after an error. Memory used beyond body is bounded by MaxLine and
+// MaxLabels.
 func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
 	d.skipped = UnsupportedParts{}
 	d.repeatable = 1<<20 + maxRepeat*len(body)

@@ -1,8 +1,8 @@
 package main
 
 // Tests of decoding that apply to all formats: content types, metadata labels, the callback, and
-// bounds on memory for hostile bodies. A random test compares the decoder with expfmt's. Fuzz
-// targets cover the whole path from a body to the answer that a scraper reads.
+// bounds on memory for hostile bodies. A random test compares the results of Decoder and of
+// expfmt's decoder. Fuzz targets cover the whole path from a body to the text that a scraper reads.
 
 import (
 	"bytes"
@@ -21,15 +21,16 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// ParseFormat accepts the content types of the three formats, no content type, and the one that
-// curl sends. It refuses all others with an error that lists the supported ones.
+// ParseFormat accepts the content types of the three formats, an empty content type, and the
+// content type that curl sends by default. It refuses all others with an error that lists the
+// supported content types.
 func TestParseFormat(t *testing.T) {
 	for _, c := range []struct {
 		contentType string
-		want        Format // -1: ParseFormat returns an error
+		want        Format // -1 if ParseFormat must return an error
 	}{
 		{"", FormatText},
-		{"application/x-www-form-urlencoded", FormatText}, // from curl --data-binary
+		{"application/x-www-form-urlencoded", FormatText}, // curl --data-binary sends this type
 		{"text/plain", FormatText},
 		{"Text/Plain; charset=utf-8", FormatText},
 		{"text/plain; version=0.0.4; charset=utf-8; escaping=underscores", FormatText},
@@ -44,7 +45,7 @@ func TestParseFormat(t *testing.T) {
 		{string(expfmt.FmtProtoText), -1},
 		{string(expfmt.FmtProtoCompact), -1},
 		{"application/vnd.google.protobuf; proto=other; encoding=delimited", -1},
-		{"application/x-protobuf", -1}, // from Prometheus's remote write
+		{"application/x-protobuf", -1}, // Prometheus's remote write sends this type
 		{"application/json", -1},
 		{"text", -1},
 		{";", -1},
@@ -64,8 +65,8 @@ func TestParseFormat(t *testing.T) {
 	}
 }
 
-// decoded decodes a body and returns "line value time" for each sample. The time is "-" if the
-// sample has none.
+// decoded decodes a body and returns a text "line value time" for each sample. The time is "-" if
+// the sample has no timestamp.
 func decoded(body []byte, f Format) (samples []string, skipped UnsupportedParts, err error) {
 	var d Decoder
 	var p SampleList
@@ -84,9 +85,9 @@ func decoded(body []byte, f Format) (samples []string, skipped UnsupportedParts,
 	return samples, skipped, err
 }
 
-// checkDecoded decodes a body and compares the samples, as decoded formats them, and the skipped
-// parts. If wantErr is not empty, decoding must instead fail with a bounded error that contains
-// each of its strings.
+// checkDecoded decodes a body. It fails the test unless the samples, formatted as by decoded, are
+// want and the skipped parts are wantSkipped. If wantErr is not empty, decoding must fail instead,
+// with an error of at most 2,000 bytes that contains each string of wantErr.
 func checkDecoded(t *testing.T, body []byte, f Format, want []string, wantSkipped UnsupportedParts, wantErr []string) {
 	t.Helper()
 	got, skipped, err := decoded(body, f)
@@ -106,10 +107,10 @@ func checkDecoded(t *testing.T, body []byte, f Format, want []string, wantSkippe
 	}
 }
 
-// In every format, the labels __type__ and __unit__ are removed and counted, while a series with
-// any other reserved label is refused.
+// In every format, the labels __type__ and __unit__ are removed and counted. A series with any
+// other reserved label is refused.
 func TestDecodeMetadataLabels(t *testing.T) {
-	value := pbBytes(3, pbFloat(1, 1)) // a counter of 1
+	value := pbBytes(3, pbFloat(1, 1)) // the field of a Metric message with a counter of value 1
 	kind, unit := pbLabel("__type__", "counter"), pbLabel("__unit__", "seconds")
 	var full [][]byte
 	for i := range MaxLabels {
@@ -137,7 +138,7 @@ func TestDecodeMetadataLabels(t *testing.T) {
 	} {
 		checkDecoded(t, []byte(c.body), c.f, c.want, c.skipped, c.err)
 	}
-	for range 2 { // removed labels do not count toward MaxLabels
+	for range 2 { // the removed labels __type__ must not count toward MaxLabels
 		full = append(full, kind)
 	}
 	if got, skipped, err := decoded(pbOne("a", 0, append(full, value)...), FormatProto); err != nil || len(got) != 1 || skipped.Metadata != 2 {
@@ -145,8 +146,8 @@ func TestDecodeMetadataLabels(t *testing.T) {
 	}
 }
 
-// Decode passes each sample unaffected by changes that emit made to earlier ones, does not change
-// the body, and stops at the first error of emit.
+// Decode calls emit with the right samples even if emit changes the samples that it gets. Decode
+// does not change the body, and it stops at the first error of emit.
 func TestDecodeEmit(t *testing.T) {
 	text := []byte("a{b=\"\\n1\",c=\"2\"} 1 5\na{b=\"3\"} 2\n")
 	proto := pbOne("a", 4, pbLabel("b", "1"), pbBytes(7, pbVarint(1, 5)))
@@ -177,7 +178,8 @@ func TestDecodeEmit(t *testing.T) {
 	}
 }
 
-// randomFamilies returns random metric families that all encoders and decoders treat alike.
+// randomFamilies returns random metric families that Decoder and expfmt decode to the same samples,
+// from text and from protobuf.
 func randomFamilies(rnd *rand.Rand) (fams []*dto.MetricFamily) {
 	value := func() *float64 {
 		return new([]float64{0, 1, -1.5, math.Inf(1), math.Inf(-1), math.NaN(), rnd.NormFloat64() * 1e9, float64(rnd.IntN(1e9)), 1e-300}[rnd.IntN(9)])
@@ -235,10 +237,11 @@ func randomFamilies(rnd *rand.Rand) (fams []*dto.MetricFamily) {
 	return fams
 }
 
-// oracleNow is the time that both decoders give to samples without a timestamp.
+// oracleNow is the time that oracle and decodedAsOracle give to samples without a timestamp.
 const oracleNow = model.Time(1e12)
 
-// oracle decodes a body with expfmt and returns the samples as expoShow formats them, sorted.
+// oracle decodes a body with expfmt's decoder. It returns the samples, formatted by expoShow and
+// sorted.
 func oracle(body []byte, f expfmt.Format) (list []string, err error) {
 	dec := &expfmt.SampleDecoder{Dec: expfmt.NewDecoder(bytes.NewReader(body), f.WithEscapingScheme(model.NoEscaping)), Opts: &expfmt.DecodeOptions{Timestamp: oracleNow}}
 	for {
@@ -266,7 +269,7 @@ func oracle(body []byte, f expfmt.Format) (list []string, err error) {
 	}
 }
 
-// decodedAsOracle decodes a body with Decoder and returns the samples in the form of oracle.
+// decodedAsOracle decodes a body with Decoder. It returns the samples in the same form as oracle.
 func decodedAsOracle(body []byte, f Format) (list []string, err error) {
 	var d Decoder
 	_, err = d.Decode(body, f, func(r *RawSample) error {
@@ -282,10 +285,11 @@ func decodedAsOracle(body []byte, f Format) (list []string, err error) {
 	return list, err
 }
 
-// On random valid bodies, Decoder and expfmt's decoder return the same samples. They differ on
-// purpose in three ways, which the tables of the formats test. Decoder is stricter about reserved
-// labels, duplicates, truncation, groups and metrics without a value. It is as lax as Prometheus
-// about unknown escapes. It drops exemplars, created timestamps and native histograms of protobuf.
+// On random valid bodies, Decoder and expfmt's decoder return the same samples. The random bodies
+// leave out the cases in which the two decoders differ on purpose; other tests of the formats cover
+// these cases. Decoder is stricter about reserved labels, duplicate labels, truncation, groups and
+// metrics without a value. It is as lax as Prometheus about unknown escapes. It drops exemplars,
+// created timestamps and native histograms of protobuf.
 func TestDecodeAgreesWithExpfmt(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	for n := range 300 {
@@ -313,7 +317,8 @@ func TestDecodeAgreesWithExpfmt(t *testing.T) {
 	}
 }
 
-// allocated returns the number of bytes that f allocates, including bytes that are freed again.
+// allocated returns the number of bytes that are allocated while f runs, including bytes that are
+// freed again.
 func allocated(f func()) uint64 {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -322,15 +327,15 @@ func allocated(f func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// hostileBody is a body of about hostileSize bytes that is made to cost much memory.
+// hostileBody is a body of about hostileSize bytes that could cost a decoder much memory.
 type hostileBody struct {
 	name string
 	body []byte
 	f    Format
-	want string // part of the error if emit drops every sample; "" if there is none
+	want string // part of the error that Decode must return if emit accepts every sample; "" if there must be no error
 }
 
-const hostileSize = 8 << 20 // bytes of the largest decoded body that the default --limit-bytes allows
+const hostileSize = 8 << 20 // size in bytes of the largest decompressed body that the default --limit-bytes allows
 
 // hostileBodies returns bodies of all formats, each filled with a construct that could cost a
 // decoder much memory.
@@ -338,7 +343,7 @@ func hostileBodies() []hostileBody {
 	const size = hostileSize
 	repeat := func(s string) []byte { return bytes.Repeat([]byte(s), size/len(s)) }
 	fill := func(frame func(n int) []byte) []byte { return frame(size - 64) }
-	var labels []byte // nearly 64 KiB of labels
+	var labels []byte // 100 labels, together nearly 64 KiB
 	for i := range 100 {
 		labels = append(labels, pbLabel(fmt.Sprintf("label%d", i), strings.Repeat("x", 600))...)
 	}
@@ -372,8 +377,8 @@ func hostileBodies() []hostileBody {
 	}
 }
 
-// Decoding a hostile body allocates at most 2 MiB, and at most the size of the body if the samples
-// are added to a list with limits.
+// Decoding a hostile body of 8 MiB allocates at most 2 MiB. If the samples are also added to a list
+// with limits, decoding and adding together allocate at most 8 MiB.
 func TestSweepHostileBodies(t *testing.T) {
 	sweep(t)
 	for _, c := range hostileBodies() {
@@ -399,7 +404,8 @@ func TestSweepHostileBodies(t *testing.T) {
 	}
 }
 
-// A Decoder that is used again allocates at most five times for a body with 50 samples.
+// A Decoder that has decoded a body with 50 samples before makes at most five allocations when it
+// decodes that body again.
 func TestDecodeAllocatesNothing(t *testing.T) {
 	var d Decoder
 	var text bytes.Buffer
@@ -425,9 +431,9 @@ func TestDecodeAllocatesNothing(t *testing.T) {
 	}
 }
 
-// fuzzPath decodes, normalizes and adds the samples of a body and checks the result with expoCheck.
-// Memory and errors must be bounded, and every accepted sample must have the cluster ID and no
-// reserved name.
+// fuzzPath decodes a body as format f, normalizes its samples, adds them to a list, and checks the
+// list with expoCheck. It fails the test if too much memory is allocated, if an error is too long,
+// or if an accepted sample lacks the cluster ID or has a reserved name.
 func fuzzPath(t *testing.T, body []byte, f Format) {
 	n := ServerNormalizer{Elide: []string{"elide"}, Labels: []Label{{[]byte("operator"), []byte("o")}}}
 	forced := n.ForcedLabels("site", map[string]string{"token": "t"})
@@ -445,8 +451,8 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 			return p.Add(r)
 		})
 	})
-	// p grows in steps, so the allocations are a few times its limits. An unchecked length of a
-	// frame could cost 4 GiB.
+	// The list p grows in steps, so that the allocations are a few times its limits. If a length in
+	// the body were not checked before allocation, it could cost 4 GiB.
 	if used > uint64(2<<20+64*len(body)) {
 		t.Fatalf("%d bytes allocated for a body of %d bytes", used, len(body))
 	}
@@ -464,15 +470,16 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 	expoCheck(t, &p)
 }
 
-// Any text body passes fuzzPath. If expfmt accepts the body too, both decoders return the same
-// samples.
+// Any body of text exposition passes fuzzPath. If expfmt's decoder accepts the body too, both
+// decoders return the same samples.
 func FuzzDecodeText(f *testing.F) {
 	for _, s := range []string{"a{b=\"c\"} 1 5\n", "{\"a.b\",\"c.d\"=\"e\\n\"} NaN\na_b{c_d=\"e\\n\"} 2\n", "# TYPE a counter\na 1\na 1 2\n", "{\"a:.\",\"c:d\"=\"\"} -0 -1\n"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		fuzzPath(t, body, FormatText)
-		// Bodies with comments are not compared, because expfmt interprets HELP and TYPE lines.
+		// Bodies with comments are not compared, because expfmt's decoder interprets HELP and TYPE
+		// lines and Decoder does not.
 		if got, err := decodedAsOracle(body, FormatText); err == nil && !bytes.Contains(body, []byte("# ")) && !bytes.Contains(body, []byte("#\t")) {
 			want, err := oracle(body, expfmt.FmtText)
 			if err == nil && !slices.Equal(got, want) && !overflowingTimestamp(body) {
@@ -482,8 +489,8 @@ func FuzzDecodeText(f *testing.F) {
 	})
 }
 
-// overflowingTimestamp reports whether the body has a timestamp that expfmt decodes to a wrong
-// value. expfmt multiplies timestamps by a million, which can overflow.
+// overflowingTimestamp reports whether the body has a timestamp that expfmt's decoder decodes to a
+// wrong value. That decoder multiplies timestamps by a million, which can overflow.
 func overflowingTimestamp(body []byte) bool {
 	over := false
 	new(Decoder).Decode(body, FormatText, func(r *RawSample) error {
@@ -493,7 +500,8 @@ func overflowingTimestamp(body []byte) bool {
 	return over
 }
 
-// Any OpenMetrics body passes fuzzPath.
+// Any body, decoded as OpenMetrics, passes the checks of fuzzPath on memory, errors and accepted
+// samples.
 func FuzzDecodeOpenMetrics(f *testing.F) {
 	for _, s := range []string{"# TYPE a counter\na_total 1 2.5 # {x=\"y\"} 1\na_created 2\n# EOF\n", "# TYPE \"a.b\" counter\n{\"a.b_created\"} 2\n# EOF", "a 1 -1e5\n# EOF\n"} {
 		f.Add([]byte(s))
@@ -501,7 +509,8 @@ func FuzzDecodeOpenMetrics(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) { fuzzPath(t, body, FormatOpenMetrics) })
 }
 
-// Any protobuf body passes fuzzPath.
+// Any body, decoded as protobuf, passes the checks of fuzzPath on memory, errors and accepted
+// samples.
 func FuzzDecodeProto(f *testing.F) {
 	f.Add(pbOne("a.b", 0, pbLabel("c.d", "e"), pbBytes(3, pbFloat(1, 1)), pbVarint(6, 5)))
 	f.Add(pbOne("a", 4, pbLabel("b", "c"), pbBytes(7, pbVarint(1, 5), pbBytes(3, pbFloat(2, 1)), pbVarint(5, 1))))

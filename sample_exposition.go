@@ -1,9 +1,9 @@
 package main
 
-// This file writes samples as text exposition. Every family is untyped, because types that differ
-// between sites would make the whole scrape fail. Names outside the legacy charset, which is
-// [a-zA-Z_:][a-zA-Z0-9_:]* for metrics, are quoted if the scraper asks for that in its Accept
-// header. For all other scrapers they are escaped.
+// This file writes samples as text exposition for consumers. Every family is untyped. If a family
+// had types that differ between sites, the consumer's whole scrape would fail. Names outside the
+// legacy charset, which is [a-zA-Z_:][a-zA-Z0-9_:]* for metrics, are quoted if the scraper asks for
+// that in its Accept header. For all other scrapers these names are escaped.
 
 import (
 	"bytes"
@@ -18,14 +18,14 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// Escaping is the way in which names outside the legacy charset are written for a scraper. The
-// scheme is one of Prometheus's: underscores, dots, values, or allow-utf-8, which quotes names
-// instead of escaping them.
+// Escaping determines how names outside the legacy charset are written for a scraper. The scheme is
+// one of Prometheus's schemes: underscores, dots or values, which escape names, or allow-utf-8,
+// which quotes names.
 type Escaping struct{ scheme model.EscapingScheme }
 
-// NegotiateEscaping returns the escaping that a scraper's Accept header asks for. Names are quoted
-// only if the header contains escaping=allow-utf-8. If the header names no known scheme, the result
-// is underscores.
+// NegotiateEscaping returns the first known escaping scheme that a scraper's Accept header names.
+// Names are quoted only if that is escaping=allow-utf-8. If the header names no known scheme, the
+// result is underscores.
 func NegotiateEscaping(accept string) Escaping {
 	for part := range strings.SplitSeq(accept, ",") {
 		_, params, err := mime.ParseMediaType(part)
@@ -39,7 +39,8 @@ func NegotiateEscaping(accept string) Escaping {
 	return Escaping{model.UnderscoreEscaping}
 }
 
-// ContentType returns the Content-Type header of a response that is written with e.
+// ContentType returns the value of the Content-Type header for a response whose names are written
+// with e.
 func (e Escaping) ContentType() string {
 	if e.scheme == model.NoEscaping {
 		return "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
@@ -47,11 +48,12 @@ func (e Escaping) ContentType() string {
 	return "text/plain; version=0.0.4; charset=utf-8; escaping=" + e.scheme.String()
 }
 
-// quotesNames reports whether e leaves names unescaped and quotes them where necessary.
+// quotesNames reports whether e quotes names outside the legacy charset instead of escaping them.
 func (e Escaping) quotesNames() bool { return e.scheme == model.NoEscaping }
 
-// MetricName returns a metric's name escaped by e. A name of the legacy charset is never changed,
-// as in expfmt, although the scheme "dots" would double its underscores.
+// MetricName returns a metric's name escaped by e. It returns a name of the legacy charset
+// unchanged, as Prometheus's package expfmt does, although the scheme "dots" as defined would
+// double its underscores.
 func (e Escaping) MetricName(name string) string {
 	if isLegacyMetricName(name) {
 		return name
@@ -70,8 +72,9 @@ func (e Escaping) labelName(name []byte) []byte {
 }
 
 // renderLine returns the line of a parsed series with its names escaped by e. ok is false if
-// escaping made two labels' names equal, made a label's name reserved, or made the line too long.
-// Such a line must not be served: Prometheus fails the whole scrape if a label occurs twice.
+// escaping made the names of two labels equal, made a label's name reserved, or made the line too
+// long. Such a line must not be served: for example, Prometheus fails the whole scrape if a label
+// occurs twice.
 func (e Escaping) renderLine(name []byte, labels []Label) (line []byte, ok bool) {
 	r := RawSample{Name: []byte(e.MetricName(string(name)))}
 	for _, l := range labels {
@@ -85,19 +88,19 @@ func (e Escaping) renderLine(name []byte, labels []Label) (line []byte, ok bool)
 // FamilySample is one sample of a Family.
 type FamilySample struct {
 	Line   []byte // the rendered line of the sample's series
-	T      int64  // ms since the epoch
+	T      int64  // ms since the epoch, or NoTime
 	V      float64
-	Quoted bool // the line has a name outside the legacy charset
+	Quoted bool // whether the metric name or a label name is outside the legacy charset
 }
 
-// Family holds the samples of one metric name, across all sites.
+// Family holds all samples with one metric name, from all sites.
 type Family struct {
 	Name    string
 	Samples []FamilySample
 }
 
-// GroupByName returns the samples of l grouped into families, sorted by name. The result shares
-// memory with l.
+// GroupByName returns the samples of l grouped into families, which are sorted by name. The result
+// shares memory with l.
 func GroupByName(l *SampleList) []Family {
 	var parser SeriesParser
 	index := map[string]int{}
@@ -119,10 +122,11 @@ func GroupByName(l *SampleList) []Family {
 	return fams
 }
 
-// WriteFamilies writes fams to w as text exposition. For each family it writes the line
-// "# TYPE <name> untyped", as Prometheus's own /federate does, and then the samples. If escaping
-// makes the names of two families equal, the families are merged. If escaping makes a series' line
-// invalid or equal to another series' line, the samples of the series are left out.
+// WriteFamilies writes fams to w as text exposition. For each family it writes a TYPE line with the
+// type untyped, as Prometheus's own /federate does, and then the samples. If escaping makes the
+// names of two families equal, WriteFamilies merges the families. If escaping makes the line of a
+// series invalid, or equal to the line of another series that is already written, WriteFamilies
+// leaves out the samples of the escaped series.
 //
 // writtenSamples and hiddenSamples count the samples that were written and left out. WriteFamilies
 // stops at the first error of w and returns it.
@@ -149,7 +153,7 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hidd
 	return writtenSamples, hiddenSamples, err
 }
 
-// appendType appends the TYPE line of an untyped family to b.
+// appendType appends to b the "# TYPE" line of an untyped family with this name.
 func appendType(b, name []byte) []byte {
 	b = append(b, "# TYPE "...)
 	if isLegacyMetricName(name) {
@@ -165,7 +169,7 @@ func appendType(b, name []byte) []byte {
 func AppendSample(b, line []byte, t int64, v float64) []byte {
 	b = append(append(b, line...), ' ')
 	if i := int64(v); float64(i) == v && i > -1e15 && i < 1e15 && (i != 0 || !math.Signbit(v)) {
-		b = strconv.AppendInt(b, i, 10) // faster than AppendFloat, and most values are whole numbers
+		b = strconv.AppendInt(b, i, 10) // AppendInt is faster than AppendFloat, and most values are whole numbers
 	} else {
 		b = strconv.AppendFloat(b, v, 'g', -1, 64)
 	}
@@ -175,9 +179,9 @@ func AppendSample(b, line []byte, t int64, v float64) []byte {
 	return append(b, '\n')
 }
 
-// escapeFamilies returns fams with all names escaped by e, merged and sorted by name.
-// hiddenSamples counts the samples that are left out because their escaped line cannot be served or
-// is already used by another series.
+// escapeFamilies returns fams with all names escaped by e. Families whose escaped names are equal
+// are merged, and the result is sorted by name. hiddenSamples counts the samples that are left out
+// because their escaped line cannot be served or is already used by another series.
 func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int) {
 	if !slices.ContainsFunc(fams, func(f Family) bool {
 		return slices.ContainsFunc(f.Samples, func(l FamilySample) bool { return l.Quoted })
@@ -185,7 +189,8 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int)
 		return fams, 0
 	}
 	merged := map[string]*nameEscapedFamily{}
-	// Add the lines that need no escaping first, so that an escaped line never displaces them.
+	// First add the lines that need no escaping, so that an escaped line that equals one of them
+	// does not take its place.
 	for _, f := range fams {
 		name := e.MetricName(f.Name)
 		if merged[name] == nil {
@@ -214,16 +219,17 @@ func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int)
 	return out, hiddenSamples
 }
 
-// nameEscapedFamily is a family with an escaped name. It collects the samples of all families
-// that have this name after escaping.
+// nameEscapedFamily is a family with an escaped name. It collects the samples of all families whose
+// names are equal after escaping.
 type nameEscapedFamily struct {
 	Family
-	shownBy map[string]string // line as written → line of its series before escaping; nil until needed
+	shownBy map[string]string // line as written → line of the same series before escaping; nil until addEscaped needs it
 }
 
-// addEscaped adds a sample with its line escaped by e. It returns false and adds nothing if the
-// escaped line cannot be served, or if another series already uses this line. Only one series may
-// use a line, because the samples of a line must be in ascending order of time.
+// addEscaped adds the sample l to f, with its line escaped by e. It returns false and adds nothing
+// if the escaped line cannot be served, or if another series already uses the escaped line. Two
+// series must not share a line, because the samples with one line must be in ascending order of
+// time.
 func (f *nameEscapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
 	if f.shownBy == nil {
 		f.shownBy = make(map[string]string, len(f.Samples))

@@ -1,7 +1,7 @@
 package main
 
 // Tests of writing text exposition: values and timestamps, the choice of an escaping, escaped
-// names, and families that are merged by escaping.
+// names, and families that are merged because their escaped names are equal.
 
 import (
 	"bytes"
@@ -15,7 +15,7 @@ import (
 	"testing"
 )
 
-// AppendSample writes every float64 so that strconv.ParseFloat returns the same bits.
+// AppendSample writes every float64 in a form that strconv.ParseFloat parses to the same bits.
 func TestAppendSampleFloats(t *testing.T) {
 	values := []float64{0, math.Copysign(0, -1), 1, -1, 0.1, 1e15, 1e15 - 1, 1e15 + 1, 1e15 + 2, -1e15, 1 - 1e15, -1 - 1e15,
 		1e15 - 0.5, 999999999999999.9, 1 << 53, 1<<53 + 2, 1 << 62, 1 << 63, -1 << 63, 1 << 64, math.Inf(1), math.Inf(-1), math.NaN(),
@@ -26,7 +26,7 @@ func TestAppendSampleFloats(t *testing.T) {
 	}
 	for _, v := range values {
 		if v != v {
-			v = math.NaN() // the only NaN that SampleList.Add stores
+			v = math.NaN() // the bits of the only NaN that SampleList.Add stores
 		}
 		line := string(AppendSample(nil, []byte("a"), NoTime, v))
 		text, ok := strings.CutPrefix(line, "a ")
@@ -37,7 +37,8 @@ func TestAppendSampleFloats(t *testing.T) {
 	}
 }
 
-// AppendSample writes whole numbers as integers, and the timestamp unless it is NoTime.
+// AppendSample writes whole numbers below 1e15 as integers. It writes the timestamp unless the
+// timestamp is NoTime.
 func TestAppendSample(t *testing.T) {
 	for _, c := range []struct {
 		t    int64
@@ -54,8 +55,9 @@ func TestAppendSample(t *testing.T) {
 	}
 }
 
-// Names are quoted only if the Accept header contains escaping=allow-utf-8; headers without a known
-// scheme mean underscores. The first two headers are those of Prometheus 2.42 and Prometheus 3.
+// Names are quoted only if the first known scheme in the Accept header is escaping=allow-utf-8. A
+// header without a known scheme means underscores. The first two headers are those of Prometheus
+// 2.42 and Prometheus 3.
 func TestNegotiateEscaping(t *testing.T) {
 	const (
 		prom242 = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
@@ -84,14 +86,14 @@ func TestNegotiateEscaping(t *testing.T) {
 	}
 }
 
-// Under each escaping scheme, renderLine escapes the metric name and the label names, or reports
-// that the series must be hidden. A metric name of the legacy charset is never changed.
+// Under each escaping scheme, renderLine escapes the metric name and the label names. It reports a
+// series whose escaped line cannot be served. A metric name of the legacy charset is never changed.
 func TestEscapedNames(t *testing.T) {
 	under, dots, values := expoSchemes()[1], expoSchemes()[2], expoSchemes()[3]
 	for _, c := range []struct {
 		e    Escaping
 		r    *RawSample
-		want string // the line; "" if the series is hidden
+		want string // the escaped line; "" if it cannot be served
 	}{
 		{under, expoRaw("a.b", 0, 0, "c.d", "e"), `a_b{c_d="e"}`},
 		{under, expoRaw("1a", 0, 0, "1b", "e", "_id", "x"), `_a{_b="e",_id="x"}`},
@@ -100,7 +102,7 @@ func TestEscapedNames(t *testing.T) {
 		{under, expoRaw("a", 0, 0, "c:d", "e"), `a{c_d="e"}`}, // only metric names may contain colons
 		{under, expoRaw("a.b", 0, 0, "c.d", "e", "c_d", "f"), ``},
 		{under, expoRaw("a.b", 0, 0, ".id", "forged", "_id", "x"), ``},
-		{under, expoRaw("a.b", 0, 0, "..", "e"), ``}, // __ is reserved
+		{under, expoRaw("a.b", 0, 0, "..", "e"), ``}, // the escaped label name __ is reserved
 		{under, expoRaw("a.b", 0, 0, "._name__", "e"), ``},
 		{dots, expoRaw("a.b", 0, 0, "c.d", "e", "_id", "x"), `a_dot_b{_id="x",c_dot_d="e"}`},
 		{dots, expoRaw("a_b", 0, 0, "c.d", "e", "c_d", "f"), `a_b{c_d="f",c_dot_d="e"}`},
@@ -124,13 +126,14 @@ func TestEscapedNames(t *testing.T) {
 	}
 }
 
-// With quoted names WriteFamilies writes every sample. With underscores it merges families whose
-// names become equal and hides series whose lines become equal to another series' line.
+// If names are quoted, WriteFamilies writes every sample. If names are escaped with underscores, it
+// merges families whose escaped names are equal. It then hides a series if its escaped line equals
+// the line of another series, or cannot be served.
 func TestWriteFamilies(t *testing.T) {
 	p := expoPush(t,
 		expoRaw("b", 1, 1, "x", "1"),
 		expoRaw("a.b", 2, 2, "x", "1"),
-		expoRaw("a_b", 3, 3, "x", "1"), // needs no escaping, so it hides the others with its line
+		expoRaw("a_b", 3, 3, "x", "1"), // needs no escaping, so it hides the series that are escaped to the same line
 		expoRaw("a-b", 4, 4, "x", "1"),
 		expoRaw("a.b", 5, 5, "x", "2"),
 		expoRaw("a-b", NoTime, 6, "x.", "2"),
@@ -167,7 +170,7 @@ b{x="1"} 1 1
 	}
 }
 
-// expoFailing is a writer that fails after a number of successful writes.
+// expoFailing is a writer that fails after left successful writes.
 type expoFailing struct{ left int }
 
 func (w *expoFailing) Write(p []byte) (int, error) {

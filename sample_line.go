@@ -32,11 +32,12 @@ var legacyByte = func() (t [256]byte) {
 	return t
 }()
 
-// LegacyMetricPrefix returns the number of leading bytes of b that form a metric name of the
-// legacy charset. It returns 0 if b does not begin with such a name.
+// LegacyMetricPrefix returns the length of the longest metric name of the legacy charset with which
+// b begins. It returns 0 if b does not begin with such a name.
 func LegacyMetricPrefix[T string | []byte](b T) int { return legacyPrefix(b, nameColon) }
 
-// LegacyLabelPrefix does the same as LegacyMetricPrefix for the name of a label.
+// LegacyLabelPrefix does the same as LegacyMetricPrefix for a label name, which must not contain
+// colons.
 func LegacyLabelPrefix[T string | []byte](b T) int { return legacyPrefix(b, 0) }
 
 func isLegacyMetricName[T string | []byte](name T) bool { return LegacyMetricPrefix(name) == len(name) }
@@ -83,7 +84,8 @@ func appendLine(b, name []byte, labels []Label) []byte {
 	return append(b, '}')
 }
 
-// appendQuoted appends s to b as a quoted string of the text exposition format.
+// appendQuoted appends s to b as a quoted string of the text exposition format, with backslashes,
+// quotes and line feeds escaped.
 func appendQuoted(b, s []byte) []byte {
 	b = append(b, '"')
 	from := 0
@@ -103,8 +105,9 @@ func appendQuoted(b, s []byte) []byte {
 	return append(append(b, s[from:]...), '"')
 }
 
-// Excerpt returns the first 200 bytes of text, quoted and without control characters, for use in
-// an error message. The length is bounded so that a hostile sender cannot fill a log.
+// Excerpt returns the first 200 bytes of text for use in an error message. The result is quoted,
+// with control characters escaped. Its length is bounded so that a hostile sender cannot fill the
+// process log.
 func Excerpt(text []byte) string {
 	if len(text) > 200 {
 		text = append(bytes.Clone(text[:200]), "…"...)
@@ -112,17 +115,18 @@ func Excerpt(text []byte) string {
 	return strconv.QuoteToGraphic(string(bytes.ToValidUTF8(text, []byte("\ufffd"))))
 }
 
-// IsLegacy reports whether the metric name and all label names of a series are in the legacy
+// IsLegacy reports whether the metric name and all label names of a series belong to the legacy
 // charset.
 func IsLegacy(name []byte, labels []Label) bool {
 	return isLegacyMetricName(name) &&
 		!slices.ContainsFunc(labels, func(l Label) bool { return !isLegacyLabelName(l.Name) })
 }
 
-// IsLegacyLine does the same as IsLegacy for a rendered line.
+// IsLegacyLine does the same as IsLegacy for a rendered line. It returns false for a line that
+// cannot be parsed.
 func IsLegacyLine(line []byte) bool {
-	// Outside of values, a quote follows a brace or a comma only if a name is quoted. Most lines
-	// contain neither {" nor ,", so they need not be parsed.
+	// Outside of label values, the bytes {" or ," occur only before a quoted name. Most lines do
+	// not contain these bytes at all, so that they need not be parsed.
 	if len(line) > 0 && line[0] != '{' && !bytes.Contains(line, []byte(`{"`)) && !bytes.Contains(line, []byte(`,"`)) {
 		return true
 	}

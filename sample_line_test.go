@@ -1,6 +1,6 @@
 package main
 
-// Tests of excerpts of foreign text in error messages. The other functions of sample_line.go are
+// Tests of excerpts of untrusted text in error messages. The other functions of sample_line.go are
 // tested by the tests of SampleList and by expoCheck.
 
 import (
@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// Excerpt returns bounded text without control characters, and does not change its argument.
+// Excerpt returns at most 1,000 bytes without control characters. It does not change its argument
+// or the memory behind the argument.
 func TestExcerptBounded(t *testing.T) {
 	for _, line := range []string{"a", "", "a\nb", "\xff\x00\x1b[31m", strings.Repeat("é", 1000), strings.Repeat("\x01", 1<<20)} {
 		got := Excerpt([]byte(line))

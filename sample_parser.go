@@ -1,8 +1,8 @@
 package main
 
 // This file parses series: the metric name and the labels at the beginning of a line of text. The
-// text may come from a body or may be a line that this program rendered. Results share memory with
-// the text. Lengths are checked before memory is allocated.
+// text may come from a body or may be a line that this program rendered. The parsed names and
+// labels share memory with the text. Lengths are checked before memory is allocated.
 
 import (
 	"bytes"
@@ -15,21 +15,23 @@ import (
 // concurrent use. The zero value is ready for use.
 type SeriesParser struct {
 	labels    []Label
-	unescaped []byte     // the current line's quoted strings that contain escapes, unescaped
-	rendered  SampleList // scratch of ParseCanonicalLine
+	unescaped []byte     // quoted strings of the current line that had escapes, with the escapes resolved
+	rendered  SampleList // scratch memory of ParseCanonicalLine
 }
 
-// parsePrefix parses the name and the labels with which line begins. rest is the text after them.
-// The results share memory with line and with p and are valid until p is used again. parsePrefix
-// does not change line.
+// parsePrefix parses the metric name and the labels with which line begins. rest is the text after
+// them. The results share memory with line and with p and are valid until p is used again.
+// parsePrefix does not change line.
 func (p *SeriesParser) parsePrefix(line []byte) (name []byte, labels []Label, rest []byte, err error) {
-	if len(line) > 2*MaxLine { // twice, to allow for blanks and a value; SampleList.Add checks the series
+	// The limit is twice MaxLine, because the line may also contain escapes, blanks, a value and a
+	// timestamp. SampleList.Add checks the rendered series against MaxLine.
+	if len(line) > 2*MaxLine {
 		return nil, nil, nil, fmt.Errorf("%w: the line has %d bytes, limit %d", ErrTooLarge, len(line), 2*MaxLine)
 	}
-	// The unescaped strings of one line share this buffer. It has room for the whole line, so
-	// appending never reallocates it, and the strings that were returned before stay valid.
+	// All unescaped strings of one line share this buffer. It has room for the whole line, so that
+	// appending never reallocates it, and earlier strings of the same line stay valid.
 	p.unescaped = slices.Grow(p.unescaped[:0], len(line))
-	p.labels = slices.Grow(p.labels[:0], 32) // includes room for labels that the caller adds
+	p.labels = slices.Grow(p.labels[:0], 32) // room for the labels of most series, and for labels that the caller adds
 	n := LegacyMetricPrefix(line)
 	name = line[:n]
 	b := skipBlanks(line[n:])
@@ -46,9 +48,9 @@ func (p *SeriesParser) parsePrefix(line []byte) (name []byte, labels []Label, re
 	return name, p.labels, b, nil
 }
 
-// parseLabels parses the labels into p.labels. b begins after the opening brace. rest begins
-// after the closing brace. If name is empty, the metric name must be among the labels, as a
-// quoted string without a value, and is returned.
+// parseLabels parses the labels of a series into p.labels. b begins after the opening brace, and
+// rest begins after the closing brace. parseLabels returns the metric name. If the parameter name
+// is empty, the metric name must be among the labels, as a quoted string without a value.
 func (p *SeriesParser) parseLabels(name, b []byte) (_, rest []byte, err error) {
 	for b = skipBlanks(b); ; {
 		if len(b) == 0 {
@@ -74,7 +76,7 @@ func (p *SeriesParser) parseLabels(name, b []byte) (_, rest []byte, err error) {
 			return nil, nil, fmt.Errorf("label %.100q has no value", label.Name)
 		case len(label.Name) == 0:
 			return nil, nil, errNoMetricName
-		default: // {"a.name",…} or {…,"a.name"}
+		default: // a quoted metric name, as in {"a.name",…} or {…,"a.name"}
 			name = label.Name
 		}
 		if b = skipBlanks(b); len(b) > 0 && b[0] == ',' {
@@ -85,8 +87,9 @@ func (p *SeriesParser) parseLabels(name, b []byte) (_, rest []byte, err error) {
 	}
 }
 
-// parseLabel parses the label with which b begins. rest is the text after the label. hasValue is
-// false for a quoted string without a value, which is the metric name.
+// parseLabel parses the label with which b begins and stores it in label. b must not be empty. rest
+// is the text after the label. hasValue is false for a quoted string without a value, which is a
+// metric name.
 func (p *SeriesParser) parseLabel(b []byte, label *Label) (rest []byte, hasValue bool, err error) {
 	quoted := b[0] == '"'
 	if quoted {
@@ -134,8 +137,8 @@ func (p *SeriesParser) parseQuoted(b []byte) (s, rest []byte, err error) {
 }
 
 // unescape does the work of parseQuoted for a string with escapes. b begins after the opening
-// quote. A backslash before any byte other than a backslash, a quote or n is kept, as in
-// Prometheus's parser.
+// quote. A backslash escapes only a backslash, a quote or n. Before any other byte the backslash is
+// kept, as in Prometheus's parser.
 func (p *SeriesParser) unescape(b []byte) (s, rest []byte, err error) {
 	from := len(p.unescaped)
 	for i := 0; i < len(b); i++ {
@@ -160,7 +163,8 @@ func (p *SeriesParser) unescape(b []byte) (s, rest []byte, err error) {
 }
 
 // ParseLine parses a line that must contain a series and nothing else. The results share memory
-// with line and with p and are valid until p is used again.
+// with line and with p and are valid until p is used again. An error quotes the beginning of the
+// line.
 func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err error) {
 	name, labels, rest, err := p.parsePrefix(line)
 	if err == nil && len(rest) > 0 {
@@ -173,8 +177,8 @@ func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err 
 }
 
 // ParseCanonicalLine does the same as ParseLine. It also fails if SampleList.Add would not render
-// the series as exactly these bytes. Recovery uses it to check lines that were read from disk,
-// because lines are served unchanged.
+// the series as exactly the bytes of line. The store checks the lines that it reads from disk in
+// this way, because it serves them unchanged.
 func (p *SeriesParser) ParseCanonicalLine(line []byte) (name []byte, labels []Label, err error) {
 	if name, labels, err = p.ParseLine(line); err != nil {
 		return nil, nil, err

@@ -1,6 +1,7 @@
 package main
 
-// Tests of the parser of series: which text is a series, and which lines are in normal form.
+// Tests of the parser of series: which texts are a series, and which lines have the form that
+// SampleList.Add renders.
 
 import (
 	"fmt"
@@ -8,8 +9,8 @@ import (
 	"testing"
 )
 
-// parsePrefix returns the name, the labels and the remaining text of a line, or an error that names
-// the fault. It does not change the line.
+// parsePrefix returns the metric name, the labels and the remaining text of a line, or an error
+// that states the fault. It does not change the line.
 func TestParserSeries(t *testing.T) {
 	show := func(name []byte, labels []Label, rest []byte) string {
 		var b strings.Builder
@@ -23,14 +24,14 @@ func TestParserSeries(t *testing.T) {
 	var p SeriesParser
 	for _, c := range []struct {
 		line string
-		want string // name, labels and remaining text as show formats them, or part of the error
+		want string // name, labels and remaining text, formatted by show; or a part of the error
 	}{
 		{`a 1`, `"a"|1`},
 		{`a`, `"a"|`},
 		{`a{} 1`, `"a"| 1`},
 		{`a{}1`, `"a"|1`},
 		{"a \t{ x = \"y\" , z\t=\"\" , } 1", `"a" "x"="y" "z"=""| 1`},
-		{`a{x="y",x="z"}`, `"a" "x"="y" "x"="z"|`}, // SampleList.Add refuses duplicates, the parser does not
+		{`a{x="y",x="z"}`, `"a" "x"="y" "x"="z"|`}, // SampleList.Add refuses duplicate labels, but the parser does not
 		{`{"a.b"}`, `"a.b"|`},
 		{`{ "a.b" , x="y" } 1`, `"a.b" "x"="y"| 1`},
 		{`{"a","b.c"="d"}`, `"a" "b.c"="d"|`},
@@ -96,8 +97,8 @@ func TestParserSeries(t *testing.T) {
 	}
 }
 
-// ParseCanonicalLine refuses every line that is not rendered exactly as SampleList.Add renders the
-// series.
+// ParseCanonicalLine refuses every line that differs from the line that SampleList.Add renders for
+// the same series.
 func TestParserRefusesOtherForms(t *testing.T) {
 	var p SeriesParser
 	for _, line := range []string{
@@ -109,8 +110,8 @@ func TestParserRefusesOtherForms(t *testing.T) {
 			t.Errorf("line %q is accepted as normal form", line)
 		}
 	}
-	// Change, drop or double each byte of a valid line. The result must be refused, or must be the
-	// normal form of another series.
+	// Change each byte of a valid line to a quote, drop it, double it, or insert a space before it.
+	// The result must be refused, or must be exactly the line that is rendered for another series.
 	for _, line := range []string{`a{b="c",d="\\e\n"}`, `{"a.b","c.d"="e",f=""}`} {
 		if _, _, err := p.ParseCanonicalLine([]byte(line)); err != nil {
 			t.Errorf("line in normal form: %v", err)

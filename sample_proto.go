@@ -1,9 +1,9 @@
 package main
 
 // This file decodes delimited protobuf. Every length in a body is checked against the bytes that
-// are left. A histogram or a summary becomes its component samples: buckets or quantiles, sum and
-// count. The components repeat the metric's labels, so their total size is limited in proportion
-// to the body.
+// are left in the body. A histogram or a summary is decoded to several samples, its components:
+// buckets or quantiles, sum and count. Each component repeats the metric's labels. So the total
+// size of these repetitions is limited in proportion to the body.
 
 import (
 	"fmt"
@@ -12,12 +12,13 @@ import (
 	"strconv"
 )
 
-// Limits on the names and labels that components of histograms and summaries repeat. A real
-// histogram with 30 buckets and 1,000 bytes of labels repeats about 20 times its size.
+// Limits on the names and labels that the components of histograms and summaries repeat. All
+// components of a body together may repeat 1 MiB plus maxRepeat bytes for each byte of the body. A
+// real histogram with 30 buckets and 1,000 bytes of labels repeats about 20 times its size.
 const (
-	maxRepeat     = 64 // bytes that components may repeat for each byte of the body
-	componentCost = 32 // bytes charged for each component besides its name and labels
-	labelCost     = 16 // bytes charged for each label besides its name and value
+	maxRepeat     = 64 // bytes that the components may repeat for each byte of the body
+	componentCost = 32 // bytes that count for each component, in addition to its name and labels
+	labelCost     = 16 // bytes that count for each label, in addition to its name and value
 )
 
 // protoField is one field of a protobuf message in the wire format
@@ -26,17 +27,17 @@ const (
 // bytes in the body, and a hostile body can consist of empty messages.
 type protoField struct {
 	number uint64
-	value  uint64 // of a varint, fixed32 or fixed64 field
-	data   []byte // of a length-delimited field; nil for other fields
+	value  uint64 // value of a varint, fixed32 or fixed64 field
+	data   []byte // content of a length-delimited field; nil for other fields
 }
 
 func (f protoField) float() float64 { return math.Float64frombits(f.value) }
 
-// protoMessage iterates over the fields of a message.
+// protoMessage iterates over the fields of a protobuf message.
 type protoMessage struct{ WireReader }
 
-// next reads the next field into f. It returns false at the end of the message and after an error,
-// which err returns.
+// next reads the next field of the message into f. It returns false at the end of the message and
+// after an error. The method err returns that error.
 func (m *protoMessage) next(f *protoField) bool {
 	if m.Len() == 0 {
 		return false
@@ -54,7 +55,7 @@ func (m *protoMessage) next(f *protoField) bool {
 	case 5:
 		f.value = uint64(m.Uint32())
 	default:
-		m.Require(false) // fail: the schema has no groups, and other wire types do not exist
+		m.Require(false) // fail: the schema has no groups (wire types 3 and 4), and protobuf has no wire types 6 and 7
 	}
 	return m.Err() == nil
 }
@@ -67,8 +68,8 @@ func (m *protoMessage) err() error {
 	return nil
 }
 
-// decodeProto decodes a body of delimited MetricFamily messages. The field numbers here and below
-// are from io/prometheus/client/metrics.proto in the module client_model.
+// decodeProto decodes a body of delimited MetricFamily messages. The field numbers in this file are
+// from io/prometheus/client/metrics.proto in the module client_model.
 func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
 	r := NewWireReader(body)
 	for n := 1; r.Len() > 0; n++ {
@@ -85,10 +86,10 @@ func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
 }
 
 // decodeFamily decodes a MetricFamily message. It iterates over the fields twice, because the
-// name and the type may follow the metrics.
+// family's name and type may follow its metrics in the message.
 func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 	var name []byte
-	var kind uint64 // MetricType; the default is 0, a counter
+	var kind uint64 // value of the enum MetricType; the default is 0, a counter
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {
@@ -115,15 +116,15 @@ func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 	return nil
 }
 
-// Values of MetricType.
+// Values of the enum MetricType.
 const (
 	protoCounter, protoSummary = 0, 2
 	protoHistogram             = 4
 	protoGaugeHistogram        = 5
 )
 
-// decodeMetric decodes a Metric message of a family with this name and MetricType, and emits its
-// samples.
+// decodeMetric decodes a Metric message and emits its samples. name and kind are the name and the
+// MetricType of its family.
 func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample) error) error {
 	value, err := d.decodeMetricFields(b, kind)
 	if err != nil {
@@ -155,12 +156,12 @@ func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample
 }
 
 // decodeMetricFields decodes the labels and the timestamp of a Metric message into d.raw. It
-// returns the embedded message with the value, such as a Counter or a Histogram.
+// returns the undecoded message that holds the metric's value, such as a Counter or a Histogram.
 func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err error) {
 	r := &d.raw
 	r.Labels, r.HasT = r.Labels[:0], false
-	// The field with the value, by MetricType: counter, gauge, summary, untyped, and both kinds of
-	// histograms.
+	// valueFields[kind] is the number of the field that holds the value of a metric of this
+	// MetricType. The types are counter, gauge, summary, untyped, histogram and gauge histogram.
 	valueFields := [...]uint64{3, 2, 4, 5, 7, 7}
 	if kind >= uint64(len(valueFields)) {
 		return nil, fmt.Errorf("unknown metric type %d", kind)
@@ -171,7 +172,8 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	for m.next(&f) {
 		switch f.number {
 		case 1:
-			// SampleList.Add has stricter limits, but emit may remove labels before it calls Add.
+			// decodeLabel allows more bytes of labels than SampleList.Add does, because emit may
+			// remove labels before it calls Add.
 			if labelBytes, err = d.decodeLabel(f.data, labelBytes); err != nil {
 				return nil, err
 			}
@@ -191,9 +193,10 @@ func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err e
 	return value, nil
 }
 
-// decodeLabel decodes a LabelPair message and appends it to d.raw.Labels. A label with the type or
-// unit of the metric is skipped and counted. labelBytes is the size of the metric's labels so far.
-// decodeLabel returns the size including this label and fails if it exceeds 2*MaxLine.
+// decodeLabel decodes a LabelPair message and appends it to d.raw.Labels. It skips and counts a
+// label with the type or unit of the metric. labelBytes is the size of the LabelPair messages of
+// this metric so far. decodeLabel returns the size including this message. It fails if the size
+// exceeds 2*MaxLine or the metric has more than MaxLabels labels.
 func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	var l Label
 	var f protoField
@@ -223,22 +226,23 @@ func (d *Decoder) decodeLabel(b []byte, labelBytes int) (int, error) {
 	return labelBytes, nil
 }
 
-// componentEmitter emits the component samples of one histogram or summary. The function emit is
-// a parameter of its methods and not a field, because a field would make emit and everything that
-// emit captures escape to the heap.
+// componentEmitter emits the component samples of one histogram or summary. Its methods have the
+// function emit as a parameter. If emit were a field, emit and everything that it captures would
+// escape to the heap.
 type componentEmitter struct {
 	d          *Decoder
 	name       []byte
 	labels     []Label // copy of the metric's labels, because emit may change d.raw.Labels
-	boundLabel []byte  // name of the extra label: le or quantile
+	boundLabel []byte  // name of the extra label of each component: le for buckets, quantile for quantiles
 }
 
-// newComponentEmitter returns an emitter for the metric whose labels are in d.raw.
+// newComponentEmitter returns a componentEmitter for the metric whose labels are in d.raw.
 func (d *Decoder) newComponentEmitter(name []byte, boundLabel string) componentEmitter {
 	return componentEmitter{d, name, slices.Clone(d.raw.Labels), []byte(boundLabel)}
 }
 
-// emitBound emits a bucket or a quantile. Its sample has one extra label, whose value is bound.
+// emitBound emits the sample of a bucket or a quantile, with the value v. The sample has an extra
+// label, le or quantile, whose value is bound.
 func (c *componentEmitter) emitBound(suffix string, bound, v float64, emit func(*RawSample) error) error {
 	if err := c.beginComponent(suffix); err != nil {
 		return err
@@ -253,7 +257,8 @@ func (c *componentEmitter) emitBound(suffix string, bound, v float64, emit func(
 	return emit(&d.raw)
 }
 
-// emitSumOrCount emits the sample of the sum or the count. It has no extra label.
+// emitSumOrCount emits the sample of the sum or the count of a histogram or summary, with the value
+// v. The sample has no extra label.
 func (c *componentEmitter) emitSumOrCount(suffix string, v float64, emit func(*RawSample) error) error {
 	if err := c.beginComponent(suffix); err != nil {
 		return err
@@ -262,9 +267,10 @@ func (c *componentEmitter) emitSumOrCount(suffix string, v float64, emit func(*R
 	return emit(&c.d.raw)
 }
 
-// beginComponent sets the name in d.raw to the metric's name plus suffix, and restores the labels.
-// It fails if the components of the body together repeat too many bytes. A bucket can be two bytes
-// of the body, but the receiver has to process its full name and labels, even to drop the sample.
+// beginComponent prepares d.raw for the next component: it sets the name to the metric's name plus
+// suffix, and restores the metric's labels. It fails if the components of the body together repeat
+// too many bytes. The limit is needed because a bucket can be two bytes of the body, but emit has
+// to process its full name and labels, even to drop the sample.
 func (c *componentEmitter) beginComponent(suffix string) error {
 	d := c.d
 	d.repeatable -= componentCost + len(c.name)
@@ -287,7 +293,8 @@ func (c *componentEmitter) emitSumAndCount(sum, count float64, emit func(*RawSam
 	return c.emitSumOrCount("_count", count, emit)
 }
 
-// decodeSummary decodes a Summary message and emits its quantiles, its sum and its count.
+// decodeSummary decodes a Summary message and emits the samples of its quantiles, its sum and its
+// count.
 func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) error {
 	parts := d.newComponentEmitter(name, "quantile")
 	var count, sum float64
@@ -317,7 +324,8 @@ func (d *Decoder) decodeSummary(b, name []byte, emit func(*RawSample) error) err
 	return parts.emitSumAndCount(sum, count, emit)
 }
 
-// decodeQuantile decodes a Quantile message of a summary.
+// decodeQuantile decodes a Quantile message of a summary. It returns the quantile, such as 0.99,
+// and its value v.
 func decodeQuantile(b []byte) (quantile, v float64, err error) {
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
@@ -332,12 +340,13 @@ func decodeQuantile(b []byte) (quantile, v float64, err error) {
 	return quantile, v, m.err()
 }
 
-// decodeHistogram decodes a Histogram message and emits its buckets, its sum and its count. It adds
-// the +Inf bucket if the message has none. A native histogram is counted as skipped. If the message
-// has no classic buckets beside the native ones, nothing is emitted.
+// decodeHistogram decodes a Histogram message and emits the samples of its classic buckets, its sum
+// and its count. It adds the +Inf bucket if the message has none. It skips and counts a native
+// histogram. If the message has only a native histogram, without classic buckets, nothing is
+// emitted.
 func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) error {
 	parts := d.newComponentEmitter(name, "le")
-	var count, countFloat, sum float64 // countFloat replaces count if it is above 0
+	var count, countFloat, sum float64 // countFloat, the count as a float, replaces count if it is above 0
 	var native, classic, hasInf bool
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
@@ -359,7 +368,7 @@ func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) e
 			hasInf = hasInf || math.IsInf(bound, +1)
 		case 4:
 			countFloat = f.float()
-		case 5, 6, 7, 8, 9, 12: // schema, zero bucket, negative spans and positive spans
+		case 5, 6, 7, 8, 9, 12: // fields of native histograms: schema, zero bucket, negative spans and positive spans
 			native = true
 		case 15:
 			d.skipped.Created++
@@ -384,10 +393,10 @@ func (d *Decoder) decodeHistogram(b, name []byte, emit func(*RawSample) error) e
 	return parts.emitSumAndCount(sum, count, emit)
 }
 
-// decodeBucket decodes a Bucket message of a histogram. It returns the upper bound and the
-// cumulative count, and counts a skipped exemplar.
+// decodeBucket decodes a Bucket message of a histogram. It returns the bucket's upper bound and its
+// cumulative count v. It skips and counts an exemplar.
 func (d *Decoder) decodeBucket(b []byte) (bound, v float64, err error) {
-	var float float64 // the bucket's count as a float; it replaces the integer count if above 0
+	var float float64 // the bucket's count as a float; it replaces the integer count if it is above 0
 	var f protoField
 	m := protoMessage{NewWireReader(b)}
 	for m.next(&f) {

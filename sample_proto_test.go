@@ -1,7 +1,7 @@
 package main
 
-// Tests of decoding protobuf: messages written by client_model, and messages written byte by byte
-// that no encoder would write.
+// Tests of decoding protobuf. Some messages are encoded with client_model's types. Others are
+// written byte by byte, because no encoder would write them.
 
 import (
 	"bytes"
@@ -14,8 +14,9 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// Each type of metric decodes to its component samples. Exemplars, created timestamps and native
-// histograms are skipped and counted.
+// Each type of metric is decoded to its samples; for histograms and summaries these are buckets or
+// quantiles, sum and count. Exemplars, created timestamps and native histograms are skipped and
+// counted.
 func TestDecodeProto(t *testing.T) {
 	labels := []*dto.LabelPair{{Name: new("z"), Value: new("1")}, {Name: new("a"), Value: new("\"2\n")}}
 	exemplar := &dto.Exemplar{Value: new(1.0), Label: labels}
@@ -35,7 +36,7 @@ func TestDecodeProto(t *testing.T) {
 		Bucket: []*dto.Bucket{{CumulativeCount: new(uint64(1)), UpperBound: new(1.0)}}}
 	for _, c := range []struct {
 		fam     *dto.MetricFamily
-		want    []string // the samples as decoded formats them
+		want    []string // the samples, in the form that the function decoded returns
 		skipped UnsupportedParts
 	}{
 		{protoFamily("a", dto.MetricType_COUNTER, &dto.Metric{Label: labels, Counter: counter, TimestampMs: new(int64(-5))}),
@@ -61,14 +62,15 @@ func TestDecodeProto(t *testing.T) {
 	}
 }
 
-// counterOf1 is the field of a Metric message with a counter of value 1. oneCounter is a body with
-// one such counter, named a.
+// counterOf1 is the field of a Metric message that holds a counter of value 1. oneCounter is a body
+// with one such counter, named a.
 var (
 	counterOf1 = pbBytes(3, pbFloat(1, 1))
 	oneCounter = pbOne("a", 0, counterOf1)
 )
 
-// manyProtoLabels returns n labels of a Metric message.
+// manyProtoLabels returns n label fields of a Metric message, with different names and empty
+// values.
 func manyProtoLabels(n int) (b []byte) {
 	for i := range n {
 		b = append(b, pbLabel(fmt.Sprint("l", i), "")...)
@@ -76,24 +78,24 @@ func manyProtoLabels(n int) (b []byte) {
 	return b
 }
 
-// Valid messages that no encoder writes are decoded: fields in any order, unknown fields, missing
-// values, and counts as floats.
+// Valid messages that no encoder writes are decoded: messages with fields in any order, unknown
+// fields, missing values, or counts as floats.
 func TestDecodeUnusualProto(t *testing.T) {
 	unknown := bytes.Join([][]byte{pbVarint(1000, 1<<63), pbFloat(99, 1), pbBytes(98, []byte("x")), {97<<3&0x7f | 0x80 | 5, 6, 1, 2, 3, 4}}, nil)
 	for _, c := range []struct {
 		body []byte
-		want []string // the samples as decoded formats them
+		want []string // the samples, in the form that the function decoded returns
 	}{
 		{nil, nil},
-		{[]byte{0, 0}, nil}, // empty families
+		{[]byte{0, 0}, nil}, // two empty families
 		{oneCounter, []string{"a 1 -"}},
-		{pbFrame(pbBytes(4, counterOf1), pbBytes(1, []byte("a"))), []string{"a 1 -"}}, // fields can have any order
+		{pbFrame(pbBytes(4, counterOf1), pbBytes(1, []byte("a"))), []string{"a 1 -"}}, // the metric is before the name, because fields can have any order
 		{pbFrame(unknown, pbBytes(1, []byte("a")), unknown, pbBytes(4, unknown, counterOf1, unknown), unknown), []string{"a 1 -"}},
 		{pbOne("a", 0, pbBytes(3)), []string{"a 0 -"}},
 		{pbOne("a", 4, pbBytes(7, pbFloat(4, 0), pbVarint(1, 5), pbBytes(3, pbFloat(4, -1), pbVarint(1, 3), pbFloat(2, 1)))),
-			[]string{`a_bucket{le="1"} 3 -`, `a_bucket{le="+Inf"} 5 -`, "a_sum 0 -", "a_count 5 -"}}, // counts as floats are used only above 0
+			[]string{`a_bucket{le="1"} 3 -`, `a_bucket{le="+Inf"} 5 -`, "a_sum 0 -", "a_count 5 -"}}, // a count as a float is used only if it is above 0
 		{pbOne("a", 4, pbBytes(7, pbFloat(4, 2.5), pbVarint(1, 5))), []string{`a_bucket{le="+Inf"} 2.5 -`, "a_sum 0 -", "a_count 2.5 -"}},
-		{pbOne("a", 0, pbBytes(2, pbFloat(1, 9)), counterOf1), []string{"a 1 -"}}, // the value of another type is ignored
+		{pbOne("a", 0, pbBytes(2, pbFloat(1, 9)), counterOf1), []string{"a 1 -"}}, // the gauge is ignored, because the family has counters
 	} {
 		checkDecoded(t, c.body, FormatProto, c.want, UnsupportedParts{}, nil)
 	}
@@ -102,21 +104,21 @@ func TestDecodeUnusualProto(t *testing.T) {
 	}
 }
 
-// Truncated, malformed and oversized messages are refused with an error that names the family, the
-// series if it is known, and the fault.
+// Truncated, malformed and oversized messages are refused. The error names the family by its
+// number, the series if it is known, and the fault.
 func TestDecodeProtoRefuses(t *testing.T) {
 	long := strings.Repeat("x", MaxLine)
 	for _, c := range []struct {
 		body []byte
-		want []string // parts of the error
+		want []string // texts that the error must contain
 	}{
-		{[]byte{0x80, 0x80, 0x80, 0x80, 0x04}, []string{"family 1", "truncated"}}, // a length of 1 GiB in five bytes
+		{[]byte{0x80, 0x80, 0x80, 0x80, 0x04}, []string{"family 1", "truncated"}}, // the five bytes state a length of 1 GiB
 		{append(slices.Clip(oneCounter), 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01), []string{"family 2", "truncated"}},
 		{bytes.Repeat([]byte{0xff}, 11), []string{"family 1", "truncated"}},
 		{pbFrame([]byte{4<<3 | 2, 0x80, 0x80, 0x80, 0x80, 0x04}), []string{"family 1", "malformed"}},
-		{pbFrame([]byte{0}), []string{"family 1", "malformed"}},      // field number 0
-		{pbFrame([]byte{1<<3 | 3, 1<<3 | 4}), []string{"malformed"}}, // a group
-		{pbFrame([]byte{50<<3&0x7f | 3}), []string{"malformed"}},     // a group without its end
+		{pbFrame([]byte{0}), []string{"family 1", "malformed"}},      // field number 0 is invalid
+		{pbFrame([]byte{1<<3 | 3, 1<<3 | 4}), []string{"malformed"}}, // a group; the schema has no groups
+		{pbFrame([]byte{50<<3&0x7f | 3}), []string{"malformed"}},     // the beginning of a group
 		{pbFrame([]byte{1<<3 | 6}), []string{"malformed"}},           // wire type 6 does not exist
 		{pbFrame([]byte{1<<3 | 7}), []string{"malformed"}},           // wire type 7 does not exist
 		{pbFrame([]byte{3 << 3}), []string{"malformed"}},             // a varint field without a value
@@ -126,7 +128,7 @@ func TestDecodeProtoRefuses(t *testing.T) {
 		{pbOne("a", 1, counterOf1), []string{"no value of metric type 1"}},
 		{pbOne("a", 6, counterOf1), []string{"family 1", `series "a"`, "unknown metric type 6"}},
 		{pbOne("a", 1<<63, counterOf1), []string{"unknown metric type"}},
-		{pbOne("a", 0, pbVarint(3, 1)), []string{"malformed"}}, // the field of a counter is a varint
+		{pbOne("a", 0, pbVarint(3, 1)), []string{"malformed"}}, // the field for the counter is a varint instead of a message
 		{pbOne("a", 0, pbLabel("b", "c"), counterOf1[:3]), []string{"family 1", `series "a{b=\"c\"}"`, "malformed"}},
 		{pbOne("a", 0, pbBytes(1, []byte{1<<3 | 2, 9}), counterOf1), []string{"malformed"}},
 		{pbOne("a", 2, pbBytes(4, pbBytes(3, []byte{9}))), []string{"malformed"}},
@@ -144,7 +146,7 @@ func TestDecodeProtoRefuses(t *testing.T) {
 		{pbOne("a", 0, pbLabel("\xff", ""), counterOf1), []string{"not UTF-8"}},
 		{pbOne("a", 0, pbLabel("b", "\x00"), counterOf1), []string{"NUL"}},
 		{pbOne("a", 0, manyProtoLabels(129), counterOf1), []string{"family 1", "too large", "128 labels"}},
-		{pbOne("a", 4, manyProtoLabels(128), pbBytes(7)), []string{"too large", "128 labels"}}, // the label le is one more
+		{pbOne("a", 4, manyProtoLabels(128), pbBytes(7)), []string{"too large", "128 labels"}}, // with the label le there are 129 labels
 		{pbOne("a", 0, pbLabel("b", long), counterOf1), []string{"too large", "65535"}},
 		{pbOne(long+"x", 0, counterOf1), []string{"too large", "65535"}},
 		{append(slices.Clip(oneCounter), pbOne("a", 0, pbLabel("b", strings.Repeat("\xff", 60000)), counterOf1)...), []string{"family 2", "not UTF-8"}},
@@ -153,8 +155,8 @@ func TestDecodeProtoRefuses(t *testing.T) {
 	}
 }
 
-// A protobuf body that is cut off anywhere is an error, except between two families, because the
-// format has no end marker.
+// A protobuf body that is cut off within a family is an error. A body that is cut off between two
+// families is valid, because the format has no end marker.
 func TestDecodeProtoTruncatedAnywhere(t *testing.T) {
 	body := append(slices.Clip(oneCounter), pbOne("b", 4, pbLabel("c", "d"), pbBytes(7, pbVarint(1, 5), pbBytes(3, pbFloat(2, 1))))...)
 	for i := range body {
@@ -164,7 +166,7 @@ func TestDecodeProtoTruncatedAnywhere(t *testing.T) {
 	}
 }
 
-// BenchmarkDecodeProto decodes 100 counters, and a histogram of 30 buckets.
+// BenchmarkDecodeProto decodes a body of 100 counters, and a body with a histogram of 30 buckets.
 func BenchmarkDecodeProto(b *testing.B) {
 	var counters, buckets [][]byte
 	for i := range 100 {

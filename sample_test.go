@@ -1,7 +1,7 @@
 package main
 
 // Tests of SampleList: the lines that Add renders, the series that it refuses, and the limits of a
-// list. A random test checks that expfmt can read back every accepted sample.
+// list. A random test checks that expfmt's parser can read back every accepted sample.
 
 import (
 	"errors"
@@ -12,7 +12,8 @@ import (
 	"testing"
 )
 
-// manyLabels returns n label names and values for expoRaw, with the names in descending order.
+// manyLabels returns the names and values of n labels for expoRaw, with the names in descending
+// order.
 func manyLabels(n int) (pairs []string) {
 	for i := range n {
 		pairs = append(pairs, fmt.Sprintf("l%03d", n-i), "v")
@@ -23,12 +24,13 @@ func manyLabels(n int) (pairs []string) {
 // longestValue is the value of label b in a series a{b="…"} whose line has exactly MaxLine bytes.
 var longestValue = strings.Repeat("x", MaxLine-len(`a{b=""}`))
 
-// Add renders a series as its metric name and its labels, sorted and quoted where necessary.
+// Add renders a series as its metric name and its labels. The labels are sorted by name. Names
+// outside the legacy charset are quoted.
 func TestSampleListAdd(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		pairs []string
-		want  string // the line
+		want  string // the rendered line
 	}{
 		{"up", nil, `up`},
 		{"a:b", []string{"c", "d"}, `a:b{c="d"}`},
@@ -52,13 +54,14 @@ func TestSampleListAdd(t *testing.T) {
 	}
 }
 
-// Add refuses an invalid series with a short error, leaves the list unchanged and allocates little.
+// Add refuses an invalid series with an error of at most 500 bytes. It then leaves the list
+// unchanged and allocates little memory.
 func TestSampleListAddRefuses(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		pairs   []string
-		want    string // part of the error
-		wrapped error  // ErrTooLarge or ErrNULValue if the error wraps it
+		want    string // text that the error must contain
+		wrapped error  // ErrTooLarge or ErrNULValue if the error must wrap it, else nil
 	}{
 		{"", nil, "no metric name", nil},
 		{"a", []string{"", "x"}, "empty label name", nil},
@@ -68,7 +71,7 @@ func TestSampleListAddRefuses(t *testing.T) {
 		{"\xff", nil, `metric name "\xff" is not UTF-8`, nil},
 		{"a", []string{"\xff", "x"}, `label name "\xff" is not UTF-8`, nil},
 		{"a", []string{"x", "a\xffb"}, `label value "a\xffb" is not UTF-8`, nil},
-		{"a", []string{"x", "\xed\xa0\x80"}, `is not UTF-8`, nil}, // a surrogate
+		{"a", []string{"x", "\xed\xa0\x80"}, `is not UTF-8`, nil}, // the UTF-8 form of a surrogate, which is not valid UTF-8
 		{"a\x00", nil, `metric name "a\x00" has a NUL byte`, nil},
 		{"a", []string{"\x00", ""}, `label name "\x00" has a NUL byte`, nil},
 		{"a", []string{"x", "\x00"}, `label value "\x00" has a NUL byte`, ErrNULValue},
@@ -94,8 +97,8 @@ func TestSampleListAddRefuses(t *testing.T) {
 	}
 }
 
-// Add fails once the list has MaxSamples samples or MaxBytes bytes of lines, and Reset keeps both
-// limits.
+// Add fails if the list would get more than MaxSamples samples or more than MaxBytes bytes of
+// lines. Reset keeps the limits.
 func TestSampleListLimits(t *testing.T) {
 	p := &SampleList{MaxSamples: 2}
 	for i := range 4 {
@@ -120,7 +123,7 @@ func TestSampleListLimits(t *testing.T) {
 	}
 }
 
-// Add replaces a stale marker, which is a NaN with its own bits, by the usual NaN, because text
+// Add stores a stale marker, which is a NaN with certain bits, as the usual NaN, because text
 // exposition cannot express the difference.
 func TestSampleListAddMakesNaNsEqual(t *testing.T) {
 	p := expoPush(t, expoRaw("a", 1, math.Float64frombits(0x7ff0000000000002)))
@@ -129,7 +132,8 @@ func TestSampleListAddMakesNaNsEqual(t *testing.T) {
 	}
 }
 
-// Every random sample that Add accepts can be written and read back as expoCheck demands.
+// All random samples that Add accepts pass expoCheck: they can be written as text exposition and
+// read back.
 func TestAcceptedSamplesCanBeRead(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	added := 0
@@ -148,7 +152,7 @@ func TestAcceptedSamplesCanBeRead(t *testing.T) {
 	}
 }
 
-// BenchmarkSampleListAdd adds a sample with five labels.
+// BenchmarkSampleListAdd adds a sample with five labels to an empty list.
 func BenchmarkSampleListAdd(b *testing.B) {
 	r := expoRaw("http_requests_total", 1, 2, "_id", "site-7", "code", "200", "handler", "/api/v1/query", "instance", "localhost:9090", "job", "prometheus")
 	var p SampleList

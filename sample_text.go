@@ -12,8 +12,9 @@ import (
 	"strconv"
 )
 
-// decodeText decodes a body of text exposition or, if openMetrics, of OpenMetrics. Text exposition
-// must end in a newline and OpenMetrics in "# EOF", so that truncated bodies are detected.
+// decodeText decodes a body of OpenMetrics if openMetrics is true, and of text exposition
+// otherwise. Text exposition must end in a newline, and OpenMetrics in "# EOF". So decodeText
+// detects truncated bodies, except text exposition that is cut off exactly at the end of a line.
 func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample) error) error {
 	var created []byte // name of the current family's _created samples; empty if it has none
 	for n := 1; len(body) > 0; n++ {
@@ -45,8 +46,8 @@ func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample
 	return nil
 }
 
-// decodeSampleLine decodes the line of one sample and emits the sample. A sample named createdName
-// is skipped and counted, unless createdName is empty.
+// decodeSampleLine decodes the line of one sample and emits the sample. If createdName is not
+// empty, a sample with this name is a _created sample: it is skipped and counted.
 func (d *Decoder) decodeSampleLine(line []byte, openMetrics bool, createdName []byte, emit func(*RawSample) error) error {
 	if err := d.parseSample(line, openMetrics); err != nil {
 		return err
@@ -58,9 +59,9 @@ func (d *Decoder) decodeSampleLine(line []byte, openMetrics bool, createdName []
 	return emit(&d.raw)
 }
 
-// appendCreatedName appends to dst the name of a family's _created samples. nameAndType is the
-// text after "# TYPE ". It appends nothing if the family's type has no _created samples, or if
-// the text is malformed.
+// appendCreatedName appends to dst the name that the _created samples of a family have. nameAndType
+// is the text after "# TYPE ". appendCreatedName appends nothing if families of this type have no
+// _created samples, or if the text is malformed.
 func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 	i := bytes.LastIndexByte(nameAndType, ' ')
 	if i <= 0 || i > MaxLine {
@@ -72,7 +73,7 @@ func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 		return dst
 	}
 	name := nameAndType[:i]
-	if name[0] == '"' { // in braces, a quoted name is a series, which the parser can unquote
+	if name[0] == '"' { // put the quoted name in braces: that makes a series, which the parser can unquote
 		var err error
 		if name, _, err = d.parser.ParseLine(slices.Concat([]byte("{"), name, []byte("}"))); err != nil {
 			return dst
@@ -82,7 +83,7 @@ func (d *Decoder) appendCreatedName(dst, nameAndType []byte) []byte {
 }
 
 // parseSample parses the line of one sample into d.raw. It removes and counts labels with the type
-// or unit of the metric, and counts exemplars.
+// or unit of the metric. It skips and counts an exemplar.
 func (d *Decoder) parseSample(line []byte, openMetrics bool) error {
 	var rest []byte
 	var err error

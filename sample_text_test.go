@@ -1,19 +1,19 @@
 package main
 
-// Tables of text exposition and OpenMetrics bodies: the samples of valid bodies, and the errors of
-// malformed ones.
+// Tests of decoding text exposition and OpenMetrics: the samples of valid bodies, and the errors
+// for malformed bodies.
 
 import (
 	"strings"
 	"testing"
 )
 
-// Valid text exposition decodes to its samples in the order of the body. Comments, including TYPE
-// and HELP lines, are ignored.
+// Valid text exposition is decoded to its samples in the order of the body. Comments, including
+// TYPE and HELP lines, are ignored.
 func TestDecodeText(t *testing.T) {
 	for _, c := range []struct {
 		body string
-		want []string // the samples as decoded formats them
+		want []string // the samples, in the form that the function decoded returns
 	}{
 		{"", nil},
 		{"\n\n \t\n# a comment\n#\n# HELP x y\n# TYPE a what ever\n", nil},
@@ -31,21 +31,21 @@ func TestDecodeText(t *testing.T) {
 		{"a 1e3\na -0\na .5\na 5.\na +1\na 1E-3\na 1e-999\n", []string{"a 1000 -", "a -0 -", "a 0.5 -", "a 5 -", "a 1 -", "a 0.001 -", "a 0 -"}},
 		{"a 1 -5\na 1 0\na 1 9223372036854775807\na 1 -9223372036854775808\n",
 			[]string{"a 1 -5", "a 1 0", "a 1 9223372036854775807", "a 1 -9223372036854775808"}},
-		{"# EOF\na 1\n", []string{"a 1 -"}}, // # EOF is an ordinary comment in text exposition
+		{"# EOF\na 1\n", []string{"a 1 -"}}, // in text exposition, "# EOF" is an ordinary comment
 		{"# TYPE a counter\na_total 1\na_created 2\n", []string{"a_total 1 -", "a_created 2 -"}},
-		{"a_bucket{le=\"0.50\"} 1\n", []string{`a_bucket{le="0.50"} 1 -`}}, // label values are not normalized
+		{"a_bucket{le=\"0.50\"} 1\n", []string{`a_bucket{le="0.50"} 1 -`}}, // the value 0.50 of le stays as it is
 	} {
 		checkDecoded(t, []byte(c.body), FormatText, c.want, UnsupportedParts{}, nil)
 	}
 }
 
-// Malformed or truncated text exposition is refused with an error that names the line and the
-// fault.
+// Malformed or truncated text exposition is refused. The error names the line by its number, and
+// the fault.
 func TestDecodeTextRefuses(t *testing.T) {
 	long := strings.Repeat("x", MaxLine)
 	for _, c := range []struct {
 		body string
-		want []string // parts of the error
+		want []string // texts that the error must contain
 	}{
 		{"a 1", []string{"line 1", "truncated", "newline"}},
 		{"a 1\nb 2", []string{"line 2", "truncated"}},
@@ -89,16 +89,16 @@ func TestDecodeTextRefuses(t *testing.T) {
 	}
 }
 
-// Valid OpenMetrics text decodes to its samples. Exemplars, and _created samples of counters,
-// histograms and summaries, are skipped and counted.
+// Valid OpenMetrics text is decoded to its samples. Exemplars are skipped and counted. The _created
+// samples of counters, histograms and summaries are skipped and counted too.
 func TestDecodeOpenMetrics(t *testing.T) {
 	for _, c := range []struct {
 		body    string
-		want    []string // the samples as decoded formats them
+		want    []string // the samples, in the form that the function decoded returns
 		skipped UnsupportedParts
 	}{
 		{"# EOF\n", nil, UnsupportedParts{}},
-		{"# EOF", nil, UnsupportedParts{}}, // the last rule of the ABNF makes the newline optional
+		{"# EOF", nil, UnsupportedParts{}}, // the last rule of OpenMetrics's ABNF makes the newline after "# EOF" optional
 		{"a 1\n# EOF", []string{"a 1 -"}, UnsupportedParts{}},
 		{"# TYPE a gauge\n# UNIT a_s s\n# HELP a b\na 1 1520879607.789\n# EOF\n", []string{"a 1 1520879607789"}, UnsupportedParts{}},
 		{"a 1 1.0005\na 1 -1.5\na 1 0\na 1 1e3\na 1 1e12\n# EOF\n", []string{"a 1 1001", "a 1 -1500", "a 1 0", "a 1 1000000", "a 1 1000000000000000"}, UnsupportedParts{}},
@@ -106,7 +106,7 @@ func TestDecodeOpenMetrics(t *testing.T) {
 		{"# TYPE a counter\na_total 1\na_created 2\na_created{b=\"c\"} 2\n# TYPE b histogram\nb_created 1\n# TYPE c summary\nc_created 1\n# EOF\n",
 			[]string{"a_total 1 -"}, UnsupportedParts{Created: 4}},
 		{"# TYPE a gauge\na_created 2\nb_created 3\n# TYPE c counter\nb_created 4\n# EOF\n",
-			[]string{"a_created 2 -", "b_created 3 -", "b_created 4 -"}, UnsupportedParts{}}, // no _created samples of a counter, histogram or summary
+			[]string{"a_created 2 -", "b_created 3 -", "b_created 4 -"}, UnsupportedParts{}}, // no _created sample belongs to a counter, histogram or summary
 		{"# TYPE a counter\na_created 1\n# TYPE b gauge\na_created 1\n# EOF\n", []string{"a_created 1 -"}, UnsupportedParts{Created: 1}},
 		{"# TYPE \"a.b c\" counter\n{\"a.b c_total\"} 1\n{\"a.b c_created\"} 2\n# EOF\n", []string{`{"a.b c_total"} 1 -`}, UnsupportedParts{Created: 1}},
 		{"# TYPE \"a\\\n# TYPE \" counter\n# TYPE counter\n# TYPE a\na 1\n# EOF\n", []string{"a 1 -"}, UnsupportedParts{}},
@@ -120,7 +120,7 @@ func TestDecodeOpenMetrics(t *testing.T) {
 func TestDecodeOpenMetricsRefuses(t *testing.T) {
 	for _, c := range []struct {
 		body string
-		want []string // parts of the error
+		want []string // texts that the error must contain
 	}{
 		{"", []string{"truncated", "# EOF"}},
 		{"a 1\n", []string{"truncated", "# EOF"}},

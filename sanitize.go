@@ -1,10 +1,10 @@
 package main
 
 // This file cleans samples on the client and normalizes them on the server. After
-// ServerNormalizer.Normalize, a sample has the authenticated cluster ID as a label, and its name is
-// not one that the server itself serves. After ClientCleaner.Clean, no label in Anonymize has its
-// original value. This family must not know of HTTP, files or stores. It keeps no state between
-// samples.
+// ServerNormalizer.Normalize, a sample has the authenticated cluster ID as a label, and its metric
+// name is not one that the server uses for its own metrics. After ClientCleaner.Clean, no label in
+// Anonymize has its original value. The sanitize family must not know of HTTP, files or stores. It
+// keeps no state between samples.
 
 import (
 	"bytes"
@@ -33,17 +33,18 @@ func hasLabel[T string | []byte](labels []Label, name T) bool {
 	return slices.ContainsFunc(labels, func(l Label) bool { return string(l.Name) == string(name) })
 }
 
-// Names and name prefix of the metrics that the server itself serves about each site. A push must
-// not contain them. Otherwise a site could hide from alerts that it no longer pushes, and a scrape
-// could contain a series twice.
+// Names and name prefix of the metrics that the server itself serves about each site. A site must
+// not push samples with these names. Otherwise it could hide from alerts that it has stopped
+// pushing, and a consumer's scrape could contain a series twice.
 const (
 	PushTimeName        = "push_time_seconds"
 	PushFailureTimeName = "push_failure_time_seconds"
 	ClusterNamePrefix   = "telemeter_cluster_"
 )
 
-// isReservedMetricName reports whether name is a name that the server itself serves. It also
-// reports true for a name that becomes such a name by escaping with underscores.
+// isReservedMetricName reports whether name is reserved for the metrics that the server itself
+// serves about each site. It also reports true for a name that becomes such a name when it is
+// escaped with underscores.
 func isReservedMetricName(name []byte) bool {
 	if !IsLegacy(name, nil) { // for example, push.time.seconds is escaped to push_time_seconds
 		name = []byte(NegotiateEscaping("").MetricName(string(name)))
@@ -62,7 +63,7 @@ func sortedLabels(m map[string]string) []Label {
 }
 
 // CheckSettableLabelName returns an error if an operator must not set or remove labels with this
-// name.
+// name, because the name is invalid or reserved.
 func CheckSettableLabelName(name string) error {
 	switch {
 	case name == "" || !IsLegacy([]byte("a"), []Label{{Name: []byte(name)}}):
@@ -73,8 +74,8 @@ func CheckSettableLabelName(name string) error {
 	return nil
 }
 
-// CheckLabel returns an error if an operator must not set this label, because SampleList.Add would
-// refuse every sample that has it.
+// CheckLabel returns an error if an operator must not set this label: its name is not settable, or
+// SampleList.Add would refuse every sample with this label.
 func CheckLabel(name, value string) error {
 	if err := CheckSettableLabelName(name); err != nil {
 		return err
@@ -89,26 +90,29 @@ func CheckLabel(name, value string) error {
 // Reasons for dropping a sample, as they appear in metrics and answers. The server's reasons are
 // also listed in serverDropReasons.
 const (
-	DropNotAllowed    = "not_allowed"    // server: no --allow selector matches the sample
+	DropNotAllowed    = "not_allowed"    // server: the sample matches no --allow selector
 	DropRequiredLabel = "required_label" // server: the sample lacks a --required-label
-	DropReserved      = "reserved_name"  // client: the server itself serves this metric name
-	DropNotMatched    = "not_matched"    // client: no --match selector matches the sample
-	DropInvalid       = "invalid"        // server and client: SampleList.Add refuses the sample
+	DropReserved      = "reserved_name"  // client: the metric name, after renaming, is reserved for the server's own metrics
+	DropNotMatched    = "not_matched"    // client: the sample matches no --match selector
+	// On the client, SampleList.Add refuses the sample, or the sample alone exceeds --limit-bytes.
+	// On the server, a label value has a NUL byte; for any other invalid sample the server refuses
+	// the whole push.
+	DropInvalid = "invalid"
 )
 
-// ServerNormalizer brings samples into the server's normal form. It is immutable after
-// construction, so it is safe for concurrent use.
+// ServerNormalizer brings samples into the form in which the server stores them; see Normalize. It
+// is immutable after construction, so it is safe for concurrent use.
 type ServerNormalizer struct {
-	Elide    []string  // names of the labels to remove
-	Labels   []Label   // the operator's labels, added to every sample
-	Required []Label   // labels that every sample must have; an empty value here allows any value
-	Allow    Selectors // every sample must match this list after normalization
+	Elide    []string  // names of the labels that Normalize removes
+	Labels   []Label   // the operator's labels, which ForcedLabels adds to every sample of a push
+	Required []Label   // labels that a sample must have, or else it is dropped; an empty value here allows any value that is not empty
+	Allow    Selectors // a sample that does not match this list with its final labels is dropped
 }
 
-// ForcedLabels returns the labels that every sample of a push gets, sorted by name: the cluster
-// ID, the labels of the token and the labels of the operator. If names are equal, the cluster ID
-// replaces the token's label, and the token's label replaces the operator's, because the token is
-// specific to the site.
+// ForcedLabels returns the labels that every sample of a push gets, sorted by name: the cluster ID,
+// the labels of the token and the labels of the operator. If names are equal, the cluster ID has
+// precedence over the token's label, and the token's label has precedence over the operator's
+// label, because the token is specific to the site.
 func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string]string) []Label {
 	m := map[string]string{}
 	for _, l := range n.Labels {
@@ -119,13 +123,14 @@ func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string
 	return sortedLabels(m)
 }
 
-// Normalize brings r into normal form. If the sample must be dropped, Normalize returns the reason.
-// Otherwise dropReason is empty. After an error, the whole push must be refused.
+// Normalize brings r into the form in which the server stores it. If the sample must be dropped,
+// Normalize returns the reason. Otherwise dropReason is empty. Normalize returns an error if the
+// metric name is reserved for the server's own metrics; the caller must then refuse the whole push.
 //
 // Normalize removes empty labels and the labels in Elide. The forced labels replace r's labels of
-// the same name. If job or instance is missing, Normalize adds it with an empty value. A Prometheus
-// that scrapes with honor_labels then does not add its own job and instance, so the series has the
-// same identity whichever server it is scraped from.
+// the same name. If the label job or instance is missing, Normalize adds it with an empty value. A
+// Prometheus that scrapes the server with honor_labels then does not add its own job and instance.
+// So the series has the same labels whichever server of the ring the Prometheus scrapes.
 func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason string, err error) {
 	if isReservedMetricName(r.Name) {
 		return "", fmt.Errorf("the name %.100q is reserved for the server's own metrics", r.Name)
@@ -156,22 +161,24 @@ func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason s
 // ClientCleaner cleans and anonymizes the samples that leave a site. It is not safe for
 // concurrent use.
 type ClientCleaner struct {
-	Match     Selectors         // every sample must match this list, as it was scraped
+	Match     Selectors         // a scraped sample that does not match this list, before any change to it, is dropped
 	Rename    map[string]string // old metric name → new metric name
-	Labels    []Label           // added to every sample
-	Anonymize []string          // names of the labels to anonymize; SetSalt must be called before Clean
-	mac       hash.Hash         // HMAC-SHA256 keyed with the salt
+	Labels    []Label           // labels to add to every sample; they replace its labels of the same name
+	Anonymize []string          // names of the labels to anonymize; if there are any, the caller must call SetSalt before Clean
+	mac       hash.Hash         // HMAC-SHA256 keyed with the salt; nil before SetSalt
 }
 
-// SetSalt sets the key for anonymized values.
+// SetSalt sets the secret key of the HMAC by which Clean replaces the values of anonymized labels.
 func (c *ClientCleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt) }
 
-// Clean cleans r. If the sample must be dropped, Clean returns the reason. Otherwise it returns "".
-// SampleList.Add may still refuse the cleaned sample, with the reason DropInvalid.
+// Clean renames and anonymizes r, removes its empty labels and adds the labels in Labels. If the
+// sample must be dropped, Clean returns the reason. Otherwise it returns "". SampleList.Add may
+// still refuse the cleaned sample; the caller then drops it with the reason DropInvalid.
 //
-// Clean replaces each value to anonymize by its HMAC, truncated to 16 bytes and base64-encoded. An
-// HMAC is used instead of a salted hash, so that nobody can test guesses without the salt. Equal
-// values get equal replacements, even under different labels.
+// Clean replaces the value of each label in Anonymize by the HMAC of the value, truncated to 16
+// bytes and base64-encoded. Clean uses an HMAC keyed with the salt instead of a salted hash, so
+// that nobody can test guesses of the value without the salt. Equal values get equal replacements,
+// even under different labels.
 func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 	if !c.Match.MatchOrEmpty(r.Name, r.Labels) {
 		return DropNotMatched
@@ -197,7 +204,7 @@ func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 }
 
 // ParseLabels parses NAME=VALUE pairs into labels sorted by name. If a name is repeated, the last
-// pair is used.
+// pair with this name is used.
 func ParseLabels(pairs []string) ([]Label, error) {
 	m := map[string]string{}
 	for _, pair := range pairs {
@@ -213,8 +220,9 @@ func ParseLabels(pairs []string) ([]Label, error) {
 	return sortedLabels(m), nil
 }
 
-// ParseRenames parses OLD=NEW pairs of metric names. If an old name is repeated, the last pair is
-// used. A pair with OLD equal to NEW cancels earlier pairs for that name.
+// ParseRenames parses OLD=NEW pairs of metric names into a map from old to new names. If an old
+// name is repeated, the last pair with this name is used. A last pair whose OLD equals its NEW
+// cancels the earlier pairs of that name.
 func ParseRenames(pairs []string) (map[string]string, error) {
 	m := map[string]string{}
 	for _, pair := range pairs {

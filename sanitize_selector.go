@@ -17,7 +17,7 @@ import (
 const (
 	maxSelector  = 8 << 10 // bytes of one selector
 	maxSelectors = 1000    // selectors in one list
-	maxPattern   = 20_000  // steps of one pattern; each costs at least 40 bytes, and time per matched byte
+	maxPattern   = 20_000  // steps of one pattern, as patternSteps counts them; each step needs at least 40 bytes of memory, and time for each byte that is matched
 )
 
 // Selector is a series selector of PromQL, such as up{job="x",a!~"b|c"}. A series matches the
@@ -27,22 +27,23 @@ type Selector struct {
 	matchers []matcher
 }
 
-// String returns the selector as it was written.
+// String returns the selector as it was written, without the blanks around it.
 func (s Selector) String() string { return s.text }
 
-// matcher is one condition of a selector on the value of a label.
+// matcher is one condition of a selector: an operator and a value that the value of a label is
+// compared with.
 type matcher struct {
-	label  string // nameLabel stands for the metric name
-	negate bool   // the operator is != or !~
+	label  string // name of the label; nameLabel stands for the metric name
+	negate bool   // whether the operator is != or !~
 	value  string
-	re     *regexp.Regexp // anchored pattern of =~ and !~; nil for = and !=, which compare with value
+	re     *regexp.Regexp // anchored pattern of =~ and !~; nil for = and !=, which compare the label's value with value
 }
 
 const nameLabel = "__name__"
 
-// parseSelector parses one selector of at most maxSelector bytes. At least one matcher must not
-// match the empty string, as in Prometheus's /federate. This prevents selectors that match every
-// series by mistake.
+// parseSelector parses one selector of at most maxSelector bytes. As in Prometheus's /federate, a
+// selector is refused if all its matchers match the empty string. Such a selector would match every
+// series without these labels, mostly by mistake.
 func parseSelector(text string) (Selector, error) {
 	text = strings.TrimSpace(text)
 	if len(text) > maxSelector {
@@ -59,13 +60,14 @@ func parseSelector(text string) (Selector, error) {
 	return Selector{text, p.matchers}, nil
 }
 
-// selectorParser is the state of parsing one selector.
+// selectorParser is the state of a parser of one selector.
 type selectorParser struct {
 	rest     string    // text that is not parsed yet
 	matchers []matcher // matchers parsed so far
 }
 
-// parse parses p.rest as one selector into p.matchers.
+// parse parses p.rest, which must be one selector and nothing else, and appends its matchers to
+// p.matchers.
 func (p *selectorParser) parse() error {
 	if name := p.acceptName(true); name != "" {
 		p.matchers = append(p.matchers, matcher{label: nameLabel, value: name})
@@ -92,7 +94,8 @@ func (p *selectorParser) parse() error {
 	return nil
 }
 
-// parseMatcher parses one matcher: a label, an operator and a value, or only a quoted metric name.
+// parseMatcher parses one matcher: either a label, an operator and a value, or a quoted metric name
+// alone.
 func (p *selectorParser) parseMatcher() (m matcher, err error) {
 	quoted := p.atQuote()
 	if quoted {
@@ -107,7 +110,7 @@ func (p *selectorParser) parseMatcher() (m matcher, err error) {
 		return m, fmt.Errorf("expected a label name at %s", Excerpt([]byte(p.rest)))
 	}
 	operator := p.acceptOperator()
-	if operator == "" && quoted { // {"a.name"}
+	if operator == "" && quoted { // a quoted metric name, as in {"a.name"}
 		if slices.ContainsFunc(p.matchers, func(m matcher) bool { return m.label == nameLabel }) {
 			return m, fmt.Errorf("a second metric name %.100q", m.label)
 		}
@@ -138,7 +141,8 @@ func (p *selectorParser) accept(prefix string) (ok bool) {
 	return ok
 }
 
-// acceptOperator consumes a matcher's operator and returns it. It returns "" if there is none.
+// acceptOperator consumes the operator of a matcher and returns it. It returns "" if the remaining
+// text does not begin with an operator.
 func (p *selectorParser) acceptOperator() string {
 	for _, operator := range [...]string{"=~", "!~", "!=", "="} {
 		if p.accept(operator) {
@@ -148,8 +152,8 @@ func (p *selectorParser) acceptOperator() string {
 	return ""
 }
 
-// acceptName consumes an unquoted name and returns it. It returns "" if there is none. Only metric
-// names may contain colons.
+// acceptName consumes an unquoted name and returns it. It returns "" if the remaining text does not
+// begin with a name. isMetric allows colons in the name.
 func (p *selectorParser) acceptName(isMetric bool) string {
 	p.skipBlanks()
 	var n int
@@ -169,8 +173,8 @@ func (p *selectorParser) atQuote() bool {
 	return p.rest != "" && strings.ContainsRune("\"'`", rune(p.rest[0]))
 }
 
-// parseQuoted parses a string in ", ' or ` and returns it unescaped. As in PromQL, the escapes are
-// those of Go, and a string in ` has no escapes.
+// parseQuoted parses a string in double, single or back quotes and returns it unescaped. As in
+// PromQL, the escapes are those of Go, and a string in back quotes has no escapes.
 func (p *selectorParser) parseQuoted() (string, error) {
 	if !p.atQuote() {
 		return "", fmt.Errorf("expected a quoted string at %s", Excerpt([]byte(p.rest)))
@@ -204,8 +208,9 @@ func (p *selectorParser) parseQuoted() (string, error) {
 	}
 }
 
-// compilePattern compiles a pattern that must match a whole value. It checks the pattern before it
-// adds the anchors, because "a)|(b" is invalid alone but becomes valid inside "^(?s:…)$".
+// compilePattern compiles the pattern of a matcher, which must match a whole label value. It checks
+// the pattern before it adds anchors, because a pattern such as "a)|(b" is invalid by itself but
+// would become valid inside "^(?s:…)$".
 func compilePattern(pattern string) (*regexp.Regexp, error) {
 	if err := checkPattern(pattern); err != nil {
 		return nil, err
@@ -213,8 +218,9 @@ func compilePattern(pattern string) (*regexp.Regexp, error) {
 	return regexp.Compile("^(?s:" + pattern + ")$")
 }
 
-// checkPattern returns an error if the pattern is malformed or has more than maxPattern steps. A
-// few bytes, such as .{1000} several times, would otherwise cost much time and memory.
+// checkPattern returns an error if the pattern is malformed or has more than maxPattern steps.
+// Without this limit, a pattern of a few bytes, such as several .{1000}, could cost much time and
+// memory.
 func checkPattern(pattern string) error {
 	re, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
@@ -226,7 +232,8 @@ func checkPattern(pattern string) error {
 	return nil
 }
 
-// patternSteps estimates the size of the compiled pattern.
+// patternSteps estimates the number of steps of the compiled pattern re: each literal character and
+// each operator is one step, and a repetition counts as often as it repeats.
 func patternSteps(re *syntax.Regexp) int {
 	n := 1
 	if re.Op == syntax.OpLiteral {
@@ -241,8 +248,8 @@ func patternSteps(re *syntax.Regexp) int {
 	return n
 }
 
-// matches reports whether a label's value v satisfies the condition. v is empty if the series does
-// not have the label.
+// matches reports whether the value v of a label satisfies the condition m. The caller passes an
+// empty v if the series does not have the label.
 func (m *matcher) matches(v []byte) bool {
 	if m.re != nil {
 		return m.re.Match(v) != m.negate
@@ -254,7 +261,8 @@ func (m *matcher) matches(v []byte) bool {
 // or if the list is empty.
 type Selectors []Selector
 
-// ParseSelectors parses a list of selectors. It fails if there are more than maxSelectors.
+// ParseSelectors parses a list of selectors. It fails if a selector is invalid or if there are more
+// than maxSelectors.
 func ParseSelectors(texts []string) (Selectors, error) {
 	if len(texts) > maxSelectors {
 		return nil, fmt.Errorf("%w: there are %d selectors, at most %d are allowed", ErrTooLarge, len(texts), maxSelectors)
@@ -270,7 +278,8 @@ func ParseSelectors(texts []string) (Selectors, error) {
 	return s, nil
 }
 
-// MatchOrEmpty reports whether the series matches a selector of s. It returns true if s is empty.
+// MatchOrEmpty reports whether a series matches at least one selector of s. It returns true if s is
+// empty.
 func (s Selectors) MatchOrEmpty(name []byte, labels []Label) bool {
 	for i := range s {
 		if s[i].matches(name, labels) {
@@ -295,9 +304,9 @@ func (s *Selector) matches(name []byte, labels []Label) bool {
 	return true
 }
 
-// LineMatcherOrNil returns a function that reports whether a rendered line matches s. It returns
-// nil if s is empty, because every line matches then. The returned function is not safe for
-// concurrent use.
+// LineMatcherOrNil returns a function that reports whether the series of a rendered line matches s.
+// It returns nil if s is empty, because then every line matches. The returned function is not safe
+// for concurrent use.
 func (s Selectors) LineMatcherOrNil() func(line []byte) bool {
 	if len(s) == 0 {
 		return nil

@@ -1,7 +1,7 @@
 package main
 
-// Tests of selectors: the series that a selector chooses, and the text that is refused as malformed
-// or too costly.
+// Tests of selectors: the series that a selector matches, and the selectors that are refused
+// because they are malformed or too costly.
 
 import (
 	"errors"
@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// selected returns the series that s matches, out of a fixed set.
+// selected returns those of a fixed set of series that the selectors s match.
 func selected(s Selectors) (got []string) {
 	match := s.LineMatcherOrNil()
 	for _, line := range []string{
@@ -24,11 +24,12 @@ func selected(s Selectors) (got []string) {
 	return got
 }
 
-// A selector chooses the same series as in PromQL, and String returns it as it was written.
+// A selector matches the same series as in PromQL. String returns the selector as it was written,
+// without the blanks around it.
 func TestSelector(t *testing.T) {
 	for _, c := range []struct {
 		text string
-		want []string // the series that the selector matches
+		want []string // the series, among those of selected, that the selector matches
 	}{
 		{`up`, []string{`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
 		{" up { } \n", selected(mustSelect(t, "up"))},
@@ -40,7 +41,7 @@ func TestSelector(t *testing.T) {
 		{`up{job="\x61"}`, []string{`up{job="a"}`}},
 		{`up{job="a\nb"}`, []string{"up{job=\"a\\nb\"}"}},
 		{"up{job=`a\nb`}", []string{"up{job=\"a\\nb\"}"}},
-		{`up{job=~"a.b"}`, []string{"up{job=\"a\\nb\"}", `up{job="a\"b"}`}}, // . matches any byte, also a newline
+		{`up{job=~"a.b"}`, []string{"up{job=\"a\\nb\"}", `up{job="a\"b"}`}}, // the dot matches any character, even a newline
 		{`up{job="\u00e9"}`, []string{`up{job="é"}`}},
 		{`up{job="\303\251"}`, []string{`up{job="é"}`}},
 		{`up{job="a\"b"}`, []string{`up{job="a\"b"}`}},
@@ -49,7 +50,7 @@ func TestSelector(t *testing.T) {
 		{`up{job=""}`, []string{`up`, `up{job=""}`}}, // an empty label and a missing label are equal
 		{`up{job!="a"}`, []string{`up`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
 		{`up{job!=""}`, []string{`up{job="a"}`, `up{job="ab"}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
-		{`up{job=~"a"}`, []string{`up{job="a"}`}}, // patterns are anchored
+		{`up{job=~"a"}`, []string{`up{job="a"}`}}, // a pattern must match the whole value
 		{`up{job=~"a|b"}`, []string{`up{job="a"}`, `up{env="x",job="b"}`}},
 		{`up{job=~"a?b"}`, []string{`up{job="ab"}`, `up{env="x",job="b"}`}},
 		{`up{job=~"a*"}`, []string{`up`, `up{job="a"}`, `up{job=""}`}},
@@ -81,7 +82,7 @@ func TestSelector(t *testing.T) {
 	}
 }
 
-// mustSelect parses a list of selectors and fails the test if one is malformed.
+// mustSelect parses a list of selectors and fails the test if ParseSelectors refuses the list.
 func mustSelect(t testing.TB, texts ...string) Selectors {
 	t.Helper()
 	s, err := ParseSelectors(texts)
@@ -91,8 +92,8 @@ func mustSelect(t testing.TB, texts ...string) Selectors {
 	return s
 }
 
-// Malformed selectors, selectors that match the empty series, and selectors that are too long or
-// too costly are refused with a short error.
+// A selector is refused if it is malformed, if all its matchers match the empty string, or if it is
+// too long or too costly. The error is at most 16 KiB long.
 func TestSelectorErrors(t *testing.T) {
 	const empty = "at least one matcher must not match the empty string"
 	for _, c := range []struct{ text, want string }{
@@ -121,7 +122,7 @@ func TestSelectorErrors(t *testing.T) {
 		{`up{job="a"}[5m]`, `unexpected "[5m]" after }`},
 		{`up offset 5m`, "expected a metric name or {"},
 		{`up{job=~"("}`, `pattern of "job"`},
-		{`up{job=~"a)|(b"}`, `pattern of "job"`}, // would otherwise escape from the anchors
+		{`up{job=~"a)|(b"}`, `pattern of "job"`}, // is valid only between the anchors, where it would mean two alternatives
 		{`up{job=~"a{1001}"}`, `pattern of "job"`},
 		{`{"a.b" job="x"}`, `expected , or } at "job=`},
 		{`{"a.b","c.d"}`, `a second metric name "c.d"`},
@@ -135,7 +136,7 @@ func TestSelectorErrors(t *testing.T) {
 		{strings.Repeat("x", maxSelector+1), "too large"},
 		{"{" + strings.Repeat("x", maxSelector-1), "expected =,"},
 		{`{x=~"` + strings.Repeat("(", 8000) + `"}`, "pattern of"},
-		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: the pattern has "}, // a million steps
+		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: the pattern has "}, // the pattern has a million steps
 		{`{x=~"a` + strings.Repeat("(b.{10}){100}", 30) + `"}`, "too large: the pattern has "},
 	} {
 		_, err := parseSelector(c.text)
@@ -154,7 +155,8 @@ func TestSelectorErrors(t *testing.T) {
 	}
 }
 
-// A list of selectors matches a series if any of them does. An empty list matches every series.
+// A list of selectors matches a series if at least one of the selectors matches it. An empty list
+// matches every series.
 func TestSelectors(t *testing.T) {
 	if s := mustSelect(t); s.LineMatcherOrNil() != nil || !s.MatchOrEmpty([]byte("a"), nil) {
 		t.Error("an empty list does not match every series")
@@ -167,15 +169,16 @@ func TestSelectors(t *testing.T) {
 	}
 }
 
-// Any text is refused with a bounded error, or is a selector that does not match the empty series
-// and that can be parsed again from its String.
+// parseSelector refuses any text with an error of bounded length, or returns a selector. The
+// selector does not match a series without a name and labels, and parsing its String gives the same
+// selector.
 func FuzzSelector(f *testing.F) {
 	for _, s := range []string{`up{job="a",env!~"b|c"}`, `{"a.b",'c'=~"d"}`, "{a=`b`}", `{a="\x61\u00e9"}`} {
 		f.Add(s, `up{job="a"}`)
 	}
 	f.Fuzz(func(t *testing.T, text, line string) {
 		if len(text) > 500 {
-			return // compiling long patterns is slow, which would slow down the fuzzer
+			return // long patterns compile slowly, which would slow down the fuzzer
 		}
 		sel, err := parseSelector(text)
 		if err != nil {
@@ -196,7 +199,7 @@ func FuzzSelector(f *testing.F) {
 	})
 }
 
-// BenchmarkSelectors matches one line against three selectors.
+// BenchmarkSelectors matches one line against a list of three selectors, of which one matches.
 func BenchmarkSelectors(b *testing.B) {
 	match := mustSelect(b, `up{job="a"}`, `{job=~"x.*",code!="5"}`, "down").LineMatcherOrNil()
 	line := []byte(`a_total{code="7",instance="localhost:9090",job="x",method="get"}`)

@@ -1,7 +1,7 @@
 package main
 
-// Tests of the server's normal form and of the client's cleanup: forced labels, dropped samples,
-// reserved names, and anonymized values that must never leave the client.
+// Tests of ServerNormalizer and ClientCleaner: forced labels, dropped samples, reserved names, and
+// anonymized labels, whose original values must never leave the client.
 
 import (
 	"crypto/hmac"
@@ -14,9 +14,9 @@ import (
 	"testing"
 )
 
-// Normalize gives every sample the forced labels, job and instance, and removes empty and elided
-// labels. It drops samples that lack a required label or are not allowed, and refuses the server's
-// own metric names.
+// Normalize gives every sample the forced labels and the labels job and instance. It removes empty
+// labels and the labels in Elide. It drops samples that lack a required label or match no Allow
+// selector. It returns an error for the server's own metric names.
 func TestNormalizer(t *testing.T) {
 	n := &ServerNormalizer{
 		Elide:    []string{"replica", "instance"},
@@ -27,8 +27,8 @@ func TestNormalizer(t *testing.T) {
 	forced := n.ForcedLabels("site", map[string]string{"tier": "token", "_id": "forged", "note": ""})
 	for _, c := range []struct {
 		r    *RawSample
-		line string // the line of the normalized sample
-		drop string // the reason for dropping it, or "error" if Normalize returns an error
+		line string // the line of the normalized sample; "" if Normalize drops or refuses it
+		drop string // the reason that Normalize must return; "error" if it must return an error
 	}{
 		{expoRaw("up", 0, 0, "env", "p"), `up{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
 		{expoRaw("up", 0, 0, "_id", "other", "env", "p", "region", "us", "tier", "x", "note", "secret"), `up{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
@@ -43,7 +43,7 @@ func TestNormalizer(t *testing.T) {
 		{expoRaw("push_failure_time_seconds", 0, 0), "", "error"},
 		{expoRaw("telemeter_cluster_token_expiry_seconds", 0, 0), "", "error"},
 		{expoRaw("telemeter_cluster_", 0, 0), "", "error"},
-		{expoRaw("push.time.seconds", 0, 0, "env", "p"), "", "error"}, // is escaped to push_time_seconds
+		{expoRaw("push.time.seconds", 0, 0, "env", "p"), "", "error"}, // escaping with underscores makes the name push_time_seconds
 		{expoRaw("telemeter_cluster.x", 0, 0), "", "error"},
 		{expoRaw("telemeter.cluster\n"+strings.Repeat("x", 5000), 0, 0), "", "error"},
 		{expoRaw("telemeter_cluster", 0, 0, "env", "p"), `telemeter_cluster{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
@@ -72,7 +72,8 @@ func TestNormalizer(t *testing.T) {
 	}
 }
 
-// Normalize and Clean leave a label that occurs twice to SampleList.Add, which refuses the sample.
+// Normalize and Clean do not report a label that occurs twice. SampleList.Add then refuses the
+// sample.
 func TestDuplicateLabelsAreRefused(t *testing.T) {
 	var n ServerNormalizer
 	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
@@ -86,13 +87,14 @@ func TestDuplicateLabelsAreRefused(t *testing.T) {
 	}
 }
 
-// Normalize does not change the forced labels, because all samples of a push share them.
+// Normalize does not change the list of forced labels or the memory behind it, because all samples
+// of a push share the list.
 func TestNormalizerLeavesForcedLabels(t *testing.T) {
 	var n ServerNormalizer
 	forced := slices.Grow(n.ForcedLabels("site", map[string]string{"z": "1"}), 10)
 	want := fmt.Sprintf("%q", forced)
 	for range 3 {
-		r := &RawSample{Name: []byte("a")} // without labels, append could return the memory of forced
+		r := &RawSample{Name: []byte("a")} // the sample has no labels, so that a careless append could return the memory of forced
 		if _, err := n.Normalize(r, forced); err != nil {
 			t.Fatal(err)
 		}
@@ -105,7 +107,8 @@ func TestNormalizerLeavesForcedLabels(t *testing.T) {
 	}
 }
 
-// cleaned cleans a sample and returns its line or the reason for dropping it.
+// cleaned cleans a sample with c. It returns the rendered line, or the reason why Clean drops the
+// sample.
 func cleaned(c *ClientCleaner, r *RawSample) (string, error) {
 	if drop := c.Clean(r); drop != "" {
 		return drop, nil
@@ -115,8 +118,8 @@ func cleaned(c *ClientCleaner, r *RawSample) (string, error) {
 	return string(p.Arena), err
 }
 
-// Clean drops samples that --match does not select and samples with the server's own names, renames
-// metrics, removes empty labels and adds the operator's labels.
+// Clean drops samples that match no Match selector, and samples whose name, after renaming, is
+// reserved for the server. It renames metrics, removes empty labels and adds the operator's labels.
 func TestCleaner(t *testing.T) {
 	c := &ClientCleaner{
 		Match:  mustSelect(t, `{secret!="x",__name__!~"unwanted|"}`, "ALERTS", `{"rename.to.reserved"}`, "push_time_seconds"),
@@ -125,7 +128,7 @@ func TestCleaner(t *testing.T) {
 	}
 	for _, k := range []struct {
 		r    *RawSample
-		want string // the line, or the reason for dropping the sample
+		want string // the rendered line, or the reason why Clean drops the sample
 	}{
 		{expoRaw("up", 0, 0, "b", "1"), `up{added="a",b="1",site="s"}`},
 		{expoRaw("up", 0, 0, "site", "theirs", "empty", ""), `up{added="a",site="s"}`},
@@ -144,7 +147,8 @@ func TestCleaner(t *testing.T) {
 
 const cleanerSalt = "salt one, of 32 bytes or so....."
 
-// testAnonymizer returns a cleaner that anonymizes the labels instance and a.b with this salt.
+// testAnonymizer returns a ClientCleaner that anonymizes the labels instance and a.b with this
+// salt.
 func testAnonymizer(t *testing.T, salt string) *ClientCleaner {
 	t.Helper()
 	c := &ClientCleaner{Match: mustSelect(t, `{__name__=~".+"}`), Anonymize: []string{"instance", "a.b", "absent"}}
@@ -152,9 +156,9 @@ func testAnonymizer(t *testing.T, salt string) *ClientCleaner {
 	return c
 }
 
-// anonymized cleans a sample with one label of this value, and returns the value afterwards. It
-// fails the test if the line contains the old value, if another label changed, or if the memory of
-// the old value was overwritten.
+// anonymized cleans a sample whose label has the value v, and returns the label's anonymized value.
+// It fails the test if the line contains v, if another label changed, or if Clean overwrote the
+// memory of v.
 func anonymized(t *testing.T, c *ClientCleaner, label, v string) string {
 	t.Helper()
 	r := expoRaw("up", 0, 0, "job", "j", label, v)
@@ -170,8 +174,9 @@ func anonymized(t *testing.T, c *ClientCleaner, label, v string) string {
 	return string(labelValue(labels, label))
 }
 
-// An anonymized value is the first 16 bytes of its HMAC under the salt, in base64. This must not
-// change between releases, because it would change the identity of every series.
+// An anonymized value is the HMAC-SHA256 of the value under the salt, of which the first 16 bytes
+// are written in base64. This must not change between releases, because the labels of existing
+// series would change.
 func TestCleanerAnonymizes(t *testing.T) {
 	const secret = "db-7.internal.example"
 	mac := hmac.New(sha256.New, []byte(cleanerSalt))
@@ -194,7 +199,8 @@ func TestCleanerAnonymizes(t *testing.T) {
 	}
 }
 
-// Values of any bytes and any length are replaced in all labels to anonymize.
+// Clean replaces the values of all labels to anonymize, whatever bytes the values contain and
+// however long they are.
 func TestCleanerAnonymizesAnyValue(t *testing.T) {
 	c := testAnonymizer(t, cleanerSalt)
 	for _, v := range []string{"\xff", "\x00", "\n", strings.Repeat("x", 1<<20), "q"} {
@@ -204,8 +210,8 @@ func TestCleanerAnonymizesAnyValue(t *testing.T) {
 	}
 }
 
-// ParseLabels sorts labels and uses the last value of a name. It refuses labels that an operator
-// must not set.
+// ParseLabels sorts labels by name. If a name is repeated, it uses the last value. It refuses
+// labels that an operator must not set.
 func TestParseLabels(t *testing.T) {
 	labels, err := ParseLabels([]string{"b=1", "a=x=y", "b=2", "c="})
 	if err != nil || string(appendLine(nil, []byte("m"), labels)) != `m{a="x=y",b="2",c=""}` {
@@ -218,8 +224,8 @@ func TestParseLabels(t *testing.T) {
 	}
 }
 
-// ParseRenames uses the last new name of a metric, ignores renames to the same name, and refuses
-// new names outside the legacy charset.
+// If a metric is renamed repeatedly, ParseRenames uses the last new name. It ignores renames to the
+// same name, and refuses new names outside the legacy charset.
 func TestParseRenames(t *testing.T) {
 	renames, err := ParseRenames([]string{"ALERTS=alerts", "a.b=c", "x=y", "x=x", "x:y=z:w"})
 	if err != nil || !maps.Equal(renames, map[string]string{"ALERTS": "alerts", "a.b": "c", "x:y": "z:w"}) {

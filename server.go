@@ -1,9 +1,9 @@
 package main
 
-// The HTTP side of a server: routes, configuration and state. A handler reads no byte of a body
-// before it has authenticated the client. An answer to one site contains no secret, no file path,
-// and no data of another site. This family must not know of sockets, TLS, files or signals, which
-// main wires up.
+// This file has the HTTP side of a server: routes, configuration and state. A handler reads no byte
+// of a request's body before it has authenticated the client. An answer to one site contains no
+// secret, no file path, and no data of another site. The family server must not know of sockets,
+// TLS, files or signals, which the family main wires up.
 
 import (
 	"log/slog"
@@ -17,19 +17,20 @@ import (
 )
 
 const (
-	// uploadTokenTTL is how long an upload token is valid. The time is short, because each push sends
-	// the token over the network. It is still much longer than a push interval.
+	// uploadTokenTTL is how long an upload token is valid. The time is short, because each push
+	// sends the token over the network. The time is still much longer than the interval between
+	// pushes.
 	uploadTokenTTL = time.Hour
 
-	maxUploads       = 256              // pushes in flight, each with its body in memory
+	maxUploads       = 256              // pushes in flight at a time, each with its body in memory
 	sampleBytes      = 24               // bytes of memory that one Sample takes
 	maxPending       = 512 << 20        // bytes of all decoded pushes that wait to be stored
-	maxPooledBuffers = 1 << 20          // bytes; a larger decodeBuffers is not reused
-	storeTimeout     = 30 * time.Second // to forward, decode and store a push whose body has arrived
-	maxErrorText     = 1 << 10          // bytes; a longer text of a refusal is cut
+	maxPooledBuffers = 1 << 20          // bytes; decodeBuffers that have grown larger are not reused
+	storeTimeout     = 30 * time.Second // limit for forwarding, decoding and storing a push, once its body has arrived
+	maxErrorText     = 1 << 10          // bytes of the text that tells a client why its push is refused; a longer text is cut
 
-	maxClockOffset     = 1 << 53     // ms; a push's clock offset beyond this is ignored
-	maxClockDifference = time.Minute // between the clocks of two servers; used by storeForwarded
+	maxClockOffset     = 1 << 53     // ms; if a push reports that its source's clock is off by more, the server ignores the report
+	maxClockDifference = time.Minute // if the clocks of two servers differ by more, storeForwarded hands back a push whose samples all seem too old or in the future
 )
 
 // ServerConfig configures a Server.
@@ -42,19 +43,20 @@ type ServerConfig struct {
 	Metrics            *Metrics
 	Log                *slog.Logger
 	Now                func() time.Time
-	MaxSampleAge       time.Duration       // how long the newest sample of a series is shown again
-	LimitBytes         int64               // bytes of a push's body as sent
-	LimitScrape        int                 // samples in one answer to /federate; 0 = no limit
-	RateInterval       time.Duration       // per push of a site, in bursts of 60; 0 = no limit
-	ExternalAuthorizer *ExternalAuthorizer // decides about client tokens; nil = the server verifies them
+	MaxSampleAge       time.Duration       // how old the newest sample of a series may be to be served again in every scrape
+	LimitBytes         int64               // maximum bytes of the body of a push, before decompression
+	LimitScrape        int                 // maximum samples in one answer to /federate; 0 = no limit
+	RateInterval       time.Duration       // each site may push once per RateInterval on average, in bursts of at most 60 pushes; 0 = no limit
+	ExternalAuthorizer *ExternalAuthorizer // decides whether client tokens are valid; nil = the server verifies client tokens itself
 }
 
-// ReloadableServerConfig has the keys and rules that Reload replaces together.
+// ReloadableServerConfig has the keys and rules that Server.Reload replaces, all at the same
+// moment.
 type ReloadableServerConfig struct {
 	Keys          Keys
 	Revoked       RevokedIDs
 	Normalizer    *ServerNormalizer
-	FederateToken string // bearer token that requests to the internal listener must send; "" = none needed
+	FederateToken string // bearer token that requests to the internal listener must send, except health checks; "" = no token is needed
 }
 
 // Server answers clients, scrapers and other members. It is safe for concurrent use.
@@ -62,11 +64,11 @@ type Server struct {
 	cfg        ServerConfig
 	state      atomic.Pointer[ReloadableServerConfig]
 	ready      atomic.Bool
-	uploads    semaphore    // pushes in flight
-	decoding   semaphore    // pushes being decoded
+	uploads    semaphore    // one slot for each push in flight
+	decoding   semaphore    // one slot for each push that is being decoded
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
-	bodies     sync.Pool    // of *[]byte
-	buffers    sync.Pool    // of *decodeBuffers
+	bodies     sync.Pool    // of *[]byte: reusable memory for the bodies of pushes
+	buffers    sync.Pool    // of *decodeBuffers: reusable memory for decoding pushes
 	sites      *SitePushLimiter
 	federate   *federateHandler
 	instrument func(string, http.Handler) http.Handler
@@ -103,8 +105,8 @@ type serverMetrics struct {
 	inFlight                                                                                             *Gauge
 }
 
-// newServerMetrics registers the metrics of serverMetrics. It sets each counter to 0 for every
-// value of its label, so that all its series exist from the start.
+// newServerMetrics registers the metrics of serverMetrics. It sets each counter that has a label to
+// 0 for every value of the label, so that all series of the counter exist from the start.
 func newServerMetrics(m *Metrics) serverMetrics {
 	sm := serverMetrics{
 		pushesTotal:       m.Counter("telemeter_pushes_total", "Pushes received from clients, by result.", "result"),
@@ -169,8 +171,8 @@ func storeCollector(m *Metrics, store *Store) func() {
 	}
 }
 
-// Reload replaces the keys, the revoked IDs, the normalizer's rules and the federate token
-// together.
+// Reload replaces the keys, the revoked IDs, the normalizer's rules and the federate token, all at
+// the same moment.
 func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
 
 // SetReady sets whether the server is ready. Until it is ready, /healthz/ready answers 503 and
@@ -184,9 +186,11 @@ func (s *Server) ExternalHandler() http.Handler {
 	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.handleAuthorize)))
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Close the connection unless the handler has read the whole body and removes this header.
-		// On a kept connection net/http would read the rest of the body before it answers,
-		// outside our limits. An idle connection would also hold a place under maxConnections.
+		// By default, close the connection after the answer. A handler that has read the whole body
+		// removes this header to keep the connection. If the connection were kept while a part of
+		// the body is unread, net/http would read the rest before it answers, outside our limits.
+		// The connection of a client that was refused would also stay open and count toward
+		// maxConnections.
 		w.Header().Set("Connection", "close")
 		mux.ServeHTTP(w, r)
 	})
@@ -213,8 +217,8 @@ func (s *Server) InternalHandler() http.Handler {
 // the server has a Forwarder.
 func (s *Server) ForwardHandler() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
 
-// requireFederateTokenIfSet wraps h. It counts and times requests under handlerName, and refuses
-// requests without the federate token if one is configured.
+// requireFederateTokenIfSet wraps h. If a federate token is configured, it refuses requests that do
+// not send the token. It counts and times all requests under handlerName.
 func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) http.Handler {
 	return s.instrument(handlerName, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		token, _ := ParseBearer(r.Header.Get("Authorization"))
@@ -226,7 +230,8 @@ func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) h
 	}))
 }
 
-// loopbackPprofHandler serves profiles to peers with a loopback address, and refuses others.
+// loopbackPprofHandler serves the profiles of net/http/pprof to peers with a loopback address, and
+// answers 403 to all others.
 func loopbackPprofHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
@@ -244,9 +249,9 @@ func loopbackPprofHandler() http.Handler {
 	})
 }
 
-// servesNewestOfSite reports whether this server shows the newest samples of a site to every
-// scrape. A server without a ring does so for all sites. A member does so once it is ready, for the
-// sites that it owns.
+// servesNewestOfSite reports whether this server shows the newest samples of a site in every
+// scrape, even if the consumer has read them already. A server without a ring does so for all
+// sites. A member of a ring does so once it is ready, for the sites that it owns.
 func (s *Server) servesNewestOfSite(siteKey uint64) bool {
 	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.OwnsSite(siteKey)
 }

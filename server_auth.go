@@ -1,9 +1,9 @@
 package main
 
-// Authentication of requests. The server verifies tokens itself or asks the --authorize URL, and it
-// exchanges client tokens for upload tokens. An answer reveals nothing that an attacker does not
-// already know. A revoked token is refused from the next reload on. This file must not know of
-// samples.
+// This file authenticates requests. The server verifies tokens itself or asks the service at the
+// --authorize URL, and it exchanges client tokens for upload tokens. An answer reveals nothing that
+// an attacker does not already know. A token or cluster ID that is added to the file of
+// --revoked-file is refused from the next reload on. This file must not know of samples.
 
 import (
 	"errors"
@@ -14,21 +14,23 @@ import (
 	"strings"
 )
 
-// denyToken answers 401 and counts reason. text goes to the client, so it must not reveal anything
-// that an attacker does not already know.
+// denyToken answers 401 and counts the refusal under reason in telemeter_unauthorized_total. text
+// goes to the client, so it must not reveal anything that an attacker does not already know.
 func (s *Server) denyToken(w http.ResponseWriter, reason, text string) {
 	s.unauthorizedTotal.Inc(reason)
 	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", text))
 	http.Error(w, text, http.StatusUnauthorized)
 }
 
-// denyOtherClusterID answers 403 to a token that is for another cluster ID.
+// denyOtherClusterID answers 403 to a request whose token is for another cluster ID than the
+// request.
 func (s *Server) denyOtherClusterID(w http.ResponseWriter, text string) {
 	s.unauthorizedTotal.Inc("other_cluster")
 	http.Error(w, text, http.StatusForbidden)
 }
 
-// bearerOrDeny returns the bearer token of a request. Without one it answers 401 and returns false.
+// bearerOrDeny returns the bearer token of a request. If the request has none, it answers 401 and
+// returns false.
 func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text string, ok bool) {
 	text, ok = ParseBearer(r.Header.Get("Authorization"))
 	if !ok {
@@ -37,9 +39,9 @@ func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text stri
 	return text, ok
 }
 
-// authenticate returns the token of a request if it is valid and its kind is one of kinds.
-// Otherwise it answers 401 or 403 and returns false. If the query has an id, it must be the token's
-// cluster ID.
+// authenticate returns the token of a request if the token is valid and its kind is one of kinds.
+// Otherwise it answers 401 or 403 and returns false. If the query of the request has the parameter
+// id, its value must be the token's cluster ID.
 func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (t Token, ok bool) {
 	text, ok := s.bearerOrDeny(w, r)
 	if !ok {
@@ -67,9 +69,9 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	return t, false
 }
 
-// authenticateClient returns the client token of a request if it is valid. Otherwise it answers
-// with an error and returns false. The --authorize URL judges the token if one is configured; else
-// the server verifies it.
+// authenticateClient returns the client token of a request if the token is valid. Otherwise it
+// answers with an error and returns false. If an --authorize URL is configured, the service at that
+// URL decides whether the token is valid. Otherwise the server verifies the token itself.
 func (s *Server) authenticateClient(w http.ResponseWriter, r *http.Request) (Token, bool) {
 	if s.cfg.ExternalAuthorizer != nil {
 		return s.authorizeExternally(w, r)
@@ -114,9 +116,10 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// authorizeExternally asks the --authorize URL about the client token of a request. The returned
-// Token has the cluster ID of the query, the labels of the answer and a new token ID. If the push
-// is not permitted, it answers with an error and returns false.
+// authorizeExternally asks the service at the --authorize URL about the client token of a request.
+// The returned Token has the cluster ID of the request's query, the labels of the service's answer
+// and a new token ID. If the service does not permit the push or gives no valid answer, or if the
+// cluster ID is invalid or revoked, authorizeExternally answers with an error and returns false.
 func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
 	id := r.URL.Query().Get("id")
 	text, ok := s.bearerOrDeny(w, r)
@@ -155,7 +158,7 @@ func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t 
 	return t, true
 }
 
-// isRevokedClusterID reports whether the cluster ID itself is revoked.
+// isRevokedClusterID reports whether the cluster ID itself is revoked, and not just a token for it.
 func (s *Server) isRevokedClusterID(clusterID string) bool {
 	return s.state.Load().Revoked.IsRevoked(Token{ClusterID: clusterID})
 }

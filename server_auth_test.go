@@ -1,7 +1,8 @@
 package main
 
-// Authentication of requests: which tokens are refused and how, the exchange of a client token for
-// an upload token, and the series of a token's expiry.
+// Tests of how a server authenticates requests: which tokens it refuses and with which answer, how
+// it exchanges a client token for an upload token, and when it shows the series
+// telemeter_cluster_token_expiry_seconds of a site.
 
 import (
 	"encoding/json"
@@ -12,8 +13,8 @@ import (
 	"time"
 )
 
-// A request without a valid token is answered 401 with WWW-Authenticate and the reason. A valid
-// token for another cluster ID is answered 403.
+// The server answers a request without a valid token with 401, WWW-Authenticate and the reason. It
+// answers 403 if the token is valid but the query names another cluster ID than the token.
 func TestTokenRefused(t *testing.T) {
 	r := newAnswerRig(t)
 	revokedID := strings.Repeat("ab", 16)
@@ -59,16 +60,16 @@ func TestTokenRefused(t *testing.T) {
 	))
 }
 
-// authorizeAnswer is the body of the answer of /authorize.
+// authorizeAnswer is the decoded JSON body of an answer of /authorize.
 type authorizeAnswer struct {
 	Version, ExpiresInSeconds int
 	Token, Server             string
-	Time                      int64 // ms
+	Time                      int64 // server's time, in ms since the Unix epoch
 	Labels                    map[string]string
 }
 
-// authorize exchanges a client token for site-a, and returns the answer, which must have status
-// 200.
+// authorize sends a client token for site-a to /authorize, and returns the decoded answer. The test
+// fails at once if the status is not 200.
 func (r *srvRig) authorize(token string) (a authorizeAnswer) {
 	r.t.Helper()
 	got := r.do(srvRequest{method: "POST", url: r.external.URL + "/authorize?id=site-a", token: token})
@@ -79,7 +80,8 @@ func (r *srvRig) authorize(token string) (a authorizeAnswer) {
 }
 
 // /authorize answers with an upload token that is valid for an hour and has the cluster ID, labels
-// and token ID of the client token. The answer lists the labels that samples get.
+// and token ID of the client token. The answer also lists the labels that the server adds to the
+// site's samples. The label _id is always the cluster ID, even if the token has another _id.
 func TestAuthorize(t *testing.T) {
 	r := newSrvRig(t)
 	client := r.token(KindClient, "site-a", func(tok *Token) { tok.Labels = map[string]string{"region": "eu", "_id": "site-b"} })
@@ -102,7 +104,8 @@ func TestAuthorize(t *testing.T) {
 	}
 }
 
-// An upload token expires no later than its client token. From that time on both are refused.
+// An upload token expires no later than the client token from which /authorize made it. From the
+// time when the client token expires, the server refuses both tokens.
 func TestUploadTokenExpiry(t *testing.T) {
 	r := newSrvRig(t)
 	client := r.token(KindClient, "site-a", func(tok *Token) { tok.Expires = testNow.Unix() + 90 })
@@ -118,8 +121,8 @@ func TestUploadTokenExpiry(t *testing.T) {
 	}
 }
 
-// The first key of the server signs upload tokens. Tokens of an older key stay valid until the key
-// is removed.
+// The server signs upload tokens with the first of its keys. After a reload with a new first key,
+// tokens signed with an older key stay valid until a reload removes that key.
 func TestAuthorizeAfterKeyRotation(t *testing.T) {
 	r := newSrvRig(t)
 	client := r.token(KindClient, "site-a")
@@ -136,7 +139,8 @@ func TestAuthorizeAfterKeyRotation(t *testing.T) {
 	}
 }
 
-// A client token that never expires ends the expiry series of the site's earlier token.
+// If a site pushes with a client token that never expires, the server no longer shows the expiry of
+// the site's earlier client token.
 func TestExpiryEnds(t *testing.T) {
 	r := newSrvRig(t)
 	push := func(change ...func(*Token)) {

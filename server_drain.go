@@ -1,8 +1,8 @@
 package main
 
-// The end of a server. A stopping server keeps serving scrapes until its consumers have read all
-// samples, but only for a bounded time. It then logs the samples that are still unread. This file
-// must not know of signals, listeners or members.
+// This file drains a stopping server: the server keeps serving scrapes until its consumers have
+// read all samples that it holds, but only for a bounded time. Then it logs how many samples are
+// still unread. This file must not know of signals, listeners or members.
 
 import (
 	"context"
@@ -10,14 +10,14 @@ import (
 )
 
 const (
-	drainTimeout      = 75 * time.Second // less than the 90 s after which systemd kills a stopping service
+	drainTimeout      = 75 * time.Second // limit of the drain; less than the 90 s after which systemd kills a stopping service
 	drainConsumerIdle = 3 * time.Minute  // the drain does not wait for a consumer whose last scrape is older
 	drainPoll         = 250 * time.Millisecond
 )
 
-// WaitUntilRead returns when no push is in flight and every consumer that scraped within the last
-// three minutes has read all samples that this server holds. It also returns after drainTimeout, or
-// when ctx ends.
+// WaitUntilRead returns when no push is in flight and the consumers have read all samples that this
+// server holds. It waits only for consumers that scraped this server during the three minutes
+// before the call or later. It also returns after drainTimeout, or when ctx ends.
 func (s *Server) WaitUntilRead(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
@@ -38,8 +38,8 @@ func (s *Server) WaitUntilRead(ctx context.Context) {
 	}
 }
 
-// LogUnreadSamples logs how many samples each consumer has not read. An operator checks this log
-// before removing the storage directory.
+// LogUnreadSamples writes to the process log how many samples each consumer has not read. An
+// operator checks this before removing the storage directory.
 func (s *Server) LogUnreadSamples() {
 	unread := s.consumerBacklogs(time.Time{})
 	samples, consumers := int64(0), 0
@@ -61,20 +61,23 @@ func (s *Server) LogUnreadSamples() {
 	}
 }
 
-// consumerBacklog counts the samples of all sites that one consumer has not read.
+// consumerBacklog has the number of samples that one consumer has not read, and the number of sites
+// that these samples belong to.
 type consumerBacklog struct {
 	ConsumerSiteBacklog
 	sites int
 }
 
-// consumerBacklogs returns one entry for each consumer that has unread samples and scraped at or
-// after scrapedSince. A consumer is identified by its name and address. The zero scrapedSince also
-// includes consumers that have never scraped this server.
+// consumerBacklogs returns one entry for each consumer that has unread samples and scraped this
+// server at or after scrapedSince. If scrapedSince is the zero time, the result also has the
+// consumers that have never scraped this server. Consumers with the same name and address share an
+// entry.
 func (s *Server) consumerBacklogs(scrapedSince time.Time) (all []consumerBacklog) {
 	index := map[[2]string]int{}
 	for _, site := range s.cfg.Store.Stats().Sites {
 		for _, b := range site.Backlogs {
-			// A consumer without an address is known from clients only and never scraped this server.
+			// A consumer without an address has never scraped this server; only the client of the
+			// site has reported it.
 			if b.UnreadSamples == 0 || b.LastScrape.Before(scrapedSince) || b.Address == "" && !scrapedSince.IsZero() {
 				continue
 			}

@@ -1,7 +1,8 @@
 package main
 
-// The end of a server: how long it keeps serving, in virtual time; what it logs about unread
-// samples; and what signals do to real processes.
+// Tests of a server that stops: how long it keeps serving scrapes, in virtual time; what it logs
+// about samples that consumers have not read; and how real server processes react to SIGTERM and
+// SIGINT.
 
 import (
 	"context"
@@ -15,18 +16,20 @@ import (
 	"time"
 )
 
-// WaitUntilRead returns when every consumer that scraped lately has read all samples and no push is
-// in flight. It also returns after drainTimeout, and when its context ends.
+// WaitUntilRead returns when no push is in flight and every consumer that scraped within the last
+// three minutes has read all samples. It also returns after drainTimeout, and when its context
+// ends.
 func TestDrain(t *testing.T) {
-	scraped := func(r *srvRig, x *AnswerReadTracker) { // the consumer x was served, but has not confirmed
+	// The server has served a sample to the consumer x, but x has not scraped again to confirm it.
+	scraped := func(r *srvRig, x *AnswerReadTracker) {
 		r.hold("a", "up 1\n")
 		r.scrapeOn(x, "consumer=x")
 	}
 	for _, c := range []struct {
 		name   string
-		before func(r *srvRig, x *AnswerReadTracker) // if not nil
-		during func(r *srvRig, x *AnswerReadTracker) // runs beside WaitUntilRead, if not nil
-		cancel time.Duration                         // when the context ends; 0: never
+		before func(r *srvRig, x *AnswerReadTracker) // runs before WaitUntilRead; nil: nothing runs
+		during func(r *srvRig, x *AnswerReadTracker) // runs concurrently with WaitUntilRead; nil: nothing runs
+		cancel time.Duration                         // how long after the start the context of WaitUntilRead ends; 0: never
 		want   time.Duration
 	}{
 		{name: "no samples"},
@@ -105,8 +108,8 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// LogUnreadSamples logs one line for each consumer with unread samples, or one line that no sample
-// is unread or no consumer is known.
+// LogUnreadSamples logs one line for each consumer with unread samples. If there is no such
+// consumer, it logs one line: either that no sample is unread, or that no consumer is known.
 func TestLogUnread(t *testing.T) {
 	const unread = `msg="samples are unread; without a storage directory they are lost, except samples that a client still has in its spool" `
 	for _, c := range []struct {
@@ -127,7 +130,9 @@ func TestLogUnread(t *testing.T) {
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 			r.hold("b", "up 1\n")
-			time.Sleep(drainConsumerIdle + time.Second) // so long that WaitUntilRead would not wait
+			// Now the last scrapes of x and y are so old that WaitUntilRead would not wait for x
+			// and y.
+			time.Sleep(drainConsumerIdle + time.Second)
 		}, []string{unread + "consumer=x address=192.0.2.1 samples=1 sites=1", unread + "consumer=y address=192.0.2.1 samples=3 sites=2"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -150,20 +155,21 @@ func TestLogUnread(t *testing.T) {
 	}
 }
 
-// still reports whether the process runs.
+// still reports whether the process is still running.
 func (p *process) still() bool {
 	p.t.Helper()
 	return p.cmd.Process.Signal(syscall.Signal(0)) == nil
 }
 
-// ended waits until the process has ended by itself, and returns the exit status.
+// ended waits until the process exits by itself, without sending it a signal that has an effect. It
+// returns the exit status.
 func (p *process) ended() int {
 	p.t.Helper()
 	return p.end(syscall.Signal(0))
 }
 
-// uploadStatus pushes to the member on a new connection. It returns the status code, or 0 if the
-// member cannot be reached.
+// uploadStatus pushes text to the member's /upload on a new connection. It returns the status code
+// of the answer, or 0 if the request fails, as it does when the member no longer listens.
 func (m *memberProcess) uploadStatus(token, text string) int {
 	m.t.Helper()
 	http.DefaultClient.CloseIdleConnections()
@@ -180,7 +186,8 @@ func (m *memberProcess) uploadStatus(token, text string) int {
 	return resp.StatusCode
 }
 
-// scrape scrapes the member as the consumer central, and returns the values of the series up.
+// scrape sends one scrape of the consumer "central" to the member. It returns the values of the
+// series up in the answer, each followed by a space.
 func (m *memberProcess) scrape(scraper *http.Client) string {
 	m.t.Helper()
 	resp, err := scraper.Get(m.internal + "/federate?consumer=central")
@@ -197,8 +204,8 @@ func (m *memberProcess) scrape(scraper *http.Client) string {
 
 const drainingMessage = "waiting until consumers have read their samples, before stopping"
 
-// checkDraining waits until the member drains. It then checks that the member refuses pushes, is
-// still listed in /sd, and runs.
+// checkDraining waits until the member logs that it is draining. It then checks that the member
+// refuses pushes, is still listed in its own /sd, and is still running.
 func (m *memberProcess) checkDraining(t *testing.T, token string) {
 	t.Helper()
 	m.await(drainingMessage)
@@ -214,9 +221,9 @@ func (m *memberProcess) checkDraining(t *testing.T, token string) {
 	}
 }
 
-// At SIGTERM a server stops accepting pushes and serves its consumers until they have read all
-// samples. SIGINT, or a second signal, ends it at once. It exits with 0, logs which samples are
-// unread, and serves these when it starts again.
+// On SIGTERM a server stops accepting pushes, but it serves its consumers until they have read all
+// samples. SIGINT, or a second signal, ends the server at once. In each case the server exits with
+// 0 and logs which samples are unread. It serves the unread samples after a restart.
 func TestServerLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -227,10 +234,10 @@ func TestServerLeaves(t *testing.T) {
 	)
 	for _, c := range []struct {
 		name    string
-		scrapes int              // before the first signal
-		signals []syscall.Signal // one or two
+		scrapes int              // scrapes of the consumer before the first signal
+		signals []syscall.Signal // signals sent to the server, one or two
 		reads   bool             // the consumer scrapes once more while the server drains
-		want    string           // in the log
+		want    string           // text that the server's log must contain at the end
 	}{
 		{"no consumer", 0, []syscall.Signal{syscall.SIGTERM}, false, `msg="no consumer is known, so no sample has been read" samples=1`},
 		{"all read", 2, []syscall.Signal{syscall.SIGTERM}, false, read},
@@ -279,8 +286,9 @@ func TestServerLeaves(t *testing.T) {
 	}
 }
 
-// tokenOfSiteOf finds a site that owner owns, and returns a token of that site. It sends owner a
-// push of one site after the other, until owner shows the sample.
+// tokenOfSiteOf returns a token of a site that the member owner owns. It pushes to owner for one
+// new site after the other, until owner is the member that shows the site's sample. members are all
+// members of the ring.
 func tokenOfSiteOf(t *testing.T, dir string, owner *memberProcess, members ...*memberProcess) string {
 	t.Helper()
 	for i := 0; ; i++ {
@@ -295,8 +303,9 @@ func tokenOfSiteOf(t *testing.T, dir string, owner *memberProcess, members ...*m
 	}
 }
 
-// A member that leaves hands its sites to the other members at once. Until its consumers have read
-// its samples, it stays in /sd of all members and serves scrapes. Then it exits and counts as left.
+// A member that leaves the ring hands its sites to the other members at once. Until its consumers
+// have read its samples, the leaving member stays in /sd of all members and serves scrapes. Then it
+// exits, and the other members show its state as "left".
 func TestMemberLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")

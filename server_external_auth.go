@@ -1,9 +1,9 @@
 package main
 
-// External authorization: the service at the --authorize URL decides whether a client token may
-// push for a cluster ID. Only a complete and valid answer counts as permission. The number of
-// requests in flight and the size of answers are bounded. The token is sent to that URL and nowhere
-// else.
+// This file implements external authorization: the service at the --authorize URL decides whether a
+// client token may push for a cluster ID. Only a complete and valid answer counts as permission.
+// The number of requests in flight and the size of answers are bounded. The server sends the token
+// to that URL and nowhere else.
 
 import (
 	"bytes"
@@ -17,18 +17,19 @@ import (
 )
 
 const (
-	maxAuthorizing     = 32       // requests in flight
-	maxAuthorizeAnswer = 64 << 10 // bytes
+	maxAuthorizing     = 32       // requests to the authorization service in flight at a time
+	maxAuthorizeAnswer = 64 << 10 // bytes of the body of an answer; a larger body is an error
 )
 
 var (
-	// errNotAuthorized means that the service answered 401: it refuses the token.
+	// errNotAuthorized means that the authorization service answered 401: it refuses the token.
 	errNotAuthorized = errors.New("the token was refused by the authorization service")
-	// errOtherClusterID means that the service answered 403: it refuses the token for this cluster ID.
+	// errOtherClusterID means that the authorization service answered 403: it refuses the token for
+	// this cluster ID.
 	errOtherClusterID = errors.New("the authorization service refused this token for this cluster ID")
 )
 
-// ExternalAuthorizer asks the service at one URL. It is safe for concurrent use.
+// ExternalAuthorizer asks the authorization service at one URL. It is safe for concurrent use.
 type ExternalAuthorizer struct {
 	url      *url.URL
 	client   *http.Client
@@ -41,11 +42,11 @@ func NewExternalAuthorizer(u *url.URL, client *http.Client) *ExternalAuthorizer 
 	return &ExternalAuthorizer{u, client, newSemaphore(maxAuthorizing)}
 }
 
-// Authorize asks the service whether token may push for clusterID. The request has the form of this
-// program's own /authorize: the cluster ID in the query and the token in the header. Any 2xx status
-// permits the push; if the body is a JSON object, its labels are returned. The error wraps
-// errNotAuthorized or errOtherClusterID if the service refused. Any other error means that there is
-// no valid answer.
+// Authorize asks the authorization service whether token may push for clusterID. The request has
+// the form of a request to this program's own /authorize: the cluster ID in the query and the token
+// in the header Authorization. An answer with any 2xx status permits the push. If its body is a
+// JSON object, Authorize returns the labels in the object. If the service refused, the error wraps
+// errNotAuthorized or errOtherClusterID. Any other error means that there was no valid answer.
 func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token string) (labels map[string]string, err error) {
 	if !a.requests.TryAcquire() {
 		return nil, errors.New("too many requests to the authorization service are in flight")
@@ -76,9 +77,10 @@ func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token str
 	return readAuthorizedLabels(resp.Body)
 }
 
-// readAuthorizedLabels reads the labels from the body of a 2xx answer. A body that is not a JSON
-// object adds no labels. A body that cannot be read whole is an error, and permits nothing, because
-// its labels may be what separates tenants.
+// readAuthorizedLabels returns the labels in the body of a 2xx answer. A body that does not begin
+// with { has no labels, which is not an error. It is an error if the body cannot be read
+// completely, is larger than maxAuthorizeAnswer, or begins with { but is not valid JSON. The push
+// is then not permitted, because the labels that cannot be read may be what keeps tenants apart.
 func readAuthorizedLabels(r io.Reader) (map[string]string, error) {
 	body, err := io.ReadAll(io.LimitReader(r, maxAuthorizeAnswer+1))
 	if err != nil {

@@ -1,6 +1,7 @@
 package main
 
-// External authorization: the service at the --authorize URL decides about client tokens.
+// Tests of external authorization: the server asks the service at the --authorize URL whether a
+// client token may push for a cluster ID.
 
 import (
 	"encoding/json"
@@ -15,11 +16,13 @@ import (
 	"time"
 )
 
-// externalAuthToken is the client token that the tests send.
+// externalAuthToken is the client token that these tests send to /authorize. The server cannot
+// verify it itself, so it must ask the service at the --authorize URL.
 const externalAuthToken = "opaque~token"
 
-// newExternalAuthRig returns a server with an --authorize URL. The service at that URL chooses its
-// answer by the cluster ID: see the cases. The cluster ID "gone" is revoked on the server itself.
+// newExternalAuthRig returns a server with an --authorize URL, and starts the service at that URL.
+// The service chooses its answer by the cluster ID, such as "code-403" for the status 403. The
+// server itself has revoked the cluster ID "gone".
 func newExternalAuthRig(t *testing.T) *srvRig {
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		t.Error("the server followed a redirect, with the token")
@@ -75,14 +78,16 @@ func newExternalAuthRig(t *testing.T) *srvRig {
 	return r
 }
 
-// authorizeExternally sends the client token to /authorize for a cluster ID.
+// authorizeExternally sends externalAuthToken to the server's /authorize, with the cluster ID id in
+// the query.
 func (r *srvRig) authorizeExternally(id string) srvAnswer {
 	r.t.Helper()
 	return r.do(srvRequest{method: "POST", url: r.external.URL + "/authorize?id=" + url.QueryEscape(id), token: externalAuthToken})
 }
 
-// If the service answers 2xx, /authorize returns an upload token for the cluster ID. Samples get
-// the labels of the service's answer, but never its _id.
+// If the authorization service answers with a 2xx status, /authorize returns an upload token for
+// the cluster ID. The server adds the labels in the service's answer to the site's samples, but it
+// ignores the label _id. An answer that is not a JSON object adds no labels.
 func TestExternalAuthAccepted(t *testing.T) {
 	r := newExternalAuthRig(t)
 	for id, labels := range map[string]map[string]string{
@@ -99,9 +104,10 @@ func TestExternalAuthAccepted(t *testing.T) {
 	}
 }
 
-// The server passes on a refusal of the service, and answers 503 if the service gives no valid
-// answer. An answer whose labels cannot be read is not valid, because the labels may be what
-// separates tenants.
+// If the authorization service answers 401 or 403, the server answers with the same status. If the
+// service gives no valid answer, the server answers 503. An answer that cannot be read whole, or
+// has invalid labels, is not valid, because its labels may be what separates tenants. The server
+// answers an invalid cluster ID with 400 and a revoked one with 401.
 func TestExternalAuthRefused(t *testing.T) {
 	r := newExternalAuthRig(t)
 	for id, want := range map[string]int{
@@ -122,8 +128,8 @@ func TestExternalAuthRefused(t *testing.T) {
 	}
 }
 
-// With an --authorize URL, /upload accepts no client token, not even one that a key of this server
-// has signed.
+// A server with an --authorize URL accepts only upload tokens at /upload. It refuses every client
+// token there with 401, even a client token that is signed with one of its own keys.
 func TestExternalAuthUpload(t *testing.T) {
 	r := newExternalAuthRig(t)
 	for _, token := range []string{externalAuthToken, r.token(KindClient, "labels")} {

@@ -1,9 +1,9 @@
 package main
 
-// GET /federate of a server: scrapes with and without a consumer's name, and the server's own
-// series about each site. A scrape never fails because of one site's samples. Samples are served
-// again until something proves that the consumer received them. This file must not know of pushes
-// or of how samples are stored.
+// This file answers GET /federate of a server: scrapes with and without a consumer's name, and the
+// server's own series about each site. A scrape never fails because of the samples of one site. A
+// consumer gets unread samples again until a later request on the same connection proves that it
+// received them. This file must not know of pushes or of how samples are stored.
 
 import (
 	"errors"
@@ -18,24 +18,24 @@ import (
 	"time"
 )
 
-// keepsOnlyFirst matches the User-Agent of scrapers that must not get several samples of a series
-// in one scrape. Prometheus 2.52.0 to 2.53.2 and 2.54.0 keep only the first of several samples.
-// VictoriaMetrics and vmagent mark a series as stale if one scrape has two samples of the series
-// and the next scrape has one.
+// keepsOnlyFirst matches the User-Agent of scrapers that must not get several samples of one series
+// in one scrape. Prometheus 2.52.0 to 2.53.2 and 2.54.0 keep only the first of several samples of a
+// series. VictoriaMetrics and vmagent mark a series as stale if one scrape has two samples of the
+// series and the next scrape has one.
 var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)|vm_promscrape)\b`)
 
 // federateConfig configures a federateHandler.
 type federateConfig struct {
 	Store        *Store
 	Sites        *SitePushLimiter
-	Owned        func(hash uint64) bool // reports whether to show the newest samples of a site; see AllSitesReader
+	Owned        func(hash uint64) bool // reports whether to show the newest samples of the site with this key; see AllSitesReader
 	Revoked      func(id string) bool   // reports whether a cluster ID is revoked
 	Name         string                 // name of this server
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
-	MaxSampleAge time.Duration // how long the newest sample of a series, and a site's clock offset, are shown
-	LimitScrape  int           // samples in one scrape; 0 = no limit
+	MaxSampleAge time.Duration // how old the newest sample of a series, or the clock offset of a site, may be to be shown
+	LimitScrape  int           // maximum samples in one scrape; 0 = no limit
 }
 
 // federateHandler answers GET /federate. It is safe for concurrent use.
@@ -70,9 +70,10 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	}
 }
 
-// ServeHTTP answers a scrape. A scrape with a consumer's name gets the samples that the consumer
-// has not read, and the newest samples if there is room. Any other scrape gets only the newest
-// sample of each series. Both get the server's own series about each site.
+// ServeHTTP answers a scrape. A GET request with a consumer's name gets the samples that the
+// consumer has not read. If the limit leaves room, it also gets the newest sample of each series.
+// Any other request gets only the newest sample of each series. Every answer also has the server's
+// own series about each site.
 func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	q, err := url.ParseQuery(r.URL.RawQuery)
@@ -86,8 +87,9 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var families []Family
-	var session *ConsumerSession // nil if the scrape has no consumer's name
-	// A HEAD request must not move a cursor, because its sender never sees the samples.
+	var session *ConsumerSession // nil for a HEAD request, and for a scrape without a consumer's name
+	// A HEAD request must not move a consumer's cursor, because the sender of a HEAD request gets
+	// no samples.
 	if q.Has("consumer") && r.Method == http.MethodGet {
 		if session, err = h.beginScrape(r, q); err != nil {
 			refuseConsumer(w, err)
@@ -111,8 +113,8 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// refuseConsumer answers a scrape whose consumer's name is invalid, or whose consumer cannot be
-// added because too many are known.
+// refuseConsumer answers a scrape with 400 if the consumer's name is invalid. It answers 503 if the
+// consumer cannot be added because too many consumers are known.
 func refuseConsumer(w http.ResponseWriter, err error) {
 	status := http.StatusBadRequest
 	if errors.Is(err, ErrConsumers) {
@@ -122,8 +124,8 @@ func refuseConsumer(w http.ResponseWriter, err error) {
 	http.Error(w, "consumer: "+err.Error(), status)
 }
 
-// takeUnreadAndNewest returns the samples that a consumer has not read, up to the limit on its
-// scrape, and marks them as served. If there is room, it adds the newest sample of each series of
+// takeUnreadAndNewest returns samples that a consumer has not read, up to the limit on its scrape,
+// and marks them as served. If the limit leaves room, it adds the newest sample of each series of
 // the sites that this server owns.
 func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
@@ -135,7 +137,8 @@ func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.
 	return families
 }
 
-// newestSamples returns the newest sample of each series, up to the limit on a scrape.
+// newestSamples returns the newest sample of each series of the sites that this server owns, up to
+// the limit on a scrape.
 func (h *federateHandler) newestSamples(match Selectors) []Family {
 	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcherOrNil())
 	if truncated {
@@ -145,8 +148,8 @@ func (h *federateHandler) newestSamples(match Selectors) []Family {
 	return families
 }
 
-// write writes families in the escaping and compression that the scraper asks for. An error means
-// that the connection failed.
+// write writes families to the scraper, with the escaping and compression that the scraper asks
+// for. An error means that the connection failed.
 func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families []Family) error {
 	escaping := NegotiateEscaping(r.Header.Get("Accept"))
 	w.Header().Set("Content-Type", escaping.ContentType())
@@ -161,8 +164,8 @@ func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families
 }
 
 // beginScrape begins the scrape of a consumer. A consumer is identified by its name, its IP address
-// and its selectors, in any order. beginScrape also logs when the consumer's previous scrape was
-// not confirmed. The error is for the scraper.
+// and its match[] selectors, whose order does not matter. beginScrape also logs it if the
+// consumer's previous scrape was not confirmed. The text of the error goes to the scraper.
 func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerSession, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
@@ -174,7 +177,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	}
 	conn, viaProxy := TrackerIfPreviousAnswerRead(r), isProxied(r.Header)
 	if viaProxy {
-		conn = &AnswerReadTracker{} // equals no other connection, so the scrape confirms nothing
+		conn = &AnswerReadTracker{} // a new tracker stands for a connection never seen before, so this scrape does not confirm the previous one
 	}
 	selectors := slices.Sorted(slices.Values(q["match[]"]))
 	now, log := h.cfg.Now(), h.cfg.Log.With("consumer", name, "remote", r.RemoteAddr)
@@ -182,8 +185,8 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	if err != nil {
 		return nil, err
 	}
-	// Save the consumer before it is served anything, so that a crash cannot forget that this
-	// consumer still has to read.
+	// Save the consumer before it is served anything, so that after a crash this server still knows
+	// that the consumer has samples to read.
 	h.cfg.Store.SaveConsumers()
 	if viaProxy && session.MarkConsumerProxied() {
 		log.Warn("the consumer scrapes through a proxy, which cannot confirm that samples arrived, so the same samples are served again; make the consumer scrape this server directly")
@@ -193,7 +196,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 		h.repeated.Inc()
 		level := slog.LevelInfo
 		if unconfirmed > 1 {
-			level = slog.LevelDebug // the warning below reports their number
+			level = slog.LevelDebug // the warning below reports the number of unconfirmed scrapes
 		}
 		log.Log(r.Context(), level, "the consumer's previous scrape is not confirmed, so its samples are served again")
 	}
@@ -203,8 +206,9 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 	return session, nil
 }
 
-// isProxied reports whether headers show that a request came through a proxy. Such a request proves
-// nothing, because a proxy can read an answer to its end without passing it on.
+// isProxied reports whether the headers of a request show that it came through a proxy. Such a
+// request does not prove that the consumer received the previous answer, because a proxy can read
+// an answer to its end without passing it on.
 func isProxied(h http.Header) bool {
 	for _, name := range []string{"Via", "Forwarded", "X-Forwarded-For"} {
 		if _, ok := h[name]; ok {
@@ -214,11 +218,11 @@ func isProxied(h http.Header) bool {
 	return false
 }
 
-// scraperTimeout returns the timeout that a scraper announces in its headers. It returns 0 if there
-// is none, if it is invalid, or if it is longer than an hour.
+// scraperTimeout returns the timeout that a scraper announces in its headers. It returns 0 if the
+// scraper announces no timeout, an invalid timeout, or a timeout of more than an hour.
 func scraperTimeout(h http.Header) time.Duration {
 	s, err := strconv.ParseFloat(h.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64)
-	if err != nil || !(s > 0 && s <= 3600) { // this form also refuses NaN
+	if err != nil || !(s > 0 && s <= 3600) { // this form of the condition is also true for NaN
 		return 0
 	}
 	return time.Duration(s * float64(time.Second))
@@ -229,13 +233,13 @@ func scraperTimeout(h http.Header) time.Duration {
 func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {
-		if h.cfg.Revoked(id) { // a revoked site is silent on purpose
+		if h.cfg.Revoked(id) { // a revoked site is silent on purpose, so alerts must not see its series
 			return
 		}
 		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(h.cfg.Name)},
 			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
 		if match.MatchOrEmpty(r.Name, r.Labels) {
-			p.Add(&r) // cannot fail: these names and the ID of an authenticated site are valid
+			p.Add(&r) // cannot fail, because these names and the cluster ID of an authenticated site are valid
 		}
 	}
 	for _, site := range h.cfg.Store.Stats().Sites {
@@ -254,7 +258,7 @@ func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 		if a.TokenExpiry > 0 {
 			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(a.TokenExpiry))
 		}
-		if h.cfg.Now().Sub(a.ClockOffsetAt) <= h.cfg.MaxSampleAge { // later the site may push to another server
+		if h.cfg.Now().Sub(a.ClockOffsetAt) <= h.cfg.MaxSampleAge { // an older offset may be wrong, because the site may push to another server by now
 			add(ClusterNamePrefix+"clock_offset_seconds", id, a.ClockOffset.Seconds())
 		}
 	})

@@ -1,7 +1,8 @@
 package main
 
-// /federate with a consumer's name: which requests are refused, which requests confirm the previous
-// scrape, what is logged about scrapes that nothing confirms, and what old scrapers get.
+// Tests of /federate with a consumer's name in the query: which scrapes the server refuses, which
+// requests confirm the consumer's previous scrape, what the server logs about scrapes that no
+// request confirms, and what it serves to scrapers that need one sample of each series per scrape.
 
 import (
 	"fmt"
@@ -13,9 +14,9 @@ import (
 	"time"
 )
 
-// A scrape is confirmed only by the next GET of the same consumer on the same connection. A
-// consumer is its name and its match[]. HEAD requests, refused requests and requests on other
-// connections confirm nothing.
+// A consumer's scrape is confirmed only by the next GET request of the same consumer on the same
+// connection. A consumer is identified by its name, its IP address and its match[] selectors. HEAD
+// requests, refused requests and requests on other connections confirm nothing.
 func TestFederateConfirms(t *testing.T) {
 	r := newConsumerRig(t)
 	a, b := scraperOf(t), scraperOf(t)
@@ -26,11 +27,11 @@ func TestFederateConfirms(t *testing.T) {
 		want   string
 	}{
 		{a, "consumer=x", "1 2 "},
-		{b, "consumer=x", "1 2 "},            // another connection
-		{a, "consumer=y", "1 2 "},            // another consumer on the same connection
-		{b, "consumer=x&match[]=up", "1 2 "}, // another match[] is another consumer
+		{b, "consumer=x", "1 2 "},            // confirms nothing: another connection than in the first step
+		{a, "consumer=y", "1 2 "},            // confirms nothing of x: another consumer on the same connection
+		{b, "consumer=x&match[]=up", "1 2 "}, // confirms nothing of the first consumer x: another match[] makes another consumer
 		{a, "", "2 "},
-		{a, "consumer=x", "2 "}, // confirms the first step: only the newest sample is served again
+		{a, "consumer=x", "2 "}, // confirms the first step, so only the newest sample is served again
 	} {
 		if got := r.ups(step.client, step.query, ""); got != step.want {
 			t.Errorf("step %d, %s: got %q, want %q", i, step.query, got, step.want)
@@ -61,16 +62,17 @@ func TestFederateConfirms(t *testing.T) {
 	}
 }
 
-// A request confirms nothing if a part of it arrived before the previous answer was written to its
-// end. The next request after a complete answer confirms as usual.
+// A consumer's request does not confirm the previous scrape if the server received a part of the
+// request before it had written the last byte of the previous answer. A later request that begins
+// after a complete answer confirms that answer.
 func TestFederatePipelined(t *testing.T) {
 	const get = "GET /federate?consumer=x HTTP/1.1\r\nHost: x\r\n\r\n"
 	for _, test := range []struct {
 		name   string
-		first  string // sent at the beginning
-		during string // sent before the end of the first answer is written
-		then   string // sent after the first answer has been read
-		want   string // values in the second answer
+		first  string // text that the consumer sends at the beginning
+		during string // text that the consumer sends before the server writes the end of the first answer
+		then   string // text that the consumer sends after it has read the first answer
+		want   string // values of the series up in the second answer
 	}{
 		{"after the answer", get, "", get, "3 "},
 		{"both at once", get + get, "", "", "1 2 3 "},
@@ -107,7 +109,8 @@ func TestFederatePipelined(t *testing.T) {
 			r.pushUps(3)
 			conn.send(test.during)
 			c := (<-first).Context().Value(connTrackerKey{}).(*AnswerReadTracker)
-			first <- nil // fills the channel again, so that later requests do not wait
+			// The channel first is now full again, so that r.during does not stop later requests.
+			first <- nil
 			eventually(t, "the server has read what was sent during the answer", func() bool {
 				c.mu.Lock()
 				defer c.mu.Unlock()
@@ -129,8 +132,9 @@ func TestFederatePipelined(t *testing.T) {
 	}
 }
 
-// A request through a proxy confirms nothing, and no request confirms its answer, because a proxy
-// can read an answer without passing it on. Each such consumer is logged once.
+// A scrape through a proxy does not confirm the consumer's previous scrape, and no later request
+// confirms a scrape through a proxy, because a proxy can read an answer without passing it on. The
+// server logs one warning for each consumer that scrapes through a proxy.
 func TestFederateProxied(t *testing.T) {
 	for _, header := range [][]string{{"Via", "1.1 proxy"}, {"Forwarded", "for=10.0.0.1"}, {"X-Forwarded-For", "10.0.0.1"}, {"x-forwarded-for", ""}} {
 		r := newConsumerRig(t)
@@ -153,8 +157,8 @@ func TestFederateProxied(t *testing.T) {
 	}
 }
 
-// checkUnconfirmed checks the gauge of unconfirmed scrapes. Each of want is a quoted consumer's
-// name and a value.
+// checkUnconfirmed checks the values of the gauge telemeter_consumer_unconfirmed_scrapes. Each
+// element of want is the name of a consumer in quotes, a space, and the value for this consumer.
 func (r *consumerRig) checkUnconfirmed(t *testing.T, want ...string) {
 	t.Helper()
 	var got []string
@@ -168,7 +172,7 @@ func (r *consumerRig) checkUnconfirmed(t *testing.T, want ...string) {
 	}
 }
 
-// checkWarnings checks how many warnings the server has logged so far.
+// checkWarnings checks that the process log contains exactly want warnings so far.
 func (r *consumerRig) checkWarnings(want int) {
 	r.t.Helper()
 	if n := strings.Count(r.log.String(), "level=WARN"); n != want {
@@ -176,8 +180,9 @@ func (r *consumerRig) checkWarnings(want int) {
 	}
 }
 
-// After three consecutive scrapes that nothing confirmed, a warning is logged, and then one an
-// hour. Confirmed scrapes end that, and later unconfirmed scrapes are warned about again.
+// The server logs a warning when three consecutive scrapes of a consumer were not confirmed, and
+// then at most one warning an hour. A confirmed scrape resets the count. Three more unconfirmed
+// scrapes lead to a new warning, even within the hour.
 func TestUnconfirmedWarnings(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
@@ -194,7 +199,7 @@ func TestUnconfirmedWarnings(t *testing.T) {
 	r.checkWarnings(2)
 	client := scraperOf(t)
 	r.ups(client, "consumer=x", "")
-	r.ups(client, "consumer=x", "") // confirms the scrape
+	r.ups(client, "consumer=x", "") // confirms the previous scrape on this connection
 	for range 5 {
 		r.pushUps(1)
 		r.ups(scraperOf(t), "consumer=x", "")
@@ -202,9 +207,10 @@ func TestUnconfirmedWarnings(t *testing.T) {
 	r.checkWarnings(3)
 }
 
-// A gauge counts the consecutive unconfirmed scrapes of each consumer. A confirmed scrape resets
-// it. Consumers that differ only in match[] share one series with the highest of their counts. The
-// series ends when the consumer is forgotten.
+// The gauge telemeter_consumer_unconfirmed_scrapes counts the consecutive unconfirmed scrapes of
+// each consumer. A confirmed scrape resets the count to 0. Consumers that differ only in match[]
+// share one series, which shows the highest of their counts. The series disappears when the server
+// forgets the consumer.
 func TestUnconfirmedGauge(t *testing.T) {
 	r := newConsumerRig(t)
 	r.checkUnconfirmed(t)
@@ -220,14 +226,15 @@ func TestUnconfirmedGauge(t *testing.T) {
 	client := scraperOf(t)
 	r.ups(client, "consumer=x", "")
 	r.checkUnconfirmed(t, `"x" 4`, `"y" 1`)
-	r.ups(client, "consumer=x", "") // confirms the scrape
+	r.ups(client, "consumer=x", "") // confirms the previous scrape on this connection
 	r.checkUnconfirmed(t, `"x" 0`, `"y" 1`)
 	r.clock.Add(int64(consumerIdle + time.Minute))
 	r.store.Consumers.DropIdle(r.now())
 	r.checkUnconfirmed(t)
 }
 
-// A scrape with an invalid consumer's name or match[] is answered 400, and no consumer is added.
+// The server answers 400 to a scrape with an invalid consumer's name or an invalid match[], and
+// does not add the consumer to the known consumers.
 func TestFederateBadConsumer(t *testing.T) {
 	r := newConsumerRig(t)
 	client := scraperOf(t)
@@ -245,8 +252,9 @@ func TestFederateBadConsumer(t *testing.T) {
 	}
 }
 
-// A new consumer beyond the limit is answered 503 with Retry-After. Known consumers are still
-// served. A consumer that has not scraped for a day makes room.
+// When MaxConsumers consumers are known, the server answers 503 with Retry-After to a new consumer,
+// but still serves the known consumers. The server forgets a consumer that has not scraped for a
+// day, and a new consumer can then take its place.
 func TestFederateTooManyConsumers(t *testing.T) {
 	r := newConsumerRig(t)
 	client := scraperOf(t)
@@ -271,9 +279,10 @@ func TestFederateTooManyConsumers(t *testing.T) {
 	}
 }
 
-// Versions of Prometheus that keep only the first of several samples of a series get one sample of
-// each series in a scrape, and so get all samples over time. The same holds for scrapers of
-// VictoriaMetrics, which would mark the series as stale.
+// Some versions of Prometheus keep only the first of several samples of a series in one scrape.
+// Scrapers of VictoriaMetrics mark a series as stale if one scrape has two samples of it and the
+// next scrape has one. The server therefore serves both kinds of scrapers at most one sample of
+// each series in a scrape. They get the other samples in later scrapes.
 func TestFederateOldScrapers(t *testing.T) {
 	for agent, single := range map[string]bool{
 		"Prometheus/2.42.0": false, "Prometheus/2.51.2": false,
@@ -297,8 +306,9 @@ func TestFederateOldScrapers(t *testing.T) {
 	}
 }
 
-// A consumer whose match[] selects few of the samples gets every selected sample, once and in
-// order. The limit on a scrape counts samples before selection, so that some answers may be empty.
+// A consumer whose match[] selects only a few of the samples gets each selected sample once and in
+// order. --limit-scrape counts the samples before match[] selects, so some answers may contain no
+// samples.
 func TestFederateSelective(t *testing.T) {
 	r := newConsumerRig(t, func(_ *StoreConfig, c *ServerConfig) { c.LimitScrape = 7 })
 	client := scraperOf(t)

@@ -1,7 +1,8 @@
 package main
 
-// /federate without a consumer's name: the newest samples, selectors, escaping, limits, and the
-// series that the server itself makes for each site.
+// Tests of /federate without a consumer's name in the query: the newest sample of each series,
+// match[], escaping, limits, and the series that the server itself makes for each site. The last
+// tests also compare the answers of several servers of a ring.
 
 import (
 	"fmt"
@@ -15,9 +16,10 @@ import (
 	"time"
 )
 
-// newFederateRig returns a server with samples of two sites. site-a pushed two samples of up, a
-// sample that is older than --max-sample-age, and a series with UTF-8 names. site-b pushed with a
-// client token that expires in 1,000 s, and had a push refused.
+// newFederateRig returns a server with samples of two sites. site-a has pushed two samples of the
+// series up, a sample that is older than --max-sample-age, and a series with UTF-8 names. site-b
+// has pushed with a client token that expires in 1,000 s, and the server has refused a second push
+// of site-b.
 func newFederateRig(t *testing.T) *srvRig {
 	r := newSrvRig(t)
 	ms := testNow.UnixMilli()
@@ -28,8 +30,9 @@ func newFederateRig(t *testing.T) *srvRig {
 	return r
 }
 
-// A scrape serves the newest sample of each series that is not older than --max-sample-age, and the
-// server's own series about each site, sorted by name.
+// A scrape without a consumer's name gets the newest sample of each series, unless the sample is
+// older than --max-sample-age. It also gets the server's own series about each site. The metric
+// families are sorted by name.
 func TestFederate(t *testing.T) {
 	r := newFederateRig(t)
 	ms := testNow.UnixMilli()
@@ -49,12 +52,15 @@ func TestFederate(t *testing.T) {
 	r.parsed("")
 }
 
-// match[] selects series by the names and labels before escaping. Several match[] are alternatives.
+// A match[] selects series by their names and labels before escaping. If a query has several
+// match[], a series is served if one of them selects it.
 func TestFederateMatch(t *testing.T) {
 	r := newFederateRig(t)
 	for _, c := range []struct {
 		query, accept string
-		names         string // of the lines served; for a UTF-8 name, what the braces contain
+		// names has the metric names of the lines served, sorted. For a line with a UTF-8 metric
+		// name it has the text between the braces.
+		names string
 	}{
 		{"match[]=up", "", "up up"},
 		{`match[]=up{_id="site-b"}`, "", "up"},
@@ -79,7 +85,8 @@ func TestFederateMatch(t *testing.T) {
 	}
 }
 
-// A query that is malformed or has an invalid match[] is answered 400 with the reason.
+// The server answers 400 with the reason if the query of a scrape is malformed or has an invalid
+// match[].
 func TestFederateBadQuery(t *testing.T) {
 	r := newSrvRig(t)
 	for query, reason := range map[string]string{
@@ -93,8 +100,8 @@ func TestFederateBadQuery(t *testing.T) {
 	}
 }
 
-// The answer has the escaping that the Accept header asks for, and is compressed if the scraper
-// accepts gzip.
+// The answer to a scrape uses the escaping of names that the Accept header asks for. It is
+// compressed with gzip if the scraper accepts gzip.
 func TestFederateNegotiation(t *testing.T) {
 	r := newFederateRig(t)
 	for _, c := range []struct{ accept, contentType string }{
@@ -110,8 +117,8 @@ func TestFederateNegotiation(t *testing.T) {
 	}
 }
 
-// Samples older than --max-sample-age are no longer shown. The push times stay, so that alerts find
-// the silent site.
+// The server no longer shows a sample when it gets older than --max-sample-age. It still shows
+// push_time_seconds of the site, so that alerts can find a site that no longer pushes.
 func TestFederateMaxSampleAge(t *testing.T) {
 	r := newFederateRig(t)
 	r.clock.Store(int64(11 * time.Minute))
@@ -123,8 +130,9 @@ func TestFederateMaxSampleAge(t *testing.T) {
 	}
 }
 
-// Scrapes that meet --limit-scrape begin with different sites, so that each site gets its share of
-// them. Each such scrape is counted as truncated.
+// A scrape without a consumer's name gets at most --limit-scrape samples. If there are more
+// samples, the next scrape begins with other sites, so that each site gets its share of the
+// scrapes. Each scrape that leaves out samples is counted as truncated.
 func TestScrapeLimit(t *testing.T) {
 	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.LimitScrape = 50 })
 	var text strings.Builder
@@ -153,8 +161,9 @@ func TestScrapeLimit(t *testing.T) {
 	}
 }
 
-// A revoked site has no push times and no failure times any more, because it is silent on purpose.
-// Its samples, and the series of other sites, are still served.
+// The server shows no push_time_seconds and no push_failure_time_seconds of a revoked site, because
+// a revoked site is silent on purpose. It still serves the samples of the revoked site and the
+// series of other sites.
 func TestFederateRevoked(t *testing.T) {
 	r := newConsumerRig(t)
 	for _, id := range []string{"gone", "stays"} {
@@ -185,12 +194,14 @@ func TestFederateRevoked(t *testing.T) {
 	}
 }
 
-// failingWriter is the ResponseWriter of a connection that has failed.
+// failingWriter is the ResponseWriter of an answer whose connection has failed. Each Write returns
+// an error.
 type failingWriter struct{ http.ResponseWriter }
 
 func (failingWriter) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
-// An answer whose connection fails is counted, and does not count as written in time.
+// The server counts an answer to a scrape whose connection fails as cut off. Such an answer does
+// not count as written in time.
 func TestFederateCut(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
@@ -208,8 +219,8 @@ func TestFederateCut(t *testing.T) {
 	}
 }
 
-// The timeout that a scraper announces is used only if it is a positive number of seconds up to an
-// hour.
+// scraperTimeout returns the timeout in the header X-Prometheus-Scrape-Timeout-Seconds if it is a
+// positive number of seconds up to an hour. Otherwise it returns 0.
 func TestScraperTimeout(t *testing.T) {
 	for text, want := range map[string]time.Duration{
 		"": 0, "x": 0, "10": 10 * time.Second, "0.5": time.Second / 2, "1e1": 10 * time.Second, "3600": time.Hour,
@@ -221,14 +232,15 @@ func TestScraperTimeout(t *testing.T) {
 	}
 }
 
-// A member that is not ready shows no newest samples, because it does not know yet which sites it
-// owns. It still serves unread samples to consumers. A server without a ring shows all samples.
+// A member of a ring that is not ready does not show the newest samples, because it does not know
+// yet which sites it owns. It still serves unread samples to consumers. A server without a ring
+// always shows the newest samples of all sites.
 func TestShownOnceReady(t *testing.T) {
 	ring := newRingServers(t, 2)
 	for name, c := range map[string]struct {
 		rig   *srvRig
 		id    string
-		shown bool // while the server is not ready
+		shown bool // whether the newest sample is shown while the server is not ready
 	}{
 		"member":       {ring[1].srvRig, ownedBy(t, ring[0].node.Forwarder, "b"), false},
 		"without ring": {newSrvRig(t), "site-a", true},
@@ -247,7 +259,8 @@ func TestShownOnceReady(t *testing.T) {
 	}
 }
 
-// pushedToOther is a ring of the servers a and b, and a site that b owns. Its client pushes to a.
+// pushedToOther is a ring of the servers a and b, and a site with the cluster ID id that b owns.
+// The site's client pushes to a, not to the owner b.
 type pushedToOther struct {
 	t    *testing.T
 	a, b *ringServer
@@ -259,15 +272,16 @@ func newPushedToOther(t *testing.T) *pushedToOther {
 	return &pushedToOther{t, ring[0], ring[1], ownedBy(t, ring[0].node.Forwarder, "b")}
 }
 
-// push sends a push of the site to a, with a clock offset and a token that expires in 1,000 s.
+// push sends text to a as a push of the site. The push reports a clock offset of -1.5 s, and its
+// client token expires in 1,000 s.
 func (r *pushedToOther) push(text string) srvAnswer {
 	r.t.Helper()
 	token := r.a.token(KindClient, r.id, func(tok *Token) { tok.Expires = testNow.Unix() + 1000 })
 	return r.a.upload(token, []byte(text), ClockOffsetHeader, "-1500")
 }
 
-// pushKept advances both clocks by 10 s and pushes while b is unreachable, so that a keeps the
-// push.
+// pushKept sets both servers' clocks to 10 s after testNow and makes b unreachable. It then pushes
+// text to a, which has to store the push itself.
 func (r *pushedToOther) pushKept(text string) {
 	r.t.Helper()
 	r.a.clock.Store(int64(10 * time.Second))
@@ -276,7 +290,8 @@ func (r *pushedToOther) pushKept(text string) {
 	r.a.accepted(r.push(text))
 }
 
-// checkShown checks that a server shows exactly the lines in want, without their common labels.
+// checkShown checks that the server s shows exactly the lines in want. Lines in want leave out the
+// labels _id, instance and job.
 func (r *pushedToOther) checkShown(s *ringServer, want ...string) {
 	r.t.Helper()
 	s.parsed("")
@@ -293,9 +308,10 @@ func (r *pushedToOther) checkShown(s *ringServer, want ...string) {
 	}
 }
 
-// Each server shows, under its own name, only its own observations of a site. The receiver of a
-// push shows token expiry, clock offset and failures. The server that stores a push shows its push
-// time and counts. Only the owner shows the newest samples.
+// Each server shows only its own observations of a site, with its own name in the label server. The
+// server that the client pushed to shows the token expiry, the clock offset and the time of the
+// last failure. The server that stores a push shows the push time and the numbers of samples and
+// series. Only the owner of the site shows the newest samples.
 func TestFederateOfEachServer(t *testing.T) {
 	r := newPushedToOther(t)
 	r.a.accepted(r.push("up 1\n"))
@@ -321,8 +337,9 @@ func TestFederateOfEachServer(t *testing.T) {
 	r.checkShown(r.b, stored...)
 }
 
-// Every server serves to a consumer the unread samples that it holds, and shows the consumer's
-// backlog. Afterwards only the owner serves the newest sample again.
+// Every server serves a consumer the unread samples that this server holds, and shows how many
+// samples the consumer has not read. When the consumer has read them, only the owner of the site
+// still serves the newest sample.
 func TestFederateUnreadOfEachServer(t *testing.T) {
 	r := newPushedToOther(t)
 	r.a.accepted(r.push("up 1\n"))
@@ -361,7 +378,8 @@ func (w *discardResponse) Header() http.Header         { return w.header }
 func (w *discardResponse) WriteHeader(int)             {}
 func (w *discardResponse) Write(p []byte) (int, error) { w.n += len(p); return len(p), nil }
 
-// BenchmarkFederate measures a scrape of 100 sites with 230 series each.
+// BenchmarkFederate measures a scrape of 100 sites with 230 series each. It reports the samples
+// served for each second of CPU time.
 func BenchmarkFederate(b *testing.B) {
 	r := benchRig(b)
 	body := benchBody(b, false, testNow.UnixMilli())

@@ -1,9 +1,11 @@
 package main
 
-// Forwarding between the members of the ring. A server passes a push unchanged to the owner of its
-// site. A forwarded push is never forwarded again. If the owner cannot take the push, the server
-// that received it stores it. Requests and answers are sealed with the cluster key, and an answer
-// is bound to its request. A server reads only the request's headers if the sender lacks the key.
+// This file forwards pushes between the members of the ring. A server passes a client's push
+// unchanged to the owner of the site. The owner never forwards the push again. If the owner cannot
+// take the push, the server that the client pushed to stores it. Forwarded requests and their
+// answers are sealed with the cluster key, and an answer can be opened only together with its
+// request. From a sender that lacks the key, a server reads the headers of a request but not the
+// body.
 
 import (
 	"bytes"
@@ -24,44 +26,47 @@ const (
 	forwardPath      = "/forward"
 	envelopeHeader   = "Telemeter-Forward"
 	envelopeVersion  = 1
-	forwardTimeout   = 20 * time.Second // shorter than the time that a client waits for its answer
-	maxEnvelope      = 12 << 10         // bytes when sealed; in base64 it still fits maxHeaderBytes
-	maxForwards      = 32               // requests in flight: received in all, and sent to one owner
-	maxForwardBody   = 64<<20 + 1<<10   // bytes: the highest --limit-bytes, and room for the seal
-	maxForwardAnswer = 256 << 10        // bytes
-	maxForwardError  = 200              // bytes of an unsealed error text that are logged
+	forwardTimeout   = 20 * time.Second // limit of one request to an owner; shorter than the 40 s that a client waits for the answer to its push
+	maxEnvelope      = 12 << 10         // bytes of a sealed envelope; in base64 these become the 16 KiB of maxHeaderBytes, and net/http allows 4 KiB more
+	maxForwards      = 32               // forwarded requests in flight: at most this many received from all members together, and as many sent to each owner
+	maxForwardBody   = 64<<20 + 1<<10   // bytes of a sealed body: the highest --limit-bytes, and room for the seal
+	maxForwardAnswer = 256 << 10        // bytes of an answer to a forwarded push; a longer answer is cut and cannot be opened
+	maxForwardError  = 200              // bytes of the text of an unsealed answer that are quoted in an error
 )
 
-// The purposes of seals. Each differs, so that a message sealed for one purpose cannot be used for
-// another.
+// The purposes for which the cluster key seals a message. A message that is sealed for one purpose
+// cannot be opened for another.
 const (
 	envelopeSeal = "forward envelope"
 	bodySeal     = "forward body"
 	answerSeal   = "forward answer"
 )
 
-// pushRequest is a push without its body: the cluster ID and labels of the client's token, the time
-// at which the receiving server got the push's headers, and the headers that describe the body.
+// pushRequest is a push without its body. It has the cluster ID and labels of the client's token,
+// the time at which the headers of the push arrived at the server that the client pushed to, and
+// the headers that describe the body.
 type pushRequest struct {
 	ClusterID        string
 	Labels           map[string]string `json:",omitempty"`
-	Arrival          int64             // ms; by the clock of the server that the client pushed to
+	Arrival          int64             // ms since the Unix epoch, by the clock of the server that the client pushed to
 	Type, Encoding   string
 	Spool, Consumers string `json:",omitempty"`
 }
 
-// pushResponse is the answer to a push. The body is JSON if the status is 200, else plain text.
+// pushResponse is the answer to a push. Body is JSON if Status is 200, and plain text otherwise.
 type pushResponse struct {
 	Status      int
 	Result      string // value of the label result in telemeter_pushes_total
 	Body        []byte
-	RetryAfter  int  `json:",omitempty"` // seconds; 0 = no Retry-After header
-	AllUntimely bool `json:",omitempty"` // all samples were dropped because of their timestamps
+	RetryAfter  int  `json:",omitempty"` // seconds, for the header Retry-After; 0 = no such header
+	AllUntimely bool `json:",omitempty"` // all samples that reached the store were dropped because of their timestamps
 }
 
-// forwardEnvelope has the sender and recipient of a forwarded request, and the push without its
-// body. It is sealed separately, so that a server need not read the body of a sender without the
-// key. The sessions and the sequence number reveal a replay, even after either side has restarted.
+// forwardEnvelope has the sender and the recipient of a forwarded request, and the push without its
+// body. It is sealed separately from the body, so that a server need not read the body if the
+// sender lacks the key. Each run of a member's process has its own session number. The sessions of
+// sender and recipient and the sequence number reveal a replayed request, even after either process
+// has restarted.
 type forwardEnvelope struct {
 	Version                int `json:"v"`
 	From, To               string
@@ -79,37 +84,40 @@ type ForwarderConfig struct {
 	Metrics *Metrics
 }
 
-// Forwarder sends pushes to their owners, and receives pushes that other members forward. It is
-// safe for concurrent use.
+// Forwarder forwards pushes to the owners of their sites, and receives pushes that other members
+// forward. It is safe for concurrent use.
 type Forwarder struct {
 	cfg       ForwarderConfig
 	view      atomic.Pointer[RingView]
 	sequence  atomic.Uint64 // number of the last request sent since this process started
-	receiving semaphore     // bounds the requests of other members that are in flight
+	receiving semaphore     // one slot for each request of another member that this server is handling
 
 	mu      sync.Mutex                    // guards senders and owners
-	senders map[string]*senderSession     // by member name
-	owners  map[string]*ownerRequestSlots // by member name
+	senders map[string]*senderSession     // by the name of the member that forwards pushes to this server
+	owners  map[string]*ownerRequestSlots // by the name of the owner that this server forwards pushes to
 
 	sentTotal, receivedTotal *Counter
 	seconds                  *Histogram
 }
 
-// senderSession is the newest known session of a member that forwards pushes to this server.
+// senderSession is the newest known session of a member that forwards pushes to this server. A
+// session is one run of the member's process.
 type senderSession struct {
 	session uint64
-	window  ReplayWindow // of the sequence numbers in that session
+	window  ReplayWindow // the sequence numbers of this session that were received
 }
 
-// ownerRequestSlots bounds the requests in flight to one session of an owner.
+// ownerRequestSlots bounds the requests in flight to one owner during one session, which is one run
+// of the owner's process.
 type ownerRequestSlots struct {
 	session  uint64
 	requests semaphore
-	ctx      context.Context // ends when the session is no longer live
+	ctx      context.Context // ends when the owner has died, left the ring or begun a new session, and then cancels the requests
 	cancel   context.CancelFunc
 }
 
-// NewForwarder returns a Forwarder that knows no members. The caller must set a view with SetView.
+// NewForwarder returns a Forwarder that knows no members. Until the first call of SetView it
+// forwards no push, and OwnsSite returns false for every site.
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	m := cfg.Metrics
 	f := &Forwarder{
@@ -128,11 +136,12 @@ func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	return f
 }
 
-// SetKeys replaces the keys that seal requests and answers. If it returns an error, nothing has
-// changed.
+// SetKeys replaces the keys that seal requests and answers. After an error the old keys stay in
+// use.
 func (f *Forwarder) SetKeys(keys Keys) error { return f.cfg.Sealer.SetKeys(keys) }
 
-// SetView replaces the view of the ring. It cancels requests to sessions that are no longer live.
+// SetView replaces the view of the ring. It cancels requests in flight to members that have died,
+// left the ring or begun a new session.
 func (f *Forwarder) SetView(v *RingView) {
 	f.view.Store(v)
 	f.mu.Lock()
@@ -162,17 +171,18 @@ func (f *Forwarder) SiteOwner(siteKey uint64) (owner RingMember, self bool) {
 	return RingMember{Name: f.cfg.Name}, true
 }
 
-// OwnsSite reports whether the ring makes this server the owner of a site. It returns false while
-// no owner is known, because another member may own a site whose samples are on this server's disk.
+// OwnsSite reports whether the ring makes this server the owner of a site. While no owner is known,
+// it returns false even for a site whose samples are on this server's disk, because another member
+// may own that site.
 func (f *Forwarder) OwnsSite(siteKey uint64) bool {
 	p, ok := f.View().Owner(siteKey)
 	return ok && p.Name == f.cfg.Name
 }
 
 // TryForward forwards a push to the owner of its site and returns the owner's answer. It returns
-// nil if this server has to store the push, because it is the owner or because the owner cannot
-// take the push. If the ring names another owner after a failure, TryForward tries that owner. It
-// also returns nil when ctx ends.
+// nil if this server has to store the push, because this server is the owner or because the owner
+// cannot take the push. It also returns nil if ctx ends. If forwarding fails and the ring has got
+// another owner for the site in the meantime, TryForward tries the new owner.
 func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []byte) (ownerAnswer *pushResponse) {
 	key := SiteKey(push.ClusterID)
 	for {
@@ -192,10 +202,10 @@ func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []by
 			return resp
 		}
 		if ctx.Err() != nil {
-			return nil // the client has gone or the time is over, so the client will push again
+			return nil // the client has closed the connection or the time is over; in both cases the client pushes again
 		}
 		if now, _ := f.SiteOwner(key); now != owner {
-			continue // the ring has changed and names another owner
+			continue // the ring has changed and names another owner of the site
 		}
 		f.sentTotal.Inc("kept")
 		f.cfg.Log.Warn("owner cannot take the push, so this server stores it", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
@@ -203,9 +213,10 @@ func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []by
 	}
 }
 
-// acquireOwnerSlot reserves one of the maxForwards requests to an owner, so that an owner that
-// hangs cannot tie up all memory. The returned context ends after forwardTimeout, or when the
-// owner's session is no longer live. The caller must call release.
+// acquireOwnerSlot reserves one of the maxForwards slots for requests to an owner. The limit keeps
+// an owner that hangs from tying up all memory of this server. It returns an error if no slot is
+// free. Otherwise the caller must call release at the end of the request. forwardCtx ends after
+// forwardTimeout, or when the owner has died, left the ring or begun a new session.
 func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwardCtx context.Context, release func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -230,7 +241,8 @@ func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwar
 	}, nil
 }
 
-// send sends one push to a member and returns its authenticated answer.
+// send forwards one push to a member and returns the member's answer, which is authenticated with
+// the cluster key.
 func (f *Forwarder) send(ctx context.Context, to RingMember, push *pushRequest, body []byte) (_ *pushResponse, err error) {
 	defer func() {
 		if err != nil {
@@ -274,7 +286,7 @@ func (f *Forwarder) readAnswer(resp *http.Response, sealedEnvelope []byte) (*pus
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer: %w", err)
 	}
-	if resp.StatusCode != http.StatusOK { // such an answer is not sealed, so it is only reported
+	if resp.StatusCode != http.StatusOK { // an answer with any other status is not sealed, so its text is only quoted in the error
 		return nil, fmt.Errorf("answered %s: %q", resp.Status, bytes.TrimSpace(b[:min(len(b), maxForwardError)]))
 	}
 	plain, err := f.cfg.Sealer.Open(nil, b, answerSeal, sealedEnvelope)
@@ -295,8 +307,8 @@ func (f *Forwarder) readAnswer(resp *http.Response, sealedEnvelope []byte) (*pus
 // client. An error hands the push back to that member, which then stores the push itself.
 type storeForwardedFunc func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error)
 
-// Handler returns the handler of the listener for other members. It passes each authentic push to
-// store.
+// Handler returns the handler of the listener for other members. It calls store for each push that
+// is sealed with the cluster key and is not a replay.
 func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
@@ -309,13 +321,14 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 			return
 		}
 		f.receivedTotal.Inc(result)
-		w.Write(answer) // fails only if the connection does
+		w.Write(answer) // an error means only that the connection failed
 	})
 	return mux
 }
 
-// forwardRefusedError says why a forwarded request is refused. Its text goes to a sender that may
-// not have the key, so it reveals nothing else but the versions that do not match.
+// forwardRefusedError is the error of a forwarded request that this server refuses. The sender gets
+// status and text. The sender may lack the cluster key, so the text must not help an attacker. It
+// describes the status only; if the versions of the two servers differ, it also names the versions.
 type forwardRefusedError struct {
 	status int
 	result string // value of the label result in telemeter_forwards_received_total
@@ -329,8 +342,8 @@ func errForwardRefused(status int, result string) error {
 	return &forwardRefusedError{status, result, http.StatusText(status)}
 }
 
-// toForwardRefused returns the forwardRefusedError in err's chain, or one for an internal error if
-// there is none.
+// toForwardRefused returns the forwardRefusedError that err wraps. If err wraps none, it returns a
+// forwardRefusedError with status 500.
 func toForwardRefused(err error) *forwardRefusedError {
 	var e *forwardRefusedError
 	if !errors.As(err, &e) {
@@ -339,9 +352,10 @@ func toForwardRefused(err error) *forwardRefusedError {
 	return e
 }
 
-// receiveForwarded stores a push that another member forwarded, and returns the sealed answer and
-// the result to count. It never forwards the push again, even if another member owns the site by
-// now, because a push that went in a circle would never be answered.
+// receiveForwarded stores a push that another member forwarded. It returns the sealed answer, and
+// the value of the label result under which the caller counts the request. It never forwards the
+// push again, even if another member owns the site by now, because a push that went in a circle
+// would never be answered.
 func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, err error) {
 	env, sealed, err := f.openEnvelope(r.Header.Get(envelopeHeader))
 	if err != nil {
@@ -380,8 +394,9 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 	return f.cfg.Sealer.Seal(nil, b, answerSeal, sealed, SealedKeyID(sealed)), result, nil
 }
 
-// openEnvelope decodes and opens a sealed envelope in base64. It also returns the sealed bytes, to
-// which the body and the answer are bound. The error is a forwardRefusedError.
+// openEnvelope decodes and opens a sealed envelope that is given in base64. It also returns the
+// sealed bytes: the seals of the body and of the answer are bound to them. The error is a
+// forwardRefusedError.
 func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnvelope []byte, err error) {
 	sealedEnvelope, err = base64.RawURLEncoding.DecodeString(header)
 	if err != nil || len(sealedEnvelope) > maxEnvelope {
@@ -404,8 +419,9 @@ func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnve
 
 var errEnvelopeVersion = errors.New("the envelope has another version")
 
-// checkEnvelopeVersion returns an error if the envelope has another version. It decodes no other
-// field, because the fields of another version may differ.
+// checkEnvelopeVersion returns errEnvelopeVersion, wrapped, if the envelope's version is not
+// envelopeVersion. It decodes only the version, because an envelope of another version may have
+// other fields.
 func checkEnvelopeVersion(plain []byte) error {
 	env := struct {
 		Version int `json:"v"`
@@ -416,9 +432,9 @@ func checkEnvelopeVersion(plain []byte) error {
 	return nil
 }
 
-// acceptSequence reports whether a request is new and not a replay. It records the request's
-// sequence number, so that a repetition is refused. Only the newest known session of each sender is
-// accepted.
+// acceptSequence reports whether a forwarded request is new. It records the request's sequence
+// number, so that a replay of the request is refused. It refuses requests from any session of the
+// sender but the newest one that this server knows.
 func (f *Forwarder) acceptSequence(env forwardEnvelope) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

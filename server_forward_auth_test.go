@@ -1,6 +1,7 @@
 package main
 
-// Authentication between members: forged, replayed and misrouted requests, and forged answers.
+// Tests of authentication between the members of a ring: the server refuses forwarded pushes that
+// are forged, replayed or meant for another member, and it refuses forged answers of an owner.
 
 import (
 	"bytes"
@@ -14,14 +15,14 @@ import (
 	"testing"
 )
 
-// capturedForward is a forwarded push that b has accepted from a, as an attacker on the network
-// sees it.
+// capturedForward is a forwarded push that the member b has accepted from the member a, and b's
+// answer. The fields envelope, body and answer have what an attacker on the network can capture.
 type capturedForward struct {
-	a, b, stranger *forwardNode // stranger has another cluster key
-	id             string       // the push's cluster ID, which b owns
-	envelope       string       // sealed, in base64
-	body           []byte       // sealed
-	answer         []byte       // sealed
+	a, b, stranger *forwardNode // members of the ring; stranger has another cluster key than a and b
+	id             string       // cluster ID of the push; b owns this site
+	envelope       string       // sealed envelope of the forwarded push, in base64
+	body           []byte       // sealed body of the forwarded push
+	answer         []byte       // sealed answer of b to the forwarded push
 }
 
 func newCapturedForward(t *testing.T) *capturedForward {
@@ -40,7 +41,8 @@ func newCapturedForward(t *testing.T) *capturedForward {
 	return f
 }
 
-// seal returns a sealed envelope with v as its JSON, in base64.
+// seal encodes v as JSON, seals the JSON as an envelope with b's cluster key, and returns the
+// sealed envelope in base64.
 func (f *capturedForward) seal(t *testing.T, v any) string {
 	plain, err := json.Marshal(v)
 	if err != nil {
@@ -49,8 +51,9 @@ func (f *capturedForward) seal(t *testing.T, v any) string {
 	return base64.RawURLEncoding.EncodeToString(f.b.cfg.Sealer.Seal(nil, plain, envelopeSeal, nil, 0))
 }
 
-// A server refuses a forwarded push that is forged, replayed, malformed, of another version or
-// addressed to another member. It counts the reason, and the answer reveals nothing but a version.
+// A server refuses a forwarded push whose envelope is forged, replayed, malformed, of another
+// version, or addressed to another member. It counts the reason of the refusal. Its answer names
+// the versions if they differ, and reveals nothing else about the push.
 func TestForwardRefusesForged(t *testing.T) {
 	f := newCapturedForward(t)
 	valid := forwardEnvelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 100, Push: pushRequest{ClusterID: f.id}}
@@ -68,7 +71,7 @@ func TestForwardRefusesForged(t *testing.T) {
 	for _, c := range []struct {
 		name, result string
 		envelope     string
-		prepare      func() // called before the request, if not nil
+		prepare      func() // called before the forwarded push is sent; nil: nothing is called
 	}{
 		{"replayed", "replayed", f.envelope, nil},
 		{"no envelope", "forged", "", nil},
@@ -112,8 +115,8 @@ func TestForwardRefusesForged(t *testing.T) {
 	}
 }
 
-// A server believes no answer that the owner has not sealed for this very request. It has to store
-// the push itself.
+// A server ignores an answer to a forwarded push unless the answer is sealed with the cluster key
+// for this very request. TryForward then returns nil, so that the server stores the push itself.
 func TestForwardRefusesForgedAnswer(t *testing.T) {
 	f := newCapturedForward(t)
 	sealed := func(n *forwardNode, w http.ResponseWriter, bound []byte) {
@@ -140,7 +143,7 @@ func TestForwardRefusesForgedAnswer(t *testing.T) {
 	}
 }
 
-// A body that does not belong to the envelope is refused as forged.
+// A server refuses a forwarded push as forged if its body was not sealed for its envelope.
 func TestForwardRefusesForeignBody(t *testing.T) {
 	f := newCapturedForward(t)
 	flipped := bytes.Clone(f.body)
@@ -151,8 +154,8 @@ func TestForwardRefusesForeignBody(t *testing.T) {
 	}
 }
 
-// A server accepts each sequence number of a sender once, and only from the sender's newest
-// session.
+// A server accepts each sequence number of a forwarding member once. It accepts requests of that
+// member only from the newest session that it has seen of it.
 func TestForwardReplay(t *testing.T) {
 	f := newForwardNode(t, "a", testKeys(t, 1)).Forwarder
 	for i, c := range []struct {
@@ -169,8 +172,9 @@ func TestForwardReplay(t *testing.T) {
 	}
 }
 
-// The receiver of forwarded pushes accepts only a sealed, whole push with a valid cluster ID that
-// is addressed to it, whatever a member seals or a stranger sends.
+// FuzzForwardReceive checks that the receiver of a forwarded push accepts the push only if envelope
+// and body are sealed, the receiver is the addressee, and the cluster ID is valid. plain is the
+// JSON of the envelope. With sealed true, the sender is a member that has the cluster key.
 func FuzzForwardReceive(f *testing.F) {
 	node := newForwardNode(f, "b", testKeys(f, 1))
 	node.SetView(&RingView{Ring: NewRing(nil, 0), Members: map[string]RingMember{"b": {Name: "b", Session: 1}}})
@@ -212,7 +216,7 @@ func FuzzForwardReceive(f *testing.F) {
 	})
 }
 
-// A message sealer never opens a message with another purpose.
+// A MessageSealer never opens a message that was sealed for another purpose.
 func FuzzBoxOpen(f *testing.F) {
 	sealer, err := NewMessageSealer(testKeys(f, 1), "c")
 	if err != nil {

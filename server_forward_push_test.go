@@ -1,7 +1,8 @@
 package main
 
-// Pushes that reach another server than their owner, with whole servers and stores: what the client
-// is answered, which server holds the samples, and with which timestamps.
+// Tests of pushes that a client sends to another server than the owner of its site, with whole
+// servers and stores: what the client is answered, which server stores the samples, and which
+// timestamps the samples get. The "receiver" is the server that the client pushes to.
 
 import (
 	"bytes"
@@ -16,18 +17,19 @@ import (
 	"time"
 )
 
-// A push to another server is answered exactly as the owner would answer it, and only the owner
-// holds the samples. The receiver shows the failure of a refused or untimely push.
+// The receiver answers a push exactly as the owner would answer it, and only the owner stores the
+// samples. If the owner refuses the push or drops all its samples as untimely, the receiver shows
+// push_failure_time_seconds for the site.
 func TestForwardedPushAnswer(t *testing.T) {
 	large := strings.Repeat("# a comment counts too\n", 80)
 	for _, c := range []struct {
 		name    string
-		owner   func(b *ringServer) // prepares the owner, if not nil
+		owner   func(b *ringServer) // prepares the owner b before the push; nil: no preparation
 		body    string
 		header  []string
 		status  int
-		retry   string // Retry-After
-		samples int    // held by the owner
+		retry   string // Retry-After header of the answer; "" if there is none
+		samples int    // number of samples of the site that the owner stores
 	}{
 		{"accepted", nil, "m 1\nn 2\n", nil, 200, "", 2},
 		{"gzip", nil, string(gzipped([]byte("m 1\n"))), []string{"Content-Encoding", "gzip"}, 200, "", 1},
@@ -93,8 +95,9 @@ func TestForwardedPushAnswer(t *testing.T) {
 	}
 }
 
-// Only the receiver of an untimely push shows its failure. The owner, which dropped the samples,
-// logs the warning.
+// If all samples of a forwarded push are untimely (too old or in the future), only the receiver
+// shows push_failure_time_seconds for the site. The owner, which dropped the samples, logs the
+// warning.
 func TestUntimelyForwardedPush(t *testing.T) {
 	ring := newRingServers(t, 2)
 	a, b := ring[0], ring[1]
@@ -113,9 +116,9 @@ func TestUntimelyForwardedPush(t *testing.T) {
 	}
 }
 
-// The receiver stores a push if the owner is down, is not ready, or would drop all samples because
-// the clocks of the two servers differ. A sample without a timestamp gets the time at which the
-// receiver got the push. A forwarded push is never forwarded again.
+// The receiver stores a push itself if the owner is down, is not ready, or would drop all samples
+// as untimely while the clocks of the two servers differ. A sample without a timestamp gets the
+// time at which the receiver got the push. The owner never forwards a forwarded push again.
 func TestForwardedPushKept(t *testing.T) {
 	ms := testNow.UnixMilli()
 	timed := fmt.Sprintf("m 1 %d\n", ms)
@@ -124,10 +127,10 @@ func TestForwardedPushKept(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name  string
-		owner func(b *ringServer) // prepares the owner, if not nil
+		owner func(b *ringServer) // prepares the owner b before the push; nil: no preparation
 		body  string
-		taker string  // the server that stores the push; "" if the push is refused
-		times []int64 // of the stored samples, in ms after testNow
+		taker string  // name of the server that answers 200 to the push; "" if the push is refused
+		times []int64 // timestamps of the stored samples, in ms after testNow
 	}{
 		{"owner is well", nil, "m 1\n", "b", []int64{0}},
 		{"owner is down", func(b *ringServer) { b.node.down.Store(true) }, "m 1\n", "a", []int64{0}},
@@ -179,8 +182,9 @@ func TestForwardedPushKept(t *testing.T) {
 	}
 }
 
-// When the owner's answer is lost, the receiver stores the push too. Both servers then serve the
-// same samples with the same timestamps, so that a consumer keeps each sample once.
+// If the owner stores a push but its answer is lost, the receiver stores the push too. Both servers
+// then serve the same samples with the same timestamps, so that a consumer keeps each sample only
+// once.
 func TestForwardedPushAnswerLost(t *testing.T) {
 	ms := testNow.UnixMilli()
 	ring := newRingServers(t, 2)
@@ -206,10 +210,11 @@ func TestForwardedPushAnswerLost(t *testing.T) {
 	}
 }
 
-// When the owner dies before it answers a push, the next owner stores the push. The samples have
-// the time at which the receiver got the push. The next owner may be the receiver itself.
+// If the owner of a site dies before it answers a forwarded push, the receiver sends the push to
+// the next owner of the site, or stores it if it is itself the next owner. A sample without a
+// timestamp gets the time at which the receiver got the push.
 func TestForwardedPushOwnerDies(t *testing.T) {
-	for _, left := range []string{"ac", "a"} { // names of the members that are left
+	for _, left := range []string{"ac", "a"} { // names of the members that are still in the ring after the owner b has died
 		ring := newRingServers(t, 3)
 		a := ring[0]
 		asked := make(chan struct{}, 1)
@@ -260,16 +265,18 @@ func TestForwardedPushOwnerDies(t *testing.T) {
 	}
 }
 
-// BenchmarkForwardedPush measures the CPU time, of all servers and the client together, of a push
-// of 500 series that reaches another server than its owner. "ratio" is this time divided by the
-// time of the same push to its owner. Both go over real loopback connections.
+// BenchmarkForwardedPush measures the CPU time that a push of 500 series costs if the client sends
+// it to another server than the owner. It counts the CPU time of both servers and of the client
+// together. "ratio" is this time divided by the CPU time of the same push sent directly to the
+// owner. All requests use real loopback connections.
 func BenchmarkForwardedPush(b *testing.B) {
 	ring := newRingServers(b, 2, func(s *StoreConfig, c *ServerConfig) {
 		s.FS, s.Dir, s.LimitSeries, s.LimitSamples, s.LimitSites = nil, "", 20_000, 500_000_000, 100_000
 		c.LimitBytes, c.RateInterval = 1<<20, 0
 	})
 	for _, r := range ring {
-		// Serve the members' handler without the recording of the rig.
+		// Each member serves its handler directly here, because the server of forwardNode also
+		// records every request, which would cost CPU time.
 		srv := httptest.NewServer(r.node.receiver())
 		b.Cleanup(srv.Close)
 		r.node.url = srv.URL
@@ -287,8 +294,9 @@ func BenchmarkForwardedPush(b *testing.B) {
 	}
 	client := NewHTTPClient(nil, time.Minute, time.Second)
 	site := 0
-	// round pushes each body once, for a new site that the second server owns. It returns the CPU
-	// time in seconds.
+	// round sends each body once as a push to one of the servers. All pushes are for one new site,
+	// which the second server owns. round returns the CPU time that the whole process used, in
+	// seconds.
 	round := func(to *ringServer) float64 {
 		id := ownedBy(b, ring[0].node.Forwarder, "b", site)
 		site++

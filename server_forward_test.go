@@ -1,7 +1,8 @@
 package main
 
-// A Forwarder by itself: which pushes it forwards, how it falls back to its own server, how it
-// copes with owners that hang, and key rotation. The members store nothing.
+// Tests of a Forwarder without a server: which pushes it forwards, when it leaves a push to its own
+// server, how it treats owners that hang, and how keys are rotated. The members of these tests
+// store no samples.
 
 import (
 	"bytes"
@@ -20,7 +21,8 @@ import (
 	"time"
 )
 
-// A server that knows no other member, or owns the site, has to store the push itself.
+// TryForward returns nil if the server knows no other member or owns the site itself. The server
+// then has to store the push itself.
 func TestForwardNotToSelf(t *testing.T) {
 	a := newForwardNode(t, "a", testKeys(t, 1))
 	if got := a.push(t.Context(), "x", "m 1\n"); got != "" {
@@ -32,8 +34,8 @@ func TestForwardNotToSelf(t *testing.T) {
 	}
 }
 
-// The owner gets the push unchanged, and the receiver gets the owner's answer unchanged, whether
-// the owner accepts the push or refuses it.
+// The owner gets a forwarded push unchanged. The server that forwarded the push gets the owner's
+// answer unchanged, whether the owner accepts or refuses the push.
 func TestForwardUnchanged(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	push := pushRequest{
@@ -69,7 +71,8 @@ func TestForwardUnchanged(t *testing.T) {
 	checkCounts(t, "received", b.receivedTotal, map[string]float64{"accepted": 2, "refused": 6, "returned": 0})
 }
 
-// The receiver has to store a push that the owner hands back, and a push whose owner is down.
+// TryForward returns nil if the owner hands the push back or is down. The server that the client
+// pushed to then has to store the push itself.
 func TestForwardFallsBack(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	b.answer = func() (*pushResponse, error) { return nil, errors.New("not ready") }
@@ -85,7 +88,8 @@ func TestForwardFallsBack(t *testing.T) {
 	checkCounts(t, "received", b.receivedTotal, map[string]float64{"returned": 1})
 }
 
-// A push whose client has disconnected does not count as kept, because the client sends it again.
+// A push whose client has disconnected is not counted as kept, because the server does not store
+// it. The client will send it again.
 func TestForwardClientGone(t *testing.T) {
 	a, _, id := newForwardPair(t)
 	gone, cancel := context.WithCancel(t.Context())
@@ -94,7 +98,8 @@ func TestForwardClientGone(t *testing.T) {
 	checkCounts(t, "sent", a.sentTotal, map[string]float64{"accepted": 0, "refused": 0, "kept": 0})
 }
 
-// A member that receives a forwarded push stores it, even if its own view names another owner.
+// A member that receives a forwarded push accepts it, and does not forward it again, even if the
+// member's own view of the ring names another owner.
 func TestForwardedOnlyOnce(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	b.SetView(&RingView{Ring: NewRing([]Claim{{Slot: 0, Lamport: 1, Name: "a"}}, 0), Members: b.View().Members})
@@ -103,8 +108,9 @@ func TestForwardedOnlyOnce(t *testing.T) {
 	}
 }
 
-// The longest headers of a push that the limits allow fit into an envelope. A push with a longer
-// envelope is not sent, and the receiver has to store it.
+// A push whose headers are as long as the limits on scrape numbers and consumers allow fits into an
+// envelope. A push whose envelope would be longer than maxEnvelope is not forwarded, and TryForward
+// returns nil.
 func TestForwardLongEnvelope(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	names := ScrapeNames{SpoolID: 1<<64 - 1}
@@ -128,8 +134,8 @@ func TestForwardLongEnvelope(t *testing.T) {
 	}
 }
 
-// hangingOwner returns the URL of a member that reads requests but does not answer them before the
-// end of the test or of the request. asked gets a value for each request.
+// hangingOwner starts a member that reads each request but never answers it. It returns the URL of
+// the member. The channel asked gets a value when a request has arrived.
 func hangingOwner(t *testing.T) (url string, asked chan struct{}) {
 	asked = make(chan struct{}, 100)
 	end := make(chan struct{})
@@ -148,8 +154,9 @@ func hangingOwner(t *testing.T) (url string, asked chan struct{}) {
 	return srv.URL, asked
 }
 
-// The number of requests to an owner that hangs is bounded; the receiver has to store further
-// pushes. When the owner is known to be dead, the waiting pushes go to the next owner.
+// At most maxForwards requests to one owner are in flight. If the owner hangs, TryForward returns
+// nil for further pushes to it. When the owner is known to be dead, the pushes that wait for its
+// answer go to the next owner.
 func TestForwardHangingOwner(t *testing.T) {
 	keys := testKeys(t, 1)
 	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", keys)
@@ -186,8 +193,8 @@ func TestForwardHangingOwner(t *testing.T) {
 	}
 }
 
-// Pushes that wait for an owner do not block the pushes of other sites, even if there are more of
-// them than decoding slots.
+// Pushes that wait for the answer of an owner that hangs do not block pushes of other sites, even
+// if more pushes wait than the server has slots for decoding pushes.
 func TestForwardBlocksNoOtherSite(t *testing.T) {
 	r := newSrvRig(t)
 	f := newForwardNode(t, "a", testKeys(t, 1))
@@ -197,7 +204,7 @@ func TestForwardBlocksNoOtherSite(t *testing.T) {
 		Members: map[string]RingMember{"a": {Name: "a"}, "b": {Name: "b", Addr: strings.TrimPrefix(url, "http://")}},
 	})
 	r.server.cfg.Forwarder = f.Forwarder
-	r.server.decoding = newSemaphore(4) // as on a machine with few cores
+	r.server.decoding = newSemaphore(4) // as few decoding slots as on a machine with few cores
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	waiting := 4 * cap(r.server.decoding)
@@ -221,11 +228,12 @@ func TestForwardBlocksNoOtherSite(t *testing.T) {
 	r.accepted(r.push(ownedBy(t, f.Forwarder, "a"), "up 1\n"))
 }
 
-// A request to an owner that hangs ends at once when the owner is known to be dead or to have
-// restarted. If the owner stays live, the request ends after forwardTimeout.
+// A request to an owner that hangs ends at once when a new view of the ring shows that the owner is
+// dead or has restarted. If the owner stays live in the view, the request ends after
+// forwardTimeout.
 func TestForwardGivesUp(t *testing.T) {
 	for name, c := range map[string]struct {
-		session uint64 // of the owner in the next view; 0: the owner is not in it
+		session uint64 // the owner's session in the next view of the ring; 0: the next view does not have the owner
 		want    time.Duration
 	}{"dead": {0, 0}, "restarted": {2, 0}, "live": {1, forwardTimeout}} {
 		f := newForwardNode(t, "a", testKeys(t, 1)).Forwarder
@@ -252,8 +260,8 @@ func TestForwardGivesUp(t *testing.T) {
 	}
 }
 
-// A member whose slots for forwarded pushes are all in use refuses a further push, and the sender
-// has to store it.
+// A member that is already handling maxForwards forwarded pushes refuses a further one. The server
+// that sent it then has to store the push itself.
 func TestForwardOverloaded(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	for range maxForwards {
@@ -268,8 +276,8 @@ func TestForwardOverloaded(t *testing.T) {
 	}
 }
 
-// Pushes are forwarded at every step of a key rotation: before it, with the new key on one side or
-// on both, and after the old key is removed.
+// Pushes are forwarded at every step of a rotation of the cluster key: before the rotation, while
+// only one side or both sides have the new key, and after the old key is removed.
 func TestForwardKeysRotate(t *testing.T) {
 	old, both, fresh := testKeys(t, 1), testKeys(t, 2, 1), testKeys(t, 2)
 	a, b, id := newForwardPair(t)
@@ -302,8 +310,8 @@ func TestForwardKeysRotate(t *testing.T) {
 	}
 }
 
-// A member of another version refuses a push and names both versions. The server that keeps the
-// push logs the versions.
+// A member refuses a forwarded push whose seal has another version, and its answer names both
+// versions. The server that sent the push logs both versions.
 func TestForwardOtherVersion(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	log := &logBuffer{}

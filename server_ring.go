@@ -1,7 +1,7 @@
 package main
 
-// The ring as seen by others: /sd for Prometheus's HTTP service discovery, /debug/ring for
-// operators, and metrics. This file only reports members; it decides nothing about them.
+// This file reports the state of the ring: in /sd for Prometheus's HTTP service discovery, in
+// /debug/ring for operators, and in metrics. It decides nothing about members.
 
 import (
 	"fmt"
@@ -9,7 +9,8 @@ import (
 )
 
 // ringCollector registers the metrics of the ring and of gossip. It returns a function that updates
-// them from the current state. The server must have Gossip and Member.
+// the metrics from the current state. The fields Gossip and Member of the server's configuration
+// must be set.
 func (s *Server) ringCollector(m *Metrics) func() {
 	members := m.Gauge("telemeter_members", "Members of the ring, including this server, by state.", "state")
 	share := m.Gauge("telemeter_ring_share_ratio", "Share of all sites that this server owns, from 0 to 1.")
@@ -39,7 +40,8 @@ func (s *Server) ringCollector(m *Metrics) func() {
 }
 
 // serveSD answers GET /sd in the format of Prometheus's HTTP service discovery. It lists every live
-// server that announces a URL, because each server exposes the samples that it holds.
+// member that announces the address of its internal listener. Prometheus must scrape all of them,
+// because each server exposes only the samples that it holds itself.
 func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
 	targets := []string{}
 	for _, mv := range s.cfg.Gossip.View().Members {
@@ -50,7 +52,7 @@ func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
 	WriteJSON(w, []map[string][]string{{"targets": targets}})
 }
 
-// memberStatus is one member in the answer of /debug/ring.
+// memberStatus is the entry of one member in the answer of /debug/ring.
 type memberStatus struct {
 	Name        string  `json:"name"`
 	State       string  `json:"state"`

@@ -1,7 +1,7 @@
 package main
 
-// A semaphore bounds how many goroutines do one kind of work at a time: uploads in flight,
-// decoding, forwarded pushes and requests to the --authorize URL.
+// A semaphore bounds how many goroutines do one kind of work at a time: handling pushes, decoding
+// pushes, forwarding pushes, or asking the service at the --authorize URL.
 
 import "context"
 

@@ -1,6 +1,7 @@
 package main
 
-// The slots of a semaphore.
+// Tests of the semaphore that bounds how many requests a server handles at once: how TryAcquire,
+// Acquire and Release use its slots.
 
 import (
 	"context"
@@ -9,8 +10,8 @@ import (
 	"testing/synctest"
 )
 
-// A semaphore has as many slots as it was made with. TryAcquire fails when none is free, and
-// Acquire waits for a free slot or the end of its context.
+// A semaphore has as many slots as its constructor was given. TryAcquire returns false if no slot
+// is free. Acquire waits until a slot is free or its context ends.
 func TestSemaphore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSemaphore(2)

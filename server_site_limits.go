@@ -1,8 +1,9 @@
 package main
 
-// State of each site that has authenticated: rate limit, pushes in flight, last failure, token
-// expiry and clock offset. Memory is bounded. Forgetting an idle site never lets it push faster.
-// The current time comes in with each call. This file must not know of HTTP or stores.
+// This file keeps the state of each site that has authenticated: rate limit, pushes in flight, last
+// failure, token expiry and clock offset. The number of sites in memory is bounded. The state of an
+// idle site may be forgotten, which never lets the site push faster. Callers pass the current time.
+// This file must not know of HTTP or stores.
 
 import (
 	"errors"
@@ -15,37 +16,37 @@ import (
 
 const (
 	rateBurst        = 60             // pushes that a site may send at once after a pause
-	maxPushesPerSite = 4              // pushes in flight
-	maxTrackedSites  = 100_000        // sites in memory
-	siteIdle         = 24 * time.Hour // a site idle for longer may be forgotten when there are too many
+	maxPushesPerSite = 4              // pushes of one site in flight at a time
+	maxTrackedSites  = 100_000        // sites whose state is kept in memory
+	siteIdle         = 24 * time.Hour // a site without a request for longer may be forgotten to make room for a new site
 
-	untimelyLogEvery = time.Hour // between warnings about the timestamps of one site's samples
+	untimelyLogEvery = time.Hour // shortest time between two warnings about the timestamps of one site's samples
 )
 
 // SitePushLimiter limits and tracks the pushes of each site. It is safe for concurrent use.
 type SitePushLimiter struct {
-	interval time.Duration // of the rate limit; 0 = no rate limit
+	interval time.Duration // average time between two pushes of a site that the rate limit requires; 0 = no rate limit
 
-	mu    sync.Mutex              // guards sites
+	mu    sync.Mutex              // guards sites and the state of each site
 	sites map[string]*limitedSite // by cluster ID
 }
 
 type limitedSite struct {
 	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if all
-	// earlier pushes had been exactly one interval apart. A tat in the past has no effect, so an idle
-	// site can be forgotten.
+	// earlier pushes had been exactly one interval apart. A tat in the past counts as the current
+	// time. So to forget a site whose tat is in the past does not change when the site may push.
 	tat            time.Time
 	inFlight       int // pushes in flight
 	health         siteHealth
-	seen           time.Time // of the last call for this site
-	loggedUntimely time.Time // of the last warning about the timestamps of its samples
+	seen           time.Time // when the state of this site was last used; see track
+	loggedUntimely time.Time // when TakeUntimelyWarning last returned true for this site; zero if never
 }
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
 type siteHealth struct {
-	LastFailure   time.Time     // when a push of the site last failed; zero if none did
-	TokenExpiry   int64         // Unix seconds; of the site's client token; 0 = never or not known
-	ClockOffset   time.Duration // how far the source's clock is behind, as the client reports it
+	LastFailure   time.Time     // when a push of the site last failed; zero if no push failed
+	TokenExpiry   int64         // when the site's client token expires, in Unix seconds; 0 = never, or not known
+	ClockOffset   time.Duration // how far the clock of the site's source is behind the servers' clocks, as the client reports it
 	ClockOffsetAt time.Time     // when the client reported ClockOffset
 }
 
@@ -55,8 +56,9 @@ func NewSitePushLimiter(interval time.Duration) *SitePushLimiter {
 	return &SitePushLimiter{interval: interval, sites: map[string]*limitedSite{}}
 }
 
-// track returns the state of a site, which it creates if needed. It returns nil if maxTrackedSites
-// are tracked and none of them is idle. The caller must hold t.mu.
+// track returns the state of a site, which it creates if needed. If maxTrackedSites sites are in
+// memory, it first forgets the idle ones. It returns nil if there is still no room. The caller must
+// hold t.mu.
 func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	site := t.sites[clusterID]
 	if site == nil {
@@ -75,8 +77,9 @@ func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	return site
 }
 
-// AcquirePush begins a push of a site. The caller must call ReleasePush at its end. If the push
-// must not begin, the error says why, and wait is the time after which the client should try again.
+// AcquirePush lets a push of a site begin, and returns a nil error. The caller must then call
+// ReleasePush at the end of the push. If the push must not begin, the error says why, and wait is
+// the time after which the client should try again.
 func (t *SitePushLimiter) AcquirePush(clusterID string, now time.Time) (wait time.Duration, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -115,7 +118,8 @@ func (t *SitePushLimiter) SetTokenExpiry(clusterID string, expiresUnix int64, no
 	}
 }
 
-// SetClockOffset records how far the clock of a site's source is behind, as its client reports it.
+// SetClockOffset records how far the clock of a site's source is behind the servers' clocks, as the
+// site's client reports it.
 func (t *SitePushLimiter) SetClockOffset(clusterID string, offset time.Duration, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -124,7 +128,7 @@ func (t *SitePushLimiter) SetClockOffset(clusterID string, offset time.Duration,
 	}
 }
 
-// SetPushFailed records that a push of a site failed now.
+// SetPushFailed records that a push of a site failed at the time now.
 func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -133,8 +137,8 @@ func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
 	}
 }
 
-// TakeUntimelyWarning reports whether to log that all samples of a push were dropped because of
-// their timestamps. For each site it returns true at most once in untimelyLogEvery.
+// TakeUntimelyWarning reports whether the caller should log that all samples of a push were dropped
+// because of their timestamps. For each site it returns true at most once in untimelyLogEvery.
 func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (warn bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -146,7 +150,8 @@ func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (
 	return true
 }
 
-// ForEach calls f with the health of each tracked site, ordered by cluster ID. f must not call t.
+// ForEach calls f with the health of each tracked site, in the order of cluster IDs. f must not
+// call methods of t, because ForEach holds t.mu.
 func (t *SitePushLimiter) ForEach(f func(id string, activity siteHealth)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

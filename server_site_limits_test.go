@@ -1,7 +1,8 @@
 package main
 
-// The rate limit and the pushes in flight of a site, and the bound on tracked sites. Most tests
-// pass the current time with each call.
+// Tests of SitePushLimiter: the rate limit and the pushes in flight of each site, and the bound on
+// the number of sites in memory. Most tests pass the current time to each call, because the limiter
+// has no clock.
 
 import (
 	"fmt"
@@ -14,10 +15,11 @@ import (
 	"time"
 )
 
-// rateNow is the time at which these tests begin.
+// rateNow is the current time at the start of each test of the rate limit.
 var rateNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
-// push begins and ends a push. It returns 0, or how long the client of a refused push should wait.
+// push begins a push of the site id and ends it at once. It returns 0 if the push was allowed, else
+// how long its client should wait before it tries again.
 func push(s *SitePushLimiter, id string, now time.Time) time.Duration {
 	wait, err := s.AcquirePush(id, now)
 	if err == nil {
@@ -27,7 +29,8 @@ func push(s *SitePushLimiter, id string, now time.Time) time.Duration {
 	return wait
 }
 
-// checkBurst checks that exactly n pushes of site a are allowed at once.
+// checkBurst checks that exactly n pushes of site a are allowed at the time now, and that the next
+// push has to wait 1 s.
 func checkBurst(t *testing.T, s *SitePushLimiter, now time.Time, n int) {
 	t.Helper()
 	for i := range n {
@@ -40,8 +43,9 @@ func checkBurst(t *testing.T, s *SitePushLimiter, now time.Time, n int) {
 	}
 }
 
-// A site may push 60 times at once. The next push has to wait one interval, and is allowed exactly
-// when that time is over. Other sites are not affected.
+// A site may push 60 times at once. The next push has to wait one interval of the rate limit. It is
+// refused a nanosecond before the interval is over, and allowed when the interval is over. Other
+// sites are not affected.
 func TestRateLimitBurst(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	checkBurst(t, s, rateNow, rateBurst)
@@ -60,7 +64,8 @@ func TestRateLimitBurst(t *testing.T) {
 	}
 }
 
-// After a burst a site may push once per interval. Refused pushes do not count.
+// After a burst a site may push once per interval of the rate limit. Refused pushes do not count
+// towards the rate limit.
 func TestRateLimitInterval(t *testing.T) {
 	s, now := NewSitePushLimiter(time.Second), rateNow
 	checkBurst(t, s, now, rateBurst)
@@ -70,7 +75,8 @@ func TestRateLimitInterval(t *testing.T) {
 	}
 }
 
-// A pause of n intervals allows a burst of n pushes, but never more than 60.
+// After a pause of n intervals of the rate limit, a site may push n times at once, but never more
+// than 60 times.
 func TestRateLimitAfterPause(t *testing.T) {
 	s, now := NewSitePushLimiter(time.Second), rateNow
 	checkBurst(t, s, now, rateBurst)
@@ -79,8 +85,9 @@ func TestRateLimitAfterPause(t *testing.T) {
 	checkBurst(t, s, now.Add(1000*time.Hour), rateBurst)
 }
 
-// For random arrivals, no time span has more accepted pushes than a burst and one per interval. A
-// client that waits as long as it is told is accepted then.
+// For pushes at random times, no time span has more accepted pushes than one burst and one push per
+// interval of the rate limit. A push that is sent again after exactly the time to wait that
+// AcquirePush returned is accepted.
 func TestRateLimitRandom(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	s := NewSitePushLimiter(time.Second)
@@ -105,7 +112,7 @@ func TestRateLimitRandom(t *testing.T) {
 	}
 }
 
-// With the interval 0 there is no rate limit.
+// If the interval between pushes is 0, there is no rate limit.
 func TestNoRateLimit(t *testing.T) {
 	s := NewSitePushLimiter(0)
 	for i := range 1000 {
@@ -115,8 +122,9 @@ func TestNoRateLimit(t *testing.T) {
 	}
 }
 
-// The server answers 429 with Retry-After to a push over the rate limit. Client and upload tokens
-// of a site share its limit, other sites are not affected, and the refusals do not fill the log.
+// The server answers 429 with Retry-After to a push over the rate limit of its site. Pushes with a
+// client token and pushes with an upload token count towards the same limit of the site. Other
+// sites are not affected. The refusals do not fill the process log.
 func TestUploadRateLimit(t *testing.T) {
 	r := newSrvRig(t)
 	pushOverLimit := func() {
@@ -134,7 +142,7 @@ func TestUploadRateLimit(t *testing.T) {
 	if got := r.upload(r.token(KindClient, "site-a"), nil); got.status != 429 {
 		t.Errorf("with the client token: answered %d, want 429", got.status)
 	}
-	r.clock.Store(int64(time.Second)) // as Retry-After said
+	r.clock.Store(int64(time.Second)) // the time at which Retry-After allowed the next push
 	r.accepted(r.push("site-a", "up 1\n"))
 	pushOverLimit()
 	r.clock.Store(int64(time.Minute + time.Second))
@@ -147,8 +155,8 @@ func TestUploadRateLimit(t *testing.T) {
 	}
 }
 
-// A site may have four pushes in flight. A refused push does not count for the rate limit, but a
-// push in flight does.
+// A site may have four pushes in flight. The limiter refuses a fifth push, and the refused push
+// does not count towards the rate limit. A push in flight counts towards the rate limit.
 func TestPushesInFlight(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	for range maxPushesPerSite {
@@ -174,7 +182,8 @@ func TestPushesInFlight(t *testing.T) {
 	checkBurst(t, s, rateNow, rateBurst-maxPushesPerSite-1)
 }
 
-// ForEach reports the last values that were set for each site.
+// ForEach reports for each site the time of the last failed push, the token expiry and the clock
+// offset that were set last.
 func TestSiteHealth(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	s.SetTokenExpiry("a", 1234, rateNow)
@@ -195,12 +204,12 @@ func TestSiteHealth(t *testing.T) {
 	}
 }
 
-// TakeUntimelyWarning returns true for a site once in untimelyLogEvery.
+// TakeUntimelyWarning returns true for a site at most once within untimelyLogEvery.
 func TestTakeUntimelyWarning(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	for i, c := range []struct {
 		id    string
-		after time.Duration // since rateNow
+		after time.Duration // time of the call, as a duration since rateNow
 		want  bool
 	}{
 		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyLogEvery - 1, false}, {"a", untimelyLogEvery, true},
@@ -212,9 +221,10 @@ func TestTakeUntimelyWarning(t *testing.T) {
 	}
 }
 
-// When the limit on tracked sites is met, sites that have been idle for more than a day are
-// forgotten. A site is kept if it has a push in flight, was seen lately, or has used up its rate
-// limit, because forgetting it would let it push faster.
+// When maxTrackedSites sites are tracked, a new site makes the limiter forget the sites that have
+// been idle for more than a day. The limiter keeps a site that has a push in flight or had a call
+// within the last day. It also keeps a site that has used up its rate limit, because forgetting the
+// site would let it push faster.
 func TestTrackedSitesAreBounded(t *testing.T) {
 	s := NewSitePushLimiter(time.Hour)
 	count := func() (n int) {
@@ -223,7 +233,7 @@ func TestTrackedSitesAreBounded(t *testing.T) {
 	}
 	s.AcquirePush("in flight", rateNow)
 	later := rateNow.Add(siteIdle)
-	for i := range rateBurst { // has used up its rate limit for 60 hours
+	for i := range rateBurst { // these pushes use up the rate limit of the site for 60 hours
 		if wait := push(s, "limited", rateNow); wait != 0 {
 			t.Fatalf("push %d has to wait %v", i, wait)
 		}
@@ -231,7 +241,7 @@ func TestTrackedSitesAreBounded(t *testing.T) {
 	for i := count(); i < maxTrackedSites; i++ {
 		s.SetTokenExpiry(fmt.Sprint(i), 1, rateNow)
 	}
-	s.SetTokenExpiry("5", 2, later) // seen lately
+	s.SetTokenExpiry("5", 2, later) // this call is later than the calls for the other sites, so site 5 is not idle
 	if wait, err := s.AcquirePush("new", later); wait != time.Minute || err == nil {
 		t.Errorf("a new site over the limit: wait %v, %v", wait, err)
 	}
@@ -256,7 +266,8 @@ func TestTrackedSitesAreBounded(t *testing.T) {
 	s.ReleasePush("in flight")
 }
 
-// A new site pushes as soon as the tracked sites are idle, even if all of them have pushed before.
+// If maxTrackedSites sites are tracked, a new site may push as soon as other tracked sites have
+// been idle for more than a day, even if these sites have pushed before.
 func TestTrackedSitesMakeRoom(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	for i := range maxTrackedSites {
@@ -283,7 +294,8 @@ func TestTrackedSitesMakeRoom(t *testing.T) {
 	s.ReleasePush("0")
 }
 
-// Concurrent calls lose no count: afterwards every site has its whole burst again.
+// Concurrent calls of SitePushLimiter lose no count of pushes: after a pause every site has exactly
+// its whole burst again.
 func TestSiteLimitsConcurrent(t *testing.T) {
 	s := NewSitePushLimiter(time.Second)
 	var wg sync.WaitGroup

@@ -1,7 +1,7 @@
 package main
 
-// The routes of a server's two listeners: paths, methods, health checks, the federate token, and
-// the isolation of profiles.
+// Tests of the routes of a server's external and internal listener: paths, methods, health checks,
+// and the federate token. Profiles (/debug/pprof/) are served to loopback addresses only.
 
 import (
 	"net/http/httptest"
@@ -9,8 +9,9 @@ import (
 	"testing"
 )
 
-// The external listener answers 405 with Allow to a wrong method, 404 to an unknown path and to
-// every path of the internal listener, and 200 to health checks.
+// The external listener answers 405 with Allow to a wrong method. It answers 404 to unknown paths
+// and to paths that only the internal listener serves, such as /federate, /metrics and
+// /debug/pprof/. It answers 200 to health checks.
 func TestExternalRoutes(t *testing.T) {
 	r := newAnswerRig(t)
 	allowPost := map[string]string{"Allow": "POST"}
@@ -31,14 +32,16 @@ func TestExternalRoutes(t *testing.T) {
 	})
 }
 
-// getInternal sends a GET request to a path of the internal listener.
+// getInternal sends a GET request with a bearer token to a path of the internal listener. With the
+// token "" it sends no token.
 func (r *srvRig) getInternal(path, token string) srvAnswer {
 	r.t.Helper()
 	return r.do(srvRequest{method: "GET", url: r.internal.URL + path, token: token})
 }
 
-// The internal listener lists its paths at the root, serves metrics, answers 404 to the paths of
-// clients, and allows only GET and HEAD at /federate.
+// The internal listener lists its paths at / and serves metrics at /metrics. It answers 404 to
+// /upload and /authorize, which only the external listener serves. It allows only GET and HEAD at
+// /federate.
 func TestInternalRoutes(t *testing.T) {
 	r := newSrvRig(t)
 	if got := r.getInternal("/", ""); got.status != 200 || !strings.Contains(got.body, `"/federate"`) {
@@ -60,8 +63,8 @@ func TestInternalRoutes(t *testing.T) {
 	}
 }
 
-// If a federate token is configured, every internal path but the health checks requires exactly
-// that token. The token does not allow pushes.
+// If a federate token is configured, every path of the internal listener except the health checks
+// requires exactly that token. The external listener does not accept the federate token for pushes.
 func TestFederateToken(t *testing.T) {
 	const secret = "s3cr3t-of-the-scraper"
 	r := newSrvRig(t)
@@ -99,8 +102,8 @@ func TestHealthWhileNotReady(t *testing.T) {
 	}
 }
 
-// Profiles are served to loopback addresses only. Headers of proxies and the federate token do not
-// change that.
+// A server serves profiles only to loopback addresses. A header X-Forwarded-For with a loopback
+// address, or a valid federate token, does not give another address access.
 func TestProfilesOnLoopbackOnly(t *testing.T) {
 	const secret = "s3cr3t-of-the-scraper"
 	r := newSrvRig(t)

@@ -1,8 +1,10 @@
 package main
 
-// Carries a push from the HTTP request to the store: reads its headers and body, forwards it to its
-// owner or decodes and appends it, and answers. The answer 200 means that the samples are durable.
-// All memory that remote input can claim is bounded, both per site and in total.
+// This file carries a push from the HTTP request to the store. It reads the headers and the body of
+// the push. Then it either forwards the push to the owner of the site, or decodes the push and
+// appends it to the site log. The answer 200 means that the store of one server holds every sample
+// of the push that was not dropped; with a storage directory, these samples are on disk. All memory
+// that remote input can claim is bounded, both per site and in total.
 
 import (
 	"context"
@@ -31,23 +33,26 @@ const (
 	resultMalformed   = "malformed"
 )
 
-// Reasons for which the store drops samples. ServerNormalizer.Normalize has its own reasons.
+// Reasons for which the store drops a sample: values of the label reason in
+// telemeter_samples_dropped_total. serverDropReasons also lists the reasons for which a sample is
+// dropped before the store gets it.
 const (
 	dropConflict = "conflicting_value"
 	dropTooOld   = "too_old"
 	dropFuture   = "future"
 )
 
-// serverDropReasons lists all reasons for which a server drops samples of an accepted push. The
-// alert TelemeterSamplesDropped in testdata/alerts.yml names the reasons that need an operator.
+// serverDropReasons lists all reasons for which a server drops samples of a push that it accepts.
+// The alert TelemeterSamplesDropped in testdata/alerts.yml fires only for those reasons that an
+// operator has to look into.
 var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture}
 
-// uploadError says why a push is refused. Its text goes to the client.
+// uploadError is the error of a push that the server refuses. Its text goes to the client.
 type uploadError struct {
 	status     int
 	result     string
 	text       string
-	retryAfter time.Duration // 0 = no Retry-After header
+	retryAfter time.Duration // how soon the client may try again, for the header Retry-After; 0 = no such header
 }
 
 func (e *uploadError) Error() string { return e.text }
@@ -68,8 +73,8 @@ func errUnsupported(text string) error {
 	return &uploadError{http.StatusUnsupportedMediaType, resultUnsupported, text, 0}
 }
 
-// refusalResponse returns the response to a push that failed with err. It cuts the text to
-// maxErrorText bytes, because an error can quote a whole body.
+// refusalResponse returns the response to a push that failed with err. It cuts the text of err to
+// maxErrorText bytes, because the text can quote the whole body of the push.
 func refusalResponse(err error) *pushResponse {
 	var e *uploadError
 	if !errors.As(err, &e) {
@@ -101,14 +106,15 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		resp = refusalResponse(err)
 	}
 	s.pushesTotal.Inc(resp.Result)
-	// A push that is refused because this server starts or stops is not a failure of the site.
+	// A push that is refused because this server is starting or stopping does not count as a failed
+	// push of the site.
 	if resp.AllUntimely || resp.Status != http.StatusOK && s.ready.Load() {
 		s.sites.SetPushFailed(t.ClusterID, s.cfg.Now())
 	}
 	if resp.Status == http.StatusOK {
 		w.Header().Del("Connection")
 		w.Header().Set("Content-Type", "application/json")
-		w.Write(resp.Body) // fails only if the connection does; the client then pushes again
+		w.Write(resp.Body) // an error means only that the connection failed; the client then pushes again
 		return
 	}
 	text := strings.TrimSpace(string(resp.Body))
@@ -120,22 +126,23 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	http.Error(w, text, resp.Status)
 }
 
-// refusalLevel returns the level at which a refused push with that result is logged.
+// refusalLevel returns the level at which this server logs that it refused a push with the given
+// result.
 func refusalLevel(result string) slog.Level {
 	switch result {
-	case resultFailed, resultFull: // the server that stores the push has logged the cause at a higher level
+	case resultFailed, resultFull: // the server whose store failed has already logged the cause, at error level
 		return slog.LevelDebug
-	case resultRateLimited: // otherwise a site that pushes too fast would flood the log
+	case resultRateLimited: // otherwise a site that pushes too fast would flood the process log
 		return slog.LevelDebug
 	}
 	return slog.LevelInfo
 }
 
 // receivePush reads an authenticated push and has it stored by the owner of its site. This server
-// stores the push itself if it is the owner or if the owner cannot take the push. Limits are
-// checked before the body is read.
+// stores the push itself if it is the owner, or if the owner cannot take the push. receivePush
+// checks the rate limit and the limits on pushes in flight before it reads the body.
 func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*pushResponse, error) {
-	arrival := s.cfg.Now() // taken before the body is read, because that may take long
+	arrival := s.cfg.Now() // taken before the body is read, because reading the body may take long
 	release, err := s.acquirePush(t.ClusterID)
 	if err != nil {
 		return nil, err
@@ -157,8 +164,8 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	if err := s.readPushBody(w, r, body); err != nil {
 		return nil, err
 	}
-	// storeTimeout begins only after the body is read, because over a slow link the body alone may
-	// take longer.
+	// storeTimeout begins only after the body has been read, because over a slow link the body
+	// alone may take longer than storeTimeout.
 	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
 	defer cancel()
 	if s.cfg.Forwarder != nil {
@@ -169,9 +176,10 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	return s.decodeAndStorePush(ctx, push, params, *body)
 }
 
-// storeForwarded stores a push that another member forwarded; see storeForwardedFunc. It hands the
-// push back if this server is not ready. It also does so if all samples were dropped because of
-// their timestamps and the clocks of the two servers differ by more than maxClockDifference.
+// storeForwarded stores a push that another member forwarded; see storeForwardedFunc. It returns
+// the error handBack, so that the other member stores the push, in two cases: this server is not
+// ready, or all samples were dropped because of their timestamps while the clocks of the two
+// servers differ by more than maxClockDifference.
 func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []byte) (resp *pushResponse, handBack error) {
 	if !s.ready.Load() {
 		return nil, errors.New("the server is not ready")
@@ -203,8 +211,9 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 	return s.decodeAndStorePush(ctx, push, params, body)
 }
 
-// acquirePush lets a push of a site begin if the server is ready and if the rate limit and the
-// limits on pushes in flight allow it. The caller must call release at the end of the push.
+// acquirePush lets a push of a site begin. It returns an error if this server is not ready, if the
+// site exceeds its rate limit, or if too many pushes of the site or of all sites are in flight.
+// Unless it returns an error, the caller must call release at the end of the push.
 func (s *Server) acquirePush(clusterID string) (release func(), err error) {
 	if !s.ready.Load() {
 		return nil, errOverloaded("the server is not ready")
@@ -251,7 +260,8 @@ func (s *Server) errBodyTooLarge() error {
 	return errPushTooLarge(fmt.Sprintf("the body is larger than %d bytes; raise the server's --limit-bytes to accept larger bodies", s.cfg.LimitBytes))
 }
 
-// readPushBody reads the body of a push into the memory of *body, up to LimitBytes.
+// readPushBody reads the body of a push into *body and reuses the memory of *body. A body of more
+// than LimitBytes bytes is an error.
 func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]byte) (err error) {
 	if r.ContentLength > s.cfg.LimitBytes {
 		return s.errBodyTooLarge()
@@ -267,13 +277,15 @@ func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]by
 	return nil
 }
 
-// decodeAndStorePush decodes a push, stores it on this server, and returns the answer. It limits
-// how many pushes are decoded at a time, and the memory of decoded pushes that wait to be stored.
+// decodeAndStorePush decodes a push, stores it on this server, and returns the answer. It bounds
+// how many pushes this server decodes at a time, and how much memory all decoded pushes take while
+// they wait to be stored.
 func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
 	if int64(len(body)) > s.cfg.LimitBytes {
 		return nil, s.errBodyTooLarge()
 	}
-	// While it waits for a slot, a push only takes the bounded memory of its body as sent.
+	// While a push waits for a slot of s.decoding, it takes only the memory of its body as sent,
+	// which LimitBytes bounds.
 	if s.decoding.Acquire(ctx) != nil {
 		return nil, errOverloaded("the server is too busy to decode the push")
 	}
@@ -294,34 +306,36 @@ func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, para
 	return s.countAndAnswerAccepted(push.ClusterID, params, &buf.samples, d, res)
 }
 
-// decodeBuffers is the memory that decoding a push needs. A push keeps its buffers while it waits
-// to be stored, but only the bytes that the push fills count as pending. So buffers that have grown
-// beyond maxPooledBuffers are not reused.
+// decodeBuffers has the memory for decoding one push. Server.buffers keeps it for reuse by later
+// pushes. A push keeps its buffers while it waits to be stored. Server.pending then counts only the
+// bytes that the push fills, not the capacity of the buffers. To keep the difference small, buffers
+// that have grown beyond maxPooledBuffers are not reused.
 type decodeBuffers struct {
 	decompressor Decompressor
 	decoder      Decoder
 	samples      SampleList
-	size         int // bytes; capacity of the parts that can grow
+	size         int // capacity in bytes of the decompressed body and of samples
 }
 
-// releaseBuffers returns buf to the pool unless it has grown too large.
+// releaseBuffers returns buf to the pool s.buffers, unless buf has grown beyond maxPooledBuffers.
 func (s *Server) releaseBuffers(buf *decodeBuffers) {
 	if buf.size <= maxPooledBuffers {
 		s.buffers.Put(buf)
 	}
 }
 
-// pushDropCounts has the counts of a decoded push, and the memory that it takes.
+// pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
+// has the memory that the decoded push takes.
 type pushDropCounts struct {
 	dropped map[string]int // samples dropped, by reason
-	skipped map[string]int // unsupported parts of samples, by kind
-	memory  int64          // bytes that the decoded push fills
+	skipped map[string]int // unsupported parts of samples that were dropped, such as exemplars, by kind
+	memory  int64          // bytes of its buffers that the decoded push fills
 }
 
-// decodeAndReleaseSlot decodes and normalizes a body into buf.samples. A sample without a timestamp
-// gets the arrival time of the push. The caller must hold a slot of s.decoding, which
-// decodeAndReleaseSlot releases. So a push no longer holds the slot while it waits for the disk,
-// and a disk that hangs does not keep other sites from decoding.
+// decodeAndReleaseSlot decodes and normalizes the body of a push into buf.samples. A sample without
+// a timestamp gets the arrival time of the push. The caller must hold a slot of s.decoding;
+// decodeAndReleaseSlot releases it, even after an error. So a push holds no slot while it waits for
+// the disk, and a disk that hangs does not keep the pushes of other sites from being decoded.
 func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte) (counts pushDropCounts, err error) {
 	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
@@ -351,11 +365,12 @@ func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, for
 	return pushDropCounts{dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(memory)}, nil
 }
 
-// pushNormalizer applies the operator's rules to the samples of one push.
+// pushNormalizer applies the operator's rules to the samples of one push: which labels to set,
+// remove or require, and which series to accept.
 type pushNormalizer struct {
 	rules    *ServerNormalizer
 	forced   []Label
-	arrival  int64 // ms; timestamp for samples that have none
+	arrival  int64 // ms since the Unix epoch; the timestamp for samples that have none
 	list     *SampleList
 	received int
 	dropped  map[string]int // samples dropped, by reason
@@ -368,8 +383,8 @@ func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNor
 	}
 }
 
-// normalizeAndAdd normalizes a sample and adds it to the list, or counts the reason why it is
-// dropped. An error refuses the whole push.
+// normalizeAndAdd normalizes a sample and adds it to n.list. If the sample must be dropped, it
+// counts the reason instead. If it returns an error, the whole push must be refused.
 func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	n.received++
 	reason, err := n.rules.Normalize(r, n.forced)
@@ -393,8 +408,8 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 // appendPush appends the samples of a push and the names of its scrapes to the site's log. It
 // returns an uploadError if the store refuses the push.
 func (s *Server) appendPush(ctx context.Context, clusterID string, params pushParams, samples *SampleList) (res AppendResult, err error) {
-	// Add the consumers before the samples are stored. Otherwise the samples could be evicted before
-	// these consumers have read them.
+	// Add the consumers that the client reports before the samples are stored. Otherwise the
+	// samples could be evicted before these consumers have read them.
 	s.cfg.Store.Consumers.AddClientReportedConsumers(SiteKey(clusterID), params.consumers, s.cfg.Now())
 	if params.scrapes.SpoolID != 0 && len(params.scrapes.Numbers) == 0 && len(samples.Samples) == 0 {
 		return res, nil // this push only asks which scrapes are held and read
@@ -419,8 +434,9 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 	return res, &uploadError{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
 }
 
-// countAndAnswerAccepted counts a stored push and returns its answer. If all samples were dropped
-// because of their timestamps, the answer has a hint, which is also logged from time to time.
+// countAndAnswerAccepted counts a stored push and returns the answer to it. If all samples that
+// reached the store were dropped because of their timestamps, the answer has a hint. The hint is
+// also logged, at most once in untimelyLogEvery for each site.
 func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
 	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
 		if n > 0 {
@@ -448,7 +464,7 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 		}
 	}
 	b, err := json.Marshal(answer)
-	if err != nil { // cannot happen: the answer has only numbers and strings
+	if err != nil { // cannot happen, because an answer has only numbers and strings, which always encode as JSON
 		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be encoded", 0}
 	}
 	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: res.IsAllUntimely()}, nil
@@ -469,7 +485,7 @@ func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	}
 }
 
-// deleteZeros removes zeros from counts. It returns nil if nothing is left.
+// deleteZeros removes the entries of counts whose value is 0. It returns nil if no entry is left.
 func deleteZeros(counts map[string]int) map[string]int {
 	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
 	if len(counts) == 0 {
@@ -478,13 +494,15 @@ func deleteZeros(counts map[string]int) map[string]int {
 	return counts
 }
 
-// untimelyHint says what is wrong with the timestamps of a push whose samples are all too old or in
-// the future. Such a push is answered with 200, but for the site's alerts it counts as failed.
-// oldestAccepted is the oldest timestamp that is accepted, and now is the current time, both in ms.
+// untimelyHint returns a text for the client about a push whose samples are all too old or in the
+// future: what is wrong with the timestamps. Such a push is answered with 200, but for the site's
+// alerts it counts as failed. oldestAccepted is the oldest timestamp that is accepted, and now is
+// the current time, both in ms since the Unix epoch.
 //
-// A client may send seconds in place of milliseconds. A current time in seconds, read as
-// milliseconds, lies in January 1970. No real sample is that old, so one such sample is enough to
-// recognize the mistake. One day of tolerance on either side allows for a wrong clock or time zone.
+// A client may send timestamps in seconds by mistake. A current time in seconds, read as
+// milliseconds, lies in January 1970. No real sample is that old, so one such timestamp is enough
+// to recognize the mistake. One day of tolerance on either side allows for a wrong clock or time
+// zone.
 func untimelyHint(samples *SampleList, tooOld, future int, oldestAccepted, now int64) string {
 	const day = 24 * 60 * 60 // seconds
 	switch {

@@ -1,7 +1,7 @@
 package main
 
-// A hostile site: whatever one site pushes, it cannot change or forge the samples of another site,
-// and it cannot make a scrape fail.
+// Tests of a hostile site, which has valid tokens and pushes whatever it likes. It cannot change or
+// forge the samples of another site, and it cannot make a scrape of /federate fail.
 
 import (
 	"bytes"
@@ -16,7 +16,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// hostilePush is a body that a hostile site uploads.
+// hostilePush is the body of a push by a hostile site, with the headers of the push.
 type hostilePush struct {
 	body   []byte
 	header map[string]string
@@ -25,17 +25,17 @@ type hostilePush struct {
 // hostileText returns a hostile push in the text format.
 func hostileText(s string) hostilePush { return hostilePush{body: []byte(s)} }
 
-// hostileProto returns a hostile push in protobuf.
+// hostileProto returns a hostile push with body as its body and the content type of protobuf.
 func hostileProto(body []byte) hostilePush {
 	return hostilePush{body, map[string]string{"Content-Type": protoType}}
 }
 
-// hostileOpenMetrics returns a hostile push in OpenMetrics.
+// hostileOpenMetrics returns a hostile push in the format OpenMetrics.
 func hostileOpenMetrics(s string) hostilePush {
 	return hostilePush{[]byte(s), map[string]string{"Content-Type": omType}}
 }
 
-// hostileGroup is a list of hostile pushes with a common idea.
+// hostileGroup is a list of hostile pushes that try the same kind of attack.
 type hostileGroup struct {
 	name   string
 	pushes []hostilePush
@@ -44,8 +44,9 @@ type hostileGroup struct {
 // staleNaN is the bit pattern with which Prometheus marks a series as stale.
 const staleNaN = 0x7ff0000000000002
 
-// hostileGroups returns the pushes of the hostile site-a. ms is the server's time. The values 666
-// and 667 occur nowhere else.
+// hostileGroups returns the pushes of the hostile site-a. ms is the server's current time. No
+// honest sample has the value 666 or 667, so checkHonest recognizes a forged sample of site-b by
+// these values.
 func hostileGroups(t *testing.T, ms int64) []hostileGroup {
 	name := func(s string) *dto.MetricFamily { return gaugeFamily(s, 666, &ms) }
 	uint := func(n uint64) *uint64 { return &n }
@@ -118,18 +119,20 @@ func hostileGroups(t *testing.T, ms int64) []hostileGroup {
 	}
 }
 
-// hostileRig is a server to which two sites have pushed the same series. site-b is honest and
-// site-a is about to turn hostile.
+// hostileRig is a server to which the honest site-b and the hostile site-a have pushed the same
+// series. site-a has not yet sent a hostile push.
 type hostileRig struct {
 	*srvRig
-	accepts []string // Accept headers, each with another escaping
-	honest  []string // lines of site-b, for each of accepts
+	accepts []string // Accept headers of scrapes; each asks for another escaping of names
+	honest  []string // lines of site-b in /federate before the attacks, one text for each header in accepts
 }
 
 func newHostileRig(t *testing.T) *hostileRig {
 	r := &hostileRig{accepts: []string{"", acceptUTF8, "text/plain;escaping=values"}}
 	r.srvRig = newSrvRig(t, func(s *StoreConfig, c *ServerConfig) { c.RateInterval, c.LimitBytes = 0, 64<<10 })
-	r.secrets = []string{keyLine(1), "secretdir"} // no others, because a refusal may quote the push
+	// Error answers may contain "goroutine " and ".go:" here, unlike in other tests of srvRig,
+	// because an error answer may quote any text of a hostile push.
+	r.secrets = []string{keyLine(1), "secretdir"}
 	ms := testNow.UnixMilli()
 	honest := fmt.Sprintf("# TYPE up gauge\nup{job=\"node\",instance=\"i:1\"} 1 %d\n# TYPE http_total counter\nhttp_total{code=\"200\"} 7 %d\n"+
 		"# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 1\n{\"utf8.name\",\"l.l\"=\"v\"} 5 %d\n", ms, ms, ms)
@@ -138,14 +141,15 @@ func newHostileRig(t *testing.T) *hostileRig {
 	for _, accept := range r.accepts {
 		r.honest = append(r.honest, r.held("site-b", accept))
 	}
-	if strings.Count(r.honest[0], "\n") != 9 { // 6 samples, and 3 series that the server makes
+	if strings.Count(r.honest[0], "\n") != 9 { // 6 samples of site-b, and 3 series that the server makes for it
 		t.Fatalf("site-b at the beginning:\n%s", r.honest[0])
 	}
 	return r
 }
 
-// checkHonest checks that site-b is served as at the beginning, that every scrape parses, and that
-// no sample is served under a wrong cluster ID or as a stale marker.
+// checkHonest checks that the server still serves exactly the lines of site-b from before the
+// attacks, and that expfmt can parse every scrape. It also checks that no sample has a forged
+// cluster ID or is a stale marker.
 func (r *hostileRig) checkHonest(t *testing.T) {
 	t.Helper()
 	for i, accept := range r.accepts {
@@ -174,8 +178,9 @@ func (r *hostileRig) checkHonest(t *testing.T) {
 	}
 }
 
-// Whatever a hostile site pushes is stored under its own cluster ID or refused. Nothing that
-// another site pushed changes by a byte, every scrape still parses, and the log stays short.
+// The server stores every push of a hostile site under that site's own cluster ID, or refuses the
+// push. The samples of another site do not change by a byte, every scrape can still be parsed, and
+// the process log stays short.
 func TestHostileSite(t *testing.T) {
 	r := newHostileRig(t)
 	accepted, sent := 0, 0
@@ -205,7 +210,8 @@ func TestHostileSite(t *testing.T) {
 	}
 }
 
-// A token for one site is answered 403 when the query names another cluster ID, however similar.
+// The server answers 403 to a push whose query names another cluster ID than the token, even if the
+// two cluster IDs differ only by case, a space or a NUL byte.
 func TestHostileSiteNamesAnother(t *testing.T) {
 	r := newHostileRig(t)
 	for _, id := range []string{"site-b", "SITE-B", "site-b ", "site-b\x00"} {
@@ -217,7 +223,8 @@ func TestHostileSiteNamesAnother(t *testing.T) {
 	r.checkHonest(t)
 }
 
-// A site that exceeds its limit on series takes no room from another site.
+// The server refuses a push that exceeds the limit on series of one site. Such a push leaves the
+// samples of another site unchanged, and the other site can still push.
 func TestHostileSiteFloods(t *testing.T) {
 	r := newHostileRig(t)
 	if a := r.push("site-a", manySeries(101)); a.status != 413 {

@@ -1,7 +1,8 @@
 package main
 
-// Pushes that are refused: unsupported, too large or malformed bodies, overload, full stores, and
-// clients that are slow or disconnect. A refused push leaves no sample and no site.
+// Tests of pushes that the server refuses: bodies that are unsupported, too large or malformed, an
+// overloaded server, a full store, and clients that are slow or disconnect. A refused push leaves
+// no sample and no site in the store.
 
 import (
 	"fmt"
@@ -16,8 +17,8 @@ import (
 	"time"
 )
 
-// A body of an unsupported type or encoding is answered 415 with the types or encodings that are
-// supported.
+// The server answers 415 to a push whose body has an unsupported content type or encoding. The
+// answer lists the supported ones.
 func TestUploadUnsupported(t *testing.T) {
 	r := newAnswerRig(t)
 	typed := func(name, contentType, body, reasons string) answerCase {
@@ -44,10 +45,11 @@ func manySeries(n int) string {
 	return b.String()
 }
 
-// A push over a limit is answered 413 with the limit and the flag that raises it.
+// The server answers 413 to a push that exceeds a limit. The answer names the limit and, if a flag
+// can raise the limit, that flag.
 func TestUploadTooLarge(t *testing.T) {
 	r := newAnswerRig(t)
-	large := strings.Repeat("# a comment counts too\n", 200) // more than 4,096 bytes
+	large := strings.Repeat("# a comment counts too\n", 200) // more than the rig's --limit-bytes of 4,096
 	inGzip := map[string]string{"Content-Encoding": "gzip"}
 	chunked := r.uploadCase("large body in chunks", 413, nil, large, "4096 bytes|--limit-bytes")
 	chunked.q.chunked = true
@@ -62,8 +64,9 @@ func TestUploadTooLarge(t *testing.T) {
 	})
 }
 
-// A malformed, truncated or hostile body is answered 400 with the line or family, the series and
-// the reason.
+// The server answers 400 to a push whose body is malformed, truncated or hostile. The answer has
+// the reason. If the fault is in one line of a text body or in one family of a protobuf body, the
+// answer also names the line or the family, and the series.
 func TestUploadMalformed(t *testing.T) {
 	r := newAnswerRig(t)
 	text := func(name, body, reasons string) answerCase { return r.uploadCase(name, 400, nil, body, reasons) }
@@ -96,8 +99,9 @@ func TestUploadMalformed(t *testing.T) {
 	})
 }
 
-// Malformed headers of a push are answered 400 with the reason, and the push leaves nothing. The
-// length of the lists in the headers is bounded.
+// The server answers 400 with the reason if a push has a malformed Telemeter-Spool or
+// Telemeter-Consumers header. Such a push leaves no sample, no site and no consumer. Both headers
+// may list only a limited number of ranges or consumers.
 func TestUploadHeaders(t *testing.T) {
 	const spool = "00000000000000ab "
 	ranges := func(n int) string {
@@ -160,8 +164,8 @@ func TestUploadHeaders(t *testing.T) {
 	}
 }
 
-// A push that fails after its first line leaves no series and no site, and the next push is
-// accepted whole.
+// If a later line of a push makes the server refuse the push, the server keeps nothing of the lines
+// before it: no series and no site. It then accepts the whole next push of the site.
 func TestRefusedLeavesNothing(t *testing.T) {
 	r := newSrvRig(t)
 	for _, body := range []string{"a 1\nb{ 1\n", "a 1\nb 1", "a 1\npush_time_seconds 1\n"} {
@@ -177,15 +181,15 @@ func TestRefusedLeavesNothing(t *testing.T) {
 	}
 }
 
-// A push that the server has no room for, or cannot store now, is answered 503 with Retry-After.
-// The answer names no path, and accepted samples stay. The push counts as a failure of its site,
-// except while the server is not ready.
+// The server answers 503 with Retry-After to a push that it has no room for or cannot store now.
+// The answer contains no path of a file, and samples accepted before stay unchanged. The server
+// shows push_failure_time_seconds for the site of the push, unless the server is not ready.
 func TestNoRoom(t *testing.T) {
 	disk := newCrashFS(1, "/secretdir")
 	for _, c := range []struct {
 		name   string
 		config func(*StoreConfig, *ServerConfig)
-		spoil  func(*srvRig) // called before the push, if not nil
+		spoil  func(*srvRig) // called before the refused push; nil: nothing is called
 		reason string
 	}{
 		{"not ready", nil, func(r *srvRig) { r.server.SetReady(false) }, "not ready"},
@@ -201,7 +205,7 @@ func TestNoRoom(t *testing.T) {
 		{"store closed", nil, func(r *srvRig) {
 			r.store.Close()
 			for _, c := range r.store.sitesByID() {
-				<-c.lock // the rig closes the store again
+				<-c.lock // releases the site's lock, which Close keeps, because the cleanup of the rig calls Close again
 			}
 		}, "too busy"},
 	} {
@@ -233,8 +237,8 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
-// A client that disconnects in the middle of a body leaves no site, no slot in use and no push in
-// flight.
+// If a client disconnects in the middle of the body of a push, the server stores no site, frees all
+// slots, and no longer counts the push as in flight.
 func TestVanishingClient(t *testing.T) {
 	r := newSrvRig(t)
 	for _, length := range []string{"Content-Length: 1000\r\n", "Transfer-Encoding: chunked\r\n"} {
@@ -254,8 +258,8 @@ func TestVanishingClient(t *testing.T) {
 	}
 }
 
-// A client with an invalid token that sends Expect: 100-continue is refused at once, and is never
-// asked for its body.
+// The server answers 401 at once to a client that sends Expect: 100-continue without a valid token.
+// It does not ask the client for the body of the push.
 func TestExpectContinueRefused(t *testing.T) {
 	r := newSrvRig(t)
 	c := dialRaw(t, r.external.Listener.Addr().String())
@@ -265,8 +269,8 @@ func TestExpectContinueRefused(t *testing.T) {
 	}
 }
 
-// One site may have four pushes in flight. A fifth is answered 429, and pushes of other sites are
-// accepted meanwhile.
+// One site may have four pushes in flight. The server answers 429 to a fifth push of the site, and
+// accepts pushes of other sites meanwhile.
 func TestConcurrentUploads(t *testing.T) {
 	r := newSrvRig(t)
 	var wg sync.WaitGroup
@@ -306,8 +310,9 @@ func TestConcurrentUploads(t *testing.T) {
 	}
 }
 
-// A request that is answered before its body is read gets the answer at once, and the connection is
-// closed. An accepted push and an /authorize request without a body keep the connection.
+// If the server answers a request before it has read the request's whole body, it sends the answer
+// at once and then closes the connection. The server keeps the connection after an accepted push,
+// and after an /authorize request without a body.
 func TestAnswerWithoutBody(t *testing.T) {
 	r := newSrvRig(t)
 	for range rateBurst {
@@ -320,7 +325,7 @@ func TestAnswerWithoutBody(t *testing.T) {
 	for _, c := range []struct {
 		path, token, header, body string
 		status                    int
-		keeps                     bool // the connection
+		keeps                     bool // whether the server keeps the connection after its answer
 	}{
 		{"/upload", "", "Content-Length: 4000", "u", 401, false},
 		{"/upload?id=other", upload, "Content-Length: 4000", "u", 403, false},
@@ -346,10 +351,10 @@ func TestAnswerWithoutBody(t *testing.T) {
 	}
 }
 
-// The body of a push may arrive as slowly as the listener allows. The time limit on storing the
-// push begins only after the body has arrived.
+// The body of a push may arrive as slowly as the listener allows. storeTimeout, the time limit on
+// storing the push, begins only when the whole body has arrived.
 func TestSlowBody(t *testing.T) {
-	for range 8 { // Go chooses at random between two ready cases of a select, so try several times
+	for range 8 { // several runs, because Go chooses at random between two ready cases of a select
 		synctest.Test(t, func(t *testing.T) {
 			r, keys := newVirtualRig(t), testKeys(t, 1)
 			r.server.Reload(ReloadableServerConfig{Keys: keys, Normalizer: &ServerNormalizer{}})

@@ -1,7 +1,8 @@
 package main
 
-// Pushes that name their scrapes: which scrape numbers the answer lists as held and as read, and
-// which consumers the server knows from clients.
+// Tests of pushes that name their scrapes in the header Telemeter-Spool: which scrape numbers the
+// server's answer lists as held and as read, and which consumers the server knows from the reports
+// of clients.
 
 import (
 	"fmt"
@@ -10,13 +11,14 @@ import (
 	"time"
 )
 
-// The answer to a push with a spool lists the scrape numbers that the server holds, the numbers
-// that every consumer has read, and the consumers that the server knows.
+// The answer to a push that names a spool lists the scrape numbers of this spool that the server
+// holds, the scrape numbers that every consumer has read, and the consumers that the server knows.
+// A scrape number that every consumer has read is no longer listed as held.
 func TestSpoolAnswers(t *testing.T) {
 	const (
 		spool = "00000000000000ab"
 		other = "00000000000000cd"
-		old   = "old 1 5\n" // a sample that is too old
+		old   = "old 1 5\n" // a line whose sample is too old for the server, and so untimely
 	)
 	r := newSrvRig(t)
 	conn := &AnswerReadTracker{}
@@ -25,21 +27,27 @@ func TestSpoolAnswers(t *testing.T) {
 	}
 	consumer := func(age int) string { return fmt.Sprintf("%016x:%d", ConsumerKey("x", "192.0.2.1", ""), age) }
 	for i, c := range []struct {
-		do                   string // "push", "scrape" by a consumer on one connection, or "wait" 10 s
+		// do is "push", "wait" for 10 s, or "scrape" for a scrape of the consumer x, always on the
+		// same connection.
+		do                   string
 		site, spool, text    string
 		accepted, duplicates int
-		lists, consumers     string // wanted in the answer to a push; see srvCounts.lists
+		// lists has the held and read scrape numbers that the answer to a push must list, in the
+		// format of srvCounts.lists. consumers has the consumers that the answer must list.
+		lists, consumers string
 	}{
-		// Without a known consumer the answer has no list of read scrapes.
+		// Before the server knows a consumer, its answer has no list of read scrapes.
 		{"push", "site-a", spool + " 1", sample("m", 1), 1, 0, "1|-", ""},
 		{"push", "site-a", spool + " 2-3", sample("m", 2) + sample("m", 3), 2, 0, "1-3|-", ""},
 		{"push", "site-a", spool, "", 0, 0, "1-3|-", ""},
 		{"push", "site-a", other, "", 0, 0, "|-", ""},
-		// A push without a spool gets no lists.
+		// The answer to a push that names no spool has neither a list of held scrapes nor a list of
+		// read scrapes.
 		{"push", "site-a", "", sample("m", 4), 1, 0, "-|-", ""},
-		// A repeated push counts as held.
+		// The scrapes of a push whose samples are all duplicates are listed as held.
 		{"push", "site-a", spool + " 1,3", sample("m", 1) + sample("m", 3), 0, 2, "1-3|-", ""},
-		// A scrape counts as read when the consumer's next scrape confirms it.
+		// A scrape is listed as read when the consumer has got its samples and then confirms them
+		// with the next scrape of /federate.
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool, "", 0, 0, "1-3|", consumer(0)},
 		{"push", "site-a", "", "", 0, 0, "-|-", ""},
@@ -48,28 +56,32 @@ func TestSpoolAnswers(t *testing.T) {
 		{"push", "site-a", spool, "", 0, 0, "|1-3", consumer(0)},
 		{"wait", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool + " 2", sample("m", 2), 0, 1, "|1-3", consumer(10)},
-		// A scrape that only repeats samples counts as read when these samples are read.
+		// A scrape that has only duplicates of stored samples is listed as read when the consumer
+		// has read the stored samples.
 		{"push", "site-a", spool + " 4", sample("m", 4), 0, 1, "4|1-3", consumer(10)},
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool, "", 0, 0, "4|1-3", consumer(0)},
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool, "", 0, 0, "|1-4", consumer(0)},
-		// If all samples of a push are untimely, its scrapes are not held, because the server's clock
-		// may be wrong. They are not held either if some samples are untimely and the push names
-		// several scrapes, because the samples cannot be assigned to their scrapes.
+		// If all samples of a push are untimely, the server does not list its scrapes as held,
+		// because the server's clock may be wrong. It does not list them either if some samples are
+		// untimely and the push names several scrapes, because it cannot tell which samples belong
+		// to which scrape.
 		{"push", "site-a", spool + " 5", old, 0, 0, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 5-6", old + old, 0, 0, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 7-8", sample("m", 7) + old, 1, 0, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 7,9", sample("m", 7) + old, 0, 1, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 9", sample("m", 9) + old, 1, 0, "9|1-4", consumer(0)},
-		// A dropped sample that is invalid does not keep its scrapes from being held.
+		// A sample that is dropped as invalid does not keep the scrapes of its push from being
+		// listed as held.
 		{"push", "site-a", spool + " 10-11", sample("m", 10) + "bad{a=\"\x00\"} 1\n", 1, 0, "9-11|1-4", consumer(0)},
-		// A scrape without samples is held, and read like any other.
+		// A scrape without samples is listed as held, and later as read, like any other scrape.
 		{"push", "site-a", spool + " 12", "", 0, 0, "9-12|1-4", consumer(0)},
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool, "", 0, 0, "|1-4,9-12", consumer(0)},
-		// Each site has its own numbers, even for the same spool ID.
+		// The server keeps the scrape numbers of each site apart, even if two sites use the same
+		// spool ID.
 		{"push", "site-b", spool, "", 0, 0, "|", consumer(0)},
 		{"push", "site-b", spool + " 1", sample("m", 1), 1, 0, "1|", consumer(0)},
 	} {
@@ -98,9 +110,9 @@ func TestSpoolAnswers(t *testing.T) {
 	}
 }
 
-// A push that names a spool but has neither numbers nor samples only asks for the lists: the server
-// stores nothing, and it does not count as the site's last push. A push that names a scrape without
-// samples does count.
+// A push that names a spool but has neither scrape numbers nor samples only asks for the lists of
+// held and read scrapes. The server stores nothing, and push_time_seconds of the site does not
+// change. A push that names a scrape without samples does change push_time_seconds.
 func TestSpoolQuestion(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
@@ -128,13 +140,15 @@ func TestSpoolQuestion(t *testing.T) {
 	}
 }
 
-// A consumer that a site's client reports must have read the site's scrapes before they count as
-// read. It does not matter for other sites. A consumer that has not scraped for a day is ignored.
+// The client of a site can report a consumer that it knows from another server. The scrapes of this
+// site count as read only when the reported consumer has read them too. The scrapes of other sites
+// do not wait for this consumer. The server ignores a reported consumer that has not scraped for a
+// day, or not for --retention while another consumer has.
 func TestSpoolReportedConsumers(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
 	conn := &AnswerReadTracker{}
-	var reported string // consumers that the client of site-a reports
+	var reported string // value of the Telemeter-Consumers header in pushes of site-a
 	push := func(id, numbers, text, want string) {
 		t.Helper()
 		a := r.pushSpool(id, text, SpoolHeader, strings.TrimSpace(spool+" "+numbers), ConsumersHeader, map[string]string{"site-a": reported}[id])
@@ -142,11 +156,11 @@ func TestSpoolReportedConsumers(t *testing.T) {
 			t.Errorf("%s was answered %s, want the lists %s", id, a.body, want)
 		}
 	}
-	scrapeTwice := func() { // the second scrape confirms the first
+	scrapeTwice := func() { // the consumer's second scrape confirms the first
 		r.scrapeOn(conn, "consumer=x")
 		r.scrapeOn(conn, "consumer=x")
 	}
-	reported = "0000000000000001:86400" // a day ago
+	reported = "0000000000000001:86400" // the consumer with key 1 scraped another server a day ago, so it is ignored
 	push("site-a", "1", "up 1\n", "1|-")
 	reported = "0000000000000001:86399"
 	push("site-a", "", "", "1|")
@@ -154,14 +168,16 @@ func TestSpoolReportedConsumers(t *testing.T) {
 	reported = ""
 	scrapeTwice()
 	push("site-b", "", "", "|1")
-	push("site-a", "", "", "|1") // the reported consumer has not scraped for --retention
+	// Scrape 1 counts as read although the reported consumer has not read it: this consumer has not
+	// scraped for --retention (2 h), and the consumer x has.
+	push("site-a", "", "", "|1")
 
 	reported = "0000000000000001:10"
 	r.clock.Add(int64(time.Minute))
 	push("site-a", "2", "up 2\n", "2|1")
 	push("site-b", "2", "up 2\n", "2|1")
 	scrapeTwice()
-	reported = "" // the server remembers the report
+	reported = "" // pushes report no consumer now, but the server remembers the earlier report
 	push("site-a", "", "", "2|1")
 	push("site-b", "", "", "|1-2")
 	want := "0000000000000001:10," + fmt.Sprintf("%016x:0", ConsumerKey("x", "192.0.2.1", ""))
@@ -171,7 +187,8 @@ func TestSpoolReportedConsumers(t *testing.T) {
 	if got := r.accepted(r.pushSpool("site-b", "", SpoolHeader, spool)).Consumers; strings.Contains(got, "0000000000000001") {
 		t.Errorf("consumers of site-b: %s, want only the consumer x", got)
 	}
-	// When the reported consumer scrapes this server, its cursor counts.
+	// When the reported consumer scrapes this server itself, its cursors on this server decide what
+	// it has read.
 	seq, _ := r.store.Consumers.SeqReadByAll(SiteKey("site-b"), r.now())
 	for range 2 {
 		session, _, err := r.store.Consumers.BeginScrape(1, "y", "192.0.2.2", conn, r.now())

@@ -1,7 +1,7 @@
 package main
 
-// Pushes that are accepted: the counts in the answer, the operator's rules, timestamps that are out
-// of bounds, and what is stored.
+// Tests of pushes that the server accepts: the counts in its answer, the operator's rules for
+// labels and series, timestamps that are too old or in the future, and the samples that it stores.
 
 import (
 	"bytes"
@@ -19,8 +19,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// A valid push is answered 200 with counts in JSON. An upload token and a client token both work,
-// and the scheme of the Authorization header may be in lower case.
+// The server answers a valid push with 200 and counts in JSON. It accepts an upload token and a
+// client token. The scheme "Bearer" in the Authorization header may be in lower case.
 func TestUploadAccepted(t *testing.T) {
 	r := newAnswerRig(t)
 	withClientToken := r.uploadCase("client token and the content type of curl", 200, map[string]string{"Content-Type": "application/x-www-form-urlencoded"}, "ok2 1\n", `"accepted":1`)
@@ -32,8 +32,9 @@ func TestUploadAccepted(t *testing.T) {
 	r.check(t, []answerCase{withUploadToken, withClientToken, lowerCase, r.uploadCase("empty body", 200, nil, "", `"accepted":0`)})
 }
 
-// The answer counts every sample of a push as accepted, duplicate or dropped, and lists parts of
-// samples that are not supported. The metrics add up these counts.
+// The answer counts each sample of a push as accepted, duplicate or dropped. It also counts the
+// parts that the server skips because it does not support them, such as exemplars. The server's
+// metrics add up these counts over all pushes.
 func TestUploadCounts(t *testing.T) {
 	r := newSrvRig(t)
 	r.reload(func(st *ReloadableServerConfig) {
@@ -82,8 +83,9 @@ func TestUploadCounts(t *testing.T) {
 	}
 }
 
-// A push whose samples are all too old or in the future is answered 200 with a hint. It counts as
-// failed, and a warning with the hint is logged.
+// If all valid samples of a push are too old or in the future, the server answers 200 with a hint
+// at the cause. The push counts as failed in push_failure_time_seconds, and the server logs a
+// warning with the hint.
 func TestUntimelyPush(t *testing.T) {
 	const (
 		seconds = "the timestamps look like seconds, but must be milliseconds"
@@ -136,13 +138,13 @@ func TestUntimelyPush(t *testing.T) {
 	}
 }
 
-// The warning about untimely pushes is logged at most once an hour for each site.
+// The server logs the warning about untimely samples at most once an hour for each site.
 func TestUntimelyWarnings(t *testing.T) {
 	r := newSrvRig(t)
 	warnings := 0
 	for i, c := range []struct {
 		cluster          string
-		after            time.Duration // since the previous push
+		after            time.Duration // time since the previous push in this table
 		untimely, warned bool
 	}{
 		{"a", 0, true, true}, {"a", time.Minute, true, false}, {"b", 0, true, true}, {"a", 58 * time.Minute, true, false},
@@ -164,15 +166,16 @@ func TestUntimelyWarnings(t *testing.T) {
 	}
 }
 
-// A sample with a NUL byte in a label value is dropped, and the rest of the push is stored. Any
-// other fault in a series refuses the whole push, and its samples are not counted as dropped.
+// The server drops a sample whose label value has a NUL byte, and stores the rest of the push. If a
+// series has any other fault, the server refuses the whole push and does not count its samples as
+// dropped.
 func TestNULByte(t *testing.T) {
 	ms := testNow.UnixMilli()
 	for _, c := range []struct {
 		name   string
 		body   []byte
 		header []string
-		want   string // beginning of the status and body of the answer
+		want   string // status of the answer, a space, and the beginning of its body
 	}{
 		{"text", []byte("a 1\nb{x=\"\x00\"} 1\nb{x=\"y\",z=\"a\x00b\"} 1\nb{x=\"y\"} 1\n"), nil, `200 {"accepted":2,"duplicates":0,"dropped":{"invalid":2},`},
 		{"protobuf", protoBody(t, gaugeFamily("b", 1, &ms, "x", "\x00"), gaugeFamily("b", 1, &ms, "x", "y")), []string{"Content-Type", protoType}, `200 {"accepted":1,"duplicates":0,"dropped":{"invalid":1},`},
@@ -200,8 +203,9 @@ func TestNULByte(t *testing.T) {
 	}
 }
 
-// The server removes elided labels, adds the operator's labels and those of the token, and drops
-// samples that lack a required label or are not allowed. A token's label wins over the operator's.
+// The server removes the labels of --elide-label, adds the operator's labels and the token's
+// labels, and drops samples that lack a required label or that --allow does not select. If the
+// operator and the token set the same label, the token's value wins.
 func TestOperatorRules(t *testing.T) {
 	r := newSrvRig(t)
 	labels, err := ParseLabels([]string{"region=eu", "tier=gold"})
@@ -230,8 +234,9 @@ func TestOperatorRules(t *testing.T) {
 	}
 }
 
-// The clock offset that a client reports is shown for --max-sample-age and changes no timestamp. A
-// value that is not a number of milliseconds is ignored, and the push is stored all the same.
+// The server shows the clock offset that a client reports until --max-sample-age has passed since
+// the last report. The offset changes no timestamp of a sample. If the reported value is not a
+// number of milliseconds within limits, the server ignores it and still stores the push.
 func TestClockOffset(t *testing.T) {
 	r := newSrvRig(t)
 	for _, c := range []struct{ value, want string }{
@@ -263,8 +268,9 @@ func TestClockOffset(t *testing.T) {
 	}
 }
 
-// While a step of the server's clock is in doubt, a push that is timely by only one of the two
-// possible times is answered 503 with Retry-After. Later it is accepted.
+// After a step of its wall clock, the server may not know yet whether the time before or after the
+// step is right. Until it knows, it answers 503 with Retry-After to a push that is timely by only
+// one of the two times. It accepts the push when the doubt is resolved.
 func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt := time.Duration(0)
 	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
@@ -282,8 +288,8 @@ func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	r.accepted(r.push("site-a", "up 2\n"))
 }
 
-// Samples that several sites push concurrently under the same names keep their own cluster IDs and
-// values.
+// If several sites push series with the same names concurrently, each stored sample keeps the
+// cluster ID and the value of its own push.
 func TestConcurrentSites(t *testing.T) {
 	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.RateInterval = 0 })
 	var wg sync.WaitGroup
@@ -320,8 +326,8 @@ func TestConcurrentSites(t *testing.T) {
 	}
 }
 
-// A sample that was answered 200 is served after a crash. Failed fsyncs and refused pushes between
-// the accepted pushes do not change that.
+// After a crash the server still serves every sample of a push that it answered with 200. Failed
+// fsyncs and refused pushes between these pushes do not change that.
 func TestAcceptedSurvivesCrash(t *testing.T) {
 	disk := newCrashFS(3, "/secretdir")
 	r := newSrvRig(t, func(s *StoreConfig, _ *ServerConfig) { s.FS = disk })
@@ -353,8 +359,9 @@ func TestAcceptedSurvivesCrash(t *testing.T) {
 	}
 }
 
-// BenchmarkUpload measures the server's part of a push over a kept connection, on a real disk with
-// fsync. The bodies are made beforehand, so that the client's work is not included.
+// BenchmarkUpload measures how long the server takes to handle and store a push, on a real disk
+// with fsync. It calls the HTTP handler directly, without a network. The bodies are made
+// beforehand, so that the work of a client is not measured.
 func BenchmarkUpload(b *testing.B) {
 	for _, c := range []struct {
 		name        string
@@ -364,7 +371,7 @@ func BenchmarkUpload(b *testing.B) {
 			r := benchRig(b)
 			handler, token := r.server.ExternalHandler(), r.token(KindUpload, "site-a")
 			bodies := make([][]byte, 256)
-			const step = 15_000 // ms
+			const step = 15_000 // time between the timestamps of two bodies, in ms
 			for i := range bodies {
 				bodies[i] = benchBody(b, c.proto, testNow.UnixMilli()+int64(i)*step)
 				if c.gzip {
@@ -372,8 +379,8 @@ func BenchmarkUpload(b *testing.B) {
 				}
 			}
 			run := func(i int) {
-				// The clock follows the timestamps of the bodies. When all bodies are used up, they
-				// come from another site, so that every sample is new.
+				// The server's clock follows the timestamps of the bodies. When all bodies have
+				// been pushed, they are pushed again for another site, so that every sample is new.
 				r.clock.Store(int64(i%len(bodies)) * step * 1e6)
 				if i%len(bodies) == 0 {
 					token = r.token(KindUpload, fmt.Sprintf("site-%d", i))

@@ -1,7 +1,8 @@
 package main
 
-// Random use of a store on a disk that fails or loses power at every file operation in turn.
-// No acknowledged sample is lost, and no sample appears that was never pushed.
+// A store is used at random on a crashFS. At each of its file operations in turn, the operation
+// fails or the process is killed, and the machine crashes later. No acknowledged sample is lost,
+// and no sample appears that was never pushed.
 
 import (
 	"context"
@@ -14,7 +15,8 @@ import (
 	"time"
 )
 
-// storeKeeper uses a store at random and remembers the pushed and the acknowledged samples.
+// storeKeeper uses a store at random. It remembers the samples that it pushed and the samples that
+// the store acknowledged.
 type storeKeeper struct {
 	*storeKit
 	fs    *crashFS
@@ -50,8 +52,8 @@ func (k *storeKeeper) randomPush(id string) *SampleList {
 	return storePush(id, points...)
 }
 
-// push makes a random push. If the store acknowledges the push, push checks the counts and that
-// every sample within retention is held.
+// push makes a random push. If the store acknowledges the push, push checks the counts in the
+// result, and checks that the store holds every pushed sample within retention.
 func (k *storeKeeper) push() {
 	id := fmt.Sprint("c", k.rng.IntN(3))
 	p := k.randomPush(id)
@@ -95,7 +97,8 @@ func (k *storeKeeper) push() {
 	}
 }
 
-// check compares the held samples with the pushed and the acknowledged samples.
+// check fails the test unless every held sample was pushed, every acknowledged sample within
+// retention is held, and the batch numbers of no site have fallen.
 func (k *storeKeeper) check() {
 	got := allHeld(k.t, k.s)
 	oldest := k.s.KeptSince()
@@ -117,13 +120,13 @@ func (k *storeKeeper) check() {
 }
 
 // reopen opens the store as a new process, and checks its samples, its errors and its total of log
-// bytes. A crash alone must not be reported as damage.
+// bytes. The store must not report damage after a crash without another fault.
 func (k *storeKeeper) reopen() {
 	k.s = k.open()
 	k.check()
 	for _, err := range k.errors {
-		// Other reports are allowed: recovery cannot tell a last record whose sectors were
-		// written out of order from a damaged record.
+		// Reports other than these two are allowed: recovery cannot tell a last record whose
+		// sectors were written out of order from a damaged record.
 		if strings.Contains(err.Error(), "recovering") || strings.Contains(err.Error(), "damaged: header true") {
 			k.t.Error(err)
 		}
@@ -139,7 +142,7 @@ func (k *storeKeeper) reopen() {
 	}
 }
 
-// step pushes, moves the clock, or runs maintenance, at random.
+// step makes one random push, moves the clock, or runs maintenance.
 func (k *storeKeeper) step() {
 	switch n := k.rng.IntN(12); {
 	case n < 7:
@@ -157,8 +160,8 @@ func (k *storeKeeper) step() {
 type diskTrouble struct {
 	name      string
 	kill      bool // the process is killed in the operation; otherwise the operation fails
-	restart   bool // a new process starts before the machine crashes
-	moreSteps int  // steps of the new process before the crash
+	restart   bool // a new process opens the store before the machine crashes
+	moreSteps int  // steps that the new process makes before the crash
 }
 
 // A store that is killed, or whose disk fails, at any one of its file operations loses no
@@ -193,9 +196,9 @@ func TestSweepStoreCrashes(t *testing.T) {
 	}
 }
 
-// crashAt uses a store at random with trouble at file operation number at, then crashes and
-// reopens it several times. It adds the operation to ops, and reports whether the use reached
-// it.
+// crashAt uses a store at random. The trouble happens at the file operation with number at. After
+// it the machine crashes several times, and the store is opened after each crash. crashAt adds the
+// operation to ops, and reports whether the use reached the operation.
 func crashAt(t *testing.T, seed, at, variant uint64, trouble diskTrouble, ops map[string]int) (reached bool) {
 	t.Helper()
 	fsys := newStoreFS(seed<<32 | at<<2 | variant)

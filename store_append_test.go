@@ -28,7 +28,7 @@ func TestStageNewSamplesCounts(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		pushes [][]point
-		want   result // counts of the last push
+		want   result // counts of the result of the last push
 	}{
 		{"new series", [][]point{{{"m", 1, at(5), 1}, {"m", 2, at(5), 2}}}, result{Accepted: 2}},
 		{"same time and value", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(5), 1}}}, result{Duplicates: 1}},
@@ -68,8 +68,9 @@ func TestStageNewSamplesCounts(t *testing.T) {
 	}
 }
 
-// A batch has the first sample of every series by ID, so that the IDs form runs, then the second
-// sample of every series, and so on. The times of each series ascend.
+// StageNewSamples orders the samples of a batch: the first sample of every series, sorted by series
+// ID so that the IDs form runs, then the second sample of every series, and so on. The times of
+// each series ascend.
 func TestStageNewSamplesOrder(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
@@ -103,8 +104,8 @@ func TestStageNewSamplesSeriesLimit(t *testing.T) {
 	}
 }
 
-// The text of a site's series is limited to seriesBytes times the limit on series, so that
-// long lines count like several series.
+// The text of a site's series may have at most seriesBytes bytes for each series that the limit on
+// series allows. So a long line counts like several series.
 func TestStageNewSamplesTextLimit(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
@@ -136,7 +137,7 @@ func TestStageNewSamplesTooLarge(t *testing.T) {
 	}
 }
 
-// Rollback removes the series that a staged push inserted.
+// Rollback removes the series that a staged but not committed push inserted.
 func TestStagedBatchRollback(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
@@ -171,8 +172,8 @@ func TestStoreAppendIsDurable(t *testing.T) {
 	}
 }
 
-// A push during which the disk fails is refused. No acknowledged sample is lost, the next push
-// is accepted once the disk works, and all of this holds after a crash too.
+// A push during which the disk fails is refused. No acknowledged sample is lost, and the next push
+// is accepted once the disk works. Both hold after a crash too.
 func TestStoreAppendDiskFails(t *testing.T) {
 	first := testSeed(t, 1)
 	for _, op := range []string{"open", "write", "sync", "truncate", "rename", "syncdir", "mkdir"} {
@@ -188,8 +189,9 @@ func TestStoreAppendDiskFails(t *testing.T) {
 	}
 }
 
-// appendWhileDiskFails pushes while every operation op fails with diskErr, and crashes. If
-// pushAgain, there is another push before the crash, on a disk that works.
+// appendWhileDiskFails pushes to a store while every file operation op fails with diskErr, and then
+// crashes the machine. If pushAgain is true, it makes another push on a working disk before the
+// crash.
 func appendWhileDiskFails(t *testing.T, name, op string, diskErr error, isFirst bool, seed uint64, pushAgain bool) {
 	t.Helper()
 	fsys := newStoreFS(seed)
@@ -204,7 +206,7 @@ func appendWhileDiskFails(t *testing.T, name, op string, diskErr error, isFirst 
 	}
 	failed := false
 	fsys.hook = func(_ int, o, _ string) fault {
-		if o == op || op == "truncate" && o == "write" { // a truncation follows only a write that failed
+		if o == op || op == "truncate" && o == "write" { // the store truncates a log only after a write that failed
 			failed = true
 			return fault{Err: diskErr}
 		}
@@ -231,7 +233,7 @@ func appendWhileDiskFails(t *testing.T, name, op string, diskErr error, isFirst 
 	got := allHeld(t, k.open())
 	for key, v := range pushed("a", during) {
 		if _, onDisk := got[key]; onDisk {
-			want[key] = v // a refused push may have reached the disk all the same
+			want[key] = v // a refused push may have reached the disk nevertheless
 		}
 	}
 	wantHeld(t, name+", after a crash", got, want)
@@ -295,8 +297,9 @@ func wantSeriesLimit(t *testing.T, k *storeKit, s *Store, points ...point) {
 	}
 }
 
-// A push over the limit on series is refused as a whole. It uses up no room, leaves no site behind,
-// and causes no rewrite of a log while all series have samples in retention.
+// A push over the limit on series is refused as a whole. The refused push counts nothing towards
+// the limit, leaves no site behind, and causes no rewrite of a log while all series have samples in
+// retention.
 func TestStoreAppendSeriesLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSeries = 3
@@ -310,7 +313,7 @@ func TestStoreAppendSeriesLimit(t *testing.T) {
 	k.clock.Add(time.Second)
 	wantSeriesLimit(t, k, s, at(3), at(4))
 	k.push(s, "a", at(1), at(3))
-	k.push(s, "b", at(1), at(2), at(3)) // the limit is for each site
+	k.push(s, "b", at(1), at(2), at(3)) // each site has the full limit on series
 	wantSeriesLimit(t, k, s, at(4))
 	if n := s.Stats().Compactions; n != 0 {
 		t.Errorf("%d rewrites of logs, although no series could be dropped", n)
@@ -327,9 +330,9 @@ func TestStoreAppendDropsExpiredSeries(t *testing.T) {
 	k.push(s, "a", at(1), at(2))
 	k.clock.Add(time.Second)
 	k.push(s, "a", at(1), at(3))
-	k.clock.Add(2 * time.Hour) // series 2 has expired
+	k.clock.Add(2 * time.Hour) // series 2 now has no sample in retention
 	k.push(s, "a", at(4))
-	k.clock.Add(time.Second) // series 1 and 3 have expired too
+	k.clock.Add(time.Second) // series 1 and 3 now have no sample in retention either
 	k.push(s, "a", at(5), at(6))
 	wantSeriesLimit(t, k, s, at(7))
 	if n := s.Stats().Compactions; n != 2 {
@@ -337,7 +340,8 @@ func TestStoreAppendDropsExpiredSeries(t *testing.T) {
 	}
 }
 
-// An expired series makes room even if its last batch also has a sample that has not expired.
+// At the limit on series, an expired series makes room even if its last batch also has a sample of
+// another series that has not expired.
 func TestStoreAppendDropsExpiredSeriesOfMixedBatch(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSeries = 2

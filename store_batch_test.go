@@ -110,7 +110,7 @@ func TestBatchTimeBounds(t *testing.T) {
 		{100, nil, nil, 100, 100, true},
 		{100, []int32{0, 0}, []int64{100, 100}, 100, 100, true},
 		{100, []int32{-5, 7, 0}, []int64{95, 107, 100}, 95, 107, false},
-		{100, []int32{1, 2}, []int64{101, 102}, 100, 102, false}, // T0 counts although no sample has it
+		{100, []int32{1, 2}, []int64{101, 102}, 100, 102, false}, // T0 counts towards the bounds although no sample has the time T0
 		{-1 << 60, []int32{math.MinInt32}, []int64{-1<<60 + math.MinInt32}, -1<<60 + math.MinInt32, -1 << 60, false},
 	} {
 		b := &Batch{T0: test.t0, DT: test.dt, V: make([]float64, len(test.t)), IDs: make([]uint32, len(test.t))}

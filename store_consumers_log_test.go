@@ -1,7 +1,7 @@
 package main
 
-// The file of the consumers' cursors. A damaged file costs at most samples that are served
-// twice, and the number of consumers is bounded.
+// The file of the consumers' cursors. Damage of the file at most causes samples to be served twice,
+// and the number of consumers is bounded.
 
 import (
 	"fmt"
@@ -25,8 +25,9 @@ func putConsumers(t testing.TB, fsys FS, n int) {
 	}
 }
 
-// cursorsFrame returns a framed record of a consumer's last scrape, in Unix seconds, and cursors.
-// Cursor number i is for site i; 0 removes the cursor.
+// cursorsFrame returns a framed record of a consumer with its last scrape, in Unix seconds, and its
+// cursors. The i-th argument of cursors, from 0, is the cursor for site i. An argument of 0 removes
+// the cursor.
 func cursorsFrame(key uint64, lastScrape int64, cursors ...uint64) []byte {
 	rec := cursorRecord{key, time.Unix(lastScrape, 0), map[uint64]uint64{}}
 	for i, at := range cursors {
@@ -40,9 +41,9 @@ func cursorsFile(frames ...[]byte) []byte {
 	return slices.Concat(append([][]byte{appendLogHeader(nil, []byte("consumers"))}, frames...)...)
 }
 
-// OpenConsumers restores the cursors of an undamaged file. If any record is damaged, it keeps the
-// consumers and drops all cursors, because a lost record may have removed a cursor. Save
-// repairs the file.
+// OpenConsumers restores the cursors of an undamaged file. If any record of the file is damaged, it
+// keeps the consumers and drops all cursors, because the damaged record may have removed a cursor.
+// Save repairs the file.
 func TestConsumersRestore(t *testing.T) {
 	record := func(kind byte, payload string) []byte { return AppendRecord(nil, kind, []byte(payload)) }
 	now := consumersNow.Unix()
@@ -51,7 +52,7 @@ func TestConsumersRestore(t *testing.T) {
 		name    string
 		frames  [][]byte
 		damaged bool
-		want    cursors // by the consumer's name; c1 is in the state file
+		want    cursors // by the consumer's name; the state file has consumer c1
 	}{
 		{"no record", nil, false, cursors{"c1": {}}},
 		{"one record", [][]byte{cursorsFrame(1, now, 5, 6)}, false, cursors{"c1": {0: 5, 1: 6}}},
@@ -121,8 +122,8 @@ func TestConsumersLastScrapeInFuture(t *testing.T) {
 	}
 }
 
-// A consumer that was forgotten stays forgotten after a restart, even if a save failed in between.
-// It leaves the state file too.
+// A consumer that Consumers has forgotten stays forgotten after a restart, even if a save failed in
+// between. The state file no longer has the consumer either.
 func TestConsumersForgottenOnDisk(t *testing.T) {
 	fsys := newStoreFS(1)
 	cs := openConsumers(t, fsys, consumersNow, false)
@@ -148,8 +149,8 @@ func TestConsumersForgottenOnDisk(t *testing.T) {
 	}
 }
 
-// A consumer that was forgotten, and scrapes again before that is saved, starts without its old
-// cursors after a restart.
+// A consumer is forgotten, and scrapes again before its removal is saved. After a restart it does
+// not have its old cursors.
 func TestConsumersForgottenAndBack(t *testing.T) {
 	fsys := newStoreFS(1)
 	cs := openConsumers(t, fsys, consumersNow, false)
@@ -196,8 +197,8 @@ func TestConsumersSaveFails(t *testing.T) {
 	}
 }
 
-// consumersHistory returns the files of cursors and state after several saves, and the cursors at
-// the end.
+// consumersHistory saves consumers several times. It returns the contents of the file of cursors
+// and of the state file, and the cursors at the end.
 func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[uint64]uint64) {
 	fsys := newStoreFS(1)
 	cs := openConsumers(t, fsys, consumersNow, false)
@@ -221,8 +222,9 @@ func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[ui
 	return data, state, cursorsOf(cs)
 }
 
-// If the file of the cursors is cut, flipped or zeroed at any byte, no cursor is past the confirmed
-// batch, and all consumers of the state file are known. Save repairs the file.
+// The file of the cursors is cut, flipped or zeroed at any byte. Then no cursor is past the batch
+// that the consumer confirmed, and all consumers of the state file are known. Save repairs the
+// file.
 func TestConsumersDamage(t *testing.T) {
 	data, state, final := consumersHistory(t)
 	check := func(name string, data []byte) {
@@ -237,9 +239,9 @@ func TestConsumersDamage(t *testing.T) {
 		}
 		for consumer, cursors := range got {
 			for site, at := range cursors {
-				// A lost record may have removed the cursor of site 1001, which left the store.
-				// The old cursor does no harm, because later batches of the site get higher
-				// numbers.
+				// A lost record may have removed the cursor of site 1001, which left the store. The
+				// old cursor does no harm, because later batches of the site get higher numbers
+				// than this cursor.
 				if at > final[consumer][site] && site != 1001 {
 					t.Fatalf("%s: the cursor of consumer %s for site %d is %d, and batch %d was confirmed", name, consumer, site, at, final[consumer][site])
 				}

@@ -1,8 +1,8 @@
 package main
 
-// Sessions of a consumer. A scrape on the same connection confirms the scrape before it. A new
-// connection gets unconfirmed samples again, and slow or lost scrapes make later scrapes
-// shorter.
+// Sessions of a consumer, one for each connection. A scrape on the same connection confirms the
+// scrape before it. A new connection gets unconfirmed samples again. Slow or unconfirmed scrapes
+// make later scrapes shorter.
 
 import (
 	"io"
@@ -10,14 +10,14 @@ import (
 	"time"
 )
 
-// A scrape that is written slowly, or whose connection is replaced before it is confirmed, lowers
-// the sample limit of the next scrapes. Each scrape that is confirmed in time doubles the limit
-// again.
+// A scrape whose answer is written slowly, or whose connection is replaced before the next scrape
+// confirms it, lowers the sample limit of the next scrapes. Each scrape that is written in time and
+// confirmed doubles the limit again.
 func TestSessionSampleLimit(t *testing.T) {
 	const allowed = time.Second
 	const cut = time.Duration(-1) // the connection broke before the answer was written
 	type step struct {
-		served int // unread samples
+		served int // unread samples that the scrape serves
 		took   time.Duration
 		lost   bool // the next scrape comes on a new connection
 		want   int  // sample limit of the next scrape
@@ -37,7 +37,8 @@ func TestSessionSampleLimit(t *testing.T) {
 			{8000, 2 * allowed, false, 4000}, {80_000, 0, false, 8000}, {8000, 0, false, 16_000}, {1, 0, false, 32_000},
 			{1, 0, false, 64_000}, {1, 0, false, 100_000}, {1, 0, false, 100_000},
 		}},
-		// A proxy may lose every answer. Then shorter answers do not help.
+		// A proxy may lose every answer that the server wrote in time. After three lost answers the
+		// limit no longer falls, because the length of the answers is not the cause.
 		{"lost for ever", []step{
 			{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 0, true, 8000},
 			{8000, 0, true, 8000}, {8000, 0, false, 16_000}, {8000, 0, true, 4000},
@@ -104,17 +105,17 @@ func (r *sessionRig) scrape(conn int) (values string, repeats bool) {
 // consumer's cursor, which is the newest batch that any of its connections has confirmed.
 func TestSessionsOfOneConsumer(t *testing.T) {
 	r := newSessionRig(t)
-	for i, step := range []struct { // one more sample is pushed before each scrape: value 1, 2, …
+	for i, step := range []struct { // before each scrape one more sample is pushed, with the value 1, 2, …
 		conn    int
 		want    string
 		repeats bool
 	}{
 		{0, "1 ", false},
-		{1, "1 2 ", true}, // connection 0 has not confirmed 1
+		{1, "1 2 ", true}, // connection 0 has not confirmed value 1
 		{0, "2 3 ", false},
 		{1, "3 4 ", false},
 		{0, "4 5 ", false},
-		{2, "4 5 6 ", true}, // connection 0 has confirmed 3
+		{2, "4 5 6 ", true}, // connection 0 has confirmed the values up to 3
 		{0, "6 7 ", false},
 		{2, "7 8 ", false},
 	} {
@@ -145,7 +146,8 @@ func TestSessionsGetNewSite(t *testing.T) {
 }
 
 // A connection that has read a part of a batch continues in the batch after a rewrite of the log.
-// If samples of the batch expired, it gets the remaining samples of the batch from the first on.
+// If samples of the batch expired, the connection gets all remaining samples of the batch, from the
+// first one on.
 func TestSessionInMiddleOfBatch(t *testing.T) {
 	for _, test := range []struct {
 		expired int      // samples of the batch that expire
@@ -156,7 +158,7 @@ func TestSessionInMiddleOfBatch(t *testing.T) {
 	} {
 		k := newStoreKit(t, newStoreFS(1))
 		s := k.open()
-		// The rewrite drops this series, and so changes the IDs of the others.
+		// The rewrite drops this series, and so changes the IDs of the other series.
 		k.push(s, "a", point{"x", 100, k.clock.ms(7100), 100})
 		evictOldest(t, s, "a")
 		var points []point

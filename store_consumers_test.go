@@ -8,9 +8,10 @@ import (
 	"time"
 )
 
-// A batch counts as read when every consumer that counts has read it: the consumers that scraped
-// this server, and the consumers that the site's client reported. A consumer that has not scraped
-// for the retention time does not count while another one does.
+// A batch counts as read when every consumer that counts has read it. These are the consumers that
+// scraped this server, and the consumers that the site's client reported. A consumer that has not
+// scraped for the retention time does not count while another consumer has scraped within that
+// time.
 func TestSeqReadByAll(t *testing.T) {
 	const site, other = 1, 2
 	key := func(name string) uint64 { return ConsumerKey(name, "::1", "") }
@@ -25,7 +26,7 @@ func TestSeqReadByAll(t *testing.T) {
 	for _, test := range []struct {
 		name         string
 		cursors      cursors // cursors of the consumers that scraped this server
-		ages         ages    // ages of their last scrapes; a consumer that is not listed has scraped just now
+		ages         ages    // ages of the consumers' last scrapes; a consumer that is not listed has scraped just now
 		reports      []report
 		seq          uint64
 		hasConsumers bool
@@ -59,8 +60,8 @@ func TestSeqReadByAll(t *testing.T) {
 	}
 }
 
-// The consumers that clients report are bounded for each site, and the sites are bounded. Reports
-// outlive the site's samples, and are forgotten after a day.
+// The number of consumers that clients can report for one site is bounded, and so is the number of
+// sites with reports. Reports outlive the site's samples, and are forgotten after a day.
 func TestReportedConsumersAreBounded(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
 	for i := range uint64(3 * MaxConsumers) {
@@ -75,7 +76,7 @@ func TestReportedConsumersAreBounded(t *testing.T) {
 	if n := len(cs.reported); n != maxReportingSites {
 		t.Errorf("the reports of %d sites are known, want %d", n, maxReportingSites)
 	}
-	cs.DropSiteCursors(7) // as after a first push that failed
+	cs.DropSiteCursors(7) // as the store does when it drops a site whose first push failed
 	if len(cs.LastScrapeAges(7, consumersNow)) == 0 {
 		t.Error("the reports of site 7 are lost with its cursors")
 	}
@@ -85,13 +86,13 @@ func TestReportedConsumersAreBounded(t *testing.T) {
 	}
 }
 
-// A consumer that no longer scrapes grows older although client and server report it to each
-// other again and again.
+// The age of a consumer that no longer scrapes keeps growing although client and server report the
+// consumer to each other again and again.
 func TestReportedConsumerAges(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
 	cs.AddClientReportedConsumers(1, []ConsumerAge{{9, 0}}, consumersNow)
 	now := consumersNow
-	for range 4000 { // more than an hour
+	for range 4000 { // 4000 rounds take more than an hour
 		now = now.Add(999 * time.Millisecond)
 		all, err := ParseConsumers(FormatConsumers(cs.LastScrapeAges(1, now)))
 		if err != nil {
@@ -104,8 +105,8 @@ func TestReportedConsumerAges(t *testing.T) {
 	}
 }
 
-// In memory-only mode, Consumers collects no changes for a file. It keeps nothing of sites that
-// left the store, and a bounded number of sessions.
+// In memory-only mode, Consumers collects no changes for a file. It keeps no cursors and no
+// positions of sites that left the store, and a bounded number of sessions for each consumer.
 func TestConsumersMemoryOnly(t *testing.T) {
 	cs, err := OpenConsumers(nil, "", &StoreMeta{}, time.Hour, consumersNow)
 	if err != nil {

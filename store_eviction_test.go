@@ -35,7 +35,7 @@ func filledStore(t *testing.T, dir string) (*storeKit, *Store) {
 	return k, s
 }
 
-// storeDirs are the directory of a store on disk, and "" for memory-only mode.
+// storeDirs has the directory of a store on disk, and "" for a store in memory-only mode.
 var storeDirs = []string{"/s", ""}
 
 // At the limit, the store evicts the oldest batches of all sites, and counts their samples.
@@ -43,7 +43,7 @@ func TestStoreSampleLimitEvictsOldest(t *testing.T) {
 	for _, dir := range storeDirs {
 		k, s := filledStore(t, dir)
 		held := allHeld(t, s)
-		if len(held) < 64-64/8 { // an eighth may stay free for other sites
+		if len(held) < 64-64/8 { // an eighth of the limit may stay free for other sites
 			t.Errorf("directory %q: only %d samples are held", dir, len(held))
 		}
 		for key := range held {
@@ -74,7 +74,7 @@ func TestStoreSampleLimitRefusesLargePush(t *testing.T) {
 func TestStoreSampleLimitKeepsShownSamples(t *testing.T) {
 	for _, dir := range storeDirs {
 		k, s := filledStore(t, dir)
-		k.push(s, "c", k.series("large", 40)...) // leaves 24 of 64 samples to evict
+		k.push(s, "c", k.series("large", 40)...) // scrapes show these 40 samples, so that at most the other 24 of 64 samples can be evicted
 		if _, err := k.tryPush(s, "d", k.series("large", 30)...); !errors.Is(err, ErrFull) {
 			t.Errorf("directory %q: got %v, want ErrFull", dir, err)
 		}
@@ -93,7 +93,7 @@ func TestStoreSampleLimitKeepsShownSamples(t *testing.T) {
 	}
 }
 
-// Recovery evicts samples as well, so that no more samples than the limit are in memory.
+// Recovery evicts samples too, so that it holds no more samples than the limit.
 func TestStoreSampleLimitInRecovery(t *testing.T) {
 	k, s := filledStore(t, "/s")
 	k.push(s, "c", k.series("large", 40)...)
@@ -105,9 +105,9 @@ func TestStoreSampleLimitInRecovery(t *testing.T) {
 	allHeld(t, s)
 }
 
-// roomRig returns a store of 1000 samples in 20 sites, at its limit, with two consumers. Consumer
-// fast has read all batches. Consumer slow has read the first half. No scrape shows the
-// samples any more.
+// roomRig returns a store of 1000 samples in 20 sites. The store is at its limit and knows two
+// consumers. Consumer fast has read all batches. Consumer slow has read the first half of each
+// site's batches. The samples are too old for scrapes to show them as newest samples.
 func roomRig(t *testing.T) (*storeKit, *Store) {
 	t.Helper()
 	k := newStoreKit(t, newStoreFS(1))
@@ -130,8 +130,7 @@ func roomRig(t *testing.T) (*storeKit, *Store) {
 	return k, s
 }
 
-// makeRoom evicts the oldest batches first, by the time at which they were accepted, over all
-// sites.
+// makeRoom evicts batches in the order in which the store accepted them, over all sites.
 func TestMakeRoomEvictsOldestOfAllSites(t *testing.T) {
 	_, s := roomRig(t)
 	for s.totals.Samples.Load() > 600 {
@@ -164,7 +163,7 @@ func TestMakeRoomKeepsUnread(t *testing.T) {
 	}
 }
 
-// After a search for batches to evict that found too little, makeRoom searches again only after
+// If makeRoom found too little to evict, it searches for batches to evict again only after
 // roomPause.
 func TestMakeRoomPauses(t *testing.T) {
 	k, s := roomRig(t)
@@ -182,8 +181,8 @@ func TestMakeRoomPauses(t *testing.T) {
 	}
 }
 
-// A site with more than its share of the limit leaves an eighth of the limit to the others. Each
-// of the others can fill its share.
+// A site that holds more than its share of the limit on samples leaves an eighth of the limit to
+// the other sites. Each other site can fill its share.
 func TestStoreSampleLimitIsShared(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSamples = 800
@@ -196,7 +195,7 @@ func TestStoreSampleLimitIsShared(t *testing.T) {
 		want int // accepted samples until the first ErrFull
 	}{
 		{"large", 700 - 9},
-		{"small-0", 80 - 1}, // its share is a tenth, and it has one sample
+		{"small-0", 80 - 1}, // the site's share is a tenth of the limit, and the site already has one sample
 		{"large", 0},
 		{"new", 800 - 700 - 79},
 	} {
@@ -218,8 +217,8 @@ func TestStoreSampleLimitIsShared(t *testing.T) {
 	allHeld(t, s)
 }
 
-// If the state file or the file of the cursors is lost or damaged, the store evicts no batch that
-// the consumer has not read. It refuses pushes until the consumer has read all samples.
+// The state file or the file of the cursors is lost or damaged. Even then the store evicts no batch
+// that the only consumer has not read. It refuses pushes until the consumer has read all samples.
 func TestNothingUnreadIsEvicted(t *testing.T) {
 	flip := func(at int) func(data []byte) []byte {
 		return func(data []byte) []byte {
@@ -243,7 +242,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 		t.Run(test.path+" "+test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)
 			k := newStoreKit(t, fsys)
-			k.cfg.LimitSamples = 95 // one read sample can be evicted, which is too little for a push of 10
+			k.cfg.LimitSamples = 95 // the one read sample can be evicted, which makes too little room for a push of 10 samples
 			s := k.open()
 			begin := k.clock.ms(0)
 			k.push(s, "a", point{"m", 0, begin, -1})
@@ -281,7 +280,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 			}
 			got := drain(t, k, s, "central")
 			for key := range pushed("a", point{"m", 0, begin, -1}) {
-				delete(got, key) // read before the damage; some kinds of damage have it served again
+				delete(got, key) // consumer central read this sample before the damage; after some kinds of damage the store serves it again
 			}
 			wantHeld(t, "read after the damage", got, want)
 			k.clock.Add(roomPause)
@@ -295,7 +294,7 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 	}
 }
 
-// changeFile replaces the content of a file by what change returns. If change is nil, it removes
+// changeFile replaces the content of a file by the result of change. If change is nil, it removes
 // the file.
 func changeFile(t *testing.T, fsys *crashFS, path string, change func(data []byte) []byte) {
 	t.Helper()
@@ -340,8 +339,7 @@ func TestEvictionWithoutConsumers(t *testing.T) {
 	}
 }
 
-// Evicted samples do not come back through a rewrite of the log, nor through a restart after the
-// rewrite.
+// Evicted samples do not come back when the log is rewritten, nor at a restart after that rewrite.
 func TestEvictedSamplesStayGone(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSamples = 10
@@ -358,7 +356,7 @@ func TestEvictedSamplesStayGone(t *testing.T) {
 }
 
 // BenchmarkMakeRoom measures makeRoom when it can evict every batch, and when it can evict none
-// because a consumer has read none. The second takes time in proportion to the number of
+// because a consumer has read none. In the second case the time is proportional to the number of
 // sites.
 func BenchmarkMakeRoom(b *testing.B) {
 	for _, sites := range []int{1000, 4000} {

@@ -11,7 +11,8 @@ import (
 	"testing/synctest"
 )
 
-// waitingPush pushes one sample for site a.
+// waitingPush pushes one sample for site a. The push waits while another caller holds the site's
+// lock.
 func waitingPush(ctx context.Context, k *storeKit, s *Store) error {
 	_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{})
 	return err
@@ -21,7 +22,7 @@ func waitingPush(ctx context.Context, k *storeKit, s *Store) error {
 func TestSiteLockEndsWithContext(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
-	if _, err := s.acquireSite(context.Background(), "a"); err != nil { // a push is in progress
+	if _, err := s.acquireSite(context.Background(), "a"); err != nil { // hold the site's lock, as a push in progress does
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())

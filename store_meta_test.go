@@ -1,7 +1,7 @@
 package main
 
-// The server's state file: the names of the consumers and the block of batch numbers. Damaged
-// files are read as far as possible, and Write repairs them.
+// The server's state file: the consumers that the server knows, and the block of batch numbers.
+// Recovery reads as much of a damaged file as possible, and Write repairs the file.
 
 import (
 	"bytes"
@@ -85,11 +85,12 @@ func TestStoreStateRestore(t *testing.T) {
 	}
 }
 
-// TakeSeqBlock returns a number that is not below the highest known number, in a new block.
-// UsedSeqBound returns a number that no earlier batch can have reached.
+// TakeSeqBlock returns the batch number after which a start of the server begins to count. The
+// number lies in a new block while blocks are left, and is never below the highest known number.
+// UsedSeqBound returns a number above every batch number that was used so far.
 func TestStoreStateNumbers(t *testing.T) {
 	for _, test := range []struct {
-		block, highest uint64 // block in the state, and highest number in logs and cursors
+		block, highest uint64 // block in the state file, and highest batch number in logs and cursors
 		first, bound   uint64
 	}{
 		{0, 0, 1 << blockBits, maxBlock << blockBits},

@@ -1,7 +1,7 @@
 package main
 
-// Recovery of logs that are cut, flipped, forged or mixed with records of other sites. Damage
-// costs only the samples that it touches, never samples of another site, and a log that was
+// Recovery of logs that are cut, flipped, forged or mixed with records of other sites. Damage of a
+// log costs only samples whose records it touches, never samples of another site. A log that was
 // recovered once is found undamaged at the next start.
 
 import (
@@ -16,17 +16,18 @@ import (
 	"time"
 )
 
-// damageKit has the log of four pushes for site a, its records, and the intact log of site b.
+// damageKit has the log of site a with four pushes, the records of that log, and the undamaged log
+// of site b.
 type damageKit struct {
 	path    string // path of the log of site a
 	data    []byte // content of the log of site a
 	other   string // path of the log of site b
 	intact  []byte // content of the log of site b
 	records []damageRecord
-	points  []point // pushed for site a
+	points  []point // the samples that were pushed for site a
 }
 
-// damageRecord is a record of the log, in bytes from to to.
+// damageRecord is a record in the log of site a. It has the bytes from, …, to-1 of the log.
 type damageRecord struct {
 	from, to int
 	kind     byte
@@ -46,7 +47,7 @@ func newDamageKit(t *testing.T) *damageKit {
 			points = append(points, point{"m", n, k.clock.ms(60 * (4 - i)), float64(10*i + n)})
 		}
 		if i == 2 {
-			points = append(points, point{"m", 0, k.clock.ms(7000), 5}) // a second sample of one series in the batch
+			points = append(points, point{"m", 0, k.clock.ms(7000), 5}) // a second sample of series 0, so that the batch has two samples of it
 		}
 		k.push(s, "a", points...)
 		d.points = append(d.points, points...)
@@ -88,8 +89,8 @@ func (d *damageKit) readRecords(t *testing.T) {
 	}
 }
 
-// without returns the samples that are left when the records that lost reports are lost. A sample
-// needs its batch and the series record with its line.
+// without returns the samples that are left when each record for which lost returns true is lost. A
+// sample needs its batch and the series record with its line.
 func (d *damageKit) without(lost func(r damageRecord) bool) map[heldSample]float64 {
 	all := pushed("a", d.points...)
 	want := map[heldSample]float64{}
@@ -110,9 +111,10 @@ func (d *damageKit) without(lost func(r damageRecord) bool) map[heldSample]float
 	return want
 }
 
-// check opens a store whose site a has the log data. The store must hold the samples of want, count
-// wantDamaged damaged logs, keep a copy of a damaged log, and hold the samples of site b. Then it
-// must accept a push, and after a crash open again without damage.
+// check opens a store in which the log of site a has the content data. The store must hold the
+// samples of want for site a and all samples of site b. It must count wantDamaged damaged logs, and
+// keep a copy of a damaged log. Then it must accept a push, and after a crash open again without
+// damage.
 func (d *damageKit) check(t *testing.T, name string, data []byte, want map[heldSample]float64, wantDamaged int64) {
 	t.Helper()
 	fsys := newCrashFS(1, "/s", filepath.Dir(d.path), filepath.Dir(d.other))
@@ -148,8 +150,9 @@ func (d *damageKit) check(t *testing.T, name string, data []byte, want map[heldS
 	}
 }
 
-// isKept reports whether there is a copy of data beside the log of a. The copy may lack a torn
-// tail, which recovery cuts before it sets a log without any batch aside.
+// isKept reports whether a copy of data, the damaged log of site a, is kept beside that log. The
+// copy may lack a torn tail, because recovery cuts the tail before it sets aside a log without any
+// batch.
 func (d *damageKit) isKept(fsys *crashFS, data []byte) bool {
 	return slices.ContainsFunc(fsys.names(), func(name string) bool {
 		aside, _ := fsys.ReadFile(name)
@@ -163,7 +166,7 @@ func TestSweepStoreTruncations(t *testing.T) {
 	d := newDamageKit(t)
 	for cut := range len(d.data) + 1 {
 		damaged := int64(0)
-		if cut < d.records[1].to { // no crash leaves a log without its first batch
+		if cut < d.records[1].to { // a log without its first batch counts as damaged, because no crash leaves such a log
 			damaged = 1
 		}
 		want := d.without(func(r damageRecord) bool { return r.to > cut })
@@ -171,8 +174,8 @@ func TestSweepStoreTruncations(t *testing.T) {
 	}
 }
 
-// A flipped byte costs the record that has it. If the record is of series, the byte also costs the
-// later samples of these series.
+// A flipped byte costs the record that contains it. If that is a series record, the later samples
+// of its series are lost too.
 func TestSweepStoreFlips(t *testing.T) {
 	sweep(t)
 	d := newDamageKit(t)
@@ -186,15 +189,15 @@ func TestSweepStoreFlips(t *testing.T) {
 	}
 }
 
-// seriesFrames returns a framed series record that assigns the ID to line. A site cannot put such a
-// record into a log by the value of a label, because the length in the record's head has a zero
-// byte. A failing disk can put any bytes anywhere.
+// seriesFrames returns a framed series record that assigns the ID to line. A site cannot smuggle
+// such a record into its log in a label value: the length in the record's head has a zero byte, and
+// label values with a zero byte are refused. But a failing disk can put any bytes anywhere.
 func seriesFrames(id uint32, line string) []byte {
 	return AppendRecord(nil, RecordSeries, EncodeSeriesPayload(nil, id, func(yield func([]byte) bool) { yield([]byte(line)) }))
 }
 
-// Samples in a log are shown only as samples of the site that the name of the file stands for.
-// Other records in the log count as damage, which the first start repairs.
+// The samples in a log are shown only as samples of the site to which the name of the log file
+// belongs. Records of other sites in the log count as damage, which the first start repairs.
 func TestStoreLogWithForeignRecords(t *testing.T) {
 	clock := newStoreClock()
 	victim := storePush("victim", point{"up", 1, clock.ms(5), 666})
@@ -267,8 +270,9 @@ func TestStoreLogWithForeignRecords(t *testing.T) {
 	}
 }
 
-// A site can hide a forged batch record in the values of its samples. If recovery finds the record
-// behind damage in the site's log, its number does not raise the batch numbers of other sites.
+// A site can hide a forged batch record in the values of its samples. Recovery may find the forged
+// record behind damage in the site's log. The batch number of the forged record does not raise the
+// batch numbers of other sites.
 func TestForgedBatchNumber(t *testing.T) {
 	for _, number := range []uint64{MaxSeq, maxBlock << blockBits, 3<<blockBits + 1} {
 		fsys := newStoreFS(1)
@@ -298,8 +302,8 @@ func TestForgedBatchNumber(t *testing.T) {
 	}
 }
 
-// wantOnlySiteA fails the test if s knows a site other than a, or shows a sample whose line is not
-// in normal form or is not of site a.
+// wantOnlySiteA fails the test if s knows a site other than a. It also fails the test if s shows a
+// sample whose line is not in normal form or belongs to another site.
 func wantOnlySiteA(t *testing.T, s *Store) {
 	t.Helper()
 	for id := range s.sites {

@@ -1,7 +1,7 @@
 package main
 
-// Recovery hands the records of a log to SiteSamples one by one. SiteSamples refuses each
-// series and each batch that no intact log can contain.
+// Recovery hands the records of a log to SiteSamples one by one. SiteSamples refuses each series
+// and each batch that no undamaged log can contain.
 
 import (
 	"hash/maphash"
@@ -41,13 +41,13 @@ func TestRestoreSeries(t *testing.T) {
 	}
 }
 
-// RestoreBatch refuses a batch whose number is not above the earlier numbers. It drops and counts
-// samples of unknown series.
+// RestoreBatch refuses a batch whose number is not above the numbers of all earlier batches. It
+// drops and counts samples of unknown series.
 func TestRestoreBatch(t *testing.T) {
 	var parser SeriesParser
 	c := NewSiteSamples("a", maphash.MakeSeed())
 	isSite := func(id string) bool { return id == "a" }
-	if err := c.RestoreSeries(&parser, isSite, 1, []byte(`m{_id="a"}`)); err != nil { // ID 0 is padded, and unknown
+	if err := c.RestoreSeries(&parser, isSite, 1, []byte(`m{_id="a"}`)); err != nil { // ID 0 stays without a line, so that series 0 is unknown
 		t.Fatal(err)
 	}
 	batch := func(seq uint64, t0 int64, ids ...uint32) *Batch {
@@ -59,8 +59,8 @@ func TestRestoreBatch(t *testing.T) {
 		name    string
 		b       *Batch
 		ok      bool
-		seq     uint64 // newest batch number afterwards
-		samples int64  // in memory afterwards
+		seq     uint64 // number of the site's newest batch after RestoreBatch
+		samples int64  // number of the site's samples in memory after RestoreBatch
 		lost    int
 	}{
 		{"known series", batch(3, 100, 1), true, 3, 1, 0},

@@ -1,7 +1,7 @@
 package main
 
-// A start of a store whose files cannot be read, or were cut, removed or replaced by an older
-// copy. The store uses no batch number twice, reports every known loss, and serves every new
+// A start of a store whose files cannot be read, or were cut, removed or replaced by an older copy.
+// The store uses no batch number twice, reports every loss that it can notice, and serves every new
 // sample to every consumer.
 
 import (
@@ -51,8 +51,8 @@ func (f *openedFiles) fs() *crashFS {
 	return fsys
 }
 
-// wantUnchanged fails the test unless all files are as they were, except for the state file, which
-// each start changes.
+// wantUnchanged fails the test unless all files have their old content. Only the state file may
+// differ, because each start changes it.
 func (f *openedFiles) wantUnchanged(t *testing.T, name string, fsys *crashFS) {
 	t.Helper()
 	now := fsys.contents()
@@ -66,7 +66,7 @@ func (f *openedFiles) wantUnchanged(t *testing.T, name string, fsys *crashFS) {
 	}
 }
 
-// wantAll fails the test unless s has all samples and cursors and found no damage.
+// wantAll fails the test unless s has all samples and cursors of f and has found no damage.
 func (f *openedFiles) wantAll(t *testing.T, name string, k *storeKit, s *Store) {
 	t.Helper()
 	wantHeld(t, name, allHeld(t, s), f.held)
@@ -93,7 +93,7 @@ func TestOpenStoreReadFails(t *testing.T) {
 	} {
 		for _, rf := range readFaults {
 			name := fmt.Sprintf("reading the %s fails %s with %v", file.name, rf.times(), rf.err)
-			synctest.Test(t, func(t *testing.T) { // OpenStore waits before it reads again
+			synctest.Test(t, func(t *testing.T) { // in virtual time, because OpenStore waits before it reads again
 				fsys := f.fs()
 				fsys.hook = rf.hook(file.op, file.path)
 				k := newStoreKit(t, fsys)
@@ -117,7 +117,7 @@ func TestOpenStoreReadFails(t *testing.T) {
 	}
 }
 
-// wantOpenError fails the test unless err is cause, with the context that OpenStore adds.
+// wantOpenError fails the test unless err wraps cause and has the text that OpenStore adds.
 func wantOpenError(t *testing.T, name string, err, cause error) {
 	t.Helper()
 	if !errors.Is(err, cause) || !strings.HasPrefix(fmt.Sprint(err), "reading storage directory: ") {
@@ -141,8 +141,8 @@ func TestOpenStoreSyncDirFails(t *testing.T) {
 	f.wantAll(t, "after a restart", k, s)
 }
 
-// If OpenStore cannot set an unusable log aside, it returns the error and keeps the log, because
-// the next push of the site would replace the log.
+// If a log is unusable and OpenStore cannot set it aside, OpenStore returns the error and keeps the
+// log. Otherwise the next push of the site would replace the log.
 func TestOpenStoreSetAsideFails(t *testing.T) {
 	f := newOpenedFiles(t)
 	fsys := f.fs()
@@ -157,7 +157,8 @@ func TestOpenStoreSetAsideFails(t *testing.T) {
 	}
 }
 
-// numbersRig is a store with site a and consumer central, and the highest batch number so far.
+// numbersRig is a store with site a and consumer central. highest is the highest batch number so
+// far.
 type numbersRig struct {
 	*storeKit
 	fsys    *crashFS
@@ -165,8 +166,8 @@ type numbersRig struct {
 	highest uint64
 }
 
-// pushFive makes five pushes for site a, and returns their samples. The test fails if a batch
-// number does not ascend.
+// pushFive makes five pushes for site a, and returns their samples. The test fails if a push gets a
+// batch number that is not above all earlier batch numbers.
 func (r *numbersRig) pushFive() map[heldSample]float64 {
 	r.t.Helper()
 	want := map[heldSample]float64{}
@@ -184,7 +185,8 @@ func (r *numbersRig) pushFive() map[heldSample]float64 {
 	return want
 }
 
-// forget runs a process that forgets the silent site a.
+// forget opens the store as a new process long after the last push of site a. The process forgets
+// the site and ends.
 func (r *numbersRig) forget() {
 	r.t.Helper()
 	r.clock.Add(forgetAfter + 3*time.Hour)
@@ -196,14 +198,14 @@ func (r *numbersRig) forget() {
 	s.Close()
 }
 
-// The batch numbers of a site never fall, and a consumer gets every new sample. This holds over
-// restarts and after the site was forgotten, whatever happens to the site's log and to the
-// cursors in between.
+// The batch numbers of a site never fall, and a consumer gets every new sample. Both hold after
+// restarts and after the store has forgotten the site, whatever happens to the site's log and to
+// the file of cursors in between.
 func TestBatchNumbersNeverFall(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		spoil func(r *numbersRig, old map[string]string) // called while no process runs; old has the files after the first run
-		older bool                                       // state and cursors are older copies too, so that numbers may repeat
+		older bool                                       // the state file and the file of cursors are older copies too, so that numbers may repeat
 	}{
 		{name: "nothing happens", spoil: func(*numbersRig, map[string]string) {}},
 		{name: "log removed", spoil: func(r *numbersRig, _ map[string]string) { r.fsys.Remove(r.s.logPathOf("a")) }},
@@ -215,7 +217,7 @@ func TestBatchNumbersNeverFall(t *testing.T) {
 			r.fsys.Remove(consumersPath)
 		}},
 		{name: "killed soon after its start, then log and cursors removed", spoil: func(r *numbersRig, _ map[string]string) {
-			r.open() // takes a block of numbers
+			r.open() // this start takes a new block of batch numbers
 			r.fsys.restart()
 			r.fsys.Remove(r.s.logPathOf("a"))
 			r.fsys.Remove(consumersPath)
@@ -249,11 +251,11 @@ func TestBatchNumbersNeverFall(t *testing.T) {
 			r.s = k.open()
 			r.pushFive()
 			drain(t, k, r.s, "central")
-			r.pushFive() // unread
+			r.pushFive() // no consumer reads these samples
 			r.s.Close()
 			test.spoil(r, old)
 			if r.s = k.open(); test.older {
-				r.highest = 0 // old numbers do no harm, because the cursors are as old
+				r.highest = 0 // repeated batch numbers do no harm, because the cursors are as old as the state file
 			}
 			want := r.pushFive()
 			got := drain(t, k, r.s, "central")
@@ -266,12 +268,13 @@ func TestBatchNumbersNeverFall(t *testing.T) {
 	}
 }
 
-// The log of lossLog has lossPushes pushes, each with one sample of lossSeries series.
+// The log that lossLog writes has lossPushes pushes. Each push has one sample of each of lossSeries
+// series.
 const lossPushes, lossSeries = 12, 20
 
 // lossLog writes a log for site a, and has consumer central read all of it. It returns the path of
-// the log, and the offsets where the header and each record end: one record of series, then the
-// batches.
+// the log, and the offset at which the log header and each record end. The records are one series
+// record, and then the batches.
 func lossLog(t *testing.T, k *storeKit, fsys *crashFS) (path string, ends []int) {
 	t.Helper()
 	s := k.open()
@@ -301,15 +304,15 @@ func lossLog(t *testing.T, k *storeKit, fsys *crashFS) (path string, ends []int)
 	return path, ends
 }
 
-// A start reports every known loss: in pushes and samples if their number is known, otherwise in
-// bytes. An unfinished write, which a crash leaves, is a warning. The next start reports
-// nothing.
+// A start reports every loss that it can notice: in pushes and samples if it can tell their number,
+// otherwise in bytes. An unfinished write at the end of a log is only a warning, because a crash
+// leaves such a write. The next start reports nothing.
 func TestRecoveryReportsLosses(t *testing.T) {
 	type change = func(data []byte, ends []int) []byte
 	for _, test := range []struct {
 		name    string
-		change  change // nil: the log is removed
-		damaged bool   // reported as an error; otherwise as a warning
+		change  change // the change of the log; nil: the log is removed
+		damaged bool   // the loss is reported as an error; otherwise as a warning
 		torn    bool   // the log ends in an unfinished write
 		want    []string
 	}{
@@ -376,7 +379,7 @@ func TestRecoveryReportsLosses(t *testing.T) {
 	}
 }
 
-// The state file has a consumer before the consumer is served for the first time.
+// The state file has a new consumer before the store serves the consumer for the first time.
 func TestConsumerIsSavedBeforeItIsServed(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
@@ -407,8 +410,8 @@ func TestRecoveryReportsMissingFiles(t *testing.T) {
 	}
 }
 
-// A cursor that a crash brings back does not hide later samples: neither after its site was
-// forgotten, nor after the site's newest batch was damaged.
+// A crash brings an old cursor back. The old cursor does not hide later samples of its site:
+// neither after the store has forgotten the site, nor after the site's newest batch was damaged.
 func TestStaleCursorHidesNothing(t *testing.T) {
 	for _, forgotten := range []bool{true, false} {
 		fsys := newStoreFS(1)

@@ -1,8 +1,8 @@
 package main
 
-// Retention by the samples' own time. Expired samples are not served, are counted exactly once, and
-// are counted as lost if a consumer has not read them. While the new time of a stepped clock is in
-// doubt, nothing is dropped.
+// Retention by the samples' own time. Expired samples are not served. They are counted exactly
+// once, and also counted as unread if a consumer has not read them. While the new time of a stepped
+// clock is in doubt, no sample is dropped unless it is too old by both times.
 
 import (
 	"context"
@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// wantExpired fails the test unless the store counts that many expired samples, and that many
-// of them as unread.
+// wantExpired fails the test unless the store counts expired samples as expired, and unread of them
+// as unread.
 func wantExpired(t *testing.T, s *Store, when string, expired, unread int64) {
 	t.Helper()
 	if st := s.Stats(); st.Expired != expired || st.ExpiredUnread != unread {
@@ -22,8 +22,8 @@ func wantExpired(t *testing.T, s *Store, when string, expired, unread int64) {
 	}
 }
 
-// Maintenance drops samples by their own time, and frees the memory of batches without any
-// sample left and of series without any sample left.
+// Maintenance drops samples by their own time. It frees the memory of batches and of series that
+// have no sample left.
 func TestRetentionIsBySampleTime(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -68,8 +68,8 @@ func TestRetentionKeepsSite(t *testing.T) {
 	k.push(s, "b", point{"m", 4, k.clock.ms(1), 4})
 }
 
-// A sample that has expired is not served, even if its batch has samples that have not. It is
-// counted once, even if several consumers have not read it.
+// An expired sample is not served, even if its batch has samples that have not expired. An expired
+// sample is counted once, even if several consumers have not read it.
 func TestExpiredSamplesAreNotServed(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -98,9 +98,9 @@ func TestExpiredSamplesAreNotServed(t *testing.T) {
 	wantExpired(t, s, "after maintenance", 3, 3)
 }
 
-// Unread samples that expire are counted as lost. The exception is a push of a client with a spool
-// to a server that does not own the site, because such a client pushes to the owner as
-// well.
+// Samples that expire unread are counted as unread. Samples that a client with a spool pushed to a
+// server that does not own the site are not counted as unread, because such a client pushes them to
+// the owner too.
 func TestExpiredUnreadOnOtherServer(t *testing.T) {
 	for _, test := range []struct {
 		owned bool
@@ -145,7 +145,7 @@ func TestExpiredSamplesAreCounted(t *testing.T) {
 				confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 			}
 		}
-		k.push(s, "a", point{"m", 1, k.clock.ms(7050), 1}) // the whole batch will expire
+		k.push(s, "a", point{"m", 1, k.clock.ms(7050), 1}) // all samples of this batch will expire
 		k.clock.Add(5 * time.Minute)
 		test.drop(s)
 		wantExpired(t, s, test.name, 5, 4)
@@ -158,8 +158,8 @@ func readAll(t *testing.T, k *storeKit, s *Store) {
 	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 }
 
-// Samples that expire while no process runs are counted at the next start, and the unread samples
-// among them as unread. Samples that the previous process counted are not counted again.
+// Samples that expire while no process runs are counted at the next start. The unread samples among
+// them are also counted as unread. Samples that the previous process counted are not counted again.
 func TestExpiredWhileDownAreCounted(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -178,7 +178,7 @@ func TestExpiredWhileDownAreCounted(t *testing.T) {
 		s.sites[id].DropExpired(s.KeptSince())
 	}
 	wantExpired(t, s, "in the first process", 16+1+16, 1+16)
-	confirm(t, s.Consumers, "c", k.clock.Now(), nil) // the last process ran at least until this scrape
+	confirm(t, s.Consumers, "c", k.clock.Now(), nil) // the saved time of this scrape shows the next process that the last process still ran at that time
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestExpiryDuringRewrite(t *testing.T) {
 	before := s.KeptSince()
 	expired := false
 	fsys.hook = func(int, string, string) fault {
-		if !expired { // as a scrape does in the middle of the rewrite
+		if !expired { // expire samples in the middle of the rewrite, as a scrape does
 			expired = true
 			k.clock.Add(20 * time.Second)
 			c.DropExpired(s.KeptSince())
@@ -240,7 +240,7 @@ func TestExpiryDuringRewrite(t *testing.T) {
 }
 
 // steppedClock is a store whose wall clock stepped three hours ahead 45 seconds ago, while
-// maintenance ran. Site a has the three points.
+// maintenance ran. points are the samples of site a.
 type steppedClock struct {
 	*storeKit
 	s         *Store
@@ -271,14 +271,15 @@ func newSteppedClock(t *testing.T) *steppedClock {
 	return c
 }
 
-// pass moves the wall clock and the monotonic clock.
+// pass moves the wall clock and the monotonic clock ahead by d.
 func (c *steppedClock) pass(d time.Duration) {
 	c.clock.Add(d)
 	c.monotonic = c.monotonic.Add(d)
 }
 
-// While the new time of the clock is in doubt, a sample that only one of the two times allows is
-// refused with ErrClockInDoubt. A sample that is too old by both times is dropped.
+// While the new time of the clock is in doubt, the store refuses a sample with ErrClockInDoubt if
+// only the old time or only the new time allows it. It drops a sample that is too old by both
+// times.
 func TestClockStepRefusesDoubtfulSamples(t *testing.T) {
 	c := newSteppedClock(t)
 	for name, at := range map[string]int64{"the old time": c.right + 1000, "the new time": c.clock.ms(0)} {
@@ -291,8 +292,9 @@ func TestClockStepRefusesDoubtfulSamples(t *testing.T) {
 	}
 }
 
-// While the new time of the clock is in doubt, no sample expires. Samples that one of the two times
-// makes too old are not served. All samples are served once the clock is set back.
+// While the new time of the clock is in doubt, no sample expires by the new time alone. Samples
+// that are too old by the old or the new time are not served. All samples are served once the clock
+// is set back.
 func TestClockStepIsReverted(t *testing.T) {
 	c := newSteppedClock(t)
 	if got := drain(t, c.storeKit, c.s, "central"); len(got) != 0 || len(allHeld(t, c.s)) != 3 || c.s.Stats().Expired != 0 {
@@ -321,8 +323,8 @@ func TestClockStepIsAccepted(t *testing.T) {
 	}
 }
 
-// While the clock is in doubt, the server forgets no consumer that would be idle by only one of the
-// two times.
+// While the new time of the clock is in doubt, the server forgets no consumer that is idle by only
+// one of the two times.
 func TestClockInDoubtForgetsNoConsumer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))

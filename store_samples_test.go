@@ -1,7 +1,7 @@
 package main
 
-// SiteSamples beside a model, under random pushes, expiry, eviction, compaction and recovery;
-// and its rules for eviction, compaction and batch numbers.
+// SiteSamples is compared with a model under random pushes, expiry, eviction, compaction and
+// recovery. Further tests check its rules for eviction, compaction and batch numbers.
 
 import (
 	"fmt"
@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// samplesModel is a SiteSamples, and the samples that it must hold.
+// samplesModel has a SiteSamples, c, and the samples that c must hold.
 type samplesModel struct {
 	t     *testing.T
 	rng   *rand.Rand
@@ -42,7 +42,7 @@ func (m *samplesModel) expire() {
 	}
 }
 
-// evict evicts the oldest batch if it may be evicted.
+// evict evicts the oldest batch if SiteSamples allows it.
 func (m *samplesModel) evict() {
 	if !m.c.CanEvictOldestBatch(m.clock.ms(600), MaxSeq) {
 		return
@@ -56,8 +56,8 @@ func (m *samplesModel) evict() {
 	}
 }
 
-// compact replaces the data by a compacted copy. The copy must leave its source unchanged and drop
-// every series without a sample in retention.
+// compact replaces m.c by a compacted copy. Making the copy must not change m.c, and the copy must
+// not have a series without a sample in retention.
 func (m *samplesModel) compact() {
 	before := contents(&m.c)
 	next := m.c.CompactedCopy(nil, m.oldest())
@@ -69,7 +69,7 @@ func (m *samplesModel) compact() {
 	}
 }
 
-// recover replaces the data by the data that recovery makes of its records.
+// recover replaces m.c by the SiteSamples that recovery builds from the records of m.c.
 func (m *samplesModel) recover() {
 	if m.c.Seq == 0 { // a site without a batch has no log
 		return
@@ -88,7 +88,8 @@ func (m *samplesModel) recover() {
 	m.c = got
 }
 
-// push pushes samples of random times. Their values are unique, counted from firstValue.
+// push pushes samples with random times to m.c. Each sample has its own value, counted from
+// firstValue.
 func (m *samplesModel) push(firstValue int) {
 	var points []point
 	for i := range m.rng.IntN(6) {
@@ -100,9 +101,9 @@ func (m *samplesModel) push(firstValue int) {
 	for _, s := range p.Samples {
 		k := heldSample{string(p.Line(s)), s.T}
 		if _, held := m.want[k]; held {
-			want.Conflicts++ // values are unique, so that no sample is a duplicate
+			want.Conflicts++ // no two samples have the same value, so that no sample counts as a duplicate
 		} else if newest, _ := m.c.Table.Newest(mustFind(&m.c, k.line)); newest == s.T {
-			want.Conflicts++ // evicted, but still known as the newest of its series
+			want.Conflicts++ // the sample was evicted, but the table still has it as the newest sample of its series
 		} else {
 			want.Accepted++
 			m.want[k] = s.V
@@ -114,7 +115,7 @@ func (m *samplesModel) push(firstValue int) {
 	}
 }
 
-// check compares the data with the model.
+// check compares the samples of m.c and their counts with the model.
 func (m *samplesModel) check(when string) {
 	wantHeld(m.t, when, contents(&m.c), m.want)
 	n := m.c.UnreadSampleCount(ReadPosition{})
@@ -170,7 +171,7 @@ func TestSiteSamplesShareIDs(t *testing.T) {
 	}
 }
 
-// allRead is a seqReadByAll for which every batch is read.
+// allRead is the seqReadByAll function of a site whose batches are all read.
 func allRead() uint64 { return MaxSeq }
 
 // The oldest batch may be evicted if it has no sample that is the newest of its series and that
@@ -207,8 +208,8 @@ func TestCanEvictOldestBatch(t *testing.T) {
 	want("after the eviction, scrapes show the next batch", clock.ms(10), false)
 }
 
-// Batch numbers do not fall when a compaction drops the newest batch, which may have only late
-// samples.
+// The batch number of a site does not fall when a compaction drops the newest batch. This happens
+// if the newest batch has only late samples.
 func TestCompactionKeepsBatchNumber(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())

@@ -15,19 +15,19 @@ import (
 	"time"
 )
 
-// modelConsumer is a scraper, and the samples that it received. Two scrapers with the same name are
-// one consumer to the store.
+// modelConsumer is a scraper, and the samples that it received. Two scrapers have the name "twins".
+// The store takes them for one consumer.
 type modelConsumer struct {
 	name    string
-	conn    *AnswerReadTracker  // nil: the next scrape opens a connection
+	conn    *AnswerReadTracker  // nil: the next scrape opens a new connection
 	session *ConsumerSession    // session of conn
-	read    map[heldSample]bool // received, and confirmed by a later scrape
-	repeats map[heldSample]bool // read samples that the store may serve again
-	saved   map[heldSample]bool // read samples that the cursors on disk cover
-	last    []heldSample        // received in the last scrape, not confirmed
-	partly  []heldSample        // samples of batches read in part; settle moves them to repeats
-	excused map[heldSample]bool // samples that need not arrive: its twin read them before the session began, or they were evicted
-	drains  bool                // nothing else happens during the consumer's scrapes
+	read    map[heldSample]bool // samples that the scraper received, and confirmed by a later scrape
+	repeats map[heldSample]bool // samples that the store may serve again although the scraper has read them
+	saved   map[heldSample]bool // samples in read that the cursors on disk cover
+	last    []heldSample        // samples of the last scrape, which no later scrape has confirmed
+	partly  []heldSample        // samples of batches that the scraper has read in part; settle moves them to repeats
+	excused map[heldSample]bool // samples that need not arrive: the scraper's twin read them before this scraper's session began, or they were evicted
+	drains  bool                // set while the scraper reads all samples undisturbed: nothing else happens during its scrapes
 }
 
 // noteRepeats adds to c.partly the samples of batches that the session has served in part. A new
@@ -51,8 +51,8 @@ func (m *scrapeModel) noteRepeats(c *modelConsumer) {
 	}
 }
 
-// disconnect ends the consumer's connection. Samples that it received and did not confirm do not
-// count as received.
+// disconnect ends the consumer's connection. Received samples that the consumer has not confirmed
+// no longer count as received.
 func (m *scrapeModel) disconnect(c *modelConsumer) {
 	m.noteRepeats(c)
 	c.conn, c.session, c.last = nil, nil, nil
@@ -67,14 +67,16 @@ func (c *modelConsumer) settle() {
 	c.partly = nil
 }
 
-// readForGood returns the read samples that the store may not serve again.
+// readForGood returns the samples that the consumer has read and that the store may not serve
+// again.
 func (c *modelConsumer) readForGood() map[heldSample]bool {
 	read := maps.Clone(c.read)
 	maps.DeleteFunc(read, func(s heldSample, _ bool) bool { return c.repeats[s] })
 	return read
 }
 
-// scrapeModel is one run: a store, its consumers, and the truth about the samples.
+// scrapeModel is one run of the model: a store, its consumers, and the samples that the store
+// accepted.
 type scrapeModel struct {
 	t         *testing.T
 	rng       *rand.Rand
@@ -110,17 +112,18 @@ func (m *scrapeModel) push(id string) {
 		key := heldSample{string(p.Line(s)), s.T}
 		_, was := before[key]
 		if _, is := after[key]; is && !was && m.accepted[key] != "" {
-			// The sample was evicted before, so that the store took it for new and serves it again.
+			// The sample had been evicted. So the store accepts it as new, and serves it again.
 			for _, c := range m.consumers {
 				c.repeats[key] = true
 			}
 		}
-		m.accepted[key] = id // a conflicting sample is the same key, and its first value is held
+		m.accepted[key] = id // a conflicting sample has the same key; the store holds the first value
 	}
 }
 
-// scrape makes one scrape of a consumer and checks it. If lost, the consumer does not receive the
-// answer. scrape returns how many unread samples the store served, and whether it has more.
+// scrape makes one scrape of a consumer and checks the answer. If lost is true, the consumer does
+// not receive the answer. scrape returns how many unread samples the store served, and whether the
+// store has more.
 func (m *scrapeModel) scrape(c *modelConsumer, limit int, onePerSeries, lost bool) (unread int, more bool) {
 	if c.conn == nil {
 		c.conn = &AnswerReadTracker{}
@@ -146,11 +149,11 @@ func (m *scrapeModel) scrape(c *modelConsumer, limit int, onePerSeries, lost boo
 	return unread, more
 }
 
-// confirmLast notes that the scrape of session r confirms the samples of the last scrape on the
-// same connection.
+// confirmLast records that the scrape of session r confirms the samples of the previous scrape on
+// the same connection.
 func (m *scrapeModel) confirmLast(c *modelConsumer, r *ConsumerSession) {
 	if r != c.session {
-		if c.session != nil { // the store forgot the session, because the consumer had too many connections
+		if c.session != nil { // the store forgot the old session, because the consumer had too many connections
 			m.noteRepeats(c)
 			c.last = nil
 		}
@@ -168,9 +171,9 @@ func (m *scrapeModel) confirmLast(c *modelConsumer, r *ConsumerSession) {
 	c.settle()
 }
 
-// checkScrape checks the samples of an answer, and makes them c.last. Each must have been pushed.
-// The samples of a series must ascend. A sample that was read before must be allowed to come again,
-// or be the newest of its series.
+// checkScrape checks the samples of an answer, and makes them c.last. Each sample must have been
+// pushed. The samples of a series must ascend in time. The answer may have a sample that the
+// consumer has read only if the sample is in c.repeats or is the newest of its series.
 func (m *scrapeModel) checkScrape(c *modelConsumer, fams []Family, limit, unread int, onePerSeries bool, isNewest func(heldSample) bool) {
 	n, fresh := 0, 0
 	for _, f := range fams {
@@ -200,7 +203,7 @@ func (m *scrapeModel) checkScrape(c *modelConsumer, fams []Family, limit, unread
 	}
 }
 
-// newest returns the time of the newest sample of each line.
+// newest returns the time of the newest sample of each line, by line.
 func (m *scrapeModel) newest() map[string]int64 {
 	all := map[string]int64{}
 	m.store.ForEachSite(0, func(_ uint64, held *SiteSamples) bool {
@@ -210,8 +213,8 @@ func (m *scrapeModel) newest() map[string]int64 {
 	return all
 }
 
-// meanwhile pushes to, rewrites or evicts from one site while a scrape is at another site. It is
-// AllSitesReader.Owned, and returns true.
+// meanwhile pushes to one site, rewrites its log or evicts from it while a scrape is at another
+// site. AllSitesReader calls it as its Owned function. It always returns true.
 func (m *scrapeModel) meanwhile(scraped uint64) bool {
 	id := m.randomSite()
 	if SiteKey(id) == scraped || m.rng.IntN(4) > 0 {
@@ -228,7 +231,7 @@ func (m *scrapeModel) meanwhile(scraped uint64) bool {
 	return true
 }
 
-// find returns a site of the store; nil if the site is unknown.
+// find returns the site with the given ID; nil if the store does not know the site.
 func (m *scrapeModel) find(id string) *Site {
 	m.store.mu.RLock()
 	defer m.store.mu.RUnlock()
@@ -250,8 +253,8 @@ func (m *scrapeModel) rewrite(id string) {
 	}
 }
 
-// evict evicts all batches of a site that may be evicted. They may include samples that only one of
-// the twins has read, because the twins are one consumer to the store.
+// evict evicts batches of a site until the store refuses to. The batches may have samples that only
+// one of the twins has read, because the store takes the twins for one consumer.
 func (m *scrapeModel) evict(id string) {
 	s := m.find(id)
 	for evicted := s != nil; evicted; {
@@ -274,7 +277,7 @@ func (m *scrapeModel) evict(id string) {
 	}
 }
 
-// step does one thing at random.
+// step makes one random event happen, such as a push, a scrape or a restart.
 func (m *scrapeModel) step() {
 	c := m.consumers[m.rng.IntN(len(m.consumers))]
 	switch k := m.rng.IntN(100); {
@@ -297,7 +300,7 @@ func (m *scrapeModel) step() {
 	}
 }
 
-// saveCursors saves the cursors. A cursor on disk covers whole batches only.
+// saveCursors saves the cursors of all consumers. A cursor on disk covers whole batches only.
 func (m *scrapeModel) saveCursors() {
 	saveConsumers(m.t, m.store.Consumers)
 	for _, c := range m.consumers {
@@ -311,7 +314,8 @@ func (m *scrapeModel) saveCursors() {
 	}
 }
 
-// restart ends the process, by a crash of the machine or by Close, and opens the store again.
+// restart ends the process, by a crash of the machine or by Close, and opens the store as a new
+// process.
 func (m *scrapeModel) restart(crash bool) {
 	for _, c := range m.consumers {
 		m.disconnect(c)
@@ -320,7 +324,7 @@ func (m *scrapeModel) restart(crash bool) {
 		m.fsys.crash()
 		for _, c := range m.consumers {
 			for s := range c.read {
-				if !c.saved[s] { // above the cursor on disk
+				if !c.saved[s] { // the sample is past the cursor on disk
 					c.repeats[s] = true
 				}
 			}
@@ -335,8 +339,8 @@ func (m *scrapeModel) restart(crash bool) {
 	}
 }
 
-// drain has a consumer scrape undisturbed until it has every accepted sample, except for the
-// excused samples.
+// drain has a consumer scrape, while nothing else happens, until the store has no more unread
+// samples. Then the consumer must have every accepted sample, except for the excused samples.
 func (m *scrapeModel) drain(c *modelConsumer) {
 	c.drains = true
 	for n := 0; ; n++ {
@@ -358,8 +362,8 @@ func (m *scrapeModel) drain(c *modelConsumer) {
 }
 
 // Every consumer gets every accepted sample. A sample that a consumer confirmed comes again only as
-// the newest of its series. Two scrapers that share a consumer's name each get the samples that
-// neither had confirmed when their connections began.
+// the newest sample of its series. Two scrapers that share a consumer's name each get the samples
+// that neither scraper had confirmed when their connections began.
 func TestSweepConsumers(t *testing.T) {
 	sweep(t)
 	for seed := range testSeeds(t, 60) {
@@ -375,8 +379,8 @@ func TestSweepConsumers(t *testing.T) {
 					name: name, read: map[heldSample]bool{}, saved: map[heldSample]bool{}, repeats: map[heldSample]bool{}, excused: map[heldSample]bool{},
 				})
 			}
-			// Every consumer scrapes once, because eviction spares samples only for
-			// consumers that are known.
+			// Every consumer scrapes once before the steps, because eviction spares unread samples
+			// only for consumers that the store knows.
 			for _, c := range m.consumers {
 				m.scrape(c, 1, false, true)
 			}

@@ -1,6 +1,6 @@
 package main
 
-// Scrapes over all sites: the newest sample of each series, and the samples that a consumer
+// Scrapes over all sites: they get the newest sample of each series, or the samples that a consumer
 // has not read. A scrape keeps to its sample limit, and every site gets its turn.
 
 import (
@@ -24,7 +24,7 @@ func TestNewestPerSeries(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(20), 1}, point{"y", 1, k.clock.ms(700), 2})
 	k.push(s, "a", point{"x", 1, k.clock.ms(10), 3}, point{"x", 2, k.clock.ms(30), 4})
-	k.push(s, "a", point{"x", 1, k.clock.ms(25), 5}) // late
+	k.push(s, "a", point{"x", 1, k.clock.ms(25), 5}) // a late sample, older than the newest sample of its series
 	k.push(s, "b", point{"x", 1, k.clock.ms(5), 6}, point{"a.b", 1, k.clock.ms(5), math.NaN()})
 	fams, truncated := scraper(s, 10*time.Minute).NewestPerSeries(0, nil)
 	var got []string
@@ -33,7 +33,7 @@ func TestNewestPerSeries(t *testing.T) {
 			got = append(got, fmt.Sprintf("%s: %s %g %d %t", f.Name, l.Line, l.V, (k.clock.ms(0)-l.T)/1000, l.Quoted))
 		}
 	}
-	want := []string{ // family: line, value, age in seconds, quoted
+	want := []string{ // each string is: family: line, value, age in seconds, whether the line has a quoted name
 		`a.b: {"a.b",_id="b",instance="",job="",n="1"} NaN 5 true`,
 		`x: x{_id="a",instance="",job="",n="1"} 3 10 false`,
 		`x: x{_id="a",instance="",job="",n="2"} 4 30 false`,
@@ -48,7 +48,7 @@ func TestNewestPerSeries(t *testing.T) {
 	}
 }
 
-// A scrape with a MaxSampleAge above retention shows no expired sample, whether or not a rewrite
+// A scrape whose MaxSampleAge exceeds retention shows no expired sample, whether or not a rewrite
 // has dropped the sample from the log.
 func TestNewestPerSeriesWithinRetention(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
@@ -64,7 +64,8 @@ func TestNewestPerSeriesWithinRetention(t *testing.T) {
 	}
 }
 
-// The lines of an answer do not change while later pushes insert, and roll back, many series.
+// The lines in an answer do not change while later pushes insert many series, and roll many series
+// back.
 func TestNewestPerSeriesLinesStay(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSeries = 50
@@ -78,7 +79,7 @@ func TestNewestPerSeriesLinesStay(t *testing.T) {
 		tooMany = append(tooMany, point{"z", n, k.clock.ms(0), 1})
 	}
 	for i := range 90 {
-		for _, points := range [][]point{{{"x", 2 + i, k.clock.ms(0), 1}}, tooMany} { // 49 of the first kind fit
+		for _, points := range [][]point{{{"x", 2 + i, k.clock.ms(0), 1}}, tooMany} { // the limit on series has room for 49 pushes of the first kind
 			if _, err := k.tryPush(s, "a", points...); err != nil && !errors.Is(err, ErrSeriesLimit) {
 				t.Fatal(err)
 			}
@@ -104,7 +105,7 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 	for _, limit := range []int{1, 10, 23, 54, 55, 100} {
 		for scrapers := 1; scrapers <= 4; scrapers++ {
 			x := scraper(s, time.Hour)
-			seen := map[string]int{} // site → how many scrapes of the first scraper showed it
+			seen := map[string]int{} // by site: number of scrapes of the first scraper that showed the site
 			for scrape := range 40 * scrapers {
 				fams, truncated := x.NewestPerSeries(limit, nil)
 				n := 0
@@ -116,7 +117,8 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 						ids[string(labels[0].Value)] = true
 					}
 				}
-				// A site that comes first is shown whatever its size. The largest has 10 samples.
+				// The site at which a scrape begins is shown completely, even over the limit. The
+				// largest site has 10 samples.
 				if n > max(limit, 10) || truncated != (len(ids) < 10) {
 					t.Errorf("limit %d, scrape %d: %d samples of %d sites, truncated %t", limit, scrape, n, len(ids), truncated)
 				}
@@ -126,7 +128,7 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 					}
 				}
 			}
-			// Each site comes first in about a tenth of the scrapes.
+			// A scrape begins at each site in about a tenth of the scrapes.
 			if len(seen) != 10 || slices.Min(slices.Collect(maps.Values(seen))) < 3 {
 				t.Errorf("limit %d, %d scrapers: in 40 scrapes of one scraper the sites were shown %v times, want each at least 3", limit, scrapers, seen)
 			}
@@ -134,7 +136,8 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 	}
 }
 
-// Under a sample limit, a site with many unread samples does not keep out sites with few.
+// Under a sample limit, a site with many unread samples does not displace sites with few unread
+// samples.
 func TestUnreadIsFair(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -163,8 +166,8 @@ func TestUnreadIsFair(t *testing.T) {
 	}
 }
 
-// With a sample limit below the number of sites, every site gets its turn, both with unread samples
-// and with newest samples that are repeated.
+// If the sample limit is below the number of sites, every site still gets its turn, both with
+// unread samples and with newest samples that are repeated.
 func TestUnreadRotates(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -186,7 +189,7 @@ func TestUnreadRotates(t *testing.T) {
 		}
 		scrape(3, unread)
 	}
-	for range 2 { // read and confirm the rest
+	for range 2 { // read and confirm the remaining samples
 		scrape(0, map[string]int{})
 	}
 	for range 40 {
@@ -199,8 +202,8 @@ func TestUnreadRotates(t *testing.T) {
 	}
 }
 
-// Newest samples that were read before are repeated only in room that unread samples leave. They
-// never displace unread samples, at whichever site a scrape begins.
+// Newest samples that a consumer has already read are repeated only in room that unread samples
+// leave. They never displace unread samples, at whichever site a scrape begins.
 func TestUnreadBeforeNewest(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -241,7 +244,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			if unread == 0 && lines < limit/2 {
 				t.Errorf("start %d, none unread: got %d newest samples, want at least %d", start, lines, limit/2)
 			}
-			for range 2 { // read and confirm the rest
+			for range 2 { // read and confirm the remaining samples
 				scrape(0, 0)
 			}
 		}
@@ -329,9 +332,9 @@ func BenchmarkUnread(b *testing.B) {
 	}
 	for _, test := range []struct {
 		name   string
-		behind uint64 // unread batches of each site
-		limit  int    // most samples in a scrape; 0: no limit
-		unread int    // unread samples in a scrape
+		behind uint64 // number of unread batches of each site
+		limit  int    // sample limit of a scrape; 0: no limit
+		unread int    // number of unread samples that a scrape must serve
 	}{
 		{"new", 1, 0, sites * 230},
 		{"again", 0, 0, 0},

@@ -1,7 +1,7 @@
 package main
 
-// The table of series beside a model, under insertion, rollback, compaction and equal hashes;
-// and the newest samples that it lists.
+// The table of series is compared with a model under insertion, rollback and compaction, and with
+// lines of equal hashes. Further tests check the newest samples that the table lists.
 
 import (
 	"fmt"
@@ -11,13 +11,13 @@ import (
 	"testing"
 )
 
-// tableModel is a table, and the series that it must have.
+// tableModel has a table, and the series that the table must have.
 type tableModel struct {
 	t      *testing.T
 	table  *SeriesTable
-	lines  []string // by ID; "" is a padded series
-	lastT  []int64  // time of the newest sample by ID
-	listed []bool   // by ID: the series has a committed sample
+	lines  []string // by series ID; "" is a padded series, which has no line
+	lastT  []int64  // by series ID: time of the newest sample
+	listed []bool   // by series ID: the series has a committed sample
 }
 
 // tableCutoff is the time before which a series counts as expired and is not listed.
@@ -28,7 +28,7 @@ func (m *tableModel) add(line string) {
 	m.lines, m.lastT, m.listed = append(m.lines, line), append(m.lastT, NoTime), append(m.listed, false)
 }
 
-// insert finds a line, or inserts it.
+// insert finds a line in the table, or inserts it, and checks the returned ID.
 func (m *tableModel) insert(line string) {
 	id, hash, ok := m.table.Find([]byte(line))
 	if known := slices.Index(m.lines, line); ok != (known >= 0) || ok && int(id) != known {
@@ -142,14 +142,14 @@ func TestSeriesTableModel(t *testing.T) {
 				m.insert(fmt.Sprintf("m%d{n=\"%d\"}", rng.IntN(5), rng.IntN(40)))
 			}
 			switch rng.IntN(5) {
-			case 0: // as the rollback of a push
+			case 0: // as the rollback of a push does
 				m.truncate(committed)
-			case 1: // as a compaction
+			case 1: // as a compaction does
 				m = m.subset(func() bool { return rng.IntN(4) > 0 })
-			case 2: // as recovery from a log with a gap
+			case 2: // as recovery from a log with a gap in the IDs does
 				m.padTo(m.table.Len() + rng.IntN(3))
 			}
-			for id := range m.lines { // as the commit of a push
+			for id := range m.lines { // as the commit of a push does
 				if m.lines[id] != "" && (!m.listed[id] && m.lastT[id] == NoTime || rng.IntN(10) == 0) {
 					m.setNewest(id, rng.Int64N(100))
 				}
@@ -212,7 +212,7 @@ func TestSetNewestIfLater(t *testing.T) {
 	}
 }
 
-// A table has room for text of less than 4 GiB.
+// A table has room for less than 4 GiB of text.
 func TestSeriesTableTextRoom(t *testing.T) {
 	table := NewSeriesTable(maphash.MakeSeed(), 0)
 	for n, want := range map[int]bool{0: true, MaxLine: true, 1<<32 - 1: true, 1 << 32: false} {

@@ -1,7 +1,8 @@
 package main
 
-// Rewrites of a site's log: when they happen, and which samples they keep while samples are evicted
-// or the site itself is forgotten. Under the limit on storage, rewrites make room.
+// Rewrites of a site's log: when they happen, which samples they keep, and how they make room at
+// the limit on storage. Samples can be evicted during a rewrite, and a site can be forgotten while
+// a caller waits for its lock.
 
 import (
 	"context"
@@ -12,7 +13,7 @@ import (
 	"time"
 )
 
-// Maintenance rewrites a log that a failed sync left unfit for appending.
+// Maintenance rewrites a log that cannot be appended to because a sync failed.
 func TestStoreMaintenanceRewritesBrokenLog(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
@@ -32,8 +33,8 @@ func TestStoreMaintenanceRewritesBrokenLog(t *testing.T) {
 	wantHeld(t, "after a crash", allHeld(t, k.open()), pushed("a", point{"m", 1, k.clock.ms(60), 1}))
 }
 
-// Maintenance rewrites a log once about half of it has expired. The rewrite loses no sample
-// within retention, and LogBytes is the size of the file.
+// Maintenance rewrites a log once about half of its bytes are of expired samples. The rewrite loses
+// no sample within retention, and LogBytes is the size of the new file.
 func TestStoreMaintenanceCompactsLog(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
@@ -71,7 +72,7 @@ func TestStoreStorageLimit(t *testing.T) {
 	k := newStoreKit(t, fsys)
 	k.cfg.LimitStorage = 64 << 10
 	s := k.open()
-	maintain := func() { // as Run does, without its intervals
+	maintain := func() { // does what Run does at its intervals
 		select {
 		case <-s.compactNow:
 			s.expireAndCompact(t.Context(), true)
@@ -100,14 +101,15 @@ func TestStoreStorageLimit(t *testing.T) {
 		k.clock.Add(30 * time.Second)
 	}
 	allHeld(t, s)
-	// 64 KiB have room for about 70 pushes of 100 samples. Retention spans 240 pushes.
+	// The limit of 64 KiB has room for about 70 pushes of 100 samples. Samples of 240 pushes are
+	// within retention.
 	if held := s.totals.Samples.Load(); refused == 0 || accepted < 350 || held < 50*100 {
 		t.Errorf("%d pushes were accepted and %d refused; %d samples are held in the end", accepted, refused, held)
 	}
 }
 
-// A sample that was evicted can be pushed again, and is in the log twice until a rewrite. Recovery
-// holds it once.
+// An evicted sample can be pushed again, and is then in the log twice until a rewrite. Recovery
+// holds the sample once.
 func TestEvictedSampleComesBack(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -162,8 +164,8 @@ func TestEvictionDuringRewrite(t *testing.T) {
 	wantHeld(t, "after the rewrite", allHeld(t, s), pushed("a", points[1:]...))
 }
 
-// A site can be forgotten, and created again by a push, while a caller waits for its lock. The
-// caller then leaves the old site alone, and the log of the new site loses nothing.
+// While a caller waits for a site's lock, the site can be forgotten, and created again by a push.
+// The caller then leaves the old site alone, and the log of the new site loses nothing.
 func TestForgottenWhileWaiting(t *testing.T) {
 	for name, do := range map[string]func(k *storeKit, s *Store) error{
 		"maintenance": func(_ *storeKit, s *Store) error { s.expireAndCompact(context.Background(), true); return nil },
@@ -185,7 +187,7 @@ func TestForgottenWhileWaiting(t *testing.T) {
 				}
 				done := make(chan error)
 				go func() { done <- do(k, s) }()
-				synctest.Wait() // do waits for the lock
+				synctest.Wait() // the goroutine waits for the site's lock in do
 				c.DropExpired(s.KeptSince())
 				if err := c.RemoveLog(); err != nil {
 					t.Fatal(err)

@@ -1,8 +1,8 @@
 package main
 
-// Scrapes that a push names. A scrape is held once its samples are on disk, and read once every
-// consumer has read them. No crash, damage or clock error makes a store claim a scrape
-// whose samples it lacks.
+// Scrapes that a push names by their numbers. A scrape is held once its samples are on disk, and
+// read once every consumer has read its samples. No crash, damage or clock error makes a store list
+// a scrape as held or read whose samples it lacks.
 
 import (
 	"fmt"
@@ -18,13 +18,13 @@ func spoolLists(s *Store) string {
 }
 
 // At any file operation of a push, the process is killed or the disk fails. Afterwards the store
-// holds the scrape if and only if it holds the scrape's samples. It holds both if it acknowledged
-// the push. The repeated push is stored once.
+// lists the scrape as held if and only if it holds the scrape's samples. If the store acknowledged
+// the push, it holds both. When the client repeats the push, each sample is stored once.
 func TestNamedPushCrashAnywhere(t *testing.T) {
 	faults := []struct {
 		name  string
 		fault fault
-		crash bool // the machine crashes; otherwise a new process starts
+		crash bool // the machine crashes after the fault; otherwise only a new process starts
 	}{
 		{"disk error, then crash", fault{Err: errDisk}, true},
 		{"full disk, then crash", fault{Err: errFull}, true},
@@ -45,9 +45,9 @@ func TestNamedPushCrashAnywhere(t *testing.T) {
 	}
 }
 
-// namedPushWithFault pushes scrape 3 of site x, and rewrites the log if compact. File operation
-// number at fails as f says. The push is checked after a crash or a restart, and sent again. It
-// reports whether the file operation was reached.
+// namedPushWithFault pushes scrape 3 of site x, and then rewrites the log if compact is true. The
+// file operation with number at has the fault f. After a crash or a restart the push is checked,
+// sent again, and checked again. The result reports whether there was an operation with number at.
 func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64, f fault, crash bool) (reached bool) {
 	t.Helper()
 	fsys := newStoreFS(seed)
@@ -67,7 +67,7 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 	if compact {
 		c := s.sites["x"]
 		if c.Lock(t.Context()) == nil {
-			c.RewriteLog(nil, s.KeptSince()) // may fail
+			c.RewriteLog(nil, s.KeptSince()) // the rewrite may fail because of the fault
 			c.Unlock()
 		}
 	}
@@ -87,7 +87,7 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 	}
 	wantHeld(t, name, got, want)
 	// A crash may leave a later part of a write on disk without an earlier part. Recovery takes
-	// that for damage and forgets the held scrapes.
+	// such a write for damage, and forgets the held scrapes.
 	damaged := len(k.errors) > 0
 	if lists := spoolLists(s); lists != wantLists && !(damaged && lists == "held , read ") {
 		t.Errorf("%s: the push returned %+v, %v; %d samples are held, and the scrapes are %q, want %q", name, res, err, len(got), lists, wantLists)
@@ -105,7 +105,8 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 	return reached
 }
 
-// spoolStore is a store with the scrapes of site x, and one consumer p on one connection.
+// spoolStore is a store in which the tests push scrapes of site x. One consumer p scrapes it on one
+// connection.
 type spoolStore struct {
 	*storeKit
 	fsys *crashFS
@@ -119,7 +120,8 @@ func newSpoolStore(t *testing.T) *spoolStore {
 	return &spoolStore{storeKit: k, fsys: fsys, s: k.open(), conn: &AnswerReadTracker{}}
 }
 
-// scrape has consumer p scrape all unread samples. It confirms the previous scrape.
+// scrape has consumer p scrape all unread samples. The scrape confirms the samples of p's previous
+// scrape.
 func (p *spoolStore) scrape() {
 	p.t.Helper()
 	r, _, err := p.s.Consumers.BeginScrape(1, "p", "", p.conn, p.clock.Now())
@@ -136,7 +138,7 @@ func (p *spoolStore) read() {
 	p.scrape()
 }
 
-// reopen closes the store and opens it as a new process. The consumer gets a new connection.
+// reopen closes the store and opens it as a new process. Consumer p gets a new connection.
 func (p *spoolStore) reopen() {
 	p.t.Helper()
 	if err := p.s.Close(); err != nil {
@@ -146,7 +148,7 @@ func (p *spoolStore) reopen() {
 	p.conn = &AnswerReadTracker{}
 }
 
-// want fails the test unless the scrapes of spool 1 are as in lists.
+// want fails the test unless the held and the read scrapes of spool 1 are those in lists.
 func (p *spoolStore) want(when, lists string) {
 	p.t.Helper()
 	if got := spoolLists(p.s); got != lists {
@@ -154,14 +156,14 @@ func (p *spoolStore) want(when, lists string) {
 	}
 }
 
-// A scrape is held once its push is acknowledged, even if an earlier push brought its samples, or
-// if it has no samples. It is read once a consumer confirms the samples.
+// A scrape is held once its push is acknowledged, even if an earlier push brought the same samples,
+// or if the scrape has no samples. A scrape is read once every consumer has confirmed its samples.
 func TestScrapesAreHeldThenRead(t *testing.T) {
 	p := newSpoolStore(t)
 	old := p.clock.ms(60)
 	p.pushNamed(p.s, "x", names1(1), point{"m", 1, old, 1})
 	p.want("before any scrape", "held 1, read ")
-	p.pushNamed(p.s, "x", names1(2), point{"m", 1, old, 1}) // the same sample
+	p.pushNamed(p.s, "x", names1(2), point{"m", 1, old, 1}) // the same sample as in scrape 1
 	p.pushNamed(p.s, "x", names1(3))
 	p.want("after pushes without a new sample", "held 1-3, read ")
 	p.scrape()
@@ -202,8 +204,9 @@ func TestReadScrapesStayRead(t *testing.T) {
 	p.wantNoErrors("at the end")
 }
 
-// A scrape that the store reported as read stays read when a new consumer comes. Later scrapes are
-// read only when the new consumer has read them too, or has not scraped for the retention time.
+// A scrape that the store reported as read stays read when a new consumer begins to scrape. A later
+// scrape is read only if the new consumer has read it too, or if the new consumer has not scraped
+// for the retention time.
 func TestScrapesWithNewConsumer(t *testing.T) {
 	p := newSpoolStore(t)
 	old := p.clock.ms(60)
@@ -223,9 +226,9 @@ func TestScrapesWithNewConsumer(t *testing.T) {
 	p.wantNoErrors("at the end")
 }
 
-// A push of one scrape whose samples are all outside of retention does not count as held, because
-// this server's clock may be wrong. A push of several scrapes does not count as held if any sample
-// is outside, because the store cannot tell which scrape the sample belongs to.
+// A push of one scrape does not make the scrape held if all its samples are outside of retention or
+// from the future, because this server's clock may be wrong. A push of several scrapes makes none
+// of them held if any sample is, because the store cannot tell to which scrape the sample belongs.
 func TestUntimelyScrapesAreNotHeld(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -277,8 +280,9 @@ func TestReadScrapeSurvivesLossOfCursors(t *testing.T) {
 	p.want("after the cursors were lost", "held 2, read 1")
 }
 
-// A client that pushes every second, while no consumer scrapes for two hours, does not have to send
-// a scrape again: all numbers are remembered, first as held, later as read.
+// A client pushes a scrape every second, and no consumer scrapes for two hours. The client does not
+// have to send a scrape again, because the server remembers all numbers, first as held and later as
+// read.
 func TestSiteSpoolsRememberTwoHours(t *testing.T) {
 	var s SiteSpools
 	for seq := range uint64(7200) {
@@ -289,7 +293,8 @@ func TestSiteSpoolsRememberTwoHours(t *testing.T) {
 	}
 	s.MarkReadUpTo(3600)
 	held, read := s.HeldAndRead(1)
-	// Neighbours are merged, so that up to 8 read scrapes may still count as held.
+	// Pairs of adjacent entries are merged, so that up to 8 read scrapes may still be listed as
+	// held.
 	if len(held) != 1 || len(read) != 1 || read[0].To > 3600 || read[0].To < 3600-8 || held[0].From != read[0].To+1 {
 		t.Errorf("half is read: held %v, read %v", held, read)
 	}
@@ -299,8 +304,8 @@ func TestSiteSpoolsRememberTwoHours(t *testing.T) {
 	}
 }
 
-// The ranges of a spool and the spools of a site are bounded. The newest are kept, and survive the
-// encoding in records of a log.
+// The number of ranges of a spool and the number of spools of a site are bounded. The newest ranges
+// and spools are kept, also when they are encoded as records of a log and decoded.
 func TestSiteSpoolsAreBounded(t *testing.T) {
 	var s SiteSpools
 	for n := range uint64(3 * MaxRanges) { // odd numbers only, so that no two ranges merge
@@ -326,7 +331,8 @@ func TestSiteSpoolsAreBounded(t *testing.T) {
 	}
 }
 
-// A log that is cut or damaged at any byte claims no scrape whose samples it lost.
+// The store lists no scrape as held or read whose samples were lost when the log was cut or
+// damaged, at whichever byte.
 func TestDamagedLogClaimsNoLostScrape(t *testing.T) {
 	for _, rewritten := range []bool{false, true} {
 		p := newSpoolStore(t)

@@ -32,7 +32,7 @@ func TestOpenStoreRetention(t *testing.T) {
 	}
 }
 
-// One process at a time can open a directory. Close unlocks the directory.
+// Only one process at a time can open a storage directory. Close unlocks the directory.
 func TestStoreLocksDirectory(t *testing.T) {
 	k := newStoreKit(t, DiskFS{})
 	k.cfg.Dir = filepath.Join(t.TempDir(), "new", "dir")
@@ -51,7 +51,7 @@ func TestStoreLocksDirectory(t *testing.T) {
 	}
 }
 
-// A store that fails to open unlocks the directory.
+// A store that fails to open unlocks its directory.
 func TestOpenStoreFailureUnlocks(t *testing.T) {
 	k := newStoreKit(t, DiskFS{})
 	k.cfg.Dir = t.TempDir()
@@ -92,7 +92,7 @@ func TestStoreRun(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- s.Run(ctx) }()
 
-		for push() == nil { // until the storage limit is reached
+		for push() == nil { // push until the storage limit is reached
 			time.Sleep(time.Minute)
 		}
 		synctest.Wait()
@@ -105,7 +105,7 @@ func TestStoreRun(t *testing.T) {
 		synctest.Wait()
 		time.Sleep(time.Hour)
 		accepted := false
-		for range 2 { // the first push may be refused, and wakes Run to make room
+		for range 2 { // the first push may be refused; then Run wakes up and makes room for the second push
 			if accepted = push() == nil; accepted {
 				break
 			}
@@ -140,7 +140,7 @@ type concurrentRig struct {
 	s *Store
 }
 
-// pushRandomly makes pushes for random sites. Every fifth push has a context that has ended.
+// pushRandomly makes pushes for random sites. The context of every fifth push has ended.
 func (r *concurrentRig) pushRandomly(ctx context.Context, seed, writer uint64, pushes int) {
 	rng := rand.New(rand.NewPCG(seed, writer))
 	for i := range pushes {
@@ -162,7 +162,7 @@ func (r *concurrentRig) pushRandomly(ctx context.Context, seed, writer uint64, p
 	}
 }
 
-// rewriteLogs runs maintenance and rewrites all logs, again and again, until ctx ends.
+// rewriteLogs runs maintenance and rewrites all logs in a loop until ctx ends.
 func (r *concurrentRig) rewriteLogs(ctx context.Context) {
 	for n := 0; ctx.Err() == nil; n++ {
 		r.s.expireAndCompact(ctx, n%2 == 0)
@@ -180,7 +180,7 @@ func (r *concurrentRig) rewriteLogs(ctx context.Context) {
 	}
 }
 
-// scrape reads the newest samples, again and again, until ctx ends.
+// scrape reads the newest samples in a loop until ctx ends.
 func (r *concurrentRig) scrape(ctx context.Context) {
 	for ctx.Err() == nil {
 		fams, _ := scraper(r.s, time.Minute).NewestPerSeries(100, nil)
@@ -220,7 +220,8 @@ func TestStoreConcurrent(t *testing.T) {
 		work.Wait()
 		cancel()
 		background.Wait()
-		// Each writer may exceed the limit by one push, because makeRoom does not reserve.
+		// Each writer may exceed the limit by one push, because makeRoom does not reserve the room
+		// that it has made.
 		if held := allHeld(t, s); len(held) > limit+4*writers || s.Stats().Evicted == 0 {
 			t.Errorf("%d samples are held with a limit of %d; %d were evicted", len(held), limit, s.Stats().Evicted)
 		}
@@ -228,7 +229,7 @@ func TestStoreConcurrent(t *testing.T) {
 			_, err := k.tryPush(s, "c1", point{"m", 1, k.clock.ms(0), 1})
 			return err
 		}
-		for range 3 { // each is refused or durable
+		for range 3 { // each push is refused or durable
 			work.Go(func() { push() })
 		}
 		if err := s.Close(); err != nil {
@@ -260,8 +261,8 @@ func TestStoreConcurrent(t *testing.T) {
 	}
 }
 
-// At the limit on sites, the first push of another site is refused. Pushes that add nothing do
-// not count, and recovery reads all sites whatever the limit.
+// At the limit on sites, the first push of another site is refused. A site whose first push adds no
+// sample does not count towards the limit. Recovery reads all sites, even above the limit.
 func TestStoreSiteLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSites = 2

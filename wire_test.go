@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// WireReader returns each field as it was written. It reports a field that is cut or out of its
-// bounds, and bytes that are left over. After an error every field is zero.
+// WireReader returns each field as it was written. It reports an error for a field that is cut or
+// out of its bounds, and for bytes that are left over. After an error every further field is zero.
 func TestWireReader(t *testing.T) {
 	le := binary.LittleEndian
 	for _, c := range []struct {
