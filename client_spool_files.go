@@ -226,16 +226,13 @@ func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) e
 	path := s.path(name)
 	var cause, other error
 	log, rec, err := OpenLog(s.cfg.FS, path, func(k byte, payload []byte) error {
-		switch {
-		case k == 0: // never happens, because OpenLog delivers no record of kind 0
-		case k != kind:
+		if k != kind {
 			other = fmt.Errorf("%s has a record of version %d; this program knows version %d: use the program that wrote it, or move the file away", path, k, kind)
-		default:
-			err := decode(payload)
-			cause = cmp.Or(cause, err)
-			return err
+			return nil
 		}
-		return nil
+		err := decode(payload)
+		cause = cmp.Or(cause, err)
+		return err
 	})
 	switch {
 	case err != nil:
