@@ -8,8 +8,9 @@ import (
 	"time"
 )
 
-// On Linux the boot-time clock includes suspended time. If the uptime is missing or malformed, the
-// clock continues with the time that the process counted.
+// The boot-time clock of Linux includes the time for which the machine was suspended. If the uptime
+// file is missing or malformed, or shows less time than this process has counted, the clock adds
+// the time that the process has counted to the uptime at its start.
 func TestBootClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		files := map[string]string{uptimeFile: "100.25 7.00\n", bootIDFile: "4789e580-6b9d-41f7-b180-bcdd10d7b67b\n"}
@@ -41,8 +42,8 @@ func TestBootClock(t *testing.T) {
 	})
 }
 
-// Without a valid boot ID, each process uses its own random ID, so that the clocks of two processes
-// are never compared.
+// If the boot ID file is missing or malformed, each process uses a random boot ID of its own. So
+// the boot-time clocks of two processes are never compared.
 func TestBootClockOfProcess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, id := range map[string]string{"missing": "", "empty": "\n", "not printable": "abc\x00defghijk", "long": string(make([]byte, 100))} {

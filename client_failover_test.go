@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// Failover chooses the server of each attempt: it tries the other servers of a round after a
-// failure, stays for a time with a server that answered, and then returns to the first server. Each
-// row continues where the previous row ended.
+// serverFailover chooses the server of each attempt. After a failure it tries the other servers in
+// turn. It stays for a time with a server that answered after others failed, and then returns to
+// the first server. Each row of the table continues in the state that the previous row left.
 func TestFailover(t *testing.T) {
 	const stay = time.Minute
 	now := time.Unix(0, 0)
@@ -15,28 +15,28 @@ func TestFailover(t *testing.T) {
 	f.beginDrain(now, 0)
 	for i, tt := range []struct {
 		do     string
-		after  time.Duration // how much time passes first
-		retry  time.Duration // Retry-After of a server that fails
-		result bool          // for a failure or decline: whether an untried server is left
-		server int           // of the next attempt
+		after  time.Duration // time that passes between the previous row and this row
+		retry  time.Duration // Retry-After that the failing server sends; 0 if it sends none
+		result bool          // wanted: whether a server is left that was not tried, after a failure or a decline; true after a success
+		server int           // wanted index of the server of the next attempt
 	}{
 		{"fail", 0, time.Second, true, 1},
 		{"succeed", 0, 0, true, 1},
 		{"succeed", stay - 1, 0, true, 1},
-		{"succeed", 1, 0, true, 0}, // back to the first server
+		{"succeed", 1, 0, true, 0}, // the time to stay with server 1 is over, so the next attempt is at the first server
 		{"fail", 0, 5 * time.Second, true, 1},
 		{"fail", 0, 9 * time.Second, true, 2},
-		{"fail", 0, 7 * time.Second, false, 0}, // the round is over
+		{"fail", 0, 7 * time.Second, false, 0}, // all three servers have failed, so the round is over and the next round begins with server 0
 		{"fail", 0, time.Second, true, 1},
 		{"fail", 0, 0, true, 2},
 		{"succeed", 0, 0, true, 2},
-		{"fail", 0, 0, true, 0}, // the round begins with the server that answered last
+		{"fail", 0, 0, true, 0}, // server 2 answered last, so this round began with server 2; after its failure server 0 is next
 		{"fail", 0, 0, true, 1},
 		{"fail", 0, 0, false, 2},
 		{"succeed", stay, 0, true, 0},
 		{"decline", 0, 0, true, 1},
 		{"decline", 0, 0, true, 2},
-		{"decline", 0, 0, false, 2}, // all servers have declined
+		{"decline", 0, 0, false, 2}, // all three servers have declined the scrape, so no server is left
 		{"decline", 0, 0, true, 0},
 		{"succeed", stay, 0, true, 0},
 	} {
@@ -67,8 +67,9 @@ func TestFailover(t *testing.T) {
 	}
 }
 
-// If scrapes stay unread on a server, failover prefers the next server for maxUnreadTime. If that
-// server fails meanwhile, it is no longer preferred.
+// If no consumer has read the scrapes on a server for longer than maxUnreadTime, serverFailover
+// prefers the next server for maxUnreadTime. If the preferred server fails during that time, it is
+// no longer preferred.
 func TestFailoverAfterUnreadScrapes(t *testing.T) {
 	now := time.Unix(0, 0)
 	f := serverFailover{servers: 2}
@@ -85,7 +86,7 @@ func TestFailoverAfterUnreadScrapes(t *testing.T) {
 	f.last = f.current
 	begin(maxUnreadTime-1, 0, false, 1)
 	begin(1, 0, false, 0)
-	begin(0, 2*maxUnreadTime, true, 0) // the last server is 1, so the next is 0
+	begin(0, 2*maxUnreadTime, true, 0) // server 1 answered last, so the next server is 0
 	f.last = 0
 	begin(maxUnreadTime, 2*maxUnreadTime, true, 1)
 	f.advanceAfterFailure(0)
@@ -96,8 +97,9 @@ func TestFailoverAfterUnreadScrapes(t *testing.T) {
 	}
 }
 
-// The pause between rounds doubles up to half of maxBackoff, and is at least as long as the servers
-// asked for.
+// nextPause returns the pause between two rounds of attempts, without jitter. The pause doubles
+// with each round, up to half of maxBackoff. It is never shorter than the Retry-After that the
+// servers sent.
 func TestBackoff(t *testing.T) {
 	var b roundBackoff
 	b.reset()
@@ -114,8 +116,9 @@ func TestBackoff(t *testing.T) {
 	}
 }
 
-// The bound on the scrapes of a push shrinks after a failure, stays until as many scrapes are
-// settled, and then doubles.
+// pushScrapeLimit lowers the maximum number of scrapes in a push after a push failed because of its
+// scrapes. The maximum stays until as many scrapes are settled (delivered or set aside) as the
+// failed push had. From then on, it doubles with each push.
 func TestPushScrapeLimit(t *testing.T) {
 	s := pushScrapeLimit{max: maxPushScrapes}
 	for i, tt := range []struct {
@@ -127,7 +130,7 @@ func TestPushScrapeLimit(t *testing.T) {
 		{s.limitToHalf, 9, 4},
 		{s.growAfter, 4, 4},
 		{s.growAfter, 4, 4},
-		{s.growAfter, 1, 8}, // nine scrapes are settled
+		{s.growAfter, 1, 8}, // with this scrape, all nine scrapes of the failed push are settled, so the maximum doubles
 		{s.growAfter, 1, 16},
 		{s.limitToOne, 3, 1},
 		{s.growAfter, 1, 1},

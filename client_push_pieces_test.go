@@ -41,7 +41,7 @@ func TestPusherPiecesUnderRateLimit(t *testing.T) {
 }
 
 // If a site has more series than the server accepts, the samples of the accepted series are
-// delivered. The client does not try the other series line by line.
+// delivered. The client does not push each sample of the other series in a request of its own.
 func TestPusherTooManySeries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
@@ -82,7 +82,8 @@ func TestPusherTooManySeries(t *testing.T) {
 	})
 }
 
-// Only the last piece of a scrape names the scrape.
+// If a scrape is too large for one push, the client pushes it in pieces. Only a push that ends with
+// the last sample of the scrape has the header with the number of the scrape.
 func TestPusherNamesLastPiece(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{limit: 8}
@@ -103,8 +104,8 @@ func TestPusherNamesLastPiece(t *testing.T) {
 	})
 }
 
-// If the pieces of a scrape went to two servers, neither holds the whole scrape, so the client
-// pushes all pieces again to one server.
+// If two servers each accepted some pieces of a scrape, neither server holds the whole scrape. The
+// client then pushes all pieces again, to one server.
 func TestPusherPiecesGoToOneServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{limit: 8}, &queueServer{limit: 8}

@@ -51,8 +51,8 @@ func TestPusherRenewsRefusedToken(t *testing.T) {
 	})
 }
 
-// A client whose new upload tokens are refused too returns the server's error. It does not request
-// tokens in a tight loop.
+// If the servers refuse each new upload token too, the client returns the server's error. The
+// client does not request tokens in a tight loop.
 func TestPusherRevokedToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newTestClient(t, "a 1\n", nil)
@@ -62,14 +62,16 @@ func TestPusherRevokedToken(t *testing.T) {
 		if err := c.ScrapeOnceAndDrain(ctx); err == nil || !strings.Contains(err.Error(), "revoked") {
 			t.Errorf("got the error %v, want the server's error", err)
 		}
-		if n := len(hub.asked); n > 16 { // two servers, and pauses of 1, 2 and 4 s
+		// Each round requests about one token at each of the two servers. The pauses between rounds
+		// double, and the first pause is at most 1 s.
+		if n := len(hub.asked); n > 16 {
 			t.Errorf("requested %d upload tokens in 10 s, want at most 16", n)
 		}
 	})
 }
 
-// Only 400 and 413 are final refusals. After any other status the client keeps its scrapes and
-// pushes them again.
+// Only the statuses 400 and 413 are final refusals of a push. After any other status except 200,
+// the client keeps its scrapes and pushes them again.
 func TestPusherRetriesOtherStatuses(t *testing.T) {
 	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
 		synctest.Test(t, func(t *testing.T) {
@@ -89,8 +91,8 @@ func TestPusherRetriesOtherStatuses(t *testing.T) {
 	}
 }
 
-// A 200 whose body is not a server's answer, but that of a proxy or a login page, does not remove a
-// scrape from the spool.
+// A 200 does not remove a scrape from the spool if its body is not from a telemeter server, but
+// from a proxy or a login page, for example.
 func TestPusherIgnoresForeign200(t *testing.T) {
 	for _, body := range []string{"", "<html>", "{", `{"accepted":1`, "{}", "null", "[]", `"ok"`, `{"status":"ok"}`, `{"accepted":"all"}`, `{"accepted":null}`} {
 		synctest.Test(t, func(t *testing.T) {
@@ -106,23 +108,24 @@ func TestPusherIgnoresForeign200(t *testing.T) {
 	}
 }
 
-// The client obeys a Retry-After in seconds and one with a date, whatever the server's clock shows.
-// It ignores a malformed Retry-After, and reduces a longer one to MaxRetryAfter.
+// The client obeys a Retry-After header in seconds or with a date, even if the server's clock is
+// wrong. It ignores a malformed Retry-After header and a date in the past. If the header asks for
+// more than MaxRetryAfter, the client waits for MaxRetryAfter.
 func TestPusherRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
 		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 		for _, tt := range []struct {
-			after string        // the header in seconds, unless until is set
-			until time.Duration // if not 0, the header is a date so far in the future
-			ahead time.Duration // how far the server's clock is ahead; 0 means that the answer has no Date header
-			want  time.Duration // shortest pause; 0 means the pause after a first failure
+			after string        // value of the Retry-After header, if until is 0
+			until time.Duration // if not 0, the Retry-After header is the date that is until ahead of the server's clock
+			ahead time.Duration // how far the server's clock is ahead of the client's; 0 means that the answer has no Date header
+			want  time.Duration // shortest allowed pause before the next attempt; 0 means the usual pause after a first failure
 		}{
 			{after: "37", want: 37 * time.Second},
 			{until: 38 * time.Second, want: 38 * time.Second},
 			{until: 39 * time.Second, ahead: time.Hour, want: 39 * time.Second},
 			{until: 40 * time.Second, ahead: -time.Hour, want: 40 * time.Second},
-			{after: "99999", want: 2 * time.Minute}, // MaxRetryAfter
+			{after: "99999", want: 2 * time.Minute}, // the pause is reduced to MaxRetryAfter, which is 2 minutes here
 			{until: 1000 * time.Hour, want: 2 * time.Minute},
 			{until: -time.Minute}, {after: "-5"}, {after: "99999999999999999999"}, {after: "1.5"}, {after: "soon"},
 		} {
@@ -146,10 +149,11 @@ func TestPusherRetryAfter(t *testing.T) {
 			if err := c.pusher.DrainSpool(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			least, most := tt.want, 2*tt.want // jitter at most doubles the pause
+			least, most := tt.want, 2*tt.want // jitter makes the pause at most twice as long
 			if tt.want == 0 {
 				least, most = minBackoff/2, minBackoff
-			} else if tt.until > 0 && tt.ahead == 0 { // a date has whole seconds
+				// A date has whole seconds, so Retry-After can ask for up to a second less than until.
+			} else if tt.until > 0 && tt.ahead == 0 {
 				least -= time.Second
 			}
 			if took := time.Since(begin); took < least || took > most {
@@ -161,7 +165,8 @@ func TestPusherRetryAfter(t *testing.T) {
 	})
 }
 
-// A client with a real server asks it after a restart, and then delivers the scrape in its spool.
+// After a restart, a client asks a real server which scrapes the server holds. The client then
+// delivers the scrape in its spool, without a failed push.
 func TestPusherAsksServer(t *testing.T) {
 	r := newSrvRig(t)
 	spool := diskSpool()
@@ -185,8 +190,8 @@ func TestPusherAsksServer(t *testing.T) {
 	}
 }
 
-// The client sends the consumers that a server listed with each later push, also after a restart.
-// It omits a consumer that has not scraped for a day.
+// Each push lists the consumers that earlier answers of a server listed, also after a restart of
+// the client. A push omits a consumer that has not scraped for a day.
 func TestPusherSendsConsumers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{consumers: []ConsumerAge{{1, 10 * time.Second}, {2, 23 * time.Hour}}}
@@ -205,14 +210,14 @@ func TestPusherSendsConsumers(t *testing.T) {
 			}
 		}
 		sends("")
-		a.consumers = nil // the server lost its disk
+		a.consumers = nil // as after the loss of the server's disk: its answers list no consumers
 		sends("0000000000000001:70,0000000000000002:82860")
 		c = start()
 		time.Sleep(50 * time.Minute)
 		sends("0000000000000001:3130,0000000000000002:85920")
 		a.consumers = []ConsumerAge{{1, 5 * time.Second}}
 		time.Sleep(10 * time.Minute)
-		sends("0000000000000001:3790") // consumer 2 has not scraped for a day
+		sends("0000000000000001:3790") // consumer 2 is omitted, because it has not scraped for more than a day
 		sends("0000000000000001:65")
 	})
 }

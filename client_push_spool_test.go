@@ -30,8 +30,8 @@ func TestPusherKeepsUntilRead(t *testing.T) {
 	})
 }
 
-// A push whose answer is lost is not sent again if the server has stored it: the client asks the
-// server first.
+// If the answer to a push is lost, the client first asks the server which scrapes the server holds.
+// It does not push scrapes again that the server has stored.
 func TestPusherAsksAfterLostAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{lostAnswers: 1}
@@ -46,8 +46,9 @@ func TestPusherAsksAfterLostAnswer(t *testing.T) {
 	})
 }
 
-// With nothing to push, the client asks once in askInterval whether scrapes were read. Read scrapes
-// leave no file, and all metrics of the empty spool are 0.
+// While the client has nothing to push, it asks the server once in askInterval whether consumers
+// have read the held scrapes. The spool deletes the files of read scrapes. All metrics of an empty
+// spool are 0.
 func TestPusherAsksWithNothingToPush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
@@ -77,8 +78,9 @@ func TestPusherAsksWithNothingToPush(t *testing.T) {
 	})
 }
 
-// After an outage, the client asks the server which scrapes it holds before it sends a push again
-// that may have arrived. It does not ask if no push was in flight.
+// After an outage in which a push may have arrived, the client asks the server which scrapes the
+// server holds before it repeats the push. The client does not ask if it sent no push during the
+// outage.
 func TestPusherAsksAfterOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
@@ -87,7 +89,8 @@ func TestPusherAsksAfterOutage(t *testing.T) {
 		spoolOnes(t, c, 1)
 		time.AfterFunc(10*time.Minute, func() { a.down.Store(false) })
 		mustDrain(t, c)
-		// The client had no upload token during the outage, so no push was in flight.
+		// The client had no upload token during the first outage, so it sent no push and need not
+		// ask.
 		a.expect("after the first outage", "1")
 		a.down.Store(true)
 		spoolOnes(t, c, 2)
@@ -121,7 +124,7 @@ func TestPusherFillsEmptyServer(t *testing.T) {
 		mustDrain(t, c)
 		a.held = nil
 		a.expect("before the disk is lost", "1 2 3 4 5")
-		c.pusher.size = pushScrapeLimit{max: 2, careful: 1 << 20} // at most two scrapes in a push
+		c.pusher.size = pushScrapeLimit{max: 2, careful: 1 << 20} // a push has at most two scrapes
 		spoolOnes(t, c, 6)
 		time.AfterFunc(1500*time.Millisecond, func() {
 			at := c.moment()
@@ -138,7 +141,7 @@ func TestPusherFillsEmptyServer(t *testing.T) {
 		}
 		a.expect("the disk is lost", "6", "1 2", "3 4", "7", "5")
 		expectSpool(t, "the disk is lost", c, 0, 7, 0)
-		// The server loses its disk again while the source yields no scrape.
+		// The server loses its disk again. This time the client has no new scrape to push.
 		a.held = nil
 		time.Sleep(askInterval)
 		mustDrain(t, c)
@@ -147,8 +150,8 @@ func TestPusherFillsEmptyServer(t *testing.T) {
 	})
 }
 
-// A 200 removes the scrapes of the push if no consumer is known, or if the server does not know
-// spools.
+// A 200 removes the scrapes of the push from the spool if no consumer is known, or if the server
+// does not support spools (its answers do not list the scrapes that it holds).
 func TestPusherRemovesAfter200(t *testing.T) {
 	for name, a := range map[string]*queueServer{"no consumer": {noConsumers: true}, "a server without spools": {noSpools: true}} {
 		synctest.Test(t, func(t *testing.T) {
@@ -167,8 +170,9 @@ func TestPusherRemovesAfter200(t *testing.T) {
 	}
 }
 
-// A scrape that the server declines stays in the spool, is pushed again after a minute and is
-// logged once. It does not hold up the other scrapes.
+// A declined scrape is a scrape whose samples the server dropped although it answered 200. The
+// client keeps a declined scrape in the spool, pushes it again after a minute and logs it once. The
+// declined scrape does not hold up the other scrapes.
 func TestPusherDeclined(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{declines: func(line string) bool { return line == "n 2\n" }}
@@ -179,7 +183,7 @@ func TestPusherDeclined(t *testing.T) {
 		}
 		a.expect("one scrape declined", "1 2 3", "2")
 		expectSpool(t, "one scrape declined", c, 1, 2, 0)
-		// The scrape is not pushed again before declinedPause has passed.
+		// The client does not push the declined scrape 2 again before declinedPause has passed.
 		c.pusher.DrainSpool(t.Context())
 		time.Sleep(time.Minute)
 		c.pusher.DrainSpool(t.Context())
@@ -192,13 +196,15 @@ func TestPusherDeclined(t *testing.T) {
 		if n := strings.Count(log.String(), "the server dropped all samples of a scrape"); n != 1 || c.dropped.Value(DropByServer) > 0 {
 			t.Errorf("logged the declined scrape %d times, want once and no dropped sample counted; log:\n%s", n, log)
 		}
-		a.expect("declined again, then accepted", "2", "4", "2") // one scrape in a push, and the declined scrape last
+		// Scrape 2 is declined again. Then the new scrape 4 is pushed before scrape 2, each in a
+		// push of its own.
+		a.expect("declined again, then accepted", "2", "4", "2")
 		expectSpool(t, "declined again, then accepted", c, 0, 4, 0)
 	})
 }
 
-// If a server does not answer, the client asks the next server before it sends that server a push
-// that the first may have stored.
+// If a server does not answer a push, the client turns to the next server. It asks the next server
+// which scrapes that server holds before it pushes the same scrapes to it.
 func TestPusherAsksNextServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{}, &queueServer{}
@@ -207,7 +213,7 @@ func TestPusherAsksNextServer(t *testing.T) {
 		mustDrain(t, c)
 		spoolOnes(t, c, 2)
 		a.lostAnswers = 1
-		b.held = a.names.Add(a.names[0].From+60, a.names[0].From+60) // scrape 1, and a number that is not in the spool
+		b.held = a.names.Add(a.names[0].From+60, a.names[0].From+60) // server b holds scrape 1 and a number that is not in the spool
 		mustDrain(t, c)
 		a.expect("server a", "1", "2")
 		b.expect("server b", "ask", "2")
@@ -223,7 +229,7 @@ func TestPusherLeavesUnreadServer(t *testing.T) {
 		c, log := newQueueClient(t, diskSpool(), []*queueServer{a, b}, nil)
 		var where []string
 		for n := range 80 {
-			spoolOnes(t, c, n) // takes a minute
+			spoolOnes(t, c, n) // takes a minute of virtual time
 			before := len(a.events)
 			mustDrain(t, c)
 			if len(a.events) > before {
@@ -243,7 +249,8 @@ func TestPusherLeavesUnreadServer(t *testing.T) {
 		if len(b.read) == 0 || b.read[0].From != a.names[0].From {
 			t.Errorf("server b has read the scrapes %v, want all of %v, which server a held", b.read, a.names)
 		}
-		// A next server that does not answer is left at once, and not tried again for half an hour.
+		// If the next server does not answer, the client returns to the first server at once. It
+		// does not try the next server again for half an hour.
 		b.down.Store(true)
 		for n := range 75 {
 			spoolOnes(t, c, n)
@@ -256,8 +263,8 @@ func TestPusherLeavesUnreadServer(t *testing.T) {
 	})
 }
 
-// After a restart the client asks the server about the scrapes on disk, and does not send scrapes
-// again that the server holds.
+// After a restart the client asks the server which scrapes of the client's spool the server holds.
+// The client then pushes only the other scrapes.
 func TestPusherRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
@@ -276,8 +283,8 @@ func TestPusherRestart(t *testing.T) {
 	})
 }
 
-// A client whose spool directory was restored from an old copy does not use a number again, and
-// sends the scrapes that the server does not know.
+// If the client's spool directory was restored from an old copy, the client does not give a used
+// number to a new scrape. It pushes the scrapes that the server lists neither as held nor as read.
 func TestPusherRestoredSpool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
@@ -333,8 +340,8 @@ func TestPusherMemoryOnly(t *testing.T) {
 	})
 }
 
-// shiftRig is a client whose source's clock is wrong, on a spool that lasts. It scrapes once a
-// minute.
+// shiftRig is a client whose source has a wrong clock. The spool is kept when the client starts
+// again. The client scrapes once a minute.
 type shiftRig struct {
 	t      *testing.T
 	source *counting
@@ -348,7 +355,8 @@ func newShiftRig(t *testing.T) *shiftRig {
 	return &shiftRig{t: t, source: &counting{date: true}, spool: diskSpool(), bootID: "boot-1", boot: testBoot()}
 }
 
-// start starts a client, as after a restart, that pushes to this server.
+// start starts a client on the spool of the previous client, as after a restart. The client pushes
+// only to the server to.
 func (r *shiftRig) start(to *queueServer) {
 	r.client, _ = newQueueClient(r.t, r.spool, []*queueServer{to}, func(cfg *ClientConfig) {
 		cfg.FromClient.Transport = r.source
@@ -366,8 +374,9 @@ func (r *shiftRig) scrape(sourceAhead time.Duration) {
 	time.Sleep(time.Minute)
 }
 
-// scrapeFour makes and pushes four scrapes with different errors of the source's clock. The first
-// scrape comes before any server's time is known, then the clock is stepped, then it drifts.
+// scrapeFour makes and pushes four scrapes. Before the first scrape the client knows no server's
+// time. The source's clock is 10 minutes behind at scrapes 1 and 2, is set back to 40 minutes
+// behind before scrape 3, and loses another 20 s before scrape 4.
 func (r *shiftRig) scrapeFour() {
 	r.t.Helper()
 	r.scrape(-10 * time.Minute)
@@ -379,9 +388,9 @@ func (r *shiftRig) scrapeFour() {
 	mustDrain(r.t, r.client)
 }
 
-// The client corrects the times of scrapes by the error of the source's clock, follows a step of
-// that clock, and keeps the shift while the clock drifts by less than shiftTolerance. Pushes and
-// metrics state the error.
+// The client corrects the times of scrapes by the error of the source's clock. It follows a step of
+// that clock, and keeps the same shift while the clock drifts by less than shiftTolerance. A header
+// of each push and a metric of the client state the error.
 func TestPusherCorrectsTimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, a := newShiftRig(t), &queueServer{}
@@ -396,10 +405,12 @@ func TestPusherCorrectsTimes(t *testing.T) {
 			var n, ms int64
 			fmt.Sscanf(line, "n %d %d", &n, &ms)
 			want := begin.Add(time.Duration(i) * time.Minute).UnixMilli()
-			if i == 3 { // the shift does not follow the drift of 20 s
+			if i == 3 { // the source's clock drifted by 20 s, which does not change the shift
 				want -= 20_000
 			}
-			if n != int64(i+1) || ms < want-2000 || ms > want+2000 { // a Date has whole seconds
+			// The source's Date header has whole seconds, so a corrected time may be off by up to 2
+			// s.
+			if n != int64(i+1) || ms < want-2000 || ms > want+2000 {
 				t.Errorf("sample %d: %q is %d ms off", i+1, line, ms-want)
 			}
 		}

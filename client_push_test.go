@@ -39,7 +39,8 @@ func TestPusherBacksOff(t *testing.T) {
 	})
 }
 
-// The client waits at least as long as the server asks for.
+// The client waits at least as long as the server's Retry-After header asks for before it pushes
+// again.
 func TestPusherObeysRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
@@ -59,8 +60,8 @@ func TestPusherObeysRetryAfter(t *testing.T) {
 	})
 }
 
-// If the server asks for a pause beyond the deadline of the context, the drain ends at once with
-// the server's error, and the scrape stays in the spool.
+// If the server's Retry-After asks for a pause that ends after the deadline of the context,
+// DrainSpool returns the server's error at once. The scrape stays in the spool.
 func TestPusherEndsBeforeDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
@@ -82,7 +83,8 @@ func TestPusherEndsBeforeDeadline(t *testing.T) {
 	})
 }
 
-// If a server fails, the client pushes to the next one with the same upload token, and logs that.
+// If a server fails, the client pushes to the next server with the same upload token. The client
+// logs the failover.
 func TestPusherFailsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, log := newTestClient(t, "a 1\n", nil)
@@ -107,7 +109,8 @@ func TestPusherFailsOver(t *testing.T) {
 	})
 }
 
-// A push that is refused as invalid is not sent again. Its samples are counted as refused.
+// A push that the server refuses as invalid (400) is not sent again. The client counts its samples
+// as refused.
 func TestPusherRefusedPush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newTestClient(t, "a 1\n", nil)
@@ -130,11 +133,11 @@ func TestPusherRefusals(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		limit   int      // bytes of text above which the server answers 413
-		texts   []string // one for each scrape
-		want    string   // texts delivered
-		refused float64  // samples counted as refused
-		aside   int      // files set aside
-		most    int      // most requests
+		texts   []string // texts of the scrapes in the spool
+		want    string   // texts that the server must accept, concatenated
+		refused float64  // samples that the client must count as refused
+		aside   int      // files that the spool must set aside
+		most    int      // most pushes allowed
 	}{
 		{"nothing refused", 1000, []string{a, b, z}, a + b + z, 0, 0, 1},
 		{"one of several invalid", 1000, []string{a, b, bad, z}, a + b + z, 2, 1, 5},
@@ -144,7 +147,8 @@ func TestPusherRefusals(t *testing.T) {
 		{"one too large", 8, []string{a + b}, a + b, 0, 0, 3},
 		{"too large down to single lines", 4, []string{a + b + a}, a + b + a, 0, 0, 11},
 		{"one line too large", 10, []string{a + long + b, z}, a + b + z, 1, 1, 10},
-		{"too large and invalid", 10, []string{a + bad + b, z}, "a 1\nb 3\n" + b + z, 2, 1, 12}, // a 2 is in the same piece as the bad line
+		// The server also refuses the sample a 2, because it is in the same piece as the bad line.
+		{"too large and invalid", 10, []string{a + bad + b, z}, "a 1\nb 3\n" + b + z, 2, 1, 12},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			spool := diskSpool()
@@ -172,8 +176,8 @@ func TestPusherRefusals(t *testing.T) {
 	}
 }
 
-// In a backlog, a server that hangs costs its timeout only now and then, not at each push. When it
-// answers again, the client returns to it.
+// While the client delivers a backlog, it waits for the timeout of a hanging server only now and
+// then, not at each push. When that server answers again, the client returns to it.
 func TestPusherFailsOverInBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var hanging atomic.Bool
@@ -205,7 +209,7 @@ func TestPusherFailsOverInBacklog(t *testing.T) {
 		if slices.Contains(hub.hosts, "c.example") {
 			t.Error("the client tried c.example although b.example answered")
 		}
-		// The client returns to the first server within the same drain, too.
+		// The client also returns to the first server if that server answers again during a drain.
 		for i := range n {
 			spoolAll(t, c, fmt.Sprintf("n %03d\n", i))
 		}
@@ -221,7 +225,8 @@ func TestPusherFailsOverInBacklog(t *testing.T) {
 	})
 }
 
-// The client logs and counts the samples that a server dropped, with the server's hint.
+// The client logs and counts the samples that a server dropped. The log line includes the hint in
+// the server's answer, if there is one.
 func TestPusherLogsHint(t *testing.T) {
 	for _, tt := range []struct{ answer, want string }{
 		{`{"accepted":0,"dropped":{"too_old":1},"hint":"the times are wrong"}`, `"the server dropped samples" reason=too_old samples=1 hint="the times are wrong"` + "\n"},
@@ -245,7 +250,7 @@ func TestPusherSlowConnection(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
 		one := len(Gzip([]byte("n 10\n")))
 		c.pusher.cfg.ToClient = &http.Client{Timeout: 40 * time.Second, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-			select { // ten seconds for each scrape
+			select { // sending a push takes ten seconds for each of its scrapes
 			case <-r.Context().Done():
 				return nil, r.Context().Err()
 			case <-time.After(time.Duration(r.ContentLength) * 10 * time.Second / time.Duration(one)):
@@ -264,14 +269,17 @@ func TestPusherSlowConnection(t *testing.T) {
 	})
 }
 
-// While no file of the spool can be read, the pusher waits, and delivers the scrapes when they can
-// be read. A single file that cannot be read does not hold up the other scrapes.
+// While no scrape file of the spool can be read, the pusher waits. It delivers the scrapes when
+// their files can be read again. A single file that cannot be read does not hold up the other
+// scrapes.
 func TestPusherWaitsForSpool(t *testing.T) {
 	for _, tt := range []struct {
-		name, unread string // the suffix of the files that cannot be read
-		meanwhile    []int  // scrapes delivered while reads fail
+		name, unread string // unread: the end of the names of the files that cannot be read
+		meanwhile    []int  // values of the scrapes that are delivered while reads fail
 	}{
-		{"all files", ".log", nil}, {"one file", scrapeFileName(946684800_000), []int{2, 3}}, // numbers start at the clock's milliseconds
+		// The number of the first scrape is the wall clock in ms, and the clock of synctest starts
+		// at 946684800000 ms (the year 2000).
+		{"all files", ".log", nil}, {"one file", scrapeFileName(946684800_000), []int{2, 3}},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			spool := diskSpool()

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// The first push happens at once, the second at the next phase of the site, and every later push
-// one interval after the previous one.
+// The client first pushes when it starts. It pushes again at the site's phase, an instant in each
+// interval that depends on the cluster ID, and from then on once in each interval.
 func TestClientPhase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
@@ -35,7 +35,7 @@ func TestClientPhase(t *testing.T) {
 	})
 }
 
-// Sites with different cluster IDs have different phases.
+// Sites with different cluster IDs push at different instants (phases) of the interval.
 func TestClientPhaseDependsOnClusterID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, _, _ := newTestClient(t, "", nil)
@@ -46,8 +46,8 @@ func TestClientPhaseDependsOnClusterID(t *testing.T) {
 	})
 }
 
-// With a wall clock that is slewed and therefore lags behind the timer, the client does not scrape
-// twice in an interval.
+// If the wall clock is slewed and therefore lags behind the client's timer, the client still does
+// not scrape twice in an interval.
 func TestClientPhaseOfSlewedClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{}
@@ -64,7 +64,7 @@ func TestClientPhaseOfSlewedClock(t *testing.T) {
 }
 
 // If the client scrapes more often than it pushes, a push has all scrapes since the previous push.
-// The newest of them is the scrape of the push's own time.
+// The client pushes as soon as it has made the newest of them.
 func TestClientScrapeInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{}
@@ -90,8 +90,9 @@ func TestClientScrapeInterval(t *testing.T) {
 	})
 }
 
-// The client pushes each scrape after the first at once, whenever the client starts and however
-// long its first push takes.
+// If the client scrapes and pushes at the same interval, it pushes each scrape as soon as the
+// scrape is made. Only the first scrape may be pushed later, because the server refuses the first
+// attempt here. This holds whenever the client starts.
 func TestClientPushesAtOnce(t *testing.T) {
 	for i := range 20 {
 		synctest.Test(t, func(t *testing.T) {
@@ -136,7 +137,9 @@ func TestClientOutage(t *testing.T) {
 	}
 }
 
-// clientOutage runs a client through an outage of one hour, in which fail answers its requests.
+// clientOutage runs a client through an outage of one hour. During the outage fail answers the
+// client's requests to the server; in the case "answers 400 to /authorize" it answers only the
+// requests for upload tokens.
 func clientOutage(t *testing.T, name string, fail func(r *http.Request) (*http.Response, error)) {
 	var down atomic.Bool
 	source := &counting{}
@@ -190,7 +193,7 @@ func clientOutage(t *testing.T, name string, fail func(r *http.Request) (*http.R
 }
 
 // While the source hangs, the client delivers the backlog of the spool. When the source answers
-// again, scrapes continue at their phase.
+// again, the client scrapes at the same phase of the interval as before.
 func TestClientHangingSource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := &counting{}
@@ -260,7 +263,7 @@ func TestClientPushesWithoutSource(t *testing.T) {
 }
 
 // While the disk is full, the client keeps scrapes in memory and logs the failure once. When the
-// disk works again, it logs that once too and writes the scrapes to disk.
+// disk works again, the client writes these scrapes to disk and logs once that the spool works.
 func TestClientDiskFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newFullDiskRig(t)
@@ -284,7 +287,7 @@ func TestClientDiskFull(t *testing.T) {
 	})
 }
 
-// At shutdown the client tries once more to push if scrapes are in memory only.
+// If some scrapes are only in memory at shutdown, the client tries once more to push.
 func TestClientPushesMemoryAtShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newFullDiskRig(t)
@@ -307,7 +310,7 @@ func TestClientPushesMemoryAtShutdown(t *testing.T) {
 	})
 }
 
-// fullDiskRig is a client whose hub is down and whose disk a test can fill.
+// fullDiskRig is a client whose server (the hub) is down and whose disk a test can fill.
 type fullDiskRig struct {
 	client *Client
 	disk   *crashFS
@@ -322,7 +325,7 @@ func newFullDiskRig(t *testing.T) *fullDiskRig {
 	spool := diskSpool()
 	r := &fullDiskRig{disk: spool.FS.(*crashFS), source: &counting{}}
 	r.client, r.hub, r.log = newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.FromClient.Transport = r.source })
-	r.hub.tellsTime = true // so that the times of scrapes are final from the second scrape on
+	r.hub.tellsTime = true // the hub's answers state its time, so the times of scrapes are final from the second scrape on
 	r.down.Store(true)
 	r.hub.answer = func(*http.Request) *http.Response {
 		if r.down.Load() {
@@ -333,7 +336,7 @@ func newFullDiskRig(t *testing.T) *fullDiskRig {
 	return r
 }
 
-// run lets time pass.
+// run lets the client run for the time d.
 func (r *fullDiskRig) run(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -382,7 +385,7 @@ func TestClientLogsOutageOfSource(t *testing.T) {
 	})
 }
 
-// During the last 30 days of the token the client warns once a day.
+// During the last 30 days before the client token expires, the client logs a warning once a day.
 func TestClientWarnsOfExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, _, log := newTestClient(t, "a 1\n", func(cfg *ClientConfig, st *ClientReloadConfig) {

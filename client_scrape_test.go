@@ -17,8 +17,8 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// A source whose path ends in /federate selects the series itself. For any other source the client
-// selects them.
+// If the path of the source ends in /federate, the client sends its selectors as match[], and the
+// source selects the series. For any other source the client selects the series itself.
 func TestClientSelectsSeries(t *testing.T) {
 	sel, err := ParseSelectors([]string{`up`, `{job=~"a.*"}`})
 	if err != nil {
@@ -50,7 +50,7 @@ func TestClientSelectsSeries(t *testing.T) {
 		}
 		want := "up 1 5\nx{job=\"ab\"} 2 5\n"
 		if wantQuery != nil {
-			want += "y{job=\"b\"} 3 5\n" // the source's choice stays
+			want += "y{job=\"b\"} 3 5\n" // the client keeps all series that a /federate source returns
 		}
 		if hub.bodies[0] != want {
 			t.Errorf("%s: pushed %q, want %q", path, hub.bodies[0], want)
@@ -137,8 +137,8 @@ func TestMetadataLabelsEndToEnd(t *testing.T) {
 	}
 }
 
-// Names reach the server unescaped in every format that the source may choose. So a.b and a_b stay
-// two series.
+// Metric names reach the server unescaped in every format that the source may choose. So the
+// metrics a.b and a_b stay two series.
 func TestClientRequestsUnescapedNames(t *testing.T) {
 	text := "a_b 1 7\n{\"a.b\"} 2 7\n"
 	parser := expfmt.NewTextParser(model.UTF8Validation)
@@ -172,8 +172,8 @@ func TestClientRequestsUnescapedNames(t *testing.T) {
 	}
 }
 
-// A scrape that exceeds the limits is pushed in pieces, which together have all its samples in
-// order.
+// A scrape that exceeds the size limits of a push is pushed in pieces. Together, the pieces have
+// all samples of the scrape in their order.
 func TestClientSplitsLargeScrapes(t *testing.T) {
 	var text strings.Builder
 	for i := range 5000 {
@@ -193,8 +193,8 @@ func TestClientSplitsLargeScrapes(t *testing.T) {
 	}
 }
 
-// A single series that exceeds the limits is dropped and logged. The other series of the scrape are
-// pushed.
+// A series that alone exceeds the size limits of a push is dropped and logged. The other series of
+// the scrape are pushed.
 func TestClientDropsTooLargeSeries(t *testing.T) {
 	long := fmt.Sprintf("a 1 1\nlong{label=%q} 2 1\nz 3 1\n", strings.Repeat("x", 2000))
 	c, hub, log := newTestClient(t, long, func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.LimitBytes = 100 })
@@ -206,8 +206,8 @@ func TestClientDropsTooLargeSeries(t *testing.T) {
 	}
 }
 
-// A scrape whose answer has a bad status, type or encoding, or is truncated, fails with a plain
-// error, and nothing is pushed.
+// A scrape fails if the source's answer has a bad status, content type or content encoding, or is
+// truncated. The error states the fault, and the client pushes nothing.
 func TestClientBadSource(t *testing.T) {
 	tests := []struct {
 		name, want string
@@ -258,8 +258,9 @@ func TestClientEncodings(t *testing.T) {
 	}
 }
 
-// The skew of the source's clock is 0 if the Date header is missing or malformed, or differs from
-// this machine's clock by at most skewTolerance.
+// The skew is how far the source's clock is ahead of this machine's clock. It counts as 0 if the
+// source's Date header is missing or malformed, or differs from this machine's clock by at most
+// skewTolerance.
 func TestSourceSkew(t *testing.T) {
 	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
 	for date, want := range map[string]int64{
@@ -279,8 +280,9 @@ func TestSourceSkew(t *testing.T) {
 	}
 }
 
-// The skew of a source whose clock runs at the same rate changes at most once, at whatever fraction
-// of a second the source answers. A step of the source's clock changes the skew.
+// If the source's clock runs as fast as this machine's clock, the measured skew changes at most
+// once, at whatever fraction of a second the source answers. A step of the source's clock changes
+// the skew.
 func TestSourceSkewIsStable(t *testing.T) {
 	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
 	for _, offset := range []int64{0, 1999, 2000, 2500, -1500, 3600_000, -3600_000} {

@@ -15,14 +15,15 @@ import (
 	"time"
 )
 
-// Every operation on the disk may fail, the process may be killed in it, or the power may fail in
-// it. The next process returns each scrape that Add acknowledged and that was not removed. It
-// returns the scrapes unchanged, once and in order, and no others. A failed operation costs a
-// running process no scrape. A scrape that was sent has the same times whenever it is sent again.
+// In each run, one disk operation fails, or the process is killed or the power fails during it. The
+// next process has each scrape that Add acknowledged and that was not removed. It has the scrapes
+// once, in order, and has no scrape that was never added. A failed operation costs a running
+// process no acknowledged scrape. A scrape that was sent has the same times whenever it is sent
+// again.
 func TestSweepSpoolCrashes(t *testing.T) {
 	sweep(t)
 	synctest.Test(t, func(t *testing.T) {
-		var scrapes []Scrape // made once, because compressing takes most of the time
+		var scrapes []Scrape // made once for all runs, because compressing takes most of the time
 		for r, n := newSpoolRig(t, nil), 0; n <= spoolCrashSteps; n++ {
 			scrapes = append(scrapes, r.scrape(n, 3))
 			r.later(time.Minute)
@@ -36,7 +37,7 @@ func TestSweepSpoolCrashes(t *testing.T) {
 						c.step(rnd, scrapes)
 					}
 					if reached = c.reached; !reached {
-						break // the steps have fewer operations
+						break // the steps have no operation with the number at, so all operations have been tried
 					}
 					if mode == "error" {
 						c.checkRunning()
@@ -57,23 +58,25 @@ func TestSweepSpoolCrashes(t *testing.T) {
 
 const spoolCrashSteps = 12
 
-// spoolCrash is a spool in which one operation on the disk goes wrong, and a record of what
-// happened.
+// spoolCrash is a spool in which one disk operation goes wrong. It records which scrapes were
+// added, sent and removed.
 type spoolCrash struct {
 	*spoolRig
-	mode    string           // "error", "kill" or "power"
-	reached bool             // the operation took place
-	id      uint64           // of the spool
-	shift   int64            // ms; each correction of times uses a new one
-	sent    map[uint64]int64 // shift of each scrape that was sent, by its number
+	mode    string           // how the operation goes wrong: "error", "kill" or "power"; see newSpoolCrash
+	reached bool             // the operation that goes wrong has taken place
+	id      uint64           // ID of the spool
+	shift   int64            // ms; shift of the last corrected scrape; each correction uses a new shift
+	sent    map[uint64]int64 // shift in ms of each scrape that was sent, by the scrape's number
 
-	// By the n of spoolRig.scrape. added is the last one used.
+	// The keys of the maps below are the values of n that spoolRig.scrape was called with. added is
+	// the last n that was added.
 	added              int
-	acked, maybe, gone map[int]bool // acknowledged by Add, given to Add, removed from the spool
+	acked, maybe, gone map[int]bool // scrapes that Add acknowledged; that were given to Add; that were removed from the spool
 }
 
-// newSpoolCrash returns a spool whose operation at goes wrong. "error" fails the operation, "kill"
-// ends the process in it, and "power" also loses everything that was not synced.
+// newSpoolCrash returns a spool whose disk operation number at goes wrong. In mode "error" the
+// operation fails. In mode "kill" the process is killed during it. Mode "power" is like "kill", but
+// checkNextProcess then also discards everything that was not synced.
 func newSpoolCrash(t *testing.T, seed uint64, at int, mode string) *spoolCrash {
 	c := &spoolCrash{mode: mode, sent: map[uint64]int64{}, acked: map[int]bool{}, maybe: map[int]bool{}, gone: map[int]bool{}}
 	c.spoolRig = newSpoolRig(t, func(cfg *SpoolConfig) {
@@ -110,8 +113,9 @@ func (c *spoolCrash) noteSent(scrapes []Scrape) {
 	}
 }
 
-// step makes one random step: it adds a scrape, pushes scrapes that are then read or lost by the
-// server, or sets a scrape aside. A killed process reads no scrape.
+// step makes one random step: it adds a scrape, pushes scrapes that consumers then read or that the
+// server loses, or sets a scrape aside. After the process is killed, no scrape can be read from
+// disk, so no acknowledged scrape is removed any more.
 func (c *spoolCrash) step(rnd *rand.Rand, scrapes []Scrape) {
 	switch rnd.IntN(6) {
 	case 0, 1, 2:
@@ -121,7 +125,7 @@ func (c *spoolCrash) step(rnd *rand.Rand, scrapes []Scrape) {
 			c.acked[c.added] = true
 		}
 		c.later(time.Minute)
-	case 3: // every consumer has read the pushed scrapes
+	case 3: // push scrapes, all of which every consumer then reads
 		got, _ := c.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 2})
 		c.noteSent(got)
 		for _, k := range numbers(c.t, got) {
@@ -131,14 +135,14 @@ func (c *spoolCrash) step(rnd *rand.Rand, scrapes []Scrape) {
 		for _, sc := range got {
 			read = read.Add(sc.Number, sc.Number)
 		}
-		// The consumers change, so that the spool's record is written.
+		// The answer lists changing consumers, so that ApplyAnswer also writes the spool's record.
 		c.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: read, Consumers: []ConsumerAge{{uint64(c.added), 0}}})
 	case 4:
 		if got, _ := c.spool.BeginPush(PushLimits{1, 1, 1}); len(got) > 0 {
 			c.gone[numbers(c.t, got)[0]] = true
 			c.spool.SetInFlightAside()
 		}
-	case 5: // the server loses the push
+	case 5: // push scrapes, which the server loses
 		got, _ := c.spool.BeginPush(PushLimits{1 << 30, 1 << 30, 3})
 		c.noteSent(got)
 		c.spool.MarkPushFailed(false)
@@ -146,8 +150,9 @@ func (c *spoolCrash) step(rnd *rand.Rand, scrapes []Scrape) {
 	}
 }
 
-// checkRunning checks that a process whose operation failed still has all scrapes that it was given
-// and that were not removed, and has dropped none.
+// checkRunning checks a process that runs on after a failed disk operation. Its spool must have
+// each scrape that Add acknowledged and that was not removed, must have no removed scrape, and must
+// not have dropped any scrape.
 func (c *spoolCrash) checkRunning() {
 	for _, k := range slices.Concat(c.drain(noLimits)...) {
 		c.acked[k] = false
@@ -165,8 +170,9 @@ func (c *spoolCrash) checkRunning() {
 	}
 }
 
-// checkNextProcess starts the next process and checks its scrapes. It starts three processes with
-// power failures between them, because scrapes that survived once must survive again.
+// checkNextProcess starts the next process and checks which scrapes its spool has. It starts three
+// processes one after another, with a power failure before each of the last two, because scrapes
+// that survived once must survive again.
 func (c *spoolCrash) checkNextProcess() {
 	c.fs.restart()
 	if c.mode == "power" {
@@ -200,8 +206,8 @@ func (c *spoolCrash) checkNextProcess() {
 	}
 }
 
-// A spool with a damaged file opens. The file is set aside, reported and never sent, wherever it is
-// cut off or changed. The other scrapes are sent.
+// OpenSpool succeeds even if a scrape file is damaged. At whatever byte the file is cut off or
+// changed, it is set aside, reported to OnError and never sent. The other scrapes are sent.
 func TestSpoolDamage(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1, 2, 3)
@@ -231,15 +237,15 @@ func TestSpoolDamage(t *testing.T) {
 		}
 	}
 	for i := range good {
-		damage(fmt.Sprint("cut at ", i), good[:i], false) // a cut file may be set aside shorter
+		damage(fmt.Sprint("cut at ", i), good[:i], false) // the file that is set aside may be shorter than the cut file, so an exact copy is not required
 		flipped := bytes.Clone(good)
 		flipped[i] ^= 0x40
 		damage(fmt.Sprint("flipped at ", i), flipped, true)
 	}
 }
 
-// A scrape file with a valid checksum whose text does not fit its sample count, size or gzip is
-// dropped and counted as damaged.
+// If the checksum of a scrape file is valid, but its sample count, size or gzip is wrong, the
+// scrape is dropped and counted as damaged.
 func TestSpoolInconsistentFile(t *testing.T) {
 	for what, change := range map[string]func(sc *Scrape){
 		"wrong number of samples": func(sc *Scrape) { sc.Samples = 2 },
@@ -259,7 +265,7 @@ func TestSpoolInconsistentFile(t *testing.T) {
 	}
 }
 
-// OpenSpool retries reads that fail for a moment, and then has all scrapes. If a read keeps
+// OpenSpool retries a read that fails for a moment. The spool then has all scrapes. If a read keeps
 // failing, OpenSpool returns an error that names the file, and all files stay unchanged.
 func TestSpoolOpenFails(t *testing.T) {
 	for _, tt := range []struct{ op, path string }{{"read", "/s/0000000000000002.log"}, {"readdir", "/s"}} {
@@ -286,8 +292,9 @@ func TestSpoolOpenFails(t *testing.T) {
 	}
 }
 
-// A refused scrape's file is set aside, and only the newest maxAsideFiles are kept. A file that is
-// renamed back is sent after the next start, before newer scrapes. Its number is not used again.
+// The file of a scrape that servers refuse is set aside, and only the newest maxAsideFiles such
+// files are kept. If an operator gives such a file its old name back, the next process sends its
+// scrape before newer scrapes. The number of the file is not used for another scrape.
 func TestSpoolSetsAside(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	for n := range 20 {
@@ -311,8 +318,8 @@ func TestSpoolSetsAside(t *testing.T) {
 	}
 }
 
-// A directory with scrapes of another cluster ID is refused, with both IDs and a hint. An empty one
-// is accepted.
+// OpenSpool refuses a directory with scrapes of another cluster ID. The error has both cluster IDs
+// and advises another --spool-dir. OpenSpool accepts a directory that has no scrapes any more.
 func TestSpoolOfAnotherCluster(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
@@ -401,8 +408,8 @@ func TestSpoolRecord(t *testing.T) {
 	}
 }
 
-// A spool whose record is damaged gets a new ID, which lasts, and forgets its consumers. Its
-// scrapes stay.
+// A spool whose record is damaged gets a new ID, which it keeps from then on, and forgets its
+// consumers. The scrapes stay in the spool.
 func TestSpoolDamagedRecord(t *testing.T) {
 	r, id := spoolWithRecord(t)
 	good := r.fs.entries["/s/"+spoolMetaName].data
@@ -426,7 +433,8 @@ func TestSpoolDamagedRecord(t *testing.T) {
 	r.expect("the pushes", r.drain(noLimits), [][]int{{1}})
 }
 
-// A spool whose record is missing gets a new ID. That is reported only if the spool has scrapes.
+// A spool whose record is missing gets a new ID. OpenSpool reports the missing record only if the
+// spool has scrapes.
 func TestSpoolMissingRecord(t *testing.T) {
 	for _, empty := range []bool{false, true} {
 		r, id := spoolWithRecord(t)
@@ -440,8 +448,8 @@ func TestSpoolMissingRecord(t *testing.T) {
 	}
 }
 
-// An empty spool can be used for another cluster ID. It gets a new ID and does not use the old
-// record.
+// An empty spool can be used for another cluster ID. The spool then gets a new spool ID and does
+// not use the consumers in the old record.
 func TestSpoolRecordOfAnotherCluster(t *testing.T) {
 	r, id := spoolWithRecord(t)
 	r.drain(noLimits)
@@ -451,8 +459,8 @@ func TestSpoolRecordOfAnotherCluster(t *testing.T) {
 	}
 }
 
-// The spool's record is written when its content changes, or when a consumer's newest scrape moves
-// by more than consumerLag.
+// The spool writes its record when its ID or the set of its consumers changes. It also writes the
+// record when a consumer's newest scrape has moved by more than consumerLag since the last write.
 func TestSpoolRecordWrites(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	writes := 0
@@ -463,16 +471,16 @@ func TestSpoolRecordWrites(t *testing.T) {
 		return fault{}
 	}
 	for _, tt := range []struct {
-		later time.Duration // how much time passes first
+		later time.Duration // time that passes before the server's answer
 		told  []ConsumerAge // the consumers that the answer lists
-		want  int           // writes of the record
+		want  int           // wanted number of writes of the record
 	}{
 		{0, nil, 0},
 		{0, []ConsumerAge{{1, 0}}, 1},
 		{time.Minute, []ConsumerAge{{1, 0}}, 0},
 		{58 * time.Minute, []ConsumerAge{{1, 0}}, 0},
 		{2 * time.Minute, []ConsumerAge{{1, 0}}, 1},
-		{3 * time.Hour, nil, 0}, // no newer scrape is known
+		{3 * time.Hour, nil, 0}, // the answer reports no newer scrape of consumer 1, so there is nothing to write
 		{0, []ConsumerAge{{1, 3 * time.Hour}, {2, 0}}, 1},
 		{25 * time.Hour, nil, 1},
 	} {

@@ -81,7 +81,8 @@ func (st *SpoolStats) DeliveredScrapes() int {
 }
 
 // spoolEntry is a scrape in the spool. Gzip is nil unless the scrape is in memory. A scrape in
-// memory may have a file too, if writing the file failed after the file was renamed into place.
+// memory may have a file too: if the directory could not be synced after the file was renamed into
+// place, the file exists, but a power failure may remove it.
 type spoolEntry struct {
 	Scrape
 	gzipSize  int   // bytes of the compressed text

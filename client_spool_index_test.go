@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// indexOf returns an index of scrapes with the numbers 1, 2 and so on. Each letter of text is the
-// state of one scrape: u undelivered, h held, e elsewhere, ? uncertain.
+// indexOf returns a spool index with scrapes 1, 2 and so on. Each letter of text is the state of
+// one scrape: u is undelivered, h is held, e is elsewhere (ScrapeElsewhere), and ? is uncertain.
 func indexOf(text string) *spoolIndex {
 	p := &spoolIndex{}
 	for i, b := range []byte(text) {
@@ -29,8 +29,8 @@ func indexOf(text string) *spoolIndex {
 	return p
 }
 
-// states is the inverse of indexOf: it returns one letter for each number, and "-" for a number
-// that is not in the index. It ends with the last scrape.
+// states is the inverse of indexOf: it returns one letter for each scrape, in the order of their
+// numbers. For a number that is not in the index it returns "-", unless no higher number follows.
 func (p *spoolIndex) states() string {
 	b := []byte(strings.Repeat("-", 10))
 	for _, e := range p.entries {
@@ -42,7 +42,7 @@ func (p *spoolIndex) states() string {
 	return strings.TrimRight(string(b), "-")
 }
 
-// pickNumbers begins the next push and returns its numbers as ranges.
+// pickNumbers begins the next push and returns the numbers of the scrapes in it, such as "1-2,4".
 func (p *spoolIndex) pickNumbers(now int64, l PushLimits) string {
 	var r Ranges
 	for _, e := range p.beginPush(now, l, func(*spoolEntry) bool { return true }) {
@@ -51,7 +51,7 @@ func (p *spoolIndex) pickNumbers(now int64, l PushLimits) string {
 	return r.String()
 }
 
-// mustRanges parses ranges of numbers.
+// mustRanges parses ranges of numbers, and panics if the text is malformed.
 func mustRanges(text string) Ranges {
 	r, err := ParseRanges(text, MaxRanges)
 	if err != nil {
@@ -60,17 +60,17 @@ func mustRanges(text string) Ranges {
 	return r
 }
 
-// The index chooses the next step and the scrapes of the next push by the states of the scrapes:
-// first it resolves uncertain states, then undelivered scrapes go first, then scrapes that are
-// elsewhere.
+// The index chooses the next step and the scrapes of the next push by the states of the scrapes. If
+// the state of a scrape is uncertain, the next step is to ask the server. Undelivered scrapes are
+// pushed before scrapes in state ScrapeElsewhere, which another server held.
 func TestSpoolIndexStep(t *testing.T) {
 	const now = 1_000_000
 	for _, tt := range []struct {
-		have   string // the states before
+		have   string // the states of the scrapes, as letters of indexOf
 		change func(p *spoolIndex)
-		want   DrainStep     // the next step
-		wait   time.Duration // for StepWait
-		picks  string        // the numbers of the next push
+		want   DrainStep     // wanted next step
+		wait   time.Duration // wanted wait, if the next step is StepWait
+		picks  string        // wanted numbers of the scrapes in the next push
 	}{
 		{have: "", want: StepDone},
 		{have: "uu", want: StepPush, picks: "1-2"},
@@ -108,7 +108,7 @@ func TestSpoolIndexLimits(t *testing.T) {
 	sparse := &spoolIndex{}
 	for i := range uint64(MaxPushRanges + 5) {
 		sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 1}})
-		if i < 3 { // the next number extends the range of this one
+		if i < 3 { // number 2i+2 follows number 2i+1, so both are in one range
 			sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 2}})
 		}
 	}
@@ -129,15 +129,19 @@ func TestSpoolIndexLimits(t *testing.T) {
 	}
 }
 
-// An answer changes the states of the scrapes, and removes scrapes that are done.
+// An answer changes the states of the scrapes in the index. It removes the scrapes that every
+// consumer has read. If no consumer is known, or if the server does not support spools, it removes
+// the pushed scrapes that the server has accepted.
 func TestSpoolIndexAnswer(t *testing.T) {
 	for _, tt := range []struct {
-		name       string
-		have       string // the states before
-		push       bool   // the answer is to a push; otherwise to a question
-		held, read string // the lists; "!" as held: the server does not know spools; "!" as read: no consumer is known
-		want       string // the states after
-		declined   string // the declined numbers
+		name string
+		have string // the states of the scrapes before the answer, as letters of indexOf
+		push bool   // the answer is to a push; otherwise to a question
+		// The numbers that the answer lists as held and as read. "!" as held means that the server
+		// does not support spools. "!" as read means that no consumer is known.
+		held, read string
+		want       string // wanted states after the answer
+		declined   string // wanted numbers of the scrapes that the answer declines
 	}{
 		{"held", "uu", true, "1-2", "", "hh", ""},
 		{"held and read at once", "uu", true, "", "1-2", "", ""},
@@ -177,8 +181,8 @@ func TestSpoolIndexAnswer(t *testing.T) {
 	}
 }
 
-// A scrape that is declined in a push of its own is pushed again after a minute. Only the first
-// time counts as FirstDecline.
+// A scrape that a server declines (does not store) in a push of its own is pushed again after a
+// minute. Only the first decline of the scrape sets FirstDecline.
 func TestSpoolIndexDeclined(t *testing.T) {
 	p := indexOf("u")
 	for i, now := range []int64{0, 60_000, 120_000} {
@@ -207,8 +211,8 @@ func TestSpoolIndexFailed(t *testing.T) {
 	}
 }
 
-// A scrape in state ScrapeElsewhere keeps that state if the answer after a failed push does not
-// list it.
+// If a push of a scrape in state ScrapeElsewhere has no answer, and the next answer does not list
+// the scrape as held, the scrape is in state ScrapeElsewhere again.
 func TestSpoolIndexFailedElsewhere(t *testing.T) {
 	p := indexOf("e")
 	p.pickNumbers(0, noLimits)
@@ -218,8 +222,8 @@ func TestSpoolIndexFailedElsewhere(t *testing.T) {
 	}
 }
 
-// After a push that the server refused for now, all states stay. Scrapes that are elsewhere wait
-// until a question is answered.
+// If a server refuses a push for now (429 or 503), the states of all scrapes stay. Scrapes in state
+// ScrapeElsewhere are not pushed again before a server has answered a question.
 func TestSpoolIndexRefused(t *testing.T) {
 	for have, want := range map[string]DrainStep{"uhu": StepPush, "uhe": StepPush, "he": StepAsk} {
 		p := indexOf(have)
@@ -231,8 +235,9 @@ func TestSpoolIndexRefused(t *testing.T) {
 	}
 }
 
-// noReadProgressSince returns when the server that answered last began to hold the oldest of its
-// scrapes, or when scrapes were last read if that is later.
+// Of all scrapes that the server that answered last holds, noReadProgressSince finds the scrape
+// that the server has held longest, and returns since when. If consumers read scrapes after that
+// time, it returns the time of the last reading. ok is false if the server holds no scrape.
 func TestSpoolIndexHeldSince(t *testing.T) {
 	p := indexOf("uu")
 	if _, ok := p.noReadProgressSince(); ok {
@@ -240,10 +245,10 @@ func TestSpoolIndexHeldSince(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		now   int64
-		to    string // the server that answers
-		held  string // its list
-		since int64  // want
-		ok    bool   // want
+		to    string // name of the server that answers
+		held  string // numbers that the answer lists as held
+		since int64  // wanted result, in ms
+		ok    bool   // wanted: whether the server holds a scrape
 	}{
 		{5, "a", "1", 5, true}, {7, "a", "1-2", 5, true}, {8, "b", "1-2", 8, true}, {9, "b", "2", 8, true}, {10, "b", "1", 10, true}, {11, "b", "", 0, false},
 	} {
@@ -254,7 +259,7 @@ func TestSpoolIndexHeldSince(t *testing.T) {
 	}
 }
 
-// A read scrape counts as progress, even if others stay unread.
+// noReadProgressSince counts a scrape that was read as progress, even if other scrapes stay unread.
 func TestSpoolIndexReadProgress(t *testing.T) {
 	p := indexOf("uu")
 	p.applyAnswer(3, SpoolAnswer{Server: "a", KnowsSpools: true, Held: mustRanges("1-2")})
@@ -265,8 +270,8 @@ func TestSpoolIndexReadProgress(t *testing.T) {
 	}
 }
 
-// Scrapes that a server holds or held are dropped first, then the others, each oldest first.
-// Scrapes in an uncertain state count as undelivered.
+// drop first removes the scrapes that a server holds or held, oldest first. Then it removes the
+// other scrapes, oldest first. A scrape in an uncertain state counts as undelivered.
 func TestSpoolIndexDrop(t *testing.T) {
 	for need, want := range map[int]string{0: "uhe?u", 1: "u-e?u", 2: "u--?u", 3: "---?u", 4: "----u"} {
 		p := indexOf("uhe?u")
@@ -277,7 +282,7 @@ func TestSpoolIndexDrop(t *testing.T) {
 	}
 }
 
-// Scrapes in flight are not dropped.
+// drop does not remove scrapes in flight (in a push that has no answer yet).
 func TestSpoolIndexDropKeepsInFlight(t *testing.T) {
 	p := indexOf("hu")
 	p.pickNumbers(0, noLimits)
@@ -287,26 +292,29 @@ func TestSpoolIndexDropKeepsInFlight(t *testing.T) {
 	}
 }
 
-// spoolWorld is an index whose scrapes go to two servers. The servers fail, lose their disks and
-// are restored from old copies, and a consumer reads from them now and then.
+// spoolWorld is a simulation: an index whose scrapes are pushed to two servers. Requests and
+// answers are lost, the servers lose their disks or are restored from old copies, and a consumer
+// reads from the servers now and then.
 type spoolWorld struct {
 	t       *testing.T
 	rnd     *rand.Rand
 	index   *spoolIndex
-	now     int64  // ms
-	added   uint64 // the highest number used
+	now     int64  // the simulated boot-time clock, in ms
+	added   uint64 // the highest scrape number used so far
 	servers [2]worldServer
-	to      int             // the server of the next attempt
+	to      int             // index of the server of the next attempt
 	got     map[uint64]bool // the scrapes that the consumer has read
 	lastE   int64           // ms; when scrapes in state ScrapeElsewhere were last pushed
 }
 
-// worldServer has the numbers that a server holds, the numbers that were read on it, and an old
+// worldServer is a simulated server. held has the numbers of the scrapes that it holds, and read
+// the numbers of the scrapes that the consumer has read from it. oldHeld and oldRead are an old
 // copy of both.
 type worldServer struct{ held, read, oldHeld, oldRead map[uint64]bool }
 
-// exchange pushes the scrapes of batch, or asks if batch is empty. Unless calm is true, some
-// requests are lost, some answers are lost, and some requests are refused for now.
+// exchange pushes the scrapes of batch to a server. If batch is empty, it asks the server which
+// scrapes the server holds. Unless calm is true, some requests are lost, some answers are lost, and
+// some requests are refused for now.
 func (w *spoolWorld) exchange(batch []spoolEntry, calm bool) {
 	s := &w.servers[w.to]
 	luck := w.rnd.IntN(10)
@@ -348,7 +356,8 @@ func (w *spoolWorld) exchange(batch []spoolEntry, calm bool) {
 	}
 }
 
-// drain takes the steps of the index until StepDone.
+// drain takes the steps that nextStep returns, until the step is StepDone or 50 steps are taken. It
+// fails the test if a push has scrapes that should not be pushed now.
 func (w *spoolWorld) drain(calm bool) {
 	for range 50 {
 		step, wait := w.index.nextStep(w.now)
@@ -382,7 +391,7 @@ func (w *spoolWorld) drain(calm bool) {
 }
 
 // The consumer reads every scrape, whatever happens to the connections, the servers and the client.
-// At the end the spool is empty.
+// When all scrapes are read, the spool is empty.
 func TestSweepSpoolIndex(t *testing.T) {
 	sweep(t)
 	for seed := range testSeeds(t, 4_000) {

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Merging keeps the smaller age of each consumer, forgets consumers after a day, and keeps the
-// MaxConsumers consumers that scraped last.
+// mergedWith keeps the smaller age if both sides list a consumer. It forgets consumers that have
+// not scraped for a day, and keeps the MaxConsumers consumers that scraped last.
 func TestSpoolMetaMerge(t *testing.T) {
 	at := Moment{Wall: 1000, Boot: 1000, BootID: "b"}
 	later := func(d time.Duration) Moment {
@@ -19,10 +19,10 @@ func TestSpoolMetaMerge(t *testing.T) {
 		many = append(many, ConsumerAge{i, time.Duration(i) * time.Second})
 	}
 	for name, tt := range map[string]struct {
-		have  []ConsumerAge // in the record
-		after time.Duration // how much time passes
-		told  []ConsumerAge // reported by a server
-		want  string        // as FormatConsumers formats the result
+		have  []ConsumerAge // the consumers in the spool's record
+		after time.Duration // time between the record and the merge
+		told  []ConsumerAge // the consumers that a server reports
+		want  string        // the consumers after the merge, as FormatConsumers formats them
 	}{
 		"no consumer":                  {nil, time.Hour, nil, ""},
 		"ages grow":                    {[]ConsumerAge{{1, time.Second}}, time.Minute, nil, "0000000000000001:61"},
@@ -41,8 +41,8 @@ func TestSpoolMetaMerge(t *testing.T) {
 	}
 }
 
-// A payload that decodes encodes to the same bytes, has an ID, and lists at most MaxConsumers
-// consumers.
+// If decodeSpoolMeta accepts a payload, encoding the result gives the same bytes. The result has a
+// spool ID and at most MaxConsumers consumers.
 func FuzzDecodeSpoolMeta(f *testing.F) {
 	at := Moment{1_700_000_000_000, 5, "boot-1"}
 	f.Add(appendSpoolMeta(nil, &spoolMeta{ID: 1, At: at}))

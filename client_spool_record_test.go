@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// A payload that decodes with its text encodes to the same bytes. The sizes in its header are
-// bounded.
+// If decodeScrape accepts a payload together with its text, encoding the result gives the same
+// bytes. The sizes that the payload states are then within their limits.
 func FuzzDecodeScrape(f *testing.F) {
 	r := spoolRig{now: Moment{1_700_000_000_000, 5, "boot-1"}}
 	for _, lines := range []int{0, 1, 20} {

@@ -12,7 +12,7 @@ import (
 )
 
 // A scrape stays in the spool until it is delivered. After a crash the spool has the same scrapes,
-// with their clocks and counts, and new scrapes follow them.
+// with the same times and sample counts. New scrapes follow them.
 func TestSpoolRestart(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	first := r.scrape(1, 3)
@@ -60,14 +60,15 @@ func TestSpoolDiskFull(t *testing.T) {
 	r.expect("the pushes after Close and a crash", r.drain(noLimits), [][]int{{1, 2, 3}})
 }
 
-// While the disk is full, memory is bounded: the oldest scrapes in memory are dropped. Close
-// returns the disk's error and reports the scrapes that it cannot write.
+// While the disk is full, scrapes in memory occupy at most maxSpoolMemory. To stay below that, the
+// spool drops the oldest scrapes in memory. Close returns the disk's error and reports the scrapes
+// that it cannot write.
 func TestSpoolMemoryBound(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1)
 	r.fs.hook = failOn("open", spoolTemp, 0, errFull)
 	big := r.scrape(0, 1)
-	big.Gzip = append(big.Gzip, make([]byte, 3<<20)...) // this test does not decompress it
+	big.Gzip = append(big.Gzip, make([]byte, 3<<20)...) // 3 MiB more; the text is never decompressed in this test
 	for range 8 {
 		if err := r.spool.Add(big); !errors.Is(err, errFull) {
 			t.Errorf("adding a scrape: got the error %v, want %v", err, errFull)
@@ -94,7 +95,7 @@ func (r *spoolRig) addInMemory(ns ...int) {
 	r.fs.hook = nil
 }
 
-// expectStats compares the number of scrapes in the spool and of those in memory only.
+// expectStats checks how many scrapes the spool has, and how many of these are in memory only.
 func (r *spoolRig) expectStats(scrapes, inMemory int) {
 	r.t.Helper()
 	if st := r.spool.Stats(); st.Scrapes != scrapes || st.InMemory != inMemory {
@@ -120,7 +121,8 @@ func TestSpoolWritesMemoryToDisk(t *testing.T) {
 	}
 }
 
-// A scrape stays in memory if the disk has no room for it: newer scrapes are not dropped for it.
+// A scrape that is in memory because the disk failed stays there if writing it would exceed the
+// spool's limit on disk. The spool does not drop newer scrapes on disk to make room for it.
 func TestSpoolWritesMemoryIfItFits(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 2 * fileBlock })
 	r.addInMemory(1, 2)
@@ -129,7 +131,8 @@ func TestSpoolWritesMemoryIfItFits(t *testing.T) {
 	r.expect("the pushes", r.drain(noLimits), [][]int{{1, 2, 3}})
 }
 
-// A scrape that is delivered while it is written from memory to disk leaves no file.
+// If a scrape is delivered while the spool writes it from memory to disk, no file of the scrape is
+// left.
 func TestSpoolDeliveredDuringWrite(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.addInMemory(1)
@@ -137,7 +140,8 @@ func TestSpoolDeliveredDuringWrite(t *testing.T) {
 	r.fs.hook = func(_ int, op, path string) fault {
 		if op == "rename" && strings.Contains(path, scrapeFileName(1)) && removed == 0 {
 			r.nextPush(PushLimits{1, 1, 1})
-			removed = len(r.spool.removeFromIndex((*spoolEntry).isInFlight)) // as ApplyAnswer does; there is no file to remove yet
+			// Remove the scrape from the index, as ApplyAnswer does. Its file does not exist yet.
+			removed = len(r.spool.removeFromIndex((*spoolEntry).isInFlight))
 		}
 		return fault{}
 	}
@@ -151,7 +155,7 @@ func TestSpoolDeliveredDuringWrite(t *testing.T) {
 	r.expect("the pushes after a crash", r.drain(noLimits), [][]int{{2}})
 }
 
-// Without a directory the spool keeps scrapes in memory, up to its limit, and makes no files.
+// Without a directory the spool keeps scrapes in memory, up to its limit, and writes no files.
 func TestSpoolInMemory(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Dir = ""; c.Limit = 750 })
 	r.mustAdd(1, 2, 3, 4)
@@ -163,8 +167,9 @@ func TestSpoolInMemory(t *testing.T) {
 	r.expect("the pushes", r.drain(noLimits), [][]int{{4}})
 }
 
-// Above the limit the oldest scrapes are dropped, but not scrapes in flight. A scrape that alone
-// exceeds the limit is dropped.
+// When a new scrape would exceed the spool's limit, the spool drops its oldest scrapes, but no
+// scrapes in flight (in a push that has no answer yet). A scrape that alone exceeds the limit is
+// dropped.
 func TestSpoolLimit(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 3*fileBlock + 100 })
 	r.mustAdd(1, 2, 3)
@@ -218,8 +223,8 @@ func TestSpoolAgeAfterReboot(t *testing.T) {
 	r.expect("the pushes after a reboot", r.drain(noLimits), [][]int{{4}})
 }
 
-// Above the limit, scrapes that a server holds are dropped before scrapes that none holds, oldest
-// first. A held scrape that is dropped does not count as lost.
+// When the spool is full, it drops scrapes that a server holds before scrapes that no server holds,
+// each oldest first. A held scrape that is dropped does not count as lost.
 func TestSpoolDropsHeldFirst(t *testing.T) {
 	r := newSpoolRig(t, func(c *SpoolConfig) { c.Limit = 4 * fileBlock })
 	r.mustAdd(1, 2, 3, 4)
@@ -239,7 +244,8 @@ func TestSpoolDropsHeldFirst(t *testing.T) {
 	r.expect("the samples dropped by age", r.droppedSamples, map[string]int{DropSpoolHeld: 6, DropSpoolFull: 3})
 }
 
-// A push has as many scrapes as the limits allow, but at least one, whatever steps the clocks made.
+// A push has as many scrapes as the limits allow, but at least one. Scrapes before and after a
+// reboot or a step of a clock can be in one push.
 func TestSpoolPushLimits(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	one := r.scrape(0, 3)
@@ -273,18 +279,18 @@ func TestSpoolPushLimits(t *testing.T) {
 	}
 }
 
-// A scrape that cannot be read stays in the spool until it can be read. The other scrapes do not
-// wait for it. If none can be read, BeginPush returns an error.
+// A scrape whose file cannot be read stays in the spool until the file can be read. The other
+// scrapes do not wait for it. If no scrape can be read, BeginPush returns an error.
 func TestSpoolReadFails(t *testing.T) {
 	file := func(n int) string { return fmt.Sprintf("/s/%016d.log", n) }
 	for _, tt := range []struct {
 		name   string
-		unread []string // suffixes of the files that cannot be read
-		memory bool     // a fifth scrape is in memory
-		first  [][]int  // the pushes until only scrapes that cannot be read are left
-		told   int      // errors reported to OnError
-		waits  int      // errors returned by BeginPush meanwhile
-		then   [][]int  // the scrapes pushed when all files can be read
+		unread []string // ends of the names of the files that cannot be read
+		memory bool     // whether a fifth scrape is in memory
+		first  [][]int  // wanted pushes until only scrapes are left that cannot be read
+		told   int      // wanted number of errors reported to OnError
+		waits  int      // wanted number of errors of BeginPush while other scrapes are left
+		then   [][]int  // wanted scrapes that are pushed when all files can be read again
 	}{
 		{"the first file", []string{file(1)}, false, [][]int{{2, 3, 4}}, 1, 0, [][]int{{1}}},
 		{"a file in the middle", []string{file(2)}, false, [][]int{{1}, {3, 4}}, 1, 0, [][]int{{2}}},
@@ -335,7 +341,7 @@ func TestSpoolReadFails(t *testing.T) {
 	}
 }
 
-// A scrape whose file has vanished is dropped and counted as damaged.
+// If the file of a scrape has vanished, the scrape is dropped and counted as damaged.
 func TestSpoolVanishedFile(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1, 2, 3)
@@ -344,8 +350,9 @@ func TestSpoolVanishedFile(t *testing.T) {
 	r.expect("the dropped samples", r.droppedSamples, map[string]int{DropSpoolDamaged: 3})
 }
 
-// A scrape that was added before any server's time was known is corrected before it is sent,
-// durably. If the disk fails then, the corrected scrape is kept in memory.
+// If a scrape was added before the client knew any server's time, BeginPush corrects the times of
+// the scrape before it is sent. The corrected scrape is stored on disk. If the disk fails, the
+// corrected scrape is kept in memory.
 func TestSpoolCorrectsTimes(t *testing.T) {
 	for _, fails := range []bool{false, true} {
 		shift := int64(1000)
@@ -384,8 +391,8 @@ func TestSpoolCorrectsTimes(t *testing.T) {
 	}
 }
 
-// The number of the first scrape of a process is the wall clock's milliseconds if that is above the
-// numbers used before, and the next number otherwise.
+// The first scrape of a process gets the wall clock's milliseconds as its number, if that is above
+// all numbers used before and below MaxScrapeNumber. Otherwise it gets the next unused number.
 func TestSpoolNumbers(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	for _, tt := range []struct {
@@ -405,13 +412,13 @@ func TestSpoolNumbers(t *testing.T) {
 	}
 }
 
-// A number is not used twice under one spool ID, even if the spool is empty. If the clock is behind
-// the time in the spool's record, the spool gets a new ID.
+// No scrape number is used twice under one spool ID, even if the spool is empty. If the wall clock
+// is behind the time in the spool's record, the spool gets a new ID.
 func TestSpoolNumberOfNextProcess(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
-		later  time.Duration // wall time until the next process
-		wantID bool          // the next process has the same ID
+		later  time.Duration // wall-clock time that passes before the next process starts
+		wantID bool          // whether the next process must have the same spool ID
 	}{
 		{"the next process starts in the same second", 5 * time.Millisecond, true},
 		{"the next process starts an hour later", time.Hour, true},
@@ -421,7 +428,8 @@ func TestSpoolNumberOfNextProcess(t *testing.T) {
 			r := newSpoolRig(t, nil)
 			r.later(time.Hour)
 			r.open()
-			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}}) // this writes the record
+			// The answer lists a new consumer, so that the spool writes its record.
+			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Consumers: []ConsumerAge{{Key: 7, Age: time.Minute}}})
 			r.mustAdd(1)
 			first, id := r.nextPush(noLimits)[0].Number, r.spool.ID()
 			r.spool.ApplyAnswer(SpoolAnswer{KnowsSpools: true, Read: Ranges{{first, first}}})

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// cleaningScrape is a scrape that a newCleaningClient has to clean, and cleanedScrape is what the
-// client pushes for it. The anonymized values were computed with
+// cleaningScrape is the source's answer that the client of newCleaningClient cleans. cleanedScrape
+// is the text that this client pushes for it. The anonymized values were computed with
 //
 //	printf %s 10.1.2.3:9100 | openssl dgst -sha256 -hmac 0123456789abcdef -binary |
 //	head -c16 | base64 | tr +/ -_
@@ -33,8 +33,9 @@ empty{b="c",region="north"} 3 1700000001234
 `
 )
 
-// newCleaningClient returns a client whose source has cleaningScrape. The client renames ALERTS,
-// anonymizes the label instance and adds the label region. Its wall clock stands still.
+// newCleaningClient returns a client whose source answers with cleaningScrape. The client renames
+// ALERTS, anonymizes the label instance and adds the label region. The client's wall clock stands
+// still.
 func newCleaningClient(t *testing.T) (*Client, *fakeHub) {
 	t.Helper()
 	c, hub, _ := newTestClient(t, cleaningScrape, func(cfg *ClientConfig, st *ClientReloadConfig) {
@@ -51,8 +52,8 @@ func newCleaningClient(t *testing.T) (*Client, *fakeHub) {
 	return c, hub
 }
 
-// The client renames, anonymizes and labels series before it pushes them. It drops and counts
-// reserved names and invalid label sets.
+// The client renames series, anonymizes label values and adds labels before it pushes a scrape. It
+// drops and counts samples with reserved names or invalid label sets.
 func TestClientCleans(t *testing.T) {
 	c, hub := newCleaningClient(t)
 	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
@@ -78,7 +79,7 @@ func TestClientDryRun(t *testing.T) {
 	}
 }
 
-// /federate of the client shows the cleaned samples that were pushed last.
+// The client's own /federate shows the cleaned samples that the client pushed last.
 func TestClientFederateShowsCleanedSamples(t *testing.T) {
 	c, _ := newCleaningClient(t)
 	if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
@@ -93,8 +94,8 @@ func TestClientFederateShowsCleanedSamples(t *testing.T) {
 	}
 }
 
-// /federate of the client shows the newest delivered scrape, including all pieces of a scrape that
-// was pushed in pieces.
+// The client's own /federate shows the newest delivered scrape. If that scrape was pushed in
+// pieces, /federate shows all pieces.
 func TestClientFederateShowsAllPieces(t *testing.T) {
 	var text strings.Builder
 	for i := range 300 {
@@ -133,7 +134,8 @@ func TestClientFederateShowsAllPieces(t *testing.T) {
 	}
 }
 
-// A single scrape that cannot be delivered stays in the spool, and the next one delivers both.
+// If ScrapeOnceAndDrain cannot deliver its scrape, the scrape stays in the spool. The next call of
+// ScrapeOnceAndDrain delivers both scrapes.
 func TestClientOnceKeepsUndelivered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.FromClient.Transport = &counting{} })
@@ -151,7 +153,7 @@ func TestClientOnceKeepsUndelivered(t *testing.T) {
 	})
 }
 
-// A client whose source fails still delivers the scrapes in the spool.
+// ScrapeOnceAndDrain delivers the scrapes in the spool even if the source fails.
 func TestClientOnceDeliversWithoutSource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {

@@ -32,13 +32,13 @@ type chaosClient struct {
 	metrics *Metrics
 	client  *Client
 	log     logBuffer
-	dry     atomic.Bool // the source returns no samples any more
+	dry     atomic.Bool // set when the source must return no samples any more
 
 	mu   sync.Mutex     // guards gave
 	gave map[int64]bool // times in ms of the samples that the source returned
 }
 
-// RoundTrip returns the answer of the source to a scrape.
+// RoundTrip answers a scrape as the source.
 func (c *chaosClient) RoundTrip(req *http.Request) (*http.Response, error) {
 	now := time.Now().UnixMilli()
 	var body []byte
@@ -56,15 +56,15 @@ func (c *chaosClient) RoundTrip(req *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// keeps reports whether the spool has a scrape with samples.
+// keeps reports whether the client's spool has a scrape with samples.
 func (c *chaosClient) keeps() bool {
 	c.client.spool.mu.Lock()
 	defer c.client.spool.mu.Unlock()
 	return slices.ContainsFunc(c.client.spool.index.entries, func(e spoolEntry) bool { return e.Samples > 0 })
 }
 
-// clients starts a client for each site. The clients list the servers in rotated order, so that
-// they begin with different servers.
+// clients starts a client for each site. Each client lists the servers in a different rotation, so
+// that the clients first push to different servers.
 func (r *chaosRig) clients(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
@@ -89,13 +89,13 @@ func (r *chaosRig) clients(every time.Duration) {
 		}
 		r.clientele = append(r.clientele, c)
 		r.pushing.Go(func() {
-			c.client.Run(ctx) // returns an error only for the spool, which the client's metrics count
+			c.client.Run(ctx) // always returns nil; the client counts and logs its failures
 			c.client.Close()
 		})
 	}
 }
 
-// prometheus starts a central Prometheus that scrapes every server.
+// prometheus starts a central Prometheus that scrapes every server at the interval every.
 func (r *chaosRig) prometheus(every time.Duration) {
 	var targets []string
 	for _, s := range r.servers {
@@ -127,15 +127,15 @@ func (r *chaosRig) clientSum(metric string) (sum float64) {
 // chaosResult compares the samples in the central Prometheus with the samples that the sources
 // returned.
 type chaosResult struct {
-	samples int // samples in Prometheus
-	missing int // samples of the sources that Prometheus does not have
-	strange int // samples in Prometheus that no source returned
-	twice   int // samples that Prometheus has twice
-	site    int // a site with missing samples, if there is one
+	samples int // number of samples in Prometheus
+	missing int // number of samples of the sources that Prometheus lacks
+	strange int // number of samples in Prometheus that no source returned
+	twice   int // number of samples that Prometheus has twice
+	site    int // number of a site with missing samples, if there is one
 }
 
-// compare queries the central Prometheus for all samples. given returns the times in ms at which a
-// site's source returned samples.
+// compare compares the samples in the central Prometheus with the samples that it must have. given
+// returns the times in ms of the samples that Prometheus must have from a site.
 func (r *chaosRig) compare(given func(site int) map[int64]bool) (d chaosResult, err error) {
 	for k := range chaosSeries {
 		got, twice, err := r.central.query(fmt.Sprintf(`chaos_total{k="%d"}[3h]`, k), "_id")
@@ -161,10 +161,10 @@ func (r *chaosRig) compare(given func(site int) map[int64]bool) (d chaosResult, 
 	return d, nil
 }
 
-// drained stops the sources, waits until all spools are empty, and compares the central Prometheus
-// with the sources. A client's spool is empty once the client knows that every consumer has read
-// all its samples. drained prints the result, and fails the test unless every sample is there
-// exactly once.
+// drained stops the sources, waits until the spools of all clients are empty, and compares the
+// central Prometheus with the sources. A client's spool is empty once the client knows that every
+// consumer has read all its samples. drained prints the result. It fails the test unless Prometheus
+// has every sample exactly once and no client has dropped samples.
 func (r *chaosRig) drained() {
 	t := r.t
 	t.Helper()
@@ -238,8 +238,8 @@ func (r *chaosRig) each(servers []*chaosServer, do func(s *chaosServer)) {
 	}
 }
 
-// restore copies a server's storage directory, waits for age, and replaces the directory by the
-// copy.
+// restore copies a server's storage directory, lets the server run on for the time age, and kills
+// it. It then replaces the directory by the copy and starts the server again.
 func (r *chaosRig) restore(s *chaosServer, age time.Duration) {
 	copied := filepath.Join(r.dir, "copy")
 	if err := os.CopyFS(copied, liveFS{os.DirFS(filepath.Join(s.dir, "data"))}); err != nil {
@@ -257,7 +257,7 @@ func (r *chaosRig) restore(s *chaosServer, age time.Duration) {
 	os.RemoveAll(copied)
 }
 
-// liveFS is a directory to which a process writes while it is copied. ReadDir leaves out temporary
+// liveFS is a directory that is copied while a server writes to it. ReadDir leaves out temporary
 // files, because they can disappear before they are read.
 type liveFS struct{ fs.FS }
 
@@ -319,11 +319,11 @@ func (r *chaosRig) swap(a, b *chaosServer) {
 	})
 }
 
-// sleep waits while the load continues.
+// sleep waits for d while sites push and servers run.
 func (r *chaosRig) sleep(d time.Duration) { time.Sleep(d) }
 
-// away stops the central Prometheus, waits for d so that backlogs grow, calls while, and starts
-// Prometheus again.
+// away stops the central Prometheus and waits for d, so that backlogs of unread samples grow. It
+// then calls the function while, and starts Prometheus again.
 func (r *chaosRig) away(d time.Duration, while func()) {
 	r.central.stop(syscall.SIGTERM)
 	r.sleep(d)
@@ -334,15 +334,15 @@ func (r *chaosRig) away(d time.Duration, while func()) {
 // chaosRow is one scenario: faults that happen while sites push.
 type chaosRow struct {
 	name    string
-	servers int  // servers at the beginning; 0: all; negative: all but so many
-	long    bool // left out of the short form, because a shorter scenario has the same faults
+	servers int  // number of servers that run at the beginning; 0 means all, and -n means all but n
+	long    bool // left out of the short form of TestChaos, because a scenario in the short form has the same faults
 	do      func(r *chaosRig, form chaosForm)
 }
 
-// chaosRows returns all scenarios.
+// chaosRows returns all scenarios of TestChaos.
 func chaosRows() []chaosRow {
-	// repeat returns a scenario that causes the faults in turn for form.lasts, and then heals the
-	// network and frees all disks.
+	// repeat returns a scenario that causes the faults in breaks one after another, again and
+	// again, for the time form.lasts. The scenario then heals the network and frees all disks.
 	repeat := func(breaks ...func(r *chaosRig)) func(r *chaosRig, form chaosForm) {
 		return func(r *chaosRig, form chaosForm) {
 			for i, begin := 0, time.Now(); time.Since(begin) < form.lasts; i++ {
@@ -408,8 +408,8 @@ func chaosRows() []chaosRow {
 	}
 }
 
-// run starts the servers, the load and the central Prometheus, and then runs the scenario. It
-// returns the rig, with everything still running.
+// run starts the servers, calls load to start the sites, starts the central Prometheus, and then
+// runs the scenario. It returns the rig, in which everything still runs.
 func (row chaosRow) run(t *testing.T, form chaosForm, seed uint64, load func(r *chaosRig, every time.Duration)) *chaosRig {
 	servers := form.servers
 	if row.name == "growth" {
@@ -433,7 +433,8 @@ func (row chaosRow) run(t *testing.T, form chaosForm, seed uint64, load func(r *
 	return r
 }
 
-// chaosWithClients runs one scenario with sites that run the real client.
+// chaosWithClients runs one scenario with sites that run the real client. It fails the test unless
+// Prometheus has all samples in the end.
 func chaosWithClients(t *testing.T, form chaosForm, row chaosRow, seed uint64) {
 	row.run(t, form, seed, (*chaosRig).clients).drained()
 }

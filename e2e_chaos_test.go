@@ -15,19 +15,19 @@ import (
 
 var chaosFlag = flag.String("chaos", "", "run TestChaos: full or short")
 
-// chaosForm is the size of a run of TestChaos.
+// chaosForm has the sizes and durations of a run of TestChaos.
 type chaosForm struct {
 	servers, sites int
-	every, scrape  time.Duration // interval of a site's pushes, and of scrapes
-	lasts          time.Duration // how long random faults are repeated
+	every, scrape  time.Duration // interval of each site's pushes, and of the central Prometheus's scrapes
+	lasts          time.Duration // how long a scenario repeats random faults
 	away           time.Duration // how long the central Prometheus is down
-	copyAge        time.Duration // age of a storage directory that is restored
+	copyAge        time.Duration // age of the copy by which a server's storage directory is replaced
 	interval       time.Duration // gossip interval
-	grow, shrink   int           // most servers, and servers at the end, of the scenario "growth"
+	grow, shrink   int           // number of servers in the scenario "growth", at most and at the end
 }
 
-// chaosFormOf returns the form for the value of -chaos, and the scenarios that also run without
-// clients. ok is false if the value is none of the two.
+// chaosFormOf returns the form for the value of the flag -chaos, and the names of the scenarios
+// that also run without clients. ok is false if the value is neither full nor short.
 func chaosFormOf(flag string) (form chaosForm, withoutClients []string, ok bool) {
 	switch flag {
 	case "full":
@@ -40,8 +40,9 @@ func chaosFormOf(flag string) (form chaosForm, withoutClients []string, ok bool)
 	return chaosForm{}, nil, false
 }
 
-// The central Prometheus has every sample exactly once after each scenario of faults, if the sites
-// run the real client. Sites without a client lose only samples on a disk that was lost or damaged.
+// If the sites run the real client, the central Prometheus has every sample exactly once after each
+// scenario of faults. Sites without a client lose only samples on a disk that was lost, replaced by
+// an old copy, or damaged.
 func TestChaos(t *testing.T) {
 	form, withoutClients, ok := chaosFormOf(*chaosFlag)
 	if !ok {
@@ -91,14 +92,15 @@ func chaosWithoutClients(t *testing.T, form chaosForm, row chaosRow, seed uint64
 			break
 		}
 	}
-	logged := 0 // errors in the logs of the servers
+	logged := 0 // number of errors in the logs of the servers
 	for _, s := range r.running() {
 		logged += strings.Count(s.p.text(), "level=ERROR")
 	}
 	_, bad := r.central.log()
 	fmt.Printf("%-14s %3.0f s without clients: samples answered 200 %d, missing %d, duplicate %d, never answered 200 %d; errors that servers logged %d\n",
 		row.name+":", lasted.Seconds(), acked, d.missing, d.twice, d.strange, logged)
-	// d.strange is printed but not checked, because a server can hold a push whose answer was lost.
+	// d.strange counts samples that were never answered with 200. It is printed but not checked,
+	// because a server can hold a push whose answer was lost.
 	if err != nil || acked == 0 || d.twice > 0 || !loses && d.missing > 0 || len(refused) > 0 || len(bad) > 0 || strings.HasPrefix(row.name, "damage") && d.missing > 0 && logged == 0 {
 		for _, s := range r.running() {
 			text := s.p.text()
@@ -117,13 +119,13 @@ func (r *chaosRig) killOne() {
 	r.kill(s)
 	r.pause(5 * time.Second)
 	r.start(s)
-	if !r.parted { // a server that cannot reach the others is not ready at once
+	if !r.parted { // a server that cannot reach the other servers is not ready at once, so do not wait for it
 		r.ready(s)
 	}
 }
 
-// partSome cuts the network between servers into random parts. If the network is cut already, it
-// may heal the network instead.
+// partSome cuts the network between servers into random parts. If the network is already cut, it
+// heals the network instead with a probability of one third.
 func (r *chaosRig) partSome() {
 	if r.parted && r.rnd.IntN(3) == 0 {
 		r.heal()

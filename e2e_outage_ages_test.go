@@ -16,7 +16,8 @@ import (
 )
 
 // agesTight is the shortest out_of_order_time_window that suffices for the default --retention of
-// 2h. It is longer by one minute, by which samples may be ahead, and by 40 s to scrape and append.
+// 2h. It is one minute longer than 2h because samples may be one minute ahead, and another 40 s
+// longer for the time that a scrape and the appending take.
 const agesTight = "2h1m40s"
 
 // ages returns ages of samples around all limits: one minute ahead (a negative age), the 50 minutes
@@ -34,7 +35,7 @@ func ages(now time.Time) []time.Duration {
 	return all
 }
 
-// agedSample is a sample that the bad site pushed.
+// agedSample is a sample that the badly behaved site pushed.
 type agedSample struct {
 	name, k string        // metric name and label k
 	t       int64         // ms since the epoch
@@ -53,9 +54,10 @@ type agesSite struct {
 	pushed []agedSample
 }
 
-// push pushes three samples of each age in one push. The sample of bad_new belongs to a new series
-// in every round, the sample of bad_age to one series for each age, and the sample of bad_all to
-// one series for all ages. how distinguishes the series of different kinds of pushes.
+// push pushes three samples of each age in one push. The sample of the metric bad_new belongs to a
+// new series in every round. The sample of bad_age belongs to one series for each age, and the
+// sample of bad_all to one series for all ages. how names the kind of push; different kinds push
+// different series.
 func (s *agesSite) push(how string, round int, ages func(now time.Time) []time.Duration) {
 	now := time.Now()
 	var samples []agedSample
@@ -91,13 +93,14 @@ func (s *agesSite) all() []agedSample {
 	return slices.Clone(s.pushed)
 }
 
-// agesDiff compares the samples in one Prometheus with the samples that the bad site pushed.
+// agesDiff compares the samples in one Prometheus with the samples that the badly behaved site
+// pushed.
 type agesDiff struct {
-	samples int // samples that Prometheus must have and has
-	missing int // samples that Prometheus must have and does not have
-	more    int // samples that Prometheus may have and has
-	never   int // samples that Prometheus has although no server may serve them
-	twice   int // samples that Prometheus has twice
+	samples int // number of samples that Prometheus must have and has
+	missing int // number of samples that Prometheus must have and lacks
+	more    int // number of samples that Prometheus has and may have, but need not have
+	never   int // number of samples that Prometheus has, although no server may serve them
+	twice   int // number of samples that Prometheus has twice
 }
 
 // compareAges compares the pushed samples with the samples in Prometheus p. must selects the samples
@@ -136,10 +139,10 @@ func compareAges(p *outagePrometheus, pushed []agedSample, must, may func(agedSa
 	return d, nil
 }
 
-// agesConsumer is a Prometheus that reads from the server.
+// agesConsumer is a Prometheus that scrapes the server as a consumer.
 type agesConsumer struct {
 	*outagePrometheus
-	must func(agedSample) bool // the samples of the bad site that this Prometheus must have
+	must func(agedSample) bool // selects the samples of the badly behaved site that this Prometheus must have
 }
 
 // agedBetween returns a function that reports whether the age of a sample is from least to most.
@@ -147,10 +150,10 @@ func agedBetween(least, most time.Duration) func(agedSample) bool {
 	return func(s agedSample) bool { return s.age >= least && s.age <= most }
 }
 
-// newAgesConsumers starts three Prometheus: with the recommended window, without a window, and with
-// the shortest window. The last one scrapes through the proxy. Each also scrapes a target whose
-// samples are one minute ahead, so that the newest time in Prometheus is as far ahead as the server
-// allows.
+// newAgesConsumers starts three Prometheus with different out_of_order_time_window: the recommended
+// window, no window, and agesTight. The last Prometheus scrapes through the proxy. Each Prometheus
+// also scrapes a target whose samples are one minute ahead, so that the newest time in Prometheus
+// is as far ahead as the server allows.
 func newAgesConsumers(t *testing.T, internal string, proxy *outageProxy) []agesConsumer {
 	ahead := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(w, "ahead 1 %d\n", time.Now().Add(time.Minute).UnixMilli())
@@ -158,7 +161,8 @@ func newAgesConsumers(t *testing.T, internal string, proxy *outageProxy) []agesC
 	t.Cleanup(ahead.Close)
 	job := "- {job_name: ahead, scrape_interval: 1s, scrape_timeout: 1s, static_configs: [{targets: ['" + ahead.Listener.Addr().String() + "']}]}"
 	inOrder := agedBetween(-time.Minute, 50*time.Minute)
-	// The limit is below --retention, because a sample must still be younger when it is served.
+	// The greatest age is below --retention (7200 s), because a sample must still be younger than
+	// --retention when it is served.
 	inWindow := agedBetween(-time.Minute, 7100*time.Second)
 	consumers := []agesConsumer{
 		{newOutagePrometheus(t, internal, "with", outageWindow, outageTimeout, job), inWindow},
@@ -177,16 +181,16 @@ func newAgesConsumers(t *testing.T, internal string, proxy *outageProxy) []agesC
 	return consumers
 }
 
-// agesLoad is a good site, which pushes current samples every second, and a bad site, which pushes
-// a round of all ages every second.
+// agesLoad is a good site and a badly behaved site. The good site pushes current samples every
+// second. The badly behaved site pushes a round of all ages every second.
 type agesLoad struct {
-	series int            // series of the good site
+	series int            // number of series of the good site
 	good   []outageScrape // pushes of the good site; must not be read before end returns
 	bad    *agesSite
 	end    func() // stops both sites and waits until they have ended
 }
 
-// startAgesLoad starts both sites.
+// startAgesLoad starts the good site and the badly behaved site.
 func startAgesLoad(t *testing.T, pusher *outagePusher) *agesLoad {
 	l := &agesLoad{series: 20, bad: &agesSite{pusher: pusher}}
 	stop := make(chan struct{})
@@ -220,12 +224,13 @@ func startAgesLoad(t *testing.T, pusher *outagePusher) *agesLoad {
 	return l
 }
 
-// check waits until Prometheus p has all samples of the good site and the samples that it must have
-// of the bad one. It prints the result, and reports an error if samples are missing, duplicate or
-// too old, or if a scrape failed outside the outage from cut to healed.
+// check waits until Prometheus p has all samples of the good site and the samples of the badly
+// behaved site that p must have. It prints the result. It reports an error if samples are missing,
+// duplicate or too old, or if a scrape failed outside the outage from cut to healed.
 func (p agesConsumer) check(load *agesLoad, cut, healed time.Time) {
 	pushed := load.bad.all()
-	// Whether a sample exactly at a limit is served depends on the duration of its push.
+	// may includes samples exactly at a limit, because the duration of their push decides whether
+	// they are served.
 	may := agedBetween(-61*time.Second, 2*time.Hour)
 	var d outageDiff
 	var aged agesDiff
@@ -245,7 +250,8 @@ func (p agesConsumer) check(load *agesLoad, cut, healed time.Time) {
 		p.t.Errorf("querying the scrapes of Prometheus %s: %v", p.consumer, err)
 	}
 	for at, v := range up["federate"] {
-		// Scrapes through the proxy may fail during the outage, or if the cut interrupted them.
+		// Scrapes through the proxy may fail during the outage, or if the cut of the network
+		// interrupted them.
 		if p.consumer == "tight" && at > cut.Add(-outageTimeout).UnixMilli() && at <= healed.UnixMilli() {
 			continue
 		}
@@ -254,7 +260,9 @@ func (p agesConsumer) check(load *agesLoad, cut, healed time.Time) {
 		}
 	}
 	_, lines := p.log()
-	if p.consumer == "without" { // without a window, Prometheus logs the number of samples that it drops
+	// Without an out-of-order window, Prometheus drops some samples as too old and logs their
+	// number, which is no fault.
+	if p.consumer == "without" {
 		lines = slices.DeleteFunc(lines, func(line string) bool { return strings.Contains(line, "too old or are too far") })
 	}
 	fmt.Printf("ages: %-8s scrapes %d, failed %d; well-behaved site: samples %d, missing %d, duplicate %d, wrong %d; bad site: samples %d, missing %d, duplicate %d, wrong (older than --retention) %d, and %d more\n",
@@ -267,9 +275,9 @@ func (p agesConsumer) check(load *agesLoad, cut, healed time.Time) {
 	}
 }
 
-// Samples of every age that a site can push make no scrape fail and cost no other site a sample,
-// with an out-of-order window and without one. This also holds after an outage in which samples
-// have become older than --retention.
+// A site can push samples of every age without making a scrape of Prometheus fail or costing
+// another site a sample. This holds with an out-of-order window and without one. It also holds
+// after an outage in which samples have become older than --retention.
 func TestOutageAges(t *testing.T) {
 	outage, more := 45*time.Second, 5*time.Second
 	if outageForm(t) {

@@ -24,7 +24,7 @@ import (
 )
 
 const (
-	clockSeries = 5                // series of each site
+	clockSeries = 5                // number of series of each site
 	clockExact  = 3 * time.Second  // allowed error of a corrected time, as Date headers have whole seconds
 	clockQuiet  = time.Second / 4  // least time between a scrape and setting a clock
 	clockUptime = 10 * time.Second // uptime of a machine when its client starts
@@ -45,14 +45,14 @@ type clockSite struct {
 	end    func() // stops the client and waits until it has ended
 
 	mu     sync.Mutex    // guards the fields below
-	off    time.Duration // error of the source's clock
+	off    time.Duration // how far the source's clock is ahead; negative if it is behind
 	booted time.Time     // when the client's machine was booted
-	boots  int           // number of boots
+	boots  int           // number of boots of that machine so far
 	dry    bool          // the source returns no samples any more
 	said   []time.Time   // true time of each scrape; the samples of scrape i have the value i+1
 }
 
-// RoundTrip returns the answer of the source to a scrape.
+// RoundTrip answers a scrape as the source.
 func (s *clockSite) RoundTrip(req *http.Request) (*http.Response, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -92,16 +92,16 @@ func (s *clockSite) boot() (ms int64, id string) {
 	return (time.Since(s.booted) + clockUptime).Milliseconds(), fmt.Sprint("boot-", s.boots)
 }
 
-// all returns the true times of all scrapes so far.
+// all returns the true times of all scrapes that the source has answered so far.
 func (s *clockSite) all() []time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.said)
 }
 
-// step changes the source's clock by a duration. It waits for a moment without a scrape: if the
-// client shares the clock, it would measure a wrong duration for a scrape during the step, because
-// the faked time has no monotonic clock.
+// step sets the source's clock ahead by a duration (back if negative), at a moment between two
+// scrapes. A step during a scrape would make a client that shares the clock measure a wrong
+// duration of the scrape, because the faked time has no monotonic clock.
 func (s *clockSite) step(by time.Duration) {
 	for deadline := time.Now().Add(outagePatience); ; time.Sleep(10 * time.Millisecond) {
 		s.mu.Lock()
@@ -138,7 +138,7 @@ func (s *clockSite) start() {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		s.client.Run(ctx) // returns an error only for the spool, which the client's metrics count
+		s.client.Run(ctx) // always returns nil; the client counts and logs its failures
 		s.client.Close()
 	}()
 	s.end = sync.OnceFunc(func() { cancel(); <-ended })
@@ -151,14 +151,14 @@ type clockRig struct {
 	sites      []*clockSite
 	servers    []*clockServer
 	prometheus *outagePrometheus
-	scrapes    int // scrapes of each site in one phase of the test
+	scrapes    int // number of scrapes of each site for which a step of the test waits
 	outOfOrder int // samples that Prometheus refused as out of order in earlier phases
 }
 
 // clockServer is a server, with a proxy between it and the clients.
 type clockServer struct {
 	name     string
-	listen   string // address for the proxy
+	listen   string // address on which the server accepts pushes, which come through the proxy
 	internal string // address for scrapers
 	ring     string // address for gossip and forwarding
 	push     *outageProxy
@@ -177,7 +177,8 @@ func (r *clockRig) start(s *clockServer) {
 	s.p = start(r.t, r.dir, args...)
 }
 
-// agree waits until each of the servers has a ring with that many servers.
+// agree waits until the ring of each of these servers has as many members as there are servers in
+// the list.
 func (r *clockRig) agree(servers ...*clockServer) {
 	r.t.Helper()
 	eventually(r.t, "the servers agree on the ring", func() bool {
@@ -222,22 +223,22 @@ func (r *clockRig) more(n int) {
 
 // clockDiff compares the samples in Prometheus with the scrapes of the sources.
 type clockDiff struct {
-	samples   int // samples that belong to a scrape
-	missing   int // scrapes without a sample
-	duplicate int // additional samples of one scrape, at other times
-	wrong     int // samples that belong to no scrape or whose time is not the time of their scrape
+	samples   int // number of samples that belong to a scrape
+	missing   int // number of scrapes without a sample
+	duplicate int // number of additional samples of scrapes that already have a sample
+	wrong     int // number of samples that belong to no scrape or whose time is not the time of their scrape
 }
 
 // whole reports whether Prometheus has every scrape exactly once, at the right time.
 func (d clockDiff) whole() bool { return d.samples > 0 && d.missing+d.duplicate+d.wrong == 0 }
 
 // compareClocks compares the samples of one series with the true times of the scrapes. The value of
-// a sample is the number of its scrape, beginning with 1.
+// a sample is the number of its scrape; the first scrape has number 1.
 func compareClocks(said []time.Time, got map[int64]float64) (d clockDiff) {
 	times := make([]int, len(said))
 	for ms, v := range got {
 		n := int(v)
-		if n > len(said) { // a scrape that was made after said was copied
+		if n > len(said) { // the sample belongs to a scrape that was made after said was copied
 			continue
 		}
 		if n < 1 || time.UnixMilli(ms).Sub(said[n-1]).Abs() > clockExact {
@@ -259,7 +260,8 @@ func compareClocks(said []time.Time, got map[int64]float64) (d clockDiff) {
 	return d
 }
 
-// compare compares all series with the true times of the scrapes of each site.
+// compare compares the samples of all series in Prometheus with said, which has the true times of
+// the scrapes of each site.
 func (r *clockRig) compare(said map[string][]time.Time) (d clockDiff, err error) {
 	for k := range clockSeries {
 		got, twice, err := r.prometheus.query(fmt.Sprintf("clock_total{k=\"%d\"}[3h]", k), "_id")
@@ -275,8 +277,9 @@ func (r *clockRig) compare(said map[string][]time.Time) (d clockDiff, err error)
 	return d, nil
 }
 
-// settled waits until Prometheus has all scrapes that were made so far. It prints the result of the
-// phase name, which began at begin, and reports an error unless every scrape is there exactly once.
+// settled waits until Prometheus has all scrapes that were made before the call. It prints the
+// result of a phase of the test, which is called name and began at begin. It reports an error
+// unless Prometheus has every scrape exactly once.
 func (r *clockRig) settled(name string, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -304,8 +307,8 @@ func (r *clockRig) settled(name string, begin time.Time) {
 	}
 }
 
-// newClockRig returns a rig in which nothing runs yet. Half of the sites share the clock of their
-// source. When both servers run, each owns half of the sites.
+// newClockRig returns a rig in which nothing runs yet. In half of the sites, the client and the
+// source share one clock. When both servers run, each owns half of the sites.
 func newClockRig(t *testing.T, sites int) *clockRig {
 	r := &clockRig{t: t, dir: t.TempDir()}
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
@@ -354,7 +357,8 @@ func newClockRig(t *testing.T, sites int) *clockRig {
 	return r
 }
 
-// loseAnswers lets the answers to pushes be lost twice at each server.
+// loseAnswers makes the proxy of each server reset a connection during the answer to a push, so
+// that the answer is lost. It does so twice, and waits for more scrapes each time.
 func (r *clockRig) loseAnswers() {
 	r.t.Helper()
 	for range 2 {
@@ -365,8 +369,8 @@ func (r *clockRig) loseAnswers() {
 	}
 }
 
-// scrapedBeforeServer starts the sites, whose clocks are ten minutes behind, while the first server
-// does not accept pushes. So the clients make scrapes before they know the time of a server.
+// scrapedBeforeServer starts the sites, whose clocks are ten minutes behind, while no push reaches
+// the first server. So the clients make scrapes before they know the time of a server.
 func (r *clockRig) scrapedBeforeServer() {
 	r.t.Helper()
 	a := r.servers[0]
@@ -381,7 +385,8 @@ func (r *clockRig) scrapedBeforeServer() {
 	r.settled("ten minutes behind, scraped before a server is heard", begin)
 }
 
-// setBack sets all clocks back while the second server joins and leaves.
+// setBack sets the clocks of all sources back after the second server has joined and before it
+// leaves.
 func (r *clockRig) setBack() {
 	r.t.Helper()
 	a, b := r.servers[0], r.servers[1]
@@ -395,7 +400,7 @@ func (r *clockRig) setBack() {
 	r.settled("set back by 7 minutes, a server joins and leaves", begin)
 }
 
-// setForward sets all clocks forward while the second server joins.
+// setForward sets the clocks of all sources forward while the second server joins.
 func (r *clockRig) setForward() {
 	r.t.Helper()
 	a, b := r.servers[0], r.servers[1]
@@ -408,8 +413,9 @@ func (r *clockRig) setForward() {
 	r.settled("set forward by 25 minutes, a server joins", begin)
 }
 
-// bootTwice boots every machine twice while no server can be reached. The clocks lose their time at
-// the first boot, so the clients learn the error of scrapes only after the second boot. Meanwhile
+// bootTwice boots the machine of every client twice while no server can be reached. At the first
+// boot the clocks are set back by 28 minutes. The clients reach a server only after the second
+// boot. Only then do they learn how wrong the times of the scrapes before it are. Meanwhile
 // Prometheus is stopped and the first server is killed.
 func (r *clockRig) bootTwice() {
 	r.t.Helper()
@@ -459,8 +465,8 @@ func (r *clockRig) drained() {
 	r.settled("every spool is empty", begin)
 }
 
-// checkMetrics checks that no client dropped samples, that each client knows the error of its
-// source's clock, and that both servers stored samples.
+// checkMetrics reports an error if a client dropped samples, if a client's metric of the source
+// clock's error is wrong, or if a server stored no samples.
 func (r *clockRig) checkMetrics() {
 	t := r.t
 	t.Helper()
@@ -479,8 +485,9 @@ func (r *clockRig) checkMetrics() {
 	}
 }
 
-// Wrong clocks of sources and clients move no sample and cause no duplicate. They may be set and
-// may lose their time at a reboot, while servers join, leave and lose answers.
+// Prometheus has each sample once, at its true time, even if the clocks of sources and clients are
+// wrong, are set, or lose their time at a reboot. Meanwhile servers join and leave, and answers to
+// pushes are lost.
 func TestOutageClocks(t *testing.T) {
 	sites, scrapes := 8, 3
 	if outageForm(t) {
@@ -496,8 +503,8 @@ func TestOutageClocks(t *testing.T) {
 	r.checkMetrics()
 }
 
-// compareClocks counts scrapes that are missing, that are there at two times, and that are there at
-// a wrong time. It ignores scrapes that were made later.
+// compareClocks counts scrapes that are missing, scrapes that Prometheus has at two times, and
+// samples that have a wrong time. It ignores the samples of scrapes that were made later.
 func TestOutageClocksComparison(t *testing.T) {
 	begin := time.UnixMilli(1_700_000_000_000)
 	said := []time.Time{begin, begin.Add(time.Second), begin.Add(2 * time.Second)}

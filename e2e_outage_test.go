@@ -1,8 +1,8 @@
 package main
 
-// Tests of outages with real processes, a real Prometheus and a network that is cut. An outage of
-// the uplink, of the server, of the client or of the central Prometheus must leave no gap and no
-// duplicate in Prometheus. "make test-outage" runs them.
+// Tests of outages with real processes, a real Prometheus, and proxies that cut the network. An
+// outage of the uplink, of the server, of the client or of the central Prometheus must leave no gap
+// and no duplicate in Prometheus. "make test-outage" runs these tests.
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ var outageFlag = flag.String("outage", "", "run TestOutage and its like: full or
 const outagePatience = 2 * time.Minute // limit for steps that take seconds on an idle machine
 
 // outageRig is a source with a client, a server, and a central Prometheus. Proxies can interrupt
-// the pushes and the scrapes.
+// the client's pushes and the central Prometheus's scrapes.
 type outageRig struct {
 	t              *testing.T
 	dir            string
@@ -54,7 +54,8 @@ func (r *outageRig) startClient() {
 		"--scrape-interval", "1s", "--interval", "2s", "--spool-dir", "spool", "--listen", "")
 }
 
-// newOutageRig starts everything. Each outage will last for the time outage.
+// newOutageRig starts the source, the server, the client and the central Prometheus, with proxies
+// between them. outage is the length of each outage that the rig will cause.
 func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 	r := &outageRig{t: t, dir: t.TempDir(), listen: freeAddr(t), internal: freeAddr(t), outage: outage}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -78,9 +79,9 @@ func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 	return r
 }
 
-// settled waits until Prometheus p has all samples that the source has returned so far. It prints
-// the result of the step name, which began at begin, and reports an error unless every sample is
-// there exactly once.
+// settled waits until Prometheus p has all samples that the source returned before the call. It
+// prints the result of a step of the test, which is called name and began at begin. It reports an
+// error unless p has every sample exactly once.
 func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -94,7 +95,7 @@ func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 		if got, twice, err = p.query(`outage_total{_id="x"}[3h]`, "k"); err != nil {
 			continue
 		}
-		for _, series := range got { // leave out samples that the source has returned since
+		for _, series := range got { // leave out samples that the source returned after said was copied
 			for at := range series {
 				if at > said[len(said)-1].t {
 					delete(series, at)
@@ -117,7 +118,8 @@ func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 	}
 }
 
-// cuts resets three connections through a proxy, one after another.
+// cuts resets three connections through the proxy p, one after another. up and down are the bytes
+// after which a connection is reset, as in outageProxy.cut.
 func (r *outageRig) cuts(p *outageProxy, up, down int) {
 	for range 3 {
 		before := p.cutsDone()
@@ -127,7 +129,8 @@ func (r *outageRig) cuts(p *outageProxy, up, down int) {
 	}
 }
 
-// linkDown interrupts the path of pushes: first without an error, then with refused connections.
+// linkDown interrupts the connection on which the client pushes. For the first half of the outage
+// no data passes, but connections stay open. For the second half all connections are reset.
 func (r *outageRig) linkDown() {
 	r.push.set("hold")
 	time.Sleep(r.outage / 2)
@@ -268,9 +271,9 @@ func (r *outageRig) secondPrometheus() {
 	r.settled("of two Prometheus, the other", first, begin)
 }
 
-// lostStorage removes the server's storage directory while both Prometheus are stopped, and again
-// while only the second one is. It must be the last step: afterwards the server does not hold old
-// samples any more, so a new Prometheus would not get them.
+// lostStorage removes the server's storage directory twice: while both Prometheus are stopped, and
+// while only the second Prometheus is stopped. It must be the last step of the test. The server
+// does not hold old samples afterwards, so a new Prometheus would not get them.
 func (r *outageRig) lostStorage(first *outagePrometheus) {
 	r.t.Helper()
 	begin := time.Now()
@@ -292,8 +295,8 @@ type outagePusher struct {
 	keys Keys   // keys to sign the tokens with
 }
 
-// push pushes text for a site. It returns the numbers of dropped samples by reason, and reports an
-// error unless the answer is 200.
+// push pushes text for the site with cluster ID id. It returns the numbers of dropped samples by
+// reason, and reports an error unless the answer is 200.
 func (p *outagePusher) push(id string, text []byte) (dropped map[string]int) {
 	token, err := p.keys.Sign(Token{Kind: KindClient, ClusterID: id, ID: NewTokenID()})
 	if err != nil {
@@ -349,10 +352,10 @@ func outageMemory(t *testing.T, server *process) int64 {
 	return 0
 }
 
-// drainLoad is the load of TestOutageDrain: sites that have pushed for 50 minutes.
+// drainLoad is the load of TestOutageDrain: sites whose samples are spread over 50 minutes.
 type drainLoad struct{ sites, series, pushes int }
 
-// samples returns the number of samples of all sites.
+// samples returns the total number of samples of all sites.
 func (l drainLoad) samples() int { return l.sites * l.series * l.pushes }
 
 // sum returns the sum of the values of all samples.
@@ -360,8 +363,8 @@ func (l drainLoad) sum() int {
 	return l.sites * (1000*l.series*l.pushes*(l.pushes-1)/2 + l.pushes*l.series*(l.series-1)/2)
 }
 
-// push pushes all samples. Sample k of series i has the value 1000k+i. The oldest samples are 55
-// minutes old.
+// push pushes all samples of all sites. The sample of series i in push k of a site has the value
+// 1000k+i. The oldest samples are 55 minutes old.
 func (l drainLoad) push(pusher *outagePusher) {
 	begin := time.Now().Add(-55 * time.Minute)
 	ids := make(chan int)
@@ -387,7 +390,7 @@ func (l drainLoad) push(pusher *outagePusher) {
 	workers.Wait()
 }
 
-// logBytes returns the size of all logs in a directory in bytes.
+// logBytes returns the total size in bytes of all site logs in a directory.
 func logBytes(dir string) (size int64) {
 	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && strings.HasSuffix(path, LogSuffix) {
@@ -400,7 +403,8 @@ func logBytes(dir string) (size int64) {
 }
 
 // A Prometheus that starts late reads all samples that the server holds, with the default scrape
-// timeout of 10 s. The test also prints the disk space and memory that a sample needs.
+// timeout of 10 s. The test also prints how many bytes of disk and memory the server needs for a
+// sample.
 func TestOutageDrain(t *testing.T) {
 	load := drainLoad{sites: 50, series: 50, pushes: 10}
 	if outageForm(t) {
@@ -417,7 +421,7 @@ func TestOutageDrain(t *testing.T) {
 	p := newOutagePrometheus(t, proxy.addr(), "central", outageWindow, 10*time.Second)
 	start := time.Now()
 	p.start()
-	// one returns the only value of a query's result, or 0 if there is none.
+	// one runs a query and returns the only value in the result, or 0 if there is none.
 	one := func(promql string) (v float64) {
 		answer, _, _ := p.query(promql, "")
 		for _, v = range answer[""] {
@@ -431,7 +435,7 @@ func TestOutageDrain(t *testing.T) {
 	took := time.Since(start)
 	missing, twice, wrong := max(0, samples-int(got)), max(0, int(got)-samples), 0
 	sum, want := one(`sum(sum_over_time({__name__=~"drain_.*"}[3h]))`), load.sum()
-	if sum != float64(want) { // then at least one sample has a wrong value
+	if sum != float64(want) { // a wrong sum means that at least one sample has a wrong value
 		wrong = 1
 	}
 	largest := outageLargest(get(t, "http://"+internal+"/metrics"))
@@ -476,7 +480,8 @@ func TestOutageLate(t *testing.T) {
 	now := time.Now()
 	at := func(ago time.Duration) int64 { return now.Add(-ago).UnixMilli() }
 	d := outageDiff{}
-	// had waits until a Prometheus has the sample of a metric, and no other sample of its series.
+	// had waits until Prometheus p has the one sample of the metric name, and no other sample of
+	// its series.
 	had := func(p *outagePrometheus, name string, ago time.Duration) {
 		var one outageDiff
 		for deadline := time.Now().Add(outagePatience); !one.whole() && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {

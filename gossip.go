@@ -1,10 +1,10 @@
 package main
 
-// Gossip drives the SWIM state machine over UDP: it passes received packets and the time to the
-// state machine, and sends the packets that the state machine returns. One goroutine, Run, reads,
-// ticks and sends. The mutex guards the state machine and the read deadline, and is never held
-// across I/O. Time is monotonic and counts from NewGossip. This file must not know the meaning of
-// packets.
+// Gossip drives the SWIM state machine (Swim) over UDP: it passes received packets and the time to
+// the state machine, and sends the packets that the state machine returns. One goroutine, Run,
+// reads packets, calls Tick and sends. Gossip.mu guards the state machine and the read deadline,
+// and is not held while Run reads or sends. The state machine's time is the monotonic time since
+// NewGossip. This file must not know the meaning of packets.
 
 import (
 	"context"
@@ -19,7 +19,9 @@ import (
 	"time"
 )
 
-// DefaultGossipInterval is long enough for round trips of up to 200 ms.
+// DefaultGossipInterval is the default time between two probes. A probed member then has 200 ms to
+// answer (indirectAfter) before other members are asked to ping it too. So the interval suits
+// networks with round trips of up to 200 ms.
 const DefaultGossipInterval = time.Second
 
 // ErrNameTaken is returned by Run if another member has this member's name and a higher session.
@@ -35,46 +37,46 @@ type UDPConn interface {
 // A GossipConfig configures a Gossip.
 type GossipConfig struct {
 	Name         string            // unique in the ring; see CheckMemberName
-	Addr         string            // host:port where peers reach this member; see AdvertisedAddr
-	URL          string            // of the internal listener, for /sd; may be empty
-	RingName     string            // packets of another ring, or sealed with unknown keys, are refused
-	Keys         Keys              // cluster keys
-	Seeds        []string          // host:port; a host name stands for all its addresses
-	Interval     time.Duration     // between probes; scales all other times
-	RestartState RestartState      // saved by the previous run; zero at the first start
-	Conn         UDPConn           // the caller closes it after Run
-	Resolver     HostResolver      // for seeds and members with a host name
-	Notify       func(GossipEvent) // called from Run; must not block
+	Addr         string            // host:port at which other members reach this member; see AdvertisedAddr
+	URL          string            // URL of this server's internal listener, which /sd lists; may be empty
+	RingName     string            // name of the ring; packets of a ring with another name are refused
+	Keys         Keys              // cluster keys, which seal packets; packets sealed with other keys are refused
+	Seeds        []string          // host:port of each seed; a host name stands for all its IP addresses
+	Interval     time.Duration     // time between two probes; the timeouts of the protocol are multiples of it
+	RestartState RestartState      // state saved by this member's previous run; zero at the first start
+	Conn         UDPConn           // this member's socket; the caller closes it after Run has returned
+	Resolver     HostResolver      // looks up the host names of seeds and members
+	Notify       func(GossipEvent) // receives every event; called from Run, so it must not block; may be nil
 }
 
-// GossipStats holds counters, which start at 0 in NewGossip, and the current local health.
+// GossipStats holds counts since NewGossip, and the current local health.
 type GossipStats struct {
-	Sent          uint64 // datagrams, failed sends included
-	SentBytes     uint64 // of UDP payload, failed sends included
+	Sent          uint64 // datagrams sent, failed sends included
+	SentBytes     uint64 // bytes of UDP payload sent, failed sends included
 	SendErrors    uint64 // failed sends
-	Received      uint64 // datagrams
-	ReceivedBytes uint64 // of UDP payload
+	Received      uint64 // datagrams received
+	ReceivedBytes uint64 // bytes of UDP payload received
 	Refused       RefusedPackets
-	Health        int // Lifeguard's local health: 0 is good
+	Health        int // Lifeguard's local health: 0 is good, and maxHealth is worst
 }
 
 // Gossip is one member of a ring. Its methods are safe for concurrent use.
 type Gossip struct {
 	conf    GossipConfig
 	start   time.Time     // when NewGossip ran; only its monotonic reading is used
-	changed chan struct{} // see Changed; has a buffer of 1
-	lookup  chan struct{} // receives when hosts has a new host to look up; has a buffer of 1
+	changed chan struct{} // the channel that Changed returns; has a buffer of 1
+	lookup  chan struct{} // signals runHostRefresh that hosts has a new host to look up; has a buffer of 1
 
 	mu         sync.Mutex // guards the fields below
 	swim       *Swim
-	version    uint64 // of the view when changed was last signalled
+	version    uint64 // View().Version at the last signal on changed
 	stats      GossipStats
-	hosts      map[string][]netip.AddrPort // resolved addresses by host:port; its size is bounded
-	leaveUntil time.Duration               // when Run stops waiting for confirmations; 0 until Run's context ends
+	hosts      map[string][]netip.AddrPort // resolved addresses by host:port; addrOrQueueLookup bounds its size
+	leaveUntil time.Duration               // when Run stops waiting for confirmations of the leave; 0 until Run's context ends
 }
 
 // NewGossip checks c and returns a member that does not send or receive yet. The caller must store
-// RestartState() before it calls Run, so that the next start uses a higher session.
+// RestartState() before it calls Run, so that the next start uses a higher session than this run.
 func NewGossip(c GossipConfig) (*Gossip, error) {
 	if err := errors.Join(CheckMemberName(c.Name), CheckMemberAddrText(c.Addr)); err != nil {
 		return nil, err
@@ -104,8 +106,8 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 }
 
 // Run takes part in gossip until ctx ends. It then announces that this member leaves, which takes
-// at most two intervals, and returns nil. The errors are ErrNameTaken, and net.ErrClosed, wrapped,
-// if the socket is closed.
+// at most two intervals, and returns nil. Run returns ErrNameTaken if this member has stood down
+// (Swim.StoodDown), and an error that wraps net.ErrClosed if the socket is closed.
 func (g *Gossip) Run(ctx context.Context) error {
 	done := make(chan struct{})
 	defer func() { <-done }()
@@ -116,7 +118,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		g.runHostRefresh(resolving)
 	}()
 	defer context.AfterFunc(ctx, g.interruptRead)()
-	buf := make([]byte, MaxPacket+1) // one byte more, so that an overlong packet is recognized and refused
+	buf := make([]byte, MaxPacket+1) // one byte more than the longest packet, so that a longer packet is recognized and refused
 	for {
 		switch wait, err := g.leaveOrSetReadDeadline(ctx); {
 		case errors.Is(err, errLeft):
@@ -144,12 +146,13 @@ func (g *Gossip) Run(ctx context.Context) error {
 	}
 }
 
-// errLeft makes Run return nil; leaveOrSetReadDeadline returns it.
+// errLeft is returned by leaveOrSetReadDeadline when leaving has ended. Run then returns nil.
 var errLeft = errors.New("this member has left")
 
-// leaveOrSetReadDeadline returns how long Run may wait for a packet, and sets the read deadline to
-// match. If ctx has ended, it makes this member leave. It returns errLeft when leaving is complete
-// or has taken too long. It returns ErrNameTaken if this member has stood down; see Swim.StoodDown.
+// leaveOrSetReadDeadline returns how long Run may wait for a packet before it must call Tick, and
+// sets the read deadline to match. If ctx has ended, it makes this member leave. It returns errLeft
+// when leaving is complete or has taken two intervals. It returns ErrNameTaken if this member has
+// stood down; see Swim.StoodDown.
 func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -169,20 +172,21 @@ func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Durat
 		wait = min(wait, g.leaveUntil-now+1)
 	}
 	if wait > 0 {
-		// Set the deadline while holding the mutex, so that it never replaces a deadline that
-		// interruptRead has set meanwhile. An error needs no handling, because reading then fails
-		// too.
+		// Set the deadline while still holding g.mu. Otherwise updateAndWakeRun could change the
+		// state machine and set a deadline in the past after wait was computed, and this call would
+		// replace that deadline. An error of SetReadDeadline needs no handling, because the next
+		// read then fails too.
 		g.conf.Conn.SetReadDeadline(time.Now().Add(wait))
 	}
 	return wait, nil
 }
 
-// stepAndSend makes the state machine do one step. It sends the datagrams that the step returns,
-// and passes the events of the step to Notify.
+// stepAndSend calls step, which is one Receive or Tick of the state machine. It sends the datagrams
+// that step returns, and passes the state machine's events to Notify.
 func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	g.mu.Lock()
 	out := step(time.Since(g.start))
-	events := g.swim.Events // out and events stay valid until the next step, which only Run makes
+	events := g.swim.Events // out and events stay valid until the next Receive or Tick, which only Run's goroutine calls
 	to := make([]netip.AddrPort, len(out))
 	for i, d := range out {
 		to[i] = g.addrOrQueueLookup(d.To)
@@ -202,8 +206,9 @@ func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	}
 }
 
-// send sends each datagram to its address in to, skipping invalid addresses, and returns the
-// counts. A failed send is treated like a packet that is lost on the way.
+// send sends datagrams[i] to the address to[i], for every i, and returns the counts of what it has
+// sent. It skips a datagram whose address is not valid. It does not repeat a failed send: the
+// datagram is lost, as if the network had lost it.
 func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipStats) {
 	for i, d := range datagrams {
 		if !to[i].IsValid() {
@@ -218,8 +223,8 @@ func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipSta
 	return sent
 }
 
-// signalIfViewChanged makes Changed receive if View has changed since the last signal. The caller
-// must hold g.mu.
+// signalIfViewChanged sends a signal on g.changed if View().Version has changed since the last
+// signal. The caller must hold g.mu.
 func (g *Gossip) signalIfViewChanged() {
 	if v := g.swim.ViewVersion(); v != g.version {
 		g.version = v
@@ -242,11 +247,11 @@ func (g *Gossip) View() GossipView {
 	return g.swim.View()
 }
 
-// Changed returns a channel that receives after View().Version or the result of RestartState has
-// changed.
+// Changed returns a channel that gets a signal after View().Version or the result of RestartState
+// has changed. One signal may stand for several changes.
 func (g *Gossip) Changed() <-chan struct{} { return g.changed }
 
-// RestartState returns the state to store for the next start.
+// RestartState returns the state that the caller must store for this member's next start.
 func (g *Gossip) RestartState() RestartState {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -276,8 +281,9 @@ func (g *Gossip) SetKeys(keys Keys) (err error) {
 	return err
 }
 
-// updateAndWakeRun calls change, which changes the state machine, and wakes Run. After a change,
-// Run may have something to send, or may have to tick at another time.
+// updateAndWakeRun calls change, which changes the state machine, while it holds g.mu. It then
+// makes Run's read return at once, because after the change Run may have packets to send, or may
+// have to call Tick earlier.
 func (g *Gossip) updateAndWakeRun(change func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -286,5 +292,5 @@ func (g *Gossip) updateAndWakeRun(change func()) {
 	g.conf.Conn.SetReadDeadline(g.start) // a deadline in the past interrupts a read
 }
 
-// interruptRead makes a read of Run return.
+// interruptRead makes Run's read return at once, so that Run notices that its context has ended.
 func (g *Gossip) interruptRead() { g.updateAndWakeRun(func() {}) }

@@ -1,8 +1,8 @@
 package main
 
 // This file resolves host names: the names of seeds, and the names that members announce instead of
-// an IP address. It looks each name up again and again, because its addresses may change. The
-// number of names is bounded. The mutex is never held during a lookup.
+// an IP address. It looks each name up again and again, because the addresses of a name may change.
+// The number of names is bounded. Gossip.mu is never held during a lookup.
 
 import (
 	"context"
@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	lookupTimeout = 2 * time.Second  // for one host
-	lookupEvery   = 30 * time.Second // between lookups, once all hosts are resolved
+	lookupTimeout = 2 * time.Second  // longest time for the lookup of one host
+	lookupEvery   = 30 * time.Second // time between two lookups of all hosts, once all of them have been resolved
 )
 
 // HostResolver is the part of a *net.Resolver that gossip needs.
@@ -24,9 +24,10 @@ type HostResolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// addrOrQueueLookup returns the UDP address of to. If to has only a host, it returns the first
-// address that the host resolved to, or an invalid address if the host is not resolved yet. It
-// queues a new host for lookup, unless the limit on hosts is reached. The caller must hold g.mu.
+// addrOrQueueLookup returns the UDP address of to. If to has only a host name, it returns the first
+// address that the name resolved to, or an invalid address if the name is not resolved yet. It
+// queues a new name for lookup, unless g.hosts has already one entry for each possible member and
+// each seed. The caller must hold g.mu.
 func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort
@@ -42,9 +43,10 @@ func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	return addrs[0]
 }
 
-// runHostRefresh looks up the seeds and all queued hosts, again and again until ctx ends. After a
-// failure it tries again after two intervals, then after twice that time, and so on up to
-// lookupEvery.
+// runHostRefresh looks up the seeds and all queued hosts, again and again until ctx ends. It waits
+// two intervals after the first round of lookups, and twice as long after each further round, up to
+// lookupEvery. As soon as all lookups of a round have succeeded, it always waits lookupEvery. A
+// newly queued host ends the wait.
 func (g *Gossip) runHostRefresh(ctx context.Context) {
 	g.mu.Lock()
 	for _, s := range g.conf.Seeds {
@@ -68,8 +70,9 @@ func (g *Gossip) runHostRefresh(ctx context.Context) {
 	}
 }
 
-// resolveAllHosts looks up all hosts and passes the addresses of the seeds to the state machine. It
-// returns false if a host cannot be resolved. That host keeps its old addresses.
+// resolveAllHosts looks up all hosts in g.hosts, and passes the addresses of the seeds to the state
+// machine. It returns false if a host cannot be resolved. Such a host keeps the addresses of its
+// last successful lookup.
 func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	g.mu.Lock()
 	hosts := slices.Sorted(maps.Keys(g.hosts))
@@ -93,7 +96,7 @@ func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	return allResolved
 }
 
-// resolve returns all addresses of hostport. A lookup takes at most lookupTimeout.
+// resolve returns all addresses of hostport. It looks up a host name for at most lookupTimeout.
 func (g *Gossip) resolve(ctx context.Context, hostport string) ([]netip.AddrPort, error) {
 	if addr, err := netip.ParseAddrPort(hostport); err == nil {
 		return []netip.AddrPort{addr}, nil
@@ -131,7 +134,8 @@ func AdvertisedAddr(listener netip.AddrPort, peers []string) (string, error) {
 	}
 	var conn net.Conn
 	var err error
-	for _, peer := range append(slices.Clone(peers), "192.0.2.1:9") { // in TEST-NET-1 (RFC 5737), to which only a default route leads
+	// The last resort, 192.0.2.1, is in TEST-NET-1 (RFC 5737). Only the default route leads there.
+	for _, peer := range append(slices.Clone(peers), "192.0.2.1:9") {
 		if conn, err = net.DialTimeout("udp", peer, lookupTimeout); err == nil {
 			break
 		}

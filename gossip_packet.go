@@ -1,22 +1,24 @@
 package main
 
-// The wire format of gossip packets, before they are sealed and after they are opened. If a packet
-// decodes, encoding it again gives the same bytes. Every length is checked against its limit before
-// memory is allocated. Pure: no I/O and no clock.
+// This file encodes gossip packets before they are sealed (encrypted), and decodes them after they
+// are opened. If bytes decode to a packet, encoding that packet gives the same bytes. Every length
+// is checked against its limit before memory is allocated. Pure: no I/O and no clock.
 
 import "encoding/binary"
 
-// Limits of packets. A packet of MaxPacket bytes fits the MTU of a WireGuard tunnel over IPv6: 1280
-// bytes, minus 20 for IP and 8 for UDP, with some bytes to spare.
+// Limits of packets. A packet of MaxPacket bytes fits an MTU of 1280 bytes, the smallest MTU that
+// IPv6 allows (RFC 8200) and that of some WireGuard tunnels. The IPv6 header takes 40 of the 1280
+// bytes, and the UDP header takes 8.
 const (
 	MaxPacket     = 1200 // bytes of UDP payload, after sealing
-	MaxMemberName = 64   // bytes
-	MaxMemberAddr = 128  // bytes of an address or URL
-	MaxAccusers   = 4    // accusers in one suspicion; more accusers would not shorten it further
+	MaxMemberName = 64   // bytes of a member's name
+	MaxMemberAddr = 128  // bytes of a member's address or URL
+	MaxAccusers   = 4    // members named as accusers in one suspicion; more would not shorten the suspicion further
 
-	// MaxSlots limits slots and buckets. The number of buckets never falls, so that MaxSlots also
-	// limits the permanent cost of one faulty claim to all members. A claim to a slot of MaxSlots
-	// or above is invalid.
+	// MaxSlots is one more than the highest valid slot, and the highest number of buckets of the
+	// jump hash. The number of buckets is the highest slot ever claimed plus one, and never falls.
+	// So one faulty claim to a high slot costs all members memory and time for ever, and MaxSlots
+	// limits this cost.
 	MaxSlots = 4096
 	NoSlot   = 1<<16 - 1 // value of MemberRecord.Slot if the member claims no slot
 )
@@ -26,32 +28,33 @@ type PacketKind uint8
 
 // The kinds of packets.
 const (
-	// PacketHello asks the member at an address to answer, and so to prove its session. To may be
-	// empty, because the sender may not know that member's name. The receiver answers whatever the
-	// session of the sender is.
+	// PacketHello asks the member at an address to answer. The answer repeats the random RequestID,
+	// which proves that it is no replay. Packet.To may be empty, because the sender may not know
+	// that member's name. The receiver answers even if it does not know the sender's session, or
+	// knows a later session of the sender.
 	PacketHello   PacketKind = 1 + iota
 	PacketPing               // asks the receiver to answer
-	PacketAck                // answers a request; if Target is set, relays the answer of Target
-	PacketPingReq            // asks the receiver to ping Target and to relay its answer
-	PacketNack               // answers a PacketPingReq to say that Target did not answer
-	PacketGossip             // carries records, without a request or an answer
-	PacketSync               // carries a part of the sender's table, and no queued updates
+	PacketAck                // answers a request; if Target is set, reports that the member Target has answered
+	PacketPingReq            // asks the receiver to ping the member Target and to relay the answer
+	PacketNack               // answers a PacketPingReq to report that the member Target did not answer
+	PacketGossip             // carries member records, and neither asks for an answer nor is one
+	PacketSync               // carries a part of the sender's member table, and no queued updates
 	packetKindEnd
 )
 
 // A Packet is one datagram from one member to another.
 type Packet struct {
 	Kind         PacketKind
-	WantTable    bool   // the sender asks for the receiver's table
-	TableSettled bool   // the sender's table has not changed for two intervals
+	WantTable    bool   // the sender asks for the receiver's member table
+	TableSettled bool   // the sender's member table has not changed for two intervals
 	To           string // the receiver's name; may be empty in a PacketHello
 	From         string // the sender's name
-	Target       string // the member to ping; in PacketPingReq, PacketNack and a relayed PacketAck
-	Session      uint64 // the sender's session
-	Digest       uint64 // digest of the sender's table
-	RequestID    uint64 // random; if not 0, the receiver answers, and repeats it in ReplyTo
+	Target       string // name of the member to ping; only in PacketPingReq, PacketNack and a relayed PacketAck
+	Session      uint64 // number of the sender's current run; see MemberRecord.Session
+	Digest       uint64 // digest of the sender's member table
+	RequestID    uint64 // random; if not 0, the receiver must answer, and repeats this ID in ReplyTo of its answer
 	ReplyTo      uint64 // if not 0, the RequestID of the packet that this packet answers
-	Buckets      uint16 // highest slot that the sender has ever heard of, plus one
+	Buckets      uint16 // highest slot that the sender has ever seen claimed, plus one
 	Records      []MemberRecord
 }
 
@@ -61,8 +64,8 @@ const (
 	flagSettled   = 2
 )
 
-// AppendPacketHeader appends the encoding of p, without p.Records, to b. The caller appends the
-// records with AppendMember; they follow until the end of the packet.
+// AppendPacketHeader appends the encoding of p, without p.Records, to b. The caller then appends
+// each record with AppendMember. The records fill the rest of the packet.
 func AppendPacketHeader(b []byte, p *Packet) []byte {
 	var flags byte
 	if p.WantTable {

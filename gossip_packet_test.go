@@ -1,7 +1,7 @@
 package main
 
-// Tests of the wire format: a packet decodes to what was encoded, a packet that decodes encodes to
-// the same bytes, and the largest packets fit MaxPacket.
+// Tests of the wire format of gossip packets: decoding the encoding of a packet gives the same
+// packet, encoding a decoded packet gives the same bytes, and the largest packets fit MaxPacket.
 
 import (
 	"bytes"
@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// longestPacket returns a packet in which every field has its greatest length.
+// longestPacket returns a packet in which every text has its greatest length and the first record
+// has MaxAccusers accusers.
 func longestPacket() Packet {
 	name, addr := strings.Repeat("n", MaxMemberName), strings.Repeat("a", MaxMemberAddr)
 	return Packet{
@@ -33,7 +34,8 @@ func encodePacket(p Packet) []byte {
 	return b
 }
 
-// A packet decodes to the packet that was encoded, and not from a part of its header.
+// Decoding the encoding of a packet gives the same packet. Bytes that end within the packet's
+// header do not decode.
 func TestPacket(t *testing.T) {
 	for _, want := range []Packet{
 		longestPacket(),
@@ -53,8 +55,8 @@ func TestPacket(t *testing.T) {
 	}
 }
 
-// A packet with two of the longest records fits MaxPacket, and the longest record has maxRecord
-// bytes.
+// A sealed packet with the longest suspicion and the longest record of a left member fits
+// MaxPacket. The longest record has maxRecord bytes.
 func TestPacketSizes(t *testing.T) {
 	p := longestPacket()
 	if n := len(encodePacket(p)) + SealOverhead; n > MaxPacket {
@@ -65,8 +67,8 @@ func TestPacketSizes(t *testing.T) {
 	}
 }
 
-// withoutEmptyRecords returns p with nil instead of an empty slice of records, for
-// reflect.DeepEqual.
+// withoutEmptyRecords returns p with nil records instead of an empty slice of records, because
+// reflect.DeepEqual distinguishes the two.
 func withoutEmptyRecords(p Packet) Packet {
 	if len(p.Records) == 0 {
 		p.Records = nil
@@ -104,7 +106,8 @@ func TestPacketRefused(t *testing.T) {
 			t.Errorf("%s: the packet decodes", about)
 		}
 	}
-	for _, at := range []int{1, len(AppendPacketHeader(nil, &Packet{To: "b", From: "a"})) + 1} { // places of the flags
+	// The two places are the flags of the packet and the flags of its record.
+	for _, at := range []int{1, len(AppendPacketHeader(nil, &Packet{To: "b", From: "a"})) + 1} {
 		b := encodePacket(good())
 		b[at] = 0x80
 		if DecodePacket(b, &Packet{}) == nil {
@@ -113,7 +116,7 @@ func TestPacketRefused(t *testing.T) {
 	}
 }
 
-// A packet that decodes encodes to the same bytes.
+// If bytes decode to a packet, encoding that packet gives the same bytes.
 func FuzzDecodePacket(f *testing.F) {
 	f.Add(encodePacket(longestPacket()))
 	f.Add(encodePacket(Packet{Kind: PacketHello, From: "a"}))

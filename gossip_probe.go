@@ -1,9 +1,9 @@
 package main
 
-// Failure detection. This member probes the other members. A member that does not answer is
-// suspected, then declared dead, and then contacted again and again for ever. This member suspects
-// no member because of a stall of its own. While its own health is bad, it waits longer for answers
-// (Lifeguard). Pure: no I/O and no clock.
+// This file detects failures: this member probes the other members with pings. A member that does
+// not answer is suspected, then declared dead, and then contacted again and again for ever. A stall
+// of this member's own process never makes it suspect another member. While its own health is bad,
+// it waits longer for answers (Lifeguard). Pure: no I/O and no clock.
 
 import (
 	"math"
@@ -11,45 +11,47 @@ import (
 	"time"
 )
 
-// Times, in gossip intervals.
+// Times, as multiples of the gossip interval.
 const (
-	indirectAfter    = 0.2  // from the first ping of a probe to a second ping and the indirect pings
-	suspectAfter     = 0.4  // from the second ping of a probe to the suspicion
-	suspicionMin     = 1.1  // duration of a suspicion that others confirm, in rings of up to ten members
-	suspicionMax     = 5    // duration of a suspicion that no other member confirms, as a multiple of the confirmed one
-	finalPingSpacing = 0.2  // between the final pings to a suspect, and from the last ping to its death
-	pairPingSpacing  = 0.1  // between pings to a suspect while no third member is live
-	reconnectEvery   = 3    // between attempts to reach a dead member or a seed
-	joinBackoffMax   = 4    // longest backoff between attempts to join, before random jitter
-	stallAfter       = 0.25 // a call of Receive or Tick that is this late shows a stall
+	indirectAfter    = 0.2  // intervals from the first ping of a probe to a second ping and the indirect pings
+	suspectAfter     = 0.4  // intervals from the second ping of a probe to the suspicion
+	suspicionMin     = 1.1  // shortest duration of a suspicion (enough members share it), in intervals, in rings of up to ten members
+	suspicionMax     = 5    // longest duration of a suspicion (only one member has it), as a multiple of the shortest duration
+	finalPingSpacing = 0.2  // intervals between the final pings to a suspect, and from the last of them until it is declared dead
+	pairPingSpacing  = 0.1  // intervals between pings to a suspect while no third member is live
+	reconnectEvery   = 3    // intervals between attempts to reach a dead member or a seed
+	joinBackoffMax   = 4    // most intervals between attempts to reach the seeds while this member is alone, before random jitter
+	stallAfter       = 0.25 // a call of Receive or Tick that comes this many intervals too late shows that this process stalled
 )
 
 const (
-	indirectChecks = 4 // relays that are asked to ping a member that does not answer
-	maxFinalPings  = 6 // pings to a suspect shortly before it is declared dead
-	maxHealth      = 8 // highest value of Swim.Health (Lifeguard's S)
+	indirectChecks = 4 // most members that one probe asks, as relays, to ping a member that does not answer
+	maxFinalPings  = 6 // pings that each member sends to a suspect shortly before it declares the suspect dead
+	maxHealth      = 8 // highest, and worst, value of Swim.Health (Lifeguard's S)
 )
 
-// Stages of a probe. pendingRequest.tries of a probe holds its stage.
+// Stages of a probe. The field tries of the probe's pendingRequest holds its stage.
 const (
 	probePinged    = iota // one ping was sent
 	probeIndirect         // a second ping and indirect pings were sent
 	probeSuspected        // the member is suspected; pings go on until the suspicion ends
 )
 
-// scaledByHealth returns the duration of a number of intervals, multiplied by Health+1, so that
-// this member waits longer while its own health is bad (Lifeguard, LHA-Probe).
+// scaledByHealth returns the duration of a number of intervals, multiplied by Swim.Health+1. A
+// higher Health is worse. So this member waits longer while its own health is bad (Lifeguard,
+// LHA-Probe).
 func (s *Swim) scaledByHealth(intervals float64) time.Duration {
 	return s.intervalsToDuration(intervals * float64(s.Health+1))
 }
 
-// worsenOwnHealth adds a point to Health, up to maxHealth.
+// worsenOwnHealth adds 1 to Swim.Health, up to maxHealth. A higher Health is worse.
 func (s *Swim) worsenOwnHealth() { s.Health = min(s.Health+1, maxHealth) }
 
-// handleOwnStall makes allowance for a stall of this process, which lasted about lateBy. The
-// answers that arrived during the stall wait in the socket, or the socket lost them. So silence
-// says nothing about other members. handleOwnStall cancels all probes and postpones all deaths and
-// the next probe.
+// handleOwnStall adjusts this member after a stall of its own process, which lasted about lateBy.
+// Answers that arrived during the stall still wait in the socket, or the socket has dropped them.
+// So a missing answer does not show that another member is dead. handleOwnStall cancels all probes,
+// postpones the next probe and the time at which each suspect is declared dead, and makes this
+// member's health worse.
 func (s *Swim) handleOwnStall(lateBy time.Duration) {
 	s.worsenOwnHealth()
 	s.addEvent(EventStalled, s.self.Name, s.self.Addr)
@@ -60,7 +62,8 @@ func (s *Swim) handleOwnStall(lateBy time.Duration) {
 	s.probeAt = max(s.probeAt, s.now+s.interval/2)
 }
 
-// probeNext probes the next member of the probe order.
+// probeNext probes the next member in probeOrder that has no probe pending, and schedules the next
+// probe.
 func (s *Swim) probeNext() {
 	s.probeAt = s.now + s.scaledByHealth(1)
 	m := s.probeOrder.Next(&s.table, s.rng, func(m *Member) bool { return m != s.self && s.requests.find(requestProbe, m.Name) == nil })
@@ -74,8 +77,9 @@ func (s *Swim) probe(m *Member) {
 	s.ping(m, pendingRequest{purpose: requestProbe, dueAt: s.now + s.scaledByHealth(indirectAfter)})
 }
 
-// handleRequestTimeout handles r, which was not answered in time: it asks again, continues a probe,
-// or gives the request up.
+// handleRequestTimeout handles r, a request that was not answered in time. Depending on the purpose
+// of r, it sends the request again, continues the probe, or gives up. If r was an indirect ping, it
+// reports to the member that asked for the ping that there was no answer.
 func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	switch {
 	case r.purpose == requestProbe:
@@ -90,8 +94,8 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 		r.tries, r.dueAt = r.tries+1, s.now+s.interval/4
 		s.send(r.to, Packet{Kind: PacketHello, To: s.name, RequestID: r.id}, s.self)
 	case r.purpose == requestNameCheck:
-		// Nobody answered, so the higher session was this member's own, from before it lost its
-		// state.
+		// No other member with this name has answered. So this member itself used the higher
+		// session in an earlier run, and then lost its state.
 		s.requests.remove(r)
 		if r.rivalSession > s.self.Session {
 			s.renewSession(r.rivalSession)
@@ -113,8 +117,8 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 		s.probeIndirectly(r)
 		return
 	case r.tries == probeIndirect:
-		// A relay answers even if it cannot reach the member. If no relay answered, the fault may
-		// be this member's own.
+		// A relay sends an answer even if it cannot reach the probed member. If no relay has
+		// answered, this member itself may be disconnected or slow.
 		if len(r.relays) > 0 && !r.relayNacked {
 			s.worsenOwnHealth()
 		}
@@ -124,13 +128,13 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 	if s.table.Live <= 2 {
 		r.dueAt = s.now + s.intervalsToDuration(pairPingSpacing)
 	}
-	// The ping carries the member's own record. So the member learns that it is suspected, and its
-	// answer refutes the suspicion.
+	// This ping carries the record of m, in which m is suspected. So m learns of the suspicion, and
+	// its answer refutes the suspicion.
 	s.sendTo(m, Packet{Kind: PacketPing, RequestID: r.id})
 }
 
-// probeIndirectly pings the member once more, and asks up to indirectChecks other members, the
-// relays, to ping it too.
+// probeIndirectly pings the member that r probes once more, and asks up to indirectChecks other
+// members, the relays, to ping that member too.
 func (s *Swim) probeIndirectly(r *pendingRequest) {
 	r.tries, r.dueAt = probeIndirect, s.now+s.scaledByHealth(suspectAfter)
 	s.sendTo(r.member, Packet{Kind: PacketPing, RequestID: r.id})
@@ -146,7 +150,8 @@ func (s *Swim) probeIndirectly(r *pendingRequest) {
 	}
 }
 
-// suspect records that this member suspects m, and queues that as an update for all members.
+// suspect records that this member suspects m, and queues the new record as an update for all
+// members.
 func (s *Swim) suspect(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(s.name)}, 0
@@ -155,7 +160,8 @@ func (s *Swim) suspect(m *Member) {
 	}
 }
 
-// declareDead records that m, a suspect, is dead, and queues that as an update for all members.
+// declareDead records that m, a suspect, is dead, and queues the new record as an update for all
+// members.
 func (s *Swim) declareDead(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateDead, nil, 0
@@ -163,9 +169,9 @@ func (s *Swim) declareDead(m *Member) {
 	s.table.QueueUpdate(m)
 }
 
-// expireSuspicions declares suspects dead when their suspicion ends. Shortly before that, every
-// member pings the suspect a few more times: all accusers may be wrong, and the refutation may be
-// lost.
+// expireSuspicions declares each suspect dead whose suspicion has ended. Shortly before the end it
+// pings the suspect a few more times, and so does every other member. The reason is that all
+// accusers may be wrong, and the packets in which the suspect refuted the suspicion may be lost.
 func (s *Swim) expireSuspicions() {
 	for _, m := range s.table.Members {
 		switch {
@@ -179,14 +185,15 @@ func (s *Swim) expireSuspicions() {
 	}
 }
 
-// nextPingOrDeathAt returns when m, a suspect, must next be pinged, or must be declared dead.
+// nextPingOrDeathAt returns the time at which m, a suspect, must get its next final ping. After
+// maxFinalPings pings it returns the time at which m must be declared dead.
 func (s *Swim) nextPingOrDeathAt(m *Member) time.Duration {
 	return m.DeadAt - s.intervalsToDuration(finalPingSpacing*float64(maxFinalPings-m.FinalPings))
 }
 
-// suspicionEnd returns when m, a suspect, must be declared dead. The more members share the
-// suspicion, the sooner it ends (Lifeguard, LHA-Suspicion). If no other member could share it, it
-// ends after the shortest time.
+// suspicionEnd returns the time at which m, a suspect, must be declared dead. The more members
+// suspect m, the sooner the suspicion ends (Lifeguard, LHA-Suspicion). If the ring has no third
+// member that could suspect m too, the suspicion has its shortest duration.
 func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	n := float64(s.table.Live)
 	shortest := suspicionMin * max(1, (3+math.Log10(n))/4)
@@ -194,13 +201,14 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	if n <= 2 {
 		longest = shortest
 	}
-	others := min(max(n-2, 1), MaxAccusers-1) // members that could confirm the suspicion, at most as many as can shorten it
+	others := min(max(n-2, 1), MaxAccusers-1) // members, besides the first accuser, that could share the suspicion; more than MaxAccusers-1 do not shorten it further
 	shared := (longest - shortest) * math.Log(float64(len(m.Accusers))) / math.Log(others+1)
 	return m.SuspectedAt + s.intervalsToDuration(max(shortest, longest-shared))
 }
 
-// contactDeadOrSeed contacts a random dead member, or a random seed at whose address no live member
-// is known, because either may have come back. While this member is alone, it contacts all seeds.
+// contactDeadOrSeed contacts a random dead member, or a random seed address at which this member
+// knows no live member, because a member may have come back there. While this member knows no other
+// live member, it contacts all seeds, with a growing time between the attempts.
 func (s *Swim) contactDeadOrSeed() {
 	s.reconnectAt = s.now + s.intervalsToDuration(reconnectEvery)
 	if s.table.Live == 1 && len(s.seeds) > 0 {
@@ -226,7 +234,7 @@ func (s *Swim) contactDeadOrSeed() {
 	}
 }
 
-// sendHelloToSeed asks the member at a seed's address, whatever its name, to answer.
+// sendHelloToSeed asks the member at the address of sd to answer, whatever that member's name is.
 func (s *Swim) sendHelloToSeed(sd seed) {
 	to := PacketDestination{AddrPort: sd.addr}
 	if r := s.addRequestIfRoom(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.scaledByHealth(1)}); r != nil {

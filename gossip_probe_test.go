@@ -23,8 +23,9 @@ func TestSwimRelays(t *testing.T) {
 	}
 }
 
-// After a stall of its own a member ignores silence: it postpones the death of a suspect, cancels
-// its probes, and suspects no member. Its own health becomes worse.
+// A member whose own process has stalled concludes nothing from missing answers: it postpones the
+// time at which it declares a suspect dead, cancels its probes, and suspects no member. Its own
+// health becomes worse.
 func TestSwimStallJudgesNobody(t *testing.T) {
 	s := joinedSim(t, 3, testSeed(t, 1))
 	a := s.nodes[0]
@@ -62,8 +63,8 @@ func TestSwimShortDelayIsNoStall(t *testing.T) {
 	}
 }
 
-// The health of a member that no other member answers becomes worse. The health of members stays
-// good if only one other member dies.
+// If no other member answers a member, the health of that member becomes worse. If only one member
+// of a ring dies, the health of the survivors stays good.
 func TestSwimHealthFalls(t *testing.T) {
 	s := joinedSim(t, 6, testSeed(t, 1))
 	s.kill(5)
@@ -77,8 +78,8 @@ func TestSwimHealthFalls(t *testing.T) {
 	s.until(5*time.Second, "the health of a separated member is 2 or worse", func() bool { return s.nodes[0].swim.Health >= 2 })
 }
 
-// A member that hears that it is suspected refutes the suspicion, and its health becomes worse for
-// a while.
+// A member that receives a record in which it is suspected refutes the suspicion. Its own health
+// becomes worse for a while.
 func TestSwimSuspicionWorsensHealth(t *testing.T) {
 	s := joinedSim(t, 3, testSeed(t, 1))
 	a := s.nodes[0].swim
@@ -94,7 +95,7 @@ func TestSwimSuspicionWorsensHealth(t *testing.T) {
 func TestSwimHealthIsPatience(t *testing.T) {
 	seed := testSeed(t, 1)
 	for _, health := range []int{0, 4} {
-		s := joinedSim(t, 2, seed) // of two members none can be a relay
+		s := joinedSim(t, 2, seed) // in a ring of two, no third member can relay a ping
 		s.events = nil
 		a := s.nodes[0].swim
 		a.Health = health
@@ -120,8 +121,8 @@ func TestSwimTwoMembers(t *testing.T) {
 	}
 }
 
-// A suspicion lasts longer in a larger ring, and shorter if more members share it. With two
-// members, it has its shortest duration.
+// A suspicion lasts longer in a larger ring, and shorter if more members share it. In a ring of two
+// members it has its shortest duration.
 func TestSwimSuspicionEnd(t *testing.T) {
 	a := newSim(t, 1, testSeed(t, 1)).start(0)
 	left := func(live, accusers int) time.Duration {
@@ -131,7 +132,7 @@ func TestSwimSuspicionEnd(t *testing.T) {
 	}
 	for _, c := range []struct {
 		live        int
-		least, most float64 // intervals
+		least, most float64 // duration of a suspicion with MaxAccusers accusers and with one accuser, in intervals
 	}{{2, 1.1, 1.1}, {3, 1.1, 5.5}, {10, 1.1, 5.5}, {100, 1.375, 6.875}, {1000, 1.65, 8.25}} {
 		if got := left(c.live, 1); got != a.intervalsToDuration(c.most).Round(time.Millisecond) {
 			t.Errorf("%d members, one accuser: suspicion lasts %v, want %v intervals", c.live, got, c.most)
@@ -145,8 +146,8 @@ func TestSwimSuspicionEnd(t *testing.T) {
 	}
 }
 
-// A member that begins to suspect another pings it with the suspicion, so that the suspect can
-// refute it.
+// A member that begins to suspect another member pings the suspect, and the ping carries the
+// suspicion, so that the suspect can refute it.
 func TestSwimInformsSuspect(t *testing.T) {
 	s := joinedSim(t, 4, testSeed(t, 1))
 	a := s.nodes[0].swim
@@ -168,8 +169,8 @@ func TestSwimInformsSuspect(t *testing.T) {
 	}
 }
 
-// A member has left when the members that it asked have confirmed the leave. It does not wait
-// longer than an interval and a half for members that do not answer.
+// HasLeft becomes true when the members that were asked to confirm the leave have done so. It
+// becomes true after one and a half intervals at the latest if they do not answer.
 func TestSwimLeaveIsConfirmed(t *testing.T) {
 	seed := testSeed(t, 1)
 	for _, reached := range []bool{true, false} {

@@ -1,8 +1,9 @@
 package main
 
 // This file handles received packets: it merges their records, answers their requests, and refutes
-// wrong records about this member. It believes nothing that a session sends before the session has
-// answered a challenge. Pure: no I/O and no clock.
+// wrong records about this member. A session is one run of a member. This file believes a session's
+// packets only after the session has answered a request of this member, because packets could be
+// replays. Pure: no I/O and no clock.
 
 import (
 	"math"
@@ -23,7 +24,9 @@ func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Da
 }
 
 // handleOrChallengeUnproven handles p if the sender's session has proven itself, or proves itself
-// with p. Otherwise it refuses p, and challenges the sender where that makes sense.
+// with p, by answering a request of this member. Otherwise it counts p as refused and believes
+// nothing in p. It then challenges a sender whose session is unknown, informs a sender of its own
+// later session, or finds out whether a sender with this member's name is another member.
 func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayCounter uint64) {
 	r := s.requests.answeredBy(p)
 	switch s.classifyAndMarkSeen(p, replayCounter, r) {
@@ -53,20 +56,21 @@ func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayC
 // proven itself. answered is the request that p answers, or nil.
 func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answered *pendingRequest) {
 	if answered == nil && p.ReplyTo != 0 && p.Kind != PacketNack {
-		s.Refused[RefusedUnasked]++ // most likely a late answer; its records may still be news
+		s.Refused[RefusedUnasked]++ // p is most likely a late answer; its records are merged, because they may still be news
 	}
 	s.buckets = max(s.buckets, p.Buckets)
 	if p.Kind == PacketSync && s.syncedAt == 0 {
-		// Ask for a table again after an interval: a member that many new members contact at once
-		// soon knows more than it has just sent.
+		// p is the first sync that this member gets. Ask for a table again after an interval. If
+		// many new members contact the sender of p at once, the sender soon knows more members than
+		// it has sent in p.
 		s.syncedAt, s.resyncAt, s.wantTable = s.now, s.now+s.interval, false
 	}
 	if p.Kind == PacketAck {
-		sender.KnowsOurSession = p.RequestID == 0 // an answer with a RequestID challenges this member's session
+		sender.KnowsOurSession = p.RequestID == 0 // an answer with a RequestID is a challenge: this member has not proven its session to sender
 	}
 	refuted := s.mergeRecords(p, sender)
 	if sender.Session != p.Session {
-		return // a record in p shows that the sender has begun a later session
+		return // p is outdated: one of its records shows that the sender has begun a later session
 	}
 	switch {
 	case p.Kind == PacketAck && answered != nil:
@@ -80,22 +84,22 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 	if p.WantTable {
 		s.sendTable(sender, false)
 	} else if p.Digest != s.table.Digest && p.TableSettled && s.isTableSettled() {
-		// Neither table has changed for two intervals, so no update is under way that would make
-		// them equal.
+		// The tables of the sender and of this member differ, and neither has changed for two
+		// intervals. So no update is under way that would make the tables equal.
 		s.sendTable(sender, true)
 	}
 }
 
-// answer answers the request in p, if there is one, and corrects the sender's view if it is wrong.
-// It sends this member's record if a record in p about this member was just refuted. It sends the
+// answer answers the request in p, if there is one. It also corrects the sender: it sends this
+// member's record if p had a wrong record about this member (justRefuted), and it sends the
 // sender's own record if this member considers the sender dead.
 func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefuted bool) {
 	to := PacketDestination{AddrPort: from}
 	switch {
 	case p.RequestID != 0 && p.Kind == PacketPing && !justRefuted:
-		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // the sender knows this member's record
+		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // without this member's record: a member pings only members whose record it has
 	case p.RequestID != 0 && p.Kind != PacketPingReq:
-		sender.KnowsOurSession = true // the answer proves this member's session
+		sender.KnowsOurSession = true // the answer proves this member's session to the sender
 		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}, s.self)
 	case justRefuted:
 		s.send(to, Packet{Kind: PacketGossip, To: sender.Name}, s.self)
@@ -104,7 +108,8 @@ func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefute
 	}
 }
 
-// completeAnsweredRequest handles the answer of m to r, and removes r from the pending requests.
+// completeAnsweredRequest acts on the fact that m has answered r, and removes r from the pending
+// requests.
 func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	switch r.purpose {
 	case requestProbe:
@@ -130,7 +135,8 @@ func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	s.requests.remove(r)
 }
 
-// pingOnBehalf pings the target of p, a PacketPingReq that requester sent.
+// pingOnBehalf pings the target of p, a PacketPingReq that requester sent. The requester later gets
+// a PacketAck or a PacketNack.
 func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	target := s.table.Get(p.Target)
 	if target != nil && target != s.self && p.RequestID != 0 {
@@ -138,8 +144,8 @@ func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	}
 }
 
-// mergeRecords merges the records of p, a packet from sender. It returns whether a record about
-// this member was wrong; see refuteIfWrong.
+// mergeRecords merges the records of p, a packet from sender, into the table. It returns whether p
+// had a wrong record about this member; see refuteIfWrong.
 func (s *Swim) mergeRecords(p *Packet, sender *Member) (refuted bool) {
 	for _, r := range p.Records {
 		if r.Name == s.name {
@@ -151,28 +157,30 @@ func (s *Swim) mergeRecords(p *Packet, sender *Member) (refuted bool) {
 	return refuted
 }
 
-// mergeRecordFrom merges r, a record about another member that sender sent. isSync means that r
-// came in a sync of sender's table, and not as an update.
+// mergeRecordFrom merges r, a record about another member, which sender sent. isSync is true if r
+// was part of a sync of sender's table, and false if r was an update.
 func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 	known := s.table.Get(r.Name)
-	// When a partition ends, each side considers the other side dead. A member can only refute a
-	// record that it hears of. So a sync makes a live member that sender considers dead a suspect,
-	// and the suspect hears of the suspicion.
+	// When a partition ends, each side considers the members of the other side dead. A member can
+	// refute only a record that it receives. So if a sync lists as dead a member that this member
+	// considers live, this member makes it a suspect. The suspect is told of the suspicion and
+	// refutes it.
 	if isSync && r.State == StateDead && known != nil && known.State.IsLive() && r.Session == known.Session {
 		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(sender.Name)}, 0
 	}
 	merged := s.mergeRecordIfNewer(r)
-	// A member that has just joined need not pass on the new members in its first sync, because all
-	// other members know them.
+	// For one interval after its first sync, this member does not pass on the members that it
+	// learns from syncs. They are new only to this member: all other members know them.
 	isNews := !isSync || known != nil || s.now-s.syncedAt > s.interval
 	if merged != nil && isNews {
 		s.table.QueueUpdate(merged)
 	}
 }
 
-// mergeRecordIfNewer merges r, which is about another member, into the table. It returns the member
-// if r changed its record, and nil otherwise. It reports events, and begins a suspicion if r is
-// one.
+// mergeRecordIfNewer merges r, a record about another member, into the table. It returns that
+// member if r has changed the table's record of it, and nil otherwise. It adds an event if the
+// member is now up, down, suspected or has left. If r suspects the member, it sets the time at
+// which the suspicion ends.
 func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	old := MemberRecord{State: StateDead}
 	if m := s.table.Get(r.Name); m != nil {
@@ -201,8 +209,9 @@ func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	return m
 }
 
-// onNewSuspicion begins a suspicion of m. A few random members probe m themselves at once, so that
-// they soon know the truth.
+// onNewSuspicion records that a suspicion of m begins now, and adds an event. It decides at random
+// whether this member probes m at once. About 2*MaxAccusers members of the ring do so, and thus
+// soon find out themselves whether m is alive.
 func (s *Swim) onNewSuspicion(m *Member) {
 	m.SuspectedAt, m.FinalPings = s.now, 0
 	s.addEvent(EventSuspect, m.Name, m.Addr)
@@ -211,9 +220,10 @@ func (s *Swim) onNewSuspicion(m *Member) {
 	}
 }
 
-// refuteIfWrong returns whether r, a received record about this member, is wrong. If other members
-// would believe a wrong r, it announces a new incarnation or a new session. If r has a higher
-// session, it first checks whether another member uses this name, and returns false.
+// refuteIfWrong returns whether r, a received record about this member, is wrong. If r is wrong and
+// other members would believe it, refuteIfWrong announces a new incarnation or a new session of
+// this member. If r has a higher session than this member, refuteIfWrong returns false, and starts
+// to check whether another member uses this member's name.
 func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 	switch {
 	case r.Session > s.self.Session:
@@ -235,22 +245,25 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 		own.Incarnation = r.Incarnation
 		s.announceSelf(own)
 		if r.State == StateSuspect {
-			s.worsenOwnHealth() // this member may have been too slow to answer
+			s.worsenOwnHealth() // this member is suspected, perhaps because it was too slow to answer
 		}
 	}
 	return true
 }
 
-// startNameCheck asks the member at the address to whether it has this member's name and a higher
-// session, rivalSession.
+// startNameCheck begins to find out whether the member at the address in the argument to has this
+// member's name and the session rivalSession, which is higher than this member's session. It adds a
+// pending request, which the next Tick sends. It does nothing if such a check is pending, or if
+// this member has left.
 func (s *Swim) startNameCheck(to PacketDestination, rivalSession uint64) {
 	if s.requests.find(requestNameCheck, s.name) == nil && s.self.State != StateLeft {
 		s.addRequestIfRoom(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: rivalSession, to: to, dueAt: s.now})
 	}
 }
 
-// renewSession begins the session after afterSession, a session of this member's name that others
-// know. It then joins the ring again.
+// renewSession begins a new session of this member, with a higher number than afterSession, because
+// other members have a record of this member with the session afterSession. This member then
+// contacts seeds and asks for a table again, as after a start.
 func (s *Swim) renewSession(afterSession uint64) {
 	r := s.self.MemberRecord
 	r.Session = s.nextSession(afterSession)
@@ -263,14 +276,15 @@ func (s *Swim) renewSession(afterSession uint64) {
 }
 
 // handleNamesake handles p, whose sender has this member's name. p may be a packet of this member
-// that came back, a packet of an earlier session of this member, or a packet of another member with
-// the same name. p proves nothing unless it answers a request.
+// that was sent back, a replayed packet of an earlier session of this member, or a packet of
+// another member with the same name. Only a packet that answers a request of this member proves
+// that another member has the name.
 func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingRequest) {
 	answer := Packet{Kind: PacketAck, To: s.name, ReplyTo: p.RequestID}
 	switch {
 	case p.Session == s.self.Session:
-		// p is from this member's current session. It came back because a seed is this member
-		// itself, or because an attacker who saw p sent it back. Ignore it.
+		// This member itself sent p in its current session. p has come back because the address of
+		// a seed is this member's own, or because an attacker has sent p back. Ignore p.
 	case answered == nil && p.Kind == PacketHello && s.countUnprovenReply():
 		if p.Session > s.self.Session {
 			s.startNameCheck(PacketDestination{AddrPort: from}, p.Session)

@@ -1,20 +1,20 @@
 package main
 
-// Member records: the fields of the record that packets carry about a member, and their wire
-// format. If a record decodes, encoding it again gives the same bytes. A new field must be set
-// where a member makes its own record (NewSwim, announceSelf), and must be shown by server_ring.go.
-// Pure: no I/O and no clock.
+// This file defines the record that packets carry about a member, and its wire format. If bytes
+// decode to a record, encoding that record gives the same bytes. A new field must be set where a
+// member makes its own record (NewSwim and the callers of announceSelf), and must be shown by
+// server_ring.go. Pure: no I/O and no clock.
 
 import (
 	"encoding/binary"
 	"fmt"
 )
 
-// A MemberState is the state of a member in another member's view. If two records have the same
-// incarnation, the record with the higher state is believed.
+// A MemberState is the state of a member in another member's view. Of two records with the same
+// session and incarnation of a member, the record with the higher state is believed.
 type MemberState uint8
 
-// The states. Alive and suspect members are live: they take part in the ring.
+// The states of a member. Alive and suspect members are live: they take part in the ring.
 const (
 	StateAlive MemberState = iota
 	StateSuspect
@@ -30,31 +30,32 @@ func (s MemberState) String() string {
 // IsLive reports whether a member in this state takes part in the ring.
 func (s MemberState) IsLive() bool { return s <= StateSuspect }
 
-// A MemberRecord is the state of one member, in the form in which members exchange it. Of two
-// records of a member, the record with the higher (Session, Incarnation, State) is believed; see
-// supersedes. Only the member itself sets Addr, URL and the fields below them. It raises its
-// incarnation when it changes them.
+// A MemberRecord is what members send each other about one member. Of two records of a member, the
+// record with the higher session is believed, then the record with the higher incarnation, then the
+// record with the higher state; supersedes has an exception for StateLeft. Only the member itself
+// sets Addr, URL and the fields below them. It raises its incarnation when it changes them.
 //
 // A record has no version of its own. Anyone who adds a field must raise sealVersion. Then members
 // of different versions refuse each other's packets and log the reason.
 type MemberRecord struct {
 	Name        string
-	Session     uint64 // higher after each start of the member
-	Incarnation uint32 // higher after each refutation and each change of the record by the member
+	Session     uint64 // number of one run of the member; higher after each start
+	Incarnation uint32 // raised by the member each time it refutes or changes its record
 	State       MemberState
-	Accusers    []uint64 // accuserIDs of the members that suspect it; only if State is StateSuspect
-	Age         uint32   // seconds since it died or left; only if State is StateDead or StateLeft
+	Accusers    []uint64 // accuserID of each member that suspects this one, at most MaxAccusers; only if State is StateSuspect
+	Age         uint32   // seconds since the member died or left; only if State is StateDead or StateLeft
 
-	Addr        string // host:port, for both UDP and TCP
-	URL         string // of its internal listener, for /sd; may be empty
-	Slot        uint16 // claimed slot of the ring, or NoSlot
-	Lamport     uint64 // number of the claim to the slot
-	Provisional bool   // the claim was made before any seed was reached
+	Addr        string // host:port at which the member is reached, for both UDP and TCP
+	URL         string // URL of the member's internal listener, which /sd lists; may be empty
+	Slot        uint16 // slot of the ring that the member claims, or NoSlot
+	Lamport     uint64 // number of the claim to the slot; see Claim
+	Provisional bool   // the member has seeds, but made the claim before it received a table from another member
 	Leaving     bool   // the member is about to leave: it keeps its slot, but must own no sites
-	KeyID       uint32 // ID of the cluster key that the member seals with
+	KeyID       uint32 // ID of the member's first cluster key; other members seal with this key for the member
 }
 
-// CheckMemberName returns an error if name is not a valid member name. The error states the rule.
+// CheckMemberName returns an error if name is not a valid member name. The error text states which
+// names are valid.
 func CheckMemberName(name string) error {
 	if !isVisibleASCII(name) || name == "" || len(name) > MaxMemberName {
 		return fmt.Errorf("not a valid member name: want 1 to %d visible ASCII characters", MaxMemberName)
@@ -63,7 +64,7 @@ func CheckMemberName(name string) error {
 }
 
 // CheckMemberAddrText returns an error if addr has the wrong characters or length for the address
-// or URL of a member. The error states the rule.
+// or URL of a member. It does not parse addr. The error text states which texts are valid.
 func CheckMemberAddrText(addr string) error {
 	if !isVisibleASCII(addr) || addr == "" || len(addr) > MaxMemberAddr {
 		return fmt.Errorf("not a valid member address: want 1 to %d visible ASCII characters", MaxMemberAddr)
@@ -119,7 +120,8 @@ func AppendMember(b []byte, m *MemberRecord) []byte {
 // size, three strings with a length byte each, and the accusers with a length byte.
 const maxRecord = 2 + (8 + 4 + 2 + 8 + 4) + (1 + MaxMemberName) + 2*(1+MaxMemberAddr) + (1 + 8*MaxAccusers)
 
-// readMember decodes a record that AppendMember encoded. If the record is invalid, r fails.
+// readMember reads a record that AppendMember encoded. If the record is invalid, r.Err() is an
+// error afterwards.
 func readMember(r *WireReader) MemberRecord {
 	state, flags := MemberState(r.Byte()), r.Byte()
 	m := MemberRecord{
@@ -143,7 +145,8 @@ func readMember(r *WireReader) MemberRecord {
 	return m
 }
 
-// readVisibleASCII reads a string of at most maxLen bytes. If a byte is not visible ASCII, r fails.
+// readVisibleASCII reads a string of at most maxLen bytes. If the string is longer, or if a byte is
+// not visible ASCII, r.Err() is an error afterwards.
 func readVisibleASCII(r *WireReader, maxLen int) string {
 	s := r.ShortString(maxLen)
 	r.Require(isVisibleASCII(s))

@@ -1,9 +1,9 @@
 package main
 
-// Pending requests: the requests of this member that wait for an answer. A request has a random ID.
-// It counts as answered only when the member that it was sent to, or one of its relays, repeats
-// that ID. The number of pending requests is bounded. Pure: no I/O and no clock. This file must not
-// know what an answer leads to.
+// This file holds the pending requests: the requests of this member that wait for an answer. A
+// request has a random ID. It counts as answered only when the member that was asked, or a relay
+// that was asked to ping that member, repeats the ID. The number of pending requests is bounded.
+// Pure: no I/O and no clock. This file must not know what an answer leads to.
 
 import (
 	"math/rand/v2"
@@ -11,44 +11,44 @@ import (
 	"time"
 )
 
-const maxPendingRequests = 1024 // most of them challenges, when many members join at once
+const maxPendingRequests = 1024 // limit of pending requests; when many members join at once, most of them are challenges
 
 // A pendingRequest is a request that has not been answered yet.
 type pendingRequest struct {
-	id      uint64 // the packet's RequestID
+	id      uint64 // RequestID of the packets that carry the request
 	purpose requestPurpose
-	name    string  // of the member that may answer; "" if any member may answer
-	member  *Member // the member called name; nil if it is not in the table
+	name    string  // name of the member that may answer; "" if any member may answer
+	member  *Member // the member called name, if ping or Leave added the request; otherwise nil
 	sentAt  time.Duration
-	dueAt   time.Duration // when to act if there is no answer
-	tries   int           // of a probe: its stage, probePinged and so on; of requestLeave and requestNameCheck: packets sent
+	dueAt   time.Duration // when handleRequestTimeout must be called if there is no answer
+	tries   int           // of a probe: its stage (probePinged and so on); of requestLeave and requestNameCheck: number of packets sent
 
-	relays       []string          // of a probe: members that were asked to ping too
-	relayNacked  bool              // of a probe: a relay reported that it got no answer
-	origin       *Member           // of requestIndirect: the member that asked for the ping
+	relays       []string          // of a probe: names of the members that were asked to ping the probed member too
+	relayNacked  bool              // of a probe: a relay has reported that it got no answer from the probed member
+	origin       *Member           // of requestIndirect: the member whose PacketPingReq asked for the ping
 	originID     uint64            // of requestIndirect: the RequestID of origin's PacketPingReq
-	to           PacketDestination // of requestJoin and requestNameCheck: where the request was sent
-	rivalSession uint64            // of requestNameCheck: the higher session with this member's name
+	to           PacketDestination // of requestJoin and requestNameCheck: the address that the request is sent to
+	rivalSession uint64            // of requestNameCheck: session, higher than this member's, in a received record or packet with this member's name
 }
 
-// A requestPurpose is the purpose of a request. The comments state what an answer shows.
+// A requestPurpose is the purpose of a request: what this member learns from the answer.
 type requestPurpose uint8
 
 const (
-	requestProbe     requestPurpose = iota // the member is alive, so that it must not be suspected
-	requestIndirect                        // the member is alive, which origin wants to know
-	requestReconnect                       // a member that is dead or suspected is alive
-	requestChallenge                       // the member's packet was not a replay
-	requestJoin                            // which member uses the address of a seed
-	requestNameCheck                       // another member with this member's name and a higher session is alive
-	requestLeave                           // the member knows that this member leaves
+	requestProbe     requestPurpose = iota // an answer shows that the probed member is alive, so that it must not be suspected
+	requestIndirect                        // an answer shows that the pinged member is alive; this is reported to origin
+	requestReconnect                       // an answer shows that a member recorded as dead or suspect is alive
+	requestChallenge                       // an answer proves that the packet of the challenged member was not a replay
+	requestJoin                            // an answer shows which member uses the address of a seed
+	requestNameCheck                       // an answer shows that another live member has this member's name and a higher session
+	requestLeave                           // an answer shows that the asked member knows that this member leaves
 )
 
-// pendingRequests are in the order in which they were added. There are at most maxPendingRequests.
+// pendingRequests holds at most maxPendingRequests requests, in the order in which they were added.
 type pendingRequests []*pendingRequest
 
-// addIfRoom gives r a random ID, adds it, and returns it. It returns nil if maxPendingRequests are
-// pending.
+// addIfRoom gives r a random ID, adds r to p, and returns it. It returns nil and adds nothing if
+// maxPendingRequests requests are pending.
 func (p *pendingRequests) addIfRoom(now time.Duration, rng *rand.Rand, r pendingRequest) *pendingRequest {
 	if len(*p) >= maxPendingRequests {
 		return nil
@@ -66,7 +66,7 @@ func (p *pendingRequests) remove(r *pendingRequest) {
 	*p = slices.DeleteFunc(*p, func(o *pendingRequest) bool { return o == r })
 }
 
-// find returns a pending request to the named member with that purpose, or nil.
+// find returns the first pending request that has this purpose and this member name, or nil.
 func (p pendingRequests) find(purpose requestPurpose, name string) *pendingRequest {
 	for _, r := range p {
 		if r.purpose == purpose && r.name == name {
@@ -76,8 +76,9 @@ func (p pendingRequests) find(purpose requestPurpose, name string) *pendingReque
 	return nil
 }
 
-// answeredBy returns the request that pkt answers, or nil. The sender of pkt must be the member
-// that was asked, or one of the relays. A relay's packet names the asked member as its Target.
+// answeredBy returns the pending request that pkt answers, or nil. Only the member that was asked,
+// or one of the request's relays, can answer. A relay's packet must name the asked member as its
+// Target.
 func (p pendingRequests) answeredBy(pkt *Packet) *pendingRequest {
 	if pkt.ReplyTo == 0 {
 		return nil

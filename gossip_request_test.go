@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// A request is answered only by a packet with its ID. That packet must be an answer of the asked
-// member, or of a relay that names the member.
+// A request is answered only by a packet that repeats the request's ID. The packet must be a
+// PacketAck of the asked member, or an answer of a relay that names the asked member as its target.
 func TestAnsweredBy(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))
@@ -39,7 +39,7 @@ func TestAnsweredBy(t *testing.T) {
 	}
 }
 
-// A pending request is found by its purpose and name until it is removed.
+// A pending request is found by its purpose and its member name until it is removed.
 func TestPendingRequests(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))
@@ -55,7 +55,7 @@ func TestPendingRequests(t *testing.T) {
 }
 
 // Each pending request has its own ID, which is not 0. No request is added when maxPendingRequests
-// are pending.
+// requests are pending.
 func TestPendingRequestsBounded(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))

@@ -1,14 +1,15 @@
 package main
 
-// This file fills, seals and queues packets to send. A packet carries the sender's state, records,
-// and as many updates as there is room for. It is sealed with a key that the receiver holds. Pure:
-// no I/O and no clock. This file must not know why a packet is sent.
+// This file fills, seals (encrypts) and queues packets to send. A packet is sealed with a key that
+// the receiver holds, as far as this member knows. The room left in a packet is filled with queued
+// updates, except in syncs and in answers to sessions that have not proven themselves. Pure: no I/O
+// and no clock. This file must not know why a packet is sent.
 
 import "net/netip"
 
 const (
-	maxPlainPacket = MaxPacket - SealOverhead // bytes
-	maxSyncPackets = 32                       // packets of one sync of a table
+	maxPlainPacket = MaxPacket - SealOverhead // bytes of the longest packet before it is sealed
+	maxSyncPackets = 32                       // most packets in which one sync sends the table
 )
 
 // A PacketDestination is the address to which a packet is sent: AddrPort, or Host (a host:port) if
@@ -24,14 +25,15 @@ type Datagram struct {
 	Data []byte
 }
 
-// sendTo sends p to m, at the address in m's record.
+// sendTo queues p for m, at the address in m's record.
 func (s *Swim) sendTo(m *Member, p Packet) {
 	p.To = m.Name
 	s.send(m.PacketDestination(), p)
 }
 
-// send seals and queues p with the records of recordsOf, at most two members, and with as many
-// updates as fit. If the receiver may not know this member, recordsOf must be self.
+// send seals and queues p with the records of recordsOf, which holds at most two members, and with
+// as many queued updates as fit. If the receiver may not know this member, recordsOf must hold
+// s.self, so that the receiver gets this member's record.
 func (s *Swim) send(to PacketDestination, p Packet, recordsOf ...*Member) {
 	m := s.table.Get(p.To)
 	b := s.encodeWithRecords(&p, recordsOf)
@@ -39,17 +41,18 @@ func (s *Swim) send(to PacketDestination, p Packet, recordsOf ...*Member) {
 	s.sealAndQueue(to, s.keyIDFor(m))
 }
 
-// replyToUnproven sends p to a sender whose session has proven nothing. It seals p with the key of
-// the packet that was opened last: the sender holds this key, whatever its record says. It adds no
-// updates, because a replay would otherwise make updates count as passed on, and would get an
-// answer much larger than the replayed packet.
+// replyToUnproven queues p, an answer to the packet that was opened last, whose sender's session
+// has not proven itself. It seals p with the key of that packet: the sender holds this key, even if
+// its record names another key. It adds no updates to p. Otherwise a replayed packet would make
+// updates count as passed on, and would get an answer much longer than itself.
 func (s *Swim) replyToUnproven(to netip.AddrPort, p Packet, recordsOf ...*Member) {
 	s.plain = s.encodeWithRecords(&p, recordsOf)
 	s.sealAndQueue(PacketDestination{AddrPort: to}, s.openedKeyID)
 }
 
-// encodeWithRecords returns the encoding of p with the records of recordsOf. If the receiver is
-// suspect, dead or left, it adds the receiver's own record, so that the receiver can refute it.
+// encodeWithRecords returns the encoding of p with the records of recordsOf. If this member
+// considers the receiver suspect, dead or left, it adds the receiver's own record, so that the
+// receiver can refute it. It adds no record if recordsOf already holds two members.
 func (s *Swim) encodeWithRecords(p *Packet, recordsOf []*Member) []byte {
 	s.fillHeader(p)
 	b := AppendPacketHeader(s.plain[:0], p)
@@ -62,20 +65,22 @@ func (s *Swim) encodeWithRecords(p *Packet, recordsOf []*Member) []byte {
 	return b
 }
 
-// fillHeader sets the fields of p that describe its sender. Every packet has them.
+// fillHeader sets the fields of p that describe its sender, this member. Every packet has these
+// fields.
 func (s *Swim) fillHeader(p *Packet) {
 	p.From, p.Session, p.Digest, p.Buckets = s.name, s.self.Session, s.table.Digest, s.buckets
 	p.TableSettled = s.isTableSettled()
 	p.WantTable = p.WantTable || s.wantTable
 }
 
-// isTableSettled reports whether the table has not changed for two intervals.
+// isTableSettled reports whether the table's digest has not changed for two intervals.
 func (s *Swim) isTableSettled() bool { return s.now-s.table.ChangedAt >= 2*s.interval }
 
-// keyIDFor returns the ID of a key that m holds. For a live member that is the key in its record. A
-// member that is not live may not have this member's newest key yet, or may no longer have the key
-// in its record. For such a member, or for nil, keyIDFor chooses one of this member's keys at
-// random. (With two seeds, taking turns would seal for one seed with the same key every time.)
+// keyIDFor returns the ID of the key with which to seal a packet to m. For a live member that is
+// the key in its record. A member that is not live may not have this member's newest key yet, or
+// may no longer have the key in its record. For such a member, or if m is nil, keyIDFor chooses one
+// of this member's keys at random. It does not use the keys in turn: with two keys and two seeds
+// that are contacted in turn, each seed would get the same key every time.
 func (s *Swim) keyIDFor(m *Member) uint32 {
 	if m != nil && m.State.IsLive() {
 		return m.KeyID
@@ -84,16 +89,18 @@ func (s *Swim) keyIDFor(m *Member) uint32 {
 	return ids[s.rng.IntN(len(ids))]
 }
 
-// sealAndQueue seals s.plain and queues the datagram.
+// sealAndQueue seals s.plain with the key keyID, and queues the result as a datagram to the address
+// in the argument to.
 func (s *Swim) sealAndQueue(to PacketDestination, keyID uint32) {
 	from := len(s.sealed)
 	s.sealed = s.sealer.Seal(s.sealed, s.plain, keyID)
 	s.datagrams = append(s.datagrams, Datagram{To: to, Data: s.sealed[from:len(s.sealed):len(s.sealed)]})
 }
 
-// sendTable sends the table to m in full packets, at most once per interval. If wantTheirs, it also
-// asks for m's table. It sends at most maxSyncPackets packets; the next call, for any member,
-// continues with the rest of a larger table.
+// sendTable queues a sync: packets to m that carry the table, filled with as many records as fit.
+// It does nothing if m was sent a sync less than one interval ago. If wantTheirs is true, the first
+// packet also asks for m's table. A sync has at most maxSyncPackets packets. If the table does not
+// fit, the next call of sendTable, for any member, continues with the rest.
 func (s *Swim) sendTable(m *Member, wantTheirs bool) {
 	if m.LastSync != 0 && s.now-m.LastSync < s.interval {
 		return

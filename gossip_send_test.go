@@ -1,6 +1,6 @@
 package main
 
-// Tests of sending: syncs of a large table, and the count of transmissions of an update.
+// Tests of sending: syncs of a large table, and how often an update counts as passed on.
 
 import (
 	"fmt"
@@ -10,7 +10,7 @@ import (
 )
 
 // A sync of a large table has at most maxSyncPackets packets, and a member sends at most one sync
-// per interval. Repeated syncs send every record of the table.
+// per interval to another member. Repeated syncs together send every record of the table.
 func TestSwimSyncsLargeTable(t *testing.T) {
 	s := joinedSim(t, 2, testSeed(t, 1))
 	a, b := s.nodes[0], s.nodes[1]
@@ -44,8 +44,8 @@ func TestSwimSyncsLargeTable(t *testing.T) {
 	}
 }
 
-// The answer to a replayed packet does not count as a transmission of an update, and is at most
-// twice as long as the packet.
+// When a member answers a replayed packet, no queued update counts as passed on. The answer is at
+// most twice as long as the replayed packet.
 func TestSwimUpdatesSurviveReplays(t *testing.T) {
 	s := newSim(t, 3, testSeed(t, 1))
 	var hello []byte

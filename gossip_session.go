@@ -1,9 +1,10 @@
 package main
 
-// This file opens packets and decides whether their sender's session may be believed. A session
-// must answer a challenge before any of its packets is believed, because the packets could be
-// replays. The number of answers to sessions that have proven nothing is bounded. Pure: no I/O and
-// no clock. This file must not know when to probe, or whom to suspect.
+// This file opens (decrypts) packets and decides whether to believe their sender's session. A
+// session is one run of a member. It proves itself by answering a request of this member. Before
+// that, its packets are not believed, because they could be replays. The number of answers to
+// unproven sessions is bounded. Pure: no I/O and no clock. This file must not know when to probe,
+// or which member to suspect.
 
 import (
 	"errors"
@@ -13,17 +14,19 @@ import (
 )
 
 const (
-	maxUnprovenReplies = 2048      // answers to unproven sessions per interval
-	versionEventEvery  = time.Hour // shortest time between two events EventVersion
+	maxUnprovenReplies = 2048      // most answers per interval to sessions that have not proven themselves
+	versionEventEvery  = time.Hour // shortest time between two events of the kind EventVersion
 )
 
-// RefusedPackets counts refused packets, by reason.
+// RefusedPackets counts refused packets by reason: the index is RefusedUnsealed, RefusedVersion and
+// so on.
 type RefusedPackets [refusedReasonCount]uint64
 
 // The reasons to refuse a packet. A refused packet is not believed and not answered, with these
-// exceptions. If a packet answers no pending request (RefusedUnasked), only the answer is ignored,
-// and the rest is believed. A sender may be challenged (RefusedStranger), be informed of its later
-// session (RefusedSession), or be checked for having this member's name (RefusedMisrouted).
+// exceptions. RefusedUnasked: this member handles the packet as if it were no answer, and merges
+// its records. RefusedStranger: this member may challenge the sender. RefusedSession: this member
+// may inform the sender of the sender's later session. RefusedMisrouted: this member may check
+// whether the sender is another member with the same name.
 const (
 	RefusedUnsealed  = iota // too short or too long for a sealed packet
 	RefusedVersion          // sealed by another version of telemeter
@@ -32,20 +35,21 @@ const (
 	RefusedMalformed        // opens but does not decode
 	RefusedMisrouted        // addressed to another member, or sent under this member's name
 	RefusedSession          // from an earlier session of its sender
-	RefusedReplay           // received before, or too old to know
+	RefusedReplay           // received before, or so old that the replay window cannot tell
 	RefusedStranger         // from a session that has not proven itself
-	RefusedUnasked          // answers no pending request to its sender
+	RefusedUnasked          // an answer, but to no request that waits for an answer of its sender
 	refusedReasonCount
 )
 
-// RefusedReasonNames returns the names of the reasons, for metrics and /debug/ring.
+// RefusedReasonNames returns the name of each reason to refuse a packet, for metrics and
+// /debug/ring.
 func RefusedReasonNames() [refusedReasonCount]string {
 	return [...]string{"unsealed", "version", "key", "forged", "malformed", "misrouted", "session", "replay", "stranger", "unasked"}
 }
 
-// openPacket opens and decodes a packet, and returns it with its sender's packet counter. If it
-// refuses the packet, it counts the refusal and returns nil. p is valid until the next call of
-// openPacket.
+// openPacket opens and decodes data, a packet that arrived from the address from. It returns the
+// packet, and the counter in the packet's nonce, by which replays are recognized. If it refuses the
+// packet, it counts the refusal and returns nil. p is valid until the next call of openPacket.
 func (s *Swim) openPacket(from netip.AddrPort, data []byte) (p *Packet, counter uint64) {
 	if len(data) > MaxPacket {
 		s.Refused[RefusedUnsealed]++
@@ -85,20 +89,21 @@ func refusedReason(err error) int {
 	return RefusedUnsealed
 }
 
-// A packetSenderKind classifies the session in which a packet was sent.
+// A packetSenderKind classifies a packet by the session (run of a member) in which it was sent.
 type packetSenderKind uint8
 
 const (
 	fromOwnName    packetSenderKind = iota // the sender has this member's name
-	fromOldSession                         // earlier than the latest known session of the sender
-	fromReplay                             // proven, but the packet counter was seen before
-	fromProven                             // proven
-	fromProving                            // not proven yet, but the packet answers a request of this member
-	fromStranger                           // not proven yet
+	fromOldSession                         // the session is earlier than the latest known session of the sender
+	fromReplay                             // the session is proven, but the packet is a replay, or too old to tell
+	fromProven                             // the session is proven, and the packet is not a replay
+	fromProving                            // the session is not proven yet, but this packet proves it by answering a request of this member
+	fromStranger                           // the session is not proven, and the packet does not prove it
 )
 
-// classifyAndMarkSeen returns the kind of p's sender. answered is the request that p answers, or
-// nil. If the session is proven, classifyAndMarkSeen marks counter, p's packet counter, as seen.
+// classifyAndMarkSeen returns the kind of p's sender. counter is p's packet counter. answered is
+// the request that p answers, or nil. If p's session is proven, classifyAndMarkSeen marks counter
+// as seen, so that a replay of p is recognized.
 func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingRequest) packetSenderKind {
 	m := s.table.Get(p.From)
 	switch {
@@ -118,8 +123,9 @@ func (s *Swim) classifyAndMarkSeen(p *Packet, counter uint64, answered *pendingR
 }
 
 // markSessionProven marks the session of p as proven, because p answers a request of this member,
-// and returns the sender. If the table has no record of this session, it takes the record from p.
-// It returns nil if p has no such record either, or if the table has no room.
+// and returns the sender. If the table has no record of the sender with this session, it merges the
+// sender's record in p. It returns nil if p has no such record either, or if the table does not
+// accept the record, for example because it is full.
 func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 	m := s.table.Get(p.From)
 	if m == nil || m.Session != p.Session {
@@ -137,17 +143,19 @@ func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 	return m
 }
 
-// answerOldSession informs the sender of p, which used an earlier session, of its latest known
-// session. It does so only if p is a PacketHello or answers a request: the sender may have lost its
-// state. (A replay of such a packet gets one packet in return.)
+// answerOldSession handles p, a packet from an earlier session of its sender. The sender may have
+// lost its state and begun a session with a lower number. So answerOldSession sends it the record
+// of its latest known session. It does so only if p is a PacketHello or answers a request. A replay
+// of such a packet also gets this one answer.
 func (s *Swim) answerOldSession(from netip.AddrPort, p *Packet, answered *pendingRequest) {
 	if (p.Kind == PacketHello || answered != nil) && s.countUnprovenReply() {
 		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID}, s.self, s.table.Get(p.From))
 	}
 }
 
-// challenge asks the sender of p to prove that p is not a replay. If p has a request of its own,
-// challenge also answers it, because the answer reveals only this member's record.
+// challenge asks the sender of p to prove that p is not a replay. If p is a request, the challenge
+// also answers it, because the answer reveals only this member's record. A PacketPingReq is not
+// answered.
 func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
 	if !s.countUnprovenReply() {
 		return
@@ -160,9 +168,9 @@ func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
 	}
 }
 
-// findOrAddChallenge returns the request ID with which memberName has to answer, and whether that
-// ID is new. Each name has at most one pending challenge, however often a packet is replayed. The
-// ID is 0 if too many requests are pending.
+// findOrAddChallenge returns the request ID that the member memberName must repeat in its answer to
+// the challenge, and whether that ID is new. Each name has at most one pending challenge, however
+// often a packet is replayed. The ID is 0 if maxPendingRequests requests are pending.
 func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bool) {
 	if r := s.requests.find(requestChallenge, memberName); r != nil {
 		return r.id, false
@@ -173,8 +181,8 @@ func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bo
 	return 0, false
 }
 
-// countUnprovenReply counts an answer to a session that has proven nothing. It returns whether this
-// interval still allows the answer.
+// countUnprovenReply counts one more answer to a session that has not proven itself. It returns
+// whether this answer is within the limit of maxUnprovenReplies per interval.
 func (s *Swim) countUnprovenReply() (allowed bool) {
 	if s.now-s.repliesSince >= s.interval {
 		s.repliesSince, s.replies = s.now, 0

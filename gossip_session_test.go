@@ -11,9 +11,10 @@ import (
 	"time"
 )
 
-// A member refuses a packet that is a replay, damaged, foreign, misaddressed, from an old session
-// or an answer to nothing. It counts the refusal, does not answer, and believes no record of the
-// packet.
+// A member refuses a packet that is a replay, is damaged, has another version, key or ring, is
+// addressed to another member, comes from an old session, or answers no request. It counts the
+// refusal and does not answer. It believes no record of such a packet, except for a packet whose
+// only fault is that it answers no request.
 func TestSwimRefuses(t *testing.T) {
 	s := newSim(t, 3, testSeed(t, 1))
 	var ping []byte
@@ -31,7 +32,7 @@ func TestSwimRefuses(t *testing.T) {
 	for _, c := range []struct {
 		about  string
 		packet []byte
-		want   int // the count that rises
+		want   int // index in RefusedPackets of the count that rises by 1
 	}{
 		{"replay of a ping", ping, RefusedReplay},
 		{"packet without its last byte", ping[:len(ping)-1], RefusedForged},
@@ -65,7 +66,7 @@ func TestSwimRefuses(t *testing.T) {
 	}
 }
 
-// strangerAddr is an address at which no node of a sim is.
+// strangerAddr is an address that no node of a simulation uses.
 var strangerAddr = netip.MustParseAddrPort("192.0.2.7:1")
 
 // deathOf returns a record with a high incarnation that declares node i dead.
@@ -73,8 +74,8 @@ func (s *sim) deathOf(i int) MemberRecord {
 	return MemberRecord{Name: s.nodes[i].name, Session: s.nodes[i].swim.self.Session, Incarnation: 99, State: StateDead, Addr: "x:1", Slot: NoSlot}
 }
 
-// A member challenges the sender of a packet whose session it does not know, or knows only from
-// other members. It believes no record of the packet.
+// A member challenges the sender of a packet if it does not know the sender's session, or knows the
+// session only from records of other members. It believes no record of the packet.
 func TestSwimChallenges(t *testing.T) {
 	s := joinedSim(t, 3, testSeed(t, 1))
 	a, b, dead := s.nodes[0], s.nodes[1], s.deathOf(2)
@@ -99,8 +100,8 @@ func TestSwimChallenges(t *testing.T) {
 	}
 }
 
-// A member accepts the answer to its challenge as proof of the session. The replay window starts at
-// the counter of that answer, so that the answer is accepted only once.
+// A member accepts the answer to its challenge as proof of the sender's session. It accepts that
+// answer only once, because the session's replay window starts at the answer's packet counter.
 func TestSwimAcceptsProof(t *testing.T) {
 	s := joinedSim(t, 3, testSeed(t, 1))
 	b := s.nodes[1].swim
@@ -121,8 +122,8 @@ func TestSwimAcceptsProof(t *testing.T) {
 	}
 }
 
-// A member counts every packet of another version, and reports the first one. It reports at most
-// one such packet per hour.
+// A member counts every packet that another version of telemeter has sealed. It adds an event for
+// the first such packet, and then for at most one per hour.
 func TestSwimReportsVersion(t *testing.T) {
 	s := joinedSim(t, 2, testSeed(t, 1))
 	a, from := s.nodes[0].swim, s.nodes[1].addr
@@ -145,8 +146,8 @@ func TestSwimReportsVersion(t *testing.T) {
 	}
 }
 
-// A member ignores a packet of its own that comes back: it does not take the sender's address for
-// another member, and still joins through a seed at that address.
+// A member ignores one of its own packets that comes back from the address of a seed. It still
+// joins the ring later through the seed at that address.
 func TestSwimReflected(t *testing.T) {
 	s := newSim(t, 2, testSeed(t, 1))
 	var hello []byte
@@ -162,8 +163,8 @@ func TestSwimReflected(t *testing.T) {
 	s.until(10*time.Second, "node 1 joins through the seed that reflected a packet", s.agree)
 }
 
-// A packet of an earlier session of the receiver leads to at most one request, however often it
-// comes back.
+// If a member receives a packet that it sent itself in an earlier session, this leads to at most
+// one pending request, however often the packet comes back.
 func TestSwimReflectedOften(t *testing.T) {
 	s := newSim(t, 2, testSeed(t, 1))
 	var hello []byte
@@ -181,8 +182,8 @@ func TestSwimReflectedOften(t *testing.T) {
 	}
 }
 
-// A member sends at most maxUnprovenReplies answers per interval to senders that have proven
-// nothing.
+// A member sends at most maxUnprovenReplies answers per interval to senders whose sessions have not
+// proven themselves.
 func TestSwimBoundedAnswers(t *testing.T) {
 	s := joinedSim(t, 2, testSeed(t, 1))
 	hello := s.seal(1, Packet{Kind: PacketHello, From: "x", Session: 1, RequestID: 5})

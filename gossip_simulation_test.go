@@ -1,7 +1,8 @@
 package main
 
-// Figures of gossip in simulated rings. TestSweepGossip checks the figures of a few runs against
-// their limits. TestSimulationTable, with -sim, prints all figures that the README shows.
+// This file measures gossip in simulated rings: the times until all members know of a change, the
+// packets sent and the false deaths. TestSweepGossip checks these figures in a few runs against
+// limits. TestSimulationTable, with -sim, prints all figures as a table, for docs/figures.md.
 
 import (
 	"cmp"
@@ -16,10 +17,10 @@ import (
 
 var simFlag = flag.Bool("sim", false, "simulate gossip at length and print the table of figures")
 
-// figures are the results of one scenario, of several runs.
+// figures holds the measurements of several runs of one scenario, such as the death of a member.
 type figures struct {
-	times []time.Duration // until all members know of the change
-	sent  []int           // packets per member
+	times []time.Duration // of each run: time until all members know of the change
+	sent  []int           // of each run: packets sent per member
 }
 
 func (f *figures) add(s *sim, t time.Duration, packets int) {
@@ -41,7 +42,7 @@ func quantile[T cmp.Ordered](all []T, q float64) T {
 	return all[int(q*float64(len(all)-1)+.5)]
 }
 
-// simJoin starts a ring of n members and adds to f how long all need to know each other.
+// simJoin starts a ring of n members, and adds to f the time until all members know each other.
 func simJoin(tb testing.TB, n int, seed uint64, f *figures) *sim {
 	s := newSim(tb, n, seed)
 	s.startAll()
@@ -49,7 +50,7 @@ func simJoin(tb testing.TB, n int, seed uint64, f *figures) *sim {
 	return s
 }
 
-// simKill kills the last member and adds to f how long all others need to declare it dead.
+// simKill kills the last member, and adds to f the time until all other members consider it dead.
 func simKill(s *sim, f *figures) {
 	victim := len(s.nodes) - 1
 	sent := s.sent
@@ -58,8 +59,8 @@ func simKill(s *sim, f *figures) {
 	f.add(s, s.until(60*time.Second, "all know of a death", s.agree), s.sent-sent)
 }
 
-// simLeave makes the middle member leave, and adds to f how long all others need to know. It then
-// ends the member.
+// simLeave makes the middle member leave, and adds to f the time until all other members know of
+// the leave. When the leave is confirmed, simLeave ends the member.
 func simLeave(s *sim, f *figures) {
 	leaver := len(s.nodes) / 2
 	sent := s.sent
@@ -70,8 +71,8 @@ func simLeave(s *sim, f *figures) {
 	s.kill(leaver)
 }
 
-// simPartition separates the even nodes from the odd nodes for a time, and adds to f how long all
-// need afterwards to know each other again.
+// simPartition separates the even nodes from the odd nodes for the duration lasts. It adds to f the
+// time from the end of the partition until all members consider each other live again.
 func simPartition(s *sim, lasts time.Duration, f *figures) {
 	for i, n := range s.nodes {
 		n.group = i % 2
@@ -84,14 +85,14 @@ func simPartition(s *sim, lasts time.Duration, f *figures) {
 	f.add(s, s.until(60*time.Second, fmt.Sprintf("all agree after a partition of %v", lasts), s.agree), s.sent-sent)
 }
 
-// simFalse returns the number of false deaths in a time: how often a member declared a running
-// member dead. loss is the share of packets that are lost. stalled is the share of members that
-// stall at any time; the death of a member that stalls, or has stalled in the last second, is not
-// false.
+// simFalse returns the number of false deaths in the duration lasts: how often a member reported a
+// running member as dead. loss is the share of packets that are lost. stalled is the share of
+// members that stall at any time. The death of a member does not count as false while that member
+// stalls, or within a second after its stall.
 func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
 	s.loss = loss
 	since := s.now
-	ran := make([]time.Duration, len(s.nodes)) // time from which each member counts as running
+	ran := make([]time.Duration, len(s.nodes)) // time from which each member counts as running again after its last stall
 	if stalled > 0 {
 		var next func()
 		next = func() {
@@ -120,7 +121,8 @@ func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
 	return wrong
 }
 
-// simRest returns the packets and bytes that a member sends per second, over a time.
+// simRest returns the packets and bytes that each member sends per second on average. It measures
+// for the duration lasts, in which it changes nothing.
 func simRest(s *sim, lasts time.Duration) (packets, bytes float64) {
 	sent, size := s.sent, s.bytes
 	s.run(lasts)
@@ -128,8 +130,8 @@ func simRest(s *sim, lasts time.Duration) (packets, bytes float64) {
 	return float64(s.sent-sent) / per, float64(s.bytes-size) / per
 }
 
-// TestSimulationTable prints the figures for rings of up to 300 members. It checks nothing but that
-// all runs end in time; TestSweepGossip checks the figures that matter.
+// With -sim, TestSimulationTable prints the figures for rings of up to 300 members. It checks only
+// that the members agree in time after each change; TestSweepGossip checks the figures that matter.
 func TestSimulationTable(t *testing.T) {
 	if !*simFlag {
 		return // without -sim, TestSweepGossip checks the figures that matter
@@ -147,7 +149,7 @@ func TestSimulationTable(t *testing.T) {
 			packets, bytes = simRest(s, time.Minute)
 			simKill(s, &kill)
 			s.run(30 * time.Second)
-			if n == 2 { // a member that is alone cannot announce a leave
+			if n == 2 { // only one member is left, and a member that is alone cannot announce a leave
 				s.start(1)
 				s.run(30 * time.Second)
 			}
@@ -174,9 +176,9 @@ func TestSimulationTable(t *testing.T) {
 	}
 }
 
-// Members join, die, leave and heal a partition within the limits of the design, and send little
-// while nothing changes. The limits are for the test's own seed: the medians are of so few runs that
-// some other seeds exceed them.
+// All members learn of joins, deaths, leaves and the end of a partition within the limits of the
+// design, and send few packets while nothing changes. The limits hold for the test's own seed. Each
+// median is of so few runs that it exceeds its limit with some other seeds.
 func TestSweepGossip(t *testing.T) {
 	sweep(t)
 	limit := func(about string, got, most time.Duration) {
@@ -223,9 +225,10 @@ func TestSweepGossip(t *testing.T) {
 	limit("10 members: healing a partition of an hour", long.worst(), 10*time.Second)
 }
 
-// Packet loss, delay, duplicate packets and stalls of other members cause no false death.
-// Afterwards all members agree again. With 35 % loss a false death is possible but rare, so that the
-// test fails with a few seeds other than its own.
+// No member that runs without a stall is declared dead while packets are lost, delayed or
+// duplicated, or while some members stall. Afterwards all members agree again about which members
+// are live. With 35 % loss a false death is possible but rare, so that the test fails with a few
+// seeds other than its own.
 func TestSweepFalseDeaths(t *testing.T) {
 	sweep(t)
 	first := testSeed(t, 1)

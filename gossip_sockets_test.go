@@ -1,8 +1,8 @@
 package main
 
-// Benchmarks of gossip over real sockets. All members are in this process, on loopback. Members are
-// observed while they rest, lose packets or are separated, so that the benchmarks have to sleep. No
-// benchmark checks a time.
+// Benchmarks of gossip over real UDP sockets. All members are in this process, on loopback. The
+// benchmarks sleep while they observe members that are at rest, lose packets or are separated. They
+// log the measured times, and do not compare them with limits.
 
 import (
 	"fmt"
@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// A lossyConn loses the datagrams for which lost returns true.
+// A lossyConn is a UDPConn that loses each datagram for whose destination lost returns true.
 type lossyConn struct {
 	UDPConn
 	lost func(to netip.AddrPort) bool
@@ -30,7 +30,8 @@ func (c *lossyConn) WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error)
 }
 
 // joinedSockets starts n members at the default interval, waits until all know each other, and
-// returns how long that took. conn, if not nil, wraps the socket of member i.
+// returns the members and how long this took. If conn is not nil, member i uses the result of conn
+// for its socket c. Each member passes its events to notify.
 func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, notify func(GossipEvent)) ([]*gossiper, time.Duration) {
 	t.Helper()
 	begin := time.Now()
@@ -51,22 +52,22 @@ func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, not
 	return all, time.Since(begin)
 }
 
-// medianAndWorst formats the median and the longest of times, in seconds.
+// medianAndWorst returns a text with the median and the longest of times, in seconds.
 func medianAndWorst(times []time.Duration) string {
 	slices.Sort(times)
 	return fmt.Sprintf("%.2f/%.2f", times[len(times)/2].Seconds(), times[len(times)-1].Seconds())
 }
 
-// BenchmarkGossipSockets logs figures of rings on real sockets: at rest and when members join, leave
-// or die, with packet loss, and after a partition. It takes about seven minutes.
+// BenchmarkGossipSockets logs measurements of rings on real sockets: of members at rest, of joins,
+// leaves and deaths, with packet loss, and after a partition. It takes about seven minutes.
 func BenchmarkGossipSockets(t *testing.B) {
 	measureSockets(t)
 	measureSocketsLoss(t)
 	measureSocketsPartition(t)
 }
 
-// measureSockets measures how soon all members know of joins, a death and a leave, and what
-// a member sends while nothing changes.
+// measureSockets measures how long all members need to learn of joins, a death and a leave, and how
+// many packets a member sends while nothing changes.
 func measureSockets(t *testing.B) {
 	t.Log("members | all join | sudden death known | graceful leave known | packets/s, bytes/s per member at rest | CPU s per member-minute")
 	for _, size := range []struct{ n, runs int }{{3, 7}, {10, 7}, {50, 5}, {100, 5}} {
@@ -116,8 +117,8 @@ func socketsAtRest(t *testing.B, all []*gossiper) (packets, bytes, cpu float64) 
 	return packets, bytes, cpu
 }
 
-// measureSocketsLoss counts false deaths in rings that lose 20 % of all datagrams for a
-// minute. All rings run at the same time.
+// measureSocketsLoss counts how often a member declares a running member dead in rings that lose
+// 20 % of all datagrams for a minute. Several rings run at the same time.
 func measureSocketsLoss(t *testing.B) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex // guards lines
@@ -150,12 +151,12 @@ func measureSocketsLoss(t *testing.B) {
 	t.Log("false deaths in 60 s of 20 % loss, by members: ", strings.Join(lines, ", "))
 }
 
-// measureSocketsPartition measures how long ten members need to know each other again after
-// a partition into two halves.
+// measureSocketsPartition measures how long ten members need to consider each other live again
+// after a partition into two halves.
 func measureSocketsPartition(t *testing.B) {
 	for _, lasts := range []time.Duration{20 * time.Second, time.Minute} {
 		var apart atomic.Bool
-		side := sync.Map{} // address → 0 or 1
+		side := sync.Map{} // half of the ring, 0 or 1, by the address of a member
 		all, _ := joinedSockets(t, 10, func(i int, u UDPConn) UDPConn {
 			return &lossyConn{UDPConn: u, lost: func(to netip.AddrPort) bool {
 				s, ok := side.Load(to)

@@ -1,9 +1,9 @@
 package main
 
-// SWIM with Lifeguard as a state machine: this file holds the announcements of this member and the
-// actions that are due as time passes. Sources: Das, Gupta, Motivala, "SWIM" (2002); Dadgar,
-// Phillips, Currey, "Lifeguard" (2017). All memory that a peer can make grow is bounded. Pure: no
-// I/O and no clock. Time, randomness and packets come in as arguments, and packets go out as
+// This file holds the state machine of SWIM with Lifeguard: its announcements and the actions that
+// become due as time passes. Sources: Das, Gupta, Motivala, "SWIM" (2002); Dadgar, Phillips,
+// Currey, "Lifeguard" (2017). All memory that another member can make grow is bounded. Pure: no I/O
+// and no clock. Time, randomness and received packets are arguments, and packets to send are
 // results.
 
 import (
@@ -14,113 +14,114 @@ import (
 )
 
 const (
-	gossipEvery  = 0.1         // intervals between two rounds of updates, while updates are queued
-	gossipFanout = 3           // members that get updates in one round
-	leaveTargets = 8           // members that are asked to confirm that this member leaves
-	maxTries     = 4           // packets sent for one requestLeave or requestNameCheck
-	maxSeeds     = 64          // seed addresses
-	sessionStep  = 1 << 32     // see nextSession
-	expireEvery  = time.Minute // between two calls of ForgetLeftMembers
+	gossipEvery  = 0.1         // time between two rounds in which queued updates are sent, in gossip intervals
+	gossipFanout = 3           // most members to which one round sends updates
+	leaveTargets = 8           // most members that are asked to confirm that this member leaves
+	maxTries     = 4           // most packets sent for one requestLeave or requestNameCheck
+	maxSeeds     = 64          // most seed addresses that SetSeeds considers
+	sessionStep  = 1 << 32     // session numbers of successive runs differ in the bits from this one up; see nextSession
+	expireEvery  = time.Minute // time between two calls of ForgetLeftMembers
 )
 
 // A RestartState is the state that a member keeps from one start to the next. The zero value is the
 // state of a member that has never started.
 type RestartState struct {
-	Session     uint64 // the last session used
-	Slot        uint16 // the claimed slot, if Lamport is not 0
-	Lamport     uint64 // number of the claim; 0 = no claim
-	Provisional bool   // the claim is provisional
-	MaxLamport  uint64 // the highest Lamport number seen
-	Buckets     uint16 // the most buckets seen
+	Session     uint64 // the last session that the member used
+	Slot        uint16 // the slot that the member claims, or NoSlot; valid only if Lamport is not 0
+	Lamport     uint64 // number of the member's claim; 0 = no claim
+	Provisional bool   // the member's claim is provisional; see MemberRecord.Provisional
+	MaxLamport  uint64 // the highest claim number (Lamport) seen in any record
+	Buckets     uint16 // the highest slot ever seen claimed, plus one
 }
 
-// A GossipEvent is something that the operator may want to find in the log. Name is a member's
-// name, and Addr is an address of that member.
+// A GossipEvent is an event that the operator may want to find in the process log. Name and Addr
+// are the name and an address of the member that the event is about. Name is empty for a refused
+// packet.
 type GossipEvent struct{ What, Name, Addr string }
 
-// The values of What.
+// The values of GossipEvent.What.
 const (
 	EventUp           = "member is up"
 	EventDown         = "member is down"
 	EventLeft         = "member has left"
 	EventSuspect      = "member is suspected"
-	EventSessionTaken = "other members know a later session of this member: took a higher one" // RestartState has to be stored
+	EventSessionTaken = "other members know a later session of this member: took a higher one" // the caller must store RestartState() again
 	EventNameConflict = "another member has the same name and a lower session"                 // the other member stands down
 	EventStoodDown    = "another member has the same name and a higher session: standing down"
 	EventStalled      = "this process stalled: suspecting no member for a while"
-	EventVersion      = "packet refused" // beginning of the text; the reason with the versions follows
+	EventVersion      = "packet refused" // beginning of What; the reason, with both versions, follows
 )
 
 // A SwimConfig configures a Swim. Every field except URL must be set; the RestartState of a member
 // that never started is zero.
 type SwimConfig struct {
 	Name, Addr, URL string
-	Interval        time.Duration // between probes; scales all other times except the life of tombstones
-	Random          rand.Source   // must be unpredictable to attackers
-	Sealer          *PacketSealer // only the Swim may use it after NewSwim
+	Interval        time.Duration // time between two probes; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and versionEventEvery
+	Random          rand.Source   // source of all random numbers, session numbers and request IDs included; must be unpredictable to attackers
+	Sealer          *PacketSealer // seals and opens packets; only the Swim may use it after NewSwim
 	RestartState    RestartState
 }
 
-// A Swim is one member of the ring, and its view of the others. Times are on one monotonic clock
-// with any origin. If a call passes an earlier time than the previous call, the Swim uses the time
-// of the previous call. A Swim is not safe for concurrent use. Results of its methods are valid
-// until the next call of Receive or Tick.
+// A Swim is one member of the ring, and its view of the other members. Times are on one monotonic
+// clock with any origin. If a call passes an earlier time than the previous call, the Swim uses the
+// time of the previous call. A Swim is not safe for concurrent use. The datagrams and events that
+// Receive and Tick produce are valid until the next call of Receive or Tick.
 type Swim struct {
-	Events    []GossipEvent // of the last Receive or Tick
+	Events    []GossipEvent // events of the last call of Receive or Tick
 	Refused   RefusedPackets
-	Health    int  // Lifeguard's local health: 0 is good; probes wait Health+1 times as long for answers
+	Health    int  // Lifeguard's local health, 0 (good) to maxHealth (worst); probes wait Health+1 times as long for answers
 	StoodDown bool // another member has this member's name and a higher session; this member sends and believes nothing more
 
-	// Identity.
+	// NewSwim sets these five fields, and they are never assigned again.
 	name     string
 	interval time.Duration
 	rng      *rand.Rand
 	sealer   *PacketSealer
-	self     *Member // this member in table
+	self     *Member // the entry of this member in table
 
-	// Membership.
-	now        time.Duration // of the latest call of Receive or Tick
+	// What this member knows of the ring, and the requests that it has sent.
+	now        time.Duration // time of the latest call of Receive or Tick
 	table      MemberTable
 	requests   pendingRequests
 	seeds      []seed
 	maxLamport uint64        // highest claim number seen
-	buckets    uint16        // most buckets seen
-	wantTable  bool          // every packet asks for the receiver's table, because no table has come yet
-	syncedAt   time.Duration // when the first table came; 0 = no table has come yet
+	buckets    uint16        // highest slot ever seen claimed, plus one
+	wantTable  bool          // every packet asks for the receiver's table, because no other member has sent its table in this session
+	syncedAt   time.Duration // when another member first sent its table in this session; 0 = not yet
 
-	// Timers.
+	// Timers: when this member must probe, reconnect, gossip and so on.
 	probeOrder  ProbeOrder
 	probeAt     time.Duration // when to probe the next member
 	reconnectAt time.Duration // when to contact a dead member or a seed
-	joinBackoff time.Duration // time between attempts to join
-	resyncAt    time.Duration // when to ask for a table again; 0 = never
+	joinBackoff time.Duration // time between attempts to reach the seeds while this member is alone
+	resyncAt    time.Duration // when to ask another member for its table again; 0 = never
 	gossipAt    time.Duration // when to send the next round of updates
 	expireAt    time.Duration // when to call ForgetLeftMembers
 	wakeAt      time.Duration // when the next call of Receive or Tick is expected; a much later call shows a stall
 
-	// Limits.
-	replies        int // answers since repliesSince to sessions that have proven nothing
+	// Limits on answers to unproven sessions and on events about other versions.
+	replies        int // answers since repliesSince to sessions that have not proven themselves
 	repliesSince   time.Duration
 	versionEventAt time.Duration // when the next EventVersion may be reported
 
-	// Buffers.
-	packet      Packet     // the packet opened last
-	openedKeyID uint32     // ID of the key that sealed packet
-	plain       []byte     // the opened packet, or the packet to seal
-	sealed      []byte     // memory of datagrams
-	datagrams   []Datagram // results of the current Receive or Tick
-	syncFrom    int        // index in table.Members where sendTable goes on
+	// Memory that every Receive and Tick uses again, and the place where the next sync begins.
+	packet      Packet     // the packet that openPacket decoded last
+	openedKeyID uint32     // ID of the key with which that packet was sealed
+	plain       []byte     // bytes of the opened packet, or of the packet to seal
+	sealed      []byte     // bytes of all sealed packets in datagrams
+	datagrams   []Datagram // datagrams that the current Receive or Tick will return
+	syncFrom    int        // index in table.Members of the first record of the next sync
 }
 
-// A seed is one address at which this member looks for others.
+// A seed is one address at which this member looks for other members of the ring.
 type seed struct {
 	addr netip.AddrPort
-	name string // of the member that last answered from addr
+	name string // name of the member that last answered from addr; empty until a member has answered
 }
 
-// NewSwim returns a member that knows no other member. Its session is new. The caller must store
-// the result of RestartState before it sends the first packet, so that the session of the next
-// start is higher.
+// NewSwim returns a member that knows no other member. Its session is higher than the session in
+// c.RestartState. The caller must store the result of RestartState before it sends the first
+// packet, so that the session of the next start is higher again.
 func NewSwim(c SwimConfig) *Swim {
 	s := &Swim{
 		name: c.Name, interval: c.Interval, rng: rand.New(c.Random), sealer: c.Sealer,
@@ -135,14 +136,14 @@ func NewSwim(c SwimConfig) *Swim {
 	return s
 }
 
-// nextSession returns a session after afterSession. The upper 32 bits count up. The lower 32 bits
-// are random, so that two members with the same name that both lost their state have different
-// sessions.
+// nextSession returns a session number that is higher than afterSession. Its upper 32 bits are
+// those of afterSession plus one. Its lower 32 bits are random, so that two members with the same
+// name that both lost their state have different sessions.
 func (s *Swim) nextSession(afterSession uint64) uint64 {
 	return (afterSession/sessionStep+1)*sessionStep + s.rng.Uint64N(sessionStep)
 }
 
-// RestartState returns the state to store for the next start.
+// RestartState returns the state that the caller must store for this member's next start.
 func (s *Swim) RestartState() RestartState {
 	st := RestartState{Session: s.self.Session, MaxLamport: s.maxLamport, Buckets: s.buckets}
 	if r := s.self.MemberRecord; r.Lamport > 0 {
@@ -151,7 +152,7 @@ func (s *Swim) RestartState() RestartState {
 	return st
 }
 
-// ViewVersion returns View().Version without the cost of View.
+// ViewVersion returns the same number as View().Version, without copying the view.
 func (s *Swim) ViewVersion() uint64 { return s.table.Version + uint64(s.buckets) }
 
 // View returns a copy of what this member knows of the ring.
@@ -159,8 +160,8 @@ func (s *Swim) View() GossipView {
 	return GossipView{Version: s.ViewVersion(), Self: s.name, Buckets: s.buckets, MaxLamport: s.maxLamport, Joined: s.syncedAt != 0, Members: s.table.Snapshots(s.now)}
 }
 
-// AnnounceClaim announces that this member claims slot, with the number claimNumber. If slot is
-// NoSlot, it announces that this member claims no slot.
+// AnnounceClaim announces that this member claims slot, and that its claim has the number
+// claimNumber. If slot is NoSlot, it announces that this member claims no slot.
 func (s *Swim) AnnounceClaim(slot uint16, claimNumber uint64, provisional bool) {
 	r := s.self.MemberRecord
 	r.Slot, r.Lamport, r.Provisional = slot, claimNumber, provisional
@@ -168,7 +169,8 @@ func (s *Swim) AnnounceClaim(slot uint16, claimNumber uint64, provisional bool) 
 	s.announceSelf(r)
 }
 
-// raiseLamportAndBuckets raises maxLamport and buckets to cover the claim in r.
+// raiseLamportAndBuckets raises maxLamport to the claim number in r, and buckets to r's slot plus
+// one, if they are lower.
 func (s *Swim) raiseLamportAndBuckets(r *MemberRecord) {
 	s.maxLamport = max(s.maxLamport, r.Lamport)
 	if r.Slot < MaxSlots {
@@ -176,7 +178,7 @@ func (s *Swim) raiseLamportAndBuckets(r *MemberRecord) {
 	}
 }
 
-// AnnounceLeaving announces that this member is about to leave. It stays a live member and keeps
+// AnnounceLeaving announces that this member is about to leave. This member stays live and keeps
 // its slot, but must own no sites; see MemberRecord.Leaving.
 func (s *Swim) AnnounceLeaving() {
 	r := s.self.MemberRecord
@@ -184,8 +186,8 @@ func (s *Swim) AnnounceLeaving() {
 	s.announceSelf(r)
 }
 
-// SetKeys replaces the cluster keys, and announces the key that this member now seals with. After
-// an error the old keys stay in use.
+// SetKeys replaces the cluster keys, and announces the ID of the first key, with which other
+// members then seal packets to this member. After an error the old keys stay in use.
 func (s *Swim) SetKeys(keys Keys) error {
 	if err := s.sealer.SetKeys(keys); err != nil {
 		return err
@@ -196,15 +198,17 @@ func (s *Swim) SetKeys(keys Keys) error {
 	return nil
 }
 
-// announceSelf makes r this member's record, with a new incarnation, and queues it as an update.
+// announceSelf makes r this member's record, with r's incarnation raised by one, and queues the
+// record as an update.
 func (s *Swim) announceSelf(r MemberRecord) {
 	r.Incarnation++
 	s.table.SetRecord(s.now, s.self, r)
 	s.table.QueueUpdate(s.self)
 }
 
-// SetSeeds replaces the addresses at which this member looks for others, as long as it runs. It
-// ignores this member's own address, and all addresses after the first 64.
+// SetSeeds replaces the seeds, which are the addresses at which this member looks for other members
+// as long as it runs. A new seed is contacted at once. SetSeeds ignores this member's own address,
+// and all addresses after the first maxSeeds.
 func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 	old := s.seeds
 	s.seeds = nil
@@ -222,8 +226,8 @@ func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 	}
 }
 
-// Leave announces that this member leaves, and asks a few members to confirm that they know.
-// HasLeft reports when they have confirmed.
+// Leave announces that this member leaves, and asks up to leaveTargets members to confirm that they
+// know of the leave. HasLeft reports whether they have confirmed.
 func (s *Swim) Leave() {
 	if s.self.State == StateLeft {
 		return
@@ -240,11 +244,12 @@ func (s *Swim) Leave() {
 	}
 }
 
-// HasLeft reports, after Leave, whether every member that was asked to confirm has done so or has
-// failed to answer.
+// HasLeft reports whether Leave was called, and every member that was asked to confirm the leave
+// has confirmed it or has not answered maxTries packets.
 func (s *Swim) HasLeft() bool { return s.self.State == StateLeft && len(s.requests) == 0 }
 
-// NextTickAt returns the time at which Tick should be called next.
+// NextTickAt returns the time at which Tick should be called next. A call of any other method of
+// the Swim may change this time.
 func (s *Swim) NextTickAt() time.Duration {
 	next := s.expireAt
 	if s.table.HasUpdates() && s.table.Live > 1 {
@@ -267,7 +272,7 @@ func (s *Swim) NextTickAt() time.Duration {
 	return min(next, s.probeAt, s.reconnectAt)
 }
 
-// Tick does everything that is due at now, and returns the datagrams to send.
+// Tick takes all actions that are due at the time now, and returns the datagrams to send.
 func (s *Swim) Tick(now time.Duration) []Datagram {
 	s.beginReceiveOrTick(now)
 	if s.StoodDown {
@@ -289,7 +294,7 @@ func (s *Swim) Tick(now time.Duration) []Datagram {
 	}
 	if s.resyncAt != 0 && s.resyncAt <= s.now {
 		s.resyncAt = 0
-		if len(s.table.Members) > 1 { // the first other member in the table
+		if len(s.table.Members) > 1 { // Members[0] is this member; ask the member that became known first after it
 			s.sendTo(s.table.Members[1], Packet{Kind: PacketGossip, WantTable: true})
 		}
 	}
@@ -303,8 +308,8 @@ func (s *Swim) Tick(now time.Duration) []Datagram {
 	return s.endStep()
 }
 
-// gossipUpdates sends updates to at most gossipFanout live members. It goes through the table once,
-// from a random place, and skips members at random.
+// gossipUpdates sends queued updates to at most gossipFanout live members. To choose them, it goes
+// through the table once, from a random place, and skips some members at random.
 func (s *Swim) gossipUpdates() {
 	s.gossipAt = s.now + s.intervalsToDuration(gossipEvery)
 	members := s.table.Members
@@ -318,12 +323,13 @@ func (s *Swim) gossipUpdates() {
 	}
 }
 
-// beginReceiveOrTick starts a Receive or Tick at now: it discards the results of the call before,
-// and handles a stall if the call comes much too late.
+// beginReceiveOrTick must be called first in each Receive and Tick. It discards the results of the
+// previous call. If the present call comes at least stallAfter too late, it handles a stall of this
+// process.
 func (s *Swim) beginReceiveOrTick(now time.Duration) {
 	s.datagrams, s.sealed, s.Events = s.datagrams[:0], s.sealed[:0], s.Events[:0]
 	s.now = max(s.now, now)
-	if s.probeAt == 0 { // this is the first call
+	if s.probeAt == 0 { // this is the first Receive or Tick
 		s.probeAt = s.now + 1 + time.Duration(s.rng.Int64N(int64(s.interval)))
 		s.expireAt = s.now + expireEvery
 		s.wakeAt, s.table.ChangedAt = s.now, s.now
@@ -333,7 +339,8 @@ func (s *Swim) beginReceiveOrTick(now time.Duration) {
 	}
 }
 
-// endStep ends a Receive or Tick, and returns the datagrams to send.
+// endStep must be called last in each Receive and Tick. It notes when the next call is expected,
+// and returns the datagrams to send.
 func (s *Swim) endStep() []Datagram {
 	s.wakeAt = max(s.NextTickAt(), s.now)
 	return s.datagrams
@@ -351,14 +358,14 @@ func (s *Swim) randomMember(isEligible func(*Member) bool) *Member {
 	return s.table.RandomMember(s.rng, s.self, isEligible)
 }
 
-// addRequestIfRoom adds r to the pending requests, and returns it with its ID. It returns nil if
-// too many requests are pending.
+// addRequestIfRoom gives r an ID, adds it to the pending requests, and returns it. It returns nil
+// if maxPendingRequests requests are pending.
 func (s *Swim) addRequestIfRoom(r pendingRequest) *pendingRequest {
 	return s.requests.addIfRoom(s.now, s.rng, r)
 }
 
-// ping sends a ping to m, and adds r to the pending requests. If too many requests are pending, it
-// does nothing.
+// ping sends a ping to m, and adds r, the request for the answer, to the pending requests. It does
+// nothing if maxPendingRequests requests are pending.
 func (s *Swim) ping(m *Member, r pendingRequest) {
 	r.name, r.member = m.Name, m
 	if r := s.addRequestIfRoom(r); r != nil {

@@ -1,7 +1,7 @@
 package main
 
-// Tests of whole rings in the simulator: restarts, names used twice, rotation of keys, stalls,
-// clocks and partitions.
+// Tests of whole rings in the simulator: replayed packets, restarts, two members with one name,
+// rotation of keys, stalls, clock jumps and the merging of rings.
 
 import (
 	"fmt"
@@ -11,12 +11,12 @@ import (
 	"time"
 )
 
-// A member that left or died never comes back to life, even if all packets ever sent are replayed,
-// at once or up to two days later.
+// A member that left or died is never considered live again, even if all packets that were sent
+// before are replayed, at once and up to three days later.
 func TestSweepNoGhosts(t *testing.T) {
 	sweep(t)
 	s := newSim(t, 5, testSeed(t, 1))
-	s.interval = 10 * time.Second // a long interval, because the test simulates days
+	s.interval = 10 * time.Second // a long interval, so that simulating days takes few events
 	type packet struct {
 		from, to int
 		data     []byte
@@ -33,7 +33,7 @@ func TestSweepNoGhosts(t *testing.T) {
 	s.kill(4)
 	s.until(200*time.Second, "all know of the deaths", s.agree)
 	s.tap = nil
-	s.restart(2) // knows the missing members only from others
+	s.restart(2) // from now on, node 2 knows nodes 3 and 4 only from records of other members
 	s.until(200*time.Second, "node 2 joins again", s.agree)
 	s.events = nil
 	for _, wait := range []time.Duration{0, time.Minute, tombstoneLife / 2, tombstoneLife} {
@@ -55,9 +55,9 @@ func TestSweepNoGhosts(t *testing.T) {
 	}
 }
 
-// A member that restarts, in whatever way, is soon known to all with its new session and address.
-// No other member is declared dead, and the member's new session is reported, so that it can be
-// stored.
+// After a member restarts, in any of the ways listed, all members soon know its new session and
+// address. No other member is declared dead, and the session stored for the member's next start is
+// its new session.
 func TestSwimRestarts(t *testing.T) {
 	seed := testSeed(t, 1)
 	forget := func(s *sim, i int) { s.nodes[i].state = RestartState{} }
@@ -76,7 +76,7 @@ func TestSwimRestarts(t *testing.T) {
 		"no seeds":                  func(s *sim, i int) { s.restart(i, []int{}...) },
 		"seed is the member itself": func(s *sim, i int) { s.restart(i, i, 0, 1, 2) },
 	} {
-		for _, i := range []int{0, 4} { // the seed of all members, and another member
+		for _, i := range []int{0, 4} { // node 0 is the seed of all other members; node 4 is no seed
 			t.Run(fmt.Sprintf("%s/node %d", about, i), func(t *testing.T) {
 				s := joinedSim(t, 6, seed)
 				session := s.nodes[i].state.Session
@@ -101,8 +101,8 @@ func TestSwimRestarts(t *testing.T) {
 	}
 }
 
-// allKnow reports whether all members know node i with its current session and address, and whether
-// that session is higher than old.
+// allKnow reports whether all members have a record of node i with its current session and address,
+// and whether that session is higher than old.
 func (s *sim) allKnow(i int, old uint64) bool {
 	for _, n := range s.nodes {
 		m := n.swim.table.Get(s.nodes[i].name)
@@ -113,11 +113,14 @@ func (s *sim) allKnow(i int, old uint64) bool {
 	return true
 }
 
-// A member without seeds that lost its state learns its earlier session from the members that look
-// for it. The first server of a ring is such a member if it keeps its state only in memory.
+// A member without seeds that lost its state ends up with a higher session than before: it learns
+// its earlier session from the members that look for it. The first server of a ring is such a
+// member if it keeps its state only in memory.
 func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 	first := testSeed(t, 1)
-	for seed := first; seed < first+8; seed++ { // the new session is higher about as often as lower
+	// The session after the restart is random. With about half of the seeds it is higher than the
+	// earlier session even before the member learns of the earlier session.
+	for seed := first; seed < first+8; seed++ {
 		s := joinedSim(t, 4, seed)
 		session := s.nodes[0].state.Session
 		s.kill(0)
@@ -131,8 +134,8 @@ func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 	}
 }
 
-// Of two members with one name, the member with the lower session stands down, whichever came
-// first. All other members know the member with the higher session.
+// Of two members with the same name, the member with the lower session stands down, whichever of
+// the two joined first. All other members have the record of the member with the higher session.
 func TestSwimNameTaken(t *testing.T) {
 	seed := testSeed(t, 1)
 	for _, higher := range []bool{false, true} {
@@ -165,9 +168,9 @@ func TestSwimNameTaken(t *testing.T) {
 	}
 }
 
-// Members can change to a new key one after another, and then delete the old key, without any
-// member being declared dead. A member that starts with the new key first joins members that still
-// seal with the old key.
+// No member is declared dead while the members add a new key one after another, and then delete the
+// old key one after another. A member whose first key is the new key can join while other members
+// have only the old key.
 func TestSwimRotation(t *testing.T) {
 	s := joinedSim(t, 6, testSeed(t, 1))
 	steps := []Keys{testKeys(t, 2, 1), testKeys(t, 2)}
@@ -179,7 +182,7 @@ func TestSwimRotation(t *testing.T) {
 			s.arm(i)
 			s.run(3 * time.Second)
 			if keys.IDs()[0] == steps[0].IDs()[0] && i == 2 {
-				s.keys = steps[0] // node 5 starts with the new key while others have only the old key
+				s.keys = steps[0] // node 5 starts with both keys, while nodes 3 and 4 have only the old key
 				s.restart(5)
 				s.until(20*time.Second, "node 5 joins with the new key first", s.agree)
 			}
@@ -197,8 +200,9 @@ func TestSwimRotation(t *testing.T) {
 	}
 }
 
-// A member that was away during a rotation joins again if it shares any key with the others,
-// because the others try each of their keys on a member that is not live.
+// A member that was away during a rotation of keys joins again if it has any key in common with the
+// other members. The reason is that each member seals a packet to a member that is not live with a
+// key that it chooses at random among its own keys.
 func TestSwimRotationAway(t *testing.T) {
 	seed := testSeed(t, 1)
 	for about, c := range map[string]struct {
@@ -227,8 +231,8 @@ func TestSwimRotationAway(t *testing.T) {
 	}
 }
 
-// A member whose clock jumps back or ahead suspects no other member. No member suspects a member
-// whose clock jumped ahead.
+// A member whose clock jumps back or ahead by an hour suspects no other member. No other member
+// suspects a member whose clock jumps ahead.
 func TestSwimClocks(t *testing.T) {
 	seed := testSeed(t, 1)
 	for _, jump := range []time.Duration{-time.Hour, time.Hour} {
@@ -270,8 +274,8 @@ func TestSwimStall(t *testing.T) {
 	}
 }
 
-// Two rings that never met become one as soon as a member of one ring has a seed in the other.
-// Every member then knows all members and all claims.
+// Two rings with the same name and keys that never met become one soon after a member of one ring
+// gets a seed in the other ring. Every member then knows all members and all claims.
 func TestSwimTwoRings(t *testing.T) {
 	s := newSim(t, 20, testSeed(t, 1))
 	for i := range s.nodes {
@@ -296,8 +300,8 @@ func TestSwimTwoRings(t *testing.T) {
 	}
 }
 
-// No packet of a sender that holds the key makes a member panic, answer with many packets, or
-// exceed its bounds.
+// No packet of a sender that holds the key makes a member panic, or send a packet longer than
+// MaxPacket. The member answers with at most four packets plus one for each record in the packet.
 func FuzzSwim(f *testing.F) {
 	for _, p := range []Packet{longestPacket(), {Kind: PacketHello, From: "x", RequestID: 1}, {Kind: PacketPingReq, To: "node-001", Target: "node-002", RequestID: 1},
 		{Kind: PacketSync, WantTable: true, TableSettled: true, To: "node-001", Records: []MemberRecord{{Name: "node-001", Incarnation: 1<<32 - 1, State: StateDead, Addr: "x"}}},

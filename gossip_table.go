@@ -1,9 +1,9 @@
 package main
 
-// The table of members. It decides which of two records is newer, computes a digest of all records,
-// queues updates to pass on, and remembers dead members for a limited time. Only a newer record
-// replaces a record of the same name. The table is bounded. Pure: no I/O and no clock. This file
-// must not know of packets, probes or the timing of suspicions.
+// This file holds the table of members. The table decides which of two records is newer, computes a
+// digest of its records, queues updates to pass on, and forgets members some time after they left.
+// Only a newer record replaces a record of the same name. The size of the table is bounded. Pure:
+// no I/O and no clock. This file must not know of packets, probes or the timing of suspicions.
 
 import (
 	"cmp"
@@ -20,56 +20,57 @@ import (
 )
 
 const (
-	// MaxMembers limits the table, dead members included.
+	// MaxMembers is the highest number of members in the table, members that died or left included.
 	MaxMembers = 1024
-	// tombstoneLife is how long the table remembers that a member has left. Syncs contain this
-	// tombstone only during the first half of that time. So when the first member forgets the
-	// tombstone, no member sends it in a sync any more, and no member can learn it again.
+	// tombstoneLife is how long the table keeps the record of a member that has left (a tombstone).
+	// Syncs contain a tombstone only during the first half of that time. So when a member forgets a
+	// tombstone, no other member still sends it in syncs, and the member cannot learn it again.
 	tombstoneLife = 48 * time.Hour
-	// A member passes on an update retransmitMult·log10(live members + 1) times (retransmitMult is
-	// λ of the SWIM paper, section 4.1).
+	// A member passes on an update retransmitMult·log10(live members + 1) times, rounded up.
+	// retransmitMult is λ of the SWIM paper, section 4.1.
 	retransmitMult = 5
 )
 
-// A Member is what this member knows of one member of the ring. Times are on the caller's monotonic
-// clock.
+// A Member is what this member knows of one member of the ring, which may be this member itself.
+// Times are on the caller's monotonic clock.
 type Member struct {
 	MemberRecord
-	Proven          bool           // the session in the record has answered a challenge
-	Window          ReplayWindow   // packet counters of the proven session
-	KnowsOurSession bool           // as far as this member knows, its own session has proven itself to the other
+	Proven          bool           // the session in the record has proven itself: it has answered a request of this member
+	Window          ReplayWindow   // packet counters received from the proven session, to recognize replays
+	KnowsOurSession bool           // this member's session has proven itself to that member, as far as this member knows
 	AddrPort        netip.AddrPort // Addr parsed; not valid if Addr has a host name
 	RTT             time.Duration  // smoothed round-trip time; 0 = unknown
 	SuspectedAt     time.Duration  // if suspect: when the suspicion began
 	DeadAt          time.Duration  // if suspect: when the member will be declared dead
 	FinalPings      int            // if suspect: pings sent shortly before DeadAt
-	DiedAt          time.Duration  // when the member died or left; may be negative
-	LastSync        time.Duration  // when the table was last sent to the member; 0 = never
-	digestPart      uint64         // contribution to the table's Digest; 0 = none
-	transmits       int            // how often the record was passed on as an update
+	DiedAt          time.Duration  // when the member died or left; negative if that was before the clock's origin
+	LastSync        time.Duration  // when this member last sent its table to the member; 0 = never
+	digestPart      uint64         // the record's digest as it is part of MemberTable.Digest; 0 = not part of it
+	transmits       int            // how often the record was passed on since it was last queued as an update
 }
 
-// PacketDestination returns the address at which m is reached.
+// PacketDestination returns the address to which packets for m are sent.
 func (m *Member) PacketDestination() PacketDestination { return PacketDestination{m.AddrPort, m.Addr} }
 
 // A MemberTable holds all known members, this member included. It is not safe for concurrent use.
 type MemberTable struct {
-	Members   []*Member     // in the order in which they became known
-	Live      int           // members that are alive or suspect
-	Digest    uint64        // XOR of the digests of all records that syncs contain
+	Members   []*Member     // all known members, in the order in which they became known
+	Live      int           // number of members that are alive or suspect, this member included
+	Digest    uint64        // XOR of the stableDigest of all records that syncs contain
 	ChangedAt time.Duration // when Digest last changed
 	Version   uint64        // number of changes of Digest
 	byName    map[string]*Member
 	updates   []*Member // members whose records are queued as updates
 }
 
-// Get returns the member with that name, or nil.
+// Get returns the member named name, or nil if the table does not have it.
 func (t *MemberTable) Get(name string) *Member { return t.byName[name] }
 
-// Merge makes r the record of the member r.Name if r is newer than its record, and then returns the
-// member. It adds an unknown member. If r and the record suspect the same incarnation, it merges
-// their accusers. It returns nil if it has changed nothing: r is not newer, adds no accuser, or
-// finds no room in the table.
+// Merge makes r the record of the member named r.Name if r supersedes the member's record in the
+// table, and returns the member. It adds a member that the table does not have. If both records are
+// suspicions of the same incarnation, the member's record gets the accusers of both. Merge returns
+// nil if it has changed nothing: r is not newer and adds no accuser, or addNameOnly cannot add the
+// member.
 func (t *MemberTable) Merge(now time.Duration, r MemberRecord) (changed *Member) {
 	m := t.byName[r.Name]
 	switch {
@@ -92,8 +93,10 @@ func (t *MemberTable) Merge(now time.Duration, r MemberRecord) (changed *Member)
 	return m
 }
 
-// addNameOnly adds a member with r's name but without a record. It returns nil if the table has no
-// room, or if the other members have begun to forget the member.
+// addNameOnly adds a member with r's name, and returns it. The caller must then set the member's
+// record. addNameOnly returns nil if the table is full of live members. It also returns nil if the
+// member of r died or left at least half of tombstoneLife ago, because syncs then no longer contain
+// r.
 func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 	if time.Duration(r.Age)*time.Second >= tombstoneLife/2 || !t.makeRoom() {
 		return nil
@@ -107,8 +110,8 @@ func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 	return m
 }
 
-// supersedes reports whether r is believed rather than old, a record of the same name. StateLeft is
-// final for its session.
+// supersedes reports whether r is newer than old, another record of the same member, so that r is
+// believed. In one session no record is newer than a record with StateLeft.
 func (r *MemberRecord) supersedes(old *MemberRecord) bool {
 	switch {
 	case r.Session != old.Session:
@@ -121,13 +124,14 @@ func (r *MemberRecord) supersedes(old *MemberRecord) bool {
 	return r.State > old.State
 }
 
-// isSameSuspicion reports whether r and old are suspicions of the same incarnation.
+// isSameSuspicion reports whether r and old, two records of one member, both suspect the same
+// session and incarnation.
 func (r *MemberRecord) isSameSuspicion(old *MemberRecord) bool {
 	return r.State == StateSuspect && old.State == StateSuspect && r.Session == old.Session && r.Incarnation == old.Incarnation
 }
 
-// mergeAccusers appends to accusers all of more that are not in accusers yet. It stops at
-// MaxAccusers.
+// mergeAccusers appends to accusers each element of more that accusers does not contain yet, as
+// long as accusers has less than MaxAccusers elements. It returns the result.
 func mergeAccusers(accusers, more []uint64) []uint64 {
 	for _, a := range more {
 		if !slices.Contains(accusers, a) && len(accusers) < MaxAccusers {
@@ -137,7 +141,7 @@ func mergeAccusers(accusers, more []uint64) []uint64 {
 	return accusers
 }
 
-// accuserID returns a hash of a member's name, which identifies the member in
+// accuserID returns a hash of a member's name. The hash stands for the member in
 // MemberRecord.Accusers.
 func accuserID(name string) uint64 {
 	h := fnv.New64a()
@@ -145,7 +149,8 @@ func accuserID(name string) uint64 {
 	return h.Sum64()
 }
 
-// SetRecord makes r the record of m. r.Name must be the name of m.
+// SetRecord makes r the record of m, even if r is older, and updates Live and Digest. r.Name must
+// be the name of m.
 func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	if m.State.IsLive() {
 		t.Live--
@@ -160,8 +165,8 @@ func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	t.setDigestPart(now, m, r.stableDigest())
 }
 
-// setDigestPart makes part the contribution of m to Digest. If that changes Digest, it also updates
-// ChangedAt and Version.
+// setDigestPart replaces the digest of m's record in Digest by part; 0 takes the record out of
+// Digest. If that changes Digest, it also updates ChangedAt and Version.
 func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	if part != m.digestPart {
 		t.Digest ^= m.digestPart ^ part
@@ -171,8 +176,9 @@ func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	}
 }
 
-// stableDigest returns 64 bits of the SHA-256 of r's encoding. It leaves out the parts that change
-// often without effect on the ring: suspicions, the incarnations that refute them, and ages.
+// stableDigest returns 64 bits of the SHA-256 of r's encoding. It leaves out the parts of r that
+// change often without effect on the ring: suspicions, the incarnation, which rises when the member
+// refutes a suspicion, and the age.
 func (r *MemberRecord) stableDigest() uint64 {
 	lasting := *r
 	lasting.Incarnation, lasting.Accusers, lasting.Age = 0, nil, 0
@@ -185,15 +191,15 @@ func (r *MemberRecord) stableDigest() uint64 {
 }
 
 // IsSentInSync reports whether the table's digest and syncs contain the record of m. They do if m
-// is live, or has been dead for less than half of tombstoneLife.
+// is live, or died or left less than half of tombstoneLife ago.
 func (m *Member) IsSentInSync(now time.Duration) bool {
 	return m.State.IsLive() || now-m.DiedAt < tombstoneLife/2
 }
 
-// ForgetLeftMembers takes the records of members that left or died at least half of tombstoneLife
-// ago out of the digest. It removes members that left at least tombstoneLife ago. A member that
-// died stays in the table while there is room, because it may be behind a partition that ends some
-// day.
+// ForgetLeftMembers removes from the table each member that left at least tombstoneLife ago. Before
+// that, it removes from the digest the record of each member that left or died at least half of
+// tombstoneLife ago. A member that died stays in the table while there is room, because it may be
+// behind a partition that ends some day.
 func (t *MemberTable) ForgetLeftMembers(now time.Duration) {
 	t.Members = slices.DeleteFunc(t.Members, func(m *Member) bool {
 		if !m.IsSentInSync(now) {
@@ -213,8 +219,8 @@ func (t *MemberTable) unindexMember(m *Member) {
 	t.updates = slices.DeleteFunc(t.updates, func(o *Member) bool { return o == m })
 }
 
-// makeRoom makes room for one more member. If the table is full, it evicts the member that has been
-// dead for longest. It returns false if the table is full of live members.
+// makeRoom makes room in the table for one more member. If the table is full, it evicts the member
+// that died or left the longest time ago. It returns false if the table is full of live members.
 func (t *MemberTable) makeRoom() bool {
 	if len(t.Members) < MaxMembers {
 		return true
@@ -235,7 +241,8 @@ func (t *MemberTable) makeRoom() bool {
 	return true
 }
 
-// QueueUpdate queues m's record to be passed on as an update.
+// QueueUpdate queues m's record as an update, which AppendUpdates adds to packets. If the record is
+// queued already, the count of its transmissions starts again at 0.
 func (t *MemberTable) QueueUpdate(m *Member) {
 	m.transmits = 0
 	if !slices.Contains(t.updates, m) {
@@ -246,10 +253,11 @@ func (t *MemberTable) QueueUpdate(m *Member) {
 // HasUpdates reports whether any update is queued.
 func (t *MemberTable) HasUpdates() bool { return len(t.updates) > 0 }
 
-// AppendUpdates appends queued updates to b, a packet to receiver, while b stays within maxLen
-// bytes. Updates that were passed on least often come first. It omits receiver's own record, which
-// receiver knows. The updates count as passed on only if markSent is true; markSent must be false
-// if receiver is not going to believe them.
+// AppendUpdates appends queued updates to b, a packet to the member receiver, while b stays within
+// maxLen bytes. Updates that were passed on least often come first. AppendUpdates omits receiver's
+// own record, which receiver knows. The appended updates count as passed on only if markSent is
+// true. The caller must pass false if it is not certain that receiver believes this member's
+// packets.
 func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, maxLen int, receiver string, markSent bool) []byte {
 	if len(t.updates) == 0 {
 		return b
@@ -272,14 +280,15 @@ func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, maxLen int, rec
 	return b
 }
 
-// Append appends m's record, with its current age, to a packet.
+// Append appends m's record, with its age at the time now, to the packet b.
 func (m *Member) Append(b []byte, now time.Duration) []byte {
 	r := m.MemberRecord
 	r.Age = m.secondsDead(now)
 	return AppendMember(b, &r)
 }
 
-// secondsDead returns the number of seconds since m died or left, and 0 if m is live.
+// secondsDead returns the number of whole seconds from m's death or leave to now, and 0 if m is
+// live.
 func (m *Member) secondsDead(now time.Duration) uint32 {
 	if m.State.IsLive() {
 		return 0
@@ -287,23 +296,23 @@ func (m *Member) secondsDead(now time.Duration) uint32 {
 	return uint32(max(0, now-m.DiedAt) / time.Second)
 }
 
-// A GossipView is the ring as one member sees it.
+// A GossipView is the ring as one member sees it at one time.
 type GossipView struct {
-	Version    uint64           // changes with the records in Members and with Buckets, but not with suspicions, incarnations or ages
-	Self       string           // name of the member whose view it is
-	Buckets    uint16           // most buckets that any member ever saw
-	MaxLamport uint64           // highest claim number seen
-	Joined     bool             // another member's table has come since this session began
-	Members    []MemberSnapshot // sorted by name
+	Version    uint64           // rises when a record in Members or Buckets changes; suspicions, incarnations and ages do not count as changes
+	Self       string           // name of the member whose view this is
+	Buckets    uint16           // highest slot ever claimed, plus one, as far as this member knows
+	MaxLamport uint64           // highest claim number seen in any record
+	Joined     bool             // this member has received another member's table since its session began
+	Members    []MemberSnapshot // all known members, sorted by name
 }
 
 // A MemberSnapshot is one member in a GossipView.
 type MemberSnapshot struct {
-	MemberRecord               // Age is at the time of the snapshot
+	MemberRecord               // Age is the age at the time of the snapshot
 	RTT          time.Duration // smoothed round-trip time; 0 = unknown
 }
 
-// Snapshots returns copies of all records, sorted by name.
+// Snapshots returns a copy of each member's record, sorted by name. Ages are at the time now.
 func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
 	snapshots := make([]MemberSnapshot, len(t.Members))
 	for i, m := range t.Members {
@@ -334,7 +343,7 @@ func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, isEligible func
 // order. So each member is probed within two rounds at the latest (SWIM, section 4.3).
 type ProbeOrder struct {
 	round []*Member
-	next  int // index in round of the next member
+	next  int // index in round of the member to consider next
 }
 
 // Next returns the next live member for which isEligible is true, or nil if there is none.
@@ -353,7 +362,8 @@ func (o *ProbeOrder) Next(t *MemberTable, rng *rand.Rand, isEligible func(*Membe
 	return nil
 }
 
-// Insert puts m, a new member, at a random place in the rest of the round.
+// Insert puts m, a member that has just become live, at a random place among the members that the
+// present round has not reached yet.
 func (o *ProbeOrder) Insert(m *Member, rng *rand.Rand) {
 	o.round = slices.Insert(o.round, o.next+rng.IntN(len(o.round)-o.next+1), m)
 }

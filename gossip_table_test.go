@@ -1,6 +1,7 @@
 package main
 
-// Tests of the table of members: its order of records, its limits and its tombstones.
+// Tests of the table of members: which of two records it keeps, its limits, and how it forgets
+// members that left.
 
 import (
 	"fmt"
@@ -8,8 +9,8 @@ import (
 	"time"
 )
 
-// A full table makes room by evicting the member that has been dead longest, and refuses a new
-// member if all are live.
+// A full table makes room for a new member by evicting the member that has been dead longest. It
+// refuses a new member if all of its members are live.
 func TestTableBounded(t *testing.T) {
 	var table MemberTable
 	for i := range MaxMembers {
@@ -32,8 +33,8 @@ func TestTableBounded(t *testing.T) {
 	}
 }
 
-// A table refuses an unknown member that left more than half of tombstoneLife ago, because syncs no
-// longer contain it.
+// A table refuses the record of an unknown member that left at least half of tombstoneLife ago,
+// because syncs no longer contain such a record.
 func TestTableRefusesOldTombstone(t *testing.T) {
 	var table MemberTable
 	if table.Merge(0, MemberRecord{Name: "a", State: StateLeft, Age: uint32(tombstoneLife / 2 / time.Second)}) != nil {
@@ -78,8 +79,8 @@ func TestTableOrder(t *testing.T) {
 	}
 }
 
-// A table merges the accusers of one suspicion without duplicates, up to MaxAccusers, in the order
-// in which they come.
+// If a table merges several records with the same suspicion, the member's record gets all accusers,
+// without duplicates, up to MaxAccusers, in the order in which the table received them.
 func TestTableMergesAccusers(t *testing.T) {
 	suspicion := func(accusers ...uint64) MemberRecord {
 		return MemberRecord{Name: "a", Addr: "a:1", Session: 1, Incarnation: 1, State: StateSuspect, Accusers: accusers}
@@ -94,12 +95,13 @@ func TestTableMergesAccusers(t *testing.T) {
 	}
 }
 
-// A tombstone leaves the digest and the syncs at half of its life, on all members at once, even if
-// they learned of it at different times. It is forgotten at the end of its life. A member that died
-// is not forgotten.
+// A tombstone is the record of a member that left. When half of tombstoneLife has passed since the
+// leave, all members take the tombstone out of their digests and syncs, even if they learned of the
+// leave at different times. When tombstoneLife has passed, they forget the member. They do not
+// forget a member that died.
 func TestSwimTombstones(t *testing.T) {
 	s := newSim(t, 4, testSeed(t, 1))
-	s.interval = time.Minute // a long interval, because the test simulates days
+	s.interval = time.Minute // a long interval, so that simulating days takes few events
 	s.startAll()
 	s.until(10*time.Minute, "all join", s.agree)
 	s.nodes[3].swim.Leave()
@@ -108,7 +110,7 @@ func TestSwimTombstones(t *testing.T) {
 	s.kill(3)
 	s.kill(2)
 	s.run(tombstoneLife/2 - 2*time.Hour)
-	s.restart(1) // learns of the tombstone late
+	s.restart(1) // node 1 learns of the leave again, now from a tombstone almost half of tombstoneLife old
 	s.run(time.Hour)
 	known := func(i int) *Member { return s.nodes[i].swim.table.Get("node-003") }
 	if known(0) == nil || known(1) == nil || known(1).State != StateLeft {

@@ -47,11 +47,11 @@ func TestGossipLoopback(t *testing.T) {
 	}
 }
 
-// All members learn of a claim. Their views and restart states then contain it, and Changed
-// receives.
+// All members learn of a claim. Their views then contain the claim, and their restart states
+// contain its number. The channel that Changed returns gets a signal.
 func TestGossipClaim(t *testing.T) {
 	all := startRing(t, 50)
-	for _, g := range all { // drain the signals of the joins
+	for _, g := range all { // receive the signals that the joins have left in the channels
 		select {
 		case <-g.Changed():
 		default:
@@ -74,8 +74,8 @@ func TestGossipClaim(t *testing.T) {
 	<-all[0].Changed()
 }
 
-// Members reach seeds and other members by host name, and look up a name again that did not resolve
-// at first.
+// Members reach seeds and other members by host name. If a name does not resolve at first, they
+// look it up again.
 func TestGossipHostNames(t *testing.T) {
 	dns := &fakeDNS{hosts: map[string][]netip.Addr{}}
 	a := startGossip(t, GossipConfig{Name: "a"}, "[::1]:0")
@@ -97,15 +97,15 @@ func TestGossipHostNames(t *testing.T) {
 	})
 }
 
-// A member with a socket for IPv4 and IPv6 gossips with a member that has only IPv4.
+// A member with a socket for both IPv4 and IPv6 gossips with a member whose socket has only IPv4.
 func TestGossipDualStack(t *testing.T) {
 	a := startGossip(t, GossipConfig{Name: "a", Addr: "127.0.0.1:"}, "[::]:0")
 	b := startGossip(t, GossipConfig{Name: "b", Seeds: []string{fmt.Sprint("127.0.0.1:", a.addr.Port())}}, "127.0.0.1:0")
 	eventually(t, "both members have joined", allLive([]*gossiper{a, b}, 2))
 }
 
-// Of two members with one name, the member with the lower session stops with ErrNameTaken, and the
-// other member reports the conflict.
+// Of two members with the same name, the member with the lower session stops: its Run returns
+// ErrNameTaken. The other member passes an event about the conflict to Notify.
 func TestGossipNameTaken(t *testing.T) {
 	a := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0")
 	seed := []string{a.addr.String()}
@@ -147,11 +147,13 @@ func TestNewGossip(t *testing.T) {
 	}
 }
 
-// AdvertisedAddr returns the listener's own address, or, if that is unspecified, the local address
-// from which the first resolvable peer is reached.
+// AdvertisedAddr returns the listener's own address. If that address is 0.0.0.0 or ::, it returns
+// the local address from which the first peer that can be resolved is reached.
 func TestAdvertisedAddr(t *testing.T) {
 	for listener, want := range map[string]string{"127.0.0.1:9006": "127.0.0.1:9006", "[::1]:1": "[::1]:1", "[::]:9006": "127.0.0.1:9006", "0.0.0.0:9": "127.0.0.1:9"} {
-		for _, peers := range [][]string{{"127.0.0.1:1"}, {"127.0.0.1:no-such-service", "127.0.0.1:1"}} { // the first peer of the second list cannot be resolved
+		// The first peer of the second list cannot be resolved, because its port has an unknown
+		// name.
+		for _, peers := range [][]string{{"127.0.0.1:1"}, {"127.0.0.1:no-such-service", "127.0.0.1:1"}} {
 			if got, err := AdvertisedAddr(netip.MustParseAddrPort(listener), peers); got != want || err != nil {
 				t.Errorf("listener %s: got %s and error %v, want %s", listener, got, err, want)
 			}

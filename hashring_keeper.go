@@ -44,7 +44,7 @@ type RingMember struct {
 	Name    string
 	Addr    string // host:port, for both UDP and TCP
 	Session uint64
-	KeyID   uint32 // ID of the cluster key that the member seals with, and therefore holds
+	KeyID   uint32 // ID of the first cluster key of the member; a message to it is sealed with this key
 }
 
 // A RingView holds the live members and the ring that assigns sites to them. It is immutable.

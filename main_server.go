@@ -333,8 +333,8 @@ func (p *serverProcess) reload() error {
 			return err
 		}
 	}
-	// loadConfigAndSetCertificate must come after every other read, because it replaces the
-	// certificate at once.
+	// loadConfigAndSetCertificate comes last, because it replaces the certificate at once. If a
+	// later file could not be read, the reload would fail although the certificate has changed.
 	state, err := p.loadConfigAndSetCertificate()
 	if err != nil {
 		return err

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// Ranges behave like a set of numbers, whatever ranges are added in whatever order, and survive
-// formatting and parsing.
+// Ranges behave like a set of numbers, whatever ranges are added in whatever order. A set stays the
+// same when it is formatted and parsed.
 func TestRangesAreASet(t *testing.T) {
 	for seed := range testSeeds(t, 300) {
 		rng := rand.New(rand.NewPCG(seed, 1))
@@ -58,7 +58,7 @@ func TestRangesAreASet(t *testing.T) {
 	}
 }
 
-// Above MaxRanges ranges, Add removes the lowest ranges.
+// If a set would get more than MaxRanges ranges, Add removes its lowest ranges.
 func TestRangesForgetTheLowest(t *testing.T) {
 	var r Ranges
 	for n := uint64(1); n <= 2*MaxRanges+2; n += 2 {

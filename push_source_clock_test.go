@@ -6,16 +6,17 @@ import (
 	"time"
 )
 
-// The offset of the source's clock is the median over the servers. For an even number of servers,
-// the middle offset nearer to 0 counts. After a reboot the wall clock is used.
+// Offset compares the source's clock with the clock of each observed server and returns the median
+// of these offsets. For an even number of servers it returns the middle offset that is nearer to 0.
+// If the machine rebooted after the scrape, Offset uses the wall clock.
 func TestSourceClockOffset(t *testing.T) {
 	const server = 1_700_000_000_000
 	at := func(boot int64, id string) Moment { return Moment{Wall: 5_000_000 + boot, Boot: boot, BootID: id} }
 	for _, tt := range []struct {
 		name  string
-		ahead []int64 // by how many ms the clock of each observed server is ahead
-		then  Moment  // when the source was scraped
-		want  int64   // the offset of a source whose clock agrees with a server 0 ms ahead
+		ahead []int64 // for each observed server, by how many ms its clock is ahead of the true time
+		then  Moment  // the client's clocks when the source was scraped
+		want  int64   // wanted offset in ms of a source whose clock shows the true time
 		known bool
 	}{
 		{"no server", nil, at(1000, "a"), 0, false},
@@ -29,7 +30,7 @@ func TestSourceClockOffset(t *testing.T) {
 	} {
 		c := NewSourceClockTracker(0)
 		for i, ahead := range tt.ahead {
-			boot := int64(1_000_000 + i*1000) // after the scrape
+			boot := int64(1_000_000 + i*1000) // the server answers after the scrape
 			c.Observe(fmt.Sprint(i), server+boot+ahead, at(boot, "a"))
 		}
 		got, known := c.Offset(tt.then, server+tt.then.Boot)
@@ -42,8 +43,8 @@ func TestSourceClockOffset(t *testing.T) {
 	}
 }
 
-// A step of the client's wall clock between a scrape and an answer does not change the offset
-// within a boot.
+// A step of the client's wall clock between a scrape and a server's answer does not change the
+// offset, unless the machine reboots in between.
 func TestSourceClockIgnoresWallClockStep(t *testing.T) {
 	c := NewSourceClockTracker(0)
 	c.Observe("a", 1_700_000_000_000, Moment{Wall: 77, Boot: 500_000, BootID: "a"})
@@ -52,8 +53,9 @@ func TestSourceClockIgnoresWallClockStep(t *testing.T) {
 	}
 }
 
-// The tracker keeps the newest observation of each of the last maxServersObserved servers. It
-// ignores times out of range, and forgets all observations when the boot ID changes.
+// SourceClockTracker keeps the newest observation of each of the maxServersObserved servers that
+// answered last. It ignores server times that are out of range. It forgets all observations when
+// the boot ID changes.
 func TestSourceClockObserves(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
 	c := NewSourceClockTracker(0)
@@ -76,8 +78,9 @@ func TestSourceClockObserves(t *testing.T) {
 	}
 }
 
-// The shift is 0 below an error of one minute. It stays while the error is within shiftTolerance of
-// it.
+// NextShift returns the previous shift while the error of the source's clock differs from that
+// shift by at most shiftTolerance. Otherwise it returns the error as the new shift, or 0 if the
+// error is below one minute.
 func TestSourceClockShift(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
 	c := NewSourceClockTracker(0)
@@ -96,7 +99,7 @@ func TestSourceClockShift(t *testing.T) {
 	}
 }
 
-// A tracker continues with the last shift of the previous process.
+// A new SourceClockTracker continues with the last shift of the previous process.
 func TestSourceClockShiftAfterRestart(t *testing.T) {
 	at := Moment{Wall: 1, Boot: 1, BootID: "a"}
 	const now = 1_700_000_000_000
@@ -107,8 +110,8 @@ func TestSourceClockShiftAfterRestart(t *testing.T) {
 	}
 }
 
-// Since uses the boot-time clock within a boot, and the wall clock after a reboot. It is never
-// negative.
+// Since measures with the boot-time clock if both moments are of the same boot, and with the wall
+// clock after a reboot. Its result is never negative.
 func TestMomentSince(t *testing.T) {
 	then := Moment{Wall: 1000_000, Boot: 500_000, BootID: "a"}
 	for _, tt := range []struct {
@@ -120,7 +123,7 @@ func TestMomentSince(t *testing.T) {
 		{Moment{0, 560_000, "a"}, time.Minute},
 		{Moment{1090_000, 560_000, "b"}, 90 * time.Second},
 		{Moment{900_000, 560_000, "b"}, 0},
-		{Moment{1090_000, 5, "a"}, 90 * time.Second}, // the boot-time clock restarted under the same ID
+		{Moment{1090_000, 5, "a"}, 90 * time.Second}, // the boot-time clock went back although the boot ID is the same, so the wall clock counts
 	} {
 		if got := tt.now.Since(then); got != tt.want {
 			t.Errorf("at %+v: got %v, want %v", tt.now, got, tt.want)

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// The headers of a push are parsed as they were formatted. Malformed values, and lists that are too
-// long, are refused.
+// Parsing a formatted header of a push gives the same values. Malformed values are refused, and so
+// are lists that are too long.
 func TestPushHeaders(t *testing.T) {
 	long := strings.Repeat("7,", MaxPushRanges) + "9"
 	for _, bad := range []string{
@@ -42,7 +42,8 @@ func TestPushHeaders(t *testing.T) {
 	}
 }
 
-// Every header value that is parsed is parsed to the same value again after formatting.
+// If a header value can be parsed, formatting the result and parsing it again gives the same
+// result.
 func FuzzPushHeaders(f *testing.F) {
 	f.Add("0123456789abcdef 118-121,130", "0123456789abcdef:7")
 	f.Fuzz(func(t *testing.T, spool, consumers string) {

@@ -6,13 +6,14 @@ import (
 )
 
 // A step of the wall clock is noticed at once, is in doubt for five minutes, and is then accepted.
-// A step that is reverted before has no effect. Slewing and small changes are not steps.
+// If the clock is set to its old time again within the five minutes, the step is not accepted.
+// Slewing and small changes are not steps, unless many small changes add up to one.
 func TestWallClock(t *testing.T) {
 	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	type step struct {
-		pass, set   time.Duration      // time that passes, and how far the wall clock is set ahead after it
-		early, late time.Duration      // the wanted range, relative to start
-		change      WallClockStepEvent // the event that is reported; zero if none
+		pass, set   time.Duration      // time that passes, and how far the wall clock is then set ahead (back if negative)
+		early, late time.Duration      // wanted ends of the range that NowInterval returns, as times since start
+		change      WallClockStepEvent // wanted event; zero if none is reported
 	}
 	const hour, minute, second = time.Hour, time.Minute, time.Second
 	for name, steps := range map[string][]step{

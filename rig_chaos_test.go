@@ -26,7 +26,7 @@ import (
 )
 
 const (
-	chaosSeries   = 5                // series of each site
+	chaosSeries   = 5                // number of series of each site
 	chaosDisk     = 32 << 20         // bytes of each server's disk
 	chaosPatience = 90 * time.Second // limit for steps that take about ten seconds on an idle machine
 )
@@ -34,12 +34,12 @@ const (
 // chaosServer is a server with its own network namespace and its own disk.
 type chaosServer struct {
 	name  string
-	space string        // name of the network namespace
+	space string        // name of the server's network namespace
 	addr  string        // IP address for sites and scrapers
-	dir   string        // mount point of the disk
+	dir   string        // mount point of the server's disk
 	p     *process      // nil while the server does not run
-	full  bool          // fill has filled the disk
-	ahead time.Duration // by which the server's clock is ahead
+	full  bool          // the method fill has filled the disk
+	ahead time.Duration // how far the server's clock is ahead
 }
 
 // url returns the URL of a path on the server.
@@ -60,15 +60,15 @@ type chaosRig struct {
 	parted   bool      // the network between servers is cut
 	begin    time.Time // when the scenario began
 
-	push       context.CancelFunc // ends new pushes; retries of failed pushes continue
-	halt       context.CancelFunc // ends all pushes
+	push       context.CancelFunc // ends new pushes; sites without a client still retry failed pushes
+	halt       context.CancelFunc // ends all pushes, including retries
 	haltCtx    context.Context
-	pushing    sync.WaitGroup // goroutines that push
+	pushing    sync.WaitGroup // waits for the goroutines that push
 	pushClient *http.Client
 	sites      []*chaosSite
 	clientele  []*chaosClient // clients of the sites, if the scenario runs with clients
 	central    *outagePrometheus
-	counted    []byte // metrics of servers that have ended
+	counted    []byte // metrics of servers in text exposition, saved just before the servers ended
 }
 
 // chaosRun runs a command and fails the test if the command fails.
@@ -212,7 +212,7 @@ func (r *chaosRig) ready(s *chaosServer) {
 	})
 }
 
-// count saves the metrics of a server that is about to end, for sum.
+// count saves the metrics of a server that is about to end, so that sum includes them later.
 func (r *chaosRig) count(s *chaosServer) {
 	b, _ := r.get(s, 9004, "/metrics") // a server that does not answer yet has counted nothing
 	r.counted = append(append(r.counted, b...), '\n')
@@ -228,8 +228,8 @@ func (r *chaosRig) kill(s *chaosServer) {
 	}
 }
 
-// stop ends a server with SIGTERM. The server first serves the samples that consumers have not
-// read.
+// stop sends SIGTERM to a server and waits until the server has ended. Before it ends, the server
+// lets consumers scrape the samples that they have not read.
 func (r *chaosRig) stop(s *chaosServer) {
 	r.t.Helper()
 	r.count(s)
@@ -247,8 +247,8 @@ func (r *chaosRig) stop(s *chaosServer) {
 	}
 }
 
-// part cuts the network between servers. parts has the number of the part for each server. Servers
-// reach each other only within a part.
+// part cuts the network between servers into parts. parts[i] is the number of the part to which
+// server i belongs. A server reaches only the servers of its own part.
 func (r *chaosRig) part(parts []int) {
 	for i, part := range parts {
 		chaosRun(r.t, "ip", "link", "set", fmt.Sprint("c", i), "master", fmt.Sprint("part", part))
@@ -256,7 +256,7 @@ func (r *chaosRig) part(parts []int) {
 	}
 }
 
-// heal connects all servers again.
+// heal connects all servers to each other again.
 func (r *chaosRig) heal() {
 	r.part(make([]int, len(r.servers)))
 	r.parted = false
@@ -287,7 +287,8 @@ func (r *chaosRig) fill(s *chaosServer, full bool) {
 	}
 }
 
-// get returns the body of a path on a server. A status other than 200 is an error.
+// get returns the body of the server's answer to a GET request. A status other than 200 is an
+// error.
 func (r *chaosRig) get(s *chaosServer, port int, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -317,7 +318,8 @@ func (r *chaosRig) running() (up []*chaosServer) {
 	return up
 }
 
-// settled waits until all running servers have the same ring, and returns how long that took.
+// settled waits until all running servers have the same ring and every running server is in it. It
+// returns how long that took.
 func (r *chaosRig) settled() time.Duration {
 	r.t.Helper()
 	begin := time.Now()
@@ -367,7 +369,8 @@ func metricSum(text []byte, metric string) (sum float64) {
 	return sum
 }
 
-// load starts all sites without clients. Each site pushes at this interval, at its own phase of it.
+// load starts all sites, which push without a telemeter client. Each site pushes once in each
+// interval every. The pushes of the sites are spread over the interval.
 func (r *chaosRig) load(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
@@ -377,8 +380,9 @@ func (r *chaosRig) load(every time.Duration) {
 	}
 }
 
-// acked stops new pushes and waits for the retries of earlier ones. Afterwards the sets of
-// acknowledged samples do not change any more.
+// acked stops new pushes and waits until all earlier pushes have ended, including their retries.
+// Afterwards the field acked of each site, its set of acknowledged samples, does not change any
+// more.
 func (r *chaosRig) acked() {
 	r.t.Helper()
 	r.push()
@@ -402,12 +406,12 @@ type chaosSite struct {
 	token string
 
 	// The goroutine of run owns the fields below until it ends.
-	acked   map[int64]bool // times in ms of the samples that were answered with 200
-	refused []string       // errors of pushes that no retry can help
+	acked   map[int64]bool // times in ms of the samples that a server answered with 200
+	refused []string       // errors of refused pushes that the site does not retry
 }
 
-// run pushes every interval, beginning after phase, until ctx ends. A push that has begun is
-// retried until it succeeds or the rig halts.
+// run pushes once in each interval every until ctx ends. The first push comes after the time phase.
+// A failed push is retried until it succeeds, a server refuses it for good, or the rig halts.
 func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 	timer := time.NewTimer(phase)
 	defer timer.Stop()
@@ -444,7 +448,8 @@ func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 	}
 }
 
-// try pushes the samples of time t to one server, once. again reports whether a retry may succeed.
+// try makes one attempt to push the samples of time t to one server. t is in ms since the epoch.
+// again reports whether a retry may succeed.
 func (s *chaosSite) try(server int, t int64) (again bool, err error) {
 	var body []byte
 	for k := range chaosSeries {

@@ -40,20 +40,21 @@ func respond(status int, header http.Header, body string) *http.Response {
 	}
 }
 
-// fakeHub is a server that records the requests that it receives. It accepts every push unless
-// answer decides otherwise. It does not know spools.
+// fakeHub is a server that records the requests that it receives. It accepts every push unless the
+// field answer decides otherwise. It does not support spools: its answers do not list the scrapes
+// that it holds.
 type fakeHub struct {
 	t         *testing.T
 	mu        sync.Mutex                           // guards asked, asks, bodies, at, hosts and headers while a client runs
-	asked     []time.Time                          // when /authorize was requested
+	asked     []time.Time                          // times of the requests for /authorize
 	bodies    []string                             // decompressed bodies of the accepted pushes
-	at        []time.Time                          // when each push arrived
-	hosts     []string                             // the host of each push
-	headers   []http.Header                        // the header of each push
-	asks      []time.Time                          // when questions (pushes without scrapes) arrived
-	expires   int                                  // lifetime of upload tokens, in seconds
+	at        []time.Time                          // arrival times of all pushes
+	hosts     []string                             // host to which each push was sent
+	headers   []http.Header                        // HTTP header of each push
+	asks      []time.Time                          // arrival times of questions (pushes without scrapes)
+	expires   int                                  // lifetime of the upload tokens that it issues, in seconds
 	tellsTime bool                                 // answers state the server's time and name
-	answer    func(r *http.Request) *http.Response // returns nil to accept the push; may be nil
+	answer    func(r *http.Request) *http.Response // answers a push; a nil response accepts the push; the function may be nil
 }
 
 func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -101,8 +102,8 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 	return respond(404, nil, ""), nil
 }
 
-// clock returns the fields of an answer that state the server's name and time, or "" unless
-// tellsTime is true.
+// clock returns the JSON fields of an answer that state the server's name and time. It returns ""
+// if tellsTime is false.
 func (h *fakeHub) clock(r *http.Request) string {
 	if !h.tellsTime {
 		return ""
@@ -110,7 +111,7 @@ func (h *fakeHub) clock(r *http.Request) string {
 	return fmt.Sprintf(`,"server":%q,"time":%d`, r.URL.Host, time.Now().UnixMilli())
 }
 
-// testBoot returns a boot-time clock that reads 1000 s now and has the boot ID boot-1.
+// testBoot returns a boot-time clock that starts at 1000 s now and has the boot ID boot-1.
 func testBoot() func() (int64, string) {
 	start := time.Now()
 	return func() (int64, string) { return time.Since(start).Milliseconds() + 1_000_000, "boot-1" }
@@ -157,7 +158,7 @@ func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*C
 	return c, hub, &log
 }
 
-// runFor runs c for a time.
+// runFor runs the client c for the time d, and fails the test if Run returns an error.
 func runFor(t *testing.T, c *Client, d time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), d)
@@ -167,7 +168,8 @@ func runFor(t *testing.T, c *Client, d time.Duration) {
 	}
 }
 
-// startClient runs c in the background. The returned function ends it and waits for its end.
+// startClient runs the client c in the background. The returned function stops the client and waits
+// until Run has returned.
 func startClient(t *testing.T, c *Client) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -182,17 +184,17 @@ func startClient(t *testing.T, c *Client) (stop func()) {
 	}
 }
 
-// counting is a source whose n-th scrape has the sample n with the value n, starting at 1. It
-// records the time of each scrape.
+// counting is a source with a single sample, of the metric n. The value of the sample is 1 in the
+// first scrape and grows by 1 with each scrape. counting records the time of each scrape.
 type counting struct {
-	hang  atomic.Bool   // scrapes do not return
-	extra time.Duration // by which the clock of its Date header is ahead
+	hang  atomic.Bool   // scrapes hang until their context ends
+	extra time.Duration // how far the time in its Date header is ahead
 	date  bool          // answers have a Date header
 	mu    sync.Mutex    // guards at while a client runs
 	at    []time.Time   // when each scrape was answered
 }
 
-// count returns the number of scrapes so far.
+// count returns the number of scrapes that the source has answered so far.
 func (s *counting) count() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -214,8 +216,8 @@ func (s *counting) RoundTrip(r *http.Request) (*http.Response, error) {
 	return respond(200, header, fmt.Sprintf("n %d\n", len(s.at))), nil
 }
 
-// received returns the values of the sample n in all accepted pushes, in the order of their
-// arrival.
+// received returns the values of the samples of metric n in all accepted pushes, in the order of
+// their arrival.
 func (h *fakeHub) received() (ns []int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -245,11 +247,12 @@ func upTo(n int) (ns []int) {
 	return ns
 }
 
-// diskSpool returns the configuration of a spool in the directory /s of a crashFS.
+// diskSpool returns the configuration of a spool in the directory /s of a new crashFS, which is a
+// disk in memory.
 func diskSpool() SpoolConfig { return SpoolConfig{FS: newCrashFS(1, "/s"), Dir: "/s"} }
 
-// spoolAll adds a scrape with each of these texts to the client's spool, and waits a minute after
-// each.
+// spoolAll adds a scrape with each of these texts to the client's spool. It waits a minute after
+// each Add.
 func spoolAll(t *testing.T, c *Client, texts ...string) {
 	t.Helper()
 	for _, text := range texts {
@@ -277,8 +280,8 @@ func (h *fakeHub) answerByText(by func(text string) *http.Response) {
 	}
 }
 
-// sizedHub makes the hub answer 413 to texts longer than limit bytes and 400 to texts that contain
-// "bad".
+// sizedHub makes the hub answer 413 to pushes whose text is longer than limit bytes, and 400 to
+// pushes whose text contains "bad".
 func sizedHub(hub *fakeHub, limit int) {
 	hub.answerByText(func(text string) *http.Response {
 		switch {
@@ -291,32 +294,32 @@ func sizedHub(hub *fakeHub, limit int) {
 	})
 }
 
-// queueServer is a server that knows spools: it holds the scrapes that a push names until consume
-// makes them read. It records each request as an event: "ask" for a question, or the values of the
-// pushed samples, such as "1 2".
+// queueServer is a server that supports spools. It holds the scrapes that a push names. The method
+// consume marks all held scrapes as read. The server records each request to /upload as an event:
+// "ask" for a question, or the values of the pushed samples, such as "1 2".
 type queueServer struct {
 	t           *testing.T
-	ahead       time.Duration      // how far its clock is ahead
-	limit       int                // bytes of a push's text above which it answers 413; 0 means no limit
-	noSpools    bool               // it does not know spools
-	noConsumers bool               // it knows no consumer
-	down        atomic.Bool        // it cannot be reached
-	lostAnswers int                // number of next answers that are lost after the server has acted on the request
-	declines    func(string) bool  // whether it drops the samples of a scrape with this text; nil means never
-	consumers   []ConsumerAge      // the consumers that its answers list
-	unavailable int                // number of next pushes that it answers with 503
-	onRequest   func(event string) // called before each answer to /upload; may be nil
+	ahead       time.Duration      // how far the server's clock is ahead
+	limit       int                // bytes of a push's text above which the server answers 413; 0 means no limit
+	noSpools    bool               // the server does not support spools: its answers list no scrapes
+	noConsumers bool               // the server knows no consumer: its answers list no read scrapes
+	down        atomic.Bool        // the server cannot be reached
+	lostAnswers int                // number of coming answers that are lost after the server has acted on the request
+	declines    func(string) bool  // reports whether the server drops the samples of a scrape with this text; nil means never
+	consumers   []ConsumerAge      // the consumers that the server's answers list
+	unavailable int                // number of coming requests to /upload that the server answers with 503
+	onRequest   func(event string) // called when a push or question has been processed, before the answer is sent; may be nil
 
 	mu         sync.Mutex    // guards the fields below
-	held, read Ranges        // scrapes that it holds, and scrapes that every consumer has read
-	names      Ranges        // all scrapes that were ever named
-	events     []string      // one for each request to /upload
-	at         []time.Time   // of each event
-	headers    []http.Header // of each event
-	texts      []string      // of each event, decompressed; "" for a question
+	held, read Ranges        // numbers of the scrapes that the server holds, and of the scrapes that every consumer has read
+	names      Ranges        // numbers of all scrapes that pushes have named
+	events     []string      // one for each request to /upload since the last call of expect
+	at         []time.Time   // time of each event
+	headers    []http.Header // HTTP header of each event's request
+	texts      []string      // decompressed text of each event's push; "" for a question
 }
 
-// serve answers one request.
+// serve answers one request of a client.
 func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -364,7 +367,9 @@ func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 		for n := a.From; n <= a.To; n++ {
 			var line string
 			if len(lines) > 0 {
-				line, lines = lines[0], lines[1:] // if declines is used, each scrape has one sample
+				// Only the function declines uses this line. The tests that set declines push
+				// scrapes of one sample each, so the line belongs to scrape n.
+				line, lines = lines[0], lines[1:]
 			}
 			if !q.read.Has(n) && (q.declines == nil || !q.declines(line)) {
 				q.held = q.held.Add(n, n)
@@ -389,7 +394,8 @@ func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 	return respond(200, nil, b.String()+"}"), nil
 }
 
-// consume makes every scrape that the server holds read by every consumer.
+// consume marks every scrape that the server holds as read by every consumer. The server then no
+// longer holds these scrapes.
 func (q *queueServer) consume() {
 	for _, a := range q.held {
 		q.read = q.read.Add(a.From, a.To)
@@ -397,8 +403,8 @@ func (q *queueServer) consume() {
 	q.held = nil
 }
 
-// expect compares the events since the previous call of expect with want, and forgets them. what
-// names the situation.
+// expect fails the test unless the events since the previous call of expect are those in want. It
+// then forgets the events. what names the situation in the failure message.
 func (q *queueServer) expect(what string, want ...string) {
 	q.t.Helper()
 	if !slices.Equal(q.events, want) {
@@ -407,8 +413,8 @@ func (q *queueServer) expect(what string, want ...string) {
 	q.events, q.at, q.headers, q.texts = nil, nil, nil, nil
 }
 
-// newQueueClient returns a client of the servers https://a.example, https://b.example and so on, in
-// this order, and the client's log.
+// newQueueClient returns a client and its log. The client pushes to the given servers, whose URLs
+// are https://a.example, https://b.example and so on, in this order.
 func newQueueClient(t *testing.T, spool SpoolConfig, servers []*queueServer, change func(*ClientConfig)) (*Client, *logBuffer) {
 	t.Helper()
 	c, _, log := newSpoolClient(t, "", spool, func(cfg *ClientConfig, _ *ClientReloadConfig) {
@@ -427,8 +433,8 @@ func newQueueClient(t *testing.T, spool SpoolConfig, servers []*queueServer, cha
 	return c, log
 }
 
-// spoolOnes adds a scrape with the single sample n to the spool for each number, and waits a minute
-// after each.
+// spoolOnes adds one scrape to the client's spool for each number in ns. The scrape has a single
+// sample of metric n with that number as its value. spoolOnes waits a minute after each scrape.
 func spoolOnes(t *testing.T, c *Client, ns ...int) {
 	t.Helper()
 	for _, n := range ns {
@@ -444,8 +450,8 @@ func mustDrain(t *testing.T, c *Client) {
 	}
 }
 
-// expectSpool compares the numbers of scrapes in the spool by delivery state with the wanted
-// numbers.
+// expectSpool fails the test unless the spool has these numbers of scrapes in the states
+// undelivered, held and elsewhere.
 func expectSpool(t *testing.T, what string, c *Client, undelivered, held, elsewhere int) {
 	t.Helper()
 	st := c.spool.Stats()
@@ -454,17 +460,17 @@ func expectSpool(t *testing.T, what string, c *Client, undelivered, held, elsewh
 	}
 }
 
-// spoolRig is a spool on a crashFS. The test sets its clocks. The rig records what the spool
-// reports.
+// spoolRig is a spool on a crashFS, a disk in memory. The test sets the spool's clocks in the field
+// now. The rig records the errors and drops that the spool reports.
 type spoolRig struct {
 	t              *testing.T
 	fs             *crashFS
 	cfg            SpoolConfig
 	spool          *Spool
-	now            Moment         // what the clocks of the spool show
-	errs           []error        // reported to OnError
-	droppedSamples map[string]int // samples reported to OnDrop, by reason
-	dropCalls      int            // calls of OnDrop
+	now            Moment         // the moment that the spool's clocks show
+	errs           []error        // errors that the spool reported to OnError
+	droppedSamples map[string]int // number of samples that the spool reported to OnDrop, by reason
+	dropCalls      int            // number of calls of OnDrop
 }
 
 // newSpoolRig returns a rig with an open spool. change, which may be nil, changes the configuration
@@ -482,7 +488,8 @@ func newSpoolRig(t *testing.T, change func(*SpoolConfig)) *spoolRig {
 	return r
 }
 
-// open opens the spool, again if it was open.
+// open opens the spool. If the rig already has a spool, the new Spool replaces it, as after a
+// restart of the client.
 func (r *spoolRig) open() {
 	r.t.Helper()
 	s, err := OpenSpool(r.cfg)
@@ -492,21 +499,22 @@ func (r *spoolRig) open() {
 	r.spool = s
 }
 
-// later moves both clocks ahead.
+// later moves the spool's wall clock and boot-time clock ahead by d.
 func (r *spoolRig) later(d time.Duration) {
 	r.now.Wall += d.Milliseconds()
 	r.now.Boot += d.Milliseconds()
 }
 
-// files returns the names of all files but the spool's record.
+// files returns the names of all files of the spool except its record.
 func (r *spoolRig) files() []string { return spoolFiles(r.fs) }
 
-// spoolFiles returns the names of all files in the file system but the spool's record.
+// spoolFiles returns the names of all files on a disk except the record of the spool in /s.
 func spoolFiles(c *crashFS) []string {
 	return slices.DeleteFunc(c.names(), func(name string) bool { return name == "/s/"+spoolMetaName })
 }
 
-// scrape returns a scrape whose samples have the label n with this number. It has this many lines.
+// scrape returns a scrape with the given number of lines, each of which is a sample. The label n of
+// each sample has the value n, by which tests recognize the scrape.
 func (r *spoolRig) scrape(n, lines int) Scrape {
 	var text []byte
 	for i := range lines {
@@ -515,10 +523,11 @@ func (r *spoolRig) scrape(n, lines int) Scrape {
 	return Scrape{At: r.now, SourceTime: r.now.Wall + 77, Samples: lines, Size: len(text), Gzip: Gzip(text)}
 }
 
-// add adds scrape n, which has three samples, to the spool.
+// add adds a scrape to the spool. The scrape has three samples, whose label n has the value n.
 func (r *spoolRig) add(n int) error { return r.spool.Add(r.scrape(n, 3)) }
 
-// mustAdd adds scrapes to the spool, and fails the test if that fails.
+// mustAdd adds a scrape for each of these values of the label n, as add does. It fails the test if
+// the spool returns an error.
 func (r *spoolRig) mustAdd(ns ...int) {
 	r.t.Helper()
 	for _, n := range ns {
@@ -528,11 +537,11 @@ func (r *spoolRig) mustAdd(ns ...int) {
 	}
 }
 
-// noLimits allows every scrape in one push.
+// noLimits lets a push have all scrapes of a spool.
 var noLimits = PushLimits{Bytes: 1 << 40, Text: 1 << 40, Scrapes: 1 << 30}
 
-// numbers returns the values of the label n in the scrapes, one for each scrape. It checks that the
-// texts fit Samples and Size.
+// numbers returns the value of the label n of each scrape. It fails the test unless the text of
+// each scrape fits the scrape's fields Samples and Size.
 func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
 	t.Helper()
 	for _, sc := range scrapes {
@@ -547,8 +556,9 @@ func numbers(t *testing.T, scrapes []Scrape) (ns []int) {
 	return ns
 }
 
-// nextPush returns the scrapes of the next push. If the spool wants to ask the server first, the
-// server answers that it does not know spools. Reading the spool must not fail.
+// nextPush begins the next push and returns its scrapes. If the next step of the spool is to ask
+// the server, nextPush first applies the answer of a server that does not support spools. It fails
+// the test if BeginPush returns an error.
 func (r *spoolRig) nextPush(l PushLimits) []Scrape {
 	r.t.Helper()
 	if step, _ := r.spool.NextStep(); step == StepAsk {
@@ -561,8 +571,9 @@ func (r *spoolRig) nextPush(l PushLimits) []Scrape {
 	return got
 }
 
-// drain pushes all scrapes and returns the numbers in each push. The server answers 200 and does
-// not know spools, so each push is done.
+// drain pushes all scrapes in the spool and returns the values of the label n in each push. The
+// simulated server answers 200 and does not support spools, so each push removes its scrapes from
+// the spool.
 func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
 	r.t.Helper()
 	for {
@@ -575,7 +586,8 @@ func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
 	}
 }
 
-// expect compares two values by their JSON encoding. what names the value.
+// expect fails the test unless got and want have the same JSON encoding. what names the value in
+// the failure message.
 func (r *spoolRig) expect(what string, got any, want any) {
 	r.t.Helper()
 	g, _ := json.Marshal(got)

@@ -1,6 +1,7 @@
 package main
 
-// Members of a ring that gossip over real UDP sockets of this host, all in this process.
+// This file starts members that gossip over real UDP sockets of this host. All members of a ring
+// run in this process.
 
 import (
 	"context"
@@ -28,23 +29,24 @@ func (d *fakeDNS) LookupNetIP(ctx context.Context, network, host string) ([]neti
 	return nil, errors.New("no such host")
 }
 
-// A gossiper is a running member.
+// A gossiper is a running member of a ring, with its own UDP socket.
 type gossiper struct {
 	*Gossip
-	addr netip.AddrPort // of its socket
-	stop func() error   // makes the member leave, and returns the result of Run
-	kill func()         // ends the member without a leave
+	addr netip.AddrPort // address of the member's socket
+	stop func() error   // makes the member leave the ring, and returns the result of Run
+	kill func()         // ends the member without announcing a leave
 }
 
-// startGossip starts a member with a new socket at listen. It fills in the fields of c that are not
-// set. If c.Addr ends with a colon, it adds the port of the socket.
+// startGossip starts a member with a new socket at the address listen. It sets c.RingName and
+// c.Conn, and gives Addr, Keys, Interval and Resolver defaults if they are not set. If c.Addr ends
+// with a colon, it adds the port of the socket. The member ends at the end of the test.
 func startGossip(tb testing.TB, c GossipConfig, listen string) *gossiper {
 	tb.Helper()
 	return startGossipOver(tb, c, listen, nil)
 }
 
-// startGossipOver is startGossip with the socket replaced by the result of wrap, unless wrap is
-// nil.
+// startGossipOver does the same as startGossip, but if wrap is not nil, the member uses the result
+// of wrap, called with the socket, in place of the socket.
 func startGossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDPConn) UDPConn) *gossiper {
 	tb.Helper()
 	udp, err := net.ResolveUDPAddr("udp", listen)
@@ -96,7 +98,7 @@ func startGossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDP
 	return g
 }
 
-// states returns the state of each member in the view of g, by name.
+// states returns the state of each member in g's view of the ring, by name.
 func (g *gossiper) states() map[string]MemberState {
 	all := map[string]MemberState{}
 	for _, m := range g.View().Members {
@@ -105,7 +107,7 @@ func (g *gossiper) states() map[string]MemberState {
 	return all
 }
 
-// live returns the number of live members in the view of g.
+// live returns the number of live members in g's view of the ring.
 func (g *gossiper) live() int {
 	n := 0
 	for _, s := range g.states() {
@@ -116,7 +118,8 @@ func (g *gossiper) live() int {
 	return n
 }
 
-// allLive returns a function that reports whether each of all considers exactly n members live.
+// allLive returns a function that reports whether every member in all considers exactly n members
+// live.
 func allLive(all []*gossiper, n int) func() bool {
 	return func() bool {
 		for _, g := range all {

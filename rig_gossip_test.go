@@ -1,7 +1,7 @@
 package main
 
-// A simulation of whole rings in one goroutine under virtual time. Every packet and every timer is
-// an event in one queue, and every random choice comes from one seed, so that a run can be
+// This file simulates whole rings in one goroutine, in virtual time. Every packet and every timer
+// is an event in one queue, and every random choice comes from one seed, so that a run can be
 // repeated.
 
 import (
@@ -20,13 +20,13 @@ type simEvent struct {
 	at   time.Duration
 	seq  uint64 // orders events with the same time
 	node int
-	run  uint64 // of the node; a timer of an earlier run is ignored
+	run  uint64 // of a timer: the value of simNode.run when it was set; a timer of an earlier run is ignored
 	from netip.AddrPort
-	data []byte // of a packet; nil for a timer
-	do   func() // not nil: the event is a call of do
+	data []byte // the packet; nil for a timer
+	do   func() // if not nil, the event is a call of do
 }
 
-// A simQueue is a heap of events, by time; see container/heap.
+// A simQueue is a heap of events, the earliest event first; see container/heap.
 type simQueue []simEvent
 
 func (q simQueue) Len() int { return len(q) }
@@ -47,22 +47,23 @@ func (q *simQueue) Pop() any {
 	return e
 }
 
-// A simNode is one host of a sim, with the member that runs on it.
+// A simNode is one simulated host, with the member that runs on it.
 type simNode struct {
 	name    string
 	addr    netip.AddrPort
 	swim    *Swim
-	state   RestartState // that the next start uses
+	state   RestartState // stored state, with which the next member on this node starts
 	up      bool
-	run     uint64        // number of starts
-	timer   time.Duration // time of the earliest timer event; -1 if there is none
-	group   int           // packets reach only nodes of the same group
+	run     uint64        // how often a member was started on this node
+	timer   time.Duration // time of the node's earliest timer event in the queue; -1 if there is none
+	group   int           // packets of this node reach only nodes with the same group
 	stalled time.Duration // the node handles no event before this time
-	origin  time.Duration // time of the sim at which the clock of the node shows 0
-	waiting []simEvent    // packets that wait until the stall ends
+	origin  time.Duration // time of the simulation at which the clock of the node shows 0
+	waiting []simEvent    // packets that arrived during a stall, and wait until it ends
 }
 
-// A sim is a network of members. A test may change its fields while it runs.
+// A sim is a simulated network of nodes, with a member on each. A test may change the fields of a
+// sim between the events.
 type sim struct {
 	tb       testing.TB
 	rng      *rand.Rand
@@ -73,17 +74,17 @@ type sim struct {
 	byAddr   map[netip.AddrPort]int
 	keys     Keys
 	interval time.Duration
-	loss     float64       // share of the packets that are lost
-	double   float64       // share of the packets that arrive twice
-	min, max time.Duration // delay of a packet
-	sent     int           // packets
-	bytes    int           // of the packets sent
+	loss     float64       // share of the packets that are lost, 0 to 1
+	double   float64       // share of the packets that arrive twice, 0 to 1
+	min, max time.Duration // limits of a packet's random delay
+	sent     int           // number of packets that all nodes have sent, lost packets included
+	bytes    int           // number of bytes in these packets
 	events   []simReport
-	tap      func(from, to int, data []byte) // is called for every packet sent; may be nil
-	cut      func(from, to int) bool         // reports packets that are always lost; may be nil
+	tap      func(from, to int, data []byte) // called for every packet that one node sends to another, even if it is lost; may be nil
+	cut      func(from, to int) bool         // reports whether all packets from one node to another are lost; may be nil
 }
 
-// A simReport is an event that node reported at a time of the sim.
+// A simReport is an event that the member on a node reported, with the time of the simulation.
 type simReport struct {
 	GossipEvent
 	at   time.Duration
@@ -104,7 +105,8 @@ func newSim(tb testing.TB, n int, seed uint64) *sim {
 	return s
 }
 
-// joinedSim returns a ring of n members that know each other and have nothing left to gossip.
+// joinedSim returns a ring of n running members that know each other and have no queued updates
+// left.
 func joinedSim(tb testing.TB, n int, seed uint64) *sim {
 	s := newSim(tb, n, seed)
 	s.startAll()
@@ -113,8 +115,9 @@ func joinedSim(tb testing.TB, n int, seed uint64) *sim {
 	return s
 }
 
-// start starts a member on node i, and ends the member that runs there. The seeds of the member are
-// the nodes seeds, or node 0 if seeds is nil.
+// start starts a member on node i, in place of a member that runs there. The seeds of the new
+// member are the nodes in seeds. If seeds is nil, its seed is node 0, and a member on node 0 has no
+// seed.
 func (s *sim) start(i int, seeds ...int) *Swim {
 	n := s.nodes[i]
 	var seed [32]byte
@@ -151,36 +154,39 @@ func (s *sim) startAll() {
 	}
 }
 
-// kill ends the member on node i without a leave.
+// kill ends the member on node i without announcing a leave.
 func (s *sim) kill(i int) { s.nodes[i].up = false }
 
-// restart kills the member on node i and starts a member from its saved state.
+// restart kills the member on node i, and starts it again from its stored state. For seeds see
+// start.
 func (s *sim) restart(i int, seeds ...int) {
 	s.kill(i)
 	s.start(i, seeds...)
 }
 
-// move gives node i another address, an IPv6 address.
+// move gives node i a new address, which is an IPv6 address. Packets to its old address still reach
+// the node.
 func (s *sim) move(i int) {
 	n := s.nodes[i]
 	n.addr = netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprint("fd00::", i+1)), 9006)
 	s.byAddr[n.addr] = i
 }
 
-// push adds e to the queue.
+// push adds e to the queue, after all events with the same time.
 func (s *sim) push(e simEvent) {
 	s.seq++
 	e.seq = s.seq
 	heap.Push(&s.queue, e)
 }
 
-// at makes the sim call do at a time.
+// at adds an event to the queue: a call of do at the given time of the simulation.
 func (s *sim) at(at time.Duration, do func()) { s.push(simEvent{at: at, do: do}) }
 
-// arm adds a timer event for the next tick of node i, unless an earlier one is queued.
+// arm adds a timer event for the next Tick of the member on node i, unless a timer event of the
+// node is queued for the same time or earlier.
 func (s *sim) arm(i int) {
 	n := s.nodes[i]
-	if n.swim.StoodDown { // Gossip.Run ends, and Tick does nothing
+	if n.swim.StoodDown { // Gossip.Run would have returned, and Tick does nothing
 		return
 	}
 	at := max(n.swim.NextTickAt()+n.origin, s.now)
@@ -190,7 +196,7 @@ func (s *sim) arm(i int) {
 	}
 }
 
-// step handles the next event of the queue.
+// step takes the earliest event from the queue and handles it.
 func (s *sim) step() {
 	e := heap.Pop(&s.queue).(simEvent)
 	s.now = max(s.now, e.at)
@@ -203,7 +209,8 @@ func (s *sim) step() {
 		return
 	}
 	if n.stalled > s.now {
-		// Packets that arrive during a stall wait in the socket's buffer, which holds 300.
+		// Packets that arrive during a stall wait in the node's socket buffer, which holds 300
+		// packets. Further packets are lost.
 		if e.data == nil || len(n.waiting) < 300 {
 			if e.data != nil {
 				n.waiting = append(n.waiting, e)
@@ -218,7 +225,7 @@ func (s *sim) step() {
 	if e.data != nil {
 		out = n.swim.Receive(s.now-n.origin, e.from, e.data)
 	} else {
-		if e.at < n.timer { // an outdated timer: the next tick of the node is later
+		if e.at < n.timer { // this timer event is outdated, because the node's next Tick is due later
 			return
 		}
 		n.timer = -1
@@ -236,7 +243,8 @@ func (s *sim) step() {
 	s.arm(e.node)
 }
 
-// send sends d from node from, unless it is lost.
+// send makes d, which the member on node from sends, arrive after a random delay, unless d is lost.
+// It fails the test if d is longer than MaxPacket.
 func (s *sim) send(from int, d Datagram) {
 	if len(d.Data) > MaxPacket {
 		s.tb.Errorf("node %d sends a packet of %d bytes, more than %d", from, len(d.Data), MaxPacket)
@@ -259,7 +267,7 @@ func (s *sim) send(from int, d Datagram) {
 	}
 }
 
-// run lets d of virtual time pass.
+// run lets the duration d of virtual time pass, and handles all events in that time.
 func (s *sim) run(d time.Duration) {
 	end := s.now + d
 	for len(s.queue) > 0 && s.queue[0].at <= end {
@@ -268,8 +276,9 @@ func (s *sim) run(d time.Duration) {
 	s.now = end
 }
 
-// until lets time pass until ok returns true, and returns how much time has passed. It calls ok
-// every 10 ms. After limit it fails the test.
+// until lets virtual time pass until ok returns true, and returns how much time has passed. It
+// calls ok every 10 ms of virtual time. After limit it fails the test, with about as the condition
+// that was not met.
 func (s *sim) until(limit time.Duration, about string, ok func() bool) time.Duration {
 	s.tb.Helper()
 	from := s.now
@@ -309,7 +318,7 @@ func (s *sim) agree() bool {
 	return true
 }
 
-// knowGone reports whether no other running member considers node i live.
+// knowGone reports whether no other running member considers the member on node i live.
 func (s *sim) knowGone(i int) bool {
 	for _, n := range s.nodes {
 		if n.up && n != s.nodes[i] {
@@ -321,8 +330,9 @@ func (s *sim) knowGone(i int) bool {
 	return true
 }
 
-// downs returns how often a member has declared another member dead since a time. If count is not
-// nil, it counts only reports for which count returns true.
+// downs returns the number of EventDown reports at or after the time since: how often a member
+// began to consider another member dead. If count is not nil, it counts only reports for which
+// count returns true.
 func (s *sim) downs(since time.Duration, count func(e simReport) bool) (n int) {
 	for _, e := range s.events {
 		if e.at >= since && e.What == EventDown && (count == nil || count(e)) {
@@ -332,7 +342,7 @@ func (s *sim) downs(since time.Duration, count func(e simReport) bool) (n int) {
 	return n
 }
 
-// eventCount returns how many events have the text what.
+// eventCount returns how many of the reported events have the text what.
 func (s *sim) eventCount(what string) (n int) {
 	for _, e := range s.events {
 		if e.What == what {
@@ -342,13 +352,14 @@ func (s *sim) eventCount(what string) (n int) {
 	return n
 }
 
-// hasEvent reports whether the latest call of Receive or Tick reported the event what.
+// hasEvent reports whether the latest call of Receive or Tick of s reported an event with the text
+// what.
 func hasEvent(s *Swim, what string) bool {
 	return slices.ContainsFunc(s.Events, func(e GossipEvent) bool { return e.What == what })
 }
 
-// lastTo stores each packet of a kind from one node to another in last, so that last is the latest
-// of them. Kind 0 stands for every kind.
+// lastTo makes the simulation store each packet of this kind that node from sends to node to in
+// *last. So *last is always the latest such packet. Kind 0 stands for every kind.
 func (s *sim) lastTo(from, to int, kind PacketKind, last *[]byte) {
 	next := s.tap
 	s.tap = func(f, t int, data []byte) {
@@ -361,7 +372,8 @@ func (s *sim) lastTo(from, to int, kind PacketKind, last *[]byte) {
 	}
 }
 
-// decode opens and decodes a packet with the keys of node i.
+// decode opens the sealed packet data with the keys of node i, and decodes it. It fails the test if
+// that is not possible.
 func (s *sim) decode(i int, data []byte) (p Packet) {
 	plain, _, err := s.nodes[i].swim.sealer.Open(nil, data)
 	if err == nil {
@@ -373,8 +385,8 @@ func (s *sim) decode(i int, data []byte) (p Packet) {
 	return p
 }
 
-// seal seals p as the member of node from would. It fills in the name and session of that member
-// unless p has others.
+// seal returns p, sealed with the keys of the member on node from. If p has no sender name or no
+// session, it first sets the name or the session of that member.
 func (s *sim) seal(from int, p Packet) []byte {
 	sw := s.nodes[from].swim
 	if p.Session == 0 {
@@ -386,23 +398,22 @@ func (s *sim) seal(from int, p Packet) []byte {
 	return sw.sealer.Seal(nil, encodePacket(p), 0)
 }
 
-// deliver makes node i receive data from an address now, and returns its answers without sending
-// them.
+// deliver makes the member on node i receive the packet data from the address from at once. It
+// returns the member's answers without sending them.
 func (s *sim) deliver(i int, from netip.AddrPort, data []byte) []Datagram {
 	n := s.nodes[i]
 	return n.swim.Receive(s.now-n.origin, from, data)
 }
 
-// tick calls Tick of node i at a time of the node's clock, without handling any event. It returns
-// the packets without sending them.
+// tick calls Tick of the member on node i. at is the time on the node's clock. tick handles no
+// event of the queue. It returns the packets of the member without sending them.
 func (s *sim) tick(i int, at time.Duration) []Datagram {
 	n := s.nodes[i]
 	s.now = max(s.now, at+n.origin)
 	return n.swim.Tick(at)
 }
 
-// suspicionOf returns a record in which node 2 suspects node o, from the record of o that node i
-// has.
+// suspicionOf returns node i's record of node o, changed so that node 2 suspects node o in it.
 func (s *sim) suspicionOf(i, o int) MemberRecord {
 	r := s.nodes[i].swim.table.Get(s.nodes[o].name).MemberRecord
 	r.State, r.Accusers = StateSuspect, []uint64{accuserID(s.nodes[2].name)}

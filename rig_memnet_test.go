@@ -1,7 +1,7 @@
 package main
 
-// Members of a ring with their keepers, in virtual time over a network in memory. They run in a
-// bubble of testing/synctest.
+// This file runs members of a ring, each with its ring keeper, in virtual time over a network in
+// memory. They run in a bubble of testing/synctest.
 
 import (
 	"context"
@@ -31,7 +31,7 @@ type memDatagram struct {
 type memConn struct {
 	net    *memNet
 	addr   netip.AddrPort
-	wake   sync.Cond // for readers
+	wake   sync.Cond // wakes readers when queue, until or closed changes
 	queue  []memDatagram
 	until  time.Time   // read deadline
 	timer  *time.Timer // wakes readers at the deadline
@@ -94,20 +94,20 @@ func (c *memConn) close() {
 	c.wake.Broadcast()
 }
 
-// A memMember is a server's gossip and ring keeper.
+// A memMember is the gossip and the ring keeper of one server.
 type memMember struct {
 	*RingKeeper
 	gossip *Gossip
 	conn   *memConn
 	fs     *crashFS
-	last   atomic.Pointer[RingView] // latest view that OnView received
-	errors atomic.Int64             // number of errors that OnError received
-	kill   func()                   // ends the member without a leave
+	last   atomic.Pointer[RingView] // latest view that RingKeeperConfig.OnView received
+	errors atomic.Int64             // number of errors that RingKeeperConfig.OnError received
+	kill   func()                   // ends the member without announcing a leave
 }
 
 const memInterval = time.Second
 
-// add makes a member that does not run yet. Its state is in fsys.
+// add returns a new member that does not run yet. The member keeps its restart state in fsys.
 func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
 	t.Helper()
 	st, err := LoadRestartState(fsys, "/s")
@@ -130,7 +130,7 @@ func (n *memNet) add(t *testing.T, name, addr string, fsys *crashFS, seeds ...st
 	return m
 }
 
-// start makes a member and runs it until the end of the test, or until kill is called.
+// start returns a new member, and runs it until the end of the test or until its kill is called.
 func (n *memNet) start(t *testing.T, name, addr string, fsys *crashFS, seeds ...string) *memMember {
 	t.Helper()
 	m := n.add(t, name, addr, fsys, seeds...)
@@ -157,10 +157,11 @@ func (m *memMember) slot() int {
 	return -1
 }
 
-// members returns the number of members on the ring of m.
+// members returns the number of members that have a share of the ring, as m sees the ring.
 func (m *memMember) members() int { return len(m.View().Ring.Shares()) }
 
-// took lets time pass until ok returns true, and returns how much time has passed.
+// took lets virtual time pass until ok returns true, and returns how much time has passed. It fails
+// the test after 10 minutes of virtual time, with about as the condition that was not met.
 func took(t *testing.T, about string, ok func() bool) time.Duration {
 	t.Helper()
 	begin := time.Now()
@@ -173,8 +174,8 @@ func took(t *testing.T, about string, ok func() bool) time.Duration {
 	return time.Since(begin)
 }
 
-// startPair starts member a, and then member b with a as its seed, and waits until both have
-// claimed a slot and rest.
+// startPair starts member a, and then member b with a as its seed. It waits until both have claimed
+// a slot, and then until their keepers are idle (restLong).
 func startPair(t *testing.T) (a, b *memMember) {
 	t.Helper()
 	n := newMemNet()
@@ -189,10 +190,11 @@ func startPair(t *testing.T) (a, b *memMember) {
 // newMemNet returns a network without sockets.
 func newMemNet() *memNet { return &memNet{conn: map[netip.AddrPort]*memConn{}} }
 
-// restLong lets more than idleCheck pass, so that keepers wake up only once a minute.
+// restLong sleeps for longer than idleCheck. After that, ring keepers without changes wake up only
+// once per idleCheck, which is a minute.
 func restLong() { time.Sleep(90*time.Second + 7*time.Millisecond) }
 
-// checkWithin fails the test if got is more than most.
+// checkWithin fails the test if got, the time that about took, is longer than most.
 func checkWithin(t *testing.T, about string, got, most time.Duration) {
 	t.Helper()
 	if got > most {

@@ -1,8 +1,8 @@
 package main
 
-// The rig of TestOutage and its relatives: a source that remembers its answers, a TCP proxy that
-// can interrupt connections at any byte, and a central Prometheus whose samples can be queried. Two
-// tests check the rig itself.
+// The rig of the tests TestOutage, TestOutageDrain and so on: a source that remembers its answers,
+// a TCP proxy that can interrupt connections, and a central Prometheus whose samples can be
+// queried. Two tests check the rig itself.
 
 import (
 	"bytes"
@@ -32,7 +32,7 @@ type outageSource struct {
 	series int // number of series
 
 	mu   sync.Mutex // guards the fields below
-	n    int        // scrapes so far
+	n    int        // number of scrapes so far
 	said []outageScrape
 }
 
@@ -40,8 +40,8 @@ type outageSource struct {
 type outageScrape struct {
 	t int64 // ms since the epoch
 	v float64
-	// maybe means that the samples may be lost: the client was killed shortly after the scrape and
-	// may not have written it to its spool yet.
+	// maybe means that Prometheus may lack the samples: the client was killed shortly after the
+	// scrape and may not have written the scrape to its spool.
 	maybe bool
 }
 
@@ -63,7 +63,7 @@ func (s *outageSource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// unsure marks all scrapes since a time as possibly lost.
+// unsure marks all scrapes since a time as scrapes whose samples may be lost.
 func (s *outageSource) unsure(since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,16 +86,16 @@ type outageProxy struct {
 	ln  net.Listener
 	to  string     // the address to which connections are forwarded
 	mu  sync.Mutex // guards the fields below
-	ok  *sync.Cond // signals a change of how
-	how string     // see set
+	ok  *sync.Cond // signals that how has changed
+	how string     // how the network behaves; the method set explains the values
 	// If cutUp is positive, the next connection on which the client has sent that many bytes is
 	// reset, and cutUp becomes 0. cutDown does the same for bytes that the server has sent.
 	cutUp, cutDown int
-	cuts           int // connections that were reset in this way
+	cuts           int // number of connections that were reset because of cutUp or cutDown
 	conns          map[net.Conn]bool
 }
 
-// newOutageProxy starts a proxy to an address. It ends with the test.
+// newOutageProxy starts a proxy that forwards to an address. The proxy ends with the test.
 func newOutageProxy(t *testing.T, to string) *outageProxy {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -134,15 +134,16 @@ func (p *outageProxy) set(how string) {
 	p.ok.Broadcast()
 }
 
-// cut resets one connection after the client has sent up bytes, and one after the server has sent
-// down bytes. 0 resets none.
+// cut makes the proxy reset the next connection on which the client has sent up bytes, and the next
+// connection on which the server has sent down bytes. If a number is 0, no connection is reset
+// because of it.
 func (p *outageProxy) cut(up, down int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.cutUp, p.cutDown = up, down
 }
 
-// cutsDone returns how many connections cut has reset so far.
+// cutsDone returns how many connections the proxy has reset so far because of cut.
 func (p *outageProxy) cutsDone() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -183,8 +184,9 @@ func (p *outageProxy) serve(c net.Conn) {
 	p.mu.Unlock()
 }
 
-// pump forwards one direction of a connection until it ends, and then closes both ends. cut points
-// to cutUp or cutDown.
+// pump forwards the data of one direction of a connection until the connection ends, and then
+// closes both ends. cut points to p.cutUp or p.cutDown, whichever counts the bytes of this
+// direction.
 func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 	defer to.Close()
 	defer from.Close()
@@ -209,7 +211,7 @@ func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 			outageReset(to)
 			return
 		}
-		if delayed { // longer than the timeout of a scrape
+		if delayed { // wait longer than the timeout of a scrape
 			time.Sleep(outageTimeout + outageTimeout/2)
 		}
 		if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
@@ -220,7 +222,7 @@ func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 
 const (
 	outageTimeout = 2 * time.Second // interval and timeout of the central Prometheus's scrapes
-	outageWindow  = "3h"            // the recommended out_of_order_time_window
+	outageWindow  = "3h"            // out_of_order_time_window that the README recommends
 )
 
 // outagePrometheus is a process of Prometheus that scrapes telemeter servers.
@@ -228,10 +230,10 @@ type outagePrometheus struct {
 	t        *testing.T
 	dir      string
 	program  string
-	addr     string // address of its HTTP API
-	consumer string // name of the consumer in its scrapes
+	addr     string // address of the HTTP API
+	consumer string // value of the parameter consumer in the scrapes of telemeter servers
 	logs     *os.File
-	cmd      *exec.Cmd     // nil while it does not run
+	cmd      *exec.Cmd     // nil while Prometheus does not run
 	ended    chan struct{} // closed when cmd has ended
 }
 
@@ -248,9 +250,10 @@ func outageProgram(t *testing.T) string {
 	return path
 }
 
-// newOutagePrometheus writes the configuration of a Prometheus, which start then starts. It scrapes
-// target as the named consumer. timeout is the interval and the timeout of its scrapes. window is
-// its out_of_order_time_window; "" means none. jobs are further scrape_configs, one on each line.
+// newOutagePrometheus writes the configuration of a Prometheus. The method start starts that
+// Prometheus. It scrapes target under the name consumer. timeout is both the interval and the
+// timeout of its scrapes. window is its out_of_order_time_window; "" means none. jobs are further
+// scrape_configs, one on each line.
 func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration, jobs ...string) *outagePrometheus {
 	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
 	storage := ""
@@ -283,8 +286,8 @@ func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout 
 	return p
 }
 
-// start starts Prometheus on its data of earlier runs. It logs at level debug, because otherwise
-// Prometheus does not log that a scrape failed because of its content.
+// start starts Prometheus with the data of its earlier runs. Prometheus runs at log level debug,
+// because otherwise it does not log that a scrape failed because of its content.
 func (p *outagePrometheus) start() {
 	p.t.Helper()
 	p.cmd = exec.Command(p.program, "--config.file="+filepath.Join(p.dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(p.dir, "data"),
@@ -313,8 +316,9 @@ func (p *outagePrometheus) stop(sig syscall.Signal) {
 	p.cmd = nil
 }
 
-// query returns the result of a query: for each value of the label, the values by time in ms. twice
-// counts the samples whose label value and time occurred before.
+// query runs a PromQL query. got has the sample values by the value of the label and by time, in ms
+// since the epoch. twice is the number of samples with the same label value and time as a sample
+// before them.
 func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64]float64, twice int, err error) {
 	at := strconv.FormatInt(time.Now().Add(time.Minute).Unix(), 10)
 	resp, err := http.Get("http://" + p.addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(promql))
@@ -362,19 +366,21 @@ func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64
 
 // outageDiff compares the samples in one Prometheus with the answers of the source.
 type outageDiff struct {
-	samples int // samples of the source that Prometheus has
-	missing int // samples of the source that Prometheus does not have
-	wrong   int // samples in Prometheus with a time or value that the source did not return
-	twice   int // samples that Prometheus has twice
-	maybe   int // missing samples of scrapes that may be lost
+	samples int // number of samples of the source that Prometheus has
+	missing int // number of samples of the source that Prometheus lacks, except those counted in maybe
+	wrong   int // number of samples in Prometheus with a time or value that the source did not return
+	twice   int // number of samples that Prometheus has twice
+	maybe   int // number of samples that Prometheus lacks, of scrapes whose samples may be lost
 }
 
-// whole reports whether Prometheus has all samples exactly once.
+// whole reports whether Prometheus has all samples exactly once and no wrong samples. Samples that
+// may be lost can be missing.
 func (d outageDiff) whole() bool {
 	return d.missing == 0 && d.wrong == 0 && d.twice == 0 && d.samples > 0
 }
 
-// compareOutage compares the answers of a source with so many series with the result of a query.
+// compareOutage compares the scrapes in said, which the source answered, with the result of a
+// query, which is in got and twice. series is the number of series of the source.
 func compareOutage(said []outageScrape, series int, got map[string]map[int64]float64, twice int) outageDiff {
 	d := outageDiff{twice: twice}
 	want := map[int64]outageScrape{}
@@ -401,8 +407,8 @@ func compareOutage(said []outageScrape, series int, got map[string]map[int64]flo
 	return d
 }
 
-// outageDropped matches a log line of Prometheus about samples that it dropped as out of order, and
-// outageFatal a line that must never occur.
+// outageDropped matches a line in the log of Prometheus about samples that Prometheus dropped as
+// out of order. outageFatal matches a log line that must never occur.
 var (
 	outageDropped = regexp.MustCompile(`(?i)out.of.order samples.*num_dropped=(\d+)`)
 	outageFatal   = regexp.MustCompile(`(?i)append failed|parse error|same timestamp|commit failed|too old or are too far|duplicate sample`)
@@ -431,8 +437,8 @@ func (p *outagePrometheus) log() (outOfOrder int, bad []string) {
 	return outOfOrder, bad
 }
 
-// The README and testdata/prometheus.yml recommend the out_of_order_time_window that these tests
-// use. It is at least an hour longer than the default --retention.
+// The README and testdata/prometheus.yml recommend the out_of_order_time_window that the outage
+// tests use. This window is at least an hour longer than the default --retention.
 func TestOutageWindow(t *testing.T) {
 	window := regexp.MustCompile(`(?m)^ *out_of_order_time_window: (.*)$`)
 	for _, file := range []string{"README.md", filepath.Join("testdata", "prometheus.yml")} {
@@ -459,8 +465,8 @@ func TestOutageWindow(t *testing.T) {
 	}
 }
 
-// compareOutage counts missing samples, wrong samples, duplicates, and missing samples of scrapes
-// that may be lost.
+// compareOutage counts the missing samples, the wrong samples and the duplicates. It counts the
+// missing samples of scrapes that may be lost separately.
 func TestOutageComparison(t *testing.T) {
 	said := []outageScrape{{t: 1, v: 1}, {t: 2, v: 2}, {t: 3, v: 3, maybe: true}}
 	whole := func() map[string]map[int64]float64 {
