@@ -113,7 +113,6 @@ func ParseKeys(data []byte) (Keys, error) {
 	return ks, nil
 }
 
-// newKey returns the key with this secret. It derives the key's ID and token subkey from secret.
 func newKey(secret []byte) (key, error) {
 	id, err := hkdf.Key(sha256.New, secret, nil, labelKeyID, 4)
 	if err != nil {
@@ -187,8 +186,8 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 		return nil, err
 	}
 	secret := bytes.TrimRight(raw, " \t\r\n")
-	// Check the untrimmed length too. The limit of the reader may have cut the file within white
-	// space. TrimRight then removed that white space, but more text may follow it in the file.
+	// Check the length before trimming too. If the limit of the reader cut the file within white
+	// space, TrimRight removed that white space, but the file may hold more text after it.
 	if len(secret) > maxBytes || len(raw) > maxBytes+lineEnd {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBytes)
 	}

@@ -117,15 +117,14 @@ func RotateKey(dir, keyName string) error {
 	return writeKeyFile(path, data, info.Mode().Perm(), info, os.Rename)
 }
 
-// generateKeyLine returns a new random key as a line of a key file.
 func generateKeyLine() []byte {
 	secret := make([]byte, keySize)
 	rand.Read(secret) // crypto/rand.Read never returns an error since Go 1.24
 	return append(base64.StdEncoding.AppendEncode(nil, secret), '\n')
 }
 
-// createKeyFile creates the file path with data. If path exists, createKeyFile leaves it unchanged
-// and returns an error that wraps fs.ErrExist.
+// createKeyFile creates a file at path with data as its content. If path exists, createKeyFile
+// leaves it unchanged and returns an error that wraps fs.ErrExist.
 func createKeyFile(path string, data []byte, mode fs.FileMode) error {
 	return writeKeyFile(path, data, mode, nil, os.Link)
 }
@@ -146,9 +145,8 @@ func writeKeyFile(path string, data []byte, mode fs.FileMode, ownerFrom fs.FileI
 			err = f.Chown(int(st.Uid), int(st.Gid))
 		}
 	}
-	// Chmod sets exactly the mode that the caller wants, whatever the umask is. Go evaluates all
-	// arguments of cmp.Or, even if one of the calls fails. So the file is always closed. cmp.Or
-	// returns the first error.
+	// Chmod sets the mode that the caller wants, whatever the umask is. cmp.Or returns the first
+	// error. Go evaluates all arguments of cmp.Or, so that the file is closed even after an error.
 	_, werr := f.Write(data)
 	if err := cmp.Or(err, werr, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err

@@ -202,9 +202,9 @@ func TestCreateKeyFileNeverReplaces(t *testing.T) {
 	}
 }
 
-// handWrittenTokenKeys creates the key files in a new directory. It replaces token.key by keys 1
-// and 2 of keyLine, as an operator's editor may leave them: with a comment between them and no line
-// end after the last line. It returns the directory, and the path and content of token.key.
+// handWrittenTokenKeys creates the key files in a new directory, with a token.key as an operator
+// may write it: keyLine(1), a comment, and keyLine(2) without a line end. It returns the directory,
+// and the path and content of token.key.
 func handWrittenTokenKeys(t *testing.T) (dir, path, content string) {
 	t.Helper()
 	dir = t.TempDir()

@@ -6,8 +6,8 @@ package main
 // A ReplayWindow records which packet counters of one sender's session were seen, as in RFC 6479.
 // The record is a circular array of words. When the highest counter advances into new words, the
 // window clears them. A counter that is more than windowSize below the highest counter is treated
-// as a replay. A sender uses one counter for all its receivers, so that each receiver sees only
-// some of the sender's counters.
+// as a replay. Gaps between the counters are normal: a sender uses one counter for all its
+// receivers, so that each receiver sees only some of the counters.
 type ReplayWindow struct {
 	highest uint64              // highest counter seen
 	seen    [windowWords]uint64 // one bit for each counter that the window covers

@@ -34,8 +34,8 @@ const (
 	// sealVersion is the version of the sealed form and of all content that is sealed: gossip
 	// packets, member records and forwarded pushes.
 	sealVersion = 2
-	sealHeader  = 1 + 4                       // bytes of the version and the key ID
-	sealNonce   = chacha20poly1305.NonceSizeX // bytes of a nonce
+	sealHeader  = 1 + 4 // bytes of the version and the key ID
+	sealNonce   = chacha20poly1305.NonceSizeX
 
 	labelPacket  = "telemeter packet seal v1"  // the purpose for Keys.Subkeys when sealing packets
 	labelMessage = "telemeter message seal v1" // the purpose for Keys.Subkeys when sealing messages
@@ -99,7 +99,8 @@ func (ks sealKeys) withIDOrFirst(keyID uint32) *sealKey {
 
 // open decrypts and verifies sealed, and appends the plaintext to dst. dst and sealed must not
 // overlap. The errors ErrNotSealed, ErrUnknownKey and ErrForged are returned as they are.
-// ErrSealVersion is wrapped in an error that names both versions.
+// ErrSealVersion is wrapped in an error that names the version in sealed and this program's
+// version.
 func (ks sealKeys) open(dst, sealed, boundTo []byte) ([]byte, error) {
 	if len(sealed) > 0 && sealed[0] != sealVersion {
 		return nil, fmt.Errorf("%w: it has version %d; this program knows version %d", ErrSealVersion, sealed[0], sealVersion)
@@ -198,7 +199,7 @@ func (s *PacketSealer) Seal(dst, plain []byte, preferredKeyID uint32) []byte {
 // Open decrypts and verifies packet. It appends the plaintext to dst, and returns the extended dst
 // with the packet counter that the sender put into the nonce. dst and packet must not overlap. The
 // errors ErrNotSealed, ErrUnknownKey and ErrForged are returned as they are. ErrSealVersion is
-// wrapped in an error that names both versions.
+// wrapped in an error that names the packet's version and this program's version.
 func (s *PacketSealer) Open(dst, packet []byte) (plain []byte, counter uint64, err error) {
 	if plain, err = s.keys.open(dst, packet, nil); err != nil {
 		return nil, 0, err

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// testSealer returns a PacketSealer for the named ring. Its keys are those that testKeys makes of
-// secrets. seed determines the random bytes of its nonces.
+// testSealer returns a PacketSealer for the named ring, with the keys testKeys(tb, secrets...).
+// seed determines the random bytes of its nonces.
 func testSealer(tb testing.TB, seed byte, ring string, secrets ...byte) *PacketSealer {
 	tb.Helper()
 	s, err := NewPacketSealer(testKeys(tb, secrets...), ring, rand.NewChaCha8([32]byte{seed}))
@@ -22,7 +22,7 @@ func testSealer(tb testing.TB, seed byte, ring string, secrets ...byte) *PacketS
 	return s
 }
 
-// otherVersion returns a copy of sealed whose first byte is another version.
+// otherVersion returns a copy of sealed with version as its first byte.
 func otherVersion(sealed []byte, version byte) []byte {
 	return append([]byte{version}, sealed[1:]...)
 }
@@ -159,7 +159,7 @@ func TestSealAllocates(t *testing.T) {
 	}
 }
 
-// A PacketSealer opens no bytes except the one packet that was sealed with its keys.
+// A PacketSealer refuses all bytes except the one packet that was sealed with its keys.
 func FuzzOpenPacket(f *testing.F) {
 	s := testSealer(f, 1, "c", 1, 2)
 	sealed := s.Seal(nil, []byte("hello"), 0)

@@ -65,7 +65,7 @@ func TestParseKeys(t *testing.T) {
 
 // Key IDs and token subkeys are HKDF-SHA256 (RFC 5869) of a key and a label. This derivation must
 // never change, because existing tokens contain key IDs and are signed with token subkeys. The test
-// computes HKDF by itself.
+// computes HKDF without the package crypto/hkdf.
 func TestKeyDerivation(t *testing.T) {
 	secret := bytes.Repeat([]byte{7}, keySize)
 	ks := testKeys(t, 7, 8)

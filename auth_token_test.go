@@ -136,9 +136,8 @@ func (c verifyCase) check(t *testing.T, ks Keys, secrets []string) {
 	}
 }
 
-// Verify refuses a text that does not have the form of a token, a signature that belongs to another
-// key or another payload, a signed payload with invalid fields, and an expired token. No error
-// quotes a part of the token.
+// Verify refuses a malformed text, a signature of another key or of another payload, a signed
+// payload with an invalid field, and an expired token. No error quotes a part of the token.
 func TestVerifyRefuses(t *testing.T) {
 	ks := testKeys(t, 1, 2)
 	good := signToken(t, ks, authToken())
@@ -255,9 +254,9 @@ func TestNewTokenID(t *testing.T) {
 	}
 }
 
-// If Verify accepts the fuzzed text itself, Sign makes exactly this text of its token. The test
-// also uses the fuzzed text as the payload of a correctly signed token, so that it reaches the code
-// behind the signature check.
+// If Verify accepts the fuzzed text as a token, signing this token again gives the same text. The
+// test also uses the fuzzed text as the payload of a correctly signed token, so that it reaches the
+// code behind the signature check.
 func FuzzToken(f *testing.F) {
 	ks := testKeys(f, 1)
 	good := signToken(f, ks, authToken())

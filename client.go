@@ -20,7 +20,7 @@ import (
 
 const (
 	expiryWarning   = 30 * 24 * time.Hour // the client logs a warning if its token expires within this time
-	dropLogInterval = time.Minute         // least time between two log lines of one dropLogLimiter
+	dropLogInterval = time.Minute         // least time between two log lines that one dropLogLimiter allows
 )
 
 // ClientConfig configures a Client.
@@ -41,7 +41,7 @@ type ClientConfig struct {
 
 // ClientReloadConfig is the part of the configuration that Reload replaces as a whole.
 type ClientReloadConfig struct {
-	Token        string                // the client token
+	Token        string                // the client token, which servers exchange for upload tokens
 	FromToken    string                // bearer token for the source; "" means none
 	Match        Selectors             // selects the series to push
 	NewCleaner   func() *ClientCleaner // returns a new cleaner whose Match is not set; the client sets Match if the source does not select the series itself

@@ -26,7 +26,7 @@ type BootClock struct {
 	readFile func(name string) ([]byte, error)
 	id       string
 	hasFile  bool      // uptimeFile can be read; otherwise the clock counts from the start of this process
-	base     int64     // ms from the boot to start; 0 if hasFile is false
+	base     int64     // the uptime at the time start, in ms; 0 if hasFile is false
 	start    time.Time // when the clock was created; its monotonic reading is used
 }
 
@@ -59,8 +59,8 @@ func (c *BootClock) Now() (ms int64, bootID string) {
 	return counted, c.id
 }
 
-// uptime returns the first field of uptimeFile, which is in seconds with two decimals, as
-// milliseconds. ok is false if the file cannot be read or is malformed.
+// uptime reads the first field of uptimeFile, which is in seconds with two decimals, and returns it
+// in milliseconds. ok is false if the file cannot be read or is malformed.
 func (c *BootClock) uptime() (ms int64, ok bool) {
 	b, err := c.readFile(uptimeFile)
 	text, _, found := strings.Cut(string(b), " ")

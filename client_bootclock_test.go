@@ -9,8 +9,8 @@ import (
 )
 
 // The boot-time clock of Linux includes the time for which the machine was suspended. If the uptime
-// file is missing or malformed, or shows less time than this process has counted, the clock adds
-// the time that the process has counted to the uptime at its start.
+// file is missing, malformed or behind the time that the process has counted, the clock returns the
+// uptime at the start of the process plus the time since then.
 func TestBootClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		files := map[string]string{uptimeFile: "100.25 7.00\n", bootIDFile: "4789e580-6b9d-41f7-b180-bcdd10d7b67b\n"}

@@ -20,7 +20,7 @@ const (
 // attempts tries each server at most once. It ends when a server answers or when all servers have
 // failed.
 type serverFailover struct {
-	servers int // number of servers
+	servers int
 	current int // the server of this attempt
 	last    int // the server that last answered a push that names scrapes, or a question (a push without scrapes)
 
@@ -42,8 +42,9 @@ type serverFailover struct {
 
 // beginDrain starts the rounds of one call of DrainSpool. unreadByConsumersFor is how long no
 // consumer has read any scrape that the server f.last holds. If that is longer than maxUnreadTime,
-// the consumers may be unable to reach that server. If there is another server and preferredUntil
-// has passed, beginDrain then prefers the server after f.last for maxUnreadTime and returns true.
+// the consumers may be unable to reach that server. In that case, beginDrain prefers the server
+// after f.last for maxUnreadTime and returns true. It does not do so if there is only one server or
+// if preferredUntil has not passed.
 func (f *serverFailover) beginDrain(now time.Time, unreadByConsumersFor time.Duration) (nextPreferred bool) {
 	if f.servers > 1 && !now.Before(f.preferredUntil) {
 		f.preferred = 0
@@ -91,8 +92,8 @@ func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntri
 // isLastOfRound reports whether a failure of the current server would end the round.
 func (f *serverFailover) isLastOfRound() bool { return f.failed+1 == f.servers }
 
-// stayAfterAnswer records that the current server answered a push, which ends the round. If the
-// current server is not the server with which rounds begin, rounds begin with it until now+stayFor.
+// stayAfterAnswer records that the current server answered a push, which ends the round. If rounds
+// begin with another server, they begin with the current server until now+stayFor.
 func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 	if f.current != f.start {
 		f.start, f.startUntil = f.current, now.Add(stayFor)
@@ -100,9 +101,9 @@ func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 	f.failed = 0
 }
 
-// advanceAfterDecline records that the server f.last declined a scrape: it accepted the push but
-// stored no sample of the scrape. If a server remains that has not declined the scrape, hasUntried
-// is true and rounds begin with the next server until now+stayFor.
+// advanceAfterDecline records that the server f.last declined a scrape: that server accepted the
+// push but stored no sample of the scrape. If another server has not declined the scrape yet,
+// hasUntried is true and rounds begin with the next server until now+stayFor.
 func (f *serverFailover) advanceAfterDecline(now time.Time, stayFor time.Duration) (hasUntried bool) {
 	if f.declined+1 >= f.servers {
 		f.declined = 0

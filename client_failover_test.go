@@ -17,7 +17,7 @@ func TestFailover(t *testing.T) {
 		do     string
 		after  time.Duration // time that passes between the previous row and this row
 		retry  time.Duration // Retry-After that the failing server sends; 0 if it sends none
-		result bool          // wanted: whether a server is left that was not tried, after a failure or a decline; true after a success
+		result bool          // wanted after a failure or a decline: whether an untried server is left; true after a success
 		server int           // wanted index of the server of the next attempt
 	}{
 		{"fail", 0, time.Second, true, 1},

@@ -1,10 +1,11 @@
 package main
 
 // The Pusher delivers scrapes from the spool to the first server that accepts them, several scrapes
-// in one push. It removes a scrape from the spool only when a server answers that the scrape is
-// done or refuses it as invalid. After an attempt without an answer, the Pusher first asks the
-// server which scrapes the server holds. Tokens are sent only to the URLs in To, because redirects
-// are not followed. This file must not know how the source is scraped.
+// in one push. It removes a scrape from the spool only when a server answers that the scrape is no
+// longer needed, or refuses the scrape for good. After an attempt without an answer, the Pusher
+// first asks the server which scrapes the server holds. Tokens are sent only to the URLs in
+// PusherConfig.To, because redirects are not followed. This file must not know how the source is
+// scraped.
 
 import (
 	"cmp"
@@ -50,7 +51,7 @@ type PusherConfig struct {
 type Pusher struct {
 	cfg           PusherConfig
 	lastDelivered atomic.Pointer[[]Scrape] // delivered pieces of the newest delivered scrape
-	healthy       atomic.Bool              // see IsHealthy
+	healthy       atomic.Bool              // the result of IsHealthy
 
 	// The next three fields are used only by the goroutine that calls DrainSpool.
 	token   uploadToken
@@ -85,7 +86,7 @@ func NewPusher(cfg PusherConfig) *Pusher {
 func (p *Pusher) IsHealthy() bool { return p.healthy.Load() }
 
 // LastDeliveredPieces returns the delivered pieces of the newest delivered scrape. A scrape within
-// the limits has one piece. The caller must not change the pieces.
+// the size limits of a push has one piece. The caller must not change the pieces.
 func (p *Pusher) LastDeliveredPieces() []Scrape {
 	if pieces := p.lastDelivered.Load(); pieces != nil {
 		return *pieces
@@ -98,7 +99,7 @@ type spoolDrain struct {
 	*Pusher
 	backoff  roundBackoff
 	lastErr  error // the error of the last failed round
-	rejected error // the newest error of a scrape that was refused as invalid or declined by all servers
+	rejected error // the newest error of a scrape that was refused for good or declined by all servers
 	progress pushProgress
 }
 
@@ -114,9 +115,9 @@ type pushProgress struct {
 // and is at least the Retry-After that the servers sent, up to MaxRetryAfter.
 //
 // DrainSpool returns early if ctx ends or if the next attempt would come after the deadline of ctx.
-// The error is then the newest failure. A scrape that a server refuses as invalid is set aside. A
-// scrape that all servers decline stays in the spool. If DrainSpool does not return early, its
-// error is the newest such refusal or decline, or nil.
+// The error is then the newest failure. A scrape that a server refuses for good, as a whole or in
+// pieces, is set aside. A scrape that all servers decline stays in the spool. If DrainSpool does
+// not return early, its error is the newest such refusal or decline, or nil.
 func (p *Pusher) DrainSpool(ctx context.Context) error {
 	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
@@ -188,7 +189,7 @@ func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 	d.servers.last = d.servers.current
 	d.cfg.Spool.ApplyAnswer(answer.spool)
 	if st := d.cfg.Spool.Stats(); st.ByState[ScrapeUndelivered].Scrapes == 0 {
-		d.healthy.Store(true) // no scrape is undelivered; the answer to an earlier push may have been lost
+		d.healthy.Store(true) // every scrape is delivered, perhaps by an earlier push whose answer was lost
 	}
 	return nil
 }

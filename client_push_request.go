@@ -85,8 +85,8 @@ func (p *Pusher) currentServerURL() string { return p.cfg.To[p.servers.current] 
 
 // upload pushes scrapes to the current server. Unless spoolID is 0, the push names the scrapes by
 // spoolID and their numbers. Without scrapes, the push is a question. If the server answers 401 to
-// an upload token that this call did not renew, upload renews the token once and tries again,
-// because keys rotate and clocks differ.
+// an upload token that this call did not renew, upload renews the token once and tries again. A
+// token can become invalid early, because keys rotate and clocks differ.
 func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (answer uploadAnswer, err error) {
 	gzips := make([][]byte, len(scrapes))
 	for i, sc := range scrapes {
@@ -149,7 +149,7 @@ func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
 		return answer, fmt.Errorf("pushing to %s: the answer is not JSON: %w", p.currentServerURL(), err)
 	}
-	if answer.Accepted == nil { // the answer comes from another program than telemeter, which stored nothing
+	if answer.Accepted == nil { // a telemeter server always sends this field, so another program answered and stored nothing
 		return answer, fmt.Errorf("pushing to %s: the answer has no field accepted, so it is not a telemeter server's", p.currentServerURL())
 	}
 	answer.spool = SpoolAnswer{Server: p.currentServerURL(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}

@@ -117,7 +117,7 @@ func TestPusherRetryAfter(t *testing.T) {
 		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 		for _, tt := range []struct {
 			after string        // value of the Retry-After header, if until is 0
-			until time.Duration // if not 0, the Retry-After header is the date that is until ahead of the server's clock
+			until time.Duration // if not 0, the Retry-After header is a date that is this far ahead of the server's clock
 			ahead time.Duration // how far the server's clock is ahead of the client's; 0 means that the answer has no Date header
 			want  time.Duration // shortest allowed pause before the next attempt; 0 means the usual pause after a first failure
 		}{
@@ -152,7 +152,7 @@ func TestPusherRetryAfter(t *testing.T) {
 			least, most := tt.want, 2*tt.want // jitter makes the pause at most twice as long
 			if tt.want == 0 {
 				least, most = minBackoff/2, minBackoff
-				// A date has whole seconds, so Retry-After can ask for up to a second less than until.
+				// A date has whole seconds, so Retry-After may ask for up to a second less.
 			} else if tt.until > 0 && tt.ahead == 0 {
 				least -= time.Second
 			}

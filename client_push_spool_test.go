@@ -89,8 +89,8 @@ func TestPusherAsksAfterOutage(t *testing.T) {
 		spoolOnes(t, c, 1)
 		time.AfterFunc(10*time.Minute, func() { a.down.Store(false) })
 		mustDrain(t, c)
-		// The client had no upload token during the first outage, so it sent no push and need not
-		// ask.
+		// The client had no upload token during the first outage, so it sent no push. It therefore
+		// need not ask which scrapes the server holds.
 		a.expect("after the first outage", "1")
 		a.down.Store(true)
 		spoolOnes(t, c, 2)
@@ -100,8 +100,8 @@ func TestPusherAsksAfterOutage(t *testing.T) {
 	})
 }
 
-// After a 503 the client sends the push again without asking first, because a question would be one
-// more request for an overloaded server.
+// After a 503 the client sends the push again. It does not first ask the server which scrapes the
+// server holds, because that would be one more request for an overloaded server.
 func TestPusherDoesNotAskAfter503(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := &queueServer{}, &queueServer{}
@@ -355,8 +355,8 @@ func newShiftRig(t *testing.T) *shiftRig {
 	return &shiftRig{t: t, source: &counting{date: true}, spool: diskSpool(), bootID: "boot-1", boot: testBoot()}
 }
 
-// start starts a client on the spool of the previous client, as after a restart. The client pushes
-// only to the server to.
+// start starts a client whose only server is to. The client has the spool of the previous client,
+// as after a restart.
 func (r *shiftRig) start(to *queueServer) {
 	r.client, _ = newQueueClient(r.t, r.spool, []*queueServer{to}, func(cfg *ClientConfig) {
 		cfg.FromClient.Transport = r.source

@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// While the only server answers 503 without Retry-After, the pause between attempts doubles.
+// While the client's only server answers 503 without Retry-After, the pause between attempts
+// doubles.
 func TestPusherBacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
@@ -147,7 +148,8 @@ func TestPusherRefusals(t *testing.T) {
 		{"one too large", 8, []string{a + b}, a + b, 0, 0, 3},
 		{"too large down to single lines", 4, []string{a + b + a}, a + b + a, 0, 0, 11},
 		{"one line too large", 10, []string{a + long + b, z}, a + b + z, 1, 1, 10},
-		// The server also refuses the sample a 2, because it is in the same piece as the bad line.
+		// The server also refuses the sample "a 2", because that sample is in the same piece as the
+		// bad line.
 		{"too large and invalid", 10, []string{a + bad + b, z}, "a 1\nb 3\n" + b + z, 2, 1, 12},
 	} {
 		synctest.Test(t, func(t *testing.T) {

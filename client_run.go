@@ -1,9 +1,10 @@
 package main
 
-// The client has two loops: one scrapes, the other pushes. Each works at the site's phase of its
-// interval. A push waits at most pushGrace for a scrape, and a scrape never waits for a push.
-// Failures of the source, the spool and the destination are logged separately. A source that keeps
-// failing is logged at level Error at most once in ten minutes.
+// The client has two loops: one scrapes, the other pushes. Each works at the site's phase, an
+// instant of its interval that depends on the cluster ID. A push waits at most pushGrace for a
+// scrape, and a scrape never waits for a push. Failures of the source, the spool and the
+// destination are logged separately. A source that keeps failing is logged at level Error at most
+// once in ten minutes.
 
 import (
 	"context"
@@ -31,7 +32,7 @@ const (
 // without waiting for the phase. When ctx has ended, Run tries once more to push if scrapes are in
 // memory only. It always returns nil.
 func (c *Client) Run(ctx context.Context) error {
-	due := make(chan struct{}, 1) // a value is sent when the scrape that starts a push is in the spool
+	due := make(chan struct{}, 1) // a value is sent when a push is due and its newest scrape is in the spool
 	var wg sync.WaitGroup
 	wg.Go(func() { c.scrapeLoop(ctx, due) })
 	c.deliverLoop(ctx, due)
@@ -62,8 +63,8 @@ func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	return err
 }
 
-// scrapeLoop scrapes at the site's phase of ScrapeInterval until ctx ends. After a scrape that
-// starts a push, it sends a value to pushDue.
+// scrapeLoop scrapes at the site's phase of ScrapeInterval until ctx ends. If a push must follow a
+// scrape (see scrapeStartsPush), scrapeLoop sends a value to pushDue.
 func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	var warned, nextPush time.Time
 	wait := rand.N(firstJitter)
@@ -93,9 +94,10 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	}
 }
 
-// scrapeStartsPush reports whether the scrape that began at scrapeBegin starts the push that is due
-// at nextPush. It also returns when the next push after this scrape is due. The first scrape starts
-// a push at once. After that, the scrape nearest to nextPush starts the push.
+// scrapeStartsPush reports whether a push must follow the scrape that began at scrapeBegin. The
+// next push is due at nextPush, which is zero at the first scrape. A push follows the first scrape,
+// and after that each scrape that is nearest to nextPush. newNextPush replaces nextPush in the next
+// call.
 func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, newNextPush time.Time) {
 	half := scrapeBegin.Add(c.cfg.ScrapeInterval / 2)
 	switch {

@@ -92,7 +92,7 @@ func TestClientScrapeInterval(t *testing.T) {
 
 // If the client scrapes and pushes at the same interval, it pushes each scrape as soon as the
 // scrape is made. Only the first scrape may be pushed later, because the server refuses the first
-// attempt here. This holds whenever the client starts.
+// attempt here. The test starts the client at 20 different times of the interval.
 func TestClientPushesAtOnce(t *testing.T) {
 	for i := range 20 {
 		synctest.Test(t, func(t *testing.T) {
@@ -336,7 +336,6 @@ func newFullDiskRig(t *testing.T) *fullDiskRig {
 	return r
 }
 
-// run lets the client run for the time d.
 func (r *fullDiskRig) run(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()

@@ -17,7 +17,7 @@ import (
 
 const (
 	maxScrape     = 256 << 20       // most bytes of a scrape, uncompressed
-	skewTolerance = 2 * time.Second // a smaller difference between the source's Date header and the time expected for the source is ignored
+	skewTolerance = 2 * time.Second // the skew changes only if the source's Date header differs by more than this from the time that the old skew predicts
 	scrapeAccept  = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
@@ -165,8 +165,8 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 // skewByDateOrZero returns by how many ms the source's clock is ahead of this machine's clock,
 // according to the Date header of the source's answer. It returns 0 if the header is missing or
 // malformed. It returns oldSkew if the new skew differs from oldSkew by at most skewTolerance,
-// because Date is truncated to seconds and the answer takes time to arrive. Otherwise the times
-// that are given to samples without a timestamp would jump back and forth.
+// because Date is truncated to seconds and the answer takes time to arrive. Without this tolerance,
+// the times that are given to samples without a timestamp would jump back and forth.
 func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 	t, err := http.ParseTime(date)
 	if err != nil || t.Unix() < 0 {

@@ -49,9 +49,10 @@ type SpoolConfig struct {
 	// with its sample times corrected and Corrected set. If CorrectTimes is nil, sample times never
 	// change.
 	CorrectTimes func(Scrape) Scrape
-	// OnError is called with each damaged file, and with failures that no method returns. OnDrop is
-	// called each time scrapes are dropped, with the reason and the numbers of scrapes and samples.
-	// Both are called without locks held, in the goroutine that calls the spool.
+	// OnError is called with an error for each damaged file, and with failures that no method
+	// returns. OnDrop is called each time scrapes are dropped, with the reason and the numbers of
+	// scrapes and samples. Both are called without locks held, in the goroutine that calls the
+	// spool.
 	OnError func(error)
 	OnDrop  func(reason string, scrapes, samples int)
 }
@@ -66,7 +67,7 @@ type Spool struct {
 
 	// The fields from asideFiles to metaUnsaved are used only by the goroutine that calls
 	// BeginPush.
-	asideFiles      []string  // names of the files set aside, in the order in which they are deleted
+	asideFiles      []string  // names of the files set aside; if there are too many, the first is deleted
 	readFrom        uint64    // BeginPush reads only the files of scrapes with this number or a higher number, because a file with a lower number could not be read
 	meta, savedMeta spoolMeta // the spool's record, as it is now and as it is on disk
 	metaUnsaved     bool      // the last write of the record failed
@@ -99,9 +100,10 @@ func (s *Spool) initIDAndNumber() {
 	}
 }
 
-// Add puts a scrape into the spool and drops the oldest scrapes as the limits require. If Add
-// returns nil, the scrape is durable, with two exceptions: if Dir is "", the scrape is in memory
-// only, and a scrape that alone exceeds the limit is dropped and reported to OnDrop. If the disk
+// Add puts a scrape into the spool. If the limits require it, Add drops other scrapes: first those
+// that a server holds or held, then the others, each oldest first. If Add returns nil, the scrape
+// is durable, with two exceptions: if Dir is "", the scrape is in memory only, and a scrape that
+// alone exceeds the limit is dropped and reported to OnDrop. If the disk
 // fails, Add returns the error and keeps the scrape in memory until the disk works again. A
 // malformed scrape is dropped and reported to OnDrop, and Add returns an error.
 func (s *Spool) Add(sc Scrape) error {
@@ -221,8 +223,8 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 	}
 }
 
-// NextStep drops expired scrapes and returns what DrainSpool must do next. If that is StepWait,
-// wait is how long to wait first.
+// NextStep drops expired scrapes and returns what DrainSpool must do next. If that step is
+// StepWait, wait is how long to wait.
 func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 	s.dropExpired()
 	now := s.cfg.Now().Boot
@@ -270,8 +272,8 @@ func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 // loadPicked reads the picked scrapes and corrects their times. A scrape whose file is damaged or
 // missing is dropped and reported to OnError. At the first other error, loadPicked stops and
 // returns the scrapes that it has already read. The scrapes that it has not read are no longer in
-// flight. If it has read none, BeginPush reads only files with numbers higher than the failed file
-// until nothing else is left to push.
+// flight. If it has read no scrape, it sets readFrom, so that BeginPush skips the failed file until
+// nothing else is left to push.
 func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 	for _, e := range picked {
 		lost := false
@@ -400,8 +402,8 @@ func (s *Spool) SetInFlightAside() {
 // refused. The delivery state of its scrapes does not change.
 func (s *Spool) ReleaseInFlight() { s.releaseInFlightFrom(0) }
 
-// releaseInFlightFrom does the same as ReleaseInFlight, but only for the scrapes of the push with
-// this number or a higher number.
+// releaseInFlightFrom takes the scrapes with this number or a higher number out of the push,
+// because they were not sent. Their delivery state does not change.
 func (s *Spool) releaseInFlightFrom(number uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -411,7 +413,8 @@ func (s *Spool) releaseInFlightFrom(number uint64) {
 // ID returns the ID under which servers know the spool. It is never 0.
 func (s *Spool) ID() uint64 { return s.meta.ID }
 
-// Consumers returns the known consumers with their ages as of now.
+// Consumers returns the known consumers, each with the time since it last scraped a server, as far
+// as the client knows.
 func (s *Spool) Consumers() []ConsumerAge {
 	m := s.meta.mergedWith(s.cfg.Now(), nil)
 	return m.Consumers
@@ -463,7 +466,7 @@ func (s *Spool) Stats() (st SpoolStats) {
 }
 
 // Close writes the scrapes in memory to disk and unlocks the directory. It reports to OnDrop the
-// scrapes that cannot be written. Such a scrape is lost unless a server is known to hold it.
+// scrapes that cannot be written. Such a scrape counts as lost unless a server holds or held it.
 func (s *Spool) Close() error {
 	s.ReleaseInFlight()
 	var errs []error

@@ -179,8 +179,8 @@ func (s *Spool) storeScrape(sc *Scrape) (footprint int64, err error) {
 
 // loadMeta reads the spool's record. If the record is missing, damaged or of another cluster ID,
 // s.meta.ID stays 0, and initIDAndNumber chooses a new ID, under which no scrape was sent yet. A
-// missing record is reported to OnError only if hasScrapes is true, because a new spool has
-// neither.
+// missing record is reported to OnError only if hasScrapes is true, because a new spool has neither
+// scrapes nor a record.
 func (s *Spool) loadMeta(hasScrapes bool) error {
 	var meta spoolMeta
 	log, err := s.readRecord(spoolMetaName, spoolMetaKind, func(payload []byte) (err error) {
@@ -202,9 +202,9 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 	return nil
 }
 
-// saveMetaIfChanged writes the spool's record if needsSaving. If several writes fail in a row, only
-// the first failure is reported to OnError. The write is tried again after each later answer of a
-// server.
+// saveMetaIfChanged writes the spool's record if needsSaving returns true. If several writes fail
+// in a row, only the first failure is reported to OnError. The write is tried again after each
+// later answer of a server.
 func (s *Spool) saveMetaIfChanged() {
 	if s.cfg.Dir == "" || !s.meta.needsSaving(&s.savedMeta) {
 		return

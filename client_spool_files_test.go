@@ -71,7 +71,7 @@ type spoolCrash struct {
 	// The keys of the maps below are the values of n that spoolRig.scrape was called with. added is
 	// the last n that was added.
 	added              int
-	acked, maybe, gone map[int]bool // scrapes that Add acknowledged; that were given to Add; that were removed from the spool
+	acked, maybe, gone map[int]bool // scrapes that Add acknowledged, scrapes given to Add, and scrapes removed from the spool
 }
 
 // newSpoolCrash returns a spool whose disk operation number at goes wrong. In mode "error" the
@@ -395,8 +395,8 @@ func spoolWithRecord(t *testing.T) (r *spoolRig, id uint64) {
 	return r, r.spool.ID()
 }
 
-// The spool keeps its ID and its consumers across a restart. Other files whose names begin with
-// the name of the record are ignored.
+// The spool keeps its ID and its consumers across a restart. Other files whose names begin with the
+// name of the record's file are ignored.
 func TestSpoolRecord(t *testing.T) {
 	r, id := spoolWithRecord(t)
 	for _, name := range []string{"spool.log.tmp", "spool.log.damaged", "spool.log.damaged-2", "spool.log.refused"} {
@@ -460,7 +460,8 @@ func TestSpoolRecordOfAnotherCluster(t *testing.T) {
 }
 
 // The spool writes its record when its ID or the set of its consumers changes. It also writes the
-// record when a consumer's newest scrape has moved by more than consumerLag since the last write.
+// record when the time of a consumer's newest scrape has moved by more than consumerLag since the
+// last write.
 func TestSpoolRecordWrites(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	writes := 0

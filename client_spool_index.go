@@ -1,9 +1,10 @@
 package main
 
-// The index has the delivery state of each scrape in a spool. It decides whether to ask the server
-// first, which scrapes make up the next push, what an answer changes, and which scrapes are dropped
-// when a limit is reached. A scrape leaves the index only because of an answer, a limit or a
-// damaged file. Pure: no I/O, and callers pass the time, in ms of the boot-time clock.
+// The index has the delivery state of each scrape in a spool. It decides whether to ask a server
+// which scrapes the server holds, which scrapes make up the next push, what an answer changes, and
+// which scrapes are dropped when a limit is reached. A scrape leaves the index only because of an
+// answer, a limit or a damaged file. Pure: no I/O, and callers pass the time, in ms of the
+// boot-time clock.
 
 import (
 	"time"
@@ -40,13 +41,15 @@ const (
 	StepPush                  // push the scrapes that BeginPush returns
 )
 
-// PushLimits bound the scrapes of one push.
+// PushLimits are the most bytes and scrapes that a push may have. A push has at least one scrape,
+// even if that scrape exceeds the limits.
 type PushLimits struct {
-	Bytes, Text int64 // compressed and uncompressed bytes
-	Scrapes     int   // number of scrapes
+	Bytes, Text int64 // bytes of the compressed texts, and of the uncompressed texts
+	Scrapes     int
 }
 
-// SpoolAnswer is a server's answer to a push that names scrapes, or to a question.
+// SpoolAnswer is a server's answer to a push that names scrapes, or to a question. A question is a
+// push without scrapes, which asks the server which scrapes it holds.
 type SpoolAnswer struct {
 	Server       string        // URL of the server
 	KnowsSpools  bool          // if false, the answer lists neither held nor read scrapes, and its status 200 means that the spool can remove the scrapes of the push
@@ -81,8 +84,8 @@ func (st *SpoolStats) DeliveredScrapes() int {
 }
 
 // spoolEntry is a scrape in the spool. Gzip is nil unless the scrape is in memory. A scrape in
-// memory may have a file too: if the directory could not be synced after the file was renamed into
-// place, the file exists, but a power failure may remove it.
+// memory may have a file too. A power failure may remove that file, if its directory could not be
+// synced. Or the file has uncorrected times, if the times were corrected in memory only.
 type spoolEntry struct {
 	Scrape
 	gzipSize  int   // bytes of the compressed text
@@ -112,15 +115,15 @@ type spoolIndex struct {
 	entries                []spoolEntry // in ascending order of their numbers
 	diskBytes, memoryBytes int64        // sums of the footprints on disk and in memory
 	server                 string       // URL of the server that answered last
-	failing                bool         // the last attempt to push or to ask failed
-	lastRead               int64        // ms; when an answer last removed scrapes from the spool
+	failing                bool         // the last attempt failed, be it a push or a question
+	lastRemoved            int64        // ms; when an answer last removed scrapes from the spool, whether or not consumers had read them
 	elsewhereAt            int64        // ms; scrapes in state ScrapeElsewhere are not pushed before this time
-	askAt                  int64        // ms; while the delivery state of all scrapes is certain and nothing is to be pushed, no server is asked before this time
+	askAt                  int64        // ms; while the delivery state of all scrapes is certain and nothing is to be pushed, no server is asked before this time which scrapes it holds
 }
 
-// nextStep returns the step to take at nowMs. If that is StepWait, wait is how long to wait first.
-// If nothing is to be pushed but a server holds scrapes, a server is still asked every askInterval,
-// because the server may have lost scrapes, or every consumer may have read them.
+// nextStep returns the step to take at nowMs. If that step is StepWait, wait is how long to wait.
+// If nothing is to be pushed but a server holds scrapes, the step is still StepAsk every
+// askInterval, because the server may have lost scrapes, or every consumer may have read them.
 func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) {
 	var undelivered, elsewhere, held bool
 	for i := range p.entries {
@@ -149,9 +152,9 @@ func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) 
 
 // beginPush marks the scrapes of the next push as in flight and returns them. It picks only scrapes
 // for which allowed returns true. It picks scrapes that no server holds, oldest first. If there are
-// none, it picks scrapes in state ScrapeElsewhere, unless the last attempt failed or
-// elsewhereInterval has not passed. Scrapes that a server declined come last and in separate
-// pushes, because they would hold up the others.
+// none, it picks scrapes in state ScrapeElsewhere, unless the last attempt failed or a push of such
+// scrapes began less than elsewhereInterval ago. Scrapes that a server declined come last and in
+// separate pushes, because they would hold up the others.
 func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	for _, declined := range []bool{false, true} {
 		if picked = p.markInFlight(now, ScrapeUndelivered, declined, l, allowed); len(picked) > 0 {
@@ -208,7 +211,7 @@ func (p *spoolIndex) applyAnswer(now int64, a SpoolAnswer) (done []spoolEntry, o
 		return a.Read.Has(e.Number) || e.inFlight && (!a.KnowsSpools || a.DoneWhenHeld && a.Held.Has(e.Number))
 	})
 	if len(done) > 0 {
-		p.lastRead = now
+		p.lastRemoved = now
 	}
 	for i := range p.entries {
 		e := &p.entries[i]
@@ -251,7 +254,7 @@ func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 			sinceMs, ok = e.heldSince, true
 		}
 	}
-	return max(sinceMs, p.lastRead), ok
+	return max(sinceMs, p.lastRemoved), ok
 }
 
 // drop removes the scrapes that match: first the scrapes that a server holds or held, then the

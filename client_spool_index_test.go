@@ -51,7 +51,6 @@ func (p *spoolIndex) pickNumbers(now int64, l PushLimits) string {
 	return r.String()
 }
 
-// mustRanges parses ranges of numbers, and panics if the text is malformed.
 func mustRanges(text string) Ranges {
 	r, err := ParseRanges(text, MaxRanges)
 	if err != nil {
@@ -61,8 +60,9 @@ func mustRanges(text string) Ranges {
 }
 
 // The index chooses the next step and the scrapes of the next push by the states of the scrapes. If
-// the state of a scrape is uncertain, the next step is to ask the server. Undelivered scrapes are
-// pushed before scrapes in state ScrapeElsewhere, which another server held.
+// the state of a scrape is uncertain, the next step is to ask the server which scrapes it holds.
+// Undelivered scrapes are pushed before scrapes in state ScrapeElsewhere, which another server
+// held.
 func TestSpoolIndexStep(t *testing.T) {
 	const now = 1_000_000
 	for _, tt := range []struct {
@@ -85,7 +85,7 @@ func TestSpoolIndexStep(t *testing.T) {
 		{have: "uh", change: func(p *spoolIndex) { p.entries[0].retryAt, p.askAt = now+1, now+1 }, want: StepDone},
 		{have: "ue", change: func(p *spoolIndex) { p.entries[0].retryAt = now + 1 }, want: StepPush, picks: "2"},
 		{have: "ue", change: func(p *spoolIndex) { p.entries[0].retryAt = now }, want: StepPush, picks: "1"},
-		// A declined scrape does not hold up the others.
+		// Rows with declined scrapes, which must not hold up the other scrapes.
 		{have: "uuu", change: func(p *spoolIndex) { p.entries[0].declined = true }, want: StepPush, picks: "2-3"},
 		{have: "uee", change: func(p *spoolIndex) { p.entries[0].declined, p.entries[1].declined = true, true }, want: StepPush, picks: "3"},
 		{have: "ue", change: func(p *spoolIndex) { p.entries[0].declined, p.elsewhereAt = true, now+1 }, want: StepPush, picks: "1"},
@@ -108,7 +108,7 @@ func TestSpoolIndexLimits(t *testing.T) {
 	sparse := &spoolIndex{}
 	for i := range uint64(MaxPushRanges + 5) {
 		sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 1}})
-		if i < 3 { // number 2i+2 follows number 2i+1, so both are in one range
+		if i < 3 { // fill the gaps between the first numbers, so that 1 to 7 are one range
 			sparse.add(spoolEntry{Scrape: Scrape{Number: 2*i + 2}})
 		}
 	}
@@ -136,7 +136,7 @@ func TestSpoolIndexAnswer(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		have string // the states of the scrapes before the answer, as letters of indexOf
-		push bool   // the answer is to a push; otherwise to a question
+		push bool   // the answer is to a push; otherwise to the question which scrapes the server holds
 		// The numbers that the answer lists as held and as read. "!" as held means that the server
 		// does not support spools. "!" as read means that no consumer is known.
 		held, read string
@@ -223,7 +223,7 @@ func TestSpoolIndexFailedElsewhere(t *testing.T) {
 }
 
 // If a server refuses a push for now (429 or 503), the states of all scrapes stay. Scrapes in state
-// ScrapeElsewhere are not pushed again before a server has answered a question.
+// ScrapeElsewhere are not pushed again before a server has answered which scrapes it holds.
 func TestSpoolIndexRefused(t *testing.T) {
 	for have, want := range map[string]DrainStep{"uhu": StepPush, "uhe": StepPush, "he": StepAsk} {
 		p := indexOf(have)
@@ -235,9 +235,9 @@ func TestSpoolIndexRefused(t *testing.T) {
 	}
 }
 
-// Of all scrapes that the server that answered last holds, noReadProgressSince finds the scrape
-// that the server has held longest, and returns since when. If consumers read scrapes after that
-// time, it returns the time of the last reading. ok is false if the server holds no scrape.
+// noReadProgressSince returns when the server that answered last was first seen to hold one of its
+// present scrapes. If consumers read scrapes after that time, it returns the time of the last
+// reading. ok is false if that server holds no scrape.
 func TestSpoolIndexHeldSince(t *testing.T) {
 	p := indexOf("uu")
 	if _, ok := p.noReadProgressSince(); ok {

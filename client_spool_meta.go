@@ -23,7 +23,7 @@ const (
 
 // spoolMeta is the content of the spool's own record.
 type spoolMeta struct {
-	ID        uint64        // not 0
+	ID        uint64        // not 0 once the spool is open
 	At        Moment        // the moment to which the ages in Consumers refer
 	Consumers []ConsumerAge // in ascending order of their keys
 }
@@ -88,8 +88,8 @@ func (m *spoolMeta) mergedWith(now Moment, reported []ConsumerAge) spoolMeta {
 	return out
 }
 
-// needsSaving reports whether m must be written because it differs from saved: in the ID, in the
-// set of consumers, or because the time of a consumer's newest scrape moved by more than
+// needsSaving reports whether m must be written. That is so if the ID or the set of consumers
+// differs from saved, or if the time of a consumer's newest scrape has moved by more than
 // consumerLag. Smaller changes are not written, because each write needs several syncs of the disk.
 func (m *spoolMeta) needsSaving(saved *spoolMeta) bool {
 	if m.ID != saved.ID || len(m.Consumers) != len(saved.Consumers) {

@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// mergedWith keeps the smaller age if both sides list a consumer. It forgets consumers that have
-// not scraped for a day, and keeps the MaxConsumers consumers that scraped last.
+// If both the spool's record and a server list a consumer, mergedWith keeps the smaller age. It
+// forgets consumers that have not scraped for a day, and keeps the MaxConsumers consumers that
+// scraped last.
 func TestSpoolMetaMerge(t *testing.T) {
 	at := Moment{Wall: 1000, Boot: 1000, BootID: "b"}
 	later := func(d time.Duration) Moment {

@@ -88,7 +88,7 @@ func readMoment(r *WireReader) (m Moment) {
 	return m
 }
 
-// checkFields checks all fields except the compressed text.
+// checkFields checks all fields without decompressing the text.
 func (sc *Scrape) checkFields() error {
 	switch {
 	case !sc.At.IsValid() || sc.SourceTime < 0 || sc.SourceTime > MaxMoment:

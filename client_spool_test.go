@@ -289,8 +289,8 @@ func TestSpoolReadFails(t *testing.T) {
 		memory bool     // whether a fifth scrape is in memory
 		first  [][]int  // wanted pushes until only scrapes are left that cannot be read
 		told   int      // wanted number of errors reported to OnError
-		waits  int      // wanted number of errors of BeginPush while other scrapes are left
-		then   [][]int  // wanted scrapes that are pushed when all files can be read again
+		waits  int      // wanted number of errors of BeginPush while scrapes that can be read are left
+		then   [][]int  // scrapes that must be pushed when all files can be read again
 	}{
 		{"the first file", []string{file(1)}, false, [][]int{{2, 3, 4}}, 1, 0, [][]int{{1}}},
 		{"a file in the middle", []string{file(2)}, false, [][]int{{1}, {3, 4}}, 1, 0, [][]int{{2}}},

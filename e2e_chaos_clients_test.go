@@ -28,7 +28,7 @@ import (
 // chaosClient is a site with a client. It is also the source that the client scrapes, as the
 // http.RoundTripper of the client's scrapes.
 type chaosClient struct {
-	n       int // number of the site
+	n       int // number of the site, from 0; its cluster ID is "site-<n>"
 	metrics *Metrics
 	client  *Client
 	log     logBuffer
@@ -114,7 +114,6 @@ func (r *chaosRig) came() {
 	})
 }
 
-// clientSum returns the sum of a metric over all clients.
 func (r *chaosRig) clientSum(metric string) (sum float64) {
 	for _, c := range r.clientele {
 		var b bytes.Buffer
@@ -319,7 +318,6 @@ func (r *chaosRig) swap(a, b *chaosServer) {
 	})
 }
 
-// sleep waits for d while sites push and servers run.
 func (r *chaosRig) sleep(d time.Duration) { time.Sleep(d) }
 
 // away stops the central Prometheus and waits for d, so that backlogs of unread samples grow. It
@@ -335,7 +333,7 @@ func (r *chaosRig) away(d time.Duration, while func()) {
 type chaosRow struct {
 	name    string
 	servers int  // number of servers that run at the beginning; 0 means all, and -n means all but n
-	long    bool // left out of the short form of TestChaos, because a scenario in the short form has the same faults
+	long    bool // left out of the short form of TestChaos; another scenario of that form has the same faults
 	do      func(r *chaosRig, form chaosForm)
 }
 

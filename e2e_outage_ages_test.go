@@ -98,14 +98,15 @@ func (s *agesSite) all() []agedSample {
 type agesDiff struct {
 	samples int // number of samples that Prometheus must have and has
 	missing int // number of samples that Prometheus must have and lacks
-	more    int // number of samples that Prometheus has and may have, but need not have
+	more    int // number of samples that Prometheus has but need not have
 	never   int // number of samples that Prometheus has, although no server may serve them
 	twice   int // number of samples that Prometheus has twice
 }
 
-// compareAges compares the pushed samples with the samples in Prometheus p. must selects the samples
-// that p must have, and may selects the samples that p may have. Pushed samples with the same series
-// and time count as one sample with several ages, because they were pushed at different times.
+// compareAges compares the pushed samples with the samples in Prometheus p. must selects the
+// samples that p must have, and may selects the samples that p may have. Pushed samples with the
+// same series and time count as one sample. It has several ages, because it was pushed at different
+// times.
 func compareAges(p *outagePrometheus, pushed []agedSample, must, may func(agedSample) bool) (d agesDiff, err error) {
 	type key struct {
 		name, k string
@@ -190,7 +191,6 @@ type agesLoad struct {
 	end    func() // stops both sites and waits until they have ended
 }
 
-// startAgesLoad starts the good site and the badly behaved site.
 func startAgesLoad(t *testing.T, pusher *outagePusher) *agesLoad {
 	l := &agesLoad{series: 20, bad: &agesSite{pusher: pusher}}
 	stop := make(chan struct{})

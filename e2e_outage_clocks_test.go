@@ -25,7 +25,7 @@ import (
 
 const (
 	clockSeries = 5                // number of series of each site
-	clockExact  = 3 * time.Second  // allowed error of a corrected time, as Date headers have whole seconds
+	clockExact  = 3 * time.Second  // allowed error of a corrected time, because Date headers have whole seconds
 	clockQuiet  = time.Second / 4  // least time between a scrape and setting a clock
 	clockUptime = 10 * time.Second // uptime of a machine when its client starts
 )
@@ -38,8 +38,8 @@ type clockSite struct {
 	dir  string // directory of the spool
 	cfg  ClientConfig
 	st   ClientReloadConfig
-	log  logBuffer // log of the client
-	host bool      // source and client share one clock; otherwise the source sends its clock as Date
+	log  logBuffer
+	host bool // source and client share one clock; otherwise the source sends its clock as Date
 
 	client *Client
 	end    func() // stops the client and waits until it has ended
@@ -151,7 +151,7 @@ type clockRig struct {
 	sites      []*clockSite
 	servers    []*clockServer
 	prometheus *outagePrometheus
-	scrapes    int // number of scrapes of each site for which a step of the test waits
+	scrapes    int // a step of the test waits until each site has made this many more scrapes
 	outOfOrder int // samples that Prometheus refused as out of order in earlier phases
 }
 
@@ -177,8 +177,7 @@ func (r *clockRig) start(s *clockServer) {
 	s.p = start(r.t, r.dir, args...)
 }
 
-// agree waits until the ring of each of these servers has as many members as there are servers in
-// the list.
+// agree waits until each of these servers has a ring with len(servers) members.
 func (r *clockRig) agree(servers ...*clockServer) {
 	r.t.Helper()
 	eventually(r.t, "the servers agree on the ring", func() bool {
@@ -277,9 +276,9 @@ func (r *clockRig) compare(said map[string][]time.Time) (d clockDiff, err error)
 	return d, nil
 }
 
-// settled waits until Prometheus has all scrapes that were made before the call. It prints the
-// result of a phase of the test, which is called name and began at begin. It reports an error
-// unless Prometheus has every scrape exactly once.
+// settled waits until Prometheus has all scrapes that were made before the call. It reports an
+// error unless Prometheus has every scrape exactly once. It prints the result of the comparison;
+// name and begin are the name and the start of the current phase of the test, for the printed line.
 func (r *clockRig) settled(name string, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -415,8 +414,8 @@ func (r *clockRig) setForward() {
 
 // bootTwice boots the machine of every client twice while no server can be reached. At the first
 // boot the clocks are set back by 28 minutes. The clients reach a server only after the second
-// boot. Only then do they learn how wrong the times of the scrapes before it are. Meanwhile
-// Prometheus is stopped and the first server is killed.
+// boot, and learn only then how wrong the times of their earlier scrapes are. Meanwhile Prometheus
+// is stopped and the first server is killed.
 func (r *clockRig) bootTwice() {
 	r.t.Helper()
 	a, b := r.servers[0], r.servers[1]

@@ -80,8 +80,8 @@ func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 }
 
 // settled waits until Prometheus p has all samples that the source returned before the call. It
-// prints the result of a step of the test, which is called name and began at begin. It reports an
-// error unless p has every sample exactly once.
+// reports an error unless p has every sample exactly once. It prints the result of the comparison;
+// name and begin are the name and the start of the current step of the test, for the printed line.
 func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -129,8 +129,8 @@ func (r *outageRig) cuts(p *outageProxy, up, down int) {
 	}
 }
 
-// linkDown interrupts the connection on which the client pushes. For the first half of the outage
-// no data passes, but connections stay open. For the second half all connections are reset.
+// linkDown interrupts the network between the client and the server. For the first half of the
+// outage no data passes, but connections stay open. For the second half all connections are reset.
 func (r *outageRig) linkDown() {
 	r.push.set("hold")
 	time.Sleep(r.outage / 2)
@@ -159,8 +159,9 @@ func (r *outageRig) serverKill() {
 	r.startServer()
 }
 
-// storageLost stops each Prometheus in all, kills the server and removes its storage directory.
-// Then it starts the server again and, after the outage, each Prometheus.
+// storageLost stops the Prometheus processes in the list all for the time r.outage. In the middle
+// of that time it kills the server, removes the server's storage directory and starts the server
+// again.
 func (r *outageRig) storageLost(all ...*outagePrometheus) {
 	for _, p := range all {
 		p.stop(syscall.SIGTERM)
@@ -291,8 +292,8 @@ func (r *outageRig) lostStorage(first *outagePrometheus) {
 // outagePusher pushes text exposition for any cluster ID, without a client.
 type outagePusher struct {
 	t    *testing.T
-	url  string // URL of the server
-	keys Keys   // keys to sign the tokens with
+	url  string
+	keys Keys // keys to sign the tokens with
 }
 
 // push pushes text for the site with cluster ID id. It returns the numbers of dropped samples by
@@ -355,7 +356,6 @@ func outageMemory(t *testing.T, server *process) int64 {
 // drainLoad is the load of TestOutageDrain: sites whose samples are spread over 50 minutes.
 type drainLoad struct{ sites, series, pushes int }
 
-// samples returns the total number of samples of all sites.
 func (l drainLoad) samples() int { return l.sites * l.series * l.pushes }
 
 // sum returns the sum of the values of all samples.

@@ -24,7 +24,8 @@ import (
 // networks with round trips of up to 200 ms.
 const DefaultGossipInterval = time.Second
 
-// ErrNameTaken is returned by Run if another member has this member's name and a higher session.
+// ErrNameTaken is returned by Run if another member has this member's name and a higher session
+// number (MemberRecord.Session).
 var ErrNameTaken = errors.New("another member of the ring has the same name: give one of the two another --name")
 
 // UDPConn is the part of a *net.UDPConn that gossip needs.
@@ -53,7 +54,7 @@ type GossipConfig struct {
 type GossipStats struct {
 	Sent          uint64 // datagrams sent, failed sends included
 	SentBytes     uint64 // bytes of UDP payload sent, failed sends included
-	SendErrors    uint64 // failed sends
+	SendErrors    uint64
 	Received      uint64 // datagrams received
 	ReceivedBytes uint64 // bytes of UDP payload received
 	Refused       RefusedPackets
@@ -206,9 +207,10 @@ func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	}
 }
 
-// send sends datagrams[i] to the address to[i], for every i, and returns the counts of what it has
-// sent. It skips a datagram whose address is not valid. It does not repeat a failed send: the
-// datagram is lost, as if the network had lost it.
+// send sends datagrams[i] to the address to[i], for every i. It skips a datagram whose address is
+// not valid. It does not repeat a failed send: the datagram is lost, as if the network had lost it.
+// It returns the counts of datagrams, bytes and errors. A failed send counts as sent and as an
+// error.
 func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipStats) {
 	for i, d := range datagrams {
 		if !to[i].IsValid() {

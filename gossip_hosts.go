@@ -26,8 +26,8 @@ type HostResolver interface {
 
 // addrOrQueueLookup returns the UDP address of to. If to has only a host name, it returns the first
 // address that the name resolved to, or an invalid address if the name is not resolved yet. It
-// queues a new name for lookup, unless g.hosts has already one entry for each possible member and
-// each seed. The caller must hold g.mu.
+// queues a new name for lookup, unless g.hosts is full: it has at most MaxMembers entries plus one
+// for each seed. The caller must hold g.mu.
 func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort

@@ -7,8 +7,8 @@ package main
 import "encoding/binary"
 
 // Limits of packets. A packet of MaxPacket bytes fits an MTU of 1280 bytes, the smallest MTU that
-// IPv6 allows (RFC 8200) and that of some WireGuard tunnels. The IPv6 header takes 40 of the 1280
-// bytes, and the UDP header takes 8.
+// IPv6 allows (RFC 8200) and the MTU of some WireGuard tunnels. The IPv6 header takes 40 of the
+// 1280 bytes, and the UDP header takes 8.
 const (
 	MaxPacket     = 1200 // bytes of UDP payload, after sealing
 	MaxMemberName = 64   // bytes of a member's name
@@ -29,16 +29,16 @@ type PacketKind uint8
 // The kinds of packets.
 const (
 	// PacketHello asks the member at an address to answer. The answer repeats the random RequestID,
-	// which proves that it is no replay. Packet.To may be empty, because the sender may not know
-	// that member's name. The receiver answers even if it does not know the sender's session, or
-	// knows a later session of the sender.
+	// which proves that the answer is not a replay. Packet.To may be empty, because the sender may
+	// not know that member's name. The receiver answers even if it does not know the sender's
+	// session, or knows a later session of the sender.
 	PacketHello   PacketKind = 1 + iota
 	PacketPing               // asks the receiver to answer
 	PacketAck                // answers a request; if Target is set, reports that the member Target has answered
 	PacketPingReq            // asks the receiver to ping the member Target and to relay the answer
 	PacketNack               // answers a PacketPingReq to report that the member Target did not answer
-	PacketGossip             // carries member records, and neither asks for an answer nor is one
-	PacketSync               // carries a part of the sender's member table, and no queued updates
+	PacketGossip             // carries member records; it is not a request and not an answer
+	PacketSync               // carries a part of the sender's member table; queued updates are not added to it
 	packetKindEnd
 )
 
@@ -48,7 +48,7 @@ type Packet struct {
 	WantTable    bool   // the sender asks for the receiver's member table
 	TableSettled bool   // the sender's member table has not changed for two intervals
 	To           string // the receiver's name; may be empty in a PacketHello
-	From         string // the sender's name
+	From         string
 	Target       string // name of the member to ping; only in PacketPingReq, PacketNack and a relayed PacketAck
 	Session      uint64 // number of the sender's current run; see MemberRecord.Session
 	Digest       uint64 // digest of the sender's member table

@@ -15,8 +15,8 @@ import (
 const (
 	indirectAfter    = 0.2  // intervals from the first ping of a probe to a second ping and the indirect pings
 	suspectAfter     = 0.4  // intervals from the second ping of a probe to the suspicion
-	suspicionMin     = 1.1  // shortest duration of a suspicion (enough members share it), in intervals, in rings of up to ten members
-	suspicionMax     = 5    // longest duration of a suspicion (only one member has it), as a multiple of the shortest duration
+	suspicionMin     = 1.1  // shortest duration of a suspicion, in intervals, in rings of up to ten members; see suspicionEnd
+	suspicionMax     = 5    // longest duration of a suspicion, as a multiple of the shortest duration; see suspicionEnd
 	finalPingSpacing = 0.2  // intervals between the final pings to a suspect, and from the last of them until it is declared dead
 	pairPingSpacing  = 0.1  // intervals between pings to a suspect while no third member is live
 	reconnectEvery   = 3    // intervals between attempts to reach a dead member or a seed
@@ -72,7 +72,6 @@ func (s *Swim) probeNext() {
 	}
 }
 
-// probe starts a probe of m with a ping.
 func (s *Swim) probe(m *Member) {
 	s.ping(m, pendingRequest{purpose: requestProbe, dueAt: s.now + s.scaledByHealth(indirectAfter)})
 }
@@ -94,8 +93,8 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 		r.tries, r.dueAt = r.tries+1, s.now+s.interval/4
 		s.send(r.to, Packet{Kind: PacketHello, To: s.name, RequestID: r.id}, s.self)
 	case r.purpose == requestNameCheck:
-		// No other member with this name has answered. So this member itself used the higher
-		// session in an earlier run, and then lost its state.
+		// No other member with this name has answered. So r.rivalSession was a session of this
+		// member itself, in an earlier run whose state is lost.
 		s.requests.remove(r)
 		if r.rivalSession > s.self.Session {
 			s.renewSession(r.rivalSession)
@@ -192,8 +191,9 @@ func (s *Swim) nextPingOrDeathAt(m *Member) time.Duration {
 }
 
 // suspicionEnd returns the time at which m, a suspect, must be declared dead. The more members
-// suspect m, the sooner the suspicion ends (Lifeguard, LHA-Suspicion). If the ring has no third
-// member that could suspect m too, the suspicion has its shortest duration.
+// suspect m, the sooner the suspicion ends (Lifeguard, LHA-Suspicion). It has its longest duration
+// while only one member suspects m. If the ring has no third member that could suspect m too, it
+// has its shortest duration.
 func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	n := float64(s.table.Live)
 	shortest := suspicionMin * max(1, (3+math.Log10(n))/4)
@@ -206,9 +206,10 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	return m.SuspectedAt + s.intervalsToDuration(max(shortest, longest-shared))
 }
 
-// contactDeadOrSeed contacts a random dead member, or a random seed address at which this member
-// knows no live member, because a member may have come back there. While this member knows no other
-// live member, it contacts all seeds, with a growing time between the attempts.
+// contactDeadOrSeed contacts a random dead member, because it may be alive again, or a random seed
+// address at which this member knows no live member, because a member may have started there. While
+// this member knows no other live member, it contacts all seeds, with a growing time between the
+// attempts.
 func (s *Swim) contactDeadOrSeed() {
 	s.reconnectAt = s.now + s.intervalsToDuration(reconnectEvery)
 	if s.table.Live == 1 && len(s.seeds) > 0 {

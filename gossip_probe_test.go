@@ -53,7 +53,7 @@ func TestSwimStallJudgesNobody(t *testing.T) {
 	}
 }
 
-// A tick that comes less than stallAfter late is not a stall.
+// A call of Tick that comes less than stallAfter intervals too late does not count as a stall.
 func TestSwimShortDelayIsNoStall(t *testing.T) {
 	s := joinedSim(t, 3, testSeed(t, 1))
 	a := s.nodes[0].swim
@@ -91,7 +91,8 @@ func TestSwimSuspicionWorsensHealth(t *testing.T) {
 	s.until(10*time.Second, "the health is good again", func() bool { return a.Health == 0 })
 }
 
-// The worse the health of a member is, the longer the member waits before it suspects another.
+// The worse the health of a member is, the longer the member waits before it suspects another
+// member.
 func TestSwimHealthIsPatience(t *testing.T) {
 	seed := testSeed(t, 1)
 	for _, health := range []int{0, 4} {
@@ -132,7 +133,7 @@ func TestSwimSuspicionEnd(t *testing.T) {
 	}
 	for _, c := range []struct {
 		live        int
-		least, most float64 // duration of a suspicion with MaxAccusers accusers and with one accuser, in intervals
+		least, most float64 // duration of a suspicion in intervals: least with MaxAccusers accusers, most with one accuser
 	}{{2, 1.1, 1.1}, {3, 1.1, 5.5}, {10, 1.1, 5.5}, {100, 1.375, 6.875}, {1000, 1.65, 8.25}} {
 		if got := left(c.live, 1); got != a.intervalsToDuration(c.most).Round(time.Millisecond) {
 			t.Errorf("%d members, one accuser: suspicion lasts %v, want %v intervals", c.live, got, c.most)

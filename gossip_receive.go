@@ -25,8 +25,9 @@ func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Da
 
 // handleOrChallengeUnproven handles p if the sender's session has proven itself, or proves itself
 // with p, by answering a request of this member. Otherwise it counts p as refused and believes
-// nothing in p. It then challenges a sender whose session is unknown, informs a sender of its own
-// later session, or finds out whether a sender with this member's name is another member.
+// nothing in p. It then challenges a sender whose session is unknown. It sends a sender with an old
+// session the record of the sender's latest session. If the sender has this member's name, it finds
+// out whether the sender is another member.
 func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayCounter uint64) {
 	r := s.requests.answeredBy(p)
 	switch s.classifyAndMarkSeen(p, replayCounter, r) {
@@ -60,8 +61,8 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 	}
 	s.buckets = max(s.buckets, p.Buckets)
 	if p.Kind == PacketSync && s.syncedAt == 0 {
-		// p is the first sync that this member gets. Ask for a table again after an interval. If
-		// many new members contact the sender of p at once, the sender soon knows more members than
+		// p is the first sync of this member's session. Ask a member for its table again after an
+		// interval: if many new members join at once, the sender of p soon knows more members than
 		// it has sent in p.
 		s.syncedAt, s.resyncAt, s.wantTable = s.now, s.now+s.interval, false
 	}
@@ -135,8 +136,8 @@ func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	s.requests.remove(r)
 }
 
-// pingOnBehalf pings the target of p, a PacketPingReq that requester sent. The requester later gets
-// a PacketAck or a PacketNack.
+// pingOnBehalf pings the target of p, a PacketPingReq that requester sent, if the table has the
+// target. Later requester gets a PacketAck if the target has answered, and a PacketNack otherwise.
 func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	target := s.table.Get(p.Target)
 	if target != nil && target != s.self && p.RequestID != 0 {
@@ -179,8 +180,8 @@ func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 
 // mergeRecordIfNewer merges r, a record about another member, into the table. It returns that
 // member if r has changed the table's record of it, and nil otherwise. It adds an event if the
-// member is now up, down, suspected or has left. If r suspects the member, it sets the time at
-// which the suspicion ends.
+// member is now up, down, suspected or has left. If the member is suspected, it also sets the time
+// at which the suspicion ends.
 func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	old := MemberRecord{State: StateDead}
 	if m := s.table.Get(r.Name); m != nil {

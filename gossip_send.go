@@ -73,7 +73,6 @@ func (s *Swim) fillHeader(p *Packet) {
 	p.WantTable = p.WantTable || s.wantTable
 }
 
-// isTableSettled reports whether the table's digest has not changed for two intervals.
 func (s *Swim) isTableSettled() bool { return s.now-s.table.ChangedAt >= 2*s.interval }
 
 // keyIDFor returns the ID of the key with which to seal a packet to m. For a live member that is

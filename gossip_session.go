@@ -35,9 +35,9 @@ const (
 	RefusedMalformed        // opens but does not decode
 	RefusedMisrouted        // addressed to another member, or sent under this member's name
 	RefusedSession          // from an earlier session of its sender
-	RefusedReplay           // received before, or so old that the replay window cannot tell
+	RefusedReplay           // received before, or so old that the replay window cannot tell whether it was received before
 	RefusedStranger         // from a session that has not proven itself
-	RefusedUnasked          // an answer, but to no request that waits for an answer of its sender
+	RefusedUnasked          // answers a request that is not pending, or that this member did not send to the sender
 	refusedReasonCount
 )
 
@@ -95,7 +95,7 @@ type packetSenderKind uint8
 const (
 	fromOwnName    packetSenderKind = iota // the sender has this member's name
 	fromOldSession                         // the session is earlier than the latest known session of the sender
-	fromReplay                             // the session is proven, but the packet is a replay, or too old to tell
+	fromReplay                             // the session is proven, but the packet is a replay, or too old to tell whether it is a replay
 	fromProven                             // the session is proven, and the packet is not a replay
 	fromProving                            // the session is not proven yet, but this packet proves it by answering a request of this member
 	fromStranger                           // the session is not proven, and the packet does not prove it

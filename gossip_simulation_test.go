@@ -86,9 +86,10 @@ func simPartition(s *sim, lasts time.Duration, f *figures) {
 }
 
 // simFalse returns the number of false deaths in the duration lasts: how often a member reported a
-// running member as dead. loss is the share of packets that are lost. stalled is the share of
-// members that stall at any time. The death of a member does not count as false while that member
-// stalls, or within a second after its stall.
+// running member as dead. loss is the share of packets that are lost. If stalled is not 0, this
+// share of the members, but at least one, stalls for 10 s. Then another random choice of members
+// stalls, and so on. The death of a member does not count as false while that member stalls, or
+// within a second after its stall.
 func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
 	s.loss = loss
 	since := s.now
@@ -131,10 +132,10 @@ func simRest(s *sim, lasts time.Duration) (packets, bytes float64) {
 }
 
 // With -sim, TestSimulationTable prints the figures for rings of up to 300 members. It checks only
-// that the members agree in time after each change; TestSweepGossip checks the figures that matter.
+// that the members agree in time after each change. TestSweepGossip compares figures with limits.
 func TestSimulationTable(t *testing.T) {
 	if !*simFlag {
-		return // without -sim, TestSweepGossip checks the figures that matter
+		return
 	}
 	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
 	defer w.Flush()
@@ -177,8 +178,8 @@ func TestSimulationTable(t *testing.T) {
 }
 
 // All members learn of joins, deaths, leaves and the end of a partition within the limits of the
-// design, and send few packets while nothing changes. The limits hold for the test's own seed. Each
-// median is of so few runs that it exceeds its limit with some other seeds.
+// design, and send few packets while nothing changes. The limits hold for the test's own seed. With
+// some other seeds a median exceeds its limit, because it is the median of only a few runs.
 func TestSweepGossip(t *testing.T) {
 	sweep(t)
 	limit := func(about string, got, most time.Duration) {

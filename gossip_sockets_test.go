@@ -30,8 +30,8 @@ func (c *lossyConn) WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error)
 }
 
 // joinedSockets starts n members at the default interval, waits until all know each other, and
-// returns the members and how long this took. If conn is not nil, member i uses the result of conn
-// for its socket c. Each member passes its events to notify.
+// returns the members and how long this took. If conn is not nil, member i uses conn(i, c)
+// instead of its socket c. Each member passes its events to notify.
 func joinedSockets(t testing.TB, n int, conn func(i int, c UDPConn) UDPConn, notify func(GossipEvent)) ([]*gossiper, time.Duration) {
 	t.Helper()
 	begin := time.Now()

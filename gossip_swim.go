@@ -19,7 +19,7 @@ const (
 	leaveTargets = 8           // most members that are asked to confirm that this member leaves
 	maxTries     = 4           // most packets sent for one requestLeave or requestNameCheck
 	maxSeeds     = 64          // most seed addresses that SetSeeds considers
-	sessionStep  = 1 << 32     // session numbers of successive runs differ in the bits from this one up; see nextSession
+	sessionStep  = 1 << 32     // the upper 32 bits of a session number count sessions, and the lower 32 bits are random; see nextSession
 	expireEvery  = time.Minute // time between two calls of ForgetLeftMembers
 )
 
@@ -49,7 +49,7 @@ const (
 	EventNameConflict = "another member has the same name and a lower session"                 // the other member stands down
 	EventStoodDown    = "another member has the same name and a higher session: standing down"
 	EventStalled      = "this process stalled: suspecting no member for a while"
-	EventVersion      = "packet refused" // beginning of What; the reason, with both versions, follows
+	EventVersion      = "packet refused" // What only begins with this text; the reason, with both versions, follows
 )
 
 // A SwimConfig configures a Swim. Every field except URL must be set; the RestartState of a member
@@ -91,7 +91,7 @@ type Swim struct {
 
 	// Timers: when this member must probe, reconnect, gossip and so on.
 	probeOrder  ProbeOrder
-	probeAt     time.Duration // when to probe the next member
+	probeAt     time.Duration
 	reconnectAt time.Duration // when to contact a dead member or a seed
 	joinBackoff time.Duration // time between attempts to reach the seeds while this member is alone
 	resyncAt    time.Duration // when to ask another member for its table again; 0 = never
@@ -104,7 +104,7 @@ type Swim struct {
 	repliesSince   time.Duration
 	versionEventAt time.Duration // when the next EventVersion may be reported
 
-	// Memory that every Receive and Tick uses again, and the place where the next sync begins.
+	// Memory that is reused by each Receive and Tick, and the place where the next sync begins.
 	packet      Packet     // the packet that openPacket decoded last
 	openedKeyID uint32     // ID of the key with which that packet was sealed
 	plain       []byte     // bytes of the opened packet, or of the packet to seal
@@ -136,9 +136,9 @@ func NewSwim(c SwimConfig) *Swim {
 	return s
 }
 
-// nextSession returns a session number that is higher than afterSession. Its upper 32 bits are
-// those of afterSession plus one. Its lower 32 bits are random, so that two members with the same
-// name that both lost their state have different sessions.
+// nextSession returns a session number that is higher than afterSession. Its upper 32 bits are the
+// upper 32 bits of afterSession, plus one. Its lower 32 bits are random, so that two members with
+// the same name that both lost their state have different sessions.
 func (s *Swim) nextSession(afterSession uint64) uint64 {
 	return (afterSession/sessionStep+1)*sessionStep + s.rng.Uint64N(sessionStep)
 }
@@ -324,8 +324,8 @@ func (s *Swim) gossipUpdates() {
 }
 
 // beginReceiveOrTick must be called first in each Receive and Tick. It discards the results of the
-// previous call. If the present call comes at least stallAfter too late, it handles a stall of this
-// process.
+// previous call. If the present call comes at least stallAfter intervals too late, it handles a
+// stall of this process.
 func (s *Swim) beginReceiveOrTick(now time.Duration) {
 	s.datagrams, s.sealed, s.Events = s.datagrams[:0], s.sealed[:0], s.Events[:0]
 	s.now = max(s.now, now)

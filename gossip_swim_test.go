@@ -12,7 +12,7 @@ import (
 )
 
 // A member that left or died is never considered live again, even if all packets that were sent
-// before are replayed, at once and up to three days later.
+// until its leave or death was known are replayed, at once and up to three days later.
 func TestSweepNoGhosts(t *testing.T) {
 	sweep(t)
 	s := newSim(t, 5, testSeed(t, 1))
@@ -118,8 +118,8 @@ func (s *sim) allKnow(i int, old uint64) bool {
 // member if it keeps its state only in memory.
 func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 	first := testSeed(t, 1)
-	// The session after the restart is random. With about half of the seeds it is higher than the
-	// earlier session even before the member learns of the earlier session.
+	// The session after the restart is random. With about half of the simulation's random seeds it
+	// is higher than the earlier session even before the member learns of the earlier session.
 	for seed := first; seed < first+8; seed++ {
 		s := joinedSim(t, 4, seed)
 		session := s.nodes[0].state.Session
@@ -274,8 +274,8 @@ func TestSwimStall(t *testing.T) {
 	}
 }
 
-// Two rings with the same name and keys that never met become one soon after a member of one ring
-// gets a seed in the other ring. Every member then knows all members and all claims.
+// Two separate rings with the same ring name and keys become one ring soon after a member of one
+// ring gets a seed in the other ring. Every member then knows all members and all claims.
 func TestSwimTwoRings(t *testing.T) {
 	s := newSim(t, 20, testSeed(t, 1))
 	for i := range s.nodes {

@@ -45,7 +45,7 @@ type Member struct {
 	FinalPings      int            // if suspect: pings sent shortly before DeadAt
 	DiedAt          time.Duration  // when the member died or left; negative if that was before the clock's origin
 	LastSync        time.Duration  // when this member last sent its table to the member; 0 = never
-	digestPart      uint64         // the record's digest as it is part of MemberTable.Digest; 0 = not part of it
+	digestPart      uint64         // stableDigest of the record if MemberTable.Digest includes the record, otherwise 0
 	transmits       int            // how often the record was passed on since it was last queued as an update
 }
 
@@ -111,7 +111,7 @@ func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 }
 
 // supersedes reports whether r is newer than old, another record of the same member, so that r is
-// believed. In one session no record is newer than a record with StateLeft.
+// believed. Within one session, a record with StateLeft is newer than every other record.
 func (r *MemberRecord) supersedes(old *MemberRecord) bool {
 	switch {
 	case r.Session != old.Session:
@@ -165,8 +165,8 @@ func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 	t.setDigestPart(now, m, r.stableDigest())
 }
 
-// setDigestPart replaces the digest of m's record in Digest by part; 0 takes the record out of
-// Digest. If that changes Digest, it also updates ChangedAt and Version.
+// setDigestPart replaces m's part of Digest. part is the stableDigest of m's record, or 0 if Digest
+// must not include the record. If Digest changes, ChangedAt and Version change too.
 func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	if part != m.digestPart {
 		t.Digest ^= m.digestPart ^ part

@@ -29,8 +29,9 @@ const maxJumpsPerBucket = 64
 //     each other member. No key moves between two other members.
 //   - A lost member loses only its own keys, and all other members get the same share of them.
 //
-// There is one exception. Buckets can grow past slots whose members have not been heard of yet.
-// Then keys also move between other members, but only keys that the missing members will own.
+// There is one exception. The number of buckets can grow before the members of all new slots have
+// been heard of. Until then, keys also move between other members, but only keys that these members
+// will own.
 type Ring struct {
 	holders   []string // member names by slot; "" if no live member holds the slot
 	liveSlots []int    // slots with a holder, ascending
@@ -68,7 +69,7 @@ func NewRing(live []Claim, minBuckets int) *Ring {
 	return r
 }
 
-// Owner returns the member that owns siteKey. It returns false if there is no live member.
+// Owner returns the member that owns siteKey. It returns false if no live member holds a slot.
 func (r *Ring) Owner(siteKey uint64) (string, bool) {
 	slot := r.liveSlotFor(siteKey, maxJumpsPerBucket*len(r.holders))
 	if slot < 0 {
@@ -125,10 +126,10 @@ func jumpHash(key uint64, buckets int) int {
 	return int(b)
 }
 
-// splitmix64 is one step of the generator of Steele, Lea & Flood (OOPSLA 2014). liveSlotFor
-// rehashes keys with it. The generator inside jumpHash would spread the keys of empty slots
-// unevenly: in a simulation with 16 members, the largest share was 1.52 times the mean, against
-// 1.014 with splitmix64.
+// splitmix64 is one step of the generator of Steele, Lea & Flood (OOPSLA 2014). liveSlotFor rehashes
+// a key with it if the key's slot has no live member. A step of the generator inside jumpHash would
+// not spread such keys evenly. For example, if only the lower 16 of 32 slots are live, one member
+// would own 1.4 times the mean. With splitmix64 it owns at most 1.02 times the mean.
 func splitmix64(x uint64) uint64 {
 	x += 0x9e3779b97f4a7c15
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9

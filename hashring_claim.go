@@ -15,8 +15,8 @@ import (
 type Claim struct {
 	Slot        int
 	Lamport     uint64 // number of the claim; 0 = no slot is claimed, and Slot is ignored
-	Name        string // name of the member
-	Provisional bool   // made while seeds were configured but none had been reached
+	Name        string
+	Provisional bool // made while seeds were configured, but no other member had sent its table yet
 }
 
 // isValid reports whether c names a member and claims a slot below MaxSlots.
@@ -59,8 +59,8 @@ func latestClaims(claims []Claim) map[string]Claim {
 // live holds the claims of all live members, self included. A member that has no valid claim in
 // live has not claimed a slot yet. reserved holds the claims of members that left or died less than
 // a day ago. It may also hold self's own stored claim while self starts. maxLamport is the highest
-// Lamport number ever heard or used. provisional means that seeds are configured and no seed has
-// sent its table yet.
+// Lamport number ever heard or used. provisional means that seeds are configured, but no other
+// member has sent its table yet.
 //
 // The rules are:
 //
@@ -72,8 +72,9 @@ func latestClaims(claims []Claim) map[string]Claim {
 //     the second member the next free slot, and so on. Every member ranks all waiting members, and
 //     not only itself. So members that have heard the same claims choose different slots at once.
 //   - A new claim has the number maxLamport+1.
-//   - Once a seed has been reached, self renews a provisional claim that still wins its slot. The
-//     renewed claim is not provisional, but its number is new. So it still loses to earlier claims.
+//   - Once another member has sent its table, self renews a provisional claim that still wins its
+//     slot. The renewed claim is not provisional, but its number is new. So it still loses to
+//     earlier claims.
 //   - If no slot is free, the returned claim has Lamport 0 and claims no slot.
 func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLamport uint64) (claim Claim, changed bool) {
 	next := nextLamport(maxLamport, live, reserved)

@@ -96,7 +96,7 @@ func TestChooseClaimAgrees(t *testing.T) {
 			case 0:
 				reserved = append(reserved, c)
 				c.Lamport = 0
-				if rng.IntN(2) == 0 { // the member is starting
+				if rng.IntN(2) == 0 { // the member has started again and has not announced a claim yet
 					live = append(live, c)
 				}
 			default:
@@ -252,8 +252,8 @@ func TestRingManyStartAtOnce(t *testing.T) {
 	}
 }
 
-// When two rings join, the members with the better claims keep their slots. Each other member
-// changes its slot once or twice, and in the end all members hold different slots.
+// When two rings join, the members whose claims come first by Claim.compare keep their slots. Each
+// other member changes its slot once or twice. In the end all members hold different slots.
 func TestRingHalvesJoin(t *testing.T) {
 	first := testSeed(t, 1)
 	for _, tt := range []struct {

@@ -26,7 +26,8 @@ const (
 
 	// The keeper claims a slot when no member has joined, left or died for quietIntervals. It makes
 	// its first claim at the latest settleIntervals after the start. A member that claims before it
-	// has heard of the others chooses a bad slot. Both constants are in gossip intervals.
+	// has heard of the other members may choose a slot that another member holds. Both constants
+	// are in gossip intervals.
 	quietIntervals  = 3
 	settleIntervals = 10
 
@@ -180,7 +181,6 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 	}
 }
 
-// hasFirstRing reports whether settled is closed.
 func (m *RingKeeper) hasFirstRing() bool {
 	select {
 	case <-m.settled:
@@ -197,7 +197,6 @@ type memberSession struct {
 	live    bool
 }
 
-// memberSessions returns the sessions of all members in v, in the order of v.
 func memberSessions(v GossipView) []memberSession {
 	var starts []memberSession
 	for _, mv := range v.Members {

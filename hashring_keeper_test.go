@@ -57,7 +57,8 @@ func TestKeeperSettledHasRing(t *testing.T) {
 }
 
 // When nothing has changed for long, a member's keeper wakes up only once per idleCheck.
-// Nevertheless it saves a claim number that another member announces within an interval.
+// Nevertheless, when another member announces a claim, the keeper saves the claim's number within
+// an interval.
 func TestKeeperAtRestSavesClaimNumber(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := startPair(t)
@@ -133,8 +134,8 @@ func TestKeeperSavesAgain(t *testing.T) {
 	})
 }
 
-// A member that reaches no seed makes a provisional claim after settleIntervals. The claim becomes
-// firm once the member has heard another member.
+// A member that reaches no seed makes a provisional claim after settleIntervals. The claim is no
+// longer provisional once the member has received another member's table.
 func TestKeeperReachesNoSeed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newMemNet()
@@ -152,7 +153,7 @@ func TestKeeperReachesNoSeed(t *testing.T) {
 	})
 }
 
-// The slot of a dead member is not claimed by others for slotReserved.
+// No other member claims the slot of a dead member until slotReserved has passed since the death.
 func TestKeeperReservesSlots(t *testing.T) {
 	for age, want := range map[time.Duration]int{0: 1, slotReserved - time.Second: 1, slotReserved: 0} {
 		n := newMemNet()

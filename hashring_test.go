@@ -14,7 +14,6 @@ import (
 	"testing"
 )
 
-// ringKeys returns the site keys of n cluster IDs.
 func ringKeys(n int) []uint64 {
 	keys := make([]uint64, n)
 	for i := range keys {
@@ -47,7 +46,7 @@ func everyNth(n, step int) []int {
 func owner(r *Ring, key uint64) string { name, _ := r.Owner(key); return name }
 
 // jumpHash returns the published test vectors, and splitmix64 returns the first outputs of its
-// generator for the seed 0. Each output is computed from the generator's state before it.
+// generator for the seed 0. Its argument is the generator's state before the output.
 func TestRingHashes(t *testing.T) {
 	for _, c := range []struct {
 		key     uint64
@@ -68,8 +67,8 @@ func TestRingHashes(t *testing.T) {
 }
 
 // All members own equal shares of the keys. Counts of the keys of each member differ only by the
-// noise of counting, and with 16 members the largest count is at most 1.02 of the mean. Empty slots
-// do not change this. The result of Shares agrees with the counts.
+// noise of counting, and with 16 members the largest count is at most 1.02 times the mean. Empty
+// slots do not change this. The result of Shares agrees with the counts.
 func TestSweepRingBalance(t *testing.T) {
 	sweep(t)
 	t.Parallel()
@@ -209,9 +208,9 @@ func TestRingLossSpreads(t *testing.T) {
 	}
 }
 
-// When several members join in new buckets and are heard of one by one, in any order, a key keeps
-// its owner all the time if it has the same owner before the first member joins and after the last
-// member has joined.
+// Several members join in empty slots and in new buckets, and are heard of one by one, in any
+// order. A key that has the same owner before the first join and after the last join also has that
+// owner in between.
 func TestRingGrowthHeardOutOfOrder(t *testing.T) {
 	keys := ringKeys(2000)
 	seed0 := testSeed(t, 1)

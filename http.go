@@ -33,9 +33,9 @@ func Listen(addr string) (net.Listener, error) {
 }
 
 // NewHTTPClient returns an HTTP client that follows no redirects, because requests carry tokens. It
-// ignores the proxy settings in the environment. dialTimeout bounds the TCP connect, and also, on
-// its own, the TLS handshake. requestTimeout bounds a whole request, including reading the answer;
-// 0 means no limit.
+// ignores the proxy settings in the environment. dialTimeout bounds the TCP connect and,
+// separately, the TLS handshake. requestTimeout bounds a whole request, including reading the
+// answer; 0 means no limit.
 func NewHTTPClient(config *tls.Config, requestTimeout, dialTimeout time.Duration) *http.Client {
 	return &http.Client{
 		Timeout:       requestTimeout,
@@ -60,9 +60,9 @@ type HTTPServer struct {
 }
 
 // Run serves until ctx ends. Then it waits up to shutdownWait for requests in flight, and cuts off
-// the requests that are still not done. It logs that but returns no error, because a peer that
-// never ends its request must not make the process fail. Run returns an error only if the listener
-// fails.
+// the requests that are still not done. Cutting off requests is logged but is not an error, because
+// a peer that never ends its request must not make the process fail. Run returns an error only if
+// the listener fails.
 func (s *HTTPServer) Run(ctx context.Context) error {
 	srv := &http.Server{
 		Handler:           s.Handler,

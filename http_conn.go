@@ -80,11 +80,11 @@ func (t *AnswerReadTracker) countRequest() {
 
 type connTrackerKey struct{}
 
-// TrackerIfPreviousAnswerRead returns the tracker of r's connection if r is sequential, because
-// then the sender of r had read the previous answer on that connection. Otherwise it returns a new
-// tracker, which differs from the tracker of every connection. The result is always a new tracker
-// for a request over TLS, because the end of an answer cannot be seen inside TLS, and for a request
-// to an HTTPServer without TrackConns.
+// TrackerIfPreviousAnswerRead returns the tracker of r's connection if r is sequential: the sender
+// of r had then read the previous answer on that connection. Otherwise it returns a new tracker,
+// which differs from the tracker of every connection. A request over TLS always gets a new tracker,
+// because the end of an answer cannot be seen inside TLS. So does a request to an HTTPServer
+// without TrackConns.
 func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTracker) {
 	if t, ok := r.Context().Value(connTrackerKey{}).(*AnswerReadTracker); ok {
 		t.mu.Lock()
@@ -163,7 +163,7 @@ func (l *limitListener) Close() error {
 	return l.Listener.Close()
 }
 
-// trackWaitingConn is the ConnState of an http.Server. It keeps l.waiting up to date, the list of
+// trackWaitingConn is the ConnState of an http.Server. It updates l.waiting, the list of the
 // connections that wait for a request. net/http reports StateActive when it has read the headers of
 // a request, and StateIdle when it has written the answer.
 func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {

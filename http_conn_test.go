@@ -120,8 +120,8 @@ type limitRig struct {
 	pipes   *pipeListener
 	finish  chan struct{}
 	conns   []net.Conn
-	closed  chan int // numbers of the connections, in conns, that the server has closed
-	answers chan int // numbers of the connections, in conns, on which an answer arrived
+	closed  chan int // indices in conns of the connections that the server has closed
+	answers chan int // for each answer that arrived, the index of its connection in conns
 }
 
 // newLimitRig starts the server with at most max open connections. It must be called in a synctest

@@ -24,7 +24,7 @@ import (
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}
-	once   sync.Once // so that only the first Close closes the channel closed
+	once   sync.Once // lets only the first call of Close close the channel
 }
 
 func newPipeListener() *pipeListener {

@@ -35,7 +35,7 @@ import (
 // by a Rewrite that a crash interrupted. The next Rewrite overwrites it. There may also be files
 // that SetAside or recovery created.
 const (
-	LogSuffix   = ".log"   // suffix of every path given to NewLog, and of no file that is not a log
+	LogSuffix   = ".log"   // suffix of the path of every log, and of no other file
 	MaxRecord   = 64 << 20 // most bytes of kind and payload of one record
 	MaxIdentity = 1024     // most bytes of an identity
 
@@ -115,7 +115,6 @@ func NewLog(fsys FS, path string, identity []byte) *Log {
 	return &Log{fsys: fsys, path: path, identity: bytes.Clone(identity), needsRewrite: true}
 }
 
-// appendLogHeader appends the header of a log with this identity to buf.
 func appendLogHeader(buf, identity []byte) []byte {
 	start := len(buf)
 	buf = fmt.Appendf(buf, "%s%d\n", logMagic, logVersion)
@@ -124,7 +123,6 @@ func appendLogHeader(buf, identity []byte) []byte {
 	return binary.LittleEndian.AppendUint32(buf, Checksum(buf[start:]))
 }
 
-// logHeader is the header of a log.
 type logHeader struct {
 	version  int
 	identity []byte
@@ -132,7 +130,7 @@ type logHeader struct {
 }
 
 // parseLogHeader parses the header with which a log begins. It returns a zero logHeader if the
-// header is damaged. It accepts every version, which the caller must check.
+// header is damaged. It accepts every version. The caller must check the version.
 func parseLogHeader(data []byte) logHeader {
 	r := NewWireReader(data)
 	r.Require(string(r.Bytes(len(logMagic))) == logMagic)
@@ -166,7 +164,7 @@ func (l *Log) Append(frames []byte) error {
 		l.needsRewrite = errors.Is(err, fs.ErrNotExist)
 		return fmt.Errorf("appending to log: %w", err)
 	}
-	defer f.Close() // its error can be ignored, because success is only returned after Sync
+	defer f.Close() // the error of Close is ignored, because Append returns nil only after a successful Sync
 	n, err := f.Write(frames)
 	if err == nil && n < len(frames) {
 		err = io.ErrShortWrite
@@ -213,8 +211,8 @@ func (l *Log) Rewrite(fill func(w io.Writer) error) error {
 	return nil
 }
 
-// RewriteWith does the same as Rewrite with the records in frames, which must consist of whole
-// records made by AppendRecord.
+// RewriteWith is a Rewrite for a caller that has all records in memory. frames must consist of
+// whole records made by AppendRecord.
 func (l *Log) RewriteWith(frames []byte) error {
 	return l.Rewrite(func(w io.Writer) error {
 		_, err := w.Write(frames)
@@ -232,9 +230,9 @@ func (l *Log) Identity() []byte { return l.identity }
 // MustBeRewritten reports whether Append would return ErrLogBroken.
 func (l *Log) MustBeRewritten() bool { return l.needsRewrite }
 
-// Remove deletes the file durably. A missing file is not an error. Copies that were set aside
-// remain. Afterwards the log is in the same state as after NewLog. If Remove fails while syncing
-// the directory, the file is deleted, but a crash may restore it.
+// Remove deletes the file durably. A missing file is not an error. Copies of the file that recovery
+// set aside are not deleted. Afterwards the log is in the same state as after NewLog. If Remove
+// fails while syncing the directory, the file is deleted, but a crash may restore it.
 func (l *Log) Remove() error {
 	err := l.fsys.Remove(l.path)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {

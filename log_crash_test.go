@@ -24,7 +24,7 @@ type logKeeper struct {
 	fs    *crashFS
 	rng   *rand.Rand
 	log   *Log
-	next  uint32          // number of the next record
+	next  uint32
 	held  []uint32        // numbers of the records that recovery must find
 	maybe map[uint32]bool // numbers of further records that recovery may find
 }
@@ -75,9 +75,9 @@ func (k *logKeeper) rewrite(drop int) {
 	}
 }
 
-// reopen reads the log as a new process does. It checks that recovery finds all records of held, no
-// other records than those of held and maybe, and all in order. It returns an error if a file
-// operation failed.
+// reopen reads the log as a new process does. It checks that recovery finds every record in held,
+// that it finds no record that is neither in held nor in maybe, and that the records are in order.
+// It returns an error if a file operation failed.
 func (k *logKeeper) reopen() error {
 	for _, dir := range []string{"/", "/d"} {
 		if _, _, err := ListLogs(k.fs, dir); err != nil && (dir == "/" || !errors.Is(err, fs.ErrNotExist)) {

@@ -125,12 +125,11 @@ func syncParent(fsys FS, dir string, denialIsError bool) error {
 	return err
 }
 
-// readFileRetrying reads a file, and retries a failed read as RetryRead does.
 func readFileRetrying(fsys FS, name string) ([]byte, error) {
 	return RetryRead(func() ([]byte, error) { return fsys.ReadFile(name) })
 }
 
-// maxAside is the most files set aside that are kept for one path and one reason.
+// maxAside is the maximum number of files that SetAside keeps for one path and one reason.
 const maxAside = 3
 
 // SetAside durably renames the file at path. The new path is <path>.<reason>, or this path with the
@@ -234,7 +233,6 @@ func writeSyncClose(f File, fill func(io.Writer) error) (size int64, err error) 
 	return out.n, err
 }
 
-// countingWriter counts the bytes that it writes to w.
 type countingWriter struct {
 	w io.Writer
 	n int64

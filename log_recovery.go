@@ -71,8 +71,8 @@ func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (
 }
 
 // OpenLogWithGaps does the same as OpenLog. It also calls gap once for each region of damaged bytes
-// after the header. This call comes after the records before the region and before the records
-// after the region are delivered.
+// after the header. It delivers the records before the region, then calls gap, and then delivers
+// the records after the region.
 func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) error, gap func()) (*Log, LogRecovery, error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
@@ -168,10 +168,10 @@ func (s *logScan) run(headerEnd int) {
 			at += size
 			continue
 		}
-		next := len(s.data) // end of the damaged or torn region that begins at offset at
+		next := len(s.data) // offset at which the damaged or torn region ends; it begins at offset at
 		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || isAllZero(rest))
 		switch {
-		case torn && aligned: // next stays at the end of the file, because an unfinished append extends to it
+		case torn && aligned: // the torn region ends with the file, because an unfinished append is the last thing in a file
 		case complete && aligned && mayFollowRecord(rest[size:]):
 			next = at + size
 		default:
@@ -193,7 +193,6 @@ func (s *logScan) run(headerEnd int) {
 	}
 }
 
-// deliverRecord passes the record in frame to the caller and counts it.
 func (s *logScan) deliverRecord(frame []byte) {
 	if err := s.each(frame[recordHead], frame[recordHead+1:]); err != nil {
 		s.found.Damaged++

@@ -196,13 +196,14 @@ func TestLogForgedRecord(t *testing.T) {
 	}
 }
 
-// Recovery does not trust the length in a head that follows a forged record, even if a real record
-// begins where that length ends. Otherwise recovery would skip another real record in between.
+// After a forged record, recovery does not trust the length in the next head, even if a real record
+// begins at the end that this length claims. Otherwise recovery would skip the real records before
+// that end.
 func TestLogForgedHead(t *testing.T) {
 	forged, end := logRec{9, "forged"}, logRec{4, "end"}
 	span := logFrames(logRec{3, strings.Repeat("z", 100)})[:recordHead]
 	evil := logRec{1, string(logFrames(forged)) + string(span)}
-	between := logRec{2, strings.Repeat("t", 101-recordHead-1)} // ends where a record with the head span would end
+	between := logRec{2, strings.Repeat("t", 101-recordHead-1)} // ends at the offset at which a record with the head span would end
 	header := appendLogHeader(nil, nil)
 	bad := append(bytes.Clone(header), logFrames(evil, between, end)...)
 	bad[len(header)] ^= 1

@@ -35,8 +35,8 @@ func TestLogVersion(t *testing.T) {
 	}
 }
 
-// A store, a spool and a member that start refuse each of their files that is a log of another
-// version, and do not change any file.
+// OpenStore, OpenSpool and LoadRestartState return an error if one of their files is a log of
+// another version, and they change no file.
 func TestLogVersionOfEveryFile(t *testing.T) {
 	for _, tt := range []struct {
 		what, path string
@@ -64,13 +64,11 @@ func TestLogVersionOfEveryFile(t *testing.T) {
 	}
 }
 
-// openStoreOn opens a store in the directory /s.
 func openStoreOn(fsys FS) error {
 	_, err := OpenStore(StoreConfig{FS: fsys, Dir: "/s", Retention: time.Hour, Now: time.Now, OnError: func(error) {}})
 	return err
 }
 
-// openSpoolOn opens a client's spool in the directory /s.
 func openSpoolOn(fsys FS) error {
 	_, err := OpenSpool(SpoolConfig{FS: fsys, Dir: "/s", ClusterID: "site",
 		Now: func() Moment { return Moment{Wall: 1} }, OnError: func(error) {}})

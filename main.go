@@ -164,7 +164,6 @@ func modeArg(args []string) string {
 	return ""
 }
 
-// versionMode runs --mode version.
 func versionMode(_ context.Context, c *command) error {
 	c.about = "prints the version, the revision and the Go version of this program."
 	c.example = "telemeter --mode version"

@@ -29,7 +29,6 @@ const (
 	minSalt        = 16               // smallest salt for anonymization, in bytes
 )
 
-// clientFlags has the values of the flags of --mode client.
 type clientFlags struct {
 	from                            *url.URL
 	fromTokenFile, fromCAFile       string
@@ -55,7 +54,6 @@ type clientFlags struct {
 	logLevel                        slog.Level
 }
 
-// clientMode runs --mode client.
 func clientMode(ctx context.Context, c *command) error {
 	c.about = "scrapes a Prometheus that cannot be reached from outside, and pushes its samples."
 	c.example = "telemeter --mode client --from http://localhost:9090 --token-file site-7.token"
@@ -72,7 +70,6 @@ func clientMode(ctx context.Context, c *command) error {
 	return p.run(ctx, c.stdout)
 }
 
-// define defines the flags of --mode client in c.
 func (f *clientFlags) define(c *command) {
 	c.defineGroup("Source", func() {
 		c.urlFlag(&f.from, "from", "http://localhost:9090", "`URL` URL of the Prometheus to scrape; a URL with a path can be any exposition endpoint, such as an exporter's /metrics")
@@ -260,7 +257,6 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 // concurrent use.
 type renewableTransport struct{ current atomic.Pointer[http.Client] }
 
-// newRenewableTransport returns a transport that connects with the TLS configuration config.
 func newRenewableTransport(config *tls.Config) *renewableTransport {
 	t := &renewableTransport{}
 	t.current.Store(NewHTTPClient(config, 0, dialTimeout))
@@ -279,16 +275,17 @@ func (t *renewableTransport) httpClient(timeout time.Duration) *http.Client {
 	return c
 }
 
-// renew makes t use the TLS configuration config from the next request on. That request and later
-// ones do not use the connections that were opened before.
+// renew makes t use the TLS configuration config for all later requests. They do not use the
+// connections that were opened before.
 func (t *renewableTransport) renew(config *tls.Config) {
 	t.current.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
 }
 
-// loadTLSConfigs reads the certificate files that the flags name. It returns the TLS configurations
-// from, for connections to the source, and to, for connections to the servers. If --to-ca-file is
-// set, its CAs verify the servers. Otherwise the servers must have the key with the given pin. If
-// pin is empty too, the system's CAs verify the servers.
+// loadTLSConfigs reads the certificate files that the flags name, and returns two TLS
+// configurations. The result from is for connections to the source. The result to is for
+// connections to the servers. If --to-ca-file is set, its CAs verify the servers. Otherwise the
+// servers must have the key with the given pin. If pin is empty too, the system's CAs verify the
+// servers.
 func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.fromCAFile != "" {

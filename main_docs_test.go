@@ -58,7 +58,6 @@ func updateReference(t *testing.T, what, have, want string) {
 	}
 }
 
-// helpOf returns the text that telemeter prints for --help in the given mode.
 func helpOf(t *testing.T, mode string) string {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
@@ -210,14 +209,14 @@ func metricsOfAll(t *testing.T) (server, federate, client string) {
 }
 
 // metricsTable returns a Markdown table of the telemeter_ metrics in text, which is in the text
-// exposition format. Each row has the name, type, labels and help of a metric. For the labels in
-// fixed it also lists the values.
+// exposition format. Each row has the name, type, labels and help of a metric. It also lists the
+// values of labels that have a fixed set of values, such as reason.
 func metricsTable(text string) string {
 	help := map[string]string{}
 	kind := map[string]string{}
-	labels := map[string][]string{}            // metric → names of its labels, in the order of the exposition
-	values := map[string]map[string][]string{} // metric → label → values of this label, for the labels in fixed
-	fixed := []string{"reason", "result", "state", "kind"}
+	labels := map[string][]string{}                        // metric → names of its labels, in the order of the exposition
+	values := map[string]map[string][]string{}             // metric → label → values of this label, for the labels in fixed
+	fixed := []string{"reason", "result", "state", "kind"} // labels with a fixed set of values
 	label := regexp.MustCompile(`([a-z_]+)="([^"]*)"`)
 	for line := range strings.SplitSeq(text, "\n") {
 		fields := strings.SplitN(line, " ", 4)

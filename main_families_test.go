@@ -157,8 +157,8 @@ func familyImporter(t *testing.T) (*token.FileSet, types.Importer) {
 	})
 }
 
-// familyCheck is the state of one call of checkFamilies. The map set has the entries of upcalls,
-// and other fields like them, that a file of another family sets.
+// familyCheck is the state of one call of checkFamilies. The map set has the function-typed fields
+// that a file of another family sets, as "family.Field".
 type familyCheck struct {
 	fset     *token.FileSet
 	pkg      *types.Package
@@ -218,10 +218,10 @@ func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.F
 	return c.problems
 }
 
-// line returns the line number of pos in its file.
 func (c *familyCheck) line(pos token.Pos) int { return c.fset.Position(pos).Line }
 
-// report adds the fault what of the identifier or file name, which is at pos, to c.problems.
+// report adds a fault to c.problems. what describes the fault. name is the faulty identifier or
+// file, and pos is its position.
 func (c *familyCheck) report(pos token.Pos, name, what string) {
 	p := c.fset.Position(pos)
 	c.problems = append(c.problems, fmt.Sprintf("%s:%d: %s: %s", p.Filename, p.Line, name, what))
@@ -326,8 +326,8 @@ func (c *familyCheck) checkUse(pos token.Pos, obj types.Object) {
 	}
 }
 
-// checkClock reports the use id of a function of package time that reads a clock or starts a timer,
-// if the file of id is in c.pure. obj is the object that id denotes.
+// checkClock reports id if it is in a file of c.pure and denotes a function of package time that
+// reads a clock or starts a timer. obj is the object that id denotes.
 func (c *familyCheck) checkClock(id *ast.Ident, obj types.Object) {
 	file := c.fset.Position(id.Pos()).Filename
 	if obj.Pkg() != nil && obj.Pkg().Path() == "time" && slices.Contains(c.pure, file) &&

@@ -53,7 +53,7 @@ func readKeyFile(dir, file string) (Keys, error) {
 }
 
 // readOptionalSecret returns the secret in the file at path, or nil if path is empty. A secret of
-// more than MaxToken bytes is an error. what describes the secret in the text of errors.
+// more than MaxToken bytes is an error. The parameter what names the secret in error texts.
 func readOptionalSecret(path, what string) ([]byte, error) {
 	if path == "" {
 		return nil, nil

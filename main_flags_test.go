@@ -11,7 +11,7 @@ import (
 )
 
 // The value of a size flag is a decimal number of bytes, or of KiB, MiB or GiB if it ends in that
-// unit. parseSize reads the text that formatSize returns back to the same number.
+// unit. parseSize turns a text of formatSize back into the same number.
 func TestSize(t *testing.T) {
 	for text, want := range map[string]int64{
 		"0": 0, "1": 1, "1024": 1 << 10, "1KiB": 1 << 10, "1MiB": 1 << 20, "3GiB": 3 << 30, "10000000000": 10_000_000_000, "8589934591GiB": 8589934591 << 30,
@@ -32,7 +32,7 @@ func TestSize(t *testing.T) {
 }
 
 // formatDuration omits zero minutes and seconds at the end of a duration, such as "0s" in "10m0s".
-// time.ParseDuration reads the text back to the same duration.
+// time.ParseDuration turns the text back into the same duration.
 func TestFormatDuration(t *testing.T) {
 	for _, d := range []time.Duration{time.Second, 10 * time.Second, 10 * time.Minute, 90 * time.Second, 2 * time.Hour, 20 * time.Hour, 90 * time.Minute, 36610 * time.Second} {
 		short := formatDuration(d)
@@ -42,7 +42,7 @@ func TestFormatDuration(t *testing.T) {
 	}
 }
 
-// flagValues has one field for each type of flag, which stores the value of the flag of this type.
+// flagValues holds the values of the flags in these tests. There is one flag of each type.
 type flagValues struct {
 	d       time.Duration
 	n       int

@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-const helpIndent, helpWidth = 29, 96 // column at which flag texts begin in --help, and maximum number of columns of a line
+const helpIndent, helpWidth = 29, 96 // in --help: column at which the texts of flags begin, and maximum width of a line in columns
 
 // usageError lists all problems of a command line, one per element. A process that gets a
 // usageError exits with the status exitUsage.
@@ -37,7 +37,7 @@ type command struct {
 	now            func() time.Time // the wall clock
 	about, example string           // for --help: what the mode does, and a command line
 	groups         []flagGroup      // in the order in which --help lists them
-	problems       usageError       // problems of the command line found so far
+	problems       usageError
 }
 
 // flagGroup is a titled group of flags in --help.
@@ -363,7 +363,6 @@ func (c *command) serverURLsFlag(p *[]*url.URL, name, usage string) {
 	listFlag(c, p, name, usage, parseEach(parseServerURL))
 }
 
-// clusterIDFlag defines a flag for a valid cluster ID.
 func (c *command) clusterIDFlag(p *string, name, usage string) {
 	parsedFlag(c, p, name, "", usage, func(id string) (string, error) { return id, CheckClusterID(id) })
 }

@@ -19,7 +19,6 @@ import (
 	"time"
 )
 
-// keygenMode runs --mode keygen.
 func keygenMode(_ context.Context, c *command) error {
 	c.about = "creates the servers' keys and certificate, or rotates a key. Existing keys are never overwritten."
 	c.example = "telemeter --mode keygen --keys keys --host hub.example"
@@ -59,7 +58,6 @@ func keygenMode(_ context.Context, c *command) error {
 	return nil
 }
 
-// tokenFlags has the values of the flags of --mode token.
 type tokenFlags struct {
 	keys, id, inspect string
 	to                []*url.URL
@@ -67,7 +65,6 @@ type tokenFlags struct {
 	ttl               time.Duration
 }
 
-// tokenMode runs --mode token.
 func tokenMode(_ context.Context, c *command) error {
 	c.about = "creates a token for a site and prints it to stdout, or inspects a token."
 	c.example = "telemeter --mode token --keys keys --id site-7 --to https://hub.example:9003 > site-7.token"

@@ -30,7 +30,6 @@ type ringFlags struct {
 	interval                time.Duration
 }
 
-// define defines the flags of the ring in c.
 func (f *ringFlags) define(c *command) {
 	c.defineGroup("Ring of servers", func() {
 		c.optionalAddressFlag(&f.listen, "listen-cluster", "", "`ADDRESS` address for other servers, for UDP and TCP, usually :9006; empty: run without a ring")

@@ -28,8 +28,8 @@ type memberProcess struct {
 const memberAddr = `msg="started as member of the ring" .*listen=(\S+)`
 
 // startMember starts a server process with the given member name in dir, and waits until it is a
-// member of a ring. Without --join in args it is the first member. dir must contain the directory
-// keys.
+// member of a ring. Without --join in args it is the first member of a new ring. dir must contain
+// the directory keys.
 func startMember(t *testing.T, dir, name string, args ...string) *memberProcess {
 	t.Helper()
 	p := start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--name", name, "--listen", "127.0.0.1:0",
@@ -49,7 +49,6 @@ type debugRing struct {
 	Ring struct{ Version string }
 }
 
-// debug fetches m's /debug/ring and returns the decoded answer.
 func (m *memberProcess) debug() (d debugRing) {
 	m.t.Helper()
 	if err := json.Unmarshal([]byte(get(m.t, m.internal+"/debug/ring")), &d); err != nil {
@@ -134,8 +133,8 @@ func (m *memberProcess) push(token, body string, header ...string) int {
 	return resp.StatusCode
 }
 
-// shows scrapes the metric m from each of members without a consumer's name. It returns how many of
-// the members serve a series of the metric with the cluster ID id, and the last of these members.
+// shows scrapes the metric named m from each of members, without a consumer's name. It returns how
+// many of the members serve a sample of the site id, and the last of these members.
 func shows(t *testing.T, id string, members ...*memberProcess) (n int, last *memberProcess) {
 	t.Helper()
 	for _, m := range members {
@@ -187,7 +186,6 @@ func (r *ringOfThree) siteNotOwnedBy(m *memberProcess) (id string, owner *member
 	return "", nil
 }
 
-// without returns all members of the ring except m.
 func (r *ringOfThree) without(m *memberProcess) []*memberProcess {
 	return slices.DeleteFunc(slices.Clone(r.all), func(other *memberProcess) bool { return other == m })
 }

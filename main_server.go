@@ -21,7 +21,6 @@ import (
 	"time"
 )
 
-// serverFlags has the values of the flags of --mode server.
 type serverFlags struct {
 	externalAddr, internalAddr      string
 	federateTokenFile, clientCAFile string
@@ -42,7 +41,6 @@ type serverFlags struct {
 	logLevel                        slog.Level
 }
 
-// serverMode runs --mode server.
 func serverMode(ctx context.Context, c *command) error {
 	c.about = "receives pushes from many sites, and serves the samples to a central Prometheus."
 	c.example = "telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter"
@@ -59,7 +57,6 @@ func serverMode(ctx context.Context, c *command) error {
 	return p.run(ctx)
 }
 
-// define defines the flags of --mode server in c.
 func (f *serverFlags) define(c *command) {
 	c.defineGroup("Listeners", func() {
 		c.addressFlag(&f.externalAddr, "listen", ":9003", "`ADDRESS` address for clients: /authorize and /upload; uses TLS if --keys has tls.crt and tls.key")
@@ -182,8 +179,8 @@ func (p *serverProcess) newForwarder(ringKeys Keys) error {
 	return nil
 }
 
-// openStore opens the store with the limits in the flags. It makes the store's later errors be
-// logged and counted.
+// openStore opens the store with the limits in the flags. Later errors of the store are logged and
+// counted.
 func (p *serverProcess) openStore() (err error) {
 	failures := p.metrics.Counter("telemeter_store_errors_total", "Errors of the store; each is logged.")
 	cfg := StoreConfig{

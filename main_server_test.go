@@ -40,7 +40,7 @@ func TestServerConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct {
 		args string
-		want []string // texts that the message must contain, all of them
+		want []string // texts that the message must contain
 	}{
 		{"", []string{"--keys DIR is missing", "keygen"}},
 		{"--keys k --listen 9003", []string{"--listen: ", "9003"}},
@@ -183,7 +183,7 @@ func TestServerHelp(t *testing.T) {
 // reads: keys, certificate, revocations, selectors and the federate token.
 type modeServer struct {
 	t      *testing.T
-	dir    string // directory with keys, revoked, allow and federate-token; the server adds storage
+	dir    string // directory with keys, revoked, allow and federate-token; the server creates storage in it
 	token  string // client token of site-7, with the label region="eu"
 	log    logBuffer
 	starts int // how often the server was started
@@ -216,7 +216,6 @@ func newModeServer(t *testing.T) *modeServer {
 	return s
 }
 
-// path returns the path of the named file in the server's directory.
 func (s *modeServer) path(name string) string { return filepath.Join(s.dir, name) }
 
 // mustRun runs telemeter with args, such as --mode keygen, and returns its output without white
@@ -390,8 +389,8 @@ func TestReloadWithBadFile(t *testing.T) {
 		{"federate-token", ""},
 	} {
 		good := readIn(t, s.dir, bad.file)
-		// Another file has a new and valid content at the same time: the federate token, unless its
-		// file is the bad one.
+		// The file of the federate token changes too, and is valid. The server must not use the new
+		// federate token, because another file is bad.
 		if bad.file != "federate-token" {
 			writeIn(t, s.dir, "federate-token", "second")
 		}

@@ -56,7 +56,6 @@ func writeIn(t *testing.T, dir, name, text string) {
 	}
 }
 
-// readIn returns the content of the named file in dir.
 func readIn(t *testing.T, dir, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(dir, name))
@@ -520,7 +519,8 @@ func spooledScrapes(t *testing.T, dir string) (values []float64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// With this answer of a server that holds no scrape, BeginPush returns all spooled scrapes.
+	// This is the answer of a server that holds no scrape. After it, BeginPush returns all spooled
+	// scrapes.
 	spool.ApplyAnswer(SpoolAnswer{})
 	scrapes, err := spool.BeginPush(PushLimits{Bytes: 1 << 30, Text: 1 << 30, Scrapes: 1000})
 	if err != nil {
@@ -596,8 +596,8 @@ func TestClientKilledInOutage(t *testing.T) {
 
 	up.Store(true)
 	client := start(t, dir, args...)
-	// The first push must contain all spooled scrapes. The client may scrape again before it logs
-	// the push, and each such scrape adds at most one push to the pushes in that log line.
+	// The first push must contain all spooled scrapes. The log line may also count later pushes.
+	// Each later push has a new scrape, so the first push had at most sent-(pushes-1) scrapes.
 	sent, pushes := 0, 0
 	line := client.await(`msg=pushed samples=\d+ (scrapes=\d+ pushes=\d+) `)
 	if _, err := fmt.Sscanf(line, "scrapes=%d pushes=%d", &sent, &pushes); err != nil || sent-(pushes-1) < backlog {

@@ -184,8 +184,8 @@ func (f *metricFamily) addSeries(key seriesKey) *seriesValue {
 			key[i] = "other"
 		}
 	}
-	// Look up the key in any case. Its values were cut or replaced by "other", or another goroutine
-	// added the series meanwhile, so that the series may exist already.
+	// Look up the key again, because the series may exist already: another goroutine may have added
+	// it meanwhile, or the key may have changed above.
 	s := f.series[key]
 	if s == nil {
 		s = &seriesValue{}

@@ -25,7 +25,6 @@ func (m *Metrics) WriteText(w io.Writer) error {
 	return m.write(w, expfmt.NewFormat(expfmt.TypeTextPlain))
 }
 
-// metricsText returns all metrics of m as text exposition.
 func metricsText(t *testing.T, m *Metrics) string {
 	t.Helper()
 	var b strings.Builder

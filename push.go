@@ -24,11 +24,11 @@ const (
 )
 
 const (
-	// MaxRanges is the most ranges of scrape numbers that a server keeps for one spool. If each
-	// scrape is made by a process of its own, each number is a range of its own, because a process
-	// starts its numbers at the wall clock. Such a scrape every two seconds makes 3,600 ranges in
-	// two hours. MaxPushRanges is the most ranges that one push may name, because a server keeps
-	// these ranges with each batch.
+	// MaxRanges is the most ranges of scrape numbers that a server keeps for one spool. If a new
+	// client process makes each scrape (--once), each number is a range of its own, because a
+	// process takes its first number from the wall clock. One such scrape every two seconds makes
+	// 3,600 ranges in two hours. MaxPushRanges is the most ranges that one push may name. It is
+	// smaller, because a server keeps these ranges with each batch.
 	MaxRanges     = 4096
 	MaxPushRanges = 32
 	// MaxScrapeNumber is the highest number of a scrape.
@@ -69,8 +69,8 @@ func ParseScrapeNames(text string) (n ScrapeNames, err error) {
 	return n, nil
 }
 
-// ConsumerAge is a consumer, identified by its key, and its age: the time since the newest scrape
-// by this consumer that the sender of the ConsumerAge knows of.
+// ConsumerAge has the key of a consumer and its age. The age is the time since the consumer's last
+// scrape, as far as the sender of the ConsumerAge knows.
 type ConsumerAge struct {
 	Key uint64
 	Age time.Duration
@@ -112,11 +112,11 @@ func ParseConsumers(text string) ([]ConsumerAge, error) {
 
 // PushAnswer is the body of a 200 answer to a push.
 type PushAnswer struct {
-	Accepted   *int           `json:"accepted"`          // samples stored; nil only in the answer of another program
-	Duplicates int            `json:"duplicates"`        // samples that the server already held
+	Accepted   *int           `json:"accepted"`          // samples stored; nil if a program other than telemeter answered
+	Duplicates int            `json:"duplicates"`        // samples that are not stored again: the server already held them, or the push has them twice
 	Dropped    map[string]int `json:"dropped"`           // samples dropped, by reason
 	Skipped    map[string]int `json:"skipped,omitempty"` // parts of samples, such as exemplars, that are not stored, by kind
-	Hint       string         `json:"hint,omitempty"`    // why no sample was stored, if their times are wrong
+	Hint       string         `json:"hint,omitempty"`    // explains what is wrong with the timestamps, if no sample was stored because of them
 	Server     string         `json:"server"`            // name of the answering server
 	Time       int64          `json:"time"`              // the server's clock, in ms since the epoch
 

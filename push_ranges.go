@@ -89,8 +89,9 @@ func ReadRanges(r *WireReader) (numbers Ranges) {
 	return numbers
 }
 
-// AppendRanges appends the number of ranges and then each range as two uvarints: the distance of
-// From from the previous range's To (or from 0), and To minus From.
+// AppendRanges appends the number of ranges, and then two uvarints for each range. The first
+// uvarint is From minus the To of the previous range, or From itself for the first range. The
+// second uvarint is To minus From.
 func AppendRanges(b []byte, numbers Ranges) []byte {
 	b = binary.AppendUvarint(b, uint64(len(numbers)))
 	end := uint64(0)

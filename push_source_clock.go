@@ -17,7 +17,7 @@ const (
 	MaxMoment = 1 << 50 // ms; highest valid reading of a clock in a Moment; about 35,000 years
 	MaxBootID = 64      // most bytes of a boot ID
 
-	maxServersObserved = 16      // number of servers kept in SourceClockTracker.servers: the servers that answered last
+	maxServersObserved = 16      // a SourceClockTracker keeps this many servers: the servers that answered last
 	maxServerTime      = 1 << 53 // ms; later times in answers of servers are ignored
 	minShift           = 60_000  // ms; a smaller error of the source's clock is not corrected
 	shiftTolerance     = 30_000  // ms; a shift stays the same while the error differs from it by at most this

@@ -42,7 +42,6 @@ type chaosServer struct {
 	ahead time.Duration // how far the server's clock is ahead
 }
 
-// url returns the URL of a path on the server.
 func (s *chaosServer) url(port int, path string) string {
 	return fmt.Sprintf("http://%s:%d%s", s.addr, port, path)
 }
@@ -60,7 +59,7 @@ type chaosRig struct {
 	parted   bool      // the network between servers is cut
 	begin    time.Time // when the scenario began
 
-	push       context.CancelFunc // ends new pushes; sites without a client still retry failed pushes
+	push       context.CancelFunc // ends new pushes; a site without a client still retries its failed push
 	halt       context.CancelFunc // ends all pushes, including retries
 	haltCtx    context.Context
 	pushing    sync.WaitGroup // waits for the goroutines that push
@@ -79,10 +78,11 @@ func chaosRun(t *testing.T, name string, args ...string) {
 	}
 }
 
-// chaosNetwork creates the network of n servers. Each server has two links. Its eth1 leads to the
-// bridge "hub", which is never cut, for pushes and scrapes. Its eth0 leads to one of the bridges
-// "part…", for traffic between servers. The other ends of the links, "m…" and "c…", are in the
-// namespace of this process, which must be new and empty.
+// chaosNetwork creates the network of n servers. Server i has two links. The link eth1 is for
+// pushes and scrapes; its other end "m<i>" is attached to the bridge "hub", which is never cut. The
+// link eth0 is for traffic between servers; its other end "c<i>" is attached to the bridge "part0".
+// The method part cuts the network by attaching some of the ends "c<i>" to other "part" bridges.
+// The bridges are in the network namespace of this process, which must be new and empty.
 func chaosNetwork(t *testing.T, n int) {
 	if links, err := net.Interfaces(); err != nil || len(links) != 1 {
 		t.Fatalf("this test needs a new network namespace: run make test-chaos (links found: %v, %v)", links, err)
@@ -212,7 +212,7 @@ func (r *chaosRig) ready(s *chaosServer) {
 	})
 }
 
-// count saves the metrics of a server that is about to end, so that sum includes them later.
+// count saves the metrics of a server that is about to end. The method sum includes them later.
 func (r *chaosRig) count(s *chaosServer) {
 	b, _ := r.get(s, 9004, "/metrics") // a server that does not answer yet has counted nothing
 	r.counted = append(append(r.counted, b...), '\n')
@@ -308,7 +308,6 @@ func (r *chaosRig) get(s *chaosServer, port int, path string) ([]byte, error) {
 	return b, err
 }
 
-// running returns the servers that run.
 func (r *chaosRig) running() (up []*chaosServer) {
 	for _, s := range r.servers {
 		if s.p != nil {
@@ -381,8 +380,7 @@ func (r *chaosRig) load(every time.Duration) {
 }
 
 // acked stops new pushes and waits until all earlier pushes have ended, including their retries.
-// Afterwards the field acked of each site, its set of acknowledged samples, does not change any
-// more.
+// After that, the field acked of each site no longer changes.
 func (r *chaosRig) acked() {
 	r.t.Helper()
 	r.push()
@@ -402,7 +400,7 @@ func (r *chaosRig) acked() {
 // the site retries the push at the next server, as the client does.
 type chaosSite struct {
 	r     *chaosRig
-	n     int // number of the site
+	n     int // number of the site, from 0; its cluster ID is "site-<n>"
 	token string
 
 	// The goroutine of run owns the fields below until it ends.

@@ -111,7 +111,8 @@ func (h *fakeHub) clock(r *http.Request) string {
 	return fmt.Sprintf(`,"server":%q,"time":%d`, r.URL.Host, time.Now().UnixMilli())
 }
 
-// testBoot returns a boot-time clock that starts at 1000 s now and has the boot ID boot-1.
+// testBoot returns a boot-time clock that shows 1000 s when testBoot is called. Its boot ID is
+// boot-1.
 func testBoot() func() (int64, string) {
 	start := time.Now()
 	return func() (int64, string) { return time.Since(start).Milliseconds() + 1_000_000, "boot-1" }
@@ -158,7 +159,6 @@ func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*C
 	return c, hub, &log
 }
 
-// runFor runs the client c for the time d, and fails the test if Run returns an error.
 func runFor(t *testing.T, c *Client, d time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), d)
@@ -188,13 +188,12 @@ func startClient(t *testing.T, c *Client) (stop func()) {
 // first scrape and grows by 1 with each scrape. counting records the time of each scrape.
 type counting struct {
 	hang  atomic.Bool   // scrapes hang until their context ends
-	extra time.Duration // how far the time in its Date header is ahead
+	extra time.Duration // how far the time in the Date header is ahead of the true time
 	date  bool          // answers have a Date header
 	mu    sync.Mutex    // guards at while a client runs
 	at    []time.Time   // when each scrape was answered
 }
 
-// count returns the number of scrapes that the source has answered so far.
 func (s *counting) count() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -299,7 +298,7 @@ func sizedHub(hub *fakeHub, limit int) {
 // "ask" for a question, or the values of the pushed samples, such as "1 2".
 type queueServer struct {
 	t           *testing.T
-	ahead       time.Duration      // how far the server's clock is ahead
+	ahead       time.Duration      // how far the server's clock is ahead of the true time
 	limit       int                // bytes of a push's text above which the server answers 413; 0 means no limit
 	noSpools    bool               // the server does not support spools: its answers list no scrapes
 	noConsumers bool               // the server knows no consumer: its answers list no read scrapes
@@ -319,7 +318,6 @@ type queueServer struct {
 	texts      []string      // decompressed text of each event's push; "" for a question
 }
 
-// serve answers one request of a client.
 func (q *queueServer) serve(r *http.Request) (*http.Response, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -442,7 +440,6 @@ func spoolOnes(t *testing.T, c *Client, ns ...int) {
 	}
 }
 
-// mustDrain pushes all scrapes in the spool, and fails the test if that fails.
 func mustDrain(t *testing.T, c *Client) {
 	t.Helper()
 	if err := c.pusher.DrainSpool(t.Context()); err != nil {

@@ -44,7 +44,7 @@ type modelSite struct {
 
 	uncertain map[uint64]bool // scrapes that a server may hold: their push got no answer, or a restart found them on disk, and no answer has come since
 	listed    Ranges          // numbers of the scrapes that the last answer listed as held or read
-	elsewhere int64           // ms; time of the last push with a scrape that another server held
+	elsewhere int64           // ms; time of the last push with a scrape in state ScrapeElsewhere (a server held it, but not the server that answered last)
 
 	copy *modelSpoolCopy // earlier copy of the spool; nil: there is no copy
 }
@@ -148,8 +148,8 @@ func (m *deliveryModel) spoolFault(c *modelSite) {
 }
 
 // scrapeSource scrapes the site's source and adds the scrape to the spool. The new scrape has new
-// samples, the samples of the previous scrape again, or one sample of each kind. Scrapes over the
-// spool's limits on age and number leave the spool.
+// samples, or the samples of the previous scrape again, or one repeated and one new sample. Scrapes
+// over the spool's limits on age and number leave the spool.
 func (m *deliveryModel) scrapeSource(c *modelSite) {
 	m.dropOld(c)
 	sc := &modelScrape{number: c.next, at: m.now}
@@ -276,9 +276,10 @@ func (m *deliveryModel) drain(c *modelSite) {
 }
 
 // pickPush begins a push, and returns its scrapes and their numbers. It checks that no scrape of
-// the push is in c.uncertain or was listed by the last answer. A scrape that another server holds
-// must come after the scrapes that no server holds, in at most one push per elsewhereInterval, and
-// not after a request that got no answer.
+// the push is in c.uncertain or was listed by the last answer. It also checks scrapes in state
+// ScrapeElsewhere, which a server held, but not the server that answered last. They must come after
+// the scrapes that no server holds, in at most one push per elsewhereInterval, and not after a
+// request that got no answer.
 func (m *deliveryModel) pickPush(c *modelSite, now int64) (push []*modelScrape, numbers Ranges) {
 	undelivered := false
 	for i := range c.plan.entries {

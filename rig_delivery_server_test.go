@@ -163,9 +163,10 @@ func samplesOf(b *Batch) (ids []int) {
 }
 
 // counts returns the consumers that must have received a sample before s may list its scrape as
-// read, or evict it. These are consumers that scraped s, and consumers that site c reported; with a
-// nil c, reports do not count. anyKnown means that s must know a consumer. A consumer is left out
-// if a few seconds, or times that a restart may have lost, decide whether it counts.
+// read, or evict it. These are consumers that scraped s, and consumers that site c reported. With a
+// nil c, reports do not count. counts leaves out a consumer if the decision depends on a few
+// seconds, or on times that s may have lost at a restart. If anyKnown is true, s must know a
+// consumer.
 func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumers]bool, anyKnown bool) {
 	recent, maybe := false, false // recent: a consumer surely scraped within retention; maybe: a consumer may have
 	retention, slack := deliveryRetention.Milliseconds(), deliverySlack.Milliseconds()
@@ -477,8 +478,8 @@ func (m *deliveryModel) reopenServer(s *modelServer, hurt [modelSites]bool) {
 	}
 }
 
-// lose removes the records from, …, to-1 from a site's log. Their samples no longer count as
-// stored, unless another record of the log has them.
+// lose removes the records with the indexes from to to-1 from a site's log. Their samples no longer
+// count as stored, unless another record of the log has them.
 func (m *deliveryModel) lose(d *modelDisk, site, from, to int) {
 	for _, r := range d.logs[site][from:to] {
 		for _, id := range r.samples {

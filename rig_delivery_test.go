@@ -30,9 +30,10 @@ const (
 )
 
 // Random faults of servers, disks and connections lose no sample. A server lists a scrape as held
-// only if it stored the scrape, and as read only if every consumer that counts received it. A
-// scrape leaves a spool only if an answer or a limit allows it. After the last fault every living
-// consumer gets every unexpired sample that is still in a spool, if all clocks are right.
+// only if it stored the scrape. It lists a scrape as read only if every consumer that must read the
+// scrape received it (see counts). A scrape leaves a spool only if an answer of a server or a limit
+// of the spool allows it. After the last fault every living consumer gets every unexpired sample
+// that is still in a spool, if all clocks are right.
 func TestSweepDelivery(t *testing.T) {
 	sweep(t)
 	t.Parallel()
@@ -68,8 +69,8 @@ type deliveryFailure struct {
 	run  int64 // number of the run, counted from 1
 }
 
-// allHere is added to deliveryModel.steps in the last phase. Then steps is past the step at which
-// each consumer begins to scrape, and past the step at which consumer 1 dies.
+// allHere is added to deliveryModel.steps in the last phase. steps is then so high that all
+// consumers have begun to scrape and consumer 1 is dead.
 const allHere = 1 << 20
 
 // deliveryModel is one run. Times are in ms. Sites, servers and consumers are numbered from 0. A
@@ -157,7 +158,6 @@ func (m *deliveryModel) lost() bool { return !m.calm && m.chance(m.loss) }
 // timeAt returns the present time on a server's clock.
 func (m *deliveryModel) timeAt(s *modelServer) time.Time { return time.UnixMilli(m.now + s.ahead) }
 
-// say adds a line to the trace.
 func (m *deliveryModel) say(format string, args ...any) {
 	m.trace = append(m.trace, time.UnixMilli(m.now).UTC().Format("02 15:04:05 ")+fmt.Sprintf(format, args...))
 }
@@ -281,8 +281,8 @@ type modelReader struct {
 	received []bool             // by sample ID: the consumer received the sample
 }
 
-// scrape has consumer x scrape server s once. It returns true if the answer moved the position of
-// x's session at some site. The next scrape on the connection then confirms that position.
+// scrape has consumer x scrape server s once. It returns true if the answer moved the session's
+// read position at some site. Another scrape on the same connection then confirms that position.
 func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if !s.up || m.steps < x.comes || m.steps >= x.dies {
 		return false

@@ -371,7 +371,7 @@ func (f *crashFile) Close() error {
 }
 
 // failOn returns a hook that makes operations named op fail with err if their path ends with
-// suffix. Only the n-th such operation fails, counted from 1, or every one if n is 0.
+// suffix. If n is 0, every such operation fails. Otherwise only the n-th fails, counted from 1.
 func failOn(op, suffix string, n int, err error) func(int, string, string) fault {
 	seen := 0
 	return func(_ int, o, name string) fault {
@@ -391,7 +391,7 @@ type readFault struct {
 	err error
 }
 
-// times returns how often reads fail, in words for a test name.
+// times returns the number of failed reads, in words for a test name.
 func (f readFault) times() string {
 	if f.n == 0 {
 		return "always"

@@ -32,9 +32,9 @@ func (d *fakeDNS) LookupNetIP(ctx context.Context, network, host string) ([]neti
 // A gossiper is a running member of a ring, with its own UDP socket.
 type gossiper struct {
 	*Gossip
-	addr netip.AddrPort // address of the member's socket
-	stop func() error   // makes the member leave the ring, and returns the result of Run
-	kill func()         // ends the member without announcing a leave
+	addr netip.AddrPort
+	stop func() error // makes the member leave the ring, and returns the result of Run
+	kill func()       // ends the member without announcing a leave
 }
 
 // startGossip starts a member with a new socket at the address listen. It sets c.RingName and
@@ -45,8 +45,8 @@ func startGossip(tb testing.TB, c GossipConfig, listen string) *gossiper {
 	return startGossipOver(tb, c, listen, nil)
 }
 
-// startGossipOver does the same as startGossip, but if wrap is not nil, the member uses the result
-// of wrap, called with the socket, in place of the socket.
+// startGossipOver starts a member in the same way as startGossip. If wrap is not nil, the member
+// uses wrap(socket) instead of the new socket.
 func startGossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDPConn) UDPConn) *gossiper {
 	tb.Helper()
 	udp, err := net.ResolveUDPAddr("udp", listen)
@@ -98,7 +98,6 @@ func startGossipOver(tb testing.TB, c GossipConfig, listen string, wrap func(UDP
 	return g
 }
 
-// states returns the state of each member in g's view of the ring, by name.
 func (g *gossiper) states() map[string]MemberState {
 	all := map[string]MemberState{}
 	for _, m := range g.View().Members {
@@ -107,7 +106,6 @@ func (g *gossiper) states() map[string]MemberState {
 	return all
 }
 
-// live returns the number of live members in g's view of the ring.
 func (g *gossiper) live() int {
 	n := 0
 	for _, s := range g.states() {

@@ -20,7 +20,7 @@ type simEvent struct {
 	at   time.Duration
 	seq  uint64 // orders events with the same time
 	node int
-	run  uint64 // of a timer: the value of simNode.run when it was set; a timer of an earlier run is ignored
+	run  uint64 // of a timer: the value of simNode.run when the timer was set; a timer of an earlier run is ignored
 	from netip.AddrPort
 	data []byte // the packet; nil for a timer
 	do   func() // if not nil, the event is a call of do
@@ -147,7 +147,6 @@ func (s *sim) start(i int, seeds ...int) *Swim {
 	return n.swim
 }
 
-// startAll starts a member on every node.
 func (s *sim) startAll() {
 	for i := range s.nodes {
 		s.start(i)
@@ -196,7 +195,6 @@ func (s *sim) arm(i int) {
 	}
 }
 
-// step takes the earliest event from the queue and handles it.
 func (s *sim) step() {
 	e := heap.Pop(&s.queue).(simEvent)
 	s.now = max(s.now, e.at)
@@ -342,7 +340,6 @@ func (s *sim) downs(since time.Duration, count func(e simReport) bool) (n int) {
 	return n
 }
 
-// eventCount returns how many of the reported events have the text what.
 func (s *sim) eventCount(what string) (n int) {
 	for _, e := range s.events {
 		if e.What == what {
@@ -398,8 +395,8 @@ func (s *sim) seal(from int, p Packet) []byte {
 	return sw.sealer.Seal(nil, encodePacket(p), 0)
 }
 
-// deliver makes the member on node i receive the packet data from the address from at once. It
-// returns the member's answers without sending them.
+// deliver makes the member on node i receive the packet data at once; from is the packet's sender
+// address. deliver returns the member's answers without sending them.
 func (s *sim) deliver(i int, from netip.AddrPort, data []byte) []Datagram {
 	n := s.nodes[i]
 	return n.swim.Receive(s.now-n.origin, from, data)

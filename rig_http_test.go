@@ -27,7 +27,6 @@ func gzipped(data []byte) []byte {
 	return b.Bytes()
 }
 
-// gunzipped returns the decompressed content of the gzip stream data.
 func gunzipped(t testing.TB, data []byte) []byte {
 	t.Helper()
 	z, err := gzip.NewReader(bytes.NewReader(data))
@@ -71,8 +70,8 @@ type rawConn struct {
 	answers *bufio.Reader
 }
 
-// dialRaw connects to address. Reads and writes on the connection fail from 20 s after that. The
-// connection is closed at the end of the test.
+// dialRaw connects to address. After 20 s, reads and writes on the connection fail. The connection
+// is closed at the end of the test.
 func dialRaw(t testing.TB, address string) *rawConn {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
@@ -84,7 +83,6 @@ func dialRaw(t testing.TB, address string) *rawConn {
 	return &rawConn{conn, t, bufio.NewReader(conn)}
 }
 
-// send writes text to the connection.
 func (c *rawConn) send(text string) {
 	c.t.Helper()
 	if _, err := io.WriteString(c, text); err != nil {

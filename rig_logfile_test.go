@@ -13,10 +13,8 @@ import (
 	"testing"
 )
 
-// logPath is the path of the log file in most tests.
 const logPath = "/d/x.log"
 
-// logRec is one record of a log file.
 type logRec struct {
 	kind    byte
 	payload string
@@ -106,8 +104,8 @@ func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRe
 	return c, l, r, got
 }
 
-// newTestLog returns a log with the record "a" on a file system without faults. Rewrite wrote the
-// record. newTestLog also checks that Append fails before the first Rewrite.
+// newTestLog returns a log on a file system without faults. The log has one record, "a", which a
+// Rewrite wrote. newTestLog also checks that Append fails before the first Rewrite.
 func newTestLog(t *testing.T) (*crashFS, *Log) {
 	t.Helper()
 	c := newCrashFS(1)

@@ -38,7 +38,6 @@ type memConn struct {
 	closed bool
 }
 
-// listen returns a new socket with the address addr.
 func (n *memNet) listen(addr string) *memConn {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -175,7 +174,7 @@ func took(t *testing.T, about string, ok func() bool) time.Duration {
 }
 
 // startPair starts member a, and then member b with a as its seed. It waits until both have claimed
-// a slot, and then until their keepers are idle (restLong).
+// a slot, and then until their keepers wake up only once per idleCheck.
 func startPair(t *testing.T) (a, b *memMember) {
 	t.Helper()
 	n := newMemNet()
@@ -187,7 +186,6 @@ func startPair(t *testing.T) (a, b *memMember) {
 	return a, b
 }
 
-// newMemNet returns a network without sockets.
 func newMemNet() *memNet { return &memNet{conn: map[netip.AddrPort]*memConn{}} }
 
 // restLong sleeps for longer than idleCheck. After that, ring keepers without changes wake up only

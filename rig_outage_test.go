@@ -29,7 +29,7 @@ import (
 type outageSource struct {
 	*http.Server
 	addr   string
-	series int // number of series
+	series int
 
 	mu   sync.Mutex // guards the fields below
 	n    int        // number of scrapes so far
@@ -86,7 +86,7 @@ type outageProxy struct {
 	ln  net.Listener
 	to  string     // the address to which connections are forwarded
 	mu  sync.Mutex // guards the fields below
-	ok  *sync.Cond // signals that how has changed
+	ok  *sync.Cond // signals a change of the field how
 	how string     // how the network behaves; the method set explains the values
 	// If cutUp is positive, the next connection on which the client has sent that many bytes is
 	// reset, and cutUp becomes 0. cutDown does the same for bytes that the server has sent.
@@ -116,7 +116,6 @@ func newOutageProxy(t *testing.T, to string) *outageProxy {
 	return p
 }
 
-// addr returns the address on which the proxy listens.
 func (p *outageProxy) addr() string { return p.ln.Addr().String() }
 
 // set changes the behavior of the network. "" forwards everything. "refuse" resets all connections,
@@ -205,7 +204,7 @@ func (p *outageProxy) pump(to, from net.Conn, cut *int) {
 			p.cuts++
 		}
 		p.mu.Unlock()
-		if over { // reset the connection in the middle of the data
+		if over { // forward only half of the data, so that the reset comes in the middle of it
 			to.Write(buf[:n/2])
 			outageReset(from)
 			outageReset(to)
@@ -250,10 +249,10 @@ func outageProgram(t *testing.T) string {
 	return path
 }
 
-// newOutagePrometheus writes the configuration of a Prometheus. The method start starts that
-// Prometheus. It scrapes target under the name consumer. timeout is both the interval and the
+// newOutagePrometheus writes the configuration of a Prometheus that scrapes target with the
+// parameter consumer. The method start starts this Prometheus. timeout is both the interval and the
 // timeout of its scrapes. window is its out_of_order_time_window; "" means none. jobs are further
-// scrape_configs, one on each line.
+// scrape_configs, each on one line.
 func newOutagePrometheus(t *testing.T, target, consumer, window string, timeout time.Duration, jobs ...string) *outagePrometheus {
 	p := &outagePrometheus{t: t, dir: t.TempDir(), program: outageProgram(t), addr: freeAddr(t), consumer: consumer}
 	storage := ""
@@ -316,9 +315,9 @@ func (p *outagePrometheus) stop(sig syscall.Signal) {
 	p.cmd = nil
 }
 
-// query runs a PromQL query. got has the sample values by the value of the label and by time, in ms
-// since the epoch. twice is the number of samples with the same label value and time as a sample
-// before them.
+// query runs a PromQL query. got maps the value of the label, and then the time in ms since the
+// epoch, to the value of the sample. twice is the number of additional samples that have the same
+// label value and time as another sample.
 func (p *outagePrometheus) query(promql, label string) (got map[string]map[int64]float64, twice int, err error) {
 	at := strconv.FormatInt(time.Now().Add(time.Minute).Unix(), 10)
 	resp, err := http.Get("http://" + p.addr + "/api/v1/query?time=" + at + "&query=" + url.QueryEscape(promql))
@@ -379,8 +378,9 @@ func (d outageDiff) whole() bool {
 	return d.missing == 0 && d.wrong == 0 && d.twice == 0 && d.samples > 0
 }
 
-// compareOutage compares the scrapes in said, which the source answered, with the result of a
-// query, which is in got and twice. series is the number of series of the source.
+// compareOutage compares the samples that Prometheus must have with the samples that it has. said
+// are the scrapes that the source answered, each with a sample of every series. series is the
+// number of series of the source. got and twice are results of the method query.
 func compareOutage(said []outageScrape, series int, got map[string]map[int64]float64, twice int) outageDiff {
 	d := outageDiff{twice: twice}
 	want := map[int64]outageScrape{}

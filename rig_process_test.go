@@ -24,8 +24,6 @@ type process struct {
 	cmd *exec.Cmd
 }
 
-// text returns everything that the process has written so far to standard output and standard
-// error.
 func (p *process) text() string { return p.String() }
 
 // telemeterCommand returns a command that runs telemeter with args in the directory dir. It skips

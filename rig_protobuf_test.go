@@ -46,12 +46,11 @@ func pbOne(name string, kind uint64, metric ...[]byte) []byte {
 	return pbFrame(pbBytes(1, []byte(name)), pbVarint(3, kind), pbBytes(4, metric...))
 }
 
-// zeroOf returns a new empty message of the type that p points to. Tests use it for the timestamps
-// in protobuf messages, because the type of these timestamps is in a module that this program may
-// not import.
+// zeroOf returns a new empty message of its argument's type. Tests use it for the timestamps in
+// protobuf messages, because the type of these timestamps is in a module that this program may not
+// import.
 func zeroOf[T any](*T) *T { return new(T) }
 
-// protoFamily returns a metric family with this name, this type and these metrics.
 func protoFamily(name string, kind dto.MetricType, metrics ...*dto.Metric) *dto.MetricFamily {
 	return &dto.MetricFamily{Name: &name, Help: new("help"), Type: &kind, Metric: metrics}
 }

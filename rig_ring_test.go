@@ -30,8 +30,8 @@ type forwardNode struct {
 	url   string
 	store storeForwardedFunc           // called for each authentic push that another member forwards to this node
 	down  atomic.Bool                  // if true, the node aborts every request, as if it were unreachable
-	last  atomic.Pointer[http.Request] // last request from another member that this node received; body has its body
-	body  atomic.Pointer[[]byte]
+	last  atomic.Pointer[http.Request] // last request that this node received from another member
+	body  atomic.Pointer[[]byte]       // body of the request in the field last
 
 	mu     sync.Mutex // guards the fields pushes and answer
 	pushes []takenPush
@@ -154,8 +154,8 @@ func checkCounts(t testing.TB, name string, c *Counter, want map[string]float64)
 	}
 }
 
-// ownedBy returns the nth of the cluster IDs "site0", "site1" and so on that the member with the
-// given name owns in the view of f. nth counts from 0 and is 0 if it is left out.
+// ownedBy tries the cluster IDs "site0", "site1" and so on, and returns the first site that the
+// named member owns in f's view of the ring. With the argument nth it first skips nth such sites.
 func ownedBy(t testing.TB, f *Forwarder, name string, nth ...int) string {
 	t.Helper()
 	skip := 0

@@ -43,7 +43,6 @@ type srvRig struct {
 	secrets  []string // texts that no error answer of the server may contain
 }
 
-// now returns the server's current time according to r.clock.
 func (r *srvRig) now() time.Time { return testNow.Add(time.Duration(r.clock.Load())) }
 
 // newSrvRig returns a server that is ready, with small limits and a store on a simulated disk in
@@ -130,7 +129,6 @@ type srvRequest struct {
 	chunked            bool // whether to send the body in chunks, without a Content-Length
 }
 
-// srvAnswer is the answer to a srvRequest.
 type srvAnswer struct {
 	status int
 	header http.Header
@@ -327,8 +325,8 @@ func (r *srvRig) parsed(query string) map[string]*dto.MetricFamily {
 }
 
 // scrapeOn scrapes /federate from 192.0.2.1 on the connection that conn stands for, and returns the
-// body of the answer. The scrape counts as sent after its sender has read all previous answers on
-// this connection.
+// body of the answer. The scrape confirms the previous scrape of the same consumer on this
+// connection, as if the consumer had read the previous answer before it sent this request.
 func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
 	r.t.Helper()
 	conn.sequential = true
@@ -342,7 +340,6 @@ func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
 	return rec.Body.String()
 }
 
-// samples returns how many samples of the site id the server stores.
 func (r *srvRig) samples(id string) int {
 	for _, c := range r.store.Stats().Sites {
 		if c.ID == id {
@@ -365,7 +362,6 @@ func (r *srvRig) times(id string) (times []int64) {
 	return times
 }
 
-// pushesInFlight returns the value of the server's gauge telemeter_pushes_in_flight.
 func (r *srvRig) pushesInFlight() float64 { return r.server.inFlight.findOrAddSeries(nil).load() }
 
 // upsOf returns the values of the lines of the metric up in an exposition, in order, each followed
@@ -460,9 +456,8 @@ func scraperOf(t testing.TB) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-// consumerRig is a server whose internal listener also tracks whether the peer of a connection had
-// received the previous answer before it sent a request, as the internal listener of a real server
-// does.
+// consumerRig is a server with one more internal listener. This listener tracks whether a peer had
+// read the previous answer before it sent its request, as the listener of a real server does.
 type consumerRig struct {
 	*srvRig
 	url    string              // base URL of the internal listener that tracks connections

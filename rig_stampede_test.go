@@ -77,7 +77,7 @@ type stampedeFigures struct {
 	firstAgain, lastAgain time.Time
 
 	waits []time.Duration // for each scrape made since the last mark: time until a server stored it for the first time
-	late  time.Duration   // time from the last mark until the last of the scrapes made before that mark was stored for the first time
+	late  time.Duration   // for the scrapes made before the last mark: time from that mark until the last of them was stored
 	most  int             // highest number of requests to one server in a second
 	held  int64           // highest number of samples in the store of one server
 }
@@ -133,7 +133,6 @@ func newStampede(t testing.TB, ctx context.Context, sites int, ring bool) *stamp
 	return s
 }
 
-// each calls do with the first n servers.
 func (s *stampede) each(n int, do func(v *stampedeServer)) {
 	for _, v := range s.servers[:n] {
 		do(v)
@@ -242,8 +241,8 @@ func (c *stampedeSite) source(*http.Request) (*http.Response, error) {
 	return respond(200, nil, text.String()), nil
 }
 
-// costlyBody is a request body that calls cost once, before Read returns the end of the body. By
-// then the server counts the request among its requests in flight.
+// costlyBody is a request body that calls cost once, before Read returns the end of the body. The
+// server then spends the cost while it counts the request among its requests in flight.
 type costlyBody struct {
 	io.ReadCloser
 	cost func()
@@ -388,8 +387,8 @@ func (c *stampedeSite) stores(numbers Ranges, body []byte) {
 }
 
 // scrapes is the loop in which the center scrapes one server. The first scrape is due after wait.
-// The loop leaves out the first scrape that is due after the server is up for the first time,
-// because the center has not discovered the server yet.
+// When the server is up for the first time, the loop skips one scrape, because the center has not
+// discovered the server yet.
 func (v *stampedeServer) scrapes(wait time.Duration) {
 	s := v.run
 	conn, starts, known := (*AnswerReadTracker)(nil), 0, false
@@ -541,7 +540,8 @@ func (s *stampede) settle(from time.Time, limit time.Duration) (empty, read time
 	return limit, read
 }
 
-// gaps returns the number of scrapes made between two times that the center has not read.
+// gaps counts the scrapes that were made in the interval [from, before), and that the center has
+// not read.
 func (s *stampede) gaps(from, before time.Time) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -558,7 +558,7 @@ func (s *stampede) gaps(from, before time.Time) (n int) {
 	return n
 }
 
-// unstored returns the number of scrapes made before a time that no server has stored.
+// unstored counts the scrapes made before the given time that no server has stored.
 func (s *stampede) unstored(before time.Time) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -580,19 +580,17 @@ func stampedeWait(waits []time.Duration, q float64) time.Duration {
 	return waits[min(len(waits)-1, int(q*float64(len(waits))))].Round(time.Millisecond)
 }
 
-// stampedeTable prints the figures of the phases of a run, one row a phase.
+// stampedeTable prints the figures of a run, with one row for each phase.
 type stampedeTable struct{ *tabwriter.Writer }
 
 func newStampedeTable() stampedeTable {
 	return stampedeTable{tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)}
 }
 
-// head prints the heads of the columns.
 func (w stampedeTable) head() {
 	fmt.Fprintln(w, "\tpushes\tquestions\texchanges\t429\t503\tfailed\tsent again\tsamples\tover\twait p50\tp99\tmax\tolder\tmost a second\tmost held\t")
 }
 
-// row prints the figures of a phase.
 func (w stampedeTable) row(phase string, f stampedeFigures, remark string) {
 	fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%v\t%v\t%v\t%v\t%v\t%d\t%d\t%s\n", phase, f.pushes, f.questions, f.exchanges, f.limited, f.overloaded,
 		f.failed, f.again, f.samplesAgain, f.lastAgain.Sub(f.firstAgain).Round(time.Second), stampedeWait(f.waits, .5), stampedeWait(f.waits, .99),
@@ -610,9 +608,10 @@ type stampedeCase struct {
 }
 
 // After a server joins, or after the center or all servers were away, the servers store every
-// scrape, and the center reads every scrape within retention. A new scrape is stored after
-// maxBackoff and a second at the latest. With a ring, the pushes that send a stored scrape again
-// are not more than the sites. A short run has 100 sites and a tenth of the times away.
+// scrape, and the center reads every scrape within retention. A new scrape waits at most maxBackoff
+// and a second until it is stored. With a ring, at most as many pushes repeat a stored scrape as
+// there are sites. A short run has 100 sites, and the center and the servers are away for a tenth
+// of the time.
 func TestStampede(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(200)) // fewer garbage collections, because each site has a large gzip.Writer
 	sites, long := 100, *stampedeFlag > 0

@@ -37,7 +37,7 @@ func (c *storeClock) Add(d time.Duration) {
 	c.now = c.now.Add(d)
 }
 
-// ms returns the clock's time less ago seconds, in Unix milliseconds.
+// ms returns the Unix time in ms that is ago seconds before the clock's time.
 func (c *storeClock) ms(ago int) int64 { return c.Now().UnixMilli() - int64(ago)*1000 }
 
 // point is a sample of the series name{n="<n>"}, at the Unix time t in ms.
@@ -62,8 +62,8 @@ func storePush(id string, points ...point) *SampleList {
 	return p
 }
 
-// storeKit has the configuration of a store, the clock in it, and the errors that the store
-// reported to OnError.
+// storeKit has the configuration of a store, the clock that the store uses, and the errors that the
+// store reported to OnError.
 type storeKit struct {
 	t      testing.TB
 	clock  *storeClock
@@ -273,7 +273,6 @@ func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 	return samplesIn(fams)
 }
 
-// samplesIn returns the samples of a scrape's answer.
 func samplesIn(fams []Family) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	for _, f := range fams {
@@ -397,8 +396,8 @@ func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]floa
 	return got
 }
 
-// testLimits returns the limits for a push at the time now: a retention of two hours, and at most
-// series series for the site. 0 series means no limit.
+// testLimits returns the limits for a push at the time now: a retention of two hours, and the
+// site's limit on series. If series is 0, there is no limit on series.
 func testLimits(now time.Time, series int) AppendLimits {
 	return AppendLimits{Now: ExactTimeRange(now), Retention: 2 * time.Hour, Series: series}
 }
@@ -464,8 +463,8 @@ func mustFind(c *SiteSamples, line string) uint32 {
 }
 
 // sitePush returns a push of realistic size: 230 series of 23 names with 6 labels each. set gives
-// the samples new values, and times from 6.8 s before at until at, because a Prometheus scrapes its
-// targets at different times.
+// the samples new values and times. The times are up to 6.8 s before at, because a Prometheus
+// scrapes its targets at different times.
 func sitePush(id string) (p *SampleList, set func(at int64)) {
 	p = &SampleList{}
 	for i := range 230 {

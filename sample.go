@@ -16,8 +16,8 @@ import (
 )
 
 const (
-	// MaxLine is the largest size of a rendered line in bytes. It makes the length of a line fit in
-	// 16 bits.
+	// MaxLine is the largest size of a rendered line in bytes. With this limit the length of a line
+	// fits in 16 bits.
 	MaxLine = 64<<10 - 1
 	// MaxLabels is the largest number of labels of one series. The limit is low because labels are
 	// searched one by one.
@@ -33,7 +33,7 @@ const (
 var ErrTooLarge = errors.New("too large")
 
 // ErrListTooLarge is wrapped by the error of SampleList.Add if the list is full: the sample would
-// exceed the list's MaxSamples or MaxBytes. It wraps ErrTooLarge.
+// exceed the list's MaxSamples or MaxBytes, or 4 GiB of lines. It wraps ErrTooLarge.
 var ErrListTooLarge = fmt.Errorf("%w", ErrTooLarge)
 
 // ErrNULValue is wrapped by the error of SampleList.Add if a label value has a NUL byte and the

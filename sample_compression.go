@@ -2,8 +2,8 @@ package main
 
 // This file decompresses the bodies of pushes and scrapes: gzip and framed snappy. The caller's
 // limit bounds the output and the memory used. A size that the input states is checked against the
-// limit before memory is allocated. Incomplete gzip and snappy that is cut off within a chunk are
-// errors. This file must not know of HTTP or of the content of a body.
+// limit before memory is allocated. Gzip that is cut off is an error, and so is snappy that is cut
+// off within a chunk. This file must not know of HTTP or of the content of a body.
 
 import (
 	"bytes"
@@ -15,8 +15,8 @@ import (
 	"slices"
 )
 
-// MaxDecodedFactor times the limit on a compressed body, --limit-bytes, is the limit on the
-// decompressed body.
+// MaxDecodedFactor limits the size of a decompressed body to MaxDecodedFactor times --limit-bytes,
+// which is the limit on the compressed body.
 const MaxDecodedFactor = 8
 
 // SupportedEncodings lists the supported content encodings for error messages.
@@ -113,7 +113,7 @@ func decodeFramedSnappy(out, in []byte, limit int) ([]byte, error) {
 			err = errors.New("bad stream identifier")
 		case kind < 0x80:
 			err = fmt.Errorf("unknown chunk type %d", kind)
-		default: // skip repeated stream identifiers, padding and the chunks that the format allows to skip
+		default: // skip repeated stream identifiers, padding and chunks of the types that the format calls skippable
 		}
 		if err != nil {
 			return nil, err

@@ -42,7 +42,7 @@ func TestSupportsEncoding(t *testing.T) {
 }
 
 // Decompress accepts only complete gzip streams and reports streams that expand beyond the limit.
-// It works after an error as before.
+// An error does not affect later calls.
 func TestDecompressGzip(t *testing.T) {
 	data := []byte(strings.Repeat("up{job=\"a\"} 1\n", 5000))
 	whole := gzipped(data)
@@ -73,7 +73,7 @@ func TestDecompressGzip(t *testing.T) {
 			t.Errorf("%s: got %d bytes, over the limit %v, error %v; want %s", c.name, len(got), over, err, c.want)
 		}
 	}
-	var d Decompressor // used for all calls, because an error must not affect later calls
+	var d Decompressor // one Decompressor for all calls, because an error must not affect later calls
 	for i := range whole {
 		if _, over, err := d.Decompress(whole[:i], "gzip", len(data)); err == nil || over {
 			t.Errorf("first %d of %d bytes: over the limit %v, error %v", i, len(whole), over, err)
@@ -84,8 +84,8 @@ func TestDecompressGzip(t *testing.T) {
 	}
 }
 
-// Decompress reports a small stream that expands to many megabytes as too large. Meanwhile it
-// allocates only a few times the limit.
+// Decompress reports a small stream that expands to many megabytes as too large. It allocates at
+// most 8 times the limit for that.
 func TestDecompressBombs(t *testing.T) {
 	const limit = 128 << 10
 	bomb := gzipped(make([]byte, 16<<20))
@@ -101,7 +101,7 @@ func TestDecompressBombs(t *testing.T) {
 			var d Decompressor
 			_, over, err = d.Decompress(in, encoding, limit)
 		})
-		// The output buffer grows in steps. All buffers together have a few times the limit.
+		// The output buffer grows in steps, so that all buffers together are larger than the limit.
 		if !over || err != nil || used > 8*limit {
 			t.Errorf("%s: over the limit %v, %v; %d bytes allocated with a limit of %d", encoding, over, err, used, limit)
 		}
@@ -143,8 +143,8 @@ func TestReadAllInto(t *testing.T) {
 // snappyIdentifier is the chunk with which every framed snappy stream begins.
 var snappyIdentifier = []byte("\xff\x06\x00\x00sNaPpY")
 
-// snappyChunk returns a chunk of framed snappy with this payload. data is what the payload decodes
-// to; the chunk contains its checksum.
+// snappyChunk returns a chunk of framed snappy with this payload and with the checksum of data. The
+// chunk is valid if the payload decodes to data.
 func snappyChunk(kind byte, data, payload []byte) []byte {
 	crc := crc32.Checksum(data, crc32.MakeTable(crc32.Castagnoli))
 	b := binary.LittleEndian.AppendUint32(nil, uint32(4+len(payload))<<8|uint32(kind))
@@ -397,7 +397,6 @@ func FuzzSnappy(f *testing.F) {
 		if len(out) > n+6 || ok && len(out) != n+6 || !bytes.HasPrefix(out, []byte("before")) {
 			t.Fatalf("block of %d bytes: output of %d bytes with the 6 before it, ok %v", n, len(out), ok)
 		}
-		// Encode the fuzzed input as framed snappy and decode it again.
 		if got, over, err := d.Decompress(snappyEncode(in, rand.New(rand.NewPCG(uint64(limit), 0))), "snappy", len(in)); over || err != nil || !bytes.Equal(got, in) {
 			t.Fatalf("round trip of %d bytes: got %d bytes, over the limit %v, %v", len(in), len(got), over, err)
 		}

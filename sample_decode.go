@@ -77,7 +77,7 @@ type Decoder struct {
 	raw        RawSample // the sample that the decoder passes to the callback emit
 	name       []byte    // scratch: a metric name with a suffix, such as _bucket
 	bound      []byte    // scratch: the rendered value of an le or quantile label
-	repeatable int       // bytes of names and labels that the samples of histograms and summaries in the rest of the body may repeat; see maxRepeat
+	repeatable int       // bytes of names and labels that histograms and summaries may still repeat in this body; see maxRepeat
 	skipped    UnsupportedParts
 }
 

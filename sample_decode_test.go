@@ -470,8 +470,8 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 	expoCheck(t, &p)
 }
 
-// Any body of text exposition passes fuzzPath. If expfmt's decoder accepts the body too, both
-// decoders return the same samples.
+// Any body, decoded as text exposition, passes the checks of fuzzPath. If Decoder and expfmt's
+// decoder both accept the body, they return the same samples.
 func FuzzDecodeText(f *testing.F) {
 	for _, s := range []string{"a{b=\"c\"} 1 5\n", "{\"a.b\",\"c.d\"=\"e\\n\"} NaN\na_b{c_d=\"e\\n\"} 2\n", "# TYPE a counter\na 1\na 1 2\n", "{\"a:.\",\"c:d\"=\"\"} -0 -1\n"} {
 		f.Add([]byte(s))

@@ -86,8 +86,9 @@ func TestNegotiateEscaping(t *testing.T) {
 	}
 }
 
-// Under each escaping scheme, renderLine escapes the metric name and the label names. It reports a
-// series whose escaped line cannot be served. A metric name of the legacy charset is never changed.
+// Under each escaping scheme, renderLine escapes the metric name and the label names. It returns
+// false for a series whose escaped line cannot be served. A metric name of the legacy charset is
+// never changed.
 func TestEscapedNames(t *testing.T) {
 	under, dots, values := expoSchemes()[1], expoSchemes()[2], expoSchemes()[3]
 	for _, c := range []struct {
@@ -170,7 +171,7 @@ b{x="1"} 1 1
 	}
 }
 
-// expoFailing is a writer that fails after left successful writes.
+// expoFailing is a writer. The field left is the number of writes that succeed; later writes fail.
 type expoFailing struct{ left int }
 
 func (w *expoFailing) Write(p []byte) (int, error) {

@@ -1,8 +1,9 @@
 package main
 
 // This file renders lines. A line is the rendered form of a series: the metric name and then the
-// labels, with the quoting of the text exposition format. Names of the legacy charset, which every
-// version of Prometheus can read, are not quoted.
+// labels, with the quoting of the text exposition format. Names of the legacy charset are not
+// quoted. The legacy charset is [a-zA-Z_:][a-zA-Z0-9_:]* for metric names, and the same without
+// colons for label names. Every version of Prometheus can read such names.
 
 import (
 	"bytes"
@@ -36,8 +37,8 @@ var legacyByte = func() (t [256]byte) {
 // b begins. It returns 0 if b does not begin with such a name.
 func LegacyMetricPrefix[T string | []byte](b T) int { return legacyPrefix(b, nameColon) }
 
-// LegacyLabelPrefix does the same as LegacyMetricPrefix for a label name, which must not contain
-// colons.
+// LegacyLabelPrefix returns the length of the longest label name of the legacy charset with which b
+// begins. It returns 0 if b does not begin with such a name.
 func LegacyLabelPrefix[T string | []byte](b T) int { return legacyPrefix(b, 0) }
 
 func isLegacyMetricName[T string | []byte](name T) bool { return LegacyMetricPrefix(name) == len(name) }
@@ -122,11 +123,11 @@ func IsLegacy(name []byte, labels []Label) bool {
 		!slices.ContainsFunc(labels, func(l Label) bool { return !isLegacyLabelName(l.Name) })
 }
 
-// IsLegacyLine does the same as IsLegacy for a rendered line. It returns false for a line that
-// cannot be parsed.
+// IsLegacyLine reports whether the metric name and all label names in a rendered line belong to the
+// legacy charset. It returns false for a line that cannot be parsed.
 func IsLegacyLine(line []byte) bool {
-	// Outside of label values, the bytes {" or ," occur only before a quoted name. Most lines do
-	// not contain these bytes at all, so that they need not be parsed.
+	// A line with a quoted name contains {" or ," before that name. Most lines contain neither, so
+	// that they need not be parsed.
 	if len(line) > 0 && line[0] != '{' && !bytes.Contains(line, []byte(`{"`)) && !bytes.Contains(line, []byte(`,"`)) {
 		return true
 	}

@@ -176,9 +176,9 @@ func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err 
 	return name, labels, nil
 }
 
-// ParseCanonicalLine does the same as ParseLine. It also fails if SampleList.Add would not render
-// the series as exactly the bytes of line. The store checks the lines that it reads from disk in
-// this way, because it serves them unchanged.
+// ParseCanonicalLine parses line as ParseLine does. It also fails if SampleList.Add would not
+// render the series as exactly the bytes of line. The store checks the lines that it reads from
+// disk in this way, because it serves them unchanged.
 func (p *SeriesParser) ParseCanonicalLine(line []byte) (name []byte, labels []Label, err error) {
 	if name, labels, err = p.ParseLine(line); err != nil {
 		return nil, nil, err

@@ -17,8 +17,8 @@ import (
 // real histogram with 30 buckets and 1,000 bytes of labels repeats about 20 times its size.
 const (
 	maxRepeat     = 64 // bytes that the components may repeat for each byte of the body
-	componentCost = 32 // bytes that count for each component, in addition to its name and labels
-	labelCost     = 16 // bytes that count for each label, in addition to its name and value
+	componentCost = 32 // bytes counted against this limit for each component, besides its name and labels
+	labelCost     = 16 // bytes counted against this limit for each label, besides its name and value
 )
 
 // protoField is one field of a protobuf message in the wire format
@@ -233,7 +233,7 @@ type componentEmitter struct {
 	d          *Decoder
 	name       []byte
 	labels     []Label // copy of the metric's labels, because emit may change d.raw.Labels
-	boundLabel []byte  // name of the extra label of each component: le for buckets, quantile for quantiles
+	boundLabel []byte  // name of the label that emitBound adds: le for buckets, quantile for quantiles
 }
 
 // newComponentEmitter returns a componentEmitter for the metric whose labels are in d.raw.

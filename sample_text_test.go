@@ -106,7 +106,7 @@ func TestDecodeOpenMetrics(t *testing.T) {
 		{"# TYPE a counter\na_total 1\na_created 2\na_created{b=\"c\"} 2\n# TYPE b histogram\nb_created 1\n# TYPE c summary\nc_created 1\n# EOF\n",
 			[]string{"a_total 1 -"}, UnsupportedParts{Created: 4}},
 		{"# TYPE a gauge\na_created 2\nb_created 3\n# TYPE c counter\nb_created 4\n# EOF\n",
-			[]string{"a_created 2 -", "b_created 3 -", "b_created 4 -"}, UnsupportedParts{}}, // no _created sample belongs to a counter, histogram or summary
+			[]string{"a_created 2 -", "b_created 3 -", "b_created 4 -"}, UnsupportedParts{}}, // none of these _created samples belongs to a counter, histogram or summary
 		{"# TYPE a counter\na_created 1\n# TYPE b gauge\na_created 1\n# EOF\n", []string{"a_created 1 -"}, UnsupportedParts{Created: 1}},
 		{"# TYPE \"a.b c\" counter\n{\"a.b c_total\"} 1\n{\"a.b c_created\"} 2\n# EOF\n", []string{`{"a.b c_total"} 1 -`}, UnsupportedParts{Created: 1}},
 		{"# TYPE \"a\\\n# TYPE \" counter\n# TYPE counter\n# TYPE a\na 1\n# EOF\n", []string{"a 1 -"}, UnsupportedParts{}},

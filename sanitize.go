@@ -106,7 +106,7 @@ type ServerNormalizer struct {
 	Elide    []string  // names of the labels that Normalize removes
 	Labels   []Label   // the operator's labels, which ForcedLabels adds to every sample of a push
 	Required []Label   // labels that a sample must have, or else it is dropped; an empty value here allows any value that is not empty
-	Allow    Selectors // a sample that does not match this list with its final labels is dropped
+	Allow    Selectors // Normalize drops a sample whose name and final labels do not match this list
 }
 
 // ForcedLabels returns the labels that every sample of a push gets, sorted by name: the cluster ID,
@@ -161,7 +161,7 @@ func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason s
 // ClientCleaner cleans and anonymizes the samples that leave a site. It is not safe for
 // concurrent use.
 type ClientCleaner struct {
-	Match     Selectors         // a scraped sample that does not match this list, before any change to it, is dropped
+	Match     Selectors         // Clean drops a sample that does not match this list; it checks the sample before it changes it
 	Rename    map[string]string // old metric name → new metric name
 	Labels    []Label           // labels to add to every sample; they replace its labels of the same name
 	Anonymize []string          // names of the labels to anonymize; if there are any, the caller must call SetSalt before Clean

@@ -30,8 +30,8 @@ type Selector struct {
 // String returns the selector as it was written, without the blanks around it.
 func (s Selector) String() string { return s.text }
 
-// matcher is one condition of a selector: an operator and a value that the value of a label is
-// compared with.
+// matcher is one condition of a selector. It compares the value of one label with a value or a
+// pattern.
 type matcher struct {
 	label  string // name of the label; nameLabel stands for the metric name
 	negate bool   // whether the operator is != or !~
@@ -43,7 +43,7 @@ const nameLabel = "__name__"
 
 // parseSelector parses one selector of at most maxSelector bytes. As in Prometheus's /federate, a
 // selector is refused if all its matchers match the empty string. Such a selector would match every
-// series without these labels, mostly by mistake.
+// series without these labels, which is mostly a mistake of the operator or scraper.
 func parseSelector(text string) (Selector, error) {
 	text = strings.TrimSpace(text)
 	if len(text) > maxSelector {
@@ -60,10 +60,9 @@ func parseSelector(text string) (Selector, error) {
 	return Selector{text, p.matchers}, nil
 }
 
-// selectorParser is the state of a parser of one selector.
 type selectorParser struct {
-	rest     string    // text that is not parsed yet
-	matchers []matcher // matchers parsed so far
+	rest     string // text that is not parsed yet
+	matchers []matcher
 }
 
 // parse parses p.rest, which must be one selector and nothing else, and appends its matchers to

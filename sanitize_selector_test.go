@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// selected returns those of a fixed set of series that the selectors s match.
+// selected returns the series of a fixed list that match the selectors s.
 func selected(s Selectors) (got []string) {
 	match := s.LineMatcherOrNil()
 	for _, line := range []string{
@@ -29,7 +29,7 @@ func selected(s Selectors) (got []string) {
 func TestSelector(t *testing.T) {
 	for _, c := range []struct {
 		text string
-		want []string // the series, among those of selected, that the selector matches
+		want []string // the series of the fixed list in selected that match the selector
 	}{
 		{`up`, []string{`up`, `up{job="a"}`, `up{job="ab"}`, `up{job=""}`, `up{env="x",job="b"}`, "up{job=\"a\\nb\"}", `up{job="é"}`, `up{job="a\"b"}`}},
 		{" up { } \n", selected(mustSelect(t, "up"))},
@@ -122,7 +122,7 @@ func TestSelectorErrors(t *testing.T) {
 		{`up{job="a"}[5m]`, `unexpected "[5m]" after }`},
 		{`up offset 5m`, "expected a metric name or {"},
 		{`up{job=~"("}`, `pattern of "job"`},
-		{`up{job=~"a)|(b"}`, `pattern of "job"`}, // is valid only between the anchors, where it would mean two alternatives
+		{`up{job=~"a)|(b"}`, `pattern of "job"`}, // this pattern is valid only between anchors, where it would mean two alternatives
 		{`up{job=~"a{1001}"}`, `pattern of "job"`},
 		{`{"a.b" job="x"}`, `expected , or } at "job=`},
 		{`{"a.b","c.d"}`, `a second metric name "c.d"`},

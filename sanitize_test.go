@@ -224,8 +224,8 @@ func TestParseLabels(t *testing.T) {
 	}
 }
 
-// If a metric is renamed repeatedly, ParseRenames uses the last new name. It ignores renames to the
-// same name, and refuses new names outside the legacy charset.
+// If a metric is renamed repeatedly, ParseRenames uses the last new name. If that is the old name,
+// the metric is not renamed. ParseRenames refuses new names outside the legacy charset.
 func TestParseRenames(t *testing.T) {
 	renames, err := ParseRenames([]string{"ALERTS=alerts", "a.b=c", "x=y", "x=x", "x:y=z:w"})
 	if err != nil || !maps.Equal(renames, map[string]string{"ALERTS": "alerts", "a.b": "c", "x:y": "z:w"}) {

@@ -30,12 +30,12 @@ const (
 	maxErrorText     = 1 << 10          // bytes of the text that tells a client why its push is refused; a longer text is cut
 
 	maxClockOffset     = 1 << 53     // ms; if a push reports that its source's clock is off by more, the server ignores the report
-	maxClockDifference = time.Minute // if the clocks of two servers differ by more, storeForwarded hands back a push whose samples all seem too old or in the future
+	maxClockDifference = time.Minute // if the clocks of two servers differ by more, a server hands a forwarded push back to the server that forwarded it when all its samples seem too old or in the future
 )
 
 // ServerConfig configures a Server.
 type ServerConfig struct {
-	Name               string // name of this server
+	Name               string
 	Store              *Store
 	Forwarder          *Forwarder  // nil if this server has no ring: it then owns all sites
 	Member             *RingKeeper // source of /debug/ring and ring metrics; nil if this server has no ring
@@ -43,15 +43,14 @@ type ServerConfig struct {
 	Metrics            *Metrics
 	Log                *slog.Logger
 	Now                func() time.Time
-	MaxSampleAge       time.Duration       // how old the newest sample of a series may be to be served again in every scrape
+	MaxSampleAge       time.Duration       // how long the newest sample of a series is served again in every scrape
 	LimitBytes         int64               // maximum bytes of the body of a push, before decompression
 	LimitScrape        int                 // maximum samples in one answer to /federate; 0 = no limit
 	RateInterval       time.Duration       // each site may push once per RateInterval on average, in bursts of at most 60 pushes; 0 = no limit
 	ExternalAuthorizer *ExternalAuthorizer // decides whether client tokens are valid; nil = the server verifies client tokens itself
 }
 
-// ReloadableServerConfig has the keys and rules that Server.Reload replaces, all at the same
-// moment.
+// ReloadableServerConfig has the keys and rules that Server.Reload replaces, all at once.
 type ReloadableServerConfig struct {
 	Keys          Keys
 	Revoked       RevokedIDs
@@ -97,7 +96,6 @@ func NewServer(cfg ServerConfig) *Server {
 	return s
 }
 
-// serverMetrics has the metrics of pushes and of authentication.
 type serverMetrics struct {
 	pushesTotal, samplesTotal, acceptedTotal, duplicatesTotal, droppedTotal, skippedTotal, receivedBytes *Counter
 	unauthorizedTotal                                                                                    *Counter
@@ -172,7 +170,7 @@ func storeCollector(m *Metrics, store *Store) func() {
 }
 
 // Reload replaces the keys, the revoked IDs, the normalizer's rules and the federate token, all at
-// the same moment.
+// once.
 func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
 
 // SetReady sets whether the server is ready. Until it is ready, /healthz/ready answers 503 and

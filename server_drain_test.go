@@ -20,7 +20,8 @@ import (
 // three minutes has read all samples. It also returns after drainTimeout, and when its context
 // ends.
 func TestDrain(t *testing.T) {
-	// The server has served a sample to the consumer x, but x has not scraped again to confirm it.
+	// scraped serves a new sample to the consumer x. x does not scrape again, so the sample is still
+	// unread.
 	scraped := func(r *srvRig, x *AnswerReadTracker) {
 		r.hold("a", "up 1\n")
 		r.scrapeOn(x, "consumer=x")
@@ -124,14 +125,14 @@ func TestLogUnread(t *testing.T) {
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 		}, []string{`msg="no sample is unread"`}},
-		{"two consumers, one of them idle", func(r *srvRig, x *AnswerReadTracker) {
+		{"two idle consumers", func(r *srvRig, x *AnswerReadTracker) {
 			r.hold("a", "up 1\nn 1\n")
 			r.scrapeOn(x, "consumer=y")
 			r.scrapeOn(x, "consumer=x")
 			r.scrapeOn(x, "consumer=x")
 			r.hold("b", "up 1\n")
-			// Now the last scrapes of x and y are so old that WaitUntilRead would not wait for x
-			// and y.
+			// x and y are idle now: WaitUntilRead would no longer wait for them, but their unread
+			// samples are still logged.
 			time.Sleep(drainConsumerIdle + time.Second)
 		}, []string{unread + "consumer=x address=192.0.2.1 samples=1 sites=1", unread + "consumer=y address=192.0.2.1 samples=3 sites=2"}},
 	} {
@@ -161,8 +162,8 @@ func (p *process) still() bool {
 	return p.cmd.Process.Signal(syscall.Signal(0)) == nil
 }
 
-// ended waits until the process exits by itself, without sending it a signal that has an effect. It
-// returns the exit status.
+// ended waits until the process exits by itself, and returns its exit status. The signal 0 has no
+// effect on the process.
 func (p *process) ended() int {
 	p.t.Helper()
 	return p.end(syscall.Signal(0))
@@ -286,9 +287,9 @@ func TestServerLeaves(t *testing.T) {
 	}
 }
 
-// tokenOfSiteOf returns a token of a site that the member owner owns. It pushes to owner for one
-// new site after the other, until owner is the member that shows the site's sample. members are all
-// members of the ring.
+// tokenOfSiteOf returns a token of a site that the member owner owns. It tries one new site after
+// the other: it pushes a sample of the site to owner, and looks which of members shows the sample,
+// because only the owner of a site does. members are all members of the ring.
 func tokenOfSiteOf(t *testing.T, dir string, owner *memberProcess, members ...*memberProcess) string {
 	t.Helper()
 	for i := 0; ; i++ {

@@ -78,9 +78,10 @@ func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token str
 }
 
 // readAuthorizedLabels returns the labels in the body of a 2xx answer. A body that does not begin
-// with { has no labels, which is not an error. It is an error if the body cannot be read
-// completely, is larger than maxAuthorizeAnswer, or begins with { but is not valid JSON. The push
-// is then not permitted, because the labels that cannot be read may be what keeps tenants apart.
+// with {, after white space, has no labels, which is not an error. It is an error if the body
+// cannot be read completely or is larger than maxAuthorizeAnswer. It is also an error if the body
+// begins with { but is not valid JSON, or has labels that are not strings. The push is then not
+// permitted, because labels that cannot be read may be labels that keep tenants apart.
 func readAuthorizedLabels(r io.Reader) (map[string]string, error) {
 	body, err := io.ReadAll(io.LimitReader(r, maxAuthorizeAnswer+1))
 	if err != nil {

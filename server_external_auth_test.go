@@ -105,9 +105,9 @@ func TestExternalAuthAccepted(t *testing.T) {
 }
 
 // If the authorization service answers 401 or 403, the server answers with the same status. If the
-// service gives no valid answer, the server answers 503. An answer that cannot be read whole, or
-// has invalid labels, is not valid, because its labels may be what separates tenants. The server
-// answers an invalid cluster ID with 400 and a revoked one with 401.
+// service gives no valid answer, the server answers 503. An answer is not valid if it cannot be
+// read whole or has invalid labels, because without its labels the samples of tenants could mix.
+// The server answers an invalid cluster ID with 400 and a revoked one with 401.
 func TestExternalAuthRefused(t *testing.T) {
 	r := newExternalAuthRig(t)
 	for id, want := range map[string]int{

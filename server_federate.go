@@ -24,17 +24,16 @@ import (
 // series and the next scrape has one.
 var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.0)|vm_promscrape)\b`)
 
-// federateConfig configures a federateHandler.
 type federateConfig struct {
 	Store        *Store
 	Sites        *SitePushLimiter
-	Owned        func(hash uint64) bool // reports whether to show the newest samples of the site with this key; see AllSitesReader
-	Revoked      func(id string) bool   // reports whether a cluster ID is revoked
-	Name         string                 // name of this server
+	Owned        func(hash uint64) bool // reports whether every scrape shows the newest samples of the site with this key; see AllSitesReader
+	Revoked      func(id string) bool
+	Name         string
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
-	MaxSampleAge time.Duration // how old the newest sample of a series, or the clock offset of a site, may be to be shown
+	MaxSampleAge time.Duration // the newest sample of a series is not served again once it is older; a site's clock offset is not shown once it is older
 	LimitScrape  int           // maximum samples in one scrape; 0 = no limit
 }
 
@@ -164,8 +163,8 @@ func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families
 }
 
 // beginScrape begins the scrape of a consumer. A consumer is identified by its name, its IP address
-// and its match[] selectors, whose order does not matter. beginScrape also logs it if the
-// consumer's previous scrape was not confirmed. The text of the error goes to the scraper.
+// and its match[] selectors, whose order does not matter. If the consumer's previous scrape was not
+// confirmed, beginScrape logs a message. The text of the error goes to the scraper.
 func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerSession, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
@@ -196,7 +195,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 		h.repeated.Inc()
 		level := slog.LevelInfo
 		if unconfirmed > 1 {
-			level = slog.LevelDebug // the warning below reports the number of unconfirmed scrapes
+			level = slog.LevelDebug // the warning below reports scrapes that stay unconfirmed, but not at each scrape
 		}
 		log.Log(r.Context(), level, "the consumer's previous scrape is not confirmed, so its samples are served again")
 	}

@@ -27,9 +27,9 @@ func TestFederateConfirms(t *testing.T) {
 		want   string
 	}{
 		{a, "consumer=x", "1 2 "},
-		{b, "consumer=x", "1 2 "},            // confirms nothing: another connection than in the first step
-		{a, "consumer=y", "1 2 "},            // confirms nothing of x: another consumer on the same connection
-		{b, "consumer=x&match[]=up", "1 2 "}, // confirms nothing of the first consumer x: another match[] makes another consumer
+		{b, "consumer=x", "1 2 "},            // does not confirm the first step, because it is on another connection
+		{a, "consumer=y", "1 2 "},            // does not confirm the first step, because it is of another consumer
+		{b, "consumer=x&match[]=up", "1 2 "}, // confirms no earlier step, because another match[] makes another consumer
 		{a, "", "2 "},
 		{a, "consumer=x", "2 "}, // confirms the first step, so only the newest sample is served again
 	} {

@@ -52,8 +52,8 @@ func TestFederate(t *testing.T) {
 	r.parsed("")
 }
 
-// A match[] selects series by their names and labels before escaping. If a query has several
-// match[], a series is served if one of them selects it.
+// A match[] selects series by their unescaped names and labels. If a query has several match[], a
+// series is served if one of them selects it.
 func TestFederateMatch(t *testing.T) {
 	r := newFederateRig(t)
 	for _, c := range []struct {
@@ -200,8 +200,8 @@ type failingWriter struct{ http.ResponseWriter }
 
 func (failingWriter) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
-// The server counts an answer to a scrape whose connection fails as cut off. Such an answer does
-// not count as written in time.
+// If the connection fails while the server writes the answer to a scrape, the server counts the
+// answer as cut off. The consumer's session then does not record the answer as written in time.
 func TestFederateCut(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)

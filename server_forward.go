@@ -27,7 +27,7 @@ const (
 	envelopeHeader   = "Telemeter-Forward"
 	envelopeVersion  = 1
 	forwardTimeout   = 20 * time.Second // limit of one request to an owner; shorter than the 40 s that a client waits for the answer to its push
-	maxEnvelope      = 12 << 10         // bytes of a sealed envelope; in base64 these become the 16 KiB of maxHeaderBytes, and net/http allows 4 KiB more
+	maxEnvelope      = 12 << 10         // bytes of a sealed envelope; in base64 it takes 16 KiB, as much as maxHeaderBytes, and the 4 KiB that net/http adds are left for the other headers
 	maxForwards      = 32               // forwarded requests in flight: at most this many received from all members together, and as many sent to each owner
 	maxForwardBody   = 64<<20 + 1<<10   // bytes of a sealed body: the highest --limit-bytes, and room for the seal
 	maxForwardAnswer = 256 << 10        // bytes of an answer to a forwarded push; a longer answer is cut and cannot be opened
@@ -77,7 +77,7 @@ type forwardEnvelope struct {
 
 // ForwarderConfig configures a Forwarder.
 type ForwarderConfig struct {
-	Name    string // name of this server
+	Name    string
 	Sealer  *MessageSealer
 	Client  *http.Client
 	Log     *slog.Logger
@@ -432,9 +432,9 @@ func checkEnvelopeVersion(plain []byte) error {
 	return nil
 }
 
-// acceptSequence reports whether a forwarded request is new. It records the request's sequence
-// number, so that a replay of the request is refused. It refuses requests from any session of the
-// sender but the newest one that this server knows.
+// acceptSequence reports whether a forwarded request is new, so that the caller can refuse replays.
+// A request is new if its sender's session is the newest known one and its sequence number is
+// accepted for the first time. acceptSequence records both numbers of a new request.
 func (f *Forwarder) acceptSequence(env forwardEnvelope) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

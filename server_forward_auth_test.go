@@ -52,7 +52,7 @@ func (f *capturedForward) seal(t *testing.T, v any) string {
 }
 
 // A server refuses a forwarded push whose envelope is forged, replayed, malformed, of another
-// version, or addressed to another member. It counts the reason of the refusal. Its answer names
+// version, or addressed to another member. It counts the refusal by its reason. Its answer names
 // the versions if they differ, and reveals nothing else about the push.
 func TestForwardRefusesForged(t *testing.T) {
 	f := newCapturedForward(t)
@@ -154,8 +154,8 @@ func TestForwardRefusesForeignBody(t *testing.T) {
 	}
 }
 
-// A server accepts each sequence number of a forwarding member once. It accepts requests of that
-// member only from the newest session that it has seen of it.
+// A server accepts each sequence number of a forwarding member once. It refuses a request from a
+// session of this member that is older than the newest session it has seen.
 func TestForwardReplay(t *testing.T) {
 	f := newForwardNode(t, "a", testKeys(t, 1)).Forwarder
 	for i, c := range []struct {
@@ -174,7 +174,7 @@ func TestForwardReplay(t *testing.T) {
 
 // FuzzForwardReceive checks that the receiver of a forwarded push accepts the push only if envelope
 // and body are sealed, the receiver is the addressee, and the cluster ID is valid. plain is the
-// JSON of the envelope. With sealed true, the sender is a member that has the cluster key.
+// JSON of the envelope. sealed tells whether envelope and body are sealed with the cluster key.
 func FuzzForwardReceive(f *testing.F) {
 	node := newForwardNode(f, "b", testKeys(f, 1))
 	node.SetView(&RingView{Ring: NewRing(nil, 0), Members: map[string]RingMember{"b": {Name: "b", Session: 1}}})

@@ -18,8 +18,8 @@ import (
 )
 
 // The receiver answers a push exactly as the owner would answer it, and only the owner stores the
-// samples. If the owner refuses the push or drops all its samples as untimely, the receiver shows
-// push_failure_time_seconds for the site.
+// samples. If the owner refuses the push, or drops all its samples as untimely (too old or in the
+// future), the receiver shows push_failure_time_seconds for the site.
 func TestForwardedPushAnswer(t *testing.T) {
 	large := strings.Repeat("# a comment counts too\n", 80)
 	for _, c := range []struct {

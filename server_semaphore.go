@@ -9,7 +9,6 @@ import "context"
 // use.
 type semaphore chan struct{}
 
-// newSemaphore returns a semaphore whose slots are all free.
 func newSemaphore(slots int) semaphore { return make(semaphore, slots) }
 
 // TryAcquire takes a slot and returns true, or returns false if no slot is free.

@@ -18,14 +18,14 @@ const (
 	rateBurst        = 60             // pushes that a site may send at once after a pause
 	maxPushesPerSite = 4              // pushes of one site in flight at a time
 	maxTrackedSites  = 100_000        // sites whose state is kept in memory
-	siteIdle         = 24 * time.Hour // a site without a request for longer may be forgotten to make room for a new site
+	siteIdle         = 24 * time.Hour // after this time without a request, a site may be forgotten to make room for a new site
 
 	untimelyLogEvery = time.Hour // shortest time between two warnings about the timestamps of one site's samples
 )
 
 // SitePushLimiter limits and tracks the pushes of each site. It is safe for concurrent use.
 type SitePushLimiter struct {
-	interval time.Duration // average time between two pushes of a site that the rate limit requires; 0 = no rate limit
+	interval time.Duration // shortest average time between the pushes of one site; 0 = no rate limit
 
 	mu    sync.Mutex              // guards sites and the state of each site
 	sites map[string]*limitedSite // by cluster ID
@@ -34,9 +34,9 @@ type SitePushLimiter struct {
 type limitedSite struct {
 	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if all
 	// earlier pushes had been exactly one interval apart. A tat in the past counts as the current
-	// time. So to forget a site whose tat is in the past does not change when the site may push.
+	// time. So forgetting a site whose tat is in the past does not change when the site may push.
 	tat            time.Time
-	inFlight       int // pushes in flight
+	inFlight       int
 	health         siteHealth
 	seen           time.Time // when the state of this site was last used; see track
 	loggedUntimely time.Time // when TakeUntimelyWarning last returned true for this site; zero if never

@@ -86,8 +86,8 @@ func TestRateLimitAfterPause(t *testing.T) {
 }
 
 // For pushes at random times, no time span has more accepted pushes than one burst and one push per
-// interval of the rate limit. A push that is sent again after exactly the time to wait that
-// AcquirePush returned is accepted.
+// interval of the rate limit. A refused push is accepted if it is sent again after exactly the time
+// that AcquirePush returned.
 func TestRateLimitRandom(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	s := NewSitePushLimiter(time.Second)

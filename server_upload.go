@@ -470,7 +470,6 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: res.IsAllUntimely()}, nil
 }
 
-// countAcceptedPush adds the counts of a stored push to the metrics.
 func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	if res.WriteTime > 0 {
 		s.appendSeconds.Observe(res.WriteTime.Seconds())
@@ -494,10 +493,10 @@ func deleteZeros(counts map[string]int) map[string]int {
 	return counts
 }
 
-// untimelyHint returns a text for the client about a push whose samples are all too old or in the
-// future: what is wrong with the timestamps. Such a push is answered with 200, but for the site's
-// alerts it counts as failed. oldestAccepted is the oldest timestamp that is accepted, and now is
-// the current time, both in ms since the Unix epoch.
+// untimelyHint explains to the client what is wrong with the timestamps of a push whose samples are
+// all too old or in the future. Such a push is answered with 200, but for the site's alerts it
+// counts as failed. oldestAccepted is the oldest timestamp that is accepted, and now is the current
+// time, both in ms since the Unix epoch.
 //
 // A client may send timestamps in seconds by mistake. A current time in seconds, read as
 // milliseconds, lies in January 1970. No real sample is that old, so one such timestamp is enough

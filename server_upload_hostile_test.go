@@ -22,15 +22,12 @@ type hostilePush struct {
 	header map[string]string
 }
 
-// hostileText returns a hostile push in the text format.
 func hostileText(s string) hostilePush { return hostilePush{body: []byte(s)} }
 
-// hostileProto returns a hostile push with body as its body and the content type of protobuf.
 func hostileProto(body []byte) hostilePush {
 	return hostilePush{body, map[string]string{"Content-Type": protoType}}
 }
 
-// hostileOpenMetrics returns a hostile push in the format OpenMetrics.
 func hostileOpenMetrics(s string) hostilePush {
 	return hostilePush{[]byte(s), map[string]string{"Content-Type": omType}}
 }
@@ -130,8 +127,8 @@ type hostileRig struct {
 func newHostileRig(t *testing.T) *hostileRig {
 	r := &hostileRig{accepts: []string{"", acceptUTF8, "text/plain;escaping=values"}}
 	r.srvRig = newSrvRig(t, func(s *StoreConfig, c *ServerConfig) { c.RateInterval, c.LimitBytes = 0, 64<<10 })
-	// Error answers may contain "goroutine " and ".go:" here, unlike in other tests of srvRig,
-	// because an error answer may quote any text of a hostile push.
+	// newSrvRig also forbids "goroutine " and ".go:" in error answers. This rig allows them, because
+	// an error answer may quote any text of a hostile push.
 	r.secrets = []string{keyLine(1), "secretdir"}
 	ms := testNow.UnixMilli()
 	honest := fmt.Sprintf("# TYPE up gauge\nup{job=\"node\",instance=\"i:1\"} 1 %d\n# TYPE http_total counter\nhttp_total{code=\"200\"} 7 %d\n"+

@@ -27,8 +27,8 @@ func TestSpoolAnswers(t *testing.T) {
 	}
 	consumer := func(age int) string { return fmt.Sprintf("%016x:%d", ConsumerKey("x", "192.0.2.1", ""), age) }
 	for i, c := range []struct {
-		// do is "push", "wait" for 10 s, or "scrape" for a scrape of the consumer x, always on the
-		// same connection.
+		// do is the kind of step: "push"; "wait", which waits 10 s; or "scrape", a scrape of the
+		// consumer x. All scrapes use the same connection.
 		do                   string
 		site, spool, text    string
 		accepted, duplicates int
@@ -143,7 +143,7 @@ func TestSpoolQuestion(t *testing.T) {
 // The client of a site can report a consumer that it knows from another server. The scrapes of this
 // site count as read only when the reported consumer has read them too. The scrapes of other sites
 // do not wait for this consumer. The server ignores a reported consumer that has not scraped for a
-// day, or not for --retention while another consumer has.
+// day. It also ignores one that has not scraped for --retention, if another consumer has.
 func TestSpoolReportedConsumers(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)

@@ -23,8 +23,8 @@ import (
 )
 
 const (
-	// MaxRetention is the longest retention that OpenStore accepts. It makes every difference of
-	// two times within a batch, in ms, fit into 31 bits.
+	// MaxRetention is the longest retention that OpenStore accepts. With this limit, the difference
+	// of any two times within a batch, in ms, fits into an int32.
 	MaxRetention = 20 * 24 * time.Hour
 	// forgetAfter is how long the store still remembers a site that has no samples and sends no
 	// pushes. During that time an alert on the age of the site's last push can fire.
@@ -47,8 +47,9 @@ type StoreConfig struct {
 	FS        FS
 	Dir       string // storage directory; "" means memory-only mode
 	Retention time.Duration
-	// MaxSampleAge is the age, by a sample's own time, from which the newest sample of a series is
-	// no longer shown to consumers that have read it, and no longer keeps its batch from eviction.
+	// MaxSampleAge is the age of a series' newest sample, by the sample's own time, up to which the
+	// sample keeps its batch from eviction. It must equal the MaxSampleAge of AllSitesReader,
+	// because scrapes show the newest sample up to that age.
 	MaxSampleAge time.Duration
 	LimitSeries  int   // maximum number of series per site
 	LimitSites   int   // maximum number of known sites
@@ -87,7 +88,7 @@ type Store struct {
 	// Consumers are the scrapers that read from this store, with their cursors.
 	Consumers *Consumers
 
-	mu    sync.RWMutex     // guards sites, and the act of closing the channel closing
+	mu    sync.RWMutex     // guards sites; startClosing also holds it while it closes the channel closing
 	sites map[string]*Site // by cluster ID
 }
 
@@ -140,7 +141,6 @@ func (s *Store) newLog(clusterID string) *Log {
 	return NewLog(s.cfg.FS, s.logPathOf(clusterID), []byte(clusterID))
 }
 
-// logPathOf returns the path of a site's log.
 func (s *Store) logPathOf(clusterID string) string {
 	h := ClusterIDHash(clusterID)
 	name := hex.EncodeToString(h[:16])

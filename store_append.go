@@ -51,7 +51,7 @@ type AppendLimits struct {
 type StagedBatch struct {
 	Batch     *Batch // nil if the push adds nothing that must be written
 	Result    AppendResult
-	newSeries int // the push inserted the series with this ID and above; the table's length if it inserted none
+	newSeries int // length of the series table before the push, and so the lowest ID of a series that the push inserted
 }
 
 // seriesSample is a sample that names its series by ID.
@@ -62,7 +62,6 @@ type seriesSample struct {
 	v     float64
 }
 
-// compareSeriesTime orders samples by series ID, then by time.
 func compareSeriesTime(a, b seriesSample) int {
 	return cmp.Or(cmp.Compare(a.id, b.id), cmp.Compare(a.t, b.t))
 }
@@ -73,9 +72,9 @@ func compareSeriesTime(a, b seriesSample) int {
 // names of the scrapes in p. The error is ErrSeriesLimit, ErrTooLarge or ErrClockInDoubt; after an
 // error no series stays inserted.
 func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
-	// The store has all scrapes that the push names, so its sender repeats it after missing the
-	// answer. All of its samples count as duplicates. The search for duplicates below could not
-	// find samples that were evicted since.
+	// If the store already has all scrapes of the push, the client has missed an answer and repeats
+	// the push. All samples count as duplicates. The search for duplicates below cannot replace
+	// this check, because it does not find samples that were evicted.
 	if d.Spools.HasAll(names) {
 		return StagedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}
@@ -111,10 +110,10 @@ func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits A
 // Rollback removes the series that StageNewSamples inserted for staged.
 func (d *SiteSamples) Rollback(staged StagedBatch) { d.Table.Truncate(staged.newSeries) }
 
-// canMarkScrapesHeld reports whether the batch of a push may count as storing the scrapes that the
-// push names. It may not if every sample was dropped because of its time, because this server's
-// clock may be wrong. It may not either if some samples were dropped for their time and the push
-// has several scrapes, because a sample does not tell which scrape it belongs to.
+// canMarkScrapesHeld reports whether the scrapes that a push names become held with its batch. They
+// do not if all samples were dropped because of their times: this server's clock may be wrong. They
+// do not either if some samples were dropped because of their times and the push has several
+// scrapes: a sample does not tell to which scrape it belongs.
 func canMarkScrapesHeld(names ScrapeNames, res *AppendResult) bool {
 	return len(names.Numbers) > 0 && !res.IsAllUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }

@@ -1,8 +1,9 @@
 package main
 
-// A store is used at random on a crashFS. At each of its file operations in turn, the operation
-// fails or the process is killed, and the machine crashes later. No acknowledged sample is lost,
-// and no sample appears that was never pushed.
+// A crash test of the store on a crashFS, which is a simulated disk. A run of random steps is
+// repeated once for each of its file operations. In that operation the disk fails or the process is
+// killed, and later the machine crashes. No acknowledged sample is lost, and the store holds no
+// sample that was never pushed.
 
 import (
 	"context"
@@ -15,8 +16,8 @@ import (
 	"time"
 )
 
-// storeKeeper uses a store at random. It remembers the samples that it pushed and the samples that
-// the store acknowledged.
+// storeKeeper makes random pushes to a store, runs its maintenance and moves its clock. It
+// remembers the samples that it pushed and the samples that the store acknowledged.
 type storeKeeper struct {
 	*storeKit
 	fs    *crashFS
@@ -97,8 +98,8 @@ func (k *storeKeeper) push() {
 	}
 }
 
-// check fails the test unless every held sample was pushed, every acknowledged sample within
-// retention is held, and the batch numbers of no site have fallen.
+// check fails the test if a held sample was never pushed, if an acknowledged sample within
+// retention is not held, or if the batch numbers of a site went down.
 func (k *storeKeeper) check() {
 	got := allHeld(k.t, k.s)
 	oldest := k.s.KeptSince()
@@ -119,14 +120,15 @@ func (k *storeKeeper) check() {
 	}
 }
 
-// reopen opens the store as a new process, and checks its samples, its errors and its total of log
-// bytes. The store must not report damage after a crash without another fault.
+// reopen opens the store as a new process. It checks the samples, the total of log bytes, and that
+// the store found no log unusable.
 func (k *storeKeeper) reopen() {
 	k.s = k.open()
 	k.check()
 	for _, err := range k.errors {
-		// Reports other than these two are allowed: recovery cannot tell a last record whose
-		// sectors were written out of order from a damaged record.
+		// A crash must not make a log unusable. A report of damaged records is allowed: if the
+		// sectors of the last record were written out of order, recovery cannot tell the crash from
+		// damage.
 		if strings.Contains(err.Error(), "recovering") || strings.Contains(err.Error(), "damaged: header true") {
 			k.t.Error(err)
 		}
@@ -142,7 +144,6 @@ func (k *storeKeeper) reopen() {
 	}
 }
 
-// step makes one random push, moves the clock, or runs maintenance.
 func (k *storeKeeper) step() {
 	switch n := k.rng.IntN(12); {
 	case n < 7:
@@ -196,9 +197,9 @@ func TestSweepStoreCrashes(t *testing.T) {
 	}
 }
 
-// crashAt uses a store at random. The trouble happens at the file operation with number at. After
-// it the machine crashes several times, and the store is opened after each crash. crashAt adds the
-// operation to ops, and reports whether the use reached the operation.
+// crashAt makes random steps with a store. The trouble happens at the file operation with number
+// at, counted from 0. Then the machine crashes several times, and the store is opened after each
+// crash. crashAt counts the operation in ops. It reports whether the steps reached the operation.
 func crashAt(t *testing.T, seed, at, variant uint64, trouble diskTrouble, ops map[string]int) (reached bool) {
 	t.Helper()
 	fsys := newStoreFS(seed<<32 | at<<2 | variant)

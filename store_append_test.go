@@ -28,7 +28,7 @@ func TestStageNewSamplesCounts(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		pushes [][]point
-		want   result // counts of the result of the last push
+		want   result
 	}{
 		{"new series", [][]point{{{"m", 1, at(5), 1}, {"m", 2, at(5), 2}}}, result{Accepted: 2}},
 		{"same time and value", [][]point{{{"m", 1, at(5), 1}}, {{"m", 1, at(5), 1}}}, result{Duplicates: 1}},
@@ -206,7 +206,7 @@ func appendWhileDiskFails(t *testing.T, name, op string, diskErr error, isFirst 
 	}
 	failed := false
 	fsys.hook = func(_ int, o, _ string) fault {
-		if o == op || op == "truncate" && o == "write" { // the store truncates a log only after a write that failed
+		if o == op || op == "truncate" && o == "write" { // writes must fail too, because the store truncates a log only after a failed write
 			failed = true
 			return fault{Err: diskErr}
 		}
@@ -233,7 +233,7 @@ func appendWhileDiskFails(t *testing.T, name, op string, diskErr error, isFirst 
 	got := allHeld(t, k.open())
 	for key, v := range pushed("a", during) {
 		if _, onDisk := got[key]; onDisk {
-			want[key] = v // a refused push may have reached the disk nevertheless
+			want[key] = v // samples of a refused push may be on the disk nevertheless
 		}
 	}
 	wantHeld(t, name+", after a crash", got, want)

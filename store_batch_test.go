@@ -103,7 +103,7 @@ func TestBatchTimeBounds(t *testing.T) {
 	for _, test := range []struct {
 		t0       int64
 		dt       []int32
-		t        []int64 // times of the samples
+		t        []int64
 		min, max int64
 		oneTime  bool // DT is dropped
 	}{
@@ -171,7 +171,7 @@ func TestBatchMalformed(t *testing.T) {
 	if _, err := DecodeBatch(good); err != nil {
 		t.Fatal(err)
 	}
-	uv := func(values ...int64) (b []byte) { // signed fields are given in zigzag form
+	uv := func(values ...int64) (b []byte) { // encodes values as varints; the caller gives signed fields in zigzag form
 		for _, v := range values {
 			b = binary.AppendUvarint(b, uint64(v))
 		}
@@ -247,8 +247,9 @@ func TestSeriesRecord(t *testing.T) {
 	}
 }
 
-// Any bytes decode to a batch that encodes and decodes to the same batch, or to an error. Decoding
-// allocates at most 64 KiB, plus 8 bytes for each byte of the payload.
+// DecodeBatch returns an error or a batch for any bytes. The batch stays the same when it is
+// encoded and decoded again. Decoding allocates at most 64 KiB, plus 8 bytes for each byte of the
+// payload.
 func FuzzBatchRecord(f *testing.F) {
 	for seed := range uint64(8) {
 		f.Add(EncodeBatchPayload(nil, randomBatch(rand.New(rand.NewPCG(seed, 0)))))

@@ -23,7 +23,7 @@ import (
 const (
 	maxConsumerName   = 64             // maximum bytes of a consumer's name
 	consumerIdle      = 24 * time.Hour // a consumer without a scrape for this long is forgotten
-	maxReportingSites = 100_000        // maximum number of sites for which consumers that the site's client reported are kept
+	maxReportingSites = 100_000        // maximum number of sites for which the consumers reported by clients are kept
 )
 
 // ErrConsumers means that no further consumer can be added because MaxConsumers are known.
@@ -36,13 +36,13 @@ type Consumers struct {
 	state        *StoreMeta  // file of the consumers without their cursors
 	TornBytes    int64       // bytes of an unfinished write that OpenConsumers removed
 	Damage       error       // damage that OpenConsumers found in the cursors file, or nil
-	knownChanged atomic.Bool // the state file must be written again, because byKey lists other consumers or the server has just started
+	knownChanged atomic.Bool // the state file must be written again, because its list of consumers is outdated or the server has just started
 
 	// retention is the time without a scrape after which SeqReadByAll ignores a consumer, as long
 	// as another consumer has scraped within that time.
 	retention time.Duration
 
-	mu    sync.Mutex           // guards the rest; never held across I/O
+	mu    sync.Mutex           // guards the fields below; never held across I/O
 	byKey map[uint64]*consumer // consumers that have scraped this server
 	// reported has, by site and consumer key, the time of the consumer's newest scrape of any
 	// server. The site's client reports these times.
@@ -144,9 +144,10 @@ func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer
 }
 
 // AddClientReportedConsumers records the consumers that the client of a site reports. The client
-// knows them from other servers, or from this server before it lost its disk. Such a consumer is
-// considered for this site only. Consumers whose last scrape is older than consumerIdle, consumers
-// beyond MaxConsumers for a site, and sites beyond maxReportingSites are ignored.
+// knows them from other servers, or from this server before it lost its disk. SeqReadByAll and
+// LastScrapeAges include a reported consumer for this site only. Consumers whose last scrape is
+// older than consumerIdle, consumers beyond MaxConsumers for a site, and sites beyond
+// maxReportingSites are ignored.
 func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -204,10 +205,10 @@ func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.
 }
 
 // SeqReadByAll returns the number of the newest batch of a site that every consumer has read. It
-// ignores consumers that have not scraped for retention, as long as another consumer has. A
-// consumer that is known only because the site's client reported it has read nothing on this
-// server. If there is no consumer, hasConsumers is false and seq is MaxSeq, because no batch has to
-// wait for a consumer.
+// ignores consumers that have not scraped within retention, unless no consumer has. A consumer that
+// is known only because the site's client reported it has read nothing on this server. If there is
+// no consumer, hasConsumers is false and seq is MaxSeq, because no batch has to wait for a
+// consumer.
 func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, hasConsumers bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -229,8 +230,8 @@ func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, ha
 	return byRecent, true
 }
 
-// LastSavedScrape returns the time of the newest scrape by any consumer that is recorded on disk.
-// It returns the zero time if the file of cursors records no scrape.
+// LastSavedScrape returns the newest time of a scrape in the file of cursors, for any consumer. It
+// returns the zero time if the file has none.
 func (cs *Consumers) LastSavedScrape() (at time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -247,13 +248,12 @@ type SiteConsumerCursor struct {
 	Key           uint64
 	Name, Address string
 	Seq           uint64
-	LastScrape    time.Time // time of the consumer's newest scrape
+	LastScrape    time.Time
 }
 
-// Cursors returns the cursors for one site, sorted by the name and address of the consumer: one for
-// each consumer that scraped this server, and one for each other consumer that the site's client
-// reported. A cursor of the second kind has the consumer's key as the name, no address, and the
-// number 0.
+// Cursors returns the cursors of all consumers for one site, sorted by name and address. Consumers
+// that only the site's client reported are included. Each of these has its key in hex as the name,
+// no address, and the cursor 0.
 func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -272,9 +272,9 @@ func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
 	return all
 }
 
-// ForEachUnconfirmedCount calls f with the number of consecutive unconfirmed scrapes of each
-// consumer. If consumers differ only in their match[] selectors, it calls f once with their highest
-// number.
+// ForEachUnconfirmedCount calls f for each consumer with the number of its consecutive scrapes that
+// served unread samples and were not confirmed. If consumers differ only in their match[]
+// selectors, it calls f once with their highest number.
 func (cs *Consumers) ForEachUnconfirmedCount(f func(name, address string, scrapes int)) {
 	highest := map[[2]string]int{}
 	cs.mu.Lock()

@@ -33,7 +33,6 @@ type cursorRecord struct {
 	cursors    map[uint64]uint64 // site key → batch number; 0 means that the cursor is removed
 }
 
-// encodeCursors returns the payload of a cursor record.
 func encodeCursors(r cursorRecord) []byte {
 	b := binary.LittleEndian.AppendUint64(nil, r.key)
 	b = binary.AppendVarint(b, r.lastScrape.Unix())
@@ -43,7 +42,6 @@ func encodeCursors(r cursorRecord) []byte {
 	return b
 }
 
-// decodeCursors reads a payload that encodeCursors wrote.
 func decodeCursors(payload []byte) (cursorRecord, error) {
 	r := NewWireReader(payload)
 	rec := cursorRecord{key: r.Uint64(), lastScrape: time.Unix(r.Varint(math.MinInt64, math.MaxInt64), 0), cursors: map[uint64]uint64{}}
@@ -67,7 +65,7 @@ func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration
 	if dir == "" {
 		return cs, nil
 	}
-	cs.knownChanged.Store(true) // so that the first Save writes the block number of this start
+	cs.knownChanged.Store(true) // so that the first Save writes the state file, which also has the block number of this start
 	path := filepath.Join(dir, ConsumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
 	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restoreRecord(kind, payload, now) })
@@ -136,7 +134,7 @@ func (cs *Consumers) SaveIfConsumersChanged() error {
 func (cs *Consumers) Save() error {
 	_ = cs.lock.Lock(context.Background(), nil)
 	defer cs.lock.Unlock()
-	knownChanged := cs.knownChanged.Swap(false) // before takeChanges, so that a consumer that is added in between is saved by the next Save
+	knownChanged := cs.knownChanged.Swap(false) // reset before takeChanges, so that the next Save saves a consumer that is added in between
 	changes := cs.takeChanges()
 	if cs.log == nil {
 		return nil
@@ -224,7 +222,6 @@ func (cs *Consumers) putBack(changes cursorChanges) {
 	}
 }
 
-// encodeAll returns framed records of all cursors of all consumers.
 func (cs *Consumers) encodeAll() (frames []byte) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -235,7 +232,6 @@ func (cs *Consumers) encodeAll() (frames []byte) {
 	return frames
 }
 
-// appendCursorRecord appends a framed record of the given cursors of c.
 func (c *consumer) appendCursorRecord(frames []byte, cursors map[uint64]uint64) []byte {
 	return AppendRecord(frames, recordCursors, encodeCursors(cursorRecord{c.key, c.lastScrape, cursors}))
 }

@@ -36,7 +36,6 @@ func cursorsFrame(key uint64, lastScrape int64, cursors ...uint64) []byte {
 	return AppendRecord(nil, recordCursors, encodeCursors(rec))
 }
 
-// cursorsFile returns a file of cursors with these records.
 func cursorsFile(frames ...[]byte) []byte {
 	return slices.Concat(append([][]byte{appendLogHeader(nil, []byte("consumers"))}, frames...)...)
 }
@@ -149,8 +148,8 @@ func TestConsumersForgottenOnDisk(t *testing.T) {
 	}
 }
 
-// A consumer is forgotten, and scrapes again before its removal is saved. After a restart it does
-// not have its old cursors.
+// A consumer that is forgotten, and scrapes again before its removal is saved, does not get its old
+// cursors back after a restart.
 func TestConsumersForgottenAndBack(t *testing.T) {
 	fsys := newStoreFS(1)
 	cs := openConsumers(t, fsys, consumersNow, false)
@@ -179,7 +178,7 @@ func TestConsumersSaveFails(t *testing.T) {
 	failed := 0
 	fsys.hook = func(_ int, op, _ string) fault {
 		if op != "write" {
-			return fault{} // the half-written record is cut, so that the log can be appended to again
+			return fault{} // only writes fail, so that Save can cut the half-written record off the log
 		}
 		failed++
 		confirm(t, cs, "a", consumersNow, map[uint64]uint64{1: 7})
@@ -222,9 +221,9 @@ func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[ui
 	return data, state, cursorsOf(cs)
 }
 
-// The file of the cursors is cut, flipped or zeroed at any byte. Then no cursor is past the batch
-// that the consumer confirmed, and all consumers of the state file are known. Save repairs the
-// file.
+// The file of the cursors can be cut, flipped or zeroed at any byte. No restored cursor is past the
+// batch that its consumer confirmed, and all consumers of the state file stay known. Save repairs
+// the file.
 func TestConsumersDamage(t *testing.T) {
 	data, state, final := consumersHistory(t)
 	check := func(name string, data []byte) {
@@ -239,9 +238,9 @@ func TestConsumersDamage(t *testing.T) {
 		}
 		for consumer, cursors := range got {
 			for site, at := range cursors {
-				// A lost record may have removed the cursor of site 1001, which left the store. The
-				// old cursor does no harm, because later batches of the site get higher numbers
-				// than this cursor.
+				// Site 1001 left the store, and a record removed its cursor. If damage loses that
+				// record, the old cursor is back. It does no harm, because later batches of the
+				// site get higher numbers than the cursor.
 				if at > final[consumer][site] && site != 1001 {
 					t.Fatalf("%s: the cursor of consumer %s for site %d is %d, and batch %d was confirmed", name, consumer, site, at, final[consumer][site])
 				}
@@ -261,8 +260,8 @@ func TestConsumersDamage(t *testing.T) {
 	}
 }
 
-// OpenConsumers reads a file of cursors with any content without a panic, and keeps to the limits
-// on consumers and cursors. Save repairs the file.
+// OpenConsumers does not panic on any content of the file of cursors, and keeps to the limits on
+// consumers and cursors. Save repairs the file.
 func FuzzConsumers(f *testing.F) {
 	data, _, _ := consumersHistory(f)
 	header := len(appendLogHeader(nil, []byte("consumers")))
@@ -272,7 +271,9 @@ func FuzzConsumers(f *testing.F) {
 	f.Add([]byte{recordCursors, 9, 1, 2, 3, 4, 5, 6, 7, 8, 0}, true)
 	f.Fuzz(func(t *testing.T, b []byte, framed bool) {
 		file := appendLogHeader(nil, []byte("consumers"))
-		if framed { // b is a list of payloads, each after its kind and length; they get valid checksums
+		// If framed is true, b is a list of kinds, lengths and payloads. Each payload becomes a
+		// record with a valid checksum.
+		if framed {
 			for len(b) > 2 {
 				n := min(int(b[1]), len(b)-2)
 				file = AppendRecord(file, max(1, b[0]), b[2:2+n])

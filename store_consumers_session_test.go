@@ -89,8 +89,8 @@ func newSessionRig(t *testing.T) *sessionRig {
 	return &sessionRig{k, k.open(), [3]*AnswerReadTracker{{}, {}, {}}}
 }
 
-// scrape scrapes all unread samples on a connection. It returns their values, and whether samples
-// that were served on another connection are repeated.
+// scrape serves all unread samples on a connection, and returns their values. repeats is true if
+// the answer repeats samples that were served, but not confirmed, on another connection.
 func (r *sessionRig) scrape(conn int) (values string, repeats bool) {
 	r.t.Helper()
 	session, repeats, err := r.s.Consumers.BeginScrape(1, "c", "", r.conns[conn], r.clock.Now())
@@ -150,8 +150,8 @@ func TestSessionsGetNewSite(t *testing.T) {
 // first one on.
 func TestSessionInMiddleOfBatch(t *testing.T) {
 	for _, test := range []struct {
-		expired int      // samples of the batch that expire
-		want    []string // values of the scrapes
+		expired int      // number of samples of the batch that expire
+		want    []string // by scrape: values of its samples
 	}{
 		{0, []string{"0 1 2 3 ", "4 5 6 7 ", "8 9 "}},
 		{2, []string{"2 3 4 5 ", "2 3 4 5 ", "6 7 8 9 "}},

@@ -8,10 +8,9 @@ import (
 	"time"
 )
 
-// A batch counts as read when every consumer that counts has read it. These are the consumers that
-// scraped this server, and the consumers that the site's client reported. A consumer that has not
-// scraped for the retention time does not count while another consumer has scraped within that
-// time.
+// A batch counts as read when every consumer that counts has read it. A consumer counts if it
+// scraped this server, or if the site's client reported it. A consumer that has not scraped for the
+// retention time does not count while another consumer has scraped within that time.
 func TestSeqReadByAll(t *testing.T) {
 	const site, other = 1, 2
 	key := func(name string) uint64 { return ConsumerKey(name, "::1", "") }

@@ -30,7 +30,6 @@ func (h *oldestBatchHeap) Pop() any {
 	return last
 }
 
-// reload reads the acceptance time from the site again.
 func (o *siteOldestBatch) reload() {
 	o.site.View(func(data *SiteSamples) { o.acceptedAt = data.OldestAcceptedAt() })
 }

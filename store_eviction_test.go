@@ -35,7 +35,8 @@ func filledStore(t *testing.T, dir string) (*storeKit, *Store) {
 	return k, s
 }
 
-// storeDirs has the directory of a store on disk, and "" for a store in memory-only mode.
+// storeDirs are the directories with which tests run: one for a store on disk, and "" for
+// memory-only mode.
 var storeDirs = []string{"/s", ""}
 
 // At the limit, the store evicts the oldest batches of all sites, and counts their samples.
@@ -47,7 +48,7 @@ func TestStoreSampleLimitEvictsOldest(t *testing.T) {
 			t.Errorf("directory %q: only %d samples are held", dir, len(held))
 		}
 		for key := range held {
-			if key.t < k.clock.ms(15*17) { // the limit has room for the newest 16 rounds of 4 samples
+			if key.t < k.clock.ms(15*17) { // filledStore pushes 4 samples every 15 s, so that the limit of 64 has room for the newest 16 rounds
 				t.Errorf("directory %q: %v is held although newer samples were evicted", dir, key)
 			}
 		}
@@ -217,8 +218,8 @@ func TestStoreSampleLimitIsShared(t *testing.T) {
 	allHeld(t, s)
 }
 
-// The state file or the file of the cursors is lost or damaged. Even then the store evicts no batch
-// that the only consumer has not read. It refuses pushes until the consumer has read all samples.
+// The store evicts no batch that its only consumer has not read, even if the state file or the file
+// of the cursors is lost or damaged. It refuses pushes until the consumer has read all samples.
 func TestNothingUnreadIsEvicted(t *testing.T) {
 	flip := func(at int) func(data []byte) []byte {
 		return func(data []byte) []byte {
@@ -242,7 +243,9 @@ func TestNothingUnreadIsEvicted(t *testing.T) {
 		t.Run(test.path+" "+test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)
 			k := newStoreKit(t, fsys)
-			k.cfg.LimitSamples = 95 // the one read sample can be evicted, which makes too little room for a push of 10 samples
+			// 91 samples will be held. Only one of them is read, so that eviction cannot make room
+			// for a push of 10 samples.
+			k.cfg.LimitSamples = 95
 			s := k.open()
 			begin := k.clock.ms(0)
 			k.push(s, "a", point{"m", 0, begin, -1})

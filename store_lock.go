@@ -1,8 +1,8 @@
 package main
 
-// ioLock is the lock of a site's or a file's only writer, which holds it while it waits for the
-// disk. It is not a sync.Mutex, because waiting for the lock must end when the waiting request ends
-// or the store is closed.
+// ioLock is a lock that a writer holds while it waits for the disk, so that a site or a file has
+// only one writer at a time. It is not a sync.Mutex, because waiting for the lock must end when the
+// waiting request ends or the store is closed.
 
 import (
 	"context"
@@ -13,7 +13,6 @@ import (
 // channel is full.
 type ioLock chan struct{}
 
-// newIOLock returns an unlocked ioLock.
 func newIOLock() ioLock { return make(ioLock, 1) }
 
 // Lock waits until it has the lock. It returns ErrClosed if closing is closed first, and an error

@@ -96,7 +96,6 @@ func (s *StoreMeta) decodeRecord(kind byte, payload []byte) error {
 	return fmt.Errorf("unknown kind of record %d", kind)
 }
 
-// appendConsumer appends a consumer's key, name and address to b.
 func appendConsumer(b []byte, k KnownConsumer) []byte {
 	b = binary.LittleEndian.AppendUint64(b, k.Key)
 	return AppendShortString(AppendShortString(b, k.Name), k.Address)

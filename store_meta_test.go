@@ -12,17 +12,14 @@ import (
 	"testing"
 )
 
-// consumerFrame returns a framed record of a consumer.
 func consumerFrame(key uint64, name, address string) []byte {
 	return AppendRecord(nil, recordConsumer, appendConsumer(nil, KnownConsumer{key, name, address}))
 }
 
-// blockFrame returns a framed record of a block of batch numbers.
 func blockFrame(block uint64) []byte {
 	return AppendRecord(nil, recordBlock, binary.AppendUvarint(nil, block))
 }
 
-// stateOf returns a state file with these records.
 func stateOf(frames ...[]byte) []byte {
 	return slices.Concat(append([][]byte{appendLogHeader(nil, []byte("state"))}, frames...)...)
 }
@@ -85,7 +82,7 @@ func TestStoreStateRestore(t *testing.T) {
 	}
 }
 
-// TakeSeqBlock returns the batch number after which a start of the server begins to count. The
+// TakeSeqBlock returns the number before the first batch number of this start of the server. The
 // number lies in a new block while blocks are left, and is never below the highest known number.
 // UsedSeqBound returns a number above every batch number that was used so far.
 func TestStoreStateNumbers(t *testing.T) {
@@ -112,8 +109,8 @@ func TestStoreStateNumbers(t *testing.T) {
 	}
 }
 
-// OpenStoreMeta reads a state file with any content without a panic, and keeps to the limits.
-// Write repairs the file.
+// OpenStoreMeta does not panic on any content of the state file, and keeps to the limits. Write
+// repairs the file.
 func FuzzStoreState(f *testing.F) {
 	f.Add(stateOf(blockFrame(7), consumerFrame(1, "c1", "::1"))[len(stateOf()):])
 	f.Add(append(bytes.Repeat([]byte{7}, 20), consumerFrame(1, "c1", "::1")...))

@@ -99,8 +99,9 @@ func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (sample
 			if t < d.expiredBefore {
 				continue
 			}
-			// The samples of a batch are in rounds, each with at most one sample per series. A
-			// series that occurs again therefore begins the next round.
+			// With OnePerSeries, stop at the first series that occurs again. Within a batch, a
+			// series occurs again only in a later round, because a round has at most one sample
+			// per series.
 			if len(samples) == limits.Unread || limits.OnePerSeries && seen[id] || t < limits.ServedSince {
 				return samples, ReadPosition{Seq: to.Seq, PartialSeq: b.Seq, PartialRead: i, PartialLen: len(b.V)}, false
 			}

@@ -71,8 +71,8 @@ func AppendSeriesRecords(frames []byte, t *SeriesTable, firstID int) []byte {
 	return frames
 }
 
-// The field of a batch record with the number of samples also has these low bits. They say which
-// optional parts the record has.
+// A batch record has one field for its number of samples and for these bits, which say which
+// optional parts the record has. The bits are the lowest of the field; the number is above them.
 const (
 	withTimes = 1 << iota
 	withNames
@@ -166,7 +166,6 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	return b, nil
 }
 
-// readIDs reads n series IDs that appendIDs wrote.
 func readIDs(r *WireReader, n int) []uint32 {
 	ids := make([]uint32, 0, n)
 	for end := int64(0); len(ids) < n; {
@@ -196,7 +195,6 @@ func readTimes(r *WireReader, n int) []int32 {
 	return times
 }
 
-// readValues reads n values of 8 bytes each.
 func readValues(r *WireReader, n int) []float64 {
 	b := r.Bytes(8 * n)
 	if b == nil {

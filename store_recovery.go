@@ -97,7 +97,6 @@ func (s *Store) dropExpiredWhileDown() {
 // losses are reported for it.
 type damagedLogs map[uint64]bool
 
-// add adds the log at path to the set.
 func (d damagedLogs) add(path string) {
 	name := filepath.Base(path)
 	key, _ := strconv.ParseUint(name[:min(16, len(name))], 16, 64)

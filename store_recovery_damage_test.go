@@ -27,7 +27,7 @@ type damageKit struct {
 	points  []point // the samples that were pushed for site a
 }
 
-// damageRecord is a record in the log of site a. It has the bytes from, …, to-1 of the log.
+// damageRecord is a record in the log of site a: the bytes data[from:to] of the log.
 type damageRecord struct {
 	from, to int
 	kind     byte
@@ -47,7 +47,7 @@ func newDamageKit(t *testing.T) *damageKit {
 			points = append(points, point{"m", n, k.clock.ms(60 * (4 - i)), float64(10*i + n)})
 		}
 		if i == 2 {
-			points = append(points, point{"m", 0, k.clock.ms(7000), 5}) // a second sample of series 0, so that the batch has two samples of it
+			points = append(points, point{"m", 0, k.clock.ms(7000), 5}) // the batch then has two samples of series 0
 		}
 		k.push(s, "a", points...)
 		d.points = append(d.points, points...)
@@ -59,7 +59,6 @@ func newDamageKit(t *testing.T) *damageKit {
 	return d
 }
 
-// readRecords fills d.records from d.data.
 func (d *damageKit) readRecords(t *testing.T) {
 	t.Helper()
 	var lines []string
@@ -89,8 +88,9 @@ func (d *damageKit) readRecords(t *testing.T) {
 	}
 }
 
-// without returns the samples that are left when each record for which lost returns true is lost. A
-// sample needs its batch and the series record with its line.
+// without returns the samples that are left of the log when some records are lost: the records for
+// which the function lost returns true. A sample is left if its batch is left, and the series
+// record with its line.
 func (d *damageKit) without(lost func(r damageRecord) bool) map[heldSample]float64 {
 	all := pushed("a", d.points...)
 	want := map[heldSample]float64{}
@@ -196,8 +196,8 @@ func seriesFrames(id uint32, line string) []byte {
 	return AppendRecord(nil, RecordSeries, EncodeSeriesPayload(nil, id, func(yield func([]byte) bool) { yield([]byte(line)) }))
 }
 
-// The samples in a log are shown only as samples of the site to which the name of the log file
-// belongs. Records of other sites in the log count as damage, which the first start repairs.
+// A store shows the samples in a log only as samples of the site that the file name of the log
+// stands for. Records of other sites in the log count as damage, which the first start repairs.
 func TestStoreLogWithForeignRecords(t *testing.T) {
 	clock := newStoreClock()
 	victim := storePush("victim", point{"up", 1, clock.ms(5), 666})
@@ -342,8 +342,9 @@ func FuzzStoreLog(f *testing.F) {
 		AppendRecord(nil, RecordSeries, series(0, `m{_id="b"}`)), []byte("garbage"), AppendRecord(nil, RecordBatch, batch),
 	}, nil), false)
 	f.Fuzz(func(t *testing.T, records []byte, header bool) {
-		// The fuzzer cannot find valid checksums. So the bytes are tried unchanged, and also as
-		// a list of payloads, each after its kind and its length, that framed puts into records.
+		// The fuzzer cannot guess valid checksums. So the bytes are tried in two forms: unchanged,
+		// and as a list of kinds, lengths and payloads. Each payload of the list becomes a record
+		// in framed, with a valid checksum.
 		framed := bytes.Clone(records[:0])
 		for rest := records; len(rest) > 2; {
 			n := min(int(rest[1]), len(rest)-2)

@@ -42,7 +42,6 @@ func newOpenedFiles(t *testing.T) *openedFiles {
 	return f
 }
 
-// fs returns a new file system with the files.
 func (f *openedFiles) fs() *crashFS {
 	fsys := newCrashFS(1, f.dirs...)
 	for name, data := range f.contents {
@@ -204,8 +203,8 @@ func (r *numbersRig) forget() {
 func TestBatchNumbersNeverFall(t *testing.T) {
 	for _, test := range []struct {
 		name  string
-		spoil func(r *numbersRig, old map[string]string) // called while no process runs; old has the files after the first run
-		older bool                                       // the state file and the file of cursors are older copies too, so that numbers may repeat
+		spoil func(r *numbersRig, old map[string]string) // changes files while no process runs; old has the contents of all files after the first run, by path
+		older bool                                       // spoil replaces the state file and the file of cursors by older copies, so that batch numbers may repeat
 	}{
 		{name: "nothing happens", spoil: func(*numbersRig, map[string]string) {}},
 		{name: "log removed", spoil: func(r *numbersRig, _ map[string]string) { r.fsys.Remove(r.s.logPathOf("a")) }},
@@ -268,13 +267,13 @@ func TestBatchNumbersNeverFall(t *testing.T) {
 	}
 }
 
-// The log that lossLog writes has lossPushes pushes. Each push has one sample of each of lossSeries
+// lossLog writes a log with lossPushes pushes. Each push has one sample of each of lossSeries
 // series.
 const lossPushes, lossSeries = 12, 20
 
 // lossLog writes a log for site a, and has consumer central read all of it. It returns the path of
-// the log, and the offset at which the log header and each record end. The records are one series
-// record, and then the batches.
+// the log. ends are the offsets at which the log header and each record end. The first record is a
+// series record, and all others are batches.
 func lossLog(t *testing.T, k *storeKit, fsys *crashFS) (path string, ends []int) {
 	t.Helper()
 	s := k.open()
@@ -379,7 +378,7 @@ func TestRecoveryReportsLosses(t *testing.T) {
 	}
 }
 
-// The state file has a new consumer before the store serves the consumer for the first time.
+// A new consumer is in the state file before the store serves samples to it.
 func TestConsumerIsSavedBeforeItIsServed(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
@@ -410,8 +409,9 @@ func TestRecoveryReportsMissingFiles(t *testing.T) {
 	}
 }
 
-// A crash brings an old cursor back. The old cursor does not hide later samples of its site:
-// neither after the store has forgotten the site, nor after the site's newest batch was damaged.
+// A cursor on disk can be above all batch numbers in its site's log: because the store forgot the
+// site before a crash, or because the newest batch was damaged. Such a cursor hides no later
+// samples of the site.
 func TestStaleCursorHidesNothing(t *testing.T) {
 	for _, forgotten := range []bool{true, false} {
 		fsys := newStoreFS(1)

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// wantExpired fails the test unless the store counts expired samples as expired, and unread of them
-// as unread.
+// wantExpired fails the test unless the store's counters have these values: expired for all expired
+// samples, and unread for the samples that expired unread.
 func wantExpired(t *testing.T, s *Store, when string, expired, unread int64) {
 	t.Helper()
 	if st := s.Stats(); st.Expired != expired || st.ExpiredUnread != unread {
@@ -22,8 +22,8 @@ func wantExpired(t *testing.T, s *Store, when string, expired, unread int64) {
 	}
 }
 
-// Maintenance drops samples by their own time. It frees the memory of batches and of series that
-// have no sample left.
+// Maintenance drops each sample by the time of the sample, not of its push. It frees the memory of
+// batches and of series that have no sample left.
 func TestRetentionIsBySampleTime(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -271,7 +271,6 @@ func newSteppedClock(t *testing.T) *steppedClock {
 	return c
 }
 
-// pass moves the wall clock and the monotonic clock ahead by d.
 func (c *steppedClock) pass(d time.Duration) {
 	c.clock.Add(d)
 	c.monotonic = c.monotonic.Add(d)

@@ -26,14 +26,12 @@ type samplesModel struct {
 // oldest returns the time in ms before which samples have expired.
 func (m *samplesModel) oldest() int64 { return m.clock.ms(7200) }
 
-// dropExpired removes the expired samples from m.want, and returns their number.
 func (m *samplesModel) dropExpired() int {
 	before := len(m.want)
 	maps.DeleteFunc(m.want, func(k heldSample, _ float64) bool { return k.t < m.oldest() })
 	return before - len(m.want)
 }
 
-// expire drops expired samples and checks the counts.
 func (m *samplesModel) expire() {
 	inMemory := m.c.SampleCount()
 	expired, unread, freed := m.c.DropExpired(m.oldest(), allRead, true)
@@ -42,7 +40,6 @@ func (m *samplesModel) expire() {
 	}
 }
 
-// evict evicts the oldest batch if SiteSamples allows it.
 func (m *samplesModel) evict() {
 	if !m.c.CanEvictOldestBatch(m.clock.ms(600), MaxSeq) {
 		return
@@ -115,7 +112,6 @@ func (m *samplesModel) push(firstValue int) {
 	}
 }
 
-// check compares the samples of m.c and their counts with the model.
 func (m *samplesModel) check(when string) {
 	wantHeld(m.t, when, contents(&m.c), m.want)
 	n := m.c.UnreadSampleCount(ReadPosition{})
@@ -171,11 +167,11 @@ func TestSiteSamplesShareIDs(t *testing.T) {
 	}
 }
 
-// allRead is the seqReadByAll function of a site whose batches are all read.
+// allRead stands for the seqReadByAll function of a site. It says that every batch is read.
 func allRead() uint64 { return MaxSeq }
 
-// The oldest batch may be evicted if it has no sample that is the newest of its series and that
-// scrapes still show.
+// The oldest batch cannot be evicted while scrapes still show one of its samples as the newest of
+// its series.
 func TestCanEvictOldestBatch(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())

@@ -35,7 +35,6 @@ type familyGrouper struct {
 	last     *Family // family of the last added sample, to avoid a map lookup
 }
 
-// newFamilyGrouper returns an empty familyGrouper. match selects lines; nil selects all lines.
 func newFamilyGrouper(match func(line []byte) bool) *familyGrouper {
 	return &familyGrouper{match: match, families: map[string]*Family{}}
 }
@@ -54,7 +53,6 @@ func (c *familyGrouper) addIfMatches(name string, l FamilySample) {
 	c.last.Samples = append(c.last.Samples, l)
 }
 
-// sorted returns the families sorted by name.
 func (c *familyGrouper) sorted() []Family {
 	all := make([]Family, 0, len(c.families))
 	for _, name := range slices.Sorted(maps.Keys(c.families)) {
@@ -80,9 +78,9 @@ func (s *AllSitesReader) rotateFirstSite() {
 	_, s.start = math.Modf(s.start + math.Phi)
 }
 
-// newestSampleCutoff returns a time in ms. The newest sample of a series is not shown if it is
-// older than this time. Whether a scrape shows samples that its consumer has not read does not
-// depend on this time.
+// newestSampleCutoff returns a time in ms. A scrape does not show the newest sample of a series if
+// that sample is older than this time. The time does not apply to samples that the consumer has not
+// read; ServedSince limits the age of these.
 func (s *AllSitesReader) newestSampleCutoff() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }

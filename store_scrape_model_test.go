@@ -1,8 +1,8 @@
 package main
 
-// A model of consumers that scrape a store at random, while connections break, logs are
-// rewritten, samples are evicted and the process crashes. Every consumer gets every accepted
-// sample, and no confirmed sample again except as the newest of its series.
+// A model of consumers that scrape a store at random, while connections break, logs are rewritten,
+// samples are evicted and the process crashes. Every consumer gets every accepted sample. A sample
+// that a consumer confirmed comes again only as the newest sample of its series.
 
 import (
 	"context"
@@ -30,8 +30,9 @@ type modelConsumer struct {
 	drains  bool                // set while the scraper reads all samples undisturbed: nothing else happens during its scrapes
 }
 
-// noteRepeats adds to c.partly the samples of batches that the session has served in part. A new
-// session serves such a batch from its beginning, because only the session knows about parts.
+// noteRepeats looks at the batches that the session has served in part, and adds their served
+// samples to c.partly. A new session serves these samples again, because it begins such a batch
+// anew.
 func (m *scrapeModel) noteRepeats(c *modelConsumer) {
 	if c.session == nil {
 		return
@@ -88,7 +89,6 @@ type scrapeModel struct {
 	values    float64 // value of the newest sample; each sample has its own value
 }
 
-// randomSite returns the ID of one of the four sites.
 func (m *scrapeModel) randomSite() string { return fmt.Sprint("c", m.rng.IntN(4)) }
 
 // push pushes new and late samples for a site.
@@ -213,8 +213,9 @@ func (m *scrapeModel) newest() map[string]int64 {
 	return all
 }
 
-// meanwhile pushes to one site, rewrites its log or evicts from it while a scrape is at another
-// site. AllSitesReader calls it as its Owned function. It always returns true.
+// meanwhile sometimes changes a site while a scrape is at another site: it pushes to the site,
+// rewrites its log or evicts its batches. AllSitesReader calls meanwhile as its Owned function. So
+// it always returns true.
 func (m *scrapeModel) meanwhile(scraped uint64) bool {
 	id := m.randomSite()
 	if SiteKey(id) == scraped || m.rng.IntN(4) > 0 {
@@ -231,7 +232,6 @@ func (m *scrapeModel) meanwhile(scraped uint64) bool {
 	return true
 }
 
-// find returns the site with the given ID; nil if the store does not know the site.
 func (m *scrapeModel) find(id string) *Site {
 	m.store.mu.RLock()
 	defer m.store.mu.RUnlock()

@@ -79,7 +79,9 @@ func TestNewestPerSeriesLinesStay(t *testing.T) {
 		tooMany = append(tooMany, point{"z", n, k.clock.ms(0), 1})
 	}
 	for i := range 90 {
-		for _, points := range [][]point{{{"x", 2 + i, k.clock.ms(0), 1}}, tooMany} { // the limit on series has room for 49 pushes of the first kind
+		// The first push adds a series, until the limit of 50 series is reached. The second push is
+		// always refused.
+		for _, points := range [][]point{{{"x", 2 + i, k.clock.ms(0), 1}}, tooMany} {
 			if _, err := k.tryPush(s, "a", points...); err != nil && !errors.Is(err, ErrSeriesLimit) {
 				t.Fatal(err)
 			}
@@ -90,8 +92,8 @@ func TestNewestPerSeriesLinesStay(t *testing.T) {
 	}
 }
 
-// When a scrape cannot show all sites, the sites take turns. This also holds for each of several
-// scrapers that alternate.
+// When a scrape cannot show all sites, the sites take turns. If several scrapers alternate, each of
+// them still sees every site in turn.
 func TestNewestPerSeriesRotates(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -128,7 +130,7 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 					}
 				}
 			}
-			// A scrape begins at each site in about a tenth of the scrapes.
+			// Each of the 10 sites is the first site of about a tenth of the scrapes.
 			if len(seen) != 10 || slices.Min(slices.Collect(maps.Values(seen))) < 3 {
 				t.Errorf("limit %d, %d scrapers: in 40 scrapes of one scraper the sites were shown %v times, want each at least 3", limit, scrapers, seen)
 			}

@@ -23,7 +23,6 @@ type tableModel struct {
 // tableCutoff is the time before which a series counts as expired and is not listed.
 const tableCutoff = 50
 
-// add appends a series without a sample to the model.
 func (m *tableModel) add(line string) {
 	m.lines, m.lastT, m.listed = append(m.lines, line), append(m.lastT, NoTime), append(m.listed, false)
 }
@@ -54,8 +53,8 @@ func (m *tableModel) padTo(n int) {
 	}
 }
 
-// subset returns the model of a table with the series that keep chooses among the listed series.
-// The series get new IDs without gaps, in the same order, and m stays unchanged.
+// subset returns the model of a smaller table. It has the listed series for which keep returns
+// true, in the same order and with new IDs without gaps. m stays unchanged.
 func (m *tableModel) subset(keep func() bool) *tableModel {
 	used := make([]bool, m.table.Len())
 	kept := &tableModel{t: m.t}
@@ -87,7 +86,6 @@ func (m *tableModel) setNewest(id int, at int64) {
 	m.lastT[id], m.listed[id] = max(m.lastT[id], at), true
 }
 
-// check compares the table with the model.
 func (m *tableModel) check() {
 	if m.table.Len() != len(m.lines) {
 		m.t.Fatalf("the table has %d series, want %d", m.table.Len(), len(m.lines))

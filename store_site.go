@@ -104,7 +104,7 @@ func (s *Site) Unlock() { s.lock.Unlock() }
 func (s *Site) LockForever() { _ = s.lock.Lock(context.Background(), nil) }
 
 // The caller of each method of Site below must hold the site's lock, except for seqReadByAll and
-// TryEvictOldestBatch.
+// TryEvictOldestBatch. Recovery needs no lock, because nothing else uses the store then.
 
 // markRemoved records that the site is no longer in the store, and subtracts its log from the
 // totals. If a log file was not removed because of an error, the next log of the same site replaces
@@ -231,7 +231,6 @@ func (s *Site) noteReadScrapesAndCopy() SiteSamples {
 	return old
 }
 
-// writeAll writes the chunks to w in order.
 func writeAll(w io.Writer, chunks func(yield func([]byte) bool)) error {
 	for chunk := range chunks {
 		if _, err := w.Write(chunk); err != nil {

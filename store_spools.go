@@ -79,7 +79,6 @@ func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
 	}
 }
 
-// heldRangeCount returns the number of ranges in all held entries.
 func (p *siteSpool) heldRangeCount() (n int) {
 	for _, h := range p.held {
 		n += len(h.numbers)
@@ -112,7 +111,6 @@ func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	return !slices.ContainsFunc(names.Numbers, func(r Range) bool { return !known.Covers(r) })
 }
 
-// heldNumbers returns the numbers of all held entries.
 func (p *siteSpool) heldNumbers() (held Ranges) {
 	for _, h := range p.held {
 		held = held.AddAll(h.numbers)

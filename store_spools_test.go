@@ -2,7 +2,7 @@ package main
 
 // Scrapes that a push names by their numbers. A scrape is held once its samples are on disk, and
 // read once every consumer has read its samples. No crash, damage or clock error makes a store list
-// a scrape as held or read whose samples it lacks.
+// a scrape as held although the scrape's samples are lost.
 
 import (
 	"fmt"
@@ -17,9 +17,9 @@ func spoolLists(s *Store) string {
 	return fmt.Sprintf("held %v, read %v", st.Held, st.Read)
 }
 
-// At any file operation of a push, the process is killed or the disk fails. Afterwards the store
-// lists the scrape as held if and only if it holds the scrape's samples. If the store acknowledged
-// the push, it holds both. When the client repeats the push, each sample is stored once.
+// The process is killed, or the disk fails, at any file operation of a push. Afterwards the store
+// lists the scrape as held only if it holds the scrape's samples. An acknowledged push is not lost.
+// When the client repeats the push, each sample is stored once.
 func TestNamedPushCrashAnywhere(t *testing.T) {
 	faults := []struct {
 		name  string
@@ -86,8 +86,9 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 		t.Errorf("%s: the push was acknowledged and is lost", name)
 	}
 	wantHeld(t, name, got, want)
-	// A crash may leave a later part of a write on disk without an earlier part. Recovery takes
-	// such a write for damage, and forgets the held scrapes.
+	// A scrape whose samples the store holds is listed as held, with one exception. A crash may
+	// leave a later part of a write on disk without an earlier part. Recovery takes such a write
+	// for damage, and forgets which scrapes are held.
 	damaged := len(k.errors) > 0
 	if lists := spoolLists(s); lists != wantLists && !(damaged && lists == "held , read ") {
 		t.Errorf("%s: the push returned %+v, %v; %d samples are held, and the scrapes are %q, want %q", name, res, err, len(got), lists, wantLists)
@@ -227,8 +228,9 @@ func TestScrapesWithNewConsumer(t *testing.T) {
 }
 
 // A push of one scrape does not make the scrape held if all its samples are outside of retention or
-// from the future, because this server's clock may be wrong. A push of several scrapes makes none
-// of them held if any sample is, because the store cannot tell to which scrape the sample belongs.
+// from the future, because this server's clock may be wrong. If a push of several scrapes has one
+// such sample, none of the scrapes becomes held, because the store cannot tell to which scrape the
+// sample belongs.
 func TestUntimelyScrapesAreNotHeld(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -293,8 +295,8 @@ func TestSiteSpoolsRememberTwoHours(t *testing.T) {
 	}
 	s.MarkReadUpTo(3600)
 	held, read := s.HeldAndRead(1)
-	// Pairs of adjacent entries are merged, so that up to 8 read scrapes may still be listed as
-	// held.
+	// SiteSpools merges its entries for held scrapes in pairs. The scrapes of a merged entry become
+	// read together, so that up to 8 read scrapes may still be listed as held.
 	if len(held) != 1 || len(read) != 1 || read[0].To > 3600 || read[0].To < 3600-8 || held[0].From != read[0].To+1 {
 		t.Errorf("half is read: held %v, read %v", held, read)
 	}
@@ -331,8 +333,8 @@ func TestSiteSpoolsAreBounded(t *testing.T) {
 	}
 }
 
-// The store lists no scrape as held or read whose samples were lost when the log was cut or
-// damaged, at whichever byte.
+// A scrape whose samples were lost is not listed as held. This holds for a log that is cut or
+// damaged at any byte.
 func TestDamagedLogClaimsNoLostScrape(t *testing.T) {
 	for _, rewritten := range []bool{false, true} {
 		p := newSpoolStore(t)

@@ -19,7 +19,7 @@ type SiteStats struct {
 type ConsumerSiteBacklog struct {
 	Name, Address string
 	UnreadSamples int
-	LastScrape    time.Time // time of the consumer's newest scrape
+	LastScrape    time.Time
 }
 
 // StoreStats has the present numbers of a store, and counts of events since the store was opened.

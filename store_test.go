@@ -115,7 +115,8 @@ func TestStoreRun(t *testing.T) {
 			t.Errorf("no push is accepted after samples expired: %+v", s.Stats())
 		}
 
-		// The site is silent while nothing runs, because a Run that wakes for a month takes seconds.
+		// No Run is active while the site is silent, because a Run that wakes up again and again
+		// for 30 days would make the test take seconds.
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)

@@ -85,8 +85,8 @@ func (r *WireReader) Varint(min, max int64) int64 {
 	return v
 }
 
-// failVarint records the error of a varint. decodedLen is the length that encoding/binary returned:
-// 0 means that the bytes end within the varint.
+// failVarint makes the reader fail at a varint that is cut off or out of bounds. decodedLen is the
+// length that encoding/binary returned: 0 means that the bytes end within the varint.
 func (r *WireReader) failVarint(decodedLen int) {
 	if decodedLen == 0 {
 		r.fail(errWireShort)
