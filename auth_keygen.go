@@ -1,8 +1,8 @@
 package main
 
-// This file creates and rotates key files. It never loses an existing key and never leaves a partly
-// written file under a key file's name, because a file gets its name only when it is complete and
-// synced.
+// This file creates and rotates key files. A rotation keeps every key that the file had before; but
+// if two rotations run at once, one of the two new keys may be lost. A file gets its name only when
+// it is complete and synced, so a key file's name never names a partly written file.
 
 import (
 	"cmp"

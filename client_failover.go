@@ -140,8 +140,9 @@ type pushScrapeLimit struct {
 // limitToHalf lowers the limit to half after a push of this many scrapes was too large or too slow.
 func (s *pushScrapeLimit) limitToHalf(pushed int) { s.max, s.careful = pushed/2, pushed }
 
-// limitToOne lowers the limit to one after a push of this many scrapes failed because of one of its
-// scrapes. Pushes of a single scrape then find the bad one.
+// limitToOne lowers the limit to one, after the server refused a push of this many scrapes because
+// of a scrape in it, or declined some of its scrapes. Pushes of a single scrape then find the bad
+// ones.
 func (s *pushScrapeLimit) limitToOne(pushed int) { s.max, s.careful = 1, pushed }
 
 // growAfter records that this many scrapes are settled, so that they need not be sent again now.

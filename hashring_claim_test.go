@@ -1,7 +1,7 @@
 package main
 
-// Tests of claims: members that have heard the same claims choose different slots, and rings that
-// start or join settle after few changes.
+// Tests of claims. Members that have heard the same claims choose different slots. A ring whose
+// members start at once, and two rings that find each other, change owners only a few times.
 
 import (
 	"encoding/binary"

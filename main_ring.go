@@ -47,12 +47,9 @@ func (f *ringFlags) enabled() bool { return f.listen != "" }
 
 // check adds each conflict among the flags of the ring to the problems of c.
 func (f *ringFlags) check(c *command) {
-	if !f.enabled() {
-		c.addProblemUnless(len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster ADDRESS, usually :9006")
-		return
-	}
-	err := CheckMemberName(f.name)
+	err := CheckMemberName(f.name) // the name is a label value of /federate without a ring, too
 	c.addProblemUnless(err == nil, "--name: %v", err)
+	c.addProblemUnless(f.enabled() || len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster ADDRESS, usually :9006")
 }
 
 // ringNode has the parts of a server that make it a member of a ring, and its sockets.

@@ -49,6 +49,8 @@ func TestServerConflicts(t *testing.T) {
 		{"--keys k --listen-internal 0.0.0.0:1", []string{"can be reached"}},
 		{"--keys k --internal-open --federate-token-file f", []string{"exclude each other"}},
 		{"--keys k --label a --label __x=1", []string{`"a" is not NAME=VALUE`}},
+		{"--keys k --name süd", []string{"--name: ", "visible ASCII"}},
+		{"--keys k --join a:9006", []string{"--join and --advertise need --listen-cluster"}},
 		{"--keys k --label _id=x", []string{`--label: label name "_id" is reserved`}},
 		{"--keys k --elide-label _id", []string{`--elide-label: label name "_id" is reserved`}},
 		{"--keys k --elide-label a.b", []string{"--elide-label"}},

@@ -110,8 +110,9 @@ func TestSourceClockShiftAfterRestart(t *testing.T) {
 	}
 }
 
-// Since measures with the boot-time clock if both moments are of the same boot, and with the wall
-// clock after a reboot. Its result is never negative.
+// Moment.Since returns the time between two moments. It uses the boot-time clock if both moments
+// have the same boot ID and that clock has not gone back. Otherwise it uses the wall clock. The
+// result is never negative.
 func TestMomentSince(t *testing.T) {
 	then := Moment{Wall: 1000_000, Boot: 500_000, BootID: "a"}
 	for _, tt := range []struct {

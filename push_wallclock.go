@@ -24,8 +24,8 @@ type PresentTimeRange struct{ Earliest, Latest time.Time }
 // ExactTimeRange returns the range whose two ends are t, for a clock that is not in doubt.
 func ExactTimeRange(t time.Time) PresentTimeRange { return PresentTimeRange{Earliest: t, Latest: t} }
 
-// CheckedWallClock compares this machine's wall clock with its monotonic clock. It is safe for
-// concurrent use.
+// CheckedWallClock notices steps of this machine's wall clock, by comparing it with the monotonic
+// clock. It is safe for concurrent use.
 type CheckedWallClock struct {
 	wall      func() time.Time
 	monotonic func() time.Duration

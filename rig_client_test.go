@@ -45,12 +45,11 @@ func respond(status int, header http.Header, body string) *http.Response {
 // that it holds.
 type fakeHub struct {
 	t         *testing.T
-	mu        sync.Mutex                           // guards asked, asks, bodies, at, hosts and headers while a client runs
+	mu        sync.Mutex                           // guards asked, asks, bodies, at and hosts while a client runs
 	asked     []time.Time                          // times of the requests for /authorize
 	bodies    []string                             // decompressed bodies of the accepted pushes
 	at        []time.Time                          // arrival times of all pushes
 	hosts     []string                             // host to which each push was sent
-	headers   []http.Header                        // HTTP header of each push
 	asks      []time.Time                          // arrival times of questions (pushes without scrapes)
 	expires   int                                  // lifetime of the upload tokens that it issues, in seconds
 	tellsTime bool                                 // answers state the server's time and name
@@ -81,7 +80,6 @@ func (h *fakeHub) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		h.hosts = append(h.hosts, r.URL.Host)
 		h.at = append(h.at, time.Now())
-		h.headers = append(h.headers, r.Header)
 		if h.answer != nil {
 			if resp := h.answer(r); resp != nil {
 				return resp, nil

@@ -231,8 +231,9 @@ func (m *deliveryModel) checkHeld(s *modelServer, c *modelSite, held Ranges) {
 	}
 }
 
-// checkRead checks the scrapes that s lists as read for the first time. Every consumer in all must
-// have received their samples, except for expired and evicted samples.
+// checkRead checks the scrapes that s lists as read for the first time: each consumer i for which
+// all[i] is set must have received the samples of these scrapes, except for samples that expired or
+// were evicted.
 func (m *deliveryModel) checkRead(s *modelServer, c *modelSite, spool uint64, read Ranges, all [modelConsumers]bool) {
 	for _, r := range read {
 		for n := r.From; n <= r.To; n++ {

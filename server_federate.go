@@ -27,7 +27,7 @@ var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.
 type federateConfig struct {
 	Store        *Store
 	Sites        *SitePushLimiter
-	Owned        func(hash uint64) bool // reports whether every scrape shows the newest samples of the site with this key; see AllSitesReader
+	Owned        func(hash uint64) bool // reports whether this server shows the newest samples of the site with this key again, even to consumers that have read them; see AllSitesReader.Owned
 	Revoked      func(id string) bool
 	Name         string
 	Metrics      *Metrics
@@ -238,7 +238,7 @@ func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(h.cfg.Name)},
 			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
 		if match.MatchOrEmpty(r.Name, r.Labels) {
-			p.Add(&r) // cannot fail, because these names and the cluster ID of an authenticated site are valid
+			p.Add(&r) // cannot fail: names are constants, and the values are checked: server name, cluster ID, and name and address of the consumer
 		}
 	}
 	for _, site := range h.cfg.Store.Stats().Sites {

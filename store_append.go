@@ -239,8 +239,8 @@ func orderForBatch(samples []seriesSample) {
 	}
 }
 
-// newBatch returns a batch with the given samples. The times of all samples must lie within
-// MaxRetention of each other.
+// newBatch returns a batch with the given samples. The difference of any two sample times, in ms,
+// must fit into an int32; the limit MaxRetention ensures this.
 func newBatch(seq uint64, acceptedAt int64, samples []seriesSample) *Batch {
 	b := &Batch{Seq: seq, AcceptedAt: acceptedAt, T0: acceptedAt}
 	b.IDs, b.DT, b.V = make([]uint32, len(samples)), make([]int32, len(samples)), make([]float64, len(samples))

@@ -33,7 +33,7 @@ type SiteSamples struct {
 	Table         *SeriesTable
 	Batches       []*Batch // in order of sequence number
 	Seq           uint64   // number of the newest batch, even if it has left memory; each start of the server raises it
-	LastPush      int64    // ms, time of the newest push
+	LastPush      int64    // ms; when the newest push was accepted, not counting questions and repeated pushes
 	Spools        SiteSpools
 	startSeq      uint64 // value of Seq before the first batch
 	expiredBefore int64  // ms; older samples have expired, even if their batch is still in memory
