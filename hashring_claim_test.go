@@ -1,7 +1,7 @@
 package main
 
-// Tests of claims. Members that have heard the same claims choose different slots. A ring whose
-// members start at once, and two rings that find each other, change owners only a few times.
+// Tests of claims. Members that have heard the same claims choose different slots. If many members
+// start at once, or two rings become one, the members settle on different slots.
 
 import (
 	"encoding/binary"
@@ -145,12 +145,12 @@ func TestChooseClaimAgrees(t *testing.T) {
 // A ringMember is a member in a simulation of claims without gossip.
 type ringMember struct {
 	name    string
-	heard   map[string]Claim // latest claim of each member, its own included
+	heard   map[string]Claim // by name: the latest claim heard of each other member, and the own claim
 	highest uint64           // highest Lamport number heard or used
 	slot    int              // claimed slot; -1 before the first claim
 	changes int              // changes of slot after the first claim
-	quiet   int              // exchanges since the member last heard a new claim
-	dirty   bool             // a new claim was heard since the last resolve
+	quiet   int              // exchanges of this member since it last heard a new claim
+	dirty   bool             // a new claim was heard since the last resolve, or resolve was never called
 }
 
 // hear records c, a claim of another member, if c is newer than the latest claim of that member
@@ -176,11 +176,12 @@ func (m *ringMember) resolve() {
 	}
 }
 
-// settleRing simulates gossip: in each exchange a random member hears all claims that another
+// settleRing simulates gossip: in each exchange one random member hears all claims that a second
 // random member has heard. It ends when all members have heard the same claims and no claim
-// changes. A member that heard a new claim calls resolve once it has heard no further new claim in
-// quiet exchanges. settleRing returns the number of exchanges per member, or -1 if the members do
-// not settle within 1000.
+// changes. A member that has heard a new claim calls resolve after some of its exchanges have
+// brought no further new claim; the parameter quiet is the number of these exchanges. settleRing
+// returns the number of exchanges per member, or -1 if the members do not settle within 1000
+// exchanges per member.
 func settleRing(rng *rand.Rand, members []*ringMember, quiet int) int {
 	n := len(members)
 	for round := 1; round <= 1000; round++ {
@@ -201,10 +202,10 @@ func settleRing(rng *rand.Rand, members []*ringMember, quiet int) int {
 	return -1
 }
 
-// A hundred members that start at once come to hold the hundred lowest slots, whatever slot each
-// member claimed before it heard of the others. If each member waits for three exchanges without a
-// new claim before it changes its slot, hardly any member changes its slot more often than it must.
-// The members settle even if no member waits.
+// A hundred members that start at once come to hold the hundred lowest slots, whether no member has
+// claimed a slot before or all have claimed slot 0. If each member waits for three exchanges
+// without a new claim before it changes its slot, hardly any member changes its slot more often
+// than it must. The members settle even if no member waits.
 func TestRingManyStartAtOnce(t *testing.T) {
 	t.Parallel()
 	const n = 100
@@ -252,8 +253,9 @@ func TestRingManyStartAtOnce(t *testing.T) {
 	}
 }
 
-// When two rings join, the members whose claims come first by Claim.compare keep their slots. Each
-// other member changes its slot once or twice. In the end all members hold different slots.
+// When two rings become one, each slot stays with the member whose claim to it comes first by
+// Claim.compare. Each other member changes its slot once or twice. In the end all members hold
+// different slots.
 func TestRingHalvesJoin(t *testing.T) {
 	first := testSeed(t, 1)
 	for _, tt := range []struct {
@@ -297,8 +299,9 @@ func TestRingHalvesJoin(t *testing.T) {
 	}
 }
 
-// Rings and claims stay within MaxSlots for any claims. Once members have made the claims that
-// ChooseClaim returns, no claim changes.
+// For any 40 claims, the ring has at most MaxSlots buckets, and ChooseClaim returns valid claims.
+// Once all members have made these claims, no claim changes, unless the highest Lamport number is
+// in use already.
 func FuzzRing(f *testing.F) {
 	f.Add([]byte("\x00\x00\x01a\x00\x00\x01b"), 3)
 	f.Add([]byte("\x10\x00\x01a\x00\x00\xffb\x40\x02\x01a\x80\x01\x02c"), -1)
@@ -346,11 +349,11 @@ func FuzzRing(f *testing.F) {
 	})
 }
 
-// BenchmarkChooseClaim chooses a claim among 100 members with two claims to each slot.
+// BenchmarkChooseClaim chooses a claim among 100 members. Two members claim each slot.
 func BenchmarkChooseClaim(b *testing.B) {
 	var live []Claim
 	for i := range 100 {
-		live = append(live, Claim{Slot: i / 2, Lamport: uint64(i), Name: fmt.Sprintf("m%03d", i)})
+		live = append(live, Claim{Slot: i / 2, Lamport: uint64(i + 1), Name: fmt.Sprintf("m%03d", i)})
 	}
 	for b.Loop() {
 		ChooseClaim("m099", false, live, nil, 0)

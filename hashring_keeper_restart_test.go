@@ -39,8 +39,8 @@ func TestMemberState(t *testing.T) {
 	}
 }
 
-// LoadRestartState returns a lasting read error, and not the zero state. It retries after a read
-// error, so that it returns the state if the error does not last.
+// If reading the file fails every time, LoadRestartState returns the error. If reading fails only
+// once or twice, LoadRestartState tries again and returns the state.
 func TestMemberStateReadFails(t *testing.T) {
 	want := RestartState{Session: 7, Slot: 3, Lamport: 9}
 	for _, f := range readFaults {
@@ -58,8 +58,8 @@ func TestMemberStateReadFails(t *testing.T) {
 	}
 }
 
-// A member on a full disk starts. It claims a slot only once it can save its state. A member whose
-// directory cannot be written does not start.
+// A member on a full disk starts. It claims a slot only once it can save its state. A member
+// without permission to write its directory does not start.
 func TestMemberStartsOnFullDisk(t *testing.T) {
 	gossip := startGossip(t, GossipConfig{Name: "a"}, "127.0.0.1:0").Gossip
 	fsys := newStoreFS(1)

@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// A member that is alone claims a slot within an interval. A second member claims its slot only
-// after quietIntervals in which no member joined or left. The first member then has the second
-// member on its ring within an interval.
+// A member that is alone and has no seeds claims a slot within a gossip interval. A second member
+// claims its slot only after quietIntervals intervals in which no member joined or left. The first
+// member then has the second member on its ring within an interval.
 func TestKeeperClaims(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newMemNet()
@@ -31,7 +31,8 @@ func TestKeeperClaims(t *testing.T) {
 	})
 }
 
-// Settled is closed only after View has the first ring: a server that is ready knows the owners.
+// The channel of Settled is closed only after View has the first ring. So a server that waits for
+// this channel knows the owners.
 func TestKeeperSettledHasRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemNet().add(t, "a", "10.0.0.1:1", newStoreFS(1))

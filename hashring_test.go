@@ -46,7 +46,8 @@ func everyNth(n, step int) []int {
 func owner(r *Ring, key uint64) string { name, _ := r.Owner(key); return name }
 
 // jumpHash returns the published test vectors, and splitmix64 returns the first outputs of its
-// generator for the seed 0. Its argument is the generator's state before the output.
+// generator for the seed 0. The argument of splitmix64 is the state of the generator before the
+// output.
 func TestRingHashes(t *testing.T) {
 	for _, c := range []struct {
 		key     uint64
@@ -68,7 +69,7 @@ func TestRingHashes(t *testing.T) {
 
 // All members own equal shares of the keys. Counts of the keys of each member differ only by the
 // noise of counting, and with 16 members the largest count is at most 1.02 times the mean. Empty
-// slots do not change this. The result of Shares agrees with the counts.
+// slots do not change this. The result of Shares agrees with the counts up to this noise.
 func TestSweepRingBalance(t *testing.T) {
 	sweep(t)
 	t.Parallel()
@@ -185,7 +186,7 @@ func TestRingChangeMovesOnlyItsOwn(t *testing.T) {
 	}
 }
 
-// The keys of a lost member move to all other members in equal shares.
+// The keys of a lost member move to all other members in about equal shares.
 func TestRingLossSpreads(t *testing.T) {
 	keys := ringKeys(50_000)
 	all := everyNth(16, 1)
@@ -252,7 +253,7 @@ func TestRingDownToLast(t *testing.T) {
 	}
 }
 
-// slotOfName returns the slot of a member of ringOf, and -1 for any other name.
+// slotOfName returns the slot of a member of ringOf, and -1 for an empty name.
 func slotOfName(name string) int {
 	slot := -1
 	fmt.Sscanf(name, "m%d", &slot)
@@ -268,7 +269,7 @@ func TestRingWithoutMembers(t *testing.T) {
 	}
 }
 
-// Owner finds the only live slot among any number of buckets. If no jump finds a live slot, the
+// Owner finds the only live slot, even among MaxSlots buckets. If no jump finds a live slot, the
 // owner is the member that holds the lowest live slot.
 func TestRingFindsLiveSlot(t *testing.T) {
 	if name, ok := ringOf(9, 4).Owner(1); !ok || name != "m4" {
@@ -294,7 +295,8 @@ func TestRingBuckets(t *testing.T) {
 	}
 }
 
-// If two members claim one slot, the earlier claim wins and the other member owns nothing.
+// If two members claim one slot, and neither claim is provisional, the earlier claim wins and the
+// other member owns nothing.
 func TestRingTwoClaimsToOneSlot(t *testing.T) {
 	two := NewRing([]Claim{{Slot: 0, Lamport: 3, Name: "a"}, {Slot: 0, Lamport: 2, Name: "b"}}, 2)
 	if len(two.liveSlots) != 1 || owner(two, 1) != "b" {
@@ -302,8 +304,8 @@ func TestRingTwoClaimsToOneSlot(t *testing.T) {
 	}
 }
 
-// Two rings have equal digests if and only if they have the same number of buckets and the same
-// holder of each slot.
+// Rings with the same number of buckets and the same holder of each slot have equal digests. Rings
+// that differ in either have different digests, unless the hash collides.
 func TestRingDigest(t *testing.T) {
 	claims := func(names ...string) (c []Claim) {
 		for i, name := range names {

@@ -1,8 +1,8 @@
 package main
 
 // Tests of the connections of a listener: the bound on their number, and AnswerReadTracker, which
-// finds out whether a peer sent a request only after it had the previous answer. The tests run in
-// virtual time, over pipes in memory.
+// finds out whether a peer sent a request only after it had the previous answer. The tests run over
+// pipes in memory, most of them in virtual time.
 
 import (
 	"bufio"

@@ -13,8 +13,8 @@ import (
 )
 
 // An instrumented handler counts its requests by the handler's name and by the first status that
-// the handler writes. If the handler writes no status, the request counts as 200.
-// http.ResponseController can flush through the wrapped ResponseWriter.
+// the handler writes. If the handler writes no status and does not panic, the request counts as
+// 200. http.ResponseController can flush through the wrapped ResponseWriter.
 func TestInstrument(t *testing.T) {
 	m := NewMetrics()
 	wrap := NewInstrument(m)

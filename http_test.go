@@ -79,6 +79,7 @@ func runHTTPServer(h http.HandlerFunc) (l *pipeListener, end func() (time.Durati
 const tenBytePost = "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
 
 // answerMegabyte is a handler that reads the whole body of a request and then answers with 1 MiB.
+// If it cannot read the body, it answers 400.
 func answerMegabyte(w http.ResponseWriter, r *http.Request) {
 	if _, err := io.ReadAll(r.Body); err != nil {
 		http.Error(w, "late", http.StatusBadRequest)
@@ -151,8 +152,8 @@ func TestHTTPServerWriteDeadline(t *testing.T) {
 }
 
 // An HTTPServer that stops accepts no new connections and still answers requests in flight. It cuts
-// off a request that takes longer than shutdownWait. Run returns no error, even if a request was
-// cut off.
+// off a request that is still in flight after shutdownWait. Run returns no error, even if a request
+// was cut off.
 func TestHTTPServerShutdown(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -218,9 +219,9 @@ func TestHTTPServerFails(t *testing.T) {
 	}
 }
 
-// An HTTPServer with TLS accepts only TLS 1.2 or newer and only HTTP/1.1, even if the peer prefers
-// HTTP/2. It does not track TLS connections, so TrackerIfPreviousAnswerRead returns a new tracker
-// for each call.
+// An HTTPServer whose TLS configuration requires TLS 1.2 refuses older versions. With TLS it speaks
+// only HTTP/1.1, even if the peer prefers HTTP/2. It does not track TLS connections, even if
+// TrackConns is true, so TrackerIfPreviousAnswerRead returns a new tracker for each call.
 func TestHTTPServerTLS(t *testing.T) {
 	crt, key, err := SelfSignedCert([]string{"127.0.0.1"}, time.Now())
 	if err != nil {
@@ -286,8 +287,8 @@ func TestHTTPServerTLS(t *testing.T) {
 }
 
 // An HTTP client of NewHTTPClient sends a token only to the URL that the caller gives: it follows
-// no redirect and ignores the proxy variables of the environment. The time of a request and the
-// size of the answer's headers are bounded.
+// no redirect and ignores the proxy variables of the environment. The given timeout bounds a
+// request, and the size of the answer's headers is bounded.
 func TestHTTPClient(t *testing.T) {
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { t.Error("the client contacted another server") }))
 	defer other.Close()

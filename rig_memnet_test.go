@@ -31,7 +31,7 @@ type memDatagram struct {
 type memConn struct {
 	net    *memNet
 	addr   netip.AddrPort
-	wake   sync.Cond // wakes readers when queue, until or closed changes
+	wake   sync.Cond // wakes readers when a datagram arrives, until or closed changes, or the deadline passes
 	queue  []memDatagram
 	until  time.Time   // read deadline
 	timer  *time.Timer // wakes readers at the deadline
@@ -85,7 +85,7 @@ func (c *memConn) SetReadDeadline(t time.Time) error {
 	return nil
 }
 
-// close closes the socket, so that reads fail and datagrams to it are lost.
+// close closes the socket, so that datagrams to it are lost. Reads fail once the queue is empty.
 func (c *memConn) close() {
 	c.net.mu.Lock()
 	defer c.net.mu.Unlock()
@@ -159,8 +159,9 @@ func (m *memMember) slot() int {
 // members returns the number of members that have a share of the ring, as m sees the ring.
 func (m *memMember) members() int { return len(m.View().Ring.Shares()) }
 
-// took lets virtual time pass until ok returns true, and returns how much time has passed. It fails
-// the test after 10 minutes of virtual time, with about as the condition that was not met.
+// took lets virtual time pass until ok returns true, and returns how much time has passed. If ok
+// has not returned true within 10 minutes of virtual time, the test fails; the text in about names
+// the condition.
 func took(t *testing.T, about string, ok func() bool) time.Duration {
 	t.Helper()
 	begin := time.Now()
@@ -192,7 +193,8 @@ func newMemNet() *memNet { return &memNet{conn: map[netip.AddrPort]*memConn{}} }
 // once per idleCheck, which is a minute.
 func restLong() { time.Sleep(90*time.Second + 7*time.Millisecond) }
 
-// checkWithin fails the test if got, the time that about took, is longer than most.
+// checkWithin fails the test if the time got is longer than the limit most. The text in about names
+// what took this time.
 func checkWithin(t *testing.T, about string, got, most time.Duration) {
 	t.Helper()
 	if got > most {

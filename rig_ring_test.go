@@ -1,8 +1,8 @@
 package main
 
 // The rig of forwarding tests: members of a ring with real listeners on 127.0.0.1, and HTTP
-// transports that change or lose requests and answers. The tests give each member its view of the
-// ring; there is no gossip.
+// transports that change, record or lose requests and answers. The tests give each member its view
+// of the ring; there is no gossip.
 
 import (
 	"bytes"
@@ -23,17 +23,17 @@ import (
 )
 
 // forwardNode is a member of a ring that can forward pushes and receive forwarded pushes. By
-// default it accepts every forwarded push, and the body of its answer is its own name. It records
-// the forwarded pushes that it receives.
+// default it records each forwarded push that its Forwarder does not refuse, and accepts the push.
+// The body of the answer is then the name of the node.
 type forwardNode struct {
 	*Forwarder
 	url   string
-	store storeForwardedFunc           // called for each authentic push that another member forwards to this node
+	store storeForwardedFunc           // called for each forwarded push that the Forwarder of this node does not refuse
 	down  atomic.Bool                  // if true, the node aborts every request, as if it were unreachable
 	last  atomic.Pointer[http.Request] // last request that this node received from another member
 	body  atomic.Pointer[[]byte]       // body of the request in the field last
 
-	mu     sync.Mutex // guards the fields pushes and answer
+	mu     sync.Mutex // guards pushes and answer while requests are in flight
 	pushes []takenPush
 	answer func() (*pushResponse, error) // returns the answer that answerName gives; nil: answerName answers 200
 }
@@ -44,8 +44,8 @@ type takenPush struct {
 	body string
 }
 
-// receiver returns the node's HTTP handler for requests of other members. It passes each authentic
-// push to n.store.
+// receiver returns the node's HTTP handler for requests of other members. It passes to n.store each
+// push that the Forwarder does not refuse.
 func (n *forwardNode) receiver() http.Handler {
 	return n.Handler(func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error) {
 		return n.store(ctx, push, body)
@@ -73,7 +73,7 @@ func (n *forwardNode) took() int {
 
 // push calls TryForward with a push of the site id. It returns the body of the answer, which by
 // default is the name of the member that accepted the push. It returns "" if TryForward returns
-// nil, because then the node has to store the push itself.
+// nil; the node then has to store the push itself, unless ctx has ended.
 func (n *forwardNode) push(ctx context.Context, id, body string) string {
 	a := n.TryForward(ctx, &pushRequest{ClusterID: id, Arrival: 5, Type: "text/plain"}, []byte(body))
 	if a == nil {
@@ -121,7 +121,7 @@ func newForwardPair(t testing.TB) (a, b *forwardNode, id string) {
 }
 
 // join gives all nodes the same view of the ring, in which each node is live, has the given
-// session, and has claimed the slot with its index in nodes.
+// session, and has claimed the slot whose number is its index in nodes.
 func join(session uint64, nodes ...*forwardNode) {
 	var claims []Claim
 	members := map[string]RingMember{}

@@ -30,7 +30,8 @@ const (
 	acceptUTF8 = "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
 )
 
-// srvRig is a server named s1, its store and its two listeners.
+// srvRig is a server with its store and, unless newVirtualRig made it, its two listeners. The
+// server is named s1 unless a test changes that.
 type srvRig struct {
 	t        testing.TB
 	clock    atomic.Int64 // the server's current time, in ns after testNow
@@ -45,9 +46,9 @@ type srvRig struct {
 
 func (r *srvRig) now() time.Time { return testNow.Add(time.Duration(r.clock.Load())) }
 
-// newSrvRig returns a server that is ready, with small limits and a store on a simulated disk in
-// memory. Each function in change edits the configuration before the store is opened. The server is
-// closed at the end of the test.
+// newSrvRig returns a server that is ready. By default it has small limits and a store on a
+// simulated disk in memory. Each function in change edits the configuration before the store is
+// opened. At the end of the test the store and the listeners are closed.
 func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRig {
 	t.Helper()
 	r := &srvRig{t: t, keys: testKeys(t, 1), log: &logBuffer{}}
@@ -120,7 +121,7 @@ func (r *srvRig) token(kind, cluster string, change ...func(*Token)) string {
 	return signToken(r.t, r.keys, t)
 }
 
-// srvRequest is an HTTP request to a server under test. An empty token means no Authorization
+// srvRequest is an HTTP request to a server under test. An empty token adds no Authorization
 // header.
 type srvRequest struct {
 	method, url, token string
@@ -187,8 +188,8 @@ func (r *srvRig) harmless(q srvRequest, a srvAnswer) {
 	}
 }
 
-// upload pushes body to /upload with the given token. headers alternates names and values of
-// headers.
+// upload pushes body to /upload with the given token. The elements of headers are names of headers,
+// each followed by its value.
 func (r *srvRig) upload(token string, body []byte, headers ...string) srvAnswer {
 	r.t.Helper()
 	h := map[string]string{}
@@ -204,8 +205,8 @@ func (r *srvRig) push(cluster, text string) srvAnswer {
 	return r.upload(r.token(KindUpload, cluster), []byte(text))
 }
 
-// pushSpool does the same as push, but adds headers, such as Telemeter-Spool, to the request.
-// headers alternates names and values.
+// pushSpool does the same as push, but adds headers, such as Telemeter-Spool, to the request. The
+// elements of headers are names of headers, each followed by its value.
 func (r *srvRig) pushSpool(cluster, text string, headers ...string) srvAnswer {
 	r.t.Helper()
 	return r.upload(r.token(KindUpload, cluster), []byte(text), headers...)
@@ -281,9 +282,9 @@ func (r *srvRig) held(cluster, accept string) string {
 	return strings.Join(lines, "")
 }
 
-// parsed scrapes /federate once in each escaping and parses each answer with expfmt. It checks that
-// every metric family is untyped and that no series occurs twice. It returns the families of the
-// scrape that allows UTF-8 names.
+// parsed scrapes /federate with the default escaping, and once with each escaping that a scraper
+// can ask for. It parses each answer with expfmt. It checks that every metric family is untyped and
+// that no series occurs twice. It returns the families of the scrape that allows UTF-8 names.
 func (r *srvRig) parsed(query string) map[string]*dto.MetricFamily {
 	r.t.Helper()
 	var out map[string]*dto.MetricFamily
@@ -376,8 +377,8 @@ func upsOf(body string) (values string) {
 	return values
 }
 
-// answerRig is a server that stores samples of site-b. Each test of this rig sends requests of
-// site-a, which must not change the samples of site-b.
+// answerRig is a server that stores samples of site-b. The requests that the tests of this rig
+// send, mostly as site-a, must not change the samples of site-b.
 type answerRig struct {
 	*srvRig
 	uploadToken, clientToken string // upload token and client token of site-a
@@ -411,7 +412,7 @@ func (r *answerRig) uploadCase(name string, status int, header map[string]string
 
 // check sends the request of each case and compares the answer. A request that is not answered 200
 // must leave no sample in the store. No request may change the samples of site-b, make a scrape of
-// /federate fail, or get a token of site-a into the process log.
+// /federate fail, or get uploadToken or clientToken of the rig into the process log.
 func (r *answerRig) check(t *testing.T, cases []answerCase) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -448,8 +449,8 @@ func (r *answerRig) check(t *testing.T, cases []answerCase) {
 	}
 }
 
-// scraperOf returns an HTTP client with a connection pool of its own. Consecutive requests of this
-// client to one server use the same connection.
+// scraperOf returns an HTTP client with a connection pool of its own. Requests of this client that
+// follow each other use the same connection to a server, unless the server closes it.
 func scraperOf(t testing.TB) *http.Client {
 	transport := &http.Transport{}
 	t.Cleanup(transport.CloseIdleConnections)
@@ -488,8 +489,8 @@ func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *
 	return r
 }
 
-// get sends a request to /federate with the given method, query and User-Agent. headers alternates
-// names and values of further headers.
+// get sends a request to /federate with the given method, query and User-Agent. The elements of
+// headers are names of further headers, each followed by its value.
 func (r *consumerRig) get(client *http.Client, method, query, agent string, headers ...string) srvAnswer {
 	r.t.Helper()
 	req, err := http.NewRequest(method, r.url+"/federate?"+strings.ReplaceAll(query, `"`, "%22"), nil)

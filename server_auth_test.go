@@ -13,8 +13,9 @@ import (
 	"time"
 )
 
-// The server answers a request without a valid token with 401, WWW-Authenticate and the reason. It
-// answers 403 if the token is valid but the query names another cluster ID than the token.
+// The server answers a request without a token that is valid for this request with 401,
+// WWW-Authenticate and the reason. It answers 403 if the token is valid but the query names another
+// cluster ID than the token.
 func TestTokenRefused(t *testing.T) {
 	r := newAnswerRig(t)
 	revokedID := strings.Repeat("ab", 16)
@@ -79,9 +80,10 @@ func (r *srvRig) authorize(token string) (a authorizeAnswer) {
 	return a
 }
 
-// /authorize answers with an upload token that is valid for an hour and has the cluster ID, labels
-// and token ID of the client token. The answer also lists the labels that the server adds to the
-// site's samples. The label _id is always the cluster ID, even if the token has another _id.
+// /authorize answers a client token that never expires with an upload token that is valid for an
+// hour. The upload token has the cluster ID, labels and token ID of the client token. The answer
+// also lists these labels. Its label _id is the cluster ID, even if the client token has another
+// _id.
 func TestAuthorize(t *testing.T) {
 	r := newSrvRig(t)
 	client := r.token(KindClient, "site-a", func(tok *Token) { tok.Labels = map[string]string{"region": "eu", "_id": "site-b"} })
@@ -122,7 +124,7 @@ func TestUploadTokenExpiry(t *testing.T) {
 }
 
 // The server signs upload tokens with the first of its keys. After a reload with a new first key,
-// tokens signed with an older key stay valid until a reload removes that key.
+// tokens signed with an older key stay valid until they expire or a reload removes that key.
 func TestAuthorizeAfterKeyRotation(t *testing.T) {
 	r := newSrvRig(t)
 	client := r.token(KindClient, "site-a")

@@ -16,12 +16,12 @@ import (
 	"time"
 )
 
-// WaitUntilRead returns when no push is in flight and every consumer that scraped within the last
-// three minutes has read all samples. It also returns after drainTimeout, and when its context
-// ends.
+// WaitUntilRead returns when no push is in flight and every consumer that scraped in the three
+// minutes before the call, or later, has read all samples. It also returns after drainTimeout, and
+// when its context ends.
 func TestDrain(t *testing.T) {
-	// scraped serves a new sample to the consumer x. x does not scrape again, so the sample is still
-	// unread.
+	// scraped serves a new sample to the consumer x. The sample counts as unread until x scrapes
+	// again on this connection.
 	scraped := func(r *srvRig, x *AnswerReadTracker) {
 		r.hold("a", "up 1\n")
 		r.scrapeOn(x, "consumer=x")
@@ -223,8 +223,9 @@ func (m *memberProcess) checkDraining(t *testing.T, token string) {
 }
 
 // On SIGTERM a server stops accepting pushes, but it serves its consumers until they have read all
-// samples. SIGINT, or a second signal, ends the server at once. In each case the server exits with
-// 0 and logs which samples are unread. It serves the unread samples after a restart.
+// samples, for at most drainTimeout. SIGINT, or a second signal, ends the server at once. In each
+// case the server exits with 0 and logs whether samples are unread. It serves unread samples after
+// a restart.
 func TestServerLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -287,9 +288,10 @@ func TestServerLeaves(t *testing.T) {
 	}
 }
 
-// tokenOfSiteOf returns a token of a site that the member owner owns. It tries one new site after
-// the other: it pushes a sample of the site to owner, and looks which of members shows the sample,
-// because only the owner of a site does. members are all members of the ring.
+// tokenOfSiteOf returns a client token of a site whose owner in the ring is the given member. It
+// tries one new site after the other: it pushes a sample of the site to this member, and looks
+// which member shows the sample, because only the owner of a site does. The parameter members has
+// all members of the ring.
 func tokenOfSiteOf(t *testing.T, dir string, owner *memberProcess, members ...*memberProcess) string {
 	t.Helper()
 	for i := 0; ; i++ {
@@ -304,9 +306,9 @@ func tokenOfSiteOf(t *testing.T, dir string, owner *memberProcess, members ...*m
 	}
 }
 
-// A member that leaves the ring hands its sites to the other members at once. Until its consumers
-// have read its samples, the leaving member stays in /sd of all members and serves scrapes. Then it
-// exits, and the other members show its state as "left".
+// A member that leaves the ring first hands its sites to the other members. Until its consumers
+// have read its samples, but for at most drainTimeout, the leaving member stays in /sd of all
+// members and serves scrapes. Then it exits, and the other members show its state as "left".
 func TestMemberLeaves(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")

@@ -85,9 +85,10 @@ func (r *srvRig) authorizeExternally(id string) srvAnswer {
 	return r.do(srvRequest{method: "POST", url: r.external.URL + "/authorize?id=" + url.QueryEscape(id), token: externalAuthToken})
 }
 
-// If the authorization service answers with a 2xx status, /authorize returns an upload token for
-// the cluster ID. The server adds the labels in the service's answer to the site's samples, but it
-// ignores the label _id. An answer that is not a JSON object adds no labels.
+// If the authorization service gives a valid answer with a 2xx status, /authorize returns an upload
+// token for the cluster ID. The answer of /authorize lists the labels in the service's answer, but
+// its label _id is always the cluster ID. An answer of the service that is not a JSON object adds
+// no labels.
 func TestExternalAuthAccepted(t *testing.T) {
 	r := newExternalAuthRig(t)
 	for id, labels := range map[string]map[string]string{
@@ -105,9 +106,9 @@ func TestExternalAuthAccepted(t *testing.T) {
 }
 
 // If the authorization service answers 401 or 403, the server answers with the same status. If the
-// service gives no valid answer, the server answers 503. An answer is not valid if it cannot be
-// read whole or has invalid labels, because without its labels the samples of tenants could mix.
-// The server answers an invalid cluster ID with 400 and a revoked one with 401.
+// service gives no valid answer, the server answers 503. An answer with a 2xx status is not valid
+// if it cannot be read whole or has invalid labels, because without its labels the samples of
+// tenants could mix. The server answers an invalid cluster ID with 400 and a revoked one with 401.
 func TestExternalAuthRefused(t *testing.T) {
 	r := newExternalAuthRig(t)
 	for id, want := range map[string]int{

@@ -62,7 +62,7 @@ func TestFederateConfirms(t *testing.T) {
 	}
 }
 
-// A consumer's request does not confirm the previous scrape if the server received a part of the
+// A consumer's request does not confirm the previous scrape if the server had read a part of the
 // request before it had written the last byte of the previous answer. A later request that begins
 // after a complete answer confirms that answer.
 func TestFederatePipelined(t *testing.T) {
@@ -132,9 +132,9 @@ func TestFederatePipelined(t *testing.T) {
 	}
 }
 
-// A scrape through a proxy does not confirm the consumer's previous scrape, and no later request
-// confirms a scrape through a proxy, because a proxy can read an answer without passing it on. The
-// server logs one warning for each consumer that scrapes through a proxy.
+// If the headers of a scrape show that it came through a proxy, the scrape does not confirm the
+// consumer's previous scrape, and no later request confirms this scrape, because a proxy can read
+// an answer without passing it on. The server logs one warning for each such consumer.
 func TestFederateProxied(t *testing.T) {
 	for _, header := range [][]string{{"Via", "1.1 proxy"}, {"Forwarded", "for=10.0.0.1"}, {"X-Forwarded-For", "10.0.0.1"}, {"x-forwarded-for", ""}} {
 		r := newConsumerRig(t)
@@ -180,9 +180,10 @@ func (r *consumerRig) checkWarnings(want int) {
 	}
 }
 
-// The server logs a warning when three consecutive scrapes of a consumer were not confirmed, and
-// then at most one warning an hour. A confirmed scrape resets the count. Three more unconfirmed
-// scrapes lead to a new warning, even within the hour.
+// The server logs a warning when three consecutive scrapes that served a consumer unread samples
+// were not confirmed. It then logs at most one warning an hour, as long as no scrape of the
+// consumer is confirmed. After a confirmed scrape, three more unconfirmed scrapes lead to a new
+// warning at once.
 func TestUnconfirmedWarnings(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
@@ -207,10 +208,10 @@ func TestUnconfirmedWarnings(t *testing.T) {
 	r.checkWarnings(3)
 }
 
-// The gauge telemeter_consumer_unconfirmed_scrapes counts the consecutive unconfirmed scrapes of
-// each consumer. A confirmed scrape resets the count to 0. Consumers that differ only in match[]
-// share one series, which shows the highest of their counts. The series disappears when the server
-// forgets the consumer.
+// The gauge telemeter_consumer_unconfirmed_scrapes counts, for each consumer, the consecutive
+// scrapes that served it unread samples and were not confirmed. A confirmed scrape resets the count
+// to 0. Consumers that differ only in match[] share one series, which shows the highest of their
+// counts. The series disappears when the server forgets the consumer.
 func TestUnconfirmedGauge(t *testing.T) {
 	r := newConsumerRig(t)
 	r.checkUnconfirmed(t)
@@ -306,9 +307,9 @@ func TestFederateOldScrapers(t *testing.T) {
 	}
 }
 
-// A consumer whose match[] selects only a few of the samples gets each selected sample once and in
-// order. --limit-scrape counts the samples before match[] selects, so some answers may contain no
-// samples.
+// A consumer that confirms its scrapes gets each unread sample that its match[] selects once and in
+// order, even if match[] selects only a few samples. --limit-scrape counts the samples before
+// match[] selects, so some answers may contain no samples.
 func TestFederateSelective(t *testing.T) {
 	r := newConsumerRig(t, func(_ *StoreConfig, c *ServerConfig) { c.LimitScrape = 7 })
 	client := scraperOf(t)

@@ -1,8 +1,8 @@
 package main
 
-// Tests of /federate without a consumer's name in the query: the newest sample of each series,
-// match[], escaping, limits, and the series that the server itself makes for each site. The last
-// tests also compare the answers of several servers of a ring.
+// Tests of /federate, most of them without a consumer's name in the query: the newest sample of
+// each series, match[], escaping, limits, and the series that the server itself makes for each
+// site. The last tests also compare the answers of several servers of a ring.
 
 import (
 	"fmt"
@@ -85,8 +85,8 @@ func TestFederateMatch(t *testing.T) {
 	}
 }
 
-// The server answers 400 with the reason if the query of a scrape is malformed or has an invalid
-// match[].
+// The server answers 400 with the reason if the query of a scrape is malformed, has an invalid
+// match[], or has too many match[].
 func TestFederateBadQuery(t *testing.T) {
 	r := newSrvRig(t)
 	for query, reason := range map[string]string{
@@ -117,8 +117,9 @@ func TestFederateNegotiation(t *testing.T) {
 	}
 }
 
-// The server no longer shows a sample when it gets older than --max-sample-age. It still shows
-// push_time_seconds of the site, so that alerts can find a site that no longer pushes.
+// A scrape without a consumer's name no longer gets a sample that is older than --max-sample-age.
+// It still gets push_time_seconds of the site, so that alerts can find a site that no longer
+// pushes.
 func TestFederateMaxSampleAge(t *testing.T) {
 	r := newFederateRig(t)
 	r.clock.Store(int64(11 * time.Minute))
@@ -130,9 +131,10 @@ func TestFederateMaxSampleAge(t *testing.T) {
 	}
 }
 
-// A scrape without a consumer's name gets at most --limit-scrape samples. If there are more
-// samples, the next scrape begins with other sites, so that each site gets its share of the
-// scrapes. Each scrape that leaves out samples is counted as truncated.
+// A scrape without a consumer's name gets the samples of whole sites: together at most
+// --limit-scrape samples, unless one site alone has more. If sites are left out, the next scrape
+// begins with other sites, so that each site gets its share of the scrapes. Each scrape that leaves
+// out samples is counted as truncated.
 func TestScrapeLimit(t *testing.T) {
 	r := newSrvRig(t, func(_ *StoreConfig, c *ServerConfig) { c.LimitScrape = 50 })
 	var text strings.Builder
@@ -232,9 +234,9 @@ func TestScraperTimeout(t *testing.T) {
 	}
 }
 
-// A member of a ring that is not ready does not show the newest samples, because it does not know
-// yet which sites it owns. It still serves unread samples to consumers. A server without a ring
-// always shows the newest samples of all sites.
+// A server that belongs to a ring and is not ready serves no samples of sites to scrapes without a
+// consumer's name, because it does not know yet which sites it owns. It still serves unread samples
+// to consumers. A server without a ring serves the newest samples even if it is not ready.
 func TestShownOnceReady(t *testing.T) {
 	ring := newRingServers(t, 2)
 	for name, c := range map[string]struct {

@@ -17,9 +17,10 @@ import (
 	"time"
 )
 
-// The receiver answers a push exactly as the owner would answer it, and only the owner stores the
-// samples. If the owner refuses the push, or drops all its samples as untimely (too old or in the
-// future), the receiver shows push_failure_time_seconds for the site.
+// If the owner answers a forwarded push, the client gets the same answer as for a push to the
+// owner, and the receiver stores no samples. If the owner refuses the push, or drops all its
+// samples as untimely (too old or in the future), the receiver shows push_failure_time_seconds for
+// the site.
 func TestForwardedPushAnswer(t *testing.T) {
 	large := strings.Repeat("# a comment counts too\n", 80)
 	for _, c := range []struct {
@@ -95,9 +96,9 @@ func TestForwardedPushAnswer(t *testing.T) {
 	}
 }
 
-// If all samples of a forwarded push are untimely (too old or in the future), only the receiver
-// shows push_failure_time_seconds for the site. The owner, which dropped the samples, logs the
-// warning.
+// If all samples of a forwarded push are untimely (too old or in the future) and the clocks of both
+// servers agree, only the receiver shows push_failure_time_seconds for the site. The owner, which
+// dropped the samples, logs the warning.
 func TestUntimelyForwardedPush(t *testing.T) {
 	ring := newRingServers(t, 2)
 	a, b := ring[0], ring[1]
@@ -116,9 +117,10 @@ func TestUntimelyForwardedPush(t *testing.T) {
 	}
 }
 
-// The receiver stores a push itself if the owner is down, is not ready, or would drop all samples
-// as untimely while the clocks of the two servers differ. A sample without a timestamp gets the
-// time at which the receiver got the push. The owner never forwards a forwarded push again.
+// The receiver handles a push itself, as if it were the owner, if the owner is down, is not ready,
+// or would drop all samples as untimely while the clocks of the two servers differ by more than a
+// minute. A sample without a timestamp gets the time at which the receiver got the push. The owner
+// never forwards a forwarded push again.
 func TestForwardedPushKept(t *testing.T) {
 	ms := testNow.UnixMilli()
 	timed := fmt.Sprintf("m 1 %d\n", ms)

@@ -1,8 +1,8 @@
 package main
 
-// Tests of a Forwarder without a server: which pushes it forwards, when it leaves a push to its own
-// server, how it treats owners that hang, and how keys are rotated. The members of these tests
-// store no samples.
+// Tests of a Forwarder, all but one without a server: which pushes it forwards, when it leaves a
+// push to its own server, how it treats owners that hang, and how keys are rotated. The
+// forwardNodes of these tests store no samples.
 
 import (
 	"bytes"
@@ -88,8 +88,8 @@ func TestForwardFallsBack(t *testing.T) {
 	checkCounts(t, "received", b.receivedTotal, map[string]float64{"returned": 1})
 }
 
-// A push whose client has disconnected is not counted as kept, because the server does not store
-// it. The client will send it again.
+// A push whose client has disconnected is not counted as kept, because the client will send it
+// again.
 func TestForwardClientGone(t *testing.T) {
 	a, _, id := newForwardPair(t)
 	gone, cancel := context.WithCancel(t.Context())
@@ -109,8 +109,8 @@ func TestForwardedOnlyOnce(t *testing.T) {
 }
 
 // A push whose headers are as long as the limits on scrape numbers and consumers allow fits into an
-// envelope. A push whose envelope would be longer than maxEnvelope is not forwarded, and TryForward
-// returns nil.
+// envelope, even with a label of 1,000 bytes. A push whose envelope would be longer than
+// maxEnvelope is not forwarded, and TryForward returns nil.
 func TestForwardLongEnvelope(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	names := ScrapeNames{SpoolID: 1<<64 - 1}
@@ -134,8 +134,9 @@ func TestForwardLongEnvelope(t *testing.T) {
 	}
 }
 
-// hangingOwner starts a member that reads each request but never answers it. It returns the URL of
-// the member. The channel asked gets a value when a request has arrived.
+// hangingOwner starts a member that reads each request but does not answer it before the end of the
+// test. It returns the URL of the member. The channel asked gets a value for each request that has
+// arrived.
 func hangingOwner(t *testing.T) (url string, asked chan struct{}) {
 	asked = make(chan struct{}, 100)
 	end := make(chan struct{})
@@ -154,9 +155,10 @@ func hangingOwner(t *testing.T) (url string, asked chan struct{}) {
 	return srv.URL, asked
 }
 
-// At most maxForwards requests to one owner are in flight. If the owner hangs, TryForward returns
-// nil for further pushes to it. When the owner is known to be dead, the pushes that wait for its
-// answer go to the next owner.
+// At most maxForwards requests to one owner are in flight. While so many requests wait for an owner
+// that hangs, TryForward returns nil for a further push to this owner. When the owner is known to
+// be dead, the waiting pushes go to the next owner; for those that this server owns by then,
+// TryForward returns nil.
 func TestForwardHangingOwner(t *testing.T) {
 	keys := testKeys(t, 1)
 	a, b, c := newForwardNode(t, "a", keys), newForwardNode(t, "b", keys), newForwardNode(t, "c", keys)

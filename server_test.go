@@ -11,7 +11,7 @@ import (
 
 // The external listener answers 405 with Allow to a wrong method. It answers 404 to unknown paths
 // and to paths that only the internal listener serves, such as /federate, /metrics and
-// /debug/pprof/. It answers 200 to health checks.
+// /debug/pprof/. While the server is ready, it answers 200 to health checks.
 func TestExternalRoutes(t *testing.T) {
 	r := newAnswerRig(t)
 	allowPost := map[string]string{"Allow": "POST"}
@@ -63,8 +63,9 @@ func TestInternalRoutes(t *testing.T) {
 	}
 }
 
-// If a federate token is configured, every path of the internal listener except the health checks
-// requires exactly that token. The external listener does not accept the federate token for pushes.
+// If a federate token is configured, every path that the internal listener serves, except the
+// health checks, requires exactly that token. The external listener does not accept the federate
+// token for pushes.
 func TestFederateToken(t *testing.T) {
 	const secret = "s3cr3t-of-the-scraper"
 	r := newSrvRig(t)

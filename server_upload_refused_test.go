@@ -2,7 +2,7 @@ package main
 
 // Tests of pushes that the server refuses: bodies that are unsupported, too large or malformed, an
 // overloaded server, a full store, and clients that are slow or disconnect. A refused push leaves
-// no sample and no site in the store.
+// no sample in the store.
 
 import (
 	"fmt"
@@ -45,8 +45,8 @@ func manySeries(n int) string {
 	return b.String()
 }
 
-// The server answers 413 to a push that exceeds a limit. The answer names the limit and, if a flag
-// can raise the limit, that flag.
+// The server answers 413 to a push whose body is too large, or that has too many samples, series or
+// labels. The answer names the limit and, if a flag can raise the limit, that flag.
 func TestUploadTooLarge(t *testing.T) {
 	r := newAnswerRig(t)
 	large := strings.Repeat("# a comment counts too\n", 200) // more than the rig's --limit-bytes of 4,096
@@ -64,9 +64,9 @@ func TestUploadTooLarge(t *testing.T) {
 	})
 }
 
-// The server answers 400 to a push whose body is malformed, truncated or hostile. The answer has
-// the reason. If the fault is in one line of a text body or in one family of a protobuf body, the
-// answer also names the line or the family, and the series.
+// The server answers 400 to a push whose body is malformed or truncated, or uses a reserved name.
+// The answer has the reason. If the fault is in one line of a text body or in one family of a
+// protobuf body, the answer also names the line or the family.
 func TestUploadMalformed(t *testing.T) {
 	r := newAnswerRig(t)
 	text := func(name, body, reasons string) answerCase { return r.uploadCase(name, 400, nil, body, reasons) }
@@ -205,7 +205,7 @@ func TestNoRoom(t *testing.T) {
 		{"store closed", nil, func(r *srvRig) {
 			r.store.Close()
 			for _, c := range r.store.sitesByID() {
-				<-c.lock // releases the site's lock, which Close keeps, because the cleanup of the rig calls Close again
+				<-c.lock // Close keeps this lock; release it, because the cleanup of the rig calls Close again
 			}
 		}, "too busy"},
 	} {

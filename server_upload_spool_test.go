@@ -12,8 +12,8 @@ import (
 )
 
 // The answer to a push that names a spool lists the scrape numbers of this spool that the server
-// holds, the scrape numbers that every consumer has read, and the consumers that the server knows.
-// A scrape number that every consumer has read is no longer listed as held.
+// holds, and the consumers that the server knows. Once the server knows a consumer, the answer also
+// lists the scrape numbers that every consumer has read. These are no longer listed as held.
 func TestSpoolAnswers(t *testing.T) {
 	const (
 		spool = "00000000000000ab"
@@ -46,8 +46,8 @@ func TestSpoolAnswers(t *testing.T) {
 		{"push", "site-a", "", sample("m", 4), 1, 0, "-|-", ""},
 		// The scrapes of a push whose samples are all duplicates are listed as held.
 		{"push", "site-a", spool + " 1,3", sample("m", 1) + sample("m", 3), 0, 2, "1-3|-", ""},
-		// A scrape is listed as read when the consumer has got its samples and then confirms them
-		// with the next scrape of /federate.
+		// A pushed scrape is listed as read when the consumer has got its samples and then confirms
+		// them with its next request to /federate.
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool, "", 0, 0, "1-3|", consumer(0)},
 		{"push", "site-a", "", "", 0, 0, "-|-", ""},
@@ -56,8 +56,9 @@ func TestSpoolAnswers(t *testing.T) {
 		{"push", "site-a", spool, "", 0, 0, "|1-3", consumer(0)},
 		{"wait", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool + " 2", sample("m", 2), 0, 1, "|1-3", consumer(10)},
-		// A scrape that has only duplicates of stored samples is listed as read when the consumer
-		// has read the stored samples.
+		// A push of a new scrape adds a batch, even if all its samples are duplicates. So the
+		// scrape is listed as read only when the consumer has read this batch, even if the consumer
+		// has read the samples before.
 		{"push", "site-a", spool + " 4", sample("m", 4), 0, 1, "4|1-3", consumer(10)},
 		{"scrape", "", "", "", 0, 0, "", ""},
 		{"push", "site-a", spool, "", 0, 0, "4|1-3", consumer(0)},
@@ -111,8 +112,9 @@ func TestSpoolAnswers(t *testing.T) {
 }
 
 // A push that names a spool but has neither scrape numbers nor samples only asks for the lists of
-// held and read scrapes. The server stores nothing, and push_time_seconds of the site does not
-// change. A push that names a scrape without samples does change push_time_seconds.
+// held and read scrapes. The server adds no site and writes nothing to the site's log, and
+// push_time_seconds of the site does not change. A push that names a scrape without samples does
+// change push_time_seconds.
 func TestSpoolQuestion(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)
@@ -140,10 +142,11 @@ func TestSpoolQuestion(t *testing.T) {
 	}
 }
 
-// The client of a site can report a consumer that it knows from another server. The scrapes of this
-// site count as read only when the reported consumer has read them too. The scrapes of other sites
-// do not wait for this consumer. The server ignores a reported consumer that has not scraped for a
-// day. It also ignores one that has not scraped for --retention, if another consumer has.
+// The client of a site can report a consumer that it knows from another server. The scrapes that
+// clients of this site push count as read only when the reported consumer has read them too. The
+// scrapes of other sites' clients do not wait for this consumer. The server ignores a reported
+// consumer that has sent no request to /federate for a day. It also ignores one that has sent none
+// for --retention, if another consumer has.
 func TestSpoolReportedConsumers(t *testing.T) {
 	const spool = "00000000000000ab"
 	r := newSrvRig(t)

@@ -83,9 +83,9 @@ func TestUploadCounts(t *testing.T) {
 	}
 }
 
-// If all valid samples of a push are too old or in the future, the server answers 200 with a hint
-// at the cause. The push counts as failed in push_failure_time_seconds, and the server logs a
-// warning with the hint.
+// If a push has valid samples, and all of them are too old or in the future, the server answers 200
+// with a hint at the cause. The push counts as failed in push_failure_time_seconds. The server logs
+// a warning with the hint, unless it logged one for the same site within the last hour.
 func TestUntimelyPush(t *testing.T) {
 	const (
 		seconds = "the timestamps look like seconds, but must be milliseconds"
@@ -167,8 +167,8 @@ func TestUntimelyWarnings(t *testing.T) {
 }
 
 // The server drops a sample whose label value has a NUL byte, and stores the rest of the push. If a
-// series has any other fault, the server refuses the whole push and does not count its samples as
-// dropped.
+// series has another fault, such as a NUL byte in a name, the server refuses the whole push and
+// does not count its samples as dropped.
 func TestNULByte(t *testing.T) {
 	ms := testNow.UnixMilli()
 	for _, c := range []struct {
@@ -270,7 +270,8 @@ func TestClockOffset(t *testing.T) {
 
 // After a step of its wall clock, the server may not know yet whether the time before or after the
 // step is right. Until it knows, it answers 503 with Retry-After to a push that is timely by only
-// one of the two times. It accepts the push when the doubt is resolved.
+// one of the two times. When the doubt is resolved, it accepts the push if the push is timely by
+// the right time.
 func TestUploadWhileClockIsInDoubt(t *testing.T) {
 	doubt := time.Duration(0)
 	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) {
