@@ -55,8 +55,8 @@ type Keys struct {
 	keys []key
 }
 
-// A key keeps its secret inside closures. Every verb of fmt prints a closure as an address. So a
-// Keys value that is logged by mistake shows only key IDs.
+// A key keeps its secret inside closures. No verb of fmt prints what a closure has captured. So a
+// Keys value that is logged by mistake shows key IDs but no secret.
 type key struct {
 	id     string                             // public ID of the key: 8 hex digits
 	mac    func(signed string) []byte         // returns the HMAC-SHA256 of signed under the token subkey
@@ -141,8 +141,8 @@ func (ks Keys) IDs() []string {
 	return ids
 }
 
-// Subkeys derives a 32-byte subkey from each key, in the order of IDs. purpose is the HKDF label of
-// these subkeys. Each purpose must have its own text, which no other purpose uses.
+// Subkeys derives a 32-byte subkey from each key, in the order of the key file. purpose is the HKDF
+// label of these subkeys. Each purpose must have its own text, which no other purpose uses.
 func (ks Keys) Subkeys(purpose string) ([][]byte, error) {
 	subkeys := make([][]byte, len(ks.keys))
 	for i, k := range ks.keys {
@@ -173,7 +173,8 @@ func isAlnum(c byte) bool {
 
 // ReadSecret returns the content of the small file at path (a token, a salt, a key file) without
 // trailing spaces, tabs and line ends. It returns an error if the remaining content is empty or
-// longer than maxBytes. Errors name the path.
+// longer than maxBytes, or if the whole file is longer than maxBytes plus 2 bytes for a line end.
+// Errors name the path.
 func ReadSecret(path string, maxBytes int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -198,8 +199,8 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 }
 
 // EqualSecret reports whether a and b are equal. It compares the hashes of a and b in constant
-// time. So its running time does not reveal at which byte a and b differ, or whether their lengths
-// differ.
+// time. So its running time may depend on the lengths of a and b, but not on the bytes in which
+// they differ.
 func EqualSecret(a, b string) bool {
 	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1

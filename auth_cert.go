@@ -23,9 +23,9 @@ import (
 
 // SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a self-signed server certificate for hosts,
 // both PEM-encoded. Each host is a DNS name or an IP address, without scheme, port or brackets. The
-// certificate is valid from one day before now, so that programs whose clocks lag and that check
-// the dates (curl --cacert) accept it at once. It is valid for 20 years, because telemeter's own
-// clients ignore the dates: they check only the pin of the key.
+// certificate is valid from one day before now, so that programs that check the dates (curl
+// --cacert) accept it at once even if their clocks lag by up to a day. It is valid for 20 years,
+// because clients that use the pin ignore the dates: they check only the pin.
 func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
 	if len(hosts) == 0 {
 		return nil, nil, errors.New("a certificate needs at least one host")
@@ -65,7 +65,7 @@ func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err 
 
 // isHostname reports whether h is a valid host name by RFC 1123. Unlike the RFC it allows
 // underscores, because container names have them. It refuses a name whose last label is all digits,
-// because such a name is a mistyped IP address.
+// because such a name is mostly a mistyped IP address.
 func isHostname(h string) bool {
 	if len(h) > 253 {
 		return false
@@ -134,7 +134,7 @@ func PinnedTLS(pin string) (*tls.Config, error) {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		// InsecureSkipVerify disables the checks of the certificate chain and the host name.
-		// VerifyConnection checks the pin instead, which identifies the server's key itself. The
+		// VerifyConnection checks the pin instead, which identifies the server's key itself. A full
 		// handshake still proves that the server holds the certificate's private key.
 		InsecureSkipVerify: true,
 		// VerifyConnection is used because crypto/tls does not call VerifyPeerCertificate when it

@@ -21,8 +21,8 @@ import (
 // creates a TLS key and a certificate for hosts, unless dir already has both. It creates dir with
 // mode 0700 if dir does not exist. It never overwrites a file. created lists the files that Keygen
 // created, and kept lists the files that it would have created but found in dir. After an error,
-// both lists show what Keygen did before the error. If only one of tls.crt and tls.key exists,
-// Keygen writes nothing and returns an error.
+// the lists contain the files that Keygen had finished before the error. If only one of tls.crt and
+// tls.key exists, Keygen writes nothing and returns an error.
 func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
 	pair, err := existingTLSPair(crt, tlsKey)
@@ -124,7 +124,8 @@ func generateKeyLine() []byte {
 }
 
 // createKeyFile creates a file at path with data as its content. If path exists, createKeyFile
-// leaves it unchanged and returns an error that wraps fs.ErrExist.
+// leaves it unchanged and returns an error, which wraps fs.ErrExist unless writing data failed
+// first.
 func createKeyFile(path string, data []byte, mode fs.FileMode) error {
 	return writeKeyFile(path, data, mode, nil, os.Link)
 }

@@ -1,13 +1,15 @@
 package main
 
-// A replay window detects repeated gossip packets: it accepts the counter of each packet at most
-// once. This file does no I/O and reads no clock. It must not know where the counters come from.
+// A replay window detects repeated gossip packets and repeated requests between servers: it accepts
+// each packet counter or sequence number at most once. This file does no I/O and reads no clock. It
+// must not know where the counters come from.
 
-// A ReplayWindow records which packet counters of one sender's session were seen, as in RFC 6479.
-// The record is a circular array of words. When the highest counter advances into new words, the
-// window clears them. A counter that is more than windowSize below the highest counter is treated
-// as a replay. Gaps between the counters are normal: a sender uses one counter for all its
-// receivers, so that each receiver sees only some of the counters.
+// A ReplayWindow records which counters of one sender's session were seen, as in RFC 6479. A
+// counter is a packet counter or the sequence number of a request. The record is a circular array
+// of words. When the highest counter advances into new words, the window clears them. A counter
+// that is more than windowSize below the highest counter is treated as a replay. Gaps between the
+// counters are normal: a sender uses one counter for all its receivers, so that each receiver sees
+// only some of the counters.
 type ReplayWindow struct {
 	highest uint64              // highest counter seen
 	seen    [windowWords]uint64 // one bit for each counter that the window covers

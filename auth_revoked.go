@@ -19,7 +19,7 @@ type RevokedIDs struct {
 // ParseRevokedIDs parses a revocation file of at most MaxRevokedFile bytes. Each line holds a token
 // ID or a cluster ID, and # begins a comment. A line of 32 hex digits, in upper or lower case,
 // revokes both the token ID and the cluster ID with these digits. That is safe, because a token ID
-// has 128 random bits and equals no cluster ID by accident. An error gives the number of the line.
+// has 128 random bits and equals no cluster ID by accident. An error about a line gives its number.
 func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 	if len(data) > MaxRevokedFile {
 		return RevokedIDs{}, fmt.Errorf("revocation file is larger than %d bytes", MaxRevokedFile)
@@ -39,8 +39,9 @@ func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 	return r, nil
 }
 
-// IsRevoked reports whether t's token ID or cluster ID is revoked. An upload token has the token ID
-// of its client token, so that revoking a client token also revokes its upload tokens.
+// IsRevoked reports whether t's token ID or cluster ID is revoked. If a server verified a client
+// token itself, the upload token that it issued has the same token ID. So revoking the client token
+// also revokes the upload token.
 func (s RevokedIDs) IsRevoked(t Token) bool {
 	_, byToken := s.tokenIDs[t.ID]
 	_, byCluster := s.clusterIDs[t.ClusterID]

@@ -1,10 +1,10 @@
 package main
 
 // This file seals gossip packets and the messages between servers: it encrypts and authenticates
-// them with XChaCha20-Poly1305 under subkeys of the cluster keys. No nonce is used twice under one
-// key. The authentication also covers the header and the ring's name. Sealing and opening a packet
-// allocate no memory if the caller's buffer is large enough. This file must not know the meaning of
-// a message or its sender.
+// them with XChaCha20-Poly1305 under subkeys of the cluster keys. The chance that a nonce is used
+// twice under one key is negligible. The authentication also covers the header and the ring's name.
+// Sealing and opening a packet allocate no memory if the caller's buffer is large enough. This file
+// must not know the meaning of a message or its sender.
 
 import (
 	"crypto/cipher"
@@ -26,13 +26,14 @@ import (
 //	24 bytes  nonce
 //	the rest  ciphertext and authentication tag
 //
-// The additional data, which is authenticated but not sent, is the version, the key ID, the ring's
-// name and, for a message, its purpose and boundTo. Numbers are little endian.
+// The additional data, which is authenticated but not encrypted, is the version, the key ID, the
+// ring's name and, for a message, its purpose and boundTo. The sealed form contains only the first
+// two of these. Numbers are little endian.
 const (
 	SealOverhead = sealHeader + sealNonce + chacha20poly1305.Overhead // bytes that sealing adds to the plaintext
 
 	// sealVersion is the version of the sealed form and of all content that is sealed: gossip
-	// packets, member records and forwarded pushes.
+	// packets, member records, forwarded pushes and the answers to them.
 	sealVersion = 2
 	sealHeader  = 1 + 4 // bytes of the version and the key ID
 	sealNonce   = chacha20poly1305.NonceSizeX
@@ -49,9 +50,9 @@ var (
 	ErrForged      = errors.New("sealed with another key or for another ring, or damaged")
 )
 
-// sealKeys are the sealing keys of one purpose and one ring, in the order of the key file. Every
-// key opens. By default the first key seals; the caller may prefer another key by its ID. sealKeys
-// are immutable.
+// sealKeys are the sealing keys of one purpose and one ring, in the order of the key file. Each key
+// can open what was sealed with it. By default the first key seals; the caller may prefer another
+// key by its ID. sealKeys are immutable.
 type sealKeys []sealKey
 
 type sealKey struct {
@@ -188,8 +189,8 @@ func (s *PacketSealer) KeyIDs() []uint32 {
 }
 
 // Seal encrypts plain and appends the sealed packet to dst. It seals with the key whose ID is
-// preferredKeyID: the caller passes the ID of a key that the receiver is known to hold. If this
-// PacketSealer has no such key, Seal uses its first key.
+// preferredKeyID: if the caller knows a key that the receiver holds, it passes the ID of that key.
+// If this PacketSealer has no such key, Seal uses its first key.
 func (s *PacketSealer) Seal(dst, plain []byte, preferredKeyID uint32) []byte {
 	s.counter++
 	binary.LittleEndian.PutUint64(s.nonce[sealRandom:], s.counter)
@@ -233,7 +234,7 @@ func (s *MessageSealer) SetKeys(keys Keys) error {
 
 // Seal encrypts plain and appends the sealed message to dst. The message can be opened only by
 // calling Open with the same purpose and boundTo. purpose may have at most 255 bytes. Seal uses the
-// key whose ID is preferredKeyID: the caller passes the ID of a key that the receiver is known to
+// key whose ID is preferredKeyID: the caller passes the ID of a key that it expects the receiver to
 // hold. If this MessageSealer has no such key, Seal uses its first key.
 func (s *MessageSealer) Seal(dst, plain []byte, purpose string, boundTo []byte, preferredKeyID uint32) []byte {
 	var nonce [sealNonce]byte

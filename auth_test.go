@@ -19,7 +19,8 @@ import (
 	"testing"
 )
 
-// ParseKeys accepts 1 to 16 different keys, and its errors name the line without quoting it.
+// ParseKeys accepts 1 to 16 different keys. Its errors name the line, if one line is at fault, and
+// never quote the file.
 func TestParseKeys(t *testing.T) {
 	var many string
 	for n := range byte(maxKeys + 1) {
@@ -92,8 +93,8 @@ func hkdfByHand(secret []byte, label string) []byte {
 	return hmacSHA256(hmacSHA256(make([]byte, 32), string(secret)), label+"\x01")
 }
 
-// fmt prints no byte of a secret key, with any verb, even if the Keys value is in a private field
-// of another value.
+// fmt prints neither a secret key nor its token subkey with the usual verbs, even if the Keys value
+// is in a private field of another value. The test looks for the first four bytes of each.
 func TestKeysPrintNoSecret(t *testing.T) {
 	secret := bytes.Repeat([]byte{7}, keySize)
 	ks := testKeys(t, 7, 8)
@@ -213,8 +214,9 @@ func TestNonCommentLines(t *testing.T) {
 	}
 }
 
-// A key file that ParseKeys accepts has 1 to 16 keys. If a new key is added as the first line, as
-// RotateKey does, the other keys stay unchanged and their tokens stay valid.
+// A key file that ParseKeys accepts has 1 to 16 keys. If a new key fits as the first line, where
+// RotateKey adds it, the IDs of the other keys stay unchanged and a token that was signed before
+// stays valid.
 func FuzzKeys(f *testing.F) {
 	f.Add([]byte(keyLine(1)))
 	f.Add([]byte("# a\r\n" + keyLine(1) + "\n\n" + keyLine(2) + "\n"))

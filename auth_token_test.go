@@ -1,7 +1,7 @@
 package main
 
 // Tests of tokens: equal tokens have the same text, a token is valid only if a known key signed it,
-// and no error contains a part of a token.
+// and no error quotes the payload or the signature of a token.
 
 import (
 	"bytes"
@@ -137,7 +137,8 @@ func (c verifyCase) check(t *testing.T, ks Keys, secrets []string) {
 }
 
 // Verify refuses a malformed text, a signature of another key or of another payload, a signed
-// payload with an invalid field, and an expired token. No error quotes a part of the token.
+// payload with an invalid field, and an expired token. No error quotes the payload or the
+// signature.
 func TestVerifyRefuses(t *testing.T) {
 	ks := testKeys(t, 1, 2)
 	good := signToken(t, ks, authToken())

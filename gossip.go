@@ -19,13 +19,13 @@ import (
 	"time"
 )
 
-// DefaultGossipInterval is the default time between two probes. A probed member then has 200 ms to
-// answer (indirectAfter) before other members are asked to ping it too. So the interval suits
-// networks with round trips of up to 200 ms.
+// DefaultGossipInterval is the default time between two probes while this member's health is good.
+// A probed member then has 200 ms to answer (indirectAfter) before other members are asked to ping
+// it too. So the interval suits networks with round trips of up to 200 ms.
 const DefaultGossipInterval = time.Second
 
-// ErrNameTaken is returned by Run if another member has this member's name and a higher session
-// number (MemberRecord.Session).
+// ErrNameTaken is returned by Run when this member has stood down, because another member has the
+// same name and a higher session number (MemberRecord.Session).
 var ErrNameTaken = errors.New("another member of the ring has the same name: give one of the two another --name")
 
 // UDPConn is the part of a *net.UDPConn that gossip needs.
@@ -42,8 +42,8 @@ type GossipConfig struct {
 	URL          string            // URL of this server's internal listener, which /sd lists; may be empty
 	RingName     string            // name of the ring; packets of a ring with another name are refused
 	Keys         Keys              // cluster keys, which seal packets; packets sealed with other keys are refused
-	Seeds        []string          // host:port of each seed; a host name stands for all its IP addresses
-	Interval     time.Duration     // time between two probes; the timeouts of the protocol are multiples of it
+	Seeds        []string          // host:port of each seed; a host name stands for all its IP addresses; SetSeeds limits the number of addresses
+	Interval     time.Duration     // time between two probes while Health is 0; the timeouts of the protocol are multiples of it
 	RestartState RestartState      // state saved by this member's previous run; zero at the first start
 	Conn         UDPConn           // this member's socket; the caller closes it after Run has returned
 	Resolver     HostResolver      // looks up the host names of seeds and members
@@ -61,7 +61,8 @@ type GossipStats struct {
 	Health        int // Lifeguard's local health: 0 is good, and maxHealth is worst
 }
 
-// Gossip is one member of a ring. Its methods are safe for concurrent use.
+// Gossip is one member of a ring. Its methods are safe for concurrent use, but Run may be called
+// only once.
 type Gossip struct {
 	conf    GossipConfig
 	start   time.Time     // when NewGossip ran; only its monotonic reading is used
@@ -76,8 +77,9 @@ type Gossip struct {
 	leaveUntil time.Duration               // when Run stops waiting for confirmations of the leave; 0 until Run's context ends
 }
 
-// NewGossip checks c and returns a member that does not send or receive yet. The caller must store
-// RestartState() before it calls Run, so that the next start uses a higher session than this run.
+// NewGossip checks c and returns a member that does not send or receive yet. The caller should
+// store RestartState() before it calls Run, so that the next start uses a higher session than this
+// run.
 func NewGossip(c GossipConfig) (*Gossip, error) {
 	if err := errors.Join(CheckMemberName(c.Name), CheckMemberAddrText(c.Addr)); err != nil {
 		return nil, err
@@ -98,7 +100,7 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 		return nil, err
 	}
 	var seed [32]byte
-	crand.Read(seed[:]) // never fails since Go 1.24
+	crand.Read(seed[:]) // returns no error since Go 1.24
 	return &Gossip{
 		conf: c, start: time.Now(), changed: make(chan struct{}, 1), lookup: make(chan struct{}, 1), hosts: map[string][]netip.AddrPort{},
 		swim: NewSwim(SwimConfig{Name: c.Name, Addr: c.Addr, URL: c.URL, Interval: c.Interval,
@@ -107,8 +109,8 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 }
 
 // Run takes part in gossip until ctx ends. It then announces that this member leaves, which takes
-// at most two intervals, and returns nil. Run returns ErrNameTaken if this member has stood down
-// (Swim.StoodDown), and an error that wraps net.ErrClosed if the socket is closed.
+// about two intervals at most, and returns nil. Run returns ErrNameTaken if this member has stood
+// down (Swim.StoodDown), and an error that wraps net.ErrClosed if the socket is closed.
 func (g *Gossip) Run(ctx context.Context) error {
 	done := make(chan struct{})
 	defer func() { <-done }()
@@ -142,7 +144,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("reading gossip: %w", err)
 		}
-		// Ignore any other error. Either the read deadline has passed, or an ICMP message has
+		// Ignore any other error: for example, the read deadline has passed, or an ICMP message has
 		// answered a packet sent earlier.
 	}
 }
@@ -150,10 +152,10 @@ func (g *Gossip) Run(ctx context.Context) error {
 // errLeft is returned by leaveOrSetReadDeadline when leaving has ended. Run then returns nil.
 var errLeft = errors.New("this member has left")
 
-// leaveOrSetReadDeadline returns how long Run may wait for a packet before it must call Tick, and
-// sets the read deadline to match. If ctx has ended, it makes this member leave. It returns errLeft
-// when leaving is complete or has taken two intervals. It returns ErrNameTaken if this member has
-// stood down; see Swim.StoodDown.
+// leaveOrSetReadDeadline returns how long Run may wait for a packet before it must call Tick. If
+// that is more than 0, it sets the read deadline to match. If ctx has ended, it makes this member
+// leave. It returns errLeft when leaving is complete or has taken two intervals. It returns
+// ErrNameTaken if this member has stood down; see Swim.StoodDown.
 func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Duration, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -175,8 +177,8 @@ func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Durat
 	if wait > 0 {
 		// Set the deadline while still holding g.mu. Otherwise updateAndWakeRun could change the
 		// state machine and set a deadline in the past after wait was computed, and this call would
-		// replace that deadline. An error of SetReadDeadline needs no handling, because the next
-		// read then fails too.
+		// replace that deadline. The only expected error of SetReadDeadline is that the socket is
+		// closed, and the next read then fails too.
 		g.conf.Conn.SetReadDeadline(time.Now().Add(wait))
 	}
 	return wait, nil

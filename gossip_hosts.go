@@ -16,7 +16,7 @@ import (
 
 const (
 	lookupTimeout = 2 * time.Second  // longest time for the lookup of one host
-	lookupEvery   = 30 * time.Second // time between two lookups of all hosts, once all of them have been resolved
+	lookupEvery   = 30 * time.Second // longest wait between two rounds, each of which looks up all hosts; see runHostRefresh
 )
 
 // HostResolver is the part of a *net.Resolver that gossip needs.
@@ -24,10 +24,11 @@ type HostResolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
-// addrOrQueueLookup returns the UDP address of to. If to has only a host name, it returns the first
-// address that the name resolved to, or an invalid address if the name is not resolved yet. It
-// queues a new name for lookup, unless g.hosts is full: it has at most MaxMembers entries plus one
-// for each seed. The caller must hold g.mu.
+// addrOrQueueLookup returns the UDP address of a destination. If the destination has only a host
+// name, it returns the first address that the last successful lookup of the name found, or an
+// invalid address if no lookup has succeeded yet. It queues a new name for lookup, unless g.hosts
+// is full: g.hosts has at most MaxMembers entries plus one for each seed. The caller must hold
+// g.mu.
 func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort
@@ -125,16 +126,17 @@ func (g *Gossip) resolve(ctx context.Context, hostport string) ([]netip.AddrPort
 // AdvertisedAddr returns the host:port at which peers reach this member. If listener has a specific
 // IP address, the result is listener itself. Otherwise listener is 0.0.0.0 or ::, and the result
 // has listener's port and the local address from which this machine reaches a peer. That peer is
-// the first of peers (each a host:port) that can be resolved. If none can be resolved,
+// the first of peers (each a host:port) that can be resolved and has a route. If there is none,
 // AdvertisedAddr uses the default route, because an unknown name must not keep a server from
-// starting. AdvertisedAddr sends DNS queries, but nothing else.
+// starting. AdvertisedAddr may send DNS queries, but nothing else.
 func AdvertisedAddr(listener netip.AddrPort, peers []string) (string, error) {
 	if !listener.Addr().IsUnspecified() {
 		return listener.String(), nil
 	}
 	var conn net.Conn
 	var err error
-	// The last resort, 192.0.2.1, is in TEST-NET-1 (RFC 5737). Only the default route leads there.
+	// The last resort, 192.0.2.1, is in TEST-NET-1 (RFC 5737). Normally only the default route
+	// leads there.
 	for _, peer := range append(slices.Clone(peers), "192.0.2.1:9") {
 		if conn, err = net.DialTimeout("udp", peer, lookupTimeout); err == nil {
 			break

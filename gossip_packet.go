@@ -30,15 +30,15 @@ type PacketKind uint8
 const (
 	// PacketHello asks the member at an address to answer. The answer repeats the random RequestID,
 	// which proves that the answer is not a replay. Packet.To may be empty, because the sender may
-	// not know that member's name. The receiver answers even if it does not know the sender's
-	// session, or knows a later session of the sender.
+	// not know that member's name. A receiver that does not know the sender's session, or that
+	// knows a later session of the sender, answers too, up to maxUnprovenReplies.
 	PacketHello   PacketKind = 1 + iota
 	PacketPing               // asks the receiver to answer
 	PacketAck                // answers a request; if Target is set, reports that the member Target has answered
 	PacketPingReq            // asks the receiver to ping the member Target and to relay the answer
-	PacketNack               // answers a PacketPingReq to report that the member Target did not answer
-	PacketGossip             // carries member records; it is not a request and not an answer
-	PacketSync               // carries a part of the sender's member table; queued updates are not added to it
+	PacketNack               // answers a PacketPingReq to report that the member Target did not answer in time
+	PacketGossip             // carries member records; it has neither RequestID nor ReplyTo
+	PacketSync               // carries the sender's member table or a part of it; queued updates are not added to it
 	packetKindEnd
 )
 
@@ -46,13 +46,13 @@ const (
 type Packet struct {
 	Kind         PacketKind
 	WantTable    bool   // the sender asks for the receiver's member table
-	TableSettled bool   // the sender's member table has not changed for two intervals
+	TableSettled bool   // Digest has not changed for two intervals
 	To           string // the receiver's name; may be empty in a PacketHello
 	From         string
-	Target       string // name of the member to ping; only in PacketPingReq, PacketNack and a relayed PacketAck
-	Session      uint64 // number of the sender's current run; see MemberRecord.Session
+	Target       string // name of the member that a relay pings; only in PacketPingReq, PacketNack and a relayed PacketAck
+	Session      uint64 // number of the sender's session; see MemberRecord.Session
 	Digest       uint64 // digest of the sender's member table
-	RequestID    uint64 // random; if not 0, the receiver must answer, and repeats this ID in ReplyTo of its answer
+	RequestID    uint64 // random; if not 0, the receiver is asked to answer, with this ID in ReplyTo
 	ReplyTo      uint64 // if not 0, the RequestID of the packet that this packet answers
 	Buckets      uint16 // highest slot that the sender has ever seen claimed, plus one
 	Records      []MemberRecord

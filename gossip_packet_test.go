@@ -1,7 +1,8 @@
 package main
 
 // Tests of the wire format of gossip packets: decoding the encoding of a packet gives the same
-// packet, encoding a decoded packet gives the same bytes, and the largest packets fit MaxPacket.
+// packet, encoding a decoded packet gives the same bytes, and a packet with two long records fits
+// MaxPacket.
 
 import (
 	"bytes"
@@ -10,8 +11,8 @@ import (
 	"testing"
 )
 
-// longestPacket returns a packet in which every text has its greatest length and the first record
-// has MaxAccusers accusers.
+// longestPacket returns a packet with the longest names and two records: the longest record, and a
+// record without a URL.
 func longestPacket() Packet {
 	name, addr := strings.Repeat("n", MaxMemberName), strings.Repeat("a", MaxMemberAddr)
 	return Packet{
@@ -55,7 +56,7 @@ func TestPacket(t *testing.T) {
 	}
 }
 
-// A sealed packet with the longest suspicion and the longest record of a left member fits
+// A sealed packet with the longest record and the record of a left member without a URL fits
 // MaxPacket. The longest record has maxRecord bytes.
 func TestPacketSizes(t *testing.T) {
 	p := longestPacket()
@@ -76,7 +77,7 @@ func withoutEmptyRecords(p Packet) Packet {
 	return p
 }
 
-// DecodePacket refuses a packet with an invalid field or an unknown flag.
+// DecodePacket refuses each of the packets listed below, and a packet with the unknown flag 0x80.
 func TestPacketRefused(t *testing.T) {
 	good := func() Packet {
 		return Packet{Kind: PacketPing, To: "b", From: "a", Records: []MemberRecord{{Name: "c", Addr: "d:1"}}}

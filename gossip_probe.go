@@ -1,9 +1,10 @@
 package main
 
-// This file detects failures: this member probes the other members with pings. A member that does
-// not answer is suspected, then declared dead, and then contacted again and again for ever. A stall
-// of this member's own process never makes it suspect another member. While its own health is bad,
-// it waits longer for answers (Lifeguard). Pure: no I/O and no clock.
+// This file detects failures: this member probes the other members with pings. It suspects a member
+// that does not answer, and declares it dead unless the member refutes the suspicion. It contacts
+// dead members again from time to time, as long as the table has them. After a stall of its own
+// process, this member cancels its probes. While its own health is bad, it waits longer for answers
+// (Lifeguard). Pure: no I/O and no clock.
 
 import (
 	"math"
@@ -11,7 +12,8 @@ import (
 	"time"
 )
 
-// Times, as multiples of the gossip interval.
+// Times, as multiples of the gossip interval. Times that scaledByHealth scales are longer while
+// this member's health is bad.
 const (
 	indirectAfter    = 0.2  // intervals from the first ping of a probe to a second ping and the indirect pings
 	suspectAfter     = 0.4  // intervals from the second ping of a probe to the suspicion
@@ -19,14 +21,14 @@ const (
 	suspicionMax     = 5    // longest duration of a suspicion, as a multiple of the shortest duration; see suspicionEnd
 	finalPingSpacing = 0.2  // intervals between the final pings to a suspect, and from the last of them until it is declared dead
 	pairPingSpacing  = 0.1  // intervals between pings to a suspect while no third member is live
-	reconnectEvery   = 3    // intervals between attempts to reach a dead member or a seed
+	reconnectEvery   = 3    // intervals between attempts to reach a dead member or a seed; while this member is alone, joinBackoffMax applies
 	joinBackoffMax   = 4    // most intervals between attempts to reach the seeds while this member is alone, before random jitter
-	stallAfter       = 0.25 // a call of Receive or Tick that comes this many intervals too late shows that this process stalled
+	stallAfter       = 0.25 // a call of Receive or Tick that comes at least this many intervals too late counts as a stall of this process
 )
 
 const (
 	indirectChecks = 4 // most members that one probe asks, as relays, to ping a member that does not answer
-	maxFinalPings  = 6 // pings that each member sends to a suspect shortly before it declares the suspect dead
+	maxFinalPings  = 6 // most pings that this member sends to a suspect shortly before it declares the suspect dead
 	maxHealth      = 8 // highest, and worst, value of Swim.Health (Lifeguard's S)
 )
 
@@ -50,8 +52,8 @@ func (s *Swim) worsenOwnHealth() { s.Health = min(s.Health+1, maxHealth) }
 // handleOwnStall adjusts this member after a stall of its own process, which lasted about lateBy.
 // Answers that arrived during the stall still wait in the socket, or the socket has dropped them.
 // So a missing answer does not show that another member is dead. handleOwnStall cancels all probes,
-// postpones the next probe and the time at which each suspect is declared dead, and makes this
-// member's health worse.
+// delays the next probe until at least half an interval from now, postpones the time at which each
+// suspect is declared dead, and makes this member's health worse.
 func (s *Swim) handleOwnStall(lateBy time.Duration) {
 	s.worsenOwnHealth()
 	s.addEvent(EventStalled, s.self.Name, s.self.Addr)
@@ -76,9 +78,9 @@ func (s *Swim) probe(m *Member) {
 	s.ping(m, pendingRequest{purpose: requestProbe, dueAt: s.now + s.scaledByHealth(indirectAfter)})
 }
 
-// handleRequestTimeout handles r, a request that was not answered in time. Depending on the purpose
-// of r, it sends the request again, continues the probe, or gives up. If r was an indirect ping, it
-// reports to the member that asked for the ping that there was no answer.
+// handleRequestTimeout handles r, a request that was not answered in time or has yet to be sent.
+// Depending on the purpose of r, it sends the request, continues the probe, or gives up. If r was
+// an indirect ping, it reports to the member that asked for the ping that there was no answer.
 func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 	switch {
 	case r.purpose == requestProbe:
@@ -93,8 +95,8 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 		r.tries, r.dueAt = r.tries+1, s.now+s.interval/4
 		s.send(r.to, Packet{Kind: PacketHello, To: s.name, RequestID: r.id}, s.self)
 	case r.purpose == requestNameCheck:
-		// No other member with this name has answered. So r.rivalSession was a session of this
-		// member itself, in an earlier run whose state is lost.
+		// No other member with this name has answered. So r.rivalSession is probably a session of
+		// this member itself, from an earlier run whose state is lost.
 		s.requests.remove(r)
 		if r.rivalSession > s.self.Session {
 			s.renewSession(r.rivalSession)
@@ -116,8 +118,8 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 		s.probeIndirectly(r)
 		return
 	case r.tries == probeIndirect:
-		// A relay sends an answer even if it cannot reach the probed member. If no relay has
-		// answered, this member itself may be disconnected or slow.
+		// A relay that knows the probed member answers even if it cannot reach that member. If no
+		// relay has answered, this member itself may be disconnected or slow.
 		if len(r.relays) > 0 && !r.relayNacked {
 			s.worsenOwnHealth()
 		}
@@ -132,8 +134,8 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 	s.sendTo(m, Packet{Kind: PacketPing, RequestID: r.id})
 }
 
-// probeIndirectly pings the member that r probes once more, and asks up to indirectChecks other
-// members, the relays, to ping that member too.
+// probeIndirectly sends a second ping to the member that r probes, and asks up to indirectChecks
+// other members, the relays, to ping that member too.
 func (s *Swim) probeIndirectly(r *pendingRequest) {
 	r.tries, r.dueAt = probeIndirect, s.now+s.scaledByHealth(suspectAfter)
 	s.sendTo(r.member, Packet{Kind: PacketPing, RequestID: r.id})
@@ -149,8 +151,8 @@ func (s *Swim) probeIndirectly(r *pendingRequest) {
 	}
 }
 
-// suspect records that this member suspects m, and queues the new record as an update for all
-// members.
+// suspect records that this member suspects m. If that changes the record of m, it queues the
+// record as an update.
 func (s *Swim) suspect(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(s.name)}, 0
@@ -159,8 +161,7 @@ func (s *Swim) suspect(m *Member) {
 	}
 }
 
-// declareDead records that m, a suspect, is dead, and queues the new record as an update for all
-// members.
+// declareDead records that m, a suspect, is dead, and queues the new record as an update.
 func (s *Swim) declareDead(m *Member) {
 	r := m.MemberRecord
 	r.State, r.Accusers, r.Age = StateDead, nil, 0
@@ -169,8 +170,9 @@ func (s *Swim) declareDead(m *Member) {
 }
 
 // expireSuspicions declares each suspect dead whose suspicion has ended. Shortly before the end it
-// pings the suspect a few more times, and so does every other member. The reason is that all
-// accusers may be wrong, and the packets in which the suspect refuted the suspicion may be lost.
+// pings the suspect a few more times, and so does every other member that knows of the suspicion.
+// The reason is that all accusers may be wrong, and the packets in which the suspect refuted the
+// suspicion may be lost.
 func (s *Swim) expireSuspicions() {
 	for _, m := range s.table.Members {
 		switch {
@@ -191,9 +193,9 @@ func (s *Swim) nextPingOrDeathAt(m *Member) time.Duration {
 }
 
 // suspicionEnd returns the time at which m, a suspect, must be declared dead. The more members
-// suspect m, the sooner the suspicion ends (Lifeguard, LHA-Suspicion). It has its longest duration
-// while only one member suspects m. If the ring has no third member that could suspect m too, it
-// has its shortest duration.
+// suspect m, up to MaxAccusers, the sooner the suspicion ends (Lifeguard, LHA-Suspicion). It has
+// its longest duration while only one member suspects m. If the ring has no third member that could
+// suspect m too, it has its shortest duration.
 func (s *Swim) suspicionEnd(m *Member) time.Duration {
 	n := float64(s.table.Live)
 	shortest := suspicionMin * max(1, (3+math.Log10(n))/4)
@@ -208,8 +210,8 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 
 // contactDeadOrSeed contacts a random dead member, because it may be alive again, or a random seed
 // address at which this member knows no live member, because a member may have started there. While
-// this member knows no other live member, it contacts all seeds, with a growing time between the
-// attempts.
+// this member knows no other live member, it also contacts all seeds each time, and the time
+// between the attempts grows up to joinBackoffMax.
 func (s *Swim) contactDeadOrSeed() {
 	s.reconnectAt = s.now + s.intervalsToDuration(reconnectEvery)
 	if s.table.Live == 1 && len(s.seeds) > 0 {
@@ -236,6 +238,7 @@ func (s *Swim) contactDeadOrSeed() {
 }
 
 // sendHelloToSeed asks the member at the address of sd to answer, whatever that member's name is.
+// It does nothing if maxPendingRequests requests are pending.
 func (s *Swim) sendHelloToSeed(sd seed) {
 	to := PacketDestination{AddrPort: sd.addr}
 	if r := s.addRequestIfRoom(pendingRequest{purpose: requestJoin, to: to, dueAt: s.now + s.scaledByHealth(1)}); r != nil {

@@ -64,7 +64,7 @@ func TestSwimShortDelayIsNoStall(t *testing.T) {
 }
 
 // If no other member answers a member, the health of that member becomes worse. If only one member
-// of a ring dies, the health of the survivors stays good.
+// of a ring dies, the health of the survivors is good when all know of the death.
 func TestSwimHealthFalls(t *testing.T) {
 	s := joinedSim(t, 6, testSeed(t, 1))
 	s.kill(5)
@@ -122,8 +122,8 @@ func TestSwimTwoMembers(t *testing.T) {
 	}
 }
 
-// A suspicion lasts longer in a larger ring, and shorter if more members share it. In a ring of two
-// members it has its shortest duration.
+// A suspicion lasts longer in rings of more than ten members, and shorter if more members share it.
+// In a ring of two members it has its shortest duration.
 func TestSwimSuspicionEnd(t *testing.T) {
 	a := newSim(t, 1, testSeed(t, 1)).start(0)
 	left := func(live, accusers int) time.Duration {

@@ -1,9 +1,9 @@
 package main
 
 // This file handles received packets: it merges their records, answers their requests, and refutes
-// wrong records about this member. A session is one run of a member. This file believes a session's
-// packets only after the session has answered a request of this member, because packets could be
-// replays. Pure: no I/O and no clock.
+// wrong records about this member. A session is one run of a member, or a part of a run; see
+// renewSession. This file believes a session's packets only after the session has answered a
+// request of this member, because packets could be replays. Pure: no I/O and no clock.
 
 import (
 	"math"
@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Receive handles a packet that arrived from an address, and returns the datagrams to send.
+// Receive handles a packet that arrived from the given address, and returns the datagrams to send.
 func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Datagram {
 	s.beginReceiveOrTick(now)
 	if s.StoodDown {
@@ -23,11 +23,11 @@ func (s *Swim) Receive(now time.Duration, from netip.AddrPort, data []byte) []Da
 	return s.endStep()
 }
 
-// handleOrChallengeUnproven handles p if the sender's session has proven itself, or proves itself
-// with p, by answering a request of this member. Otherwise it counts p as refused and believes
-// nothing in p. It then challenges a sender whose session is unknown. It sends a sender with an old
-// session the record of the sender's latest session. If the sender has this member's name, it finds
-// out whether the sender is another member.
+// handleOrChallengeUnproven handles p if the sender's session has proven itself and p is not a
+// replay, or if p proves the session by answering a request of this member. Otherwise it counts p
+// as refused and merges no record of p. It may then challenge a sender whose session is not proven,
+// or send a sender with an old session the record of the sender's latest session. If the sender has
+// this member's name, it calls handleNamesake.
 func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayCounter uint64) {
 	r := s.requests.answeredBy(p)
 	switch s.classifyAndMarkSeen(p, replayCounter, r) {
@@ -67,7 +67,7 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 		s.syncedAt, s.resyncAt, s.wantTable = s.now, s.now+s.interval, false
 	}
 	if p.Kind == PacketAck {
-		sender.KnowsOurSession = p.RequestID == 0 // an answer with a RequestID is a challenge: this member has not proven its session to sender
+		sender.KnowsOurSession = p.RequestID == 0 // an answer with a RequestID is a challenge: sender does not know this member's session yet
 	}
 	refuted := s.mergeRecords(p, sender)
 	if sender.Session != p.Session {
@@ -85,22 +85,23 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 	if p.WantTable {
 		s.sendTable(sender, false)
 	} else if p.Digest != s.table.Digest && p.TableSettled && s.isTableSettled() {
-		// The tables of the sender and of this member differ, and neither has changed for two
-		// intervals. So no update is under way that would make the tables equal.
+		// The tables of the sender and of this member differ, and neither digest has changed for
+		// two intervals. So probably no update is under way that would make the tables equal.
 		s.sendTable(sender, true)
 	}
 }
 
-// answer answers the request in p, if there is one. It also corrects the sender: it sends this
-// member's record if p had a wrong record about this member (justRefuted), and it sends the
-// sender's own record if this member considers the sender dead.
+// answer answers the request in p, if there is one, unless p is a PacketPingReq, which is answered
+// later. It also corrects the sender: it sends this member's record if p had a wrong record about
+// this member (justRefuted). If this member considers the sender dead, it sends the sender's own
+// record, unless p is a PacketAck without a request.
 func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefuted bool) {
 	to := PacketDestination{AddrPort: from}
 	switch {
 	case p.RequestID != 0 && p.Kind == PacketPing && !justRefuted:
 		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}) // without this member's record: a member pings only members whose record it has
 	case p.RequestID != 0 && p.Kind != PacketPingReq:
-		sender.KnowsOurSession = true // the answer proves this member's session to the sender
+		sender.KnowsOurSession = true // the answer proves this member's session to the sender if it arrives
 		s.send(to, Packet{Kind: PacketAck, To: sender.Name, ReplyTo: p.RequestID}, s.self)
 	case justRefuted:
 		s.send(to, Packet{Kind: PacketGossip, To: sender.Name}, s.self)
@@ -109,8 +110,8 @@ func (s *Swim) answer(from netip.AddrPort, p *Packet, sender *Member, justRefute
 	}
 }
 
-// completeAnsweredRequest acts on the fact that m has answered r, and removes r from the pending
-// requests.
+// completeAnsweredRequest removes r from the pending requests and does what the answer calls for. m
+// is the sender of the answer: the member that was asked, or a relay that reports its answer.
 func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	switch r.purpose {
 	case requestProbe:
@@ -137,7 +138,8 @@ func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 }
 
 // pingOnBehalf pings the target of p, a PacketPingReq that requester sent, if the table has the
-// target. Later requester gets a PacketAck if the target has answered, and a PacketNack otherwise.
+// target. Later requester gets a PacketAck if the target has answered in time, and a PacketNack
+// otherwise.
 func (s *Swim) pingOnBehalf(p *Packet, requester *Member) {
 	target := s.table.Get(p.Target)
 	if target != nil && target != s.self && p.RequestID != 0 {
@@ -162,16 +164,16 @@ func (s *Swim) mergeRecords(p *Packet, sender *Member) (refuted bool) {
 // was part of a sync of sender's table, and false if r was an update.
 func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 	known := s.table.Get(r.Name)
-	// When a partition ends, each side considers the members of the other side dead. A member can
-	// refute only a record that it receives. So if a sync lists as dead a member that this member
-	// considers live, this member makes it a suspect. The suspect is told of the suspicion and
-	// refutes it.
+	// When a partition ends, each side may consider the members of the other side dead. A member
+	// can refute only a record that it receives. So if a sync lists as dead a member that this
+	// member considers live, this member suspects it instead. The suspect then learns of the
+	// suspicion and can refute it.
 	if isSync && r.State == StateDead && known != nil && known.State.IsLive() && r.Session == known.Session {
 		r.State, r.Accusers, r.Age = StateSuspect, []uint64{accuserID(sender.Name)}, 0
 	}
 	merged := s.mergeRecordIfNewer(r)
 	// For one interval after its first sync, this member does not pass on the members that it
-	// learns from syncs. They are new only to this member: all other members know them.
+	// learns from syncs. Most likely they are new only to this member.
 	isNews := !isSync || known != nil || s.now-s.syncedAt > s.interval
 	if merged != nil && isNews {
 		s.table.QueueUpdate(merged)
@@ -180,8 +182,8 @@ func (s *Swim) mergeRecordFrom(sender *Member, r MemberRecord, isSync bool) {
 
 // mergeRecordIfNewer merges r, a record about another member, into the table. It returns that
 // member if r has changed the table's record of it, and nil otherwise. It adds an event if the
-// member is now up, down, suspected or has left. If the member is suspected, it also sets the time
-// at which the suspicion ends.
+// member has come up, gone down or left, or if a suspicion of it begins. If the member is
+// suspected, it also sets the time at which the suspicion ends.
 func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 	old := MemberRecord{State: StateDead}
 	if m := s.table.Get(r.Name); m != nil {
@@ -211,8 +213,8 @@ func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 }
 
 // onNewSuspicion records that a suspicion of m begins now, and adds an event. It decides at random
-// whether this member probes m at once. About 2*MaxAccusers members of the ring do so, and thus
-// soon find out themselves whether m is alive.
+// whether this member probes m at once, unless it probes m already or has left. On average at most
+// 2*MaxAccusers members of the ring do so, and thus soon find out themselves whether m is alive.
 func (s *Swim) onNewSuspicion(m *Member) {
 	m.SuspectedAt, m.FinalPings = s.now, 0
 	s.addEvent(EventSuspect, m.Name, m.Addr)
@@ -224,7 +226,8 @@ func (s *Swim) onNewSuspicion(m *Member) {
 // refuteIfWrong returns whether r, a received record about this member, is wrong. If r is wrong and
 // other members would believe it, refuteIfWrong announces a new incarnation or a new session of
 // this member. If r has a higher session than this member, refuteIfWrong returns false, and starts
-// to check whether another member uses this member's name.
+// to check whether another member uses this member's name. After this member has left, it returns
+// false for every record of the present session.
 func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 	switch {
 	case r.Session > s.self.Session:
@@ -252,10 +255,10 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 	return true
 }
 
-// startNameCheck begins to find out whether the member at the address in the argument to has this
-// member's name and the session rivalSession, which is higher than this member's session. It adds a
-// pending request, which the next Tick sends. It does nothing if such a check is pending, or if
-// this member has left.
+// startNameCheck begins to find out whether another member, at the given address, has this member's
+// name. rivalSession is that member's session, and is higher than this member's session.
+// startNameCheck adds a pending request, which the next Tick sends. It does nothing if such a check
+// is pending, if maxPendingRequests requests are pending, or if this member has left.
 func (s *Swim) startNameCheck(to PacketDestination, rivalSession uint64) {
 	if s.requests.find(requestNameCheck, s.name) == nil && s.self.State != StateLeft {
 		s.addRequestIfRoom(pendingRequest{purpose: requestNameCheck, name: s.name, rivalSession: rivalSession, to: to, dueAt: s.now})
@@ -263,8 +266,8 @@ func (s *Swim) startNameCheck(to PacketDestination, rivalSession uint64) {
 }
 
 // renewSession begins a new session of this member, with a higher number than afterSession, because
-// other members have a record of this member with the session afterSession. This member then
-// contacts seeds and asks for a table again, as after a start.
+// another member has a record of this member with the session afterSession. The next Tick then
+// calls contactDeadOrSeed, and this member asks for a table again, as after a start.
 func (s *Swim) renewSession(afterSession uint64) {
 	r := s.self.MemberRecord
 	r.Session = s.nextSession(afterSession)
@@ -284,8 +287,9 @@ func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingR
 	answer := Packet{Kind: PacketAck, To: s.name, ReplyTo: p.RequestID}
 	switch {
 	case p.Session == s.self.Session:
-		// This member itself sent p in its current session. p has come back because the address of
-		// a seed is this member's own, or because an attacker has sent p back. Ignore p.
+		// This member itself sent p in its current session. p has come back, for example because
+		// the address of a seed is this member's own, or because an attacker has sent p back.
+		// Ignore p.
 	case answered == nil && p.Kind == PacketHello && s.countUnprovenReply():
 		if p.Session > s.self.Session {
 			s.startNameCheck(PacketDestination{AddrPort: from}, p.Session)

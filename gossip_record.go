@@ -39,10 +39,10 @@ func (s MemberState) IsLive() bool { return s <= StateSuspect }
 // of different versions refuse each other's packets and log the reason.
 type MemberRecord struct {
 	Name        string
-	Session     uint64 // number of one run of the member; higher after each start
-	Incarnation uint32 // raised by the member each time it refutes or changes its record
+	Session     uint64 // number of the member's session; higher after each start, unless the member has lost its RestartState
+	Incarnation uint32 // raised by the member when it changes Addr, URL or a field below, or must replace a wrong record
 	State       MemberState
-	Accusers    []uint64 // accuserID of each member that suspects this one, at most MaxAccusers; only if State is StateSuspect
+	Accusers    []uint64 // accuserIDs of up to MaxAccusers members that suspect this one; only if State is StateSuspect
 	Age         uint32   // seconds since the member died or left; only if State is StateDead or StateLeft
 
 	Addr        string // host:port at which the member is reached, for both UDP and TCP
@@ -51,7 +51,7 @@ type MemberRecord struct {
 	Lamport     uint64 // number of the claim to the slot; see Claim
 	Provisional bool   // the member has seeds, but made the claim before it received a table from another member
 	Leaving     bool   // the member is about to leave: it keeps its slot, but must own no sites
-	KeyID       uint32 // ID of the member's first cluster key; other members seal with this key for the member
+	KeyID       uint32 // ID of the member's first cluster key; other members seal with it for the member, if they hold it
 }
 
 // CheckMemberName returns an error if name is not a valid member name. The error text states which
@@ -87,7 +87,8 @@ const (
 	flagLeaving     = 2
 )
 
-// AppendMember appends the encoding of m to b. The encoding has at most maxRecord bytes.
+// AppendMember appends the encoding of m to b. The encoding of a valid record has at most maxRecord
+// bytes.
 func AppendMember(b []byte, m *MemberRecord) []byte {
 	var flags byte
 	if m.Provisional {

@@ -2,8 +2,9 @@ package main
 
 // This file holds the pending requests: the requests of this member that wait for an answer. A
 // request has a random ID. It counts as answered only when the member that was asked, or a relay
-// that was asked to ping that member, repeats the ID. The number of pending requests is bounded.
-// Pure: no I/O and no clock. This file must not know what an answer leads to.
+// that was asked to ping that member, repeats the ID. A request to an address where the member's
+// name is not known may be answered by any member. The number of pending requests is bounded. Pure:
+// no I/O and no clock. This file must not know what an answer leads to.
 
 import (
 	"math/rand/v2"
@@ -38,9 +39,9 @@ const (
 	requestProbe     requestPurpose = iota // an answer shows that the probed member is alive, so that it must not be suspected
 	requestIndirect                        // an answer shows that the pinged member is alive; this is reported to origin
 	requestReconnect                       // an answer shows that a member recorded as dead or suspect is alive
-	requestChallenge                       // an answer proves that the packet of the challenged member was not a replay
+	requestChallenge                       // an answer proves that the challenged session is running, so that its packets may be believed
 	requestJoin                            // an answer shows which member uses the address of a seed
-	requestNameCheck                       // an answer shows that another live member has this member's name and a higher session
+	requestNameCheck                       // an answer shows that another live member has this member's name
 	requestLeave                           // an answer shows that the asked member knows that this member leaves
 )
 
@@ -76,9 +77,9 @@ func (p pendingRequests) find(purpose requestPurpose, name string) *pendingReque
 	return nil
 }
 
-// answeredBy returns the pending request that pkt answers, or nil. Only the member that was asked,
-// or one of the request's relays, can answer. A relay's packet must name the asked member as its
-// Target.
+// answeredBy returns the pending request that pkt answers, or nil. Only the member that was asked
+// (any member if the request names none), or one of the request's relays, can answer. A relay's
+// packet must name the asked member as its Target.
 func (p pendingRequests) answeredBy(pkt *Packet) *pendingRequest {
 	if pkt.ReplyTo == 0 {
 		return nil

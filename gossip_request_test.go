@@ -10,6 +10,7 @@ import (
 
 // A request is answered only by a packet that repeats the request's ID. The packet must be a
 // PacketAck of the asked member, or an answer of a relay that names the asked member as its target.
+// A PacketAck of any member answers a request that names no member.
 func TestAnsweredBy(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))

@@ -1,9 +1,9 @@
 package main
 
-// This file fills, seals (encrypts) and queues packets to send. A packet is sealed with a key that
-// the receiver holds, as far as this member knows. The room left in a packet is filled with queued
-// updates, except in syncs and in answers to sessions that have not proven themselves. Pure: no I/O
-// and no clock. This file must not know why a packet is sent.
+// This file fills, seals (encrypts) and queues packets to send. A packet to a live member is sealed
+// with the key in that member's record, if this member holds it. The room left in a packet is
+// filled with queued updates, except in syncs and in answers to sessions that have not proven
+// themselves. Pure: no I/O and no clock. This file must not know why a packet is sent.
 
 import "net/netip"
 
@@ -32,8 +32,8 @@ func (s *Swim) sendTo(m *Member, p Packet) {
 }
 
 // send seals and queues p with the records of recordsOf, which holds at most two members, and with
-// as many queued updates as fit. If the receiver may not know this member, recordsOf must hold
-// s.self, so that the receiver gets this member's record.
+// queued updates up to the first that does not fit. If the receiver may not know this member,
+// recordsOf must hold s.self, so that the receiver gets this member's record.
 func (s *Swim) send(to PacketDestination, p Packet, recordsOf ...*Member) {
 	m := s.table.Get(p.To)
 	b := s.encodeWithRecords(&p, recordsOf)
@@ -43,8 +43,8 @@ func (s *Swim) send(to PacketDestination, p Packet, recordsOf ...*Member) {
 
 // replyToUnproven queues p, an answer to the packet that was opened last, whose sender's session
 // has not proven itself. It seals p with the key of that packet: the sender holds this key, even if
-// its record names another key. It adds no updates to p. Otherwise a replayed packet would make
-// updates count as passed on, and would get an answer much longer than itself.
+// its record names another key. It adds no updates to p. Otherwise a replayed packet could make
+// updates count as passed on, and could get an answer much longer than itself.
 func (s *Swim) replyToUnproven(to netip.AddrPort, p Packet, recordsOf ...*Member) {
 	s.plain = s.encodeWithRecords(&p, recordsOf)
 	s.sealAndQueue(PacketDestination{AddrPort: to}, s.openedKeyID)
@@ -88,18 +88,19 @@ func (s *Swim) keyIDFor(m *Member) uint32 {
 	return ids[s.rng.IntN(len(ids))]
 }
 
-// sealAndQueue seals s.plain with the key keyID, and queues the result as a datagram to the address
-// in the argument to.
+// sealAndQueue seals s.plain with the key keyID, and queues the result as a datagram to the given
+// address.
 func (s *Swim) sealAndQueue(to PacketDestination, keyID uint32) {
 	from := len(s.sealed)
 	s.sealed = s.sealer.Seal(s.sealed, s.plain, keyID)
 	s.datagrams = append(s.datagrams, Datagram{To: to, Data: s.sealed[from:len(s.sealed):len(s.sealed)]})
 }
 
-// sendTable queues a sync: packets to m that carry the table, filled with as many records as fit.
-// It does nothing if m was sent a sync less than one interval ago. If wantTheirs is true, the first
-// packet also asks for m's table. A sync has at most maxSyncPackets packets. If the table does not
-// fit, the next call of sendTable, for any member, continues with the rest.
+// sendTable queues a sync: packets to m that carry the records of the table for which IsSentInSync
+// is true. It does nothing if m was sent a sync less than one interval ago. If wantTheirs or
+// Swim.wantTable is true, the first packet also asks for m's table. A sync has at most
+// maxSyncPackets packets. If the table does not fit, the next call of sendTable, for any member,
+// continues with the rest.
 func (s *Swim) sendTable(m *Member, wantTheirs bool) {
 	if m.LastSync != 0 && s.now-m.LastSync < s.interval {
 		return

@@ -1,6 +1,6 @@
 package main
 
-// Tests of sending: syncs of a large table, and how often an update counts as passed on.
+// Tests of sending: syncs of a large table, and which answers do not count updates as passed on.
 
 import (
 	"fmt"
@@ -44,8 +44,8 @@ func TestSwimSyncsLargeTable(t *testing.T) {
 	}
 }
 
-// When a member answers a replayed packet, no queued update counts as passed on. The answer is at
-// most twice as long as the replayed packet.
+// When a member answers a replayed PacketHello of an earlier session, no queued update counts as
+// passed on. The answer is at most twice as long as the replayed packet.
 func TestSwimUpdatesSurviveReplays(t *testing.T) {
 	s := newSim(t, 3, testSeed(t, 1))
 	var hello []byte

@@ -1,10 +1,10 @@
 package main
 
 // This file opens (decrypts) packets and decides whether to believe their sender's session. A
-// session is one run of a member. It proves itself by answering a request of this member. Before
-// that, its packets are not believed, because they could be replays. The number of answers to
-// unproven sessions is bounded. Pure: no I/O and no clock. This file must not know when to probe,
-// or which member to suspect.
+// session is one run of a member, or a part of a run; see renewSession. It proves itself by
+// answering a request of this member. Before that, its packets are not believed, because they could
+// be replays. The number of answers to unproven sessions is bounded. Pure: no I/O and no clock.
+// This file must not know when to probe, or which member to suspect.
 
 import (
 	"errors"
@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	maxUnprovenReplies = 2048      // most answers per interval to sessions that have not proven themselves
+	maxUnprovenReplies = 2048      // most answers to sessions that have not proven themselves, in each period of one interval
 	versionEventEvery  = time.Hour // shortest time between two events of the kind EventVersion
 )
 
@@ -29,15 +29,15 @@ type RefusedPackets [refusedReasonCount]uint64
 // whether the sender is another member with the same name.
 const (
 	RefusedUnsealed  = iota // too short or too long for a sealed packet
-	RefusedVersion          // sealed by another version of telemeter
-	RefusedKey              // sealed with a key that this member does not hold
+	RefusedVersion          // begins with another version than sealVersion, so probably sealed by another version of telemeter
+	RefusedKey              // names a key that this member does not hold
 	RefusedForged           // cannot be opened with the key that it names
 	RefusedMalformed        // opens but does not decode
 	RefusedMisrouted        // addressed to another member, or sent under this member's name
 	RefusedSession          // from an earlier session of its sender
 	RefusedReplay           // received before, or so old that the replay window cannot tell whether it was received before
 	RefusedStranger         // from a session that has not proven itself
-	RefusedUnasked          // answers a request that is not pending, or that this member did not send to the sender
+	RefusedUnasked          // answers a request that is not pending, or that this member did not send to the sender; a PacketNack does not count
 	refusedReasonCount
 )
 
@@ -47,7 +47,7 @@ func RefusedReasonNames() [refusedReasonCount]string {
 	return [...]string{"unsealed", "version", "key", "forged", "malformed", "misrouted", "session", "replay", "stranger", "unasked"}
 }
 
-// openPacket opens and decodes data, a packet that arrived from the address from. It returns the
+// openPacket opens and decodes data, a packet that arrived from the given address. It returns the
 // packet, and the counter in the packet's nonce, by which replays are recognized. If it refuses the
 // packet, it counts the refusal and returns nil. p is valid until the next call of openPacket.
 func (s *Swim) openPacket(from netip.AddrPort, data []byte) (p *Packet, counter uint64) {
@@ -89,7 +89,7 @@ func refusedReason(err error) int {
 	return RefusedUnsealed
 }
 
-// A packetSenderKind classifies a packet by the session (run of a member) in which it was sent.
+// A packetSenderKind classifies a packet by its sender and the session in which it was sent.
 type packetSenderKind uint8
 
 const (
@@ -145,17 +145,19 @@ func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 
 // answerOldSession handles p, a packet from an earlier session of its sender. The sender may have
 // lost its state and begun a session with a lower number. So answerOldSession sends it the record
-// of its latest known session. It does so only if p is a PacketHello or answers a request. A replay
-// of such a packet also gets this one answer.
+// of its latest known session, if p is a PacketHello or answers a request. A replay of such a
+// packet is answered too. The limit is maxUnprovenReplies.
 func (s *Swim) answerOldSession(from netip.AddrPort, p *Packet, answered *pendingRequest) {
 	if (p.Kind == PacketHello || answered != nil) && s.countUnprovenReply() {
 		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID}, s.self, s.table.Get(p.From))
 	}
 }
 
-// challenge asks the sender of p to prove that p is not a replay. If p is a request, the challenge
-// also answers it, because the answer reveals only this member's record. A PacketPingReq is not
-// answered.
+// challenge asks the sender of p to prove its session, because p may be a replay. If p is a request
+// other than a PacketPingReq, the challenge also answers p, because the answer reveals only this
+// member's record. For any other packet, challenge does nothing if a challenge of the sender is
+// pending. If no further request can be pending, challenge answers p but does not challenge the
+// sender. It does nothing beyond maxUnprovenReplies.
 func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
 	if !s.countUnprovenReply() {
 		return

@@ -12,9 +12,9 @@ import (
 )
 
 // A member refuses a packet that is a replay, is damaged, has another version, key or ring, is
-// addressed to another member, comes from an old session, or answers no request. It counts the
-// refusal and does not answer. It believes no record of such a packet, except for a packet whose
-// only fault is that it answers no request.
+// addressed to another member, comes from an old session without being a PacketHello, or answers no
+// request. It counts the refusal and does not answer. It believes no record of such a packet,
+// except for a packet whose only fault is that it answers no request.
 func TestSwimRefuses(t *testing.T) {
 	s := newSim(t, 3, testSeed(t, 1))
 	var ping []byte

@@ -36,7 +36,7 @@ func (f *figures) String() string {
 	return fmt.Sprintf("%.2f / %.2f s, %d packets", f.median().Seconds(), f.worst().Seconds(), quantile(f.sent, .5))
 }
 
-// quantile returns the q-quantile of all, for q from 0 to 1.
+// quantile returns the q-quantile of the elements of the given slice, for q from 0 to 1.
 func quantile[T cmp.Ordered](all []T, q float64) T {
 	all = slices.Sorted(slices.Values(all))
 	return all[int(q*float64(len(all)-1)+.5)]
@@ -71,7 +71,7 @@ func simLeave(s *sim, f *figures) {
 	s.kill(leaver)
 }
 
-// simPartition separates the even nodes from the odd nodes for the duration lasts. It adds to f the
+// simPartition separates the even nodes from the odd nodes for the given duration. It adds to f the
 // time from the end of the partition until all members consider each other live again.
 func simPartition(s *sim, lasts time.Duration, f *figures) {
 	for i, n := range s.nodes {
@@ -85,11 +85,11 @@ func simPartition(s *sim, lasts time.Duration, f *figures) {
 	f.add(s, s.until(60*time.Second, fmt.Sprintf("all agree after a partition of %v", lasts), s.agree), s.sent-sent)
 }
 
-// simFalse returns the number of false deaths in the duration lasts: how often a member reported a
-// running member as dead. loss is the share of packets that are lost. If stalled is not 0, this
-// share of the members, but at least one, stalls for 10 s. Then another random choice of members
-// stalls, and so on. The death of a member does not count as false while that member stalls, or
-// within a second after its stall.
+// simFalse returns the number of false deaths in the given duration: how often a member reported a
+// running member as dead. loss is the share of packets that are lost. If stalled is not 0, at most
+// this share of the members, but at least one, stalls for 10 s. Then another random choice of
+// members stalls, and so on. The death of a member does not count as false while that member
+// stalls, or within a second after its stall.
 func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
 	s.loss = loss
 	since := s.now
@@ -123,7 +123,7 @@ func simFalse(s *sim, lasts time.Duration, loss, stalled float64) int {
 }
 
 // simRest returns the packets and bytes that each member sends per second on average. It measures
-// for the duration lasts, in which it changes nothing.
+// for the given duration, in which it changes nothing.
 func simRest(s *sim, lasts time.Duration) (packets, bytes float64) {
 	sent, size := s.sent, s.bytes
 	s.run(lasts)
@@ -177,9 +177,10 @@ func TestSimulationTable(t *testing.T) {
 	}
 }
 
-// All members learn of joins, deaths, leaves and the end of a partition within the limits of the
-// design, and send few packets while nothing changes. The limits hold for the test's own seed. With
-// some other seeds a median exceeds its limit, because it is the median of only a few runs.
+// The median or worst time until all members know of joins, a death, a leave or the end of a
+// partition is within its limit. The members send few packets while nothing changes. The limits
+// hold for the test's own seed. With some other seeds a median exceeds its limit, because it is the
+// median of only a few runs.
 func TestSweepGossip(t *testing.T) {
 	sweep(t)
 	limit := func(about string, got, most time.Duration) {
@@ -257,7 +258,8 @@ func TestSweepFalseDeaths(t *testing.T) {
 	}
 }
 
-// Two runs with the same seed send the same packets and draw the same random numbers.
+// Two runs with the same seed send the same number of packets and bytes, and draw the same random
+// number in the end.
 func TestSimulationRepeats(t *testing.T) {
 	seed := testSeed(t, 5)
 	run := func() (int, int, int) {

@@ -46,7 +46,7 @@ const (
 	EventLeft         = "member has left"
 	EventSuspect      = "member is suspected"
 	EventSessionTaken = "other members know a later session of this member: took a higher one" // the caller must store RestartState() again
-	EventNameConflict = "another member has the same name and a lower session"                 // the other member stands down
+	EventNameConflict = "another member has the same name and a lower session"                 // the other member should stand down
 	EventStoodDown    = "another member has the same name and a higher session: standing down"
 	EventStalled      = "this process stalled: suspecting no member for a while"
 	EventVersion      = "packet refused" // What only begins with this text; the reason, with both versions, follows
@@ -56,7 +56,7 @@ const (
 // that never started is zero.
 type SwimConfig struct {
 	Name, Addr, URL string
-	Interval        time.Duration // time between two probes; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and versionEventEvery
+	Interval        time.Duration // time between two probes while Health is 0; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and versionEventEvery
 	Random          rand.Source   // source of all random numbers, session numbers and request IDs included; must be unpredictable to attackers
 	Sealer          *PacketSealer // seals and opens packets; only the Swim may use it after NewSwim
 	RestartState    RestartState
@@ -120,7 +120,7 @@ type seed struct {
 }
 
 // NewSwim returns a member that knows no other member. Its session is higher than the session in
-// c.RestartState. The caller must store the result of RestartState before it sends the first
+// c.RestartState. The caller should store the result of RestartState before it sends the first
 // packet, so that the session of the next start is higher again.
 func NewSwim(c SwimConfig) *Swim {
 	s := &Swim{
@@ -138,7 +138,7 @@ func NewSwim(c SwimConfig) *Swim {
 
 // nextSession returns a session number that is higher than afterSession. Its upper 32 bits are the
 // upper 32 bits of afterSession, plus one. Its lower 32 bits are random, so that two members with
-// the same name that both lost their state have different sessions.
+// the same name that both lost their state almost certainly have different sessions.
 func (s *Swim) nextSession(afterSession uint64) uint64 {
 	return (afterSession/sessionStep+1)*sessionStep + s.rng.Uint64N(sessionStep)
 }
@@ -207,8 +207,8 @@ func (s *Swim) announceSelf(r MemberRecord) {
 }
 
 // SetSeeds replaces the seeds, which are the addresses at which this member looks for other members
-// as long as it runs. A new seed is contacted at once. SetSeeds ignores this member's own address,
-// and all addresses after the first maxSeeds.
+// as long as it runs. If there is a new seed, the next Tick calls contactDeadOrSeed. SetSeeds
+// ignores this member's own address, and all addresses after the first maxSeeds.
 func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 	old := s.seeds
 	s.seeds = nil
@@ -218,7 +218,7 @@ func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 		}
 		i := slices.IndexFunc(old, func(o seed) bool { return o.addr == a })
 		if i < 0 {
-			s.reconnectAt = s.now // try a new seed at once
+			s.reconnectAt = s.now // call contactDeadOrSeed in the next Tick
 			old = append(old, seed{addr: a})
 			i = len(old) - 1
 		}
@@ -227,7 +227,7 @@ func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 }
 
 // Leave announces that this member leaves, and asks up to leaveTargets members to confirm that they
-// know of the leave. HasLeft reports whether they have confirmed.
+// know of the leave. HasLeft reports whether that is done.
 func (s *Swim) Leave() {
 	if s.self.State == StateLeft {
 		return
@@ -244,8 +244,8 @@ func (s *Swim) Leave() {
 	}
 }
 
-// HasLeft reports whether Leave was called, and every member that was asked to confirm the leave
-// has confirmed it or has not answered maxTries packets.
+// HasLeft reports whether Leave was called and no request is pending. Then every member that was
+// asked to confirm the leave has confirmed it, or has not answered maxTries packets.
 func (s *Swim) HasLeft() bool { return s.self.State == StateLeft && len(s.requests) == 0 }
 
 // NextTickAt returns the time at which Tick should be called next. A call of any other method of

@@ -56,8 +56,8 @@ func TestSweepNoGhosts(t *testing.T) {
 }
 
 // After a member restarts, in any of the ways listed, all members soon know its new session and
-// address. No other member is declared dead, and the session stored for the member's next start is
-// its new session.
+// address. The other members declare none of each other dead, and the session stored for the
+// restarted member's next start is its new session.
 func TestSwimRestarts(t *testing.T) {
 	seed := testSeed(t, 1)
 	forget := func(s *sim, i int) { s.nodes[i].state = RestartState{} }
@@ -169,8 +169,8 @@ func TestSwimNameTaken(t *testing.T) {
 }
 
 // No member is declared dead while the members add a new key one after another, and then delete the
-// old key one after another. A member whose first key is the new key can join while other members
-// have only the old key.
+// old key one after another. A member whose first key is the new key can join while some other
+// members have only the old key.
 func TestSwimRotation(t *testing.T) {
 	s := joinedSim(t, 6, testSeed(t, 1))
 	steps := []Keys{testKeys(t, 2, 1), testKeys(t, 2)}

@@ -2,8 +2,9 @@ package main
 
 // This file holds the table of members. The table decides which of two records is newer, computes a
 // digest of its records, queues updates to pass on, and forgets members some time after they left.
-// Only a newer record replaces a record of the same name. The size of the table is bounded. Pure:
-// no I/O and no clock. This file must not know of packets, probes or the timing of suspicions.
+// Merge replaces a record only with a newer one, or adds accusers to a suspicion. The size of the
+// table is bounded. Pure: no I/O and no clock. This file must not know of packets, probes or the
+// timing of suspicions.
 
 import (
 	"cmp"
@@ -22,9 +23,10 @@ import (
 const (
 	// MaxMembers is the highest number of members in the table, members that died or left included.
 	MaxMembers = 1024
-	// tombstoneLife is how long the table keeps the record of a member that has left (a tombstone).
-	// Syncs contain a tombstone only during the first half of that time. So when a member forgets a
-	// tombstone, no other member still sends it in syncs, and the member cannot learn it again.
+	// tombstoneLife is how long the table keeps the record of a member that has left (a tombstone),
+	// unless makeRoom evicts it. Syncs contain a tombstone only during the first half of that time.
+	// So when a member forgets a tombstone at the end of that time, no other member still sends it
+	// in syncs, and the member does not learn it again.
 	tombstoneLife = 48 * time.Hour
 	// A member passes on an update retransmitMult·log10(live members + 1) times, rounded up.
 	// retransmitMult is λ of the SWIM paper, section 4.1.
@@ -46,7 +48,7 @@ type Member struct {
 	DiedAt          time.Duration  // when the member died or left; negative if that was before the clock's origin
 	LastSync        time.Duration  // when this member last sent its table to the member; 0 = never
 	digestPart      uint64         // stableDigest of the record if MemberTable.Digest includes the record, otherwise 0
-	transmits       int            // how often the record was passed on since it was last queued as an update
+	transmits       int            // how often AppendUpdates has counted the record as passed on since it was last queued as an update
 }
 
 // PacketDestination returns the address to which packets for m are sent.
@@ -56,7 +58,7 @@ func (m *Member) PacketDestination() PacketDestination { return PacketDestinatio
 type MemberTable struct {
 	Members   []*Member     // all known members, in the order in which they became known
 	Live      int           // number of members that are alive or suspect, this member included
-	Digest    uint64        // XOR of the stableDigest of all records that syncs contain
+	Digest    uint64        // XOR of the digestPart of all members
 	ChangedAt time.Duration // when Digest last changed
 	Version   uint64        // number of changes of Digest
 	byName    map[string]*Member
@@ -68,9 +70,9 @@ func (t *MemberTable) Get(name string) *Member { return t.byName[name] }
 
 // Merge makes r the record of the member named r.Name if r supersedes the member's record in the
 // table, and returns the member. It adds a member that the table does not have. If both records are
-// suspicions of the same incarnation, the member's record gets the accusers of both. Merge returns
-// nil if it has changed nothing: r is not newer and adds no accuser, or addNameOnly cannot add the
-// member.
+// suspicions of the same incarnation, the record gets accusers of both, up to MaxAccusers. Merge
+// returns nil if it has changed nothing: r is not newer and adds no accuser, or addNameOnly cannot
+// add the member.
 func (t *MemberTable) Merge(now time.Duration, r MemberRecord) (changed *Member) {
 	m := t.byName[r.Name]
 	switch {
@@ -111,7 +113,8 @@ func (t *MemberTable) addNameOnly(r *MemberRecord) *Member {
 }
 
 // supersedes reports whether r is newer than old, another record of the same member, so that r is
-// believed. Within one session, a record with StateLeft is newer than every other record.
+// believed. Within one session, a record with StateLeft is newer than every record with another
+// state.
 func (r *MemberRecord) supersedes(old *MemberRecord) bool {
 	switch {
 	case r.Session != old.Session:
@@ -166,7 +169,7 @@ func (t *MemberTable) SetRecord(now time.Duration, m *Member, r MemberRecord) {
 }
 
 // setDigestPart replaces m's part of Digest. part is the stableDigest of m's record, or 0 if Digest
-// must not include the record. If Digest changes, ChangedAt and Version change too.
+// must not include the record. If Digest changes, it sets ChangedAt to now and raises Version.
 func (t *MemberTable) setDigestPart(now time.Duration, m *Member, part uint64) {
 	if part != m.digestPart {
 		t.Digest ^= m.digestPart ^ part
@@ -190,14 +193,14 @@ func (r *MemberRecord) stableDigest() uint64 {
 	return binary.LittleEndian.Uint64(sum[:])
 }
 
-// IsSentInSync reports whether the table's digest and syncs contain the record of m. They do if m
-// is live, or died or left less than half of tombstoneLife ago.
+// IsSentInSync reports whether syncs contain the record of m. They do if m is live, or died or left
+// less than half of tombstoneLife ago.
 func (m *Member) IsSentInSync(now time.Duration) bool {
 	return m.State.IsLive() || now-m.DiedAt < tombstoneLife/2
 }
 
-// ForgetLeftMembers removes from the table each member that left at least tombstoneLife ago. Before
-// that, it removes from the digest the record of each member that left or died at least half of
+// ForgetLeftMembers removes from the table each member that left at least tombstoneLife ago. It
+// also removes from the digest the record of each member that left or died at least half of
 // tombstoneLife ago. A member that died stays in the table while there is room, because it may be
 // behind a partition that ends some day.
 func (t *MemberTable) ForgetLeftMembers(now time.Duration) {
@@ -255,9 +258,8 @@ func (t *MemberTable) HasUpdates() bool { return len(t.updates) > 0 }
 
 // AppendUpdates appends queued updates to b, a packet to the member receiver, while b stays within
 // maxLen bytes. Updates that were passed on least often come first. AppendUpdates omits receiver's
-// own record, which receiver knows. The appended updates count as passed on only if markSent is
-// true. The caller must pass false if it is not certain that receiver believes this member's
-// packets.
+// own record, but counts it as passed on. Updates count as passed on only if markSent is true. The
+// caller should pass false unless it knows that receiver believes this member's packets.
 func (t *MemberTable) AppendUpdates(b []byte, now time.Duration, maxLen int, receiver string, markSent bool) []byte {
 	if len(t.updates) == 0 {
 		return b
@@ -298,7 +300,7 @@ func (m *Member) secondsDead(now time.Duration) uint32 {
 
 // A GossipView is the ring as one member sees it at one time.
 type GossipView struct {
-	Version    uint64           // rises when a record in Members or Buckets changes; suspicions, incarnations and ages do not count as changes
+	Version    uint64           // rises when Buckets or a record in Members changes; suspicions, incarnations and ages do not count as changes
 	Self       string           // name of the member whose view this is
 	Buckets    uint16           // highest slot ever claimed, plus one, as far as this member knows
 	MaxLamport uint64           // highest claim number seen in any record
@@ -340,7 +342,7 @@ func (t *MemberTable) RandomMember(rng *rand.Rand, self *Member, isEligible func
 }
 
 // A ProbeOrder goes through all live members in random order, and then again in another random
-// order. So each member is probed within two rounds at the latest (SWIM, section 4.3).
+// order. So a live member waits less than two rounds for its turn (SWIM, section 4.3).
 type ProbeOrder struct {
 	round []*Member
 	next  int // index in round of the member to consider next

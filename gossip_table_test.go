@@ -79,8 +79,8 @@ func TestTableOrder(t *testing.T) {
 	}
 }
 
-// If a table merges several records with the same suspicion, the member's record gets all accusers,
-// without duplicates, up to MaxAccusers, in the order in which the table received them.
+// If a table merges several records with the same suspicion, the member's record gets their
+// accusers, up to MaxAccusers, in the order in which the table received them.
 func TestTableMergesAccusers(t *testing.T) {
 	suspicion := func(accusers ...uint64) MemberRecord {
 		return MemberRecord{Name: "a", Addr: "a:1", Session: 1, Incarnation: 1, State: StateSuspect, Accusers: accusers}

@@ -124,7 +124,7 @@ func TestGossipNameTaken(t *testing.T) {
 	eventually(t, "the other member reports the conflict", func() bool { _, ok := events.Load(EventNameConflict); return ok })
 }
 
-// NewGossip refuses a configuration with a missing or invalid field.
+// NewGossip refuses a configuration if one of the fields listed below is missing or invalid.
 func TestNewGossip(t *testing.T) {
 	good := GossipConfig{Name: "a", Addr: "a:1", RingName: "c", Keys: testKeys(t, 1), Interval: time.Second}
 	if _, err := NewGossip(good); err != nil {

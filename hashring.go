@@ -1,10 +1,10 @@
 package main
 
-// The ring maps each site to the member that owns it. The ring depends only on the claims that a
-// member has heard, and not on their order, on clocks or on suspicions. So members that have heard
-// the same claims agree on every owner. Rings are immutable. Pure: no I/O and no clock. The
-// hashring family must not know how claims travel. The code of this file treats a site key only as
-// a number.
+// The ring maps each site to the member that owns it. The ring depends only on the claims of live
+// members and on the number of buckets, and not on the order of claims, on clocks or on suspicions.
+// So members that know the same live claims and the same number of buckets agree on every owner.
+// Rings are immutable. Pure: no I/O and no clock. The hashring family must not know how claims
+// travel. The code of this file treats a site key only as a number.
 
 import (
 	"crypto/sha256"
@@ -14,24 +14,25 @@ import (
 )
 
 // maxJumpsPerBucket limits the search for a slot that a live member holds. If only one of B slots
-// has a live holder, the probability that 64·B jumps do not find this slot is about e^-64.
+// has a live holder, the probability that 64·B jumps do not find this slot is below e^-64.
 const maxJumpsPerBucket = 64
 
 // A Ring maps site keys to the members that own them. It depends only on which live member holds
 // which slot, and on the number of buckets. A site key is the first 8 bytes of the SHA-256 of a
 // cluster ID, big endian.
 //
-// Owner maps a key to a bucket by jump consistent hash; bucket i is slot i. While no live member
-// holds that slot, Owner rehashes the key and maps it again. So the sequence of slots that a key
-// visits does not depend on which members are live. This has two consequences:
+// Owner maps a key to a bucket by jump consistent hash; bucket i is slot i. If no live member holds
+// that slot, Owner rehashes the key and maps it again. So the sequence of slots that a key visits
+// does not depend on which members are live. This has two consequences:
 //
-//   - A member that joins, in an empty slot or in a new bucket, takes the same share of keys from
-//     each other member. No key moves between two other members.
-//   - A lost member loses only its own keys, and all other members get the same share of them.
+//   - A member that joins, in an empty slot or in a new bucket, takes about the same share of keys
+//     from each other member. No key moves between two other members.
+//   - When a member is lost, only its keys move, and each other member gets about the same share of
+//     them.
 //
 // There is one exception. The number of buckets can grow before the members of all new slots have
-// been heard of. Until then, keys also move between other members, but only keys that these members
-// will own.
+// been heard of. Until then, keys also move between other members, but only keys that the members
+// of the new slots will own.
 type Ring struct {
 	holders   []string // member names by slot; "" if no live member holds the slot
 	liveSlots []int    // slots with a holder, ascending
@@ -39,10 +40,9 @@ type Ring struct {
 }
 
 // NewRing returns the ring of live, the claims of all live members. minBuckets is the highest slot
-// that any member ever claimed, plus one. NewRing raises minBuckets to cover the claims in live,
+// known to have ever been claimed, plus one. NewRing raises minBuckets to cover the claims in live,
 // and limits minBuckets to MaxSlots. If several members claim one slot, the first claim by
-// Claim.compare wins, as in ChooseClaim. A member whose claim loses owns nothing until it claims
-// another slot.
+// Claim.compare wins, as in ChooseClaim. A member whose claim loses owns nothing in this ring.
 func NewRing(live []Claim, minBuckets int) *Ring {
 	claims := slices.DeleteFunc(slices.Collect(maps.Values(latestClaims(live))), func(c Claim) bool { return !c.isValid() })
 	slices.SortFunc(claims, Claim.compare)
@@ -94,9 +94,9 @@ func (r *Ring) liveSlotFor(siteKey uint64, maxJumps int) int {
 	return r.liveSlots[0]
 }
 
-// Shares returns the share of all keys that each member owns. The shares are exact: keys map
-// uniformly to the buckets, and so to the live slots among them. (Shares counted from a sample of
-// keys would contain noise that looks like imbalance.)
+// Shares returns the share of all keys that each member with a slot owns. The shares are computed
+// and not counted: keys map uniformly to the buckets, and so to the live slots among them. (Shares
+// counted from a sample of keys would contain noise that looks like imbalance.)
 func (r *Ring) Shares() map[string]float64 {
 	shares := make(map[string]float64, len(r.liveSlots))
 	for _, slot := range r.liveSlots {
@@ -126,10 +126,11 @@ func jumpHash(key uint64, buckets int) int {
 	return int(b)
 }
 
-// splitmix64 is one step of the generator of Steele, Lea & Flood (OOPSLA 2014). liveSlotFor rehashes
-// a key with it if the key's slot has no live member. A step of the generator inside jumpHash would
-// not spread such keys evenly. For example, if only the lower 16 of 32 slots are live, one member
-// would own 1.4 times the mean. With splitmix64 it owns at most 1.02 times the mean.
+// splitmix64 is one step of the generator of Steele, Lea & Flood (OOPSLA 2014). liveSlotFor
+// rehashes a key with it if the key's slot has no live member. A step of the generator that
+// jumpHash uses would not spread such keys evenly. For example, if only the lower 16 of 32 slots
+// are live, one member would own 1.4 times the mean. With splitmix64 it owns at most 1.02 times the
+// mean.
 func splitmix64(x uint64) uint64 {
 	x += 0x9e3779b97f4a7c15
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9

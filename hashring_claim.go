@@ -1,8 +1,8 @@
 package main
 
-// This file chooses which slot of the ring a member claims. Members that have heard the same claims
-// choose different slots, without asking each other. MaxSlots bounds work and memory. Pure: no I/O
-// and no clock.
+// This file chooses which slot of the ring a member claims. Members that know the same members and
+// claims choose different slots, without asking each other. MaxSlots bounds work and memory. Pure:
+// no I/O and no clock.
 
 import (
 	"cmp"
@@ -10,8 +10,9 @@ import (
 	"strings"
 )
 
-// A Claim is one member's announcement that it holds a slot. A member's later claims have higher
-// Lamport numbers. So of two claims of one member, only the claim with the higher number counts.
+// A Claim is one member's announcement that it holds a slot. A member gives a new claim a Lamport
+// number above all numbers that it knows; see nextLamport. Of two claims of one member, only the
+// claim with the higher number counts.
 type Claim struct {
 	Slot        int
 	Lamport     uint64 // number of the claim; 0 = no slot is claimed, and Slot is ignored
@@ -25,8 +26,9 @@ func (c Claim) isValid() bool {
 }
 
 // compare orders claims to one slot; the first claim in this order wins the slot. A provisional
-// claim comes after all others, because its member had not heard the other members' claims.
-// Otherwise the earlier claim comes first: the lower Lamport number, then the lower name.
+// claim comes after every claim that is not provisional, because its member may not have heard the
+// other members' claims. Otherwise the earlier claim comes first: the lower Lamport number, then
+// the lower name.
 func (c Claim) compare(d Claim) int {
 	if c.Provisional != d.Provisional {
 		if d.Provisional {
@@ -56,8 +58,8 @@ func latestClaims(claims []Claim) map[string]Claim {
 // ChooseClaim returns the claim that self has to make, and whether that claim differs from self's
 // claim in live. The caller must store a changed claim on disk before it announces the claim.
 //
-// live holds the claims of all live members, self included. A member that has no valid claim in
-// live has not claimed a slot yet. reserved holds the claims of members that left or died less than
+// live holds the claims of all live members, self included. A member whose claim in live is not
+// valid has announced no slot. reserved holds the claims of members that left or died less than
 // a day ago. It may also hold self's own stored claim while self starts. maxLamport is the highest
 // Lamport number ever heard or used. provisional means that seeds are configured, but no other
 // member has sent its table yet.
@@ -65,17 +67,18 @@ func latestClaims(claims []Claim) map[string]Claim {
 // The rules are:
 //
 //   - The winner of a slot keeps the slot.
-//   - A member that starts gets back the slot that is reserved in its name, even if it announces no
-//     claim, unless a live member holds that slot.
-//   - All other members wait for a free slot: first the members that lost a slot, in the order of
-//     their claims, then new members by name. The first waiting member takes the lowest free slot,
-//     the second member the next free slot, and so on. Every member ranks all waiting members, and
-//     not only itself. So members that have heard the same claims choose different slots at once.
-//   - A new claim has the number maxLamport+1.
+//   - A live member that announces no claim gets back the slot that is reserved in its name, unless
+//     another member wins that slot.
+//   - All other members wait for a free slot: first the members whose claims lost, then the members
+//     whose reserved slots are held by others, then new members by name. The first waiting member
+//     takes the lowest free slot, the second member the next free slot, and so on. Every member
+//     ranks all waiting members, and not only itself. So members that know the same members and
+//     claims choose different slots at once.
+//   - A new claim has the number that nextLamport returns.
 //   - Once another member has sent its table, self renews a provisional claim that still wins its
 //     slot. The renewed claim is not provisional, but its number is new. So it still loses to
-//     earlier claims.
-//   - If no slot is free, the returned claim has Lamport 0 and claims no slot.
+//     earlier claims that are not provisional.
+//   - If no free slot is left for self, the returned claim has Lamport 0 and claims no slot.
 func ChooseClaim(self string, provisional bool, live, reserved []Claim, maxLamport uint64) (claim Claim, changed bool) {
 	next := nextLamport(maxLamport, live, reserved)
 	members, gone := latestClaims(live), latestClaims(reserved)

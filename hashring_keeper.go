@@ -1,11 +1,11 @@
 package main
 
 // The ring keeper makes this server a member of the ring. From the members that gossip reports, it
-// computes which slot to claim, and builds the ring. It saves a claim before gossip announces the
-// claim. It saves the session number of this start before gossip begins, unless the disk is full.
-// If gossip later begins a new session by itself, the keeper saves that session's number soon
-// afterwards. The ring changes only when members join, leave, die or claim a slot. The hashring
-// family must not know of pushes, metrics or HTTP.
+// computes which slot to claim, and builds the ring. With a storage directory, it saves a new claim
+// before gossip announces the claim. It also saves the session number of this start before gossip
+// begins, unless the disk is full. If gossip later begins a new session by itself, the keeper saves
+// that session's number soon afterwards. The ring changes only when members join, leave, die or
+// claim a slot. The hashring family must not know of pushes, metrics or HTTP.
 
 import (
 	"context"
@@ -24,10 +24,11 @@ const (
 	memberFile       = "member" + LogSuffix
 	memberRecordKind = 1 // kind of the only record in memberFile
 
-	// The keeper claims a slot when no member has joined, left or died for quietIntervals. It makes
-	// its first claim at the latest settleIntervals after the start. A member that claims before it
-	// has heard of the other members may choose a slot that another member holds. Both constants
-	// are in gossip intervals.
+	// The keeper claims a slot when no member has joined, restarted, left or died for
+	// quietIntervals. A server without seeds that knows no other member claims at once. Every
+	// server tries to make its first claim about settleIntervals after the start, if it has not
+	// done so earlier. A member that claims before it has heard of the other members may choose a
+	// slot that another member holds. Both constants are in gossip intervals.
 	quietIntervals  = 3
 	settleIntervals = 10
 
@@ -35,8 +36,9 @@ const (
 	// member gets its sites back if it returns.
 	slotReserved = 24 * time.Hour
 
-	// idleCheck is how often Run wakes up while nothing changes. Run acts on changes at once.
-	// Waking up more often would cost several times as much CPU time as gossip itself.
+	// idleCheck is how often Run wakes up once the ring is quiet, unless the latest save failed.
+	// Run also wakes up at once when gossip reports a change. Waking up much more often would cost
+	// several times as much CPU time as gossip itself.
 	idleCheck = time.Minute
 )
 
@@ -62,9 +64,9 @@ func (v *RingView) Owner(siteKey uint64) (RingMember, bool) {
 }
 
 // LoadRestartState returns the state that SaveRestartState stored in dir. It returns the zero state
-// if dir is "" or holds no state. It also returns the zero state if the file is damaged, because
-// the other members know this member's session and claim. It returns an error if the file cannot be
-// read.
+// if dir is "" or holds no state. If the file is damaged so that the state is lost, it also returns
+// the zero state, because the other members know this member's session and claim. It returns an
+// error if the file cannot be read or is of another version.
 func LoadRestartState(fsys FS, dir string) (RestartState, error) {
 	var st RestartState
 	if dir == "" {
@@ -117,15 +119,15 @@ type RingKeeper struct {
 	view    atomic.Pointer[RingView]
 	settled chan struct{} // closed when Run has published the first ring
 
-	saved      RestartState // the state on disk; after NewRingKeeper only Run uses saved and saveFailed
+	saved      RestartState // the state that was last saved, zero if none was; after NewRingKeeper only Run uses saved and saveFailed
 	saveFailed bool         // the latest save failed
 }
 
 // NewRingKeeper saves the number of the new session, so that gossip may begin. It returns an error
 // if that fails, except on a full disk. On a full disk it goes on without saving, because the
-// server must still serve the samples that the disk holds. This cannot make two starts use the same
-// session: the random half of a session makes the session unique, and at the next start the other
-// members report the highest session. While the state cannot be saved, Run claims no slot.
+// server must still serve the samples that the disk holds. Two starts are then still very unlikely
+// to use the same session: half of the session number is random, and at the next start the other
+// members report the highest session. While the state cannot be saved, Run makes no new claim.
 func NewRingKeeper(cfg RingKeeperConfig) (*RingKeeper, error) {
 	m := &RingKeeper{cfg: cfg, settled: make(chan struct{})}
 	m.view.Store(&RingView{Ring: NewRing(nil, 0)})
@@ -218,7 +220,7 @@ func (m *RingKeeper) saveIfChanged(st RestartState) error {
 }
 
 // saveAndReport saves st if it has changed, reports any failure, and returns whether st is saved.
-// After a failure, Run tries again at the next change or after a quarter of an interval.
+// After a failure, Run tries again at the next change, or after idleCheck at the latest.
 func (m *RingKeeper) saveAndReport(st RestartState) (saved bool) {
 	err := m.saveIfChanged(st)
 	m.reportSaveResult(err)
@@ -247,7 +249,7 @@ func claimOf(r MemberRecord) Claim {
 }
 
 // claimSlot saves and announces the claim that this server has to make, given the members in v. It
-// does nothing if that claim is announced already, or if the claim cannot be saved.
+// announces nothing if that claim is announced already, or if the claim cannot be saved.
 func (m *RingKeeper) claimSlot(v GossipView) {
 	var live, reserved []Claim
 	for _, mv := range v.Members {

@@ -1,8 +1,8 @@
 package main
 
 // This file has the listeners and HTTP clients that the modes server and client share. Every
-// connection has deadlines, and the number of connections of a listener is bounded. The family http
-// must not know the content of requests and answers.
+// connection that an HTTPServer accepts has deadlines, and the number of connections of a listener
+// is bounded. The family http must not know the content of requests and answers.
 
 import (
 	"bytes"

@@ -1,9 +1,9 @@
 package main
 
 // This file manages the connections of a listener. Their number is bounded. When a new connection
-// needs room, a connection that only waits for a request is closed. A plain HTTP connection can be
-// tracked, to find out whether the peer had read the previous answer before it sent its next
-// request.
+// needs room, a connection that only waits for a request is closed, if there is one. A plain HTTP
+// connection can be tracked, to find out whether the peer had read the previous answer before it
+// sent its next request.
 
 import (
 	"container/list"
@@ -20,10 +20,10 @@ import (
 //
 // The tracker recognizes the end of a request's headers by the empty line. A request with a body
 // makes the tracker count too many headers, or leaves bytes after the counted headers. The next
-// request then counts as not sequential. This error is safe, because then no caller assumes that
-// the peer has read the previous answer. Bytes that are in the kernel's receive buffer but that no
-// Read has returned are not seen. No two trackers in use have the same address, so a pointer to a
-// tracker identifies the connection. Safe for concurrent use.
+// request then usually counts as not sequential. This error is safe, because then no caller assumes
+// that the peer has read the previous answer. The tracker does not see bytes that are in the
+// kernel's receive buffer but that no Read has returned. No two trackers in use have the same
+// address, so a pointer to a tracker identifies the connection. Safe for concurrent use.
 type AnswerReadTracker struct {
 	mu          sync.Mutex // guards the fields below, because net/http reads ahead while a handler runs
 	seen        requestHeadCounter
@@ -36,7 +36,7 @@ type AnswerReadTracker struct {
 // request line and the headers of one request, up to the empty line after them.
 type requestHeadCounter struct {
 	complete int  // number of heads that have ended
-	partial  bool // whether bytes have followed the end of the last complete head
+	partial  bool // whether bytes have come after the last complete head, or since the start if there is none
 	inLine   bool // whether the current line has bytes other than carriage returns
 }
 
@@ -80,11 +80,12 @@ func (t *AnswerReadTracker) countRequest() {
 
 type connTrackerKey struct{}
 
-// TrackerIfPreviousAnswerRead returns the tracker of r's connection if r is sequential: the sender
-// of r had then read the previous answer on that connection. Otherwise it returns a new tracker,
-// which differs from the tracker of every connection. A request over TLS always gets a new tracker,
-// because the end of an answer cannot be seen inside TLS. So does a request to an HTTPServer
-// without TrackConns.
+// TrackerIfPreviousAnswerRead returns the tracker of r's connection if r is sequential. The caller
+// may then assume that the sender of r had read the previous answer on that connection, because
+// HTTP clients that do not pipeline read an answer before they send the next request. Otherwise it
+// returns a new tracker, which differs from the tracker of every connection. A request over TLS
+// always gets a new tracker, because the end of an answer cannot be seen inside TLS. So does a
+// request to an HTTPServer without TrackConns.
 func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTracker) {
 	if t, ok := r.Context().Value(connTrackerKey{}).(*AnswerReadTracker); ok {
 		t.mu.Lock()
@@ -205,8 +206,8 @@ func (c *trackedConn) Read(p []byte) (int, error) {
 }
 
 // Write writes the last byte of p by itself if the connection is tracked. Before that byte is sent,
-// the peer cannot have read the whole answer. So every request that was read before that byte was
-// sent is not sequential, even if the peer was slow to read the first part of the answer.
+// the peer cannot have read the whole answer. So the next request is not sequential if the server
+// reads a byte of it before that, even while the peer is slow to read the rest of p.
 func (c *trackedConn) Write(p []byte) (n int, err error) {
 	if c.tracker != nil && len(p) > 0 {
 		if len(p) > 1 {
@@ -220,8 +221,8 @@ func (c *trackedConn) Write(p []byte) (n int, err error) {
 	return n + last, err
 }
 
-// CloseWrite closes the sending direction only. net/http calls it before it closes a connection, so
-// that a peer that is still sending can read the answer.
+// CloseWrite closes the sending direction only. net/http may call it before it closes a connection,
+// so that a peer that is still sending can read the answer.
 func (c *trackedConn) CloseWrite() error {
 	if tcp, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return tcp.CloseWrite()

@@ -1,10 +1,10 @@
 package main
 
 // This file holds the process's own counters, gauges and histograms and writes them with
-// Prometheus's package expfmt. Prometheus accepts the output regardless of what callers do: there
-// are no duplicate series and no invalid UTF-8, and counters never decrease. Memory is bounded by
-// maxSeries series per family and maxValueLen bytes per label value. The metrics family must not
-// know the meaning of any metric.
+// Prometheus's package expfmt. Prometheus accepts the output whatever values and label values
+// callers pass: there are no duplicate series and no invalid UTF-8 in label values, and counters
+// never decrease. Memory is bounded, because the number of series per family and the length of
+// label values are limited. The metrics family must not know the meaning of any metric.
 
 import (
 	"bytes"
@@ -30,8 +30,8 @@ import (
 
 const (
 	maxLabels   = 4    // labels per family; seriesKey is an array of this size, so that finding a series allocates no memory
-	maxSeries   = 1000 // series per family; updates of further series are counted in one series whose label values are all "other"
-	maxValueLen = 128  // bytes of a label value; longer values are cut to this length
+	maxSeries   = 1000 // series per family; updates of further series go to one more series, whose label values are all "other"
+	maxValueLen = 128  // bytes of a label value; longer values are cut to this length before each run of invalid UTF-8 is replaced by U+FFFD (3 bytes)
 )
 
 // Names of metrics and labels must match metricNamePattern: snake_case, as Prometheus's naming
@@ -90,8 +90,8 @@ type Histogram struct{ metricFamily }
 func NewMetrics() *Metrics { return &Metrics{} }
 
 // Counter registers a family of counters. Its name must end in _total. A counter without labels is
-// exposed with the value 0 from the start. A series with labels is exposed after the first call of
-// a method with its label values; Add(0, values...) exposes it with the value 0.
+// exposed with the value 0 from the start. A series with labels is exposed after its first update
+// by Inc, Add or RaiseTo; Add(0, values...) exposes it with the value 0.
 func (m *Metrics) Counter(name, help string, labelNames ...string) *Counter {
 	c := &Counter{}
 	m.register(&c.metricFamily, name, help, dto.MetricType_COUNTER, nil, labelNames)
@@ -99,7 +99,8 @@ func (m *Metrics) Counter(name, help string, labelNames ...string) *Counter {
 }
 
 // Gauge registers a family of gauges. A gauge without labels is exposed with the value 0 from the
-// start. A series with labels is exposed after the first call of a method with its label values.
+// start. A series with labels is exposed after its first update by Set or Add, until ReplaceSeries
+// removes it.
 func (m *Metrics) Gauge(name, help string, labelNames ...string) *Gauge {
 	g := &Gauge{}
 	m.register(&g.metricFamily, name, help, dto.MetricType_GAUGE, nil, labelNames)
@@ -322,8 +323,8 @@ func (f *metricFamily) collect() *dto.MetricFamily {
 			out.Gauge = &dto.Gauge{Value: new(s.load())}
 		case dto.MetricType_HISTOGRAM:
 			// Compute the total count from the bucket counts that were just read, so that they
-			// agree. The sum is read later and may include observations that the bucket counts do
-			// not include.
+			// agree. The sum is read later and may differ from the bucket counts by observations
+			// that are made meanwhile.
 			h, n := &dto.Histogram{}, uint64(0)
 			for i := range f.buckets {
 				n += s.counts[i].Load()
@@ -366,7 +367,7 @@ func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", string(format))
 	if !AcceptsGzip(r.Header) {
-		w.Write(body.Bytes()) // fails only if the scraper closed the connection
+		w.Write(body.Bytes()) // the error is ignored, because no answer can reach the scraper then
 		return
 	}
 	w.Header().Set("Content-Encoding", "gzip")

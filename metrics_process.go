@@ -1,8 +1,8 @@
 package main
 
 // This file registers metrics about the process, such as memory and CPU time, and about the version
-// of this binary. The metrics about the process have the same names as in Prometheus's client
-// libraries. Some of them are read from /proc.
+// of this binary. Most of the metrics about the process have the same names as in Prometheus's
+// client libraries. Some of them are read from /proc.
 
 import (
 	"bytes"
@@ -16,9 +16,9 @@ import (
 	"time"
 )
 
-// RegisterProcessMetrics registers telemeter_build_info and the metrics about the process, which
-// have the same names as in Prometheus's client libraries. On systems without /proc, it does not
-// register the metrics that are read from /proc.
+// RegisterProcessMetrics registers telemeter_build_info and the metrics about the process. It does
+// not register the metrics that are read from /proc if /proc cannot be read, for example on systems
+// without /proc.
 func RegisterProcessMetrics(m *Metrics) {
 	version, revision := ProgramVersion()
 	m.Gauge("telemeter_build_info", "Always 1; the labels are the version, the commit and the Go version of this binary.",

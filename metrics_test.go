@@ -315,8 +315,8 @@ func TestMetricsConcurrent(t *testing.T) {
 	}
 }
 
-// Incrementing a counter and observing a value in a histogram allocate no memory, because every
-// push does both.
+// Incrementing a counter and observing a value in a histogram allocate no memory if the series
+// exists already. Every push does both.
 func TestMetricsCountingAllocatesNothing(t *testing.T) {
 	m := NewMetrics()
 	c := m.Counter("c_total", "C.", "a", "b", "c")

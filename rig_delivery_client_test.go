@@ -2,8 +2,8 @@ package main
 
 // The sites of the delivery model. Each site has a simulated spool directory, and pushes with the
 // real client's spool index and choice of server. The checks: a site pushes no scrape while it must
-// first ask whether a server holds the scrape, and a scrape leaves the spool only if an answer of a
-// server or a limit of the spool allows it.
+// first ask whether a server holds the scrape. Apart from faults of the disk, a scrape leaves the
+// spool only if an answer of a server or a limit of the spool allows it.
 
 import (
 	"fmt"
@@ -215,7 +215,8 @@ func (m *deliveryModel) dropOld(c *modelSite) {
 	m.dropped(c, append(held, lost...))
 }
 
-// named returns the site's scrape with number n. The run fails if the site never made that scrape.
+// named returns the site's scrape with number n. The run fails if the present spool never had that
+// scrape.
 func (m *deliveryModel) named(c *modelSite, n uint64) *modelScrape {
 	sc := c.scrapes[n]
 	if sc == nil {
@@ -278,8 +279,8 @@ func (m *deliveryModel) drain(c *modelSite) {
 // pickPush begins a push, and returns its scrapes and their numbers. It checks that no scrape of
 // the push is in c.uncertain or was listed by the last answer. It also checks scrapes in state
 // ScrapeElsewhere, which a server held, but not the server that answered last. They must come after
-// the scrapes that no server holds, in at most one push per elsewhereInterval, and not after a
-// request that got no answer.
+// the scrapes that no server holds and that may be pushed now. They may be in at most one push per
+// elsewhereInterval, and not in the next push after a request that got no answer.
 func (m *deliveryModel) pickPush(c *modelSite, now int64) (push []*modelScrape, numbers Ranges) {
 	undelivered := false
 	for i := range c.plan.entries {
@@ -315,8 +316,9 @@ func (m *deliveryModel) pickPush(c *modelSite, now int64) (push []*modelScrape, 
 }
 
 // applyAnswer applies an answer to the site's spool, to its choice of server and to its limit on
-// scrapes per push. It checks that a scrape leaves the spool only if the answer allows it, and that
-// a pushed scrape that the server did not store counts as declined.
+// scrapes per push. It checks that a scrape leaves the spool only if the answer allows it. It also
+// checks that a pushed scrape counts as declined if it stays in the spool and the answer does not
+// list it as held.
 func (m *deliveryModel) applyAnswer(c *modelSite, now int64, a SpoolAnswer, names ScrapeNames, push []*modelScrape) {
 	gone, out := c.plan.applyAnswer(now, a)
 	for _, e := range gone {
@@ -359,9 +361,9 @@ func (m *deliveryModel) applyAnswer(c *modelSite, now int64, a SpoolAnswer, name
 	}
 }
 
-// request sends a push or a question of the site to the server front. front forwards the request to
-// the site's owner, or handles the request itself if it cannot reach the owner. ok is false if the
-// site gets no answer.
+// request sends a push or a question of the site to the server front. If another server owns the
+// site, front forwards the request to the owner. If front is the owner or cannot reach the owner,
+// it handles the request itself. ok is false if the site gets no answer.
 func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNames, push []*modelScrape) (a SpoolAnswer, ok bool) {
 	if !front.up || m.lost() {
 		if m.tracing {
@@ -373,8 +375,8 @@ func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNa
 	at := front
 	if owner := m.servers[m.owner[c.at]]; owner != front && owner.up && !m.lost() {
 		a = m.handle(owner, c, names, push, reported)
-		// front stores the push itself if the owner's answer is lost, or if the owner dropped all
-		// samples of the push because the owner's clock is wrong.
+		// front also handles the request itself if the owner's answer is lost, or if the owner dropped
+		// all samples of the push because the owner's clock is wrong.
 		if at = owner; m.lost() || owner.untimely {
 			a = m.handle(front, c, names, push, reported)
 			at = front

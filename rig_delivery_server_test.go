@@ -3,7 +3,7 @@ package main
 // The servers of the delivery model. Each server has a real Store in memory and a simulated disk.
 // Faults cut or damage the logs on the disk, lose the disk, or replace it by an older copy. The
 // checks: a server lists as held only scrapes that it stored, and as read only scrapes that every
-// consumer that counts has received (see counts).
+// consumer that counts has received (see counts). Expired and evicted samples are excepted.
 
 import (
 	"context"
@@ -18,7 +18,7 @@ type modelServer struct {
 	name     string
 	up       bool
 	ahead    int64 // how far the server's clock is ahead of the right time, in ms
-	untimely bool  // the server's clock is wrong, and the server dropped all samples of the last push because of their times
+	untimely bool  // the server's clock is ahead, and the server dropped all samples of its last request because of their times
 	store    *Store
 	scraper  *AllSitesReader
 	disk     *modelDisk
@@ -46,7 +46,7 @@ type modelDisk struct {
 	seen    [modelConsumers]int64 // modelServer.lo when the state file was written
 	cursors []modelRecord
 	block   uint64 // block of batch numbers that the newest start uses, in the state file
-	stored  []bool // by sample ID: the sample was stored on this disk, and no fault has lost it since
+	stored  []bool // by sample ID: the sample was stored on this disk, and neither a fault nor the repair of a damaged log has removed it since
 }
 
 // clone returns a copy of the disk. Later changes of the disk do not change the copy.
@@ -162,11 +162,12 @@ func samplesOf(b *Batch) (ids []int) {
 	return ids
 }
 
-// counts returns the consumers that must have received a sample before s may list its scrape as
-// read, or evict it. These are consumers that scraped s, and consumers that site c reported. With a
-// nil c, reports do not count. counts leaves out a consumer if the decision depends on a few
-// seconds, or on times that s may have lost at a restart. If anyKnown is true, s must know a
-// consumer.
+// counts returns the consumers that must have received a sample before s may evict the sample or
+// list its scrape as read: all[i] is true for consumer i. They are consumers that scraped s within
+// retention, and consumers that scraped any server within retention as reported by site c. With a
+// nil c, reports do not count. If no consumer scraped within retention, the limit is consumerIdle
+// instead. counts leaves out a consumer if the decision depends on a few seconds, or on times that
+// s may have lost at a restart. If anyKnown is true, s must know a consumer.
 func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumers]bool, anyKnown bool) {
 	recent, maybe := false, false // recent: a consumer surely scraped within retention; maybe: a consumer may have
 	retention, slack := deliveryRetention.Milliseconds(), deliverySlack.Milliseconds()
@@ -192,8 +193,9 @@ func (m *deliveryModel) counts(s *modelServer, c *modelSite) (all [modelConsumer
 	return all, anyKnown
 }
 
-// check checks a spool's status as s answers it: whether s knows consumers, whether s still lists
-// every scrape that its last answer listed, and whether the held and the read scrapes are right.
+// check checks a spool's status as s answers it: whether s knows consumers, and whether the held
+// and the read scrapes are right. If the last answer of s to the site was about the same spool, and
+// no fault may have lost scrapes since, s must still list every scrape of that answer.
 func (m *deliveryModel) check(s *modelServer, c *modelSite, spool uint64, st *SpoolStatus) {
 	all, anyKnown := m.counts(s, c)
 	if anyKnown && !st.HasConsumers {
@@ -350,7 +352,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 }
 
 // mended rewrites a damaged log after its recovery. Samples of the site that the recovered store
-// does not hold no longer count as stored. They include the expired samples.
+// does not hold no longer count as stored. Expired samples may be among them.
 func (m *deliveryModel) mended(s *modelServer, c *modelSite) {
 	kept := map[int]bool{}
 	s.store.ViewSite(c.name, func(held *SiteSamples) {
@@ -479,8 +481,8 @@ func (m *deliveryModel) reopenServer(s *modelServer, hurt [modelSites]bool) {
 	}
 }
 
-// lose removes the records with the indexes from to to-1 from a site's log. Their samples no longer
-// count as stored, unless another record of the log has them.
+// lose removes the records [from:to] from a site's log. Their samples no longer count as stored,
+// unless another record of the log has them.
 func (m *deliveryModel) lose(d *modelDisk, site, from, to int) {
 	for _, r := range d.logs[site][from:to] {
 		for _, id := range r.samples {
@@ -495,7 +497,8 @@ func (m *deliveryModel) lose(d *modelDisk, site, from, to int) {
 	}
 }
 
-// maintain rewrites the logs of all sites and forgets idle consumers, as Store.Run does.
+// maintain rewrites the logs of all sites and forgets idle consumers, as the maintenance of a
+// server may do.
 func (m *deliveryModel) maintain(s *modelServer) {
 	if m.tracing {
 		m.say("%s rewrites its logs", s.name)
@@ -507,7 +510,8 @@ func (m *deliveryModel) maintain(s *modelServer) {
 }
 
 // evict evicts batches of a site, oldest first, until the store refuses to. It checks that every
-// consumer that counts has received the evicted samples, except for expired samples.
+// consumer that counts has received the evicted samples, except for samples that have expired or
+// that were evicted before.
 func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 	site := s.store.sites[c.name]
 	if site == nil {
@@ -529,7 +533,7 @@ func (m *deliveryModel) evict(s *modelServer, c *modelSite) {
 			m.say("%s evicts samples %v of %s", s.name, ids, c.name)
 		}
 		for _, id := range ids {
-			if s.evicted[id] { // the sample was evicted before a restart brought it back, and the consumers' cursors are past it
+			if s.evicted[id] { // the sample was evicted before, and a restart or another push brought it back
 				continue
 			}
 			s.evicted[id] = true

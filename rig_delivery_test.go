@@ -2,10 +2,10 @@ package main
 
 // A model of delivery from end to end, in virtual time: two sites, three servers and three
 // consumers. A seed chooses the steps and the faults. The code under test is real: spoolIndex,
-// spoolMeta, Store, Site, SiteSamples, SiteSpools, Consumers and AllSitesReader. Only the disks and
-// the connections are simulated, so that one run takes some tens of microseconds. The model
-// records which samples each consumer received. It checks every answer of a server, and every
-// scrape that leaves a spool, against that record.
+// spoolMeta, Store, Site, SiteSamples, SiteSpools, Consumers and AllSitesReader. The disks, the
+// connections and the handlers of requests are simulated, so that one run takes about a
+// millisecond. The model records which samples each consumer received, and checks the answers of
+// servers against that record.
 
 import (
 	"flag"
@@ -29,11 +29,13 @@ const (
 	modelSites, modelServers, modelConsumers = 2, 3, 3
 )
 
-// Random faults of servers, disks and connections lose no sample. A server lists a scrape as held
-// only if it stored the scrape. It lists a scrape as read only if every consumer that must read the
-// scrape received it (see counts). A scrape leaves a spool only if an answer of a server or a limit
-// of the spool allows it. After the last fault every living consumer gets every unexpired sample
-// that is still in a spool, if all clocks are right.
+// Under random faults of servers, disks and connections, a server lists a scrape as held only if it
+// stored the scrape, and as read only if every consumer that must read the scrape received it (see
+// counts). Samples that expired, were evicted or were refused by a server with a wrong clock are
+// excepted. An answer removes a scrape from a spool only if it lists the scrape as read, or as held
+// while the server knows no consumer. If all clocks are right, consumers 0 and 2 get the samples
+// that are in the spools after the last fault, unless the samples expire, are evicted or are
+// dropped by a limit of the spool.
 func TestSweepDelivery(t *testing.T) {
 	sweep(t)
 	t.Parallel()
@@ -73,10 +75,10 @@ type deliveryFailure struct {
 // consumers have begun to scrape and consumer 1 is dead.
 const allHere = 1 << 20
 
-// deliveryModel is one run. Times are in ms. Sites, servers and consumers are numbered from 0. A
-// field named lo has a time for each consumer: the site or server with the field knows that the
-// consumer scraped at that time or later. No site and no server can know of a scrape later than hi.
-// A time of 0 means no scrape.
+// deliveryModel is one run. Times are in ms. Sites, servers and consumers are numbered from 0. The
+// field lo of a site or server has a time for each consumer: the site or server knows that the
+// consumer scraped at that time or later. No site and no server can know of a scrape of the
+// consumer later than the time of the consumer in hi. A time of 0 means no scrape.
 type deliveryModel struct {
 	rng       *rand.Rand
 	now       int64 // the right time; a server's clock may differ
@@ -207,8 +209,8 @@ func (m *deliveryModel) pass() {
 	}
 }
 
-// step makes one random event happen: for example a scrape, a restart, a change of a site's owner,
-// or a fault.
+// step does something at random: for example, a site scrapes its source and pushes, a consumer
+// scrapes servers, a server stops or starts, or a spool is lost. Sometimes it does nothing.
 func (m *deliveryModel) step() {
 	c, s := m.sites[m.rng.IntN(modelSites)], m.servers[m.rng.IntN(modelServers)]
 	switch n := m.rng.IntN(100); {
@@ -281,8 +283,9 @@ type modelReader struct {
 	received []bool             // by sample ID: the consumer received the sample
 }
 
-// scrape has consumer x scrape server s once. It returns true if the answer moved the session's
-// read position at some site. Another scrape on the same connection then confirms that position.
+// scrape has consumer x scrape server s once, unless s is down or x does not scrape at this step.
+// It returns true if the answer moved the session's read position at some site. Another scrape on
+// the same connection then confirms that position.
 func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if !s.up || m.steps < x.comes || m.steps >= x.dies {
 		return false
@@ -317,9 +320,10 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	return len(r.served) > 0
 }
 
-// end is the last phase, without faults. It checks that consumers 0 and 2 receive every unexpired
-// sample of the scrapes in the spools, and that these scrapes then leave the spools. Consumer 1 is
-// dead.
+// end is the last phase, without faults. If all clocks are right, it checks that consumers 0 and 2
+// receive the samples of the scrapes in the spools, and that these scrapes then leave the spools.
+// Samples that expire, are evicted or are dropped by a limit of the spool are excepted. Consumer 1
+// is dead.
 func (m *deliveryModel) end() {
 	m.calm = true
 	if m.tracing {

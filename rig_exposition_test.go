@@ -2,8 +2,8 @@ package main
 
 // Helpers to make samples and to check text exposition. expoCheck checks the central property of
 // the sample model: under every escaping, expfmt's parser can read the text that WriteFamilies
-// writes for samples that SampleList.Add accepts. That parser shares no code with this program.
-// Fuzz targets use expoCheck too.
+// writes for samples that SampleList.Add accepts. That parser is independent of this program's own
+// parser. Fuzz targets use expoCheck too.
 
 import (
 	"bytes"

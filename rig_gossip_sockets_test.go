@@ -116,8 +116,8 @@ func (g *gossiper) live() int {
 	return n
 }
 
-// allLive returns a function that reports whether every member in all considers exactly n members
-// live.
+// allLive returns a function that reports whether each of the given members considers exactly n
+// members live.
 func allLive(all []*gossiper, n int) func() bool {
 	return func() bool {
 		for _, g := range all {

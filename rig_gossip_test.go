@@ -55,15 +55,15 @@ type simNode struct {
 	state   RestartState // stored state, with which the next member on this node starts
 	up      bool
 	run     uint64        // how often a member was started on this node
-	timer   time.Duration // time of the node's earliest timer event in the queue; -1 if there is none
+	timer   time.Duration // time of the timer event that calls the node's next Tick; -1 if there is none
 	group   int           // packets of this node reach only nodes with the same group
 	stalled time.Duration // the node handles no event before this time
 	origin  time.Duration // time of the simulation at which the clock of the node shows 0
 	waiting []simEvent    // packets that arrived during a stall, and wait until it ends
 }
 
-// A sim is a simulated network of nodes, with a member on each. A test may change the fields of a
-// sim between the events.
+// A sim is a simulated network of nodes, with at most one member on each. A test may change the
+// fields of a sim between the events.
 type sim struct {
 	tb       testing.TB
 	rng      *rand.Rand
@@ -105,8 +105,8 @@ func newSim(tb testing.TB, n int, seed uint64) *sim {
 	return s
 }
 
-// joinedSim returns a ring of n running members that know each other and have no queued updates
-// left.
+// joinedSim returns a ring of n running members that know each other, 5 s after they all did. By
+// then they normally have no queued updates left.
 func joinedSim(tb testing.TB, n int, seed uint64) *sim {
 	s := newSim(tb, n, seed)
 	s.startAll()
@@ -115,9 +115,9 @@ func joinedSim(tb testing.TB, n int, seed uint64) *sim {
 	return s
 }
 
-// start starts a member on node i, in place of a member that runs there. The seeds of the new
-// member are the nodes in seeds. If seeds is nil, its seed is node 0, and a member on node 0 has no
-// seed.
+// start starts a member on node i, in place of a member that runs there. Its seeds are the nodes
+// whose indexes the caller passes in seeds. If seeds is nil, its seed is node 0, and a member on
+// node 0 has no seed.
 func (s *sim) start(i int, seeds ...int) *Swim {
 	n := s.nodes[i]
 	var seed [32]byte
@@ -178,7 +178,7 @@ func (s *sim) push(e simEvent) {
 	heap.Push(&s.queue, e)
 }
 
-// at adds an event to the queue: a call of do at the given time of the simulation.
+// The method at adds an event to the queue: a call of do at the given time of the simulation.
 func (s *sim) at(at time.Duration, do func()) { s.push(simEvent{at: at, do: do}) }
 
 // arm adds a timer event for the next Tick of the member on node i, unless a timer event of the
@@ -241,8 +241,9 @@ func (s *sim) step() {
 	s.arm(e.node)
 }
 
-// send makes d, which the member on node from sends, arrive after a random delay, unless d is lost.
-// It fails the test if d is longer than MaxPacket.
+// send takes a datagram of the member on the node with the index from. It makes the datagram arrive
+// after a random delay, or twice, unless the datagram is lost or no node has its destination
+// address. It fails the test if the datagram is longer than MaxPacket.
 func (s *sim) send(from int, d Datagram) {
 	if len(d.Data) > MaxPacket {
 		s.tb.Errorf("node %d sends a packet of %d bytes, more than %d", from, len(d.Data), MaxPacket)
@@ -274,9 +275,9 @@ func (s *sim) run(d time.Duration) {
 	s.now = end
 }
 
-// until lets virtual time pass until ok returns true, and returns how much time has passed. It
-// calls ok every 10 ms of virtual time. After limit it fails the test, with about as the condition
-// that was not met.
+// The method until lets virtual time pass until the function ok returns true, and returns how much
+// time has passed. It calls ok every 10 ms of virtual time. When more than limit has passed, it
+// fails the test. The text about describes the condition.
 func (s *sim) until(limit time.Duration, about string, ok func() bool) time.Duration {
 	s.tb.Helper()
 	from := s.now
@@ -349,14 +350,15 @@ func (s *sim) eventCount(what string) (n int) {
 	return n
 }
 
-// hasEvent reports whether the latest call of Receive or Tick of s reported an event with the text
-// what.
+// hasEvent reports whether the latest call of Receive or Tick of s reported an event with the given
+// text.
 func hasEvent(s *Swim, what string) bool {
 	return slices.ContainsFunc(s.Events, func(e GossipEvent) bool { return e.What == what })
 }
 
-// lastTo makes the simulation store each packet of this kind that node from sends to node to in
-// *last. So *last is always the latest such packet. Kind 0 stands for every kind.
+// lastTo makes the simulation store in *last each packet of the given kind that one node sends to
+// another. from and to are the indexes of the two nodes. So *last is the latest such packet, until
+// s.tap is replaced. Kind 0 stands for every kind.
 func (s *sim) lastTo(from, to int, kind PacketKind, last *[]byte) {
 	next := s.tap
 	s.tap = func(f, t int, data []byte) {
@@ -382,8 +384,8 @@ func (s *sim) decode(i int, data []byte) (p Packet) {
 	return p
 }
 
-// seal returns p, sealed with the keys of the member on node from. If p has no sender name or no
-// session, it first sets the name or the session of that member.
+// seal returns p, sealed with the first key of the member on the node with the index from. If p has
+// no sender name or no session, seal first sets the name or the session of that member.
 func (s *sim) seal(from int, p Packet) []byte {
 	sw := s.nodes[from].swim
 	if p.Session == 0 {

@@ -1,8 +1,8 @@
 package main
 
-// The rig of the store tests: a clock that tests move, pushes of small samples, a store with the
-// errors that it reported, the samples that a store or one site holds, and consumers that
-// scrape a store. rig_disk_test.go has the disk.
+// The rig of the store tests: a clock that tests move, pushes, a store with the errors that it
+// reported, the samples that a store or one site holds, and consumers that scrape a store.
+// rig_disk_test.go has the disk.
 
 import (
 	"context"
@@ -37,10 +37,11 @@ func (c *storeClock) Add(d time.Duration) {
 	c.now = c.now.Add(d)
 }
 
-// ms returns the Unix time in ms that is ago seconds before the clock's time.
+// ms returns a Unix time in ms: the time of the clock minus the number of seconds in ago.
 func (c *storeClock) ms(ago int) int64 { return c.Now().UnixMilli() - int64(ago)*1000 }
 
-// point is a sample of the series name{n="<n>"}, at the Unix time t in ms.
+// point is a sample of the series name{n="<n>"}, at the Unix time t in ms. storePush adds the other
+// labels.
 type point struct {
 	name string
 	n    int
@@ -139,7 +140,7 @@ func (k *storeKit) wantNoErrors(when string) {
 	}
 }
 
-// names1 names scrape n of spool 1.
+// names1 returns the name of scrape n of spool 1.
 func names1(n uint64) ScrapeNames { return ScrapeNames{1, Ranges{{n, n}}} }
 
 // rewriteLog rewrites the log of a site without its expired samples, as maintenance does.
@@ -155,8 +156,8 @@ func rewriteLog(t testing.TB, s *Store, id string) {
 	}
 }
 
-// evictOldest evicts the oldest batch of a site, whether or not scrapes still show its samples.
-// The test fails if a consumer has not read the batch.
+// evictOldest evicts the oldest batch of a site, whether or not scrapes still show its samples. The
+// test fails if the batch may not be evicted, for example because a consumer has not read it.
 func evictOldest(t testing.TB, s *Store, id string) {
 	t.Helper()
 	if _, evicted := s.sites[id].TryEvictOldestBatch(math.MaxInt64); !evicted {
@@ -262,7 +263,8 @@ func wantHeld(t testing.TB, when string, got, want map[heldSample]float64) {
 }
 
 // scraper returns a reader for scrapes of s, on a server that owns all sites. The reader shows
-// newest samples up to maxAge old. With a negative maxAge it shows unread samples only.
+// newest samples up to maxAge old. With a negative maxAge it repeats no sample that the consumer
+// has read, unless the sample is from the future.
 func scraper(s *Store, maxAge time.Duration) *AllSitesReader {
 	return &AllSitesReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
 }
@@ -336,7 +338,7 @@ func openConsumers(t testing.TB, fsys FS, now time.Time, wantDamage bool) *Consu
 	return cs
 }
 
-// beginScrape begins a scrape of the consumer name, at address ::1, on a connection.
+// beginScrape begins a scrape of the consumer with the given name, at address ::1, on a connection.
 func beginScrape(t testing.TB, cs *Consumers, name string, conn *AnswerReadTracker, now time.Time) *ConsumerSession {
 	t.Helper()
 	r, _, err := cs.BeginScrape(ConsumerKey(name, "::1", ""), name, "::1", conn, now)
@@ -346,8 +348,9 @@ func beginScrape(t testing.TB, cs *Consumers, name string, conn *AnswerReadTrack
 	return r
 }
 
-// confirm has the consumer name scrape twice on a new connection. The first scrape serves the
-// batches of each site up to the number in seqBySite. The second scrape confirms them.
+// confirm makes two scrapes of the consumer with the given name, on a new connection. The first
+// scrape serves the batches of each site up to the number in seqBySite. The second scrape confirms
+// them.
 func confirm(t testing.TB, cs *Consumers, name string, now time.Time, seqBySite map[uint64]uint64) {
 	t.Helper()
 	conn := &AnswerReadTracker{}
@@ -382,8 +385,9 @@ func cursorsOf(cs *Consumers) map[string]map[uint64]uint64 {
 
 func sameCursors(a, b map[string]map[uint64]uint64) bool { return maps.EqualFunc(a, b, maps.Equal) }
 
-// drain returns the samples that the named consumer had not read. The consumer scrapes on a new
-// connection until a scrape serves no unread sample, so that every sample is confirmed.
+// drain returns the samples that s serves to the named consumer as unread. The consumer scrapes on
+// a new connection until a scrape serves no unread sample, so that every returned sample is
+// confirmed.
 func drain(t testing.TB, k *storeKit, s *Store, name string) map[heldSample]float64 {
 	t.Helper()
 	got := map[heldSample]float64{}
@@ -463,8 +467,8 @@ func mustFind(c *SiteSamples, line string) uint32 {
 }
 
 // sitePush returns a push of realistic size: 230 series of 23 names with 6 labels each. set gives
-// the samples new values and times. The times are up to 6.8 s before at, because a Prometheus
-// scrapes its targets at different times.
+// the samples new values and times. The times are up to 6.8 s before the argument of set, because a
+// Prometheus scrapes its targets at different times.
 func sitePush(id string) (p *SampleList, set func(at int64)) {
 	p = &SampleList{}
 	for i := range 230 {

@@ -2,7 +2,7 @@ package main
 
 // This file holds the sample model. A series is kept as one rendered line: its metric name and its
 // sorted labels. The line does not depend on the format in which the series was received.
-// SampleList.Add rejects every series that would make a reader of the exposition format fail. The
+// SampleList.Add rejects a series if a reader of the exposition format could not read its line. The
 // sample family must not know of sites, tokens, HTTP or disks. It does not select samples: the
 // sanitize family does.
 
@@ -29,7 +29,7 @@ const (
 	ClusterLabel = "_id"
 )
 
-// ErrTooLarge is wrapped by errors about content that is well-formed but exceeds a limit.
+// ErrTooLarge is wrapped by errors about samples, bodies and selectors that exceed a limit.
 var ErrTooLarge = errors.New("too large")
 
 // ErrListTooLarge is wrapped by the error of SampleList.Add if the list is full: the sample would
@@ -37,8 +37,8 @@ var ErrTooLarge = errors.New("too large")
 var ErrListTooLarge = fmt.Errorf("%w", ErrTooLarge)
 
 // ErrNULValue is wrapped by the error of SampleList.Add if a label value has a NUL byte and the
-// labels have no other fault. This case has its own error because Prometheus accepts such a series,
-// so that callers may treat it in another way than malformed labels.
+// metric name and the labels are otherwise valid. This case has its own error because Prometheus
+// accepts such a series, so that callers may treat it in another way than malformed labels.
 var ErrNULValue = errors.New("has a NUL byte")
 
 var errNoMetricName = errors.New("no metric name")

@@ -2,8 +2,9 @@ package main
 
 // This file decompresses the bodies of pushes and scrapes: gzip and framed snappy. The caller's
 // limit bounds the output and the memory used. A size that the input states is checked against the
-// limit before memory is allocated. Gzip that is cut off is an error, and so is snappy that is cut
-// off within a chunk. This file must not know of HTTP or of the content of a body.
+// limit before memory is allocated. Gzip that is cut off within a member is an error, and so is
+// snappy that is cut off within a chunk, unless the output exceeds the limit before. This file must
+// not know of HTTP or of the content of a body.
 
 import (
 	"bytes"
@@ -15,8 +16,8 @@ import (
 	"slices"
 )
 
-// MaxDecodedFactor limits the size of a decompressed body to MaxDecodedFactor times --limit-bytes,
-// which is the limit on the compressed body.
+// A decompressed body may have at most MaxDecodedFactor times --limit-bytes, which is the limit on
+// the compressed body.
 const MaxDecodedFactor = 8
 
 // SupportedEncodings lists the supported content encodings for error messages.
@@ -38,9 +39,8 @@ type Decompressor struct {
 }
 
 // Decompress returns the decompressed body. encoding must be a value that SupportsEncoding accepts.
-// tooLarge is true if the decompressed body exceeds limit bytes; decoded is then not the whole
-// body. The result is valid until the next call. With the encoding identity, the result is body
-// itself.
+// tooLarge is true if the decompressed body exceeds limit bytes; decoded must then not be used. The
+// result is valid until the next call. With the encoding identity, the result is body itself.
 func (d *Decompressor) Decompress(body []byte, encoding string, limit int) (decoded []byte, tooLarge bool, err error) {
 	switch encoding {
 	case "", "identity":

@@ -190,7 +190,7 @@ func snappyCopies(n int) []byte {
 }
 
 // snappyEncode returns data as a framed snappy stream. It chooses chunks and elements at random, so
-// that every kind of chunk and element occurs. It does not try to compress well.
+// that every kind of chunk and element can occur. It does not try to compress well.
 func snappyEncode(data []byte, rnd *rand.Rand) []byte {
 	out := slices.Clone(snappyIdentifier)
 	for len(data) > 0 {
@@ -236,7 +236,7 @@ func snappyEncode(data []byte, rnd *rand.Rand) []byte {
 }
 
 // Decompress decodes every kind of element and chunk of framed snappy, even if the decoded size
-// equals the limit. It returns an error for every malformed stream.
+// equals the limit. It returns an error for each malformed stream of the table.
 func TestSnappyElements(t *testing.T) {
 	long := strings.Repeat("0123456789abcdef", 4000) // 64,000 bytes
 	whole := func(want string, elements ...[]byte) []byte {
@@ -361,9 +361,10 @@ func TestSnappyTruncatedAnywhere(t *testing.T) {
 	}
 }
 
-// Decompress never returns wrong data after one bit of a framed snappy stream is flipped. But one
-// chunk may be missing in the result: the checksums do not cover the kinds of chunks, and a flipped
-// bit can make a chunk skippable.
+// If one bit of the stream that snappyStream returns is flipped, Decompress returns an error,
+// reports the data as too large, or returns the right data, in which one chunk may be missing. A
+// chunk may be missing because the checksums do not cover the kinds of chunks, and a flipped bit
+// can make a chunk skippable.
 func TestSnappyFlippedAnywhere(t *testing.T) {
 	in, want, _ := snappyStream()
 	var d Decompressor
@@ -377,8 +378,8 @@ func TestSnappyFlippedAnywhere(t *testing.T) {
 	}
 }
 
-// No input makes the snappy decoder exceed its limit or change bytes that it appended before. Any
-// data is unchanged after encoding and decoding.
+// No input makes the snappy decoder exceed its limit or change the bytes that were in the output
+// before. Any data is unchanged after encoding and decoding.
 func FuzzSnappy(f *testing.F) {
 	rnd := rand.New(rand.NewPCG(1, 0))
 	f.Add(snappyEncode([]byte(strings.Repeat("up{job=\"a\"} 1\n", 20)), rnd), 1000)

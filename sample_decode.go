@@ -1,9 +1,9 @@
 package main
 
 // This file decodes bodies of samples. It turns text exposition, OpenMetrics and delimited protobuf
-// into RawSamples and passes them to a callback one by one. The decoders check syntax only.
-// SampleList.Add checks names and values, so that the same rules apply to every format. This file
-// must not know of sites, HTTP or compression.
+// into RawSamples and passes them to a callback one by one. The decoders check only the syntax and
+// some limits. SampleList.Add checks names and label values, so that the same rules apply to every
+// format. This file must not know of sites, HTTP or compression.
 
 import (
 	"fmt"
@@ -81,11 +81,11 @@ type Decoder struct {
 	skipped    UnsupportedParts
 }
 
-// Decode calls emit for every sample of body, in the order of the body. It stops at the first
-// error, including an error from emit, and returns the error. The error names the line (of text) or
-// the family (of protobuf) by its number, and the series if it is known. Decode returns the counts
-// of the skipped parts even after an error. Memory used beyond body is bounded by MaxLine and
-// MaxLabels.
+// Decode calls emit for the samples of body, in the order of the body. It skips the parts that
+// UnsupportedParts counts. It stops at the first error, including an error from emit, and returns
+// the error. The error gives the number of the line (of text) or of the family (of protobuf), and
+// the series, if they are known. Decode returns the counts of the skipped parts even after an
+// error. Memory used beyond body is bounded by MaxLine and MaxLabels.
 func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
 	d.skipped = UnsupportedParts{}
 	d.repeatable = 1<<20 + maxRepeat*len(body)

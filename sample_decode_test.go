@@ -327,7 +327,8 @@ func allocated(f func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// hostileBody is a body of about hostileSize bytes that could cost a decoder much memory.
+// hostileBody is a body that could cost a decoder much memory. It has at most about hostileSize
+// bytes.
 type hostileBody struct {
 	name string
 	body []byte
@@ -337,8 +338,8 @@ type hostileBody struct {
 
 const hostileSize = 8 << 20 // size in bytes of the largest decompressed body that the default --limit-bytes allows
 
-// hostileBodies returns bodies of all formats, each filled with a construct that could cost a
-// decoder much memory.
+// hostileBodies returns bodies of all formats, each with many repetitions, or one very long
+// instance, of a construct that could cost a decoder much memory.
 func hostileBodies() []hostileBody {
 	const size = hostileSize
 	repeat := func(s string) []byte { return bytes.Repeat([]byte(s), size/len(s)) }
@@ -377,8 +378,8 @@ func hostileBodies() []hostileBody {
 	}
 }
 
-// Decoding a hostile body of 8 MiB allocates at most 2 MiB. If the samples are also added to a list
-// with limits, decoding and adding together allocate at most 8 MiB.
+// Decoding a hostile body of up to 8 MiB allocates at most 2 MiB. If the samples are also added to
+// a list with limits, decoding and adding together allocate at most 8 MiB.
 func TestSweepHostileBodies(t *testing.T) {
 	sweep(t)
 	for _, c := range hostileBodies() {
@@ -471,7 +472,8 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 }
 
 // Any body, decoded as text exposition, passes the checks of fuzzPath. If Decoder and expfmt's
-// decoder both accept the body, they return the same samples.
+// decoder both accept the body, they return the same samples. Bodies with comments or overflowing
+// timestamps are not compared.
 func FuzzDecodeText(f *testing.F) {
 	for _, s := range []string{"a{b=\"c\"} 1 5\n", "{\"a.b\",\"c.d\"=\"e\\n\"} NaN\na_b{c_d=\"e\\n\"} 2\n", "# TYPE a counter\na 1\na 1 2\n", "{\"a:.\",\"c:d\"=\"\"} -0 -1\n"} {
 		f.Add([]byte(s))

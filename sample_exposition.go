@@ -1,9 +1,9 @@
 package main
 
-// This file writes samples as text exposition for consumers. Every family is untyped. If a family
-// had types that differ between sites, the consumer's whole scrape would fail. Names outside the
-// legacy charset, which is [a-zA-Z_:][a-zA-Z0-9_:]* for metrics, are quoted if the scraper asks for
-// that in its Accept header. For all other scrapers these names are escaped.
+// This file writes samples as text exposition for consumers. Every family is untyped, as in
+// Prometheus's own /federate, because the type of a family may differ between sites. Names outside
+// the legacy charset, which is [a-zA-Z_:][a-zA-Z0-9_:]* for metrics, are quoted if the scraper asks
+// for that in its Accept header. For all other scrapers these names are escaped.
 
 import (
 	"bytes"
@@ -93,7 +93,7 @@ type FamilySample struct {
 	Quoted bool // whether the metric name or a label name is outside the legacy charset
 }
 
-// Family holds all samples with one metric name, from all sites.
+// Family holds samples with one metric name. They may come from several sites.
 type Family struct {
 	Name    string
 	Samples []FamilySample
@@ -129,7 +129,7 @@ func GroupByName(l *SampleList) []Family {
 // leaves out the samples of the escaped series.
 //
 // writtenSamples and hiddenSamples count the samples that were written and left out. WriteFamilies
-// stops at the first error of w and returns it.
+// stops at the first error of w and returns it; writtenSamples is then only approximate.
 func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hiddenSamples int, err error) {
 	if !e.quotesNames() {
 		fams, hiddenSamples = escapeFamilies(e, fams)

@@ -15,7 +15,8 @@ import (
 	"testing"
 )
 
-// AppendSample writes every float64 in a form that strconv.ParseFloat parses to the same bits.
+// AppendSample writes every value that SampleList.Add stores in a form that strconv.ParseFloat
+// parses to the same bits.
 func TestAppendSampleFloats(t *testing.T) {
 	values := []float64{0, math.Copysign(0, -1), 1, -1, 0.1, 1e15, 1e15 - 1, 1e15 + 1, 1e15 + 2, -1e15, 1 - 1e15, -1 - 1e15,
 		1e15 - 0.5, 999999999999999.9, 1 << 53, 1<<53 + 2, 1 << 62, 1 << 63, -1 << 63, 1 << 64, math.Inf(1), math.Inf(-1), math.NaN(),
@@ -37,8 +38,8 @@ func TestAppendSampleFloats(t *testing.T) {
 	}
 }
 
-// AppendSample writes whole numbers below 1e15 as integers. It writes the timestamp unless the
-// timestamp is NoTime.
+// AppendSample writes whole numbers between -1e15 and 1e15 as integers, without an exponent. It
+// writes the timestamp unless the timestamp is NoTime.
 func TestAppendSample(t *testing.T) {
 	for _, c := range []struct {
 		t    int64
@@ -128,8 +129,8 @@ func TestEscapedNames(t *testing.T) {
 }
 
 // If names are quoted, WriteFamilies writes every sample. If names are escaped with underscores, it
-// merges families whose escaped names are equal. It then hides a series if its escaped line equals
-// the line of another series, or cannot be served.
+// merges families whose escaped names are equal. It then hides a series if its escaped line is
+// already used by another series, or cannot be served.
 func TestWriteFamilies(t *testing.T) {
 	p := expoPush(t,
 		expoRaw("b", 1, 1, "x", "1"),

@@ -124,7 +124,7 @@ func IsLegacy(name []byte, labels []Label) bool {
 }
 
 // IsLegacyLine reports whether the metric name and all label names in a rendered line belong to the
-// legacy charset. It returns false for a line that cannot be parsed.
+// legacy charset. The result for other text has no meaning.
 func IsLegacyLine(line []byte) bool {
 	// A line with a quoted name contains {" or ," before that name. Most lines contain neither, so
 	// that they need not be parsed.

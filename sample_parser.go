@@ -2,7 +2,8 @@ package main
 
 // This file parses series: the metric name and the labels at the beginning of a line of text. The
 // text may come from a body or may be a line that this program rendered. The parsed names and
-// labels share memory with the text. Lengths are checked before memory is allocated.
+// labels share memory with the text or with the parser. Lengths are checked before memory is
+// allocated.
 
 import (
 	"bytes"
@@ -23,8 +24,9 @@ type SeriesParser struct {
 // them. The results share memory with line and with p and are valid until p is used again.
 // parsePrefix does not change line.
 func (p *SeriesParser) parsePrefix(line []byte) (name []byte, labels []Label, rest []byte, err error) {
-	// The limit is twice MaxLine, because the line may also contain escapes, blanks, a value and a
-	// timestamp. SampleList.Add checks the rendered series against MaxLine.
+	// The limit is twice MaxLine, because the line may also contain blanks, a value, a timestamp,
+	// an exemplar, and labels that the caller removes. SampleList.Add checks the rendered series
+	// against MaxLine.
 	if len(line) > 2*MaxLine {
 		return nil, nil, nil, fmt.Errorf("%w: the line has %d bytes, limit %d", ErrTooLarge, len(line), 2*MaxLine)
 	}
@@ -178,7 +180,7 @@ func (p *SeriesParser) ParseLine(line []byte) (name []byte, labels []Label, err 
 
 // ParseCanonicalLine parses line as ParseLine does. It also fails if SampleList.Add would not
 // render the series as exactly the bytes of line. The store checks the lines that it reads from
-// disk in this way, because it serves them unchanged.
+// disk in this way, because it does not render them again.
 func (p *SeriesParser) ParseCanonicalLine(line []byte) (name []byte, labels []Label, err error) {
 	if name, labels, err = p.ParseLine(line); err != nil {
 		return nil, nil, err

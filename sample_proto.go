@@ -14,7 +14,7 @@ import (
 
 // Limits on the names and labels that the components of histograms and summaries repeat. All
 // components of a body together may repeat 1 MiB plus maxRepeat bytes for each byte of the body. A
-// real histogram with 30 buckets and 1,000 bytes of labels repeats about 20 times its size.
+// real histogram with 30 buckets and 1,000 bytes of labels repeats 20 to 30 times its size.
 const (
 	maxRepeat     = 64 // bytes that the components may repeat for each byte of the body
 	componentCost = 32 // bytes counted against this limit for each component, besides its name and labels

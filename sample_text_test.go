@@ -98,7 +98,7 @@ func TestDecodeOpenMetrics(t *testing.T) {
 		skipped UnsupportedParts
 	}{
 		{"# EOF\n", nil, UnsupportedParts{}},
-		{"# EOF", nil, UnsupportedParts{}}, // the last rule of OpenMetrics's ABNF makes the newline after "# EOF" optional
+		{"# EOF", nil, UnsupportedParts{}}, // the rule "exposition" of OpenMetrics's ABNF makes the newline after "# EOF" optional
 		{"a 1\n# EOF", []string{"a 1 -"}, UnsupportedParts{}},
 		{"# TYPE a gauge\n# UNIT a_s s\n# HELP a b\na 1 1520879607.789\n# EOF\n", []string{"a 1 1520879607789"}, UnsupportedParts{}},
 		{"a 1 1.0005\na 1 -1.5\na 1 0\na 1 1e3\na 1 1e12\n# EOF\n", []string{"a 1 1001", "a 1 -1500", "a 1 0", "a 1 1000000", "a 1 1000000000000000"}, UnsupportedParts{}},

@@ -1,10 +1,10 @@
 package main
 
-// This file cleans samples on the client and normalizes them on the server. After
-// ServerNormalizer.Normalize, a sample has the authenticated cluster ID as a label, and its metric
-// name is not one that the server uses for its own metrics. After ClientCleaner.Clean, no label in
-// Anonymize has its original value. The sanitize family must not know of HTTP, files or stores. It
-// keeps no state between samples.
+// This file cleans samples on the client and normalizes them on the server. A sample that
+// ServerNormalizer.Normalize accepts has the authenticated cluster ID as a label, and its metric
+// name is not one that the server uses for its own metrics. In a sample that ClientCleaner.Clean
+// accepts, no label in Anonymize has its original value. The sanitize family must not know of HTTP,
+// files or stores. It keeps no state between samples.
 
 import (
 	"bytes"
@@ -94,9 +94,9 @@ const (
 	DropRequiredLabel = "required_label" // server: the sample lacks a --required-label
 	DropReserved      = "reserved_name"  // client: the metric name, after renaming, is reserved for the server's own metrics
 	DropNotMatched    = "not_matched"    // client: the sample matches no --match selector
-	// On the client, SampleList.Add refuses the sample, or the sample alone exceeds --limit-bytes.
-	// On the server, a label value has a NUL byte; for any other invalid sample the server refuses
-	// the whole push.
+	// On the client, SampleList.Add refuses the sample, or the sample alone exceeds --limit-bytes
+	// or MaxPiece. On the server, a label value has a NUL byte; for any other invalid sample the
+	// server refuses the whole push.
 	DropInvalid = "invalid"
 )
 
@@ -104,7 +104,7 @@ const (
 // is immutable after construction, so it is safe for concurrent use.
 type ServerNormalizer struct {
 	Elide    []string  // names of the labels that Normalize removes
-	Labels   []Label   // the operator's labels, which ForcedLabels adds to every sample of a push
+	Labels   []Label   // the operator's labels for every sample; see ForcedLabels
 	Required []Label   // labels that a sample must have, or else it is dropped; an empty value here allows any value that is not empty
 	Allow    Selectors // Normalize drops a sample whose name and final labels do not match this list
 }
@@ -127,10 +127,11 @@ func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string
 // Normalize returns the reason. Otherwise dropReason is empty. Normalize returns an error if the
 // metric name is reserved for the server's own metrics; the caller must then refuse the whole push.
 //
-// Normalize removes empty labels and the labels in Elide. The forced labels replace r's labels of
-// the same name. If the label job or instance is missing, Normalize adds it with an empty value. A
-// Prometheus that scrapes the server with honor_labels then does not add its own job and instance.
-// So the series has the same labels whichever server of the ring the Prometheus scrapes.
+// Normalize removes r's empty labels and r's labels in Elide. Then it adds the forced labels, which
+// replace r's labels of the same name. If the label job or instance is missing, Normalize adds it
+// with an empty value. A Prometheus that scrapes the server with honor_labels then does not add its
+// own job and instance. So the series has the same labels whichever server of the ring the
+// Prometheus scrapes.
 func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason string, err error) {
 	if isReservedMetricName(r.Name) {
 		return "", fmt.Errorf("the name %.100q is reserved for the server's own metrics", r.Name)
@@ -175,10 +176,10 @@ func (c *ClientCleaner) SetSalt(salt []byte) { c.mac = hmac.New(sha256.New, salt
 // sample must be dropped, Clean returns the reason. Otherwise it returns "". SampleList.Add may
 // still refuse the cleaned sample; the caller then drops it with the reason DropInvalid.
 //
-// Clean replaces the value of each label in Anonymize by the HMAC of the value, truncated to 16
-// bytes and base64-encoded. Clean uses an HMAC keyed with the salt instead of a salted hash, so
-// that nobody can test guesses of the value without the salt. Equal values get equal replacements,
-// even under different labels.
+// Clean replaces the value of each label of r in Anonymize, but not of the labels in Labels, by the
+// HMAC of the value, truncated to 16 bytes and base64-encoded. Clean uses an HMAC keyed with the
+// salt instead of a salted hash, so that nobody can test guesses of the value without the salt.
+// Under the same salt, equal values get equal replacements, even in different labels.
 func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 	if !c.Match.MatchOrEmpty(r.Name, r.Labels) {
 		return DropNotMatched

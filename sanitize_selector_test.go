@@ -169,9 +169,8 @@ func TestSelectors(t *testing.T) {
 	}
 }
 
-// parseSelector refuses any text with an error of bounded length, or returns a selector. The
-// selector does not match a series without a name and labels, and parsing its String gives the same
-// selector.
+// For any text, parseSelector returns a selector or an error of bounded length. The selector does
+// not match a series without a name and labels, and parsing its String gives the same selector.
 func FuzzSelector(f *testing.F) {
 	for _, s := range []string{`up{job="a",env!~"b|c"}`, `{"a.b",'c'=~"d"}`, "{a=`b`}", `{a="\x61\u00e9"}`} {
 		f.Add(s, `up{job="a"}`)

@@ -14,9 +14,10 @@ import (
 	"testing"
 )
 
-// Normalize gives every sample the forced labels and the labels job and instance. It removes empty
-// labels and the labels in Elide. It drops samples that lack a required label or match no Allow
-// selector. It returns an error for the server's own metric names.
+// Normalize gives every sample that it accepts the forced labels and the labels job and instance.
+// Before that, it removes the sample's own empty labels and labels in Elide. It drops samples that
+// lack a required label or match no Allow selector. It returns an error for the server's own metric
+// names.
 func TestNormalizer(t *testing.T) {
 	n := &ServerNormalizer{
 		Elide:    []string{"replica", "instance"},
@@ -157,7 +158,7 @@ func testAnonymizer(t *testing.T, salt string) *ClientCleaner {
 }
 
 // anonymized cleans a sample whose label has the value v, and returns the label's anonymized value.
-// It fails the test if the line contains v, if another label changed, or if Clean overwrote the
+// It fails the test if the line contains v, if the label job changed, or if Clean overwrote the
 // memory of v.
 func anonymized(t *testing.T, c *ClientCleaner, label, v string) string {
 	t.Helper()

@@ -1,8 +1,9 @@
 package main
 
-// This file has the HTTP side of a server: routes, configuration and state. A handler reads no byte
-// of a request's body before it has authenticated the client. An answer to one site contains no
-// secret, no file path, and no data of another site. The family server must not know of sockets,
+// This file has the HTTP side of a server: routes, configuration and state. On the listeners for
+// clients and for other members, a handler reads no byte of a request's body before it has
+// authenticated the sender. An answer to a site contains no secret except the site's own upload
+// token, no file path, and no data of another site. The family server must not know of sockets,
 // TLS, files or signals, which the family main wires up.
 
 import (
@@ -18,19 +19,19 @@ import (
 
 const (
 	// uploadTokenTTL is how long an upload token is valid. The time is short, because each push
-	// sends the token over the network. The time is still much longer than the interval between
-	// pushes.
+	// with an upload token sends the token over the network. The time is still much longer than the
+	// usual interval between pushes.
 	uploadTokenTTL = time.Hour
 
 	maxUploads       = 256              // pushes in flight at a time, each with its body in memory
 	sampleBytes      = 24               // bytes of memory that one Sample takes
-	maxPending       = 512 << 20        // bytes of all decoded pushes that wait to be stored
+	maxPending       = 512 << 20        // bytes of all decoded pushes that wait to be stored or are being stored
 	maxPooledBuffers = 1 << 20          // bytes; decodeBuffers that have grown larger are not reused
 	storeTimeout     = 30 * time.Second // limit for forwarding, decoding and storing a push, once its body has arrived
 	maxErrorText     = 1 << 10          // bytes of the text that tells a client why its push is refused; a longer text is cut
 
 	maxClockOffset     = 1 << 53     // ms; if a push reports that its source's clock is off by more, the server ignores the report
-	maxClockDifference = time.Minute // if the clocks of two servers differ by more, a server hands a forwarded push back to the server that forwarded it when all its samples seem too old or in the future
+	maxClockDifference = time.Minute // a forwarded push whose samples all seem too old or in the future is handed back to the server that forwarded it, if the clocks of the two servers seem to differ by more
 )
 
 // ServerConfig configures a Server.
@@ -43,9 +44,9 @@ type ServerConfig struct {
 	Metrics            *Metrics
 	Log                *slog.Logger
 	Now                func() time.Time
-	MaxSampleAge       time.Duration       // how long the newest sample of a series is served again in every scrape
+	MaxSampleAge       time.Duration       // a sample that is older is not served again to a consumer that has read it, nor to a scraper without a consumer name
 	LimitBytes         int64               // maximum bytes of the body of a push, before decompression
-	LimitScrape        int                 // maximum samples in one answer to /federate; 0 = no limit
+	LimitScrape        int                 // maximum samples of sites in one answer to /federate; one site alone may have more if the scrape names no consumer; 0 = no limit
 	RateInterval       time.Duration       // each site may push once per RateInterval on average, in bursts of at most 60 pushes; 0 = no limit
 	ExternalAuthorizer *ExternalAuthorizer // decides whether client tokens are valid; nil = the server verifies client tokens itself
 }
@@ -65,7 +66,7 @@ type Server struct {
 	ready      atomic.Bool
 	uploads    semaphore    // one slot for each push in flight
 	decoding   semaphore    // one slot for each push that is being decoded
-	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored
+	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored or are being stored
 	bodies     sync.Pool    // of *[]byte: reusable memory for the bodies of pushes
 	buffers    sync.Pool    // of *decodeBuffers: reusable memory for decoding pushes
 	sites      *SitePushLimiter
@@ -173,7 +174,7 @@ func storeCollector(m *Metrics, store *Store) func() {
 // once.
 func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
 
-// SetReady sets whether the server is ready. Until it is ready, /healthz/ready answers 503 and
+// SetReady sets whether the server is ready. While it is not ready, /healthz/ready answers 503 and
 // pushes are refused.
 func (s *Server) SetReady(ready bool) { s.ready.Store(ready) }
 
@@ -184,11 +185,11 @@ func (s *Server) ExternalHandler() http.Handler {
 	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.handleAuthorize)))
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// By default, close the connection after the answer. A handler that has read the whole body
-		// removes this header to keep the connection. If the connection were kept while a part of
-		// the body is unread, net/http would read the rest before it answers, outside our limits.
-		// The connection of a client that was refused would also stay open and count toward
-		// maxConnections.
+		// By default, close the connection after the answer. A handler may remove this header to
+		// keep the connection, but only if it has read the whole body. If the connection were kept
+		// while a part of the body is unread, net/http would first read more of the body before it
+		// answers, outside our limits. The connection of a client that was refused would also stay
+		// open and count toward maxConnections.
 		w.Header().Set("Connection", "close")
 		mux.ServeHTTP(w, r)
 	})
@@ -247,8 +248,8 @@ func loopbackPprofHandler() http.Handler {
 	})
 }
 
-// servesNewestOfSite reports whether this server shows the newest samples of a site in every
-// scrape, even if the consumer has read them already. A server without a ring does so for all
+// servesNewestOfSite reports whether this server serves the newest samples of a site again and
+// again, even to a consumer that has read them already. A server without a ring does so for all
 // sites. A member of a ring does so once it is ready, for the sites that it owns.
 func (s *Server) servesNewestOfSite(siteKey uint64) bool {
 	return s.cfg.Forwarder == nil || s.ready.Load() && s.cfg.Forwarder.OwnsSite(siteKey)

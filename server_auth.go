@@ -1,9 +1,10 @@
 package main
 
 // This file authenticates requests. The server verifies tokens itself or asks the service at the
-// --authorize URL, and it exchanges client tokens for upload tokens. An answer reveals nothing that
-// an attacker does not already know. A token or cluster ID that is added to the file of
-// --revoked-file is refused from the next reload on. This file must not know of samples.
+// --authorize URL, and it exchanges client tokens for upload tokens. An answer to a refused request
+// states the reason, but contains no secret and no labels of a token. A token ID or cluster ID that
+// is added to the file of --revoked-file is refused once the server has reloaded the file. This
+// file must not know of samples.
 
 import (
 	"errors"
@@ -15,15 +16,15 @@ import (
 )
 
 // denyToken answers 401 and counts the refusal under reason in telemeter_unauthorized_total. text
-// goes to the client, so it must not reveal anything that an attacker does not already know.
+// goes to the client, so it must not contain a secret.
 func (s *Server) denyToken(w http.ResponseWriter, reason, text string) {
 	s.unauthorizedTotal.Inc(reason)
 	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", text))
 	http.Error(w, text, http.StatusUnauthorized)
 }
 
-// denyOtherClusterID answers 403 to a request whose token is for another cluster ID than the
-// request.
+// denyOtherClusterID answers 403 to a request whose token may not be used for the cluster ID in the
+// request. text goes to the client.
 func (s *Server) denyOtherClusterID(w http.ResponseWriter, text string) {
 	s.unauthorizedTotal.Inc("other_cluster")
 	http.Error(w, text, http.StatusForbidden)
@@ -39,9 +40,9 @@ func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text stri
 	return text, ok
 }
 
-// authenticate returns the token of a request if the token is valid and its kind is one of kinds.
-// Otherwise it answers 401 or 403 and returns false. If the query of the request has the parameter
-// id, its value must be the token's cluster ID.
+// authenticate returns the token of a request if the token is valid, it is not revoked, and its
+// kind is one of kinds. Otherwise it answers 401 or 403 and returns false. If the query of the
+// request has a parameter id that is not empty, its value must be the token's cluster ID.
 func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (t Token, ok bool) {
 	text, ok := s.bearerOrDeny(w, r)
 	if !ok {
@@ -69,9 +70,10 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	return t, false
 }
 
-// authenticateClient returns the client token of a request if the token is valid. Otherwise it
-// answers with an error and returns false. If an --authorize URL is configured, the service at that
-// URL decides whether the token is valid. Otherwise the server verifies the token itself.
+// authenticateClient checks the client token of a request and returns what the token permits. If
+// the token is refused, it answers with an error and returns false. If an --authorize URL is
+// configured, the service at that URL decides whether the token is valid; see authorizeExternally.
+// Otherwise the server verifies the token itself.
 func (s *Server) authenticateClient(w http.ResponseWriter, r *http.Request) (Token, bool) {
 	if s.cfg.ExternalAuthorizer != nil {
 		return s.authorizeExternally(w, r)
@@ -84,7 +86,9 @@ func (s *Server) authenticateClient(w http.ResponseWriter, r *http.Request) (Tok
 }
 
 // handleAuthorize answers POST /authorize. It exchanges a client token for an upload token, which
-// is valid for uploadTokenTTL but not longer than the client token.
+// is valid for uploadTokenTTL but not longer than the client token. If the --authorize URL decided,
+// the server does not know when the client token expires, and the upload token is valid for
+// uploadTokenTTL.
 func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	t, ok := s.authenticateClient(w, r)
 	if !ok {
@@ -118,8 +122,9 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 
 // authorizeExternally asks the service at the --authorize URL about the client token of a request.
 // The returned Token has the cluster ID of the request's query, the labels of the service's answer
-// and a new token ID. If the service does not permit the push or gives no valid answer, or if the
-// cluster ID is invalid or revoked, authorizeExternally answers with an error and returns false.
+// except ClusterLabel, and a new token ID. authorizeExternally answers with an error and returns
+// false if the request has no bearer token, the cluster ID is invalid or revoked, or the service
+// does not permit the push or gives no valid answer.
 func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t Token, ok bool) {
 	id := r.URL.Query().Get("id")
 	text, ok := s.bearerOrDeny(w, r)

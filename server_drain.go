@@ -1,8 +1,8 @@
 package main
 
-// This file drains a stopping server: the server keeps serving scrapes until its consumers have
-// read all samples that it holds, but only for a bounded time. Then it logs how many samples are
-// still unread. This file must not know of signals, listeners or members.
+// This file drains a stopping server: the server keeps serving scrapes until the consumers that
+// scraped it lately have read all samples that it holds, but only for a bounded time. Then it logs
+// how many samples are still unread. This file must not know of signals, listeners or members.
 
 import (
 	"context"
@@ -11,13 +11,13 @@ import (
 
 const (
 	drainTimeout      = 75 * time.Second // limit of the drain; less than the 90 s after which systemd kills a stopping service
-	drainConsumerIdle = 3 * time.Minute  // the drain does not wait for a consumer whose last scrape is older
+	drainConsumerIdle = 3 * time.Minute  // the drain ignores a consumer whose last scrape is older than this when the drain begins, unless the consumer scrapes again
 	drainPoll         = 250 * time.Millisecond
 )
 
 // WaitUntilRead returns when no push is in flight and the consumers have read all samples that this
-// server holds. It waits only for consumers that scraped this server during the three minutes
-// before the call or later. It also returns after drainTimeout, or when ctx ends.
+// server holds. It waits only for consumers whose last recorded scrape of this server is at most
+// drainConsumerIdle before the call. It also returns after drainTimeout, or when ctx ends.
 func (s *Server) WaitUntilRead(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
@@ -68,16 +68,16 @@ type consumerBacklog struct {
 	sites int
 }
 
-// consumerBacklogs returns one entry for each consumer that has unread samples and scraped this
-// server at or after scrapedSince. If scrapedSince is the zero time, the result also has the
-// consumers that have never scraped this server. Consumers with the same name and address share an
-// entry.
+// consumerBacklogs returns one entry for each consumer that has unread samples and whose last
+// recorded scrape of this server is at or after scrapedSince. If scrapedSince is the zero time, the
+// result also has the consumers without an address. Consumers with the same name and address share
+// an entry.
 func (s *Server) consumerBacklogs(scrapedSince time.Time) (all []consumerBacklog) {
 	index := map[[2]string]int{}
 	for _, site := range s.cfg.Store.Stats().Sites {
 		for _, b := range site.Backlogs {
-			// A consumer without an address has never scraped this server; only the client of the
-			// site has reported it.
+			// A consumer without an address is known only from the report of the site's client, or
+			// from cursors on disk. It may never have scraped this server.
 			if b.UnreadSamples == 0 || b.LastScrape.Before(scrapedSince) || b.Address == "" && !scrapedSince.IsZero() {
 				continue
 			}

@@ -18,7 +18,7 @@ import (
 
 const (
 	maxAuthorizing     = 32       // requests to the authorization service in flight at a time
-	maxAuthorizeAnswer = 64 << 10 // bytes of the body of an answer; a larger body is an error
+	maxAuthorizeAnswer = 64 << 10 // bytes of the body of a 2xx answer; a larger body is an error
 )
 
 var (
@@ -44,9 +44,11 @@ func NewExternalAuthorizer(u *url.URL, client *http.Client) *ExternalAuthorizer 
 
 // Authorize asks the authorization service whether token may push for clusterID. The request has
 // the form of a request to this program's own /authorize: the cluster ID in the query and the token
-// in the header Authorization. An answer with any 2xx status permits the push. If its body is a
-// JSON object, Authorize returns the labels in the object. If the service refused, the error wraps
-// errNotAuthorized or errOtherClusterID. Any other error means that there was no valid answer.
+// in the header Authorization. An answer with any 2xx status permits the push, unless its body is
+// too large or cannot be read; see readAuthorizedLabels. If the body is a JSON object, Authorize
+// returns the labels in the object. If the service refused, the error is errNotAuthorized or
+// errOtherClusterID. Any other error means that there was no valid answer, or that too many
+// requests are in flight.
 func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token string) (labels map[string]string, err error) {
 	if !a.requests.TryAcquire() {
 		return nil, errors.New("too many requests to the authorization service are in flight")
@@ -80,8 +82,8 @@ func (a *ExternalAuthorizer) Authorize(ctx context.Context, clusterID, token str
 // readAuthorizedLabels returns the labels in the body of a 2xx answer. A body that does not begin
 // with {, after white space, has no labels, which is not an error. It is an error if the body
 // cannot be read completely or is larger than maxAuthorizeAnswer. It is also an error if the body
-// begins with { but is not valid JSON, or has labels that are not strings. The push is then not
-// permitted, because labels that cannot be read may be labels that keep tenants apart.
+// begins with { but is not valid JSON, or has labels that are neither strings nor null. The push is
+// then not permitted, because labels that cannot be read may be labels that keep tenants apart.
 func readAuthorizedLabels(r io.Reader) (map[string]string, error) {
 	body, err := io.ReadAll(io.LimitReader(r, maxAuthorizeAnswer+1))
 	if err != nil {

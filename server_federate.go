@@ -2,7 +2,7 @@ package main
 
 // This file answers GET /federate of a server: scrapes with and without a consumer's name, and the
 // server's own series about each site. A scrape never fails because of the samples of one site. A
-// consumer gets unread samples again until a later request on the same connection proves that it
+// consumer gets unread samples again until a later scrape on the same connection shows that it
 // received them. This file must not know of pushes or of how samples are stored.
 
 import (
@@ -33,8 +33,8 @@ type federateConfig struct {
 	Metrics      *Metrics
 	Log          *slog.Logger
 	Now          func() time.Time
-	MaxSampleAge time.Duration // the newest sample of a series is not served again once it is older; a site's clock offset is not shown once it is older
-	LimitScrape  int           // maximum samples in one scrape; 0 = no limit
+	MaxSampleAge time.Duration // a sample that is older is not served again to a consumer that has read it, nor to a scraper without a consumer name; a site's clock offset is not shown once it is older
+	LimitScrape  int           // maximum samples of sites in one scrape; one site alone may have more if the scrape names no consumer; 0 = no limit
 }
 
 // federateHandler answers GET /federate. It is safe for concurrent use.
@@ -70,9 +70,10 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 }
 
 // ServeHTTP answers a scrape. A GET request with a consumer's name gets the samples that the
-// consumer has not read. If the limit leaves room, it also gets the newest sample of each series.
-// Any other request gets only the newest sample of each series. Every answer also has the server's
-// own series about each site.
+// consumer has not read, up to a limit. If the limit leaves room, it also gets the newest samples
+// of sites that this server owns. Any other request gets only these newest samples. Every answer
+// also has the server's own series about each site. All samples and series are those that match[]
+// selects.
 func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	q, err := url.ParseQuery(r.URL.RawQuery)
@@ -124,8 +125,8 @@ func refuseConsumer(w http.ResponseWriter, err error) {
 }
 
 // takeUnreadAndNewest returns samples that a consumer has not read, up to the limit on its scrape,
-// and marks them as served. If the limit leaves room, it adds the newest sample of each series of
-// the sites that this server owns.
+// and marks them as served. If the limit leaves room, it adds the newest samples of sites that this
+// server owns.
 func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
 	families, unread, more := h.scraper.ServeUnreadAndNewest(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcherOrNil())
@@ -136,8 +137,9 @@ func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.
 	return families
 }
 
-// newestSamples returns the newest sample of each series of the sites that this server owns, up to
-// the limit on a scrape.
+// newestSamples returns the newest sample of each series of the sites that this server owns, unless
+// that sample is older than MaxSampleAge. If LimitScrape leaves out sites, the next scrape begins
+// with other sites.
 func (h *federateHandler) newestSamples(match Selectors) []Family {
 	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcherOrNil())
 	if truncated {
@@ -163,8 +165,9 @@ func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families
 }
 
 // beginScrape begins the scrape of a consumer. A consumer is identified by its name, its IP address
-// and its match[] selectors, whose order does not matter. If the consumer's previous scrape was not
-// confirmed, beginScrape logs a message. The text of the error goes to the scraper.
+// and its match[] selectors, whose order does not matter. If samples are served again because an
+// earlier scrape of the consumer was not confirmed, beginScrape logs a message. The text of the
+// error goes to the scraper.
 func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerSession, error) {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
@@ -185,7 +188,7 @@ func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerS
 		return nil, err
 	}
 	// Save the consumer before it is served anything, so that after a crash this server still knows
-	// that the consumer has samples to read.
+	// that the consumer has samples to read. If saving fails, the scrape goes on.
 	h.cfg.Store.SaveConsumers()
 	if viaProxy && session.MarkConsumerProxied() {
 		log.Warn("the consumer scrapes through a proxy, which cannot confirm that samples arrived, so the same samples are served again; make the consumer scrape this server directly")
@@ -227,8 +230,9 @@ func scraperTimeout(h http.Header) time.Duration {
 	return time.Duration(s * float64(time.Second))
 }
 
-// siteStatusFamilies returns the series that this server itself makes for each site, so that alerts
-// can find a silent site. Their label "server" is this server's name.
+// siteStatusFamilies returns the series that this server itself makes for each site that is not
+// revoked, so that alerts can find a silent site. It returns only series that match selects. Their
+// label "server" is this server's name.
 func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {

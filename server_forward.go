@@ -1,11 +1,11 @@
 package main
 
-// This file forwards pushes between the members of the ring. A server passes a client's push
-// unchanged to the owner of the site. The owner never forwards the push again. If the owner cannot
-// take the push, the server that the client pushed to stores it. Forwarded requests and their
-// answers are sealed with the cluster key, and an answer can be opened only together with its
-// request. From a sender that lacks the key, a server reads the headers of a request but not the
-// body.
+// This file forwards pushes between the members of the ring. A server passes the body of a client's
+// push unchanged to the owner of the site. The owner never forwards the push again. If the owner
+// cannot take the push, the server that the client pushed to stores it. Forwarded requests are
+// sealed with the cluster key. So are answers with status 200, and each can be opened only together
+// with its request. Any other answer means only that forwarding failed. A server does not read the
+// body of a request without a sealed envelope.
 
 import (
 	"bytes"
@@ -44,7 +44,7 @@ const (
 
 // pushRequest is a push without its body. It has the cluster ID and labels of the client's token,
 // the time at which the headers of the push arrived at the server that the client pushed to, and
-// the headers that describe the body.
+// the headers that describe the body, its scrapes and the consumers.
 type pushRequest struct {
 	ClusterID        string
 	Labels           map[string]string `json:",omitempty"`
@@ -64,9 +64,9 @@ type pushResponse struct {
 
 // forwardEnvelope has the sender and the recipient of a forwarded request, and the push without its
 // body. It is sealed separately from the body, so that a server need not read the body if the
-// sender lacks the key. Each run of a member's process has its own session number. The sessions of
-// sender and recipient and the sequence number reveal a replayed request, even after either process
-// has restarted.
+// sender lacks the key. A member has a new session number each time its process starts, and may
+// also begin a new session while it runs. The sessions of sender and recipient and the sequence
+// number reveal a replayed request, even after either process has restarted.
 type forwardEnvelope struct {
 	Version                int `json:"v"`
 	From, To               string
@@ -89,7 +89,7 @@ type ForwarderConfig struct {
 type Forwarder struct {
 	cfg       ForwarderConfig
 	view      atomic.Pointer[RingView]
-	sequence  atomic.Uint64 // number of the last request sent since this process started
+	sequence  atomic.Uint64 // number of the last request that this process prepared to send
 	receiving semaphore     // one slot for each request of another member that this server is handling
 
 	mu      sync.Mutex                    // guards senders and owners
@@ -100,15 +100,13 @@ type Forwarder struct {
 	seconds                  *Histogram
 }
 
-// senderSession is the newest known session of a member that forwards pushes to this server. A
-// session is one run of the member's process.
+// senderSession is the newest known session of a member that forwards pushes to this server.
 type senderSession struct {
 	session uint64
-	window  ReplayWindow // the sequence numbers of this session that were received
+	window  ReplayWindow // the sequence numbers of this session that were accepted
 }
 
-// ownerRequestSlots bounds the requests in flight to one owner during one session, which is one run
-// of the owner's process.
+// ownerRequestSlots bounds the requests in flight to one owner during one session of the owner.
 type ownerRequestSlots struct {
 	session  uint64
 	requests semaphore
@@ -181,8 +179,9 @@ func (f *Forwarder) OwnsSite(siteKey uint64) bool {
 
 // TryForward forwards a push to the owner of its site and returns the owner's answer. It returns
 // nil if this server has to store the push, because this server is the owner or because the owner
-// cannot take the push. It also returns nil if ctx ends. If forwarding fails and the ring has got
-// another owner for the site in the meantime, TryForward tries the new owner.
+// cannot take the push. It also returns nil if ctx ends before an answer has arrived. If forwarding
+// fails and the ring has meanwhile got another owner for the site, or a new session of the same
+// owner, TryForward tries again.
 func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []byte) (ownerAnswer *pushResponse) {
 	key := SiteKey(push.ClusterID)
 	for {
@@ -205,7 +204,7 @@ func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []by
 			return nil // the client has closed the connection or the time is over; in both cases the client pushes again
 		}
 		if now, _ := f.SiteOwner(key); now != owner {
-			continue // the ring has changed and names another owner of the site
+			continue // the ring now names another owner of the site, or the owner has changed its session, address or key
 		}
 		f.sentTotal.Inc("kept")
 		f.cfg.Log.Warn("owner cannot take the push, so this server stores it", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
@@ -215,8 +214,8 @@ func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []by
 
 // acquireOwnerSlot reserves one of the maxForwards slots for requests to an owner. The limit keeps
 // an owner that hangs from tying up all memory of this server. It returns an error if no slot is
-// free. Otherwise the caller must call release at the end of the request. forwardCtx ends after
-// forwardTimeout, or when the owner has died, left the ring or begun a new session.
+// free. Otherwise the caller must call release at the end of the request. forwardCtx ends when ctx
+// ends, after forwardTimeout, or when the owner has died, left the ring or begun a new session.
 func (f *Forwarder) acquireOwnerSlot(ctx context.Context, to RingMember) (forwardCtx context.Context, release func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -307,8 +306,9 @@ func (f *Forwarder) readAnswer(resp *http.Response, sealedEnvelope []byte) (*pus
 // client. An error hands the push back to that member, which then stores the push itself.
 type storeForwardedFunc func(ctx context.Context, push *pushRequest, body []byte) (*pushResponse, error)
 
-// Handler returns the handler of the listener for other members. It calls store for each push that
-// is sealed with the cluster key and is not a replay.
+// Handler returns the handler of the listener for other members. It calls store only for pushes
+// that are sealed with the cluster key, are addressed to this server in its present session, and
+// are not replays.
 func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+forwardPath, func(w http.ResponseWriter, r *http.Request) {
@@ -328,7 +328,8 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 
 // forwardRefusedError is the error of a forwarded request that this server refuses. The sender gets
 // status and text. The sender may lack the cluster key, so the text must not help an attacker. It
-// describes the status only; if the versions of the two servers differ, it also names the versions.
+// gives no details of the reason, except that it names the versions if the versions of the two
+// servers differ.
 type forwardRefusedError struct {
 	status int
 	result string // value of the label result in telemeter_forwards_received_total
@@ -354,8 +355,8 @@ func toForwardRefused(err error) *forwardRefusedError {
 
 // receiveForwarded stores a push that another member forwarded. It returns the sealed answer, and
 // the value of the label result under which the caller counts the request. It never forwards the
-// push again, even if another member owns the site by now, because a push that went in a circle
-// would never be answered.
+// push again, even if another member owns the site by now, because the push could then go in a
+// circle without end.
 func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, store storeForwardedFunc) (answer []byte, result string, err error) {
 	env, sealed, err := f.openEnvelope(r.Header.Get(envelopeHeader))
 	if err != nil {
@@ -433,8 +434,9 @@ func checkEnvelopeVersion(plain []byte) error {
 }
 
 // acceptSequence reports whether a forwarded request is new, so that the caller can refuse replays.
-// A request is new if its sender's session is the newest known one and its sequence number is
-// accepted for the first time. acceptSequence records both numbers of a new request.
+// A request is new if its sender's session is the newest known session of the sender, and if the
+// session's window accepts its sequence number, which happens only once. acceptSequence records
+// both numbers of a new request.
 func (f *Forwarder) acceptSequence(env forwardEnvelope) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

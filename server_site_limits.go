@@ -44,21 +44,21 @@ type limitedSite struct {
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
 type siteHealth struct {
-	LastFailure   time.Time     // when a push of the site last failed; zero if no push failed
+	LastFailure   time.Time     // when a push of the site last failed; zero if no failure is known
 	TokenExpiry   int64         // when the site's client token expires, in Unix seconds; 0 = never, or not known
 	ClockOffset   time.Duration // how far the clock of the site's source is behind the servers' clocks, as the client reports it
 	ClockOffsetAt time.Time     // when the client reported ClockOffset
 }
 
-// NewSitePushLimiter returns a SitePushLimiter that allows each site one push per interval, in
-// bursts of 60. With interval 0 the rate is not limited.
+// NewSitePushLimiter returns a SitePushLimiter that allows each site on average one push per
+// interval, in bursts of at most rateBurst. With interval 0 the rate is not limited.
 func NewSitePushLimiter(interval time.Duration) *SitePushLimiter {
 	return &SitePushLimiter{interval: interval, sites: map[string]*limitedSite{}}
 }
 
-// track returns the state of a site, which it creates if needed. If maxTrackedSites sites are in
-// memory, it first forgets the idle ones. It returns nil if there is still no room. The caller must
-// hold t.mu.
+// track returns the state of a site, which it creates if needed. If the site is new and
+// maxTrackedSites sites are in memory, it first forgets the idle ones. It returns nil if there is
+// still no room. The caller must hold t.mu.
 func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	site := t.sites[clusterID]
 	if site == nil {

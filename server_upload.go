@@ -2,9 +2,9 @@ package main
 
 // This file carries a push from the HTTP request to the store. It reads the headers and the body of
 // the push. Then it either forwards the push to the owner of the site, or decodes the push and
-// appends it to the site log. The answer 200 means that the store of one server holds every sample
-// of the push that was not dropped; with a storage directory, these samples are on disk. All memory
-// that remote input can claim is bounded, both per site and in total.
+// appends it to the site log. The answer 200 means that one server has stored every sample of the
+// push that was not dropped, now or with an earlier push. With a storage directory, these samples
+// are on disk. All memory that remote input can claim is bounded, both per site and in total.
 
 import (
 	"context"
@@ -106,8 +106,8 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		resp = refusalResponse(err)
 	}
 	s.pushesTotal.Inc(resp.Result)
-	// A push that is refused because this server is starting or stopping does not count as a failed
-	// push of the site.
+	// While this server is starting or stopping, a refused push does not count as a failed push of
+	// the site.
 	if resp.AllUntimely || resp.Status != http.StatusOK && s.ready.Load() {
 		s.sites.SetPushFailed(t.ClusterID, s.cfg.Now())
 	}
@@ -177,9 +177,10 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 }
 
 // storeForwarded stores a push that another member forwarded; see storeForwardedFunc. It returns
-// the error handBack, so that the other member stores the push, in two cases: this server is not
-// ready, or all samples were dropped because of their timestamps while the clocks of the two
-// servers differ by more than maxClockDifference.
+// the error handBack, so that the other member stores the push, in two cases. One is that this
+// server is not ready. The other is that all samples were dropped because of their timestamps, and
+// the arrival time of the push by the other server's clock is more than maxClockDifference before
+// or after the current time.
 func (s *Server) storeForwarded(ctx context.Context, push *pushRequest, body []byte) (resp *pushResponse, handBack error) {
 	if !s.ready.Load() {
 		return nil, errors.New("the server is not ready")
@@ -212,8 +213,9 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 }
 
 // acquirePush lets a push of a site begin. It returns an error if this server is not ready, if the
-// site exceeds its rate limit, or if too many pushes of the site or of all sites are in flight.
-// Unless it returns an error, the caller must call release at the end of the push.
+// site exceeds its rate limit, or if too many pushes of the site or of all sites are in flight. It
+// also returns an error if the site is new and too many sites are tracked. Unless it returns an
+// error, the caller must call release at the end of the push.
 func (s *Server) acquirePush(clusterID string) (release func(), err error) {
 	if !s.ready.Load() {
 		return nil, errOverloaded("the server is not ready")
@@ -260,8 +262,8 @@ func (s *Server) errBodyTooLarge() error {
 	return errPushTooLarge(fmt.Sprintf("the body is larger than %d bytes; raise the server's --limit-bytes to accept larger bodies", s.cfg.LimitBytes))
 }
 
-// readPushBody reads the body of a push into *body and reuses the memory of *body. A body of more
-// than LimitBytes bytes is an error.
+// readPushBody reads the body of a push into *body and reuses the memory of *body. It returns an
+// error if the body has more than LimitBytes bytes, ends early or arrives too slowly.
 func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]byte) (err error) {
 	if r.ContentLength > s.cfg.LimitBytes {
 		return s.errBodyTooLarge()
@@ -335,7 +337,7 @@ type pushDropCounts struct {
 // decodeAndReleaseSlot decodes and normalizes the body of a push into buf.samples. A sample without
 // a timestamp gets the arrival time of the push. The caller must hold a slot of s.decoding;
 // decodeAndReleaseSlot releases it, even after an error. So a push holds no slot while it waits for
-// the disk, and a disk that hangs does not keep the pushes of other sites from being decoded.
+// the disk, and pushes that wait for a disk that hangs take no decoding slots from other pushes.
 func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte) (counts pushDropCounts, err error) {
 	defer s.decoding.Release()
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
@@ -405,8 +407,9 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	return err
 }
 
-// appendPush appends the samples of a push and the names of its scrapes to the site's log. It
-// returns an uploadError if the store refuses the push.
+// appendPush appends the samples of a push and the names of its scrapes to the site's log, unless
+// the push only asks which scrapes are held and read. It returns an uploadError if the store
+// refuses the push.
 func (s *Server) appendPush(ctx context.Context, clusterID string, params pushParams, samples *SampleList) (res AppendResult, err error) {
 	// Add the consumers that the client reports before the samples are stored. Otherwise the
 	// samples could be evicted before these consumers have read them.
@@ -493,10 +496,10 @@ func deleteZeros(counts map[string]int) map[string]int {
 	return counts
 }
 
-// untimelyHint explains to the client what is wrong with the timestamps of a push whose samples are
-// all too old or in the future. Such a push is answered with 200, but for the site's alerts it
-// counts as failed. oldestAccepted is the oldest timestamp that is accepted, and now is the current
-// time, both in ms since the Unix epoch.
+// untimelyHint explains to the client what is wrong with the timestamps of a push, if all samples
+// that reached the store are too old or in the future. Such a push is answered with 200, but for
+// the site's alerts it counts as failed. oldestAccepted is the oldest timestamp that is accepted,
+// and now is the current time, both in ms since the Unix epoch.
 //
 // A client may send timestamps in seconds by mistake. A current time in seconds, read as
 // milliseconds, lies in January 1970. No real sample is that old, so one such timestamp is enough

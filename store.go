@@ -1,10 +1,11 @@
 package main
 
 // The store keeps the samples of all sites in memory and in one log on disk per site. Append
-// returns nil only when the samples are durable. An accepted sample leaves memory only when it
-// expires (retention) or is evicted (the limit on samples). Damage to one site's log does not
-// affect another site. Pushes of one site alone cannot use up the limit on samples. This family
-// must not know of tokens, HTTP or the program's own metrics: it only returns counts and errors.
+// returns nil only when the samples that it accepted are on disk, or in memory if the store has no
+// directory. An accepted sample leaves memory only when it expires (retention) or is evicted (the
+// limit on samples). Damage to one site's log does not affect another site. While the store knows
+// several sites, pushes of one of them alone cannot use up the limit on samples. This family must
+// not know of tokens, HTTP or the program's own metrics.
 
 import (
 	"cmp"
@@ -26,19 +27,20 @@ const (
 	// MaxRetention is the longest retention that OpenStore accepts. With this limit, the difference
 	// of any two times within a batch, in ms, fits into an int32.
 	MaxRetention = 20 * 24 * time.Hour
-	// forgetAfter is how long the store still remembers a site that has no samples and sends no
-	// pushes. During that time an alert on the age of the site's last push can fire.
+	// forgetAfter is how long after its last push the store remembers a site without samples, so
+	// that an alert on the age of the site's last push can fire. The store forgets such a site
+	// earlier if LimitSites leaves no room for a new site.
 	forgetAfter = 30 * 24 * time.Hour
 
 	maintainEvery = 30 * time.Second // interval at which Run expires samples and compacts logs
-	// saveEvery is the interval at which Run saves cursors. One save costs the disk less than the
-	// pushes of one second.
+	// saveEvery is the interval at which Run saves cursors. Usually a save is one append to one
+	// file.
 	saveEvery = 2 * time.Second
 	// wakePause is the shortest pause between two calls of a background job, even if pushes wake
 	// the job.
 	wakePause = time.Second
-	// roomPause is the pause between a search that found too few batches to evict and the next
-	// search.
+	// roomPause is the shortest pause between a search that found too few batches to evict and the
+	// next search.
 	roomPause = time.Second
 )
 
@@ -57,15 +59,16 @@ type StoreConfig struct {
 	LimitStorage int64 // maximum bytes of all logs together
 	Now          func() time.Time
 	// Owned reports whether this server owns the site with this SiteKey. nil means that it owns all
-	// sites. If another server owns a site and the site's client has a spool, samples that expire
-	// here unread are not counted as lost.
+	// sites. If another server owns a site, samples that expire here unread are not counted as lost
+	// if their batch names scrapes of a client's spool.
 	Owned func(hash uint64) bool
 	// NowInterval returns the range that the present time lies in. A sample expires when it is
 	// older than Retention at the earliest time of the range. nil means that Now is exact.
 	NowInterval func() PresentTimeRange
 	// OnError is called with every failure of a background job and with all damage that OpenStore
-	// finds. OnWarning, if not nil, is called once for each file that ended in an unfinished write,
-	// which a crash left there. Both are called without locks held.
+	// finds. OnWarning, if not nil, is called for each undamaged log, and for an undamaged file of
+	// cursors, that ended in an unfinished write, as after a crash. OnError must not call the
+	// store, because a site's lock may be held.
 	OnError, OnWarning func(error)
 }
 
@@ -123,9 +126,9 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 	return s, nil
 }
 
-// newSite returns a site without samples. Its first batch gets a sequence number above every number
-// that this store has used. If the store knew the site earlier and forgot it, a cursor from that
-// time is therefore never ahead of the site's new batches.
+// newSite returns a site without samples. Its first batch gets a sequence number above the numbers
+// of all batches that the store has committed so far. If the store knew the site earlier and forgot
+// it, a cursor from that time is therefore never ahead of the site's new batches.
 func (s *Store) newSite(clusterID string) *Site {
 	data := NewSiteSamples(clusterID, s.seed)
 	data.StartSeqAfter(s.totals.NewestSeq.Load())
@@ -153,8 +156,8 @@ func (s *Store) IsOnDisk() bool { return s.cfg.Dir != "" }
 // owns reports whether this server owns the site with this key.
 func (s *Store) owns(siteKey uint64) bool { return s.cfg.Owned == nil || s.cfg.Owned(siteKey) }
 
-// checkStorageLimit returns ErrFull if growth more bytes would make the logs exceed LimitStorage.
-// In that case it also wakes Run to compact the logs.
+// checkStorageLimit returns ErrFull if the logs would exceed LimitStorage after they grow by the
+// given number of bytes. In that case it also wakes Run to compact the logs.
 func (s *Store) checkStorageLimit(growth int) error {
 	limit := s.cfg.LimitStorage
 	if limit == 0 || s.totals.LogBytes.Load()+int64(growth) <= limit {
@@ -178,9 +181,9 @@ func (s *Store) isClosing() bool {
 
 // acquireSite returns the site of clusterID with its lock held. It adds the site if the store does
 // not know it. The caller must release the lock with releaseAndDropIfNew. If LimitSites leaves no
-// room for a new site, acquireSite first forgets a site without samples. The error is ErrClosed,
-// ErrFull, the error of ctx, or a failure to save cursors or to remove the log of the forgotten
-// site.
+// room for a new site, acquireSite first tries to forget a site without samples. The error is
+// ErrClosed, ErrFull, the error of ctx, or a failure to save cursors or to remove the log of the
+// forgotten site.
 func (s *Store) acquireSite(ctx context.Context, clusterID string) (*Site, error) {
 	for {
 		site, err := s.findOrAddSite(clusterID)
@@ -236,8 +239,8 @@ func (s *Store) releaseAndDropIfNew(site *Site) {
 
 // forgetSilentSite removes a site without samples: the one whose last push is oldest. The store
 // remembers a site without samples only so that an alert on the age of the site's last push can
-// fire. forgetSilentSite does nothing if there is no such site, or if another goroutine holds the
-// site's lock.
+// fire. forgetSilentSite does nothing if there is no such site, if another goroutine holds the
+// site's lock, or if the site has got samples meanwhile.
 func (s *Store) forgetSilentSite() error {
 	var silent *Site
 	least := int64(math.MaxInt64)
@@ -322,11 +325,11 @@ type SpoolStatus struct {
 	// scrapes that every consumer has read.
 	Held, Read   Ranges
 	Consumers    []ConsumerAge
-	HasConsumers bool // whether any consumer is known; if not, no scrape counts as read
+	HasConsumers bool // whether any consumer is known; if not, RefreshSpoolStatus marks no scrape as read
 }
 
 // RefreshSpoolStatus returns the status of one spool of the site of clusterID. Before that it marks
-// as read the scrapes that every consumer has read by now.
+// as read the site's scrapes that every consumer has read by now, unless no consumer is known.
 func (s *Store) RefreshSpoolStatus(clusterID string, spoolID uint64) (st SpoolStatus) {
 	hash, now := SiteKey(clusterID), s.cfg.NowInterval().Earliest
 	st.Consumers = s.Consumers.LastScrapeAges(hash, now)
@@ -356,10 +359,10 @@ func (s *Store) Run(ctx context.Context) error {
 	return nil
 }
 
-// runEvery calls do once per interval until ctx ends. It calls do earlier if a value arrives on
-// wake. The argument of do reports whether such a value caused the call. Before runEvery listens to
-// wake again, it pauses for wakePause, because every push that is refused for the storage limit
-// sends to wake.
+// runEvery calls the function do once per interval until ctx ends. It calls the function earlier if
+// a value arrives on the channel wake; the argument of the function reports whether such a value
+// caused the call. Before runEvery receives from the channel again, it pauses for wakePause,
+// because every push that is refused for the storage limit may send to the channel.
 func runEvery(ctx context.Context, interval time.Duration, wake <-chan struct{}, do func(woken bool)) {
 	for {
 		if _, ok := Sleep(ctx, wakePause, nil); !ok {
@@ -373,8 +376,8 @@ func runEvery(ctx context.Context, interval time.Duration, wake <-chan struct{},
 	}
 }
 
-// SaveConsumers writes the list of consumers to disk if the list changed. It returns after the
-// write has succeeded or failed; a failure goes to OnError.
+// SaveConsumers writes the consumers and their cursors to disk if the list of consumers changed and
+// no other save has already begun to write it. A failure goes to OnError.
 func (s *Store) SaveConsumers() {
 	if err := s.Consumers.SaveIfConsumersChanged(); err != nil {
 		s.cfg.OnError(err)
@@ -387,9 +390,10 @@ func (s *Store) saveCursors() {
 	}
 }
 
-// expireAndCompact goes through all sites. It drops the expired samples of each site, compacts its
-// log if that is worthwhile, and removes a site that has no samples and has sent no push for
-// forgetAfter. storageFull means that the logs have reached LimitStorage.
+// expireAndCompact goes through the sites until ctx ends or the store closes. It drops the expired
+// samples of each site, compacts its log if that is worthwhile, and removes a site that has no
+// samples and has sent no push for forgetAfter. storageFull means that the logs have reached
+// LimitStorage.
 func (s *Store) expireAndCompact(ctx context.Context, storageFull bool) {
 	for _, site := range s.sitesByID() {
 		if site.Lock(ctx) != nil {
@@ -424,10 +428,10 @@ func (s *Store) sitesByID() []*Site {
 	return slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// ForEachSite drops the expired samples of each site and then calls f with the site's key and data,
-// until f returns false. The sites are sorted by ID. The first site is the one at startFraction,
-// from 0 to 1, of the sorted list; after the last site ForEachSite continues with the first of the
-// list. f must not keep data and must not call the store.
+// ForEachSite visits the sites until f returns false. For each site it drops the expired samples
+// and then calls f with the site's key and data. The sites are sorted by ID. The first site is the
+// one at startFraction, from 0 to 1, of the sorted list; after the last site ForEachSite continues
+// with the first of the list. f must not keep data and must not call the store.
 func (s *Store) ForEachSite(startFraction float64, f func(hash uint64, data *SiteSamples) bool) {
 	sites, oldest := s.sitesByID(), s.KeptSince()
 	for i := range sites {
@@ -453,9 +457,10 @@ func (s *Store) ViewSite(clusterID string, f func(data *SiteSamples)) bool {
 	return site != nil
 }
 
-// Close waits for the writes in progress, refuses waiting and later writes, saves the cursors and
-// unlocks the directory. All accepted samples are already on disk, except in memory-only mode. A
-// second call does nothing.
+// Close makes the store refuse later pushes, waits for the writes in progress, saves the cursors
+// and unlocks the directory. A push that still waits for an earlier write is stored or refused with
+// ErrClosed. All accepted samples are already on disk, except in memory-only mode. A second call
+// does nothing.
 func (s *Store) Close() error {
 	if !s.startClosing() {
 		return nil
@@ -467,7 +472,7 @@ func (s *Store) Close() error {
 	return s.unlock()
 }
 
-// startClosing makes the store refuse all later writes. It returns false if the store is already
+// startClosing makes the store refuse all later pushes. It returns false if the store is already
 // closing.
 func (s *Store) startClosing() bool {
 	s.mu.Lock()

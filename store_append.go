@@ -1,9 +1,10 @@
 package main
 
-// This file turns a push into a batch. Each sample finds its series in the table or inserts a new
-// series. Duplicates and samples outside the accepted time range are dropped and counted; the
-// remaining samples are sorted for the log. A staged batch adds no sample to the site before
-// Commit, and Rollback removes the series that staging inserted. Pure: no I/O, no clock, no locks.
+// This file turns a push into a batch. Samples outside the accepted time range, and samples with
+// the series and time of an earlier sample, are dropped and counted. Each sample with an accepted
+// time finds its series in the table or inserts a new series; the remaining samples are sorted for
+// the log. A staged batch adds no sample to the site before Commit, and Rollback removes the series
+// that staging inserted. Pure: no I/O, no clock, no locks.
 
 import (
 	"cmp"
@@ -16,7 +17,7 @@ import (
 // AppendResult counts what happened to the samples of a push.
 type AppendResult struct {
 	Accepted   int           // stored
-	Duplicates int           // not stored again: same series, time and value as a stored sample or another sample of the push
+	Duplicates int           // not stored again: same series, time and value as a stored sample or another sample of the push; or all samples, if the store has all named scrapes
 	Conflicts  int           // dropped: same series and time as a stored sample or another sample of the push, but another value
 	TooOld     int           // dropped: older than retention
 	Future     int           // dropped: too far ahead of this server's clock
@@ -72,9 +73,9 @@ func compareSeriesTime(a, b seriesSample) int {
 // names of the scrapes in p. The error is ErrSeriesLimit, ErrTooLarge or ErrClockInDoubt; after an
 // error no series stays inserted.
 func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
-	// If the store already has all scrapes of the push, the client has missed an answer and repeats
-	// the push. All samples count as duplicates. The search for duplicates below cannot replace
-	// this check, because it does not find samples that were evicted.
+	// If the store already has all scrapes of the push, the push is a repeat, for example because
+	// the client missed the answer. All samples count as duplicates. The search for duplicates
+	// below cannot replace this check, because it does not find samples that were evicted.
 	if d.Spools.HasAll(names) {
 		return StagedBatch{Result: AppendResult{Duplicates: len(p.Samples)}, newSeries: d.Table.Len()}, nil
 	}

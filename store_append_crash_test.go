@@ -1,9 +1,9 @@
 package main
 
 // A crash test of the store on a crashFS, which is a simulated disk. A run of random steps is
-// repeated once for each of its file operations. In that operation the disk fails or the process is
-// killed, and later the machine crashes. No acknowledged sample is lost, and the store holds no
-// sample that was never pushed.
+// repeated for each of its file operations. In that operation the disk fails or the process is
+// killed, and later the machine crashes. No acknowledged sample within retention is lost, and the
+// store holds no sample that was never pushed.
 
 import (
 	"context"
@@ -24,7 +24,7 @@ type storeKeeper struct {
 	rng   *rand.Rand
 	s     *Store
 	acked map[heldSample]float64 // acknowledged samples; the store must hold them within retention
-	ever  map[heldSample]float64 // all pushed samples; the store may hold them
+	ever  map[heldSample]float64 // all pushed samples that were within retention; the store may hold them
 	seq   map[string]uint64      // site → number of the newest acknowledged batch
 }
 
@@ -39,7 +39,7 @@ func newStoreKeeper(t *testing.T, fsys *crashFS, seed uint64) *storeKeeper {
 }
 
 // randomPush returns a push of new, repeated and late samples. The value of a sample follows from
-// its time, so that a sample with the time of another sample is a duplicate, never a conflict.
+// its time, so that two samples of a series with the same time are duplicates, never a conflict.
 func (k *storeKeeper) randomPush(id string) *SampleList {
 	var points []point
 	for range 1 + k.rng.IntN(4) {
@@ -120,8 +120,8 @@ func (k *storeKeeper) check() {
 	}
 }
 
-// reopen opens the store as a new process. It checks that the crash damaged no header of a log, that
-// the store found no log unusable, the samples, and the total of log bytes.
+// reopen opens the store as a new process. It checks that the crash damaged no header of a log,
+// that the store found no log unusable, that the samples are right, and the total of log bytes.
 func (k *storeKeeper) reopen() {
 	for _, name := range k.fs.names() {
 		data, err := k.fs.ReadFile(name)
@@ -171,7 +171,8 @@ type diskTrouble struct {
 }
 
 // A store that is killed, or whose disk fails, at any one of its file operations loses no
-// acknowledged sample. This holds whether the process restarts, the machine crashes, or both.
+// acknowledged sample within retention. This holds whether the process restarts, the machine
+// crashes, or both.
 func TestSweepStoreCrashes(t *testing.T) {
 	sweep(t)
 	troubles := []diskTrouble{
@@ -202,9 +203,10 @@ func TestSweepStoreCrashes(t *testing.T) {
 	}
 }
 
-// crashAt makes random steps with a store. The trouble happens at the file operation with number
-// at, counted from 0. Then the machine crashes several times, and the store is opened after each
-// crash. crashAt counts the operation in ops. It reports whether the steps reached the operation.
+// crashAt makes random steps with a store. The argument at is the number, from 0, of the file
+// operation at which the trouble happens. Then the machine crashes several times, and the store is
+// opened after each crash. crashAt counts the operation in ops. It reports whether the steps
+// reached the operation.
 func crashAt(t *testing.T, seed, at, variant uint64, trouble diskTrouble, ops map[string]int) (reached bool) {
 	t.Helper()
 	fsys := newStoreFS(seed<<32 | at<<2 | variant)

@@ -105,7 +105,8 @@ func TestStageNewSamplesSeriesLimit(t *testing.T) {
 }
 
 // The text of a site's series may have at most seriesBytes bytes for each series that the limit on
-// series allows. So a long line counts like several series.
+// series allows, or minTextLimit bytes if that is more. So long lines can reach the limit on text
+// before the site has too many series.
 func TestStageNewSamplesTextLimit(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
@@ -127,7 +128,7 @@ func TestStageNewSamplesTextLimit(t *testing.T) {
 	}
 }
 
-// A push of more samples than fit one record is refused.
+// A push of more than maxBatch samples is refused.
 func TestStageNewSamplesTooLarge(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
@@ -172,8 +173,8 @@ func TestStoreAppendIsDurable(t *testing.T) {
 	}
 }
 
-// A push during which the disk fails is refused. No acknowledged sample is lost, and the next push
-// is accepted once the disk works. Both hold after a crash too.
+// A push during which the disk fails is refused. No acknowledged sample is lost, not even if the
+// machine crashes afterwards. Once the disk works, the next push is accepted.
 func TestStoreAppendDiskFails(t *testing.T) {
 	first := testSeed(t, 1)
 	for _, op := range []string{"open", "write", "sync", "truncate", "rename", "syncdir", "mkdir"} {
@@ -242,8 +243,8 @@ func appendWhileDiskFails(t *testing.T, name, op string, diskErr error, isFirst 
 	}
 }
 
-// A full disk refuses pushes with ErrFull and loses nothing. When the disk has room again, the
-// store accepts pushes without a restart.
+// While the disk is full, the store refuses pushes with ErrFull and keeps all samples that it has
+// accepted. When the disk has room again, the store accepts pushes without a restart.
 func TestStoreAppendDiskFull(t *testing.T) {
 	fsys := newStoreFS(3)
 	k := newStoreKit(t, fsys)
@@ -297,9 +298,9 @@ func wantSeriesLimit(t *testing.T, k *storeKit, s *Store, points ...point) {
 	}
 }
 
-// A push over the limit on series is refused as a whole. The refused push counts nothing towards
-// the limit, leaves no site behind, and causes no rewrite of a log while all series have samples in
-// retention.
+// A push over the limit on series is refused as a whole. It does not count towards the limit, and
+// it causes no rewrite of a log while all series have samples in retention. If it is the first push
+// of its site, it leaves no site behind.
 func TestStoreAppendSeriesLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSeries = 3

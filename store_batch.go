@@ -35,8 +35,8 @@ type Batch struct {
 	DT        []int32
 	timeIndex []uint8 // if not nil, the index in DT for each sample
 	V         []float64
-	Names     ScrapeNames // scrapes whose samples are all stored in this batch and earlier batches
-	Size      int         // bytes of the payload of the batch's record; set by EncodeBatchPayload and DecodeBatch
+	Names     ScrapeNames // scrapes that become held when this batch is committed
+	Size      int         // bytes of the payload of the batch's record; set by EncodeBatchPayload and DecodeBatch, too high after Filter
 }
 
 // ReadPosition is how far a reader has read the batches of a site. The reader has read all batches

@@ -14,8 +14,8 @@ import (
 	"testing"
 )
 
-// sameBatch reports whether two batches have the same numbers, times, series, scrapes and values.
-// Values are compared by their bits, so that a NaN equals itself.
+// sameBatch reports whether two batches have the same batch number, times, series, scrapes and
+// values. Values are compared by their bits, so that a NaN equals itself.
 func sameBatch(a, b *Batch) bool {
 	if a.Names.SpoolID != b.Names.SpoolID || !slices.Equal(a.Names.Numbers, b.Names.Numbers) {
 		return false
@@ -32,8 +32,8 @@ func sameBatch(a, b *Batch) bool {
 	return true
 }
 
-// randomBatch returns a batch of up to 39 samples. Their IDs and times are close to each other, or
-// span the whole range.
+// randomBatch returns a batch of up to 39 samples. In half of the calls, IDs and times span the
+// whole range. Otherwise most IDs follow each other, and the times are close to each other.
 func randomBatch(rng *rand.Rand) *Batch {
 	n := rng.IntN(40)
 	b := &Batch{Seq: rng.Uint64N(MaxSeq), AcceptedAt: rng.Int64() - rng.Int64(), T0: rng.Int64N(1<<61) - 1<<60}
@@ -63,7 +63,8 @@ func randomBatch(rng *rand.Rand) *Batch {
 }
 
 // DecodeBatch returns the batch that EncodeBatchPayload encoded, and Size is the length of the
-// payload. A sample takes at most 20 bytes.
+// payload. The payload takes at most 20 bytes for each sample and each range of scrapes, plus 80
+// bytes.
 func TestBatchRoundTrip(t *testing.T) {
 	for seed := range testSeeds(t, 2000) {
 		b := randomBatch(rand.New(rand.NewPCG(seed, 0)))
@@ -165,7 +166,7 @@ func TestBatchFilter(t *testing.T) {
 	}
 }
 
-// DecodeBatch returns an error for every malformed payload, and for every payload that is cut.
+// DecodeBatch returns an error for malformed payloads, and for a payload that is cut at any byte.
 func TestBatchMalformed(t *testing.T) {
 	good := EncodeBatchPayload(nil, &Batch{Seq: 3, AcceptedAt: 4, T0: 5, IDs: []uint32{7, 8, 2}, DT: []int32{0, 1, 2}, V: []float64{1, 2, 3}})
 	if _, err := DecodeBatch(good); err != nil {

@@ -44,8 +44,8 @@ type Consumers struct {
 
 	mu    sync.Mutex           // guards the fields below; never held across I/O
 	byKey map[uint64]*consumer // consumers that have scraped this server
-	// reported has, by site and consumer key, the time of the consumer's newest scrape of any
-	// server. The site's client reports these times.
+	// The map reported has, by site and consumer key, the time of the consumer's newest scrape of
+	// any server, as far as the site's client has reported it.
 	reported map[uint64]map[uint64]time.Time
 }
 
@@ -89,8 +89,8 @@ type SiteCursorsPastEnd struct {
 
 // DropCursorsPastEnd removes the cursors that are higher than the number of the last batch in their
 // site's log, and the cursors of sites without a log. It returns the removed cursors by site.
-// logEnds has the number of the last batch for each site key. A consumer without a cursor is served
-// all samples that the log still contains.
+// logEnds has the number of the last batch for each site key. A consumer without a cursor for a
+// site is served all samples of the site that the store still has in memory.
 func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursorsPastEnd {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -144,10 +144,10 @@ func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer
 }
 
 // AddClientReportedConsumers records the consumers that the client of a site reports. The client
-// knows them from other servers, or from this server before it lost its disk. SeqReadByAll and
-// LastScrapeAges include a reported consumer for this site only. Consumers whose last scrape is
-// older than consumerIdle, consumers beyond MaxConsumers for a site, and sites beyond
-// maxReportingSites are ignored.
+// knows them from answers of servers. A consumer may be unknown here, because it scraped only other
+// servers, or because this server lost its disk. SeqReadByAll, LastScrapeAges and Cursors include a
+// reported consumer for this site only. Consumers whose last scrape is older than consumerIdle,
+// consumers beyond MaxConsumers for a site, and sites beyond maxReportingSites are ignored.
 func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -288,7 +288,7 @@ func (cs *Consumers) ForEachUnconfirmedCount(f func(name, address string, scrape
 	}
 }
 
-// DropSiteCursors removes all cursors and read positions of a site that has left the store.
+// DropSiteCursors removes all cursors and read positions of a site that leaves the store.
 func (cs *Consumers) DropSiteCursors(siteKey uint64) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()

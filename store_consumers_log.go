@@ -2,7 +2,8 @@ package main
 
 // This file saves the cursors to disk. If the file of cursors is lost, consumers are served samples
 // twice, but no sample is lost. The cursor changes of all sites are written together in the
-// background, so that no scrape waits for the disk.
+// background, so that a consumer's scrape does not wait for the disk, unless the list of consumers
+// changed.
 
 import (
 	"context"
@@ -119,8 +120,8 @@ func (cs *Consumers) restoreRecord(kind byte, payload []byte, now time.Time) err
 	return nil
 }
 
-// SaveIfConsumersChanged writes the consumers to disk if the list of consumers changed. After a
-// crash the server therefore still knows every consumer that it has served.
+// SaveIfConsumersChanged calls Save if the list of consumers changed and no other Save has already
+// begun to write it. If Save succeeds, the server still knows these consumers after a crash.
 func (cs *Consumers) SaveIfConsumersChanged() error {
 	if !cs.knownChanged.Load() {
 		return nil
@@ -129,8 +130,8 @@ func (cs *Consumers) SaveIfConsumersChanged() error {
 }
 
 // Save writes all changes to disk: the list of consumers if it changed, and then the cursors of all
-// sites in one write. After an error the next call of Save tries the same changes again. In
-// memory-only mode Save writes nothing.
+// sites in one write. After an error the next call of Save tries the changes of cursors and of the
+// list again. In memory-only mode Save writes nothing.
 func (cs *Consumers) Save() error {
 	_ = cs.lock.Lock(context.Background(), nil)
 	defer cs.lock.Unlock()

@@ -222,8 +222,8 @@ func consumersHistory(t testing.TB) (data, state []byte, final map[string]map[ui
 }
 
 // The file of the cursors can be cut, flipped or zeroed at any byte. No restored cursor is past the
-// batch that its consumer confirmed, and all consumers of the state file stay known. Save repairs
-// the file.
+// batch that its consumer confirmed, except for a site that left the store. All consumers of the
+// state file stay known. Save repairs the file.
 func TestConsumersDamage(t *testing.T) {
 	data, state, final := consumersHistory(t)
 	check := func(name string, data []byte) {
@@ -260,8 +260,8 @@ func TestConsumersDamage(t *testing.T) {
 	}
 }
 
-// OpenConsumers does not panic on any content of the file of cursors, and keeps to the limits on
-// consumers and cursors. Save repairs the file.
+// OpenConsumers does not panic on any bytes after the header of the file of cursors, and keeps to
+// the limits on consumers and cursors. Save repairs the file.
 func FuzzConsumers(f *testing.F) {
 	data, _, _ := consumersHistory(f)
 	header := len(appendLogHeader(nil, []byte("consumers")))

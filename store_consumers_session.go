@@ -2,8 +2,8 @@ package main
 
 // ConsumerSession tracks the scrapes that one consumer makes over one TCP connection. The samples
 // of an answer count as read when the next request arrives on the same connection, because the
-// consumer must have read the answer before. On another connection the samples are served again.
-// The number of sessions is bounded for each consumer.
+// consumer must have read the answer before. Before this request arrives, a scrape over another
+// connection is served the same samples again. The number of sessions is bounded for each consumer.
 
 import (
 	"fmt"
@@ -16,7 +16,7 @@ const (
 	maxSessions      = 4         // sessions per consumer
 	minConsumerLimit = 1000      // samples; a consumer's own scrape limit is never lower
 	unconfirmedFew   = 3         // fewer consecutive unconfirmed scrapes than this may be an accident
-	unconfirmedWarn  = time.Hour // shortest time between warnings about unconfirmed scrapes
+	unconfirmedWarn  = time.Hour // shortest time between warnings about a consumer's unconfirmed scrapes, unless a scrape is confirmed in between
 )
 
 // ConsumerSession is the read position of one consumer on one connection. The requests of a
@@ -30,8 +30,8 @@ type ConsumerSession struct {
 	confirmed     map[uint64]ReadPosition // by site key; how far the consumer has read, on this connection or before the session began
 	served        map[uint64]ReadPosition // by site key; position after the samples that the last scrape served
 	servedUnread  int                     // number of unread samples that the last scrape served
-	late          bool                    // writing the last answer took longer than allowed
-	writtenInTime bool                    // the last answer was written completely and in time
+	late          bool                    // the last scrape served unread samples and took longer than allowed
+	writtenInTime bool                    // the last answer was written completely, and the scrape ended in time
 }
 
 // BeginScrape begins a scrape of a consumer over the connection conn and returns the connection's
@@ -39,8 +39,8 @@ type ConsumerSession struct {
 // known. conn must be comparable and must differ from every other connection, past or future.
 // BeginScrape counts the samples of the previous scrape on conn as read, because a consumer sends
 // its next request only after it has read the answer. repeats is true if conn is new and a scrape
-// of this consumer on another connection served unread samples but was not confirmed. Those samples
-// are then served again.
+// of this consumer on another connection served unread samples but is not confirmed yet. Those
+// samples are then served again. repeats is true only once for each such scrape.
 func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn any, now time.Time) (session *ConsumerSession, repeats bool, err error) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -92,11 +92,12 @@ func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
 }
 
 // countUnconfirmedAndLowerLimit looks for sessions on other connections whose last scrape served
-// unread samples and was never confirmed. If there are any, it returns true and counts them as one
-// unconfirmed scrape. It also limits the next scrape to half as many unread samples as the
-// unconfirmed scrape served, because that scrape may have failed for being too long. After
-// unconfirmedFew consecutive unconfirmed scrapes, an unconfirmed answer that was written completely
-// and in time no longer lowers the limit, because its length is then not the cause.
+// unread samples, is not confirmed and was not found by an earlier call. If there are any, it
+// returns true and counts them as one unconfirmed scrape. It also lowers the consumer's scrape
+// limit to half as many samples as the unconfirmed scrape served unread, because that scrape may
+// have failed for being too long. After unconfirmedFew consecutive unconfirmed scrapes, an
+// unconfirmed answer that was written completely and in time no longer lowers the limit, because
+// its length is then not the cause.
 func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 	for _, other := range c.sessions {
 		if other.servedUnread == 0 {
@@ -116,7 +117,7 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 
 // confirmLastScrape moves the consumer's cursors forward to the newest batches that the session's
 // last scrape served completely. If that scrape served unread samples in time, it also doubles the
-// consumer's scrape limit.
+// consumer's scrape limit, if there is one.
 func (s *ConsumerSession) confirmLastScrape() {
 	c := s.consumer
 	if len(s.served) > 0 {
@@ -141,8 +142,8 @@ func (s *ConsumerSession) Position(siteKey uint64) ReadPosition {
 	return s.confirmed[siteKey]
 }
 
-// MarkServed records that the present scrape serves servedUnread unread samples of a site and ends
-// at position to.
+// MarkServed records that the present scrape serves servedUnread unread samples of a site. The
+// parameter to is the position after these samples.
 func (s *ConsumerSession) MarkServed(siteKey uint64, to ReadPosition, servedUnread int) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -163,9 +164,10 @@ func (s *ConsumerSession) SampleLimit(configured int) int {
 	return configured
 }
 
-// EndScrapeAndLimitNext ends a scrape. took is the time that writing the answer took, and writeErr
-// the error of writing. If the time exceeds allowed, the limit of the next scrape is lowered in
-// proportion. An allowed time of 0 means no limit.
+// EndScrapeAndLimitNext ends a scrape. The scrape took the time took, and writeErr is the error of
+// writing the answer. If the answer had unread samples and the time exceeds allowed, the limit of
+// the next scrape is lowered in proportion, but not below minConsumerLimit. An allowed time of 0
+// means no limit.
 func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, writeErr error) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -177,8 +179,8 @@ func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, wri
 	}
 }
 
-// MarkConsumerProxied records that the consumer's scrape came through a proxy. first is true if no
-// earlier scrape of this consumer did.
+// MarkConsumerProxied records that the consumer's scrape came through a proxy. The result first is
+// true if no earlier scrape of this consumer came through a proxy, as far as the server remembers.
 func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
@@ -189,7 +191,7 @@ func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
 
 // TakeUnconfirmedWarning returns the number of the consumer's consecutive scrapes that served
 // unread samples and were not confirmed. If warn is true, the caller must log a warning; the next
-// warning is then due after unconfirmedWarn.
+// warning is then due after unconfirmedWarn, or earlier if a scrape is confirmed before.
 func (s *ConsumerSession) TakeUnconfirmedWarning(now time.Time) (unconfirmedScrapes int, warn bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()

@@ -2,7 +2,7 @@ package main
 
 // Sessions of a consumer, one for each connection. A scrape on the same connection confirms the
 // scrape before it. A new connection gets unconfirmed samples again. Slow or unconfirmed scrapes
-// make later scrapes shorter.
+// may make later scrapes shorter.
 
 import (
 	"io"
@@ -10,12 +10,12 @@ import (
 	"time"
 )
 
-// A scrape whose answer is written slowly, or whose connection is replaced before the next scrape
-// confirms it, lowers the sample limit of the next scrapes. Each scrape that is written in time and
-// confirmed doubles the limit again.
+// A scrape that serves unread samples may lower the sample limit of the next scrapes: if its answer
+// is written slowly, or if its connection is replaced before the next scrape confirms it. A scrape
+// of unread samples that is written in time and confirmed doubles a lowered limit.
 func TestSessionSampleLimit(t *testing.T) {
 	const allowed = time.Second
-	const cut = time.Duration(-1) // the connection broke before the answer was written
+	const cut = time.Duration(-1) // the connection broke before the whole answer was written
 	type step struct {
 		served int // unread samples that the scrape serves
 		took   time.Duration
@@ -37,8 +37,8 @@ func TestSessionSampleLimit(t *testing.T) {
 			{8000, 2 * allowed, false, 4000}, {80_000, 0, false, 8000}, {8000, 0, false, 16_000}, {1, 0, false, 32_000},
 			{1, 0, false, 64_000}, {1, 0, false, 100_000}, {1, 0, false, 100_000},
 		}},
-		// A proxy may lose every answer that the server wrote in time. After three lost answers the
-		// limit no longer falls, because the length of the answers is not the cause.
+		// A proxy may lose every answer that the server wrote in time. After three lost answers in a row
+		// the limit no longer falls, because the length of the answers is not the cause.
 		{"lost for ever", []step{
 			{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 0, true, 8000},
 			{8000, 0, true, 8000}, {8000, 0, false, 16_000}, {8000, 0, true, 4000},

@@ -9,8 +9,9 @@ import (
 )
 
 // A batch counts as read when every consumer that counts has read it. A consumer counts if it
-// scraped this server, or if the site's client reported it. A consumer that has not scraped for the
-// retention time does not count while another consumer has scraped within that time.
+// scraped this server within consumerIdle, or if the site's client reported that it scraped a
+// server within that time. A consumer that has not scraped for the retention time does not count
+// while another consumer has.
 func TestSeqReadByAll(t *testing.T) {
 	const site, other = 1, 2
 	key := func(name string) uint64 { return ConsumerKey(name, "::1", "") }
@@ -85,8 +86,8 @@ func TestReportedConsumersAreBounded(t *testing.T) {
 	}
 }
 
-// The age of a consumer that no longer scrapes keeps growing although client and server report the
-// consumer to each other again and again.
+// The reported age of a consumer's last scrape keeps growing if the consumer no longer scrapes,
+// although client and server report the consumer to each other again and again.
 func TestReportedConsumerAges(t *testing.T) {
 	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
 	cs.AddClientReportedConsumers(1, []ConsumerAge{{9, 0}}, consumersNow)
@@ -104,8 +105,9 @@ func TestReportedConsumerAges(t *testing.T) {
 	}
 }
 
-// In memory-only mode, Consumers collects no changes for a file. It keeps no cursors and no
-// positions of sites that left the store, and a bounded number of sessions for each consumer.
+// In memory-only mode, Save drops the changes of cursors, because there is no file. Consumers keeps
+// no cursors and no positions of sites that left the store, and a bounded number of sessions for
+// each consumer.
 func TestConsumersMemoryOnly(t *testing.T) {
 	cs, err := OpenConsumers(nil, "", &StoreMeta{}, time.Hour, consumersNow)
 	if err != nil {

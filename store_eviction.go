@@ -1,9 +1,10 @@
 package main
 
-// Eviction makes room under the limit on samples. It drops from memory the oldest batches that
-// every consumer has read and whose samples no scrape shows any more. If that does not free enough
-// room, the push is refused. A site that holds more than its share, which is the limit divided by
-// the number of sites, may not use the last eighth of the limit.
+// Eviction makes room under the limit on samples. It drops a site's oldest batch from memory if
+// every consumer has read the batch and no scrape shows its samples any more. If that does not free
+// enough room, the push is refused. If there are several sites, a site that holds more than its
+// share, which is the limit divided by the number of sites, may not use the last eighth of the
+// limit.
 
 import (
 	"container/heap"
@@ -35,9 +36,9 @@ func (o *siteOldestBatch) reload() {
 }
 
 // totalSampleLimit returns the limit on samples of the whole store that applies when site adds more
-// samples. If the site would then hold more than its share, which is the limit divided by the
-// number of sites, the result is lower by an eighth. Otherwise this site could keep all other sites
-// out for as long as retention. A nil site gets the full limit.
+// samples. If there are several sites and this site would then hold more than its share, which is
+// the limit divided by the number of sites, the result is lower by an eighth. Otherwise this site
+// could keep all other sites out for as long as retention. A nil site gets the full limit.
 func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 	limit := int64(s.cfg.LimitSamples)
 	reserve := limit / 8
@@ -57,8 +58,8 @@ func (s *Store) totalSampleLimit(site *Site, added int) int64 {
 
 // makeRoom makes room for new samples of site under the limit on samples. It evicts batches that
 // every consumer has read and whose samples no scrape shows any more, oldest first. It returns
-// ErrFull if eviction does not free enough room. With a nil site and 0 samples it only evicts
-// batches until the store is within the limit.
+// ErrFull if eviction does not free enough room. With a nil site and 0 samples it only tries to
+// bring the store within the limit.
 func (s *Store) makeRoom(site *Site, samples int) error {
 	if s.cfg.LimitSamples == 0 {
 		return nil
@@ -91,7 +92,7 @@ func (s *Store) makeRoom(site *Site, samples int) error {
 }
 
 // evictDownTo evicts batches, oldest first, until the store holds at most maxSamples samples or no
-// further batch can be evicted.
+// site's oldest batch can be evicted. A batch is not evicted before the older batches of its site.
 func (s *Store) evictDownTo(maxSamples int64) {
 	shownSince := s.cfg.NowInterval().Earliest.Add(-s.cfg.MaxSampleAge).UnixMilli()
 	var oldest oldestBatchHeap

@@ -94,7 +94,8 @@ func TestStoreSampleLimitKeepsShownSamples(t *testing.T) {
 	}
 }
 
-// Recovery evicts samples too, so that it holds no more samples than the limit.
+// Recovery evicts samples too. It then holds no more samples than the limit, if enough batches are
+// read and no longer shown.
 func TestStoreSampleLimitInRecovery(t *testing.T) {
 	k, s := filledStore(t, "/s")
 	k.push(s, "c", k.series("large", 40)...)
@@ -182,8 +183,8 @@ func TestMakeRoomPauses(t *testing.T) {
 	}
 }
 
-// A site that holds more than its share of the limit on samples leaves an eighth of the limit to
-// the other sites. Each other site can fill its share.
+// If there are several sites, a site that would hold more than its share of the limit on samples
+// cannot use the last eighth of the limit. The other sites can.
 func TestStoreSampleLimitIsShared(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSamples = 800
@@ -219,7 +220,8 @@ func TestStoreSampleLimitIsShared(t *testing.T) {
 }
 
 // The store evicts no batch that its only consumer has not read, even if the state file or the file
-// of the cursors is lost or damaged. It refuses pushes until the consumer has read all samples.
+// of the cursors is lost or damaged. It refuses pushes over the limit until the consumer has read
+// the samples.
 func TestNothingUnreadIsEvicted(t *testing.T) {
 	flip := func(at int) func(data []byte) []byte {
 		return func(data []byte) []byte {
@@ -313,8 +315,8 @@ func changeFile(t *testing.T, fsys *crashFS, path string, change func(data []byt
 	}
 }
 
-// If no consumer was ever known, recovery under a lowered limit evicts the oldest batches and keeps
-// the newest sample of each series.
+// If no consumer was ever known, recovery under a lowered limit evicts old batches. A series that
+// was pushed until the end keeps its newest sample.
 func TestEvictionWithoutConsumers(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSamples = 100
@@ -359,8 +361,7 @@ func TestEvictedSamplesStayGone(t *testing.T) {
 }
 
 // BenchmarkMakeRoom measures makeRoom when it can evict every batch, and when it can evict none
-// because a consumer has read none. In the second case the time is proportional to the number of
-// sites.
+// because a consumer has read none. In the second case makeRoom looks at every site.
 func BenchmarkMakeRoom(b *testing.B) {
 	for _, sites := range []int{1000, 4000} {
 		for _, unread := range []bool{true, false} {

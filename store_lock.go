@@ -9,15 +9,15 @@ import (
 	"fmt"
 )
 
-// ioLock is a mutex that may be held across I/O. It is a channel of capacity 1: locked while the
+// ioLock is a lock that may be held across I/O. It is a channel of capacity 1: locked while the
 // channel is full.
 type ioLock chan struct{}
 
 func newIOLock() ioLock { return make(ioLock, 1) }
 
-// Lock waits until it has the lock. It returns ErrClosed if closing is closed first, and an error
-// that wraps the error of ctx if ctx ends first. If the lock is free, Lock acquires it even if ctx
-// has ended or closing is closed.
+// Lock waits until it has the lock. It returns ErrClosed if the channel closing is closed first,
+// and an error that wraps the error of ctx if ctx ends first. If the lock is free, Lock acquires it
+// even if ctx has ended or the channel is closed.
 func (l ioLock) Lock(ctx context.Context, closing <-chan struct{}) error {
 	if l.TryLock() {
 		return nil

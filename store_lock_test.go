@@ -32,8 +32,8 @@ func TestSiteLockEndsWithContext(t *testing.T) {
 	}
 }
 
-// Pushes that wait while the first push of their site fails are stored, although the failed push
-// drops the site.
+// Pushes that wait while the first push of their site fails succeed, although the failed push drops
+// the site.
 func TestSiteLockAfterFailedFirstPush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))
@@ -59,7 +59,7 @@ func TestSiteLockAfterFailedFirstPush(t *testing.T) {
 	})
 }
 
-// A first push whose context has ended leaves no site behind.
+// A first push that stores nothing leaves no site behind, even if its context has ended.
 func TestSiteLockWithEndedContextLeavesNoSite(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -77,8 +77,8 @@ func TestSiteLockWithEndedContextLeavesNoSite(t *testing.T) {
 	}
 }
 
-// Close refuses a push that waits for a lock with ErrClosed, and returns only after the push that
-// holds the lock has ended.
+// When the store closes, a push that waits for a site's lock gets ErrClosed. Close returns only
+// after the push that holds the lock has ended.
 func TestSiteLockEndsWithStore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))

@@ -1,9 +1,10 @@
 package main
 
 // StoreMeta is server state that must survive the loss of a log or of the cursors: the block of
-// sequence numbers in use, and the list of consumers. No sequence number is used twice, because
-// each start of the server uses a new block of numbers. A consumer stays known even if its cursors
-// are lost, so that the store does not evict samples that the consumer has not read.
+// sequence numbers in use, and the list of consumers. A site's new batch does not get the number of
+// an earlier batch, even if damage to the log destroyed the earlier batch, because each start of
+// the server uses a new block of numbers. A consumer stays known even if its cursors are lost, so
+// that the store does not evict samples that the consumer has not read.
 
 import (
 	"encoding/binary"
@@ -111,8 +112,9 @@ func decodeConsumer(r *WireReader) KnownConsumer {
 }
 
 // TakeSeqBlock chooses the block of sequence numbers for this start of the server. The block lies
-// above highestSeq and above the blocks of all earlier starts. The result is the number before the
-// first number of the block. The block is durable only after Write.
+// above highestSeq and above the blocks of all earlier starts that the state file knows. After
+// block maxBlock there is no further block: numbers then continue above highestSeq. The result is
+// the number before the first number of the block. The block is durable only after Write.
 func (s *StoreMeta) TakeSeqBlock(highestSeq uint64) (startAfter uint64) {
 	s.block = min(max(s.block, highestSeq>>blockBits)+1, maxBlock)
 	return max(highestSeq, s.block<<blockBits)
@@ -129,8 +131,8 @@ func (s *StoreMeta) UsedSeqBound(highestSeq uint64) uint64 {
 }
 
 // IsSameSeqBlock reports whether two sequence numbers were used by the same start of the server. If
-// they were, and both belong to one site, their difference is the number of the site's batches
-// between them, the later batch included.
+// they were, and both belong to one site that the store did not forget in between, their difference
+// is the number of the site's batches between them, the later batch included.
 func IsSameSeqBlock(seqA, seqB uint64) bool { return seqA>>blockBits == seqB>>blockBits }
 
 // Write replaces the state file by a new file with the block number of this start and the given

@@ -109,8 +109,8 @@ func TestStoreStateNumbers(t *testing.T) {
 	}
 }
 
-// OpenStoreMeta does not panic on any content of the state file, and keeps to the limits. Write
-// repairs the file.
+// OpenStoreMeta does not panic on any bytes after the header of the state file, and keeps to the
+// limits. Write repairs the file.
 func FuzzStoreState(f *testing.F) {
 	f.Add(stateOf(blockFrame(7), consumerFrame(1, "c1", "::1"))[len(stateOf()):])
 	f.Add(append(bytes.Repeat([]byte{7}, 20), consumerFrame(1, "c1", "::1")...))

@@ -46,11 +46,13 @@ func (d *SiteSamples) UnreadSampleCount(pos ReadPosition) int {
 	return n
 }
 
-// EmitUnreadAndNewest calls emit with samples that a reader at pos has not read, from the oldest
-// batches first. If limits admit all unread samples, it then also emits, for each series, the
-// newest sample if the reader has read it. limits.Repeats and limits.NewestSince bound these
-// repeated samples. All samples of one name follow each other, and the samples of a series ascend
-// in time. The results are the reader's new position and the number of emitted unread samples.
+// EmitUnreadAndNewest calls emit with samples that a reader at pos has not read. If the limits do
+// not admit all of them, it takes the samples of the oldest batches. If the limits admit all of
+// them, it also emits, for each series, the newest sample if the reader has read it; with
+// limits.OnePerSeries only for a series without an unread sample. limits.Repeats and
+// limits.NewestSince bound these repeated samples. All samples of one name follow each other, and
+// the samples of a series ascend in time. The results are the reader's new position and the number
+// of emitted unread samples.
 func (d *SiteSamples) EmitUnreadAndNewest(pos ReadPosition, limits ReadLimits, emit func(name string, l FamilySample)) (to ReadPosition, emittedUnread int) {
 	samples, to, all := d.unreadSamples(pos, limits)
 	repeat := all && d.Table.Len() <= limits.Repeats
@@ -77,8 +79,8 @@ func (d *SiteSamples) EmitUnreadAndNewest(pos ReadPosition, limits ReadLimits, e
 }
 
 // unreadSamples returns samples that a reader at pos has not read, in the order of the batches and
-// within limits. to is the reader's position after these samples. complete reports whether they are
-// all unread samples of the site.
+// within limits. The result to is the reader's position after these samples; complete reports
+// whether they are all unread and unexpired samples of the site.
 func (d *SiteSamples) unreadSamples(pos ReadPosition, limits ReadLimits) (samples []seriesSample, to ReadPosition, complete bool) {
 	to = pos
 	batches := d.batchesAfter(pos)

@@ -1,10 +1,11 @@
 package main
 
-// This file encodes the records of a site's log: series, each written once, and batches, one per
-// push. Each record can be decoded without the records before it, so that damage to one record does
-// not destroy another. IDs are stored as runs, and times as differences within the batch.
-// Differences to the previous batch would save about two bytes per sample, but the loss of one
-// batch would then destroy all later batches. Pure: no I/O.
+// This file encodes the series and batch records of a site's log. Each record can be decoded
+// without the records before it. Damage to one record therefore destroys no other record, except
+// that samples are lost if the record with the line of their series is lost. IDs are stored as
+// runs, and times as differences within the batch. Differences to the previous batch would save
+// about two bytes per sample, but the loss of one batch would then destroy all later batches. Pure:
+// no I/O.
 
 import (
 	"encoding/binary"
@@ -139,8 +140,8 @@ func appendTimes(buf []byte, b *Batch) []byte {
 	return buf
 }
 
-// DecodeBatch decodes the payload of a batch record. It allocates at most twice the size of the
-// payload.
+// DecodeBatch decodes the payload of a batch record. For the samples it allocates at most twice the
+// size of the payload.
 func DecodeBatch(payload []byte) (*Batch, error) {
 	r := NewWireReader(payload)
 	b := &Batch{Size: len(payload)}

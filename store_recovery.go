@@ -2,8 +2,9 @@ package main
 
 // Recovery opens a store: it reads all logs and the cursors of consumers, rewrites damaged logs,
 // and starts a new block of sequence numbers. A damaged file does not prevent recovery of the other
-// files. Recovery reports every loss that it can detect, as a number of pushes and samples if known
-// and in bytes otherwise. Samples that expired while no process ran are counted as expired once.
+// files. Recovery reports every loss that it can detect. For a damaged log it reports the lost
+// bytes and, if known, the numbers of lost pushes and samples. Samples that expired while no
+// process ran are counted as expired.
 
 import (
 	"encoding/binary"
@@ -15,8 +16,8 @@ import (
 	"time"
 )
 
-// recover reads all files in the storage directory. It returns an error if it cannot read a file
-// that may be intact.
+// recover reads the state, the cursors and all logs in the storage directory. It returns an error
+// if it cannot read a file that may be intact, or cannot rename an unusable log.
 func (s *Store) recover() error {
 	var dirs []string
 	if s.cfg.Dir != "" {
@@ -78,8 +79,8 @@ func (s *Store) startSeqBlock(meta *StoreMeta, highestSeq uint64) {
 }
 
 // dropExpiredWhileDown drops the expired samples of all sites. It counts only the samples that
-// expired while no process ran. The last process has already counted the samples that expired
-// before its newest push or scrape.
+// expired after the newest push of any site or the newest saved time of a scrape, whichever is
+// later. An earlier process normally counted the others.
 func (s *Store) dropExpiredWhileDown() {
 	ran := s.Consumers.LastSavedScrape().UnixMilli()
 	for _, site := range s.sites {
@@ -165,8 +166,8 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs)
 }
 
 // recoverLog reads the log at path, rewrites the log if it is damaged, and adds its site to the
-// store. It does not count samples that were already expired at the site's newest push, because the
-// last process counted them.
+// store. It renames a log that cannot be used. It does not count samples that were already expired
+// at the site's newest push, because an earlier process normally counted them.
 func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) error {
 	r, err := s.openSiteLog(path, meta)
 	if err != nil {
@@ -188,7 +189,7 @@ func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) er
 	if err := site.RewriteLogIfBroken(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("rewriting the damaged log %s: %w", path, err))
 	}
-	_ = s.makeRoom(nil, 0) // evict after each log, so that memory is bounded during recovery too
+	_ = s.makeRoom(nil, 0) // evict after each log, so that recovery needs less memory
 	return nil
 }
 
@@ -238,7 +239,7 @@ func (r *recoveredLog) checkUsable() error {
 	return nil
 }
 
-// decodeRecord adds one record to the data. An error means that the record is damaged.
+// decodeRecord adds one record to the data. After an error, the record counts as damaged.
 func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 	switch kind {
 	case RecordSeries:

@@ -160,7 +160,7 @@ func (d *damageKit) isKept(fsys *crashFS, data []byte) bool {
 	})
 }
 
-// A log that is cut at any byte yields every record before the cut.
+// A log that is cut at any byte keeps the samples of all whole batches before the cut.
 func TestSweepStoreTruncations(t *testing.T) {
 	sweep(t)
 	d := newDamageKit(t)
@@ -174,8 +174,8 @@ func TestSweepStoreTruncations(t *testing.T) {
 	}
 }
 
-// A flipped byte costs the record that contains it. If that is a series record, the later samples
-// of its series are lost too.
+// A changed byte costs at most the record that contains it. If that is a series record, the samples
+// of the series in it are lost too.
 func TestSweepStoreFlips(t *testing.T) {
 	sweep(t)
 	d := newDamageKit(t)
@@ -271,8 +271,8 @@ func TestStoreLogWithForeignRecords(t *testing.T) {
 }
 
 // A site can hide a forged batch record in the values of its samples. Recovery may find the forged
-// record behind damage in the site's log. The batch number of the forged record does not raise the
-// batch numbers of other sites.
+// record behind damage in the site's log. If the batch number of the forged record is too high to
+// be real, it does not raise the batch numbers of other sites.
 func TestForgedBatchNumber(t *testing.T) {
 	for _, number := range []uint64{MaxSeq, maxBlock << blockBits, 3<<blockBits + 1} {
 		fsys := newStoreFS(1)

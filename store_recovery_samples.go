@@ -42,8 +42,9 @@ func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id str
 }
 
 // RestoreBatch commits a batch from the log. It leaves out the samples whose series damage has
-// destroyed and returns their number. It returns an error if the sequence number is not above
-// the number of the previous batch.
+// destroyed and returns their number. Of a batch without samples and names it keeps only the
+// sequence number and the time. It returns an error if the sequence number is not above the number
+// of the previous batch.
 func (d *SiteSamples) RestoreBatch(b *Batch) (lostSamples int, err error) {
 	if b.Seq <= d.Seq {
 		return 0, fmt.Errorf("batch %d is out of order: it follows batch %d", b.Seq, d.Seq)
@@ -59,8 +60,8 @@ func (d *SiteSamples) RestoreBatch(b *Batch) (lostSamples int, err error) {
 }
 
 // DropBatchesAbove drops the batches with numbers above maxSeq, which no real batch has. After
-// damage, recovery may mistake bytes that a site chose for a batch record. The high number of
-// such a batch would otherwise raise the numbers of all sites until no number is left.
+// damage, recovery may mistake bytes that a site chose for a batch record. The high number of such
+// a batch could otherwise use up the sequence numbers of all sites.
 func (d *SiteSamples) DropBatchesAbove(maxSeq uint64) {
 	if d.Seq <= maxSeq {
 		return

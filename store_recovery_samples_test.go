@@ -1,7 +1,7 @@
 package main
 
-// Recovery hands the records of a log to SiteSamples one by one. SiteSamples refuses each series
-// and each batch that no undamaged log can contain.
+// Recovery hands the records of a log to SiteSamples one by one. SiteSamples refuses series whose
+// line or ID, and batches whose number, no undamaged log can contain.
 
 import (
 	"hash/maphash"

@@ -1,8 +1,8 @@
 package main
 
-// A start of a store whose files cannot be read, or were cut, removed or replaced by an older copy.
-// The store uses no batch number twice, reports every loss that it can notice, and serves every new
-// sample to every consumer.
+// A start of a store whose files cannot be read, or were cut, removed or replaced by older copies.
+// The store reports losses, and serves every new sample to every consumer. It uses no batch number
+// twice, unless the state file and the file of the cursors are both lost or older copies.
 
 import (
 	"bytes"
@@ -197,9 +197,10 @@ func (r *numbersRig) forget() {
 	s.Close()
 }
 
-// The batch numbers of a site never fall, and a consumer gets every new sample. Both hold after
+// The batch numbers of a site do not fall, and a consumer gets every new sample. Both hold after
 // restarts and after the store has forgotten the site, whatever happens to the site's log and to
-// the file of cursors in between.
+// the file of cursors in between. Batch numbers may fall if the state file is replaced by an older
+// copy too, but the consumer still gets every new sample.
 func TestBatchNumbersNeverFall(t *testing.T) {
 	for _, test := range []struct {
 		name  string
@@ -303,9 +304,10 @@ func lossLog(t *testing.T, k *storeKit, fsys *crashFS) (path string, ends []int)
 	return path, ends
 }
 
-// A start reports every loss that it can notice: in pushes and samples if it can tell their number,
-// otherwise in bytes. An unfinished write at the end of a log is only a warning, because a crash
-// leaves such a write. The next start reports nothing.
+// A start reports the losses in a log, with the number of lost pushes or samples if it can tell
+// that number. An unfinished write at the end of a log is only a warning, because a crash leaves
+// such a write, unless a consumer has read batches that the log no longer has. The next start
+// reports no error.
 func TestRecoveryReportsLosses(t *testing.T) {
 	type change = func(data []byte, ends []int) []byte
 	for _, test := range []struct {
@@ -378,7 +380,7 @@ func TestRecoveryReportsLosses(t *testing.T) {
 	}
 }
 
-// A new consumer is in the state file before the store serves samples to it.
+// A new consumer is in the state file when its first scrape has been answered.
 func TestConsumerIsSavedBeforeItIsServed(t *testing.T) {
 	r := newConsumerRig(t)
 	r.pushUps(1)
@@ -409,9 +411,9 @@ func TestRecoveryReportsMissingFiles(t *testing.T) {
 	}
 }
 
-// A cursor on disk can be above all batch numbers in its site's log: because the store forgot the
-// site before a crash, or because the newest batch was damaged. Such a cursor hides no later
-// samples of the site.
+// A cursor can be above all batch numbers in its site's log, for example because the newest batch
+// was damaged. Such a cursor hides no later samples of the site. No old cursor hides them either if
+// the store forgot the site before a crash.
 func TestStaleCursorHidesNothing(t *testing.T) {
 	for _, forgotten := range []bool{true, false} {
 		fsys := newStoreFS(1)

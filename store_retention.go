@@ -3,9 +3,8 @@ package main
 // Retention decides by a sample's own time whether the store accepts, keeps and serves the sample.
 // A sample is too old to be accepted exactly when it would count as expired. Otherwise a repeated
 // push could bring back an expired sample, and consumers would get it twice. An expired sample
-// stays in memory until its whole batch has expired or the site's log is rewritten. Until then
-// store_samples.go and store_read.go leave the sample out, and store_series.go counts series that
-// have only expired samples.
+// stays in memory until its whole batch has expired or is evicted, or the site's log is rewritten.
+// Meanwhile it is not served.
 
 import (
 	"errors"
@@ -81,8 +80,8 @@ func (s *Site) DropExpired(keptSince int64) {
 	s.store.totals.ExpiredUnread.Add(unread)
 }
 
-// DropExpiredUncounted drops the samples older than oldest, in ms, without counting them as
-// expired.
+// DropExpiredUncounted drops the samples older than the time oldest, in ms, without counting them
+// as expired.
 func (s *Site) DropExpiredUncounted(oldest int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -97,8 +96,8 @@ func (s *Site) DropExpiredUncounted(oldest int64) {
 // left memory.
 //
 // seqReadByAll returns the number of the newest batch that every consumer has read. owned is false
-// if another server owns the site. Then an unread sample from a client with a spool does not count
-// as lost, because the client has pushed it to the owner.
+// if another server owns the site. Then an unread sample does not count as lost if its batch names
+// scrapes of a client's spool, because the client normally pushes these scrapes to the owner.
 func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, owned bool) (samplesExpired, expiredUnread, samplesFreed int64) {
 	from := d.expiredBefore
 	d.expiredBefore = max(d.expiredBefore, keptSince)
@@ -126,9 +125,9 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 	return samplesExpired, expiredUnread, samplesFreed
 }
 
-// DropExpiredUncounted marks the samples older than oldest, in ms, as expired, and drops the
-// batches whose samples have all expired. It does not count the samples, because an earlier process
-// has counted them or they were counted in the data that d is a copy of.
+// DropExpiredUncounted marks the samples older than the time oldest, in ms, as expired, and drops
+// the batches whose samples have all expired. It does not count the samples, because an earlier
+// process normally counted them, or they were counted in the data that d is a copy of.
 func (d *SiteSamples) DropExpiredUncounted(oldest int64) {
 	d.expiredBefore = max(d.expiredBefore, oldest)
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.MaxT < d.expiredBefore })

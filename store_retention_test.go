@@ -1,8 +1,9 @@
 package main
 
-// Retention by the samples' own time. Expired samples are not served. They are counted exactly
-// once, and also counted as unread if a consumer has not read them. While the new time of a stepped
-// clock is in doubt, no sample is dropped unless it is too old by both times.
+// Retention by the samples' own time. Expired samples are not served. Each is counted once, and
+// also counted as unread if a consumer has not read it, unless the client pushes it to the site's
+// owner too. While the new time of a stepped clock is in doubt, no sample expires unless it is too
+// old by both times.
 
 import (
 	"context"
@@ -22,8 +23,9 @@ func wantExpired(t *testing.T, s *Store, when string, expired, unread int64) {
 	}
 }
 
-// Maintenance drops each sample by the time of the sample, not of its push. It frees the memory of
-// batches and of series that have no sample left.
+// Samples expire by their own time, not by the time of their push. Maintenance frees a batch when
+// all its samples have expired, and the expired series of a site when they are more than half of
+// its series.
 func TestRetentionIsBySampleTime(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()
@@ -203,7 +205,7 @@ func TestExpiredWhileDownWithoutCursors(t *testing.T) {
 	wantExpired(t, k.open(), "after a restart without cursors", 4, 4)
 }
 
-// Samples that expire during a rewrite of their log are counted once and are not held again.
+// Samples that expire during a rewrite of their log are counted once and are not served.
 func TestExpiryDuringRewrite(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
@@ -239,8 +241,8 @@ func TestExpiryDuringRewrite(t *testing.T) {
 	wantHeld(t, "served", drain(t, k, s, "central"), want)
 }
 
-// steppedClock is a store whose wall clock stepped three hours ahead 45 seconds ago, while
-// maintenance ran. points are the samples of site a.
+// steppedClock is a store whose wall clock stepped three hours ahead 45 seconds ago. Since then
+// maintenance has run every second. points are the samples of site a.
 type steppedClock struct {
 	*storeKit
 	s         *Store

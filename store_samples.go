@@ -27,13 +27,14 @@ const (
 )
 
 // SiteSamples is the in-memory form of a site's log. It is not safe for concurrent use. A committed
-// batch and the line of a series never change, so that they may be read without a lock.
+// batch and the line of a series with a committed sample never change, so that they may be read
+// without a lock.
 type SiteSamples struct {
 	ID            string // cluster ID
 	Table         *SeriesTable
 	Batches       []*Batch // in order of sequence number
 	Seq           uint64   // number of the newest batch, even if it has left memory; each start of the server raises it
-	LastPush      int64    // ms; when the newest push was accepted, not counting questions and repeated pushes
+	LastPush      int64    // ms; when the newest push was accepted, not counting questions and pushes whose named scrapes were all stored before
 	Spools        SiteSpools
 	startSeq      uint64 // value of Seq before the first batch
 	expiredBefore int64  // ms; older samples have expired, even if their batch is still in memory
@@ -62,7 +63,8 @@ func (d *SiteSamples) SampleCount() int64 {
 }
 
 // EstimatedRewrittenLogSize returns an estimate of the bytes that a rewritten log of this data
-// would have. The estimate is too high rather than too low.
+// would have. The estimate ignores the spool records. Apart from them it is too high rather than
+// too low.
 func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
 	const frame = 16 // bytes of framing per record; the length before a line takes at most 3 bytes
 	n := 5*frame + len(d.ID) + 3*d.Table.Len() + d.Table.TextBytes()
@@ -72,14 +74,14 @@ func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
 	return int64(n)
 }
 
-// Commit adds b, which must already be durable. From now on b is immutable and its samples are
-// served.
+// Commit adds b. From now on b is immutable. If the site has a log, b must be durable before other
+// goroutines can read d, because the samples of b are served from then on.
 func (d *SiteSamples) Commit(b *Batch) {
 	b.PackTimes()
 	if n := len(d.Batches); n > 0 && slices.Equal(d.Batches[n-1].IDs, b.IDs) {
 		b.IDs = d.Batches[n-1].IDs
 	}
-	// The maximum is needed because CompactedCopy commits batches that are older than Seq and
+	// The maximum is needed because CompactedCopy may commit batches that are older than Seq and
 	// LastPush.
 	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt)
 	d.Batches = append(d.Batches, b)
@@ -90,9 +92,10 @@ func (d *SiteSamples) Commit(b *Batch) {
 	}
 }
 
-// CompactedCopy returns a copy of the data with the samples since keptSince and the batches in
-// more. The copy leaves out series without a sample in these batches, so that the other series get
-// new IDs. CompactedCopy does not change d, and other goroutines may read d during the call.
+// CompactedCopy returns a copy of the data with the samples since keptSince and with the additional
+// batches that the parameter more has. The copy leaves out series without a sample in these
+// batches, so that the other series get new IDs. CompactedCopy does not change d, and other
+// goroutines may read d during the call.
 func (d *SiteSamples) CompactedCopy(more []*Batch, keptSince int64) SiteSamples {
 	kept := append(d.batchesWithoutExpiredSamples(max(keptSince, d.expiredBefore)), more...)
 	table, newIDs := d.Table.Subset(usedSeries(kept, d.Table.Len()))
@@ -204,7 +207,7 @@ func (d *SiteSamples) CanEvictOldestBatch(newestSampleCutoff int64, seqReadByAll
 }
 
 // EvictOldestBatch drops the oldest batch and returns the number of its samples. The memory of the
-// batch becomes free only when ReleaseEvictedBatches is called.
+// batch may become free only when ReleaseEvictedBatches is called.
 func (d *SiteSamples) EvictOldestBatch() int64 {
 	n := int64(len(d.Batches[0].V))
 	d.Batches = d.Batches[1:]

@@ -204,8 +204,8 @@ func TestCanEvictOldestBatch(t *testing.T) {
 	want("after the eviction, scrapes show the next batch", clock.ms(10), false)
 }
 
-// The batch number of a site does not fall when a compaction drops the newest batch. This happens
-// if the newest batch has only late samples.
+// The batch number of a site does not fall when a compaction drops the newest batch. A compaction
+// drops that batch if it has only late samples and they have expired.
 func TestCompactionKeepsBatchNumber(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())

@@ -1,10 +1,10 @@
 package main
 
 // AllSitesReader selects the samples of one scrape from all sites: the newest sample of every
-// series, or the samples that a consumer has not read. Each name occurs once, the samples of a
-// series ascend in time, and the number of samples is limited. If not all samples fit, the next
-// scrape begins with a different site. This file must not know of HTTP or of how cursors are
-// stored.
+// series, or, for a consumer, first the samples that it has not read. Each name occurs once, the
+// samples of a series ascend in time, and the number of samples is limited. If not all samples fit,
+// the next scrape usually begins with a different site. This file must not know of HTTP or of how
+// cursors are stored.
 
 import (
 	"maps"
@@ -70,7 +70,7 @@ func (s *AllSitesReader) scrapeStartFraction() float64 {
 }
 
 // rotateFirstSite moves the start of the next scrape by the golden ratio. The start is not where
-// the last scrape ended, because then several scrapers that alternate would each get the same sites
+// the last scrape ended, because then several scrapers that alternate could each get the same sites
 // first every time.
 func (s *AllSitesReader) rotateFirstSite() {
 	s.mu.Lock()
@@ -115,11 +115,13 @@ func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool
 }
 
 // ServeUnreadAndNewest returns the next samples for the consumer of session and marks them as
-// served. It returns unread samples first, oldest first within each site. A limit of 0 means no
-// limit. If not all unread samples fit, the sites get fair shares. If room is left, it also returns
-// the newest samples, as NewestPerSeries does, of the owned sites without further unread samples.
-// With onePerSeries it returns at most one unread sample of each series. unreadServed is the number
-// of unread samples in the result; moreUnread reports whether unread samples are left.
+// served. It gives unread samples priority, and among the unread samples of a site those of the
+// oldest batches. A limit of 0 means no limit. If not all unread samples fit, the sites get fair
+// shares. If room is left, it also returns the newest samples, as NewestPerSeries does, of the
+// owned sites without further unread samples. With onePerSeries it returns at most one sample of
+// each series. match, if not nil, selects lines: the other samples are left out of the result, but
+// count toward limit, as served and in unreadServed. unreadServed is the number of unread samples
+// served; moreUnread reports whether unread samples are left.
 func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unreadServed int, moreUnread bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
@@ -177,8 +179,9 @@ func (s *AllSitesReader) countUnread(session *ConsumerSession) (perSite []int, t
 }
 
 // fairShare returns the maximum number of samples per site so that all sites together have at most
-// limit samples. A site with fewer samples leaves the rest of its share to the other sites. perSite
-// has the number of samples of each site; fairShare sorts it. The result is at least 1.
+// limit samples. The result is at least 1, even if that makes more than limit samples. A site with
+// fewer samples leaves the rest of its share to the other sites. perSite has the number of samples
+// of each site; fairShare sorts it.
 func fairShare(perSite []int, limit int) int {
 	slices.Sort(perSite)
 	for i, n := range perSite {

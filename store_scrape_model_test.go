@@ -1,8 +1,9 @@
 package main
 
 // A model of consumers that scrape a store at random, while connections break, logs are rewritten,
-// samples are evicted and the process crashes. Every consumer gets every accepted sample. A sample
-// that a consumer confirmed comes again only as the newest sample of its series.
+// samples are evicted and the process crashes. Every consumer gets every accepted sample, except
+// for the samples in modelConsumer.excused. A sample that a consumer confirmed comes again only as
+// the newest sample of its series, or if it is in modelConsumer.repeats.
 
 import (
 	"context"
@@ -26,7 +27,7 @@ type modelConsumer struct {
 	saved   map[heldSample]bool // samples in read that the cursors on disk cover
 	last    []heldSample        // samples of the last scrape, which no later scrape has confirmed
 	partly  []heldSample        // samples of batches that the scraper has read in part; settle moves them to repeats
-	excused map[heldSample]bool // samples that need not arrive: the scraper's twin read them before this scraper's session began, or they were evicted
+	excused map[heldSample]bool // samples that need not arrive at a twin: the other twin read them before this scraper's session began, or they were evicted
 	drains  bool                // set while the scraper reads all samples undisturbed: nothing else happens during its scrapes
 }
 
@@ -362,8 +363,9 @@ func (m *scrapeModel) drain(c *modelConsumer) {
 }
 
 // Every consumer gets every accepted sample. A sample that a consumer confirmed comes again only as
-// the newest sample of its series. Two scrapers that share a consumer's name each get the samples
-// that neither scraper had confirmed when their connections began.
+// the newest sample of its series, or if it is in modelConsumer.repeats, for example after a crash.
+// Two scrapers that share a consumer's name each get the samples that neither scraper had confirmed
+// when their connections began, except for evicted samples.
 func TestSweepConsumers(t *testing.T) {
 	sweep(t)
 	for seed := range testSeeds(t, 60) {

@@ -1,7 +1,8 @@
 package main
 
 // Scrapes over all sites: they get the newest sample of each series, or the samples that a consumer
-// has not read. A scrape keeps to its sample limit, and every site gets its turn.
+// has not read. A scrape keeps to its sample limit, unless the newest samples of the first site
+// alone exceed the limit. Every site gets its turn.
 
 import (
 	"bytes"
@@ -130,7 +131,8 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 					}
 				}
 			}
-			// Each of the 10 sites is the first site of about a tenth of the scrapes.
+			// If the limit is too low for all sites, each of the 10 sites is the first site of about a tenth
+			// of the scrapes.
 			if len(seen) != 10 || slices.Min(slices.Collect(maps.Values(seen))) < 3 {
 				t.Errorf("limit %d, %d scrapers: in 40 scrapes of one scraper the sites were shown %v times, want each at least 3", limit, scrapers, seen)
 			}
@@ -254,7 +256,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 }
 
 // fairShare returns how many samples each site may have so that all sites together have at most the
-// limit. The result is at least 1.
+// limit. The result is 1 if even one sample for each site exceeds the limit.
 func TestFairShare(t *testing.T) {
 	for _, test := range []struct {
 		wants       []int

@@ -2,9 +2,10 @@ package main
 
 // SeriesTable stores each series of one site once: its line, its ID and its newest sample. It also
 // groups the series by name, because the answer to a consumer's scrape does. An ID is an index and
-// never changes. Text is only appended, so that a line stays valid while others read it. A series
-// is listed for scrapes only after it has a durable sample. Pure: no I/O, no clock, no locks. This
-// file must not know of batches, logs, limits or locks.
+// never changes within a table. The text of a listed series is never overwritten, so that its line
+// stays valid while other goroutines read it. A series is listed for scrapes only after it has a
+// committed sample. Pure: no I/O, no clock, no locks. This file must not know of batches, logs,
+// limits or locks.
 
 import (
 	"bytes"
@@ -127,7 +128,7 @@ func (s *SeriesTable) Truncate(seriesCount int) {
 	s.series = s.series[:seriesCount]
 }
 
-// SetNewestIfLater records a durable sample of a series. If the sample is later than the newest
+// SetNewestIfLater records a committed sample of a series. If the sample is later than the newest
 // sample of the series, it becomes the newest. The series is listed from now on, unless damage
 // destroyed its line.
 func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) {
@@ -174,8 +175,8 @@ func (s *SeriesTable) CountExpired(keptSince int64) int {
 }
 
 // Subset returns a new table with only the series for which used is true, in the same order. newIDs
-// has the new ID for each old ID. The new table keeps the newest samples, but its series are not
-// listed until SetNewestIfLater is called.
+// has the new ID for each old ID, or noSeries if the series is left out. The new table keeps the
+// newest samples, but its series are not listed until SetNewestIfLater is called.
 func (s *SeriesTable) Subset(used []bool) (*SeriesTable, []uint32) {
 	n, size := 0, 0
 	for id, u := range used {

@@ -20,7 +20,7 @@ type tableModel struct {
 	listed []bool   // by series ID: the series has a committed sample
 }
 
-// tableCutoff is the time before which a series counts as expired and is not listed.
+// A series counts as expired, and is not listed, if its newest sample is older than tableCutoff.
 const tableCutoff = 50
 
 func (m *tableModel) add(line string) {
@@ -128,8 +128,9 @@ func (m *tableModel) check() {
 	}
 }
 
-// The table finds every inserted series, lists the newest sample of each, and counts text and
-// expired series, under random insertions, truncations, paddings and subsets.
+// The table finds every inserted series and counts text and expired series, under random
+// insertions, truncations, paddings and subsets. It lists the newest sample of each series, unless
+// that sample is older than the cutoff.
 func TestSeriesTableModel(t *testing.T) {
 	for seed := range testSeeds(t, 40) {
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -159,8 +160,8 @@ func TestSeriesTableModel(t *testing.T) {
 	}
 }
 
-// The table finds each of 200,000 lines although some have equal 32-bit hashes. After Truncate it
-// finds only the lines that are left.
+// The table keeps series apart whose lines have equal 32-bit hashes, which nearly always occur
+// among 200,000 lines. After Truncate it finds exactly the lines that are left.
 func TestSeriesTableEqualHashes(t *testing.T) {
 	const n = 200_000
 	table := NewSeriesTable(maphash.MakeSeed(), 0)

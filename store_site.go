@@ -1,9 +1,9 @@
 package main
 
 // A site combines its samples in memory with its log on disk. It writes samples to the log before
-// it adds them to memory. There is one writer at a time, and no mutex is held across I/O. Of its
-// store, a site uses only the totals, the limit on storage, the owner check, the clock and the
-// consumers. This file must not know of other sites.
+// it adds them to memory. There is one writer at a time, and no sync.Mutex is held across I/O. Of
+// its store, a site uses only the totals, the limit on storage, the owner check, the clock, the
+// consumers and the channel that Close closes. This file must not know of other sites.
 
 import (
 	"context"
@@ -43,8 +43,8 @@ type StoreTotals struct {
 	LogBytes      atomic.Int64  // bytes of all logs
 	Expired       atomic.Int64  // samples that expired
 	ExpiredUnread atomic.Int64  // samples that expired before every consumer had read them
-	Compactions   atomic.Int64  // rewrites of logs to remove garbage
-	NewestSeq     atomic.Uint64 // highest sequence number of all batches of all sites
+	Compactions   atomic.Int64  // rewrites of logs, except for those that also store a new batch
+	NewestSeq     atomic.Uint64 // highest sequence number of all batches of all sites; each start of the server raises it
 }
 
 // RaiseNewest sets NewestSeq to seq if seq is higher.
@@ -89,9 +89,9 @@ func (s *Site) View(f func(data *SiteSamples)) {
 }
 
 // Lock waits for the site's lock; Unlock releases it. The error is ErrClosed or the error of ctx.
-// Lock acquires a free lock even if ctx has ended. Lock therefore fails only while the lock has a
-// holder. If the site never had a batch, that holder removes it, so that a request that gave up
-// waiting leaves nothing behind.
+// Lock acquires a free lock even if ctx has ended. Lock therefore fails only after it waited for a
+// holder of the lock. If the site still has no batch then, that holder removes it, so that a
+// request that gave up waiting leaves nothing behind.
 func (s *Site) Lock(ctx context.Context) error { return s.lock.Lock(ctx, s.store.closing) }
 
 // TryLock acquires the lock if it is free, and reports whether it did.
@@ -117,8 +117,8 @@ func (s *Site) markRemoved() {
 }
 
 // StageNewSamples returns a batch of the new samples in p; see SiteSamples.StageNewSamples. If the
-// limit on series is exceeded, it first rewrites the log to drop the series without an unexpired
-// sample, and then tries once more.
+// push would exceed the limit on series and the site has series without an unexpired sample, it
+// rewrites the log without these series and tries once more.
 func (s *Site) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	for compacted := false; ; compacted = true {
 		s.mu.Lock()
@@ -182,9 +182,9 @@ func (s *Site) raiseSeq(seq uint64) {
 	s.data.Seq = max(s.data.Seq, seq)
 }
 
-// RewriteLog replaces the log by a new file with the samples since keptSince and the batches in
-// more. It replaces the data in memory after the new file is durable. In memory-only mode it only
-// replaces the data.
+// RewriteLog replaces the log by a new file with the samples since keptSince and the additional
+// batches that the parameter more has. It replaces the data in memory after the new file is
+// durable. In memory-only mode it only replaces the data.
 func (s *Site) RewriteLog(more []*Batch, keptSince int64) error {
 	s.DropExpired(keptSince)
 	old := s.noteReadScrapesAndCopy()

@@ -139,7 +139,7 @@ func TestEvictedSampleComesBack(t *testing.T) {
 	}
 }
 
-// Samples that are evicted during a rewrite of the log are not in the new log.
+// Samples that are evicted during a rewrite of the log are not in memory after the rewrite.
 func TestEvictionDuringRewrite(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)

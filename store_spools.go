@@ -1,10 +1,10 @@
 package main
 
-// SiteSpools records which scrapes of a site's client spools the store has. A scrape is held from
-// the commit of its push until every consumer has read the batch of that push. From then on the
-// scrape is read. A read scrape stays read even if its batch leaves the store. The number of spools
-// and of scrape numbers is bounded. If the store forgets a scrape because of these bounds, the
-// client only sends the scrape again. Pure: no I/O, no clock, no locks.
+// SiteSpools records which scrapes of a site's client spools the store has. A scrape is held once a
+// batch that names it is committed. It becomes read when the store notices that every consumer has
+// read this batch. A read scrape stays read even if its batch leaves the store. The number of
+// spools and of scrape numbers is bounded. If the store forgets a scrape because of these bounds,
+// the client only sends the scrape again. Pure: no I/O, no clock, no locks.
 
 import (
 	"encoding/binary"
@@ -18,7 +18,7 @@ const maxSpools = 4
 
 // SiteSpools are the known spools of one site. The zero value is empty. It is not safe for
 // concurrent use.
-type SiteSpools struct{ spools []siteSpool } // the spool that a push named most recently is last
+type SiteSpools struct{ spools []siteSpool } // the spool that a stored batch named most recently is last
 
 // siteSpool is one spool, with the numbers of its held and read scrapes.
 type siteSpool struct {
@@ -27,7 +27,7 @@ type siteSpool struct {
 	held []heldScrapes // ascending by seq
 }
 
-// heldScrapes are scrapes whose samples are all in batches up to seq.
+// heldScrapes are scrapes whose accepted samples are all in batches up to seq.
 type heldScrapes struct {
 	seq     uint64
 	numbers Ranges
@@ -61,8 +61,8 @@ func (s *SiteSpools) findOrAdd(spoolID uint64) *siteSpool {
 	return &s.spools[len(s.spools)-1]
 }
 
-// AddHeldScrapes records scrapes as held. All samples of these scrapes are in batches up to
-// upToSeq. upToSeq must not be lower than in an earlier call. If the spool then has more than
+// AddHeldScrapes records scrapes as held. All accepted samples of these scrapes are in batches up
+// to upToSeq. upToSeq must not be lower than in an earlier call. If the spool then has more than
 // MaxRanges ranges of held numbers, AddHeldScrapes merges pairs of held entries. If that does not
 // suffice, it forgets the oldest held entries.
 func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
@@ -118,8 +118,8 @@ func (p *siteSpool) heldNumbers() (held Ranges) {
 	return held
 }
 
-// MarkReadUpTo marks as read all held scrapes whose samples are all in batches up to seq. Every
-// consumer must have read these batches.
+// MarkReadUpTo marks as read all held scrapes whose accepted samples are all in batches up to seq.
+// Every consumer must have read these batches.
 func (s *SiteSpools) MarkReadUpTo(seq uint64) {
 	for i := range s.spools {
 		p := &s.spools[i]
@@ -151,8 +151,8 @@ func (s *SiteSpools) Clone() (k SiteSpools) {
 }
 
 // EncodeRecords returns the payloads of the log records for s, one per spool. A payload has the
-// spool ID, then a 0 followed by the read numbers, then for each held entry its seq followed by its
-// numbers.
+// spool ID, then a 0 followed by the read numbers (if there are any), then for each held entry its
+// seq followed by its numbers.
 func (s *SiteSpools) EncodeRecords() (payloads [][]byte) {
 	for _, p := range s.spools {
 		b := binary.LittleEndian.AppendUint64(nil, p.id)

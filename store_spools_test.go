@@ -1,8 +1,9 @@
 package main
 
 // Scrapes that a push names by their numbers. A scrape is held once its samples are on disk, and
-// read once every consumer has read its samples. No crash, damage or clock error makes a store list
-// a scrape as held although the scrape's samples are lost.
+// read once every consumer has read its samples. A store does not list a scrape as held if a crash
+// or damage lost samples of the scrape, or if the store refused all its samples because of their
+// times.
 
 import (
 	"fmt"
@@ -46,8 +47,9 @@ func TestNamedPushCrashAnywhere(t *testing.T) {
 }
 
 // namedPushWithFault pushes scrape 3 of site x, and then rewrites the log if compact is true. The
-// file operation with number at has the fault f. After a crash or a restart the push is checked,
-// sent again, and checked again. The result reports whether there was an operation with number at.
+// argument at is the number, from 0, of the file operation that has the fault f. After a crash or a
+// restart the push is checked, sent again, and checked again. The result reports whether there was
+// such an operation.
 func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64, f fault, crash bool) (reached bool) {
 	t.Helper()
 	fsys := newStoreFS(seed)
@@ -106,8 +108,8 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 	return reached
 }
 
-// spoolStore is a store in which the tests push scrapes of site x. One consumer p scrapes it on one
-// connection.
+// spoolStore is a store in which the tests push scrapes of site x. Consumer p scrapes the store on
+// the connection conn.
 type spoolStore struct {
 	*storeKit
 	fsys *crashFS
@@ -122,7 +124,7 @@ func newSpoolStore(t *testing.T) *spoolStore {
 }
 
 // scrape has consumer p scrape all unread samples. The scrape confirms the samples of p's previous
-// scrape.
+// scrape on the same connection.
 func (p *spoolStore) scrape() {
 	p.t.Helper()
 	r, _, err := p.s.Consumers.BeginScrape(1, "p", "", p.conn, p.clock.Now())
@@ -157,8 +159,9 @@ func (p *spoolStore) want(when, lists string) {
 	}
 }
 
-// A scrape is held once its push is acknowledged, even if an earlier push brought the same samples,
-// or if the scrape has no samples. A scrape is read once every consumer has confirmed its samples.
+// A scrape whose samples are in time is held once its push is acknowledged, even if an earlier push
+// brought the same samples, or if the scrape has no samples. A scrape is read once every consumer
+// has confirmed its samples.
 func TestScrapesAreHeldThenRead(t *testing.T) {
 	p := newSpoolStore(t)
 	old := p.clock.ms(60)
@@ -176,8 +179,8 @@ func TestScrapesAreHeldThenRead(t *testing.T) {
 	p.wantNoErrors("at the end")
 }
 
-// A scrape stays held or read through rewrites, restarts, eviction and expiry. A repeated push of a
-// read scrape adds nothing.
+// A held scrape stays held through a rewrite and a restart. A read scrape stays read through
+// rewrites, restarts, eviction and expiry. A repeated push of a read scrape adds nothing.
 func TestReadScrapesStayRead(t *testing.T) {
 	p := newSpoolStore(t)
 	old := p.clock.ms(60)
@@ -227,8 +230,8 @@ func TestScrapesWithNewConsumer(t *testing.T) {
 	p.wantNoErrors("at the end")
 }
 
-// A push of one scrape does not make the scrape held if all its samples are outside of retention or
-// from the future, because this server's clock may be wrong. If a push of several scrapes has one
+// A push of one scrape does not make the scrape held if all its samples are too old or from the
+// future, because this server's clock may be wrong. If a push of several scrapes has at least one
 // such sample, none of the scrapes becomes held, because the store cannot tell to which scrape the
 // sample belongs.
 func TestUntimelyScrapesAreNotHeld(t *testing.T) {

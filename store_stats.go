@@ -15,7 +15,8 @@ type SiteStats struct {
 	Backlogs          []ConsumerSiteBacklog // one for each name and address of a consumer, sorted
 }
 
-// ConsumerSiteBacklog is the number of samples of a site that one consumer has not read.
+// ConsumerSiteBacklog is the number of samples of a site that one consumer has not read. All
+// samples of a batch that it has read only in part are included.
 type ConsumerSiteBacklog struct {
 	Name, Address string
 	UnreadSamples int
@@ -28,8 +29,8 @@ type StoreStats struct {
 	LogBytes         int64       // bytes of all logs
 	Evicted, Expired int64       // numbers of samples
 	ExpiredUnread    int64       // samples that expired before every consumer had read them
-	DamagedLogs      int64       // logs that were found damaged
-	Compactions      int64       // rewrites of logs to remove garbage
+	DamagedLogs      int64       // logs that OpenStore found damaged, too short or missing
+	Compactions      int64       // rewrites of logs, except for those that also store a new batch
 	TornBytes        int64       // bytes of unfinished writes that OpenStore removed
 }
 

@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-// OpenStore refuses a retention that is not above 0 and at most MaxRetention.
+// OpenStore refuses a retention that is zero, negative or above MaxRetention.
 func TestOpenStoreRetention(t *testing.T) {
 	for _, retention := range []time.Duration{0, -1, MaxRetention + 1} {
 		k := newStoreKit(t, newStoreFS(1))
@@ -32,7 +32,8 @@ func TestOpenStoreRetention(t *testing.T) {
 	}
 }
 
-// Only one process at a time can open a storage directory. Close unlocks the directory.
+// An open store locks its directory, so that OpenStore fails for the same directory. Close unlocks
+// the directory.
 func TestStoreLocksDirectory(t *testing.T) {
 	k := newStoreKit(t, DiskFS{})
 	k.cfg.Dir = filepath.Join(t.TempDir(), "new", "dir")
@@ -73,8 +74,8 @@ func TestOpenStoreFailureUnlocks(t *testing.T) {
 	k.wantNoErrors("after the directory was removed")
 }
 
-// Run expires samples, makes room at once when the storage limit is reached, forgets silent sites,
-// and returns when its context ends.
+// Run expires samples, rewrites logs so that pushes are accepted again after they reached the
+// storage limit, forgets silent sites, and returns when its context ends.
 func TestStoreRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newStoreKit(t, newStoreFS(1))
@@ -196,8 +197,9 @@ func (r *concurrentRig) scrape(ctx context.Context) {
 	}
 }
 
-// Under the race detector, concurrent pushes, scrapes, maintenance, evictions, rewrites and a Close
-// neither race nor lose an accepted sample.
+// Pushes, scrapes, maintenance, evictions and rewrites run at the same time without an error or,
+// under the race detector, a race. A Close during pushes loses nothing: after a restart, a store on
+// disk has every sample that it held when it was closed.
 func TestStoreConcurrent(t *testing.T) {
 	seed := testSeed(t, 1)
 	const writers, limit = 8, 800
@@ -262,8 +264,9 @@ func TestStoreConcurrent(t *testing.T) {
 	}
 }
 
-// At the limit on sites, the first push of another site is refused. A site whose first push adds no
-// sample does not count towards the limit. Recovery reads all sites, even above the limit.
+// At the limit on sites, the first push of another site is refused while all known sites have
+// samples. A site whose first push stores nothing does not count towards the limit. Recovery reads
+// all sites, even above the limit.
 func TestStoreSiteLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSites = 2
@@ -366,8 +369,8 @@ func TestSilentSiteIsForgotten(t *testing.T) {
 	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
 }
 
-// BenchmarkMemory reports the bytes in memory and on disk that each series takes, and that each
-// sample takes after the first sample of its series.
+// BenchmarkMemory reports the bytes of memory that each series takes with its first sample, and the
+// bytes of memory and of disk that each further sample takes.
 func BenchmarkMemory(b *testing.B) {
 	heap := func() uint64 {
 		var m runtime.MemStats

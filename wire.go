@@ -1,7 +1,7 @@
 package main
 
-// WireReader reads fields from bytes that this program did not necessarily write. All file and
-// message formats are decoded with it. Its error is sticky, so that a decoder can read several
+// WireReader reads fields from bytes that this program did not necessarily write. All binary file
+// and message formats are decoded with it. Its error is sticky, so that a decoder can read several
 // fields and then check for an error once. It checks lengths before it allocates memory. Fixed-size
 // integers are little endian. Pure: no I/O. This file must not know of any particular format.
 

@@ -1,7 +1,7 @@
 package main
 
-// WireReader reads bytes from other programs. Each field is checked against its bounds, and the
-// first error stays.
+// This file tests WireReader: the values of its fields, the bounds of fields that have any, and
+// data that is cut off or too long.
 
 import (
 	"encoding/binary"
@@ -10,8 +10,9 @@ import (
 	"testing"
 )
 
-// WireReader returns each field as it was written. It reports an error for a field that is cut or
-// out of its bounds, and for bytes that are left over. After an error every further field is zero.
+// WireReader returns each field as it was written. It reports an error for a field that is cut off
+// or out of its bounds, and for bytes that are left over. At the end of the data and after an
+// error, the fields that the test reads next are zero.
 func TestWireReader(t *testing.T) {
 	le := binary.LittleEndian
 	for _, c := range []struct {
