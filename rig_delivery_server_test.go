@@ -259,7 +259,8 @@ func (m *deliveryModel) checkRead(s *modelServer, c *modelSite, spool uint64, re
 // Consumers.Save does.
 func (m *deliveryModel) saveConsumers(s *modelServer) {
 	cs := s.store.Consumers
-	stale := cs.knownChanged.Swap(false)
+	stale := cs.isListUnsaved()
+	cs.listSaved.Store(cs.listChanges.Load())
 	frames := cs.takeChanges().frames
 	if stale {
 		s.disk.known, s.disk.seen, s.disk.cursors, frames = cs.knownConsumers(), s.lo, nil, cs.encodeAll()
@@ -342,7 +343,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	s.scraper = &AllSitesReader{Store: st, MaxSampleAge: 10 * time.Minute, Now: cfg.Now, Owned: func(hash uint64) bool {
 		return m.sites[0].ring == hash && m.owner[0] == s.at || m.sites[1].ring == hash && m.owner[1] == s.at
 	}}
-	st.Consumers.knownChanged.Store(true)
+	st.Consumers.listChanges.Add(1)
 	m.saveConsumers(s)
 	for i, c := range m.sites {
 		if hurt[i] {

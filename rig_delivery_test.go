@@ -295,7 +295,7 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 		m.fail("%v", err)
 	}
 	s.lo[x.at], m.hi[x.at] = m.now, m.now
-	if s.store.Consumers.knownChanged.Load() {
+	if s.store.Consumers.isListUnsaved() {
 		m.saveConsumers(s)
 	}
 	limit := 0

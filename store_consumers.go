@@ -31,12 +31,15 @@ var ErrConsumers = errors.New("too many consumers")
 
 // Consumers holds the consumers and their cursors. It is safe for concurrent use.
 type Consumers struct {
-	lock         ioLock      // only its holder does I/O and accesses log and state
-	log          *Log        // file of the cursors; nil in memory-only mode
-	state        *StoreMeta  // file of the consumers without their cursors
-	TornBytes    int64       // bytes of an unfinished write that OpenConsumers removed
-	Damage       error       // damage that OpenConsumers found in the cursors file, or nil
-	knownChanged atomic.Bool // the state file must be written again, because its list of consumers is outdated or the server has just started
+	lock      ioLock     // only its holder does I/O and accesses log and state
+	log       *Log       // file of the cursors; nil in memory-only mode
+	state     *StoreMeta // file of the consumers without their cursors
+	TornBytes int64      // bytes of an unfinished write that OpenConsumers removed
+	Damage    error      // damage that OpenConsumers found in the cursors file, or nil
+	// listChanges counts the changes of the list of consumers, from 1 on, because the state file must
+	// be written once after each start. listSaved is the number of these changes that the state file
+	// has.
+	listChanges, listSaved atomic.Uint64
 
 	// retention is the time without a scrape after which SeqReadByAll ignores a consumer, as long
 	// as another consumer has scraped within that time.
@@ -311,7 +314,7 @@ func (cs *Consumers) DropIdle(now time.Time) {
 	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool {
 		idle := now.Sub(c.lastScrape) > consumerIdle
 		if idle {
-			cs.knownChanged.Store(true)
+			cs.listChanges.Add(1)
 		}
 		return idle
 	})

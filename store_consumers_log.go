@@ -66,7 +66,7 @@ func OpenConsumers(fsys FS, dir string, meta *StoreMeta, retention time.Duration
 	if dir == "" {
 		return cs, nil
 	}
-	cs.knownChanged.Store(true) // so that the first Save writes the state file, which also has the block number of this start
+	cs.listChanges.Store(1) // so that the first Save writes the state file, which also has the block number of this start
 	path := filepath.Join(dir, ConsumersFile)
 	cs.log = NewLog(fsys, path, []byte("consumers"))
 	log, rec, err := OpenLog(fsys, path, func(kind byte, payload []byte) error { return cs.restoreRecord(kind, payload, now) })
@@ -120,14 +120,17 @@ func (cs *Consumers) restoreRecord(kind byte, payload []byte, now time.Time) err
 	return nil
 }
 
-// SaveIfConsumersChanged calls Save if the list of consumers changed and no other Save has already
-// begun to write it. If Save succeeds, the server still knows these consumers after a crash.
+// SaveIfConsumersChanged calls Save if the list of consumers has changes that are not on disk. It
+// waits for a Save that is writing them. If it returns nil, the server still knows these consumers
+// after a crash.
 func (cs *Consumers) SaveIfConsumersChanged() error {
-	if !cs.knownChanged.Load() {
+	if !cs.isListUnsaved() {
 		return nil
 	}
 	return cs.Save()
 }
+
+func (cs *Consumers) isListUnsaved() bool { return cs.listSaved.Load() != cs.listChanges.Load() }
 
 // Save writes all changes to disk: the list of consumers if it changed, and then the cursors of all
 // sites in one write. After an error the next call of Save tries the changes of cursors and of the
@@ -135,34 +138,31 @@ func (cs *Consumers) SaveIfConsumersChanged() error {
 func (cs *Consumers) Save() error {
 	_ = cs.lock.Lock(context.Background(), nil)
 	defer cs.lock.Unlock()
-	knownChanged := cs.knownChanged.Swap(false) // reset before takeChanges, so that the next Save saves a consumer that is added in between
+	listUnsaved, listChanges := cs.isListUnsaved(), cs.listChanges.Load() // a later change is left to the next Save
 	changes := cs.takeChanges()
-	if cs.log == nil {
-		return nil
-	}
-	if err := cs.write(changes, knownChanged); err != nil {
-		if knownChanged {
-			cs.knownChanged.Store(true)
+	if cs.log != nil {
+		if err := cs.write(changes, listUnsaved); err != nil {
+			cs.putBack(changes)
+			return fmt.Errorf("saving the cursors of consumers: %w", err)
 		}
-		cs.putBack(changes)
-		return fmt.Errorf("saving the cursors of consumers: %w", err)
 	}
+	cs.listSaved.Store(listChanges)
 	return nil
 }
 
 // write appends the changes to the file of cursors. It rewrites the whole file instead if the list
 // of consumers changed, if the file is damaged, or if the file would grow beyond consumersSlack
 // plus four times fullSize. The caller holds cs.lock.
-func (cs *Consumers) write(changes cursorChanges, knownChanged bool) error {
-	if len(changes.frames) == 0 && !knownChanged && !cs.log.MustBeRewritten() {
+func (cs *Consumers) write(changes cursorChanges, listUnsaved bool) error {
+	if len(changes.frames) == 0 && !listUnsaved && !cs.log.MustBeRewritten() {
 		return nil
 	}
-	if knownChanged {
+	if listUnsaved {
 		if err := cs.state.Write(cs.knownConsumers()); err != nil {
 			return err
 		}
 	}
-	if !knownChanged && !cs.log.MustBeRewritten() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
+	if !listUnsaved && !cs.log.MustBeRewritten() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
 		return cs.log.Append(changes.frames)
 	}
 	return cs.log.RewriteWith(cs.encodeAll())

@@ -8,7 +8,9 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -257,6 +259,53 @@ func TestConsumersDamage(t *testing.T) {
 		flipped[n] ^= 0x40
 		check(fmt.Sprint("flipped at ", n), flipped)
 		check(fmt.Sprint("16 zeros at ", n), slices.Concat(data[:n], make([]byte, min(16, len(data)-n)), data[min(n+16, len(data)):]))
+	}
+}
+
+// SaveIfConsumersChanged returns only when the list of consumers is on disk, even if another Save is
+// already writing it, or has failed to.
+func TestSaveIfConsumersChangedWaits(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		fault fault // of the write that the first Save makes
+	}{{"another Save writes the list", fault{}}, {"another Save fails", fault{Err: errDisk}}} {
+		synctest.Test(t, func(t *testing.T) {
+			fsys := newStoreFS(1)
+			cs := openConsumers(t, fsys, consumersNow, false)
+			saveConsumers(t, cs)
+			beginScrape(t, cs, "a", &AnswerReadTracker{}, consumersNow)
+			blocked, goOn := false, make(chan struct{})
+			fsys.hook = func(int, string, string) (f fault) {
+				if !blocked {
+					blocked, f = true, c.fault
+					<-goOn
+				}
+				return f
+			}
+			first := make(chan error, 1)
+			go func() { first <- cs.Save() }()
+			synctest.Wait()
+			var returned atomic.Bool
+			second := make(chan error, 1)
+			go func() {
+				second <- cs.SaveIfConsumersChanged()
+				returned.Store(true)
+			}()
+			synctest.Wait()
+			if !blocked || returned.Load() {
+				t.Errorf("%s: blocked %t; SaveIfConsumersChanged returns while the list is not on disk", c.name, blocked)
+			}
+			close(goOn)
+			if err := <-first; (err != nil) != (c.fault.Err != nil) {
+				t.Errorf("%s: the first Save returned %v", c.name, err)
+			}
+			if err := <-second; err != nil {
+				t.Errorf("%s: SaveIfConsumersChanged: %v", c.name, err)
+			}
+			if again := openConsumers(t, fsys, consumersNow, false); len(again.byKey) != 1 {
+				t.Errorf("%s: %d consumers are on disk, want 1", c.name, len(again.byKey))
+			}
+		})
 	}
 }
 

@@ -75,7 +75,7 @@ func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, erro
 	}
 	if !known || c.name != k.Name { // recovery adds a consumer without its name if only its cursors are left on disk
 		c.name, c.address = k.Name, k.Address
-		cs.knownChanged.Store(true)
+		cs.listChanges.Add(1)
 	}
 	c.lastScrape = now
 	return c, nil
