@@ -1,11 +1,11 @@
 package main
 
 // The client scrapes the source, cleans the samples, writes them to the spool and pushes them to
-// the destination, which is the list of servers. Its scrapes and pushes are timed at the site's
-// phase, an offset in the interval that depends on the cluster ID. Every scrape enters the spool
-// before it is pushed. A failing source does not delay pushes, and a failing destination does not
-// delay scrapes. Logs and metrics name the part that failed: source, spool or destination. This
-// family must not know of flags or TLS.
+// the destination, which is the list of servers. After the first ones, its scrapes and pushes begin
+// at the site's phase, an offset in the interval that depends on the cluster ID. Every scrape
+// enters the spool before it is pushed. A failing source delays a due push by at most pushGrace,
+// and a failing destination does not delay scrapes. Logs and metrics name the part that failed:
+// source, spool or destination. This family must not parse flags or know of TLS.
 
 import (
 	"context"
@@ -30,9 +30,9 @@ type ClientConfig struct {
 	To             []string      // URLs of the servers, tried in this order
 	ToClient       *http.Client  // for requests to the servers; has a timeout and must not follow redirects
 	ClusterID      string        // names this site
-	Interval       time.Duration // time between two pushes
+	Interval       time.Duration // time between two pushes, except for retries and backlogs
 	ScrapeInterval time.Duration // time between two scrapes; at most Interval
-	LimitBytes     int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
+	LimitBytes     int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many; a push of a single scrape may exceed both
 	Metrics        *Metrics
 	Log            *slog.Logger
 	Now            func() time.Time             // reads the wall clock
@@ -66,8 +66,8 @@ type Client struct {
 	sourceSkew     int64     // ms by which the source's clock is ahead of this machine's clock; see skewByDateOrZero
 
 	mu sync.Mutex // guards lost and held
-	// lost limits the log lines about dropped scrapes that no server is known to hold. held limits
-	// the log lines about dropped scrapes that a server holds or held.
+	// held limits the log lines about scrapes dropped for the reason DropSpoolHeld. lost limits the
+	// log lines about all other dropped scrapes.
 	lost, held dropLogLimiter
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
@@ -145,7 +145,7 @@ func (c *Client) onSpoolError(err error) {
 }
 
 // dropLogLimiter limits the log lines about dropped scrapes to one in dropLogInterval, because a
-// full spool drops scrapes at every Add.
+// full spool may drop scrapes at every Add.
 type dropLogLimiter struct {
 	logged           time.Time // when the last log line was written
 	scrapes, samples int       // scrapes and samples dropped since the last log line
@@ -162,9 +162,9 @@ func (l *dropLogLimiter) addDrops(now time.Time, scrapes, samples int) (sum drop
 	return sum, logNow
 }
 
-// onSpoolDrop counts and logs scrapes that the spool dropped. If the reason is DropSpoolHeld, a
-// server holds or held the scrapes. Such scrapes are not lost, so they are logged at level Info
-// instead of Error.
+// onSpoolDrop counts the samples of dropped scrapes and logs the drop, limited by a dropLogLimiter.
+// If the reason is DropSpoolHeld, a server holds or held the scrapes. Such scrapes do not count as
+// lost, so they are logged at level Info instead of Error.
 func (c *Client) onSpoolDrop(reason string, scrapes, samples int) {
 	c.dropped.Add(float64(samples), reason)
 	log, level, text := &c.lost, slog.LevelError, "scrapes dropped from the spool"
@@ -193,7 +193,7 @@ func (c *Client) Reload(st ClientReloadConfig) {
 }
 
 // Handler returns the handler of the client's own HTTP listener: health, metrics, and /federate
-// with the newest delivered scrape.
+// with the scrape that was delivered last.
 func (c *Client) Handler() http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
@@ -204,7 +204,8 @@ func (c *Client) Handler() http.Handler {
 	return mux
 }
 
-// serveLastDelivered answers with the samples of the newest scrape that was delivered to a server.
+// serveLastDelivered answers with the samples of the scrape that was delivered last. After a
+// failover this may be an older scrape, delivered again to another server.
 func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 	samples, err := c.lastDeliveredSamples()
 	if err != nil {
@@ -221,8 +222,8 @@ func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// lastDeliveredSamples returns the samples of the newest scrape that was delivered to a server. The
-// list is empty if no scrape was delivered yet.
+// lastDeliveredSamples returns the samples of the scrape that was delivered last. The list is empty
+// if no scrape was delivered yet.
 func (c *Client) lastDeliveredSamples() (*SampleList, error) {
 	list := &SampleList{}
 	for _, sc := range c.pusher.LastDeliveredPieces() {

@@ -1,10 +1,10 @@
 package main
 
-// The boot-time clock counts the time since this machine booted. No operator, NTP daemon or dead
-// battery can step it. Where the system reports it, the clock includes the time during which the
-// machine was suspended. Readings with different boot IDs cannot be compared. Readings with the
-// same boot ID normally do not decrease, but they may, for example when a container restarts;
-// Moment.Since allows for that.
+// The boot-time clock counts the time since this machine booted, or since this process started if
+// the system does not report its uptime. No operator, NTP daemon or dead battery can step it. Where
+// the system reports it, the clock includes the time during which the machine was suspended.
+// Readings with different boot IDs cannot be compared. Readings with the same boot ID normally do
+// not decrease, but they may, for example when a container restarts; Moment.Since allows for that.
 
 import (
 	"bytes"
@@ -25,8 +25,8 @@ const (
 type BootClock struct {
 	readFile func(name string) ([]byte, error)
 	id       string
-	hasFile  bool      // uptimeFile can be read; otherwise the clock counts from the start of this process
-	base     int64     // the uptime at the time start, in ms; 0 if hasFile is false
+	hasFile  bool      // the uptime and the boot ID could be read when the clock was created; otherwise the clock counts from the start of this process
+	base     int64     // ms; the uptime when the clock was created; 0 if hasFile is false
 	start    time.Time // when the clock was created; its monotonic reading is used
 }
 
@@ -46,7 +46,8 @@ func NewBootClock(readFile func(name string) ([]byte, error)) *BootClock {
 	return c
 }
 
-// Now returns the milliseconds since boot, and the ID of this boot.
+// Now returns the milliseconds since boot, or since the start of this process if hasFile is false,
+// and the boot ID.
 func (c *BootClock) Now() (ms int64, bootID string) {
 	counted := c.base + time.Since(c.start).Milliseconds()
 	if c.hasFile {

@@ -13,20 +13,20 @@ const (
 	// next server. It is also how long the client then prefers that next server.
 	maxUnreadTime = 30 * time.Minute
 
-	maxPushScrapes = 1 << 20 // highest limit on the scrapes in a push; so high that a push reaches its other limits first
+	maxPushScrapes = 1 << 20 // highest limit on the scrapes in a push; so high that a push normally reaches its other limits first
 )
 
 // serverFailover chooses the server of each attempt, by its index in PusherConfig.To. A round of
-// attempts tries each server at most once. It ends when a server answers or when all servers have
-// failed.
+// attempts tries each server at most once. It ends when a server accepts or finally refuses a push,
+// when all servers have failed, or with the drain.
 type serverFailover struct {
 	servers int
 	current int // the server of this attempt
-	last    int // the server that last answered a push that names scrapes, or a question (a push without scrapes)
+	last    int // the server that last accepted a push that names scrapes, or answered a question (a push without scrapes)
 
 	// Rounds begin with the server preferred, which is normally 0. If scrapes stay unread on one
-	// server for maxUnreadTime, preferred is the next server until preferredUntil, or until that
-	// server fails.
+	// server for maxUnreadTime, preferred is the next server until that server fails, or until a
+	// drain begins after preferredUntil.
 	preferred      int
 	preferredUntil time.Time
 	// Until startUntil, rounds begin with the server start instead of preferred. start is a server
@@ -37,14 +37,14 @@ type serverFailover struct {
 
 	failed     int           // number of failed attempts in this round
 	retryAfter time.Duration // longest Retry-After that a server of this round sent
-	declined   int           // number of consecutive servers that declined the same scrape
+	declined   int           // number of pushes of a single scrape that servers declined in a row
 }
 
-// beginDrain starts the rounds of one call of DrainSpool. unreadByConsumersFor is how long no
-// consumer has read any scrape that the server f.last holds. If that is longer than maxUnreadTime,
-// the consumers may be unable to reach that server. In that case, beginDrain prefers the server
-// after f.last for maxUnreadTime and returns true. It does not do so if there is only one server or
-// if preferredUntil has not passed.
+// beginDrain starts the rounds of one call of DrainSpool. unreadByConsumersFor is the result of
+// Spool.NoReadProgressFor: how long scrapes have stayed unread on the server f.last. If that is
+// longer than maxUnreadTime, a consumer may be unable to reach that server. In that case,
+// beginDrain prefers the server after f.last for maxUnreadTime and returns true. It does not do so
+// if there is only one server or if preferredUntil has not passed.
 func (f *serverFailover) beginDrain(now time.Time, unreadByConsumersFor time.Duration) (nextPreferred bool) {
 	if f.servers > 1 && !now.Before(f.preferredUntil) {
 		f.preferred = 0
@@ -72,7 +72,8 @@ func (f *serverFailover) chooseServer(now time.Time) {
 
 // advanceAfterFailure records that the current server failed and sent this Retry-After (0 if none).
 // If the round has a server that was not tried yet, that server becomes current and hasUntried is
-// true. Otherwise the round is over. A preferred server that fails is no longer preferred.
+// true. Otherwise the round is over. If the current server was the preferred one, server 0 is
+// preferred again.
 func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntried bool) {
 	if f.failed == 0 {
 		f.retryAfter = 0
@@ -92,8 +93,9 @@ func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntri
 // isLastOfRound reports whether a failure of the current server would end the round.
 func (f *serverFailover) isLastOfRound() bool { return f.failed+1 == f.servers }
 
-// stayAfterAnswer records that the current server answered a push, which ends the round. If rounds
-// begin with another server, they begin with the current server until now+stayFor.
+// stayAfterAnswer records that the current server accepted or finally refused a push, which ends
+// the round. If rounds begin with another server, they begin with the current server until
+// now+stayFor.
 func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 	if f.current != f.start {
 		f.start, f.startUntil = f.current, now.Add(stayFor)
@@ -102,7 +104,7 @@ func (f *serverFailover) stayAfterAnswer(now time.Time, stayFor time.Duration) {
 }
 
 // advanceAfterDecline records that the server f.last declined a scrape: that server accepted the
-// push but stored no sample of the scrape. If another server has not declined the scrape yet,
+// push but stored no sample of the scrape. If fewer declines in a row than servers are recorded,
 // hasUntried is true and rounds begin with the next server until now+stayFor.
 func (f *serverFailover) advanceAfterDecline(now time.Time, stayFor time.Duration) (hasUntried bool) {
 	if f.declined+1 >= f.servers {
@@ -128,10 +130,11 @@ func (b *roundBackoff) nextPause(retryAfter time.Duration) time.Duration {
 	return pause
 }
 
-// pushScrapeLimit limits the number of scrapes in a push. When a push of several scrapes fails
-// because of its scrapes, the limit shrinks. The limit stays small until as many scrapes as that
-// push had are settled: delivered, set aside or declined by all servers. After that, the limit
-// doubles with each push that settles its scrapes.
+// pushScrapeLimit limits the number of scrapes in a push. The limit shrinks when a push of several
+// scrapes is too large or too slow, or when a server finally refuses the push or declines scrapes
+// of it. The limit stays small until as many scrapes as that push had are settled: delivered, set
+// aside or declined by all servers. After that, the limit doubles with each push that settles its
+// scrapes.
 type pushScrapeLimit struct {
 	max     int // the limit: most scrapes in a push
 	careful int // scrapes that must be settled before max doubles
@@ -141,12 +144,12 @@ type pushScrapeLimit struct {
 func (s *pushScrapeLimit) limitToHalf(pushed int) { s.max, s.careful = pushed/2, pushed }
 
 // limitToOne lowers the limit to one, after the server refused a push of this many scrapes because
-// of a scrape in it, or declined some of its scrapes. Pushes of a single scrape then find the bad
-// ones.
+// of a scrape in it, or declined one or more of its scrapes. Pushes of a single scrape then find
+// the bad ones.
 func (s *pushScrapeLimit) limitToOne(pushed int) { s.max, s.careful = 1, pushed }
 
-// growAfter records that this many scrapes are settled, so that they need not be sent again now.
-// The limit may then grow.
+// growAfter records that this many scrapes are settled, which means that they are not sent again
+// now. The limit may then grow.
 func (s *pushScrapeLimit) growAfter(settled int) {
 	if s.careful -= settled; s.careful <= 0 {
 		s.max, s.careful = min(2*s.max, maxPushScrapes), 0

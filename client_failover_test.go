@@ -116,9 +116,9 @@ func TestBackoff(t *testing.T) {
 	}
 }
 
-// pushScrapeLimit lowers the maximum number of scrapes in a push after a push failed because of its
-// scrapes. The maximum stays until as many scrapes are settled (delivered or set aside) as the
-// failed push had. From then on, it doubles with each push.
+// pushScrapeLimit lowers the maximum number of scrapes in a push after a push was too large or too
+// slow, or had a bad scrape. The maximum then stays until as many scrapes are settled as that push
+// had. From then on, it doubles with each push that settles scrapes.
 func TestPushScrapeLimit(t *testing.T) {
 	s := pushScrapeLimit{max: maxPushScrapes}
 	for i, tt := range []struct {
@@ -130,7 +130,7 @@ func TestPushScrapeLimit(t *testing.T) {
 		{s.limitToHalf, 9, 4},
 		{s.growAfter, 4, 4},
 		{s.growAfter, 4, 4},
-		{s.growAfter, 1, 8}, // with this scrape, all nine scrapes of the failed push are settled, so the maximum doubles
+		{s.growAfter, 1, 8}, // with this scrape, nine scrapes are settled since limitToHalf, so the maximum doubles
 		{s.growAfter, 1, 16},
 		{s.limitToOne, 3, 1},
 		{s.growAfter, 1, 1},

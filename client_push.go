@@ -2,8 +2,9 @@ package main
 
 // The Pusher delivers scrapes from the spool to the first server that accepts them, several scrapes
 // in one push. It removes a scrape from the spool only when a server answers that the scrape is no
-// longer needed, or refuses the scrape for good. After an attempt without an answer, the Pusher
-// first asks the server which scrapes the server holds. Tokens are sent only to the URLs in
+// longer needed, or refuses the scrape for good. If a push fails and the server may have stored its
+// scrapes, the Pusher asks a server which scrapes that server holds before it pushes again. Only a
+// piece of a scrape is pushed again without asking. Tokens are sent only to the URLs in
 // PusherConfig.To, because redirects are not followed. This file must not know how the source is
 // scraped.
 
@@ -22,7 +23,7 @@ import (
 
 // Reasons for which samples of a push are dropped, as values of the label reason in metrics.
 const (
-	DropRefused  = "refused"   // no server accepts the samples
+	DropRefused  = "refused"   // a server refused the samples for good
 	DropByServer = "by_server" // the server accepted the push but dropped these samples
 )
 
@@ -34,15 +35,15 @@ type PusherConfig struct {
 	ToClient      *http.Client  // has a timeout and must not follow redirects
 	ClusterID     string        // names this site
 	Token         func() string // returns the client token
-	LimitBytes    int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many
-	MaxRetryAfter time.Duration // longest Retry-After that is obeyed; also how long pushes stay with a server after a failover to it
+	LimitBytes    int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many; a push of a single scrape may exceed both
+	MaxRetryAfter time.Duration // longest Retry-After that is obeyed; also the longest time for which pushes stay with a server after a failover to it
 	Spool         *Spool
 	SourceClock   *SourceClockTracker
 	Moment        func() Moment    // reads the wall clock and the boot-time clock
 	Now           func() time.Time // reads the wall clock
 	Metrics       *Metrics
 	Dropped       *Counter // counts dropped samples, by reason
-	SpoolErrors   *Counter // counts errors that Spool.BeginPush returns; other spool failures go to SpoolConfig.OnError
+	SpoolErrors   *Counter // counts errors that Spool.BeginPush returns
 	Log           *slog.Logger
 }
 
@@ -50,7 +51,7 @@ type PusherConfig struct {
 // other exported methods are safe for concurrent use.
 type Pusher struct {
 	cfg           PusherConfig
-	lastDelivered atomic.Pointer[[]Scrape] // delivered pieces of the newest delivered scrape
+	lastDelivered atomic.Pointer[[]Scrape] // delivered pieces of the scrape that was delivered last
 	healthy       atomic.Bool              // the result of IsHealthy
 
 	// The next three fields are used only by the goroutine that calls DrainSpool.
@@ -80,13 +81,14 @@ func NewPusher(cfg PusherConfig) *Pusher {
 	return p
 }
 
-// IsHealthy reports whether the last push was delivered, by any server. It returns false before the
-// first push. It also returns false after all servers failed, a scrape was refused or declined, or
-// the spool could not be read, until a push is delivered again.
+// IsHealthy reports whether scrapes are being delivered. It begins as false. It becomes true when a
+// push delivers all of its scrapes, or when the answer to a question shows that no scrape is
+// undelivered. It becomes false when all servers have failed, when a scrape is refused for good or
+// declined, when the spool cannot be read, or when ctx ends during an attempt.
 func (p *Pusher) IsHealthy() bool { return p.healthy.Load() }
 
-// LastDeliveredPieces returns the delivered pieces of the newest delivered scrape. A scrape within
-// the size limits of a push has one piece. The caller must not change the pieces.
+// LastDeliveredPieces returns the delivered pieces of the scrape that was delivered last. A scrape
+// within the size limits of a push has one piece. The caller must not change the pieces.
 func (p *Pusher) LastDeliveredPieces() []Scrape {
 	if pieces := p.lastDelivered.Load(); pieces != nil {
 		return *pieces
@@ -98,26 +100,28 @@ func (p *Pusher) LastDeliveredPieces() []Scrape {
 type spoolDrain struct {
 	*Pusher
 	backoff  roundBackoff
-	lastErr  error // the error of the last failed round
+	lastErr  error // the error that caused the last pause
 	rejected error // the newest error of a scrape that was refused for good or declined by all servers
 	progress pushProgress
 }
 
-// pushProgress counts the samples, scrapes and pushes that were sent since the last log line
-// "pushed".
+// pushProgress counts accepted pushes and their samples, and delivered scrapes, since counting
+// began.
 type pushProgress struct {
 	begin                    time.Time // when counting began
 	samples, scrapes, pushes int
 }
 
-// DrainSpool pushes until the servers hold all scrapes in the spool. If all servers fail, or if the
-// spool cannot be read, DrainSpool pauses and tries again. The pause doubles each time, has jitter,
-// and is at least the Retry-After that the servers sent, up to MaxRetryAfter.
+// DrainSpool pushes until no scrape is left to push now. If all servers fail, or if the spool
+// cannot be read, DrainSpool pauses and tries again. The pauses grow up to a limit until a push
+// succeeds. A pause has jitter and is at least the Retry-After that the servers sent, up to
+// MaxRetryAfter.
 //
-// DrainSpool returns early if ctx ends or if the next attempt would come after the deadline of ctx.
-// The error is then the newest failure. A scrape that a server refuses for good, as a whole or in
-// pieces, is set aside. A scrape that all servers decline stays in the spool. If DrainSpool does
-// not return early, its error is the newest such refusal or decline, or nil.
+// DrainSpool returns early if ctx ends during an attempt or a pause, or if the next attempt would
+// come after the deadline of ctx. The error is then that of the last failed round, or of the last
+// attempt if no round has failed. A scrape that a server refuses for good, as a whole or in a
+// piece, is set aside. A scrape that all servers decline stays in the spool. If DrainSpool does not
+// return early, its error is the newest such refusal or decline, or nil.
 func (p *Pusher) DrainSpool(ctx context.Context) error {
 	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
 	d.backoff.reset()
@@ -176,7 +180,7 @@ func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain err
 }
 
 // askHeldScrapes asks the current server which scrapes it holds, by a push without scrapes. A
-// server that refuses such a push as invalid does not support spools.
+// server that finally refuses such a push is taken not to support spools.
 func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 	answer, err := d.upload(ctx, d.cfg.Spool.ID(), nil)
 	if isFinalRefusal(err) {
@@ -231,7 +235,8 @@ func (d *spoolDrain) pushNext(ctx context.Context) (endsDrain error) {
 
 // push sends scrapes to the current server. If nameScrapes is true, the request names the scrapes
 // and the answer is applied to the spool. After an error for which isFinalRefusal is false, the
-// caller may push the scrapes again. After any other error, every server would refuse them.
+// caller may push the scrapes again. After any other error, every server would refuse the same
+// push.
 func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes bool) (outcome PushOutcome, err error) {
 	bytes, samples := 0, 0
 	for _, sc := range scrapes {
@@ -265,9 +270,10 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 }
 
 // logAndCountDropped logs and counts the samples that the server dropped. If a scrape of the push
-// was declined, which means that the server dropped all of its samples, nothing is counted, because
-// the scrape stays in the spool. The first decline of a scrape in a push without other scrapes is
-// logged.
+// was declined, nothing is counted, because the scrape stays in the spool. A server declines a
+// single scrape if it dropped all samples because of their times. It declines several scrapes
+// together if it dropped any samples because of their times. The first decline of a scrape in a
+// push without other scrapes is logged.
 func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome, pushedSamples int) {
 	if len(outcome.Declined) > 0 {
 		if outcome.FirstDecline {
@@ -314,8 +320,9 @@ func (d *spoolDrain) adjustServerAndPushSize(scrapes []Scrape, outcome PushOutco
 	}
 }
 
-// setScrapeAside removes the scrape in flight from the spool, because no server accepts
-// refusedSamples of its samples. Its file, if any, is set aside, which means renamed and kept.
+// setScrapeAside removes the scrape in flight from the spool, because servers refused
+// refusedSamples of its samples for good. A file on disk is set aside, which means renamed and
+// kept; only the last maxAsideFiles files are kept.
 func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.backoff.reset()
 	d.healthy.Store(false)
@@ -326,8 +333,9 @@ func (d *spoolDrain) setScrapeAside(refusedSamples int, why error) {
 	d.cfg.Log.Error("destination refused a scrape as invalid; its file is set aside", "samples", refusedSamples, "err", why)
 }
 
-// keepLastDeliveredPieces stores the pieces of the newest scrape among the delivered scrapes, for
-// LastDeliveredPieces. Pieces of one scrape have the same time At.
+// keepLastDeliveredPieces stores the pieces of the last of the delivered scrapes, for
+// LastDeliveredPieces. A piece that belongs to the scrape stored before is added to its pieces.
+// Pieces of one scrape have the same time At.
 func (p *Pusher) keepLastDeliveredPieces(scrapes []Scrape) {
 	pieces := p.LastDeliveredPieces()
 	for _, sc := range scrapes {
@@ -347,7 +355,8 @@ func (d *spoolDrain) markFailedAndFailOver(ctx context.Context, err error) (ends
 }
 
 // nextServerOrPause makes the next server current. If all servers of this round have failed, it
-// pauses instead. An error ends the drain.
+// pauses instead. It returns an error, which ends the drain, under the conditions of
+// pauseBeforeRound.
 func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrain error) {
 	failed := d.currentServerURL()
 	if d.servers.advanceAfterFailure(retryAfterOf(err)) && ctx.Err() == nil {
@@ -357,13 +366,14 @@ func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrai
 	return d.pauseBeforeRound(ctx, err, d.servers.retryAfter)
 }
 
-// pauseBeforeRound waits before the next round, for at least retryAfter and longer each time. It
-// returns an error, which ends the drain, if ctx has ended, ends during the pause, or has a
-// deadline before the end of the pause.
+// pauseBeforeRound waits before the next round, for at least the smaller of retryAfter and
+// MaxRetryAfter. The pauses grow up to a limit until a push succeeds. It returns an error, which
+// ends the drain, if ctx has ended, ends during the pause, or has a deadline before the end of the
+// pause.
 func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) (endsDrain error) {
 	d.healthy.Store(false)
 	if ctx.Err() != nil {
-		return cmp.Or(d.lastErr, err) // err only reports that ctx has ended; lastErr is why the previous round failed
+		return cmp.Or(d.lastErr, err) // err may only report that ctx has ended; lastErr is why the previous round failed
 	}
 	d.lastErr = err
 	d.logAndResetProgress()

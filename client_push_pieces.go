@@ -10,8 +10,8 @@ import (
 )
 
 // After maxOversizedLines single lines of a scrape were refused as too large, the rest of the
-// scrape is no longer split. So many refusals mean that the server limits the number of series, and
-// then no piece is small enough.
+// scrape is no longer split. After so many refusals, the cause is probably a limit on the number of
+// series, and then no piece is small enough.
 const maxOversizedLines = 8
 
 // splitPush is the state of pushing one scrape in pieces.
@@ -19,9 +19,9 @@ type splitPush struct {
 	*spoolDrain
 	firstServer int         // the server that accepted the first piece; -1 if none did yet
 	scattered   bool        // a second server accepted a piece, so no server has the whole scrape
-	outcome     PushOutcome // outcome of the push of the last piece
+	outcome     PushOutcome // outcome of the newest attempt to push a piece
 	oversized   int         // number of single lines refused as too large
-	rejected    int         // number of samples that no server accepts
+	rejected    int         // number of samples in pieces that were refused for good
 	cause       error       // why samples were rejected, or why the scrape is split
 }
 
@@ -46,7 +46,7 @@ func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (
 
 // pushHalves pushes the two halves of a scrape, splitting them further down to single lines if need
 // be. If nameScrape is true, the last piece names the scrape. A piece whose push fails is retried
-// alone. If a failure made the whole scrape start again, a scrape with more pieces than the rate
+// alone. The whole scrape is not pushed again then, because a scrape with more pieces than the rate
 // limit of the servers allows would never be delivered. An error ends the drain.
 func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) (endsDrain error) {
 	if sc.Samples < 2 {
@@ -66,7 +66,7 @@ func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) 
 }
 
 // pushPiece pushes a piece, retrying it until a server accepts or finally refuses it. A piece that
-// is too large is split again. An error ends the drain.
+// is too large is split again, unless maxOversizedLines is reached. An error ends the drain.
 func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool) (endsDrain error) {
 	err := s.tryPiece(ctx, piece, nameScrape)
 	for err != nil && !isFinalRefusal(err) {

@@ -149,7 +149,7 @@ func (p *Pusher) parseAnswer(body io.Reader) (answer uploadAnswer, err error) {
 	if err := json.NewDecoder(io.LimitReader(body, maxAnswer)).Decode(&answer.PushAnswer); err != nil {
 		return answer, fmt.Errorf("pushing to %s: the answer is not JSON: %w", p.currentServerURL(), err)
 	}
-	if answer.Accepted == nil { // a telemeter server always sends this field, so another program answered and stored nothing
+	if answer.Accepted == nil { // a telemeter server always sends this field, so another program answered
 		return answer, fmt.Errorf("pushing to %s: the answer has no field accepted, so it is not a telemeter server's", p.currentServerURL())
 	}
 	answer.spool = SpoolAnswer{Server: p.currentServerURL(), KnowsSpools: answer.Held != nil, DoneWhenHeld: answer.Read == nil}
@@ -265,8 +265,8 @@ func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	return at.Sub(now)
 }
 
-// describeResponse returns the status of a failed response and the first 500 bytes of its body, or
-// the target of a redirect.
+// describeResponse returns the status of a failed response and the first 500 bytes of its body. If
+// the body is empty, it returns the status and the target of a redirect, if any.
 func describeResponse(resp *http.Response) string {
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
 	if text := strings.TrimSpace(string(b)); text != "" {

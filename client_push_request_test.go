@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// The client renews its upload token well before the token expires.
+// The client renews its upload token before the token expires.
 func TestClientRenewsUploadToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newTestClient(t, "a 1\n", nil)
@@ -70,8 +70,8 @@ func TestPusherRevokedToken(t *testing.T) {
 	})
 }
 
-// Only the statuses 400 and 413 are final refusals of a push. After any other status except 200,
-// the client keeps its scrapes and pushes them again.
+// After a status other than 200, 400 and 413, the client keeps the scrapes of the push and pushes
+// them again.
 func TestPusherRetriesOtherStatuses(t *testing.T) {
 	for _, status := range []int{201, 302, 401, 403, 404, 405, 408, 415, 429, 500, 502, 503} {
 		synctest.Test(t, func(t *testing.T) {
@@ -165,8 +165,8 @@ func TestPusherRetryAfter(t *testing.T) {
 	})
 }
 
-// After a restart, a client asks a real server which scrapes the server holds. The client then
-// delivers the scrape in its spool, without a failed push.
+// After a restart, a client delivers the scrape in its spool to a real server, without a failed
+// push.
 func TestPusherAsksServer(t *testing.T) {
 	r := newSrvRig(t)
 	spool := diskSpool()
@@ -190,8 +190,8 @@ func TestPusherAsksServer(t *testing.T) {
 	}
 }
 
-// Each push lists the consumers that earlier answers of a server listed, also after a restart of
-// the client. A push omits a consumer that has not scraped for a day.
+// A push that names scrapes lists the consumers that earlier answers of a server listed, also after
+// a restart of the client. It omits a consumer that has not scraped for more than a day.
 func TestPusherSendsConsumers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{consumers: []ConsumerAge{{1, 10 * time.Second}, {2, 23 * time.Hour}}}

@@ -47,8 +47,8 @@ func TestPusherAsksAfterLostAnswer(t *testing.T) {
 }
 
 // While the client has nothing to push, it asks the server once in askInterval whether consumers
-// have read the held scrapes. The spool deletes the files of read scrapes. All metrics of an empty
-// spool are 0.
+// have read the held scrapes. The spool deletes the files of read scrapes. For an empty spool, the
+// metrics of the number, the bytes and the age of its scrapes are 0.
 func TestPusherAsksWithNothingToPush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &queueServer{}
@@ -390,7 +390,7 @@ func (r *shiftRig) scrapeFour() {
 
 // The client corrects the times of scrapes by the error of the source's clock. It follows a step of
 // that clock, and keeps the same shift while the clock drifts by less than shiftTolerance. A header
-// of each push and a metric of the client state the error.
+// of the last push and a metric of the client state the error.
 func TestPusherCorrectsTimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, a := newShiftRig(t), &queueServer{}

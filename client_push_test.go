@@ -62,7 +62,7 @@ func TestPusherObeysRetryAfter(t *testing.T) {
 }
 
 // If the server's Retry-After asks for a pause that ends after the deadline of the context,
-// DrainSpool returns the server's error at once. The scrape stays in the spool.
+// DrainSpool returns the server's error before the deadline. The scrape stays in the spool.
 func TestPusherEndsBeforeDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
@@ -127,7 +127,7 @@ func TestPusherRefusedPush(t *testing.T) {
 }
 
 // A scrape that is refused as invalid is set aside, and a scrape that is too large is pushed in
-// pieces. All other samples are delivered, in a bounded number of requests.
+// pieces. All other scrapes and pieces are delivered, in a bounded number of requests.
 func TestPusherRefusals(t *testing.T) {
 	a, b, bad, z := "a 1\na 2\n", "b 1\nb 2\n", "bad 1\nb 3\n", "z 1\n"
 	long := "l " + strings.Repeat("1", 100) + "\n"

@@ -1,7 +1,7 @@
 package main
 
 // The client has two loops: one scrapes, the other pushes. Each works at the site's phase, an
-// instant of its interval that depends on the cluster ID. A push waits at most pushGrace for a
+// instant of its interval that depends on the cluster ID. A due push waits at most pushGrace for a
 // scrape, and a scrape never waits for a push. Failures of the source, the spool and the
 // destination are logged separately. A source that keeps failing is logged at level Error at most
 // once in ten minutes.
@@ -22,15 +22,15 @@ const (
 	firstJitter       = time.Second      // the first scrape is delayed by a random time below this
 	minScrapeTimeout  = 10 * time.Second // shortest timeout of a scrape, even if ScrapeInterval is shorter
 	maxScrapeTimeout  = time.Minute      // longest timeout of a scrape, even if ScrapeInterval is longer
-	pushGrace         = 2 * time.Second  // how long a due push waits for a scrape in progress
+	pushGrace         = 2 * time.Second  // how long a due push waits for a scrape
 	finalPushTimeout  = 5 * time.Second  // timeout of the last push at shutdown, which is made only if scrapes are in memory only
-	sourceLogInterval = 10 * time.Minute // least time between two log lines at level Error about a failing source
+	sourceLogInterval = 10 * time.Minute // least time between two log lines at level Error about a source that keeps failing
 )
 
-// Run scrapes and pushes until ctx ends. It starts at once. Then it works at this site's phase of
-// the interval, so that many sites that start together do not push together. A backlog is pushed
-// without waiting for the phase. When ctx has ended, Run tries once more to push if scrapes are in
-// memory only. It always returns nil.
+// Run scrapes and pushes until ctx ends. It starts within firstJitter. Then it works at this site's
+// phase of the interval, so that many sites that start together do not push together. A backlog is
+// pushed without waiting for the phase. When ctx has ended, Run tries once more to push if scrapes
+// are in memory only. It always returns nil.
 func (c *Client) Run(ctx context.Context) error {
 	due := make(chan struct{}, 1) // a value is sent when a push is due and its newest scrape is in the spool
 	var wg sync.WaitGroup
@@ -46,8 +46,9 @@ func (c *Client) Run(ctx context.Context) error {
 }
 
 // ScrapeOnceAndDrain scrapes once and pushes all scrapes in the spool, retrying until ctx ends. It
-// pushes even if the scrape fails. Failures are logged, counted and returned. Each returned error
-// begins with the part that failed: source, spool or destination.
+// pushes even if the scrape fails. Failures are logged and counted. Failures of the source and of
+// DrainSpool are returned. Each of these errors begins with the part that failed: source, spool or
+// destination.
 func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	err := c.scrapeAndSpool(ctx)
 	if err != nil {
@@ -94,9 +95,10 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 	}
 }
 
-// scrapeStartsPush reports whether a push must follow the scrape that began at scrapeBegin. The
-// next push is due at nextPush, which is zero at the first scrape. A push follows the first scrape,
-// and after that each scrape that is nearest to nextPush. newNextPush replaces nextPush in the next
+// scrapeStartsPush reports whether a push must follow the scrape that began at scrapeBegin. It is
+// called only for successful scrapes. The next push is due at nextPush, which is zero at the first
+// call. A push follows the first scrape. After that, a push follows the first scrape that begins at
+// most half of ScrapeInterval before nextPush, or later. newNextPush replaces nextPush in the next
 // call.
 func (c *Client) scrapeStartsPush(scrapeBegin, nextPush time.Time) (starts bool, newNextPush time.Time) {
 	half := scrapeBegin.Add(c.cfg.ScrapeInterval / 2)
@@ -137,9 +139,9 @@ func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Dura
 	return wait
 }
 
-// scrapeAndSpool scrapes the source and puts the samples into the spool. Failures are counted, and
-// logged unless ctx was canceled. Only a failure of the source is returned, because a scrape that
-// cannot be written to disk stays in memory.
+// scrapeAndSpool scrapes the source and puts the samples into the spool. Failures are counted. A
+// failure of the source is logged unless ctx was canceled. Only a failure of the source is
+// returned, because a scrape that cannot be written to disk stays in memory.
 func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
 	defer cancel()

@@ -35,7 +35,8 @@ func TestClientPhase(t *testing.T) {
 	})
 }
 
-// Sites with different cluster IDs push at different instants (phases) of the interval.
+// The phase of a client, the instant in each interval at which it pushes, depends on the cluster
+// ID.
 func TestClientPhaseDependsOnClusterID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, _, _ := newTestClient(t, "", nil)

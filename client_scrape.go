@@ -2,7 +2,7 @@ package main
 
 // This file makes one scrape of the source: the request, the decoding, the cleaning and the text
 // that is pushed. Samples that the ClientCleaner drops are never pushed. Sample times are times of
-// the source's clock until AppendText shifts them to the servers' clock.
+// the source's clock until AppendText or correctToServerTime shifts them to the servers' clock.
 
 import (
 	"bytes"
@@ -17,7 +17,7 @@ import (
 
 const (
 	maxScrape     = 256 << 20       // most bytes of a scrape, uncompressed
-	skewTolerance = 2 * time.Second // the skew changes only if the source's Date header differs by more than this from the time that the old skew predicts
+	skewTolerance = 2 * time.Second // the skew changes only if the source's Date header is missing, or differs by more than this from the time that the old skew predicts
 	scrapeAccept  = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
 		"application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1"
@@ -199,7 +199,8 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 }
 
 // renderPieces renders samples of a scrape as one piece, or as several if one would exceed
-// LimitBytes or MaxPiece. A single sample that exceeds these limits is dropped.
+// LimitBytes or MaxPiece, or MaxDecodedFactor times as much without compression. A single sample
+// that exceeds these limits is dropped.
 func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
 	text := got.AppendText(nil, samples)
@@ -226,7 +227,7 @@ func shiftTimes(text []byte, ms int64) []byte {
 		if value >= 0 {
 			t, err := strconv.ParseInt(string(bytes.TrimSuffix(line[end+1:], []byte("\n"))), 10, 64)
 			// If the field between the last two blanks is not a number, the first of these two
-			// blanks is inside a label value, and the line has no time.
+			// blanks is inside quotes, and the line has no time.
 			if _, bad := strconv.ParseFloat(string(line[value+1:end]), 64); err == nil && bad == nil {
 				out = append(strconv.AppendInt(append(out, line[:end+1]...), t+ms, 10), '\n')
 				continue

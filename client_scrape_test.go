@@ -258,9 +258,9 @@ func TestClientEncodings(t *testing.T) {
 	}
 }
 
-// The skew is how far the source's clock is ahead of this machine's clock. It counts as 0 if the
-// source's Date header is missing or malformed, or differs from this machine's clock by at most
-// skewTolerance.
+// The skew is how far the source's clock is ahead of this machine's clock. In a first scrape, it
+// counts as 0 if the source's Date header is missing, malformed or before 1970, or differs from
+// this machine's clock by at most skewTolerance.
 func TestSourceSkew(t *testing.T) {
 	const wall = 1_700_000_000_500 // Tue, 14 Nov 2023 22:13:20.5 GMT
 	for date, want := range map[string]int64{

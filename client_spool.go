@@ -1,9 +1,10 @@
 package main
 
-// The client's spool keeps scrapes on disk, in the order in which they were added, until every
-// consumer has read them. A scrape that Add has put on disk survives a crash at any moment. It
-// stays until it is read, set aside, or dropped and counted. A damaged scrape does not hold up the
-// other scrapes. If the disk fails, scrapes are kept in memory, up to a limit.
+// The client's spool keeps scrapes on disk, in the order in which they were added, until a server's
+// answer says that they are no longer needed. Normally this means that every consumer has read
+// them. A scrape that Add has put on disk survives a crash at any moment. It stays until an answer
+// removes it, or until it is set aside, or dropped and counted. A damaged scrape does not hold up
+// the other scrapes. If the disk fails, scrapes are kept in memory, up to a limit.
 
 import (
 	"cmp"
@@ -19,7 +20,7 @@ import (
 const (
 	maxSpoolMemory  = 16 << 20 // most bytes of scrapes kept in memory while the disk fails
 	maxMemoryOnly   = 64 << 20 // most bytes of scrapes kept in memory if the spool has no directory
-	entryOverhead   = 256      // bytes of memory that a scrape needs besides its gzip
+	entryOverhead   = 256      // estimate of the bytes of memory that a scrape needs besides its gzip
 	maxFlush        = 8        // most scrapes that one Add moves from memory to disk
 	maxReadFailures = 2        // after this many failed reads, one BeginPush reads no more files, because each failing read is slow
 )
@@ -29,12 +30,12 @@ const (
 	DropSpoolFull    = "spool_full"    // SpoolConfig.Limit or the limit on memory is reached
 	DropSpoolOld     = "spool_old"     // the scrape is older than MaxAge
 	DropSpoolDamaged = "spool_damaged" // the file is damaged or missing, or the scrape is malformed
-	DropSpoolClosed  = "spool_closed"  // the scrape was in memory only when the spool was closed
-	DropSpoolHeld    = "held"          // a server holds or held the scrape, so it is not lost
+	DropSpoolClosed  = "spool_closed"  // the scrape was in memory when the spool was closed, and could not be written to disk
+	DropSpoolHeld    = "held"          // a server holds or held the scrape, so it does not count as lost
 )
 
-// ErrSpoolRead is wrapped by errors about scrapes that cannot be read. BeginPush returns such an
-// error if there are scrapes to push and none of them can be read.
+// ErrSpoolRead is wrapped by the errors of BeginPush. Errors about damaged or missing files that
+// BeginPush reports to OnError wrap it too.
 var ErrSpoolRead = errors.New("reading spool")
 
 // SpoolConfig configures a Spool.
@@ -42,8 +43,8 @@ type SpoolConfig struct {
 	FS        FS            // the disk
 	Dir       string        // directory of the files; "" keeps scrapes in memory only
 	ClusterID string        // names the site whose scrapes the spool has
-	Limit     int64         // most bytes on disk, or in memory if Dir is ""
-	MaxAge    time.Duration // older scrapes are dropped
+	Limit     int64         // most bytes of scrapes on disk, or in memory if Dir is ""; scrapes in flight are not dropped and may exceed it
+	MaxAge    time.Duration // older scrapes are dropped, unless they are in flight
 	Now       func() Moment // reads the wall clock and the boot-time clock
 	// CorrectTimes is called with a scrape whose field Corrected is false. It returns the scrape
 	// with its sample times corrected and Corrected set. If CorrectTimes is nil, sample times never
@@ -57,9 +58,9 @@ type SpoolConfig struct {
 	OnDrop  func(reason string, scrapes, samples int)
 }
 
-// Spool keeps scrapes until every consumer has read them. One goroutine may call Add while another
-// calls the other methods. Stats is safe for concurrent use. OpenSpool and Close must not run at
-// the same time as any method.
+// Spool keeps scrapes until a server's answer says that they are no longer needed. One goroutine
+// may call Add while another calls the other methods. Stats is safe for concurrent use. OpenSpool
+// and Close must not run at the same time as any method.
 type Spool struct {
 	cfg        SpoolConfig
 	unlock     func() error
@@ -76,14 +77,15 @@ type Spool struct {
 	index spoolIndex
 }
 
-// initIDAndNumber chooses the number of the next scrape, and the spool ID if the spool has none.
-// Servers identify a scrape by spool ID and number. So a number must not be used twice under one
-// spool ID, even if the spool is empty or its directory was restored from an old copy.
+// initIDAndNumber chooses the number of the next scrape, and a new spool ID if the spool has none
+// or if the clock was set back. Servers identify a scrape by spool ID and number. So a number must
+// not be used twice under one spool ID, even if the spool is empty or its directory was restored
+// from an old copy.
 //
-// Numbers start at the wall clock's milliseconds. That is above all numbers used before, because
-// the spool adds fewer scrapes than milliseconds pass. If the wall clock is behind the time in the
-// spool's record, the clock was set back, and its milliseconds may have been used as numbers. The
-// spool then gets a new ID, under which no scrape was sent yet.
+// Numbers start at the wall clock's milliseconds. Unless the clock was set back, that is above all
+// numbers used before, because the spool adds fewer scrapes than milliseconds pass. If the wall
+// clock is behind the time in the spool's record, the clock was set back, and its milliseconds may
+// have been used as numbers. The spool then gets a new ID, under which no scrape was sent yet.
 func (s *Spool) initIDAndNumber() {
 	now := s.cfg.Now()
 	if ms := uint64(max(0, now.Wall)); ms < MaxScrapeNumber {
@@ -101,10 +103,10 @@ func (s *Spool) initIDAndNumber() {
 }
 
 // Add puts a scrape into the spool. If the limits require it, Add drops other scrapes: first those
-// that a server holds or held, then the others, each oldest first. If Add returns nil, the scrape
+// that a server holds or held, then the others, both oldest first. If Add returns nil, the scrape
 // is durable, with two exceptions: if Dir is "", the scrape is in memory only, and a scrape that
-// alone exceeds the limit is dropped and reported to OnDrop. If the disk
-// fails, Add returns the error and keeps the scrape in memory until the disk works again. A
+// alone exceeds the limit is dropped and reported to OnDrop. If the disk fails, Add returns the
+// error and keeps the scrape in memory, up to maxSpoolMemory, until the disk works again. A
 // malformed scrape is dropped and reported to OnDrop, and Add returns an error.
 func (s *Spool) Add(sc Scrape) error {
 	if err := sc.checkFields(); err != nil {
@@ -179,7 +181,8 @@ func (s *Spool) flushMemory() {
 }
 
 // makeRoom drops scrapes until size more bytes fit into memory (if inMemory) or onto the disk
-// (otherwise). It returns false, and drops nothing, if size alone exceeds the limit.
+// (otherwise). Scrapes in flight are not dropped, so the limit may be exceeded while a push runs.
+// It returns false, and drops nothing, if size alone exceeds the limit.
 func (s *Spool) makeRoom(size int64, inMemory bool) bool {
 	limit, used := s.cfg.Limit, &s.index.diskBytes
 	if inMemory {
@@ -195,15 +198,15 @@ func (s *Spool) makeRoom(size int64, inMemory bool) bool {
 	return true
 }
 
-// dropExpired drops scrapes older than MaxAge.
+// dropExpired drops scrapes older than MaxAge that are not in flight.
 func (s *Spool) dropExpired() {
 	now := s.cfg.Now()
 	s.drop(DropSpoolOld, func(e *spoolEntry) bool { return now.Since(e.At) > s.cfg.MaxAge })
 }
 
 // drop drops the scrapes that match, in the order of spoolIndex.drop. Scrapes that a server holds
-// or held are not lost, so they are reported as DropSpoolHeld. The others are reported under
-// reason.
+// or held do not count as lost, so they are reported as DropSpoolHeld. The others are reported
+// under reason.
 func (s *Spool) drop(reason string, match func(*spoolEntry) bool) {
 	s.mu.Lock()
 	held, lost := s.index.drop(match)
@@ -233,11 +236,12 @@ func (s *Spool) NextStep() (step DrainStep, wait time.Duration) {
 	return s.index.nextStep(now)
 }
 
-// BeginPush returns the scrapes of the next push, with corrected times. It returns as many as l
-// allows but at least one, or none if nothing is to be pushed now. If there are scrapes to push and
-// none can be read, the error wraps ErrSpoolRead, and the scrapes stay for a later call. The
-// returned scrapes are in flight until ApplyAnswer, MarkPushFailed, SetInFlightAside,
-// ReleaseInFlight or the next BeginPush.
+// BeginPush returns the scrapes of the next push, with corrected times. It returns at most as many
+// as l allows, except that a single scrape may exceed l. It returns none if nothing is to be pushed
+// now. A scrape whose file is damaged or missing is dropped. If every other scrape that it tries to
+// load fails, the error wraps ErrSpoolRead, and these scrapes stay for a later call. The returned
+// scrapes are in flight until ApplyAnswer, MarkPushFailed, SetInFlightAside, ReleaseInFlight or the
+// next BeginPush.
 func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 	s.ReleaseInFlight()
 	s.dropExpired()
@@ -253,7 +257,7 @@ func (s *Spool) BeginPush(l PushLimits) ([]Scrape, error) {
 			if firstErr != nil || s.readFrom == 0 {
 				return nil, firstErr
 			}
-			s.readFrom = 0 // only scrapes that could not be read before are left; try them again
+			s.readFrom = 0 // scrapes that are left, if any, could not be read before; try them again
 			continue
 		}
 		scrapes, err := s.loadPicked(picked)
@@ -312,10 +316,11 @@ func (s *Spool) dropDamaged(number uint64) {
 	s.reportDrop(DropSpoolDamaged, s.removeFromIndex(func(e *spoolEntry) bool { return e.Number == number }))
 }
 
-// correctTimesAndStore corrects the times of a loaded scrape and stores the result on disk, so that
-// the scrape has the same times whenever it is sent again, even after a crash. If the disk fails,
-// the corrected scrape is kept in memory. If memory has no room for it, the disk's error is
-// returned. The spool then keeps the uncorrected scrape for a later push.
+// correctTimesAndStore corrects the times of a loaded scrape, unless they are corrected already. It
+// stores the result on disk if the scrape is on disk, and otherwise in memory. A scrape on disk
+// then has the same times whenever it is sent again, even after a crash. If the disk fails, the
+// corrected scrape is kept in memory. If memory has no room for it, the disk's error is returned.
+// The spool then keeps the uncorrected scrape for a later push.
 func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 	if e.Corrected || s.cfg.CorrectTimes == nil {
 		return nil
@@ -353,8 +358,8 @@ func (s *Spool) removeFromIndex(match func(*spoolEntry) bool) (removed []spoolEn
 }
 
 // ApplyAnswer applies a server's answer to the push in flight or to a question. It removes the
-// scrapes that are done (see spoolIndex.applyAnswer) and merges the server's list of consumers into
-// the spool's record.
+// scrapes that are done (see spoolIndex.applyAnswer) and, if the server knows spools, merges the
+// server's list of consumers into the spool's record.
 func (s *Spool) ApplyAnswer(a SpoolAnswer) PushOutcome {
 	now := s.cfg.Now()
 	s.mu.Lock()
@@ -389,8 +394,8 @@ func (s *Spool) MarkPushFailed(knownNotStored bool) {
 	s.index.markPushFailed(knownNotStored)
 }
 
-// SetInFlightAside removes the one scrape in flight from the spool, because no server accepts it,
-// and sets its file aside.
+// SetInFlightAside removes the one scrape in flight from the spool, because a server refused it for
+// good. If the scrape is on disk, its file is set aside.
 func (s *Spool) SetInFlightAside() {
 	e := s.removeFromIndex((*spoolEntry).isInFlight)[0]
 	if s.cfg.Dir != "" && !e.inMemory() {
@@ -402,8 +407,8 @@ func (s *Spool) SetInFlightAside() {
 // refused. The delivery state of its scrapes does not change.
 func (s *Spool) ReleaseInFlight() { s.releaseInFlightFrom(0) }
 
-// releaseInFlightFrom takes the scrapes with this number or a higher number out of the push,
-// because they were not sent. Their delivery state does not change.
+// releaseInFlightFrom takes the scrapes with this number or a higher number out of the push in
+// flight. Their delivery state does not change.
 func (s *Spool) releaseInFlightFrom(number uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -420,8 +425,9 @@ func (s *Spool) Consumers() []ConsumerAge {
 	return m.Consumers
 }
 
-// NoReadProgressFor returns how long no consumer has read any scrape that the last answering server
-// holds. It returns 0 if that server holds no scrape of this spool.
+// NoReadProgressFor returns how long the last answering server has held scrapes while no answer
+// removed a scrape from the spool. In this time no scrape was read by every consumer, as far as the
+// client knows. It returns 0 if that server holds no scrape of this spool.
 func (s *Spool) NoReadProgressFor() time.Duration {
 	now := s.cfg.Now().Boot
 	s.mu.Lock()

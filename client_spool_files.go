@@ -1,9 +1,9 @@
 package main
 
 // This file reads and writes the files of a spool. Each scrape has its own file, and the spool has
-// one record in another file. A file is always replaced as a whole and durably. A damaged file is
-// set aside and never sent. A file of another version, or a scrape of another cluster ID, makes
-// OpenSpool fail and stays unchanged.
+// one record in another file. A file is always replaced as a whole and durably. The damaged file of
+// a scrape is set aside and not sent. A file of another version, or a scrape of another cluster ID,
+// makes OpenSpool fail and stays unchanged.
 
 import (
 	"bytes"
@@ -19,15 +19,15 @@ import (
 
 // A scrape's file is a log with one record of scrapeKind. The file name is the scrape's number, and
 // the log's identity is the cluster ID. The directory may also have files that SetAside renamed,
-// with the reason in their names. The scrapes in files set aside are never sent. If an operator
-// renames such a file back, the next OpenSpool reads it again.
+// with the reason in their names. The scrapes in files set aside are not sent, unless an operator
+// renames such a file back. The next OpenSpool then reads it again.
 const (
 	spoolDigits    = 16        // digits of the number in a file name
 	spoolRefused   = "refused" // reason for setting a file aside: a server refused the scrape as invalid or too large
 	spoolDamaged   = "damaged" // reason for setting a file aside: the file does not have exactly one good record
 	spoolTemp      = ".tmp"    // suffix of the temporary file of an unfinished write
-	maxAsideFiles  = 16        // only the newest files set aside are kept
-	fileBlock      = 4096      // bytes; a file occupies a multiple of this on disk
+	maxAsideFiles  = 16        // most files set aside that are kept
+	fileBlock      = 4096      // bytes; a file is assumed to occupy a multiple of this on disk
 	maxFileHeaders = 128       // most bytes of a file besides the gzip, boot ID and cluster ID
 )
 
@@ -119,7 +119,7 @@ func (s *Spool) recover() error {
 
 // scanAndTidyDir returns the numbers of the scrapes in the directory, in ascending order. It also
 // sets nextNumber above all numbers in file names, lists the files set aside, and removes the
-// temporary files of writes that a crash interrupted.
+// temporary files of scrapes whose writing a crash interrupted.
 func (s *Spool) scanAndTidyDir() (numbers []uint64, err error) {
 	// ListLogs syncs the directory. If a process was killed after it renamed a file and before it
 	// synced the directory, the rename is durable from here on.
@@ -204,7 +204,7 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 
 // saveMetaIfChanged writes the spool's record if needsSaving returns true. If several writes fail
 // in a row, only the first failure is reported to OnError. The write is tried again after each
-// later answer of a server.
+// later answer of a server that knows spools.
 func (s *Spool) saveMetaIfChanged() {
 	if s.cfg.Dir == "" || !s.meta.needsSaving(&s.savedMeta) {
 		return
@@ -219,9 +219,10 @@ func (s *Spool) saveMetaIfChanged() {
 	s.metaUnsaved = err != nil
 }
 
-// readRecord reads a file and calls decode with the payload of its only record. Files are always
-// written as a whole, so the error is errSpoolFileDamaged unless the file has exactly one good
-// record and nothing else. A record of another kind is an error too, but does not count as damage.
+// readRecord reads a file and calls decode with the payload of its record. Files are always written
+// as a whole, so a file that does not have exactly one good record and nothing else is damaged, and
+// the error is errSpoolFileDamaged. A record of another kind is an error too, but does not count as
+// damage.
 func (s *Spool) readRecord(name string, kind byte, decode func(payload []byte) error) (*Log, error) {
 	path := s.path(name)
 	var cause, other error
@@ -275,7 +276,8 @@ func (s *Spool) setFileAside(number uint64, reason string) {
 }
 
 // removeFiles deletes the files of scrapes. If a file cannot be deleted, or reappears after a
-// crash, its scrape is sent again, and the server recognizes the scrape by its number.
+// crash, the next OpenSpool reads its scrape again. The client then sends the scrape again, unless
+// a server lists its number as held or read.
 func (s *Spool) removeFiles(removed []spoolEntry) {
 	if s.cfg.Dir == "" || len(removed) == 0 {
 		return

@@ -318,7 +318,7 @@ func TestSpoolSetsAside(t *testing.T) {
 	}
 }
 
-// OpenSpool refuses a directory with scrapes of another cluster ID. The error has both cluster IDs
+// OpenSpool refuses a directory with scrapes of another cluster ID. The error has that cluster ID
 // and advises another --spool-dir. OpenSpool accepts a directory that has no scrapes any more.
 func TestSpoolOfAnotherCluster(t *testing.T) {
 	r := newSpoolRig(t, nil)

@@ -12,8 +12,8 @@ import (
 
 const (
 	elsewhereInterval = time.Second // least time between pushes of scrapes in state ScrapeElsewhere
-	declinedPause     = time.Minute // how long a scrape that a server declined is not pushed again
-	askInterval       = time.Minute // how long after an answer a server is asked again which scrapes it holds, if there is nothing to push
+	declinedPause     = time.Minute // how long a scrape that was declined in a push of its own is not pushed again, unless ClearRetryPause is called
+	askInterval       = time.Minute // least time between an answer and the next question, if nothing is to be pushed and no delivery state is uncertain
 )
 
 // DeliveryState states whether a server holds a scrape, as far as the client knows.
@@ -52,7 +52,7 @@ type PushLimits struct {
 // push without scrapes, which asks the server which scrapes it holds.
 type SpoolAnswer struct {
 	Server       string        // URL of the server
-	KnowsSpools  bool          // if false, the answer lists neither held nor read scrapes, and its status 200 means that the spool can remove the scrapes of the push
+	KnowsSpools  bool          // if false, the answer lists neither held nor read scrapes, and the spool removes the scrapes of a push that the server accepted
 	Held, Read   Ranges        // numbers of the scrapes that this server holds, and of the scrapes that every consumer has read
 	DoneWhenHeld bool          // neither the server nor the site knows a consumer, so the spool removes scrapes of the push that are in Held
 	Consumers    []ConsumerAge // the consumers that the server knows
@@ -66,7 +66,7 @@ type PushOutcome struct {
 
 // SpoolStats describes the scrapes in a spool.
 type SpoolStats struct {
-	Scrapes, InMemory int   // InMemory counts scrapes that are on no disk and that no server is known to hold
+	Scrapes, InMemory int   // InMemory counts scrapes that a crash may lose: they are in memory, and no server is known to hold them or to have held them
 	Bytes             int64 // on disk and in memory
 	ByState           [numDeliveryStates]SpoolStateStats
 }
@@ -84,8 +84,8 @@ func (st *SpoolStats) DeliveredScrapes() int {
 }
 
 // spoolEntry is a scrape in the spool. Gzip is nil unless the scrape is in memory. A scrape in
-// memory may have a file too. A power failure may remove that file, if its directory could not be
-// synced. Or the file has uncorrected times, if the times were corrected in memory only.
+// memory may have a file too, in two cases. If the directory could not be synced, a power failure
+// may remove the file. If the times were corrected in memory only, the file has uncorrected times.
 type spoolEntry struct {
 	Scrape
 	gzipSize  int   // bytes of the compressed text
@@ -93,8 +93,8 @@ type spoolEntry struct {
 	inFlight  bool  // part of a push that has no answer yet; must not be dropped
 
 	state     DeliveryState
-	uncertain bool  // an attempt had no answer, so the state is unknown until the next answer
-	heldSince int64 // ms; when the server that answered last was first seen to hold the scrape
+	uncertain bool  // the scrape was read from disk at start, or an attempt had no answer; the state is unknown until the next answer
+	heldSince int64 // ms; since when the server that answered last is known to hold the scrape
 	retryAt   int64 // ms; the scrape is not pushed before this time
 	declined  bool  // a server declined the scrape in a push that had no other scrape
 }
@@ -115,14 +115,14 @@ type spoolIndex struct {
 	entries                []spoolEntry // in ascending order of their numbers
 	diskBytes, memoryBytes int64        // sums of the footprints on disk and in memory
 	server                 string       // URL of the server that answered last
-	failing                bool         // the last attempt failed, be it a push or a question
+	failing                bool         // the last attempt failed, be it a push, a question or the exchange of tokens
 	lastRemoved            int64        // ms; when an answer last removed scrapes from the spool, whether or not consumers had read them
 	elsewhereAt            int64        // ms; scrapes in state ScrapeElsewhere are not pushed before this time
 	askAt                  int64        // ms; while the delivery state of all scrapes is certain and nothing is to be pushed, no server is asked before this time which scrapes it holds
 }
 
 // nextStep returns the step to take at nowMs. If that step is StepWait, wait is how long to wait.
-// If nothing is to be pushed but a server holds scrapes, the step is still StepAsk every
+// If nothing is to be pushed but a server holds or held scrapes, the step is still StepAsk every
 // askInterval, because the server may have lost scrapes, or every consumer may have read them.
 func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) {
 	var undelivered, elsewhere, held bool
@@ -153,8 +153,8 @@ func (p *spoolIndex) nextStep(nowMs int64) (step DrainStep, wait time.Duration) 
 // beginPush marks the scrapes of the next push as in flight and returns them. It picks only scrapes
 // for which allowed returns true. It picks scrapes that no server holds, oldest first. If there are
 // none, it picks scrapes in state ScrapeElsewhere, unless the last attempt failed or a push of such
-// scrapes began less than elsewhereInterval ago. Scrapes that a server declined come last and in
-// separate pushes, because they would hold up the others.
+// scrapes began less than elsewhereInterval ago. Scrapes that a server declined in a push of their
+// own come last and in separate pushes, because they would hold up the others.
 func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	for _, declined := range []bool{false, true} {
 		if picked = p.markInFlight(now, ScrapeUndelivered, declined, l, allowed); len(picked) > 0 {
@@ -171,10 +171,10 @@ func (p *spoolIndex) beginPush(now int64, l PushLimits, allowed func(*spoolEntry
 	return picked
 }
 
-// markInFlight does the work of beginPush for the scrapes in one state. If declined is true, it
-// picks only scrapes that a server declined, and otherwise only scrapes that no server declined. It
-// picks at least one scrape, even if that scrape exceeds the limits. MaxPushRanges limits the
-// ranges of scrape numbers, because the header of a push names the scrapes.
+// markInFlight does the work of beginPush for the scrapes in one state. It picks only scrapes whose
+// field declined has the given value. If any scrape qualifies, it picks at least one, even if that
+// scrape exceeds the limits. MaxPushRanges limits the ranges of scrape numbers, because the header
+// of a push names the scrapes.
 func (p *spoolIndex) markInFlight(now int64, state DeliveryState, declined bool, l PushLimits, allowed func(*spoolEntry) bool) (picked []spoolEntry) {
 	var gzipBytes, textBytes int64
 	ranges := 0
@@ -246,8 +246,8 @@ func (p *spoolIndex) markPushFailed(knownNotStored bool) {
 	}
 }
 
-// noReadProgressSince returns the time, in ms, since which no consumer has read any scrape that the
-// last answering server holds. ok is false if that server holds no scrape.
+// noReadProgressSince returns the time, in ms, since which the last answering server has held
+// scrapes while no answer removed a scrape. ok is false if that server holds no scrape.
 func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 	for i := range p.entries {
 		if e := &p.entries[i]; e.certainStateOrUndelivered() == ScrapeHeld && (!ok || e.heldSince < sinceMs) {
@@ -258,7 +258,7 @@ func (p *spoolIndex) noReadProgressSince() (sinceMs int64, ok bool) {
 }
 
 // drop removes the scrapes that match: first the scrapes that a server holds or held, then the
-// others, each oldest first. It keeps scrapes in flight, because a server may already have stored
+// others, both oldest first. It keeps scrapes in flight, because a server may already have stored
 // them.
 func (p *spoolIndex) drop(match func(*spoolEntry) bool) (held, lost []spoolEntry) {
 	held = p.removeIf(func(e *spoolEntry) bool {

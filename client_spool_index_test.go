@@ -62,7 +62,7 @@ func mustRanges(text string) Ranges {
 // The index chooses the next step and the scrapes of the next push by the states of the scrapes. If
 // the state of a scrape is uncertain, the next step is to ask the server which scrapes it holds.
 // Undelivered scrapes are pushed before scrapes in state ScrapeElsewhere, which another server
-// held.
+// held, unless a server declined the undelivered scrapes.
 func TestSpoolIndexStep(t *testing.T) {
 	const now = 1_000_000
 	for _, tt := range []struct {
@@ -235,9 +235,9 @@ func TestSpoolIndexRefused(t *testing.T) {
 	}
 }
 
-// noReadProgressSince returns when the server that answered last was first seen to hold one of its
-// present scrapes. If consumers read scrapes after that time, it returns the time of the last
-// reading. ok is false if that server holds no scrape.
+// Of the scrapes that the server that answered last still holds, noReadProgressSince finds the one
+// that it has held longest. It returns the time since when the server's answers list this scrape as
+// held. ok is false if that server holds no scrape.
 func TestSpoolIndexHeldSince(t *testing.T) {
 	p := indexOf("uu")
 	if _, ok := p.noReadProgressSince(); ok {
@@ -390,8 +390,8 @@ func (w *spoolWorld) drain(calm bool) {
 	}
 }
 
-// The consumer reads every scrape, whatever happens to the connections, the servers and the client.
-// When all scrapes are read, the spool is empty.
+// Whatever has happened to the connections, the servers and the client, the consumer reads every
+// scrape after the connections work again. When all scrapes are read, the spool is empty.
 func TestSweepSpoolIndex(t *testing.T) {
 	sweep(t)
 	for seed := range testSeeds(t, 4_000) {

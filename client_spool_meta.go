@@ -2,8 +2,9 @@ package main
 
 // The spool's own record has the ID under which servers know the spool, and the known consumers.
 // The client sends the list of consumers with each question and each push that names its scrapes,
-// so that a server that lost its disk learns which consumers must read the scrapes. The list is limited to MaxConsumers and omits consumers
-// that have not scraped for a day. Pure: no I/O, and callers pass the time.
+// so that a server that lost its disk learns which consumers must read the scrapes. The list is
+// limited to MaxConsumers and omits consumers that have not scraped for a day. Pure: no I/O, and
+// callers pass the time.
 
 import (
 	"cmp"

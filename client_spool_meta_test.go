@@ -8,8 +8,8 @@ import (
 )
 
 // If both the spool's record and a server list a consumer, mergedWith keeps the smaller age. It
-// forgets consumers that have not scraped for a day, and keeps the MaxConsumers consumers that
-// scraped last.
+// forgets consumers that have not scraped for more than a day, and keeps at most the MaxConsumers
+// consumers that scraped last.
 func TestSpoolMetaMerge(t *testing.T) {
 	at := Moment{Wall: 1000, Boot: 1000, BootID: "b"}
 	later := func(d time.Duration) Moment {

@@ -88,7 +88,8 @@ func readMoment(r *WireReader) (m Moment) {
 	return m
 }
 
-// checkFields checks all fields without decompressing the text.
+// checkFields checks the clocks, the shift, the sizes and the first bytes of the gzip. It does not
+// decompress the text.
 func (sc *Scrape) checkFields() error {
 	switch {
 	case !sc.At.IsValid() || sc.SourceTime < 0 || sc.SourceTime > MaxMoment:

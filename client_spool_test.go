@@ -412,8 +412,9 @@ func TestSpoolNumbers(t *testing.T) {
 	}
 }
 
-// No scrape number is used twice under one spool ID, even if the spool is empty. If the wall clock
-// is behind the time in the spool's record, the spool gets a new ID.
+// The next process uses no scrape number of the previous process under the same spool ID, even if
+// the spool is empty. If the wall clock is behind the time in the spool's record, the spool gets a
+// new ID.
 func TestSpoolNumberOfNextProcess(t *testing.T) {
 	for _, tt := range []struct {
 		name   string

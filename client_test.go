@@ -67,7 +67,7 @@ func TestClientCleans(t *testing.T) {
 	}
 }
 
-// A dry run prints exactly the samples that the client would push.
+// A dry run prints the samples of a scrape after the client has cleaned them.
 func TestClientDryRun(t *testing.T) {
 	c, _ := newCleaningClient(t)
 	scraped, err := c.Scrape(t.Context())

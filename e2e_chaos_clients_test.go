@@ -63,8 +63,8 @@ func (c *chaosClient) keeps() bool {
 	return slices.ContainsFunc(c.client.spool.index.entries, func(e spoolEntry) bool { return e.Samples > 0 })
 }
 
-// clients starts a client for each site. Each client lists the servers in a different rotation, so
-// that the clients first push to different servers.
+// clients starts a client for each site. The clients list the servers in different rotations, so
+// that they do not all push to the same server first.
 func (r *chaosRig) clients(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
@@ -95,7 +95,8 @@ func (r *chaosRig) clients(every time.Duration) {
 	}
 }
 
-// prometheus starts a central Prometheus that scrapes every server at the interval every.
+// prometheus starts a central Prometheus that scrapes each server. The parameter every is the
+// interval of its scrapes.
 func (r *chaosRig) prometheus(every time.Duration) {
 	var targets []string
 	for _, s := range r.servers {
@@ -133,8 +134,8 @@ type chaosResult struct {
 	site    int // number of a site with missing samples, if there is one
 }
 
-// compare compares the samples in the central Prometheus with the samples that it must have. given
-// returns the times in ms of the samples that Prometheus must have from a site.
+// compare compares the samples in the central Prometheus with the samples that it must have. The
+// function given returns the times in ms of the samples that Prometheus must have from a site.
 func (r *chaosRig) compare(given func(site int) map[int64]bool) (d chaosResult, err error) {
 	for k := range chaosSeries {
 		got, twice, err := r.central.query(fmt.Sprintf(`chaos_total{k="%d"}[3h]`, k), "_id")
@@ -333,7 +334,7 @@ func (r *chaosRig) away(d time.Duration, while func()) {
 type chaosRow struct {
 	name    string
 	servers int  // number of servers that run at the beginning; 0 means all, and -n means all but n
-	long    bool // left out of the short form of TestChaos; another scenario of that form has the same faults
+	long    bool // left out of the short form of TestChaos; another scenario of that form has similar faults
 	do      func(r *chaosRig, form chaosForm)
 }
 
@@ -344,7 +345,7 @@ func chaosRows() []chaosRow {
 	repeat := func(breaks ...func(r *chaosRig)) func(r *chaosRig, form chaosForm) {
 		return func(r *chaosRig, form chaosForm) {
 			for i, begin := 0, time.Now(); time.Since(begin) < form.lasts; i++ {
-				if breaks[i%len(breaks)](r); r.rnd.IntN(3) == 0 { // otherwise the next fault follows without a pause
+				if breaks[i%len(breaks)](r); r.rnd.IntN(3) == 0 { // otherwise the next fault follows without a further pause
 					r.pause(5 * time.Second)
 				}
 			}

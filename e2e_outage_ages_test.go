@@ -15,9 +15,9 @@ import (
 	"time"
 )
 
-// agesTight is the shortest out_of_order_time_window that suffices for the default --retention of
-// 2h. It is one minute longer than 2h because samples may be one minute ahead, and another 40 s
-// longer for the time that a scrape and the appending take.
+// agesTight is an out_of_order_time_window that barely suffices for the default --retention of 2h.
+// It is one minute longer than 2h because samples may be one minute ahead, and another 40 s longer
+// for the time that a scrape and the appending take.
 const agesTight = "2h1m40s"
 
 // ages returns ages of samples around all limits: one minute ahead (a negative age), the 50 minutes
@@ -56,8 +56,8 @@ type agesSite struct {
 
 // push pushes three samples of each age in one push. The sample of the metric bad_new belongs to a
 // new series in every round. The sample of bad_age belongs to one series for each age, and the
-// sample of bad_all to one series for all ages. how names the kind of push; different kinds push
-// different series.
+// sample of bad_all to one series for all ages. The parameter how names the kind of push; different
+// kinds push different series.
 func (s *agesSite) push(how string, round int, ages func(now time.Time) []time.Duration) {
 	now := time.Now()
 	var samples []agedSample
@@ -103,10 +103,10 @@ type agesDiff struct {
 	twice   int // number of samples that Prometheus has twice
 }
 
-// compareAges compares the pushed samples with the samples in Prometheus p. must selects the
-// samples that p must have, and may selects the samples that p may have. Pushed samples with the
-// same series and time count as one sample. It has several ages, because it was pushed at different
-// times.
+// compareAges compares the pushed samples with the samples in Prometheus p. The function must
+// selects the samples that p has to have, and the function may selects the samples that p is
+// allowed to have. Pushed samples with the same series and time count as one sample, which can have
+// several ages, because it was pushed at different times.
 func compareAges(p *outagePrometheus, pushed []agedSample, must, may func(agedSample) bool) (d agesDiff, err error) {
 	type key struct {
 		name, k string
@@ -229,8 +229,8 @@ func startAgesLoad(t *testing.T, pusher *outagePusher) *agesLoad {
 // duplicate or too old, or if a scrape failed outside the outage from cut to healed.
 func (p agesConsumer) check(load *agesLoad, cut, healed time.Time) {
 	pushed := load.bad.all()
-	// may includes samples exactly at a limit, because the duration of their push decides whether
-	// they are served.
+	// The function may also selects samples exactly at a limit, because the duration of their push
+	// decides whether they are served.
 	may := agedBetween(-61*time.Second, 2*time.Hour)
 	var d outageDiff
 	var aged agesDiff

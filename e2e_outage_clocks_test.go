@@ -356,8 +356,8 @@ func newClockRig(t *testing.T, sites int) *clockRig {
 	return r
 }
 
-// loseAnswers makes the proxy of each server reset a connection during the answer to a push, so
-// that the answer is lost. It does so twice, and waits for more scrapes each time.
+// loseAnswers makes the proxy of each server reset the next connection on which the server answers
+// a client, so that the answer is lost. It does so twice, and waits for more scrapes each time.
 func (r *clockRig) loseAnswers() {
 	r.t.Helper()
 	for range 2 {
@@ -484,9 +484,9 @@ func (r *clockRig) checkMetrics() {
 	}
 }
 
-// Prometheus has each sample once, at its true time, even if the clocks of sources and clients are
-// wrong, are set, or lose their time at a reboot. Meanwhile servers join and leave, and answers to
-// pushes are lost.
+// Prometheus has each sample once, within 3 s of its true time, even if the clocks of sources and
+// clients are wrong, are set, or lose their time at a reboot. Meanwhile servers join and leave, and
+// answers of servers are lost.
 func TestOutageClocks(t *testing.T) {
 	sites, scrapes := 8, 3
 	if outageForm(t) {

@@ -80,8 +80,9 @@ func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 }
 
 // settled waits until Prometheus p has all samples that the source returned before the call. It
-// reports an error unless p has every sample exactly once. It prints the result of the comparison;
-// name and begin are the name and the start of the current step of the test, for the printed line.
+// reports an error unless p has every sample exactly once, but p may lack the samples of two
+// scrapes that a killed client may have lost. It prints the result of the comparison; name and
+// begin are the name and the start of the current step of the test, for the printed line.
 func (r *outageRig) settled(name string, p *outagePrometheus, begin time.Time) {
 	t := r.t
 	t.Helper()
@@ -159,9 +160,8 @@ func (r *outageRig) serverKill() {
 	r.startServer()
 }
 
-// storageLost stops the Prometheus processes in the list all for the time r.outage. In the middle
-// of that time it kills the server, removes the server's storage directory and starts the server
-// again.
+// storageLost stops the given Prometheus processes for the time r.outage. In the middle of that
+// time it kills the server, removes the server's storage directory and starts the server again.
 func (r *outageRig) storageLost(all ...*outagePrometheus) {
 	for _, p := range all {
 		p.stop(syscall.SIGTERM)
@@ -421,7 +421,8 @@ func TestOutageDrain(t *testing.T) {
 	p := newOutagePrometheus(t, proxy.addr(), "central", outageWindow, 10*time.Second)
 	start := time.Now()
 	p.start()
-	// one runs a query and returns the only value in the result, or 0 if there is none.
+	// The function one runs a query and returns the only value in the result, or 0 if there is
+	// none.
 	one := func(promql string) (v float64) {
 		answer, _, _ := p.query(promql, "")
 		for _, v = range answer[""] {
@@ -435,7 +436,7 @@ func TestOutageDrain(t *testing.T) {
 	took := time.Since(start)
 	missing, twice, wrong := max(0, samples-int(got)), max(0, int(got)-samples), 0
 	sum, want := one(`sum(sum_over_time({__name__=~"drain_.*"}[3h]))`), load.sum()
-	if sum != float64(want) { // a wrong sum means that at least one sample has a wrong value
+	if sum != float64(want) { // a wrong sum means that at least one sample is missing, duplicate or has a wrong value
 		wrong = 1
 	}
 	largest := outageLargest(get(t, "http://"+internal+"/metrics"))
@@ -480,8 +481,8 @@ func TestOutageLate(t *testing.T) {
 	now := time.Now()
 	at := func(ago time.Duration) int64 { return now.Add(-ago).UnixMilli() }
 	d := outageDiff{}
-	// had waits until Prometheus p has the one sample of the metric name, and no other sample of
-	// its series.
+	// The function had waits until Prometheus p has the pushed sample of the metric with this name,
+	// and no other sample of its series.
 	had := func(p *outagePrometheus, name string, ago time.Duration) {
 		var one outageDiff
 		for deadline := time.Now().Add(outagePatience); !one.whole() && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {

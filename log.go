@@ -46,8 +46,8 @@ const (
 )
 
 // ErrLogBroken is returned by Append while the log file must not be appended to. This is the case
-// if the file was never written or is damaged, or if its content on disk is unknown. A successful
-// Rewrite ends this state.
+// if the file was never written, is damaged, has vanished or was removed, or if its content on disk
+// is unknown. A successful Rewrite ends this state.
 var ErrLogBroken = errors.New("log must be rewritten before it is appended to")
 
 // ListLogs returns the paths of the logs in dir and the paths of dir's subdirectories.

@@ -2,7 +2,7 @@ package main
 
 // Tests of crashes: random operations use a log, while at each file operation in turn the process
 // is killed or the operation fails. Acknowledged records, which are records whose Append or Rewrite
-// returned nil, must survive.
+// returned nil, must survive until a Rewrite drops them.
 
 import (
 	"bytes"
@@ -16,9 +16,8 @@ import (
 	"testing/synctest"
 )
 
-// logKeeper uses a log as a store or a spool does: it keeps the records in memory, appends records,
-// drops the oldest records, and rewrites the log. Records are numbered in the order of their
-// creation.
+// logKeeper uses a log as a store does: it keeps the records in memory, appends records, drops the
+// oldest records, and rewrites the log. Records are numbered in the order of their creation.
 type logKeeper struct {
 	t     *testing.T
 	fs    *crashFS
@@ -55,8 +54,8 @@ func (k *logKeeper) append() {
 	}
 }
 
-// rewrite drops the oldest records and rewrites the log with the others. Unless the rewrite
-// succeeds, recovery may still find the dropped records.
+// rewrite drops the oldest records, as many as drop says, and rewrites the log with the others.
+// Unless the rewrite succeeds, recovery may still find the dropped records.
 func (k *logKeeper) rewrite(drop int) {
 	for _, n := range k.held[:drop] {
 		k.maybe[n] = true
@@ -77,7 +76,7 @@ func (k *logKeeper) rewrite(drop int) {
 
 // reopen reads the log as a new process does. It checks that recovery finds every record in held,
 // that it finds no record that is neither in held nor in maybe, and that the records are in order.
-// It returns an error if a file operation failed.
+// It returns an error if ListLogs or OpenLog failed. A missing log is not an error.
 func (k *logKeeper) reopen() error {
 	for _, dir := range []string{"/", "/d"} {
 		if _, _, err := ListLogs(k.fs, dir); err != nil && (dir == "/" || !errors.Is(err, fs.ErrNotExist)) {
@@ -155,9 +154,10 @@ func (k *logKeeper) step() {
 	}
 }
 
-// Recovery finds every acknowledged record, and no record that was not written, if the process is
-// killed at any file operation or the operation fails. The machine crashes afterwards, in some runs
-// only after the process was restarted and continued.
+// Recovery finds every acknowledged record that was not dropped, and no record that a successful
+// Rewrite dropped or that was never appended, if the process is killed at any file operation or the
+// operation fails. The machine crashes afterwards, in some runs only after the process was
+// restarted and continued.
 func TestSweepLogCrashes(t *testing.T) {
 	sweep(t)
 	synctest.Test(t, crashLogAnywhere)

@@ -1,8 +1,8 @@
 package main
 
 // This file reads logs at start, also after a crash or damage. Recovery delivers the valid records
-// before and after damaged bytes, counts the damage and keeps a copy of the damaged file. Recovery
-// takes time linear in the size of the file, even for hostile content.
+// that it finds before and after damaged bytes, counts the damage and keeps a copy of the damaged
+// file. Recovery takes time linear in the size of the file, even for hostile content.
 
 import (
 	"bytes"
@@ -39,13 +39,14 @@ func (r *LogRecovery) KeptCopyNote() string {
 	return fmt.Sprintf("; the damaged file is kept as %q", filepath.Base(r.CopyPath))
 }
 
-// OpenLog reads a whole log into memory and calls the function each for every valid record, in
-// order. The payload is part of that memory, so each must neither keep nor change the payload. If
-// each returns an error, the record counts as damaged.
+// OpenLog reads a whole log into memory and calls the function each for every valid record that it
+// finds, in order. The payload is part of that memory, so each must neither keep nor change the
+// payload. If each returns an error, the record counts as damaged.
 //
-// Torn: a crash during Append leaves a torn tail. A tail is torn if the file ends before the last
-// record is complete, or if the tail is all zeros because the file's new size was written and its
-// data was not. A torn tail is not damage. OpenLog cuts it off.
+// Torn: a crash during Append may leave a torn tail. A tail is torn if the file ends before the
+// last record is complete, or if the tail is all zeros because the file's new size was written and
+// its data was not. A torn tail is not damage. OpenLog cuts it off, unless other bytes of the file
+// are damaged.
 //
 // Damaged: all other bytes that are not a valid record are damage. This includes a complete last
 // record with a wrong CRC. A crash can leave such a record if sectors are written out of order, but
@@ -149,8 +150,8 @@ type logScan struct {
 	found LogRecovery
 	// checksLeft is the number of bytes that searches may still read to compute CRCs that turn out
 	// wrong. -1 means that the limit was reached and the search gave up. The limit prevents crafted
-	// payloads from making recovery quadratic. Damage alone never reaches it, because the bodies of
-	// real records do not overlap.
+	// payloads from making recovery quadratic. Damage alone does not reach it, because the bodies
+	// of real records do not overlap.
 	checksLeft int
 }
 
@@ -168,7 +169,7 @@ func (s *logScan) run(headerEnd int) {
 			at += size
 			continue
 		}
-		next := len(s.data) // offset at which the damaged or torn region ends; it begins at offset at
+		next := len(s.data) // end of the damaged or torn region that begins here
 		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || isAllZero(rest))
 		switch {
 		case torn && aligned: // the torn region ends with the file, because an unfinished append is the last thing in a file
@@ -185,7 +186,7 @@ func (s *logScan) run(headerEnd int) {
 			return
 		}
 		s.found.LostBytes += int64(next - at)
-		if at > 0 { // at offset 0 the lost bytes are the header's, which HeaderDamaged reports
+		if at > 0 { // at offset 0 the lost bytes begin with the header, whose damage HeaderDamaged reports
 			s.found.Damaged++
 			s.gap()
 		}

@@ -99,8 +99,8 @@ func TestSweepLogFlips(t *testing.T) {
 	}
 }
 
-// Damage of every kind costs only the records that are hit. Recovery counts the damaged regions and
-// distinguishes damaged bytes from the torn bytes of an unfinished append.
+// Each kind of damage in the table costs only the records that are hit. Recovery counts the damaged
+// regions and distinguishes damaged bytes from the torn bytes of an unfinished append.
 func TestLogDamage(t *testing.T) {
 	a, b, c, d := logRec{1, strings.Repeat("a", 50)}, logRec{2, strings.Repeat("b", 50)}, logRec{3, strings.Repeat("c", 50)}, logRec{4, strings.Repeat("d", 50)}
 	const head, size = 8 + 4 + 4, recordHead + 1 + 50
@@ -167,8 +167,9 @@ func TestLogRefusedRecord(t *testing.T) {
 	}
 }
 
-// A payload that contains a forged record deceives recovery only if the head of the record with
-// this payload is unreadable. Payloads come from clients, which may be hostile.
+// In a log without other damage, a payload that contains a forged record deceives recovery only if
+// the head of the record with this payload is unreadable. Payloads come from clients, which may be
+// hostile.
 func TestLogForgedRecord(t *testing.T) {
 	const header = 16 // bytes of the header of a log with an empty identity
 	forged, after := logRec{9, "forged"}, logRec{2, "after"}
@@ -212,8 +213,8 @@ func TestLogForgedHead(t *testing.T) {
 	}
 }
 
-// A payload full of forged heads, which each claim a record of half of the payload, does not make
-// recovery slow. To check every claimed record, recovery would have to read more than a terabyte.
+// A payload full of forged heads, which each claim a record of about half of the payload, does not
+// make recovery slow. To check every claimed record, recovery would have to read more than 500 GB.
 func TestLogForgedHeadsAreFast(t *testing.T) {
 	const total = 8 << 20 // bytes of the payload
 	endless := logFrames(logRec{1, strings.Repeat("e", 2*total)})[:recordHead]
@@ -274,7 +275,7 @@ func TestLogGaps(t *testing.T) {
 	}
 }
 
-// openFlipped writes a sample log whose byte i has one flipped bit to logPath, and opens it.
+// openFlipped writes a sample log to logPath, with one bit of byte i flipped, and opens it.
 func openFlipped(t *testing.T, c *crashFS, i int) LogRecovery {
 	t.Helper()
 	bad, _, _ := sampleLog()

@@ -43,9 +43,9 @@ func TestAppendRecordPanics(t *testing.T) {
 	}
 }
 
-// If a file operation of Append fails, the appended record is not found later. The log stays usable
-// if the failed write could be undone. Otherwise the log must be rewritten before it can be
-// appended to again.
+// If a file operation of Append fails, the record is not found later, provided that a log that must
+// be rewritten is rewritten first. The log stays usable if the failed write could be undone.
+// Otherwise the log must be rewritten before it can be appended to again.
 func TestLogAppendFails(t *testing.T) {
 	a, b, d := logRec{1, "a"}, logRec{2, "b"}, logRec{4, "d"}
 	for _, tt := range []struct {

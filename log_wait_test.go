@@ -15,9 +15,9 @@ import (
 	"time"
 )
 
-// If the read of a log, of a copy set aside or of the directory fails, it is retried for one to
-// three seconds. If a retry succeeds, the log is opened as usual. If all retries fail, the last
-// error is returned. In both cases no file is changed.
+// If the read of a log, of a copy set aside or of the directory fails, it is retried. If a retry
+// succeeds, the log is opened as usual. If all retries fail, the error is returned after one to
+// three seconds. In both cases no file is changed.
 func TestLogReadsAgain(t *testing.T) {
 	good, records, _ := sampleLog()
 	other := bytes.Clone(good)

@@ -1,13 +1,14 @@
 // Telemeter federates Prometheus samples from isolated sites by push.
 //
 // A client runs at an isolated site, beside a Prometheus that cannot be reached from outside. The
-// client scrapes this Prometheus, cleans and anonymizes the samples, keeps each scrape in a spool
-// on disk, and pushes the scrapes to a server. The server authenticates the push, converts the
-// samples to a normal form, appends them to the log of the site, and serves them to a central
-// Prometheus. Several servers form a ring, which gives every site one owner. The client removes a
-// scrape from its spool when every known consumer has read it, or when the spool reaches its limit
-// of size or age. A consumer is a scraper, such as a central Prometheus, that gives a name when it
-// scrapes the servers.
+// client scrapes this Prometheus, cleans and anonymizes the samples, keeps each scrape in a spool,
+// usually on disk, and pushes the scrapes to a server. The server authenticates the push, converts
+// the samples to a normal form, appends them to the log of the site, and serves them to a central
+// Prometheus. Several servers can form a ring, which gives every site one owner. The client removes
+// a delivered scrape from its spool when every known consumer has read it. It also removes scrapes
+// that the servers refuse, and the oldest scrapes when the spool reaches its limit of size or age.
+// A consumer is a scraper, such as a central Prometheus, that gives a name when it scrapes the
+// servers.
 //
 // The package is flat, and its files are grouped into families. The part of a file's name before
 // the first underscore is its family: store.go and store_recovery.go belong to the family store.
@@ -32,9 +33,10 @@
 package main
 
 // This file implements main: it selects the mode, handles signals and sets the exit status. A mode
-// reports all conflicts among its flags before it opens a file or sends a request. Secrets come
-// from files, never from flag values or the environment. The family main wires the other families
-// together; it makes no decision about samples, tokens or storage.
+// checks its flags before it opens a file or sends a request, except that the client reads its
+// token before it checks the servers' URLs. Flags name the files of secrets, so that no secret is
+// on the command line or in the environment. The family main wires the other families together; it
+// makes no decision about samples, tokens or storage.
 
 import (
 	"context"
@@ -80,8 +82,9 @@ const (
 	secondSignalGrace = 2 * time.Second // time from the second signal to a forced exit
 )
 
-// errTerminated is the cancellation cause of the process's context after SIGTERM. A server then
-// waits for consumers to read its samples before it exits; see serveInternalUntilRead.
+// errTerminated is the cancellation cause of the process's context after SIGTERM. Before a server
+// then exits, it waits a limited time for consumers to read its samples; see
+// serveInternalUntilRead.
 var errTerminated = errors.New("terminated")
 
 func main() { os.Exit(runProcess(time.Now)) }
@@ -104,8 +107,7 @@ func runProcess(now func() time.Time) int {
 		os.Exit(exitFailure)
 	}()
 	// Ignore SIGHUP until runWithReloads makes SIGHUP start a reload. Until then, SIGHUP must not
-	// end the process. It needs no other action, because the process has yet to read the files that
-	// a reload reads.
+	// end the process. It starts no reload either, even if the files were already read.
 	signal.Ignore(syscall.SIGHUP)
 	return run(ctx, now, os.Args[1:], os.Stdout, os.Stderr)
 }

@@ -180,8 +180,8 @@ func (p *clientProcess) newClient() error {
 
 // reload reads again all files that the flags name, and makes the client use their new contents. It
 // reads all of them before it replaces anything, so that a reload that fails changes nothing. A
-// token for other servers or another cluster ID is an error, because only a restart can change
-// these.
+// token with other servers, another cluster ID or another pin is an error, because only a restart
+// can change these.
 func (p *clientProcess) reload() error {
 	state, token, err := p.loadConfigAndToken()
 	if err != nil {
@@ -229,7 +229,8 @@ func (p *clientProcess) openSpool() error {
 	return nil
 }
 
-// runOnceOrUntilEnd runs the client and its HTTP listener until ctx ends, and reloads on SIGHUP.
+// runOnceOrUntilEnd runs the client, and its HTTP listener if --listen is not empty, until ctx ends
+// or one of them fails. It reloads on SIGHUP.
 // With --once it scrapes once, pushes all scrapes in the spool, and returns; it gives up after
 // --interval.
 func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
@@ -308,9 +309,9 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 		if err != nil {
 			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
 		}
-		// Every handshake reads the files again, so that a renewed client certificate is used
-		// without a reload. If a handshake cannot read the files, the client presents pair, which
-		// was read above.
+		// Every handshake in which the server asks for a certificate reads the files again, so that
+		// a renewed client certificate is used without a reload. If the files cannot be read then,
+		// the client presents pair, which was read above.
 		to.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			if renewed, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile); err == nil {
 				return &renewed, nil
@@ -359,7 +360,7 @@ func (f *clientFlags) loadSourceToken() (string, error) {
 
 // loadSelectors returns the selectors of --match and --match-file. If neither these flags nor the
 // query of the URL in --from has a selector, it returns one selector that matches all series,
-// because Prometheus's /federate refuses a request without match[].
+// because Prometheus's /federate serves no samples without match[].
 func (f *clientFlags) loadSelectors() (Selectors, error) {
 	match, err := readSelectors(f.match, f.matchFile)
 	if err == nil && len(match) == 0 && !f.from.Query().Has("match[]") {
@@ -383,15 +384,14 @@ func (f *clientFlags) loadSalt() ([]byte, error) {
 
 // loadToken reads the file of --token-file. It returns the token's text and its contents. The flags
 // --id and --to, if set, replace the cluster ID and the URLs in t. The error is a usageError if no
-// cluster ID or no server's URL is known, or if the token would be sent over plain HTTP without
-// --plain-http.
+// cluster ID is known, or if chooseServerURLs finds a problem.
 func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	b, err := ReadSecret(f.tokenFile, MaxToken)
 	if err != nil {
 		return "", t, fmt.Errorf("reading token: %w", err)
 	}
-	// A token that does not parse is not an error yet, because servers with --authorize accept
-	// tokens in any format. --id and --to must then supply the cluster ID and the servers.
+	// A token that does not parse is not an error yet, because a server with --authorize may accept
+	// tokens in another format. --id and --to must then supply the cluster ID and the servers.
 	t, parseErr := ParseUnverifiedToken(string(b))
 	if parseErr == nil && t.Kind != KindClient {
 		return "", t, fmt.Errorf("token file %s contains a token of kind %q, not a client's token: create one with telemeter --mode token", f.tokenFile, t.Kind)

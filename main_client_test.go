@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// On SIGHUP a client reads the file of CA certificates for its server, its client certificate and
-// the key of this certificate again. If one of the files is bad, the client logs that the reload
-// failed and changes nothing.
+// On SIGHUP a client reads its client certificate and the file of CA certificates for its server
+// again. If one of the two files is bad, the client logs that the reload failed. After a reload
+// with the right CA certificate, it pushes.
 func TestClientRereadsCertificates(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "127.0.0.1")

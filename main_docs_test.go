@@ -1,7 +1,7 @@
 package main
 
-// Tests that the documents agree with the program: each flag, metric, log message, file and link
-// that the documents name exists. go test -run Reference . -args -update writes the parts of
+// Tests that the documents agree with the program: the flags, metrics, log messages, Go files and
+// links in the documents exist. go test -run Reference . -args -update writes the parts of
 // docs/reference.md that are generated from the program.
 
 import (
@@ -39,7 +39,7 @@ func documents(t *testing.T) map[string]string {
 
 // updateReference compares have, a generated part of the reference page, with want, the text that
 // the program generates. If they differ, the test fails, or with -update replaces have by want in
-// the page. what names the part in messages.
+// the page. The parameter what names the part in messages.
 func updateReference(t *testing.T, what, have, want string) {
 	t.Helper()
 	if have == want {
@@ -272,7 +272,7 @@ func metricsTable(text string) string {
 
 // The reference page lists every metric of a server and of a client. The documents and the alerts
 // name no metric, label or label value that neither server nor client exposes, because an alert on
-// such a name would never fire.
+// such a name would not work.
 func TestReferenceMetrics(t *testing.T) {
 	server, federate, client := metricsOfAll(t)
 	const begin, end = "<!-- metrics -->\n", "<!-- end of metrics -->\n"
@@ -341,8 +341,9 @@ func mentionedMetrics(text string) (all []metricMention) {
 	return all
 }
 
-// exposes reports whether the exposition text has a line of the metric name. If matcher is not
-// empty, the line must also have a label that begins with matcher, such as state="dead".
+// exposes reports whether the exposition in text has a sample line of the metric with this name. If
+// matcher is not empty, the line must also have a label that begins with matcher, such as
+// state="dead".
 func exposes(text, name, matcher string) bool {
 	for line := range strings.SplitSeq(text, "\n") {
 		rest, ok := strings.CutPrefix(line, name)

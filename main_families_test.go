@@ -2,9 +2,9 @@ package main
 
 // TestFamilies checks the architecture of the flat package. Every file belongs to a family, which
 // is the part of the file's name before the first underscore: store.go and store_recovery.go belong
-// to the family store. Names that begin with an upper-case letter may be used by other families;
-// all other names are private to their family. TestFamiliesChecker breaks each rule of this file in
-// a small package, and checks that the fault is reported.
+// to the family store. Names that begin with an upper-case letter may be used by other families, if
+// the list families allows it; all other names are private to their family. TestFamiliesChecker
+// breaks the rules in a small package, and checks that the faults are reported.
 
 import (
 	"encoding/json"
@@ -58,9 +58,9 @@ var families = []fileFamily{
 	{"wire", nil},
 }
 
-// pureFiles lists the files that must not use the network, the disk or a clock. These files
-// implement state machines and formats. They get time, randomness and bytes from their callers, so
-// that tests can run them in virtual time.
+// pureFiles lists the files that must not import packages for the network or the disk, and must not
+// read a clock. These files implement state machines and formats. They get times from their
+// callers, so that tests can run them in virtual time.
 var pureFiles = []string{
 	"gossip_swim.go", "gossip_probe.go", "gossip_receive.go", "gossip_send.go", "gossip_session.go", "gossip_request.go", "gossip_table.go", "gossip_packet.go", "gossip_record.go",
 	"hashring.go", "hashring_claim.go",
@@ -71,9 +71,9 @@ var pureFiles = []string{
 	"sanitize.go", "sanitize_selector.go", "auth_replay.go", "wire.go",
 }
 
-// upcalls lists function-typed fields, as "family.Field". A family may call code of a family above
-// it only through such a field, which the family above sets to a function. A field with the name
-// Now is a clock and needs no entry.
+// upcalls lists the function-typed fields, as "family.Field", that another family may set. Through
+// such a field a family calls code of a family above it. A field with the name Now is a clock and
+// needs no entry.
 var upcalls = []string{
 	"client.Boot",       // returns the time of a clock that also runs while the machine is suspended
 	"client.NewCleaner", // returns a Cleaner of samples that anonymizes with the salt loaded last
@@ -169,9 +169,10 @@ type familyCheck struct {
 	problems []string
 }
 
-// checkFamilies returns the faults in a tree of files, sorted, each in the form "file:line: name:
-// fault". tree maps paths to the contents of the files. pure and upcalls are used instead of the
-// variables pureFiles and upcalls.
+// checkFamilies returns the faults in a tree of files, mostly in the form "file:line: name: fault".
+// If the Go files have a syntax error or a type error, that error is the last fault, and the
+// remaining checks are left out. tree maps paths to the contents of the files. pure and upcalls are
+// used instead of the variables pureFiles and upcalls.
 func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.FileSet, imp types.Importer) []string {
 	c := &familyCheck{fset: fset, pure: pure, upcalls: upcalls, set: map[string]bool{}, info: &types.Info{
 		Types: map[ast.Expr]types.TypeAndValue{}, Uses: map[*ast.Ident]types.Object{},
@@ -220,8 +221,8 @@ func checkFamilies(tree map[string]string, pure, upcalls []string, fset *token.F
 
 func (c *familyCheck) line(pos token.Pos) int { return c.fset.Position(pos).Line }
 
-// report adds a fault to c.problems. what describes the fault. name is the faulty identifier or
-// file, and pos is its position.
+// report adds a fault to c.problems. The parameter what describes the fault. name is the faulty
+// identifier, import or file, and pos is its position.
 func (c *familyCheck) report(pos token.Pos, name, what string) {
 	p := c.fset.Position(pos)
 	c.problems = append(c.problems, fmt.Sprintf("%s:%d: %s: %s", p.Filename, p.Line, name, what))
@@ -373,7 +374,7 @@ func familyLevel(name string) int {
 }
 
 // checkNode checks what the uses of identifiers in c.info.Uses do not show: fields in unkeyed
-// struct literals, assignments to function-typed fields, and each way to change a package variable.
+// struct literals, assignments to function-typed fields, and changes of package variables.
 // It always returns true, so that ast.Inspect also visits the children of n.
 func (c *familyCheck) checkNode(n ast.Node) bool {
 	switch n := n.(type) {
@@ -431,7 +432,7 @@ func (c *familyCheck) checkNode(n ast.Node) bool {
 }
 
 // checkChange reports a fault if e, which the code changes or may change, is a package variable or
-// a part of a package variable. how is the kind of change in the report, such as "assigned".
+// a part of a package variable. The parameter how names the kind of change, such as "assigned".
 func (c *familyCheck) checkChange(e ast.Expr, how string) {
 	switch e := e.(type) {
 	case *ast.ParenExpr:
@@ -490,7 +491,7 @@ func sharedState(t types.Type, seen map[types.Type]bool) string {
 
 // cleanTree is the small package that TestFamiliesChecker checks, as a map from paths to contents.
 // It breaks no rule, but several of its lines are close to a fault. Each case of the test appends
-// text to one of its files.
+// text to one of its files, or adds a file.
 var cleanTree = map[string]string{
 	"go.mod": "module m\n\ngo 1.26\n\nrequire golang.org/x/crypto v0.1.0\n\nrequire (\n\tgithub.com/prometheus/common v0.72.1\n\ta.example/b v1.0.0 // indirect\n)\n",
 	"main.go": "// one\n// two\n// three\npackage main\n\n" + `import "sync"
@@ -523,11 +524,11 @@ func (l *Log) Append() error { l.off += int64(table[0] + len(kinds["a"])); if na
 // opening comment. Code after it starts on line 6.
 const opening = "package main\n\n// one\n// two\n\n"
 
-// checkFamilies reports each broken rule once, at the right line, and reports nothing else.
+// checkFamilies reports the broken rule at the right line, and reports nothing else.
 func TestFamiliesChecker(t *testing.T) {
 	fset, imp := familyImporter(t)
 	for _, c := range []struct {
-		file, add string // the case appends the text add to this file of cleanTree
+		file, add string // the case appends the text add to this file of cleanTree, or creates the file with this text
 		want      string // beginnings of all faults that must be reported, separated by |; "": no fault
 	}{
 		{"log.go", "", ""},
@@ -590,9 +591,9 @@ func TestFamiliesChecker(t *testing.T) {
 		{"go.mod", "require a.example/c v1.2.3\n", "go.mod:11: a.example/c"},
 		{"auth.go", opening + "import _ \"a.example/b\"\n", "auth.go:6: a.example/b|auth.go:6:10: could not import"},
 
-		// A file needs an opening comment of 2 to 8 lines below its package clause, and has at most
-		// 700 lines. A test file is named after a tested file. No file has a mark of unfinished
-		// work.
+		// A file that is not a test file needs an opening comment of 2 to 8 lines below its package
+		// clause, and has at most 700 lines. A test file is named after a tested file. No file has
+		// a mark of unfinished work.
 		{"auth.go", "package main\n", "auth.go:1: auth.go: no opening"},
 		{"auth.go", "package main\n\n// One\n// two.\n", ""},
 		{"auth.go", "package main\n\n// Of\n// the\n// type.\ntype a int", "auth.go:1: auth.go: no opening"},

@@ -1,8 +1,8 @@
 package main
 
-// This file reads the files that flags name (keys, secrets, selectors, certificates) and parses the
-// addresses and URLs that flags contain. Every read is bounded, because an operator can name a
-// wrong file that is huge.
+// This file reads files that flags name (keys, secrets, selectors, CA certificates) and parses the
+// URLs that flags contain. Every read in this file is bounded, because an operator can name a wrong
+// file that is huge.
 
 import (
 	"crypto/x509"
@@ -117,7 +117,7 @@ func parseHTTPURL(s string) (*url.URL, error) {
 }
 
 // parseServerURL parses the URL of a server, which has a scheme, a host and an optional port. A
-// path, a query or credentials are an error.
+// path other than /, a query or credentials are an error.
 func parseServerURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	switch {

@@ -42,7 +42,7 @@ func TestFormatDuration(t *testing.T) {
 	}
 }
 
-// flagValues holds the values of the flags in these tests. There is one flag of each type.
+// flagValues holds the values of the flags in these tests, which are of different types.
 type flagValues struct {
 	d       time.Duration
 	n       int
@@ -85,8 +85,8 @@ func TestFlagDefaults(t *testing.T) {
 	}
 }
 
-// A flag of each type stores its value. A flag that may be repeated, such as --labels, collects its
-// values in a list.
+// A flag stores its value. A flag that may be repeated, such as --labels, collects its values in a
+// list.
 func TestFlagValues(t *testing.T) {
 	const args = "--d 2s --n 5 --size 2KiB --addr :1 --opt= --id a --labels b=1 --labels a=2 --names a,b --allow {a=\"b\"} --renames c=d"
 	v, problems := parseFlagValues(args)
@@ -96,7 +96,7 @@ func TestFlagValues(t *testing.T) {
 	}
 }
 
-// All problems of a command line are reported in one message. If the value of a list flag or an
+// The problems of a command line are reported in one message. If the value of a list flag or an
 // address flag has a problem, the flag keeps its default.
 func TestFlagProblems(t *testing.T) {
 	for args, want := range map[string]string{

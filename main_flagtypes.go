@@ -1,9 +1,9 @@
 package main
 
 // This file implements the types of flags, the parsing of a mode's command line, and --help. The
-// flags themselves are defined in main_server.go, main_ring.go, main_client.go and main_keys.go. A
-// flag checks its value when it is set. Problems are collected, so that one message reports all of
-// them. --help lists every flag in its group with its default.
+// flags of the modes are defined in main_server.go, main_ring.go, main_client.go and main_keys.go.
+// Most types of flags check a value when it is set. Problems are collected and reported together.
+// --help lists the flags by group, with each default that is not empty, false or zero.
 
 import (
 	"errors"
@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-const helpIndent, helpWidth = 29, 96 // in --help: column at which the texts of flags begin, and maximum width of a line in columns
+const helpIndent, helpWidth = 29, 96 // in --help: columns for the name of a flag and its argument, and maximum columns of a line
 
-// usageError lists all problems of a command line, one per element. A process that gets a
-// usageError exits with the status exitUsage.
+// usageError lists problems of a command line, one per element. If a mode returns a usageError, the
+// process exits with the status exitUsage.
 type usageError []string
 
 func (e usageError) Error() string { return strings.Join(e, "; ") }
@@ -103,10 +103,10 @@ func (c *command) writeHelp(w io.Writer) {
 }
 
 // parseArgs parses all arguments and adds each problem to c.problems. It continues after an
-// argument that is not a flag of this mode, so that it finds all problems. It returns flag.ErrHelp
-// for --help. If the value of a number, a duration, a size, a switch or --log-level does not parse,
-// it returns all problems as an error, because later checks would see the flag's default in place
-// of that value. In all other cases it returns nil, and the method err returns the problems.
+// argument with a problem, so that it also finds problems of later arguments. It returns
+// flag.ErrHelp for --help. If the value of a number, a duration, a size, a switch or --log-level
+// does not parse, it returns all problems found so far as an error, because later checks would not
+// see that value. In all other cases it returns nil, and the method err returns the problems.
 func (c *command) parseArgs() (helpOrMisread error) {
 	misread := false
 	for args := c.args; len(args) > 0; {
@@ -124,7 +124,7 @@ func (c *command) parseArgs() (helpOrMisread error) {
 			case len(rest) == len(args): // package flag does not consume an argument with bad syntax, so skip it
 				rest = rest[1:]
 			case len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.Contains(args[len(args)-len(rest)-1], "="):
-				rest = rest[1:] // skip the value of an unknown flag
+				rest = rest[1:] // skip this argument, which is probably the value of an unknown flag
 			}
 		case len(rest) > 0:
 			c.addProblemUnless(false, "unexpected argument %q: every value must follow its flag", rest[0])
@@ -163,8 +163,8 @@ func (c *command) isSet(name string) bool {
 	return set
 }
 
-// funcFlag is a flag.Value. Its method Set calls the function set. Its method String returns def,
-// the default, because package flag asks for the text only to show the default in --help.
+// funcFlag is a flag.Value. Its method Set calls the function set. Its method String always returns
+// def, the default, because the text is used only to show the default in --help.
 type funcFlag struct {
 	def string
 	set func(text string) error
@@ -286,7 +286,8 @@ func formatSize(n int64) string {
 	return "0"
 }
 
-// parseSize parses a decimal number of bytes with an optional suffix of sizeUnits.
+// parseSize returns the number of bytes that text names: a decimal number, which may have a suffix
+// from sizeUnits.
 func parseSize(text string) (int64, error) {
 	for _, u := range sizeUnits {
 		if digits, ok := strings.CutSuffix(text, u.suffix); ok {
@@ -335,7 +336,8 @@ func parseAddress(text string) (string, error) {
 	return text, nil
 }
 
-// parseEach returns a function that applies parse to each text and returns the list of results.
+// parseEach returns a function that applies parse to each text. The function returns the list of
+// results, or the first error.
 func parseEach[T any](parse func(string) (T, error)) func([]string) ([]T, error) {
 	return func(texts []string) (all []T, err error) {
 		for _, text := range texts {
@@ -350,7 +352,7 @@ func parseEach[T any](parse func(string) (T, error)) func([]string) ([]T, error)
 }
 
 // urlFlag defines a flag for an http:// or https:// URL. If def is empty and the flag is not set,
-// *p stays nil.
+// *p stays unchanged.
 func (c *command) urlFlag(p **url.URL, name, def, usage string) {
 	if def != "" {
 		*p, _ = parseHTTPURL(def)

@@ -1,8 +1,8 @@
 package main
 
 // This file implements the modes keygen and token, with which an operator creates keys and tokens.
-// When the mode token creates a token, stdout gets the token and nothing else, so that it can be
-// redirected to a file. Messages go to stderr. The modes print no secret except a new token.
+// When the mode token creates a token, it writes only the token to stdout, so that stdout can be
+// redirected to a file, and its messages to stderr. The modes print no secret except a new token.
 
 import (
 	"context"
@@ -140,8 +140,8 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 }
 
 // inspectToken writes to w the contents of the token in file, and whether the keys in keysDir
-// verify the token. It returns an error if the keys do not verify the token. If the keys cannot be
-// read, it writes that the answer is unknown, and returns nil.
+// verify the token. It returns an error if the token cannot be read or the keys do not verify it.
+// If the keys cannot be read, it writes that the answer is unknown, and returns nil.
 func inspectToken(w io.Writer, keysDir, file string) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {

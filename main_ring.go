@@ -1,9 +1,9 @@
 package main
 
 // This file wires the parts that make a server with --listen-cluster a member of the ring. Gossip
-// (UDP) and forwarding (TCP) use the same port number. Unless the disk is full, the number of a new
-// gossip session is saved before the first packet is sent. Gossip ends after the HTTP listeners and
-// before the store.
+// (UDP) and forwarding (TCP) use the same port number. The number of a new gossip session is saved
+// before the first packet is sent, unless the disk is full or there is no storage directory. Gossip
+// ends after the HTTP listeners and before the store.
 
 import (
 	"context"
@@ -19,8 +19,8 @@ import (
 const ringName = "telemeter"
 
 // forwardDialTimeout bounds connecting to the owner of a site. It is short because gossip needs
-// about three seconds to detect a dead member. Until then, pushes are still forwarded to the dead
-// member, and each of them waits for this timeout.
+// about three seconds to detect a dead member. Until then, this server still tries to forward
+// pushes to the dead member, and each of these pushes may have to wait for this timeout.
 const forwardDialTimeout = 2 * time.Second
 
 // ringFlags has the values of the flags of --mode server that make a server a member of a ring.
@@ -35,7 +35,7 @@ func (f *ringFlags) define(c *command) {
 		c.optionalAddressFlag(&f.listen, "listen-cluster", "", "`ADDRESS` address for other servers, for UDP and TCP, usually :9006; empty: run without a ring")
 		c.addressesFlag(&f.join, "join", "`ADDRESS` address of a server of the ring to join, retried forever; a host name stands for all its IP addresses")
 		c.optionalAddressFlag(&f.advertise, "advertise", "", "`ADDRESS` address where other servers reach this server; /sd uses its host; empty: detected automatically")
-		hostname, _ := os.Hostname() // if this fails, the default is empty, and check reports that --name is invalid
+		hostname, _ := os.Hostname() // if this fails, the default is empty, and check reports an invalid --name unless --name is set
 		c.StringVar(&f.name, "name", hostname, "`NAME` name of this server, unique in the ring")
 		c.durationFlag(&f.interval, "gossip-interval", DefaultGossipInterval, 100*time.Millisecond, 0, "`TIME` interval of gossip, with which all its timeouts scale; raise it for slow links")
 		c.Lookup("name").DefValue = "the host name"
@@ -133,7 +133,8 @@ func sdAddress(internal, advertise string) (addr string, reachable bool) {
 	return internal, !isLoopback(host) || isLoopback(advertised)
 }
 
-// run takes part in the ring until ctx ends. Then it leaves the ring, and returns.
+// run takes part in the ring until ctx ends or gossip fails. At the end of ctx it leaves the ring
+// before it returns.
 func (n *ringNode) run(ctx context.Context) error {
 	return runUntilOneEnds(ctx, n.gossip.Run, n.member.Run)
 }

@@ -27,9 +27,9 @@ type memberProcess struct {
 
 const memberAddr = `msg="started as member of the ring" .*listen=(\S+)`
 
-// startMember starts a server process with the given member name in dir, and waits until it is a
-// member of a ring. Without --join in args it is the first member of a new ring. dir must contain
-// the directory keys.
+// startMember starts a server process with the given member name in dir, and waits until it has
+// opened its listeners. Without --join in args it is the first member of a new ring. dir must
+// contain the directory keys.
 func startMember(t *testing.T, dir, name string, args ...string) *memberProcess {
 	t.Helper()
 	p := start(t, dir, append([]string{"--mode", "server", "--keys", "keys", "--name", name, "--listen", "127.0.0.1:0",
@@ -134,7 +134,8 @@ func (m *memberProcess) push(token, body string, header ...string) int {
 }
 
 // shows scrapes the metric named m from each of members, without a consumer's name. It returns how
-// many of the members serve a sample of the site id, and the last of these members.
+// many of the members serve a sample of the site with this cluster ID, and the last of these
+// members.
 func shows(t *testing.T, id string, members ...*memberProcess) (n int, last *memberProcess) {
 	t.Helper()
 	for _, m := range members {
@@ -292,8 +293,8 @@ func TestRingOwnerDies(t *testing.T) {
 	}
 }
 
-// A member that is stopped with SIGTERM leaves the ring. Its sites have new owners as soon as it
-// has left, and the other members show its state as "left", not as "dead".
+// A member that is stopped with SIGTERM leaves the ring. Then each of the 12 sites has one owner
+// among the other members, and another member shows its state as "left", not as "dead".
 func TestRingMemberLeaves(t *testing.T) {
 	r := startRingOfThree(t)
 	a := r.all[0]
@@ -314,8 +315,8 @@ func TestRingMemberLeaves(t *testing.T) {
 	eventually(t, leaver.name+" is shown as left", func() bool { return a.debug().state(leaver.name) == "left" })
 }
 
-// An operator can rotate the cluster key on one server after the other. While only some servers
-// have the new key, all servers still forward pushes to each other.
+// An operator can rotate the cluster key on one server after the other. A server that has the new
+// key still forwards pushes to an owner that has only the old key.
 func TestClusterKeyRotation(t *testing.T) {
 	dirs := []string{t.TempDir(), t.TempDir()}
 	mustTool(t, dirs[0], "--mode", "keygen", "--keys", "keys")
@@ -368,8 +369,8 @@ func TestClusterKeyRotation(t *testing.T) {
 	}
 }
 
-// If the file cluster.key is bad, a reload changes nothing: a site whose cluster ID was added to
-// the file of revoked IDs can still push.
+// If the file cluster.key is bad, a reload fails and does not use the new file of revoked IDs
+// either: a site whose cluster ID was added to that file can still push.
 func TestClusterKeyBad(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -433,7 +434,7 @@ func TestRingStranger(t *testing.T) {
 }
 
 // If a flag of the ring has a faulty value, or a flag that it needs is missing, the server exits
-// with 2 and names the flag in the message.
+// with 2 and reports the problem.
 func TestRingFlagConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for args, want := range map[string]string{

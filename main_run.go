@@ -48,9 +48,10 @@ func runWhile(ctx context.Context, background, serve func(context.Context) error
 	return errors.Join(err, <-ended)
 }
 
-// runWithReloads runs parts like runUntilOneEnds. On every SIGHUP it calls reload, and it logs and
-// counts the result. When ctx ends or one part returns, it calls onStop once, while the other parts
-// are still ending. If all parts return at the same moment, the call of onStop can be missing.
+// runWithReloads runs parts like runUntilOneEnds. On SIGHUP it calls reload, and it logs and counts
+// the result; a SIGHUP during a reload leads to one more reload. When ctx ends or one part returns,
+// it calls onStop without waiting for the other parts. If all parts have returned before that call,
+// the call may be left out.
 func runWithReloads(ctx context.Context, log *slog.Logger, m *Metrics, reload func() error, onStop func(), parts ...func(context.Context) error) error {
 	reloads := m.Counter("telemeter_reloads_total", "Reloads of keys, tokens, certificates and rules, by result.", "result")
 	reloads.Add(0, "ok")

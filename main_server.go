@@ -167,7 +167,7 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 }
 
 // newForwarder sets p.forwarder to a new Forwarder. Until the forwarder gets its first view of the
-// ring, it reports this server as the owner of no site.
+// ring, its OwnsSite returns false for every site.
 func (p *serverProcess) newForwarder(ringKeys Keys) error {
 	box, err := NewMessageSealer(ringKeys, ringName)
 	if err != nil {
@@ -279,8 +279,9 @@ func (p *serverProcess) serveListeners(ctx context.Context) error {
 }
 
 // serveInternalUntilRead serves the internal listener until ctx ends. If ctx ends because of
-// SIGTERM, it goes on serving until every recent consumer has read all samples, a time limit has
-// passed, or a second signal arrives; see Server.WaitUntilRead.
+// SIGTERM, it goes on serving until no push is in flight and every recent consumer has read all
+// samples, until a time limit has passed, or until a second signal arrives; see
+// Server.WaitUntilRead.
 func (p *serverProcess) serveInternalUntilRead(ctx context.Context) error {
 	serving, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
@@ -384,7 +385,7 @@ func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 }
 
 // loadFederateToken returns the token in the file of --federate-token-file, or "" without that
-// flag. A token that an Authorization header cannot contain is an error.
+// flag. A token with any character that is not visible ASCII is an error.
 func (p *serverProcess) loadFederateToken() (string, error) {
 	b, err := readOptionalSecret(p.federateTokenFile, "federate token")
 	if err != nil {
@@ -398,9 +399,9 @@ func (p *serverProcess) loadFederateToken() (string, error) {
 }
 
 // loadAndSetCertificate reads tls.crt and tls.key in the directory --keys and replaces the
-// certificate of the external listener. If both files are missing and the server has no certificate
-// yet, the listener stays plain HTTP. In all other cases a missing file is an error, because the
-// server must not fall back to plain HTTP.
+// certificate of the external listener. If both files are missing, the server has no certificate
+// yet and --tls-client-ca is not set, the listener stays plain HTTP. In all other cases a missing
+// file is an error, because the server must not fall back to plain HTTP.
 func (p *serverProcess) loadAndSetCertificate() error {
 	crt, key := filepath.Join(p.keys, TLSCertFile), filepath.Join(p.keys, TLSKeyFile)
 	_, crtErr := os.Stat(crt)
@@ -427,8 +428,8 @@ func (p *serverProcess) loadAndSetCertificate() error {
 }
 
 // newServerClock returns a CheckedWallClock, by which the store judges the age of samples. The
-// parameter now is the wall clock. The CheckedWallClock logs and counts the steps of the wall
-// clock. newServerClock also registers metrics for the clock.
+// parameter now is the wall clock. Steps of the wall clock by more than ten seconds are logged and
+// counted. newServerClock also registers metrics for the clock.
 func newServerClock(now func() time.Time, metrics *Metrics, log *slog.Logger) *CheckedWallClock {
 	steps := metrics.Counter("telemeter_clock_steps_total", "Steps of this host's wall clock by more than ten seconds.")
 	begin := time.Now()

@@ -34,8 +34,8 @@ func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	return status, out.String(), errs.String()
 }
 
-// The server reports all problems of its flags in one message, with hints how to correct them, and
-// exits with 2. It creates no file.
+// The server reports the problems of its flags in one message, and exits with 2. It creates no
+// file.
 func TestServerConflicts(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range []struct {
@@ -181,7 +181,7 @@ func TestServerHelp(t *testing.T) {
 	}
 }
 
-// modeServer is a server that runs in the test process. Its flags name each file that a reload
+// modeServer is a server that runs in the test process. Its flags name these files, which a reload
 // reads: keys, certificate, revocations, selectors and the federate token.
 type modeServer struct {
 	t      *testing.T
@@ -377,8 +377,9 @@ func TestServerServesPush(t *testing.T) {
 	}
 }
 
-// If one of the files that a reload reads is bad, the reload changes nothing. The server does not
-// use the new content of the good files either.
+// If one of the files that a reload reads is bad, the reload fails. The server still accepts the
+// old tokens of its client and of scrapers, and presents the old certificate, even if the file with
+// the federate token has a new and good content.
 func TestReloadWithBadFile(t *testing.T) {
 	s := newModeServer(t)
 	s.start()
@@ -410,8 +411,8 @@ func TestReloadWithBadFile(t *testing.T) {
 	s.mustCountReloads("first", "0", "6")
 }
 
-// After a reload the server uses the new token keys, certificate, revocations, selectors of
-// --allow-file and federate token.
+// After a reload the server uses the new certificate, revocations, selectors of --allow-file and
+// federate token. It still accepts a token that was signed with the old key.
 func TestReloadReplacesAll(t *testing.T) {
 	s := newModeServer(t)
 	s.start()

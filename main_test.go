@@ -247,7 +247,7 @@ func TestMatchOfURL(t *testing.T) {
 	}
 }
 
-// Each mode exits with 0 on success, with 1 on a failure, and with 2 on a faulty command line. A
+// telemeter exits with 0 on success, with 1 on a failure, and with 2 on a faulty command line. A
 // mode that fails to start leaves no file behind.
 func TestExitStatus(t *testing.T) {
 	dir := t.TempDir()
@@ -294,8 +294,8 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
-// A client refuses to send its token to another host over plain HTTP unless --plain-http allows it.
-// It exits with 2 and names the flag.
+// A client without --plain-http refuses to send its token to another host over plain HTTP. It exits
+// with 2 and names the flag.
 func TestPlainHTTP(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -306,9 +306,9 @@ func TestPlainHTTP(t *testing.T) {
 	}
 }
 
-// On SIGHUP a server uses the new token keys and revocations. If a file is bad, the reload changes
-// nothing and is counted as failed, and the content of the bad file does not get into the process
-// log.
+// On SIGHUP a server uses the new token keys and revocations. If token.key is bad, the old keys
+// stay in use, the reload is counted as failed, and the content of the bad file does not get into
+// the process log.
 func TestReload(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -346,8 +346,8 @@ func TestReload(t *testing.T) {
 	}
 }
 
-// A server that started without a certificate cannot use a new certificate after a reload, only
-// after a restart. The reload succeeds and logs that a restart is needed.
+// If a server that started without a certificate finds a certificate at a reload, the reload
+// succeeds and logs that clients connect over plain HTTP until a restart.
 func TestReloadFirstCertificate(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -456,8 +456,8 @@ func openServerStore(t *testing.T, dir string) *Store {
 }
 
 // A server is killed 50 times while four sites push to it, and started again after each kill except
-// the last. At the end all samples of acknowledged pushes are in the store on disk, and the store
-// reports no damage.
+// the last. At the end all samples of acknowledged pushes are in the store on disk, and opening the
+// store reports no error.
 func TestKilledUnderLoad(t *testing.T) {
 	const kills = 50
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
@@ -597,7 +597,8 @@ func TestClientKilledInOutage(t *testing.T) {
 	up.Store(true)
 	client := start(t, dir, args...)
 	// The first push must contain all spooled scrapes. The log line may also count later pushes.
-	// Each later push has a new scrape, so the first push had at most sent-(pushes-1) scrapes.
+	// Each later push has at least one new scrape, so the first push had at most sent-(pushes-1)
+	// scrapes.
 	sent, pushes := 0, 0
 	line := client.await(`msg=pushed samples=\d+ (scrapes=\d+ pushes=\d+) `)
 	if _, err := fmt.Sscanf(line, "scrapes=%d pushes=%d", &sent, &pushes); err != nil || sent-(pushes-1) < backlog {

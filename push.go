@@ -1,10 +1,10 @@
 package main
 
 // This file defines the headers and the answer with which a client with a spool and a server
-// exchange information about scrapes. A push names its scrapes by spool ID and number. The answer
-// lists the numbers of the scrapes that the server holds, and the numbers of the scrapes that every
-// consumer has read. Client and server each send a list of the consumers that they know. All lists
-// are limited. Pure: no I/O, no clock.
+// exchange information about scrapes. A push may name its scrapes by spool ID and number. The
+// answer to such a push lists the numbers of the scrapes that the server holds, and the numbers of
+// the scrapes that every consumer has read. Push and answer then also list the consumers that the
+// client or the server knows. All lists are limited. Pure: no I/O, no clock.
 
 import (
 	"errors"
@@ -16,7 +16,7 @@ import (
 )
 
 // Headers of a push. A push that names a spool but no numbers, and has no samples, is a question.
-// The server stores nothing for a question and answers it like any other push.
+// The server stores no sample for a question and answers it like any other push.
 const (
 	SpoolHeader       = "Telemeter-Spool"        // spool ID in 16 hex digits, a space, ranges of numbers
 	ConsumersHeader   = "Telemeter-Consumers"    // in the format of FormatConsumers
@@ -33,8 +33,9 @@ const (
 	MaxPushRanges = 32
 	// MaxScrapeNumber is the highest number of a scrape.
 	MaxScrapeNumber = 1 << 53
-	// MaxConsumers is the most consumers that a server knows and that a push, an answer, or a file
-	// of a server or client may list. Longer lists are refused.
+	// MaxConsumers is the most consumers that may scrape one server, that a server remembers from
+	// the reports of one site, and that a push, an answer, or a file of a server or client may
+	// list. A longer list is refused.
 	MaxConsumers = 64
 )
 
@@ -121,11 +122,11 @@ type PushAnswer struct {
 	Time       int64          `json:"time"`              // the server's clock, in ms since the epoch
 
 	// Held, Read and Consumers are set only for a push that names a spool. Held lists the numbers
-	// of the scrapes that this server holds and that not every consumer has read. Read lists the
-	// numbers of the scrapes that every consumer has read. Read is nil if neither the server nor
-	// the site knows a consumer; the client then removes a scrape from its spool once Held lists
-	// it. A scrape that the push names and that is neither in Held nor in Read was declined.
-	// Consumers is in the format of FormatConsumers.
+	// of the scrapes of this spool that this server holds and that not every consumer has read.
+	// Read lists the numbers of the scrapes of this spool that every consumer has read. Read is nil
+	// if neither the server nor the site knows a consumer; the client then removes a scrape of the
+	// push from its spool if Held lists it. A scrape that the push names and that is neither in
+	// Held nor in Read was declined. Consumers is in the format of FormatConsumers.
 	Held      *string `json:"held,omitempty"`
 	Read      *string `json:"read,omitempty"`
 	Consumers string  `json:"consumers,omitempty"`

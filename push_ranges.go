@@ -13,7 +13,7 @@ import (
 	"strings"
 )
 
-// Range holds the numbers from From to To, both included.
+// Range is a set of consecutive numbers. From is the first and To is the last.
 type Range struct{ From, To uint64 }
 
 // Ranges is a set of scrape numbers. Its ranges are in ascending order, and at least one number is

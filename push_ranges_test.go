@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// Ranges behave like a set of numbers, whatever ranges are added in whatever order. A set stays the
-// same when it is formatted and parsed.
+// Up to MaxRanges ranges behave like a set of numbers, whatever ranges are added in whatever order.
+// A set stays the same when it is formatted and parsed.
 func TestRangesAreASet(t *testing.T) {
 	for seed := range testSeeds(t, 300) {
 		rng := rand.New(rand.NewPCG(seed, 1))

@@ -3,9 +3,9 @@ package main
 // This file estimates how far the clock of a client's source is off, from the times that servers
 // state in their answers. It also chooses by how many ms the times of a scrape are shifted to
 // correct that error. The median of the servers is used, so that one server with a wrong clock has
-// no effect while others answer. Errors below one minute are not corrected. A shift stays the same
-// until the error differs from the shift by more than half a minute. Pure: no I/O, and callers pass
-// all times.
+// little effect if at least two others answer. An error below one minute starts no shift. A shift
+// stays the same until the error differs from the shift by more than half a minute. Pure: no I/O,
+// and callers pass all times.
 
 import (
 	"slices"
@@ -19,20 +19,22 @@ const (
 
 	maxServersObserved = 16      // a SourceClockTracker keeps this many servers: the servers that answered last
 	maxServerTime      = 1 << 53 // ms; later times in answers of servers are ignored
-	minShift           = 60_000  // ms; a smaller error of the source's clock is not corrected
+	minShift           = 60_000  // ms; a smaller error of the source's clock starts no shift
 	shiftTolerance     = 30_000  // ms; a shift stays the same while the error differs from it by at most this
 )
 
 // Moment is an instant by the client's two clocks, in ms. Wall is the wall clock. Boot counts since
-// the machine booted; two Boot values can be compared only if their boot IDs are the same.
+// the machine booted, or since this process started (see BootClock); two Boot values can be
+// compared only if their boot IDs are the same.
 type Moment struct {
 	Wall, Boot int64
 	BootID     string
 }
 
-// Since returns the time that passed from an earlier moment, then, to m. It is never negative.
-// Since uses the boot-time clock. It uses the wall clock only if the machine rebooted in between,
-// or if the boot-time clock went back under the same boot ID, as in a restarted container.
+// Since returns the time that passed from an earlier moment, then, to m. It is never negative. The
+// time is measured with the boot-time clock. It is measured with the wall clock only if the two
+// boot IDs differ, or if the boot-time clock went back under the same boot ID, as in a restarted
+// container.
 func (m Moment) Since(then Moment) time.Duration {
 	ms := m.Wall - then.Wall
 	if m.BootID == then.BootID && m.Boot >= then.Boot {
@@ -75,7 +77,7 @@ type serverClockOffset struct {
 }
 
 // NewSourceClockTracker returns a SourceClockTracker without observations. lastShiftMs is the last
-// shift that the previous process of the client used, or 0.
+// shift that the previous process of the client used, or 0 if unknown.
 func NewSourceClockTracker(lastShiftMs int64) *SourceClockTracker {
 	return &SourceClockTracker{shift: lastShiftMs}
 }
@@ -101,7 +103,7 @@ func (c *SourceClockTracker) Observe(server string, serverMs int64, at Moment) {
 // clock showed sourceMs. at is the same instant by the client's clocks. The result is the median
 // over the observed servers; known is false if no server was observed. The servers' times at this
 // instant are computed with the boot-time clock, because that clock cannot be set. The wall clock
-// is used only if the machine rebooted between at and the observations.
+// is used only if at has another boot ID than the observations.
 func (c *SourceClockTracker) Offset(at Moment, sourceMs int64) (behindMs int64, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -44,7 +44,7 @@ func TestSourceClockOffset(t *testing.T) {
 }
 
 // A step of the client's wall clock between a scrape and a server's answer does not change the
-// offset, unless the machine reboots in between.
+// offset, if both are in the same boot.
 func TestSourceClockIgnoresWallClockStep(t *testing.T) {
 	c := NewSourceClockTracker(0)
 	c.Observe("a", 1_700_000_000_000, Moment{Wall: 77, Boot: 500_000, BootID: "a"})

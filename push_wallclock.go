@@ -1,9 +1,10 @@
 package main
 
-// This file watches the server's wall clock for steps. After a step, the server expires no sample
-// until the new time has lasted for five minutes, because the step may be a mistake that is soon
-// corrected. The monotonic clock, which cannot be set, distinguishes a step from time that has
-// passed. Pure: no I/O, and callers pass both clocks. This file must not know of samples.
+// This file watches the server's wall clock for steps. After a step, the server expires samples by
+// the earlier of the old and the new time until the new time has lasted for five minutes, because
+// the step may be a mistake that is soon corrected. The monotonic clock, which cannot be set,
+// distinguishes a step from time that has passed. Pure: no I/O, and callers pass both clocks. This
+// file must not know of samples.
 
 import (
 	"sync"
@@ -11,9 +12,9 @@ import (
 )
 
 const (
-	stepTolerance = 10 * time.Second // a smaller change of the wall clock is not a step
+	stepTolerance = 10 * time.Second // a smaller difference between the wall clock and the expected time is not a step
 	stepDoubtTime = 5 * time.Minute  // how long the new time must last before it is accepted
-	slewDivisor   = 1000             // slewing changes a clock by at most 1/slewDivisor of the time that passes
+	slewDivisor   = 1000             // slewing is assumed to change a clock by at most 1/slewDivisor of the time that passes
 )
 
 // PresentTimeRange is a range that contains the present time. While a step of the wall clock is in
@@ -32,16 +33,16 @@ type CheckedWallClock struct {
 	onStep    func(WallClockStepEvent)
 
 	mu        sync.Mutex    // guards the fields below
-	trusted   time.Time     // the wall clock when it was last not in doubt
+	trusted   time.Time     // the expected time when the wall clock was last not in doubt; follows the wall clock as observe describes
 	trustedAt time.Duration // the monotonic clock at the instant of trusted
 	doubted   time.Duration // size of the step in doubt; 0 if there is none
 	doubtedAt time.Duration // the monotonic clock when the step in doubt was noticed
 }
 
 // WallClockStepEvent reports that a step of the wall clock began, or that it ended in one of two
-// ways.
+// ways. If another step follows while a step is in doubt, the first step has no event for its end.
 type WallClockStepEvent struct {
-	Size     time.Duration // size of the step; negative if the clock was set back
+	Size     time.Duration // difference between the new and the expected time; negative if the clock was set back
 	Reverted bool          // the step ended because the clock was set to the old time again
 	Accepted bool          // the step ended because the new time has lasted for stepDoubtTime; the new time is used from now on
 }

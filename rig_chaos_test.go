@@ -229,7 +229,7 @@ func (r *chaosRig) kill(s *chaosServer) {
 }
 
 // stop sends SIGTERM to a server and waits until the server has ended. Before it ends, the server
-// lets consumers scrape the samples that they have not read.
+// waits a limited time for consumers to scrape the samples that they have not read.
 func (r *chaosRig) stop(s *chaosServer) {
 	r.t.Helper()
 	r.count(s)
@@ -368,8 +368,8 @@ func metricSum(text []byte, metric string) (sum float64) {
 	return sum
 }
 
-// load starts all sites, which push without a telemeter client. Each site pushes once in each
-// interval every. The pushes of the sites are spread over the interval.
+// load starts all sites, which push without a telemeter client. The parameter every is the interval
+// at which each site pushes. The pushes of the sites are spread over the interval.
 func (r *chaosRig) load(every time.Duration) {
 	ctx, cancel := context.WithCancel(r.haltCtx)
 	r.push = cancel
@@ -408,8 +408,9 @@ type chaosSite struct {
 	refused []string       // errors of refused pushes that the site does not retry
 }
 
-// run pushes once in each interval every until ctx ends. The first push comes after the time phase.
-// A failed push is retried until it succeeds, a server refuses it for good, or the rig halts.
+// run pushes until ctx ends. The parameter every is the interval between pushes, and phase is the
+// time until the first push. A failed push is retried until it succeeds, a server refuses it for
+// good, or the rig halts. Until then, no other push begins.
 func (s *chaosSite) run(ctx context.Context, every, phase time.Duration) {
 	timer := time.NewTimer(phase)
 	defer timer.Stop()

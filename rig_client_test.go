@@ -124,7 +124,8 @@ func newTestClient(t *testing.T, text string, change func(*ClientConfig, *Client
 	return newSpoolClient(t, text, SpoolConfig{}, change)
 }
 
-// newSpoolClient is newTestClient with a spool that the caller configures.
+// newSpoolClient is newTestClient with a spool that the caller configures, apart from its limits of
+// size and age.
 func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
 	t.Helper()
 	hub := &fakeHub{t: t, expires: 3600}
@@ -182,8 +183,8 @@ func startClient(t *testing.T, c *Client) (stop func()) {
 	}
 }
 
-// counting is a source with a single sample, of the metric n. The value of the sample is 1 in the
-// first scrape and grows by 1 with each scrape. counting records the time of each scrape.
+// counting is a source with a single sample, of the metric n. The value of the sample is the number
+// of scrapes that the source has answered so far. The source records the times of these scrapes.
 type counting struct {
 	hang  atomic.Bool   // scrapes hang until their context ends
 	extra time.Duration // how far the time in the Date header is ahead of the true time
@@ -291,9 +292,9 @@ func sizedHub(hub *fakeHub, limit int) {
 	})
 }
 
-// queueServer is a server that supports spools. It holds the scrapes that a push names. The method
-// consume marks all held scrapes as read. The server records each request to /upload as an event:
-// "ask" for a question, or the values of the pushed samples, such as "1 2".
+// queueServer is a server that supports spools. It holds the scrapes that an accepted push names.
+// The method consume marks all held scrapes as read. The server records each request to /upload as
+// an event: "ask" for a question, or the values of the pushed samples, such as "1 2".
 type queueServer struct {
 	t           *testing.T
 	ahead       time.Duration      // how far the server's clock is ahead of the true time
@@ -309,7 +310,7 @@ type queueServer struct {
 
 	mu         sync.Mutex    // guards the fields below
 	held, read Ranges        // numbers of the scrapes that the server holds, and of the scrapes that every consumer has read
-	names      Ranges        // numbers of all scrapes that pushes have named
+	names      Ranges        // numbers of the scrapes that pushes have named, except pushes answered 413 or 503
 	events     []string      // one for each request to /upload since the last call of expect
 	at         []time.Time   // time of each event
 	headers    []http.Header // HTTP header of each event's request
@@ -399,8 +400,8 @@ func (q *queueServer) consume() {
 	q.held = nil
 }
 
-// expect fails the test unless the events since the previous call of expect are those in want. It
-// then forgets the events. what names the situation in the failure message.
+// expect fails the test unless the events since the previous call of expect equal want. It then
+// forgets the events. The parameter what names the situation in the failure message.
 func (q *queueServer) expect(what string, want ...string) {
 	q.t.Helper()
 	if !slices.Equal(q.events, want) {
@@ -581,8 +582,8 @@ func (r *spoolRig) drain(l PushLimits) (pushes [][]int) {
 	}
 }
 
-// expect fails the test unless got and want have the same JSON encoding. what names the value in
-// the failure message.
+// expect fails the test unless got and want have the same JSON encoding. The parameter what names
+// the value in the failure message.
 func (r *spoolRig) expect(what string, got any, want any) {
 	r.t.Helper()
 	g, _ := json.Marshal(got)

@@ -106,8 +106,9 @@ func (c *crashFS) restart() {
 }
 
 // crash cuts the power and restores it. Each directory entry that was not synced survives in its
-// old or its new state. A file that was not synced keeps its old content, or gets a part of the new
-// content, with zeros in place of some of the added bytes.
+// old or its new state, unless its directory is lost. A file that was not synced keeps its old
+// content, or gets all or a part of the new content, possibly with zeros in place of some of the
+// new bytes.
 func (c *crashFS) crash() {
 	c.restart()
 	c.mu.Lock()

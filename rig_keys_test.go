@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// testNow is the time at which the clocks of these tests start. Tokens are issued at this time.
+// testNow is the time at which the clocks of many tests start.
 var testNow = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 // keyLine returns a line of a key file: the base64 of a key that consists of 32 times the byte b.

@@ -39,8 +39,8 @@ func writing(frames []byte) func(io.Writer) error {
 	}
 }
 
-// collectLog returns a function for OpenLog. The function appends every record that OpenLog
-// delivers to into.
+// collectLog returns a function for OpenLog. For every record that OpenLog delivers, the function
+// appends the record to *into.
 func collectLog(into *[]logRec) func(byte, []byte) error {
 	return func(kind byte, payload []byte) error {
 		*into = append(*into, logRec{kind, string(payload)})
@@ -68,8 +68,8 @@ func sampleLog() (data []byte, records []logRec, ends []int) {
 // recoverLog opens a log file with the content data. It returns the file system, the log, the
 // result of the recovery and the records that OpenLog delivered. It fails the test if the recovery
 // breaks one of these rules. The recovery accounts for every byte. A damaged file is copied to
-// another path and is not changed. A log must be rewritten if it is damaged, and only then. No file
-// is left open.
+// another path, unless it is empty, and is not changed. A log must be rewritten if it is damaged,
+// and only then. No file is left open.
 func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRec) {
 	t.Helper()
 	c := newCrashFS(1, "/d")

@@ -378,9 +378,9 @@ func (d outageDiff) whole() bool {
 	return d.missing == 0 && d.wrong == 0 && d.twice == 0 && d.samples > 0
 }
 
-// compareOutage compares the samples that Prometheus must have with the samples that it has. said
-// are the scrapes that the source answered, each with a sample of every series. series is the
-// number of series of the source. got and twice are results of the method query.
+// compareOutage compares the samples that Prometheus must have with the samples that it has. The
+// list said has the scrapes that the source answered, each with a sample of every series. series is
+// the number of series of the source. got and twice are results of the method query.
 func compareOutage(said []outageScrape, series int, got map[string]map[int64]float64, twice int) outageDiff {
 	d := outageDiff{twice: twice}
 	want := map[int64]outageScrape{}
@@ -408,14 +408,15 @@ func compareOutage(said []outageScrape, series int, got map[string]map[int64]flo
 }
 
 // outageDropped matches a line in the log of Prometheus about samples that Prometheus dropped as
-// out of order. outageFatal matches a log line that must never occur.
+// out of order. outageFatal matches other log lines about samples that Prometheus refused, which
+// are faults in most tests.
 var (
 	outageDropped = regexp.MustCompile(`(?i)out.of.order samples.*num_dropped=(\d+)`)
 	outageFatal   = regexp.MustCompile(`(?i)append failed|parse error|same timestamp|commit failed|too old or are too far|duplicate sample`)
 )
 
-// log returns the number of samples that Prometheus refused as out of order, and the lines of its
-// log that match outageFatal.
+// log returns the number of samples that Prometheus refused as out of order, and the other lines of
+// its log that match outageFatal.
 func (p *outagePrometheus) log() (outOfOrder int, bad []string) {
 	f, err := os.Open(p.logs.Name())
 	if err != nil {

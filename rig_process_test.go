@@ -62,7 +62,8 @@ func start(t *testing.T, dir string, args ...string) *process {
 }
 
 // await waits until the output of the process matches pattern, for at most 30 s. It returns the
-// text of the last group of the match. It fails the test if there is no match in time.
+// text of the last group in pattern, or the whole match if pattern has no group. It fails the test
+// if there is no match in time.
 func (p *process) await(pattern string) string {
 	p.t.Helper()
 	re := regexp.MustCompile(pattern)

@@ -40,9 +40,9 @@ const (
 	stampedeInterval = 2 * time.Minute
 	stampedeScrape   = 30 * time.Second
 
-	// The costs are CPU time of one core. BenchmarkUpload measures 0.5 ms for a push of 230
-	// samples, and BenchmarkFederate 0.43 µs for each scraped sample, both compressed with gzip.
-	// The TLS handshake of a request takes 0.3 ms.
+	// The costs, except stampedeSync, are CPU time of one core. BenchmarkUpload measured 0.5 ms for
+	// a push of 230 samples, and BenchmarkFederate 0.43 µs for each scraped sample, both compressed
+	// with gzip. The TLS handshake of a request takes about 0.3 ms.
 	stampedeCores   = 2
 	stampedeRequest = 300 * time.Microsecond // CPU time of a request without its samples
 	stampedePushed  = 2200 * time.Nanosecond // CPU time of a pushed sample
@@ -516,7 +516,8 @@ func (s *stampede) mark() stampedeFigures {
 
 // settle waits until no spool has a scrape from before the call of settle. The test fails if this
 // takes longer than limit. empty is the time that this took. read is the time until the center had
-// read all scrapes made between from and the call.
+// read all scrapes that were made before the call, but not before the time from. settle checks both
+// every 15 s.
 func (s *stampede) settle(from time.Time, limit time.Duration) (empty, read time.Duration) {
 	begin := time.Now()
 	for time.Since(begin) < limit {
@@ -675,7 +676,7 @@ func (c stampedeCase) run(t *testing.T, table stampedeTable, sites int) {
 	}
 	s.setAway(false)
 	at := time.Now()
-	// Scrapes made before oldest may expire before the center scrapes again.
+	// Scrapes that were made before the time oldest may expire before the center scrapes again.
 	oldest := at.Add(-2*time.Hour + 2*stampedeInterval)
 	empty, read := s.settle(oldest, 3*time.Hour)
 	f := s.mark()

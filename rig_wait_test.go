@@ -11,7 +11,7 @@ import (
 )
 
 // eventually calls ok every 2 ms until it returns true. It fails the test if that takes more than a
-// minute. what describes the condition in the failure message.
+// minute. The parameter what describes the condition in the failure message.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	eventuallyWithin(t, time.Minute, 2*time.Millisecond, what, ok)
