@@ -1,9 +1,9 @@
 package main
 
 // This file parses key files, derives subkeys from the keys, checks cluster IDs, and reads small
-// secret files. No error of the auth family contains a secret or a token. The auth family proves
-// which site may push. It must not know of HTTP handlers, flags, or the meaning of a token's
-// labels.
+// secret files. No error of the auth family quotes a key, a token or the content of a file. The
+// auth family proves which site may push. It must not know of HTTP handlers, flags, or the meaning
+// of a token's labels.
 
 import (
 	"bytes"

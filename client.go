@@ -30,7 +30,7 @@ type ClientConfig struct {
 	To             []string      // URLs of the servers, tried in this order
 	ToClient       *http.Client  // for requests to the servers; has a timeout and must not follow redirects
 	ClusterID      string        // names this site
-	Interval       time.Duration // time between two pushes, except for retries and backlogs
+	Interval       time.Duration // time between two pushes, except at start, at shutdown, and for retries and backlogs
 	ScrapeInterval time.Duration // time between two scrapes; at most Interval
 	LimitBytes     int64         // most bytes of the compressed body of a push; the decompressed body may have MaxDecodedFactor times as many; a push of a single scrape may exceed both
 	Metrics        *Metrics

@@ -67,9 +67,9 @@ func TestFailover(t *testing.T) {
 	}
 }
 
-// If no consumer has read the scrapes on a server for longer than maxUnreadTime, serverFailover
-// prefers the next server for maxUnreadTime. If the preferred server fails during that time, it is
-// no longer preferred.
+// If at least one consumer has not read the scrapes on a server for longer than maxUnreadTime,
+// serverFailover prefers the next server. The preference ends with the first drain after
+// maxUnreadTime, or when that server fails.
 func TestFailoverAfterUnreadScrapes(t *testing.T) {
 	now := time.Unix(0, 0)
 	f := serverFailover{servers: 2}

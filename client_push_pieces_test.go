@@ -40,8 +40,9 @@ func TestPusherPiecesUnderRateLimit(t *testing.T) {
 	})
 }
 
-// If a site has more series than the server accepts, the samples of the accepted series are
-// delivered. The client does not push each sample of the other series in a request of its own.
+// If a site has more series than the server accepts, and the accepted series come first in the
+// scrape, their samples are delivered. The client pushes only a few samples of the other series in
+// a request of their own.
 func TestPusherTooManySeries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)

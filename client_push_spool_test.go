@@ -388,8 +388,9 @@ func (r *shiftRig) scrapeFour() {
 	mustDrain(r.t, r.client)
 }
 
-// The client corrects the times of scrapes by the error of the source's clock. It follows a step of
-// that clock, and keeps the same shift while the clock drifts by less than shiftTolerance. A header
+// The client corrects the times of scrapes if the error of the source's clock is at least minShift.
+// It keeps a shift while the error differs from it by at most shiftTolerance, and follows a larger
+// step. A header
 // of the last push and a metric of the client state the error.
 func TestPusherCorrectsTimes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

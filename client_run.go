@@ -40,7 +40,7 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.spool.Stats().InMemory > 0 {
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), finalPushTimeout)
 		defer cancel()
-		c.pusher.DrainSpool(last) // the error can be ignored, because DrainSpool logs its failures
+		c.pusher.DrainSpool(last) // the error can be ignored, because DrainSpool logs every failure but repeated declines and the end of ctx
 	}
 	return nil
 }
@@ -120,7 +120,7 @@ func (c *Client) deliverLoop(ctx context.Context, pushDue <-chan struct{}) {
 		if _, ok := Sleep(ctx, wait, pushDue); !ok {
 			return
 		}
-		c.pusher.DrainSpool(ctx) // the error can be ignored, because DrainSpool logs its failures
+		c.pusher.DrainSpool(ctx) // the error can be ignored, because DrainSpool logs every failure but repeated declines and the end of ctx
 	}
 }
 

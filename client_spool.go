@@ -452,7 +452,8 @@ func (s *Spool) LastTimeShift() (ms int64) {
 	return ms
 }
 
-// Stats returns the number, the bytes and the ages of the scrapes in the spool, by delivery state.
+// Stats returns the number and the bytes of the scrapes in the spool and the age of the oldest one,
+// by delivery state. A scrape whose state is uncertain counts as undelivered.
 func (s *Spool) Stats() (st SpoolStats) {
 	now := s.cfg.Now()
 	s.mu.Lock()

@@ -3,8 +3,8 @@ package main
 // The index has the delivery state of each scrape in a spool. It decides whether to ask a server
 // which scrapes the server holds, which scrapes make up the next push, what an answer changes, and
 // which scrapes are dropped when a limit is reached. A scrape leaves the index only because of an
-// answer, a limit or a damaged file. Pure: no I/O, and callers pass the time, in ms of the
-// boot-time clock.
+// answer, a limit, or a damaged or missing file. Pure: no I/O, and callers pass the time, in ms of
+// the boot-time clock.
 
 import (
 	"time"

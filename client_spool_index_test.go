@@ -390,8 +390,8 @@ func (w *spoolWorld) drain(calm bool) {
 	}
 }
 
-// Whatever has happened to the connections, the servers and the client, the consumer reads every
-// scrape after the connections work again. When all scrapes are read, the spool is empty.
+// After random faults of the connections, the servers and the client, the consumer reads every
+// scrape once the connections work again. When all scrapes are read, the spool is empty.
 func TestSweepSpoolIndex(t *testing.T) {
 	sweep(t)
 	for seed := range testSeeds(t, 4_000) {

@@ -407,8 +407,9 @@ func chaosRows() []chaosRow {
 	}
 }
 
-// run starts the servers, calls load to start the sites, starts the central Prometheus, and then
-// runs the scenario. It returns the rig, in which everything still runs.
+// run starts the servers with which the scenario begins, calls load to start the sites, starts the
+// central Prometheus, and then runs the scenario. It returns the rig. The sites, Prometheus and the
+// servers that the scenario has not stopped still run.
 func (row chaosRow) run(t *testing.T, form chaosForm, seed uint64, load func(r *chaosRig, every time.Duration)) *chaosRig {
 	servers := form.servers
 	if row.name == "growth" {

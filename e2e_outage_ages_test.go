@@ -20,8 +20,9 @@ import (
 // for the time that a scrape and the appending take.
 const agesTight = "2h1m40s"
 
-// ages returns ages of samples around all limits: one minute ahead (a negative age), the 50 minutes
-// that Prometheus accepts without a window, --retention, and older ones back to the Unix epoch.
+// ages returns ages of samples around all limits: one minute ahead (a negative age), --retention,
+// and the 50 minutes up to which Prometheus accepts late samples without out_of_order_time_window.
+// Some are older, back to the Unix epoch.
 func ages(now time.Time) []time.Duration {
 	seconds := []int{-61, -60, -59, 0, 7000, 7100, 7150, 7190, 7195, 7198, 7199, 7200, 7201, 3 * 3600, 25 * 3600, int(now.Unix())}
 	for m := 49; m <= 61; m++ {

@@ -49,7 +49,7 @@ type clockSite struct {
 	booted time.Time     // when the client's machine was booted
 	boots  int           // number of boots of that machine so far
 	dry    bool          // the source returns no samples any more
-	said   []time.Time   // true time of each scrape; the samples of scrape i have the value i+1
+	said   []time.Time   // true time of each scrape that was answered with samples; the samples of scrape i have the value i+1
 }
 
 // RoundTrip answers a scrape as the source.

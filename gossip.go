@@ -185,7 +185,8 @@ func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Durat
 }
 
 // stepAndSend calls step, which is one Receive or Tick of the state machine. It sends the datagrams
-// that step returns, and passes the state machine's events to Notify.
+// that step returns, except those whose address is not known yet. It passes the state machine's
+// events to Notify, if there is one.
 func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	g.mu.Lock()
 	out := step(time.Since(g.start))

@@ -40,7 +40,7 @@ func (s MemberState) IsLive() bool { return s <= StateSuspect }
 type MemberRecord struct {
 	Name        string
 	Session     uint64 // number of the member's session; higher after each start, unless the member has lost its RestartState
-	Incarnation uint32 // raised by the member when it changes Addr, URL or a field below, or must replace a wrong record
+	Incarnation uint32 // raised by the member when it changes Addr, URL or a field below, or must replace a wrong record; may start again in a new session
 	State       MemberState
 	Accusers    []uint64 // accuserIDs of up to MaxAccusers members that suspect this one; only if State is StateSuspect
 	Age         uint32   // seconds since the member died or left; only if State is StateDead or StateLeft

@@ -49,7 +49,7 @@ const (
 	EventNameConflict = "another member has the same name and a lower session"                 // the other member should stand down
 	EventStoodDown    = "another member has the same name and a higher session: standing down"
 	EventStalled      = "this process stalled: suspecting no member for a while"
-	EventVersion      = "packet refused" // What only begins with this text; the reason, with both versions, follows
+	EventVersion      = "packet refused" // beginning of the event's text; the reason with both versions follows
 )
 
 // A SwimConfig configures a Swim. Every field except URL must be set; the RestartState of a member
@@ -79,14 +79,14 @@ type Swim struct {
 	sealer   *PacketSealer
 	self     *Member // the entry of this member in table
 
-	// What this member knows of the ring, and the requests that it has sent.
+	// The other members that this member knows, and the requests that it has sent.
 	now        time.Duration // time of the latest call of Receive or Tick
 	table      MemberTable
 	requests   pendingRequests
 	seeds      []seed
 	maxLamport uint64        // highest claim number seen
 	buckets    uint16        // highest slot ever seen claimed, plus one
-	wantTable  bool          // every packet asks for the receiver's table, because no other member has sent its table in this session
+	wantTable  bool          // every packet, but only the first of a sync, asks for the receiver's table, because this member has accepted no table in this session
 	syncedAt   time.Duration // when another member first sent its table in this session; 0 = not yet
 
 	// Timers: when this member must probe, reconnect, gossip and so on.

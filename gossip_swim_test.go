@@ -134,8 +134,9 @@ func TestSwimRestartsLostWithoutSeeds(t *testing.T) {
 	}
 }
 
-// Of two members with the same name, the member with the lower session stands down, whichever of
-// the two joined first. All other members have the record of the member with the higher session.
+// Of two members with the same name that can reach each other, the member with the lower session
+// stands down, whichever of the two joined first. All other members have the record of the member
+// with the higher session.
 func TestSwimNameTaken(t *testing.T) {
 	seed := testSeed(t, 1)
 	for _, higher := range []bool{false, true} {

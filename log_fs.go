@@ -21,8 +21,9 @@ func IsDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// FS is the part of a file system that logs need. The methods behave like the functions of package
-// os with the same names. SyncDir makes the entries of a directory durable.
+// FS is the part of a file system that logs need. The methods but SyncDir behave like the functions
+// of package os with the same names. SyncDir makes the entries of a directory durable, if the file
+// system can sync directories.
 type FS interface {
 	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
 	ReadFile(name string) ([]byte, error)

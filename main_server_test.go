@@ -238,8 +238,8 @@ func (s *modeServer) newToken(id string, args ...string) string {
 	return s.mustRun(append([]string{"--mode", "token", "--keys", s.path("keys"), "--id", id, "--to", "https://127.0.0.1:1"}, args...)...)
 }
 
-// start starts the server and waits until it serves requests. The function stop stops the server;
-// the test fails if the exit status is not 0.
+// start starts the server and waits until it has opened its listeners. Requests sent from then on
+// are answered. The function stop stops the server; the test fails if the exit status is not 0.
 func (s *modeServer) start() (stop func()) {
 	s.t.Helper()
 	// The test process catches SIGHUP here, because a SIGHUP that arrives before the server handles

@@ -18,7 +18,7 @@ import (
 // Headers of a push. A push that names a spool but no numbers, and has no samples, is a question.
 // The server stores no sample for a question and answers it like any other push.
 const (
-	SpoolHeader       = "Telemeter-Spool"        // spool ID in 16 hex digits, a space, ranges of numbers
+	SpoolHeader       = "Telemeter-Spool"        // spool ID in 16 hex digits; then, except in a question, a space and ranges of numbers
 	ConsumersHeader   = "Telemeter-Consumers"    // in the format of FormatConsumers
 	ClockOffsetHeader = "Telemeter-Clock-Offset" // ms by which the source's clock was behind the servers' clocks at the newest scrape of the push
 )

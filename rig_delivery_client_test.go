@@ -375,8 +375,8 @@ func (m *deliveryModel) request(c *modelSite, front *modelServer, names ScrapeNa
 	at := front
 	if owner := m.servers[m.owner[c.at]]; owner != front && owner.up && !m.lost() {
 		a = m.handle(owner, c, names, push, reported)
-		// front also handles the request itself if the owner's answer is lost, or if the owner dropped
-		// all samples of the push because the owner's clock is wrong.
+		// front also handles the request itself if the owner's answer is lost, or if the owner
+		// dropped all samples of the push because the owner's clock is wrong.
 		if at = owner; m.lost() || owner.untimely {
 			a = m.handle(front, c, names, push, reported)
 			at = front

@@ -59,9 +59,9 @@ func (d *modelDisk) clone() *modelDisk {
 	return &k
 }
 
-// handle has server s process a request of site c as the upload handler does, and stores the
-// scrapes in push. A question has no scrapes. reported is the header that lists the consumers that
-// the site knows. handle checks the answer and returns it as the client parses it.
+// handle has server s process a request of site c as the upload handler does. The server stores the
+// scrapes that push lists; push is empty for a question. reported is the header that lists the
+// consumers that the site knows. handle checks the answer and returns it as the client parses it.
 func (m *deliveryModel) handle(s *modelServer, c *modelSite, names ScrapeNames, push []*modelScrape, reported string) (a SpoolAnswer) {
 	got, err := ParseScrapeNames(names.String())
 	consumers, cerr := ParseConsumers(reported)

@@ -358,8 +358,8 @@ func (m *deliveryModel) end() {
 		}
 	}
 	// Consumer 1 does not scrape the servers for the retention time, so that it no longer counts.
-	// Then each client with scrapes in its spool scrapes its source once more. Consumers 0 and 2 read
-	// the new batches, so that their cursors move past batches that expired unread.
+	// Then each client with scrapes in its spool scrapes its source once more. Consumers 0 and 2
+	// read the new batches, so that their cursors move past batches that expired unread.
 	m.now += deliveryRetention.Milliseconds() + 60_000
 	m.requests = 10
 	for _, c := range m.sites {

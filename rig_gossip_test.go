@@ -181,8 +181,8 @@ func (s *sim) push(e simEvent) {
 // The method at adds an event to the queue: a call of do at the given time of the simulation.
 func (s *sim) at(at time.Duration, do func()) { s.push(simEvent{at: at, do: do}) }
 
-// arm adds a timer event for the next Tick of the member on node i, unless a timer event of the
-// node is queued for the same time or earlier.
+// arm adds a timer event for the next Tick of the member on node i, unless n.timer is the same time
+// or earlier. It adds none if the member has stood down.
 func (s *sim) arm(i int) {
 	n := s.nodes[i]
 	if n.swim.StoodDown { // Gossip.Run would have returned, and Tick does nothing

@@ -133,9 +133,9 @@ func (p *outageProxy) set(how string) {
 	p.ok.Broadcast()
 }
 
-// cut makes the proxy reset the next connection on which the client has sent up bytes, and the next
-// connection on which the server has sent down bytes. If a number is 0, no connection is reset
-// because of it.
+// cut sets two limits. The proxy resets the next connection on which the client has sent a number of
+// bytes (up), and the next connection on which the server has sent a number of bytes (down). Both
+// can be the same connection. A number of 0 resets no connection.
 func (p *outageProxy) cut(up, down int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -602,8 +602,8 @@ func (w stampedeTable) row(phase string, f stampedeFigures, remark string) {
 type stampedeCase struct {
 	name string
 	away time.Duration // how long the center is away; 0: it is not away
-	lost time.Duration // how long all servers are down after that, and they lose their disks; 0: they stay up
-	join bool          // a fourth server joins after that
+	lost time.Duration // how long all servers are then down, with their disks lost, while the center is still away; 0: they stay up
+	join bool          // a fourth server joins, after the other disturbances of the case, if it has any
 	ring bool
 	long bool // the case needs a run at full length
 }

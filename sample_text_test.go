@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// Valid text exposition is decoded to its samples in the order of the body. Comments, including
-// TYPE and HELP lines, are ignored.
+// Valid text exposition within the limits is decoded to its samples in the order of the body.
+// Comments, including TYPE and HELP lines, are ignored.
 func TestDecodeText(t *testing.T) {
 	for _, c := range []struct {
 		body string

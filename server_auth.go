@@ -2,9 +2,10 @@ package main
 
 // This file authenticates requests. The server verifies tokens itself or asks the service at the
 // --authorize URL, and it exchanges client tokens for upload tokens. An answer to a refused request
-// states the reason, but contains no secret and no labels of a token. A token ID or cluster ID that
-// is added to the file of --revoked-file is refused once the server has reloaded the file. This
-// file must not know of samples.
+// states the reason, but contains no secret and no labels of a token. A cluster ID that is
+// added to the file of --revoked-file is refused once the server has reloaded the file. So is a
+// token with a listed ID, except a client token that the --authorize URL checks. This file must not
+// know of samples.
 
 import (
 	"errors"

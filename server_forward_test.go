@@ -262,8 +262,8 @@ func TestForwardGivesUp(t *testing.T) {
 	}
 }
 
-// A member that is already handling maxForwards forwarded pushes refuses a further one. The server
-// that sent it then has to store the push itself.
+// A member that is already handling maxForwards forwarded pushes refuses a further one. If the ring
+// still has the same owner, the server that sent the push then has to store it itself.
 func TestForwardOverloaded(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	for range maxForwards {

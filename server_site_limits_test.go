@@ -85,9 +85,9 @@ func TestRateLimitAfterPause(t *testing.T) {
 	checkBurst(t, s, now.Add(1000*time.Hour), rateBurst)
 }
 
-// For pushes at random times, the number of accepted pushes in a time span is at most one burst, and
-// one more push for each interval of the rate limit in the span. A refused push is accepted if it is sent again
-// after exactly the time that AcquirePush returned.
+// For pushes at random times, the number of accepted pushes in a time span is at most one burst,
+// and one more push for each interval of the rate limit in the span. A refused push is accepted if
+// it is sent again after exactly the time that AcquirePush returned.
 func TestRateLimitRandom(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
 	s := NewSitePushLimiter(time.Second)

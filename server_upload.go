@@ -73,8 +73,9 @@ func errUnsupported(text string) error {
 	return &uploadError{http.StatusUnsupportedMediaType, resultUnsupported, text, 0}
 }
 
-// refusalResponse returns the response to a push that failed with err. It cuts the text of err to
-// maxErrorText bytes, because the text can quote the whole body of the push.
+// refusalResponse returns the response to a push that failed with err. It cuts a text of more than
+// maxErrorText bytes, because the text can quote a whole header. An error that is not an
+// uploadError gets a fixed text.
 func refusalResponse(err error) *pushResponse {
 	var e *uploadError
 	if !errors.As(err, &e) {

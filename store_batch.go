@@ -26,7 +26,7 @@ const MaxSeq = 1 << 62
 // value V[i]. A batch is immutable once it is committed.
 type Batch struct {
 	Seq        uint64   // sequence number; increases with each batch of the site
-	AcceptedAt int64    // ms; when this server accepted the push, by its own clock
+	AcceptedAt int64    // ms; when this server accepted the push, by its own clock; the earlier of two times while the clock is in doubt
 	T0         int64    // ms, base of DT
 	MinT, MaxT int64    // ms; T0 and the times of all samples lie between MinT and MaxT, both inclusive
 	IDs        []uint32 // may share memory with other batches
@@ -40,8 +40,8 @@ type Batch struct {
 }
 
 // ReadPosition is how far a reader has read the batches of a site. The reader has read all batches
-// up to Seq. If PartialSeq is not 0, it has also read the first PartialRead of the PartialLen
-// samples of batch PartialSeq. Compaction changes the series IDs in a batch, but keeps the order of
+// up to Seq, except for samples that expired before. If PartialSeq is not 0, the same holds for the
+// first PartialRead of the PartialLen samples of batch PartialSeq. Compaction changes the series IDs in a batch, but keeps the order of
 // its samples. If batch PartialSeq still has PartialLen samples, its first PartialRead samples are
 // therefore still the samples that were read. If the batch is shorter, because compaction removed
 // expired samples, the reader reads it again from its beginning.

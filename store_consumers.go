@@ -31,14 +31,14 @@ var ErrConsumers = errors.New("too many consumers")
 
 // Consumers holds the consumers and their cursors. It is safe for concurrent use.
 type Consumers struct {
-	lock      ioLock     // only its holder does I/O and accesses log and state
+	lock      ioLock     // after recovery, only its holder does I/O and accesses log and state
 	log       *Log       // file of the cursors; nil in memory-only mode
 	state     *StoreMeta // file of the consumers without their cursors
-	TornBytes int64      // bytes of an unfinished write that OpenConsumers removed
+	TornBytes int64      // bytes of an unfinished write at the end of the cursors file; OpenConsumers removed them, unless Damage says that it could not
 	Damage    error      // damage that OpenConsumers found in the cursors file, or nil
-	// listChanges counts the changes of the list of consumers, from 1 on, because the state file must
-	// be written once after each start. listSaved is the number of these changes that the state file
-	// has.
+	// listChanges counts the changes of the list of consumers, from 1 on, because the state file
+	// must be written once after each start. listSaved is the number of these changes that the state
+	// file has.
 	listChanges, listSaved atomic.Uint64
 
 	// retention is the time without a scrape after which SeqReadByAll ignores a consumer, as long

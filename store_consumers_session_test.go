@@ -37,8 +37,8 @@ func TestSessionSampleLimit(t *testing.T) {
 			{8000, 2 * allowed, false, 4000}, {80_000, 0, false, 8000}, {8000, 0, false, 16_000}, {1, 0, false, 32_000},
 			{1, 0, false, 64_000}, {1, 0, false, 100_000}, {1, 0, false, 100_000},
 		}},
-		// A proxy may lose every answer that the server wrote in time. After three lost answers in a row
-		// the limit no longer falls, because the length of the answers is not the cause.
+		// A proxy may lose every answer that the server wrote in time. After three lost answers in a
+		// row the limit no longer falls, because the length of the answers is not the cause.
 		{"lost for ever", []step{
 			{64_000, 0, true, 32_000}, {32_000, 0, true, 16_000}, {16_000, 0, true, 8000}, {8000, 0, true, 8000},
 			{8000, 0, true, 8000}, {8000, 0, false, 16_000}, {8000, 0, true, 4000},

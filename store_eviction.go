@@ -75,8 +75,8 @@ func (s *Store) makeRoom(site *Site, samples int) error {
 	s.roomMu.Lock()
 	defer s.roomMu.Unlock()
 	now := s.cfg.Now()
-	// After a search that freed too little, wait roomPause before the next search. Otherwise every
-	// refused push would search all sites.
+	// A search that freed too little is not repeated for roomPause, unless the clock was set back.
+	// Otherwise every refused push would search all sites.
 	if since := now.Sub(s.noRoomAt); !fits() && (since < 0 || since >= roomPause) {
 		// Free 1/64 of the limit more than needed, so that not every push has to evict.
 		s.evictDownTo(limit - int64(samples) - limit/64)

@@ -160,8 +160,9 @@ func readAll(t *testing.T, k *storeKit, s *Store) {
 	confirm(t, s.Consumers, "c", k.clock.Now(), map[uint64]uint64{SiteKey("a"): s.sites["a"].data.Seq})
 }
 
-// Samples that expire while no process runs are counted at the next start. The unread samples among
-// them are also counted as unread. Samples that the previous process counted are not counted again.
+// The next start counts the samples that expired after the newest push or the newest saved time of a
+// scrape, and the unread samples among them as unread. In this test the saved time is that of the
+// last scrape, so that no sample is counted twice.
 func TestExpiredWhileDownAreCounted(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	s := k.open()

@@ -85,10 +85,11 @@ func (s *AllSitesReader) newestSampleCutoff() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// NewestPerSeries returns the newest sample of each series of the owned sites, if that sample is
-// not older than MaxSampleAge. The families are sorted by name, one per name. match, if not nil,
-// selects lines. Sites are included or left out as a whole. The result has at most limit samples,
-// unless the first site alone has more; a limit of 0 means no limit. truncated reports that sites
+// NewestPerSeries returns the newest sample of each series of the owned sites, unless that sample is
+// older than MaxSampleAge or than retention. The families are sorted by name, one per name. match,
+// if not nil, selects lines. Sites are included or left out as a whole, by their number of series.
+// The result has at most limit samples, unless the first site that shows a sample has more; a limit
+// of 0 means no limit. truncated reports that sites
 // were left out. The lines remain valid for ever.
 func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
 	since := s.newestSampleCutoff()

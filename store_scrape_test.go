@@ -131,8 +131,8 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 					}
 				}
 			}
-			// If the limit is too low for all sites, each of the 10 sites is the first site of about a tenth
-			// of the scrapes.
+			// If the limit is too low for all sites, each of the 10 sites is the first site of about a
+			// tenth of the scrapes.
 			if len(seen) != 10 || slices.Min(slices.Collect(maps.Values(seen))) < 3 {
 				t.Errorf("limit %d, %d scrapers: in 40 scrapes of one scraper the sites were shown %v times, want each at least 3", limit, scrapers, seen)
 			}

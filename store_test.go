@@ -116,8 +116,8 @@ func TestStoreRun(t *testing.T) {
 			t.Errorf("no push is accepted after samples expired: %+v", s.Stats())
 		}
 
-		// No Run is active while the site is silent, because a Run that wakes up again and again
-		// for 30 days would make the test take seconds.
+		// No Run is active during the 30 days of silence, because a Run that wakes up again and
+		// again would make the test take seconds.
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)
