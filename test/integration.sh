@@ -263,9 +263,9 @@ own_up() {
 # members PORT prints the ring as the server at the port sees it: the ring's version, then
 # one line per member with name, state, slot and session.
 members() {
-	get "http://localhost:$1/debug/ring" >"$work/cluster" || return 1
-	grep -o '"version":"[^"]*"' "$work/cluster" &&
-		grep -o '{"name":"[^}]*}' "$work/cluster" |
+	get "http://localhost:$1/debug/ring" >"$work/ring" || return 1
+	grep -o '"version":"[^"]*"' "$work/ring" &&
+		grep -o '{"name":"[^}]*}' "$work/ring" |
 		sed -n 's/^{"name":"\([^"]*\)","state":"\([^"]*\)",.*"slot":\([^,]*\),.*"session":\([0-9]*\),.*/\1 \2 slot \3 session \4/p'
 }
 

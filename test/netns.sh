@@ -17,7 +17,7 @@ export LC_ALL=C
 passed=0 failed=0
 id=tm$$           # prefix of the names of this run's namespaces
 spaces=()         # the namespaces that were created
-cluster=10.99.0   # prefix of the servers' IP addresses
+prefix=10.99.0    # prefix of the servers' IP addresses
 majority="1 2 3"  # servers that stay on the first bridge
 minority="4 5"    # servers that are cut off
 servers="$majority $minority"
@@ -102,7 +102,7 @@ if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # make has built
 get() {
 	local n=$1 path=$2
 	shift 2
-	ip netns exec "$id-$n" curl -q --silent --noproxy '*' --max-time 40 "$@" "http://$cluster.$n:$path"
+	ip netns exec "$id-$n" curl -q --silent --noproxy '*' --max-time 40 "$@" "http://$prefix.$n:$path"
 }
 
 # view N prints two lines: the state of all members as server N sees them, such as
@@ -166,8 +166,8 @@ parted() {
 
 # told succeeds if /sd of the last server lists all five.
 told() {
-	seen=$(get 5 9004/sd --fail | grep -o "$cluster"'[.][0-9]:9004' | sort | paste -sd' ')
-	[ "$seen" = "$cluster.1:9004 $cluster.2:9004 $cluster.3:9004 $cluster.4:9004 $cluster.5:9004" ]
+	seen=$(get 5 9004/sd --fail | grep -o "$prefix"'[.][0-9]:9004' | sort | paste -sd' ')
+	[ "$seen" = "$prefix.1:9004 $prefix.2:9004 $prefix.3:9004 $prefix.4:9004 $prefix.5:9004" ]
 }
 
 # check WHAT COMMAND... repeats the command until it succeeds, a server ends, or patience
@@ -235,7 +235,7 @@ echo 'up 1' >"$work/sample"
 ./telemeter --mode keygen --keys "$work/keys" 2>"$work/keys.log"
 for kind in cut parted; do
 	for i in 1 2 3 4 5 6 7 8; do
-		./telemeter --mode token --keys "$work/keys" --id "$kind-$i" --to "http://$cluster.4:9003" >"$work/$kind-$i.token" 2>>"$work/keys.log"
+		./telemeter --mode token --keys "$work/keys" --id "$kind-$i" --to "http://$prefix.4:9003" >"$work/$kind-$i.token" 2>>"$work/keys.log"
 	done
 done
 
@@ -243,7 +243,7 @@ for bridge in one two; do ip -n "$id-0" link set "$bridge" up; done
 for n in $servers; do
 	space "$id-$n"
 	ip -n "$id-0" link add "to$n" type veth peer name eth0 netns "$id-$n"
-	ip -n "$id-$n" address add "$cluster.$n/24" dev eth0
+	ip -n "$id-$n" address add "$prefix.$n/24" dev eth0
 	ip -n "$id-$n" link set lo up
 	ip -n "$id-$n" link set eth0 up
 	ip -n "$id-0" link set "to$n" up
@@ -253,11 +253,11 @@ plug one $servers
 
 pids=()
 for n in $servers; do
-	join=(--join "$cluster.1:9006")
+	join=(--join "$prefix.1:9006")
 	[ "$n" != 1 ] || join=()
 	ip netns exec "$id-$n" ./telemeter --mode server --name "n$n" --keys "$work/keys" --storage-dir "$work/n$n" \
-		--listen "$cluster.$n:9003" --listen-internal "$cluster.$n:9004" --internal-open \
-		--listen-cluster "$cluster.$n:9006" "${join[@]}" >"$work/n$n.log" 2>&1 &
+		--listen "$prefix.$n:9003" --listen-internal "$prefix.$n:9004" --internal-open \
+		--listen-cluster "$prefix.$n:9006" "${join[@]}" >"$work/n$n.log" 2>&1 &
 	pids[n]=$!
 done
 check "all five servers form one ring" one_whole

@@ -6,9 +6,13 @@ cd "$(dirname "$0")/.."
 go=${GO:-go}
 
 log=$(mktemp)
-job=
-trap 'rm -f "$log"' EXIT
-trap '[ -z "$job" ] || kill "$job" 2>/dev/null; exit 1' INT TERM
+job= ticker=
+stop() {
+	for pid in $job $ticker; do kill "$pid" 2>/dev/null || true; done
+	rm -f "$log"
+}
+trap stop EXIT
+trap 'exit 1' INT TERM
 
 # Fuzz targets run their seeds as tests.
 all=$(cat ./*_test.go | grep -c '^func \(Test\|Fuzz\).*\*testing\.[TF])')
@@ -30,6 +34,7 @@ wait "$job" || status=$?
 job=
 kill "$ticker" 2>/dev/null || true
 wait "$ticker" 2>/dev/null || true
+ticker=
 
 if [ "$status" = 0 ]; then
 	grep -E '^(ok|\?) ' "$log"
