@@ -17,7 +17,7 @@ import (
 func TestPusherPiecesUnderRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
-		limiter := NewSitePushLimiter(time.Second)
+		limiter := NewSitePushLimiter(time.Second, 1<<20)
 		sizedHub(hub, 6)
 		answer := hub.answer
 		hub.answer = func(r *http.Request) *http.Response {

@@ -69,7 +69,7 @@ func (f *serverFlags) define(c *command) {
 		c.StringVar(&f.keys, "keys", "", "`DIR` directory of the keys that --mode keygen created (required)")
 		c.StringVar(&f.revokedFile, "revoked-file", "", "`FILE` file with revoked token IDs and cluster IDs, one per line")
 		c.urlFlag(&f.authorize, "authorize", "", "`URL` URL of a service that checks client tokens instead of this server; it is called like /authorize")
-		c.durationFlag(&f.rateInterval, "ratelimit", time.Second, 0, 0, "`TIME` shortest average time between pushes of one cluster ID; bursts of 60 pushes are allowed; 0: no limit")
+		c.durationFlag(&f.rateInterval, "ratelimit", time.Second, 0, 0, "`TIME` shortest average time between pushes of one cluster ID; a push counts once for each --limit-bytes that it decodes to; bursts of 60 are allowed; 0: no limit")
 	})
 	c.defineGroup("Which samples", func() {
 		c.labelsFlag(&f.labels, "label", "`NAME=VALUE` label to set on every sample")

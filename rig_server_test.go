@@ -417,7 +417,7 @@ func (r *answerRig) check(t *testing.T, cases []answerCase) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			r := &srvRig{t: t, keys: r.keys, store: r.store, server: r.server, external: r.external, internal: r.internal, secrets: r.secrets}
-			r.server.sites = NewSitePushLimiter(0)
+			r.server.sites = NewSitePushLimiter(0, 1<<20)
 			samples := r.store.totals.Samples.Load()
 			q := c.q
 			q.url = r.external.URL + q.url

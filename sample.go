@@ -10,6 +10,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math"
 	"slices"
 	"unicode/utf8"
@@ -73,6 +74,10 @@ type SampleList struct {
 	// limit. The limit on a body's size does not suffice, because a small body can contain a
 	// histogram with long labels, which are repeated in the line of every bucket.
 	MaxSamples, MaxBytes int
+	// index finds the samples that AddUnlessRepeated added, by the hash of their line and time. If
+	// samples have equal hashes, the next free number above the hash is the key of a later one.
+	index map[uint64]uint32
+	seed  maphash.Seed // secret from senders, who could otherwise make hashes collide; set together with index
 }
 
 // Line returns the rendered line of s, which must be a sample of l.
@@ -81,6 +86,13 @@ func (l *SampleList) Line(s Sample) []byte { return l.Arena[s.Off : s.Off+s.Len]
 // Reset removes all samples from l. It keeps the memory and the limits.
 func (l *SampleList) Reset() {
 	l.Arena, l.Samples = l.Arena[:0], l.Samples[:0]
+	clear(l.index)
+}
+
+// MemorySize returns the bytes of memory that the samples of l fill, about.
+func (l *SampleList) MemorySize() int {
+	const sampleBytes, indexBytes = 24, 24 // of one Sample; of one entry of index, with the part of the map that is free
+	return len(l.Arena) + len(l.Samples)*sampleBytes + len(l.index)*indexBytes
 }
 
 // Add sorts the labels of r, validates the series and appends the sample to l. Names and label
@@ -92,54 +104,103 @@ func (l *SampleList) Reset() {
 // marker is a NaN with a certain bit pattern. Text exposition cannot express it, so protobuf must
 // not introduce it either.
 func (l *SampleList) Add(r *RawSample) error {
-	if err := checkMetricName(r.Name); err != nil {
+	s, err := l.appendLineOf(r)
+	if err != nil {
 		return err
 	}
+	return l.appendIfRoom(s)
+}
+
+// Repetition says how a sample repeats an earlier sample of a SampleList.
+type Repetition uint8
+
+const (
+	RepeatsNothing Repetition = iota // no earlier sample has this series and time
+	RepeatsSample                    // an earlier sample has this series, time and value
+	RepeatsTime                      // an earlier sample has this series and time, but another value
+)
+
+// AddUnlessRepeated adds a sample as Add does, unless an earlier sample has the same series and
+// time. Then l is unchanged, whether l is full or not. All samples of l must have been added by
+// AddUnlessRepeated.
+func (l *SampleList) AddUnlessRepeated(r *RawSample) (Repetition, error) {
+	s, err := l.appendLineOf(r)
+	if err != nil {
+		return RepeatsNothing, err
+	}
+	if l.index == nil {
+		l.index, l.seed = map[uint64]uint32{}, maphash.MakeSeed()
+	}
+	key := maphash.Comparable(l.seed, s.T) ^ maphash.Bytes(l.seed, l.Line(s))
+	for ; ; key++ {
+		i, used := l.index[key]
+		if !used {
+			break
+		}
+		if first := l.Samples[i]; first.T == s.T && bytes.Equal(l.Line(first), l.Line(s)) {
+			l.Arena = l.Arena[:s.Off]
+			if math.Float64bits(first.V) == math.Float64bits(s.V) {
+				return RepeatsSample, nil
+			}
+			return RepeatsTime, nil
+		}
+	}
+	if err := l.appendIfRoom(s); err != nil {
+		return RepeatsNothing, err
+	}
+	l.index[key] = uint32(len(l.Samples) - 1)
+	return RepeatsNothing, nil
+}
+
+// appendLineOf validates the series of r and appends its line to l.Arena. It returns the sample,
+// which is not in l.Samples yet. After an error, l is unchanged.
+func (l *SampleList) appendLineOf(r *RawSample) (Sample, error) {
+	if err := checkMetricName(r.Name); err != nil {
+		return Sample{}, err
+	}
 	if len(r.Labels) > MaxLabels {
-		return fmt.Errorf("%w: the series has %d labels, limit %d", ErrTooLarge, len(r.Labels), MaxLabels)
+		return Sample{}, fmt.Errorf("%w: the series has %d labels, limit %d", ErrTooLarge, len(r.Labels), MaxLabels)
 	}
 	slices.SortFunc(r.Labels, func(a, b Label) int { return bytes.Compare(a.Name, b.Name) })
 	if err := checkSortedLabels(r.Labels); err != nil {
-		return err
+		return Sample{}, err
 	}
-	if l.MaxSamples > 0 && len(l.Samples) >= l.MaxSamples {
-		return fmt.Errorf("%w: more than %d samples", ErrListTooLarge, l.MaxSamples)
-	}
-	off := len(l.Arena)
-	if err := l.addLine(r.Name, r.Labels); err != nil {
-		return err
-	}
-	v := r.V
-	if v != v {
-		v = math.NaN()
-	}
-	l.Samples = append(l.Samples, Sample{Off: uint32(off), Len: uint32(len(l.Arena) - off), T: r.T, V: v})
-	return nil
-}
-
-// addLine appends the rendered line of a series to l.Arena. It returns an error and changes no line
-// if the line would exceed MaxLine, or if the Arena would exceed MaxBytes or 4 GiB.
-func (l *SampleList) addLine(name []byte, labels []Label) error {
-	size := len(name)
-	for _, label := range labels {
+	size := len(r.Name)
+	for _, label := range r.Labels {
 		size += len(label.Name) + len(label.Value)
 	}
 	// The line is at least as long as its names and values. Check their size before rendering, so
 	// that a line that is too long does not make the Arena grow.
 	if size > MaxLine {
-		return lineTooLongError(size)
+		return Sample{}, lineTooLongError(size)
 	}
 	off := len(l.Arena)
-	l.Arena = appendLine(l.Arena, name, labels)
+	l.Arena = appendLine(l.Arena, r.Name, r.Labels)
 	if size = len(l.Arena) - off; size > MaxLine {
 		l.Arena = l.Arena[:off]
-		return lineTooLongError(size)
+		return Sample{}, lineTooLongError(size)
 	}
-	if l.MaxBytes > 0 && len(l.Arena) > l.MaxBytes || int64(len(l.Arena)) > math.MaxUint32 {
-		l.Arena = l.Arena[:off]
-		return fmt.Errorf("%w: more than %d bytes of rendered series", ErrListTooLarge, l.MaxBytes)
+	v := r.V
+	if v != v {
+		v = math.NaN()
 	}
-	return nil
+	return Sample{Off: uint32(off), Len: uint32(size), T: r.T, V: v}, nil
+}
+
+// appendIfRoom appends s, whose line must be the last in l.Arena, to l.Samples. If l is full, it
+// removes the line and returns an error that wraps ErrListTooLarge.
+func (l *SampleList) appendIfRoom(s Sample) (err error) {
+	switch {
+	case l.MaxSamples > 0 && len(l.Samples) >= l.MaxSamples:
+		err = fmt.Errorf("%w: more than %d samples", ErrListTooLarge, l.MaxSamples)
+	case l.MaxBytes > 0 && len(l.Arena) > l.MaxBytes || int64(len(l.Arena)) > math.MaxUint32:
+		err = fmt.Errorf("%w: more than %d bytes of rendered series", ErrListTooLarge, l.MaxBytes)
+	default:
+		l.Samples = append(l.Samples, s)
+		return nil
+	}
+	l.Arena = l.Arena[:s.Off]
+	return err
 }
 
 func lineTooLongError(size int) error {

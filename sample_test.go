@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -149,6 +150,64 @@ func TestAcceptedSamplesCanBeRead(t *testing.T) {
 	}
 	if added < 3000 {
 		t.Errorf("only %d of 12,000 random samples were accepted, too few to test anything", added)
+	}
+}
+
+// AddUnlessRepeated adds the first sample of each series and time. It reports each later one as a
+// repetition of the sample or of its time, also if the list is full.
+func TestAddUnlessRepeated(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
+	const most = 100
+	l := SampleList{MaxSamples: most}
+	for range 20 {
+		l.Reset()
+		type key struct {
+			line string
+			t    int64
+		}
+		first := map[key]float64{}
+		for range 2000 {
+			labels := []string{"a", strconv.Itoa(rnd.IntN(8)), "b", strconv.Itoa(rnd.IntN(3))}
+			if rnd.IntN(2) == 0 { // the order of the labels does not matter
+				labels = append(labels[2:], labels[:2]...)
+			}
+			v := float64(rnd.IntN(2))
+			if rnd.IntN(10) == 0 {
+				v = math.NaN()
+			}
+			r := expoRaw("m", int64(rnd.IntN(10)), v, labels...)
+			var one SampleList
+			if err := one.Add(expoRaw("m", r.T, v, labels...)); err != nil {
+				t.Fatal(err)
+			}
+			k := key{string(one.Arena), r.T}
+			before := len(l.Arena)
+			got, err := l.AddUnlessRepeated(r)
+			old, repeated := first[k]
+			switch {
+			case !repeated && len(first) == most:
+				if !errors.Is(err, ErrListTooLarge) || len(l.Arena) != before {
+					t.Fatalf("a new sample in a full list: %v, %d bytes more", err, len(l.Arena)-before)
+				}
+				continue
+			case !repeated:
+				first[k] = v
+				if got != RepeatsNothing || err != nil || l.Samples[len(l.Samples)-1].T != r.T || string(l.Line(l.Samples[len(l.Samples)-1])) != k.line {
+					t.Fatalf("the first sample of %v: %v, %v", k, got, err)
+				}
+				continue
+			}
+			want := RepeatsTime
+			if old == v || old != old && v != v {
+				want = RepeatsSample
+			}
+			if got != want || err != nil || len(l.Arena) != before {
+				t.Fatalf("%v with %v after %v: %v, %v, %d bytes more; want %v", k, v, old, got, err, len(l.Arena)-before, want)
+			}
+		}
+		if len(l.Samples) != most {
+			t.Fatalf("the list has %d samples, want %d", len(l.Samples), most)
+		}
 	}
 }
 

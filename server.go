@@ -24,7 +24,6 @@ const (
 	uploadTokenTTL = time.Hour
 
 	maxUploads       = 256              // pushes in flight at a time, each with its body in memory
-	sampleBytes      = 24               // bytes of memory that one Sample takes
 	maxPending       = 512 << 20        // bytes of all decoded pushes that wait to be stored or are being stored
 	maxPooledBuffers = 1 << 20          // bytes; decodeBuffers that have grown larger are not reused
 	storeTimeout     = 30 * time.Second // limit for forwarding, decoding and storing a push, once its body has arrived
@@ -65,7 +64,7 @@ type Server struct {
 	state      atomic.Pointer[ReloadableServerConfig]
 	ready      atomic.Bool
 	uploads    semaphore    // one slot for each push in flight
-	decoding   semaphore    // one slot for each push that is being decoded
+	decoding   decodeSlots  // slots for pushes that are being decoded
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored or are being stored
 	bodies     sync.Pool    // of *[]byte: reusable memory for the bodies of pushes
 	buffers    sync.Pool    // of *decodeBuffers: reusable memory for decoding pushes
@@ -80,8 +79,8 @@ type Server struct {
 func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
-		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newSemaphore(max(4, 2*runtime.GOMAXPROCS(0))),
-		sites: NewSitePushLimiter(cfg.RateInterval), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
+		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newDecodeSlots(runtime.GOMAXPROCS(0)),
+		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
 		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Metrics: m, Log: cfg.Log, Now: cfg.Now,

@@ -42,7 +42,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		{"too large", func(b *ringServer) { b.server.cfg.LimitBytes = 1 << 10 }, large, nil, 413, "", 0},
 		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 413, "", 0},
 		{"too fast", func(b *ringServer) {
-			b.server.sites = NewSitePushLimiter(7 * time.Second)
+			b.server.sites = NewSitePushLimiter(7*time.Second, 1<<20)
 			for n := range 2 {
 				for range rateBurst {
 					id := ownedBy(b.t, b.node.Forwarder, "b", n)

@@ -15,7 +15,8 @@ import (
 )
 
 const (
-	rateBurst        = 60             // pushes that a site may send at once after a pause
+	rateBurst        = 60             // pushes that a site may send at once after a pause, if each counts once
+	aheadOfPace      = 8              // pushes by which a site may be ahead of its rate limit and still count as a site that pushes little
 	maxPushesPerSite = 4              // pushes of one site in flight at a time
 	maxTrackedSites  = 100_000        // sites whose state is kept in memory
 	siteIdle         = 24 * time.Hour // after this time without a request, a site may be forgotten to make room for a new site
@@ -25,7 +26,8 @@ const (
 
 // SitePushLimiter limits and tracks the pushes of each site. It is safe for concurrent use.
 type SitePushLimiter struct {
-	interval time.Duration // shortest average time between the pushes of one site; 0 = no rate limit
+	interval  time.Duration // shortest average time between the pushes of one site; 0 = no rate limit
+	pushBytes int           // a push counts once for each pushBytes bytes that it decodes to; a smaller push counts once
 
 	mu    sync.Mutex              // guards sites and the state of each site
 	sites map[string]*limitedSite // by cluster ID
@@ -37,6 +39,7 @@ type limitedSite struct {
 	// time. So forgetting a site whose tat is in the past does not change when the site may push.
 	tat            time.Time
 	inFlight       int
+	decodeTurn     semaphore // one slot; held by the site's push that is being decoded or stored
 	health         siteHealth
 	seen           time.Time // when the state of this site was last used; see track
 	loggedUntimely time.Time // when TakeUntimelyWarning last returned true for this site; zero if never
@@ -51,9 +54,11 @@ type siteHealth struct {
 }
 
 // NewSitePushLimiter returns a SitePushLimiter that allows each site on average one push per
-// interval, in bursts of at most rateBurst. With interval 0 the rate is not limited.
-func NewSitePushLimiter(interval time.Duration) *SitePushLimiter {
-	return &SitePushLimiter{interval: interval, sites: map[string]*limitedSite{}}
+// interval, in bursts of at most rateBurst. A push counts once for each pushBytes bytes that it
+// decodes to, because the work for a push grows with these bytes. With interval 0 the rate is not
+// limited.
+func NewSitePushLimiter(interval time.Duration, pushBytes int) *SitePushLimiter {
+	return &SitePushLimiter{interval: interval, pushBytes: pushBytes, sites: map[string]*limitedSite{}}
 }
 
 // track returns the state of a site, which it creates if needed. If the site is new and
@@ -70,11 +75,19 @@ func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 		if len(t.sites) >= maxTrackedSites {
 			return nil
 		}
-		site = &limitedSite{}
+		site = &limitedSite{decodeTurn: newSemaphore(1)}
 		t.sites[clusterID] = site
 	}
 	site.seen = now
 	return site
+}
+
+// pay moves the time of the site's next push by a number of intervals.
+func (s *limitedSite) pay(pushes int, interval time.Duration, now time.Time) {
+	if s.tat.Before(now) {
+		s.tat = now
+	}
+	s.tat = s.tat.Add(time.Duration(pushes) * interval)
 }
 
 // AcquirePush lets a push of a site begin, and returns a nil error. The caller must then call
@@ -92,12 +105,12 @@ func (t *SitePushLimiter) AcquirePush(clusterID string, now time.Time) (wait tim
 		tat = now
 	}
 	if wait := tat.Sub(now) - (rateBurst-1)*t.interval; t.interval > 0 && wait > 0 {
-		return wait, fmt.Errorf("pushes faster than one every %v, after a burst of %d", t.interval, rateBurst)
+		return wait, fmt.Errorf("pushes faster than one every %v, after a burst of %d; a push counts once for each %d bytes that it decodes to", t.interval, rateBurst, t.pushBytes)
 	}
 	if site.inFlight >= maxPushesPerSite {
 		return time.Second, fmt.Errorf("%d pushes of this cluster ID are being handled", site.inFlight)
 	}
-	site.tat = tat.Add(t.interval)
+	site.pay(1, t.interval, now)
 	site.inFlight++
 	return 0, nil
 }
@@ -107,6 +120,34 @@ func (t *SitePushLimiter) ReleasePush(clusterID string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.sites[clusterID].inFlight--
+}
+
+// ChargeDecoded counts a push of a site again for each pushBytes bytes, after the first pushBytes,
+// of its decompressed body. AcquirePush has counted the push once, before its size was known. The
+// push must be in flight.
+func (t *SitePushLimiter) ChargeDecoded(clusterID string, bodyBytes int, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if more := (bodyBytes - 1) / t.pushBytes; more > 0 {
+		t.sites[clusterID].pay(more, t.interval, now)
+	}
+}
+
+// IsAheadOfPace reports whether a site has lately pushed so much that it is more than aheadOfPace
+// pushes ahead of its rate limit. It returns false if the rate is not limited. A push of the site
+// must be in flight.
+func (t *SitePushLimiter) IsAheadOfPace(clusterID string, now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.sites[clusterID].tat.Sub(now) > aheadOfPace*t.interval
+}
+
+// DecodeTurn returns the semaphore that a push of the site holds while it is decoded and stored.
+// The push must be in flight.
+func (t *SitePushLimiter) DecodeTurn(clusterID string) semaphore {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.sites[clusterID].decodeTurn
 }
 
 // SetTokenExpiry records when the client token of a site expires, in Unix seconds; 0 means never.

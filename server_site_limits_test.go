@@ -47,7 +47,7 @@ func checkBurst(t *testing.T, s *SitePushLimiter, now time.Time, n int) {
 // one interval of the rate limit. It is refused a nanosecond before the interval is over, and
 // allowed when the interval is over. Other sites are not affected.
 func TestRateLimitBurst(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	checkBurst(t, s, rateNow, rateBurst)
 	wait, err := s.AcquirePush("a", rateNow)
 	if wait != time.Second || err == nil || !strings.Contains(err.Error(), "one every 1s, after a burst of 60") {
@@ -67,7 +67,7 @@ func TestRateLimitBurst(t *testing.T) {
 // After a burst a site may push once per interval of the rate limit. Refused pushes do not count
 // towards the rate limit.
 func TestRateLimitInterval(t *testing.T) {
-	s, now := NewSitePushLimiter(time.Second), rateNow
+	s, now := NewSitePushLimiter(time.Second, 1<<20), rateNow
 	checkBurst(t, s, now, rateBurst)
 	for range 5 {
 		now = now.Add(time.Second)
@@ -78,7 +78,7 @@ func TestRateLimitInterval(t *testing.T) {
 // A site that has used up its burst may push n times without waiting after a pause of n intervals
 // of the rate limit, but at most 60 times.
 func TestRateLimitAfterPause(t *testing.T) {
-	s, now := NewSitePushLimiter(time.Second), rateNow
+	s, now := NewSitePushLimiter(time.Second, 1<<20), rateNow
 	checkBurst(t, s, now, rateBurst)
 	now = now.Add(10 * time.Second)
 	checkBurst(t, s, now, 10)
@@ -90,7 +90,7 @@ func TestRateLimitAfterPause(t *testing.T) {
 // it is sent again after exactly the time that AcquirePush returned.
 func TestRateLimitRandom(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(testSeed(t, 0), 0))
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	var accepted []time.Time
 	now := rateNow
 	for range 5000 {
@@ -114,7 +114,7 @@ func TestRateLimitRandom(t *testing.T) {
 
 // If the interval between pushes is 0, there is no rate limit.
 func TestNoRateLimit(t *testing.T) {
-	s := NewSitePushLimiter(0)
+	s := NewSitePushLimiter(0, 1<<20)
 	for i := range 1000 {
 		if wait := push(s, "a", rateNow); wait != 0 {
 			t.Fatalf("push %d has to wait %v, want 0", i, wait)
@@ -158,7 +158,7 @@ func TestUploadRateLimit(t *testing.T) {
 // A site may have four pushes in flight. The limiter refuses a fifth push, and the refused push
 // does not count towards the rate limit. A push in flight counts towards the rate limit.
 func TestPushesInFlight(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	for range maxPushesPerSite {
 		if _, err := s.AcquirePush("a", rateNow); err != nil {
 			t.Fatal(err)
@@ -185,7 +185,7 @@ func TestPushesInFlight(t *testing.T) {
 // ForEach reports for each site the time of the last failed push, the token expiry and the clock
 // offset that were set last.
 func TestSiteHealth(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	s.SetTokenExpiry("a", 1234, rateNow)
 	s.SetPushFailed("b", rateNow.Add(time.Second))
 	s.SetPushFailed("a", rateNow.Add(2*time.Second))
@@ -206,7 +206,7 @@ func TestSiteHealth(t *testing.T) {
 
 // TakeUntimelyWarning returns true for a site at most once within untimelyLogEvery.
 func TestTakeUntimelyWarning(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	for i, c := range []struct {
 		id    string
 		after time.Duration // time of the call, as a duration since rateNow
@@ -226,7 +226,7 @@ func TestTakeUntimelyWarning(t *testing.T) {
 // within the last day. It also keeps a site that has used up its rate limit, because forgetting the
 // site would let it push faster.
 func TestTrackedSitesAreBounded(t *testing.T) {
-	s := NewSitePushLimiter(time.Hour)
+	s := NewSitePushLimiter(time.Hour, 1<<20)
 	count := func() (n int) {
 		s.ForEach(func(string, siteHealth) { n++ })
 		return n
@@ -269,7 +269,7 @@ func TestTrackedSitesAreBounded(t *testing.T) {
 // If maxTrackedSites sites are tracked, a new site may push as soon as other tracked sites have
 // been idle for more than a day, even if these sites have pushed before.
 func TestTrackedSitesMakeRoom(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	for i := range maxTrackedSites {
 		id := strconv.Itoa(i)
 		if _, err := s.AcquirePush(id, testNow); err != nil {
@@ -297,7 +297,7 @@ func TestTrackedSitesMakeRoom(t *testing.T) {
 // Concurrent calls of SitePushLimiter lose no count of pushes: after a pause every site has exactly
 // its whole burst again.
 func TestSiteLimitsConcurrent(t *testing.T) {
-	s := NewSitePushLimiter(time.Second)
+	s := NewSitePushLimiter(time.Second, 1<<20)
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {

@@ -1,7 +1,7 @@
 package main
 
 // This file carries a push from the HTTP request to the store. It reads the headers and the body of
-// the push. Then it either forwards the push to the owner of the site, or decodes the push and
+// the push. Then it either forwards the push to the owner of the site, or has it decoded and
 // appends it to the site log. The answer 200 means that one server has stored every sample of the
 // push that was not dropped, now or with an earlier push. With a storage directory, these samples
 // are on disk. All memory that remote input can claim is bounded, both per site and in total.
@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"net/http"
 	"slices"
@@ -280,134 +279,6 @@ func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]by
 	return nil
 }
 
-// decodeAndStorePush decodes a push, stores it on this server, and returns the answer. It bounds
-// how many pushes this server decodes at a time, and how much memory all decoded pushes take while
-// they wait to be stored.
-func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
-	if int64(len(body)) > s.cfg.LimitBytes {
-		return nil, s.errBodyTooLarge()
-	}
-	// While a push waits for a slot of s.decoding, it takes only the memory of its body as sent,
-	// which LimitBytes bounds.
-	if s.decoding.Acquire(ctx) != nil {
-		return nil, errOverloaded("the server is too busy to decode the push")
-	}
-	buf := s.buffers.Get().(*decodeBuffers)
-	defer s.releaseBuffers(buf)
-	d, err := s.decodeAndReleaseSlot(buf, push, params.format, body)
-	if err != nil {
-		return nil, err
-	}
-	defer s.pending.Add(-d.memory)
-	if s.pending.Add(d.memory) > maxPending {
-		return nil, errOverloaded("too many pushes wait to be stored")
-	}
-	res, err := s.appendPush(ctx, push.ClusterID, params, &buf.samples)
-	if err != nil {
-		return nil, err
-	}
-	return s.countAndAnswerAccepted(push.ClusterID, params, &buf.samples, d, res)
-}
-
-// decodeBuffers has the memory for decoding one push. Server.buffers keeps it for reuse by later
-// pushes. A push keeps its buffers while it waits to be stored. Server.pending then counts only the
-// bytes that the push fills, not the capacity of the buffers. To keep the difference small, buffers
-// that have grown beyond maxPooledBuffers are not reused.
-type decodeBuffers struct {
-	decompressor Decompressor
-	decoder      Decoder
-	samples      SampleList
-	size         int // capacity in bytes of the decompressed body and of samples
-}
-
-// releaseBuffers returns buf to the pool s.buffers, unless buf has grown beyond maxPooledBuffers.
-func (s *Server) releaseBuffers(buf *decodeBuffers) {
-	if buf.size <= maxPooledBuffers {
-		s.buffers.Put(buf)
-	}
-}
-
-// pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
-// has the memory that the decoded push takes.
-type pushDropCounts struct {
-	dropped map[string]int // samples dropped, by reason
-	skipped map[string]int // unsupported parts of samples that were dropped, such as exemplars, by kind
-	memory  int64          // bytes of its buffers that the decoded push fills
-}
-
-// decodeAndReleaseSlot decodes and normalizes the body of a push into buf.samples. A sample without
-// a timestamp gets the arrival time of the push. The caller must hold a slot of s.decoding;
-// decodeAndReleaseSlot releases it, even after an error. So a push holds no slot while it waits for
-// the disk, and pushes that wait for a disk that hangs take no decoding slots from other pushes.
-func (s *Server) decodeAndReleaseSlot(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte) (counts pushDropCounts, err error) {
-	defer s.decoding.Release()
-	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
-	body, over, err := buf.decompressor.Decompress(sentBody, push.Encoding, limit)
-	defer func() { buf.size = cap(body) + cap(buf.samples.Arena) + cap(buf.samples.Samples)*sampleBytes }()
-	if err != nil {
-		return counts, errMalformed(err.Error())
-	}
-	if over {
-		return counts, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
-	}
-	buf.samples.Reset()
-	buf.samples.MaxBytes = 4 * limit
-	buf.samples.MaxSamples = limit / 16
-	n := s.newPushNormalizer(&buf.samples, push)
-	skipped, err := buf.decoder.Decode(body, format, n.normalizeAndAdd)
-	switch {
-	case errors.Is(err, ErrListTooLarge):
-		return counts, errPushTooLarge(err.Error() + "; raise the server's --limit-bytes to accept more")
-	case errors.Is(err, ErrTooLarge):
-		return counts, errPushTooLarge(err.Error())
-	case err != nil:
-		return counts, errMalformed(err.Error())
-	}
-	s.samplesTotal.Add(float64(n.received))
-	memory := len(body) + len(buf.samples.Arena) + len(buf.samples.Samples)*sampleBytes
-	return pushDropCounts{dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(memory)}, nil
-}
-
-// pushNormalizer applies the operator's rules to the samples of one push: which labels to set,
-// remove or require, and which series to accept.
-type pushNormalizer struct {
-	rules    *ServerNormalizer
-	forced   []Label
-	arrival  int64 // ms since the Unix epoch; the timestamp for samples that have none
-	list     *SampleList
-	received int
-	dropped  map[string]int // samples dropped, by reason
-}
-
-func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
-	rules := s.state.Load().Normalizer
-	return &pushNormalizer{
-		rules: rules, forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
-	}
-}
-
-// normalizeAndAdd normalizes a sample and adds it to n.list. If the sample must be dropped, it
-// counts the reason instead. If it returns an error, the whole push must be refused.
-func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
-	n.received++
-	reason, err := n.rules.Normalize(r, n.forced)
-	if err != nil {
-		return err
-	}
-	if reason != "" {
-		n.dropped[reason]++
-		return nil
-	}
-	if !r.HasT {
-		r.T = n.arrival
-	}
-	if err = n.list.Add(r); errors.Is(err, ErrNULValue) {
-		n.dropped[DropInvalid]++
-		return nil
-	}
-	return err
-}
-
 // appendPush appends the samples of a push and the names of its scrapes to the site's log, unless
 // the push only asks which scrapes are held and read. It returns an uploadError if the store
 // refuses the push.
@@ -442,9 +313,11 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 // reached the store were dropped because of their timestamps, the answer has a hint. The hint is
 // also logged, at most once in untimelyLogEvery for each site.
 func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
+	allUntimely := res.IsAllUntimely()
+	res.Duplicates += counts.repeated
 	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
 		if n > 0 {
-			counts.dropped[reason] = n
+			counts.dropped[reason] += n
 		}
 	}
 	s.countAcceptedPush(counts, res)
@@ -453,7 +326,7 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped, Skipped: counts.skipped,
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
-	if res.IsAllUntimely() {
+	if allUntimely {
 		answer.Hint = untimelyHint(samples, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
 		if s.sites.TakeUntimelyWarning(clusterID, now) {
 			s.cfg.Log.Warn("all samples of a push were dropped because of their timestamps", "cluster_id", clusterID, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
@@ -471,7 +344,7 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 	if err != nil { // cannot happen, because an answer has only numbers and strings, which always encode as JSON
 		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be encoded", 0}
 	}
-	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: res.IsAllUntimely()}, nil
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: allUntimely}, nil
 }
 
 func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
@@ -486,15 +359,6 @@ func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	for kind, n := range counts.skipped {
 		s.skippedTotal.Add(float64(n), kind)
 	}
-}
-
-// deleteZeros removes the entries of counts whose value is 0. It returns nil if no entry is left.
-func deleteZeros(counts map[string]int) map[string]int {
-	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
-	if len(counts) == 0 {
-		return nil
-	}
-	return counts
 }
 
 // untimelyHint explains to the client what is wrong with the timestamps of a push, if all samples

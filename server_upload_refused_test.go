@@ -58,7 +58,7 @@ func TestUploadTooLarge(t *testing.T) {
 		chunked,
 		r.uploadCase("large compressed body", 413, inGzip, string(gzipped([]byte("x 1\n")))+string(make([]byte, 4096)), "--limit-bytes"),
 		r.uploadCase("gzip bomb", 413, inGzip, string(gzipped(make([]byte, 1<<20))), "32768 bytes|--limit-bytes"),
-		r.uploadCase("too many samples", 413, inGzip, string(gzipped([]byte(strings.Repeat("a 1\n", 2049)))), "2048 samples|line 2049|--limit-bytes"),
+		r.uploadCase("too many samples", 413, inGzip, string(gzipped([]byte(distinctSamples(2049)))), "2048 samples|line 2049|--limit-bytes"),
 		r.uploadCase("too many series", 413, nil, manySeries(101), "too many series|100|--limit-series"),
 		r.uploadCase("too many labels", 413, nil, "m{"+strings.Repeat(`a="",`, 200)+"} 1\n", "128 labels|line 1"),
 	})
@@ -251,7 +251,7 @@ func TestVanishingClient(t *testing.T) {
 	eventually(t, "all slots are free", func() bool {
 		r.server.sites.mu.Lock()
 		defer r.server.sites.mu.Unlock()
-		return len(r.server.uploads) == 0 && len(r.server.decoding) == 0 && r.server.sites.sites["site-a"].inFlight == 0
+		return len(r.server.uploads) == 0 && len(r.server.decoding.express)+len(r.server.decoding.bulk) == 0 && r.server.sites.sites["site-a"].inFlight == 0
 	})
 	if st := r.store.Stats(); len(st.Sites) != 0 {
 		t.Errorf("the unfinished pushes left %+v", st)

@@ -69,7 +69,7 @@ func TestSpoolAnswers(t *testing.T) {
 		// untimely and the push names several scrapes, because it cannot tell which samples belong
 		// to which scrape.
 		{"push", "site-a", spool + " 5", old, 0, 0, "|1-4", consumer(0)},
-		{"push", "site-a", spool + " 5-6", old + old, 0, 0, "|1-4", consumer(0)},
+		{"push", "site-a", spool + " 5-6", old + old, 0, 1, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 7-8", sample("m", 7) + old, 1, 0, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 7,9", sample("m", 7) + old, 0, 1, "|1-4", consumer(0)},
 		{"push", "site-a", spool + " 9", sample("m", 9) + old, 1, 0, "9|1-4", consumer(0)},
