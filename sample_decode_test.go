@@ -449,7 +449,8 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 			if !r.HasT {
 				r.T = 5
 			}
-			return p.Add(r)
+			_, err := p.AddUnlessRepeated(r)
+			return err
 		})
 	})
 	// The list p grows in steps, so that the allocations are a few times its limits. If a length in
