@@ -32,7 +32,7 @@ import (
 // faster. The price is 4 bytes for each record, which is little compared to an fsync.
 //
 // The name of a log ends in LogSuffix. In the same directory there may be a file <name>.tmp, left
-// by a Rewrite that a crash interrupted. The next Rewrite overwrites it. There may also be files
+// by a Rewrite that a crash interrupted. The next Rewrite removes it. There may also be files
 // that SetAside or recovery created.
 const (
 	LogSuffix   = ".log"   // suffix of the path of every log, and of no other file

@@ -157,7 +157,7 @@ func (k *logKeeper) step() {
 // Recovery finds every acknowledged record that was not dropped, and no record that a successful
 // Rewrite dropped or that was never appended, if the process is killed at any file operation or the
 // operation fails. The machine crashes afterwards, in some runs only after the process was
-// restarted and continued.
+// restarted and continued. In half of the runs, a temporary file of an earlier crash exists.
 func TestSweepLogCrashes(t *testing.T) {
 	sweep(t)
 	synctest.Test(t, crashLogAnywhere)
@@ -173,8 +173,15 @@ func crashLogAnywhere(t *testing.T) {
 	for seed := range testSeeds(t, seeds) {
 		for at, reached := 0, true; reached; at++ {
 			for mode := range 4 {
-				k := &logKeeper{t: t, fs: newCrashFS(seed<<32 | uint64(at)<<2 | uint64(mode)), maybe: map[uint32]bool{},
+				var dirs []string
+				if seed%2 == 1 {
+					dirs = append(dirs, "/d")
+				}
+				k := &logKeeper{t: t, fs: newCrashFS(seed<<32|uint64(at)<<2|uint64(mode), dirs...), maybe: map[uint32]bool{},
 					rng: rand.New(rand.NewPCG(seed, 1)), next: 1}
+				if len(dirs) > 0 { // an earlier crash left a temporary file; its record must never be found
+					k.fs.put(logPath+logTempSuffix, k.frame(appendLogHeader(nil, []byte("me")), 1<<30))
+				}
 				k.log = NewLog(k.fs, logPath, []byte("me"))
 				reached = false
 				k.fs.hook = func(n int, op, _ string) fault {

@@ -22,8 +22,9 @@ func IsDiskFull(err error) bool {
 }
 
 // FS is the part of a file system that logs need. The methods but SyncDir behave like the functions
-// of package os with the same names. SyncDir makes the entries of a directory durable, if the file
-// system can sync directories.
+// of package os with the same names, with one exception: OpenFile and ReadFile fail if the file is a
+// symbolic link. SyncDir makes the entries of a directory durable, if the file system can sync
+// directories.
 type FS interface {
 	OpenFile(name string, flag int, perm fs.FileMode) (File, error)
 	ReadFile(name string) ([]byte, error)
@@ -46,14 +47,28 @@ type File interface {
 type DiskFS struct{}
 
 func (DiskFS) OpenFile(name string, flag int, perm fs.FileMode) (File, error) {
-	f, err := os.OpenFile(name, flag, perm)
+	f, err := os.OpenFile(name, flag|syscall.O_NOFOLLOW, perm)
 	if err != nil {
 		return nil, err // do not return f, because a File that holds a nil *os.File is not equal to nil
 	}
 	return f, nil
 }
 
-func (DiskFS) ReadFile(name string) ([]byte, error)       { return os.ReadFile(name) }
+func (DiskFS) ReadFile(name string) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := bytes.NewBuffer(make([]byte, 0, info.Size()+bytes.MinRead)) // no reallocation, because logs can be large
+	_, err = b.ReadFrom(f)
+	return b.Bytes(), err
+}
+
 func (DiskFS) ReadDir(name string) ([]fs.DirEntry, error) { return os.ReadDir(name) }
 func (DiskFS) Mkdir(name string, perm fs.FileMode) error  { return os.Mkdir(name, perm) }
 func (DiskFS) Rename(old, new string) error               { return os.Rename(old, new) }
@@ -193,7 +208,7 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 		err = fsys.Rename(temp, path)
 	}
 	if err != nil {
-		fsys.Remove(temp) // an error can be ignored, because the next replaceFile overwrites the temporary file
+		fsys.Remove(temp) // an error can be ignored, because the next replaceFile removes the temporary file
 		return 0, false, err
 	}
 	if err = fsys.SyncDir(dir); err == nil {
@@ -202,10 +217,16 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 	return size, true, err
 }
 
-// createFile opens an empty file at path for writing. It creates the directory of path if it is
-// missing, but no further parents. madeDir reports that it created the directory.
+// createFile creates an empty file at path and opens it for writing. It first removes the file that
+// a crash left there. If a file appears there again in the meantime, createFile returns an error and
+// does not open that file, because another process would then write or read it too. createFile
+// creates the directory of path if it is missing, but no further parents. madeDir reports that it
+// created the directory.
 func createFile(fsys FS, path string) (f File, madeDir bool, err error) {
-	const flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	if err := fsys.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, false, err
+	}
 	if f, err = fsys.OpenFile(path, flags, 0o600); !errors.Is(err, fs.ErrNotExist) {
 		return f, false, err
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 )
 
 // The format of a log does not change between releases that use the same log version.
@@ -312,6 +313,89 @@ func TestListLogs(t *testing.T) {
 		if err := os.Remove(special); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// A symbolic link in the place of a log or of its temporary file is never followed. Append and
+// OpenLog then fail. Rewrite replaces the link. The target of the link stays unchanged.
+func TestLogFollowsNoLinks(t *testing.T) {
+	for _, tt := range []struct {
+		name, link string // the link is at the path of the log plus this suffix
+		use        func(l *Log, path string) error
+		want       error
+	}{
+		{"Append", "", func(l *Log, _ string) error { return l.Append(logFrames(logRec{3, "c"})) }, syscall.ELOOP},
+		{"OpenLog", "", func(_ *Log, path string) error {
+			_, _, err := OpenLog(DiskFS{}, path, func(byte, []byte) error { return nil })
+			return err
+		}, syscall.ELOOP},
+		{"syncing a recovered log", "", func(l *Log, _ string) error { return l.truncateAndSync(1) }, syscall.ELOOP},
+		{"Rewrite", "", func(l *Log, _ string) error { return l.RewriteWith(nil) }, nil},
+		{"Rewrite", logTempSuffix, func(l *Log, _ string) error { return l.RewriteWith(nil) }, nil},
+	} {
+		synctest.Test(t, func(t *testing.T) { // the retries of OpenLog take no real time
+			name := tt.name + " with a link at the log's path" + tt.link
+			l, path := diskLog(t)
+			target := filepath.Join(t.TempDir(), "target")
+			content, err := os.ReadFile(path)
+			if err == nil {
+				err = os.WriteFile(target, content, 0o600)
+			}
+			if err == nil && tt.link == "" {
+				err = os.Remove(path)
+			}
+			if err == nil {
+				err = os.Symlink(target, path+tt.link)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := tt.use(l, path); !errors.Is(err, tt.want) {
+				t.Errorf("%s: got error %v, want %v", name, err, tt.want)
+			}
+			if now, err := os.ReadFile(target); err != nil || !slices.Equal(now, content) {
+				t.Errorf("%s: the target of the link changed to %q, %v", name, now, err)
+			}
+			if tt.want == nil {
+				var got []logRec
+				if _, _, err := OpenLog(DiskFS{}, path, collectLog(&got)); err != nil || len(got) > 0 {
+					t.Errorf("%s: opening the rewritten log: got records %v, error %v; want an empty log", name, got, err)
+				}
+			}
+		})
+	}
+}
+
+// Rewrite removes a temporary file that a crash left, and creates the file anew. If a file appears
+// there in the meantime, Rewrite fails, and leaves that file and the log unchanged.
+func TestLogRewriteTempFileExists(t *testing.T) {
+	const temp = logPath + logTempSuffix
+	a, n := logRec{1, "a"}, logRec{2, "new"}
+	c, l := newTestLog(t)
+	leftOver := &crashNode{data: []byte("left by a crash")}
+	c.entries[temp] = leftOver
+	if err := l.Rewrite(writing(logFrames(n))); err != nil || c.entries[logPath] == leftOver {
+		t.Errorf("with a temporary file of a crash: got error %v; the log is the same file: %v", err, c.entries[logPath] == leftOver)
+	}
+	if got := reopenLog(t, c); !slices.Equal(got, []logRec{n}) || !slices.Equal(c.names(), []string{logPath}) {
+		t.Errorf("records after a crash: got %v in the files %q, want %v", got, c.names(), n)
+	}
+
+	c, l = newTestLog(t)
+	c.hook = func(_ int, op, name string) fault {
+		if op == "open" && name == temp {
+			c.entries[temp] = &crashNode{data: []byte("of another process")}
+		}
+		return fault{}
+	}
+	if err := l.Rewrite(writing(logFrames(n))); !errors.Is(err, fs.ErrExist) || l.MustBeRewritten() {
+		t.Errorf("with a file that appears: got error %v, must be rewritten %v; want %v", err, l.MustBeRewritten(), fs.ErrExist)
+	}
+	if got := c.contents()[temp]; got != "of another process" {
+		t.Errorf("the file that appeared has now the content %q", got)
+	}
+	if got := reopenLog(t, c); !slices.Equal(got, []logRec{a}) {
+		t.Errorf("records after a crash: got %v, want %v", got, a)
 	}
 }
 

@@ -197,9 +197,8 @@ func (c *crashFS) OpenFile(name string, flag int, _ fs.FileMode) (File, error) {
 			}
 			n = &crashNode{}
 			c.entries[name] = n
-		}
-		if flag&os.O_TRUNC != 0 {
-			n.data = nil
+		} else if flag&os.O_EXCL != 0 {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrExist}
 		}
 		if err == nil {
 			c.open++

@@ -192,7 +192,7 @@ func TestSweepStoreCrashes(t *testing.T) {
 			}
 		}
 	}
-	for _, op := range []string{"write.log", "sync.log", "write.tmp", "sync.tmp", "rename.tmp", "mkdir", "syncdir"} {
+	for _, op := range []string{"write.log", "sync.log", "remove.tmp", "open.tmp", "write.tmp", "sync.tmp", "rename.tmp", "mkdir", "syncdir"} {
 		found := false
 		for reached := range ops {
 			found = found || strings.HasPrefix(reached, op)
