@@ -89,8 +89,13 @@ func (DiskFS) SyncDir(name string) error {
 }
 
 // LockDir locks dir, so that no two processes write the same logs. It creates dir durably if
-// necessary, creates the file "lock" in it and takes an exclusive lock on this file. LockDir fails
-// if another process holds the lock.
+// necessary, creates the file "lock" in it and takes an exclusive lock on this file.
+//
+// LockDir fails if another process holds the lock, or if the file "lock" is a symbolic link or
+// another special file. It also fails if every user can write to dir, because such a user could
+// replace logs by forged ones. It does not check the subdirectories of dir: FS creates them with
+// mode 0700, so others can write to them only after a chmod of dir's owner, and the remedy in the
+// error reaches them too.
 //
 // The lock is held until release is called or the process ends. The caller must keep a reference to
 // release. Otherwise garbage collection would close the lock file and so release the lock. The lock
@@ -99,7 +104,18 @@ func LockDir(dir string) (release func() error, err error) {
 	if err := mkdirAllSynced(dir); err != nil {
 		return nil, fmt.Errorf("creating directory: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	info, err := os.Stat(dir)
+	if err != nil {
+		return nil, fmt.Errorf("checking directory: %w", err)
+	}
+	if mode := info.Mode().Perm(); mode&0o002 != 0 {
+		return nil, fmt.Errorf("every user can write to the directory %s (mode %04o): run chmod -R o-w %s, or name a subdirectory of it, which is then created with mode 0700", dir, mode, dir)
+	}
+	path := filepath.Join(dir, "lock")
+	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("lock file %s is not a regular file: move it away", path)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening lock file: %w", err)
 	}

@@ -5,10 +5,14 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 )
@@ -41,6 +45,61 @@ func TestLockDir(t *testing.T) {
 	}
 	if _, err := LockDir(filepath.Join(root, "lock")); err == nil {
 		t.Error("locking the lock file itself as a directory succeeded")
+	}
+}
+
+// LockDir refuses a directory that every user can write to, with an error that names the directory,
+// its mode and the remedy. It then creates no file in the directory. It accepts a directory that
+// only the group can write to.
+func TestLockDirMode(t *testing.T) {
+	for mode, want := range map[os.FileMode]string{
+		0o700: "", 0o755: "", 0o770: "", 0o775: "", 0o777: "(mode 0777)", os.ModeSticky | 0o777: "(mode 0777)", 0o702: "(mode 0702)",
+	} {
+		dir := t.TempDir()
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		release, err := LockDir(dir)
+		if want == "" {
+			if err != nil {
+				t.Errorf("%v: %v", mode, err)
+			} else if err := release(); err != nil {
+				t.Error(err)
+			}
+			continue
+		}
+		if text := fmt.Sprint(err); !strings.Contains(text, dir+" "+want) || !strings.Contains(text, "chmod -R o-w "+dir) {
+			t.Errorf("%v: got error %v, want %q and the remedy", mode, err, dir+" "+want)
+		}
+		if files, err := os.ReadDir(dir); err != nil || len(files) > 0 {
+			t.Errorf("%v: LockDir left the files %v, %v", mode, files, err)
+		}
+	}
+}
+
+// LockDir refuses a lock file that is a symbolic link or another special file, with an error that
+// names the file and the remedy. It does not create or change the target of a link.
+func TestLockDirSpecialLockFile(t *testing.T) {
+	for name, create := range map[string]func(lock, target string) error{
+		"link to a file": func(lock, target string) error {
+			return errors.Join(os.WriteFile(target, []byte("x"), 0o600), os.Symlink(target, lock))
+		},
+		"dangling link": func(lock, target string) error { return os.Symlink(target, lock) },
+		"directory":     func(lock, _ string) error { return os.Mkdir(lock, 0o700) },
+		"pipe":          func(lock, _ string) error { return syscall.Mkfifo(lock, 0o600) },
+	} {
+		dir, target := t.TempDir(), filepath.Join(t.TempDir(), "target")
+		lock := filepath.Join(dir, "lock")
+		if err := create(lock, target); err != nil {
+			t.Fatal(err)
+		}
+		before, beforeErr := os.ReadFile(target)
+		if _, err := LockDir(dir); err == nil || !strings.Contains(err.Error(), lock+" is not a regular file: move it away") {
+			t.Errorf("%s: got error %v, want that %s is not a regular file", name, err, lock)
+		}
+		if now, err := os.ReadFile(target); !slices.Equal(now, before) || errors.Is(err, fs.ErrNotExist) != errors.Is(beforeErr, fs.ErrNotExist) {
+			t.Errorf("%s: its target is now %q, %v", name, now, err)
+		}
 	}
 }
 

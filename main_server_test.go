@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"flag"
 	"io"
 	"net/http"
@@ -137,6 +138,29 @@ func TestServerStartFails(t *testing.T) {
 	}
 	if _, err := os.Stat(storage); !os.IsNotExist(err) {
 		t.Errorf("a failed start created the storage directory: %v", err)
+	}
+}
+
+// A server does not start with a storage directory that every user can write to, and a client does
+// not start with such a spool directory. The error names the directory, its mode and the remedy.
+func TestDirectoryOfEveryUser(t *testing.T) {
+	s := newModeServer(t)
+	writeIn(t, s.dir, "token", s.token)
+	open := s.path("open")
+	if err := errors.Join(os.Mkdir(open, 0o700), os.Chmod(open, 0o777)); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"--mode", "server", "--keys", s.path("keys"), "--storage-dir", open, "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0"},
+		{"--mode", "client", "--token-file", s.path("token"), "--spool-dir", open, "--once", "--interval", "1s"},
+	} {
+		status, _, stderr := runMode(t, args...)
+		if status != exitFailure || !strings.Contains(stderr, open+" (mode 0777)") || !strings.Contains(stderr, "chmod -R o-w "+open) {
+			t.Errorf("%q: exit status %d, want %d and an error about %s:\n%s", args, status, exitFailure, open, stderr)
+		}
+	}
+	if files, err := os.ReadDir(open); err != nil || len(files) > 0 {
+		t.Errorf("the directory has the files %v, %v", files, err)
 	}
 }
 
