@@ -325,27 +325,28 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 // loadConfigAndToken reads all files that a reload reads, except the certificates: the source's
 // token, the selectors, the salt and the client's token. The flags --id and --to, if set, replace
 // the cluster ID and the URLs in the returned token. With --dry-run, the client's token is not
-// read.
-func (f *clientFlags) loadConfigAndToken() (config ClientReloadConfig, t Token, err error) {
-	if config.FromToken, err = f.loadSourceToken(); err != nil {
+// read. loadConfigAndToken also warns of each secret file that every user may read.
+func (p *clientProcess) loadConfigAndToken() (config ClientReloadConfig, t Token, err error) {
+	warnOfReadableSecrets(p.log, p.tokenFile, p.fromTokenFile, p.saltFile, p.toKeyFile)
+	if config.FromToken, err = p.loadSourceToken(); err != nil {
 		return config, t, err
 	}
-	if config.Match, err = f.loadSelectors(); err != nil {
+	if config.Match, err = p.loadSelectors(); err != nil {
 		return config, t, err
 	}
-	salt, err := f.loadSalt()
+	salt, err := p.loadSalt()
 	if err != nil {
 		return config, t, err
 	}
 	config.NewCleaner = func() *ClientCleaner {
-		c := &ClientCleaner{Rename: f.renames, Labels: f.labels, Anonymize: f.anonymize}
+		c := &ClientCleaner{Rename: p.renames, Labels: p.labels, Anonymize: p.anonymize}
 		c.SetSalt(salt)
 		return c
 	}
-	if f.dryRun {
+	if p.dryRun {
 		return config, t, nil
 	}
-	if config.Token, t, err = f.loadToken(); err != nil {
+	if config.Token, t, err = p.loadToken(); err != nil {
 		return config, t, err
 	}
 	config.TokenExpires = t.Expires

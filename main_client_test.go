@@ -4,6 +4,9 @@ package main
 // client and the server run as processes of their own.
 
 import (
+	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,4 +40,35 @@ func TestClientRereadsCertificates(t *testing.T) {
 	writeIn(t, dir, "ca", readIn(t, dir, "keys/"+TLSCertFile))
 	client.cmd.Process.Signal(syscall.SIGHUP)
 	client.await("msg=pushed")
+}
+
+// At start and at a reload, a client warns of each file with a secret that every user may read.
+func TestClientWarnsOfReadableSecrets(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "127.0.0.1")
+	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://127.0.0.1:1"))
+	writeIn(t, dir, "from-token", "secret")
+	writeIn(t, dir, "salt", "0123456789abcdef")
+	writeIn(t, dir, "key", readIn(t, dir, "keys/"+TLSKeyFile))
+	want := map[string]string{"token": "0644", "from-token": "0604", "salt": "0444", "key": "0664"}
+	for file, mode := range want {
+		bits, err := strconv.ParseUint(mode, 8, 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustChmod(t, filepath.Join(dir, file), os.FileMode(bits))
+	}
+	client := start(t, dir, "--mode", "client", "--token-file", "token", "--from", "http://127.0.0.1:1", "--from-token-file", "from-token",
+		"--anonymize-labels", "instance", "--anonymize-salt-file", "salt", "--to-crt", "keys/"+TLSCertFile, "--to-key", "key",
+		"--interval", "1s", "--listen", "")
+	client.await("source failed") // from now on the client handles SIGHUP
+	checkSecretWarnings(t, client.text(), want)
+	for file := range want {
+		mustChmod(t, filepath.Join(dir, file), 0o640)
+	}
+	mustChmod(t, filepath.Join(dir, "salt"), 0o644)
+	client.Reset()
+	client.cmd.Process.Signal(syscall.SIGHUP)
+	client.await("msg=reloaded")
+	checkSecretWarnings(t, client.text(), map[string]string{"salt": "0644"})
 }

@@ -1,14 +1,15 @@
 package main
 
-// This file reads files that flags name (keys, secrets, selectors, CA certificates) and parses the
-// URLs that flags contain. Every read in this file is bounded, because an operator can name a wrong
-// file that is huge.
+// This file reads files that flags name (keys, secrets, selectors, CA certificates), warns of
+// secrets that every user may read, and parses the URLs that flags contain. Every read in this file
+// is bounded, because an operator can name a wrong file that is huge.
 
 import (
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -63,6 +64,18 @@ func readOptionalSecret(path, what string) ([]byte, error) {
 		return nil, fmt.Errorf("reading %s: %w", what, err)
 	}
 	return secret, nil
+}
+
+// warnOfReadableSecrets logs a warning for each of the files that every user may read according to
+// its mode. For a symbolic link, the mode of the target counts. Paths that are empty or lead to no
+// file are skipped, because reading the file reports them.
+func warnOfReadableSecrets(log *slog.Logger, paths ...string) {
+	for _, path := range paths {
+		info, err := os.Stat(path)
+		if err == nil && info.Mode()&0o004 != 0 {
+			log.Warn("the mode of a secret file lets every user read it: run chmod o-r on the file", "file", path, "mode", fmt.Sprintf("%04o", info.Mode().Perm()))
+		}
+	}
 }
 
 // readSelectors returns the selectors in given, followed by the selectors in the file named file,

@@ -349,8 +349,10 @@ func (p *serverProcess) reload() error {
 
 // loadConfigAndSetCertificate reads all files that a reload reads, except cluster.key. If all of
 // them can be read, it replaces the certificate of the external listener, and returns the contents
-// of the other files.
+// of the other files. It warns of each secret file that every user may read, at every reload again,
+// so that the operator sees whether a chmod was enough.
 func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerConfig, err error) {
+	warnOfReadableSecrets(p.log, filepath.Join(p.keys, ClusterKeyFile), filepath.Join(p.keys, TokenKeyFile), filepath.Join(p.keys, TLSKeyFile), p.federateTokenFile)
 	if config.Keys, err = readKeyFile(p.keys, TokenKeyFile); err != nil {
 		return config, err
 	}

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/signal"
@@ -399,6 +400,54 @@ func TestServerServesPush(t *testing.T) {
 	if status, _ := s.federate("second"); status != 401 {
 		t.Errorf("/federate with a wrong token answered %d, want 401", status)
 	}
+}
+
+// checkSecretWarnings checks that log, a process log, has exactly one warning of a readable secret
+// for each path in want, with the mode of the file and the remedy. The modes in want are octal.
+func checkSecretWarnings(t *testing.T, log string, want map[string]string) {
+	t.Helper()
+	got := map[string]string{}
+	for _, m := range regexp.MustCompile(`level=WARN msg="[^"]*secret[^"]*chmod o-r[^"]*" file=(\S+) mode=(\S+)\n`).FindAllStringSubmatch(log, -1) {
+		if got[m[1]] != "" {
+			t.Errorf("two warnings of %s", m[1])
+		}
+		got[m[1]] = m[2]
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("got warnings of %v, want %v, in the log:\n%s", got, want, log)
+	}
+}
+
+// mustChmod sets the mode of the file at path.
+func mustChmod(t *testing.T, path string, mode os.FileMode) {
+	t.Helper()
+	if err := os.Chmod(path, mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// At start and at a reload, a server warns of each file with a secret that every user may read. It
+// does not warn of a file that only the group may read, nor of a certificate, which is public.
+func TestServerWarnsOfReadableSecrets(t *testing.T) {
+	s := newModeServer(t)
+	mustChmod(t, s.path("federate-token"), 0o604)
+	mustChmod(t, s.path("keys/"+ClusterKeyFile), 0o640)
+	mustChmod(t, s.path("keys/"+TLSKeyFile), 0o644)
+	tokenKey := s.path("keys/" + TokenKeyFile)
+	if err := errors.Join(os.Rename(tokenKey, s.path("target")), os.Symlink(s.path("target"), tokenKey)); err != nil {
+		t.Fatal(err)
+	}
+	mustChmod(t, s.path("target"), 0o600) // a link itself has mode 0777
+	s.start()
+	s.federate("first") // after the answer, the server handles SIGHUP
+	checkSecretWarnings(t, s.log.String(), map[string]string{s.path("federate-token"): "0604", s.path("keys/" + TLSKeyFile): "0644"})
+	mustChmod(t, s.path("federate-token"), 0o600)
+	mustChmod(t, s.path("keys/"+TLSKeyFile), 0o400)
+	mustChmod(t, s.path("keys/"+ClusterKeyFile), 0o664)
+	mustChmod(t, s.path("target"), 0o444)
+	s.log.Reset()
+	s.reload("msg=reloaded")
+	checkSecretWarnings(t, s.log.String(), map[string]string{s.path("keys/" + ClusterKeyFile): "0664", tokenKey: "0444"})
 }
 
 // If one of the files that a reload reads is bad, the reload fails. The server still accepts the
