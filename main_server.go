@@ -68,7 +68,7 @@ func (f *serverFlags) define(c *command) {
 	c.defineGroup("Who may push", func() {
 		c.StringVar(&f.keys, "keys", "", "`DIR` directory of the keys that --mode keygen created (required)")
 		c.StringVar(&f.revokedFile, "revoked-file", "", "`FILE` file with revoked token IDs and cluster IDs, one per line")
-		c.urlFlag(&f.authorize, "authorize", "", "`URL` URL of a service that checks client tokens instead of this server; it is called like /authorize")
+		c.urlFlag(&f.authorize, "authorize", "", "`URL` URL of a service that checks client tokens instead of this server; it is asked in the protocol of the original telemeter's --authorize")
 		c.durationFlag(&f.rateInterval, "ratelimit", time.Second, 0, 0, "`TIME` shortest average time between pushes of one cluster ID; a push counts once for each --limit-bytes that it decodes to; bursts of 60 are allowed; 0: no limit")
 	})
 	c.defineGroup("Which samples", func() {
@@ -213,7 +213,7 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 		cfg.Member, cfg.Gossip = p.node.member, p.node.gossip
 	}
 	if p.authorize != nil {
-		cfg.ExternalAuthorizer = NewExternalAuthorizer(p.authorize, NewHTTPClient(&tls.Config{MinVersion: tls.VersionTLS12}, 10*time.Second, 10*time.Second))
+		cfg.ExternalAuthorizer = NewExternalAuthorizer(p.authorize, NewHTTPClient(&tls.Config{MinVersion: tls.VersionTLS12}, 10*time.Second, 10*time.Second), p.now)
 	}
 	p.server = NewServer(cfg)
 	p.server.Reload(state)

@@ -70,6 +70,7 @@ type Server struct {
 	buffers    sync.Pool    // of *decodeBuffers: reusable memory for decoding pushes
 	sites      *SitePushLimiter
 	federate   *federateHandler
+	limitedLog *limitedLog // for messages that a stranger or a hostile site can cause at any rate
 	instrument func(string, http.Handler) http.Handler
 	serverMetrics
 }
@@ -80,7 +81,8 @@ func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
 		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newDecodeSlots(runtime.GOMAXPROCS(0)),
-		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
+		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), limitedLog: newLimitedLog(cfg.Log, cfg.Now),
+		instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
 		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Metrics: m, Log: cfg.Log, Now: cfg.Now,
@@ -122,7 +124,7 @@ func newServerMetrics(m *Metrics) serverMetrics {
 		sm.droppedTotal.Add(0, reason)
 	}
 	for _, reason := range []string{
-		"missing", "malformed", "expired", "forged", "revoked", "kind", "other_cluster", "federate_token", "unavailable", "signing",
+		"missing", "malformed", "expired", "forged", "revoked", "kind", "other_cluster", "federate_token", "unavailable", "overloaded", "conflict", "rate_limited", "canceled", "signing",
 	} {
 		sm.unauthorizedTotal.Add(0, reason)
 	}

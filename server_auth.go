@@ -10,9 +10,11 @@ package main
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -95,16 +97,9 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	now := s.cfg.Now()
-	expires := now.Add(uploadTokenTTL).Unix()
-	if t.Expires != 0 {
-		expires = min(expires, t.Expires)
-	}
-	token, err := s.state.Load().Keys.Sign(Token{
-		Kind: KindUpload, ClusterID: t.ClusterID, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
-	})
+	token, expires, err := s.signUploadToken(t)
 	if err != nil {
-		s.cfg.Log.Error("cannot sign upload token", "cluster_id", t.ClusterID, "err", err)
+		s.limitedLog.Log(slog.LevelError, "cannot sign upload token", "cluster_id", t.ClusterID, "err", err)
 		s.unauthorizedTotal.Inc("signing")
 		http.Error(w, "the token could not be signed", http.StatusInternalServerError)
 		return
@@ -115,10 +110,25 @@ func (s *Server) handleAuthorize(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength == 0 {
 		w.Header().Del("Connection")
 	}
+	now := s.cfg.Now()
 	WriteJSON(w, map[string]any{
 		"version": 1, "token": token, "expiresInSeconds": expires - now.Unix(), "labels": labels,
 		"server": s.cfg.Name, "time": now.UnixMilli(),
 	})
+}
+
+// signUploadToken returns the text of an upload token for the site of the client token t, and when
+// it expires, in Unix seconds.
+func (s *Server) signUploadToken(t Token) (text string, expires int64, err error) {
+	now := s.cfg.Now()
+	expires = now.Add(uploadTokenTTL).Unix()
+	if t.Expires != 0 {
+		expires = min(expires, t.Expires)
+	}
+	text, err = s.state.Load().Keys.Sign(Token{
+		Kind: KindUpload, ClusterID: t.ClusterID, Labels: t.Labels, Issued: now.Unix(), Expires: expires, ID: t.ID,
+	})
+	return text, expires, err
 }
 
 // authorizeExternally asks the service at the --authorize URL about the client token of a request.
@@ -136,32 +146,70 @@ func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t 
 		http.Error(w, "id: "+err.Error(), http.StatusBadRequest)
 		return t, false
 	}
-	t = Token{ClusterID: id, ID: NewTokenID()}
-	if s.state.Load().Revoked.IsRevoked(t) {
-		s.denyToken(w, "revoked", "the cluster ID has been revoked")
+	labels, err := s.cfg.ExternalAuthorizer.Authorize(r.Context(), r.RemoteAddr, id, text)
+	t = Token{ClusterID: id, Labels: labels, ID: NewTokenID()}
+	if err == nil {
+		// Only a client that the service has permitted may learn that the cluster ID is revoked.
+		if s.isRevokedClusterID(id) {
+			s.denyToken(w, "revoked", "the cluster ID has been revoked")
+			return t, false
+		}
+		err = s.checkServiceLabels(t)
+	}
+	if err != nil {
+		s.denyExternally(w, r, id, err)
 		return t, false
 	}
-	labels, err := s.cfg.ExternalAuthorizer.Authorize(r.Context(), id, text)
-	delete(labels, ClusterLabel)
-	for name, value := range labels {
-		err = errors.Join(err, CheckLabel(name, value))
-	}
-	switch {
-	case errors.Is(err, errNotAuthorized):
-		s.denyToken(w, "forged", err.Error())
-		return t, false
-	case errors.Is(err, errOtherClusterID):
-		s.denyOtherClusterID(w, err.Error())
-		return t, false
-	case err != nil:
-		s.cfg.Log.Warn("the --authorize URL gave no valid answer", "cluster_id", id, "err", err)
-		s.unauthorizedTotal.Inc("unavailable")
-		w.Header().Set("Retry-After", "5")
-		http.Error(w, "the authorization service gave no valid answer", http.StatusServiceUnavailable)
-		return t, false
-	}
-	t.Labels = labels
 	return t, true
+}
+
+// checkServiceLabels returns an authorizeError if no push could carry the labels of t. It builds
+// the smallest sample of such a push, and signs the upload token. A token that is short enough to
+// be signed also leaves enough room in the headers of a push and in a forwardEnvelope.
+func (s *Server) checkServiceLabels(t Token) error {
+	for name, value := range t.Labels {
+		if err := CheckLabel(name, value); err != nil {
+			return errNoValidAnswer(err)
+		}
+	}
+	rules := ServerNormalizer{Labels: s.state.Load().Normalizer.Labels}
+	sample := RawSample{Name: []byte("m")}
+	_, err := rules.Normalize(&sample, rules.ForcedLabels(t.ClusterID, t.Labels))
+	if err == nil {
+		err = new(SampleList).Add(&sample)
+	}
+	if err == nil {
+		_, _, err = s.signUploadToken(t)
+	}
+	if err != nil {
+		return errNoValidAnswer(fmt.Errorf("no push can carry the labels of the answer: %w", err))
+	}
+	return nil
+}
+
+// denyExternally answers a request whose client token the authorization service did not permit. err
+// is an error of ExternalAuthorizer.Authorize. The cause is logged by rate, and counted.
+func (s *Server) denyExternally(w http.ResponseWriter, r *http.Request, clusterID string, err error) {
+	var e *authorizeError
+	if r.Context().Err() != nil || !errors.As(err, &e) {
+		s.unauthorizedTotal.Inc("canceled")
+		http.Error(w, "the connection has ended", http.StatusServiceUnavailable) // for the metrics of requests, because the client is gone
+		return
+	}
+	level := slog.LevelInfo
+	if e.status == http.StatusServiceUnavailable {
+		level = slog.LevelWarn
+	}
+	s.limitedLog.Log(level, e.text, "cluster_id", clusterID, "remote", r.RemoteAddr, "err", e.detail)
+	if e.retryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(e.retryAfter))
+	}
+	if e.status == http.StatusUnauthorized {
+		s.denyToken(w, e.reason, e.text)
+		return
+	}
+	s.unauthorizedTotal.Inc(e.reason)
+	http.Error(w, e.text, e.status)
 }
 
 // isRevokedClusterID reports whether the cluster ID itself is revoked, and not just a token for it.

@@ -39,8 +39,9 @@ type federateConfig struct {
 
 // federateHandler answers GET /federate. It is safe for concurrent use.
 type federateHandler struct {
-	cfg     federateConfig
-	scraper *AllSitesReader
+	cfg        federateConfig
+	scraper    *AllSitesReader
+	limitedLog *limitedLog // for messages that each scrape can cause
 
 	seconds, bytes              *Histogram
 	samples                     *Gauge
@@ -59,6 +60,7 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	})
 	return &federateHandler{
 		cfg: cfg, scraper: &AllSitesReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
+		limitedLog: newLimitedLog(cfg.Log, cfg.Now),
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Seconds to answer a request to /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Bytes of an answer to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
@@ -109,7 +111,7 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if err != nil {
 		h.endedEarly.Inc()
-		h.cfg.Log.Info("answer to scrape was cut off", "remote", r.RemoteAddr, "err", err)
+		h.limitedLog.Log(slog.LevelInfo, "answer to scrape was cut off", "remote", r.RemoteAddr, "err", err)
 	}
 }
 
@@ -144,7 +146,7 @@ func (h *federateHandler) newestSamples(match Selectors) []Family {
 	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcherOrNil())
 	if truncated {
 		h.truncated.Inc()
-		h.cfg.Log.Warn("scrape met the limit on samples; the next scrape begins with other sites", "limit", h.cfg.LimitScrape)
+		h.limitedLog.Log(slog.LevelWarn, "scrape met the limit on samples; the next scrape begins with other sites", "limit", h.cfg.LimitScrape)
 	}
 	return families
 }

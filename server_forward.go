@@ -87,10 +87,11 @@ type ForwarderConfig struct {
 // Forwarder forwards pushes to the owners of their sites, and receives pushes that other members
 // forward. It is safe for concurrent use.
 type Forwarder struct {
-	cfg       ForwarderConfig
-	view      atomic.Pointer[RingView]
-	sequence  atomic.Uint64 // number of the last request that this process prepared to send
-	receiving semaphore     // one slot for each request of another member that this server is handling
+	cfg        ForwarderConfig
+	view       atomic.Pointer[RingView]
+	sequence   atomic.Uint64 // number of the last request that this process prepared to send
+	receiving  semaphore     // one slot for each request of another member that this server is handling
+	limitedLog *limitedLog   // for messages that each push can cause
 
 	mu      sync.Mutex                    // guards senders and owners
 	senders map[string]*senderSession     // by the name of the member that forwards pushes to this server
@@ -119,7 +120,7 @@ type ownerRequestSlots struct {
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	m := cfg.Metrics
 	f := &Forwarder{
-		cfg: cfg, receiving: newSemaphore(maxForwards), senders: map[string]*senderSession{}, owners: map[string]*ownerRequestSlots{},
+		cfg: cfg, receiving: newSemaphore(maxForwards), limitedLog: newLimitedLog(cfg.Log, time.Now), senders: map[string]*senderSession{}, owners: map[string]*ownerRequestSlots{},
 		sentTotal:     m.Counter("telemeter_forwards_sent_total", "Pushes for sites of other owners, by result: accepted by the owner, refused by the owner, or kept here because the owner could not take them.", "result"),
 		receivedTotal: m.Counter("telemeter_forwards_received_total", "Pushes received from other members of the ring, by result.", "result"),
 		seconds:       m.Histogram("telemeter_forward_duration_seconds", "Seconds to forward a push, until the owner answers or the attempt fails.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),
@@ -207,7 +208,7 @@ func (f *Forwarder) TryForward(ctx context.Context, push *pushRequest, body []by
 			continue // the ring now names another owner of the site, or the owner has changed its session, address or key
 		}
 		f.sentTotal.Inc("kept")
-		f.cfg.Log.Warn("owner cannot take the push, so this server stores it", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
+		f.limitedLog.Log(slog.LevelWarn, "owner cannot take the push, so this server stores it", "cluster_id", push.ClusterID, "owner", owner.Name, "err", err)
 		return nil
 	}
 }

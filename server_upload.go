@@ -118,8 +118,12 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	text := strings.TrimSpace(string(resp.Body))
-	s.cfg.Log.Log(r.Context(), refusalLevel(resp.Result), "push refused",
-		"cluster_id", t.ClusterID, "remote", r.RemoteAddr, "status", resp.Status, "reason", text)
+	attrs := []any{"cluster_id", t.ClusterID, "remote", r.RemoteAddr, "status", resp.Status, "reason", text}
+	if level := refusalLevel(resp.Result); resp.Result == resultOverloaded {
+		s.limitedLog.Log(level, "push refused because the server is overloaded or not ready", attrs...) // such refusals do not count towards the rate limit of the site
+	} else {
+		s.cfg.Log.Log(r.Context(), level, "push refused", attrs...)
+	}
 	if resp.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(resp.RetryAfter))
 	}
@@ -298,14 +302,14 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 	case errors.Is(err, ErrTooLarge):
 		return res, errPushTooLarge(err.Error())
 	case errors.Is(err, ErrFull):
-		s.cfg.Log.Error("cannot store push", "cluster_id", clusterID, "err", err)
+		s.limitedLog.Log(slog.LevelError, "cannot store push", "cluster_id", clusterID, "err", err)
 		return res, &uploadError{http.StatusServiceUnavailable, resultFull, "the server has no room for more samples", time.Minute}
 	case errors.Is(err, ErrClockInDoubt):
 		return res, &uploadError{http.StatusServiceUnavailable, resultOverloaded, err.Error(), 30 * time.Second}
 	case errors.Is(err, ErrClosed), ctx.Err() != nil && errors.Is(err, ctx.Err()):
 		return res, errOverloaded("the server is too busy to store the push")
 	}
-	s.cfg.Log.Error("cannot store push", "cluster_id", clusterID, "err", err)
+	s.limitedLog.Log(slog.LevelError, "cannot store push", "cluster_id", clusterID, "err", err)
 	return res, &uploadError{http.StatusServiceUnavailable, resultFailed, "the server could not store the push", 30 * time.Second}
 }
 
