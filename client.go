@@ -193,15 +193,16 @@ func (c *Client) Reload(st ClientReloadConfig) {
 }
 
 // Handler returns the handler of the client's own HTTP listener: health, metrics, and /federate
-// with the scrape that was delivered last.
-func (c *Client) Handler() http.Handler {
+// with the scrape that was delivered last. onLoopback must be true only if the listener is bound to
+// a loopback address.
+func (c *Client) Handler(onLoopback bool) http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
 	AddHealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.pusher.IsHealthy() })
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
 	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(c.serveLastDelivered)))
 	mux.Handle("GET /{$}", instrument("index", IndexHandler("/federate", "/metrics", "/healthz", "/healthz/ready")))
-	return mux
+	return RefuseForeignRequests(onLoopback, instrument, mux)
 }
 
 // serveLastDelivered answers with the samples of the scrape that was delivered last. After a

@@ -165,7 +165,7 @@ func clientOutage(t *testing.T, name string, fail func(r *http.Request) (*http.R
 	time.Sleep(time.Hour)
 	synctest.Wait()
 	rec := httptest.NewRecorder()
-	c.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/healthz/ready", nil))
+	c.Handler(false).ServeHTTP(rec, httptest.NewRequest("GET", "/healthz/ready", nil))
 	if rec.Code != 503 {
 		t.Errorf("/healthz/ready answers %d during the outage, want 503", rec.Code)
 	}

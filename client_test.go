@@ -86,7 +86,7 @@ func TestClientFederateShowsCleanedSamples(t *testing.T) {
 		t.Fatal(err)
 	}
 	rec := httptest.NewRecorder()
-	c.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/federate", nil))
+	c.Handler(false).ServeHTTP(rec, httptest.NewRequest("GET", "/federate", nil))
 	for line := range strings.Lines(cleanedScrape) {
 		if !strings.Contains(rec.Body.String(), line) {
 			t.Errorf("/federate lacks the line %s", line)
@@ -106,7 +106,7 @@ func TestClientFederateShowsAllPieces(t *testing.T) {
 		cfg.LimitBytes = 4 << 10
 		cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) { return respond(200, nil, from), nil })
 	})
-	handler := c.Handler()
+	handler := c.Handler(false)
 	for _, want := range []string{"", text.String(), "z 1 7\n"} {
 		if want != "" {
 			from = want

@@ -118,7 +118,7 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	if f.scrapeInterval == 0 {
 		f.scrapeInterval = f.interval
 	}
-	c.addProblemUnless(f.fromTokenFile == "" || f.from.Scheme == "https" || isLoopback(f.from.Hostname()) || f.plainHTTP,
+	c.addProblemUnless(f.fromTokenFile == "" || f.from.Scheme == "https" || IsLoopbackHost(f.from.Hostname()) || f.plainHTTP,
 		"--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
 	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing: create a token on a server with telemeter --mode token")
 	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file, because without a secret key the values could be guessed; create one with: head -c 32 /dev/urandom | base64 > salt")
@@ -246,7 +246,7 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 			return err
 		}
 		defer ln.Close()
-		web := HTTPServer{Name: "client", Listener: ln, Handler: p.client.Handler(), Log: p.log}
+		web := HTTPServer{Name: "client", Listener: ln, Handler: p.client.Handler(IsOnLoopback(ln)), Log: p.log}
 		parts = append(parts, web.Run)
 		p.log.Info("listening", "address", ln.Addr())
 	}
@@ -431,7 +431,7 @@ func (f *clientFlags) chooseServerURLs(tokenURLs []string) (urls []string, probl
 		}
 	}
 	for _, u := range servers {
-		if u.Scheme == "http" && !isLoopback(u.Hostname()) && !f.plainHTTP {
+		if u.Scheme == "http" && !IsLoopbackHost(u.Hostname()) && !f.plainHTTP {
 			problems = append(problems, fmt.Sprintf("the token would be sent to %s over plain HTTP, where anybody on the network can read it: use https://, or add --plain-http to allow it", u))
 		}
 		urls = append(urls, u.String())

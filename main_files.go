@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -111,13 +110,6 @@ func readCAs(path string) (*x509.CertPool, error) {
 		return nil, fmt.Errorf("CA file %s contains no PEM certificate", path)
 	}
 	return pool, nil
-}
-
-// isLoopback reports whether host is "localhost" or a loopback IP address. It does not resolve host
-// names.
-func isLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // parseHTTPURL parses s, which must be an http:// or https:// URL with a host.

@@ -130,7 +130,7 @@ func sdAddress(internal, advertise string) (addr string, reachable bool) {
 	if host == "" || net.ParseIP(host).IsUnspecified() {
 		return net.JoinHostPort(advertised, port), true
 	}
-	return internal, !isLoopback(host) || isLoopback(advertised)
+	return internal, !IsLoopbackHost(host) || IsLoopbackHost(advertised)
 }
 
 // run takes part in the ring until ctx ends or gossip fails. At the end of ctx it leaves the ring

@@ -25,6 +25,7 @@ type serverFlags struct {
 	externalAddr, internalAddr      string
 	federateTokenFile, clientCAFile string
 	internalOpen                    bool
+	consumers                       []string
 	keys, revokedFile               string
 	authorize                       *url.URL
 	rateInterval                    time.Duration
@@ -62,6 +63,9 @@ func (f *serverFlags) define(c *command) {
 		c.addressFlag(&f.externalAddr, "listen", ":9003", "`ADDRESS` address for clients: /authorize and /upload; uses TLS if --keys has tls.crt and tls.key")
 		c.addressFlag(&f.internalAddr, "listen-internal", "localhost:9004", "`ADDRESS` address for scrapers and operators: /federate, /metrics")
 		c.StringVar(&f.federateTokenFile, "federate-token-file", "", "`FILE` file with the bearer token that scrapers must send to the internal listener")
+		listFlag(c, &f.consumers, "consumer", "`NAME` name of a consumer that may scrape /federate?consumer=NAME; without it, every name may", parseEach(func(name string) (string, error) {
+			return name, CheckConsumerName(name)
+		}))
 		c.BoolVar(&f.internalOpen, "internal-open", false, "allow other hosts to use the internal listener without a token")
 		c.StringVar(&f.clientCAFile, "tls-client-ca", "", "`FILE` file with CA certificates; clients must also present a certificate signed by one of the CAs")
 	})
@@ -99,7 +103,7 @@ func (f *serverFlags) define(c *command) {
 func (f *serverFlags) check(c *command) {
 	c.addProblemUnless(f.keys != "", "--keys DIR is missing: create the keys with telemeter --mode keygen --keys keys")
 	host, _, _ := net.SplitHostPort(f.internalAddr)
-	c.addProblemUnless(isLoopback(host) || f.federateTokenFile != "" || f.internalOpen,
+	c.addProblemUnless(IsLoopbackHost(host) || f.federateTokenFile != "" || f.internalOpen,
 		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or add --internal-open to allow access without a token", f.internalAddr)
 	c.addProblemUnless(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file exclude each other: choose one")
 	f.ring.check(c)
@@ -185,7 +189,7 @@ func (p *serverProcess) openStore() (err error) {
 	failures := p.metrics.Counter("telemeter_store_errors_total", "Errors of the store; each is logged.")
 	cfg := StoreConfig{
 		FS: DiskFS{}, Dir: p.storageDir, Retention: p.retention, MaxSampleAge: p.maxSampleAge, LimitSeries: p.limitSeries,
-		LimitSites: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now,
+		LimitSites: p.limitSites, LimitSamples: p.limitSamples, LimitStorage: p.limitStorage, Now: p.now, Consumers: p.consumers,
 		NowInterval: newServerClock(p.now, p.metrics, p.log).NowInterval,
 		OnError: func(err error) {
 			failures.Inc()
@@ -231,14 +235,14 @@ func (p *serverProcess) listenHTTP() error {
 		p.external.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			return p.certificate.Load(), nil
 		}}
-	} else if host, _, _ := net.SplitHostPort(external.Addr().String()); !isLoopback(host) {
+	} else if !IsOnLoopback(external) {
 		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples")
 	}
 	internal, err := Listen(p.internalAddr)
 	if err != nil {
 		return err
 	}
-	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.InternalHandler(), TrackConns: true, Log: p.log}
+	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.InternalHandler(IsOnLoopback(internal)), TrackConns: true, Log: p.log}
 	version, _ := ProgramVersion()
 	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
 		"storage", p.storageDir, "sites", len(p.store.Stats().Sites))

@@ -50,6 +50,7 @@ func TestServerConflicts(t *testing.T) {
 		{"--keys k --listen-internal :9004", []string{"--listen-internal :9004 can be reached from other hosts", "--federate-token-file", "--internal-open"}},
 		{"--keys k --listen-internal 0.0.0.0:1", []string{"can be reached"}},
 		{"--keys k --internal-open --federate-token-file f", []string{"exclude each other"}},
+		{"--keys k --consumer central --consumer=", []string{"--consumer: a consumer name must have 1 to 64 bytes"}},
 		{"--keys k --label a --label __x=1", []string{`"a" is not NAME=VALUE`}},
 		{"--keys k --name süd", []string{"--name: ", "visible ASCII"}},
 		{"--keys k --join a:9006", []string{"--join and --advertise need --listen-cluster"}},
@@ -213,7 +214,8 @@ type modeServer struct {
 	dir    string // directory with keys, revoked, allow and federate-token; the server creates storage in it
 	token  string // client token of site-7, with the label region="eu"
 	log    logBuffer
-	starts int // how often the server was started
+	starts int      // how often the server was started
+	args   []string // further arguments of the server
 
 	secrets []string // texts that the process log must not contain at the end of the test
 
@@ -274,10 +276,10 @@ func (s *modeServer) start() (stop func()) {
 	ctx, cancel := context.WithCancel(s.t.Context())
 	ended := make(chan int, 1)
 	go func() {
-		ended <- run(ctx, time.Now, []string{
+		ended <- run(ctx, time.Now, append([]string{
 			"--mode", "server", "--keys", s.path("keys"), "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0", "--storage-dir", s.path("storage"),
 			"--revoked-file", s.path("revoked"), "--allow-file", s.path("allow"), "--federate-token-file", s.path("federate-token"), "--label", "hub=h1",
-		}, io.Discard, &s.log)
+		}, s.args...), io.Discard, &s.log)
 	}()
 	s.starts++
 	serving := regexp.MustCompile(`msg=serving .*external=(\S+) tls=true internal=(\S+) storage=/\S+`)
@@ -448,6 +450,43 @@ func TestServerWarnsOfReadableSecrets(t *testing.T) {
 	s.log.Reset()
 	s.reload("msg=reloaded")
 	checkSecretWarnings(t, s.log.String(), map[string]string{s.path("keys/" + ClusterKeyFile): "0664", tokenKey: "0444"})
+}
+
+// The internal listener answers 421 to requests for a foreign host if it is bound to a loopback
+// address. If it is bound to all addresses, it answers requests for any host.
+func TestInternalListenerHosts(t *testing.T) {
+	for _, c := range []struct {
+		listen, host string
+		want         int
+	}{
+		{"127.0.0.1:0", "", 200}, {"127.0.0.1:0", "evil.example", 421},
+		{"0.0.0.0:0", "", 200}, {"0.0.0.0:0", "hub.example:9004", 200},
+	} {
+		s := newModeServer(t)
+		s.args = []string{"--listen-internal", c.listen}
+		stop := s.start()
+		if status := getStatus(t, "http://"+s.internal+"/healthz", c.host); status != c.want {
+			t.Errorf("bound to %s, Host %q: answered %d, want %d", c.listen, c.host, status, c.want)
+		}
+		stop()
+	}
+}
+
+// getStatus sends a GET request with the given Host header, and returns the status of the answer.
+// An empty host means the host in the URL.
+func getStatus(t *testing.T, url, host string) int {
+	t.Helper()
+	req, err := http.NewRequest("GET", url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = host
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp.StatusCode
 }
 
 // If one of the files that a reload reads is bad, the reload fails. The server still accepts the

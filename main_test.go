@@ -123,9 +123,13 @@ func TestFourCommands(t *testing.T) {
 			t.Errorf("the server's /federate has no %s:\n%s", want, body)
 		}
 	}
-	sent := get(t, "http://"+s.client.await(`msg=listening address=(\S+)`)+"/federate")
+	own := "http://" + s.client.await(`msg=listening address=(\S+)`)
+	sent := get(t, own+"/federate")
 	if !strings.Contains(sent, "telemeter_build_info{") || strings.Contains(sent, "_id=") {
 		t.Errorf("the client's /federate does not have the samples that it sent:\n%s", sent)
+	}
+	if status := getStatus(t, own+"/federate", "evil.example"); status != 421 {
+		t.Errorf("the client's /federate for a foreign host was answered %d, want 421", status)
 	}
 	for name, p := range map[string]*process{"client": s.client, "server": s.server} {
 		if code := p.end(syscall.SIGTERM); code != exitOK {

@@ -78,7 +78,7 @@ func newSrvRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *srvRi
 	r.server = NewServer(cfg)
 	r.server.Reload(ReloadableServerConfig{Keys: r.keys, Normalizer: &ServerNormalizer{}})
 	r.server.SetReady(true)
-	r.external, r.internal = httptest.NewServer(r.server.ExternalHandler()), httptest.NewServer(r.server.InternalHandler())
+	r.external, r.internal = httptest.NewServer(r.server.ExternalHandler()), httptest.NewServer(r.server.InternalHandler(false))
 	t.Cleanup(r.external.Close)
 	t.Cleanup(r.internal.Close)
 	r.secrets = []string{keyLine(1), "secretdir", "goroutine ", ".go:"}
@@ -334,7 +334,7 @@ func (r *srvRig) scrapeOn(conn *AnswerReadTracker, query string) string {
 	req := httptest.NewRequest("GET", "/federate?"+query, nil)
 	req.RemoteAddr = "192.0.2.1:9"
 	rec := httptest.NewRecorder()
-	r.server.InternalHandler().ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), connTrackerKey{}, conn)))
+	r.server.InternalHandler(false).ServeHTTP(rec, req.WithContext(context.WithValue(req.Context(), connTrackerKey{}, conn)))
 	if rec.Code != http.StatusOK {
 		r.t.Fatalf("/federate?%s was answered %d %s", query, rec.Code, rec.Body)
 	}
@@ -471,7 +471,7 @@ func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *
 		t.Fatal(err)
 	}
 	r := &consumerRig{srvRig: newSrvRig(t, change...), url: "http://" + ln.Addr().String()}
-	internal := r.server.InternalHandler()
+	internal := r.server.InternalHandler(false)
 	web := HTTPServer{Name: "internal", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if internal.ServeHTTP(w, req); r.during != nil {
 			r.during(req)

@@ -171,7 +171,7 @@ func (v *stampedeServer) start() {
 	s.running.Go(func() { store.Run(ctx) })
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v.store, v.external, v.internal, v.stop, v.up = store, v.server.ExternalHandler(), v.server.InternalHandler(), stop, true
+	v.store, v.external, v.internal, v.stop, v.up = store, v.server.ExternalHandler(), v.server.InternalHandler(false), stop, true
 	v.starts++
 }
 

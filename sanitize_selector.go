@@ -1,12 +1,14 @@
 package main
 
 // This file parses and matches series selectors with the syntax of PromQL. Selectors come from
-// operators and from scrapers, so their length, their number and the cost of their patterns are
-// limited.
+// operators and from scrapers, so their length, their number and the cost of each pattern are
+// limited. A scraper may be hostile, so the cost of all its selectors together is limited, too. No
+// pattern is compiled before all limits are checked.
 
 import (
 	"errors"
 	"fmt"
+	"math"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -17,8 +19,11 @@ import (
 const (
 	maxSelector  = 8 << 10 // bytes of one selector
 	maxSelectors = 1000    // selectors in one list
-	maxPattern   = 20_000  // steps of one pattern, as patternSteps counts them; each step needs at least 40 bytes of memory, and time for each byte that is matched
 )
+
+// MaxPattern is the largest number of steps of one pattern, and of all selectors of one scrape
+// together. Each step needs about 40 bytes of memory, and time for each byte that is matched.
+const MaxPattern = 20_000
 
 // Selector is a series selector of PromQL, such as up{job="x",a!~"b|c"}. A series matches the
 // selector if it satisfies every matcher.
@@ -33,36 +38,56 @@ func (s Selector) String() string { return s.text }
 // matcher is one condition of a selector. It compares the value of one label with a value or a
 // pattern.
 type matcher struct {
-	label  string // name of the label; nameLabel stands for the metric name
-	negate bool   // whether the operator is != or !~
-	value  string
-	re     *regexp.Regexp // anchored pattern of =~ and !~; nil for = and !=, which compare the label's value with value
+	label     string // name of the label; nameLabel stands for the metric name
+	negate    bool   // whether the operator is != or !~
+	isPattern bool   // whether the operator is =~ or !~
+	value     string
+	re        *regexp.Regexp // anchored pattern of =~ and !~, once Selector.compile has returned; nil for = and !=
 }
 
 const nameLabel = "__name__"
 
-// parseSelector parses one selector of at most maxSelector bytes. As in Prometheus's /federate, a
-// selector is refused if all its matchers match the empty string. Such a selector would match every
-// series without these labels, which is mostly a mistake of the operator or scraper.
-func parseSelector(text string) (Selector, error) {
+// parseSelector parses one selector of at most maxSelector bytes, without compiling its patterns.
+// steps is its cost: one step for each matcher, and the steps of each pattern.
+func parseSelector(text string) (s Selector, steps int, err error) {
 	text = strings.TrimSpace(text)
 	if len(text) > maxSelector {
-		return Selector{}, fmt.Errorf("%w: the selector has %d bytes, limit %d", ErrTooLarge, len(text), maxSelector)
+		return Selector{}, 0, fmt.Errorf("%w: the selector has %d bytes, limit %d", ErrTooLarge, len(text), maxSelector)
 	}
 	p := selectorParser{rest: text}
-	err := p.parse()
-	if err == nil && !slices.ContainsFunc(p.matchers, func(m matcher) bool { return !m.matches(nil) }) {
-		err = errors.New("at least one matcher must not match the empty string")
+	if err := p.parse(); err != nil {
+		return Selector{}, 0, fmt.Errorf("selector %s: %w", Excerpt([]byte(text)), err)
 	}
-	if err != nil {
-		return Selector{}, fmt.Errorf("selector %s: %w", Excerpt([]byte(text)), err)
+	return Selector{text, p.matchers}, len(p.matchers) + p.patternSteps, nil
+}
+
+// compile compiles the patterns of s. As in Prometheus's /federate, a selector is refused if all its
+// matchers match the empty string. Such a selector would match every series without these labels,
+// which is mostly a mistake of the operator or scraper.
+func (s *Selector) compile() error {
+	for i := range s.matchers {
+		m := &s.matchers[i]
+		if !m.isPattern {
+			continue
+		}
+		// parseMatcher has checked the pattern alone, because a pattern such as "a)|(b" is invalid by
+		// itself but would become valid between anchors.
+		re, err := regexp.Compile("^(?s:" + m.value + ")$")
+		if err != nil {
+			return fmt.Errorf("selector %s: pattern of %.100q: %w", Excerpt([]byte(s.text)), m.label, err)
+		}
+		m.re = re
 	}
-	return Selector{text, p.matchers}, nil
+	if !slices.ContainsFunc(s.matchers, func(m matcher) bool { return !m.matches(nil) }) {
+		return fmt.Errorf("selector %s: at least one matcher must not match the empty string", Excerpt([]byte(s.text)))
+	}
+	return nil
 }
 
 type selectorParser struct {
-	rest     string // text that is not parsed yet
-	matchers []matcher
+	rest         string // text that is not parsed yet
+	matchers     []matcher
+	patternSteps int // steps of the patterns of all matchers
 }
 
 // parse parses p.rest, which must be one selector and nothing else, and appends its matchers to
@@ -122,10 +147,12 @@ func (p *selectorParser) parseMatcher() (m matcher, err error) {
 	if m.value, err = p.parseQuoted(); err != nil {
 		return m, err
 	}
-	if strings.HasSuffix(operator, "~") {
-		if m.re, err = compilePattern(m.value); err != nil {
+	if m.isPattern = strings.HasSuffix(operator, "~"); m.isPattern {
+		steps, err := checkPattern(m.value)
+		if err != nil {
 			return m, fmt.Errorf("pattern of %.100q: %w", m.label, err)
 		}
+		p.patternSteps += steps
 	}
 	return m, nil
 }
@@ -207,36 +234,30 @@ func (p *selectorParser) parseQuoted() (string, error) {
 	}
 }
 
-// compilePattern compiles the pattern of a matcher, which must match a whole label value. It checks
-// the pattern before it adds anchors, because a pattern such as "a)|(b" is invalid by itself but
-// would become valid inside "^(?s:…)$".
-func compilePattern(pattern string) (*regexp.Regexp, error) {
-	if err := checkPattern(pattern); err != nil {
-		return nil, err
-	}
-	return regexp.Compile("^(?s:" + pattern + ")$")
-}
-
-// checkPattern returns an error if the pattern is malformed or has more than maxPattern steps.
-// Without this limit, a pattern of a few bytes, such as several .{1000}, could cost much time and
-// memory.
-func checkPattern(pattern string) error {
+// checkPattern returns the number of steps of the pattern. It returns an error if the pattern is
+// malformed or has more than MaxPattern steps. Without this limit, a pattern of a few bytes, such
+// as several .{1000}, could cost much time and memory.
+func checkPattern(pattern string) (steps int, err error) {
 	re, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	if n := patternSteps(re); n > maxPattern {
-		return fmt.Errorf("%w: the pattern has %d steps, limit %d", ErrTooLarge, n, maxPattern)
+	if steps = patternSteps(re); steps > MaxPattern {
+		return 0, fmt.Errorf("%w: the pattern has %d steps, limit %d", ErrTooLarge, steps, MaxPattern)
 	}
-	return nil
+	return steps, nil
 }
 
 // patternSteps estimates the number of steps of the compiled pattern re: each literal character and
-// each operator is one step, and a repetition counts as often as it repeats.
+// each operator is one step, and a repetition counts as often as it repeats. A class of characters
+// is one step, and one more for every five ranges, because \pL has hundreds of ranges.
 func patternSteps(re *syntax.Regexp) int {
 	n := 1
-	if re.Op == syntax.OpLiteral {
+	switch re.Op {
+	case syntax.OpLiteral:
 		n = len(re.Rune)
+	case syntax.OpCharClass:
+		n += len(re.Rune) / 10
 	}
 	for _, sub := range re.Sub {
 		n += patternSteps(sub)
@@ -260,19 +281,36 @@ func (m *matcher) matches(v []byte) bool {
 // or if the list is empty.
 type Selectors []Selector
 
-// ParseSelectors parses a list of selectors. It fails if a selector is invalid or if there are more
-// than maxSelectors.
+// ParseSelectors parses an operator's list of selectors. It fails if a selector is invalid, if the
+// pattern of a matcher has more than MaxPattern steps, or if there are more than maxSelectors. All
+// selectors together may have more steps, because the operator is trusted and the list is parsed
+// only at a start or a reload.
 func ParseSelectors(texts []string) (Selectors, error) {
+	return ParseSelectorsWithin(texts, math.MaxInt)
+}
+
+// ParseSelectorsWithin parses the selectors of a scrape. It fails as ParseSelectors does, and also if
+// all selectors together have more than maxSteps steps. Each matcher counts as one step, and each
+// pattern as patternSteps counts.
+func ParseSelectorsWithin(texts []string, maxSteps int) (s Selectors, err error) {
 	if len(texts) > maxSelectors {
 		return nil, fmt.Errorf("%w: there are %d selectors, at most %d are allowed", ErrTooLarge, len(texts), maxSelectors)
 	}
-	var s Selectors
+	steps := 0
 	for _, text := range texts {
-		sel, err := parseSelector(text)
+		sel, n, err := parseSelector(text)
 		if err != nil {
 			return nil, err
 		}
+		if steps += n; steps > maxSteps {
+			return nil, fmt.Errorf("%w: all selectors together have more than %d steps; each matcher and each character of a pattern is one step, and a repetition counts as often as it repeats", ErrTooLarge, maxSteps)
+		}
 		s = append(s, sel)
+	}
+	for i := range s {
+		if err := s[i].compile(); err != nil {
+			return nil, err
+		}
 	}
 	return s, nil
 }

@@ -5,6 +5,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -22,6 +23,15 @@ func selected(s Selectors) (got []string) {
 		}
 	}
 	return got
+}
+
+// parseOne parses a list of one selector.
+func parseOne(text string) (Selector, error) {
+	s, err := ParseSelectors([]string{text})
+	if err != nil {
+		return Selector{}, err
+	}
+	return s[0], nil
 }
 
 // A selector matches the same series as in PromQL. String returns the selector as it was written,
@@ -68,7 +78,7 @@ func TestSelector(t *testing.T) {
 		{`{"c.d"=~"e|f","a.b"}`, []string{`{"a.b","c.d"="e"}`}},
 		{`{"up",job=~"a"}`, []string{`up{job="a"}`}},
 	} {
-		sel, err := parseSelector(c.text)
+		sel, err := parseOne(c.text)
 		if err != nil {
 			t.Errorf("parsing selector %s: %v", c.text, err)
 			continue
@@ -138,13 +148,14 @@ func TestSelectorErrors(t *testing.T) {
 		{`{x=~"` + strings.Repeat("(", 8000) + `"}`, "pattern of"},
 		{`{x=~"a` + strings.Repeat(".{1000}", 1000) + `"}`, "too large: the pattern has "}, // the pattern has a million steps
 		{`{x=~"a` + strings.Repeat("(b.{10}){100}", 30) + `"}`, "too large: the pattern has "},
+		{`{x=~"a` + strings.Repeat(`\\pL.`, 1000) + `"}`, "too large: the pattern has "}, // each \pL has hundreds of ranges
 	} {
-		_, err := parseSelector(c.text)
+		_, err := parseOne(c.text)
 		if err == nil || !strings.Contains(err.Error(), c.want) || len(err.Error()) > 2*maxSelector {
 			t.Errorf("parsing selector %.60s: got error %.300v, want one with %q", c.text, err, c.want)
 		}
 	}
-	if _, err := parseSelector(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
+	if _, err := parseOne(`{x=~"` + strings.Repeat("a.b|", 2000) + "c{2,1000}" + `"}`); err != nil {
 		t.Errorf("parsing a long pattern of few steps: %v", err)
 	}
 	if _, err := ParseSelectors(make([]string, maxSelectors+1)); !errors.Is(err, ErrTooLarge) {
@@ -152,6 +163,38 @@ func TestSelectorErrors(t *testing.T) {
 	}
 	if _, err := ParseSelectors([]string{"up", "{"}); err == nil || !strings.Contains(err.Error(), `"{"`) {
 		t.Errorf("parsing a list whose second selector is malformed: got error %v, want one with %q", err, `"{"`)
+	}
+}
+
+// The selectors of one scrape are refused if together they have more steps than allowed: one for
+// each matcher, and the steps of each pattern. The error says so. An operator's list has no such
+// limit.
+func TestSelectorsWithin(t *testing.T) {
+	many := func(n int, text string) []string { return slices.Repeat([]string{text}, n) }
+	for _, c := range []struct {
+		name  string
+		texts []string
+		steps int
+	}{
+		{"no pattern", []string{`up{job="a"}`, "down"}, 3},
+		{"literal", []string{`{job=~"abc"}`}, 1 + 3},
+		{"repetition", []string{`{job=~"a.{1000}"}`}, 1 + 1 + 1 + 2000},
+		{"class", []string{`{job!~"[a-z]|"}`, `{a!=""}`}, 1 + 3 + 1},
+		{"hundreds of costly patterns", many(214, `{job=~"a.{999}.{999}.{999}.{999}"}`), 214 * (1 + 1 + 1 + 4*1998)},
+		{"many matchers", many(1000, `{`+strings.Repeat("a!='',", 21)+`}`), 21_000},
+	} {
+		_, err := ParseSelectorsWithin(c.texts, c.steps-1)
+		if want := fmt.Sprintf("all selectors together have more than %d steps", c.steps-1); !errors.Is(err, ErrTooLarge) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got error %v, want one with %q", c.name, err, want)
+		}
+		for _, parse := range []func() (Selectors, error){
+			func() (Selectors, error) { return ParseSelectorsWithin(c.texts, c.steps) },
+			func() (Selectors, error) { return ParseSelectors(c.texts) },
+		} {
+			if s, err := parse(); err != nil || len(s) != len(c.texts) {
+				t.Errorf("%s: got %d selectors, error %v", c.name, len(s), err)
+			}
+		}
 	}
 }
 
@@ -169,7 +212,7 @@ func TestSelectors(t *testing.T) {
 	}
 }
 
-// For any text, parseSelector returns a selector or an error of bounded length. The selector does
+// For any text, ParseSelectors returns a selector or an error of bounded length. The selector does
 // not match a series without a name and labels, and parsing its String gives the same selector.
 func FuzzSelector(f *testing.F) {
 	for _, s := range []string{`up{job="a",env!~"b|c"}`, `{"a.b",'c'=~"d"}`, "{a=`b`}", `{a="\x61\u00e9"}`} {
@@ -179,7 +222,7 @@ func FuzzSelector(f *testing.F) {
 		if len(text) > 500 {
 			return // long patterns compile slowly, which would slow down the fuzzer
 		}
-		sel, err := parseSelector(text)
+		sel, err := parseOne(text)
 		if err != nil {
 			if len(err.Error()) > 4000 {
 				t.Fatalf("the error has %d bytes, want at most 4,000", len(err.Error()))
@@ -191,7 +234,7 @@ func FuzzSelector(f *testing.F) {
 		} else {
 			s.LineMatcherOrNil()([]byte(line))
 		}
-		again, err := parseSelector(sel.String())
+		again, err := parseOne(sel.String())
 		if err != nil || again.String() != sel.String() {
 			t.Fatalf("parsing the String %q of a selector: got %q, %v", sel, again, err)
 		}

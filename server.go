@@ -196,8 +196,9 @@ func (s *Server) ExternalHandler() http.Handler {
 	})
 }
 
-// InternalHandler returns the handler of the listener for scrapers and operators.
-func (s *Server) InternalHandler() http.Handler {
+// InternalHandler returns the handler of the listener for scrapers and operators. onLoopback must be
+// true only if the listener is bound to a loopback address.
+func (s *Server) InternalHandler(onLoopback bool) http.Handler {
 	mux := http.NewServeMux()
 	AddHealthRoutes(mux, s.ready.Load)
 	mux.Handle("GET /federate", s.requireFederateTokenIfSet("federate", s.federate))
@@ -209,8 +210,8 @@ func (s *Server) InternalHandler() http.Handler {
 		mux.Handle("GET /debug/ring", s.requireFederateTokenIfSet("ring", http.HandlerFunc(s.serveDebugRing)))
 	}
 	mux.Handle("GET /{$}", s.requireFederateTokenIfSet("index", IndexHandler(paths...)))
-	mux.Handle("/debug/pprof/", s.requireFederateTokenIfSet("pprof", loopbackPprofHandler()))
-	return mux
+	mux.Handle("GET /debug/pprof/", s.requireFederateTokenIfSet("pprof", loopbackPprofHandler()))
+	return RefuseForeignRequests(onLoopback, s.instrument, mux)
 }
 
 // ForwardHandler returns the handler of the listener for other members. It must be called only if

@@ -78,13 +78,13 @@ func (f *authorizeFlood) authorize(ctx context.Context, address, clusterID, toke
 	return rec.Code
 }
 
-// flood sends requests with random tokens from n addresses until ctx ends, as many at a time from
-// each address as its share allows and a few more. The second result waits until all have ended.
-func (f *authorizeFlood) flood(ctx context.Context, n int) (requests *int, wait func()) {
+// flood sends requests with random tokens from n addresses until ctx ends, perAddress at a time from
+// each address. The second result waits until all have ended.
+func (f *authorizeFlood) flood(ctx context.Context, n, perAddress int) (requests *int, wait func()) {
 	requests = new(int)
 	var mu sync.Mutex
 	var wg sync.WaitGroup
-	for i := range n * (maxQueuedPerStranger + 4) {
+	for i := range n * perAddress {
 		wg.Go(func() {
 			for j := 0; ctx.Err() == nil; j++ {
 				mu.Lock()
@@ -125,7 +125,7 @@ func TestAuthorizeUnderFlood(t *testing.T) {
 				}
 				time.Sleep(23 * time.Hour)
 				ctx, cancel := context.WithCancel(t.Context())
-				requests, wait := f.flood(ctx, c.addresses)
+				requests, wait := f.flood(ctx, c.addresses, maxQueuedPerStranger+4)
 				begin := time.Now()
 				time.Sleep(5 * time.Second)
 				var wg sync.WaitGroup
@@ -170,13 +170,13 @@ func TestAuthorizeUnderFlood(t *testing.T) {
 // day.
 func TestAuthorizeBehindSharedAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newAuthorizeFlood(t, 50*time.Millisecond)
+		f := newAuthorizeFlood(t, 2*time.Second)
 		for i := range 2 {
 			ctx, cancel := context.WithCancel(t.Context())
 			if code := f.authorize(ctx, "10.0.0.0", "site-b", "good"); code != 200 {
 				t.Errorf("request %d of the site was answered %d", i, code)
 			}
-			_, wait := f.flood(ctx, 1)
+			_, wait := f.flood(ctx, 1, maxQueuedPerKnown+4)
 			time.Sleep(permissionMemory)
 			if code := f.authorize(ctx, "10.0.0.0", "site-b", "good"); code != 200 {
 				t.Errorf("under flood %d the site was answered %d", i, code)

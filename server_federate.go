@@ -3,17 +3,19 @@ package main
 // This file answers GET /federate of a server: scrapes with and without a consumer's name, and the
 // server's own series about each site. A scrape never fails because of the samples of one site. A
 // consumer gets unread samples again until a later scrape on the same connection shows that it
-// received them. This file must not know of pushes or of how samples are stored.
+// received them. A scrape ends at its timeout. This file must not know of pushes or of how samples
+// are stored.
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -42,6 +44,7 @@ type federateHandler struct {
 	cfg        federateConfig
 	scraper    *AllSitesReader
 	limitedLog *limitedLog // for messages that each scrape can cause
+	slots      *scrapeSlots
 
 	seconds, bytes              *Histogram
 	samples                     *Gauge
@@ -61,12 +64,13 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	return &federateHandler{
 		cfg: cfg, scraper: &AllSitesReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
 		limitedLog: newLimitedLog(cfg.Log, cfg.Now),
+		slots:      newScrapeSlots(),
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Seconds to answer a request to /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Bytes of an answer to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
 		truncated:  m.Counter("telemeter_scrapes_truncated_total", "Answers to /federate that met a limit and left samples for later scrapes."),
 		hidden:     m.Counter("telemeter_scrape_samples_hidden_total", "Samples left out of answers to /federate because escaping made their series equal to another series."),
-		endedEarly: m.Counter("telemeter_scrapes_cut_total", "Answers to /federate that were cut off because their connection failed."),
+		endedEarly: m.Counter("telemeter_scrapes_cut_total", "Answers to /federate that failed because their connection ended or their timeout passed."),
 		repeated:   m.Counter("telemeter_scrapes_repeated_total", "Scrapes that served a consumer the same samples again, because its previous scrape on another connection was not confirmed."),
 	}
 }
@@ -75,39 +79,50 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 // consumer has not read, up to a limit. If the limit leaves room, it also gets the newest samples
 // of sites that this server owns. Any other request gets only these newest samples. Every answer
 // also has the server's own series about each site. All samples and series are those that match[]
-// selects.
+// selects. A scrape waits until few other scrapes are being answered; see scrapeSlots. It gets 503 if
+// its timeout passes before the answer begins, and is cut off if the timeout passes later.
 func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
+	timeout := scrapeTime(r.Header)
+	ctx, cancel := context.WithDeadline(r.Context(), begin.Add(timeout))
+	defer cancel()
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		http.Error(w, "the query is malformed", http.StatusBadRequest)
 		return
 	}
-	match, err := ParseSelectors(q["match[]"])
-	if err != nil {
-		http.Error(w, "match[]: "+err.Error(), http.StatusBadRequest)
-		return
-	}
-	var families []Family
-	var session *ConsumerSession // nil for a HEAD request, and for a scrape without a consumer's name
 	// A HEAD request must not move a consumer's cursor, because the sender of a HEAD request gets
 	// no samples.
+	var c scrapingConsumer
 	if q.Has("consumer") && r.Method == http.MethodGet {
-		if session, err = h.beginScrape(r, q); err != nil {
-			refuseConsumer(w, err)
+		if c, err = h.identifyConsumer(r, q); err != nil {
+			refuseScrape(w, err)
 			return
 		}
-		families = h.takeUnreadAndNewest(session, r, q.Get("consumer"), match)
-	} else {
-		families = h.newestSamples(match)
 	}
-	families = append(families, h.siteStatusFamilies(match)...)
-	slices.SortFunc(families, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
-	err = h.write(w, r, families)
-	took := time.Since(begin)
-	h.seconds.Observe(took.Seconds())
+	match, release, err := h.slots.acquire(ctx, c.key, c.isEstablished, q["match[]"])
+	if err != nil {
+		refuseScrape(w, err)
+		return
+	}
+	defer release()
+	beginAnswer := time.Now()
+	var session *ConsumerSession // nil for a HEAD request, and for a scrape without a consumer's name
+	if c.name != "" {
+		if session, err = h.beginScrape(r, c); err != nil {
+			refuseScrape(w, err)
+			return
+		}
+	}
+	families, err := h.families(ctx, r, c.name, session, match)
+	if err != nil {
+		refuseScrape(w, err)
+	} else {
+		err = h.write(w, r, begin.Add(timeout), families)
+	}
+	h.seconds.Observe(time.Since(begin).Seconds())
 	if session != nil {
-		session.EndScrapeAndLimitNext(took, scraperTimeout(r.Header)/2, err)
+		session.EndScrapeAndLimitNext(time.Since(beginAnswer), timeout/2, err)
 	}
 	if err != nil {
 		h.endedEarly.Inc()
@@ -115,23 +130,57 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// refuseConsumer answers a scrape with 400 if the consumer's name is invalid. It answers 503 if the
-// consumer cannot be added because too many consumers are known.
-func refuseConsumer(w http.ResponseWriter, err error) {
-	status := http.StatusBadRequest
-	if errors.Is(err, ErrConsumers) {
-		w.Header().Set("Retry-After", "60")
-		status = http.StatusServiceUnavailable
+// refuseScrape answers a scrape with 503 and Retry-After if the server can answer it later, with 403
+// if the consumer is not allowed to scrape, and with 400 if the scrape is invalid.
+func refuseScrape(w http.ResponseWriter, err error) {
+	status, retryAfter := http.StatusBadRequest, ""
+	switch {
+	case errors.Is(err, ErrConsumerNotAllowed):
+		status = http.StatusForbidden
+	case errors.Is(err, ErrConsumers):
+		status, retryAfter = http.StatusServiceUnavailable, "60"
+	case errors.Is(err, errScrapesBusy), errors.Is(err, errScrapeEnded):
+		status, retryAfter = http.StatusServiceUnavailable, "10"
 	}
-	http.Error(w, "consumer: "+err.Error(), status)
+	if retryAfter != "" {
+		w.Header().Set("Retry-After", retryAfter)
+	}
+	http.Error(w, err.Error(), status)
+}
+
+// errScrapeEnded means that the timeout of a scrape passed, or that its connection ended, while
+// match[] was applied to samples.
+var errScrapeEnded = errors.New("the scrape ended before match[] was applied to all samples; if this is not rare, use cheaper selectors or a longer scrape_timeout")
+
+// families returns the content of the answer to a scrape, sorted by name. If session is not nil, the
+// samples are those of ServeUnreadAndNewest. The error is errScrapeEnded if ctx ends before match
+// is applied to all samples.
+func (h *federateHandler) families(ctx context.Context, r *http.Request, consumer string, session *ConsumerSession, match Selectors) (families []Family, err error) {
+	matchLine := match.LineMatcherOrNil()
+	if all := matchLine; all != nil {
+		matchLine = func(line []byte) bool { return ctx.Err() == nil && all(line) }
+	}
+	if session != nil {
+		families = h.takeUnreadAndNewest(session, r, consumer, matchLine)
+	} else {
+		families = h.newestSamples(matchLine)
+	}
+	families = append(families, h.siteStatusFamilies(func(name []byte, labels []Label) bool {
+		return ctx.Err() == nil && match.MatchOrEmpty(name, labels)
+	})...)
+	if ctx.Err() != nil {
+		return nil, errScrapeEnded
+	}
+	slices.SortFunc(families, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
+	return families, nil
 }
 
 // takeUnreadAndNewest returns samples that a consumer has not read, up to the limit on its scrape,
 // and marks them as served. If the limit leaves room, it adds the newest samples of sites that this
 // server owns.
-func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match Selectors) []Family {
+func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match func(line []byte) bool) []Family {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
-	families, unread, more := h.scraper.ServeUnreadAndNewest(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match.LineMatcherOrNil())
+	families, unread, more := h.scraper.ServeUnreadAndNewest(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match)
 	if more {
 		h.truncated.Inc()
 		h.cfg.Log.Debug("scrape met a limit; later scrapes get the other samples", "consumer", consumer, "samples", unread, "limit", limit)
@@ -142,8 +191,8 @@ func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.
 // newestSamples returns the newest sample of each series of the sites that this server owns, unless
 // that sample is older than MaxSampleAge. If LimitScrape leaves out sites, the next scrape begins
 // with other sites.
-func (h *federateHandler) newestSamples(match Selectors) []Family {
-	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match.LineMatcherOrNil())
+func (h *federateHandler) newestSamples(match func(line []byte) bool) []Family {
+	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match)
 	if truncated {
 		h.truncated.Inc()
 		h.limitedLog.Log(slog.LevelWarn, "scrape met the limit on samples; the next scrape begins with other sites", "limit", h.cfg.LimitScrape)
@@ -152,8 +201,12 @@ func (h *federateHandler) newestSamples(match Selectors) []Family {
 }
 
 // write writes families to the scraper, with the escaping and compression that the scraper asks
-// for. An error means that the connection failed.
-func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families []Family) error {
+// for. An error means that the connection failed, or that the scraper did not take the answer before
+// deadline.
+func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, deadline time.Time, families []Family) error {
+	if err := http.NewResponseController(w).SetWriteDeadline(deadline); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		return fmt.Errorf("setting the deadline of an answer: %w", err)
+	}
 	escaping := NegotiateEscaping(r.Header.Get("Accept"))
 	w.Header().Set("Content-Type", escaping.ContentType())
 	out, finish := CompressResponse(w, r)
@@ -166,32 +219,49 @@ func (h *federateHandler) write(w http.ResponseWriter, r *http.Request, families
 	return err
 }
 
-// beginScrape begins the scrape of a consumer. A consumer is identified by its name, its IP address
-// and its match[] selectors, whose order does not matter. If samples are served again because an
-// earlier scrape of the consumer was not confirmed, beginScrape logs a message. The text of the
-// error goes to the scraper.
-func (h *federateHandler) beginScrape(r *http.Request, q url.Values) (*ConsumerSession, error) {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		host = r.RemoteAddr
+// scrapingConsumer is the consumer that a request names.
+type scrapingConsumer struct {
+	name, address string
+	key           uint64
+	isEstablished bool // the consumer has confirmed a scrape before
+}
+
+// identifyConsumer returns the consumer that a request names. A consumer is identified by its name,
+// its IP address and its match[] selectors, whose order does not matter. The error is that the name
+// is invalid or not allowed.
+func (h *federateHandler) identifyConsumer(r *http.Request, q url.Values) (c scrapingConsumer, err error) {
+	if c.address, _, err = net.SplitHostPort(r.RemoteAddr); err != nil {
+		c.address = r.RemoteAddr
 	}
-	name := q.Get("consumer")
-	if err := CheckConsumerName(name); err != nil {
-		return nil, err
+	c.name = q.Get("consumer")
+	if err := h.cfg.Store.Consumers.CheckMayScrape(c.name); err != nil {
+		return c, fmt.Errorf("consumer: %w", err)
 	}
+	c.key = ConsumerKey(c.name, c.address, strings.Join(slices.Sorted(slices.Values(q["match[]"])), "\x00"))
+	c.isEstablished = h.cfg.Store.Consumers.HasConfirmed(c.key)
+	return c, nil
+}
+
+// beginScrape begins the scrape of a consumer. If samples are served again because an earlier scrape
+// of the consumer was not confirmed, beginScrape logs a message. The text of the error goes to the
+// scraper.
+func (h *federateHandler) beginScrape(r *http.Request, c scrapingConsumer) (*ConsumerSession, error) {
 	conn, viaProxy := TrackerIfPreviousAnswerRead(r), isProxied(r.Header)
 	if viaProxy {
 		conn = &AnswerReadTracker{} // a new tracker stands for a connection never seen before, so this scrape does not confirm the previous one
 	}
-	selectors := slices.Sorted(slices.Values(q["match[]"]))
-	now, log := h.cfg.Now(), h.cfg.Log.With("consumer", name, "remote", r.RemoteAddr)
-	session, repeated, err := h.cfg.Store.Consumers.BeginScrape(ConsumerKey(name, host, strings.Join(selectors, "\x00")), name, host, conn, now)
+	now, log := h.cfg.Now(), h.cfg.Log.With("consumer", c.name, "remote", r.RemoteAddr)
+	session, repeated, err := h.cfg.Store.Consumers.BeginScrape(c.key, c.name, c.address, conn, now)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("consumer: %w", err)
 	}
 	// Save the consumer before it is served anything, so that after a crash this server still knows
-	// that the consumer has samples to read. If saving fails, the scrape goes on.
-	h.cfg.Store.SaveConsumers()
+	// that the consumer has samples to read. If saving fails, the scrape goes on. An established
+	// consumer was saved at an earlier scrape. Its scrape does not wait while the disk writes the
+	// consumers that others invent.
+	if !c.isEstablished {
+		h.cfg.Store.SaveConsumers()
+	}
 	if viaProxy && session.MarkConsumerProxied() {
 		log.Warn("the consumer scrapes through a proxy, which cannot confirm that samples arrived, so the same samples are served again; make the consumer scrape this server directly")
 	}
@@ -222,20 +292,10 @@ func isProxied(h http.Header) bool {
 	return false
 }
 
-// scraperTimeout returns the timeout that a scraper announces in its headers. It returns 0 if the
-// scraper announces no timeout, an invalid timeout, or a timeout of more than an hour.
-func scraperTimeout(h http.Header) time.Duration {
-	s, err := strconv.ParseFloat(h.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64)
-	if err != nil || !(s > 0 && s <= 3600) { // this form of the condition is also true for NaN
-		return 0
-	}
-	return time.Duration(s * float64(time.Second))
-}
-
 // siteStatusFamilies returns the series that this server itself makes for each site that is not
 // revoked, so that alerts can find a silent site. It returns only series that match selects. Their
 // label "server" is this server's name.
-func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
+func (h *federateHandler) siteStatusFamilies(match func(name []byte, labels []Label) bool) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {
 		if h.cfg.Revoked(id) { // a revoked site is silent on purpose, so alerts must not see its series
@@ -243,7 +303,7 @@ func (h *federateHandler) siteStatusFamilies(match Selectors) []Family {
 		}
 		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(h.cfg.Name)},
 			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
-		if match.MatchOrEmpty(r.Name, r.Labels) {
+		if match(r.Name, r.Labels) {
 			p.Add(&r) // cannot fail: names are constants, and the values are checked: server name, cluster ID, and name and address of the consumer
 		}
 	}

@@ -253,15 +253,16 @@ func TestFederateBadConsumer(t *testing.T) {
 	}
 }
 
-// When MaxConsumers consumers are known, the server answers 503 with Retry-After to a new consumer,
-// but still serves the known consumers. The server forgets a consumer that has not scraped for a
-// day, and a new consumer can then take its place.
+// When MaxConsumers consumers are known that confirmed a scrape, the server answers 503 with
+// Retry-After to a new consumer, but still serves the known consumers. The server forgets a consumer
+// that has not scraped for a day, and a new consumer can then take its place.
 func TestFederateTooManyConsumers(t *testing.T) {
 	r := newConsumerRig(t)
+	r.pushUps(1)
 	client := scraperOf(t)
-	for i := range MaxConsumers {
-		if got := r.get(client, "GET", fmt.Sprint("consumer=", i), ""); got.status != 200 {
-			t.Fatalf("consumer %d was answered %d %s", i, got.status, got.body)
+	for i := range 2 * MaxConsumers {
+		if got := r.get(client, "GET", fmt.Sprint("consumer=", i/2), ""); got.status != 200 {
+			t.Fatalf("consumer %d was answered %d %s", i/2, got.status, got.body)
 		}
 	}
 	for _, query := range []string{"consumer=more", "consumer=0&match[]=up"} {
@@ -277,6 +278,53 @@ func TestFederateTooManyConsumers(t *testing.T) {
 	r.store.Consumers.DropIdle(r.now())
 	if got := r.get(client, "GET", "consumer=more", ""); got.status != 200 {
 		t.Errorf("a new consumer a day later was answered %d, want 200", got.status)
+	}
+}
+
+// Invented consumers that scrape once do not keep out a new consumer, and do not displace a consumer
+// that confirmed a scrape.
+func TestInventedConsumers(t *testing.T) {
+	r := newConsumerRig(t)
+	r.pushUps(1, 2)
+	old, inventor := scraperOf(t), scraperOf(t)
+	for i, want := range []string{"1 2 ", "2 "} {
+		if got := r.ups(old, "consumer=old", ""); got != want {
+			t.Fatalf("scrape %d of the old consumer: got %q, want %q", i, got, want)
+		}
+	}
+	for i := range 3 * MaxConsumers {
+		r.clock.Add(int64(time.Millisecond))
+		if got := r.get(inventor, "GET", fmt.Sprint("consumer=invented", i), ""); got.status != 200 {
+			t.Fatalf("invented consumer %d was answered %d %s", i, got.status, got.body)
+		}
+	}
+	if n := len(r.store.Consumers.byKey); n != MaxConsumers {
+		t.Errorf("%d consumers are known, want %d", n, MaxConsumers)
+	}
+	added := scraperOf(t)
+	for i, want := range []string{"1 2 ", "2 "} {
+		if got := r.ups(added, "consumer=added", ""); got != want {
+			t.Errorf("scrape %d of the new consumer: got %q, want %q", i, got, want)
+		}
+	}
+	if got := r.ups(old, "consumer=old", ""); got != "2 " {
+		t.Errorf("the old consumer gets %q, want only the newest sample", got)
+	}
+}
+
+// With --consumer, only the listed names may scrape as consumers. Another name is answered 403 and
+// is not added. Scrapes without a name are served.
+func TestFederateAllowedConsumers(t *testing.T) {
+	r := newConsumerRig(t, func(s *StoreConfig, _ *ServerConfig) { s.Consumers = []string{"central", "b"} })
+	client := scraperOf(t)
+	for query, want := range map[string]int{"consumer=central": 200, "consumer=b&match[]=up": 200, "": 200, "consumer=": 400, "consumer=other": 403, "consumer=Central": 403} {
+		got := r.get(client, "GET", query, "")
+		if got.status != want || strings.Contains(got.body, "--consumer lists") != (want == 403) {
+			t.Errorf("%q was answered %d %s, want %d", query, got.status, got.body, want)
+		}
+	}
+	if n := len(r.store.Consumers.byKey); n != 2 {
+		t.Errorf("%d consumers are known, want 2", n)
 	}
 }
 

@@ -221,14 +221,16 @@ func TestFederateCut(t *testing.T) {
 	}
 }
 
-// scraperTimeout returns the timeout in the header X-Prometheus-Scrape-Timeout-Seconds if it is a
-// positive number of seconds up to an hour. Otherwise it returns 0.
-func TestScraperTimeout(t *testing.T) {
+// A scrape has the timeout in the header X-Prometheus-Scrape-Timeout-Seconds, but at most a minute. If
+// the header has no positive number, the timeout is 30 s.
+func TestScrapeTime(t *testing.T) {
 	for text, want := range map[string]time.Duration{
-		"": 0, "x": 0, "10": 10 * time.Second, "0.5": time.Second / 2, "1e1": 10 * time.Second, "3600": time.Hour,
-		"NaN": 0, "nan": 0, "Inf": 0, "+Inf": 0, "-Inf": 0, "infinity": 0, "-1": 0, "0": 0, "-0": 0, "3601": 0, "1e300": 0, "1e999": 0, "1e-300": 0, "10 ": 0,
+		"": 30 * time.Second, "x": 30 * time.Second, "10": 10 * time.Second, "0.5": time.Second / 2, "1e1": 10 * time.Second, "60": time.Minute,
+		"61": time.Minute, "3600": time.Minute, "1e300": time.Minute, "Inf": time.Minute, "+Inf": time.Minute, "infinity": time.Minute, "1e-300": 0,
+		"NaN": 30 * time.Second, "nan": 30 * time.Second, "-Inf": 30 * time.Second, "-1": 30 * time.Second, "0": 30 * time.Second, "-0": 30 * time.Second,
+		"1e999": 30 * time.Second, "10 ": 30 * time.Second,
 	} {
-		if got := scraperTimeout(http.Header{"X-Prometheus-Scrape-Timeout-Seconds": {text}}); got != want {
+		if got := scrapeTime(http.Header{"X-Prometheus-Scrape-Timeout-Seconds": {text}}); got != want {
 			t.Errorf("timeout of %q: %v, want %v", text, got, want)
 		}
 	}
@@ -391,7 +393,7 @@ func BenchmarkFederate(b *testing.B) {
 			b.Fatalf("push %d was answered %v", i, a)
 		}
 	}
-	handler := r.server.InternalHandler()
+	handler := r.server.InternalHandler(false)
 	for _, c := range []struct{ name, query, encoding string }{
 		{"identity", "", ""}, {"gzip", "", "gzip"}, {"match", `?match[]={__name__=~"node_.*",job!=""}`, ""},
 	} {

@@ -1,12 +1,13 @@
 package main
 
 // A semaphore bounds how many goroutines do one kind of work at a time: handling pushes, decoding
-// pushes, forwarding pushes, or asking the service at the --authorize URL.
+// pushes, forwarding pushes, answering scrapes, or asking the service at the --authorize URL.
 
 import "context"
 
-// semaphore is a counting semaphore; its capacity is the number of slots. It is safe for concurrent
-// use.
+// semaphore is a counting semaphore; its capacity is the number of slots. Goroutines that wait get
+// slots in the order in which they began to wait, because the senders of a channel do. It is safe
+// for concurrent use.
 type semaphore chan struct{}
 
 func newSemaphore(slots int) semaphore { return make(semaphore, slots) }

@@ -34,3 +34,25 @@ func TestSemaphore(t *testing.T) {
 		}
 	})
 }
+
+// Goroutines that wait for a slot get it in the order in which they began to wait.
+func TestSemaphoreOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSemaphore(1)
+		s.TryAcquire()
+		order := make(chan int, 10)
+		for i := range cap(order) {
+			go func() {
+				s.Acquire(t.Context())
+				order <- i
+			}()
+			synctest.Wait()
+		}
+		for want := range cap(order) {
+			s.Release()
+			if got := <-order; got != want {
+				t.Errorf("goroutine %d got the slot, want %d", got, want)
+			}
+		}
+	})
+}

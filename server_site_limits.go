@@ -191,12 +191,16 @@ func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (
 	return true
 }
 
-// ForEach calls f with the health of each tracked site, in the order of cluster IDs. f must not
-// call methods of t, because ForEach holds t.mu.
+// ForEach calls f with the health of each tracked site, in the order of cluster IDs. It calls f
+// without holding t.mu, so that pushes do not wait for a slow f.
 func (t *SitePushLimiter) ForEach(f func(id string, activity siteHealth)) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, id := range slices.Sorted(maps.Keys(t.sites)) {
-		f(id, t.sites[id].health)
+	all := make(map[string]siteHealth, len(t.sites))
+	for id, site := range t.sites {
+		all[id] = site.health
+	}
+	t.mu.Unlock()
+	for _, id := range slices.Sorted(maps.Keys(all)) {
+		f(id, all[id])
 	}
 }

@@ -196,6 +196,10 @@ func TestSiteHealth(t *testing.T) {
 	s.SetClockOffset("b", 0, rateNow)
 	var got []string
 	s.ForEach(func(id string, st siteHealth) {
+		if !s.mu.TryLock() {
+			t.Fatal("ForEach holds the lock while it calls its function, so that pushes would wait")
+		}
+		s.mu.Unlock()
 		got = append(got, fmt.Sprint(id, " ", max(st.LastFailure.Unix()-rateNow.Unix(), -1), " ", st.TokenExpiry, " ", st.ClockOffsetAt.Equal(rateNow), " ", st.ClockOffset))
 	})
 	slices.Sort(got)

@@ -40,8 +40,8 @@ func (r *srvRig) getInternal(path, token string) srvAnswer {
 }
 
 // The internal listener lists its paths at / and serves metrics at /metrics. It answers 404 to
-// /upload and /authorize, which only the external listener serves. It allows only GET and HEAD at
-// /federate.
+// /upload and /authorize, which only the external listener serves. It allows only GET and HEAD,
+// and refuses requests with a body at every path.
 func TestInternalRoutes(t *testing.T) {
 	r := newSrvRig(t)
 	if got := r.getInternal("/", ""); got.status != 200 || !strings.Contains(got.body, `"/federate"`) {
@@ -57,6 +57,16 @@ func TestInternalRoutes(t *testing.T) {
 	}
 	if got := r.do(srvRequest{method: "POST", url: r.internal.URL + "/federate"}); got.status != 405 || got.header.Get("Allow") != "GET, HEAD" {
 		t.Errorf("POST /federate was answered %d %v", got.status, got.header)
+	}
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/symbol", "/debug/pprof/profile"} {
+		if got := r.do(srvRequest{method: "POST", url: r.internal.URL + path}); got.status != 405 || got.header.Get("Allow") != "GET, HEAD" {
+			t.Errorf("POST %s was answered %d %v", path, got.status, got.header)
+		}
+	}
+	for _, path := range []string{"/federate", "/debug/pprof/symbol", "/nothing"} {
+		if got := r.do(srvRequest{method: "POST", url: r.internal.URL + path, body: []byte("body")}); got.status != 413 {
+			t.Errorf("POST %s with a body was answered %d, want 413", path, got.status)
+		}
 	}
 	if got := r.do(srvRequest{method: "HEAD", url: r.internal.URL + "/federate"}); got.status != 200 || got.body != "" {
 		t.Errorf("HEAD /federate was answered %d %s", got.status, got.body)
@@ -118,7 +128,7 @@ func TestProfilesOnLoopbackOnly(t *testing.T) {
 		req.Header.Set("Authorization", "Bearer "+secret)
 		req.Header.Set("X-Forwarded-For", "127.0.0.1")
 		rec := httptest.NewRecorder()
-		r.server.InternalHandler().ServeHTTP(rec, req)
+		r.server.InternalHandler(false).ServeHTTP(rec, req)
 		if rec.Code != want {
 			t.Errorf("a profile for %q was answered %d, want %d", remote, rec.Code, want)
 		}

@@ -65,10 +65,14 @@ type StoreConfig struct {
 	// NowInterval returns the range that the present time lies in. A sample expires when it is
 	// older than Retention at the earliest time of the range. nil means that Now is exact.
 	NowInterval func() PresentTimeRange
+	// Consumers has the names of the only consumers that may scrape; empty: all may. OpenStore
+	// forgets the consumers with other names.
+	Consumers []string
 	// OnError is called with every failure of a background job and with all damage that OpenStore
 	// finds. OnWarning, if not nil, is called for each undamaged log, and for an undamaged file of
-	// cursors, that ended in an unfinished write, as after a crash. OnError must not call the
-	// store, because a site's lock may be held.
+	// cursors, that ended in an unfinished write, as after a crash. It is also called once if
+	// OpenStore forgets consumers because of their names. OnError must not call the store, because a
+	// site's lock may be held.
 	OnError, OnWarning func(error)
 }
 
@@ -429,17 +433,15 @@ func (s *Store) sitesByID() []*Site {
 }
 
 // ForEachSite visits the sites until f returns false. For each site it drops the expired samples
-// and then calls f with the site's key and data. The sites are sorted by ID. The first site is the
-// one at startFraction, from 0 to 1, of the sorted list; after the last site ForEachSite continues
-// with the first of the list. f must not keep data and must not call the store.
-func (s *Store) ForEachSite(startFraction float64, f func(hash uint64, data *SiteSamples) bool) {
+// and then calls f, without holding a lock. The sites are sorted by ID. The first site is the one at
+// startFraction, from 0 to 1, of the sorted list; after the last site ForEachSite continues with the
+// first of the list.
+func (s *Store) ForEachSite(startFraction float64, f func(site *Site) bool) {
 	sites, oldest := s.sitesByID(), s.KeptSince()
 	for i := range sites {
 		site := sites[(int(startFraction*float64(len(sites)))+i)%len(sites)]
 		site.DropExpired(oldest)
-		more := true
-		site.View(func(data *SiteSamples) { more = f(site.Key, data) })
-		if !more {
+		if !f(site) {
 			return
 		}
 	}

@@ -2,8 +2,9 @@ package main
 
 // Consumers holds the consumers of a store and their cursors. For each consumer and site, the
 // cursor is the sequence number of the newest batch that the consumer has confirmed. Both the
-// number of consumers and the number of consumers that clients report are bounded. This file must
-// not know of samples.
+// number of consumers and the number of consumers that clients report are bounded. Anyone who
+// reaches /federate can invent consumers, so those that confirmed nothing make room for others. This
+// file must not know of samples.
 
 import (
 	"cmp"
@@ -26,8 +27,13 @@ const (
 	maxReportingSites = 100_000        // maximum number of sites for which the consumers reported by clients are kept
 )
 
-// ErrConsumers means that no further consumer can be added because MaxConsumers are known.
-var ErrConsumers = errors.New("too many consumers")
+var (
+	// ErrConsumers means that no further consumer can be added, because MaxConsumers are known that
+	// confirmed a scrape.
+	ErrConsumers = errors.New("too many consumers")
+	// ErrConsumerNotAllowed means that the operator did not name the consumer.
+	ErrConsumerNotAllowed = errors.New("only the names that --consumer lists may scrape this server")
+)
 
 // Consumers holds the consumers and their cursors. It is safe for concurrent use.
 type Consumers struct {
@@ -40,6 +46,10 @@ type Consumers struct {
 	// must be written once after each start. listSaved is the number of these changes that the state
 	// file has.
 	listChanges, listSaved atomic.Uint64
+
+	// allowed has the names of the only consumers that may scrape; empty: all may. It does not
+	// change after recovery.
+	allowed []string
 
 	// retention is the time without a scrape after which SeqReadByAll ignores a consumer, as long
 	// as another consumer has scraped within that time.
@@ -65,6 +75,7 @@ type consumer struct {
 	unconfirmed   int                // number of consecutive scrapes that served unread samples and were not confirmed
 	lastWarning   time.Time          // last warning about unconfirmed scrapes, or zero
 	proxied       bool               // at least one scrape came through a proxy
+	confirmed     bool               // at least one scrape was confirmed, as far as the server remembers
 }
 
 // CheckConsumerName returns an error if name is empty, is longer than maxConsumerName bytes, is not
@@ -72,6 +83,37 @@ type consumer struct {
 func CheckConsumerName(name string) error {
 	if len(name) == 0 || len(name) > maxConsumerName || !utf8.ValidString(name) || strings.ContainsRune(name, 0) {
 		return fmt.Errorf("a consumer name must have 1 to %d bytes of text in UTF-8 without NUL", maxConsumerName)
+	}
+	return nil
+}
+
+// KeepOnly makes names the only consumers that may scrape, and forgets the others. It returns the
+// names of the forgotten consumers. A consumer whose name was lost with the state file stays until
+// it is idle. KeepOnly must be called before the first scrape.
+func (cs *Consumers) KeepOnly(names []string) (forgotten []string) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.allowed = names
+	maps.DeleteFunc(cs.byKey, func(_ uint64, c *consumer) bool {
+		drop := c.name != "" && !slices.Contains(names, c.name)
+		if drop {
+			forgotten = append(forgotten, c.name)
+			cs.listChanges.Add(1)
+		}
+		return drop
+	})
+	slices.Sort(forgotten)
+	return slices.Compact(forgotten)
+}
+
+// CheckMayScrape returns an error if name is invalid, or if the operator listed the consumers that
+// may scrape and name is not among them.
+func (cs *Consumers) CheckMayScrape(name string) error {
+	if err := CheckConsumerName(name); err != nil {
+		return err
+	}
+	if len(cs.allowed) > 0 && !slices.Contains(cs.allowed, name) {
+		return ErrConsumerNotAllowed
 	}
 	return nil
 }
@@ -144,6 +186,30 @@ func (cs *Consumers) findOrAddConsumer(k KnownConsumer, now time.Time) *consumer
 		cs.byKey[k.Key] = c
 	}
 	return c
+}
+
+// forgetUnconfirmed forgets the consumer that has not scraped for the longest time among those that
+// never confirmed a scrape. It does nothing if there is none. The caller holds cs.mu.
+func (cs *Consumers) forgetUnconfirmed() {
+	var longest *consumer
+	for _, key := range slices.Sorted(maps.Keys(cs.byKey)) {
+		if c := cs.byKey[key]; !c.confirmed && (longest == nil || c.lastScrape.Before(longest.lastScrape)) {
+			longest = c
+		}
+	}
+	if longest != nil {
+		delete(cs.byKey, longest.key)
+		cs.listChanges.Add(1)
+	}
+}
+
+// HasConfirmed reports whether the consumer with this key is known and has confirmed a scrape. After
+// a restart, it has if the file of cursors has or had a cursor of it.
+func (cs *Consumers) HasConfirmed(key uint64) bool {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c := cs.byKey[key]
+	return c != nil && c.confirmed
 }
 
 // AddClientReportedConsumers records the consumers that the client of a site reports. The client

@@ -110,6 +110,7 @@ func (cs *Consumers) restoreRecord(kind byte, payload []byte, now time.Time) err
 		c.lastScrape = now // this server's clock was ahead when the record was written
 	}
 	c.savedScrape = c.lastScrape
+	c.confirmed = c.confirmed || len(rec.cursors) > 0
 	for site, seq := range rec.cursors {
 		if seq == 0 {
 			delete(c.cursors, site)

@@ -35,8 +35,9 @@ type ConsumerSession struct {
 }
 
 // BeginScrape begins a scrape of a consumer over the connection conn and returns the connection's
-// session. It adds the consumer if it is not known; the error is ErrConsumers if too many are
-// known. conn must be comparable and must differ from every other connection, past or future.
+// session. It adds the consumer if it is not known. If MaxConsumers are known, it forgets the
+// longest unused consumer that never confirmed a scrape; the error is ErrConsumers if there is none.
+// conn must be comparable and must differ from every other connection, past or future.
 // BeginScrape counts the samples of the previous scrape on conn as read, because a consumer sends
 // its next request only after it has read the answer. repeats is true if conn is new and a scrape
 // of this consumer on another connection served unread samples but is not confirmed yet. Those
@@ -69,9 +70,12 @@ func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn 
 // time of the consumer's last scrape. The caller holds cs.mu.
 func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, error) {
 	known := cs.byKey[k.Key] != nil
+	if !known && len(cs.byKey) >= MaxConsumers {
+		cs.forgetUnconfirmed()
+	}
 	c := cs.findOrAddConsumer(k, now)
 	if c == nil {
-		return nil, fmt.Errorf("%w: %d are known; a consumer is forgotten after %v without a scrape", ErrConsumers, MaxConsumers, consumerIdle)
+		return nil, fmt.Errorf("%w: %d that received samples are known; a consumer is forgotten after %v without a scrape", ErrConsumers, MaxConsumers, consumerIdle)
 	}
 	if !known || c.name != k.Name { // recovery adds a consumer without its name if only its cursors are left on disk
 		c.name, c.address = k.Name, k.Address
@@ -121,7 +125,7 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 func (s *ConsumerSession) confirmLastScrape() {
 	c := s.consumer
 	if len(s.served) > 0 {
-		c.unconfirmed, c.lastWarning = 0, time.Time{}
+		c.unconfirmed, c.lastWarning, c.confirmed = 0, time.Time{}, true
 	}
 	for site, to := range s.served {
 		s.confirmed[site] = to
@@ -164,15 +168,18 @@ func (s *ConsumerSession) SampleLimit(configured int) int {
 	return configured
 }
 
-// EndScrapeAndLimitNext ends a scrape. The scrape took the time took, and writeErr is the error of
-// writing the answer. If the answer had unread samples and the time exceeds allowed, the limit of
-// the next scrape is lowered in proportion, but not below minConsumerLimit. An allowed time of 0
-// means no limit.
-func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, writeErr error) {
+// EndScrapeAndLimitNext ends a scrape. The scrape took the time took. err is not nil if the samples
+// were not written; the next scrape then confirms nothing, even if it comes on the same connection.
+// If the scrape took unread samples and the time exceeds allowed, the limit of the next scrape is
+// lowered in proportion, but not below minConsumerLimit.
+func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, err error) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
-	late := took > allowed && allowed > 0
-	s.writtenInTime = !late && writeErr == nil
+	late := took > allowed
+	s.writtenInTime = !late && err == nil
+	if err != nil {
+		clear(s.served)
+	}
 	if late && s.servedUnread > 0 {
 		s.late = true
 		s.consumer.lowerScrapeLimitTo(int(float64(s.servedUnread) * float64(allowed) / float64(took)))

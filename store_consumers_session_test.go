@@ -77,6 +77,27 @@ func TestSessionSampleLimit(t *testing.T) {
 	}
 }
 
+// If the samples of a scrape were not written, the next scrape on the same connection does not
+// confirm them, and its limit is lower if the time was exceeded.
+func TestFailedAnswerConfirmsNothing(t *testing.T) {
+	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+	conn := &AnswerReadTracker{}
+	for _, fails := range []bool{true, false} {
+		session := beginScrape(t, cs, "c", conn, consumersNow)
+		session.MarkServed(1, ReadPosition{Seq: 5}, 8000)
+		var err error
+		if fails {
+			err = io.ErrClosedPipe
+		}
+		session.EndScrapeAndLimitNext(2*time.Second, time.Second, err)
+		session = beginScrape(t, cs, "c", conn, consumersNow)
+		confirmed := session.Position(1).Seq == 5
+		if limit := session.SampleLimit(100_000); confirmed == fails || cs.HasConfirmed(session.Key) == fails || limit != 4000 {
+			t.Errorf("the answer failed: %t; the next scrape confirms it: %t, the limit is %d, want 4000", fails, confirmed, limit)
+		}
+	}
+}
+
 // sessionRig is a store and three connections of one consumer.
 type sessionRig struct {
 	*storeKit

@@ -4,6 +4,11 @@ package main
 // and consumers that a site's client reported.
 
 import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -129,5 +134,84 @@ func TestConsumersMemoryOnly(t *testing.T) {
 		if len(c.sessions) > maxSessions {
 			t.Errorf("%d sessions are kept; the limit is %d", len(c.sessions), maxSessions)
 		}
+	}
+}
+
+// When MaxConsumers are known, a new consumer displaces the longest unused consumer that never
+// confirmed a scrape, if there is one. A consumer that was restored with a cursor has confirmed a
+// scrape; a consumer that was restored without a cursor has not.
+func TestNewConsumerDisplacesUnconfirmed(t *testing.T) {
+	fsys := newStoreFS(1)
+	cs := openConsumers(t, fsys, consumersNow, false)
+	at := consumersNow
+	scrapeOnce := func(name string) error {
+		at = at.Add(time.Second)
+		_, _, err := cs.BeginScrape(ConsumerKey(name, "::1", ""), name, "::1", &AnswerReadTracker{}, at)
+		return err
+	}
+	for i := range MaxConsumers - 2 {
+		at = at.Add(time.Second)
+		confirm(t, cs, fmt.Sprint("confirmed", i), at, map[uint64]uint64{1: 5})
+	}
+	for _, step := range []struct {
+		scrape string
+		gone   string // consumer that is forgotten
+		reopen bool   // first restart
+	}{
+		{"a", "", false}, {"b", "", false}, {"c", "a", false}, {"a", "b", false}, {"c", "", false}, {"d", "a", false}, {"e", "c", true}, {"f", "d", false}, {"e", "", false}, {"g", "f", false},
+	} {
+		if step.reopen {
+			saveConsumers(t, cs)
+			cs = openConsumers(t, fsys, at, false)
+		}
+		before := cursorsOf(cs)
+		if err := scrapeOnce(step.scrape); err != nil {
+			t.Fatalf("%s: %v", step.scrape, err)
+		}
+		after := cursorsOf(cs)
+		for name := range before {
+			if _, stays := after[name]; stays == (name == step.gone) {
+				t.Errorf("after a scrape of %s: %s is known: %t", step.scrape, name, stays)
+			}
+		}
+	}
+	for _, name := range []string{"e", "g"} {
+		confirm(t, cs, name, at, map[uint64]uint64{1: 5})
+	}
+	if err := scrapeOnce("h"); !errors.Is(err, ErrConsumers) {
+		t.Errorf("a new consumer while all known consumers have confirmed: %v, want ErrConsumers", err)
+	}
+	saveConsumers(t, cs)
+	if names := cursorsOf(openConsumers(t, fsys, at, false)); len(names) != MaxConsumers || names["g"] == nil || names["d"] != nil {
+		t.Errorf("after a restart %d consumers are known, g %t, d %t", len(names), names["g"] != nil, names["d"] != nil)
+	}
+}
+
+// A store that is opened with a list of allowed consumers forgets all others, in memory and on disk,
+// and warns of them. A consumer whose name is lost stays.
+func TestOpenStoreForgetsOtherConsumers(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	for _, name := range []string{"central", "invented", "invented2"} {
+		confirm(t, s.Consumers, name, k.clock.Now(), nil)
+	}
+	s.Consumers.findOrAddConsumer(KnownConsumer{Key: 7}, k.clock.Now())
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var warnings []string
+	k.cfg.OnWarning = func(err error) { warnings = append(warnings, err.Error()) }
+	for _, allowed := range [][]string{{"central"}, nil} {
+		k.cfg.Consumers = allowed
+		s = k.open()
+		if names := slices.Sorted(maps.Keys(cursorsOf(s.Consumers))); !slices.Equal(names, []string{"#7", "central"}) {
+			t.Errorf("allowed %q: the consumers %q are known", allowed, names)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(warnings) != 1 || !strings.Contains(warnings[0], `the consumers ["invented" "invented2"] are forgotten`) {
+		t.Errorf("the warnings are %q", warnings)
 	}
 }

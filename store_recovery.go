@@ -59,6 +59,11 @@ func (s *Store) recoverStateAndConsumers() (*StoreMeta, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(s.cfg.Consumers) > 0 {
+		if forgotten := s.Consumers.KeepOnly(s.cfg.Consumers); len(forgotten) > 0 {
+			s.cfg.OnWarning(fmt.Errorf("the consumers %q are forgotten, because --consumer does not list them", forgotten))
+		}
+	}
 	if s.Consumers.Damage != nil {
 		s.cfg.OnError(s.Consumers.Damage)
 	}

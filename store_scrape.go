@@ -3,7 +3,8 @@ package main
 // AllSitesReader selects the samples of one scrape from all sites: the newest sample of every
 // series, or, for a consumer, first the samples that it has not read. Each name occurs once, the
 // samples of a series ascend in time, and the number of samples is limited. If not all samples fit,
-// the next scrape usually begins with a different site. This file must not know of HTTP or of how
+// the next scrape usually begins with a different site. The scraper's selectors may be slow, so they
+// are applied only after the site's lock is released. This file must not know of HTTP or of how
 // cursors are stored.
 
 import (
@@ -28,29 +29,73 @@ type AllSitesReader struct {
 	start float64    // position from 0 to 1 among the sorted sites where the next scrape begins
 }
 
-// familyGrouper collects samples into families by name.
+// familyGrouper collects samples into families by name, one site after the other.
 type familyGrouper struct {
 	match    func(line []byte) bool // selects lines; nil selects all
 	families map[string]*Family
-	last     *Family // family of the last added sample, to avoid a map lookup
+	site     []FamilySample // samples of the present site that are not grouped yet; its memory is reused
+	runs     []familyRun    // the names of these samples
+}
+
+// familyRun stands for samples of one name that follow each other.
+type familyRun struct {
+	name string
+	end  int // index after the last of these samples
 }
 
 func newFamilyGrouper(match func(line []byte) bool) *familyGrouper {
 	return &familyGrouper{match: match, families: map[string]*Family{}}
 }
 
-// addIfMatches adds the sample to the family called name if match selects its line.
-func (c *familyGrouper) addIfMatches(name string, l FamilySample) {
-	if c.match != nil && !c.match(l.Line) {
-		return
+// addUngrouped adds a sample of the present site. It is fast and does not call match, because the
+// caller holds the site's lock.
+func (c *familyGrouper) addUngrouped(name string, l FamilySample) {
+	if n := len(c.runs); n == 0 || c.runs[n-1].name != name {
+		c.runs = append(c.runs, familyRun{name: name})
 	}
-	if c.last == nil || c.last.Name != name {
-		if c.last = c.families[name]; c.last == nil {
-			c.last = &Family{Name: name}
-			c.families[name] = c.last
+	c.site = append(c.site, l)
+	c.runs[len(c.runs)-1].end = len(c.site)
+}
+
+// groupSite moves the samples that addUngrouped added into their families, without the samples whose
+// lines match does not select. The caller holds no lock, because match may be slow. The lines stay
+// valid without the lock; see SeriesTable.
+func (c *familyGrouper) groupSite() {
+	begin := 0
+	for _, run := range c.runs {
+		samples := c.site[begin:run.end]
+		begin = run.end
+		if c.match != nil {
+			samples = c.selected(samples)
+		}
+		if len(samples) == 0 {
+			continue
+		}
+		f := c.families[run.name]
+		if f == nil {
+			f = &Family{Name: run.name}
+			c.families[run.name] = f
+		}
+		f.Samples = append(f.Samples, samples...)
+	}
+	c.site, c.runs = c.site[:0], c.runs[:0]
+}
+
+// selected returns the samples whose lines match selects, in the memory of samples. It calls match
+// once for samples of one series that follow each other.
+func (c *familyGrouper) selected(samples []FamilySample) []FamilySample {
+	kept := samples[:0]
+	var line []byte // of the series that match was called for last
+	var ok bool
+	for _, l := range samples {
+		if line == nil || &l.Line[0] != &line[0] {
+			line, ok = l.Line, c.match(l.Line)
+		}
+		if ok {
+			kept = append(kept, l)
 		}
 	}
-	c.last.Samples = append(c.last.Samples, l)
+	return kept
 }
 
 func (c *familyGrouper) sorted() []Family {
@@ -95,19 +140,21 @@ func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool
 	since := s.newestSampleCutoff()
 	collected := newFamilyGrouper(match)
 	n := 0
-	s.Store.ForEachSite(s.scrapeStartFraction(), func(hash uint64, data *SiteSamples) bool {
-		if !s.Owned(hash) {
+	s.Store.ForEachSite(s.scrapeStartFraction(), func(site *Site) bool {
+		if !s.Owned(site.Key) {
 			return true
 		}
-		if limit > 0 && n > 0 && n+data.Table.Len() > limit {
-			truncated = true
-			return false
-		}
-		data.Table.ForEachNewestSince(since, func(_ uint32, name string, l FamilySample) {
-			collected.addIfMatches(name, l)
-			n++
+		site.View(func(data *SiteSamples) {
+			if truncated = limit > 0 && n > 0 && n+data.Table.Len() > limit; truncated {
+				return
+			}
+			data.Table.ForEachNewestSince(since, func(_ uint32, name string, l FamilySample) {
+				collected.addUngrouped(name, l)
+				n++
+			})
 		})
-		return true
+		collected.groupSite()
+		return !truncated
 	})
 	if truncated {
 		s.rotateFirstSite()
@@ -137,27 +184,31 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 	left, repeatsLeft := limit, max(0, limit-total)
 	collected := newFamilyGrouper(match)
 	leftOut := false
-	s.Store.ForEachSite(s.scrapeStartFraction(), func(hash uint64, data *SiteSamples) bool {
-		pos := session.Position(hash)
-		// Count again, because pushes may have arrived since countUnread.
-		limits.Unread = min(share, left, data.UnreadSampleCount(pos))
-		limits.Repeats = -1
-		if s.Owned(hash) {
-			limits.Repeats = min(repeatsLeft, left-limits.Unread)
-		}
-		served := 0
-		to, n := data.EmitUnreadAndNewest(pos, limits, func(name string, l FamilySample) {
-			collected.addIfMatches(name, l)
-			served++
+	s.Store.ForEachSite(s.scrapeStartFraction(), func(site *Site) bool {
+		pos, owned := session.Position(site.Key), s.Owned(site.Key)
+		var to ReadPosition
+		served, n := 0, 0
+		site.View(func(data *SiteSamples) {
+			// Count again, because pushes may have arrived since countUnread.
+			limits.Unread = min(share, left, data.UnreadSampleCount(pos))
+			limits.Repeats = -1
+			if owned {
+				limits.Repeats = min(repeatsLeft, left-limits.Unread)
+			}
+			to, n = data.EmitUnreadAndNewest(pos, limits, func(name string, l FamilySample) {
+				collected.addUngrouped(name, l)
+				served++
+			})
+			left -= served
+			repeatsLeft -= served - n
+			moreUnread = moreUnread || data.UnreadSampleCount(to) > 0
+			leftOut = leftOut || moreUnread || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
 		})
-		left -= served
-		repeatsLeft -= served - n
+		collected.groupSite()
 		unreadServed += n
 		if to != pos {
-			session.MarkServed(hash, to, n)
+			session.MarkServed(site.Key, to, n)
 		}
-		moreUnread = moreUnread || data.UnreadSampleCount(to) > 0
-		leftOut = leftOut || moreUnread || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
 		return true
 	})
 	if leftOut {
@@ -169,8 +220,10 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 // countUnread counts the samples that the session has not read. perSite has the number for each
 // site with unread samples, total is their sum.
 func (s *AllSitesReader) countUnread(session *ConsumerSession) (perSite []int, total int) {
-	s.Store.ForEachSite(0, func(hash uint64, data *SiteSamples) bool {
-		if n := data.UnreadSampleCount(session.Position(hash)); n > 0 {
+	s.Store.ForEachSite(0, func(site *Site) bool {
+		pos, n := session.Position(site.Key), 0
+		site.View(func(data *SiteSamples) { n = data.UnreadSampleCount(pos) })
+		if n > 0 {
 			perSite = append(perSite, n)
 			total += n
 		}

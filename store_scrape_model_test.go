@@ -207,19 +207,21 @@ func (m *scrapeModel) checkScrape(c *modelConsumer, fams []Family, limit, unread
 // newest returns the time of the newest sample of each line, by line.
 func (m *scrapeModel) newest() map[string]int64 {
 	all := map[string]int64{}
-	m.store.ForEachSite(0, func(_ uint64, held *SiteSamples) bool {
-		held.Table.ForEachNewestSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
+	m.store.ForEachSite(0, func(site *Site) bool {
+		site.View(func(held *SiteSamples) {
+			held.Table.ForEachNewestSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
+		})
 		return true
 	})
 	return all
 }
 
-// meanwhile sometimes changes a site while a scrape is at another site: it pushes to the site,
-// rewrites its log or evicts its batches. AllSitesReader calls meanwhile as its Owned function. So
-// it always returns true.
-func (m *scrapeModel) meanwhile(scraped uint64) bool {
+// meanwhile sometimes changes a site during a scrape: it pushes to the site, rewrites its log or
+// evicts its batches. AllSitesReader calls meanwhile as its Owned function. So it always returns
+// true.
+func (m *scrapeModel) meanwhile(uint64) bool {
 	id := m.randomSite()
-	if SiteKey(id) == scraped || m.rng.IntN(4) > 0 {
+	if m.rng.IntN(4) > 0 {
 		return true
 	}
 	switch m.rng.IntN(3) {

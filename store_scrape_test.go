@@ -93,6 +93,59 @@ func TestNewestPerSeriesLinesStay(t *testing.T) {
 	}
 }
 
+// A push is stored while a scrape applies slow selectors to the samples of the same site. The
+// selectors are applied once to each series, however many samples of it the scrape serves.
+func TestPushDuringSlowMatch(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	s := k.open()
+	k.push(s, "a", point{"x", 1, k.clock.ms(30), 1}, point{"x", 2, k.clock.ms(30), 2})
+	k.push(s, "a", point{"x", 1, k.clock.ms(20), 3}, point{"x", 2, k.clock.ms(20), 4})
+	scrapes := map[string]func(match func(line []byte) bool) []Family{
+		"newest": func(match func(line []byte) bool) []Family {
+			fams, _ := scraper(s, time.Hour).NewestPerSeries(0, match)
+			return fams
+		},
+		"unread": func(match func(line []byte) bool) []Family {
+			session := beginScrape(t, s.Consumers, "c", &AnswerReadTracker{}, k.clock.Now())
+			fams, _, _ := scraper(s, time.Hour).ServeUnreadAndNewest(session, 0, false, match)
+			return fams
+		},
+	}
+	for i, name := range []string{"newest", "unread"} {
+		matching, goOn := make(chan bool), make(chan bool)
+		matched := 0
+		result := make(chan []Family, 1)
+		go func() {
+			result <- scrapes[name](func(line []byte) bool {
+				if matched++; matched == 1 {
+					matching <- true
+					<-goOn
+				}
+				return bytes.Contains(line, []byte(`n="1"`))
+			})
+		}()
+		<-matching
+		stored := make(chan error, 1)
+		go func() {
+			_, err := k.tryPush(s, "a", point{"x", 1, k.clock.ms(10 - i), 5})
+			stored <- err
+		}()
+		select {
+		case err := <-stored:
+			if err != nil {
+				t.Errorf("%s: the push failed: %v", name, err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s: the push is not stored while the scrape applies its selectors", name)
+		}
+		close(goOn)
+		got, want := valuesIn(<-result), []string{"3 ", "1 3 5 "}[i]
+		if got != want || matched != 2 {
+			t.Errorf("%s: got the values %q with %d calls of match, want %q with a call for each of 2 series", name, got, matched, want)
+		}
+	}
+}
+
 // When a scrape cannot show all sites, the sites take turns. If several scrapers alternate, each of
 // them still sees every site in turn.
 func TestNewestPerSeriesRotates(t *testing.T) {
@@ -328,8 +381,8 @@ func BenchmarkUnread(b *testing.B) {
 	}
 	cursors := func(behind uint64) map[uint64]uint64 {
 		at := map[uint64]uint64{}
-		s.ForEachSite(0, func(hash uint64, held *SiteSamples) bool {
-			at[hash] = held.Seq - behind
+		s.ForEachSite(0, func(site *Site) bool {
+			site.View(func(held *SiteSamples) { at[site.Key] = held.Seq - behind })
 			return true
 		})
 		return at
