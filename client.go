@@ -202,7 +202,10 @@ func (c *Client) Handler(onLoopback bool) http.Handler {
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
 	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(c.serveLastDelivered)))
 	mux.Handle("GET /{$}", instrument("index", IndexHandler("/federate", "/metrics", "/healthz", "/healthz/ready")))
-	return RefuseForeignRequests(onLoopback, instrument, mux)
+	return RefuseForeignRequests(onLoopback, instrument, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ProtectConn(r, "") // no request to this listener needs a token
+		mux.ServeHTTP(w, r)
+	}))
 }
 
 // serveLastDelivered answers with the samples of the scrape that was delivered last. After a

@@ -55,17 +55,21 @@ type HTTPServer struct {
 	// TrackConns makes TrackerIfPreviousAnswerRead work for plain HTTP connections of this
 	// listener. It costs one more system call for each write to a connection.
 	TrackConns bool
-	TLS        *tls.Config // nil for plain HTTP; Run sets its NextProtos to HTTP/1.1 only
+	TLS        *tls.Config  // nil for plain HTTP; Run sets its NextProtos to HTTP/1.1 only
+	Conns      *ConnMetrics // counts what happens to the connections; one ConnMetrics serves all listeners of a process
 	Log        *slog.Logger
 }
 
 // Run serves until ctx ends. Then it waits up to shutdownWait for requests in flight, and cuts off
 // the requests that are still not done. Cutting off requests is logged but is not an error, because
 // a peer that never ends its request must not make the process fail. Run returns an error only if
-// the listener fails.
-func (s *HTTPServer) Run(ctx context.Context) error {
+// the listener has been closed.
+func (s *HTTPServer) Run(ctx context.Context) error { return s.runWithLimit(ctx, maxConnections) }
+
+// runWithLimit is Run with at most max open connections.
+func (s *HTTPServer) runWithLimit(ctx context.Context, max int) error {
 	srv := &http.Server{
-		Handler:           s.Handler,
+		Handler:           leaveBodyUnread(s.Handler),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       time.Minute,
 		WriteTimeout:      2 * time.Minute,
@@ -74,11 +78,14 @@ func (s *HTTPServer) Run(ctx context.Context) error {
 		TLSConfig:         s.TLS,
 		ErrorLog:          log.New(errorLogWriter{s.Log.With("listener", s.Name)}, "", 0),
 	}
-	if s.TrackConns {
-		srv.ConnContext = trackConn
+	limited := newLimitListener(s.Listener, s.Name, max, s.Conns, s.Log)
+	srv.ConnState = limited.onConnState
+	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		if s.TrackConns {
+			ctx = trackConn(ctx, c)
+		}
+		return putConnIntoContext(ctx, c)
 	}
-	limited := newLimitListener(s.Listener, maxConnections)
-	srv.ConnState = limited.trackWaitingConn
 	ln := net.Listener(limited)
 	if s.TLS != nil {
 		// Allow HTTP/1.1 only, because the limits on requests in flight assume that each connection

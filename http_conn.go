@@ -1,18 +1,26 @@
 package main
 
-// This file manages the connections of a listener. Their number is bounded. When a new connection
-// needs room, a connection that only waits for a request is closed, if there is one. A plain HTTP
+// This file manages single connections, which handlers find through their requests. A plain HTTP
 // connection can be tracked, to find out whether the peer had read the previous answer before it
-// sent its next request.
+// sent its next request. A connection on which a request has been authenticated is protected from
+// being closed for another. The body of a refused request is not read after the answer.
 
 import (
-	"container/list"
 	"context"
 	"crypto/tls"
+	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
+	"sync/atomic"
+	"time"
 )
+
+// lingerTime is how long a connection stays half open after the answer to a request whose body has
+// not been read. If it were closed at once, the kernel would send a reset, and the peer could lose
+// the answer.
+const lingerTime = 500 * time.Millisecond
 
 // AnswerReadTracker tracks one connection, and finds out whether a request is sequential. A request
 // is sequential if it is the first on the connection. It is also sequential if the server wrote the
@@ -97,9 +105,8 @@ func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTrack
 	return &AnswerReadTracker{}
 }
 
-// trackConn is the ConnContext of an http.Server. It creates a tracker for each plain HTTP
-// connection. It puts the tracker into the context of the connection's requests, where
-// TrackerIfPreviousAnswerRead finds it.
+// trackConn creates a tracker for a plain HTTP connection. It puts the tracker into the context of
+// the connection's requests, where TrackerIfPreviousAnswerRead finds it.
 func trackConn(ctx context.Context, c net.Conn) context.Context {
 	plain, ok := c.(*trackedConn)
 	if !ok {
@@ -109,83 +116,91 @@ func trackConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connTrackerKey{}, plain.tracker)
 }
 
-// limitListener bounds the number of open connections. When max connections are open, a new
-// connection replaces the connection that has waited longest for a request. So a peer that opens
-// many connections without sending requests cannot keep others out. If every open connection has a
-// request in flight, the new connection waits.
-type limitListener struct {
-	net.Listener
-	max  int
-	room *sync.Cond // uses mu; signalled when a waiting Accept should check again whether there is room
+type trackedConnKey struct{}
 
-	mu      sync.Mutex // guards the fields below
-	open    int
-	closed  bool
-	waiting list.List // of each *trackedConn that waits for a complete request header, the longest waiting first
+// putConnIntoContext puts a connection into the context of the connection's requests, where
+// connOfRequest finds it.
+func putConnIntoContext(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, trackedConnKey{}, trackedConnOf(c))
 }
 
-func newLimitListener(l net.Listener, max int) *limitListener {
-	limited := &limitListener{Listener: l, max: max}
-	limited.room = sync.NewCond(&limited.mu)
-	return limited
-}
-
-func (l *limitListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	l.mu.Lock()
-	for l.open >= l.max && !l.closed {
-		if first := l.waiting.Front(); first != nil {
-			l.mu.Unlock()
-			first.Value.(*trackedConn).Close()
-			l.mu.Lock()
-		} else {
-			l.room.Wait()
-		}
-	}
-	defer l.mu.Unlock()
-	if l.closed {
-		c.Close()
-		return nil, net.ErrClosed
-	}
-	l.open++
-	return &trackedConn{Conn: c, listener: l}, nil
-}
-
-// Close closes the listener. A call of Accept that waits until fewer connections are open returns
-// net.ErrClosed.
-func (l *limitListener) Close() error {
-	l.mu.Lock()
-	l.closed = true
-	l.mu.Unlock()
-	l.room.Signal()
-	return l.Listener.Close()
-}
-
-// trackWaitingConn is the ConnState of an http.Server. It updates l.waiting, the list of the
-// connections that wait for a request. net/http reports StateActive when it has read the headers of
-// a request, and StateIdle when it has written the answer.
-func (l *limitListener) trackWaitingConn(c net.Conn, st http.ConnState) {
+// trackedConnOf returns the trackedConn that carries c, which is a connection of a limitListener or
+// a TLS connection over one.
+func trackedConnOf(c net.Conn) *trackedConn {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}
-	conn := c.(*trackedConn) // limitListener.Accept returns no other type of connection
-	if st == http.StateActive && conn.tracker != nil {
-		conn.tracker.countRequest() // net/http reports StateActive once for each request, before it calls the handler
+	return c.(*trackedConn) // limitListener.Accept returns no other type of connection
+}
+
+// connOfRequest returns the connection of a request, or nil if no HTTPServer serves the request.
+func connOfRequest(r *http.Request) *trackedConn {
+	c, _ := r.Context().Value(trackedConnKey{}).(*trackedConn)
+	return c
+}
+
+// ProtectConn must be called once r has been authenticated. Until r is answered, the listener does
+// not close r's connection to make room for another connection. The listener also remembers that
+// sender uses the address from which r came, so that connections from there are closed after
+// connections of strangers. sender names the authenticated sender, such as a cluster ID. If sender
+// is empty, its address stands for it. ProtectConn does nothing if no HTTPServer serves r.
+func ProtectConn(r *http.Request, sender string) {
+	if c := connOfRequest(r); c != nil {
+		c.listener.protect(c, sender)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case conn.closed:
-	case st == http.StateNew, st == http.StateIdle:
-		conn.waiting = l.waiting.PushBack(conn)
-		l.room.Signal()
-	case conn.waiting != nil:
-		l.waiting.Remove(conn.waiting)
-		conn.waiting = nil
+}
+
+// leaveBodyUnread wraps h. If h has not read the whole body of a request, no more of it is read from
+// the connection, and the connection is closed after the answer. Otherwise net/http would read up to
+// 256 KiB of the body, for up to the ReadTimeout of the server.
+func leaveBodyUnread(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength == 0 {
+			h.ServeHTTP(w, r)
+			return
+		}
+		// A copy of r, because net/http looks at the Body of r itself.
+		body := &endingBody{ReadCloser: r.Body}
+		copied := r.WithContext(r.Context())
+		copied.Body = body
+		defer func() {
+			// A deadline after the end of the body would break the connection for later requests: a
+			// background read of net/http would fail, and end the contexts of all of them.
+			if !body.ended {
+				http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
+				connOfRequest(r).lingers.Store(true)
+			}
+		}()
+		h.ServeHTTP(w, copied)
+	})
+}
+
+// endingBody is the body of a request, and knows whether it was read to its end.
+type endingBody struct {
+	io.ReadCloser
+	ended bool
+}
+
+func (b *endingBody) Read(p []byte) (n int, err error) {
+	n, err = b.ReadCloser.Read(p)
+	b.ended = b.ended || err == io.EOF
+	return n, err
+}
+
+// peerAddr returns the address by which connections are counted: the IPv4 address of a, or the /64
+// network of its IPv6 address, because one host may use every address of a /64. It returns the zero
+// Addr if a is not a TCP address.
+func peerAddr(a net.Addr) netip.Addr {
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.Addr{}
 	}
+	addr := tcp.AddrPort().Addr().Unmap()
+	if addr.Is6() {
+		prefix, _ := addr.Prefix(64) // fails only if an address has fewer bits
+		addr = prefix.Addr()
+	}
+	return addr
 }
 
 // trackedConn is a connection that limitListener.Accept returned.
@@ -193,8 +208,8 @@ type trackedConn struct {
 	net.Conn
 	listener *limitListener
 	tracker  *AnswerReadTracker // nil for TLS, and for an HTTPServer without TrackConns
-	closed   bool               // whether Close was called; guarded by the listener's mu
-	waiting  *list.Element      // this connection in the listener's waiting list, or nil; guarded by the listener's mu
+	entry    connEntry          // guarded by the listener's mu
+	lingers  atomic.Bool        // whether Close waits for lingerTime before it closes the connection
 }
 
 func (c *trackedConn) Read(p []byte) (int, error) {
@@ -221,28 +236,26 @@ func (c *trackedConn) Write(p []byte) (n int, err error) {
 	return n + last, err
 }
 
-// CloseWrite closes the sending direction only. net/http may call it before it closes a connection,
-// so that a peer that is still sending can read the answer.
+// CloseWrite closes the sending direction only. A peer that is still sending can then read the
+// answer. If net/http calls CloseWrite, it waits for as long as lingerTime itself before it calls
+// Close.
 func (c *trackedConn) CloseWrite() error {
+	c.lingers.Store(false)
 	if tcp, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return tcp.CloseWrite()
 	}
 	return nil
 }
 
+// Close closes the connection. If the peer may still be sending the body of a refused request,
+// Close only closes the sending direction, and the connection is closed after lingerTime. Until
+// then it counts as open, and it may be closed at any time to make room.
 func (c *trackedConn) Close() error {
-	err := c.Conn.Close()
-	l := c.listener
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if c.closed {
-		return err
+	if c.lingers.Swap(false) {
+		c.listener.unprotect(c)
+		time.AfterFunc(lingerTime, func() { c.Close() })
+		return c.CloseWrite()
 	}
-	c.closed = true
-	l.open--
-	if c.waiting != nil {
-		l.waiting.Remove(c.waiting)
-	}
-	l.room.Signal()
-	return err
+	c.listener.remove(c)
+	return c.Conn.Close()
 }

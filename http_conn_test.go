@@ -1,12 +1,10 @@
 package main
 
-// Tests of the connections of a listener: the bound on their number, and AnswerReadTracker, which
-// finds out whether a peer sent a request only after it had the previous answer. The tests run over
-// pipes in memory, most of them in virtual time.
+// Tests of AnswerReadTracker, which finds out whether a peer sent a request only after it had the
+// previous answer, and of requests whose body the handler does not read.
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -108,203 +106,125 @@ func TestTrackerOfRequest(t *testing.T) {
 	}
 }
 
-const (
-	fastRequest = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-	slowRequest = "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
-)
-
-// limitRig is an HTTP server behind a limitListener, with its client connections. It answers a
-// slowRequest only when the channel finish is closed. It answers any other request at once.
-type limitRig struct {
-	t       *testing.T
-	pipes   *pipeListener
-	finish  chan struct{}
-	conns   []net.Conn
-	closed  chan int // indices in conns of the connections that the server has closed
-	answers chan int // for each answer that arrived, the index of its connection in conns
+// closeWriteConn is a pipe that records when CloseWrite was first called and how many bytes were read.
+type closeWriteConn struct {
+	net.Conn
+	closedWrite time.Time
+	read        int
 }
 
-// newLimitRig starts the server with at most max open connections. It must be called in a synctest
-// bubble.
-func newLimitRig(t *testing.T, max int) *limitRig {
-	r := &limitRig{t: t, pipes: newPipeListener(), finish: make(chan struct{}), closed: make(chan int, 100), answers: make(chan int, 100)}
-	limited := newLimitListener(r.pipes, max)
-	srv := http.Server{ConnState: limited.trackWaitingConn, Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		if req.URL.Path == "/slow" {
-			<-r.finish
-		}
-	})}
-	go srv.Serve(limited)
-	t.Cleanup(func() {
-		for _, c := range r.conns {
-			c.Close()
-		}
-		srv.Close()
-	})
-	return r
-}
-
-// open opens a connection, sends text on it, and waits until every goroutine of the test is
-// blocked, so that the server has done all that it can do by now.
-func (r *limitRig) open(text string) {
-	r.t.Helper()
-	c, ok := r.pipes.dial()
-	if !ok {
-		r.t.Fatalf("connection %d was not accepted", len(r.conns))
+func (c *closeWriteConn) CloseWrite() error {
+	if c.closedWrite.IsZero() {
+		c.closedWrite = time.Now()
 	}
-	n := len(r.conns)
-	r.conns = append(r.conns, c)
-	go func() {
-		for b := make([]byte, 4<<10); ; {
-			if _, err := c.Read(b); err != nil {
-				r.closed <- n
-				return
-			}
-			r.answers <- n
-		}
-	}()
-	r.send(n, text)
+	return nil
 }
 
-// send sends text on the connection with number n, and waits until every goroutine of the test is
-// blocked, so that the server has done all that it can do by now.
-func (r *limitRig) send(n int, text string) {
-	if text != "" {
-		go io.WriteString(r.conns[n], text)
-	}
-	synctest.Wait()
+func (c *closeWriteConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.read += n
+	return n, err
 }
 
-// checkClosed takes the next closed connection from r.closed, and checks that its number is want.
-// The test fails if no connection has been closed.
-func (r *limitRig) checkClosed(want int) {
-	r.t.Helper()
-	select {
-	case n := <-r.closed:
-		if n != want {
-			r.t.Errorf("connection %d was closed, want %d", n, want)
-		}
-	default:
-		r.t.Errorf("no connection was closed, want %d", want)
-	}
-}
-
-// checkTotals checks how many connections were closed, except those that checkClosed has taken, and
-// how many answers arrived since the start.
-func (r *limitRig) checkTotals(closed, answers int) {
-	r.t.Helper()
-	if len(r.closed) != closed || len(r.answers) != answers {
-		r.t.Errorf("%d connections were closed and %d answers arrived, want %d and %d", len(r.closed), len(r.answers), closed, answers)
-	}
-}
-
-// When the limit on open connections is reached, a new connection replaces the connection that has
-// waited longest for a request. A connection waits if its peer has sent no complete request header
-// since the connection was opened or since the last answer. A connection with a request in flight
-// is never closed for a new one.
-func TestConnectionLimitClosesLongestWaiting(t *testing.T) {
-	const max = 8
-	synctest.Test(t, func(t *testing.T) {
-		r := newLimitRig(t, max)
-		for _, text := range []string{"", "GET / HTTP/1.1\r\nX: ", slowRequest, fastRequest, fastRequest} {
-			r.open(text)
-		}
-		r.send(3, fastRequest) // after this request, connection 4 has waited longer than connection 3
-		for range max - len(r.conns) {
-			r.open(slowRequest)
-		}
-		r.checkTotals(0, 3)
-		for _, want := range []int{0, 1, 4, 3} {
-			r.open(slowRequest)
-			r.checkClosed(want)
-		}
-		close(r.finish)
-		synctest.Wait()
-	})
-}
-
-// If the limit on open connections is reached and all of them have a request in flight, a new
-// connection waits. When a request has been answered, the new connection replaces the connection of
-// that request.
-func TestConnectionLimitAllBusy(t *testing.T) {
-	const max = 8
-	synctest.Test(t, func(t *testing.T) {
-		r := newLimitRig(t, max)
-		for range max {
-			r.open(slowRequest)
-		}
-		r.open(fastRequest)
-		time.Sleep(10 * time.Second)
-		r.checkTotals(0, 0)
-		close(r.finish)
-		synctest.Wait()
-		r.checkTotals(1, max+1)
-	})
-}
-
-// If an HTTPServer has maxConnections idle connections, one more connection makes it close the
-// connection that was opened first. It does so at once, not at the end of a timeout.
-func TestConnectionLimitOfServer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		begin := time.Now()
-		l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {})
-		var conns []net.Conn
-		for range maxConnections + 1 {
-			c, _ := l.dial()
-			conns = append(conns, c)
-		}
-		if _, err := conns[0].Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("reading from the first connection: %v, want EOF", err)
-		}
-		if d := time.Since(begin); d > time.Second {
-			t.Errorf("the first connection was closed after %v, want at once", d)
-		}
-		for _, c := range conns {
-			c.Close()
-		}
-		if _, err := end(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// If a connection is closed twice, and net/http reports it as idle after that, a limitListener
-// counts it as closed once and does not add it to the waiting connections.
-func TestLimitListenerCountsCloseOnce(t *testing.T) {
-	inner := newPipeListener()
-	limited := newLimitListener(inner, 1)
-	go inner.dial()
-	c, err := limited.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Close()
-	c.Close()
-	limited.trackWaitingConn(c, http.StateIdle)
-	if limited.open != 0 || limited.waiting.Len() != 0 {
-		t.Errorf("%d connections are open and %d wait, want 0 and 0", limited.open, limited.waiting.Len())
+// If a handler does not read the whole body of a request, an HTTPServer sends the answer, reads no
+// more of the body, and closes its sending direction at once. It closes the connection after
+// lingerTime, in which the peer can read the answer. If the handler has read the whole body, or the
+// body has arrived with the headers, the connection is kept and later closed without delay.
+func TestBodyLeftUnread(t *testing.T) {
+	const large = 200_000 // bytes; less than net/http would read after the answer
+	for _, c := range []struct {
+		name, header, body string
+		kept               bool
+	}{
+		{"never sent", "Content-Length: 10", "", false},
+		{"sent in part", "Content-Length: 10", "12345", false},
+		{"large", fmt.Sprintf("Content-Length: %d", large), strings.Repeat("x", large), false},
+		{"larger than net/http would read", "Content-Length: 1000000", strings.Repeat("x", large), false},
+		{"chunked, never ends", "Transfer-Encoding: chunked", "5\r\n12345\r\n", false},
+		{"not sent before 100 Continue", "Content-Length: 10\r\nExpect: 100-continue", "", false},
+		{"read in part", "Content-Length: 10\r\nX-Read: part", "12345", false},
+		{"none", "Content-Length: 0", "", true},
+		{"sent with the headers", "Content-Length: 10", "1234567890", true},
+		{"chunked, sent with the headers", "Transfer-Encoding: chunked", "5\r\n12345\r\n0\r\n\r\n", true},
+		{"read whole", "Content-Length: 10\r\nX-Read: all", "1234567890", true},
+		{"chunked, read whole", "Transfer-Encoding: chunked\r\nX-Read: all", "5\r\n12345\r\n0\r\n\r\n", true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var answered time.Time // when the handler returned
+				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
+					defer func() { answered = time.Now() }()
+					if r.Header.Get("X-Read") != "" {
+						io.CopyN(io.Discard, r.Body, 5)
+					}
+					if r.Header.Get("X-Read") == "all" {
+						io.ReadAll(r.Body)
+					}
+					http.Error(w, "answer", http.StatusUnauthorized)
+				})
+				mine, its := net.Pipe()
+				server := &closeWriteConn{Conn: its}
+				l.conns <- server
+				go io.WriteString(mine, "POST / HTTP/1.1\r\nHost: x\r\n"+c.header+"\r\n\r\n"+c.body)
+				answers := bufio.NewReader(mine)
+				resp, err := http.ReadResponse(answers, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if body, err := io.ReadAll(resp.Body); string(body) != "answer\n" || err != nil {
+					t.Errorf("the answer is %q: %v", body, err)
+				}
+				if resp.Close == c.kept {
+					t.Errorf("the answer says that the connection closes: %t, want %t", resp.Close, !c.kept)
+				}
+				if _, err := answers.ReadByte(); err != io.EOF {
+					t.Errorf("after the answer: %v, want EOF", err)
+				}
+				closed := time.Now()
+				synctest.Wait() // until the server's goroutines have ended, because they write the variables that follow
+				want, closedWrite := lingerTime, answered
+				if c.kept {
+					want, closedWrite = 6*time.Minute, time.Time{} // the limit on idle connections
+				}
+				if got := closed.Sub(answered); got != want || server.closedWrite != closedWrite {
+					t.Errorf("the connection was closed %v after the answer, and its sending direction at %v; want %v and %v", got, server.closedWrite, want, closedWrite)
+				}
+				if server.read > 8<<10 {
+					t.Errorf("the server read %d bytes of the request", server.read)
+				}
+				mine.Close()
+				if _, err := end(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
 	}
 }
 
-// If an Accept of a limitListener waits because the limit on connections is reached, Close makes it
-// return net.ErrClosed.
-func TestLimitListenerCloseEndsAccept(t *testing.T) {
-	inner := newPipeListener()
-	limited := newLimitListener(inner, 1)
-	go inner.dial()
-	if _, err := limited.Accept(); err != nil {
-		t.Fatal(err)
+// The context of a request lives until the request is answered, also after an earlier request with a
+// body on the same connection.
+func TestRequestContextOnKeptConnection(t *testing.T) {
+	addrs := map[string]bool{} // of the client; only one request is handled at a time
+	addr := serveHTTP(t, HTTPServer{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.ReadAll(r.Body)
+		addrs[r.RemoteAddr] = true
+		if err := r.Context().Err(); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
+	})})
+	client := scraperOf(t)
+	for i := range 5 {
+		resp, err := client.Post("http://"+addr, "text/plain", strings.NewReader("body"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			t.Errorf("request %d: the context had ended", i+1)
+		}
 	}
-	refused := make(chan error, 1)
-	go func() {
-		_, err := limited.Accept()
-		refused <- err
-	}()
-	// Accept gets this connection from the inner listener, but waits because the first connection
-	// uses up the limit of 1.
-	inner.dial()
-	limited.Close()
-	if err := <-refused; !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Accept after Close: %v, want net.ErrClosed", err)
+	if len(addrs) != 1 {
+		t.Errorf("the requests came on %d connections, want 1", len(addrs))
 	}
 }

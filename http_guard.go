@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"time"
 )
 
 // IsLoopbackHost reports whether host is "localhost" or a loopback IP address. It does not resolve
@@ -36,10 +35,7 @@ func IsOnLoopback(l net.Listener) bool {
 func RefuseForeignRequests(onLoopback bool, instrument func(name string, h http.Handler) http.Handler, h http.Handler) http.Handler {
 	refuse := instrument("refused", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		status, reason := reasonToRefuse(r, onLoopback)
-		// Without the header and the deadline, net/http would wait for 256 KiB of the body before or
-		// after the answer. The deadline only fails if w is not the writer of a connection.
-		w.Header().Set("Connection", "close")
-		_ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
+		w.Header().Set("Connection", "close") // without it, net/http would read the body before it answers
 		http.Error(w, reason, status)
 	}))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -85,8 +85,7 @@ func TestRequestWithBodyRefused(t *testing.T) {
 		} {
 			mux := http.NewServeMux()
 			mux.HandleFunc("GET /known", func(w http.ResponseWriter, r *http.Request) { t.Errorf("%q reached the handler", head) })
-			srv := httptest.NewServer(RefuseForeignRequests(true, NewInstrument(NewMetrics()), mux))
-			conn := dialRaw(t, srv.Listener.Addr().String())
+			conn := dialRaw(t, serveHTTP(t, HTTPServer{Handler: RefuseForeignRequests(true, NewInstrument(NewMetrics()), mux)}))
 			conn.send(head)
 			resp, err := conn.readAnswer()
 			if err != nil {
@@ -99,7 +98,6 @@ func TestRequestWithBodyRefused(t *testing.T) {
 			if _, err := conn.answers.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("%q: reading after the answer: %v, want a closed connection", head, err)
 			}
-			srv.Close()
 		}
 	}
 }

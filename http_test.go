@@ -64,7 +64,7 @@ func runHTTPServer(h http.HandlerFunc) (l *pipeListener, end func() (time.Durati
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		srv := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, Log: slog.New(slog.DiscardHandler)}
+		srv := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler)}
 		ended <- srv.Run(ctx)
 	}()
 	return l, func() (time.Duration, error) {
@@ -127,6 +127,32 @@ func TestHTTPServerReadDeadlines(t *testing.T) {
 					t.Error(err)
 				}
 			})
+		})
+	}
+}
+
+// An HTTPServer with TLS closes a connection if the peer does not end its handshake within ten
+// seconds.
+func TestHTTPServerHandshakeDeadline(t *testing.T) {
+	for _, text := range []string{"", "\x16\x03\x01\x02\x00\x01\x00"} {
+		synctest.Test(t, func(t *testing.T) {
+			l := newPipeListener()
+			srv := HTTPServer{Name: "tls", Listener: l, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler), TLS: &tls.Config{}}
+			ended := make(chan error, 1)
+			ctx, cancel := context.WithCancel(t.Context())
+			go func() { ended <- srv.Run(ctx) }()
+			begin := time.Now()
+			conn, _ := l.dial()
+			go io.WriteString(conn, text)
+			io.Copy(io.Discard, conn) // returns when the server closes the connection
+			if got := time.Since(begin); got != 10*time.Second {
+				t.Errorf("after %q the connection was closed after %v, want 10s", text, got)
+			}
+			conn.Close()
+			cancel()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
 		})
 	}
 }
@@ -213,7 +239,7 @@ func TestHTTPServerShutdown(t *testing.T) {
 func TestHTTPServerFails(t *testing.T) {
 	l := newPipeListener()
 	l.Close()
-	srv := HTTPServer{Name: "external", Listener: l, Log: slog.New(slog.DiscardHandler)}
+	srv := HTTPServer{Name: "external", Listener: l, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler)}
 	if err := srv.Run(t.Context()); !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "external") {
 		t.Errorf("Run returned %v, want net.ErrClosed and the name", err)
 	}
@@ -242,7 +268,7 @@ func TestHTTPServerTLS(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		srv := HTTPServer{Name: "tls", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler),
+		srv := HTTPServer{Name: "tls", Listener: ln, TrackConns: true, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler),
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}},
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				fmt.Fprint(w, r.Proto)

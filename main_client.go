@@ -246,7 +246,7 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 			return err
 		}
 		defer ln.Close()
-		web := HTTPServer{Name: "client", Listener: ln, Handler: p.client.Handler(IsOnLoopback(ln)), Log: p.log}
+		web := HTTPServer{Name: "client", Listener: ln, Handler: p.client.Handler(IsOnLoopback(ln)), Conns: NewConnMetrics(p.metrics), Log: p.log}
 		parts = append(parts, web.Run)
 		p.log.Info("listening", "address", ln.Addr())
 	}

@@ -123,6 +123,7 @@ type serverProcess struct {
 	store       *Store
 	server      *Server
 
+	conns              *ConnMetrics // of all listeners
 	external, internal HTTPServer
 }
 
@@ -230,7 +231,8 @@ func (p *serverProcess) listenHTTP() error {
 	if err != nil {
 		return err
 	}
-	p.external = HTTPServer{Name: "external", Listener: external, Handler: p.server.ExternalHandler(), Log: p.log}
+	p.conns = NewConnMetrics(p.metrics)
+	p.external = HTTPServer{Name: "external", Listener: external, Handler: p.server.ExternalHandler(), Conns: p.conns, Log: p.log}
 	if p.certificate.Load() != nil {
 		p.external.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			return p.certificate.Load(), nil
@@ -242,7 +244,7 @@ func (p *serverProcess) listenHTTP() error {
 	if err != nil {
 		return err
 	}
-	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.InternalHandler(IsOnLoopback(internal)), TrackConns: true, Log: p.log}
+	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.InternalHandler(IsOnLoopback(internal)), TrackConns: true, Conns: p.conns, Log: p.log}
 	version, _ := ProgramVersion()
 	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
 		"storage", p.storageDir, "sites", len(p.store.Stats().Sites))
@@ -276,7 +278,7 @@ func (p *serverProcess) serve(ctx context.Context) error {
 func (p *serverProcess) serveListeners(ctx context.Context) error {
 	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead}
 	if p.node != nil {
-		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.ForwardHandler(), Log: p.log}
+		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.ForwardHandler(), Conns: p.conns, Log: p.log}
 		parts = append(parts, members.Run, p.setReadyOnceSettled)
 	}
 	return runWithReloads(ctx, p.log, p.metrics, p.reload, p.announceStop, parts...)

@@ -1,15 +1,18 @@
 package main
 
-// Helpers for tests of HTTP: compressed bodies, protobuf bodies, and connections on which a test
-// writes bytes of its own.
+// Helpers for tests of HTTP: compressed bodies, protobuf bodies, handlers that protect connections,
+// and connections on which a test writes bytes of its own.
 
 import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"testing"
 	"time"
 
@@ -63,6 +66,16 @@ func gaugeFamily(name string, v float64, ms *int64, labels ...string) *dto.Metri
 	return &dto.MetricFamily{Name: &name, Type: dto.MetricType_GAUGE.Enum(), Metric: []*dto.Metric{m}}
 }
 
+// protectedAfter calls h with r, as if r had come over a connection of an HTTPServer. It reports
+// whether the handler has protected the connection, and returns the handler's answer.
+func protectedAfter(h http.Handler, r *http.Request) (protected bool, answer *httptest.ResponseRecorder) {
+	c := &trackedConn{listener: newTestLimitListener(nil, 1)}
+	c.listener.table.add(&c.entry)
+	answer = httptest.NewRecorder()
+	h.ServeHTTP(answer, r.WithContext(putConnIntoContext(r.Context(), c)))
+	return c.entry.authenticated, answer
+}
+
 // rawConn is a TCP connection on which a test writes HTTP requests byte by byte.
 type rawConn struct {
 	net.Conn
@@ -93,4 +106,25 @@ func (c *rawConn) send(text string) {
 // readAnswer reads the next HTTP response up to its body.
 func (c *rawConn) readAnswer() (*http.Response, error) {
 	return http.ReadResponse(c.answers, nil)
+}
+
+// serveHTTP serves srv on a port of 127.0.0.1 until the end of the test, and returns its address.
+// The caller sets srv.Handler, and may set srv.TrackConns.
+func serveHTTP(t testing.TB, srv HTTPServer) (addr string) {
+	t.Helper()
+	ln, err := Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv.Name, srv.Listener, srv.Conns, srv.Log = "test", ln, NewConnMetrics(NewMetrics()), slog.New(slog.DiscardHandler)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- srv.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return ln.Addr().String()
 }

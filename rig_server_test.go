@@ -466,26 +466,13 @@ type consumerRig struct {
 }
 
 func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
-	ln, err := Listen("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := &consumerRig{srvRig: newSrvRig(t, change...), url: "http://" + ln.Addr().String()}
+	r := &consumerRig{srvRig: newSrvRig(t, change...)}
 	internal := r.server.InternalHandler(false)
-	web := HTTPServer{Name: "internal", Listener: ln, TrackConns: true, Log: slog.New(slog.DiscardHandler), Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+	r.url = "http://" + serveHTTP(t, HTTPServer{TrackConns: true, Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if internal.ServeHTTP(w, req); r.during != nil {
 			r.during(req)
 		}
-	})}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- web.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	})
+	})})
 	return r
 }
 

@@ -187,10 +187,8 @@ func (s *Server) ExternalHandler() http.Handler {
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// By default, close the connection after the answer. A handler may remove this header to
-		// keep the connection, but only if it has read the whole body. If the connection were kept
-		// while a part of the body is unread, net/http would first read more of the body before it
-		// answers, outside our limits. The connection of a client that was refused would also stay
-		// open and count toward maxConnections.
+		// keep the connection. If the connection of a client that was refused were kept, it would
+		// stay open and count toward maxConnections.
 		w.Header().Set("Connection", "close")
 		mux.ServeHTTP(w, r)
 	})
@@ -227,6 +225,7 @@ func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) h
 			s.denyToken(w, "federate_token", "this listener requires the bearer token in the file of --federate-token-file")
 			return
 		}
+		ProtectConn(r, "") // all scrapers send the same token, or none
 		h.ServeHTTP(w, r)
 	}))
 }

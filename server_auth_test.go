@@ -1,13 +1,16 @@
 package main
 
 // Tests of how a server authenticates requests: which tokens it refuses and with which answer, how
-// it exchanges a client token for an upload token, and when it shows the series
+// it exchanges a client token for an upload token, which connections it protects, and when it shows the series
 // telemeter_cluster_token_expiry_seconds of a site.
 
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -155,5 +158,54 @@ func TestExpiryEnds(t *testing.T) {
 	push()
 	if got := r.federate("", ""); strings.Contains(got, "token_expiry_seconds{") {
 		t.Errorf("the expiry of the earlier token is still served:\n%s", got)
+	}
+}
+
+// A server protects the connection of a request that it has authenticated, from any kind of sender.
+// It does not protect the connection of a request that it refuses, or that needs no authentication.
+func TestAuthenticatedConnectionProtected(t *testing.T) {
+	r := newSrvRig(t)
+	external := newExternalAuthRig(t, func(w http.ResponseWriter, clusterID string) {
+		w.Header().Set("Content-Type", "application/json")
+		if clusterID == "refused" {
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+		io.WriteString(w, `{"api_version":"v1","status":"ok"}`)
+	})
+	r.reload(func(st *ReloadableServerConfig) { st.FederateToken = "scraper" })
+	open := newSrvRig(t)
+	upload := r.token(KindUpload, "site-a")
+	client := &Client{cfg: ClientConfig{Metrics: NewMetrics()}}
+	for _, c := range []struct {
+		name        string
+		handler     http.Handler
+		method, url string
+		token       string
+		status      int
+		protected   bool
+	}{
+		{"upload", r.server.ExternalHandler(), "POST", "/upload", upload, 200, true},
+		{"upload without a token", r.server.ExternalHandler(), "POST", "/upload", "", 401, false},
+		{"upload with a forged token", r.server.ExternalHandler(), "POST", "/upload", upload + "x", 401, false},
+		{"upload for another site", r.server.ExternalHandler(), "POST", "/upload?id=site-b", upload, 403, false},
+		{"authorize", r.server.ExternalHandler(), "POST", "/authorize", r.token(KindClient, "site-a"), 200, true},
+		{"authorize with an upload token", r.server.ExternalHandler(), "POST", "/authorize", upload, 401, false},
+		{"unknown path", r.server.ExternalHandler(), "POST", "/", upload, 404, false},
+		{"health check", r.server.ExternalHandler(), "GET", "/healthz", "", 200, false},
+		{"authorize at the --authorize URL", external.server.ExternalHandler(), "POST", "/authorize?id=site-a", "any", 200, true},
+		{"refused at the --authorize URL", external.server.ExternalHandler(), "POST", "/authorize?id=refused", "any", 401, false},
+		{"scrape", r.server.InternalHandler(false), "GET", "/federate", "scraper", 200, true},
+		{"scrape without the token", r.server.InternalHandler(false), "GET", "/federate", "", 401, false},
+		{"scrape that needs no token", open.server.InternalHandler(false), "GET", "/federate", "", 200, true},
+		{"internal health check", r.server.InternalHandler(false), "GET", "/healthz", "", 200, false},
+		{"listener of a client", client.Handler(false), "GET", "/metrics", "", 200, true},
+	} {
+		req := httptest.NewRequest(c.method, c.url, nil)
+		if c.token != "" {
+			req.Header.Set("Authorization", "Bearer "+c.token)
+		}
+		if protected, answer := protectedAfter(c.handler, req); protected != c.protected || answer.Code != c.status {
+			t.Errorf("%s: protected %t and answered %d %s, want %t and %d", c.name, protected, answer.Code, answer.Body, c.protected, c.status)
+		}
 	}
 }

@@ -256,10 +256,10 @@ func (h *federateHandler) beginScrape(r *http.Request, c scrapingConsumer) (*Con
 		return nil, fmt.Errorf("consumer: %w", err)
 	}
 	// Save the consumer before it is served anything, so that after a crash this server still knows
-	// that the consumer has samples to read. If saving fails, the scrape goes on. An established
-	// consumer was saved at an earlier scrape. Its scrape does not wait while the disk writes the
+	// that the consumer has samples to read. If saving fails, the scrape goes on. A consumer that has
+	// confirmed a scrape was saved at an earlier scrape. Its scrapes do not wait while the disk writes
 	// consumers that others invent.
-	if !c.isEstablished {
+	if !h.cfg.Store.Consumers.HasConfirmed(c.key) {
 		h.cfg.Store.SaveConsumers()
 	}
 	if viaProxy && session.MarkConsumerProxied() {

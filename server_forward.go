@@ -369,6 +369,7 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 	if !f.acceptSequence(env) {
 		return nil, "", errForwardRefused(http.StatusForbidden, "replayed")
 	}
+	ProtectConn(r, env.From) // not before the check for replays, because anybody may send a replay
 	if !f.receiving.TryAcquire() {
 		return nil, "", errForwardRefused(http.StatusServiceUnavailable, "overloaded")
 	}

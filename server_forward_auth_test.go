@@ -55,6 +55,7 @@ func (f *capturedForward) seal(t *testing.T, v any) string {
 // A server refuses a forwarded push whose envelope is forged, replayed, malformed, of another
 // version, addressed to another member, or sealed for another body. It counts the refusal by its
 // reason. Its answer names the versions if they differ, and does not reveal the site of the push.
+// The server protects the connection of a request only if the envelope is valid.
 func TestForwardRefusesForged(t *testing.T) {
 	f := newCapturedForward(t)
 	valid := forwardEnvelope{Version: envelopeVersion, From: "a", FromSession: 1, To: "b", ToSession: 1, Sequence: 100, Push: pushRequest{ClusterID: f.id}}
@@ -68,6 +69,7 @@ func TestForwardRefusesForged(t *testing.T) {
 		t.Fatal(err)
 	}
 	otherSeal := base64.RawURLEncoding.EncodeToString(append([]byte{sealVersion + 1}, unsealed[1:]...))
+	const otherBody = "body of another push" // the only case whose envelope is valid
 	restart := func() { join(2, f.a, f.b, f.stranger) }
 	for _, c := range []struct {
 		name, result string
@@ -89,23 +91,25 @@ func TestForwardRefusesForged(t *testing.T) {
 		{"for another member", "misrouted", changed(func(e *forwardEnvelope) { e.To = "c" }), nil},
 		{"for another session", "misrouted", changed(func(e *forwardEnvelope) { e.ToSession = 2 }), nil},
 		{"from an earlier session", "replayed", changed(func(e *forwardEnvelope) { e.FromSession = 0 }), nil},
-		{"body of another push", "forged", f.seal(t, valid), nil},
+		{otherBody, "forged", f.seal(t, valid), nil},
 		{"for the session before a restart", "misrouted", f.envelope, restart},
 	} {
 		if c.prepare != nil {
 			c.prepare()
 		}
 		before := f.b.receivedTotal.Value(c.result)
-		rec := httptest.NewRecorder()
 		req := httptest.NewRequest("POST", forwardPath, bytes.NewReader(f.body))
 		req.Header.Set(envelopeHeader, c.envelope)
-		f.b.receiver().ServeHTTP(rec, req)
+		protected, rec := protectedAfter(f.b.receiver(), req)
 		text := rec.Body.String()
 		if rec.Code != http.StatusForbidden || strings.Contains(text, "version") != (c.result == "version") {
 			t.Errorf("%s: answered %d %s, want 403", c.name, rec.Code, text)
 		}
 		if strings.Contains(text, f.id) {
 			t.Errorf("%s: the answer reveals the push: %s", c.name, text)
+		}
+		if protected != (c.name == otherBody) {
+			t.Errorf("%s: the connection is protected: %t", c.name, protected)
 		}
 		if f.b.receivedTotal.Value(c.result) != before+1 {
 			t.Errorf("%s: not counted as %s", c.name, c.result)
