@@ -14,14 +14,15 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
 )
 
-// DefaultGossipInterval is the default time between two probes while this member's health is good.
-// A probed member then has 200 ms to answer (indirectAfter) before other members are asked to ping
-// it too. So the interval suits networks with round trips of up to 200 ms.
+// DefaultGossipInterval is the default time between two probes. While this member's health is good,
+// a probed member has 200 ms to answer (indirectAfter) before other members are asked to ping it
+// too. So the interval suits networks with round trips of up to 200 ms.
 const DefaultGossipInterval = time.Second
 
 // ErrNameTaken is returned by Run when this member has stood down, because another member has the
@@ -33,7 +34,20 @@ type UDPConn interface {
 	ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error)
 	WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error)
 	SetReadDeadline(t time.Time) error
+	SetReadBuffer(bytes int) error
 }
+
+// readBuffer is the size, in bytes, that Run asks for as the receive buffer of the socket. The
+// system may give less. In a flood of packets, real packets are lost while the buffer is full. To
+// refuse a packet takes less time than the system call that reads it, so that no cheaper check in
+// this program would save much. But the buffer must hold the packets of the few milliseconds in
+// which the system, or the Go scheduler, lets other work run first. A much larger buffer would delay
+// acknowledgements by a part of an interval when Run cannot keep up with a flood.
+const readBuffer = 1 << 20
+
+// readErrorPause is how long Run waits after a failed read, unless the read deadline has passed.
+// Otherwise an error that stays would use up a processor.
+const readErrorPause = 10 * time.Millisecond
 
 // A GossipConfig configures a Gossip.
 type GossipConfig struct {
@@ -43,7 +57,7 @@ type GossipConfig struct {
 	RingName     string            // name of the ring; packets of a ring with another name are refused
 	Keys         Keys              // cluster keys, which seal packets; packets sealed with other keys are refused
 	Seeds        []string          // host:port of each seed; a host name stands for all its IP addresses; SetSeeds limits the number of addresses
-	Interval     time.Duration     // time between two probes while Health is 0; the timeouts of the protocol are multiples of it
+	Interval     time.Duration     // time between two probes; the timeouts of the protocol are multiples of it
 	RestartState RestartState      // state saved by this member's previous run; zero at the first start
 	Conn         UDPConn           // this member's socket; the caller closes it after Run has returned
 	Resolver     HostResolver      // looks up the host names of seeds and members
@@ -121,7 +135,8 @@ func (g *Gossip) Run(ctx context.Context) error {
 		g.runHostRefresh(resolving)
 	}()
 	defer context.AfterFunc(ctx, g.interruptRead)()
-	buf := make([]byte, MaxPacket+1) // one byte more than the longest packet, so that a longer packet is recognized and refused
+	g.conf.Conn.SetReadBuffer(readBuffer) // after an error the buffer keeps its size, which suffices without a flood
+	buf := make([]byte, MaxPacket+1)      // one byte more than the longest packet, so that a longer packet is recognized and refused
 	for {
 		switch wait, err := g.leaveOrSetReadDeadline(ctx); {
 		case errors.Is(err, errLeft):
@@ -143,9 +158,9 @@ func (g *Gossip) Run(ctx context.Context) error {
 			})
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("reading gossip: %w", err)
+		case !errors.Is(err, os.ErrDeadlineExceeded): // for example, an ICMP message has answered a packet sent earlier
+			time.Sleep(readErrorPause)
 		}
-		// Ignore any other error: for example, the read deadline has passed, or an ICMP message has
-		// answered a packet sent earlier.
 	}
 }
 

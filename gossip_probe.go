@@ -40,8 +40,8 @@ const (
 )
 
 // scaledByHealth returns the duration of a number of intervals, multiplied by Swim.Health+1. A
-// higher Health is worse. So this member waits longer while its own health is bad (Lifeguard,
-// LHA-Probe).
+// higher Health is worse. So this member waits longer for answers while its own health is bad
+// (Lifeguard, LHA-Probe).
 func (s *Swim) scaledByHealth(intervals float64) time.Duration {
 	return s.intervalsToDuration(intervals * float64(s.Health+1))
 }
@@ -65,9 +65,11 @@ func (s *Swim) handleOwnStall(lateBy time.Duration) {
 }
 
 // probeNext probes the next member in probeOrder that has no probe pending, and schedules the next
-// probe.
+// probe. Unlike in Lifeguard, the time until then does not depend on Health, because only answered
+// probes make Health better again. If a member with a bad health probed less often, a short flood
+// that makes its socket lose packets would slow its judgement for minutes.
 func (s *Swim) probeNext() {
-	s.probeAt = s.now + s.scaledByHealth(1)
+	s.probeAt = s.now + s.interval
 	m := s.probeOrder.Next(&s.table, s.rng, func(m *Member) bool { return m != s.self && s.requests.find(requestProbe, m.Name) == nil })
 	if m != nil {
 		s.probe(m)

@@ -46,7 +46,7 @@ func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayC
 		s.answerOldSession(from, p, r)
 	case fromStranger:
 		s.Refused[RefusedStranger]++
-		s.challenge(from, p)
+		s.challenge(from, p, replayCounter)
 	case fromOwnName:
 		s.Refused[RefusedMisrouted]++
 		s.handleNamesake(from, p, r)
@@ -290,11 +290,11 @@ func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingR
 		// This member itself sent p in its current session. p has come back, for example because
 		// the address of a seed is this member's own, or because an attacker has sent p back.
 		// Ignore p.
-	case answered == nil && p.Kind == PacketHello && s.countUnprovenReply():
+	case answered == nil && p.Kind == PacketHello && s.informing.allow(s.now, s.interval):
 		if p.Session > s.self.Session {
 			s.startNameCheck(PacketDestination{AddrPort: from}, p.Session)
-		} else {
-			answer.RequestID, _ = s.findOrAddChallenge(s.name) // challenge the sender, because p may be a replay
+		} else if r, _ := s.findOrAddChallenge(s.name); r != nil {
+			answer.RequestID = r.id // challenge the sender, because p may be a replay
 		}
 		s.replyToUnproven(from, answer)
 	case answered == nil:

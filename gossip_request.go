@@ -12,7 +12,10 @@ import (
 	"time"
 )
 
-const maxPendingRequests = 1024 // limit of pending requests; when many members join at once, most of them are challenges
+const (
+	maxPendingRequests   = 1024 // limit of pending requests
+	maxPendingChallenges = 768  // limit of pending requests beyond which no challenge is added, so that probes still have room when many members join at once
+)
 
 // A pendingRequest is a request that has not been answered yet.
 type pendingRequest struct {
@@ -30,6 +33,14 @@ type pendingRequest struct {
 	originID     uint64            // of requestIndirect: the RequestID of origin's PacketPingReq
 	to           PacketDestination // of requestJoin and requestNameCheck: the address that the request is sent to
 	rivalSession uint64            // of requestNameCheck: session, higher than this member's, in a received record or packet with this member's name
+
+	answeredSession, answeredCounter uint64 // of requestChallenge: session and packet counter of the newest packet of the member that was answered with this challenge
+}
+
+// isOlderThan reports whether r, a challenge, has answered only packets that are older than the
+// packet with the given session and packet counter.
+func (r *pendingRequest) isOlderThan(session, counter uint64) bool {
+	return session > r.answeredSession || session == r.answeredSession && counter > r.answeredCounter
 }
 
 // A requestPurpose is the purpose of a request: what this member learns from the answer.
@@ -49,9 +60,13 @@ const (
 type pendingRequests []*pendingRequest
 
 // addIfRoom gives r a random ID, adds r to p, and returns it. It returns nil and adds nothing if
-// maxPendingRequests requests are pending.
+// maxPendingRequests requests are pending, or maxPendingChallenges if r is a challenge.
 func (p *pendingRequests) addIfRoom(now time.Duration, rng *rand.Rand, r pendingRequest) *pendingRequest {
-	if len(*p) >= maxPendingRequests {
+	limit := maxPendingRequests
+	if r.purpose == requestChallenge {
+		limit = maxPendingChallenges
+	}
+	if len(*p) >= limit {
 		return nil
 	}
 	for r.id == 0 {

@@ -55,14 +55,21 @@ func TestPendingRequests(t *testing.T) {
 	}
 }
 
-// Each pending request has its own ID, which is not 0. No request is added when maxPendingRequests
-// requests are pending.
+// Each pending request has its own ID, which is not 0. No challenge is added when
+// maxPendingChallenges requests are pending, and no other request when maxPendingRequests are.
 func TestPendingRequestsBounded(t *testing.T) {
 	var p pendingRequests
 	rng := rand.New(rand.NewPCG(1, 0))
 	ids := map[uint64]bool{0: true}
 	for i := range maxPendingRequests {
-		r := p.addIfRoom(3, rng, pendingRequest{purpose: requestChallenge, name: fmt.Sprint(i)})
+		purpose := requestChallenge
+		if i >= maxPendingChallenges {
+			if p.addIfRoom(3, rng, pendingRequest{purpose: requestChallenge}) != nil {
+				t.Fatalf("a challenge is added to %d pending requests", i)
+			}
+			purpose = requestProbe
+		}
+		r := p.addIfRoom(3, rng, pendingRequest{purpose: purpose, name: fmt.Sprint(i)})
 		if r == nil || r.sentAt != 3 || ids[r.id] {
 			t.Fatalf("request %d is %+v, want a new ID and sentAt 3", i, r)
 		}

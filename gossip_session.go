@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	maxUnprovenReplies = 2048      // most answers to sessions that have not proven themselves, in each period of one interval
+	maxUnprovenReplies = 2048      // limit of each replyLimit: most answers in each period of one interval
 	versionEventEvery  = time.Hour // shortest time between two events of the kind EventVersion
 )
 
@@ -146,49 +146,74 @@ func (s *Swim) markSessionProven(p *Packet, counter uint64) *Member {
 // answerOldSession handles p, a packet from an earlier session of its sender. The sender may have
 // lost its state and begun a session with a lower number. So answerOldSession sends it the record
 // of its latest known session, if p is a PacketHello or answers a request. A replay of such a
-// packet is answered too. The limit is maxUnprovenReplies.
+// packet is answered too. The limit is s.informing.
 func (s *Swim) answerOldSession(from netip.AddrPort, p *Packet, answered *pendingRequest) {
-	if (p.Kind == PacketHello || answered != nil) && s.countUnprovenReply() {
+	if (p.Kind == PacketHello || answered != nil) && s.informing.allow(s.now, s.interval) {
 		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID}, s.self, s.table.Get(p.From))
 	}
 }
 
-// challenge asks the sender of p to prove its session, because p may be a replay. If p is a request
-// other than a PacketPingReq, the challenge also answers p, because the answer reveals only this
-// member's record. For any other packet, challenge does nothing if a challenge of the sender is
-// pending. If no further request can be pending, challenge answers p but does not challenge the
-// sender. It does nothing beyond maxUnprovenReplies.
-func (s *Swim) challenge(from netip.AddrPort, p *Packet) {
-	if !s.countUnprovenReply() {
+// challenge asks the sender of p to prove its session, because p may be a replay. counter is p's
+// packet counter. If p is a request other than a PacketPingReq, the challenge also answers p,
+// because the answer reveals only this member's record. challenge does nothing if no further
+// challenge can be pending.
+//
+// A flood of replays must not keep this member from answering live members:
+//
+//   - The first packet of a sender is always answered. The number of challenges bounds these answers.
+//   - While that challenge is pending, challenge answers only requests, and only a request that is
+//     newer than all packets that it has answered with this challenge. A packet that a live member
+//     has just sent is newer than every replay. s.challenging limits these answers.
+//   - If the table has a record of the session, the first challenge also goes to the address in the
+//     record, because a replay can come from any address. So a replay makes a live member prove its
+//     session. From then on all replays of its packets are recognized.
+func (s *Swim) challenge(from netip.AddrPort, p *Packet, counter uint64) {
+	isRequest := p.RequestID != 0 && p.Kind != PacketPingReq
+	r, isNew := s.findOrAddChallenge(p.From)
+	switch {
+	case r == nil:
+		return
+	case isNew:
+		m := s.table.Get(p.From)
+		known := m != nil && m.Session == p.Session
+		if known && m.AddrPort != from {
+			s.send(m.PacketDestination(), Packet{Kind: PacketHello, To: m.Name, RequestID: r.id}, s.self)
+		}
+		if !isRequest && (!known || m.AddrPort == from) {
+			s.replyToUnproven(from, Packet{Kind: PacketHello, To: p.From, RequestID: r.id}, s.self)
+		}
+	case !isRequest || !r.isOlderThan(p.Session, counter) || !s.challenging.allow(s.now, s.interval):
 		return
 	}
-	id, isNew := s.findOrAddChallenge(p.From)
-	if p.RequestID != 0 && p.Kind != PacketPingReq {
-		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID, RequestID: id}, s.self)
-	} else if isNew {
-		s.replyToUnproven(from, Packet{Kind: PacketHello, To: p.From, RequestID: id}, s.self)
+	r.answeredSession, r.answeredCounter = p.Session, counter
+	if isRequest {
+		s.replyToUnproven(from, Packet{Kind: PacketAck, To: p.From, ReplyTo: p.RequestID, RequestID: r.id}, s.self)
 	}
 }
 
-// findOrAddChallenge returns the request ID that the member memberName must repeat in its answer to
-// the challenge, and whether that ID is new. Each name has at most one pending challenge, however
-// often a packet is replayed. The ID is 0 if maxPendingRequests requests are pending.
-func (s *Swim) findOrAddChallenge(memberName string) (requestID uint64, isNew bool) {
+// findOrAddChallenge returns the challenge that is pending for the member memberName, or a new one.
+// Each name has at most one pending challenge, however often a packet is replayed. It returns nil
+// if maxPendingChallenges requests are pending.
+func (s *Swim) findOrAddChallenge(memberName string) (r *pendingRequest, isNew bool) {
 	if r := s.requests.find(requestChallenge, memberName); r != nil {
-		return r.id, false
+		return r, false
 	}
-	if r := s.addRequestIfRoom(pendingRequest{purpose: requestChallenge, name: memberName, dueAt: s.now + s.interval}); r != nil {
-		return r.id, true
-	}
-	return 0, false
+	return s.addRequestIfRoom(pendingRequest{purpose: requestChallenge, name: memberName, dueAt: s.now + s.interval}), true
 }
 
-// countUnprovenReply counts one more answer to a session that has not proven itself. It returns
-// whether this answer is within the limit of maxUnprovenReplies per interval.
-func (s *Swim) countUnprovenReply() (allowed bool) {
-	if s.now-s.repliesSince >= s.interval {
-		s.repliesSince, s.replies = s.now, 0
+// A replyLimit limits answers to packets that could be replays, in each period of one interval. Each
+// kind of answer has its own limit, so that a flood that uses up one limit prevents no other
+// answers.
+type replyLimit struct {
+	since   time.Duration // when the current period began
+	replies int           // number of answers asked for in the current period
+}
+
+// allow counts one more answer, and returns whether it is within maxUnprovenReplies.
+func (l *replyLimit) allow(now, interval time.Duration) bool {
+	if now-l.since >= interval {
+		l.since, l.replies = now, 0
 	}
-	s.replies++
-	return s.replies <= maxUnprovenReplies
+	l.replies++
+	return l.replies <= maxUnprovenReplies
 }

@@ -75,7 +75,8 @@ func (s *sim) deathOf(i int) MemberRecord {
 }
 
 // A member challenges the sender of a packet if it does not know the sender's session, or knows the
-// session only from records of other members. It believes no record of the packet.
+// session only from records of other members. In the second case, it also sends a challenge to the
+// address in the record. It believes no record of the packet.
 func TestSwimChallenges(t *testing.T) {
 	s := joinedSim(t, 3, testSeed(t, 1))
 	a, b, dead := s.nodes[0], s.nodes[1], s.deathOf(2)
@@ -84,14 +85,21 @@ func TestSwimChallenges(t *testing.T) {
 	for _, c := range []struct {
 		about  string
 		packet Packet
+		record bool // the table has a record of the session
 	}{
-		{"member known from others", Packet{From: "rumour", Session: 1, Records: []MemberRecord{dead}}},
-		{"later session of a known member", Packet{Session: a.swim.self.Session + sessionStep, Records: []MemberRecord{dead}}},
-		{"unknown member", Packet{From: "new", Session: 1, Records: []MemberRecord{dead, {Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}}}},
+		{"member known from others", Packet{From: "rumour", Session: 1, Records: []MemberRecord{dead}}, true},
+		{"later session of a known member", Packet{Session: a.swim.self.Session + sessionStep, Records: []MemberRecord{dead}}, false},
+		{"unknown member", Packet{From: "new", Session: 1, Records: []MemberRecord{dead, {Name: "new", Session: 1, Addr: "x:1", Slot: NoSlot}}}, false},
 	} {
 		c.packet.Kind, c.packet.To, c.packet.RequestID = PacketPing, b.name, 5
 		want := b.swim.Refused[RefusedStranger] + 1
 		out := s.deliver(1, strangerAddr, s.seal(0, c.packet))
+		if c.record { // the session is known, so the challenge also goes to the address in the record
+			if p := s.decode(1, out[0].Data); p.Kind != PacketHello || p.RequestID == 0 || out[0].To.Host != rumour.Addr {
+				t.Errorf("%s: got %+v to %v, want a challenge to %s", c.about, p, out[0].To, rumour.Addr)
+			}
+			out = out[1:]
+		}
 		if len(out) != 1 || b.swim.Refused[RefusedStranger] != want || b.swim.table.Get(dead.Name).State != StateAlive || b.swim.table.Get("new") != nil {
 			t.Errorf("%s: the packet is believed or not challenged; got %d answers", c.about, len(out))
 		} else if p := s.decode(1, out[0].Data); p.RequestID == 0 || p.ReplyTo != 5 || out[0].To.AddrPort != strangerAddr {
@@ -182,27 +190,49 @@ func TestSwimReflectedOften(t *testing.T) {
 	}
 }
 
-// A member sends at most maxUnprovenReplies answers per interval to senders whose sessions have not
-// proven themselves.
+// A member sends at most maxUnprovenReplies answers per interval, besides the first, to an unknown
+// sender, and as many to earlier sessions. It answers no packet of an unknown sender that is not
+// newer than the packets of this sender that it has answered. Neither flood keeps it from answering
+// another unknown sender.
 func TestSwimBoundedAnswers(t *testing.T) {
 	s := joinedSim(t, 2, testSeed(t, 1))
-	hello := s.seal(1, Packet{Kind: PacketHello, From: "x", Session: 1, RequestID: 5})
-	answers := 0
+	hello := Packet{Kind: PacketHello, From: "x", Session: 2, RequestID: 5}
+	earlier := s.seal(1, hello)
+	oldSession := s.seal(1, Packet{Kind: PacketHello, Session: s.nodes[1].swim.self.Session - 1, RequestID: 5})
+	var answers, replays, informed int
 	for range maxUnprovenReplies + 100 {
-		answers += len(s.deliver(0, s.nodes[1].addr, hello))
+		answers += len(s.deliver(0, strangerAddr, s.seal(1, hello)))
+		replays += len(s.deliver(0, strangerAddr, earlier))
+		informed += len(s.deliver(0, strangerAddr, oldSession))
 	}
-	if answers == 0 || answers > maxUnprovenReplies {
-		t.Errorf("got %d answers in one interval, want 1 to %d", answers, maxUnprovenReplies)
+	if answers != maxUnprovenReplies+1 || replays != 0 || informed != maxUnprovenReplies {
+		t.Errorf("in one interval got %d answers to an unknown sender, %d to a replay of an earlier packet and %d to an earlier session, want %d, 0 and %d",
+			answers, replays, informed, maxUnprovenReplies+1, maxUnprovenReplies)
+	}
+	hello.From = "y"
+	if out := s.deliver(0, strangerAddr, s.seal(1, hello)); len(out) != 1 || s.decode(0, out[0].Data).RequestID == 0 {
+		t.Errorf("got %d answers to another unknown sender, want a challenge", len(out))
 	}
 }
 
-// The number of pending requests stays bounded, however many unknown members send packets.
+// The number of challenges stays bounded, however many unknown members send packets. A member that
+// can challenge no further sender does not answer it: an answer without a challenge would mean that
+// the sender's session is proven. It still has room to probe.
 func TestSwimBoundedRequests(t *testing.T) {
 	s := joinedSim(t, 2, testSeed(t, 1))
-	for i := range maxUnprovenReplies {
-		s.deliver(0, s.nodes[1].addr, s.seal(1, Packet{Kind: PacketHello, From: fmt.Sprint("x", i), Session: 1, RequestID: 5}))
+	a := s.nodes[0].swim
+	for i := range maxPendingRequests {
+		for _, d := range s.deliver(0, s.nodes[1].addr, s.seal(1, Packet{Kind: PacketHello, From: fmt.Sprint("x", i), Session: 1, RequestID: 5})) {
+			if s.decode(0, d.Data).RequestID == 0 {
+				t.Fatalf("unknown sender %d: got an answer without a challenge", i)
+			}
+		}
 	}
-	if n := len(s.nodes[0].swim.requests); n > maxPendingRequests {
-		t.Errorf("got %d pending requests, want at most %d", n, maxPendingRequests)
+	if n := len(a.requests); n != maxPendingChallenges {
+		t.Errorf("got %d pending requests, want %d", n, maxPendingChallenges)
+	}
+	a.requests = slices.DeleteFunc(a.requests, func(r *pendingRequest) bool { return r.purpose == requestProbe })
+	if a.probe(a.table.Get(s.nodes[1].name)); a.requests.find(requestProbe, s.nodes[1].name) == nil {
+		t.Error("there is no room for a probe")
 	}
 }

@@ -56,7 +56,7 @@ const (
 // that never started is zero.
 type SwimConfig struct {
 	Name, Addr, URL string
-	Interval        time.Duration // time between two probes while Health is 0; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and versionEventEvery
+	Interval        time.Duration // time between two probes; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and versionEventEvery
 	Random          rand.Source   // source of all random numbers, session numbers and request IDs included; must be unpredictable to attackers
 	Sealer          *PacketSealer // seals and opens packets; only the Swim may use it after NewSwim
 	RestartState    RestartState
@@ -100,8 +100,8 @@ type Swim struct {
 	wakeAt      time.Duration // when the next call of Receive or Tick is expected; a much later call shows a stall
 
 	// Limits on answers to unproven sessions and on events about other versions.
-	replies        int // answers since repliesSince to sessions that have not proven themselves
-	repliesSince   time.Duration
+	challenging    replyLimit    // answers to further requests of a sender whose challenge is pending
+	informing      replyLimit    // answers to earlier sessions, and to senders with this member's name
 	versionEventAt time.Duration // when the next EventVersion may be reported
 
 	// Memory that is reused by each Receive and Tick, and the place where the next sync begins.
@@ -359,7 +359,7 @@ func (s *Swim) randomMember(isEligible func(*Member) bool) *Member {
 }
 
 // addRequestIfRoom gives r an ID, adds it to the pending requests, and returns it. It returns nil
-// if maxPendingRequests requests are pending.
+// if there is no room; see addIfRoom.
 func (s *Swim) addRequestIfRoom(r pendingRequest) *pendingRequest {
 	return s.requests.addIfRoom(s.now, s.rng, r)
 }

@@ -3,10 +3,15 @@ package main
 // Tests of gossip over UDP: members on real sockets of this host, all in this process.
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -122,6 +127,41 @@ func TestGossipNameTaken(t *testing.T) {
 		t.Errorf("Run of the member with the lower session: got error %v, want %v", err, ErrNameTaken)
 	}
 	eventually(t, "the other member reports the conflict", func() bool { _, ok := events.Load(EventNameConflict); return ok })
+}
+
+// A brokenConn is a socket whose every read fails. After many reads it claims to be closed, so that
+// a test of a reader without pauses ends.
+type brokenConn struct {
+	*memConn
+	reads atomic.Int64
+}
+
+func (c *brokenConn) ReadFromUDPAddrPort([]byte) (int, netip.AddrPort, error) {
+	if c.reads.Add(1) > 100_000 {
+		return 0, netip.AddrPort{}, net.ErrClosed
+	}
+	return 0, netip.AddrPort{}, errors.New("input/output error")
+}
+
+// If all reads from the socket fail, Run waits readErrorPause between two reads. It goes on to call
+// Tick, and ends with its context.
+func TestGossipReadErrors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := &brokenConn{memConn: newMemNet().listen("10.0.0.1:1")}
+		g, err := NewGossip(GossipConfig{Name: "a", Addr: "10.0.0.1:1", RingName: "test", Keys: testKeys(t, 1), Seeds: []string{"10.0.0.2:1"},
+			Interval: memInterval, Conn: conn, Resolver: &fakeDNS{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*memInterval)
+		defer cancel()
+		if err := g.Run(ctx); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if n := conn.reads.Load(); n > int64(12*memInterval/readErrorPause) || g.Stats().Sent == 0 {
+			t.Errorf("in ten intervals got %d reads and %d packets sent, want one read per %v and some packets", n, g.Stats().Sent, readErrorPause)
+		}
+	})
 }
 
 // NewGossip refuses a configuration if one of the fields listed below is missing or invalid.

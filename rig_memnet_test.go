@@ -85,6 +85,8 @@ func (c *memConn) SetReadDeadline(t time.Time) error {
 	return nil
 }
 
+func (c *memConn) SetReadBuffer(int) error { return nil } // the queue has no limit
+
 // close closes the socket, so that datagrams to it are lost. Reads fail once the queue is empty.
 func (c *memConn) close() {
 	c.net.mu.Lock()
