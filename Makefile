@@ -5,6 +5,7 @@ GO         ?= go
 PROMTOOL   ?= promtool
 OUTAGE     ?= full
 CHAOS      ?= full
+HOSTILE    ?= full
 SEED       ?= 0
 SITES      ?= 10000
 FUZZTIME   ?= 3s
@@ -75,6 +76,9 @@ test-integration: telemeter ## test a client and two servers with a real Prometh
 test-outage: ## test all kinds of outages with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: six minutes
 	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages|Clocks)$$' . -args -outage $(OUTAGE)
 
+test-hostile: ## attack a ring of servers, and check a well-behaved site, a client and a real Prometheus meanwhile: ten minutes; HOSTILE=short: 75 seconds; HOSTILE=full:strangers: one attack; needs Linux
+	$(GO) test -count=1 -timeout 60m -v -run '^TestHostile$$' . -args -hostile $(HOSTILE)
+
 test-alerts: ## check the central Prometheus's configuration and alerts with promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
 	$(PROMTOOL) check rules testdata/rules.yml testdata/alerts.yml
@@ -102,4 +106,4 @@ FORCE:
 
 # The output of the targets must not mix.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-alerts test-netns test-chaos test-docs demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-hostile test-alerts test-netns test-chaos test-docs demo clean help FORCE

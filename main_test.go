@@ -39,8 +39,12 @@ const (
 	clockAhead  = "TELEMETER_TEST_CLOCK_AHEAD" // a duration, such as 2h, that is added to telemeter's wall clock
 )
 
-// TestMain runs telemeter if the environment variable asTelemeter is set, and the tests otherwise.
+// TestMain runs telemeter if the environment variable asTelemeter is set, an attacker of TestHostile
+// if asAttacker is set, and the tests otherwise.
 func TestMain(m *testing.M) {
+	if os.Getenv(asAttacker) != "" {
+		os.Exit(runAttacker(os.Stdin, os.Stdout))
+	}
 	if os.Getenv(asTelemeter) != "" {
 		ahead, _ := time.ParseDuration(os.Getenv(clockAhead))
 		os.Exit(runProcess(func() time.Time { return time.Now().Add(ahead) }))
