@@ -25,9 +25,22 @@ type limitedLog struct {
 	messages map[string]limitedMessage // by message; bounded, because messages are constants
 }
 
+// limitedMessage limits the lines with one message. The zero value is ready for use.
 type limitedMessage struct {
 	written    time.Time // when the last line with the message was written
 	suppressed int       // lines with the message that were left out since then
+}
+
+// take reports whether a line with the message may be written now, and how many were left out
+// before.
+func (m *limitedMessage) take(now time.Time) (suppressed int, ok bool) {
+	if !m.written.IsZero() && now.Sub(m.written) < limitedLogEvery {
+		m.suppressed++
+		return 0, false
+	}
+	suppressed = m.suppressed
+	*m = limitedMessage{written: now}
+	return suppressed, true
 }
 
 func newLimitedLog(log *slog.Logger, now func() time.Time) *limitedLog {
@@ -49,17 +62,11 @@ func (l *limitedLog) Log(level slog.Level, message string, args ...any) {
 	}
 }
 
-// take reports whether a line with the message may be written now, and how many were left out
-// before.
 func (l *limitedLog) take(message string) (suppressed int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	m, now := l.messages[message], l.now()
-	if !m.written.IsZero() && now.Sub(m.written) < limitedLogEvery {
-		m.suppressed++
-		l.messages[message] = m
-		return 0, false
-	}
-	l.messages[message] = limitedMessage{written: now}
-	return m.suppressed, true
+	m := l.messages[message]
+	suppressed, ok = m.take(l.now())
+	l.messages[message] = m
+	return suppressed, ok
 }

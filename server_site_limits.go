@@ -43,6 +43,7 @@ type limitedSite struct {
 	health         siteHealth
 	seen           time.Time // when the state of this site was last used; see track
 	loggedUntimely time.Time // when TakeUntimelyWarning last returned true for this site; zero if never
+	refusalLog     limitedMessage
 }
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
@@ -189,6 +190,19 @@ func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (
 	}
 	site.loggedUntimely = now
 	return true
+}
+
+// TakeRefusalLog reports whether the caller should log that a push of a site is refused, and how many
+// refusals of the site were not logged before. For each site it returns true at most once in
+// limitedLogEvery.
+func (t *SitePushLimiter) TakeRefusalLog(clusterID string, now time.Time) (suppressed int, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	site := t.track(clusterID, now)
+	if site == nil {
+		return 0, false
+	}
+	return site.refusalLog.take(now)
 }
 
 // ForEach calls f with the health of each tracked site, in the order of cluster IDs. It calls f

@@ -225,6 +225,27 @@ func TestTakeUntimelyWarning(t *testing.T) {
 	}
 }
 
+// The refusals of a site are logged at most once in limitedLogEvery, and the next line says how many
+// were not logged. Other sites are not affected.
+func TestRefusalsLoggedByRate(t *testing.T) {
+	r := newSrvRig(t)
+	for range 5 {
+		r.push("site-a", "malformed\n")
+	}
+	r.push("site-b", "malformed\n")
+	r.clock.Add(int64(limitedLogEvery))
+	r.push("site-a", "malformed\n")
+	var got []string
+	for line := range strings.Lines(r.log.String()) {
+		_, id, _ := strings.Cut(line, "cluster_id=")
+		_, suppressed, _ := strings.Cut(line, "suppressed=")
+		got = append(got, id[:len("site-a")]+" "+strings.TrimSpace(suppressed))
+	}
+	if want := []string{"site-a ", "site-b ", "site-a 4"}; !slices.Equal(got, want) {
+		t.Errorf("the log has refusals of %q, want %q", got, want)
+	}
+}
+
 // When maxTrackedSites sites are tracked, a new site makes the limiter forget the sites that have
 // been idle for more than a day. The limiter keeps a site that has a push in flight or had a call
 // within the last day. It also keeps a site that has used up its rate limit, because forgetting the

@@ -118,16 +118,32 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	text := strings.TrimSpace(string(resp.Body))
-	attrs := []any{"cluster_id", t.ClusterID, "remote", r.RemoteAddr, "status", resp.Status, "reason", text}
-	if level := refusalLevel(resp.Result); resp.Result == resultOverloaded {
-		s.limitedLog.Log(level, "push refused because the server is overloaded or not ready", attrs...) // such refusals do not count towards the rate limit of the site
-	} else {
-		s.cfg.Log.Log(r.Context(), level, "push refused", attrs...)
-	}
+	s.logRefusal(resp.Result, t.ClusterID, "cluster_id", t.ClusterID, "remote", r.RemoteAddr, "status", resp.Status, "reason", text)
 	if resp.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(resp.RetryAfter))
 	}
 	http.Error(w, text, resp.Status)
+}
+
+// logRefusal logs that a push of a site was refused. It logs at most one refusal of each site in
+// limitedLogEvery, because a site may push what it likes, and refusals for lack of room at most once
+// for all sites together.
+func (s *Server) logRefusal(result, clusterID string, args ...any) {
+	level := refusalLevel(result)
+	switch {
+	case result == resultOverloaded:
+		s.limitedLog.Log(level, "push refused because the server is overloaded or not ready", args...)
+		return
+	case level > slog.LevelDebug:
+		suppressed, ok := s.sites.TakeRefusalLog(clusterID, s.cfg.Now())
+		if !ok {
+			return
+		}
+		if suppressed > 0 {
+			args = append(args, "suppressed", suppressed)
+		}
+	}
+	s.cfg.Log.Log(context.Background(), level, "push refused", args...)
 }
 
 // refusalLevel returns the level at which this server logs that it refused a push with the given

@@ -64,18 +64,19 @@ type Consumers struct {
 
 // consumer is one consumer of this server. Consumers.mu guards its fields.
 type consumer struct {
-	key           uint64
-	name, address string
-	lastScrape    time.Time
-	savedScrape   time.Time          // value of lastScrape in the cursors file
-	cursors       map[uint64]uint64  // site key → number of the newest confirmed batch
-	unsaved       map[uint64]uint64  // changes of cursors that are not yet on disk, by site key; 0 means removed
-	sessions      []*ConsumerSession // at most maxSessions; the least recently used is first
-	scrapeLimit   int                // this consumer's own limit on the samples of one scrape; 0 means none
-	unconfirmed   int                // number of consecutive scrapes that served unread samples and were not confirmed
-	lastWarning   time.Time          // last warning about unconfirmed scrapes, or zero
-	proxied       bool               // at least one scrape came through a proxy
-	confirmed     bool               // at least one scrape was confirmed, as far as the server remembers
+	key              uint64
+	name, address    string
+	lastScrape       time.Time
+	savedScrape      time.Time          // value of lastScrape in the cursors file
+	cursors          map[uint64]uint64  // site key → number of the newest confirmed batch
+	unsaved          map[uint64]uint64  // changes of cursors that are not yet on disk, by site key; 0 means removed
+	sessions         []*ConsumerSession // at most maxSessions; the least recently used is first
+	scrapeLimit      int                // this consumer's own limit on the samples of one scrape; 0 means none
+	largestConfirmed int                // most unread samples of a confirmed scrape that ended in time
+	unconfirmed      int                // number of consecutive scrapes that served unread samples and were not confirmed
+	lastWarning      time.Time          // last warning about unconfirmed scrapes, or zero
+	proxied          bool               // at least one scrape came through a proxy
+	confirmed        bool               // at least one scrape was confirmed, as far as the server remembers
 }
 
 // CheckConsumerName returns an error if name is empty, is longer than maxConsumerName bytes, is not

@@ -15,6 +15,7 @@ import (
 const (
 	maxSessions      = 4         // sessions per consumer
 	minConsumerLimit = 1000      // samples; a consumer's own scrape limit is never lower
+	firstUnread      = 50_000    // unread samples that a scrape may serve a consumer that has not yet confirmed more
 	unconfirmedFew   = 3         // fewer consecutive unconfirmed scrapes than this may be an accident
 	unconfirmedWarn  = time.Hour // shortest time between warnings about a consumer's unconfirmed scrapes, unless a scrape is confirmed in between
 )
@@ -121,7 +122,7 @@ func (c *consumer) countUnconfirmedAndLowerLimit() (found bool) {
 
 // confirmLastScrape moves the consumer's cursors forward to the newest batches that the session's
 // last scrape served completely. If that scrape served unread samples in time, it also doubles the
-// consumer's scrape limit, if there is one.
+// consumer's scrape limit, if there is one, and raises its UnreadLimit.
 func (s *ConsumerSession) confirmLastScrape() {
 	c := s.consumer
 	if len(s.served) > 0 {
@@ -135,6 +136,9 @@ func (s *ConsumerSession) confirmLastScrape() {
 	}
 	if s.servedUnread > 0 && !s.late && c.scrapeLimit > 0 && c.scrapeLimit < math.MaxInt/2 {
 		c.scrapeLimit *= 2
+	}
+	if s.writtenInTime {
+		c.largestConfirmed = max(c.largestConfirmed, s.servedUnread)
 	}
 }
 
@@ -166,6 +170,16 @@ func (s *ConsumerSession) SampleLimit(configured int) int {
 	}
 	s.consumer.scrapeLimit = 0
 	return configured
+}
+
+// UnreadLimit returns the maximum number of unread samples for this scrape: twice as many as in the
+// largest scrape that the consumer has confirmed and that took at most half of its timeout. A scrape
+// with twice as many samples takes at most its timeout. Without this limit, the first scrape after a
+// few sites have pushed a lot would be so large that it fails, and with it the samples of all sites.
+func (s *ConsumerSession) UnreadLimit() int {
+	s.consumers.mu.Lock()
+	defer s.consumers.mu.Unlock()
+	return max(firstUnread, 2*s.consumer.largestConfirmed)
 }
 
 // EndScrapeAndLimitNext ends a scrape. The scrape took the time took. err is not nil if the samples

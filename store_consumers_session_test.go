@@ -10,6 +10,42 @@ import (
 	"time"
 )
 
+// The first scrapes of a consumer serve at most 50,000 unread samples. Later scrapes serve at most
+// twice as many as the largest scrape that the consumer has confirmed and that ended in time.
+func TestUnreadLimit(t *testing.T) {
+	const allowed = time.Second
+	cs, err := OpenConsumers(nil, "", &StoreMeta{}, time.Hour, consumersNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := &AnswerReadTracker{}
+	for i, c := range []struct {
+		served int
+		took   time.Duration
+		err    error
+		lost   bool // the next scrape comes on a new connection
+		want   int  // limit of the next scrape
+	}{
+		{20_000, 0, nil, false, 50_000},
+		{50_000, allowed, nil, false, 100_000},
+		{100_000, allowed + 1, nil, false, 100_000},
+		{100_000, 0, io.ErrShortWrite, false, 100_000},
+		{100_000, 0, nil, true, 100_000},
+		{100_000, 0, nil, false, 200_000},
+		{1000, 0, nil, false, 200_000},
+	} {
+		session := beginScrape(t, cs, "c", conn, consumersNow)
+		session.MarkServed(1, ReadPosition{Seq: uint64(i + 1)}, c.served)
+		session.EndScrapeAndLimitNext(c.took, allowed, c.err)
+		if c.lost {
+			conn = &AnswerReadTracker{}
+		}
+		if got := beginScrape(t, cs, "c", conn, consumersNow).UnreadLimit(); got != c.want {
+			t.Errorf("after scrape %d the limit is %d, want %d", i, got, c.want)
+		}
+	}
+}
+
 // A scrape that serves unread samples may lower the sample limit of the next scrapes: if its answer
 // is written slowly, or if its connection is replaced before the next scrape confirms it. A scrape
 // of unread samples that is written in time and confirmed doubles a lowered limit.

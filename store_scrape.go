@@ -164,8 +164,8 @@ func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool
 
 // ServeUnreadAndNewest returns the next samples for the consumer of session and marks them as
 // served. It gives unread samples priority, and among the unread samples of a site those of the
-// oldest batches. A limit of 0 means no limit. If not all unread samples fit, the sites get fair
-// shares. If room is left, it also returns the newest samples, as NewestPerSeries does, of the
+// oldest batches. A limit of 0 means no limit; the session limits the unread samples, too. If not all
+// unread samples fit, the sites get fair shares. If room is left, it also returns the newest samples, as NewestPerSeries does, of the
 // owned sites without further unread samples. With onePerSeries it returns at most one sample of
 // each series. match, if not nil, selects lines: the other samples are left out of the result, but
 // count toward limit, as served and in unreadServed. unreadServed is the number of unread samples
@@ -176,9 +176,10 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 	}
 	limits := ReadLimits{OnePerSeries: onePerSeries, ServedSince: s.Store.ServedSince()}
 	counts, total := s.countUnread(session)
-	share := limit // maximum unread samples per site
-	if total > limit {
-		share = fairShare(counts, limit)
+	unreadLeft := min(limit, session.UnreadLimit())
+	share := unreadLeft // maximum unread samples per site
+	if total > unreadLeft {
+		share = fairShare(counts, unreadLeft)
 	}
 	limits.NewestSince = s.newestSampleCutoff()
 	left, repeatsLeft := limit, max(0, limit-total)
@@ -190,7 +191,7 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 		served, n := 0, 0
 		site.View(func(data *SiteSamples) {
 			// Count again, because pushes may have arrived since countUnread.
-			limits.Unread = min(share, left, data.UnreadSampleCount(pos))
+			limits.Unread = min(share, unreadLeft, left, data.UnreadSampleCount(pos))
 			limits.Repeats = -1
 			if owned {
 				limits.Repeats = min(repeatsLeft, left-limits.Unread)
@@ -199,7 +200,7 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 				collected.addUngrouped(name, l)
 				served++
 			})
-			left -= served
+			left, unreadLeft = left-served, unreadLeft-n
 			repeatsLeft -= served - n
 			moreUnread = moreUnread || data.UnreadSampleCount(to) > 0
 			leftOut = leftOut || moreUnread || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
