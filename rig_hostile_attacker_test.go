@@ -32,12 +32,13 @@ import (
 const asAttacker = "TELEMETER_TEST_AS_ATTACKER"
 
 // attackGroup is a part of an attack: a number of workers that all do the same. One of Requests,
-// Conns and Packets is set. Worker i begins with a different element than worker i+1.
+// Conns, Packets and Burn is set. Worker i begins with a different element than worker i+1.
 type attackGroup struct {
 	Workers  int
 	Requests []attackRequest // sent in turn, each after the answer to the request before it
 	Conns    []attackConn    // opened in turn, each after the connection before it has ended
 	Packets  []attackPacket  // sent in turn, as fast as possible
+	Burn     bool            // each worker uses a processor and sends nothing
 }
 
 // attackRequest is a complete HTTP request. The answer to a request with MustRefuse must not have a
@@ -144,6 +145,11 @@ func (a *attacker) work(g attackGroup, i int) {
 	}
 	if len(g.Packets) > 0 {
 		a.flood(g.Packets)
+	}
+	for g.Burn && a.ctx.Err() == nil {
+		for i := range 1 << 20 {
+			_ = i
+		}
 	}
 }
 
@@ -266,15 +272,18 @@ type attackProcess struct {
 	err   logBuffer
 }
 
-// startAttack starts an attacker with the lowest priority of the CPU, so that the servers and the
-// well-behaved sites do not lack the CPU that the attacker itself uses.
-func startAttack(t *testing.T, groups []attackGroup) *attackProcess {
+// startAttack starts an attacker. Unless control is set, it has the lowest priority of the CPU, so
+// that the servers and the well-behaved sites do not lack the CPU that the attacker itself uses.
+func startAttack(t *testing.T, groups []attackGroup, control bool) *attackProcess {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &attackProcess{t: t, cmd: exec.Command("nice", "-n", "19", self)}
+	if control {
+		p.cmd = exec.Command(self)
+	}
 	p.cmd.Env = append(os.Environ(), asAttacker+"=1")
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
 	if p.input, err = p.cmd.StdinPipe(); err != nil {

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math"
 	"net/url"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -24,11 +25,13 @@ type attackKind struct {
 	groups     func(r *attackRig) []attackGroup
 	restarts   bool // whether server b is restarted at the beginning of both phases
 	authorized bool // whether the measured site is r.authorized, and not r.good
+	control    bool // whether this is no attack, but the load to which attacks are compared
 }
 
 // attackKinds returns all attacks.
 func attackKinds() []attackKind {
 	return []attackKind{
+		{name: "busy processors", groups: attackProcessors, control: true},
 		{name: "equal lines", groups: attackEqualLines},
 		{name: "many series and times", groups: attackManySeries},
 		{name: "strangers", groups: attackStrangers},
@@ -38,6 +41,13 @@ func attackKinds() []attackKind {
 		{name: "gossip and members", groups: attackMembers, restarts: true},
 		{name: "hostile content", groups: attackContent},
 	}
+}
+
+// attackProcessors sends nothing, and keeps every processor busy. All processes of the test share the
+// processors of one machine. Under most attacks each of the two servers uses one processor for the
+// attack. On a machine with two processors that alone makes pushes wait for a processor.
+func attackProcessors(*attackRig) []attackGroup {
+	return []attackGroup{{Workers: runtime.GOMAXPROCS(0), Burn: true}}
 }
 
 // upload returns a push of the site id to a server.
