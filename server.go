@@ -64,10 +64,9 @@ type Server struct {
 	state      atomic.Pointer[ReloadableServerConfig]
 	ready      atomic.Bool
 	uploads    semaphore    // one slot for each push in flight
-	decoding   decodeSlots  // slots for pushes that are being decoded
+	decoding   decodeLanes  // slots for pushes that are being decoded
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored or are being stored
 	bodies     sync.Pool    // of *[]byte: reusable memory for the bodies of pushes
-	buffers    sync.Pool    // of *decodeBuffers: reusable memory for decoding pushes
 	sites      *SitePushLimiter
 	federate   *federateHandler
 	limitedLog *limitedLog // for messages that a stranger or a hostile site can cause at any rate
@@ -80,7 +79,7 @@ type Server struct {
 func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
-		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newDecodeSlots(runtime.GOMAXPROCS(0)),
+		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newDecodeLanes(runtime.GOMAXPROCS(0)),
 		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), limitedLog: newLimitedLog(cfg.Log, cfg.Now),
 		instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
@@ -89,7 +88,6 @@ func NewServer(cfg ServerConfig) *Server {
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
-	s.buffers.New = func() any { return &decodeBuffers{} }
 	s.state.Store(&ReloadableServerConfig{Normalizer: &ServerNormalizer{}})
 	m.OnCollect(storeCollector(m, cfg.Store))
 	if cfg.Member != nil {

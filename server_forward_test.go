@@ -206,10 +206,10 @@ func TestForwardBlocksNoOtherSite(t *testing.T) {
 		Members: map[string]RingMember{"a": {Name: "a"}, "b": {Name: "b", Addr: strings.TrimPrefix(url, "http://")}},
 	})
 	r.server.cfg.Forwarder = f.Forwarder
-	r.server.decoding = newDecodeSlots(1) // as few decoding slots as on a machine with one processor
+	r.server.decoding = newDecodeLanes(1) // as few decoding slots as on a machine with one processor
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	waiting := 4 * cap(r.server.decoding.express)
+	waiting := 4 * cap(r.server.decoding.express.slots)
 	for i := range waiting {
 		id := ownedBy(t, f.Forwarder, "b", i)
 		go func() {

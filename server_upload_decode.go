@@ -12,25 +12,44 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"sync"
 )
 
-// decodeSlots bounds how many pushes this server decodes at a time. Because each site waits with
+// decodeLanes bounds how many pushes this server decodes at a time. Because each site waits with
 // one push at most, and the channel of a semaphore serves waiting goroutines in their order, the
 // sites that wait take turns.
-type decodeSlots struct {
-	express semaphore // for small pushes of sites that push little
-	bulk    semaphore // for all other pushes; a push holds its slot until it is stored, because finding the series of its samples takes as long as decoding them
+type decodeLanes struct {
+	express decodeLane // for small pushes of sites that push little
+	bulk    decodeLane // for all other pushes; a push holds its slot until it is stored, because finding the series of its samples takes as long as decoding them
 }
 
-// newDecodeSlots returns the slots for a number of processors. The bulk slots leave one processor
+// decodeLane has one slot for each push that may be decoded at a time.
+type decodeLane struct {
+	slots   semaphore
+	buffers *sync.Pool // of *decodeBuffers: reusable memory for decoding pushes
+}
+
+// newDecodeLanes returns the lanes for a number of processors. The bulk slots leave one processor
 // free, if there are several. There are more express slots than processors, because an express push
 // takes a processor for milliseconds only.
-func newDecodeSlots(processors int) decodeSlots {
-	return decodeSlots{express: newSemaphore(max(4, 2*processors)), bulk: newSemaphore(max(1, processors-1))}
+func newDecodeLanes(processors int) decodeLanes {
+	return decodeLanes{express: newDecodeLane(max(4, 2*processors)), bulk: newDecodeLane(max(1, processors-1))}
 }
 
-// errNoDecodeSlot means that a push got no slot before its time was over.
-func errNoDecodeSlot() error { return errOverloaded("the server is too busy to decode the push") }
+func newDecodeLane(slots int) decodeLane {
+	return decodeLane{newSemaphore(slots), &sync.Pool{New: func() any { return &decodeBuffers{} }}}
+}
+
+// InUse returns the number of slots that are taken in all lanes.
+func (l *decodeLanes) InUse() int { return l.express.slots.InUse() + l.bulk.slots.InUse() }
+
+// acquire waits for a slot and returns buffers. The error means that ctx ended first.
+func (l *decodeLane) acquire(ctx context.Context) (*decodeBuffers, error) {
+	if l.slots.Acquire(ctx) != nil {
+		return nil, errOverloaded("the server is too busy to decode the push")
+	}
+	return l.buffers.Get().(*decodeBuffers), nil
+}
 
 // decodeAndStorePush decodes a push, stores it on this server, and returns the answer. Before that,
 // it waits until no other push of the site is being decoded or stored, and then for a slot.
@@ -41,95 +60,88 @@ func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, para
 	// While a push waits, it takes only the memory of its body as sent, which LimitBytes bounds.
 	siteTurn := s.sites.DecodeTurn(push.ClusterID)
 	if siteTurn.Acquire(ctx) != nil {
-		return nil, errNoDecodeSlot()
+		return nil, errOverloaded("the server is too busy to decode the push")
 	}
 	defer siteTurn.Release()
-	buf := s.buffers.Get().(*decodeBuffers)
-	defer s.releaseBuffers(buf)
-	slot, body, err := s.acquireSlotAndDecompress(ctx, buf, push, body)
+	// The size of a body is known only once the body is decompressed. So a push of a site that
+	// pushes little begins in the express lane. If its body turns out to be large, it gives up the
+	// slot and the decompressed bytes, and begins again in the bulk lane: decompressing takes a
+	// tenth of the time of decoding, and pushes that wait keep no decompressed body in memory.
+	if !s.sites.IsAheadOfPace(push.ClusterID, s.cfg.Now()) {
+		resp, isLarge, err := s.storeExpressPush(ctx, push, params, body)
+		if !isLarge {
+			return resp, err
+		}
+	}
+	return s.storeBulkPush(ctx, push, params, body)
+}
+
+// storeExpressPush decodes and stores a push that decompresses to at most LimitBytes. The push holds
+// a slot only while it is decoded, so that pushes which wait for a disk that hangs take no slots
+// from other pushes. isLarge is true if the push needs a bulk slot; it is then not stored.
+func (s *Server) storeExpressPush(ctx context.Context, push *pushRequest, params pushParams, sentBody []byte) (resp *pushResponse, isLarge bool, err error) {
+	buf, err := s.decoding.express.acquire(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	defer func() {
+		if buf.bodySize+buf.samples.MemorySize() <= maxPooledBuffers {
+			s.decoding.express.buffers.Put(buf)
+		}
+	}()
+	d, isLarge, err := s.decompressAndDecode(buf, push, params.format, sentBody, int(s.cfg.LimitBytes))
+	s.decoding.express.slots.Release()
+	if isLarge || err != nil {
+		return nil, isLarge, err
+	}
+	resp, err = s.storeDecodedPush(ctx, push.ClusterID, params, buf, d)
+	return resp, false, err
+}
+
+// storeBulkPush decodes and stores a push of any size up to the limit. The buffers of the bulk lane
+// are reused whatever their size, because there are only as many as bulk slots, and because
+// allocating them for each push would keep the garbage collector busy.
+func (s *Server) storeBulkPush(ctx context.Context, push *pushRequest, params pushParams, sentBody []byte) (*pushResponse, error) {
+	buf, err := s.decoding.bulk.acquire(ctx)
 	if err != nil {
 		return nil, err
 	}
-	d, err := s.decodePush(buf, push, params.format, body)
-	if slot == s.decoding.express {
-		slot.Release()
-	} else {
-		defer slot.Release()
-	}
+	defer s.decoding.bulk.slots.Release()
+	defer s.decoding.bulk.buffers.Put(buf)
+	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
+	d, isLarge, err := s.decompressAndDecode(buf, push, params.format, sentBody, limit)
 	if err != nil {
 		return nil, err
 	}
+	if isLarge {
+		s.sites.ChargeDecoded(push.ClusterID, limit, s.cfg.Now())
+		return nil, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
+	}
+	return s.storeDecodedPush(ctx, push.ClusterID, params, buf, d)
+}
+
+// storeDecodedPush stores the samples in buf, which d describes, and returns the answer.
+func (s *Server) storeDecodedPush(ctx context.Context, clusterID string, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
 	defer s.pending.Add(-d.memory)
 	if s.pending.Add(d.memory) > maxPending {
 		return nil, errOverloaded("too many pushes wait to be stored")
 	}
-	res, err := s.appendPush(ctx, push.ClusterID, params, &buf.samples)
+	res, err := s.appendPush(ctx, clusterID, params, &buf.samples)
 	if err != nil {
 		return nil, err
 	}
-	return s.countAndAnswerAccepted(push.ClusterID, params, &buf.samples, d, res)
+	return s.countAndAnswerAccepted(clusterID, params, &buf.samples, d, res)
 }
 
-// acquireSlotAndDecompress decompresses the body of a push and charges the site for its size. It
-// returns the decompressed body, which is valid until buf is used again, and the slot that the push
-// holds. The caller must release the slot. After an error the push holds no slot.
-//
-// The size of a body is known only once the body is decompressed. So a push of a site that pushes
-// little begins in an express slot. If its body turns out to be large, it gives up the slot and the
-// decompressed bytes, waits for a bulk slot and begins again: decompressing takes a tenth of the
-// time of decoding, and pushes that wait keep no decompressed body in memory.
-func (s *Server) acquireSlotAndDecompress(ctx context.Context, buf *decodeBuffers, push *pushRequest, sentBody []byte) (slot semaphore, body []byte, err error) {
-	limit, tooLarge := int(s.cfg.LimitBytes), true
-	if !s.sites.IsAheadOfPace(push.ClusterID, s.cfg.Now()) {
-		if slot = s.decoding.express; slot.Acquire(ctx) != nil {
-			return nil, nil, errNoDecodeSlot()
-		}
-		if body, tooLarge, err = buf.decompress(sentBody, push.Encoding, limit); err != nil || tooLarge {
-			slot.Release()
-		}
-	}
-	if err == nil && tooLarge {
-		limit *= MaxDecodedFactor
-		if slot = s.decoding.bulk; slot.Acquire(ctx) != nil {
-			return nil, nil, errNoDecodeSlot()
-		}
-		if body, tooLarge, err = buf.decompress(sentBody, push.Encoding, limit); err != nil || tooLarge {
-			slot.Release()
-		}
-	}
-	switch {
-	case err != nil:
-		return nil, nil, errMalformed(err.Error())
-	case tooLarge:
-		s.sites.ChargeDecoded(push.ClusterID, limit, s.cfg.Now())
-		return nil, nil, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
-	}
-	s.sites.ChargeDecoded(push.ClusterID, len(body), s.cfg.Now())
-	return slot, body, nil
-}
-
-// decodeBuffers has the memory for decoding one push. Server.buffers keeps it for reuse by later
-// pushes. A push keeps its buffers while it waits to be stored. Server.pending then counts only the
-// bytes that the push fills, not the capacity of the buffers. To keep the difference small, buffers
-// that have grown beyond maxPooledBuffers are not reused.
+// decodeBuffers has the memory for decoding one push. A push keeps its buffers while it waits to be
+// stored. Server.pending then counts only the bytes that the push fills, not the capacity of the
+// buffers. To keep the difference small, buffers of the express lane that have grown beyond
+// maxPooledBuffers are not reused.
 type decodeBuffers struct {
 	decompressor Decompressor
 	decoder      Decoder
 	samples      SampleList
 	bodySize     int // capacity in bytes of the largest decompressed body so far
-}
-
-func (b *decodeBuffers) decompress(sentBody []byte, encoding string, limit int) (body []byte, tooLarge bool, err error) {
-	body, tooLarge, err = b.decompressor.Decompress(sentBody, encoding, limit)
-	b.bodySize = max(b.bodySize, cap(body))
-	return body, tooLarge, err
-}
-
-// releaseBuffers returns buf to the pool s.buffers, unless buf has grown beyond maxPooledBuffers.
-func (s *Server) releaseBuffers(buf *decodeBuffers) {
-	if buf.bodySize+buf.samples.MemorySize() <= maxPooledBuffers {
-		s.buffers.Put(buf)
-	}
 }
 
 // pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
@@ -141,8 +153,25 @@ type pushDropCounts struct {
 	memory   int64          // bytes of its buffers that the decoded push fills
 }
 
-// decodePush decodes and normalizes the decompressed body of a push into buf.samples. A sample
-// without a timestamp gets the arrival time of the push.
+// decompressAndDecode decompresses, decodes and normalizes the body of a push into buf.samples, and
+// charges the site for the size of the body. A sample without a timestamp gets the arrival time of
+// the push. If the decompressed body has more than limit bytes, isLarge is true, and nothing is
+// charged.
+func (s *Server) decompressAndDecode(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte, limit int) (counts pushDropCounts, isLarge bool, err error) {
+	body, isLarge, err := buf.decompressor.Decompress(sentBody, push.Encoding, limit)
+	buf.bodySize = max(buf.bodySize, cap(body))
+	if err != nil {
+		return counts, false, errMalformed(err.Error())
+	}
+	if isLarge {
+		return counts, true, nil
+	}
+	s.sites.ChargeDecoded(push.ClusterID, len(body), s.cfg.Now())
+	counts, err = s.decodePush(buf, push, format, body)
+	return counts, false, err
+}
+
+// decodePush decodes and normalizes the decompressed body of a push into buf.samples.
 func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format, body []byte) (counts pushDropCounts, err error) {
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
 	buf.samples.Reset()

@@ -28,7 +28,7 @@ func newDecodeRig(t *testing.T, rateInterval time.Duration) *decodeRig {
 		t.Fatal(err)
 	}
 	r.store, r.server.cfg.Store = store, store
-	r.server.decoding = newDecodeSlots(1)
+	r.server.decoding = newDecodeLanes(1)
 	r.server.sites = NewSitePushLimiter(rateInterval, 1<<20)
 	return r
 }
@@ -95,15 +95,15 @@ func TestOneSiteDecodesOnePush(t *testing.T) {
 func TestBulkSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newDecodeRig(t, 0)
-		r.server.decoding.bulk.TryAcquire() // as if a large push were being decoded
+		r.server.decoding.bulk.slots.TryAcquire() // as if a large push were being decoded
 		waits := r.pushInBackground("a", bigPush())
 		for i := range 20 {
 			checkStored(t, "a small push", r.pushInBackground(fmt.Sprint("b", i), "up 1\n"), true)
 		}
 		checkStored(t, "a large push", waits, false)
-		r.server.decoding.bulk.Release()
+		r.server.decoding.bulk.slots.Release()
 		checkStored(t, "a large push, after the other one", waits, true)
-		if n := r.server.decoding.bulk.InUse() + r.server.decoding.express.InUse(); n != 0 {
+		if n := r.server.decoding.InUse(); n != 0 {
 			t.Errorf("%d slots are in use after all pushes", n)
 		}
 	})
@@ -118,11 +118,11 @@ func TestBulkSlotErrors(t *testing.T) {
 			if err := <-r.pushInBackground("a", body); err == nil {
 				t.Errorf("a malformed push of %d bytes was stored", len(body))
 			}
-			if n := r.server.decoding.bulk.InUse() + r.server.decoding.express.InUse(); n != 0 {
+			if n := r.server.decoding.InUse(); n != 0 {
 				t.Errorf("%d slots are in use after a malformed push of %d bytes", n, len(body))
 			}
 		}
-		r.server.decoding.bulk.TryAcquire()
+		r.server.decoding.bulk.slots.TryAcquire()
 		begin := time.Now()
 		err := <-r.pushInBackground("a", bigPush())
 		if refused := refusalResponse(err); refused.Status != 503 || time.Since(begin) != storeTimeout {
@@ -136,17 +136,17 @@ func TestBulkSlotErrors(t *testing.T) {
 func TestSiteAheadOfPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newDecodeRig(t, time.Second)
-		r.server.decoding.bulk.TryAcquire()
+		r.server.decoding.bulk.slots.TryAcquire()
 		for range aheadOfPace {
 			checkStored(t, "a push", r.pushInBackground("a", "up 1\n"), true)
 		}
 		waits := r.pushInBackground("a", "up 1\n")
 		checkStored(t, "the ninth push", waits, false)
 		checkStored(t, "another site", r.pushInBackground("b", "up 1\n"), true)
-		r.server.decoding.bulk.Release()
+		r.server.decoding.bulk.slots.Release()
 		checkStored(t, "the ninth push, with a slot", waits, true)
 		time.Sleep(2 * time.Second)
-		r.server.decoding.bulk.TryAcquire()
+		r.server.decoding.bulk.slots.TryAcquire()
 		checkStored(t, "a push after a pause", r.pushInBackground("a", "up 1\n"), true)
 	})
 }
@@ -169,11 +169,11 @@ func TestSitesTakeTurns(t *testing.T) {
 			}
 			return fault{}
 		}
-		r.server.decoding.bulk.TryAcquire()
+		r.server.decoding.bulk.slots.TryAcquire()
 		for i, id := range []string{"a", "a", "a", "a", "b", "c", "b"} {
 			r.pushInBackground(id, fmt.Sprintf("x%d 1\n", i)+bigPush())
 		}
-		r.server.decoding.bulk.Release()
+		r.server.decoding.bulk.slots.Release()
 		// The order of the last four pushes depends on how fast each one decompresses its body.
 		if synctest.Wait(); !strings.HasPrefix(order, "abc") || len(order) != 7 {
 			t.Errorf("the pushes were stored in the order %s, want one push of a, b and c and then the other four", order)

@@ -251,7 +251,7 @@ func TestVanishingClient(t *testing.T) {
 	eventually(t, "all slots are free", func() bool {
 		r.server.sites.mu.Lock()
 		defer r.server.sites.mu.Unlock()
-		return len(r.server.uploads) == 0 && len(r.server.decoding.express)+len(r.server.decoding.bulk) == 0 && r.server.sites.sites["site-a"].inFlight == 0
+		return len(r.server.uploads) == 0 && r.server.decoding.InUse() == 0 && r.server.sites.sites["site-a"].inFlight == 0
 	})
 	if st := r.store.Stats(); len(st.Sites) != 0 {
 		t.Errorf("the unfinished pushes left %+v", st)
