@@ -250,7 +250,10 @@ func (h *federateHandler) beginScrape(r *http.Request, c scrapingConsumer) (*Con
 	if viaProxy {
 		conn = &AnswerReadTracker{} // a new tracker stands for a connection never seen before, so this scrape does not confirm the previous one
 	}
-	now, log := h.cfg.Now(), h.cfg.Log.With("consumer", c.name, "remote", r.RemoteAddr)
+	now := h.cfg.Now()
+	log := func(level slog.Level, message string, args ...any) { // by rate, because scrapers can invent consumers
+		h.limitedLog.Log(level, message, append(args, "consumer", c.name, "remote", r.RemoteAddr)...)
+	}
 	session, repeated, err := h.cfg.Store.Consumers.BeginScrape(c.key, c.name, c.address, conn, now)
 	if err != nil {
 		return nil, fmt.Errorf("consumer: %w", err)
@@ -262,8 +265,8 @@ func (h *federateHandler) beginScrape(r *http.Request, c scrapingConsumer) (*Con
 	if !h.cfg.Store.Consumers.HasConfirmed(c.key) {
 		h.cfg.Store.SaveConsumers()
 	}
-	if viaProxy && session.MarkConsumerProxied() {
-		log.Warn("the consumer scrapes through a proxy, which cannot confirm that samples arrived, so the same samples are served again; make the consumer scrape this server directly")
+	if viaProxy && session.TakeProxyWarning(now) {
+		log(slog.LevelWarn, "the consumer scrapes through a proxy, which cannot confirm that samples arrived, so the same samples are served again; make the consumer scrape this server directly")
 	}
 	unconfirmed, warn := session.TakeUnconfirmedWarning(now)
 	if repeated {
@@ -272,10 +275,10 @@ func (h *federateHandler) beginScrape(r *http.Request, c scrapingConsumer) (*Con
 		if unconfirmed > 1 {
 			level = slog.LevelDebug // the warning below reports scrapes that stay unconfirmed, but not at each scrape
 		}
-		log.Log(r.Context(), level, "the consumer's previous scrape is not confirmed, so its samples are served again")
+		log(level, "the consumer's previous scrape is not confirmed, so its samples are served again")
 	}
 	if warn {
-		log.Warn("the consumer's scrapes are never confirmed, so the same samples are served again and again; look for a proxy that closes, pools or buffers connections, a scrape_interval of five minutes or more, or a scraper other than Prometheus", "scrapes", unconfirmed)
+		log(slog.LevelWarn, "the consumer's scrapes are never confirmed, so the same samples are served again and again; look for a proxy that closes, pools or buffers connections, a scrape_interval of five minutes or more, or a scraper other than Prometheus", "scrapes", unconfirmed)
 	}
 	return session, nil
 }

@@ -134,7 +134,7 @@ func TestFederatePipelined(t *testing.T) {
 
 // If the headers of a scrape show that it came through a proxy, the scrape does not confirm the
 // consumer's previous scrape, and no later request confirms this scrape, because a proxy can read
-// an answer without passing it on. The server logs one warning for each such consumer.
+// an answer without passing it on. The server logs one warning an hour for each such consumer.
 func TestFederateProxied(t *testing.T) {
 	for _, header := range [][]string{{"Via", "1.1 proxy"}, {"Forwarded", "for=10.0.0.1"}, {"X-Forwarded-For", "10.0.0.1"}, {"x-forwarded-for", ""}} {
 		r := newConsumerRig(t)
@@ -150,6 +150,7 @@ func TestFederateProxied(t *testing.T) {
 				t.Errorf("%v, step %d: got %q, want %q", header, i, got, step.want)
 			}
 		}
+		r.clock.Add(int64(limitedLogEvery)) // messages of all consumers together are logged by rate
 		r.ups(client, "consumer=y", "", header...)
 		if n := strings.Count(r.log.String(), "make the consumer scrape this server directly"); n != 2 {
 			t.Errorf("%d warnings about proxies, want one for each of 2 consumers:\n%s", n, r.log)

@@ -75,7 +75,7 @@ type consumer struct {
 	largestConfirmed int                // most unread samples of a confirmed scrape that ended in time
 	unconfirmed      int                // number of consecutive scrapes that served unread samples and were not confirmed
 	lastWarning      time.Time          // last warning about unconfirmed scrapes, or zero
-	proxied          bool               // at least one scrape came through a proxy
+	lastProxyWarning time.Time          // last warning that a scrape came through a proxy, or zero
 	confirmed        bool               // at least one scrape was confirmed, as far as the server remembers
 }
 

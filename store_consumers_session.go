@@ -17,7 +17,7 @@ const (
 	minConsumerLimit = 1000      // samples; a consumer's own scrape limit is never lower
 	firstUnread      = 50_000    // unread samples that a scrape may serve a consumer that has not yet confirmed more
 	unconfirmedFew   = 3         // fewer consecutive unconfirmed scrapes than this may be an accident
-	unconfirmedWarn  = time.Hour // shortest time between warnings about a consumer's unconfirmed scrapes, unless a scrape is confirmed in between
+	unconfirmedWarn  = time.Hour // shortest time between warnings about a consumer's unconfirmed scrapes, unless a scrape is confirmed in between, and between warnings about its proxy
 )
 
 // ConsumerSession is the read position of one consumer on one connection. The requests of a
@@ -200,14 +200,15 @@ func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, err
 	}
 }
 
-// MarkConsumerProxied records that the consumer's scrape came through a proxy. The result first is
-// true if no earlier scrape of this consumer came through a proxy, as far as the server remembers.
-func (s *ConsumerSession) MarkConsumerProxied() (first bool) {
+// TakeProxyWarning reports whether the caller must log a warning that the consumer scrapes through a
+// proxy. The next warning is then due after unconfirmedWarn.
+func (s *ConsumerSession) TakeProxyWarning(now time.Time) (warn bool) {
 	s.consumers.mu.Lock()
 	defer s.consumers.mu.Unlock()
-	first = !s.consumer.proxied
-	s.consumer.proxied = true
-	return first
+	if warn = now.Sub(s.consumer.lastProxyWarning) >= unconfirmedWarn; warn {
+		s.consumer.lastProxyWarning = now
+	}
+	return warn
 }
 
 // TakeUnconfirmedWarning returns the number of the consumer's consecutive scrapes that served
