@@ -26,12 +26,10 @@ const (
 	// A server may log attackLogLines in an attack, for a restart, and attackLogRate in each second.
 	// At this rate an attack of a day writes about 200 MB, which a usual rotation of logs can hold.
 	attackLogLines, attackLogRate = 20, 10
-	// attackSlower and attackNoise bound the 99th percentile of the durations of pushes during an
-	// attack: attackSlower times the 99th percentile of the quiet phase, or of the phase in which the
-	// processors are busy with something else, plus attackNoise. Only the full form checks this,
-	// because a short phase has too few pushes.
+	// A push should take at most attackSlower times as long during an attack as in a quiet phase, at
+	// the 99th percentile. The test prints the ratio but does not check it, because it depends on the
+	// processors of the machine, which all servers, sites and attackers of the test share.
 	attackSlower = 2
-	attackNoise  = 5 * time.Millisecond
 )
 
 // attackForm has the durations of a form of TestHostile.
@@ -39,19 +37,17 @@ type attackForm struct {
 	calm          time.Duration // pause before a quiet phase
 	quiet, attack time.Duration // durations of the two phases
 	arrive        time.Duration // how long samples may need until they are in Prometheus, at the end
-	times         bool          // whether the durations of pushes are checked
-	busy          time.Duration // 99th percentile of the durations of pushes while the processors are busy with something else
 }
 
 // No attack makes a server refuse or lose a push of a well-behaved site, or lose a sample, or makes
 // a scrape of Prometheus fail. No attack makes a server panic, use more than attackMemory, or log
-// more than attackLogLines. A push takes at most about twice as long as in a quiet phase.
+// more than attackLogLines.
 func TestHostile(t *testing.T) {
 	var form attackForm
 	name, only, _ := strings.Cut(*hostileFlag, ":")
 	switch name {
 	case "full":
-		form = attackForm{calm: 10 * time.Second, quiet: 30 * time.Second, attack: 30 * time.Second, arrive: 2 * time.Minute, times: true}
+		form = attackForm{calm: 10 * time.Second, quiet: 30 * time.Second, attack: 30 * time.Second, arrive: 2 * time.Minute}
 	case "short":
 		form = attackForm{calm: 200 * time.Millisecond, quiet: time.Second, attack: 4 * time.Second, arrive: 20 * time.Second}
 	default:
@@ -63,13 +59,10 @@ func TestHostile(t *testing.T) {
 	var rows []*attackRow
 	last := &attackRow{peak: map[string]int64{}}
 	for _, kind := range attackKinds() {
-		if !strings.HasPrefix(kind.name, only) && !(kind.control && form.times) {
+		if !strings.HasPrefix(kind.name, only) && !kind.control {
 			continue
 		}
 		row := r.attacked(kind, form, last)
-		if kind.control {
-			form.busy = slowest(row.during, .99)
-		}
 		if len(rows) == 0 {
 			row.from = begin
 		}
@@ -87,7 +80,7 @@ func TestHostile(t *testing.T) {
 	r.compareAll(rows, time.Now().Add(form.arrive))
 	printAttacks(os.Stdout, rows)
 	for _, row := range rows {
-		for _, fault := range row.faults(form) {
+		for _, fault := range row.faults() {
 			t.Errorf("%s: %s", row.name, fault)
 		}
 	}

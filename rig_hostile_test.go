@@ -31,7 +31,7 @@ import (
 
 const (
 	attackSeries   = 200              // series of a well-behaved site
-	attackScrape   = time.Second      // interval and timeout of the scrapes of the central Prometheus
+	attackScrape   = 3 * time.Second  // interval and timeout of the scrapes of the central Prometheus; long enough that a scrape on a busy machine ends in time
 	attackRate     = 50               // --ratelimit of the servers, in ms; the pause of a well-behaved site is at least as long
 	attackPatience = 40 * time.Second // how long a client of telemeter waits for the answer to its push
 )
