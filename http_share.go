@@ -2,9 +2,9 @@ package main
 
 // This file decides which connection a full listener closes to make room for a new one. An address
 // from which a sender has authenticated is known, and all other addresses are strangers. Strangers
-// lose connections first, and among equals the address with the most open connections. So a flood
-// of connections displaces itself. A connection is protected while the server handles an
-// authenticated request on it. This file must not do I/O, and callers pass the current time.
+// lose connections first, and among equals the address with the highest load. So a flood of
+// connections displaces itself. A connection is protected while the server handles an authenticated
+// request on it. This file must not do I/O, and callers pass the current time.
 
 import (
 	"cmp"
@@ -30,6 +30,7 @@ type connTable struct {
 	peers     map[netip.Addr]*connPeer
 	strangers connPeerHeap // peers that are not known and have a connection that may be closed
 	known     connPeerHeap // peers that are known and have a connection that may be closed
+	shares    int          // sum of connPeer.shares of all peers in known
 
 	// remembered has a *senderAddr for each address of each sender. The address from which its
 	// sender has sent no request for the longest time is first. senders has the elements of each
@@ -43,6 +44,7 @@ type connPeer struct {
 	addr    netip.Addr // see peerAddr
 	open    int        // open connections from this address, including protected connections
 	senders int        // senders of which this address is remembered; the address is known if the number is not 0
+	shares  int        // value of senders that connTable.shares has; 0 if the peer is not in connTable.known
 
 	// waiting has the connections that may be closed, the longest waiting first: those without an
 	// authenticated request so far in waiting[0], and the others in waiting[1]. So behind a proxy,
@@ -142,13 +144,13 @@ func (t *connTable) unprotect(c *connEntry) {
 }
 
 // victim returns the connection that should be closed to make room, or nil if every connection is
-// protected. The victim is a connection of a stranger, if there is one. A known address with more
-// than its share of the connections counts as a stranger, so that no sender can keep strangers out.
-// Among the addresses left, the one with the most open connections loses its longest waiting
-// connection. Connections of this address that have carried an authenticated request come last.
+// protected. The victim is a connection of a stranger, if there is one. A known address whose load
+// is more than a share counts as a stranger, so that no sender can keep strangers out. Among the
+// addresses left, the one with the highest load loses its longest waiting connection. Connections of
+// this address that have carried an authenticated request come last.
 func (t *connTable) victim() *connEntry {
 	p, known := t.strangers.first(), t.known.first()
-	if p == nil || known != nil && known.open > t.share() && known.open > p.open {
+	if p == nil || known != nil && known.load() > t.share() && known.load() > p.load() {
 		p = known
 	}
 	if p == nil {
@@ -157,10 +159,15 @@ func (t *connTable) victim() *connEntry {
 	return p.longestWaiting()
 }
 
-// share returns the number of connections up to which a known address loses none while strangers
-// have any. It is an equal share of max for each known address, and one more share for all
+// share returns the load up to which a known address loses no connection while strangers have any.
+// It is an equal share of max for each sender of each known address, and one more share for all
 // strangers together.
-func (t *connTable) share() int { return t.max / (len(t.known) + 1) }
+func (t *connTable) share() float64 { return float64(t.max) / float64(t.shares+1) }
+
+// load returns the number of open connections of p for each sender of which p is remembered. A
+// stranger counts as one sender. So an address that many sites share, such as a NAT, may have many
+// connections.
+func (p *connPeer) load() float64 { return float64(p.open) / float64(max(1, p.senders)) }
 
 // isStranger reports whether a connection in the table has carried no authenticated request and its
 // address is not known.
@@ -204,6 +211,11 @@ func (t *connTable) update(p *connPeer) {
 	default:
 		want = &t.strangers
 	}
+	t.shares -= p.shares
+	if p.shares = 0; want == &t.known {
+		p.shares = p.senders
+	}
+	t.shares += p.shares
 	if p.heap != nil && p.heap != want {
 		heap.Remove(p.heap, p.index)
 		p.heap = nil
@@ -238,9 +250,9 @@ func (p *connPeer) longestWaiting() *connEntry {
 	return nil
 }
 
-// connPeerHeap is a heap.Interface. Its first peer has the most open connections. Among peers with
-// equally many, it is the peer whose connection waits longest. Every peer has a connection that may
-// be closed.
+// connPeerHeap is a heap.Interface. Its first peer has the highest load. Among peers with an equal
+// load, it is the peer whose connection waits longest. Every peer has a connection that may be
+// closed.
 type connPeerHeap []*connPeer
 
 // first returns the first peer, or nil if the heap is empty.
@@ -254,7 +266,7 @@ func (h connPeerHeap) first() *connPeer {
 func (h connPeerHeap) Len() int { return len(h) }
 
 func (h connPeerHeap) Less(i, j int) bool {
-	return cmp.Or(cmp.Compare(h[j].open, h[i].open), cmp.Compare(h[i].longestWaiting().pushed, h[j].longestWaiting().pushed)) < 0
+	return cmp.Or(cmp.Compare(h[j].load(), h[i].load()), cmp.Compare(h[i].longestWaiting().pushed, h[j].longestWaiting().pushed)) < 0
 }
 
 func (h connPeerHeap) Swap(i, j int) {

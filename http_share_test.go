@@ -49,8 +49,8 @@ func (r *shareRig) closeVictims() (names []string) {
 }
 
 // A full listener closes the connections of strangers first. It closes the longest waiting
-// connection of the address with the most connections, and never a protected connection. A known
-// address with more than its share counts as a stranger.
+// connection of the address with the most connections for each of its senders, and never a protected
+// connection. A known address with more than its share counts as a stranger.
 func TestVictim(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -86,6 +86,13 @@ func TestVictim(t *testing.T) {
 			r.protect(r.conns["1/b"], "site", r.now)
 			r.unprotect(r.conns["1/b"])
 		}, []string{"2/a", "2/b", "1/a", "2/c", "2/d", "1/c", "1/b"}},
+		{"the share of an address grows with its senders", 6, func(r *shareRig) {
+			r.opens("1/a", "1/b", "1/c", "2/a", "3/a", "4/a")
+			for _, name := range []string{"1/a", "1/b", "1/c", "2/a"} {
+				r.protect(r.conns[name], "site-"+name, r.now)
+				r.unprotect(r.conns[name])
+			}
+		}, []string{"3/a", "4/a", "1/a", "2/a", "1/b", "1/c"}},
 		{"one address for all: authenticated connections last", 2, func(r *shareRig) {
 			r.opens("1/site", "1/a", "1/b")
 			r.protect(r.conns["1/site"], "site", r.now)
@@ -148,8 +155,9 @@ func TestVictim(t *testing.T) {
 }
 
 // Whatever connections arrive, authenticate and end, connTable chooses the connection that a plain
-// search chooses. In particular, a known address with at most an equal share never loses a
-// connection while a stranger has one that may be closed. At the end the table is empty.
+// search chooses. In particular, a known address with at most an equal share for each of its senders
+// never loses a connection while a stranger has one that may be closed. At the end the table is
+// empty.
 func TestVictimAgainstModel(t *testing.T) {
 	type modelConn struct {
 		entry                    *connEntry
@@ -172,14 +180,16 @@ func TestVictimAgainstModel(t *testing.T) {
 			}
 			return n
 		}
-		isKnown := func(host int) bool {
+		senders := func(host int) (n int) {
 			for _, hosts := range known {
 				if slices.Contains(hosts, host) {
-					return true
+					n++
 				}
 			}
-			return false
+			return n
 		}
+		isKnown := func(host int) bool { return senders(host) > 0 }
+		load := func(host int) float64 { return float64(open(host)) / float64(max(1, senders(host))) }
 		closeConn := func(c *modelConn) {
 			table.remove(c.entry)
 			conns = slices.DeleteFunc(conns, func(o *modelConn) bool { return o == c })
@@ -212,10 +222,11 @@ func TestVictimAgainstModel(t *testing.T) {
 				continue
 			}
 			may := slices.DeleteFunc(slices.Clone(conns), func(c *modelConn) bool { return c.protected })
-			knownHosts := map[int]bool{} // known hosts with a connection that may be closed
+			counted, shares := map[int]bool{}, 1 // hosts with a connection that may be closed; their senders and the strangers
 			for _, c := range may {
-				if isKnown(c.host) {
-					knownHosts[c.host] = true
+				if !counted[c.host] {
+					counted[c.host] = true
+					shares += senders(c.host)
 				}
 			}
 			// A sort puts the victim first. bool01 makes false sort before true.
@@ -227,12 +238,12 @@ func TestVictimAgainstModel(t *testing.T) {
 				return first.since
 			}
 			favoured := func(c *modelConn) bool {
-				return isKnown(c.host) && open(c.host) <= limit/(len(knownHosts)+1)
+				return isKnown(c.host) && load(c.host) <= float64(limit)/float64(shares)
 			}
 			var want *connEntry
 			if len(may) > 0 {
 				want = slices.MinFunc(may, func(a, b *modelConn) int {
-					return cmp.Or(cmp.Compare(bool01(favoured(a)), bool01(favoured(b))), cmp.Compare(open(b.host), open(a.host)),
+					return cmp.Or(cmp.Compare(bool01(favoured(a)), bool01(favoured(b))), cmp.Compare(load(b.host), load(a.host)),
 						cmp.Compare(bool01(isKnown(a.host)), bool01(isKnown(b.host))), cmp.Compare(waits(a), waits(b)),
 						cmp.Compare(bool01(a.authenticated), bool01(b.authenticated)), cmp.Compare(a.since, b.since))
 				}).entry

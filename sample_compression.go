@@ -38,6 +38,9 @@ type Decompressor struct {
 	buf  []byte
 }
 
+// MemorySize returns the bytes of scratch memory that d keeps for decompressed bodies.
+func (d *Decompressor) MemorySize() int { return cap(d.buf) }
+
 // Decompress returns the decompressed body. encoding must be a value that SupportsEncoding accepts.
 // tooLarge is true if the decompressed body exceeds limit bytes; decoded must then not be used. The
 // result is valid until the next call. With the encoding identity, the result is body itself.

@@ -85,12 +85,14 @@ func (s *Server) storeExpressPush(ctx context.Context, push *pushRequest, params
 		return nil, false, err
 	}
 	defer func() {
-		if buf.bodySize+buf.samples.MemorySize() <= maxPooledBuffers {
+		if buf.decompressor.MemorySize()+buf.samples.MemorySize() <= maxPooledBuffers {
 			s.decoding.express.buffers.Put(buf)
 		}
 	}()
+	release := sync.OnceFunc(s.decoding.express.slots.Release)
+	defer release() // if decoding panics, because net/http goes on after a panic
 	d, isLarge, err := s.decompressAndDecode(buf, push, params.format, sentBody, int(s.cfg.LimitBytes))
-	s.decoding.express.slots.Release()
+	release()
 	if isLarge || err != nil {
 		return nil, isLarge, err
 	}
@@ -114,7 +116,6 @@ func (s *Server) storeBulkPush(ctx context.Context, push *pushRequest, params pu
 		return nil, err
 	}
 	if isLarge {
-		s.sites.ChargeDecoded(push.ClusterID, limit, s.cfg.Now())
 		return nil, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
 	}
 	return s.storeDecodedPush(ctx, push.ClusterID, params, buf, d)
@@ -141,7 +142,6 @@ type decodeBuffers struct {
 	decompressor Decompressor
 	decoder      Decoder
 	samples      SampleList
-	bodySize     int // capacity in bytes of the largest decompressed body so far
 }
 
 // pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
@@ -153,18 +153,18 @@ type pushDropCounts struct {
 	memory   int64          // bytes of its buffers that the decoded push fills
 }
 
-// decompressAndDecode decompresses, decodes and normalizes the body of a push into buf.samples, and
-// charges the site for the size of the body. A sample without a timestamp gets the arrival time of
-// the push. If the decompressed body has more than limit bytes, isLarge is true, and nothing is
-// charged.
+// decompressAndDecode decompresses, decodes and normalizes the body of a push into buf.samples. A
+// sample without a timestamp gets the arrival time of the push. If the decompressed body has more
+// than limit bytes, isLarge is true. The site is charged for the decompressed bytes: for limit bytes
+// if the body is large, or malformed as a compressed body.
 func (s *Server) decompressAndDecode(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte, limit int) (counts pushDropCounts, isLarge bool, err error) {
 	body, isLarge, err := buf.decompressor.Decompress(sentBody, push.Encoding, limit)
-	buf.bodySize = max(buf.bodySize, cap(body))
-	if err != nil {
-		return counts, false, errMalformed(err.Error())
-	}
-	if isLarge {
-		return counts, true, nil
+	if err != nil || isLarge {
+		s.sites.ChargeDecoded(push.ClusterID, limit, s.cfg.Now())
+		if err != nil {
+			err = errMalformed(err.Error())
+		}
+		return counts, isLarge, err
 	}
 	s.sites.ChargeDecoded(push.ClusterID, len(body), s.cfg.Now())
 	counts, err = s.decodePush(buf, push, format, body)

@@ -195,13 +195,18 @@ func TestDecodedBytesAreCharged(t *testing.T) {
 		{"eight MiB", megabytes(8), 8},
 		{"too large", megabytes(9), 8},
 		{"malformed at the end", megabytes(7) + "malformed", 8},
+		{"gzip that ends in a wrong checksum", "", 8},
 	} {
 		r := newAnswerRig(t)
 		r.server.cfg.LimitBytes = 1 << 20
 		r.server.sites = NewSitePushLimiter(time.Second, 1<<20)
+		body := gzipped([]byte(c.body))
+		if c.body == "" {
+			body = gzippedWithWrongChecksum(megabytes(7))
+		}
 		accepted := 0
 		for {
-			a := r.upload(r.uploadToken, gzipped([]byte(c.body)), "Content-Encoding", "gzip")
+			a := r.upload(r.uploadToken, body, "Content-Encoding", "gzip")
 			if a.status == 429 {
 				if !strings.Contains(a.body, "1048576 bytes") {
 					t.Errorf("%s: the answer does not name the size that counts as a push: %s", c.name, a.body)
@@ -214,6 +219,33 @@ func TestDecodedBytesAreCharged(t *testing.T) {
 			t.Errorf("%s: %d pushes were handled before the rate limit, want %d", c.name, accepted, want)
 		}
 	}
+}
+
+func gzippedWithWrongChecksum(text string) []byte {
+	body := gzipped([]byte(text))
+	body[len(body)-8] ^= 1 // the last eight bytes are the checksum and the length
+	return body
+}
+
+// A push whose decoding panics leaves no slot taken, because net/http goes on after a panic.
+func TestPanicReleasesSlot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newDecodeRig(t, 0)
+		r.server.Reload(ReloadableServerConfig{}) // without a Normalizer, which makes decodePush panic
+		for _, body := range []string{"up 1\n", bigPush()} {
+			func() {
+				defer func() {
+					if recover() == nil {
+						t.Error("the push did not panic")
+					}
+				}()
+				r.server.acquireAndStorePush(t.Context(), &pushRequest{ClusterID: "a", Encoding: "gzip"}, gzipped([]byte(body)))
+			}()
+			if n := r.server.decoding.InUse(); n != 0 {
+				t.Errorf("%d slots are in use after a push of %d bytes that panicked", n, len(body))
+			}
+		}
+	})
 }
 
 // A push may repeat a sample half a million times. The server stores the first sample with a series
