@@ -31,7 +31,6 @@ type ConsumerSession struct {
 	confirmed     map[uint64]ReadPosition // by site key; how far the consumer has read, on this connection or before the session began
 	served        map[uint64]ReadPosition // by site key; position after the samples that the last scrape served
 	servedUnread  int                     // number of unread samples that the last scrape served
-	late          bool                    // the last scrape served unread samples and took longer than allowed
 	writtenInTime bool                    // the last answer was written completely, and the scrape ended in time
 }
 
@@ -63,7 +62,7 @@ func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn 
 		}
 	}
 	c.sessions = append(c.sessions, session)
-	session.served, session.servedUnread, session.late, session.writtenInTime = map[uint64]ReadPosition{}, 0, false, false
+	session.served, session.servedUnread, session.writtenInTime = map[uint64]ReadPosition{}, 0, false
 	return session, repeats, nil
 }
 
@@ -134,11 +133,12 @@ func (s *ConsumerSession) confirmLastScrape() {
 			c.setCursor(site, to.Seq)
 		}
 	}
-	if s.servedUnread > 0 && !s.late && c.scrapeLimit > 0 && c.scrapeLimit < math.MaxInt/2 {
-		c.scrapeLimit *= 2
+	if !s.writtenInTime {
+		return
 	}
-	if s.writtenInTime {
-		c.largestConfirmed = max(c.largestConfirmed, s.servedUnread)
+	c.largestConfirmed = max(c.largestConfirmed, s.servedUnread)
+	if s.servedUnread > 0 && c.scrapeLimit > 0 && c.scrapeLimit < math.MaxInt/2 {
+		c.scrapeLimit *= 2
 	}
 }
 
@@ -184,7 +184,7 @@ func (s *ConsumerSession) UnreadLimit() int {
 
 // EndScrapeAndLimitNext ends a scrape. The scrape took the time took. err is not nil if the samples
 // were not written; the next scrape then confirms nothing, even if it comes on the same connection.
-// If the scrape took unread samples and the time exceeds allowed, the limit of the next scrape is
+// If the scrape served unread samples and the time exceeds allowed, the limit of the next scrape is
 // lowered in proportion, but not below minConsumerLimit.
 func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, err error) {
 	s.consumers.mu.Lock()
@@ -195,7 +195,6 @@ func (s *ConsumerSession) EndScrapeAndLimitNext(took, allowed time.Duration, err
 		clear(s.served)
 	}
 	if late && s.servedUnread > 0 {
-		s.late = true
 		s.consumer.lowerScrapeLimitTo(int(float64(s.servedUnread) * float64(allowed) / float64(took)))
 	}
 }

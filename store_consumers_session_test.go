@@ -134,6 +134,25 @@ func TestFailedAnswerConfirmsNothing(t *testing.T) {
 	}
 }
 
+// A scrape whose samples were not written does not double a lowered limit, even if it ended in time
+// and the next scrape comes on the same connection.
+func TestFailedAnswerDoublesNoLimit(t *testing.T) {
+	cs := openConsumers(t, newStoreFS(1), consumersNow, false)
+	conn := &AnswerReadTracker{}
+	for i, step := range []struct {
+		took time.Duration
+		err  error
+		want int
+	}{{2 * time.Second, nil, 4000}, {0, io.ErrClosedPipe, 4000}, {0, nil, 8000}} {
+		session := beginScrape(t, cs, "c", conn, consumersNow)
+		session.MarkServed(1, ReadPosition{Seq: uint64(i + 1)}, 8000)
+		session.EndScrapeAndLimitNext(step.took, time.Second, step.err)
+		if limit := beginScrape(t, cs, "c", conn, consumersNow).SampleLimit(100_000); limit != step.want {
+			t.Errorf("after scrape %d the limit is %d, want %d", i, limit, step.want)
+		}
+	}
+}
+
 // sessionRig is a store and three connections of one consumer.
 type sessionRig struct {
 	*storeKit
