@@ -289,9 +289,9 @@ func ParseSelectors(texts []string) (Selectors, error) {
 	return ParseSelectorsWithin(texts, math.MaxInt)
 }
 
-// ParseSelectorsWithin parses the selectors of a scrape. It fails as ParseSelectors does, and also if
-// all selectors together have more than maxSteps steps. Each matcher counts as one step, and each
-// pattern as patternSteps counts.
+// ParseSelectorsWithin parses the selectors of a scrape. It fails as ParseSelectors does, and also
+// if all selectors together have more than maxSteps steps. Each matcher counts as one step, and
+// each pattern as patternSteps counts.
 func ParseSelectorsWithin(texts []string, maxSteps int) (s Selectors, err error) {
 	if len(texts) > maxSelectors {
 		return nil, fmt.Errorf("%w: there are %d selectors, at most %d are allowed", ErrTooLarge, len(texts), maxSelectors)

@@ -45,8 +45,8 @@ func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text stri
 
 // authenticate returns the token of a request if the token is valid, it is not revoked, and its
 // kind is one of kinds. It then protects the connection of the request. Otherwise it answers 401 or
-// 403 and returns false. If the query of the
-// request has a parameter id that is not empty, its value must be the token's cluster ID.
+// 403 and returns false. If the query of the request has a parameter id that is not empty, its value
+// must be the token's cluster ID.
 func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...string) (t Token, ok bool) {
 	text, ok := s.bearerOrDeny(w, r)
 	if !ok {

@@ -1,8 +1,8 @@
 package main
 
 // Tests of how a server authenticates requests: which tokens it refuses and with which answer, how
-// it exchanges a client token for an upload token, which connections it protects, and when it shows the series
-// telemeter_cluster_token_expiry_seconds of a site.
+// it exchanges a client token for an upload token, which connections it protects, and when it shows
+// the series telemeter_cluster_token_expiry_seconds of a site.
 
 import (
 	"encoding/json"

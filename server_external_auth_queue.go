@@ -62,7 +62,7 @@ func (q *authorizeQueue) enter(sender authorizeKey) (place semaphore, err error)
 	s := q.senders[sender]
 	switch {
 	case s != nil && s.queued >= q.perSender:
-		return nil, errAuthorizeBusy(fmt.Errorf("%d requests of this address are waiting or in flight", s.queued))
+		return nil, errAuthorizeBusy(fmt.Errorf("%d requests of this sender are waiting or in flight", s.queued))
 	case q.queued >= maxQueued:
 		return nil, errAuthorizeBusy(fmt.Errorf("%d requests are waiting or in flight", q.queued))
 	case s == nil:

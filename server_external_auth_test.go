@@ -257,7 +257,7 @@ func TestExternalAuthRevoked(t *testing.T) {
 			serviceAnswers(200, jsonType, `{"status":"ok"}`)(w, id)
 			return
 		}
-		http.Error(w, "no", 401)
+		http.Error(w, "no", http.StatusUnauthorized)
 	})
 	if got := r.authorizeExternally("gone", externalAuthToken); got.status != 200 {
 		t.Fatalf("before the revocation: answered %d %s", got.status, got.body)

@@ -79,8 +79,8 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 // consumer has not read, up to a limit. If the limit leaves room, it also gets the newest samples
 // of sites that this server owns. Any other request gets only these newest samples. Every answer
 // also has the server's own series about each site. All samples and series are those that match[]
-// selects. A scrape waits until few other scrapes are being answered; see scrapeSlots. It gets 503 if
-// its timeout passes before the answer begins, and is cut off if the timeout passes later.
+// selects. A scrape waits until few other scrapes are being answered; see scrapeSlots. It gets 503
+// if its timeout passes before the answer begins, and is cut off if the timeout passes later.
 func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	begin := time.Now()
 	timeout := scrapeTime(r.Header)
@@ -259,9 +259,9 @@ func (h *federateHandler) beginScrape(r *http.Request, c scrapingConsumer) (*Con
 		return nil, fmt.Errorf("consumer: %w", err)
 	}
 	// Save the consumer before it is served anything, so that after a crash this server still knows
-	// that the consumer has samples to read. If saving fails, the scrape goes on. A consumer that has
-	// confirmed a scrape was saved at an earlier scrape. Its scrapes do not wait while the disk writes
-	// consumers that others invent.
+	// that the consumer has samples to read. If saving fails, the scrape goes on. A consumer that
+	// has confirmed a scrape was saved at an earlier scrape. Its scrapes do not wait while the disk
+	// writes consumers that others invent.
 	if !h.cfg.Store.Consumers.HasConfirmed(c.key) {
 		h.cfg.Store.SaveConsumers()
 	}

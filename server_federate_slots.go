@@ -1,8 +1,9 @@
 package main
 
 // scrapeSlots bounds the scrapes that a server answers at a time, and so their memory and processor
-// time. A consumer that confirmed a scrape before, and whose selectors are cheap, uses slots that no
-// other scraper can take. Scrapes wait for a slot in the order of their arrival, until their timeout.
+// time. A consumer that confirmed a scrape before, and whose selectors are cheap, uses slots that
+// no other scraper can take. Scrapes wait for a slot in the order of their arrival, until their
+// timeout.
 
 import (
 	"context"
@@ -28,7 +29,7 @@ var errScrapesBusy = errors.New("too many other scrapes are being answered")
 // scrapeSlots is safe for concurrent use.
 type scrapeSlots struct {
 	established semaphore // one slot for each scrape of an established consumer
-	others      semaphore // one slot for each other scrape; fewer slots than processors, so that pushes get processor time, too
+	others      semaphore // one slot for each other scrape; if there are several processors, fewer slots than processors, so that pushes get processor time, too
 
 	mu       sync.Mutex      // guards scraping
 	scraping map[uint64]bool // keys of the consumers that have, or wait for, a slot of established
@@ -41,10 +42,11 @@ func newScrapeSlots() *scrapeSlots {
 }
 
 // acquire waits for a slot and then parses the selectors in texts. If the error is nil, the caller
-// must call release at the end of the scrape. A scrape of an established consumer gets a slot of its
-// kind if its selectors are cheap and the consumer has no other scrape in such a slot. So scrapers
-// that use the name of one consumer do not delay other consumers. The error is errScrapesBusy if ctx
-// ends first; otherwise it is the reason why the selectors are refused.
+// must call release at the end of the scrape. A scrape of an established consumer gets a slot for
+// established consumers, unless its selectors are costly, or another scrape of the consumer has such
+// a slot or waits for one. So scrapers that use the name of one consumer do not delay other
+// consumers. The error is errScrapesBusy if ctx ends first; otherwise it is the reason why the
+// selectors are refused.
 func (s *scrapeSlots) acquire(ctx context.Context, consumerKey uint64, isEstablished bool, texts []string) (match Selectors, release func(), err error) {
 	if isEstablished && s.beginEstablished(consumerKey) {
 		release = func() { s.established.Release(); s.endEstablished(consumerKey) }
@@ -67,8 +69,8 @@ func (s *scrapeSlots) acquire(ctx context.Context, consumerKey uint64, isEstabli
 	return match, s.others.Release, nil
 }
 
-// beginEstablished notes that the consumer takes a slot for established consumers. It returns false
-// if another scrape of the consumer has one.
+// beginEstablished notes that a scrape of the consumer waits for a slot for established consumers.
+// It returns false if another scrape of the consumer has such a slot or waits for one.
 func (s *scrapeSlots) beginEstablished(key uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

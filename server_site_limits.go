@@ -192,8 +192,8 @@ func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (
 	return true
 }
 
-// TakeRefusalLog reports whether the caller should log that a push of a site is refused, and how many
-// refusals of the site were not logged before. For each site it returns true at most once in
+// TakeRefusalLog reports whether the caller should log that a push of a site is refused, and how
+// many refusals of the site were not logged before. For each site it returns true at most once in
 // limitedLogEvery.
 func (t *SitePushLimiter) TakeRefusalLog(clusterID string, now time.Time) (suppressed int, ok bool) {
 	t.mu.Lock()

@@ -134,8 +134,7 @@ func (s *AllSitesReader) newestSampleCutoff() int64 {
 // older than MaxSampleAge or than retention. The families are sorted by name, one per name. match,
 // if not nil, selects lines. Sites are included or left out as a whole, by their number of series.
 // The result has at most limit samples, unless the first site that shows a sample has more; a limit
-// of 0 means no limit. truncated reports that sites
-// were left out. The lines remain valid for ever.
+// of 0 means no limit. truncated reports that sites were left out. The lines remain valid for ever.
 func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
 	since := s.newestSampleCutoff()
 	collected := newFamilyGrouper(match)
@@ -163,13 +162,14 @@ func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool
 }
 
 // ServeUnreadAndNewest returns the next samples for the consumer of session and marks them as
-// served. It gives unread samples priority, and among the unread samples of a site those of the
-// oldest batches. A limit of 0 means no limit; the session limits the unread samples, too. If not all
-// unread samples fit, the sites get fair shares. If room is left, it also returns the newest samples, as NewestPerSeries does, of the
-// owned sites without further unread samples. With onePerSeries it returns at most one sample of
-// each series. match, if not nil, selects lines: the other samples are left out of the result, but
-// count toward limit, as served and in unreadServed. unreadServed is the number of unread samples
-// served; moreUnread reports whether unread samples are left.
+// served. It gives unread samples priority, and among the unread samples of a site the samples of
+// the oldest batches. A limit of 0 means no limit; session.UnreadLimit limits the unread samples,
+// too. If not all unread samples fit, the sites get fair shares. If room is left, it also returns
+// the newest samples, as NewestPerSeries does, of the owned sites without further unread samples.
+// With onePerSeries it returns at most one sample of each series. match, if not nil, selects lines:
+// the other samples are left out of the result, but count toward limit, as served and in
+// unreadServed. unreadServed is the number of unread samples served; moreUnread reports whether
+// unread samples are left.
 func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unreadServed int, moreUnread bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
