@@ -29,10 +29,10 @@ func newAuthorizeKey(parts ...string) authorizeKey {
 
 // authorizeMemory is safe for concurrent use.
 type authorizeMemory struct {
-	mu        sync.Mutex                       // guards the fields below
-	sites     map[string]permittedSite         // by cluster ID; at most maxTrackedSites
-	addresses map[authorizeKey]string          // cluster ID of the site that was permitted from this address last; at most one address for each site
-	refusals  map[authorizeKey]refusedQuestion // by credential
+	mu        sync.Mutex                        // guards the fields below
+	sites     map[string]permittedSite          // by cluster ID; at most maxTrackedSites
+	addresses map[authorizeKey]permittedAddress // the addresses of sites; each site has one address
+	refusals  map[authorizeKey]refusedQuestion  // by credential
 }
 
 // permittedSite is the newest permission for one cluster ID.
@@ -42,13 +42,19 @@ type permittedSite struct {
 	at                  time.Time // when the service permitted it
 }
 
+// permittedAddress is the address of the newest permission of at least one site.
+type permittedAddress struct {
+	sites int       // sites that have this address
+	at    time.Time // when the service last permitted a question from there
+}
+
 type refusedQuestion struct {
 	err error
 	at  time.Time
 }
 
 func newAuthorizeMemory() *authorizeMemory {
-	return &authorizeMemory{sites: map[string]permittedSite{}, addresses: map[authorizeKey]string{}, refusals: map[authorizeKey]refusedQuestion{}}
+	return &authorizeMemory{sites: map[string]permittedSite{}, addresses: map[authorizeKey]permittedAddress{}, refusals: map[authorizeKey]refusedQuestion{}}
 }
 
 // verdict returns the service's answer to a question, labels or an error. It returns false if no
@@ -73,8 +79,7 @@ func (m *authorizeMemory) sender(q *authorizeQuestion, now time.Time) (sender au
 	if s := m.sites[q.clusterID]; s.credential == q.credential && now.Sub(s.at) < siteIdle {
 		return q.credential, true
 	}
-	s, ok := m.sites[m.addresses[q.address]]
-	return q.address, ok && now.Sub(s.at) < siteIdle
+	return q.address, now.Sub(m.addresses[q.address].at) < siteIdle
 }
 
 // remember remembers the service's answer to a question: a permission if q.err is nil, else a
@@ -110,7 +115,7 @@ func (m *authorizeMemory) rememberPermission(q *authorizeQuestion, now time.Time
 	}
 	if len(m.sites) < maxTrackedSites {
 		m.sites[q.clusterID] = permittedSite{q.credential, q.address, q.labels, now}
-		m.addresses[q.address] = q.clusterID
+		m.addresses[q.address] = permittedAddress{m.addresses[q.address].sites + 1, now}
 	}
 }
 
@@ -121,7 +126,10 @@ func (m *authorizeMemory) forget(clusterID string) {
 		return
 	}
 	delete(m.sites, clusterID)
-	if m.addresses[s.address] == clusterID {
+	a := m.addresses[s.address]
+	if a.sites--; a.sites == 0 {
 		delete(m.addresses, s.address)
+		return
 	}
+	m.addresses[s.address] = a
 }

@@ -363,6 +363,30 @@ func TestExternalAuthMemoryIsBounded(t *testing.T) {
 	}
 }
 
+// An address is known for a day after the service has permitted a site from there. It is forgotten
+// once every such site has moved to another address, but not when only some of them have.
+func TestAddressOfSeveralSites(t *testing.T) {
+	m := newAuthorizeMemory()
+	question := func(id, address string) *authorizeQuestion {
+		return &authorizeQuestion{clusterID: id, credential: newAuthorizeKey(id, "good"), address: newAuthorizeKey(address)}
+	}
+	m.remember(question("site-a", "a1"), testNow)
+	m.remember(question("site-b", "a1"), testNow)
+	m.remember(question("site-b", "a2"), testNow)
+	for address, want := range map[string]bool{"a1": true, "a2": true, "a3": false} {
+		if _, known := m.sender(question("site-c", address), testNow); known != want {
+			t.Errorf("the address %s is known: %t, want %t", address, known, want)
+		}
+	}
+	m.remember(question("site-a", "a2"), testNow)
+	if len(m.addresses) != 1 {
+		t.Errorf("%d addresses are known after both sites have moved to one, want 1", len(m.addresses))
+	}
+	if _, known := m.sender(question("site-c", "a2"), testNow.Add(siteIdle)); known {
+		t.Error("an address is known after a day without a permission")
+	}
+}
+
 // If no push could carry the labels in the service's answer, /authorize answers 503, and the
 // server's log says why. Labels that it accepts can be pushed.
 func TestExternalAuthLabels(t *testing.T) {
