@@ -33,7 +33,8 @@ type CleanedScrape struct {
 }
 
 // AppendText appends samples of the scrape to b in the text exposition format, with Shift added to
-// their times. If ShiftKnown is false, correctToServerTime shifts the text again before it is pushed.
+// their times. If ShiftKnown is false, correctToServerTime shifts the text again before it is
+// pushed.
 func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
 	for _, s := range samples {
 		b = AppendSample(b, sr.List.Line(s), s.T+sr.Shift, s.V)

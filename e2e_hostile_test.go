@@ -27,8 +27,8 @@ const (
 	// At this rate an attack of a day writes about 200 MB, which a usual rotation of logs can hold.
 	attackLogLines, attackLogRate = 20, 10
 	// A push should take at most attackSlower times as long during an attack as in a quiet phase, at
-	// the 99th percentile. The test prints the ratio but does not check it, because it depends on the
-	// processors of the machine, which all servers, sites and attackers of the test share.
+	// the 99th percentile. The test prints the ratio but does not check it, because it depends on
+	// the processors of the machine, which all servers, sites and attackers of the test share.
 	attackSlower = 2
 )
 

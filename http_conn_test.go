@@ -106,7 +106,8 @@ func TestTrackerOfRequest(t *testing.T) {
 	}
 }
 
-// closeWriteConn is a pipe that records when CloseWrite was first called and how many bytes were read.
+// closeWriteConn is a pipe that records when CloseWrite was first called and how many bytes were
+// read.
 type closeWriteConn struct {
 	net.Conn
 	closedWrite time.Time

@@ -352,22 +352,7 @@ func newFloodRig(t *testing.T, max int, useTLS bool) *floodRig {
 			io.Copy(w, req.Body)
 		})}
 	if useTLS {
-		crt, key, err := SelfSignedCert([]string{"127.0.0.1"}, time.Now())
-		if err != nil {
-			t.Fatal(err)
-		}
-		pair, err := tls.X509KeyPair(crt, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pin, err := PinFromPEM(crt)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if r.config, err = PinnedTLS(pin); err != nil {
-			t.Fatal(err)
-		}
-		srv.TLS = &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}
+		srv.TLS, r.config = selfSignedTLS(t)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- srv.runWithLimit(t.Context(), max) }()

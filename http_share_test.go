@@ -154,10 +154,10 @@ func TestVictim(t *testing.T) {
 	}
 }
 
-// Whatever connections arrive, authenticate and end, connTable chooses the connection that a plain
-// search chooses. In particular, a known address with at most an equal share for each of its senders
-// never loses a connection while a stranger has one that may be closed. At the end the table is
-// empty.
+// In any order of connections that arrive, authenticate and end, connTable chooses the connection
+// that a plain search chooses. In particular, a known address with at most an equal share for each
+// of its senders never loses a connection while a stranger has one that may be closed. At the end
+// the table is empty.
 func TestVictimAgainstModel(t *testing.T) {
 	type modelConn struct {
 		entry                    *connEntry

@@ -43,9 +43,9 @@ func attackKinds() []attackKind {
 	}
 }
 
-// attackProcessors sends nothing, and keeps every processor busy. All processes of the test share the
-// processors of one machine. Under most attacks each of the two servers uses one processor for the
-// attack. On a machine with two processors that alone makes pushes wait for a processor.
+// attackProcessors sends nothing, and keeps every processor busy. All processes of the test share
+// the processors of one machine. Under most attacks each of the two servers uses one processor for
+// the attack. On a machine with two processors that alone makes pushes wait for a processor.
 func attackProcessors(*attackRig) []attackGroup {
 	return []attackGroup{{Workers: runtime.GOMAXPROCS(0), Burn: true}}
 }

@@ -484,15 +484,7 @@ func newAttackRelay(t *testing.T, to string) *attackRelay {
 	r := &attackRelay{tcp: ln, udp: udp, to: to}
 	t.Cleanup(func() { ln.Close(); udp.Close() })
 	go r.relayPackets()
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go r.relayStream(c)
-		}
-	}()
+	go serveConns(ln, r.relayStream)
 	return r
 }
 

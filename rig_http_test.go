@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"io"
 	"log/slog"
 	"net"
@@ -109,7 +110,7 @@ func (c *rawConn) readAnswer() (*http.Response, error) {
 }
 
 // serveHTTP serves srv on a port of 127.0.0.1 until the end of the test, and returns its address.
-// The caller sets srv.Handler, and may set srv.TrackConns.
+// The caller sets srv.Handler, and may set srv.TrackConns and srv.TLS.
 func serveHTTP(t testing.TB, srv HTTPServer) (addr string) {
 	t.Helper()
 	ln, err := Listen("127.0.0.1:0")
@@ -127,4 +128,37 @@ func serveHTTP(t testing.TB, srv HTTPServer) (addr string) {
 		}
 	})
 	return ln.Addr().String()
+}
+
+// selfSignedTLS returns the TLS configurations of a server on 127.0.0.1, and of a client that trusts
+// only the key of this server.
+func selfSignedTLS(t testing.TB) (server, client *tls.Config) {
+	t.Helper()
+	crt, key, err := SelfSignedCert([]string{"127.0.0.1"}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(crt, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pin, err := PinFromPEM(crt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if client, err = PinnedTLS(pin); err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}, client
+}
+
+// serveConns calls serve in a goroutine for each connection that ln accepts, until ln is closed.
+func serveConns(ln net.Listener, serve func(net.Conn)) {
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		go serve(c)
+	}
 }

@@ -104,15 +104,7 @@ func newOutageProxy(t *testing.T, to string) *outageProxy {
 	p := &outageProxy{ln: ln, to: to, conns: map[net.Conn]bool{}}
 	p.ok = sync.NewCond(&p.mu)
 	t.Cleanup(func() { ln.Close(); p.set("refuse") })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go p.serve(c)
-		}
-	}()
+	go serveConns(ln, p.serve)
 	return p
 }
 

@@ -221,8 +221,8 @@ func TestFederateCut(t *testing.T) {
 	}
 }
 
-// A scrape has the timeout in the header X-Prometheus-Scrape-Timeout-Seconds, but at most a minute. If
-// the header has no positive number, the timeout is 30 s.
+// A scrape has the timeout in the header X-Prometheus-Scrape-Timeout-Seconds, but at most a minute.
+// If the header has no positive number, the timeout is 30 s.
 func TestScrapeTime(t *testing.T) {
 	for text, want := range map[string]time.Duration{
 		"": 30 * time.Second, "x": 30 * time.Second, "10": 10 * time.Second, "0.5": time.Second / 2, "1e1": 10 * time.Second, "60": time.Minute,

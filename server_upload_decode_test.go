@@ -33,8 +33,8 @@ func newDecodeRig(t *testing.T, rateInterval time.Duration) *decodeRig {
 	return r
 }
 
-// pushInBackground pushes text, compressed, for the site id, and sends the result to the channel that
-// it returns.
+// pushInBackground pushes text, compressed, for the site id, and sends the result to the channel
+// that it returns.
 func (r *decodeRig) pushInBackground(id, text string) chan error {
 	done := make(chan error, 1)
 	go func() {

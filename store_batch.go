@@ -41,10 +41,11 @@ type Batch struct {
 
 // ReadPosition is how far a reader has read the batches of a site. The reader has read all batches
 // up to Seq, except for samples that expired before. If PartialSeq is not 0, the same holds for the
-// first PartialRead of the PartialLen samples of batch PartialSeq. Compaction changes the series IDs in a batch, but keeps the order of
-// its samples. If batch PartialSeq still has PartialLen samples, its first PartialRead samples are
-// therefore still the samples that were read. If the batch is shorter, because compaction removed
-// expired samples, the reader reads it again from its beginning.
+// first PartialRead of the PartialLen samples of batch PartialSeq. Compaction changes the series
+// IDs in a batch, but keeps the order of its samples. If batch PartialSeq still has PartialLen
+// samples, its first PartialRead samples are therefore still the samples that were read. If the
+// batch is shorter, because compaction removed expired samples, the reader reads it again from its
+// beginning.
 type ReadPosition struct {
 	Seq         uint64
 	PartialSeq  uint64
