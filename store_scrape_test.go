@@ -259,6 +259,42 @@ func TestUnreadRotates(t *testing.T) {
 	}
 }
 
+// A scrape of a large backlog serves at most 50,000 unread samples, shared among the sites. The next
+// ones serve at most twice as many as the largest scrape that was confirmed in time. Nothing is left
+// out: together they serve each sample once.
+func TestUnreadGrows(t *testing.T) {
+	k := newStoreKit(t, newStoreFS(1))
+	k.cfg.LimitSeries, k.cfg.LimitSamples = 0, 0
+	s := k.open()
+	const sites, perSite = 10, 20_000
+	for c := range sites {
+		k.push(s, fmt.Sprint("c", c), k.series("x", perSite)...)
+	}
+	k.clock.Add(time.Minute)
+	x := scraper(s, time.Second) // newest samples are too old to be repeated
+	conn := &AnswerReadTracker{}
+	shown := map[string]bool{}
+	for i, want := range []int{50_000, 100_000, 50_000} {
+		session := beginScrape(t, s.Consumers, "c", conn, k.clock.Now())
+		fams, unread, more := x.ServeUnreadAndNewest(session, 500_000, false, nil)
+		session.EndScrapeAndLimitNext(0, time.Second, nil)
+		seen := map[byte]int{}
+		for _, f := range fams {
+			for _, l := range f.Samples {
+				shown[string(l.Line)] = true
+				site := bytes.Index(l.Line, []byte(`_id="c`)) + len(`_id="c`)
+				seen[l.Line[site]]++
+			}
+		}
+		if unread != want || more != (i < 2) || len(seen) != sites {
+			t.Errorf("scrape %d: %d samples of %d sites, more: %t; want %d samples of all sites", i, unread, len(seen), more, want)
+		}
+	}
+	if len(shown) != sites*perSite {
+		t.Errorf("%d series were shown, want %d", len(shown), sites*perSite)
+	}
+}
+
 // Newest samples that a consumer has already read are repeated only in room that unread samples
 // leave. They never displace unread samples, at whichever site a scrape begins.
 func TestUnreadBeforeNewest(t *testing.T) {
