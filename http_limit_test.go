@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -266,8 +267,10 @@ func TestAcceptErrors(t *testing.T) {
 		m := NewMetrics()
 		srv := HTTPServer{Name: "test", Listener: l, Conns: NewConnMetrics(m), Log: slog.New(slog.NewTextHandler(&log, nil)),
 			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {})}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- srv.Run(ctx) }()
 		begin := time.Now()
-		go srv.Run(t.Context())
 		mine, its := net.Pipe()
 		l.conns <- its
 		if took := time.Since(begin); took < 290*time.Second || took > 300*time.Second {
@@ -283,6 +286,12 @@ func TestAcceptErrors(t *testing.T) {
 		}
 		if n := strings.Count(log.String(), "cannot accept connections"); n != 5 {
 			t.Errorf("%d log lines in five minutes, want 5:\n%s", n, log.String())
+		}
+		// A bubble's time stands still once this function has returned, and Shutdown waits on a timer
+		// while a connection is not idle yet.
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
 		}
 	})
 }
