@@ -10,7 +10,6 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -58,14 +57,7 @@ func (r *outageRig) startClient() {
 // between them. outage is the length of each outage that the rig will cause.
 func newOutageRig(t *testing.T, outage time.Duration) *outageRig {
 	r := &outageRig{t: t, dir: t.TempDir(), listen: freeAddr(t), internal: freeAddr(t), outage: outage}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.source = &outageSource{addr: ln.Addr().String(), series: 50}
-	r.source.Server = &http.Server{Handler: r.source}
-	go r.source.Serve(ln)
-	t.Cleanup(func() { r.source.Close() })
+	r.source = newOutageSource(t, 50)
 	r.push, r.scrape = newOutageProxy(t, r.listen), newOutageProxy(t, r.internal)
 	mustTool(t, r.dir, "--mode", "keygen", "--keys", "keys")
 	token := mustTool(t, r.dir, "--mode", "token", "--keys", "keys", "--id", "x", "--to", "http://"+r.push.addr())

@@ -165,14 +165,7 @@ func (r *attackRig) sites(prefix string, s *attackServer, n int) (ids []string) 
 func (r *attackRig) startSites() {
 	t := r.t
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.source = &outageSource{addr: ln.Addr().String(), series: 20}
-	r.source.Server = &http.Server{Handler: r.source}
-	go r.source.Serve(ln)
-	t.Cleanup(func() { r.source.Close() })
+	r.source = newOutageSource(t, 20)
 	r.clientID = r.sites("client", r.a, 1)[0]
 	writeIn(t, r.dir, "client.token", mustTool(t, r.dir, "--mode", "token", "--keys", "keys", "--id", r.clientID, "--to", "https://"+r.b.external, "--to", "https://"+r.a.external))
 	start(t, r.dir, "--mode", "client", "--from", "http://"+r.source.addr+"/metrics", "--token-file", "client.token",

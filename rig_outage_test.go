@@ -36,6 +36,20 @@ type outageSource struct {
 	said []outageScrape
 }
 
+// newOutageSource starts a source with this many series on a free port. It ends with the test.
+func newOutageSource(t *testing.T, series int) *outageSource {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &outageSource{addr: ln.Addr().String(), series: series}
+	s.Server = &http.Server{Handler: s}
+	go s.Serve(ln)
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
 // outageScrape is one scrape that a source answered. All its samples have the same time and value.
 type outageScrape struct {
 	t int64 // ms since the epoch
