@@ -2,7 +2,7 @@ package main
 
 // Tests that the documents agree with the program: the flags, metrics, log messages, Go files and
 // links in the documents exist. go test -run Reference . -args -update writes the parts of
-// docs/reference.md that are generated from the program.
+// docs/reference.md and docs/metrics.md that are generated from the program.
 
 import (
 	"bytes"
@@ -18,9 +18,12 @@ import (
 	"time"
 )
 
-const referencePage = "docs/reference.md"
+const (
+	referencePage = "docs/reference.md"
+	metricsPage   = "docs/metrics.md"
+)
 
-var updateFlag = flag.Bool("update", false, "write the generated parts of "+referencePage+" anew")
+var updateFlag = flag.Bool("update", false, "write the generated parts of "+referencePage+" and "+metricsPage+" anew")
 
 // documents returns the text of README.md and of each page in docs, by path from the top of the
 // repository.
@@ -37,23 +40,23 @@ func documents(t *testing.T) map[string]string {
 	return pages
 }
 
-// updateReference compares have, a generated part of the reference page, with want, the text that
-// the program generates. If they differ, the test fails, or with -update replaces have by want in
-// the page. The parameter what names the part in messages.
-func updateReference(t *testing.T, what, have, want string) {
+// updateReference compares have, a generated part of the page at path, with want, the text that the
+// program generates. If they differ, the test fails, or with -update replaces have by want in the
+// page. The parameter what names the part in messages.
+func updateReference(t *testing.T, path, what, have, want string) {
 	t.Helper()
 	if have == want {
 		return
 	}
 	if !*updateFlag {
-		t.Errorf("%s in %s differ from the program; update them with: go test -run Reference . -args -update", what, referencePage)
+		t.Errorf("%s in %s differ from the program; update them with: go test -run Reference . -args -update", what, path)
 		return
 	}
-	page := readIn(t, ".", referencePage)
+	page := readIn(t, ".", path)
 	if have == "" || strings.Count(page, have) != 1 {
-		t.Fatalf("%s has no place for %s", referencePage, what)
+		t.Fatalf("%s has no place for %s", path, what)
 	}
-	if err := os.WriteFile(referencePage, []byte(strings.Replace(page, have, want, 1)), 0o644); err != nil {
+	if err := os.WriteFile(path, []byte(strings.Replace(page, have, want, 1)), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -74,7 +77,7 @@ func TestReferenceFlags(t *testing.T) {
 	for _, mode := range modesWithFlags {
 		list, _, _ := strings.Cut(helpOf(t, mode), "\nExample:")
 		have := regexp.MustCompile("(?s)```\ntelemeter --mode " + mode + ": .*?```\n").FindString(readIn(t, ".", referencePage))
-		updateReference(t, "the flags of --mode "+mode, have, "```\n"+list+"```\n")
+		updateReference(t, referencePage, "the flags of --mode "+mode, have, "```\n"+list+"```\n")
 	}
 }
 
@@ -270,16 +273,16 @@ func metricsTable(text string) string {
 	return b.String()
 }
 
-// The reference page lists every metric of a server and of a client. The documents and the alerts
+// The page of metrics lists every metric of a server and of a client. The documents and the alerts
 // name no metric, label or label value that neither server nor client exposes, because an alert on
 // such a name would not work.
 func TestReferenceMetrics(t *testing.T) {
 	server, federate, client := metricsOfAll(t)
 	const begin, end = "<!-- metrics -->\n", "<!-- end of metrics -->\n"
-	_, have, _ := strings.Cut(readIn(t, ".", referencePage), begin)
+	_, have, _ := strings.Cut(readIn(t, ".", metricsPage), begin)
 	have, _, _ = strings.Cut(have, end)
-	want := "\n### Metrics of a server\n\n" + metricsTable(server) + "\n### Metrics of a client\n\n" + metricsTable(client) + "\n"
-	updateReference(t, "the metrics", begin+have+end, begin+want+end)
+	want := "\n## Metrics of a server\n\n" + metricsTable(server) + "\n## Metrics of a client\n\n" + metricsTable(client) + "\n"
+	updateReference(t, metricsPage, "the metrics", begin+have+end, begin+want+end)
 
 	exposed := strings.Join([]string{server, federate, client}, "\n")
 	pages := documents(t)
