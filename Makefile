@@ -81,6 +81,7 @@ test-hostile: ## attack a ring of servers, and check a well-behaved site, a clie
 
 test-alerts: ## check the central Prometheus's configuration and alerts with promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
+	sed -n '/^```yaml$$/,/^```$$/p' README.md | grep -v '^```' | $(PROMTOOL) check config --syntax-only /dev/stdin
 	$(PROMTOOL) check rules testdata/rules.yml testdata/alerts.yml
 	$(PROMTOOL) test rules testdata/alerts_test.yml
 
