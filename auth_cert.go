@@ -21,6 +21,14 @@ import (
 	"time"
 )
 
+// CheckHost returns an error if host cannot be in a certificate.
+func CheckHost(host string) error {
+	if a, err := netip.ParseAddr(host); err == nil && a.Zone() == "" && !a.IsUnspecified() || err != nil && isHostname(host) {
+		return nil
+	}
+	return fmt.Errorf("host %q: want a DNS name or an IP address that clients connect to, without scheme, port or brackets", host)
+}
+
 // SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a self-signed server certificate for hosts,
 // both PEM-encoded. Each host is a DNS name or an IP address, without scheme, port or brackets. The
 // certificate is valid from one day before now, so that programs that check the dates (curl
@@ -39,12 +47,13 @@ func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err 
 		BasicConstraintsValid: true,
 	}
 	for _, h := range hosts {
-		if a, err := netip.ParseAddr(h); err == nil && a.Zone() == "" && !a.IsUnspecified() {
+		if err := CheckHost(h); err != nil {
+			return nil, nil, err
+		}
+		if a, err := netip.ParseAddr(h); err == nil {
 			tmpl.IPAddresses = append(tmpl.IPAddresses, a.AsSlice())
-		} else if err != nil && isHostname(h) {
-			tmpl.DNSNames = append(tmpl.DNSNames, strings.ToLower(h))
 		} else {
-			return nil, nil, fmt.Errorf("host %q: want a DNS name or an IP address that clients connect to, without scheme, port or brackets", h)
+			tmpl.DNSNames = append(tmpl.DNSNames, strings.ToLower(h))
 		}
 	}
 	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -198,14 +198,26 @@ func (c *Client) Reload(st ClientReloadConfig) {
 func (c *Client) Handler(onLoopback bool) http.Handler {
 	mux := http.NewServeMux()
 	instrument := NewInstrument(c.cfg.Metrics)
-	AddHealthRoutes(mux, func() bool { return c.scrapedOK.Load() && c.pusher.IsHealthy() })
+	AddHealthRoutes(mux, c.whyNotReady)
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
 	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(c.serveLastDelivered)))
-	mux.Handle("GET /{$}", instrument("index", IndexHandler("/federate", "/metrics", "/healthz", "/healthz/ready")))
+	mux.Handle("GET /{$}", instrument("index", IndexHandler(append([]string{"/federate", "/metrics"}, HealthPaths()...)...)))
 	return RefuseForeignRequests(onLoopback, instrument, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ProtectConn(r, "") // no request to this listener needs a token
 		mux.ServeHTTP(w, r)
 	}))
+}
+
+// whyNotReady returns the reason why the client's readiness check fails, or "" if samples go from the
+// source to a server.
+func (c *Client) whyNotReady() string {
+	switch {
+	case !c.scrapedOK.Load():
+		return "no scrape of the source has succeeded yet, or the newest one failed; the client's log says why"
+	case !c.pusher.IsHealthy():
+		return "no push has delivered its scrapes yet, or the newest one failed; the client's log says why"
+	}
+	return ""
 }
 
 // serveLastDelivered answers with the samples of the scrape that was delivered last. After a

@@ -166,8 +166,8 @@ func clientOutage(t *testing.T, name string, fail func(r *http.Request) (*http.R
 	synctest.Wait()
 	rec := httptest.NewRecorder()
 	c.Handler(false).ServeHTTP(rec, httptest.NewRequest("GET", "/healthz/ready", nil))
-	if rec.Code != 503 {
-		t.Errorf("/healthz/ready answers %d during the outage, want 503", rec.Code)
+	if rec.Code != 503 || !strings.HasPrefix(rec.Body.String(), "not ready: no push has delivered") {
+		t.Errorf("/healthz/ready answers %d %s during the outage, want 503 because of the pushes", rec.Code, rec.Body)
 	}
 	if n := strings.Count(log.String(), "\n"); n > 260 { // two lines for each attempt, and at most about two attempts a minute
 		t.Errorf("logged %d lines in an hour of outage, want at most 260", n)

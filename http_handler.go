@@ -11,6 +11,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -96,16 +97,29 @@ func IndexHandler(paths ...string) http.Handler {
 	})
 }
 
-// AddHealthRoutes adds two routes to mux. /healthz always answers 200. /healthz/ready answers 200
-// while ready returns true, and 503 otherwise.
-func AddHealthRoutes(mux *http.ServeMux, ready func() bool) {
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, r *http.Request) {
-		if !ready() {
+// HealthPaths lists the paths that AddHealthRoutes adds.
+func HealthPaths() []string {
+	return []string{"/healthz", "/healthz/ready", "/-/healthy", "/-/ready"}
+}
+
+// AddHealthRoutes adds the routes of health checks to mux. /healthz and /-/healthy always answer
+// 200. /healthz/ready and /-/ready answer 200 while whyNotReady returns "". Otherwise they answer
+// 503 with the text that whyNotReady returns. The names with /-/ are those of Prometheus.
+func AddHealthRoutes(mux *http.ServeMux, whyNotReady func() string) {
+	healthy := func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") }
+	ready := func(w http.ResponseWriter, r *http.Request) {
+		if why := whyNotReady(); why != "" {
 			w.Header().Set("Retry-After", "1")
-			http.Error(w, "not ready", http.StatusServiceUnavailable)
+			http.Error(w, "not ready: "+why, http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ready")
-	})
+	}
+	for _, path := range HealthPaths() {
+		if strings.HasSuffix(path, "/ready") {
+			mux.HandleFunc("GET "+path, ready)
+		} else {
+			mux.HandleFunc("GET "+path, healthy)
+		}
+	}
 }

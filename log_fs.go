@@ -122,7 +122,7 @@ func LockDir(dir string) (release func() error, err error) {
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("directory %s is in use by another process", dir)
+			return nil, fmt.Errorf("directory %s is in use by another process: stop that process, or use another directory", dir)
 		}
 		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
 	}

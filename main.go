@@ -44,6 +44,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"os/signal"
@@ -65,7 +66,7 @@ Modes:
   token    create a token for a site, or inspect a token
   version  print the version
 
-telemeter --mode MODE --help lists the flags of a mode.
+telemeter --mode MODE --help lists the flags of a mode. telemeter --version prints the version.
 
 Set-up in four commands:
   telemeter --mode keygen --keys keys --host hub.example
@@ -115,26 +116,18 @@ func runProcess(now func() time.Time) int {
 // run runs the mode that --mode in args selects until the mode is done or ctx ends. It returns
 // exitOK, exitFailure, or exitUsage for a faulty command line. now is the wall clock.
 func run(ctx context.Context, now func() time.Time, args []string, stdout, stderr io.Writer) int {
-	modes := map[string]func(context.Context, *command) error{
-		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "version": versionMode,
-	}
-	mode := modeArg(args)
+	mode, args, problem := chooseMode(args)
 	if mode == "" {
-		if slices.ContainsFunc(args, func(a string) bool { return a == "-h" || a == "-help" || a == "--help" }) {
-			io.WriteString(stdout, usage)
-			return exitOK
+		if problem != "" {
+			fmt.Fprintf(stderr, "telemeter: %s\n", problem)
+			return exitUsage
 		}
-		fmt.Fprintf(stderr, "telemeter: --mode is missing\n\n%s", usage)
-		return exitUsage
-	}
-	f := modes[mode]
-	if f == nil {
-		fmt.Fprintf(stderr, "telemeter: unknown mode %q; modes: %s\n", mode, strings.Join(slices.Sorted(maps.Keys(modes)), ", "))
-		return exitUsage
+		io.WriteString(stdout, usage)
+		return exitOK
 	}
 	c := newCommand(mode, args, stdout, stderr)
 	c.now = now
-	err := f(ctx, c)
+	err := modes()[mode](ctx, c)
 	var bad usageError
 	switch {
 	case err == nil:
@@ -147,8 +140,75 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 			strings.Join(bad, "\n  "), mode)
 		return exitUsage
 	}
-	fmt.Fprintf(stderr, "telemeter: %v\n", err)
+	if c.logsJSON {
+		c.logger(slog.LevelError).Error("telemeter failed", "err", err)
+	} else {
+		fmt.Fprintf(stderr, "telemeter: %v\n", err)
+	}
 	return exitFailure
+}
+
+// modes returns the function of each mode.
+func modes() map[string]func(context.Context, *command) error {
+	return map[string]func(context.Context, *command) error{
+		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "version": versionMode,
+	}
+}
+
+// chooseMode returns the mode that args select and the arguments of this mode. It also understands
+// habits from other programs: --version anywhere; -v, version and help as the first argument; and a
+// mode as a word together with a request for help, such as "server --help". If mode is "", problem
+// says what is wrong with args, or is "" if args ask for the usage text.
+func chooseMode(args []string) (mode string, modeArgs []string, problem string) {
+	names := slices.Sorted(maps.Keys(modes()))
+	first, word := "", "" // word is a mode in args that is no value of --mode
+	if len(args) > 0 {
+		first = args[0]
+	}
+	for _, a := range args[:min(len(args), 2)] {
+		if a = strings.TrimLeft(a, "-"); word == "" && slices.Contains(names, a) {
+			word = a
+		}
+	}
+	isHelp := func(a string) bool { return a == "-h" || a == "-help" || a == "--help" }
+	mode = modeArg(args)
+	switch {
+	case slices.Contains(args, "--version") || slices.Contains(args, "-version") || mode == "" && (first == "version" || first == "-v"):
+		return "version", nil, ""
+	case mode == "" && (first == "help" || slices.ContainsFunc(args, isHelp)):
+		return word, []string{"--help"}, ""
+	case first == "help":
+		args = []string{"--help"}
+	case mode == "" && word != "" && strings.TrimLeft(first, "-") == word:
+		correct := append([]string{"telemeter", "--mode", word}, args[1:]...)
+		return "", nil, "the mode is the value of the flag --mode; run this command:\n  " + shellJoin(correct)
+	case mode == "" && (first == "" || strings.HasPrefix(first, "-")):
+		return "", nil, "--mode is missing: choose one of the modes below\n\n" + strings.TrimSuffix(usage, "\n")
+	case mode == "":
+		mode = first
+	}
+	if !slices.Contains(names, mode) {
+		problem = fmt.Sprintf("unknown mode %q", mode)
+		if near := nearest(mode, names); near != "" {
+			problem += fmt.Sprintf(": did you mean --mode %s?", near)
+		}
+		return "", nil, fmt.Sprintf("%s\nThe modes are %s; telemeter --help explains them", problem, strings.Join(names, ", "))
+	}
+	return mode, args, ""
+}
+
+// shellJoin returns a command line for a POSIX shell that passes the given words.
+func shellJoin(words []string) string {
+	quoted := make([]string, len(words))
+	for i, word := range words {
+		plain := func(r rune) bool {
+			return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("-_./:=@%+,", r)
+		}
+		if quoted[i] = word; word == "" || strings.ContainsFunc(word, func(r rune) bool { return !plain(r) }) {
+			quoted[i] = "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+		}
+	}
+	return strings.Join(quoted, " ")
 }
 
 // modeArg returns the value of --mode in args, or "" if --mode is missing. It accepts --mode at any

@@ -57,6 +57,7 @@ type clientFlags struct {
 func clientMode(ctx context.Context, c *command) error {
 	c.about = "scrapes a Prometheus that cannot be reached from outside, and pushes its samples."
 	c.example = "telemeter --mode client --from http://localhost:9090 --token-file site-7.token"
+	c.usual = []string{"from", "token-file", "match", "anonymize-labels", "anonymize-salt-file", "spool-dir", "interval", "dry-run"}
 	var f clientFlags
 	f.define(c)
 	if err := c.parseArgs(); err != nil {
@@ -105,7 +106,7 @@ func (f *clientFlags) define(c *command) {
 		c.optionalAddressFlag(&f.listen, "listen", "localhost:9002", "`ADDRESS` address for health checks, the client's own metrics, and /federate with the samples sent last; empty: do not listen")
 		c.BoolVar(&f.once, "once", false, "scrape once, push all scrapes in the spool, and exit")
 		c.BoolVar(&f.dryRun, "dry-run", false, "print the samples that would leave the site, without pushing them")
-		c.logLevelFlag(&f.logLevel)
+		c.logFlags(&f.logLevel)
 	})
 }
 
@@ -120,7 +121,7 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	}
 	c.addProblemUnless(f.fromTokenFile == "" || f.from.Scheme == "https" || IsLoopbackHost(f.from.Hostname()) || f.plainHTTP,
 		"--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
-	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing: create a token on a server with telemeter --mode token")
+	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing: create a token on the hub with telemeter --mode token --keys keys --id SITE --to https://HUB:9003 > site.token, and copy the file here")
 	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file, because without a secret key the values could be guessed; create one with: head -c 32 /dev/urandom | base64 > salt")
 	c.addProblemUnless(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file has no effect without --anonymize-labels: add --anonymize-labels, or remove it")
 	c.addProblemUnless((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key must be given together")
@@ -219,12 +220,12 @@ func (p *clientProcess) openSpool() error {
 	if p.spoolDir != "" {
 		dir, err := filepath.Abs(p.spoolDir)
 		if err != nil {
-			return fmt.Errorf("opening spool: %w", err)
+			return flagError("spool-dir", p.spoolDir, err)
 		}
 		spool.Dir = dir
 	}
 	if err := p.client.OpenSpool(spool); err != nil {
-		return fmt.Errorf("%w (use --spool-dir DIR for another directory)", err)
+		return flagError("spool-dir", p.spoolDir, err)
 	}
 	return nil
 }
@@ -241,7 +242,7 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	}
 	parts := []func(context.Context) error{p.client.Run}
 	if p.listen != "" {
-		ln, err := Listen(p.listen)
+		ln, err := listenFlag("listen", p.listen)
 		if err != nil {
 			return err
 		}
@@ -290,13 +291,13 @@ func (t *renewableTransport) renew(config *tls.Config) {
 func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.fromCAFile != "" {
-		if from.RootCAs, err = readCAs(f.fromCAFile); err != nil {
+		if from.RootCAs, err = readCAs("from-ca-file", f.fromCAFile); err != nil {
 			return nil, nil, err
 		}
 	}
 	to = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.toCAFile != "" {
-		if to.RootCAs, err = readCAs(f.toCAFile); err != nil {
+		if to.RootCAs, err = readCAs("to-ca-file", f.toCAFile); err != nil {
 			return nil, nil, err
 		}
 	} else if pin != "" {
@@ -306,8 +307,11 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 	}
 	if f.toCertFile != "" {
 		pair, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile)
+		if pathErr := new(os.PathError); errors.As(err, &pathErr) {
+			return nil, nil, flagError("to-crt", fmt.Sprintf("%s and --to-key %s", f.toCertFile, f.toKeyFile), err)
+		}
 		if err != nil {
-			return nil, nil, fmt.Errorf("reading client certificate: %w", err)
+			return nil, nil, fmt.Errorf("--to-crt %s and --to-key %s: %w: name PEM files with a certificate and its private key", f.toCertFile, f.toKeyFile, err)
 		}
 		// Every handshake in which the server asks for a certificate reads the files again, so that
 		// a renewed client certificate is used without a reload. If the files cannot be read then,
@@ -355,7 +359,7 @@ func (p *clientProcess) loadConfigAndToken() (config ClientReloadConfig, t Token
 
 // loadSourceToken returns the token in the file of --from-token-file, or "" without that flag.
 func (f *clientFlags) loadSourceToken() (string, error) {
-	b, err := readOptionalSecret(f.fromTokenFile, "the source's token")
+	b, err := readOptionalSecret("from-token-file", f.fromTokenFile)
 	return string(b), err
 }
 
@@ -363,7 +367,7 @@ func (f *clientFlags) loadSourceToken() (string, error) {
 // query of the URL in --from has a selector, it returns one selector that matches all series,
 // because Prometheus's /federate serves no samples without match[].
 func (f *clientFlags) loadSelectors() (Selectors, error) {
-	match, err := readSelectors(f.match, f.matchFile)
+	match, err := readSelectors(f.match, "match-file", f.matchFile)
 	if err == nil && len(match) == 0 && !f.from.Query().Has("match[]") {
 		return ParseSelectors([]string{`{__name__=~".+"}`})
 	}
@@ -373,12 +377,12 @@ func (f *clientFlags) loadSelectors() (Selectors, error) {
 // loadSalt returns the salt in the file of --anonymize-salt-file, or nil without that flag. A salt
 // of fewer than minSalt bytes is an error.
 func (f *clientFlags) loadSalt() ([]byte, error) {
-	salt, err := readOptionalSecret(f.saltFile, "salt")
+	salt, err := readOptionalSecret("anonymize-salt-file", f.saltFile)
 	if err != nil || salt == nil {
 		return nil, err
 	}
 	if len(salt) < minSalt {
-		return nil, fmt.Errorf("salt %s has %d bytes: it must have at least %d", f.saltFile, len(salt), minSalt)
+		return nil, fmt.Errorf("--anonymize-salt-file %s has %d bytes, fewer than %d: create a salt with: head -c 32 /dev/urandom | base64 > salt", f.saltFile, len(salt), minSalt)
 	}
 	return salt, nil
 }
@@ -389,7 +393,7 @@ func (f *clientFlags) loadSalt() ([]byte, error) {
 func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	b, err := ReadSecret(f.tokenFile, MaxToken)
 	if err != nil {
-		return "", t, fmt.Errorf("reading token: %w", err)
+		return "", t, flagError("token-file", f.tokenFile, err)
 	}
 	// A token that does not parse is not an error yet, because a server with --authorize may accept
 	// tokens in another format. --id and --to must then supply the cluster ID and the servers.

@@ -30,7 +30,7 @@ func readSmallFile(path string, max int) ([]byte, error) {
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, int64(max)+1))
 	if err == nil && len(b) > max {
-		err = fmt.Errorf("%s is larger than %d bytes", path, max)
+		err = fmt.Errorf("%s is larger than %d bytes: it is probably another file than you meant", path, max)
 	}
 	return b, err
 }
@@ -39,30 +39,32 @@ func readSmallFile(path string, max int) ([]byte, error) {
 func readKeyFile(dir, file string) (Keys, error) {
 	path := filepath.Join(dir, file)
 	b, err := readSmallFile(path, MaxKeyFile)
-	if errors.Is(err, os.ErrNotExist) {
-		return Keys{}, fmt.Errorf("%w: create it with telemeter --mode keygen --keys %s", err, dir)
-	}
 	if err != nil {
-		return Keys{}, fmt.Errorf("reading key file: %w", err)
+		return Keys{}, keysError(dir, err)
 	}
 	keys, err := ParseKeys(b)
 	if err != nil {
-		return Keys{}, fmt.Errorf("reading %s: %w", path, err)
+		return Keys{}, fmt.Errorf("--keys %s: reading %s: %w: restore the file from a copy, such as the one on another server", dir, path, err)
 	}
 	return keys, nil
 }
 
-// readOptionalSecret returns the secret in the file at path, or nil if path is empty. A secret of
-// more than MaxToken bytes is an error. The parameter what names the secret in error texts.
-func readOptionalSecret(path, what string) ([]byte, error) {
+// keysError returns the error of reading a key file in dir, the directory of --keys.
+func keysError(dir string, err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("--keys %s: %w: create the keys with telemeter --mode keygen --keys %s, or copy them from another server", dir, err, dir)
+	}
+	return flagError("keys", dir, err)
+}
+
+// readOptionalSecret returns the secret in the file at path, the value of the flag --flag, or nil if
+// path is empty. A secret of more than MaxToken bytes is an error.
+func readOptionalSecret(flag, path string) ([]byte, error) {
 	if path == "" {
 		return nil, nil
 	}
 	secret, err := ReadSecret(path, MaxToken)
-	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", what, err)
-	}
-	return secret, nil
+	return secret, flagError(flag, path, err)
 }
 
 // warnOfReadableSecrets logs a warning for each of the files that every user may read according to
@@ -78,45 +80,72 @@ func warnOfReadableSecrets(log *slog.Logger, paths ...string) {
 }
 
 // readSelectors returns the selectors in given, followed by the selectors in the file named file,
-// which has one selector per line. If file is "", it returns given. A file without any selector is
-// an error.
-func readSelectors(given Selectors, file string) (Selectors, error) {
+// the value of the flag --flag, which has one selector per line. If file is "", it returns given. A
+// file without any selector is an error.
+func readSelectors(given Selectors, flag, file string) (Selectors, error) {
 	if file == "" {
 		return given, nil
 	}
 	b, err := readSmallFile(file, maxRulesFile)
 	if err != nil {
-		return nil, fmt.Errorf("reading selectors: %w", err)
+		return nil, flagError(flag, file, err)
 	}
 	var lines []string
 	for _, line := range NonCommentLines(b) {
 		lines = append(lines, line)
 	}
 	if len(lines) == 0 {
-		return nil, fmt.Errorf("selector file %s contains no selector", file)
+		return nil, fmt.Errorf("--%s %s contains no selector: write one selector per line, such as {job=\"node\"}, or remove the flag", flag, file)
 	}
-	more, err := ParseSelectors(lines)
-	return slices.Concat(given, more), err
+	more, err := parseSelectors(lines, "", "")
+	return slices.Concat(given, more), flagError(flag, file, err)
 }
 
-// readCAs returns a pool of the CA certificates in the PEM file at path.
-func readCAs(path string) (*x509.CertPool, error) {
+// parseSelectors parses selectors like ParseSelectors. Errors show an example between the quotes
+// open and end.
+func parseSelectors(texts []string, open, end string) (Selectors, error) {
+	s, err := ParseSelectors(texts)
+	if err != nil {
+		err = fmt.Errorf("%w: write a selector like up or %s{job=\"node\"}%s", err, open, end)
+	}
+	return s, err
+}
+
+// readCAs returns a pool of the CA certificates in the PEM file at path, the value of the flag
+// --flag.
+func readCAs(flag, path string) (*x509.CertPool, error) {
 	b, err := readSmallFile(path, maxRulesFile)
 	if err != nil {
-		return nil, fmt.Errorf("reading CA certificates: %w", err)
+		return nil, flagError(flag, path, err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(b) {
-		return nil, fmt.Errorf("CA file %s contains no PEM certificate", path)
+		return nil, fmt.Errorf("--%s %s contains no PEM certificate: name a file with lines -----BEGIN CERTIFICATE-----", flag, path)
 	}
 	return pool, nil
 }
 
-// parseHTTPURL parses s, which must be an http:// or https:// URL with a host.
+// parseHTTPURL parses s, which must be an http:// or https:// URL with a host and without a
+// fragment. Errors contain no password.
 func parseHTTPURL(s string) (*url.URL, error) {
+	shown := s
+	if at := strings.LastIndex(s, "@"); at >= 0 {
+		shown = "…" + s[at:]
+	}
 	u, err := url.Parse(s)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%s is not an http:// or https:// URL", s)
+	switch {
+	case !strings.Contains(s, "://"):
+		return nil, fmt.Errorf("%q does not begin with http:// or https://", shown)
+	case err != nil:
+		return nil, fmt.Errorf("%q is not a URL, such as https://hub.example:9003", shown)
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, fmt.Errorf("%q has the scheme %s: use http:// or https://", shown, u.Scheme)
+	case u.Hostname() == "":
+		return nil, fmt.Errorf("%q has no host: write the host after %s://", shown, u.Scheme)
+	case strings.Contains(s, "#"):
+		return nil, fmt.Errorf("%q has a fragment, which is not sent: remove the part from # on", shown)
+	case u.ForceQuery:
+		return nil, fmt.Errorf("%q has an empty query: remove the ? at its end", shown)
 	}
 	return u, nil
 }
@@ -124,15 +153,16 @@ func parseHTTPURL(s string) (*url.URL, error) {
 // parseServerURL parses the URL of a server, which has a scheme, a host and an optional port. A
 // path other than /, a query or credentials are an error.
 func parseServerURL(s string) (*url.URL, error) {
-	u, err := url.Parse(s)
-	switch {
-	case err != nil:
-		return nil, fmt.Errorf("%q is not a URL", s)
-	case u.Scheme != "http" && u.Scheme != "https" || u.Host == "":
-		return nil, fmt.Errorf("%q is not an http:// or https:// URL with a host", s)
-	case u.User != nil || u.RawQuery != "" || strings.Trim(u.Path, "/") != "":
-		return nil, fmt.Errorf("%q must have only a scheme, a host and a port", s)
+	u, err := parseHTTPURL(s)
+	if err != nil {
+		return nil, err
 	}
-	u.Path = ""
-	return u, nil
+	bare := &url.URL{Scheme: u.Scheme, Host: u.Host}
+	switch {
+	case u.User != nil:
+		return nil, fmt.Errorf("%q contains credentials, but the token is the only credential of a site: use %s", u.Redacted(), bare)
+	case u.RawQuery != "" || strings.Trim(u.Path, "/") != "":
+		return nil, fmt.Errorf("%q must have only a scheme, a host and a port: use %s", u, bare)
+	}
+	return bare, nil
 }

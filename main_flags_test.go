@@ -5,6 +5,7 @@ package main
 
 import (
 	"io"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -42,6 +43,37 @@ func TestFormatDuration(t *testing.T) {
 	}
 }
 
+// A duration is written as Go or as Prometheus writes it.
+func TestParseDuration(t *testing.T) {
+	const day = 24 * time.Hour
+	for text, want := range map[string]time.Duration{
+		"0": 0, "0s": 0, "90s": 90 * time.Second, "1.5h": 90 * time.Minute, "1m30s": 90 * time.Second, "300ms": 300 * time.Millisecond,
+		"1d": day, "2w": 14 * day, "1y": 365 * day, "1d12h": 36 * time.Hour, "1w2d3h4m5s": 9*day + 3*time.Hour + 4*time.Minute + 5*time.Second,
+	} {
+		if d, err := parseDuration(text); err != nil || d != want {
+			t.Errorf("parseDuration(%q) = %v, %v; want %v", text, d, err, want)
+		}
+	}
+	for _, text := range []string{"", "1", "d", "1D", "1 d", "12h1d", "-1d", "1.5d", "1month", "300y", "soon"} {
+		if d, err := parseDuration(text); err == nil || !strings.Contains(err.Error(), "1d12h") {
+			t.Errorf("parseDuration(%q) = %v, %v; want an error with an example", text, d, err)
+		}
+	}
+}
+
+// nearest finds the name that was probably meant. It finds none if all names are too different.
+func TestNearest(t *testing.T) {
+	names := []string{"anonymize-salt-file", "from", "id", "listen", "listen-internal", "storage-dir", "to", "to-key"}
+	for word, want := range map[string]string{
+		"storage-dri": "storage-dir", "storage_dir": "storage-dir", "storage": "storage-dir", "salt-file": "anonymize-salt-file", "lisen": "listen",
+		"list": "listen", "web.listen-address": "listen", "listen-intrnal": "listen-internal", "form": "from", "ids": "id", "tokey": "to-key", "": "", "x": "", "config": "", "storage.tsdb.path": "",
+	} {
+		if got := nearest(word, names); got != want {
+			t.Errorf("nearest(%q) = %q, want %q", word, got, want)
+		}
+	}
+}
+
 // flagValues holds the values of the flags in these tests, which are of different types.
 type flagValues struct {
 	d       time.Duration
@@ -54,6 +86,7 @@ type flagValues struct {
 	names   []string
 	allow   Selectors
 	renames map[string]string
+	url     *url.URL
 }
 
 // parseFlagValues parses args, which has command-line arguments separated by spaces. It returns the
@@ -70,6 +103,8 @@ func parseFlagValues(args string) (v flagValues, problems string) {
 	c.labelNamesFlag(&v.names, "names", "", true)
 	c.selectorsFlag(&v.allow, "allow", "")
 	c.metricRenamesFlag(&v.renames, "renames", []string{"x=y"}, "")
+	c.urlFlag(&v.url, "url", "", "")
+	c.StringVar(new(string), "url-user-file", "", "")
 	c.parseArgs()
 	if err := c.err(); err != nil {
 		problems = err.Error()
@@ -100,20 +135,27 @@ func TestFlagValues(t *testing.T) {
 // address flag has a problem, the flag keeps its default.
 func TestFlagProblems(t *testing.T) {
 	for args, want := range map[string]string{
-		"--d 999ms":           "--d must be from 1s to 1h",
-		"--d 61m":             "--d must be from 1s to 1h",
-		"--n 0":               "--n must be above 0",
-		"--n -1":              "--n must be above 0",
-		"--size 1":            "--size must be at least 1KiB",
-		"--d 1":               `invalid value "1" for flag -d: time: missing unit in duration "1"`,
-		"--n x":               `invalid value "x" for flag -n: not a number`,
-		"--size 1k":           `invalid value "1k" for flag -size: not a number of bytes, such as 1048576 or 1MiB`,
-		"--addr= --opt x":     `--addr: "" is not HOST:PORT, such as localhost:9000 or :9000; --opt: "x" is not HOST:PORT, such as localhost:9000 or :9000`,
-		"--labels a":          `--labels: label "a" is not NAME=VALUE`,
-		"--names a,_id":       `--names: label name "_id" is reserved`,
-		"--renames x":         `--renames: rename "x" is not OLD=NEW with a valid metric name`,
-		"--n 0 --d 0s y":      `--n must be above 0; --d must be from 1s to 1h; unexpected argument "y": every value must follow its flag`,
-		"--labels a --labels": `--labels: label "a" is not NAME=VALUE; flag needs an argument: -labels`,
+		"--addr :70000":         `--addr: ":70000" has no valid port: use a number from 0 to 65535, such as :9000`,
+		"--addr h:":             `--addr: "h:" has no valid port: use a number from 0 to 65535, such as h:9000`,
+		"--addr --n 5":          "--addr needs a value: write --addr value",
+		"--dd 1s -labls a=b":    "unknown flag --dd: did you mean --d?; unknown flag --labls: did you mean --labels?",
+		"--n 5 --nnnnnnnnn":     "unknown flag --nnnnnnnnn",
+		"--d 999ms":             "--d must be from 1s to 1h",
+		"--url http://u:p@h/":   `--url: http://u:xxxxx@h/ contains credentials, which every user of this host can see in a command line: remove them, and write USER:PASSWORD into a file that --url-user-file names`,
+		"--url http://u:p%zz@h": `--url: "…@h" is not a URL, such as https://hub.example:9003`,
+		"--d 61m":               "--d must be from 1s to 1h",
+		"--n 0":                 "--n must be above 0",
+		"--n -1":                "--n must be above 0",
+		"--size 1":              "--size must be at least 1KiB",
+		"--d 1":                 `invalid value "1" for --d: not a duration, such as 30s, 10m, 2h or 1d12h`,
+		"--n x":                 `invalid value "x" for --n: not a whole number, such as 1000`,
+		"--size 1k":             `invalid value "1k" for --size: not a number of bytes, such as 1048576 or 1MiB`,
+		"--addr= --opt x":       `--addr: "" is not HOST:PORT, such as localhost:9000 or :9000; --opt: "x" is not HOST:PORT, such as localhost:9000 or :9000`,
+		"--labels a":            `--labels: label "a" is not NAME=VALUE`,
+		"--names a,_id":         `--names: label name "_id" is reserved: use another name`,
+		"--renames x":           `--renames: rename "x" is not OLD=NEW with a valid metric name`,
+		"--n 0 --d 0s y":        `--n must be above 0; --d must be from 1s to 1h; unexpected argument "y": every value must follow its flag`,
+		"--labels a --labels":   `--labels: label "a" is not NAME=VALUE; --labels needs a value: write --labels value`,
 	} {
 		v, problems := parseFlagValues(args)
 		if problems != want {

@@ -6,6 +6,7 @@ package main
 // --help lists the flags by group, with each default that is not empty, false or zero.
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -18,6 +19,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/prometheus/common/model"
 )
 
 const helpIndent, helpWidth = 29, 96 // in --help: columns for the name of a flag and its argument, and maximum columns of a line
@@ -36,6 +39,8 @@ type command struct {
 	stdout, stderr io.Writer
 	now            func() time.Time // the wall clock
 	about, example string           // for --help: what the mode does, and a command line
+	usual          []string         // the flags that --help lists first
+	logsJSON       bool             // --log-format json
 	groups         []flagGroup      // in the order in which --help lists them
 	problems       usageError
 }
@@ -52,7 +57,7 @@ func newCommand(mode string, args []string, stdout, stderr io.Writer) *command {
 	c := &command{mode: mode, stdout: stdout, stderr: stderr, now: time.Now, args: args}
 	c.FlagSet = flag.NewFlagSet(mode, flag.ContinueOnError)
 	c.SetOutput(io.Discard)
-	c.String("mode", mode, "")
+	c.String("mode", mode, "`MODE`")
 	return c
 }
 
@@ -71,66 +76,103 @@ func (c *command) defineGroup(title string, define func()) {
 	c.groups = append(c.groups, g)
 }
 
-// writeHelp writes the --help of the mode to w: what the mode does, its flags by group, and an
-// example. The usage text of a flag may begin with the name of the flag's argument in back quotes.
+// writeHelp writes the --help of the mode to w: what the mode does, its usual flags, its other flags
+// by group, and an example. The usage text of a flag may begin with the name of the flag's argument in back quotes.
 // writeHelp prints that name beside the flag and removes it from the text.
 func (c *command) writeHelp(w io.Writer) {
 	fmt.Fprintf(w, "telemeter --mode %s: %s\n", c.mode, c.about)
+	if len(c.usual) > 0 {
+		c.writeHelpGroup(w, flagGroup{"Usual flags", c.usual})
+		fmt.Fprintf(w, "\nRarely needed\n")
+	}
 	for _, g := range c.groups {
-		fmt.Fprintf(w, "\n%s:\n", g.title)
-		for _, name := range g.names {
-			f := c.Lookup(name)
-			arg, text := flag.UnquoteUsage(f)
-			text = strings.TrimPrefix(text, arg+" ")
-			switch f.DefValue {
-			case "", "false", "0", "0s":
-			default:
-				text += fmt.Sprintf(" (default %s)", f.DefValue)
-			}
-			fmt.Fprintf(w, "  %-27s", strings.TrimSpace("--"+name+" "+arg))
-			column := helpIndent
-			for _, word := range strings.Fields(text) {
-				if column += 1 + len(word); column > helpWidth {
-					fmt.Fprintf(w, "\n%*s", helpIndent, "")
-					column = helpIndent + 1 + len(word)
-				}
-				io.WriteString(w, " "+word)
-			}
-			fmt.Fprintln(w)
+		g.names = slices.DeleteFunc(slices.Clone(g.names), func(name string) bool { return slices.Contains(c.usual, name) })
+		if len(g.names) > 0 {
+			c.writeHelpGroup(w, g)
 		}
 	}
 	fmt.Fprintf(w, "\nExample:\n  %s\n", c.example)
 }
 
-// parseArgs parses all arguments and adds each problem to c.problems. It continues after an
-// argument with a problem, so that it also finds problems of later arguments. It returns
-// flag.ErrHelp for --help. If the value of a number, a duration, a size, a switch or --log-level
-// does not parse, it returns all problems found so far as an error, because later checks would not
-// see that value. In all other cases it returns nil, and the method err returns the problems.
-func (c *command) parseArgs() (helpOrMisread error) {
-	misread := false
-	for args := c.args; len(args) > 0; {
-		err := c.Parse(args)
-		if errors.Is(err, flag.ErrHelp) {
-			return err
+// writeHelpGroup writes the title and the flags of a group to w.
+func (c *command) writeHelpGroup(w io.Writer, g flagGroup) {
+	fmt.Fprintf(w, "\n%s:\n", g.title)
+	for _, name := range g.names {
+		f := c.Lookup(name)
+		arg, text := flag.UnquoteUsage(f)
+		text = strings.TrimPrefix(text, arg+" ")
+		switch f.DefValue {
+		case "", "false", "0", "0s":
+		default:
+			text += fmt.Sprintf(" (default %s)", f.DefValue)
 		}
-		rest := c.Args()
-		switch {
-		case err != nil:
-			c.addProblemUnless(false, "%v", err)
-			switch {
-			case strings.HasPrefix(err.Error(), "invalid "): // package flag reports a value that does not parse as "invalid value" or "invalid boolean value"
-				misread = true
-			case len(rest) == len(args): // package flag does not consume an argument with bad syntax, so skip it
-				rest = rest[1:]
-			case len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.Contains(args[len(args)-len(rest)-1], "="):
-				rest = rest[1:] // skip this argument, which is probably the value of an unknown flag
+		fmt.Fprintf(w, "  %-27s", strings.TrimSpace("--"+name+" "+arg))
+		column := helpIndent
+		for _, word := range strings.Fields(text) {
+			if column += 1 + len(word); column > helpWidth {
+				fmt.Fprintf(w, "\n%*s", helpIndent, "")
+				column = helpIndent + 1 + len(word)
 			}
-		case len(rest) > 0:
-			c.addProblemUnless(false, "unexpected argument %q: every value must follow its flag", rest[0])
-			rest = rest[1:]
+			io.WriteString(w, " "+word)
 		}
-		args = rest
+		fmt.Fprintln(w)
+	}
+}
+
+// parseArgs parses all arguments and adds each problem to c.problems. It continues after an
+// argument with a problem, so that it also finds problems of later arguments. It accepts the syntax
+// of package flag, but its messages write every flag with two dashes. It returns flag.ErrHelp for
+// --help. If the value of a number, a duration, a size or a switch does not parse, it returns all
+// problems found so far as an error, because later checks would not see that value. In all other
+// cases it returns nil, and the method err returns the problems.
+func (c *command) parseArgs() (helpOrMisread error) {
+	misread, lastSwitch := false, ""
+	for args := c.args; len(args) > 0; {
+		arg := args[0]
+		args = args[1:]
+		name, value, hasValue := cutFlag(arg)
+		f := c.Lookup(name)
+		isValue := len(args) > 0 && !strings.HasPrefix(args[0], "-") // whether the next argument looks like a value
+		switch {
+		case name == "help": // also as a word without dashes
+			return flag.ErrHelp
+		case name == "" || !strings.HasPrefix(arg, "-"):
+			advice := "every value must follow its flag"
+			if lastSwitch != "" {
+				advice = fmt.Sprintf("--%s is a switch; write its value as --%s=true or --%s=false", lastSwitch, lastSwitch, lastSwitch)
+			}
+			c.addProblemUnless(false, "unexpected argument %q: %s", arg, advice)
+			continue
+		case name == "h":
+			return flag.ErrHelp
+		case f == nil:
+			c.addProblemUnless(false, "unknown flag --%s%s", name, c.adviceOnUnknownFlag(name))
+			if !hasValue && isValue {
+				args = args[1:] // skip the probable value of the unknown flag
+			}
+			continue
+		}
+		lastSwitch = ""
+		sw, ok := f.Value.(interface{ IsBoolFlag() bool })
+		isSwitch := ok && sw.IsBoolFlag()
+		switch {
+		case hasValue:
+		case isSwitch:
+			value, lastSwitch = "true", name
+		case len(args) == 0 || c.isFlag(args[0]):
+			argument, _ := flag.UnquoteUsage(f)
+			c.addProblemUnless(false, "--%s needs a value: write --%s %s", name, name, argument)
+			continue
+		default:
+			value, args = args[0], args[1:]
+		}
+		if err := c.Set(name, value); err != nil {
+			if isSwitch {
+				err = fmt.Errorf("use --%s or --%s=false", name, name)
+			}
+			c.addProblemUnless(false, "invalid value %q for --%s: %v", value, name, err)
+			misread = true
+		}
 	}
 	if mode := c.Lookup("mode").Value.String(); mode != c.mode {
 		c.addProblemUnless(false, "--mode %s and --mode %s cannot be combined: choose one mode", c.mode, mode)
@@ -139,6 +181,83 @@ func (c *command) parseArgs() (helpOrMisread error) {
 		return c.err()
 	}
 	return nil
+}
+
+// cutFlag splits an argument --NAME=VALUE, --NAME, -NAME=VALUE or -NAME.
+func cutFlag(arg string) (name, value string, hasValue bool) {
+	return strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
+}
+
+// isFlag reports whether arg sets a flag of c.
+func (c *command) isFlag(arg string) bool {
+	name, _, _ := cutFlag(arg)
+	return strings.HasPrefix(arg, "-") && c.Lookup(name) != nil
+}
+
+// adviceOnUnknownFlag returns the end of a message about a flag that the mode does not have: the
+// other modes that have it, or else the flag of this mode with the nearest name, or "".
+func (c *command) adviceOnUnknownFlag(name string) string {
+	var others []string
+	for mode, f := range modes() {
+		o := newCommand(mode, []string{"--help"}, io.Discard, io.Discard)
+		f(context.Background(), o) // returns flag.ErrHelp when it has defined its flags
+		if o.Lookup(name) != nil {
+			others = append(others, mode)
+		}
+	}
+	if len(others) > 0 {
+		slices.Sort(others)
+		return fmt.Sprintf(": it is a flag of --mode %s, not of --mode %s", strings.Join(others, " and --mode "), c.mode)
+	}
+	var names []string
+	c.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+	if near := nearest(strings.TrimLeft(name, "-"), names); near != "" {
+		return fmt.Sprintf(": did you mean --%s?", near)
+	}
+	return ""
+}
+
+// nearest returns the name that a person probably meant by word, or "" if no name is near. A name
+// is near if few letters differ, or if the word is a part of it or contains it.
+func nearest(word string, names []string) (near string) {
+	best := 2 + len(word)/5 // the distance from which on a name is not near
+	for _, name := range names {
+		d := editDistance(word, name)
+		if i := strings.Index(name, word); len(word) >= 3 && i >= 0 {
+			d = min(d, 1+min(i, 1)) // a name that begins with the word is nearer than a name that contains it
+		}
+		if len(name) >= 4 && strings.Contains(word, name) {
+			d = min(d, 2) // as in "web.listen-address" for "listen"
+		}
+		if letters := slices.Sorted(slices.Values([]byte(name))); slices.Equal(letters, slices.Sorted(slices.Values([]byte(word)))) {
+			d = min(d, 1) // the letters have another order, as in "form" for "from"
+		}
+		if d < best {
+			near, best = name, d
+		}
+	}
+	return near
+}
+
+// editDistance returns the Levenshtein distance of a and b in bytes.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1) // distances of the part of a so far to each prefix of b
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
 }
 
 // addProblemUnless adds a problem, formatted like fmt.Sprintf, if ok is false.
@@ -235,7 +354,22 @@ func boundsText[T ~int | ~int64](min, max T, format func(T) string) string {
 
 // durationFlag defines a flag for a duration from min to max. A max of 0 means no upper bound.
 func (c *command) durationFlag(p *time.Duration, name string, def, min, max time.Duration, usage string) {
-	numberFlag(c, p, name, def, min, max, usage, time.ParseDuration, formatDuration)
+	numberFlag(c, p, name, def, min, max, usage, parseDuration, formatDuration)
+}
+
+// parseDuration parses a duration in the notation of Go, such as 1.5h or 300ms, or in the notation
+// of Prometheus, which also has days, weeks and years, such as 1d12h.
+func parseDuration(text string) (time.Duration, error) {
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		var long model.Duration
+		long, err = model.ParseDuration(text)
+		d = time.Duration(long)
+	}
+	if err != nil {
+		return 0, errors.New("not a duration, such as 30s, 10m, 2h or 1d12h")
+	}
+	return d, nil
 }
 
 // formatDuration formats d like Duration.String, but without zero units at the end: 10m for 10m0s.
@@ -259,7 +393,7 @@ func (c *command) countFlag(p *int, name string, def int, usage string) {
 func parseInt(text string) (int, error) {
 	n, err := strconv.ParseInt(text, 0, strconv.IntSize)
 	if err != nil {
-		return 0, errors.New("not a number")
+		return 0, errors.New("not a whole number, such as 1000")
 	}
 	return int(n), nil
 }
@@ -318,11 +452,6 @@ func (c *command) optionalAddressFlag(p *string, name, def, usage string) {
 	})
 }
 
-// stringsFlag defines a repeatable flag for a list of strings, which are not checked.
-func (c *command) stringsFlag(p *[]string, name, usage string) {
-	listFlag(c, p, name, usage, func(texts []string) ([]string, error) { return texts, nil })
-}
-
 // addressesFlag defines a repeatable flag for a list of addresses host:port.
 func (c *command) addressesFlag(p *[]string, name, usage string) {
 	listFlag(c, p, name, usage, parseEach(parseAddress))
@@ -330,8 +459,15 @@ func (c *command) addressesFlag(p *[]string, name, usage string) {
 
 // parseAddress returns text unchanged. It is an error if text is not host:port.
 func parseAddress(text string) (string, error) {
-	if _, _, err := net.SplitHostPort(text); err != nil {
+	host, port, err := net.SplitHostPort(text)
+	if _, notNumber := strconv.ParseUint(text, 10, 16); notNumber == nil {
+		return "", fmt.Errorf("%q is not HOST:PORT: write localhost:%s for this host only, or :%s", text, text, text)
+	}
+	if err != nil {
 		return "", fmt.Errorf("%q is not HOST:PORT, such as localhost:9000 or :9000", text)
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil || port == "" {
+		return "", fmt.Errorf("%q has no valid port: use a number from 0 to 65535, such as %s", text, net.JoinHostPort(host, "9000"))
 	}
 	return text, nil
 }
@@ -351,13 +487,23 @@ func parseEach[T any](parse func(string) (T, error)) func([]string) ([]T, error)
 	}
 }
 
-// urlFlag defines a flag for an http:// or https:// URL. If def is empty and the flag is not set,
-// *p stays unchanged.
+// urlFlag defines a flag for an http:// or https:// URL without credentials. If def is empty and the
+// flag is not set, *p stays unchanged.
 func (c *command) urlFlag(p **url.URL, name, def, usage string) {
-	if def != "" {
-		*p, _ = parseHTTPURL(def)
+	parse := func(text string) (*url.URL, error) {
+		u, err := parseHTTPURL(text)
+		if err == nil && u.User != nil {
+			err = fmt.Errorf("%s contains credentials, which every user of this host can see in a command line: remove them", u.Redacted())
+			if file := name + "-user-file"; c.Lookup(file) != nil {
+				err = fmt.Errorf("%w, and write USER:PASSWORD into a file that --%s names", err, file)
+			}
+		}
+		return u, err
 	}
-	parsedFlag(c, p, name, def, usage, parseHTTPURL)
+	if def != "" {
+		*p, _ = parse(def)
+	}
+	parsedFlag(c, p, name, def, usage, parse)
 }
 
 // serverURLsFlag defines a repeatable flag for a list of URLs of servers; see parseServerURL.
@@ -381,7 +527,9 @@ func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bo
 	listFlag(c, p, name, usage, func(texts []string) (names []string, err error) {
 		for _, text := range texts {
 			if splitCommas {
-				names = append(names, strings.Split(text, ",")...)
+				for name := range strings.SplitSeq(text, ",") {
+					names = append(names, strings.TrimSpace(name))
+				}
 			} else {
 				names = append(names, text)
 			}
@@ -397,7 +545,7 @@ func (c *command) labelNamesFlag(p *[]string, name, usage string, splitCommas bo
 
 // selectorsFlag defines a repeatable flag for a list of series selectors.
 func (c *command) selectorsFlag(p *Selectors, name, usage string) {
-	listFlag(c, p, name, usage, ParseSelectors)
+	listFlag(c, p, name, usage, func(texts []string) (Selectors, error) { return parseSelectors(texts, "'", "'") })
 }
 
 // metricRenamesFlag defines a repeatable flag for a list of renames OLD=NEW of metrics. def has the
@@ -409,13 +557,35 @@ func (c *command) metricRenamesFlag(p *map[string]string, name string, def []str
 	})
 }
 
-// logLevelFlag defines --log-level, with the default INFO.
-func (c *command) logLevelFlag(p *slog.Level) {
-	*p = slog.LevelInfo
-	c.TextVar(p, "log-level", *p, "`LEVEL` lowest level of messages to log: DEBUG, INFO, WARN or ERROR")
+// logFlags defines --log-level, with the default INFO, and --log-format.
+func (c *command) logFlags(level *slog.Level) {
+	*level = slog.LevelInfo
+	parsedFlag(c, level, "log-level", level.String(), "`LEVEL` lowest level of messages to log: DEBUG, INFO, WARN or ERROR", func(text string) (l slog.Level, err error) {
+		if l.UnmarshalText([]byte(text)) != nil {
+			err = fmt.Errorf("%q is no level: use DEBUG, INFO, WARN or ERROR", text)
+		}
+		return l, err
+	})
+	parsedFlag(c, &c.logsJSON, "log-format", "text", "`FORMAT` format of the log: text or json", func(text string) (bool, error) {
+		if text != "text" && text != "json" {
+			return false, fmt.Errorf("%q is no format: use text or json", text)
+		}
+		return text == "json", nil
+	})
 }
 
-// logger returns a logger that writes text lines of at least level to c.stderr.
+// logger returns a logger that writes lines of at least level to c.stderr, in the format of
+// --log-format. Addresses and durations have the same text in both formats.
 func (c *command) logger(level slog.Level) *slog.Logger {
-	return slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: level}))
+	options := &slog.HandlerOptions{Level: level}
+	if c.logsJSON {
+		options.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
+			if text, ok := a.Value.Any().(fmt.Stringer); ok && a.Value.Kind() != slog.KindTime {
+				a.Value = slog.StringValue(text.String())
+			}
+			return a
+		}
+		return slog.New(slog.NewJSONHandler(c.stderr, options))
+	}
+	return slog.New(slog.NewTextHandler(c.stderr, options))
 }

@@ -26,7 +26,9 @@ func keygenMode(_ context.Context, c *command) error {
 	var hosts []string
 	c.defineGroup("Flags", func() {
 		c.StringVar(&dir, "keys", "keys", "`DIR` directory of the keys: cluster.key, token.key, tls.crt, tls.key")
-		c.stringsFlag(&hosts, "host", "`NAME` host name or IP address of the servers, for their certificate; without --host, no certificate is created")
+		listFlag(c, &hosts, "host", "`NAME` host name or IP address of the servers, for their certificate; without --host, no certificate is created", parseEach(func(host string) (string, error) {
+			return host, CheckHost(host)
+		}))
 		c.StringVar(&rotate, "rotate", "", "`KEY` key to rotate, cluster or token: a new key is put first in its file, and the old keys stay valid")
 	})
 	if err := c.parseArgs(); err != nil {
@@ -40,7 +42,7 @@ func keygenMode(_ context.Context, c *command) error {
 	}
 	if rotate != "" {
 		if err := RotateKey(dir, rotate); err != nil {
-			return fmt.Errorf("rotating key: %w", err)
+			return keysError(dir, err)
 		}
 		fmt.Fprintf(c.stderr, "%s.key has a new first key: copy the file to every server, send every server SIGHUP, and delete the old lines later\n", filepath.Join(dir, rotate))
 		return nil
@@ -53,7 +55,7 @@ func keygenMode(_ context.Context, c *command) error {
 		fmt.Fprintln(c.stderr, "kept", path)
 	}
 	if err != nil {
-		return fmt.Errorf("creating keys: %w", err)
+		return flagError("keys", dir, err)
 	}
 	return nil
 }
@@ -128,10 +130,10 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 	switch {
 	case err == nil && secure:
 		if t.Pin, err = PinFromPEM(b); err != nil {
-			return t, "", fmt.Errorf("reading %s: %w", crt, err)
+			return t, "", fmt.Errorf("--keys %s: reading %s: %w: restore the file from a copy, such as the one on a server", f.keys, crt, err)
 		}
 	case err != nil && !errors.Is(err, os.ErrNotExist):
-		return t, "", fmt.Errorf("reading certificate: %w", err)
+		return t, "", flagError("keys", f.keys, err)
 	}
 	if signed, err = keys.Sign(t); err != nil {
 		return t, "", fmt.Errorf("signing token: %w", err)
@@ -145,11 +147,11 @@ func (f *tokenFlags) makeToken(now time.Time) (t Token, signed string, err error
 func inspectToken(w io.Writer, keysDir, file string) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {
-		return fmt.Errorf("reading token: %w", err)
+		return flagError("inspect", file, err)
 	}
 	t, err := ParseUnverifiedToken(string(b))
 	if err != nil {
-		return fmt.Errorf("parsing token %s: %w", file, err)
+		return fmt.Errorf("--inspect %s: parsing token: %w: name a file that telemeter --mode token has written", file, err)
 	}
 	at := func(s int64) string {
 		if s == 0 {

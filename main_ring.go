@@ -49,6 +49,8 @@ func (f *ringFlags) enabled() bool { return f.listen != "" }
 func (f *ringFlags) check(c *command) {
 	err := CheckMemberName(f.name) // the name is a label value of /federate without a ring, too
 	c.addProblemUnless(err == nil, "--name: %v", err)
+	err = CheckMemberAddrText(f.advertise)
+	c.addProblemUnless(f.advertise == "" || err == nil, "--advertise: %v", err)
 	c.addProblemUnless(f.enabled() || len(f.join) == 0 && f.advertise == "", "--join and --advertise need --listen-cluster ADDRESS, usually :9006")
 }
 
@@ -68,7 +70,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	f := &p.ring
 	state, err := LoadRestartState(DiskFS{}, p.storageDir)
 	if err != nil {
-		return nil, err
+		return nil, flagError("storage-dir", p.storageDir, err)
 	}
 	n = &ringNode{}
 	defer func() {
@@ -102,7 +104,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 		Name: f.name, Gossip: n.gossip, FS: DiskFS{}, Dir: p.storageDir, HasSeeds: len(f.join) > 0, Interval: f.interval, Log: p.log,
 		OnView: p.forwarder.SetView, OnError: func(error) { failures.Inc() },
 	}); err != nil {
-		return n, err
+		return n, flagError("storage-dir", p.storageDir, err)
 	}
 	p.log.Info("started as member of the ring", "name", f.name, "listen", n.tcp.Addr(), "advertise", advertise, "join", f.join)
 	return n, nil
@@ -110,12 +112,12 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 
 // listenTCPAndUDP listens on addr for TCP, and for UDP on the same IP address and port.
 func (n *ringNode) listenTCPAndUDP(addr string) (err error) {
-	if n.tcp, err = Listen(addr); err != nil {
+	if n.tcp, err = listenFlag("listen-cluster", addr); err != nil {
 		return err
 	}
 	tcp := n.tcp.Addr().(*net.TCPAddr)
 	if n.udp, err = net.ListenUDP("udp", &net.UDPAddr{IP: tcp.IP, Port: tcp.Port, Zone: tcp.Zone}); err != nil {
-		return fmt.Errorf("listening for gossip on UDP: %w", err)
+		return fmt.Errorf("%w; gossip uses UDP on this port", listenError("listen-cluster", tcp.String(), err))
 	}
 	return nil
 }

@@ -441,7 +441,7 @@ func TestRingFlagConflicts(t *testing.T) {
 		"--join x:1":                              "--listen-cluster",
 		"--listen-cluster nope":                   "--listen-cluster: ",
 		"--listen-cluster :0 --join x":            "--join: ",
-		"--listen-cluster :0 --name":              "flag needs an argument",
+		"--listen-cluster :0 --name":              "--name needs a value",
 		"--listen-cluster :0 --gossip-interval 1": "gossip-interval",
 	} {
 		_, stderr, code := tool(t, dir, append([]string{"--mode", "server", "--keys", "keys"}, strings.Fields(args)...)...)

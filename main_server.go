@@ -45,6 +45,7 @@ type serverFlags struct {
 func serverMode(ctx context.Context, c *command) error {
 	c.about = "receives pushes from many sites, and serves the samples to a central Prometheus."
 	c.example = "telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter"
+	c.usual = []string{"keys", "listen", "listen-internal", "federate-token-file", "storage-dir", "retention", "revoked-file", "listen-cluster", "join"}
 	var f serverFlags
 	f.define(c)
 	if err := c.parseArgs(); err != nil {
@@ -96,7 +97,7 @@ func (f *serverFlags) define(c *command) {
 		c.countFlag(&f.limitScrape, "limit-scrape", 500_000, "`N` largest number of samples in one scrape")
 	})
 	f.ring.define(c)
-	c.defineGroup("Other", func() { c.logLevelFlag(&f.logLevel) })
+	c.defineGroup("Other", func() { c.logFlags(&f.logLevel) })
 }
 
 // check adds each conflict among the flags to the problems of c.
@@ -134,7 +135,7 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 	if p.storageDir == "" {
 		p.log.Warn("--storage-dir is empty: samples are kept in memory only, and a restart loses them")
 	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
-		return fmt.Errorf("finding storage directory: %w", err)
+		return flagError("storage-dir", p.storageDir, err)
 	}
 	// Load the keys before the store is opened, so that a server with faulty keys does not create a
 	// storage directory.
@@ -202,7 +203,7 @@ func (p *serverProcess) openStore() (err error) {
 		cfg.Owned = p.forwarder.OwnsSite
 	}
 	if p.store, err = OpenStore(cfg); err != nil {
-		return fmt.Errorf("opening store: %w", err)
+		return flagError("storage-dir", p.storageDir, err)
 	}
 	return nil
 }
@@ -227,7 +228,7 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 // listenHTTP opens the external listener, with TLS if there is a certificate, and the internal
 // listener. It accepts no connections; serveListeners does.
 func (p *serverProcess) listenHTTP() error {
-	external, err := Listen(p.externalAddr)
+	external, err := listenFlag("listen", p.externalAddr)
 	if err != nil {
 		return err
 	}
@@ -240,7 +241,7 @@ func (p *serverProcess) listenHTTP() error {
 	} else if !IsOnLoopback(external) {
 		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples")
 	}
-	internal, err := Listen(p.internalAddr)
+	internal, err := listenFlag("listen-internal", p.internalAddr)
 	if err != nil {
 		return err
 	}
@@ -368,7 +369,7 @@ func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerCo
 	if config.FederateToken, err = p.loadFederateToken(); err != nil {
 		return config, err
 	}
-	allow, err := readSelectors(p.allow, p.allowFile)
+	allow, err := readSelectors(p.allow, "allow-file", p.allowFile)
 	if err != nil {
 		return config, err
 	}
@@ -383,11 +384,11 @@ func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 	}
 	b, err := readSmallFile(p.revokedFile, MaxRevokedFile)
 	if err != nil {
-		return RevokedIDs{}, fmt.Errorf("reading revocations: %w", err)
+		return RevokedIDs{}, flagError("revoked-file", p.revokedFile, err)
 	}
 	revoked, err := ParseRevokedIDs(b)
 	if err != nil {
-		return RevokedIDs{}, fmt.Errorf("reading %s: %w", p.revokedFile, err)
+		return RevokedIDs{}, fmt.Errorf("--revoked-file %s: %w: correct the line", p.revokedFile, err)
 	}
 	return revoked, nil
 }
@@ -395,13 +396,13 @@ func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
 // loadFederateToken returns the token in the file of --federate-token-file, or "" without that
 // flag. A token with any character that is not visible ASCII is an error.
 func (p *serverProcess) loadFederateToken() (string, error) {
-	b, err := readOptionalSecret(p.federateTokenFile, "federate token")
+	b, err := readOptionalSecret("federate-token-file", p.federateTokenFile)
 	if err != nil {
 		return "", err
 	}
 	token := string(b)
 	if strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return "", fmt.Errorf("federate token file %s contains more than a token: it must be one word of visible ASCII characters", p.federateTokenFile)
+		return "", fmt.Errorf("--federate-token-file %s contains more than a token: it must be one word of visible ASCII characters", p.federateTokenFile)
 	}
 	return token, nil
 }
@@ -416,17 +417,20 @@ func (p *serverProcess) loadAndSetCertificate() error {
 	_, keyErr := os.Stat(key)
 	if errors.Is(crtErr, os.ErrNotExist) && errors.Is(keyErr, os.ErrNotExist) && p.certificate.Load() == nil {
 		if p.clientCAFile != "" {
-			return fmt.Errorf("--tls-client-ca needs tls.crt and tls.key in %s: create them with telemeter --mode keygen --host NAME", p.keys)
+			return fmt.Errorf("--tls-client-ca needs tls.crt and tls.key in %s: create them with telemeter --mode keygen --keys %s --host NAME", p.keys, p.keys)
 		}
 		return nil
 	}
 	pair, err := tls.LoadX509KeyPair(crt, key)
+	if errors.Is(err, os.ErrPermission) {
+		return flagError("keys", p.keys, err)
+	}
 	if err != nil {
-		return fmt.Errorf("reading certificate: %w", err)
+		return fmt.Errorf("--keys %s: reading %s and %s: %w: restore both files from a copy, or move both away to make new ones with telemeter --mode keygen --keys %s --host NAME", p.keys, TLSCertFile, TLSKeyFile, err, p.keys)
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, NextProtos: []string{"http/1.1"}}
 	if p.clientCAFile != "" {
-		if config.ClientCAs, err = readCAs(p.clientCAFile); err != nil {
+		if config.ClientCAs, err = readCAs("tls-client-ca", p.clientCAFile); err != nil {
 			return err
 		}
 		config.ClientAuth = tls.RequireAndVerifyClientCert

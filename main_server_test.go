@@ -58,7 +58,7 @@ func TestServerConflicts(t *testing.T) {
 		{"--keys k --elide-label _id", []string{`--elide-label: label name "_id" is reserved`}},
 		{"--keys k --elide-label a.b", []string{"--elide-label"}},
 		{"--keys k --required-label =x", []string{"--required-label"}},
-		{"--keys k --allow {} --authorize ftp://x", []string{"--allow: selector", "--authorize: ftp://x"}},
+		{"--keys k --allow {} --authorize ftp://x", []string{"--allow: selector", `--authorize: "ftp://x" has the scheme ftp`}},
 		{"--keys k --authorize https://", []string{"--authorize"}},
 		{"--retention 0s --max-sample-age -1s --ratelimit -1s --limit-bytes 1 --limit-series 0 --limit-clusters 0 --limit-samples -1 --limit-scrape 0 more",
 			[]string{"--keys", "--retention", "--max-sample-age", "--ratelimit", "--limit-bytes", "--limit-series", "--limit-clusters", "--limit-samples", "--limit-scrape", `"more"`}},
@@ -69,9 +69,9 @@ func TestServerConflicts(t *testing.T) {
 		{"--log-level loud", []string{"log-level"}},
 		{"--retention soon", []string{"retention"}},
 		{"--no-such-flag", []string{"no-such-flag"}},
-		{"--key k --lisen=:1 --listen-internal :9004 more ---x --internal-open=maybe --retention 2d",
-			[]string{"-key\n", "-lisen\n", `"more"`, "---x", `"maybe"`, `"2d"`}},
-		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"-key\n", "--keys DIR is missing", "--federate-token-file", `"more"`, "--limit-bytes must be from"}},
+		{"--key k --lisen=:1 --listen-internal :9004 more ---x --internal-open=maybe --retention 2x",
+			[]string{"--key: did you mean --keys?", "--lisen: did you mean --listen?", `"more"`, "---x", `"maybe"`, `"2x"`}},
+		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"--key: did you mean --keys?\n", "--keys DIR is missing", "--federate-token-file", `"more"`, "--limit-bytes must be from"}},
 		{"--keys k --mode client", []string{"--mode server and --mode client cannot be combined"}},
 	} {
 		args := append([]string{"--mode", "server", "--storage-dir", filepath.Join(dir, "storage")}, strings.Fields(c.args)...)
@@ -126,7 +126,7 @@ func TestServerStartFails(t *testing.T) {
 		{"--keys " + filepath.Join(dir, "none"), "keygen --keys"},
 		{"--keys " + bad, "line 1"},
 		{"--keys " + half, "tls.crt"}, // tls.crt is missing beside tls.key; the server must not serve plain HTTP instead
-		{"--keys " + keys + " --revoked-file " + filepath.Join(dir, "none"), "revocations"},
+		{"--keys " + keys + " --revoked-file " + filepath.Join(dir, "none"), "--revoked-file"},
 		{"--keys " + keys + " --revoked-file " + file("revoked", "ok\nno such id\n"), "line 2"},
 		{"--keys " + keys + " --allow-file " + file("allow", "# nothing\n"), "contains no selector"},
 		{"--keys " + keys + " --federate-token-file " + file("empty", "\n"), "is empty"},
@@ -177,6 +177,10 @@ func TestServerHelp(t *testing.T) {
 		c := newCommand("server", []string{"--help"}, io.Discard, io.Discard)
 		if err := serverMode(t.Context(), c); err != flag.ErrHelp {
 			t.Fatal(err)
+		}
+		usual, _, _ := strings.Cut(help, "\nRarely needed\n")
+		if n := strings.Count(usual, "\n  --"); n != len(c.usual) || n == 0 || !strings.Contains(usual, "Usual flags:\n  --keys DIR") || strings.Contains(help, "Storage:\n  --storage-dir") {
+			t.Errorf("%q: want the %d usual flags first and only there:\n%s", args, len(c.usual), help)
 		}
 		n := 0
 		c.VisitAll(func(f *flag.Flag) {

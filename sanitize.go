@@ -69,7 +69,7 @@ func CheckSettableLabelName(name string) error {
 	case name == "" || !IsLegacy([]byte("a"), []Label{{Name: []byte(name)}}):
 		return fmt.Errorf("label name %q is invalid: use letters, digits and _, and do not begin with a digit", name)
 	case strings.HasPrefix(name, "__") || name == ClusterLabel:
-		return fmt.Errorf("label name %q is reserved", name)
+		return fmt.Errorf("label name %q is reserved: use another name", name)
 	}
 	return nil
 }

@@ -63,6 +63,7 @@ type Server struct {
 	cfg        ServerConfig
 	state      atomic.Pointer[ReloadableServerConfig]
 	ready      atomic.Bool
+	stopping   atomic.Bool  // set if ready is false because the server stops
 	uploads    semaphore    // one slot for each push in flight
 	decoding   decodeLanes  // slots for pushes that are being decoded
 	pending    atomic.Int64 // bytes of decoded pushes that wait to be stored or are being stored
@@ -173,14 +174,28 @@ func storeCollector(m *Metrics, store *Store) func() {
 // once.
 func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
 
-// SetReady sets whether the server is ready. While it is not ready, /healthz/ready answers 503 and
-// pushes are refused.
-func (s *Server) SetReady(ready bool) { s.ready.Store(ready) }
+// SetReady makes the server ready, or makes it not ready because it stops. While it is not ready,
+// /healthz/ready answers 503 and pushes are refused. A new Server is not ready because it starts.
+func (s *Server) SetReady(ready bool) {
+	s.stopping.Store(!ready)
+	s.ready.Store(ready)
+}
+
+// whyNotReady returns the reason why the server is not ready, or "" if it is ready.
+func (s *Server) whyNotReady() string {
+	switch {
+	case s.ready.Load():
+		return ""
+	case s.stopping.Load():
+		return "the server is stopping"
+	}
+	return "the server is starting: it does not know yet which server of the ring owns which site"
+}
 
 // ExternalHandler returns the handler of the listener for clients.
 func (s *Server) ExternalHandler() http.Handler {
 	mux := http.NewServeMux()
-	AddHealthRoutes(mux, s.ready.Load)
+	AddHealthRoutes(mux, s.whyNotReady)
 	mux.Handle("POST /authorize", s.instrument("authorize", http.HandlerFunc(s.handleAuthorize)))
 	mux.Handle("POST /upload", s.instrument("upload", http.HandlerFunc(s.handleUpload)))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -196,10 +211,10 @@ func (s *Server) ExternalHandler() http.Handler {
 // true only if the listener is bound to a loopback address.
 func (s *Server) InternalHandler(onLoopback bool) http.Handler {
 	mux := http.NewServeMux()
-	AddHealthRoutes(mux, s.ready.Load)
+	AddHealthRoutes(mux, s.whyNotReady)
 	mux.Handle("GET /federate", s.requireFederateTokenIfSet("federate", s.federate))
 	mux.Handle("GET /metrics", s.requireFederateTokenIfSet("metrics", s.cfg.Metrics))
-	paths := []string{"/federate", "/metrics", "/healthz", "/healthz/ready", "/debug/pprof/"}
+	paths := append([]string{"/federate", "/metrics", "/debug/pprof/"}, HealthPaths()...)
 	if s.cfg.Member != nil {
 		paths = append(paths, "/sd", "/debug/ring")
 		mux.Handle("GET /sd", s.requireFederateTokenIfSet("sd", http.HandlerFunc(s.serveSD)))

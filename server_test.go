@@ -4,6 +4,8 @@ package main
 // and the federate token. Profiles (/debug/pprof/) are served to loopback addresses only.
 
 import (
+	"log/slog"
+	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
@@ -91,7 +93,7 @@ func TestFederateToken(t *testing.T) {
 			t.Errorf("%s with the federate token was answered %d, want 200", path, got.status)
 		}
 	}
-	for _, path := range []string{"/healthz", "/healthz/ready"} {
+	for _, path := range HealthPaths() {
 		if got := r.getInternal(path, ""); got.status != 200 {
 			t.Errorf("%s without a token was answered %d, want 200", path, got.status)
 		}
@@ -101,15 +103,26 @@ func TestFederateToken(t *testing.T) {
 	}
 }
 
-// A server that is not ready answers 503 with Retry-After at /healthz/ready, and 200 at /healthz.
+// A server that starts or stops is not ready: /healthz/ready and /-/ready answer 503 with
+// Retry-After and the reason. /healthz and /-/healthy answer 200.
 func TestHealthWhileNotReady(t *testing.T) {
 	r := newSrvRig(t)
 	r.server.SetReady(false)
-	if got := r.getInternal("/healthz/ready", ""); got.status != 503 || got.header.Get("Retry-After") == "" {
-		t.Errorf("/healthz/ready was answered %d %v", got.status, got.header)
-	}
-	if got := r.getInternal("/healthz", ""); got.status != 200 {
-		t.Errorf("/healthz was answered %d, want 200", got.status)
+	starting := NewServer(ServerConfig{Store: r.store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: r.now})
+	for want, server := range map[string]*Server{"not ready: the server is stopping\n": r.server, "not ready: the server is starting: ": starting} {
+		for _, h := range []http.Handler{server.ExternalHandler(), server.InternalHandler(false)} {
+			for _, path := range HealthPaths() {
+				rec := httptest.NewRecorder()
+				h.ServeHTTP(rec, httptest.NewRequest("GET", path, nil))
+				code, body := 200, "ok\n"
+				if strings.HasSuffix(path, "/ready") {
+					code, body = 503, want
+				}
+				if rec.Code != code || !strings.HasPrefix(rec.Body.String(), body) || code == 503 && rec.Header().Get("Retry-After") == "" {
+					t.Errorf("%s was answered %d %v %q, want %d %q", path, rec.Code, rec.Header(), rec.Body, code, body)
+				}
+			}
+		}
 	}
 }
 

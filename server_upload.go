@@ -237,8 +237,8 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 // also returns an error if the site is new and too many sites are tracked. Unless it returns an
 // error, the caller must call release at the end of the push.
 func (s *Server) acquirePush(clusterID string) (release func(), err error) {
-	if !s.ready.Load() {
-		return nil, errOverloaded("the server is not ready")
+	if why := s.whyNotReady(); why != "" {
+		return nil, errOverloaded("the server is not ready: " + why)
 	}
 	if wait, err := s.sites.AcquirePush(clusterID, s.cfg.Now()); err != nil {
 		return nil, &uploadError{http.StatusTooManyRequests, resultRateLimited, err.Error(), wait}
