@@ -27,13 +27,15 @@ const (
 	TokenKeyFile   = "token.key"
 	TLSCertFile    = "tls.crt"
 	TLSKeyFile     = "tls.key"
+	IssuedFile     = "issued.jsonl"
 )
 
-// Limits of tokens, key files, revocation files and cluster IDs.
+// Limits of tokens, key files, revocation files, lists of issued tokens and cluster IDs.
 const (
 	MaxToken       = 8 << 10  // bytes of a token's text form
 	MaxKeyFile     = 64 << 10 // bytes of a key file
 	MaxRevokedFile = 4 << 20  // bytes of a revocation file
+	MaxIssuedFile  = 32 << 20 // bytes of a list of issued tokens, enough for about 100,000 tokens
 
 	maxKeys      = 16  // keys in a key file; with monthly rotation, an old key stays valid for over a year
 	maxClusterID = 128 // bytes of a cluster ID

@@ -103,13 +103,16 @@ func (ks Keys) Verify(text string, now time.Time) (Token, error) {
 		if t.KeyID != k.id {
 			return Token{}, malformedToken("the key ID in it is not the ID of the key that signed it")
 		}
-		if t.Expires != 0 && now.Unix() >= t.Expires {
+		if t.IsExpired(now) {
 			return Token{}, fmt.Errorf("%w on %s", ErrTokenExpired, time.Unix(t.Expires, 0).UTC().Format(time.RFC3339))
 		}
 		return t, nil
 	}
 	return Token{}, ErrTokenForged
 }
+
+// IsExpired reports whether t has expired at the time now.
+func (t Token) IsExpired(now time.Time) bool { return t.Expires != 0 && now.Unix() >= t.Expires }
 
 // ParseUnverifiedToken returns the token in text without checking its signature or expiry. It is
 // for the token's holder, which has no key to verify the signature. It ignores white space around

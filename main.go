@@ -63,7 +63,7 @@ Modes:
   server   receive pushes from many sites, and serve the samples to a central Prometheus
   client   scrape a Prometheus that cannot be reached from outside, and push its samples
   keygen   create the servers' keys and certificate, or rotate a key
-  token    create a token for a site, or inspect a token
+  token    create a token for a site, inspect a token, or list all tokens
   version  print the version
 
 telemeter --mode MODE --help lists the flags of a mode. telemeter --version prints the version.

@@ -57,6 +57,22 @@ func keysError(dir string, err error) error {
 	return flagError("keys", dir, err)
 }
 
+// readRevoked returns the IDs in the revocation file at path, or no IDs if path is "".
+func readRevoked(path string) (RevokedIDs, error) {
+	if path == "" {
+		return RevokedIDs{}, nil
+	}
+	b, err := readSmallFile(path, MaxRevokedFile)
+	if err != nil {
+		return RevokedIDs{}, flagError("revoked-file", path, err)
+	}
+	revoked, err := ParseRevokedIDs(b)
+	if err != nil {
+		return RevokedIDs{}, fmt.Errorf("--revoked-file %s: %w: correct the line", path, err)
+	}
+	return revoked, nil
+}
+
 // readOptionalSecret returns the secret in the file at path, the value of the flag --flag, or nil if
 // path is empty. A secret of more than MaxToken bytes is an error.
 func readOptionalSecret(flag, path string) ([]byte, error) {

@@ -9,12 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -65,10 +63,12 @@ type tokenFlags struct {
 	to                []*url.URL
 	labels            []Label
 	ttl               time.Duration
+	list              bool
+	revokedFile       string
 }
 
 func tokenMode(_ context.Context, c *command) error {
-	c.about = "creates a token for a site and prints it to stdout, or inspects a token."
+	c.about = "creates a token for a site and prints it to stdout, inspects a token, or lists all tokens."
 	c.example = "telemeter --mode token --keys keys --id site-7 --to https://hub.example:9003 > site-7.token"
 	var f tokenFlags
 	c.defineGroup("Make a token", func() {
@@ -81,17 +81,28 @@ func tokenMode(_ context.Context, c *command) error {
 	c.defineGroup("Inspect a token", func() {
 		c.StringVar(&f.inspect, "inspect", "", "`FILE` file with a token: print its contents, and whether the keys in --keys verify it")
 	})
+	c.defineGroup("List all tokens", func() {
+		c.BoolVar(&f.list, "list", false, "print the tokens that were created with the keys in --keys, as listed in "+IssuedFile+" in --keys, and whether each is still valid")
+		c.StringVar(&f.revokedFile, "revoked-file", "", "`FILE` the servers' file of revoked tokens, for the list")
+	})
 	if err := c.parseArgs(); err != nil {
 		return err
 	}
 	c.addProblemUnless(f.keys != "", "--keys DIR is empty: name the directory of the keys")
-	if f.inspect != "" {
+	c.addProblemUnless(f.list || f.revokedFile == "", "--revoked-file can be combined only with --list: add --list, or remove --revoked-file")
+	if f.list {
+		c.addProblemUnless(f.inspect == "" && f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0,
+			"--list can be combined only with --keys and --revoked-file: remove the other flags; to see only one site, search the list for its cluster ID")
+	} else if f.inspect != "" {
 		c.addProblemUnless(f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0, "--inspect can be combined only with --keys: remove the other flags")
 	} else {
-		c.addProblemUnless(c.isSet("id"), "--id ID is missing: name the site with a cluster ID, or use --inspect FILE")
+		c.addProblemUnless(c.isSet("id"), "--id ID is missing: name the site with a cluster ID, or use --inspect FILE or --list")
 	}
 	if err := c.err(); err != nil {
 		return err
+	}
+	if f.list {
+		return listTokens(c.stdout, c.stderr, f.keys, f.revokedFile, c.now())
 	}
 	if f.inspect != "" {
 		return inspectToken(c.stdout, f.keys, f.inspect)
@@ -100,9 +111,22 @@ func tokenMode(_ context.Context, c *command) error {
 	if err != nil {
 		return err
 	}
+	if err := RecordIssuedToken(f.keys, signed); err != nil {
+		return fmt.Errorf("recording the token: %w; no token was printed: every token must be listed in %s, so let this user write that file, make room on its disk, and run the command again",
+			err, filepath.Join(f.keys, IssuedFile))
+	}
 	fmt.Fprintf(c.stderr, "token %s for cluster ID %s\n", t.ID, t.ClusterID)
-	_, err = fmt.Fprintln(c.stdout, signed)
-	return err
+	switch {
+	case len(f.to) == 0:
+		fmt.Fprintln(c.stderr, "no server in the token: the client that uses it needs --to URL")
+	case t.Pin == "" && slices.ContainsFunc(f.to, func(u *url.URL) bool { return u.Scheme == "https" }):
+		fmt.Fprintf(c.stderr, "no pin in the token: %s is missing: the client will accept the server only if a CA that the site trusts signed its certificate; if --mode keygen made the certificate, copy %s from a server to %s and create the token again\n",
+			filepath.Join(f.keys, TLSCertFile), TLSCertFile, f.keys)
+	}
+	if _, err = fmt.Fprintln(c.stdout, signed); err != nil {
+		return fmt.Errorf("printing the token: %w; nobody has this token: run the command again and use the new token", err)
+	}
+	return nil
 }
 
 // makeToken creates a client token from the flags and signs it with the first key in token.key. If
@@ -153,18 +177,8 @@ func inspectToken(w io.Writer, keysDir, file string) error {
 	if err != nil {
 		return fmt.Errorf("--inspect %s: parsing token: %w: name a file that telemeter --mode token has written", file, err)
 	}
-	at := func(s int64) string {
-		if s == 0 {
-			return "never"
-		}
-		return time.Unix(s, 0).UTC().Format(time.RFC3339)
-	}
-	labels := slices.Sorted(maps.Keys(t.Labels))
-	for i, name := range labels {
-		labels[i] = name + "=" + strconv.Quote(t.Labels[name])
-	}
 	fmt.Fprintf(w, "kind:       %s\ncluster ID: %s\ntoken ID:   %s\nkey ID:     %s\nissued:     %s\nexpires:    %s\nservers:    %s\npin:        %s\nlabels:     %s\n",
-		t.Kind, t.ClusterID, t.ID, t.KeyID, at(t.Issued), at(t.Expires), strings.Join(t.URLs, " "), t.Pin, strings.Join(labels, " "))
+		t.Kind, t.ClusterID, t.ID, t.KeyID, formatTokenTime(t.Issued), formatTokenTime(t.Expires), strings.Join(t.URLs, " "), t.Pin, formatTokenLabels(t.Labels))
 	keys, err := readKeyFile(keysDir, TokenKeyFile)
 	if err != nil {
 		fmt.Fprintf(w, "verifies:   unknown: %v\n", err)

@@ -123,6 +123,7 @@ type serverProcess struct {
 	node        *ringNode                  // nil for a server without a ring
 	store       *Store
 	server      *Server
+	issued      *issuedLoader
 
 	conns              *ConnMetrics // of all listeners
 	external, internal HTTPServer
@@ -223,6 +224,7 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	}
 	p.server = NewServer(cfg)
 	p.server.Reload(state)
+	p.issued = newIssuedLoader(p.keys, p.server, p.log, p.metrics)
 }
 
 // listenHTTP opens the external listener, with TLS if there is a certificate, and the internal
@@ -277,7 +279,7 @@ func (p *serverProcess) serve(ctx context.Context) error {
 
 // serveListeners serves all listeners until ctx ends, and reloads on SIGHUP.
 func (p *serverProcess) serveListeners(ctx context.Context) error {
-	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead}
+	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead, p.issued.run}
 	if p.node != nil {
 		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.ForwardHandler(), Conns: p.conns, Log: p.log}
 		parts = append(parts, members.Run, p.setReadyOnceSettled)
@@ -329,7 +331,7 @@ func (p *serverProcess) announceStop() {
 
 // reload reads keys, certificate, revocations, federate token and selectors again. It replaces them
 // only if all of them could be read. A server that started without TLS stays without TLS until a
-// restart.
+// restart. If they could be read, reload also loads the list of issued tokens.
 func (p *serverProcess) reload() error {
 	var ringKeys Keys
 	if p.node != nil {
@@ -345,6 +347,7 @@ func (p *serverProcess) reload() error {
 		return err
 	}
 	p.server.Reload(state)
+	p.issued.load()
 	if p.external.TLS == nil && p.certificate.Load() != nil {
 		p.log.Warn("--keys has a tls.crt now, but clients connect over plain HTTP until this server is restarted")
 	}
@@ -363,7 +366,7 @@ func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerCo
 	if config.Keys, err = readKeyFile(p.keys, TokenKeyFile); err != nil {
 		return config, err
 	}
-	if config.Revoked, err = p.loadRevoked(); err != nil {
+	if config.Revoked, err = readRevoked(p.revokedFile); err != nil {
 		return config, err
 	}
 	if config.FederateToken, err = p.loadFederateToken(); err != nil {
@@ -375,22 +378,6 @@ func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerCo
 	}
 	config.Normalizer = &ServerNormalizer{Elide: p.elide, Labels: p.labels, Required: p.required, Allow: allow}
 	return config, p.loadAndSetCertificate()
-}
-
-// loadRevoked returns the IDs in the file of --revoked-file, or no IDs without that flag.
-func (p *serverProcess) loadRevoked() (RevokedIDs, error) {
-	if p.revokedFile == "" {
-		return RevokedIDs{}, nil
-	}
-	b, err := readSmallFile(p.revokedFile, MaxRevokedFile)
-	if err != nil {
-		return RevokedIDs{}, flagError("revoked-file", p.revokedFile, err)
-	}
-	revoked, err := ParseRevokedIDs(b)
-	if err != nil {
-		return RevokedIDs{}, fmt.Errorf("--revoked-file %s: %w: correct the line", p.revokedFile, err)
-	}
-	return revoked, nil
 }
 
 // loadFederateToken returns the token in the file of --federate-token-file, or "" without that

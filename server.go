@@ -7,6 +7,7 @@ package main
 // TLS, files or signals, which the family main wires up.
 
 import (
+	"iter"
 	"log/slog"
 	"net"
 	"net/http"
@@ -62,6 +63,7 @@ type ReloadableServerConfig struct {
 type Server struct {
 	cfg        ServerConfig
 	state      atomic.Pointer[ReloadableServerConfig]
+	issued     atomic.Pointer[IssuedTokens]
 	ready      atomic.Bool
 	stopping   atomic.Bool  // set if ready is false because the server stops
 	uploads    semaphore    // one slot for each push in flight
@@ -85,11 +87,12 @@ func NewServer(cfg ServerConfig) *Server {
 		instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
-		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Issued: s.IssuedSites, Metrics: m, Log: cfg.Log, Now: cfg.Now,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
 	s.state.Store(&ReloadableServerConfig{Normalizer: &ServerNormalizer{}})
+	s.issued.Store(&IssuedTokens{})
 	m.OnCollect(storeCollector(m, cfg.Store))
 	if cfg.Member != nil {
 		m.OnCollect(s.ringCollector(m))
@@ -190,6 +193,16 @@ func (s *Server) whyNotReady() string {
 		return "the server is stopping"
 	}
 	return "the server is starting: it does not know yet which server of the ring owns which site"
+}
+
+// SetIssuedTokens replaces the list of issued tokens. It is not a part of the configuration that
+// Reload replaces, so that a fault in the list delays no revocation and no new key.
+func (s *Server) SetIssuedTokens(l IssuedTokens) { s.issued.Store(&l) }
+
+// IssuedSites yields, in order, the cluster IDs of sites that may push according to the list of
+// issued tokens, because one of their tokens has not expired and is not revoked.
+func (s *Server) IssuedSites() iter.Seq[string] {
+	return s.issued.Load().ValidSites(s.cfg.Now(), s.state.Load().Revoked)
 }
 
 // ExternalHandler returns the handler of the listener for clients.

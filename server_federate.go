@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"net/http"
@@ -31,6 +32,7 @@ type federateConfig struct {
 	Sites        *SitePushLimiter
 	Owned        func(hash uint64) bool // reports whether this server shows the newest samples of the site with this key again, even to consumers that have read them; see AllSitesReader.Owned
 	Revoked      func(id string) bool
+	Issued       func() iter.Seq[string] // returns the cluster IDs of the sites that have a valid token, as far as this server knows
 	Name         string
 	Metrics      *Metrics
 	Log          *slog.Logger
@@ -297,7 +299,8 @@ func isProxied(h http.Header) bool {
 
 // siteStatusFamilies returns the series that this server itself makes for each site that is not
 // revoked, so that alerts can find a silent site. It returns only series that match selects. Their
-// label "server" is this server's name.
+// label "server" is this server's name. If the store knows no push of a site that has a valid token,
+// the owner of the site shows the push time 0.
 func (h *federateHandler) siteStatusFamilies(match func(name []byte, labels []Label) bool) []Family {
 	var p SampleList
 	add := func(name, id string, v float64, more ...Label) {
@@ -310,7 +313,14 @@ func (h *federateHandler) siteStatusFamilies(match func(name []byte, labels []La
 			p.Add(&r) // cannot fail: names are constants, and the values are checked: server name, cluster ID, and name and address of the consumer
 		}
 	}
-	for _, site := range h.cfg.Store.Stats().Sites {
+	pushed := h.cfg.Store.Stats().Sites
+	for id := range h.cfg.Issued() {
+		_, found := slices.BinarySearchFunc(pushed, id, func(s SiteStats, id string) int { return strings.Compare(s.ID, id) })
+		if !found && h.cfg.Owned(SiteKey(id)) {
+			add(PushTimeName, id, 0)
+		}
+	}
+	for _, site := range pushed {
 		add(PushTimeName, site.ID, float64(site.LastPush)/1000)
 		add(ClusterNamePrefix+"series", site.ID, float64(site.Series))
 		add(ClusterNamePrefix+"samples", site.ID, float64(site.Samples))

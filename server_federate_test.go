@@ -196,6 +196,92 @@ func TestFederateRevoked(t *testing.T) {
 	}
 }
 
+// pushTimes returns the lines of push_time_seconds that s serves, sorted: for each the cluster ID and
+// the value.
+func pushTimes(s *srvRig, query string) (lines []string) {
+	for line := range strings.Lines(s.federate(query, "")) {
+		if rest, ok := strings.CutPrefix(line, PushTimeName+`{_id="`); ok {
+			id, rest, _ := strings.Cut(rest, `"`)
+			lines = append(lines, id+rest[strings.LastIndexByte(rest, ' '):len(rest)-1])
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// issuedFor returns a list of issued tokens with one valid token for each of the sites.
+func issuedFor(sites ...string) (l IssuedTokens) {
+	for i, id := range sites {
+		l.tokens = append(l.tokens, Token{ClusterID: id, ID: fmt.Sprintf("%032x", i)})
+	}
+	return l
+}
+
+// The server shows the push time 0 for a site that has a valid token and whose pushes the store does
+// not know, also to a consumer, and if match[] selects it. It makes no other series for the site.
+// The store knows the last push of a site for 30 days, even if the samples expired long ago.
+func TestFederateNeverPushed(t *testing.T) {
+	r := newSrvRig(t)
+	r.accepted(r.push("pushed", "up 1\n"))
+	revoked, err := ParseRevokedIDs([]byte("revoked"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.reload(func(st *ReloadableServerConfig) { st.Revoked = revoked })
+	r.server.SetIssuedTokens(issuedFor("a", "pushed", "revoked", "z"))
+	pushed := fmt.Sprint("pushed ", testNow.Unix())
+	for query, want := range map[string][]string{
+		"":                                  {"a 0", pushed, "z 0"},
+		"consumer=x":                        {"a 0", pushed, "z 0"},
+		`match[]={_id=%22z%22}`:             {"z 0"},
+		`match[]=push_time_seconds`:         {"a 0", pushed, "z 0"},
+		`match[]=up`:                        nil,
+		`match[]=telemeter_cluster_samples`: nil,
+	} {
+		if got := pushTimes(r, query); !slices.Equal(got, want) {
+			t.Errorf("%s: the push times are %q, want %q", query, got, want)
+		}
+	}
+	if text := r.federate(`match[]={_id=~%22a|z%22}`, ""); strings.Count(text, "_id=") != 2 {
+		t.Errorf("the server makes more than one series for a site that never pushed:\n%s", text)
+	}
+	r.parsed("")
+
+	for _, c := range []struct {
+		days time.Duration
+		want string
+	}{{1, pushed}, {29, pushed}, {31, "pushed 0"}} {
+		r.clock.Store(int64(c.days * 24 * time.Hour))
+		r.store.expireAndCompact(t.Context(), false)
+		if got := pushTimes(r, "match[]={_id=%22pushed%22}"); !slices.Equal(got, []string{c.want}) || r.samples("pushed") != 0 {
+			t.Errorf("%d days after the last push the push time is %q, want %q; %d samples are held", c.days, got, c.want, r.samples("pushed"))
+		}
+	}
+}
+
+// In a ring, only the owner of a site that never pushed shows the push time 0, and only when it is
+// ready. When the site has pushed, no server shows 0.
+func TestFederateNeverPushedOwner(t *testing.T) {
+	r := newPushedToOther(t)
+	check := func(when string, a, b []string) {
+		t.Helper()
+		for s, want := range map[*ringServer][]string{r.a: a, r.b: b} {
+			if got := pushTimes(s.srvRig, ""); !slices.Equal(got, want) {
+				t.Errorf("%s, %s shows the push times %q, want %q", when, s.server.cfg.Name, got, want)
+			}
+		}
+	}
+	for _, s := range []*ringServer{r.a, r.b} {
+		s.server.SetIssuedTokens(issuedFor(r.id))
+	}
+	check("before the first push", nil, []string{r.id + " 0"})
+	r.b.server.SetReady(false)
+	check("while the owner is not ready", nil, nil)
+	r.b.server.SetReady(true)
+	r.a.accepted(r.push("up 1\n"))
+	check("after the first push", nil, []string{fmt.Sprint(r.id, " ", testNow.Unix())})
+}
+
 // failingWriter is the ResponseWriter of an answer whose connection has failed. Each Write returns
 // an error.
 type failingWriter struct{ http.ResponseWriter }
