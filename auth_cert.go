@@ -4,11 +4,11 @@ package main
 // a hash of the public key, so that a renewed certificate for the same key keeps its pin.
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -16,7 +16,9 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -31,12 +33,59 @@ func CheckHost(host string) error {
 
 // SelfSignedCert makes an ECDSA P-256 key (PKCS #8) and a self-signed server certificate for hosts,
 // both PEM-encoded. Each host is a DNS name or an IP address, without scheme, port or brackets. The
-// certificate is valid from one day before now, so that programs that check the dates (curl
-// --cacert) accept it at once even if their clocks lag by up to a day. It is valid for 20 years,
-// because clients that use the pin ignore the dates: they check only the pin.
+// certificate is valid as certForKey describes.
 func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
 	if len(hosts) == 0 {
 		return nil, nil, errors.New("a certificate needs at least one host")
+	}
+	var names []string
+	var ips []net.IP
+	for _, h := range hosts {
+		if err := CheckHost(h); err != nil {
+			return nil, nil, err
+		}
+		if a, err := netip.ParseAddr(h); err == nil {
+			ips = append(ips, a.AsSlice())
+		} else {
+			names = append(names, strings.ToLower(h))
+		}
+	}
+	if keyPEM, err = newTLSKey(); err != nil {
+		return nil, nil, err
+	}
+	certPEM, err = certForKey(keyPEM, names, ips, now)
+	return certPEM, keyPEM, err
+}
+
+// newTLSKey returns a new ECDSA P-256 key, PEM-encoded in PKCS #8.
+func newTLSKey() (keyPEM []byte, err error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("generating a TLS key: %w", err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encoding the TLS key: %w", err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+// certForKey makes a self-signed server certificate for a key that newTLSKey made. names and ips are
+// the hosts of the certificate. It is valid from one day before now, so that programs that check the
+// dates (curl --cacert) accept it at once even if their clocks lag by up to a day. It is valid for
+// 20 years, because clients that use the pin ignore the dates: they check only the pin.
+func certForKey(keyPEM []byte, names []string, ips []net.IP, now time.Time) (certPEM []byte, err error) {
+	b, _ := pem.Decode(keyPEM)
+	if b == nil {
+		return nil, errors.New("no private key in the PEM data")
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(b.Bytes)
+	if err != nil {
+		return nil, errors.New("the private key is not in the form PKCS #8") // the cause is dropped, because it may quote the key
+	}
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return nil, errors.New("the private key cannot sign a certificate")
 	}
 	tmpl := &x509.Certificate{ // x509.CreateCertificate chooses a random serial number, because SerialNumber is nil
 		Subject:               pkix.Name{CommonName: "telemeter"},
@@ -45,31 +94,14 @@ func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err 
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,
+		DNSNames:              names,
+		IPAddresses:           ips,
 	}
-	for _, h := range hosts {
-		if err := CheckHost(h); err != nil {
-			return nil, nil, err
-		}
-		if a, err := netip.ParseAddr(h); err == nil {
-			tmpl.IPAddresses = append(tmpl.IPAddresses, a.AsSlice())
-		} else {
-			tmpl.DNSNames = append(tmpl.DNSNames, strings.ToLower(h))
-		}
-	}
-	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("generating a TLS key: %w", err)
+		return nil, fmt.Errorf("signing the certificate: %w", err)
 	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, priv.Public(), priv)
-	if err != nil {
-		return nil, nil, fmt.Errorf("signing the certificate: %w", err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(priv)
-	if err != nil {
-		return nil, nil, fmt.Errorf("encoding the TLS key: %w", err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
 }
 
 // isHostname reports whether h is a valid host name by RFC 1123. Unlike the RFC it allows
@@ -106,19 +138,28 @@ func CertPin(cert *x509.Certificate) string {
 // PinFromPEM returns the pin of the first certificate in certPEM. In a server's certificate chain
 // the first certificate is the server's own.
 func PinFromPEM(certPEM []byte) (string, error) {
+	cert, err := firstCert(certPEM)
+	if err != nil {
+		return "", err
+	}
+	return CertPin(cert), nil
+}
+
+// firstCert returns the first certificate in certPEM.
+func firstCert(certPEM []byte) (*x509.Certificate, error) {
 	for {
 		var b *pem.Block
 		if b, certPEM = pem.Decode(certPEM); b == nil {
-			return "", errors.New("no certificate in the PEM data")
+			return nil, errors.New("no certificate in the PEM data")
 		}
 		if b.Type != "CERTIFICATE" {
 			continue
 		}
 		cert, err := x509.ParseCertificate(b.Bytes)
 		if err != nil {
-			return "", fmt.Errorf("parsing the certificate: %w", err)
+			return nil, fmt.Errorf("parsing the certificate: %w", err)
 		}
-		return CertPin(cert), nil
+		return cert, nil
 	}
 }
 
@@ -133,12 +174,14 @@ func checkPinFormat(pin string) error {
 }
 
 // PinnedTLS returns a TLS client configuration that accepts a server only if it holds the private
-// key of the public key with this pin. The configuration requires TLS 1.2 or newer. The caller owns
-// it and may set ServerName, a session cache or client certificates. An error means that pin is not
-// in the form of a pin.
-func PinnedTLS(pin string) (*tls.Config, error) {
-	if err := checkPinFormat(pin); err != nil {
-		return nil, err
+// key of a public key with one of pins. The configuration requires TLS 1.2 or newer. The caller owns
+// it and may set ServerName, a session cache or client certificates. An error means that one of pins
+// is not in the form of a pin.
+func PinnedTLS(pins ...string) (*tls.Config, error) {
+	for _, pin := range pins {
+		if err := checkPinFormat(pin); err != nil {
+			return nil, err
+		}
 	}
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
@@ -154,8 +197,8 @@ func PinnedTLS(pin string) (*tls.Config, error) {
 				return errors.New("server sent no certificate")
 			}
 			got := CertPin(cs.PeerCertificates[0])
-			if subtle.ConstantTimeCompare([]byte(got), []byte(pin)) != 1 {
-				return fmt.Errorf("server's certificate has pin %s, want %s: this is not the expected server, or its TLS key was replaced", got, pin)
+			if !slices.Contains(pins, got) { // pins are hashes of public keys, so the time of the comparison reveals nothing
+				return fmt.Errorf("server's certificate has pin %s, want %s: this is not the expected server, or its TLS key was replaced", got, strings.Join(pins, " or "))
 			}
 			return nil
 		},

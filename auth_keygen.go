@@ -18,12 +18,13 @@ import (
 )
 
 // Keygen creates the cluster and token key files that dir lacks. If hosts is not empty, Keygen also
-// creates a TLS key and a certificate for hosts, unless dir already has both. It creates dir with
-// mode 0700 if dir does not exist. It never overwrites a file. created lists the files that Keygen
-// created, and kept lists the files that it would have created but found in dir. After an error,
-// the lists contain the files that Keygen had finished before the error. If only one of tls.crt and
-// tls.key exists, Keygen writes nothing and returns an error.
-func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, err error) {
+// creates a TLS key and a certificate for hosts, unless dir already has both. If dir then has a TLS
+// key, Keygen creates a spare TLS key in spareDir, unless dir has the certificate of one. It creates
+// the directories with mode 0700 if they do not exist. It never overwrites a file. created lists the
+// files that Keygen created, and kept lists the files that it would have created but found. After an
+// error, the lists contain the files that Keygen had finished before the error. If only one of
+// tls.crt and tls.key exists, Keygen writes nothing and returns an error.
+func Keygen(dir, spareDir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
 	pair, err := existingTLSPair(crt, tlsKey)
 	if err != nil {
@@ -51,23 +52,28 @@ func Keygen(dir string, hosts []string, now time.Time) (created, kept []string, 
 			return created, kept, err
 		}
 	}
-	if len(hosts) == 0 {
+	switch {
+	case pair != nil:
+		if len(hosts) > 0 {
+			kept = append(kept, pair...)
+		}
+	case len(hosts) == 0:
 		return created, kept, nil
+	default:
+		// Create the TLS key before the certificate. If two runs of Keygen race, only the run that
+		// created the key goes on to create the certificate. So the key and the certificate always
+		// match.
+		if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
+			return created, kept, err
+		}
+		if err := createKeyFile(crt, crtPEM, 0o644); err != nil {
+			os.Remove(tlsKey) // the key is useless alone, and the next run would report it as an error
+			return created, kept, err
+		}
+		created = append(created, crt, tlsKey)
 	}
-	if pair != nil {
-		return created, append(kept, pair...), nil
-	}
-	// Create the TLS key before the certificate. If two runs of Keygen race, only the run that
-	// created the key goes on to create the certificate. So the key and the certificate always
-	// match.
-	if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
-		return created, kept, err
-	}
-	if err := createKeyFile(crt, crtPEM, 0o644); err != nil {
-		os.Remove(tlsKey) // the key is useless alone, and the next run would report it as an error
-		return created, kept, err
-	}
-	return append(created, crt, tlsKey), kept, nil
+	spareCreated, spareKept, err := createSpare(dir, spareDir, now)
+	return append(created, spareCreated...), append(kept, spareKept...), err
 }
 
 // existingTLSPair returns certPath and keyPath if both files exist, and nil if neither file exists.
@@ -89,7 +95,7 @@ func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
 }
 
 // RotateKey adds a new key as the first line of dir's cluster.key or token.key. keyName is
-// "cluster" or "token". The old keys stay below the new key and still verify. The file is replaced
+// "cluster" or "token"; RotateTLSKey rotates the TLS key. The old keys stay below the new key and still verify. The file is replaced
 // atomically and keeps its mode and owner, so that root can rotate the keys of a server that does
 // not run as root. If two rotations run at once, one of the two new keys may be lost, but no old
 // key is lost.

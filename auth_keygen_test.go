@@ -31,7 +31,7 @@ func authTree(t *testing.T, dir string) map[string]string {
 			t.Fatal(err)
 		}
 		want := fs.FileMode(0o600)
-		if e.Name() == TLSCertFile {
+		if e.Name() == TLSCertFile || e.Name() == SpareCertFile {
 			want = 0o644
 		}
 		if info.Mode() != want {
@@ -47,10 +47,11 @@ func authTree(t *testing.T, dir string) map[string]string {
 }
 
 // checkKeygen runs Keygen in dir and returns the files in dir as authTree does. It fails the test
-// unless Keygen reports wantCreated as created and wantKept as kept.
+// unless Keygen reports wantCreated as created and wantKept as kept. The directory of the spare key is
+// dir with -spare added.
 func checkKeygen(t *testing.T, dir string, hosts, wantCreated, wantKept []string) map[string]string {
 	t.Helper()
-	created, kept, err := Keygen(dir, hosts, testNow)
+	created, kept, err := Keygen(dir, dir+"-spare", hosts, testNow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +61,11 @@ func checkKeygen(t *testing.T, dir string, hosts, wantCreated, wantKept []string
 	}{{"created", created, wantCreated}, {"kept", kept, wantKept}} {
 		var want []string
 		for _, name := range c.want {
-			want = append(want, filepath.Join(dir, name))
+			if name == SpareKeyFile {
+				want = append(want, filepath.Join(dir+"-spare", name))
+			} else {
+				want = append(want, filepath.Join(dir, name))
+			}
 		}
 		if !slices.Equal(c.got, want) {
 			t.Errorf("files reported as %s: got %q, want %q", c.about, c.got, want)
@@ -90,11 +95,11 @@ func TestKeygen(t *testing.T) {
 // A later run of Keygen creates only the missing files and leaves all others unchanged. The
 // certificate that it creates matches the key that it creates.
 func TestKeygenAgain(t *testing.T) {
-	dir := t.TempDir()
+	dir := filepath.Join(t.TempDir(), "keys")
 	first := checkKeygen(t, dir, nil, []string{ClusterKeyFile, TokenKeyFile}, nil)
-	second := checkKeygen(t, dir, []string{"hub.example"}, []string{TLSCertFile, TLSKeyFile}, []string{ClusterKeyFile, TokenKeyFile})
-	third := checkKeygen(t, dir, []string{"other.example"}, nil, []string{ClusterKeyFile, TokenKeyFile, TLSCertFile, TLSKeyFile})
-	if len(second) != 4 || !reflect.DeepEqual(second, third) ||
+	second := checkKeygen(t, dir, []string{"hub.example"}, []string{TLSCertFile, TLSKeyFile, SpareKeyFile, SpareCertFile}, []string{ClusterKeyFile, TokenKeyFile})
+	third := checkKeygen(t, dir, []string{"other.example"}, nil, []string{ClusterKeyFile, TokenKeyFile, TLSCertFile, TLSKeyFile, SpareCertFile})
+	if len(second) != 5 || !reflect.DeepEqual(second, third) ||
 		second[ClusterKeyFile] != first[ClusterKeyFile] || second[TokenKeyFile] != first[TokenKeyFile] {
 		t.Errorf("a later run changed files:\n%q\n%q\n%q", first, second, third)
 	}
@@ -104,13 +109,13 @@ func TestKeygenAgain(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, TokenKeyFile)); err != nil {
 		t.Fatal(err)
 	}
-	checkKeygen(t, dir, nil, []string{TokenKeyFile}, []string{ClusterKeyFile})
+	checkKeygen(t, dir, nil, []string{TokenKeyFile}, []string{ClusterKeyFile, SpareCertFile})
 }
 
 // Keygen refuses a bad host before it creates anything.
 func TestKeygenBadHost(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "keys")
-	if _, _, err := Keygen(dir, []string{"https://x"}, testNow); err == nil {
+	if _, _, err := Keygen(dir, dir+"-spare", []string{"https://x"}, testNow); err == nil {
 		t.Error("Keygen accepts a URL as a host")
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
@@ -129,7 +134,7 @@ func TestKeygenHalfPair(t *testing.T) {
 			if err := os.Symlink(filepath.Join(dir, "away", "x"), path); err != nil {
 				t.Fatal(err)
 			}
-			created, kept, err := Keygen(dir, hosts, testNow)
+			created, kept, err := Keygen(dir, dir+"-spare", hosts, testNow)
 			if err == nil || !strings.Contains(err.Error(), path) || created != nil || kept != nil {
 				t.Errorf("only %s exists: created %q, kept %q, error %v; want an error with the path", name, created, kept, err)
 			}
@@ -147,21 +152,21 @@ func TestKeygenFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, dir := range []string{file, filepath.Join(file, "sub")} {
-		if _, _, err := Keygen(dir, nil, testNow); err == nil {
+		if _, _, err := Keygen(dir, dir+"-spare", nil, testNow); err == nil {
 			t.Errorf("Keygen in %s: got no error", dir)
 		}
 	}
 }
 
 // If several runs of Keygen race, they leave one complete set of files, in which the certificate
-// and the TLS key match.
+// and the TLS key match, and the spare certificate and the spare key too.
 func TestKeygenRace(t *testing.T) {
 	for range 5 {
 		dir := t.TempDir()
 		created := make(chan []string)
 		for range 8 {
 			go func() {
-				names, _, _ := Keygen(dir, []string{"hub.example"}, testNow) // the error is ignored, because a run that loses the race may fail
+				names, _, _ := Keygen(dir, dir+"-spare", []string{"hub.example"}, testNow) // the error is ignored, because a run that loses the race may fail
 				created <- names
 			}()
 		}
@@ -169,8 +174,11 @@ func TestKeygenRace(t *testing.T) {
 		for range 8 {
 			all = append(all, <-created...)
 		}
-		if files := authTree(t, dir); len(files) != 4 || len(all) != 4 {
-			t.Errorf("the runs left %d files and reported %q as created, want 4 files, each reported once", len(files), all)
+		if files := authTree(t, dir); len(files) != 5 || len(all) != 6 {
+			t.Errorf("the runs left %d files and reported %q as created, want 5 files and the spare key, each reported once", len(files), all)
+		}
+		if _, err := tls.LoadX509KeyPair(filepath.Join(dir, SpareCertFile), filepath.Join(dir+"-spare", SpareKeyFile)); err != nil {
+			t.Errorf("spare certificate and key: %v", err)
 		}
 		if _, err := tls.LoadX509KeyPair(filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)); err != nil {
 			t.Errorf("certificate and key: %v", err)
@@ -208,7 +216,7 @@ func TestCreateKeyFileNeverReplaces(t *testing.T) {
 func handWrittenTokenKeys(t *testing.T) (dir, path, content string) {
 	t.Helper()
 	dir = t.TempDir()
-	if _, _, err := Keygen(dir, nil, testNow); err != nil {
+	if _, _, err := Keygen(dir, dir+"-spare", nil, testNow); err != nil {
 		t.Fatal(err)
 	}
 	path = filepath.Join(dir, TokenKeyFile)

@@ -49,7 +49,8 @@ type Token struct {
 	Kind      string            `json:"kind"`    // KindClient or KindUpload
 	ClusterID string            `json:"cluster"` // a valid cluster ID
 	URLs      []string          `json:"urls,omitempty"`
-	Pin       string            `json:"pin,omitempty"` // pin of the servers' certificate; see CertPin
+	Pin       string            `json:"pin,omitempty"`       // pin of the servers' certificate; see CertPin
+	SparePin  string            `json:"spare_pin,omitempty"` // pin of the spare key, which may replace the servers' TLS key
 	Labels    map[string]string `json:"labels,omitempty"`
 	Issued    int64             `json:"issued"`            // Unix seconds; only displayed, never checked
 	Expires   int64             `json:"expires,omitempty"` // Unix seconds; 0 = valid until revoked
@@ -177,7 +178,7 @@ func malformedToken(format string, args ...any) error {
 }
 
 // checkFields returns an error if a field of t is invalid. It checks the kind, the cluster ID, the
-// token ID and the pin. Sign, Verify and ParseUnverifiedToken refuse a token with an invalid field.
+// token ID and the pins. Sign, Verify and ParseUnverifiedToken refuse a token with an invalid field.
 func (t Token) checkFields() error {
 	if t.Kind != KindClient && t.Kind != KindUpload {
 		return fmt.Errorf("unknown kind: want %s or %s", KindClient, KindUpload)
@@ -188,10 +189,22 @@ func (t Token) checkFields() error {
 	if !isTokenID(t.ID) {
 		return errors.New("token ID is not 32 lower-case hex digits")
 	}
-	if t.Pin != "" {
-		return checkPinFormat(t.Pin)
+	for _, pin := range t.Pins() {
+		if err := checkPinFormat(pin); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// Pins returns the pins of the keys that the servers may have. It returns none if t has no pin.
+func (t Token) Pins() (pins []string) {
+	for _, pin := range []string{t.Pin, t.SparePin} {
+		if pin != "" {
+			pins = append(pins, pin)
+		}
+	}
+	return pins
 }
 
 // NewTokenID returns 128 random bits as 32 lower-case hex digits.

@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// authToken returns a client token with every optional field set, except Expires.
+// authToken returns a client token with every optional field set, except Expires and SparePin.
 func authToken() Token {
 	return Token{
 		Kind: KindClient, ClusterID: "site-7", URLs: []string{"https://hub.example:9003", "https://b/?a=1&b=<2>"},
@@ -36,6 +36,7 @@ func TestTokenRoundTrip(t *testing.T) {
 	for name, edit := range map[string]func(*Token){
 		"client token":         func(*Token) {},
 		"upload token":         func(k *Token) { k.Kind = KindUpload },
+		"spare pin":            func(k *Token) { k.SparePin = pinPrefix + keyLine(7) },
 		"no optional field":    func(k *Token) { k.URLs, k.Pin, k.Labels, k.Issued = nil, "", nil, 0 },
 		"issued in the future": func(k *Token) { k.Issued = testNow.AddDate(30, 0, 0).Unix() },
 		"not yet expired":      func(k *Token) { k.Expires = testNow.Unix() + 1 },
@@ -78,6 +79,7 @@ func TestSignRefuses(t *testing.T) {
 		"token ID in upper case": {ks, func(k *Token) { k.ID = strings.ToUpper(k.ID) }, "token ID"},
 		"short token ID":         {ks, func(k *Token) { k.ID = k.ID[2:] }, "token ID"},
 		"bad pin":                {ks, func(k *Token) { k.Pin = "sha256/x" }, "not a pin"},
+		"bad spare pin":          {ks, func(k *Token) { k.SparePin = "sha256/x" }, "not a pin"},
 		"too long":               {ks, func(k *Token) { k.Labels = map[string]string{"a": strings.Repeat("x", MaxToken)} }, "longer than 8192"},
 	} {
 		tok := authToken()

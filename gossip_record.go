@@ -46,7 +46,7 @@ type MemberRecord struct {
 	Age         uint32   // seconds since the member died or left; only if State is StateDead or StateLeft
 
 	Addr        string // host:port at which the member is reached, for both UDP and TCP
-	URL         string // URL of the member's internal listener, which /sd lists; may be empty
+	URL         string // host:port of the member's internal listener, which /sd lists, after https:// if the listener uses TLS; may be empty
 	Slot        uint16 // slot of the ring that the member claims, or NoSlot
 	Lamport     uint64 // number of the claim to the slot; see Claim
 	Provisional bool   // the member has seeds, but made the claim before it received a table from another member

@@ -20,7 +20,9 @@ import (
 const (
 	maxConnections = 4096 // connections open at a time on one listener
 	maxHeaderBytes = 16 << 10
-	shutdownWait   = 20 * time.Second // how long HTTPServer.Run waits for requests in flight before it cuts them off
+
+	readHeaderTimeout = 10 * time.Second // limit for the headers of a request, and for a TLS handshake
+	shutdownWait      = 20 * time.Second // how long HTTPServer.Run waits for requests in flight before it cuts them off
 )
 
 // Listen opens a TCP listener on addr, which is host:port.
@@ -52,8 +54,8 @@ type HTTPServer struct {
 	Name     string // names the listener in logs and errors
 	Listener net.Listener
 	Handler  http.Handler
-	// TrackConns makes TrackerIfPreviousAnswerRead work for plain HTTP connections of this
-	// listener. It costs one more system call for each write to a connection.
+	// TrackConns makes TrackerIfPreviousAnswerRead work for the connections of this listener. It
+	// costs one more system call for each write to a connection, and with TLS one more record.
 	TrackConns bool
 	TLS        *tls.Config  // nil for plain HTTP; Run sets its NextProtos to HTTP/1.1 only
 	Conns      *ConnMetrics // counts what happens to the connections; one ConnMetrics serves all listeners of a process
@@ -70,7 +72,7 @@ func (s *HTTPServer) Run(ctx context.Context) error { return s.runWithLimit(ctx,
 func (s *HTTPServer) runWithLimit(ctx context.Context, max int) error {
 	srv := &http.Server{
 		Handler:           leaveBodyUnread(s.Handler),
-		ReadHeaderTimeout: 10 * time.Second,
+		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       time.Minute,
 		WriteTimeout:      2 * time.Minute,
 		IdleTimeout:       6 * time.Minute, // longer than common scrape and push intervals
@@ -81,10 +83,7 @@ func (s *HTTPServer) runWithLimit(ctx context.Context, max int) error {
 	limited := newLimitListener(s.Listener, s.Name, max, s.Conns, s.Log)
 	srv.ConnState = limited.onConnState
 	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		if s.TrackConns {
-			ctx = trackConn(ctx, c)
-		}
-		return putConnIntoContext(ctx, c)
+		return putConnIntoContext(putTrackerIntoContext(ctx, c), c)
 	}
 	ln := net.Listener(limited)
 	if s.TLS != nil {
@@ -92,6 +91,9 @@ func (s *HTTPServer) runWithLimit(ctx context.Context, max int) error {
 		// has one request at a time.
 		s.TLS.NextProtos = []string{"http/1.1"}
 		ln = tls.NewListener(ln, s.TLS)
+	}
+	if s.TrackConns {
+		ln = answerListener{ln, srv.ErrorLog}
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(ln) }()

@@ -1,14 +1,16 @@
 package main
 
-// This file manages single connections, which handlers find through their requests. A plain HTTP
-// connection can be tracked, to find out whether the peer had read the previous answer before it
-// sent its next request. A connection on which a request has been authenticated is protected from
-// being closed for another. The body of a refused request is not read after the answer.
+// This file manages single connections, which handlers find through their requests. A connection
+// can be tracked, to find out whether the peer had read the previous answer before it sent its next
+// request. A connection on which a request has been authenticated is protected from being closed for
+// another. The body of a refused request is not read after the answer.
 
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/netip"
@@ -91,9 +93,8 @@ type connTrackerKey struct{}
 // TrackerIfPreviousAnswerRead returns the tracker of r's connection if r is sequential. The caller
 // may then assume that the sender of r had read the previous answer on that connection, because
 // HTTP clients that do not pipeline read an answer before they send the next request. Otherwise it
-// returns a new tracker, which differs from the tracker of every connection. A request over TLS
-// always gets a new tracker, because the end of an answer cannot be seen inside TLS. So does a
-// request to an HTTPServer without TrackConns.
+// returns a new tracker, which differs from the tracker of every connection. A request to an
+// HTTPServer without TrackConns always gets a new tracker.
 func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTracker) {
 	if t, ok := r.Context().Value(connTrackerKey{}).(*AnswerReadTracker); ok {
 		t.mu.Lock()
@@ -105,15 +106,13 @@ func TrackerIfPreviousAnswerRead(r *http.Request) (trackerOrNew *AnswerReadTrack
 	return &AnswerReadTracker{}
 }
 
-// trackConn creates a tracker for a plain HTTP connection. It puts the tracker into the context of
-// the connection's requests, where TrackerIfPreviousAnswerRead finds it.
-func trackConn(ctx context.Context, c net.Conn) context.Context {
-	plain, ok := c.(*trackedConn)
-	if !ok {
-		return ctx
+// putTrackerIntoContext puts the tracker of a connection into the context of the connection's
+// requests, where TrackerIfPreviousAnswerRead finds it.
+func putTrackerIntoContext(ctx context.Context, c net.Conn) context.Context {
+	if t, ok := c.(*answerConn); ok {
+		return context.WithValue(ctx, connTrackerKey{}, t.tracker)
 	}
-	plain.tracker = &AnswerReadTracker{}
-	return context.WithValue(ctx, connTrackerKey{}, plain.tracker)
+	return ctx
 }
 
 type trackedConnKey struct{}
@@ -124,9 +123,12 @@ func putConnIntoContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, trackedConnKey{}, trackedConnOf(c))
 }
 
-// trackedConnOf returns the trackedConn that carries c, which is a connection of a limitListener or
-// a TLS connection over one.
+// trackedConnOf returns the trackedConn that carries c. c is a connection of a limitListener, a TLS
+// connection over one, or an answerConn over either.
 func trackedConnOf(c net.Conn) *trackedConn {
+	if t, ok := c.(*answerConn); ok {
+		c = t.Conn
+	}
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()
 	}
@@ -203,37 +205,88 @@ func peerAddr(a net.Addr) netip.Addr {
 	return addr
 }
 
-// trackedConn is a connection that limitListener.Accept returned.
-type trackedConn struct {
-	net.Conn
-	listener *limitListener
-	tracker  *AnswerReadTracker // nil for TLS, and for an HTTPServer without TrackConns
-	entry    connEntry          // guarded by the listener's mu
-	lingers  atomic.Bool        // whether Close waits for lingerTime before it closes the connection
+// answerListener wraps the connections that a listener accepts in answerConns.
+type answerListener struct {
+	net.Listener
+	errorLog *log.Logger // for failed TLS handshakes
 }
 
-func (c *trackedConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	if c.tracker != nil {
-		c.tracker.countRequestHeads(p[:n])
+func (l answerListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
 	}
+	return &answerConn{Conn: c, tracker: &AnswerReadTracker{}, errorLog: l.errorLog}, nil
+}
+
+// answerConn is the outermost layer of a tracked connection. It sees requests and answers as plain
+// text, with and without TLS. net/http does the TLS handshake only if the outermost layer is a
+// tls.Conn, so answerConn does the handshake in the first Read.
+type answerConn struct {
+	net.Conn // a trackedConn, or a TLS connection over one
+	tracker  *AnswerReadTracker
+	errorLog *log.Logger
+	begun    bool // whether Read has been called; used only by Read, which net/http never calls concurrently
+}
+
+func (c *answerConn) Read(p []byte) (int, error) {
+	if !c.begun {
+		c.begun = true
+		if secure, ok := c.Conn.(*tls.Conn); ok && !c.handshake(secure) {
+			return 0, io.EOF // net/http then closes the connection, and reports no further error
+		}
+	}
+	n, err := c.Conn.Read(p)
+	c.tracker.countRequestHeads(p[:n])
 	return n, err
 }
 
-// Write writes the last byte of p by itself if the connection is tracked. Before that byte is sent,
-// the peer cannot have read the whole answer. So the next request is not sequential if the server
-// reads a byte of it before that, even while the peer is slow to read the rest of p.
-func (c *trackedConn) Write(p []byte) (n int, err error) {
-	if c.tracker != nil && len(p) > 0 {
-		if len(p) > 1 {
-			if n, err = c.Conn.Write(p[:len(p)-1]); err != nil {
-				return n, err
-			}
+// handshake does the TLS handshake, and reports whether it succeeded. A failure is reported in the
+// words of net/http. net/http has set the deadline for reading, which is readHeaderTimeout. A
+// request in plain HTTP is answered in plain HTTP, as net/http does.
+func (c *answerConn) handshake(secure *tls.Conn) (ok bool) {
+	secure.SetWriteDeadline(time.Now().Add(readHeaderTimeout)) // net/http sets another deadline when it has read a request
+	err := secure.Handshake()
+	if err == nil {
+		return true
+	}
+	reason := err.Error()
+	var bad tls.RecordHeaderError
+	if errors.As(err, &bad) && bad.Conn != nil && bad.RecordHeader[0] >= 'A' && bad.RecordHeader[0] <= 'Z' {
+		io.WriteString(bad.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\n\r\nthis listener speaks TLS: use https://\n")
+		reason = "client sent an HTTP request to an HTTPS server"
+	}
+	c.errorLog.Printf("http: TLS handshake error from %s: %s", c.RemoteAddr(), reason)
+	return false
+}
+
+// Write writes the last byte of p by itself. Before that byte is sent, the peer cannot have read the
+// whole answer. So the next request is not sequential if the server reads a byte of it before that,
+// even while the peer is slow to read the rest of p.
+func (c *answerConn) Write(p []byte) (n int, err error) {
+	if len(p) > 1 {
+		if n, err = c.Conn.Write(p[:len(p)-1]); err != nil {
+			return n, err
 		}
+	}
+	if len(p) > 0 {
 		c.tracker.snapshotHeadsAtWrite()
 	}
 	last, err := c.Conn.Write(p[n:])
 	return n + last, err
+}
+
+// CloseWrite closes the sending direction of the layer below, which has one.
+func (c *answerConn) CloseWrite() error {
+	return c.Conn.(interface{ CloseWrite() error }).CloseWrite()
+}
+
+// trackedConn is a connection that limitListener.Accept returned.
+type trackedConn struct {
+	net.Conn
+	listener *limitListener
+	entry    connEntry   // guarded by the listener's mu
+	lingers  atomic.Bool // whether Close waits for lingerTime before it closes the connection
 }
 
 // CloseWrite closes the sending direction only. A peer that is still sending can then read the

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -19,7 +20,8 @@ import (
 
 // A request is sequential only if the server read no byte of it before it wrote the last byte of
 // the previous answer. For a sequential request, TrackerIfPreviousAnswerRead returns the tracker of
-// the connection. For any other request, each call returns a new tracker.
+// the connection. For any other request, each call returns a new tracker. With TLS, all this is the
+// same.
 func TestTrackerOfRequest(t *testing.T) {
 	const get = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 	const large = "GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -29,7 +31,7 @@ func TestTrackerOfRequest(t *testing.T) {
 	}
 	const begins = 0 // this step waits until the first byte of an answer has arrived
 	for _, c := range []struct {
-		name  string
+		name  string // of a case that needs the server to block in the middle of a TLS record, begins with "plain:"
 		steps []any  // each step is a text to send, the number of whole answers to read, or begins
 		want  []bool // whether each request is sequential, in the order of the requests
 	}{
@@ -39,19 +41,23 @@ func TestTrackerOfRequest(t *testing.T) {
 		{"two at once, one without carriage returns", []any{bare + get, 2, get, 1}, []bool{true, false, true}},
 		{"two at once, and a third before the second answer", []any{get + get, 1, get, 2, get, 1}, []bool{true, false, false, true}},
 		{"during a large answer", []any{large, begins, get, 2, get, 1}, []bool{true, false, true}},
-		{"during a small answer", []any{get, begins, get, 2, get, 1}, []bool{true, false, true}},
+		{"plain: during a small answer", []any{get, begins, get, 2, get, 1}, []bool{true, false, true}},
 		{"half before the answer", []any{get + get[:20], 1, get[20:], 1, get, 1}, []bool{true, false, true}},
-		{"a byte before the end of the answer", []any{get, begins, "G", 1, get[1:], 1, get, 1}, []bool{true, false, true}},
+		{"plain: a byte before the end of the answer", []any{get, begins, "G", 1, get[1:], 1, get, 1}, []bool{true, false, true}},
 		{"all but a byte before the answer", []any{get + get[:len(get)-1], 1, "\n", 1, get, 1}, []bool{true, false, true}},
 		{"in pieces", []any{get[:5], get[5:], 1, get[:len(get)-2], "\r", "\n", 1}, []bool{true, true}},
 		{"after a body", []any{post("1234567890"), 1, get, 1, get, 1}, []bool{true, false, true}},
 		{"after a body that looks like a header", []any{post(get), 1, get, 1, get, 1}, []bool{true, false, false}},
 	} {
-		t.Run(c.name, func(t *testing.T) {
+		check := func(t *testing.T, secure bool) {
 			synctest.Test(t, func(t *testing.T) {
 				var mu sync.Mutex // guards got
 				var got []bool
-				l, end := runHTTPServer(func(w http.ResponseWriter, r *http.Request) {
+				var serverTLS, clientTLS *tls.Config
+				if secure {
+					serverTLS, clientTLS = selfSignedTLS(t)
+				}
+				l, end := runTLSServer(serverTLS, func(w http.ResponseWriter, r *http.Request) {
 					mu.Lock()
 					defer mu.Unlock()
 					// The two calls return the same tracker only if the request is sequential.
@@ -66,6 +72,9 @@ func TestTrackerOfRequest(t *testing.T) {
 				conn, ok := l.dial()
 				if !ok {
 					t.Fatal("the connection was not accepted")
+				}
+				if secure {
+					conn = tls.Client(conn, clientTLS)
 				}
 				sent := make(chan string, 10)
 				go func() {
@@ -102,7 +111,11 @@ func TestTrackerOfRequest(t *testing.T) {
 					t.Error(err)
 				}
 			})
-		})
+		}
+		t.Run(c.name, func(t *testing.T) { check(t, false) })
+		if !strings.HasPrefix(c.name, "plain:") {
+			t.Run("TLS: "+c.name, func(t *testing.T) { check(t, true) })
+		}
 	}
 }
 

@@ -163,13 +163,15 @@ func (l *limitListener) Close() error {
 // onConnState is the ConnState of an http.Server. net/http reports StateActive when it has read the
 // headers of a request, and StateIdle when it has written the answer.
 func (l *limitListener) onConnState(c net.Conn, st http.ConnState) {
-	conn := trackedConnOf(c)
-	switch {
-	case st == http.StateIdle:
+	switch st {
+	case http.StateIdle:
+		conn := trackedConnOf(c)
 		conn.lingers.Store(false)
 		l.unprotect(conn)
-	case st == http.StateActive && conn.tracker != nil:
-		conn.tracker.countRequest() // net/http reports StateActive once for each request, before it calls the handler
+	case http.StateActive:
+		if t, ok := c.(*answerConn); ok {
+			t.tracker.countRequest() // net/http reports StateActive once for each request, before it calls the handler
+		}
 	}
 }
 

@@ -60,11 +60,16 @@ func (l *pipeListener) dial() (net.Conn, bool) {
 // runHTTPServer runs an HTTPServer with the handler h over pipes. end stops the server, and returns
 // how long the stop took and the error of Run.
 func runHTTPServer(h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, error)) {
+	return runTLSServer(nil, h)
+}
+
+// runTLSServer is runHTTPServer with TLS, unless config is nil.
+func runTLSServer(config *tls.Config, h http.HandlerFunc) (l *pipeListener, end func() (time.Duration, error)) {
 	l = newPipeListener()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		srv := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler)}
+		srv := HTTPServer{Name: "test", Listener: l, Handler: h, TrackConns: true, TLS: config, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler)}
 		ended <- srv.Run(ctx)
 	}()
 	return l, func() (time.Duration, error) {
@@ -132,12 +137,12 @@ func TestHTTPServerReadDeadlines(t *testing.T) {
 }
 
 // An HTTPServer with TLS closes a connection if the peer does not end its handshake within ten
-// seconds.
+// seconds, also if it tracks its connections.
 func TestHTTPServerHandshakeDeadline(t *testing.T) {
-	for _, text := range []string{"", "\x16\x03\x01\x02\x00\x01\x00"} {
+	for i, text := range []string{"", "\x16\x03\x01\x02\x00\x01\x00", "", "\x16\x03\x01\x02\x00\x01\x00"} {
 		synctest.Test(t, func(t *testing.T) {
 			l := newPipeListener()
-			srv := HTTPServer{Name: "tls", Listener: l, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler), TLS: &tls.Config{}}
+			srv := HTTPServer{Name: "tls", Listener: l, TrackConns: i >= 2, Conns: NewConnMetrics(NewMetrics()), Log: slog.New(slog.DiscardHandler), TLS: &tls.Config{}}
 			ended := make(chan error, 1)
 			ctx, cancel := context.WithCancel(t.Context())
 			go func() { ended <- srv.Run(ctx) }()
@@ -246,39 +251,44 @@ func TestHTTPServerFails(t *testing.T) {
 }
 
 // An HTTPServer whose TLS configuration requires TLS 1.2 refuses older versions. With TLS it speaks
-// only HTTP/1.1, even if the peer prefers HTTP/2. It does not track TLS connections, even if
-// TrackConns is true, so TrackerIfPreviousAnswerRead returns a new tracker for each call.
+// only HTTP/1.1, even if the peer prefers HTTP/2. It answers a request in plain HTTP with 400 and a
+// hint. All this is the same whether it tracks connections or not.
 func TestHTTPServerTLS(t *testing.T) {
-	server, config := selfSignedTLS(t)
-	addr := serveHTTP(t, HTTPServer{TrackConns: true, TLS: server, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprint(w, r.Proto)
-		if a, b := TrackerIfPreviousAnswerRead(r), TrackerIfPreviousAnswerRead(r); a == b {
-			t.Error("a request over TLS got the tracker of its connection")
+	for _, tracks := range []bool{false, true} {
+		server, config := selfSignedTLS(t)
+		addr := serveHTTP(t, HTTPServer{TrackConns: tracks, TLS: server, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			fmt.Fprint(w, r.Proto)
+		})})
+		config.NextProtos = []string{"h2", "http/1.1"}
+		c, err := tls.Dial("tcp", addr, config)
+		if err != nil {
+			t.Fatal(err)
 		}
-	})})
-	config.NextProtos = []string{"h2", "http/1.1"}
-	c, err := tls.Dial("tcp", addr, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := c.ConnectionState().NegotiatedProtocol; got != "http/1.1" {
-		t.Errorf("the negotiated protocol is %q, want http/1.1", got)
-	}
-	c.Close()
-	client := NewHTTPClient(config, 10*time.Second, time.Second)
-	for range 2 {
-		resp, err := client.Get("https://" + addr)
-		if err != nil || resp.Proto != "HTTP/1.1" {
-			t.Fatalf("answered %v: %v", resp, err)
+		if got := c.ConnectionState().NegotiatedProtocol; got != "http/1.1" {
+			t.Errorf("the negotiated protocol is %q, want http/1.1", got)
 		}
-		io.Copy(io.Discard, resp.Body)
-		resp.Body.Close()
-	}
-	old := config.Clone()
-	old.MinVersion, old.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
-	if c, err := tls.Dial("tcp", addr, old); err == nil {
 		c.Close()
-		t.Error("a connection with TLS 1.1 was accepted")
+		client := NewHTTPClient(config, 10*time.Second, time.Second)
+		for range 2 {
+			resp, err := client.Get("https://" + addr)
+			if err != nil || resp.Proto != "HTTP/1.1" {
+				t.Fatalf("answered %v: %v", resp, err)
+			}
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+		old := config.Clone()
+		old.MinVersion, old.MaxVersion = tls.VersionTLS10, tls.VersionTLS11
+		if c, err := tls.Dial("tcp", addr, old); err == nil {
+			c.Close()
+			t.Error("a connection with TLS 1.1 was accepted")
+		}
+		conn := dialRaw(t, addr)
+		conn.send("GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		answer, err := io.ReadAll(conn)
+		if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.0 400 ") || !strings.Contains(strings.ToLower(string(answer)), "https") {
+			t.Errorf("tracks %t: plain HTTP was answered %q, %v; want 400 and a hint at https", tracks, answer, err)
+		}
 	}
 }
 

@@ -138,7 +138,7 @@ type clientProcess struct {
 	log     *slog.Logger
 	metrics *Metrics
 
-	token          Token // as loaded at the start; a reload must not change its cluster ID, URLs or pin
+	token          Token // as loaded at the start; a reload must not change its cluster ID or URLs
 	fromTLS, toTLS *renewableTransport
 	client         *Client
 }
@@ -165,7 +165,7 @@ func (p *clientProcess) newClient() error {
 	if err != nil {
 		return err
 	}
-	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pin)
+	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pins())
 	if err != nil {
 		return err
 	}
@@ -181,17 +181,17 @@ func (p *clientProcess) newClient() error {
 
 // reload reads again all files that the flags name, and makes the client use their new contents. It
 // reads all of them before it replaces anything, so that a reload that fails changes nothing. A
-// token with other servers, another cluster ID or another pin is an error, because only a restart
-// can change these.
+// token with other servers or another cluster ID is an error, because only a restart can change
+// these.
 func (p *clientProcess) reload() error {
 	state, token, err := p.loadConfigAndToken()
 	if err != nil {
 		return err
 	}
-	if token.ClusterID != p.token.ClusterID || !slices.Equal(token.URLs, p.token.URLs) || token.Pin != p.token.Pin {
+	if token.ClusterID != p.token.ClusterID || !slices.Equal(token.URLs, p.token.URLs) {
 		return errors.New("the token in --token-file is for other servers or another cluster ID: restart the client to use it")
 	}
-	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pin)
+	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pins())
 	if err != nil {
 		return err
 	}
@@ -286,9 +286,9 @@ func (t *renewableTransport) renew(config *tls.Config) {
 // loadTLSConfigs reads the certificate files that the flags name, and returns two TLS
 // configurations. The result from is for connections to the source. The result to is for
 // connections to the servers. If --to-ca-file is set, its CAs verify the servers. Otherwise the
-// servers must have the key with the given pin. If pin is empty too, the system's CAs verify the
+// servers must have a key with one of pins. If there is no pin either, the system's CAs verify the
 // servers.
-func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err error) {
+func (f *clientFlags) loadTLSConfigs(pins []string) (from, to *tls.Config, err error) {
 	from = &tls.Config{MinVersion: tls.VersionTLS12}
 	if f.fromCAFile != "" {
 		if from.RootCAs, err = readCAs("from-ca-file", f.fromCAFile); err != nil {
@@ -300,9 +300,9 @@ func (f *clientFlags) loadTLSConfigs(pin string) (from, to *tls.Config, err erro
 		if to.RootCAs, err = readCAs("to-ca-file", f.toCAFile); err != nil {
 			return nil, nil, err
 		}
-	} else if pin != "" {
-		if to, err = PinnedTLS(pin); err != nil {
-			return nil, nil, fmt.Errorf("using the pin in the token: %w", err)
+	} else if len(pins) > 0 {
+		if to, err = PinnedTLS(pins...); err != nil {
+			return nil, nil, fmt.Errorf("using the pins in the token: %w", err)
 		}
 	}
 	if f.toCertFile != "" {

@@ -147,7 +147,7 @@ func TestTokenNotRecorded(t *testing.T) {
 	writeIn(t, keys, IssuedFile, "\nx\n")
 	for name, c := range map[string]struct{ keys, want string }{
 		"faulty line": {keys, "line 2 is not the record of a token: correct or delete the line"},
-		"no keys":     {keys + "2", "create it with telemeter --mode keygen"},
+		"no keys":     {keys + "2", "create the keys with telemeter --mode keygen"},
 	} {
 		status, stdout, stderr := runMode(t, "--mode", "token", "--keys", c.keys, "--list")
 		if status != exitFailure || stdout != "" || !strings.Contains(stderr, c.want) {

@@ -93,7 +93,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 		p.log.Warn("/sd lists a loopback address for this server, because the internal listener is on loopback: set --listen-internal to an address that Prometheus can reach", "address", sd)
 	}
 	if n.gossip, err = NewGossip(GossipConfig{
-		Name: f.name, Addr: advertise, URL: sd, RingName: ringName, Keys: ringKeys, Seeds: f.join, Interval: f.interval,
+		Name: f.name, Addr: advertise, URL: p.sdScheme() + sd, RingName: ringName, Keys: ringKeys, Seeds: f.join, Interval: f.interval,
 		RestartState: state, Conn: n.udp, Resolver: net.DefaultResolver,
 		Notify: func(e GossipEvent) { p.log.Info(e.What, "member", e.Name, "address", e.Addr) },
 	}); err != nil {

@@ -210,6 +210,17 @@ func TestRingLists(t *testing.T) {
 	}
 }
 
+// /sd lists an internal listener with TLS in a group with the label __scheme__, apart from an internal
+// listener with plain HTTP.
+func TestRingListsScheme(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "localhost")
+	a := startMember(t, dir, "a")
+	startMember(t, dir, "b", "--join", a.ringAddr, "--listen-internal", "0.0.0.0:0", "--internal-open")
+	const want = `[{"targets":["127.0.0.1:0"]},{"targets":["127.0.0.1:0"],"labels":{"__scheme__":"https"}}]`
+	eventually(t, "/sd lists both members by scheme", func() bool { return strings.TrimSpace(get(t, a.internal+"/sd")) == want })
+}
+
 // Exactly one server, the owner, serves a site to a scraper without a consumer's name, although the
 // site has pushed to all three servers. Each server owns some of the 12 sites.
 func TestRingOneOwner(t *testing.T) {

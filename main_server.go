@@ -62,7 +62,7 @@ func serverMode(ctx context.Context, c *command) error {
 func (f *serverFlags) define(c *command) {
 	c.defineGroup("Listeners", func() {
 		c.addressFlag(&f.externalAddr, "listen", ":9003", "`ADDRESS` address for clients: /authorize and /upload; uses TLS if --keys has tls.crt and tls.key")
-		c.addressFlag(&f.internalAddr, "listen-internal", "localhost:9004", "`ADDRESS` address for scrapers and operators: /federate, /metrics")
+		c.addressFlag(&f.internalAddr, "listen-internal", "localhost:9004", "`ADDRESS` address for scrapers and operators: /federate, /metrics; on another address than loopback, uses TLS if --keys has tls.crt and tls.key")
 		c.StringVar(&f.federateTokenFile, "federate-token-file", "", "`FILE` file with the bearer token that scrapers must send to the internal listener")
 		listFlag(c, &f.consumers, "consumer", "`NAME` name of a consumer that may scrape /federate?consumer=NAME; without it, every name may", parseEach(func(name string) (string, error) {
 			return name, CheckConsumerName(name)
@@ -103,11 +103,17 @@ func (f *serverFlags) define(c *command) {
 // check adds each conflict among the flags to the problems of c.
 func (f *serverFlags) check(c *command) {
 	c.addProblemUnless(f.keys != "", "--keys DIR is missing: create the keys with telemeter --mode keygen --keys keys")
-	host, _, _ := net.SplitHostPort(f.internalAddr)
-	c.addProblemUnless(IsLoopbackHost(host) || f.federateTokenFile != "" || f.internalOpen,
+	c.addProblemUnless(f.isInternalLocal() || f.federateTokenFile != "" || f.internalOpen,
 		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or add --internal-open to allow access without a token", f.internalAddr)
 	c.addProblemUnless(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file exclude each other: choose one")
 	f.ring.check(c)
+}
+
+// isInternalLocal reports whether --listen-internal is a loopback address, which other hosts cannot
+// reach.
+func (f *serverFlags) isInternalLocal() bool {
+	host, _, _ := net.SplitHostPort(f.internalAddr)
+	return IsLoopbackHost(host)
 }
 
 // serverProcess is one run of --mode server: a Server with its flags, log, metrics, store, ring and
@@ -118,7 +124,7 @@ type serverProcess struct {
 	metrics *Metrics
 	now     func() time.Time
 
-	certificate atomic.Pointer[tls.Config] // TLS configuration of the external listener; nil if --keys has no certificate
+	certificate atomic.Pointer[tls.Config] // TLS configuration of the external listener; its certificate is also that of the internal listener; nil if --keys has no certificate
 	forwarder   *Forwarder                 // nil for a server without a ring
 	node        *ringNode                  // nil for a server without a ring
 	store       *Store
@@ -213,7 +219,7 @@ func (p *serverProcess) openStore() (err error) {
 // ready yet.
 func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	cfg := ServerConfig{
-		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now,
+		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now, SDScheme: p.sdScheme(),
 		MaxSampleAge: p.maxSampleAge, LimitBytes: p.limitBytes, LimitScrape: p.limitScrape, RateInterval: p.rateInterval,
 	}
 	if p.node != nil {
@@ -227,8 +233,22 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	p.issued = newIssuedLoader(p.keys, p.server, p.log, p.metrics)
 }
 
+// isInternalTLS reports whether the internal listener uses TLS. It does not on loopback, where nobody
+// can read the traffic and the commands of operators stay short.
+func (p *serverProcess) isInternalTLS() bool {
+	return p.certificate.Load() != nil && !p.isInternalLocal()
+}
+
+// sdScheme returns the text that precedes the address of the internal listener in /sd.
+func (p *serverProcess) sdScheme() string {
+	if p.isInternalTLS() {
+		return SDSchemeTLS
+	}
+	return ""
+}
+
 // listenHTTP opens the external listener, with TLS if there is a certificate, and the internal
-// listener. It accepts no connections; serveListeners does.
+// listener, with TLS if isInternalTLS. It accepts no connections; serveListeners does.
 func (p *serverProcess) listenHTTP() error {
 	external, err := listenFlag("listen", p.externalAddr)
 	if err != nil {
@@ -241,16 +261,24 @@ func (p *serverProcess) listenHTTP() error {
 			return p.certificate.Load(), nil
 		}}
 	} else if !IsOnLoopback(external) {
-		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples")
+		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples; create a certificate with telemeter --mode keygen --host NAME")
 	}
 	internal, err := listenFlag("listen-internal", p.internalAddr)
 	if err != nil {
 		return err
 	}
 	p.internal = HTTPServer{Name: "internal", Listener: internal, Handler: p.server.InternalHandler(IsOnLoopback(internal)), TrackConns: true, Conns: p.conns, Log: p.log}
+	if p.isInternalTLS() {
+		// --tls-client-ca does not apply here, because scrapers send the federate token instead.
+		p.internal.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return &p.certificate.Load().Certificates[0], nil
+		}}
+	} else if !p.isInternalLocal() {
+		p.log.Warn("scrapers connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read samples and the federate token; create a certificate with telemeter --mode keygen --host NAME, or make sure that the network is trusted")
+	}
 	version, _ := ProgramVersion()
 	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
-		"storage", p.storageDir, "sites", len(p.store.Stats().Sites))
+		"storage", p.storageDir, "sites", len(p.store.Stats().Sites), "internal_tls", p.internal.TLS != nil)
 	return nil
 }
 
@@ -349,7 +377,7 @@ func (p *serverProcess) reload() error {
 	p.server.Reload(state)
 	p.issued.load()
 	if p.external.TLS == nil && p.certificate.Load() != nil {
-		p.log.Warn("--keys has a tls.crt now, but clients connect over plain HTTP until this server is restarted")
+		p.log.Warn("--keys has a tls.crt now, but clients and scrapers connect over plain HTTP until this server is restarted")
 	}
 	if p.node == nil {
 		return nil
@@ -358,8 +386,8 @@ func (p *serverProcess) reload() error {
 }
 
 // loadConfigAndSetCertificate reads all files that a reload reads, except cluster.key. If all of
-// them can be read, it replaces the certificate of the external listener, and returns the contents
-// of the other files. It warns of each secret file that every user may read, at every reload again,
+// them can be read, it replaces the certificate of the listeners, and returns the contents of the
+// other files. It warns of each secret file that every user may read, at every reload again,
 // so that the operator sees whether a chmod was enough.
 func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerConfig, err error) {
 	warnOfReadableSecrets(p.log, filepath.Join(p.keys, ClusterKeyFile), filepath.Join(p.keys, TokenKeyFile), filepath.Join(p.keys, TLSKeyFile), p.federateTokenFile)
@@ -395,9 +423,9 @@ func (p *serverProcess) loadFederateToken() (string, error) {
 }
 
 // loadAndSetCertificate reads tls.crt and tls.key in the directory --keys and replaces the
-// certificate of the external listener. If both files are missing, the server has no certificate
-// yet and --tls-client-ca is not set, the listener stays plain HTTP. In all other cases a missing
-// file is an error, because the server must not fall back to plain HTTP.
+// certificate of the listeners. If both files are missing, the server has no certificate yet and
+// --tls-client-ca is not set, the listeners stay plain HTTP. In all other cases a missing file is an
+// error, because the server must not fall back to plain HTTP.
 func (p *serverProcess) loadAndSetCertificate() error {
 	crt, key := filepath.Join(p.keys, TLSCertFile), filepath.Join(p.keys, TLSKeyFile)
 	_, crtErr := os.Stat(crt)

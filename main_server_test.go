@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -286,14 +287,16 @@ func (s *modeServer) start() (stop func()) {
 		}, s.args...), io.Discard, &s.log)
 	}()
 	s.starts++
-	serving := regexp.MustCompile(`msg=serving .*external=(\S+) tls=true internal=(\S+) storage=/\S+`)
+	serving := regexp.MustCompile(`msg=serving .*external=(\S+) tls=\w+ internal=(\S+) storage=/\S+`)
 	var lines [][]string
 	eventually(s.t, "the server serves", func() bool {
 		lines = serving.FindAllStringSubmatch(s.log.String(), -1)
 		return len(lines) == s.starts
 	})
 	s.external, s.internal = lines[s.starts-1][1], lines[s.starts-1][2]
-	s.client = s.pinnedClient()
+	if _, err := os.Stat(s.path("keys/" + TLSCertFile)); err == nil {
+		s.client = s.pinnedClient()
+	}
 	stopped := false
 	stop = func() {
 		s.t.Helper()
@@ -467,12 +470,68 @@ func TestInternalListenerHosts(t *testing.T) {
 		{"0.0.0.0:0", "", 200}, {"0.0.0.0:0", "hub.example:9004", 200},
 	} {
 		s := newModeServer(t)
+		for _, name := range []string{TLSCertFile, TLSKeyFile} { // so that both listeners are plain HTTP
+			if err := os.Remove(s.path("keys/" + name)); err != nil {
+				t.Fatal(err)
+			}
+		}
 		s.args = []string{"--listen-internal", c.listen}
 		stop := s.start()
 		if status := getStatus(t, "http://"+s.internal+"/healthz", c.host); status != c.want {
 			t.Errorf("bound to %s, Host %q: answered %d, want %d", c.listen, c.host, status, c.want)
 		}
+		if warned := strings.Contains(s.log.String(), "scrapers connect over plain HTTP"); warned == strings.HasPrefix(c.listen, "127.") {
+			t.Errorf("bound to %s: warned of plain HTTP: %t", c.listen, warned)
+		}
 		stop()
+	}
+}
+
+// An internal listener that is bound to all addresses uses TLS, with the certificate of the external
+// listener, but needs no client certificates. It answers plain HTTP with 400 and a hint. The
+// second scrape on a connection confirms the first, so that the server does not serve the samples
+// again. A reload replaces the certificate.
+func TestInternalListenerTLS(t *testing.T) {
+	s := newModeServer(t)
+	s.args = []string{"--listen-internal", "0.0.0.0:0"}
+	stop := s.start()
+	if status, answer := s.push(s.token, "up 1 "+fmt.Sprint(time.Now().UnixMilli()-1000)+"\nup 2\n"); status != 200 {
+		t.Fatalf("the push got %d %s", status, answer)
+	}
+	for i, want := range []string{"1 2 ", "2 "} {
+		req, err := http.NewRequest("GET", "https://"+s.internal+"/federate?consumer=central", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer first")
+		resp, err := s.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if got := upsOf(string(body)); err != nil || got != want {
+			t.Errorf("scrape %d: got %q, %v; want %q", i+1, got, err, want)
+		}
+	}
+	if status, answer := s.mustRequest(http.DefaultClient, "GET", "http://"+s.internal+"/healthz", "", ""); status != 400 || !strings.Contains(answer, "use https://") {
+		t.Errorf("plain HTTP was answered %d %s", status, answer)
+	}
+	s.mustRun("--mode", "keygen", "--keys", s.path("other"), "--host", "127.0.0.1")
+	for _, name := range []string{TLSCertFile, TLSKeyFile} {
+		writeIn(t, s.dir, "keys/"+name, readIn(t, s.dir, "other/"+name))
+	}
+	s.reload("msg=reloaded")
+	s.client.CloseIdleConnections()
+	if _, _, err := s.request(s.client, "GET", "https://"+s.internal+"/healthz", "", ""); err == nil {
+		t.Error("after the reload, the internal listener still has the old certificate")
+	}
+	s.mustRequest(s.pinnedClient(), "GET", "https://"+s.internal+"/healthz", "", "")
+	stop()
+	s.args = append(s.args, "--tls-client-ca", s.path("keys/"+TLSCertFile))
+	s.start()
+	if status, _ := s.mustRequest(s.client, "GET", "https://"+s.internal+"/healthz", "", ""); status != 200 {
+		t.Errorf("without a client certificate, /healthz was answered %d", status)
 	}
 }
 

@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -467,13 +468,19 @@ type consumerRig struct {
 
 func newConsumerRig(t testing.TB, change ...func(*StoreConfig, *ServerConfig)) *consumerRig {
 	r := &consumerRig{srvRig: newSrvRig(t, change...)}
+	r.url = "http://" + r.listen(nil)
+	return r
+}
+
+// listen opens an internal listener that tracks connections, with TLS unless config is nil, and
+// returns its address.
+func (r *consumerRig) listen(config *tls.Config) (addr string) {
 	internal := r.server.InternalHandler(false)
-	r.url = "http://" + serveHTTP(t, HTTPServer{TrackConns: true, Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+	return serveHTTP(r.t, HTTPServer{TrackConns: true, TLS: config, Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if internal.ServeHTTP(w, req); r.during != nil {
 			r.during(req)
 		}
 	})})
-	return r
 }
 
 // get sends a request to /federate with the given method, query and User-Agent. The elements of

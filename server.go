@@ -41,6 +41,7 @@ type ServerConfig struct {
 	Forwarder          *Forwarder  // nil if this server has no ring: it then owns all sites
 	Member             *RingKeeper // source of /debug/ring and ring metrics; nil if this server has no ring
 	Gossip             *Gossip     // source of /sd, /debug/ring and ring metrics; nil if Member is nil
+	SDScheme           string      // precedes the address of this server's internal listener in /sd: SDSchemeTLS or empty
 	Metrics            *Metrics
 	Log                *slog.Logger
 	Now                func() time.Time

@@ -5,6 +5,7 @@ package main
 // request confirms, and what it serves to scrapers that need one sample of each series per scrape.
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -59,6 +60,46 @@ func TestFederateConfirms(t *testing.T) {
 	}
 	if n := len(cursorsOf(r.store.Consumers)); n != 2 {
 		t.Errorf("%d names of consumers are known, want 2", n)
+	}
+}
+
+// Over TLS, the next scrape on the same connection confirms a scrape, too. A scrape whose connection
+// ends in the middle of the answer is not confirmed, so its samples are served again.
+func TestFederateConfirmsOverTLS(t *testing.T) {
+	r := newConsumerRig(t)
+	server, config := selfSignedTLS(t)
+	r.url = "https://" + r.listen(server)
+	newClient := func() *http.Client {
+		c := scraperOf(t)
+		c.Transport.(*http.Transport).TLSClientConfig = config
+		return c
+	}
+	client := newClient()
+	r.pushUps(1, 2)
+	for i, want := range []string{"1 2 ", "2 "} {
+		if got := r.ups(client, "consumer=x", ""); got != want {
+			t.Errorf("scrape %d: got %q, want %q", i+1, got, want)
+		}
+	}
+	r.pushUps(3, 4)
+	ctx, cut := context.WithCancel(t.Context())
+	r.during = func(req *http.Request) {
+		cut() // the client closes the connection
+		<-req.Context().Done()
+	}
+	req, err := http.NewRequestWithContext(ctx, "GET", r.url+"/federate?consumer=x", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp, err := client.Do(req); err == nil {
+		resp.Body.Close()
+		t.Error("the answer was not cut off")
+	}
+	r.during = nil
+	for i, want := range []string{"3 4 ", "4 "} {
+		if got := r.ups(client, "consumer=x", ""); got != want {
+			t.Errorf("scrape %d after the broken one: got %q, want %q", i+1, got, want)
+		}
 	}
 }
 

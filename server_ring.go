@@ -6,6 +6,7 @@ package main
 import (
 	"fmt"
 	"net/http"
+	"strings"
 )
 
 // ringCollector registers the metrics of the ring and of gossip. It returns a function that updates
@@ -39,17 +40,50 @@ func (s *Server) ringCollector(m *Metrics) func() {
 	}
 }
 
+// SDSchemeTLS precedes the announced address of an internal listener that uses TLS. Without it, the
+// listener uses plain HTTP. Members that do not know SDSchemeTLS pass it on in /sd, where Prometheus
+// refuses that target.
+const SDSchemeTLS = "https://"
+
 // serveSD answers GET /sd in the format of Prometheus's HTTP service discovery. It lists every live
 // member that announces the address of its internal listener. Prometheus must scrape all of them,
 // because each server exposes only the samples that it holds itself.
 func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
-	targets := []string{}
+	var urls []string
 	for _, mv := range s.cfg.Gossip.View().Members {
 		if mv.State.IsLive() && mv.URL != "" {
-			targets = append(targets, mv.URL)
+			urls = append(urls, mv.URL)
 		}
 	}
-	WriteJSON(w, []map[string][]string{{"targets": targets}})
+	WriteJSON(w, targetGroups(urls))
+}
+
+// targetGroup is an element of an answer of /sd.
+type targetGroup struct {
+	Targets []string          `json:"targets"`
+	Labels  map[string]string `json:"labels,omitempty"`
+}
+
+// targetGroups returns a group of the targets that use plain HTTP, followed by a group of the
+// targets that use TLS. A group without targets is left out. Each of urls is an address, after
+// SDSchemeTLS if the target uses TLS. The label __scheme__ overrides the scheme in the scrape
+// configuration.
+func targetGroups(urls []string) []targetGroup {
+	plain, secure := targetGroup{}, targetGroup{Labels: map[string]string{"__scheme__": "https"}}
+	for _, url := range urls {
+		if address, ok := strings.CutPrefix(url, SDSchemeTLS); ok {
+			secure.Targets = append(secure.Targets, address)
+		} else {
+			plain.Targets = append(plain.Targets, url)
+		}
+	}
+	groups := []targetGroup{} // not nil, because Prometheus refuses the JSON value null
+	for _, g := range []targetGroup{plain, secure} {
+		if len(g.Targets) > 0 {
+			groups = append(groups, g)
+		}
+	}
+	return groups
 }
 
 // memberStatus is the entry of one member in the answer of /debug/ring.
