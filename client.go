@@ -26,7 +26,7 @@ const (
 // ClientConfig configures a Client.
 type ClientConfig struct {
 	From           *url.URL      // URL of the source; the client adds match[] parameters if the path ends in /federate
-	FromClient     *http.Client  // for requests to the source; must not follow redirects
+	FromClient     *http.Client  // for requests to the source; its CheckRedirect is not used, because the client has its own rules
 	To             []string      // URLs of the servers, tried in this order
 	ToClient       *http.Client  // for requests to the servers; has a timeout and must not follow redirects
 	ClusterID      string        // names this site
@@ -41,11 +41,11 @@ type ClientConfig struct {
 
 // ClientReloadConfig is the part of the configuration that Reload replaces as a whole.
 type ClientReloadConfig struct {
-	Token        string                // the client token, which servers exchange for upload tokens
-	FromToken    string                // bearer token for the source; "" means none
-	Match        Selectors             // selects the series to push
-	NewCleaner   func() *ClientCleaner // returns a new cleaner whose Match is not set; the client sets Match if the source does not select the series itself
-	TokenExpires int64                 // when Token expires, in Unix seconds; 0 means never or unknown
+	Token             string                // the client token, which servers exchange for upload tokens
+	FromAuthorization string                // value of the header Authorization in requests to the source; "" means none
+	Match             Selectors             // selects the series to push
+	NewCleaner        func() *ClientCleaner // returns a new cleaner whose Match is not set; the client sets Match if the source does not select the series itself
+	TokenExpires      int64                 // when Token expires, in Unix seconds; 0 means never or unknown
 }
 
 // Client pushes the samples of one source to the servers of one ring. Reload and the handler that
@@ -80,6 +80,9 @@ type Client struct {
 // before any method other than Reload and Scrape.
 func NewClient(cfg ClientConfig) *Client {
 	m := cfg.Metrics
+	from := *cfg.FromClient
+	from.CheckRedirect = checkSourceRedirect
+	cfg.FromClient = &from
 	c := &Client{
 		cfg:           cfg,
 		scrapes:       m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),

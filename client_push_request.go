@@ -265,15 +265,16 @@ func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	return at.Sub(now)
 }
 
-// describeResponse returns the status of a failed response and the first 500 bytes of its body. If
-// the body is empty, it returns the status and the target of a redirect, if any.
+// describeResponse returns the status of a failed response and the first 500 bytes of its body. For
+// a redirect, it returns the status and the target instead.
 func describeResponse(resp *http.Response) string {
+	if to, err := resp.Location(); err == nil && resp.StatusCode/100 == 3 {
+		server := url.URL{Scheme: to.Scheme, Host: to.Host}
+		return fmt.Sprintf("%s to %.300s; redirects of a server are not followed: if that is the server, pass %.300s as --to", resp.Status, to.Redacted(), &server)
+	}
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
 	if text := strings.TrimSpace(string(b)); text != "" {
 		return resp.Status + ": " + strconv.QuoteToGraphic(text)
-	}
-	if to := resp.Header.Get("Location"); to != "" {
-		return resp.Status + " to " + to + "; redirects are not followed"
 	}
 	return resp.Status
 }

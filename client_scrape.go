@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +19,7 @@ import (
 
 const (
 	maxScrape     = 256 << 20       // most bytes of a scrape, uncompressed
+	maxRedirects  = 3               // most redirects of the source that a scrape follows
 	skewTolerance = 2 * time.Second // the skew changes only if the source's Date header is missing, or differs by more than this from the time that the old skew predicts
 	scrapeAccept  = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited;escaping=allow-utf-8;q=0.9," +
 		"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.8,text/plain;version=0.0.4;q=0.7," +
@@ -100,10 +103,45 @@ func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*ht
 		return nil, nil, err
 	}
 	req.Header.Set("Accept", scrapeAccept)
-	if st.FromToken != "" {
-		req.Header.Set("Authorization", "Bearer "+st.FromToken)
+	if st.FromAuthorization != "" {
+		req.Header.Set("Authorization", st.FromAuthorization)
 	}
 	return req, cleaner, nil
+}
+
+// checkSourceRedirect decides, as the CheckRedirect of an http.Client, whether a redirect of the
+// source is followed. It must stay on the source's host, so that credentials go to no other host.
+// It must keep the port, unless it leads from http:// to https://. If the request selects series by
+// match[], the redirect must keep the selectors and lead to another /federate. Otherwise series
+// that --match excludes would leave the site.
+func checkSourceRedirect(next *http.Request, via []*http.Request) error {
+	first, last := via[0].URL, via[len(via)-1].URL
+	to := url.URL{Scheme: next.URL.Scheme, Host: next.URL.Host, Path: next.URL.Path} // without credentials and query
+	const advice = "if that is the source, pass it as --from"
+	switch {
+	case !strings.EqualFold(to.Hostname(), last.Hostname()):
+		return fmt.Errorf("the source redirects to another host, %.300s: %s", &to, advice)
+	case last.Scheme == "https" && to.Scheme != "https":
+		return fmt.Errorf("the source redirects from https:// to %.300s: %s", &to, advice)
+	case to.Scheme == last.Scheme && effectivePort(&to) != effectivePort(last):
+		return fmt.Errorf("the source redirects to another port, %.300s: %s", &to, advice)
+	case first.Query().Has("match[]") && (!slices.Equal(first.Query()["match[]"], next.URL.Query()["match[]"]) || !strings.HasSuffix(to.Path, "/federate")):
+		return fmt.Errorf("the source redirects to %.300s without the series selectors of the request: pass the URL of its /federate as --from", &to)
+	case len(via) > maxRedirects:
+		return fmt.Errorf("the source redirects more than %d times, at last to %.300s: %s", maxRedirects, &to, advice)
+	}
+	return nil
+}
+
+// effectivePort returns the port in u, or the default port of its scheme.
+func effectivePort(u *url.URL) string {
+	switch {
+	case u.Port() != "":
+		return u.Port()
+	case u.Scheme == "https":
+		return "443"
+	}
+	return "80"
 }
 
 // readScrape checks the source's answer and returns its body and format.

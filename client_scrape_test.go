@@ -40,7 +40,7 @@ func TestClientSelectsSeries(t *testing.T) {
 				return respond(200, nil, "up 1 5\nx{job=\"ab\"} 2 5\ny{job=\"b\"} 3 5\n"), nil
 			})
 			st.Match = sel
-			st.FromToken = "from-token"
+			st.FromAuthorization = "Bearer from-token"
 		})
 		if err := c.ScrapeOnceAndDrain(t.Context()); err != nil {
 			t.Fatal(err)
@@ -214,7 +214,7 @@ func TestClientBadSource(t *testing.T) {
 		resp       *http.Response
 	}{
 		{"status", `500 Internal Server Error: "oops"`, respond(500, nil, "oops\n")},
-		{"redirect", "redirects are not followed", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
+		{"redirect", "redirects to another host, http://elsewhere.example/: if that is the source, pass it as --from", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
 		{"type", "not supported", respond(200, http.Header{"Content-Type": {"text/html"}}, "<html>")},
 		{"truncated", "truncated", respond(200, nil, "a 1\nb 2")},
 		{"encoding", `content encoding "zstd" is not supported; supported: identity, gzip`, respond(200, http.Header{"Content-Encoding": {"zstd"}}, "a 1\n")},

@@ -107,14 +107,19 @@ func (s *Spool) recover() error {
 		case err != nil:
 			return err
 		case identity != s.cfg.ClusterID:
-			return fmt.Errorf("%s has scrapes of cluster ID %q, not of %q: give each cluster ID its own --spool-dir, or move the files away",
-				s.cfg.Dir, identity, s.cfg.ClusterID)
+			return otherSiteError(s.cfg.Dir, identity, s.cfg.ClusterID)
 		default:
 			e.Gzip, e.uncertain = nil, true
 			s.index.add(e)
 		}
 	}
 	return nil
+}
+
+// otherSiteError is the error for a spool in dir that has scrapes of the cluster ID has, although
+// the client pushes for the cluster ID want.
+func otherSiteError(dir, has, want string) error {
+	return fmt.Errorf("%s has scrapes of cluster ID %q, not of %q: give each cluster ID its own --spool-dir, or move the files away", dir, has, want)
 }
 
 // scanAndTidyDir returns the numbers of the scrapes in the directory, in ascending order. It also

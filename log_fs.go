@@ -104,17 +104,10 @@ func LockDir(dir string) (release func() error, err error) {
 	if err := mkdirAllSynced(dir); err != nil {
 		return nil, fmt.Errorf("creating directory: %w", err)
 	}
-	info, err := os.Stat(dir)
-	if err != nil {
-		return nil, fmt.Errorf("checking directory: %w", err)
-	}
-	if mode := info.Mode().Perm(); mode&0o002 != 0 {
-		return nil, fmt.Errorf("every user can write to the directory %s (mode %04o): run chmod -R o-w %s, or name a subdirectory of it, which is then created with mode 0700", dir, mode, dir)
+	if err := CheckLockDir(dir); err != nil {
+		return nil, err
 	}
 	path := filepath.Join(dir, "lock")
-	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("lock file %s is not a regular file: move it away", path)
-	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening lock file: %w", err)
@@ -127,6 +120,23 @@ func LockDir(dir string) (release func() error, err error) {
 		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
 	}
 	return f.Close, nil
+}
+
+// CheckLockDir returns an error if LockDir would refuse dir, which exists, for its mode or for its
+// lock file. It does not try the lock.
+func CheckLockDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("checking directory: %w", err)
+	}
+	if mode := info.Mode().Perm(); mode&0o002 != 0 {
+		return fmt.Errorf("every user can write to the directory %s (mode %04o): run chmod -R o-w %s, or name a subdirectory of it, which is then created with mode 0700", dir, mode, dir)
+	}
+	path := filepath.Join(dir, "lock")
+	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("lock file %s is not a regular file: move it away", path)
+	}
+	return nil
 }
 
 // mkdirAllSynced creates dir and missing parents, as os.MkdirAll does. It also makes their entries

@@ -8,6 +8,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +21,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
 )
 
 const (
@@ -31,7 +33,9 @@ const (
 
 type clientFlags struct {
 	from                            *url.URL
-	fromTokenFile, fromCAFile       string
+	fromTokenFile, fromUserFile     string
+	fromCAFile                      string
+	fromCertFile, fromKeyFile       string
 	scrapeInterval                  time.Duration
 	match                           Selectors
 	matchFile                       string
@@ -43,6 +47,8 @@ type clientFlags struct {
 	to                              []*url.URL
 	id                              string
 	toCAFile, toCertFile, toKeyFile string
+	toProxy                         *url.URL // nil without --to-proxy
+	toProxyUserFile                 string
 	interval                        time.Duration
 	plainHTTP                       bool
 	limitBytes                      int64
@@ -50,7 +56,7 @@ type clientFlags struct {
 	spoolLimit                      int64
 	spoolAge                        time.Duration
 	listen                          string
-	once, dryRun                    bool
+	once, dryRun, checkOnly         bool
 	logLevel                        slog.Level
 }
 
@@ -68,6 +74,9 @@ func clientMode(ctx context.Context, c *command) error {
 		return err
 	}
 	p := &clientProcess{clientFlags: f, log: c.logger(f.logLevel), metrics: NewMetrics()}
+	if f.checkOnly {
+		return p.runChecks(ctx, c.stdout)
+	}
 	return p.run(ctx, c.stdout)
 }
 
@@ -75,7 +84,10 @@ func (f *clientFlags) define(c *command) {
 	c.defineGroup("Source", func() {
 		c.urlFlag(&f.from, "from", "http://localhost:9090", "`URL` URL of the Prometheus to scrape; a URL with a path can be any exposition endpoint, such as an exporter's /metrics")
 		c.StringVar(&f.fromTokenFile, "from-token-file", "", "`FILE` file with a bearer token to send to the source")
+		c.StringVar(&f.fromUserFile, "from-user-file", "", "`FILE` file with one line USER:PASSWORD for the source (HTTP basic authentication)")
 		c.StringVar(&f.fromCAFile, "from-ca-file", "", "`FILE` file with CA certificates to verify the source's certificate")
+		c.StringVar(&f.fromCertFile, "from-crt", "", "`FILE` file with a client certificate to present to the source")
+		c.StringVar(&f.fromKeyFile, "from-key", "", "`FILE` file with the private key of --from-crt")
 		c.durationFlag(&f.scrapeInterval, "scrape-interval", 0, 0, 0, "`TIME` time between scrapes, if shorter than --interval")
 	})
 	c.defineGroup("Which samples", func() {
@@ -93,6 +105,8 @@ func (f *clientFlags) define(c *command) {
 		c.StringVar(&f.toCAFile, "to-ca-file", "", "`FILE` file with CA certificates to verify the servers' certificates, instead of the token's pin")
 		c.StringVar(&f.toCertFile, "to-crt", "", "`FILE` file with a client certificate to present to the servers")
 		c.StringVar(&f.toKeyFile, "to-key", "", "`FILE` file with the private key of --to-crt")
+		parsedFlag(c, &f.toProxy, "to-proxy", "", "`URL` URL of a proxy through which the servers are reached: http://, https:// or socks5://, with a port; the proxy variables of the environment are not used", parseProxyURL)
+		c.StringVar(&f.toProxyUserFile, "to-proxy-user-file", "", "`FILE` file with one line USER:PASSWORD for the proxy")
 		c.durationFlag(&f.interval, "interval", 2*time.Minute, time.Second, 0, "`TIME` time between pushes; each push sends all scrapes since the previous push")
 		c.BoolVar(&f.plainHTTP, "plain-http", false, "allow tokens to be sent to other hosts over http://, where anybody on the network can read them")
 		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` largest body of one push, at most the servers' --limit-bytes; larger scrapes are split into several pushes")
@@ -106,6 +120,7 @@ func (f *clientFlags) define(c *command) {
 		c.optionalAddressFlag(&f.listen, "listen", "localhost:9002", "`ADDRESS` address for health checks, the client's own metrics, and /federate with the samples sent last; empty: do not listen")
 		c.BoolVar(&f.once, "once", false, "scrape once, push all scrapes in the spool, and exit")
 		c.BoolVar(&f.dryRun, "dry-run", false, "print the samples that would leave the site, without pushing them")
+		c.BoolVar(&f.checkOnly, "check", false, "check the flags, the files, the source and the servers, print a line for each, and exit; push nothing and change nothing")
 		c.logFlags(&f.logLevel)
 	})
 }
@@ -119,8 +134,13 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	if f.scrapeInterval == 0 {
 		f.scrapeInterval = f.interval
 	}
-	c.addProblemUnless(f.fromTokenFile == "" || f.from.Scheme == "https" || IsLoopbackHost(f.from.Hostname()) || f.plainHTTP,
-		"--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
+	plainAllowed := f.from.Scheme == "https" || IsLoopbackHost(f.from.Hostname()) || f.plainHTTP
+	c.addProblemUnless(f.fromTokenFile == "" || plainAllowed, "--from-token-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
+	c.addProblemUnless(f.fromUserFile == "" || plainAllowed, "--from-user-file would be sent to %s over plain HTTP: use https://, or add --plain-http to allow it", f.from.Host)
+	c.addProblemUnless(f.fromTokenFile == "" || f.fromUserFile == "", "--from-token-file and --from-user-file exclude each other, because a request has one kind of credentials: choose one")
+	c.addProblemUnless((f.fromCertFile == "") == (f.fromKeyFile == ""), "--from-crt and --from-key must be given together")
+	c.addProblemUnless(f.fromCertFile == "" || f.from.Scheme == "https", "--from-crt has no effect, because the URL in --from is not https://: use https://, or remove it")
+	c.addProblemUnless(f.toProxyUserFile == "" || f.toProxy != nil, "--to-proxy-user-file has no effect without --to-proxy: add --to-proxy URL, or remove it")
 	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing: create a token on the hub with telemeter --mode token --keys keys --id SITE --to https://HUB:9003 > site.token, and copy the file here")
 	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file, because without a secret key the values could be guessed; create one with: head -c 32 /dev/urandom | base64 > salt")
 	c.addProblemUnless(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file has no effect without --anonymize-labels: add --anonymize-labels, or remove it")
@@ -128,6 +148,7 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	c.addProblemUnless(f.scrapeInterval >= time.Second && f.scrapeInterval <= f.interval, "--scrape-interval must be at least 1s, and at most --interval")
 	c.addProblemUnless(f.spoolLimit >= 2*f.limitBytes, "--spool-limit must be at least twice --limit-bytes")
 	c.addProblemUnless(f.spoolAge >= f.interval, "--spool-age must be at least --interval, because a scrape can wait that long for its push")
+	c.addProblemUnless(!f.checkOnly || !f.once && !f.dryRun, "--check cannot be combined with --once or --dry-run: run one after the other")
 	c.addProblemUnless(!f.once || !f.dryRun, "--once and --dry-run exclude each other, because --dry-run does not push: choose one")
 }
 
@@ -138,9 +159,9 @@ type clientProcess struct {
 	log     *slog.Logger
 	metrics *Metrics
 
-	token          Token // as loaded at the start; a reload must not change its cluster ID or URLs
-	fromTLS, toTLS *renewableTransport
-	client         *Client
+	token                      Token // as loaded at the start; a reload must not change its cluster ID or URLs
+	fromTransport, toTransport *renewableTransport
+	client                     *Client
 }
 
 // run builds the client and runs it until ctx ends. With --once, it returns after one scrape and
@@ -165,15 +186,19 @@ func (p *clientProcess) newClient() error {
 	if err != nil {
 		return err
 	}
-	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pins())
+	from, err := p.loadSourceTransport()
 	if err != nil {
 		return err
 	}
-	p.token, p.fromTLS, p.toTLS = token, newRenewableTransport(fromTLS), newRenewableTransport(toTLS)
+	to, err := p.loadServerTransport(token.Pins())
+	if err != nil {
+		return err
+	}
+	p.token, p.fromTransport, p.toTransport = token, newRenewableTransport(from), newRenewableTransport(to)
 	p.client = NewClient(ClientConfig{
 		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,
 		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
-		FromClient: p.fromTLS.httpClient(scrapeTimeout), ToClient: p.toTLS.httpClient(attemptTimeout),
+		FromClient: p.fromTransport.httpClient(scrapeTimeout), ToClient: p.toTransport.httpClient(attemptTimeout),
 	})
 	p.client.Reload(state)
 	return nil
@@ -191,12 +216,16 @@ func (p *clientProcess) reload() error {
 	if token.ClusterID != p.token.ClusterID || !slices.Equal(token.URLs, p.token.URLs) {
 		return errors.New("the token in --token-file is for other servers or another cluster ID: restart the client to use it")
 	}
-	fromTLS, toTLS, err := p.loadTLSConfigs(token.Pins())
+	from, err := p.loadSourceTransport()
 	if err != nil {
 		return err
 	}
-	p.fromTLS.renew(fromTLS)
-	p.toTLS.renew(toTLS)
+	to, err := p.loadServerTransport(token.Pins())
+	if err != nil {
+		return err
+	}
+	p.fromTransport.renew(from)
+	p.toTransport.renew(to)
 	p.client.Reload(state)
 	return nil
 }
@@ -254,14 +283,13 @@ func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	return runWithReloads(ctx, p.log, p.metrics, p.reload, func() {}, parts...)
 }
 
-// renewableTransport is an http.RoundTripper whose TLS configuration a reload can replace. current
-// is an http.Client, of which only the field Transport is used. A renewableTransport is safe for
-// concurrent use.
+// renewableTransport is an http.RoundTripper that a reload can replace. current is an http.Client,
+// of which only the field Transport is used. A renewableTransport is safe for concurrent use.
 type renewableTransport struct{ current atomic.Pointer[http.Client] }
 
-func newRenewableTransport(config *tls.Config) *renewableTransport {
+func newRenewableTransport(first http.RoundTripper) *renewableTransport {
 	t := &renewableTransport{}
-	t.current.Store(NewHTTPClient(config, 0, dialTimeout))
+	t.current.Store(&http.Client{Transport: first})
 	return t
 }
 
@@ -277,53 +305,82 @@ func (t *renewableTransport) httpClient(timeout time.Duration) *http.Client {
 	return c
 }
 
-// renew makes t use the TLS configuration config for all later requests. They do not use the
-// connections that were opened before.
-func (t *renewableTransport) renew(config *tls.Config) {
-	t.current.Swap(NewHTTPClient(config, 0, dialTimeout)).CloseIdleConnections()
+// renew makes t send all later requests over the transport next. They do not use the connections
+// that were opened before.
+func (t *renewableTransport) renew(next http.RoundTripper) {
+	t.current.Swap(&http.Client{Transport: next}).CloseIdleConnections()
 }
 
-// loadTLSConfigs reads the certificate files that the flags name, and returns two TLS
-// configurations. The result from is for connections to the source. The result to is for
-// connections to the servers. If --to-ca-file is set, its CAs verify the servers. Otherwise the
-// servers must have a key with one of pins. If there is no pin either, the system's CAs verify the
-// servers.
-func (f *clientFlags) loadTLSConfigs(pins []string) (from, to *tls.Config, err error) {
-	from = &tls.Config{MinVersion: tls.VersionTLS12}
-	if f.fromCAFile != "" {
-		if from.RootCAs, err = readCAs("from-ca-file", f.fromCAFile); err != nil {
-			return nil, nil, err
-		}
+// loadSourceTransport reads the certificate files of --from-ca-file and --from-crt, and returns the
+// transport for connections to the source.
+func (f *clientFlags) loadSourceTransport() (http.RoundTripper, error) {
+	config, err := loadTLSConfig("from", f.fromCAFile, f.fromCertFile, f.fromKeyFile)
+	if err != nil {
+		return nil, err
 	}
-	to = &tls.Config{MinVersion: tls.VersionTLS12}
-	if f.toCAFile != "" {
-		if to.RootCAs, err = readCAs("to-ca-file", f.toCAFile); err != nil {
-			return nil, nil, err
-		}
-	} else if len(pins) > 0 {
-		if to, err = PinnedTLS(pins...); err != nil {
-			return nil, nil, fmt.Errorf("using the pins in the token: %w", err)
-		}
+	return NewHTTPClient(config, 0, dialTimeout).Transport, nil
+}
+
+// loadServerTransport reads the files of --to-ca-file, --to-crt and --to-proxy-user-file, and
+// returns the transport for connections to the servers. If --to-ca-file is set, its CAs verify the
+// servers. Otherwise the servers must have a key with one of pins. If there is no pin either, the
+// system's CAs verify the servers.
+func (f *clientFlags) loadServerTransport(pins []string) (http.RoundTripper, error) {
+	config, err := loadTLSConfig("to", f.toCAFile, f.toCertFile, f.toKeyFile)
+	if err != nil {
+		return nil, err
 	}
-	if f.toCertFile != "" {
-		pair, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile)
-		if pathErr := new(os.PathError); errors.As(err, &pathErr) {
-			return nil, nil, flagError("to-crt", fmt.Sprintf("%s and --to-key %s", f.toCertFile, f.toKeyFile), err)
-		}
+	if f.toCAFile == "" && len(pins) > 0 {
+		pinned, err := PinnedTLS(pins...)
 		if err != nil {
-			return nil, nil, fmt.Errorf("--to-crt %s and --to-key %s: %w: name PEM files with a certificate and its private key", f.toCertFile, f.toKeyFile, err)
+			return nil, fmt.Errorf("using the pins in the token: %w", err)
 		}
-		// Every handshake in which the server asks for a certificate reads the files again, so that
-		// a renewed client certificate is used without a reload. If the files cannot be read then,
-		// the client presents pair, which was read above.
-		to.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			if renewed, err := tls.LoadX509KeyPair(f.toCertFile, f.toKeyFile); err == nil {
-				return &renewed, nil
-			}
-			return &pair, nil
+		pinned.GetClientCertificate = config.GetClientCertificate
+		config = pinned
+	}
+	transport := NewHTTPClient(config, 0, dialTimeout).Transport
+	if f.toProxy == nil {
+		return transport, nil
+	}
+	var user *url.Userinfo
+	if f.toProxyUserFile != "" {
+		if user, err = readUserFile("to-proxy-user-file", f.toProxyUserFile); err != nil {
+			return nil, err
 		}
 	}
-	return from, to, nil
+	return newProxyTransport(transport.(*http.Transport), f.toProxy, user), nil
+}
+
+// loadTLSConfig returns a TLS configuration for a client. If caFile is not empty, only the CAs in
+// it verify the peer. If certFile is not empty, the client presents the certificate in it, with the
+// key in keyFile. side is "from" or "to", with which the names of the three flags begin.
+func loadTLSConfig(side, caFile, certFile, keyFile string) (config *tls.Config, err error) {
+	config = &tls.Config{MinVersion: tls.VersionTLS12}
+	if caFile != "" {
+		if config.RootCAs, err = readCAs(side+"-ca-file", caFile); err != nil {
+			return nil, err
+		}
+	}
+	if certFile == "" {
+		return config, nil
+	}
+	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if pathErr := new(os.PathError); errors.As(err, &pathErr) {
+		return nil, flagError(side+"-crt", fmt.Sprintf("%s and --%s-key %s", certFile, side, keyFile), err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--%[1]s-crt %[2]s and --%[1]s-key %[3]s: %[4]w: name PEM files with a certificate and its private key", side, certFile, keyFile, err)
+	}
+	// Every handshake in which the peer asks for a certificate reads the files again, so that a
+	// renewed client certificate is used without a reload. If the files cannot be read then, the
+	// client presents pair, which was read above.
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		if renewed, err := tls.LoadX509KeyPair(certFile, keyFile); err == nil {
+			return &renewed, nil
+		}
+		return &pair, nil
+	}
+	return config, nil
 }
 
 // loadConfigAndToken reads all files that a reload reads, except the certificates: the source's
@@ -331,8 +388,8 @@ func (f *clientFlags) loadTLSConfigs(pins []string) (from, to *tls.Config, err e
 // the cluster ID and the URLs in the returned token. With --dry-run, the client's token is not
 // read. loadConfigAndToken also warns of each secret file that every user may read.
 func (p *clientProcess) loadConfigAndToken() (config ClientReloadConfig, t Token, err error) {
-	warnOfReadableSecrets(p.log, p.tokenFile, p.fromTokenFile, p.saltFile, p.toKeyFile)
-	if config.FromToken, err = p.loadSourceToken(); err != nil {
+	warnOfReadableSecrets(p.log, p.secretFiles()...)
+	if config.FromAuthorization, err = p.loadSourceAuthorization(); err != nil {
 		return config, t, err
 	}
 	if config.Match, err = p.loadSelectors(); err != nil {
@@ -357,10 +414,31 @@ func (p *clientProcess) loadConfigAndToken() (config ClientReloadConfig, t Token
 	return config, t, nil
 }
 
-// loadSourceToken returns the token in the file of --from-token-file, or "" without that flag.
-func (f *clientFlags) loadSourceToken() (string, error) {
-	b, err := readOptionalSecret("from-token-file", f.fromTokenFile)
-	return string(b), err
+// secretFiles returns the paths of all files with secrets that the flags name. A path is empty if
+// its flag is not set.
+func (f *clientFlags) secretFiles() []string {
+	return []string{f.tokenFile, f.fromTokenFile, f.fromUserFile, f.fromKeyFile, f.saltFile, f.toKeyFile, f.toProxyUserFile}
+}
+
+// loadSourceAuthorization returns the value of the header Authorization for the source, by the file
+// of --from-token-file or --from-user-file. It returns "" without these flags.
+func (f *clientFlags) loadSourceAuthorization() (string, error) {
+	if f.fromUserFile != "" {
+		user, err := readUserFile("from-user-file", f.fromUserFile)
+		if err != nil {
+			return "", err
+		}
+		password, _ := user.Password()
+		return "Basic " + base64.StdEncoding.EncodeToString([]byte(user.Username()+":"+password)), nil
+	}
+	token, err := readOptionalSecret("from-token-file", f.fromTokenFile)
+	if err != nil || token == nil {
+		return "", err
+	}
+	if strings.ContainsFunc(string(token), unicode.IsControl) {
+		return "", fmt.Errorf("--from-token-file %s has several lines or other control characters: write the token alone into the file, on one line", f.fromTokenFile)
+	}
+	return "Bearer " + string(token), nil
 }
 
 // loadSelectors returns the selectors of --match and --match-file. If neither these flags nor the
@@ -418,7 +496,7 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 
 // chooseServerURLs returns the URLs of the servers to push to: the URLs of --to if there are any,
 // else tokenURLs. problems lists invalid URLs, the lack of any URL, and URLs that would send the
-// token over plain HTTP to another host without --plain-http.
+// token over plain HTTP to another host, which may be the proxy, without --plain-http.
 func (f *clientFlags) chooseServerURLs(tokenURLs []string) (urls []string, problems usageError) {
 	servers := f.to
 	if len(servers) == 0 {
@@ -435,7 +513,8 @@ func (f *clientFlags) chooseServerURLs(tokenURLs []string) (urls []string, probl
 		}
 	}
 	for _, u := range servers {
-		if u.Scheme == "http" && !IsLoopbackHost(u.Hostname()) && !f.plainHTTP {
+		onHost := IsLoopbackHost(u.Hostname()) && (f.toProxy == nil || IsLoopbackHost(f.toProxy.Hostname()))
+		if u.Scheme == "http" && !onHost && !f.plainHTTP {
 			problems = append(problems, fmt.Sprintf("the token would be sent to %s over plain HTTP, where anybody on the network can read it: use https://, or add --plain-http to allow it", u))
 		}
 		urls = append(urls, u.String())

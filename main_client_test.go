@@ -50,7 +50,8 @@ func TestClientWarnsOfReadableSecrets(t *testing.T) {
 	writeIn(t, dir, "from-token", "secret")
 	writeIn(t, dir, "salt", "0123456789abcdef")
 	writeIn(t, dir, "key", readIn(t, dir, "keys/"+TLSKeyFile))
-	want := map[string]string{"token": "0644", "from-token": "0604", "salt": "0444", "key": "0664"}
+	writeIn(t, dir, "proxy-user", "me:secret")
+	want := map[string]string{"token": "0644", "from-token": "0604", "salt": "0444", "key": "0664", "proxy-user": "0644"}
 	for file, mode := range want {
 		bits, err := strconv.ParseUint(mode, 8, 32)
 		if err != nil {
@@ -60,7 +61,7 @@ func TestClientWarnsOfReadableSecrets(t *testing.T) {
 	}
 	client := start(t, dir, "--mode", "client", "--token-file", "token", "--from", "http://127.0.0.1:1", "--from-token-file", "from-token",
 		"--anonymize-labels", "instance", "--anonymize-salt-file", "salt", "--to-crt", "keys/"+TLSCertFile, "--to-key", "key",
-		"--interval", "1s", "--listen", "")
+		"--to-proxy", "http://127.0.0.1:1", "--to-proxy-user-file", "proxy-user", "--interval", "1s", "--listen", "")
 	client.await("source failed") // from now on the client handles SIGHUP
 	checkSecretWarnings(t, client.text(), want)
 	for file := range want {

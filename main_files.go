@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // maxRulesFile bounds a file of selectors or certificates, in bytes.
@@ -81,6 +82,20 @@ func readOptionalSecret(flag, path string) ([]byte, error) {
 	}
 	secret, err := ReadSecret(path, MaxToken)
 	return secret, flagError(flag, path, err)
+}
+
+// readUserFile returns the user and the password in the file at path, the value of the flag --flag,
+// which has one line USER:PASSWORD. The password may contain colons. Errors never quote the file.
+func readUserFile(flag, path string) (*url.Userinfo, error) {
+	line, err := readOptionalSecret(flag, path)
+	if err != nil {
+		return nil, err
+	}
+	user, password, ok := strings.Cut(string(line), ":")
+	if !ok || user == "" || strings.ContainsFunc(string(line), unicode.IsControl) {
+		return nil, fmt.Errorf("--%s %s: want exactly one line of the form USER:PASSWORD", flag, path)
+	}
+	return url.UserPassword(user, password), nil
 }
 
 // warnOfReadableSecrets logs a warning for each of the files that every user may read according to

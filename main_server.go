@@ -40,6 +40,7 @@ type serverFlags struct {
 	limitSamples, limitScrape       int
 	ring                            ringFlags
 	logLevel                        slog.Level
+	checkOnly                       bool
 }
 
 func serverMode(ctx context.Context, c *command) error {
@@ -56,6 +57,9 @@ func serverMode(ctx context.Context, c *command) error {
 		return err
 	}
 	p := &serverProcess{serverFlags: f, log: c.logger(f.logLevel), metrics: NewMetrics(), now: c.now}
+	if f.checkOnly {
+		return p.runChecks(c.stdout)
+	}
 	return p.run(ctx)
 }
 
@@ -97,7 +101,10 @@ func (f *serverFlags) define(c *command) {
 		c.countFlag(&f.limitScrape, "limit-scrape", 500_000, "`N` largest number of samples in one scrape")
 	})
 	f.ring.define(c)
-	c.defineGroup("Other", func() { c.logFlags(&f.logLevel) })
+	c.defineGroup("Other", func() {
+		c.BoolVar(&f.checkOnly, "check", false, "check the flags, the files and the storage directory, print a line for each, and exit; change nothing, even if a server is running")
+		c.logFlags(&f.logLevel)
+	})
 }
 
 // check adds each conflict among the flags to the problems of c.
@@ -139,10 +146,8 @@ type serverProcess struct {
 // opposite order.
 func (p *serverProcess) run(ctx context.Context) (err error) {
 	RegisterProcessMetrics(p.metrics)
-	if p.storageDir == "" {
-		p.log.Warn("--storage-dir is empty: samples are kept in memory only, and a restart loses them")
-	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
-		return flagError("storage-dir", p.storageDir, err)
+	if err := p.resolveStorageDir(); err != nil {
+		return err
 	}
 	// Load the keys before the store is opened, so that a server with faulty keys does not create a
 	// storage directory.
@@ -177,6 +182,16 @@ func (p *serverProcess) run(ctx context.Context) (err error) {
 		return err
 	}
 	return runWhile(ctx, p.store.Run, p.serve)
+}
+
+// resolveStorageDir makes the path of --storage-dir absolute. It warns if the path is empty.
+func (p *serverProcess) resolveStorageDir() (err error) {
+	if p.storageDir == "" {
+		p.log.Warn("--storage-dir is empty: samples are kept in memory only, and a restart loses them")
+	} else if p.storageDir, err = filepath.Abs(p.storageDir); err != nil {
+		return flagError("storage-dir", p.storageDir, err)
+	}
+	return nil
 }
 
 // newForwarder sets p.forwarder to a new Forwarder. Until the forwarder gets its first view of the

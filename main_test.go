@@ -280,7 +280,7 @@ func TestExitStatus(t *testing.T) {
 		{[]string{"--mode", "client", "--token-file", "missing"}, exitFailure, []string{"missing"}},
 		{[]string{"--mode", "server", "--keys", "missing"}, exitFailure, []string{"token.key", "keygen"}},
 		{[]string{"--mode", "token", "--id", "a b"}, exitUsage, []string{"--id"}},
-		{[]string{"--mode", "keygen", "--rotate", "tls"}, exitUsage, []string{"cluster or token"}},
+		{[]string{"--mode", "keygen", "--rotate", "salt"}, exitUsage, []string{"cluster, token or tls"}},
 	}
 	for _, tt := range tests {
 		stdout, stderr, code := tool(t, dir, tt.args...)
