@@ -116,9 +116,9 @@ func TestCheckServerAgreesWithStart(t *testing.T) {
 	}{
 		{[]string{"--keys", s.path("none")}, "telemeter --mode keygen --keys"},
 		{[]string{"--keys", s.path("bad")}, "line 1: not a key"},
-		{[]string{"--keys", s.path("half")}, "reading certificate: open " + s.path("half/tls.key")},
+		{[]string{"--keys", s.path("half")}, "reading tls.crt and tls.key: open " + s.path("half/tls.key")},
 		{append(keys, "--revoked-file", s.path("file")), "line 1: neither a token ID"},
-		{append(keys, "--revoked-file", s.path("none")), "reading revocations"},
+		{append(keys, "--revoked-file", s.path("none")), "no such file or directory: correct the path"},
 		{append(keys, "--allow-file", s.path("file")), "selector"},
 		{append(keys, "--federate-token-file", s.path("file")), "more than a token"},
 		{append(keys, "--tls-client-ca", s.path("file")), "no PEM certificate"},
@@ -157,7 +157,7 @@ func TestCheckClient(t *testing.T) {
 	args := []string{"--mode", "client", "--from", from, "--token-file", s.path("token"), "--spool-dir", s.path("spool"), "--to", server, "--spool-limit", "1000000GiB",
 		"--anonymize-labels", "a", "--anonymize-salt-file", s.path("salt")}
 	lines := []string{
-		"ok   flags\n", "ok   --token-file " + s.path("token") + ": cluster ID site-7, token ID ", ", pin sha256/", ", servers " + server, "WARN the token expires in ",
+		"ok   flags\n", "ok   --token-file " + s.path("token") + ": cluster ID site-7, token ID ", ", pins sha256/", ", servers " + server, "WARN the token expires in ",
 		"ok   --anonymize-salt-file " + s.path("salt") + ": 16 bytes\n", "ok   spool directory " + s.path("spool") + ": writable by user ID ",
 		"but --spool-limit is 1000000GiB", "ok   source " + from + ": 2 series in ", "ok   server " + server + ": accepts the token; certificate has the token's pin; ",
 		"ok   clock of the server " + server + ": differs by ",
