@@ -173,6 +173,10 @@ func checkPinFormat(pin string) error {
 	return nil
 }
 
+// ErrOtherPin is wrapped by the error of a TLS handshake with a server that has another key than
+// the pin given to PinnedTLS.
+var ErrOtherPin = errors.New("server's certificate does not match the pin")
+
 // PinnedTLS returns a TLS client configuration that accepts a server only if it holds the private
 // key of a public key with one of pins. The configuration requires TLS 1.2 or newer. The caller owns
 // it and may set ServerName, a session cache or client certificates. An error means that one of pins
@@ -198,7 +202,7 @@ func PinnedTLS(pins ...string) (*tls.Config, error) {
 			}
 			got := CertPin(cs.PeerCertificates[0])
 			if !slices.Contains(pins, got) { // pins are hashes of public keys, so the time of the comparison reveals nothing
-				return fmt.Errorf("server's certificate has pin %s, want %s: this is not the expected server, or its TLS key was replaced", got, strings.Join(pins, " or "))
+				return fmt.Errorf("%w: it has pin %s, want %s", ErrOtherPin, got, strings.Join(pins, " or "))
 			}
 			return nil
 		},

@@ -59,20 +59,23 @@ type Client struct {
 	sourceClock *SourceClockTracker
 	scrapedOK   atomic.Bool // the last scrape of the source succeeded
 
-	// The next four fields are used only by the goroutine that scrapes.
-	spoolFailing   bool      // Spool.Add returned an error for the last scrape
-	sourceFailures int       // failed scrapes since the last successful scrape
-	sourceLogged   time.Time // when a failed scrape was last logged at level Error
-	sourceSkew     int64     // ms by which the source's clock is ahead of this machine's clock; see skewByDateOrZero
+	// The next fields are used only by the goroutine that scrapes.
+	spoolFailing   bool         // Spool.Add returned an error for the last scrape
+	sourceFailures failureLog   // failures of the source that were logged
+	invalidSamples failureLog   // scrapes with invalid samples that were logged
+	sourceOutage   outage       // failed scrapes since the last successful scrape
+	sourceSkew     int64        // ms by which the source's clock is ahead of this machine's clock; see skewByDateOrZero
+	unmatched      unmatchedLog // flags that match no series of the source
 
-	mu sync.Mutex // guards lost and held
+	mu          sync.Mutex // guards the fields below
+	loggedShift loggedShift
 	// held limits the log lines about scrapes dropped for the reason DropSpoolHeld. lost limits the
 	// log lines about all other dropped scrapes.
 	lost, held dropLogLimiter
 
 	scrapes, scraped, dropped, skipped, spoolErrors *Counter
 	scrapeSeconds                                   *Histogram
-	lastScrape, expiry                              *Gauge
+	lastScrape, expiry, unmatchedFlags              *Gauge
 	spoolScrapes, spoolBytes, spoolAge              *Gauge
 }
 
@@ -84,21 +87,25 @@ func NewClient(cfg ClientConfig) *Client {
 	from.CheckRedirect = checkSourceRedirect
 	cfg.FromClient = &from
 	c := &Client{
-		cfg:           cfg,
-		scrapes:       m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),
-		scrapeSeconds: m.Histogram("telemeter_source_scrape_duration_seconds", "Duration of scrapes of the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
-		lastScrape:    m.Gauge("telemeter_source_last_success_timestamp_seconds", "Unix time of the last successful scrape of the source; 0 if none succeeded yet."),
-		scraped:       m.Counter("telemeter_samples_scraped_total", "Samples in successful scrapes of the source, before cleaning."),
-		dropped:       m.Counter("telemeter_samples_dropped_total", "Samples dropped by the client or by a server, by reason.", "reason"),
-		skipped:       m.Counter("telemeter_parts_skipped_total", "Parts of scraped samples that cannot be pushed, such as exemplars, by kind.", "kind"),
-		spoolErrors:   m.Counter("telemeter_spool_errors_total", "Failed reads and writes of the spool, and damaged spool files."),
-		spoolScrapes:  m.Gauge("telemeter_spool_scrapes", "Scrapes in the spool, by delivery state; a large scrape counts once for each of its pieces.", "state"),
-		spoolBytes:    m.Gauge("telemeter_spool_bytes", "Bytes that the scrapes in the spool occupy, by delivery state.", "state"),
-		spoolAge:      m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape in the spool, by delivery state; 0 if there is none.", "state"),
-		expiry:        m.Gauge("telemeter_token_expiry_timestamp_seconds", "Unix time at which the client token expires; 0 if it never does or if the expiry is unknown."),
+		cfg:            cfg,
+		scrapes:        m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),
+		scrapeSeconds:  m.Histogram("telemeter_source_scrape_duration_seconds", "Duration of scrapes of the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
+		lastScrape:     m.Gauge("telemeter_source_last_success_timestamp_seconds", "Unix time of the last successful scrape of the source; 0 if none succeeded yet."),
+		scraped:        m.Counter("telemeter_samples_scraped_total", "Samples in successful scrapes of the source, before cleaning."),
+		unmatchedFlags: m.Gauge("telemeter_source_unmatched_flags", "Values of a flag about series that match no series of the last scrape, by flag: a misspelled anonymized label lets values leave the site readable.", "flag"),
+		dropped:        m.Counter("telemeter_samples_dropped_total", "Samples dropped by the client or by a server, by reason.", "reason"),
+		skipped:        m.Counter("telemeter_parts_skipped_total", "Parts of scraped samples that cannot be pushed, such as exemplars, by kind.", "kind"),
+		spoolErrors:    m.Counter("telemeter_spool_errors_total", "Failed reads and writes of the spool, and damaged spool files."),
+		spoolScrapes:   m.Gauge("telemeter_spool_scrapes", "Scrapes in the spool, by delivery state; a large scrape counts once for each of its pieces.", "state"),
+		spoolBytes:     m.Gauge("telemeter_spool_bytes", "Bytes that the scrapes in the spool occupy, by delivery state.", "state"),
+		spoolAge:       m.Gauge("telemeter_spool_oldest_age_seconds", "Age of the oldest scrape in the spool, by delivery state; 0 if there is none.", "state"),
+		expiry:         m.Gauge("telemeter_token_expiry_timestamp_seconds", "Unix time at which the client token expires; 0 if it never does or if the expiry is unknown."),
 	}
 	for _, result := range []string{"ok", "failed"} {
 		c.scrapes.Add(0, result)
+	}
+	for _, flag := range []string{matchFlag, renameFlag, anonymizeFlag} {
+		c.unmatchedFlags.Set(0, flag)
 	}
 	for _, reason := range []string{
 		DropNotMatched, DropReserved, DropInvalid, DropRefused, DropByServer, DropSpoolFull, DropSpoolOld, DropSpoolDamaged, DropSpoolClosed, DropSpoolHeld,
@@ -189,10 +196,14 @@ func (c *Client) moment() Moment {
 	return Moment{Wall: c.cfg.Now().UnixMilli(), Boot: boot, BootID: id}
 }
 
-// Reload replaces the tokens, the selectors and the cleaning rules.
+// Reload replaces the tokens, the selectors and the cleaning rules. If pushes pause because of a
+// failure, the next attempt begins at once.
 func (c *Client) Reload(st ClientReloadConfig) {
 	c.state.Store(&st)
 	c.expiry.Set(float64(st.TokenExpires))
+	if c.pusher != nil {
+		c.pusher.RetryNow()
+	}
 }
 
 // Handler returns the handler of the client's own HTTP listener: health, metrics, and /federate

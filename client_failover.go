@@ -36,6 +36,7 @@ type serverFailover struct {
 	startUntil time.Time
 
 	failed     int           // number of failed attempts in this round
+	denied     int           // number of servers that denied access in this round
 	retryAfter time.Duration // longest Retry-After that a server of this round sent
 	declined   int           // number of pushes of a single scrape that servers declined in a row
 }
@@ -70,13 +71,17 @@ func (f *serverFailover) chooseServer(now time.Time) {
 	f.current = f.start
 }
 
-// advanceAfterFailure records that the current server failed and sent this Retry-After (0 if none).
+// advanceAfterFailure records that the current server failed and sent this Retry-After (0 if none),
+// and whether it failed because it denied access.
 // If the round has a server that was not tried yet, that server becomes current and hasUntried is
 // true. Otherwise the round is over. If the current server was the preferred one, server 0 is
 // preferred again.
-func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntried bool) {
+func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration, denied bool) (hasUntried bool) {
 	if f.failed == 0 {
-		f.retryAfter = 0
+		f.retryAfter, f.denied = 0, 0
+	}
+	if denied {
+		f.denied++
 	}
 	f.retryAfter = max(f.retryAfter, retryAfter)
 	if f.current == f.preferred {
@@ -89,6 +94,9 @@ func (f *serverFailover) advanceAfterFailure(retryAfter time.Duration) (hasUntri
 	f.current = f.serverAfter(f.current)
 	return true
 }
+
+// allDenied reports whether every server denied access in the round that is over.
+func (f *serverFailover) allDenied() bool { return f.denied == f.servers }
 
 // isLastOfRound reports whether a failure of the current server would end the round.
 func (f *serverFailover) isLastOfRound() bool { return f.failed+1 == f.servers }

@@ -45,7 +45,7 @@ func TestFailover(t *testing.T) {
 		switch tt.do {
 		case "fail":
 			isLast := f.isLastOfRound()
-			if got = f.advanceAfterFailure(tt.retry); got == isLast {
+			if got = f.advanceAfterFailure(tt.retry, false); got == isLast {
 				t.Errorf("row %d: isLastOfRound is %v, but whether a server is untried is %v", i, isLast, got)
 			}
 		case "succeed":
@@ -89,7 +89,7 @@ func TestFailoverAfterUnreadScrapes(t *testing.T) {
 	begin(0, 2*maxUnreadTime, true, 0) // server 1 answered last, so the next server is 0
 	f.last = 0
 	begin(maxUnreadTime, 2*maxUnreadTime, true, 1)
-	f.advanceAfterFailure(0)
+	f.advanceAfterFailure(0, false)
 	begin(time.Minute, 2*maxUnreadTime, false, 0)
 	alone := serverFailover{servers: 1}
 	if alone.beginDrain(now, 2*maxUnreadTime) {

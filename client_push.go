@@ -12,6 +12,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -54,10 +55,14 @@ type Pusher struct {
 	lastDelivered atomic.Pointer[[]Scrape] // delivered pieces of the scrape that was delivered last
 	healthy       atomic.Bool              // the result of IsHealthy
 
-	// The next three fields are used only by the goroutine that calls DrainSpool.
-	token   uploadToken
-	servers serverFailover
-	size    pushScrapeLimit
+	retryNow chan struct{} // has a value after RetryNow, until the next attempt begins or a pause ends
+
+	// The next five fields are used only by the goroutine that calls DrainSpool.
+	token      uploadToken
+	servers    serverFailover
+	size       pushScrapeLimit
+	failures   failureLog
+	spoolIsNew bool // the spool is new, and no server has answered yet whether the site pushed from another spool before
 
 	pushes, pushed              *Counter
 	pushSeconds                 *Histogram
@@ -68,17 +73,35 @@ type Pusher struct {
 func NewPusher(cfg PusherConfig) *Pusher {
 	m := cfg.Metrics
 	p := &Pusher{
-		cfg: cfg, servers: serverFailover{servers: len(cfg.To)}, size: pushScrapeLimit{max: maxPushScrapes},
-		pushes:      m.Counter("telemeter_destination_pushes_total", "Attempts to push, by result.", "result"),
+		cfg: cfg, servers: serverFailover{servers: len(cfg.To)}, size: pushScrapeLimit{max: maxPushScrapes}, retryNow: make(chan struct{}, 1), spoolIsNew: cfg.Spool.IsNew(),
+		pushes:      m.Counter("telemeter_destination_pushes_total", "Attempts to push, by result; denied: the server does not let the client in, or the client does not trust the server's certificate.", "result"),
 		pushSeconds: m.Histogram("telemeter_destination_push_duration_seconds", "Duration of attempts to push.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastPush:    m.Gauge("telemeter_destination_last_success_timestamp_seconds", "Unix time at which a push was last accepted; 0 if never."),
 		bodyBytes:   m.Gauge("telemeter_destination_push_bytes", "Compressed size of the last accepted push."),
 		pushed:      m.Counter("telemeter_samples_pushed_total", "Samples in accepted pushes."),
 		offset:      m.Gauge("telemeter_source_clock_offset_seconds", "How far the source's clock was behind the servers' clocks at the newest pushed scrape; 0 if unknown."),
 	}
-	p.pushes.Add(0, "ok")
-	p.pushes.Add(0, "failed")
+	for _, result := range []string{"ok", "failed", "denied"} {
+		p.pushes.Add(0, result)
+	}
 	return p
+}
+
+// RetryNow makes the next attempt begin at once if DrainSpool pauses because of a failure.
+func (p *Pusher) RetryNow() {
+	select {
+	case p.retryNow <- struct{}{}:
+	default:
+	}
+}
+
+// countFailure counts an attempt to push that failed with err.
+func (p *Pusher) countFailure(err error) {
+	result := "failed"
+	if isDenied(err) {
+		result = "denied"
+	}
+	p.pushes.Inc(result)
 }
 
 // IsHealthy reports whether scrapes are being delivered. It begins as false. It becomes true when a
@@ -99,34 +122,46 @@ func (p *Pusher) LastDeliveredPieces() []Scrape {
 // spoolDrain is the state of one call of DrainSpool.
 type spoolDrain struct {
 	*Pusher
-	backoff  roundBackoff
-	lastErr  error // the error that caused the last pause
-	rejected error // the newest error of a scrape that was refused for good or declined by all servers
-	progress pushProgress
+	backoff roundBackoff
+	lastErr error // the error that caused the last pause
+	// deadlineLogged states that logDeadline has logged the deadline.
+	deadlineLogged bool
+	rejected       error // the newest error of a scrape that was refused for good or declined by all servers
+	progress       pushProgress
 }
 
-// pushProgress counts accepted pushes and their samples, and delivered scrapes, since counting
-// began.
+// pushProgress counts the accepted pushes of a drain, their samples, and the delivered scrapes.
 type pushProgress struct {
-	begin                    time.Time // when counting began
+	begin                    time.Time // when the drain began
 	samples, scrapes, pushes int
+	// The rate is measured since rateBegin, when rateScrapes scrapes had been delivered. These
+	// fields are set when a line is logged, and when a pause ends.
+	rateBegin   time.Time
+	rateScrapes int
 }
+
+// progressInterval is the time between two log lines about the progress of a drain.
+const progressInterval = 10 * time.Second
 
 // DrainSpool pushes until no scrape is left to push now. If all servers fail, or if the spool
 // cannot be read, DrainSpool pauses and tries again. The pauses grow up to a limit until a push
 // succeeds. A pause has jitter and is at least the Retry-After that the servers sent, up to
-// MaxRetryAfter.
+// MaxRetryAfter. If every server has denied access, the pause is deniedPause. RetryNow ends a
+// pause.
 //
-// DrainSpool returns early if ctx ends during an attempt or a pause, or if the next attempt would
-// come after the deadline of ctx. The error is then that of the last failed round, or of the last
-// attempt if no round has failed. A scrape that a server refuses for good, as a whole or in a
-// piece, is set aside. A scrape that all servers decline stays in the spool. If DrainSpool does not
-// return early, its error is the newest such refusal or decline, or nil.
+// DrainSpool returns early if ctx ends during an attempt or a pause, if the next attempt would come
+// after the deadline of ctx, or if ctx has a deadline and every server has denied access. The error
+// is then that of the last failed round, or of the last attempt if no round has failed. A scrape
+// that a server refuses for good, as a whole or in a piece, is set aside. A scrape that all servers
+// decline stays in the spool. If DrainSpool does not return early, its error is the newest such
+// refusal or decline, or nil.
 func (p *Pusher) DrainSpool(ctx context.Context) error {
-	d := spoolDrain{Pusher: p, progress: pushProgress{begin: p.cfg.Now()}}
+	now := p.cfg.Now()
+	d := spoolDrain{Pusher: p, progress: pushProgress{begin: now, rateBegin: now}}
+	defer d.logPushed()
 	d.backoff.reset()
 	unreadFor := p.cfg.Spool.NoReadProgressFor()
-	if p.servers.beginDrain(p.cfg.Now(), unreadFor) {
+	if p.servers.beginDrain(now, unreadFor) {
 		p.cfg.Log.Warn("no consumer reads scrapes on a server; trying the next server", "server", p.cfg.To[p.servers.last],
 			"unread_for", unreadFor.Round(time.Second), "next", p.cfg.To[p.servers.preferred])
 	}
@@ -139,35 +174,54 @@ func (p *Pusher) DrainSpool(ctx context.Context) error {
 			step = StepDone
 		}
 		if step == StepDone {
-			d.logAndResetProgress()
 			return d.rejected
 		}
 		if err := d.attempt(ctx, step); err != nil {
 			return err
 		}
+		d.logProgress()
 	}
 }
 
-func (d *spoolDrain) logAndResetProgress() {
-	if d.progress.pushes > 0 {
-		st := d.cfg.Spool.Stats()
-		d.cfg.Log.Info("pushed", "samples", d.progress.samples, "scrapes", d.progress.scrapes, "pushes", d.progress.pushes,
-			"took", d.cfg.Now().Sub(d.progress.begin).Round(time.Millisecond),
-			"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.DeliveredScrapes())
+// logPushed logs what the whole drain has pushed, including its pauses.
+func (d *spoolDrain) logPushed() {
+	if d.progress.pushes == 0 {
+		return
 	}
-	d.progress = pushProgress{begin: d.cfg.Now()}
+	st := d.cfg.Spool.Stats()
+	d.cfg.Log.Info("pushed", "samples", d.progress.samples, "scrapes", d.progress.scrapes, "pushes", d.progress.pushes,
+		"took", d.cfg.Now().Sub(d.progress.begin).Round(time.Millisecond),
+		"undelivered", st.ByState[ScrapeUndelivered].Scrapes, "unread", st.DeliveredScrapes())
+}
+
+// logProgress logs once in progressInterval how far the drain has come, if it goes on.
+func (d *spoolDrain) logProgress() {
+	now, st := d.cfg.Now(), d.cfg.Spool.Stats()
+	passed, done := now.Sub(d.progress.rateBegin), d.progress.scrapes-d.progress.rateScrapes
+	left := st.ByState[ScrapeUndelivered].Scrapes + st.ByState[ScrapeElsewhere].Scrapes
+	if passed < progressInterval || done <= 0 || left == 0 {
+		return
+	}
+	perSecond := float64(done) / passed.Seconds()
+	d.cfg.Log.Info("pushing a backlog", "done", d.progress.scrapes, "left", left, "per_second", fmt.Sprintf("%.1f", perSecond),
+		"time_left", (time.Duration(float64(left) / perSecond * float64(time.Second))).Round(time.Second))
+	d.progress.rateBegin, d.progress.rateScrapes = now, d.progress.scrapes
 }
 
 // attempt asks the current server which scrapes it holds, or sends the next push to it. It returns
 // nil if another step may follow, even after a failed attempt. An error ends the drain.
 func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain error) {
+	select { // this attempt uses what was loaded before RetryNow was called
+	case <-d.retryNow:
+	default:
+	}
 	d.servers.chooseServer(d.cfg.Now())
 	// Get the token before the next push is built: the answer to the token request states the
 	// server's time, which the spool needs to correct the times of scrapes.
 	_, err := d.ensureUploadToken(ctx)
 	switch {
 	case err != nil:
-		d.pushes.Inc("failed")
+		d.countFailure(err)
 	case step == StepPush:
 		return d.pushNext(ctx)
 	default:
@@ -187,10 +241,11 @@ func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 		answer, err = uploadAnswer{spool: SpoolAnswer{Server: d.currentServerURL()}}, nil
 	}
 	if err != nil {
-		d.pushes.Inc("failed")
+		d.countFailure(err)
 		return err
 	}
 	d.servers.last = d.servers.current
+	d.warnOfOtherSpool(answer)
 	d.cfg.Spool.ApplyAnswer(answer.spool)
 	if st := d.cfg.Spool.Stats(); st.ByState[ScrapeUndelivered].Scrapes == 0 {
 		d.healthy.Store(true) // every scrape is delivered, perhaps by an earlier push whose answer was lost
@@ -253,7 +308,7 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 		d.servers.stayAfterAnswer(d.cfg.Now(), d.cfg.MaxRetryAfter)
 	}
 	if err != nil {
-		d.pushes.Inc("failed")
+		d.countFailure(err)
 		return outcome, err
 	}
 	d.pushes.Inc("ok")
@@ -263,10 +318,25 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 	d.progress.samples, d.progress.pushes = d.progress.samples+samples, d.progress.pushes+1
 	if nameScrapes {
 		d.servers.last = d.servers.current
+		d.warnOfOtherSpool(answer)
 		outcome = d.cfg.Spool.ApplyAnswer(answer.spool)
 	}
 	d.logAndCountDropped(answer, outcome, samples)
 	return outcome, nil
+}
+
+// warnOfOtherSpool logs a warning if the spool is new and the first answer of a server that knows
+// spools says that this site pushed from another spool before. The directory may have changed by
+// mistake, and the scrapes in the old one are not pushed then.
+func (d *spoolDrain) warnOfOtherSpool(answer uploadAnswer) {
+	if !d.spoolIsNew || !answer.spool.KnowsSpools {
+		return
+	}
+	d.spoolIsNew = false
+	if answer.OtherSpoolTime > 0 {
+		d.cfg.Log.Warn("the spool is new, but this site pushed from another spool before: if the directory changed by mistake, its backlog is in the old directory; restart with --spool-dir and the old directory",
+			"dir", d.cfg.Spool.Dir(), "other_pushed", time.UnixMilli(answer.OtherSpoolTime).UTC())
+	}
 }
 
 // logAndCountDropped logs and counts the samples that the server dropped. If a scrape of the push
@@ -283,11 +353,18 @@ func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome
 		return
 	}
 	for reason, n := range answer.Dropped {
+		d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
+		suppressed, ok := d.failures.take(d.cfg.Now(), "dropped: "+reason)
+		if !ok {
+			continue
+		}
 		args := []any{"reason", reason, "samples", n}
+		if suppressed > 0 {
+			args = append(args, "suppressed", suppressed)
+		}
 		if answer.Hint != "" {
 			args = append(args, "hint", answer.Hint)
 		}
-		d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
 		d.cfg.Log.Warn("the server dropped samples", args...)
 	}
 }
@@ -359,39 +436,73 @@ func (d *spoolDrain) markFailedAndFailOver(ctx context.Context, err error) (ends
 // pauseBeforeRound.
 func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrain error) {
 	failed := d.currentServerURL()
-	if d.servers.advanceAfterFailure(retryAfterOf(err)) && ctx.Err() == nil {
-		d.cfg.Log.Warn("destination failed; trying the next server", "to", failed, "err", err)
+	if d.servers.advanceAfterFailure(retryAfterOf(err), isDenied(err)) && ctx.Err() == nil {
+		d.logFailure(ctx, failed, err, "destination failed; trying the next server", "to", failed)
+		d.logDeadline(ctx)
 		return nil
 	}
 	return d.pauseBeforeRound(ctx, err, d.servers.retryAfter)
 }
 
+// logFailure logs that an attempt at a server failed. A failure that was logged a short time before
+// is logged at level Debug, so that an outage does not fill the log. Each attempt is counted.
+func (d *spoolDrain) logFailure(ctx context.Context, server string, err error, message string, args ...any) {
+	level := slog.LevelWarn
+	if isDenied(err) {
+		level = slog.LevelError
+	}
+	suppressed, ok := d.failures.take(d.cfg.Now(), causeOf(server, err))
+	switch {
+	case !ok:
+		level = slog.LevelDebug
+	case suppressed > 0:
+		args = append(args, "suppressed", suppressed)
+	}
+	d.cfg.Log.Log(ctx, level, message, append(args, "err", err)...)
+}
+
 // pauseBeforeRound waits before the next round, for at least the smaller of retryAfter and
-// MaxRetryAfter. The pauses grow up to a limit until a push succeeds. It returns an error, which
-// ends the drain, if ctx has ended, ends during the pause, or has a deadline before the end of the
-// pause.
+// MaxRetryAfter. The pauses grow up to a limit until a push succeeds. After a round in which every
+// server denied access, the pause is deniedPause. pauseBeforeRound returns an error, which ends the
+// drain, if ctx has ended, ends during the pause, or has a deadline before the end of the pause. If
+// every server denied access, any deadline ends the drain, because nobody waits for a person to
+// act.
 func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter time.Duration) (endsDrain error) {
 	d.healthy.Store(false)
 	if ctx.Err() != nil {
 		return cmp.Or(d.lastErr, err) // err may only report that ctx has ended; lastErr is why the previous round failed
 	}
 	d.lastErr = err
-	d.logAndResetProgress()
 	pause := d.backoff.nextPause(min(retryAfter, d.cfg.MaxRetryAfter))
 	pause += rand.N(pause) // jitter, so that sites whose pushes failed at the same time do not retry at the same time
+	denied := isDenied(err) && d.servers.allDenied()
+	if denied {
+		pause = deniedPause - rand.N(deniedPause/5)
+	}
 	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"
 	if errors.Is(err, ErrSpoolRead) {
 		part = "spool"
 	}
-	if deadline, ok := ctx.Deadline(); ok && d.cfg.Now().Add(pause).After(deadline) {
+	if deadline, ok := ctx.Deadline(); ok && (denied || d.cfg.Now().Add(pause).After(deadline)) {
 		d.cfg.Log.Error(part+" failed; scrapes are kept", "scrapes", kept, "err", err)
 		return err
 	}
-	d.cfg.Log.Warn(part+" failed; scrapes are kept, trying again", "scrapes", kept, "in", pause.Round(time.Millisecond), "err", err)
-	if _, ok := Sleep(ctx, pause, nil); !ok {
+	d.logFailure(ctx, d.currentServerURL(), err, part+" failed; scrapes are kept, trying again", "scrapes", kept, "in", pause.Round(time.Millisecond))
+	d.logDeadline(ctx)
+	if _, ok := Sleep(ctx, pause, d.retryNow); !ok {
 		return err
 	}
+	d.progress.rateBegin, d.progress.rateScrapes = d.cfg.Now(), d.progress.scrapes
 	return nil
+}
+
+// logDeadline logs after the first failure how long the drain goes on trying, if ctx has a
+// deadline.
+func (d *spoolDrain) logDeadline(ctx context.Context) {
+	if deadline, ok := ctx.Deadline(); ok && !d.deadlineLogged {
+		d.deadlineLogged = true
+		d.cfg.Log.Info("no server has accepted the scrapes yet; trying again until the time is over", "up_to", deadline.Sub(d.cfg.Now()).Round(time.Second))
+	}
 }
 
 func isTimeout(err error) bool {

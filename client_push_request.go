@@ -31,6 +31,7 @@ const (
 	pushUnavailable                          // the server stored nothing but may accept the push later
 	pushInvalid                              // every server would refuse these samples
 	pushTooLarge                             // every server would refuse this push but may accept a smaller one
+	pushDenied                               // the server accepts no push of this client until a person acts
 )
 
 // pushError is the error for an answer with a status other than 200.
@@ -43,11 +44,14 @@ type pushError struct {
 func (e *pushError) Error() string { return e.err.Error() }
 func (e *pushError) Unwrap() error { return e.err }
 
-// failureReasonOf returns the reason of err if err is a pushError, and pushNoAnswer for any other
-// error.
+// failureReasonOf returns the reason of err if err is a pushError, pushDenied for a DeniedError,
+// and pushNoAnswer for any other error.
 func failureReasonOf(err error) pushFailureReason {
 	if e := (*pushError)(nil); errors.As(err, &e) {
 		return e.reason
+	}
+	if e := (*DeniedError)(nil); errors.As(err, &e) {
+		return pushDenied
 	}
 	return pushNoAnswer
 }
@@ -102,7 +106,7 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 		if err != nil {
 			return answer, fmt.Errorf("pushing: %w", err)
 		}
-		if err = checkResponse(resp, p.currentServerURL()+"/upload", p.cfg.Now()); err == nil {
+		if err = p.checkResponse(resp, "/upload"); err == nil {
 			answer, err = p.parseAnswer(resp.Body)
 		}
 		if err == nil {
@@ -190,7 +194,7 @@ func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error
 		return false, fmt.Errorf("authorizing: %w", err)
 	}
 	defer resp.Body.Close()
-	if err := checkResponse(resp, p.currentServerURL()+"/authorize", p.cfg.Now()); err != nil {
+	if err := p.checkResponse(resp, "/authorize"); err != nil {
 		if isFinalRefusal(err) { // this refusal is not about scrapes, so it must not count as a final refusal of scrapes
 			err = &pushError{err: err, retryAfter: retryAfterOf(err)}
 		}
@@ -204,7 +208,7 @@ func (p *Pusher) ensureUploadToken(ctx context.Context) (renewed bool, err error
 		Time             int64
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&answer); err != nil || answer.Version != 1 || answer.Token == "" {
-		return false, fmt.Errorf("authorizing at %s: the answer is not an upload token", p.currentServerURL())
+		return false, fmt.Errorf("authorizing at %s: the answer is not an upload token, so it is not a telemeter server's: check --to, or the URL in the token", p.currentServerURL())
 	}
 	p.cfg.SourceClock.Observe(cmp.Or(answer.Server, p.currentServerURL()), answer.Time, p.cfg.Moment())
 	// Renew the token when 4/5 of its lifetime have passed. The answer states the lifetime as a
@@ -223,26 +227,39 @@ func (p *Pusher) post(ctx context.Context, path, token string, header http.Heade
 	}
 	req.Header = header
 	req.Header.Set("Authorization", "Bearer "+token)
-	return p.cfg.ToClient.Do(req)
+	resp, err := p.cfg.ToClient.Do(req)
+	if errors.Is(err, http.ErrSchemeMismatch) {
+		err = fmt.Errorf("%w: the server has no TLS, or the port is wrong: check --to, or the URL in the token", err)
+	}
+	return resp, err
 }
 
-// checkResponse returns nil if resp has status 200, and a pushError otherwise. A refusal of the
-// samples (400 or 413) is final. A refusal of the sender or of the request's form is not final,
-// because tokens, keys and servers are replaced over time.
-func checkResponse(resp *http.Response, endpoint string, now time.Time) error {
+// checkResponse returns nil if resp, which answers a request for path, has status 200, and a
+// pushError otherwise. A refusal of the samples (400 or 413) is final. A refusal of the sender or
+// of the request's form is not final, because tokens, keys and servers are replaced over time. A
+// server has the paths that the client uses, so 404 and 405 come from another program.
+func (p *Pusher) checkResponse(resp *http.Response, path string) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	e := &pushError{err: fmt.Errorf("%s answered %s", endpoint, describeResponse(resp))}
-	switch resp.StatusCode {
-	case http.StatusRequestEntityTooLarge:
+	answer := describeResponse(resp)
+	e := &pushError{err: fmt.Errorf("%s answered %s", p.currentServerURL()+path, answer)}
+	switch status := resp.StatusCode; {
+	case status == http.StatusRequestEntityTooLarge:
 		e.reason = pushTooLarge
-	case http.StatusBadRequest:
+	case status == http.StatusBadRequest:
 		e.reason = pushInvalid
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		if strings.Contains(answer, "HTTP request to an HTTPS server") {
+			e.err = fmt.Errorf("%w: write https:// instead of http:// in --to, or in the token", e.err)
+		}
+	case status == http.StatusTooManyRequests, status == http.StatusServiceUnavailable:
 		e.reason = pushUnavailable
+	case isDeniedStatus(status):
+		e.reason, e.err = pushDenied, &DeniedError{e.err, p.denialAdvice(answer)}
+	case status == http.StatusNotFound, status == http.StatusMethodNotAllowed:
+		e.err = fmt.Errorf("%w: no telemeter server accepts pushes at this URL; check --to, or the URL in the token: it must be the address of --listen of a server", e.err)
 	}
-	e.retryAfter = min(max(0, parseRetryAfter(resp.Header, now)), time.Hour)
+	e.retryAfter = min(max(0, parseRetryAfter(resp.Header, p.cfg.Now())), time.Hour)
 	return e
 }
 

@@ -3,8 +3,7 @@ package main
 // The client has two loops: one scrapes, the other pushes. Each works at the site's phase, an
 // instant of its interval that depends on the cluster ID. A due push waits at most pushGrace for a
 // scrape, and a scrape never waits for a push. Failures of the source, the spool and the
-// destination are logged separately. A source that keeps failing is logged at level Error at most
-// once in ten minutes.
+// destination are logged separately; see failureLog for a source that keeps failing.
 
 import (
 	"context"
@@ -19,12 +18,11 @@ import (
 )
 
 const (
-	firstJitter       = time.Second      // the first scrape is delayed by a random time below this
-	minScrapeTimeout  = 10 * time.Second // shortest timeout of a scrape, even if ScrapeInterval is shorter
-	maxScrapeTimeout  = time.Minute      // longest timeout of a scrape, even if ScrapeInterval is longer
-	pushGrace         = 2 * time.Second  // how long a due push waits for a scrape
-	finalPushTimeout  = 5 * time.Second  // timeout of the last push at shutdown, which is made only if scrapes are in memory only
-	sourceLogInterval = 10 * time.Minute // least time between two log lines at level Error about a source that keeps failing
+	firstJitter      = time.Second      // the first scrape is delayed by a random time below this
+	minScrapeTimeout = 10 * time.Second // shortest timeout of a scrape, even if ScrapeInterval is shorter
+	maxScrapeTimeout = time.Minute      // longest timeout of a scrape, even if ScrapeInterval is longer
+	pushGrace        = 2 * time.Second  // how long a due push waits for a scrape
+	finalPushTimeout = 5 * time.Second  // timeout of the last push at shutdown, which is made only if scrapes are in memory only
 )
 
 // Run scrapes and pushes until ctx ends. It starts within firstJitter. Then it works at this site's
@@ -51,6 +49,7 @@ func (c *Client) Run(ctx context.Context) error {
 // destination.
 func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 	err := c.scrapeAndSpool(ctx)
+	begin := c.cfg.Now()
 	if err != nil {
 		err = fmt.Errorf("source: %w", err)
 	}
@@ -59,7 +58,8 @@ func (c *Client) ScrapeOnceAndDrain(ctx context.Context) error {
 		if errors.Is(e, ErrSpoolRead) {
 			part = "spool"
 		}
-		err = errors.Join(err, fmt.Errorf("%s: %w (scrapes kept in the spool: %d, in memory only: %d)", part, e, st.ByState[ScrapeUndelivered].Scrapes-st.InMemory, st.InMemory))
+		err = errors.Join(err, fmt.Errorf("%s: failed after %v: %w (scrapes kept in the spool: %d, in memory only: %d)",
+			part, c.cfg.Now().Sub(begin).Round(time.Millisecond), e, st.ByState[ScrapeUndelivered].Scrapes-st.InMemory, st.InMemory))
 	}
 	return err
 }
@@ -75,7 +75,11 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 		}
 		begin := c.cfg.Now()
 		if at := c.state.Load().TokenExpires; at != 0 && begin.Add(expiryWarning).Unix() > at && begin.Sub(warned) > 24*time.Hour {
-			c.cfg.Log.Warn("the client token expires soon; servers will refuse this site afterwards", "at", time.Unix(at, 0).UTC())
+			level, message := slog.LevelWarn, "the client token expires soon; servers will refuse this site afterwards: make a new token on the hub, replace the file of --token-file with it, and send this client SIGHUP"
+			if begin.Unix() >= at {
+				level, message = slog.LevelError, "the client token has expired, so servers refuse this site: make a new token on the hub, replace the file of --token-file with it, and send this client SIGHUP"
+			}
+			c.cfg.Log.Log(ctx, level, message, "at", time.Unix(at, 0).UTC())
 			warned = begin
 		}
 		if c.scrapeAndSpool(ctx) == nil {
@@ -154,22 +158,30 @@ func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 		return err
 	}
 	c.scrapedOK.Store(true)
-	if c.sourceFailures > 0 {
-		c.cfg.Log.Info("source works again", "failed", c.sourceFailures)
-		c.sourceFailures = 0
+	if o := c.sourceOutage; o.logged {
+		c.cfg.Log.Info("source works again", "failed", o.failures, "lasted", c.cfg.Now().Sub(o.begin).Round(time.Second))
 	}
-	got.Shift, got.ShiftKnown = c.sourceClock.NextShift(got.At, got.SourceTime)
+	c.sourceOutage = outage{}
+	c.LogUnmatchedFlags(got)
+	got.Shift, got.ShiftKnown = c.nextShift(got.At, got.SourceTime)
 	c.addToSpool(got)
 	return nil
 }
 
+// logSourceFailure logs a failed scrape at level Error, or at level Debug if its text was logged a
+// short time before.
 func (c *Client) logSourceFailure(ctx context.Context, err error) {
-	level := slog.LevelDebug
-	if now := c.cfg.Now(); c.sourceFailures == 0 || now.Sub(c.sourceLogged) >= sourceLogInterval {
-		level, c.sourceLogged = slog.LevelError, now
+	now, level := c.cfg.Now(), slog.LevelDebug
+	args := []any{"from", c.cfg.From.Redacted()}
+	suppressed, logNow := c.sourceFailures.take(now, withoutLocalEnds(err.Error()))
+	if logNow {
+		level = slog.LevelError
 	}
-	c.sourceFailures++
-	c.cfg.Log.Log(ctx, level, "source failed", "from", c.cfg.From.Redacted(), "err", err)
+	if suppressed > 0 {
+		args = append(args, "suppressed", suppressed)
+	}
+	c.sourceOutage.addFailure(now, logNow)
+	c.cfg.Log.Log(ctx, level, "source failed", append(args, "err", err)...)
 }
 
 // addToSpool puts a scrape into the spool, in pieces if the limits require it. It logs when

@@ -29,10 +29,12 @@ const (
 // CleanedScrape has the cleaned samples of a scrape.
 type CleanedScrape struct {
 	List       SampleList
-	At         Moment // when the answer of the source arrived
-	SourceTime int64  // time of the source's clock at At, in ms since the epoch
-	Shift      int64  // ms that AppendText adds to the times in List
-	ShiftKnown bool   // a server's time is known, so Shift is final; otherwise Shift is 0
+	At         Moment     // when the answer of the source arrived
+	SourceTime int64      // time of the source's clock at At, in ms since the epoch
+	Shift      int64      // ms that AppendText adds to the times in List
+	ShiftKnown bool       // a server's time is known, so Shift is final; otherwise Shift is 0
+	Scraped    int        // samples that the source sent
+	Use        CleanerUse // which cleaning rules matched
 }
 
 // AppendText appends samples of the scrape to b in the text exposition format, with Shift added to
@@ -67,7 +69,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	}
 	resp, err := c.cfg.FromClient.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("scraping: %w", err)
+		return nil, fmt.Errorf("scraping: %w", adviseOnSource(err))
 	}
 	defer resp.Body.Close()
 	got := &CleanedScrape{At: c.moment()}
@@ -75,7 +77,8 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	got.SourceTime = max(0, got.At.Wall+c.sourceSkew)
 	body, format, err := readScrape(resp)
 	if err == nil {
-		err = c.decodeAndClean(&got.List, body, format, cleaner, begin.UnixMilli()+c.sourceSkew)
+		got.Scraped, err = c.decodeAndClean(&got.List, body, format, cleaner, begin.UnixMilli()+c.sourceSkew)
+		got.Use = cleaner.Use()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("scraping %s: %w", req.URL.Redacted(), err)
@@ -95,6 +98,7 @@ func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*ht
 			q.Add("match[]", m.String())
 		}
 		u.RawQuery = q.Encode()
+		cleaner.MatchedBySource = st.Match
 	} else {
 		cleaner.Match = st.Match
 	}
@@ -146,11 +150,11 @@ func effectivePort(u *url.URL) string {
 
 // readScrape checks the source's answer and returns its body and format.
 func readScrape(resp *http.Response) (body []byte, format Format, err error) {
-	if resp.StatusCode != http.StatusOK {
-		return nil, format, fmt.Errorf("the source answered %s", describeResponse(resp))
+	if err := checkSourceAnswer(resp); err != nil {
+		return nil, format, err
 	}
 	if format, err = ParseFormat(resp.Header.Get("Content-Type")); err != nil {
-		return nil, format, err
+		return nil, format, fmt.Errorf("%w: %s", err, adviceOnURL)
 	}
 	// net/http asks for gzip, decompresses a gzip body and removes the header Content-Encoding. If
 	// the header is still there, it names an encoding that net/http did not decode.
@@ -158,7 +162,7 @@ func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 		return nil, format, fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
 	}
 	if body, err = io.ReadAll(io.LimitReader(resp.Body, maxScrape+1)); err != nil {
-		return nil, format, fmt.Errorf("reading the answer: %w", err)
+		return nil, format, fmt.Errorf("reading the answer: %w", adviseOnSource(err))
 	}
 	if len(body) > maxScrape {
 		return nil, format, fmt.Errorf("the answer is larger than %d bytes", maxScrape)
@@ -167,11 +171,12 @@ func readScrape(resp *http.Response) (body []byte, format Format, err error) {
 }
 
 // decodeAndClean decodes body, adds the samples that cleaner does not drop to list, and counts the
-// scraped and the dropped samples. Samples without a timestamp get defaultMs.
-func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *ClientCleaner, defaultMs int64) error {
+// scraped and the dropped samples. It returns the number of scraped samples. Samples without a
+// timestamp get defaultMs.
+func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *ClientCleaner, defaultMs int64) (n int, err error) {
 	var d Decoder
-	n := 0
-	var invalid error
+	var invalid error // of the last invalid sample
+	invalids := 0
 	skipped, err := d.Decode(body, format, func(r *RawSample) error {
 		n++
 		drop := cleaner.Clean(r)
@@ -180,7 +185,7 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 				r.T = defaultMs
 			}
 			if err := list.Add(r); err != nil {
-				drop, invalid = DropInvalid, err
+				drop, invalid, invalids = DropInvalid, fmt.Errorf("series %.100s: %w", bytes.ToValidUTF8(r.Name, nil), err), invalids+1
 			}
 		}
 		if drop != "" {
@@ -189,16 +194,28 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 		return nil
 	})
 	if err != nil {
-		return err
+		return n, err
 	}
 	if invalid != nil {
-		c.cfg.Log.Warn("invalid samples dropped", "last", invalid)
+		c.logInvalid(invalids, invalid)
 	}
 	c.scraped.Add(float64(n))
 	for kind, n := range skipped.ByKind() {
 		c.skipped.Add(float64(n), kind)
 	}
-	return nil
+	return n, nil
+}
+
+// logInvalid logs that a scrape had invalid samples, unless the last of them had a text that was
+// logged a short time before.
+func (c *Client) logInvalid(samples int, last error) {
+	if suppressed, logNow := c.invalidSamples.take(c.cfg.Now(), last.Error()); logNow {
+		args := []any{"samples", samples, "last", last}
+		if suppressed > 0 {
+			args = append(args, "suppressed", suppressed)
+		}
+		c.cfg.Log.Warn("invalid samples dropped", args...)
+	}
 }
 
 // skewByDateOrZero returns by how many ms the source's clock is ahead of this machine's clock,
@@ -223,7 +240,7 @@ func skewByDateOrZero(date string, wallMs, oldSkew int64) (sourceAhead int64) {
 // does not change.
 func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	sc.Corrected = true
-	sc.Shift, _ = c.sourceClock.NextShift(sc.At, sc.SourceTime)
+	sc.Shift, _ = c.nextShift(sc.At, sc.SourceTime)
 	if sc.Shift == 0 {
 		return sc
 	}
@@ -239,7 +256,7 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 
 // renderPieces renders samples of a scrape as one piece, or as several if one would exceed
 // LimitBytes or MaxPiece, or MaxDecodedFactor times as much without compression. A single sample
-// that exceeds these limits is dropped.
+// that exceeds these limits is dropped and logged.
 func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	limit := min(c.cfg.LimitBytes, MaxPiece)
 	text := got.AppendText(nil, samples)
@@ -250,7 +267,10 @@ func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
 	}
 	if len(samples) <= 1 {
 		c.dropped.Inc(DropInvalid)
-		c.cfg.Log.Warn("series dropped because it alone exceeds --limit-bytes", "bytes", len(text))
+		if _, logNow := c.invalidSamples.take(c.cfg.Now(), "--limit-bytes"); logNow {
+			c.cfg.Log.Warn("series dropped because it alone exceeds --limit-bytes: allow more there, or exclude the series with --match",
+				"bytes", len(text), "limit", limit, "series", Excerpt(text))
+		}
 		return nil
 	}
 	return append(c.renderPieces(got, samples[:len(samples)/2]), c.renderPieces(got, samples[len(samples)/2:])...)

@@ -215,7 +215,7 @@ func TestClientBadSource(t *testing.T) {
 	}{
 		{"status", `500 Internal Server Error: "oops"`, respond(500, nil, "oops\n")},
 		{"redirect", "redirects to another host, http://elsewhere.example/: if that is the source, pass it as --from", respond(302, http.Header{"Location": {"http://elsewhere.example/"}}, "")},
-		{"type", "not supported", respond(200, http.Header{"Content-Type": {"text/html"}}, "<html>")},
+		{"type", "content type \"application/json\" is not supported", respond(200, http.Header{"Content-Type": {"application/json"}}, "{}")},
 		{"truncated", "truncated", respond(200, nil, "a 1\nb 2")},
 		{"encoding", `content encoding "zstd" is not supported; supported: identity, gzip`, respond(200, http.Header{"Content-Encoding": {"zstd"}}, "a 1\n")},
 		{"encodings", `content encoding "br, gzip" is not supported`, respond(200, http.Header{"Content-Encoding": {"br", "gzip"}}, "a 1\n")},

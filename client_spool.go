@@ -64,6 +64,7 @@ type SpoolConfig struct {
 type Spool struct {
 	cfg        SpoolConfig
 	unlock     func() error
+	isNew      bool   // the directory had no record and no scrape when the spool was opened
 	nextNumber uint64 // number of the next scrape; used only by Add's goroutine
 
 	// The fields from asideFiles to metaUnsaved are used only by the goroutine that calls
@@ -225,6 +226,12 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 		s.cfg.OnDrop(reason, len(dropped), samples)
 	}
 }
+
+// Dir returns the directory of the spool, or "" if the spool is in memory.
+func (s *Spool) Dir() string { return s.cfg.Dir }
+
+// IsNew reports whether the spool has a directory that had no spool when OpenSpool opened it.
+func (s *Spool) IsNew() bool { return s.isNew }
 
 // NextStep drops expired scrapes and returns what DrainSpool must do next. If that step is
 // StepWait, wait is how long to wait.

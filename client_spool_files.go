@@ -104,6 +104,7 @@ func (s *Spool) recover() error {
 		case isScrapeLost(err):
 			s.cfg.OnError(err)
 			s.setFileAside(number, spoolDamaged)
+			s.cfg.OnDrop(DropSpoolDamaged, 1, 1) // the number of samples is unknown
 		case err != nil:
 			return err
 		case identity != s.cfg.ClusterID:
@@ -197,6 +198,7 @@ func (s *Spool) loadMeta(hasScrapes bool) error {
 		if hasScrapes {
 			s.cfg.OnError(fmt.Errorf("%s is missing: all scrapes are sent to the servers again, and the known consumers are lost", s.path(spoolMetaName)))
 		}
+		s.isNew = !hasScrapes
 	case errors.Is(err, errSpoolFileDamaged):
 		s.cfg.OnError(err)
 	case err != nil:

@@ -207,14 +207,15 @@ func (c *spoolCrash) checkNextProcess() {
 }
 
 // OpenSpool succeeds even if a scrape file is damaged. At whatever byte the file is cut off or
-// changed, it is set aside, reported to OnError and never sent. The other scrapes are sent.
+// changed, it is set aside, reported to OnError and never sent. Because nobody knows how many
+// samples it had, it is counted as one dropped sample. The other scrapes are sent.
 func TestSpoolDamage(t *testing.T) {
 	r := newSpoolRig(t, nil)
 	r.mustAdd(1, 2, 3)
 	path := r.files()[1]
 	good := r.fs.entries[path].data
 	damage := func(what string, data []byte, wantCopy bool) {
-		r.errs = nil
+		r.errs, r.droppedSamples = nil, map[string]int{}
 		for _, name := range r.files() {
 			if strings.Contains(name, spoolDamaged) {
 				r.fs.Remove(name)
@@ -235,6 +236,7 @@ func TestSpoolDamage(t *testing.T) {
 		if len(r.errs) != 1 || wantCopy && !hasCopy {
 			t.Errorf("%s: reported %v, want one error; file set aside: %v", what, r.errs, hasCopy)
 		}
+		r.expect(what+": dropped samples", r.droppedSamples, map[string]int{DropSpoolDamaged: 1})
 	}
 	for i := range good {
 		damage(fmt.Sprint("cut at ", i), good[:i], false) // the file that is set aside may be shorter than the cut file, so an exact copy is not required

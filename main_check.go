@@ -197,14 +197,11 @@ func (p *clientProcess) checkSource(ctx context.Context, r *checkReport) {
 	got, err := source.client.Scrape(ctx)
 	took := time.Since(begin).Round(time.Millisecond)
 	if err != nil {
-		r.result(adviseOnDial(err, "--from"), what, "")
+		r.result(err, what, "")
 		return
 	}
-	n := len(got.List.Samples)
-	r.result(nil, what, "%d series in %v", n, took)
-	if n == 0 {
-		r.warn("no series of the source leaves the site: check --match, --match-file and the URL in --from")
-	}
+	r.result(nil, what, "%d series in %v", len(got.List.Samples), took)
+	source.client.LogUnmatchedFlags(got)
 	if off := time.Duration(got.SourceTime-got.At.Wall) * time.Millisecond; off.Abs() > clockTolerance {
 		r.warn("the clock of the source is %s the clock of this host: set both (NTP); until then, the client corrects the times of samples", describeOffset(off))
 	}

@@ -164,7 +164,7 @@ func TestCheckClient(t *testing.T) {
 	}
 	checkLines(t, s.dir, args, exitOK, append(lines, "does not exist yet", "WARN the clock of the source is ", "ahead of the clock of this host: set both (NTP)")...)
 	checkLines(t, s.dir, append(slices.Clip(args), "--to", hub.URL, "--match", "other"), exitOK, "ok   server "+hub.URL+": accepts the token; plain HTTP; ",
-		"WARN the clock of the server "+hub.URL+" is 3m", "behind the clock of this host: set both (NTP)", "WARN no series of the source leaves the site: check --match")
+		"WARN the clock of the server "+hub.URL+" is 3m", "behind the clock of this host: set both (NTP)", "WARN no series leaves the site from=")
 	if _, text := s.federate("first"); strings.Contains(text, "up{") {
 		t.Errorf("--check pushed samples:\n%s", text)
 	}
@@ -217,7 +217,7 @@ func TestCheckClientFaults(t *testing.T) {
 		{"client certificate", []string{"--to-crt", s.path("file"), "--to-key", s.path("file")}, true, []string{"name PEM files with a certificate"}},
 		{"spool is a file", []string{"--spool-dir", s.path("file")}, true, []string{"is not a directory"}},
 		{"source and server", []string{"--from", "http://" + nobody, "--to-proxy", "http://" + nobody}, false, []string{
-			"FAIL source http://" + nobody + "/federate: ", "check the address in --from", "FAIL server " + server + ": ", "the proxy http://" + nobody + " cannot be reached", "the URL in --to-proxy"}},
+			"FAIL source http://" + nobody + "/federate: ", "nothing listens there: start the source", "FAIL server " + server + ": ", "the proxy http://" + nobody + " cannot be reached", "the URL in --to-proxy"}},
 		{"nobody there", []string{"--to", "http://" + nobody}, false, []string{"FAIL server http://" + nobody + ": ", "check the address in --to", "ok   server " + server}},
 		{"impostor", []string{"--to", impostor.URL}, false, []string{"FAIL server " + impostor.URL + ": ", "pin"}},
 		{"revoked", []string{"--token-file", s.path("revoked-token"), "--spool-dir", s.path("none")}, false, []string{"FAIL server " + server + ": ", "401 Unauthorized", "revoked"}},

@@ -77,7 +77,7 @@ func clientMode(ctx context.Context, c *command) error {
 	if f.checkOnly {
 		return p.runChecks(ctx, c.stdout)
 	}
-	return p.run(ctx, c.stdout)
+	return p.run(ctx, c.stdout, c.stderr)
 }
 
 func (f *clientFlags) define(c *command) {
@@ -119,7 +119,7 @@ func (f *clientFlags) define(c *command) {
 	c.defineGroup("Other", func() {
 		c.optionalAddressFlag(&f.listen, "listen", "localhost:9002", "`ADDRESS` address for health checks, the client's own metrics, and /federate with the samples sent last; empty: do not listen")
 		c.BoolVar(&f.once, "once", false, "scrape once, push all scrapes in the spool, and exit")
-		c.BoolVar(&f.dryRun, "dry-run", false, "print the samples that would leave the site, without pushing them")
+		c.BoolVar(&f.dryRun, "dry-run", false, "print the samples that would leave the site, and on standard error a summary, without pushing them")
 		c.BoolVar(&f.checkOnly, "check", false, "check the flags, the files, the source and the servers, print a line for each, and exit; push nothing and change nothing")
 		c.logFlags(&f.logLevel)
 	})
@@ -166,13 +166,15 @@ type clientProcess struct {
 
 // run builds the client and runs it until ctx ends. With --once, it returns after one scrape and
 // after pushing the spool. With --dry-run, it returns after it has printed one scrape.
-func (p *clientProcess) run(ctx context.Context, stdout io.Writer) error {
+func (p *clientProcess) run(ctx context.Context, stdout, stderr io.Writer) error {
 	RegisterProcessMetrics(p.metrics)
 	if err := p.newClient(); err != nil {
 		return err
 	}
 	if p.dryRun {
-		return p.printScrape(ctx, stdout)
+		limited, cancel := context.WithTimeout(ctx, p.interval)
+		defer cancel()
+		return p.client.DryRun(limited, stdout, stderr)
 	}
 	if err := p.openSpool(); err != nil {
 		return err
@@ -195,10 +197,13 @@ func (p *clientProcess) newClient() error {
 		return err
 	}
 	p.token, p.fromTransport, p.toTransport = token, newRenewableTransport(from), newRenewableTransport(to)
+	toClient := p.toTransport.httpClient(attemptTimeout)
+	toClient.Transport = trustTransport{next: p.toTransport, caFile: p.toCAFile}
+	p.logSystemCAs()
 	p.client = NewClient(ClientConfig{
 		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,
 		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
-		FromClient: p.fromTransport.httpClient(scrapeTimeout), ToClient: p.toTransport.httpClient(attemptTimeout),
+		FromClient: p.fromTransport.httpClient(scrapeTimeout), ToClient: toClient,
 	})
 	p.client.Reload(state)
 	return nil
@@ -228,19 +233,6 @@ func (p *clientProcess) reload() error {
 	p.toTransport.renew(to)
 	p.client.Reload(state)
 	return nil
-}
-
-// printScrape scrapes the source once and writes to w the samples that would leave the site, in the
-// text format.
-func (p *clientProcess) printScrape(ctx context.Context, w io.Writer) error {
-	ctx, cancel := context.WithTimeout(ctx, p.interval)
-	defer cancel()
-	got, err := p.client.Scrape(ctx)
-	if err != nil {
-		return fmt.Errorf("scraping source: %w", err)
-	}
-	_, err = w.Write(got.AppendText(nil, got.List.Samples))
-	return err
 }
 
 // openSpool opens the client's spool in --spool-dir, or in memory if --spool-dir is empty.
@@ -447,7 +439,7 @@ func (f *clientFlags) loadSourceAuthorization() (string, error) {
 func (f *clientFlags) loadSelectors() (Selectors, error) {
 	match, err := readSelectors(f.match, "match-file", f.matchFile)
 	if err == nil && len(match) == 0 && !f.from.Query().Has("match[]") {
-		return ParseSelectors([]string{`{__name__=~".+"}`})
+		return ParseSelectors([]string{MatchAll})
 	}
 	return match, err
 }
@@ -463,61 +455,4 @@ func (f *clientFlags) loadSalt() ([]byte, error) {
 		return nil, fmt.Errorf("--anonymize-salt-file %s has %d bytes, fewer than %d: create a salt with: head -c 32 /dev/urandom | base64 > salt", f.saltFile, len(salt), minSalt)
 	}
 	return salt, nil
-}
-
-// loadToken reads the file of --token-file. It returns the token's text and its contents. The flags
-// --id and --to, if set, replace the cluster ID and the URLs in t. The error is a usageError if no
-// cluster ID is known, or if chooseServerURLs finds a problem.
-func (f *clientFlags) loadToken() (text string, t Token, err error) {
-	b, err := ReadSecret(f.tokenFile, MaxToken)
-	if err != nil {
-		return "", t, flagError("token-file", f.tokenFile, err)
-	}
-	// A token that does not parse is not an error yet, because a server with --authorize may accept
-	// tokens in another format. --id and --to must then supply the cluster ID and the servers.
-	t, parseErr := ParseUnverifiedToken(string(b))
-	if parseErr == nil && t.Kind != KindClient {
-		return "", t, fmt.Errorf("token file %s contains a token of kind %q, not a client's token: create one with telemeter --mode token", f.tokenFile, t.Kind)
-	}
-	if f.id != "" {
-		t.ClusterID = f.id
-	}
-	var bad usageError
-	if t.ClusterID == "" {
-		bad = append(bad, fmt.Sprintf("token file %s contains no cluster ID (%v): add --id ID", f.tokenFile, parseErr))
-	}
-	servers, problems := f.chooseServerURLs(t.URLs)
-	if bad = append(bad, problems...); len(bad) > 0 {
-		return "", t, bad
-	}
-	t.URLs = servers
-	return string(b), t, nil
-}
-
-// chooseServerURLs returns the URLs of the servers to push to: the URLs of --to if there are any,
-// else tokenURLs. problems lists invalid URLs, the lack of any URL, and URLs that would send the
-// token over plain HTTP to another host, which may be the proxy, without --plain-http.
-func (f *clientFlags) chooseServerURLs(tokenURLs []string) (urls []string, problems usageError) {
-	servers := f.to
-	if len(servers) == 0 {
-		for _, s := range tokenURLs {
-			u, err := parseServerURL(s)
-			if err != nil {
-				problems = append(problems, fmt.Sprintf("token file %s: server URL %v", f.tokenFile, err))
-				continue
-			}
-			servers = append(servers, u)
-		}
-		if len(tokenURLs) == 0 {
-			problems = append(problems, fmt.Sprintf("token file %s contains no server: add --to URL", f.tokenFile))
-		}
-	}
-	for _, u := range servers {
-		onHost := IsLoopbackHost(u.Hostname()) && (f.toProxy == nil || IsLoopbackHost(f.toProxy.Hostname()))
-		if u.Scheme == "http" && !onHost && !f.plainHTTP {
-			problems = append(problems, fmt.Sprintf("the token would be sent to %s over plain HTTP, where anybody on the network can read it: use https://, or add --plain-http to allow it", u))
-		}
-		urls = append(urls, u.String())
-	}
-	return urls, problems
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // On SIGHUP a client reads its client certificate and the file of CA certificates for its server
@@ -72,4 +73,110 @@ func TestClientWarnsOfReadableSecrets(t *testing.T) {
 	client.cmd.Process.Signal(syscall.SIGHUP)
 	client.await("msg=reloaded")
 	checkSecretWarnings(t, client.text(), map[string]string{"salt": "0644"})
+}
+
+// A client whose token file is not a token, or does not fit the flags, ends at start and says what
+// the file is and what to do. It creates no spool directory.
+func TestClientTokenFiles(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "127.0.0.1")
+	token := mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a")
+	const opaque = "SGVsbG8sIHdvcmxkISBIZWxsbywgd29ybGQhIDEyMzQ=" // 32 bytes in base64, as a key, and as a token of another service can be
+	for _, tt := range []struct {
+		name, content string
+		args          []string
+		code          int
+		want          string
+	}{
+		{"missing", "", nil, exitFailure, "make a token on the hub with telemeter --mode token"},
+		{"empty", "\n", nil, exitFailure, "is empty: make a token"},
+		{"large", strings.Repeat("x", MaxToken+10), nil, exitFailure, "make a token"},
+		{"html", "<!DOCTYPE html>\n<p>Not found</p>\n", nil, exitFailure, "is an HTML page"},
+		{"html with flags", "<html>", []string{"--id", "a", "--to", "https://127.0.0.1:1"}, exitFailure, "is an HTML page"},
+		{"certificate", readIn(t, dir, "keys/"+TLSCertFile), nil, exitFailure, "is a PEM file"},
+		{"private key", readIn(t, dir, "keys/"+TLSKeyFile), nil, exitFailure, "is a PEM file"},
+		{"key file", readIn(t, dir, "keys/"+TokenKeyFile), nil, exitFailure, "must not leave the hub"},
+		{"key file in one line", opaque, nil, exitFailure, "must not leave the hub"},
+		{"two tokens", token + token, nil, exitFailure, "has several tokens"},
+		{"comment", "# site a\n" + token, nil, exitFailure, "has other text besides the token"},
+		{"cut", token[:len(token)/2], nil, exitFailure, "has other text besides the token, or a damaged token"},
+		{"words", "two words", nil, exitFailure, "has spaces"},
+		{"password", "hunter2", nil, exitUsage, "--authorize"},
+		{"no server", token, nil, exitUsage, "the token names no server: pass --to https://HUB:9003, or make a token with --to"},
+		{"opaque token with flags", opaque, []string{"--id", "a", "--to", "https://127.0.0.1:1"}, exitFailure, "connection refused"},
+		{"no pin", token, []string{"--to", "https://127.0.0.1:1"}, exitFailure, "a CA of this system must have signed the servers' certificate"},
+	} {
+		if tt.content != "" {
+			writeIn(t, dir, "token", tt.content)
+		}
+		spool := "spool of " + tt.name
+		_, stderr, code := tool(t, dir, append([]string{"--mode", "client", "--from", "http://127.0.0.1:1", "--token-file", "token", "--once", "--interval", "1s", "--spool-dir", spool}, tt.args...)...)
+		if tt.want == "connection refused" || tt.name == "no pin" {
+			spool = "" // this token is accepted at start, so the spool is opened
+		}
+		if code != tt.code || !strings.Contains(stderr, tt.want) {
+			t.Errorf("%s: exit %d, want %d and %q:\n%s", tt.name, code, tt.code, tt.want, stderr)
+		}
+		if strings.Contains(stderr, strings.TrimSpace(token)) || strings.Contains(stderr, opaque) {
+			t.Errorf("%s: the error quotes the secret:\n%s", tt.name, stderr)
+		}
+		if _, err := os.Stat(filepath.Join(dir, spool)); spool != "" && err == nil {
+			t.Errorf("%s: the failed start left a spool directory", tt.name)
+		}
+	}
+}
+
+// If the server's certificate cannot be trusted, the error says what to do about it, and the client
+// does not go on trying until the end of --once. A token with the pin of the new certificate works
+// after SIGHUP.
+func TestClientDistrust(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys", "--host", "127.0.0.1")
+	mustTool(t, dir, "--mode", "keygen", "--keys", "others", "--host", "127.0.0.1")
+	server := startServer(t, dir)
+	source, addr := "http://"+server.await(internalAddr)+"/metrics", server.await(externalAddr)
+	url, otherName := "https://"+addr, "https://localhost"+strings.TrimPrefix(addr, "127.0.0.1")
+	writeIn(t, dir, "no-pin", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a"))
+	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "others", "--id", "a", "--to", url))
+	for _, tt := range []struct {
+		name string
+		args []string
+		want string
+	}{
+		{"no pin", []string{"--token-file", "no-pin", "--to", url}, "restart with --to-ca-file"},
+		{"other CA", []string{"--token-file", "no-pin", "--to-ca-file", "others/" + TLSCertFile, "--to", url}, "no CA in --to-ca-file others/tls.crt has signed"},
+		{"other name", []string{"--token-file", "no-pin", "--to-ca-file", "keys/" + TLSCertFile, "--to", otherName}, "--mode keygen --host"},
+		{"other pin", []string{"--token-file", "token"}, "either someone intercepts the connection, or the hub has new keys"},
+	} {
+		begin := time.Now()
+		_, stderr, code := tool(t, dir, append([]string{"--mode", "client", "--from", source, "--once", "--interval", "5m", "--spool-age", "10m"}, tt.args...)...)
+		if code != exitFailure || strings.Count(stderr, tt.want) != 2 || time.Since(begin) > time.Minute {
+			t.Errorf("%s: exit %d after %v, want %d soon and %q in the log and in the error:\n%s", tt.name, code, time.Since(begin), exitFailure, tt.want, stderr)
+		}
+	}
+	client := start(t, dir, "--mode", "client", "--from", source, "--token-file", "token", "--interval", "2s", "--listen", "")
+	client.await("level=ERROR .*either someone intercepts")
+	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", url))
+	client.cmd.Process.Signal(syscall.SIGHUP)
+	client.await("msg=pushed")
+}
+
+// With --once and no server, the client says how long it goes on trying. It ends within this time,
+// with an error and exit status 1.
+func TestClientOnceWithoutServer(t *testing.T) {
+	dir := t.TempDir()
+	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
+	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "http://127.0.0.1:1"))
+	source := startServer(t, dir)
+	from := "http://" + source.await(internalAddr) + "/metrics"
+	begin := time.Now()
+	_, stderr, code := tool(t, dir, "--mode", "client", "--from", from, "--token-file", "token", "--once", "--interval", "3s")
+	if took := time.Since(begin); code != exitFailure || took > 3*time.Second+time.Second {
+		t.Errorf("exit %d after %v, want %d within 3 s:\n%s", code, took, exitFailure, stderr)
+	}
+	for _, want := range []string{`level=INFO msg="no server has accepted the scrapes yet; trying again until the time is over" up_to=3s`, "telemeter: destination: failed after", "scrapes kept in the spool: 1,"} {
+		if !strings.Contains(stderr, want) {
+			t.Errorf("the client does not say %q:\n%s", want, stderr)
+		}
+	}
 }

@@ -217,9 +217,9 @@ func metricsOfAll(t *testing.T) (server, federate, client string) {
 func metricsTable(text string) string {
 	help := map[string]string{}
 	kind := map[string]string{}
-	labels := map[string][]string{}                        // metric → names of its labels, in the order of the exposition
-	values := map[string]map[string][]string{}             // metric → label → values of this label, for the labels in fixed
-	fixed := []string{"reason", "result", "state", "kind"} // labels with a fixed set of values
+	labels := map[string][]string{}                                // metric → names of its labels, in the order of the exposition
+	values := map[string]map[string][]string{}                     // metric → label → values of this label, for the labels in fixed
+	fixed := []string{"reason", "result", "state", "kind", "flag"} // labels with a fixed set of values
 	label := regexp.MustCompile(`([a-z_]+)="([^"]*)"`)
 	for line := range strings.SplitSeq(text, "\n") {
 		fields := strings.SplitN(line, " ", 4)

@@ -68,7 +68,7 @@ var pureFiles = []string{
 	"client_failover.go", "client_spool_index.go", "client_spool_record.go", "client_spool_meta.go",
 	"push.go", "push_ranges.go", "push_wallclock.go", "push_source_clock.go",
 	"sample.go", "sample_line.go", "sample_parser.go", "sample_text.go", "sample_proto.go", "sample_exposition.go",
-	"sanitize.go", "sanitize_selector.go", "auth_replay.go", "wire.go", "http_share.go",
+	"sanitize.go", "sanitize_nearest.go", "sanitize_selector.go", "sanitize_use.go", "auth_replay.go", "wire.go", "http_share.go",
 }
 
 // upcalls lists the function-typed fields, as "family.Field", that another family may set. Through

@@ -138,7 +138,7 @@ func TestFlagProblems(t *testing.T) {
 		"--addr :70000":         `--addr: ":70000" has no valid port: use a number from 0 to 65535, such as :9000`,
 		"--addr h:":             `--addr: "h:" has no valid port: use a number from 0 to 65535, such as h:9000`,
 		"--addr --n 5":          "--addr needs a value: write --addr value",
-		"--dd 1s -labls a=b":    "unknown flag --dd: did you mean --d?; unknown flag --labls: did you mean --labels?",
+		"--dd 1s -labls a=b":    "unknown flag --dd; unknown flag --labls: did you mean --labels?",
 		"--n 5 --nnnnnnnnn":     "unknown flag --nnnnnnnnn",
 		"--d 999ms":             "--d must be from 1s to 1h",
 		"--url http://u:p@h/":   `--url: http://u:xxxxx@h/ contains credentials, which every user of this host can see in a command line: remove them, and write USER:PASSWORD into a file that --url-user-file names`,

@@ -218,46 +218,22 @@ func (c *command) adviceOnUnknownFlag(name string) string {
 }
 
 // nearest returns the name that a person probably meant by word, or "" if no name is near. A name
-// is near if few letters differ, or if the word is a part of it or contains it.
-func nearest(word string, names []string) (near string) {
-	best := 2 + len(word)/5 // the distance from which on a name is not near
-	for _, name := range names {
-		d := editDistance(word, name)
-		if i := strings.Index(name, word); len(word) >= 3 && i >= 0 {
-			d = min(d, 1+min(i, 1)) // a name that begins with the word is nearer than a name that contains it
-		}
-		if len(name) >= 4 && strings.Contains(word, name) {
-			d = min(d, 2) // as in "web.listen-address" for "listen"
-		}
-		if letters := slices.Sorted(slices.Values([]byte(name))); slices.Equal(letters, slices.Sorted(slices.Values([]byte(word)))) {
-			d = min(d, 1) // the letters have another order, as in "form" for "from"
-		}
-		if d < best {
-			near, best = name, d
+// is near if it differs in few letters, else if it begins with the word, contains it, or is a part
+// of it, as "listen" is of "web.listen-address".
+func nearest(word string, names []string) string {
+	if near := NearestName(word, names); near != "" || len(word) < 3 {
+		return near
+	}
+	for _, near := range []func(name string) bool{
+		func(name string) bool { return strings.HasPrefix(name, word) },
+		func(name string) bool { return strings.Contains(name, word) },
+		func(name string) bool { return len(name) >= 4 && strings.Contains(word, name) },
+	} {
+		if i := slices.IndexFunc(names, near); i >= 0 {
+			return names[i]
 		}
 	}
-	return near
-}
-
-// editDistance returns the Levenshtein distance of a and b in bytes.
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1) // distances of the part of a so far to each prefix of b
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, diagonal+1)
-		}
-	}
-	return row[len(b)]
+	return ""
 }
 
 // addProblemUnless adds a problem, formatted like fmt.Sprintf, if ok is false.

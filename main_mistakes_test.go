@@ -45,7 +45,7 @@ func TestMistakes(t *testing.T) {
 		"bad/" + TokenKeyFile: "nonsense\n", "bad/" + ClusterKeyFile: keyLine(1) + "\n" + keyLine(1) + "\n", "badcrt/" + TLSCertFile: "nonsense\n",
 		"good.token":  mustRun("--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "https://127.0.0.1:1"),
 		"nourl.token": mustRun("--mode", "token", "--keys", "keys", "--id", "site-7"), "far.token": mustRun("--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "http://192.0.2.1:9003"),
-		"empty": "\n", "garbage": "<html>login</html>\n", "short": "0123456789\n", "salt": "0123456789abcdef\n", "two": "a\nb\n",
+		"empty": "\n", "garbage": "<html>login</html>\n", "short": "0123456789\n", "salt": "0123456789abcdef\n", "opaque": "bHVuY2g\n", "two": "a\nb\n",
 		"revoked": "site-1\nno such id\n", "selectors": "up\n{job=\n", "comments": "# nothing\n", "file": "",
 	} {
 		must(os.WriteFile(name, []byte(text), 0o600))
@@ -164,10 +164,11 @@ func TestMistakes(t *testing.T) {
 		{keyedServer + "--allow-file selectors", 1, "--allow-file selectors: ", "write a selector like up or {job=\"node\"}"},
 		{keyedServer + "--federate-token-file empty", 1, "--federate-token-file empty: ", "write the secret into it"},
 		{keyedServer + "--federate-token-file two", 1, "--federate-token-file two ", "one word of visible ASCII"},
-		{client + "--token-file none", 1, "--token-file none: ", "correct the path"},
+		{client + "--token-file none", 1, "--token-file none: ", "copy this file to the site"},
 		{client + "--token-file empty", 1, "--token-file empty: ", "write the secret into it"},
-		{client + "--token-file garbage", 2, "garbage", "--id"},
-		{client + "--token-file nourl.token", 2, "nourl.token", "--to "},
+		{client + "--token-file garbage", 1, "--token-file garbage is an HTML page", "telemeter --mode token --id SITE"},
+		{client + "--token-file opaque", 2, "--token-file opaque contains no token of telemeter", "add --id ID and --to URL"},
+		{client + "--token-file nourl.token", 2, "the token names no server", "pass --to https://HUB:9003"},
 		{pusher + "--from-token-file empty", 1, "--from-token-file empty: ", "write the secret into it"},
 		{pusher + "--from-ca-file garbage", 1, "--from-ca-file garbage contains no PEM certificate", "-----BEGIN CERTIFICATE-----"},
 		{pusher + "--to-crt garbage --to-key garbage", 1, "--to-crt garbage and --to-key garbage: ", "name PEM files"},

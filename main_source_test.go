@@ -147,12 +147,12 @@ func TestSourceCredentials(t *testing.T) {
 func TestUserFile(t *testing.T) {
 	dir := t.TempDir()
 	for text, want := range map[string]*url.Userinfo{
-		"me:secret": url.UserPassword("me", "secret"), "me:a:secret\r\n": url.UserPassword("me", "a:secret"), "me:\n": url.UserPassword("me", ""),
-		"secret": nil, ":secret": nil, "me:secret\nmore\n": nil, "me:sec\x00ret": nil, "\n": nil,
+		"me:sesame": url.UserPassword("me", "sesame"), "me:a:sesame\r\n": url.UserPassword("me", "a:sesame"), "me:\n": url.UserPassword("me", ""),
+		"sesame": nil, ":sesame": nil, "me:sesame\nmore\n": nil, "me:ses\x00ame": nil, "\n": nil,
 	} {
 		writeIn(t, dir, "user", text)
-		got, err := readUserFile(dir+"/user", "the user")
-		if want == nil && (err == nil || strings.Contains(err.Error(), "secret")) || want != nil && (err != nil || *got != *want) {
+		got, err := readUserFile("from-user-file", dir+"/user")
+		if want == nil && (err == nil || strings.Contains(err.Error(), "sesame")) || want != nil && (err != nil || *got != *want) {
 			t.Errorf("%q: got %v, %v; want %v, or an error that does not quote the file", text, got, err, want)
 		}
 	}

@@ -111,6 +111,17 @@ func ParseConsumers(text string) ([]ConsumerAge, error) {
 	return all, nil
 }
 
+// Texts of the answers 401 and 403 of a server. The client recognizes by them why its token is not
+// accepted.
+const (
+	TokenExpiredText   = "the token has expired"
+	TokenMalformedText = "the token is malformed"
+	TokenForgedText    = "the token is not signed by a key of this server"
+	TokenRevokedText   = "the token has been revoked"
+	ClusterRevokedText = "the cluster ID has been revoked"
+	OtherClusterText   = "the token is for another cluster ID"
+)
+
 // PushAnswer is the body of a 200 answer to a push.
 type PushAnswer struct {
 	Accepted   *int           `json:"accepted"`          // samples stored; nil if a program other than telemeter answered
@@ -130,4 +141,8 @@ type PushAnswer struct {
 	Held      *string `json:"held,omitempty"`
 	Read      *string `json:"read,omitempty"`
 	Consumers string  `json:"consumers,omitempty"`
+
+	// OtherSpoolTime is when the server last accepted a push of this site that names another spool,
+	// in ms since the epoch. It is 0 if the server holds no sample of such a push.
+	OtherSpoolTime int64 `json:"otherSpoolTime,omitempty"`
 }

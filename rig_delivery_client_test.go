@@ -263,7 +263,7 @@ func (m *deliveryModel) drain(c *modelSite) {
 			}
 			c.plan.markPushFailed(false)
 			c.failing = true
-			if !c.servers.advanceAfterFailure(0) {
+			if !c.servers.advanceAfterFailure(0, false) {
 				return
 			}
 			continue

@@ -230,6 +230,7 @@ type srvCounts struct {
 	Time                 int64
 	Held, Read           *string
 	Consumers            string
+	OtherSpoolTime       int64
 }
 
 // accepted decodes the answer to a push. The test fails at once if the status is not 200.

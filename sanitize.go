@@ -4,7 +4,7 @@ package main
 // ServerNormalizer.Normalize accepts has the authenticated cluster ID as a label, and its metric
 // name is not one that the server uses for its own metrics. In a sample that ClientCleaner.Clean
 // accepts, no label in Anonymize has its original value. The sanitize family must not know of HTTP,
-// files or stores. It keeps no state between samples.
+// files or stores. Cleaning a sample does not depend on earlier samples.
 
 import (
 	"bytes"
@@ -159,14 +159,19 @@ func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason s
 	return "", nil
 }
 
-// ClientCleaner cleans and anonymizes the samples that leave a site. It is not safe for
-// concurrent use.
+// ClientCleaner cleans and anonymizes the samples that leave a site, and counts which of its rules
+// match; see Use. It is not safe for concurrent use.
 type ClientCleaner struct {
-	Match     Selectors         // Clean drops a sample that does not match this list; it checks the sample before it changes it
-	Rename    map[string]string // old metric name → new metric name
-	Labels    []Label           // labels to add to every sample; they replace its labels of the same name
-	Anonymize []string          // names of the labels to anonymize; if there are any, the caller must call SetSalt before Clean
-	mac       hash.Hash         // HMAC-SHA256 keyed with the salt; nil before SetSalt
+	Match           Selectors         // Clean drops a sample that does not match this list; it checks the sample before it changes it
+	MatchedBySource Selectors         // selectors by which the source has selected the samples; Clean drops no sample because of them
+	Rename          map[string]string // old metric name → new metric name
+	Labels          []Label           // labels to add to every sample; they replace its labels of the same name
+	Anonymize       []string          // names of the labels to anonymize; if there are any, the caller must call SetSalt before Clean
+	mac             hash.Hash         // HMAC-SHA256 keyed with the salt; nil before SetSalt
+
+	unmatched  *unmatchedSelectors // nil before prepareUse
+	renamed    map[string]int      // number of renamed samples by old name
+	anonymized []int               // number of samples with each label in Anonymize
 }
 
 // SetSalt sets the secret key of the HMAC by which Clean replaces the values of anonymized labels.
@@ -184,7 +189,10 @@ func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 	if !c.Match.MatchOrEmpty(r.Name, r.Labels) {
 		return DropNotMatched
 	}
+	c.prepareUse()
+	c.unmatched.observe(r.Name, r.Labels)
 	if name, ok := c.Rename[string(r.Name)]; ok {
+		c.renamed[string(r.Name)]++
 		r.Name = []byte(name)
 	}
 	if isReservedMetricName(r.Name) {
@@ -194,7 +202,9 @@ func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 		return len(l.Value) == 0 || hasLabel(c.Labels, l.Name)
 	})
 	for i := range r.Labels {
-		if l := &r.Labels[i]; slices.Contains(c.Anonymize, string(l.Name)) {
+		l := &r.Labels[i]
+		if k := slices.Index(c.Anonymize, string(l.Name)); k >= 0 {
+			c.anonymized[k]++
 			c.mac.Reset()
 			c.mac.Write(l.Value)
 			l.Value = base64.RawURLEncoding.AppendEncode(nil, c.mac.Sum(nil)[:16])

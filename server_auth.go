@@ -57,17 +57,17 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	id := r.URL.Query().Get("id")
 	switch {
 	case errors.Is(err, ErrTokenExpired):
-		s.denyToken(w, "expired", "the token has expired")
+		s.denyToken(w, "expired", TokenExpiredText)
 	case errors.Is(err, ErrTokenMalformed):
-		s.denyToken(w, "malformed", "the token is malformed")
+		s.denyToken(w, "malformed", TokenMalformedText)
 	case err != nil:
-		s.denyToken(w, "forged", "the token is not signed by a key of this server")
+		s.denyToken(w, "forged", TokenForgedText)
 	case st.Revoked.IsRevoked(t):
-		s.denyToken(w, "revoked", "the token has been revoked")
+		s.denyToken(w, "revoked", TokenRevokedText)
 	case !slices.Contains(kinds, t.Kind):
 		s.denyToken(w, "kind", fmt.Sprintf("this request needs a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
 	case id != "" && id != t.ClusterID:
-		s.denyOtherClusterID(w, "the token is for another cluster ID")
+		s.denyOtherClusterID(w, OtherClusterText)
 	default:
 		ProtectConn(r, t.ClusterID)
 		return t, true
@@ -153,7 +153,7 @@ func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t 
 	if err == nil {
 		// Only a client that the service has permitted may learn that the cluster ID is revoked.
 		if s.isRevokedClusterID(id) {
-			s.denyToken(w, "revoked", "the cluster ID has been revoked")
+			s.denyToken(w, "revoked", ClusterRevokedText)
 			return t, false
 		}
 		err = s.checkServiceLabels(t)

@@ -355,7 +355,7 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 	if spool := params.scrapes.SpoolID; spool != 0 {
 		st := s.cfg.Store.RefreshSpoolStatus(clusterID, spool)
 		held, read := st.Held.String(), st.Read.String()
-		answer.Held, answer.Consumers = &held, FormatConsumers(st.Consumers)
+		answer.Held, answer.Consumers, answer.OtherSpoolTime = &held, FormatConsumers(st.Consumers), st.OtherTime
 		if st.HasConsumers {
 			answer.Read = &read
 		}

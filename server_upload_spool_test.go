@@ -111,6 +111,35 @@ func TestSpoolAnswers(t *testing.T) {
 	}
 }
 
+// The answer to a push that names a spool states when the site last pushed from another spool, as
+// long as the server holds the samples of such a push.
+func TestOtherSpoolTime(t *testing.T) {
+	const first, second = "00000000000000ab", "00000000000000cd"
+	r := newSrvRig(t)
+	push := func(site, spool string) int64 {
+		t.Helper()
+		r.clock.Add(int64(time.Minute))
+		return r.accepted(r.pushSpool(site, fmt.Sprintf("m 1 %d\n", r.now().UnixMilli()), SpoolHeader, spool)).OtherSpoolTime
+	}
+	if got := push("a", first+" 1"); got != 0 {
+		t.Errorf("the first push of a site is answered with a push from another spool at %d", got)
+	}
+	firstAt := r.now().UnixMilli()
+	if got := push("a", second+" 1"); got != firstAt {
+		t.Errorf("a push from a second spool: got %d, want the time %d of the push from the first spool", got, firstAt)
+	}
+	if got := push("a", second+" 2"); got != firstAt {
+		t.Errorf("another push from the second spool: got %d, want %d", got, firstAt)
+	}
+	secondAt := r.now().UnixMilli()
+	if got := push("a", first+" 2"); got != secondAt {
+		t.Errorf("a push from the first spool: got %d, want the time %d of the newest push from the second", got, secondAt)
+	}
+	if got := push("b", first+" 1"); got != 0 {
+		t.Errorf("a push of another site: got %d, want 0", got)
+	}
+}
+
 // A push that names a spool but has neither scrape numbers nor samples only asks for the lists of
 // held and read scrapes. The server adds no site and writes nothing to the site's log, and
 // push_time_seconds of the site does not change. A push that names a scrape without samples does

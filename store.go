@@ -329,7 +329,8 @@ type SpoolStatus struct {
 	// scrapes that every consumer has read.
 	Held, Read   Ranges
 	Consumers    []ConsumerAge
-	HasConsumers bool // whether any consumer is known; if not, RefreshSpoolStatus marks no scrape as read
+	HasConsumers bool  // whether any consumer is known; if not, RefreshSpoolStatus marks no scrape as read
+	OtherTime    int64 // ms; when the newest batch that names another spool of the site was accepted; 0 if the store has none
 }
 
 // RefreshSpoolStatus returns the status of one spool of the site of clusterID. Before that it marks
@@ -344,6 +345,15 @@ func (s *Store) RefreshSpoolStatus(clusterID string, spoolID uint64) (st SpoolSt
 			data.Spools.MarkReadUpTo(seq)
 		}
 		st.Held, st.Read = data.Spools.HeldAndRead(spoolID)
+		if !data.Spools.HasOther(spoolID) {
+			return
+		}
+		for _, b := range slices.Backward(data.Batches) {
+			if b.Names.SpoolID != 0 && b.Names.SpoolID != spoolID {
+				st.OtherTime = b.AcceptedAt
+				return
+			}
+		}
 	})
 	return st
 }

@@ -46,6 +46,11 @@ func (s *SiteSpools) find(spoolID uint64) *siteSpool {
 	return nil
 }
 
+// HasOther reports whether a spool other than this one is known.
+func (s *SiteSpools) HasOther(spoolID uint64) bool {
+	return slices.ContainsFunc(s.spools, func(p siteSpool) bool { return p.id != spoolID })
+}
+
 // findOrAdd returns the spool with this ID, adding the spool if it is not known. It moves the spool
 // to the end of spools. If maxSpools spools are known, a new spool replaces the first one, whose
 // last use is the longest ago.

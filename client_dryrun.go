@@ -1,0 +1,101 @@
+package main
+
+// This file implements a dry run: one scrape whose samples are printed instead of pushed. The
+// samples are printed exactly as they would be pushed. A summary then says which part of the scrape
+// they are, and what the client changed in them.
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// DryRun scrapes the source once. It writes the samples that would leave the site to samples, in
+// the text format. It then writes a summary for people to summary, and logs the warnings about
+// flags that match no series.
+func (c *Client) DryRun(ctx context.Context, samples, summary io.Writer) error {
+	got, err := c.Scrape(ctx)
+	if err != nil {
+		return fmt.Errorf("source: %w", err)
+	}
+	text := got.AppendText(nil, got.List.Samples)
+	if _, err := samples.Write(text); err != nil {
+		return fmt.Errorf("writing samples: %w", err)
+	}
+	if _, err := summary.Write(c.describeDryRun(got, len(text), len(Gzip(text)))); err != nil {
+		return fmt.Errorf("writing summary: %w", err)
+	}
+	c.LogUnmatchedFlags(got)
+	return nil
+}
+
+// describeDryRun returns the summary of a dry run, whose samples have size bytes as text. The
+// counters of the client must have counted only the scrape got.
+func (c *Client) describeDryRun(got *CleanedScrape, size, gzipSize int) []byte {
+	var b bytes.Buffer
+	line := func(what, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-9s "+format+"\n", append([]any{what}, args...)...)
+	}
+	fmt.Fprintf(&b, "dry run: nothing was pushed; of %d scraped series, %d would leave the site\n", got.Scraped, len(got.List.Samples))
+	line("source", "%s", c.cfg.From.Redacted())
+	for _, d := range []struct{ reason, why string }{
+		{DropNotMatched, "no --match selects them"},
+		{DropReserved, "the server uses their names for its own metrics"},
+		{DropInvalid, "they are not valid"},
+	} {
+		if n := c.dropped.Value(d.reason); n > 0 {
+			line("dropped", "%v series: %s (%s)", n, d.why, d.reason)
+		}
+	}
+	for _, kind := range slices.Sorted(maps.Keys(UnsupportedParts{}.ByKind())) {
+		if n := c.skipped.Value(kind); n > 0 {
+			line("left out", "%v parts of series that cannot be pushed (%s)", n, kind)
+		}
+	}
+	for _, old := range slices.Sorted(maps.Keys(got.Use.Renamed)) {
+		line("renamed", "%s to %s: %d series", old, c.state.Load().NewCleaner().Rename[old], got.Use.Renamed[old])
+	}
+	values := distinctValues(&got.List, got.Use.Anonymized)
+	for _, name := range slices.Sorted(maps.Keys(got.Use.Anonymized)) {
+		line("hashed", "label %s of %d series, %d values", name, got.Use.Anonymized[name], values[name])
+	}
+	if len(got.Use.Anonymized) == 0 {
+		line("hashed", "no label; --anonymize-labels names the labels to hash")
+	}
+	_, labels := namesIn(&got.List)
+	labels = slices.DeleteFunc(labels, func(name string) bool { _, hashed := got.Use.Anonymized[name]; return hashed })
+	if len(labels) > 0 {
+		line("readable", "labels %s", strings.Join(labels, ", "))
+	}
+	line("size", "%d bytes, %d bytes compressed", size, gzipSize)
+	return b.Bytes()
+}
+
+// distinctValues returns how many values each label that is a key of names has in list.
+func distinctValues(list *SampleList, names map[string]int) map[string]int {
+	values := map[string]map[string]bool{}
+	for name := range names {
+		values[name] = map[string]bool{}
+	}
+	var p SeriesParser
+	for _, s := range list.Samples {
+		_, labels, err := p.ParseLine(list.Line(s))
+		if err != nil {
+			continue // cannot happen, because SampleList rendered the line
+		}
+		for i := range labels {
+			if set := values[string(labels[i].Name)]; set != nil {
+				addKey(set, labels[i].Value)
+			}
+		}
+	}
+	n := map[string]int{}
+	for name, set := range values {
+		n[name] = len(set)
+	}
+	return n
+}

@@ -1,0 +1,51 @@
+package main
+
+// This file logs when the client begins to shift the times of the source's samples, when the shift
+// changes, and when it ends. SourceClockTracker chooses the shift. A clock that is off is a fault
+// that only a person can mend, although the samples arrive with the right times.
+
+import "time"
+
+// loggedShift is the shift of the source's times that was logged last. The zero value means that no
+// shift was logged, or the end of the last one.
+type loggedShift struct {
+	ms int64
+	at time.Time // when a shift that is not 0 was logged last
+}
+
+// nextShift returns SourceClockTracker.NextShift, and logs a new shift, but at most once in
+// failureLogInterval. It may be called by the goroutine that scrapes and by the one that pushes.
+func (c *Client) nextShift(at Moment, sourceMs int64) (shiftMs int64, known bool) {
+	shiftMs, known = c.sourceClock.NextShift(at, sourceMs)
+	if !known {
+		return shiftMs, known
+	}
+	now := c.cfg.Now()
+	c.mu.Lock()
+	logged := c.loggedShift
+	isNew := shiftMs != logged.ms && (shiftMs == 0 || logged.at.IsZero() || now.Sub(logged.at) >= failureLogInterval)
+	if isNew && shiftMs != 0 {
+		c.loggedShift.at = now
+	}
+	if isNew {
+		c.loggedShift.ms = shiftMs
+	}
+	c.mu.Unlock()
+	switch {
+	case isNew && shiftMs == 0:
+		c.cfg.Log.Info("the source's clock agrees with the servers' clocks again; sample times are not shifted")
+	case isNew:
+		c.cfg.Log.Warn("the source's clock is off; sample times are shifted to the servers' clocks", "off", describeShift(shiftMs),
+			"advice", "set the clock of the source's host, such as by NTP; if many sites log this, check the clocks of the servers")
+	}
+	return shiftMs, known
+}
+
+// describeShift says how far the clock is off that a shift by ms corrects, such as "10m0s behind".
+func describeShift(ms int64) string {
+	side := " behind"
+	if ms < 0 {
+		ms, side = -ms, " ahead"
+	}
+	return (time.Duration(ms) * time.Millisecond).Round(time.Second).String() + side
+}

@@ -1,0 +1,58 @@
+package main
+
+// This file recognizes failures of TLS between a client and its servers that only a person can
+// mend, such as a certificate that does not match the token's pin. It says what the person must do.
+// Other failures of a connection are passed on unchanged, because they may end by themselves.
+
+import (
+	"crypto/x509"
+	"errors"
+	"net/http"
+	"strings"
+)
+
+// trustTransport is an http.RoundTripper that returns a DeniedError if the client does not trust
+// the server, or if the server does not trust the client's certificate.
+type trustTransport struct {
+	next   http.RoundTripper
+	caFile string // of --to-ca-file
+}
+
+func (t trustTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.next.RoundTrip(req)
+	if err == nil {
+		return resp, nil
+	}
+	if advice := t.advice(err); advice != "" {
+		return nil, &DeniedError{Err: err, Advice: advice}
+	}
+	return nil, err
+}
+
+// advice returns what a person must do about the error of a request. It returns "" if the error is
+// not about trust.
+func (t trustTransport) advice(err error) string {
+	var (
+		unknown x509.UnknownAuthorityError
+		host    x509.HostnameError
+		invalid x509.CertificateInvalidError
+	)
+	const newToken = "make a new token on the hub with telemeter --mode token, replace the file of --token-file with it, and send this client SIGHUP"
+	switch text := err.Error(); {
+	case errors.Is(err, ErrOtherPin):
+		return "the certificate of the hub does not match the token's pin: either someone intercepts the connection, or the hub has new keys; if it has, " + newToken
+	case errors.As(err, &unknown) && t.caFile != "":
+		return "no CA in --to-ca-file " + t.caFile + " has signed the server's certificate: replace the file with the server's certificate or its CA, and send this client SIGHUP"
+	case errors.As(err, &unknown):
+		return "no CA of this system has signed the server's certificate, and the token has no pin: restart with --to-ca-file and a copy of the server's tls.crt; or, to get a token with the pin, " + newToken
+	case errors.As(err, &host):
+		return "the server's certificate is for other names: use one of them in --to, or make a certificate for this name with telemeter --mode keygen --host; or use a token that has the pin of the certificate"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "renew the server's certificate if it has expired, and correct the clock of this machine if it is wrong"
+	case errors.As(err, &invalid):
+		return "replace the server's certificate, or use a token that has the pin of the certificate"
+	case strings.Contains(text, "remote error: tls:") && strings.Contains(text, "certificate"):
+		return "the server refuses the client's certificate, or wants one: check --to-crt and --to-key, which a CA of the server's --tls-client-ca must have signed"
+	}
+	return ""
+}
