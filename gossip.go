@@ -83,12 +83,16 @@ type Gossip struct {
 	changed chan struct{} // the channel that Changed returns; has a buffer of 1
 	lookup  chan struct{} // signals runHostRefresh that hosts has a new host to look up; has a buffer of 1
 
-	mu         sync.Mutex // guards the fields below
-	swim       *Swim
-	version    uint64 // View().Version at the last signal on changed
-	stats      GossipStats
-	hosts      map[string][]netip.AddrPort // resolved addresses by host:port; addrOrQueueLookup bounds its size
-	leaveUntil time.Duration               // when Run stops waiting for confirmations of the leave; 0 until Run's context ends
+	mu      sync.Mutex // guards the fields below
+	swim    *Swim
+	version uint64 // View().Version at the last signal on changed
+	stats   GossipStats
+	hosts   map[string]*lookedUpHost // by host:port; addrOrQueueLookup bounds its size
+	join    joinState
+
+	checkAt        time.Duration // when dueEvents looks for events again
+	lookupReportAt time.Duration // when lookupEvents may report again
+	leaveUntil     time.Duration // when Run stops waiting for confirmations of the leave; 0 until Run's context ends
 }
 
 // NewGossip checks c and returns a member that does not send or receive yet. The caller should
@@ -115,8 +119,13 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 	}
 	var seed [32]byte
 	crand.Read(seed[:]) // returns no error since Go 1.24
+	hosts := map[string]*lookedUpHost{}
+	for _, s := range c.Seeds {
+		hosts[s] = &lookedUpHost{isSeed: true}
+	}
 	return &Gossip{
-		conf: c, start: time.Now(), changed: make(chan struct{}, 1), lookup: make(chan struct{}, 1), hosts: map[string][]netip.AddrPort{},
+		conf: c, start: time.Now(), changed: make(chan struct{}, 1), lookup: make(chan struct{}, 1), hosts: hosts,
+		join: joinState{reached: map[string]bool{}, sendErrors: map[netip.AddrPort]error{}, reportAt: joinAnswerIntervals * c.Interval},
 		swim: NewSwim(SwimConfig{Name: c.Name, Addr: c.Addr, URL: c.URL, Interval: c.Interval,
 			Random: rand.NewChaCha8(seed), Sealer: sealer, RestartState: c.RestartState}),
 	}, nil
@@ -201,21 +210,24 @@ func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Durat
 
 // stepAndSend calls step, which is one Receive or Tick of the state machine. It sends the datagrams
 // that step returns, except those whose address is not known yet. It passes the state machine's
-// events to Notify, if there is one.
+// events, and those of dueEvents, to Notify, if there is one.
 func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	g.mu.Lock()
-	out := step(time.Since(g.start))
+	now := time.Since(g.start)
+	out := step(now)
 	events := g.swim.Events // out and events stay valid until the next Receive or Tick, which only Run's goroutine calls
 	to := make([]netip.AddrPort, len(out))
 	for i, d := range out {
-		to[i] = g.addrOrQueueLookup(d.To)
+		to[i] = g.addrOrQueueLookup(now, d.To)
 	}
 	g.mu.Unlock()
-	sent := g.send(out, to)
+	sent, failed := g.send(out, to)
 	g.mu.Lock()
 	g.stats.Sent += sent.Sent
 	g.stats.SentBytes += sent.SentBytes
 	g.stats.SendErrors += sent.SendErrors
+	g.noteSendErrors(failed)
+	events = slices.Concat(events, g.dueEvents(now))
 	g.signalIfViewChanged()
 	g.mu.Unlock()
 	for _, e := range events {
@@ -225,22 +237,36 @@ func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	}
 }
 
+// dueEvents returns the events of joinEvents and lookupEvents. It looks for them four times per
+// interval, and not while this member leaves. The caller must hold g.mu.
+func (g *Gossip) dueEvents(now time.Duration) []GossipEvent {
+	if now < g.checkAt || g.leaveUntil != 0 {
+		return nil
+	}
+	g.checkAt = now + g.conf.Interval/4
+	return append(g.joinEvents(now), g.lookupEvents(now)...)
+}
+
 // send sends datagrams[i] to the address to[i], for every i. It skips a datagram whose address is
 // not valid. It does not repeat a failed send: the datagram is lost, as if the network had lost it.
-// It returns the counts of datagrams, bytes and errors. A failed send counts as sent and as an
-// error.
-func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipStats) {
+// It returns the counts of datagrams, bytes and errors, and the errors by address. A failed send
+// counts as sent and as an error.
+func (g *Gossip) send(datagrams []Datagram, to []netip.AddrPort) (sent GossipStats, failed map[netip.AddrPort]error) {
 	for i, d := range datagrams {
 		if !to[i].IsValid() {
 			continue
 		}
 		if _, err := g.conf.Conn.WriteToUDPAddrPort(d.Data, to[i]); err != nil {
 			sent.SendErrors++
+			if failed == nil {
+				failed = map[netip.AddrPort]error{}
+			}
+			failed[to[i]] = err
 		}
 		sent.Sent++
 		sent.SentBytes += uint64(len(d.Data))
 	}
-	return sent
+	return sent, failed
 }
 
 // signalIfViewChanged sends a signal on g.changed if View().Version has changed since the last

@@ -17,7 +17,19 @@ import (
 const (
 	lookupTimeout = 2 * time.Second  // longest time for the lookup of one host
 	lookupEvery   = 30 * time.Second // longest wait between two rounds, each of which looks up all hosts; see runHostRefresh
+
+	// unusedHostLife is how long a host that is no seed is looked up after the last packet to it. A
+	// member contacts each dead member now and then, in a full table about once in this time.
+	unusedHostLife = time.Hour
 )
+
+// A lookedUpHost is what lookups have found for one host:port.
+type lookedUpHost struct {
+	isSeed bool
+	usedAt time.Duration    // when a packet was last sent to it by its name
+	addrs  []netip.AddrPort // of the last successful lookup
+	err    error            // of the latest lookup; nil if that was successful or there was none
+}
 
 // HostResolver is the part of a *net.Resolver that gossip needs.
 type HostResolver interface {
@@ -28,20 +40,43 @@ type HostResolver interface {
 // name, it returns the first address that the last successful lookup of the name found, or an
 // invalid address if no lookup has succeeded yet. It queues a new name for lookup, unless g.hosts
 // is full: g.hosts has at most MaxMembers entries plus one for each seed. The caller must hold
-// g.mu.
-func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
+// g.mu. now is the present time.
+func (g *Gossip) addrOrQueueLookup(now time.Duration, to PacketDestination) netip.AddrPort {
 	if to.AddrPort.IsValid() {
 		return to.AddrPort
 	}
-	addrs, known := g.hosts[to.Host]
-	if !known && len(g.hosts) < MaxMembers+len(g.conf.Seeds) {
-		g.hosts[to.Host] = nil
+	h := g.hosts[to.Host]
+	if h == nil {
+		if len(g.hosts) >= MaxMembers+len(g.conf.Seeds) {
+			return netip.AddrPort{}
+		}
+		h = &lookedUpHost{}
+		g.hosts[to.Host] = h
 		signalChan(g.lookup)
 	}
-	if len(addrs) == 0 {
+	h.usedAt = now
+	if len(h.addrs) == 0 {
 		return netip.AddrPort{}
 	}
-	return addrs[0]
+	return h.addrs[0]
+}
+
+// lookupEvents returns the events that are due at the time now: one for each host of a member whose
+// latest lookup has failed, but at most maxEventSenders, once per joinReportEvery. joinEvents
+// reports seeds. The caller must hold g.mu.
+func (g *Gossip) lookupEvents(now time.Duration) (events []GossipEvent) {
+	if now < g.lookupReportAt {
+		return nil
+	}
+	for _, name := range slices.Sorted(maps.Keys(g.hosts)) {
+		if h := g.hosts[name]; !h.isSeed && h.err != nil && len(events) < maxEventSenders {
+			events = append(events, GossipEvent{What: EventLookupFails, Addr: name, Detail: h.err.Error()})
+		}
+	}
+	if events != nil {
+		g.lookupReportAt = now + joinReportEvery
+	}
+	return events
 }
 
 // runHostRefresh looks up the seeds and all queued hosts, again and again until ctx ends. It waits
@@ -49,11 +84,6 @@ func (g *Gossip) addrOrQueueLookup(to PacketDestination) netip.AddrPort {
 // lookupEvery. As soon as all lookups of a round have succeeded, it always waits lookupEvery. A
 // newly queued host ends the wait.
 func (g *Gossip) runHostRefresh(ctx context.Context) {
-	g.mu.Lock()
-	for _, s := range g.conf.Seeds {
-		g.hosts[s] = nil
-	}
-	g.mu.Unlock()
 	wait := g.conf.Interval
 	for {
 		if wait = min(2*wait, lookupEvery); g.resolveAllHosts(ctx) {
@@ -73,9 +103,11 @@ func (g *Gossip) runHostRefresh(ctx context.Context) {
 
 // resolveAllHosts looks up all hosts in g.hosts, and passes the addresses of the seeds to the state
 // machine. It returns false if a host cannot be resolved. Such a host keeps the addresses of its
-// last successful lookup.
+// last successful lookup. resolveAllHosts first forgets the hosts that are not used any more.
 func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 	g.mu.Lock()
+	now := time.Since(g.start)
+	maps.DeleteFunc(g.hosts, func(_ string, h *lookedUpHost) bool { return !h.isSeed && now-h.usedAt > unusedHostLife })
 	hosts := slices.Sorted(maps.Keys(g.hosts))
 	g.mu.Unlock()
 	allResolved = true
@@ -83,13 +115,16 @@ func (g *Gossip) resolveAllHosts(ctx context.Context) (allResolved bool) {
 		addrs, err := g.resolve(ctx, h)
 		if err != nil {
 			allResolved = false
+			g.mu.Lock()
+			g.hosts[h].err = err
+			g.mu.Unlock()
 			continue
 		}
 		g.updateAndWakeRun(func() {
-			g.hosts[h] = addrs
+			g.hosts[h].addrs, g.hosts[h].err = addrs, nil
 			var seeds []netip.AddrPort
 			for _, s := range g.conf.Seeds {
-				seeds = append(seeds, g.hosts[s]...)
+				seeds = append(seeds, g.hosts[s].addrs...)
 			}
 			g.swim.SetSeeds(seeds)
 		})

@@ -100,6 +100,7 @@ func (s *Swim) handleRequestTimeout(r *pendingRequest) {
 		// No other member with this name has answered. So r.rivalSession is probably a session of
 		// this member itself, from an earlier run whose state is lost.
 		s.requests.remove(r)
+		s.noticeEarlierRun(r.rivalSession)
 		if r.rivalSession > s.self.Session {
 			s.renewSession(r.rivalSession)
 		}
@@ -114,6 +115,11 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 	m := r.member
 	switch {
 	case !m.State.IsLive() || r.tries == probeSuspected && m.State != StateSuspect:
+		// The member has answered no ping of this probe. If it has sent other packets meanwhile, from
+		// another address than it advertises, pings do not reach it there.
+		if m.HeardAt > r.sentAt && m.AddrPort.IsValid() && m.HeardFrom != m.AddrPort {
+			s.addLimitedEvent(EventUnreachable, m.Name, m.HeardFrom, "it advertises "+m.Addr)
+		}
 		s.requests.remove(r)
 		return
 	case r.tries == probePinged:

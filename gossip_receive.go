@@ -34,8 +34,15 @@ func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayC
 	case fromProven:
 		s.handlePacket(from, p, s.table.Get(p.From), r)
 	case fromProving:
+		var earlier Member
+		if m := s.table.Get(p.From); m != nil && m.Session < p.Session {
+			earlier = *m
+		}
 		if m := s.markSessionProven(p, replayCounter); m != nil {
 			s.handlePacket(from, p, m, r)
+			if earlier.Name != "" { // tell the sender that the ring knows its name; see noticeEarlierRun
+				s.send(PacketDestination{AddrPort: from}, Packet{Kind: PacketGossip, To: p.From}, &earlier)
+			}
 		} else {
 			s.Refused[RefusedStranger]++
 		}
@@ -46,6 +53,12 @@ func (s *Swim) handleOrChallengeUnproven(from netip.AddrPort, p *Packet, replayC
 		s.answerOldSession(from, p, r)
 	case fromStranger:
 		s.Refused[RefusedStranger]++
+		// Even a replay proves that the ring has known this member's name, if it has an earlier record.
+		for _, r := range p.Records {
+			if r.Name == s.name && r.Session < s.newSince {
+				s.noticeEarlierRun(r.Session)
+			}
+		}
 		s.challenge(from, p, replayCounter)
 	case fromOwnName:
 		s.Refused[RefusedMisrouted]++
@@ -59,6 +72,7 @@ func (s *Swim) handlePacket(from netip.AddrPort, p *Packet, sender *Member, answ
 	if answered == nil && p.ReplyTo != 0 && p.Kind != PacketNack {
 		s.Refused[RefusedUnasked]++ // p is most likely a late answer; its records are merged, because they may still be news
 	}
+	sender.HeardFrom, sender.HeardAt = from, s.now
 	s.buckets = max(s.buckets, p.Buckets)
 	if p.Kind == PacketSync && s.syncedAt == 0 {
 		// p is the first sync of this member's session. Ask a member for its table again after an
@@ -128,10 +142,8 @@ func (s *Swim) completeAnsweredRequest(m *Member, r *pendingRequest) {
 	case requestIndirect:
 		s.sendTo(r.origin, Packet{Kind: PacketAck, ReplyTo: r.originID, Target: r.name})
 	case requestJoin:
-		for i := range s.seeds {
-			if s.seeds[i].addr == r.to.AddrPort {
-				s.seeds[i].name = m.Name
-			}
+		if sd := s.seedAt(r.to.AddrPort); sd != nil {
+			sd.name = m.Name
 		}
 	}
 	s.requests.remove(r)
@@ -194,6 +206,9 @@ func (s *Swim) mergeRecordIfNewer(r MemberRecord) *Member {
 		return nil
 	}
 	s.raiseLamportAndBuckets(&r)
+	if m.State.IsLive() && m.Addr == s.self.Addr && (!old.State.IsLive() || old.Addr != m.Addr) {
+		s.addLimitedEvent(EventSameAddress, m.Name, netip.AddrPort{}, "both advertise "+m.Addr)
+	}
 	switch {
 	case m.State == StateLeft && old.State != StateLeft:
 		s.addEvent(EventLeft, m.Name, m.Addr)
@@ -235,6 +250,7 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 		s.startNameCheck(PacketDestination{addr, r.Addr}, r.Session)
 		return false
 	case r.Session < s.self.Session:
+		s.noticeEarlierRun(r.Session)
 		return true
 	case s.self.State == StateLeft:
 		return false
@@ -248,11 +264,24 @@ func (s *Swim) refuteIfWrong(r MemberRecord) (wrong bool) {
 		own := s.self.MemberRecord
 		own.Incarnation = r.Incarnation
 		s.announceSelf(own)
+		if r.State != StateAlive {
+			s.addLimitedEvent(EventAccused, s.name, netip.AddrPort{}, "this server advertises "+s.self.Addr)
+		}
 		if r.State == StateSuspect {
 			s.worsenOwnHealth() // this member is suspected, perhaps because it was too slow to answer
 		}
 	}
 	return true
+}
+
+// noticeEarlierRun reports once that the ring knows this member's name from an earlier run, if this
+// member started without a stored state. session is a session of this member's name. A session
+// between the first and the present session of this run is no earlier run.
+func (s *Swim) noticeEarlierRun(session uint64) {
+	if s.newSince != 0 && (session < s.newSince || session > s.self.Session) {
+		s.newSince = 0
+		s.addEvent(EventNewStorage, s.name, s.self.Addr)
+	}
 }
 
 // startNameCheck begins to find out whether another member, at the given address, has this member's
@@ -289,7 +318,12 @@ func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingR
 	case p.Session == s.self.Session:
 		// This member itself sent p in its current session. p has come back, for example because
 		// the address of a seed is this member's own, or because an attacker has sent p back.
-		// Ignore p.
+		// Ignore p, except to tell the operator which seed is this member.
+		for _, r := range s.requests {
+			if sd := s.seedAt(r.to.AddrPort); sd != nil && r.purpose == requestJoin && r.id == p.RequestID {
+				sd.name = s.name
+			}
+		}
 	case answered == nil && p.Kind == PacketHello && s.informing.allow(s.now, s.interval):
 		if p.Session > s.self.Session {
 			s.startNameCheck(PacketDestination{AddrPort: from}, p.Session)
@@ -300,7 +334,7 @@ func (s *Swim) handleNamesake(from netip.AddrPort, p *Packet, answered *pendingR
 	case answered == nil:
 	case p.Session < s.self.Session:
 		s.requests.remove(answered)
-		s.addEvent(EventNameConflict, s.name, from.String())
+		s.addLimitedEvent(EventNameConflict, s.name, from, "")
 	default:
 		if p.RequestID != 0 {
 			s.replyToUnproven(from, answer)

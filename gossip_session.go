@@ -13,10 +13,7 @@ import (
 	"time"
 )
 
-const (
-	maxUnprovenReplies = 2048      // limit of each replyLimit: most answers in each period of one interval
-	versionEventEvery  = time.Hour // shortest time between two events of the kind EventVersion
-)
+const maxUnprovenReplies = 2048 // limit of each replyLimit: most answers in each period of one interval
 
 // RefusedPackets counts refused packets by reason: the index is RefusedUnsealed, RefusedVersion and
 // so on.
@@ -57,11 +54,7 @@ func (s *Swim) openPacket(from netip.AddrPort, data []byte) (p *Packet, counter 
 	}
 	plain, counter, err := s.sealer.Open(s.plain[:0], data)
 	if err != nil {
-		s.Refused[refusedReason(err)]++
-		if errors.Is(err, ErrSealVersion) && s.now >= s.versionEventAt {
-			s.versionEventAt = s.now + versionEventEvery
-			s.addEvent(EventVersion+": "+err.Error(), "", from.String())
-		}
+		s.refuse(from, err)
 		return nil, 0
 	}
 	p, s.plain, s.openedKeyID = &s.packet, plain, SealedKeyID(data)

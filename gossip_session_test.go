@@ -131,22 +131,22 @@ func TestSwimAcceptsProof(t *testing.T) {
 }
 
 // A member counts every packet that another version of telemeter has sealed. It adds an event for
-// the first such packet, and then for at most one per hour.
+// the first such packet, and then for at most one per minute.
 func TestSwimReportsVersion(t *testing.T) {
 	s := joinedSim(t, 2, testSeed(t, 1))
 	a, from := s.nodes[0].swim, s.nodes[1].addr
 	packet := otherVersion(s.seal(1, Packet{Kind: PacketGossip, To: a.name}), 9)
-	const want = EventVersion + ": sealed by another version of telemeter: it has version 9; this program knows version 2"
+	const detail = "sealed by another version of telemeter: it has version 9; this program knows version 2"
 	for _, c := range []struct {
 		after time.Duration
-		event bool
-	}{{0, true}, {0, false}, {versionEventEvery - 2*time.Second, false}, {2 * time.Second, true}, {0, false}} {
+		count int // Count of the event; 0 = no event
+	}{{0, 1}, {0, 0}, {limitedEventEvery - 2*time.Second, 0}, {2 * time.Second, 3}, {0, 0}} {
 		s.now += c.after
 		refused := a.Refused[RefusedVersion]
 		out := s.deliver(0, from, packet)
-		got := slices.Contains(a.Events, GossipEvent{What: want, Addr: from.String()})
-		if got != c.event || a.Refused[RefusedVersion] != refused+1 || len(out) > 0 {
-			t.Errorf("%v later: got events %v, %d answers and %d refused packets after %d; want reported: %v", c.after, a.Events, len(out), a.Refused[RefusedVersion], refused, c.event)
+		want := GossipEvent{What: EventOtherVersion, Addr: from.String(), Detail: detail, Count: c.count}
+		if got := slices.Contains(a.Events, want); got != (c.count > 0) || a.Refused[RefusedVersion] != refused+1 || len(out) > 0 {
+			t.Errorf("%v later: got events %v, %d answers and %d refused packets after %d; want the event %d times", c.after, a.Events, len(out), a.Refused[RefusedVersion], refused, c.count)
 		}
 	}
 	if names := RefusedReasonNames(); names[RefusedVersion] != "version" || names[RefusedUnasked] != "unasked" {

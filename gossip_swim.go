@@ -34,29 +34,11 @@ type RestartState struct {
 	Buckets     uint16 // the highest slot ever seen claimed, plus one
 }
 
-// A GossipEvent is an event that the operator may want to find in the process log. Name and Addr
-// are the name and an address of the member that the event is about. Name is empty for a refused
-// packet.
-type GossipEvent struct{ What, Name, Addr string }
-
-// The values of GossipEvent.What.
-const (
-	EventUp           = "member is up"
-	EventDown         = "member is down"
-	EventLeft         = "member has left"
-	EventSuspect      = "member is suspected"
-	EventSessionTaken = "other members know a later session of this member: took a higher one" // the caller must store RestartState() again
-	EventNameConflict = "another member has the same name and a lower session"                 // the other member should stand down
-	EventStoodDown    = "another member has the same name and a higher session: standing down"
-	EventStalled      = "this process stalled: suspecting no member for a while"
-	EventVersion      = "packet refused" // beginning of the event's text; the reason with both versions follows
-)
-
 // A SwimConfig configures a Swim. Every field except URL must be set; the RestartState of a member
 // that never started is zero.
 type SwimConfig struct {
 	Name, Addr, URL string
-	Interval        time.Duration // time between two probes; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and versionEventEvery
+	Interval        time.Duration // time between two probes; the other times of the protocol are multiples of it, except tombstoneLife, expireEvery and limitedEventEvery
 	Random          rand.Source   // source of all random numbers, session numbers and request IDs included; must be unpredictable to attackers
 	Sealer          *PacketSealer // seals and opens packets; only the Swim may use it after NewSwim
 	RestartState    RestartState
@@ -99,10 +81,14 @@ type Swim struct {
 	expireAt    time.Duration // when to call ForgetLeftMembers
 	wakeAt      time.Duration // when the next call of Receive or Tick is expected; a much later call shows a stall
 
-	// Limits on answers to unproven sessions and on events about other versions.
-	challenging    replyLimit    // answers to further requests of a sender whose challenge is pending
-	informing      replyLimit    // answers to earlier sessions, and to senders with this member's name
-	versionEventAt time.Duration // when the next EventVersion may be reported
+	// Limits on answers to unproven sessions and on events.
+	challenging replyLimit             // answers to further requests of a sender whose challenge is pending
+	informing   replyLimit             // answers to earlier sessions, and to senders with this member's name
+	limits      map[string]*eventLimit // by the text of the limited event, so the number of texts bounds it
+
+	// newSince is the number of this member's first session, if the member started without a stored
+	// state and EventNewStorage was not reported yet. Otherwise it is 0.
+	newSince uint64
 
 	// Memory that is reused by each Receive and Tick, and the place where the next sync begins.
 	packet      Packet     // the packet that openPacket decoded last
@@ -115,8 +101,9 @@ type Swim struct {
 
 // A seed is one address at which this member looks for other members of the ring.
 type seed struct {
-	addr netip.AddrPort
-	name string // name of the member that last answered from addr; empty until a member has answered
+	addr    netip.AddrPort
+	name    string // name of the member that last answered from addr; empty until a member has answered
+	refused error  // why the latest packet from addr that has another key or version could not be opened; nil until there is such a packet
 }
 
 // NewSwim returns a member that knows no other member. Its session is higher than the session in
@@ -130,6 +117,9 @@ func NewSwim(c SwimConfig) *Swim {
 	s.self = s.table.Merge(0, MemberRecord{
 		Name: c.Name, Session: s.nextSession(c.RestartState.Session), Addr: c.Addr, URL: c.URL, Slot: NoSlot, KeyID: s.sealer.KeyIDs()[0],
 	})
+	if c.RestartState.Session == 0 {
+		s.newSince = s.self.Session
+	}
 	if c.RestartState.Lamport > 0 {
 		s.AnnounceClaim(c.RestartState.Slot, c.RestartState.Lamport, c.RestartState.Provisional)
 	}
@@ -224,6 +214,23 @@ func (s *Swim) SetSeeds(addrs []netip.AddrPort) {
 		}
 		s.seeds = append(s.seeds, old[i])
 	}
+}
+
+// seedAt returns the seed with the given address, or nil.
+func (s *Swim) seedAt(addr netip.AddrPort) *seed {
+	for i := range s.seeds {
+		if s.seeds[i].addr == addr {
+			return &s.seeds[i]
+		}
+	}
+	return nil
+}
+
+// isOwnAddress reports whether addr is this member's own address: it announces this address, or a
+// packet that it sent there has come back.
+func (s *Swim) isOwnAddress(addr netip.AddrPort) bool {
+	sd := s.seedAt(addr)
+	return addr == s.self.AddrPort || sd != nil && sd.name == s.name
 }
 
 // Leave announces that this member leaves, and asks up to leaveTargets members to confirm that they
@@ -348,10 +355,6 @@ func (s *Swim) endStep() []Datagram {
 
 func (s *Swim) intervalsToDuration(intervals float64) time.Duration {
 	return time.Duration(intervals * float64(s.interval))
-}
-
-func (s *Swim) addEvent(what, name, addr string) {
-	s.Events = append(s.Events, GossipEvent{What: what, Name: name, Addr: addr})
 }
 
 func (s *Swim) randomMember(isEligible func(*Member) bool) *Member {

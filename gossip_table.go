@@ -46,6 +46,8 @@ type Member struct {
 	DeadAt          time.Duration  // if suspect: when the member will be declared dead
 	FinalPings      int            // if suspect: pings sent shortly before DeadAt
 	DiedAt          time.Duration  // when the member died or left; negative if that was before the clock's origin
+	HeardFrom       netip.AddrPort // where the latest packet of the proven session came from
+	HeardAt         time.Duration  // when that packet arrived
 	LastSync        time.Duration  // when this member last sent its table to the member; 0 = never
 	digestPart      uint64         // stableDigest of the record if MemberTable.Digest includes the record, otherwise 0
 	transmits       int            // how often AppendUpdates has counted the record as passed on since it was last queued as an update

@@ -161,8 +161,9 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 		quiet := time.Since(lastChange) >= quietIntervals*m.cfg.Interval && (v.Joined || !m.cfg.HasSeeds)
 		overdue := !m.hasFirstRing() && time.Since(begin) >= settleIntervals*m.cfg.Interval
 		settle := alone || quiet || overdue
+		claimSaved := true
 		if settle {
-			m.claimSlot(v)
+			claimSaved = m.claimSlot(v)
 			v = m.cfg.Gossip.View()
 		}
 		hadRing := m.hasFirstRing()
@@ -172,7 +173,9 @@ func (m *RingKeeper) Run(ctx context.Context) error {
 		if !hadRing && settle {
 			close(m.settled)
 		}
-		m.saveAndReport(m.cfg.Gossip.RestartState())
+		if claimSaved { // otherwise the state is saved together with the claim in the next round
+			m.saveAndReport(m.cfg.Gossip.RestartState())
+		}
 		wait := m.cfg.Interval / 4
 		if quiet && !m.saveFailed {
 			wait = idleCheck
@@ -249,8 +252,9 @@ func claimOf(r MemberRecord) Claim {
 }
 
 // claimSlot saves and announces the claim that this server has to make, given the members in v. It
-// announces nothing if that claim is announced already, or if the claim cannot be saved.
-func (m *RingKeeper) claimSlot(v GossipView) {
+// announces nothing if that claim is announced already. It returns false, and announces nothing, if
+// the claim cannot be saved.
+func (m *RingKeeper) claimSlot(v GossipView) (saved bool) {
 	var live, reserved []Claim
 	for _, mv := range v.Members {
 		switch {
@@ -262,7 +266,7 @@ func (m *RingKeeper) claimSlot(v GossipView) {
 	}
 	c, changed := ChooseClaim(m.cfg.Name, m.cfg.HasSeeds && !v.Joined, live, reserved, v.MaxLamport)
 	if !changed {
-		return
+		return true
 	}
 	slot := uint16(NoSlot)
 	if c.Lamport > 0 {
@@ -272,10 +276,16 @@ func (m *RingKeeper) claimSlot(v GossipView) {
 	// a slot that belongs to another member by then.
 	st := m.cfg.Gossip.RestartState()
 	st.Slot, st.Lamport, st.Provisional = slot, c.Lamport, c.Provisional
-	if m.saveAndReport(st) {
-		m.cfg.Log.Info("slot claimed", "slot", c.Slot, "claim", c.Lamport, "provisional", c.Provisional)
-		m.cfg.Gossip.AnnounceClaim(slot, c.Lamport, c.Provisional)
+	if !m.saveAndReport(st) {
+		return false
 	}
+	if slot == NoSlot {
+		m.cfg.Log.Warn("all slots of the ring are taken, so this server owns no sites: run fewer servers, or wait for a day after a server has left", "slots", MaxSlots)
+	} else {
+		m.cfg.Log.Info("slot claimed", "slot", slot, "claim", c.Lamport, "provisional", c.Provisional)
+	}
+	m.cfg.Gossip.AnnounceClaim(slot, c.Lamport, c.Provisional)
+	return true
 }
 
 // publishView replaces the view with the view of the members in v, and passes it to OnView.

@@ -135,6 +135,28 @@ func TestKeeperSavesAgain(t *testing.T) {
 	})
 }
 
+// If a member cannot save a claim because the disk is full, it claims the slot within an interval
+// after the disk has room again, even if nothing else changes.
+func TestKeeperClaimsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := startPair(t)
+		a.gossip.AnnounceClaim(0, 90, false)
+		took(t, "b hears the claim", func() bool { return b.gossip.View().MaxLamport == 90 })
+		restLong()
+		a.fs.hook = failOn("write", "", 0, syscall.ENOSPC)
+		b.gossip.AnnounceClaim(0, 80, false)
+		restLong()
+		synctest.Wait()
+		if a.errors.Load() == 0 || a.slot() != 0 {
+			t.Errorf("got %d errors and slot %d, want some errors and the lost slot 0", a.errors.Load(), a.slot())
+		}
+		a.fs.hook = nil
+		checkWithin(t, "the claim once the disk has room", took(t, "a claims slot 1", func() bool { return a.slot() == 1 }), memInterval)
+		a.kill()
+		b.kill()
+	})
+}
+
 // A member that reaches no seed makes a provisional claim after settleIntervals. The claim is no
 // longer provisional once the member has received another member's table.
 func TestKeeperReachesNoSeed(t *testing.T) {

@@ -88,6 +88,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 			return n, err
 		}
 	}
+	p.warnIfLoopbackAdvertised(advertise)
 	sd, reachable := sdAddress(p.internalAddr, advertise)
 	if !reachable {
 		p.log.Warn("/sd lists a loopback address for this server, because the internal listener is on loopback: set --listen-internal to an address that Prometheus can reach", "address", sd)
@@ -95,7 +96,7 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	if n.gossip, err = NewGossip(GossipConfig{
 		Name: f.name, Addr: advertise, URL: p.sdScheme() + sd, RingName: ringName, Keys: ringKeys, Seeds: f.join, Interval: f.interval,
 		RestartState: state, Conn: n.udp, Resolver: net.DefaultResolver,
-		Notify: func(e GossipEvent) { p.log.Info(e.What, "member", e.Name, "address", e.Addr) },
+		Notify: p.logGossipEvent,
 	}); err != nil {
 		return n, fmt.Errorf("starting gossip: %w", err)
 	}
@@ -108,6 +109,39 @@ func (p *serverProcess) openRingNode(ringKeys Keys) (n *ringNode, err error) {
 	}
 	p.log.Info("started as member of the ring", "name", f.name, "listen", n.tcp.Addr(), "advertise", advertise, "join", f.join)
 	return n, nil
+}
+
+// logGossipEvent writes e to the process log. It leaves out EventNewStorage if there is no storage
+// directory, because every start then is without a stored state.
+func (p *serverProcess) logGossipEvent(e GossipEvent) {
+	if e.What == EventNewStorage && p.storageDir == "" {
+		return
+	}
+	var args []any
+	for _, a := range [][2]string{{"member", e.Name}, {"address", e.Addr}, {"join", e.Join}, {"problem", e.Detail}} {
+		if a[1] != "" {
+			args = append(args, a[0], a[1])
+		}
+	}
+	if e.Count > 0 {
+		args = append(args, "count", e.Count)
+	}
+	if e.What == EventNewStorage {
+		args = append(args, "storage_dir", p.storageDir)
+	}
+	p.log.Log(context.Background(), e.Level(), e.What, args...)
+}
+
+// warnIfLoopbackAdvertised warns if this server advertises a loopback address, although a value of
+// --join names another host. Members on other hosts could not reach this server.
+func (p *serverProcess) warnIfLoopbackAdvertised(advertise string) {
+	host, _, _ := net.SplitHostPort(advertise)
+	for _, other := range p.ring.join {
+		if peer, _, _ := net.SplitHostPort(other); IsLoopbackHost(host) && !IsLoopbackHost(peer) {
+			p.log.Warn("this server advertises a loopback address, which servers on other hosts cannot reach: set --advertise, or a --listen-cluster that other hosts can reach", "advertise", advertise, "join", other)
+			return
+		}
+	}
 }
 
 // listenTCPAndUDP listens on addr for TCP, and for UDP on the same IP address and port.

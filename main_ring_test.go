@@ -4,8 +4,10 @@ package main
 // and leave; cluster keys are rotated or bad; flags of the ring are faulty.
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"os"
@@ -15,6 +17,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // memberProcess is a server process that is a member of a ring. external and internal are the base
@@ -406,7 +409,7 @@ func TestClusterKeyBad(t *testing.T) {
 }
 
 // If two servers with the same name are in one ring, one of them exits with 1 and reports once that
-// the name is taken.
+// the name is taken. Both log what to do.
 func TestRingNameTaken(t *testing.T) {
 	dir := t.TempDir()
 	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
@@ -422,6 +425,12 @@ func TestRingNameTaken(t *testing.T) {
 		}
 		return false
 	})
+	other := a.process
+	if p == a.process {
+		other = b
+	}
+	other.await(`level=WARN msg="` + regexp.QuoteMeta(EventNameConflict) + `" member=a address=`)
+	p.await(`level=ERROR msg="` + regexp.QuoteMeta(EventStoodDown) + `" member=a address=`)
 	if code := p.end(syscall.SIGTERM); code != exitFailure || strings.Count(p.text(), ErrNameTaken.Error()) != 1 {
 		t.Errorf("exit %d, want %d and one report that the name is taken:\n%s", code, exitFailure, p.text())
 	}
@@ -441,6 +450,108 @@ func TestRingStranger(t *testing.T) {
 		if d := m.debug(); len(d.Members) != 1 {
 			t.Errorf("the members that %s knows are %+v, want only itself", m.name, d.Members)
 		}
+	}
+}
+
+// runMember runs a ring member in the test process until the end of the test, with a short gossip
+// interval. It returns the member's log, and the address of its listener for other members. dir must
+// contain the directory keys.
+func runMember(t *testing.T, dir, name string, args ...string) (log *logBuffer, internal, ringAddr string) {
+	t.Helper()
+	log = &logBuffer{}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan int, 1)
+	go func() {
+		ended <- run(ctx, time.Now, append([]string{"--mode", "server", "--keys", filepath.Join(dir, "keys"), "--name", name, "--listen", "127.0.0.1:0",
+			"--listen-internal", "127.0.0.1:0", "--listen-cluster", "127.0.0.1:0", "--storage-dir", filepath.Join(dir, "data-"+name),
+			"--gossip-interval", "100ms"}, args...), io.Discard, log)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+		if t.Failed() {
+			t.Logf("%s said:\n%s", name, log)
+		}
+	})
+	return log, "http://" + awaitLog(t, log, internalAddr), awaitLog(t, log, memberAddr)
+}
+
+// awaitLog waits until log matches pattern, and returns the text of the pattern's last group.
+func awaitLog(t *testing.T, log *logBuffer, pattern string) string {
+	t.Helper()
+	re := regexp.MustCompile(pattern)
+	var m []string
+	eventually(t, "the log has "+pattern, func() bool { m = re.FindStringSubmatch(log.String()); return m != nil })
+	return m[len(m)-1]
+}
+
+// keygenIn creates the directory keys in dir.
+func keygenIn(t *testing.T, dir string) {
+	t.Helper()
+	if status, _, stderr := runMode(t, "--mode", "keygen", "--keys", filepath.Join(dir, "keys")); status != exitOK {
+		t.Fatal(stderr)
+	}
+}
+
+// If two servers have different cluster keys, both tell the operator what to do: one that its --join
+// reaches no server, and the other who sends gossip under another key. The server whose --join fails
+// tells so in its metrics and in /debug/ring. When a server with the right key is at the address,
+// all this ends.
+func TestRingTellsOtherKey(t *testing.T) {
+	dir, other := t.TempDir(), t.TempDir()
+	keygenIn(t, dir)
+	keygenIn(t, other)
+	a, _, ringAddr := runMember(t, dir, "a")
+	s, internal, from := runMember(t, other, "s", "--join", ringAddr)
+	line := regexp.QuoteMeta
+	awaitLog(t, a, `level=WARN msg="`+line(EventOtherKey)+`" address=`+line(from)+` count=`)
+	problem := "no answer from " + ringAddr + ": is the server running with --listen-cluster, is its UDP port open in both directions, and do both servers have the same cluster.key?"
+	awaitLog(t, s, `level=WARN msg="`+line(EventJoinFails)+`" join=`+line(ringAddr)+` problem="`+line(problem)+`"`)
+	if body := get(t, internal+"/metrics"); !strings.Contains(body, "\ntelemeter_ring_join_unreached 1\n") {
+		t.Error("/metrics does not show that one value of --join is not reached")
+	}
+	if body := get(t, internal+"/debug/ring"); !strings.Contains(body, `"join":[{"address":"`+ringAddr+`","reached":false,"problem":"`+problem+`"}]`) {
+		t.Errorf("/debug/ring does not show the problem: %s", body)
+	}
+	b, internal, _ := runMember(t, dir, "b", "--join", ringAddr)
+	awaitLog(t, b, `level=INFO msg="`+line(EventJoined)+`" join=`+line(ringAddr))
+	if body := get(t, internal+"/metrics"); !strings.Contains(body, "\ntelemeter_ring_join_unreached 0\n") {
+		t.Error("/metrics shows that --join is not reached")
+	}
+	if text := b.String(); strings.Contains(text, EventJoinFails) {
+		t.Errorf("a server that reaches the ring at once reports a failure:\n%s", text)
+	}
+}
+
+// A server with a new storage directory warns if the ring knows its name from before. The warning
+// has the absolute path of the directory.
+func TestRingTellsNewStorage(t *testing.T) {
+	dir := t.TempDir()
+	keygenIn(t, dir)
+	a, _, ringAddr := runMember(t, dir, "a")
+	t.Run("first run", func(t *testing.T) {
+		b, _, _ := runMember(t, dir, "b", "--join", ringAddr)
+		awaitLog(t, b, "msg=\"ready: .* members=2")
+		if strings.Contains(b.String(), EventNewStorage) {
+			t.Error("the first start of a server reports that the ring knows its name")
+		}
+	})
+	awaitLog(t, a, `msg="member has left" member=b`)
+	other := filepath.Join(dir, "other")
+	b, _, _ := runMember(t, dir, "b", "--join", ringAddr, "--storage-dir", other)
+	awaitLog(t, b, `level=WARN msg="`+regexp.QuoteMeta(EventNewStorage)+`" member=b .*storage_dir=`+regexp.QuoteMeta(other))
+}
+
+// A server that advertises a loopback address warns if --join names another host.
+func TestRingTellsLoopbackAdvertised(t *testing.T) {
+	dir := t.TempDir()
+	keygenIn(t, dir)
+	const text = "this server advertises a loopback address"
+	// No packet leaves this host, because the socket of far is bound to a loopback address.
+	far, _, _ := runMember(t, dir, "far", "--join", "192.0.2.1:9006")
+	near, _, _ := runMember(t, dir, "near", "--join", "localhost:1")
+	if !strings.Contains(far.String(), text) || strings.Contains(near.String(), text) {
+		t.Errorf("the warning is not in the log of far, or is in the log of near:\n%s\n%s", far, near)
 	}
 }
 

@@ -355,7 +355,7 @@ func (p *serverProcess) setReadyOnceSettled(ctx context.Context) error {
 	select {
 	case <-p.node.member.Settled():
 		p.server.SetReady(true)
-		p.log.Info("ready: the owners of sites are known")
+		p.log.Info("ready: the owners of sites are known", "members", len(p.node.member.View().Members))
 		<-ctx.Done()
 	case <-ctx.Done():
 	}

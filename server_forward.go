@@ -317,6 +317,9 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 		if err != nil {
 			refused := toForwardRefused(err)
 			f.receivedTotal.Inc(refused.result)
+			if refused.hint != "" {
+				f.limitedLog.Log(slog.LevelWarn, refused.hint, "address", r.RemoteAddr, "answer", refused.text)
+			}
 			w.Header().Set("Connection", "close")
 			http.Error(w, refused.text, refused.status)
 			return
@@ -335,13 +338,14 @@ type forwardRefusedError struct {
 	status int
 	result string // value of the label result in telemeter_forwards_received_total
 	text   string
+	hint   string // message for this server's own log, which says what the operator should do; empty if nothing
 }
 
 func (e *forwardRefusedError) Error() string { return e.text }
 
 // errForwardRefused returns a forwardRefusedError with the standard text of the HTTP status.
 func errForwardRefused(status int, result string) error {
-	return &forwardRefusedError{status, result, http.StatusText(status)}
+	return &forwardRefusedError{status: status, result: result, text: http.StatusText(status)}
 }
 
 // toForwardRefused returns the forwardRefusedError that err wraps. If err wraps none, it returns a
@@ -349,7 +353,7 @@ func errForwardRefused(status int, result string) error {
 func toForwardRefused(err error) *forwardRefusedError {
 	var e *forwardRefusedError
 	if !errors.As(err, &e) {
-		e = &forwardRefusedError{http.StatusInternalServerError, "malformed", "the request could not be handled"}
+		e = &forwardRefusedError{status: http.StatusInternalServerError, result: "malformed", text: "the request could not be handled"}
 	}
 	return e
 }
@@ -411,7 +415,11 @@ func (f *Forwarder) openEnvelope(header string) (env forwardEnvelope, sealedEnve
 	}
 	switch {
 	case errors.Is(err, ErrSealVersion), errors.Is(err, errEnvelopeVersion):
-		return env, nil, &forwardRefusedError{http.StatusForbidden, "version", "forwarding needs servers of the same version: " + err.Error()}
+		return env, nil, &forwardRefusedError{http.StatusForbidden, "version", "forwarding needs servers of the same version: " + err.Error(),
+			"a forwarded push of another version of telemeter arrives: if a server of yours sends it, run the same version on all servers; otherwise firewall the port of --listen-cluster"}
+	case errors.Is(err, ErrUnknownKey):
+		return env, nil, &forwardRefusedError{http.StatusForbidden, "forged", http.StatusText(http.StatusForbidden),
+			"a forwarded push that is sealed with another key arrives: if a server of yours sends it, copy the same cluster.key to both servers; otherwise firewall the port of --listen-cluster"}
 	case err != nil:
 		return env, nil, errForwardRefused(http.StatusForbidden, "forged")
 	case json.Unmarshal(plain, &env) != nil || CheckClusterID(env.Push.ClusterID) != nil:

@@ -10,10 +10,12 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 )
 
 // capturedForward is a forwarded push that the member b has accepted from the member a, and b's
@@ -117,6 +119,28 @@ func TestForwardRefusesForged(t *testing.T) {
 	}
 	if n := f.b.took(); n != 1 {
 		t.Errorf("b accepted %d pushes, want only the first", n)
+	}
+}
+
+// A server logs a forwarded push that is sealed with another key, or that comes from another
+// version, with the address of the sender and what to do. It does not log garbage, which anybody can
+// send.
+func TestForwardLogsOtherKey(t *testing.T) {
+	f := newCapturedForward(t)
+	var log logBuffer
+	f.b.limitedLog = newLimitedLog(slog.New(slog.NewTextHandler(&log, nil)), time.Now)
+	for _, c := range []struct{ about, envelope, want string }{
+		{"garbage", "AgAA", ""},
+		{"another key", base64.RawURLEncoding.EncodeToString(f.stranger.cfg.Sealer.Seal(nil, []byte("{}"), envelopeSeal, nil, 0)), "copy the same cluster.key to both servers"},
+		{"another version", f.seal(t, map[string]any{"v": 2}), "run the same version on all servers"},
+	} {
+		log.Reset()
+		req := httptest.NewRequest("POST", forwardPath, nil)
+		req.Header.Set(envelopeHeader, c.envelope)
+		f.b.receiver().ServeHTTP(httptest.NewRecorder(), req)
+		if got := log.String(); !strings.Contains(got, c.want) || (c.want == "") != (got == "") || c.want != "" && !strings.Contains(got, "level=WARN") || c.want != "" && !strings.Contains(got, "address="+req.RemoteAddr) {
+			t.Errorf("%s: logged %q, want %q", c.about, got, c.want)
+		}
 	}
 }
 

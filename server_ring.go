@@ -19,6 +19,8 @@ func (s *Server) ringCollector(m *Metrics) func() {
 	sent := m.Counter("telemeter_gossip_sent_packets_total", "Gossip packets sent.")
 	sentBytes := m.Counter("telemeter_gossip_sent_bytes_total", "Bytes of gossip packets sent.")
 	received := m.Counter("telemeter_gossip_received_packets_total", "Gossip packets received.")
+	sendErrors := m.Counter("telemeter_gossip_send_errors_total", "Gossip packets that this host could not send, such as for want of a route.")
+	joinUnreached := m.Gauge("telemeter_ring_join_unreached", "Values of --join at which no server of the ring has answered since this server started; each is logged.")
 	refused := m.Counter("telemeter_gossip_refused_packets_total", "Gossip packets dropped without an answer, by reason.", "reason")
 	return func() {
 		count := map[MemberState]int{StateAlive: 0, StateSuspect: 0, StateDead: 0, StateLeft: 0}
@@ -34,6 +36,14 @@ func (s *Server) ringCollector(m *Metrics) func() {
 		sent.RaiseTo(float64(st.Sent))
 		sentBytes.RaiseTo(float64(st.SentBytes))
 		received.RaiseTo(float64(st.Received))
+		sendErrors.RaiseTo(float64(st.SendErrors))
+		unreached := 0
+		for _, t := range s.cfg.Gossip.JoinTargets() {
+			if t.Problem != "" {
+				unreached++
+			}
+		}
+		joinUnreached.Set(float64(unreached))
 		for i, reason := range RefusedReasonNames() {
 			refused.RaiseTo(float64(st.Refused[i]), reason)
 		}
@@ -104,6 +114,13 @@ type memberStatus struct {
 	Gone        uint32  `json:"gone_seconds,omitempty"`
 }
 
+// joinStatus is the entry of one value of --join in the answer of /debug/ring.
+type joinStatus struct {
+	Address string `json:"address"`
+	Reached bool   `json:"reached"`
+	Problem string `json:"problem,omitempty"`
+}
+
 func newMemberStatus(mv MemberSnapshot, share float64) memberStatus {
 	st := memberStatus{
 		Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional, Leaving: mv.Leaving,
@@ -116,7 +133,7 @@ func newMemberStatus(mv MemberSnapshot, share float64) memberStatus {
 }
 
 // serveDebugRing answers GET /debug/ring with the members that this server knows, the state of the
-// ring, and the packet counts of gossip.
+// ring, whether --join has reached it, and the packet counts of gossip.
 func (s *Server) serveDebugRing(w http.ResponseWriter, r *http.Request) {
 	v := s.cfg.Gossip.View()
 	ring := s.cfg.Member.View().Ring
@@ -125,14 +142,18 @@ func (s *Server) serveDebugRing(w http.ResponseWriter, r *http.Request) {
 	for _, mv := range v.Members {
 		members = append(members, newMemberStatus(mv, shares[mv.Name]))
 	}
+	join := []joinStatus{}
+	for _, t := range s.cfg.Gossip.JoinTargets() {
+		join = append(join, joinStatus{t.Address, t.Problem == "", t.Problem})
+	}
 	st := s.cfg.Gossip.Stats()
 	refused := map[string]uint64{}
 	for i, reason := range RefusedReasonNames() {
 		refused[reason] = st.Refused[i]
 	}
 	WriteJSON(w, map[string]any{
-		"name": s.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined,
+		"name": s.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined, "join": join,
 		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Digest()), "buckets": ring.Buckets()},
-		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "received_packets": st.Received, "refused": refused},
+		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "send_errors": st.SendErrors, "received_packets": st.Received, "refused": refused},
 	})
 }
