@@ -9,18 +9,12 @@ import (
 	"fmt"
 )
 
-// After maxOversizedLines single lines of a scrape were refused as too large, the rest of the
-// scrape is no longer split. After so many refusals, the cause is probably a limit on the number of
-// series, and then no piece is small enough.
-const maxOversizedLines = 8
-
 // splitPush is the state of pushing one scrape in pieces.
 type splitPush struct {
 	*spoolDrain
 	firstServer int         // the server that accepted the first piece; -1 if none did yet
 	scattered   bool        // a second server accepted a piece, so no server has the whole scrape
 	outcome     PushOutcome // outcome of the newest attempt to push a piece
-	oversized   int         // number of single lines refused as too large
 	rejected    int         // number of samples in pieces that were refused for good
 	cause       error       // why samples were rejected, or why the scrape is split
 }
@@ -50,7 +44,6 @@ func (d *spoolDrain) pushInPieces(ctx context.Context, sc Scrape, cause error) (
 // limit of the servers allows would never be delivered. An error ends the drain.
 func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) (endsDrain error) {
 	if sc.Samples < 2 {
-		s.oversized++
 		s.noteRejectedPiece(sc, fmt.Errorf("one series alone is too large: %w", s.cause))
 		return nil
 	}
@@ -66,7 +59,7 @@ func (s *splitPush) pushHalves(ctx context.Context, sc Scrape, nameScrape bool) 
 }
 
 // pushPiece pushes a piece, retrying it until a server accepts or finally refuses it. A piece that
-// is too large is split again, unless maxOversizedLines is reached. An error ends the drain.
+// is too large is split again. An error ends the drain.
 func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool) (endsDrain error) {
 	err := s.tryPiece(ctx, piece, nameScrape)
 	for err != nil && !isFinalRefusal(err) {
@@ -79,7 +72,7 @@ func (s *splitPush) pushPiece(ctx context.Context, piece Scrape, nameScrape bool
 	switch {
 	case err == nil:
 		return nil
-	case failureReasonOf(err) == pushTooLarge && s.oversized < maxOversizedLines:
+	case failureReasonOf(err) == pushTooLarge:
 		s.cause = err
 		return s.pushHalves(ctx, piece, nameScrape)
 	}

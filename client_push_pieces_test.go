@@ -40,49 +40,6 @@ func TestPusherPiecesUnderRateLimit(t *testing.T) {
 	})
 }
 
-// If a site has more series than the server accepts, and the accepted series come first in the
-// scrape, their samples are delivered. The client pushes only a few samples of the other series in
-// a request of their own.
-func TestPusherTooManySeries(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
-		held := map[string]bool{}
-		hub.answerByText(func(text string) *http.Response {
-			more := map[string]bool{}
-			for line := range strings.Lines(text) {
-				if name, _, _ := strings.Cut(line, " "); !held[name] {
-					more[name] = true
-				}
-			}
-			if len(held)+len(more) > 1000 {
-				return respond(413, nil, "more than 1000 series")
-			}
-			for name := range more {
-				held[name] = true
-			}
-			return nil
-		})
-		for round := range 3 {
-			var text strings.Builder
-			for i := range 1500 {
-				fmt.Fprintf(&text, "m%d %d\n", i, round)
-			}
-			spoolAll(t, c, text.String())
-			before := len(hub.at)
-			hub.bodies = nil
-			if err := c.pusher.DrainSpool(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 1000 series") {
-				t.Errorf("round %d: got the error %v, want the server's error", round, err)
-			}
-			if n := strings.Count(strings.Join(hub.bodies, ""), "\n"); n != 1000 || len(hub.at)-before > 60 {
-				t.Errorf("round %d: delivered %d samples in %d requests, want 1000 in at most 60", round, n, len(hub.at)-before)
-			}
-		}
-		if n := c.dropped.Value(DropRefused); n != 1500 || c.spool.Stats().Scrapes != 0 {
-			t.Errorf("%v samples counted as refused, want 1500; spool: %+v, want it empty; log:\n%s", n, c.spool.Stats(), log)
-		}
-	})
-}
-
 // If a scrape is too large for one push, the client pushes it in pieces. Only a push that ends with
 // the last sample of the scrape has the header with the number of the scrape.
 func TestPusherNamesLastPiece(t *testing.T) {

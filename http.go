@@ -5,7 +5,6 @@ package main
 // is bounded. The family http must not know the content of requests and answers.
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -13,7 +12,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"strings"
 	"time"
 )
 
@@ -78,7 +76,7 @@ func (s *HTTPServer) runWithLimit(ctx context.Context, max int) error {
 		IdleTimeout:       6 * time.Minute, // longer than common scrape and push intervals
 		MaxHeaderBytes:    maxHeaderBytes,
 		TLSConfig:         s.TLS,
-		ErrorLog:          log.New(errorLogWriter{s.Log.With("listener", s.Name)}, "", 0),
+		ErrorLog:          log.New(newErrorLogWriter(s), "", 0),
 	}
 	limited := newLimitListener(s.Listener, s.Name, max, s.Conns, s.Log)
 	srv.ConnState = limited.onConnState
@@ -110,18 +108,4 @@ func (s *HTTPServer) runWithLimit(ctx context.Context, max int) error {
 	}
 	<-failed
 	return nil
-}
-
-// errorLogWriter receives the error log of net/http and writes it to log. It logs panics of
-// handlers at error level. It logs all other messages at debug level, because most of them report
-// mistakes of peers.
-type errorLogWriter struct{ log *slog.Logger }
-
-func (e errorLogWriter) Write(p []byte) (int, error) {
-	level := slog.LevelDebug
-	if bytes.Contains(p, []byte("panic serving")) {
-		level = slog.LevelError
-	}
-	e.log.Log(context.Background(), level, "net/http reports an error", "err", strings.TrimSpace(string(p)))
-	return len(p), nil
 }

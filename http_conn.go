@@ -189,20 +189,14 @@ func (b *endingBody) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// peerAddr returns the address by which connections are counted: the IPv4 address of a, or the /64
-// network of its IPv6 address, because one host may use every address of a /64. It returns the zero
-// Addr if a is not a TCP address.
+// peerAddr returns the address by which connections are counted; see peerNetwork. It returns the
+// zero Addr if a is not a TCP address.
 func peerAddr(a net.Addr) netip.Addr {
 	tcp, ok := a.(*net.TCPAddr)
 	if !ok {
 		return netip.Addr{}
 	}
-	addr := tcp.AddrPort().Addr().Unmap()
-	if addr.Is6() {
-		prefix, _ := addr.Prefix(64) // fails only if an address has fewer bits
-		addr = prefix.Addr()
-	}
-	return addr
+	return peerNetwork(tcp.AddrPort().Addr())
 }
 
 // answerListener wraps the connections that a listener accepts in answerConns.

@@ -18,7 +18,7 @@ import (
 const acceptLogInterval = time.Minute // least time between two log lines of one listener about failures to accept a connection
 
 // ConnMetrics counts what happens to connections of the listeners of this process.
-type ConnMetrics struct{ closed, acceptErrors *Counter }
+type ConnMetrics struct{ closed, acceptErrors, handshakeErrors *Counter }
 
 // Values of the label kind in telemeter_connections_closed_total.
 const (
@@ -28,11 +28,16 @@ const (
 
 // NewConnMetrics registers the metrics of connections.
 func NewConnMetrics(m *Metrics) *ConnMetrics {
-	return &ConnMetrics{
+	c := &ConnMetrics{
 		closed: m.Counter("telemeter_connections_closed_total",
 			"Connections closed to make room for new ones, by listener and kind: known if a sender has authenticated on the connection or lately from its address, else stranger.", "listener", "kind"),
-		acceptErrors: m.Counter("telemeter_accept_errors_total", "Failures to accept a connection, such as a shortage of file descriptors, by listener.", "listener"),
+		acceptErrors:    m.Counter("telemeter_accept_errors_total", "Failures to accept a connection, such as a shortage of file descriptors, by listener.", "listener"),
+		handshakeErrors: m.Counter("telemeter_tls_handshake_failures_total", "Failed TLS handshakes of clients and scrapers, by cause.", "cause"),
 	}
+	for _, cause := range handshakeCauses {
+		c.handshakeErrors.Add(0, cause)
+	}
+	return c
 }
 
 // limitListener bounds the number of open connections. When max connections are open, a new

@@ -94,7 +94,7 @@ func (f *serverFlags) define(c *command) {
 	})
 	c.defineGroup("Limits", func() {
 		c.sizeFlag(&f.limitBytes, "limit-bytes", 1<<20, 1<<10, 64<<20, "`SIZE` largest body of a push; after decompression, 8 times this size")
-		c.countFlag(&f.limitSeries, "limit-series", 20_000, "`N` largest number of series kept per cluster ID, with 1KiB of text each on average")
+		c.countFlag(&f.limitSeries, "limit-series", 20_000, "`N` largest number of series kept per cluster ID, with 1KiB of text each on average; samples of more series are dropped")
 		c.countFlag(&f.limitSites, "limit-clusters", 10_000, "`N` largest number of cluster IDs that the server keeps")
 		c.countFlag(&f.limitSamples, "limit-samples", 50_000_000, "`N` largest number of samples kept of all cluster IDs together, about 12 bytes each")
 		c.sizeFlag(&f.limitStorage, "limit-storage", 0, 0, 0, "`SIZE` largest size of all logs together; 0: limited by the disk only")

@@ -241,8 +241,9 @@ func newModeServer(t *testing.T) *modeServer {
 	writeIn(t, s.dir, "federate-token", "first\n")
 	s.secrets = []string{s.token, "first", "second"}
 	t.Cleanup(func() {
+		log := strings.ReplaceAll(s.log.String(), "first push of site", "") // the secret "first" is a word of this message
 		for _, secret := range s.secrets {
-			if strings.Contains(s.log.String(), secret) {
+			if strings.Contains(log, secret) {
 				t.Errorf("the log contains the secret %q:\n%s", secret, s.log.String())
 			}
 		}

@@ -128,7 +128,7 @@ type PushAnswer struct {
 	Duplicates int            `json:"duplicates"`        // samples that are not stored again: the server already held them, or the push has them twice
 	Dropped    map[string]int `json:"dropped"`           // samples dropped, by reason
 	Skipped    map[string]int `json:"skipped,omitempty"` // parts of samples, such as exemplars, that are not stored, by kind
-	Hint       string         `json:"hint,omitempty"`    // explains what is wrong with the timestamps, if no sample was stored because of them
+	Hint       string         `json:"hint,omitempty"`    // says what to do, if all samples were dropped because of their timestamps or the operator's rules, or some because of the limit on series
 	Server     string         `json:"server"`            // name of the answering server
 	Time       int64          `json:"time"`              // the server's clock, in ms since the epoch
 

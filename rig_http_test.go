@@ -6,6 +6,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/tls"
@@ -110,14 +111,16 @@ func (c *rawConn) readAnswer() (*http.Response, error) {
 }
 
 // serveHTTP serves srv on a port of 127.0.0.1 until the end of the test, and returns its address.
-// The caller sets srv.Handler, and may set srv.TrackConns and srv.TLS.
+// The caller sets srv.Handler, and may set srv.TrackConns, srv.TLS, srv.Conns and srv.Log.
 func serveHTTP(t testing.TB, srv HTTPServer) (addr string) {
 	t.Helper()
 	ln, err := Listen("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv.Name, srv.Listener, srv.Conns, srv.Log = "test", ln, NewConnMetrics(NewMetrics()), slog.New(slog.DiscardHandler)
+	srv.Name, srv.Listener = "test", ln
+	srv.Conns = cmp.Or(srv.Conns, NewConnMetrics(NewMetrics()))
+	srv.Log = cmp.Or(srv.Log, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- srv.Run(ctx) }()

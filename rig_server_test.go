@@ -42,6 +42,7 @@ type srvRig struct {
 	external *httptest.Server
 	internal *httptest.Server
 	log      *logBuffer
+	logRead  int      // bytes of log that the method logged has returned
 	secrets  []string // texts that no error answer of the server may contain
 }
 

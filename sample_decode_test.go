@@ -437,13 +437,13 @@ func TestDecodeAllocatesNothing(t *testing.T) {
 // or if an accepted sample lacks the cluster ID or has a reserved name.
 func fuzzPath(t *testing.T, body []byte, f Format) {
 	n := ServerNormalizer{Elide: []string{"elide"}, Labels: []Label{{[]byte("operator"), []byte("o")}}}
-	forced := n.ForcedLabels("site", map[string]string{"token": "t"})
+	forced, use := n.ForcedLabels("site", map[string]string{"token": "t"}), n.NewUse()
 	p := SampleList{MaxBytes: 64<<10 + 16*len(body), MaxSamples: 1000}
 	var err error
 	used := allocated(func() {
 		var d Decoder
 		_, err = d.Decode(body, f, func(r *RawSample) error {
-			if drop, err := n.Normalize(r, forced); err != nil || drop != "" {
+			if drop, err := n.Normalize(r, forced, &use); err != nil || drop != "" {
 				return err
 			}
 			if !r.HasT {

@@ -109,6 +109,15 @@ type ServerNormalizer struct {
 	Allow    Selectors // Normalize drops a sample whose name and final labels do not match this list
 }
 
+// NormalizerUse says which rules of a ServerNormalizer matched a sample: for each label name in
+// Elide, each label in Required and each selector in Allow, in the same order.
+type NormalizerUse struct{ Elide, Required, Allow []bool }
+
+// NewUse returns a NormalizerUse for n in which no rule has matched a sample.
+func (n *ServerNormalizer) NewUse() NormalizerUse {
+	return NormalizerUse{make([]bool, len(n.Elide)), make([]bool, len(n.Required)), make([]bool, len(n.Allow))}
+}
+
 // ForcedLabels returns the labels that every sample of a push gets, sorted by name: the cluster ID,
 // the labels of the token and the labels of the operator. If names are equal, the cluster ID has
 // precedence over the token's label, and the token's label has precedence over the operator's
@@ -132,23 +141,42 @@ func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string
 // with an empty value. A Prometheus that scrapes the server with honor_labels then does not add its
 // own job and instance. So the series has the same labels whichever server of the ring the
 // Prometheus scrapes.
-func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label) (dropReason string, err error) {
+//
+// Normalize sets the rules in use that r matches; use must come from NewUse. A selector that is set
+// already is evaluated only if no other selector has matched r.
+func (n *ServerNormalizer) Normalize(r *RawSample, forced []Label, use *NormalizerUse) (dropReason string, err error) {
 	if isReservedMetricName(r.Name) {
 		return "", fmt.Errorf("the name %.100q is reserved for the server's own metrics", r.Name)
 	}
 	labels := r.Labels[:0]
 	for _, l := range r.Labels {
-		if len(l.Value) > 0 && !slices.Contains(n.Elide, string(l.Name)) && !hasLabel(forced, l.Name) {
+		if len(l.Value) == 0 {
+			continue
+		}
+		if i := slices.Index(n.Elide, string(l.Name)); i >= 0 {
+			use.Elide[i] = true
+		} else if !hasLabel(forced, l.Name) {
 			labels = append(labels, l)
 		}
 	}
 	r.Labels = append(labels, forced...)
-	for _, q := range n.Required {
-		if v := labelValue(r.Labels, q.Name); len(v) == 0 || len(q.Value) > 0 && !bytes.Equal(v, q.Value) {
-			return DropRequiredLabel, nil
+	hasRequired := true
+	for i, q := range n.Required {
+		v := labelValue(r.Labels, q.Name)
+		has := len(v) > 0 && (len(q.Value) == 0 || bytes.Equal(v, q.Value))
+		use.Required[i] = use.Required[i] || has
+		hasRequired = hasRequired && has
+	}
+	isAllowed := len(n.Allow) == 0
+	for i := range n.Allow {
+		if (!isAllowed || !use.Allow[i]) && n.Allow[i].matches(r.Name, r.Labels) {
+			isAllowed, use.Allow[i] = true, true
 		}
 	}
-	if !n.Allow.MatchOrEmpty(r.Name, r.Labels) {
+	switch {
+	case !hasRequired:
+		return DropRequiredLabel, nil
+	case !isAllowed:
 		return DropNotAllowed, nil
 	}
 	for _, name := range [...]string{"instance", "job"} {

@@ -25,6 +25,7 @@ func TestNormalizer(t *testing.T) {
 		Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("token")}},
 		Allow:    mustSelect(t, `up{_id="site",region="eu"}`, `{"a.b"}`, "push_time", "telemeter_cluster", "push_time_seconds2", "many"),
 	}
+	use := n.NewUse()
 	forced := n.ForcedLabels("site", map[string]string{"tier": "token", "_id": "forged", "note": ""})
 	for _, c := range []struct {
 		r    *RawSample
@@ -51,7 +52,7 @@ func TestNormalizer(t *testing.T) {
 		{expoRaw("push_time_seconds2", 0, 0, "env", "p"), `push_time_seconds2{_id="site",env="p",instance="",job="",note="",region="eu",tier="token"}`, ""},
 	} {
 		shown := string(appendLine(nil, c.r.Name, c.r.Labels))
-		drop, err := n.Normalize(c.r, forced)
+		drop, err := n.Normalize(c.r, forced, &use)
 		if err != nil {
 			drop = "error"
 			if len(err.Error()) > 500 || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), "reserved") {
@@ -73,12 +74,37 @@ func TestNormalizer(t *testing.T) {
 	}
 }
 
+// Normalize reports which rules a sample matches, also if it drops the sample, and also the selectors
+// after the first that matches.
+func TestNormalizerUse(t *testing.T) {
+	n := &ServerNormalizer{
+		Elide: []string{"replica", "region"}, Labels: []Label{{[]byte("region"), []byte("eu")}},
+		Required: []Label{{[]byte("env"), nil}, {[]byte("tier"), []byte("gold")}, {[]byte("region"), nil}},
+		Allow:    mustSelect(t, "up", `{env="p"}`, "down"),
+	}
+	for _, c := range []struct {
+		r    *RawSample
+		want string
+	}{
+		{expoRaw("a", 0, 0), "{[false false] [false false true] [false false false]}"},
+		{expoRaw("up", 0, 0, "replica", "", "tier", "gold"), "{[false false] [false true true] [true false false]}"},
+		{expoRaw("up", 0, 0, "region", "us", "env", "p"), "{[false true] [true false true] [true true false]}"},
+	} {
+		use := n.NewUse()
+		line := string(appendLine(nil, c.r.Name, c.r.Labels))
+		if _, err := n.Normalize(c.r, n.ForcedLabels("site", nil), &use); err != nil || fmt.Sprint(use) != c.want {
+			t.Errorf("%s: got %v and the error %v, want %s", line, use, err, c.want)
+		}
+	}
+}
+
 // Normalize and Clean do not report a label that occurs twice. SampleList.Add then refuses the
 // sample.
 func TestDuplicateLabelsAreRefused(t *testing.T) {
 	var n ServerNormalizer
+	use := n.NewUse()
 	r := expoRaw("a", 0, 0, "b", "1", "b", "2")
-	if drop, err := n.Normalize(r, n.ForcedLabels("site", nil)); drop != "" || err != nil {
+	if drop, err := n.Normalize(r, n.ForcedLabels("site", nil), &use); drop != "" || err != nil {
 		t.Errorf("normalizing a sample with a duplicate label: drop reason %q, %v", drop, err)
 	} else if err := new(SampleList).Add(r); err == nil {
 		t.Error("Add accepts a normalized sample with a duplicate label")
@@ -92,11 +118,12 @@ func TestDuplicateLabelsAreRefused(t *testing.T) {
 // of a push share the list.
 func TestNormalizerLeavesForcedLabels(t *testing.T) {
 	var n ServerNormalizer
+	use := n.NewUse()
 	forced := slices.Grow(n.ForcedLabels("site", map[string]string{"z": "1"}), 10)
 	want := fmt.Sprintf("%q", forced)
 	for range 3 {
 		r := &RawSample{Name: []byte("a")} // the sample has no labels, so that a careless append could return the memory of forced
-		if _, err := n.Normalize(r, forced); err != nil {
+		if _, err := n.Normalize(r, forced, &use); err != nil {
 			t.Fatal(err)
 		}
 		if err := new(SampleList).Add(r); err != nil {

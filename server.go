@@ -30,6 +30,7 @@ const (
 	storeTimeout     = 30 * time.Second // limit for forwarding, decoding and storing a push, once its body has arrived
 	maxErrorText     = 1 << 10          // bytes of the text that tells a client why its push is refused; a longer text is cut
 
+	shiftedClockOffset = time.Minute // a client whose source's clock is off by this or more shifts the timestamps of the samples
 	maxClockOffset     = 1 << 53     // ms; if a push reports that its source's clock is off by more, the server ignores the report
 	maxClockDifference = time.Minute // a forwarded push whose samples all seem too old or in the future is handed back to the server that forwarded it, if the clocks of the two servers seem to differ by more
 )
@@ -40,7 +41,7 @@ type ServerConfig struct {
 	Store              *Store
 	Forwarder          *Forwarder  // nil if this server has no ring: it then owns all sites
 	Member             *RingKeeper // source of /debug/ring and ring metrics; nil if this server has no ring
-	Gossip             *Gossip     // source of /sd, /debug/ring and ring metrics; nil if Member is nil
+	Gossip             *Gossip     // source of /sd, /debug/ring and ring metrics; nil if Member is nil: /sd then lists only this server
 	SDScheme           string      // precedes the address of this server's internal listener in /sd: SDSchemeTLS or empty
 	Metrics            *Metrics
 	Log                *slog.Logger
@@ -73,7 +74,8 @@ type Server struct {
 	bodies     sync.Pool    // of *[]byte: reusable memory for the bodies of pushes
 	sites      *SitePushLimiter
 	federate   *federateHandler
-	limitedLog *limitedLog // for messages that a stranger or a hostile site can cause at any rate
+	ruleWatch  *ruleWatch
+	limitedLog *LimitedLog // for messages that a stranger or a hostile site can cause at any rate
 	instrument func(string, http.Handler) http.Handler
 	serverMetrics
 }
@@ -84,7 +86,7 @@ func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
 	s := &Server{
 		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newDecodeLanes(runtime.GOMAXPROCS(0)),
-		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), limitedLog: newLimitedLog(cfg.Log, cfg.Now),
+		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), limitedLog: NewLimitedLog(cfg.Log, cfg.Now), ruleWatch: newRuleWatch(m, cfg.Log, cfg.Now),
 		instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
@@ -228,10 +230,10 @@ func (s *Server) InternalHandler(onLoopback bool) http.Handler {
 	AddHealthRoutes(mux, s.whyNotReady)
 	mux.Handle("GET /federate", s.requireFederateTokenIfSet("federate", s.federate))
 	mux.Handle("GET /metrics", s.requireFederateTokenIfSet("metrics", s.cfg.Metrics))
-	paths := append([]string{"/federate", "/metrics", "/debug/pprof/"}, HealthPaths()...)
+	mux.Handle("GET /sd", s.requireFederateTokenIfSet("sd", http.HandlerFunc(s.serveSD)))
+	paths := append([]string{"/federate", "/metrics", "/sd", "/debug/pprof/"}, HealthPaths()...)
 	if s.cfg.Member != nil {
-		paths = append(paths, "/sd", "/debug/ring")
-		mux.Handle("GET /sd", s.requireFederateTokenIfSet("sd", http.HandlerFunc(s.serveSD)))
+		paths = append(paths, "/debug/ring")
 		mux.Handle("GET /debug/ring", s.requireFederateTokenIfSet("ring", http.HandlerFunc(s.serveDebugRing)))
 	}
 	mux.Handle("GET /{$}", s.requireFederateTokenIfSet("index", IndexHandler(paths...)))
@@ -250,6 +252,7 @@ func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) h
 		token, _ := ParseBearer(r.Header.Get("Authorization"))
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
 			s.denyToken(w, "federate_token", "this listener requires the bearer token in the file of --federate-token-file")
+			s.limitedLog.LogPeer(slog.LevelWarn, "request to the internal listener refused, because it does not have the bearer token of --federate-token-file: in the scrape configuration, set authorization: {credentials_file: FILE}", r.RemoteAddr, "handler", handlerName)
 			return
 		}
 		ProtectConn(r, "") // all scrapers send the same token, or none

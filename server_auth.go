@@ -39,6 +39,7 @@ func (s *Server) bearerOrDeny(w http.ResponseWriter, r *http.Request) (text stri
 	text, ok = ParseBearer(r.Header.Get("Authorization"))
 	if !ok {
 		s.denyToken(w, "missing", "no bearer token; send Authorization: Bearer <token>")
+		s.logDenied(r, "missing", Token{})
 	}
 	return text, ok
 }
@@ -55,24 +56,67 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	st := s.state.Load()
 	t, err := st.Keys.Verify(text, s.cfg.Now())
 	id := r.URL.Query().Get("id")
+	reason := ""
 	switch {
 	case errors.Is(err, ErrTokenExpired):
-		s.denyToken(w, "expired", TokenExpiredText)
+		reason = "expired"
+		t, _ = ParseUnverifiedToken(text) // Verify has verified the signature before the expiry
+		s.denyToken(w, reason, TokenExpiredText)
 	case errors.Is(err, ErrTokenMalformed):
-		s.denyToken(w, "malformed", TokenMalformedText)
+		reason = "malformed"
+		s.denyToken(w, reason, TokenMalformedText)
 	case err != nil:
-		s.denyToken(w, "forged", TokenForgedText)
+		reason = "forged"
+		s.denyToken(w, reason, TokenForgedText)
 	case st.Revoked.IsRevoked(t):
-		s.denyToken(w, "revoked", TokenRevokedText)
+		reason = "revoked"
+		s.denyToken(w, reason, TokenRevokedText)
 	case !slices.Contains(kinds, t.Kind):
-		s.denyToken(w, "kind", fmt.Sprintf("this request needs a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
+		reason = "kind"
+		s.denyToken(w, reason, fmt.Sprintf("this request needs a token of kind %s, not %s", strings.Join(kinds, " or "), t.Kind))
 	case id != "" && id != t.ClusterID:
+		reason = "other_cluster"
 		s.denyOtherClusterID(w, OtherClusterText)
 	default:
 		ProtectConn(r, t.ClusterID)
 		return t, true
 	}
+	s.logDenied(r, reason, t)
 	return t, false
+}
+
+// logDenied warns that a request was refused because of its token. reason is the value of the label
+// reason in telemeter_unauthorized_total. If t has a cluster ID, t must be authentic: the warning
+// then names the site, and is written at most once in siteLogEvery for each site and reason.
+// Otherwise it is limited by the address of the sender. An expired upload token causes no warning,
+// because the client gets a new one by itself.
+func (s *Server) logDenied(r *http.Request, reason string, t Token) {
+	message := denialMessage(reason)
+	switch {
+	case t.ClusterID == "":
+		s.limitedLog.LogPeer(slog.LevelWarn, message, r.RemoteAddr)
+	case reason != "expired" || t.Kind != KindUpload:
+		s.logSite(slog.LevelWarn, t.ClusterID, message, "token_id", t.ID, "remote", r.RemoteAddr)
+	}
+}
+
+// denialMessage returns the message for a reason of logDenied. It says what to do.
+func denialMessage(reason string) string {
+	switch reason {
+	case "missing":
+		return "request refused: it has no token; send the header Authorization: Bearer TOKEN"
+	case "expired":
+		return "token refused: it has expired; create a new token with telemeter --mode token, and replace the client's --token-file"
+	case "malformed":
+		return "token refused: it is malformed; copy the whole token file to the client again"
+	case "forged":
+		return "token refused: no key of this server signed it; create the token with the servers' token.key, and copy that file to every server"
+	case "revoked":
+		return "token refused: the file of --revoked-file lists it or its cluster ID; if the site may push again, create a new token, and remove the cluster ID from the file"
+	case "kind":
+		return "token refused: it is of the wrong kind; give the client the token that telemeter --mode token printed"
+	}
+	return "token refused: the request names another cluster ID than the token; leave out --id of the client, or create a token for that cluster ID"
 }
 
 // authenticateClient checks the client token of a request and returns what the token permits. If
@@ -154,6 +198,7 @@ func (s *Server) authorizeExternally(w http.ResponseWriter, r *http.Request) (t 
 		// Only a client that the service has permitted may learn that the cluster ID is revoked.
 		if s.isRevokedClusterID(id) {
 			s.denyToken(w, "revoked", ClusterRevokedText)
+			s.logDenied(r, "revoked", t)
 			return t, false
 		}
 		err = s.checkServiceLabels(t)
@@ -177,7 +222,8 @@ func (s *Server) checkServiceLabels(t Token) error {
 	}
 	rules := ServerNormalizer{Labels: s.state.Load().Normalizer.Labels}
 	sample := RawSample{Name: []byte("m")}
-	_, err := rules.Normalize(&sample, rules.ForcedLabels(t.ClusterID, t.Labels))
+	use := rules.NewUse()
+	_, err := rules.Normalize(&sample, rules.ForcedLabels(t.ClusterID, t.Labels), &use)
 	if err == nil {
 		err = new(SampleList).Add(&sample)
 	}
@@ -199,11 +245,7 @@ func (s *Server) denyExternally(w http.ResponseWriter, r *http.Request, clusterI
 		http.Error(w, "the connection has ended", http.StatusServiceUnavailable) // for the metrics of requests, because the client is gone
 		return
 	}
-	level := slog.LevelInfo
-	if e.status == http.StatusServiceUnavailable {
-		level = slog.LevelWarn
-	}
-	s.limitedLog.Log(level, e.text, "cluster_id", clusterID, "remote", r.RemoteAddr, "err", e.detail)
+	s.limitedLog.Log(slog.LevelWarn, e.text, "cluster_id", clusterID, "remote", r.RemoteAddr, "err", e.detail)
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(e.retryAfter))
 	}

@@ -64,6 +64,53 @@ func TestTokenRefused(t *testing.T) {
 	))
 }
 
+// The server warns of a refused token, and says what to do. The warning names the site and the token
+// if the token is authentic, and otherwise only the address of the sender. It is written once an hour
+// for each site or address, and each cause.
+func TestRefusedTokensLogged(t *testing.T) {
+	r := newSrvRig(t)
+	revoked, err := ParseRevokedIDs([]byte("gone\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.reload(func(st *ReloadableServerConfig) { st.Revoked = revoked })
+	expired := func(tok *Token) { tok.Expires = testNow.Add(-time.Second).Unix() }
+	forged := signToken(t, testKeys(t, 7), Token{Kind: KindClient, ClusterID: "site-a", ID: strings.Repeat("0", 32)})
+	id := func(site string) string {
+		return " cluster_id=" + site + " token_id=" + fmt.Sprintf("%032x", site)[:32]
+	}
+	for _, c := range []struct{ name, path, token, message, site string }{
+		{"no token", "/upload", "", "request refused: it has no token; send the header Authorization: Bearer TOKEN", ""},
+		{"expired", "/authorize", r.token(KindClient, "a", expired), "token refused: it has expired; create a new token with telemeter --mode token, and replace the client's --token-file", id("a")},
+		{"expired, another site", "/authorize", r.token(KindClient, "b", expired), "token refused: it has expired", id("b")},
+		{"another cause", "/authorize", r.token(KindUpload, "a"), "token refused: it is of the wrong kind", id("a")},
+		{"revoked", "/upload", r.token(KindUpload, "gone"), "token refused: the file of --revoked-file lists it", id("gone")},
+		{"another cluster ID", "/upload?id=b", r.token(KindUpload, "a"), "token refused: the request names another cluster ID", id("a")},
+		{"malformed", "/upload", "garbage", "token refused: it is malformed", ""},
+		{"forged", "/upload", forged, "token refused: no key of this server signed it", ""},
+	} {
+		r.logged()
+		for range 3 {
+			r.do(srvRequest{method: "POST", url: r.external.URL + c.path, token: c.token})
+		}
+		got := r.logged()
+		if strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, `WARN msg="`+c.message) || !strings.Contains(got, c.site+" remote=127.0.0.1:") || strings.Contains(got, "cluster_id") != (c.site != "") {
+			t.Errorf("%s: the log is\n%s\nwant one warning %q with %q", c.name, got, c.message, c.site)
+		}
+	}
+	r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: r.token(KindUpload, "c", expired)})
+	if got := r.logged(); got != "" {
+		t.Errorf("an expired upload token, which a client renews by itself, is logged:\n%s", got)
+	}
+	r.clock.Add(int64(siteLogEvery))
+	r.logged()
+	r.do(srvRequest{method: "POST", url: r.external.URL + "/upload", token: "garbage"})
+	r.do(srvRequest{method: "POST", url: r.external.URL + "/authorize", token: r.token(KindClient, "a", expired)})
+	if got := r.logged(); strings.Count(got, "WARN") != 2 || strings.Count(got, "suppressed=2") != 2 {
+		t.Errorf("after an hour, the log is\n%s\nwant two warnings", got)
+	}
+}
+
 // authorizeAnswer is the decoded JSON body of an answer of /authorize.
 type authorizeAnswer struct {
 	Version, ExpiresInSeconds int

@@ -148,7 +148,7 @@ func TestAuthorizeUnderFlood(t *testing.T) {
 				if f.peak > 2*maxAuthorizing || c.addresses == 1 && f.peak > maxAuthorizingPerSender+4 {
 					t.Errorf("%d requests were in flight to the service", f.peak)
 				}
-				if lines, limit := strings.Count(f.log.String(), "\n"), 3*int(took/limitedLogEvery+1); lines > limit {
+				if lines, limit := strings.Count(f.log.String(), "\n"), 3*int(took/LimitedLogEvery+1); lines > limit {
 					t.Errorf("the log has %d lines, want at most %d", lines, limit)
 				}
 				if !strings.Contains(f.log.String(), " suppressed=") {

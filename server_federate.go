@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -45,7 +46,7 @@ type federateConfig struct {
 type federateHandler struct {
 	cfg        federateConfig
 	scraper    *AllSitesReader
-	limitedLog *limitedLog // for messages that each scrape can cause
+	limitedLog *LimitedLog // for messages that each scrape can cause
 	slots      *scrapeSlots
 
 	seconds, bytes              *Histogram
@@ -65,7 +66,7 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	})
 	return &federateHandler{
 		cfg: cfg, scraper: &AllSitesReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
-		limitedLog: newLimitedLog(cfg.Log, cfg.Now),
+		limitedLog: NewLimitedLog(cfg.Log, cfg.Now),
 		slots:      newScrapeSlots(),
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Seconds to answer a request to /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Bytes of an answer to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
@@ -90,7 +91,11 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		http.Error(w, "the query is malformed", http.StatusBadRequest)
+		h.refuse(w, r, fmt.Errorf("the query is malformed: %w", err))
+		return
+	}
+	if err := checkScrapeParams(q); err != nil {
+		h.refuse(w, r, err)
 		return
 	}
 	// A HEAD request must not move a consumer's cursor, because the sender of a HEAD request gets
@@ -98,13 +103,13 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var c scrapingConsumer
 	if q.Has("consumer") && r.Method == http.MethodGet {
 		if c, err = h.identifyConsumer(r, q); err != nil {
-			refuseScrape(w, err)
+			h.refuse(w, r, err)
 			return
 		}
 	}
 	match, release, err := h.slots.acquire(ctx, c.key, c.isEstablished, q["match[]"])
 	if err != nil {
-		refuseScrape(w, err)
+		h.refuse(w, r, err)
 		return
 	}
 	defer release()
@@ -112,13 +117,13 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var session *ConsumerSession // nil for a HEAD request, and for a scrape without a consumer's name
 	if c.name != "" {
 		if session, err = h.beginScrape(r, c); err != nil {
-			refuseScrape(w, err)
+			h.refuse(w, r, err)
 			return
 		}
 	}
 	families, err := h.families(ctx, r, c.name, session, match)
 	if err != nil {
-		refuseScrape(w, err)
+		refuseScrape(w, err) // the end of this method logs the error
 	} else {
 		err = h.write(w, r, begin.Add(timeout), families)
 	}
@@ -132,9 +137,37 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// checkScrapeParams returns an error if the query of a scrape has a parameter that /federate does not
+// know, or a consumer's name that is empty or not the only one. Without this check, a misspelled
+// parameter would be ignored, and a consumer would silently get only the newest samples.
+func checkScrapeParams(q url.Values) error {
+	for _, name := range slices.Sorted(maps.Keys(q)) {
+		if name != "match[]" && name != "consumer" {
+			return fmt.Errorf("unknown parameter %.100q: known are match[], consumer", name)
+		}
+	}
+	names, named := q["consumer"]
+	switch {
+	case len(names) > 1:
+		return fmt.Errorf("the parameter consumer is given %d times: give one name", len(names))
+	case named && names[0] == "":
+		return fmt.Errorf("the parameter consumer is empty: %w; leave the parameter out to get only the newest samples", CheckConsumerName(""))
+	}
+	return nil
+}
+
+// refuse answers a scrape with an error, and logs it if it will not pass by itself, because the page
+// /targets of Prometheus shows only the status of the answer.
+func (h *federateHandler) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	if refuseScrape(w, err) < http.StatusInternalServerError {
+		h.limitedLog.LogPeer(slog.LevelWarn, "scrape refused: correct the scrape configuration", r.RemoteAddr, "reason", err)
+	}
+}
+
 // refuseScrape answers a scrape with 503 and Retry-After if the server can answer it later, with 403
-// if the consumer is not allowed to scrape, and with 400 if the scrape is invalid.
-func refuseScrape(w http.ResponseWriter, err error) {
+// if the consumer is not allowed to scrape, and with 400 if the scrape is invalid. It returns the
+// status.
+func refuseScrape(w http.ResponseWriter, err error) (status int) {
 	status, retryAfter := http.StatusBadRequest, ""
 	switch {
 	case errors.Is(err, ErrConsumerNotAllowed):
@@ -148,6 +181,7 @@ func refuseScrape(w http.ResponseWriter, err error) {
 		w.Header().Set("Retry-After", retryAfter)
 	}
 	http.Error(w, err.Error(), status)
+	return status
 }
 
 // errScrapeEnded means that the timeout of a scrape passed, or that its connection ended, while

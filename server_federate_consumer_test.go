@@ -42,7 +42,7 @@ func TestFederateConfirms(t *testing.T) {
 	if got := r.ups(a, "consumer=x", ""); got != "3 4 " {
 		t.Errorf("new samples: got %q, want 3 and 4", got)
 	}
-	for _, query := range []string{"consumer=x", "consumer=", "consumer=new"} {
+	for _, query := range []string{"consumer=x", "consumer=new"} {
 		if got := r.get(a, "HEAD", query, ""); got.status != 200 || got.body != "" {
 			t.Errorf("HEAD %s was answered %d %s", query, got.status, got.body)
 		}
@@ -191,7 +191,7 @@ func TestFederateProxied(t *testing.T) {
 				t.Errorf("%v, step %d: got %q, want %q", header, i, got, step.want)
 			}
 		}
-		r.clock.Add(int64(limitedLogEvery)) // messages of all consumers together are logged by rate
+		r.clock.Add(int64(LimitedLogEvery)) // messages of all consumers together are logged by rate
 		r.ups(client, "consumer=y", "", header...)
 		if n := strings.Count(r.log.String(), "make the consumer scrape this server directly"); n != 2 {
 			t.Errorf("%d warnings about proxies, want one for each of 2 consumers:\n%s", n, r.log)

@@ -67,7 +67,7 @@ func TestFederateMatch(t *testing.T) {
 		{`match[]=up{job=""}&match[]={__name__=~"push_time.*",_id="site-a"}`, "", "push_time_seconds up"},
 		{`match[]={"a.b"}`, acceptUTF8, `"a.b",_id="site-a","c.d"="e",instance="",job=""`},
 		{`match[]=none`, "", ""},
-		{"other=1", "text/plain;escaping=values", "U__a_2e_b push_failure_time_seconds push_time_seconds push_time_seconds telemeter_cluster_samples telemeter_cluster_samples telemeter_cluster_series telemeter_cluster_series telemeter_cluster_token_expiry_seconds up up"},
+		{"", "text/plain;escaping=values", "U__a_2e_b push_failure_time_seconds push_time_seconds push_time_seconds telemeter_cluster_samples telemeter_cluster_samples telemeter_cluster_series telemeter_cluster_series telemeter_cluster_token_expiry_seconds up up"},
 	} {
 		var names []string
 		for line := range strings.Lines(r.federate(strings.ReplaceAll(c.query, `"`, "%22"), c.accept)) {
@@ -92,11 +92,22 @@ func TestFederateBadQuery(t *testing.T) {
 	for query, reason := range map[string]string{
 		"match[]=up{": "match[]", "match[]={}": "empty string", "match[]=": "match[]", `match[]={a=~"("}`: "pattern", "match[]=%zz": "query", "a;b": "query",
 		strings.Repeat("match[]=a&", 1001): "at most 1000",
+		"cosumer=central":                  `unknown parameter "cosumer": known are match[], consumer`,
+		"consumer=central&match=up":        `unknown parameter "match": known are match[], consumer`,
+		"=":                                `unknown parameter ""`,
+		"consumer=a&consumer=b":            "the parameter consumer is given 2 times: give one name",
+		"consumer":                         "the parameter consumer is empty: a consumer name must have 1 to 64 bytes",
 	} {
 		got := r.do(srvRequest{method: "GET", url: r.internal.URL + "/federate?" + strings.ReplaceAll(query, `"`, "%22")})
 		if got.status != 400 || !strings.Contains(got.body, reason) {
 			t.Errorf("%.50s was answered %d %s, want 400 and %q", query, got.status, got.body, reason)
 		}
+		if log := r.log.String(); !strings.Contains(log, `level=WARN msg="scrape refused: correct the scrape configuration" remote=127.0.0.1:`) || strings.Count(log, "\n") != 1 {
+			t.Errorf("the log does not have exactly one warning for this peer:\n%s", log)
+		}
+	}
+	if got := r.do(srvRequest{method: "HEAD", url: r.internal.URL + "/federate?cosumer=x"}); got.status != 400 {
+		t.Errorf("HEAD with an unknown parameter was answered %d, want 400", got.status)
 	}
 }
 

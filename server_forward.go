@@ -51,6 +51,7 @@ type pushRequest struct {
 	Arrival          int64             // ms since the Unix epoch, by the clock of the server that the client pushed to
 	Type, Encoding   string
 	Spool, Consumers string `json:",omitempty"`
+	Remote           string `json:",omitempty"` // address from which the client pushed, for the log
 }
 
 // pushResponse is the answer to a push. Body is JSON if Status is 200, and plain text otherwise.
@@ -91,7 +92,7 @@ type Forwarder struct {
 	view       atomic.Pointer[RingView]
 	sequence   atomic.Uint64 // number of the last request that this process prepared to send
 	receiving  semaphore     // one slot for each request of another member that this server is handling
-	limitedLog *limitedLog   // for messages that each push can cause
+	limitedLog *LimitedLog   // for messages that each push can cause
 
 	mu      sync.Mutex                    // guards senders and owners
 	senders map[string]*senderSession     // by the name of the member that forwards pushes to this server
@@ -120,7 +121,7 @@ type ownerRequestSlots struct {
 func NewForwarder(cfg ForwarderConfig) *Forwarder {
 	m := cfg.Metrics
 	f := &Forwarder{
-		cfg: cfg, receiving: newSemaphore(maxForwards), limitedLog: newLimitedLog(cfg.Log, time.Now), senders: map[string]*senderSession{}, owners: map[string]*ownerRequestSlots{},
+		cfg: cfg, receiving: newSemaphore(maxForwards), limitedLog: NewLimitedLog(cfg.Log, time.Now), senders: map[string]*senderSession{}, owners: map[string]*ownerRequestSlots{},
 		sentTotal:     m.Counter("telemeter_forwards_sent_total", "Pushes for sites of other owners, by result: accepted by the owner, refused by the owner, or kept here because the owner could not take them.", "result"),
 		receivedTotal: m.Counter("telemeter_forwards_received_total", "Pushes received from other members of the ring, by result.", "result"),
 		seconds:       m.Histogram("telemeter_forward_duration_seconds", "Seconds to forward a push, until the owner answers or the attempt fails.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 20}),

@@ -128,7 +128,7 @@ func TestForwardRefusesForged(t *testing.T) {
 func TestForwardLogsOtherKey(t *testing.T) {
 	f := newCapturedForward(t)
 	var log logBuffer
-	f.b.limitedLog = newLimitedLog(slog.New(slog.NewTextHandler(&log, nil)), time.Now)
+	f.b.limitedLog = NewLimitedLog(slog.New(slog.NewTextHandler(&log, nil)), time.Now)
 	for _, c := range []struct{ about, envelope, want string }{
 		{"garbage", "AgAA", ""},
 		{"another key", base64.RawURLEncoding.EncodeToString(f.stranger.cfg.Sealer.Seal(nil, []byte("{}"), envelopeSeal, nil, 0)), "copy the same cluster.key to both servers"},

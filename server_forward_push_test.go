@@ -40,7 +40,7 @@ func TestForwardedPushAnswer(t *testing.T) {
 		{"untimely", nil, "m 1 5\n", nil, 200, "", 0},
 		{"malformed", nil, "m{ 1\n", nil, 400, "", 0},
 		{"too large", func(b *ringServer) { b.server.cfg.LimitBytes = 1 << 10 }, large, nil, 413, "", 0},
-		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 413, "", 0},
+		{"too many series", func(b *ringServer) { b.store.cfg.LimitSeries = 1 }, "m 1\nn 1\n", nil, 200, "", 1},
 		{"too fast", func(b *ringServer) {
 			b.server.sites = NewSitePushLimiter(7*time.Second, 1<<20)
 			for n := range 2 {
@@ -81,6 +81,9 @@ func TestForwardedPushAnswer(t *testing.T) {
 			}
 			if a.samples(id) != 0 || b.samples(id) != c.samples {
 				t.Errorf("the receiver holds %d samples and the owner %d, want 0 and %d", a.samples(id), b.samples(id), c.samples)
+			}
+			if first := strings.Contains(b.log.String(), `msg="first push of site" cluster_id=`+id+` remote=127.0.0.1:`); first != (c.samples > 0) {
+				t.Errorf("the owner logs the first push of the site with the client's address: %t, want %t", first, c.samples > 0)
 			}
 			failed := c.status != 200 || c.name == "untimely"
 			if shown := strings.Contains(a.held(id, ""), PushFailureTimeName+`{_id="`+id+`",instance="",job="",server="a"}`); shown != failed {

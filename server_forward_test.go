@@ -317,7 +317,7 @@ func TestForwardKeysRotate(t *testing.T) {
 func TestForwardOtherVersion(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	log := &logBuffer{}
-	a.limitedLog = newLimitedLog(slog.New(slog.NewTextHandler(log, nil)), time.Now)
+	a.limitedLog = NewLimitedLog(slog.New(slog.NewTextHandler(log, nil)), time.Now)
 	a.cfg.Client.Transport = changeSealVersion{a.cfg.Client.Transport}
 	if got := a.push(t.Context(), id, "m 1\n"); got != "" || a.sentTotal.Value("kept") != 1 || b.receivedTotal.Value("version") != 1 {
 		t.Errorf("the push was accepted by %q, and %v are counted as of another version", got, b.receivedTotal.Value("version"))

@@ -5,7 +5,10 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"net/http"
+	"net/url"
+	"strconv"
 	"strings"
 )
 
@@ -57,12 +60,22 @@ const SDSchemeTLS = "https://"
 
 // serveSD answers GET /sd in the format of Prometheus's HTTP service discovery. It lists every live
 // member that announces the address of its internal listener. Prometheus must scrape all of them,
-// because each server exposes only the samples that it holds itself.
+// because each server exposes only the samples that it holds itself. A server without a ring lists
+// itself, under the address in the request: Prometheus has just reached the server there.
 func (s *Server) serveSD(w http.ResponseWriter, r *http.Request) {
 	var urls []string
-	for _, mv := range s.cfg.Gossip.View().Members {
-		if mv.State.IsLive() && mv.URL != "" {
-			urls = append(urls, mv.URL)
+	if s.cfg.Gossip == nil {
+		own, err := requestedAddr(r, s.cfg.SDScheme == SDSchemeTLS)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		urls = append(urls, s.cfg.SDScheme+own)
+	} else {
+		for _, mv := range s.cfg.Gossip.View().Members {
+			if mv.State.IsLive() && mv.URL != "" {
+				urls = append(urls, mv.URL)
+			}
 		}
 	}
 	WriteJSON(w, targetGroups(urls))
@@ -94,6 +107,26 @@ func targetGroups(urls []string) []targetGroup {
 		}
 	}
 	return groups
+}
+
+// requestedAddr returns the address to which r was sent, as host:port. The header Host has no port if
+// the port is the default port of the scheme, which is https if secure is true, else http.
+func requestedAddr(r *http.Request, secure bool) (addr string, err error) {
+	port := "80"
+	if secure {
+		port = "443"
+	}
+	u, err := url.Parse("http://" + r.Host)
+	if err != nil || u.Host != r.Host || u.Hostname() == "" {
+		return "", fmt.Errorf("the header Host is %.100q, but must be this server's HOST:PORT", r.Host)
+	}
+	if given := u.Port(); given != "" {
+		port = given
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return "", fmt.Errorf("the header Host has the invalid port %.20q", port)
+	}
+	return net.JoinHostPort(u.Hostname(), port), nil
 }
 
 // memberStatus is the entry of one member in the answer of /debug/ring.

@@ -21,7 +21,7 @@ const (
 	maxTrackedSites  = 100_000        // sites whose state is kept in memory
 	siteIdle         = 24 * time.Hour // after this time without a request, a site may be forgotten to make room for a new site
 
-	untimelyLogEvery = time.Hour // shortest time between two warnings about the timestamps of one site's samples
+	siteLogEvery = time.Hour // shortest time between two lines with the same cause about one site
 )
 
 // SitePushLimiter limits and tracks the pushes of each site. It is safe for concurrent use.
@@ -37,13 +37,13 @@ type limitedSite struct {
 	// tat is the theoretical arrival time of GCRA (ITU-T I.371): the time of the next push if all
 	// earlier pushes had been exactly one interval apart. A tat in the past counts as the current
 	// time. So forgetting a site whose tat is in the past does not change when the site may push.
-	tat            time.Time
-	inFlight       int
-	decodeTurn     semaphore // one slot; held by the site's push that is being decoded or stored
-	health         siteHealth
-	seen           time.Time // when the state of this site was last used; see track
-	loggedUntimely time.Time // when TakeUntimelyWarning last returned true for this site; zero if never
-	refusalLog     limitedMessage
+	tat        time.Time
+	inFlight   int
+	decodeTurn semaphore // one slot; held by the site's push that is being decoded or stored
+	health     siteHealth
+	seen       time.Time                 // when the state of this site was last used; see track
+	logged     map[string]LimitedMessage // by cause; see TakeSiteLog; nil if nothing was logged
+	refusalLog LimitedMessage
 }
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
@@ -179,22 +179,28 @@ func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
 	}
 }
 
-// TakeUntimelyWarning reports whether the caller should log that all samples of a push were dropped
-// because of their timestamps. For each site it returns true at most once in untimelyLogEvery.
-func (t *SitePushLimiter) TakeUntimelyWarning(clusterID string, now time.Time) (warn bool) {
+// TakeSiteLog reports whether the caller should log a line about a site, and how many lines with the
+// same cause were left out before. For each site and cause it returns true at most once in
+// siteLogEvery. The cause must be a constant of the program, because a site keeps all of its causes.
+func (t *SitePushLimiter) TakeSiteLog(clusterID, cause string, now time.Time) (suppressed int, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	site := t.track(clusterID, now)
-	if site == nil || !site.loggedUntimely.IsZero() && now.Sub(site.loggedUntimely) < untimelyLogEvery {
-		return false
+	if site == nil {
+		return 0, false
 	}
-	site.loggedUntimely = now
-	return true
+	if site.logged == nil {
+		site.logged = map[string]LimitedMessage{}
+	}
+	m := site.logged[cause]
+	suppressed, ok = m.Take(now, siteLogEvery)
+	site.logged[cause] = m
+	return suppressed, ok
 }
 
 // TakeRefusalLog reports whether the caller should log that a push of a site is refused, and how
 // many refusals of the site were not logged before. For each site it returns true at most once in
-// limitedLogEvery.
+// LimitedLogEvery.
 func (t *SitePushLimiter) TakeRefusalLog(clusterID string, now time.Time) (suppressed int, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -202,7 +208,7 @@ func (t *SitePushLimiter) TakeRefusalLog(clusterID string, now time.Time) (suppr
 	if site == nil {
 		return 0, false
 	}
-	return site.refusalLog.take(now)
+	return site.refusalLog.Take(now, LimitedLogEvery)
 }
 
 // ForEach calls f with the health of each tracked site, in the order of cluster IDs. It calls f

@@ -208,24 +208,26 @@ func TestSiteHealth(t *testing.T) {
 	}
 }
 
-// TakeUntimelyWarning returns true for a site at most once within untimelyLogEvery.
-func TestTakeUntimelyWarning(t *testing.T) {
+// TakeSiteLog returns true for a site and a cause at most once within siteLogEvery, with the number
+// of calls for which it returned false before.
+func TestTakeSiteLog(t *testing.T) {
 	s := NewSitePushLimiter(time.Second, 1<<20)
 	for i, c := range []struct {
-		id    string
-		after time.Duration // time of the call, as a duration since rateNow
-		want  bool
+		id, cause  string
+		after      time.Duration // time of the call, as a duration since rateNow
+		want       bool
+		suppressed int
 	}{
-		{"a", 0, true}, {"a", 0, false}, {"b", 0, true}, {"a", untimelyLogEvery - 1, false}, {"a", untimelyLogEvery, true},
-		{"a", 2*untimelyLogEvery - 1, false}, {"b", 2*untimelyLogEvery - 1, true},
+		{"a", "x", 0, true, 0}, {"a", "x", 0, false, 0}, {"b", "x", 0, true, 0}, {"a", "y", 0, true, 0}, {"a", "x", siteLogEvery - 1, false, 0},
+		{"a", "x", siteLogEvery, true, 2}, {"a", "x", 2*siteLogEvery - 1, false, 0}, {"b", "x", 2*siteLogEvery - 1, true, 0},
 	} {
-		if got := s.TakeUntimelyWarning(c.id, rateNow.Add(c.after)); got != c.want {
-			t.Errorf("call %d, site %s after %v: got %t, want %t", i, c.id, c.after, got, c.want)
+		if suppressed, got := s.TakeSiteLog(c.id, c.cause, rateNow.Add(c.after)); got != c.want || suppressed != c.suppressed {
+			t.Errorf("call %d, site %s and cause %s after %v: got %t and %d suppressed, want %t and %d", i, c.id, c.cause, c.after, got, suppressed, c.want, c.suppressed)
 		}
 	}
 }
 
-// The refusals of a site are logged at most once in limitedLogEvery, and the next line says how many
+// The refusals of a site are logged at most once in LimitedLogEvery, and the next line says how many
 // were not logged. Other sites are not affected.
 func TestRefusalsLoggedByRate(t *testing.T) {
 	r := newSrvRig(t)
@@ -233,7 +235,7 @@ func TestRefusalsLoggedByRate(t *testing.T) {
 		r.push("site-a", "malformed\n")
 	}
 	r.push("site-b", "malformed\n")
-	r.clock.Add(int64(limitedLogEvery))
+	r.clock.Add(int64(LimitedLogEvery))
 	r.push("site-a", "malformed\n")
 	var got []string
 	for line := range strings.Lines(r.log.String()) {

@@ -75,6 +75,35 @@ func TestInternalRoutes(t *testing.T) {
 	}
 }
 
+// /sd of a server without a ring lists the server under the address by which it was asked, which is
+// the address that the asking Prometheus can reach.
+func TestLoneServerSD(t *testing.T) {
+	r := newSrvRig(t)
+	sd := func(host string) *httptest.ResponseRecorder {
+		req, answer := httptest.NewRequest("GET", "/sd", nil), httptest.NewRecorder()
+		req.Host = host
+		r.server.InternalHandler(false).ServeHTTP(answer, req)
+		return answer
+	}
+	for host, want := range map[string]string{
+		"hub.example:9004": "hub.example:9004", "localhost:1": "localhost:1", "192.0.2.1:9004": "192.0.2.1:9004", "[2001:db8::1]:9004": "[2001:db8::1]:9004",
+		"hub.example": "hub.example:80", "[::1]": "[::1]:80",
+	} {
+		if a := sd(host); a.Code != 200 || a.Header().Get("Content-Type") != "application/json" || strings.TrimSpace(a.Body.String()) != `[{"targets":["`+want+`"]}]` {
+			t.Errorf("Host %s: answered %d %s, want the target %s", host, a.Code, a.Body, want)
+		}
+	}
+	for _, host := range []string{"", ":9004", "a:b", "a:0", "a:65536", "a/b:1", "u@a:1", "a b:1", "a:1?x", "a\x00:1"} {
+		if a := sd(host); a.Code != 400 || !strings.Contains(a.Body.String(), "Host") {
+			t.Errorf("Host %q: answered %d %s, want 400", host, a.Code, a.Body)
+		}
+	}
+	r.server.cfg.SDScheme = SDSchemeTLS
+	if a, want := sd("hub.example"), `[{"targets":["hub.example:443"],"labels":{"__scheme__":"https"}}]`; strings.TrimSpace(a.Body.String()) != want {
+		t.Errorf("over TLS: answered %s, want %s", a.Body, want)
+	}
+}
+
 // If a federate token is configured, every path that the internal listener serves, except the
 // health checks, requires exactly that token. The external listener does not accept the federate
 // token for pushes.

@@ -36,15 +36,16 @@ const (
 // telemeter_samples_dropped_total. serverDropReasons also lists the reasons for which a sample is
 // dropped before the store gets it.
 const (
-	dropConflict = "conflicting_value"
-	dropTooOld   = "too_old"
-	dropFuture   = "future"
+	dropConflict    = "conflicting_value"
+	dropTooOld      = "too_old"
+	dropFuture      = "future"
+	dropSeriesLimit = "series_limit"
 )
 
 // serverDropReasons lists all reasons for which a server drops samples of a push that it accepts.
 // The alert TelemeterSamplesDropped in testdata/alerts.yml fires only for those reasons that an
 // operator has to look into.
-var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture}
+var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture, dropSeriesLimit}
 
 // uploadError is the error of a push that the server refuses. Its text goes to the client.
 type uploadError struct {
@@ -125,8 +126,21 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 	http.Error(w, text, resp.Status)
 }
 
+// logSite writes a line about a site to the process log, at most once in siteLogEvery for each site
+// and message. The next line with the message says how many were left out. message must be a
+// constant of the program. The caller must count the events elsewhere.
+func (s *Server) logSite(level slog.Level, clusterID, message string, args ...any) {
+	if suppressed, ok := s.sites.TakeSiteLog(clusterID, message, s.cfg.Now()); ok {
+		args = append([]any{"cluster_id", clusterID}, args...)
+		if suppressed > 0 {
+			args = append(args, "suppressed", suppressed)
+		}
+		s.cfg.Log.Log(context.Background(), level, message, args...)
+	}
+}
+
 // logRefusal logs that a push of a site was refused. It logs at most one refusal of each site in
-// limitedLogEvery, because a site may push what it likes, and refusals for lack of room at most once
+// LimitedLogEvery, because a site may push what it likes, and refusals for lack of room at most once
 // for all sites together.
 func (s *Server) logRefusal(result, clusterID string, args ...any) {
 	level := refusalLevel(result)
@@ -171,13 +185,14 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	push := &pushRequest{
 		ClusterID: t.ClusterID, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
 		Encoding: strings.ToLower(r.Header.Get("Content-Encoding")), Spool: r.Header.Get(SpoolHeader), Consumers: r.Header.Get(ConsumersHeader),
+		Remote: r.RemoteAddr,
 	}
 	params, err := parsePushParams(push)
 	if err != nil {
 		return nil, err
 	}
 	if offset, err := strconv.ParseInt(r.Header.Get(ClockOffsetHeader), 10, 64); err == nil && offset >= -maxClockOffset && offset <= maxClockOffset {
-		s.sites.SetClockOffset(t.ClusterID, time.Duration(offset)*time.Millisecond, arrival)
+		s.setClockOffset(t.ClusterID, time.Duration(offset)*time.Millisecond, arrival)
 	}
 	body := s.bodies.Get().(*[]byte)
 	defer s.bodies.Put(body)
@@ -194,6 +209,15 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 		}
 	}
 	return s.decodeAndStorePush(ctx, push, params, *body)
+}
+
+// setClockOffset records how far the clock of a site's source is behind the servers' clocks, as the
+// client reports it. It warns of a clock that is off by so much that the client shifts timestamps.
+func (s *Server) setClockOffset(clusterID string, behind time.Duration, now time.Time) {
+	s.sites.SetClockOffset(clusterID, behind, now)
+	if behind.Abs() >= shiftedClockOffset {
+		s.logSite(slog.LevelWarn, clusterID, "the clock of the site's source is off, and the client corrects the timestamps by the offset: synchronize the clock of that host (NTP)", "behind", behind)
+	}
 }
 
 // storeForwarded stores a push that another member forwarded; see storeForwardedFunc. It returns
@@ -313,8 +337,6 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 	switch {
 	case err == nil:
 		return res, nil
-	case errors.Is(err, ErrSeriesLimit):
-		return res, errPushTooLarge(err.Error() + "; raise the server's --limit-series to accept more")
 	case errors.Is(err, ErrTooLarge):
 		return res, errPushTooLarge(err.Error())
 	case errors.Is(err, ErrFull):
@@ -330,12 +352,16 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 }
 
 // countAndAnswerAccepted counts a stored push and returns the answer to it. If all samples that
-// reached the store were dropped because of their timestamps, the answer has a hint. The hint is
-// also logged, at most once in untimelyLogEvery for each site.
-func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
-	allUntimely := res.IsAllUntimely()
+// reached the store were dropped because of their timestamps, if the operator's rules dropped all
+// samples, or if samples of new series were dropped because of the limit on series, the answer has a
+// hint. The cause is also logged, at most once in siteLogEvery for each site.
+func (s *Server) countAndAnswerAccepted(push *pushRequest, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
+	clusterID, allUntimely := push.ClusterID, res.IsAllUntimely()
+	if res.FirstOfSite {
+		s.logFirstPush(push, res.Accepted)
+	}
 	res.Duplicates += counts.repeated
-	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future} {
+	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future, dropSeriesLimit: res.NoRoom} {
 		if n > 0 {
 			counts.dropped[reason] += n
 		}
@@ -346,11 +372,17 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped, Skipped: counts.skipped,
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
-	if allUntimely {
+	switch {
+	case allUntimely:
 		answer.Hint = untimelyHint(samples, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
-		if s.sites.TakeUntimelyWarning(clusterID, now) {
-			s.cfg.Log.Warn("all samples of a push were dropped because of their timestamps", "cluster_id", clusterID, "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
-		}
+		s.logSite(slog.LevelWarn, clusterID, "all samples of a push were dropped because of their timestamps", "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
+	case counts.received > 0 && counts.dropped[DropNotAllowed]+counts.dropped[DropRequiredLabel] == counts.received:
+		answer.Hint = rulesHint
+		s.logSite(slog.LevelWarn, clusterID, "--allow or --required-label dropped all samples of a push: correct these flags, or what the site pushes",
+			"samples", counts.received, DropNotAllowed, counts.dropped[DropNotAllowed], DropRequiredLabel, counts.dropped[DropRequiredLabel])
+	case res.NoRoom > 0:
+		answer.Hint = seriesLimitHint
+		s.logSite(slog.LevelWarn, clusterID, "samples of new series were dropped, because the site has as many series as --limit-series allows", "dropped", res.NoRoom, "hint", answer.Hint)
 	}
 	if spool := params.scrapes.SpoolID; spool != 0 {
 		st := s.cfg.Store.RefreshSpoolStatus(clusterID, spool)
@@ -367,6 +399,16 @@ func (s *Server) countAndAnswerAccepted(clusterID string, params pushParams, sam
 	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: allUntimely}, nil
 }
 
+// logFirstPush logs that this server has stored the first push of a site. A server that joins a ring,
+// or starts without its storage, logs it again.
+func (s *Server) logFirstPush(push *pushRequest, accepted int) {
+	args := []any{"cluster_id", push.ClusterID, "remote", push.Remote, "samples", accepted}
+	if len(push.Labels) > 0 {
+		args = append(args, "labels", push.Labels)
+	}
+	s.cfg.Log.Info("first push of site", args...)
+}
+
 func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	if res.WriteTime > 0 {
 		s.appendSeconds.Observe(res.WriteTime.Seconds())
@@ -380,6 +422,12 @@ func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 		s.skippedTotal.Add(float64(n), kind)
 	}
 }
+
+// rulesHint tells the client what to do if all samples were dropped because of the operator's rules.
+const rulesHint = "the server's --allow or --required-label accepts none of these series: push other series, or have these flags corrected on every server"
+
+// seriesLimitHint tells the client what to do if samples were dropped because of the limit on series.
+const seriesLimitHint = "the site has as many series as the server's --limit-series allows: push fewer series (--match of the client), or raise --limit-series on every server"
 
 // untimelyHint explains to the client what is wrong with the timestamps of a push, if all samples
 // that reached the store are too old or in the future. Such a push is answered with 200, but for

@@ -96,7 +96,7 @@ func (s *Server) storeExpressPush(ctx context.Context, push *pushRequest, params
 	if isLarge || err != nil {
 		return nil, isLarge, err
 	}
-	resp, err = s.storeDecodedPush(ctx, push.ClusterID, params, buf, d)
+	resp, err = s.storeDecodedPush(ctx, push, params, buf, d)
 	return resp, false, err
 }
 
@@ -118,20 +118,20 @@ func (s *Server) storeBulkPush(ctx context.Context, push *pushRequest, params pu
 	if isLarge {
 		return nil, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
 	}
-	return s.storeDecodedPush(ctx, push.ClusterID, params, buf, d)
+	return s.storeDecodedPush(ctx, push, params, buf, d)
 }
 
 // storeDecodedPush stores the samples in buf, which d describes, and returns the answer.
-func (s *Server) storeDecodedPush(ctx context.Context, clusterID string, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
+func (s *Server) storeDecodedPush(ctx context.Context, push *pushRequest, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
 	defer s.pending.Add(-d.memory)
 	if s.pending.Add(d.memory) > maxPending {
 		return nil, errOverloaded("too many pushes wait to be stored")
 	}
-	res, err := s.appendPush(ctx, clusterID, params, &buf.samples)
+	res, err := s.appendPush(ctx, push.ClusterID, params, &buf.samples)
 	if err != nil {
 		return nil, err
 	}
-	return s.countAndAnswerAccepted(clusterID, params, &buf.samples, d, res)
+	return s.countAndAnswerAccepted(push, params, &buf.samples, d, res)
 }
 
 // decodeBuffers has the memory for decoding one push. A push keeps its buffers while it waits to be
@@ -147,6 +147,7 @@ type decodeBuffers struct {
 // pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
 // has the memory that the decoded push takes.
 type pushDropCounts struct {
+	received int            // samples in the push
 	repeated int            // samples dropped because the push has their series, time and value before
 	dropped  map[string]int // samples dropped, by reason
 	skipped  map[string]int // unsupported parts of samples that were dropped, such as exemplars, by kind
@@ -188,8 +189,9 @@ func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format
 		return counts, errMalformed(err.Error())
 	}
 	s.samplesTotal.Add(float64(n.received))
+	s.ruleWatch.finishPush(n.rules, n.use, n.received)
 	return pushDropCounts{
-		repeated: n.repeated, dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(len(body) + buf.samples.MemorySize()),
+		received: n.received, repeated: n.repeated, dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(len(body) + buf.samples.MemorySize()),
 	}, nil
 }
 
@@ -199,6 +201,7 @@ func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format
 // because a body of a few kilobytes can repeat one line half a million times.
 type pushNormalizer struct {
 	rules    *ServerNormalizer
+	use      NormalizerUse // rules that matched a sample of this push, or of a push shortly before
 	forced   []Label
 	arrival  int64 // ms since the Unix epoch; the timestamp for samples that have none
 	list     *SampleList
@@ -210,7 +213,7 @@ type pushNormalizer struct {
 func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
 	rules := s.state.Load().Normalizer
 	return &pushNormalizer{
-		rules: rules, forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
+		rules: rules, use: s.ruleWatch.beginPush(rules), forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
 	}
 }
 
@@ -218,7 +221,7 @@ func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNor
 // counts the reason instead. If it returns an error, the whole push must be refused.
 func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	n.received++
-	reason, err := n.rules.Normalize(r, n.forced)
+	reason, err := n.rules.Normalize(r, n.forced, &n.use)
 	if err != nil {
 		return err
 	}

@@ -59,7 +59,6 @@ func TestUploadTooLarge(t *testing.T) {
 		r.uploadCase("large compressed body", 413, inGzip, string(gzipped([]byte("x 1\n")))+string(make([]byte, 4096)), "--limit-bytes"),
 		r.uploadCase("gzip bomb", 413, inGzip, string(gzipped(make([]byte, 1<<20))), "32768 bytes|--limit-bytes"),
 		r.uploadCase("too many samples", 413, inGzip, string(gzipped([]byte(distinctSamples(2049)))), "2048 samples|line 2049|--limit-bytes"),
-		r.uploadCase("too many series", 413, nil, manySeries(101), "too many series|100|--limit-series"),
 		r.uploadCase("too many labels", 413, nil, "m{"+strings.Repeat(`a="",`, 200)+"} 1\n", "128 labels|line 1"),
 	})
 }

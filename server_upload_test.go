@@ -166,6 +166,56 @@ func TestUntimelyWarnings(t *testing.T) {
 	}
 }
 
+// At the limit on series, the server accepts the samples of the series that the site has and of as
+// many new series as fit. It counts the others as dropped, and says what to do, in its answer and at
+// most once an hour in its log. The scrapes of such a push are held.
+func TestSeriesLimit(t *testing.T) {
+	r := newSrvRig(t, func(sc *StoreConfig, _ *ServerConfig) { sc.LimitSeries = 2 })
+	for i, c := range []struct {
+		text              string
+		accepted, dropped int
+	}{
+		{"a 1\nb 1\nc 1\nd 1\n", 2, 2}, {"d 2\nc 2\nb 2\na 2\n", 2, 2}, {"c 3\n", 0, 1}, {"a 3\n", 1, 0},
+	} {
+		r.clock.Add(int64(time.Second))
+		a := r.accepted(r.pushSpool("site-a", c.text, SpoolHeader, fmt.Sprintf("00000000000000ab %d", i+1)))
+		if a.Accepted != c.accepted || a.Dropped[dropSeriesLimit] != c.dropped || (a.Hint == seriesLimitHint) != (c.dropped > 0) || a.Held == nil || *a.Held != fmt.Sprint("1-", i+1) && i > 0 {
+			t.Errorf("push %d: answered %+v, want %d accepted, %d dropped, and all scrapes held", i, a, c.accepted, c.dropped)
+		}
+	}
+	if got := r.server.droppedTotal.Value(dropSeriesLimit); got != 5 {
+		t.Errorf("%v samples are counted as dropped, want 5", got)
+	}
+	want := `level=WARN msg="samples of new series were dropped, because the site has as many series as --limit-series allows" cluster_id=site-a dropped=2`
+	if log := r.log.String(); strings.Count(log, want) != 1 || strings.Count(log, "level=WARN") != 1 {
+		t.Errorf("the log does not have exactly one warning:\n%s", log)
+	}
+	r.clock.Add(int64(siteLogEvery))
+	r.accepted(r.push("site-a", "z 1\n"))
+	if log := r.log.String(); !strings.Contains(log, "dropped=1") || !strings.Contains(log, "suppressed=2") {
+		t.Errorf("the warning is not repeated after an hour:\n%s", log)
+	}
+}
+
+// The server logs the first push of a site whose samples it stores, with the labels of the token and
+// the address of the client. It logs no later push.
+func TestFirstPushLogged(t *testing.T) {
+	r := newSrvRig(t)
+	token := r.token(KindUpload, "a", func(tok *Token) { tok.Labels = map[string]string{"env": "prod"} })
+	for i, c := range []struct {
+		text   string
+		logged bool
+	}{{"malformed\n", false}, {"up 1 5\n", false}, {"", false}, {"up 1\nx 1\n", true}, {"up 2\n", false}} {
+		r.logged()
+		r.clock.Add(int64(time.Second))
+		r.upload(token, []byte(c.text))
+		got := r.logged()
+		if strings.Contains(got, "first push") != c.logged || c.logged && !strings.HasPrefix(got, `INFO msg="first push of site" cluster_id=a remote=127.0.0.1:`) || c.logged && !strings.HasSuffix(got, " samples=2 labels=map[env:prod]\n") {
+			t.Errorf("push %d: the log is\n%s\nwant the first push in it: %t", i, got, c.logged)
+		}
+	}
+}
+
 // The server drops a sample whose label value has a NUL byte, and stores the rest of the push. If a
 // series has another fault, such as a NUL byte in a name, the server refuses the whole push and
 // does not count its samples as dropped.
@@ -259,6 +309,10 @@ func TestClockOffset(t *testing.T) {
 	}
 	if times := r.times("site-a"); !slices.Equal(times, []int64{0}) {
 		t.Errorf("the samples have the times %v ms, want 0", times)
+	}
+	const warning = `level=WARN msg="the clock of the site's source is off, and the client corrects the timestamps by the offset: synchronize the clock of that host (NTP)" cluster_id=site-a behind=-1m30s`
+	if log := r.log.String(); !strings.Contains(log, warning) || strings.Count(log, "level=WARN") != 1 {
+		t.Errorf("the log does not have exactly one warning of the clock:\n%s", log)
 	}
 	for after, want := range map[time.Duration]bool{10 * time.Minute: true, 10*time.Minute + time.Second: false} {
 		r.clock.Store(int64(after))

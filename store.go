@@ -233,9 +233,7 @@ func (s *Store) findOrAddSite(clusterID string) (*Site, error) {
 // releaseAndDropIfNew releases the lock of a site. If the site never had a batch, it first removes
 // the site from the store, so that a failed first push leaves nothing behind.
 func (s *Store) releaseAndDropIfNew(site *Site) {
-	isNew := false
-	site.View(func(data *SiteSamples) { isNew = data.IsNew() })
-	if isNew {
+	if site.isNew() {
 		s.dropEmptySite(site)
 	}
 	site.Unlock()
@@ -298,8 +296,8 @@ func (s *Store) dropEmptySite(site *Site) {
 // error, no sample was accepted. The lines of p must come from SampleList.Add and carry clusterID
 // in the label ClusterLabel. names are the names of the scrapes in p. If the store already has all
 // named scrapes, it stores nothing. Append waits for an earlier push of the same site until ctx
-// ends. The error is ErrSeriesLimit, ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, the error of
-// ctx, or an error of the disk.
+// ends. The error is ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, the error of ctx, or an error
+// of the disk.
 func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
@@ -307,6 +305,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	}
 	defer s.releaseAndDropIfNew(site)
 	limits := AppendLimits{Now: s.cfg.NowInterval(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
+	isNew := site.isNew()
 	staged, err := site.StageNewSamples(p, names, limits)
 	if err != nil || staged.Batch == nil {
 		return staged.Result, err
@@ -319,7 +318,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 		site.Rollback(staged)
 		return AppendResult{}, err
 	}
-	staged.Result.WriteTime = time.Since(begin)
+	staged.Result.WriteTime, staged.Result.FirstOfSite = time.Since(begin), isNew
 	return staged.Result, nil
 }
 

@@ -2,8 +2,9 @@ package main
 
 // This file turns a push into a batch. Samples outside the accepted time range, and samples with
 // the series and time of an earlier sample, are dropped and counted. Each sample with an accepted
-// time finds its series in the table or inserts a new series; the remaining samples are sorted for
-// the log. A staged batch adds no sample to the site before Commit, and Rollback removes the series
+// time finds its series in the table or inserts a new series. The samples of new series that do not
+// fit within the limit on series are dropped and counted. The remaining samples are sorted for the
+// log. A staged batch adds no sample to the site before Commit, and Rollback removes the series
 // that staging inserted. Pure: no I/O, no clock, no locks.
 
 import (
@@ -21,13 +22,16 @@ type AppendResult struct {
 	Conflicts  int           // dropped: same series and time as a stored sample or another sample of the push, but another value
 	TooOld     int           // dropped: older than retention
 	Future     int           // dropped: too far ahead of this server's clock
+	NoRoom     int           // dropped: the series is new, and the site has as many series as its limit allows
 	WriteTime  time.Duration // time spent to make room and to write the log
+
+	FirstOfSite bool // the push is stored, and the store had no batch of the site before
 }
 
 // IsAllUntimely reports whether the push had samples and every one of them was dropped because of
 // its time.
 func (r *AppendResult) IsAllUntimely() bool {
-	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts == 0
+	return r.TooOld+r.Future > 0 && r.Accepted+r.Duplicates+r.Conflicts+r.NoRoom == 0
 }
 
 // countRepeat counts a sample whose series and time are those of a sample that arrived before. v is
@@ -69,9 +73,9 @@ func compareSeriesTime(a, b seriesSample) int {
 
 // StageNewSamples returns a batch of the samples of p that are new: not yet stored, not older than
 // retention, and not more than maxAhead in the future. It inserts the series of these samples into
-// the table; Rollback removes them. The lines of p must come from SampleList.Add. names are the
-// names of the scrapes in p. The error is ErrSeriesLimit, ErrTooLarge or ErrClockInDoubt; after an
-// error no series stays inserted.
+// the table, in the order of the push and as many as fit; Rollback removes them. The lines of p must
+// come from SampleList.Add. names are the names of the scrapes in p. The error is ErrTooLarge or
+// ErrClockInDoubt; after an error no series stays inserted.
 func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	// If the store already has all scrapes of the push, the push is a repeat, for example because
 	// the client missed the answer. All samples count as duplicates. The search for duplicates
@@ -119,9 +123,10 @@ func canMarkScrapesHeld(names ScrapeNames, res *AppendResult) bool {
 	return len(names.Numbers) > 0 && !res.IsAllUntimely() && (res.TooOld+res.Future == 0 || names.IsSingle())
 }
 
-// insertAcceptedSeries returns the samples of p whose time is accepted, with their series IDs. It
-// inserts series that are new, within the limits, and counts the samples whose time is not
-// accepted. The error is ErrSeriesLimit or ErrClockInDoubt.
+// insertAcceptedSeries returns the samples of p whose time and series are accepted, with their
+// series IDs. It inserts the series that are new and that fit within the limits, and counts the
+// samples that are not accepted. A sample of a series that the site has is never dropped because of
+// a limit. The error is ErrClockInDoubt.
 func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
 	times := limits.timeBounds()
 	samples := make([]seriesSample, 0, len(p.Samples))
@@ -134,8 +139,9 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 		line := p.Line(smp)
 		id, hash, ok := d.Table.Find(line)
 		if !ok {
-			if err := d.checkNewSeriesFits(len(line), limits.Series); err != nil {
-				return nil, err
+			if !d.fitsNewSeries(len(line), limits.Series) {
+				res.NoRoom++
+				continue
 			}
 			id = d.Table.Insert(hash, line, !IsLegacyLine(line))
 		}
@@ -144,17 +150,15 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 	return samples, nil
 }
 
-// checkNewSeriesFits returns ErrSeriesLimit if one more series with a line of lineSize bytes would
-// exceed maxSeries, the text limit that follows from maxSeries, or the capacity of a table. A
+// fitsNewSeries reports whether one more series with a line of lineSize bytes exceeds neither
+// maxSeries, nor the text limit that follows from maxSeries, nor the capacity of a table. A
 // maxSeries of 0 means that only the capacity limits the series.
-func (d *SiteSamples) checkNewSeriesFits(lineSize, maxSeries int) error {
-	if n := d.Table.Len(); maxSeries > 0 && n >= maxSeries || n > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
-		return fmt.Errorf("%w: the site would exceed its limit of %d series", ErrSeriesLimit, maxSeries)
+func (d *SiteSamples) fitsNewSeries(lineSize, maxSeries int) bool {
+	if d.Table.Len() > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
+		return false
 	}
-	if textLimit := max(minTextLimit, seriesBytes*maxSeries); maxSeries > 0 && d.Table.TextBytes()+lineSize > textLimit {
-		return fmt.Errorf("%w: the names and labels of the site's series would exceed %d bytes", ErrSeriesLimit, textLimit)
-	}
-	return nil
+	textLimit := max(minTextLimit, seriesBytes*maxSeries)
+	return maxSeries == 0 || d.Table.Len() < maxSeries && d.Table.TextBytes()+lineSize <= textLimit
 }
 
 // dropRepeatsOfNewest drops and counts each sample that has the same time as the newest stored

@@ -8,7 +8,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"path/filepath"
 	"strings"
@@ -54,41 +53,53 @@ func (k *storeKeeper) randomPush(id string) *SampleList {
 }
 
 // push makes a random push. If the store acknowledges the push, push checks the counts in the
-// result, and checks that the store holds every pushed sample within retention.
+// result. It checks that the store holds every pushed sample within retention, except for samples of
+// new series that exceed the limit on series.
 func (k *storeKeeper) push() {
 	id := fmt.Sprint("c", k.rng.IntN(3))
 	p := k.randomPush(id)
 	before := heldOf(k.t, k.s, id)
-	within, known := 0, 0
 	oldest := k.s.KeptSince()
-	keys := map[heldSample]float64{}
 	for _, smp := range p.Samples {
-		key := heldSample{string(p.Line(smp)), smp.T}
-		if _, twice := keys[key]; twice {
-			known++
-		} else if _, held := before[key]; held && smp.T >= oldest {
-			known++
-		}
 		if smp.T >= oldest {
-			within++
-			keys[key] = smp.V
+			k.ever[heldSample{string(p.Line(smp)), smp.T}] = smp.V
 		}
 	}
-	maps.Copy(k.ever, keys)
 	res, err := k.s.Append(context.Background(), id, p, ScrapeNames{})
 	if err != nil {
 		return
 	}
-	maps.Copy(k.acked, keys)
-	want := AppendResult{Accepted: within - known, Duplicates: known, TooOld: len(p.Samples) - within, WriteTime: res.WriteTime}
-	if res.Accepted != want.Accepted || res.Duplicates != want.Duplicates || res.Conflicts != 0 || res.TooOld != want.TooOld {
-		k.t.Errorf("push of %d samples: got %+v, want %+v", len(p.Samples), res, want)
-	}
 	after := heldOf(k.t, k.s, id)
-	for key, v := range keys {
-		if got, ok := after[key]; !ok || got != v {
-			k.t.Errorf("%v is acknowledged but not held", key)
+	hadSeries, hasSeries := seriesSince(before, oldest), seriesSince(after, oldest)
+	want := AppendResult{WriteTime: res.WriteTime, FirstOfSite: res.FirstOfSite}
+	seen := map[heldSample]bool{}
+	for _, smp := range p.Samples {
+		key := heldSample{string(p.Line(smp)), smp.T}
+		_, wasHeld := before[key]
+		got, isHeld := after[key]
+		switch {
+		case smp.T < oldest:
+			want.TooOld++
+			continue
+		case !isHeld:
+			want.NoRoom++
+			if hadSeries[key.line] || len(hasSeries) < k.cfg.LimitSeries {
+				k.t.Errorf("%v is acknowledged but not held, although the site had its series or has only %d series", key, len(hasSeries))
+			}
+			continue
+		case wasHeld || seen[key]:
+			want.Duplicates++
+		default:
+			want.Accepted++
 		}
+		seen[key] = true
+		k.acked[key] = smp.V
+		if got != smp.V {
+			k.t.Errorf("%v has the value %v, want %v", key, got, smp.V)
+		}
+	}
+	if res != want {
+		k.t.Errorf("push of %d samples: got %+v, want %+v", len(p.Samples), res, want)
 	}
 	if c := k.s.sites[id]; c != nil {
 		if c.data.Seq < k.seq[id] {
@@ -96,6 +107,17 @@ func (k *storeKeeper) push() {
 		}
 		k.seq[id] = c.data.Seq
 	}
+}
+
+// seriesSince returns the lines of the series with a held sample whose time is oldest or later.
+func seriesSince(held map[heldSample]float64, oldest int64) map[string]bool {
+	lines := map[string]bool{}
+	for key := range held {
+		if key.t >= oldest {
+			lines[key.line] = true
+		}
+	}
+	return lines
 }
 
 // check fails the test if a held sample was never pushed, if an acknowledged sample within

@@ -93,14 +93,39 @@ func TestStageNewSamplesOrder(t *testing.T) {
 	}
 }
 
-// A push over the limit on series is refused and inserts no series.
+// At the limit on series, a push inserts new series in the order of the push as long as they fit. It
+// drops and counts all samples of the other new series, and keeps the samples of the series that the
+// site has.
 func TestStageNewSamplesSeriesLimit(t *testing.T) {
 	clock := newStoreClock()
 	c := NewSiteSamples("a", maphash.MakeSeed())
-	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(0), 0})
-	staged, err := c.StageNewSamples(storePush("a", point{"m", 1, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}), ScrapeNames{}, testLimits(clock.Now(), 2))
-	if staged.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != 1 {
-		t.Errorf("got %+v, %v and %d series; want ErrSeriesLimit and 1 series", staged, err, c.Table.Len())
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(5), 0})
+	staged, err := c.StageNewSamples(storePush("a",
+		point{"m", 3, clock.ms(0), 1}, point{"m", 2, clock.ms(0), 1}, point{"m", 2, clock.ms(1), 1}, point{"m", 3, clock.ms(1), 2}, point{"m", 0, clock.ms(0), 1},
+	), ScrapeNames{}, testLimits(clock.Now(), 2))
+	if err != nil || staged.Result != (AppendResult{Accepted: 3, NoRoom: 2}) || c.Table.Len() != 2 {
+		t.Errorf("got %+v, %v and %d series; want 3 accepted, 2 without room and 2 series", staged.Result, err, c.Table.Len())
+	}
+}
+
+// A push that names a scrape is held even if the limit on series leaves no room for any of its
+// samples, so that the client does not send it again and again.
+func TestStageNewSamplesSeriesLimitHoldsScrape(t *testing.T) {
+	clock := newStoreClock()
+	c := NewSiteSamples("a", maphash.MakeSeed())
+	pushPoints(&c, clock.Now(), point{"m", 0, clock.ms(5), 0})
+	for _, test := range []struct {
+		name   string
+		points []point
+		want   AppendResult
+	}{
+		{"no room", []point{{"m", 1, clock.ms(0), 1}}, AppendResult{NoRoom: 1}},
+		{"no room and too old", []point{{"m", 1, clock.ms(0), 1}, {"m", 0, clock.ms(7201), 1}}, AppendResult{NoRoom: 1, TooOld: 1}},
+	} {
+		staged, err := c.StageNewSamples(storePush("a", test.points...), names1(7), testLimits(clock.Now(), 1))
+		if err != nil || staged.Result != test.want || staged.Batch == nil || !staged.Batch.Names.IsSingle() {
+			t.Errorf("%s: got %+v, %v; want %+v and a batch that names the scrape", test.name, staged, err, test.want)
+		}
 	}
 }
 
@@ -123,8 +148,8 @@ func TestStageNewSamplesTextLimit(t *testing.T) {
 		c.Commit(staged.Batch)
 	}
 	n := c.Table.Len()
-	if staged, err := pushLongLine(n); staged.Batch != nil || !errors.Is(err, ErrSeriesLimit) || c.Table.Len() != n {
-		t.Errorf("text over the limit: got %+v, %v and %d series; want ErrSeriesLimit and %d series", staged, err, c.Table.Len(), n)
+	if staged, err := pushLongLine(n); err != nil || staged.Batch != nil || staged.Result != (AppendResult{NoRoom: 1}) || c.Table.Len() != n {
+		t.Errorf("text over the limit: got %+v, %v and %d series; want 1 sample without room and %d series", staged, err, c.Table.Len(), n)
 	}
 }
 
@@ -284,38 +309,38 @@ func TestStoreAppendDiskQuota(t *testing.T) {
 	}
 }
 
-// wantSeriesLimit pushes points for site a, and fails the test unless the push returns
-// ErrSeriesLimit and changes neither the held samples nor the size of the logs.
-func wantSeriesLimit(t *testing.T, k *storeKit, s *Store, points ...point) {
+// wantSeriesLimit pushes points for site a, and fails the test unless the store accepts exactly the
+// first points, as many as accepted says, and drops the others because of the limit on series.
+func wantSeriesLimit(t *testing.T, k *storeKit, s *Store, accepted int, points ...point) {
 	t.Helper()
-	size, before := s.Stats().LogBytes, allHeld(t, s)
-	if _, err := k.tryPush(s, "a", points...); !errors.Is(err, ErrSeriesLimit) {
-		t.Errorf("got %v, want ErrSeriesLimit", err)
+	want := allHeld(t, s)
+	res, err := k.tryPush(s, "a", points...)
+	if err != nil || res.Accepted != accepted || res.NoRoom != len(points)-accepted {
+		t.Errorf("got %+v, %v; want %d samples accepted and the others without room", res, err, accepted)
 	}
-	wantHeld(t, "after the refused push", allHeld(t, s), before)
-	if got := s.Stats().LogBytes; got != size {
-		t.Errorf("the refused push changed the size of the logs from %d to %d bytes", size, got)
-	}
+	maps.Copy(want, pushed("a", points[:accepted]...))
+	wantHeld(t, "after a push at the limit on series", allHeld(t, s), want)
 }
 
-// A push over the limit on series is refused as a whole. It does not count towards the limit, and
-// it causes no rewrite of a log while all series have samples in retention. If it is the first push
-// of its site, it leaves no site behind.
+// A push over the limit on series adds as many new series as fit, and never loses a sample of a
+// series that the site has. It causes no rewrite of a log while all series have samples in
+// retention. After a restart the same series are accepted.
 func TestStoreAppendSeriesLimit(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
 	k.cfg.LimitSeries = 3
 	s := k.open()
 	at := func(n int) point { return point{"m", n, k.clock.ms(0), float64(n)} }
-	wantSeriesLimit(t, k, s, at(1), at(2), at(3), at(4))
-	if len(s.sites) != 0 {
-		t.Error("the refused first push left its site behind")
-	}
-	k.push(s, "a", at(1), at(2))
+	wantSeriesLimit(t, k, s, 3, at(1), at(2), at(3), at(4))
 	k.clock.Add(time.Second)
-	wantSeriesLimit(t, k, s, at(3), at(4))
-	k.push(s, "a", at(1), at(3))
-	k.push(s, "b", at(1), at(2), at(3)) // each site has the full limit on series
-	wantSeriesLimit(t, k, s, at(4))
+	wantSeriesLimit(t, k, s, 2, at(2), at(3), at(4), at(5))
+	k.push(s, "b", at(4), at(5), at(6)) // each site has the full limit on series
+	wantSeriesLimit(t, k, s, 0, at(4))
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = k.open()
+	k.clock.Add(time.Second)
+	wantSeriesLimit(t, k, s, 3, at(1), at(2), at(3), at(4))
 	if n := s.Stats().Compactions; n != 0 {
 		t.Errorf("%d rewrites of logs, although no series could be dropped", n)
 	}
@@ -335,7 +360,7 @@ func TestStoreAppendDropsExpiredSeries(t *testing.T) {
 	k.push(s, "a", at(4))
 	k.clock.Add(time.Second) // series 1 and 3 now have no sample in retention either
 	k.push(s, "a", at(5), at(6))
-	wantSeriesLimit(t, k, s, at(7))
+	wantSeriesLimit(t, k, s, 0, at(7))
 	if n := s.Stats().Compactions; n != 2 {
 		t.Errorf("%d rewrites of logs, want 2", n)
 	}

@@ -5,16 +5,9 @@ package main
 // except for samples that arrive late. Pure: no I/O, no clock, no locks.
 
 import (
-	"errors"
 	"hash/maphash"
 	"math"
 	"slices"
-)
-
-var (
-	// ErrSeriesLimit means that after the push the site would have too many series, or series whose
-	// lines are too long in total.
-	ErrSeriesLimit = errors.New("too many series")
 )
 
 const (

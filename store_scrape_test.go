@@ -69,23 +69,17 @@ func TestNewestPerSeriesWithinRetention(t *testing.T) {
 // back.
 func TestNewestPerSeriesLinesStay(t *testing.T) {
 	k := newStoreKit(t, newStoreFS(1))
-	k.cfg.LimitSeries = 50
+	k.cfg.LimitSamples = 100
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
 	fams, _ := scraper(s, time.Hour).NewestPerSeries(0, nil)
 	line := fams[0].Samples[0].Line
 	want := string(line)
-	var tooMany []point
-	for n := range 51 {
-		tooMany = append(tooMany, point{"z", n, k.clock.ms(0), 1})
-	}
+	tooMany := k.series("z", 101)
 	for i := range 90 {
-		// The first push adds a series, until the limit of 50 series is reached. The second push is
-		// always refused.
-		for _, points := range [][]point{{{"x", 2 + i, k.clock.ms(0), 1}}, tooMany} {
-			if _, err := k.tryPush(s, "a", points...); err != nil && !errors.Is(err, ErrSeriesLimit) {
-				t.Fatal(err)
-			}
+		k.push(s, "a", point{"x", 2 + i, k.clock.ms(0), 1})
+		if _, err := k.tryPush(s, "a", tooMany...); !errors.Is(err, ErrFull) {
+			t.Fatalf("got %v, want ErrFull", err)
 		}
 	}
 	if string(line) != want || cap(line) != len(line) {

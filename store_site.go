@@ -88,6 +88,13 @@ func (s *Site) View(f func(data *SiteSamples)) {
 	f(&s.data)
 }
 
+// isNew reports whether no batch of the site was ever committed.
+func (s *Site) isNew() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.data.IsNew()
+}
+
 // Lock waits for the site's lock; Unlock releases it. The error is ErrClosed or the error of ctx.
 // Lock acquires a free lock even if ctx has ended. Lock therefore fails only after it waited for a
 // holder of the lock. If the site still has no batch then, that holder removes it, so that a
@@ -117,16 +124,22 @@ func (s *Site) markRemoved() {
 }
 
 // StageNewSamples returns a batch of the new samples in p; see SiteSamples.StageNewSamples. If the
-// push would exceed the limit on series and the site has series without an unexpired sample, it
-// rewrites the log without these series and tries once more.
+// limit on series leaves no room for some samples and the site has series without an unexpired
+// sample, it rewrites the log without these series and stages the push again.
 func (s *Site) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
 	for compacted := false; ; compacted = true {
 		s.mu.Lock()
-		prepared, err := s.data.StageNewSamples(p, names, limits)
+		staged, err := s.data.StageNewSamples(p, names, limits)
 		s.mu.Unlock()
-		if compacted || !errors.Is(err, ErrSeriesLimit) || s.data.Table.CountExpired(limits.timeBounds().keptSince) == 0 {
-			return prepared, err
+		if err != nil || compacted || staged.Result.NoRoom == 0 {
+			return staged, err
 		}
+		// The series that staging inserted have no sample yet, so they count as expired too.
+		inserted := s.data.Table.Len() - staged.newSeries
+		if s.data.Table.CountExpired(limits.timeBounds().keptSince) == inserted {
+			return staged, nil
+		}
+		s.Rollback(staged)
 		if err := s.RewriteLog(nil, limits.timeBounds().keptSince); err != nil {
 			return StagedBatch{}, err
 		}

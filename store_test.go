@@ -157,7 +157,7 @@ func (r *concurrentRig) pushRandomly(ctx context.Context, seed, writer uint64, p
 		}
 		_, err := r.s.Append(wait, id, storePush(id, points...), ScrapeNames{})
 		stop()
-		if err != nil && !errors.Is(err, ErrSeriesLimit) && !errors.Is(err, ErrFull) && !errors.Is(err, context.Canceled) {
+		if err != nil && !errors.Is(err, ErrFull) && !errors.Is(err, context.Canceled) {
 			r.t.Errorf("push: %v", err)
 		}
 		r.clock.Add(400 * time.Millisecond)
