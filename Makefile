@@ -81,7 +81,9 @@ test-hostile: ## attack a ring of servers, and check a well-behaved site, a clie
 
 test-alerts: ## check the central Prometheus's configuration and alerts with promtool (PROMTOOL)
 	$(PROMTOOL) check config testdata/prometheus.yml
-	sed -n '/^```yaml$$/,/^```$$/p' README.md | grep -v '^```' | $(PROMTOOL) check config --syntax-only /dev/stdin
+	for page in README.md docs/operating.md; do \
+		sed -n '/^```yaml$$/,/^```$$/p' $$page | grep -v '^```' | $(PROMTOOL) check config --syntax-only /dev/stdin || exit 1; \
+	done
 	$(PROMTOOL) check rules testdata/rules.yml testdata/alerts.yml
 	$(PROMTOOL) test rules testdata/alerts_test.yml
 

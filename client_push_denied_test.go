@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -127,7 +126,7 @@ func TestPusherLogsChangedFailure(t *testing.T) {
 			cfg.To = cfg.To[:1]
 			cfg.ToClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
 				port++
-				return nil, errors.New(fmt.Sprintf("read tcp 10.0.0.1:%d->192.0.2.1:9003: %s", port, *cause.Load()))
+				return nil, fmt.Errorf("read tcp 10.0.0.1:%d->192.0.2.1:9003: %s", port, *cause.Load())
 			})
 		})
 		set := func(text string) { cause.Store(&text) }
