@@ -195,7 +195,7 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBytes)
 	}
 	if len(secret) == 0 {
-		return nil, fmt.Errorf("%s is empty: write the secret into it", path)
+		return nil, fmt.Errorf("%s is empty", path)
 	}
 	return secret, nil
 }

@@ -23,10 +23,10 @@ const getToken = "make a token on the hub with telemeter --mode token --id SITE 
 func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	b, err := ReadSecret(f.tokenFile, MaxToken)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return "", t, fmt.Errorf("--token-file %s: %w: %s", f.tokenFile, err, getToken)
-	case err != nil:
+	case errors.Is(err, fs.ErrPermission):
 		return "", t, flagError("token-file", f.tokenFile, err)
+	case err != nil:
+		return "", t, fmt.Errorf("--token-file %s: %w: %s", f.tokenFile, err, getToken)
 	}
 	t, parseErr := ParseUnverifiedToken(string(b))
 	if parseErr == nil && t.Kind != KindClient {

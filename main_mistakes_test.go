@@ -165,7 +165,7 @@ func TestMistakes(t *testing.T) {
 		{keyedServer + "--federate-token-file empty", 1, "--federate-token-file empty: ", "write the secret into it"},
 		{keyedServer + "--federate-token-file two", 1, "--federate-token-file two ", "one word of visible ASCII"},
 		{client + "--token-file none", 1, "--token-file none: ", "copy this file to the site"},
-		{client + "--token-file empty", 1, "--token-file empty: ", "write the secret into it"},
+		{client + "--token-file empty", 1, "--token-file empty: ", "copy this file to the site"},
 		{client + "--token-file garbage", 1, "--token-file garbage is an HTML page", "telemeter --mode token --id SITE"},
 		{client + "--token-file opaque", 2, "--token-file opaque contains no token of telemeter", "add --id ID and --to URL"},
 		{client + "--token-file nourl.token", 2, "the token names no server", "pass --to https://HUB:9003"},
