@@ -46,7 +46,7 @@ type serverFlags struct {
 func serverMode(ctx context.Context, c *command) error {
 	c.about = "receives pushes from many sites, and serves the samples to a central Prometheus."
 	c.example = "telemeter --mode server --keys keys --listen :9003 --storage-dir /var/lib/telemeter"
-	c.usual = []string{"keys", "listen", "listen-internal", "federate-token-file", "storage-dir", "retention", "revoked-file", "listen-cluster", "join"}
+	c.usual = []string{"keys", "listen", "listen-internal", "federate-token-file", "storage-dir", "revoked-file", "listen-cluster", "join"}
 	var f serverFlags
 	f.define(c)
 	if err := c.parseArgs(); err != nil {
