@@ -388,7 +388,7 @@ func (r *shiftRig) scrapeFour() {
 	mustDrain(r.t, r.client)
 }
 
-// The client corrects the times of scrapes if the error of the source's clock is at least minShift.
+// The client corrects the times of scrapes if the error of the source's clock is at least MinClockShift.
 // It keeps a shift while the error differs from it by at most shiftTolerance, and follows a larger
 // step. A header
 // of the last push and a metric of the client state the error.

@@ -53,7 +53,7 @@ const readErrorPause = 10 * time.Millisecond
 type GossipConfig struct {
 	Name         string            // unique in the ring; see CheckMemberName
 	Addr         string            // host:port at which other members reach this member; see AdvertisedAddr
-	URL          string            // URL of this server's internal listener, which /sd lists; may be empty
+	URL          string            // address of this server's internal listener; see MemberRecord.URL
 	RingName     string            // name of the ring; packets of a ring with another name are refused
 	Keys         Keys              // cluster keys, which seal packets; packets sealed with other keys are refused
 	Seeds        []string          // host:port of each seed; a host name stands for all its IP addresses; SetSeeds limits the number of addresses
@@ -90,9 +90,8 @@ type Gossip struct {
 	hosts   map[string]*lookedUpHost // by host:port; addrOrQueueLookup bounds its size
 	join    joinState
 
-	checkAt        time.Duration // when dueEvents looks for events again
-	lookupReportAt time.Duration // when lookupEvents may report again
-	leaveUntil     time.Duration // when Run stops waiting for confirmations of the leave; 0 until Run's context ends
+	checkAt    time.Duration // when dueEvents looks for events again
+	leaveUntil time.Duration // when Run stops waiting for confirmations of the leave; 0 until Run's context ends
 }
 
 // NewGossip checks c and returns a member that does not send or receive yet. The caller should
@@ -210,7 +209,7 @@ func (g *Gossip) leaveOrSetReadDeadline(ctx context.Context) (maxWait time.Durat
 
 // stepAndSend calls step, which is one Receive or Tick of the state machine. It sends the datagrams
 // that step returns, except those whose address is not known yet. It passes the state machine's
-// events, and those of dueEvents, to Notify, if there is one.
+// events and the events of dueEvents to Notify, if there is one.
 func (g *Gossip) stepAndSend(step func(now time.Duration) []Datagram) {
 	g.mu.Lock()
 	now := time.Since(g.start)

@@ -1,8 +1,8 @@
 package main
 
-// This file defines the events that a member reports for the process log, and limits how often it
-// reports those that other hosts can cause at any rate. An event says what the operator should do,
-// if a person must act. Pure: no I/O and no clock. This file must not decide when an event happens.
+// This file defines the events that a member reports for the process log. Other hosts can cause some
+// events at any rate; the file limits how often a member reports these. An event says what the
+// operator should do, if a person must act. Pure: no I/O and no clock. This file must not decide when an event happens.
 
 import (
 	"log/slog"

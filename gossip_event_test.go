@@ -115,6 +115,27 @@ func TestSwimReportsSameAddress(t *testing.T) {
 	}
 }
 
+// A member that leaves while a ping to it is not answered is not reported as unreachable, even if it
+// sends from another address than it advertises. One that stays is reported.
+func TestSwimLeaveIsNotUnreachable(t *testing.T) {
+	for _, leaves := range []bool{true, false} {
+		s := joinedSim(t, 2, testSeed(t, 1))
+		a, b := s.nodes[0], s.nodes[1]
+		s.move(1)
+		s.cut = func(from, to int) bool { return from == 0 }
+		s.until(5*time.Second, "a probe begins", func() bool { return a.swim.requests.find(requestProbe, b.name) != nil })
+		if leaves {
+			b.swim.Leave()
+			b.timer = -1
+			s.arm(1)
+		}
+		s.run(10 * time.Second)
+		if got := s.eventCount(EventUnreachable); (got == 0) != leaves {
+			t.Errorf("leaves: %t: %d reports that the member is unreachable", leaves, got)
+		}
+	}
+}
+
 // An event is at least a warning if its text tells the operator what to do.
 func TestGossipEventLevel(t *testing.T) {
 	for _, c := range []struct {

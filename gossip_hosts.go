@@ -21,14 +21,17 @@ const (
 	// unusedHostLife is how long a host that is no seed is looked up after the last packet to it. A
 	// member contacts each dead member now and then, in a full table about once in this time.
 	unusedHostLife = time.Hour
+
+	lookupReportEvery = time.Hour // shortest time between two reports that the lookup of one host fails
 )
 
 // A lookedUpHost is what lookups have found for one host:port.
 type lookedUpHost struct {
-	isSeed bool
-	usedAt time.Duration    // when a packet was last sent to it by its name
-	addrs  []netip.AddrPort // of the last successful lookup
-	err    error            // of the latest lookup; nil if that was successful or there was none
+	isSeed   bool
+	usedAt   time.Duration    // when a packet was last sent to it by its name
+	addrs    []netip.AddrPort // of the last successful lookup
+	err      error            // of the latest lookup; nil if that was successful or there was none
+	reportAt time.Duration    // when lookupEvents may report err
 }
 
 // HostResolver is the part of a *net.Resolver that gossip needs.
@@ -62,19 +65,15 @@ func (g *Gossip) addrOrQueueLookup(now time.Duration, to PacketDestination) neti
 }
 
 // lookupEvents returns the events that are due at the time now: one for each host of a member whose
-// latest lookup has failed, but at most maxEventSenders, once per joinReportEvery. joinEvents
-// reports seeds. The caller must hold g.mu.
+// latest lookup has failed, at most once per lookupReportEvery, because a host that is gone for good
+// is looked up for as long as its dead member is remembered. joinEvents reports seeds. The caller
+// must hold g.mu.
 func (g *Gossip) lookupEvents(now time.Duration) (events []GossipEvent) {
-	if now < g.lookupReportAt {
-		return nil
-	}
-	for _, name := range slices.Sorted(maps.Keys(g.hosts)) {
-		if h := g.hosts[name]; !h.isSeed && h.err != nil && len(events) < maxEventSenders {
+	for name, h := range g.hosts {
+		if !h.isSeed && h.err != nil && now >= h.reportAt {
+			h.reportAt = now + lookupReportEvery
 			events = append(events, GossipEvent{What: EventLookupFails, Addr: name, Detail: h.err.Error()})
 		}
-	}
-	if events != nil {
-		g.lookupReportAt = now + joinReportEvery
 	}
 	return events
 }

@@ -30,9 +30,9 @@ type JoinTarget struct {
 type joinState struct {
 	reached    map[string]bool          // by value of --join; true for ever once a server was reached there
 	sendErrors map[netip.AddrPort]error // latest failures to send to seeds since the last report; bounded by maxSeeds
-	reportAt   time.Duration            // when it reports those that are not reached
-	reported   bool                     // it has reported or skipped them once
-	done       bool                     // all values are reached, and EventJoined was reported
+	reportAt   time.Duration            // when joinEvents may report the values that are not reached
+	reported   bool                     // joinEvents has reported the values that are not reached, or left out its first report
+	done       bool                     // all values are reached, and joinEvents has reported EventJoined
 }
 
 // JoinTargets returns all values of --join, in their order.

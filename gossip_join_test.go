@@ -178,6 +178,28 @@ func TestJoinOwnAddressReflected(t *testing.T) {
 	}
 }
 
+// A packet that comes back from a seed does not keep this member from a server that starts at the
+// seed later: anybody on the path to a seed can send a packet back.
+func TestJoinAfterReflection(t *testing.T) {
+	s := newSim(t, 3, testSeed(t, 1))
+	var hello []byte
+	s.lastTo(0, 2, PacketHello, &hello)
+	s.start(0, 2)
+	s.start(1)
+	s.run(5 * time.Second)
+	s.until(time.Minute, "a hello to the seed", func() bool {
+		hello = nil
+		s.run(time.Second)
+		return hello != nil
+	})
+	s.deliver(0, s.nodes[2].addr, hello)
+	if !s.nodes[0].swim.isOwnAddress(s.nodes[2].addr) {
+		t.Fatal("the packet that came back does not mark the seed")
+	}
+	s.start(2, []int{}...) // without seeds of its own
+	s.until(time.Minute, "all members of the ring know each other", s.agree)
+}
+
 // A member that advertises an address at which it cannot be reached is reported on both sides,
 // again and again, but at most once a minute.
 func TestGossipUnreachableAddress(t *testing.T) {
@@ -202,25 +224,37 @@ func TestGossipUnreachableAddress(t *testing.T) {
 	})
 }
 
-// A member whose advertised host name cannot be looked up is reported once a minute. It is forgotten
-// once it was not used for unusedHostLife.
+// A member whose advertised host name cannot be looked up is reported at once, and then once an hour,
+// even if another name was reported shortly before. A name is forgotten once it was not used for
+// unusedHostLife.
 func TestGossipHostLookupFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newMemNet()
 		a := n.startReporter(t, "10.0.0.1:1", GossipConfig{Name: "a"})
 		defer a.end()
 		b := n.startReporter(t, "10.0.0.2:1", GossipConfig{Name: "b", Addr: "gone.example:1", Seeds: []string{"10.0.0.1:1"}})
-		time.Sleep(90 * time.Second)
-		if got := a.take(EventLookupFails); len(got) != 2 || got[0].Addr != "gone.example:1" || got[0].Detail != "no such host" {
-			t.Errorf("got the reports %+v, want two about gone.example:1", got)
+		time.Sleep(10 * time.Second)
+		c := n.startReporter(t, "10.0.0.3:1", GossipConfig{Name: "c", Addr: "lost.example:1", Seeds: []string{"10.0.0.1:1"}})
+		time.Sleep(80 * time.Second)
+		check := func(want ...string) {
+			t.Helper()
+			var got []string
+			for _, e := range a.take(EventLookupFails) {
+				got = append(got, e.Addr+" "+e.Detail)
+			}
+			if slices.Sort(got); !slices.Equal(got, want) {
+				t.Errorf("got the reports %q, want %q", got, want)
+			}
 		}
+		check("gone.example:1 no such host", "lost.example:1 no such host")
 		b.end()
+		c.end()
 		a.updateAndWakeRun(func() {
 			a.hosts["unused.example:1"] = &lookedUpHost{}
 			a.hosts["used.example:1"] = &lookedUpHost{usedAt: time.Hour}
 		})
 		time.Sleep(unusedHostLife)
-		synctest.Wait()
+		check("gone.example:1 no such host", "lost.example:1 no such host", "unused.example:1 no such host", "used.example:1 no such host")
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		if a.hosts["unused.example:1"] != nil || a.hosts["used.example:1"] == nil {

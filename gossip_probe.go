@@ -116,8 +116,9 @@ func (s *Swim) escalateProbe(r *pendingRequest) {
 	switch {
 	case !m.State.IsLive() || r.tries == probeSuspected && m.State != StateSuspect:
 		// The member has answered no ping of this probe. If it has sent other packets meanwhile, from
-		// another address than it advertises, pings do not reach it there.
-		if m.HeardAt > r.sentAt && m.AddrPort.IsValid() && m.HeardFrom != m.AddrPort {
+		// another address than it advertises, pings do not reach it there. The packets of a leave show
+		// nothing, because the member may have ended before the ping arrived.
+		if m.State != StateLeft && m.HeardAt > r.sentAt && m.AddrPort.IsValid() && m.HeardFrom != m.AddrPort {
 			s.addLimitedEvent(EventUnreachable, m.Name, m.HeardFrom, "it advertises "+m.Addr)
 		}
 		s.requests.remove(r)
@@ -217,7 +218,7 @@ func (s *Swim) suspicionEnd(m *Member) time.Duration {
 }
 
 // contactDeadOrSeed contacts a random dead member, because it may be alive again, or a random seed
-// address at which this member knows no live member, because a member may have started there. While
+// address at which this member knows no other live member, because a member may have started there. While
 // this member knows no other live member, it also contacts all seeds each time, and the time
 // between the attempts grows up to joinBackoffMax.
 func (s *Swim) contactDeadOrSeed() {
@@ -233,7 +234,8 @@ func (s *Swim) contactDeadOrSeed() {
 	}
 	var away []seed
 	for _, sd := range s.seeds {
-		if m := s.table.Get(sd.name); m == nil || !m.State.IsLive() {
+		// A seed that seems to be this member itself counts as away: an attacker can send packets back.
+		if m := s.table.Get(sd.name); m == nil || m == s.self || !m.State.IsLive() {
 			away = append(away, sd)
 		}
 	}

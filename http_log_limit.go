@@ -124,10 +124,11 @@ func (l *LimitedLog) takePeer(key peerMessage, now time.Time) (suppressed int, o
 	} else {
 		m.suppressed++
 	}
-	if len(l.peers) >= maxLoggedPeers {
+	_, known := l.peers[key]
+	if !known && len(l.peers) >= maxLoggedPeers {
 		maps.DeleteFunc(l.peers, func(_ peerMessage, m LimitedMessage) bool { return m.isDue(now, peerLogEvery) })
 	}
-	if _, known := l.peers[key]; known || len(l.peers) < maxLoggedPeers {
+	if known || len(l.peers) < maxLoggedPeers {
 		l.peers[key] = m
 	}
 	return suppressed, ok

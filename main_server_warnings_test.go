@@ -32,7 +32,7 @@ func TestServerWarns(t *testing.T) {
 	}
 	for _, want := range []string{
 		`level=INFO msg="first push of site" cluster_id=site-7 remote=127.0.0.1:`,
-		`level=WARN msg="no pushed sample matches this rule: correct its spelling, or remove it" flag=--elide-label value=instnce samples=3`,
+		`level=WARN msg="no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it" flag=--elide-label value=instnce samples=3`,
 		`level=WARN msg="samples of new series were dropped, because the site has as many series as --limit-series allows" cluster_id=site-7 dropped=1`,
 		`level=WARN msg="token refused: it is malformed; copy the whole token file to the client again" remote=127.0.0.1:`,
 		`level=WARN msg="TLS handshake failed: the client sends plain HTTP; use https:// in its URL" listener=external remote=127.0.0.1:`,

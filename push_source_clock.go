@@ -17,9 +17,10 @@ const (
 	MaxMoment = 1 << 50 // ms; highest valid reading of a clock in a Moment; about 35,000 years
 	MaxBootID = 64      // most bytes of a boot ID
 
+	MinClockShift = 60_000 // ms; a client shifts no timestamps for a smaller error of its source's clock
+
 	maxServersObserved = 16      // a SourceClockTracker keeps this many servers: the servers that answered last
 	maxServerTime      = 1 << 53 // ms; later times in answers of servers are ignored
-	minShift           = 60_000  // ms; a smaller error of the source's clock starts no shift
 	shiftTolerance     = 30_000  // ms; a shift stays the same while the error differs from it by at most this
 )
 
@@ -144,7 +145,7 @@ func (c *SourceClockTracker) NextShift(at Moment, sourceMs int64) (shiftMs int64
 		return 0, false
 	}
 	if change := off - c.shift; c.shift == 0 || max(change, -change) > shiftTolerance {
-		if c.shift = off; max(off, -off) < minShift {
+		if c.shift = off; max(off, -off) < MinClockShift {
 			c.shift = 0
 		}
 	}

@@ -9,6 +9,7 @@ package main
 import (
 	"iter"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -30,9 +31,8 @@ const (
 	storeTimeout     = 30 * time.Second // limit for forwarding, decoding and storing a push, once its body has arrived
 	maxErrorText     = 1 << 10          // bytes of the text that tells a client why its push is refused; a longer text is cut
 
-	shiftedClockOffset = time.Minute // a client whose source's clock is off by this or more shifts the timestamps of the samples
-	maxClockOffset     = 1 << 53     // ms; if a push reports that its source's clock is off by more, the server ignores the report
-	maxClockDifference = time.Minute // a forwarded push whose samples all seem too old or in the future is handed back to the server that forwarded it, if the clocks of the two servers seem to differ by more
+	maxClockOffset     = math.MaxInt64 / int64(time.Millisecond) // ms, as many as a time.Duration holds; if a push reports that its source's clock is off by more, the server ignores the report
+	maxClockDifference = time.Minute                             // a forwarded push whose samples all seem too old or in the future is handed back to the server that forwarded it, if the clocks of the two servers seem to differ by more
 )
 
 // ServerConfig configures a Server.
@@ -187,15 +187,16 @@ func (s *Server) SetReady(ready bool) {
 	s.ready.Store(ready)
 }
 
-// whyNotReady returns the reason why the server is not ready, or "" if it is ready.
+// whyNotReady returns the reason why the server is not ready, or "" if it is ready. In the text, "it"
+// stands for the server.
 func (s *Server) whyNotReady() string {
 	switch {
 	case s.ready.Load():
 		return ""
 	case s.stopping.Load():
-		return "the server is stopping"
+		return "it is stopping"
 	}
-	return "the server is starting: it does not know yet which server of the ring owns which site"
+	return "it is starting, and does not know yet which server of the ring owns which site"
 }
 
 // SetIssuedTokens replaces the list of issued tokens. It is not a part of the configuration that

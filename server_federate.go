@@ -156,8 +156,8 @@ func checkScrapeParams(q url.Values) error {
 	return nil
 }
 
-// refuse answers a scrape with an error, and logs it if it will not pass by itself, because the page
-// /targets of Prometheus shows only the status of the answer.
+// refuse answers a scrape with an error. It logs the error unless the scraper may succeed later,
+// because the page /targets of Prometheus shows only the status of the answer.
 func (h *federateHandler) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if refuseScrape(w, err) < http.StatusInternalServerError {
 		h.limitedLog.LogPeer(slog.LevelWarn, "scrape refused: correct the scrape configuration", r.RemoteAddr, "reason", err)

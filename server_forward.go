@@ -319,7 +319,7 @@ func (f *Forwarder) Handler(store storeForwardedFunc) http.Handler {
 			refused := toForwardRefused(err)
 			f.receivedTotal.Inc(refused.result)
 			if refused.hint != "" {
-				f.limitedLog.Log(slog.LevelWarn, refused.hint, "address", r.RemoteAddr, "answer", refused.text)
+				f.limitedLog.LogPeer(slog.LevelWarn, refused.hint, r.RemoteAddr, "answer", refused.text)
 			}
 			w.Header().Set("Connection", "close")
 			http.Error(w, refused.text, refused.status)

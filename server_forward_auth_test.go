@@ -123,12 +123,13 @@ func TestForwardRefusesForged(t *testing.T) {
 }
 
 // A server logs a forwarded push that is sealed with another key, or that comes from another
-// version, with the address of the sender and what to do. It does not log garbage, which anybody can
-// send.
+// version, with the address of the sender and what to do, at most once an hour for each address. It
+// does not log garbage, which anybody can send.
 func TestForwardLogsOtherKey(t *testing.T) {
 	f := newCapturedForward(t)
 	var log logBuffer
-	f.b.limitedLog = NewLimitedLog(slog.New(slog.NewTextHandler(&log, nil)), time.Now)
+	clock := time.Unix(0, 0)
+	f.b.limitedLog = NewLimitedLog(slog.New(slog.NewTextHandler(&log, nil)), func() time.Time { return clock })
 	for _, c := range []struct{ about, envelope, want string }{
 		{"garbage", "AgAA", ""},
 		{"another key", base64.RawURLEncoding.EncodeToString(f.stranger.cfg.Sealer.Seal(nil, []byte("{}"), envelopeSeal, nil, 0)), "copy the same cluster.key to both servers"},
@@ -137,9 +138,13 @@ func TestForwardLogsOtherKey(t *testing.T) {
 		log.Reset()
 		req := httptest.NewRequest("POST", forwardPath, nil)
 		req.Header.Set(envelopeHeader, c.envelope)
-		f.b.receiver().ServeHTTP(httptest.NewRecorder(), req)
-		if got := log.String(); !strings.Contains(got, c.want) || (c.want == "") != (got == "") || c.want != "" && !strings.Contains(got, "level=WARN") || c.want != "" && !strings.Contains(got, "address="+req.RemoteAddr) {
-			t.Errorf("%s: logged %q, want %q", c.about, got, c.want)
+		for range 2 {
+			f.b.receiver().ServeHTTP(httptest.NewRecorder(), req)
+			clock = clock.Add(time.Minute)
+		}
+		lines := map[bool]int{true: 1}[c.want != ""]
+		if got := log.String(); strings.Count(got, "\n") != lines || !strings.Contains(got, c.want) || lines > 0 && !strings.Contains(got, "level=WARN") || lines > 0 && !strings.Contains(got, "remote="+req.RemoteAddr) {
+			t.Errorf("%s: logged %q, want %d lines with %q", c.about, got, lines, c.want)
 		}
 	}
 }

@@ -93,11 +93,11 @@ type targetGroup struct {
 // configuration.
 func targetGroups(urls []string) []targetGroup {
 	plain, secure := targetGroup{}, targetGroup{Labels: map[string]string{"__scheme__": "https"}}
-	for _, url := range urls {
-		if address, ok := strings.CutPrefix(url, SDSchemeTLS); ok {
+	for _, target := range urls {
+		if address, ok := strings.CutPrefix(target, SDSchemeTLS); ok {
 			secure.Targets = append(secure.Targets, address)
 		} else {
-			plain.Targets = append(plain.Targets, url)
+			plain.Targets = append(plain.Targets, target)
 		}
 	}
 	groups := []targetGroup{} // not nil, because Prometheus refuses the JSON value null

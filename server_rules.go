@@ -77,7 +77,7 @@ func (w *ruleWatch) beginPush(rules *ServerNormalizer) NormalizerUse {
 func (w *ruleWatch) finishPush(rules *ServerNormalizer, use NormalizerUse, samples int) {
 	unmatched, again, samples := w.noteAndCheck(rules, use, samples)
 	for _, r := range unmatched {
-		w.log.Warn("no pushed sample matches this rule: correct its spelling, or remove it", append(r.logArgs(), "samples", samples)...)
+		w.log.Warn("no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it", append(r.logArgs(), "samples", samples)...)
 	}
 	for _, r := range again {
 		w.log.Info("pushed samples match this rule again", r.logArgs()...)

@@ -42,7 +42,7 @@ func TestUnmatchedRules(t *testing.T) {
 	r.logged()
 	elide, required, allow := []string{"replica", "instnce"}, []Label{{Name: []byte("env")}}, []string{"up", `{job="node"}`, "dwn"}
 	r.useRules(elide, required, allow...)
-	const warn, info = "WARN msg=\"no pushed sample matches this rule: correct its spelling, or remove it\" ", "INFO msg=\"pushed samples match this rule again\" "
+	const warn, info = "WARN msg=\"no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it\" ", "INFO msg=\"pushed samples match this rule again\" "
 	for i, step := range []struct {
 		after time.Duration
 		text  string

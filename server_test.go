@@ -138,7 +138,7 @@ func TestHealthWhileNotReady(t *testing.T) {
 	r := newSrvRig(t)
 	r.server.SetReady(false)
 	starting := NewServer(ServerConfig{Store: r.store, Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: r.now})
-	for want, server := range map[string]*Server{"not ready: the server is stopping\n": r.server, "not ready: the server is starting: ": starting} {
+	for want, server := range map[string]*Server{"not ready: it is stopping\n": r.server, "not ready: it is starting, and ": starting} {
 		for _, h := range []http.Handler{server.ExternalHandler(), server.InternalHandler(false)} {
 			for _, path := range HealthPaths() {
 				rec := httptest.NewRecorder()

@@ -215,7 +215,7 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 // client reports it. It warns of a clock that is off by so much that the client shifts timestamps.
 func (s *Server) setClockOffset(clusterID string, behind time.Duration, now time.Time) {
 	s.sites.SetClockOffset(clusterID, behind, now)
-	if behind.Abs() >= shiftedClockOffset {
+	if behind.Abs() >= MinClockShift*time.Millisecond {
 		s.logSite(slog.LevelWarn, clusterID, "the clock of the site's source is off, and the client corrects the timestamps by the offset: synchronize the clock of that host (NTP)", "behind", behind)
 	}
 }
