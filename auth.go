@@ -2,8 +2,8 @@ package main
 
 // This file parses key files, derives subkeys from the keys, checks cluster IDs, and reads small
 // secret files. No error of the auth family quotes a key, a token or the content of a file. The
-// auth family proves which site may push. It must not know of HTTP handlers, flags, or the meaning
-// of a token's labels.
+// auth family proves which site may push. It must not know of HTTP handlers, of the values of flags,
+// or of the meaning of a token's labels. Its errors may name the command that an operator must run.
 
 import (
 	"bytes"

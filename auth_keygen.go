@@ -95,10 +95,10 @@ func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
 }
 
 // RotateKey adds a new key as the first line of dir's cluster.key or token.key. keyName is
-// "cluster" or "token"; RotateTLSKey rotates the TLS key. The old keys stay below the new key and still verify. The file is replaced
-// atomically and keeps its mode and owner, so that root can rotate the keys of a server that does
-// not run as root. If two rotations run at once, one of the two new keys may be lost, but no old
-// key is lost.
+// "cluster" or "token"; RotateTLSKey rotates the TLS key. The old keys stay below the new key and
+// still verify. The file is replaced atomically and keeps its mode and owner, so that root can
+// rotate the keys of a server that does not run as root. If two rotations run at once, one of the
+// two new keys may be lost, but no old key is lost.
 func RotateKey(dir, keyName string) error {
 	if keyName != "cluster" && keyName != "token" {
 		return fmt.Errorf("cannot rotate %q: want cluster or token", keyName)

@@ -91,6 +91,9 @@ func RotateTLSKey(dir, spareDir string, now time.Time) error {
 	crtPath, keyPath := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
 	spareCrtPath, spareKeyPath := filepath.Join(dir, SpareCertFile), filepath.Join(spareDir, SpareKeyFile)
 	spare, sparePEM, err := readCert(spareCrtPath)
+	if pair, pairErr := existingTLSPair(crtPath, keyPath); errors.Is(err, fs.ErrNotExist) && pair == nil && pairErr == nil {
+		return fmt.Errorf("%s has no TLS key to rotate: create a TLS key and a spare key with telemeter --mode keygen --keys %s --host NAME", dir, dir)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("there is no spare key, because %s is missing: create a spare key with telemeter --mode keygen --keys %s; only tokens that are made after that accept it", spareCrtPath, dir)
 	}

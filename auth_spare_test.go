@@ -142,6 +142,11 @@ func TestRotateTLSKeyRefuses(t *testing.T) {
 		{"another spare key", func(f map[string]string) { f["keys-spare/tls-spare.key"] = other["keys-spare/tls-spare.key"] }, []string{"is not the key of", "--spare DIR"}},
 		{"garbage", func(f map[string]string) { f["keys-spare/tls-spare.key"] = "garbage" }, []string{"is not the key of"}},
 		{"no spare certificate", func(f map[string]string) { delete(f, "keys/tls-spare.crt") }, []string{"tls-spare.crt is missing", "--mode keygen --keys"}},
+		{"no certificate at all", func(f map[string]string) {
+			delete(f, "keys/tls-spare.crt")
+			delete(f, "keys/tls.crt")
+			delete(f, "keys/tls.key")
+		}, []string{"no TLS key", "--host NAME"}},
 	} {
 		dir := newSpareKeys(t)
 		files := tlsFiles(t, dir)

@@ -91,9 +91,9 @@ func handshakeCause(reason string) string {
 	case has("local error: tls: bad record MAC"):
 		// With TLS 1.3, OpenSSL sends the alert that it refuses the certificate without encryption.
 		return causeCertificateRefused
-	case has("certificate"):
+	case has("certificate") && !has("certificate's signature algorithms"):
 		return causeClientCertificate
-	case has("unsupported version", "protocol version", "no cipher suite", "handshake failure", "no supported", "no mutually supported"):
+	case has("certificate's signature algorithms", "unsupported version", "protocol version", "no cipher suite", "handshake failure", "no supported", "no mutually supported"):
 		return causeProtocol
 	case has("i/o timeout", "deadline exceeded"):
 		return causeTimeout
@@ -115,7 +115,7 @@ func handshakeMessage(cause string) string {
 	case causeClientCertificate:
 		return "TLS handshake failed: the client has no certificate that a CA of --tls-client-ca signed; give the client --to-crt and --to-key"
 	case causeProtocol:
-		return "TLS handshake failed: the client supports no TLS version and cipher of this server; it needs TLS 1.2 or later"
+		return "TLS handshake failed: the client supports no TLS version and cipher of this server, or not the type of its key; it needs TLS 1.2 or later"
 	case causeClosed:
 		return "TLS handshake failed: the client closed the connection"
 	case causeTimeout:

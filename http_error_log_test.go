@@ -17,14 +17,15 @@ import (
 // An error that only a peer other than crypto/tls can cause has the right cause, too.
 func TestHandshakeCause(t *testing.T) {
 	for reason, want := range map[string]string{
-		"local error: tls: bad record MAC":                            causeCertificateRefused, // OpenSSL 3.0 refuses the certificate
-		"remote error: tls: unknown certificate authority":            causeCertificateRefused,
-		"remote error: tls: expired certificate":                      causeCertificateRefused,
-		"remote error: tls: handshake failure":                        causeProtocol,
-		"tls: no cipher suite supported by both client and server":    causeProtocol,
-		"read tcp 127.0.0.1:1->127.0.0.1:2: i/o timeout":              causeTimeout,
-		"read tcp 127.0.0.1:1->127.0.0.1:2: connection reset by peer": causeClosed,
-		"remote error: tls: internal error":                           causeOther,
+		"local error: tls: bad record MAC":                                        causeCertificateRefused, // OpenSSL 3.0 refuses the certificate
+		"remote error: tls: unknown certificate authority":                        causeCertificateRefused,
+		"remote error: tls: expired certificate":                                  causeCertificateRefused,
+		"remote error: tls: handshake failure":                                    causeProtocol,
+		"tls: no cipher suite supported by both client and server":                causeProtocol,
+		"tls: peer doesn't support any of the certificate's signature algorithms": causeProtocol,
+		"read tcp 127.0.0.1:1->127.0.0.1:2: i/o timeout":                          causeTimeout,
+		"read tcp 127.0.0.1:1->127.0.0.1:2: connection reset by peer":             causeClosed,
+		"remote error: tls: internal error":                                       causeOther,
 	} {
 		if got := handshakeCause(reason); got != want {
 			t.Errorf("%s: got the cause %s, want %s", reason, got, want)

@@ -287,6 +287,7 @@ func (p *serverProcess) runChecks(out io.Writer) error {
 	p.log = slog.New(r)
 	r.result(nil, "flags", "")
 	p.checkKeys(r)
+	p.checkIssued(r)
 	if _, err := readRevoked(p.revokedFile); p.revokedFile != "" {
 		r.result(err, "--revoked-file "+p.revokedFile, "valid")
 	}
@@ -308,7 +309,18 @@ func (p *serverProcess) runChecks(out io.Writer) error {
 	return r.err()
 }
 
-// checkKeys checks the files in the directory of --keys.
+// checkIssued checks the list of issued tokens. A start is possible without the list.
+func (p *serverProcess) checkIssued(r *checkReport) {
+	issued, err := readIssued(p.keys)
+	switch {
+	case err == nil:
+		r.result(nil, filepath.Join(p.keys, IssuedFile), "tokens: %d", len(issued.Tokens()))
+	case !errors.Is(err, fs.ErrNotExist):
+		r.warn("%s: %v", issuedUnreadable, err)
+	}
+}
+
+// checkKeys checks the keys and the certificate in the directory of --keys.
 func (p *serverProcess) checkKeys(r *checkReport) {
 	files := []string{TokenKeyFile}
 	if p.ring.enabled() {
@@ -325,11 +337,8 @@ func (p *serverProcess) checkKeys(r *checkReport) {
 	}
 	config := p.certificate.Load()
 	if config == nil {
-		host, _, _ := net.SplitHostPort(p.externalAddr)
-		r.result(nil, what, "none, so clients connect over plain HTTP")
-		if !IsLoopbackHost(host) {
-			r.warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples")
-		}
+		r.result(nil, what, "none")
+		p.warnOfPlainHTTP()
 		return
 	}
 	p.checkCertificate(r, what, config)

@@ -81,7 +81,12 @@ func TestCheckServer(t *testing.T) {
 		t.Errorf("after --check, a push to the running server got %d %s", status, answer)
 	}
 	stop()
-	checkLines(t, s.dir, args, exitOK, append(lines, ": writable by user ID ", "not in use; ")...)
+	checkLines(t, s.dir, args, exitOK, append(lines, ": writable by user ID ", "not in use; ", "ok   "+s.path("keys/issued.jsonl")+": tokens: 1\n")...)
+	writeIn(t, s.dir, "keys/issued.jsonl", "x\n")
+	s.mustRun("--mode", "keygen", "--keys", s.path("plain"))
+	checkLines(t, s.dir, args, exitOK, "WARN the list of issued tokens cannot be read", "line 1 is not the record of a token")
+	checkLines(t, s.dir, []string{"--mode", "server", "--keys", s.path("plain"), "--storage-dir", s.path("storage"), "--listen-internal", ":9004", "--internal-open"}, exitOK,
+		"ok   "+s.path("plain/tls.crt")+": none\n", "WARN clients connect over plain HTTP, because --keys has no tls.crt", "WARN scrapers connect over plain HTTP, because --keys has no tls.crt")
 	mustChmod(t, s.path("keys/tls.key"), 0o644)
 	crt, key, err := SelfSignedCert([]string{"127.0.0.1"}, time.Now().AddDate(-20, 0, 10))
 	if err != nil {

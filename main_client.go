@@ -252,9 +252,8 @@ func (p *clientProcess) openSpool() error {
 }
 
 // runOnceOrUntilEnd runs the client, and its HTTP listener if --listen is not empty, until ctx ends
-// or one of them fails. It reloads on SIGHUP.
-// With --once it scrapes once, pushes all scrapes in the spool, and returns; it gives up after
-// --interval.
+// or one of them fails. It reloads on SIGHUP. With --once it scrapes once, pushes all scrapes in the
+// spool, and returns; it gives up after --interval.
 func (p *clientProcess) runOnceOrUntilEnd(ctx context.Context) error {
 	if p.once {
 		ctx, cancel := context.WithTimeout(ctx, p.interval)

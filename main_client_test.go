@@ -180,3 +180,15 @@ func TestClientOnceWithoutServer(t *testing.T) {
 		}
 	}
 }
+
+// White space around the token in --token-file does not matter, such as the blank line of an editor
+// or the line ends of Windows.
+func TestTokenFileWhiteSpace(t *testing.T) {
+	dir := t.TempDir()
+	writeIn(t, dir, "token", "\r\n "+signToken(t, testKeys(t, 1), Token{Kind: KindClient, ClusterID: "a", ID: NewTokenID()})+"\r\n\n")
+	status, _, stderr := runMode(t, "--mode", "client", "--from", startTextSource(t), "--token-file", filepath.Join(dir, "token"), "--to", startPlainHub(t),
+		"--once", "--interval", "1s", "--spool-dir", filepath.Join(dir, "spool"))
+	if status != exitOK || !strings.Contains(stderr, "msg=pushed") {
+		t.Errorf("exit status %d, want %d and a push:\n%s", status, exitOK, stderr)
+	}
+}

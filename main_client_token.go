@@ -28,6 +28,7 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	case err != nil:
 		return "", t, fmt.Errorf("--token-file %s: %w: %s", f.tokenFile, err, getToken)
 	}
+	b = bytes.TrimSpace(b) // ParseUnverifiedToken ignores white space, but a header must not have it
 	t, parseErr := ParseUnverifiedToken(string(b))
 	if parseErr == nil && t.Kind != KindClient {
 		return "", t, fmt.Errorf("--token-file %s contains a token of kind %q, not a client's token: %s", f.tokenFile, t.Kind, getToken)

@@ -30,8 +30,11 @@ func (t trustTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // advice returns what a person must do about the error of a request. It returns "" if the error is
-// not about trust.
+// not about trust. An error of the proxy has advice of its own.
 func (t trustTransport) advice(err error) string {
+	if byProxy := (*proxyError)(nil); errors.As(err, &byProxy) {
+		return ""
+	}
 	var (
 		unknown x509.UnknownAuthorityError
 		host    x509.HostnameError

@@ -159,13 +159,19 @@ func readCAs(flag, path string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
+// withoutCredentials returns the text of a URL for a message. It replaces all text before the last @,
+// which may be a password, even if the text is not a valid URL.
+func withoutCredentials(text string) string {
+	if at := strings.LastIndex(text, "@"); at >= 0 {
+		return "…" + text[at:]
+	}
+	return text
+}
+
 // parseHTTPURL parses s, which must be an http:// or https:// URL with a host and without a
 // fragment. Errors contain no password.
 func parseHTTPURL(s string) (*url.URL, error) {
-	shown := s
-	if at := strings.LastIndex(s, "@"); at >= 0 {
-		shown = "…" + s[at:]
-	}
+	shown := withoutCredentials(s)
 	u, err := url.Parse(s)
 	switch {
 	case !strings.Contains(s, "://"):

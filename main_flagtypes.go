@@ -76,9 +76,9 @@ func (c *command) defineGroup(title string, define func()) {
 	c.groups = append(c.groups, g)
 }
 
-// writeHelp writes the --help of the mode to w: what the mode does, its usual flags, its other flags
-// by group, and an example. The usage text of a flag may begin with the name of the flag's argument in back quotes.
-// writeHelp prints that name beside the flag and removes it from the text.
+// writeHelp writes the --help of the mode to w: c.about, the usual flags, the other flags by group,
+// and an example. The usage text of a flag may begin with the name of the flag's argument in back
+// quotes. writeHelp prints that name beside the flag and removes it from the text.
 func (c *command) writeHelp(w io.Writer) {
 	fmt.Fprintf(w, "telemeter --mode %s: %s\n", c.mode, c.about)
 	if len(c.usual) > 0 {

@@ -18,12 +18,16 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 )
 
 // issuedPollInterval is how often a server checks whether the list of issued tokens has changed.
 const issuedPollInterval = time.Minute
+
+// issuedUnreadable is the message about a list of issued tokens that cannot be read.
+const issuedUnreadable = "the list of issued tokens cannot be read; the list read before stays in use: correct the file or its mode, or copy it again from the host on which tokens are created"
 
 // readIssued reads the list of issued tokens in dir, the directory of --keys. If there is no list,
 // the error wraps fs.ErrNotExist.
@@ -102,6 +106,9 @@ type issuedLoader struct {
 	log      *slog.Logger
 	tokens   *Gauge
 	failures *Counter
+
+	mu     sync.Mutex     // guards loaded, and makes the server's list change together with it
+	loaded *issuedVersion // version of the server's list; nil if the newest attempt to load a list failed
 }
 
 func newIssuedLoader(dir string, server *Server, log *slog.Logger, m *Metrics) *issuedLoader {
@@ -127,32 +134,50 @@ func (l *issuedLoader) version() issuedVersion {
 	return issuedVersion{info.ModTime(), info.Size()}
 }
 
-// load gives the list to the server. It returns the version of the list before it was read, and
-// whether it was read; a missing list counts as an empty list. If two calls overlap, the server may
-// get the older list of the two; run then loads the newer list.
-func (l *issuedLoader) load() (before issuedVersion, ok bool) {
-	before = l.version()
+// load gives the list to the server. A missing list counts as an empty list. If two calls overlap,
+// the server may get the older list of the two; run then loads the newer list, because loaded is the
+// version of the older list.
+func (l *issuedLoader) load() {
+	before := l.version() // of the list that is read, or of an older one
 	path := filepath.Join(l.dir, IssuedFile)
 	issued, err := readIssued(l.dir)
 	missing := errors.Is(err, fs.ErrNotExist)
 	if err != nil && !missing {
 		l.failures.Inc()
-		l.log.Error("the list of issued tokens cannot be read; the list read before stays in use: correct the file or its mode, or copy it again from the host on which tokens are created", "err", err)
-		return before, false
+		l.log.Error(issuedUnreadable, "err", err)
+		l.set(nil, nil)
+		return
 	}
 	known := l.countSites()
-	l.server.SetIssuedTokens(issued)
-	l.tokens.Set(float64(len(issued.Tokens())))
+	l.set(&issued, &before)
 	if missing {
 		level := slog.LevelInfo
 		if known > 0 {
 			level = slog.LevelWarn // the list has been removed, perhaps by mistake
 		}
 		l.log.Log(context.Background(), level, "no list of issued tokens: sites that have never pushed are not known; copy the list from the host on which tokens are created", "file", path)
-		return before, true
+		return
 	}
 	l.log.Info("loaded the list of issued tokens", "file", path, "tokens", len(issued.Tokens()), "sites_with_valid_token", l.countSites())
-	return before, true
+}
+
+// set gives the list to the server, unless list is nil, and sets loaded to version.
+func (l *issuedLoader) set(list *IssuedTokens, version *issuedVersion) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if list != nil {
+		l.server.SetIssuedTokens(*list)
+		l.tokens.Set(float64(len(list.Tokens())))
+	}
+	l.loaded = version
+}
+
+// isLoaded reports whether the server has the present version of the list.
+func (l *issuedLoader) isLoaded() bool {
+	now := l.version()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.loaded != nil && *l.loaded == now
 }
 
 // countSites returns the number of sites that have a valid token according to the server's list.
@@ -166,14 +191,14 @@ func (l *issuedLoader) countSites() (n int) {
 // run loads the list. Then, every issuedPollInterval until ctx ends, it loads the list again if the
 // list has changed or could not be read.
 func (l *issuedLoader) run(ctx context.Context) error {
-	loaded, ok := l.load()
+	l.load()
 	ticker := time.NewTicker(issuedPollInterval)
 	defer ticker.Stop()
 	for {
 		select {
 		case <-ticker.C:
-			if !ok || l.version() != loaded {
-				loaded, ok = l.load()
+			if !l.isLoaded() {
+				l.load()
 			}
 		case <-ctx.Done():
 			return nil

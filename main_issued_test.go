@@ -253,20 +253,27 @@ func TestIssuedPoll(t *testing.T) {
 		}
 		for _, step := range []struct {
 			file     string // new content of the list; "" means that the list does not change
+			reload   bool   // SIGHUP makes the server load the list before the poll
 			want     string // sites that the server knows after issuedPollInterval
 			logged   int    // messages of the loader in this step
 			failures float64
 		}{
-			{"", "", 1, 0}, // the message at the start
-			{a, "a", 1, 0},
-			{"", "a", 0, 0},
-			{a + b, "a b", 1, 0},
-			{a + "x\n", "a b", 1, 1},
-			{"", "a b", 1, 2},
-			{b + a[:30], "b", 1, 2},
+			{"", false, "", 1, 0}, // the message at the start
+			{a, false, "a", 1, 0},
+			{"", false, "a", 0, 0},
+			{a + b, false, "a b", 1, 0},
+			{a + "x\n", false, "a b", 1, 1},
+			{"", false, "a b", 1, 2},
+			{b + a[:30], false, "b", 1, 2},
+			{a + b, true, "a b", 1, 2},
+			{"", true, "a b", 1, 2},
+			{a + "x\n", true, "a b", 2, 4},
 		} {
 			if step.file != "" {
 				writeIn(t, dir, IssuedFile, step.file)
+			}
+			if step.reload {
+				l.load()
 			}
 			time.Sleep(issuedPollInterval)
 			synctest.Wait()

@@ -168,9 +168,9 @@ func tokenMode(_ context.Context, c *command) error {
 		return listTokens(c.stdout, c.stderr, f.keys, f.revokedFile, c.now())
 	}
 	if f.inspect != "" {
-		return inspectToken(c.stdout, f.keys, f.inspect)
+		return inspectToken(c.stdout, f.keys, f.inspect, c.now())
 	}
-	t, signed, err := f.makeToken(time.Now())
+	t, signed, err := f.makeToken(c.now())
 	if err != nil {
 		return err
 	}
@@ -252,7 +252,7 @@ func readPin(path string, wanted bool) (pin string, err error) {
 // inspectToken writes to w the contents of the token in file, and whether the keys in keysDir
 // verify the token. It returns an error if the token cannot be read or the keys do not verify it.
 // If the keys cannot be read, it writes that the answer is unknown, and returns nil.
-func inspectToken(w io.Writer, keysDir, file string) error {
+func inspectToken(w io.Writer, keysDir, file string, now time.Time) error {
 	b, err := ReadSecret(file, MaxToken)
 	if err != nil {
 		return flagError("inspect", file, err)
@@ -268,7 +268,7 @@ func inspectToken(w io.Writer, keysDir, file string) error {
 		fmt.Fprintf(w, "verifies:   unknown: %v\n", err)
 		return nil
 	}
-	if _, err := keys.Verify(string(b), time.Now()); err != nil {
+	if _, err := keys.Verify(string(b), now); err != nil {
 		fmt.Fprintf(w, "verifies:   no: %v\n", err)
 		return fmt.Errorf("verifying token %s: %w", file, err)
 	}

@@ -20,18 +20,19 @@ import (
 // the URL are an error, because every user of the host can read a command line.
 func parseProxyURL(s string) (*url.URL, error) {
 	const want = "want http://, https:// or socks5:// with a host and a port, such as http://proxy.example:3128"
+	shown := withoutCredentials(s)
 	u, err := url.Parse(s)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("not a URL: %s", want) // the text is not quoted, because it may contain a password
+		return nil, fmt.Errorf("%q is not a URL: %s", shown, want)
 	case u.User != nil:
 		return nil, errors.New("the URL contains a user or password, which every user of this host could read: write USER:PASSWORD into a file, and add --to-proxy-user-file FILE")
 	case u.Scheme != "http" && u.Scheme != "https" && u.Scheme != "socks5" && u.Scheme != "socks5h":
-		return nil, fmt.Errorf("%q is not the URL of a proxy: %s", s, want)
+		return nil, fmt.Errorf("%q is not the URL of a proxy: %s", shown, want)
 	case u.Hostname() == "" || u.Port() == "":
-		return nil, fmt.Errorf("%q has no host or no port: %s", s, want)
+		return nil, fmt.Errorf("%q has no host or no port: %s", shown, want)
 	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
-		return nil, fmt.Errorf("%q must have only a scheme, a host and a port", s)
+		return nil, fmt.Errorf("%q must have only a scheme, a host and a port", shown)
 	}
 	u.Path = ""
 	return u, nil

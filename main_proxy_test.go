@@ -5,6 +5,7 @@ package main
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -181,6 +182,19 @@ func TestProxyOfProcess(t *testing.T) {
 	}
 }
 
+// An error of the proxy is not about trust between the client and a server, even if its text looks
+// like that of such an error.
+func TestProxyErrorIsNotAboutTrust(t *testing.T) {
+	alert := errors.New("remote error: tls: bad certificate")
+	var transport trustTransport
+	if transport.advice(alert) == "" {
+		t.Errorf("there is no advice on the alert of a server: %v", alert)
+	}
+	if advice := transport.advice(new(proxyTransport).errorf("the TLS handshake with the proxy failed: %w", alert)); advice != "" {
+		t.Errorf("the advice on the alert of a proxy is about the server: %s", advice)
+	}
+}
+
 // Faults in the flags of the proxy and of the source's credentials are faults of the command line.
 // The message says what to do, and never quotes a password.
 func TestProxyAndSourceFlags(t *testing.T) {
@@ -192,6 +206,8 @@ func TestProxyAndSourceFlags(t *testing.T) {
 		{"--to http://localhost:9003 --to-proxy http://192.0.2.1:3128", "the token would be sent to http://localhost:9003 over plain HTTP"},
 		{"--to-proxy http://user:secret@proxy:3128", "write USER:PASSWORD into a file, and add --to-proxy-user-file FILE"},
 		{"--to-proxy http://user:secret@proxy:port", "want http://, https:// or socks5:// with a host and a port"},
+		{"--to-proxy me:secret@proxy:3128", "is not the URL of a proxy: want http://"},
+		{"--to-proxy http:me:secret@proxy:3128", "has no host or no port: want http://"},
 		{"--to-proxy http://proxy", "has no host or no port: want http://"},
 		{"--to-proxy proxy:3128", "is not the URL of a proxy: want http://"},
 		{"--to-proxy ftp://proxy:3128", "is not the URL of a proxy: want http://"},

@@ -118,8 +118,11 @@ func (f *serverFlags) check(c *command) {
 
 // isInternalLocal reports whether --listen-internal is a loopback address, which other hosts cannot
 // reach.
-func (f *serverFlags) isInternalLocal() bool {
-	host, _, _ := net.SplitHostPort(f.internalAddr)
+func (f *serverFlags) isInternalLocal() bool { return isLoopbackAddr(f.internalAddr) }
+
+// isLoopbackAddr reports whether the host in addr, which is host:port, is a loopback address.
+func isLoopbackAddr(addr string) bool {
+	host, _, _ := net.SplitHostPort(addr)
 	return IsLoopbackHost(host)
 }
 
@@ -275,8 +278,6 @@ func (p *serverProcess) listenHTTP() error {
 		p.external.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			return p.certificate.Load(), nil
 		}}
-	} else if !IsOnLoopback(external) {
-		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples; create a certificate with telemeter --mode keygen --host NAME")
 	}
 	internal, err := listenFlag("listen-internal", p.internalAddr)
 	if err != nil {
@@ -288,13 +289,26 @@ func (p *serverProcess) listenHTTP() error {
 		p.internal.TLS = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			return &p.certificate.Load().Certificates[0], nil
 		}}
-	} else if !p.isInternalLocal() {
-		p.log.Warn("scrapers connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read samples and the federate token; create a certificate with telemeter --mode keygen --host NAME, or make sure that the network is trusted")
 	}
+	p.warnOfPlainHTTP()
 	version, _ := ProgramVersion()
 	p.log.Info("serving", "version", version, "external", external.Addr(), "tls", p.external.TLS != nil, "internal", internal.Addr(),
 		"storage", p.storageDir, "sites", len(p.store.Stats().Sites), "internal_tls", p.internal.TLS != nil)
 	return nil
+}
+
+// warnOfPlainHTTP warns of each listener for other hosts that has no TLS, because there is no
+// certificate.
+func (p *serverProcess) warnOfPlainHTTP() {
+	if p.certificate.Load() != nil {
+		return
+	}
+	if !isLoopbackAddr(p.externalAddr) {
+		p.log.Warn("clients connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read tokens and samples; create a certificate with telemeter --mode keygen --host NAME")
+	}
+	if !p.isInternalLocal() {
+		p.log.Warn("scrapers connect over plain HTTP, because --keys has no tls.crt: anybody on the network can read samples and the federate token; create a certificate with telemeter --mode keygen --host NAME, or make sure that the network is trusted")
+	}
 }
 
 // closeListeners closes the external and the internal listener if they were opened. They may be
