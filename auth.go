@@ -173,6 +173,10 @@ func isAlnum(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
+// ErrEmptySecret is the error of ReadSecret for a file without a secret, wrapped in an error that
+// names the file.
+var ErrEmptySecret = errors.New("is empty")
+
 // ReadSecret returns the content of the small file at path (a token, a salt, a key file) without
 // trailing spaces, tabs and line ends. It returns an error if the remaining content is empty or
 // longer than maxBytes, or if the whole file is longer than maxBytes plus 2 bytes for a line end.
@@ -195,7 +199,7 @@ func ReadSecret(path string, maxBytes int) ([]byte, error) {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBytes)
 	}
 	if len(secret) == 0 {
-		return nil, fmt.Errorf("%s is empty", path)
+		return nil, fmt.Errorf("%s %w", path, ErrEmptySecret)
 	}
 	return secret, nil
 }

@@ -105,6 +105,9 @@ func RotateKey(dir, keyName string) error {
 	}
 	path := filepath.Join(dir, keyName+".key")
 	old, err := ReadSecret(path, MaxKeyFile)
+	if errors.Is(err, ErrEmptySecret) {
+		return fmt.Errorf("%w: restore the file from a copy, such as the one on a server", err)
+	}
 	if err != nil {
 		return err
 	}

@@ -161,26 +161,6 @@ func TestClientDistrust(t *testing.T) {
 	client.await("msg=pushed")
 }
 
-// With --once and no server, the client says how long it goes on trying. It ends within this time,
-// with an error and exit status 1.
-func TestClientOnceWithoutServer(t *testing.T) {
-	dir := t.TempDir()
-	mustTool(t, dir, "--mode", "keygen", "--keys", "keys")
-	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "http://127.0.0.1:1"))
-	source := startServer(t, dir)
-	from := "http://" + source.await(internalAddr) + "/metrics"
-	begin := time.Now()
-	_, stderr, code := tool(t, dir, "--mode", "client", "--from", from, "--token-file", "token", "--once", "--interval", "3s")
-	if took := time.Since(begin); code != exitFailure || took > 3*time.Second+time.Second {
-		t.Errorf("exit %d after %v, want %d within 3 s:\n%s", code, took, exitFailure, stderr)
-	}
-	for _, want := range []string{`level=INFO msg="no server has accepted the scrapes yet; trying again until the time is over" up_to=3s`, "telemeter: destination: failed after", "scrapes kept in the spool: 1,"} {
-		if !strings.Contains(stderr, want) {
-			t.Errorf("the client does not say %q:\n%s", want, stderr)
-		}
-	}
-}
-
 // White space around the token in --token-file does not matter, such as the blank line of an editor
 // or the line ends of Windows.
 func TestTokenFileWhiteSpace(t *testing.T) {

@@ -22,11 +22,11 @@ const getToken = "make a token on the hub with telemeter --mode token --id SITE 
 // cluster ID is known, or if chooseServerURLs finds a problem.
 func (f *clientFlags) loadToken() (text string, t Token, err error) {
 	b, err := ReadSecret(f.tokenFile, MaxToken)
-	switch {
-	case errors.Is(err, fs.ErrPermission):
-		return "", t, flagError("token-file", f.tokenFile, err)
-	case err != nil:
+	switch pathErr := (*fs.PathError)(nil); {
+	case errors.Is(err, fs.ErrNotExist), err != nil && !errors.As(err, &pathErr): // missing, empty or too large
 		return "", t, fmt.Errorf("--token-file %s: %w: %s", f.tokenFile, err, getToken)
+	case err != nil:
+		return "", t, flagError("token-file", f.tokenFile, err)
 	}
 	b = bytes.TrimSpace(b) // ParseUnverifiedToken ignores white space, but a header must not have it
 	t, parseErr := ParseUnverifiedToken(string(b))

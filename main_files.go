@@ -81,8 +81,8 @@ func readOptionalSecret(flag, path string) ([]byte, error) {
 		return nil, nil
 	}
 	secret, err := ReadSecret(path, MaxToken)
-	if pathErr := new(os.PathError); err != nil && !errors.As(err, &pathErr) {
-		err = fmt.Errorf("%w: write the secret into it, and nothing else", err)
+	if errors.Is(err, ErrEmptySecret) {
+		err = fmt.Errorf("%w: write the secret into it", err)
 	}
 	return secret, flagError(flag, path, err)
 }

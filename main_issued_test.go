@@ -167,7 +167,7 @@ func TestTokenNotes(t *testing.T) {
 	}{
 		"no server":              {withCert, nil, "no server in the token: the client that uses it needs --to URL\n"},
 		"https with certificate": {withCert, []string{"--to", "https://h"}, ""},
-		"https without":          {without, []string{"--to", "http://h", "--to", "https://h"}, "no pin in the token: " + filepath.Join(without, TLSCertFile) + " is missing: "},
+		"https without":          {without, []string{"--to", "http://h", "--to", "https://h"}, "no pin: " + filepath.Join(without, TLSCertFile) + " is missing: "},
 		"http without":           {without, []string{"--to", "http://h"}, ""},
 	} {
 		token, messages := mustIssue(t, c.keys, "a", c.args...)

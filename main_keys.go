@@ -183,10 +183,10 @@ func tokenMode(_ context.Context, c *command) error {
 	case len(f.to) == 0:
 		fmt.Fprintln(c.stderr, "no server in the token: the client that uses it needs --to URL")
 	case t.Pin == "" && slices.ContainsFunc(f.to, func(u *url.URL) bool { return u.Scheme == "https" }):
-		fmt.Fprintf(c.stderr, "no pin in the token: %s is missing: the client will accept the server only if a CA that the site trusts signed its certificate; if --mode keygen made the certificate, copy %s from a server to %s and create the token again\n",
+		fmt.Fprintf(c.stderr, "no pin: %s is missing: the client will accept the server only if a CA that the site trusts signed its certificate; if --mode keygen made the certificate, copy %s from a server to %s and create the token again\n",
 			filepath.Join(f.keys, TLSCertFile), TLSCertFile, f.keys)
 	case t.Pin != "" && t.SparePin == "":
-		fmt.Fprintf(c.stderr, "no spare pin in the token, because %s is missing: if the TLS key is replaced, the site will need a new token; to avoid that, create a spare key with telemeter --mode keygen --keys %s, and create the token again\n",
+		fmt.Fprintf(c.stderr, "no spare pin: %s is missing: if the TLS key is replaced, the site will need a new token; to avoid that, create a spare key with telemeter --mode keygen --keys %s, and create the token again\n",
 			filepath.Join(f.keys, SpareCertFile), f.keys)
 	}
 	if _, err = fmt.Fprintln(c.stdout, signed); err != nil {
@@ -254,6 +254,9 @@ func readPin(path string, wanted bool) (pin string, err error) {
 // If the keys cannot be read, it writes that the answer is unknown, and returns nil.
 func inspectToken(w io.Writer, keysDir, file string, now time.Time) error {
 	b, err := ReadSecret(file, MaxToken)
+	if errors.Is(err, ErrEmptySecret) {
+		return fmt.Errorf("--inspect %w: name a file that telemeter --mode token has written", err)
+	}
 	if err != nil {
 		return flagError("inspect", file, err)
 	}

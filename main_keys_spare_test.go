@@ -98,7 +98,7 @@ func TestSpareKeyOfOldKeys(t *testing.T) {
 	if status, said := keygen("--rotate", "tls"); status != exitFailure || !strings.Contains(said, "there is no spare key") {
 		t.Errorf("rotation without a spare key: exit %d: %s", status, said)
 	}
-	if status, said := token(); status != exitOK || !strings.Contains(said, "no spare pin in the token") {
+	if status, said := token(); status != exitOK || !strings.Contains(said, "no spare pin") {
 		t.Errorf("token without a spare key: exit %d: %s", status, said)
 	}
 	if status, said := keygen("--spare", s.path("safe")); status != exitOK || !strings.Contains(said, "tokens that exist already do not accept the spare key") {

@@ -41,8 +41,10 @@ func TestMistakes(t *testing.T) {
 	}
 	mustRun("--mode", "keygen", "--keys", "plain")
 	must(os.Remove("half/" + TLSCertFile))
+	must(os.Mkdir("void", 0o700))
 	for name, text := range map[string]string{
-		"bad/" + TokenKeyFile: "nonsense\n", "bad/" + ClusterKeyFile: keyLine(1) + "\n" + keyLine(1) + "\n", "badcrt/" + TLSCertFile: "nonsense\n",
+		"void/" + TokenKeyFile: "\n",
+		"bad/" + TokenKeyFile:  "nonsense\n", "bad/" + ClusterKeyFile: keyLine(1) + "\n" + keyLine(1) + "\n", "badcrt/" + TLSCertFile: "nonsense\n",
 		"good.token":  mustRun("--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "https://127.0.0.1:1"),
 		"nourl.token": mustRun("--mode", "token", "--keys", "keys", "--id", "site-7"), "far.token": mustRun("--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "http://192.0.2.1:9003"),
 		"empty": "\n", "garbage": "<html>login</html>\n", "short": "0123456789\n", "salt": "0123456789abcdef\n", "opaque": "bHVuY2g\n", "two": "a\nb\n",
@@ -165,7 +167,7 @@ func TestMistakes(t *testing.T) {
 		{keyedServer + "--federate-token-file empty", 1, "--federate-token-file empty: ", "write the secret into it"},
 		{keyedServer + "--federate-token-file two", 1, "--federate-token-file two ", "one word of visible ASCII"},
 		{client + "--token-file none", 1, "--token-file none: ", "copy this file to the site"},
-		{client + "--token-file empty", 1, "--token-file empty: ", "copy this file to the site"},
+		{client + "--token-file empty", 1, "--token-file empty: empty is empty: make a token on the hub", "telemeter --mode token --id SITE"},
 		{client + "--token-file garbage", 1, "--token-file garbage is an HTML page", "telemeter --mode token --id SITE"},
 		{client + "--token-file opaque", 2, "--token-file opaque contains no token of telemeter", "add --id ID and --to URL"},
 		{client + "--token-file nourl.token", 2, "the token names no server", "pass --to https://HUB:9003"},
@@ -178,6 +180,8 @@ func TestMistakes(t *testing.T) {
 		{pusher + "--anonymize-labels a --anonymize-salt-file short", 1, "--anonymize-salt-file short has 10 bytes, fewer than 16", "head -c 32 /dev/urandom"},
 		{"--mode token --keys none --id a", 1, "--keys none: ", "telemeter --mode keygen --keys none"},
 		{"--mode token --keys keys --inspect garbage", 1, "--inspect garbage: parsing token", "name a file that telemeter --mode token has written"},
+		{"--mode token --keys keys --inspect empty", 1, "--inspect empty is empty", "name a file that telemeter --mode token has written"},
+		{"--mode keygen --keys void --rotate token", 1, "--keys void: void/token.key is empty", "restore the file from a copy"},
 		{"--mode token --keys keys --inspect none", 1, "--inspect none: ", "correct the path"},
 		{"--mode keygen --keys file", 1, "--keys file: ", "a file is in the place of a directory"},
 		{"--mode keygen --keys half --host hub", 1, "--keys half: half/tls.key exists without", "restore the other file"},

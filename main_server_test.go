@@ -37,6 +37,24 @@ func runMode(t *testing.T, args ...string) (status int, stdout, stderr string) {
 	return status, out.String(), errs.String()
 }
 
+// startMode runs telemeter with args in the test process until the end of the test, and returns its
+// log.
+func startMode(t *testing.T, args ...string) *logBuffer {
+	t.Helper()
+	log := &logBuffer{}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan int, 1)
+	go func() { ended <- run(ctx, time.Now, args, io.Discard, log) }()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+		if t.Failed() {
+			t.Logf("%q said:\n%s", args, log)
+		}
+	})
+	return log
+}
+
 // The server reports the problems of its flags in one message, and exits with 2. It creates no
 // file.
 func TestServerConflicts(t *testing.T) {
