@@ -211,9 +211,9 @@ var silentMistakes = []struct {
 		writeIn(g.T, s.dir, "salt", cleanerSalt)
 		g.client(s, s.token, g.textSource("up{instance=\"i\"} 1\n"), "--match", "up", "--match", "upp", "--rename", "uup=x", "--anonymize-labels", "instnce", "--anonymize-salt-file", s.path("salt"))
 	}, []silentRow{
-		{where: "client", text: `level=WARN msg="no series has the label instnce: --anonymize-labels instnce hashes nothing" advice="did you mean instance\? .*"`, once: true, metric: `telemeter_source_unmatched_flags{flag="anonymize-labels"} 1`},
-		{where: "client", text: `level=WARN msg="no series matches --match upp" advice=".*"`, once: true, metric: `telemeter_source_unmatched_flags{flag="match"} 1`},
-		{where: "client", text: `level=WARN msg="no series has the name uup: --rename uup=x renames nothing" advice="did you mean up\? .*"`, once: true, metric: `telemeter_source_unmatched_flags{flag="rename"} 1`},
+		{where: "client", text: `level=WARN msg="no series has the label instnce: --anonymize-labels instnce hashes nothing" advice="did you mean instance\? .*"`, once: true, metric: `telemeter_source_unmatched_flags{flag="anonymize-labels"} 1`, alert: "TelemeterFlagMatchesNothing"},
+		{where: "client", text: `level=WARN msg="no series matches --match upp" advice=".*"`, once: true, metric: `telemeter_source_unmatched_flags{flag="match"} 1`, alert: "TelemeterFlagMatchesNothing"},
+		{where: "client", text: `level=WARN msg="no series has the name uup: --rename uup=x renames nothing" advice="did you mean up\? .*"`, once: true, metric: `telemeter_source_unmatched_flags{flag="rename"} 1`, alert: "TelemeterFlagMatchesNothing"},
 	}},
 	{"the same, with --dry-run", exitOK, func(g *silentStage) {
 		g.command("client", "--mode", "client", "--from", g.textSource("up 1\n"), "--dry-run", "--match", "up", "--match", "upp")
@@ -226,8 +226,8 @@ var silentMistakes = []struct {
 			s.push(s.token, "up 1\n")
 		}
 	}, []silentRow{
-		{where: "server", text: `level=WARN msg="no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it" flag=--elide-label value=instnce`, once: true, metric: `telemeter_unmatched_flags{flag="elide-label"} 1`},
-		{where: "server", text: `level=WARN msg="no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it" flag="--allow or --allow-file" value=upp`, once: true, metric: `telemeter_unmatched_flags{flag="allow"} 1`},
+		{where: "server", text: `level=WARN msg="no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it" flag=--elide-label value=instnce`, once: true, metric: `telemeter_unmatched_flags{flag="elide-label"} 1`, alert: "TelemeterFlagMatchesNothing"},
+		{where: "server", text: `level=WARN msg="no pushed sample matches this rule: if it is not for a site that has yet to push, correct its spelling, or remove it" flag="--allow or --allow-file" value=upp`, once: true, metric: `telemeter_unmatched_flags{flag="allow"} 1`, alert: "TelemeterFlagMatchesNothing"},
 	}},
 
 	{"a client with a relative --spool-dir is started elsewhere", stillRuns, func(g *silentStage) {
