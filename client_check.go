@@ -13,8 +13,8 @@ import (
 )
 
 // TryServer exchanges the client token for an upload token at the server with this URL, and pushes
-// nothing. hostBehindMs is by how many ms the wall clock of this host is behind the server's clock.
-// clockKnown is false if the server did not state its time. TryServer needs no spool.
+// nothing. hostBehindMs is the server's clock minus the wall clock of this host, in ms. clockKnown is
+// false if the server did not state its time. TryServer needs no spool.
 func (c *Client) TryServer(ctx context.Context, server string) (hostBehindMs int64, clockKnown bool, err error) {
 	clock := NewSourceClockTracker(0)
 	p := &Pusher{cfg: PusherConfig{

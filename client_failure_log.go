@@ -64,7 +64,8 @@ func withoutLocalEnds(text string) string {
 	return strings.Join(words, " ")
 }
 
-// outage is a row of failures without a success between them. The zero value means no failure.
+// outage counts consecutive failures. The zero value means that the last attempt succeeded, or that
+// there was none.
 type outage struct {
 	begin    time.Time // time of the first failure
 	failures int

@@ -57,12 +57,13 @@ type Pusher struct {
 
 	retryNow chan struct{} // has a value after RetryNow, until the next attempt begins or a pause ends
 
-	// The next five fields are used only by the goroutine that calls DrainSpool.
+	// The next six fields are used only by the goroutine that calls DrainSpool.
 	token      uploadToken
 	servers    serverFailover
 	size       pushScrapeLimit
-	failures   failureLog
-	spoolIsNew bool // the spool is new, and no server has answered yet whether the site pushed from another spool before
+	failures   failureLog // failed attempts that were logged
+	drops      failureLog // reasons why servers dropped samples that were logged
+	spoolIsNew bool       // the spool is new, and no server has answered yet whether the site pushed from another spool before
 
 	pushes, pushed              *Counter
 	pushSeconds                 *Histogram
@@ -196,10 +197,14 @@ func (d *spoolDrain) logPushed() {
 
 // logProgress logs once in progressInterval how far the drain has come, if it goes on.
 func (d *spoolDrain) logProgress() {
-	now, st := d.cfg.Now(), d.cfg.Spool.Stats()
+	now := d.cfg.Now()
 	passed, done := now.Sub(d.progress.rateBegin), d.progress.scrapes-d.progress.rateScrapes
+	if passed < progressInterval || done <= 0 {
+		return
+	}
+	st := d.cfg.Spool.Stats() // looks at every scrape in the spool
 	left := st.ByState[ScrapeUndelivered].Scrapes + st.ByState[ScrapeElsewhere].Scrapes
-	if passed < progressInterval || done <= 0 || left == 0 {
+	if left == 0 {
 		return
 	}
 	perSecond := float64(done) / passed.Seconds()
@@ -354,7 +359,7 @@ func (d *spoolDrain) logAndCountDropped(answer uploadAnswer, outcome PushOutcome
 	}
 	for reason, n := range answer.Dropped {
 		d.cfg.Dropped.Add(float64(max(0, n)), DropByServer)
-		suppressed, ok := d.failures.take(d.cfg.Now(), "dropped: "+reason)
+		suppressed, ok := d.drops.take(d.cfg.Now(), reason)
 		if !ok {
 			continue
 		}
@@ -477,7 +482,7 @@ func (d *spoolDrain) pauseBeforeRound(ctx context.Context, err error, retryAfter
 	pause += rand.N(pause) // jitter, so that sites whose pushes failed at the same time do not retry at the same time
 	denied := isDenied(err) && d.servers.allDenied()
 	if denied {
-		pause = deniedPause - rand.N(deniedPause/5)
+		pause = deniedPause
 	}
 	kept, part := d.cfg.Spool.Stats().ByState[ScrapeUndelivered].Scrapes, "destination"
 	if errors.Is(err, ErrSpoolRead) {

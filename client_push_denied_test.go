@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
@@ -50,8 +52,8 @@ func TestPusherDenied(t *testing.T) {
 				stop := startClient(t, c)
 				time.Sleep(time.Hour)
 				synctest.Wait()
-				if n := attempts.Load(); n < 2*12 || n > 2*16 {
-					t.Errorf("got %d requests to the two servers in an hour, want one to each about every five minutes", n)
+				if n := attempts.Load(); n < 2*12 || n > 2*13 {
+					t.Errorf("got %d requests to the two servers in an hour, want one to each every five minutes", n)
 				}
 				var errorLines []string
 				for line := range strings.Lines(log.String()) {
@@ -149,6 +151,31 @@ func TestPusherLogsChangedFailure(t *testing.T) {
 			t.Errorf("no line says how many were left out; log:\n%s", log)
 		}
 		stop()
+	})
+}
+
+// A failure is logged even if a server has just dropped samples for many reasons.
+func TestPusherLogsFailureAfterManyDrops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, log := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
+		drops := map[string]int{}
+		for i := range maxLoggedFailures {
+			drops[fmt.Sprint("reason", i)] = 1
+		}
+		hub.answer = func(*http.Request) *http.Response {
+			dropped, _ := json.Marshal(drops)
+			return respond(200, nil, fmt.Sprintf(`{"accepted":1,"duplicates":0,"dropped":%s}`, dropped))
+		}
+		spoolAll(t, c, "a 1\n")
+		mustDrain(t, c)
+		spoolAll(t, c, "a 1\n")
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		hub.answer = func(*http.Request) *http.Response { return respond(503, nil, "overloaded") }
+		c.pusher.DrainSpool(ctx)
+		if n := strings.Count(log.String(), "the server dropped samples"); n != maxLoggedFailures || strings.Count(log.String(), "level=WARN msg=\"destination failed") != 1 {
+			t.Errorf("logged %d reasons of drops, want %d, and one failure; log:\n%s", n, maxLoggedFailures, log)
+		}
 	})
 }
 

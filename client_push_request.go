@@ -235,9 +235,10 @@ func (p *Pusher) post(ctx context.Context, path, token string, header http.Heade
 }
 
 // checkResponse returns nil if resp, which answers a request for path, has status 200, and a
-// pushError otherwise. A refusal of the samples (400 or 413) is final. A refusal of the sender or
-// of the request's form is not final, because tokens, keys and servers are replaced over time. A
-// server has the paths that the client uses, so 404 and 405 come from another program.
+// pushError otherwise. A refusal of the samples (400 or 413) is final, except for a 400 of a TLS port
+// to plain HTTP. A refusal of the sender or of the request's form is not final, because tokens, keys
+// and servers are replaced over time. A server has the paths that the client uses, so 404 and 405
+// come from another program.
 func (p *Pusher) checkResponse(resp *http.Response, path string) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
@@ -247,15 +248,20 @@ func (p *Pusher) checkResponse(resp *http.Response, path string) error {
 	switch status := resp.StatusCode; {
 	case status == http.StatusRequestEntityTooLarge:
 		e.reason = pushTooLarge
+	case status == http.StatusBadRequest && IsAnswerOfTLSPort(answer): // the server has not read the samples
+		e.err = fmt.Errorf("%w: write https:// instead of http:// in --to, or in the token", e.err)
 	case status == http.StatusBadRequest:
 		e.reason = pushInvalid
-		if strings.Contains(answer, "HTTP request to an HTTPS server") {
-			e.err = fmt.Errorf("%w: write https:// instead of http:// in --to, or in the token", e.err)
-		}
 	case status == http.StatusTooManyRequests, status == http.StatusServiceUnavailable:
 		e.reason = pushUnavailable
 	case isDeniedStatus(status):
 		e.reason, e.err = pushDenied, &DeniedError{e.err, p.denialAdvice(answer)}
+	case status/100 == 3:
+		if to, err := resp.Location(); err == nil {
+			// The query is left out, because a login page puts secrets in it that differ each time.
+			e.err = fmt.Errorf("%s answered %s to %.300s; redirects of a server are not followed: if that is the server, pass %.300s as --to",
+				p.currentServerURL()+path, resp.Status, &url.URL{Scheme: to.Scheme, Host: to.Host, Path: to.Path}, &url.URL{Scheme: to.Scheme, Host: to.Host})
+		}
 	case status == http.StatusNotFound, status == http.StatusMethodNotAllowed:
 		e.err = fmt.Errorf("%w: no telemeter server accepts pushes at this URL; check --to, or the URL in the token: it must be the address of --listen of a server", e.err)
 	}
@@ -282,13 +288,8 @@ func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	return at.Sub(now)
 }
 
-// describeResponse returns the status of a failed response and the first 500 bytes of its body. For
-// a redirect, it returns the status and the target instead.
+// describeResponse returns the status of a failed response and the first 500 bytes of its body.
 func describeResponse(resp *http.Response) string {
-	if to, err := resp.Location(); err == nil && resp.StatusCode/100 == 3 {
-		server := url.URL{Scheme: to.Scheme, Host: to.Host}
-		return fmt.Sprintf("%s to %.300s; redirects of a server are not followed: if that is the server, pass %.300s as --to", resp.Status, to.Redacted(), &server)
-	}
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
 	if text := strings.TrimSpace(string(b)); text != "" {
 		return resp.Status + ": " + strconv.QuoteToGraphic(text)

@@ -95,6 +95,50 @@ func TestPusherRetriesOtherStatuses(t *testing.T) {
 	}
 }
 
+// A TLS port answers 400 to a push over plain HTTP. This is no refusal of the samples, so the client
+// keeps the scrapes. The error says what to change.
+func TestPusherKeepsScrapesIfServerWantsTLS(t *testing.T) {
+	for _, body := range []string{
+		"this listener speaks TLS: use https://\n",                                                   // telemeter
+		"Client sent an HTTP request to an HTTPS server.\n",                                          // net/http
+		"<html><head><title>400 The plain HTTP request was sent to HTTPS port</title></head></html>", // nginx
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c, hub, log := newSpoolClient(t, "", diskSpool(), nil)
+			hub.answer = func(*http.Request) *http.Response { return respond(400, nil, body) }
+			spoolAll(t, c, "a 1\n", "b 1\n")
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := c.pusher.DrainSpool(ctx); err == nil || c.spool.Stats().Scrapes != 2 || c.dropped.Value(DropRefused) != 0 || !strings.Contains(log.String(), "write https:// instead of http:// in --to") {
+				t.Errorf("answer %q: got the error %v, want one that says what to change; spool: %+v, want 2 scrapes", body, err, c.spool.Stats())
+			}
+		})
+	}
+}
+
+// A redirect to a login page is logged once, although its query differs each time. The line does not
+// have the query, and says how to follow a redirect to a server.
+func TestPusherLogsRedirectOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, log := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
+			cfg.To, cfg.ToClient.CheckRedirect = cfg.To[:1], func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+		})
+		hub.answer = func(r *http.Request) *http.Response {
+			resp := respond(302, http.Header{"Location": {fmt.Sprintf("https://user:password@login.example/in?state=%d", len(hub.at))}}, "<html>")
+			resp.Request = r
+			return resp
+		}
+		spoolAll(t, c, "a 1\n")
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+		defer cancel()
+		c.pusher.DrainSpool(ctx)
+		const want = "https://a.example/upload answered 302 Found to https://login.example/in; redirects of a server are not followed: if that is the server, pass https://login.example as --to"
+		if len(hub.at) < 5 || strings.Count(log.String(), "level=WARN") != 1 || !strings.Contains(log.String(), want) || strings.Contains(log.String(), "state=") || strings.Contains(log.String(), "password") {
+			t.Errorf("after %d redirects, want one warning with %q; log:\n%s", len(hub.at), want, log)
+		}
+	})
+}
+
 // A 200 does not remove a scrape from the spool if its body is not from a telemeter server, but
 // from a proxy or a login page, for example.
 func TestPusherIgnoresForeign200(t *testing.T) {
@@ -117,7 +161,9 @@ func TestPusherIgnoresForeign200(t *testing.T) {
 // more than MaxRetryAfter, the client waits for MaxRetryAfter.
 func TestPusherRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) { cfg.To = cfg.To[:1] })
+		c, hub, _ := newSpoolClient(t, "", diskSpool(), func(cfg *ClientConfig, _ *ClientReloadConfig) {
+			cfg.To, cfg.ToClient.CheckRedirect = cfg.To[:1], func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+		})
 		date := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
 		for _, tt := range []struct {
 			after string        // value of the Retry-After header, if until is 0

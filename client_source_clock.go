@@ -6,15 +6,16 @@ package main
 
 import "time"
 
-// loggedShift is the shift of the source's times that was logged last. The zero value means that no
-// shift was logged, or the end of the last one.
+// loggedShift is the shift of the source's times that was logged last. ms is 0 if no shift was
+// logged yet, or if the log says that times are not shifted any more.
 type loggedShift struct {
 	ms int64
 	at time.Time // when a shift that is not 0 was logged last
 }
 
 // nextShift returns SourceClockTracker.NextShift, and logs a new shift, but at most once in
-// failureLogInterval. It may be called by the goroutine that scrapes and by the one that pushes.
+// failureLogInterval. The goroutine that scrapes and the goroutine that pushes may call it at the
+// same time.
 func (c *Client) nextShift(at Moment, sourceMs int64) (shiftMs int64, known bool) {
 	shiftMs, known = c.sourceClock.NextShift(at, sourceMs)
 	if !known {
@@ -41,7 +42,8 @@ func (c *Client) nextShift(at Moment, sourceMs int64) (shiftMs int64, known bool
 	return shiftMs, known
 }
 
-// describeShift says how far the clock is off that a shift by ms corrects, such as "10m0s behind".
+// describeShift describes the error of a clock whose times need a shift by ms: "10m0s behind" for
+// example.
 func describeShift(ms int64) string {
 	side := " behind"
 	if ms < 0 {

@@ -88,7 +88,7 @@ func checkSourceAnswer(resp *http.Response) error {
 	}
 	described := ""
 	switch {
-	case !isPage || resp.Header.Get("Location") != "":
+	case !isPage:
 		described = describeResponse(resp)
 	case pageTitle.Match(start):
 		title := strings.Join(strings.Fields(html.UnescapeString(string(pageTitle.FindSubmatch(start)[1]))), " ")
@@ -112,7 +112,7 @@ func isWebPage(contentType string, start []byte) bool {
 // answerAdvice returns what the operator can do about an answer of the source that has no samples.
 func answerAdvice(resp *http.Response, isPage bool, start []byte) string {
 	switch sent := resp.Request != nil && resp.Request.Header.Get("Authorization") != ""; {
-	case resp.StatusCode == http.StatusBadRequest && resp.Request != nil && resp.Request.URL.Scheme == "http" && bytes.Contains(start, []byte("HTTPS")):
+	case resp.StatusCode == http.StatusBadRequest && IsAnswerOfTLSPort(string(start)):
 		return "the source speaks TLS: write https:// in --from"
 	case (resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden) && sent:
 		return "the source does not accept these credentials: replace the contents of --from-token-file or --from-user-file"

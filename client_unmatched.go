@@ -56,10 +56,13 @@ func (w *warning) update(now time.Time, holds bool) (begins, ends bool) {
 
 // LogUnmatchedFlags logs warnings about the flags that match no series of a scrape, and sets the
 // gauge of these flags. If no series is left, it logs only a warning of that, because nothing can
-// then be said about renames and labels.
+// then be said about renames and labels. If the selectors were not checked, their warnings and their
+// gauge stay as they are.
 func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 	now := c.cfg.Now()
-	c.unmatchedFlags.Set(float64(len(got.Use.UnmatchedSelectors)), matchFlag)
+	if !got.Use.Unchecked {
+		c.unmatchedFlags.Set(float64(len(got.Use.UnmatchedSelectors)), matchFlag)
+	}
 	switch begins, ends := c.unmatched.empty.update(now, len(got.List.Samples) == 0); {
 	case begins:
 		c.cfg.Log.Warn("no series leaves the site", "from", c.cfg.From.Redacted(), "scraped", got.Scraped, "advice", emptyAdvice(got))
@@ -92,9 +95,17 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 		}
 		values[key] = w
 	}
+	isUnmatched := map[string]bool{}
+	for _, s := range got.Use.UnmatchedSelectors {
+		isUnmatched[s.String()] = true
+	}
 	for _, s := range got.Use.Selectors {
-		unmatched := slices.ContainsFunc(got.Use.UnmatchedSelectors, func(u Selector) bool { return u.String() == s.String() })
-		update(matchFlag, s.String(), !unmatched, func() (warn, advice string) {
+		if got.Use.Unchecked {
+			key := flagValue{matchFlag, s.String()}
+			values[key] = c.unmatched.values[key]
+			continue
+		}
+		update(matchFlag, s.String(), !isUnmatched[s.String()], func() (warn, advice string) {
 			return fmt.Sprintf("no series matches --match %.200s", s), "correct the selector, or remove it from --match or --match-file; --dry-run without --match prints all series of the source"
 		})
 	}

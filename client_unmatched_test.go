@@ -103,6 +103,28 @@ func TestClientForgetsReplacedFlags(t *testing.T) {
 	}
 }
 
+// If the selectors of a scrape were not checked, the client does not say that they match now, and
+// does not repeat the warnings of the scrape before.
+func TestClientKeepsWarningsOfUncheckedSelectors(t *testing.T) {
+	c, _, log := newTestClient(t, "up 1\n", func(_ *ClientConfig, st *ClientReloadConfig) { st.Match = mustSelect(t, "up", "upp") })
+	for _, unchecked := range []bool{false, true, false} {
+		got, err := c.Scrape(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if unchecked {
+			got.Use.Unchecked, got.Use.UnmatchedSelectors = true, nil
+		}
+		c.LogUnmatchedFlags(got)
+		if !strings.Contains(metricsText(t, c.cfg.Metrics), "telemeter_source_unmatched_flags{flag=\"match\"} 1\n") {
+			t.Errorf("unchecked %v: the gauge does not have the value 1", unchecked)
+		}
+	}
+	if n := strings.Count(log.String(), "no series matches --match upp"); n != 1 || strings.Contains(log.String(), "matches series now") {
+		t.Errorf("got %d warnings, want 1, and no line that the selector matches; log:\n%s", n, log)
+	}
+}
+
 // The advice about a scrape without series depends on what was scraped.
 func TestClientWarnsOfEmptyScrape(t *testing.T) {
 	for _, tt := range []struct{ text, match, want string }{

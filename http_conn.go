@@ -14,6 +14,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -247,11 +249,21 @@ func (c *answerConn) handshake(secure *tls.Conn) (ok bool) {
 	reason := err.Error()
 	var bad tls.RecordHeaderError
 	if errors.As(err, &bad) && bad.Conn != nil && bad.RecordHeader[0] >= 'A' && bad.RecordHeader[0] <= 'Z' {
-		io.WriteString(bad.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\n\r\nthis listener speaks TLS: use https://\n")
+		io.WriteString(bad.Conn, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\n\r\n"+speaksTLSText+"\n")
 		reason = "client sent an HTTP request to an HTTPS server"
 	}
 	c.errorLog.Printf("http: TLS handshake error from %s: %s", c.RemoteAddr(), reason)
 	return false
+}
+
+// speaksTLSText is the answer of a TLS listener to a request in plain HTTP.
+const speaksTLSText = "this listener speaks TLS: use https://"
+
+// IsAnswerOfTLSPort reports whether a TLS port has answered a request in plain HTTP with this text
+// and the status 400. It knows the texts of this program, of net/http, nginx and Apache.
+func IsAnswerOfTLSPort(text string) bool {
+	return slices.ContainsFunc([]string{speaksTLSText, "HTTP request to an HTTPS server", "HTTP request was sent to HTTPS port", "speaking plain HTTP to an SSL-enabled server port"},
+		func(known string) bool { return strings.Contains(text, known) })
 }
 
 // Write writes the last byte of p by itself. Before that byte is sent, the peer cannot have read the

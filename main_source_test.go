@@ -100,7 +100,7 @@ func TestServerRedirects(t *testing.T) {
 	defer server.Close()
 	status, _, stderr := runMode(t, "--mode", "client", "--from", startTextSource(t), "--token-file", s.path("token"), "--to", server.URL,
 		"--once", "--interval", "1s", "--spool-dir", s.path("spool"))
-	want := "308 Permanent Redirect to " + stranger.URL + "/authorize?id=site-7; redirects of a server are not followed: if that is the server, pass " + stranger.URL + " as --to"
+	want := "308 Permanent Redirect to " + stranger.URL + "/authorize; redirects of a server are not followed: if that is the server, pass " + stranger.URL + " as --to"
 	if n := strangers.Load(); status != exitFailure || !strings.Contains(stderr, want) || n > 0 {
 		t.Errorf("exit status %d, want %d and %q; %d redirected requests; stderr:\n%s", status, exitFailure, want, n, stderr)
 	}

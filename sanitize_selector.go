@@ -328,6 +328,12 @@ func (s Selectors) MatchOrEmpty(name []byte, labels []Label) bool {
 
 // matches reports whether a series satisfies every matcher of s.
 func (s *Selector) matches(name []byte, labels []Label) bool {
+	return s.firstMismatch(name, labels) == len(s.matchers)
+}
+
+// firstMismatch returns the index of the first matcher of s that a series does not satisfy, or the
+// number of matchers. It does not evaluate the matchers after that.
+func (s *Selector) firstMismatch(name []byte, labels []Label) int {
 	for i := range s.matchers {
 		m := &s.matchers[i]
 		value := name
@@ -335,10 +341,10 @@ func (s *Selector) matches(name []byte, labels []Label) bool {
 			value = labelValue(labels, m.label)
 		}
 		if !m.matches(value) {
-			return false
+			return i
 		}
 	}
-	return true
+	return len(s.matchers)
 }
 
 // LineMatcherOrNil returns a function that reports whether the series of a rendered line matches s.

@@ -14,9 +14,9 @@ import (
 const MatchAll = `{__name__=~".+"}`
 
 const (
-	// Evaluating a selector has a cost: patternCost if its first matcher has a pattern, else
-	// equalityCost. An unmatchedSelectors stops at maxMatchCost, which is some tenths of a second.
-	equalityCost = 1
+	// Evaluating a selector costs selectorCost, and patternCost for each pattern that is evaluated.
+	// An unmatchedSelectors stops at maxMatchCost, which is some tenths of a second.
+	selectorCost = 1
 	patternCost  = 100
 	maxMatchCost = 50_000_000
 )
@@ -24,7 +24,7 @@ const (
 // CleanerUse says which rules of a ClientCleaner matched the samples that Clean did not drop.
 type CleanerUse struct {
 	Selectors          []Selector     // selectors that can be checked; see unmatchedSelectors
-	UnmatchedSelectors []Selector     // the ones of Selectors that matched no sample
+	UnmatchedSelectors []Selector     // subset of Selectors: selectors that matched no sample
 	Unchecked          bool           // checking Selectors was given up because of its cost; UnmatchedSelectors is empty
 	Renamed            map[string]int // number of renamed samples by old name, for every old name of Rename but ALERTS
 	Anonymized         map[string]int // number of samples with the label, for every label of Anonymize that Labels does not replace
@@ -104,13 +104,15 @@ func (u *unmatchedSelectors) observe(name []byte, labels []Label) {
 		return
 	}
 	u.left = slices.DeleteFunc(u.left, func(i int) bool {
-		s := &u.tested[i]
-		if len(s.matchers) > 0 && s.matchers[0].isPattern {
-			u.budget -= patternCost
-		} else {
-			u.budget -= equalityCost
+		matchers := u.tested[i].matchers
+		mismatch := u.tested[i].firstMismatch(name, labels)
+		u.budget -= selectorCost
+		for k := range matchers[:min(mismatch+1, len(matchers))] {
+			if matchers[k].isPattern {
+				u.budget -= patternCost
+			}
 		}
-		return s.matches(name, labels)
+		return mismatch == len(matchers)
 	})
 }
 

@@ -76,10 +76,10 @@ func TestCleanerUseOfSelectingSource(t *testing.T) {
 
 // The check of selectors ends at a cost, and Use then says so and names no selector.
 func TestCleanerUseIsBounded(t *testing.T) {
-	c := &ClientCleaner{MatchedBySource: mustSelect(t, "nosuch", `{__name__=~"no.*"}`)}
-	c.Clean(expoRaw("up", 0, 0))
-	if cost := maxMatchCost - c.unmatched.budget; cost != equalityCost+patternCost {
-		t.Errorf("one sample cost %d, want %d", cost, equalityCost+patternCost)
+	c := &ClientCleaner{MatchedBySource: mustSelect(t, "nosuch", `{__name__=~"no.*"}`, `up{job="a",instance=~"x.*"}`, `down{job=~"x.*"}`)}
+	c.Clean(expoRaw("up", 0, 0, "job", "a"))
+	if cost, want := maxMatchCost-c.unmatched.budget, 4*selectorCost+2*patternCost; cost != want {
+		t.Errorf("one sample cost %d, want %d, because two patterns are evaluated", cost, want)
 	}
 	c.unmatched.budget = 1
 	c.Clean(expoRaw("up", 0, 0))
