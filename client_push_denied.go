@@ -13,6 +13,9 @@ import (
 	"time"
 )
 
+// RenewToken says how to replace the token of a running client.
+const RenewToken = "make a new token on the hub with telemeter --mode token, replace the file of --token-file with it, and send this client SIGHUP"
+
 // deniedPause is the longest pause after a round in which every server denied access. A shorter
 // pause would not help, because only a person can mend the cause. Reload ends the pause.
 const deniedPause = 5 * time.Minute
@@ -38,8 +41,8 @@ func isDeniedStatus(status int) bool {
 // denialAdvice returns what a person must do after a server has answered with a status for which
 // isDeniedStatus is true. answer is the description of the answer.
 func (p *Pusher) denialAdvice(answer string) string {
-	newToken := fmt.Sprintf("make a new token on the hub with telemeter --mode token --id %s --to %s, replace the file of --token-file with it, and send this client SIGHUP",
-		p.cfg.ClusterID, strings.Join(p.cfg.To, " --to "))
+	const makeToken = "--mode token"
+	newToken := strings.Replace(RenewToken, makeToken, fmt.Sprintf("%s --id %s --to %s", makeToken, p.cfg.ClusterID, strings.Join(p.cfg.To, " --to ")), 1)
 	switch {
 	case strings.Contains(answer, TokenRevokedText), strings.Contains(answer, ClusterRevokedText):
 		return "if this site is to push again, remove its cluster ID from --revoked-file of the servers if it is listed there, and " + newToken

@@ -75,9 +75,9 @@ func (c *Client) scrapeLoop(ctx context.Context, pushDue chan<- struct{}) {
 		}
 		begin := c.cfg.Now()
 		if at := c.state.Load().TokenExpires; at != 0 && begin.Add(expiryWarning).Unix() > at && begin.Sub(warned) > 24*time.Hour {
-			level, message := slog.LevelWarn, "the client token expires soon; servers will refuse this site afterwards: make a new token on the hub, replace the file of --token-file with it, and send this client SIGHUP"
+			level, message := slog.LevelWarn, "the client token expires soon; servers will refuse this site afterwards: "+RenewToken
 			if begin.Unix() >= at {
-				level, message = slog.LevelError, "the client token has expired, so servers refuse this site: make a new token on the hub, replace the file of --token-file with it, and send this client SIGHUP"
+				level, message = slog.LevelError, "the client token has expired, so servers refuse this site: "+RenewToken
 			}
 			c.cfg.Log.Log(ctx, level, message, "at", time.Unix(at, 0).UTC())
 			warned = begin

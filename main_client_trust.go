@@ -40,14 +40,13 @@ func (t trustTransport) advice(err error) string {
 		host    x509.HostnameError
 		invalid x509.CertificateInvalidError
 	)
-	const newToken = "make a new token on the hub with telemeter --mode token, replace the file of --token-file with it, and send this client SIGHUP"
 	switch text := err.Error(); {
 	case errors.Is(err, ErrOtherPin):
-		return "the certificate of the hub does not match the token's pin: either someone intercepts the connection, or the hub has new keys; if it has, " + newToken
+		return "the certificate of the hub does not match the token's pin: either someone intercepts the connection, or the hub has new keys; if it has, " + RenewToken
 	case errors.As(err, &unknown) && t.caFile != "":
 		return "no CA in --to-ca-file " + t.caFile + " has signed the server's certificate: replace the file with the server's certificate or its CA, and send this client SIGHUP"
 	case errors.As(err, &unknown):
-		return "no CA of this system has signed the server's certificate, and the token has no pin: restart with --to-ca-file and a copy of the server's tls.crt; or, to get a token with the pin, " + newToken
+		return "no CA of this system has signed the server's certificate, and the token has no pin: restart with --to-ca-file and a copy of the server's tls.crt; or, to get a token with the pin, " + RenewToken
 	case errors.As(err, &host):
 		return "the server's certificate is for other names: use one of them in --to, or make a certificate for this name with telemeter --mode keygen --host; or use a token that has the pin of the certificate"
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:

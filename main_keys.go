@@ -92,7 +92,11 @@ func (f *keygenFlags) create(w io.Writer, now time.Time) error {
 	for _, path := range kept {
 		fmt.Fprintln(w, "kept", path)
 	}
-	if err != nil {
+	pathErr := new(os.PathError)
+	switch {
+	case errors.As(err, &pathErr) && isBelow(pathErr.Path, f.spare):
+		return flagError("spare", f.spare, err)
+	case err != nil:
 		return flagError("keys", f.keys, err)
 	}
 	if slices.Contains(created, filepath.Join(f.spare, SpareKeyFile)) {

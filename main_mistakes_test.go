@@ -126,7 +126,7 @@ func TestMistakes(t *testing.T) {
 		{keyedServer + "--join 127.0.0.1:1", 2, "--join", "need --listen-cluster ADDRESS, usually :9006"},
 		{keyedServer + "--consumer=", 2, "--consumer: ", "must have 1 to 64 bytes"},
 		{keyedServer + "--name süd", 2, "--name: ", "visible ASCII"},
-		{"--mode client", 2, "--token-file FILE is missing", "telemeter --mode token --keys keys --id SITE --to https://HUB:9003 > site.token"},
+		{"--mode client", 2, "--token-file FILE is missing", "telemeter --mode token --id SITE --to https://HUB:9003 > site.token"},
 		{pusher + "--anonymize-labels instance", 2, "--anonymize-labels needs --anonymize-salt-file", "head -c 32 /dev/urandom"},
 		{pusher + "--anonymize-salt-file salt", 2, "--anonymize-salt-file has no effect", "add --anonymize-labels"},
 		{pusher + "--to-crt keys/tls.crt", 2, "--to-crt", "must be given together"},
