@@ -117,7 +117,7 @@ func (f *keygenFlags) rotateTLS(w io.Writer, now time.Time) error {
 	in := func(name string) string { return filepath.Join(f.keys, name) }
 	fmt.Fprintf(w, `the spare key is now the TLS key, and %[5]s has a new spare key and the old pair
 - copy %[1]s, %[2]s and %[3]s to every server, and send every server SIGHUP
-- give the new %[1]s to each program that trusts the old one, such as Prometheus (ca_file)
+- make ca.crt of Prometheus again from %[1]s and %[3]s, and give the new %[1]s to every other program that trusts the old one
 - make a new token for each site: its old token accepts the old key, too, and will not accept the new spare key
 - a site whose token has no spare pin (see telemeter --mode token --inspect FILE) cannot push until it has a new token
 - move %[5]s to a safe place that is not on a server

@@ -55,6 +55,9 @@ while IFS= read -r command; do
 	esac
 	passed=$((passed + 1))
 done <<<"$commands"
+# The commands have replaced the TLS key, so the first server reads the new one.
+kill -HUP "${pids[0]}"
+await "$(ls "$dir"/server*.log | sort -V | head -n 1)" msg=reloaded
 # The answers go to files first, because grep -q stops reading at its first match, and curl
 # would then fail to write to the pipe.
 curl -sS --fail --cacert keys/tls.crt -H "Authorization: Bearer $(cat site-7.token)" \
