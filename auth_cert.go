@@ -35,14 +35,23 @@ func CheckHost(host string) error {
 // both PEM-encoded. Each host is a DNS name or an IP address, without scheme, port or brackets. The
 // certificate is valid as certForKey describes.
 func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err error) {
+	if keyPEM, err = newTLSKey(); err != nil {
+		return nil, nil, err
+	}
+	certPEM, err = certForHosts(keyPEM, hosts, now)
+	return certPEM, keyPEM, err
+}
+
+// certForHosts makes a certificate like that of SelfSignedCert for a key that newTLSKey made.
+func certForHosts(keyPEM []byte, hosts []string, now time.Time) (certPEM []byte, err error) {
 	if len(hosts) == 0 {
-		return nil, nil, errors.New("a certificate needs at least one host")
+		return nil, errors.New("a certificate needs at least one host")
 	}
 	var names []string
 	var ips []net.IP
 	for _, h := range hosts {
 		if err := CheckHost(h); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		if a, err := netip.ParseAddr(h); err == nil {
 			ips = append(ips, a.AsSlice())
@@ -50,11 +59,7 @@ func SelfSignedCert(hosts []string, now time.Time) (certPEM, keyPEM []byte, err 
 			names = append(names, strings.ToLower(h))
 		}
 	}
-	if keyPEM, err = newTLSKey(); err != nil {
-		return nil, nil, err
-	}
-	certPEM, err = certForKey(keyPEM, names, ips, now)
-	return certPEM, keyPEM, err
+	return certForKey(keyPEM, names, ips, now)
 }
 
 // newTLSKey returns a new ECDSA P-256 key, PEM-encoded in PKCS #8.

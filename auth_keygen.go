@@ -5,6 +5,7 @@ package main
 // it is complete and synced, so a key file's name never names a partly written file.
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/rand"
 	"encoding/base64"
@@ -13,30 +14,47 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
 
 // Keygen creates the cluster and token key files that dir lacks. If hosts is not empty, Keygen also
-// creates a TLS key and a certificate for hosts, unless dir already has both. If dir then has a TLS
-// key, Keygen creates a spare TLS key in spareDir, unless dir has the certificate of one. It creates
-// the directories with mode 0700 if they do not exist. It never overwrites a file. created lists the
-// files that Keygen created, and kept lists the files that it would have created but found. After an
-// error, the lists contain the files that Keygen had finished before the error. If only one of
-// tls.crt and tls.key exists, Keygen writes nothing and returns an error.
+// creates a TLS key and a certificate for hosts, unless dir already has both. If dir has only the TLS
+// key, Keygen creates the certificate for that key, so that tokens keep their pin. If dir then has a
+// TLS key, Keygen creates a spare TLS key in spareDir, unless dir has the certificate of one. It
+// creates the directories with mode 0700 if they do not exist. It never overwrites a file. created
+// lists the files that Keygen created, and kept lists the files that it would have created but found.
+// After an error, the lists contain the files that Keygen had finished before the error. Keygen
+// writes nothing and returns an error if tls.crt exists without tls.key, if tls.key exists without
+// tls.crt and hosts is empty, or if tls.crt is not for all of hosts.
 func Keygen(dir, spareDir string, hosts []string, now time.Time) (created, kept []string, err error) {
 	crt, tlsKey := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
-	pair, err := existingTLSPair(crt, tlsKey)
+	existing, err := existingFiles(crt, tlsKey)
 	if err != nil {
 		return nil, nil, err
 	}
+	hasCert, hasKey := slices.Contains(existing, crt), slices.Contains(existing, tlsKey)
 	var crtPEM, keyPEM []byte
-	if len(hosts) > 0 {
-		// Make the certificate even if dir already has a certificate, so that a bad host is always
-		// an error.
-		if crtPEM, keyPEM, err = SelfSignedCert(hosts, now); err != nil {
-			return nil, nil, err
+	switch {
+	case hasCert && !hasKey:
+		err = fmt.Errorf("%s exists without %s: restore %[2]s from a copy, or delete %[1]s", crt, TLSKeyFile)
+	case hasCert && len(hosts) > 0:
+		err = checkCertHosts(crt, hosts)
+	case hasKey && !hasCert && len(hosts) == 0:
+		err = fmt.Errorf("%s exists without %s: restore %[2]s from a copy, or add --host NAME to make a certificate for the key", tlsKey, TLSCertFile)
+	case hasKey && !hasCert:
+		if keyPEM, err = readPEM(tlsKey); err == nil {
+			if crtPEM, err = certForHosts(keyPEM, hosts, now); err != nil {
+				err = fmt.Errorf("making a certificate for %s: %w: restore %s from a copy", tlsKey, err, TLSCertFile)
+			}
 		}
+	case len(hosts) > 0:
+		crtPEM, keyPEM, err = SelfSignedCert(hosts, now)
+	}
+	if err != nil {
+		return nil, nil, err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, err
@@ -53,45 +71,77 @@ func Keygen(dir, spareDir string, hosts []string, now time.Time) (created, kept 
 		}
 	}
 	switch {
-	case pair != nil:
-		if len(hosts) > 0 {
-			kept = append(kept, pair...)
-		}
-	case len(hosts) == 0:
+	case len(existing) == 0 && len(hosts) == 0:
 		return created, kept, nil
+	case hasCert:
+		if len(hosts) > 0 {
+			kept = append(kept, existing...)
+		}
 	default:
-		// Create the TLS key before the certificate. If two runs of Keygen race, only the run that
-		// created the key goes on to create the certificate. So the key and the certificate always
-		// match.
-		if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
+		// Create the TLS key before the certificate. If two runs of Keygen race, only a run that
+		// created or read the key goes on to create the certificate. So the key and the certificate
+		// always match. If the certificate cannot be created, the next run creates it for the key.
+		if hasKey {
+			kept = append(kept, tlsKey)
+		} else if err := createKeyFile(tlsKey, keyPEM, 0o600); err != nil {
+			return created, kept, err
+		} else {
+			created = append(created, tlsKey)
+		}
+		switch err := createKeyFile(crt, crtPEM, 0o644); {
+		case err == nil:
+			created = append(created, crt)
+		case errors.Is(err, fs.ErrExist): // of another run
+			kept = append(kept, crt)
+		default:
 			return created, kept, err
 		}
-		if err := createKeyFile(crt, crtPEM, 0o644); err != nil {
-			os.Remove(tlsKey) // the key is useless alone, and the next run would report it as an error
-			return created, kept, err
-		}
-		created = append(created, crt, tlsKey)
 	}
 	spareCreated, spareKept, err := createSpare(dir, spareDir, now)
 	return append(created, spareCreated...), append(kept, spareKept...), err
 }
 
-// existingTLSPair returns certPath and keyPath if both files exist, and nil if neither file exists.
-// It returns an error if only one of them exists.
-func existingTLSPair(certPath, keyPath string) (paths []string, err error) {
-	var pair []string
-	for _, path := range []string{certPath, keyPath} {
+// existingFiles returns the paths of the files that exist.
+func existingFiles(paths ...string) (existing []string, err error) {
+	for _, path := range paths {
 		// Lstat does not follow links, so that a dangling symbolic link counts as an existing file.
 		if _, err := os.Lstat(path); err == nil {
-			pair = append(pair, path)
+			existing = append(existing, path)
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
 	}
-	if len(pair) == 1 {
-		return nil, fmt.Errorf("%s exists without the other file of the TLS pair: restore the other file, or delete this one", pair[0])
+	return existing, nil
+}
+
+// checkCertHosts returns an error if the certificate in the file at path is not for all of hosts.
+func checkCertHosts(path string, hosts []string) error {
+	b, err := readPEM(path)
+	if err != nil {
+		return err
 	}
-	return pair, nil
+	cert, err := firstCert(b)
+	if err != nil {
+		return fmt.Errorf("%s: %w: restore the file from a copy, such as the one on a server", path, err)
+	}
+	var missing []string
+	for _, host := range hosts {
+		if cert.VerifyHostname(host) != nil {
+			missing = append(missing, host)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	has := slices.Clone(cert.DNSNames)
+	for _, ip := range cert.IPAddresses {
+		has = append(has, ip.String())
+	}
+	advice := fmt.Sprintf("move %s away (%s stays, so tokens keep their pin), and run keygen again with all --host names", path, TLSKeyFile)
+	if !bytes.Equal(cert.RawIssuer, cert.RawSubject) { // not made by keygen
+		advice = "get a certificate for all host names from the CA that signed it"
+	}
+	return fmt.Errorf("%s is not for the host %s: it is for %s: %s", path, strings.Join(missing, " "), strings.Join(has, " "), advice)
 }
 
 // RotateKey adds a new key as the first line of dir's cluster.key or token.key. keyName is

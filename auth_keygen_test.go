@@ -97,8 +97,8 @@ func TestKeygen(t *testing.T) {
 func TestKeygenAgain(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "keys")
 	first := checkKeygen(t, dir, nil, []string{ClusterKeyFile, TokenKeyFile}, nil)
-	second := checkKeygen(t, dir, []string{"hub.example"}, []string{TLSCertFile, TLSKeyFile, SpareKeyFile, SpareCertFile}, []string{ClusterKeyFile, TokenKeyFile})
-	third := checkKeygen(t, dir, []string{"other.example"}, nil, []string{ClusterKeyFile, TokenKeyFile, TLSCertFile, TLSKeyFile, SpareCertFile})
+	second := checkKeygen(t, dir, []string{"hub.example"}, []string{TLSKeyFile, TLSCertFile, SpareKeyFile, SpareCertFile}, []string{ClusterKeyFile, TokenKeyFile})
+	third := checkKeygen(t, dir, []string{"HUB.example"}, nil, []string{ClusterKeyFile, TokenKeyFile, TLSCertFile, TLSKeyFile, SpareCertFile})
 	if len(second) != 5 || !reflect.DeepEqual(second, third) ||
 		second[ClusterKeyFile] != first[ClusterKeyFile] || second[TokenKeyFile] != first[TokenKeyFile] {
 		t.Errorf("a later run changed files:\n%q\n%q\n%q", first, second, third)
@@ -123,7 +123,64 @@ func TestKeygenBadHost(t *testing.T) {
 	}
 }
 
-// Keygen refuses to run, and writes nothing, if only one of tls.crt and tls.key exists.
+// Keygen refuses hosts that the existing certificate is not for, and writes nothing. If tls.crt is
+// then moved away, Keygen makes a certificate for all hosts with the old pin. A rotation to the spare
+// key keeps all hosts.
+func TestKeygenMoreHosts(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "keys")
+	checkKeygen(t, dir, []string{"hub.example"}, []string{ClusterKeyFile, TokenKeyFile, TLSKeyFile, TLSCertFile, SpareKeyFile, SpareCertFile}, nil)
+	old, _, err := readCert(filepath.Join(dir, TLSCertFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, TokenKeyFile)); err != nil {
+		t.Fatal(err)
+	}
+	hosts := []string{"hub.example", "other.example", "192.0.2.1"}
+	created, kept, err := Keygen(dir, dir+"-spare", hosts, testNow)
+	if want := filepath.Join(dir, TLSCertFile) + " is not for the host other.example 192.0.2.1: it is for hub.example: move "; err == nil || !strings.HasPrefix(err.Error(), want) || created != nil || kept != nil {
+		t.Errorf("hosts that the certificate lacks: created %q, kept %q, error %v; want the error %q", created, kept, err, want)
+	}
+	if err := os.Remove(filepath.Join(dir, TLSCertFile)); err != nil {
+		t.Fatal(err)
+	}
+	checkKeygen(t, dir, hosts, []string{TokenKeyFile, TLSCertFile}, []string{ClusterKeyFile, TLSKeyFile, SpareCertFile})
+	check := func(when string) (pin string) {
+		t.Helper()
+		cert, _, err := readCert(filepath.Join(dir, TLSCertFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := checkCertHosts(filepath.Join(dir, TLSCertFile), hosts); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+		if _, err := tls.LoadX509KeyPair(filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)); err != nil {
+			t.Errorf("%s: certificate and key: %v", when, err)
+		}
+		return CertPin(cert)
+	}
+	if pin := check("the new certificate"); pin != CertPin(old) {
+		t.Errorf("the new certificate has the pin %s, want the old pin %s", pin, CertPin(old))
+	}
+	spare, _, err := readCert(filepath.Join(dir, SpareCertFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := RotateTLSKey(dir, dir+"-spare", testNow); err != nil {
+			t.Fatal(err)
+		}
+		if pin := check("after a rotation"); pin != CertPin(spare) {
+			t.Errorf("after a rotation the certificate has the pin %s, want the pin of the spare key %s", pin, CertPin(spare))
+		}
+		if spare, _, err = readCert(filepath.Join(dir, SpareCertFile)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Keygen refuses to run, and writes nothing, if tls.crt exists without tls.key, or tls.key exists
+// without tls.crt and there are no hosts or the key cannot be read.
 func TestKeygenHalfPair(t *testing.T) {
 	for _, name := range []string{TLSCertFile, TLSKeyFile} {
 		for _, hosts := range [][]string{nil, {"hub.example"}} {

@@ -6,6 +6,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -37,6 +38,24 @@ func ParseRevokedIDs(data []byte) (RevokedIDs, error) {
 		}
 	}
 	return r, nil
+}
+
+// NotIssued returns, sorted, the listed IDs that are neither the token ID nor the cluster ID of a
+// token in l.
+func (s RevokedIDs) NotIssued(l IssuedTokens) (ids []string) {
+	issued := map[string]struct{}{}
+	for _, t := range l.Tokens() {
+		issued[t.ID], issued[t.ClusterID] = struct{}{}, struct{}{}
+	}
+	for id := range s.clusterIDs { // has every listed ID, also the token IDs
+		_, exact := issued[id]
+		_, lower := issued[strings.ToLower(id)]
+		if _, isToken := s.tokenIDs[strings.ToLower(id)]; !exact && !(isToken && lower) {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
 }
 
 // IsRevoked reports whether t's token ID or cluster ID is revoked. If a server verified a client

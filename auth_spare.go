@@ -13,8 +13,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -82,16 +84,16 @@ func createSpare(dir, spareDir string, now time.Time) (created, kept []string, e
 }
 
 // RotateTLSKey replaces dir's tls.key and tls.crt by the spare key in spareDir and its certificate,
-// and makes a new spare key with the same host names. It copies the replaced pair to spareDir first,
-// for clients whose tokens do not pin the spare key. The files are replaced one by one, each
-// atomically; a server that reloads in between finds a pair that does not match, and keeps the
-// certificate that it has. If two rotations run at once, the new spare key may be lost, which the
-// next rotation reports.
+// and makes a new spare key. Both certificates get the host names of the replaced tls.crt. It copies
+// the replaced pair to spareDir first, for clients whose tokens do not pin the spare key. The files
+// are replaced one by one, each atomically; a server that reloads in between finds a pair that does
+// not match, and keeps the certificate that it has. If two rotations run at once, the new spare key
+// may be lost, which the next rotation reports.
 func RotateTLSKey(dir, spareDir string, now time.Time) error {
 	crtPath, keyPath := filepath.Join(dir, TLSCertFile), filepath.Join(dir, TLSKeyFile)
 	spareCrtPath, spareKeyPath := filepath.Join(dir, SpareCertFile), filepath.Join(spareDir, SpareKeyFile)
 	spare, sparePEM, err := readCert(spareCrtPath)
-	if pair, pairErr := existingTLSPair(crtPath, keyPath); errors.Is(err, fs.ErrNotExist) && pair == nil && pairErr == nil {
+	if existing, existErr := existingFiles(crtPath, keyPath); errors.Is(err, fs.ErrNotExist) && existing == nil && existErr == nil {
 		return fmt.Errorf("%s has no TLS key to rotate: create a TLS key and a spare key with telemeter --mode keygen --keys %s --host NAME", dir, dir)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
@@ -104,12 +106,21 @@ func RotateTLSKey(dir, spareDir string, now time.Time) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a lost certificate is replaced
 		return err
 	}
+	hosts := spare // the certificate with the host names of the servers
+	if inUse != nil {
+		hosts = inUse // it may have been made again with more names than the spare certificate has
+	}
 	// If both certificates are of the same key, a rotation was interrupted before it made a new
 	// spare key.
 	if inUse == nil || CertPin(inUse) != CertPin(spare) {
 		spareKey, err := readSpareKey(spareKeyPath, spareCrtPath, sparePEM)
 		if err != nil {
 			return err
+		}
+		if !slices.Equal(spare.DNSNames, hosts.DNSNames) || !slices.EqualFunc(spare.IPAddresses, hosts.IPAddresses, net.IP.Equal) {
+			if sparePEM, err = certForKey(spareKey, hosts.DNSNames, hosts.IPAddresses, now); err != nil {
+				return fmt.Errorf("%s: %w", spareKeyPath, err)
+			}
 		}
 		oldKey, err := readPEM(keyPath)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // a lost key is replaced
@@ -135,7 +146,7 @@ func RotateTLSKey(dir, spareDir string, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	newCert, err := certForKey(newKey, spare.DNSNames, spare.IPAddresses, now)
+	newCert, err := certForKey(newKey, hosts.DNSNames, hosts.IPAddresses, now)
 	if err != nil {
 		return err
 	}

@@ -141,7 +141,7 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	c.addProblemUnless((f.fromCertFile == "") == (f.fromKeyFile == ""), "--from-crt and --from-key must be given together")
 	c.addProblemUnless(f.fromCertFile == "" || f.from.Scheme == "https", "--from-crt has no effect, because the URL in --from is not https://: use https://, or remove it")
 	c.addProblemUnless(f.toProxyUserFile == "" || f.toProxy != nil, "--to-proxy-user-file has no effect without --to-proxy: add --to-proxy URL, or remove it")
-	c.addProblemUnless(f.tokenFile != "" || f.dryRun, "--token-file FILE is missing: %s", getToken)
+	c.addProblemUnless(f.tokenFile != "" || f.dryRun || c.isMeant("token-file"), "--token-file FILE is missing: %s", getToken)
 	c.addProblemUnless(len(f.anonymize) == 0 || f.saltFile != "", "--anonymize-labels needs --anonymize-salt-file, because without a secret key the values could be guessed; create one with: head -c 32 /dev/urandom | base64 > salt")
 	c.addProblemUnless(len(f.anonymize) > 0 || f.saltFile == "", "--anonymize-salt-file has no effect without --anonymize-labels: add --anonymize-labels, or remove it")
 	c.addProblemUnless((f.toCertFile == "") == (f.toKeyFile == ""), "--to-crt and --to-key must be given together")

@@ -42,7 +42,7 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 		}
 		if f.id == "" || len(f.to) == 0 {
 			if _, err := ParseKeys(b); err == nil {
-				return "", t, fmt.Errorf("--token-file %s is a key file of the servers, which must not leave the hub: %s", f.tokenFile, getToken)
+				return "", t, fmt.Errorf("--token-file %s is a key file of the servers, which must not leave the hub, or a salt: %s", f.tokenFile, getToken)
 			}
 			return "", t, usageError{fmt.Sprintf("--token-file %s contains no token of telemeter (%v): %s; for a token of another kind, which a server with --authorize accepts, add --id ID and --to URL",
 				f.tokenFile, parseErr, getToken)}

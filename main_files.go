@@ -50,10 +50,16 @@ func readKeyFile(dir, file string) (Keys, error) {
 	return keys, nil
 }
 
-// keysError returns the error of reading a key file in dir, the directory of --keys.
+// keysError returns the error of reading a key file in dir, the directory of --keys. If the file is
+// missing, the path is probably mistyped: whoever then creates keys has a second set of keys, which
+// the other servers and the sites do not know.
 func keysError(dir string, err error) error {
 	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("--keys %s: %w: create the keys with telemeter --mode keygen --keys %s, or copy them from another server", dir, err, dir)
+		begins := ""
+		if wd, wdErr := os.Getwd(); wdErr == nil && !filepath.IsAbs(dir) {
+			begins = fmt.Sprintf(" (a relative path begins at %s)", wd)
+		}
+		return fmt.Errorf("--keys %s: %w: correct --keys%s; for the first server only, create the keys with telemeter --mode keygen --keys %s --host NAME; for another server, copy them from the first", dir, err, begins, dir)
 	}
 	return flagError("keys", dir, err)
 }

@@ -43,6 +43,7 @@ type command struct {
 	logsJSON       bool             // --log-format json
 	groups         []flagGroup      // in the order in which --help lists them
 	problems       usageError
+	meant          []string // flags that unknown flags are probably misspellings of
 }
 
 // flagGroup is a titled group of flags in --help.
@@ -195,7 +196,8 @@ func (c *command) isFlag(arg string) bool {
 }
 
 // adviceOnUnknownFlag returns the end of a message about a flag that the mode does not have: the
-// other modes that have it, or else the flag of this mode with the nearest name, or "".
+// other modes that have it, or else the flag of this mode with the nearest name, or "". It adds that
+// flag to c.meant.
 func (c *command) adviceOnUnknownFlag(name string) string {
 	var others []string
 	for mode, f := range modes() {
@@ -212,6 +214,7 @@ func (c *command) adviceOnUnknownFlag(name string) string {
 	var names []string
 	c.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
 	if near := nearest(strings.TrimLeft(name, "-"), names); near != "" {
+		c.meant = append(c.meant, near)
 		return fmt.Sprintf(": did you mean --%s?", near)
 	}
 	return ""
@@ -250,6 +253,10 @@ func (c *command) err() error {
 	}
 	return nil
 }
+
+// isMeant reports whether an unknown flag is probably a misspelling of --name. A message that --name
+// is missing would then be a second message about the same mistake.
+func (c *command) isMeant(name string) bool { return slices.Contains(c.meant, name) }
 
 // isSet reports whether the parsed arguments contain the flag --name.
 func (c *command) isSet(name string) bool {

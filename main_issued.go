@@ -63,6 +63,9 @@ func listTokens(w, stderr io.Writer, keysDir, revokedFile string, now time.Time)
 		fmt.Fprintf(stderr, "%s lists no token: --mode token --id ID adds each token that it creates; tokens of versions without this list are not in it\n", filepath.Join(keysDir, IssuedFile))
 		return nil
 	}
+	if revokedFile == "" {
+		fmt.Fprintln(stderr, "--revoked-file was not given: revoked tokens are listed as valid")
+	}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "CLUSTER ID\tTOKEN ID\tISSUED\tEXPIRES\tSTATE\tLABELS")
 	for _, t := range issued.Tokens() {
@@ -79,6 +82,20 @@ func listTokens(w, stderr io.Writer, keysDir, revokedFile string, now time.Time)
 		fmt.Fprintln(table, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
 	}
 	return table.Flush()
+}
+
+// warnOfUnknownRevoked logs a warning of IDs in revoked that the list of issued tokens in keysDir does
+// not have, because a misspelled ID revokes nothing. It logs nothing if the list is empty or missing,
+// or cannot be read, which is reported elsewhere.
+func warnOfUnknownRevoked(log *slog.Logger, keysDir, revokedFile string, revoked RevokedIDs) {
+	issued, err := readIssued(keysDir)
+	if err != nil || len(issued.Tokens()) == 0 {
+		return
+	}
+	if unknown := revoked.NotIssued(issued); len(unknown) > 0 {
+		log.Warn("a line of --revoked-file is no token ID and no cluster ID in the list of issued tokens: it may be misspelled, and then revokes nothing; correct it, or copy the newest list from the host on which tokens are created",
+			"file", revokedFile, "list", filepath.Join(keysDir, IssuedFile), "lines", len(unknown), "ids", strings.Join(unknown[:min(len(unknown), 5)], " "))
+	}
 }
 
 // formatTokenTime formats a time in a token, in Unix seconds. 0 stands for no time.

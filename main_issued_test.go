@@ -75,8 +75,12 @@ func TestTokenList(t *testing.T) {
 	const header = "CLUSTER ID TOKEN ID ISSUED EXPIRES STATE LABELS"
 	check := func(states []string, args ...string) {
 		t.Helper()
+		note := ""
+		if len(args) == 0 {
+			note = "--revoked-file was not given: revoked tokens are listed as valid\n"
+		}
 		lines, messages := list(args...)
-		if len(lines) != 5 || strings.Join(lines[0], " ") != header || messages != "" {
+		if len(lines) != 5 || strings.Join(lines[0], " ") != header || messages != note {
 			t.Fatalf("%q: --list printed %q and %q", args, lines, messages)
 		}
 		for i, want := range []string{"b " + tokenIDOf(t, ttl), "old " + tokenIDOf(t, old), "site-7 " + tokenIDOf(t, s7), "z " + tokenIDOf(t, z)} {
@@ -147,7 +151,7 @@ func TestTokenNotRecorded(t *testing.T) {
 	writeIn(t, keys, IssuedFile, "\nx\n")
 	for name, c := range map[string]struct{ keys, want string }{
 		"faulty line": {keys, "line 2 is not the record of a token: correct or delete the line"},
-		"no keys":     {keys + "2", "create the keys with telemeter --mode keygen"},
+		"no keys":     {keys + "2", "correct --keys; for the first server only, create the keys with telemeter --mode keygen"},
 	} {
 		status, stdout, stderr := runMode(t, "--mode", "token", "--keys", c.keys, "--list")
 		if status != exitFailure || stdout != "" || !strings.Contains(stderr, c.want) {
@@ -157,7 +161,7 @@ func TestTokenNotRecorded(t *testing.T) {
 }
 
 // The mode token says on stderr if the client needs more than the token: if the token names no
-// server, or if a server has an https URL but the token has no pin of its certificate.
+// server, if a server's URL has no port, or if a server has an https URL but the token has no pin of its certificate.
 func TestTokenNotes(t *testing.T) {
 	withCert, without := mustKeygen(t, "--host", "127.0.0.1"), mustKeygen(t)
 	for name, c := range map[string]struct {
@@ -165,10 +169,12 @@ func TestTokenNotes(t *testing.T) {
 		args []string
 		note string // "" means that stderr has only the token ID
 	}{
-		"no server":              {withCert, nil, "no server in the token: the client that uses it needs --to URL\n"},
-		"https with certificate": {withCert, []string{"--to", "https://h"}, ""},
-		"https without":          {without, []string{"--to", "http://h", "--to", "https://h"}, "no pin: " + filepath.Join(without, TLSCertFile) + " is missing: "},
-		"http without":           {without, []string{"--to", "http://h"}, ""},
+		"no server":              {withCert, nil, "no server in the token: the client that uses it needs --to URL; a script needs none\n"},
+		"https without a port":   {withCert, []string{"--to", "https://h"}, "--to https://h has no port, so the client connects to port 443; servers listen on port 9003 by default\n"},
+		"http without a port":    {withCert, []string{"--to", "http://h"}, "--to http://h has no port, so the client connects to port 80; servers listen on port 9003 by default\n"},
+		"https with certificate": {withCert, []string{"--to", "https://h:1"}, ""},
+		"https without":          {without, []string{"--to", "http://h:1", "--to", "https://h:1"}, "no pin: " + filepath.Join(without, TLSCertFile) + " is missing: "},
+		"http without":           {without, []string{"--to", "http://h:1"}, ""},
 	} {
 		token, messages := mustIssue(t, c.keys, "a", c.args...)
 		first := "token " + tokenIDOf(t, token) + " for cluster ID a\n"
@@ -233,6 +239,39 @@ func TestServerIssuedSites(t *testing.T) {
 	check("without a list")
 	if want := `level=WARN msg="no list of issued tokens: sites that have never pushed are not known; copy the list from the host on which tokens are created" file=` + s.path("keys/"+IssuedFile); !strings.Contains(s.log.String(), want) {
 		t.Errorf("the log has no %s:\n%s", want, s.log.String())
+	}
+}
+
+// A server warns, at the start and at SIGHUP, of lines of --revoked-file that no issued token matches,
+// and names at most five of them. --check prints the same warning. Without a list, or with
+// --authorize, there is no warning.
+func TestUnknownRevoked(t *testing.T) {
+	s := newModeServer(t)
+	writeIn(t, s.dir, "revoked", "site-7\n"+strings.ToUpper(tokenIDOf(t, s.token))+" # stolen\n")
+	s.start()
+	const warning = "a line of --revoked-file is no token ID and no cluster ID in the list of issued tokens: it may be misspelled"
+	if strings.Contains(s.log.String(), warning) {
+		t.Errorf("the server warns of IDs in the list:\n%s", s.log.String())
+	}
+	writeIn(t, s.dir, "revoked", "site-7\ng\nf\ne\nd\nc\nSite-7\n")
+	s.reload("msg=reloaded")
+	if got := s.log.String(); strings.Count(got, warning) != 1 || !strings.Contains(got, ` lines=6 ids="Site-7 c d e f"`+"\n") {
+		t.Errorf("the server does not warn once of six IDs:\n%s", got)
+	}
+	for _, c := range []struct {
+		about string
+		args  []string
+		warns bool
+	}{{"list", nil, true}, {"--authorize", []string{"--authorize", "http://127.0.0.1:1"}, false}, {"no list", nil, false}} {
+		if c.about == "no list" {
+			if err := os.Remove(s.path("keys/" + IssuedFile)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		status, stdout, _ := runMode(t, append([]string{"--mode", "server", "--check", "--keys", s.path("keys"), "--storage-dir", s.path("other"), "--revoked-file", s.path("revoked")}, c.args...)...)
+		if status != exitOK || strings.Contains(stdout, "WARN "+warning) != c.warns {
+			t.Errorf("%s: --check printed this, and a warning is wanted: %v:\n%s", c.about, c.warns, stdout)
+		}
 	}
 }
 

@@ -99,6 +99,10 @@ func (f *keygenFlags) create(w io.Writer, now time.Time) error {
 	case err != nil:
 		return flagError("keys", f.keys, err)
 	}
+	crt := filepath.Join(f.keys, TLSCertFile)
+	if slices.Contains(created, crt) && !slices.Contains(created, filepath.Join(f.keys, TLSKeyFile)) {
+		fmt.Fprintf(w, "%s is a new certificate for the old key, so tokens keep their pin: copy it to every server, send every server SIGHUP, and give it to each program that trusts the old certificate, such as Prometheus (ca_file)\n", crt)
+	}
 	if slices.Contains(created, filepath.Join(f.spare, SpareKeyFile)) {
 		fmt.Fprintf(w, "%s has a spare TLS key: move this directory to a safe place that is not on a server\n", f.spare)
 		fmt.Fprintf(w, "if tls.key leaks or is lost, telemeter --mode keygen --keys %s --rotate tls --spare DIR replaces it by the spare key, and clients go on with their tokens\n", f.keys)
@@ -163,7 +167,7 @@ func tokenMode(_ context.Context, c *command) error {
 	} else if f.inspect != "" {
 		c.addProblemUnless(f.id == "" && len(f.to) == 0 && f.ttl == 0 && len(f.labels) == 0, "--inspect can be combined only with --keys: remove the other flags")
 	} else {
-		c.addProblemUnless(c.isSet("id"), "--id ID is missing: name the site with a cluster ID, or use --inspect FILE or --list")
+		c.addProblemUnless(c.isSet("id") || c.isMeant("id"), "--id ID is missing: name the site with a cluster ID, or use --inspect FILE or --list")
 	}
 	if err := c.err(); err != nil {
 		return err
@@ -183,9 +187,15 @@ func tokenMode(_ context.Context, c *command) error {
 			err, filepath.Join(f.keys, IssuedFile))
 	}
 	fmt.Fprintf(c.stderr, "token %s for cluster ID %s\n", t.ID, t.ClusterID)
+	for _, u := range f.to {
+		if u.Port() == "" {
+			port := map[string]string{"http": "80", "https": "443"}[u.Scheme]
+			fmt.Fprintf(c.stderr, "--to %s has no port, so the client connects to port %s; servers listen on port 9003 by default\n", u, port)
+		}
+	}
 	switch {
 	case len(f.to) == 0:
-		fmt.Fprintln(c.stderr, "no server in the token: the client that uses it needs --to URL")
+		fmt.Fprintln(c.stderr, "no server in the token: the client that uses it needs --to URL; a script needs none")
 	case t.Pin == "" && slices.ContainsFunc(f.to, func(u *url.URL) bool { return u.Scheme == "https" }):
 		fmt.Fprintf(c.stderr, "no pin: %s is missing: the client will accept the server only if a CA that the site trusts signed its certificate; if --mode keygen made the certificate, copy %s from a server to %s and create the token again\n",
 			filepath.Join(f.keys, TLSCertFile), TLSCertFile, f.keys)

@@ -36,18 +36,19 @@ func TestMistakes(t *testing.T) {
 		}
 		return stdout
 	}
-	for _, keys := range []string{"keys", "half", "bad", "badcrt"} {
+	for _, keys := range []string{"keys", "half", "otherhalf", "bad", "badcrt"} {
 		mustRun("--mode", "keygen", "--keys", keys, "--host", "127.0.0.1")
 	}
 	mustRun("--mode", "keygen", "--keys", "plain")
 	must(os.Remove("half/" + TLSCertFile))
+	must(os.Remove("otherhalf/" + TLSKeyFile))
 	must(os.Mkdir("void", 0o700))
 	for name, text := range map[string]string{
 		"void/" + TokenKeyFile: "\n",
 		"bad/" + TokenKeyFile:  "nonsense\n", "bad/" + ClusterKeyFile: keyLine(1) + "\n" + keyLine(1) + "\n", "badcrt/" + TLSCertFile: "nonsense\n",
 		"good.token":  mustRun("--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "https://127.0.0.1:1"),
 		"nourl.token": mustRun("--mode", "token", "--keys", "keys", "--id", "site-7"), "far.token": mustRun("--mode", "token", "--keys", "keys", "--id", "site-7", "--to", "http://192.0.2.1:9003"),
-		"empty": "\n", "garbage": "<html>login</html>\n", "short": "0123456789\n", "salt": "0123456789abcdef\n", "opaque": "bHVuY2g\n", "two": "a\nb\n",
+		"empty": "\n", "garbage": "<html>login</html>\n", "short": "0123456789\n", "salt": "0123456789abcdef\n", "opaque": "bHVuY2g\n", "two": "a\nb\n", "longsalt": keyLine(1) + "\n",
 		"revoked": "site-1\nno such id\n", "selectors": "up\n{job=\n", "comments": "# nothing\n", "file": "",
 	} {
 		must(os.WriteFile(name, []byte(text), 0o600))
@@ -152,7 +153,7 @@ func TestMistakes(t *testing.T) {
 		{"--mode token --keys keys --id a --to https://hub:9003?", 2, "--to: ", "remove the ?"},
 
 		// Files.
-		{server + "--keys none", 1, "--keys none: open none/token.key: no such file", "telemeter --mode keygen --keys none"},
+		{server + "--keys none", 1, "--keys none: open none/token.key: no such file", "correct --keys (a relative path begins at DIR"},
 		{server + "--keys file", 1, "--keys file: ", "a file is in the place of a directory"},
 		{server + "--keys bad", 1, "--keys bad: reading bad/token.key: line 1", "restore the file from a copy"},
 		{server + "--keys badcrt", 1, "--keys badcrt: reading tls.crt and tls.key", "restore both files from a copy"},
@@ -169,6 +170,7 @@ func TestMistakes(t *testing.T) {
 		{client + "--token-file none", 1, "--token-file none: ", "copy this file to the site"},
 		{client + "--token-file empty", 1, "--token-file empty: empty is empty: make a token on the hub", "telemeter --mode token --id SITE"},
 		{client + "--token-file garbage", 1, "--token-file garbage is an HTML page", "telemeter --mode token --id SITE"},
+		{client + "--token-file longsalt", 1, "--token-file longsalt is a key file of the servers, which must not leave the hub, or a salt", "telemeter --mode token --id SITE"},
 		{client + "--token-file opaque", 2, "--token-file opaque contains no token of telemeter", "add --id ID and --to URL"},
 		{client + "--token-file nourl.token", 2, "the token names no server", "pass --to https://HUB:9003"},
 		{pusher + "--from-token-file empty", 1, "--from-token-file empty: ", "write the secret into it"},
@@ -178,14 +180,17 @@ func TestMistakes(t *testing.T) {
 		{pusher + "--to-crt none --to-key none", 1, "--to-crt none and --to-key none: open none: ", "correct the path"},
 		{pusher + "--match-file none", 1, "--match-file none: ", "correct the path"},
 		{pusher + "--anonymize-labels a --anonymize-salt-file short", 1, "--anonymize-salt-file short has 10 bytes, fewer than 16", "head -c 32 /dev/urandom"},
-		{"--mode token --keys none --id a", 1, "--keys none: ", "telemeter --mode keygen --keys none"},
+		{"--mode token --keys none --id a", 1, "--keys none: ", "for the first server only, create the keys with telemeter --mode keygen --keys none --host NAME; for another server, copy them from the first"},
 		{"--mode token --keys keys --inspect garbage", 1, "--inspect garbage: parsing token", "name a file that telemeter --mode token has written"},
 		{"--mode token --keys keys --inspect empty", 1, "--inspect empty is empty", "name a file that telemeter --mode token has written"},
 		{"--mode keygen --keys void --rotate token", 1, "--keys void: void/token.key is empty", "restore the file from a copy"},
 		{"--mode token --keys keys --inspect none", 1, "--inspect none: ", "correct the path"},
 		{"--mode keygen --keys file", 1, "--keys file: ", "a file is in the place of a directory"},
-		{"--mode keygen --keys half --host hub", 1, "--keys half: half/tls.key exists without", "restore the other file"},
-		{"--mode keygen --keys none --rotate token", 1, "--keys none: open none/token.key", "create the keys with telemeter --mode keygen --keys none"},
+		{"--mode keygen --keys half", 1, "--keys half: half/tls.key exists without tls.crt", "restore tls.crt from a copy, or add --host NAME"},
+		{"--mode keygen --keys otherhalf --host 127.0.0.1", 1, "--keys otherhalf: otherhalf/tls.crt exists without tls.key", "restore tls.key from a copy, or delete otherhalf/tls.crt"},
+		{"--mode keygen --keys keys --host 127.0.0.1 --host other.example", 1, "--keys keys: keys/tls.crt is not for the host other.example: it is for 127.0.0.1", "move keys/tls.crt away (tls.key stays, so tokens keep their pin), and run keygen again with all --host names"},
+		{"--mode keygen --keys badcrt --host 127.0.0.1", 1, "--keys badcrt: badcrt/tls.crt: no certificate", "restore the file from a copy"},
+		{"--mode keygen --keys none --rotate token", 1, "--keys none: open none/token.key", "correct --keys (a relative path begins at DIR"},
 		{"--mode keygen --keys bad --rotate token", 1, "bad/token.key: line 1", "want the base64 of 32 bytes"},
 		{"--mode keygen --keys new --host https://hub:9003", 2, `--host: host "https://hub:9003"`, "want a DNS name or an IP address"},
 
@@ -220,6 +225,23 @@ func TestMistakes(t *testing.T) {
 		}
 		if strings.Contains(stderr, "secret@") {
 			t.Errorf("telemeter %s: the message contains a password:\n%s", row.args, stderr)
+		}
+	}
+}
+
+// A misspelled flag that a mode requires causes one message, which does not say that the flag is
+// missing. An unknown flag that is no misspelling of it causes both messages.
+func TestMisspelledRequiredFlag(t *testing.T) {
+	for args, want := range map[string]string{
+		"--mode client --tokenfile x":    "unknown flag --tokenfile: did you mean --token-file?",
+		"--mode server --kyes x":         "unknown flag --kyes: did you mean --keys?",
+		"--mode token --idd x":           "unknown flag --idd: did you mean --id?",
+		"--mode client --spool-dirr x":   "--token-file FILE is missing",
+		"--mode server --storage-dirr x": "--keys DIR is missing",
+	} {
+		status, _, stderr := runMode(t, strings.Fields(args)...)
+		if isMissing := strings.Contains(stderr, "is missing"); status != exitUsage || !strings.Contains(stderr, want) || isMissing != strings.Contains(want, "is missing") {
+			t.Errorf("telemeter %s: exit status %d, want %d and %q:\n%s", args, status, exitUsage, want, stderr)
 		}
 	}
 }

@@ -109,7 +109,7 @@ func (f *serverFlags) define(c *command) {
 
 // check adds each conflict among the flags to the problems of c.
 func (f *serverFlags) check(c *command) {
-	c.addProblemUnless(f.keys != "", "--keys DIR is missing: create the keys with telemeter --mode keygen --keys keys")
+	c.addProblemUnless(f.keys != "" || c.isMeant("keys"), "--keys DIR is missing: create the keys with telemeter --mode keygen --keys keys")
 	c.addProblemUnless(f.isInternalLocal() || f.federateTokenFile != "" || f.internalOpen,
 		"--listen-internal %s can be reached from other hosts: add --federate-token-file, or add --internal-open to allow access without a token", f.internalAddr)
 	c.addProblemUnless(!f.internalOpen || f.federateTokenFile == "", "--internal-open and --federate-token-file exclude each other: choose one")
@@ -425,6 +425,9 @@ func (p *serverProcess) loadConfigAndSetCertificate() (config ReloadableServerCo
 	}
 	if config.Revoked, err = readRevoked(p.revokedFile); err != nil {
 		return config, err
+	}
+	if p.authorize == nil { // the service of --authorize accepts tokens that are not in the list
+		warnOfUnknownRevoked(p.log, p.keys, p.revokedFile, config.Revoked)
 	}
 	if config.FederateToken, err = p.loadFederateToken(); err != nil {
 		return config, err

@@ -90,7 +90,7 @@ func TestServerConflicts(t *testing.T) {
 		{"--no-such-flag", []string{"no-such-flag"}},
 		{"--key k --lisen=:1 --listen-internal :9004 more ---x --internal-open=maybe --retention 2x",
 			[]string{"--key: did you mean --keys?", "--lisen: did you mean --listen?", `"more"`, "---x", `"maybe"`, `"2x"`}},
-		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"--key: did you mean --keys?\n", "--keys DIR is missing", "--federate-token-file", `"more"`, "--limit-bytes must be from"}},
+		{"--key k --listen-internal :9004 more --limit-bytes 1", []string{"--key: did you mean --keys?\n", "--federate-token-file", `"more"`, "--limit-bytes must be from"}},
 		{"--keys k --mode client", []string{"--mode server and --mode client cannot be combined"}},
 	} {
 		args := append([]string{"--mode", "server", "--storage-dir", filepath.Join(dir, "storage")}, strings.Fields(c.args)...)

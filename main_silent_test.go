@@ -302,7 +302,7 @@ var silentMistakes = []struct {
 	}, []silentRow{{where: "client", text: `--token-file \S+ is an HTML page, such as the error page of a download, not a token: make a token on the hub`}}},
 	{"a token without --to is made", exitOK, func(g *silentStage) {
 		g.command("token", "--mode", "token", "--keys", mustKeygen(g.T), "--id", "a")
-	}, []silentRow{{where: "token", text: `no server in the token: the client that uses it needs --to URL\n`}}},
+	}, []silentRow{{where: "token", text: `no server in the token: the client that uses it needs --to URL; a script needs none\n`}}},
 	{"a token without --to is used", exitUsage, func(g *silentStage) {
 		dir := g.TempDir()
 		token, _ := mustIssue(g.T, mustKeygen(g.T), "a")
