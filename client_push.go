@@ -339,7 +339,7 @@ func (d *spoolDrain) warnOfOtherSpool(answer uploadAnswer) {
 	}
 	d.spoolIsNew = false
 	if answer.OtherSpoolTime > 0 {
-		d.cfg.Log.Warn("the spool is new, but this site pushed from another spool before: if the directory changed by mistake, its backlog is in the old directory; restart with --spool-dir and the old directory",
+		d.cfg.Log.Warn("the spool is new, but this site pushed from another spool before: if the directory changed by mistake, its backlog is in the old directory; restart with --spool-dir and the old directory; if another client runs with this token, stop one of the two",
 			"dir", d.cfg.Spool.Dir(), "other_pushed", time.UnixMilli(answer.OtherSpoolTime).UTC())
 	}
 }

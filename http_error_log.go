@@ -32,14 +32,15 @@ var handshakeCauses = [...]string{
 // error level, and failed TLS handshakes as logHandshakeError does. It logs all other messages at
 // debug level, because most of them report mistakes of peers.
 type errorLogWriter struct {
-	log     *slog.Logger
-	limited *LimitedLog
-	conns   *ConnMetrics
+	listener string // HTTPServer.Name
+	log      *slog.Logger
+	limited  *LimitedLog
+	conns    *ConnMetrics
 }
 
 func newErrorLogWriter(s *HTTPServer) *errorLogWriter {
 	log := s.Log.With("listener", s.Name)
-	return &errorLogWriter{log: log, limited: NewLimitedLog(log, time.Now), conns: s.Conns}
+	return &errorLogWriter{listener: s.Name, log: log, limited: NewLimitedLog(log, time.Now), conns: s.Conns}
 }
 
 func (e *errorLogWriter) Write(p []byte) (int, error) {
@@ -67,7 +68,7 @@ func (e *errorLogWriter) logHandshakeError(remote, reason string) {
 	if cause == causeClosed || cause == causeTimeout {
 		level = slog.LevelDebug
 	}
-	e.limited.LogPeer(level, handshakeMessage(cause), remote, "err", reason)
+	e.limited.LogPeer(level, handshakeMessage(cause, e.listener), remote, "err", reason)
 }
 
 // handshakeCause returns the cause of a failed TLS handshake. reason is the error of crypto/tls or of
@@ -103,8 +104,12 @@ func handshakeCause(reason string) string {
 	return causeOther
 }
 
-// handshakeMessage returns the message for a cause. It says what to do.
-func handshakeMessage(cause string) string {
+// handshakeMessage returns the message for a cause at a listener. It says what to do. The clients of
+// the listener internal are scrapers, which have no token.
+func handshakeMessage(cause, listener string) string {
+	if cause == causeCertificateRefused && listener == "internal" {
+		return "TLS handshake failed: the scraper does not trust this server's certificate; set tls_config: {ca_file: FILE, server_name: NAME} in the job and in each of its http_sd_configs"
+	}
 	switch cause {
 	case causePlainHTTP:
 		return "TLS handshake failed: the client sends plain HTTP; use https:// in its URL"

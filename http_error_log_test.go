@@ -3,6 +3,7 @@ package main
 // Tests of the counter and the messages of failed TLS handshakes.
 
 import (
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"io"
@@ -61,19 +62,21 @@ func TestHandshakeFailures(t *testing.T) {
 		server  *tls.Config
 		client  func(c net.Conn)
 		message string // in the log; "" if nothing may be logged
+		name    string // of the listener; test if it is ""
 	}{
-		{causePlainHTTP, server, write("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "the client sends plain HTTP; use https:// in its URL"},
-		{causeNotTLS, server, write("\x00\x01 no TLS"), "the client does not send TLS"},
-		{causeCertificateRefused, server, handshake(trustsAnother), "the client does not trust this server's certificate; create a new token"},
-		{causeCertificateRefused, server, handshake(&tls.Config{ServerName: "127.0.0.1", RootCAs: x509.NewCertPool()}), "does not trust"},
-		{causeClientCertificate, withClientCA, handshake(trusting), "the client has no certificate that a CA of --tls-client-ca signed; give the client --to-crt"},
-		{causeProtocol, server, handshake(old), "it needs TLS 1.2 or later"},
-		{causeClosed, server, func(net.Conn) {}, ""},
-		{causeClosed, server, func(c net.Conn) { io.WriteString(c, "\x16\x03") }, ""},
+		{causePlainHTTP, server, write("GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "the client sends plain HTTP; use https:// in its URL", ""},
+		{causeNotTLS, server, write("\x00\x01 no TLS"), "the client does not send TLS", ""},
+		{causeCertificateRefused, server, handshake(trustsAnother), "the client does not trust this server's certificate; create a new token", ""},
+		{causeCertificateRefused, server, handshake(&tls.Config{ServerName: "127.0.0.1", RootCAs: x509.NewCertPool()}), "does not trust", ""},
+		{causeCertificateRefused, server, handshake(trustsAnother), "the scraper does not trust this server's certificate; set tls_config: {ca_file: FILE, server_name: NAME} in the job and in each of its http_sd_configs\"", "internal"},
+		{causeClientCertificate, withClientCA, handshake(trusting), "the client has no certificate that a CA of --tls-client-ca signed; give the client --to-crt", ""},
+		{causeProtocol, server, handshake(old), "it needs TLS 1.2 or later", ""},
+		{causeClosed, server, func(net.Conn) {}, "", ""},
+		{causeClosed, server, func(c net.Conn) { io.WriteString(c, "\x16\x03") }, "", ""},
 	} {
 		var log logBuffer
 		conns := NewConnMetrics(NewMetrics())
-		addr := serveHTTP(t, HTTPServer{TLS: tt.server.Clone(), Conns: conns, Log: slog.New(slog.NewTextHandler(&log, nil)), Handler: http.NotFoundHandler()})
+		addr := serveHTTP(t, HTTPServer{Name: tt.name, TLS: tt.server.Clone(), Conns: conns, Log: slog.New(slog.NewTextHandler(&log, nil)), Handler: http.NotFoundHandler()})
 		for n := range 2 {
 			c, err := net.Dial("tcp", addr)
 			if err != nil {
@@ -87,7 +90,7 @@ func TestHandshakeFailures(t *testing.T) {
 		want := map[bool]int{true: 1}[tt.message != ""]
 		const warning = `level=WARN msg="TLS handshake failed: `
 		eventually(t, tt.cause+" is logged", func() bool { return strings.Count(log.String(), warning) >= want })
-		if got := log.String(); strings.Count(got, "\n") != want || !strings.Contains(got, tt.message) || want > 0 && !strings.Contains(got, "listener=test remote=127.0.0.1:") {
+		if got := log.String(); strings.Count(got, "\n") != want || !strings.Contains(got, tt.message) || want > 0 && !strings.Contains(got, "listener="+cmp.Or(tt.name, "test")+" remote=127.0.0.1:") {
 			t.Errorf("%s: the log is\n%s\nwant %d warning with %q", tt.cause, got, want, tt.message)
 		}
 	}

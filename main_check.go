@@ -15,7 +15,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -229,10 +228,6 @@ func (p *clientProcess) checkServer(ctx context.Context, r *checkReport, server 
 	begin := time.Now()
 	behind, known, err := p.client.TryServer(ctx, server)
 	took := time.Since(begin).Round(time.Millisecond)
-	flags := "--to"
-	if p.toProxy != nil {
-		flags += " and --to-proxy"
-	}
 	trust := "plain HTTP"
 	if strings.HasPrefix(server, "https:") {
 		switch {
@@ -244,7 +239,7 @@ func (p *clientProcess) checkServer(ctx context.Context, r *checkReport, server 
 			trust = "certificate verified with the system's CAs"
 		}
 	}
-	if !r.result(adviseOnDial(err, flags), "server "+server, "accepts the token; %s; %v", trust, took) || !known {
+	if !r.result(adviseOnSilence(err), "server "+server, "accepts the token; %s; %v", trust, took) || !known {
 		return
 	}
 	off := time.Duration(behind) * time.Millisecond
@@ -264,20 +259,14 @@ func describeOffset(ahead time.Duration) string {
 	return fmt.Sprintf("%v ahead of", ahead)
 }
 
-// adviseOnDial adds to err what to check if err says that a connection could not be made. Errors of
-// a proxy have their own advice. flags names the flags that have the address.
-func adviseOnDial(err error, flags string) error {
-	var op *net.OpError
+// adviseOnSilence adds to err what to check if err says that a server accepted the connection, but did
+// not answer in checkTimeout. Errors of a proxy have their own advice.
+func adviseOnSilence(err error) error {
 	var byProxy *proxyError
-	switch {
-	case errors.As(err, &byProxy):
+	if errors.As(err, &byProxy) || isDialError(err) || !errors.Is(err, context.DeadlineExceeded) {
 		return err
-	case errors.As(err, &op) && op.Op == "dial":
-		return fmt.Errorf("%w: check the address in %s, that something listens there, and that no firewall is in the way", err, flags)
-	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%w: no answer in %v: check the address in %s, and that no firewall is in the way", err, checkTimeout, flags)
 	}
-	return err
+	return fmt.Errorf("%w: no answer in %v: check the address in --to or in the token, and that no firewall is in the way", err, checkTimeout)
 }
 
 // runChecks checks the flags, the files and the storage directory of a server, and prints the

@@ -223,7 +223,7 @@ func TestCheckClientFaults(t *testing.T) {
 		{"spool is a file", []string{"--spool-dir", s.path("file")}, true, []string{"is not a directory"}},
 		{"source and server", []string{"--from", "http://" + nobody, "--to-proxy", "http://" + nobody}, false, []string{
 			"FAIL source http://" + nobody + "/federate: ", "nothing listens there: start the source", "FAIL server " + server + ": ", "the proxy http://" + nobody + " cannot be reached", "the URL in --to-proxy"}},
-		{"nobody there", []string{"--to", "http://" + nobody}, false, []string{"FAIL server http://" + nobody + ": ", "check the address in --to", "ok   server " + server}},
+		{"nobody there", []string{"--to", "http://" + nobody}, false, []string{"FAIL server http://" + nobody + ": ", ": connect: connection refused: check the address in --to or in the token, that something listens there, and that no firewall is in the way\n", "ok   server " + server}},
 		{"impostor", []string{"--to", impostor.URL}, false, []string{"FAIL server " + impostor.URL + ": ", "pin"}},
 		{"revoked", []string{"--token-file", s.path("revoked-token"), "--spool-dir", s.path("none")}, false, []string{"FAIL server " + server + ": ", "401 Unauthorized", "revoked"}},
 	} {

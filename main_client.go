@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -149,7 +150,19 @@ func (f *clientFlags) fillAndCheck(c *command) {
 	c.addProblemUnless(f.spoolLimit >= 2*f.limitBytes, "--spool-limit must be at least twice --limit-bytes")
 	c.addProblemUnless(f.spoolAge >= f.interval, "--spool-age must be at least --interval, because a scrape can wait that long for its push")
 	c.addProblemUnless(!f.checkOnly || !f.once && !f.dryRun, "--check cannot be combined with --once or --dry-run: run one after the other")
+	c.addProblemUnless(!f.readsOwnFederate(), "--from is this client's own --listen: %s serves the samples that this client sent last; pass the URL of the Prometheus to scrape, or another --listen", f.listen)
 	c.addProblemUnless(!f.once || !f.dryRun, "--once and --dry-run exclude each other, because --dry-run does not push: choose one")
+}
+
+// readsOwnFederate reports whether --from is the /federate of this client's own listener, so that the
+// client would push its last scrape again. A client with --once or --dry-run has no listener.
+func (f *clientFlags) readsOwnFederate() bool {
+	host, port, err := net.SplitHostPort(f.listen)
+	if err != nil || f.once || f.dryRun {
+		return false
+	}
+	isLocal := host == "" || IsLoopbackHost(host) || net.ParseIP(host).IsUnspecified()
+	return isLocal && IsLoopbackHost(f.from.Hostname()) && f.from.Port() == port && strings.Trim(f.from.Path, "/") == "federate"
 }
 
 // clientProcess is one run of --mode client: a Client with its flags, log, metrics, token and HTTP

@@ -1,18 +1,22 @@
 package main
 
-// This file recognizes failures of TLS between a client and its servers that only a person can
-// mend, such as a certificate that does not match the token's pin. It says what the person must do.
-// Other failures of a connection are passed on unchanged, because they may end by themselves.
+// This file says what to do about failures of connections between a client and its servers. A failure
+// of TLS that only a person can mend, such as a certificate that does not match the token's pin, is
+// a DeniedError. A connection that cannot be made gets advice, but is no DeniedError, because the
+// failure may end by itself. Other failures are passed on unchanged.
 
 import (
 	"crypto/x509"
 	"errors"
+	"fmt"
+	"net"
 	"net/http"
 	"strings"
 )
 
 // trustTransport is an http.RoundTripper that returns a DeniedError if the client does not trust
-// the server, or if the server does not trust the client's certificate.
+// the server, or if the server does not trust the client's certificate. It adds advice to the error
+// of a connection that cannot be made.
 type trustTransport struct {
 	next   http.RoundTripper
 	caFile string // of --to-ca-file
@@ -26,7 +30,19 @@ func (t trustTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if advice := t.advice(err); advice != "" {
 		return nil, &DeniedError{Err: err, Advice: advice}
 	}
+	if isDialError(err) {
+		return nil, fmt.Errorf("%w: check the address in --to or in the token, that something listens there, and that no firewall is in the way", err)
+	}
 	return nil, err
+}
+
+// isDialError reports whether err means that no connection to a server could be made: its name was
+// not found, or its address refused the connection or did not answer in time. An error of the proxy
+// has advice of its own.
+func isDialError(err error) bool {
+	var byProxy *proxyError
+	var op *net.OpError
+	return !errors.As(err, &byProxy) && errors.As(err, &op) && op.Op == "dial"
 }
 
 // advice returns what a person must do about the error of a request. It returns "" if the error is

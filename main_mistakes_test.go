@@ -143,6 +143,7 @@ func TestMistakes(t *testing.T) {
 		{pusher + "--from http://:9090", 2, `--from: "http://:9090" has no host`, "write the host after http://"},
 		{pusher + "--from http://localhost:9090/#x", 2, "has a fragment", "remove the part from # on"},
 		{pusher + "--from http://localhost:9090/metrics?", 2, "has an empty query", "remove the ?"},
+		{pusher + "--listen localhost:9002 --from http://localhost:9002", 2, "--from is this client's own --listen: localhost:9002", "pass the URL of the Prometheus to scrape, or another --listen"},
 		{pusher + "--from http://me:secret@localhost:9090", 2, "contains credentials", "remove them"},
 		{pusher + "--to hub.example:9003", 2, `--to: "hub.example:9003"`, "http:// or https://"},
 		{pusher + "--to https://hub.example:9003/upload", 2, `--to: "https://hub.example:9003/upload"`, "use https://hub.example:9003\n"},

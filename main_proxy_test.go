@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -192,6 +193,57 @@ func TestProxyErrorIsNotAboutTrust(t *testing.T) {
 	}
 	if advice := transport.advice(new(proxyTransport).errorf("the TLS handshake with the proxy failed: %w", alert)); advice != "" {
 		t.Errorf("the advice on the alert of a proxy is about the server: %s", advice)
+	}
+}
+
+// A client refuses to scrape the /federate of its own listener. It may scrape its own metrics, or a
+// listener at another address. Without --token-file, no client of this test starts.
+func TestFromOwnListener(t *testing.T) {
+	for args, refused := range map[string]bool{
+		"--from http://localhost:9002":                                true,
+		"--from http://127.0.0.1:9002/":                               true,
+		"--from http://[::1]:9002/federate":                           true,
+		"--from http://localhost:9005/federate/ --listen :9005":       true,
+		"--from http://localhost:9005 --listen 0.0.0.0:9005":          true,
+		"--from http://localhost:9002 --check":                        true,
+		"--from http://localhost:9002/metrics":                        false,
+		"--from http://localhost:9002/prometheus/federate":            false,
+		"--from http://localhost:9090":                                false,
+		"--from http://192.0.2.1:9002":                                false,
+		"--from http://localhost:9002 --listen 192.0.2.1:9002":        false,
+		"--from http://localhost:9002 --listen=":                      false,
+		"--from http://localhost:9002 --once":                         false, // it does not listen
+		"--from http://localhost:9002 --once --listen 127.0.0.1:9002": false,
+	} {
+		status, _, stderr := runMode(t, append([]string{"--mode", "client"}, strings.Fields(args)...)...)
+		if got := strings.Contains(stderr, "--from is this client's own --listen: "); status != exitUsage || got != refused {
+			t.Errorf("%s: exit status %d, want %d; refused as its own listener: %t, want %t:\n%s", args, status, exitUsage, got, refused, stderr)
+		}
+	}
+}
+
+// A connection to a server that cannot be made gets advice. It is not denied, because the failure may
+// end by itself. Other errors, and errors of the proxy, are passed on unchanged.
+func TestDialAdvice(t *testing.T) {
+	dial := func(err error) error { return &net.OpError{Op: "dial", Net: "tcp", Err: err} }
+	for _, tt := range []struct {
+		err     error
+		advised bool
+	}{
+		{dial(syscall.ECONNREFUSED), true},
+		{dial(&net.DNSError{Err: "no such host", Name: "hub.example", IsNotFound: true}), true},
+		{dial(os.ErrDeadlineExceeded), true},
+		{fmt.Errorf("through the proxy: %w", dial(syscall.ECONNREFUSED)), true},
+		{new(proxyTransport).errorf("the proxy cannot be reached: %w", dial(syscall.ECONNREFUSED)), false},
+		{&net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}, false},
+		{io.ErrUnexpectedEOF, false},
+	} {
+		transport := trustTransport{next: roundTrip(func(*http.Request) (*http.Response, error) { return nil, tt.err })}
+		_, err := transport.RoundTrip(httptest.NewRequest("POST", "http://192.0.2.1/upload", nil))
+		var denied *DeniedError
+		if advised := err != tt.err; advised != tt.advised || !errors.Is(err, tt.err) || errors.As(err, &denied) {
+			t.Errorf("%v: got the error %v, want advice: %t, and no DeniedError", tt.err, err, tt.advised)
+		}
 	}
 }
 

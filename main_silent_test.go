@@ -240,7 +240,7 @@ var silentMistakes = []struct {
 		g.client(s, s.token, from, "--spool-dir", relativeTo(g.T, s.path("second")))
 	}, []silentRow{
 		{where: "client", text: `level=INFO msg="spool opened" dir=/\S+/second `, once: true},
-		{where: "client", text: `level=WARN msg="the spool is new, but this site pushed from another spool before: .*restart with --spool-dir and the old directory" dir=/\S+/second`, once: true},
+		{where: "client", text: `level=WARN msg="the spool is new, but this site pushed from another spool before: .*restart with --spool-dir and the old directory; if another client runs with this token, stop one of the two" dir=/\S+/second`, once: true},
 	}},
 	{"a server with a relative --storage-dir is started elsewhere", stillRuns, func(g *silentStage) {
 		dir := g.TempDir()
@@ -385,6 +385,7 @@ var silentMistakes = []struct {
 		}
 	}, []silentRow{
 		{where: "client", text: `level=INFO msg="no server has accepted the scrapes yet; trying again until the time is over" up_to=2s`, once: true},
+		{where: "client", text: `level=WARN msg="destination failed; .*connection refused: check the address in --to or in the token, that something listens there, and that no firewall is in the way"`, once: true},
 		{where: "client", text: `telemeter: destination: failed after .*\(scrapes kept in the spool: 1, in memory only: 0\)`, once: true},
 	}},
 	{"a token is issued, but its site never pushes", stillRuns, func(g *silentStage) { g.server() }, []silentRow{

@@ -118,7 +118,7 @@ func serveHTTP(t testing.TB, srv HTTPServer) (addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv.Name, srv.Listener = "test", ln
+	srv.Name, srv.Listener = cmp.Or(srv.Name, "test"), ln
 	srv.Conns = cmp.Or(srv.Conns, NewConnMetrics(NewMetrics()))
 	srv.Log = cmp.Or(srv.Log, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(context.Background())

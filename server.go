@@ -253,7 +253,7 @@ func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) h
 		token, _ := ParseBearer(r.Header.Get("Authorization"))
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
 			s.denyToken(w, "federate_token", "this listener requires the bearer token in the file of --federate-token-file")
-			s.limitedLog.LogPeer(slog.LevelWarn, "request to the internal listener refused, because it does not have the bearer token of --federate-token-file: in the scrape configuration, set authorization: {credentials_file: FILE}", r.RemoteAddr, "handler", handlerName)
+			s.limitedLog.LogPeer(slog.LevelWarn, "request to the internal listener refused, because it does not have the bearer token of --federate-token-file: in the scrape configuration, set authorization: {type: Bearer, credentials_file: FILE} in the job and in each of its http_sd_configs", r.RemoteAddr, "handler", handlerName)
 			return
 		}
 		ProtectConn(r, "") // all scrapers send the same token, or none

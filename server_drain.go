@@ -26,7 +26,7 @@ func (s *Server) WaitUntilRead(ctx context.Context) {
 	since := s.cfg.Now().Add(-drainConsumerIdle)
 	unread := s.consumerBacklogs(since)
 	if len(unread) > 0 {
-		s.cfg.Log.Info("waiting until consumers have read their samples, before stopping", "consumers", len(unread), "at_most", drainTimeout)
+		s.cfg.Log.Info("waiting until consumers have read their samples, before stopping; a second signal ends the wait", "consumers", len(unread), "at_most", drainTimeout)
 	}
 	for len(unread) > 0 || s.uploads.InUse() > 0 {
 		select {

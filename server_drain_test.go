@@ -203,7 +203,7 @@ func (m *memberProcess) scrape(scraper *http.Client) string {
 	return upsOf(string(b))
 }
 
-const drainingMessage = "waiting until consumers have read their samples, before stopping"
+const drainingMessage = "waiting until consumers have read their samples, before stopping; a second signal ends the wait"
 
 // checkDraining waits until the member logs that it is draining. It then checks that the member
 // refuses pushes, is still listed in its own /sd, and is still running.

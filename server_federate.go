@@ -121,6 +121,9 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	if session == nil && r.Method == http.MethodGet {
+		h.limitedLog.LogPeer(slog.LevelInfo, "a scrape without consumer gets only the newest sample of each series: add params: {consumer: [NAME]} to the scrape configuration", r.RemoteAddr)
+	}
 	families, err := h.families(ctx, r, c.name, session, match)
 	if err != nil {
 		refuseScrape(w, err) // the end of this method logs the error

@@ -52,6 +52,27 @@ func TestFederate(t *testing.T) {
 	r.parsed("")
 }
 
+// A scrape without a consumer's name is logged with the remedy, at most once an hour for each peer. A
+// HEAD request and a scrape of a consumer are not.
+func TestFederateLogsMissingConsumer(t *testing.T) {
+	r := newSrvRig(t)
+	logged := func() int {
+		const line = `level=INFO msg="a scrape without consumer gets only the newest sample of each series: add params: {consumer: [NAME]} to the scrape configuration" remote=127.0.0.1:`
+		return strings.Count(r.log.String(), line)
+	}
+	r.do(srvRequest{method: "HEAD", url: r.internal.URL + "/federate"})
+	r.federate("consumer=central", "")
+	if n := logged(); n != 0 {
+		t.Errorf("the advice was logged %d times before a scrape without a consumer", n)
+	}
+	for range 2 {
+		r.federate("", "")
+	}
+	if n := logged(); n != 1 {
+		t.Errorf("the advice was logged %d times, want once:\n%s", n, r.log)
+	}
+}
+
 // A match[] selects series by their unescaped names and labels. If a query has several match[], a
 // series is served if one of them selects it.
 func TestFederateMatch(t *testing.T) {
