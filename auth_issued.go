@@ -48,7 +48,7 @@ func (l IssuedTokens) ValidSites(now time.Time, revoked RevokedIDs) iter.Seq[str
 // last line. An error gives the number of the first line that is no record of a token.
 func ParseIssuedTokens(data []byte) (IssuedTokens, error) {
 	if len(data) > MaxIssuedFile {
-		return IssuedTokens{}, fmt.Errorf("larger than %d bytes: delete lines of tokens that have expired or are revoked", MaxIssuedFile)
+		return IssuedTokens{}, fmt.Errorf("larger than %d bytes: delete lines of tokens that have expired", MaxIssuedFile)
 	}
 	var l IssuedTokens
 	n := 0
@@ -122,7 +122,7 @@ func RecordIssuedToken(dir, text string) (err error) {
 	}
 	line = append(line, '\n')
 	if size+int64(len(line)) > MaxIssuedFile {
-		return fmt.Errorf("%s is full (the limit is %d bytes): delete lines of tokens that have expired or are revoked", path, MaxIssuedFile)
+		return fmt.Errorf("%s is full (the limit is %d bytes): delete lines of tokens that have expired", path, MaxIssuedFile)
 	}
 	if _, err := f.Write(line); err != nil {
 		return err

@@ -35,6 +35,10 @@ type serverFailover struct {
 	start      int
 	startUntil time.Time
 
+	// deniedUntil has the servers that denied access lately. Until the given time, a round begins with
+	// another server, if there is one. A round in which all others fail still tries such a server.
+	deniedUntil map[int]time.Time
+
 	failed     int           // number of failed attempts in this round
 	denied     int           // number of servers that denied access in this round
 	retryAfter time.Duration // longest Retry-After that a server of this round sent
@@ -69,7 +73,25 @@ func (f *serverFailover) chooseServer(now time.Time) {
 		f.start = f.preferred
 	}
 	f.current = f.start
+	for range f.servers {
+		if !now.Before(f.deniedUntil[f.current]) {
+			return
+		}
+		f.current = f.serverAfter(f.current)
+	}
 }
+
+// avoidDenied records that the current server denied access. Rounds do not begin with it for
+// deniedPause, because only a person can mend the cause.
+func (f *serverFailover) avoidDenied(now time.Time) {
+	if f.deniedUntil == nil {
+		f.deniedUntil = map[int]time.Time{}
+	}
+	f.deniedUntil[f.current] = now.Add(deniedPause)
+}
+
+// forgetDenials makes rounds begin with servers that denied access, too.
+func (f *serverFailover) forgetDenials() { clear(f.deniedUntil) }
 
 // advanceAfterFailure records that the current server failed and sent this Retry-After (0 if none),
 // and whether it failed because it denied access.

@@ -218,6 +218,7 @@ func (d *spoolDrain) logProgress() {
 func (d *spoolDrain) attempt(ctx context.Context, step DrainStep) (endsDrain error) {
 	select { // this attempt uses what was loaded before RetryNow was called
 	case <-d.retryNow:
+		d.servers.forgetDenials()
 	default:
 	}
 	d.servers.chooseServer(d.cfg.Now())
@@ -441,6 +442,9 @@ func (d *spoolDrain) markFailedAndFailOver(ctx context.Context, err error) (ends
 // pauseBeforeRound.
 func (d *spoolDrain) nextServerOrPause(ctx context.Context, err error) (endsDrain error) {
 	failed := d.currentServerURL()
+	if isDenied(err) {
+		d.servers.avoidDenied(d.cfg.Now())
+	}
 	if d.servers.advanceAfterFailure(retryAfterOf(err), isDenied(err)) && ctx.Err() == nil {
 		d.logFailure(ctx, failed, err, "destination failed; trying the next server", "to", failed)
 		d.logDeadline(ctx)

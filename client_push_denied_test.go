@@ -79,6 +79,41 @@ func TestPusherDenied(t *testing.T) {
 	}
 }
 
+// If one server of several denies access, the client tries that server about every five minutes, and
+// with the first push after a reload.
+func TestPusherDeniedByOneOften(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, hub, _ := newTestClient(t, "a 1\n", nil)
+		var denials atomic.Int64
+		hub.answer = func(r *http.Request) *http.Response {
+			if r.URL.Host == "a.example" {
+				denials.Add(1) // twice for each try: with the token of before, and with a renewed one
+				return respond(401, nil, TokenRevokedText)
+			}
+			return nil
+		}
+		stop := startClient(t, c)
+		defer stop()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if n := denials.Load(); n < 2*9 || n > 2*12 {
+			t.Errorf("the server that denies access got %d requests in an hour, want two about every five minutes", n)
+		}
+		before := denials.Load()
+		for denials.Load() == before { // until the next denial, after which deniedPause begins anew
+			time.Sleep(time.Second)
+		}
+		synctest.Wait()
+		before = denials.Load()
+		c.Reload(*c.state.Load())
+		time.Sleep(c.cfg.Interval)
+		synctest.Wait()
+		if n := denials.Load(); n == before {
+			t.Error("the push after a reload does not try the server that denied access")
+		}
+	})
+}
+
 // A client that one server denies access pushes to the next server.
 func TestPusherDeniedByOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -1,8 +1,9 @@
 package main
 
 // This file defines the events that a member reports for the process log. Other hosts can cause some
-// events at any rate; the file limits how often a member reports these. An event says what the
-// operator should do, if a person must act. Pure: no I/O and no clock. This file must not decide when an event happens.
+// events at any rate, and the file limits how often a member reports such an event. An event says
+// what the operator should do, if a person must act. Pure: no I/O and no clock. This file must not
+// decide when an event happens.
 
 import (
 	"log/slog"
@@ -35,7 +36,7 @@ const (
 	EventSuspect      = "member is suspected"
 	EventSessionTaken = "other members know a later session of this member: took a higher one" // the caller must store RestartState() again
 	EventStalled      = "this process stalled: suspecting no member for a while"
-	EventJoined       = "--join has reached the ring" // all values of --join have
+	EventJoined       = "--join has reached the ring" // a server was reached at each value of --join
 
 	EventNameConflict = "another server has the name of this server and should stop now: give one of the two another --name"
 	EventStoodDown    = "another server has the name of this server, so this server stops: give one of the two another --name"

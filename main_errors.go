@@ -28,7 +28,7 @@ func flagError(name, value string, err error) error {
 			advice += "; a relative path begins at " + dir
 		}
 	case errors.Is(err, fs.ErrPermission):
-		advice = fmt.Sprintf(": user %d, who runs telemeter, is not allowed to: change the owner with chown, or run telemeter as another user", os.Geteuid())
+		advice = fmt.Sprintf(": telemeter runs as user %d, who has no permission: change the owner with chown, or run telemeter as another user", os.Geteuid())
 	case errors.Is(err, syscall.EISDIR):
 		advice = ": name a file, not a directory"
 	case errors.Is(err, syscall.ENOTDIR):
