@@ -46,11 +46,6 @@ func TestSourceErrorsAdvise(t *testing.T) {
 	plain := func(h http.HandlerFunc) string { return start(h, nil) }
 	secure := start(page(200, nil, "a 1\n"), &tls.Config{})
 	mutual := start(page(200, nil, "a 1\n"), &tls.Config{ClientAuth: tls.RequireAnyClientCert})
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	free.Close()
 	hangs, err := net.Listen("tcp", "127.0.0.1:0") // connections are not accepted, so requests get no answer
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +85,7 @@ func TestSourceErrorsAdvise(t *testing.T) {
 		{"unknown CA", secure, "", nil, []string{"--from-ca-file"}},
 		{"other name", strings.Replace(secure, "127.0.0.1", "localhost", 1), "", &tls.Config{RootCAs: testServerCAs(t, secure)}, []string{"use a host name in --from"}},
 		{"client certificate", mutual, "", trusting, []string{"--from-crt and --from-key"}},
-		{"nothing listens", "http://" + free.Addr().String(), "", nil, []string{"nothing listens there"}},
+		{"nothing listens", "http://" + refusingAddr(t), "", nil, []string{"nothing listens there"}},
 		{"no answer", "http://" + hangs.Addr().String(), "", nil, []string{"down or too slow", "--match", "--scrape-interval"}},
 		{"closed", "http://" + closes.Addr().String(), "", nil, []string{"if it speaks TLS, write https://"}},
 	} {

@@ -175,7 +175,7 @@ func TestCheckClient(t *testing.T) {
 	}
 
 	// A spool with scrapes, which a running client uses.
-	if status, _, stderr := runMode(t, append(slices.Clip(args), "--to", "http://"+freeAddr(t), "--once", "--interval", "1s")...); !strings.Contains(stderr, "msg=pushed") {
+	if status, _, stderr := runMode(t, append(slices.Clip(args), "--to", "http://"+refusingAddr(t), "--once", "--interval", "1s")...); !strings.Contains(stderr, "msg=pushed") {
 		t.Fatalf("exit status %d: %s", status, stderr)
 	}
 	release, err := LockDir(s.path("spool"))
@@ -192,7 +192,7 @@ func TestCheckClientFaults(t *testing.T) {
 	s := newModeServer(t)
 	writeIn(t, s.dir, "revoked", "revoked-site\n")
 	s.start()
-	server, nobody := "https://"+s.external, freeAddr(t)
+	server, nobody := "https://"+s.external, refusingAddr(t)
 	writeIn(t, s.dir, "token", s.token)
 	writeIn(t, s.dir, "other", s.newToken("other"))
 	writeIn(t, s.dir, "revoked-token", s.newToken("revoked-site"))

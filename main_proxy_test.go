@@ -69,7 +69,7 @@ func TestProxy(t *testing.T) {
 		p.refuses = true
 		return p
 	}
-	nobody := &testProxy{address: freeAddr(t)}
+	nobody := &testProxy{address: refusingAddr(t)}
 	t.Run("group", func(t *testing.T) { // returns when all parallel tests in it have ended
 		for i, tt := range []struct {
 			name     string
@@ -142,7 +142,7 @@ func TestProxyOfProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	proxy := startHTTPProxy(t, &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}, "user:password")
-	env := append(os.Environ(), asTelemeter+"=1", "GORACE=atexit_sleep_ms=0", "HTTPS_PROXY=http://"+freeAddr(t), "HTTP_PROXY=http://"+freeAddr(t))
+	env := append(os.Environ(), asTelemeter+"=1", "GORACE=atexit_sleep_ms=0", "HTTPS_PROXY=http://"+refusingAddr(t), "HTTP_PROXY=http://"+refusingAddr(t))
 	writeIn(t, dir, "token", mustTool(t, dir, "--mode", "token", "--keys", "keys", "--id", "a", "--to", "https://"+address))
 	writeIn(t, dir, "user", "user:wrong")
 	args := []string{"--mode", "client", "--from", source, "--token-file", "token", "--listen", "", "--interval", "1s"}

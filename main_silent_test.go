@@ -379,7 +379,7 @@ var silentMistakes = []struct {
 		s := newModeServer(g.T)
 		writeIn(g.T, s.dir, "token", s.token)
 		begin := time.Now()
-		g.command("client", "--mode", "client", "--from", g.textSource("up 1\n"), "--token-file", s.path("token"), "--to", "https://"+freeAddr(g.T), "--spool-dir", s.path("spool"), "--once", "--interval", "2s")
+		g.command("client", "--mode", "client", "--from", g.textSource("up 1\n"), "--token-file", s.path("token"), "--to", "https://"+refusingAddr(g.T), "--spool-dir", s.path("spool"), "--once", "--interval", "2s")
 		if took := time.Since(begin); took > 4*time.Second {
 			g.Errorf("the client ended after %v, want at most 2s", took)
 		}

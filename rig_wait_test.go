@@ -1,10 +1,11 @@
 package main
 
-// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process, and a
-// free address. Tests in virtual time use testing/synctest instead.
+// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process, and
+// addresses that are free or refuse connections. Tests in virtual time use testing/synctest instead.
 
 import (
 	"net"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -48,4 +49,23 @@ func freeAddr(t testing.TB) string {
 	}
 	defer ln.Close()
 	return ln.Addr().String()
+}
+
+// refusingAddr returns a loopback address that refuses every TCP connection until the test ends: a
+// socket that does not listen is bound to it, so that no other program or test gets the port.
+func refusingAddr(t testing.TB) string {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	bound, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(bound.(*syscall.SockaddrInet4).Port))
 }
