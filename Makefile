@@ -3,6 +3,7 @@
 
 GO         ?= go
 PROMTOOL   ?= promtool
+BENCH      ?= full
 OUTAGE     ?= full
 CHAOS      ?= full
 HOSTILE    ?= full
@@ -55,8 +56,11 @@ sweeps: ## tests of many states in one goroutine, which "test" leaves out under 
 fuzz: ## every fuzz target for FUZZTIME (3s)
 	@GO="$(GO)" ./test/fuzz.sh $(FUZZTIME)
 
-bench: ## run all benchmarks except the one of gossip on real sockets
+bench: ## measure a server and a client beside yardsticks, then the inner loops: 15 minutes; BENCH=short: the first, in a minute; BENCH=scale: 20,000 sites for five minutes
+	$(GO) test -count=1 -timeout 60m -v -run '^TestSpeed(|Scale)$$' . -args -speed $(BENCH)
+ifeq ($(BENCH),full)
 	$(GO) test -run '^$$' -bench . -skip GossipSockets -benchmem ./...
+endif
 
 sim: ## simulate gossip of up to 300 members in virtual time, and print the table of figures
 	$(GO) test -count=1 -timeout 30m -run '^TestSimulationTable$$' -v . -args -sim

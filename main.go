@@ -17,7 +17,7 @@
 // of a family, but not its lower-case names. TestFamilies enforces these rules.
 //
 //	main      command line: modes, flags, files that flags name, signals; wiring of the parts
-//	client    the client: scrape, clean, spool and push; the client's own HTTP listener
+//	client    the client: scrape, clean, spool and push; its own HTTP listener; the load generator
 //	server    the server: HTTP routes, authentication, upload, /federate, forwarding, drain
 //	hashring  which member of the ring owns a site: jump hash, slots, claims
 //	gossip    which servers are members of the ring: SWIM state machine, packets, UDP
@@ -64,6 +64,7 @@ Modes:
   client   scrape a Prometheus that cannot be reached from outside, and push its samples
   keygen   create the servers' keys and certificate, or rotate a key
   token    create a token for a site, inspect a token, or list all tokens
+  load     push made-up series as many sites, to measure how much servers take
   version  print the version
 
 telemeter --mode MODE --help lists the flags of a mode. telemeter --version prints the version.
@@ -151,7 +152,7 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 // modes returns the function of each mode.
 func modes() map[string]func(context.Context, *command) error {
 	return map[string]func(context.Context, *command) error{
-		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "version": versionMode,
+		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "load": loadMode, "version": versionMode,
 	}
 }
 

@@ -70,7 +70,7 @@ func helpOf(t *testing.T, mode string) string {
 	return stdout.String()
 }
 
-var modesWithFlags = []string{"server", "client", "keygen", "token"}
+var modesWithFlags = []string{"server", "client", "keygen", "token", "load"}
 
 // The reference page lists for each mode exactly the flags that --help of this mode prints.
 func TestReferenceFlags(t *testing.T) {

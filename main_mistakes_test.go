@@ -70,6 +70,7 @@ func TestMistakes(t *testing.T) {
 	const server = "--mode server --listen 127.0.0.1:0 --listen-internal 127.0.0.1:0 "
 	const keyedServer = server + "--keys keys "
 	const client = "--mode client --listen= --from http://127.0.0.1:1 "
+	const load = "--mode load --keys keys --to https://127.0.0.1:1 "
 	const pusher = client + "--token-file good.token "
 	for _, row := range []struct {
 		args         string // separated by spaces; DIR is the directory of the test
@@ -81,7 +82,7 @@ func TestMistakes(t *testing.T) {
 		{"--keys keys", 2, "--mode is missing", "Usage: telemeter --mode MODE"},
 		{"--keys keys --mode", 2, "--mode is missing", "Usage: telemeter --mode MODE"},
 		{"--mode sever", 2, `unknown mode "sever"`, "did you mean --mode server?"},
-		{"--mode relay", 2, `unknown mode "relay"`, "The modes are client, keygen, server, token, version"},
+		{"--mode relay", 2, `unknown mode "relay"`, "The modes are client, keygen, load, server, token, version"},
 		{"klient --from x", 2, `unknown mode "klient"`, "did you mean --mode client?"},
 		{"server --keys keys --allow {a=\"it's\"}", 2, "the mode is the value of the flag --mode", `  telemeter --mode server --keys keys --allow '{a="it'\''s"}'` + "\n"},
 		{"--client --once", 2, "the mode is the value of the flag --mode", "  telemeter --mode client --once\n"},
@@ -95,7 +96,7 @@ func TestMistakes(t *testing.T) {
 		{keyedServer + "--listen-intern :1", 2, "unknown flag --listen-intern", "did you mean --listen-internal?"},
 		{keyedServer + "--spool-dir x", 2, "unknown flag --spool-dir", "it is a flag of --mode client, not of --mode server"},
 		{pusher + "--storage-dir x", 2, "unknown flag --storage-dir", "it is a flag of --mode server"},
-		{pusher + "--keys keys", 2, "unknown flag --keys", "it is a flag of --mode keygen and --mode server and --mode token, not of --mode client"},
+		{pusher + "--keys keys", 2, "unknown flag --keys", "it is a flag of --mode keygen and --mode load and --mode server and --mode token, not of --mode client"},
 		{"--mode token --keys keys --id a --host hub", 2, "unknown flag --host", "it is a flag of --mode keygen"},
 		{server + "--keys", 2, "--keys needs a value", "write --keys DIR"},
 		{server + "--keys --storage-dir x", 2, "--keys needs a value", "write --keys DIR"},
@@ -136,6 +137,21 @@ func TestMistakes(t *testing.T) {
 		{"--mode keygen --rotate tls2", 2, "--rotate", "must be"},
 		{"--mode token --keys keys", 2, "--id ID is missing", "name the site"},
 		{"--mode token --keys keys --inspect good.token --id a", 2, "--inspect can be combined only with", "remove the other flags"},
+
+		// Load.
+		{"--mode load", 2, "--keys DIR is missing", "or add --token-file FILE to push as one site"},
+		{"--mode load --keys keys", 2, "--to URL is missing", "such as --to https://hub.example:9003"},
+		{load + "--token-file good.token", 2, "--keys and --token-file exclude each other", "choose one"},
+		{"--mode load --token-file good.token --sites 2", 2, "--sites and --prefix have no effect with --token-file", "remove them, or use --keys"},
+		{load + "--prefix a/b", 2, `--prefix: "a/b" is not the beginning of a cluster ID`, "use letters, digits"},
+		{load + "--format json", 2, `--format: "json" is unknown`, "use text or protobuf"},
+		{load + "--encoding zstd", 2, `--encoding: "zstd" is unknown`, "use gzip, snappy or identity"},
+		{load + "--to-crt keys/tls.crt", 2, "--to-crt", "must be given together"},
+		{load + "--in-flight 5000", 2, "--in-flight must be", "at most 4096"},
+		{"--mode load --keys keys --to http://192.0.2.1:9003", 2, "over plain HTTP", "use https://, or add --plain-http"},
+		{"--mode load --keys none --to https://127.0.0.1:1", 1, "--keys none: ", "correct --keys"},
+		{"--mode load --token-file nourl.token", 2, "the token names no server", "pass --to https://HUB:9003"},
+		{load + "--to-ca-file garbage", 1, "--to-ca-file garbage contains no PEM certificate", "-----BEGIN CERTIFICATE-----"},
 
 		// URLs.
 		{pusher + "--from localhost:9090", 2, `--from: "localhost:9090"`, "http:// or https://"},

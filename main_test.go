@@ -40,10 +40,13 @@ const (
 )
 
 // TestMain runs telemeter if the environment variable asTelemeter is set, an attacker of TestHostile
-// if asAttacker is set, and the tests otherwise.
+// if asAttacker is set, a yardstick of TestSpeed if asYardstick is set, and the tests otherwise.
 func TestMain(m *testing.M) {
 	if os.Getenv(asAttacker) != "" {
 		os.Exit(runAttacker(os.Stdin, os.Stdout))
+	}
+	if os.Getenv(asYardstick) != "" {
+		os.Exit(runYardstick(os.Args[1:], os.Stdin, os.Stdout))
 	}
 	if os.Getenv(asTelemeter) != "" {
 		ahead, _ := time.ParseDuration(os.Getenv(clockAhead))

@@ -46,7 +46,13 @@ func telemeterCommand(t *testing.T, dir string, args ...string) *exec.Cmd {
 // test.
 func start(t *testing.T, dir string, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, cmd: telemeterCommand(t, dir, args...)}
+	return startCommand(t, telemeterCommand(t, dir, args...))
+}
+
+// startCommand starts cmd. The process is killed at the end of the test.
+func startCommand(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{t: t, cmd: cmd}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -55,7 +61,7 @@ func start(t *testing.T, dir string, args ...string) *process {
 		p.cmd.Process.Kill()
 		p.cmd.Wait()
 		if t.Failed() {
-			t.Logf("%v said:\n%s", args, p.text())
+			t.Logf("%v said:\n%s", cmd.Args[1:], p.text())
 		}
 	})
 	return p
@@ -66,13 +72,19 @@ func start(t *testing.T, dir string, args ...string) *process {
 // if there is no match in time.
 func (p *process) await(pattern string) string {
 	p.t.Helper()
+	return p.awaitWithin(30*time.Second, pattern)
+}
+
+// awaitWithin does the same as await, with the time limit limit.
+func (p *process) awaitWithin(limit time.Duration, pattern string) string {
+	p.t.Helper()
 	re := regexp.MustCompile(pattern)
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
 		if m := re.FindStringSubmatch(p.text()); m != nil {
 			return m[len(m)-1]
 		}
 	}
-	p.t.Fatalf("no %q within 30 s in:\n%s", pattern, p.text())
+	p.t.Fatalf("no %q within %v in:\n%s", pattern, limit, p.text())
 	return ""
 }
 

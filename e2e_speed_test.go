@@ -1,0 +1,319 @@
+package main
+
+// TestSpeed measures how much a server and a client take, and prints the figures as a table. Each
+// figure that depends on the machine stands beside that of a yardstick, measured in turns on the
+// same machine. Without the flag -speed, TestSpeed only checks at a tiny size that the rig works. No
+// test compares a figure with a limit.
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var speedFlag = flag.String("speed", "", "run TestSpeed: full or short; or TestSpeedScale: scale, and after a colon the number of sites")
+
+// speedSizes has the sizes of TestSpeed by the value of -speed.
+var speedSizes = map[string]speedSize{
+	"": {
+		runs: 1, series: 20, sites: 4, pushes: 2, newSites: 3, scrapeSamples: 60, scrapeSites: []int{3}, memorySites: 2, startSites: 3,
+		idle: 10 * time.Millisecond, latency: 100 * time.Millisecond, latencySites: 5, latencyPushes: 100, clientSeries: 100,
+	},
+	"short": {
+		runs: 3, series: 225, sites: 200, pushes: 3, newSites: 100, scrapeSamples: 50_000, scrapeSites: []int{1000}, memorySites: 300, startSites: 500,
+		idle: 3 * time.Second, latency: 2 * time.Second, latencySites: 200, latencyPushes: 100, clientSeries: 20_000,
+	},
+	"full": {
+		runs: 5, series: 225, sites: 300, pushes: 6, newSites: 300, scrapeSamples: 232_000, scrapeSites: []int{1000, 10_000}, memorySites: 2000, startSites: 10_000,
+		idle: time.Minute, latency: 5 * time.Second, latencySites: 300, latencyPushes: 200, clientSeries: 100_000,
+	},
+}
+
+// The rig measures every figure, and no push or scrape fails. With -speed, the table is printed.
+func TestSpeed(t *testing.T) {
+	size, ok := speedSizes[*speedFlag]
+	if !ok {
+		t.Skip("-speed " + *speedFlag + " is another test")
+	}
+	r := newSpeedRig(t, size)
+	machine := describeMachine()
+	r.measurePushes()
+	r.measureNewSites()
+	for _, sites := range r.scrapeSites {
+		r.measureScrapes(sites)
+	}
+	r.measureMemory()
+	r.measureStartAndIdle()
+	r.measureClient()
+	if want := 22 + 4*len(r.scrapeSites); len(r.rows) < want { // one row more where there is /proc
+		t.Errorf("the table has %d rows, want at least %d", len(r.rows), want)
+	}
+	for _, row := range r.rows {
+		if strings.Contains(fmt.Sprint(row), "NaN") || strings.Contains(fmt.Sprint(row), "Inf") {
+			t.Errorf("a figure is missing: %+v", row)
+		}
+	}
+	if *speedFlag != "" {
+		fmt.Printf("%s at the beginning, %s at the end\n\n%s", machine, loadAverage(), r.table())
+	}
+}
+
+// speedPushes has the kinds of pushes that TestSpeed measures.
+var speedPushes = []struct {
+	what      string
+	yardstick string
+	flushed   bool // the pushes do not name their scrapes, so the server syncs each to disk
+	format    string
+	encoding  string
+	goal      string
+}{
+	{"protobuf", yardstickWrite, false, LoadProtobuf, LoadIdentity, "≥ 0.5"},
+	{"protobuf, snappy", yardstickWrite, false, LoadProtobuf, LoadSnappy, "≥ 0.5"},
+	{"protobuf, gzip", yardstickWrite, false, LoadProtobuf, LoadGzip, "≥ 0.5"},
+	{"text", yardstickWrite, false, LoadText, LoadIdentity, "≥ 0.5"},
+	{"text, gzip, as clients push", yardstickWrite, false, LoadText, LoadGzip, "≥ 0.5"},
+	{"protobuf, synced to disk", yardstickSync, true, LoadProtobuf, LoadIdentity, "≥ 0.5"},
+}
+
+// measurePushes measures pushes of series that the server knows.
+func (r *speedRig) measurePushes() {
+	var proto, text []float64
+	for _, inFlight := range []int{64, 4} {
+		for i, c := range speedPushes {
+			server, yardstick := r.startSpeedServer(r.TempDir()), r.startYardstick(c.yardstick, "")
+			configure := func(p *speedProcess) LoadConfig {
+				cfg := r.load("known", r.sites, p)
+				cfg.Format, cfg.Encoding, cfg.InFlight, cfg.Pushes = c.format, c.encoding, inFlight, r.pushes
+				if c.flushed {
+					cfg.FirstSpoolID = 0
+				}
+				return cfg
+			}
+			both := [2]*speedProcess{yardstick, server}
+			cfgs := [2]LoadConfig{configure(yardstick), configure(server)}
+			var figures [2][]float64
+			for run := range r.runs + 1 {
+				for j, p := range both {
+					var report LoadReport
+					cpu := p.cpuSeconds(func() { report = r.mustPush(cfgs[j]) })
+					if run > 0 { // the first run makes the series known
+						figures[j] = append(figures[j], float64(report.Samples)/cpu)
+					}
+				}
+			}
+			r.stop(both[:]...)
+			r.add(fmt.Sprintf("samples per CPU second: %s, %d in flight", c.what, inFlight), figures[0], figures[1], formatCount, c.goal)
+			if i == 0 {
+				proto = figures[1]
+			}
+			if c.format == LoadText && c.encoding == LoadIdentity {
+				text = figures[1]
+			}
+		}
+		r.add(fmt.Sprintf("samples per CPU second: text, compared with protobuf, %d in flight", inFlight), proto, text, formatCount, "≥ 0.8")
+	}
+}
+
+// measureNewSites measures the first push of sites.
+func (r *speedRig) measureNewSites() {
+	server, yardstick := r.startSpeedServer(r.TempDir()), r.startYardstick(yardstickWrite, "")
+	var figures [2][]float64
+	for run := range r.runs {
+		for j, p := range []*speedProcess{yardstick, server} {
+			cfg := r.load(fmt.Sprint("new", run), r.newSites, p)
+			var report LoadReport
+			cpu := p.cpuSeconds(func() { report = r.mustPush(cfg) })
+			figures[j] = append(figures[j], float64(report.Samples)/cpu)
+		}
+	}
+	r.stop(server, yardstick)
+	r.add("samples per CPU second: first push of a site, protobuf, 64 in flight", figures[0], figures[1], formatCount, "320,000")
+}
+
+// measureScrapes measures scrapes of the given number of sites, and then pushes that arrive while
+// the server is scraped.
+func (r *speedRig) measureScrapes(sites int) {
+	server := r.startSpeedServer(r.TempDir())
+	cfg := r.load("scraped", sites, server)
+	cfg.Series = r.scrapeSamples / sites
+	r.mustPush(cfg)
+	scraper := r.newScraper()
+	answer, lines, _, _ := r.scrape(scraper, server, "", true)
+	if samples := sites * cfg.Series; lines < samples {
+		r.Fatalf("the scrape has %d lines, fewer than the %d samples", lines, samples)
+	}
+	stored := filepath.Join(r.TempDir(), "answer")
+	if err := os.WriteFile(stored, answer, 0o600); err != nil {
+		r.Fatal(err)
+	}
+	answer = nil
+	yardstick := r.startYardstick(yardstickServe, stored)
+	var cpu, whole, first [2][]float64
+	for run := range r.runs + 1 {
+		for j, p := range []*speedProcess{yardstick, server} {
+			var firstByte, lastByte time.Duration
+			used := p.cpuSeconds(func() { _, _, firstByte, lastByte = r.scrape(scraper, p, "", false) })
+			if run > 0 {
+				cpu[j], whole[j], first[j] = append(cpu[j], used), append(whole[j], lastByte.Seconds()), append(first[j], firstByte.Seconds())
+			}
+		}
+	}
+	what := fmt.Sprintf("scrape of %s samples of %s sites", formatCount(float64(sites*cfg.Series)), formatCount(float64(sites)))
+	r.add(what+": CPU time", cpu[0], cpu[1], formatMilliseconds, "≤ 1.6")
+	r.add(what+": time", whole[0], whole[1], formatMilliseconds, "≤ 1.6")
+	r.add(what+": time to the first byte", first[0], first[1], formatMilliseconds, "≤ 3")
+	r.stop(yardstick)
+	r.measureLatency(server, scraper, sites)
+	r.stop(server)
+}
+
+// measureLatency measures pushes to a server, without scrapes and with scrapes of a consumer that
+// follow each other without a pause.
+func (r *speedRig) measureLatency(server *speedProcess, scraper *http.Client, sites int) {
+	cfg := r.load("timed", r.latencySites, server)
+	r.mustPush(cfg)
+	cfg.Pushes, cfg.Duration = 0, r.latency
+	cfg.Interval = time.Duration(r.latencySites) * time.Second / time.Duration(r.latencyPushes)
+	var p99 [2][]float64
+	scrapes := 0
+	for range r.runs {
+		for j := range 2 {
+			var ended atomic.Bool
+			done := make(chan int, 1)
+			go func() {
+				n := 0
+				for ; j == 1 && !ended.Load(); n++ {
+					if !readsAnswer(scraper, server.internal+"/federate?consumer=speed") {
+						n = -1
+						break
+					}
+				}
+				done <- n
+			}()
+			report := r.mustPush(cfg)
+			ended.Store(true)
+			n := <-done
+			if n < 0 {
+				r.Fatal("a scrape failed")
+			}
+			scrapes += n
+			p99[j] = append(p99[j], report.Latency.Quantile(0.99).Seconds())
+		}
+	}
+	what := fmt.Sprintf("p99 of %d pushes a second: without scrapes, and while %s sites are scraped (%d times)", r.latencyPushes, formatCount(float64(sites+r.latencySites)), scrapes)
+	r.add(what, p99[0], p99[1], formatMilliseconds, "≤ 2")
+}
+
+// readsAnswer reads an answer of url to its end, and reports whether it succeeded.
+func readsAnswer(client *http.Client, url string) bool {
+	resp, err := client.Get(url)
+	if err != nil {
+		return false
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err == nil && resp.StatusCode == http.StatusOK
+}
+
+// measureMemory measures the resident memory of a server for each series that it holds.
+func (r *speedRig) measureMemory() {
+	server := r.startSpeedServer(r.TempDir())
+	cfg := r.load("memory", r.memorySites, server)
+	pushed := 0
+	for _, c := range []struct {
+		pushes int
+		goal   string
+	}{{3, "≤ 450"}, {13, "≤ 550"}} {
+		cfg.Pushes = c.pushes - pushed
+		pushed = c.pushes
+		r.mustPush(cfg)
+		r.add(fmt.Sprintf("bytes of memory for a held series of %s sites, after %d pushes", formatCount(float64(r.memorySites)), c.pushes),
+			nil, []float64{server.metric("process_resident_memory_bytes") / float64(r.memorySites*r.series)}, formatCount, c.goal)
+	}
+	r.stop(server)
+}
+
+// measureStartAndIdle measures the start of a server that holds three pushes of each site, and what it
+// uses when nothing is asked of it.
+func (r *speedRig) measureStartAndIdle() {
+	storage := r.TempDir()
+	server := r.startSpeedServer(storage)
+	cfg := r.load("kept", r.startSites, server)
+	cfg.Pushes = 3
+	r.mustPush(cfg)
+	r.stop(server)
+	begin := time.Now()
+	server = r.startSpeedServer(storage)
+	eventuallyWithin(r.T, 5*time.Minute, 5*time.Millisecond, "the server is ready", func() bool {
+		return readsAnswer(http.DefaultClient, server.external+"/healthz/ready")
+	})
+	took, cpu := time.Since(begin), server.metric("process_cpu_seconds_total")
+	what := fmt.Sprintf("%s sites with %d series each: ", formatCount(float64(r.startSites)), r.series)
+	r.add(what+"CPU time of a start", nil, []float64{cpu}, formatSeconds, "≤ 4 s")
+	r.add(what+"time of a start", nil, []float64{took.Seconds()}, formatSeconds, "")
+	r.add(what+"bytes of memory for a held series after the start", nil, []float64{server.metric("process_resident_memory_bytes") / float64(r.startSites*r.series)}, formatCount, "≤ 450")
+	r.scrape(r.newScraper(), server, "?consumer=speed", false) // the server then has the cursors of a consumer to keep
+	idle := server.cpuSeconds(func() { Sleep(r.Context(), r.idle, nil) })
+	r.add(what+"part of a core that an idle server uses", nil, []float64{idle / r.idle.Seconds()}, func(v float64) string { return fmt.Sprintf("%.2f %%", v*100) }, "≤ 0.5 %")
+	r.stop(server)
+}
+
+// measureClient measures a client that scrapes a large source once, and pushes the scrape.
+func (r *speedRig) measureClient() {
+	server := r.startSpeedServer(r.TempDir(), "--limit-series", "1000000")
+	bodies := newLoadBodies(r.clientSeries, LoadText, LoadIdentity)
+	source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+		w.Write(bodies.next(time.Now().UnixMilli()))
+	}))
+	defer source.Close()
+	writeIn(r.T, r.dir, "client.token", mustTool(r.T, r.dir, "--mode", "token", "--keys", "keys", "--id", "client", "--to", server.external))
+	var cpu, memory []float64
+	for run := range r.runs {
+		p := startCommand(r.T, r.command("--mode", "client", "--from", source.URL+"/metrics", "--token-file", "client.token", "--spool-dir", fmt.Sprint("spool", run), "--listen", "127.0.0.1:0"))
+		client := &speedProcess{process: p, internal: "http://" + p.await(`msg=listening address=(\S+)`)}
+		p.awaitWithin(5*time.Minute, "msg=pushed")
+		cpu = append(cpu, client.metric("process_cpu_seconds_total"))
+		if mib := peakMemory(p.cmd.Process.Pid); mib > 0 {
+			memory = append(memory, mib)
+		}
+		r.stop(client)
+	}
+	what := fmt.Sprintf("a client scrapes and pushes %s series: ", formatCount(float64(r.clientSeries)))
+	r.add(what+"CPU time", nil, cpu, formatSeconds, "≤ 0.8 s")
+	if len(memory) > 0 {
+		r.add(what+"peak memory in MiB", nil, memory, formatCount, "≤ 95")
+	}
+	r.stop(server)
+}
+
+// peakMemory returns the most resident memory, in MiB, that a process has had. It returns 0 where
+// there is no /proc. It does not use getrusage, which counts the memory of the parent before exec.
+func peakMemory(pid int) (mib float64) {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if m := regexp.MustCompile(`(?m)^VmHWM:\s*(\d+) kB$`).FindSubmatch(text); m != nil {
+		kib, _ := strconv.ParseFloat(string(m[1]), 64)
+		mib = kib / 1024
+	}
+	return mib
+}
+
+// stop ends processes, so that they do not disturb the next figures.
+func (r *speedRig) stop(processes ...*speedProcess) {
+	r.Helper()
+	for _, p := range processes {
+		p.cmd.Process.Signal(syscall.SIGINT)
+		p.cmd.Wait() // a yardstick has no orderly end
+	}
+}
