@@ -116,15 +116,22 @@ func (t *connTable) protect(c *connEntry, sender string, now time.Time) {
 	if sender == "" {
 		sender = c.addr.String()
 	}
-	p.senders++ // before an old entry is forgotten, so that p is not forgotten in between
-	t.update(p)
 	used := t.senders[sender]
-	if old := slices.IndexFunc(used, func(e *list.Element) bool { return e.Value.(*senderAddr).peer == p }); old >= 0 {
-		t.forget(used[old])
-	} else if len(used) == addrsPerSender {
-		t.forget(used[0])
+	if i := slices.IndexFunc(used, func(e *list.Element) bool { return e.Value.(*senderAddr).peer == p }); i >= 0 {
+		known := used[i]
+		known.Value.(*senderAddr).at = now
+		t.remembered.MoveToBack(known)
+		copy(used[i:], used[i+1:])
+		used[len(used)-1] = known
+		t.update(p)
+	} else {
+		p.senders++ // before an old entry is forgotten, so that p is not forgotten in between
+		t.update(p)
+		if len(used) == addrsPerSender {
+			t.forget(used[0])
+		}
+		t.senders[sender] = append(t.senders[sender], t.remembered.PushBack(&senderAddr{sender, p, now}))
 	}
-	t.senders[sender] = append(t.senders[sender], t.remembered.PushBack(&senderAddr{sender, p, now}))
 	for { // ends at the latest at the new element
 		first := t.remembered.Front()
 		if t.remembered.Len() <= maxRemembered && now.Sub(first.Value.(*senderAddr).at) <= knownFor {

@@ -6,6 +6,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -328,5 +329,24 @@ func BenchmarkVictim(b *testing.B) {
 				table.add(&connEntry{addr: netip.AddrFrom4([4]byte{10, byte(h >> 16), byte(h >> 8), byte(h)})})
 			}
 		})
+	}
+}
+
+// A listener forgets an address knownFor after the newest request of its sender, not after the first.
+func TestRememberedAddressRenewed(t *testing.T) {
+	table := newConnTable(1)
+	begin := time.Unix(1e9, 0)
+	authenticate := func(host byte, after time.Duration) {
+		c := &connEntry{addr: netip.AddrFrom4([4]byte{10, 0, 0, host})}
+		table.add(c)
+		table.protect(c, fmt.Sprint("site-", host), begin.Add(after))
+		table.remove(c)
+	}
+	authenticate(1, 0)
+	authenticate(2, time.Hour)
+	authenticate(1, 2*time.Hour)
+	authenticate(3, knownFor+90*time.Minute)
+	if table.senders["site-1"] == nil || table.senders["site-2"] != nil || table.senders["site-3"] == nil || len(table.peers) != 2 {
+		t.Errorf("remembered: %v, want site-1, which came again, and site-3", slices.Sorted(maps.Keys(table.senders)))
 	}
 }

@@ -7,6 +7,7 @@ package main
 // client or the server knows. All lists are limited. Pure: no I/O, no clock.
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -82,11 +83,17 @@ type ConsumerAge struct {
 // down, an age that a client and servers report to each other more than once a second would never
 // grow.
 func FormatConsumers(all []ConsumerAge) string {
-	var parts []string
-	for _, c := range all {
-		parts = append(parts, fmt.Sprintf("%016x:%d", c.Key, int64((c.Age+time.Second-1)/time.Second)))
+	var b []byte
+	for i, c := range all {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		for shift := 60; shift >= 0; shift -= 4 {
+			b = append(b, "0123456789abcdef"[c.Key>>shift&15])
+		}
+		b = strconv.AppendInt(append(b, ':'), int64((c.Age+time.Second-1)/time.Second), 10)
 	}
-	return strings.Join(parts, ",")
+	return string(b)
 }
 
 // ParseConsumers parses consumers in the format of FormatConsumers. It returns an error for more
@@ -145,4 +152,62 @@ type PushAnswer struct {
 	// OtherSpoolTime is when the server last accepted a push of this site that names another spool,
 	// in ms since the epoch. It is 0 if the server holds no sample of such a push.
 	OtherSpoolTime int64 `json:"otherSpoolTime,omitempty"`
+}
+
+// AppendJSON appends the answer in the form of json.Marshal, which takes several times as long. A
+// server encodes one answer for each push.
+func (a *PushAnswer) AppendJSON(b []byte) []byte {
+	b = append(b, `{"accepted":`...)
+	if a.Accepted == nil {
+		b = append(b, "null"...)
+	} else {
+		b = strconv.AppendInt(b, int64(*a.Accepted), 10)
+	}
+	b = strconv.AppendInt(append(b, `,"duplicates":`...), int64(a.Duplicates), 10)
+	b = appendJSONCounts(append(b, `,"dropped":`...), a.Dropped)
+	if len(a.Skipped) > 0 {
+		b = appendJSONCounts(append(b, `,"skipped":`...), a.Skipped)
+	}
+	if a.Hint != "" {
+		b = appendJSONString(append(b, `,"hint":`...), a.Hint)
+	}
+	b = appendJSONString(append(b, `,"server":`...), a.Server)
+	b = strconv.AppendInt(append(b, `,"time":`...), a.Time, 10)
+	if a.Held != nil {
+		b = appendJSONString(append(b, `,"held":`...), *a.Held)
+	}
+	if a.Read != nil {
+		b = appendJSONString(append(b, `,"read":`...), *a.Read)
+	}
+	if a.Consumers != "" {
+		b = appendJSONString(append(b, `,"consumers":`...), a.Consumers)
+	}
+	if a.OtherSpoolTime != 0 {
+		b = strconv.AppendInt(append(b, `,"otherSpoolTime":`...), a.OtherSpoolTime, 10)
+	}
+	return append(b, '}')
+}
+
+// appendJSONCounts appends counts as a JSON object, sorted by key.
+func appendJSONCounts(b []byte, counts map[string]int) []byte {
+	if len(counts) > 0 { // only few answers have such counts
+		text, _ := json.Marshal(counts) // cannot fail for a map of numbers
+		return append(b, text...)
+	}
+	if counts == nil {
+		return append(b, "null"...)
+	}
+	return append(b, "{}"...)
+}
+
+// appendJSONString appends text as a JSON string. Like json.Marshal, it escapes what HTML needs
+// escaped, and replaces invalid UTF-8.
+func appendJSONString(b []byte, text string) []byte {
+	for i := range len(text) {
+		if c := text[i]; c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
+			escaped, _ := json.Marshal(text) // cannot fail for a string
+			return append(b, escaped...)
+		}
+	}
+	return append(append(append(b, '"'), text...), '"')
 }

@@ -39,10 +39,14 @@ func (r Ranges) Has(number uint64) bool {
 	return i < len(r) && r[i].From <= number
 }
 
-// Covers reports whether all numbers of a are in r.
-func (r Ranges) Covers(a Range) bool {
-	i, _ := slices.BinarySearchFunc(r, a.From, func(b Range, n uint64) int { return cmp.Compare(b.To, n) })
-	return i < len(r) && r[i].From <= a.From && r[i].To >= a.To
+// EndOfRangeWith returns the last number of the range that contains number, or 0 if number is not in
+// r.
+func (r Ranges) EndOfRangeWith(number uint64) uint64 {
+	i, _ := slices.BinarySearchFunc(r, number, func(a Range, n uint64) int { return cmp.Compare(a.To, n) })
+	if i == len(r) || r[i].From > number {
+		return 0
+	}
+	return r[i].To
 }
 
 // AddAll returns the union of r and o, limited to MaxRanges ranges as in Add. It may change r.
@@ -56,15 +60,18 @@ func (r Ranges) AddAll(o Ranges) Ranges {
 // Without returns the numbers of r that are not in o, as a new set.
 func (r Ranges) Without(o Ranges) (left Ranges) {
 	for _, a := range r {
+		for len(o) > 0 && o[0].To < a.From {
+			o = o[1:]
+		}
 		from := a.From
-		for _, b := range o {
-			if b.To < from || b.From > a.To {
-				continue
+		for len(o) > 0 && o[0].From <= a.To {
+			if o[0].From > from {
+				left = append(left, Range{from, o[0].From - 1})
 			}
-			if b.From > from {
-				left = append(left, Range{from, b.From - 1})
+			if from = o[0].To + 1; from > a.To {
+				break // o[0] may have numbers of the next range of r, too
 			}
-			from = b.To + 1
+			o = o[1:]
 		}
 		if from <= a.To {
 			left = append(left, Range{from, a.To})

@@ -26,14 +26,14 @@ func TestRangesAreASet(t *testing.T) {
 				t.Fatalf("seed %d: Has(%d) is %v, want %v; ranges %v", seed, n, r.Has(n), set[n], r)
 			}
 		}
-		from := 1 + rng.Uint64N(60)
-		a := Range{from, from + rng.Uint64N(4)}
-		all := true
-		for n := a.From; n <= a.To; n++ {
-			all = all && set[n]
-		}
-		if r.Covers(a) != all {
-			t.Fatalf("seed %d: Covers(%v) is %v; ranges %v", seed, a, !all, r)
+		for n := range uint64(80) {
+			end := uint64(0)
+			for last := n; set[last]; last++ {
+				end = last
+			}
+			if r.EndOfRangeWith(n) != end {
+				t.Fatalf("seed %d: EndOfRangeWith(%d) is %d, want %d; ranges %v", seed, n, r.EndOfRangeWith(n), end, r)
+			}
 		}
 		var o Ranges
 		for range 10 {

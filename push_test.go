@@ -1,11 +1,45 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
+	oldrand "math/rand"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"testing/quick"
 	"time"
 )
+
+// AppendJSON writes what json.Marshal writes, for random answers and for texts that need escaping.
+func TestPushAnswerJSON(t *testing.T) {
+	same := func(a PushAnswer) {
+		t.Helper()
+		want, err := json.Marshal(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := a.AppendJSON([]byte("x")); !bytes.Equal(got[1:], want) || got[0] != 'x' {
+			t.Errorf("got\n%s, want\n%s", got, want)
+		}
+	}
+	same(PushAnswer{})
+	accepted, held, read := 230, "118-121,130", ""
+	same(PushAnswer{Accepted: &accepted, Dropped: map[string]int{}, Skipped: map[string]int{}, Server: "s1", Time: 1, Held: &held, Read: &read, Consumers: "0000000000000001:7"})
+	same(PushAnswer{Dropped: map[string]int{"b": 1, "a": 2}, Skipped: map[string]int{"<": -1}})
+	for c := range rune(0x100) {
+		same(PushAnswer{Server: "a" + string(c) + "b", Hint: "a" + string([]byte{byte(c)})})
+	}
+	same(PushAnswer{Server: "\u2028"})
+	for seed := range testSeeds(t, 300) {
+		a, ok := quick.Value(reflect.TypeFor[PushAnswer](), oldrand.New(oldrand.NewSource(int64(seed))))
+		if !ok {
+			t.Fatalf("seed %d: no random answer", seed)
+		}
+		same(a.Interface().(PushAnswer))
+	}
+}
 
 // Parsing a formatted header of a push gives the same values. Malformed values are refused, and so
 // are lists that are too long.

@@ -123,13 +123,20 @@ func (n *ServerNormalizer) NewUse() NormalizerUse {
 // precedence over the token's label, and the token's label has precedence over the operator's
 // label, because the token is specific to the site.
 func (n *ServerNormalizer) ForcedLabels(clusterID string, tokenLabels map[string]string) []Label {
-	m := map[string]string{}
-	for _, l := range n.Labels {
-		m[string(l.Name)] = string(l.Value)
+	forced := make([]Label, 0, 1+len(tokenLabels)+len(n.Labels))
+	forced = append(forced, Label{[]byte(ClusterLabel), []byte(clusterID)})
+	for name, value := range tokenLabels {
+		if name != ClusterLabel {
+			forced = append(forced, Label{[]byte(name), []byte(value)})
+		}
 	}
-	maps.Copy(m, tokenLabels)
-	m[ClusterLabel] = clusterID
-	return sortedLabels(m)
+	for _, l := range n.Labels {
+		if _, ofToken := tokenLabels[string(l.Name)]; !ofToken && string(l.Name) != ClusterLabel {
+			forced = append(forced, l)
+		}
+	}
+	slices.SortFunc(forced, func(a, b Label) int { return bytes.Compare(a.Name, b.Name) })
+	return forced
 }
 
 // Normalize brings r into the form in which the server stores it. If the sample must be dropped,

@@ -59,6 +59,8 @@ type ReloadableServerConfig struct {
 	Revoked       RevokedIDs
 	Normalizer    *ServerNormalizer
 	FederateToken string // bearer token that requests to the internal listener must send, except health checks; "" = no token is needed
+
+	verifier *TokenVerifier // of Keys; Reload makes a new one, so that a token that only old keys signed is not accepted
 }
 
 // Server answers clients, scrapers and other members. It is safe for concurrent use.
@@ -94,7 +96,7 @@ func NewServer(cfg ServerConfig) *Server {
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
-	s.state.Store(&ReloadableServerConfig{Normalizer: &ServerNormalizer{}})
+	s.Reload(ReloadableServerConfig{Normalizer: &ServerNormalizer{}})
 	s.issued.Store(&IssuedTokens{})
 	m.OnCollect(storeCollector(m, cfg.Store))
 	if cfg.Member != nil {
@@ -178,7 +180,10 @@ func storeCollector(m *Metrics, store *Store) func() {
 
 // Reload replaces the keys, the revoked IDs, the normalizer's rules and the federate token, all at
 // once.
-func (s *Server) Reload(st ReloadableServerConfig) { s.state.Store(&st) }
+func (s *Server) Reload(st ReloadableServerConfig) {
+	st.verifier = NewTokenVerifier(st.Keys)
+	s.state.Store(&st)
+}
 
 // SetReady makes the server ready, or makes it not ready because it stops. While it is not ready,
 // /healthz/ready answers 503 and pushes are refused. A new Server is not ready because it starts.

@@ -54,8 +54,11 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 		return t, false
 	}
 	st := s.state.Load()
-	t, err := st.Keys.Verify(text, s.cfg.Now())
-	id := r.URL.Query().Get("id")
+	t, err := st.verifier.Verify(text, s.cfg.Now())
+	id := ""
+	if r.URL.RawQuery != "" {
+		id = r.URL.Query().Get("id")
+	}
 	reason := ""
 	switch {
 	case errors.Is(err, ErrTokenExpired):

@@ -191,6 +191,44 @@ func TestAuthorizeAfterKeyRotation(t *testing.T) {
 	}
 }
 
+// A token that the server has accepted before is refused once it has expired, it or its cluster ID is
+// revoked, or the key that signed it is removed.
+func TestAcceptedTokenIsRefusedLater(t *testing.T) {
+	revoke := func(id string) func(*srvRig, *ReloadableServerConfig) {
+		return func(r *srvRig, st *ReloadableServerConfig) {
+			revoked, err := ParseRevokedIDs([]byte(id))
+			if err != nil {
+				r.t.Fatal(err)
+			}
+			st.Revoked = revoked
+		}
+	}
+	for name, change := range map[string]func(*srvRig, *ReloadableServerConfig){
+		"expired":            func(r *srvRig, _ *ReloadableServerConfig) { r.clock.Store(int64(time.Hour)) },
+		"token ID revoked":   revoke(strings.Repeat("cd", 16)),
+		"cluster ID revoked": revoke("site-a"),
+		"key removed":        func(r *srvRig, st *ReloadableServerConfig) { st.Keys = testKeys(r.t, 2) },
+	} {
+		r := newSrvRig(t)
+		for _, kind := range []string{KindClient, KindUpload} {
+			token := r.token(kind, "site-a", func(tok *Token) {
+				tok.ID, tok.Expires = strings.Repeat("cd", 16), testNow.Add(time.Hour).Unix()
+			})
+			r.reload(func(*ReloadableServerConfig) {})
+			r.clock.Store(0)
+			for range 2 {
+				if got := r.upload(token, []byte("up 1\n")); got.status != 200 {
+					t.Fatalf("%s, token of kind %s: first answered %d %s", name, kind, got.status, got.body)
+				}
+			}
+			r.reload(func(st *ReloadableServerConfig) { change(r, st) })
+			if got := r.upload(token, []byte("up 1\n")); got.status != 401 {
+				t.Errorf("%s, token of kind %s: answered %d %s, want 401", name, kind, got.status, got.body)
+			}
+		}
+	}
+}
+
 // If a site pushes with a client token that never expires, the server no longer shows the expiry of
 // the site's earlier client token.
 func TestExpiryEnds(t *testing.T) {

@@ -22,8 +22,12 @@ func (s semaphore) TryAcquire() bool {
 	}
 }
 
-// Acquire waits for a free slot and takes it. It returns ctx.Err() if ctx ends first.
+// Acquire waits for a free slot and takes it. It returns ctx.Err() if ctx ends first. It uses ctx only
+// if it has to wait.
 func (s semaphore) Acquire(ctx context.Context) error {
+	if s.TryAcquire() { // never before a goroutine that waits, because Release gives it the slot
+		return nil
+	}
 	select {
 	case s <- struct{}{}:
 		return nil

@@ -8,7 +8,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -46,6 +45,32 @@ const (
 // The alert TelemeterSamplesDropped in testdata/alerts.yml fires only for those reasons that an
 // operator has to look into.
 var serverDropReasons = [...]string{DropNotAllowed, DropRequiredLabel, DropInvalid, dropConflict, dropTooOld, dropFuture, dropSeriesLimit}
+
+// dropCounts counts the dropped samples of one push by reason, in the order of serverDropReasons. It
+// is an array, because most pushes drop no sample.
+type dropCounts [len(serverDropReasons)]int
+
+// add counts n samples that are dropped for a reason, which must be one of serverDropReasons.
+func (c *dropCounts) add(reason string, n int) {
+	c[slices.Index(serverDropReasons[:], reason)] += n
+}
+
+// of returns the number of samples that are dropped for a reason, which must be one of
+// serverDropReasons.
+func (c *dropCounts) of(reason string) int {
+	return c[slices.Index(serverDropReasons[:], reason)]
+}
+
+// byReason returns the counts that are not 0.
+func (c *dropCounts) byReason() map[string]int {
+	counts := map[string]int{}
+	for i, n := range c {
+		if n > 0 {
+			counts[serverDropReasons[i]] = n
+		}
+	}
+	return counts
+}
 
 // uploadError is the error of a push that the server refuses. Its text goes to the client.
 type uploadError struct {
@@ -201,8 +226,8 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	}
 	// storeTimeout begins only after the body has been read, because over a slow link the body
 	// alone may take longer than storeTimeout.
-	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
-	defer cancel()
+	ctx := newLazyTimeout(r.Context(), storeTimeout)
+	defer ctx.stop()
 	if s.cfg.Forwarder != nil {
 		if resp := s.cfg.Forwarder.TryForward(ctx, push, *body); resp != nil {
 			return resp, nil
@@ -251,9 +276,9 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
-	defer cancel()
-	return s.decodeAndStorePush(ctx, push, params, body)
+	timeout := newLazyTimeout(ctx, storeTimeout)
+	defer timeout.stop()
+	return s.decodeAndStorePush(timeout, push, params, body)
 }
 
 // acquirePush lets a push of a site begin. It returns an error if this server is not ready, if the
@@ -355,31 +380,30 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 // reached the store were dropped because of their timestamps, if the operator's rules dropped all
 // samples, or if samples of new series were dropped because of the limit on series, the answer has a
 // hint. The cause is also logged, at most once in siteLogEvery for each site.
-func (s *Server) countAndAnswerAccepted(push *pushRequest, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) (*pushResponse, error) {
+func (s *Server) countAndAnswerAccepted(push *pushRequest, params pushParams, samples *SampleList, counts pushDropCounts, res AppendResult) *pushResponse {
 	clusterID, allUntimely := push.ClusterID, res.IsAllUntimely()
 	if res.FirstOfSite {
 		s.logFirstPush(push, res.Accepted)
 	}
 	res.Duplicates += counts.repeated
-	for reason, n := range map[string]int{dropConflict: res.Conflicts, dropTooOld: res.TooOld, dropFuture: res.Future, dropSeriesLimit: res.NoRoom} {
-		if n > 0 {
-			counts.dropped[reason] += n
-		}
-	}
+	counts.dropped.add(dropConflict, res.Conflicts)
+	counts.dropped.add(dropTooOld, res.TooOld)
+	counts.dropped.add(dropFuture, res.Future)
+	counts.dropped.add(dropSeriesLimit, res.NoRoom)
 	s.countAcceptedPush(counts, res)
 	now := s.cfg.Now()
 	answer := &PushAnswer{
-		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped, Skipped: counts.skipped,
+		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped.byReason(), Skipped: counts.skippedByKind(),
 		Server: s.cfg.Name, Time: now.UnixMilli(),
 	}
 	switch {
 	case allUntimely:
 		answer.Hint = untimelyHint(samples, res.TooOld, res.Future, s.cfg.Store.KeptSince(), now.UnixMilli())
 		s.logSite(slog.LevelWarn, clusterID, "all samples of a push were dropped because of their timestamps", "too_old", res.TooOld, "future", res.Future, "hint", answer.Hint)
-	case counts.received > 0 && counts.dropped[DropNotAllowed]+counts.dropped[DropRequiredLabel] == counts.received:
+	case counts.received > 0 && counts.dropped.of(DropNotAllowed)+counts.dropped.of(DropRequiredLabel) == counts.received:
 		answer.Hint = rulesHint
 		s.logSite(slog.LevelWarn, clusterID, "--allow or --required-label dropped all samples of a push: correct these flags, or what the site pushes",
-			"samples", counts.received, DropNotAllowed, counts.dropped[DropNotAllowed], DropRequiredLabel, counts.dropped[DropRequiredLabel])
+			"samples", counts.received, DropNotAllowed, counts.dropped.of(DropNotAllowed), DropRequiredLabel, counts.dropped.of(DropRequiredLabel))
 	case res.NoRoom > 0:
 		answer.Hint = seriesLimitHint
 		s.logSite(slog.LevelWarn, clusterID, "samples of new series were dropped, because the site has as many series as --limit-series allows", "dropped", res.NoRoom, "hint", answer.Hint)
@@ -392,11 +416,8 @@ func (s *Server) countAndAnswerAccepted(push *pushRequest, params pushParams, sa
 			answer.Read = &read
 		}
 	}
-	b, err := json.Marshal(answer)
-	if err != nil { // cannot happen, because an answer has only numbers and strings, which always encode as JSON
-		return nil, &uploadError{http.StatusInternalServerError, resultFailed, "the answer could not be encoded", 0}
-	}
-	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: append(b, '\n'), AllUntimely: allUntimely}, nil
+	body := append(answer.AppendJSON(make([]byte, 0, 256)), '\n')
+	return &pushResponse{Status: http.StatusOK, Result: resultAccepted, Body: body, AllUntimely: allUntimely}
 }
 
 // logFirstPush logs that this server has stored the first push of a site. A server that joins a ring,
@@ -415,10 +436,12 @@ func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
 	}
 	s.acceptedTotal.Add(float64(res.Accepted))
 	s.duplicatesTotal.Add(float64(res.Duplicates))
-	for reason, n := range counts.dropped {
-		s.droppedTotal.Add(float64(n), reason)
+	for i, n := range counts.dropped {
+		if n > 0 {
+			s.droppedTotal.Add(float64(n), serverDropReasons[i])
+		}
 	}
-	for kind, n := range counts.skipped {
+	for kind, n := range counts.skippedByKind() {
 		s.skippedTotal.Add(float64(n), kind)
 	}
 }

@@ -131,7 +131,7 @@ func (s *Server) storeDecodedPush(ctx context.Context, push *pushRequest, params
 	if err != nil {
 		return nil, err
 	}
-	return s.countAndAnswerAccepted(push, params, &buf.samples, d, res)
+	return s.countAndAnswerAccepted(push, params, &buf.samples, d, res), nil
 }
 
 // decodeBuffers has the memory for decoding one push. A push keeps its buffers while it waits to be
@@ -147,11 +147,21 @@ type decodeBuffers struct {
 // pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
 // has the memory that the decoded push takes.
 type pushDropCounts struct {
-	received int            // samples in the push
-	repeated int            // samples dropped because the push has their series, time and value before
-	dropped  map[string]int // samples dropped, by reason
-	skipped  map[string]int // unsupported parts of samples that were dropped, such as exemplars, by kind
-	memory   int64          // bytes of its buffers that the decoded push fills
+	received int              // samples in the push
+	repeated int              // samples dropped because the push has their series, time and value before
+	dropped  dropCounts       // samples dropped, by reason
+	skipped  UnsupportedParts // parts of samples that were dropped, such as exemplars
+	memory   int64            // bytes of its buffers that the decoded push fills
+}
+
+// skippedByKind returns the counts of skipped parts that are not 0. It returns nil if there are none.
+func (c *pushDropCounts) skippedByKind() map[string]int {
+	if c.skipped == (UnsupportedParts{}) {
+		return nil
+	}
+	counts := c.skipped.ByKind()
+	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
+	return counts
 }
 
 // decompressAndDecode decompresses, decodes and normalizes the body of a push into buf.samples. A
@@ -191,7 +201,7 @@ func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format
 	s.samplesTotal.Add(float64(n.received))
 	s.ruleWatch.finishPush(n.rules, n.use, n.received)
 	return pushDropCounts{
-		received: n.received, repeated: n.repeated, dropped: n.dropped, skipped: deleteZeros(skipped.ByKind()), memory: int64(len(body) + buf.samples.MemorySize()),
+		received: n.received, repeated: n.repeated, dropped: n.dropped, skipped: skipped, memory: int64(len(body) + buf.samples.MemorySize()),
 	}, nil
 }
 
@@ -206,14 +216,14 @@ type pushNormalizer struct {
 	arrival  int64 // ms since the Unix epoch; the timestamp for samples that have none
 	list     *SampleList
 	received int
-	repeated int            // samples dropped because the push has their series, time and value before
-	dropped  map[string]int // samples dropped, by reason
+	repeated int        // samples dropped because the push has their series, time and value before
+	dropped  dropCounts // samples dropped, by reason
 }
 
 func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
 	rules := s.state.Load().Normalizer
 	return &pushNormalizer{
-		rules: rules, use: s.ruleWatch.beginPush(rules), forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list, dropped: map[string]int{},
+		rules: rules, use: s.ruleWatch.beginPush(rules), forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list,
 	}
 }
 
@@ -226,7 +236,7 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 		return err
 	}
 	if reason != "" {
-		n.dropped[reason]++
+		n.dropped.add(reason, 1)
 		return nil
 	}
 	if !r.HasT {
@@ -234,22 +244,13 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	}
 	switch repeat, err := n.list.AddUnlessRepeated(r); {
 	case errors.Is(err, ErrNULValue):
-		n.dropped[DropInvalid]++
+		n.dropped.add(DropInvalid, 1)
 	case err != nil:
 		return err
 	case repeat == RepeatsSample:
 		n.repeated++
 	case repeat == RepeatsTime:
-		n.dropped[dropConflict]++
+		n.dropped.add(dropConflict, 1)
 	}
 	return nil
-}
-
-// deleteZeros removes the entries of counts whose value is 0. It returns nil if no entry is left.
-func deleteZeros(counts map[string]int) map[string]int {
-	maps.DeleteFunc(counts, func(_ string, n int) bool { return n == 0 })
-	if len(counts) == 0 {
-		return nil
-	}
-	return counts
 }

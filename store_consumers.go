@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -219,6 +220,9 @@ func (cs *Consumers) HasConfirmed(key uint64) bool {
 // reported consumer for this site only. Consumers whose last scrape is older than consumerIdle,
 // consumers beyond MaxConsumers for a site, and sites beyond maxReportingSites are ignored.
 func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
+	if len(consumers) == 0 {
+		return
+	}
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	for _, c := range consumers {
@@ -250,28 +254,35 @@ func (cs *Consumers) LastScrapeAges(siteKey uint64, now time.Time) (all []Consum
 	for key, at := range cs.lastScrapes(siteKey, now) {
 		all = append(all, ConsumerAge{key, max(0, now.Sub(at))})
 	}
-	slices.SortFunc(all, func(a, b ConsumerAge) int { return cmp.Or(cmp.Compare(a.Age, b.Age), cmp.Compare(a.Key, b.Key)) })
-	all = all[:min(len(all), MaxConsumers)]
+	if len(all) > MaxConsumers {
+		slices.SortFunc(all, func(a, b ConsumerAge) int { return cmp.Or(cmp.Compare(a.Age, b.Age), cmp.Compare(a.Key, b.Key)) })
+		all = all[:MaxConsumers]
+	}
 	slices.SortFunc(all, func(a, b ConsumerAge) int { return cmp.Compare(a.Key, b.Key) })
 	return all
 }
 
-// lastScrapes returns, by consumer key, the time of each consumer's newest scrape of any server.
-// The consumers are those that scraped this server and those that the site's client reported.
-// Consumers without a scrape within consumerIdle are left out. The caller holds cs.mu.
-func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.Time {
-	all := make(map[uint64]time.Time, len(cs.byKey))
-	for key, at := range cs.reported[siteKey] {
-		if now.Sub(at) < consumerIdle {
-			all[key] = at
+// lastScrapes yields the key of each consumer and the time of its newest scrape of any server. The
+// consumers are those that scraped this server and those that the site's client reported. Consumers
+// without a scrape within consumerIdle are left out. The caller holds cs.mu.
+func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) iter.Seq2[uint64, time.Time] {
+	reported := cs.reported[siteKey]
+	return func(yield func(uint64, time.Time) bool) {
+		for key, c := range cs.byKey {
+			at := c.lastScrape
+			if elsewhere := reported[key]; elsewhere.After(at) {
+				at = elsewhere
+			}
+			if now.Sub(at) < consumerIdle && !yield(key, at) {
+				return
+			}
+		}
+		for key, at := range reported {
+			if cs.byKey[key] == nil && now.Sub(at) < consumerIdle && !yield(key, at) {
+				return
+			}
 		}
 	}
-	for key, c := range cs.byKey {
-		if at := c.lastScrape; now.Sub(at) < consumerIdle && at.After(all[key]) {
-			all[key] = at
-		}
-	}
-	return all
 }
 
 // SeqReadByAll returns the number of the newest batch of a site that every consumer has read. It
@@ -282,9 +293,9 @@ func (cs *Consumers) lastScrapes(siteKey uint64, now time.Time) map[uint64]time.
 func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, hasConsumers bool) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	scrapes := cs.lastScrapes(siteKey, now)
 	byRecent, byAll := uint64(MaxSeq), uint64(MaxSeq)
-	for key, at := range scrapes {
+	for key, at := range cs.lastScrapes(siteKey, now) {
+		hasConsumers = true
 		cursor := uint64(0)
 		if c := cs.byKey[key]; c != nil {
 			cursor = c.cursors[siteKey]
@@ -295,7 +306,7 @@ func (cs *Consumers) SeqReadByAll(siteKey uint64, now time.Time) (seq uint64, ha
 		}
 	}
 	if byRecent == MaxSeq { // no consumer has scraped within retention
-		return byAll, len(scrapes) > 0
+		return byAll, hasConsumers
 	}
 	return byRecent, true
 }

@@ -22,9 +22,10 @@ type SiteSpools struct{ spools []siteSpool } // the spool that a stored batch na
 
 // siteSpool is one spool, with the numbers of its held and read scrapes.
 type siteSpool struct {
-	id   uint64
-	read Ranges
-	held []heldScrapes // ascending by seq
+	id          uint64
+	read        Ranges
+	held        []heldScrapes // ascending by seq
+	heldNumbers Ranges        // union of the numbers of held, at most MaxRanges ranges; kept because each push asks for it
 }
 
 // heldScrapes are scrapes whose accepted samples are all in batches up to seq.
@@ -76,11 +77,24 @@ func (s *SiteSpools) AddHeldScrapes(names ScrapeNames, upToSeq uint64) {
 	}
 	p := s.findOrAdd(names.SpoolID)
 	p.held = append(p.held, heldScrapes{upToSeq, names.Numbers})
+	p.heldNumbers = p.heldNumbers.AddAll(names.Numbers)
 	if p.heldRangeCount() > MaxRanges {
 		p.mergeHeldInPairs()
 	}
 	for p.heldRangeCount() > MaxRanges && len(p.held) > 1 {
-		p.held = slices.Delete(p.held, 0, 1)
+		p.forgetOldestHeld(1)
+	}
+}
+
+// forgetOldestHeld removes the first n entries of held.
+func (p *siteSpool) forgetOldestHeld(n int) {
+	if n == 0 {
+		return
+	}
+	p.held = slices.Delete(p.held, 0, n)
+	p.heldNumbers = p.heldNumbers[:0]
+	for _, h := range p.held {
+		p.heldNumbers = p.heldNumbers.AddAll(h.numbers)
 	}
 }
 
@@ -112,15 +126,16 @@ func (s *SiteSpools) HasAll(names ScrapeNames) bool {
 	if p == nil || len(names.Numbers) == 0 {
 		return false
 	}
-	known := p.heldNumbers().AddAll(p.read)
-	return !slices.ContainsFunc(names.Numbers, func(r Range) bool { return !known.Covers(r) })
-}
-
-func (p *siteSpool) heldNumbers() (held Ranges) {
-	for _, h := range p.held {
-		held = held.AddAll(h.numbers)
+	for _, r := range names.Numbers {
+		for from := r.From; from <= r.To; from++ {
+			end := max(p.heldNumbers.EndOfRangeWith(from), p.read.EndOfRangeWith(from))
+			if end == 0 {
+				return false
+			}
+			from = end
+		}
 	}
-	return held
+	return true
 }
 
 // MarkReadUpTo marks as read all held scrapes whose accepted samples are all in batches up to seq.
@@ -133,7 +148,7 @@ func (s *SiteSpools) MarkReadUpTo(seq uint64) {
 			p.read = p.read.AddAll(p.held[n].numbers)
 			n++
 		}
-		p.held = slices.Delete(p.held, 0, n)
+		p.forgetOldestHeld(n)
 	}
 }
 
@@ -144,13 +159,13 @@ func (s *SiteSpools) HeldAndRead(spoolID uint64) (held, read Ranges) {
 	if p == nil {
 		return nil, nil
 	}
-	return p.heldNumbers().Without(p.read), slices.Clone(p.read)
+	return p.heldNumbers.Without(p.read), slices.Clone(p.read)
 }
 
 // Clone returns a copy that stays unchanged when s changes.
 func (s *SiteSpools) Clone() (k SiteSpools) {
 	for _, p := range s.spools {
-		k.spools = append(k.spools, siteSpool{p.id, slices.Clone(p.read), slices.Clone(p.held)})
+		k.spools = append(k.spools, siteSpool{p.id, slices.Clone(p.read), slices.Clone(p.held), slices.Clone(p.heldNumbers)})
 	}
 	return k
 }
@@ -199,6 +214,6 @@ func (s *SiteSpools) DecodeRecord(payload []byte) error {
 // to the log, because the batches of these scrapes may be lost.
 func (s *SiteSpools) ForgetHeldScrapes() {
 	for i := range s.spools {
-		s.spools[i].held = nil
+		s.spools[i].held, s.spools[i].heldNumbers = nil, nil
 	}
 }

@@ -7,6 +7,7 @@ package main
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
@@ -309,6 +310,79 @@ func TestSiteSpoolsRememberTwoHours(t *testing.T) {
 	}
 }
 
+// spoolListsOf returns the held and the read scrapes of spool 1.
+func spoolListsOf(s *SiteSpools) string {
+	held, read := s.HeldAndRead(1)
+	return fmt.Sprintf("held %v, read %v", held, read)
+}
+
+// A spool behaves like two sets of numbers, held and read, whatever scrapes are added, read and
+// forgotten in whatever order. A copy, and a spool that was encoded and decoded, has the same sets.
+func TestSiteSpoolsAreSets(t *testing.T) {
+	for seed := range testSeeds(t, 300) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		randomNames := func() (r Ranges) {
+			for range 1 + rng.IntN(3) {
+				from := 1 + rng.Uint64N(50)
+				r = r.Add(from, from+rng.Uint64N(4))
+			}
+			return r
+		}
+		var s SiteSpools
+		heldUpTo, read, readUpTo := map[uint64]uint64{}, map[uint64]bool{}, uint64(0)
+		for seq := range uint64(40) {
+			copied, lists := s.Clone(), spoolListsOf(&s)
+			switch rng.IntN(8) {
+			case 0:
+				s = s.Clone()
+			case 1:
+				var decoded SiteSpools
+				for _, payload := range s.EncodeRecords() {
+					if err := decoded.DecodeRecord(payload); err != nil {
+						t.Fatalf("seed %d: %v", seed, err)
+					}
+				}
+				s = decoded
+			case 2, 3:
+				readUpTo = max(readUpTo, rng.Uint64N(seq+1))
+				s.MarkReadUpTo(readUpTo)
+				for n, upTo := range heldUpTo {
+					if upTo <= readUpTo {
+						delete(heldUpTo, n)
+						read[n] = true
+					}
+				}
+			default:
+				names := randomNames()
+				for n := range uint64(60) {
+					// A scrape that is held twice is read with the batch of its first push.
+					if _, held := heldUpTo[n]; names.Has(n) && !held {
+						heldUpTo[n] = seq + 1
+					}
+				}
+				s.AddHeldScrapes(ScrapeNames{1, names}, seq+1)
+			}
+			if now := spoolListsOf(&copied); now != lists {
+				t.Fatalf("seed %d, step %d: a copy changed with its original from %q to %q", seed, seq, lists, now)
+			}
+			held, isRead := s.HeldAndRead(1)
+			hasAll := true
+			names := randomNames()
+			for n := range uint64(60) {
+				_, wantHeld := heldUpTo[n]
+				wantHeld = wantHeld && !read[n]
+				if held.Has(n) != wantHeld || isRead.Has(n) != read[n] {
+					t.Fatalf("seed %d, step %d: scrape %d: held %v, read %v; want %t, %t", seed, seq, n, held, isRead, wantHeld, read[n])
+				}
+				hasAll = hasAll && (!names.Has(n) || wantHeld || read[n])
+			}
+			if got := s.HasAll(ScrapeNames{1, names}); got != hasAll {
+				t.Fatalf("seed %d, step %d: HasAll(%v) is %t; held %v, read %v", seed, seq, names, got, held, isRead)
+			}
+		}
+	}
+}
+
 // The number of ranges of a spool and the number of spools of a site are bounded. The newest ranges
 // and spools are kept, also when they are encoded as records of a log and decoded.
 func TestSiteSpoolsAreBounded(t *testing.T) {
@@ -318,6 +392,15 @@ func TestSiteSpoolsAreBounded(t *testing.T) {
 	}
 	if held, _ := s.HeldAndRead(2); len(held) > MaxRanges || !held.Has(6*MaxRanges-1) {
 		t.Errorf("%d ranges are held, want at most %d with the newest number", len(held), MaxRanges)
+	}
+	// The oldest entries have the highest numbers, and are forgotten.
+	var falling SiteSpools
+	for n := uint64(3 * MaxRanges); n > 0; n-- {
+		falling.AddHeldScrapes(ScrapeNames{2, Ranges{{2*n + 1, 2*n + 1}}}, 3*MaxRanges-n+1)
+	}
+	falling.MarkReadUpTo(MaxSeq)
+	if held, _ := falling.HeldAndRead(2); len(held) > 0 {
+		t.Errorf("all entries are read, and still %d ranges are held", len(held))
 	}
 	for id := range uint64(20) {
 		s.AddHeldScrapes(ScrapeNames{id + 10, Ranges{{1, 1}}}, 3*MaxRanges+id)
