@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	tokensPerSite    = 2      // a site's clients use one or two tokens at a time
-	maxVerifiedSites = 100_000 // with more sites, forgetting all of them begins anew
+	tokensPerSite    = 2       // a site's clients use one or two tokens at a time
+	maxVerifiedSites = 100_000 // with more sites, all tokens are forgotten and remembering begins anew
 )
 
 // tokenHash is the SHA-256 of a token's text. Looking up a hash in a map does not take constant

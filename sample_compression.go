@@ -193,8 +193,12 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 		if r.Err() != nil || offset == 0 || offset > len(out)-from || length > end-len(out) {
 			return out, false
 		}
-		for range length { // copy byte by byte, because source and destination may overlap
-			out = append(out, out[len(out)-offset])
+		// If source and destination overlap, the copy repeats the bytes from the offset on. So each
+		// append can copy all of these bytes that are there already.
+		for source := len(out) - offset; length > 0; {
+			n := min(length, len(out)-source)
+			out = append(out, out[source:source+n]...)
+			length -= n
 		}
 	}
 	return out, r.Err() == nil && len(out) == end

@@ -226,8 +226,8 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	}
 	// storeTimeout begins only after the body has been read, because over a slow link the body
 	// alone may take longer than storeTimeout.
-	ctx := newLazyTimeout(r.Context(), storeTimeout)
-	defer ctx.stop()
+	ctx, cancel := context.WithTimeout(r.Context(), storeTimeout)
+	defer cancel()
 	if s.cfg.Forwarder != nil {
 		if resp := s.cfg.Forwarder.TryForward(ctx, push, *body); resp != nil {
 			return resp, nil
@@ -276,9 +276,9 @@ func (s *Server) acquireAndStorePush(ctx context.Context, push *pushRequest, bod
 	if err != nil {
 		return nil, err
 	}
-	timeout := newLazyTimeout(ctx, storeTimeout)
-	defer timeout.stop()
-	return s.decodeAndStorePush(timeout, push, params, body)
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	return s.decodeAndStorePush(ctx, push, params, body)
 }
 
 // acquirePush lets a push of a site begin. It returns an error if this server is not ready, if the
