@@ -336,7 +336,7 @@ func (p *serverProcess) serve(ctx context.Context) error {
 
 // serveListeners serves all listeners until ctx ends, and reloads on SIGHUP.
 func (p *serverProcess) serveListeners(ctx context.Context) error {
-	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead, p.issued.run}
+	parts := []func(context.Context) error{p.external.Run, p.serveInternalUntilRead, p.issued.run, tuneGC}
 	if p.node != nil {
 		members := HTTPServer{Name: "members", Listener: p.node.tcp, Handler: p.server.ForwardHandler(), Conns: p.conns, Log: p.log}
 		parts = append(parts, members.Run, p.setReadyOnceSettled)

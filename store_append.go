@@ -130,6 +130,10 @@ func canMarkScrapesHeld(names ScrapeNames, res *AppendResult) bool {
 func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, res *AppendResult) ([]seriesSample, error) {
 	times := limits.timeBounds()
 	samples := make([]seriesSample, 0, len(p.Samples))
+	if d.Table.Len() == 0 {
+		d.Table.Reserve(len(p.Samples), len(p.Arena)) // a first push usually has one sample of each series
+		defer d.Table.Clip()
+	}
 	for _, smp := range p.Samples {
 		if ok, err := times.acceptOrCount(smp.T, res); err != nil {
 			return nil, err
@@ -154,7 +158,7 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 // maxSeries, nor the text limit that follows from maxSeries, nor the capacity of a table. A
 // maxSeries of 0 means that only the capacity limits the series.
 func (d *SiteSamples) fitsNewSeries(lineSize, maxSeries int) bool {
-	if d.Table.Len() > MaxSeriesID || !d.Table.HasTextRoom(lineSize) {
+	if d.Table.Len() > MaxSeriesID || !d.Table.HasTextRoom() {
 		return false
 	}
 	textLimit := max(minTextLimit, seriesBytes*maxSeries)

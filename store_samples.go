@@ -37,7 +37,7 @@ type SiteSamples struct {
 // NewSiteSamples returns the data of a site without samples. The documentation of NewSeriesTable
 // describes the seed.
 func NewSiteSamples(id string, seed maphash.Seed) SiteSamples {
-	return SiteSamples{ID: id, Table: NewSeriesTable(seed, 0), expiredBefore: math.MinInt64, minT: math.MaxInt64}
+	return SiteSamples{ID: id, Table: NewSeriesTable(seed), expiredBefore: math.MinInt64, minT: math.MaxInt64}
 }
 
 // StartSeqAfter makes the first batch get a sequence number above seq.
@@ -80,8 +80,12 @@ func (d *SiteSamples) Commit(b *Batch) {
 	d.Batches = append(d.Batches, b)
 	d.Spools.AddHeldScrapes(b.Names, b.Seq)
 	d.minT = min(d.minT, b.MinT)
+	listed := false
 	for i, id := range b.IDs {
-		d.Table.SetNewestIfLater(id, b.Time(i), b.V[i])
+		listed = d.Table.SetNewestIfLater(id, b.Time(i), b.V[i]) || listed
+	}
+	if !listed {
+		d.Table.Clip() // the site probably has all of its series now
 	}
 }
 

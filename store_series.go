@@ -11,58 +11,85 @@ import (
 	"bytes"
 	"hash/maphash"
 	"math"
+	"slices"
+	"strings"
+	"unique"
 )
 
-const noSeries = math.MaxUint32 // ends a chain of series with the same hash; never an ID
+const (
+	noSeries = math.MaxUint32 // ends the list of the series of a family; never an ID
+
+	// textChunk is the size in bytes of the parts in which a table keeps its lines. It is the
+	// largest size that Go allocates without rounding up to whole pages, which would cost a small
+	// site a tenth of its memory. Only a chunk that has a single, longer line is larger.
+	textChunk     = 1 << textChunkBits
+	textChunkBits = 15
+)
 
 // SeriesTable holds the series of one site. It is not safe for concurrent use. A series uses about
-// 110 bytes besides its line; about a third of that is unused capacity of slices and maps.
+// 50 bytes besides its line.
 type SeriesTable struct {
-	seed        maphash.Seed
-	text        []byte            // all lines, one after the other
-	series      []series          // by ID
-	index       map[uint32]uint32 // hash of a line → newest ID with that hash
-	families    []seriesFamily
-	familyIndex map[string]int // name → index in families
+	seed       maphash.Seed
+	text       [][]byte       // all lines, one after the other, in chunks; no line is in two chunks
+	textBytes  int            // bytes of all lines
+	expected   int            // bytes of further lines for which Reserve was called, if above 0
+	series     []series       // by ID
+	slots      []uint32       // hash table with linear probing: ID+1 of a series with a line, or 0; at most 3/4 are taken
+	families   []seriesFamily // sorted by name
+	lastFamily int            // index in families of the family that was looked up last
+	oldest     int64          // ms; no series has a newest sample before this time
 }
 
 // series is one series of a SeriesTable.
 type series struct {
-	off    uint32  // where the line begins in text
-	next   uint32  // next series with the same hash, or noSeries
-	len    uint16  // bytes of the line
-	quoted bool    // the line has a metric or label name beyond the legacy character set
-	listed bool    // the series is in its seriesFamily
 	lastT  int64   // ms, time of the newest sample; NoTime if there is none
 	lastV  float64 // value at lastT
+	hash   uint32  // of the line
+	off    uint32  // where the line begins: the index of its chunk, and the position in the chunk in textChunkBits bits
+	next   uint32  // next series of the same family, or noSeries
+	len    uint16  // bytes of the line; 0 if damage to the log destroyed the line
+	quoted bool    // the line has a metric or label name beyond the legacy character set
+	listed bool    // the series is in its seriesFamily
 }
 
-// seriesFamily has the IDs of the listed series with one name.
+// seriesFamily is the list of the listed series with one name, in the order in which they were
+// listed. Tables of all sites share the memory of equal names.
 type seriesFamily struct {
-	name string
-	ids  []uint32
+	name        unique.Handle[string]
+	first, last uint32 // IDs of series
 }
 
-// NewSeriesTable returns an empty table with room for capacity series. Lines are hashed with the
-// seed, which must be secret from senders, so that a sender cannot construct lines with equal
-// hashes.
-func NewSeriesTable(seed maphash.Seed, capacity int) *SeriesTable {
-	return &SeriesTable{
-		seed: seed, series: make([]series, 0, capacity), index: make(map[uint32]uint32, capacity), familyIndex: map[string]int{},
+// NewSeriesTable returns an empty table. Lines are hashed with the seed, which must be secret from
+// senders, so that a sender cannot construct lines with equal hashes.
+func NewSeriesTable(seed maphash.Seed) *SeriesTable {
+	return &SeriesTable{seed: seed, oldest: math.MaxInt64}
+}
+
+// Reserve prepares the table for the given number of further series, whose lines have textBytes
+// bytes together, so that it allocates as much memory as they need.
+func (s *SeriesTable) Reserve(seriesCount, textBytes int) {
+	s.series = slices.Grow(s.series, seriesCount)
+	if n := slotsFor(len(s.series) + seriesCount); n > len(s.slots) {
+		s.resizeSlots(n)
 	}
+	s.expected = textBytes
 }
 
 // Len returns the number of series, which is also the next ID.
 func (s *SeriesTable) Len() int { return len(s.series) }
 
 // TextBytes returns the number of bytes of all lines.
-func (s *SeriesTable) TextBytes() int { return len(s.text) }
+func (s *SeriesTable) TextBytes() int { return s.textBytes }
 
 // Line returns the line of the series id. It is empty if damage to the log destroyed the line.
 func (s *SeriesTable) Line(id uint32) []byte {
 	sr := &s.series[id]
-	end := sr.off + uint32(sr.len)
-	return s.text[sr.off:end:end]
+	if sr.len == 0 {
+		return nil
+	}
+	begin := sr.off & (textChunk - 1)
+	end := begin + uint32(sr.len)
+	return s.text[sr.off>>textChunkBits][begin:end:end]
 }
 
 // Newest returns the time in ms and the value of the newest sample of a series. The time is NoTime
@@ -75,35 +102,87 @@ func (s *SeriesTable) Newest(id uint32) (t int64, v float64) {
 // returns the hash of the line, which Insert needs.
 func (s *SeriesTable) Find(line []byte) (id, hash uint32, ok bool) {
 	hash = uint32(maphash.Bytes(s.seed, line))
-	id, ok = s.index[hash]
-	for ; ok && id != noSeries; id = s.series[id].next {
-		if bytes.Equal(s.Line(id), line) {
+	if len(s.slots) == 0 {
+		return 0, hash, false
+	}
+	for i := s.firstSlot(hash); s.slots[i] != 0; i = s.slotAfter(i) {
+		id = s.slots[i] - 1
+		if s.series[id].hash == hash && bytes.Equal(s.Line(id), line) {
 			return id, hash, true
 		}
 	}
 	return 0, hash, false
 }
 
-// HasTextRoom reports whether textBytes more bytes of lines fit into the table. Offsets have 32
-// bits.
-func (s *SeriesTable) HasTextRoom(textBytes int) bool {
-	return int64(len(s.text)+textBytes) <= math.MaxUint32
+// firstSlot returns the index of the slot at which the search for a series with this hash begins.
+func (s *SeriesTable) firstSlot(hash uint32) int {
+	return int(uint64(hash) * uint64(len(s.slots)) >> 32)
 }
 
+// slotAfter returns the index of the slot at which a search continues after slot i.
+func (s *SeriesTable) slotAfter(i int) int {
+	if i++; i == len(s.slots) {
+		return 0
+	}
+	return i
+}
+
+// slotsFor returns the number of slots that a table with seriesCount series needs.
+func slotsFor(seriesCount int) int { return seriesCount + seriesCount/3 + 1 }
+
+// takeSlot puts a series into the first free slot for its hash.
+func (s *SeriesTable) takeSlot(id uint32) {
+	i := s.firstSlot(s.series[id].hash)
+	for s.slots[i] != 0 {
+		i = s.slotAfter(i)
+	}
+	s.slots[i] = id + 1
+}
+
+// resizeSlots gives the table n slots. Series take slots in the order of their IDs, so that
+// Truncate can free them.
+func (s *SeriesTable) resizeSlots(n int) {
+	s.slots = make([]uint32, n)
+	for id := range s.series {
+		if s.series[id].len > 0 {
+			s.takeSlot(uint32(id))
+		}
+	}
+}
+
+// HasTextRoom reports whether one more line fits into the table. Offsets have 32 bits.
+func (s *SeriesTable) HasTextRoom() bool { return len(s.text) < 1<<(32-textChunkBits) }
+
 // Insert adds a series and returns its ID, the next free ID. The line must not be in the table and
-// must have at most MaxLine bytes. hash is the hash that Find returned for it.
+// must have 1 to MaxLine bytes. hash is the hash that Find returned for it.
 func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 	id := uint32(len(s.series))
-	next, ok := s.index[hash]
-	if !ok {
-		next = noSeries
+	s.series = append(s.series, series{hash: hash, off: s.appendText(line), next: noSeries, len: uint16(len(line)), quoted: quoted, lastT: NoTime})
+	s.oldest = NoTime
+	if slotsFor(len(s.series)) > len(s.slots) {
+		s.resizeSlots(slotsFor(len(s.series) + len(s.series)/2))
+	} else {
+		s.takeSlot(id)
 	}
-	s.series = append(s.series, series{
-		off: uint32(len(s.text)), len: uint16(len(line)), next: next, quoted: quoted, lastT: NoTime,
-	})
-	s.text = append(s.text, line...)
-	s.index[hash] = id
 	return id
+}
+
+// appendText adds a line to the last chunk, or to a new chunk if it does not fit. It returns where
+// the line begins.
+func (s *SeriesTable) appendText(line []byte) (off uint32) {
+	last := len(s.text) - 1
+	if last < 0 || len(s.text[last])+len(line) > textChunk {
+		s.text = append(s.text, make([]byte, 0, max(len(line), min(s.expected, textChunk))))
+		last++
+	}
+	chunk := s.text[last]
+	if need := len(chunk) + len(line); need > cap(chunk) {
+		chunk = append(make([]byte, 0, max(need, min(2*cap(chunk), textChunk))), chunk...)
+	}
+	off = uint32(last<<textChunkBits + len(chunk))
+	s.text[last] = append(chunk, line...)
+	s.textBytes, s.expected = s.textBytes+len(line), s.expected-len(line)
+	return off
 }
 
 // PadTo adds series without a line until firstID is the next free ID. Recovery calls it when damage
@@ -111,6 +190,7 @@ func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 func (s *SeriesTable) PadTo(firstID uint32) {
 	for uint32(len(s.series)) < firstID {
 		s.series = append(s.series, series{next: noSeries, lastT: NoTime})
+		s.oldest = NoTime
 	}
 }
 
@@ -118,56 +198,103 @@ func (s *SeriesTable) PadTo(firstID uint32) {
 func (s *SeriesTable) Truncate(seriesCount int) {
 	for id := len(s.series) - 1; id >= seriesCount; id-- {
 		sr := s.series[id]
-		if h := uint32(maphash.Bytes(s.seed, s.Line(uint32(id)))); sr.next == noSeries {
-			delete(s.index, h)
-		} else {
-			s.index[h] = sr.next
+		if sr.len == 0 {
+			continue
 		}
-		s.text = s.text[:sr.off] // the bytes may be overwritten later: no reader ever gets the line of an unlisted series
+		// No series took a slot after this one, so no search has to pass its slot.
+		i := s.firstSlot(sr.hash)
+		for s.slots[i] != uint32(id)+1 {
+			i = s.slotAfter(i)
+		}
+		s.slots[i] = 0
+		// The bytes may be overwritten later: no reader ever gets the line of an unlisted series.
+		chunk, begin := sr.off>>textChunkBits, sr.off&(textChunk-1)
+		if s.text[chunk] = s.text[chunk][:begin]; begin == 0 {
+			s.text[chunk] = nil
+			s.text = s.text[:chunk]
+		}
+		s.textBytes -= int(sr.len)
 	}
 	s.series = s.series[:seriesCount]
 }
 
+// Clip frees the memory that the table has reserved for further series, if that is more than a
+// sixteenth of what it uses. Lines that were read before stay valid.
+func (s *SeriesTable) Clip() {
+	const part = 16
+	if n := len(s.series); cap(s.series)-n > n/part {
+		s.series = append(make([]series, 0, n), s.series...)
+	}
+	if last := len(s.text) - 1; last >= 0 {
+		if n := len(s.text[last]); cap(s.text[last])-n > n/part {
+			s.text[last] = append(make([]byte, 0, n), s.text[last]...)
+		}
+	}
+	if n := slotsFor(len(s.series)); len(s.slots)-n > n/part {
+		s.resizeSlots(n)
+	}
+}
+
 // SetNewestIfLater records a committed sample of a series. If the sample is later than the newest
 // sample of the series, it becomes the newest. The series is listed from now on, unless damage
-// destroyed its line.
-func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) {
+// destroyed its line; newlyListed reports that it was not listed before.
+func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) (newlyListed bool) {
 	sr := &s.series[id]
 	if t > sr.lastT {
 		sr.lastT, sr.lastV = t, v
 	}
 	if sr.listed || sr.len == 0 {
-		return
+		return false
 	}
 	sr.listed = true
 	name := LineName(s.Line(id))
-	f, ok := s.familyIndex[string(name)]
-	if !ok {
-		f = len(s.families)
-		s.familyIndex[string(name)] = f
-		s.families = append(s.families, seriesFamily{name: string(name)})
+	if i, found := s.findFamily(name); found {
+		f := &s.families[i]
+		s.series[f.last].next, f.last = id, id
+	} else {
+		s.families = slices.Insert(s.families, i, seriesFamily{name: unique.Make(string(name)), first: id, last: id})
 	}
-	s.families[f].ids = append(s.families[f].ids, id)
+	return true
+}
+
+// findFamily returns the index of the family with this name, or the index at which to insert it. It
+// looks at the family of the previous call first, because the series of a family arrive together.
+func (s *SeriesTable) findFamily(name []byte) (i int, found bool) {
+	if s.lastFamily < len(s.families) && s.families[s.lastFamily].name.Value() == string(name) {
+		return s.lastFamily, true
+	}
+	s.lastFamily, found = slices.BinarySearchFunc(s.families, string(name), func(f seriesFamily, name string) int {
+		return strings.Compare(f.name.Value(), name)
+	})
+	return s.lastFamily, found
 }
 
 // ForEachNewestSince calls emit with the newest sample of each listed series whose newest sample
-// has a time of at least minT, in ms. All series of one name follow each other.
+// has a time of at least minT, in ms. The names ascend, and all series of one name follow each
+// other.
 func (s *SeriesTable) ForEachNewestSince(minT int64, emit func(id uint32, name string, l FamilySample)) {
-	for _, f := range s.families {
-		for _, id := range f.ids {
+	for i := range s.families {
+		name := s.families[i].name.Value()
+		for id := s.families[i].first; id != noSeries; id = s.series[id].next {
 			if sr := &s.series[id]; sr.lastT >= minT {
-				emit(id, f.name, FamilySample{Line: s.Line(id), T: sr.lastT, V: sr.lastV, Quoted: sr.quoted})
+				emit(id, name, FamilySample{Line: s.Line(id), T: sr.lastT, V: sr.lastV, Quoted: sr.quoted})
 			}
 		}
 	}
 }
 
 // CountExpired returns the number of series whose newest sample is older than keptSince, in ms.
-// Series without a sample are included.
+// Series without a sample are included. It searches the series only if keptSince is later than the
+// oldest of the newest samples that the previous search found.
 func (s *SeriesTable) CountExpired(keptSince int64) int {
+	if s.oldest >= keptSince {
+		return 0
+	}
 	n := 0
+	s.oldest = math.MaxInt64
 	for i := range s.series {
-		if s.series[i].lastT < keptSince {
+		t := s.series[i].lastT
+		if s.oldest = min(s.oldest, t); t < keptSince {
 			n++
 		}
 	}
@@ -185,13 +312,12 @@ func (s *SeriesTable) Subset(used []bool) (*SeriesTable, []uint32) {
 			size += int(s.series[id].len)
 		}
 	}
-	subset := NewSeriesTable(s.seed, n)
-	subset.text = make([]byte, 0, size)
+	subset := NewSeriesTable(s.seed)
+	subset.Reserve(n, size)
 	newIDs := make([]uint32, len(used))
 	for id, u := range used {
 		if newIDs[id] = noSeries; u {
-			line := s.Line(uint32(id))
-			newIDs[id] = subset.Insert(uint32(maphash.Bytes(s.seed, line)), line, s.series[id].quoted)
+			newIDs[id] = subset.Insert(s.series[id].hash, s.Line(uint32(id)), s.series[id].quoted)
 			last := &subset.series[newIDs[id]]
 			last.lastT, last.lastV = s.series[id].lastT, s.series[id].lastV
 		}

@@ -4,6 +4,7 @@ package main
 // lines of equal hashes. Further tests check the newest samples that the table lists.
 
 import (
+	"bytes"
 	"fmt"
 	"hash/maphash"
 	"math/rand/v2"
@@ -134,7 +135,7 @@ func (m *tableModel) check() {
 func TestSeriesTableModel(t *testing.T) {
 	for seed := range testSeeds(t, 40) {
 		rng := rand.New(rand.NewPCG(seed, 0))
-		m := &tableModel{t: t, table: NewSeriesTable(maphash.MakeSeed(), 0)}
+		m := &tableModel{t: t, table: NewSeriesTable(maphash.MakeSeed())}
 		for range 60 {
 			committed := m.table.Len()
 			for range rng.IntN(8) {
@@ -164,7 +165,7 @@ func TestSeriesTableModel(t *testing.T) {
 // among 200,000 lines. After Truncate it finds exactly the lines that are left.
 func TestSeriesTableEqualHashes(t *testing.T) {
 	const n = 200_000
-	table := NewSeriesTable(maphash.MakeSeed(), 0)
+	table := NewSeriesTable(maphash.MakeSeed())
 	line := func(i int) []byte { return fmt.Appendf(nil, "m{n=\"%d\"}", i) }
 	for i := range n {
 		id, hash, ok := table.Find(line(i))
@@ -173,7 +174,11 @@ func TestSeriesTableEqualHashes(t *testing.T) {
 		}
 		table.Insert(hash, line(i), false)
 	}
-	if len(table.index) == n {
+	hashes := map[uint32]bool{}
+	for _, sr := range table.series {
+		hashes[sr.hash] = true
+	}
+	if len(hashes) == n {
 		t.Log("no hashes are equal in this run, which is rare")
 	}
 	table.Truncate(n / 2)
@@ -187,7 +192,7 @@ func TestSeriesTableEqualHashes(t *testing.T) {
 // A series is listed once it has a sample. A sample of an earlier or the same time does not
 // replace the newest sample.
 func TestSetNewestIfLater(t *testing.T) {
-	table := NewSeriesTable(maphash.MakeSeed(), 0)
+	table := NewSeriesTable(maphash.MakeSeed())
 	_, hash, _ := table.Find([]byte(`{"a.b",x="1"}`))
 	id := table.Insert(hash, []byte(`{"a.b",x="1"}`), true)
 	list := func() (got []FamilySample) {
@@ -211,12 +216,68 @@ func TestSetNewestIfLater(t *testing.T) {
 	}
 }
 
-// A table has room for less than 4 GiB of text.
+// A table has room for a line as long as it has less than 4 GiB of text, in chunks of textChunk
+// bytes.
 func TestSeriesTableTextRoom(t *testing.T) {
-	table := NewSeriesTable(maphash.MakeSeed(), 0)
-	for n, want := range map[int]bool{0: true, MaxLine: true, 1<<32 - 1: true, 1 << 32: false} {
-		if got := table.HasTextRoom(n); got != want {
-			t.Errorf("room for %d bytes: got %t, want %t", n, got, want)
+	table := NewSeriesTable(maphash.MakeSeed())
+	for chunks, want := range map[int]bool{0: true, 1<<32/textChunk - 1: true, 1 << 32 / textChunk: false} {
+		table.text = make([][]byte, chunks)
+		if got := table.HasTextRoom(); got != want {
+			t.Errorf("with %d chunks: room for a line: got %t, want %t", chunks, got, want)
+		}
+	}
+}
+
+// Lines of any length keep their text through growth, rollback, clipping and compaction, also lines
+// that were read before. Clip leaves at most a sixteenth of the memory unused.
+func TestSeriesTableText(t *testing.T) {
+	for seed := range testSeeds(t, 40) {
+		rng := rand.New(rand.NewPCG(seed, 0))
+		table := NewSeriesTable(maphash.MakeSeed())
+		if rng.IntN(2) == 0 {
+			table.Reserve(rng.IntN(100), rng.IntN(3*textChunk))
+		}
+		var want []string
+		var read [][]byte // by ID: what Line returned when the series was committed
+		for range 20 {
+			for range rng.IntN(30) {
+				size := []int{10, 300, 5000, textChunk - 1, textChunk, textChunk + 1, MaxLine}[min(rng.IntN(40), rng.IntN(7))]
+				line := fmt.Appendf(nil, "m{n=\"%d\"}", len(want))
+				line = append(line, bytes.Repeat([]byte{'x'}, size-len(line)%size)...)[:max(size, len(line))]
+				_, hash, _ := table.Find(line)
+				table.Insert(hash, line, false)
+				want = append(want, string(line))
+			}
+			if rng.IntN(3) == 0 { // as a rollback does
+				table.Truncate(len(read))
+				want = want[:len(read)]
+			}
+			for id := len(read); id < len(want); id++ {
+				if !table.SetNewestIfLater(uint32(id), 1, 1) || table.SetNewestIfLater(uint32(id), 1, 1) {
+					t.Fatalf("seed %d: series %d is not newly listed by its first sample only", seed, id)
+				}
+				read = append(read, table.Line(uint32(id)))
+			}
+			switch rng.IntN(4) {
+			case 0:
+				table.Clip()
+				if last := len(table.text) - 1; last >= 0 && cap(table.text[last]) > len(table.text[last])*17/16 {
+					t.Errorf("seed %d: the last chunk has %d bytes for %d", seed, cap(table.text[last]), len(table.text[last]))
+				}
+				if n := table.Len(); cap(table.series) > n*17/16 || len(table.slots) > slotsFor(n)*17/16 {
+					t.Errorf("seed %d: room for %d series and %d slots for %d series", seed, cap(table.series), len(table.slots), n)
+				}
+			case 1:
+				table, _ = table.Subset(slices.Repeat([]bool{true}, len(want)))
+				for id := range want {
+					table.SetNewestIfLater(uint32(id), 1, 1)
+				}
+			}
+			for id, line := range want {
+				if found, _, ok := table.Find([]byte(line)); string(table.Line(uint32(id))) != line || string(read[id]) != line || !ok || int(found) != id {
+					t.Fatalf("seed %d: series %d of %d bytes is found as %d, %t, and has or had another line", seed, id, len(line), found, ok)
+				}
+			}
 		}
 	}
 }
