@@ -255,14 +255,14 @@ func (c *Client) serveLastDelivered(w http.ResponseWriter, r *http.Request) {
 // lastDeliveredSamples returns the samples of the scrape that was delivered last. The list is empty
 // if no scrape was delivered yet.
 func (c *Client) lastDeliveredSamples() (*SampleList, error) {
-	list := &SampleList{}
-	for _, sc := range c.pusher.LastDeliveredPieces() {
-		text, err := sc.Text()
-		if err != nil {
-			return nil, err
-		}
-		var d Decoder
-		if _, err := d.Decode(text, FormatText, list.Add); err != nil {
+	pieces := c.pusher.LastDeliveredPieces()
+	size, samples := 0, 0
+	for _, sc := range pieces {
+		size, samples = size+sc.Size, samples+sc.Samples
+	}
+	list := &SampleList{Arena: make([]byte, 0, size), Samples: make([]Sample, 0, samples)} // a list that grows needs twice the memory
+	for _, sc := range pieces {
+		if err := sc.eachSample(list.Add); err != nil {
 			return nil, err
 		}
 	}

@@ -22,25 +22,30 @@ func (c *Client) DryRun(ctx context.Context, samples, summary io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("source: %w", err)
 	}
-	text := got.AppendText(nil, got.List.Samples)
-	if _, err := samples.Write(text); err != nil {
-		return fmt.Errorf("writing samples: %w", err)
+	for i := range got.Pieces {
+		text, err := got.Pieces[i].Text()
+		if err == nil {
+			_, err = samples.Write(text)
+		}
+		if err != nil {
+			return fmt.Errorf("writing samples: %w", err)
+		}
 	}
-	if _, err := summary.Write(c.describeDryRun(got, len(text), len(Gzip(text)))); err != nil {
+	if _, err := summary.Write(c.describeDryRun(got)); err != nil {
 		return fmt.Errorf("writing summary: %w", err)
 	}
 	c.LogUnmatchedFlags(got)
 	return nil
 }
 
-// describeDryRun returns the summary of a dry run, whose samples have size bytes as text. The
-// counters of the client must have counted only the scrape got.
-func (c *Client) describeDryRun(got *CleanedScrape, size, gzipSize int) []byte {
+// describeDryRun returns the summary of a dry run. The counters of the client must have counted only
+// the scrape got.
+func (c *Client) describeDryRun(got *CleanedScrape) []byte {
 	var b bytes.Buffer
 	line := func(what, format string, args ...any) {
 		fmt.Fprintf(&b, "  %-9s "+format+"\n", append([]any{what}, args...)...)
 	}
-	fmt.Fprintf(&b, "dry run: nothing was pushed; of %d scraped series, %d would leave the site\n", got.Scraped, len(got.List.Samples))
+	fmt.Fprintf(&b, "dry run: nothing was pushed; of %d scraped series, %d would leave the site\n", got.Scraped, got.Samples)
 	line("source", "%s", c.cfg.From.Redacted())
 	for _, d := range []struct{ reason, why string }{
 		{DropNotMatched, "no --match selects them"},
@@ -59,40 +64,39 @@ func (c *Client) describeDryRun(got *CleanedScrape, size, gzipSize int) []byte {
 	for _, old := range slices.Sorted(maps.Keys(got.Use.Renamed)) {
 		line("renamed", "%s to %s: %d series", old, c.state.Load().NewCleaner().Rename[old], got.Use.Renamed[old])
 	}
-	values := distinctValues(&got.List, got.Use.Anonymized)
+	values := distinctValues(got, got.Use.Anonymized)
 	for _, name := range slices.Sorted(maps.Keys(got.Use.Anonymized)) {
 		line("hashed", "label %s of %d series, %d values", name, got.Use.Anonymized[name], values[name])
 	}
 	if len(got.Use.Anonymized) == 0 {
 		line("hashed", "no label; --anonymize-labels names the labels to hash")
 	}
-	_, labels := namesIn(&got.List)
+	_, labels := namesIn(got)
 	labels = slices.DeleteFunc(labels, func(name string) bool { _, hashed := got.Use.Anonymized[name]; return hashed })
 	if len(labels) > 0 {
 		line("readable", "labels %s", strings.Join(labels, ", "))
+	}
+	size, gzipSize := 0, 0
+	for _, p := range got.Pieces {
+		size, gzipSize = size+p.Size, gzipSize+len(p.Gzip)
 	}
 	line("size", "%d bytes, %d bytes compressed", size, gzipSize)
 	return b.Bytes()
 }
 
-// distinctValues returns how many values each label that is a key of names has in list.
-func distinctValues(list *SampleList, names map[string]int) map[string]int {
+// distinctValues returns how many values each label that is a key of names has in a scrape.
+func distinctValues(got *CleanedScrape, names map[string]int) map[string]int {
 	values := map[string]map[string]bool{}
 	for name := range names {
 		values[name] = map[string]bool{}
 	}
-	var p SeriesParser
-	for _, s := range list.Samples {
-		_, labels, err := p.ParseLine(list.Line(s))
-		if err != nil {
-			continue // cannot happen, because SampleList rendered the line
-		}
+	got.eachSeries(func(_ []byte, labels []Label) {
 		for i := range labels {
 			if set := values[string(labels[i].Name)]; set != nil {
 				addKey(set, labels[i].Value)
 			}
 		}
-	}
+	})
 	n := map[string]int{}
 	for name, set := range values {
 		n[name] = len(set)

@@ -163,7 +163,6 @@ func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	}
 	c.sourceOutage = outage{}
 	c.LogUnmatchedFlags(got)
-	got.Shift, got.ShiftKnown = c.nextShift(got.At, got.SourceTime)
 	c.addToSpool(got)
 	return nil
 }
@@ -184,11 +183,11 @@ func (c *Client) logSourceFailure(ctx context.Context, err error) {
 	c.cfg.Log.Log(ctx, level, "source failed", append(args, "err", err)...)
 }
 
-// addToSpool puts a scrape into the spool, in pieces if the limits require it. It logs when
+// addToSpool puts the pieces of a scrape into the spool. It logs when
 // Spool.Add begins to fail and when it succeeds again.
 func (c *Client) addToSpool(got *CleanedScrape) {
 	var err error
-	for _, piece := range c.renderPieces(got, got.List.Samples) {
+	for _, piece := range got.Pieces {
 		err = errors.Join(err, c.spool.Add(piece))
 	}
 	switch {

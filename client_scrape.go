@@ -1,11 +1,14 @@
 package main
 
-// This file makes one scrape of the source: the request, the decoding, the cleaning and the text
-// that is pushed. Samples that the ClientCleaner drops are never pushed. Sample times are times of
-// the source's clock until AppendText or correctToServerTime shifts them to the servers' clock.
+// This file makes one scrape of the source: the request, the decoding and the cleaning. Samples that
+// the ClientCleaner drops are never pushed. The answer is decoded while it arrives, and each cleaned
+// sample goes to a pieceWriter at once, so that memory does not grow with the size of a scrape, but
+// only with its compressed size. Sample times are times of the source's clock until the pieceWriter or
+// correctToServerTime shifts them to the servers' clock.
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"fmt"
 	"io"
@@ -28,23 +31,24 @@ const (
 
 // CleanedScrape has the cleaned samples of a scrape.
 type CleanedScrape struct {
-	List       SampleList
+	Pieces     []Scrape   // at least one; together they have the samples in their order
 	At         Moment     // when the answer of the source arrived
 	SourceTime int64      // time of the source's clock at At, in ms since the epoch
-	Shift      int64      // ms that AppendText adds to the times in List
-	ShiftKnown bool       // a server's time is known, so Shift is final; otherwise Shift is 0
 	Scraped    int        // samples that the source sent
+	Samples    int        // samples in Pieces
 	Use        CleanerUse // which cleaning rules matched
 }
 
-// AppendText appends samples of the scrape to b in the text exposition format, with Shift added to
-// their times. If ShiftKnown is false, correctToServerTime shifts the text again before it is
-// pushed.
-func (sr *CleanedScrape) AppendText(b []byte, samples []Sample) []byte {
-	for _, s := range samples {
-		b = AppendSample(b, sr.List.Line(s), s.T+sr.Shift, s.V)
+// eachSeries calls f for the series of all samples in the pieces. The arguments are valid until f
+// returns.
+func (sr *CleanedScrape) eachSeries(f func(name []byte, labels []Label)) {
+	for i := range sr.Pieces {
+		// The error can be ignored, because this process rendered and compressed the text.
+		sr.Pieces[i].eachSample(func(r *RawSample) error {
+			f(r.Name, r.Labels)
+			return nil
+		})
 	}
-	return b
 }
 
 // Scrape scrapes the source and cleans the samples. A sample without a timestamp gets the time at
@@ -75,12 +79,7 @@ func (c *Client) scrape(ctx context.Context, begin time.Time) (*CleanedScrape, e
 	got := &CleanedScrape{At: c.moment()}
 	c.sourceSkew = skewByDateOrZero(resp.Header.Get("Date"), got.At.Wall, c.sourceSkew)
 	got.SourceTime = max(0, got.At.Wall+c.sourceSkew)
-	body, format, err := readScrape(resp)
-	if err == nil {
-		got.Scraped, err = c.decodeAndClean(&got.List, body, format, cleaner, begin.UnixMilli()+c.sourceSkew)
-		got.Use = cleaner.Use()
-	}
-	if err != nil {
+	if err := c.readScrape(got, resp, cleaner, begin.UnixMilli()+c.sourceSkew); err != nil {
 		return nil, fmt.Errorf("scraping %s: %w", req.URL.Redacted(), err)
 	}
 	return got, nil
@@ -107,6 +106,11 @@ func (c *Client) scrapeRequest(ctx context.Context, st *ClientReloadConfig) (*ht
 		return nil, nil, err
 	}
 	req.Header.Set("Accept", scrapeAccept)
+	// Over loopback, compressing an answer costs more time on both sides than sending it.
+	req.Header.Set("Accept-Encoding", "gzip")
+	if IsLoopbackHost(u.Hostname()) {
+		req.Header.Set("Accept-Encoding", "identity")
+	}
 	if st.FromAuthorization != "" {
 		req.Header.Set("Authorization", st.FromAuthorization)
 	}
@@ -148,49 +152,110 @@ func effectivePort(u *url.URL) string {
 	return "80"
 }
 
-// readScrape checks the source's answer and returns its body and format.
-func readScrape(resp *http.Response) (body []byte, format Format, err error) {
+// readScrape reads, decodes and cleans the source's answer. It fills in the fields of got that depend
+// on the body. Samples without a timestamp get defaultMs.
+func (c *Client) readScrape(got *CleanedScrape, resp *http.Response, cleaner *ClientCleaner, defaultMs int64) error {
+	if err := decompressAnswer(resp); err != nil {
+		return err
+	}
 	if err := checkSourceAnswer(resp); err != nil {
-		return nil, format, err
+		return err
 	}
-	if format, err = ParseFormat(resp.Header.Get("Content-Type")); err != nil {
-		return nil, format, fmt.Errorf("%w: %s", err, adviceOnURL)
+	format, err := ParseFormat(resp.Header.Get("Content-Type"))
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, adviceOnURL)
 	}
-	// net/http asks for gzip, decompresses a gzip body and removes the header Content-Encoding. If
-	// the header is still there, it names an encoding that net/http did not decode.
 	if encoding := strings.Join(resp.Header.Values("Content-Encoding"), ", "); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		return nil, format, fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
+		return fmt.Errorf("content encoding %.100q is not supported; supported: identity, gzip", encoding)
 	}
-	if body, err = io.ReadAll(io.LimitReader(resp.Body, maxScrape+1)); err != nil {
-		return nil, format, fmt.Errorf("reading the answer: %w", adviseOnSource(err))
+	body := sourceBody{r: resp.Body, left: maxScrape}
+	piece := Scrape{At: got.At, SourceTime: got.SourceTime}
+	piece.Shift, piece.Corrected = c.nextShift(got.At, got.SourceTime)
+	w := newPieceWriter(piece, min(c.cfg.LimitBytes, MaxPiece))
+	if got.Scraped, err = c.decodeAndClean(w, &body, format, cleaner, defaultMs); err != nil {
+		return err
 	}
-	if len(body) > maxScrape {
-		return nil, format, fmt.Errorf("the answer is larger than %d bytes", maxScrape)
+	got.Pieces, got.Use = w.finish(), cleaner.Use()
+	for _, p := range got.Pieces {
+		got.Samples += p.Samples
 	}
-	return body, format, nil
+	if w.tooLarge > 0 {
+		c.dropped.Add(float64(w.tooLarge), DropInvalid)
+		if _, logNow := c.invalidSamples.take(c.cfg.Now(), "--limit-bytes"); logNow {
+			c.cfg.Log.Warn("series dropped because it alone exceeds --limit-bytes: allow more there, or exclude the series with --match",
+				"bytes", w.tooLargeSize, "limit", w.limit, "series", w.tooLargeSeries)
+		}
+	}
+	return nil
 }
 
-// decodeAndClean decodes body, adds the samples that cleaner does not drop to list, and counts the
+// decompressAnswer makes resp.Body decompress a body that is compressed with gzip, and removes the
+// header Content-Encoding. net/http does this only if it has chosen the header Accept-Encoding itself.
+// An empty body is not compressed.
+func decompressAnswer(resp *http.Response) error {
+	if !strings.EqualFold(strings.Join(resp.Header.Values("Content-Encoding"), ", "), "gzip") {
+		return nil
+	}
+	resp.Header.Del("Content-Encoding")
+	z, err := gzip.NewReader(resp.Body)
+	if err == io.EOF {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading the answer: %w", adviseOnSource(err))
+	}
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{z, resp.Body}
+	return nil
+}
+
+// sourceBody reads the body of a source's answer and limits its size. Its errors say that they are
+// about reading.
+type sourceBody struct {
+	r    io.Reader
+	left int // bytes that the body may still have
+}
+
+// Read implements io.Reader.
+func (b *sourceBody) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if b.left -= n; b.left < 0 {
+		return n, fmt.Errorf("the answer is larger than %d bytes", maxScrape)
+	}
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("reading the answer: %w", adviseOnSource(err))
+	}
+	return n, err
+}
+
+// decodeAndClean decodes body, passes the samples that cleaner does not drop to w, and counts the
 // scraped and the dropped samples. It returns the number of scraped samples. Samples without a
 // timestamp get defaultMs.
-func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cleaner *ClientCleaner, defaultMs int64) (n int, err error) {
+func (c *Client) decodeAndClean(w *pieceWriter, body io.Reader, format Format, cleaner *ClientCleaner, defaultMs int64) (n int, err error) {
 	var d Decoder
-	var invalid error // of the last invalid sample
+	var one SampleList // the current sample
+	var invalid error  // of the last invalid sample
 	invalids := 0
-	skipped, err := d.Decode(body, format, func(r *RawSample) error {
+	dropped := map[string]int{}
+	skipped, err := d.DecodeFrom(body, format, func(r *RawSample) error {
 		n++
-		drop := cleaner.Clean(r)
-		if drop == "" {
-			if !r.HasT {
-				r.T = defaultMs
-			}
-			if err := list.Add(r); err != nil {
-				drop, invalid, invalids = DropInvalid, fmt.Errorf("series %.100s: %w", bytes.ToValidUTF8(r.Name, nil), err), invalids+1
-			}
+		if drop := cleaner.Clean(r); drop != "" {
+			dropped[drop]++
+			return nil
 		}
-		if drop != "" {
-			c.dropped.Inc(drop)
+		if !r.HasT {
+			r.T = defaultMs
 		}
+		one.Reset()
+		if err := one.Add(r); err != nil {
+			dropped[DropInvalid]++
+			invalid, invalids = fmt.Errorf("series %.100s: %w", bytes.ToValidUTF8(r.Name, nil), err), invalids+1
+			return nil
+		}
+		s := one.Samples[0]
+		w.add(one.Line(s), s.T, s.V)
 		return nil
 	})
 	if err != nil {
@@ -200,6 +265,9 @@ func (c *Client) decodeAndClean(list *SampleList, body []byte, format Format, cl
 		c.logInvalid(invalids, invalid)
 	}
 	c.scraped.Add(float64(n))
+	for reason, n := range dropped {
+		c.dropped.Add(float64(n), reason)
+	}
 	for kind, n := range skipped.ByKind() {
 		c.skipped.Add(float64(n), kind)
 	}
@@ -254,29 +322,7 @@ func (c *Client) correctToServerTime(sc Scrape) Scrape {
 	return sc
 }
 
-// renderPieces renders samples of a scrape as one piece, or as several if one would exceed
-// LimitBytes or MaxPiece, or MaxDecodedFactor times as much without compression. A single sample
-// that exceeds these limits is dropped and logged.
-func (c *Client) renderPieces(got *CleanedScrape, samples []Sample) []Scrape {
-	limit := min(c.cfg.LimitBytes, MaxPiece)
-	text := got.AppendText(nil, samples)
-	if int64(len(text)) <= MaxDecodedFactor*limit {
-		if z := Gzip(text); int64(len(z)) <= limit {
-			return []Scrape{{At: got.At, SourceTime: got.SourceTime, Shift: got.Shift, Corrected: got.ShiftKnown, Samples: len(samples), Size: len(text), Gzip: z}}
-		}
-	}
-	if len(samples) <= 1 {
-		c.dropped.Inc(DropInvalid)
-		if _, logNow := c.invalidSamples.take(c.cfg.Now(), "--limit-bytes"); logNow {
-			c.cfg.Log.Warn("series dropped because it alone exceeds --limit-bytes: allow more there, or exclude the series with --match",
-				"bytes", len(text), "limit", limit, "series", Excerpt(text))
-		}
-		return nil
-	}
-	return append(c.renderPieces(got, samples[:len(samples)/2]), c.renderPieces(got, samples[len(samples)/2:])...)
-}
-
-// shiftTimes adds ms to all sample times in text, which must have the form that AppendText renders.
+// shiftTimes adds ms to all sample times in text, which must have the form that a pieceWriter renders.
 // A line without a time stays unchanged.
 func shiftTimes(text []byte, ms int64) []byte {
 	out := make([]byte, 0, len(text)+len(text)/16)

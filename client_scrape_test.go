@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
@@ -234,26 +233,45 @@ func TestClientBadSource(t *testing.T) {
 	}
 }
 
-// The client reads answers of a source that are not encoded or are compressed with gzip.
+// The client reads answers of a source that are not encoded or are compressed with gzip, whatever it
+// asked for. It asks a source on loopback for answers that are not compressed.
 func TestClientEncodings(t *testing.T) {
-	for _, encoding := range []string{"", "identity", "Identity", "gzip"} {
-		source := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			body := []byte("a 1\n")
-			if encoding == "gzip" {
-				body = Gzip(body)
-			}
-			if encoding != "" {
-				w.Header().Set("Content-Encoding", encoding)
-			}
-			w.Write(body)
-		}))
-		defer source.Close()
+	for _, tt := range []struct {
+		from, encoding string
+		body           []byte
+		asks           string // the header Accept-Encoding of the scrape
+		samples        int
+		err            string
+	}{
+		{"http://localhost:9090/metrics", "", []byte("a 1\n"), "identity", 1, ""},
+		{"http://127.0.0.1:9090/metrics", "gzip", Gzip([]byte("a 1\n")), "identity", 1, ""},
+		{"http://source.example/metrics", "", []byte("a 1\n"), "gzip", 1, ""},
+		{"http://source.example/metrics", "Identity", []byte("a 1\n"), "gzip", 1, ""},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("a 1\nb 2\n")), "gzip", 2, ""},
+		{"http://source.example/metrics", "GZIP", nil, "gzip", 0, ""},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("a 1\n"))[:20], "gzip", 0, "reading the answer: unexpected EOF"},
+		{"http://source.example/metrics", "gzip", []byte("a 1\nb 2\nc 3\n"), "gzip", 0, "reading the answer: gzip: invalid header"},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("<html><title>Log in</title>")), "gzip", 0, `with a web page titled "Log in"`},
+	} {
 		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
-			cfg.From, _ = url.Parse(source.URL + "/metrics")
-			cfg.FromClient = NewHTTPClient(nil, time.Minute, 10*time.Second)
+			cfg.From, _ = url.Parse(tt.from)
+			cfg.FromClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				if got := r.Header.Get("Accept-Encoding"); got != tt.asks {
+					t.Errorf("%s: the client asks for the encoding %q, want %q", tt.from, got, tt.asks)
+				}
+				header := http.Header{}
+				if tt.encoding != "" {
+					header.Set("Content-Encoding", tt.encoding)
+				}
+				return respond(200, header, string(tt.body)), nil
+			})
 		})
-		if got, err := c.Scrape(t.Context()); err != nil || len(got.List.Samples) != 1 {
-			t.Errorf("content encoding %q: got the error %v, want one sample", encoding, err)
+		got, err := c.Scrape(t.Context())
+		switch {
+		case tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)):
+			t.Errorf("content encoding %q: got the error %v, want %q", tt.encoding, err, tt.err)
+		case tt.err == "" && (err != nil || got.Samples != tt.samples):
+			t.Errorf("content encoding %q: got the error %v, want %d samples", tt.encoding, err, tt.samples)
 		}
 	}
 }

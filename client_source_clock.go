@@ -14,9 +14,12 @@ type loggedShift struct {
 }
 
 // nextShift returns SourceClockTracker.NextShift, and logs a new shift, but at most once in
-// failureLogInterval. The goroutine that scrapes and the goroutine that pushes may call it at the
-// same time.
+// failureLogInterval. It knows no shift if no spool was opened, because nothing is pushed then. The
+// goroutine that scrapes and the goroutine that pushes may call it at the same time.
 func (c *Client) nextShift(at Moment, sourceMs int64) (shiftMs int64, known bool) {
+	if c.sourceClock == nil {
+		return 0, false
+	}
 	shiftMs, known = c.sourceClock.NextShift(at, sourceMs)
 	if !known {
 		return shiftMs, known

@@ -1,7 +1,8 @@
 package main
 
-// This file encodes and decodes the record of one scrape in the spool. A scrape is sent from its
-// record only if its text decompresses to the bytes and lines that the record states. The sizes in
+// This file encodes and decodes the record of one scrape in the spool. A scrape is sent from a record
+// that an earlier process wrote only if its text decompresses to the bytes and lines that the record
+// states. The checksum of the record suffices for this process's own records. The sizes in
 // a record are checked against limits before the text is decompressed. Pure: no I/O, no clock.
 
 import (
@@ -108,6 +109,19 @@ func (sc *Scrape) checkFields() error {
 func (sc *Scrape) Text() ([]byte, error) {
 	text, _, err := new(Decompressor).Decompress(sc.Gzip, "gzip", sc.Size)
 	return text, err
+}
+
+// eachSample decompresses and decodes the text and calls emit for each sample, until emit returns an
+// error.
+func (sc *Scrape) eachSample(emit func(*RawSample) error) error {
+	z, err := gzip.NewReader(bytes.NewReader(sc.Gzip))
+	if err != nil {
+		return fmt.Errorf("decompressing scrape: %w", err)
+	}
+	if _, err := new(Decoder).DecodeFrom(io.LimitReader(z, int64(sc.Size)+1), FormatText, emit); err != nil {
+		return fmt.Errorf("decoding scrape: %w", err)
+	}
+	return nil
 }
 
 // checkTextCounts decompresses the text and checks that it has Samples lines and Size bytes.

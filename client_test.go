@@ -74,7 +74,11 @@ func TestClientDryRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(scraped.AppendText(nil, scraped.List.Samples)); got != cleanedScrape {
+	text, err := scraped.Pieces[0].Text()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(text); got != cleanedScrape {
 		t.Errorf("a dry run prints:\n%swant:\n%s", got, cleanedScrape)
 	}
 }

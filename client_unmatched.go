@@ -63,13 +63,13 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 	if !got.Use.Unchecked {
 		c.unmatchedFlags.Set(float64(len(got.Use.UnmatchedSelectors)), matchFlag)
 	}
-	switch begins, ends := c.unmatched.empty.update(now, len(got.List.Samples) == 0); {
+	switch begins, ends := c.unmatched.empty.update(now, got.Samples == 0); {
 	case begins:
 		c.cfg.Log.Warn("no series leaves the site", "from", c.cfg.From.Redacted(), "scraped", got.Scraped, "advice", emptyAdvice(got))
 	case ends:
-		c.cfg.Log.Info("series leave the site now", "samples", len(got.List.Samples))
+		c.cfg.Log.Info("series leave the site now", "samples", got.Samples)
 	}
-	if len(got.List.Samples) == 0 {
+	if got.Samples == 0 {
 		return
 	}
 	if begins, _ := c.unmatched.costly.update(now, got.Use.Unchecked); begins {
@@ -117,14 +117,14 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 	for _, old := range slices.Sorted(maps.Keys(got.Use.Renamed)) {
 		value := old + "=" + cleaner.Rename[old]
 		update(renameFlag, value, got.Use.Renamed[old] > 0, func() (warn, advice string) {
-			names, _ := namesIn(&got.List)
+			names, _ := namesIn(got)
 			names = slices.DeleteFunc(names, func(name string) bool { return isNewName[name] })
 			return fmt.Sprintf("no series has the name %.200s: --rename %.200s renames nothing", old, value), didYouMean(old, names) + "correct the name, or remove the flag"
 		})
 	}
 	for _, name := range slices.Sorted(maps.Keys(got.Use.Anonymized)) {
 		update(anonymizeFlag, name, got.Use.Anonymized[name] > 0, func() (warn, advice string) {
-			_, labels := namesIn(&got.List)
+			_, labels := namesIn(got)
 			return fmt.Sprintf("no series has the label %.200s: --anonymize-labels %.200s hashes nothing", name, name),
 				didYouMean(name, labels) + "values of a label that is not named leave the site readable; --dry-run prints what leaves"
 		})
@@ -159,20 +159,15 @@ func emptyAdvice(got *CleanedScrape) string {
 	return "all series were dropped; telemeter_samples_dropped_total has the reasons"
 }
 
-// namesIn returns the names of the metrics and of the labels in list, sorted.
-func namesIn(list *SampleList) (metrics, labels []string) {
+// namesIn returns the names of the metrics and of the labels in a scrape, sorted.
+func namesIn(got *CleanedScrape) (metrics, labels []string) {
 	ofMetrics, ofLabels := map[string]bool{}, map[string]bool{}
-	var p SeriesParser
-	for _, s := range list.Samples {
-		name, l, err := p.ParseLine(list.Line(s))
-		if err != nil {
-			continue // cannot happen, because SampleList rendered the line
-		}
+	got.eachSeries(func(name []byte, labels []Label) {
 		addKey(ofMetrics, name)
-		for i := range l {
-			addKey(ofLabels, l[i].Name)
+		for i := range labels {
+			addKey(ofLabels, labels[i].Name)
 		}
-	}
+	})
 	return slices.Sorted(maps.Keys(ofMetrics)), slices.Sorted(maps.Keys(ofLabels))
 }
 

@@ -199,7 +199,7 @@ func (p *clientProcess) checkSource(ctx context.Context, r *checkReport) {
 		r.result(err, what, "")
 		return
 	}
-	r.result(nil, what, "%d series in %v", len(got.List.Samples), took)
+	r.result(nil, what, "%d series in %v", got.Samples, took)
 	source.client.LogUnmatchedFlags(got)
 	if off := time.Duration(got.SourceTime-got.At.Wall) * time.Millisecond; off.Abs() > clockTolerance {
 		r.warn("the clock of the source is %s the clock of this host: set both (NTP); until then, the client corrects the times of samples", describeOffset(off))

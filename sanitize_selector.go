@@ -70,6 +70,10 @@ func (s *Selector) compile() error {
 		if !m.isPattern {
 			continue
 		}
+		if m.value == ".+" { // the pattern of MatchAll, which is evaluated for every series, means that the value is not empty
+			m.isPattern, m.value, m.negate = false, "", !m.negate
+			continue
+		}
 		// parseMatcher has checked the pattern alone, because a pattern such as "a)|(b" is invalid by
 		// itself but would become valid between anchors.
 		re, err := regexp.Compile("^(?s:" + m.value + ")$")

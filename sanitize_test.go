@@ -265,3 +265,31 @@ func TestParseRenames(t *testing.T) {
 		}
 	}
 }
+
+// A ClientCleaner remembers a bounded number of hashes of short values, and no hash of a long value.
+// Equal values have equal hashes, whether they are remembered or not.
+func TestCleanRemembersFewHashes(t *testing.T) {
+	c := ClientCleaner{Anonymize: []string{"a"}}
+	c.SetSalt([]byte("0123456789abcdef"))
+	hashOf := func(value string) string {
+		r := RawSample{Name: []byte("m"), Labels: []Label{{[]byte("a"), []byte(value)}}}
+		if drop := c.Clean(&r); drop != "" {
+			t.Fatalf("the sample is dropped as %s", drop)
+		}
+		return string(r.Labels[0].Value)
+	}
+	long := strings.Repeat("x", maxHashedValue+1)
+	first, second, ofLong := hashOf("0"), hashOf("1"), hashOf(long)
+	if len(c.hashed) != 2 {
+		t.Errorf("the cleaner remembers %d hashes, want those of the 2 short values", len(c.hashed))
+	}
+	for i := range 2*maxHashed + 100 {
+		hashOf(fmt.Sprint(i))
+		if len(c.hashed) > maxHashed {
+			t.Fatalf("the cleaner remembers %d hashes, want at most %d", len(c.hashed), maxHashed)
+		}
+	}
+	if got := []string{hashOf("0"), hashOf("1"), hashOf("1"), hashOf(long)}; !slices.Equal(got, []string{first, second, second, ofLong}) {
+		t.Errorf("got the hashes %q, want %q as before", got, []string{first, second, second, ofLong})
+	}
+}

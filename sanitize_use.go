@@ -60,7 +60,7 @@ func (c *ClientCleaner) prepareUse() {
 		return
 	}
 	c.unmatched = newUnmatchedSelectors(c.Match, c.MatchedBySource)
-	c.renamed, c.anonymized = map[string]int{}, make([]int, len(c.Anonymize))
+	c.renamed, c.anonymized, c.hashed = map[string]int{}, make([]int, len(c.Anonymize)), map[string][]byte{}
 }
 
 // unmatchedSelectors finds the selectors that match none of the observed series.
