@@ -302,11 +302,11 @@ func (m *deliveryModel) scrape(x *modelReader, s *modelServer) (served bool) {
 	if !m.calm && m.chance(30) {
 		limit = 1 + m.rng.IntN(3)
 	}
-	fams, _, _ := s.scraper.ServeUnreadAndNewest(r, limit, !m.calm && m.chance(10), nil)
+	fams, _, _ := storeScraper{s.scraper}.ServeUnreadAndNewest(r, limit, !m.calm && m.chance(10), nil)
 	lost := m.lost()
 	var got []int
 	for _, f := range fams {
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			got = append(got, int(l.V))
 			x.received[int(l.V)] = x.received[int(l.V)] || !lost
 		}

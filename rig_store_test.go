@@ -181,8 +181,9 @@ func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 	if c == nil {
 		return got
 	}
-	seq := uint64(0)
+	seq, samples := uint64(0), int64(0)
 	for _, b := range c.data.Batches {
+		samples += int64(len(b.V))
 		if b.Seq <= seq || b.Seq > c.data.Seq {
 			t.Errorf("site %s: batch %d follows batch %d; the newest is %d", id, b.Seq, seq, c.data.Seq)
 		}
@@ -198,6 +199,9 @@ func heldOf(t testing.TB, s *Store, id string) map[heldSample]float64 {
 			}
 			got[key] = b.V[i]
 		}
+	}
+	if n := c.data.SampleCount(); n != samples {
+		t.Errorf("site %s counts %d samples, its batches have %d", id, n, samples)
 	}
 	return got
 }
@@ -265,8 +269,31 @@ func wantHeld(t testing.TB, when string, got, want map[heldSample]float64) {
 // scraper returns a reader for scrapes of s, on a server that owns all sites. The reader shows
 // newest samples up to maxAge old. With a negative maxAge it repeats no sample that the consumer
 // has read, unless the sample is from the future.
-func scraper(s *Store, maxAge time.Duration) *AllSitesReader {
-	return &AllSitesReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}
+func scraper(s *Store, maxAge time.Duration) storeScraper {
+	return storeScraper{&AllSitesReader{Store: s, MaxSampleAge: maxAge, Now: s.cfg.Now, Owned: func(uint64) bool { return true }}}
+}
+
+// storeScraper is an AllSitesReader whose methods return families. Each scrape has its own memory.
+type storeScraper struct{ *AllSitesReader }
+
+func (s storeScraper) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
+	var g FamilyGrouper
+	truncated = s.AllSitesReader.NewestPerSeries(&g, limit, match)
+	return g.Families(), truncated
+}
+
+func (s storeScraper) ServeUnreadAndNewest(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unreadServed int, moreUnread bool) {
+	var g FamilyGrouper
+	unreadServed, moreUnread = s.AllSitesReader.ServeUnreadAndNewest(&g, session, limit, onePerSeries, match)
+	return g.Families(), unreadServed, moreUnread
+}
+
+// newestSince returns the newest samples of the listed series of a table as families.
+func newestSince(s *SeriesTable, minT int64) []Family {
+	var g FamilyGrouper
+	s.addNewestSince(&g, minT)
+	g.EndText(s.AppendChunks(nil), nil)
+	return g.Families()
 }
 
 // shown returns the samples that s serves to a scrape without a consumer's name.
@@ -278,18 +305,26 @@ func shown(s *Store, maxAge time.Duration) map[heldSample]float64 {
 func samplesIn(fams []Family) map[heldSample]float64 {
 	got := map[heldSample]float64{}
 	for _, f := range fams {
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			got[heldSample{string(l.Line), l.T}] = l.V
 		}
 	}
 	return got
 }
 
+// sampleCount returns the number of samples of f.
+func sampleCount(f Family) (n int) {
+	for range f.Samples {
+		n++
+	}
+	return n
+}
+
 // valuesIn returns the values of a scrape's samples in the order of the answer, each with a
 // space after it.
 func valuesIn(fams []Family) (values string) {
 	for _, f := range fams {
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			values += fmt.Sprint(l.V, " ")
 		}
 	}

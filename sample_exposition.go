@@ -8,12 +8,13 @@ package main
 import (
 	"bytes"
 	"io"
-	"maps"
+	"iter"
 	"math"
 	"mime"
 	"slices"
 	"strconv"
 	"strings"
+	"unique"
 
 	"github.com/prometheus/common/model"
 )
@@ -96,30 +97,20 @@ type FamilySample struct {
 // Family holds samples with one metric name. They may come from several sites.
 type Family struct {
 	Name    string
-	Samples []FamilySample
+	Quoted  bool // whether one of the samples is Quoted
+	Samples iter.Seq[FamilySample]
 }
 
 // GroupByName returns the samples of l grouped into families, which are sorted by name. The result
 // shares memory with l.
 func GroupByName(l *SampleList) []Family {
-	var parser SeriesParser
-	index := map[string]int{}
-	var fams []Family
+	var g FamilyGrouper
 	for _, s := range l.Samples {
-		name, labels, err := parser.ParseLine(l.Line(s))
-		if err != nil {
-			continue // cannot happen: every line that Add renders can be parsed
-		}
-		i, ok := index[string(name)]
-		if !ok {
-			i = len(fams)
-			index[string(name)] = i
-			fams = append(fams, Family{Name: string(name)})
-		}
-		fams[i].Samples = append(fams[i].Samples, FamilySample{l.Line(s), s.T, s.V, !IsLegacy(name, labels)})
+		line := l.Line(s)
+		g.Add(unique.Make(string(LineName(line))), s.Off, uint16(s.Len), !IsLegacyLine(line), s.T, s.V)
 	}
-	slices.SortFunc(fams, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
-	return fams
+	g.EndText(TextChunks(l.Arena), nil)
+	return g.Families()
 }
 
 // WriteFamilies writes fams to w as text exposition. For each family it writes a TYPE line with the
@@ -138,7 +129,8 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hidd
 	buf := make([]byte, 0, chunk+4<<10)
 	for _, f := range fams {
 		buf = appendType(buf, []byte(f.Name))
-		for _, l := range f.Samples {
+		for l := range f.Samples {
+			writtenSamples++
 			buf = AppendSample(buf, l.Line, l.T, l.V)
 			if len(buf) >= chunk {
 				if _, err := w.Write(buf); err != nil {
@@ -147,7 +139,6 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hidd
 				buf = buf[:0]
 			}
 		}
-		writtenSamples += len(f.Samples)
 	}
 	_, err = w.Write(buf)
 	return writtenSamples, hiddenSamples, err
@@ -181,48 +172,57 @@ func AppendSample(b, line []byte, t int64, v float64) []byte {
 
 // escapeFamilies returns fams with all names escaped by e. Families whose escaped names are equal
 // are merged, and the result is sorted by name. hiddenSamples counts the samples that are left out
-// because their escaped line cannot be served or is already used by another series.
+// because their escaped line cannot be served or is already used by another series. Only the samples
+// of families that share an escaped name with a quoted sample are copied.
 func escapeFamilies(e Escaping, fams []Family) (out []Family, hiddenSamples int) {
-	if !slices.ContainsFunc(fams, func(f Family) bool {
-		return slices.ContainsFunc(f.Samples, func(l FamilySample) bool { return l.Quoted })
-	}) {
+	merged := map[string]*nameEscapedFamily{}
+	for _, f := range fams {
+		if name := e.MetricName(f.Name); f.Quoted && merged[name] == nil {
+			merged[name] = &nameEscapedFamily{}
+		}
+	}
+	if len(merged) == 0 {
 		return fams, 0
 	}
-	merged := map[string]*nameEscapedFamily{}
 	// First add the lines that need no escaping, so that an escaped line that equals one of them
 	// does not take its place.
 	for _, f := range fams {
-		name := e.MetricName(f.Name)
-		if merged[name] == nil {
-			merged[name] = &nameEscapedFamily{Family: Family{Name: name}}
+		m := merged[e.MetricName(f.Name)]
+		if m == nil {
+			out = append(out, f)
+			continue
 		}
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			if !l.Quoted {
-				merged[name].Samples = append(merged[name].Samples, l)
+				m.samples = append(m.samples, l)
 			}
 		}
 	}
 	var parser SeriesParser
 	for _, f := range fams {
+		if !f.Quoted {
+			continue
+		}
 		m := merged[e.MetricName(f.Name)]
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			if l.Quoted && !m.addEscaped(e, &parser, l) {
 				hiddenSamples++
 			}
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(merged)) {
-		if len(merged[name].Samples) > 0 {
-			out = append(out, merged[name].Family)
+	for name, m := range merged {
+		if len(m.samples) > 0 {
+			out = append(out, Family{Name: name, Samples: slices.Values(m.samples)})
 		}
 	}
+	slices.SortFunc(out, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
 	return out, hiddenSamples
 }
 
 // nameEscapedFamily is a family with an escaped name. It collects the samples of all families whose
 // names are equal after escaping.
 type nameEscapedFamily struct {
-	Family
+	samples []FamilySample
 	shownBy map[string]string // line as written → line of the same series before escaping; nil until addEscaped needs it
 }
 
@@ -232,8 +232,8 @@ type nameEscapedFamily struct {
 // time.
 func (f *nameEscapedFamily) addEscaped(e Escaping, parser *SeriesParser, l FamilySample) bool {
 	if f.shownBy == nil {
-		f.shownBy = make(map[string]string, len(f.Samples))
-		for _, l := range f.Samples {
+		f.shownBy = make(map[string]string, len(f.samples))
+		for _, l := range f.samples {
 			f.shownBy[string(l.Line)] = string(l.Line)
 		}
 	}
@@ -251,6 +251,6 @@ func (f *nameEscapedFamily) addEscaped(e Escaping, parser *SeriesParser, l Famil
 	}
 	f.shownBy[string(line)] = series
 	l.Line = line
-	f.Samples = append(f.Samples, l)
+	f.samples = append(f.samples, l)
 	return true
 }

@@ -19,7 +19,9 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
+	"unique"
 )
 
 // keepsOnlyFirst matches the User-Agent of scrapers that must not get several samples of one series
@@ -33,7 +35,7 @@ type federateConfig struct {
 	Sites        *SitePushLimiter
 	Owned        func(hash uint64) bool // reports whether this server shows the newest samples of the site with this key again, even to consumers that have read them; see AllSitesReader.Owned
 	Revoked      func(id string) bool
-	Issued       func() iter.Seq[string] // returns the cluster IDs of the sites that have a valid token, as far as this server knows
+	Issued       func() iter.Seq[string] // returns the cluster IDs of the sites that have a valid token, in order, as far as this server knows
 	Name         string
 	Metrics      *Metrics
 	Log          *slog.Logger
@@ -48,6 +50,7 @@ type federateHandler struct {
 	scraper    *AllSitesReader
 	limitedLog *LimitedLog // for messages that each scrape can cause
 	slots      *scrapeSlots
+	groupers   sync.Pool // of *FamilyGrouper; slots bounds how many are in use
 
 	seconds, bytes              *Histogram
 	samples                     *Gauge
@@ -68,6 +71,7 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 		cfg: cfg, scraper: &AllSitesReader{Store: cfg.Store, MaxSampleAge: cfg.MaxSampleAge, Now: cfg.Now, Owned: cfg.Owned},
 		limitedLog: NewLimitedLog(cfg.Log, cfg.Now),
 		slots:      newScrapeSlots(),
+		groupers:   sync.Pool{New: func() any { return &FamilyGrouper{} }},
 		seconds:    m.Histogram("telemeter_scrape_duration_seconds", "Seconds to answer a request to /federate.", []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30}),
 		bytes:      m.Histogram("telemeter_scrape_size_bytes", "Bytes of an answer to /federate before compression.", []float64{1e3, 1e4, 1e5, 1e6, 1e7, 1e8}),
 		samples:    m.Gauge("telemeter_scrape_samples", "Samples in the last answer to /federate."),
@@ -124,12 +128,15 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if session == nil && r.Method == http.MethodGet {
 		h.limitedLog.LogPeer(slog.LevelInfo, "a scrape without consumer gets only the newest sample of each series: add params: {consumer: [NAME]} to the scrape configuration", r.RemoteAddr)
 	}
-	families, err := h.families(ctx, r, c.name, session, match)
+	g := h.groupers.Get().(*FamilyGrouper)
+	err = h.collect(ctx, g, r, c.name, session, match)
 	if err != nil {
 		refuseScrape(w, err) // the end of this method logs the error
 	} else {
-		err = h.write(w, r, begin.Add(timeout), families)
+		err = h.write(w, r, begin.Add(timeout), g.Families())
 	}
+	g.Reset()
+	h.groupers.Put(g)
 	h.seconds.Observe(time.Since(begin).Seconds())
 	if session != nil {
 		session.EndScrapeAndLimitNext(time.Since(beginAnswer), timeout/2, err)
@@ -191,52 +198,48 @@ func refuseScrape(w http.ResponseWriter, err error) (status int) {
 // match[] was applied to samples.
 var errScrapeEnded = errors.New("the scrape ended before match[] was applied to all samples; if this is not rare, use cheaper selectors or a longer scrape_timeout")
 
-// families returns the content of the answer to a scrape, sorted by name. If session is not nil, the
-// samples are those of ServeUnreadAndNewest. The error is errScrapeEnded if ctx ends before match
-// is applied to all samples.
-func (h *federateHandler) families(ctx context.Context, r *http.Request, consumer string, session *ConsumerSession, match Selectors) (families []Family, err error) {
+// collect adds the content of the answer to a scrape to g. If session is not nil, the samples are
+// those of ServeUnreadAndNewest. The error is errScrapeEnded if ctx ends before match is applied to
+// all samples.
+func (h *federateHandler) collect(ctx context.Context, g *FamilyGrouper, r *http.Request, consumer string, session *ConsumerSession, match Selectors) error {
 	matchLine := match.LineMatcherOrNil()
 	if all := matchLine; all != nil {
 		matchLine = func(line []byte) bool { return ctx.Err() == nil && all(line) }
 	}
 	if session != nil {
-		families = h.takeUnreadAndNewest(session, r, consumer, matchLine)
+		h.addUnreadAndNewest(g, session, r, consumer, matchLine)
 	} else {
-		families = h.newestSamples(matchLine)
+		h.addNewest(g, matchLine)
 	}
-	families = append(families, h.siteStatusFamilies(func(name []byte, labels []Label) bool {
+	h.addSiteStatus(g, func(name []byte, labels []Label) bool {
 		return ctx.Err() == nil && match.MatchOrEmpty(name, labels)
-	})...)
+	})
 	if ctx.Err() != nil {
-		return nil, errScrapeEnded
+		return errScrapeEnded
 	}
-	slices.SortFunc(families, func(a, b Family) int { return strings.Compare(a.Name, b.Name) })
-	return families, nil
+	return nil
 }
 
-// takeUnreadAndNewest returns samples that a consumer has not read, up to the limit on its scrape,
+// addUnreadAndNewest adds to g samples that a consumer has not read, up to the limit on its scrape,
 // and marks them as served. If the limit leaves room, it adds the newest samples of sites that this
 // server owns.
-func (h *federateHandler) takeUnreadAndNewest(session *ConsumerSession, r *http.Request, consumer string, match func(line []byte) bool) []Family {
+func (h *federateHandler) addUnreadAndNewest(g *FamilyGrouper, session *ConsumerSession, r *http.Request, consumer string, match func(line []byte) bool) {
 	limit := session.SampleLimit(h.cfg.LimitScrape)
-	families, unread, more := h.scraper.ServeUnreadAndNewest(session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match)
+	unread, more := h.scraper.ServeUnreadAndNewest(g, session, limit, keepsOnlyFirst.MatchString(r.UserAgent()), match)
 	if more {
 		h.truncated.Inc()
 		h.cfg.Log.Debug("scrape met a limit; later scrapes get the other samples", "consumer", consumer, "samples", unread, "limit", limit)
 	}
-	return families
 }
 
-// newestSamples returns the newest sample of each series of the sites that this server owns, unless
+// addNewest adds to g the newest sample of each series of the sites that this server owns, unless
 // that sample is older than MaxSampleAge. If LimitScrape leaves out sites, the next scrape begins
 // with other sites.
-func (h *federateHandler) newestSamples(match func(line []byte) bool) []Family {
-	families, truncated := h.scraper.NewestPerSeries(h.cfg.LimitScrape, match)
-	if truncated {
+func (h *federateHandler) addNewest(g *FamilyGrouper, match func(line []byte) bool) {
+	if h.scraper.NewestPerSeries(g, h.cfg.LimitScrape, match) {
 		h.truncated.Inc()
 		h.limitedLog.Log(slog.LevelWarn, "scrape met the limit on samples; the next scrape begins with other sites", "limit", h.cfg.LimitScrape)
 	}
-	return families
 }
 
 // write writes families to the scraper, with the escaping and compression that the scraper asks
@@ -334,48 +337,100 @@ func isProxied(h http.Header) bool {
 	return false
 }
 
-// siteStatusFamilies returns the series that this server itself makes for each site that is not
-// revoked, so that alerts can find a silent site. It returns only series that match selects. Their
+// siteStatus adds series of single sites to a FamilyGrouper. Its labels are reused for all sites.
+type siteStatus struct {
+	g       *FamilyGrouper
+	match   func(name []byte, labels []Label) bool
+	site    [4]Label // sorted labels of the series of a site
+	backlog [6]Label // sorted labels of the series of a site and a consumer
+}
+
+// statusName is the name of series that siteStatus adds.
+type statusName struct {
+	text   []byte
+	handle unique.Handle[string]
+}
+
+func newStatusName(name string) statusName { return statusName{[]byte(name), unique.Make(name)} }
+
+func newSiteStatus(g *FamilyGrouper, server string, match func(name []byte, labels []Label) bool) *siteStatus {
+	label := func(name, value string) Label { return Label{[]byte(name), []byte(value)} }
+	id, instance, job, by := label(ClusterLabel, ""), label("instance", ""), label("job", ""), label("server", server)
+	return &siteStatus{g, match, [4]Label{id, instance, job, by}, [6]Label{id, label("address", ""), label("consumer", ""), instance, job, by}}
+}
+
+// setSite sets the site of the series that are added next.
+func (s *siteStatus) setSite(id string) {
+	value := append(s.site[0].Value[:0], id...)
+	s.site[0].Value, s.backlog[0].Value = value, value
+}
+
+// add adds a series of the site, if match selects it. The line is short and its labels are valid:
+// the server's name and the cluster ID are checked.
+func (s *siteStatus) add(name statusName, v float64) {
+	if s.match(name.text, s.site[:]) {
+		s.g.AddSeries(name.handle, s.site[:], v)
+	}
+}
+
+// addBacklog adds a series of the site and a consumer, whose name is checked, as add does.
+func (s *siteStatus) addBacklog(name statusName, b ConsumerSiteBacklog) {
+	address, consumer := &s.backlog[1], &s.backlog[2]
+	address.Value, consumer.Value = append(address.Value[:0], b.Address...), append(consumer.Value[:0], b.Name...)
+	if s.match(name.text, s.backlog[:]) {
+		s.g.AddSeries(name.handle, s.backlog[:], float64(b.UnreadSamples))
+	}
+}
+
+// addSiteStatus adds to g the series that this server itself makes for each site that is not
+// revoked, so that alerts can find a silent site. It adds only series that match selects. Their
 // label "server" is this server's name. If the store knows no push of a site that has a valid token,
 // the owner of the site shows the push time 0.
-func (h *federateHandler) siteStatusFamilies(match func(name []byte, labels []Label) bool) []Family {
-	var p SampleList
-	add := func(name, id string, v float64, more ...Label) {
-		if h.cfg.Revoked(id) { // a revoked site is silent on purpose, so alerts must not see its series
-			return
-		}
-		r := RawSample{Name: []byte(name), T: NoTime, V: v, Labels: append(more, Label{[]byte("server"), []byte(h.cfg.Name)},
-			Label{[]byte(ClusterLabel), []byte(id)}, Label{Name: []byte("instance")}, Label{Name: []byte("job")})}
-		if match(r.Name, r.Labels) {
-			p.Add(&r) // cannot fail: names are constants, and the values are checked: server name, cluster ID, and name and address of the consumer
-		}
-	}
+func (h *federateHandler) addSiteStatus(g *FamilyGrouper, match func(name []byte, labels []Label) bool) {
+	status := newSiteStatus(g, h.cfg.Name, match)
+	pushTime, failureTime := newStatusName(PushTimeName), newStatusName(PushFailureTimeName)
+	series, samples := newStatusName(ClusterNamePrefix+"series"), newStatusName(ClusterNamePrefix+"samples")
+	backlog, expiry := newStatusName(ClusterNamePrefix+"backlog_samples"), newStatusName(ClusterNamePrefix+"token_expiry_seconds")
+	offset := newStatusName(ClusterNamePrefix + "clock_offset_seconds")
+
 	pushed := h.cfg.Store.Stats().Sites
+	later := pushed // sites with IDs that are not lower than the present ID; both lists are sorted
 	for id := range h.cfg.Issued() {
-		_, found := slices.BinarySearchFunc(pushed, id, func(s SiteStats, id string) int { return strings.Compare(s.ID, id) })
-		if !found && h.cfg.Owned(SiteKey(id)) {
-			add(PushTimeName, id, 0)
+		for len(later) > 0 && later[0].ID < id {
+			later = later[1:]
+		}
+		if known := len(later) > 0 && later[0].ID == id; !known && h.cfg.Owned(SiteKey(id)) && !h.cfg.Revoked(id) {
+			status.setSite(id)
+			status.add(pushTime, 0)
 		}
 	}
 	for _, site := range pushed {
-		add(PushTimeName, site.ID, float64(site.LastPush)/1000)
-		add(ClusterNamePrefix+"series", site.ID, float64(site.Series))
-		add(ClusterNamePrefix+"samples", site.ID, float64(site.Samples))
+		if h.cfg.Revoked(site.ID) { // a revoked site is silent on purpose, so alerts must not see its series
+			continue
+		}
+		status.setSite(site.ID)
+		status.add(pushTime, float64(site.LastPush)/1000)
+		status.add(series, float64(site.Series))
+		status.add(samples, float64(site.Samples))
 		for _, b := range site.Backlogs {
-			add(ClusterNamePrefix+"backlog_samples", site.ID, float64(b.UnreadSamples),
-				Label{[]byte("consumer"), []byte(b.Name)}, Label{[]byte("address"), []byte(b.Address)})
+			status.addBacklog(backlog, b)
 		}
 	}
+	now := h.cfg.Now()
 	h.cfg.Sites.ForEach(func(id string, a siteHealth) {
+		if h.cfg.Revoked(id) {
+			return
+		}
+		status.setSite(id)
 		if !a.LastFailure.IsZero() {
-			add(PushFailureTimeName, id, float64(a.LastFailure.UnixMilli())/1000)
+			status.add(failureTime, float64(a.LastFailure.UnixMilli())/1000)
 		}
 		if a.TokenExpiry > 0 {
-			add(ClusterNamePrefix+"token_expiry_seconds", id, float64(a.TokenExpiry))
+			status.add(expiry, float64(a.TokenExpiry))
 		}
-		if h.cfg.Now().Sub(a.ClockOffsetAt) <= h.cfg.MaxSampleAge { // an older offset may be wrong, because the site may push to another server by now
-			add(ClusterNamePrefix+"clock_offset_seconds", id, a.ClockOffset.Seconds())
+		if now.Sub(a.ClockOffsetAt) <= h.cfg.MaxSampleAge { // an older offset may be wrong, because the site may push to another server by now
+			status.add(offset, a.ClockOffset.Seconds())
 		}
 	})
-	return GroupByName(&p)
+	g.EndSeries()
 }

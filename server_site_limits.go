@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -214,13 +215,18 @@ func (t *SitePushLimiter) TakeRefusalLog(clusterID string, now time.Time) (suppr
 // ForEach calls f with the health of each tracked site, in the order of cluster IDs. It calls f
 // without holding t.mu, so that pushes do not wait for a slow f.
 func (t *SitePushLimiter) ForEach(f func(id string, activity siteHealth)) {
+	type siteWithHealth struct {
+		id     string
+		health siteHealth
+	}
 	t.mu.Lock()
-	all := make(map[string]siteHealth, len(t.sites))
+	all := make([]siteWithHealth, 0, len(t.sites))
 	for id, site := range t.sites {
-		all[id] = site.health
+		all = append(all, siteWithHealth{id, site.health})
 	}
 	t.mu.Unlock()
-	for _, id := range slices.Sorted(maps.Keys(all)) {
-		f(id, all[id])
+	slices.SortFunc(all, func(a, b siteWithHealth) int { return strings.Compare(a.id, b.id) })
+	for _, site := range all {
+		f(site.id, site.health)
 	}
 }

@@ -97,6 +97,9 @@ type Store struct {
 
 	mu    sync.RWMutex     // guards sites; startClosing also holds it while it closes the channel closing
 	sites map[string]*Site // by cluster ID
+	// sorted has the sites sorted by cluster ID, or nil after a change of sites. Its elements never
+	// change. It is set with mu held for reading, and to nil with mu held for writing.
+	sorted atomic.Pointer[[]*Site]
 }
 
 // OpenStore opens or creates the store in cfg.Dir, locks the directory against other processes and
@@ -227,6 +230,7 @@ func (s *Store) findOrAddSite(clusterID string) (*Site, error) {
 	}
 	site = s.newSite(clusterID)
 	s.sites[clusterID] = site
+	s.sorted.Store(nil)
 	return site, nil
 }
 
@@ -287,6 +291,7 @@ func (s *Store) dropEmptySite(site *Site) {
 	site.markRemoved()
 	s.mu.Lock()
 	delete(s.sites, site.ID)
+	s.sorted.Store(nil)
 	s.mu.Unlock()
 	s.Consumers.DropSiteCursors(site.Key)
 }
@@ -434,11 +439,17 @@ func (s *Store) expireAndCompactSite(site *Site, storageFull bool) error {
 	return site.CompactIfWorthwhile(oldest, storageFull)
 }
 
-// sitesByID returns all sites, sorted by cluster ID.
+// sitesByID returns all sites, sorted by cluster ID. The caller must not change the result. The sites
+// are sorted only if a site came or went since the last call, because every scrape calls sitesByID.
 func (s *Store) sitesByID() []*Site {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
+	if sorted := s.sorted.Load(); sorted != nil {
+		return *sorted
+	}
+	sorted := slices.SortedFunc(maps.Values(s.sites), func(a, b *Site) int { return cmp.Compare(a.ID, b.ID) })
+	s.sorted.Store(&sorted)
+	return sorted
 }
 
 // ForEachSite visits the sites until f returns false. For each site it drops the expired samples

@@ -216,7 +216,7 @@ func (cs *Consumers) HasConfirmed(key uint64) bool {
 
 // AddClientReportedConsumers records the consumers that the client of a site reports. The client
 // knows them from answers of servers. A consumer may be unknown here, because it scraped only other
-// servers, or because this server lost its disk. SeqReadByAll, LastScrapeAges and Cursors include a
+// servers, or because this server lost its disk. SeqReadByAll, LastScrapeAges and appendCursors include a
 // reported consumer for this site only. Consumers whose last scrape is older than consumerIdle,
 // consumers beyond MaxConsumers for a site, and sites beyond maxReportingSites are ignored.
 func (cs *Consumers) AddClientReportedConsumers(siteKey uint64, consumers []ConsumerAge, now time.Time) {
@@ -332,25 +332,49 @@ type SiteConsumerCursor struct {
 	LastScrape    time.Time
 }
 
-// Cursors returns the cursors of all consumers for one site, sorted by name and address. Consumers
-// that only the site's client reported are included. Each of these has its key in hex as the name,
-// no address, and the cursor 0.
-func (cs *Consumers) Cursors(siteKey uint64) []SiteConsumerCursor {
+// listedConsumer is a consumer as it was when sortedConsumers was called, without a cursor.
+type listedConsumer struct {
+	SiteConsumerCursor
+	consumer *consumer
+}
+
+// sortedConsumers returns the consumers of this server, sorted by name and address.
+func (cs *Consumers) sortedConsumers() []listedConsumer {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	var all []SiteConsumerCursor
+	all := make([]listedConsumer, 0, len(cs.byKey))
 	for _, c := range cs.byKey {
-		all = append(all, SiteConsumerCursor{c.key, c.name, c.address, c.cursors[siteKey], c.lastScrape})
+		all = append(all, listedConsumer{SiteConsumerCursor{c.key, c.name, c.address, 0, c.lastScrape}, c})
 	}
+	slices.SortFunc(all, func(a, b listedConsumer) int { return a.compareName(b.SiteConsumerCursor) })
+	return all
+}
+
+func (c SiteConsumerCursor) compareName(other SiteConsumerCursor) int {
+	return cmp.Or(strings.Compare(c.Name, other.Name), strings.Compare(c.Address, other.Address))
+}
+
+// appendCursors appends to cursors the cursors of consumers for one site, and of the consumers that
+// only the site's client reported. Each of the latter has its key in hex as the name, no address, and
+// the cursor 0. What is appended is sorted by name and address if consumers is.
+func (cs *Consumers) appendCursors(cursors []SiteConsumerCursor, consumers []listedConsumer, siteKey uint64) []SiteConsumerCursor {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	first := len(cursors)
+	for _, c := range consumers {
+		c.Seq = c.consumer.cursors[siteKey]
+		cursors = append(cursors, c.SiteConsumerCursor)
+	}
+	known := len(cursors)
 	for key, at := range cs.reported[siteKey] {
 		if cs.byKey[key] == nil {
-			all = append(all, SiteConsumerCursor{Key: key, Name: fmt.Sprintf("%016x", key), LastScrape: at})
+			cursors = append(cursors, SiteConsumerCursor{Key: key, Name: fmt.Sprintf("%016x", key), LastScrape: at})
 		}
 	}
-	slices.SortFunc(all, func(a, b SiteConsumerCursor) int {
-		return strings.Compare(a.Name+"\x00"+a.Address, b.Name+"\x00"+b.Address)
-	})
-	return all
+	if len(cursors) > known {
+		slices.SortFunc(cursors[first:], SiteConsumerCursor.compareName)
+	}
+	return cursors
 }
 
 // ForEachUnconfirmedCount calls f for each consumer with the number of its consecutive scrapes that

@@ -62,7 +62,8 @@ func (cs *Consumers) BeginScrape(consumerKey uint64, name, address string, conn 
 		}
 	}
 	c.sessions = append(c.sessions, session)
-	session.served, session.servedUnread, session.writtenInTime = map[uint64]ReadPosition{}, 0, false
+	clear(session.served)
+	session.servedUnread, session.writtenInTime = 0, false
 	return session, repeats, nil
 }
 
@@ -88,7 +89,7 @@ func (cs *Consumers) noteScrape(k KnownConsumer, now time.Time) (*consumer, erro
 // newSession returns a session that begins at the consumer's cursors. Afterwards each session of a
 // consumer advances independently of the others.
 func (c *consumer) newSession(cs *Consumers, conn any) *ConsumerSession {
-	r := &ConsumerSession{Key: c.key, consumers: cs, consumer: c, conn: conn, confirmed: make(map[uint64]ReadPosition, len(c.cursors))}
+	r := &ConsumerSession{Key: c.key, consumers: cs, consumer: c, conn: conn, served: map[uint64]ReadPosition{}, confirmed: make(map[uint64]ReadPosition, len(c.cursors))}
 	for site, seq := range c.cursors {
 		r.confirmed[site] = ReadPosition{Seq: seq}
 	}

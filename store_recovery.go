@@ -190,6 +190,7 @@ func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) er
 	r.data.DropExpiredUncounted(min(oldest, r.data.LastPush-s.cfg.Retention.Milliseconds()))
 	site := NewSite(r.data, r.log, s)
 	s.sites[site.ID] = site
+	s.sorted.Store(nil)
 	s.reportDamage(r)
 	if err := site.RewriteLogIfBroken(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("rewriting the damaged log %s: %w", path, err))

@@ -67,6 +67,7 @@ func (d *SiteSamples) DropBatchesAbove(maxSeq uint64) {
 		return
 	}
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.Seq > maxSeq })
+	d.recount()
 	d.Seq = 0
 	if n := len(d.Batches); n > 0 {
 		d.Seq = d.Batches[n-1].Seq
@@ -94,6 +95,7 @@ func (d *SiteSamples) dropSamplesRepeatedBy(b *Batch) {
 		}
 	}
 	d.Batches = slices.DeleteFunc(d.Batches, func(old *Batch) bool { return len(old.V) == 0 && old.Names.SpoolID == 0 })
+	d.recount()
 }
 
 // RestoreSpools sets the spools of the site. They come from the log's spool records and from the

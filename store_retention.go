@@ -71,6 +71,15 @@ func (s *Store) ServedSince() int64 {
 // DropExpired drops the samples older than keptSince, in ms, and counts them as expired. The caller
 // need not hold the site's lock.
 func (s *Site) DropExpired(keptSince int64) {
+	s.mu.Lock()
+	nothing := s.data.minT >= keptSince
+	if nothing { // the usual case, at every scrape
+		s.data.expiredBefore = max(s.data.expiredBefore, keptSince)
+	}
+	s.mu.Unlock()
+	if nothing {
+		return
+	}
 	owned := s.store.owns(s.Key)
 	s.mu.Lock()
 	expired, unread, freed := s.data.DropExpired(keptSince, sync.OnceValue(s.seqReadByAll), owned)
@@ -121,6 +130,7 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 	}
 	if gone {
 		d.Batches = slices.DeleteFunc(slices.Clone(d.Batches), func(b *Batch) bool { return b.MaxT < keptSince })
+		d.samples -= samplesFreed
 	}
 	return samplesExpired, expiredUnread, samplesFreed
 }
@@ -131,4 +141,5 @@ func (d *SiteSamples) DropExpired(keptSince int64, seqReadByAll func() uint64, o
 func (d *SiteSamples) DropExpiredUncounted(oldest int64) {
 	d.expiredBefore = max(d.expiredBefore, oldest)
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.MaxT < d.expiredBefore })
+	d.recount()
 }

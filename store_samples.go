@@ -32,6 +32,7 @@ type SiteSamples struct {
 	startSeq      uint64 // value of Seq before the first batch
 	expiredBefore int64  // ms; older samples have expired, even if their batch is still in memory
 	minT          int64  // ms; no sample in Batches is older
+	samples       int64  // number of samples in Batches
 }
 
 // NewSiteSamples returns the data of a site without samples. The documentation of NewSeriesTable
@@ -47,12 +48,14 @@ func (d *SiteSamples) StartSeqAfter(seq uint64) { d.startSeq, d.Seq = seq, seq }
 func (d *SiteSamples) IsNew() bool { return d.Seq == d.startSeq }
 
 // SampleCount returns the number of samples in memory.
-func (d *SiteSamples) SampleCount() int64 {
-	n := 0
+func (d *SiteSamples) SampleCount() int64 { return d.samples }
+
+// recount sets the number of samples after a change of Batches.
+func (d *SiteSamples) recount() {
+	d.samples = 0
 	for _, b := range d.Batches {
-		n += len(b.V)
+		d.samples += int64(len(b.V))
 	}
-	return int64(n)
 }
 
 // EstimatedRewrittenLogSize returns an estimate of the bytes that a rewritten log of this data
@@ -78,6 +81,7 @@ func (d *SiteSamples) Commit(b *Batch) {
 	// LastPush.
 	d.Seq, d.LastPush = max(d.Seq, b.Seq), max(d.LastPush, b.AcceptedAt)
 	d.Batches = append(d.Batches, b)
+	d.samples += int64(len(b.V))
 	d.Spools.AddHeldScrapes(b.Names, b.Seq)
 	d.minT = min(d.minT, b.MinT)
 	listed := false
@@ -175,6 +179,7 @@ func (d *SiteSamples) DropEvictedAndExpiredIn(source *SiteSamples) {
 		first = source.Batches[0].Seq
 	}
 	d.Batches = slices.DeleteFunc(d.Batches, func(b *Batch) bool { return b.Seq < first })
+	d.recount()
 }
 
 // OldestAcceptedAt returns the time in ms at which the oldest batch was accepted. It returns
@@ -208,6 +213,7 @@ func (d *SiteSamples) CanEvictOldestBatch(newestSampleCutoff int64, seqReadByAll
 func (d *SiteSamples) EvictOldestBatch() int64 {
 	n := int64(len(d.Batches[0].V))
 	d.Batches = d.Batches[1:]
+	d.samples -= n
 	return n
 }
 

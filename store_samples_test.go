@@ -114,6 +114,20 @@ func (m *samplesModel) push(firstValue int) {
 
 func (m *samplesModel) check(when string) {
 	wantHeld(m.t, when, contents(&m.c), m.want)
+	inBatches := int64(0)
+	for i, b := range m.c.Batches {
+		inBatches += int64(len(b.V))
+		unread := 0
+		for _, later := range m.c.Batches[i:] {
+			unread += int(later.CountBetween(m.c.expiredBefore, math.MaxInt64))
+		}
+		if n := m.c.UnreadSampleCount(ReadPosition{Seq: b.Seq - 1}); n != unread {
+			m.t.Errorf("%s: %d samples from batch %d on are unread, want %d", when, n, b.Seq, unread)
+		}
+	}
+	if m.c.SampleCount() != inBatches {
+		m.t.Errorf("%s: %d samples are counted, the batches have %d", when, m.c.SampleCount(), inBatches)
+	}
 	n := m.c.UnreadSampleCount(ReadPosition{})
 	if n != len(m.want) || m.c.SampleCount() < int64(n) || m.c.Seq < m.seq {
 		m.t.Errorf("%s: %d samples are unread to a new reader, want %d; %d are in memory; newest batch %d, before %d",

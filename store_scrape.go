@@ -8,7 +8,6 @@ package main
 // cursors are stored.
 
 import (
-	"maps"
 	"math"
 	"slices"
 	"sync"
@@ -27,83 +26,6 @@ type AllSitesReader struct {
 
 	mu    sync.Mutex // guards start
 	start float64    // position from 0 to 1 among the sorted sites where the next scrape begins
-}
-
-// familyGrouper collects samples into families by name, one site after the other.
-type familyGrouper struct {
-	match    func(line []byte) bool // selects lines; nil selects all
-	families map[string]*Family
-	site     []FamilySample // samples of the present site that are not grouped yet; its memory is reused
-	runs     []familyRun    // the names of these samples
-}
-
-// familyRun stands for samples of one name that follow each other.
-type familyRun struct {
-	name string
-	end  int // index after the last of these samples
-}
-
-func newFamilyGrouper(match func(line []byte) bool) *familyGrouper {
-	return &familyGrouper{match: match, families: map[string]*Family{}}
-}
-
-// addUngrouped adds a sample of the present site. It is fast and does not call match, because the
-// caller holds the site's lock.
-func (c *familyGrouper) addUngrouped(name string, l FamilySample) {
-	if n := len(c.runs); n == 0 || c.runs[n-1].name != name {
-		c.runs = append(c.runs, familyRun{name: name})
-	}
-	c.site = append(c.site, l)
-	c.runs[len(c.runs)-1].end = len(c.site)
-}
-
-// groupSite moves the samples that addUngrouped added into their families, without the samples whose
-// lines match does not select. The caller holds no lock, because match may be slow. The lines stay
-// valid without the lock; see SeriesTable.
-func (c *familyGrouper) groupSite() {
-	begin := 0
-	for _, run := range c.runs {
-		samples := c.site[begin:run.end]
-		begin = run.end
-		if c.match != nil {
-			samples = c.selected(samples)
-		}
-		if len(samples) == 0 {
-			continue
-		}
-		f := c.families[run.name]
-		if f == nil {
-			f = &Family{Name: run.name}
-			c.families[run.name] = f
-		}
-		f.Samples = append(f.Samples, samples...)
-	}
-	c.site, c.runs = c.site[:0], c.runs[:0]
-}
-
-// selected returns the samples whose lines match selects, in the memory of samples. It calls match
-// once for samples of one series that follow each other.
-func (c *familyGrouper) selected(samples []FamilySample) []FamilySample {
-	kept := samples[:0]
-	var line []byte // of the series that match was called for last
-	var ok bool
-	for _, l := range samples {
-		if line == nil || &l.Line[0] != &line[0] {
-			line, ok = l.Line, c.match(l.Line)
-		}
-		if ok {
-			kept = append(kept, l)
-		}
-	}
-	return kept
-}
-
-func (c *familyGrouper) sorted() []Family {
-	all := make([]Family, 0, len(c.families))
-	for _, name := range slices.Sorted(maps.Keys(c.families)) {
-		all = append(all, *c.families[name])
-	}
-	return all
 }
 
 // scrapeStartFraction returns the position, from 0 to 1, among the sorted sites at which a scrape
@@ -130,15 +52,15 @@ func (s *AllSitesReader) newestSampleCutoff() int64 {
 	return max(s.Now().Add(-s.MaxSampleAge).UnixMilli(), s.Store.ServedSince())
 }
 
-// NewestPerSeries returns the newest sample of each series of the owned sites, unless that sample is
-// older than MaxSampleAge or than retention. The families are sorted by name, one per name. match,
-// if not nil, selects lines. Sites are included or left out as a whole, by their number of series.
-// The result has at most limit samples, unless the first site that shows a sample has more; a limit
-// of 0 means no limit. truncated reports that sites were left out. The lines remain valid for ever.
-func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool) (families []Family, truncated bool) {
+// NewestPerSeries adds to g the newest sample of each series of the owned sites, unless that sample
+// is older than MaxSampleAge or than retention. match, if not nil, selects lines. Sites are included
+// or left out as a whole, by their number of series. At most limit samples are added, unless the
+// first site that shows a sample has more; a limit of 0 means no limit. truncated reports that sites
+// were left out.
+func (s *AllSitesReader) NewestPerSeries(g *FamilyGrouper, limit int, match func(line []byte) bool) (truncated bool) {
 	since := s.newestSampleCutoff()
-	collected := newFamilyGrouper(match)
 	n := 0
+	var chunks [][]byte // of the text of the present site
 	s.Store.ForEachSite(s.scrapeStartFraction(), func(site *Site) bool {
 		if !s.Owned(site.Key) {
 			return true
@@ -147,30 +69,27 @@ func (s *AllSitesReader) NewestPerSeries(limit int, match func(line []byte) bool
 			if truncated = limit > 0 && n > 0 && n+data.Table.Len() > limit; truncated {
 				return
 			}
-			data.Table.ForEachNewestSince(since, func(_ uint32, name string, l FamilySample) {
-				collected.addUngrouped(name, l)
-				n++
-			})
+			n += data.Table.addNewestSince(g, since)
+			chunks = data.Table.AppendChunks(chunks[:0])
 		})
-		collected.groupSite()
+		g.EndText(chunks, match)
 		return !truncated
 	})
 	if truncated {
 		s.rotateFirstSite()
 	}
-	return collected.sorted(), truncated
+	return truncated
 }
 
-// ServeUnreadAndNewest returns the next samples for the consumer of session and marks them as
+// ServeUnreadAndNewest adds to g the next samples for the consumer of session and marks them as
 // served. It gives unread samples priority, and among the unread samples of a site the samples of
 // the oldest batches. A limit of 0 means no limit; session.UnreadLimit limits the unread samples,
-// too. If not all unread samples fit, the sites get fair shares. If room is left, it also returns
-// the newest samples, as NewestPerSeries does, of the owned sites without further unread samples.
-// With onePerSeries it returns at most one sample of each series. match, if not nil, selects lines:
-// the other samples are left out of the result, but count toward limit, as served and in
-// unreadServed. unreadServed is the number of unread samples served; moreUnread reports whether
-// unread samples are left.
-func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (families []Family, unreadServed int, moreUnread bool) {
+// too. If not all unread samples fit, the sites get fair shares. If room is left, it also adds the
+// newest samples, as NewestPerSeries does, of the owned sites without further unread samples. With
+// onePerSeries it adds at most one sample of each series. match, if not nil, selects lines: the
+// other samples are not added, but count toward limit, as served and in unreadServed. unreadServed
+// is the number of unread samples served; moreUnread reports whether unread samples are left.
+func (s *AllSitesReader) ServeUnreadAndNewest(g *FamilyGrouper, session *ConsumerSession, limit int, onePerSeries bool, match func(line []byte) bool) (unreadServed int, moreUnread bool) {
 	if limit <= 0 {
 		limit = math.MaxInt
 	}
@@ -183,12 +102,13 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 	}
 	limits.NewestSince = s.newestSampleCutoff()
 	left, repeatsLeft := limit, max(0, limit-total)
-	collected := newFamilyGrouper(match)
+	var reader siteReader
+	var chunks [][]byte // of the text of the present site
 	leftOut := false
 	s.Store.ForEachSite(s.scrapeStartFraction(), func(site *Site) bool {
 		pos, owned := session.Position(site.Key), s.Owned(site.Key)
 		var to ReadPosition
-		served, n := 0, 0
+		unread, repeated := 0, 0
 		site.View(func(data *SiteSamples) {
 			// Count again, because pushes may have arrived since countUnread.
 			limits.Unread = min(share, unreadLeft, left, data.UnreadSampleCount(pos))
@@ -196,26 +116,23 @@ func (s *AllSitesReader) ServeUnreadAndNewest(session *ConsumerSession, limit in
 			if owned {
 				limits.Repeats = min(repeatsLeft, left-limits.Unread)
 			}
-			to, n = data.EmitUnreadAndNewest(pos, limits, func(name string, l FamilySample) {
-				collected.addUngrouped(name, l)
-				served++
-			})
-			left, unreadLeft = left-served, unreadLeft-n
-			repeatsLeft -= served - n
+			to, unread, repeated = reader.addUnreadAndNewest(g, data, pos, limits)
+			chunks = data.Table.AppendChunks(chunks[:0])
+			left, unreadLeft, repeatsLeft = left-unread-repeated, unreadLeft-unread, repeatsLeft-repeated
 			moreUnread = moreUnread || data.UnreadSampleCount(to) > 0
 			leftOut = leftOut || moreUnread || limits.Repeats >= 0 && repeatsLeft < data.Table.Len()
 		})
-		collected.groupSite()
-		unreadServed += n
+		g.EndText(chunks, match)
+		unreadServed += unread
 		if to != pos {
-			session.MarkServed(site.Key, to, n)
+			session.MarkServed(site.Key, to, unread)
 		}
 		return true
 	})
 	if leftOut {
 		s.rotateFirstSite()
 	}
-	return collected.sorted(), unreadServed, moreUnread
+	return unreadServed, moreUnread
 }
 
 // countUnread counts the samples that the session has not read. perSite has the number for each

@@ -179,7 +179,7 @@ func (m *scrapeModel) checkScrape(c *modelConsumer, fams []Family, limit, unread
 	n, fresh := 0, 0
 	for _, f := range fams {
 		last := map[string]int64{} // time of the last sample of each line
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			s := heldSample{string(l.Line), l.T}
 			n++
 			if _, ok := m.accepted[s]; !ok {
@@ -209,7 +209,9 @@ func (m *scrapeModel) newest() map[string]int64 {
 	all := map[string]int64{}
 	m.store.ForEachSite(0, func(site *Site) bool {
 		site.View(func(held *SiteSamples) {
-			held.Table.ForEachNewestSince(math.MinInt64, func(_ uint32, _ string, l FamilySample) { all[string(l.Line)] = l.T })
+			for s := range samplesIn(newestSince(held.Table, math.MinInt64)) {
+				all[s.line] = s.t
+			}
 		})
 		return true
 	})

@@ -30,7 +30,7 @@ func TestNewestPerSeries(t *testing.T) {
 	fams, truncated := scraper(s, 10*time.Minute).NewestPerSeries(0, nil)
 	var got []string
 	for _, f := range fams {
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			got = append(got, fmt.Sprintf("%s: %s %g %d %t", f.Name, l.Line, l.V, (k.clock.ms(0)-l.T)/1000, l.Quoted))
 		}
 	}
@@ -44,8 +44,8 @@ func TestNewestPerSeries(t *testing.T) {
 		t.Errorf("got %q, truncated %t\nwant %q", got, truncated, want)
 	}
 	fams, _ = scraper(s, 10*time.Minute).NewestPerSeries(0, func(line []byte) bool { return bytes.Contains(line, []byte(`n="2"`)) })
-	if len(fams) != 1 || len(fams[0].Samples) != 1 || fams[0].Samples[0].V != 4 {
-		t.Errorf("with a filter for n=2: got %v, want the sample of value 4", fams)
+	if got := valuesIn(fams); got != "4 " {
+		t.Errorf("with a filter for n=2: got the values %q, want 4", got)
 	}
 }
 
@@ -73,7 +73,10 @@ func TestNewestPerSeriesLinesStay(t *testing.T) {
 	s := k.open()
 	k.push(s, "a", point{"x", 1, k.clock.ms(0), 1})
 	fams, _ := scraper(s, time.Hour).NewestPerSeries(0, nil)
-	line := fams[0].Samples[0].Line
+	var line []byte
+	for l := range fams[0].Samples {
+		line = l.Line
+	}
 	want := string(line)
 	tooMany := k.series("z", 101)
 	for i := range 90 {
@@ -161,8 +164,8 @@ func TestNewestPerSeriesRotates(t *testing.T) {
 				n := 0
 				ids := map[string]bool{}
 				for _, f := range fams {
-					n += len(f.Samples)
-					for _, l := range f.Samples {
+					n += sampleCount(f)
+					for l := range f.Samples {
 						_, labels, _ := (&SeriesParser{}).ParseLine(l.Line)
 						ids[string(labels[0].Value)] = true
 					}
@@ -204,7 +207,7 @@ func TestUnreadIsFair(t *testing.T) {
 	fams, unread, more := scraper(s, time.Hour).ServeUnreadAndNewest(r, 100, false, nil)
 	ofSmall, ofFlood := 0, 0
 	for _, f := range fams {
-		for _, l := range f.Samples {
+		for l := range f.Samples {
 			if strings.Contains(string(l.Line), "small") {
 				ofSmall++
 			} else {
@@ -227,7 +230,7 @@ func TestUnreadRotates(t *testing.T) {
 	scrape := func(limit int, seen map[string]int) {
 		fams, _, _ := x.ServeUnreadAndNewest(beginScrape(t, s.Consumers, "c", conn, k.clock.Now()), limit, false, nil)
 		for _, f := range fams {
-			for _, l := range f.Samples {
+			for l := range f.Samples {
 				seen[string(l.Line)]++
 			}
 		}
@@ -274,7 +277,7 @@ func TestUnreadGrows(t *testing.T) {
 		session.EndScrapeAndLimitNext(0, time.Second, nil)
 		seen := map[byte]int{}
 		for _, f := range fams {
-			for _, l := range f.Samples {
+			for l := range f.Samples {
 				shown[string(l.Line)] = true
 				site := bytes.Index(l.Line, []byte(`_id="c`)) + len(`_id="c`)
 				seen[l.Line[site]]++
@@ -323,7 +326,7 @@ func TestUnreadBeforeNewest(t *testing.T) {
 			fams, n, more := scrape(float64(start)/10, limit)
 			lines := 0
 			for _, f := range fams {
-				lines += len(f.Samples)
+				lines += sampleCount(f)
 			}
 			if n != min(unread, limit) || more != (unread > limit) || lines > limit {
 				t.Errorf("start %d, %d unread: got %d unread of %d samples, more %t; the limit is %d", start, unread, n, lines, more, limit)
@@ -356,37 +359,48 @@ func TestFairShare(t *testing.T) {
 	}
 }
 
-// BenchmarkNewest measures scrapes of 1000 sites with 230 series each by a scraper that gives no
-// name, with and without the rendering of the answer.
+// BenchmarkNewest measures scrapes by a scraper that gives no name, with and without the rendering
+// of the answer: of 1000 sites with 230 series each, and of 10,000 sites with 23 series each.
 func BenchmarkNewest(b *testing.B) {
-	k := newStoreKit(b, nil)
-	k.cfg.Dir = ""
-	s := k.open()
-	n := 0
-	for c := range 1000 {
-		id := fmt.Sprint("site-", c)
-		p, set := sitePush(id)
-		set(k.clock.ms(c % 60))
-		if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
-			b.Fatal(err)
-		}
-		n += len(p.Samples)
-	}
-	e := NegotiateEscaping("")
-	for _, part := range []string{"collect", "render"} {
-		b.Run(part, func(b *testing.B) {
-			b.ReportAllocs()
-			before := processCPU(b)
-			for b.Loop() {
-				fams, _ := scraper(s, 10*time.Minute).NewestPerSeries(0, nil)
-				if part == "render" {
-					if written, _, err := WriteFamilies(io.Discard, e, fams); err != nil || written != n {
-						b.Fatal(written, err)
-					}
+	for _, sites := range []int{1000, 10_000} {
+		k := newStoreKit(b, nil)
+		k.cfg.Dir = ""
+		s := k.open()
+		n := 0
+		for c := range sites {
+			id := fmt.Sprint("site-", c)
+			p, set := sitePush(id)
+			set(k.clock.ms(c % 60))
+			if sites > 1000 { // keep one series of each name
+				for i := range 23 {
+					p.Samples[i] = p.Samples[i*10]
 				}
+				p.Samples = p.Samples[:23]
 			}
-			b.ReportMetric(float64(b.N*n)/(processCPU(b)-before).Seconds(), "samples/cpu-s")
-		})
+			if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
+				b.Fatal(err)
+			}
+			n += len(p.Samples)
+		}
+		e := NegotiateEscaping("")
+		for _, part := range []string{"collect", "render"} {
+			b.Run(fmt.Sprintf("%s-%d", part, sites), func(b *testing.B) {
+				var g FamilyGrouper
+				reader := scraper(s, 10*time.Minute).AllSitesReader
+				b.ReportAllocs()
+				before := processCPU(b)
+				for b.Loop() {
+					reader.NewestPerSeries(&g, 0, nil)
+					if part == "render" {
+						if written, _, err := WriteFamilies(io.Discard, e, g.Families()); err != nil || written != n {
+							b.Fatal(written, err)
+						}
+					}
+					g.Reset()
+				}
+				b.ReportMetric(float64(b.N*n)/(processCPU(b)-before).Seconds(), "samples/cpu-s")
+			})
+		}
 	}
 }
 
@@ -425,7 +439,7 @@ func BenchmarkUnread(b *testing.B) {
 	}{
 		{"new", 1, 0, sites * 230},
 		{"again", 0, 0, 0},
-		{"backlog", batches - 1, 100_000, 100_000},
+		{"backlog", batches - 1, 500_000, firstUnread},
 	} {
 		b.Run(test.name, func(b *testing.B) {
 			confirm(b, s.Consumers, test.name, k.clock.Now(), cursors(test.behind))
@@ -439,7 +453,7 @@ func BenchmarkUnread(b *testing.B) {
 					b.Fatalf("%d unread samples, more %t; want %d, %t", unread, more, test.unread, test.limit > 0)
 				}
 				for _, f := range fams {
-					samples += len(f.Samples)
+					samples += sampleCount(f)
 				}
 			}
 			b.ReportMetric(float64(samples)/(processCPU(b)-before).Seconds(), "samples/cpu-s")

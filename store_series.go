@@ -1,7 +1,7 @@
 package main
 
-// SeriesTable stores each series of one site once: its line, its ID and its newest sample. It also
-// groups the series by name, because the answer to a consumer's scrape does. An ID is an index and
+// SeriesTable stores each series of one site once: its line, its ID, its name and its newest sample.
+// The name is stored because the answer to a scrape groups samples by name. An ID is an index and
 // never changes within a table. The text of a listed series is never overwritten, so that its line
 // stays valid while other goroutines read it. A series is listed for scrapes only after it has a
 // committed sample. Pure: no I/O, no clock, no locks. This file must not know of batches, logs,
@@ -16,28 +16,21 @@ import (
 	"unique"
 )
 
-const (
-	noSeries = math.MaxUint32 // ends the list of the series of a family; never an ID
-
-	// textChunk is the size in bytes of the parts in which a table keeps its lines. It is the
-	// largest size that Go allocates without rounding up to whole pages, which would cost a small
-	// site a tenth of its memory. Only a chunk that has a single, longer line is larger.
-	textChunk     = 1 << textChunkBits
-	textChunkBits = 15
-)
+const noSeries = math.MaxUint32 // never an ID
 
 // SeriesTable holds the series of one site. It is not safe for concurrent use. A series uses about
 // 50 bytes besides its line.
 type SeriesTable struct {
 	seed       maphash.Seed
-	text       [][]byte       // all lines, one after the other, in chunks; no line is in two chunks
-	textBytes  int            // bytes of all lines
-	expected   int            // bytes of further lines for which Reserve was called, if above 0
-	series     []series       // by ID
-	slots      []uint32       // hash table with linear probing: ID+1 of a series with a line, or 0; at most 3/4 are taken
-	families   []seriesFamily // sorted by name
-	lastFamily int            // index in families of the family that was looked up last
-	oldest     int64          // ms; no series has a newest sample before this time
+	text       [][]byte                // all lines, one after the other, in chunks; see TextChunk
+	textBytes  int                     // bytes of all lines
+	expected   int                     // bytes of further lines for which Reserve was called, if above 0
+	series     []series                // by ID
+	slots      []uint32                // hash table with linear probing: ID+1 of a series with a line, or 0; at most 3/4 are taken
+	families   []unique.Handle[string] // names of the listed series; the tables of all sites share the memory of equal names
+	byName     []uint32                // indices of families, sorted by name
+	lastFamily uint32                  // index in families of the name that was looked up last
+	oldest     int64                   // ms; no series has a newest sample before this time
 }
 
 // series is one series of a SeriesTable.
@@ -45,18 +38,11 @@ type series struct {
 	lastT  int64   // ms, time of the newest sample; NoTime if there is none
 	lastV  float64 // value at lastT
 	hash   uint32  // of the line
-	off    uint32  // where the line begins: the index of its chunk, and the position in the chunk in textChunkBits bits
-	next   uint32  // next series of the same family, or noSeries
+	off    uint32  // where the line begins: the index of its chunk, and the position in the chunk in TextChunkBits bits
+	family uint32  // index of the name in families; 0 unless the series is listed
 	len    uint16  // bytes of the line; 0 if damage to the log destroyed the line
 	quoted bool    // the line has a metric or label name beyond the legacy character set
-	listed bool    // the series is in its seriesFamily
-}
-
-// seriesFamily is the list of the listed series with one name, in the order in which they were
-// listed. Tables of all sites share the memory of equal names.
-type seriesFamily struct {
-	name        unique.Handle[string]
-	first, last uint32 // IDs of series
+	listed bool    // scrapes may show the series
 }
 
 // NewSeriesTable returns an empty table. Lines are hashed with the seed, which must be secret from
@@ -87,9 +73,9 @@ func (s *SeriesTable) Line(id uint32) []byte {
 	if sr.len == 0 {
 		return nil
 	}
-	begin := sr.off & (textChunk - 1)
+	begin := sr.off & (TextChunk - 1)
 	end := begin + uint32(sr.len)
-	return s.text[sr.off>>textChunkBits][begin:end:end]
+	return s.text[sr.off>>TextChunkBits][begin:end:end]
 }
 
 // Newest returns the time in ms and the value of the newest sample of a series. The time is NoTime
@@ -151,13 +137,13 @@ func (s *SeriesTable) resizeSlots(n int) {
 }
 
 // HasTextRoom reports whether one more line fits into the table. Offsets have 32 bits.
-func (s *SeriesTable) HasTextRoom() bool { return len(s.text) < 1<<(32-textChunkBits) }
+func (s *SeriesTable) HasTextRoom() bool { return len(s.text) < 1<<(32-TextChunkBits) }
 
 // Insert adds a series and returns its ID, the next free ID. The line must not be in the table and
 // must have 1 to MaxLine bytes. hash is the hash that Find returned for it.
 func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 	id := uint32(len(s.series))
-	s.series = append(s.series, series{hash: hash, off: s.appendText(line), next: noSeries, len: uint16(len(line)), quoted: quoted, lastT: NoTime})
+	s.series = append(s.series, series{hash: hash, off: s.appendText(line), len: uint16(len(line)), quoted: quoted, lastT: NoTime})
 	s.oldest = NoTime
 	if slotsFor(len(s.series)) > len(s.slots) {
 		s.resizeSlots(slotsFor(len(s.series) + len(s.series)/2))
@@ -171,15 +157,15 @@ func (s *SeriesTable) Insert(hash uint32, line []byte, quoted bool) uint32 {
 // the line begins.
 func (s *SeriesTable) appendText(line []byte) (off uint32) {
 	last := len(s.text) - 1
-	if last < 0 || len(s.text[last])+len(line) > textChunk {
-		s.text = append(s.text, make([]byte, 0, max(len(line), min(s.expected, textChunk))))
+	if last < 0 || len(s.text[last])+len(line) > TextChunk {
+		s.text = append(s.text, make([]byte, 0, max(len(line), min(s.expected, TextChunk))))
 		last++
 	}
 	chunk := s.text[last]
 	if need := len(chunk) + len(line); need > cap(chunk) {
-		chunk = append(make([]byte, 0, max(need, min(2*cap(chunk), textChunk))), chunk...)
+		chunk = append(make([]byte, 0, max(need, min(2*cap(chunk), TextChunk))), chunk...)
 	}
-	off = uint32(last<<textChunkBits + len(chunk))
+	off = uint32(last<<TextChunkBits + len(chunk))
 	s.text[last] = append(chunk, line...)
 	s.textBytes, s.expected = s.textBytes+len(line), s.expected-len(line)
 	return off
@@ -189,7 +175,7 @@ func (s *SeriesTable) appendText(line []byte) (off uint32) {
 // to a log has destroyed the lines of these IDs.
 func (s *SeriesTable) PadTo(firstID uint32) {
 	for uint32(len(s.series)) < firstID {
-		s.series = append(s.series, series{next: noSeries, lastT: NoTime})
+		s.series = append(s.series, series{lastT: NoTime})
 		s.oldest = NoTime
 	}
 }
@@ -208,7 +194,7 @@ func (s *SeriesTable) Truncate(seriesCount int) {
 		}
 		s.slots[i] = 0
 		// The bytes may be overwritten later: no reader ever gets the line of an unlisted series.
-		chunk, begin := sr.off>>textChunkBits, sr.off&(textChunk-1)
+		chunk, begin := sr.off>>TextChunkBits, sr.off&(TextChunk-1)
 		if s.text[chunk] = s.text[chunk][:begin]; begin == 0 {
 			s.text[chunk] = nil
 			s.text = s.text[:chunk]
@@ -247,41 +233,47 @@ func (s *SeriesTable) SetNewestIfLater(id uint32, t int64, v float64) (newlyList
 		return false
 	}
 	sr.listed = true
-	name := LineName(s.Line(id))
-	if i, found := s.findFamily(name); found {
-		f := &s.families[i]
-		s.series[f.last].next, f.last = id, id
-	} else {
-		s.families = slices.Insert(s.families, i, seriesFamily{name: unique.Make(string(name)), first: id, last: id})
-	}
+	sr.family = s.familyOf(LineName(s.Line(id)))
 	return true
 }
 
-// findFamily returns the index of the family with this name, or the index at which to insert it. It
-// looks at the family of the previous call first, because the series of a family arrive together.
-func (s *SeriesTable) findFamily(name []byte) (i int, found bool) {
-	if s.lastFamily < len(s.families) && s.families[s.lastFamily].name.Value() == string(name) {
-		return s.lastFamily, true
+// familyOf returns the index in families of a metric name, which it adds if needed. It looks at the
+// name of the previous call first, because the series of one name arrive together.
+func (s *SeriesTable) familyOf(name []byte) uint32 {
+	if n := len(s.families); n > 0 && s.families[s.lastFamily].Value() == string(name) {
+		return s.lastFamily
 	}
-	s.lastFamily, found = slices.BinarySearchFunc(s.families, string(name), func(f seriesFamily, name string) int {
-		return strings.Compare(f.name.Value(), name)
+	i, found := slices.BinarySearchFunc(s.byName, string(name), func(family uint32, name string) int {
+		return strings.Compare(s.families[family].Value(), name)
 	})
-	return s.lastFamily, found
+	if !found {
+		s.byName = slices.Insert(s.byName, i, uint32(len(s.families)))
+		s.families = append(s.families, unique.Make(string(name)))
+	}
+	s.lastFamily = s.byName[i]
+	return s.lastFamily
 }
 
-// ForEachNewestSince calls emit with the newest sample of each listed series whose newest sample
-// has a time of at least minT, in ms. The names ascend, and all series of one name follow each
-// other.
-func (s *SeriesTable) ForEachNewestSince(minT int64, emit func(id uint32, name string, l FamilySample)) {
-	for i := range s.families {
-		name := s.families[i].name.Value()
-		for id := s.families[i].first; id != noSeries; id = s.series[id].next {
-			if sr := &s.series[id]; sr.lastT >= minT {
-				emit(id, name, FamilySample{Line: s.Line(id), T: sr.lastT, V: sr.lastV, Quoted: sr.quoted})
-			}
+// addNewestSince adds to g the newest sample of each listed series whose newest sample has a time
+// of at least minT, in ms. It returns the number of added samples.
+func (s *SeriesTable) addNewestSince(g *FamilyGrouper, minT int64) (added int) {
+	for i := range s.series {
+		if sr := &s.series[i]; sr.listed && sr.lastT >= minT {
+			s.add(g, sr, sr.lastT, sr.lastV)
+			added++
 		}
 	}
+	return added
 }
+
+// add adds to g a sample of a listed series.
+func (s *SeriesTable) add(g *FamilyGrouper, sr *series, t int64, v float64) {
+	g.Add(s.families[sr.family], sr.off, sr.len, sr.quoted, t, v)
+}
+
+// AppendChunks appends the chunks of text to chunks. The bytes of each chunk stay valid without the
+// lock, but the table may replace its own chunks.
+func (s *SeriesTable) AppendChunks(chunks [][]byte) [][]byte { return append(chunks, s.text...) }
 
 // CountExpired returns the number of series whose newest sample is older than keptSince, in ms.
 // Series without a sample are included. It searches the series only if keptSince is later than the

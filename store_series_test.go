@@ -115,15 +115,17 @@ func (m *tableModel) check() {
 		m.t.Errorf("the table counts %d expired series, want %d", got, expired)
 	}
 	got := map[string]int64{}
-	m.table.ForEachNewestSince(tableCutoff, func(_ uint32, name string, l FamilySample) {
-		if name != string(LineName(l.Line)) || l.V != float64(l.T) {
-			m.t.Errorf("%q is listed with the name %q and the value %g, at %d", l.Line, name, l.V, l.T)
+	for _, f := range newestSince(m.table, tableCutoff) {
+		for l := range f.Samples {
+			if f.Name != string(LineName(l.Line)) || l.V != float64(l.T) {
+				m.t.Errorf("%q is listed with the name %q and the value %g, at %d", l.Line, f.Name, l.V, l.T)
+			}
+			if _, twice := got[string(l.Line)]; twice {
+				m.t.Errorf("%q is listed twice", l.Line)
+			}
+			got[string(l.Line)] = l.T
 		}
-		if _, twice := got[string(l.Line)]; twice {
-			m.t.Errorf("%q is listed twice", l.Line)
-		}
-		got[string(l.Line)] = l.T
-	})
+	}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		m.t.Errorf("listed %v\nwant   %v", got, want)
 	}
@@ -196,12 +198,14 @@ func TestSetNewestIfLater(t *testing.T) {
 	_, hash, _ := table.Find([]byte(`{"a.b",x="1"}`))
 	id := table.Insert(hash, []byte(`{"a.b",x="1"}`), true)
 	list := func() (got []FamilySample) {
-		table.ForEachNewestSince(NoTime+1, func(_ uint32, name string, l FamilySample) {
-			if name != "a.b" || !l.Quoted {
-				t.Errorf("listed with the name %q, quoted %t; want a.b, true", name, l.Quoted)
+		for _, f := range newestSince(table, NoTime+1) {
+			for l := range f.Samples {
+				if f.Name != "a.b" || !f.Quoted || !l.Quoted {
+					t.Errorf("listed with the name %q, quoted %t, %t; want a.b, true, true", f.Name, f.Quoted, l.Quoted)
+				}
+				got = append(got, l)
 			}
-			got = append(got, l)
-		})
+		}
 		return got
 	}
 	if got := list(); len(got) != 0 {
@@ -216,11 +220,11 @@ func TestSetNewestIfLater(t *testing.T) {
 	}
 }
 
-// A table has room for a line as long as it has less than 4 GiB of text, in chunks of textChunk
+// A table has room for a line as long as it has less than 4 GiB of text, in chunks of TextChunk
 // bytes.
 func TestSeriesTableTextRoom(t *testing.T) {
 	table := NewSeriesTable(maphash.MakeSeed())
-	for chunks, want := range map[int]bool{0: true, 1<<32/textChunk - 1: true, 1 << 32 / textChunk: false} {
+	for chunks, want := range map[int]bool{0: true, 1<<32/TextChunk - 1: true, 1 << 32 / TextChunk: false} {
 		table.text = make([][]byte, chunks)
 		if got := table.HasTextRoom(); got != want {
 			t.Errorf("with %d chunks: room for a line: got %t, want %t", chunks, got, want)
@@ -235,13 +239,13 @@ func TestSeriesTableText(t *testing.T) {
 		rng := rand.New(rand.NewPCG(seed, 0))
 		table := NewSeriesTable(maphash.MakeSeed())
 		if rng.IntN(2) == 0 {
-			table.Reserve(rng.IntN(100), rng.IntN(3*textChunk))
+			table.Reserve(rng.IntN(100), rng.IntN(3*TextChunk))
 		}
 		var want []string
 		var read [][]byte // by ID: what Line returned when the series was committed
 		for range 20 {
 			for range rng.IntN(30) {
-				size := []int{10, 300, 5000, textChunk - 1, textChunk, textChunk + 1, MaxLine}[min(rng.IntN(40), rng.IntN(7))]
+				size := []int{10, 300, 5000, TextChunk - 1, TextChunk, TextChunk + 1, MaxLine}[min(rng.IntN(40), rng.IntN(7))]
 				line := fmt.Appendf(nil, "m{n=\"%d\"}", len(want))
 				line = append(line, bytes.Repeat([]byte{'x'}, size-len(line)%size)...)[:max(size, len(line))]
 				_, hash, _ := table.Find(line)

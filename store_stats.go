@@ -40,12 +40,19 @@ func (s *Store) Stats() StoreStats {
 		LogBytes: s.totals.LogBytes.Load(), DamagedLogs: s.damaged.Load(), TornBytes: s.torn.Load(), Evicted: s.evicted.Load(),
 		Expired: s.totals.Expired.Load(), ExpiredUnread: s.totals.ExpiredUnread.Load(), Compactions: s.totals.Compactions.Load(),
 	}
-	for _, site := range s.sitesByID() {
+	sites, consumers := s.sitesByID(), s.Consumers.sortedConsumers()
+	st.Sites = make([]SiteStats, 0, len(sites))
+	backlogs := make([]ConsumerSiteBacklog, 0, len(sites)*len(consumers)) // of all sites, because one slice for each site takes much longer
+	var cursors []SiteConsumerCursor
+	for _, site := range sites {
+		first := len(backlogs)
+		cursors = s.Consumers.appendCursors(cursors[:0], consumers, site.Key)
 		site.View(func(data *SiteSamples) {
 			if data.LastPush > 0 {
+				backlogs = appendBacklogs(backlogs, data, cursors)
 				st.Sites = append(st.Sites, SiteStats{
 					ID: site.ID, Series: data.Table.Len(), Samples: data.SampleCount(), LastPush: data.LastPush,
-					Backlogs: backlogsByConsumer(data, s.Consumers.Cursors(site.Key)),
+					Backlogs: backlogs[first:len(backlogs):len(backlogs)],
 				})
 			}
 		})
@@ -53,22 +60,21 @@ func (s *Store) Stats() StoreStats {
 	return st
 }
 
-// backlogsByConsumer returns the backlog of each consumer, sorted by name and address. Several
-// consumers with the same name and address, but different match[] selectors, become one entry with
-// the largest backlog and the newest scrape. cursors must be sorted by name and address.
-func backlogsByConsumer(data *SiteSamples, cursors []SiteConsumerCursor) (all []ConsumerSiteBacklog) {
-	for _, c := range cursors {
+// appendBacklogs appends to backlogs the backlog of each consumer, sorted by name and address.
+// Several consumers with the same name and address, but different match[] selectors, become one
+// entry with the largest backlog and the newest scrape. cursors must be sorted by name and address.
+func appendBacklogs(backlogs []ConsumerSiteBacklog, data *SiteSamples, cursors []SiteConsumerCursor) []ConsumerSiteBacklog {
+	for i, c := range cursors {
 		b := ConsumerSiteBacklog{c.Name, c.Address, data.UnreadSampleCount(ReadPosition{Seq: c.Seq}), c.LastScrape}
-		n := len(all)
-		if n == 0 || all[n-1].Name != b.Name || all[n-1].Address != b.Address {
-			all = append(all, b)
+		if i == 0 || c.compareName(cursors[i-1]) != 0 {
+			backlogs = append(backlogs, b)
 			continue
 		}
-		last := &all[n-1]
+		last := &backlogs[len(backlogs)-1]
 		last.UnreadSamples = max(last.UnreadSamples, b.UnreadSamples)
 		if b.LastScrape.After(last.LastScrape) {
 			last.LastScrape = b.LastScrape
 		}
 	}
-	return all
+	return backlogs
 }

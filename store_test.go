@@ -187,7 +187,7 @@ func (r *concurrentRig) scrape(ctx context.Context) {
 	for ctx.Err() == nil {
 		fams, _ := scraper(r.s, time.Minute).NewestPerSeries(100, nil)
 		for _, f := range fams {
-			for _, l := range f.Samples {
+			for l := range f.Samples {
 				if !bytes.HasPrefix(l.Line, []byte("m{_id=")) || l.Line[len(l.Line)-1] != '}' {
 					r.t.Errorf("a scrape got the line %q", l.Line)
 				}
