@@ -1,7 +1,8 @@
 package main
 
 // The scenarios of TestChaos, and sites that run the real client with a spool. In some scenarios
-// the servers' disks are removed, replaced by an old copy, cut short, damaged or swapped. At the
+// the servers' disks are removed, replaced by an old copy, damaged or swapped, or a power cut takes
+// what was not flushed. At the
 // end, the central Prometheus must have every sample that a source ever returned, and nothing else.
 
 import (
@@ -12,6 +13,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -296,6 +298,61 @@ func (r *chaosRig) hurt(s *chaosServer) {
 	}
 }
 
+// logSizes returns the sizes of the logs of the given servers, by path.
+func (r *chaosRig) logSizes(servers []*chaosServer) map[string]int {
+	sizes := map[string]int{}
+	for _, s := range servers {
+		for path, data := range r.readLogs(s) {
+			sizes[path] = len(data)
+		}
+	}
+	return sizes
+}
+
+// readLogs returns the contents of a server's logs by path.
+func (r *chaosRig) readLogs(s *chaosServer) map[string][]byte {
+	logs := map[string][]byte{}
+	paths, err := filepath.Glob(filepath.Join(s.dir, "data", "??", "*"+LogSuffix))
+	for _, path := range paths {
+		if err == nil {
+			logs[path], err = os.ReadFile(path)
+		}
+	}
+	if err != nil || len(logs) == 0 {
+		r.failf("reading the logs of server %s: %v, %d logs", s.name, err, len(logs))
+	}
+	return logs
+}
+
+// powerCut cuts the power of all servers at once. Each log loses a random part of what it has beyond
+// the size in flushed: the file ends earlier, or ends in zeros from a sector on. A log without a size
+// in flushed may be missing too. After the restart no log counts as damaged.
+func (r *chaosRig) powerCut(flushed map[string]int) {
+	r.each(r.servers, func(s *chaosServer) {
+		logs := r.readLogs(s)
+		for _, path := range slices.Sorted(maps.Keys(logs)) {
+			data, size := logs[path], flushed[path]
+			cut := size + r.rnd.IntN(max(0, len(data)-size)+1)
+			var err error
+			switch n := r.rnd.IntN(4); {
+			case n == 0 && size == 0:
+				err = os.Remove(path)
+			case n == 1:
+				clear(data[min(len(data), (cut+diskSector-1)/diskSector*diskSector):])
+				err = os.WriteFile(path, data, 0o600)
+			default:
+				err = os.Truncate(path, int64(min(cut, len(data))))
+			}
+			if err != nil {
+				r.failf("cutting a log of server %s: %v", s.name, err)
+			}
+		}
+	})
+	if damaged, torn := r.sum("telemeter_store_logs_damaged_total"), r.sum("telemeter_store_logs_torn_total"); damaged > 0 || torn == 0 {
+		r.failf("after a power cut, %v logs count as damaged and %v as torn", damaged, torn)
+	}
+}
+
 // swap exchanges the storage directories of two servers.
 func (r *chaosRig) swap(a, b *chaosServer) {
 	moved := false
@@ -382,6 +439,11 @@ func chaosRows() []chaosRow {
 		{"old copy away", 0, false, func(r *chaosRig, form chaosForm) { r.away(0, func() { r.restore(r.servers[0], form.away) }) }},
 		{"damage", 0, true, func(r *chaosRig, form chaosForm) { r.each(r.servers[:2], r.hurt) }},
 		{"damage away", 0, false, func(r *chaosRig, form chaosForm) { r.away(form.away, func() { r.each(r.servers, r.hurt) }) }},
+		{"power cut", 0, false, func(r *chaosRig, form chaosForm) {
+			r.wipe(r.servers[0]) // its logs are then created while consumers are known, so that no part of them is flushed
+			flushed := r.logSizes(r.servers[1:])
+			r.away(form.away, func() { r.powerCut(flushed) })
+		}},
 		{"swap", 0, false, func(r *chaosRig, form chaosForm) { r.away(form.away/2, func() { r.swap(r.servers[0], r.servers[1]) }) }},
 		{"wrong clock", -1, false, func(r *chaosRig, form chaosForm) {
 			r.away(form.away, func() {

@@ -1,7 +1,7 @@
 package main
 
 // TestChaos, and its scenarios without clients. Servers are restarted, killed, cut off from each
-// other, added and removed. Their disks are filled, lost, restored and damaged. Meanwhile sites
+// other, added and removed. Their disks are filled, lost, restored and damaged, and lose what was not flushed. Meanwhile sites
 // push and a Prometheus scrapes. "make test-chaos" runs the test in its own network namespace.
 
 import (

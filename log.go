@@ -1,8 +1,9 @@
 package main
 
-// This file implements logs: append-only files of framed, checksummed records. Once Append has
-// returned without an error, its records survive any crash. The caller must ensure that each log
-// has only one writer. This family must not know the meaning of a record.
+// This file implements logs: append-only files of framed, checksummed records. What Create and Append
+// have written survives a crash of the process. It survives a crash of the machine once it is
+// synced, by the same call or by a later one. The caller must ensure that each log has only one
+// writer. This family must not know the meaning of a record.
 
 import (
 	"bytes"
@@ -45,16 +46,16 @@ const (
 	logTempSuffix = ".tmp"
 )
 
-// ErrLogBroken is returned by Append while the log file must not be appended to. This is the case
-// if the file was never written, is damaged, has vanished or was removed, or if its content on disk
-// is unknown. A successful Rewrite ends this state.
+// ErrLogBroken is returned by Append and Sync while the log file must not be appended to. This is the
+// case if the file was never written, is damaged, has vanished or was removed, or if its content on
+// disk is unknown. A successful Rewrite or Create ends this state.
 var ErrLogBroken = errors.New("log must be rewritten before it is appended to")
 
 // ListLogs returns the paths of the logs in dir and the paths of dir's subdirectories.
 //
-// ListLogs syncs dir first. A process may have been killed after it renamed a log into place and
-// before it synced dir. Syncing makes that rename durable. Otherwise records that a later Append
-// syncs could be lost with the rename.
+// ListLogs syncs dir first. A process may have been killed after it created a log or renamed a log
+// into place, and before it synced dir. Syncing makes the entry of the log durable. Otherwise records
+// that a later Append syncs could be lost with the entry.
 //
 // ListLogs fails if dir contains a symbolic link, a pipe or another special file, because a Rewrite
 // could replace it by a regular file. It also fails if a directory has the name of a log.
@@ -105,12 +106,15 @@ type Log struct {
 	path         string
 	identity     []byte
 	size         int64 // bytes of the file
-	needsRewrite bool  // Append returns ErrLogBroken until a Rewrite succeeds
+	needsRewrite bool  // Append returns ErrLogBroken until a Rewrite or Create succeeds
+	unsynced     bool  // the file may have bytes that are not synced
+	newEntry     bool  // the entry of the file in its directory may not be synced
+	newDir       bool  // Create also created that directory
 }
 
-// NewLog returns a log that does not exist on disk yet. The first Rewrite creates its file and
-// replaces any existing file at path. Until then, Append fails. The identity names the owner of the
-// log, for example a site's cluster ID, and may be empty. NewLog does no I/O.
+// NewLog returns a log that does not exist on disk yet. The first Create or Rewrite creates its file
+// and replaces any existing file at path. Until then, Append fails. The identity names the owner of
+// the log, for example a site's cluster ID, and may be empty. NewLog does no I/O.
 func NewLog(fsys FS, path string, identity []byte) *Log {
 	return &Log{fsys: fsys, path: path, identity: bytes.Clone(identity), needsRewrite: true}
 }
@@ -146,16 +150,64 @@ func parseLogHeader(data []byte) logHeader {
 	return logHeader{version, identity, len(data) - r.Len()}
 }
 
-// Append writes frames to the end of the file and syncs them. frames must consist of whole records
-// made by AppendRecord. If Append returns nil, the records are durable.
+// header returns the header of the file.
+func (l *Log) header() ([]byte, error) {
+	if len(l.identity) > MaxIdentity {
+		return nil, fmt.Errorf("identity of %d bytes, limit %d", len(l.identity), MaxIdentity)
+	}
+	return appendLogHeader(nil, l.identity), nil
+}
+
+// Create creates the file with a header and frames, in place of any file at the path. frames must
+// consist of whole records made by AppendRecord. If sync is true, Create also syncs the file and the
+// directories that changed. Otherwise the file may be missing, empty or torn after a crash of the
+// machine. Create creates the parent directory if necessary.
+//
+// Unlike Rewrite, Create writes the file at its path, so that it costs little. The path must
+// therefore have no file whose records are still needed. If Create fails, it removes the file, and
+// the log is as before. If the removal fails, recovery may find the records.
+func (l *Log) Create(frames []byte, sync bool) error {
+	header, err := l.header()
+	if err != nil {
+		return fmt.Errorf("creating %s: %w", l.path, err)
+	}
+	f, madeDir, err := createFile(l.fsys, l.path)
+	if err != nil {
+		return fmt.Errorf("creating log: %w", err)
+	}
+	l.unsynced, l.newEntry, l.newDir = true, true, madeDir
+	data := append(header, frames...)
+	if err := writeWhole(f, data); err != nil {
+		err = errors.Join(err, f.Close(), l.fsys.Remove(l.path))
+		return fmt.Errorf("creating log: %w", err)
+	}
+	if err := l.finishWrite(f, sync); err != nil {
+		return errors.Join(err, l.fsys.Remove(l.path))
+	}
+	l.size, l.needsRewrite = int64(len(data)), false
+	return nil
+}
+
+func writeWhole(f File, data []byte) error {
+	n, err := f.Write(data)
+	if err == nil && n < len(data) {
+		err = io.ErrShortWrite
+	}
+	return err
+}
+
+// Append writes frames to the end of the file. frames must consist of whole records made by
+// AppendRecord. If sync is true, Append also syncs the file, together with everything that was
+// written before. Otherwise a crash of the machine may take the records: the file then ends early or
+// in zeros.
 //
 // If a write fails, for example because the disk is full, Append cuts the file to its old size and
 // the log stays usable. The log needs a Rewrite if the cut fails, if the file has vanished, or if
-// the fsync fails. After a failed fsync the kernel may have dropped the data and marked it as
-// clean, so a second fsync would prove nothing (Rebello et al., "Can Applications Recover from
+// the fsync or the close fails. After a failed fsync the kernel may have dropped the data and marked
+// it as clean, so a second fsync would prove nothing (Rebello et al., "Can Applications Recover from
 // fsync Failures?", 2020). If the log needs a Rewrite after an error, recovery after a crash may or
 // may not find the records of this Append.
-func (l *Log) Append(frames []byte) error {
+func (l *Log) Append(frames []byte, sync bool) error {
 	if l.needsRewrite {
 		return fmt.Errorf("appending to %s: %w", l.path, ErrLogBroken)
 	}
@@ -164,24 +216,60 @@ func (l *Log) Append(frames []byte) error {
 		l.needsRewrite = errors.Is(err, fs.ErrNotExist)
 		return fmt.Errorf("appending to log: %w", err)
 	}
-	defer f.Close() // the error of Close is ignored, because Append returns nil only after a successful Sync
-	n, err := f.Write(frames)
-	if err == nil && n < len(frames) {
-		err = io.ErrShortWrite
-	}
-	if err != nil {
+	if err := writeWhole(f, frames); err != nil {
 		undo := f.Truncate(l.size)
 		if undo == nil {
 			undo = f.Sync()
 		}
 		l.needsRewrite = undo != nil
-		return fmt.Errorf("appending to log: %w", errors.Join(err, undo))
+		return fmt.Errorf("appending to log: %w", errors.Join(err, undo, f.Close()))
 	}
-	if err := f.Sync(); err != nil {
-		l.needsRewrite = true
+	l.unsynced = true
+	if err := l.finishWrite(f, sync); err != nil {
+		return err
+	}
+	l.size += int64(len(frames))
+	return nil
+}
+
+// Sync makes everything durable that Create, Append and an earlier process have written. It does no
+// I/O if there is nothing to sync. If the fsync fails or the file has vanished, the log needs a
+// Rewrite.
+func (l *Log) Sync() error {
+	if l.needsRewrite {
+		return fmt.Errorf("syncing %s: %w", l.path, ErrLogBroken)
+	}
+	if !l.unsynced {
+		return nil
+	}
+	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY, 0)
+	if err != nil {
+		l.needsRewrite = errors.Is(err, fs.ErrNotExist)
 		return fmt.Errorf("syncing log: %w", err)
 	}
-	l.size += int64(n)
+	return l.finishWrite(f, true)
+}
+
+// finishWrite closes f, to which records were written. If sync is true, it first syncs f, and then
+// the directories of the file if its entry is new. After an error the log needs a Rewrite. The error
+// of Close counts only without sync, because a file system may report there that it could not write.
+func (l *Log) finishWrite(f File, sync bool) (err error) {
+	if sync {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); !sync {
+		err = cerr
+	}
+	if err == nil && sync && l.newEntry {
+		err = syncDirs(l.fsys, filepath.Dir(l.path), l.newDir)
+	}
+	switch {
+	case err != nil:
+		l.needsRewrite = true
+		return fmt.Errorf("syncing log: %w", err)
+	case sync:
+		l.unsynced, l.newEntry = false, false
+	}
 	return nil
 }
 
@@ -193,17 +281,18 @@ func (l *Log) Append(frames []byte) error {
 // If Rewrite fails later, while syncing directories, either file may be found after a crash, and
 // the log needs another Rewrite.
 func (l *Log) Rewrite(fill func(w io.Writer) error) error {
-	if len(l.identity) > MaxIdentity {
-		return fmt.Errorf("rewriting %s: identity of %d bytes, limit %d", l.path, len(l.identity), MaxIdentity)
+	header, err := l.header()
+	if err != nil {
+		return fmt.Errorf("rewriting %s: %w", l.path, err)
 	}
 	size, renamed, err := replaceFile(l.fsys, l.path, func(w io.Writer) error {
-		if _, err := w.Write(appendLogHeader(nil, l.identity)); err != nil {
+		if _, err := w.Write(header); err != nil {
 			return err
 		}
 		return fill(w)
 	})
 	if renamed {
-		l.size, l.needsRewrite = size, err != nil
+		l.size, l.needsRewrite, l.unsynced, l.newEntry = size, err != nil, false, false
 	}
 	if err != nil {
 		return fmt.Errorf("rewriting log: %w", err)

@@ -1,8 +1,8 @@
 package main
 
 // Tests of crashes: random operations use a log, while at each file operation in turn the process
-// is killed or the operation fails. Acknowledged records, which are records whose Append or Rewrite
-// returned nil, must survive until a Rewrite drops them.
+// is killed or the operation fails. Records that an Append, a Create or a Rewrite has acknowledged
+// survive a crash of the process. They survive a crash of the machine if they were synced.
 
 import (
 	"bytes"
@@ -24,7 +24,8 @@ type logKeeper struct {
 	rng   *rand.Rand
 	log   *Log
 	next  uint32
-	held  []uint32        // numbers of the records that recovery must find
+	held  []uint32        // numbers of the acknowledged records that were not dropped
+	sure  map[uint32]bool // numbers of the held records that were synced
 	maybe map[uint32]bool // numbers of further records that recovery may find
 }
 
@@ -34,8 +35,16 @@ func (k *logKeeper) frame(buf []byte, n uint32) []byte {
 	return AppendRecord(buf, 1+byte(n), append(p, bytes.Repeat([]byte{byte(n)}, int(n*37)%97)...))
 }
 
-// append appends one to three records. If the Append fails and the log must be rewritten, recovery
-// may or may not find these records.
+// synced records that all held records are durable.
+func (k *logKeeper) synced() {
+	clear(k.sure)
+	for _, n := range k.held {
+		k.sure[n] = true
+	}
+}
+
+// append appends one to three records, with or without sync. A log that was never written is created
+// with them. If that fails and the log must be rewritten, recovery may or may not find these records.
 func (k *logKeeper) append() {
 	var buf []byte
 	var ids []uint32
@@ -44,10 +53,15 @@ func (k *logKeeper) append() {
 		ids = append(ids, k.next)
 		k.next++
 	}
-	wasBroken := k.log.MustBeRewritten()
-	if err := k.log.Append(buf); err == nil {
-		k.held = append(k.held, ids...)
-	} else if k.log.MustBeRewritten() && !wasBroken {
+	write, sync := k.log.Append, k.rng.IntN(2) == 0
+	if k.log.Size() == 0 {
+		write = k.log.Create
+	}
+	if err := write(buf, sync); err == nil {
+		if k.held = append(k.held, ids...); sync {
+			k.synced()
+		}
+	} else if k.log.MustBeRewritten() {
 		for _, n := range ids {
 			k.maybe[n] = true
 		}
@@ -59,6 +73,7 @@ func (k *logKeeper) append() {
 func (k *logKeeper) rewrite(drop int) {
 	for _, n := range k.held[:drop] {
 		k.maybe[n] = true
+		delete(k.sure, n)
 	}
 	k.held = slices.Clone(k.held[drop:])
 	err := k.log.Rewrite(func(w io.Writer) error {
@@ -71,13 +86,15 @@ func (k *logKeeper) rewrite(drop int) {
 	})
 	if err == nil {
 		clear(k.maybe)
+		k.synced()
 	}
 }
 
-// reopen reads the log as a new process does. It checks that recovery finds every record in held,
-// that it finds no record that is neither in held nor in maybe, and that the records are in order.
-// It returns an error if ListLogs or OpenLog failed. A missing log is not an error.
-func (k *logKeeper) reopen() error {
+// reopen reads the log as a new process does. machine says that the machine crashed. reopen checks
+// that recovery finds every record that must have survived, that it finds no record that is neither
+// in held nor in maybe, and that the records are in order. It returns an error if ListLogs or OpenLog
+// failed. A missing log is not an error.
+func (k *logKeeper) reopen(machine bool) error {
 	for _, dir := range []string{"/", "/d"} {
 		if _, _, err := ListLogs(k.fs, dir); err != nil && (dir == "/" || !errors.Is(err, fs.ErrNotExist)) {
 			return err
@@ -92,22 +109,14 @@ func (k *logKeeper) reopen() error {
 		got = append(got, n)
 		return nil
 	})
-	if errors.Is(err, fs.ErrNotExist) {
-		if len(k.held) > 0 {
-			k.t.Errorf("the file is gone, with the records %v", k.held)
-		}
-		k.log = NewLog(k.fs, logPath, []byte("me"))
-		k.held = nil
-		return nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != len(got) {
 		k.t.Errorf("records are out of order: %v", got)
 	}
 	for _, n := range k.held {
-		if !slices.Contains(got, n) {
+		if (!machine || k.sure[n]) && !slices.Contains(got, n) {
 			k.t.Errorf("record %d is lost: got %v, %+v", n, got, r)
 		}
 	}
@@ -116,45 +125,47 @@ func (k *logKeeper) reopen() error {
 			k.t.Errorf("record %d was dropped or never appended: got %v, %+v", n, got, r)
 		}
 	}
-	if r.HeaderDamaged {
+	if r.HeaderDamaged && len(k.sure) > 0 {
 		k.t.Errorf("the crash damaged the header: %+v", r)
 	}
-	k.log = l
-	// If the log need not be rewritten, the delivered records are durable now. Otherwise they are
-	// durable after the rewrite succeeds.
-	if !l.MustBeRewritten() {
-		k.held = got
-		clear(k.maybe)
-		return nil
-	}
-	held := k.held
-	k.held = got
-	k.rewrite(0)
-	if l.MustBeRewritten() {
-		for _, n := range got {
+	// A record of maybe is durable or not: it is in maybe until the next sync.
+	for _, n := range append(got, k.held...) {
+		if !k.sure[n] {
 			k.maybe[n] = true
 		}
-		k.held = held
+	}
+	if k.held = got; err != nil || r.HeaderDamaged {
+		k.log = NewLog(k.fs, logPath, []byte("me"))
+	} else {
+		k.log = l
+	}
+	if r.IsDamaged() || k.log.MustBeRewritten() && len(got) > 0 {
+		k.rewrite(0)
 	}
 	return nil
 }
 
-// step does one random thing: append, rewrite or reopen. If the log must be rewritten, step
+// step does one random thing: append, sync, rewrite or reopen. If the log must be rewritten, step
 // rewrites it instead.
 func (k *logKeeper) step() {
 	switch {
-	case k.log.MustBeRewritten():
+	case k.log.MustBeRewritten() && k.log.Size() > 0:
 		k.rewrite(0)
 	case k.rng.IntN(6) == 0:
 		k.rewrite(k.rng.IntN(len(k.held) + 1))
 	case k.rng.IntN(8) == 0:
-		_ = k.reopen() // an error can be ignored, because the log is opened again after the last step
+		_ = k.reopen(false) // an error can be ignored, because the log is opened again after the last step
+	case k.rng.IntN(8) == 0:
+		if k.log.Sync() == nil {
+			k.synced()
+		}
 	default:
 		k.append()
 	}
 }
 
-// Recovery finds every acknowledged record that was not dropped, and no record that a successful
+// Recovery finds every synced record that was not dropped, after a restart of the process also every
+// acknowledged record that was not synced, and no record that a successful
 // Rewrite dropped or that was never appended, if the process is killed at any file operation or the
 // operation fails. The machine crashes afterwards, in some runs only after the process was
 // restarted and continued. In half of the runs, a temporary file of an earlier crash exists.
@@ -177,7 +188,7 @@ func crashLogAnywhere(t *testing.T) {
 				if seed%2 == 1 {
 					dirs = append(dirs, "/d")
 				}
-				k := &logKeeper{t: t, fs: newCrashFS(seed<<32|uint64(at)<<2|uint64(mode), dirs...), maybe: map[uint32]bool{},
+				k := &logKeeper{t: t, fs: newCrashFS(seed<<32|uint64(at)<<2|uint64(mode), dirs...), sure: map[uint32]bool{}, maybe: map[uint32]bool{},
 					rng: rand.New(rand.NewPCG(seed, 1)), next: 1}
 				if len(dirs) > 0 { // an earlier crash left a temporary file; its record must never be found
 					k.fs.put(logPath+logTempSuffix, k.frame(appendLogHeader(nil, []byte("me")), 1<<30))
@@ -199,7 +210,7 @@ func crashLogAnywhere(t *testing.T) {
 				}
 				if mode >= 2 { // restart the process without a crash of the machine
 					k.fs.restart()
-					if err := k.reopen(); err != nil {
+					if err := k.reopen(false); err != nil {
 						t.Errorf("opening the log after a restart: %v", err)
 					}
 					for range mode - 2 {
@@ -208,7 +219,7 @@ func crashLogAnywhere(t *testing.T) {
 				}
 				for range 2 { // records that survived one crash must survive the next
 					k.fs.crash()
-					if err := k.reopen(); err != nil {
+					if err := k.reopen(true); err != nil {
 						t.Errorf("opening the log after a crash: %v", err)
 					}
 				}

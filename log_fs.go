@@ -237,14 +237,20 @@ func replaceFile(fsys FS, path string, fill func(io.Writer) error) (size int64, 
 		fsys.Remove(temp) // an error can be ignored, because the next replaceFile removes the temporary file
 		return 0, false, err
 	}
-	if err = fsys.SyncDir(dir); err == nil {
-		err = syncParent(fsys, dir, madeDir)
-	}
-	return size, true, err
+	return size, true, syncDirs(fsys, dir, madeDir)
 }
 
-// createFile creates an empty file at path and opens it for writing. It first removes the file that
-// a crash left there. If a file appears there again in the meantime, createFile returns an error and
+// syncDirs makes the entry of a new file in dir durable, and the entry of dir in its parent. madeDir
+// says that dir was created for the file.
+func syncDirs(fsys FS, dir string, madeDir bool) error {
+	if err := fsys.SyncDir(dir); err != nil {
+		return err
+	}
+	return syncParent(fsys, dir, madeDir)
+}
+
+// createFile creates an empty file at path and opens it for writing. It first removes a file that
+// was left there. If a file appears there again in the meantime, createFile returns an error and
 // does not open that file, because another process would then write or read it too. createFile
 // creates the directory of path if it is missing, but no further parents. madeDir reports that it
 // created the directory.

@@ -7,23 +7,28 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 )
 
+// diskSector is the size in bytes of a sector. A disk writes whole sectors.
+const diskSector = 512
+
 // LogRecovery is the result of recovering one log. The sizes of the header (if it is intact), of
 // the accepted records, LostBytes and TornBytes add up to the size of the file.
 type LogRecovery struct {
 	Identity      []byte // nil if HeaderDamaged
 	HeaderDamaged bool
+	HeaderTorn    bool   // HeaderDamaged, because the file is empty, all zeros or ends within its header
 	Records       int    // records that were delivered and that the caller accepted
 	Damaged       int    // damaged regions after the header, plus records that the caller refused
 	LostBytes     int64  // bytes of a damaged header, of damaged regions and of refused records
 	TornBytes     int64  // bytes of an unfinished append at the end
 	CopyPath      string // path of the copy of a damaged file; empty if there is no copy
-	Err           error  // error while copying a damaged file, or while cutting the torn end off an intact file and syncing the file
+	Err           error  // error while copying a damaged file, or while cutting the torn end off an intact file
 }
 
 // IsDamaged reports whether the header or any bytes after the header are damaged, or the caller
@@ -43,25 +48,26 @@ func (r *LogRecovery) KeptCopyNote() string {
 // finds, in order. The payload is part of that memory, so each must neither keep nor change the
 // payload. If each returns an error, the record counts as damaged.
 //
-// Torn: a crash during Append may leave a torn tail. A tail is torn if the file ends before the
-// last record is complete, or if the tail is all zeros because the file's new size was written and
-// its data was not. A torn tail is not damage. OpenLog cuts it off, unless other bytes of the file
-// are damaged.
+// Torn: a crash of the machine may leave a torn tail, which is not synced yet. A tail is torn if the
+// file ends before the last record is complete. A tail is also torn if it is all zeros, or if the
+// file is all zeros from a sector within the record to the end, because the file's new size was
+// written and its data was not. A torn tail is not damage. OpenLog cuts it off, unless other bytes of
+// the file are damaged.
 //
-// Damaged: all other bytes that are not a valid record are damage. This includes a complete last
-// record with a wrong CRC. A crash can leave such a record if sectors are written out of order, but
-// a flipped bit looks the same, and an unnecessary copy does no harm. OpenLog copies a damaged file
-// aside and does not change the file. The log then needs a Rewrite with the records that the caller
-// recovered. If HeaderDamaged, the log has no identity. The caller must then find the identity by
-// other means, such as the records or the file's name, and rewrite a NewLog at the same path.
+// Damaged: all other bytes that are not a valid record are damage. This includes any other complete
+// last record with a wrong CRC. A crash can leave such a record if sectors are written out of order,
+// but a flipped bit looks the same, and an unnecessary copy does no harm. OpenLog copies a damaged
+// file aside and does not change the file, unless HeaderTorn: such a file has no record. The log then
+// needs a Rewrite with the records that the caller recovered. If HeaderDamaged, the log has no
+// identity. The caller must then find the identity by other means, such as the records or the file's
+// name, and rewrite a NewLog at the same path.
 //
 // Forged records: after an unreadable head, recovery searches for a record at every byte. If bytes
 // inside a payload look like a record, recovery then delivers them as a record. Therefore the
 // caller must check the records of a damaged log as strictly as foreign input.
 //
-// Durability: unless the log needs a Rewrite, the delivered records are durable. OpenLog syncs the
-// file even if nothing was cut, because the process that wrote the file may have been killed before
-// its fsync. ListLogs makes the directory entry of the file durable.
+// Durability: OpenLog syncs nothing. The delivered records are durable after the next Sync, or the
+// next Append that syncs. ListLogs makes the directory entry of the file durable.
 //
 // Errors: OpenLog returns an error if the log has another version, or if the log or a copy that was
 // set aside earlier cannot be read after several attempts. The error wraps fs.ErrNotExist if the
@@ -71,9 +77,9 @@ func OpenLog(fsys FS, path string, each func(kind byte, payload []byte) error) (
 	return OpenLogWithGaps(fsys, path, each, func() {})
 }
 
-// OpenLogWithGaps does the same as OpenLog. It also calls gap once for each region of damaged bytes
-// after the header. It delivers the records before the region, then calls gap, and then delivers
-// the records after the region.
+// OpenLogWithGaps does the same as OpenLog. It also calls gap once for each region of damaged bytes,
+// a damaged header included. It delivers the records before the region, then calls gap, and then
+// delivers the records after the region. No record before the first gap is forged.
 func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) error, gap func()) (*Log, LogRecovery, error) {
 	data, err := readFileRetrying(fsys, path)
 	if err != nil {
@@ -84,20 +90,21 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 		return nil, LogRecovery{}, fmt.Errorf("%s is a log of version %d; this program knows version %d", path, header.version, logVersion)
 	}
 	scan := logScan{data: data, each: each, gap: gap, checksLeft: 2 * len(data)}
-	scan.found = LogRecovery{Identity: header.identity, HeaderDamaged: header.size == 0}
+	scan.found = LogRecovery{Identity: header.identity, HeaderDamaged: header.size == 0, HeaderTorn: header.size == 0 && isTornHeader(data)}
+	scan.zerosFrom = (len(bytes.TrimRight(data, "\x00")) + diskSector - 1) / diskSector * diskSector
 	scan.run(header.size)
 	rec := scan.found
-	l := &Log{fsys: fsys, path: path, identity: header.identity, size: int64(len(data))}
+	l := &Log{fsys: fsys, path: path, identity: header.identity, size: int64(len(data)), unsynced: true}
 	if !rec.IsDamaged() {
-		if err := l.truncateAndSync(rec.TornBytes); err != nil {
+		if err := l.cutTornEnd(rec.TornBytes); err != nil {
 			l.needsRewrite = true
-			rec.Err = fmt.Errorf("syncing recovered log: %w", err)
+			rec.Err = fmt.Errorf("cutting the torn end of a log: %w", err)
 		}
 		return l, rec, nil
 	}
 	l.needsRewrite = true
-	if len(data) == 0 {
-		return l, rec, nil // an empty file needs no copy
+	if rec.HeaderTorn {
+		return l, rec, nil // nothing in the file is worth a copy
 	}
 	aside, there, err := asidePath(fsys, path, "damaged", data)
 	if err != nil {
@@ -109,20 +116,17 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 	return l, rec, nil
 }
 
-// truncateAndSync cuts tornBytes from the end of the file and makes the rest of the file durable.
-func (l *Log) truncateAndSync(tornBytes int64) error {
+// cutTornEnd cuts tornBytes from the end of the file.
+func (l *Log) cutTornEnd(tornBytes int64) error {
+	if tornBytes == 0 {
+		return nil
+	}
 	f, err := l.fsys.OpenFile(l.path, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	if tornBytes > 0 {
-		l.size -= tornBytes
-		if err := f.Truncate(l.size); err != nil {
-			return err
-		}
-	}
-	return f.Sync()
+	l.size -= tornBytes
+	return errors.Join(f.Truncate(l.size), f.Close())
 }
 
 // copyAside durably writes the copy of a damaged log to the path aside. If sameThere is true, the
@@ -148,6 +152,9 @@ type logScan struct {
 	each  func(kind byte, payload []byte) error
 	gap   func()
 	found LogRecovery
+	// zerosFrom is the offset of the sector from which the file is all zeros. It is at least the size
+	// of the file if the last sector has another byte.
+	zerosFrom int
 	// checksLeft is the number of bytes that searches may still read to compute CRCs that turn out
 	// wrong. -1 means that the limit was reached and the search gave up. The limit prevents crafted
 	// payloads from making recovery quadratic. Damage alone does not reach it, because the bodies
@@ -160,6 +167,9 @@ func (s *logScan) run(headerEnd int) {
 	// aligned means that every record so far began at the end of the previous record. Then no
 	// record can be forged inside a payload, and the length in a readable head can be trusted.
 	aligned := headerEnd > 0
+	if !aligned {
+		s.gap()
+	}
 	for at := headerEnd; at < len(s.data); {
 		rest := s.data[at:]
 		size, headOK := parseRecordHead(rest)
@@ -169,8 +179,12 @@ func (s *logScan) run(headerEnd int) {
 			at += size
 			continue
 		}
-		next := len(s.data) // end of the damaged or torn region that begins here
-		torn := at > 0 && (len(rest) < recordHead || headOK && !complete || isAllZero(rest))
+		next := len(s.data)    // end of the damaged or torn region that begins here
+		end := at + recordHead // end of the record that begins here
+		if headOK {
+			end = at + size
+		}
+		torn := at > 0 && (end > len(s.data) || end > s.zerosFrom && s.zerosFrom < len(s.data) || isAllZero(rest))
 		switch {
 		case torn && aligned: // the torn region ends with the file, because an unfinished append is the last thing in a file
 		case complete && aligned && mayFollowRecord(rest[size:]):
@@ -248,6 +262,16 @@ func isBodyIntact(frame []byte) bool {
 func mayFollowRecord(b []byte) bool {
 	_, ok := parseRecordHead(b)
 	return ok || len(b) < recordHead || isAllZero(b)
+}
+
+// isTornHeader reports whether data, which does not begin with a whole header, can be a file whose
+// creation was not finished: it is all zeros, or ends within a header.
+func isTornHeader(data []byte) bool {
+	start := []byte(fmt.Sprintf("%s%d\n", logMagic, logVersion))
+	r := NewWireReader(data[min(len(start), len(data)):])
+	n := r.Uint32() // length of the identity, unless data is too short to have it
+	return isAllZero(data) || bytes.HasPrefix(start, data) ||
+		bytes.HasPrefix(data, start) && (r.Err() != nil || n <= MaxIdentity && r.Len() < int(n)+4)
 }
 
 func isAllZero(b []byte) bool {

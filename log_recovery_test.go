@@ -24,7 +24,7 @@ func TestLogTruncatedAnywhere(t *testing.T) {
 		if !found {
 			whole--
 		}
-		if r.Damaged != 0 || r.HeaderDamaged != (cut < ends[0]) {
+		if r.Damaged != 0 || r.HeaderDamaged != (cut < ends[0]) || r.HeaderTorn != r.HeaderDamaged {
 			t.Fatalf("log cut at byte %d counts as damaged: %+v", cut, r)
 		}
 		if whole < 0 { // the cut is inside the header
@@ -33,7 +33,7 @@ func TestLogTruncatedAnywhere(t *testing.T) {
 		if !slices.Equal(got, records[:whole]) || r.TornBytes != int64(cut-ends[whole]) || string(r.Identity) != "site-7" {
 			t.Fatalf("log cut at byte %d: got records %v, want %v; %+v", cut, got, records[:whole], r)
 		}
-		if err := l.Append(logFrames(logRec{8, "next"})); err != nil {
+		if err := l.Append(logFrames(logRec{8, "next"}), true); err != nil {
 			t.Fatalf("log cut at byte %d: appending to it: %v", cut, err)
 		}
 		c.crash()
@@ -83,7 +83,7 @@ func TestSweepLogFlips(t *testing.T) {
 			if mask != 1 {
 				continue
 			}
-			if err := l.Append(logFrames(logRec{1, ""})); !errors.Is(err, ErrLogBroken) {
+			if err := l.Append(logFrames(logRec{1, ""}), true); !errors.Is(err, ErrLogBroken) {
 				t.Fatalf("appending to a damaged log: got error %v, want ErrLogBroken", err)
 			}
 			l = NewLog(c, logPath, []byte("site-7"))
@@ -251,25 +251,26 @@ func TestLogForgedHeadsAreFast(t *testing.T) {
 }
 
 // OpenLogWithGaps calls gap after it delivers the records before the damage and before it delivers
-// the records after the damage. It does not call gap for a torn end or a damaged header.
+// the records after the damage, also if the header is damaged. It does not call gap for a torn end.
 func TestLogGaps(t *testing.T) {
 	data, records, ends := sampleLog()
 	for _, tt := range []struct {
 		what string
 		data func([]byte) []byte
 		want int // number of records delivered before the call of gap; -1 if gap must not be called
+		lost int // number of records that are not delivered because of the damage
 	}{
-		{"intact", func(b []byte) []byte { return b }, -1},
-		{"torn", func(b []byte) []byte { return b[:len(b)-1] }, -1},
-		{"the second record damaged", func(b []byte) []byte { b[ends[2]-1] ^= 1; return b }, 1},
-		{"the header damaged", func(b []byte) []byte { b[0] ^= 1; return b }, -1},
+		{"intact", func(b []byte) []byte { return b }, -1, 0},
+		{"torn", func(b []byte) []byte { return b[:len(b)-1] }, -1, 1},
+		{"the second record damaged", func(b []byte) []byte { b[ends[2]-1] ^= 1; return b }, 1, 1},
+		{"the header damaged", func(b []byte) []byte { b[0] ^= 1; return b }, 0, 0},
 	} {
 		c := newCrashFS(1, "/d")
 		c.put(logPath, tt.data(bytes.Clone(data)))
 		var got []logRec
 		at := -1
 		_, _, err := OpenLogWithGaps(c, logPath, collectLog(&got), func() { at = len(got) })
-		if err != nil || at != tt.want || at >= 0 && (len(got) != len(records)-1 || got[at] != records[at+1]) {
+		if err != nil || at != tt.want || len(got) != len(records)-tt.lost || at >= 0 && got[at] != records[at+tt.lost] {
 			t.Errorf("%s: gap called after %d of the records %v, %v; want after %d", tt.what, at, got, err, tt.want)
 		}
 	}
@@ -334,12 +335,12 @@ func TestLogSetAsideDiskFull(t *testing.T) {
 	}
 }
 
-// If OpenLog cannot cut a torn tail or sync the file, it delivers the records, reports the error in
-// LogRecovery.Err, and returns a log that must be rewritten.
-func TestLogOpenCannotSettle(t *testing.T) {
-	for _, op := range []string{"open", "truncate", "sync"} {
+// If OpenLog cannot cut a torn tail, it delivers the records, reports the error in LogRecovery.Err, and
+// returns a log that must be rewritten.
+func TestLogOpenCannotCut(t *testing.T) {
+	for _, op := range []string{"open", "truncate", "close"} {
 		c, l := newTestLog(t)
-		if err := l.Append(logFrames(logRec{2, "b"})); err != nil {
+		if err := l.Append(logFrames(logRec{2, "b"}), true); err != nil {
 			t.Fatal(err)
 		}
 		data, _ := c.ReadFile(logPath)
@@ -349,6 +350,58 @@ func TestLogOpenCannotSettle(t *testing.T) {
 		l, r, err := OpenLog(c, logPath, collectLog(&got))
 		if err != nil || !errors.Is(r.Err, errDisk) || !l.MustBeRewritten() || !slices.Equal(got, []logRec{{1, "a"}}) || c.open != 0 {
 			t.Errorf("%s fails: got records %v, %+v, %v; want the record a, the error %v, and a log that must be rewritten", op, got, r, err, errDisk)
+		}
+	}
+}
+
+// If a file of several sectors ends in zeros from a sector on, its last record is torn. If the zeros
+// do not begin within that record, or do not fill the last sector, the record is damaged.
+func TestLogTornInZeros(t *testing.T) {
+	header := appendLogHeader(nil, []byte("me"))
+	first := logFrames(logRec{1, "first"})
+	last := logFrames(logRec{2, strings.Repeat("x", 4*diskSector)})
+	data := slices.Concat(header, first, last)
+	begin := len(data) - len(last)
+	for at := begin + recordHead; at < len(data); at++ {
+		bad := bytes.Clone(data)
+		clear(bad[at:])
+		wantTorn := (at+diskSector-1)/diskSector*diskSector < len(data)
+		_, _, r, got := recoverLog(t, bad)
+		if (r.TornBytes == int64(len(last))) != wantTorn || (r.Damaged == 1) == wantTorn || !slices.Equal(got, []logRec{{1, "first"}}) {
+			t.Fatalf("zeros from byte %d of %d on: got records %v, %+v; want torn %t", at, len(data), got, r, wantTorn)
+		}
+	}
+	bad := append(bytes.Clone(data), make([]byte, 4*diskSector)...)
+	bad[begin+20] ^= 1
+	if _, _, r, _ := recoverLog(t, bad); r.Damaged != 1 || r.TornBytes != 4*diskSector {
+		t.Errorf("a damaged record before zeros: %+v; want 1 damaged region, and the zeros torn", r)
+	}
+}
+
+// A file that is empty, all zeros, or ends within its header has a torn header, and no copy is made.
+// Any other file without a header is damaged.
+func TestLogTornHeader(t *testing.T) {
+	header := appendLogHeader(nil, []byte("me"))
+	long := bytes.Clone(header)
+	binary.LittleEndian.PutUint32(long[8:], MaxIdentity+1)
+	for _, tt := range []struct {
+		name string
+		data []byte
+		torn bool
+	}{
+		{"empty", []byte{}, true},
+		{"zeros", make([]byte, 5000), true},
+		{"cut in the magic", header[:3], true},
+		{"cut in the length", header[:10], true},
+		{"cut in the identity", header[:13], true},
+		{"cut in the CRC", header[:len(header)-1], true},
+		{"wrong CRC", append(bytes.Clone(header[:len(header)-1]), header[len(header)-1]^1), false},
+		{"another magic", append([]byte("x"), header[1:]...), false},
+		{"identity too long", long[:12], false},
+		{"a record only", logFrames(logRec{1, "a"}), false},
+	} {
+		if _, _, r, _ := recoverLog(t, tt.data); !r.HeaderDamaged || r.HeaderTorn != tt.torn {
+			t.Errorf("%s: got %+v, want a torn header: %t", tt.name, r, tt.torn)
 		}
 	}
 }
@@ -375,7 +428,7 @@ func FuzzOpenLog(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
-		if err := l.Append(logFrames(logRec{1, "more"})); err != nil {
+		if err := l.Append(logFrames(logRec{1, "more"}), true); err != nil {
 			t.Fatal(err)
 		}
 		c.crash()

@@ -82,26 +82,104 @@ func TestLogAppendFails(t *testing.T) {
 			c, l := newTestLog(t)
 			size := l.Size()
 			c.hook = tt.hook
-			if err := l.Append(logFrames(b)); !errors.Is(err, tt.err) || l.MustBeRewritten() != tt.broken || l.Size() != size {
+			if err := l.Append(logFrames(b), true); !errors.Is(err, tt.err) || l.MustBeRewritten() != tt.broken || l.Size() != size {
 				t.Fatalf("failing append: got error %v, must be rewritten %v, size %d; want %v, %v, %d",
 					err, l.MustBeRewritten(), l.Size(), tt.err, tt.broken, size)
 			}
 			c.hook = nil
 			if tt.broken {
-				if err := l.Append(logFrames(d)); !errors.Is(err, ErrLogBroken) {
+				if err := l.Append(logFrames(d), true); !errors.Is(err, ErrLogBroken) {
 					t.Fatalf("appending to a broken log: got error %v, want ErrLogBroken", err)
 				}
 				if err := l.Rewrite(writing(logFrames(a))); err != nil || l.MustBeRewritten() {
 					t.Fatalf("rewriting a broken log: %v, must be rewritten %v", err, l.MustBeRewritten())
 				}
 			}
-			if err := l.Append(logFrames(d)); err != nil || c.open != 0 {
+			if err := l.Append(logFrames(d), true); err != nil || c.open != 0 {
 				t.Fatalf("appending after the failure: %v, %d files open", err, c.open)
 			}
 			if got := reopenLog(t, c); !slices.Equal(got, []logRec{a, d}) {
 				t.Errorf("records after a crash: got %v, want %v", got, []logRec{a, d})
 			}
 		})
+	}
+}
+
+// A Create is tried with each of its file operations failing in turn. It then leaves no file, unless the
+// file cannot be removed either, and can be tried again.
+func TestLogCreateFails(t *testing.T) {
+	a, b := logRec{1, "a"}, logRec{2, "b"}
+	for _, sync := range []bool{true, false} {
+		for i := 0; ; i++ {
+			c := newCrashFS(1)
+			l := NewLog(c, logPath, []byte("me"))
+			var failed string
+			c.hook = func(at int, op, name string) fault {
+				if at != i {
+					return fault{}
+				}
+				failed = op + " " + name
+				return fault{Err: errFull}
+			}
+			err := l.Create(logFrames(a), sync)
+			c.hook = nil
+			if failed == "" || sync && strings.HasPrefix(failed, "close") { // the error of Close does not count after a sync
+				if err != nil || l.MustBeRewritten() {
+					t.Fatalf("Create with sync %t: %v, must be rewritten %v", sync, err, l.MustBeRewritten())
+				}
+				if failed == "" {
+					break
+				}
+				continue
+			}
+			if !errors.Is(err, errFull) || !l.MustBeRewritten() || l.Size() != 0 || len(c.names()) != 0 || c.open != 0 {
+				t.Fatalf("%s failed, sync %t: got error %v, must be rewritten %v, files %q, %d open", failed, sync, err, l.MustBeRewritten(), c.names(), c.open)
+			}
+			if err := errors.Join(l.Create(logFrames(a), sync), l.Append(logFrames(b), true)); err != nil {
+				t.Fatalf("%s failed, sync %t: Create and Append afterwards: %v", failed, sync, err)
+			}
+			if got := reopenLog(t, c); !slices.Equal(got, []logRec{a, b}) {
+				t.Fatalf("%s failed, sync %t: records after a crash: got %v", failed, sync, got)
+			}
+		}
+	}
+	if err := NewLog(newCrashFS(1, "/d"), logPath, make([]byte, MaxIdentity+1)).Create(nil, true); err == nil {
+		t.Errorf("creating a log with an identity of %d bytes succeeded", MaxIdentity+1)
+	}
+}
+
+// Without sync, an Append fails if the file cannot be closed, and the log must be rewritten. Sync makes
+// everything durable that was not synced. It does no I/O if there is nothing to sync, and fails on a log
+// that must be rewritten.
+func TestLogSync(t *testing.T) {
+	a, b := logRec{1, "a"}, logRec{2, "b"}
+	c, l := newTestLog(t)
+	if err := errors.Join(l.Append(logFrames(b), false), l.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	if got := reopenLog(t, c); !slices.Equal(got, []logRec{a, b}) {
+		t.Errorf("records after Sync and a crash: got %v", got)
+	}
+	c.hook = failOn("open", "", 0, errDisk)
+	if err := l.Sync(); err != nil {
+		t.Errorf("Sync without anything to sync: %v", err)
+	}
+	c.hook = failOn("close", "", 1, errFull)
+	if err := l.Append(logFrames(b), false); !errors.Is(err, errFull) || !l.MustBeRewritten() {
+		t.Errorf("an Append that cannot close the file: %v, must be rewritten %v", err, l.MustBeRewritten())
+	}
+	if err := l.Sync(); !errors.Is(err, ErrLogBroken) {
+		t.Errorf("Sync of a log that must be rewritten: got error %v, want %v", err, ErrLogBroken)
+	}
+	for op, want := range map[string]error{"open": fs.ErrNotExist, "sync": errDisk} {
+		c, l := newTestLog(t)
+		if err := l.Append(logFrames(b), false); err != nil {
+			t.Fatal(err)
+		}
+		c.hook = failOn(op, "", 1, want)
+		if err := l.Sync(); !errors.Is(err, want) || !l.MustBeRewritten() || c.open != 0 {
+			t.Errorf("%s fails in Sync: got error %v, must be rewritten %v, %d files open", op, err, l.MustBeRewritten(), c.open)
+		}
 	}
 }
 
@@ -141,7 +219,7 @@ func TestLogRewriteFails(t *testing.T) {
 		if !errors.Is(err, errFull) || l.MustBeRewritten() || !slices.Equal(c.names(), []string{logPath}) {
 			t.Fatalf("%s failed: Rewrite returned %v, must be rewritten %v, files %q", failed, err, l.MustBeRewritten(), c.names())
 		}
-		if err := l.Append(logFrames(b)); err != nil || c.open != 0 {
+		if err := l.Append(logFrames(b), true); err != nil || c.open != 0 {
 			t.Fatalf("%s failed: appending afterwards: %v, %d files open", failed, err, c.open)
 		}
 		if got := reopenLog(t, c); !slices.Equal(got, want) {
@@ -204,7 +282,7 @@ func TestLogRemove(t *testing.T) {
 			t.Errorf("files after a crash: got %q, want none", c.names())
 		}
 	}
-	if err := l.Append(logFrames(logRec{1, "a"})); !errors.Is(err, ErrLogBroken) {
+	if err := l.Append(logFrames(logRec{1, "a"}), true); !errors.Is(err, ErrLogBroken) {
 		t.Errorf("appending to a removed log: got error %v, want ErrLogBroken", err)
 	}
 	if err := NewLog(c, "/no/x.log", nil).Remove(); err != nil {
@@ -244,7 +322,7 @@ func diskLog(t *testing.T) (l *Log, path string) {
 	if err := l.Rewrite(writing(logFrames(logRec{1, "a"}))); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Append(logFrames(logRec{2, "b"})); err != nil {
+	if err := l.Append(logFrames(logRec{2, "b"}), true); err != nil {
 		t.Fatal(err)
 	}
 	return l, path
@@ -268,7 +346,7 @@ func TestLogOnDisk(t *testing.T) {
 	if err != nil || r.TornBytes != int64(len(record)-1) || r.Err != nil || !slices.Equal(got, []logRec{{1, "a"}, {2, "b"}}) {
 		t.Fatalf("opening a torn log: got records %v, %+v, %v", got, r, err)
 	}
-	if err := l.Append(record); err != nil {
+	if err := l.Append(record, true); err != nil {
 		t.Fatal(err)
 	}
 	if info, err := os.Stat(path); err != nil || info.Size() != l.Size() || info.Mode().Perm() != 0o600 {
@@ -277,7 +355,7 @@ func TestLogOnDisk(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Append(record); !errors.Is(err, fs.ErrNotExist) || !l.MustBeRewritten() {
+	if err := l.Append(record, true); !errors.Is(err, fs.ErrNotExist) || !l.MustBeRewritten() {
 		t.Errorf("appending to a file that has vanished: got error %v, must be rewritten %v", err, l.MustBeRewritten())
 	}
 	if err := l.Remove(); err != nil {
@@ -324,12 +402,13 @@ func TestLogFollowsNoLinks(t *testing.T) {
 		use        func(l *Log, path string) error
 		want       error
 	}{
-		{"Append", "", func(l *Log, _ string) error { return l.Append(logFrames(logRec{3, "c"})) }, syscall.ELOOP},
+		{"Append", "", func(l *Log, _ string) error { return l.Append(logFrames(logRec{3, "c"}), true) }, syscall.ELOOP},
 		{"OpenLog", "", func(_ *Log, path string) error {
 			_, _, err := OpenLog(DiskFS{}, path, func(byte, []byte) error { return nil })
 			return err
 		}, syscall.ELOOP},
-		{"syncing a recovered log", "", func(l *Log, _ string) error { return l.truncateAndSync(1) }, syscall.ELOOP},
+		{"Sync", "", func(l *Log, _ string) error { l.unsynced = true; return l.Sync() }, syscall.ELOOP},
+		{"cutting a torn end", "", func(l *Log, _ string) error { return l.cutTornEnd(1) }, syscall.ELOOP},
 		{"Rewrite", "", func(l *Log, _ string) error { return l.RewriteWith(nil) }, nil},
 		{"Rewrite", logTempSuffix, func(l *Log, _ string) error { return l.RewriteWith(nil) }, nil},
 	} {

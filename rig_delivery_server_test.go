@@ -332,7 +332,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 	st.dropExpiredWhileDown()
 	highest := max(st.Consumers.HighestCursor(), st.totals.NewestSeq.Load())
-	st.dropCursorsPastEnd(damagedLogs{})
+	st.lowerCursorsToLogEnds(&logLosses{damaged: map[uint64]bool{}, torn: map[uint64]string{}})
 	first := state.TakeSeqBlock(highest)
 	for _, c := range st.sitesByID() {
 		c.raiseSeq(first)
@@ -414,9 +414,16 @@ func (m *deliveryModel) down(s *modelServer) {
 		m.saveConsumers(s)
 	case n < 8:
 	case n < 11:
-		what, logsChange = "killed, and the ends of its files are cut", true
+		what, logsChange = "killed by a power cut, and the ends of its files are cut", true
 		for i := range d.logs {
-			m.lose(d, i, max(0, len(d.logs[i])-m.rng.IntN(4)), len(d.logs[i]))
+			cut := m.rng.IntN(4)
+			if m.chance(25) {
+				cut = m.rng.IntN(len(d.logs[i]) + 1)
+			}
+			m.lose(d, i, max(0, len(d.logs[i])-cut), len(d.logs[i]))
+		}
+		if m.chance(50) { // otherwise the file of cursors was flushed after the logs
+			break
 		}
 		d.cursors = d.cursors[:max(0, len(d.cursors)-m.rng.IntN(3))]
 	case n < 13:

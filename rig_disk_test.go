@@ -38,6 +38,7 @@ type fault struct {
 type crashFS struct {
 	mu      sync.Mutex // guards the other fields and all crashNodes
 	rng     *rand.Rand
+	inOrder bool                               // the bytes of a file that were not synced reach the disk in the order of the file; set before use
 	hook    func(n int, op, name string) fault // called before operation n, counted from 0, with mu held; must not use the FS; nil: no faults
 	ops     int                                // number of operations so far that called hook
 	killed  bool                               // the process was killed; all operations fail until crash or restart
@@ -108,7 +109,7 @@ func (c *crashFS) restart() {
 // crash cuts the power and restores it. Each directory entry that was not synced survives in its
 // old or its new state, unless its directory is lost. A file that was not synced keeps its old
 // content, or gets all or a part of the new content, possibly with zeros in place of some of the
-// new bytes.
+// new bytes. With inOrder, the zeros are whole sectors at the end of the file.
 func (c *crashFS) crash() {
 	c.restart()
 	c.mu.Lock()
@@ -143,14 +144,16 @@ func (c *crashFS) survivor(synced, data []byte) []byte {
 	}
 	cut := same + c.rng.IntN(len(data)-same+1)
 	out := bytes.Clone(data)
-	switch c.rng.IntN(4) {
-	case 0:
+	switch n := c.rng.IntN(4); {
+	case n == 0:
 		return bytes.Clone(synced)
-	case 1:
+	case n == 1:
 		return out[:cut]
-	case 2:
+	case c.inOrder:
+		clear(out[min(len(out), (cut+diskSector-1)/diskSector*diskSector):])
+	case n == 2:
 		clear(out[cut:]) // the new file size reached the disk, but the last bytes did not
-	case 3:
+	case n == 3:
 		clear(out[same:cut]) // later sectors of the file reached the disk, but earlier sectors did not
 	}
 	return out

@@ -68,7 +68,7 @@ func sampleLog() (data []byte, records []logRec, ends []int) {
 // recoverLog opens a log file with the content data. It returns the file system, the log, the
 // result of the recovery and the records that OpenLog delivered. It fails the test if the recovery
 // breaks one of these rules. The recovery accounts for every byte. A damaged file is copied to
-// another path, unless it is empty, and is not changed. A log must be rewritten if it is damaged,
+// another path, unless it ends within its header, and is not changed. A log must be rewritten if it is damaged,
 // and only then. No file is left open.
 func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRec) {
 	t.Helper()
@@ -87,10 +87,10 @@ func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRe
 		t.Fatalf("recovery %+v accounts for %d bytes of %d, and %d records were delivered", r, sum, len(data), len(got))
 	}
 	damaged := r.HeaderDamaged || r.Damaged > 0
-	if l.MustBeRewritten() != damaged || (r.CopyPath != "") != (damaged && len(data) > 0) {
+	if l.MustBeRewritten() != damaged || (r.CopyPath != "") != (damaged && !r.HeaderTorn) {
 		t.Fatalf("recovery %+v of a log with damage %v: must be rewritten %v, copy %q", r, damaged, l.MustBeRewritten(), r.CopyPath)
 	}
-	if damaged && len(data) > 0 {
+	if damaged && !r.HeaderTorn {
 		if aside, _ := c.ReadFile(r.CopyPath); !bytes.Equal(aside, data) {
 			t.Fatal("the copy set aside differs from the damaged file")
 		}
@@ -110,7 +110,7 @@ func newTestLog(t *testing.T) (*crashFS, *Log) {
 	t.Helper()
 	c := newCrashFS(1)
 	l := NewLog(c, logPath, []byte("me"))
-	if err := l.Append(logFrames(logRec{1, "a"})); !errors.Is(err, ErrLogBroken) || len(c.names()) != 0 {
+	if err := l.Append(logFrames(logRec{1, "a"}), true); !errors.Is(err, ErrLogBroken) || len(c.names()) != 0 {
 		t.Fatalf("appending to a log that was never written: got %v, want ErrLogBroken and no file", err)
 	}
 	if err := l.Rewrite(writing(logFrames(logRec{1, "a"}))); err != nil {

@@ -459,9 +459,7 @@ func pushPoints(c *SiteSamples, now time.Time, points ...point) (*Batch, AppendR
 // estimated size of the log.
 func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 	t.Helper()
-	got := NewSiteSamples("", maphash.MakeSeed())
-	var parser SeriesParser
-	isSite := func(id string) bool { return id == c.ID }
+	got := NewSiteSamples(c.ID, maphash.MakeSeed())
 	var data []byte
 	for frames := range c.Records {
 		data = append(data, frames...)
@@ -473,7 +471,7 @@ func recovered(t *testing.T, c *SiteSamples) SiteSamples {
 	fsys.put(logPath, append(appendLogHeader(nil, []byte(c.ID)), data...))
 	_, rec, err := OpenLog(fsys, logPath, func(kind byte, payload []byte) error {
 		if kind == RecordSeries {
-			return DecodeSeries(payload, func(id uint32, line []byte) error { return got.RestoreSeries(&parser, isSite, id, line) })
+			return DecodeSeries(payload, got.RestoreSeries)
 		}
 		b, err := DecodeBatch(payload)
 		if err != nil {

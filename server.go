@@ -124,7 +124,7 @@ func newServerMetrics(m *Metrics) serverMetrics {
 		droppedTotal:      m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
 		skippedTotal:      m.Counter("telemeter_parts_skipped_total", "Unsupported parts of samples that were dropped, such as exemplars, by kind.", "kind"),
 		unauthorizedTotal: m.Counter("telemeter_unauthorized_total", "Requests that could not be authorized, by reason.", "reason"),
-		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Seconds to write a push to its log and fsync it.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
+		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Seconds to write a push to its log, and to fsync the log if the sender does not keep the push.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
 		inFlight:          m.Gauge("telemeter_pushes_in_flight", "Pushes in flight."),
 	}
 	for _, reason := range serverDropReasons {
@@ -153,8 +153,8 @@ func storeCollector(m *Metrics, store *Store) func() {
 	sites := m.Gauge("telemeter_store_clusters", "Sites that this server knows.")
 	series := m.Gauge("telemeter_store_series", "Series held.")
 	samples := m.Gauge("telemeter_store_samples", "Samples held.")
-	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs that were damaged, cut short or missing when the server started. The server keeps a copy of each damaged log.")
-	torn := m.Counter("telemeter_store_torn_bytes_total", "Bytes of unfinished writes that were cut from the ends of logs when the server started.")
+	damaged := m.Counter("telemeter_store_logs_damaged_total", "Logs that the server found damaged or cut short when it started. It keeps a copy of each damaged log.")
+	torn := m.Counter("telemeter_store_logs_torn_total", "Logs that the server found ending early or missing when it started, as after a power cut. Clients push again from their spools what such a log lost.")
 	evicted := m.Counter("telemeter_store_samples_evicted_total", "Samples evicted to stay within the limit on samples, after every consumer had read them or while no consumer was known.")
 	expired := m.Counter("telemeter_store_samples_expired_total", "Samples dropped because they were older than retention.")
 	unread := m.Counter("telemeter_store_samples_unread_dropped_total", "Samples dropped because they were older than retention, before every consumer had read them.")
@@ -170,7 +170,7 @@ func storeCollector(m *Metrics, store *Store) func() {
 		series.Set(float64(heldSeries))
 		samples.Set(float64(heldSamples))
 		damaged.RaiseTo(float64(st.DamagedLogs))
-		torn.RaiseTo(float64(st.TornBytes))
+		torn.RaiseTo(float64(st.TornLogs))
 		evicted.RaiseTo(float64(st.Evicted))
 		expired.RaiseTo(float64(st.Expired))
 		unread.RaiseTo(float64(st.ExpiredUnread))

@@ -4,7 +4,8 @@ package main
 // the push. Then it either forwards the push to the owner of the site, or has it decoded and
 // appends it to the site log. The answer 200 means that one server has stored every sample of the
 // push that was not dropped, now or with an earlier push. With a storage directory, these samples
-// are on disk. All memory that remote input can claim is bounded, both per site and in total.
+// are in the log, which is flushed unless the sender keeps the samples. All memory that remote input
+// can claim is bounded, both per site and in total.
 
 import (
 	"context"
@@ -412,7 +413,7 @@ func (s *Server) countAndAnswerAccepted(push *pushRequest, params pushParams, sa
 		st := s.cfg.Store.RefreshSpoolStatus(clusterID, spool)
 		held, read := st.Held.String(), st.Read.String()
 		answer.Held, answer.Consumers, answer.OtherSpoolTime = &held, FormatConsumers(st.Consumers), st.OtherTime
-		if st.HasConsumers {
+		if st.HasConsumers || res.KeptBySender { // without the list the client would remove the scrapes
 			answer.Read = &read
 		}
 	}

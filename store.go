@@ -1,8 +1,10 @@
 package main
 
 // The store keeps the samples of all sites in memory and in one log on disk per site. Append
-// returns nil only when the samples that it accepted are on disk, or in memory if the store has no
-// directory. An accepted sample leaves memory only when it expires (retention) or is evicted (the
+// returns nil only when the samples that it accepted are in the log, or in memory if the store has no
+// directory. It flushes the log first, unless the sender keeps the samples until every consumer has
+// read them: after a power cut the store does not know what the log lost, and the sender pushes it
+// again. An accepted sample leaves memory only when it expires (retention) or is evicted (the
 // limit on samples). Damage to one site's log does not affect another site. While the store knows
 // several sites, pushes of one of them alone cannot use up the limit on samples. This family must
 // not know of tokens, HTTP or the program's own metrics.
@@ -39,6 +41,9 @@ const (
 	// wakePause is the shortest pause between two calls of a background job, even if pushes wake
 	// the job.
 	wakePause = time.Second
+	// maxFlushes is the maximum number of logs that Close flushes at the same time. A file system
+	// flushes several files in about the time of one.
+	maxFlushes = 64
 	// roomPause is the shortest pause between a search that found too few batches to evict and the
 	// next search.
 	roomPause = time.Second
@@ -69,10 +74,10 @@ type StoreConfig struct {
 	// forgets the consumers with other names.
 	Consumers []string
 	// OnError is called with every failure of a background job and with all damage that OpenStore
-	// finds. OnWarning, if not nil, is called for each undamaged log, and for an undamaged file of
-	// cursors, that ended in an unfinished write, as after a crash. It is also called once if
-	// OpenStore forgets consumers because of their names. OnError must not call the store, because a
-	// site's lock may be held.
+	// finds. OnWarning, if not nil, is called once if undamaged logs, or the undamaged file of
+	// cursors, end early or are missing, as after a power cut. It is also called once if OpenStore
+	// forgets consumers because of their names. Several goroutines may call OnError at the same time.
+	// OnError must not call the store, because a site's lock may be held.
 	OnError, OnWarning func(error)
 }
 
@@ -83,9 +88,9 @@ type Store struct {
 	unlock     func() error  // releases the lock of the storage directory
 	compactNow chan struct{} // wakes Run when the logs have reached LimitStorage
 
-	totals           StoreTotals
-	damaged, evicted atomic.Int64 // number of damaged logs; number of evicted samples
-	torn             atomic.Int64 // bytes of unfinished writes that recovery removed
+	totals        StoreTotals
+	damaged, torn atomic.Int64 // numbers of logs that recovery found damaged, and that it found ending early or missing
+	evicted       atomic.Int64 // number of evicted samples
 
 	roomMu   sync.Mutex // lets one caller at a time evict batches; guards noRoomAt
 	noRoomAt time.Time  // when an eviction last freed too few samples
@@ -296,13 +301,14 @@ func (s *Store) dropEmptySite(site *Site) {
 	s.Consumers.DropSiteCursors(site.Key)
 }
 
-// Append stores the samples of p for the site of clusterID. If Append returns nil, all samples that
-// the result counts as accepted are durable (in memory-only mode: in memory). If it returns an
-// error, no sample was accepted. The lines of p must come from SampleList.Add and carry clusterID
-// in the label ClusterLabel. names are the names of the scrapes in p. If the store already has all
-// named scrapes, it stores nothing. Append waits for an earlier push of the same site until ctx
-// ends. The error is ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, the error of ctx, or an error
-// of the disk.
+// Append stores the samples of p for the site of clusterID. If Append returns nil, all samples of
+// the push that the store has accepted now or before survive a crash of the process, and also a power
+// cut unless KeptBySender in the result is true (in memory-only mode they are in memory). If it
+// returns an error, no sample was accepted. The lines of p must come from SampleList.Add and carry
+// clusterID in the label ClusterLabel. names are the names of the scrapes in p. If the store already
+// has all named scrapes, it stores nothing. Append waits for an earlier push of the same site until
+// ctx ends. The error is ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, the error of ctx, or an
+// error of the disk.
 func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
@@ -310,21 +316,45 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	}
 	defer s.releaseAndDropIfNew(site)
 	limits := AppendLimits{Now: s.cfg.NowInterval(), Retention: s.cfg.Retention, Series: s.cfg.LimitSeries}
-	isNew := site.isNew()
+	isNew, hasSpools := site.isNew(), site.hasSpools()
 	staged, err := site.StageNewSamples(p, names, limits)
-	if err != nil || staged.Batch == nil {
+	if err != nil {
 		return staged.Result, err
 	}
+	keptSince := limits.timeBounds().keptSince
+	if staged.Batch == nil {
+		staged.Result.KeptBySender = s.isKeptBySender(site, names)
+		if !staged.Result.KeptBySender {
+			if err := site.FlushLog(keptSince); err != nil {
+				return AppendResult{}, err
+			}
+		}
+		return staged.Result, nil
+	}
+	// The first batch of a spool in an existing log is flushed. If a log knows no spool, everything in
+	// it is therefore durable, and recovery can tell a loss from a power cut.
+	keep := s.isKeptBySender(site, staged.Batch.Names) && (isNew || hasSpools)
 	begin := time.Now()
 	if err = s.makeRoom(site, staged.Result.Accepted); err == nil {
-		err = site.Commit(staged, limits.timeBounds().keptSince)
+		err = site.Commit(staged, keptSince, !keep)
 	}
 	if err != nil {
 		site.Rollback(staged)
 		return AppendResult{}, err
 	}
-	staged.Result.WriteTime, staged.Result.FirstOfSite = time.Since(begin), isNew
+	staged.Result.WriteTime, staged.Result.FirstOfSite, staged.Result.KeptBySender = time.Since(begin), isNew, keep
 	return staged.Result, nil
+}
+
+// isKeptBySender reports whether the sender of a push keeps its scrapes until every consumer has read
+// them. A sender that names no scrapes keeps nothing. If no consumer is known, the client removes a
+// scrape when it is held.
+func (s *Store) isKeptBySender(site *Site, names ScrapeNames) bool {
+	if len(names.Numbers) == 0 {
+		return false
+	}
+	_, hasConsumers := s.Consumers.SeqReadByAll(site.Key, s.cfg.NowInterval().Earliest)
+	return hasConsumers
 }
 
 // SpoolStatus is what this server reports to a site's client about one spool of the site.
@@ -479,17 +509,26 @@ func (s *Store) ViewSite(clusterID string, f func(data *SiteSamples)) bool {
 	return site != nil
 }
 
-// Close makes the store refuse later pushes, waits for the writes in progress, saves the cursors
-// and unlocks the directory. A push that still waits for an earlier write is stored or refused with
-// ErrClosed. All accepted samples are already on disk, except in memory-only mode. A second call
-// does nothing.
+// Close makes the store refuse later pushes, waits for the writes in progress, flushes the logs, saves
+// the cursors and unlocks the directory. A push that still waits for an earlier write is stored or
+// refused with ErrClosed. A failure to flush a log goes to OnError. A second call does nothing.
 func (s *Store) Close() error {
 	if !s.startClosing() {
 		return nil
 	}
+	var flushing sync.WaitGroup
+	slots := make(chan struct{}, maxFlushes)
 	for _, site := range s.sitesByID() {
 		site.LockForever()
+		slots <- struct{}{}
+		flushing.Go(func() {
+			if err := site.FlushLog(s.KeptSince()); err != nil {
+				s.cfg.OnError(fmt.Errorf("flushing the log of site %q: %w", site.ID, err))
+			}
+			<-slots
+		})
 	}
+	flushing.Wait()
 	s.saveCursors()
 	return s.unlock()
 }

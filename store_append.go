@@ -25,7 +25,8 @@ type AppendResult struct {
 	NoRoom     int           // dropped: the series is new, and the site has as many series as its limit allows
 	WriteTime  time.Duration // time spent to make room and to write the log
 
-	FirstOfSite bool // the push is stored, and the store had no batch of the site before
+	FirstOfSite  bool // the push is stored, and the store had no batch of the site before
+	KeptBySender bool // the log is not flushed: the sender must keep the scrapes of the push until every consumer has read them
 }
 
 // IsAllUntimely reports whether the push had samples and every one of them was dropped because of

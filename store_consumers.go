@@ -134,11 +134,12 @@ type SiteCursorsPastEnd struct {
 	Names     []string // names of the consumers with these cursors
 }
 
-// DropCursorsPastEnd removes the cursors that are higher than the number of the last batch in their
-// site's log, and the cursors of sites without a log. It returns the removed cursors by site.
-// logEnds has the number of the last batch for each site key. A consumer without a cursor for a
-// site is served all samples of the site that the store still has in memory.
-func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursorsPastEnd {
+// LowerCursorsTo lowers the cursors that are higher than the number of the last batch in their site's
+// log to that number, and removes the cursors of sites without a log. It returns the cursors before
+// the change, by site. logEnds has the number of the last batch for each site key. A lowered cursor
+// still counts every batch in the log as read. The next batch of the site must get a number above all
+// cursors that there ever were.
+func (cs *Consumers) LowerCursorsTo(logEnds map[uint64]uint64) []SiteCursorsPastEnd {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	past := map[uint64]SiteCursorsPastEnd{}
@@ -148,7 +149,7 @@ func (cs *Consumers) DropCursorsPastEnd(logEnds map[uint64]uint64) []SiteCursors
 			if seq > logEnds[site] {
 				p := past[site]
 				past[site] = SiteCursorsPastEnd{site, max(p.Seq, seq), append(p.Names, c.name)}
-				c.setCursor(site, 0)
+				c.setCursor(site, logEnds[site])
 			}
 		}
 	}

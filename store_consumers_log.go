@@ -164,7 +164,7 @@ func (cs *Consumers) write(changes cursorChanges, listUnsaved bool) error {
 		}
 	}
 	if !listUnsaved && !cs.log.MustBeRewritten() && cs.log.Size()+int64(len(changes.frames)) <= consumersSlack+4*int64(changes.fullSize) {
-		return cs.log.Append(changes.frames)
+		return cs.log.Append(changes.frames, true)
 	}
 	return cs.log.RewriteWith(cs.encodeAll())
 }

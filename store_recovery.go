@@ -3,16 +3,22 @@ package main
 // Recovery opens a store: it reads all logs and the cursors of consumers, rewrites damaged logs,
 // and starts a new block of sequence numbers. A damaged file does not prevent recovery of the other
 // files. Recovery reports every loss that it can detect. For a damaged log it reports the lost
-// bytes and, if known, the numbers of lost pushes and samples. Samples that expired while no
-// process ran are counted as expired.
+// bytes and, if known, the numbers of lost pushes and samples. A log that ends early is not damage if
+// its site's sender has a spool, because a power cut takes what was not flushed and the sender pushes
+// it again. Samples that expired while no process ran are counted as expired.
 
 import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -30,8 +36,11 @@ func (s *Store) recover() error {
 	if err != nil || s.cfg.Dir == "" {
 		return err
 	}
-	damaged := damagedLogs{}
-	if err := s.recoverLogs(dirs, state, damaged); err != nil {
+	losses := &logLosses{damaged: map[uint64]bool{}, torn: map[uint64]string{}}
+	if n := s.Consumers.TornBytes; n > 0 {
+		losses.addTorn(filepath.Join(s.cfg.Dir, ConsumersFile), n)
+	}
+	if err := s.recoverLogs(dirs, state, losses); err != nil {
 		return err
 	}
 	if len(s.sites) > 0 && !state.found {
@@ -39,8 +48,10 @@ func (s *Store) recover() error {
 	}
 	s.dropExpiredWhileDown()
 	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
-	s.dropCursorsPastEnd(damaged)
-	s.damaged.Store(int64(len(damaged)))
+	s.lowerCursorsToLogEnds(losses)
+	losses.warnOfTornLogs(s.cfg.OnWarning)
+	s.damaged.Store(int64(len(losses.damaged)))
+	s.torn.Store(int64(len(losses.torn)))
 	s.startSeqBlock(state, highest)
 	s.saveCursors() // also writes the state file, before any batch gets a number
 	return nil
@@ -66,10 +77,6 @@ func (s *Store) recoverStateAndConsumers() (*StoreMeta, error) {
 	}
 	if s.Consumers.Damage != nil {
 		s.cfg.OnError(s.Consumers.Damage)
-	}
-	if n := s.Consumers.TornBytes; n > 0 {
-		s.torn.Add(n)
-		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which were removed", filepath.Join(s.cfg.Dir, ConsumersFile), n))
 	}
 	return state, nil
 }
@@ -98,56 +105,85 @@ func (s *Store) dropExpiredWhileDown() {
 	}
 }
 
-// damagedLogs is the set of logs that lost something. The map key is the site key of the log's
-// site, which is the first half of the file name in hex. Each log is counted once, even if several
-// losses are reported for it.
-type damagedLogs map[uint64]bool
-
-func (d damagedLogs) add(path string) {
-	name := filepath.Base(path)
-	key, _ := strconv.ParseUint(name[:min(16, len(name))], 16, 64)
-	d[key] = true
+// logLosses are the logs that lost something. It is safe for concurrent use.
+type logLosses struct {
+	mu        sync.Mutex        // guards the fields below
+	damaged   map[uint64]bool   // keys of the sites whose logs are damaged
+	torn      map[uint64]string // paths of the logs that end early or are missing, as after a power cut, by site key
+	tornBytes int64             // bytes of unfinished writes in these logs
 }
 
-// dropCursorsPastEnd removes the cursors that are higher than the number of the last batch in their
-// site's log, and the cursors of sites without a usable log. It reports each such log and adds it
-// to damagedSoFar.
-func (s *Store) dropCursorsPastEnd(damagedSoFar damagedLogs) {
+// siteKeyOf returns the site key of the log at path: the first half of the file name, in hex.
+func siteKeyOf(path string) uint64 {
+	name := filepath.Base(path)
+	key, _ := strconv.ParseUint(name[:min(16, len(name))], 16, 64)
+	return key
+}
+
+// addDamaged records a damaged log. A log counts once, even if several losses are found in it.
+func (l *logLosses) addDamaged(path string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.damaged[siteKeyOf(path)] = true
+}
+
+func (l *logLosses) addTorn(path string, unfinished int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.torn[siteKeyOf(path)] = path
+	l.tornBytes += unfinished
+}
+
+// warnOfTornLogs calls warn once for all torn logs, because a power cut can tear every log.
+func (l *logLosses) warnOfTornLogs(warn func(error)) {
+	if len(l.torn) == 0 {
+		return
+	}
+	example := slices.Min(slices.Collect(maps.Values(l.torn)))
+	warn(fmt.Errorf("%d logs end early or are missing, as after a power cut, for example %s; %d bytes of unfinished writes were removed; what is lost was not acknowledged, or clients push it again from their spools, unless the disk lost data that it had confirmed",
+		len(l.torn), example, l.tornBytes))
+}
+
+// lowerCursorsToLogEnds lowers the cursors that are higher than the number of the last batch in their
+// site's log to that number, and removes the cursors of sites without a usable log. The consumers
+// have read all batches that are left. It reports each such log: as torn if its site has a spool, or
+// if the log is missing; otherwise as damaged.
+func (s *Store) lowerCursorsToLogEnds(losses *logLosses) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
 		sites[site.Key] = site
 		site.View(func(data *SiteSamples) { ends[site.Key] = data.Seq })
 	}
-	for _, past := range s.Consumers.DropCursorsPastEnd(ends) {
-		s.cfg.OnError(s.cursorPastEndError(past, sites[past.Site], ends[past.Site], damagedSoFar[past.Site]))
-		damagedSoFar[past.Site] = true
+	for _, past := range s.Consumers.LowerCursorsTo(ends) {
+		site, damaged := sites[past.Site], losses.damaged[past.Site]
+		name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
+		path := filepath.Join(s.cfg.Dir, name[:2], name)
+		if site != nil {
+			path = s.logPathOf(site.ID)
+		}
+		if site != nil && site.hasSpools() || site == nil && !damaged {
+			losses.addTorn(path, 0)
+			continue
+		}
+		losses.addDamaged(path)
+		lost := "an unknown number of pushes is lost"
+		if end := ends[past.Site]; IsSameSeqBlock(end, past.Seq) {
+			lost = fmt.Sprintf("%d pushes or more are lost (these consumers have read them)", past.Seq-end)
+		}
+		if site == nil {
+			s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, but no usable part of it is left; %s", past.Names, path, lost))
+		} else {
+			s.cfg.OnError(fmt.Errorf("%s ends before the newest batch that consumers %q have read of site %q: the log was cut short or is an older copy; %s",
+				path, past.Names, site.ID, lost))
+		}
 	}
 }
 
-// cursorPastEndError returns an error that tells why a log ends before a cursor: the log was cut
-// short or replaced by an older copy, is unusable, or was removed. site is nil if there is no
-// usable log.
-func (s *Store) cursorPastEndError(past SiteCursorsPastEnd, site *Site, logEnd uint64, damaged bool) error {
-	lost := "an unknown number of pushes is lost"
-	if IsSameSeqBlock(logEnd, past.Seq) {
-		lost = fmt.Sprintf("%d pushes or more are lost (these consumers have read them)", past.Seq-logEnd)
-	}
-	if site != nil {
-		return fmt.Errorf("%s ends before the newest batch that consumers %q have read of site %q: the log was cut short or is an older copy; %s; all samples in the log will be served again",
-			s.logPathOf(site.ID), past.Names, site.ID, lost)
-	}
-	name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
-	path := filepath.Join(s.cfg.Dir, name[:2], name)
-	if damaged {
-		return fmt.Errorf("consumers %q have read the log %s, but no usable part of it is left; %s", past.Names, path, lost)
-	}
-	return fmt.Errorf("consumers %q have read the log %s, which was removed; %s", past.Names, path, lost)
-}
-
-// recoverLogs recovers the logs in the given directories, and then evicts batches if the store
-// exceeds the limit on samples. Directories of logs have names of two characters; recoverLogs
-// ignores other directories.
-func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs) error {
+// recoverLogs recovers the logs in the given directories, several at a time and in any order. It then
+// evicts batches if the store exceeds the limit on samples. Directories of logs have names of two
+// characters; recoverLogs ignores other directories.
+func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, losses *logLosses) error {
+	var paths []string
 	for _, dir := range dirs {
 		if len(filepath.Base(dir)) != 2 {
 			continue
@@ -156,11 +192,23 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs)
 		if err != nil {
 			return err
 		}
-		for _, path := range logs {
-			if err := s.recoverLog(path, meta, damaged); err != nil {
-				return err
+		paths = append(paths, logs...)
+	}
+	var workers sync.WaitGroup
+	var next atomic.Int64 // number of logs that workers have begun to recover
+	errs := make([]error, runtime.GOMAXPROCS(0))
+	for w := range errs {
+		workers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(paths)); i = next.Add(1) - 1 {
+				if errs[w] = s.recoverLog(paths[i], meta, losses); errs[w] != nil {
+					next.Store(int64(len(paths))) // OpenStore fails, so the workers need not recover the other logs
+				}
 			}
-		}
+		})
+	}
+	workers.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	// Reset noRoomAt, so that makeRoom searches at once. The error of makeRoom is ignored, because
 	// samples that are unread, or that scrapes still show, stay even if the store exceeds its
@@ -171,26 +219,38 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, damaged damagedLogs)
 }
 
 // recoverLog reads the log at path, rewrites the log if it is damaged, and adds its site to the
-// store. It renames a log that cannot be used. It does not count samples that were already expired
-// at the site's newest push, because an earlier process normally counted them.
-func (s *Store) recoverLog(path string, meta *StoreMeta, damaged damagedLogs) error {
+// store. It renames a log that cannot be used, and removes a log that a power cut left without a
+// batch. It does not count samples that were already expired at the site's newest push, because an
+// earlier process normally counted them.
+func (s *Store) recoverLog(path string, meta *StoreMeta, losses *logLosses) error {
 	r, err := s.openSiteLog(path, meta)
 	if err != nil {
 		return err // the log could not be read, but its content may be intact
 	}
-	if r.found.IsDamaged() {
-		damaged.add(path)
+	err = r.checkUsable()
+	switch {
+	case r.found.HeaderTorn || err == errNoBatch && !r.found.IsDamaged():
+		losses.addTorn(path, r.found.LostBytes+r.found.TornBytes)
+		if err := s.cfg.FS.Remove(path); err != nil {
+			s.cfg.OnError(fmt.Errorf("removing the log of an unfinished first push: %w", err))
+		}
+		return nil
+	case r.found.IsDamaged() || err != nil:
+		losses.addDamaged(path)
+	case r.found.TornBytes > 0:
+		losses.addTorn(path, r.found.TornBytes)
 	}
-	if err := r.checkUsable(); err != nil {
-		damaged.add(path)
+	if err != nil {
 		return s.setLogAside(path, err)
 	}
 	oldest := s.KeptSince()
 	r.data.RestoreSpools(r.spools, r.found.IsDamaged())
 	r.data.DropExpiredUncounted(min(oldest, r.data.LastPush-s.cfg.Retention.Milliseconds()))
 	site := NewSite(r.data, r.log, s)
+	s.mu.Lock()
 	s.sites[site.ID] = site
 	s.sorted.Store(nil)
+	s.mu.Unlock()
 	s.reportDamage(r)
 	if err := site.RewriteLogIfBroken(oldest); err != nil {
 		s.cfg.OnError(fmt.Errorf("rewriting the damaged log %s: %w", path, err))
@@ -208,6 +268,7 @@ type recoveredLog struct {
 	data        SiteSamples
 	spools      SiteSpools // from the log's own spool records
 	parser      SeriesParser
+	hasGap      bool   // damaged bytes were skipped, so that a record may be forged
 	skipped     bool   // damaged bytes were skipped after the last decoded batch
 	lostPushes  uint64 // batches missing between two decoded batches
 	lostSamples int    // samples whose series were destroyed by damage
@@ -218,7 +279,7 @@ type recoveredLog struct {
 func (s *Store) openSiteLog(path string, meta *StoreMeta) (*recoveredLog, error) {
 	r := &recoveredLog{store: s, path: path, data: NewSiteSamples("", s.seed)}
 	var err error
-	if r.log, r.found, err = OpenLogWithGaps(s.cfg.FS, path, r.decodeRecord, func() { r.skipped = true }); err != nil {
+	if r.log, r.found, err = OpenLogWithGaps(s.cfg.FS, path, r.decodeRecord, func() { r.hasGap, r.skipped = true, true }); err != nil {
 		return nil, err
 	}
 	if r.found.IsDamaged() {
@@ -232,6 +293,9 @@ func (s *Store) openSiteLog(path string, meta *StoreMeta) (*recoveredLog, error)
 	return r, nil
 }
 
+// errNoBatch means that a log has no batch. This program writes at least one batch to every log.
+var errNoBatch = errors.New("the log has no batch")
+
 // checkUsable returns an error with the reason if the log cannot be used.
 func (r *recoveredLog) checkUsable() error {
 	switch {
@@ -240,7 +304,7 @@ func (r *recoveredLog) checkUsable() error {
 	case r.store.logPathOf(r.data.ID) != r.path:
 		return errors.New("the file name does not match the cluster ID in the log")
 	case r.data.Seq == 0:
-		return errors.New("the log has no batch") // this program always writes at least one batch
+		return errNoBatch
 	}
 	return nil
 }
@@ -249,14 +313,25 @@ func (r *recoveredLog) checkUsable() error {
 func (r *recoveredLog) decodeRecord(kind byte, payload []byte) error {
 	switch kind {
 	case RecordSeries:
-		isSite := func(id string) bool { return r.store.logPathOf(id) == r.path }
-		return DecodeSeries(payload, func(id uint32, line []byte) error { return r.data.RestoreSeries(&r.parser, isSite, id, line) })
+		return DecodeSeries(payload, r.restoreSeries)
 	case RecordBatch:
 		return r.decodeAndRestoreBatch(payload)
 	case RecordSpool:
 		return r.spools.DecodeRecord(payload)
 	}
 	return fmt.Errorf("unknown kind of record %d", kind)
+}
+
+// restoreSeries adds one line to the data. After damaged bytes the record may be forged from bytes that
+// the site chose, so that the line is checked as strictly as a line from outside.
+func (r *recoveredLog) restoreSeries(id uint32, line []byte) error {
+	if r.hasGap {
+		isSite := func(id string) bool { return r.store.logPathOf(id) == r.path }
+		if err := r.data.CheckSeriesLine(&r.parser, isSite, line); err != nil {
+			return err
+		}
+	}
+	return r.data.RestoreSeries(id, line)
 }
 
 // decodeAndRestoreBatch adds the batch of one record to the data, and counts the pushes and samples
@@ -293,16 +368,11 @@ func (s *Store) setLogAside(path string, reason error) error {
 	return nil
 }
 
-// reportDamage reports the damage to a log that is still used. It reports an unfinished write at
-// the end of an undamaged log as a warning.
+// reportDamage reports the damage to a log that is still used.
 func (s *Store) reportDamage(r *recoveredLog) {
-	s.torn.Add(r.found.TornBytes)
-	switch {
-	case r.found.IsDamaged():
+	if r.found.IsDamaged() {
 		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
 			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptCopyNote()))
-	case r.found.TornBytes > 0:
-		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which were removed; they belong to a push that was not acknowledged, unless the disk lost data that it had confirmed", r.path, r.found.TornBytes))
 	}
 	if r.found.Err != nil {
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w", r.path, r.found.Err))

@@ -160,17 +160,14 @@ func (d *damageKit) isKept(fsys *crashFS, data []byte) bool {
 	})
 }
 
-// A log that is cut at any byte keeps the samples of all whole batches before the cut.
+// A log that is cut at any byte keeps the samples of all whole batches before the cut, and does not
+// count as damaged.
 func TestSweepStoreTruncations(t *testing.T) {
 	sweep(t)
 	d := newDamageKit(t)
 	for cut := range len(d.data) + 1 {
-		damaged := int64(0)
-		if cut < d.records[1].to { // a log without its first batch counts as damaged, because no crash leaves such a log
-			damaged = 1
-		}
 		want := d.without(func(r damageRecord) bool { return r.to > cut })
-		d.check(t, fmt.Sprintf("cut at %d", cut), d.data[:cut], want, damaged)
+		d.check(t, fmt.Sprintf("cut at %d", cut), d.data[:cut], want, 0)
 	}
 }
 
@@ -197,7 +194,8 @@ func seriesFrames(id uint32, line string) []byte {
 }
 
 // A store shows the samples in a log only as samples of the site that the file name of the log
-// stands for. Records of other sites in the log count as damage, which the first start repairs.
+// stands for. After damaged bytes, records of other sites and lines that are not in normal form count
+// as damage too. The first start repairs the log.
 func TestStoreLogWithForeignRecords(t *testing.T) {
 	clock := newStoreClock()
 	victim := storePush("victim", point{"up", 1, clock.ms(5), 666})
@@ -218,25 +216,25 @@ func TestStoreLogWithForeignRecords(t *testing.T) {
 	badHead[header] ^= 1
 
 	cat := func(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
+	garbage := []byte("garbage")
 	for _, test := range []struct {
 		name string
 		path string
 		data []byte
 		want map[heldSample]float64
 	}{
-		{"foreign series after its own", path, cat(data, foreign, batch), own},
-		{"foreign series before its own", path, cat(data[:header], foreign, data[header:]), own},
+		{"foreign series after its own", path, cat(data, garbage, foreign, batch), own},
 		{"foreign series after its own, header damaged", path, cat(badHeader, foreign, batch), own},
 		{"foreign series before its own, header damaged", path, cat(badHeader[:header], foreign, data[header:]), own},
-		{"foreign series after garbage", path, cat(data[:header], []byte("garbage"), foreign, data[header:]), own},
+		{"foreign series before its own", path, cat(data[:header], garbage, foreign, data[header:]), own},
 		{"foreign series after its own damaged head", path, cat(badHead, foreign, batch), nil},
-		{"foreign series only", path, cat(data[:header], foreign, batch), nil},
+		{"foreign series only", path, cat(data[:header], garbage, foreign, batch), nil},
 		{"file has the name of another site", s.logPathOf("victim"), data, nil},
 		{"file has the name of another site, header damaged", s.logPathOf("victim"), badHeader, nil},
 		{"file has the name of no site", "/s/ab/x.log", data, nil},
 		{"unknown kind of record", path, cat(data, AppendRecord(nil, 77, []byte("x"))), own},
-		{"line that is not in normal form", path, cat(data, seriesFrames(1, `up{n="1",_id="evil"}`)), own},
-		{"line without a cluster ID", path, cat(data, seriesFrames(1, `up`)), own},
+		{"line that is not in normal form", path, cat(data, garbage, seriesFrames(1, `up{n="1",_id="evil"}`)), own},
+		{"line without a cluster ID", path, cat(data, garbage, seriesFrames(1, `up`)), own},
 		{"all records twice", path, cat(data, data[header:]), own},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -352,8 +350,8 @@ func FuzzStoreLog(f *testing.F) {
 			rest = rest[2+n:]
 		}
 		for _, data := range [][]byte{records, framed} {
-			if header {
-				data = append(appendLogHeader(nil, []byte("a")), data...)
+			if header { // the damaged bytes after the header make recovery check the lines
+				data = append(append(appendLogHeader(nil, []byte("a")), "garbage"...), data...)
 			}
 			path := (&Store{cfg: StoreConfig{Dir: "/s"}}).logPathOf("a")
 			fsys := newCrashFS(1, "/s", filepath.Dir(path))

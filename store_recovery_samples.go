@@ -14,12 +14,11 @@ import (
 // A series record with a larger gap before its ID is refused.
 const maxGap = 1 << 20
 
-// RestoreSeries adds a line from the log under its ID. It checks the line as strictly as a line
-// from outside, because after damage recovery may mistake bytes that a site chose for a record. All
-// lines must carry the same cluster ID. If d.ID is not set yet, isThisSite decides whether the
-// line's cluster ID belongs to this log.
-func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id string) bool, seriesID uint32, line []byte) error {
-	name, labels, err := parser.ParseCanonicalLine(line)
+// CheckSeriesLine checks a line from a damaged log as strictly as a line from outside, because recovery
+// may mistake bytes that a site chose for a record. All lines must carry the same cluster ID. If d.ID
+// is not set yet, isThisSite decides whether the line's cluster ID belongs to this log.
+func (d *SiteSamples) CheckSeriesLine(parser *SeriesParser, isThisSite func(id string) bool, line []byte) error {
+	_, labels, err := parser.ParseCanonicalLine(line)
 	if err != nil {
 		return err
 	}
@@ -32,12 +31,21 @@ func (d *SiteSamples) RestoreSeries(parser *SeriesParser, isThisSite func(id str
 	} else if site != d.ID {
 		return fmt.Errorf("series %s belongs to another site", Excerpt(line))
 	}
+	return nil
+}
+
+// RestoreSeries adds a line from the log under its ID. The line must be one that this program wrote,
+// because its record follows no damage, or one that CheckSeriesLine accepts.
+func (d *SiteSamples) RestoreSeries(seriesID uint32, line []byte) error {
+	if len(line) == 0 || len(line) > MaxLine {
+		return fmt.Errorf("series %d has a line of %d bytes", seriesID, len(line))
+	}
 	if n := d.Table.Len(); int(seriesID) < n || int(seriesID) > n+maxGap {
 		return fmt.Errorf("series ID %d is out of order: the next ID is %d", seriesID, n)
 	}
 	d.Table.PadTo(seriesID)
 	_, hash, _ := d.Table.Find(line)
-	d.Table.Insert(hash, line, !IsLegacy(name, labels))
+	d.Table.Insert(hash, line, !IsLegacyLine(line))
 	return nil
 }
 

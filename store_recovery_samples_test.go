@@ -8,8 +8,9 @@ import (
 	"testing"
 )
 
-// RestoreSeries refuses a line of another site, a line that is not in normal form, and an ID that
-// is not above the earlier IDs or is too far above them.
+// CheckSeriesLine refuses a line of another site and a line that is not in normal form. RestoreSeries
+// refuses a line that is empty or too long, and an ID that is not above the earlier IDs or is too far
+// above them.
 func TestRestoreSeries(t *testing.T) {
 	var parser SeriesParser
 	isSite := func(id string) bool { return id == "a" }
@@ -33,8 +34,17 @@ func TestRestoreSeries(t *testing.T) {
 		{"gap between IDs", []record{{maxGap + 1, `m{_id="a"}`, false}, {maxGap, `m{_id="a"}`, true}}},
 	} {
 		c := NewSiteSamples("", maphash.MakeSeed())
+		for _, size := range []int{0, MaxLine + 1} {
+			if err := c.RestoreSeries(0, make([]byte, size)); err == nil {
+				t.Errorf("%s: a line of %d bytes is accepted", test.name, size)
+			}
+		}
 		for _, r := range test.records {
-			if err := c.RestoreSeries(&parser, isSite, r.id, []byte(r.line)); (err == nil) != r.ok {
+			err := c.CheckSeriesLine(&parser, isSite, []byte(r.line))
+			if err == nil {
+				err = c.RestoreSeries(r.id, []byte(r.line))
+			}
+			if (err == nil) != r.ok {
 				t.Errorf("%s: series %d %q: got %v, want accepted %t", test.name, r.id, r.line, err, r.ok)
 			}
 		}
@@ -44,10 +54,8 @@ func TestRestoreSeries(t *testing.T) {
 // RestoreBatch refuses a batch whose number is not above the numbers of all earlier batches. It
 // drops and counts samples of unknown series.
 func TestRestoreBatch(t *testing.T) {
-	var parser SeriesParser
 	c := NewSiteSamples("a", maphash.MakeSeed())
-	isSite := func(id string) bool { return id == "a" }
-	if err := c.RestoreSeries(&parser, isSite, 1, []byte(`m{_id="a"}`)); err != nil { // ID 0 stays without a line, so that series 0 is unknown
+	if err := c.RestoreSeries(1, []byte(`m{_id="a"}`)); err != nil { // ID 0 stays without a line, so that series 0 is unknown
 		t.Fatal(err)
 	}
 	batch := func(seq uint64, t0 int64, ids ...uint32) *Batch {

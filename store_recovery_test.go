@@ -317,11 +317,14 @@ func TestRecoveryReportsLosses(t *testing.T) {
 		torn    bool   // the log ends in an unfinished write
 		want    []string
 	}{
-		{"removed", nil, true, false, []string{`consumers ["central"] have read the log /s/`, "which was removed", "unknown number of pushes"}},
-		{"emptied", func([]byte, []int) []byte { return []byte{} }, true, false,
+		{"removed", nil, false, true, []string{"1 logs end early or are missing", "for example /s/"}},
+		{"emptied", func([]byte, []int) []byte { return []byte{} }, false, true, []string{"1 logs end early or are missing", "for example /s/"}},
+		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, false, true, []string{"1 logs end early or are missing"}},
+		{"cut in the header", func(data []byte, _ []int) []byte { return data[:9] }, false, true, []string{"; 9 bytes of unfinished writes"}},
+		{"cut after the header", func(data []byte, ends []int) []byte { return data[:ends[0]] }, false, true, []string{"1 logs end early or are missing"}},
+		{"cut before the first batch", func(data []byte, ends []int) []byte { return data[:ends[1]+5] }, false, true, []string{"; 5 bytes of unfinished writes"}},
+		{"overwritten", func(data []byte, _ []int) []byte { return bytes.Repeat([]byte("x"), len(data)) }, true, false,
 			[]string{"neither a header nor a record", "no usable part of it is left", "unknown number of pushes"}},
-		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, true, false,
-			[]string{"neither a header nor a record", "no usable part of it is left"}},
 		{"cut between records", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-3]] }, true, false,
 			[]string{"ends before the newest batch that consumers", `site "a"`, "2 pushes or more are lost"}},
 		{"cut in a record", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-2]-5] }, true, true,
@@ -329,7 +332,7 @@ func TestRecoveryReportsLosses(t *testing.T) {
 		{"zeroed at the end", func(data []byte, ends []int) []byte {
 			at := ends[len(ends)-4] + 20
 			return slices.Concat(data[:at], make([]byte, len(data)-at))
-		}, true, true, []string{"was damaged", "bytes are lost;", "3 pushes or more are lost"}},
+		}, true, true, []string{"ends before the newest batch that consumers", "3 pushes or more are lost"}},
 		{"two records in the middle zeroed", func(data []byte, ends []int) []byte {
 			at, end := ends[len(ends)-5], ends[len(ends)-3]
 			return slices.Concat(data[:at], make([]byte, end-at), data[end:])
@@ -339,7 +342,7 @@ func TestRecoveryReportsLosses(t *testing.T) {
 		}, true, false, []string{fmt.Sprintf("bytes are lost, %d samples of series whose names are lost; ", lossPushes*lossSeries)}},
 		{"unfinished push at the end", func(data []byte, ends []int) []byte {
 			return append(bytes.Clone(data), data[ends[2]:ends[3]-9]...)
-		}, false, true, []string{"bytes of an unfinished write"}},
+		}, false, true, []string{"bytes of unfinished writes"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)
@@ -353,8 +356,8 @@ func TestRecoveryReportsLosses(t *testing.T) {
 			var warnings []error
 			k.cfg.OnWarning = func(err error) { warnings = append(warnings, err) }
 			s := k.open()
-			if st := s.Stats(); (st.DamagedLogs == 1) != test.damaged || st.DamagedLogs > 1 || (st.TornBytes > 0) != test.torn {
-				t.Errorf("%d logs count as damaged, %d bytes as torn; want damaged %t, torn %t", st.DamagedLogs, st.TornBytes, test.damaged, test.torn)
+			if st := s.Stats(); (st.DamagedLogs == 1) != test.damaged || st.DamagedLogs > 1 || (st.TornLogs > 0) != test.torn {
+				t.Errorf("%d logs count as damaged, %d as torn; want damaged %t, torn %t", st.DamagedLogs, st.TornLogs, test.damaged, test.torn)
 			}
 			reported := fmt.Sprint(k.errors)
 			if !test.damaged {
@@ -369,9 +372,13 @@ func TestRecoveryReportsLosses(t *testing.T) {
 			if strings.Contains(reported, `kept as "."`) {
 				t.Errorf("a report names no file for what is kept: %s", reported)
 			}
+			s.Close()
+			k.errors, warnings = nil, nil
+			if s = k.open(); len(k.errors)+len(warnings) > 0 {
+				t.Errorf("the next start reports the loss again: %v %v", k.errors, warnings)
+			}
 			k.push(s, "a", point{"m", 1, k.clock.ms(0) + 1, 7})
 			s.Close()
-			k.errors = nil
 			if s = k.open(); s.Stats().DamagedLogs != 0 {
 				t.Errorf("the next start finds %d damaged logs", s.Stats().DamagedLogs)
 			}

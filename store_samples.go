@@ -70,7 +70,7 @@ func (d *SiteSamples) EstimatedRewrittenLogSize() int64 {
 	return int64(n)
 }
 
-// Commit adds b. From now on b is immutable. If the site has a log, b must be durable before other
+// Commit adds b. From now on b is immutable. If the site has a log, b must be in the log before other
 // goroutines can read d, because the samples of b are served from then on.
 func (d *SiteSamples) Commit(b *Batch) {
 	b.PackTimes()

@@ -1,9 +1,10 @@
 package main
 
 // A site combines its samples in memory with its log on disk. It writes samples to the log before
-// it adds them to memory. There is one writer at a time, and no sync.Mutex is held across I/O. Of
-// its store, a site uses only the totals, the limit on storage, the owner check, the clock, the
-// consumers and the channel that Close closes. This file must not know of other sites.
+// it adds them to memory, and flushes the log if the store says so. There is one writer at a time,
+// and no sync.Mutex is held across I/O. Of its store, a site uses only the totals, the limit on
+// storage, the owner check, the clock, the consumers and the channel that Close closes. This file
+// must not know of other sites.
 
 import (
 	"context"
@@ -95,6 +96,13 @@ func (s *Site) isNew() bool {
 	return s.data.IsNew()
 }
 
+// hasSpools reports whether the site knows a client's spool.
+func (s *Site) hasSpools() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.data.Spools.IsEmpty()
+}
+
 // Lock waits for the site's lock; Unlock releases it. The error is ErrClosed or the error of ctx.
 // Lock acquires a free lock even if ctx has ended. Lock therefore fails only after it waited for a
 // holder of the lock. If the site still has no batch then, that holder removes it, so that a
@@ -151,19 +159,23 @@ func (s *Site) Rollback(staged StagedBatch) {
 	s.View(func(data *SiteSamples) { data.Rollback(staged) })
 }
 
-// Commit makes a staged batch and its new series durable and then adds the batch to memory. If the
-// log must be rewritten, Commit rewrites it with the batch and without the samples older than
-// keptSince. After an error the caller must call Rollback.
-func (s *Site) Commit(p StagedBatch, keptSince int64) error {
+// Commit writes a staged batch and its new series to the log and then adds the batch to memory. If
+// flush is true, the whole log is durable after Commit. If the log must be rewritten, Commit rewrites
+// it with the batch and without the samples older than keptSince. After an error the caller must call
+// Rollback.
+func (s *Site) Commit(p StagedBatch, keptSince int64, flush bool) error {
 	if s.log != nil {
 		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatchPayload(nil, p.Batch))
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
-		if s.log.MustBeRewritten() {
+		write := s.log.Append
+		if s.data.IsNew() {
+			write = s.log.Create
+		} else if s.log.MustBeRewritten() {
 			return s.RewriteLog([]*Batch{p.Batch}, keptSince)
 		}
-		if err := s.changeLogAndTotals(func() error { return s.log.Append(frames) }); err != nil {
+		if err := s.changeLogAndTotals(func() error { return write(frames, flush) }); err != nil {
 			return err
 		}
 	}
@@ -173,6 +185,18 @@ func (s *Site) Commit(p StagedBatch, keptSince int64) error {
 	s.data.Commit(p.Batch)
 	s.store.totals.Samples.Add(int64(len(p.Batch.V)))
 	return nil
+}
+
+// FlushLog makes the log durable. If the log must be rewritten, FlushLog rewrites it without the
+// samples older than keptSince. A site that never had a batch has no log.
+func (s *Site) FlushLog(keptSince int64) error {
+	if s.log == nil || s.isNew() {
+		return nil
+	}
+	if s.log.MustBeRewritten() {
+		return s.RewriteLog(nil, keptSince)
+	}
+	return s.changeLogAndTotals(s.log.Sync)
 }
 
 // changeLogAndTotals calls changeLog, which writes or removes the log, and adds the change of the

@@ -47,6 +47,9 @@ func (s *SiteSpools) find(spoolID uint64) *siteSpool {
 	return nil
 }
 
+// IsEmpty reports whether no spool is known.
+func (s *SiteSpools) IsEmpty() bool { return len(s.spools) == 0 }
+
 // HasOther reports whether a spool other than this one is known.
 func (s *SiteSpools) HasOther(spoolID uint64) bool {
 	return slices.ContainsFunc(s.spools, func(p siteSpool) bool { return p.id != spoolID })

@@ -29,15 +29,15 @@ type StoreStats struct {
 	LogBytes         int64       // bytes of all logs
 	Evicted, Expired int64       // numbers of samples
 	ExpiredUnread    int64       // samples that expired before every consumer had read them
-	DamagedLogs      int64       // logs that OpenStore found damaged, too short or missing
+	DamagedLogs      int64       // logs that OpenStore found damaged, or too short although no sender keeps what they lost
+	TornLogs         int64       // logs that OpenStore found ending early or missing, as after a power cut
 	Compactions      int64       // rewrites of logs, except for those that also store a new batch
-	TornBytes        int64       // bytes of unfinished writes that OpenStore removed
 }
 
 // Stats returns the present numbers of the store. It leaves out sites that never had a push.
 func (s *Store) Stats() StoreStats {
 	st := StoreStats{
-		LogBytes: s.totals.LogBytes.Load(), DamagedLogs: s.damaged.Load(), TornBytes: s.torn.Load(), Evicted: s.evicted.Load(),
+		LogBytes: s.totals.LogBytes.Load(), DamagedLogs: s.damaged.Load(), TornLogs: s.torn.Load(), Evicted: s.evicted.Load(),
 		Expired: s.totals.Expired.Load(), ExpiredUnread: s.totals.ExpiredUnread.Load(), Compactions: s.totals.Compactions.Load(),
 	}
 	sites, consumers := s.sitesByID(), s.Consumers.sortedConsumers()

@@ -416,3 +416,87 @@ func BenchmarkMemory(b *testing.B) {
 		runtime.KeepAlive(s)
 	}
 }
+
+// The store flushes a push before Append returns, unless its sender keeps it: a push that names scrapes,
+// while a consumer is known. A push that adds nothing is flushed too if the log has bytes that are not
+// flushed. Close flushes every log that has such bytes.
+func TestStoreFlushes(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	syncs := 0
+	fsys.hook = func(_ int, op, name string) fault {
+		if op == "sync" && filepath.Dir(name) != "/s" {
+			syncs++
+		}
+		return fault{}
+	}
+	for i, step := range []struct {
+		site  string
+		names ScrapeNames
+		n     int // the push has one sample of series n
+		kept  bool
+		syncs int
+	}{
+		{"curl", ScrapeNames{}, 1, false, 1},
+		{"curl", ScrapeNames{}, 1, false, 0}, // everything is flushed already
+		{"client", names1(1), 1, false, 1},   // no consumer is known yet
+		{"client", names1(1), 1, false, 0},
+		{}, // a consumer scrapes
+		{"client", names1(2), 2, true, 0},
+		{"client", names1(2), 2, true, 0},
+		{"client", ScrapeNames{}, 2, false, 1}, // repeats a sample that is not flushed
+		{"client", ScrapeNames{}, 2, false, 0},
+		{"client", names1(3), 3, true, 0},
+		{"client", ScrapeNames{1, nil}, 4, false, 1},
+		{"new", names1(1), 1, true, 0},
+		{"new", names1(2), 2, true, 0},
+		{"curl", names1(1), 2, false, 1}, // the first spool of this log
+		{"curl", names1(2), 3, true, 0},
+	} {
+		if step.site == "" {
+			drain(t, k, s, "central")
+			continue
+		}
+		syncs = 0
+		res := k.pushNamed(s, step.site, step.names, point{"m", step.n, k.clock.ms(0), 1})
+		if res.KeptBySender != step.kept || syncs != step.syncs {
+			t.Errorf("step %d: kept by the sender: %t, %d syncs; want %t, %d", i, res.KeptBySender, syncs, step.kept, step.syncs)
+		}
+	}
+	held := allHeld(t, s)
+	syncs = 0
+	if err := s.Close(); err != nil || syncs != 2 {
+		t.Errorf("Close: %v, %d syncs, want 2: the log of site client is flushed", err, syncs)
+	}
+	fsys.crash()
+	wantHeld(t, "after Close and a crash", allHeld(t, k.open()), held)
+	k.wantNoErrors("after Close and a crash")
+}
+
+// If a log cannot be flushed, Append refuses a push that needs it, even if the push adds nothing. The
+// log is then rewritten from memory. Close reports a log that it cannot flush.
+func TestStoreFlushFails(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	drain(t, k, s, "central")
+	pt := point{"m", 1, k.clock.ms(0), 1}
+	k.pushNamed(s, "a", names1(1), pt)
+	fsys.hook = failOn("sync", LogSuffix, 1, errDisk)
+	if _, err := k.tryPush(s, "a", pt); !errors.Is(err, errDisk) {
+		t.Fatalf("a repeated push whose flush fails: got error %v, want %v", err, errDisk)
+	}
+	if res, err := k.tryPush(s, "a", pt); err != nil || res.Duplicates != 1 {
+		t.Fatalf("the push again: %+v, %v", res, err)
+	}
+	fsys.hook = failOn("sync", "", 1, errDisk)
+	k.pushNamed(s, "a", names1(2), point{"m", 2, k.clock.ms(0), 1})
+	if s.Close(); len(k.errors) != 1 || !errors.Is(k.errors[0], errDisk) {
+		t.Errorf("Close with a log that cannot be flushed: reported %v, want one error", k.errors)
+	}
+	fsys.crash()
+	if got := allHeld(t, k.open()); len(got) == 0 {
+		t.Error("the sample of the acknowledged push is lost")
+	}
+}
