@@ -55,15 +55,24 @@ type RawSample struct {
 	T      int64 // ms since the epoch; meaningless if HasT is false
 	HasT   bool
 	V      float64
+	// DropCode is set by the callback if it drops the sample, and would drop every sample with this
+	// name and these labels: to a number of its choice from 1 to MaxDropCode.
+	DropCode uint8
 }
 
 // Sample is one sample of a SampleList. The rendered line of its series is Arena[Off : Off+Len] of
-// that list.
+// that list. If Len is 0, the series is known and has no line; see KnownID.
 type Sample struct {
 	Off, Len uint32
 	T        int64 // ms since the epoch
 	V        float64
 }
+
+// NoSeriesID is not the ID of any series.
+const NoSeriesID = math.MaxUint32
+
+// KnownID returns the ID of the series in the store, if s is a sample of a known series.
+func (s Sample) KnownID() (id uint32, ok bool) { return s.Off, s.Len == 0 }
 
 // SampleList is a list of samples with their rendered lines. It is not safe for concurrent use.
 // Reset keeps its memory for reuse.
@@ -74,6 +83,17 @@ type SampleList struct {
 	// limit. The limit on a body's size does not suffice, because a small body can contain a
 	// histogram with long labels, which are repeated in the line of every bucket.
 	MaxSamples, MaxBytes int
+
+	// Generation is the generation of the series table that has the IDs of the known series and
+	// those in SeriesIDs. KnownSamples is the number of samples of known series.
+	Generation   uint64
+	KnownSamples int
+	// SeriesIDs has the ID of each sample's series, or NoSeriesID if the series has none. The store
+	// sets it if WantSeriesIDs is true and it returns no error.
+	WantSeriesIDs bool
+	SeriesIDs     []uint32
+	lastKnown     []uint32 // by ID: index in Samples, plus 1, of the last sample of a known series; 0 = none
+
 	// index finds the samples that AddUnlessRepeated added, by the hash of their line and time. If
 	// samples have equal hashes, the next free number above the hash is the key of a later one.
 	index map[uint64]uint32
@@ -86,13 +106,18 @@ func (l *SampleList) Line(s Sample) []byte { return l.Arena[s.Off : s.Off+s.Len]
 // Reset removes all samples from l. It keeps the memory and the limits.
 func (l *SampleList) Reset() {
 	l.Arena, l.Samples = l.Arena[:0], l.Samples[:0]
-	clear(l.index)
+	l.Generation, l.KnownSamples, l.WantSeriesIDs, l.SeriesIDs, l.lastKnown = 0, 0, false, l.SeriesIDs[:0], l.lastKnown[:0]
+	if len(l.index) > 0 {
+		clear(l.index)
+	}
 }
 
 // MemorySize returns the bytes of memory that the samples of l fill, about.
 func (l *SampleList) MemorySize() int {
-	const sampleBytes, indexBytes = 24, 24 // of one Sample; of one entry of index, with the part of the map that is free
-	return len(l.Arena) + len(l.Samples)*sampleBytes + len(l.index)*indexBytes
+	// sampleBytes is the size of one Sample with its element of SeriesIDs. indexBytes is the size of
+	// one entry of index, with the part of the map that is free.
+	const sampleBytes, indexBytes, lastBytes = 28, 24, 4
+	return len(l.Arena) + len(l.Samples)*sampleBytes + len(l.index)*indexBytes + len(l.lastKnown)*lastBytes
 }
 
 // Add sorts the labels of r, validates the series and appends the sample to l. Names and label
@@ -150,6 +175,49 @@ func (l *SampleList) AddUnlessRepeated(r *RawSample) (Repetition, error) {
 	}
 	l.index[key] = uint32(len(l.Samples) - 1)
 	return RepeatsNothing, nil
+}
+
+// addKnown adds a sample of a known series as AddUnlessRepeated does. The error is ErrDecodeAgain if
+// l is full, or if the sample is earlier than another sample of the series. It may then repeat a
+// third sample.
+func (l *SampleList) addKnown(id uint32, t int64, v float64) (Repetition, error) {
+	if v != v {
+		v = math.NaN()
+	}
+	if int(id) >= len(l.lastKnown) {
+		l.growLastKnown(int(id) + 1)
+	}
+	if i := l.lastKnown[id]; i > 0 {
+		switch last := &l.Samples[i-1]; {
+		case t < last.T:
+			return RepeatsNothing, ErrDecodeAgain
+		case t == last.T && math.Float64bits(v) == math.Float64bits(last.V):
+			return RepeatsSample, nil
+		case t == last.T:
+			return RepeatsTime, nil
+		}
+	}
+	if l.MaxSamples > 0 && len(l.Samples) >= l.MaxSamples {
+		return RepeatsNothing, ErrDecodeAgain
+	}
+	l.Samples = append(l.Samples, Sample{Off: id, T: t, V: v})
+	l.lastKnown[id] = uint32(len(l.Samples))
+	l.KnownSamples++
+	return RepeatsNothing, nil
+}
+
+// growLastKnown gives l.lastKnown at least size elements, with room for more, because the IDs of a
+// push often ascend one by one.
+func (l *SampleList) growLastKnown(size int) {
+	n := len(l.lastKnown)
+	size = max(size, 2*n, 256)
+	l.lastKnown = slices.Grow(l.lastKnown, size-n)[:size]
+	clear(l.lastKnown[n:])
+}
+
+// HasKnown reports whether l has a sample of the known series with this ID.
+func (l *SampleList) HasKnown(id uint32) bool {
+	return int(id) < len(l.lastKnown) && l.lastKnown[id] > 0
 }
 
 // appendLineOf validates the series of r and appends its line to l.Arena. It returns the sample,

@@ -85,6 +85,7 @@ type Decoder struct {
 	bound      []byte    // scratch: the rendered value of an le or quantile label
 	repeatable int       // bytes of names and labels that histograms and summaries may still repeat in this body; see maxRepeat
 	skipped    UnsupportedParts
+	known      *KnownPush // nil if no series is known or can become known
 
 	// The next fields are about the parts of the body that are decoded so far; see DecodeFrom.
 	units   int    // lines of text, or families of protobuf
@@ -98,13 +99,25 @@ type Decoder struct {
 // the series, if they are known. Decode returns the counts of the skipped parts even after an
 // error. Memory used beyond body is bounded by MaxLine and MaxLabels.
 func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
+	return d.DecodeKnown(body, f, nil, emit)
+}
+
+// DecodeKnown decodes as Decode does, but it calls emit only for the samples whose series are not
+// known, or whose form is not the plain one. It adds the samples of known series to the list of p,
+// or counts them as dropped. emit must add the samples to the same list, and set their DropCode if
+// it drops them. If the error is ErrDecodeAgain, the caller must decode the body with Decode.
+func (d *Decoder) DecodeKnown(body []byte, f Format, p *KnownPush, emit func(*RawSample) error) (UnsupportedParts, error) {
 	d.begin()
+	if p != nil && p.known != nil {
+		d.known = p
+	}
 	err := d.decodePart(body, f, true, emit)
 	return d.skipped, err
 }
 
-// begin prepares d for a new body.
+// begin prepares d for a new body, without known series.
 func (d *Decoder) begin() {
+	d.known, d.raw.DropCode = nil, 0
 	d.skipped, d.repeatable = UnsupportedParts{}, 1<<20
 	d.units, d.created, d.ended = 0, d.created[:0], false
 }
@@ -117,4 +130,19 @@ func (d *Decoder) decodePart(part []byte, f Format, isLast bool, emit func(*RawS
 		return d.decodeProto(part, emit)
 	}
 	return d.decodeText(part, f == FormatOpenMetrics, isLast, emit)
+}
+
+// learn calls decode, which decodes a sample of a series that is not known, and notes what became of
+// the sample. Parts of the sample that were skipped are counted for each sample, so a series with
+// such parts cannot become known.
+func (d *Decoder) learn(h formHash, decode func() error) error {
+	d.raw.DropCode = 0
+	skipped, samples := d.skipped, len(d.known.list.Samples)
+	if err := decode(); err != nil {
+		return err
+	}
+	if d.skipped == skipped {
+		d.known.note(h, d.raw.DropCode, samples)
+	}
+	return nil
 }

@@ -474,6 +474,7 @@ func fuzzPath(t *testing.T, body []byte, f Format) {
 	}
 	expoUnique(&p)
 	expoCheck(t, &p)
+	checkKnown(t, body, f)
 }
 
 // Any body, decoded as text exposition, passes the checks of fuzzPath. If Decoder and expfmt's

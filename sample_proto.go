@@ -107,9 +107,13 @@ func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 	if err := m.err(); err != nil {
 		return err
 	}
+	var nameHash formHash
+	if d.known != nil {
+		nameHash = d.known.known.hashName(name)
+	}
 	for m = (protoMessage{NewWireReader(b)}); m.next(&f); {
 		if f.number == 4 {
-			if err := d.decodeMetric(f.data, name, kind, emit); err != nil {
+			if err := d.decodeKnownMetric(f.data, name, nameHash, kind, emit); err != nil {
 				return fmt.Errorf("series %s: %w", Excerpt(appendLine(nil, name, d.raw.Labels)), err)
 			}
 		}
@@ -119,10 +123,31 @@ func (d *Decoder) decodeFamily(b []byte, emit func(*RawSample) error) error {
 
 // Values of the enum MetricType.
 const (
-	protoCounter, protoSummary = 0, 2
+	protoCounter, protoGauge   = 0, 1
+	protoSummary, protoUntyped = 2, 3
 	protoHistogram             = 4
 	protoGaugeHistogram        = 5
 )
+
+// decodeKnownMetric decodes a Metric message, quickly if the series is known.
+func (d *Decoder) decodeKnownMetric(b, name []byte, nameHash formHash, kind uint64, emit func(*RawSample) error) error {
+	var m plainMetric
+	if d.known == nil || kind != protoCounter && kind != protoGauge && kind != protoUntyped || !m.split(b, byte(valueFields[kind]<<3|2)) {
+		return d.decodeMetric(b, name, kind, emit)
+	}
+	if !m.hasT {
+		m.t = d.known.arrival
+	}
+	h := d.known.known.hashForm(nameHash, m.labels)
+	if known, err := d.known.take(h, m.t, m.v); known {
+		return err
+	}
+	return d.learn(h, func() error { return d.decodeMetric(b, name, kind, emit) })
+}
+
+// valueFields[kind] is the number of the field that holds the value of a metric of this MetricType.
+// The types are counter, gauge, summary, untyped, histogram and gauge histogram.
+var valueFields = [...]uint64{3, 2, 4, 5, 7, 7}
 
 // decodeMetric decodes a Metric message and emits its samples. name and kind are the name and the
 // MetricType of its family.
@@ -161,9 +186,6 @@ func (d *Decoder) decodeMetric(b, name []byte, kind uint64, emit func(*RawSample
 func (d *Decoder) decodeMetricFields(b []byte, kind uint64) (value []byte, err error) {
 	r := &d.raw
 	r.Labels, r.HasT = r.Labels[:0], false
-	// valueFields[kind] is the number of the field that holds the value of a metric of this
-	// MetricType. The types are counter, gauge, summary, untyped, histogram and gauge histogram.
-	valueFields := [...]uint64{3, 2, 4, 5, 7, 7}
 	if kind >= uint64(len(valueFields)) {
 		return nil, fmt.Errorf("unknown metric type %d", kind)
 	}

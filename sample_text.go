@@ -27,7 +27,7 @@ func (d *Decoder) decodeText(body []byte, openMetrics, isLast bool, emit func(*R
 		if !ended && !(openMetrics && string(body) == "# EOF") {
 			return fmt.Errorf("line %d: truncated: the last line does not end in a newline", n)
 		}
-		body, line = rest, bytes.TrimLeft(line, " \t")
+		body, line = rest, skipBlanks(line)
 		switch {
 		case len(line) == 0:
 		case openMetrics && string(line) == "# EOF":
@@ -37,7 +37,7 @@ func (d *Decoder) decodeText(body []byte, openMetrics, isLast bool, emit func(*R
 				d.created = d.appendCreatedName(d.created[:0], family)
 			}
 		default:
-			if err := d.decodeSampleLine(line, openMetrics, d.created, emit); err != nil {
+			if err := d.decodeKnownLine(line, openMetrics, d.created, emit); err != nil {
 				return fmt.Errorf("line %d: series %s: %w", n, Excerpt(line), err)
 			}
 		}
@@ -46,6 +46,23 @@ func (d *Decoder) decodeText(body []byte, openMetrics, isLast bool, emit func(*R
 		return errors.New("truncated: OpenMetrics text does not end in # EOF")
 	}
 	return nil
+}
+
+// decodeKnownLine decodes the line of one sample, quickly if the series is known. In OpenMetrics no
+// series is known.
+func (d *Decoder) decodeKnownLine(line []byte, openMetrics bool, createdName []byte, emit func(*RawSample) error) error {
+	var l plainLine
+	if d.known == nil || openMetrics || !l.split(line) {
+		return d.decodeSampleLine(line, openMetrics, createdName, emit)
+	}
+	if !l.hasT {
+		l.t = d.known.arrival
+	}
+	h := d.known.known.hashForm(formHash{}, l.series)
+	if known, err := d.known.take(h, l.t, l.v); known {
+		return err
+	}
+	return d.learn(h, func() error { return d.decodeSampleLine(line, openMetrics, createdName, emit) })
 }
 
 // decodeSampleLine decodes the line of one sample and emits the sample. If createdName is not
@@ -135,6 +152,9 @@ func parseTimestamp(b []byte, openMetrics bool) (int64, error) {
 		}
 		return int64(math.Round(sec * 1000)), nil
 	}
+	if ms, ok := parseDigits(b); ok {
+		return ms, nil
+	}
 	ms, err := strconv.ParseInt(string(b), 10, 64)
 	if err != nil {
 		return 0, fmt.Errorf("timestamp %s is not a whole number of milliseconds", Excerpt(b))
@@ -148,8 +168,61 @@ func parseFloat(b []byte) (float64, error) {
 	if len(b) == 0 {
 		return 0, errors.New("no value")
 	}
+	if v, ok := parseShortDecimal(b); ok {
+		return v, nil
+	}
 	if v, err := strconv.ParseFloat(string(b), 64); err == nil && !bytes.ContainsAny(b, "pPxX_") {
 		return v, nil
 	}
 	return 0, fmt.Errorf("value %s is not a float", Excerpt(b))
+}
+
+// powersOfTen has the powers of ten that a float64 holds exactly and parseShortDecimal needs.
+var powersOfTen = [...]float64{1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15}
+
+// parseShortDecimal parses a number of at most 15 digits without an exponent, and returns the same as
+// strconv.ParseFloat. Both the digits and the power of ten are then exact as float64, so that their
+// quotient is rounded once (Clinger, "How to read floating point numbers accurately", 1990).
+func parseShortDecimal(b []byte) (v float64, ok bool) {
+	const maxDigits = len(powersOfTen) - 1
+	i, point := 0, -1
+	if b[0] == '-' {
+		i = 1
+	}
+	first, n := i, int64(0)
+	for ; i < len(b); i++ {
+		switch c := b[i]; {
+		case c >= '0' && c <= '9':
+			n = 10*n + int64(c-'0')
+		case c == '.' && point < 0:
+			point = i
+		default:
+			return 0, false
+		}
+	}
+	digits, decimals := len(b)-first, 0
+	if point >= 0 {
+		digits, decimals = digits-1, len(b)-1-point
+	}
+	if digits == 0 || digits > maxDigits {
+		return 0, false
+	}
+	if v = float64(n) / powersOfTen[decimals]; first > 0 {
+		v = -v
+	}
+	return v, true
+}
+
+// parseDigits parses a number of 1 to 18 digits.
+func parseDigits(b []byte) (n int64, ok bool) {
+	if len(b) == 0 || len(b) > 18 {
+		return 0, false
+	}
+	for _, c := range b {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		n = 10*n + int64(c-'0')
+	}
+	return n, true
 }

@@ -118,6 +118,11 @@ func (n *ServerNormalizer) NewUse() NormalizerUse {
 	return NormalizerUse{make([]bool, len(n.Elide)), make([]bool, len(n.Required)), make([]bool, len(n.Allow))}
 }
 
+// Clone returns a copy of u that shares no memory with it.
+func (u NormalizerUse) Clone() NormalizerUse {
+	return NormalizerUse{slices.Clone(u.Elide), slices.Clone(u.Required), slices.Clone(u.Allow)}
+}
+
 // ForcedLabels returns the labels that every sample of a push gets, sorted by name: the cluster ID,
 // the labels of the token and the labels of the operator. If names are equal, the cluster ID has
 // precedence over the token's label, and the token's label has precedence over the operator's

@@ -4,11 +4,10 @@ package main
 // A rule that matches no sample is often misspelled. The rules are checked with the first push, and
 // then over all pushes since the last check. Only a change of a rule is logged. The cost for a push
 // is low: it copies and merges one flag for each rule, and evaluates a selector without need only
-// until the selector has matched.
+// until the selector has matched a known series of the site.
 
 import (
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 )
@@ -60,15 +59,26 @@ func newRuleWatch(m *Metrics, log *slog.Logger, now func() time.Time) *ruleWatch
 	return w
 }
 
-// beginPush returns which of rules have matched a sample lately. The push adds the rules that match
-// its samples, and passes the result to finishPush.
-func (w *ruleWatch) beginPush(rules *ServerNormalizer) NormalizerUse {
+// beginPush reports whether all of these rules that match the known series of a site, as knownUse
+// says, have matched a sample lately. If not, the push must be decoded without known series: a known
+// series does not show that a sample of it was pushed lately.
+func (w *ruleWatch) beginPush(rules *ServerNormalizer, knownUse NormalizerUse) (matchedLately bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if rules != w.rules {
 		w.watch(rules)
 	}
-	return NormalizerUse{slices.Clone(w.use.Elide), slices.Clone(w.use.Required), slices.Clone(w.use.Allow)}
+	return hasFlags(w.use.Elide, knownUse.Elide) && hasFlags(w.use.Required, knownUse.Required) && hasFlags(w.use.Allow, knownUse.Allow)
+}
+
+// hasFlags reports whether each flag that is set in the list flags is also set in the list all.
+func hasFlags(all, flags []bool) bool {
+	for i, set := range flags {
+		if set && !all[i] {
+			return false
+		}
+	}
+	return true
 }
 
 // finishPush notes which of rules have matched the samples of a push. If rules are due to be

@@ -127,8 +127,10 @@ func BenchmarkRuleWatch(b *testing.B) {
 	}
 	rules := &ServerNormalizer{Allow: selectors}
 	w := newRuleWatch(NewMetrics(), newSrvRig(b).server.cfg.Log, time.Now)
+	use := rules.NewUse()
 	b.ReportAllocs()
 	for b.Loop() {
-		w.finishPush(rules, w.beginPush(rules), 1000)
+		w.beginPush(rules, use)
+		w.finishPush(rules, use, 1000)
 	}
 }

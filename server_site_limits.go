@@ -40,11 +40,18 @@ type limitedSite struct {
 	// time. So forgetting a site whose tat is in the past does not change when the site may push.
 	tat        time.Time
 	inFlight   int
-	decodeTurn semaphore // one slot; held by the site's push that is being decoded or stored
+	decodeTurn decodeTurn
 	health     siteHealth
 	seen       time.Time                 // when the state of this site was last used; see track
 	logged     map[string]LimitedMessage // by cause; see TakeSiteLog; nil if nothing was logged
 	refusalLog LimitedMessage
+}
+
+// decodeTurn has one slot. The site's push that is being decoded or stored holds it, and it alone
+// uses series.
+type decodeTurn struct {
+	semaphore
+	series siteSeries
 }
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
@@ -77,7 +84,7 @@ func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 		if len(t.sites) >= maxTrackedSites {
 			return nil
 		}
-		site = &limitedSite{decodeTurn: newSemaphore(1)}
+		site = &limitedSite{decodeTurn: decodeTurn{semaphore: newSemaphore(1)}}
 		t.sites[clusterID] = site
 	}
 	site.seen = now
@@ -144,12 +151,12 @@ func (t *SitePushLimiter) IsAheadOfPace(clusterID string, now time.Time) bool {
 	return t.sites[clusterID].tat.Sub(now) > aheadOfPace*t.interval
 }
 
-// DecodeTurn returns the semaphore that a push of the site holds while it is decoded and stored.
+// DecodeTurn returns the decodeTurn that a push of the site holds while it is decoded and stored.
 // The push must be in flight.
-func (t *SitePushLimiter) DecodeTurn(clusterID string) semaphore {
+func (t *SitePushLimiter) DecodeTurn(clusterID string) *decodeTurn {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.sites[clusterID].decodeTurn
+	return &t.sites[clusterID].decodeTurn
 }
 
 // SetTokenExpiry records when the client token of a site expires, in Unix seconds; 0 means never.

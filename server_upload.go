@@ -351,7 +351,7 @@ func (s *Server) readPushBody(w http.ResponseWriter, r *http.Request, body *[]by
 
 // appendPush appends the samples of a push and the names of its scrapes to the site's log, unless
 // the push only asks which scrapes are held and read. It returns an uploadError if the store
-// refuses the push.
+// refuses the push, or ErrDecodeAgain.
 func (s *Server) appendPush(ctx context.Context, clusterID string, params pushParams, samples *SampleList) (res AppendResult, err error) {
 	// Add the consumers that the client reports before the samples are stored. Otherwise the
 	// samples could be evicted before these consumers have read them.
@@ -361,8 +361,8 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 	}
 	res, err = s.cfg.Store.Append(ctx, clusterID, samples, params.scrapes)
 	switch {
-	case err == nil:
-		return res, nil
+	case err == nil, errors.Is(err, ErrDecodeAgain):
+		return res, err
 	case errors.Is(err, ErrTooLarge):
 		return res, errPushTooLarge(err.Error())
 	case errors.Is(err, ErrFull):

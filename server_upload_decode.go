@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 )
 
@@ -58,52 +59,64 @@ func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, para
 		return nil, s.errBodyTooLarge()
 	}
 	// While a push waits, it takes only the memory of its body as sent, which LimitBytes bounds.
-	siteTurn := s.sites.DecodeTurn(push.ClusterID)
-	if siteTurn.Acquire(ctx) != nil {
+	turn := s.sites.DecodeTurn(push.ClusterID)
+	if turn.Acquire(ctx) != nil {
 		return nil, errOverloaded("the server is too busy to decode the push")
 	}
-	defer siteTurn.Release()
+	defer turn.Release()
+	resp, err := s.decodeAndStoreInTurn(ctx, turn, push, params, body)
+	if errors.Is(err, ErrDecodeAgain) {
+		turn.series.decodeAgain()
+		resp, err = s.decodeAndStoreInTurn(ctx, turn, push, params, body)
+	}
+	return resp, err
+}
+
+// decodeAndStoreInTurn does the work of decodeAndStorePush while the push has the turn of its site.
+// If the error is ErrDecodeAgain, the push is neither stored nor counted. A push that is decoded again
+// is also charged again.
+func (s *Server) decodeAndStoreInTurn(ctx context.Context, turn *decodeTurn, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
 	// The size of a body is known only once the body is decompressed. So a push of a site that
 	// pushes little begins in the express lane. If its body turns out to be large, it gives up the
 	// slot and the decompressed bytes, and begins again in the bulk lane: decompressing takes a
 	// tenth of the time of decoding, and pushes that wait keep no decompressed body in memory.
 	if !s.sites.IsAheadOfPace(push.ClusterID, s.cfg.Now()) {
-		resp, isLarge, err := s.storeExpressPush(ctx, push, params, body)
+		resp, isLarge, err := s.storeExpressPush(ctx, turn, push, params, body)
 		if !isLarge {
 			return resp, err
 		}
 	}
-	return s.storeBulkPush(ctx, push, params, body)
+	return s.storeBulkPush(ctx, turn, push, params, body)
 }
 
 // storeExpressPush decodes and stores a push that decompresses to at most LimitBytes. The push holds
 // a slot only while it is decoded, so that pushes which wait for a disk that hangs take no slots
 // from other pushes. isLarge is true if the push needs a bulk slot; it is then not stored.
-func (s *Server) storeExpressPush(ctx context.Context, push *pushRequest, params pushParams, sentBody []byte) (resp *pushResponse, isLarge bool, err error) {
+func (s *Server) storeExpressPush(ctx context.Context, turn *decodeTurn, push *pushRequest, params pushParams, sentBody []byte) (resp *pushResponse, isLarge bool, err error) {
 	buf, err := s.decoding.express.acquire(ctx)
 	if err != nil {
 		return nil, false, err
 	}
 	defer func() {
-		if buf.decompressor.MemorySize()+buf.samples.MemorySize() <= maxPooledBuffers {
+		if buf.decompressor.MemorySize()+buf.samples.MemorySize()+buf.known.MemorySize() <= maxPooledBuffers {
 			s.decoding.express.buffers.Put(buf)
 		}
 	}()
 	release := sync.OnceFunc(s.decoding.express.slots.Release)
 	defer release() // if decoding panics, because net/http goes on after a panic
-	d, isLarge, err := s.decompressAndDecode(buf, push, params.format, sentBody, int(s.cfg.LimitBytes))
+	d, isLarge, err := s.decompressAndDecode(buf, &turn.series, push, params.format, sentBody, int(s.cfg.LimitBytes))
 	release()
 	if isLarge || err != nil {
 		return nil, isLarge, err
 	}
-	resp, err = s.storeDecodedPush(ctx, push, params, buf, d)
+	resp, err = s.storeDecodedPush(ctx, &turn.series, push, params, buf, d)
 	return resp, false, err
 }
 
 // storeBulkPush decodes and stores a push of any size up to the limit. The buffers of the bulk lane
 // are reused whatever their size, because there are only as many as bulk slots, and because
 // allocating them for each push would keep the garbage collector busy.
-func (s *Server) storeBulkPush(ctx context.Context, push *pushRequest, params pushParams, sentBody []byte) (*pushResponse, error) {
+func (s *Server) storeBulkPush(ctx context.Context, turn *decodeTurn, push *pushRequest, params pushParams, sentBody []byte) (*pushResponse, error) {
 	buf, err := s.decoding.bulk.acquire(ctx)
 	if err != nil {
 		return nil, err
@@ -111,26 +124,35 @@ func (s *Server) storeBulkPush(ctx context.Context, push *pushRequest, params pu
 	defer s.decoding.bulk.slots.Release()
 	defer s.decoding.bulk.buffers.Put(buf)
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
-	d, isLarge, err := s.decompressAndDecode(buf, push, params.format, sentBody, limit)
+	d, isLarge, err := s.decompressAndDecode(buf, &turn.series, push, params.format, sentBody, limit)
 	if err != nil {
 		return nil, err
 	}
 	if isLarge {
 		return nil, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
 	}
-	return s.storeDecodedPush(ctx, push, params, buf, d)
+	return s.storeDecodedPush(ctx, &turn.series, push, params, buf, d)
 }
 
 // storeDecodedPush stores the samples in buf, which d describes, and returns the answer.
-func (s *Server) storeDecodedPush(ctx context.Context, push *pushRequest, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
+func (s *Server) storeDecodedPush(ctx context.Context, known *siteSeries, push *pushRequest, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
 	defer s.pending.Add(-d.memory)
+	var res AppendResult
+	var err error
 	if s.pending.Add(d.memory) > maxPending {
-		return nil, errOverloaded("too many pushes wait to be stored")
+		err = errOverloaded("too many pushes wait to be stored")
+	} else {
+		res, err = s.appendPush(ctx, push.ClusterID, params, &buf.samples)
 	}
-	res, err := s.appendPush(ctx, push.ClusterID, params, &buf.samples)
+	if errors.Is(err, ErrDecodeAgain) {
+		return nil, err
+	}
+	s.samplesTotal.Add(float64(d.received))
+	s.ruleWatch.finishPush(known.rules, known.use, d.received)
 	if err != nil {
 		return nil, err
 	}
+	known.finish(&buf.known, res)
 	return s.countAndAnswerAccepted(push, params, &buf.samples, d, res), nil
 }
 
@@ -142,6 +164,7 @@ type decodeBuffers struct {
 	decompressor Decompressor
 	decoder      Decoder
 	samples      SampleList
+	known        KnownPush
 }
 
 // pushDropCounts counts what was dropped from a push when it was decoded and normalized. It also
@@ -168,7 +191,7 @@ func (c *pushDropCounts) skippedByKind() map[string]int {
 // sample without a timestamp gets the arrival time of the push. If the decompressed body has more
 // than limit bytes, isLarge is true. The site is charged for the decompressed bytes: for limit bytes
 // if the body is large, or malformed as a compressed body.
-func (s *Server) decompressAndDecode(buf *decodeBuffers, push *pushRequest, format Format, sentBody []byte, limit int) (counts pushDropCounts, isLarge bool, err error) {
+func (s *Server) decompressAndDecode(buf *decodeBuffers, known *siteSeries, push *pushRequest, format Format, sentBody []byte, limit int) (counts pushDropCounts, isLarge bool, err error) {
 	body, isLarge, err := buf.decompressor.Decompress(sentBody, push.Encoding, limit)
 	if err != nil || isLarge {
 		s.sites.ChargeDecoded(push.ClusterID, limit, s.cfg.Now())
@@ -178,19 +201,29 @@ func (s *Server) decompressAndDecode(buf *decodeBuffers, push *pushRequest, form
 		return counts, isLarge, err
 	}
 	s.sites.ChargeDecoded(push.ClusterID, len(body), s.cfg.Now())
-	counts, err = s.decodePush(buf, push, format, body)
+	counts, err = s.decodePush(buf, known, push, format, body)
 	return counts, false, err
 }
 
 // decodePush decodes and normalizes the decompressed body of a push into buf.samples.
-func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format, body []byte) (counts pushDropCounts, err error) {
+func (s *Server) decodePush(buf *decodeBuffers, known *siteSeries, push *pushRequest, format Format, body []byte) (counts pushDropCounts, err error) {
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
 	buf.samples.Reset()
 	buf.samples.MaxBytes = 4 * limit
 	buf.samples.MaxSamples = limit / 16
-	n := s.newPushNormalizer(&buf.samples, push)
-	skipped, err := buf.decoder.Decode(body, format, n.normalizeAndAdd)
+	rules := s.state.Load().Normalizer
+	known.prepare(rules, push)
+	if !s.ruleWatch.beginPush(rules, known.use) {
+		known.forget()
+	}
+	buf.known.Reset(known.begin(), &buf.samples, push.Arrival)
+	n := pushNormalizer{
+		rules: rules, use: known.use.Clone(), forced: known.forced, arrival: push.Arrival, list: &buf.samples,
+	}
+	skipped, err := buf.decoder.DecodeKnown(body, format, &buf.known, n.normalizeAndAdd)
 	switch {
+	case errors.Is(err, ErrDecodeAgain):
+		return counts, err
 	case errors.Is(err, ErrListTooLarge):
 		return counts, errPushTooLarge(err.Error() + "; raise the server's --limit-bytes to accept more")
 	case errors.Is(err, ErrTooLarge):
@@ -198,10 +231,12 @@ func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format
 	case err != nil:
 		return counts, errMalformed(err.Error())
 	}
-	s.samplesTotal.Add(float64(n.received))
-	s.ruleWatch.finishPush(n.rules, n.use, n.received)
+	known.use = n.use
+	buf.samples.Generation, buf.samples.WantSeriesIDs = known.generation, buf.known.CanLearn()
+	n.addKnown(&buf.known)
 	return pushDropCounts{
-		received: n.received, repeated: n.repeated, dropped: n.dropped, skipped: skipped, memory: int64(len(body) + buf.samples.MemorySize()),
+		received: n.received, repeated: n.repeated, dropped: n.dropped, skipped: skipped,
+		memory: int64(len(body) + buf.samples.MemorySize() + buf.known.MemorySize()),
 	}, nil
 }
 
@@ -211,7 +246,7 @@ func (s *Server) decodePush(buf *decodeBuffers, push *pushRequest, format Format
 // because a body of a few kilobytes can repeat one line half a million times.
 type pushNormalizer struct {
 	rules    *ServerNormalizer
-	use      NormalizerUse // rules that matched a sample of this push, or of a push shortly before
+	use      NormalizerUse // rules that matched a sample of this push, or of the known series of the site
 	forced   []Label
 	arrival  int64 // ms since the Unix epoch; the timestamp for samples that have none
 	list     *SampleList
@@ -220,11 +255,21 @@ type pushNormalizer struct {
 	dropped  dropCounts // samples dropped, by reason
 }
 
-func (s *Server) newPushNormalizer(list *SampleList, push *pushRequest) *pushNormalizer {
-	rules := s.state.Load().Normalizer
-	return &pushNormalizer{
-		rules: rules, use: s.ruleWatch.beginPush(rules), forced: rules.ForcedLabels(push.ClusterID, push.Labels), arrival: push.Arrival, list: list,
+// addKnown adds the counts of the samples whose series were known.
+func (n *pushNormalizer) addKnown(known *KnownPush) {
+	n.received += known.Received
+	n.repeated += known.Repetitions[RepeatsSample]
+	n.dropped.add(dropConflict, known.Repetitions[RepeatsTime])
+	for i := range n.dropped {
+		n.dropped[i] += known.Dropped[1+i]
 	}
+}
+
+// drop counts a sample that is dropped for a reason that does not depend on its time and value.
+func (n *pushNormalizer) drop(r *RawSample, reason string) {
+	i := slices.Index(serverDropReasons[:], reason)
+	n.dropped[i]++
+	r.DropCode = uint8(1 + i)
 }
 
 // normalizeAndAdd normalizes a sample and adds it to n.list. If the sample must be dropped, it
@@ -236,7 +281,7 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 		return err
 	}
 	if reason != "" {
-		n.dropped.add(reason, 1)
+		n.drop(r, reason)
 		return nil
 	}
 	if !r.HasT {
@@ -244,7 +289,7 @@ func (n *pushNormalizer) normalizeAndAdd(r *RawSample) error {
 	}
 	switch repeat, err := n.list.AddUnlessRepeated(r); {
 	case errors.Is(err, ErrNULValue):
-		n.dropped.add(DropInvalid, 1)
+		n.drop(r, DropInvalid)
 	case err != nil:
 		return err
 	case repeat == RepeatsSample:

@@ -95,6 +95,7 @@ type Store struct {
 	roomMu   sync.Mutex // lets one caller at a time evict batches; guards noRoomAt
 	noRoomAt time.Time  // when an eviction last freed too few samples
 
+	records sync.Pool     // of *recordBuffers
 	closing chan struct{} // closed by Close
 
 	// Consumers are the scrapers that read from this store, with their cursors.
@@ -125,6 +126,7 @@ func OpenStore(cfg StoreConfig) (*Store, error) {
 		cfg: cfg, seed: maphash.MakeSeed(), sites: map[string]*Site{}, unlock: func() error { return nil },
 		compactNow: make(chan struct{}, 1), closing: make(chan struct{}),
 	}
+	s.records.New = func() any { return &recordBuffers{} }
 	if _, real := cfg.FS.(DiskFS); real && cfg.Dir != "" {
 		unlock, err := LockDir(cfg.Dir)
 		if err != nil {
@@ -307,8 +309,8 @@ func (s *Store) dropEmptySite(site *Site) {
 // returns an error, no sample was accepted. The lines of p must come from SampleList.Add and carry
 // clusterID in the label ClusterLabel. names are the names of the scrapes in p. If the store already
 // has all named scrapes, it stores nothing. Append waits for an earlier push of the same site until
-// ctx ends. The error is ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, the error of ctx, or an
-// error of the disk.
+// ctx ends. The error is ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ErrDecodeAgain, the error of
+// ctx, or an error of the disk.
 func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
@@ -319,7 +321,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	isNew, hasSpools := site.isNew(), site.hasSpools()
 	staged, err := site.StageNewSamples(p, names, limits)
 	if err != nil {
-		return staged.Result, err
+		return AppendResult{}, err
 	}
 	keptSince := limits.timeBounds().keptSince
 	if staged.Batch == nil {
@@ -329,6 +331,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 				return AppendResult{}, err
 			}
 		}
+		site.noteSeriesIDs(&staged, p)
 		return staged.Result, nil
 	}
 	// The first batch of a spool in an existing log is flushed. If a log knows no spool, everything in
@@ -343,6 +346,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 		return AppendResult{}, err
 	}
 	staged.Result.WriteTime, staged.Result.FirstOfSite, staged.Result.KeptBySender = time.Since(begin), isNew, keep
+	site.noteSeriesIDs(&staged, p)
 	return staged.Result, nil
 }
 

@@ -27,6 +27,11 @@ type AppendResult struct {
 
 	FirstOfSite  bool // the push is stored, and the store had no batch of the site before
 	KeptBySender bool // the log is not flushed: the sender must keep the scrapes of the push until every consumer has read them
+
+	// Generation is the generation of the series table that has the IDs in SeriesIDs of the push, and
+	// TableLen is the number of its series. Both are 0 if SeriesIDs has no IDs that stay valid.
+	Generation uint64
+	TableLen   int
 }
 
 // IsAllUntimely reports whether the push had samples and every one of them was dropped because of
@@ -58,6 +63,8 @@ type StagedBatch struct {
 	Batch     *Batch // nil if the push adds nothing that must be written
 	Result    AppendResult
 	newSeries int // length of the series table before the push, and so the lowest ID of a series that the push inserted
+
+	generation uint64 // generation of the series table with the IDs in Batch and in SeriesIDs of the push
 }
 
 // seriesSample is a sample that names its series by ID.
@@ -75,9 +82,13 @@ func compareSeriesTime(a, b seriesSample) int {
 // StageNewSamples returns a batch of the samples of p that are new: not yet stored, not older than
 // retention, and not more than maxAhead in the future. It inserts the series of these samples into
 // the table, in the order of the push and as many as fit; Rollback removes them. The lines of p must
-// come from SampleList.Add. names are the names of the scrapes in p. The error is ErrTooLarge or
-// ErrClockInDoubt; after an error no series stays inserted.
+// come from SampleList.Add. names are the names of the scrapes in p. The error is ErrTooLarge,
+// ErrClockInDoubt or ErrDecodeAgain; after an error no series stays inserted.
 func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits AppendLimits) (StagedBatch, error) {
+	p.SeriesIDs = p.SeriesIDs[:0]
+	if err := d.checkKnownSeries(p); err != nil {
+		return StagedBatch{}, err
+	}
 	// If the store already has all scrapes of the push, the push is a repeat, for example because
 	// the client missed the answer. All samples count as duplicates. The search for duplicates
 	// below cannot replace this check, because it does not find samples that were evicted.
@@ -87,8 +98,14 @@ func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits A
 	if len(p.Samples) > maxBatch {
 		return StagedBatch{}, fmt.Errorf("%w: the push has %d samples, the limit is %d", ErrTooLarge, len(p.Samples), maxBatch)
 	}
-	staged := StagedBatch{newSeries: d.Table.Len()}
+	staged := StagedBatch{newSeries: d.Table.Len(), generation: d.Table.Generation()}
 	res := &staged.Result
+	if staged.Batch = d.newAscendingBatch(p, limits); staged.Batch != nil {
+		if res.Accepted = len(p.Samples); canMarkScrapesHeld(names, res) {
+			staged.Batch.Names = names
+		}
+		return staged, nil
+	}
 	samples, err := d.insertAcceptedSeries(p, limits, res)
 	if err != nil {
 		d.Rollback(staged)
@@ -113,6 +130,69 @@ func (d *SiteSamples) StageNewSamples(p *SampleList, names ScrapeNames, limits A
 	return staged, nil
 }
 
+// newAscendingBatch returns the batch of p in the usual case, in which it has no need to compare
+// samples with each other: all series are known, their IDs ascend, and each sample has an accepted
+// time and is later than the newest sample of its series. Otherwise it returns nil.
+func (d *SiteSamples) newAscendingBatch(p *SampleList, limits AppendLimits) *Batch {
+	n := len(p.Samples)
+	if n == 0 || p.KnownSamples < n || p.WantSeriesIDs {
+		return nil
+	}
+	times := limits.timeBounds()
+	t0 := p.Samples[0].T
+	b := &Batch{Seq: d.Seq + 1, AcceptedAt: limits.Now.Earliest.UnixMilli(), T0: t0, MinT: t0, MaxT: t0, V: make([]float64, n)}
+	if k := len(d.Batches); k > 0 && len(d.Batches[k-1].IDs) == n {
+		b.IDs = d.Batches[k-1].IDs // usually the same IDs, which the batches then share
+	}
+	shared := b.IDs != nil
+	for i, s := range p.Samples {
+		id, _ := s.KnownID()
+		newest, _ := d.Table.Newest(id)
+		if s.T <= newest || s.T < times.servedSince || s.T > times.surelyUntil || i > 0 && id <= b.IDs[i-1] {
+			return nil
+		}
+		if !shared || b.IDs[i] != id {
+			if shared || i == 0 {
+				b.IDs, shared = append(make([]uint32, 0, n), b.IDs[:i]...), false
+			}
+			b.IDs = append(b.IDs, id)
+		}
+		if s.T != t0 && b.DT == nil {
+			b.DT = make([]int32, n)
+		}
+		if b.DT != nil {
+			b.DT[i] = int32(s.T - t0)
+			b.MinT, b.MaxT = min(b.MinT, s.T), max(b.MaxT, s.T)
+		}
+		b.V[i] = s.V
+	}
+	return b
+}
+
+// checkKnownSeries returns ErrDecodeAgain if the IDs of known series in p are those of another table,
+// or if p has a known series also with its line. Samples of such a series may repeat each other,
+// which only SampleList.AddUnlessRepeated counts.
+func (d *SiteSamples) checkKnownSeries(p *SampleList) error {
+	if p.KnownSamples == 0 {
+		return nil
+	}
+	if p.Generation != d.Table.Generation() {
+		return ErrDecodeAgain
+	}
+	if p.KnownSamples == len(p.Samples) {
+		return nil
+	}
+	for _, smp := range p.Samples {
+		if _, known := smp.KnownID(); known {
+			continue
+		}
+		if id, _, ok := d.Table.Find(p.Line(smp)); ok && p.HasKnown(id) {
+			return ErrDecodeAgain
+		}
+	}
+	return nil
+}
+
 // Rollback removes the series that StageNewSamples inserted for staged.
 func (d *SiteSamples) Rollback(staged StagedBatch) { d.Table.Truncate(staged.newSeries) }
 
@@ -135,24 +215,44 @@ func (d *SiteSamples) insertAcceptedSeries(p *SampleList, limits AppendLimits, r
 		d.Table.Reserve(len(p.Samples), len(p.Arena)) // a first push usually has one sample of each series
 		defer d.Table.Clip()
 	}
-	for _, smp := range p.Samples {
+	if p.WantSeriesIDs {
+		p.SeriesIDs = slices.Grow(p.SeriesIDs, len(p.Samples))[:len(p.Samples)]
+		for i := range p.SeriesIDs {
+			p.SeriesIDs[i] = NoSeriesID
+		}
+	}
+	for i, smp := range p.Samples {
 		if ok, err := times.acceptOrCount(smp.T, res); err != nil {
 			return nil, err
 		} else if !ok {
 			continue
 		}
-		line := p.Line(smp)
-		id, hash, ok := d.Table.Find(line)
+		id, ok := smp.KnownID()
 		if !ok {
-			if !d.fitsNewSeries(len(line), limits.Series) {
+			if id, ok = d.findOrInsertSeries(p.Line(smp), limits.Series); !ok {
 				res.NoRoom++
 				continue
 			}
-			id = d.Table.Insert(hash, line, !IsLegacyLine(line))
+		}
+		if p.WantSeriesIDs {
+			p.SeriesIDs[i] = id
 		}
 		samples = append(samples, seriesSample{id: id, t: smp.T, v: smp.V})
 	}
 	return samples, nil
+}
+
+// findOrInsertSeries returns the ID of the series with this line. It inserts a new series, unless it
+// does not fit within the limits; then ok is false.
+func (d *SiteSamples) findOrInsertSeries(line []byte, maxSeries int) (id uint32, ok bool) {
+	id, hash, ok := d.Table.Find(line)
+	if ok {
+		return id, true
+	}
+	if !d.fitsNewSeries(len(line), maxSeries) {
+		return 0, false
+	}
+	return d.Table.Insert(hash, line, !IsLegacyLine(line)), true
 }
 
 // fitsNewSeries reports whether one more series with a line of lineSize bytes exceeds neither
@@ -205,14 +305,18 @@ type sampleKey struct {
 // samples older than the newest sample of their series can be such duplicates. The batches are
 // therefore searched only if the push has such late samples.
 func (d *SiteSamples) dropLateDuplicates(samples []seriesSample, res *AppendResult) []seriesSample {
+	isLate := func(s seriesSample) bool {
+		t, _ := d.Table.Newest(s.id)
+		return s.t < t
+	}
+	if !slices.ContainsFunc(samples, isLate) {
+		return samples
+	}
 	late, times := map[sampleKey]float64{}, map[int64]bool{}
 	for _, s := range samples {
-		if t, _ := d.Table.Newest(s.id); s.t < t {
+		if isLate(s) {
 			late[sampleKey{s.id, s.t}], times[s.t] = s.v, true
 		}
-	}
-	if len(late) == 0 {
-		return samples
 	}
 	held := map[sampleKey]bool{}
 	for _, b := range d.Batches {

@@ -11,6 +11,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"slices"
 )
 
 const (
@@ -104,6 +105,7 @@ func EncodeBatchPayload(buf []byte, b *Batch) []byte {
 	if b.DT != nil {
 		buf = appendTimes(buf, b)
 	}
+	buf = slices.Grow(buf, 8*len(b.V))
 	for _, v := range b.V {
 		buf = binary.LittleEndian.AppendUint64(buf, math.Float64bits(v))
 	}

@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"hash/maphash"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"unique"
@@ -22,6 +23,7 @@ const noSeries = math.MaxUint32 // never an ID
 // 50 bytes besides its line.
 type SeriesTable struct {
 	seed       maphash.Seed
+	generation uint64
 	text       [][]byte                // all lines, one after the other, in chunks; see TextChunk
 	textBytes  int                     // bytes of all lines
 	expected   int                     // bytes of further lines for which Reserve was called, if above 0
@@ -48,7 +50,7 @@ type series struct {
 // NewSeriesTable returns an empty table. Lines are hashed with the seed, which must be secret from
 // senders, so that a sender cannot construct lines with equal hashes.
 func NewSeriesTable(seed maphash.Seed) *SeriesTable {
-	return &SeriesTable{seed: seed, oldest: math.MaxInt64}
+	return &SeriesTable{seed: seed, generation: rand.Uint64(), oldest: math.MaxInt64}
 }
 
 // Reserve prepares the table for the given number of further series, whose lines have textBytes
@@ -60,6 +62,10 @@ func (s *SeriesTable) Reserve(seriesCount, textBytes int) {
 	}
 	s.expected = textBytes
 }
+
+// Generation returns a random number that identifies the table: an ID of a series means the same
+// series only in tables of one generation.
+func (s *SeriesTable) Generation() uint64 { return s.generation }
 
 // Len returns the number of series, which is also the next ID.
 func (s *SeriesTable) Len() int { return len(s.series) }

@@ -165,7 +165,9 @@ func (s *Site) Rollback(staged StagedBatch) {
 // Rollback.
 func (s *Site) Commit(p StagedBatch, keptSince int64, flush bool) error {
 	if s.log != nil {
-		frames := AppendRecord(AppendSeriesRecords(nil, s.data.Table, p.newSeries), RecordBatch, EncodeBatchPayload(nil, p.Batch))
+		buf := s.store.records.Get().(*recordBuffers)
+		defer s.store.records.Put(buf)
+		frames := buf.appendPush(s.data.Table, p)
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
@@ -197,6 +199,41 @@ func (s *Site) FlushLog(keptSince int64) error {
 		return s.RewriteLog(nil, keptSince)
 	}
 	return s.changeLogAndTotals(s.log.Sync)
+}
+
+// recordBuffers has the memory for the records of one push.
+type recordBuffers struct{ frames, payload []byte }
+
+// appendPush returns framed records of the batch p and its new series. They are valid until the next
+// call.
+func (b *recordBuffers) appendPush(t *SeriesTable, p StagedBatch) []byte {
+	const maxKept = 64 << 10 // bytes; larger buffers, as for new series, are not reused
+	if cap(b.frames)+cap(b.payload) > maxKept {
+		*b = recordBuffers{}
+	}
+	b.payload = EncodeBatchPayload(b.payload[:0], p.Batch)
+	if p.newSeries < t.Len() {
+		return AppendRecord(AppendSeriesRecords(nil, t, p.newSeries), RecordBatch, b.payload)
+	}
+	b.frames = AppendRecord(b.frames[:0], RecordBatch, b.payload)
+	return b.frames
+}
+
+// noteSeriesIDs completes the SeriesIDs of p after its batch is committed, or if it has none. IDs of
+// series that were removed again are removed. If the table was compacted after the push was staged,
+// no ID is valid.
+func (s *Site) noteSeriesIDs(staged *StagedBatch, p *SampleList) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(p.SeriesIDs) == 0 || s.data.Table.Generation() != staged.generation {
+		return
+	}
+	staged.Result.Generation, staged.Result.TableLen = staged.generation, s.data.Table.Len()
+	for i, id := range p.SeriesIDs {
+		if int(id) >= staged.Result.TableLen {
+			p.SeriesIDs[i] = NoSeriesID
+		}
+	}
 }
 
 // changeLogAndTotals calls changeLog, which writes or removes the log, and adds the change of the

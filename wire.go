@@ -59,11 +59,15 @@ func (r *WireReader) fail(err error) {
 
 // Uvarint reads an unsigned varint. If the value is above max, the reader fails.
 func (r *WireReader) Uvarint(max uint64) uint64 {
-	// Fast path, because most varints have one byte.
-	if len(r.rest) > 0 && r.rest[0] < 0x80 && uint64(r.rest[0]) <= max {
-		v := r.rest[0]
-		r.rest = r.rest[1:]
-		return uint64(v)
+	// Fast paths, because most varints have one byte or two.
+	if b := r.rest; len(b) > 0 && b[0] < 0x80 && uint64(b[0]) <= max {
+		r.rest = b[1:]
+		return uint64(b[0])
+	} else if len(b) > 1 && b[0] >= 0x80 && b[1] < 0x80 {
+		if v := uint64(b[0]&0x7f) | uint64(b[1])<<7; v <= max {
+			r.rest = b[2:]
+			return v
+		}
 	}
 	v, n := binary.Uvarint(r.rest)
 	if n <= 0 || v > max {
