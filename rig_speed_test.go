@@ -93,6 +93,20 @@ func (r *speedRig) startSpeedServer(storage string, args ...string) *speedProces
 	return await(p)
 }
 
+// startEmptyServer starts a server without data, and adds a consumer.
+func (r *speedRig) startEmptyServer(args ...string) *speedProcess {
+	r.Helper()
+	p := r.startSpeedServer(r.TempDir(), args...)
+	r.addConsumer(p)
+	return p
+}
+
+// addConsumer scrapes a server as a consumer. A server that knows no consumer syncs every push.
+func (r *speedRig) addConsumer(p *speedProcess) {
+	r.Helper()
+	eventually(r.T, "a scrape succeeds", func() bool { return readsAnswer(http.DefaultClient, p.internal+"/federate?consumer=speed") })
+}
+
 // startYardstick starts a yardstick that keeps its files in a directory of its own, or serves the
 // answer in the file arg.
 func (r *speedRig) startYardstick(kind, arg string) *speedProcess {
