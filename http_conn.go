@@ -266,10 +266,18 @@ func IsAnswerOfTLSPort(text string) bool {
 		func(known string) bool { return strings.Contains(text, known) })
 }
 
-// Write writes the last byte of p by itself. Before that byte is sent, the peer cannot have read the
-// whole answer. So the next request is not sequential if the server reads a byte of it before that,
-// even while the peer is slow to read the rest of p.
+// httpWriteBuffer is the size of the buffer that net/http writes answers from.
+const httpWriteBuffer = 4 << 10
+
+// Write writes the last byte of p by itself if p may be the end of an answer. Before that byte is
+// sent, the peer cannot have read the whole answer. So the next request is not sequential if the
+// server reads a byte of it before that, even while the peer is slow to read the rest of p. Only a
+// write that is larger than net/http's buffer is certainly not the end: it is the inner part of a
+// large chunk of a chunked answer, and the end of the answer follows from the buffer.
 func (c *answerConn) Write(p []byte) (n int, err error) {
+	if len(p) > httpWriteBuffer {
+		return c.Conn.Write(p)
+	}
 	if len(p) > 1 {
 		if n, err = c.Conn.Write(p[:len(p)-1]); err != nil {
 			return n, err

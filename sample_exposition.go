@@ -125,13 +125,14 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hidd
 	if !e.quotesNames() {
 		fams, hiddenSamples = escapeFamilies(e, fams)
 	}
-	const chunk = 64 << 10
+	const chunk = 128 << 10 // bytes of a write, each of which costs three system calls
 	buf := make([]byte, 0, chunk+4<<10)
+	var times timeRenderer
 	for _, f := range fams {
 		buf = appendType(buf, []byte(f.Name))
 		for l := range f.Samples {
 			writtenSamples++
-			buf = AppendSample(buf, l.Line, l.T, l.V)
+			buf = appendSample(buf, l.Line, times.render(l.T), l.V)
 			if len(buf) >= chunk {
 				if _, err := w.Write(buf); err != nil {
 					return writtenSamples, hiddenSamples, err
@@ -158,16 +159,40 @@ func appendType(b, name []byte) []byte {
 // AppendSample appends one sample to b as a line of text exposition. line is the rendered line of
 // the sample's series. t is in ms since the epoch. If t is NoTime, the timestamp is omitted.
 func AppendSample(b, line []byte, t int64, v float64) []byte {
+	var times timeRenderer
+	return appendSample(b, line, times.render(t), v)
+}
+
+// timeRenderer renders timestamps. It renders a time only once if it occurs several times in a row,
+// because most samples of a scrape have the time of the sample before. Its zero value is ready for
+// use.
+type timeRenderer struct {
+	t    int64 // ms
+	text []byte
+	buf  [24]byte // memory of text
+}
+
+// render returns the text of t, with a blank before it. It returns nil if t is NoTime. The text is
+// valid until the next call.
+func (r *timeRenderer) render(t int64) []byte {
+	if t == NoTime {
+		return nil
+	}
+	if t != r.t || r.text == nil {
+		r.t, r.text = t, strconv.AppendInt(append(r.buf[:0], ' '), t, 10)
+	}
+	return r.text
+}
+
+// appendSample is AppendSample with a time that a timeRenderer has rendered.
+func appendSample(b, line, timeText []byte, v float64) []byte {
 	b = append(append(b, line...), ' ')
 	if i := int64(v); float64(i) == v && i > -1e15 && i < 1e15 && (i != 0 || !math.Signbit(v)) {
 		b = strconv.AppendInt(b, i, 10) // AppendInt is faster than AppendFloat, and most values are whole numbers
 	} else {
 		b = strconv.AppendFloat(b, v, 'g', -1, 64)
 	}
-	if t != NoTime {
-		b = strconv.AppendInt(append(b, ' '), t, 10)
-	}
-	return append(b, '\n')
+	return append(append(b, timeText...), '\n')
 }
 
 // escapeFamilies returns fams with all names escaped by e. Families whose escaped names are equal
