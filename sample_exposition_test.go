@@ -185,7 +185,7 @@ func (w *expoFailing) Write(p []byte) (int, error) {
 // WriteFamilies stops at the first write that fails, and returns its error.
 func TestWriteFamiliesStopsAtError(t *testing.T) {
 	p := &SampleList{}
-	for i := range 5000 {
+	for i := range 10_000 {
 		if err := p.Add(expoRaw(fmt.Sprintf("name_%d", i), 1, 1, "label", strings.Repeat("v", 30))); err != nil {
 			t.Fatal(err)
 		}
