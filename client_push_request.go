@@ -122,7 +122,8 @@ func (p *Pusher) upload(ctx context.Context, spoolID uint64, scrapes []Scrape) (
 }
 
 // uploadHeader returns the header of a push. If spoolID is not 0, the header names the scrapes and
-// lists the known consumers. If there are scrapes and a server's time is known, the header also
+// lists the known consumers. It asks the server to sync the push if a scrape is in memory only, because
+// this process may end before a consumer reads the scrape. If there are scrapes and a server's time is known, the header also
 // states how many ms the source's clock was behind the servers' clocks at the newest scrape.
 func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	h := http.Header{"Content-Type": {"text/plain; version=1.0.0; charset=utf-8"}}
@@ -132,6 +133,9 @@ func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 			names.Numbers = names.Numbers.Add(sc.Number, sc.Number)
 		}
 		h.Set(SpoolHeader, names.String())
+		if p.cfg.Spool.MayLoseInFlight() {
+			h.Set(SyncHeader, "1")
+		}
 		if all := p.cfg.Spool.Consumers(); len(all) > 0 {
 			h.Set(ConsumersHeader, FormatConsumers(all))
 		}

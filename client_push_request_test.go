@@ -271,3 +271,27 @@ func TestPusherSendsConsumers(t *testing.T) {
 		sends("0000000000000001:65")
 	})
 }
+
+// A push asks the server to sync it if a scrape of the push is in memory only, because the spool has no
+// directory or because its disk is full.
+func TestPusherAsksForSync(t *testing.T) {
+	disk, full := diskSpool(), diskSpool()
+	full.FS.(*crashFS).hook = failOn("open", "", 0, errFull)
+	for _, c := range []struct {
+		name  string
+		spool SpoolConfig
+		want  string
+	}{{"on disk", disk, ""}, {"disk full", full, "1"}, {"no directory", SpoolConfig{}, "1"}} {
+		synctest.Test(t, func(t *testing.T) {
+			a := &queueServer{}
+			client, _ := newQueueClient(t, c.spool, []*queueServer{a}, nil)
+			at := client.moment()
+			client.spool.Add(Scrape{At: at, SourceTime: at.Wall, Samples: 1, Size: 4, Gzip: Gzip([]byte("n 1\n"))}) // fails if the disk is full
+			mustDrain(t, client)
+			if got := a.headers[0].Get(SyncHeader); got != c.want {
+				t.Errorf("%s: %s is %q, want %q", c.name, SyncHeader, got, c.want)
+			}
+			a.expect(c.name, "1")
+		})
+	}
+}

@@ -459,6 +459,13 @@ func (s *Spool) LastTimeShift() (ms int64) {
 	return ms
 }
 
+// MayLoseInFlight reports whether a scrape in flight is in memory only.
+func (s *Spool) MayLoseInFlight() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.index.entries, func(e spoolEntry) bool { return e.isInFlight() && e.inMemory() })
+}
+
 // Stats returns the number and the bytes of the scrapes in the spool and the age of the oldest one,
 // by delivery state. A scrape whose state is uncertain counts as undelivered.
 func (s *Spool) Stats() (st SpoolStats) {

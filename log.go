@@ -109,7 +109,6 @@ type Log struct {
 	needsRewrite bool  // Append returns ErrLogBroken until a Rewrite or Create succeeds
 	unsynced     bool  // the file may have bytes that are not synced
 	newEntry     bool  // the entry of the file in its directory may not be synced
-	newDir       bool  // Create also created that directory
 }
 
 // NewLog returns a log that does not exist on disk yet. The first Create or Rewrite creates its file
@@ -171,11 +170,11 @@ func (l *Log) Create(frames []byte, sync bool) error {
 	if err != nil {
 		return fmt.Errorf("creating %s: %w", l.path, err)
 	}
-	f, madeDir, err := createFile(l.fsys, l.path)
+	f, _, err := createFile(l.fsys, l.path)
 	if err != nil {
 		return fmt.Errorf("creating log: %w", err)
 	}
-	l.unsynced, l.newEntry, l.newDir = true, true, madeDir
+	l.unsynced, l.newEntry = true, true
 	data := append(header, frames...)
 	if err := writeWhole(f, data); err != nil {
 		err = errors.Join(err, f.Close(), l.fsys.Remove(l.path))
@@ -261,7 +260,7 @@ func (l *Log) finishWrite(f File, sync bool) (err error) {
 		err = cerr
 	}
 	if err == nil && sync && l.newEntry {
-		err = syncDirs(l.fsys, filepath.Dir(l.path), l.newDir)
+		err = syncDirs(l.fsys, filepath.Dir(l.path), true)
 	}
 	switch {
 	case err != nil:
@@ -325,7 +324,7 @@ func (l *Log) MustBeRewritten() bool { return l.needsRewrite }
 func (l *Log) Remove() error {
 	err := l.fsys.Remove(l.path)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		l.size, l.needsRewrite = 0, true
+		*l = *NewLog(l.fsys, l.path, l.identity)
 		err = l.fsys.SyncDir(filepath.Dir(l.path))
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -164,10 +164,9 @@ func (k *logKeeper) step() {
 	}
 }
 
-// Recovery finds every synced record that was not dropped, after a restart of the process also every
-// acknowledged record that was not synced, and no record that a successful
-// Rewrite dropped or that was never appended, if the process is killed at any file operation or the
-// operation fails. The machine crashes afterwards, in some runs only after the process was
+// Recovery finds every synced record that was not dropped. After a restart of the process alone it
+// also finds every acknowledged record. It finds no record that a successful Rewrite dropped, or that
+// was never appended. The process is killed at any file operation, or the operation fails. The machine crashes afterwards, in some runs only after the process was
 // restarted and continued. In half of the runs, a temporary file of an earlier crash exists.
 func TestSweepLogCrashes(t *testing.T) {
 	sweep(t)

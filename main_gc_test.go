@@ -9,6 +9,8 @@ import (
 	"runtime/debug"
 	"runtime/metrics"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // The spare part of the heap is 24 MiB, but at most as much as Go's default allows and at least the
@@ -24,7 +26,8 @@ func TestGCPercent(t *testing.T) {
 // tuneGC sets a lower percentage while much is live, and restores the percentage at its end. With
 // GOGC in the environment it changes nothing.
 func TestTuneGC(t *testing.T) {
-	start := debug.SetGCPercent(100)
+	const before = 73
+	start := debug.SetGCPercent(before)
 	defer debug.SetGCPercent(start)
 	current := func() int {
 		percent := []metrics.Sample{{Name: "/gc/gogc:percent"}}
@@ -32,18 +35,22 @@ func TestTuneGC(t *testing.T) {
 		return int(percent[0].Value.Uint64())
 	}
 	live := make([]byte, 256<<20)
-	for _, gogc := range []string{"", "100"} {
+	for _, gogc := range []string{"", "73"} {
 		t.Setenv("GOGC", gogc)
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan error)
-		go func() { done <- tuneGC(ctx) }()
-		if gogc == "" {
-			eventually(t, "the percentage is low", func() bool { return current() < 20 })
-		}
-		cancel()
-		if err := <-done; err != nil || current() != 100 {
-			t.Errorf("GOGC=%q: tuneGC returned %v and left %d %%, want 100 %%", gogc, err, current())
-		}
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- tuneGC(ctx) }()
+			time.Sleep(3 * tuneGCEvery)
+			synctest.Wait()
+			if got := current(); gogc == "" && got >= 20 || gogc != "" && got != before {
+				t.Errorf("GOGC=%q: the percentage is %d", gogc, got)
+			}
+			cancel()
+			if err := <-done; err != nil || current() != before {
+				t.Errorf("GOGC=%q: tuneGC returned %v and left %d %%, want %d %%", gogc, err, current(), before)
+			}
+		})
 	}
 	runtime.KeepAlive(live)
 }

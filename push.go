@@ -21,6 +21,7 @@ import (
 const (
 	SpoolHeader       = "Telemeter-Spool"        // spool ID in 16 hex digits; then, except in a question, a space and ranges of numbers
 	ConsumersHeader   = "Telemeter-Consumers"    // in the format of FormatConsumers
+	SyncHeader        = "Telemeter-Sync"         // "1": the sender may not keep the scrapes, so the server syncs them before it answers
 	ClockOffsetHeader = "Telemeter-Clock-Offset" // ms by which the source's clock was behind the servers' clocks at the newest scrape of the push
 )
 

@@ -118,7 +118,7 @@ func (m *deliveryModel) append(s *modelServer, c *modelSite, p *SampleList, name
 			seq = held.Batches[n-1].Seq
 		}
 	})
-	res, err := s.store.Append(context.Background(), c.name, p, names)
+	res, err := s.store.Append(context.Background(), c.name, p, names, false)
 	if err != nil {
 		m.fail("a push fails: %v", err)
 	}

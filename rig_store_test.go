@@ -108,7 +108,7 @@ func (k *storeKit) series(name string, n int) (points []point) {
 
 // tryPush appends the points to site id of s, as a push that names no scrapes.
 func (k *storeKit) tryPush(s *Store, id string, points ...point) (AppendResult, error) {
-	return s.Append(context.Background(), id, storePush(id, points...), ScrapeNames{})
+	return s.Append(context.Background(), id, storePush(id, points...), ScrapeNames{}, false)
 }
 
 // push appends the points to site id of s. The test fails unless s accepts all of them.
@@ -123,7 +123,7 @@ func (k *storeKit) push(s *Store, id string, points ...point) {
 // if s refuses the push.
 func (k *storeKit) pushNamed(s *Store, id string, names ScrapeNames, points ...point) AppendResult {
 	k.t.Helper()
-	res, err := s.Append(context.Background(), id, storePush(id, points...), names)
+	res, err := s.Append(context.Background(), id, storePush(id, points...), names, false)
 	if err != nil {
 		k.t.Fatalf("push of scrapes %s for site %s: %v", names, id, err)
 	}

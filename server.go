@@ -124,7 +124,7 @@ func newServerMetrics(m *Metrics) serverMetrics {
 		droppedTotal:      m.Counter("telemeter_samples_dropped_total", "Samples of accepted pushes that were dropped, by reason.", "reason"),
 		skippedTotal:      m.Counter("telemeter_parts_skipped_total", "Unsupported parts of samples that were dropped, such as exemplars, by kind.", "kind"),
 		unauthorizedTotal: m.Counter("telemeter_unauthorized_total", "Requests that could not be authorized, by reason.", "reason"),
-		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Seconds to write a push to its log, and to fsync the log if the sender does not keep the push.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
+		appendSeconds:     m.Histogram("telemeter_store_fsync_duration_seconds", "Seconds to write a push to its log and fsync it, for pushes that are flushed.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 5}),
 		inFlight:          m.Gauge("telemeter_pushes_in_flight", "Pushes in flight."),
 	}
 	for _, reason := range serverDropReasons {

@@ -51,6 +51,7 @@ type pushRequest struct {
 	Arrival          int64             // ms since the Unix epoch, by the clock of the server that the client pushed to
 	Type, Encoding   string
 	Spool, Consumers string `json:",omitempty"`
+	Sync             bool   `json:",omitempty"` // a member that does not know this field syncs every push
 	Remote           string `json:",omitempty"` // address from which the client pushed, for the log
 }
 

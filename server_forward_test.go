@@ -40,7 +40,7 @@ func TestForwardUnchanged(t *testing.T) {
 	a, b, id := newForwardPair(t)
 	push := pushRequest{
 		ClusterID: id, Labels: map[string]string{"region": "eu", "note": "<\u00e9\">"}, Arrival: 1_700_000_000_123,
-		Type: "text/plain; version=0.0.4", Encoding: "gzip", Spool: "00000000000000ab 1-4,9", Consumers: "00000000000000cd:7",
+		Type: "text/plain; version=0.0.4", Encoding: "gzip", Spool: "00000000000000ab 1-4,9", Consumers: "00000000000000cd:7", Sync: true,
 	}
 	bodies := []string{"", "a 1\n", "\x00\xff\x1f\x8b", strings.Repeat("z", 1<<20)}
 	answers := []*pushResponse{
@@ -123,7 +123,7 @@ func TestForwardLongEnvelope(t *testing.T) {
 	}
 	push := pushRequest{
 		ClusterID: id, Labels: map[string]string{"note": strings.Repeat("x", 1000)}, Arrival: 1_700_000_000_123,
-		Type: protoType, Encoding: "gzip", Spool: names.String(), Consumers: FormatConsumers(consumers),
+		Type: protoType, Encoding: "gzip", Spool: names.String(), Consumers: FormatConsumers(consumers), Sync: true,
 	}
 	if got := a.TryForward(t.Context(), &push, []byte("x")); got == nil || !reflect.DeepEqual(b.pushes[0].push, push) {
 		t.Errorf("a push with %d bytes of scrape numbers and %d bytes of consumers was answered %v", len(push.Spool), len(push.Consumers), got)

@@ -211,7 +211,7 @@ func (s *Server) receivePush(w http.ResponseWriter, r *http.Request, t Token) (*
 	push := &pushRequest{
 		ClusterID: t.ClusterID, Labels: t.Labels, Arrival: arrival.UnixMilli(), Type: r.Header.Get("Content-Type"),
 		Encoding: strings.ToLower(r.Header.Get("Content-Encoding")), Spool: r.Header.Get(SpoolHeader), Consumers: r.Header.Get(ConsumersHeader),
-		Remote: r.RemoteAddr,
+		Sync: r.Header.Get(SyncHeader) == "1", Remote: r.RemoteAddr,
 	}
 	params, err := parsePushParams(push)
 	if err != nil {
@@ -310,6 +310,7 @@ type pushParams struct {
 	format    Format
 	scrapes   ScrapeNames
 	consumers []ConsumerAge
+	sync      bool // the sender may not keep the scrapes
 }
 
 func parsePushParams(push *pushRequest) (p pushParams, err error) {
@@ -320,6 +321,7 @@ func parsePushParams(push *pushRequest) (p pushParams, err error) {
 		return p, errUnsupported(fmt.Sprintf("content encoding %q is not supported; supported: %s", push.Encoding, SupportedEncodings))
 	}
 	var consumersErr error
+	p.sync = push.Sync
 	p.scrapes, err = ParseScrapeNames(push.Spool)
 	p.consumers, consumersErr = ParseConsumers(push.Consumers)
 	if err = errors.Join(err, consumersErr); err != nil {
@@ -359,7 +361,7 @@ func (s *Server) appendPush(ctx context.Context, clusterID string, params pushPa
 	if params.scrapes.SpoolID != 0 && len(params.scrapes.Numbers) == 0 && len(samples.Samples) == 0 {
 		return res, nil // this push only asks which scrapes are held and read
 	}
-	res, err = s.cfg.Store.Append(ctx, clusterID, samples, params.scrapes)
+	res, err = s.cfg.Store.Append(ctx, clusterID, samples, params.scrapes, params.sync)
 	switch {
 	case err == nil, errors.Is(err, ErrDecodeAgain):
 		return res, err
@@ -432,7 +434,7 @@ func (s *Server) logFirstPush(push *pushRequest, accepted int) {
 }
 
 func (s *Server) countAcceptedPush(counts pushDropCounts, res AppendResult) {
-	if res.WriteTime > 0 {
+	if res.WriteTime > 0 && !res.KeptBySender {
 		s.appendSeconds.Observe(res.WriteTime.Seconds())
 	}
 	s.acceptedTotal.Add(float64(res.Accepted))

@@ -232,3 +232,47 @@ func TestSpoolReportedConsumers(t *testing.T) {
 	}
 	push("site-a", "", "", "|1-2")
 }
+
+// A push that its sender keeps is answered with the list of read scrapes, even if the last consumer
+// was forgotten after the push was written. Without the list the client would remove the scrapes. The
+// time to write such a push does not count as the time of an fsync.
+func TestKeptPushIsAnsweredWithRead(t *testing.T) {
+	r := newSrvRig(t)
+	params := pushParams{scrapes: names1(1)}
+	for i, kept := range []bool{true, false} {
+		res := AppendResult{WriteTime: time.Second, KeptBySender: kept}
+		resp := r.server.countAndAnswerAccepted(&pushRequest{ClusterID: "site-a"}, params, &SampleList{}, pushDropCounts{}, res)
+		if has := strings.Contains(string(resp.Body), `"read":""`); has != kept {
+			t.Errorf("kept by the sender %t: answered %s", kept, resp.Body)
+		}
+		if text, want := metricsText(t, r.server.cfg.Metrics), fmt.Sprintf("telemeter_store_fsync_duration_seconds_count %d\n", i); !strings.Contains(text, want) {
+			t.Errorf("kept by the sender %t: the metrics lack %s", kept, want)
+		}
+	}
+}
+
+// The server syncs a push with the header Telemeter-Sync before it answers, although the push names a
+// scrape and a consumer is known. An owner does so too for a forwarded push.
+func TestSyncHeader(t *testing.T) {
+	ring := newRingServers(t, 2)
+	a, b := ring[0], ring[1]
+	b.scrapeOn(&AnswerReadTracker{}, "consumer=x")
+	syncs := 0
+	b.store.cfg.FS.(*crashFS).hook = func(_ int, op, _ string) fault {
+		if op == "sync" {
+			syncs++
+		}
+		return fault{}
+	}
+	id := ownedBy(t, a.node.Forwarder, "b")
+	for n, headers := range [][]string{nil, {SyncHeader, "1"}, nil} {
+		for i, to := range ring {
+			before := syncs
+			text := fmt.Sprintf("m 1 %d\n", b.now().UnixMilli()-int64(10*n+i))
+			to.accepted(to.pushSpool(id, text, append([]string{SpoolHeader, fmt.Sprintf("00000000000000ab %d", 10*n+i+1)}, headers...)...))
+			if got, want := syncs > before, headers != nil; got != want {
+				t.Errorf("push %d to server %s: synced %t, want %t", n, to.server.cfg.Name, got, want)
+			}
+		}
+	}
+}

@@ -74,9 +74,9 @@ type StoreConfig struct {
 	// forgets the consumers with other names.
 	Consumers []string
 	// OnError is called with every failure of a background job and with all damage that OpenStore
-	// finds. OnWarning, if not nil, is called once if undamaged logs, or the undamaged file of
-	// cursors, end early or are missing, as after a power cut. It is also called once if OpenStore
-	// forgets consumers because of their names. Several goroutines may call OnError at the same time.
+	// finds. OnWarning, if not nil, is called once if undamaged logs end early or are
+	// missing, as after a power cut, once if the undamaged file of cursors ends early, and once if
+	// OpenStore forgets consumers because of their names. Several goroutines may call OnError at the same time.
 	// OnError must not call the store, because a site's lock may be held.
 	OnError, OnWarning func(error)
 }
@@ -308,10 +308,11 @@ func (s *Store) dropEmptySite(site *Site) {
 // cut unless KeptBySender in the result is true (in memory-only mode they are in memory). If it
 // returns an error, no sample was accepted. The lines of p must come from SampleList.Add and carry
 // clusterID in the label ClusterLabel. names are the names of the scrapes in p. If the store already
-// has all named scrapes, it stores nothing. Append waits for an earlier push of the same site until
+// has all named scrapes, it stores nothing. mustSync says that the sender may not keep the scrapes, so
+// that KeptBySender is false. Append waits for an earlier push of the same site until
 // ctx ends. The error is ErrTooLarge, ErrFull, ErrClockInDoubt, ErrClosed, ErrDecodeAgain, the error of
 // ctx, or an error of the disk.
-func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames) (AppendResult, error) {
+func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, names ScrapeNames, mustSync bool) (AppendResult, error) {
 	site, err := s.acquireSite(ctx, clusterID)
 	if err != nil {
 		return AppendResult{}, err
@@ -325,7 +326,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	}
 	keptSince := limits.timeBounds().keptSince
 	if staged.Batch == nil {
-		staged.Result.KeptBySender = s.isKeptBySender(site, names)
+		staged.Result.KeptBySender = !mustSync && s.isKeptBySender(site, names)
 		if !staged.Result.KeptBySender {
 			if err := site.FlushLog(keptSince); err != nil {
 				return AppendResult{}, err
@@ -336,7 +337,7 @@ func (s *Store) Append(ctx context.Context, clusterID string, p *SampleList, nam
 	}
 	// The first batch of a spool in an existing log is flushed. If a log knows no spool, everything in
 	// it is therefore durable, and recovery can tell a loss from a power cut.
-	keep := s.isKeptBySender(site, staged.Batch.Names) && (isNew || hasSpools)
+	keep := !mustSync && s.isKeptBySender(site, staged.Batch.Names) && (isNew || hasSpools)
 	begin := time.Now()
 	if err = s.makeRoom(site, staged.Result.Accepted); err == nil {
 		err = site.Commit(staged, keptSince, !keep)

@@ -66,8 +66,8 @@ func (k *storeKeeper) randomPush(id string) *SampleList {
 	return storePush(id, points...)
 }
 
-// push makes a random push. Half of the pushes name a scrape. Some of the others repeat the newest push
-// that named a scrape, as a sender without a spool. If the store acknowledges the push, push checks
+// push makes a random push. A quarter of the pushes must be synced. Half of the pushes name a scrape.
+// Some of the others repeat the newest push that named a scrape, as a sender without a spool. If the store acknowledges the push, push checks
 // the counts in the result. It checks that the store holds every pushed sample within retention,
 // except for samples of new series that exceed the limit on series.
 func (k *storeKeeper) push() {
@@ -81,6 +81,7 @@ func (k *storeKeeper) push() {
 	} else if k.last != nil && k.rng.IntN(3) == 0 {
 		p, id = k.last, k.lastID
 	}
+	mustSync := k.rng.IntN(4) == 0
 	before := heldOf(k.t, k.s, id)
 	oldest := k.s.KeptSince()
 	for _, smp := range p.Samples {
@@ -88,7 +89,7 @@ func (k *storeKeeper) push() {
 			k.ever[heldSample{string(p.Line(smp)), smp.T}] = smp.V
 		}
 	}
-	res, err := k.s.Append(context.Background(), id, p, names)
+	res, err := k.s.Append(context.Background(), id, p, names, mustSync)
 	if err != nil {
 		return
 	}
@@ -101,7 +102,7 @@ func (k *storeKeeper) push() {
 	}
 	after := heldOf(k.t, k.s, id)
 	hadSeries, hasSeries := seriesSince(before, oldest), seriesSince(after, oldest)
-	want := AppendResult{WriteTime: res.WriteTime, FirstOfSite: res.FirstOfSite, KeptBySender: res.KeptBySender && names.SpoolID != 0}
+	want := AppendResult{WriteTime: res.WriteTime, FirstOfSite: res.FirstOfSite, KeptBySender: res.KeptBySender && names.SpoolID != 0 && !mustSync}
 	seen := map[heldSample]bool{}
 	for _, smp := range p.Samples {
 		key := heldSample{string(p.Line(smp)), smp.T}
@@ -229,6 +230,9 @@ func (k *storeKeeper) scrape() {
 }
 
 func (k *storeKeeper) step() {
+	if k.rng.IntN(40) == 0 {
+		k.clock.Add(25 * time.Hour) // the store forgets the consumer
+	}
 	switch n := k.rng.IntN(14); {
 	case n < 7:
 		k.push()

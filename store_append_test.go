@@ -396,7 +396,7 @@ func BenchmarkStoreAppend(b *testing.B) {
 	for b.Loop() {
 		k.clock.Add(15 * time.Second)
 		set(k.clock.ms(0))
-		if res, err := s.Append(context.Background(), "site-7", p, ScrapeNames{}); err != nil || res.Accepted != len(p.Samples) {
+		if res, err := s.Append(context.Background(), "site-7", p, ScrapeNames{}, false); err != nil || res.Accepted != len(p.Samples) {
 			b.Fatalf("%+v, %v", res, err)
 		}
 		if n++; n%100 == 0 {

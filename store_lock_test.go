@@ -14,7 +14,7 @@ import (
 // waitingPush pushes one sample for site a. The push waits while another caller holds the site's
 // lock.
 func waitingPush(ctx context.Context, k *storeKit, s *Store) error {
-	_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{})
+	_, err := s.Append(ctx, "a", storePush("a", point{"m", 1, k.clock.ms(0), 1}), ScrapeNames{}, false)
 	return err
 }
 
@@ -67,7 +67,7 @@ func TestSiteLockWithEndedContextLeavesNoSite(t *testing.T) {
 	cancel()
 	for i := range 50 {
 		id := fmt.Sprint("x", i)
-		_, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1}), ScrapeNames{})
+		_, err := s.Append(ctx, id, storePush(id, point{"m", 1, k.clock.ms(9999), 1}), ScrapeNames{}, false)
 		if err != nil && !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}

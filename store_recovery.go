@@ -38,7 +38,7 @@ func (s *Store) recover() error {
 	}
 	losses := &logLosses{damaged: map[uint64]bool{}, torn: map[uint64]string{}}
 	if n := s.Consumers.TornBytes; n > 0 {
-		losses.addTorn(filepath.Join(s.cfg.Dir, ConsumersFile), n)
+		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which were removed: consumers may be served some samples again", filepath.Join(s.cfg.Dir, ConsumersFile), n))
 	}
 	if err := s.recoverLogs(dirs, state, losses); err != nil {
 		return err

@@ -272,10 +272,11 @@ func TestBatchNumbersNeverFall(t *testing.T) {
 // series.
 const lossPushes, lossSeries = 12, 20
 
-// lossLog writes a log for site a, and has consumer central read all of it. It returns the path of
+// lossLog writes a log for site a, and has consumer central read all of it. If spool is true, each push
+// names a scrape. It returns the path of
 // the log. ends are the offsets at which the log header and each record end. The first record is a
 // series record, and all others are batches.
-func lossLog(t *testing.T, k *storeKit, fsys *crashFS) (path string, ends []int) {
+func lossLog(t *testing.T, k *storeKit, fsys *crashFS, spool bool) (path string, ends []int) {
 	t.Helper()
 	s := k.open()
 	path = s.logPathOf("a")
@@ -285,7 +286,11 @@ func lossLog(t *testing.T, k *storeKit, fsys *crashFS) (path string, ends []int)
 		for n := range lossSeries {
 			points = append(points, point{"m", n, k.clock.ms(0), float64(i)})
 		}
-		k.push(s, "a", points...)
+		names := ScrapeNames{}
+		if spool {
+			names = names1(uint64(i + 1))
+		}
+		k.pushNamed(s, "a", names, points...)
 		data, err := fsys.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -347,7 +352,7 @@ func TestRecoveryReportsLosses(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)
 			k := newStoreKit(t, fsys)
-			path, ends := lossLog(t, k, fsys)
+			path, ends := lossLog(t, k, fsys, false)
 			var change func(data []byte) []byte
 			if test.change != nil {
 				change = func(data []byte) []byte { return test.change(data, ends) }
@@ -384,6 +389,55 @@ func TestRecoveryReportsLosses(t *testing.T) {
 			}
 			k.wantNoErrors("the next start")
 		})
+	}
+}
+
+// The log of a site with a spool that ends before a cursor is torn, not damaged, because the client sends
+// again what the log lost. Recovery lowers the cursor to the end of the log. The consumer is served
+// later batches, and no batch that is left.
+func TestRecoveryOfShortLogWithSpool(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	path, ends := lossLog(t, k, fsys, true)
+	changeFile(t, fsys, path, func(data []byte) []byte { return data[:ends[len(ends)-3]] })
+	var warnings []error
+	k.cfg.OnWarning = func(err error) { warnings = append(warnings, err) }
+	s := k.open()
+	k.wantNoErrors("recovery")
+	if st := s.Stats(); st.DamagedLogs != 0 || st.TornLogs != 1 || len(warnings) != 1 {
+		t.Errorf("%d logs count as damaged and %d as torn, with the warnings %v; want 0, 1 and one warning", st.DamagedLogs, st.TornLogs, warnings)
+	}
+	left := s.sites["a"].data.Batches
+	if got, want := cursorsOf(s.Consumers)["central"][SiteKey("a")], left[len(left)-1].Seq; got != want || len(left) != lossPushes-2 {
+		t.Errorf("%d batches are left, and the cursor is %d; want %d and the last batch %d", len(left), got, lossPushes-2, want)
+	}
+	if held := s.RefreshSpoolStatus("a", 1); held.Held.Has(lossPushes) || held.Read.Has(lossPushes) {
+		t.Errorf("the lost scrape is listed: %+v", held)
+	}
+	k.pushNamed(s, "a", names1(lossPushes), point{"m", 0, k.clock.ms(0), 7})
+	if got := drain(t, k, s, "central"); len(got) != 1 {
+		t.Errorf("served %d samples, want only the one that was pushed again", len(got))
+	}
+}
+
+// An unfinished write at the end of the file of cursors is only a warning of its own. It does not count
+// as a torn log.
+func TestRecoveryOfTornCursors(t *testing.T) {
+	fsys := newStoreFS(1)
+	k := newStoreKit(t, fsys)
+	s := k.open()
+	k.push(s, "a", point{"m", 1, k.clock.ms(0), 1})
+	drain(t, k, s, "central")
+	s.Close()
+	changeFile(t, fsys, "/s/"+ConsumersFile, func(data []byte) []byte {
+		return append(bytes.Clone(data), AppendRecord(nil, 1, make([]byte, 9))[:7]...)
+	})
+	var warnings []string
+	k.cfg.OnWarning = func(err error) { warnings = append(warnings, err.Error()) }
+	s = k.open()
+	k.wantNoErrors("recovery")
+	if want := "/s/" + ConsumersFile + " ended in 7 bytes of an unfinished write, which were removed: consumers may be served some samples again"; !slices.Equal(warnings, []string{want}) || s.Stats().TornLogs != 0 {
+		t.Errorf("%d torn logs and the warnings %q; want none, and %q", s.Stats().TornLogs, warnings, want)
 	}
 }
 

@@ -105,7 +105,7 @@ func (m *scrapeModel) push(id string) {
 	}
 	p := storePush(id, points...)
 	before := heldOf(m.t, m.store, id)
-	if _, err := m.store.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
+	if _, err := m.store.Append(context.Background(), id, p, ScrapeNames{}, false); err != nil {
 		m.t.Fatal(err)
 	}
 	after := heldOf(m.t, m.store, id)

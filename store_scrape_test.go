@@ -377,7 +377,7 @@ func BenchmarkNewest(b *testing.B) {
 				}
 				p.Samples = p.Samples[:23]
 			}
-			if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
+			if _, err := s.Append(context.Background(), id, p, ScrapeNames{}, false); err != nil {
 				b.Fatal(err)
 			}
 			n += len(p.Samples)
@@ -418,7 +418,7 @@ func BenchmarkUnread(b *testing.B) {
 			id := fmt.Sprint("site-", c)
 			p, set := sitePush(id)
 			set(k.clock.ms(0))
-			if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
+			if _, err := s.Append(context.Background(), id, p, ScrapeNames{}, false); err != nil {
 				b.Fatal(err)
 			}
 		}

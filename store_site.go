@@ -167,7 +167,7 @@ func (s *Site) Commit(p StagedBatch, keptSince int64, flush bool) error {
 	if s.log != nil {
 		buf := s.store.records.Get().(*recordBuffers)
 		defer s.store.records.Put(buf)
-		frames := buf.appendPush(s.data.Table, p)
+		frames := buf.framesOf(s.data.Table, p)
 		if err := s.store.checkStorageLimit(len(frames)); err != nil {
 			return err
 		}
@@ -204,18 +204,15 @@ func (s *Site) FlushLog(keptSince int64) error {
 // recordBuffers has the memory for the records of one push.
 type recordBuffers struct{ frames, payload []byte }
 
-// appendPush returns framed records of the batch p and its new series. They are valid until the next
+// framesOf returns framed records of the batch p and its new series. They are valid until the next
 // call.
-func (b *recordBuffers) appendPush(t *SeriesTable, p StagedBatch) []byte {
+func (b *recordBuffers) framesOf(t *SeriesTable, p StagedBatch) []byte {
 	const maxKept = 64 << 10 // bytes; larger buffers, as for new series, are not reused
 	if cap(b.frames)+cap(b.payload) > maxKept {
 		*b = recordBuffers{}
 	}
 	b.payload = EncodeBatchPayload(b.payload[:0], p.Batch)
-	if p.newSeries < t.Len() {
-		return AppendRecord(AppendSeriesRecords(nil, t, p.newSeries), RecordBatch, b.payload)
-	}
-	b.frames = AppendRecord(b.frames[:0], RecordBatch, b.payload)
+	b.frames = AppendRecord(AppendSeriesRecords(b.frames[:0], t, p.newSeries), RecordBatch, b.payload)
 	return b.frames
 }
 

@@ -66,7 +66,7 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 		reached = true
 		return f
 	}
-	res, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3))
+	res, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3), false)
 	if compact {
 		c := s.sites["x"]
 		if c.Lock(t.Context()) == nil {
@@ -96,7 +96,7 @@ func namedPushWithFault(t *testing.T, name string, compact bool, seed, at uint64
 	if lists := spoolLists(s); lists != wantLists && !(damaged && lists == "held , read ") {
 		t.Errorf("%s: the push returned %+v, %v; %d samples are held, and the scrapes are %q, want %q", name, res, err, len(got), lists, wantLists)
 	}
-	again, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3))
+	again, err := s.Append(t.Context(), "x", storePush("x", pts...), names1(3), false)
 	if err != nil || again.Accepted != 3-len(got) || again.Duplicates != len(got)-1 {
 		t.Errorf("%s: the repeated push returned %+v, %v", name, again, err)
 	}

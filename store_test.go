@@ -155,7 +155,7 @@ func (r *concurrentRig) pushRandomly(ctx context.Context, seed, writer uint64, p
 		if i%5 == 0 {
 			stop()
 		}
-		_, err := r.s.Append(wait, id, storePush(id, points...), ScrapeNames{})
+		_, err := r.s.Append(wait, id, storePush(id, points...), ScrapeNames{}, false)
 		stop()
 		if err != nil && !errors.Is(err, ErrFull) && !errors.Is(err, context.Canceled) {
 			r.t.Errorf("push: %v", err)
@@ -392,7 +392,7 @@ func BenchmarkMemory(b *testing.B) {
 				id := fmt.Sprint("site-", c)
 				p, set := sitePush(id)
 				set(k.clock.ms(0))
-				if _, err := s.Append(context.Background(), id, p, ScrapeNames{}); err != nil {
+				if _, err := s.Append(context.Background(), id, p, ScrapeNames{}, false); err != nil {
 					b.Fatal(err)
 				}
 				if i == 0 {
@@ -417,14 +417,15 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-// The store flushes a push before Append returns, unless its sender keeps it: a push that names scrapes,
-// while a consumer is known. A push that adds nothing is flushed too if the log has bytes that are not
+// The store flushes a push before Append returns, unless its sender keeps it: a push that names scrapes
+// and need not be synced, while a consumer is known. A push that adds nothing is flushed too if the log has bytes that are not
 // flushed. Close flushes every log that has such bytes.
 func TestStoreFlushes(t *testing.T) {
 	fsys := newStoreFS(1)
 	k := newStoreKit(t, fsys)
+	k.cfg.Retention = 48 * time.Hour
 	s := k.open()
-	syncs := 0
+	at, syncs := k.clock.ms(0), 0
 	fsys.hook = func(_ int, op, name string) fault {
 		if op == "sync" && filepath.Dir(name) != "/s" {
 			syncs++
@@ -432,34 +433,49 @@ func TestStoreFlushes(t *testing.T) {
 		return fault{}
 	}
 	for i, step := range []struct {
-		site  string
-		names ScrapeNames
-		n     int // the push has one sample of series n
-		kept  bool
-		syncs int
+		site     string // "": a consumer scrapes
+		names    ScrapeNames
+		n        int // the push has one sample of series n
+		mustSync bool
+		kept     bool
+		syncs    int
+		idle     bool // before the push, no consumer scrapes for so long that the store forgets the consumer
 	}{
-		{"curl", ScrapeNames{}, 1, false, 1},
-		{"curl", ScrapeNames{}, 1, false, 0}, // everything is flushed already
-		{"client", names1(1), 1, false, 1},   // no consumer is known yet
-		{"client", names1(1), 1, false, 0},
+		{"curl", ScrapeNames{}, 1, false, false, 1, false},
+		{"curl", ScrapeNames{}, 1, false, false, 0, false}, // everything is flushed already
+		{"client", names1(1), 1, false, false, 1, false},   // no consumer is known yet
+		{"client", names1(1), 1, false, false, 0, false},
 		{}, // a consumer scrapes
-		{"client", names1(2), 2, true, 0},
-		{"client", names1(2), 2, true, 0},
-		{"client", ScrapeNames{}, 2, false, 1}, // repeats a sample that is not flushed
-		{"client", ScrapeNames{}, 2, false, 0},
-		{"client", names1(3), 3, true, 0},
-		{"client", ScrapeNames{1, nil}, 4, false, 1},
-		{"new", names1(1), 1, true, 0},
-		{"new", names1(2), 2, true, 0},
-		{"curl", names1(1), 2, false, 1}, // the first spool of this log
-		{"curl", names1(2), 3, true, 0},
+		{"client", names1(2), 2, false, true, 0, false},
+		{"client", names1(2), 2, false, true, 0, false},
+		{"client", ScrapeNames{}, 2, false, false, 1, false}, // repeats a sample that is not flushed
+		{"client", ScrapeNames{}, 2, false, false, 0, false},
+		{"client", names1(3), 3, false, true, 0, false},
+		{"client", ScrapeNames{1, nil}, 4, false, false, 1, false},
+		{"new", names1(1), 1, false, true, 0, false},
+		{"new", names1(2), 2, false, true, 0, false},
+		{"curl", names1(1), 2, false, false, 1, false}, // the first spool of this log
+		{"curl", names1(2), 3, false, true, 0, false},
+		{"client", names1(4), 5, true, false, 1, false},
+		{"client", names1(5), 6, false, true, 0, false},
+		{"client", names1(5), 6, true, false, 1, false}, // repeats a push that is not flushed
+		{"client", names1(6), 7, false, true, 0, false},
+		{"client", names1(6), 7, false, false, 1, true}, // repeats a push that is not flushed
+		{"client", names1(6), 7, false, false, 0, false},
 	} {
 		if step.site == "" {
 			drain(t, k, s, "central")
 			continue
 		}
+		if step.idle {
+			k.clock.Add(consumerIdle + time.Minute)
+			s.Consumers.DropIdle(k.clock.Now())
+		}
 		syncs = 0
-		res := k.pushNamed(s, step.site, step.names, point{"m", step.n, k.clock.ms(0), 1})
+		res, err := s.Append(context.Background(), step.site, storePush(step.site, point{"m", step.n, at, 1}), step.names, step.mustSync)
+		if err != nil {
+			t.Fatalf("step %d: %v", i, err)
+		}
 		if res.KeptBySender != step.kept || syncs != step.syncs {
 			t.Errorf("step %d: kept by the sender: %t, %d syncs; want %t, %d", i, res.KeptBySender, syncs, step.kept, step.syncs)
 		}
