@@ -58,7 +58,7 @@ func TestVerifierIsBounded(t *testing.T) {
 	v := NewTokenVerifier(keys)
 	verify := func(site string, n int) {
 		t.Helper()
-		text := signToken(t, keys, Token{Kind: KindClient, ClusterID: site, ID: fmt.Sprintf("%032x", n), URLs: []string{"https://hub.example:9003"}, Pin: ""})
+		text := signToken(t, keys, Token{Kind: KindClient, ClusterID: site, ID: fmt.Sprintf("%032x", n), URLs: []string{"https://hub.example:9003"}, Pin: pinPrefix + keyLine(9)})
 		for range 2 {
 			if _, err := v.Verify(text, testNow); err != nil {
 				t.Fatal(err)
@@ -78,6 +78,9 @@ func TestVerifierIsBounded(t *testing.T) {
 		sites[tok.ClusterID]++
 		if len(tok.URLs) > 0 {
 			t.Errorf("the URLs %q are remembered", tok.URLs)
+		}
+		if tok.Pin != "" {
+			t.Errorf("the pin %q is remembered", tok.Pin)
 		}
 	}
 	if want := map[string]int{"quiet": 1, "busy": tokensPerSite}; !maps.Equal(sites, want) {

@@ -40,7 +40,7 @@ func TestSpeedScale(t *testing.T) {
 	}
 	r := newSpeedRig(t, speedSize{series: scale.series})
 	machine := describeMachine()
-	server := r.startEmptyServer("--limit-scrape", "1000000")
+	server := r.startSpeedServer(r.TempDir(), "--limit-scrape", "1000000")
 	cfg := r.load("scale", scale.sites, server)
 	cfg.Pushes, cfg.Interval, cfg.Duration, cfg.Format, cfg.Encoding = 0, scale.interval, scale.duration, LoadText, LoadGzip
 	if *speedFlag != "" {

@@ -132,7 +132,7 @@ func (t *connTable) protect(c *connEntry, sender string, now time.Time) {
 		}
 		t.senders[sender] = append(t.senders[sender], t.remembered.PushBack(&senderAddr{sender, p, now}))
 	}
-	for { // ends at the latest at the new element
+	for { // ends at the latest at the address of this request, whose time is now
 		first := t.remembered.Front()
 		if t.remembered.Len() <= maxRemembered && now.Sub(first.Value.(*senderAddr).at) <= knownFor {
 			return

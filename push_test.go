@@ -24,14 +24,14 @@ func TestPushAnswerJSON(t *testing.T) {
 			t.Errorf("got\n%s, want\n%s", got, want)
 		}
 	}
-	same(PushAnswer{})
+	same(PushAnswer{Dropped: map[string]int{}})
 	accepted, held, read := 230, "118-121,130", ""
 	same(PushAnswer{Accepted: &accepted, Dropped: map[string]int{}, Skipped: map[string]int{}, Server: "s1", Time: 1, Held: &held, Read: &read, Consumers: "0000000000000001:7"})
 	same(PushAnswer{Dropped: map[string]int{"b": 1, "a": 2}, Skipped: map[string]int{"<": -1}})
 	for c := range rune(0x100) {
-		same(PushAnswer{Server: "a" + string(c) + "b", Hint: "a" + string([]byte{byte(c)})})
+		same(PushAnswer{Dropped: map[string]int{}, Server: "a" + string(c) + "b", Hint: "a" + string([]byte{byte(c)})})
 	}
-	same(PushAnswer{Server: "\u2028"})
+	same(PushAnswer{Dropped: map[string]int{}, Server: "\u2028"})
 	for seed := range testSeeds(t, 300) {
 		a, ok := quick.Value(reflect.TypeFor[PushAnswer](), oldrand.New(oldrand.NewSource(int64(seed))))
 		if !ok {

@@ -84,15 +84,16 @@ type SampleList struct {
 	// histogram with long labels, which are repeated in the line of every bucket.
 	MaxSamples, MaxBytes int
 
-	// Generation is the generation of the series table that has the IDs of the known series and
-	// those in SeriesIDs. KnownSamples is the number of samples of known series.
-	Generation   uint64
-	KnownSamples int
-	// SeriesIDs has the ID of each sample's series, or NoSeriesID if the series has none. The store
-	// sets it if WantSeriesIDs is true and it returns no error.
+	// The server and the store use the following three fields. The server sets Generation, the
+	// generation of the series table that has the IDs of the known series, and WantSeriesIDs. If
+	// WantSeriesIDs is true and the store returns no error, the store sets SeriesIDs to the ID of
+	// each sample's series, or NoSeriesID if the series has none.
+	Generation    uint64
 	WantSeriesIDs bool
 	SeriesIDs     []uint32
-	lastKnown     []uint32 // by ID: index in Samples, plus 1, of the last sample of a known series; 0 = none
+
+	KnownSamples int      // samples of known series
+	lastKnown    []uint32 // by ID: index in Samples, plus 1, of the last sample of a known series; 0 = none
 
 	// index finds the samples that AddUnlessRepeated added, by the hash of their line and time. If
 	// samples have equal hashes, the next free number above the hash is the key of a later one.
@@ -100,8 +101,14 @@ type SampleList struct {
 	seed  maphash.Seed // secret from senders, who could otherwise make hashes collide; set together with index
 }
 
-// Line returns the rendered line of s, which must be a sample of l.
-func (l *SampleList) Line(s Sample) []byte { return l.Arena[s.Off : s.Off+s.Len] }
+// Line returns the rendered line of s, which must be a sample of l. It returns nil if s is a sample
+// of a known series: Off is then no offset.
+func (l *SampleList) Line(s Sample) []byte {
+	if s.Len == 0 {
+		return nil
+	}
+	return l.Arena[s.Off : s.Off+s.Len]
+}
 
 // Reset removes all samples from l. It keeps the memory and the limits.
 func (l *SampleList) Reset() {
@@ -146,8 +153,9 @@ const (
 )
 
 // AddUnlessRepeated adds a sample as Add does, unless an earlier sample has the same series and
-// time. Then l is unchanged, whether l is full or not. All samples of l must have been added by
-// AddUnlessRepeated.
+// time. Then l is unchanged, whether l is full or not. Each sample of l that has a line must have
+// been added by AddUnlessRepeated. Samples of known series are not compared: the store finds out
+// whether a known series also has a line.
 func (l *SampleList) AddUnlessRepeated(r *RawSample) (Repetition, error) {
 	s, err := l.appendLineOf(r)
 	if err != nil {
@@ -178,8 +186,8 @@ func (l *SampleList) AddUnlessRepeated(r *RawSample) (Repetition, error) {
 }
 
 // addKnown adds a sample of a known series as AddUnlessRepeated does. The error is ErrDecodeAgain if
-// l is full, or if the sample is earlier than another sample of the series. It may then repeat a
-// third sample.
+// l is full, or if the sample is earlier than the last sample of its series: only a search of all
+// samples could tell whether it repeats one.
 func (l *SampleList) addKnown(id uint32, t int64, v float64) (Repetition, error) {
 	if v != v {
 		v = math.NaN()

@@ -29,11 +29,8 @@ const supportedFormats = "text/plain (version 0.0.4 or 1.0.0), application/openm
 // type for web forms also means text exposition, because curl sends it by default. If such a body
 // is not text exposition after all, Decode fails.
 func ParseFormat(contentType string) (Format, error) {
-	switch contentType { // the usual texts, because parsing them takes longer than the rest of a push's headers
-	case "", "text/plain; version=1.0.0; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8":
+	if contentType == "" {
 		return FormatText, nil
-	case "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited":
-		return FormatProto, nil
 	}
 	media, params, err := mime.ParseMediaType(contentType)
 	if err == nil && media == "application/x-www-form-urlencoded" {
@@ -142,7 +139,7 @@ func (d *Decoder) learn(h formHash, decode func() error) error {
 		return err
 	}
 	if d.skipped == skipped {
-		d.known.note(h, d.raw.DropCode, samples)
+		d.known.noteDecoded(h, d.raw.DropCode, samples)
 	}
 	return nil
 }

@@ -97,7 +97,7 @@ type FamilySample struct {
 // Family holds samples with one metric name. They may come from several sites.
 type Family struct {
 	Name    string
-	Quoted  bool // whether one of the samples is Quoted
+	Quoted  bool // false only if no sample is Quoted; see FamilyGrouper
 	Samples iter.Seq[FamilySample]
 }
 

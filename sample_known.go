@@ -10,6 +10,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/maphash"
 	"math"
 	"math/bits"
@@ -21,35 +22,40 @@ import (
 // KnownPush.
 var ErrDecodeAgain = errors.New("the body must be decoded again without known series")
 
+// ErrStaleSeriesIDs is returned if the IDs of known series are those of another series table than
+// the store has now. It wraps ErrDecodeAgain. The known series must be forgotten.
+var ErrStaleSeriesIDs = fmt.Errorf("%w: the series table has changed", ErrDecodeAgain)
+
 // MaxDropCode is the highest value of RawSample.DropCode.
 const MaxDropCode = 15
 
 // A knownRef says what becomes of the samples of a series. The lower bits have the ID of the series
-// or the drop code. refLine is used only within a push: the lower bits then have the index of the
+// or the drop code. refSample is used only within a push: the lower bits then have the index of the
 // sample whose line is that of the series.
 type knownRef uint32
 
 const (
 	refDropped knownRef = 1 << 31
-	refLine    knownRef = 1 << 30
-	refBits             = refLine - 1
+	refSample  knownRef = 1 << 30
+	refBits             = refSample - 1
 )
 
-// knownSeries is the entry of one series in its undecoded form. A series that is sent in several
+// knownEntry is the entry of one series in its undecoded form. A series that is sent in several
 // forms, such as different orders of its labels, has several entries.
-type knownSeries struct {
+type knownEntry struct {
 	hash  uint64 // hash and check are the formHash
 	check uint32
 	ref   knownRef
 }
 
-func (s *knownSeries) is(h formHash) bool { return s.hash == h.hash && s.check == h.check }
+func (s *knownEntry) is(h formHash) bool { return s.hash == h.hash && s.check == h.check }
 
-func (s *knownSeries) form() formHash { return formHash{s.hash, s.check} }
+func (s *knownEntry) form() formHash { return formHash{s.hash, s.check} }
 
-// formHash is the hash of the undecoded form of a series, of 96 bits. The seeds are secret from
-// senders. So nobody can construct two series of which one gets the samples of the other, and among
-// a million series the probability of such a pair is below 2^-57.
+// formHash is the hash of the undecoded form of a series, of 96 bits. A site has its
+// own seeds and series, so a collision could only exchange two series of the site that sends them.
+// The seeds are secret, and among a million series an accidental collision has a probability below
+// 2^-57.
 type formHash struct {
 	hash  uint64
 	check uint32
@@ -60,7 +66,7 @@ type formHash struct {
 // It is not safe for concurrent use.
 type KnownSeries struct {
 	seeds  [4]maphash.Seed // two for names and two for labels
-	series []knownSeries   // in the order of the push that last added a series; then the others
+	series []knownEntry    // in the order of the push that last added a series; then the others
 	next   int             // index in series at which the next sample is expected
 }
 
@@ -92,10 +98,10 @@ type KnownPush struct {
 
 	known   *KnownSeries
 	list    *SampleList
-	arrival int64         // ms since the epoch; the time of samples without a timestamp
-	seen    []knownSeries // the series of the body that are known or can be learned, in order
-	misses  int           // series in seen that were not known
-	index   knownIndex    // of known.series; empty until it is needed
+	arrival int64        // ms since the epoch; the time of samples without a timestamp
+	seen    []knownEntry // the series of the body that are known or can be learned, in order
+	misses  int          // series in seen that were not known
+	index   knownIndex   // of known.series; empty until it is needed
 }
 
 // Reset prepares p for a body whose samples go into list. known has the series of the site. If it is
@@ -117,9 +123,9 @@ func (p *KnownPush) MemorySize() int {
 // CanLearn reports whether Learn would make series known.
 func (p *KnownPush) CanLearn() bool { return p.known != nil && p.misses > 0 }
 
-// take adds a sample of the series with this hash to p.list, or counts it as dropped. It returns
-// false if the series is not known. An error wraps ErrDecodeAgain or ErrListTooLarge.
-func (p *KnownPush) take(h formHash, t int64, v float64) (known bool, err error) {
+// addIfKnown adds a sample of the series with this hash to p.list, or counts it as dropped. It returns
+// false if the series is not known. The error is ErrDecodeAgain.
+func (p *KnownPush) addIfKnown(h formHash, t int64, v float64) (known bool, err error) {
 	series, k := p.known.series, p.known.next
 	if k >= len(series) || !series[k].is(h) {
 		if k = p.find(h); k < 0 {
@@ -161,7 +167,7 @@ type knownIndex []uint32
 
 // build returns an index of series that reuses the memory of x. If series has several entries with
 // one hash, the index has the first.
-func (x knownIndex) build(series []knownSeries) knownIndex {
+func (x knownIndex) build(series []knownEntry) knownIndex {
 	size := 1 << bits.Len(uint(2*len(series)))
 	x = slices.Grow(x[:0], size)[:size]
 	clear(x)
@@ -174,10 +180,10 @@ func (x knownIndex) build(series []knownSeries) knownIndex {
 }
 
 // find returns the index in series of the first entry with this hash, or -1.
-func (x knownIndex) find(series []knownSeries, h formHash) int { return int(x[x.place(series, h)]) - 1 }
+func (x knownIndex) find(series []knownEntry, h formHash) int { return int(x[x.place(series, h)]) - 1 }
 
 // place returns the place in x of the entry with this hash, or the free place for it.
-func (x knownIndex) place(series []knownSeries, h formHash) int {
+func (x knownIndex) place(series []knownEntry, h formHash) int {
 	at := int(h.hash) & (len(x) - 1)
 	for x[at] != 0 && !series[x[at]-1].is(h) {
 		at = (at + 1) & (len(x) - 1)
@@ -185,11 +191,11 @@ func (x knownIndex) place(series []knownSeries, h formHash) int {
 	return at
 }
 
-// note records what became of a sample that was decoded because its series was not known: the
+// noteDecoded records what became of a sample that was decoded because its series was not known: the
 // callback gave it a drop code, or added it to the list, which had samplesBefore samples before. A
 // sample that repeats another one is neither, and its series stays unknown.
-func (p *KnownPush) note(h formHash, dropCode uint8, samplesBefore int) {
-	ref := refLine | knownRef(samplesBefore)
+func (p *KnownPush) noteDecoded(h formHash, dropCode uint8, samplesBefore int) {
+	ref := refSample | knownRef(samplesBefore)
 	switch {
 	case dropCode > 0:
 		ref = refDropped | knownRef(dropCode)
@@ -197,7 +203,7 @@ func (p *KnownPush) note(h formHash, dropCode uint8, samplesBefore int) {
 		return
 	}
 	p.misses++
-	p.seen = append(p.seen, knownSeries{h.hash, h.check, ref})
+	p.seen = append(p.seen, knownEntry{h.hash, h.check, ref})
 }
 
 // Learn makes the series of the body known that were not. It needs the IDs in p.list.SeriesIDs. The
@@ -207,20 +213,23 @@ func (p *KnownPush) Learn(limit int) {
 	if !p.CanLearn() {
 		return
 	}
-	ids := p.list.SeriesIDs
-	p.seen = slices.DeleteFunc(p.seen, func(s knownSeries) bool {
+	ids, all := p.list.SeriesIDs, len(p.seen)
+	p.seen = slices.DeleteFunc(p.seen, func(s knownEntry) bool {
 		i := int(s.ref & refBits)
-		return s.ref&refLine != 0 && (i >= len(ids) || ids[i] == NoSeriesID)
+		return s.ref&refSample != 0 && (i >= len(ids) || ids[i] == NoSeriesID)
 	})
+	if all-len(p.seen) == p.misses { // each series that was not known has samples without an ID, for example samples that are too old
+		return
+	}
 	for i, s := range p.seen {
-		if s.ref&refLine != 0 {
+		if s.ref&refSample != 0 {
 			p.seen[i].ref = knownRef(ids[s.ref&refBits])
 		}
 	}
 	inBody := len(p.seen)
 	p.seen = append(p.seen, p.known.series...)
 	p.index = p.index.build(p.seen)
-	series := make([]knownSeries, 0, min(limit, len(p.seen)))
+	series := make([]knownEntry, 0, min(limit, len(p.seen)))
 	p.known.next = 0
 	for i, s := range p.seen {
 		if i == inBody {
@@ -252,7 +261,7 @@ func (m *plainMetric) split(b []byte, valueTag byte) bool {
 		n, size := int(b[i+1]), 1
 		if n >= 0x80 {
 			u, k := binary.Uvarint(b[i+1:])
-			if k <= 0 || u > math.MaxInt32 {
+			if k <= 0 || u > uint64(len(b)) {
 				return false
 			}
 			n, size = int(u), k

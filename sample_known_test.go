@@ -27,7 +27,7 @@ type knownDecoder struct {
 func (k *knownDecoder) decode(body []byte, f Format, limit int) (string, error) {
 	var d Decoder
 	var out []string
-	p := SampleList{MaxSamples: 1000, WantSeriesIDs: true}
+	p := SampleList{MaxSamples: 1000}
 	k.push.Reset(&k.known, &p, 5)
 	p.WantSeriesIDs = true
 	received, dropped, repeats := 0, 0, [RepeatsTime + 1]int{}
@@ -143,6 +143,30 @@ func TestKnownSeriesDecodeAgain(t *testing.T) {
 		}
 		if _, err := k.decode([]byte(c.body), FormatText, 10); !errors.Is(err, c.want) {
 			t.Errorf("%s: error %v, want %v", c.name, err, c.want)
+		}
+	}
+}
+
+// A Metric message whose length field exceeds the message does not have the plain form, also if the
+// length is as large as an int of 32 bits can be.
+func TestSplitMetricLengths(t *testing.T) {
+	pair := pbBytes(1, make([]byte, 40))
+	for _, c := range []struct {
+		name   string
+		labels []byte
+		want   bool
+	}{
+		{"short", pair, true},
+		{"two bytes of length", pbBytes(1, make([]byte, 300)), true},
+		{"2^31-1", append([]byte{0x0a, 0xff, 0xff, 0xff, 0xff, 0x07}, make([]byte, 40)...), false},
+		{"2^31-1 after a label", append(append(slices.Clone(pair), 0x0a, 0xff, 0xff, 0xff, 0xff, 0x07), make([]byte, 40)...), false},
+		{"2^32", append([]byte{0x0a, 0x80, 0x80, 0x80, 0x80, 0x10}, make([]byte, 40)...), false},
+		{"2^64-1", append([]byte{0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, make([]byte, 40)...), false},
+		{"as long as the message", append([]byte{0x0a, 0xb9, 0x00}, make([]byte, 40)...), false},
+	} {
+		var m plainMetric
+		if got := m.split(append(slices.Clone(c.labels), pbBytes(3, pbFloat(1, 5))...), 3<<3|2); got != c.want {
+			t.Errorf("%s: the form is plain: %t, want %t", c.name, got, c.want)
 		}
 	}
 }

@@ -139,7 +139,7 @@ func (d *Decoder) decodeKnownMetric(b, name []byte, nameHash formHash, kind uint
 		m.t = d.known.arrival
 	}
 	h := d.known.known.hashForm(nameHash, m.labels)
-	if known, err := d.known.take(h, m.t, m.v); known {
+	if known, err := d.known.addIfKnown(h, m.t, m.v); known {
 		return err
 	}
 	return d.learn(h, func() error { return d.decodeMetric(b, name, kind, emit) })

@@ -59,7 +59,7 @@ func (d *Decoder) decodeKnownLine(line []byte, openMetrics bool, createdName []b
 		l.t = d.known.arrival
 	}
 	h := d.known.known.hashForm(formHash{}, l.series)
-	if known, err := d.known.take(h, l.t, l.v); known {
+	if known, err := d.known.addIfKnown(h, l.t, l.v); known {
 		return err
 	}
 	return d.learn(h, func() error { return d.decodeSampleLine(line, openMetrics, createdName, emit) })

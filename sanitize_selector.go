@@ -70,7 +70,7 @@ func (s *Selector) compile() error {
 		if !m.isPattern {
 			continue
 		}
-		if m.value == ".+" { // the pattern of MatchAll, which is evaluated for every series, means that the value is not empty
+		if m.value == ".+" { // The value is not empty. MatchAll has this pattern and is evaluated for every series.
 			m.isPattern, m.value, m.negate = false, "", !m.negate
 			continue
 		}

@@ -55,10 +55,7 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 	}
 	st := s.state.Load()
 	t, err := st.verifier.Verify(text, s.cfg.Now())
-	id := ""
-	if r.URL.RawQuery != "" {
-		id = r.URL.Query().Get("id")
-	}
+	id := r.URL.Query().Get("id")
 	reason := ""
 	switch {
 	case errors.Is(err, ErrTokenExpired):

@@ -60,8 +60,10 @@ func newRuleWatch(m *Metrics, log *slog.Logger, now func() time.Time) *ruleWatch
 }
 
 // beginPush reports whether all of these rules that match the known series of a site, as knownUse
-// says, have matched a sample lately. If not, the push must be decoded without known series: a known
-// series does not show that a sample of it was pushed lately.
+// says, have matched a sample since the last check of all rules. If not, the push must be decoded
+// without known series: a known series does not show that a sample of it was pushed lately. If the
+// check falls between beginPush and finishPush, the rules of the known series count as matched for
+// one more interval.
 func (w *ruleWatch) beginPush(rules *ServerNormalizer, knownUse NormalizerUse) (matchedLately bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -22,6 +22,10 @@ const (
 	maxTrackedSites  = 100_000        // sites whose state is kept in memory
 	siteIdle         = 24 * time.Hour // after this time without a request, a site may be forgotten to make room for a new site
 
+	// knownIdle is the time after which the known series of a site that sends no request are freed.
+	// The next push of the site is then decoded in full.
+	knownIdle = 2 * time.Hour
+
 	siteLogEvery = time.Hour // shortest time between two lines with the same cause about one site
 )
 
@@ -30,8 +34,9 @@ type SitePushLimiter struct {
 	interval  time.Duration // shortest average time between the pushes of one site; 0 = no rate limit
 	pushBytes int           // a push counts once for each pushBytes bytes that it decodes to; a smaller push counts once
 
-	mu    sync.Mutex              // guards sites and the state of each site
+	mu    sync.Mutex              // guards the fields below and the state of each site
 	sites map[string]*limitedSite // by cluster ID
+	freed time.Time               // when freeIdleSeries was last called
 }
 
 type limitedSite struct {
@@ -40,18 +45,18 @@ type limitedSite struct {
 	// time. So forgetting a site whose tat is in the past does not change when the site may push.
 	tat        time.Time
 	inFlight   int
-	decodeTurn decodeTurn
+	decodeLock siteDecodeLock
 	health     siteHealth
 	seen       time.Time                 // when the state of this site was last used; see track
 	logged     map[string]LimitedMessage // by cause; see TakeSiteLog; nil if nothing was logged
 	refusalLog LimitedMessage
 }
 
-// decodeTurn has one slot. The site's push that is being decoded or stored holds it, and it alone
+// siteDecodeLock has one slot. The site's push that is being decoded or stored holds it, and it alone
 // uses series.
-type decodeTurn struct {
+type siteDecodeLock struct {
 	semaphore
-	series siteSeries
+	series knownSiteSeries
 }
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
@@ -72,7 +77,8 @@ func NewSitePushLimiter(interval time.Duration, pushBytes int) *SitePushLimiter 
 
 // track returns the state of a site, which it creates if needed. If the site is new and
 // maxTrackedSites sites are in memory, it first forgets the idle ones. It returns nil if there is
-// still no room. The caller must hold t.mu.
+// still no room. Every knownIdle it also frees the known series of idle sites. The caller must hold
+// t.mu.
 func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 	site := t.sites[clusterID]
 	if site == nil {
@@ -84,11 +90,26 @@ func (t *SitePushLimiter) track(clusterID string, now time.Time) *limitedSite {
 		if len(t.sites) >= maxTrackedSites {
 			return nil
 		}
-		site = &limitedSite{decodeTurn: decodeTurn{semaphore: newSemaphore(1)}}
+		site = &limitedSite{decodeLock: siteDecodeLock{semaphore: newSemaphore(1)}}
 		t.sites[clusterID] = site
 	}
 	site.seen = now
+	if now.Sub(t.freed) >= knownIdle {
+		t.freeIdleSeries(now)
+	}
 	return site
+}
+
+// freeIdleSeries frees the known series of the sites that have sent no request for knownIdle. Nobody
+// uses them, because only a push that is in flight can hold the siteDecodeLock. The caller must hold
+// t.mu.
+func (t *SitePushLimiter) freeIdleSeries(now time.Time) {
+	t.freed = now
+	for _, site := range t.sites {
+		if site.inFlight == 0 && now.Sub(site.seen) >= knownIdle {
+			site.decodeLock.series = knownSiteSeries{}
+		}
+	}
 }
 
 // pay moves the time of the site's next push by a number of intervals.
@@ -151,12 +172,12 @@ func (t *SitePushLimiter) IsAheadOfPace(clusterID string, now time.Time) bool {
 	return t.sites[clusterID].tat.Sub(now) > aheadOfPace*t.interval
 }
 
-// DecodeTurn returns the decodeTurn that a push of the site holds while it is decoded and stored.
+// DecodeLock returns the siteDecodeLock that a push of the site holds while it is decoded and stored.
 // The push must be in flight.
-func (t *SitePushLimiter) DecodeTurn(clusterID string) *decodeTurn {
+func (t *SitePushLimiter) DecodeLock(clusterID string) *siteDecodeLock {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return &t.sites[clusterID].decodeTurn
+	return &t.sites[clusterID].decodeLock
 }
 
 // SetTokenExpiry records when the client token of a site expires, in Unix seconds; 0 means never.

@@ -59,40 +59,40 @@ func (s *Server) decodeAndStorePush(ctx context.Context, push *pushRequest, para
 		return nil, s.errBodyTooLarge()
 	}
 	// While a push waits, it takes only the memory of its body as sent, which LimitBytes bounds.
-	turn := s.sites.DecodeTurn(push.ClusterID)
-	if turn.Acquire(ctx) != nil {
+	lock := s.sites.DecodeLock(push.ClusterID)
+	if lock.Acquire(ctx) != nil {
 		return nil, errOverloaded("the server is too busy to decode the push")
 	}
-	defer turn.Release()
-	resp, err := s.decodeAndStoreInTurn(ctx, turn, push, params, body)
+	defer lock.Release()
+	lock.series.isRetry = false
+	resp, err := s.decodeAndStoreLocked(ctx, lock, push, params, body)
 	if errors.Is(err, ErrDecodeAgain) {
-		turn.series.decodeAgain()
-		resp, err = s.decodeAndStoreInTurn(ctx, turn, push, params, body)
+		lock.series.decodeAgain(err)
+		resp, err = s.decodeAndStoreLocked(ctx, lock, push, params, body)
 	}
 	return resp, err
 }
 
-// decodeAndStoreInTurn does the work of decodeAndStorePush while the push has the turn of its site.
-// If the error is ErrDecodeAgain, the push is neither stored nor counted. A push that is decoded again
-// is also charged again.
-func (s *Server) decodeAndStoreInTurn(ctx context.Context, turn *decodeTurn, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
+// decodeAndStoreLocked does the work of decodeAndStorePush while the push holds the decode lock of its site.
+// If the error is ErrDecodeAgain, the push is neither stored nor counted.
+func (s *Server) decodeAndStoreLocked(ctx context.Context, lock *siteDecodeLock, push *pushRequest, params pushParams, body []byte) (*pushResponse, error) {
 	// The size of a body is known only once the body is decompressed. So a push of a site that
 	// pushes little begins in the express lane. If its body turns out to be large, it gives up the
 	// slot and the decompressed bytes, and begins again in the bulk lane: decompressing takes a
 	// tenth of the time of decoding, and pushes that wait keep no decompressed body in memory.
 	if !s.sites.IsAheadOfPace(push.ClusterID, s.cfg.Now()) {
-		resp, isLarge, err := s.storeExpressPush(ctx, turn, push, params, body)
+		resp, isLarge, err := s.storeExpressPush(ctx, lock, push, params, body)
 		if !isLarge {
 			return resp, err
 		}
 	}
-	return s.storeBulkPush(ctx, turn, push, params, body)
+	return s.storeBulkPush(ctx, lock, push, params, body)
 }
 
 // storeExpressPush decodes and stores a push that decompresses to at most LimitBytes. The push holds
 // a slot only while it is decoded, so that pushes which wait for a disk that hangs take no slots
 // from other pushes. isLarge is true if the push needs a bulk slot; it is then not stored.
-func (s *Server) storeExpressPush(ctx context.Context, turn *decodeTurn, push *pushRequest, params pushParams, sentBody []byte) (resp *pushResponse, isLarge bool, err error) {
+func (s *Server) storeExpressPush(ctx context.Context, lock *siteDecodeLock, push *pushRequest, params pushParams, sentBody []byte) (resp *pushResponse, isLarge bool, err error) {
 	buf, err := s.decoding.express.acquire(ctx)
 	if err != nil {
 		return nil, false, err
@@ -104,19 +104,19 @@ func (s *Server) storeExpressPush(ctx context.Context, turn *decodeTurn, push *p
 	}()
 	release := sync.OnceFunc(s.decoding.express.slots.Release)
 	defer release() // if decoding panics, because net/http goes on after a panic
-	d, isLarge, err := s.decompressAndDecode(buf, &turn.series, push, params.format, sentBody, int(s.cfg.LimitBytes))
+	d, isLarge, err := s.decompressAndDecode(buf, &lock.series, push, params.format, sentBody, int(s.cfg.LimitBytes))
 	release()
 	if isLarge || err != nil {
 		return nil, isLarge, err
 	}
-	resp, err = s.storeDecodedPush(ctx, &turn.series, push, params, buf, d)
+	resp, err = s.storeDecodedPush(ctx, &lock.series, push, params, buf, d)
 	return resp, false, err
 }
 
 // storeBulkPush decodes and stores a push of any size up to the limit. The buffers of the bulk lane
 // are reused whatever their size, because there are only as many as bulk slots, and because
 // allocating them for each push would keep the garbage collector busy.
-func (s *Server) storeBulkPush(ctx context.Context, turn *decodeTurn, push *pushRequest, params pushParams, sentBody []byte) (*pushResponse, error) {
+func (s *Server) storeBulkPush(ctx context.Context, lock *siteDecodeLock, push *pushRequest, params pushParams, sentBody []byte) (*pushResponse, error) {
 	buf, err := s.decoding.bulk.acquire(ctx)
 	if err != nil {
 		return nil, err
@@ -124,18 +124,18 @@ func (s *Server) storeBulkPush(ctx context.Context, turn *decodeTurn, push *push
 	defer s.decoding.bulk.slots.Release()
 	defer s.decoding.bulk.buffers.Put(buf)
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
-	d, isLarge, err := s.decompressAndDecode(buf, &turn.series, push, params.format, sentBody, limit)
+	d, isLarge, err := s.decompressAndDecode(buf, &lock.series, push, params.format, sentBody, limit)
 	if err != nil {
 		return nil, err
 	}
 	if isLarge {
 		return nil, errPushTooLarge(fmt.Sprintf("the decompressed body is larger than %d bytes, which is %d times --limit-bytes; raise the server's --limit-bytes to accept larger bodies", limit, MaxDecodedFactor))
 	}
-	return s.storeDecodedPush(ctx, &turn.series, push, params, buf, d)
+	return s.storeDecodedPush(ctx, &lock.series, push, params, buf, d)
 }
 
 // storeDecodedPush stores the samples in buf, which d describes, and returns the answer.
-func (s *Server) storeDecodedPush(ctx context.Context, known *siteSeries, push *pushRequest, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
+func (s *Server) storeDecodedPush(ctx context.Context, known *knownSiteSeries, push *pushRequest, params pushParams, buf *decodeBuffers, d pushDropCounts) (*pushResponse, error) {
 	defer s.pending.Add(-d.memory)
 	var res AppendResult
 	var err error
@@ -190,23 +190,29 @@ func (c *pushDropCounts) skippedByKind() map[string]int {
 // decompressAndDecode decompresses, decodes and normalizes the body of a push into buf.samples. A
 // sample without a timestamp gets the arrival time of the push. If the decompressed body has more
 // than limit bytes, isLarge is true. The site is charged for the decompressed bytes: for limit bytes
-// if the body is large, or malformed as a compressed body.
-func (s *Server) decompressAndDecode(buf *decodeBuffers, known *siteSeries, push *pushRequest, format Format, sentBody []byte, limit int) (counts pushDropCounts, isLarge bool, err error) {
+// if the body is large, or malformed as a compressed body. A push that is decoded again is not
+// charged again.
+func (s *Server) decompressAndDecode(buf *decodeBuffers, known *knownSiteSeries, push *pushRequest, format Format, sentBody []byte, limit int) (counts pushDropCounts, isLarge bool, err error) {
 	body, isLarge, err := buf.decompressor.Decompress(sentBody, push.Encoding, limit)
+	charged := len(body)
 	if err != nil || isLarge {
-		s.sites.ChargeDecoded(push.ClusterID, limit, s.cfg.Now())
+		charged = limit
+	}
+	if !known.isRetry {
+		s.sites.ChargeDecoded(push.ClusterID, charged, s.cfg.Now())
+	}
+	if err != nil || isLarge {
 		if err != nil {
 			err = errMalformed(err.Error())
 		}
 		return counts, isLarge, err
 	}
-	s.sites.ChargeDecoded(push.ClusterID, len(body), s.cfg.Now())
 	counts, err = s.decodePush(buf, known, push, format, body)
 	return counts, false, err
 }
 
 // decodePush decodes and normalizes the decompressed body of a push into buf.samples.
-func (s *Server) decodePush(buf *decodeBuffers, known *siteSeries, push *pushRequest, format Format, body []byte) (counts pushDropCounts, err error) {
+func (s *Server) decodePush(buf *decodeBuffers, known *knownSiteSeries, push *pushRequest, format Format, body []byte) (counts pushDropCounts, err error) {
 	limit := MaxDecodedFactor * int(s.cfg.LimitBytes)
 	buf.samples.Reset()
 	buf.samples.MaxBytes = 4 * limit
@@ -222,8 +228,8 @@ func (s *Server) decodePush(buf *decodeBuffers, known *siteSeries, push *pushReq
 	}
 	skipped, err := buf.decoder.DecodeKnown(body, format, &buf.known, n.normalizeAndAdd)
 	switch {
-	case errors.Is(err, ErrDecodeAgain):
-		return counts, err
+	case errors.Is(err, ErrDecodeAgain), errors.Is(err, ErrListTooLarge) && buf.known.Received > 0:
+		return counts, ErrDecodeAgain // in the second case a sample may repeat one of a known series, and need no room
 	case errors.Is(err, ErrListTooLarge):
 		return counts, errPushTooLarge(err.Error() + "; raise the server's --limit-bytes to accept more")
 	case errors.Is(err, ErrTooLarge):

@@ -80,12 +80,12 @@ func TestOneSiteDecodesOnePush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newDecodeRig(t, 0)
 		r.hold("a", "up 1\n")
-		turn := r.server.sites.DecodeTurn("a")
-		turn.TryAcquire() // as if a push of the site were being decoded
+		lock := r.server.sites.DecodeLock("a")
+		lock.TryAcquire() // as if a push of the site were being decoded
 		waits := r.pushInBackground("a", "up 1\n")
 		checkStored(t, "another site", r.pushInBackground("b", "up 1\n"), true)
 		checkStored(t, "the same site", waits, false)
-		turn.Release()
+		lock.Release()
 		checkStored(t, "the same site, after its first push", waits, true)
 	})
 }

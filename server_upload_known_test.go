@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -227,11 +228,11 @@ func (k *knownRig) proto() []byte {
 	return b
 }
 
-// siteSeries returns what a server knows of the series of the site.
-func (k *knownRig) siteSeries(r *srvRig) *siteSeries {
+// knownSiteSeries returns what a server knows of the series of the site.
+func (k *knownRig) knownSiteSeries(r *srvRig) *knownSiteSeries {
 	r.server.sites.mu.Lock()
 	defer r.server.sites.mu.Unlock()
-	return &r.server.sites.track("site", k.now).decodeTurn.series
+	return &r.server.sites.track("site", k.now).decodeLock.series
 }
 
 // pushBoth pushes k.push to both servers. It compares their answers and the logs that they would
@@ -266,8 +267,8 @@ func (k *knownRig) pushBoth() {
 		}
 		return fmt.Sprintf("%d %t %s", resp.Status, resp.AllUntimely, resp.Body)
 	}
-	k.siteSeries(k.cold).pause = 1
-	known := &k.siteSeries(k.warm).known
+	k.knownSiteSeries(k.cold).pause = 1
+	known := &k.knownSiteSeries(k.warm).known
 	before := known.Len()
 	got, want := answer(k.warm), answer(k.cold)
 	if before > 0 && known.Len() >= before {
@@ -338,6 +339,211 @@ func FuzzKnownSeries(f *testing.F) {
 			newKnownRig(t, ops).run()
 		}
 	})
+}
+
+// newKnownCaseRig returns a server without a rate limit, for pushKnown.
+func newKnownCaseRig(t *testing.T) *srvRig {
+	return newSrvRig(t, func(s *StoreConfig, c *ServerConfig) {
+		s.LimitSeries, c.LimitBytes, c.RateInterval = 5000, 2<<10, 0
+	})
+}
+
+// pushKnown pushes text for a site, one second after the push before. It returns the answer.
+func (r *srvRig) pushKnown(clusterID string, labels map[string]string, text string) *pushResponse {
+	r.t.Helper()
+	r.clock.Add(int64(time.Second))
+	push := &pushRequest{ClusterID: clusterID, Labels: labels, Arrival: r.now().UnixMilli(), Encoding: "gzip"}
+	resp, err := r.server.acquireAndStorePush(context.Background(), push, gzipped([]byte(text)))
+	if err != nil {
+		resp = refusalResponse(err)
+	}
+	return resp
+}
+
+// known returns the known series of a site that has pushed.
+func (r *srvRig) known(clusterID string) *knownSiteSeries {
+	r.server.sites.mu.Lock()
+	defer r.server.sites.mu.Unlock()
+	return &r.server.sites.sites[clusterID].decodeLock.series
+}
+
+// A push that is too large for the list of samples is answered the same, whether its series are
+// known or not, unless only its rendered lines are too large: known series have none.
+func TestKnownSeriesAtLimits(t *testing.T) {
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_:"
+	lines := func(from, to int) (text string) { // names of two letters, so that gzip makes a line shorter than two bytes
+		for i := from; i < to; i++ {
+			text += fmt.Sprintf("%c%c 1\n", letters[i/64], letters[i%64])
+		}
+		return text
+	}
+	const maxSamples = MaxDecodedFactor * 2 << 10 / 16
+	longLabel := map[string]string{"team": strings.Repeat("x", 3000)} // 30 lines are too large
+	for _, c := range []struct {
+		name         string
+		labels       map[string]string
+		before       [2]string
+		push         string
+		warm, cold   int // the status if the series are known, and if not
+		wantAccepted int
+	}{
+		{"as many samples as fit", nil, [2]string{lines(0, 512), lines(512, maxSamples)}, lines(0, maxSamples), 200, 200, maxSamples},
+		{"one that repeats a known one in another form", nil, [2]string{lines(0, 512), lines(512, maxSamples)}, lines(0, maxSamples) + "aa  1\n", 200, 200, maxSamples},
+		{"a new one too many", nil, [2]string{lines(0, 512), lines(512, maxSamples)}, lines(0, maxSamples+1), 413, 413, 0},
+		{"a known one too many", nil, [2]string{lines(0, 512), lines(512, maxSamples+1)}, lines(0, maxSamples+1), 413, 413, 0},
+		{"lines that fit", longLabel, [2]string{lines(0, 10), lines(10, 20)}, lines(0, 20), 200, 200, 20},
+		{"lines too large", longLabel, [2]string{lines(0, 15), lines(15, 30)}, lines(0, 30), 200, 413, 30},
+	} {
+		r := newKnownCaseRig(t)
+		for _, text := range c.before {
+			if got := r.pushKnown("warm", c.labels, text); got.Status != 200 {
+				t.Fatalf("%s: a part was answered %d %s", c.name, got.Status, got.Body)
+			}
+		}
+		for site, want := range map[string]int{"warm": c.warm, "cold": c.cold} {
+			got := r.pushKnown(site, c.labels, c.push)
+			accepted := fmt.Sprintf(`"accepted":%d,`, c.wantAccepted)
+			if want == 413 {
+				accepted = "raise the server's --limit-bytes to accept more"
+			}
+			if got.Status != want || !strings.Contains(string(got.Body), accepted) {
+				t.Errorf("%s: the %s site was answered %d %s, want %d and %s", c.name, site, got.Status, got.Body, want, accepted)
+			}
+		}
+	}
+}
+
+// A push that is decoded twice because of known series counts once towards the rate limit.
+func TestDecodedAgainIsChargedOnce(t *testing.T) {
+	r := newKnownCaseRig(t)
+	r.server.sites = NewSitePushLimiter(time.Minute, 2<<10)
+	r.pushKnown("s", nil, "a 1\n")
+	before := r.server.sites.sites["s"].tat
+	now := r.now().UnixMilli()
+	text := fmt.Sprintf("a 1 %d\na 1 %d\n", now, now-1) + strings.Repeat("#"+strings.Repeat(" ", 1022)+"\n", 4)
+	if got := r.pushKnown("s", nil, text); got.Status != 200 || !r.known("s").isRetry {
+		t.Fatalf("the push was decoded again: %t, and answered %d %s", r.known("s").isRetry, got.Status, got.Body)
+	}
+	if got, want := r.server.sites.sites["s"].tat.Sub(before), 3*time.Minute; got != want {
+		t.Errorf("a push of a little more than 4 KiB counts as %v of the rate limit, want %v", got, want)
+	}
+}
+
+// After the series table has changed, one push is decoded again, and makes its series known.
+func TestStaleSeriesIDsDoNotPause(t *testing.T) {
+	r := newKnownCaseRig(t)
+	for range 2 {
+		r.pushKnown("s", nil, "a 1\nb 1\n")
+	}
+	k := r.known("s")
+	k.generation++ // as if the IDs came from another table
+	for i, want := range []bool{true, false, false} {
+		if got := r.pushKnown("s", nil, "a 1\nb 1\n"); got.Status != 200 {
+			t.Fatalf("push %d: answered %d %s", i, got.Status, got.Body)
+		}
+		if k.isRetry != want || k.known.Len() != 2 || k.pause != 0 {
+			t.Errorf("push %d: decoded again %t, want %t; %d series are known, want 2; %d pushes will be without", i, k.isRetry, want, k.known.Len(), k.pause)
+		}
+	}
+}
+
+// A site whose pushes always repeat series with earlier times is rarely decoded twice. Once it sends
+// other pushes, its known series are used again.
+func TestKnownSeriesPause(t *testing.T) {
+	r := newKnownCaseRig(t)
+	again := 0
+	for i := range 100 {
+		now := r.now().UnixMilli()
+		if got := r.pushKnown("s", nil, fmt.Sprintf("a 1 %d\na 1 %d\n", now, now-1)); got.Status != 200 {
+			t.Fatalf("push %d: answered %d %s", i, got.Status, got.Body)
+		}
+		if r.known("s").isRetry {
+			again++
+		}
+	}
+	if most := 100/(maxKnownPause+1) + 6; again == 0 || again > most {
+		t.Errorf("%d of 100 pushes were decoded twice, want 1 to %d", again, most)
+	}
+	for range maxKnownPause + 3 {
+		r.pushKnown("s", nil, "a 1\n")
+	}
+	if k := r.known("s"); k.known.Len() != 1 || k.pause != 0 || k.nextPause != 0 {
+		t.Errorf("%d series are known, want 1; pause %d, next pause %d", k.known.Len(), k.pause, k.nextPause)
+	}
+}
+
+// A series that cannot become known, because its samples are too old, does not make a push copy the
+// list of known series.
+func TestUnlearnableSeriesKeepTheList(t *testing.T) {
+	r := newKnownCaseRig(t)
+	var before *knownEntry
+	for i := range 3 {
+		text := fmt.Sprintf("a 1\nold 1 %d\nb 1\n", r.now().Add(-3*time.Hour).UnixMilli())
+		if got := r.pushKnown("s", nil, text); !strings.Contains(string(got.Body), `"accepted":2,`) {
+			t.Fatalf("push %d: answered %d %s", i, got.Status, got.Body)
+		}
+		known := r.known("s").known.series
+		if len(known) != 2 || i > 0 && &known[0] != before {
+			t.Fatalf("push %d: %d series are known, want 2; the list is another one: %t", i, len(known), i > 0 && &known[0] != before)
+		}
+		before = &known[0]
+	}
+}
+
+// The known series of a site without requests are freed, unless a push of the site is in flight.
+func TestIdleSitesFreeKnownSeries(t *testing.T) {
+	r := newKnownCaseRig(t)
+	for _, site := range []string{"idle", "busy", "s"} {
+		r.pushKnown(site, nil, "a 1\n")
+	}
+	if _, err := r.server.sites.AcquirePush("busy", r.now()); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		after time.Duration
+		want  map[string]int // known series by site
+	}{
+		{knownIdle / 2, map[string]int{"idle": 1, "busy": 1, "s": 1}},
+		{knownIdle * 3 / 4, map[string]int{"idle": 0, "busy": 1, "s": 1}},
+	} {
+		r.clock.Add(int64(c.after))
+		r.pushKnown("s", nil, "a 1\n")
+		for site, want := range c.want {
+			if got := r.known(site).known.Len(); got != want {
+				t.Errorf("%v later: %d series of site %s are known, want %d", c.after, got, site, want)
+			}
+		}
+	}
+	if got := r.pushKnown("idle", nil, "a 1\n"); got.Status != 200 || r.known("idle").known.Len() != 1 {
+		t.Errorf("a push after the pause was answered %d %s, and %d series are known", got.Status, got.Body, r.known("idle").known.Len())
+	}
+}
+
+// A push that cannot be written makes no series known: the store gives the IDs of its new series to
+// others.
+func TestFailedPushMakesNothingKnown(t *testing.T) {
+	fsys := newCrashFS(1, "/secretdir")
+	r := newSrvRig(t, func(s *StoreConfig, c *ServerConfig) { s.FS, c.RateInterval = fsys, 0 })
+	r.pushKnown("s", nil, "a 1\n")
+	fsys.hook = failOn("write", "", 0, errors.New("the disk fails"))
+	if got := r.pushKnown("s", nil, "a 2\nb 2\n"); got.Status == 200 {
+		t.Fatalf("a push that cannot be written was answered %d %s", got.Status, got.Body)
+	}
+	fsys.hook = nil
+	if got := r.known("s").known.Len(); got != 1 {
+		t.Errorf("after the push that failed, %d series are known, want 1", got)
+	}
+	for _, text := range []string{"c 3\n", "b 4\n", "c 5\n"} {
+		if got := r.pushKnown("s", nil, text); got.Status != 200 {
+			t.Fatalf("push %q: answered %d %s", text, got.Status, got.Body)
+		}
+	}
+	held := r.held("s", "")
+	for series, value := range map[string]string{"a": "1", "b": "4", "c": "5"} {
+		if !strings.Contains(held, fmt.Sprintf("%s{_id=\"s\",instance=\"\",job=\"\"} %s ", series, value)) {
+			t.Errorf("series %s has not the value %s in %s", series, value, held)
+		}
+	}
 }
 
 // discardFS is an FS that discards all writes, for benchmarks without a disk.

@@ -169,15 +169,15 @@ func (d *SiteSamples) newAscendingBatch(p *SampleList, limits AppendLimits) *Bat
 	return b
 }
 
-// checkKnownSeries returns ErrDecodeAgain if the IDs of known series in p are those of another table,
-// or if p has a known series also with its line. Samples of such a series may repeat each other,
+// checkKnownSeries returns ErrStaleSeriesIDs if the IDs of known series in p are those of another
+// table, and ErrDecodeAgain if p has a known series also with its line. Samples of such a series may repeat each other,
 // which only SampleList.AddUnlessRepeated counts.
 func (d *SiteSamples) checkKnownSeries(p *SampleList) error {
 	if p.KnownSamples == 0 {
 		return nil
 	}
 	if p.Generation != d.Table.Generation() {
-		return ErrDecodeAgain
+		return ErrStaleSeriesIDs
 	}
 	if p.KnownSamples == len(p.Samples) {
 		return nil
