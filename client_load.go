@@ -31,7 +31,7 @@ type LoadConfig struct {
 	Series       int          // series of each site
 	Format       string       // LoadText or LoadProtobuf
 	Encoding     string       // LoadIdentity, LoadGzip or LoadSnappy
-	FirstSpoolID uint64       // spool ID of the first site, whose successors are those of the other sites; 0: pushes do not name their scrapes
+	FirstSpoolID uint64       // spool ID of site 0; site i has FirstSpoolID+i; 0: the pushes do not name their scrapes
 	InFlight     int          // most pushes in flight
 	Duration     time.Duration
 	Interval     time.Duration // time between two pushes of a site; 0: as fast as possible

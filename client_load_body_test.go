@@ -10,7 +10,8 @@ import (
 )
 
 // Every format and encoding has the same series: nine in a family, each with at least 250 bytes of
-// text. Compression makes a body four times smaller or more. A later body has the same series with other values and the later time.
+// text. Compression makes a body four times smaller or more. A later body has the same series with other
+// values and the later time.
 func TestLoadBodies(t *testing.T) {
 	const series = 100
 	for _, c := range []struct {

@@ -3,8 +3,9 @@ package main
 // This file makes one scrape of the source: the request, the decoding and the cleaning. Samples that
 // the ClientCleaner drops are never pushed. The answer is decoded while it arrives, and each cleaned
 // sample goes to a pieceWriter at once, so that memory does not grow with the size of a scrape, but
-// only with its compressed size. Sample times are times of the source's clock until the pieceWriter or
-// correctToServerTime shifts them to the servers' clock.
+// only with its compressed size and with the largest family of a protobuf answer. Sample times are
+// times of the source's clock until the pieceWriter or correctToServerTime shifts them to the servers'
+// clock.
 
 import (
 	"bytes"
@@ -156,7 +157,10 @@ func effectivePort(u *url.URL) string {
 // on the body. Samples without a timestamp get defaultMs.
 func (c *Client) readScrape(got *CleanedScrape, resp *http.Response, cleaner *ClientCleaner, defaultMs int64) error {
 	if err := decompressAnswer(resp); err != nil {
-		return err
+		if resp.StatusCode == http.StatusOK {
+			return err
+		}
+		resp.Body = http.NoBody // the status says more than a body that cannot be read
 	}
 	if err := checkSourceAnswer(resp); err != nil {
 		return err
@@ -170,12 +174,17 @@ func (c *Client) readScrape(got *CleanedScrape, resp *http.Response, cleaner *Cl
 	}
 	body := sourceBody{r: resp.Body, left: maxScrape}
 	piece := Scrape{At: got.At, SourceTime: got.SourceTime}
+	// The shift must be known before the first sample is rendered, so that also a scrape that then fails
+	// can change it.
 	piece.Shift, piece.Corrected = c.nextShift(got.At, got.SourceTime)
 	w := newPieceWriter(piece, min(c.cfg.LimitBytes, MaxPiece))
 	if got.Scraped, err = c.decodeAndClean(w, &body, format, cleaner, defaultMs); err != nil {
 		return err
 	}
-	got.Pieces, got.Use = w.finish(), cleaner.Use()
+	if got.Pieces, err = w.finish(); err != nil {
+		return err
+	}
+	got.Use = cleaner.Use()
 	for _, p := range got.Pieces {
 		got.Samples += p.Samples
 	}
@@ -204,10 +213,7 @@ func decompressAnswer(resp *http.Response) error {
 	if err != nil {
 		return fmt.Errorf("reading the answer: %w", adviseOnSource(err))
 	}
-	resp.Body = struct {
-		io.Reader
-		io.Closer
-	}{z, resp.Body}
+	resp.Body = io.NopCloser(z) // scrape closes the body that it got
 	return nil
 }
 
@@ -239,7 +245,7 @@ func (c *Client) decodeAndClean(w *pieceWriter, body io.Reader, format Format, c
 	var invalid error  // of the last invalid sample
 	invalids := 0
 	dropped := map[string]int{}
-	skipped, err := d.DecodeFrom(body, format, func(r *RawSample) error {
+	skipped, err := d.DecodeFrom(body, maxScrape, format, func(r *RawSample) error {
 		n++
 		if drop := cleaner.Clean(r); drop != "" {
 			dropped[drop]++

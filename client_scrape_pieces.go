@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"fmt"
 )
 
 // textBuffer is how many bytes of text a pieceWriter collects for the compressor.
@@ -20,6 +21,7 @@ type pieceWriter struct {
 	z      bytes.Buffer
 	gzip   *gzip.Writer // compresses into z
 	pieces []Scrape     // the pieces that are done
+	err    error        // of the last piece that could not be halved or read again
 
 	// A series that alone exceeds the limits is dropped.
 	tooLarge       int    // number of such series
@@ -54,14 +56,17 @@ func (w *pieceWriter) add(line []byte, t int64, v float64) {
 	}
 }
 
-// finish ends the last piece and returns all pieces. A scrape without samples has one empty piece, so
-// that servers see that the site is there.
-func (w *pieceWriter) finish() []Scrape {
+// finish ends the last piece and returns all pieces. A scrape without samples, or of which no sample
+// is within the limits, has one empty piece, so that servers see that the site is there.
+func (w *pieceWriter) finish() ([]Scrape, error) {
 	w.compress(w.text)
-	if w.piece.Samples > 0 || len(w.pieces) == 0 {
+	if w.piece.Samples > 0 {
 		w.endPiece()
 	}
-	return w.pieces
+	if len(w.pieces) == 0 {
+		w.endPiece()
+	}
+	return w.pieces, w.err
 }
 
 // compress gives text to the compressor. It cannot fail, because a bytes.Buffer accepts everything.
@@ -86,11 +91,19 @@ func (w *pieceWriter) keep(sc Scrape) {
 		return
 	}
 	if sc.Samples > 1 {
-		first, second, _ := halveScrape(sc) // cannot fail, because this process made the gzip
+		first, second, err := halveScrape(sc)
+		if err != nil {
+			w.err = fmt.Errorf("halving a piece of the scrape: %w", err)
+			return
+		}
 		w.keep(first)
 		w.keep(second)
 		return
 	}
-	text, _ := sc.Text()
+	text, err := sc.Text()
+	if err != nil {
+		w.err = fmt.Errorf("reading a piece of the scrape: %w", err)
+		return
+	}
 	w.tooLarge, w.tooLargeSize, w.tooLargeSeries = w.tooLarge+1, len(text), Excerpt(text)
 }

@@ -43,7 +43,11 @@ func TestPieceWriter(t *testing.T) {
 			}
 		}
 		var got []byte
-		for _, sc := range w.finish() {
+		pieces, err := w.finish()
+		if err != nil || len(pieces) == 0 {
+			t.Fatalf("seed %d: got %d pieces and the error %v, want at least one piece", seed, len(pieces), err)
+		}
+		for _, sc := range pieces {
 			text := gunzipped(t, sc.Gzip)
 			got = append(got, text...)
 			if int64(len(sc.Gzip)) > limit || int64(len(text)) > MaxDecodedFactor*limit {
@@ -75,7 +79,10 @@ func TestPieceWriterFillsPieces(t *testing.T) {
 			}
 			w.add(fmt.Appendf(nil, "metric_with_a_name{label=\"%d\",instance=\"host:9100\"}", value), 1_700_000_000_000, 1)
 		}
-		pieces := w.finish()
+		pieces, err := w.finish()
+		if err != nil {
+			t.Fatal(err)
+		}
 		for _, sc := range pieces[:len(pieces)-1] {
 			if sc.Size < MaxDecodedFactor*limit*9/10 && len(sc.Gzip) < limit*8/10 {
 				t.Errorf("%s: a piece has %d bytes, %d as text, want nearly the limit", name, len(sc.Gzip), sc.Size)
@@ -84,11 +91,29 @@ func TestPieceWriterFillsPieces(t *testing.T) {
 	}
 }
 
-// A scrape without samples has one empty piece, so that the servers see that the site is there.
+// A scrape without samples, or whose samples are all too large, has one empty piece, so that the servers
+// see that the site is there.
 func TestPieceWriterWithoutSamples(t *testing.T) {
-	pieces := newPieceWriter(Scrape{}, 100).finish()
-	if len(pieces) != 1 || pieces[0].Samples != 0 || len(gunzipped(t, pieces[0].Gzip)) != 0 {
-		t.Errorf("got %+v, want one empty piece", pieces)
+	for tooLarge := range 3 {
+		w := newPieceWriter(Scrape{}, 60)
+		for range tooLarge {
+			w.add(fmt.Appendf(nil, "m{l=%q}", strings.Repeat("x", 1000)), 1, 1)
+		}
+		pieces, err := w.finish()
+		if err != nil || len(pieces) != 1 || pieces[0].Samples != 0 || len(gunzipped(t, pieces[0].Gzip)) != 0 || w.tooLarge != tooLarge {
+			t.Errorf("%d samples that are too large: got %+v and the error %v, want one empty piece", tooLarge, pieces, err)
+		}
+	}
+}
+
+// A piece that cannot be halved or read again fails the scrape, because its samples would be missing.
+func TestPieceWriterDamagedPiece(t *testing.T) {
+	for samples, want := range map[int]string{1: "reading a piece", 2: "halving a piece"} {
+		w := newPieceWriter(Scrape{}, 10)
+		w.keep(Scrape{Samples: samples, Size: 1000, Gzip: []byte("not gzip, and too large")})
+		if _, err := w.finish(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%d samples: got the error %v, want %q", samples, err, want)
+		}
 	}
 }
 

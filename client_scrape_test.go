@@ -2,10 +2,15 @@ package main
 
 import (
 	"bytes"
+	"compress/gzip"
 	"fmt"
+	"io"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -239,19 +244,24 @@ func TestClientEncodings(t *testing.T) {
 	for _, tt := range []struct {
 		from, encoding string
 		body           []byte
+		status         int
 		asks           string // the header Accept-Encoding of the scrape
 		samples        int
 		err            string
 	}{
-		{"http://localhost:9090/metrics", "", []byte("a 1\n"), "identity", 1, ""},
-		{"http://127.0.0.1:9090/metrics", "gzip", Gzip([]byte("a 1\n")), "identity", 1, ""},
-		{"http://source.example/metrics", "", []byte("a 1\n"), "gzip", 1, ""},
-		{"http://source.example/metrics", "Identity", []byte("a 1\n"), "gzip", 1, ""},
-		{"http://source.example/metrics", "gzip", Gzip([]byte("a 1\nb 2\n")), "gzip", 2, ""},
-		{"http://source.example/metrics", "GZIP", nil, "gzip", 0, ""},
-		{"http://source.example/metrics", "gzip", Gzip([]byte("a 1\n"))[:20], "gzip", 0, "reading the answer: unexpected EOF"},
-		{"http://source.example/metrics", "gzip", []byte("a 1\nb 2\nc 3\n"), "gzip", 0, "reading the answer: gzip: invalid header"},
-		{"http://source.example/metrics", "gzip", Gzip([]byte("<html><title>Log in</title>")), "gzip", 0, `with a web page titled "Log in"`},
+		{"http://localhost:9090/metrics", "", []byte("a 1\n"), 200, "identity", 1, ""},
+		{"http://127.0.0.1:9090/metrics", "gzip", Gzip([]byte("a 1\n")), 200, "identity", 1, ""},
+		{"http://source.example/metrics", "", []byte("a 1\n"), 200, "gzip", 1, ""},
+		{"http://source.example/metrics", "Identity", []byte("a 1\n"), 200, "gzip", 1, ""},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("a 1\nb 2\n")), 200, "gzip", 2, ""},
+		{"http://source.example/metrics", "GZIP", nil, 200, "gzip", 0, ""},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("a 1\n"))[:20], 200, "gzip", 0, "reading the answer: unexpected EOF"},
+		{"http://source.example/metrics", "gzip", []byte("a 1\nb 2\nc 3\n"), 200, "gzip", 0, "reading the answer: gzip: invalid header"},
+		{"http://source.example/metrics", "gzip", []byte("who are you?\n"), 401, "gzip", 0, "the source answered 401"},
+		{"http://source.example/metrics", "gzip", []byte{0x1f}, 503, "gzip", 0, "the source answered 503"},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("who are you?"))[:20], 401, "gzip", 0, "the source answered 401"},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("who are you?")), 401, "gzip", 0, "who are you?"},
+		{"http://source.example/metrics", "gzip", Gzip([]byte("<html><title>Log in</title>")), 200, "gzip", 0, `with a web page titled "Log in"`},
 	} {
 		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
 			cfg.From, _ = url.Parse(tt.from)
@@ -263,7 +273,7 @@ func TestClientEncodings(t *testing.T) {
 				if tt.encoding != "" {
 					header.Set("Content-Encoding", tt.encoding)
 				}
-				return respond(200, header, string(tt.body)), nil
+				return respond(tt.status, header, string(tt.body)), nil
 			})
 		})
 		got, err := c.Scrape(t.Context())
@@ -341,6 +351,91 @@ func TestShiftTimes(t *testing.T) {
 	} {
 		if got := string(shiftTimes([]byte(text), 1000)); got != want {
 			t.Errorf("%q: got %q, want %q", text, got, want)
+		}
+	}
+}
+
+// A source's answer is read to its limit and no further, and an answer that is small only while it is
+// compressed needs little memory.
+func TestClientScrapeSizeLimit(t *testing.T) {
+	endless := endlessReader("a 1\n")
+	body := sourceBody{r: &endless, left: 10}
+	if n, err := io.ReadFull(&body, make([]byte, 10)); n != 10 || err != nil {
+		t.Errorf("got %d bytes and the error %v, want 10 bytes", n, err)
+	}
+	if _, err := body.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "larger than") {
+		t.Errorf("byte 11: got the error %v, want: larger than", err)
+	}
+	for _, tt := range []struct{ repeated, err string }{
+		{strings.Repeat("\x00", 1<<20), "a line has more than 1048576 bytes"},
+		{"# " + strings.Repeat("x", 1<<20-3) + "\n", "the answer is larger than 268435456 bytes"},
+	} {
+		var bomb bytes.Buffer
+		z := gzip.NewWriter(&bomb)
+		for range 257 {
+			io.WriteString(z, tt.repeated)
+		}
+		z.Close()
+		c, _, _ := newTestClient(t, "", func(cfg *ClientConfig, _ *ClientReloadConfig) {
+			cfg.FromClient.Transport = roundTrip(func(*http.Request) (*http.Response, error) {
+				return respond(200, http.Header{"Content-Encoding": {"gzip"}}, bomb.String()), nil
+			})
+		})
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := c.Scrape(t.Context())
+		runtime.ReadMemStats(&after)
+		if err == nil || !strings.Contains(err.Error(), tt.err) {
+			t.Errorf("got the error %v, want %q", err, tt.err)
+		}
+		if used := after.TotalAlloc - before.TotalAlloc; used > 12<<20 {
+			t.Errorf("%s: the scrape allocated %d bytes, want at most 12 MiB", tt.err, used)
+		}
+	}
+}
+
+// The spool accepts each piece of a scrape, also if --limit-bytes exceeds what a piece in the spool may
+// have.
+func TestClientPiecesFitSpool(t *testing.T) {
+	if testing.Short() {
+		t.Skip("compresses 50 MB")
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	var body []byte
+	for i := range 800 {
+		body = fmt.Appendf(body, "m%d{l=\"", i)
+		for range 60_000 {
+			body = append(body, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"[rng.IntN(64)])
+		}
+		body = append(body, "\"} 1\n"...)
+	}
+	c := newFamilyClient(t, FormatText, func() io.Reader { return bytes.NewReader(body) }, nil)
+	c.cfg.LimitBytes = 2 * MaxPiece
+	got, err := c.Scrape(t.Context())
+	if err != nil || got.Samples != 800 || len(got.Pieces) != 2 {
+		t.Fatalf("got %+v and the error %v, want 800 samples in two pieces", got, err)
+	}
+	for i, sc := range got.Pieces {
+		if err := sc.checkFields(); err != nil {
+			t.Errorf("piece %d: %v", i, err)
+		}
+	}
+}
+
+// A scrape that fails counts no sample as dropped, because none of its samples counts as scraped.
+func TestClientFailedScrapeDropsNothing(t *testing.T) {
+	const dropped = "up{_id=\"\xff\"} 1\npush_time_seconds 1\nlong{l=\"0123456789012345678901234567890123456789\"} 1\n"
+	for _, tt := range []struct {
+		end  string
+		want bool
+	}{{"", true}, {"b{ 2\n", false}} {
+		c, _, _ := newTestClient(t, "a 1\n"+dropped+tt.end, nil)
+		c.cfg.LimitBytes = 40
+		_, err := c.Scrape(t.Context())
+		text := metricsText(t, c.cfg.Metrics)
+		counts := regexp.MustCompile(`(?m)^telemeter_samples_dropped_total\{.*\} [1-9]`).FindAllString(text, -1)
+		if (err == nil) != tt.want || (len(counts) > 0) != tt.want {
+			t.Errorf("a scrape that ends with %q: got the error %v and the counts %q, want success and counts: %v", tt.end, err, counts, tt.want)
 		}
 	}
 }

@@ -75,13 +75,10 @@ func sourceAdvice(err error) string {
 // and it is not a web page. It reads the beginning of the body, which resp then still has.
 func checkSourceAnswer(resp *http.Response) error {
 	start, err := io.ReadAll(io.LimitReader(resp.Body, maxTitlePage))
-	if err != nil {
+	if err != nil && resp.StatusCode == http.StatusOK {
 		return fmt.Errorf("reading the answer: %w", adviseOnSource(err))
 	}
-	resp.Body = struct {
-		io.Reader
-		io.Closer
-	}{io.MultiReader(bytes.NewReader(start), resp.Body), resp.Body}
+	resp.Body = io.NopCloser(io.MultiReader(bytes.NewReader(start), resp.Body)) // scrape closes the body that it got
 	isPage := isWebPage(resp.Header.Get("Content-Type"), start)
 	if resp.StatusCode == http.StatusOK && !isPage {
 		return nil

@@ -125,7 +125,7 @@ func (s *Spool) Add(sc Scrape) error {
 			return nil
 		}
 		if e.footprint, err = s.storeScrape(&sc); err == nil {
-			e.Gzip, e.written = nil, true
+			e.Gzip = nil
 		}
 	}
 	if e.inMemory() {
@@ -167,7 +167,7 @@ func (s *Spool) flushMemory() {
 			return // the error can be ignored, because while the disk fails, the next Add fails too and returns its error
 		}
 		stored := e
-		stored.Gzip, stored.footprint, stored.written = nil, footprint, true
+		stored.Gzip, stored.footprint = nil, footprint
 		s.mu.Lock()
 		now := s.index.find(e.Number)
 		if now != nil && now.Corrected == e.Corrected { // if Corrected differs, BeginPush has corrected the times meanwhile, and the file has the old times
@@ -290,7 +290,7 @@ func (s *Spool) loadPicked(picked []spoolEntry) (scrapes []Scrape, err error) {
 		lost := false
 		if !e.inMemory() {
 			var loaded spoolEntry
-			if loaded, _, err = s.loadScrape(e.Number, !e.written); err == nil {
+			if loaded, _, err = s.loadScrape(e.Number, true); err == nil {
 				e.Scrape = loaded.Scrape
 			}
 			lost = isScrapeLost(err)
@@ -345,7 +345,7 @@ func (s *Spool) correctTimesAndStore(e *spoolEntry) error {
 		// are in memory.
 		var footprint int64
 		if footprint, err = s.storeScrape(&e.Scrape); err == nil {
-			kept.Gzip, kept.footprint, kept.written = nil, footprint, true
+			kept.Gzip, kept.footprint = nil, footprint
 		}
 	}
 	s.mu.Lock()

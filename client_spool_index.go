@@ -90,7 +90,6 @@ type spoolEntry struct {
 	Scrape
 	gzipSize  int   // bytes of the compressed text
 	footprint int64 // bytes that the scrape occupies on disk, or in memory if it is in memory
-	written   bool  // this process wrote the file, so that the checksum of its record vouches for the text
 	inFlight  bool  // part of a push that has no answer yet; must not be dropped
 
 	state     DeliveryState
@@ -311,7 +310,7 @@ func (p *spoolIndex) replaceScrape(e *spoolEntry) {
 		return
 	}
 	p.addFootprint(old, -1)
-	old.Scrape, old.gzipSize, old.footprint, old.written = e.Scrape, e.gzipSize, e.footprint, e.written
+	old.Scrape, old.gzipSize, old.footprint = e.Scrape, e.gzipSize, e.footprint
 	p.addFootprint(old, 1)
 }
 

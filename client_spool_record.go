@@ -118,7 +118,7 @@ func (sc *Scrape) eachSample(emit func(*RawSample) error) error {
 	if err != nil {
 		return fmt.Errorf("decompressing scrape: %w", err)
 	}
-	if _, err := new(Decoder).DecodeFrom(io.LimitReader(z, int64(sc.Size)+1), FormatText, emit); err != nil {
+	if _, err := new(Decoder).DecodeFrom(io.LimitReader(z, int64(sc.Size)+1), sc.Size+1, FormatText, emit); err != nil {
 		return fmt.Errorf("decoding scrape: %w", err)
 	}
 	return nil

@@ -1,8 +1,8 @@
 package main
 
 // TestSpeedScale pushes to one server as many sites at once, each in its own time, while a consumer
-// scrapes the server. It prints what the server needed. With -speed scale:N there are N sites. Without -speed, it does the same at a
-// tiny size and prints nothing.
+// scrapes the server. It prints what the server needed. With -speed scale:N there are N sites. Without
+// -speed, it does the same at a tiny size and prints nothing.
 
 import (
 	"fmt"
@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 )
@@ -27,14 +26,14 @@ type speedScale struct {
 // dropped none that was unread.
 func TestSpeedScale(t *testing.T) {
 	scale := speedScale{sites: 40, series: 10, interval: 500 * time.Millisecond, duration: 2 * time.Second, scrapeInterval: 200 * time.Millisecond}
-	size, sites, _ := strings.Cut(*speedFlag, ":")
-	switch size {
+	kind, sites, err := parseSpeed(*speedFlag)
+	if err != nil {
+		t.Fatal(err)
+	}
+	switch kind {
 	case "":
 	case "scale":
-		scale = speedScale{sites: 20_000, series: 100, interval: time.Minute, duration: 5 * time.Minute, scrapeInterval: 15 * time.Second}
-		if n, err := strconv.Atoi(sites); err == nil {
-			scale.sites = n
-		}
+		scale = speedScale{sites: sites, series: 100, interval: time.Minute, duration: 5 * time.Minute, scrapeInterval: 15 * time.Second}
 	default:
 		t.Skip("-speed " + *speedFlag + " is another test")
 	}

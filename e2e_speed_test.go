@@ -40,8 +40,39 @@ var speedSizes = map[string]speedSize{
 	},
 }
 
+// parseSpeed parses a value of -speed. kind is empty, full or short, or scale with a number of sites.
+func parseSpeed(value string) (kind string, sites int, err error) {
+	if _, ok := speedSizes[value]; ok {
+		return value, 0, nil
+	}
+	kind, number, hasNumber := strings.Cut(value, ":")
+	if !hasNumber {
+		number = "20000"
+	}
+	if sites, err = strconv.Atoi(number); kind != "scale" || err != nil || sites < 1 {
+		return "", 0, fmt.Errorf("-speed %q is unknown: use full, short, scale or scale:SITES", value)
+	}
+	return kind, sites, nil
+}
+
+// A value of -speed that no test knows is an error, so that no run measures something else or nothing.
+func TestParseSpeed(t *testing.T) {
+	for value, want := range map[string]string{
+		"": " 0", "full": "full 0", "short": "short 0", "scale": "scale 20000", "scale:7": "scale 7",
+		"shrt": "", "scale:": "", "scale:abc": "", "scale:0": "", "scale:-1": "", "short:7": "", "scales": "",
+	} {
+		kind, sites, err := parseSpeed(value)
+		if got := fmt.Sprint(kind, " ", sites); (err == nil) != (want != "") || err == nil && got != want {
+			t.Errorf("%q: got %q and the error %v, want %q", value, got, err, want)
+		}
+	}
+}
+
 // The rig measures every figure, and no push or scrape fails. With -speed, the table is printed.
 func TestSpeed(t *testing.T) {
+	if _, _, err := parseSpeed(*speedFlag); err != nil {
+		t.Fatal(err)
+	}
 	size, ok := speedSizes[*speedFlag]
 	if !ok {
 		t.Skip("-speed " + *speedFlag + " is another test")
@@ -56,7 +87,7 @@ func TestSpeed(t *testing.T) {
 	r.measureMemory()
 	r.measureStartAndIdle()
 	r.measureClient()
-	if want := 22 + 4*len(r.scrapeSites); len(r.rows) < want { // one row more where there is /proc
+	if want := 22 + 7*len(r.scrapeSites); len(r.rows) < want { // one row more where there is /proc
 		t.Errorf("the table has %d rows, want at least %d", len(r.rows), want)
 	}
 	for _, row := range r.rows {
@@ -104,7 +135,8 @@ func (r *speedRig) measurePushes() {
 			cfgs := [2]LoadConfig{configure(yardstick), configure(server)}
 			var figures [2][]float64
 			for run := range r.runs + 1 {
-				for j, p := range both {
+				for _, j := range inTurn(run) {
+					p := both[j]
 					var report LoadReport
 					cpu := p.cpuSeconds(func() { report = r.mustPush(cfgs[j]) })
 					if run > 0 { // the first run makes the series known
@@ -130,7 +162,8 @@ func (r *speedRig) measureNewSites() {
 	server, yardstick := r.startEmptyServer(), r.startYardstick(yardstickWrite, "")
 	var figures [2][]float64
 	for run := range r.runs {
-		for j, p := range []*speedProcess{yardstick, server} {
+		for _, j := range inTurn(run) {
+			p := []*speedProcess{yardstick, server}[j]
 			cfg := r.load(fmt.Sprint("new", run), r.newSites, p)
 			var report LoadReport
 			cpu := p.cpuSeconds(func() { report = r.mustPush(cfg) })
@@ -138,7 +171,7 @@ func (r *speedRig) measureNewSites() {
 		}
 	}
 	r.stop(server, yardstick)
-	r.add("samples per CPU second: first push of a site, protobuf, 64 in flight", figures[0], figures[1], formatCount, "320,000")
+	r.add("samples per CPU second: first push of a site, protobuf, 64 in flight", figures[0], figures[1], formatCount, "320,000 samples")
 }
 
 // measureScrapes measures scrapes of the given number of sites, and then pushes that arrive while
@@ -149,9 +182,20 @@ func (r *speedRig) measureScrapes(sites int) {
 	cfg.Series = r.scrapeSamples / sites
 	r.mustPush(cfg)
 	scraper := r.newScraper()
-	answer, lines, _, _ := r.scrape(scraper, server, "", true)
-	if samples := sites * cfg.Series; lines < samples {
-		r.Fatalf("the scrape has %d lines, fewer than the %d samples", lines, samples)
+	// A consumer gets the unread samples in its first scrape, and then the newest samples again.
+	r.measureScrapesOf(server, scraper, sites, cfg.Series, "", "without a consumer")
+	r.measureScrapesOf(server, scraper, sites, cfg.Series, "?consumer=speed", "by a consumer")
+	r.measureLatency(server, scraper, sites)
+	r.stop(server)
+}
+
+// measureScrapesOf measures scrapes of a server that has the given number of sites and of samples for
+// each, and of a yardstick that has the server's answer.
+func (r *speedRig) measureScrapesOf(server *speedProcess, scraper *http.Client, sites, samples int, query, who string) {
+	r.scrape(scraper, server, query, false)
+	answer, lines, _, _ := r.scrape(scraper, server, query, true)
+	if lines < sites*samples {
+		r.Fatalf("the scrape %s has %d lines, fewer than the %d samples", who, lines, sites*samples)
 	}
 	stored := filepath.Join(r.TempDir(), "answer")
 	if err := os.WriteFile(stored, answer, 0o600); err != nil {
@@ -161,22 +205,29 @@ func (r *speedRig) measureScrapes(sites int) {
 	yardstick := r.startYardstick(yardstickServe, stored)
 	var cpu, whole, first [2][]float64
 	for run := range r.runs + 1 {
-		for j, p := range []*speedProcess{yardstick, server} {
+		var got [2]int // lines
+		for _, j := range inTurn(run) {
+			p := []*speedProcess{yardstick, server}[j]
 			var firstByte, lastByte time.Duration
-			used := p.cpuSeconds(func() { _, _, firstByte, lastByte = r.scrape(scraper, p, "", false) })
+			used := p.cpuSeconds(func() { _, got[j], firstByte, lastByte = r.scrape(scraper, p, query, false) })
 			if run > 0 {
 				cpu[j], whole[j], first[j] = append(cpu[j], used), append(whole[j], lastByte.Seconds()), append(first[j], firstByte.Seconds())
 			}
 		}
+		if got[0] != lines || got[1] < sites*samples {
+			r.Fatalf("scrapes %s: the yardstick has %d of %d lines, and the server %d", who, got[0], lines, got[1])
+		}
 	}
-	what := fmt.Sprintf("scrape of %s samples of %s sites", formatCount(float64(sites*cfg.Series)), formatCount(float64(sites)))
+	r.stop(yardstick)
+	what := fmt.Sprintf("scrape %s of %s samples of %s sites", who, formatCount(float64(sites*samples)), formatCount(float64(sites)))
 	r.add(what+": CPU time", cpu[0], cpu[1], formatMilliseconds, "≤ 1.6")
 	r.add(what+": time", whole[0], whole[1], formatMilliseconds, "≤ 1.6")
 	r.add(what+": time to the first byte", first[0], first[1], formatMilliseconds, "≤ 3")
-	r.stop(yardstick)
-	r.measureLatency(server, scraper, sites)
-	r.stop(server)
 }
+
+// inTurn returns in which order run measures the yardstick, 0, and the server, 1. The order changes
+// from run to run, so that neither always has the machine as the other left it.
+func inTurn(run int) [2]int { return [2]int{run % 2, 1 - run%2} }
 
 // measureLatency measures pushes to a server, without scrapes and with scrapes of a consumer that
 // follow each other without a pause.
@@ -316,5 +367,19 @@ func (r *speedRig) stop(processes ...*speedProcess) {
 	for _, p := range processes {
 		p.cmd.Process.Signal(syscall.SIGINT)
 		p.cmd.Wait() // a yardstick has no orderly end
+	}
+}
+
+// The yardstick of scrapes writes the answer that it has stored, with all its lines.
+func TestStoredAnswer(t *testing.T) {
+	for _, text := range []string{
+		"", "# TYPE a counter\n", "a{} 1\n",
+		"# HELP a x} 1 2\n# TYPE a counter\na{b=\"} 1 2\"} 1.5 1700000000000\na{b=\"c\"} 7 1700000000001\n\n# TYPE up gauge\nup{_id=\"s\"} 1\nup{_id=\"t\"} NaN 5\nup{_id=\"u\"} -3 6\nlast 1\n",
+	} {
+		w := httptest.NewRecorder()
+		newStoredAnswer(text).ServeHTTP(w, nil)
+		if got := w.Body.String(); got != text {
+			t.Errorf("got %q, want %q", got, text)
+		}
 	}
 }

@@ -82,13 +82,13 @@ func (f *loadFlags) define(c *command) {
 		numberFlag(c, &f.sites, "sites", 100, 1, 1_000_000, "`N` number of sites, which push in turn", parseInt, strconv.Itoa)
 		c.StringVar(&f.prefix, "prefix", "load", "`ID` beginning of the sites' cluster IDs; a number such as -000001 follows")
 		numberFlag(c, &f.series, "series", 225, 1, 1_000_000, "`N` series of each site, nine in a metric family, with 250 bytes of text or more", parseInt, strconv.Itoa)
-		numberFlag(c, &f.inFlight, "in-flight", 64, 1, maxLoadInFlight, "`N` largest number of pushes in flight; a site has one at a time", parseInt, strconv.Itoa)
+		numberFlag(c, &f.inFlight, "in-flight", 64, 1, maxLoadInFlight, "`N` largest number of pushes in flight, at most one for each site on average; a slow site can have several", parseInt, strconv.Itoa)
 		c.durationFlag(&f.duration, "duration", 30*time.Second, time.Second, 0, "`TIME` how long to push")
 		c.durationFlag(&f.interval, "interval", 0, 0, 0, "`TIME` time between two pushes of a site; the sites are spread evenly over it; 0: as fast as possible")
 		numberFlag(c, &f.pushes, "pushes", 0, 0, 0, "`N` largest number of pushes of each site; 0: no limit", parseInt, strconv.Itoa)
 		choiceFlag(c, &f.format, "format", "`FORMAT` format of the pushes", LoadText, LoadProtobuf)
 		choiceFlag(c, &f.encoding, "encoding", "`NAME` compression of the pushes", LoadGzip, LoadSnappy, LoadIdentity)
-		c.BoolVar(&f.spool, "spool", true, "name the scrapes in the pushes, as a client with a spool does; --spool=false: push like a script, so that servers sync each push to disk")
+		c.BoolVar(&f.spool, "spool", true, "name the scrapes in the pushes, as a client with a spool does; a server that knows a consumer does not sync these pushes; --spool=false: push like a script, so that servers sync each push")
 	})
 }
 

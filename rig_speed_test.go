@@ -84,8 +84,8 @@ func (r *speedRig) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// startSpeedServer starts a server without limits that the rig could reach. Its storage directory is
-// storage in the directory of the rig.
+// startSpeedServer starts a server without limits that the rig could reach. storage is the storage
+// directory.
 func (r *speedRig) startSpeedServer(storage string, args ...string) *speedProcess {
 	r.Helper()
 	p := startCommand(r.T, r.command(append([]string{"--mode", "server", "--keys", "keys", "--listen", "127.0.0.1:0", "--listen-internal", "127.0.0.1:0", "--storage-dir", storage,

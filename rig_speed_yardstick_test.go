@@ -1,7 +1,7 @@
 package main
 
-// The yardsticks of TestSpeed: small servers that do at least what a server must do, and check
-// nothing. What they do in a second of CPU time is a bound, not a goal. Each is a process of its own,
+// The yardsticks of TestSpeed: small servers. They do less than a server must: they check nothing and
+// ignore times. Their figures are bounds that no server reaches. Each is a process of its own,
 // so that its CPU time can be read. An upload yardstick reads a push, scans it with a seeded hash of
 // each series, and appends one record with a checksum to the site's file. The scrape yardstick
 // writes a stored answer, with all numbers formatted anew.
@@ -233,27 +233,31 @@ func (s *yardstickSite) append(p *yardstickPush, flush bool) error {
 type storedAnswer struct {
 	text    string
 	samples []storedSample
+	tail    int // text[tail:] has the lines after the last sample
 }
 
-// storedSample is a line of the answer: text[:end], a value and a time.
+// storedSample is a line with a value and a time. text[begin:end] has its series, and before it the
+// lines that are no such samples: comments and samples without a time.
 type storedSample struct {
 	begin, end int
 	value      float64
 	ms         int64
 }
 
-// newStoredAnswer parses the lines of text. It leaves out comments and lines without a time.
+// newStoredAnswer parses the lines of text.
 func newStoredAnswer(text string) *storedAnswer {
 	a := &storedAnswer{text: text}
 	at := 0
 	for line := range strings.Lines(text) {
 		end := strings.LastIndexByte(line, '}') + 1
+		begin := at
+		at += len(line)
 		if fields := strings.Fields(line[end:]); line[0] != '#' && end > 0 && len(fields) == 2 {
 			v, _ := strconv.ParseFloat(fields[0], 64)
 			ms, _ := strconv.ParseInt(fields[1], 10, 64)
-			a.samples = append(a.samples, storedSample{at, at + end, v, ms})
+			a.samples = append(a.samples, storedSample{a.tail, begin + end, v, ms})
+			a.tail = at
 		}
-		at += len(line)
 	}
 	return a
 }
@@ -276,5 +280,5 @@ func (a *storedAnswer) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 			b = b[:0]
 		}
 	}
-	w.Write(b)
+	w.Write(append(b, a.text[a.tail:]...))
 }

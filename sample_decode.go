@@ -80,7 +80,7 @@ type Decoder struct {
 	raw        RawSample // the sample that the decoder passes to the callback emit
 	name       []byte    // scratch: a metric name with a suffix, such as _bucket
 	bound      []byte    // scratch: the rendered value of an le or quantile label
-	repeatable int       // bytes of names and labels that histograms and summaries may still repeat in this body; see maxRepeat
+	repeatable int64     // bytes of names and labels that histograms and summaries may still repeat in this body; see maxRepeat
 	skipped    UnsupportedParts
 	known      *KnownPush // nil if no series is known or can become known
 
@@ -104,7 +104,7 @@ func (d *Decoder) Decode(body []byte, f Format, emit func(*RawSample) error) (Un
 // or counts them as dropped. emit must add the samples to the same list, and set their DropCode if
 // it drops them. If the error is ErrDecodeAgain, the caller must decode the body with Decode.
 func (d *Decoder) DecodeKnown(body []byte, f Format, p *KnownPush, emit func(*RawSample) error) (UnsupportedParts, error) {
-	d.begin()
+	d.begin(len(body))
 	if p != nil && p.known != nil {
 		d.known = p
 	}
@@ -112,17 +112,16 @@ func (d *Decoder) DecodeKnown(body []byte, f Format, p *KnownPush, emit func(*Ra
 	return d.skipped, err
 }
 
-// begin prepares d for a new body, without known series.
-func (d *Decoder) begin() {
+// begin prepares d for a new body of at most limit bytes, without known series.
+func (d *Decoder) begin(limit int) {
 	d.known, d.raw.DropCode = nil, 0
-	d.skipped, d.repeatable = UnsupportedParts{}, 1<<20
+	d.skipped, d.repeatable = UnsupportedParts{}, 1<<20+maxRepeat*int64(limit)
 	d.units, d.created, d.ended = 0, d.created[:0], false
 }
 
 // decodePart decodes the next part of a body. Every part but the last one ends where a line of text
 // or a family of protobuf ends.
 func (d *Decoder) decodePart(part []byte, f Format, isLast bool, emit func(*RawSample) error) error {
-	d.repeatable += maxRepeat * len(part)
 	if f == FormatProto {
 		return d.decodeProto(part, emit)
 	}

@@ -68,8 +68,8 @@ func (m *protoMessage) err() error {
 	return nil
 }
 
-// decodeProto decodes a part of a body, which has whole delimited MetricFamily messages. The field numbers in this file are
-// from io/prometheus/client/metrics.proto in the module client_model.
+// decodeProto decodes a part of a body, which has whole delimited MetricFamily messages. The field
+// numbers in this file are from io/prometheus/client/metrics.proto in the module client_model.
 func (d *Decoder) decodeProto(body []byte, emit func(*RawSample) error) error {
 	r := NewWireReader(body)
 	for r.Len() > 0 {
@@ -296,9 +296,9 @@ func (c *componentEmitter) emitSumOrCount(suffix string, v float64, emit func(*R
 // to process its full name and labels, even to drop the sample.
 func (c *componentEmitter) beginComponent(suffix string) error {
 	d := c.d
-	d.repeatable -= componentCost + len(c.name)
+	d.repeatable -= int64(componentCost + len(c.name))
 	for _, l := range c.labels {
-		d.repeatable -= labelCost + len(l.Name) + len(l.Value)
+		d.repeatable -= int64(labelCost + len(l.Name) + len(l.Value))
 	}
 	if d.repeatable < 0 {
 		return fmt.Errorf("%w: histograms and summaries repeat their labels to more than %d times the body", ErrTooLarge, maxRepeat)

@@ -7,22 +7,29 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"io"
 )
 
-const minStreamBuffer = 128 << 10 // bytes of the buffer of DecodeFrom, unless a line or a family is longer
+const (
+	minStreamBuffer = 128 << 10 // bytes of the buffer of DecodeFrom, unless a line or a family is longer
+	maxTextLine     = 1 << 20   // most bytes of a line of text with its newline; allows long comments
+)
 
 // DecodeFrom decodes a body as Decode does, while it reads the body from r. It stops at the first
-// error of r, which it returns as it is; r must limit the size of the body. Samples that come before
-// an error have been emitted then. Memory is bounded by twice the longest line of text, or by twice
-// the largest family of protobuf, and grows only as bytes arrive. The components of histograms and
-// summaries may repeat maxRepeat bytes for each byte that has been read, so that a body in which the
-// largest histograms come first may be refused, although Decode accepts it.
-func (d *Decoder) DecodeFrom(r io.Reader, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
-	d.begin()
+// error of r, which it returns as it is; r must limit the size of the body to limit bytes. Samples
+// that come before an error have been emitted then. A line of text must not exceed maxTextLine, which
+// also bounds the memory for text. Memory for protobuf is bounded by three times the largest family,
+// and grows only as bytes arrive. The components of histograms and summaries may repeat as much as in
+// a body of limit bytes.
+func (d *Decoder) DecodeFrom(r io.Reader, limit int, f Format, emit func(*RawSample) error) (UnsupportedParts, error) {
+	d.begin(limit)
 	buf := make([]byte, 0, minStreamBuffer)
 	for {
 		if len(buf) == cap(buf) {
+			if f != FormatProto && len(buf) >= maxTextLine { // buf is the beginning of one line
+				return d.skipped, fmt.Errorf("line %d: %w: a line has more than %d bytes", d.units+1, ErrTooLarge, maxTextLine)
+			}
 			buf = append(make([]byte, 0, 2*cap(buf)), buf...)
 		}
 		n, err := r.Read(buf[len(buf):cap(buf)])

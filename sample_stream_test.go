@@ -30,10 +30,10 @@ func (r *randomReads) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// decodedFrom is decoded for DecodeFrom.
-func decodedFrom(r io.Reader, f Format) (samples []string, skipped UnsupportedParts, err error) {
+// decodedFrom is decoded for DecodeFrom. limit is the most bytes that r can have.
+func decodedFrom(r io.Reader, limit int, f Format) (samples []string, skipped UnsupportedParts, err error) {
 	var p SampleList
-	skipped, err = new(Decoder).DecodeFrom(r, f, func(r *RawSample) error {
+	skipped, err = new(Decoder).DecodeFrom(r, limit, f, func(r *RawSample) error {
 		if err := p.Add(r); err != nil {
 			return err
 		}
@@ -53,7 +53,7 @@ func decodedFrom(r io.Reader, f Format) (samples []string, skipped UnsupportedPa
 func checkDecodedFrom(t *testing.T, body []byte, f Format, seed uint64) {
 	t.Helper()
 	want, wantSkipped, wantErr := decoded(body, f)
-	got, skipped, err := decodedFrom(&randomReads{rand.New(rand.NewPCG(seed, 0)), body}, f)
+	got, skipped, err := decodedFrom(&randomReads{rand.New(rand.NewPCG(seed, 0)), body}, len(body), f)
 	if !slices.Equal(got, want) || skipped != wantSkipped || fmt.Sprint(err) != fmt.Sprint(wantErr) {
 		t.Errorf("format %d, body %.500q, seed %d:\n got %.500q, skipped %+v, %.300v\nwant %.500q, skipped %+v, %.300v",
 			f, body, seed, got, skipped, err, want, wantSkipped, wantErr)
@@ -89,6 +89,21 @@ func TestDecodeFrom(t *testing.T) {
 	}
 	bodies := streamBodies(t)
 	bodies[FormatProto] = append(bodies[FormatProto], protoBody(t, big, gaugeFamily("up", 1, nil, "i", "1")))
+	// The components repeat more than the first family allows, and less than the body allows.
+	histogram := [][]byte{pbLabel("b", strings.Repeat("x", 60_000))}
+	buckets := [][]byte{pbVarint(1, 5)}
+	for i := range 100 {
+		buckets = append(buckets, pbBytes(3, pbVarint(1, uint64(i)), pbFloat(2, float64(i))))
+	}
+	histogram = append(histogram, pbBytes(7, buckets...))
+	repeating := pbOne("h", 4, histogram...)
+	for i := range 7 {
+		repeating = append(repeating, protoBody(t, gaugeFamily(fmt.Sprint("g", i), 1, nil, "i", strings.Repeat("x", 60_000)))...)
+	}
+	if samples, _, err := decoded(repeating, FormatProto); err != nil || len(samples) < 100 {
+		t.Fatalf("the body has %d samples: %v", len(samples), err)
+	}
+	bodies[FormatProto] = append(bodies[FormatProto], repeating)
 	for seed := range testSeeds(t, 20) {
 		for f, list := range bodies {
 			for _, body := range list {
@@ -98,7 +113,7 @@ func TestDecodeFrom(t *testing.T) {
 	}
 	for f, list := range bodies {
 		for _, body := range list {
-			got, _, err := decodedFrom(iotest.OneByteReader(bytes.NewReader(body)), f)
+			got, _, err := decodedFrom(iotest.OneByteReader(bytes.NewReader(body)), len(body), f)
 			if want, _, wantErr := decoded(body, f); !slices.Equal(got, want) || fmt.Sprint(err) != fmt.Sprint(wantErr) {
 				t.Errorf("format %d, body %.100q, read byte by byte: got %.200q, %.200v, want %.200q, %.200v", f, body, got, err, want, wantErr)
 			}
@@ -117,7 +132,7 @@ func TestDecoderIsReusable(t *testing.T) {
 					skipped, err := d.Decode(body, format, func(*RawSample) error { n++; return nil })
 					return fmt.Sprint(n, skipped, err)
 				}
-				d.DecodeFrom(bytes.NewReader(before), format, func(*RawSample) error { return nil })
+				d.DecodeFrom(bytes.NewReader(before), len(before), format, func(*RawSample) error { return nil })
 				if got, want := count(&d), count(&Decoder{}); got != want {
 					t.Errorf("format %d, body %.100q after %.100q: got %.300s, want %.300s", format, body, before, got, want)
 				}
@@ -126,11 +141,47 @@ func TestDecoderIsReusable(t *testing.T) {
 	}
 }
 
+// DecodeFrom refuses a line of text that exceeds the limit, however the body arrives, and does not read
+// it to its end.
+func TestDecodeFromLongLine(t *testing.T) {
+	comment := func(size int) string { return "# " + strings.Repeat("x", size-3) + "\n" }
+	for _, f := range []Format{FormatText, FormatOpenMetrics} {
+		for _, c := range []struct {
+			body string
+			err  string
+		}{
+			{"a 1\n" + comment(maxTextLine) + "b 1\n# EOF\n", ""},
+			{"a 1\n" + comment(maxTextLine+1) + "b 1\n# EOF\n", "line 2: too large: a line has more than 1048576 bytes"},
+		} {
+			for seed := range testSeeds(t, 10) {
+				_, _, err := decodedFrom(&randomReads{rand.New(rand.NewPCG(seed, 0)), []byte(c.body)}, len(c.body), f)
+				if got := fmt.Sprint(err); err != nil && got != c.err || err == nil && c.err != "" {
+					t.Errorf("format %d, seed %d: got the error %v, want %q", f, seed, err, c.err)
+				}
+			}
+		}
+		endless := endlessReader("x")
+		if _, _, err := decodedFrom(&endless, 1<<40, f); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("format %d: an endless line gives the error %v, want ErrTooLarge", f, err)
+		}
+	}
+}
+
+// endlessReader repeats its text.
+type endlessReader string
+
+func (r endlessReader) Read(p []byte) (n int, err error) {
+	for n < len(p) {
+		n += copy(p[n:], r)
+	}
+	return n, nil
+}
+
 // DecodeFrom returns an error of the reader as it is, also if the body would be whole without the rest.
 func TestDecodeFromReadError(t *testing.T) {
 	broken := errors.New("connection lost")
 	for f, body := range map[Format]string{FormatText: "a 1\n", FormatOpenMetrics: "a 1\n# EOF\n", FormatProto: ""} {
-		if _, _, err := decodedFrom(io.MultiReader(strings.NewReader(body), iotest.ErrReader(broken)), f); err != broken {
+		if _, _, err := decodedFrom(io.MultiReader(strings.NewReader(body), iotest.ErrReader(broken)), 100, f); err != broken {
 			t.Errorf("format %d: got the error %v, want %v", f, err, broken)
 		}
 	}
@@ -148,9 +199,7 @@ func FuzzDecodeFrom(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, body []byte, format uint8, seed uint64) {
-		// A body that repeats more labels than it may by its beginning is refused earlier if it is read
-		// in pieces. Only a body above 16 KB can do so.
-		if len(body) > 16<<10 {
+		if len(body) > maxTextLine { // Decode has no such limit for a comment
 			return
 		}
 		checkDecodedFrom(t, body, Format(format%3), seed)
