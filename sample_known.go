@@ -52,8 +52,8 @@ func (s *knownEntry) is(h formHash) bool { return s.hash == h.hash && s.check ==
 
 func (s *knownEntry) form() formHash { return formHash{s.hash, s.check} }
 
-// formHash is the hash of the undecoded form of a series, of 96 bits. A site has its
-// own seeds and series, so a collision could only exchange two series of the site that sends them.
+// formHash is the hash of the undecoded form of a series, of 96 bits. A site has its own seeds and
+// series, so a collision could only exchange two series of the site that sends them.
 // The seeds are secret, and among a million series an accidental collision has a probability below
 // 2^-57.
 type formHash struct {

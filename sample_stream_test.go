@@ -121,7 +121,7 @@ func TestDecodeFrom(t *testing.T) {
 	}
 }
 
-// What a Decoder decoded before, whole or not, changes nothing in the results of the next body.
+// The results for a body do not depend on the body that the Decoder decoded before, whole or not.
 func TestDecoderIsReusable(t *testing.T) {
 	var d Decoder
 	for format, list := range streamBodies(t) {

@@ -17,7 +17,8 @@ const (
 	maxKnownPause   = 31   // pushes for which the known series of a site are not used, at most; see knownSiteSeries.pause
 )
 
-// knownSiteSeries has the known series of one site. Only the holder of the site's siteDecodeLock may use it.
+// knownSiteSeries has the known series of one site. Only the holder of the site's siteDecodeLock may
+// use it.
 type knownSiteSeries struct {
 	known      KnownSeries
 	rules      *ServerNormalizer // the rules that the known series were normalized by

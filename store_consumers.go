@@ -357,7 +357,7 @@ func (c SiteConsumerCursor) compareName(other SiteConsumerCursor) int {
 
 // appendCursors appends to cursors the cursors of consumers for one site, and of the consumers that
 // only the site's client reported. Each of the latter has its key in hex as the name, no address, and
-// the cursor 0. What is appended is sorted by name and address if consumers is.
+// the cursor 0. The appended cursors are sorted by name and address if consumers is.
 func (cs *Consumers) appendCursors(cursors []SiteConsumerCursor, consumers []listedConsumer, siteKey uint64) []SiteConsumerCursor {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
