@@ -16,7 +16,8 @@ import (
 	"time"
 )
 
-// loadServer is a transport that records each push and answers after a delay.
+// loadServer is a transport that records each push and answers after a delay, in the virtual time of a
+// synctest bubble.
 type loadServer struct {
 	delay  time.Duration
 	status func(push int) int // 0: no answer

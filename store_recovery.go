@@ -140,7 +140,7 @@ func (l *logLosses) warnOfTornLogs(warn func(error)) {
 		return
 	}
 	example := slices.Min(slices.Collect(maps.Values(l.torn)))
-	warn(fmt.Errorf("%d logs end early or are missing, as after a power cut, for example %s; %d bytes of unfinished writes were removed; what is lost was not acknowledged, or clients push it again from their spools, unless the disk lost data that it had confirmed",
+	warn(fmt.Errorf("%d logs end early or are missing, as after a power cut, for example %s; %d bytes of unfinished writes were removed; the lost pushes were not acknowledged, or clients push them again from their spools, unless the disk lost data that it had confirmed",
 		len(l.torn), example, l.tornBytes))
 }
 
