@@ -332,7 +332,7 @@ func (m *deliveryModel) open(s *modelServer, hurt [modelSites]bool) {
 	}
 	st.dropExpiredWhileDown()
 	highest := max(st.Consumers.HighestCursor(), st.totals.NewestSeq.Load())
-	st.lowerCursorsToLogEnds(&logLosses{damaged: map[uint64]bool{}, torn: map[uint64]string{}})
+	st.lowerCursorsToLogEnds(newLogLosses())
 	first := state.TakeSeqBlock(highest)
 	for _, c := range st.sitesByID() {
 		c.raiseSeq(first)

@@ -89,7 +89,7 @@ type Store struct {
 	compactNow chan struct{} // wakes Run when the logs have reached LimitStorage
 
 	totals        StoreTotals
-	damaged, torn atomic.Int64 // numbers of logs that recovery found damaged, and that it found ending early or missing
+	damaged, torn atomic.Int64 // numbers of logs that recovery found damaged, and that it found ending early
 	evicted       atomic.Int64 // number of evicted samples
 
 	roomMu   sync.Mutex // lets one caller at a time evict batches; guards noRoomAt

@@ -5,7 +5,8 @@ package main
 // files. Recovery reports every loss that it can detect. For a damaged log it reports the lost
 // bytes and, if known, the numbers of lost pushes and samples. A log that ends early is not damage if
 // its site's sender has a spool, because a power cut takes what was not flushed and the sender pushes
-// it again. Samples that expired while no process ran are counted as expired.
+// it again. A log that a consumer has read and of which nothing is left is damage, because then nothing
+// tells whether its site's sender has a spool. Samples that expired while no process ran are counted as expired.
 
 import (
 	"encoding/binary"
@@ -36,7 +37,7 @@ func (s *Store) recover() error {
 	if err != nil || s.cfg.Dir == "" {
 		return err
 	}
-	losses := &logLosses{damaged: map[uint64]bool{}, torn: map[uint64]string{}}
+	losses := newLogLosses()
 	if n := s.Consumers.TornBytes; n > 0 {
 		s.cfg.OnWarning(fmt.Errorf("%s ended in %d bytes of an unfinished write, which were removed: consumers may be served some samples again", filepath.Join(s.cfg.Dir, ConsumersFile), n))
 	}
@@ -49,6 +50,7 @@ func (s *Store) recover() error {
 	s.dropExpiredWhileDown()
 	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
 	s.lowerCursorsToLogEnds(losses)
+	losses.reportLostLogs(s.cfg.OnError)
 	losses.warnOfTornLogs(s.cfg.OnWarning)
 	s.damaged.Store(int64(len(losses.damaged)))
 	s.torn.Store(int64(len(losses.torn)))
@@ -108,9 +110,14 @@ func (s *Store) dropExpiredWhileDown() {
 // logLosses are the logs that lost something. It is safe for concurrent use.
 type logLosses struct {
 	mu        sync.Mutex        // guards the fields below
-	damaged   map[uint64]bool   // keys of the sites whose logs are damaged
-	torn      map[uint64]string // paths of the logs that end early or are missing, as after a power cut, by site key
-	tornBytes int64             // bytes of unfinished writes in these logs
+	damaged   map[uint64]bool   // keys of the sites whose logs are damaged or lost
+	lost      map[uint64]string // paths of the logs that a consumer has read and of which nothing is left, by site key
+	torn      map[uint64]string // paths of the logs that end early, as after a power cut, by site key
+	tornBytes int64             // bytes of unfinished writes in the torn logs
+}
+
+func newLogLosses() *logLosses {
+	return &logLosses{damaged: map[uint64]bool{}, lost: map[uint64]string{}, torn: map[uint64]string{}}
 }
 
 // siteKeyOf returns the site key of the log at path: the first half of the file name, in hex.
@@ -127,6 +134,17 @@ func (l *logLosses) addDamaged(path string) {
 	l.damaged[siteKeyOf(path)] = true
 }
 
+// addLost records a log that a consumer has read and of which nothing is left. It counts as damaged, and
+// no longer as torn.
+func (l *logLosses) addLost(path string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	key := siteKeyOf(path)
+	delete(l.torn, key)
+	l.damaged[key] = true
+	l.lost[key] = path
+}
+
 func (l *logLosses) addTorn(path string, unfinished int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -140,14 +158,25 @@ func (l *logLosses) warnOfTornLogs(warn func(error)) {
 		return
 	}
 	example := slices.Min(slices.Collect(maps.Values(l.torn)))
-	warn(fmt.Errorf("%d logs end early or are missing, as after a power cut, for example %s; %d bytes of unfinished writes were removed; the lost pushes were not acknowledged, or clients push them again from their spools, unless the disk lost data that it had confirmed",
+	warn(fmt.Errorf("%d logs end early, as after a power cut, for example %s; %d bytes of unfinished writes were removed; the lost pushes were not acknowledged, or clients push them again from their spools, unless the disk lost data that it had confirmed",
 		len(l.torn), example, l.tornBytes))
+}
+
+// reportLostLogs calls report once for all lost logs, because a power cut after the first pushes of many
+// sites can lose the logs of all of them.
+func (l *logLosses) reportLostLogs(report func(error)) {
+	if len(l.lost) == 0 {
+		return
+	}
+	example := slices.Min(slices.Collect(maps.Values(l.lost)))
+	report(fmt.Errorf("consumers have read %d logs that are missing or have no samples left, for example %s: if the power failed in the minute after the first push of a site, its client pushes again what the log lost; otherwise the disk or somebody has removed samples",
+		len(l.lost), example))
 }
 
 // lowerCursorsToLogEnds lowers the cursors that are higher than the number of the last batch in their
 // site's log to that number, and removes the cursors of sites without a usable log. The consumers
-// have read all batches that are left. It reports each such log: as torn if its site has a spool, or
-// if the log is missing; otherwise as damaged.
+// have read all batches that are left. It reports each such log: as torn if its site has a spool, as
+// lost if nothing is left of it, and otherwise as damaged.
 func (s *Store) lowerCursorsToLogEnds(losses *logLosses) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
@@ -161,8 +190,12 @@ func (s *Store) lowerCursorsToLogEnds(losses *logLosses) {
 		if site != nil {
 			path = s.logPathOf(site.ID)
 		}
-		if site != nil && site.hasSpools() || site == nil && !damaged {
+		switch {
+		case site != nil && site.hasSpools():
 			losses.addTorn(path, 0)
+			continue
+		case site == nil && !damaged:
+			losses.addLost(path)
 			continue
 		}
 		losses.addDamaged(path)

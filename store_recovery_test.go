@@ -311,8 +311,8 @@ func lossLog(t *testing.T, k *storeKit, fsys *crashFS, spool bool) (path string,
 
 // A start reports the losses in a log, with the number of lost pushes or samples if it can tell
 // that number. An unfinished write at the end of a log is only a warning, because a crash leaves
-// such a write, unless a consumer has read batches that the log no longer has. The next start
-// reports no error.
+// such a write, unless a consumer has read batches that the log no longer has. If nothing is left
+// of such a log, that is an error too. The next start reports no error.
 func TestRecoveryReportsLosses(t *testing.T) {
 	type change = func(data []byte, ends []int) []byte
 	for _, test := range []struct {
@@ -322,12 +322,12 @@ func TestRecoveryReportsLosses(t *testing.T) {
 		torn    bool   // the log ends in an unfinished write
 		want    []string
 	}{
-		{"removed", nil, false, true, []string{"1 logs end early or are missing", "for example /s/"}},
-		{"emptied", func([]byte, []int) []byte { return []byte{} }, false, true, []string{"1 logs end early or are missing", "for example /s/"}},
-		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, false, true, []string{"1 logs end early or are missing"}},
-		{"cut in the header", func(data []byte, _ []int) []byte { return data[:9] }, false, true, []string{"; 9 bytes of unfinished writes"}},
-		{"cut after the header", func(data []byte, ends []int) []byte { return data[:ends[0]] }, false, true, []string{"1 logs end early or are missing"}},
-		{"cut before the first batch", func(data []byte, ends []int) []byte { return data[:ends[1]+5] }, false, true, []string{"; 5 bytes of unfinished writes"}},
+		{"removed", nil, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
+		{"emptied", func([]byte, []int) []byte { return []byte{} }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
+		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
+		{"cut in the header", func(data []byte, _ []int) []byte { return data[:9] }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
+		{"cut after the header", func(data []byte, ends []int) []byte { return data[:ends[0]] }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
+		{"cut before the first batch", func(data []byte, ends []int) []byte { return data[:ends[1]+5] }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
 		{"overwritten", func(data []byte, _ []int) []byte { return bytes.Repeat([]byte("x"), len(data)) }, true, false,
 			[]string{"neither a header nor a record", "no usable part of it is left", "unknown number of pushes"}},
 		{"cut between records", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-3]] }, true, false,
