@@ -444,7 +444,10 @@ func chaosRows() []chaosRow {
 		{"damage", 0, true, func(r *chaosRig, form chaosForm) { r.each(r.servers[:2], r.hurt) }},
 		{"damage away", 0, false, func(r *chaosRig, form chaosForm) { r.away(form.away, func() { r.each(r.servers, r.hurt) }) }},
 		{"power cut", 0, false, func(r *chaosRig, form chaosForm) {
-			r.wipe(r.servers[0]) // its logs are then created while consumers are known, so that no part of them is flushed
+			r.wait("every client knows a consumer", func() bool {
+				return !slices.ContainsFunc(r.clientele, func(c *chaosClient) bool { return len(c.client.spool.Consumers()) == 0 })
+			})
+			r.wipe(r.servers[0]) // its logs are then created by clients that know a consumer, so that no part of them is flushed
 			flushed := r.logSizes(r.servers[1:])
 			r.away(form.away, func() { r.powerCut(flushed) })
 		}},
