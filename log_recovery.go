@@ -22,7 +22,6 @@ const diskSector = 512
 type LogRecovery struct {
 	Identity      []byte // nil if HeaderDamaged
 	HeaderDamaged bool
-	HeaderTorn    bool   // HeaderDamaged, because the file is empty, all zeros or ends within its header
 	Records       int    // records that were delivered and that the caller accepted
 	Damaged       int    // damaged regions after the header, plus records that the caller refused
 	LostBytes     int64  // bytes of a damaged header, of damaged regions and of refused records
@@ -57,10 +56,9 @@ func (r *LogRecovery) KeptCopyNote() string {
 // Damaged: all other bytes that are not a valid record are damage. This includes any other complete
 // last record with a wrong CRC. A crash can leave such a record if sectors are written out of order,
 // but a flipped bit looks the same, and an unnecessary copy does no harm. OpenLog copies a damaged
-// file aside and does not change the file, unless HeaderTorn: such a file has no record. The log then
-// needs a Rewrite with the records that the caller recovered. If HeaderDamaged, the log has no
-// identity. The caller must then find the identity by other means, such as the records or the file's
-// name, and rewrite a NewLog at the same path.
+// file aside and does not change the file. The log then needs a Rewrite with the records that the
+// caller recovered. If HeaderDamaged, the log has no identity. The caller must then find the identity
+// by other means, such as the records or the file's name, and rewrite a NewLog at the same path.
 //
 // Forged records: after an unreadable head, recovery searches for a record at every byte. If bytes
 // inside a payload look like a record, recovery then delivers them as a record. Therefore the
@@ -90,7 +88,7 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 		return nil, LogRecovery{}, fmt.Errorf("%s is a log of version %d; this program knows version %d", path, header.version, logVersion)
 	}
 	scan := logScan{data: data, each: each, gap: gap, checksLeft: 2 * len(data)}
-	scan.found = LogRecovery{Identity: header.identity, HeaderDamaged: header.size == 0, HeaderTorn: header.size == 0 && isTornHeader(data)}
+	scan.found = LogRecovery{Identity: header.identity, HeaderDamaged: header.size == 0}
 	scan.zerosFrom = (len(bytes.TrimRight(data, "\x00")) + diskSector - 1) / diskSector * diskSector
 	scan.run(header.size)
 	rec := scan.found
@@ -103,8 +101,8 @@ func OpenLogWithGaps(fsys FS, path string, each func(kind byte, payload []byte) 
 		return l, rec, nil
 	}
 	l.needsRewrite = true
-	if rec.HeaderTorn {
-		return l, rec, nil // nothing in the file is worth a copy
+	if len(data) == 0 {
+		return l, rec, nil // an empty file needs no copy
 	}
 	aside, there, err := asidePath(fsys, path, "damaged", data)
 	if err != nil {
@@ -262,16 +260,6 @@ func isBodyIntact(frame []byte) bool {
 func mayFollowRecord(b []byte) bool {
 	_, ok := parseRecordHead(b)
 	return ok || len(b) < recordHead || isAllZero(b)
-}
-
-// isTornHeader reports whether data, which does not begin with a whole header, can be a file whose
-// creation was not finished: it is all zeros, or ends within a header.
-func isTornHeader(data []byte) bool {
-	start := []byte(fmt.Sprintf("%s%d\n", logMagic, logVersion))
-	r := NewWireReader(data[min(len(start), len(data)):])
-	n := r.Uint32() // length of the identity, unless data is too short to have it
-	return isAllZero(data) || bytes.HasPrefix(start, data) ||
-		bytes.HasPrefix(data, start) && (r.Err() != nil || n <= MaxIdentity && r.Len() < int(n)+4)
 }
 
 func isAllZero(b []byte) bool {

@@ -24,7 +24,7 @@ func TestLogTruncatedAnywhere(t *testing.T) {
 		if !found {
 			whole--
 		}
-		if r.Damaged != 0 || r.HeaderDamaged != (cut < ends[0]) || r.HeaderTorn != r.HeaderDamaged {
+		if r.Damaged != 0 || r.HeaderDamaged != (cut < ends[0]) {
 			t.Fatalf("log cut at byte %d counts as damaged: %+v", cut, r)
 		}
 		if whole < 0 { // the cut is inside the header
@@ -375,34 +375,6 @@ func TestLogTornInZeros(t *testing.T) {
 	bad[begin+20] ^= 1
 	if _, _, r, _ := recoverLog(t, bad); r.Damaged != 1 || r.TornBytes != 4*diskSector {
 		t.Errorf("a damaged record before zeros: %+v; want 1 damaged region, and the zeros torn", r)
-	}
-}
-
-// A file that is empty, all zeros, or ends within its header has a torn header, and no copy is made.
-// Any other file without a header is damaged.
-func TestLogTornHeader(t *testing.T) {
-	header := appendLogHeader(nil, []byte("me"))
-	long := bytes.Clone(header)
-	binary.LittleEndian.PutUint32(long[8:], MaxIdentity+1)
-	for _, tt := range []struct {
-		name string
-		data []byte
-		torn bool
-	}{
-		{"empty", []byte{}, true},
-		{"zeros", make([]byte, 5000), true},
-		{"cut in the magic", header[:3], true},
-		{"cut in the length", header[:10], true},
-		{"cut in the identity", header[:13], true},
-		{"cut in the CRC", header[:len(header)-1], true},
-		{"wrong CRC", append(bytes.Clone(header[:len(header)-1]), header[len(header)-1]^1), false},
-		{"another magic", append([]byte("x"), header[1:]...), false},
-		{"identity too long", long[:12], false},
-		{"a record only", logFrames(logRec{1, "a"}), false},
-	} {
-		if _, _, r, _ := recoverLog(t, tt.data); !r.HeaderDamaged || r.HeaderTorn != tt.torn {
-			t.Errorf("%s: got %+v, want a torn header: %t", tt.name, r, tt.torn)
-		}
 	}
 }
 

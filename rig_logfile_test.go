@@ -87,10 +87,10 @@ func recoverLog(t *testing.T, data []byte) (*crashFS, *Log, LogRecovery, []logRe
 		t.Fatalf("recovery %+v accounts for %d bytes of %d, and %d records were delivered", r, sum, len(data), len(got))
 	}
 	damaged := r.HeaderDamaged || r.Damaged > 0
-	if l.MustBeRewritten() != damaged || (r.CopyPath != "") != (damaged && !r.HeaderTorn) {
+	if l.MustBeRewritten() != damaged || (r.CopyPath != "") != (damaged && len(data) > 0) {
 		t.Fatalf("recovery %+v of a log with damage %v: must be rewritten %v, copy %q", r, damaged, l.MustBeRewritten(), r.CopyPath)
 	}
-	if damaged && !r.HeaderTorn {
+	if damaged && len(data) > 0 {
 		if aside, _ := c.ReadFile(r.CopyPath); !bytes.Equal(aside, data) {
 			t.Fatal("the copy set aside differs from the damaged file")
 		}

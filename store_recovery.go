@@ -5,8 +5,8 @@ package main
 // files. Recovery reports every loss that it can detect. For a damaged log it reports the lost
 // bytes and, if known, the numbers of lost pushes and samples. A log that ends early is not damage if
 // its site's sender has a spool, because a power cut takes what was not flushed and the sender pushes
-// it again. A log that a consumer has read and of which nothing is left is damage, because then nothing
-// tells whether its site's sender has a spool. Samples that expired while no process ran are counted as expired.
+// it again. A log without any batch is damage, because nothing in it tells whether the sender has a
+// spool. Samples that expired while no process ran are counted as expired.
 
 import (
 	"encoding/binary"
@@ -45,12 +45,11 @@ func (s *Store) recover() error {
 		return err
 	}
 	if len(s.sites) > 0 && !state.found {
-		s.cfg.OnError(fmt.Errorf("%s is missing: the server knows only the consumers in its cursors file", filepath.Join(s.cfg.Dir, stateFile)))
+		s.cfg.OnError(fmt.Errorf("%s is missing: the server knows only the consumers in consumers.log", filepath.Join(s.cfg.Dir, stateFile)))
 	}
 	s.dropExpiredWhileDown()
 	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
 	s.lowerCursorsToLogEnds(losses)
-	losses.reportLostLogs(s.cfg.OnError)
 	losses.warnOfTornLogs(s.cfg.OnWarning)
 	s.damaged.Store(int64(len(losses.damaged)))
 	s.torn.Store(int64(len(losses.torn)))
@@ -107,17 +106,17 @@ func (s *Store) dropExpiredWhileDown() {
 	}
 }
 
-// logLosses are the logs that lost something. It is safe for concurrent use.
+// logLosses are the logs that lost something. A log is damaged or torn, not both. logLosses is safe for
+// concurrent use.
 type logLosses struct {
 	mu        sync.Mutex        // guards the fields below
-	damaged   map[uint64]bool   // keys of the sites whose logs are damaged or lost
-	lost      map[uint64]string // paths of the logs that a consumer has read and of which nothing is left, by site key
+	damaged   map[uint64]bool   // keys of the sites whose logs are damaged or missing
 	torn      map[uint64]string // paths of the logs that end early, as after a power cut, by site key
-	tornBytes int64             // bytes of unfinished writes in the torn logs
+	tornBytes int64             // bytes of unfinished writes in these logs
 }
 
 func newLogLosses() *logLosses {
-	return &logLosses{damaged: map[uint64]bool{}, lost: map[uint64]string{}, torn: map[uint64]string{}}
+	return &logLosses{damaged: map[uint64]bool{}, torn: map[uint64]string{}}
 }
 
 // siteKeyOf returns the site key of the log at path: the first half of the file name, in hex.
@@ -131,25 +130,19 @@ func siteKeyOf(path string) uint64 {
 func (l *logLosses) addDamaged(path string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.damaged[siteKeyOf(path)] = true
-}
-
-// addLost records a log that a consumer has read and of which nothing is left. It counts as damaged, and
-// no longer as torn.
-func (l *logLosses) addLost(path string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	key := siteKeyOf(path)
 	delete(l.torn, key)
 	l.damaged[key] = true
-	l.lost[key] = path
 }
 
+// addTorn records a log that ends early, unless the log is damaged too.
 func (l *logLosses) addTorn(path string, unfinished int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.torn[siteKeyOf(path)] = path
-	l.tornBytes += unfinished
+	if key := siteKeyOf(path); !l.damaged[key] {
+		l.torn[key] = path
+		l.tornBytes += unfinished
+	}
 }
 
 // warnOfTornLogs calls warn once for all torn logs, because a power cut can tear every log.
@@ -158,25 +151,14 @@ func (l *logLosses) warnOfTornLogs(warn func(error)) {
 		return
 	}
 	example := slices.Min(slices.Collect(maps.Values(l.torn)))
-	warn(fmt.Errorf("%d logs end early, as after a power cut, for example %s; %d bytes of unfinished writes were removed; the lost pushes were not acknowledged, or clients push them again from their spools, unless the disk lost data that it had confirmed",
+	warn(fmt.Errorf("site logs that end early, as after a power cut: %d, for example %s; unfinished writes of %d bytes were removed; the lost pushes were not acknowledged, or clients push them again from their spools, unless the disk lost data that it had confirmed",
 		len(l.torn), example, l.tornBytes))
-}
-
-// reportLostLogs calls report once for all lost logs, because a power cut after the first pushes of many
-// sites can lose the logs of all of them.
-func (l *logLosses) reportLostLogs(report func(error)) {
-	if len(l.lost) == 0 {
-		return
-	}
-	example := slices.Min(slices.Collect(maps.Values(l.lost)))
-	report(fmt.Errorf("consumers have read %d logs that are missing or have no samples left, for example %s: if the power failed in the minute after the first push of a site, its client pushes again what the log lost; otherwise the disk or somebody has removed samples",
-		len(l.lost), example))
 }
 
 // lowerCursorsToLogEnds lowers the cursors that are higher than the number of the last batch in their
 // site's log to that number, and removes the cursors of sites without a usable log. The consumers
-// have read all batches that are left. It reports each such log: as torn if its site has a spool, as
-// lost if nothing is left of it, and otherwise as damaged.
+// have read all batches that are left. It reports each such log: as torn if its site has a spool, and
+// otherwise as damaged.
 func (s *Store) lowerCursorsToLogEnds(losses *logLosses) {
 	sites, ends := map[uint64]*Site{}, map[uint64]uint64{}
 	for _, site := range s.sites {
@@ -184,31 +166,26 @@ func (s *Store) lowerCursorsToLogEnds(losses *logLosses) {
 		site.View(func(data *SiteSamples) { ends[site.Key] = data.Seq })
 	}
 	for _, past := range s.Consumers.LowerCursorsTo(ends) {
-		site, damaged := sites[past.Site], losses.damaged[past.Site]
-		name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
-		path := filepath.Join(s.cfg.Dir, name[:2], name)
-		if site != nil {
-			path = s.logPathOf(site.ID)
-		}
-		switch {
-		case site != nil && site.hasSpools():
-			losses.addTorn(path, 0)
-			continue
-		case site == nil && !damaged:
-			losses.addLost(path)
+		site := sites[past.Site]
+		if site != nil && site.hasSpools() {
+			losses.addTorn(s.logPathOf(site.ID), 0)
 			continue
 		}
-		losses.addDamaged(path)
 		lost := "an unknown number of pushes is lost"
 		if end := ends[past.Site]; IsSameSeqBlock(end, past.Seq) {
-			lost = fmt.Sprintf("%d pushes or more are lost (these consumers have read them)", past.Seq-end)
+			lost = fmt.Sprintf("%d or more pushes are lost (these consumers have read them)", past.Seq-end)
 		}
-		if site == nil {
-			s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, but no usable part of it is left; %s", past.Names, path, lost))
-		} else {
+		if site != nil {
+			path := s.logPathOf(site.ID)
+			losses.addDamaged(path)
 			s.cfg.OnError(fmt.Errorf("%s ends before the newest batch that consumers %q have read of site %q: the log was cut short or is an older copy; %s",
 				path, past.Names, site.ID, lost))
+			continue
 		}
+		name := hex.EncodeToString(binary.BigEndian.AppendUint64(nil, past.Site)) + "*" + LogSuffix
+		path := filepath.Join(s.cfg.Dir, name[:2], name)
+		losses.addDamaged(path)
+		s.cfg.OnError(fmt.Errorf("consumers %q have read the log %s, which is missing or has no batch left; %s%s", past.Names, path, lost, youngLogHint))
 	}
 }
 
@@ -252,25 +229,17 @@ func (s *Store) recoverLogs(dirs []string, meta *StoreMeta, losses *logLosses) e
 }
 
 // recoverLog reads the log at path, rewrites the log if it is damaged, and adds its site to the
-// store. It renames a log that cannot be used, and removes a log that a power cut left without a
-// batch. It does not count samples that were already expired at the site's newest push, because an
-// earlier process normally counted them.
+// store. It renames a log that cannot be used. It does not count samples that were already expired
+// at the site's newest push, because an earlier process normally counted them.
 func (s *Store) recoverLog(path string, meta *StoreMeta, losses *logLosses) error {
 	r, err := s.openSiteLog(path, meta)
 	if err != nil {
 		return err // the log could not be read, but its content may be intact
 	}
 	err = r.checkUsable()
-	switch {
-	case r.found.HeaderTorn || err == errNoBatch && !r.found.IsDamaged():
-		losses.addTorn(path, r.found.LostBytes+r.found.TornBytes)
-		if err := s.cfg.FS.Remove(path); err != nil {
-			s.cfg.OnError(fmt.Errorf("removing the log of an unfinished first push: %w", err))
-		}
-		return nil
-	case r.found.IsDamaged() || err != nil:
+	if r.found.IsDamaged() || err != nil {
 		losses.addDamaged(path)
-	case r.found.TornBytes > 0:
+	} else if r.found.TornBytes > 0 {
 		losses.addTorn(path, r.found.TornBytes)
 	}
 	if err != nil {
@@ -326,18 +295,19 @@ func (s *Store) openSiteLog(path string, meta *StoreMeta) (*recoveredLog, error)
 	return r, nil
 }
 
-// errNoBatch means that a log has no batch. This program writes at least one batch to every log.
-var errNoBatch = errors.New("the log has no batch")
+// youngLogHint ends a message about a log without any batch. This program writes at least one batch to
+// every log.
+const youngLogHint = "; a kill or a power cut during or soon after the first push of a site can cause this, and a client then pushes again"
 
 // checkUsable returns an error with the reason if the log cannot be used.
 func (r *recoveredLog) checkUsable() error {
 	switch {
 	case r.found.HeaderDamaged && r.found.Records == 0:
-		return errors.New("the log has neither a header nor a record that can be read")
+		return errors.New("the log has neither a header nor a record that can be read" + youngLogHint)
 	case r.store.logPathOf(r.data.ID) != r.path:
 		return errors.New("the file name does not match the cluster ID in the log")
 	case r.data.Seq == 0:
-		return errNoBatch
+		return errors.New("the log has no batch" + youngLogHint)
 	}
 	return nil
 }
@@ -404,8 +374,8 @@ func (s *Store) setLogAside(path string, reason error) error {
 // reportDamage reports the damage to a log that is still used.
 func (s *Store) reportDamage(r *recoveredLog) {
 	if r.found.IsDamaged() {
-		s.cfg.OnError(fmt.Errorf("%s was damaged: %d bytes are lost%s; %d records are kept%s",
-			r.path, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptCopyNote()))
+		s.cfg.OnError(fmt.Errorf("%s of site %q was damaged: %d bytes are lost%s; %d records are kept%s",
+			r.path, r.data.ID, r.found.LostBytes+r.found.TornBytes, r.describeLosses(), r.found.Records, r.found.KeptCopyNote()))
 	}
 	if r.found.Err != nil {
 		s.cfg.OnError(fmt.Errorf("recovering %s: %w", r.path, r.found.Err))
@@ -416,7 +386,7 @@ func (s *Store) reportDamage(r *recoveredLog) {
 // there are none.
 func (r *recoveredLog) describeLosses() (text string) {
 	if r.lostPushes > 0 {
-		text += fmt.Sprintf(", at least %d pushes", r.lostPushes)
+		text += fmt.Sprintf(", %d or more pushes", r.lostPushes)
 	}
 	if r.lostSamples > 0 {
 		text += fmt.Sprintf(", %d samples of series whose names are lost", r.lostSamples)

@@ -311,43 +311,42 @@ func lossLog(t *testing.T, k *storeKit, fsys *crashFS, spool bool) (path string,
 
 // A start reports the losses in a log, with the number of lost pushes or samples if it can tell
 // that number. An unfinished write at the end of a log is only a warning, because a crash leaves
-// such a write, unless a consumer has read batches that the log no longer has. If nothing is left
-// of such a log, that is an error too. The next start reports no error.
+// such a write, unless a consumer has read batches that the log no longer has. A log without any
+// batch is an error. The next start reports no error.
 func TestRecoveryReportsLosses(t *testing.T) {
 	type change = func(data []byte, ends []int) []byte
 	for _, test := range []struct {
 		name    string
 		change  change // the change of the log; nil: the log is removed
 		damaged bool   // the loss is reported as an error; otherwise as a warning
-		torn    bool   // the log ends in an unfinished write
+		torn    bool   // the log only ends in an unfinished write
 		want    []string
 	}{
-		{"removed", nil, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
-		{"emptied", func([]byte, []int) []byte { return []byte{} }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
-		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
-		{"cut in the header", func(data []byte, _ []int) []byte { return data[:9] }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
-		{"cut after the header", func(data []byte, ends []int) []byte { return data[:ends[0]] }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
-		{"cut before the first batch", func(data []byte, ends []int) []byte { return data[:ends[1]+5] }, true, false, []string{"consumers have read 1 logs that are missing or have no samples left, for example /s/"}},
-		{"overwritten", func(data []byte, _ []int) []byte { return bytes.Repeat([]byte("x"), len(data)) }, true, false,
-			[]string{"neither a header nor a record", "no usable part of it is left", "unknown number of pushes"}},
+		{"removed", nil, true, false, []string{`consumers ["central"] have read the log /s/`, "which is missing", "unknown number of pushes"}},
+		{"emptied", func([]byte, []int) []byte { return []byte{} }, true, false, []string{"the log has neither a header nor a record", "which is missing or has no batch left"}},
+		{"zeroed", func(data []byte, _ []int) []byte { return make([]byte, len(data)) }, true, false, []string{"the log has neither a header nor a record", "which is missing or has no batch left"}},
+		{"cut in the header", func(data []byte, _ []int) []byte { return data[:9] }, true, false, []string{"the log has neither a header nor a record", "which is missing or has no batch left"}},
+		{"cut after the header", func(data []byte, ends []int) []byte { return data[:ends[0]] }, true, false, []string{"the log has no batch", "which is missing"}},
+		{"cut before the first batch", func(data []byte, ends []int) []byte { return data[:ends[1]+5] }, true, false, []string{"the log has no batch"}},
+		{"overwritten", func(data []byte, _ []int) []byte { return bytes.Repeat([]byte("x"), len(data)) }, true, false, []string{"the log has neither a header nor a record", "which is missing or has no batch left"}},
 		{"cut between records", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-3]] }, true, false,
-			[]string{"ends before the newest batch that consumers", `site "a"`, "2 pushes or more are lost"}},
-		{"cut in a record", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-2]-5] }, true, true,
-			[]string{"ends before the newest batch that consumers", "2 pushes or more are lost"}},
+			[]string{"ends before the newest batch that consumers", `site "a"`, "2 or more pushes are lost"}},
+		{"cut in a record", func(data []byte, ends []int) []byte { return data[:ends[len(ends)-2]-5] }, true, false,
+			[]string{"ends before the newest batch that consumers", "2 or more pushes are lost"}},
 		{"zeroed at the end", func(data []byte, ends []int) []byte {
 			at := ends[len(ends)-4] + 20
 			return slices.Concat(data[:at], make([]byte, len(data)-at))
-		}, true, true, []string{"ends before the newest batch that consumers", "3 pushes or more are lost"}},
+		}, true, false, []string{"ends before the newest batch that consumers", "3 or more pushes are lost"}},
 		{"two records in the middle zeroed", func(data []byte, ends []int) []byte {
 			at, end := ends[len(ends)-5], ends[len(ends)-3]
 			return slices.Concat(data[:at], make([]byte, end-at), data[end:])
-		}, true, false, []string{"was damaged", "bytes are lost, at least 2 pushes; "}},
+		}, true, false, []string{"was damaged", "bytes are lost, 2 or more pushes; "}},
 		{"series record zeroed", func(data []byte, ends []int) []byte {
 			return slices.Concat(data[:ends[0]], make([]byte, ends[1]-ends[0]), data[ends[1]:])
 		}, true, false, []string{fmt.Sprintf("bytes are lost, %d samples of series whose names are lost; ", lossPushes*lossSeries)}},
 		{"unfinished push at the end", func(data []byte, ends []int) []byte {
 			return append(bytes.Clone(data), data[ends[2]:ends[3]-9]...)
-		}, false, true, []string{"bytes of unfinished writes"}},
+		}, false, true, []string{"unfinished writes of 184 bytes were removed"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			fsys := newStoreFS(1)

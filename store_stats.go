@@ -29,7 +29,7 @@ type StoreStats struct {
 	LogBytes         int64       // bytes of all logs
 	Evicted, Expired int64       // numbers of samples
 	ExpiredUnread    int64       // samples that expired before every consumer had read them
-	DamagedLogs      int64       // logs that OpenStore found damaged, or too short although no sender keeps what they lost
+	DamagedLogs      int64       // logs that OpenStore found damaged or missing, or too short although no sender keeps what they lost
 	TornLogs         int64       // logs that OpenStore found ending early, as after a power cut
 	Compactions      int64       // rewrites of logs, except for those that also store a new batch
 }
