@@ -25,7 +25,7 @@ func TestLoadBodies(t *testing.T) {
 		var lines [2][]string
 		var values [2][]float64
 		for round := range 2 {
-			ms := int64(1_700_000_000_000 + round)
+			ms := 1_700_000_000_000 + int64(round)
 			var decompressor Decompressor
 			body := bodies.next(ms)
 			plain, tooLarge, err := decompressor.Decompress(body, c.encoding, 1<<20)

@@ -42,10 +42,10 @@ func (h *LatencyHistogram) Quantile(q float64) time.Duration {
 	rank, sum := int(q*float64(h.count-1)), 0
 	for i, n := range h.buckets {
 		if sum += n; sum > rank {
-			upper := i + 1
+			upper := int64(i + 1)
 			if i >= 64 {
 				shift := i/32 - 1
-				upper = (i%32 + 33) << shift
+				upper = int64(i%32+33) << shift
 			}
 			return min(h.max, time.Duration(upper)*time.Microsecond)
 		}
@@ -65,10 +65,14 @@ type LoadReport struct {
 	Pushes     int   // pushes that were answered or failed
 	Samples    int64 // samples that servers accepted
 	Duplicates int64 // samples that servers held already
-	Bytes      int64 // bytes of the bodies of all pushes, as sent
+	Bytes      int64 // bytes of the bodies of all pushes that were answered, as sent
+	Stopped    error // why nothing was pushed after the first pushes; nil if the run took place
 	Latency    LatencyHistogram
 	answers    map[int]loadAnswers // by status; 0: the push failed without an answer
 	dropped    map[string]int64    // samples that servers dropped, by reason; at most maxLoadReasons reasons
+	notes      []string            // what kept the run from being the one that was asked for
+
+	isTokenFile bool // as in LoadConfig
 }
 
 const (
@@ -80,7 +84,9 @@ const (
 // reason of a failure. Only pushes that succeeded count for the latency.
 func (r *LoadReport) addPush(size, status int, why string, latency time.Duration) {
 	r.Pushes++
-	r.Bytes += int64(size)
+	if status != noAnswer {
+		r.Bytes += int64(size)
+	}
 	a, known := r.answers[status]
 	if !known {
 		a.first = why
@@ -109,6 +115,8 @@ func (r *LoadReport) Failed() int { return r.Pushes - r.answers[http.StatusOK].c
 // Err returns an error unless every push was answered with 200 and no sample was dropped.
 func (r *LoadReport) Err() error {
 	switch {
+	case r.Stopped != nil:
+		return r.Stopped
 	case r.Pushes == 0:
 		return errors.New("no push was sent")
 	case r.Failed() > 0:
@@ -123,6 +131,9 @@ func (r *LoadReport) Err() error {
 func (r *LoadReport) String() string {
 	var b strings.Builder
 	seconds := max(r.Took.Seconds(), 1e-9)
+	for _, note := range r.notes {
+		fmt.Fprintf(&b, "note      %s\n", note)
+	}
 	fmt.Fprintf(&b, "pushes    %d in %.1f s, %.0f a second\n", r.Pushes, seconds, float64(r.Pushes)/seconds)
 	fmt.Fprintf(&b, "samples   %d accepted, %.0f a second\n", r.Samples, float64(r.Samples)/seconds)
 	if r.Duplicates > 0 {
@@ -131,42 +142,75 @@ func (r *LoadReport) String() string {
 	for _, reason := range slices.Sorted(maps.Keys(r.dropped)) {
 		fmt.Fprintf(&b, "samples   %d dropped by the servers: %.50s\n", r.dropped[reason], reason)
 	}
-	fmt.Fprintf(&b, "bytes     %d sent in bodies, %.0f a push\n", r.Bytes, float64(r.Bytes)/max(1, float64(r.Pushes)))
-	fmt.Fprintf(&b, "latency   %s\n", r.latencyText())
+	if answered := r.Pushes - r.answers[noAnswer].count; answered > 0 {
+		fmt.Fprintf(&b, "bytes     %d sent in bodies, %.0f a push\n", r.Bytes, float64(r.Bytes)/float64(answered))
+	}
+	if r.Latency.count > 0 {
+		fmt.Fprintf(&b, "latency   %s\n", r.latencyText())
+	}
 	for _, status := range slices.Sorted(maps.Keys(r.answers)) {
 		a, name := r.answers[status], fmt.Sprint("answer ", status)
 		if status == noAnswer {
 			name = "no answer"
 		}
-		fmt.Fprintf(&b, "%-9s %d pushes", name, a.count)
+		fmt.Fprintf(&b, "%-9s %s", name, countPushes(a.count))
 		if a.first != "" {
-			fmt.Fprintf(&b, "; the first: %s", a.first)
-		}
-		if advice := loadAdvice(status); advice != "" {
-			fmt.Fprintf(&b, "; %s", advice)
+			fmt.Fprintf(&b, "; the first: %s", adviseOnLoad(status, a.first, r.isTokenFile))
 		}
 		b.WriteByte('\n')
 	}
 	return b.String()
 }
 
-// loadAdvice says what to do about answers with a status. It returns "" if the answers themselves say
-// it.
-func loadAdvice(status int) string {
-	switch status {
-	case http.StatusUnauthorized:
+// adviseOnLoad returns the reason why a push failed, with what to do about it unless the reason says
+// it. status is that of the answer. isTokenFile is as in LoadConfig.
+func adviseOnLoad(status int, reason string, isTokenFile bool) string {
+	if advice := loadAdvice(status, reason, isTokenFile); advice != "" {
+		return reason + "; " + advice
+	}
+	return reason
+}
+
+func loadAdvice(status int, reason string, isTokenFile bool) string {
+	has := func(text string) bool { return strings.Contains(reason, text) }
+	switch revoked := has(TokenRevokedText) || has(ClusterRevokedText); {
+	case status == http.StatusBadRequest && IsAnswerOfTLSPort(reason):
+		return "write https:// instead of http:// in --to"
+	case status == http.StatusUnauthorized && revoked && isTokenFile:
+		return "--revoked-file of the servers has this token or its cluster ID: use the token of another site"
+	case status == http.StatusUnauthorized && revoked:
+		return "--revoked-file of the servers has the cluster ID: use another --prefix, or remove the ID from the file"
+	case status == http.StatusUnauthorized && isTokenFile && has("needs a token of kind"):
+		return "servers with --authorize take no client tokens here: use --keys instead of --token-file"
+	case status == http.StatusUnauthorized && isTokenFile:
+		return ReplaceToken
+	case status == http.StatusUnauthorized && has(TokenExpiredText):
+		return "correct the clock of this machine or of the servers"
+	case status == http.StatusUnauthorized:
 		return "make sure that --keys are the keys of these servers"
-	case http.StatusRequestEntityTooLarge:
+	case status == http.StatusRequestEntityTooLarge && !has(NoBodyText):
 		return "use fewer --series, or start the servers with a larger --limit-bytes"
-	case http.StatusTooManyRequests:
+	case status == http.StatusRequestEntityTooLarge, status == http.StatusNotFound, status == http.StatusMethodNotAllowed:
+		return "--to must be the address of --listen of a server, the listener for clients"
+	case status == http.StatusTooManyRequests:
 		return "the sites push faster than the servers' --ratelimit allows: use --interval or more --sites, or start the servers with --ratelimit 0"
 	}
 	return ""
 }
 
+// countPushes returns "1 push" or "2 pushes".
+func countPushes(n int) string {
+	if n == 1 {
+		return "1 push"
+	}
+	return fmt.Sprintf("%d pushes", n)
+}
+
+func formatLatency(d time.Duration) string { return fmt.Sprintf("%.2f ms", d.Seconds()*1000) }
+
 // latencyText describes the latencies of the pushes that were answered with 200.
 func (r *LoadReport) latencyText() string {
-	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	h := &r.Latency
-	return fmt.Sprintf("p50 %.4g ms, p90 %.4g ms, p99 %.4g ms, max %.4g ms", ms(h.Quantile(0.5)), ms(h.Quantile(0.9)), ms(h.Quantile(0.99)), ms(h.max))
+	return fmt.Sprintf("p50 %s, p90 %s, p99 %s, max %s",
+		formatLatency(h.Quantile(0.5)), formatLatency(h.Quantile(0.9)), formatLatency(h.Quantile(0.99)), formatLatency(h.max))
 }

@@ -59,7 +59,7 @@ func TestLoadReport(t *testing.T) {
 	}{
 		{"no push", func(*LoadReport) {}, "no push was sent", []string{"pushes    0 in 2.0 s"}},
 		{"all accepted", func(r *LoadReport) { accepted(r, 225, nil); accepted(r, 225, map[string]int{}) }, "",
-			[]string{"pushes    2 in 2.0 s, 1 a second", "samples   450 accepted, 225 a second", "bytes     2000 sent in bodies, 1000 a push", "p99 3 ms, max 3 ms", "answer 200 2 pushes\n"}},
+			[]string{"pushes    2 in 2.0 s, 1 a second", "samples   450 accepted, 225 a second", "bytes     2000 sent in bodies, 1000 a push", "p99 3.00 ms, max 3.00 ms", "answer 200 2 pushes\n"}},
 		{"dropped", func(r *LoadReport) { accepted(r, 25, map[string]int{"series_limit": 200}) }, "servers dropped samples of the pushes",
 			[]string{"samples   200 dropped by the servers: series_limit"}},
 		{"failed", func(r *LoadReport) {
@@ -67,7 +67,9 @@ func TestLoadReport(t *testing.T) {
 			r.addPush(1000, 429, `429 Too Many Requests: "first"`, time.Hour)
 			r.addPush(1000, 429, "second", time.Hour)
 			r.addPush(1000, noAnswer, "connection refused", time.Hour)
-		}, "3 of 4 pushes failed", []string{`answer 429 2 pushes; the first: 429 Too Many Requests: "first"; the sites push faster`, "no answer 1 pushes; the first: connection refused\n", "max 3 ms"}},
+		}, "3 of 4 pushes failed", []string{`answer 429 2 pushes; the first: 429 Too Many Requests: "first"; the sites push faster`, "no answer 1 push; the first: connection refused\n", "max 3.00 ms", "bytes     3000 sent in bodies, 1000 a push"}},
+		{"no answer", func(r *LoadReport) { r.addPush(1000, noAnswer, "connection refused", time.Hour) }, "1 of 1 pushes failed", []string{"pushes    1 in 2.0 s"}},
+		{"a note", func(r *LoadReport) { accepted(r, 225, nil); r.notes = []string{"interrupted"} }, "", []string{"note      interrupted\n", "answer 200 1 push\n"}},
 	} {
 		r := newReport()
 		c.fill(r)
@@ -78,10 +80,41 @@ func TestLoadReport(t *testing.T) {
 		if got != c.err {
 			t.Errorf("%s: the error is %q, want %q", c.name, got, c.err)
 		}
+		if happened := r.Pushes > r.answers[noAnswer].count; strings.Contains(r.String(), "bytes ") != happened || strings.Contains(r.String(), "latency ") != happened {
+			t.Errorf("%s: the report must have the bytes and latencies only of pushes that were answered:\n%s", c.name, r)
+		}
 		for _, want := range c.want {
 			if !strings.Contains(r.String(), want) {
 				t.Errorf("%s: the report lacks %q:\n%s", c.name, want, r)
 			}
+		}
+	}
+}
+
+// The advice fits the reason of a refusal and the kind of the tokens.
+func TestLoadAdvice(t *testing.T) {
+	for _, c := range []struct {
+		status      int
+		reason      string
+		isTokenFile bool
+		want        string
+	}{
+		{401, TokenForgedText, false, "make sure that --keys"},
+		{401, TokenForgedText, true, "make a new token"},
+		{401, TokenExpiredText, false, "correct the clock"},
+		{401, TokenRevokedText, true, "use the token of another site"},
+		{401, TokenRevokedText, false, "use another --prefix"},
+		{401, "this request needs a token of kind upload, not client", true, "use --keys instead of --token-file"},
+		{413, NoBodyText, false, "the listener for clients"},
+		{413, "the body is larger than 9 bytes", false, "use fewer --series"},
+		{404, "404 page not found", false, "the listener for clients"},
+		{400, "Client sent an HTTP request to an HTTPS server.", false, "write https:// instead of http://"},
+		{400, "line 1", false, ""},
+		{503, "the server is overloaded", false, ""},
+	} {
+		got := loadAdvice(c.status, c.reason, c.isTokenFile)
+		if !strings.Contains(got, c.want) || c.want == "" && got != "" {
+			t.Errorf("%d %s with --token-file=%t: the advice is %q, want %q", c.status, c.reason, c.isTokenFile, got, c.want)
 		}
 	}
 }

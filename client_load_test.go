@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -84,14 +85,14 @@ func runLoadAt(ctx context.Context, s *loadServer, change func(*LoadConfig)) Loa
 }
 
 // With an interval the sites push in turn, spread evenly over it, until the duration is over. The
-// sites are spread over the servers.
+// sites are spread over the servers. The first push to each server precedes the run.
 func TestLoadInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &loadServer{delay: 20 * time.Millisecond}
 		r := runLoadAt(t.Context(), s, func(c *LoadConfig) {
 			c.Interval, c.Duration, c.To = 3*time.Second, 5500*time.Millisecond, []string{"http://a", "http://b"}
 		})
-		want := "[a/upload t1 at 0s b/upload t2 at 1s a/upload t3 at 2s a/upload t1 at 3s b/upload t2 at 4s a/upload t3 at 5s]"
+		want := "[a/upload t1 at 0s b/upload t2 at 20ms a/upload t3 at 2.04s a/upload t1 at 3.04s b/upload t2 at 4.04s a/upload t3 at 5.04s]"
 		if got := fmt.Sprint(s.pushes); got != want {
 			t.Errorf("the pushes are %s, want %s", got, want)
 		}
@@ -106,8 +107,8 @@ func TestLoadLatencyCountsFromDue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &loadServer{delay: 2 * time.Second}
 		r := runLoadAt(t.Context(), s, func(c *LoadConfig) { c.Interval, c.Pushes, c.InFlight = 3*time.Second, 1, 1 })
-		if got := r.Latency.Quantile(1); r.Pushes != 3 || got != 4*time.Second { // due at 2 s, sent at 4 s, answered at 6 s
-			t.Errorf("the greatest latency of %d pushes is %v, want 4s", r.Pushes, got)
+		if got := r.Latency.Quantile(1); r.Pushes != 3 || got != 3*time.Second { // due at 2 s of the run, sent at 3 s, answered at 5 s
+			t.Errorf("the greatest latency of %d pushes is %v, want 3s", r.Pushes, got)
 		}
 	})
 }
@@ -171,10 +172,59 @@ func TestLoadEndsEarly(t *testing.T) {
 		defer cancel()
 		s := &loadServer{delay: time.Second}
 		r := runLoadAt(ctx, s, func(*LoadConfig) {})
-		if r.Pushes != 6 || r.Err() != nil || r.Took != 2*time.Second {
+		if r.Pushes != 4 || r.Err() != nil || r.Took.Round(10*time.Millisecond) != 2*time.Second || !strings.Contains(r.String(), "interrupted after 0.5 s of 60 s\n") {
 			t.Errorf("the report is:\n%s", &r)
 		}
 	})
+}
+
+// A first push that fails in a way that lasts ends the run. A server that is overloaded does not.
+func TestLoadStops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for status, stops := range map[int]bool{200: false, 400: true, 401: true, 403: true, 404: true, 413: true, 429: false, 500: false, 503: false} {
+			s := &loadServer{delay: time.Millisecond, status: func(int) int { return status }}
+			r := runLoadAt(t.Context(), s, func(c *LoadConfig) { c.Pushes = 2 })
+			if (r.Stopped != nil) != stops || r.Stopped != nil && (r.Pushes != 1 || r.Err() != r.Stopped) || !stops && r.Pushes != 6 {
+				t.Errorf("answers %d: %d pushes, stopped because of %v", status, r.Pushes, r.Stopped)
+			}
+		}
+		for _, c := range []struct {
+			err   error
+			stops bool
+		}{
+			{&net.OpError{Op: "dial", Err: errors.New("connection refused")}, true}, {&net.OpError{Op: "read", Err: errors.New("reset")}, false},
+			{&DeniedError{errors.New("pin"), "advice"}, true}, {http.ErrSchemeMismatch, true},
+		} {
+			if isLasting(noAnswer, c.err) != c.stops {
+				t.Errorf("%v: want a stop: %t", c.err, c.stops)
+			}
+		}
+	})
+}
+
+// The report says if the pace was not kept, and if sites never pushed. A run that is as asked for has
+// no note.
+func TestLoadNotes(t *testing.T) {
+	for _, c := range []struct {
+		delay  time.Duration
+		change func(*LoadConfig)
+		want   string
+	}{
+		{time.Millisecond, func(c *LoadConfig) { c.Interval, c.Duration = time.Second, 10*time.Second }, "[]"},
+		{time.Millisecond, func(c *LoadConfig) { c.Interval, c.Pushes, c.Duration = time.Second, 3, 0 }, "[]"},
+		{time.Millisecond, func(c *LoadConfig) { c.Duration = time.Second }, "[]"},
+		{time.Second, func(c *LoadConfig) { c.Interval, c.Duration = time.Second, 10*time.Second; c.InFlight = 1 }, "[the servers did not keep the pace: 1.1 of 3 pushes a second]"},
+		{time.Second, func(c *LoadConfig) { c.Interval, c.Duration, c.Pushes, c.InFlight = time.Second, 0, 31, 1 }, "[the servers did not keep the pace: 1 of 3 pushes a second]"},
+		{time.Millisecond, func(c *LoadConfig) { c.Interval, c.Duration = time.Minute, 10*time.Second }, "[2 of 3 sites never pushed: --duration is shorter than --interval]"},
+		{time.Minute, func(c *LoadConfig) { c.InFlight, c.Duration = 1, time.Second }, "[1 of 3 sites never pushed: the run was too short for them]"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := runLoadAt(t.Context(), &loadServer{delay: c.delay}, c.change)
+			if got := fmt.Sprint(r.notes); got != c.want {
+				t.Errorf("the notes are %s, want %s", got, c.want)
+			}
+		})
+	}
 }
 
 // Failures are counted by status. A server that gives no answer causes no busy loop.
@@ -186,13 +236,13 @@ func TestLoadFailures(t *testing.T) {
 			t.Errorf("the report is:\n%s", &r)
 		}
 		s = &loadServer{status: func(int) int { return 0 }}
-		if r = runLoadAt(t.Context(), s, func(c *LoadConfig) { c.Duration = 10 * time.Second }); r.Pushes < 100 || r.Pushes > 303 {
+		if r = runLoadAt(t.Context(), s, func(c *LoadConfig) { c.Duration = 10 * time.Second }); r.Pushes < 100 || r.Pushes > 304 {
 			t.Errorf("%d pushes in 10 s to a server that gives no answer, want at most ten a second for each of three in flight", r.Pushes)
 		}
 	})
 }
 
-// An answer 200 of another program counts as a failure.
+// An answer 200 of another program is a failure, which ends the run.
 func TestLoadForeignAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, text := range []string{"<html>", "{}", ""} {
@@ -200,7 +250,7 @@ func TestLoadForeignAnswer(t *testing.T) {
 				return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader(text)), Request: req}, nil
 			})}
 			r := runLoadAt(t.Context(), &loadServer{}, func(c *LoadConfig) { c.ToClient, c.Pushes = client, 1 })
-			if r.Failed() != 3 || !strings.Contains(r.String(), "the answer is not a telemeter server's") {
+			if r.Failed() != 1 || r.Stopped == nil || !strings.Contains(r.String(), "the answer is not a telemeter server's") {
 				t.Errorf("%q: the report is:\n%s", text, &r)
 			}
 		}
@@ -215,7 +265,7 @@ func TestLoadProgress(t *testing.T) {
 			c.Progress, c.Interval, c.Duration = &progress, time.Second, 3500*time.Millisecond
 		})
 		lines := strings.Split(progress.String(), "\n")
-		if len(lines) != 4 || !strings.HasPrefix(lines[1], "2 s: 6 pushes, 3 a second, 27 samples a second, p99 10ms, 0 failed") {
+		if len(lines) != 4 || !strings.HasPrefix(lines[1], "2 s: 6 pushes, 3 a second, 27 samples a second, p99 10.00 ms, 0 failed") {
 			t.Errorf("the progress is:\n%s", &progress)
 		}
 	})

@@ -13,8 +13,12 @@ import (
 	"time"
 )
 
-// RenewToken says how to replace the token of a running client.
-const RenewToken = "make a new token on the hub with telemeter --mode token, replace the file of --token-file with it, and send this client SIGHUP"
+const (
+	// ReplaceToken says how to replace the file of --token-file.
+	ReplaceToken = "make a new token on the hub with telemeter --mode token, replace the file of --token-file with it"
+	// RenewToken says how to replace the token of a running client.
+	RenewToken = ReplaceToken + ", and send this client SIGHUP"
+)
 
 // deniedPause is the longest pause after a round in which every server denied access. A shorter
 // pause would not help, because only a person can mend the cause. Reload ends the pause.

@@ -286,7 +286,7 @@ func TestRingFindsLiveSlot(t *testing.T) {
 // Claims to slots outside 0 to MaxSlots-1 are ignored and do not raise the number of buckets. The
 // ring has a bucket for the slot of each valid claim, and at most MaxSlots buckets.
 func TestRingBuckets(t *testing.T) {
-	beyond := NewRing([]Claim{{Slot: MaxSlots, Lamport: 1, Name: "a"}, {Slot: -1, Lamport: 1, Name: "b"}, {Slot: 2, Lamport: 1, Name: "c"}}, 1<<40)
+	beyond := NewRing([]Claim{{Slot: MaxSlots, Lamport: 1, Name: "a"}, {Slot: -1, Lamport: 1, Name: "b"}, {Slot: 2, Lamport: 1, Name: "c"}}, math.MaxInt)
 	if beyond.Buckets() != MaxSlots || len(beyond.liveSlots) != 1 || owner(beyond, 5) != "c" {
 		t.Errorf("invalid claims: got %d buckets and shares %v, want %d buckets and member c only", beyond.Buckets(), beyond.Shares(), MaxSlots)
 	}

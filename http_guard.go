@@ -47,12 +47,15 @@ func RefuseForeignRequests(onLoopback bool, instrument func(name string, h http.
 	})
 }
 
+// NoBodyText is the answer 413 of RefuseForeignRequests to a request that has a body.
+const NoBodyText = "requests to this listener must have no body"
+
 // reasonToRefuse returns the status and the text with which RefuseForeignRequests refuses r. The
 // status is 0 if it does not refuse r.
 func reasonToRefuse(r *http.Request, onLoopback bool) (status int, reason string) {
 	switch {
 	case r.ContentLength != 0: // -1 for a body in chunks
-		return http.StatusRequestEntityTooLarge, "requests to this listener must have no body"
+		return http.StatusRequestEntityTooLarge, NoBodyText
 	case r.Header.Get("Sec-Fetch-Site") == "cross-site":
 		return http.StatusForbidden, "this listener does not answer requests that come from a page of another site"
 	case onLoopback && !isLocalHostHeader(r.Host):

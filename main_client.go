@@ -45,6 +45,7 @@ type clientFlags struct {
 	anonymize                       []string
 	saltFile                        string
 	tokenFile                       string
+	ownTokenOnly                    bool // for --mode load, which has no flag for the cluster ID of a token of another kind
 	to                              []*url.URL
 	id                              string
 	toCAFile, toCertFile, toKeyFile string
@@ -211,7 +212,7 @@ func (p *clientProcess) newClient() error {
 	}
 	p.token, p.fromTransport, p.toTransport = token, newRenewableTransport(from), newRenewableTransport(to)
 	toClient := p.toTransport.httpClient(attemptTimeout)
-	toClient.Transport = trustTransport{next: p.toTransport, caFile: p.toCAFile}
+	toClient.Transport = trustTransport{next: p.toTransport, caFile: p.toCAFile, trustAdvice: clientTrustAdvice}
 	p.logSystemCAs()
 	p.client = NewClient(ClientConfig{
 		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,

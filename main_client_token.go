@@ -44,6 +44,9 @@ func (f *clientFlags) loadToken() (text string, t Token, err error) {
 			if _, err := ParseKeys(b); err == nil {
 				return "", t, fmt.Errorf("--token-file %s is a key file of the servers, which must not leave the hub, or a salt: %s", f.tokenFile, getToken)
 			}
+			if f.ownTokenOnly {
+				return "", t, fmt.Errorf("--token-file %s contains no token of telemeter (%w): %s", f.tokenFile, parseErr, getToken)
+			}
 			return "", t, usageError{fmt.Sprintf("--token-file %s contains no token of telemeter (%v): %s; for a token of another kind, which a server with --authorize accepts, add --id ID and --to URL",
 				f.tokenFile, parseErr, getToken)}
 		}

@@ -20,7 +20,18 @@ import (
 type trustTransport struct {
 	next   http.RoundTripper
 	caFile string // of --to-ca-file
+	trustAdvice
 }
+
+// trustAdvice has the parts of the advice on a server that is not trusted that depend on the mode.
+type trustAdvice struct {
+	pinOwner string // what has the pin, such as "the token"
+	renew    string // how to get the pin of new keys
+	again    string // how to use a flag or a file that has changed
+}
+
+// clientTrustAdvice is the trustAdvice of a client.
+var clientTrustAdvice = trustAdvice{"the token", RenewToken, "send this client SIGHUP"}
 
 func (t trustTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := t.next.RoundTrip(req)
@@ -58,11 +69,11 @@ func (t trustTransport) advice(err error) string {
 	)
 	switch text := err.Error(); {
 	case errors.Is(err, ErrOtherPin):
-		return "the certificate of the hub does not match the token's pin: either someone intercepts the connection, or the hub has new keys; if it has, " + RenewToken
+		return "the certificate of the hub does not match " + t.pinOwner + "'s pin: either someone intercepts the connection, or the hub has new keys; if it has, " + t.renew
 	case errors.As(err, &unknown) && t.caFile != "":
-		return "no CA in --to-ca-file " + t.caFile + " has signed the server's certificate: replace the file with the server's certificate or its CA, and send this client SIGHUP"
+		return "no CA in --to-ca-file " + t.caFile + " has signed the server's certificate: replace the file with the server's certificate or its CA, and " + t.again
 	case errors.As(err, &unknown):
-		return "no CA of this system has signed the server's certificate, and the token has no pin: restart with --to-ca-file and a copy of the server's tls.crt; or, to get a token with the pin, " + RenewToken
+		return "no CA of this system has signed the server's certificate, and " + t.pinOwner + " has no pin: restart with --to-ca-file and a copy of the server's tls.crt; or, to get the pin, " + t.renew
 	case errors.As(err, &host):
 		return "the server's certificate is for other names: use one of them in --to, or make a certificate for this name with telemeter --mode keygen --host; or use a token that has the pin of the certificate"
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:

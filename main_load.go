@@ -22,7 +22,10 @@ import (
 	"time"
 )
 
-const loadTokenGrace = time.Hour // how long a load site's token is valid after the run
+const (
+	loadTokenGrace = time.Hour      // how long a load site's token is valid after the run
+	maxLoadTime    = 24 * time.Hour // longest run without --duration for which the tokens are valid
+)
 
 type loadFlags struct {
 	trust     clientFlags // only the flags for the destination are used
@@ -61,6 +64,9 @@ func loadMode(ctx context.Context, c *command) error {
 	}
 	fmt.Fprintf(c.stderr, "warning: the servers store the pushed series and serve them to every consumer; %s in alerts until revoked: use servers that are only for this\n", f.describeSites(cfg))
 	report := RunLoad(ctx, cfg)
+	if report.Stopped != nil {
+		return report.Stopped
+	}
 	if _, err := io.WriteString(c.stdout, report.String()); err != nil {
 		return fmt.Errorf("printing the report: %w", err)
 	}
@@ -82,8 +88,8 @@ func (f *loadFlags) define(c *command) {
 		numberFlag(c, &f.sites, "sites", 100, 1, 1_000_000, "`N` number of sites, which push in turn", parseInt, strconv.Itoa)
 		c.StringVar(&f.prefix, "prefix", "load", "`ID` beginning of the sites' cluster IDs; a number such as -000001 follows")
 		numberFlag(c, &f.series, "series", 225, 1, 1_000_000, "`N` series of each site, nine in a metric family, with 250 bytes of text or more", parseInt, strconv.Itoa)
-		numberFlag(c, &f.inFlight, "in-flight", 64, 1, maxLoadInFlight, "`N` largest number of pushes in flight, at most one for each site on average; a slow site can have several", parseInt, strconv.Itoa)
-		c.durationFlag(&f.duration, "duration", 30*time.Second, time.Second, 0, "`TIME` how long to push")
+		numberFlag(c, &f.inFlight, "in-flight", 64, 1, maxLoadInFlight, "`N` largest number of pushes in flight, never more than the number of sites; a site can have more than one", parseInt, strconv.Itoa)
+		c.durationFlag(&f.duration, "duration", 30*time.Second, 0, 0, "`TIME` how long to push; 0: until each site has pushed --pushes times")
 		c.durationFlag(&f.interval, "interval", 0, 0, 0, "`TIME` time between two pushes of a site; the sites are spread evenly over it; 0: as fast as possible")
 		numberFlag(c, &f.pushes, "pushes", 0, 0, 0, "`N` largest number of pushes of each site; 0: no limit", parseInt, strconv.Itoa)
 		choiceFlag(c, &f.format, "format", "`FORMAT` format of the pushes", LoadText, LoadProtobuf)
@@ -111,7 +117,8 @@ func (f *loadFlags) check(c *command) {
 	c.addProblemUnless(f.keys != "" || f.trust.tokenFile != "" || c.isMeant("keys") || c.isMeant("token-file"), "--keys DIR is missing: name the directory with the servers' token.key, or add --token-file FILE to push as one site")
 	c.addProblemUnless(f.keys == "" || f.trust.tokenFile == "", "--keys and --token-file exclude each other: choose one")
 	c.addProblemUnless(f.trust.tokenFile == "" || !c.isSet("sites") && !c.isSet("prefix"), "--sites and --prefix have no effect with --token-file, which is the token of one site: remove them, or use --keys")
-	c.addProblemUnless(f.keys == "" || len(f.trust.to) > 0 || c.isMeant("to"), "--to URL is missing: name the server to push to, such as --to https://hub.example:9003")
+	c.addProblemUnless(f.keys == "" || c.isSet("to") || c.isMeant("to"), "--to URL is missing: name the server to push to, such as --to https://hub.example:9003")
+	c.addProblemUnless(f.duration > 0 || f.pushes > 0, "--duration 0 needs --pushes N, which then ends the run")
 	c.addProblemUnless((f.trust.toCertFile == "") == (f.trust.toKeyFile == ""), "--to-crt and --to-key must be given together")
 	c.addProblemUnless(CheckClusterID(f.prefix+"-000001") == nil, "--prefix: %q is not the beginning of a cluster ID: use letters, digits and . _ : @ -, with a letter or digit first", f.prefix)
 	if f.keys != "" {
@@ -127,13 +134,14 @@ func (f *loadFlags) check(c *command) {
 func (f *loadFlags) config(now time.Time) (cfg LoadConfig, err error) {
 	cfg = LoadConfig{
 		Series: f.series, Format: f.format, Encoding: f.encoding,
-		InFlight: f.inFlight, Duration: f.duration, Interval: f.interval, Pushes: f.pushes,
+		InFlight: f.inFlight, Duration: f.duration, Interval: f.interval, Pushes: f.pushes, IsTokenFile: f.trust.tokenFile != "",
 	}
 	if f.spool {
 		cfg.FirstSpoolID = rand.Uint64N(math.MaxUint64) + 1
 	}
 	var pins []string
 	if f.trust.tokenFile != "" {
+		f.trust.ownTokenOnly = true
 		text, t, err := f.trust.loadToken()
 		if err != nil {
 			return cfg, err
@@ -164,7 +172,7 @@ func (f *loadFlags) makeTokens(now time.Time) (tokens []string, err error) {
 	for i := range f.sites {
 		text, err := keys.Sign(Token{
 			Kind: KindUpload, ClusterID: f.siteName(i), Labels: map[string]string{}, ID: NewTokenID(),
-			Issued: now.Unix(), Expires: now.Add(f.duration + loadTokenGrace).Unix(),
+			Issued: now.Unix(), Expires: now.Add(cmp.Or(f.duration, maxLoadTime) + loadTokenGrace).Unix(),
 		})
 		if err != nil {
 			return nil, err
@@ -183,6 +191,9 @@ func (f *loadFlags) describeSites(cfg LoadConfig) string {
 		t, _ := ParseUnverifiedToken(cfg.Tokens[0]) // a token of another kind has no cluster ID that is known here
 		return fmt.Sprintf("the site %s stays", cmp.Or(t.ClusterID, f.trust.id))
 	}
+	if len(cfg.Tokens) == 1 {
+		return fmt.Sprintf("the site %s stays", f.siteName(0))
+	}
 	return fmt.Sprintf("the sites %s to %s stay", f.siteName(0), f.siteName(len(cfg.Tokens)-1))
 }
 
@@ -197,7 +208,11 @@ func (f *loadFlags) httpClient(pins []string) (*http.Client, error) {
 		t.WriteBufferSize = 64 << 10 // most pushes then need one write, which saves a third of the generator's CPU time
 	}
 	client := NewHTTPClient(nil, attemptTimeout, dialTimeout)
-	client.Transport = trustTransport{next: next, caFile: f.trust.toCAFile}
+	advice := trustAdvice{"--keys " + f.keys, "pass the keys directory of these servers as --keys", "start the run again"}
+	if f.trust.tokenFile != "" {
+		advice = trustAdvice{"the token", ReplaceToken, "start the run again"}
+	}
+	client.Transport = trustTransport{next: next, caFile: f.trust.toCAFile, trustAdvice: advice}
 	return client, nil
 }
 

@@ -143,6 +143,12 @@ func TestMistakes(t *testing.T) {
 		{"--mode load --keys keys", 2, "--to URL is missing", "such as --to https://hub.example:9003"},
 		{load + "--token-file good.token", 2, "--keys and --token-file exclude each other", "choose one"},
 		{"--mode load --token-file good.token --sites 2", 2, "--sites and --prefix have no effect with --token-file", "remove them, or use --keys"},
+		{"--mode load --keys keys --to 127.0.0.1:39100", 2, `--to: "127.0.0.1:39100"`, "http:// or https://"},
+		{"--mode load --token-file opaque", 1, "--token-file opaque contains no token of telemeter", "make a token on the hub"},
+		{"--mode load --token-file opaque --to https://127.0.0.1:1", 1, "--token-file opaque contains no token of telemeter", "make a token on the hub"},
+		{"--mode load --token-file empty", 1, "--token-file empty: empty is empty: make a token on the hub", "telemeter --mode token --id SITE"},
+		{"--mode load --token-file none", 1, "--token-file none: ", "make a token on the hub"},
+		{load + "--duration 0", 2, "--duration 0 needs --pushes N", "ends the run"},
 		{load + "--prefix a/b", 2, `--prefix: "a/b" is not the beginning of a cluster ID`, "use letters, digits"},
 		{load + "--format json", 2, `--format: "json" is unknown`, "use text or protobuf"},
 		{load + "--encoding zstd", 2, `--encoding: "zstd" is unknown`, "use gzip, snappy or identity"},
@@ -243,6 +249,13 @@ func TestMistakes(t *testing.T) {
 		if strings.Contains(stderr, "secret@") {
 			t.Errorf("telemeter %s: the message contains a password:\n%s", row.args, stderr)
 		}
+	}
+}
+
+// A URL of --to that cannot be used causes one message, which does not say that --to is missing.
+func TestFaultyLoadURL(t *testing.T) {
+	if _, _, stderr := runMode(t, "--mode", "load", "--keys", "keys", "--to", "127.0.0.1:39100"); strings.Contains(stderr, "missing") {
+		t.Error(stderr)
 	}
 }
 

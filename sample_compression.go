@@ -178,7 +178,7 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 					length += int(b) << (8 * i)
 				}
 			}
-			if length > end-len(out) {
+			if length <= 0 || length > end-len(out) { // length wraps below 1 if an int has 32 bits
 				return out, false
 			}
 			out = append(out, r.Bytes(length)...)
@@ -190,7 +190,7 @@ func decodeSnappyBlock(out []byte, r WireReader, size int) (_ []byte, ok bool) {
 		case 3:
 			offset = int(r.Uint32())
 		}
-		if r.Err() != nil || offset == 0 || offset > len(out)-from || length > end-len(out) {
+		if r.Err() != nil || offset <= 0 || offset > len(out)-from || length > end-len(out) {
 			return out, false
 		}
 		// If source and destination overlap, the copy repeats the bytes from the offset on. So each

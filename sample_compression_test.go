@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -169,7 +170,7 @@ func snappyLiteral(s string, extra int) []byte {
 }
 
 // snappyCopy returns a copy element, which repeats length decoded bytes that begin offset bytes
-// back. The kinds 1, 2 and 3 encode the offset in 11, 16 and 32 bits.
+// back. The kinds 1, 2 and 3 encode the offset in 11, 16 and 32 bits; math.MinInt32 has the bits of 1<<31.
 func snappyCopy(kind, offset, length int) []byte {
 	switch kind {
 	case 1:
@@ -287,14 +288,14 @@ func TestSnappyElements(t *testing.T) {
 		{"a copy from before the block", append(uncompressed("abc"), snappyChunk(0, []byte("abca"), snappyBlock(4, snappyLiteral("abc", 0), snappyCopy(2, 6, 1)))...), "\xff"},
 		{"a copy at the beginning of a block", whole("abcd", snappyCopy(1, 1, 4)), "\xff"},
 		{"a copy with offset 0", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(1, 0, 4)), "\xff"},
-		{"a copy with offset 1<<31", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(3, 1<<31, 4)), "\xff"},
+		{"a copy with offset 1<<31", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(3, math.MinInt32, 4)), "\xff"},
 		{"a truncated copy", whole("aaaaa", snappyLiteral("a", 0), snappyCopy(3, 1, 4)[:4]), "\xff"},
 		{"a truncated literal", whole("abc", snappyLiteral("abc", 0)[:3]), "\xff"},
 		{"a truncated length of a literal", whole("abc", snappyLiteral("abc", 4)[:3]), "\xff"},
 		{"a literal of 4 GiB", whole("abc", []byte{63 << 2, 0xff, 0xff, 0xff, 0xff, 'a'}), "\xff"},
 		{"a block whose length is no varint", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, bytes.Repeat([]byte{0xff}, 11))...), "\xff"},
 		{"a block that claims 64 KiB and 1 byte", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, snappyBlock(64<<10+1))...), "\xff"},
-		{"a block that claims 2 GiB", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, snappyBlock(1<<31))...), "\xff"},
+		{"a block that claims 2 GiB", append(slices.Clip(snappyIdentifier), snappyChunk(0, nil, binary.AppendUvarint(nil, 1<<31))...), "\xff"},
 		{"an uncompressed chunk of 64 KiB and 1 byte", uncompressed(long + long[:1537]), "\xff"},
 	} {
 		var d Decompressor

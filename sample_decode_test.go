@@ -73,8 +73,15 @@ func TestParseFormat(t *testing.T) {
 // the sample has no timestamp.
 func decoded(body []byte, f Format) (samples []string, skipped UnsupportedParts, err error) {
 	var d Decoder
+	skipped, err = d.Decode(body, f, appendFormatted(&samples))
+	return samples, skipped, err
+}
+
+// appendFormatted returns a function that takes decoded samples. It appends each to samples, as text
+// with the line, the value and the time, or - without a time.
+func appendFormatted(samples *[]string) func(r *RawSample) error {
 	var p SampleList
-	skipped, err = d.Decode(body, f, func(r *RawSample) error {
+	return func(r *RawSample) error {
 		if err := p.Add(r); err != nil {
 			return err
 		}
@@ -83,10 +90,9 @@ func decoded(body []byte, f Format) (samples []string, skipped UnsupportedParts,
 		if r.HasT {
 			at = fmt.Sprint(r.T)
 		}
-		samples = append(samples, fmt.Sprintf("%s %v %s", p.Line(s), s.V, at))
+		*samples = append(*samples, fmt.Sprintf("%s %v %s", p.Line(s), s.V, at))
 		return nil
-	})
-	return samples, skipped, err
+	}
 }
 
 // checkDecoded decodes a body. It fails the test unless the samples, formatted as by decoded, are

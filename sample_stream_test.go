@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -32,19 +33,7 @@ func (r *randomReads) Read(p []byte) (int, error) {
 
 // decodedFrom is decoded for DecodeFrom. limit is the most bytes that r can have.
 func decodedFrom(r io.Reader, limit int, f Format) (samples []string, skipped UnsupportedParts, err error) {
-	var p SampleList
-	skipped, err = new(Decoder).DecodeFrom(r, limit, f, func(r *RawSample) error {
-		if err := p.Add(r); err != nil {
-			return err
-		}
-		s := p.Samples[len(p.Samples)-1]
-		at := "-"
-		if r.HasT {
-			at = fmt.Sprint(r.T)
-		}
-		samples = append(samples, fmt.Sprintf("%s %v %s", p.Line(s), s.V, at))
-		return nil
-	})
+	skipped, err = new(Decoder).DecodeFrom(r, limit, f, appendFormatted(&samples))
 	return samples, skipped, err
 }
 
@@ -161,7 +150,7 @@ func TestDecodeFromLongLine(t *testing.T) {
 			}
 		}
 		endless := endlessReader("x")
-		if _, _, err := decodedFrom(&endless, 1<<40, f); !errors.Is(err, ErrTooLarge) {
+		if _, _, err := decodedFrom(&endless, math.MaxInt, f); !errors.Is(err, ErrTooLarge) {
 			t.Errorf("format %d: an endless line gives the error %v, want ErrTooLarge", f, err)
 		}
 	}

@@ -149,10 +149,10 @@ func DecodeBatch(payload []byte) (*Batch, error) {
 	b := &Batch{Size: len(payload)}
 	b.Seq, b.AcceptedAt, b.T0 = r.Uvarint(MaxSeq), r.Varint(math.MinInt64, math.MaxInt64), r.Varint(-maxBatchTime, maxBatchTime)
 	parts := r.Uvarint(math.MaxInt64)
-	n := int(parts >> countShift)
-	if r.Require(n <= r.Len()/8); r.Err() != nil {
+	if r.Require(parts>>countShift <= uint64(r.Len()/8)); r.Err() != nil {
 		return nil, fmt.Errorf("decoding batch record: %w", r.Err())
 	}
+	n := int(parts >> countShift)
 	if parts&withNames != 0 {
 		b.Names = ScrapeNames{r.Uint64(), ReadRanges(&r)}
 		r.Require(b.Names.SpoolID != 0)
