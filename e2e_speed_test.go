@@ -16,7 +16,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -185,7 +185,7 @@ func (r *speedRig) measureScrapes(sites int) {
 	// A consumer gets the unread samples in its first scrapes, and then the newest samples again.
 	r.measureScrapesOf(server, scraper, sites, cfg.Series, "", "without a consumer")
 	r.measureScrapesOf(server, scraper, sites, cfg.Series, "?consumer=speed", "by a consumer")
-	r.measureLatency(server, scraper, sites)
+	r.measureLatency(server, sites)
 	r.stop(server)
 }
 
@@ -234,7 +234,9 @@ func inTurn(run int) [2]int { return [2]int{run % 2, 1 - run%2} }
 
 // measureLatency measures pushes to a server, without scrapes and with scrapes of a consumer that
 // follow each other without a pause.
-func (r *speedRig) measureLatency(server *speedProcess, scraper *http.Client, sites int) {
+func (r *speedRig) measureLatency(server *speedProcess, sites int) {
+	scraper := r.startYardstick(loopScraper, server.internal+"/federate?consumer=speed")
+	defer r.stop(scraper)
 	cfg := r.load("timed", r.latencySites, server)
 	r.mustPush(cfg)
 	cfg.Pushes, cfg.Duration = 0, r.latency
@@ -243,23 +245,15 @@ func (r *speedRig) measureLatency(server *speedProcess, scraper *http.Client, si
 	scrapes := 0
 	for range r.runs {
 		for j := range 2 {
-			var ended atomic.Bool
-			done := make(chan int, 1)
-			go func() {
-				n := 0
-				for ; j == 1 && !ended.Load(); n++ {
-					if !readsAnswer(scraper, server.internal+"/federate?consumer=speed") {
-						n = -1
-						break
-					}
-				}
-				done <- n
-			}()
+			var n int
+			var err error
+			var scraping sync.WaitGroup
+			if j == 1 {
+				scraping.Go(func() { n, err = runScrapeInLoop(scraper, r.latency) })
+			}
 			report := r.mustPush(cfg)
-			ended.Store(true)
-			n := <-done
-			if n < 0 {
-				r.Fatal("a scrape failed")
+			if scraping.Wait(); err != nil {
+				r.Fatal(err)
 			}
 			scrapes += n
 			p99[j] = append(p99[j], report.Latency.Quantile(0.99).Seconds())

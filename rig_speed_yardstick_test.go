@@ -33,10 +33,12 @@ const (
 	yardstickWrite = "write" // appends a record without a sync
 	yardstickSync  = "sync"  // syncs the file after each record
 	yardstickServe = "serve" // writes a stored answer of /federate
+
+	loopScraper = "scraper" // no yardstick: scrapes a server back to back
 )
 
 // runYardstick serves the yardstick that args name until stdin ends: its kind, and then the
-// directory of the sites' files, or the file with the stored answer. It prints its address like a
+// directory of the sites' files, the file with the stored answer, or the URL to scrape. It prints its address like a
 // server, so that both can be started in the same way. GET /metrics answers with its CPU time.
 func runYardstick(args []string, stdin io.Reader, stdout io.Writer) int {
 	go func() {
@@ -49,14 +51,17 @@ func runYardstick(args []string, stdin io.Reader, stdout io.Writer) int {
 		syscall.Getrusage(syscall.RUSAGE_SELF, &u)
 		fmt.Fprintf(w, "process_cpu_seconds_total %f\n", time.Duration(u.Utime.Nano()+u.Stime.Nano()).Seconds())
 	})
-	if kind := args[0]; kind == yardstickServe {
+	switch kind := args[0]; kind {
+	case loopScraper:
+		mux.HandleFunc("GET /scrape", func(w http.ResponseWriter, r *http.Request) { scrapeInLoop(w, r, args[1]) })
+	case yardstickServe:
 		answer, err := os.ReadFile(args[1])
 		if err != nil {
 			fmt.Fprintln(stdout, err)
 			return exitFailure
 		}
 		mux.Handle("GET /federate", newStoredAnswer(string(answer)))
-	} else {
+	default:
 		mux.Handle("POST /upload", &uploadYardstick{dir: args[1], sync: kind == yardstickSync, seed: maphash.MakeSeed(), sites: map[string]*yardstickSite{}})
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -67,6 +72,41 @@ func runYardstick(args []string, stdin io.Reader, stdout io.Writer) int {
 	fmt.Fprintf(stdout, "msg=serving external=%s internal=%[1]s\n", ln.Addr())
 	fmt.Fprintln(stdout, http.Serve(ln, mux))
 	return exitFailure
+}
+
+// scrapeInLoop scrapes url back to back for the time in the parameter for. It answers with the number of
+// scrapes, or with an error if one fails. The scraper is a process of its own, because a program that
+// reads all the time delays the other goroutines of its process.
+func scrapeInLoop(w http.ResponseWriter, r *http.Request, url string) {
+	lasts, err := time.ParseDuration(r.FormValue("for"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	client := &http.Client{Transport: &http.Transport{DisableCompression: true}}
+	defer client.CloseIdleConnections()
+	n := 0
+	for begin := time.Now(); time.Since(begin) < lasts; n++ {
+		if !readsAnswer(client, url) {
+			http.Error(w, "a scrape failed", http.StatusInternalServerError)
+			return
+		}
+	}
+	fmt.Fprintln(w, n)
+}
+
+// runScrapeInLoop has scraper, a process of the kind loopScraper, scrape for the time lasts. It returns the
+// number of scrapes.
+func runScrapeInLoop(scraper *speedProcess, lasts time.Duration) (scrapes int, err error) {
+	resp, err := http.Get(fmt.Sprintf("%s/scrape?for=%v", scraper.internal, lasts))
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	if _, err := fmt.Fscan(resp.Body, &scrapes); err != nil || resp.StatusCode != http.StatusOK {
+		return 0, fmt.Errorf("scraping in a loop: %s %w", resp.Status, err)
+	}
+	return scrapes, nil
 }
 
 // uploadYardstick handles pushes. It knows a site by the header Authorization.
