@@ -87,7 +87,7 @@ func TestSpeed(t *testing.T) {
 	r.measureMemory()
 	r.measureStartAndIdle()
 	r.measureClient()
-	if want := 22 + 7*len(r.scrapeSites); len(r.rows) < want { // one row more where there is /proc
+	if want := 22 + 8*len(r.scrapeSites); len(r.rows) < want { // one row more where there is /proc
 		t.Errorf("the table has %d rows, want at least %d", len(r.rows), want)
 	}
 	for _, row := range r.rows {
@@ -184,14 +184,14 @@ func (r *speedRig) measureScrapes(sites int) {
 	scraper := r.newScraper()
 	// A consumer gets the unread samples in its first scrapes, and then the newest samples again.
 	r.measureScrapesOf(server, scraper, sites, cfg.Series, "", "without a consumer")
-	r.measureScrapesOf(server, scraper, sites, cfg.Series, "?consumer=speed", "by a consumer")
-	r.measureLatency(server, sites)
+	stored := r.measureScrapesOf(server, scraper, sites, cfg.Series, "?consumer=speed", "by a consumer")
+	r.measureLatency(server, stored, sites)
 	r.stop(server)
 }
 
 // measureScrapesOf measures scrapes of a server that has the given number of sites and of samples for
-// each, and of a yardstick that has the server's answer.
-func (r *speedRig) measureScrapesOf(server *speedProcess, scraper *http.Client, sites, samples int, query, who string) {
+// each, and of a yardstick that has the server's answer. It returns the name of the file with that answer.
+func (r *speedRig) measureScrapesOf(server *speedProcess, scraper *http.Client, sites, samples int, query, who string) (stored string) {
 	var answer []byte
 	lines := 0
 	for scrapes := 0; lines < sites*samples; scrapes++ { // the first scrapes of a consumer do not carry all unread samples
@@ -200,7 +200,7 @@ func (r *speedRig) measureScrapesOf(server *speedProcess, scraper *http.Client, 
 		}
 		answer, lines, _, _ = r.scrape(scraper, server, query, true)
 	}
-	stored := filepath.Join(r.TempDir(), "answer")
+	stored = filepath.Join(r.TempDir(), "answer")
 	if err := os.WriteFile(stored, answer, 0o600); err != nil {
 		r.Fatal(err)
 	}
@@ -226,6 +226,7 @@ func (r *speedRig) measureScrapesOf(server *speedProcess, scraper *http.Client, 
 	r.add(what+": CPU time", cpu[0], cpu[1], formatMilliseconds, "≤ 1.6")
 	r.add(what+": time", whole[0], whole[1], formatMilliseconds, "≤ 1.6")
 	r.add(what+": time to the first byte", first[0], first[1], formatMilliseconds, "≤ 3")
+	return stored
 }
 
 // inTurn returns in which order run measures the yardstick, 0, and the server, 1. The order changes
@@ -233,34 +234,38 @@ func (r *speedRig) measureScrapesOf(server *speedProcess, scraper *http.Client, 
 func inTurn(run int) [2]int { return [2]int{run % 2, 1 - run%2} }
 
 // measureLatency measures pushes to a server, without scrapes and with scrapes of a consumer that
-// follow each other without a pause.
-func (r *speedRig) measureLatency(server *speedProcess, sites int) {
-	scraper := r.startYardstick(loopScraper, server.internal+"/federate?consumer=speed")
-	defer r.stop(scraper)
-	cfg := r.load("timed", r.latencySites, server)
-	r.mustPush(cfg)
-	cfg.Pushes, cfg.Duration = 0, r.latency
-	cfg.Interval = time.Duration(r.latencySites) * time.Second / time.Duration(r.latencyPushes)
-	var p99 [2][]float64
+// follow each other without a pause. It also measures pushes to the upload yardstick while the scrape
+// yardstick, which has the answer in the file stored, is scraped in this way. These processes do less, but
+// share the processors in the same way.
+func (r *speedRig) measureLatency(server *speedProcess, stored string, sites int) {
+	loop, upload, scraped := r.startYardstick(loopScraper, ""), r.startYardstick(yardstickWrite, ""), r.startYardstick(yardstickServe, stored)
+	defer r.stop(loop, upload, scraped)
+	var p99 [3][]float64
 	scrapes := 0
 	for range r.runs {
-		for j := range 2 {
+		for j, c := range []struct{ pushed, scraped *speedProcess }{{server, nil}, {server, server}, {upload, scraped}} {
+			cfg := r.load("timed", r.latencySites, c.pushed)
+			cfg.Pushes, cfg.Duration = 0, r.latency
+			cfg.Interval = time.Duration(r.latencySites) * time.Second / time.Duration(r.latencyPushes)
 			var n int
 			var err error
 			var scraping sync.WaitGroup
-			if j == 1 {
-				scraping.Go(func() { n, err = runScrapeInLoop(scraper, r.latency) })
+			if c.scraped != nil {
+				scraping.Go(func() { n, err = r.scrapeInLoop(loop, c.scraped) })
 			}
 			report := r.mustPush(cfg)
 			if scraping.Wait(); err != nil {
 				r.Fatal(err)
 			}
-			scrapes += n
+			if j == 1 {
+				scrapes += n
+			}
 			p99[j] = append(p99[j], report.Latency.Quantile(0.99).Seconds())
 		}
 	}
-	what := fmt.Sprintf("p99 of %d pushes a second: without scrapes, and while %s sites are scraped (%d times)", r.latencyPushes, formatCount(float64(sites+r.latencySites)), scrapes)
-	r.add(what, p99[0], p99[1], formatMilliseconds, "≤ 2")
+	what := fmt.Sprintf("p99 of %d pushes a second while %s sites are scraped (%d times)", r.latencyPushes, formatCount(float64(sites+r.latencySites)), scrapes)
+	r.add(what+", compared with that without scrapes", p99[0], p99[1], formatMilliseconds, "≤ 2")
+	r.add(what+", compared with that of the yardsticks", p99[2], p99[1], formatMilliseconds, "")
 }
 
 // readsAnswer reads an answer of url to its end, and reports whether it succeeded.

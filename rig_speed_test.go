@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -211,6 +212,20 @@ func (r *speedRig) scrape(client *http.Client, p *speedProcess, query string, ke
 		r.Fatalf("/federate: %s %v", resp.Status, err)
 	}
 	return answer, lines, first, time.Since(begin)
+}
+
+// scrapeInLoop has loop, a process of the kind loopScraper, scrape p for the time r.latency. It returns
+// the number of scrapes.
+func (r *speedRig) scrapeInLoop(loop, p *speedProcess) (scrapes int, err error) {
+	resp, err := http.PostForm(loop.internal+"/scrape", url.Values{"url": {p.internal + "/federate?consumer=speed"}, "for": {r.latency.String()}})
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	if _, err := fmt.Fscan(resp.Body, &scrapes); err != nil {
+		return 0, fmt.Errorf("scraping in a loop: %s: %w", resp.Status, err)
+	}
+	return scrapes, nil
 }
 
 // newScraper returns an HTTP client that asks for no compression.

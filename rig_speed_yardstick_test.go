@@ -34,11 +34,11 @@ const (
 	yardstickSync  = "sync"  // syncs the file after each record
 	yardstickServe = "serve" // writes a stored answer of /federate
 
-	loopScraper = "scraper" // no yardstick: scrapes a server back to back
+	loopScraper = "scraper" // no yardstick: scrapes a server back to back when it is asked to
 )
 
 // runYardstick serves the yardstick that args name until stdin ends: its kind, and then the
-// directory of the sites' files, the file with the stored answer, or the URL to scrape. It prints its address like a
+// directory of the sites' files or the file with the stored answer. It prints its address like a
 // server, so that both can be started in the same way. GET /metrics answers with its CPU time.
 func runYardstick(args []string, stdin io.Reader, stdout io.Writer) int {
 	go func() {
@@ -53,7 +53,7 @@ func runYardstick(args []string, stdin io.Reader, stdout io.Writer) int {
 	})
 	switch kind := args[0]; kind {
 	case loopScraper:
-		mux.HandleFunc("GET /scrape", func(w http.ResponseWriter, r *http.Request) { scrapeInLoop(w, r, args[1]) })
+		mux.HandleFunc("POST /scrape", handleLoop)
 	case yardstickServe:
 		answer, err := os.ReadFile(args[1])
 		if err != nil {
@@ -74,10 +74,10 @@ func runYardstick(args []string, stdin io.Reader, stdout io.Writer) int {
 	return exitFailure
 }
 
-// scrapeInLoop scrapes url back to back for the time in the parameter for. It answers with the number of
-// scrapes, or with an error if one fails. The scraper is a process of its own, because a program that
-// reads all the time delays the other goroutines of its process.
-func scrapeInLoop(w http.ResponseWriter, r *http.Request, url string) {
+// handleLoop scrapes the URL in the parameter url back to back for the time in the parameter for. It
+// answers with the number of scrapes, or with an error if one fails. The scraper is a process of its own,
+// because a program that reads all the time delays the other goroutines of its process.
+func handleLoop(w http.ResponseWriter, r *http.Request) {
 	lasts, err := time.ParseDuration(r.FormValue("for"))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -87,26 +87,12 @@ func scrapeInLoop(w http.ResponseWriter, r *http.Request, url string) {
 	defer client.CloseIdleConnections()
 	n := 0
 	for begin := time.Now(); time.Since(begin) < lasts; n++ {
-		if !readsAnswer(client, url) {
+		if !readsAnswer(client, r.FormValue("url")) {
 			http.Error(w, "a scrape failed", http.StatusInternalServerError)
 			return
 		}
 	}
 	fmt.Fprintln(w, n)
-}
-
-// runScrapeInLoop has scraper, a process of the kind loopScraper, scrape for the time lasts. It returns the
-// number of scrapes.
-func runScrapeInLoop(scraper *speedProcess, lasts time.Duration) (scrapes int, err error) {
-	resp, err := http.Get(fmt.Sprintf("%s/scrape?for=%v", scraper.internal, lasts))
-	if err != nil {
-		return 0, err
-	}
-	defer resp.Body.Close()
-	if _, err := fmt.Fscan(resp.Body, &scrapes); err != nil || resp.StatusCode != http.StatusOK {
-		return 0, fmt.Errorf("scraping in a loop: %s %w", resp.Status, err)
-	}
-	return scrapes, nil
 }
 
 // uploadYardstick handles pushes. It knows a site by the header Authorization.

@@ -11,6 +11,7 @@ import (
 	"iter"
 	"math"
 	"mime"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -134,6 +135,10 @@ func WriteFamilies(w io.Writer, e Escaping, fams []Family) (writtenSamples, hidd
 			writtenSamples++
 			buf = appendSample(buf, l.Line, times.render(l.T), l.V)
 			if len(buf) >= chunk {
+				// A goroutine that computes without a pause can leave nobody to poll the network for 10 to
+				// 20 ms, because the runtime starts no other thread when the polling thread takes up this
+				// goroutine (findRunnable in runtime/proc.go). Gosched starts one.
+				runtime.Gosched()
 				if _, err := w.Write(buf); err != nil {
 					return writtenSamples, hiddenSamples, err
 				}

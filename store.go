@@ -19,6 +19,7 @@ import (
 	"maps"
 	"math"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -494,6 +495,9 @@ func (s *Store) sitesByID() []*Site {
 func (s *Store) ForEachSite(startFraction float64, f func(site *Site) bool) {
 	sites, oldest := s.sitesByID(), s.KeptSince()
 	for i := range sites {
+		if i%64 == 63 {
+			runtime.Gosched() // so that pushes do not wait; see WriteFamilies
+		}
 		site := sites[(int(startFraction*float64(len(sites)))+i)%len(sites)]
 		site.DropExpired(oldest)
 		if !f(site) {
