@@ -1,11 +1,14 @@
 package main
 
-// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process, and
-// addresses that are free or refuse connections. Tests in virtual time use testing/synctest instead.
+// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process,
+// whether a test yields, and addresses that are free or refuse connections. Tests in virtual time use testing/synctest instead.
 
 import (
 	"net"
+	"runtime"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -68,4 +71,25 @@ func refusingAddr(t testing.TB) string {
 		t.Fatal(err)
 	}
 	return net.JoinHostPort("127.0.0.1", strconv.Itoa(bound.(*syscall.SockaddrInet4).Port))
+}
+
+// countTurns limits the test to one processor until it ends, and starts a goroutine beside it. The
+// result is the number of times that this goroutine has run. It rises if the test yields.
+func countTurns(t *testing.T) *atomic.Int64 {
+	procs := runtime.GOMAXPROCS(1)
+	var turns atomic.Int64
+	var ended atomic.Bool
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		for !ended.Load() {
+			turns.Add(1)
+			runtime.Gosched()
+		}
+	})
+	t.Cleanup(func() {
+		ended.Store(true)
+		beside.Wait()
+		runtime.GOMAXPROCS(procs)
+	})
+	return &turns
 }

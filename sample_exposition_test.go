@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -195,5 +196,38 @@ func TestWriteFamiliesStopsAtError(t *testing.T) {
 		if _, _, err := WriteFamilies(w, Escaping{}, GroupByName(p)); !errors.Is(err, io.ErrClosedPipe) || w.left != -1 {
 			t.Errorf("a write fails after %d successful ones: error %v, then %d further writes", writes, err, -1-w.left)
 		}
+	}
+}
+
+// turnsWriter counts the full chunks that are written, and those before which another goroutine ran.
+type turnsWriter struct {
+	turns          *atomic.Int64
+	last           int64
+	chunks, yields int
+}
+
+func (w *turnsWriter) Write(p []byte) (int, error) {
+	if len(p) >= 128<<10 {
+		w.chunks++
+		if now := w.turns.Load(); now != w.last {
+			w.last, w.yields = now, w.yields+1
+		}
+	}
+	return len(p), nil
+}
+
+// WriteFamilies lets other goroutines run before it writes a full chunk, so that the network is polled.
+// Once in 61 times, the scheduler goes on with the goroutine that yields.
+func TestWriteFamiliesYields(t *testing.T) {
+	p := &SampleList{}
+	for i := range 1000 {
+		if err := p.Add(expoRaw("name", NoTime, float64(i), "label", strings.Repeat("v", 1000)+strconv.Itoa(i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fams := GroupByName(p)
+	w := &turnsWriter{turns: countTurns(t)}
+	if _, _, err := WriteFamilies(w, Escaping{}, fams); err != nil || w.chunks != 7 || w.yields < 6 {
+		t.Errorf("other goroutines ran before %d of %d full chunks, want 6 of 7 or all; %v", w.yields, w.chunks, err)
 	}
 }

@@ -359,6 +359,28 @@ func TestFairShare(t *testing.T) {
 	}
 }
 
+// ForEachSite lets other goroutines run every 64 sites, so that the network is polled. Once in 61 times,
+// the scheduler goes on with the goroutine that yields.
+func TestForEachSiteYields(t *testing.T) {
+	k := newStoreKit(t, nil)
+	k.cfg.Dir = ""
+	s := k.open()
+	for i := range 330 {
+		k.push(s, fmt.Sprint("site-", i), point{"m", 1, k.clock.ms(0), 7})
+	}
+	turns := countTurns(t)
+	last, yields := turns.Load(), 0
+	s.ForEachSite(0, func(*Site) bool {
+		if now := turns.Load(); now != last {
+			last, yields = now, yields+1
+		}
+		return true
+	})
+	if yields < 4 {
+		t.Errorf("other goroutines ran %d times while 330 sites were visited, want 4 or 5", yields)
+	}
+}
+
 // BenchmarkNewest measures scrapes by a scraper that gives no name, with and without the rendering
 // of the answer: of 1000 sites with 230 series each, and of 10,000 sites with 23 series each.
 func BenchmarkNewest(b *testing.B) {
