@@ -359,13 +359,13 @@ func TestFairShare(t *testing.T) {
 	}
 }
 
-// ForEachSite lets other goroutines run every 64 sites, so that the network is polled. Once in 61 times,
-// the scheduler goes on with the goroutine that yields.
+// ForEachSite lets other goroutines run every 64 sites, so that the network is polled. The scheduler is
+// free to go on with the goroutine that yields; under the race detector it often does.
 func TestForEachSiteYields(t *testing.T) {
 	k := newStoreKit(t, nil)
 	k.cfg.Dir = ""
 	s := k.open()
-	for i := range 330 {
+	for i := range 30 * 64 {
 		k.push(s, fmt.Sprint("site-", i), point{"m", 1, k.clock.ms(0), 7})
 	}
 	turns := countTurns(t)
@@ -376,8 +376,8 @@ func TestForEachSiteYields(t *testing.T) {
 		}
 		return true
 	})
-	if yields < 4 {
-		t.Errorf("other goroutines ran %d times while 330 sites were visited, want 4 or 5", yields)
+	if yields < 3 {
+		t.Errorf("other goroutines ran %d times, want 3 or more of 30", yields)
 	}
 }
 
