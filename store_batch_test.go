@@ -256,6 +256,11 @@ func FuzzBatchRecord(f *testing.F) {
 		f.Add(EncodeBatchPayload(nil, randomBatch(rand.New(rand.NewPCG(seed, 0)))))
 	}
 	f.Add(binary.AppendUvarint(nil, 1<<63))
+	var numbers Ranges
+	for n := range uint64(MaxRanges) {
+		numbers = append(numbers, Range{2*n + 1, 2*n + 1})
+	}
+	f.Add(EncodeBatchPayload(nil, &Batch{Seq: 1, Names: ScrapeNames{1, numbers}}))
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
