@@ -155,7 +155,7 @@ func TestCheckClient(t *testing.T) {
 	}))
 	defer source.Close()
 	hub := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, `{"version":1,"token":"t","expiresInSeconds":600,"time":%d}`, time.Now().Add(-3*time.Minute).UnixMilli())
+		fmt.Fprintf(w, `{"version":1,"token":"t","expiresInSeconds":600,"time":%d}`, time.Now().Add(-3*time.Minute-30*time.Second).UnixMilli())
 	}))
 	defer hub.Close()
 	server, from := "https://"+s.external, source.URL+"/metrics"
