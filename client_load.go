@@ -79,15 +79,13 @@ type loadRun struct {
 func RunLoad(ctx context.Context, cfg LoadConfig) LoadReport {
 	l := &loadRun{LoadConfig: cfg, bodies: newLoadBodies(cfg.Series, cfg.Format, cfg.Encoding)}
 	l.report.answers, l.report.dropped = map[int]loadAnswers{}, map[string]int64{}
-	l.report.isTokenFile = cfg.IsTokenFile
 	l.renderBody()
 	l.begin = time.Now()
 	begin := l.begin
 	for l.reached < min(len(l.To), len(l.Tokens)) && ctx.Err() == nil {
 		status, err := l.send(ctx, loadPush{site: l.reached, number: uint64(l.begin.UnixMilli()), body: l.body})
 		if isLasting(status, err) {
-			why := adviseOnLoad(status, err.Error(), l.IsTokenFile)
-			l.report.Stopped = fmt.Errorf("stopped, because the first push to %s failed: %s", l.To[l.reached], why)
+			l.report.Stopped = fmt.Errorf("stopped, because the first push to %s failed: %w", l.To[l.reached], err)
 			return l.report
 		}
 		l.reached++
@@ -196,8 +194,8 @@ func sleepUntil(ctx context.Context, t time.Time) bool {
 	return ctx.Err() == nil
 }
 
-// send sends p, counts the result and returns it as post does. The end of ctx does not cut off the
-// request.
+// send sends p, counts the result and returns it as post does, with what to do about an error. The end
+// of ctx does not cut off the request.
 func (l *loadRun) send(ctx context.Context, p loadPush) (status int, err error) {
 	begin := p.due
 	if begin.IsZero() {
@@ -207,6 +205,9 @@ func (l *loadRun) send(ctx context.Context, p loadPush) (status int, err error) 
 	latency := time.Since(begin)
 	why := ""
 	if err != nil {
+		if advice := loadAdvice(status, err.Error(), l.IsTokenFile); advice != "" {
+			err = fmt.Errorf("%w; %s", err, advice)
+		}
 		why = err.Error()
 	}
 	l.mu.Lock()

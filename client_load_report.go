@@ -71,8 +71,6 @@ type LoadReport struct {
 	answers    map[int]loadAnswers // by status; 0: the push failed without an answer
 	dropped    map[string]int64    // samples that servers dropped, by reason; at most maxLoadReasons reasons
 	notes      []string            // what kept the run from being the one that was asked for
-
-	isTokenFile bool // as in LoadConfig
 }
 
 const (
@@ -81,7 +79,7 @@ const (
 )
 
 // addPush counts a push whose body has size bytes and that was answered with status. why is the
-// reason of a failure. Only pushes that succeeded count for the latency.
+// reason of a failure, with what to do about it. Only pushes that succeeded count for the latency.
 func (r *LoadReport) addPush(size, status int, why string, latency time.Duration) {
 	r.Pushes++
 	if status != noAnswer {
@@ -155,22 +153,15 @@ func (r *LoadReport) String() string {
 		}
 		fmt.Fprintf(&b, "%-9s %s", name, countPushes(a.count))
 		if a.first != "" {
-			fmt.Fprintf(&b, "; the first: %s", adviseOnLoad(status, a.first, r.isTokenFile))
+			fmt.Fprintf(&b, "; the first: %s", a.first)
 		}
 		b.WriteByte('\n')
 	}
 	return b.String()
 }
 
-// adviseOnLoad returns the reason why a push failed, with what to do about it unless the reason says
-// it. status is that of the answer. isTokenFile is as in LoadConfig.
-func adviseOnLoad(status int, reason string, isTokenFile bool) string {
-	if advice := loadAdvice(status, reason, isTokenFile); advice != "" {
-		return reason + "; " + advice
-	}
-	return reason
-}
-
+// loadAdvice returns what to do about a push that failed for reason, or "" if the reason says it. status
+// is that of the answer. isTokenFile is as in LoadConfig.
 func loadAdvice(status int, reason string, isTokenFile bool) string {
 	has := func(text string) bool { return strings.Contains(reason, text) }
 	switch revoked := has(TokenRevokedText) || has(ClusterRevokedText); {

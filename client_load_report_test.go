@@ -67,7 +67,7 @@ func TestLoadReport(t *testing.T) {
 			r.addPush(1000, 429, `429 Too Many Requests: "first"`, time.Hour)
 			r.addPush(1000, 429, "second", time.Hour)
 			r.addPush(1000, noAnswer, "connection refused", time.Hour)
-		}, "3 of 4 pushes failed", []string{`answer 429 2 pushes; the first: 429 Too Many Requests: "first"; the sites push faster`, "no answer 1 push; the first: connection refused\n", "max 3.00 ms", "bytes     3000 sent in bodies, 1000 a push"}},
+		}, "3 of 4 pushes failed", []string{`answer 429 2 pushes; the first: 429 Too Many Requests: "first"` + "\n", "no answer 1 push; the first: connection refused\n", "max 3.00 ms", "bytes     3000 sent in bodies, 1000 a push"}},
 		{"no answer", func(r *LoadReport) { r.addPush(1000, noAnswer, "connection refused", time.Hour) }, "1 of 1 pushes failed", []string{"pushes    1 in 2.0 s"}},
 		{"a note", func(r *LoadReport) { accepted(r, 225, nil); r.notes = []string{"interrupted"} }, "", []string{"note      interrupted\n", "answer 200 1 push\n"}},
 	} {
@@ -110,6 +110,7 @@ func TestLoadAdvice(t *testing.T) {
 		{404, "404 page not found", false, "the listener for clients"},
 		{400, "Client sent an HTTP request to an HTTPS server.", false, "write https:// instead of http://"},
 		{400, "line 1", false, ""},
+		{429, "the push is too early", false, "start the servers with --ratelimit 0"},
 		{503, "the server is overloaded", false, ""},
 	} {
 		got := loadAdvice(c.status, c.reason, c.isTokenFile)

@@ -87,7 +87,7 @@ func ReadRanges(r *WireReader) (numbers Ranges) {
 	if r.Require(n <= MaxRanges); r.Err() != nil {
 		return nil
 	}
-	numbers = make(Ranges, 0, n) // because appending without it allocates four times as much
+	numbers = make(Ranges, 0, n) // because a slice that grows step by step would need four times as much
 	for range n {
 		from := end + r.Uvarint(MaxScrapeNumber)
 		to := from + r.Uvarint(MaxScrapeNumber)

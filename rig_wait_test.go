@@ -1,7 +1,8 @@
 package main
 
-// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process,
-// whether a test yields, and addresses that are free or refuse connections. Tests in virtual time use testing/synctest instead.
+// Helpers for tests on the real clock: waiting for a condition, the CPU time of the process, whether a
+// test yields, and addresses that are free or refuse connections. Tests in virtual time use
+// testing/synctest instead.
 
 import (
 	"net"

@@ -67,7 +67,7 @@ func OpenStoreMeta(fsys FS, dir string) (*StoreMeta, error) {
 	// An unfinished write counts as damage here, because Write replaces the whole file atomically
 	// and a crash therefore cannot leave one.
 	if rec.HeaderDamaged || rec.Damaged > 0 || rec.TornBytes > 0 {
-		s.Damage = fmt.Errorf("%s was damaged: the server may not know consumers that are not in consumers.log%s", path, rec.KeptCopyNote())
+		s.Damage = fmt.Errorf("%s was damaged: the server may not know consumers that are not in %s%s", path, ConsumersFile, rec.KeptCopyNote())
 	}
 	return s, nil
 }

@@ -45,7 +45,7 @@ func (s *Store) recover() error {
 		return err
 	}
 	if len(s.sites) > 0 && !state.found {
-		s.cfg.OnError(fmt.Errorf("%s is missing: the server knows only the consumers in consumers.log", filepath.Join(s.cfg.Dir, stateFile)))
+		s.cfg.OnError(fmt.Errorf("%s is missing: the server knows only the consumers in %s", filepath.Join(s.cfg.Dir, stateFile), ConsumersFile))
 	}
 	s.dropExpiredWhileDown()
 	highest := max(s.Consumers.HighestCursor(), s.totals.NewestSeq.Load())
