@@ -29,15 +29,15 @@ type IssuedTokens struct{ tokens []Token }
 func (l IssuedTokens) Tokens() []Token { return l.tokens }
 
 // ValidSites yields, in order, the cluster IDs with at least one token that has not expired at the
-// time now and is not revoked.
-func (l IssuedTokens) ValidSites(now time.Time, revoked RevokedIDs) iter.Seq[string] {
-	return func(yield func(id string) bool) {
+// time now and is not revoked, each with the time at which the oldest such token was issued.
+func (l IssuedTokens) ValidSites(now time.Time, revoked RevokedIDs) iter.Seq2[string, time.Time] {
+	return func(yield func(id string, issued time.Time) bool) {
 		last := ""
 		for _, t := range l.tokens {
 			if t.ClusterID == last || t.IsExpired(now) || revoked.IsRevoked(t) {
 				continue
 			}
-			if last = t.ClusterID; !yield(last) {
+			if last = t.ClusterID; !yield(last, time.Unix(t.Issued, 0)) {
 				return
 			}
 		}

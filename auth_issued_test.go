@@ -149,7 +149,8 @@ func TestIssuedLines(t *testing.T) {
 }
 
 // A site may push if one of its tokens has neither expired nor been revoked, by its token ID or by
-// its cluster ID.
+// its cluster ID. The sites come in order, each once, with the time at which the oldest such token was
+// issued.
 func TestIssuedValidSites(t *testing.T) {
 	id := func(n int) string { return fmt.Sprintf("%032x", n) }
 	revoked, err := ParseRevokedIDs([]byte("stolen\n" + id(7) + "\n" + id(9)))
@@ -158,16 +159,22 @@ func TestIssuedValidSites(t *testing.T) {
 	}
 	l := IssuedTokens{tokens: []Token{
 		{ClusterID: "a", ID: id(1), Expires: testNow.Unix()},
-		{ClusterID: "b", ID: id(2), Expires: testNow.Unix()}, {ClusterID: "b", ID: id(3), Expires: testNow.Unix() + 1}, {ClusterID: "b", ID: id(4)},
+		{ClusterID: "b", ID: id(2), Issued: 2, Expires: testNow.Unix()}, {ClusterID: "b", ID: id(3), Issued: 3, Expires: testNow.Unix() + 1}, {ClusterID: "b", ID: id(4), Issued: 4},
 		{ClusterID: "c", ID: id(5)},
 		{ClusterID: "d", ID: id(7)}, {ClusterID: "d", ID: id(8), Expires: 1},
 		{ClusterID: "e", ID: id(9)}, {ClusterID: "e", ID: id(10)},
 		{ClusterID: "stolen", ID: id(11)},
 	}}
-	if got, want := slices.Collect(l.ValidSites(testNow, revoked)), []string{"b", "c", "e"}; !slices.Equal(got, want) {
+	sites := func(now time.Time, revoked RevokedIDs) (all []string) {
+		for id, issued := range l.ValidSites(now, revoked) {
+			all = append(all, fmt.Sprint(id, issued.Unix()))
+		}
+		return all
+	}
+	if got, want := sites(testNow, revoked), []string{"b3", "c0", "e0"}; !slices.Equal(got, want) {
 		t.Errorf("the sites %q may push, want %q", got, want)
 	}
-	if got, want := slices.Collect(l.ValidSites(testNow.Add(-time.Second), RevokedIDs{})), []string{"a", "b", "c", "d", "e", "stolen"}; !slices.Equal(got, want) {
+	if got, want := sites(testNow.Add(-time.Second), RevokedIDs{}), []string{"a0", "b2", "c0", "d0", "e0", "stolen0"}; !slices.Equal(got, want) {
 		t.Errorf("before the expiry and the revocation the sites %q may push, want %q", got, want)
 	}
 }

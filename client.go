@@ -36,6 +36,7 @@ type ClientConfig struct {
 	Metrics        *Metrics
 	Log            *slog.Logger
 	Now            func() time.Time             // reads the wall clock
+	Warnings       *WarningLog                  // newest warnings and errors of Log, for the status; nil = none are known
 	Boot           func() (ms int64, id string) // reads the boot-time clock and the ID of this boot
 }
 
@@ -67,8 +68,12 @@ type Client struct {
 	sourceSkew     int64        // ms by which the source's clock is ahead of this machine's clock; see skewByDateOrZero
 	unmatched      unmatchedLog // flags that match no series of the source
 
-	mu          sync.Mutex // guards the fields below
-	loggedShift loggedShift
+	started time.Time // when NewClient made this client
+
+	mu           sync.Mutex   // guards the fields below
+	source       SourceStatus // without the fields that Status sets
+	unmatchedNow []string     // flags with a value that matched no series of the newest scrape; nil if no series was left of that scrape
+	loggedShift  loggedShift
 	// held limits the log lines about scrapes dropped for the reason DropSpoolHeld. lost limits the
 	// log lines about all other dropped scrapes.
 	lost, held dropLogLimiter
@@ -86,8 +91,12 @@ func NewClient(cfg ClientConfig) *Client {
 	from := *cfg.FromClient
 	from.CheckRedirect = checkSourceRedirect
 	cfg.FromClient = &from
+	if cfg.Warnings == nil {
+		cfg.Warnings = &WarningLog{}
+	}
 	c := &Client{
 		cfg:            cfg,
+		started:        cfg.Now(),
 		scrapes:        m.Counter("telemeter_source_scrapes_total", "Scrapes of the source by result.", "result"),
 		scrapeSeconds:  m.Histogram("telemeter_source_scrape_duration_seconds", "Duration of scrapes of the source.", []float64{.01, .05, .1, .5, 1, 5, 10, 30, 60}),
 		lastScrape:     m.Gauge("telemeter_source_last_success_timestamp_seconds", "Unix time of the last successful scrape of the source; 0 if none succeeded yet."),
@@ -215,7 +224,9 @@ func (c *Client) Handler(onLoopback bool) http.Handler {
 	AddHealthRoutes(mux, c.whyNotReady)
 	mux.Handle("GET /metrics", instrument("metrics", c.cfg.Metrics))
 	mux.Handle("GET /federate", instrument("federate", http.HandlerFunc(c.serveLastDelivered)))
-	mux.Handle("GET /{$}", instrument("index", IndexHandler(append([]string{"/federate", "/metrics"}, HealthPaths()...)...)))
+	mux.Handle("GET /api/status", instrument("status", http.HandlerFunc(c.handleStatusJSON)))
+	index := IndexHandler(append([]string{"/api/status", "/federate", "/metrics"}, HealthPaths()...)...)
+	mux.Handle("GET /{$}", instrument("index", c.handleIndex(index)))
 	return RefuseForeignRequests(onLoopback, instrument, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ProtectConn(r, "") // no request to this listener needs a token
 		mux.ServeHTTP(w, r)

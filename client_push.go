@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -54,6 +55,10 @@ type Pusher struct {
 	cfg           PusherConfig
 	lastDelivered atomic.Pointer[[]Scrape] // delivered pieces of the scrape that was delivered last
 	healthy       atomic.Bool              // the result of IsHealthy
+
+	statusMu     sync.Mutex        // guards status and sourceOffset
+	status       DestinationStatus // without the field To
+	sourceOffset time.Duration     // see ClockOffset
 
 	retryNow chan struct{} // has a value after RetryNow, until the next attempt begins or a pause ends
 
@@ -98,6 +103,7 @@ func (p *Pusher) RetryNow() {
 
 // countFailure counts an attempt to push that failed with err.
 func (p *Pusher) countFailure(err error) {
+	p.setPushFailed(err)
 	result := "failed"
 	if isDenied(err) {
 		result = "denied"
@@ -250,6 +256,7 @@ func (d *spoolDrain) askHeldScrapes(ctx context.Context) error {
 		d.countFailure(err)
 		return err
 	}
+	d.setPushed(0, 0)
 	d.servers.last = d.servers.current
 	d.warnOfOtherSpool(answer)
 	d.cfg.Spool.ApplyAnswer(answer.spool)
@@ -318,6 +325,7 @@ func (d *spoolDrain) push(ctx context.Context, scrapes []Scrape, nameScrapes boo
 		return outcome, err
 	}
 	d.pushes.Inc("ok")
+	d.setPushed(samples, bytes)
 	d.pushed.Add(float64(samples))
 	d.lastPush.Set(float64(d.cfg.Now().UnixMilli()) / 1000)
 	d.bodyBytes.Set(float64(bytes))

@@ -148,6 +148,7 @@ func (p *Pusher) uploadHeader(spoolID uint64, scrapes []Scrape) http.Header {
 	if ms, known := p.cfg.SourceClock.Offset(newest.At, newest.SourceTime); known {
 		h.Set(ClockOffsetHeader, strconv.FormatInt(ms, 10))
 		p.offset.Set(float64(ms) / 1000)
+		p.setClockOffset(time.Duration(ms) * time.Millisecond)
 	}
 	return h
 }

@@ -149,15 +149,18 @@ func (c *Client) untilNextPhase(now time.Time, interval time.Duration) time.Dura
 func (c *Client) scrapeAndSpool(ctx context.Context) (sourceErr error) {
 	limited, cancel := context.WithTimeout(ctx, min(max(c.cfg.ScrapeInterval, minScrapeTimeout), maxScrapeTimeout))
 	defer cancel()
+	begin := c.cfg.Now()
 	got, err := c.Scrape(limited)
 	if err != nil {
 		c.scrapedOK.Store(false)
+		c.setSourceFailed(err, c.cfg.Now())
 		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			c.logSourceFailure(ctx, err)
 		}
 		return err
 	}
 	c.scrapedOK.Store(true)
+	c.setScraped(got, begin)
 	if o := c.sourceOutage; o.logged {
 		c.cfg.Log.Info("source works again", "failed", o.failures, "lasted", c.cfg.Now().Sub(o.begin).Round(time.Second))
 	}

@@ -230,6 +230,9 @@ func (s *Spool) reportDrop(reason string, dropped []spoolEntry) {
 // Dir returns the directory of the spool, or "" if the spool is in memory.
 func (s *Spool) Dir() string { return s.cfg.Dir }
 
+// Limit returns the most bytes of scrapes that the spool keeps.
+func (s *Spool) Limit() int64 { return s.cfg.Limit }
+
 // IsNew reports whether the spool has a directory that had no spool when OpenSpool opened it.
 func (s *Spool) IsNew() bool { return s.isNew }
 

@@ -70,11 +70,13 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 		c.cfg.Log.Info("series leave the site now", "samples", got.Samples)
 	}
 	if got.Samples == 0 {
+		c.setUnmatched(nil)
 		return
 	}
 	if begins, _ := c.unmatched.costly.update(now, got.Use.Unchecked); begins {
 		c.cfg.Log.Info("it is not checked whether every --match matches a series, because there are too many selectors and series")
 	}
+	var unmatched []string
 	values := map[flagValue]warning{}
 	count := map[string]int{}
 	update := func(flag, value string, matches bool, text func() (warn, advice string)) {
@@ -84,6 +86,7 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 		}
 		if !matches {
 			count[flag]++
+			unmatched = append(unmatched, fmt.Sprintf("--%s %.200s", flag, value))
 		}
 		w := c.unmatched.values[key]
 		switch begins, ends := w.update(now, !matches); {
@@ -130,9 +133,17 @@ func (c *Client) LogUnmatchedFlags(got *CleanedScrape) {
 		})
 	}
 	c.unmatched.values = values
+	c.setUnmatched(unmatched)
 	for _, flag := range []string{renameFlag, anonymizeFlag} {
 		c.unmatchedFlags.Set(float64(count[flag]), flag)
 	}
+}
+
+// setUnmatched records the flags that match no series, for the status.
+func (c *Client) setUnmatched(flags []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unmatchedNow = flags
 }
 
 // didYouMean returns the question whether the name in names that is nearest to word was meant, or

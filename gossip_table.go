@@ -314,6 +314,7 @@ type GossipView struct {
 type MemberSnapshot struct {
 	MemberRecord               // Age is the age at the time of the snapshot
 	RTT          time.Duration // smoothed round-trip time; 0 = unknown
+	Heard        time.Duration // time since a packet of the member's proven session last arrived; negative if none has
 }
 
 // Snapshots returns a copy of each member's record, sorted by name. Ages are at the time now.
@@ -323,7 +324,10 @@ func (t *MemberTable) Snapshots(now time.Duration) []MemberSnapshot {
 		r := m.MemberRecord
 		r.Accusers = slices.Clone(r.Accusers)
 		r.Age = m.secondsDead(now)
-		snapshots[i] = MemberSnapshot{MemberRecord: r, RTT: m.RTT}
+		snapshots[i] = MemberSnapshot{MemberRecord: r, RTT: m.RTT, Heard: -1}
+		if m.HeardFrom.IsValid() {
+			snapshots[i].Heard = now - m.HeardAt
+		}
 	}
 	slices.SortFunc(snapshots, func(a, b MemberSnapshot) int { return strings.Compare(a.Name, b.Name) })
 	return snapshots

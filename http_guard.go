@@ -28,10 +28,10 @@ func IsOnLoopback(l net.Listener) bool {
 
 // RefuseForeignRequests returns a handler that passes requests to h, except these: a request with a
 // body gets 413, and its body is not read. A request that a page of another site made a browser send
-// gets 403. If onLoopback is true, a request for a host other than localhost, a name below
-// localhost or a loopback address gets 421; onLoopback must be true only if the listener is bound
-// to a loopback address. Each refused request closes its connection and is counted by instrument
-// under the name "refused".
+// gets 403, unless a user follows a link to the status page. If onLoopback is true, a request for a
+// host other than localhost, a name below localhost or a loopback address gets 421; onLoopback must be
+// true only if the listener is bound to a loopback address. Each refused request closes its connection
+// and is counted by instrument under the name "refused".
 func RefuseForeignRequests(onLoopback bool, instrument func(name string, h http.Handler) http.Handler, h http.Handler) http.Handler {
 	refuse := instrument("refused", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		status, reason := reasonToRefuse(r, onLoopback)
@@ -56,12 +56,20 @@ func reasonToRefuse(r *http.Request, onLoopback bool) (status int, reason string
 	switch {
 	case r.ContentLength != 0: // -1 for a body in chunks
 		return http.StatusRequestEntityTooLarge, NoBodyText
-	case r.Header.Get("Sec-Fetch-Site") == "cross-site":
+	case r.Header.Get("Sec-Fetch-Site") == "cross-site" && !followsLinkToPage(r):
 		return http.StatusForbidden, "this listener does not answer requests that come from a page of another site"
 	case onLoopback && !isLocalHostHeader(r.Host):
 		return http.StatusMisdirectedRequest, fmt.Sprintf("this listener is bound to a loopback address, so it answers only to localhost and to loopback addresses, not to the host %.100q", r.Host)
 	}
 	return 0, ""
+}
+
+// followsLinkToPage reports whether a browser sends a request because its user followed a link to the
+// status page, such as the link on the page of another member. Such a request changes nothing, and a
+// page with the link cannot read the answer. A page that shows the status page in a frame does not
+// count.
+func followsLinkToPage(r *http.Request) bool {
+	return r.Method == http.MethodGet && r.URL.Path == "/" && r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document"
 }
 
 // isLocalHostHeader reports whether the Host header of a request names this host itself: localhost,

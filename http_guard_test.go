@@ -101,3 +101,37 @@ func TestRequestWithBodyRefused(t *testing.T) {
 		}
 	}
 }
+
+// A cross-site request reaches the handler only if a user follows a link to the status page. Every
+// other request that a page of another site makes a browser send is answered 403.
+func TestLinkFromOtherSite(t *testing.T) {
+	h := RefuseForeignRequests(false, NewInstrument(NewMetrics()), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {}))
+	for _, c := range []struct {
+		method, path, mode, dest string
+		want                     int
+	}{
+		{"GET", "/", "navigate", "document", 200},
+		{"GET", "/?site=a", "navigate", "document", 200},
+		{"GET", "/", "no-cors", "document", 403},
+		{"GET", "/", "cors", "empty", 403},
+		{"GET", "/", "navigate", "iframe", 403},
+		{"GET", "/", "navigate", "embed", 403},
+		{"GET", "/", "", "", 403},
+		{"HEAD", "/", "navigate", "document", 403},
+		{"POST", "/", "navigate", "document", 403},
+		{"GET", "/api/status", "navigate", "document", 403},
+		{"GET", "/federate", "navigate", "document", 403},
+		{"GET", "/metrics", "navigate", "document", 403},
+		{"GET", "//", "navigate", "document", 403},
+	} {
+		req := httptest.NewRequest(c.method, "http://hub.example"+c.path, nil)
+		req.Header.Set("Sec-Fetch-Site", "cross-site")
+		req.Header.Set("Sec-Fetch-Mode", c.mode)
+		req.Header.Set("Sec-Fetch-Dest", c.dest)
+		rec := httptest.NewRecorder()
+		h.ServeHTTP(rec, req)
+		if rec.Code != c.want {
+			t.Errorf("%s %s with mode %q and destination %q was answered %d, want %d", c.method, c.path, c.mode, c.dest, rec.Code, c.want)
+		}
+	}
+}

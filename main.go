@@ -16,9 +16,9 @@
 // may use only the families below it in the list here. Other families may use the upper-case names
 // of a family, but not its lower-case names. TestFamilies enforces these rules.
 //
-//	main      command line: modes, flags, files that flags name, signals; wiring of the parts
-//	client    the client: scrape, clean, spool and push; its own HTTP listener; the load generator
-//	server    the server: HTTP routes, authentication, upload, /federate, forwarding, drain
+//	main      command line: modes, flags, files that flags name, signals; status on a terminal; wiring of the parts
+//	client    the client: scrape, clean, spool and push; its own HTTP listener and status; the load generator
+//	server    the server: HTTP routes, authentication, upload, /federate, forwarding, status, drain
 //	hashring  which member of the ring owns a site: jump hash, slots, claims
 //	gossip    which servers are members of the ring: SWIM state machine, packets, UDP
 //	store     samples of all sites on disk: series, batches, cursors, recovery, retention, limits
@@ -27,7 +27,7 @@
 //	sample    sample model; decoding of text and protobuf under limits; text exposition
 //	push      parts of a push and its answer that client and server share: scrape names, clocks
 //	log       append-only files of checksummed records; the interface to the file system
-//	http      HTTP listeners, connections and handlers that client and server share
+//	http      HTTP listeners, connections and handlers that client and server share; the status page
 //	metrics   the metrics that the process exposes about itself
 //	wire      decoding of untrusted bytes: a cursor that remembers the first error
 package main
@@ -64,10 +64,13 @@ Modes:
   client   scrape a Prometheus that cannot be reached from outside, and push its samples
   keygen   create the servers' keys and certificate, or rotate a key
   token    create a token for a site, inspect a token, or list all tokens
+  status   show the state of a running server or client, and its problems
+  show     print the documents and configurations that this binary contains
   load     push made-up series as many sites, to measure how much servers take
   version  print the version
 
 telemeter --mode MODE --help lists the flags of a mode. telemeter --version prints the version.
+telemeter --mode show --file README.md prints an introduction.
 
 Set-up in four commands:
   telemeter --mode keygen --keys keys --host hub.example
@@ -152,7 +155,7 @@ func run(ctx context.Context, now func() time.Time, args []string, stdout, stder
 // modes returns the function of each mode.
 func modes() map[string]func(context.Context, *command) error {
 	return map[string]func(context.Context, *command) error{
-		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "load": loadMode, "version": versionMode,
+		"server": serverMode, "client": clientMode, "keygen": keygenMode, "token": tokenMode, "load": loadMode, "status": statusMode, "show": showMode, "version": versionMode,
 	}
 }
 

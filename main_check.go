@@ -375,7 +375,7 @@ func (r *checkReport) checkDir(what, flag, dir string, limit int64, limitFlag st
 	if existing == dir {
 		state = lockState(filepath.Join(dir, "lock"))
 	}
-	free, known := freeBytes(existing)
+	free, _, known := diskBytes(existing)
 	if known {
 		state += fmt.Sprintf("; %s free", formatSize(free>>20<<20))
 	}
@@ -443,11 +443,12 @@ func lockState(path string) string {
 	return "not in use"
 }
 
-// freeBytes returns how many bytes this user can write to the file system of dir.
-func freeBytes(dir string) (free int64, known bool) {
+// diskBytes returns how many bytes this user can still write to the file system of dir, and the size
+// of the file system.
+func diskBytes(dir string) (free, total int64, known bool) {
 	var st syscall.Statfs_t
 	if syscall.Statfs(dir, &st) != nil {
-		return 0, false
+		return 0, 0, false
 	}
-	return int64(st.Bavail) * int64(st.Bsize), true
+	return int64(st.Bavail) * int64(st.Bsize), int64(st.Blocks) * int64(st.Bsize), true
 }

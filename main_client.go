@@ -75,7 +75,7 @@ func clientMode(ctx context.Context, c *command) error {
 	if err := c.err(); err != nil {
 		return err
 	}
-	p := &clientProcess{clientFlags: f, log: c.logger(f.logLevel), metrics: NewMetrics()}
+	p := &clientProcess{clientFlags: f, log: c.logger(f.logLevel), warnings: &c.warnings, metrics: NewMetrics()}
 	if f.checkOnly {
 		return p.runChecks(ctx, c.stdout)
 	}
@@ -170,8 +170,9 @@ func (f *clientFlags) readsOwnFederate() bool {
 // transports.
 type clientProcess struct {
 	clientFlags
-	log     *slog.Logger
-	metrics *Metrics
+	log      *slog.Logger
+	warnings *WarningLog // newest warnings and errors of log
+	metrics  *Metrics
 
 	token                      Token // as loaded at the start; a reload must not change its cluster ID or URLs
 	fromTransport, toTransport *renewableTransport
@@ -215,7 +216,7 @@ func (p *clientProcess) newClient() error {
 	toClient.Transport = trustTransport{next: p.toTransport, caFile: p.toCAFile, trustAdvice: clientTrustAdvice}
 	p.logSystemCAs()
 	p.client = NewClient(ClientConfig{
-		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Now: time.Now,
+		From: p.from, Interval: p.interval, LimitBytes: p.limitBytes, Metrics: p.metrics, Log: p.log, Warnings: p.warnings, Now: time.Now,
 		ScrapeInterval: p.scrapeInterval, Boot: NewBootClock(os.ReadFile).Now, ClusterID: token.ClusterID, To: token.URLs,
 		FromClient: p.fromTransport.httpClient(scrapeTimeout), ToClient: toClient,
 	})

@@ -70,7 +70,7 @@ func helpOf(t *testing.T, mode string) string {
 	return stdout.String()
 }
 
-var modesWithFlags = []string{"server", "client", "keygen", "token", "load"}
+var modesWithFlags = []string{"server", "client", "keygen", "token", "status", "show", "load"}
 
 // The reference page lists for each mode exactly the flags that --help of this mode prints.
 func TestReferenceFlags(t *testing.T) {
@@ -126,8 +126,8 @@ func TestDocumentsLinks(t *testing.T) {
 	}
 }
 
-// Every flag that the documents, the alerts or the example configuration of Prometheus name is a
-// flag of telemeter, or one of three known flags of curl and Prometheus.
+// Every flag that the documents or the files of the mode show name is a flag of telemeter, or one of
+// the known flags of other programs.
 func TestDocumentsFlags(t *testing.T) {
 	known := map[string]bool{"--mode": true, "--help": true}
 	name := regexp.MustCompile(`--[a-z][a-z-]+`)
@@ -136,12 +136,16 @@ func TestDocumentsFlags(t *testing.T) {
 			known[m[1]] = true
 		}
 	}
-	for _, foreign := range []string{"--cacert", "--data-binary", "--log"} { // flags of curl and Prometheus in commands that the documents show
+	// These are flags of curl, Prometheus, systemctl and useradd in commands that the pages show.
+	for _, foreign := range []string{"--cacert", "--data-binary", "--max-time", "--log", "--now", "--full", "--system"} {
 		known[foreign] = true
 	}
 	pages := documents(t)
-	pages["testdata/alerts.yml"] = readIn(t, ".", "testdata/alerts.yml")
-	pages["testdata/prometheus.yml"] = readIn(t, ".", "testdata/prometheus.yml")
+	for _, file := range filesToShow() {
+		if strings.HasPrefix(file.path, "testdata/") {
+			pages[file.path] = readIn(t, ".", file.path)
+		}
+	}
 	for path, text := range pages {
 		for _, flag := range name.FindAllString(text, -1) {
 			if !known[flag] {
@@ -273,9 +277,9 @@ func metricsTable(text string) string {
 	return b.String()
 }
 
-// The page of metrics lists every metric of a server and of a client. The documents and the alerts
-// name no metric, label or label value that neither server nor client exposes, because an alert on
-// such a name would not work.
+// The page of metrics lists every metric of a server and of a client. The documents, the
+// alerts and the dashboard name no metric, label or label value that neither server nor client
+// exposes, because an alert on such a name would not work.
 func TestReferenceMetrics(t *testing.T) {
 	server, federate, client := metricsOfAll(t)
 	const begin, end = "<!-- metrics -->\n", "<!-- end of metrics -->\n"
@@ -287,6 +291,8 @@ func TestReferenceMetrics(t *testing.T) {
 	exposed := strings.Join([]string{server, federate, client}, "\n")
 	pages := documents(t)
 	pages["testdata/alerts.yml"] = readIn(t, ".", "testdata/alerts.yml")
+	d := loadDashboard(t)
+	pages[dashboardFile] = strings.Join(d.queries(".+"), "\n")
 	n := 0
 	for path, text := range pages {
 		for _, m := range mentionedMetrics(text) {
@@ -317,18 +323,19 @@ type metricMention struct {
 }
 
 // mentionedMetrics returns the metrics of telemeter that text mentions. A matcher with
-// alternatives, such as state=~"a|b", becomes one matcher for each alternative. The matcher _id=""
-// is left out, because it selects the servers' own metrics, which have no label _id.
+// alternatives, such as state=~"a|b", becomes one matcher for each alternative. A matcher that
+// excludes a value, such as state!="dead", becomes a matcher of that value. Matchers of _id and job
+// are left out, because servers and Prometheus add these labels.
 func mentionedMetrics(text string) (all []metricMention) {
 	metric := regexp.MustCompile(`\b((?:telemeter|push|process)_[a-z_]+)(?:\{([^}]*)\})?`)
 	// The name of a source file, such as push_ranges.go, looks like the name of a metric, so it is
 	// removed from the text.
 	sourceFile := regexp.MustCompile(`\b\w+\.go\b`)
-	label := regexp.MustCompile(`([a-z_]+)(?:=~?"([^"]*)")?`)
+	label := regexp.MustCompile(`([a-z_]+)(?:(?:=~?|!=)"([^"]*)")?`)
 	for _, m := range metric.FindAllStringSubmatch(sourceFile.ReplaceAllString(text, ""), -1) {
 		mention := metricMention{text: m[0], name: m[1]}
 		for _, l := range label.FindAllStringSubmatch(m[2], -1) {
-			if l[0] == `_id=""` {
+			if l[1] == "_id" || l[1] == "job" {
 				continue
 			}
 			for value := range strings.SplitSeq(l[2], "|") {

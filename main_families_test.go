@@ -77,6 +77,7 @@ var pureFiles = []string{
 var upcalls = []string{
 	"client.Boot",       // returns the time of a clock that also runs while the machine is suspended
 	"client.NewCleaner", // returns a Cleaner of samples that anonymizes with the salt loaded last
+	"server.HostLimits", // tells how much of the disk and memory of the host is used
 	"gossip.Notify",     // logs an event of the gossip, such as a dead member
 	"hashring.OnError",  // counts failures to save this member's state of the ring
 	"hashring.OnView",   // gives a new view of the ring to the Forwarder

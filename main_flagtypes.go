@@ -41,6 +41,7 @@ type command struct {
 	about, example string           // for --help: what the mode does, and a command line
 	usual          []string         // the flags that --help lists first
 	logsJSON       bool             // --log-format json
+	warnings       WarningLog       // newest lines of level warning and above of the loggers that logger returned
 	groups         []flagGroup      // in the order in which --help lists them
 	problems       usageError
 	meant          []string // flags that unknown flags are probably misspellings of
@@ -558,17 +559,18 @@ func (c *command) logFlags(level *slog.Level) {
 }
 
 // logger returns a logger that writes lines of at least level to c.stderr, in the format of
-// --log-format. Addresses and durations have the same text in both formats.
+// --log-format. Addresses and durations have the same text in both formats. c.warnings remembers the
+// newest warnings and errors.
 func (c *command) logger(level slog.Level) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
-	if c.logsJSON {
-		options.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
-			if text, ok := a.Value.Any().(fmt.Stringer); ok && a.Value.Kind() != slog.KindTime {
-				a.Value = slog.StringValue(text.String())
-			}
-			return a
-		}
-		return slog.New(slog.NewJSONHandler(c.stderr, options))
+	if !c.logsJSON {
+		return slog.New(c.warnings.Handler(slog.NewTextHandler(c.stderr, options)))
 	}
-	return slog.New(slog.NewTextHandler(c.stderr, options))
+	options.ReplaceAttr = func(_ []string, a slog.Attr) slog.Attr {
+		if text, ok := a.Value.Any().(fmt.Stringer); ok && a.Value.Kind() != slog.KindTime {
+			a.Value = slog.StringValue(text.String())
+		}
+		return a
+	}
+	return slog.New(c.warnings.Handler(slog.NewJSONHandler(c.stderr, options)))
 }

@@ -82,7 +82,7 @@ func TestMistakes(t *testing.T) {
 		{"--keys keys", 2, "--mode is missing", "Usage: telemeter --mode MODE"},
 		{"--keys keys --mode", 2, "--mode is missing", "Usage: telemeter --mode MODE"},
 		{"--mode sever", 2, `unknown mode "sever"`, "did you mean --mode server?"},
-		{"--mode relay", 2, `unknown mode "relay"`, "The modes are client, keygen, load, server, token, version"},
+		{"--mode relay", 2, `unknown mode "relay"`, "The modes are client, keygen, load, server, show, status, token, version"},
 		{"klient --from x", 2, `unknown mode "klient"`, "did you mean --mode client?"},
 		{"server --keys keys --allow {a=\"it's\"}", 2, "the mode is the value of the flag --mode", `  telemeter --mode server --keys keys --allow '{a="it'\''s"}'` + "\n"},
 		{"--client --once", 2, "the mode is the value of the flag --mode", "  telemeter --mode client --once\n"},

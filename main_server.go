@@ -56,7 +56,7 @@ func serverMode(ctx context.Context, c *command) error {
 	if err := c.err(); err != nil {
 		return err
 	}
-	p := &serverProcess{serverFlags: f, log: c.logger(f.logLevel), metrics: NewMetrics(), now: c.now}
+	p := &serverProcess{serverFlags: f, log: c.logger(f.logLevel), warnings: &c.warnings, metrics: NewMetrics(), now: c.now}
 	if f.checkOnly {
 		return p.runChecks(c.stdout)
 	}
@@ -130,9 +130,10 @@ func isLoopbackAddr(addr string) bool {
 // listeners.
 type serverProcess struct {
 	serverFlags
-	log     *slog.Logger
-	metrics *Metrics
-	now     func() time.Time
+	log      *slog.Logger
+	warnings *WarningLog // newest warnings and errors of log
+	metrics  *Metrics
+	now      func() time.Time
 
 	certificate atomic.Pointer[tls.Config] // TLS configuration of the external listener; its certificate is also that of the internal listener; nil if --keys has no certificate
 	forwarder   *Forwarder                 // nil for a server without a ring
@@ -237,7 +238,8 @@ func (p *serverProcess) openStore() (err error) {
 // ready yet.
 func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	cfg := ServerConfig{
-		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Now: p.now, SDScheme: p.sdScheme(),
+		Name: p.ring.name, Store: p.store, Forwarder: p.forwarder, Metrics: p.metrics, Log: p.log, Warnings: p.warnings, Now: p.now, SDScheme: p.sdScheme(),
+		HostLimits:   p.hostLimits,
 		MaxSampleAge: p.maxSampleAge, LimitBytes: p.limitBytes, LimitScrape: p.limitScrape, RateInterval: p.rateInterval,
 	}
 	if p.node != nil {
@@ -249,6 +251,19 @@ func (p *serverProcess) newServer(state ReloadableServerConfig) {
 	p.server = NewServer(cfg)
 	p.server.Reload(state)
 	p.issued = newIssuedLoader(p.keys, p.server, p.log, p.metrics)
+}
+
+// hostLimits returns how much of the disk and of the memory of this host is used.
+func (p *serverProcess) hostLimits() (limits []LimitStatus) {
+	if p.storageDir != "" {
+		if free, total, known := diskBytes(p.storageDir); known {
+			limits = append(limits, LimitStatus{Name: "disk", Unit: "bytes", Used: float64(total - free), Limit: float64(total)})
+		}
+	}
+	if used, total, known := ProcessMemory(); known {
+		limits = append(limits, LimitStatus{Name: "memory of this process", Unit: "bytes", Used: used, Limit: total, Informative: true})
+	}
+	return limits
 }
 
 // isInternalTLS reports whether the internal listener uses TLS. It does not on loopback, where nobody

@@ -269,7 +269,7 @@ func TestExitStatus(t *testing.T) {
 	}{
 		{nil, exitUsage, []string{"--mode is missing", "Usage:"}},
 		{[]string{"--help"}, exitOK, []string{"Modes:", "Set-up in four commands"}},
-		{[]string{"--mode", "nope"}, exitUsage, []string{`unknown mode "nope"`, "client, keygen, load, server, token, version"}},
+		{[]string{"--mode", "nope"}, exitUsage, []string{`unknown mode "nope"`, "client, keygen, load, server, show, status, token, version"}},
 		{[]string{"--mode=version"}, exitOK, []string{"telemeter "}},
 		{[]string{"--mode", "server", "--help"}, exitOK, []string{"--listen ADDRESS", "(default :9003)", "Example:"}},
 		{[]string{"--mode", "server", "--nope"}, exitUsage, []string{"-nope", "--help lists the flags"}},

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"cmp"
 	"os"
+	"path"
 	"runtime"
 	"runtime/metrics"
 	"strconv"
@@ -89,4 +90,34 @@ func readProc() (p procStats, ok bool) {
 	p.resident, p.start = pages*float64(os.Getpagesize()), booted+started/ticks
 	p.openFDs = float64(len(fds) - 1) // without the descriptor that ReadDir itself used
 	return p, cmp.Or(err1, err2, err3) == nil
+}
+
+// ProcessMemory returns the resident memory of this process and the memory that it may use, in bytes.
+func ProcessMemory() (resident, limit float64, known bool) {
+	p, ok := readProc()
+	limit, known = memoryLimit(os.ReadFile)
+	return p.resident, limit, ok && known
+}
+
+// memoryLimit returns how many bytes of memory this process may use: the memory of the host, or the
+// limit of the control group (version 2) of this process if that is lower. It ignores the limits of
+// the groups above this group.
+func memoryLimit(readFile func(name string) ([]byte, error)) (limit float64, known bool) {
+	info, _ := readFile("/proc/meminfo")
+	fields := strings.Fields(string(info))
+	if len(fields) < 2 || fields[0] != "MemTotal:" {
+		return 0, false
+	}
+	kilobytes, err := strconv.ParseFloat(fields[1], 64)
+	limit = 1024 * kilobytes
+	groups, _ := readFile("/proc/self/cgroup")
+	for line := range strings.Lines(string(groups)) {
+		if group, isVersion2 := strings.CutPrefix(strings.TrimSpace(line), "0::"); isVersion2 {
+			text, _ := readFile(path.Join("/sys/fs/cgroup", group, "memory.max"))                  // missing in the root group
+			if bytes, err := strconv.ParseFloat(strings.TrimSpace(string(text)), 64); err == nil { // "max" means no limit
+				limit = min(limit, bytes)
+			}
+		}
+	}
+	return limit, err == nil
 }

@@ -46,11 +46,13 @@ type ServerConfig struct {
 	Metrics            *Metrics
 	Log                *slog.Logger
 	Now                func() time.Time
-	MaxSampleAge       time.Duration       // a sample that is older is not served again to a consumer that has read it, nor to a scraper without a consumer name
-	LimitBytes         int64               // maximum bytes of the body of a push, before decompression
-	LimitScrape        int                 // maximum samples of sites in one answer to /federate; one site alone may have more if the scrape names no consumer; 0 = no limit
-	RateInterval       time.Duration       // each site may push once per RateInterval on average, in bursts of at most 60 pushes; 0 = no limit
-	ExternalAuthorizer *ExternalAuthorizer // decides whether client tokens are valid; nil = the server verifies client tokens itself
+	MaxSampleAge       time.Duration        // a sample that is older is not served again to a consumer that has read it, nor to a scraper without a consumer name
+	LimitBytes         int64                // maximum bytes of the body of a push, before decompression
+	LimitScrape        int                  // maximum samples of sites in one answer to /federate; one site alone may have more if the scrape names no consumer; 0 = no limit
+	RateInterval       time.Duration        // each site may push once per RateInterval on average, in bursts of at most 60 pushes; 0 = no limit
+	Warnings           *WarningLog          // newest warnings and errors of Log, for the status; nil = none are known
+	HostLimits         func() []LimitStatus // use of the host's disk and memory, for the status; one with limit 0 is left out; nil = not known
+	ExternalAuthorizer *ExternalAuthorizer  // decides whether client tokens are valid; nil = the server verifies client tokens itself
 }
 
 // ReloadableServerConfig has the keys and rules that Server.Reload replaces, all at once.
@@ -77,6 +79,9 @@ type Server struct {
 	sites      *SitePushLimiter
 	federate   *federateHandler
 	ruleWatch  *ruleWatch
+	history    activityHistory
+	refusals   refusalHistory
+	started    time.Time   // when NewServer made this server
 	limitedLog *LimitedLog // for messages that a stranger or a hostile site can cause at any rate
 	instrument func(string, http.Handler) http.Handler
 	serverMetrics
@@ -86,19 +91,30 @@ type Server struct {
 // SetReady.
 func NewServer(cfg ServerConfig) *Server {
 	m := cfg.Metrics
+	if cfg.Warnings == nil {
+		cfg.Warnings = &WarningLog{}
+	}
+	if cfg.HostLimits == nil {
+		cfg.HostLimits = func() []LimitStatus { return nil }
+	}
 	s := &Server{
-		cfg: cfg, uploads: newSemaphore(maxUploads), decoding: newDecodeLanes(runtime.GOMAXPROCS(0)),
+		cfg: cfg, started: cfg.Now(), uploads: newSemaphore(maxUploads), decoding: newDecodeLanes(runtime.GOMAXPROCS(0)),
 		sites: NewSitePushLimiter(cfg.RateInterval, int(cfg.LimitBytes)), limitedLog: NewLimitedLog(cfg.Log, cfg.Now), ruleWatch: newRuleWatch(m, cfg.Log, cfg.Now),
 		instrument: NewInstrument(m), serverMetrics: newServerMetrics(m),
 	}
 	s.federate = newFederateHandler(federateConfig{
-		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Issued: s.IssuedSites, Metrics: m, Log: cfg.Log, Now: cfg.Now,
+		Name: cfg.Name, Store: cfg.Store, Sites: s.sites, Owned: s.servesNewestOfSite, Revoked: s.isRevokedClusterID, Issued: s.IssuedSites, Metrics: m, Log: cfg.Log, Now: cfg.Now, History: &s.history,
 		MaxSampleAge: cfg.MaxSampleAge, LimitScrape: cfg.LimitScrape,
 	})
 	s.bodies.New = func() any { return new([]byte) }
 	s.Reload(ReloadableServerConfig{Normalizer: &ServerNormalizer{}})
 	s.issued.Store(&IssuedTokens{})
-	m.OnCollect(storeCollector(m, cfg.Store))
+	updateStore, updateLimits := storeUpdater(m), s.limitUpdater(m)
+	m.OnCollect(func() {
+		st := cfg.Store.Stats()
+		updateStore(st)
+		updateLimits(st)
+	})
 	if cfg.Member != nil {
 		m.OnCollect(s.ringCollector(m))
 	}
@@ -146,9 +162,8 @@ func newServerMetrics(m *Metrics) serverMetrics {
 	return sm
 }
 
-// storeCollector registers the metrics of the store. It returns a function that updates them from
-// the store's stats.
-func storeCollector(m *Metrics, store *Store) func() {
+// storeUpdater registers the metrics of the store. It returns a function that updates them.
+func storeUpdater(m *Metrics) func(StoreStats) {
 	bytes := m.Gauge("telemeter_store_bytes", "Bytes of all logs on disk.")
 	sites := m.Gauge("telemeter_store_clusters", "Sites that this server knows.")
 	series := m.Gauge("telemeter_store_series", "Series held.")
@@ -159,8 +174,7 @@ func storeCollector(m *Metrics, store *Store) func() {
 	expired := m.Counter("telemeter_store_samples_expired_total", "Samples dropped because they were older than retention.")
 	unread := m.Counter("telemeter_store_samples_unread_dropped_total", "Samples dropped because they were older than retention, before every consumer had read them.")
 	compactions := m.Counter("telemeter_store_compactions_total", "Compactions of logs.")
-	return func() {
-		st := store.Stats()
+	return func(st StoreStats) {
 		bytes.Set(float64(st.LogBytes))
 		sites.Set(float64(len(st.Sites)))
 		heldSamples, heldSeries := int64(0), 0
@@ -209,8 +223,9 @@ func (s *Server) whyNotReady() string {
 func (s *Server) SetIssuedTokens(l IssuedTokens) { s.issued.Store(&l) }
 
 // IssuedSites yields, in order, the cluster IDs of sites that may push according to the list of
-// issued tokens, because one of their tokens has not expired and is not revoked.
-func (s *Server) IssuedSites() iter.Seq[string] {
+// issued tokens, because one of their tokens has not expired and is not revoked. See
+// IssuedTokens.ValidSites for the time.
+func (s *Server) IssuedSites() iter.Seq2[string, time.Time] {
 	return s.issued.Load().ValidSites(s.cfg.Now(), s.state.Load().Revoked)
 }
 
@@ -237,12 +252,13 @@ func (s *Server) InternalHandler(onLoopback bool) http.Handler {
 	mux.Handle("GET /federate", s.requireFederateTokenIfSet("federate", s.federate))
 	mux.Handle("GET /metrics", s.requireFederateTokenIfSet("metrics", s.cfg.Metrics))
 	mux.Handle("GET /sd", s.requireFederateTokenIfSet("sd", http.HandlerFunc(s.serveSD)))
-	paths := append([]string{"/federate", "/metrics", "/sd", "/debug/pprof/"}, HealthPaths()...)
+	mux.Handle("GET /api/status", s.requireFederateTokenIfSet("status", http.HandlerFunc(s.handleStatusJSON)))
+	paths := append([]string{"/api/status", "/federate", "/metrics", "/sd", "/debug/pprof/"}, HealthPaths()...)
 	if s.cfg.Member != nil {
 		paths = append(paths, "/debug/ring")
 		mux.Handle("GET /debug/ring", s.requireFederateTokenIfSet("ring", http.HandlerFunc(s.serveDebugRing)))
 	}
-	mux.Handle("GET /{$}", s.requireFederateTokenIfSet("index", IndexHandler(paths...)))
+	mux.Handle("GET /{$}", s.requireFederateTokenIfSet("index", s.handleIndex(IndexHandler(paths...))))
 	mux.Handle("GET /debug/pprof/", s.requireFederateTokenIfSet("pprof", loopbackPprofHandler()))
 	return RefuseForeignRequests(onLoopback, s.instrument, mux)
 }
@@ -252,12 +268,23 @@ func (s *Server) InternalHandler(onLoopback bool) http.Handler {
 func (s *Server) ForwardHandler() http.Handler { return s.cfg.Forwarder.Handler(s.storeForwarded) }
 
 // requireFederateTokenIfSet wraps h. If a federate token is configured, it refuses requests that do
-// not send the token. It counts and times all requests under handlerName.
+// not send the token: as a bearer token, or as the password of HTTP Basic authentication, for which a
+// browser asks. It counts and times all requests under handlerName.
 func (s *Server) requireFederateTokenIfSet(handlerName string, h http.Handler) http.Handler {
 	return s.instrument(handlerName, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		token, _ := ParseBearer(r.Header.Get("Authorization"))
+		token, isBearer := ParseBearer(r.Header.Get("Authorization"))
+		if !isBearer {
+			_, token, _ = r.BasicAuth()
+		}
 		if want := s.state.Load().FederateToken; want != "" && !EqualSecret(token, want) {
+			if WantsHTML(r) {
+				w.Header().Add("WWW-Authenticate", `Basic realm="telemeter: any user, and the federate token as the password"`)
+			}
 			s.denyToken(w, "federate_token", "this listener requires the bearer token in the file of --federate-token-file")
+			if WantsHTML(r) && r.Header.Get("Authorization") == "" {
+				return // a browser asks for the password only after this answer, so nothing needs attention
+			}
+			s.noteRefusal("federate_token", "", "a request to the internal listener did not have the token of --federate-token-file", false)
 			s.limitedLog.LogPeer(slog.LevelWarn, "request to the internal listener refused, because it does not have the bearer token of --federate-token-file: in the scrape configuration, set authorization: {type: Bearer, credentials_file: FILE} in the job and in each of its http_sd_configs", r.RemoteAddr, "handler", handlerName)
 			return
 		}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -22,7 +23,7 @@ import (
 // goes to the client, so it must not contain a secret.
 func (s *Server) denyToken(w http.ResponseWriter, reason, text string) {
 	s.unauthorizedTotal.Inc(reason)
-	w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", text))
+	w.Header().Add("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q, error=%q, error_description=%q", "telemeter", "invalid_token", text))
 	http.Error(w, text, http.StatusUnauthorized)
 }
 
@@ -88,16 +89,21 @@ func (s *Server) authenticate(w http.ResponseWriter, r *http.Request, kinds ...s
 // logDenied warns that a request was refused because of its token. reason is the value of the label
 // reason in telemeter_unauthorized_total. If t has a cluster ID, t must be authentic: the warning
 // then names the site, and is written at most once in siteLogEvery for each site and reason.
-// Otherwise it is limited by the address of the sender. An expired upload token causes no warning,
-// because the client gets a new one by itself.
+// Otherwise it is limited by the address of the sender. An expired upload token causes no warning
+// and is not remembered as a refusal, because the client gets a new one by itself.
 func (s *Server) logDenied(r *http.Request, reason string, t Token) {
-	message := denialMessage(reason)
-	switch {
-	case t.ClusterID == "":
-		s.limitedLog.LogPeer(slog.LevelWarn, message, r.RemoteAddr)
-	case reason != "expired" || t.Kind != KindUpload:
-		s.logSite(slog.LevelWarn, t.ClusterID, message, "token_id", t.ID, "remote", r.RemoteAddr)
+	if reason == "expired" && t.Kind == KindUpload {
+		return
 	}
+	message := denialMessage(reason)
+	if t.ClusterID == "" {
+		host, _, _ := net.SplitHostPort(r.RemoteAddr)
+		s.noteRefusal(reason, "", fmt.Sprintf("from %s: %s", host, message), false)
+		s.limitedLog.LogPeer(slog.LevelWarn, message, r.RemoteAddr)
+		return
+	}
+	s.noteRefusal(reason, t.ClusterID, message, false)
+	s.logSite(slog.LevelWarn, t.ClusterID, message, "token_id", t.ID, "remote", r.RemoteAddr)
 }
 
 // denialMessage returns the message for a reason of logDenied. It says what to do.
@@ -246,6 +252,7 @@ func (s *Server) denyExternally(w http.ResponseWriter, r *http.Request, clusterI
 		return
 	}
 	s.limitedLog.Log(slog.LevelWarn, e.text, "cluster_id", clusterID, "remote", r.RemoteAddr, "err", e.detail)
+	s.noteRefusal(e.reason, "", e.text, false) // the sender has not proven the cluster ID
 	if e.retryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(e.retryAfter))
 	}

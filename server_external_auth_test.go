@@ -208,6 +208,9 @@ func TestExternalAuthRefused(t *testing.T) {
 			if n := r.server.unauthorizedTotal.Value(c.reason); n != 1 {
 				t.Errorf("%v requests are counted as %s, want 1", n, c.reason)
 			}
+			if got := r.server.refusals.newestFirst(); len(got) != 1 || got[0].Reason != c.reason || got[0].Text == "" || got[0].ClusterID != "" {
+				t.Errorf("the status has the refusals %+v", got)
+			}
 			log := r.log.String()
 			if strings.Count(log, "\n") != 1 || !strings.Contains(log, "cluster_id=site-a") || strings.Contains(log, externalAuthToken) || len(log) > 700 {
 				t.Errorf("the log has %d bytes: %s", len(log), log)

@@ -33,9 +33,10 @@ var keepsOnlyFirst = regexp.MustCompile(`^(Prometheus/2\.(52\.\d+|53\.[0-2]|54\.
 type federateConfig struct {
 	Store        *Store
 	Sites        *SitePushLimiter
+	History      *activityHistory
 	Owned        func(hash uint64) bool // reports whether this server shows the newest samples of the site with this key again, even to consumers that have read them; see AllSitesReader.Owned
 	Revoked      func(id string) bool
-	Issued       func() iter.Seq[string] // returns the cluster IDs of the sites that have a valid token, in order, as far as this server knows
+	Issued       func() iter.Seq2[string, time.Time] // returns the cluster IDs of the sites that have a valid token, in order, as far as this server knows; see IssuedTokens.ValidSites
 	Name         string
 	Metrics      *Metrics
 	Log          *slog.Logger
@@ -67,7 +68,9 @@ func newFederateHandler(cfg federateConfig) *federateHandler {
 	unconfirmed := m.Gauge("telemeter_consumer_unconfirmed_scrapes", "Consecutive scrapes of a consumer that served it unread samples and that its next scrape did not confirm.", "consumer", "address")
 	m.OnCollect(func() {
 		unconfirmed.ReplaceSeries(func(set func(v float64, labelValues ...string)) {
-			cfg.Store.Consumers.ForEachUnconfirmedCount(func(name, address string, scrapes int) { set(float64(scrapes), name, address) })
+			for _, c := range cfg.Store.Consumers.Summaries() {
+				set(float64(c.Unconfirmed), c.Name, c.Address)
+			}
 		})
 	})
 	return &federateHandler{
@@ -142,7 +145,9 @@ func (h *federateHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	g.Reset()
 	h.spare.Store(g)
-	h.seconds.Observe(time.Since(begin).Seconds())
+	took := time.Since(begin)
+	h.seconds.Observe(took.Seconds())
+	h.cfg.History.add(h.cfg.Now(), func(a *activity) { a.Scrapes, a.SlowestScrape = a.Scrapes+1, max(a.SlowestScrape, took) })
 	if session != nil {
 		session.EndScrapeAndLimitNext(time.Since(beginAnswer), timeout/2, err)
 	}

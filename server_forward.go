@@ -62,6 +62,9 @@ type pushResponse struct {
 	Body        []byte
 	RetryAfter  int  `json:",omitempty"` // seconds, for the header Retry-After; 0 = no such header
 	AllUntimely bool `json:",omitempty"` // all samples that reached the store were dropped because of their timestamps
+	// Time is when the member that stored a forwarded push answered, by its own clock, in ms since the
+	// Unix epoch; 0 if the member does not tell.
+	Time int64 `json:",omitempty"`
 }
 
 // forwardEnvelope has the sender and the recipient of a forwarded request, and the push without its
@@ -91,9 +94,10 @@ type ForwarderConfig struct {
 type Forwarder struct {
 	cfg        ForwarderConfig
 	view       atomic.Pointer[RingView]
-	sequence   atomic.Uint64 // number of the last request that this process prepared to send
-	receiving  semaphore     // one slot for each request of another member that this server is handling
-	limitedLog *LimitedLog   // for messages that each push can cause
+	change     atomic.Pointer[ringChange] // the last change of the ring; nil before the first view was set
+	sequence   atomic.Uint64              // number of the last request that this process prepared to send
+	receiving  semaphore                  // one slot for each request of another member that this server is handling
+	limitedLog *LimitedLog                // for messages that each push can cause
 
 	mu      sync.Mutex                    // guards senders and owners
 	senders map[string]*senderSession     // by the name of the member that forwards pushes to this server
@@ -113,6 +117,7 @@ type senderSession struct {
 type ownerRequestSlots struct {
 	session  uint64
 	requests semaphore
+	clock    *time.Duration  // how far the owner's clock was ahead of this server's clock at its last answer; nil if there was none
 	ctx      context.Context // ends when the owner has died, left the ring or begun a new session, and then cancels the requests
 	cancel   context.CancelFunc
 }
@@ -144,7 +149,9 @@ func (f *Forwarder) SetKeys(keys Keys) error { return f.cfg.Sealer.SetKeys(keys)
 // SetView replaces the view of the ring. It cancels requests in flight to members that have died,
 // left the ring or begun a new session.
 func (f *Forwarder) SetView(v *RingView) {
-	f.view.Store(v)
+	if old := f.view.Swap(v); f.change.Load() == nil || old.Ring.Digest() != v.Ring.Digest() {
+		f.change.Store(&ringChange{time.Now(), old})
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for name, o := range f.owners {
@@ -162,6 +169,49 @@ func (f *Forwarder) SetView(v *RingView) {
 
 // View returns the current view of the ring.
 func (f *Forwarder) View() *RingView { return f.view.Load() }
+
+// ringChange is a change of the ring. A new view of the same ring is none, because the ring keeper sets
+// a view in each interval.
+type ringChange struct {
+	at     time.Time
+	before *RingView
+}
+
+// OwnerSince returns when the owner of a site last changed, or the zero time if the last change of the
+// ring has not changed it.
+func (f *Forwarder) OwnerSince(siteKey uint64) time.Time {
+	change := f.change.Load()
+	if change == nil {
+		return time.Time{}
+	}
+	before, _ := change.before.Owner(siteKey)
+	if now, _ := f.View().Owner(siteKey); now.Name == before.Name {
+		return time.Time{}
+	}
+	return change.at
+}
+
+// ClockAhead returns how far a member's clock was ahead of this server's clock when the member last
+// answered a forwarded push. The error is at most the time of that answer's way. It is not known if
+// the member has answered none since it, or its session, began.
+func (f *Forwarder) ClockAhead(member string) (ahead time.Duration, known bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if o := f.owners[member]; o != nil && o.clock != nil {
+		return *o.clock, true
+	}
+	return 0, false
+}
+
+// noteClock records the time that an owner states in an answer that has just arrived.
+func (f *Forwarder) noteClock(owner RingMember, ownerTime int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if o := f.owners[owner.Name]; o != nil && o.session == owner.Session && ownerTime != 0 {
+		ahead := time.Duration(ownerTime-time.Now().UnixMilli()) * time.Millisecond
+		o.clock = &ahead
+	}
+}
 
 // SiteOwner returns the member that owns a site, and whether that member is this server. If no
 // owner is known, it returns this server.
@@ -278,7 +328,11 @@ func (f *Forwarder) send(ctx context.Context, to RingMember, push *pushRequest, 
 		return nil, err
 	}
 	defer resp.Body.Close()
-	return f.readAnswer(resp, sealed)
+	answer, err := f.readAnswer(resp, sealed)
+	if err == nil {
+		f.noteClock(to, answer.Time)
+	}
+	return answer, err
 }
 
 // readAnswer reads the answer to the request whose sealed envelope is given. It returns an error
@@ -392,6 +446,7 @@ func (f *Forwarder) receiveForwarded(w http.ResponseWriter, r *http.Request, sto
 		f.cfg.Log.Debug("forwarded push is handed back", "cluster_id", env.Push.ClusterID, "from", env.From, "err", err)
 		return nil, "", errForwardRefused(http.StatusServiceUnavailable, "returned")
 	}
+	resp.Time = time.Now().UnixMilli()
 	b, err := json.Marshal(resp)
 	if err != nil {
 		return nil, "", fmt.Errorf("encoding the answer to a forwarded push: %w", err)

@@ -5,6 +5,7 @@ package main
 
 import (
 	"fmt"
+	"math/bits"
 	"net"
 	"net/http"
 	"net/url"
@@ -141,10 +142,15 @@ type memberStatus struct {
 	Leaving     bool    `json:"leaving,omitempty"`
 	Session     uint64  `json:"session"`
 	Incarnation uint32  `json:"incarnation"`
-	KeyID       string  `json:"key_id"`
+	KeyID       string  `json:"key_id"` // as Keys.IDs; packets have its bytes as a little-endian number
 	RTT         float64 `json:"round_trip_seconds,omitempty"`
 	Share       float64 `json:"share"`
 	Gone        uint32  `json:"gone_seconds,omitempty"`
+	// Heard is the time since a packet of the member last arrived; nil if none has, and for this server.
+	Heard *float64 `json:"heard_seconds_ago,omitempty"`
+	// ClockAhead is how far the member's clock was ahead of this server's clock when it last answered
+	// a forwarded push; nil if it has not.
+	ClockAhead *float64 `json:"clock_ahead_seconds,omitempty"`
 }
 
 // joinStatus is the entry of one value of --join in the answer of /debug/ring.
@@ -157,35 +163,53 @@ type joinStatus struct {
 func newMemberStatus(mv MemberSnapshot, share float64) memberStatus {
 	st := memberStatus{
 		Name: mv.Name, State: mv.State.String(), Address: mv.Addr, Internal: mv.URL, Claim: mv.Lamport, Provisional: mv.Provisional, Leaving: mv.Leaving,
-		Session: mv.Session, Incarnation: mv.Incarnation, KeyID: fmt.Sprintf("%08x", mv.KeyID), RTT: mv.RTT.Seconds(), Share: share, Gone: mv.Age,
+		Session: mv.Session, Incarnation: mv.Incarnation, KeyID: fmt.Sprintf("%08x", bits.ReverseBytes32(mv.KeyID)), RTT: mv.RTT.Seconds(), Share: share, Gone: mv.Age,
 	}
 	if mv.Slot != NoSlot {
 		st.Slot = &mv.Slot
 	}
+	if mv.Heard >= 0 {
+		seconds := mv.Heard.Seconds()
+		st.Heard = &seconds
+	}
 	return st
+}
+
+// memberStatuses returns the members that this server knows, sorted by name.
+func (s *Server) memberStatuses() []memberStatus {
+	shares := s.cfg.Member.View().Ring.Shares()
+	members := []memberStatus{}
+	for _, mv := range s.cfg.Gossip.View().Members {
+		st := newMemberStatus(mv, shares[mv.Name])
+		if ahead, known := s.cfg.Forwarder.ClockAhead(mv.Name); known {
+			seconds := ahead.Seconds()
+			st.ClockAhead = &seconds
+		}
+		members = append(members, st)
+	}
+	return members
+}
+
+// joinStatuses returns the state of each value of --join.
+func (s *Server) joinStatuses() []joinStatus {
+	join := []joinStatus{}
+	for _, t := range s.cfg.Gossip.JoinTargets() {
+		join = append(join, joinStatus{t.Address, t.Problem == "", t.Problem})
+	}
+	return join
 }
 
 // serveDebugRing answers GET /debug/ring with the members that this server knows, the state of the
 // ring, whether --join has reached it, and the packet counts of gossip.
 func (s *Server) serveDebugRing(w http.ResponseWriter, r *http.Request) {
-	v := s.cfg.Gossip.View()
 	ring := s.cfg.Member.View().Ring
-	shares := ring.Shares()
-	members := []memberStatus{}
-	for _, mv := range v.Members {
-		members = append(members, newMemberStatus(mv, shares[mv.Name]))
-	}
-	join := []joinStatus{}
-	for _, t := range s.cfg.Gossip.JoinTargets() {
-		join = append(join, joinStatus{t.Address, t.Problem == "", t.Problem})
-	}
 	st := s.cfg.Gossip.Stats()
 	refused := map[string]uint64{}
 	for i, reason := range RefusedReasonNames() {
 		refused[reason] = st.Refused[i]
 	}
 	WriteJSON(w, map[string]any{
-		"name": s.cfg.Name, "members": members, "local_health": st.Health, "joined": v.Joined, "join": join,
+		"name": s.cfg.Name, "members": s.memberStatuses(), "local_health": st.Health, "joined": s.cfg.Gossip.View().Joined, "join": s.joinStatuses(),
 		"ring":   map[string]any{"version": fmt.Sprintf("%016x", ring.Digest()), "buckets": ring.Buckets()},
 		"gossip": map[string]any{"sent_packets": st.Sent, "sent_bytes": st.SentBytes, "send_errors": st.SendErrors, "received_packets": st.Received, "refused": refused},
 	})

@@ -26,6 +26,8 @@ const (
 	// The next push of the site is then decoded in full.
 	knownIdle = 2 * time.Hour
 
+	maxSiteRefusals = 4 // refusals of a site that are remembered, equal ones as one
+
 	siteLogEvery = time.Hour // shortest time between two lines with the same cause about one site
 )
 
@@ -50,6 +52,7 @@ type limitedSite struct {
 	seen       time.Time                 // when the state of this site was last used; see track
 	logged     map[string]LimitedMessage // by cause; see TakeSiteLog; nil if nothing was logged
 	refusalLog LimitedMessage
+	refusals   []Refusal // the newest maxSiteRefusals refusals, oldest first
 }
 
 // siteDecodeLock has one slot. The site's push that is being decoded or stored holds it, and it alone
@@ -61,7 +64,10 @@ type siteDecodeLock struct {
 
 // siteHealth has the values that /federate shows for a site that pushes to this server.
 type siteHealth struct {
+	LastError     string        // text of the newest refusal of a request; "" if none is known
 	LastFailure   time.Time     // when a push of the site last failed; zero if no failure is known
+	FailureText   string        // text of the refusal of that push
+	LastSuccess   time.Time     // when a push of the site that this server received was last accepted, here or by the site's owner; zero if none is known
 	TokenExpiry   int64         // when the site's client token expires, in Unix seconds; 0 = never, or not known
 	ClockOffset   time.Duration // how far the clock of the site's source is behind the servers' clocks, as the client reports it
 	ClockOffsetAt time.Time     // when the client reported ClockOffset
@@ -199,13 +205,47 @@ func (t *SitePushLimiter) SetClockOffset(clusterID string, offset time.Duration,
 	}
 }
 
-// SetPushFailed records that a push of a site failed at the time now.
-func (t *SitePushLimiter) SetPushFailed(clusterID string, now time.Time) {
+// SetPushAccepted records that a push of a site was accepted at the time now.
+func (t *SitePushLimiter) SetPushAccepted(clusterID string, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if site := t.track(clusterID, now); site != nil {
-		site.health.LastFailure = now
+		site.health.LastSuccess = now
 	}
+}
+
+// AddRefusal remembers that a request of a site was refused. If isFailure is true, a push has failed
+// for a reason that the site's alerts must see.
+func (t *SitePushLimiter) AddRefusal(r Refusal, isFailure bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	site := t.track(r.ClusterID, r.At)
+	if site == nil {
+		return
+	}
+	if site.health.LastError = r.Text; isFailure {
+		site.health.LastFailure, site.health.FailureText = r.At, r.Text
+	}
+	if i := slices.IndexFunc(site.refusals, func(old Refusal) bool { return old.Reason == r.Reason && old.Text == r.Text }); i >= 0 {
+		r.Count += site.refusals[i].Count
+		site.refusals = slices.Delete(site.refusals, i, i+1)
+	} else if len(site.refusals) >= maxSiteRefusals {
+		site.refusals = slices.Delete(site.refusals, 0, 1)
+	}
+	site.refusals = append(site.refusals, r)
+}
+
+// Refusals returns the newest refusals of a site, newest first.
+func (t *SitePushLimiter) Refusals(clusterID string) []Refusal {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	site := t.sites[clusterID]
+	if site == nil {
+		return []Refusal{}
+	}
+	all := append([]Refusal{}, site.refusals...)
+	slices.Reverse(all)
+	return all
 }
 
 // TakeSiteLog reports whether the caller should log a line about a site, and how many lines with the

@@ -187,8 +187,8 @@ func TestPushesInFlight(t *testing.T) {
 func TestSiteHealth(t *testing.T) {
 	s := NewSitePushLimiter(time.Second, 1<<20)
 	s.SetTokenExpiry("a", 1234, rateNow)
-	s.SetPushFailed("b", rateNow.Add(time.Second))
-	s.SetPushFailed("a", rateNow.Add(2*time.Second))
+	s.AddRefusal(newRefusal(rateNow.Add(time.Second), resultMalformed, "b", "bad"), true)
+	s.AddRefusal(newRefusal(rateNow.Add(2*time.Second), resultMalformed, "a", "bad"), true)
 	s.SetTokenExpiry("a", 0, rateNow)
 	push(s, "c", rateNow)
 	s.SetClockOffset("c", time.Hour, rateNow)
@@ -272,7 +272,7 @@ func TestTrackedSitesAreBounded(t *testing.T) {
 	if wait, err := s.AcquirePush("new", later); wait != time.Minute || err == nil {
 		t.Errorf("a new site over the limit: wait %v, %v", wait, err)
 	}
-	s.SetPushFailed("new", later)
+	s.AddRefusal(newRefusal(later, resultMalformed, "new", "bad"), true)
 	s.SetTokenExpiry("new", 1, later)
 	s.SetClockOffset("new", time.Second, later)
 	if wait := push(s, "7", later); wait != 0 {
@@ -309,7 +309,7 @@ func TestTrackedSitesMakeRoom(t *testing.T) {
 	if wait, err := s.AcquirePush("one more", testNow); err == nil || wait <= 0 {
 		t.Errorf("a site over the limit: wait %v, %v", wait, err)
 	}
-	s.SetPushFailed("one more", testNow)
+	s.AddRefusal(newRefusal(testNow, resultMalformed, "one more", "bad"), true)
 	s.SetTokenExpiry("one more", 7, testNow)
 	later := testNow.Add(siteIdle + time.Second)
 	if _, err := s.AcquirePush("one more", later); err != nil {
@@ -331,7 +331,7 @@ func TestSiteLimitsConcurrent(t *testing.T) {
 			for range 500 {
 				id := fmt.Sprint(i % 3)
 				push(s, id, rateNow)
-				s.SetPushFailed(id, rateNow)
+				s.AddRefusal(newRefusal(rateNow, resultMalformed, id, "bad"), true)
 				s.SetTokenExpiry(id, 1, rateNow)
 				s.SetClockOffset(id, time.Second, rateNow)
 				s.ForEach(func(string, siteHealth) {})

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -132,6 +133,51 @@ func TestFederateToken(t *testing.T) {
 	}
 }
 
+// The federate token is accepted as the password of HTTP Basic authentication with any user, on every
+// path that needs the token. Only a browser is asked for a password. A wrong password is refused and
+// counted. The first request of a browser, which has no password yet, is counted, but the status does
+// not show it as a refusal.
+func TestFederateTokenAsPassword(t *testing.T) {
+	const secret = "s3cr3t-of-the-scraper"
+	r := newSrvRig(t)
+	r.secrets = append(r.secrets, secret)
+	r.reload(func(st *ReloadableServerConfig) { st.FederateToken = secret })
+	refused, asked := 0, 0
+	for _, path := range []string{"/", "/api/status", "/federate", "/metrics", "/sd", "/debug/pprof/"} {
+		for _, c := range []struct {
+			user, password, accept string
+			want                   int
+		}{
+			{"", secret, "text/html", 200}, {"any", secret, "*/*", 200}, {"any", secret + "x", "text/html", 401}, {secret, "", "text/html", 401}, {"any", "wrong", "*/*", 401},
+			{"", "", "text/html", 401}, {"", "", "*/*", 401},
+		} {
+			req := httptest.NewRequest("GET", path, nil)
+			req.RemoteAddr = "127.0.0.1:9"
+			if c.user+c.password != "" {
+				req.SetBasicAuth(c.user, c.password)
+			}
+			req.Header.Set("Accept", c.accept)
+			rec := httptest.NewRecorder()
+			r.server.InternalHandler(false).ServeHTTP(rec, req)
+			offers := strings.Contains(strings.Join(rec.Header().Values("WWW-Authenticate"), "\n"), "Basic realm=")
+			if rec.Code != c.want || offers != (c.want == 401 && c.accept == "text/html") {
+				t.Errorf("%s as %q with password %q and Accept %s was answered %d %v, want %d", path, c.user, c.password, c.accept, rec.Code, rec.Header(), c.want)
+			}
+			switch {
+			case c.want == 401 && c.user+c.password == "" && c.accept == "text/html":
+				asked++
+			case c.want == 401:
+				refused++
+			}
+		}
+	}
+	checkCounts(t, "telemeter_unauthorized_total", r.server.unauthorizedTotal, map[string]float64{"federate_token": float64(refused + asked)})
+	r.reload(func(st *ReloadableServerConfig) { st.FederateToken = "" })
+	if got := r.status("").Refusals; len(got) != 1 || got[0].Reason != "federate_token" || got[0].Count != refused || got[0].ClusterID != "" {
+		t.Errorf("the refusals are %+v, want %d for federate_token", got, refused)
+	}
+}
+
 // A server that starts or stops is not ready: /healthz/ready and /-/ready answer 503 with
 // Retry-After and the reason. /healthz and /-/healthy answer 200.
 func TestHealthWhileNotReady(t *testing.T) {
@@ -174,5 +220,28 @@ func TestProfilesOnLoopbackOnly(t *testing.T) {
 		if rec.Code != want {
 			t.Errorf("a profile for %q was answered %d, want %d", remote, rec.Code, want)
 		}
+	}
+}
+
+// The metric of the limits has the used share of each limit that is set and whose use can do harm.
+func TestLimitMetric(t *testing.T) {
+	r := newSrvRig(t, func(_ *StoreConfig, cfg *ServerConfig) {
+		cfg.HostLimits = func() []LimitStatus {
+			return []LimitStatus{{Name: "disk", Used: 1, Limit: 4}, {Name: "memory"}, {Name: "harmless", Used: 1, Limit: 1, Informative: true}}
+		}
+	})
+	if answer := r.push("site-1", "a 1\nb 2\n"); answer.status != 200 {
+		t.Fatalf("the push was answered %d", answer.status)
+	}
+	var got []string
+	for line := range strings.Lines(metricsText(t, r.server.cfg.Metrics)) {
+		if strings.HasPrefix(line, "telemeter_limit_used_ratio{") {
+			got = append(got, strings.TrimPrefix(strings.TrimSpace(line), "telemeter_limit_used_ratio"))
+		}
+	}
+	// The rig has no limit of the bytes of logs, and allows 10 sites and 100,000 samples.
+	want := []string{`{limit="consumers"} 0`, `{limit="disk"} 0.25`, `{limit="samples held and unread"} 0`, `{limit="sites"} 0.1`}
+	if !slices.Equal(got, want) {
+		t.Errorf("the server exposes the used limits %q, want %q", got, want)
 	}
 }

@@ -133,23 +133,39 @@ func (s *Server) handleUpload(w http.ResponseWriter, r *http.Request) {
 		resp = refusalResponse(err)
 	}
 	s.pushesTotal.Inc(resp.Result)
-	// While this server is starting or stopping, a refused push does not count as a failed push of
-	// the site.
-	if resp.AllUntimely || resp.Status != http.StatusOK && s.ready.Load() {
-		s.sites.SetPushFailed(t.ClusterID, s.cfg.Now())
-	}
 	if resp.Status == http.StatusOK {
+		if resp.AllUntimely {
+			s.noteRefusal("timestamps", t.ClusterID, "all samples were dropped because of their timestamps", true)
+		} else {
+			s.sites.SetPushAccepted(t.ClusterID, s.cfg.Now())
+		}
 		w.Header().Del("Connection")
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(resp.Body) // an error means only that the connection failed; the client then pushes again
 		return
 	}
 	text := strings.TrimSpace(string(resp.Body))
+	// While this server is starting or stopping, a refused push does not count as a failed push of the
+	// site.
+	s.noteRefusal(resp.Result, t.ClusterID, text, s.ready.Load())
 	s.logRefusal(resp.Result, t.ClusterID, "cluster_id", t.ClusterID, "remote", r.RemoteAddr, "status", resp.Status, "reason", text)
 	if resp.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(resp.RetryAfter))
 	}
 	http.Error(w, text, resp.Status)
+}
+
+// noteRefusal remembers a refusal for the status. The cluster ID is "" if the sender is not
+// authenticated. If isFailure is true, a push of the site failed for a reason that its alerts must
+// see.
+func (s *Server) noteRefusal(reason, clusterID, text string, isFailure bool) {
+	now := s.cfg.Now()
+	r := newRefusal(now, reason, clusterID, text)
+	s.refusals.add(r)
+	s.history.add(now, func(a *activity) { a.Refusals++ })
+	if clusterID != "" {
+		s.sites.AddRefusal(r, isFailure)
+	}
 }
 
 // logSite writes a line about a site to the process log, at most once in siteLogEvery for each site
@@ -395,6 +411,7 @@ func (s *Server) countAndAnswerAccepted(push *pushRequest, params pushParams, sa
 	counts.dropped.add(dropSeriesLimit, res.NoRoom)
 	s.countAcceptedPush(counts, res)
 	now := s.cfg.Now()
+	s.history.add(now, func(a *activity) { a.Pushes, a.Samples = a.Pushes+1, a.Samples+res.Accepted })
 	answer := &PushAnswer{
 		Accepted: &res.Accepted, Duplicates: res.Duplicates, Dropped: counts.dropped.byReason(), Skipped: counts.skippedByKind(),
 		Server: s.cfg.Name, Time: now.UnixMilli(),

@@ -378,20 +378,38 @@ func (cs *Consumers) appendCursors(cursors []SiteConsumerCursor, consumers []lis
 	return cursors
 }
 
-// ForEachUnconfirmedCount calls f for each consumer with the number of its consecutive scrapes that
-// served unread samples and were not confirmed. If consumers differ only in their match[]
-// selectors, it calls f once with their highest number.
-func (cs *Consumers) ForEachUnconfirmedCount(f func(name, address string, scrapes int)) {
-	highest := map[[2]string]int{}
+// Len returns the number of consumers that have scraped this server, of at most MaxConsumers.
+// Consumers that differ only in their match[] selectors count each.
+func (cs *Consumers) Len() int {
 	cs.mu.Lock()
-	for _, c := range cs.byKey {
-		id := [2]string{c.name, c.address}
-		highest[id] = max(highest[id], c.unconfirmed)
+	defer cs.mu.Unlock()
+	return len(cs.byKey)
+}
+
+// ConsumerSummary has the numbers of the consumers with one name and address. They may differ in
+// their match[] selectors: then it has the newest scrape and the highest count.
+type ConsumerSummary struct {
+	Name, Address string
+	LastScrape    time.Time
+	Unconfirmed   int // consecutive scrapes that served unread samples and were not confirmed
+}
+
+// Summaries returns the consumers that have scraped this server, sorted by name and address.
+func (cs *Consumers) Summaries() (all []ConsumerSummary) {
+	consumers := cs.sortedConsumers()
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for i, c := range consumers {
+		if i == 0 || c.compareName(consumers[i-1].SiteConsumerCursor) != 0 {
+			all = append(all, ConsumerSummary{Name: c.Name, Address: c.Address})
+		}
+		last := &all[len(all)-1]
+		last.Unconfirmed = max(last.Unconfirmed, c.consumer.unconfirmed)
+		if c.LastScrape.After(last.LastScrape) {
+			last.LastScrape = c.LastScrape
+		}
 	}
-	cs.mu.Unlock()
-	for id, scrapes := range highest {
-		f(id[0], id[1], scrapes)
-	}
+	return all
 }
 
 // DropSiteCursors removes all cursors and read positions of a site that leaves the store.

@@ -277,6 +277,21 @@ func (s *SeriesTable) add(g *FamilyGrouper, sr *series, t int64, v float64) {
 	g.Add(s.families[sr.family], sr.off, sr.len, sr.quoted, t, v)
 }
 
+// SeriesOfFamilies returns the number of listed series for each metric name.
+func (s *SeriesTable) SeriesOfFamilies() map[string]int {
+	counts := make([]int, len(s.families))
+	for i := range s.series {
+		if sr := &s.series[i]; sr.listed {
+			counts[sr.family]++
+		}
+	}
+	byName := make(map[string]int, len(counts))
+	for i, n := range counts {
+		byName[s.families[i].Value()] = n
+	}
+	return byName
+}
+
 // AppendChunks appends the chunks of text to chunks. The bytes of each chunk stay valid without the
 // lock, but the table may replace its own chunks.
 func (s *SeriesTable) AppendChunks(chunks [][]byte) [][]byte { return append(chunks, s.text...) }

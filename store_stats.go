@@ -78,3 +78,27 @@ func appendBacklogs(backlogs []ConsumerSiteBacklog, data *SiteSamples, cursors [
 	}
 	return backlogs
 }
+
+// StoreLimits are the limits of a store. 0 means no limit.
+type StoreLimits struct {
+	Series         int   // of one site
+	Sites, Samples int   // of all sites
+	Storage        int64 // bytes of all logs together
+}
+
+// Limits returns the limits of the store.
+func (s *Store) Limits() StoreLimits {
+	return StoreLimits{Series: s.cfg.LimitSeries, Sites: s.cfg.LimitSites, Samples: s.cfg.LimitSamples, Storage: s.cfg.LimitStorage}
+}
+
+// SiteFamilies returns the number of a site's series for each metric name. It returns nil if the
+// store does not know the site.
+func (s *Store) SiteFamilies(clusterID string) (byName map[string]int) {
+	s.mu.RLock()
+	site := s.sites[clusterID]
+	s.mu.RUnlock()
+	if site != nil {
+		site.View(func(data *SiteSamples) { byName = data.Table.SeriesOfFamilies() })
+	}
+	return byName
+}

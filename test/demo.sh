@@ -70,6 +70,8 @@ cat <<END
 A client pushes a server's own metrics to it every 5s, as cluster ID "demo".
 
 Open:
+  http://localhost:9004            the server's status page
+  http://localhost:9002            the client's status page
   http://localhost:9004/federate   what a central Prometheus scrapes
   http://localhost:9004/metrics    the server's own metrics
   http://localhost:9002/federate   what the client sent last

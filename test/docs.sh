@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # docs.sh runs every command of the sh blocks in README.md and docs/operating.md, in order. It
-# changes only the addresses: hub.example becomes localhost, the site's Prometheus becomes the server's own
-# /metrics, and paths are below a temporary directory. Servers and clients run in the
-# background until the end. The next command runs when a server has logged that it serves,
-# or a client that it has pushed.
+# changes only the addresses: hub.example becomes localhost, the site's Prometheus becomes the
+# server's own /metrics, and paths are below a temporary directory. Servers and clients run in
+# the background until the end. The next command runs when a server has logged that it serves,
+# or a client that it has pushed. A command with --mode status must print a status. It may exit
+# with 1 because of a problem, such as that no Prometheus scrapes the servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 top=$PWD
@@ -33,7 +34,8 @@ ln -s "$top/telemeter" "$dir/telemeter"
 PATH=$dir:$PATH
 commands=$(cat README.md docs/operating.md | sed -n '/^ *```sh$/,/^ *```$/p' | grep -v '```' | sed -e 's/^ *//' \
 	-e 's/hub\.example/localhost/g' -e 's/\(--listen[a-z-]*\) :/\1 localhost:/g' \
-	-e 's#http://localhost:9090#http://localhost:9004/metrics#' -e "s#/var/lib/telemeter#data#")
+	-e 's#http://localhost:9090#http://localhost:9004/metrics#' -e "s#/var/lib/telemeter#data#" \
+	-e 's#/etc/systemd/system/##')
 cd "$dir"
 passed=0
 while IFS= read -r command; do
@@ -50,6 +52,10 @@ while IFS= read -r command; do
 		bash -c "exec $command" 2>client.log &
 		pids+=($!)
 		await client.log msg=pushed
+		;;
+	*"--mode status"*)
+		bash -c "$command" >status.txt || true
+		grep -Eq '^(server|client) |^\{"kind":"server"' status.txt || { echo "FAIL: no status"; exit 1; }
 		;;
 	*) bash -c "set -o pipefail; $command" </dev/null ;;
 	esac

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # integration.sh [FROM [TOKEN]] runs a real Prometheus, two servers and a client as
 # processes on loopback. The Prometheus is both source and sink: the client scrapes its
-# /federate, and the Prometheus scrapes the servers. The client pushes to server A, and
-# server B owns the cluster ID of the client.
+# /federate, and the Prometheus scrapes the servers and the client. The client pushes to
+# server A, and server B owns the cluster ID of the client.
 #
-# Without arguments, the script checks the samples that arrive at the Prometheus. Then it
-# kills B, and checks that B serves the same samples after a restart. It kills B again, and
-# checks that A takes over, and that B takes over again when it returns. At last it restarts
-# A, and checks that the Prometheus has no gap. It exits 0 if all checks pass.
+# Without arguments, the script checks the samples that arrive at the Prometheus, and that
+# every query of the dashboard and of the alerts finds data there. Then it kills B, and checks
+# that B serves the same samples after a restart. It kills B again, and checks that A takes
+# over, and that B takes over again when it returns. At last it restarts A, and checks that
+# the Prometheus has no gap. It exits 0 if all checks pass.
 #
 # With arguments, the client scrapes the URL FROM, such as http://localhost:9005, with the
 # bearer token TOKEN. All processes run until Ctrl-C.
@@ -222,14 +223,14 @@ lint_free() {
 }
 
 # no_original succeeds if no series of "test" has an original value of instance, and there
-# are exactly two pseudonyms, because the Prometheus has two target addresses. There would
+# are exactly three pseudonyms, because the Prometheus has three target addresses. There would
 # be more if the client pushed the servers' series back to them.
 no_original() {
 	local originals pseudonyms
 	originals=$(value 'count({_id="test",instance=~"localhost:.*|127[.].*|.*:90[01][0-9]"})') &&
 		pseudonyms=$(value 'count(count by (instance) ({_id="test",instance!=""}))') || return 1
 	seen="${originals:-0} series with an original, ${pseudonyms:-0} pseudonyms"
-	[ -z "$originals" ] && [ "$pseudonyms" = 2 ]
+	[ -z "$originals" ] && [ "$pseudonyms" = 3 ]
 }
 
 # same_samples JOB succeeds if every pushed sample of the job equals a sample of the source,
@@ -249,15 +250,34 @@ same_samples() {
 	[ "$(grep -c . "$work/pushed")" -ge 2 ]
 }
 
-# own_up succeeds if each of the Prometheus's four targets, two per job from /sd, has exactly
-# one series "up", with the value 1. Served samples with a wrong job or instance would
-# replace this series or add another one. So would a target that both servers list, if
-# Prometheus used it twice.
+# own_up succeeds if each of the Prometheus's five targets, the client and two per job from
+# /sd, has exactly one series "up", with the value 1. Served samples with a wrong job or
+# instance would replace this series or add another one. So would a target that both servers
+# list, if Prometheus used it twice.
 own_up() {
 	local all good
-	all=$(value 'count(up{_id=""})') && good=$(value 'count(up{_id="",job=~"federate|telemeter",instance=~"localhost:90[01]4"} == 1)') || return 1
-	seen="${good:-0} of ${all:-0} are 1 and of localhost:9004 and localhost:9014"
-	[ "$all" = 4 ] && [ "$good" = 4 ]
+	all=$(value 'count(up{_id=""})') && good=$(value 'count(up{_id="",job=~"federate|telemeter",instance=~"localhost:90[01]4"} == 1 or up{_id="",job="client",instance="localhost:9002"} == 1)') || return 1
+	seen="${good:-0} of ${all:-0} are 1 and of localhost:9002, localhost:9004 and localhost:9014"
+	[ "$all" = 5 ] && [ "$good" = 5 ]
+}
+
+# refused succeeds if server A refuses a push of "test" that has no samples. Without a refused
+# push there is no push_failure_time_seconds.
+refused() {
+	seen="status $(curl -q --silent --noproxy '*' --max-time 10 --output /dev/null --write-out '%{http_code}' \
+		--header "Authorization: Bearer $(cat "$work/token")" --data-binary 'not a sample' http://localhost:9003/upload)"
+	[ "$seen" = "status 400" ]
+}
+
+# queries_find_data succeeds if every query of the dashboard and of the alerts finds data. The
+# test waits for up to a minute itself.
+queries_find_data() {
+	local begin=$SECONDS
+	if ! "$work/queries.test" -test.count=1 -test.run '^TestQueriesReturnData$' -prometheus http://localhost:9005 >"$work/queries.log" 2>&1; then
+		seen=$(grep -v '^FAIL' "$work/queries.log")
+		return 1
+	fi
+	seen="$(sed -n 's/ queries$/ in/p' "$work/queries.log") $((SECONDS - begin)) s"
 }
 
 # members PORT prints the ring as the server at the port sees it: the ring's version, then
@@ -393,6 +413,8 @@ if [ -z "${MAKELEVEL:-}" ] || [ ! -x telemeter ]; then make; fi # make has built
 find_prometheus
 type -P curl >/dev/null || debian curl || die "there is no curl, and it could not be installed"
 free 9002 9003 9004 9005 9006 9013 9014 9016
+# The test is built before any process runs, because building takes the whole machine.
+((keep)) || "${GO:-go}" test -c -o "$work/queries.test" . || die "the test of the queries could not be built"
 
 a=(./telemeter --mode server --name A --keys "$work/keys" --storage-dir "$work/a"
 	--listen localhost:9003 --listen-internal localhost:9004
@@ -414,7 +436,17 @@ fi
 
 head -c 32 /dev/urandom | base64 >"$work/salt"
 ./telemeter --mode keygen --keys "$work/keys" 2>>"$work/keys.log"
-./telemeter --mode token --keys "$work/keys" --id test --to http://localhost:9003 >"$work/token" 2>>"$work/keys.log"
+# With --ttl there is an expiry, which the dashboard and an alert ask for.
+./telemeter --mode token --keys "$work/keys" --id test --to http://localhost:9003 --ttl 8760h >"$work/token" 2>>"$work/keys.log"
+
+# The Prometheus is also that of the site, and there it scrapes the client.
+cp testdata/rules.yml testdata/alerts.yml "$work"
+{
+	# Shorter intervals, and an alert that always fires.
+	sed -e 's/scrape_interval: 30s/scrape_interval: 5s\n  evaluation_interval: 5s/' -e 's/\[alerts.yml\]/[rules.yml, alerts.yml]/' \
+		-e 's|- url: \([^ ]*/sd\).*|- url: \1\n        refresh_interval: 5s|' testdata/prometheus.yml
+	printf '  - job_name: client\n    static_configs: [{targets: ["localhost:9002"]}]\n'
+} >"$work/prometheus.yml"
 
 deadline=$((SECONDS + patience))
 # B starts first and claims slot 0 before A claims a slot, so B owns "test".
@@ -424,9 +456,10 @@ start A "${a[@]}"
 check "server A is ready" ready http://localhost:9004/healthz/ready
 check "both servers agree, and B owns the cluster ID" b_owns
 ((failed == 0)) || exit 1
-start prometheus "$prometheus" --config.file=testdata/prometheus.yml \
+start prometheus "$prometheus" --config.file="$work/prometheus.yml" \
 	--storage.tsdb.path="$work/prometheus" --web.listen-address=localhost:9005
 check "prometheus is ready" ready http://localhost:9005/-/ready
+check "a push without samples is refused" refused
 ((failed == 0)) || exit 1
 start client "${client[@]}"
 
@@ -457,6 +490,7 @@ check "promtool accepts all own metrics" lint_free
 check "instance is anonymized" no_original
 check "each target of the Prometheus has one up" own_up
 check "only B serves the samples that were pushed to A" on_b_alone
+deadline=0 check "every query of the dashboard and of the alerts finds data" queries_find_data
 
 # The client is stopped first, so that no new samples arrive between the two answers.
 stop TERM client
