@@ -9,6 +9,10 @@ CHAOS      ?= full
 HOSTILE    ?= full
 SEED       ?= 0
 SITES      ?= 10000
+# The architectures of make dist and make test-dist.
+ARCHS      ?= amd64 arm64 armv7
+# The earlier version of make test-upgrade. A commit that raises the version of a format raises this too.
+FROM       ?= 2fc253e
 FUZZTIME   ?= 3s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -23,6 +27,9 @@ all: telemeter ## build ./telemeter, one static binary (the default)
 # comes from -buildvcs, which is set here because GOFLAGS may disable it.
 telemeter: FORCE
 	CGO_ENABLED=0 $(GO) build -buildvcs=auto -trimpath -ldflags "-s -w" -o $@ .
+
+dist: ## build static binaries for Linux on amd64, arm64 and armv7 (ARCHS), and SHA256SUMS, in dist/
+	@GO="$(GO)" ARCHS="$(ARCHS)" ./test/dist.sh
 
 CHECKS = gofmt vet staticcheck test sweeps fuzz
 
@@ -49,6 +56,9 @@ ifeq ($(RACE_CC),)
 else
 	@GO="$(GO)" CGO_ENABLED=1 CC="$(RACE_CC)" ./test/unit.sh -race -timeout 30m
 endif
+
+test-32bit: ## unit tests in one process, on 32 bits as on armv7: a minute; needs a machine that runs 386 binaries
+	GOARCH=386 CGO_ENABLED=0 $(GO) test -short -timeout 30m .
 
 sweeps: ## tests of many states in one goroutine, which "test" leaves out under the race detector
 	$(GO) test -timeout 30m -run '^TestSweep' .
@@ -80,6 +90,9 @@ test-integration: telemeter ## test a client and two servers with a real Prometh
 test-outage: ## test all kinds of outages with a real Prometheus (PROMETHEUS): half an hour; OUTAGE=short: six minutes
 	$(GO) test -count=1 -timeout 60m -v -run '^TestOutage(|Drain|Late|Ages|Clocks)$$' . -args -outage $(OUTAGE)
 
+test-upgrade: ## test the upgrade of a ring and a client from the commit FROM, and the way back, with a real Prometheus: a minute; needs the git history
+	$(GO) test -count=1 -timeout 30m -v -run '^TestUpgrade$$' . -args -upgrade $(FROM)
+
 test-hostile: ## attack a ring of servers, and check a well-behaved site, a client and a real Prometheus meanwhile: ten minutes; HOSTILE=short: 75 seconds; HOSTILE=full:strangers: one attack; needs Linux
 	$(GO) test -count=1 -timeout 60m -v -run '^TestHostile$$' . -args -hostile $(HOSTILE)
 
@@ -100,17 +113,21 @@ test-chaos: ## test restarts, kills, network cuts, joins, and lost, restored or 
 test-docs: telemeter ## run the commands of README.md and docs/operating.md, with the addresses replaced
 	./test/docs.sh
 
+test-dist: ## test that make dist gives the same binaries in two directories: two to six minutes; ARCHS=amd64: less
+	$(GO) test -count=1 -timeout 30m -run '^TestDist$$' . -args -dist "$(ARCHS)"
+
 demo: telemeter ## run a server, and a client that pushes the server's own metrics, until Ctrl-C
 	./test/demo.sh
 
-clean: ## remove the binary
+clean: ## remove the binary and dist/
 	rm -f telemeter
+	rm -rf dist
 
 help: ## print this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1: /p' Makefile
 
 FORCE:
 
 # The output of the targets must not mix.
 .NOTPARALLEL:
-.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-hostile test-alerts test-netns test-chaos test-docs demo clean help FORCE
+.PHONY: all check gofmt vet staticcheck test sweeps fuzz bench sim model stampede sockets test-integration test-outage test-hostile test-alerts test-netns test-chaos test-docs test-32bit test-dist test-upgrade dist demo clean help FORCE
