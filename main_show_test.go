@@ -209,6 +209,7 @@ func TestLicenses(t *testing.T) {
 			t.Errorf("testdata/licenses.txt does not have %s below the title %s", file, title)
 		}
 	}
+	t.Setenv("GOARCH", "amd64") // other processors need fewer modules
 	goroot, _ := runTool(t, nil, "go", "env", "GOROOT")
 	check("Go standard library", filepath.Join(strings.TrimSpace(goroot), "LICENSE"))
 	list, _ := runTool(t, nil, "go", "list", "-deps", "-f", "{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}", ".")
