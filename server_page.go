@@ -168,7 +168,9 @@ func siteState(s *SiteStatus, self string) Cell {
 	case s.Waiting != "":
 		return Soft(s.Waiting)
 	case s.Owner != self:
-		return Soft("the owner knows")
+		return Soft("see server " + s.Owner)
+	case s.LastPush == nil:
+		return Soft("no push yet")
 	}
 	return Good("ok")
 }

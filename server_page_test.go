@@ -141,3 +141,22 @@ func TestSiteLinks(t *testing.T) {
 		}
 	}
 }
+
+// The state of a site says first what needs attention, and is good only on the owner, after a push.
+func TestSiteState(t *testing.T) {
+	for _, c := range []struct {
+		site SiteStatus
+		want Cell
+	}{
+		{SiteStatus{Owner: "a", LastPush: &testNow}, Good("ok")},
+		{SiteStatus{Owner: "a"}, Soft("no push yet")},
+		{SiteStatus{Owner: "b", LastPush: &testNow}, Soft("see server b")},
+		{SiteStatus{Owner: "a", Waiting: "no push for 11m; waiting"}, Soft("no push for 11m; waiting")},
+		{SiteStatus{Owner: "b", Problem: "its token expired 1m ago"}, Bad("its token expired 1m ago")},
+		{SiteStatus{Owner: "a", Problem: "x", Revoked: true}, Soft("revoked")},
+	} {
+		if got := siteState(&c.site, "a"); got != c.want {
+			t.Errorf("the state of %+v is %+v, want %+v", c.site, got, c.want)
+		}
+	}
+}
