@@ -60,7 +60,7 @@ func TestPage(t *testing.T) {
 	}
 }
 
-// Whatever the texts of a view are, its page has the same elements and attributes. A text stays as
+// The page of a view has the same elements and attributes with any texts. A text stays as
 // it is, except for control characters.
 func TestPageOfHostileTexts(t *testing.T) {
 	harmless, _ := filledViews("x")

@@ -73,7 +73,7 @@ func TestShowUnknownFile(t *testing.T) {
 func runTool(t *testing.T, env []string, name string, args ...string) (stdout, stderr string) {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
-		t.Skipf("%s is missing", name)
+		t.Skipf("left out: %s needs %s, which is missing", t.Name(), name)
 	}
 	cmd := exec.CommandContext(t.Context(), name, args...)
 	cmd.Env = append(os.Environ(), env...)
@@ -130,10 +130,10 @@ func getManPage(t *testing.T) string {
 // man reports nothing about the man page, and prints each line of the help as it is.
 func TestManPageRendered(t *testing.T) {
 	if version, _ := runTool(t, nil, "man", "--version"); !strings.HasPrefix(version, "man ") {
-		t.Skipf("man is not that of man-db, which this test needs: %s", version)
+		t.Skipf("left out: %s needs the man of man-db, and this one is: %s", t.Name(), version)
 	}
 	if _, err := exec.LookPath("groff"); err != nil {
-		t.Skip("groff is missing")
+		t.Skipf("left out: %s needs groff, which is missing", t.Name())
 	}
 	file := filepath.Join(t.TempDir(), manPage)
 	writeIn(t, filepath.Dir(file), manPage, getManPage(t))

@@ -226,7 +226,7 @@ func checkPrintable(t *testing.T, text string) {
 	}
 }
 
-// Whatever the texts in an answer are, the mode status prints no character that controls a terminal.
+// The mode status prints no character that controls a terminal, even if the answer is full of them.
 func TestStatusIsPrintable(t *testing.T) {
 	const hostile = "\x1b[31m\a\b\r\n\t\v\x7f\u009b\u202e\u2066\u2028\ufeff "
 	server, client := &ServerStatus{}, &ClientStatus{}

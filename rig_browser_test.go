@@ -61,7 +61,7 @@ func startBrowser(t *testing.T, allowed ...string) *browser {
 		}
 	}
 	if program == "" {
-		t.Skip("neither chromium nor chromium-browser nor google-chrome is on PATH: the status pages are not tested in a browser")
+		t.Skipf("left out: %s needs chromium, chromium-browser or google-chrome, which are missing", t.Name())
 	}
 	b := &browser{t: t, allowed: append(allowed, "data:,"), waiting: map[int]chan browserMessage{}}
 	home := filepath.Join(t.TempDir(), "home")

@@ -1,6 +1,7 @@
 #!/bin/sh
-# unit.sh [go test flags]: runs the unit tests once. It prints a progress line every 15 s, and the
-# output of the tests that did not pass. Environment: GO, the go command.
+# unit.sh [go test flags]: runs the unit tests once. It prints a progress line every 15 s, the tests
+# that were left out because a program is missing, and the output of the tests that did not pass.
+# Environment: GO, the go command.
 set -eu
 cd "$(dirname "$0")/.."
 go=${GO:-go}
@@ -36,6 +37,7 @@ kill "$ticker" 2>/dev/null || true
 wait "$ticker" 2>/dev/null || true
 ticker=
 
+sed -n 's/^ *[a-z0-9_]*_test\.go:[0-9]*: \(left out: .*\)/  \1/p' "$log" | sort -u
 if [ "$status" = 0 ]; then
 	grep -E '^(ok|\?) ' "$log"
 	exit 0
